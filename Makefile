@@ -1,0 +1,56 @@
+# On a fresh machine `make demo` or `make test` is all it takes: the environment is made, filled and kept up to date by the rule for $(STAMP).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: help install demo test verify bench gpu lint format clean
+
+help:
+	@echo "make demo     train, prune, compact and report on real data (a minute or two)"
+	@echo "make test     every test that runs on this machine; the kernels in Triton's interpreter first"
+	@echo "make verify   every op and backend here against the float64 reference"
+	@echo "make bench    the benchmark suite on this machine        make gpu   the same and the GPU tests, on a machine with a GPU"
+	@echo "make lint     ruff, mypy, import-linter                  make format   ruff's formatter"
+	@echo "make install  only the environment                       make clean    remove what was built; the environment stays"
+
+install: $(STAMP)
+
+# Reinstalls when a version, the build or the C++ sources change; Python sources are read in place. torch comes first, alone, so that it is the
+# pinned one that everything else is resolved against. The build is isolated and never sees torch.
+$(STAMP): constraints.txt pyproject.toml setup.py $(wildcard csrc/*)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -c constraints.txt torch
+	$(PIP) install -c constraints.txt -e ".[dev]"
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/dampr demo
+
+test: $(STAMP)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreter
+	$(BIN)/python -m pytest
+
+verify: $(STAMP)
+	$(BIN)/dampr verify
+
+bench: $(STAMP)
+	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+gpu: $(STAMP)
+	bash benchmarks/gpu.sh
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf build dist *.egg-info dampr/_C*.so $(STAMP) .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks .import_linter_cache
+	find dampr tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +
