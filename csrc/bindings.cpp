@@ -1,0 +1,286 @@
+// dampr._C: checks arguments, picks the kernels of the best instruction set, and calls them without the interpreter lock.
+// Tensors arrive as addresses (Python ints, 0 = absent), so nothing of torch is needed to build or load this module.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <cstdlib>
+#include <limits>
+#include <new>
+#include <string>
+#include <vector>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+#include "kernels.h"
+
+namespace py = pybind11;
+
+namespace dampr {
+namespace {
+
+using Address = std::uintptr_t;
+
+#if defined(__x86_64__)
+bool has_avx2() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  const bool f16c = __get_cpuid(1, &a, &b, &c, &d) && (c & (1u << 29));  // not a name that every compiler's __builtin_cpu_supports knows
+  return f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+}
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vl");
+}
+#endif
+
+// The compiled instruction sets that this processor has, best first.
+std::vector<const Kernels*> usable_kernels() {
+  std::vector<const Kernels*> found;
+#if defined(DAMPR_HAVE_AVX512)
+  if (has_avx512()) found.push_back(kernels_avx512());
+#endif
+#if defined(DAMPR_HAVE_AVX2)
+  if (has_avx2()) found.push_back(kernels_avx2());
+#endif
+  found.push_back(kernels_baseline());
+  return found;
+}
+
+std::vector<std::string> compiled_isas() {
+  return {
+#if defined(DAMPR_HAVE_AVX512)
+      "avx512",
+#endif
+#if defined(DAMPR_HAVE_AVX2)
+      "avx2",
+#endif
+      "baseline"};
+}
+
+// Null if DAMPR_CPU_ISA asks for what is not there; every function then says so instead of quietly using something else.
+const Kernels* choose_kernels() {
+  const char* wanted = std::getenv("DAMPR_CPU_ISA");
+  for (const Kernels* k : usable_kernels())
+    if (!wanted || !*wanted || std::string(wanted) == k->isa) return k;
+  return nullptr;
+}
+
+const Kernels& kernels() {
+  static const Kernels* chosen = choose_kernels();
+  if (chosen) return *chosen;
+  std::string names;
+  for (const Kernels* k : usable_kernels()) names += std::string(names.empty() ? "" : ", ") + k->isa;
+  const char* wanted = std::getenv("DAMPR_CPU_ISA");
+  throw std::runtime_error("DAMPR_CPU_ISA=" + std::string(wanted ? wanted : "") + ": this build on this processor offers " + names);
+}
+
+[[noreturn]] void reject(const std::string& name, const std::string& value, const std::string& expected) {
+  throw py::value_error(name + "=" + value + ": expected " + expected);
+}
+
+int check_threads(int64_t threads) {
+  if (threads < 1 || threads > std::numeric_limits<int>::max()) reject("threads", std::to_string(threads), "a positive number of threads");
+  return static_cast<int>(threads);
+}
+
+void check_sizes(const char* first_name, int64_t first, const char* second_name, int64_t second) {
+  if (first < 0) reject(first_name, std::to_string(first), "a size, 0 or more");
+  if (second < 0) reject(second_name, std::to_string(second), "a size, 0 or more");
+  if (second > 0 && first > std::numeric_limits<int64_t>::max() / 8 / second)
+    reject(first_name, std::to_string(first), std::string("a size whose product with ") + second_name + " is below 2^60");
+}
+
+DType check_dtype(const char* name, int dtype, bool gate_dtype = false) {
+  if (gate_dtype && dtype != kFloat32 && dtype != kFloat64) reject(name, std::to_string(dtype), "0 (float32) or 1 (float64)");
+  if (dtype < kFloat32 || dtype > kFloat16) reject(name, std::to_string(dtype), "0 (float32), 1 (float64), 2 (bfloat16) or 3 (float16)");
+  return static_cast<DType>(dtype);
+}
+
+void check_same_gates(const char* first_name, DType first, const char* second_name, DType second) {
+  if ((first == kFloat64) != (second == kFloat64))
+    reject(second_name, std::to_string(second), std::string("float64 (1) exactly if ") + first_name + "=" + std::to_string(first) + " is");
+}
+
+template <class T>
+T* pointer(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+template <class T>
+T* required(const char* name, Address address, int64_t elements) {
+  if (!address && elements > 0) reject(name, "0", "an address, as there are " + std::to_string(elements) + " elements");
+  return pointer<T>(address);
+}
+
+uint64_t read_seed(Address seed_ptr) {
+  if (!seed_ptr) reject("seed_ptr", "0", "the address of an int64 seed, as noise is drawn");
+  return static_cast<uint64_t>(*pointer<const int64_t>(seed_ptr));
+}
+
+GateSpec check_spec(const py::tuple& fields) {
+  if (fields.size() != 9) reject("spec", std::string(py::repr(fields)), "the 9 fields of dampr.spec.GateSpec");
+  GateSpec s{};
+  s.family = fields[0].cast<int>(), s.rule = fields[1].cast<int>();
+  double* const numbers[] = {&s.beta, &s.gamma, &s.zeta, &s.c0, &s.c1, &s.lo, &s.hi};
+  for (size_t j = 0; j < 7; ++j) *numbers[j] = fields[j + 2].cast<double>();
+  if (s.family != kHardConcrete) reject("spec.family", std::to_string(s.family), "0 (hard_concrete)");
+  if (s.rule < kSample || s.rule > kBinary) reject("spec.rule", std::to_string(s.rule), "0 (sample), 1 (paper), 2 (median) or 3 (binary)");
+  if (!(s.beta > 0)) reject("spec.beta", std::to_string(s.beta), "a number above 0");
+  return s;
+}
+
+// Runs f without the interpreter lock; a false result means that a workspace could not be had.
+template <class F>
+void without_gil(F&& f) {
+  bool done = false;
+  {
+    py::gil_scoped_release release;
+    done = f();
+  }
+  if (!done) throw std::bad_alloc();
+}
+
+template <class T, class F>
+void philox(Address seed_ptr, int64_t start, int64_t count, const char* out_name, Address out, int64_t threads, F function) {
+  if (start < 0) reject("start", std::to_string(start), "a gate index, 0 or more");
+  if (count < 0 || start > std::numeric_limits<int64_t>::max() - count - 1024) reject("count", std::to_string(count), "a size that keeps indices below 2^63");
+  const int team = check_threads(threads);
+  T* target = required<T>(out_name, out, count);
+  const uint64_t seed = read_seed(seed_ptr);
+  without_gil([&] { return function(seed, start, count, target, team), true; });
+}
+
+void philox_words(Address seed_ptr, int64_t start, int64_t count, Address out, int64_t threads) {
+  philox<uint32_t>(seed_ptr, start, count, "out_u32_ptr", out, threads, kernels().philox_words);
+}
+
+void philox_uniform(Address seed_ptr, int64_t start, int64_t count, Address out, int64_t threads) {
+  philox<float>(seed_ptr, start, count, "out_f32_ptr", out, threads, kernels().philox_uniform);
+}
+
+void rows_forward(const py::tuple& spec, DType dtype, Address x, int64_t rows, int64_t n, Address log_alpha, Address seed_ptr, const char* out_name,
+                  Address out, int64_t threads) {
+  const Kernels& k = kernels();
+  const GateSpec s = check_spec(spec);
+  check_sizes("rows", rows, "n", n);
+  const int team = check_threads(threads);
+  RowsForward a{};
+  a.x = pointer<const void>(x), a.log_alpha = required<const void>("log_alpha", log_alpha, n);
+  a.out = required<void>(out_name, out, rows * n);
+  a.rows = rows, a.n = n, a.seed = s.rule == kSample ? read_seed(seed_ptr) : 0;
+  without_gil([&] { return k.rows_forward(s, dtype, a, team), true; });
+}
+
+void rows_backward(const py::tuple& spec, DType dtype, Address x, const char* g_name, Address g, int64_t rows, int64_t n, Address log_alpha,
+                   Address seed_ptr, Address dx, Address xz, Address dlog_alpha, int64_t threads) {
+  const Kernels& k = kernels();
+  const GateSpec s = check_spec(spec);
+  check_sizes("rows", rows, "n", n);
+  const int team = check_threads(threads);
+  RowsBackward a{};
+  a.x = pointer<const void>(x), a.g = required<const void>(g_name, g, rows * n), a.log_alpha = required<const void>("log_alpha", log_alpha, n);
+  a.dx = pointer<void>(dx), a.xz = pointer<void>(xz), a.dlog_alpha = pointer<void>(dlog_alpha);
+  a.rows = rows, a.n = n, a.seed = s.rule == kSample ? read_seed(seed_ptr) : 0;
+  without_gil([&] { return k.rows_backward(s, dtype, a, team); });
+}
+
+void gates_fwd(const py::tuple& spec, int dtype, Address log_alpha, Address seed_ptr, int64_t rows, int64_t n, Address z, int64_t threads) {
+  rows_forward(spec, check_dtype("dtype", dtype, true), 0, rows, n, log_alpha, seed_ptr, "z", z, threads);
+}
+
+void gates_bwd(const py::tuple& spec, int dtype, Address log_alpha, Address seed_ptr, int64_t rows, int64_t n, Address dz, Address dlog_alpha,
+               int64_t threads) {
+  const DType checked = check_dtype("dtype", dtype, true);
+  required<void>("dlog_alpha", dlog_alpha, n);
+  rows_backward(spec, checked, 0, "dz", dz, rows, n, log_alpha, seed_ptr, 0, 0, dlog_alpha, threads);
+}
+
+void gate_rows_fwd(const py::tuple& spec, int dtype, Address x, int64_t rows, int64_t n, Address log_alpha, Address seed_ptr, Address out,
+                   int64_t threads) {
+  const DType checked = check_dtype("dtype", dtype);
+  check_sizes("rows", rows, "n", n);
+  required<void>("x", x, rows * n);
+  rows_forward(spec, checked, x, rows, n, log_alpha, seed_ptr, "out", out, threads);
+}
+
+void gate_rows_bwd(const py::tuple& spec, int dtype, Address x, Address g, int64_t rows, int64_t n, Address log_alpha, Address seed_ptr, Address dx,
+                   Address xz, Address dlog_alpha, int64_t threads) {
+  const DType checked = check_dtype("dtype", dtype);
+  check_sizes("rows", rows, "n", n);
+  required<void>("x", x, rows * n);
+  rows_backward(spec, checked, x, "g", g, rows, n, log_alpha, seed_ptr, dx, xz, dlog_alpha, threads);
+}
+
+void fold_fwd(int w_dtype, int out_dtype, Address w, int64_t n_out, int64_t n_in, Address z_out, Address z_in, Address out, int64_t threads) {
+  const Kernels& k = kernels();
+  const DType from = check_dtype("w_dtype", w_dtype), to = check_dtype("out_dtype", out_dtype);
+  check_same_gates("w_dtype", from, "out_dtype", to);
+  check_sizes("n_out", n_out, "n_in", n_in);
+  const int team = check_threads(threads);
+  FoldForward a{};
+  a.w = required<const void>("w", w, n_out * n_in), a.out = required<void>("out", out, n_out * n_in);
+  a.z_out = pointer<const void>(z_out), a.z_in = pointer<const void>(z_in), a.n_out = n_out, a.n_in = n_in;
+  without_gil([&] { return k.fold_forward(from, to, a, team), true; });
+}
+
+void fold_bwd(int g_dtype, int w_dtype, Address g, Address w, int64_t n_out, int64_t n_in, Address z_out, Address z_in, Address dw, Address dz_out,
+              Address dz_in, int64_t threads) {
+  const Kernels& k = kernels();
+  const DType from = check_dtype("g_dtype", g_dtype), to = check_dtype("w_dtype", w_dtype);
+  check_same_gates("g_dtype", from, "w_dtype", to);
+  check_sizes("n_out", n_out, "n_in", n_in);
+  const int team = check_threads(threads);
+  FoldBackward a{};
+  a.g = required<const void>("g", g, n_out * n_in);
+  a.w = dz_out || dz_in ? required<const void>("w", w, n_out * n_in) : pointer<const void>(w);
+  a.z_out = pointer<const void>(z_out), a.z_in = pointer<const void>(z_in), a.n_out = n_out, a.n_in = n_in;
+  a.dw = pointer<void>(dw), a.dz_out = pointer<void>(dz_out), a.dz_in = pointer<void>(dz_in);
+  without_gil([&] { return k.fold_backward(from, to, a, team); });
+}
+
+py::dict build_info() {
+  py::dict info;
+  info["compiler"] = std::string(
+#if defined(__clang__)
+      "clang "
+#elif defined(__GNUC__)
+      "gcc "
+#endif
+      __VERSION__);
+  info["isas"] = compiled_isas();
+#if defined(_OPENMP)
+  info["openmp"] = _OPENMP;
+#else
+  info["openmp"] = 0;
+#endif
+  return info;
+}
+
+}  // namespace
+}  // namespace dampr
+
+PYBIND11_MODULE(_C, m) {
+  using namespace py::literals;
+  m.doc() = "CPU kernels of dampr. Tensors are addresses (0 = absent), contiguous and row-major; dtypes: 0 float32, 1 float64, 2 bfloat16, 3 float16.";
+  m.def("isa", [] { return std::string(dampr::kernels().isa); },
+        "The instruction set in use: baseline, avx2 or avx512. DAMPR_CPU_ISA chooses one; if it is not there, every function raises RuntimeError.");
+  m.def("build_info", &dampr::build_info, "compiler, isas (compiled in, best first), openmp (its version date, 0 without).");
+  m.def("philox_words", &dampr::philox_words, "Noise words (uint32) of gates start .. start + count - 1.", "seed_ptr"_a, "start"_a, "count"_a,
+        "out_u32_ptr"_a, "threads"_a);
+  m.def("philox_uniform", &dampr::philox_uniform, "Uniform noise (float32) of gates start .. start + count - 1.", "seed_ptr"_a, "start"_a,
+        "count"_a, "out_f32_ptr"_a, "threads"_a);
+  m.def("gates_fwd", &dampr::gates_fwd, "z (rows, n): gates drawn for each row, or deterministic.", "spec"_a, "dtype"_a, "log_alpha"_a,
+        "seed_ptr"_a, "rows"_a, "n"_a, "z"_a, "threads"_a);
+  m.def("gates_bwd", &dampr::gates_bwd, "dlog_alpha (n,) = sum over rows of dz * dz/dlog_alpha.", "spec"_a, "dtype"_a, "log_alpha"_a,
+        "seed_ptr"_a, "rows"_a, "n"_a, "dz"_a, "dlog_alpha"_a, "threads"_a);
+  m.def("fold_fwd", &dampr::fold_fwd, "out = w * z_out[:, None] * z_in.", "w_dtype"_a, "out_dtype"_a, "w"_a, "n_out"_a, "n_in"_a, "z_out"_a,
+        "z_in"_a, "out"_a, "threads"_a);
+  m.def("fold_bwd", &dampr::fold_bwd, "dw = z_out z_in g, dz_out = sum_k z_in w g, dz_in = sum_n z_out w g, in one pass.", "g_dtype"_a,
+        "w_dtype"_a, "g"_a, "w"_a, "n_out"_a, "n_in"_a, "z_out"_a, "z_in"_a, "dw"_a, "dz_out"_a, "dz_in"_a, "threads"_a);
+  m.def("gate_rows_fwd", &dampr::gate_rows_fwd, "out = x * z, a draw per row, z never stored.", "spec"_a, "dtype"_a, "x"_a, "rows"_a, "n"_a,
+        "log_alpha"_a, "seed_ptr"_a, "out"_a, "threads"_a);
+  m.def("gate_rows_bwd", &dampr::gate_rows_bwd, "The same draw again: dx = g z, xz = x z, dlog_alpha = sum over rows of x g dz/dlog_alpha.",
+        "spec"_a, "dtype"_a, "x"_a, "g"_a, "rows"_a, "n"_a, "log_alpha"_a, "seed_ptr"_a, "dx"_a, "xz"_a, "dlog_alpha"_a, "threads"_a);
+}

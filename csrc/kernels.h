@@ -1,0 +1,64 @@
+// What the bindings and the kernels know of each other: one table of functions per instruction set. Equations: dampr/spec.py.
+// The kernels are compiled once per instruction set, so this header and all they include keep clear of inline code from the standard library:
+// the linker would keep one copy of it for the whole module, possibly one the processor at hand cannot run.
+#pragma once
+
+#include <cstdint>
+
+namespace dampr {
+
+enum DType : int { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
+enum Family : int { kHardConcrete = 0 };
+enum Rule : int { kSample = 0, kPaper = 1, kMedian = 2, kBinary = 3 };
+
+struct GateSpec {
+  int family, rule;
+  double beta, gamma, zeta, c0, c1, lo, hi;
+};
+
+// out = x * z (out = z without x), one draw per row; gate (m, i) has the index m * n + i. x, out: (rows, n); log_alpha: (n,).
+struct RowsForward {
+  const void *x, *log_alpha;
+  void* out;
+  int64_t rows, n;
+  uint64_t seed;
+};
+
+// The same draw again: dx = g z, xz = x z, dlog_alpha[i] = sum_m x g dz/dlog_alpha (x = 1 if absent). Absent outputs are null.
+struct RowsBackward {
+  const void *x, *g, *log_alpha;
+  void *dx, *xz, *dlog_alpha;
+  int64_t rows, n;
+  uint64_t seed;
+};
+
+// out = w * z_out[:, None] * z_in; an absent gate is one. w, out: (n_out, n_in).
+struct FoldForward {
+  const void *w, *z_out, *z_in;
+  void* out;
+  int64_t n_out, n_in;
+};
+
+// dw = z_out z_in g; dz_out = sum over columns of z_in w g; dz_in = sum over rows of z_out w g. Absent outputs are null.
+struct FoldBackward {
+  const void *g, *w, *z_out, *z_in;
+  void *dw, *dz_out, *dz_in;
+  int64_t n_out, n_in;
+};
+
+// Functions that need a workspace return false when there is no memory for it. Gates are double beside float64 tensors, else float.
+struct Kernels {
+  const char* isa;
+  void (*philox_words)(uint64_t seed, int64_t start, int64_t count, uint32_t* out, int threads);
+  void (*philox_uniform)(uint64_t seed, int64_t start, int64_t count, float* out, int threads);
+  void (*rows_forward)(const GateSpec&, DType, const RowsForward&, int threads);
+  bool (*rows_backward)(const GateSpec&, DType, const RowsBackward&, int threads);
+  void (*fold_forward)(DType w, DType out, const FoldForward&, int threads);
+  bool (*fold_backward)(DType g, DType w, const FoldBackward&, int threads);
+};
+
+const Kernels* kernels_baseline();
+const Kernels* kernels_avx2();
+const Kernels* kernels_avx512();
+
+}  // namespace dampr

@@ -1,0 +1,71 @@
+"""Argument checks shared by functions and layers: one clear error that names the argument, its value and what was expected."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+GATE_DTYPES = (torch.float32, torch.float64)
+
+
+def tensor(name: str, value: Any) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}={value!r}: expected a torch.Tensor")
+    return value
+
+
+def floating(name: str, value: Tensor) -> None:
+    if not value.is_floating_point():
+        raise TypeError(f"{name}.dtype={value.dtype}: expected a floating-point tensor")
+
+
+def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    if value.device != other.device:
+        raise ValueError(f"{name}.device={value.device}: expected {other.device}, the device of {other_name}")
+
+
+def gate_parameter(name: str, value: Tensor, count: int, what: str, like: Tensor) -> Tensor:
+    """``count`` gate parameters, fp32 (or fp64 next to fp64 tensors), on the device of ``like``; returned in the dtype to compute in."""
+    tensor(name, value)
+    if value.dtype not in GATE_DTYPES:
+        raise TypeError(
+            f"{name}.dtype={value.dtype}: expected torch.float32 or torch.float64 (gate arithmetic is never done in half precision)"
+        )
+    if value.shape != (count,):
+        raise ValueError(f"{name}.shape={tuple(value.shape)}: expected ({count},), one gate per {what}")
+    same_device(name, value, "x", like)
+    if like.dtype == torch.float64:
+        return value.double()
+    if value.dtype == torch.float64:
+        raise TypeError(
+            f"{name}.dtype={value.dtype}: expected torch.float32 next to x of dtype {like.dtype} (gate parameters are never cast down)"
+        )
+    return value
+
+
+def seed_tensor(name: str, value: int | Tensor | None, device: torch.device) -> Tensor:
+    """A seed as an int64 tensor of shape (1,) on ``device``."""
+    if value is None:
+        raise ValueError(f"{name}=None: expected an int or an int64 tensor of shape (1,), because these gates are drawn")
+    if isinstance(value, Tensor):
+        if value.dtype != torch.int64 or value.shape != (1,):
+            raise ValueError(f"{name}: got {value.dtype} of shape {tuple(value.shape)}, expected an int64 tensor of shape (1,)")
+        if value.device != device:
+            raise ValueError(f"{name}.device={value.device}: expected {device}, the device of the gates")
+        return value
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
+        raise ValueError(f"{name}={value!r}: expected an int in [0, 2**63) or an int64 tensor of shape (1,)")
+    return torch.tensor([value], dtype=torch.int64, device=device)
+
+
+def one_of(name: str, value: Any, allowed: Sequence[Any]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r}: expected one of {list(allowed)}")
+
+
+def positive_int(name: str, value: Any, least: int = 1) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}={value!r}: expected an integer of at least {least}")

@@ -1,0 +1,15 @@
+"""Plain PyTorch, clean in float64: the definition of right. Every backend answers to this room; gradients come from autograd alone."""
+
+from .gated_linear import gated_linear
+from .gates import exp_portable, expected_l0, gate, gate_derivative, gate_values, noise, open_probability
+
+__all__ = [
+    "exp_portable",
+    "expected_l0",
+    "gate",
+    "gate_derivative",
+    "gate_values",
+    "gated_linear",
+    "noise",
+    "open_probability",
+]

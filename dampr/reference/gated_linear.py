@@ -1,0 +1,39 @@
+"""y = z_out * ((x * z_in) W^T + b) with every gate written out. Equations of the gates: :mod:`dampr.spec`."""
+
+from __future__ import annotations
+
+import torch
+
+from dampr.spec import GateSpec
+
+from .gates import gate_values
+
+
+def gated_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    input_log_alpha: torch.Tensor | None,
+    output_log_alpha: torch.Tensor | None,
+    input_seed: torch.Tensor | None,
+    output_seed: torch.Tensor | None,
+    spec: GateSpec,
+    per_sample: bool,
+) -> torch.Tensor:
+    """Differentiable in every floating-point argument. x: (..., K), weight: (N, K), bias: (N,), log-alphas: (K,) and (N,); returns (...,
+    N).
+
+    Per sample, each row of ``x`` flattened to (M, K) has gates of its own.
+
+    The output gate multiplies the bias too, in training as in evaluation. (The published L0 convolution drops the bias in training.)
+    """
+    leading = x.shape[:-1]
+    rows = leading.numel() if per_sample else None
+    if per_sample:
+        x = x.reshape(leading.numel(), x.shape[-1])
+    if input_log_alpha is not None:
+        x = x * gate_values(input_log_alpha, spec, input_seed, rows).to(x.dtype)
+    y = torch.nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    if output_log_alpha is not None:
+        y = y * gate_values(output_log_alpha, spec, output_seed, rows).to(y.dtype)
+    return y.reshape(*leading, weight.shape[0]) if per_sample else y

@@ -1,0 +1,120 @@
+"""Gate values, open probability and the expected L0 penalty in plain PyTorch. Equations and notation: :mod:`dampr.spec`."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from dampr import philox
+from dampr.spec import (
+    BINARY,
+    EDGE,
+    EXP_LIMIT,
+    EXP_LN2_HI,
+    EXP_LN2_LO,
+    EXP_LOG2E,
+    EXP_POLY,
+    EXP_ROUND,
+    MEDIAN,
+    PAPER,
+    SAMPLE,
+    GateSpec,
+    is_two_thirds,
+)
+
+
+def exp_portable(x: torch.Tensor) -> torch.Tensor:
+    """exp(x) in float32 by single IEEE operations, the same bits as in C++ and Triton; ``x`` is clamped to [-80, 80]; no derivative."""
+    x = x.detach().to(torch.float32).clamp(-EXP_LIMIT, EXP_LIMIT)
+    constant = [torch.tensor(c, dtype=torch.float32, device=x.device) for c in (EXP_LOG2E, EXP_ROUND, EXP_LN2_HI, EXP_LN2_LO)]
+    log2e, magic, ln2_hi, ln2_lo = constant
+    n = (x * log2e + magic) - magic
+    f = (x - n * ln2_hi) - n * ln2_lo
+    p = torch.full_like(x, EXP_POLY[0])
+    for c in EXP_POLY[1:]:
+        p = p * f
+        p = p + torch.tensor(c, dtype=torch.float32, device=x.device)
+    return p * ((n.to(torch.int32) + 127) << 23).view(torch.float32)
+
+
+def _decide(log_alpha: torch.Tensor, spec: GateSpec, u: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which gates are exactly 0 and which exactly 1: taken in float32 whatever the dtype of the value, so that all backends agree."""
+    if spec.rule == SAMPLE:
+        assert u is not None, "a drawn gate needs its noise"
+        a, u32 = exp_portable(-log_alpha), u.to(torch.float32)
+        return u32 * (a + spec.c0) <= a, u32 * (a + spec.c1) >= a
+    la32 = log_alpha.detach().to(torch.float32)
+    return la32 <= spec.lo, la32 >= spec.hi
+
+
+def _concrete(log_alpha: torch.Tensor, spec: GateSpec, u: torch.Tensor | None) -> torch.Tensor:
+    """s, the concrete variable before stretching."""
+    if spec.rule == SAMPLE:
+        assert u is not None
+        u = u.to(log_alpha.dtype)
+        t = torch.exp(-log_alpha) * ((1 - u) / u)
+        return 1 / (1 + (t * t.sqrt() if is_two_thirds(spec.beta) else t ** (1 / spec.beta)))
+    return torch.sigmoid(log_alpha / spec.beta if spec.rule == MEDIAN else log_alpha)
+
+
+def gate(log_alpha: torch.Tensor, spec: GateSpec, u: torch.Tensor | None = None) -> torch.Tensor:
+    """Gate values for given noise, differentiable in ``log_alpha``.
+
+    ``log_alpha``: (..., n), float32 or float64; ``u``: noise in (0, 1), broadcastable with it, needed for a drawn gate.
+    """
+    zero, one = log_alpha.new_zeros(()), log_alpha.new_ones(())
+    closed, full = _decide(log_alpha, spec, u)
+    if spec.rule == BINARY:
+        return torch.where(closed, zero, one)
+    # Zero in place of a log_alpha whose gate is clipped keeps the infinities of the branch not taken out of the derivative.
+    s = _concrete(torch.where(closed | full, zero, log_alpha), spec, u)
+    z = s * (spec.zeta - spec.gamma) + spec.gamma
+    inside = z + (z.clamp(EDGE, 1 - EDGE) - z).detach()
+    return torch.where(closed, zero, torch.where(full, one, inside))
+
+
+def gate_derivative(log_alpha: torch.Tensor, spec: GateSpec, u: torch.Tensor | None = None) -> torch.Tensor:
+    """dz / dlog_alpha for given noise: (zeta - gamma) / beta s (1 - s) strictly inside (0, 1), else 0; arguments as for :func:`gate`."""
+    closed, full = _decide(log_alpha, spec, u)
+    clipped = closed | full | (spec.rule == BINARY)
+    zero = log_alpha.new_zeros(())
+    s = _concrete(torch.where(clipped, zero, log_alpha), spec, u)
+    slope = (spec.zeta - spec.gamma) / (1.0 if spec.rule == PAPER else spec.beta)
+    return torch.where(clipped, zero, slope * s * (1 - s))
+
+
+def noise(log_alpha: torch.Tensor, spec: GateSpec, seed: torch.Tensor | None, rows: int | None) -> torch.Tensor | None:
+    """The uniforms of ``seed``, (n,) or (rows, n); None for a deterministic gate."""
+    if spec.rule != SAMPLE:
+        return None
+    assert seed is not None, "a drawn gate needs a seed"
+    n = log_alpha.numel()
+    return philox.uniform(seed, n) if rows is None else philox.uniform(seed, rows * n).view(rows, n)
+
+
+def gate_values(log_alpha: torch.Tensor, spec: GateSpec, seed: torch.Tensor | None = None, rows: int | None = None) -> torch.Tensor:
+    """Gates with the noise of ``seed``: (n,), or (rows, n) with a draw per row. ``log_alpha``: (n,); differentiable in it."""
+    z = gate(log_alpha, spec, noise(log_alpha, spec, seed, rows))
+    return z if rows is None else z.expand(rows, log_alpha.numel())
+
+
+def open_probability(log_alpha: torch.Tensor, spec: GateSpec) -> torch.Tensor:
+    """P(z != 0) = sigmoid(log_alpha - beta log(-gamma / zeta)), Louizos et al. 2018 eq. 12; differentiable, shape of ``log_alpha``."""
+    return torch.sigmoid(log_alpha - spec.beta * math.log(-spec.gamma / spec.zeta))
+
+
+def expected_l0(
+    log_alpha: torch.Tensor,
+    spec: GateSpec,
+    group_size: float | torch.Tensor = 1.0,
+    *,
+    lam: float = 1.0,
+    group_sq_norm: torch.Tensor | None = None,
+    prior_precision: float = 0.0,
+) -> torch.Tensor:
+    """sum_g pi_g (rho / 2 ||w_g||^2 + lambda |g|), the expected penalty of Louizos et al. 2018 (eq. 9 and appendix A); a scalar tensor."""
+    cost = group_size * torch.as_tensor(lam, dtype=log_alpha.dtype, device=log_alpha.device)
+    if group_sq_norm is not None and prior_precision:
+        cost = cost + 0.5 * prior_precision * group_sq_norm
+    return (open_probability(log_alpha, spec) * cost).sum()

@@ -1,0 +1,380 @@
+"""The C++ kernels against dampr.reference and dampr.philox.
+
+Noise and the patterns of zeros and ones are equal to the bit; values obey the tolerance rule; neither threads nor instruction sets matter.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dampr import philox, reference, spec
+
+_C = pytest.importorskip("dampr._C", reason="dampr was built without its C++ extension", exc_type=ImportError)
+
+CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+DTYPES = list(CODES)
+SHAPES = [(0, 5), (5, 0), (1, 1), (1, 129), (3, 7), (7, 3), (5, 512), (127, 257), (3, 2053), (701, 13), (67, 2500)]
+SPECS = {
+    "two_thirds": spec.hard_concrete(),
+    "beta_0.5": spec.hard_concrete(beta=0.5, gamma=-0.3, zeta=1.2),
+    "paper": spec.hard_concrete("paper"),
+    "median": spec.hard_concrete("median"),
+    "binary": spec.hard_concrete("binary"),
+}
+LARGEST_SEED = 2**63 - 1
+
+
+def ptr(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def poisoned(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Memory in which an element that is never written shows."""
+    return torch.full(shape, float("nan"), dtype=dtype)
+
+
+def random_seed() -> torch.Tensor:
+    return torch.randint(0, LARGEST_SEED, (1,), dtype=torch.int64)
+
+
+def gate_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def random_log_alpha(n: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Log-alphas around the thresholds, some far beyond them."""
+    log_alpha = 2.5 * torch.randn(n)
+    log_alpha[::11] *= 60
+    return log_alpha.to(dtype)
+
+
+def assert_as_good(name: str, actual: torch.Tensor, same_dtype: torch.Tensor, truth: torch.Tensor) -> None:
+    """At most twice the error of PyTorch in the same dtype, against float64, plus a rounding error of the largest value."""
+    assert actual.shape == truth.shape
+    if not truth.numel():
+        return
+    assert not actual.isnan().any(), f"{name}: an element was not written"
+    rounding = 1e-13 if actual.dtype == torch.float64 else 1e-6
+    error, allowed = (actual.double() - truth).abs().max(), 2 * (same_dtype.double() - truth).abs().max() + rounding * truth.abs().max()
+    assert error <= allowed, f"{name}: error {error:.3e}, allowed {allowed:.3e}"
+
+
+def draw(rule: spec.GateSpec, log_alpha: torch.Tensor, seed: torch.Tensor, rows: int) -> torch.Tensor:
+    return reference.gate_values(log_alpha, rule, seed, rows)
+
+
+def gates_fwd(rule, log_alpha, seed, rows, threads=2):
+    z = poisoned(rows, log_alpha.numel(), dtype=log_alpha.dtype)
+    _C.gates_fwd(rule, CODES[log_alpha.dtype], ptr(log_alpha), ptr(seed), rows, log_alpha.numel(), ptr(z), threads)
+    return z
+
+
+def gates_bwd(rule, log_alpha, seed, dz, threads=2):
+    grad = poisoned(log_alpha.numel(), dtype=log_alpha.dtype)
+    _C.gates_bwd(rule, CODES[log_alpha.dtype], ptr(log_alpha), ptr(seed), *dz.shape, ptr(dz), ptr(grad), threads)
+    return grad
+
+
+def gate_rows_fwd(rule, x, log_alpha, seed, threads=2):
+    out = poisoned(*x.shape, dtype=x.dtype)
+    _C.gate_rows_fwd(rule, CODES[x.dtype], ptr(x), *x.shape, ptr(log_alpha), ptr(seed), ptr(out), threads)
+    return out
+
+
+def gate_rows_bwd(rule, x, g, log_alpha, seed, threads=2, wanted=(True, True, True)):
+    made = (poisoned(*x.shape, dtype=x.dtype), poisoned(*x.shape, dtype=x.dtype), poisoned(log_alpha.numel(), dtype=log_alpha.dtype))
+    dx, xz, grad = (t if w else None for t, w in zip(made, wanted, strict=True))
+    _C.gate_rows_bwd(rule, CODES[x.dtype], ptr(x), ptr(g), *x.shape, ptr(log_alpha), ptr(seed), ptr(dx), ptr(xz), ptr(grad), threads)
+    return dx, xz, grad
+
+
+def fold_fwd(w, z_out, z_in, dtype, threads=2):
+    out = poisoned(*w.shape, dtype=dtype)
+    _C.fold_fwd(CODES[w.dtype], CODES[dtype], ptr(w), *w.shape, ptr(z_out), ptr(z_in), ptr(out), threads)
+    return out
+
+
+def fold_bwd(g, w, z_out, z_in, threads=2, wanted=(True, True, True)):
+    dtype = gate_dtype(w.dtype)
+    made = (poisoned(*w.shape, dtype=w.dtype), poisoned(w.shape[0], dtype=dtype), poisoned(w.shape[1], dtype=dtype))
+    dw, dz_out, dz_in = (t if w_ else None for t, w_ in zip(made, wanted, strict=True))
+    _C.fold_bwd(CODES[g.dtype], CODES[w.dtype], ptr(g), ptr(w), *w.shape, ptr(z_out), ptr(z_in), ptr(dw), ptr(dz_out), ptr(dz_in), threads)
+    return dw, dz_out, dz_in
+
+
+# Noise
+
+
+def words(seed: torch.Tensor, count: int, start: int, threads: int = 2) -> torch.Tensor:
+    out = torch.full((count,), -1, dtype=torch.int32)
+    _C.philox_words(ptr(seed), start, count, ptr(out), threads)
+    return out.long() & 0xFFFFFFFF
+
+
+def uniform(seed: torch.Tensor, count: int, start: int, threads: int = 2) -> torch.Tensor:
+    out = poisoned(count)
+    _C.philox_uniform(ptr(seed), start, count, ptr(out), threads)
+    return out
+
+
+def test_words_match_the_published_known_answers() -> None:
+    # Random123 kat_vectors, philox 4x32 10: counter 0, key 0. The other vectors have counter words 2 and 3 that our layout keeps at zero.
+    expected = [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    assert words(torch.zeros(1, dtype=torch.int64), 4, 0).tolist() == expected
+
+
+STARTS = [0, 1, 2, 3, 4, 511, 2**32 - 5, 4 * 2**32 - 6, 2**40 + 7, 2**62 + 1]
+
+
+@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("count", [0, 1, 5, 512, 20_011])
+def test_noise_is_bit_equal(start: int, count: int) -> None:
+    for seed in (random_seed(), torch.tensor([LARGEST_SEED]), torch.tensor([-1])):
+        assert torch.equal(words(seed, count, start), philox.words(seed, count, start))
+        assert torch.equal(uniform(seed, count, start), philox.uniform(seed, count, start))
+
+
+# Gates
+
+
+@pytest.mark.parametrize("rule", SPECS.values(), ids=SPECS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_gates_match_the_reference(rule: spec.GateSpec, dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    rows, n = shape
+    log_alpha, seed = random_log_alpha(n, dtype), random_seed()
+    same, wide = log_alpha.clone().requires_grad_(), log_alpha.double().requires_grad_()
+    z_same, z_wide = draw(rule, same, seed, rows), draw(rule, wide, seed, rows)
+    z = gates_fwd(rule, log_alpha, seed, rows)
+    assert torch.equal(z == 0, z_same == 0)
+    assert torch.equal(z == 1, z_same == 1)
+    assert_as_good("z", z, z_same, z_wide.detach())
+
+    dz = torch.randn(rows, n, dtype=dtype)
+    grad = gates_bwd(rule, log_alpha, seed, dz)
+    if rule.rule == spec.BINARY:
+        assert torch.equal(grad, torch.zeros_like(grad))
+        return
+    (grad_same,) = torch.autograd.grad(z_same, same, dz)
+    (grad_wide,) = torch.autograd.grad(z_wide, wide, dz.double())
+    assert_as_good("dlog_alpha", grad, grad_same, grad_wide)
+
+
+def test_a_million_patterns_are_exact() -> None:
+    log_alpha, seed = 4 * torch.randn(1_000_003), random_seed()
+    for rule in (SPECS["two_thirds"], SPECS["beta_0.5"]):
+        z, truth = gates_fwd(rule, log_alpha, seed, 1), draw(rule, log_alpha, seed, 1)
+        assert torch.equal(z == 0, truth == 0)
+        assert torch.equal(z == 1, truth == 1)
+        assert (z - truth).abs().max() < 2e-6
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_infinities_decide_and_nan_is_kept(name: str) -> None:
+    log_alpha = torch.tensor([float("inf"), -float("inf"), float("nan"), 3e38, -3e38])
+    z = gates_fwd(SPECS[name], log_alpha, random_seed(), 3)
+    truth = draw(SPECS[name], log_alpha, random_seed(), 3)
+    assert torch.equal(z.nan_to_num(7.0), truth.nan_to_num(7.0))
+
+
+# Gates times rows
+
+
+@pytest.mark.parametrize("rule", SPECS.values(), ids=SPECS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_gate_rows_match_the_reference(rule: spec.GateSpec, dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    rows, n = shape
+    x, g = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
+    log_alpha, seed = random_log_alpha(n, gate_dtype(dtype)), random_seed()
+    same, wide = log_alpha.clone().requires_grad_(), log_alpha.double().requires_grad_()
+    z_same, z_wide = draw(rule, same, seed, rows), draw(rule, wide, seed, rows)
+    xs, gs = x.to(gate_dtype(dtype)), g.to(gate_dtype(dtype))
+
+    out = gate_rows_fwd(rule, x, log_alpha, seed)
+    assert_as_good("out", out, (xs * z_same).to(dtype), x.double() * z_wide.detach())
+    assert torch.equal(out == 0, (xs * z_same).to(dtype) == 0)
+
+    dx, xz, grad = gate_rows_bwd(rule, x, g, log_alpha, seed)
+    assert torch.equal(xz, out)
+    assert_as_good("dx", dx, (gs * z_same).to(dtype), g.double() * z_wide.detach())
+    if rule.rule == spec.BINARY:
+        assert torch.equal(grad, torch.zeros_like(grad))
+        return
+    (grad_same,) = torch.autograd.grad(z_same, same, xs * gs)
+    (grad_wide,) = torch.autograd.grad(z_wide, wide, x.double() * g.double())
+    assert_as_good("dlog_alpha", grad, grad_same, grad_wide)
+
+
+def test_gate_rows_bwd_writes_only_what_is_asked_for() -> None:
+    x, g, log_alpha, seed = torch.randn(70, 33), torch.randn(70, 33), random_log_alpha(33), random_seed()
+    whole = gate_rows_bwd(SPECS["two_thirds"], x, g, log_alpha, seed)
+    for wanted in ((True, False, False), (False, True, False), (False, False, True), (False, False, False)):
+        part = gate_rows_bwd(SPECS["two_thirds"], x, g, log_alpha, seed, wanted=wanted)
+        for made, expected, asked in zip(part, whole, wanted, strict=True):
+            assert (made is not None) == asked
+            assert made is None or torch.equal(made, expected)
+
+
+# Fold
+
+
+def pairs() -> list[tuple[torch.dtype, torch.dtype]]:
+    return [(a, b) for a in DTYPES for b in DTYPES if (a == torch.float64) == (b == torch.float64)]
+
+
+def random_gates(n: int, dtype: torch.dtype) -> torch.Tensor:
+    return (1.4 * torch.rand(n) - 0.2).clamp(0, 1).to(gate_dtype(dtype))
+
+
+@pytest.mark.parametrize("sides", ["both", "out", "in", "none"])
+@pytest.mark.parametrize(("first", "second"), pairs(), ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_fold_matches_pytorch(sides: str, first: torch.dtype, second: torch.dtype, shape: tuple[int, int]) -> None:
+    n_out, n_in = shape
+    w = torch.randn(shape).to(first)
+    z_out = random_gates(n_out, first) if sides in ("both", "out") else None
+    z_in = random_gates(n_in, first) if sides in ("both", "in") else None
+    by_row = torch.ones(n_out, 1, dtype=gate_dtype(first)) if z_out is None else z_out[:, None]
+    by_column = torch.ones(n_in, dtype=gate_dtype(first)) if z_in is None else z_in
+    assert torch.equal(fold_fwd(w, z_out, z_in, second), (w.to(by_row.dtype) * by_row * by_column).to(second))
+
+    g, w = torch.randn(shape).to(first), torch.randn(shape).to(second)
+    dw, dz_out, dz_in = fold_bwd(g, w, z_out, z_in)
+    gs, ws = g.to(by_row.dtype), w.to(by_row.dtype)
+    assert torch.equal(dw, (gs * by_row * by_column).to(second))
+    product, product_wide = gs * ws, g.double() * w.double()
+    assert_as_good("dz_out", dz_out, (product * by_column).sum(1), (product_wide * by_column.double()).sum(1))
+    assert_as_good("dz_in", dz_in, (product * by_row).sum(0), (product_wide * by_row.double()).sum(0))
+
+
+def test_fold_bwd_writes_only_what_is_asked_for() -> None:
+    g, w, z_out, z_in = torch.randn(70, 33), torch.randn(70, 33), torch.rand(70), torch.rand(33)
+    whole = fold_bwd(g, w, z_out, z_in)
+    for wanted in ((True, False, False), (False, True, False), (False, False, True), (False, False, False)):
+        for made, expected in zip(fold_bwd(g, w, z_out, z_in, wanted=wanted), whole, strict=True):
+            assert made is None or torch.equal(made, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_every_narrow_number_survives_and_rounding_is_to_nearest_even(dtype: torch.dtype) -> None:
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)[None]
+    assert torch.equal(fold_fwd(every, None, None, torch.float32).nan_to_num(7.0), every.float().nan_to_num(7.0))
+    wide = (torch.randn(1, 100_003).double() * 10 ** torch.empty(1, 100_003).uniform_(-9, 6).double()).float()
+    ties = (every[every.isfinite()].float() * (1 + 2.0**-12))[None]  # halfway cases, and both sides of them
+    for value in (wide, ties, every.float()):
+        assert torch.equal(fold_fwd(value, None, None, dtype).nan_to_num(7.0), value.to(dtype).nan_to_num(7.0))
+
+
+# Promises that hold for all
+
+
+def every_result(threads: int) -> dict[str, torch.Tensor]:
+    """One result of each function and kind of gate, from fixed inputs."""
+    generator = torch.Generator().manual_seed(7)
+    rows, n = 70, 2503
+    x, g = torch.randn(rows, n, generator=generator), torch.randn(rows, n, generator=generator)
+    log_alpha, seed = 2.5 * torch.randn(n, generator=generator), torch.tensor([0x0123456789ABCDEF])
+    z_out, z_in = torch.rand(rows, generator=generator), torch.rand(n, generator=generator)
+    results = {"words": words(seed, 70_001, 3, threads), "uniform": uniform(seed, 70_001, 3, threads)}
+    for name, rule in SPECS.items():
+        results[f"{name} z"] = gates_fwd(rule, log_alpha, seed, rows, threads)
+        results[f"{name} z one row"] = gates_fwd(rule, x.flatten(), seed, 1, threads)
+        results[f"{name} z float64"] = gates_fwd(rule, log_alpha.double(), seed, rows, threads)
+        results[f"{name} dlog_alpha"] = gates_bwd(rule, log_alpha, seed, g, threads)
+        for dtype in DTYPES:
+            args = x.to(dtype), g.to(dtype), log_alpha.to(gate_dtype(dtype)), seed, threads
+            results |= {f"{name} {dtype} backward {i}": t for i, t in enumerate(gate_rows_bwd(rule, *args))}
+            results[f"{name} {dtype} forward"] = gate_rows_fwd(rule, args[0], *args[2:])
+    for dtype in DTYPES:
+        args = x.to(dtype), z_out.to(gate_dtype(dtype)), z_in.to(gate_dtype(dtype))
+        results[f"fold {dtype}"] = fold_fwd(*args, dtype, threads)
+        results |= {f"fold {dtype} backward {i}": t for i, t in enumerate(fold_bwd(g.to(dtype), *args, threads))}
+    return results
+
+
+@pytest.mark.parametrize("threads", [2, 3, 7])
+def test_results_do_not_depend_on_the_number_of_threads(threads: int) -> None:
+    for (name, one), many in zip(every_result(1).items(), every_result(threads).values(), strict=True):
+        assert torch.equal(one, many), name
+
+
+def digest() -> str:
+    """A line per result: its bits for what is exact (noise, zero and one patterns), in hexadecimal."""
+    lines = []
+    for name, result in every_result(2).items():
+        exact = result if name in ("words", "uniform") else torch.stack([result == 0, result == 1])
+        lines.append(f"{name}: {hashlib.sha256(exact.numpy().tobytes()).hexdigest()}")
+    return "\n".join(lines)
+
+
+def run_with_isa(isa: str, code: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"DAMPR_CPU_ISA": isa, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.mark.parametrize("isa", _C.build_info()["isas"])
+def test_every_instruction_set_gives_the_same_patterns(isa: str) -> None:
+    run = run_with_isa(isa, "import test_csrc; print(test_csrc._C.isa()); print(test_csrc.digest())")
+    if "this processor offers" in run.stderr:
+        pytest.skip(f"this processor has no {isa}")
+    used, _, patterns = run.stdout.strip().partition("\n")
+    assert used == isa, run.stderr
+    assert patterns == digest()
+
+
+def test_an_unknown_instruction_set_is_refused_by_name() -> None:
+    run = run_with_isa("mmx", "from dampr import _C; _C.isa()")
+    assert run.returncode != 0
+    assert "DAMPR_CPU_ISA=mmx" in run.stderr
+    assert "baseline" in run.stderr
+
+
+RULE = SPECS["two_thirds"]
+WRONG = {
+    r"dtype=4: expected": lambda a: _C.gate_rows_fwd(RULE, 4, a, 1, 1, a, a, a, 1),
+    r"dtype=2: expected 0 \(float32\) or 1": lambda a: _C.gates_fwd(RULE, 2, a, a, 1, 1, a, 1),
+    r"rows=-1: expected": lambda a: _C.gates_fwd(RULE, 0, a, a, -1, 1, a, 1),
+    r"n=-3: expected": lambda a: _C.gates_bwd(RULE, 0, a, a, 1, -3, a, a, 1),
+    r"n_out=-1: expected": lambda a: _C.fold_fwd(0, 0, a, -1, 1, a, a, a, 1),
+    r"n_in=-2: expected": lambda a: _C.fold_bwd(0, 0, a, a, 1, -2, a, a, a, a, a, 1),
+    r"rows=9223372036854775807: expected": lambda a: _C.gate_rows_fwd(RULE, 0, a, 2**63 - 1, 2, a, a, a, 1),
+    r"threads=0: expected": lambda a: _C.gate_rows_bwd(RULE, 0, a, a, 1, 1, a, a, a, a, a, 0),
+    r"spec\.family=9: expected": lambda a: _C.gates_fwd(RULE._replace(family=9), 0, a, a, 1, 1, a, 1),
+    r"spec\.rule=4: expected": lambda a: _C.gates_fwd(RULE._replace(rule=4), 0, a, a, 1, 1, a, 1),
+    r"spec\.beta=0": lambda a: _C.gates_fwd(RULE._replace(beta=0.0), 0, a, a, 1, 1, a, 1),
+    r"spec=.*9 fields": lambda a: _C.gates_fwd(tuple(RULE)[:8], 0, a, a, 1, 1, a, 1),
+    r"seed_ptr=0: expected": lambda a: _C.gates_fwd(RULE, 0, a, 0, 1, 1, a, 1),
+    r"x=0: expected": lambda a: _C.gate_rows_fwd(RULE, 0, 0, 1, 1, a, a, a, 1),
+    r"log_alpha=0: expected": lambda a: _C.gate_rows_fwd(RULE, 0, a, 1, 1, 0, a, a, 1),
+    r"out_dtype=0: expected float64": lambda a: _C.fold_fwd(1, 0, a, 1, 1, a, a, a, 1),
+    r"start=-4: expected": lambda a: _C.philox_words(a, -4, 1, a, 1),
+    r"count=-1: expected": lambda a: _C.philox_uniform(a, 0, -1, a, 1),
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_wrong_arguments_are_named(message: str) -> None:
+    tensor = torch.zeros(4, dtype=torch.float64)
+    with pytest.raises(ValueError, match=message):
+        WRONG[message](ptr(tensor))
+
+
+def test_torch_and_the_extension_share_one_openmp() -> None:
+    if not sys.platform.startswith("linux") or not _C.build_info()["openmp"]:
+        pytest.skip("no OpenMP, or no /proc to look at")
+    code = (
+        "import os, torch; from dampr import _C; import test_csrc; torch.set_num_threads(3); a = torch.randn(2000, 2000); (a * a).sum()\n"
+        "before = len(os.listdir('/proc/self/task')); test_csrc.uniform(test_csrc.random_seed(), 10**6, 0, 3)\n"
+        "maps = {line.split()[-1] for line in open('/proc/self/maps') if 'libgomp' in line or 'libiomp' in line}\n"
+        "print(len(maps), len(os.listdir('/proc/self/task')) - before)"
+    )
+    run = run_with_isa("", code)
+    assert run.stdout.split() == ["1", "0"], run.stdout + run.stderr
