@@ -1,0 +1,82 @@
+"""Where a number comes from: the environment of a run, and results as JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterable
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dampr import _version, ops
+
+
+def environment() -> dict[str, Any]:
+    """Versions, devices, thread count and commit of this run; plain data."""
+    try:
+        import triton
+
+        triton_version = triton.__version__
+    except ImportError:
+        triton_version = None
+    return {
+        "dampr": _version.__version__,
+        "commit": _commit(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": triton_version,
+        "cpu": _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "driver": _driver(),
+        "backends": ops.backend_info(),
+    }
+
+
+def write_json(path: str | os.PathLike[str], payload: Any) -> None:
+    """One JSON document, parent folders made; written whole or not at all."""
+    _replace(Path(path), json.dumps(payload, indent=1) + "\n")
+
+
+def write_jsonl(path: str | os.PathLike[str], rows: Iterable[dict[str, Any]]) -> None:
+    """One JSON object a line, parent folders made; written whole or not at all."""
+    _replace(Path(path), "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _replace(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+def _run(*command: str) -> str | None:
+    try:
+        return (
+            subprocess.run(command, capture_output=True, text=True, check=True, timeout=20, cwd=Path(__file__).parent).stdout.strip()
+            or None
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _commit() -> str | None:
+    return os.environ.get("DAMPR_COMMIT") or _run("git", "describe", "--always", "--dirty", "--abbrev=12")
+
+
+def _driver() -> str | None:
+    return _run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if torch.cuda.is_available() else None
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

@@ -1,0 +1,88 @@
+"""The reference as a backend: values from :mod:`dampr.reference`, gradients written out in plain PyTorch (an op runs below autograd)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dampr import reference
+from dampr.spec import GateSpec
+
+
+def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
+    """None: the reference runs wherever torch runs."""
+    return None
+
+
+def sample_gates_fwd(log_alpha: Tensor, seed: Tensor | None, rows: int | None, spec: GateSpec) -> Tensor:
+    return reference.gate_values(log_alpha, spec, seed, rows).clone()
+
+
+def sample_gates_bwd(dz: Tensor, log_alpha: Tensor, seed: Tensor | None, rows: int | None, spec: GateSpec) -> Tensor:
+    grad = dz * reference.gate_derivative(log_alpha, spec, reference.noise(log_alpha, spec, seed, rows))
+    return grad if rows is None else grad.sum(0)
+
+
+def gated_linear_fwd(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    input_log_alpha: Tensor | None,
+    output_log_alpha: Tensor | None,
+    input_seed: Tensor | None,
+    output_seed: Tensor | None,
+    spec: GateSpec,
+    per_sample: bool,
+    keep_pre: bool,
+) -> tuple[Tensor, Tensor]:
+    args = (input_seed, output_seed, spec, per_sample)
+    y = reference.gated_linear(x, weight, bias, input_log_alpha, output_log_alpha, *args)
+    pre = reference.gated_linear(x, weight, bias, input_log_alpha, None, *args) if keep_pre else x.new_empty(0)
+    return y, pre
+
+
+def gated_linear_bwd(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    input_log_alpha: Tensor | None,
+    output_log_alpha: Tensor | None,
+    input_seed: Tensor | None,
+    output_seed: Tensor | None,
+    pre: Tensor,
+    spec: GateSpec,
+    per_sample: bool,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    need_x, need_w, need_b, need_in, need_out = needs
+    rows = x.shape[:-1].numel()
+    x2, dy2, w = x.reshape(rows, x.shape[-1]), dy.reshape(rows, dy.shape[-1]), weight.to(x.dtype)
+    draws = rows if per_sample else None
+
+    def gate(log_alpha: Tensor | None, seed: Tensor | None) -> Tensor:
+        return x.new_ones(()) if log_alpha is None else reference.gate_values(log_alpha, spec, seed, draws).to(x.dtype)
+
+    def through(upstream: Tensor, log_alpha: Tensor, seed: Tensor | None) -> Tensor:
+        """sum over rows of upstream * z', with (rows, n) -> (n,)."""
+        upstream = upstream.to(log_alpha.dtype)
+        return sample_gates_bwd(upstream if per_sample else upstream.sum(0), log_alpha, seed, draws, spec)
+
+    z_in, z_out = gate(input_log_alpha, input_seed), gate(output_log_alpha, output_seed)
+    xz, g = x2 * z_in, dy2 * z_out
+    back = g @ w if need_x or need_in else None
+    dx = dw = db = din = dout = None
+    if need_x and back is not None:
+        dx = (back * z_in).view(x.shape)
+    if need_w:
+        dw = (g.t() @ xz).to(weight.dtype)
+    if need_b and bias is not None:
+        db = g.sum(0).to(bias.dtype)
+    if need_in and input_log_alpha is not None and back is not None:
+        din = through(x2 * back, input_log_alpha, input_seed)
+    if need_out and output_log_alpha is not None:
+        before = torch.nn.functional.linear(xz, w, None if bias is None else bias.to(x.dtype))
+        dout = through(dy2 * before, output_log_alpha, output_seed)
+    return dx, dw, db, din, dout

@@ -1,0 +1,113 @@
+"""Which backend runs an op: triton on CUDA, cpp on the CPU, reference everywhere; by itself, by environment, or by ``with
+dampr.backend(...)``.
+
+Auto falls back only on absence, never after a failure. An explicit choice that cannot be honoured raises and says why.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+
+import torch
+
+NAMES = ("triton", "cpp", "reference")
+ENVIRONMENT = "DAMPR_BACKEND"
+_chosen: list[str] = []  # process-wide on purpose: the backward of CUDA ops runs in threads of its own
+
+
+class BackendUnavailableError(RuntimeError):
+    """A backend was asked for by name and is not there, or cannot run on these tensors."""
+
+
+def _load(name: str) -> tuple[ModuleType | None, str]:
+    try:
+        return importlib.import_module(f"dampr.ops.backend_{name}"), ""
+    except ImportError as error:
+        return None, f"{type(error).__name__}: {error}"
+
+
+_modules: dict[str, tuple[ModuleType | None, str]] = {}
+
+
+def _module(name: str) -> tuple[ModuleType | None, str]:
+    if name not in _modules:
+        _modules[name] = _load(name)
+    return _modules[name]
+
+
+def _checked(name: str, source: str) -> str:
+    if name not in (*NAMES, "auto"):
+        raise ValueError(f"{source}={name!r}: expected one of {('auto', *NAMES)}")
+    return name
+
+
+def why_not(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """The reason why backend ``name`` cannot run tensors of this device and dtype, or None when it can."""
+    module, missing = _module(name)
+    if module is None:
+        return missing
+    reason: str | None = module.unavailable(device, dtype) if hasattr(module, "unavailable") else module.available(device)
+    return reason
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Run every dampr op of the block on ``name``: ``"auto"``, ``"triton"``, ``"cpp"`` or ``"reference"``.
+
+    Raises ValueError for an unknown name and BackendUnavailableError for one that is not installed; an op whose tensors the backend cannot
+    take raises BackendUnavailableError when it is called. Without a block, the environment variable ``DAMPR_BACKEND`` decides, and then
+    ``"auto"``.
+    """
+    if _checked(name, "name") != "auto" and _module(name)[0] is None:
+        raise BackendUnavailableError(f"backend {name!r} is not there: {_module(name)[1]}")
+    _chosen.append(name)
+    try:
+        yield
+    finally:
+        _chosen.pop()
+
+
+def choose(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    """The backend for tensors of this device and dtype, and the reason, in words."""
+    if _chosen:
+        name, source = _chosen[-1], "dampr.backend(...)"
+    else:
+        name, source = _checked(os.environ.get(ENVIRONMENT, "auto"), ENVIRONMENT), f"the environment variable {ENVIRONMENT}"
+    if name != "auto":
+        reason = why_not(name, device, dtype)
+        if reason is not None:
+            raise BackendUnavailableError(f"backend {name!r}, chosen by {source}, cannot run {dtype} on {device}: {reason}")
+        return name, f"chosen by {source}"
+    preferred = "triton" if device.type == "cuda" else "cpp"
+    reason = why_not(preferred, device, dtype)
+    if reason is None:
+        return preferred, f"the fused backend for {device.type} tensors"
+    return "reference", f"{preferred} is not to be had: {reason}"
+
+
+def select(device: torch.device, dtype: torch.dtype) -> ModuleType:
+    """The module of the backend that :func:`choose` names."""
+    module, _ = _module(choose(device, dtype)[0])
+    assert module is not None
+    return module
+
+
+def backend_info() -> dict[str, str]:
+    """What is there: for each backend ``"available"``, or the reason why it is missing; plus the versions that matter."""
+    info = {"reference": "available"}
+    cpp, missing = _module("cpp")
+    info["cpp"] = f"available ({cpp.describe()})" if cpp is not None else f"missing: {missing}"
+    triton, missing = _module("triton")
+    if triton is None:
+        info["triton"] = f"missing: {missing}"
+    else:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        reason = why_not("triton", device, torch.float32)
+        info["triton"] = "available" if reason is None else f"installed, not usable: {reason}"
+    info["torch"] = torch.__version__
+    info["cuda"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device"
+    return info

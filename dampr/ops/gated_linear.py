@@ -1,0 +1,169 @@
+"""y = z_out * ((x * z_in) W^T + b), gates per batch or per sample, as one op forward and one op backward."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from dampr.spec import SAMPLE, GateSpec
+
+from .backends import select
+from .library import define, unpack
+
+_GATES = "Tensor? input_log_alpha, Tensor? output_log_alpha, Tensor? input_seed, Tensor? output_seed"
+Maybe = Tensor | None
+
+
+def _fwd(
+    x: Tensor,
+    weight: Tensor,
+    bias: Maybe,
+    in_la: Maybe,
+    out_la: Maybe,
+    in_seed: Maybe,
+    out_seed: Maybe,
+    spec: Sequence[float],
+    per_sample: bool,
+    keep_pre: bool,
+) -> tuple[Tensor, Tensor]:
+    result: tuple[Tensor, Tensor] = select(x.device, x.dtype).gated_linear_fwd(
+        x, weight, bias, in_la, out_la, in_seed, out_seed, unpack(spec), per_sample, keep_pre
+    )
+    return result
+
+
+def _fwd_fake(
+    x: Tensor,
+    weight: Tensor,
+    bias: Maybe,
+    in_la: Maybe,
+    out_la: Maybe,
+    in_seed: Maybe,
+    out_seed: Maybe,
+    spec: Sequence[float],
+    per_sample: bool,
+    keep_pre: bool,
+) -> tuple[Tensor, Tensor]:
+    shape = (*x.shape[:-1], weight.shape[0])
+    return x.new_empty(shape), x.new_empty(shape if keep_pre else (0,))
+
+
+def _bwd(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Maybe,
+    in_la: Maybe,
+    out_la: Maybe,
+    in_seed: Maybe,
+    out_seed: Maybe,
+    pre: Tensor,
+    spec: Sequence[float],
+    per_sample: bool,
+    needs: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    grads = select(x.device, x.dtype).gated_linear_bwd(
+        dy, x, weight, bias, in_la, out_la, in_seed, out_seed, pre, unpack(spec), per_sample, needs
+    )
+    return tuple(x.new_empty(0) if g is None else g for g in grads)
+
+
+def _bwd_fake(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Maybe,
+    in_la: Maybe,
+    out_la: Maybe,
+    in_seed: Maybe,
+    out_seed: Maybe,
+    pre: Tensor,
+    spec: Sequence[float],
+    per_sample: bool,
+    needs: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    inputs = (x, weight, bias, in_la, out_la)
+    return tuple(t.new_empty(t.shape) if need and t is not None else x.new_empty(0) for t, need in zip(inputs, needs, strict=True))
+
+
+fwd = define(
+    f"gated_linear_fwd(Tensor x, Tensor weight, Tensor? bias, {_GATES}, float[] spec, bool per_sample, bool keep_pre) -> (Tensor, Tensor)",
+    _fwd,
+    _fwd_fake,
+)
+bwd = define(
+    f"gated_linear_bwd(Tensor dy, Tensor x, Tensor weight, Tensor? bias, {_GATES}, Tensor pre, float[] spec, bool per_sample, bool[] needs)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _bwd,
+    _bwd_fake,
+)
+
+
+@register_flop_formula(torch.ops.dampr.gated_linear_fwd)
+def _fwd_flops(x_shape: Any, weight_shape: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    """What the dense layer costs: gates are not counted."""
+    return 2 * math.prod(x_shape) * int(weight_shape[0])
+
+
+@register_flop_formula(torch.ops.dampr.gated_linear_bwd)
+def _bwd_flops(dy_shape: Any, x_shape: Any, weight_shape: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    """Two products where both gradients are wanted; the shapes of unwanted ones are empty."""
+    wanted = sum(math.prod(shape) > 0 for shape in (out_shape[0], out_shape[1]))
+    return 2 * math.prod(x_shape) * int(weight_shape[0]) * wanted
+
+
+class _GatedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        x: Tensor,
+        weight: Tensor,
+        bias: Maybe,
+        in_la: Maybe,
+        out_la: Maybe,
+        in_seed: Maybe,
+        out_seed: Maybe,
+        spec: GateSpec,
+        per_sample: bool,
+        keep_pre: bool,
+    ) -> Any:
+        return fwd(x, weight, bias, in_la, out_la, in_seed, out_seed, spec, per_sample, keep_pre)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        *tensors, ctx.spec, ctx.per_sample, _ = inputs
+        pre = output[1]
+        ctx.mark_non_differentiable(pre)
+        ctx.save_for_backward(*tensors, pre)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, _: Any) -> Any:  # type: ignore[override]
+        x, weight, bias, in_la, out_la, in_seed, out_seed, pre = ctx.saved_tensors
+        needs = list(ctx.needs_input_grad[:5])
+        grads = bwd(dy, x, weight, bias, in_la, out_la, in_seed, out_seed, pre, ctx.spec, ctx.per_sample, needs)
+        return (*(g if need else None for g, need in zip(grads, needs, strict=True)), None, None, None, None, None)
+
+
+def gated_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    input_log_alpha: Tensor | None,
+    output_log_alpha: Tensor | None,
+    input_seed: Tensor | None,
+    output_seed: Tensor | None,
+    spec: GateSpec,
+    per_sample: bool,
+) -> Tensor:
+    """Differentiable gated linear map; arguments are taken as checked (:func:`dampr.functional.gated_linear` checks)."""
+    per_sample = per_sample and spec.rule == SAMPLE  # a deterministic gate is the same for every row
+    learns = output_log_alpha is not None and output_log_alpha.requires_grad and torch.is_grad_enabled()
+    keep_pre = per_sample and learns
+    y: Tensor = _GatedLinear.apply(x, weight, bias, input_log_alpha, output_log_alpha, input_seed, output_seed, spec, per_sample, keep_pre)[
+        0
+    ]
+    return y

@@ -1,0 +1,27 @@
+"""The ``dampr`` operator library and the two ways into it that every op uses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from dampr.spec import GateSpec
+
+LIBRARY = torch.library.Library("dampr", "DEF")
+
+
+def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """Define ``dampr::<schema>``, implement it on CPU and CUDA, give it a fake; returns the callable overload."""
+    name = schema.split("(")[0]
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    for key in ("CPU", "CUDA"):
+        LIBRARY.impl(name, implementation, key)
+    torch.library.register_fake(f"dampr::{name}", fake, lib=LIBRARY)
+    return getattr(torch.ops.dampr, name).default
+
+
+def unpack(spec: Sequence[float]) -> GateSpec:
+    """A GateSpec from the float list that travels through the schema."""
+    return GateSpec(int(spec[0]), int(spec[1]), *spec[2:])

@@ -1,0 +1,59 @@
+"""z = gate(log_alpha, U(seed, index)): (n,) or (rows, n); the backward draws the same noise again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dampr.spec import GateSpec
+
+from .backends import select
+from .library import define, unpack
+
+
+def _fwd(log_alpha: Tensor, seed: Tensor | None, rows: int | None, spec: Sequence[float]) -> Tensor:
+    z: Tensor = select(log_alpha.device, log_alpha.dtype).sample_gates_fwd(log_alpha, seed, rows, unpack(spec))
+    return z
+
+
+def _fwd_fake(log_alpha: Tensor, seed: Tensor | None, rows: int | None, spec: Sequence[float]) -> Tensor:
+    n = log_alpha.shape[0]
+    return log_alpha.new_empty((n,) if rows is None else (rows, n))
+
+
+def _bwd(dz: Tensor, log_alpha: Tensor, seed: Tensor | None, rows: int | None, spec: Sequence[float]) -> Tensor:
+    grad: Tensor = select(log_alpha.device, log_alpha.dtype).sample_gates_bwd(dz, log_alpha, seed, rows, unpack(spec))
+    return grad
+
+
+def _bwd_fake(dz: Tensor, log_alpha: Tensor, seed: Tensor | None, rows: int | None, spec: Sequence[float]) -> Tensor:
+    return log_alpha.new_empty(log_alpha.shape)
+
+
+fwd = define("sample_gates_fwd(Tensor log_alpha, Tensor? seed, SymInt? rows, float[] spec) -> Tensor", _fwd, _fwd_fake)
+bwd = define("sample_gates_bwd(Tensor dz, Tensor log_alpha, Tensor? seed, SymInt? rows, float[] spec) -> Tensor", _bwd, _bwd_fake)
+
+
+class _SampleGates(torch.autograd.Function):
+    @staticmethod
+    def forward(log_alpha: Tensor, seed: Tensor | None, rows: int | None, spec: GateSpec) -> Any:
+        return fwd(log_alpha, seed, rows, spec)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        log_alpha, seed, ctx.rows, ctx.spec = inputs
+        ctx.save_for_backward(log_alpha, seed)
+
+    @staticmethod
+    def backward(ctx: Any, dz: Tensor) -> Any:  # type: ignore[override]
+        log_alpha, seed = ctx.saved_tensors
+        return bwd(dz, log_alpha, seed, ctx.rows, ctx.spec), None, None, None
+
+
+def sample_gates(log_alpha: Tensor, seed: Tensor | None, rows: int | None, spec: GateSpec) -> Tensor:
+    """Differentiable gate values; arguments are taken as checked (:func:`dampr.functional.sample_gates` checks)."""
+    z: Tensor = _SampleGates.apply(log_alpha, seed, rows, spec)
+    return z

@@ -1,0 +1,113 @@
+"""The tolerance rules that dampr's own kernels are held to, as assertions for anybody's kernels.
+
+An output is right when, against a float64 truth, (1) its largest error is at most twice that of plain PyTorch in the same dtype plus 1e-6
+of the largest true value, and (2) its RMS error is below a fixed share of the true RMS for its dtype. Noise and masks are compared
+exactly, not by these rules.
+
+In half precision 1e-6 is far below what one rounding does (2^-9 in bfloat16), results pass several, and on a handful of elements plain
+PyTorch may be exact by luck; there one unit in the last place, at the largest true value, takes its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+__all__ = ["HARD_SHAPES", "RMS_BOUND", "Comparison", "assert_close", "compare", "layouts", "poisoned_empty"]
+
+# (M, K, N) of a linear map: nothing, one, primes, one past and one short of a tile, K below a tile.
+HARD_SHAPES = ((0, 5, 3), (1, 1, 1), (5, 7, 3), (1, 129, 65), (33, 8, 16), (127, 257, 63))
+
+RMS_BOUND = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One tensor against its truth: the largest error and its bound, the RMS ratio and its bound; ``ok`` when both hold, without NaN."""
+
+    name: str
+    error: float
+    bound: float
+    rms: float
+    rms_bound: float
+
+    @property
+    def ok(self) -> bool:
+        return self.error <= self.bound and self.rms <= self.rms_bound
+
+    @property
+    def share(self) -> float:
+        """The larger of the two errors as a share of its bound; above 1 fails."""
+        parts = [e / b if b else float(e > 0) for e, b in ((self.error, self.bound), (self.rms, self.rms_bound))]
+        return max(parts) if all(p == p for p in parts) else float("inf")
+
+    def __str__(self) -> str:
+        return f"{self.name}: max error {self.error:.3g} (bound {self.bound:.3g}), RMS ratio {self.rms:.3g} (bound {self.rms_bound:.3g})"
+
+
+def compare(name: str, out: Tensor, truth: Tensor, baseline: Tensor, dtype: torch.dtype | None = None) -> Comparison:
+    """Measure ``out`` by the two rules.
+
+    Args:
+        name: for the message.
+        out: the tensor under test, any floating dtype.
+        truth: float64, the same shape.
+        baseline: what plain PyTorch gives in the same dtype.
+        dtype: that dtype; None: the one of ``out``. (A float32 gate gradient of a bfloat16 layer is held to bfloat16.)
+
+    A baseline whose own RMS error passes the fixed bound (a long half-precision sum) moves that bound to twice its error.
+    """
+    if out.shape != truth.shape or baseline.shape != truth.shape:
+        raise AssertionError(f"{name}: shape {tuple(out.shape)}, baseline {tuple(baseline.shape)}, truth {tuple(truth.shape)}")
+    if not truth.numel():
+        return Comparison(name, 0.0, 0.0, 0.0, 0.0)
+    truth = truth.detach().double().cpu()
+    gap, own = (out.detach().double().cpu() - truth).abs(), (baseline.detach().double().cpu() - truth).abs()
+    scale, rms_truth = truth.abs().max(), truth.square().mean().sqrt()
+    dtype = out.dtype if dtype is None else dtype
+    slack = 1e-13 if dtype == torch.float64 else max(1e-6, torch.finfo(dtype).eps if dtype.itemsize == 2 else 0.0)
+    bound = 2 * own.max() + slack * scale
+    ratio, own_ratio = (float(e.square().mean().sqrt() / rms_truth) if rms_truth else float(e.max()) for e in (gap, own))
+    return Comparison(name, float(gap.max()), float(bound), ratio, max(RMS_BOUND[dtype], 2 * own_ratio))
+
+
+def assert_close(name: str, out: Tensor, truth: Tensor, baseline: Tensor, dtype: torch.dtype | None = None) -> None:
+    """Raise AssertionError with the numbers unless ``out`` passes :func:`compare`."""
+    result = compare(name, out, truth, baseline, dtype)
+    if not result.ok:
+        raise AssertionError(str(result))
+
+
+def layouts(t: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """``t`` in memory layouts that break kernels which trust strides: as it is, transposed, a slice of a wider matrix, an offset view."""
+    yield "contiguous", t
+    yield "transposed", t.t().contiguous().t()
+    wide = torch.cat((t, torch.full_like(t, float("nan"))), dim=1)
+    yield "sliced", wide[:, : t.shape[1]]
+    flat = torch.cat((t.new_full((1,), float("nan")), t.reshape(-1)))
+    yield "offset", flat[1:].view(t.shape)
+
+
+@contextmanager
+def poisoned_empty() -> Iterator[None]:
+    """Fill what ``torch.empty``, ``torch.empty_like`` and ``Tensor.new_empty`` return with NaN, so that an unwritten element shows."""
+
+    def poisoned(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def wrapper(*args: Any, **kwargs: Any) -> Tensor:
+            out = function(*args, **kwargs)
+            return out.fill_(float("nan")) if out.is_floating_point() and not out.is_meta else out
+
+        return wrapper
+
+    with (
+        mock.patch.object(torch, "empty", poisoned(torch.empty)),
+        mock.patch.object(torch, "empty_like", poisoned(torch.empty_like)),
+        mock.patch.object(Tensor, "new_empty", poisoned(Tensor.new_empty)),
+    ):
+        yield
