@@ -1,0 +1,46 @@
+"""dampr: learned gates that prune PyTorch networks while they train, fused so that the gates cost next to nothing.
+
+>>> import torch, dampr
+>>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 2))
+>>> x = torch.randn(4, 8)
+>>> model = dampr.convert(model, example_inputs=x)
+>>> small = dampr.compact(model, example_inputs=x)
+"""
+
+from dampr import functional, gates, nn
+from dampr._version import __version__
+from dampr.ops import BackendUnavailableError, backend, backend_info
+from dampr.prune import (
+    CompactionError,
+    ConversionError,
+    FileError,
+    Summary,
+    compact,
+    convert,
+    load,
+    param_groups,
+    penalty,
+    save,
+    summary,
+)
+
+__all__ = [
+    "BackendUnavailableError",
+    "CompactionError",
+    "ConversionError",
+    "FileError",
+    "Summary",
+    "__version__",
+    "backend",
+    "backend_info",
+    "compact",
+    "convert",
+    "functional",
+    "gates",
+    "load",
+    "nn",
+    "param_groups",
+    "penalty",
+    "save",
+    "summary",
+]

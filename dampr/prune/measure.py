@@ -1,0 +1,28 @@
+"""Counting: parameters and multiply-accumulates."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from dampr.gates import Gate
+
+from . import inputs
+
+
+def count_params(model: nn.Module) -> int:
+    """Parameters without those of gates; a shared parameter counts once."""
+    gates = {id(p) for module in model.modules() if isinstance(module, Gate) for p in module.parameters()}
+    return sum(p.numel() for p in model.parameters() if id(p) not in gates)
+
+
+def count_macs(model: nn.Module, example_inputs: Any) -> int:
+    """Multiply-accumulates of one evaluation pass over the example inputs, as ``torch.utils.flop_counter`` counts them (two FLOPs each).
+
+    A gated layer counts as its dense counterpart does.
+    """
+    with inputs.evaluating(model), FlopCounterMode(display=False) as counter:
+        inputs.run(model, example_inputs)
+    return counter.get_total_flops() // 2

@@ -1,0 +1,119 @@
+"""Penalty, optimizer groups and the summary table of a gated model."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dampr.gates import Gate
+from dampr.nn import GatedLayer
+
+from .compact import compact
+from .measure import count_macs, count_params
+
+
+def gated_layers(model: nn.Module) -> dict[str, GatedLayer]:
+    """Every gated layer of ``model`` by name, in order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, GatedLayer)}
+
+
+def penalty(model: nn.Module, *, lam: float = 1.0, prior_precision: float = 0.0) -> Tensor:
+    """The expected L0 penalty of all gated layers, a scalar tensor to add to the loss (Louizos et al. 2018, eq. 9 and appendix A).
+
+    sum over gates of pi (lam |g| + prior_precision / 2 ||w_g||^2), with pi the probability of being open and |g| the parameters a gate
+    switches off: with the defaults, the expected number of gated parameters that are left. Multiply it by lambda / N where the loss is a
+    mean over N training examples.
+
+    Raises ValueError when ``model`` has no gated layer.
+
+    >>> import torch, dampr
+    >>> layer = dampr.nn.GatedLinear(8, 4)
+    >>> round(penalty(layer).item(), 3)  # 36 parameters, each kept with probability 0.990
+    35.641
+    """
+    layers = gated_layers(model)
+    if not layers:
+        raise ValueError(f"model={type(model).__name__}: expected gated layers in it (dampr.convert puts them there)")
+    return torch.stack([layer.penalty(lam, prior_precision) for layer in layers.values()]).sum()
+
+
+def param_groups(model: nn.Module, *, lr: float, gate_lr: float | None = None, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+    """Two optimizer groups: weights, and gate parameters with a learning rate of their own and no weight decay.
+
+    Args: ``lr``, ``weight_decay`` for the weights; ``gate_lr`` for the gates, by default ``lr``. A parameter shared by several layers
+    appears once.
+    """
+    for name, value in (("lr", lr), ("gate_lr", lr if gate_lr is None else gate_lr), ("weight_decay", weight_decay)):
+        if not value >= 0:
+            raise ValueError(f"{name}={value!r}: expected a number of at least 0")
+    gates = {id(p): p for module in model.modules() if isinstance(module, Gate) for p in module.parameters()}
+    weights = [p for p in model.parameters() if id(p) not in gates]
+    return [
+        {"params": weights, "lr": lr, "weight_decay": weight_decay},
+        {"params": list(gates.values()), "lr": lr if gate_lr is None else gate_lr, "weight_decay": 0.0},
+    ]
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """One gated layer: its gates, how many are open in evaluation mode, and how many the next draw is expected to open."""
+
+    name: str
+    layer: str
+    granularity: str
+    gates: int
+    open: int
+    expected_open: float
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What :func:`summary` found; ``str()`` gives a table, ``as_dict()`` plain data. Without example inputs only ``params`` is counted."""
+
+    layers: list[LayerSummary]
+    params: int
+    params_compacted: int | None = None
+    macs: int | None = None
+    macs_compacted: int | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        rows = [("layer", "type", "gates on", "open", "expected open")]
+        rows += [(r.name, r.layer, r.granularity, f"{r.open} / {r.gates}", f"{r.expected_open:.1f}") for r in self.layers]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        for label, before, after in (("params", self.params, self.params_compacted), ("MACs", self.macs, self.macs_compacted)):
+            if before is not None:
+                lines.append(f"{label}: {before:,}" + ("" if after is None else f" -> {after:,} compacted ({after / max(before, 1):.1%})"))
+        return "\n".join(lines)
+
+
+def summary(model: nn.Module, *, example_inputs: Any = None) -> Summary:
+    """Open gates per layer and, with example inputs, parameters and MACs before and after compaction (by compacting a copy, so the numbers
+    are exact).
+
+    Parameters and MACs do not count gate parameters. Raises ValueError when ``model`` has no gated layer.
+    """
+    layers = gated_layers(model)
+    if not layers:
+        raise ValueError(f"model={type(model).__name__}: expected gated layers in it (dampr.convert puts them there)")
+    rows = [
+        LayerSummary(
+            name,
+            type(layer).__name__,
+            layer.granularity,
+            layer.gate.num_gates,
+            int(layer.gate.is_open().sum()),
+            float(layer.gate.open_probability().detach().sum()),
+        )
+        for name, layer in layers.items()
+    ]
+    if example_inputs is None or (len(layers) == 1 and "" in layers):
+        return Summary(rows, count_params(model))
+    small = compact(model, example_inputs=example_inputs)
+    return Summary(rows, count_params(model), count_params(small), count_macs(model, example_inputs), count_macs(small, example_inputs))

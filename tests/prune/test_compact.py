@@ -1,0 +1,240 @@
+"""compact: plain modules, smaller, equal; or one error and nothing changed."""
+
+import copy
+import importlib
+
+import pytest
+import torch
+from torch import nn
+
+import dampr
+
+compact_module = importlib.import_module("dampr.prune.compact")  # the package exports the function under this name
+
+
+def mlp(activation=nn.ReLU, norm=False, bias=True):
+    layers = [nn.Linear(20, 30, bias=bias), nn.BatchNorm1d(30) if norm else nn.Identity(), activation()]
+    layers += [nn.Linear(30, 24, bias=bias), activation(), nn.Linear(24, 5, bias=bias)]
+    model = nn.Sequential(*layers)
+    if norm:
+        nn.init.normal_(model[1].weight)
+        nn.init.normal_(model[1].bias)
+        model(torch.randn(64, 20))
+    return model
+
+
+class Residual(nn.Module):
+    """Two layers write one width; a unit can go only when both close it."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.block, self.head = nn.Linear(20, 16), nn.Linear(16, 16), nn.Linear(16, 5)
+
+    def forward(self, x):
+        h = torch.relu(self.stem(x))
+        return self.head(h + torch.relu(self.block(h)))
+
+
+class Concat(nn.Module):
+    """Two widths side by side in the input of one layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(20, 12), nn.Linear(20, 8), nn.Linear(20, 5)
+
+    def forward(self, x):
+        return self.head(torch.cat((torch.relu(self.a(x)), torch.tanh(self.b(x))), dim=1))
+
+
+X = torch.randn(11, 20, generator=torch.Generator().manual_seed(7))
+
+
+def close_at_random(model, share, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for layer in dampr.prune.gated_layers(model).values():
+            log_alpha = layer.gate.log_alpha
+            closed = torch.rand(log_alpha.shape, generator=generator) < share
+            log_alpha.copy_(torch.where(closed, -5.0, torch.rand(log_alpha.shape, generator=generator) * 6 - 2))
+
+
+def prove(model, x=X):
+    """Compact, hold the result against the masked model, and check that it is plain."""
+    before = copy.deepcopy(model.state_dict())
+    masked = model.eval()(x)
+    small = dampr.compact(model, example_inputs=x)
+    torch.testing.assert_close(small(x), masked, atol=1e-5, rtol=1e-5)
+    assert not [m for m in small.modules() if isinstance(m, (dampr.nn.GatedLayer, dampr.gates.Gate))]
+    assert all(type(m).__module__.startswith("torch.nn") or type(m).__module__ == type(model).__module__ for m in small.modules())
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items()), "the gated model is not changed"
+    return small
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.7, 0.95])
+@pytest.mark.parametrize("granularity", ["output", "input"])
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.GELU, nn.Tanh, nn.Sigmoid, nn.Softplus])
+@pytest.mark.parametrize("bias", [True, False])
+def test_masked_equals_compacted(share, granularity, activation, bias):
+    model = dampr.convert(mlp(activation, bias=bias), granularity=granularity, example_inputs=X)
+    close_at_random(model, share)
+    prove(model)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_masked_equals_compacted_after_batchnorm(seed):
+    """A unit closed before BatchNorm is a non-zero constant after it; the constant moves into the next bias."""
+    model = dampr.convert(mlp(norm=True), example_inputs=X)
+    close_at_random(model, 0.5, seed)
+    small = prove(model)
+    assert small[1].num_features == small[0].out_features < 30
+
+
+def test_widths_are_those_of_the_open_gates():
+    model = dampr.convert(mlp(), example_inputs=X)
+    close_at_random(model, 0.6)
+    opened = [int(layer.gate.is_open().sum()) for layer in dampr.prune.gated_layers(model).values()]
+    small = prove(model)
+    assert [small[0].out_features, small[3].in_features, small[3].out_features, small[5].in_features] == [
+        opened[0],
+        opened[0],
+        opened[1],
+        opened[1],
+    ]
+    kept = small.dampr_manifest["layers"]
+    assert kept["0"]["out"] == {"before": 30, "kept": model[0].gate.is_open().nonzero().flatten().tolist()}
+    assert kept["3"]["in"]["kept"] == kept["0"]["out"]["kept"]
+    assert small.dampr_manifest["closed_but_kept"] == {}
+
+
+def test_input_gates_cut_the_layer_before():
+    model = dampr.convert(mlp(), granularity="input", example_inputs=X)
+    close_at_random(model, 0.5)
+    small = prove(model)
+    assert small[0].out_features == int(model[3].gate.is_open().sum())
+    assert small[3].out_features == int(model[5].gate.is_open().sum())
+    assert small[0].in_features == 20
+    assert "the model's own input" in small.dampr_manifest["closed_but_kept"]["0"]
+
+
+@pytest.mark.parametrize("granularity", ["output", "input"])
+def test_all_units_closed_leaves_one(granularity):
+    model = dampr.convert(mlp(), granularity=granularity, example_inputs=X)
+    with torch.no_grad():
+        for layer in dampr.prune.gated_layers(model).values():
+            layer.gate.log_alpha.fill_(-5)
+    small = prove(model)
+    assert (small[0].out_features, small[3].out_features) == (1, 1)
+
+
+def test_a_tied_width_is_cut_where_all_producers_are_closed():
+    model = dampr.convert(Residual(), example_inputs=X)
+    with torch.no_grad():
+        model.stem.gate.log_alpha[:10] = -5
+        model.block.gate.log_alpha[6:] = -5
+    small = prove(model)
+    assert small.stem.out_features == small.block.in_features == small.block.out_features == small.head.in_features == 12
+    assert "still use them" in small.dampr_manifest["closed_but_kept"]["stem"]
+
+
+def test_concatenated_widths_are_cut_apart():
+    model = dampr.convert(Concat(), example_inputs=X)
+    with torch.no_grad():
+        model.a.gate.log_alpha[[0, 5, 11]] = -5
+        model.b.gate.log_alpha[[1, 2]] = -5
+    small = prove(model)
+    assert (small.a.out_features, small.b.out_features, small.head.in_features) == (9, 6, 15)
+    assert small.dampr_manifest["layers"]["head"]["in"]["kept"] == [i for i in range(20) if i not in (0, 5, 11, 13, 14)]
+
+
+def test_layernorm_blocks_the_cut_and_says_so():
+    model = nn.Sequential(nn.Linear(20, 30), nn.LayerNorm(30), nn.ReLU(), nn.Linear(30, 5))
+    dampr.convert(model, example_inputs=X)
+    close_at_random(model, 0.5)
+    small = prove(model)
+    assert small[0].out_features == 30
+    assert "LayerNorm" in small.dampr_manifest["closed_but_kept"]["0"]
+
+
+def test_frozen_parameters_and_modes_survive():
+    model = dampr.convert(mlp(), example_inputs=X)
+    close_at_random(model, 0.5)
+    model[3].weight.requires_grad_(False)
+    model.eval()
+    model[0].train()
+    small = dampr.compact(model, example_inputs=X)
+    assert [p.requires_grad for p in small.parameters()] == [True, True, False, True, True, True]
+    assert [m.training for m in small] == [m.training for m in model]
+
+
+def test_compacted_model_trains_on():
+    model = dampr.convert(mlp(), example_inputs=X)
+    close_at_random(model, 0.5)
+    small = dampr.compact(model, example_inputs=X)
+    optimizer = torch.optim.SGD(small.parameters(), lr=0.1)
+    first = small(X).square().mean()
+    first.backward()
+    optimizer.step()
+    assert small(X).square().mean() < first
+
+
+def test_a_difference_names_the_first_layer_and_changes_nothing(monkeypatch):
+    model = dampr.convert(mlp(), example_inputs=X)
+    close_at_random(model, 0.5)
+    right = compact_module._cut
+
+    def wrong(small, *args):
+        result = right(small, *args)
+        with torch.no_grad():
+            small[3].bias += 0.5
+        return result
+
+    monkeypatch.setattr(compact_module, "_cut", wrong)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(dampr.CompactionError, match=r"layer '3' is the first whose output differs; .* differ by up to"):
+        dampr.compact(model, example_inputs=X)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert model.training
+
+
+def test_a_unit_that_reaches_its_reader_with_varying_values_is_refused():
+    class Positional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.head = nn.Linear(20, 20), nn.Linear(20, 3)
+
+        def forward(self, x):
+            return self.head(self.fc(x) + x.detach().cumsum(0))
+
+    model = dampr.convert(Positional(), example_inputs=X, include="fc", exclude=None)
+    close_at_random(model, 0.5)
+    with pytest.raises(dampr.CompactionError, match="head: closed units reach it with values that differ between rows"):
+        dampr.compact(model, example_inputs=X)
+
+
+@pytest.mark.parametrize(
+    ("model", "example", "error", "message"),
+    [
+        (nn.Linear(20, 2), X, ValueError, "model=Linear: expected gated layers"),
+        (dampr.nn.GatedLinear(20, 2), X, ValueError, "a gated layer itself"),
+        (nn.Sequential(dampr.nn.GatedLinear(20, 2)), None, TypeError, "example_inputs=None"),
+    ],
+)
+def test_bad_arguments(model, example, error, message):
+    with pytest.raises(error, match=message):
+        dampr.compact(model, example_inputs=example)
+
+
+def test_summary_counts_what_compaction_leaves():
+    model = dampr.convert(mlp(), example_inputs=X)
+    close_at_random(model, 0.6)
+    found, small = dampr.summary(model, example_inputs=X), dampr.compact(model, example_inputs=X)
+    a, b = (int(layer.gate.is_open().sum()) for layer in dampr.prune.gated_layers(model).values())
+    assert found.macs == 11 * (20 * 30 + 30 * 24 + 24 * 5)
+    assert found.macs_compacted == 11 * (20 * a + a * b + b * 5)
+    assert found.params == 20 * 30 + 30 + 30 * 24 + 24 + 24 * 5 + 5
+    assert found.params_compacted == sum(p.numel() for p in small.parameters()) == 20 * a + a + a * b + b + b * 5 + 5
+    assert [r.open for r in found.layers] == [a, b]
+    text = str(found)
+    assert f"{a} / 30" in text
+    assert "compacted" in text
+    assert dampr.summary(model).macs is None

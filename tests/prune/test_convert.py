@@ -1,0 +1,181 @@
+"""convert: the same function, the same parameters, or no change at all."""
+
+import pytest
+import torch
+from torch import nn
+
+import dampr
+from dampr.nn import GatedLinear
+
+
+class Plain(nn.Module):
+    """Linear layers as attributes, one of them used twice, and a branch."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Linear(10, 16)
+        self.body = nn.ModuleDict({"a": nn.Linear(16, 16), "b": nn.Linear(16, 12)})
+        self.head = nn.Linear(12, 3)
+
+    def forward(self, x):
+        h = torch.relu(self.stem(x))
+        h = torch.relu(self.body["a"](torch.relu(self.body["a"](h))))
+        return self.head(torch.tanh(self.body["b"](h)))
+
+
+def mlp():
+    return nn.Sequential(nn.Linear(10, 16), nn.ReLU(), nn.Dropout(0.5), nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 3))
+
+
+X = torch.linspace(-1, 1, 70).view(7, 10)
+
+
+@pytest.mark.parametrize("build", [mlp, Plain])
+@pytest.mark.parametrize("granularity", ["output", "input"])
+@pytest.mark.parametrize("training", [True, False])
+def test_outputs_parameters_and_modes_are_kept(build, granularity, training):
+    model = build()
+    x, y = X, model.eval()(X)
+    model.train(training)
+    before = dict(model.named_parameters())
+    result = dampr.convert(model, granularity=granularity, example_inputs=x)
+    assert result is model
+    after = dict(model.named_parameters())
+    assert all(after[name] is p for name, p in before.items())
+    assert all(m.training == training for m in model.modules())
+    assert torch.equal(model.eval()(x), y)
+
+
+def test_with_example_inputs_the_classifier_keeps_its_outputs():
+    model = dampr.convert(mlp(), example_inputs=X)
+    assert [type(m) for m in model if isinstance(m, nn.Linear)] == [GatedLinear, GatedLinear, nn.Linear]
+    plain = dampr.convert(Plain(), example_inputs=X)
+    assert sorted(dampr.prune.gated_layers(plain)) == ["body.a", "body.b", "stem"]
+
+
+def test_without_example_inputs_every_match_is_converted():
+    assert len(dampr.prune.gated_layers(dampr.convert(mlp()))) == 3
+
+
+@pytest.mark.parametrize(
+    ("include", "exclude", "expected"),
+    [
+        (["body.*"], None, ["body.a", "body.b"]),
+        ("body.?", "*.b", ["body.a"]),
+        (nn.Linear, ["stem", "head"], ["body.a", "body.b"]),
+        (None, ["head", "body.*"], ["stem"]),
+    ],
+)
+def test_include_and_exclude_take_globs_and_types(include, exclude, expected):
+    model = dampr.convert(Plain(), include=include, exclude=exclude)
+    assert sorted(dampr.prune.gated_layers(model)) == expected
+
+
+def test_subclasses_are_left_alone():
+    class Special(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) + 1
+
+    model = dampr.convert(nn.Sequential(Special(10, 10), nn.Linear(10, 4)))
+    assert type(model[0]) is Special
+
+
+def test_an_optimizer_made_before_keeps_working():
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    dampr.convert(model, example_inputs=X)
+    before = model[0].weight.detach().clone()
+    model(X).square().sum().backward()
+    optimizer.step()
+    assert not torch.equal(model[0].weight, before)
+
+
+def test_forward_hooks_move_along():
+    model, seen = mlp(), []
+    model[0].register_forward_hook(lambda m, i, o: seen.append(type(m)))
+    dampr.convert(model, example_inputs=X)
+    seen.clear()
+    model(X)
+    assert seen == [GatedLinear]
+
+
+def test_a_bare_linear_comes_back_converted():
+    dense = nn.Linear(10, 4)
+    gated = dampr.convert(dense)
+    assert isinstance(gated, GatedLinear)
+    assert gated.weight is dense.weight
+
+
+def _snapshot(model):
+    return [(n, type(m), m.training, id(m)) for n, m in model.named_modules()], [(n, id(p)) for n, p in model.named_parameters()]
+
+
+class Bypass(nn.Module):
+    """Reads the weight of a layer without calling it, and scales by whether its type changed."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(10, 10)
+        self.out = nn.Linear(10, 2)
+
+    def forward(self, x):
+        return self.out(nn.functional.linear(x, self.fc.weight) * (1 if type(self.fc) is nn.Linear else 2))
+
+
+class Fails(nn.Module):
+    """Runs while its layers are plain, and raises afterwards."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(10, 10)
+        self.out = nn.Linear(10, 2)
+
+    def forward(self, x):
+        if type(self.fc) is not nn.Linear:
+            raise ArithmeticError("only plain layers here")
+        return self.out(self.fc(x))
+
+
+@pytest.mark.parametrize(
+    ("build", "arguments", "error", "message"),
+    [
+        (Bypass, {"example_inputs": X}, dampr.ConversionError, "outputs changed"),
+        (Fails, {"example_inputs": X}, ArithmeticError, "only plain layers"),
+        (mlp, {"include": "nothing.*"}, dampr.ConversionError, r"include='nothing.\*'.*no layer of Sequential"),
+        (mlp, {"gate": "l2"}, ValueError, "gate='l2'"),
+        (mlp, {"gate": dampr.gates.HardConcrete(16)}, TypeError, "gate=HardConcrete instance"),
+        (mlp, {"granularity": "rows"}, ValueError, "granularity='rows'"),
+        (mlp, {"include": 3}, TypeError, "include"),
+        (mlp, {"exclude": [3]}, TypeError, "exclude=3: expected name globs and types"),
+        (mlp, {"example_inputs": 3}, TypeError, "example_inputs=3"),
+        (mlp, {"example_inputs": torch.zeros(2, 11)}, RuntimeError, "shapes"),
+    ],
+)
+def test_a_failed_conversion_leaves_the_model_as_it_was(build, arguments, error, message):
+    model = build()
+    model[0].eval() if isinstance(model, nn.Sequential) else model.fc.eval()
+    for p in list(model.parameters())[:1]:
+        p.requires_grad_(False)
+    before, frozen = _snapshot(model), [p.requires_grad for p in model.parameters()]
+    with pytest.raises(error, match=message):
+        dampr.convert(model, **arguments)
+    assert _snapshot(model) == before
+    assert [p.requires_grad for p in model.parameters()] == frozen
+
+
+def test_not_a_module_is_refused():
+    with pytest.raises(TypeError, match="model=3: expected a torch.nn.Module"):
+        dampr.convert(3)
+
+
+@pytest.mark.parametrize("example", [(X,), [X], {"input": X}])
+def test_example_inputs_may_be_a_tuple_a_list_or_keywords(example):
+    model = dampr.convert(mlp(), example_inputs=example)
+    assert len(dampr.prune.gated_layers(model)) == 2
+
+
+def test_the_random_state_is_left_alone():
+    model = mlp()
+    state = torch.get_rng_state()
+    dampr.convert(model, example_inputs=X)
+    assert torch.equal(torch.get_rng_state(), state)
