@@ -1,0 +1,106 @@
+"""The ``dampr`` command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+import dampr
+from dampr import demo as demo_job
+from dampr import report
+from dampr.bench import linear, records, verify
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Learned gates that prune networks while they train."
+)
+console = Console()
+
+
+@app.command()
+def info() -> None:
+    """Which backends are here, and why one is missing."""
+    for name, state in dampr.backend_info().items():
+        console.print(f"{name:10} {state}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def demo(
+    data: Annotated[str, typer.Option(help="digits (ships with scikit-learn) or fashion-mnist (idx files)")] = "digits",
+    root: Annotated[Optional[Path], typer.Option(help="folder with the idx files")] = None,  # noqa: UP045
+    epochs: Annotated[Optional[int], typer.Option(help="epochs of each run instead of the recipe's")] = None,  # noqa: UP045
+    seed: int = 0,
+    out: Annotated[Path, typer.Option(help="folder for demo.json and demo.png")] = Path("dampr-demo"),
+) -> None:
+    """Train a dense and a gated 300-100 MLP, compact the gated one, compare."""
+    columns = (
+        TextColumn("{task.description:6}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console) as bars:
+        tasks: dict[str, Any] = {}
+
+        def progress(label: str, step: int, steps: int, note: str) -> None:
+            if label not in tasks:
+                tasks[label] = bars.add_task(label, total=steps, note="")
+            bars.update(tasks[label], completed=step, note=note)
+
+        result = demo_job.run(data, None if root is None else str(root), epochs=epochs, seed=seed, progress=progress)
+    report.print_table(console, f"{data}: a 300-100 MLP", report.DEMO_COLUMNS, report.demo_rows(result))
+    console.print(f"max |gated - compacted| over the test set: {result.max_abs_difference:.2e}", highlight=False)
+    records.write_json(out / "demo.json", {"environment": records.environment(), **result.as_dict()})
+    written = [str(out / "demo.json")]
+    try:
+        report.plot_demo(result, out / "demo.png")
+        written.append(str(out / "demo.png"))
+    except ImportError:
+        console.print("no plot: matplotlib is not installed (pip install 'dampr-torch[plot]')")
+    console.print(f"wrote {' and '.join(written)}", highlight=False, soft_wrap=True)
+
+
+@app.command("verify")
+def verify_command(json: Annotated[Optional[Path], typer.Option(help="write the result to this file")] = None) -> None:  # noqa: UP045
+    """Hold every op on every backend present here against the float64 reference."""
+    rows = verify.run()
+    columns = ("op", "backend", "device", "dtype", "cases", "worst error", "its bound", "where", "")
+    report.print_table(console, "against the float64 reference", columns, report.verify_rows(rows))
+    for row in rows:
+        for failure in row.failures[:10]:
+            console.print(f"[red]FAILED[/red] {row.op} {row.backend} {row.dtype}: {failure}", soft_wrap=True)
+    if json is not None:
+        records.write_json(json, {"environment": records.environment(), "rows": [row.as_dict() for row in rows]})
+    raise typer.Exit(0 if all(row.ok for row in rows) else 1)
+
+
+@app.command("bench")
+def bench_command(
+    json: Annotated[Optional[Path], typer.Option(help="write the points to this file")] = None,  # noqa: UP045
+    rounds: Annotated[int, typer.Option(help="interleaved rounds per case")] = 20,
+    compiled: Annotated[bool, typer.Option(help="time the torch.compile'd competitor too")] = True,
+) -> None:
+    """Time gated layers against dense, eager unfused and compiled unfused layers."""
+    verified = all(row.ok for row in verify.run("gated_linear"))
+    points = linear.run(compiled=compiled, rounds=rounds)
+    header, *rows = linear.table(points, verified)
+    report.print_table(console, "GatedLinear, forward + backward", header, rows)
+    if not verified:
+        console.print("[red]ratios withheld: gated_linear fails verification (see dampr verify)[/red]")
+    if json is not None:
+        payload = {"environment": records.environment(), "verified": verified, "points": [p.as_dict() for p in points]}
+        records.write_json(json, payload)
+    raise typer.Exit(0 if verified else 1)
+
+
+def main() -> None:
+    """Entry point: errors that name an argument end the command with one line, not with a traceback."""
+    try:
+        app()
+    except (ValueError, TypeError, FileNotFoundError, ImportError, dampr.BackendUnavailableError) as error:
+        Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
+        raise SystemExit(2) from None

@@ -1,0 +1,83 @@
+"""Tables and plots of what the commands found."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from dampr.bench.verify import Row
+from dampr.demo import Report
+
+DEMO_COLUMNS = ("model", "accuracy", "open units", "params", "MACs", "of dense", "ms", "KB")
+
+
+def demo_rows(report: Report) -> list[tuple[str, ...]]:
+    """The demo's table as text."""
+    dense = report.models[0]
+    return [
+        (
+            m.name,
+            f"{m.accuracy:.2%}",
+            m.widths,
+            f"{m.params / 1e3:.1f}k",
+            f"{m.macs / 1e3:.1f}k",
+            f"{m.macs / dense.macs:.0%}",
+            f"{m.latency_ms:.3f}",
+            f"{m.file_bytes / 1024:.0f}",
+        )
+        for m in report.models
+    ]
+
+
+def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """The same table for a document."""
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (columns, ["---"] * len(columns), *rows))
+
+
+def print_table(console: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table whose cells are never cut, however narrow the terminal."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def verify_rows(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+    """The table of ``dampr verify`` as text."""
+    result: list[tuple[str, ...]] = []
+    for row in rows:
+        worst = row.worst
+        numbers = ("", "", "") if worst is None else (f"{worst.error:.2e}", f"{worst.bound:.2e}", row.worst_case)
+        result.append(
+            (row.op, row.backend, row.device, row.dtype, str(row.cases), *numbers, "ok" if row.ok else f"FAILED ({len(row.failures)})")
+        )
+    return result
+
+
+def plot_demo(report: Report, path: Path) -> None:
+    """Open gates and loss over epochs, and the final gate values, as a PNG. Raises ImportError without matplotlib."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    epochs = [h["epoch"] for h in report.history]
+    for name, values in report.gates.items():
+        left.plot(epochs, [h["open"][name] for h in report.history], label=f"layer {name}: {len(values)} gates")
+        right.plot(sorted(values, reverse=True), label=f"layer {name}")
+    left.set(xlabel="epoch", ylabel="open gates", title=f"{report.data}: gates that stay open", ylim=(0, None))
+    right.set(xlabel="unit, sorted", ylabel="evaluation gate", title="final gate values")
+    loss = left.twinx()
+    loss.plot(epochs, [h["loss"] for h in report.history], color="0.6", linestyle=":", label="training loss")
+    loss.set(ylabel="training loss (dotted)", ylim=(0, None))
+    left.legend()
+    right.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

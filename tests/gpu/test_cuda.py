@@ -1,0 +1,128 @@
+"""What only a CUDA device can show; `make gpu` runs these, elsewhere they are skipped. Needs torch, triton, numpy and pytest."""
+
+import itertools
+
+import pytest
+import torch
+
+import dampr
+from dampr import functional, philox, testing
+from dampr.bench import verify
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.filterwarnings("default"),
+]
+
+
+def test_auto_picks_triton_on_cuda():
+    assert dampr.ops.choose(torch.device("cuda"), torch.bfloat16)[0] == "triton"
+
+
+@pytest.mark.parametrize("op", ["noise", "sample_gates", "gated_linear"])
+def test_verification_of_every_backend_and_dtype(op):
+    rows = verify.run(op)
+    assert any(r.backend == "triton" and r.device == "cuda" for r in rows)
+    assert [f for row in rows for f in row.failures] == []
+
+
+@pytest.mark.parametrize(("rows", "n"), [(None, 1_000_003), (4096, 1024), (1023, 1021)])
+def test_zeros_and_ones_are_where_the_cpu_has_them(rows, n):
+    for seed in (0, 2**62 + 7):
+        log_alpha = torch.randn(n, generator=torch.Generator().manual_seed(1)) * 3
+        with dampr.backend("reference"):
+            expected = functional.sample_gates(log_alpha, seed=seed, rows=rows)
+        z = functional.sample_gates(log_alpha.cuda(), seed=seed, rows=rows).cpu()
+        assert torch.equal(z == 0, expected == 0)
+        assert torch.equal(z == 1, expected == 1)
+        assert (z - expected).abs().max() <= 1e-6
+
+
+def test_noise_beyond_two_to_the_thirty_first_elements():
+    """rows * n passes 2^31; the last row has to be the one the index says."""
+    rows, n = 2**21 + 3, 1025
+    log_alpha = torch.zeros(n, device="cuda")
+    z = functional.sample_gates(log_alpha, seed=5, rows=rows)
+    last = philox.uniform(torch.tensor([5]), n, (rows - 1) * n)
+    expected = dampr.reference.gate(torch.zeros(n), dampr.spec.hard_concrete(), last)
+    assert torch.equal(z[-1].cpu() == 0, expected == 0)
+    assert (z[-1].cpu() - expected).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize(("granularity", "per_sample"), list(itertools.product(("output", "input"), (False, True))))
+def test_a_training_step_neither_waits_for_the_host_nor_leaves_elements_unwritten(granularity, per_sample):
+    layer = dampr.nn.GatedLinear(512, 256, granularity=granularity, per_sample=per_sample).cuda()
+    x = torch.randn(300, 512, device="cuda", requires_grad=True)
+    for _ in range(2):  # the first step compiles
+        with testing.poisoned_empty(), torch.autocast("cuda", torch.bfloat16):
+            y = layer(x)
+        try:
+            torch.cuda.set_sync_debug_mode("error")
+            y = layer(x)
+            y.backward(torch.ones_like(y))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    with testing.poisoned_empty():
+        layer(x).sum().backward()
+    assert all(not p.grad.isnan().any() for p in (*layer.parameters(), x))
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_results_repeat_to_the_bit(per_sample):
+    layer = dampr.nn.GatedLinear(1024, 768, granularity="input", per_sample=per_sample).cuda()
+    x, dy = torch.randn(4096, 1024, device="cuda"), torch.randn(4096, 768, device="cuda")
+    runs = []
+    for _ in range(3):
+        torch.manual_seed(0)
+        layer.zero_grad()
+        y = layer(x)
+        y.backward(dy)
+        runs.append([y.detach().clone(), *(p.grad.clone() for p in layer.parameters())])
+    assert all(torch.equal(a, b) for other in runs[1:] for a, b in zip(runs[0], other, strict=True))
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_cuda_graph_replays_draw_new_gates(per_sample):
+    layer = dampr.nn.GatedLinear(64, 64, per_sample=per_sample).cuda()
+    with torch.no_grad():
+        layer.gate.log_alpha.zero_()
+    x = torch.randn(8, 64, device="cuda")
+    with torch.no_grad():
+        for _ in range(3):
+            layer(x)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = layer(x)
+        graph.replay()
+        first = y.clone()
+        graph.replay()
+    assert not torch.equal(first, y)
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_inductor_compiles_the_whole_step(per_sample):
+    layer = dampr.nn.GatedLinear(256, 128, per_sample=per_sample).cuda()
+    compiled = torch.compile(layer, fullgraph=True)
+    x = torch.randn(64, 256, device="cuda")
+    torch.manual_seed(0)
+    expected = layer(x)
+    torch.manual_seed(0)
+    y = compiled(x)
+    y.sum().backward()
+    assert y.shape == expected.shape
+    assert layer.gate.log_alpha.grad is not None
+
+
+def test_float64_falls_to_the_reference_and_says_so():
+    name, reason = dampr.ops.choose(torch.device("cuda"), torch.float64)
+    assert name == "reference"
+    assert "float64" in reason
+
+
+def test_fresh_layer_equals_dense_to_the_bit_in_evaluation():
+    for dtype in (torch.float32, torch.bfloat16):
+        dense = torch.nn.Linear(300, 500).cuda().to(dtype).eval()
+        x = torch.randn(65, 300, device="cuda", dtype=dtype)
+        for granularity in ("output", "input"):
+            assert torch.equal(dampr.nn.GatedLinear.from_dense(dense, granularity=granularity)(x), dense(x))

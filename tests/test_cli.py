@@ -1,0 +1,145 @@
+"""The commands, as a user runs them."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import dampr
+from dampr import cli, demo
+from dampr.bench import linear, timing, verify
+from dampr.testing import Comparison
+
+runner = CliRunner()
+
+
+def test_demo_trains_compacts_and_writes_what_it_prints(tmp_path):
+    result = runner.invoke(cli.app, ["demo", "--epochs", "3", "--out", str(tmp_path / "out")])
+    assert result.exit_code == 0, result.output
+    written = json.loads((tmp_path / "out" / "demo.json").read_text())
+    assert [m["name"] for m in written["models"]] == ["dense", "gated", "compacted"]
+    assert written["models"][0]["macs"] == written["models"][1]["macs"] == 64 * 300 + 300 * 100 + 100 * 10
+    assert written["models"][0]["params"] == 64 * 300 + 300 + 300 * 100 + 100 + 1000 + 10
+    assert written["models"][1]["accuracy"] == written["models"][2]["accuracy"] > 0.5
+    assert written["max_abs_difference"] <= 1e-5
+    assert len(written["history"]) == 3
+    assert written["environment"]["torch"] == torch.__version__
+    assert (tmp_path / "out" / "demo.png").read_bytes().startswith(b"\x89PNG")
+    for word in ("dense", "gated", "compacted", "MACs", "accuracy"):
+        assert word in result.output
+
+
+def test_demo_prunes_without_losing_the_digits():
+    """The recipe as published in the README, at full length."""
+    result = demo.run("digits")
+    dense, _, compacted = result.models
+    assert compacted.macs <= 0.3 * dense.macs
+    assert compacted.accuracy >= dense.accuracy - 0.015
+    assert result.max_abs_difference <= 1e-5
+    assert compacted.file_bytes < dense.file_bytes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["demo", "--data", "cifar"], "data='cifar': expected one of"),
+        (["demo", "--data", "fashion-mnist"], "root=None: expected the folder"),
+        (["demo", "--data", "fashion-mnist", "--root", "/nonexistent"], "root='/nonexistent': expected train-images-idx3-ubyte"),
+        (["demo", "--epochs", "0"], "epochs=0: expected at least 1"),
+    ],
+)
+def test_bad_arguments_end_with_one_line_and_code_2(arguments, message):
+    done = subprocess.run([sys.executable, "-m", "dampr", *arguments], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr.replace("\n", " ")
+    assert "Traceback" not in done.stderr
+
+
+def test_python_m_dampr_says_which_parts_are_there(monkeypatch):
+    done = subprocess.run([sys.executable, "-m", "dampr"], capture_output=True, text=True, timeout=120, check=True)
+    for name in ("dampr", "reference", "cpp", "triton", "torch", "cuda"):
+        assert any(line.startswith(name) for line in done.stdout.splitlines()), done.stdout
+
+
+@pytest.mark.parametrize("bad", [False, True])
+def test_verify_prints_a_table_and_its_exit_code_tells(monkeypatch, tmp_path, bad):
+    row = verify.Row("gated_linear", "cpp", "cpu", "float32")
+    row.add("(5, 7, 3), gates on both: y", Comparison("y", 3.0 if bad else 0.5, 1.0, 0.0, 1.0))
+    monkeypatch.setattr(verify, "run", lambda *a: [row])
+    result = runner.invoke(cli.app, ["verify", "--json", str(tmp_path / "v.json")])
+    assert result.exit_code == int(bad)
+    assert ("FAILED" in result.output) == bad
+    assert json.loads((tmp_path / "v.json").read_text())["rows"][0]["ok"] is not bad
+
+
+def _points():
+    case = ("per batch, output gates", (2, 3, 4), "float32", "cpu")
+    return [
+        linear.Point(*case, "dense", 1.234e-3, 1.1e-3, 1.3e-3, None),
+        linear.Point(*case, "dampr", 2.5e-3, 2.4e-3, 2.6e-3, None),
+        linear.Point(*case, "compiled unfused", float("nan"), float("nan"), float("nan"), None, "RuntimeError: no compiler"),
+    ]
+
+
+@pytest.mark.parametrize("verified", [True, False])
+def test_bench_refuses_ratios_when_verification_fails(monkeypatch, verified):
+    row = verify.Row("gated_linear", "cpp", "cpu", "float32")
+    row.add("case", Comparison("y", 0.5 if verified else 2.0, 1.0, 0.0, 1.0))
+    monkeypatch.setattr(verify, "run", lambda *a: [row])
+    monkeypatch.setattr(linear, "run", lambda *a, **k: _points())
+    result = runner.invoke(cli.app, ["bench"])
+    assert result.exit_code == int(not verified)
+    assert ("2.03" in result.output) == verified
+    assert ("withheld" in result.output) != verified
+    text = linear.table(_points(), verified)
+    assert text[3][5] == "RuntimeError: no compiler", "a competitor that did not run is reported"
+
+
+def test_bench_times_every_provider_on_real_layers():
+    points = linear.run([(8, 16, 12)], compiled=False, rounds=2)
+    assert {p.provider for p in points} == {"dense", "dampr", "eager unfused"}
+    assert {p.case for p in points} == {f"per {a}, {b} gates" for a in ("batch", "sample") for b in ("output", "input")}
+    assert all(p.median > 0 and p.low <= p.median <= p.high for p in points)
+
+
+def test_interleaved_timing_tells_slow_from_fast():
+    import time
+
+    times = timing.interleaved({"slow": lambda: time.sleep(0.004), "fast": lambda: None}, rounds=5, min_seconds=0.001)
+    assert times["slow"].median > 0.004
+    assert times["fast"].median < times["slow"].median
+    assert times["slow"].rounds == 5
+
+
+def test_bare_forms_need_no_command_line_packages(tmp_path):
+    """As on a machine with only torch, triton and numpy: nothing else that dampr can use is importable."""
+    blocked = ["typer", "rich", "safetensors", "torch_pruning", "sklearn", "matplotlib", "captum", "pybind11"]
+    code = f"""
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {blocked!r}:
+            raise ImportError(name)
+sys.meta_path.insert(0, Block())
+from dampr.bench import linear, verify
+assert verify.main(["--json", r"{tmp_path}/v.json"]) == 0
+linear.CPU_SHAPES = ((4, 8, 8),)
+assert linear.main(["--no-compile", "--rounds", "2", "--json", r"{tmp_path}/b.json"]) == 0
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "b.json").read_text())["verified"] is True
+    assert "gated_linear" in done.stdout
+
+
+def test_version_is_that_of_the_distribution():
+    from importlib import metadata
+
+    try:
+        installed = metadata.version("dampr-torch")
+    except metadata.PackageNotFoundError:
+        pytest.skip("a source tree that is not installed")
+    assert installed == dampr.__version__

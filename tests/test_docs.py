@@ -1,0 +1,50 @@
+"""Documents keep their word: code runs, tables come from results files, named files and commands exist."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dampr import demo, report
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_readme_code_runs_as_printed(tmp_path):
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len([line for line in code.splitlines() if line.strip()]) <= 20
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "compacted" in done.stdout
+    assert (tmp_path / "small.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", ["cpu/demo-digits", "cpu/demo-fashion-mnist"])
+def test_tables_are_those_of_the_results_files(name):
+    data = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+    table = report.markdown(report.DEMO_COLUMNS, report.demo_rows(demo.Report.from_dict(data)))
+    assert table in README, "run python -m benchmarks.tables"
+
+
+def test_published_results_meet_what_the_demo_promises():
+    data = json.loads((ROOT / "benchmarks" / "results" / "cpu" / "demo-fashion-mnist.json").read_text())
+    dense, _, compacted = data["models"]
+    assert compacted["macs"] <= 0.3 * dense["macs"]
+    assert compacted["accuracy"] >= dense["accuracy"] - 0.015
+    assert data["max_abs_difference"] <= 1e-5
+
+
+@pytest.mark.parametrize("document", sorted(p.relative_to(ROOT).as_posix() for p in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]))
+def test_links_lead_somewhere(document):
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / document).read_text()):
+        assert ((ROOT / document).parent / target).exists(), target
+
+
+def test_make_targets_of_the_readme_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    for target in set(re.findall(r"make (\w+)", README)):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
