@@ -23,7 +23,8 @@ def render(name: str) -> str:
     found, where = demo.Report.from_dict(data), data["environment"]
     table = report.markdown(report.DEMO_COLUMNS, report.demo_rows(found))
     source = f"{where['cpu']}, {where['threads']} threads, torch {where['torch']}, {where['date'][:10]}"
-    return f"{table}\n\nmax \\|gated - compacted\\| over the test set: {found.max_abs_difference:.1e}. [{name}.json](benchmarks/results/{name}.json): {source}.\n"
+    link = f"[{name}.json](benchmarks/results/{name}.json)"
+    return f"{table}\n\nmax \\|gated - compacted\\| over the test set: {found.max_abs_difference:.1e}. {link}: {source}.\n"
 
 
 def main() -> None:

@@ -15,6 +15,8 @@ from torch.nn.functional import linear
 from dampr import _C  # type: ignore[attr-defined]
 from dampr.spec import SAMPLE, GateSpec
 
+from .library import rows_of
+
 _CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
@@ -113,7 +115,7 @@ def gated_linear_fwd(
             bias = (bias if z_out is None else bias * z_out).to(x.dtype)
         y = linear(x, _fold(weight, z_out, z_in, x.dtype), bias)
         return y, y.detach().clone() if keep_pre and z_out is None else nothing
-    rows = x.reshape(-1, x.shape[-1])
+    rows = rows_of(x)
     if input_log_alpha is not None:
         rows = _gate_rows(rows, input_log_alpha, input_seed, spec)
     pre = linear(rows, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
@@ -136,10 +138,10 @@ def gated_linear_bwd(
     per_sample: bool,
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    rows, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, weight.shape[0])
+    rows, dy = rows_of(x), rows_of(dy)
     gates = (input_log_alpha, output_log_alpha, input_seed, output_seed, spec)
     if per_sample and spec.rule == SAMPLE:
-        grads = _bwd_per_sample(dy, rows, weight, bias, *gates, pre.view(-1, weight.shape[0]) if pre.numel() else None, needs)
+        grads = _bwd_per_sample(dy, rows, weight, bias, *gates, rows_of(pre) if pre.numel() else None, needs)
     else:
         grads = _bwd_per_batch(dy, rows, weight, bias, *gates, needs)
     dx = grads[0]

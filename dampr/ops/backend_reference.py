@@ -10,6 +10,8 @@ from torch import Tensor
 from dampr import reference
 from dampr.spec import GateSpec
 
+from .library import rows_of
+
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     """None: the reference runs wherever torch runs."""
@@ -58,9 +60,8 @@ def gated_linear_bwd(
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     need_x, need_w, need_b, need_in, need_out = needs
-    rows = x.shape[:-1].numel()
-    x2, dy2, w = x.reshape(rows, x.shape[-1]), dy.reshape(rows, dy.shape[-1]), weight.to(x.dtype)
-    draws = rows if per_sample else None
+    x2, dy2, w = rows_of(x), rows_of(dy), weight.to(x.dtype)
+    draws = x2.shape[0] if per_sample else None
 
     def gate(log_alpha: Tensor | None, seed: Tensor | None) -> Tensor:
         return x.new_ones(()) if log_alpha is None else reference.gate_values(log_alpha, spec, seed, draws).to(x.dtype)

@@ -50,7 +50,7 @@ def why_not(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     module, missing = _module(name)
     if module is None:
         return missing
-    reason: str | None = module.unavailable(device, dtype) if hasattr(module, "unavailable") else module.available(device)
+    reason: str | None = module.unavailable(device, dtype)
     return reason
 
 

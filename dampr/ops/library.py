@@ -22,6 +22,11 @@ def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., 
     return getattr(torch.ops.dampr, name).default
 
 
+def rows_of(x: torch.Tensor) -> torch.Tensor:
+    """``x`` (..., n) as a matrix (rows, n), also where a size is 0."""
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
+
+
 def unpack(spec: Sequence[float]) -> GateSpec:
     """A GateSpec from the float list that travels through the schema."""
     return GateSpec(int(spec[0]), int(spec[1]), *spec[2:])

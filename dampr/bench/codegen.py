@@ -1,0 +1,174 @@
+"""What the compiler made of the Triton kernels, compiled ahead of time for a GPU that need not be there and read in the machine code.
+
+``cases()`` lists every kernel with every tile that ships and every architecture it ships for; ``inspect(case)`` compiles one and counts.
+tests/test_codegen.py holds the counts to limits, ``python -m benchmarks.codegen`` prints them. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from dampr.kernels import configs, gated_linear, gates
+from dampr.spec import hard_concrete
+
+ARCHITECTURES = (80, 90, 100, 120)
+SHARED_LIMIT_KB = {80: 163, 90: 227, 100: 227, 120: 99}
+GEMM_KERNELS = {
+    "fwd": gated_linear._gated_linear_fwd_kernel,
+    "dx": gated_linear._gated_linear_bwd_dx_kernel,
+    "dw": gated_linear._gated_linear_bwd_dw_kernel,
+}
+# The blocks of each GEMM kernel in the order rows, cols, depth of its output tile.
+GEMM_BLOCKS = {"fwd": ("BLOCK_M", "BLOCK_N", "BLOCK_K"), "dx": ("BLOCK_M", "BLOCK_K", "BLOCK_N"), "dw": ("BLOCK_N", "BLOCK_K", "BLOCK_M")}
+_HIP = GPUTarget("hip", "gfx942", 64)
+_MATRIX = r"\b(HGMMA|HMMA|UTCHMMA|FFMA2?)\b"
+_COPY = r"\b(LDGSTS|UBLKCP|UTMALDG)"
+_F64 = r"\b(D(ADD|MUL|FMA|SETP|MNMX)|MUFU\.\w*64H|[FI]2[FI]\S*F64)\b"
+_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*?);", re.M)
+
+
+class Case(NamedTuple):
+    """One kernel with one set of constants; ``dtype`` of its tensors, ``aligned``: sizes and strides are multiples of 16."""
+
+    name: str
+    kernel: Any
+    constants: dict[str, Any]
+    dtype: str
+    aligned: bool
+    num_warps: int = 4
+    num_stages: int = 3
+    gemm: bool = False
+
+
+class Report(NamedTuple):
+    """Counts read from the machine code. ``hot_loop``: instructions in the K loop, or the longest, or in the kernel where there is none."""
+
+    registers: int
+    stack: int
+    shared: int
+    spills: int
+    f64: int
+    hot_loop: int
+    wgmma: int
+    register_a: bool
+    tf32: bool
+    copies_in_loop: int
+
+
+def cases(capability: int) -> list[Case]:
+    """Every kernel with every tile that it can be launched with on that capability (0: AMD)."""
+    spec = hard_concrete()
+    kinds = {configs.gemm_kind(*sizes, dtype, capability) for sizes in ((4096,) * 3, (64,) * 3, (99,) * 3) for dtype in ("bf16", "fp32")}
+    found = []
+    for kind in sorted(kinds):
+        tile, aligned = configs.GEMM_TILES[kind], kind != "odd"
+        for op in GEMM_KERNELS:
+            blocks = dict(zip(GEMM_BLOCKS[op], (tile.rows, tile.cols, tile.depth), strict=True))
+            flags = {"GROUP": tile.group, "EVEN": aligned, "IN_GROUPED": aligned, "OUT_GROUPED": aligned, "PRECISION": "ieee", "GATE": spec}
+            dtype = "fp32" if kind.startswith("fp32") else "bf16"
+            found.append(Case(f"{op}-{kind}", GEMM_KERNELS[op], {**blocks, **flags}, dtype, aligned, tile.num_warps, tile.num_stages, True))
+    folds = [{"BLOCK_N": n, "BLOCK_K": k, "GATE": spec} for n, k in (configs.FOLD_FWD_TILE, configs.FOLD_BWD_TILE)]
+    reduce = dict(zip(("BLOCK_S", "BLOCK_N"), configs.REDUCE_TILE, strict=True))
+    found += [
+        Case("fold_fwd", gated_linear._fold_fwd_kernel, folds[0], "bf16", True),
+        Case("fold_bwd", gated_linear._fold_bwd_kernel, folds[1], "bf16", True),
+        Case("fold_gate_bwd", gated_linear._fold_gate_bwd_kernel, {**reduce, "GATE": spec}, "bf16", True),
+        Case("reduce", gates._reduce_kernel, reduce, "bf16", True),
+    ]
+    for kind, grouped in (("grouped", True), ("odd", False)):
+        for name, kernel, (block_m, block_n) in (
+            ("sample_fwd", gates._sample_gates_fwd_kernel, configs.GATE_TILE),
+            ("sample_bwd", gates._sample_gates_bwd_kernel, configs.COLUMN_SUM_TILE),
+            ("gate_rows_fwd", gated_linear._gate_rows_fwd_kernel, configs.GATE_TILE),
+            ("gate_rows_bwd", gated_linear._gate_rows_bwd_kernel, configs.COLUMN_SUM_TILE),
+        ):
+            constants = {"BLOCK_M": block_m, "BLOCK_N": block_n, "GROUPED": grouped, "GATE": spec}
+            found.append(Case(f"{name}-{kind}", kernel, constants, "bf16", grouped))
+    return found
+
+
+def compile_case(case: Case, target: GPUTarget) -> Any:
+    """The compiled kernel: float32 log-alphas and workspaces, int64 seeds, everything else in the case's dtype."""
+    names, signature, divisible = case.kernel.arg_names, {}, []
+    for i, name in enumerate(names):
+        if name in case.constants:
+            signature[name] = "constexpr"
+        elif name.endswith("_ptr"):
+            exact = "log_alpha" in name or "partial" in name or name in ("z_ptr", "dz_ptr", "dy_sum_ptr")
+            signature[name] = "*i64" if "seed" in name else "*fp32" if exact else f"*{case.dtype}"
+            divisible.append(i)
+        else:
+            signature[name] = "i32"
+            if case.aligned:
+                divisible.append(i)
+    attrs = {(i,): [["tt.divisibility", 16]] for i in divisible}
+    source = ASTSource(fn=case.kernel, signature=signature, constexprs=case.constants, attrs=attrs)
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, "enable_fp_fusion": False}
+    return triton.compile(source, target=target, options=options)
+
+
+def compile_amd(case: Case) -> None:
+    """Compile for AMD's gfx942; raises if that fails."""
+    compile_case(case, _HIP)
+
+
+@functools.cache
+def _tools() -> Path:
+    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+def inspect(case: Case, capability: int) -> Report:
+    """Compile for sm_``capability`` and read registers, memory and instructions back with the disassembler of the triton wheel."""
+    compiled = compile_case(case, GPUTarget("cuda", capability, 32))
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        usage = subprocess.run([_tools() / "cuobjdump", "-res-usage", cubin.name], check=True, capture_output=True, text=True).stdout
+        sass = subprocess.run([_tools() / "nvdisasm", "-c", cubin.name], check=True, capture_output=True, text=True).stdout
+    resources = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert resources is not None, f"cuobjdump printed no register count:\n{usage}"
+    loop = hot_loop(sass, case.gemm)
+    return Report(
+        registers=int(resources[1]),
+        stack=int(resources[2]),
+        shared=compiled.metadata.shared,
+        spills=len(re.findall(r"\b(STL|LDL)\b", sass)),
+        f64=len(re.findall(_F64, sass)),
+        hot_loop=len(_INSTRUCTION.findall(loop)),
+        wgmma=len(re.findall(r"\bHGMMA", sass)),
+        # PTX lists a register operand in braces, as the accumulator before it; from shared memory it is a single descriptor.
+        register_a=bool(re.search(r"wgmma\.mma_async[^;]*\}\s*,\s*\{", compiled.asm["ptx"])),
+        tf32="tf32" in compiled.asm["ptx"],
+        copies_in_loop=len(re.findall(_COPY, loop)),
+    )
+
+
+def hot_loop(sass: str, gemm: bool) -> str:
+    """The text from a label to the branch back to it: of a GEMM the shortest that multiplies matrices, else the longest loop.
+
+    A wait that was moved out of line branches back as well, without a condition, so a conditional branch comes first. All of the text if
+    the kernel has no loop.
+    """
+    labels = {match[1]: match.start() for match in re.finditer(r"^(\.L_x_\d+):", sass, re.M)}
+    branches = re.finditer(r"(@!?P\d+ )?\bBRA(\.U !?UP\d+,)? .*?`\((\.L_x_\d+)\).*", sass)
+    loops = [(not (m[1] or m[2]), sass[labels[m[3]] : m.end()]) for m in branches if labels.get(m[3], len(sass)) < m.start()]
+    if gemm:
+        return min((unconditional, len(text), text) for unconditional, text in loops if re.search(_MATRIX, text))[2]
+    texts = [text for _, text in loops if len(_INSTRUCTION.findall(text)) > 1]  # every kernel ends in a branch to itself
+    return max(texts, key=len, default=sass)
+
+
+def read_budgets(path: Path) -> dict[str, int]:
+    """Recorded hot-loop counts of the running Triton version, {"sm_90/fwd-large": 1234}; empty for a version without a record."""
+    budgets: dict[str, int] = json.loads(path.read_text()).get(triton.__version__, {})
+    return budgets

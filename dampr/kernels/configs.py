@@ -1,0 +1,74 @@
+"""Tile sizes as a pure function of (sizes, dtype, compute capability): nothing is tuned at run time, so nothing looks like a hang.
+
+The tables are the whole list of what ships; tests/test_codegen.py compiles every entry and reads the machine code.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Tile(NamedTuple):
+    """An output tile of rows x cols, ``depth`` of the summed axis per step, ``group`` tile rows that advance together."""
+
+    rows: int
+    cols: int
+    depth: int
+    group: int
+    num_warps: int
+    num_stages: int
+
+
+GEMM_TILES = {
+    "large": Tile(128, 128, 32, 8, 8, 3),  # eight warps: at four, drawing the gates of the A tile spills
+    "small": Tile(64, 64, 32, 8, 4, 3),
+    "odd": Tile(32, 32, 16, 8, 4, 2),
+    "fp32": Tile(64, 64, 32, 8, 4, 2),
+    "fp32_tcgen05": Tile(32, 64, 32, 8, 4, 2),
+}
+FOLD_FWD_TILE, FOLD_BWD_TILE = (64, 128), (32, 128)  # of the weight
+REDUCE_TILE = (16, 64)  # of a (splits, n) workspace
+GATE_TILE = (16, 128)  # of a (rows, n) tensor of gates
+GATE_VECTOR = (1, 256)
+COLUMN_SUM_TILE = (16, 64)  # of an activation whose rows are summed
+ONE_PASS_GATES = 2**23  # gates that one launch is worth: about 15 us of drawing on an H200 [estimate from instruction counts]
+TARGET_PROGRAMS = 256  # work is split over rows until about this many programs run: two for each SM of a large GPU
+MAX_SPLITS = 32
+
+
+def gemm_kind(M: int, N: int, K: int, dtype: str, capability: int) -> str:
+    """Which tiles a problem gets: "odd" when its rows cannot be copied in 16 byte pieces, else by dtype, size and machine.
+
+    ``dtype``: "fp32", "bf16" or "fp16"; ``capability``: 90 for sm_90, 0 for AMD, which lacks the shared memory for "large". On tcgen05
+    (sm_100 to sm_110) Triton 3.7 turns a float32 dot of 64 rows or more into TF32 even when asked for IEEE; 32 rows keep it on the FMA.
+    """
+    if N % 16 or K % 16:
+        return "odd"
+    if dtype == "fp32":
+        return "fp32_tcgen05" if 100 <= capability < 120 else "fp32"
+    return "large" if min(M, N, K) >= 128 and capability >= 80 else "small"
+
+
+def gemm_tile(M: int, N: int, K: int, dtype: str, capability: int) -> Tile:
+    """The tile of all three GEMMs of a layer with x (M, K) and W (N, K); arguments as in :func:`gemm_kind`."""
+    return GEMM_TILES[gemm_kind(M, N, K, dtype, capability)]
+
+
+def fits_one_pass(M: int, N: int, K: int) -> bool:
+    """Whether gates of x (M, K) and y (M, N) are cheap enough to be drawn again by every tile of a GEMM that needs them.
+
+    Drawing costs some 60 instructions a gate, several times the MMA's own issue slots, and each of the N / 128 (or K / 128) output tiles of
+    a row repeats it. That beats the launches and the traffic of a pass of its own only for small problems.
+    """
+    return M * (K * -(N // -128) + N * -(K // -128)) <= ONE_PASS_GATES
+
+
+def split_rows(rows: int, step: int, programs: int) -> tuple[int, int]:
+    """(splits, rows per split, a multiple of ``step``) for ``programs`` programs that would each go through all rows in steps.
+
+    A function of the shape alone, so that the order of a sum does not depend on the device.
+    """
+    steps = -(rows // -step)
+    splits = max(1, min(MAX_SPLITS, steps, TARGET_PROGRAMS // max(1, programs)))
+    steps_per_split = -(steps // -splits)
+    return max(1, -(steps // -max(1, steps_per_split))), steps_per_split * step

@@ -1,0 +1,170 @@
+"""Drawing gates: z = clip(s (zeta - gamma) + gamma, 0, 1), its derivative, and the kernels that do nothing else.
+
+    a = exp(-log_alpha)    t = a (1 - u) / u    s = 1 / (1 + t ** (1 / beta))    dz/dlog_alpha = (zeta - gamma) / beta s (1 - s) inside
+    z = 0 <=> u (a + c0) <= a      z = 1 <=> u (a + c1) >= a      (equations, constants, evaluation rules: dampr/spec.py)
+
+``draw_gate`` is the one function every kernel calls, on a vector of gates or on a tile with a draw per row; a family is a branch in it.
+Whether a gate is 0 or 1 is decided by single IEEE operations, so kernels that draw are launched with ``enable_fp_fusion=False``; only the
+value in between uses the hardware's approximate division and square root. ``GATE`` is a whole ``dampr.spec.GateSpec``.
+"""
+
+import triton
+import triton.language as tl
+
+from dampr import spec
+
+# Kernels see only constexpr globals.
+HARD_CONCRETE = tl.constexpr(spec.HARD_CONCRETE)
+SAMPLE, MEDIAN = tl.constexpr(spec.SAMPLE), tl.constexpr(spec.MEDIAN)
+EDGE = tl.constexpr(spec.EDGE)
+NOT_ONE = tl.constexpr(1.0 - spec.EDGE)
+EXP_LIMIT = tl.constexpr(spec.EXP_LIMIT)
+EXP_LOG2E, EXP_ROUND = tl.constexpr(spec.EXP_LOG2E), tl.constexpr(spec.EXP_ROUND)
+EXP_LN2_HI, EXP_LN2_LO = tl.constexpr(spec.EXP_LN2_HI), tl.constexpr(spec.EXP_LN2_LO)
+EXP_HIGHEST, EXP_POLY, EXP_DEGREE = tl.constexpr(spec.EXP_POLY[0]), tl.constexpr(spec.EXP_POLY[1:]), tl.constexpr(len(spec.EXP_POLY) - 1)
+UNIFORM_SCALE = tl.constexpr(4.6566127342e-10)  # dampr.philox.UNIFORM_SCALE; that module imports torch
+NAN = tl.constexpr(tl.PropagateNan.ALL)
+is_two_thirds = triton.constexpr_function(spec.is_two_thirds)
+
+
+@triton.jit
+def exp_portable(x):
+    """exp(x) in float32 by the operations of dampr.reference.exp_portable, in their order."""
+    x = tl.minimum(tl.maximum(x, -EXP_LIMIT, propagate_nan=NAN), EXP_LIMIT, propagate_nan=NAN)
+    n = (x * EXP_LOG2E + EXP_ROUND) - EXP_ROUND
+    f = (x - n * EXP_LN2_HI) - n * EXP_LN2_LO
+    p = tl.full(x.shape, EXP_HIGHEST, tl.float32)
+    for i in tl.static_range(EXP_DEGREE):
+        p = p * f + EXP_POLY[i]
+    return p * ((n.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def draw_words(seed, start, BLOCK: tl.constexpr, GROUPED: tl.constexpr):
+    """Philox words of gates start .. start + BLOCK - 1; ``start``: int64, a scalar -> [BLOCK] or [BLOCK_M, 1] -> [BLOCK_M, BLOCK].
+
+    GROUPED promises that ``start`` is a multiple of 4, so that all words of a Philox group are used; else each gate draws its own group.
+    """
+    if GROUPED:
+        group = (start >> 2) + tl.arange(0, BLOCK // 4)
+    else:
+        index = start + tl.arange(0, BLOCK)
+        group = index >> 2
+    zero = tl.zeros(group.shape, tl.uint32)
+    w0, w1, w2, w3 = tl.philox(seed, group.to(tl.uint32), (group >> 32).to(tl.uint32), zero, zero)
+    if GROUPED:
+        return tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
+    else:
+        which = index & 3
+        return tl.where(which < 2, tl.where(which == 0, w0, w1), tl.where(which == 2, w2, w3))
+
+
+@triton.jit
+def uniform(word):
+    """uint32 -> float32 in [2^-24, 1 - 2^-24], as dampr.philox.uniform."""
+    word = word.to(tl.int32, bitcast=True)
+    u = tl.where(word < 0, -word - 1, word).to(tl.float32) * UNIFORM_SCALE
+    return tl.minimum(tl.maximum(u, EDGE), NOT_ONE)
+
+
+@triton.jit
+def draw_gate(log_alpha, seed, start, BLOCK: tl.constexpr, GROUPED: tl.constexpr, GATE: tl.constexpr):
+    """Gates start .. start + BLOCK - 1 and their derivatives: (z, dz/dlog_alpha), float32; what a caller does not use is not computed.
+
+    ``log_alpha``: float32 of the BLOCK columns, [BLOCK] or [1, BLOCK], also the shape of gates without noise; ``start`` as in draw_words.
+    """
+    tl.static_assert(GATE.family == HARD_CONCRETE)
+    if GATE.rule == SAMPLE:
+        u = uniform(draw_words(seed, start, BLOCK, GROUPED))
+        a = exp_portable(-log_alpha)  # of the columns only: rows share it
+        closed = u * (a + GATE.c0) <= a
+        full = u * (a + GATE.c1) >= a
+        q = a * (1.0 - u)  # t = q / u
+        if is_two_thirds(GATE.beta):
+            power_u = u * tl.sqrt(u)
+            s = power_u / (power_u + q * tl.sqrt(q))  # one division instead of two
+        else:
+            s = 1.0 / (1.0 + tl.exp(tl.log(q / u) / GATE.beta))
+        slope = s * (1.0 - s) * ((GATE.zeta - GATE.gamma) / GATE.beta)
+    else:
+        closed = log_alpha <= GATE.lo
+        full = log_alpha >= GATE.hi  # of the binary rule lo = hi: nothing is left in between
+        if GATE.rule == MEDIAN:
+            s = 1.0 / (1.0 + tl.exp(-log_alpha / GATE.beta))
+            slope = s * (1.0 - s) * ((GATE.zeta - GATE.gamma) / GATE.beta)
+        else:
+            s = 1.0 / (1.0 + tl.exp(-log_alpha))
+            slope = s * (1.0 - s) * (GATE.zeta - GATE.gamma)
+    z = s * (GATE.zeta - GATE.gamma) + GATE.gamma
+    z = tl.minimum(tl.maximum(z, EDGE, propagate_nan=NAN), NOT_ONE, propagate_nan=NAN)
+    return tl.where(closed, 0.0, tl.where(full, 1.0, z)), tl.where(closed | full, 0.0, slope)
+
+
+@triton.jit
+def load_seed(seed_ptr, GATE: tl.constexpr):
+    """The int64 seed, or 0 for a rule without noise (whose pointer may be anything)."""
+    if GATE.rule == SAMPLE:
+        return tl.load(seed_ptr)
+    else:
+        return 0
+
+
+@triton.jit
+def load_columns(ptr, start, n, BLOCK: tl.constexpr):
+    """float32 values start .. start + BLOCK - 1 of a vector of n, zero beyond it."""
+    offs = start + tl.arange(0, BLOCK)
+    return tl.load(ptr + offs, mask=offs < n, other=0.0).to(tl.float32)  # [BLOCK]
+
+
+@triton.jit
+def draw_gate_vector(log_alpha_ptr, seed_ptr, start, n, BLOCK: tl.constexpr, GATE: tl.constexpr):
+    """Gates start .. start + BLOCK - 1 of one vector of n (a draw per batch): (z, slope), each [BLOCK]; BLOCK and start: multiples of 4."""
+    return draw_gate(load_columns(log_alpha_ptr, start, n, BLOCK), load_seed(seed_ptr, GATE), start, BLOCK, True, GATE)
+
+
+@triton.jit
+def _sample_gates_fwd_kernel(
+    log_alpha_ptr, seed_ptr, z_ptr, rows, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUPED: tl.constexpr, GATE: tl.constexpr
+):
+    """z (rows, n) of log_alpha (n,); grid: (row blocks * column blocks,), because a second axis ends at 65535."""
+    pid, blocks = tl.program_id(0).to(tl.int64), tl.cdiv(n, BLOCK_N)
+    col, row = pid % blocks * BLOCK_N, pid // blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    start = (row * n + col)[:, None]
+    log_alpha = load_columns(log_alpha_ptr, col, n, BLOCK_N)[None, :]
+    z, _ = draw_gate(log_alpha, load_seed(seed_ptr, GATE), start, BLOCK_N, GROUPED, GATE)
+    cols = tl.arange(0, BLOCK_N)[None, :]
+    tl.store(z_ptr + start + cols, tl.broadcast_to(z, (BLOCK_M, BLOCK_N)), mask=(row < rows)[:, None] & (col + cols < n))
+
+
+@triton.jit
+def _sample_gates_bwd_kernel(
+    dz_ptr, log_alpha_ptr, seed_ptr, partial_ptr, rows, n, rows_per_split,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUPED: tl.constexpr, GATE: tl.constexpr,
+):  # fmt: skip
+    """partial (splits, n): sum over one split's rows, in order, of dz z'; grid: (column blocks, splits)."""
+    col = tl.program_id(0).to(tl.int64) * BLOCK_N
+    split = tl.program_id(1).to(tl.int64)
+    cols = col + tl.arange(0, BLOCK_N)
+    seed = load_seed(seed_ptr, GATE)
+    log_alpha = load_columns(log_alpha_ptr, col, n, BLOCK_N)[None, :]
+    total = tl.zeros((BLOCK_N,), tl.float32)
+    for first in range(0, rows_per_split, BLOCK_M):
+        row = split * rows_per_split + first + tl.arange(0, BLOCK_M)
+        start = (row * n + col)[:, None]
+        _, slope = draw_gate(log_alpha, seed, start, BLOCK_N, GROUPED, GATE)
+        mask = (row < rows)[:, None] & (cols < n)[None, :]
+        dz = tl.load(dz_ptr + row[:, None] * n + cols[None, :], mask=mask, other=0.0)  # [BLOCK_M, BLOCK_N]
+        total += tl.sum(dz * slope, axis=0)
+    tl.store(partial_ptr + split * n + cols, total, mask=cols < n)
+
+
+@triton.jit
+def _reduce_kernel(partial_ptr, out_ptr, splits, n, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr):
+    """out (n,) = sum over splits of partial (splits, n), in float32 and always in the same order; grid: (column blocks,)."""
+    cols = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    total = tl.zeros((BLOCK_N,), tl.float32)
+    for first in range(0, splits, BLOCK_S):
+        split = first + tl.arange(0, BLOCK_S).to(tl.int64)
+        mask = (split < splits)[:, None] & (cols < n)[None, :]
+        total += tl.sum(tl.load(partial_ptr + split[:, None] * n + cols[None, :], mask=mask, other=0.0), axis=0)
+    tl.store(out_ptr + cols, total.to(out_ptr.dtype.element_ty), mask=cols < n)

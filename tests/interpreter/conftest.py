@@ -1,0 +1,43 @@
+"""Kernels run in Triton's interpreter, on the CPU: ``TRITON_INTERPRET=1 python -m pytest tests/interpreter``, in a process of its own.
+
+``@triton.jit`` decides when triton is imported whether a kernel is compiled or interpreted. Where that has happened already, everything
+here is skipped.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TOO_LATE = "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1"
+if not TOO_LATE:
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    for item in items:
+        if here in item.path.parents:
+            item.add_marker(pytest.mark.interpreter)
+            item.add_marker(pytest.mark.filterwarnings("ignore:.* encountered in .*:RuntimeWarning"))  # infinities that a select discards
+            if TOO_LATE:
+                reason = "triton was imported without TRITON_INTERPRET=1; run: TRITON_INTERPRET=1 python -m pytest tests/interpreter"
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.empty full of NaN, so that an element nobody wrote shows."""
+    import torch
+
+    empty = torch.empty
+
+    def poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
+        t = empty(*args, **kwargs)
+        return t.fill_(float("nan")) if t.is_floating_point() else t
+
+    monkeypatch.setattr(torch, "empty", poisoned)

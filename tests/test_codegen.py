@@ -1,0 +1,130 @@
+"""The machine code of every Triton kernel x tile x architecture, compiled ahead of time: no GPU needed. Helpers: dampr/bench/codegen.py."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+triton = pytest.importorskip("triton")
+
+from dampr.bench import codegen  # noqa: E402
+
+BUDGETS = Path(__file__).parent / "data" / "codegen_budgets.json"
+ALLOWED_GROWTH = 1.10
+
+if not isinstance(codegen.gates._reduce_kernel, triton.JITFunction):
+    pytest.skip("TRITON_INTERPRET=1: nothing is compiled in this process", allow_module_level=True)
+
+
+def all_cases() -> list:
+    return [pytest.param(arch, case, id=f"sm_{arch}/{case.name}") for arch in codegen.ARCHITECTURES for case in codegen.cases(arch)]
+
+
+@pytest.mark.parametrize(("arch", "case"), all_cases())
+def test_machine_code_keeps_its_promises(arch: int, case: codegen.Case) -> None:
+    report = codegen.inspect(case, arch)
+
+    assert report.stack == 0, report
+    assert report.spills == 0, report
+    assert report.f64 == 0, report
+    assert report.shared <= codegen.SHARED_LIMIT_KB[arch] * 1024, report
+    assert not report.tf32, f"an IEEE dot was lowered to TF32: {report}"
+    if case.gemm and case.aligned:
+        assert report.copies_in_loop > 0, f"no asynchronous copies in the K loop: {report}"
+        if arch == 90 and case.dtype == "bf16":
+            assert report.wgmma > 0, report
+            assert report.register_a, f"the gated A tile goes through shared memory: {report}"
+
+    recorded = codegen.read_budgets(BUDGETS)
+    if not recorded:
+        pytest.skip(f"no budgets recorded for triton {triton.__version__} (python -m benchmarks.codegen --write)")
+    budget = recorded[f"sm_{arch}/{case.name}"]
+    assert report.hot_loop <= ALLOWED_GROWTH * budget, (
+        f"{report.hot_loop} instructions in the hot loop, {budget} recorded; if the growth is wanted: python -m benchmarks.codegen --write"
+    )
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in codegen.cases(0)])
+def test_every_kernel_compiles_for_amd(case: codegen.Case) -> None:
+    codegen.compile_amd(case)
+
+
+@pytest.mark.parametrize("rule", ["paper", "median", "binary"])
+@pytest.mark.parametrize("name", ["fold_fwd", "fold_bwd", "fold_gate_bwd", "sample_fwd-grouped", "sample_bwd-grouped"])
+def test_rules_without_noise_compile(name: str, rule: str) -> None:
+    from dampr.spec import hard_concrete
+
+    case = next(case for case in codegen.cases(90) if case.name == name)
+    constants = {**case.constants, "GATE": hard_concrete(rule)}
+    constants.update({arg: None for arg in case.kernel.arg_names if "seed" in arg})
+    report = codegen.inspect(case._replace(constants=constants), 90)
+    assert report.spills == report.stack == report.f64 == 0, report
+
+
+def test_a_beta_other_than_two_thirds_compiles_without_f64() -> None:
+    from dampr.spec import hard_concrete
+
+    case = next(case for case in codegen.cases(90) if case.name == "fwd-large")
+    report = codegen.inspect(case._replace(constants={**case.constants, "GATE": hard_concrete(beta=0.5)}), 90)
+    assert report.spills == report.stack == report.f64 == 0, report
+
+
+@pytest.mark.parametrize("arch", codegen.ARCHITECTURES)
+@pytest.mark.parametrize("name", ["sample_fwd-grouped", "sample_fwd-odd", "fold_fwd", "gate_rows_bwd-grouped"])
+def test_no_fused_multiply_add_decides_a_gate(name: str, arch: int) -> None:
+    case = next(case for case in codegen.cases(arch) if case.name == name)
+    ptx = codegen.compile_case(case, codegen.GPUTarget("cuda", arch, 32)).asm["ptx"]
+    assert "fma." not in ptx
+    assert "mul.rn.f32" in ptx
+    assert "mul.rn.ftz" not in ptx
+
+
+class _NoDevice:
+    """Stands in for Triton's CUDA driver where only compilation is wanted."""
+
+    def get_current_device(self) -> int:
+        return 999  # compiled kernels are cached by device: not the place of a real one
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> codegen.GPUTarget:
+        return codegen.GPUTarget("cuda", 90, 32)
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+@pytest.mark.parametrize("shape", [(256, 128, 256), (1, 1, 1)], ids=str)
+def test_what_the_launchers_pass_compiles(shape: tuple[int, int, int], per_sample: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through Triton's own launcher, which specialises on divisible sizes and turns an integer argument of 1 into a constant."""
+    import torch
+
+    from dampr.ops import backend_triton as backend
+
+    compiled = []
+
+    def compile_only(kernel: Any, grid: tuple[int, ...], *args: Any, **sizes: Any) -> None:
+        compiled.append(kernel.warmup(*args, grid=grid, enable_fp_fusion=False, **sizes))
+
+    monkeypatch.setattr(triton.runtime.driver, "_active", _NoDevice())
+    monkeypatch.setattr(backend, "_launch", compile_only)
+    monkeypatch.setattr(backend, "_capability", lambda device: 90)
+    (M, N, K), spec, seed = shape, codegen.hard_concrete(), torch.tensor([3])
+    x, dy, pre = (torch.zeros(M, n, dtype=torch.bfloat16) for n in (K, N, N))
+    parameters = torch.zeros(N, K), torch.zeros(N), torch.zeros(K), torch.zeros(N), seed, seed
+    backend.gated_linear_fwd(x, *parameters, spec, per_sample, per_sample)
+    backend.gated_linear_bwd(dy, x, *parameters, pre, spec, per_sample, [True] * 5)
+    backend.sample_gates_bwd(dy.float(), torch.zeros(N), seed, M, spec)
+    assert len(compiled) >= 5
+    assert not any("f64" in kernel.asm["ptx"] for kernel in compiled)
+
+
+def test_kernels_import_no_torch() -> None:
+    for path in (Path(codegen.__file__), *Path(codegen.gates.__file__).parent.glob("*.py")):
+        imports = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Import | ast.ImportFrom)]
+        names = {
+            name for node in imports for name in ([node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names])
+        }
+        assert not {name for name in names if name.split(".")[0] == "torch"}, path
