@@ -13,7 +13,7 @@ from torch.utils.flop_counter import register_flop_formula
 from dampr.spec import SAMPLE, GateSpec
 
 from .backends import select
-from .library import define, unpack
+from .library import apply, define, unpack
 
 _GATES = "Tensor? input_log_alpha, Tensor? output_log_alpha, Tensor? input_seed, Tensor? output_seed"
 Maybe = Tensor | None
@@ -163,7 +163,7 @@ def gated_linear(
     per_sample = per_sample and spec.rule == SAMPLE  # a deterministic gate is the same for every row
     learns = output_log_alpha is not None and output_log_alpha.requires_grad and torch.is_grad_enabled()
     keep_pre = per_sample and learns
-    y: Tensor = _GatedLinear.apply(x, weight, bias, input_log_alpha, output_log_alpha, input_seed, output_seed, spec, per_sample, keep_pre)[
-        0
-    ]
+    y: Tensor = apply(
+        _GatedLinear, x, weight, bias, input_log_alpha, output_log_alpha, input_seed, output_seed, spec, per_sample, keep_pre
+    )[0]
     return y

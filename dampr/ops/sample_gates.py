@@ -11,7 +11,7 @@ from torch import Tensor
 from dampr.spec import GateSpec
 
 from .backends import select
-from .library import define, unpack
+from .library import apply, define, unpack
 
 
 def _fwd(log_alpha: Tensor, seed: Tensor | None, rows: int | None, spec: Sequence[float]) -> Tensor:
@@ -55,5 +55,5 @@ class _SampleGates(torch.autograd.Function):
 
 def sample_gates(log_alpha: Tensor, seed: Tensor | None, rows: int | None, spec: GateSpec) -> Tensor:
     """Differentiable gate values; arguments are taken as checked (:func:`dampr.functional.sample_gates` checks)."""
-    z: Tensor = _SampleGates.apply(log_alpha, seed, rows, spec)
+    z: Tensor = apply(_SampleGates, log_alpha, seed, rows, spec)
     return z

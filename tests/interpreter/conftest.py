@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,26 @@ if not TOO_LATE:
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+def _version(name: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in metadata.version(name).split("+")[0].split(".")[:2])
+
+
+def why_not() -> str | None:
+    """The reason why nothing here can run, or None."""
+    if TOO_LATE:
+        return "triton was imported without TRITON_INTERPRET=1; run: TRITON_INTERPRET=1 python -m pytest tests/interpreter"
+    if _version("triton") < (3, 7) and _version("numpy") >= (2, 4):
+        return "the interpreter of triton 3.6 needs numpy < 2.4"
+    return None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    here = Path(__file__).parent
+    here, reason = Path(__file__).parent, why_not()
     for item in items:
         if here in item.path.parents:
             item.add_marker(pytest.mark.interpreter)
             item.add_marker(pytest.mark.filterwarnings("ignore:.* encountered in .*:RuntimeWarning"))  # infinities that a select discards
-            if TOO_LATE:
-                reason = "triton was imported without TRITON_INTERPRET=1; run: TRITON_INTERPRET=1 python -m pytest tests/interpreter"
+            if reason:
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 
