@@ -1,4 +1,7 @@
-"""save and load: tensors in safetensors, everything else as JSON in its header. No pickle is written or read."""
+"""save and load: tensors in safetensors, everything else as JSON in its header. No pickle is written or read.
+
+A file is not believed: its digest, the form of its manifest and the fit of every tensor are checked before a model is touched.
+"""
 
 from __future__ import annotations
 
@@ -6,31 +9,52 @@ import hashlib
 import inspect
 import json
 import os
+import warnings
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from dampr._version import __version__
 from dampr.nn import GatedLayer
 
 _FORMAT = 1
 _KEY = "dampr"
-_WIDTHS = ("in_features", "out_features", "in_channels", "out_channels", "num_features", "groups")
+_WIDTHS = (
+    *("in_features", "out_features", "in_channels", "out_channels", "groups", "num_features", "num_parameters", "embedding_dim"),
+    *("input_size", "hidden_size", "embed_dim", "num_heads", "head_dim", "kdim", "vdim"),
+)
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+_MAY_GAIN_BIAS = (nn.Linear, nn.modules.conv._ConvNd)
+_SIZED = (*_MAY_GAIN_BIAS, nn.modules.batchnorm._NormBase, nn.PReLU, nn.Embedding, nn.MultiheadAttention, nn.RNNBase)
 
 
 class FileError(RuntimeError):
     """A file is not what it should be, or does not fit the model."""
 
 
+@dataclass(frozen=True)
+class _Content:
+    """What a file says, in the right form; whether it fits a model is for :func:`_fit` to find out."""
+
+    where: str
+    state: dict[str, Tensor]
+    widths: dict[str, dict[str, int]]
+    architecture: dict[str, Any] | None
+    compaction: dict[str, Any] | None
+
+
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write a plain (compacted) model: one safetensors file whose header holds the manifest.
 
-    Models made of ``nn.Sequential``, ``nn.ModuleList``, ``nn.ModuleDict`` and ``torch.nn`` layers can be loaded by the path alone; any
-    other needs its dense original at loading time. The file appears whole or not at all.
+    Models made of ``nn.Sequential``, ``nn.ModuleList``, ``nn.ModuleDict`` and ``torch.nn`` layers can be loaded by the path alone, if
+    building them anew from what the manifest says of them gives the same (tried here); any other needs its dense original at loading
+    time. The file appears whole or not at all.
 
-    Raises TypeError for a model that still has gates (compact it first).
+    Raises: TypeError for a model that still has gates (compact it first); FileError for a layer whose tensors are not of the size that its
+    attributes (``in_features``, ...) say.
     """
     from safetensors.torch import save_file
 
@@ -39,23 +63,21 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         raise TypeError(
             f"model: layer {gated[0]!r} still has gates; expected a compacted model (dampr.compact); for checkpoints use state_dict()"
         )
-    widths = {
-        name: {attribute: getattr(module, attribute) for attribute in _WIDTHS if isinstance(getattr(module, attribute, None), int)}
-        for name, module in model.named_modules()
-    }
-    state = _unshared(model)
+    widths = {n: {a: getattr(module, a) for a in _WIDTHS if _is_size(getattr(module, a, None))} for n, module in model.named_modules()}
+    content = _Content("model", _unshared(model), {n: a for n, a in widths.items() if a}, None, getattr(model, "dampr_manifest", None))
+    _fit(model, content)
     manifest = {
         "format": _FORMAT,
         "version": __version__,
         "torch": torch.__version__,
-        "widths": {name: attributes for name, attributes in widths.items() if attributes},
-        "architecture": _describe(model),
-        "compaction": getattr(model, "dampr_manifest", None),
-        "sha256": _digest(state),
+        "widths": content.widths,
+        "architecture": _describe_whole(model, content),
+        "compaction": content.compaction,
     }
+    manifest["sha256"] = _digest(manifest, content.state)
     partial = f"{os.fspath(path)}.partial"
     try:
-        save_file(state, partial, metadata={_KEY: json.dumps(manifest)})
+        save_file(content.state, partial, metadata={_KEY: json.dumps(manifest)})
         os.replace(partial, path)
     finally:
         if os.path.exists(partial):
@@ -67,135 +89,225 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
 
     Args:
         path: the file.
-        model: the dense original, as it was before ``convert`` (its weights do not matter); it is narrowed in place and returned. None:
-            the model is built from the file, which works for containers and layers of ``torch.nn``.
+        model: the dense original, as it was before ``convert`` (its weights do not matter), in the dtypes of the file; it is narrowed in
+            place and returned. A bias that compaction gave to a linear or conv layer is added. None: the model is built from the file,
+            in its dtypes, which works for containers and layers of ``torch.nn``.
 
     Returns: the model in evaluation mode, on the CPU when built from the file.
 
-    Raises: FileNotFoundError; FileError for a file that is truncated, tampered with, not from here, or that does not fit ``model``, which
-    then is as it was.
+    Raises: FileNotFoundError; FileError for a file that is truncated, damaged, changed, not from here, or that does not fit ``model``,
+    which then is as it was. (The digest finds accidents; whoever changes a file on purpose can recompute it, so all else is checked too.)
     """
+    content = _read(path)
+    exact = model is None
+    if model is None:
+        if content.architecture is None:
+            raise FileError(f"{content.where}: it holds layers that only their own code can build; pass the dense original as model=")
+        model = _build(content.architecture, content)
+    made: dict[str, Tensor] = {}
+    changes = []
+    for module, attribute, name, old in _fit(model, content, exact):
+        if name not in made:
+            data = content.state[name].to(device="cpu" if old.is_meta else old.device)
+            made[name] = nn.Parameter(data, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else data
+        changes.append((module, attribute, made[name]))
+    for module, attribute, tensor in changes:  # nothing was changed so far
+        setattr(module, attribute, tensor)
+    for name, attributes in content.widths.items():
+        for attribute, value in attributes.items():
+            setattr(model.get_submodule(name), attribute, value)
+    for module in model.modules():
+        if isinstance(module, nn.RNNBase):
+            module.flatten_parameters()
+    model.dampr_manifest = content.compaction  # type: ignore[assignment]
+    return model.eval()
+
+
+def _read(path: str | os.PathLike[str]) -> _Content:
+    """The content of a file: unchanged since it was written, and of the right form."""
     from safetensors import SafetensorError, safe_open
 
+    where = f"path={os.fspath(path)!r}"
     if not os.path.exists(path):
-        raise FileNotFoundError(f"path={os.fspath(path)!r}: expected a file written by dampr.save")
+        raise FileNotFoundError(f"{where}: expected a file written by dampr.save")
     try:
         with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
             metadata = file.metadata() or {}
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, ValueError, OSError) as error:
-        raise FileError(f"path={os.fspath(path)!r}: not a whole safetensors file ({error})") from error
-    manifest = _parse(metadata, path)
-    if model is None:
-        if manifest["architecture"] is None:
-            raise FileError(
-                f"path={os.fspath(path)!r}: it holds layers that only their own code can build; pass the dense original as model="
-            )
-        model = _build(manifest["architecture"])
-    _narrow(model, state, manifest, path)
-    model.dampr_manifest = manifest["compaction"]  # type: ignore[assignment]
-    return model.eval()
-
-
-def _parse(metadata: dict[str, str], path: str | os.PathLike[str]) -> dict[str, Any]:
+        raise FileError(f"{where}: not a whole safetensors file ({error})") from error
     try:
-        manifest: dict[str, Any] = json.loads(metadata[_KEY])
-    except (KeyError, json.JSONDecodeError) as error:
-        raise FileError(f"path={os.fspath(path)!r}: no dampr manifest in its header; expected a file written by dampr.save") from error
-    if manifest.get("format") != _FORMAT:
-        raise FileError(
-            f"path={os.fspath(path)!r}: format {manifest.get('format')!r}, expected {_FORMAT}; a newer dampr may have written it"
-        )
-    return manifest
+        manifest = json.loads(metadata[_KEY])
+        digest = _digest(manifest, state) if isinstance(manifest, dict) else None
+    except (KeyError, ValueError, RecursionError) as error:
+        raise FileError(f"{where}: no dampr manifest in its header; expected a file written by dampr.save") from error
+    if digest is None or manifest.get("format") != _FORMAT:
+        found = manifest.get("format") if digest else manifest
+        raise FileError(f"{where}: format {found!r}, expected {_FORMAT}; a newer dampr may have written it")
+    if manifest.get("sha256") != digest:
+        raise FileError(f"{where}: tensors and manifest do not match the recorded SHA-256; the file was changed after it was written")
+    widths, architecture, compaction = (manifest.get(key) for key in ("widths", "architecture", "compaction"))
+    if not isinstance(widths, dict) or not all(isinstance(w, dict) and all(map(_is_size, w.values())) for w in widths.values()):
+        raise FileError(f"{where}: manifest: widths has to map names of layers to their sizes")
+    for key, value in (("architecture", architecture), ("compaction", compaction)):
+        if key not in manifest or not isinstance(value, dict | None):
+            raise FileError(f"{where}: manifest: {key} has to be an object or null")
+    return _Content(where, state, widths, architecture, compaction)
 
 
-def _unshared(model: nn.Module) -> dict[str, torch.Tensor]:
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+
+
+def _unshared(model: nn.Module) -> dict[str, Tensor]:
     """The state of a model with each shared tensor under its first name only."""
     first: dict[int, str] = {}
     own = model.state_dict(keep_vars=True)
     return {name: t.detach().contiguous() for name, t in own.items() if first.setdefault(id(t), name) == name}
 
 
-def _digest(state: dict[str, torch.Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes and values."""
-    total = hashlib.sha256()
+def _digest(manifest: dict[str, Any], state: dict[str, Tensor]) -> str:
+    """SHA-256 over the manifest without its digest, and the names, dtypes, shapes and values of all tensors."""
+    rest = json.loads(json.dumps({key: value for key, value in manifest.items() if key != "sha256"}))  # keys as they come back
+    total = hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode())
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()
-        total.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
+        total.update(f"\n{name}:{tensor.dtype}:{tuple(tensor.shape)}\n".encode())
         total.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return total.hexdigest()
 
 
-def _narrow(model: nn.Module, state: dict[str, torch.Tensor], manifest: dict[str, Any], path: str | os.PathLike[str]) -> None:
-    where = f"path={os.fspath(path)!r}"
-    own = dict(model.state_dict(keep_vars=True))
-    absent = sorted(set(state) - set(own))
+def _fit(model: nn.Module, content: _Content, exact: bool = False) -> list[tuple[nn.Module, str, str, Tensor]]:
+    """What goes where in a model, as (layer, attribute, name in the file, tensor it is to be like), after all checks; changes nothing.
+
+    A tensor takes the place of one no smaller and of the same dtype, or, if the model was built for the file (``exact``), of one of the
+    same shape; that model takes on the file's floating dtypes.
+    """
+    where, state = content.where, content.state
+    modules = dict(model.named_modules(remove_duplicate=False))
+    own: dict[str, Tensor] = dict(model.state_dict(keep_vars=True))
     stored = {id(own[name]): name for name in reversed(own) if name in state}  # a shared tensor is in the file once, under its first name
-    missing = [n for n, t in own.items() if n not in state and id(t) not in stored]
+    like = dict(own)
+    for name in set(state) - set(own):
+        layer = modules.get(name.rpartition(".")[0])
+        if name.endswith("bias") and isinstance(layer, _MAY_GAIN_BIAS) and layer.bias is None:
+            like[name] = layer.weight
+    source = {n: n if n in state else stored.get(id(t), "") for n, t in like.items()}
+    absent, missing = sorted(set(state) - set(like)), [n for n, found in source.items() if not found]
     if absent or missing:
         raise FileError(f"{where}: does not fit model; only in the file: {absent[:3]}, only in the model: {missing[:3]}")
-    for name, tensor in state.items():
-        if tensor.dim() != own[name].dim() or any(a > b for a, b in zip(tensor.shape, own[name].shape, strict=True)):
-            raise FileError(
-                f"{where}: tensor {name!r} has shape {tuple(tensor.shape)}, which cannot come from {tuple(own[name].shape)} in model"
-            )
-    if _digest(state) != manifest["sha256"]:
-        raise FileError(f"{where}: the tensors do not match the recorded SHA-256; the file was changed after it was written")
-    source = {n: n if n in state else stored[id(t)] for n, t in own.items()}
-    replaced: dict[str, Any] = {}
-    for name, old in own.items():
-        new: Any = replaced.get(source[name])
-        if new is None:
-            data = state[source[name]].to(device=old.device if not old.is_meta else "cpu")
-            new = nn.Parameter(data, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else data
-            replaced[source[name]] = new
-        owner, _, attribute = name.rpartition(".")
-        module = model.get_submodule(owner)
-        if isinstance(old, nn.Parameter):
-            module._parameters[attribute] = new
-        else:
-            module._buffers[attribute] = new
-    for name, attributes in manifest["widths"].items():
-        for attribute, value in attributes.items():
-            setattr(model.get_submodule(name), attribute, value)
+    for name, old in like.items():
+        new = state[source[name]]
+        if is_lazy(old) or (new.dtype != old.dtype and not (exact and new.is_floating_point() and old.is_floating_point())):
+            raise FileError(f"{where}: tensor {name!r} is {new.dtype}, but {old.dtype} in model; model.to(dtype) may help")
+        smaller = new.dim() == old.dim() and all(a <= b for a, b in zip(new.shape, old.shape, strict=True))
+        if name in own and not (new.shape == old.shape if exact else smaller):
+            raise FileError(f"{where}: tensor {name!r} has shape {tuple(new.shape)}, which cannot come from {tuple(old.shape)} in model")
+    _check_widths(modules, content, {name: tuple(state[found].shape) for name, found in source.items()})
+    return [(modules[n.rpartition(".")[0]], n.rpartition(".")[2], found, like[n]) for n, found in source.items()]
 
 
-def _describe(module: nn.Module) -> dict[str, Any] | None:
-    """A module as data: its torch.nn class, constructor arguments, children; None where that is not possible."""
+def _check_widths(modules: dict[str, nn.Module], content: _Content, shapes: dict[str, tuple[int, ...]]) -> None:
+    """The widths name attributes that are there, and a layer built with them has tensors of the file's shapes."""
+    for name, attributes in content.widths.items():
+        for attribute in attributes:
+            if attribute not in _WIDTHS or not _is_size(getattr(modules.get(name), attribute, None)):
+                raise FileError(f"{content.where}: manifest: widths: model has no size {name}.{attribute}")
+    names = {module: name for name, module in reversed(modules.items())}
+    for module, name in names.items():
+        if not isinstance(module, _SIZED):
+            continue
+        kind = next(k for k in type(module).__mro__ if getattr(nn, k.__name__, None) is k)
+        prefix = f"{name}." if name else ""
+        widths = content.widths.get(name, {})
+        arguments = _arguments(module, kind) | {k: v for k, v in widths.items() if k in _parameters(kind)}
+        if f"{prefix}bias" in shapes:
+            arguments.pop("bias", None)
+        twin = _construct(kind, arguments, f"{content.where}: layer {name!r}")
+        expected = {k: tuple(t.shape) for k, t in twin.state_dict(prefix=prefix).items()}
+        wrong = [k for k in expected if shapes.get(k, expected[k]) != expected[k]] + [k for k, v in widths.items() if getattr(twin, k) != v]
+        if wrong:
+            raise FileError(f"{content.where}: layer {name!r}: its widths {widths} do not go with {wrong[0]} {shapes.get(wrong[0], '')}")
+
+
+def _describe_whole(model: nn.Module, content: _Content) -> dict[str, Any] | None:
+    """A model as data, or None if that does not lead back to the same: in text, in the attributes that constructors set, in its tensors."""
+    try:
+        description = _describe(model)
+        twin = _build(json.loads(json.dumps(description)), content)
+        _fit(twin, content, exact=True)
+    except (FileError, TypeError, ValueError):
+        return None
+    modules = dict(model.named_modules(remove_duplicate=False))
+    plain = (bool, int, float, str, tuple, list, type(None))
+    for name, module in twin.named_modules(remove_duplicate=False):
+        for attribute, value in vars(module).items():
+            if attribute[0] != "_" and attribute != "training" and isinstance(value, plain) and vars(modules[name]).get(attribute) != value:
+                return None
+    return description if str(twin) == str(model) else None
+
+
+def _describe(module: nn.Module) -> dict[str, Any]:
     kind = type(module)
     if getattr(nn, kind.__name__, None) is not kind:
-        return None
+        raise TypeError(f"{kind.__name__} is not a class of torch.nn")
     if isinstance(module, _CONTAINERS):
-        children = {name: _describe(child) for name, child in module.named_children()}
-        return None if None in children.values() else {"type": kind.__name__, "children": children}
-    if list(module.children()):
-        return None
+        return {"type": kind.__name__, "children": {name: _describe(child) for name, child in module._modules.items()}}  # type: ignore[arg-type]
+    if module._modules:
+        raise TypeError(f"{kind.__name__} has layers in it")
+    return {"type": kind.__name__, "arguments": _arguments(module, kind)}
+
+
+def _parameters(kind: type[Any]) -> dict[str, Any]:
+    """The constructor's parameters and their defaults; recurrent layers pass theirs on to nn.RNNBase."""
+    recurrent = issubclass(kind, nn.RNNBase)
+    signature = inspect.signature(nn.RNNBase if recurrent else kind)
+    named = {n: p.default for n, p in signature.parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+    if recurrent:
+        named = {k: v for k, v in named.items() if k != "mode"} | ({"nonlinearity": "tanh"} if kind is nn.RNN else {})
+    return {name: default for name, default in named.items() if name not in ("device", "dtype")}
+
+
+def _arguments(module: nn.Module, kind: type[Any]) -> dict[str, Any]:
+    """The constructor's arguments, from the attributes of the same names, as far as there are any and they are not the defaults."""
     arguments: dict[str, Any] = {}
-    for name, parameter in inspect.signature(kind.__init__).parameters.items():
-        if name in ("self", "device", "dtype"):
-            continue
-        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) or not hasattr(module, name):
-            return None
-        value = getattr(module, name)
-        arguments[name] = (value is not None) if name == "bias" and not isinstance(value, bool) else value
-    try:
-        json.dumps(arguments)
-    except TypeError:
-        return None
-    return {"type": kind.__name__, "arguments": arguments}
+    for name, default in _parameters(kind).items():
+        if hasattr(module, name):
+            value = getattr(module, name)
+            value = value is not None if name == "bias" and not isinstance(value, bool) else value
+            if type(value) is not type(default) or value != default:
+                arguments[name] = value
+    return arguments
 
 
-def _build(description: dict[str, Any]) -> nn.Module:
-    kind = getattr(nn, str(description.get("type")), None)
-    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
-        raise FileError(f"architecture names {description.get('type')!r}: expected a class of torch.nn")
+def _build(description: Any, content: _Content, depth: int = 0) -> nn.Module:
+    """A model from its description, with tensors that take no memory."""
+    where = f"{content.where}: architecture"
+    if not isinstance(description, dict) or not isinstance(description.get("type"), str):
+        raise FileError(f"{where}: {description!r} has to be an object with a type")
+    kind = getattr(nn, description["type"], None)
+    if not (isinstance(kind, type) and issubclass(kind, nn.Module) and kind is not nn.Module):
+        raise FileError(f"{where} names {description['type']!r}: expected a class of torch.nn")
+    parts = description.get("children" if issubclass(kind, _CONTAINERS) else "arguments")
+    if not isinstance(parts, dict):
+        raise FileError(f"{where}: torch.nn.{kind.__name__} comes without children or arguments")
     if issubclass(kind, _CONTAINERS):
         container = kind()
-        for name, child in description["children"].items():
-            container.add_module(name, _build(child))
+        for name, child in parts.items():
+            if not name or "." in name or hasattr(container, name) or depth > 100:
+                raise FileError(f"{where}: {name!r} cannot be in torch.nn.{kind.__name__}")
+            container.add_module(name, _build(child, content, depth + 1))
         return container
-    arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in description["arguments"].items()}
+    layers = [value for name, value in parts.items() if name.endswith("_layers")]  # a count that takes time even without memory
+    if set(parts) - set(_parameters(kind)) or not all(_is_size(n) and n <= len(content.state) for n in layers):
+        raise FileError(f"{where}: torch.nn.{kind.__name__} does not take {parts}")
+    return _construct(kind, {k: tuple(v) if isinstance(v, list) else v for k, v in parts.items()}, where)
+
+
+def _construct(kind: type[Any], arguments: dict[str, Any], where: str) -> nn.Module:
     try:
-        return kind(**arguments)
-    except (TypeError, ValueError) as error:
-        raise FileError(f"architecture: torch.nn.{kind.__name__} does not take {arguments} ({error})") from error
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return kind(**arguments)
+    except Exception as error:  # whatever torch's constructors make of values that are not theirs
+        raise FileError(f"{where}: torch.nn.{kind.__name__} does not take {arguments} ({error})") from error

@@ -1,8 +1,7 @@
 """Which widths of a network are tied together, from torch-pruning's dependency graph.
 
-A *width* is one dimension that several layers share: the layers that write it (producers) and those that read it (consumers).
-torch-pruning finds and slices widths; this module asks it, and says who produces, who consumes, and whether the width is also the model's
-own input or output.
+A *width* is one dimension that several layers share: the layers that write it (producers) and those that read it (consumers). torch-pruning
+finds and slices widths; this module asks it, channel by channel where it has to, and says which channels can go without changing a result.
 """
 
 from __future__ import annotations
@@ -10,90 +9,165 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from . import inputs
 
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_PASSES_THROUGH = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.PReLU)
 _MIXES_CHANNELS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
-_ELEMENTWISE = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.PReLU)
 _READERS = (nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention, nn.RNNBase)
 
+Closed = dict[bool, dict[nn.Module, set[int]]]  # writes -> layer -> closed channels
 
-class Member(NamedTuple):
-    """One layer of a width: ``channels[i]`` is the layer's channel that goes with the width's channel ``root[i]``."""
+
+@dataclass(frozen=True)
+class Member:
+    """One layer of a width and the channels of it, written or read, that go with the channels asked for."""
 
     module: nn.Module
     writes: bool
     channels: list[int]
-    root: list[int]
+
+    def size(self) -> int:
+        """How many channels of this kind the layer has, from its weight of shape (written, read, ...)."""
+        return channel_count(self.module, self.writes)
 
 
-def build(model: nn.Module, example_inputs: Any) -> Any:
-    """torch-pruning's dependency graph of ``model``, traced in evaluation mode; the model is left as it was."""
-    import torch_pruning
-
-    if isinstance(example_inputs, torch.Tensor):
-        example_inputs = (example_inputs,)
-    with inputs.evaluating(model), _all_trainable(model), torch.enable_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return torch_pruning.DependencyGraph().build_dependency(model, example_inputs, verbose=False)
+def channel_count(layer: nn.Module, writes: bool) -> int:
+    """Channels that a linear or convolution layer writes, or reads."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return int(weight.shape[0 if writes else 1])
 
 
-def group(graph: Any, module: nn.Module, writes: bool, index: Iterable[int]) -> Any:
-    """torch-pruning's group of everything that has to be sliced with these output (``writes``) or input channels of ``module``."""
-    pruner = graph.get_pruner_of_module(module)
-    return graph.get_pruning_group(module, pruner.prune_out_channels if writes else pruner.prune_in_channels, list(index))
+class Widths:
+    """The dependency graph of a model, traced in evaluation mode; the model is left as it was. Raises what the model's forward raises."""
+
+    def __init__(self, model: nn.Module, example_inputs: Any) -> None:
+        import torch_pruning
+
+        self._calls: dict[nn.Module, int] = {}
+        self._returned: set[Any] = set()
+        self._names = {module: name for name, module in model.named_modules()}
+        hooks = [module.register_forward_pre_hook(self._count) for module in model.modules() if not list(module.children())]
+        packed = (example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs
+        try:
+            with inputs.evaluating(model), _all_trainable(model), torch.enable_grad(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                graph = torch_pruning.DependencyGraph()
+                self._graph = graph.build_dependency(model, packed, forward_fn=self._forward, verbose=False)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _count(self, module: nn.Module, _: Any) -> None:
+        self._calls[module] = self._calls.get(module, 0) + 1
+
+    def _forward(self, model: nn.Module, example_inputs: Any) -> list[Tensor]:
+        found = [t for t in inputs.tensors(inputs.call(model, example_inputs)) if t.grad_fn is not None]
+        self._returned = {t.grad_fn for t in found}
+        return found
+
+    def __contains__(self, module: nn.Module) -> bool:
+        return module in self._graph.module2node
+
+    def reaches_output(self, module: nn.Module) -> bool:
+        """Whether the outputs of ``module`` get to the model's output without being read by another layer on some path."""
+        todo, seen = [self._graph.module2node[module]], set()
+        while todo:
+            node = todo.pop()
+            if id(node) in seen:
+                continue
+            seen.add(id(node))
+            if not node.outputs or node.grad_fn in self._returned:
+                return True
+            todo.extend(after for after in node.outputs if not isinstance(after.module, _READERS))
+        return False
+
+    def group(self, layer: nn.Module, writes: bool, channels: Iterable[int]) -> Any:
+        """torch-pruning's group of everything that is sliced together with these channels of ``layer``.
+
+        Asked from the reading side of a flattened convolution, torch-pruning names a channel of the producer once for each position, and
+        would cut that many; such a group is asked for again from the producer.
+        """
+        pruner = self._graph.get_pruner_of_module(layer)
+        found = self._graph.get_pruning_group(layer, pruner.prune_out_channels if writes else pruner.prune_in_channels, sorted(channels))
+        if writes or all(len(set(item.idxs)) == len(item.idxs) for item in found):
+            return found
+        producers = [i for i in found if self._graph.is_out_channel_pruning_fn(i.dep.handler) and isinstance(i.dep.target.module, _READERS)]
+        return self.group(producers[0].dep.target.module, True, set(producers[0].idxs)) if producers else found
+
+    def members(self, group: Any) -> list[Member]:
+        """The producers and consumers of a group. Raises CannotCutError where one of them is of a kind that cannot be cut exactly."""
+        found = []
+        for item in group:
+            module = item.dep.target.module
+            if isinstance(module, nn.Parameter):
+                raise CannotCutError("a bare nn.Parameter takes part in its width")
+            if not isinstance(module, nn.Module) or isinstance(module, _PASSES_THROUGH):
+                continue
+            if isinstance(module, _MIXES_CHANNELS):
+                raise CannotCutError(f"{type(module).__name__} {self._names.get(module)!r} computes statistics over its channels")
+            if not list(module.parameters(recurse=False)):
+                continue
+            self._check_kind(module)
+            found.append(Member(module, self._graph.is_out_channel_pruning_fn(item.dep.handler), list(item.idxs)))
+        if not any(m.writes for m in found):
+            raise CannotCutError("its width is the model's own input")
+        if any(m.writes and self.reaches_output(m.module) for m in found):
+            raise CannotCutError("its width is the model's own output")
+        return found
+
+    def _check_kind(self, module: nn.Module) -> None:
+        kind, name = type(module).__name__, self._names.get(module, "?")
+        if not isinstance(module, (nn.Linear, *_CONVOLUTIONS)) or getattr(module, "groups", 1) != 1:
+            raise CannotCutError(
+                f"{kind} {name!r}{' with groups' if hasattr(module, 'groups') else ''} shares its width, and cannot be cut yet"
+            )
+        if self._calls.get(module, 1) != 1:
+            raise CannotCutError(f"{kind} {name!r} is called {self._calls[module]} times")
+
+    def removable(self, layer: nn.Module, writes: bool, closed: Closed) -> set[int]:
+        """Of the closed channels of ``layer``, those whose whole group nobody writes (all producers closed) or nobody reads.
+
+        At least one channel stays in every layer. Raises CannotCutError where the width cannot be cut at all.
+        """
+        wanted = closed[writes][layer]
+        if not self._is_dead(self.members(self.group(layer, writes, wanted)), closed):
+            wanted = {i for i in wanted if self._is_dead(self.members(self.group(layer, writes, [i])), closed)}
+        while wanted:
+            members = self.members(self.group(layer, writes, wanted))
+            if not self._is_dead(members, closed):
+                raise CannotCutError("its channels are tied to open ones in a way that cannot be told apart")
+            if all(len(set(m.channels)) < m.size() for m in members):
+                return wanted
+            # Leave one channel, and with it those of the same layer that torch-pruning ties to it.
+            tied = self.members(self.group(layer, writes, [min(wanted)]))
+            wanted = wanted - {min(wanted)}.union(*(m.channels for m in tied if m.module is layer and m.writes == writes))
+        return wanted
+
+    @staticmethod
+    def _is_dead(members: list[Member], closed: Closed) -> bool:
+        def shut(writes: bool) -> bool:
+            return all(set(m.channels) <= closed[writes].get(m.module, set()) for m in members if m.writes == writes)
+
+        return shut(True) or (any(not m.writes for m in members) and shut(False))
 
 
-def members(graph: Any, found: Any) -> tuple[list[Member], str]:
-    """The producers and consumers of a group, and the reason why the width cannot be cut exactly, or an empty string."""
-    result = []
-    for item in found:
-        module = item.dep.target.module
-        if isinstance(module, nn.Parameter):
-            return [], "a bare nn.Parameter takes part in it"
-        if isinstance(module, _MIXES_CHANNELS):
-            return [], f"{type(module).__name__} computes statistics over its channels"
-        if not isinstance(module, nn.Module) or not _has_channels(module):
-            continue
-        writes = graph.is_out_channel_pruning_fn(item.dep.handler)
-        result.append(Member(module, writes, list(item.idxs), list(item.root_idxs)))
-    if not any(m.writes for m in result):
-        return result, "it is the model's own input"
-    if any(reaches_output(graph, m.module) for m in result if m.writes):
-        return result, "it is the model's own output"
-    return result, ""
-
-
-def reaches_output(graph: Any, module: nn.Module) -> bool:
-    """Whether the outputs of ``module`` get to the model's output without being read by another layer on some path."""
-    todo, seen = list(graph.module2node[module].outputs), set()
-    if not todo:
-        return True
-    while todo:
-        node = todo.pop()
-        if id(node) in seen or isinstance(node.module, _READERS):
-            continue
-        seen.add(id(node))
-        if not node.outputs:
-            return True
-        todo.extend(node.outputs)
-    return False
+class CannotCutError(Exception):
+    """Why closed channels stay; the message completes a note of the manifest."""
 
 
 def unconsumed_outputs(model: nn.Module, names: Iterable[str], example_inputs: Any) -> list[str]:
-    """Of the layers ``names``, those whose outputs nothing but the model's own output receives."""
-    graph = build(model, example_inputs)
+    """Of the layers ``names``, those whose outputs reach the model's output unread."""
+    widths = Widths(model, example_inputs)
     layers = {name: model.get_submodule(name) for name in names}
-    return [name for name, layer in layers.items() if layer in graph.module2node and reaches_output(graph, layer)]
-
-
-def _has_channels(module: nn.Module) -> bool:
-    """Whether the module reads or writes channels of its own, rather than passing each one through."""
-    return bool(list(module.parameters(recurse=False)) or isinstance(module, _READERS)) and not isinstance(module, _ELEMENTWISE)
+    return [name for name, layer in layers.items() if layer in widths and widths.reaches_output(layer)]
 
 
 @contextlib.contextmanager

@@ -11,14 +11,19 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 
-def run(model: nn.Module, example_inputs: Any) -> Any:
-    """``model`` on the example inputs, as it stands, without gradients."""
-    with torch.no_grad():
-        if isinstance(example_inputs, Mapping):
-            return model(**example_inputs)
-        if isinstance(example_inputs, (tuple, list)):
-            return model(*example_inputs)
-        return model(example_inputs)
+def call(model: nn.Module, example_inputs: Any) -> Any:
+    """``model`` on the example inputs, as it stands."""
+    if isinstance(example_inputs, Mapping):
+        return model(**example_inputs)
+    if isinstance(example_inputs, (tuple, list)):
+        return model(*example_inputs)
+    return model(example_inputs)
+
+
+def evaluate(model: nn.Module, example_inputs: Any) -> list[Tensor]:
+    """The output tensors in evaluation mode without gradients, as users run a model; modes are given back."""
+    with evaluating(model), torch.no_grad():
+        return tensors(call(model, example_inputs))
 
 
 def check(example_inputs: Any) -> None:
@@ -31,8 +36,34 @@ def check(example_inputs: Any) -> None:
 
 def tensors(output: Any) -> list[Tensor]:
     """Every tensor of a model's output, in order."""
-    leaves = pytree.tree_leaves(output) if not hasattr(output, "to_tuple") else pytree.tree_leaves(output.to_tuple())
+    leaves = pytree.tree_leaves(output.to_tuple() if hasattr(output, "to_tuple") else output)
     return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+
+def perturbed(example_inputs: Any) -> Any:
+    """The same inputs with a little fixed noise on every floating-point tensor, so that a constant can be told from one row's value."""
+    generator = torch.Generator().manual_seed(0)
+
+    def shake(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or not leaf.is_floating_point() or not leaf.numel():
+            return leaf
+        noise = torch.randn(leaf.shape, generator=generator).to(leaf.device, leaf.dtype)
+        return leaf.detach() + noise * (0.1 * leaf.detach().abs().mean() + 1e-3)
+
+    return pytree.tree_map(shake, example_inputs)
+
+
+def differ(a: list[Tensor], b: list[Tensor], rtol: float, atol: float) -> bool:
+    """Whether two lists of output tensors differ in number, shape or, beyond the tolerances, value."""
+    return len(a) != len(b) or any(
+        s.shape != t.shape or not torch.allclose(s.double(), t.double(), rtol=rtol, atol=atol, equal_nan=True)
+        for s, t in zip(a, b, strict=True)
+    )
+
+
+def gap(a: list[Tensor], b: list[Tensor]) -> float:
+    """The largest absolute difference between two lists of tensors of the same shapes."""
+    return max((float((s.double() - t.double()).abs().max()) for s, t in zip(a, b, strict=True) if s.numel()), default=0.0)
 
 
 @contextmanager
@@ -45,3 +76,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+def replace(model: nn.Module, layers: Mapping[nn.Module, nn.Module]) -> None:
+    """Put ``layers[old]`` in the place of each ``old`` module, under every name it has in ``model``."""
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if name and module in layers:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, layers[module])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -23,6 +24,6 @@ def count_macs(model: nn.Module, example_inputs: Any) -> int:
 
     A gated layer counts as its dense counterpart does.
     """
-    with inputs.evaluating(model), FlopCounterMode(display=False) as counter:
-        inputs.run(model, example_inputs)
+    with inputs.evaluating(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        inputs.call(model, example_inputs)
     return counter.get_total_flops() // 2

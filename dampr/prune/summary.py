@@ -106,7 +106,7 @@ def summary(model: nn.Module, *, example_inputs: Any = None) -> Summary:
         LayerSummary(
             name,
             type(layer).__name__,
-            layer.granularity,
+            str(layer.granularity),
             layer.gate.num_gates,
             int(layer.gate.is_open().sum()),
             float(layer.gate.open_probability().detach().sum()),

@@ -146,6 +146,152 @@ def test_concatenated_widths_are_cut_apart():
     assert small.dampr_manifest["layers"]["head"]["in"]["kept"] == [i for i in range(20) if i not in (0, 5, 11, 13, 14)]
 
 
+class GLU(nn.Module):
+    """The halves of one layer's output meet in a product: unit i goes only together with unit i + 6."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(20, 12), nn.Linear(6, 5)
+
+    def forward(self, x):
+        a, b = self.up(x).chunk(2, dim=-1)
+        return self.down(a * torch.sigmoid(b))
+
+
+@pytest.mark.parametrize(("closed", "width"), [([2], 12), ([2, 8], 10), ([0, 1, 6, 11], 10), (range(12), 2)])
+@pytest.mark.parametrize("rows", [1, 11])
+def test_units_tied_within_a_layer_go_together_or_stay(closed, width, rows):
+    model = dampr.convert(GLU(), include="up")
+    with torch.no_grad():
+        model.up.gate.log_alpha[list(closed)] = -5
+    small = dampr.compact(model, example_inputs=X[:rows])
+    fresh = torch.randn(50, 20)
+    torch.testing.assert_close(small(fresh), model.eval()(fresh), atol=1e-5, rtol=1e-5)
+    assert (small.up.out_features, small.down.in_features) == (width, width // 2)
+
+
+class Flatten(nn.Module):
+    """A convolution channel is nine inputs of the linear layer behind it."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.fc, self.head = nn.Conv2d(1, 4, 3, padding=1), nn.Linear(36, 10), nn.Linear(10, 3)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.fc(torch.relu(self.conv(x)).flatten(1))))
+
+
+@pytest.mark.parametrize(
+    ("closed", "channels"), [(range(9, 18), 3), ([0, 10, 11, 12], 4), ([*range(9), *range(27, 36), 12], 2), (range(36), 1)]
+)
+@pytest.mark.parametrize("rows", [1, 4])
+def test_a_convolution_channel_goes_when_all_its_readers_are_closed(closed, channels, rows):
+    model = dampr.convert(Flatten(), granularity="input", include="fc")
+    with torch.no_grad():
+        model.fc.gate.log_alpha[list(closed)] = -5
+    x = torch.randn(rows, 1, 3, 3)
+    small = prove(model, x)
+    assert (small.conv.out_channels, small.fc.in_features) == (channels, 9 * channels)
+
+
+class Shifted(nn.Module):
+    """What a closed unit passes on differs from row to row."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.head = nn.Linear(20, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.fc(x)) + x.mean(1, keepdim=True))
+
+
+@pytest.mark.parametrize("rows", [1, 11])
+def test_one_example_row_is_not_taken_for_a_constant(rows):
+    model = dampr.convert(Shifted(), include="fc", example_inputs=X)
+    close_at_random(model, 0.5)
+    with pytest.raises(dampr.CompactionError, match="head: closed units reach it with values that differ between rows"):
+        dampr.compact(model, example_inputs=X[:rows])
+
+
+class Odd(nn.Module):
+    """Producers and readers that cannot be cut yet, a layer called twice, a hidden width that is returned, bool and tuple outputs."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+        self.a, self.b, self.head = nn.Linear(20, 20), nn.Linear(20, 20), nn.Linear(20, 3)
+        self.lstm, self.norm = nn.LSTM(20, 20, batch_first=True), nn.LayerNorm(20, elementwise_affine=False)
+        self.scale = nn.Parameter(torch.randn(20))
+
+    def forward(self, x):
+        h = self.a(x)
+        if self.kind == "twice":
+            return self.head(torch.relu(self.b(torch.relu(self.b(torch.relu(h))))))
+        if self.kind == "returned":
+            return {"hidden": h, "y": self.head(torch.relu(h))}
+        if self.kind == "relu returned":
+            h = torch.relu(h)
+            return h, self.head(h)
+        if self.kind == "lstm":
+            return self.head(self.lstm(torch.relu(h)[:, None])[0][:, 0])
+        if self.kind == "norm":
+            return self.head(self.norm(h))
+        if self.kind == "parameter":
+            return self.head(torch.relu(h) * self.scale)
+        if self.kind == "input residual":
+            return self.head(x + h)
+        y = self.head(torch.relu(h))
+        return y, y > 0
+
+
+@pytest.mark.parametrize("rows", [1, 11])
+@pytest.mark.parametrize("kind", ["twice", "returned", "relu returned", "lstm", "norm", "parameter", "bool"])
+def test_what_cannot_be_cut_stays_whole_and_the_note_says_why(kind, rows):
+    model = dampr.convert(Odd(kind), include=["a", "b"])
+    close_at_random(model, 0.5)
+    small = dampr.compact(model, example_inputs=X[:rows])
+    fresh = torch.randn(50, 20)
+    model.eval(), small.eval()
+    for before, after in zip(dampr.prune.inputs.tensors(model(fresh)), dampr.prune.inputs.tensors(small(fresh)), strict=True):
+        torch.testing.assert_close(after, before, atol=1e-5, rtol=1e-5)
+    if kind == "bool":
+        assert small.a.out_features < 20
+    else:
+        assert small.a.out_features == 20 or kind == "twice"
+        assert small.dampr_manifest["closed_but_kept"]
+
+
+@pytest.mark.parametrize("rows", [1, 11])
+def test_a_width_that_is_added_to_the_models_input_is_refused_by_name(rows):
+    model = dampr.convert(Odd("input residual"), include=["a"])
+    close_at_random(model, 0.5)
+    with pytest.raises(dampr.CompactionError, match=r"a: .*exclude the layer|a: without its closed channels|head: closed units reach it"):
+        dampr.compact(model, example_inputs=X[:rows])
+
+
+def test_a_module_under_two_names_is_one_gated_and_one_plain_layer():
+    layer = nn.Linear(20, 20)
+    model = nn.Sequential(layer, nn.ReLU(), layer, nn.ReLU(), nn.Linear(20, 4))
+    dampr.convert(model, example_inputs=X)
+    assert model[0] is model[2]
+    assert isinstance(model[0], dampr.nn.GatedLinear)
+    close_at_random(model, 0.5)
+    small = dampr.compact(model, example_inputs=X)
+    assert small[0] is small[2]
+    torch.testing.assert_close(small.eval()(X), model.eval()(X))
+
+
+@pytest.mark.parametrize("granularity", ["weight", (4, 5), (1, 20), (30, 1)])
+def test_weight_gates_cut_the_units_whose_weights_are_all_closed(granularity):
+    model = dampr.convert(mlp(), granularity=granularity, include=["0", "3"], example_inputs=X)
+    close_at_random(model, 0.3)
+    with torch.no_grad():
+        z = model[3]._spread(torch.arange(model[3].gate.num_gates))
+        model[3].gate.log_alpha[z[:4].unique()] = -5  # the first rows of the second layer
+    small = prove(model)
+    assert small[3].out_features <= 20
+
+
 def test_layernorm_blocks_the_cut_and_says_so():
     model = nn.Sequential(nn.Linear(20, 30), nn.LayerNorm(30), nn.ReLU(), nn.Linear(30, 5))
     dampr.convert(model, example_inputs=X)

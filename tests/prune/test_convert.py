@@ -1,5 +1,7 @@
 """convert: the same function, the same parameters, or no change at all."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -122,6 +124,30 @@ class Bypass(nn.Module):
         return self.out(nn.functional.linear(x, self.fc.weight) * (1 if type(self.fc) is nn.Linear else 2))
 
 
+class Reader(nn.Module):
+    """Reads the weight of a layer, whatever its type, without calling it."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(10, 10)
+        self.out = nn.Linear(10, 2)
+
+    def forward(self, x):
+        return self.out(nn.functional.linear(x, self.fc.weight))
+
+
+class WeightNorm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.fc = nn.utils.weight_norm(nn.Linear(10, 10))
+        self.out = nn.Linear(10, 2)
+
+    def forward(self, x):
+        return self.out(self.fc(x))
+
+
 class Fails(nn.Module):
     """Runs while its layers are plain, and raises afterwards."""
 
@@ -140,6 +166,13 @@ class Fails(nn.Module):
     ("build", "arguments", "error", "message"),
     [
         (Bypass, {"example_inputs": X}, dampr.ConversionError, "outputs changed"),
+        (
+            Reader,
+            {"example_inputs": X, "granularity": "input"},
+            dampr.ConversionError,
+            "'fc': the model reads its weight without calling it",
+        ),
+        (WeightNorm, {"example_inputs": X}, dampr.ConversionError, "layer 'fc': its weight is computed from other tensors"),
         (Fails, {"example_inputs": X}, ArithmeticError, "only plain layers"),
         (mlp, {"include": "nothing.*"}, dampr.ConversionError, r"include='nothing.\*'.*no layer of Sequential"),
         (mlp, {"gate": "l2"}, ValueError, "gate='l2'"),
@@ -161,6 +194,50 @@ def test_a_failed_conversion_leaves_the_model_as_it_was(build, arguments, error,
         dampr.convert(model, **arguments)
     assert _snapshot(model) == before
     assert [p.requires_grad for p in model.parameters()] == frozen
+
+
+def test_the_fast_path_of_a_transformer_layer_does_not_bypass_gates_unnoticed():
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 1)
+    with pytest.raises(dampr.ConversionError, match=r"'layers.0.linear[12]': the model reads its weight without calling it"):
+        dampr.convert(model, example_inputs=torch.randn(2, 5, 16))
+    assert not dampr.prune.gated_layers(model)
+
+
+def test_a_layer_that_the_example_does_not_reach_is_no_error():
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.out = nn.Linear(10, 10), nn.Linear(10, 10), nn.Linear(10, 2)
+
+        def forward(self, x):
+            return self.out(torch.relu(self.a(x) if x.sum() < 1e9 else self.b(x)))
+
+    assert len(dampr.prune.gated_layers(dampr.convert(Experts(), granularity="input", example_inputs=X))) == 3
+
+
+def test_inputs_that_are_not_contiguous_are_no_reason_to_refuse():
+    class Transposed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.out = nn.Linear(10, 33), nn.Linear(33, 2)
+
+        def forward(self, x):
+            return self.out(torch.relu(self.fc(x.transpose(0, 1))))
+
+    for _ in range(5):
+        model = Transposed()
+        x = torch.randn(7, 5, 10)
+        y = model.eval()(x)
+        dampr.convert(model, example_inputs=x)
+        torch.testing.assert_close(model.eval()(x), y)
+
+
+def test_full_backward_hooks_move_along():
+    model, seen = mlp(), []
+    model[0].register_full_backward_hook(lambda *_: seen.append(1))
+    dampr.convert(model, example_inputs=X)
+    model(X.clone().requires_grad_()).sum().backward()
+    assert seen == [1]
 
 
 def test_not_a_module_is_refused():

@@ -1,5 +1,6 @@
 """save and load: whole, readable without pickle, and refused when anything is off."""
 
+import copy
 import json
 import struct
 
@@ -8,6 +9,7 @@ import torch
 from torch import nn
 
 import dampr
+from dampr.prune import files
 
 X = torch.randn(9, 20, generator=torch.Generator().manual_seed(3))
 
@@ -106,6 +108,17 @@ def _manifest(change):
     return apply
 
 
+def forge(path, change):
+    """Change the manifest as somebody would who knows how to recompute the digest."""
+    from safetensors.torch import load_file
+
+    def apply(manifest):
+        change(manifest)
+        manifest["sha256"] = files._digest(manifest, load_file(path))
+
+    _rewrite(path, _manifest(apply))
+
+
 def _flip(path):
     data = bytearray(path.read_bytes())
     data[-1] ^= 0x40
@@ -123,15 +136,15 @@ def _flip(path):
         (lambda p: _rewrite(p, lambda h: h.pop("__metadata__")), "no dampr manifest"),
         (lambda p: _rewrite(p, lambda h: h["__metadata__"].update(dampr="{")), "no dampr manifest"),
         (lambda p: _rewrite(p, _manifest(lambda m: m.update(format=99))), "format 99, expected 1"),
+        (lambda p: _rewrite(p, lambda h: h["__metadata__"].update(dampr="[1, 2]")), r"format \[1, 2\], expected 1"),
+        (lambda p: _rewrite(p, lambda h: h["__metadata__"].update(dampr="[" * 100_000)), "no dampr manifest"),
+        (lambda p: _rewrite(p, _manifest(lambda m: m.pop("sha256"))), "do not match the recorded SHA-256"),
         (
-            lambda p: _rewrite(p, _manifest(lambda m: m["architecture"]["children"]["0"].update(type="Module"))),
-            "architecture: torch.nn.Module",
+            lambda p: _rewrite(p, _manifest(lambda m: m["widths"]["0"].update(out_features=21))),
+            "manifest do not match the recorded SHA-256",
         ),
-        (
-            lambda p: _rewrite(p, _manifest(lambda m: m["architecture"]["children"]["0"].update(type="os.system"))),
-            "architecture names 'os.system'",
-        ),
-        (lambda p: _rewrite(p, _manifest(lambda m: m["architecture"]["children"].pop("0"))), "does not fit model; only in the file"),
+        (lambda p: _rewrite(p, _manifest(lambda m: m["architecture"]["children"].pop("2"))), "manifest do not match the recorded SHA-256"),
+        (lambda p: _rewrite(p, _manifest(lambda m: m.update(compaction=None))), "manifest do not match the recorded SHA-256"),
     ],
 )
 def test_damaged_files_are_refused(saved, damage, message):
@@ -170,3 +183,193 @@ def test_no_pickle_is_involved(saved, monkeypatch):
     small, path = saved
     dampr.save(small, path)
     dampr.load(path)
+
+
+def child(name, **changes):
+    return lambda m: m["architecture"]["children"][name].update(changes)
+
+
+def linear(**arguments):
+    return child("0", arguments={"in_features": 20, "out_features": 20, **arguments})
+
+
+FORGED = [
+    (lambda m: m.pop("widths"), "widths has to map"),
+    (lambda m: m.update(widths=[1]), "widths has to map"),
+    (lambda m: m.update(widths={"0": 3}), "widths has to map"),
+    (lambda m: m["widths"]["0"].update(out_features="20"), "widths has to map"),
+    (lambda m: m["widths"]["0"].update(out_features=True), "widths has to map"),
+    (lambda m: m["widths"]["0"].update(out_features=-20), "widths has to map"),
+    (lambda m: m["widths"]["0"].update(out_features=10**30), "widths has to map"),
+    (lambda m: m.pop("architecture"), "architecture has to be an object or null"),
+    (lambda m: m.update(architecture="Sequential"), "architecture has to be an object or null"),
+    (lambda m: m.update(compaction=[1]), "compaction has to be an object or null"),
+    (lambda m: m.pop("compaction"), "compaction has to be an object or null"),
+    (lambda m: m["widths"].update({"9": {"out_features": 3}}), "model has no size 9.out_features"),
+    (lambda m: m["widths"]["0"].update(forward=3), "model has no size 0.forward"),
+    (lambda m: m["widths"]["0"].update(num_features=3), "model has no size 0.num_features"),
+    (lambda m: m["widths"]["0"].update(out_features=21), "layer '0': its widths .* do not go with 0.weight"),
+    (lambda m: m["widths"]["1"].update(num_features=19), "layer '1': its widths .* do not go with 1.weight"),
+    (lambda m: m["widths"]["4"].update(in_features=10**7, out_features=10**7), "layer '4': its widths .* do not go with 4.weight"),
+    (lambda m: m["architecture"].pop("type"), "has to be an object with a type"),
+    (lambda m: m["architecture"].pop("children"), "comes without children or arguments"),
+    (lambda m: m["architecture"].update(children=[1]), "comes without children or arguments"),
+    (lambda m: m["architecture"]["children"].update({"0": 7}), "7 has to be an object with a type"),
+    (lambda m: m["architecture"]["children"].update({"a.b": {"type": "ReLU", "arguments": {}}}), "'a.b' cannot be in torch.nn.Sequential"),
+    (lambda m: m["architecture"]["children"].update({"forward": {"type": "ReLU", "arguments": {}}}), "'forward' cannot be in"),
+    (lambda m: m["architecture"]["children"].pop("0"), "does not fit model; only in the file"),
+    (child("0", type="Module"), "names 'Module': expected a class of torch.nn"),
+    (child("0", type="os.system"), "names 'os.system': expected a class of torch.nn"),
+    (child("0", type=["Linear"]), "has to be an object with a type"),
+    (child("0", type="LazyLinear", arguments={"out_features": 20}), "'0.weight'"),
+    (child("0", arguments=None), "comes without children or arguments"),
+    (linear(out_features=10**7, in_features=10**7), r"'0.weight' has shape \(20, 20\), which cannot come from \(10000000, 10000000\)"),
+    (linear(out_features=-3), "Linear does not take"),
+    (linear(out_features="x"), "Linear does not take"),
+    (linear(out_features=[20]), "Linear does not take"),
+    (linear(out_features=10**30), "Linear does not take"),
+    (linear(device="cpu"), "Linear does not take"),
+    (child("0", type="LSTM", arguments={"input_size": 3, "hidden_size": 3, "num_layers": 10**9}), "LSTM does not take"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), FORGED, ids=[message for _, message in FORGED])
+def test_a_manifest_with_a_good_digest_is_still_not_believed(saved, change, message):
+    _, path = saved
+    forge(path, change)
+    with pytest.raises(dampr.FileError, match=message):
+        dampr.load(path)
+
+
+@pytest.mark.parametrize(("change", "message"), FORGED[11:17], ids=[message for _, message in FORGED[11:17]])
+def test_forged_widths_leave_the_dense_original_as_it_was(saved, change, message):
+    _, path = saved
+    forge(path, change)
+    model = sequential()
+    before, text = copy.deepcopy(model.state_dict()), str(model)
+    with pytest.raises(dampr.FileError, match=message):
+        dampr.load(path, model)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert str(model) == text
+    assert model.training
+
+
+def test_other_dtypes_stay_what_they_are(tmp_path):
+    path = tmp_path / "half.safetensors"
+    mixed = nn.Sequential(nn.Linear(20, 6).bfloat16(), nn.BatchNorm1d(6), nn.Linear(6, 2).double()).eval()
+    dampr.save(mixed, path)
+    again = dampr.load(path)
+    assert {k: v.dtype for k, v in again.state_dict().items()} == {k: v.dtype for k, v in mixed.state_dict().items()}
+    wrong = nn.Sequential(nn.Linear(20, 6), nn.BatchNorm1d(6), nn.Linear(6, 2))
+    with pytest.raises(dampr.FileError, match=r"'0.weight' is torch.bfloat16, but torch.float32 in model"):
+        dampr.load(path, wrong)
+    assert wrong[0].weight.dtype == torch.float32
+    assert dampr.load(path, copy.deepcopy(mixed))[2].weight.dtype == torch.float64
+
+
+def test_integers_do_not_become_floats_nor_the_reverse(saved):
+    from safetensors.torch import load_file, save_file
+
+    small, path = saved
+    tensors = load_file(path)
+    tensors["1.num_batches_tracked"] = tensors["1.num_batches_tracked"].float()
+    manifest = {"format": 1, "widths": {}, "architecture": files._describe(small), "compaction": None}
+    manifest["sha256"] = files._digest(manifest, tensors)
+    save_file(tensors, path, metadata={"dampr": json.dumps(manifest)})
+    with pytest.raises(dampr.FileError, match=r"1.num_batches_tracked' is torch.float32, but torch.int64"):
+        dampr.load(path)
+
+
+@pytest.mark.parametrize("reader", [nn.Linear(12, 3, bias=False), nn.Linear(12, 3)])
+def test_a_bias_that_compaction_added_comes_back(tmp_path, reader):
+    """The half of a sigmoid that a closed unit leaves behind moves into the bias of the reader."""
+    dense = nn.Sequential(nn.Linear(20, 12), nn.Sigmoid(), reader, nn.Linear(3, 2))
+    small = compacted(copy.deepcopy(dense), include=["0"])
+    assert small[2].bias is not None
+    path = tmp_path / "bias.safetensors"
+    dampr.save(small, path)
+    for again in (dampr.load(path), dampr.load(path, copy.deepcopy(dense))):
+        assert torch.equal(again(X), small(X))
+        assert str(again) == str(small)
+        assert [n for n, _ in again.named_parameters()] == [n for n, _ in small.named_parameters()]
+        assert again[2].bias.requires_grad
+
+
+def test_only_linear_and_conv_layers_gain_a_bias(tmp_path):
+    dampr.save(nn.Sequential(nn.LayerNorm(4)), tmp_path / "n.safetensors")
+    with pytest.raises(dampr.FileError, match=r"only in the file: \['0.bias'\]"):
+        dampr.load(tmp_path / "n.safetensors", nn.Sequential(nn.LayerNorm(4, bias=False)))
+    conv = nn.Sequential(nn.Conv2d(3, 4, 3))
+    dampr.save(conv, tmp_path / "c.safetensors")
+    again = dampr.load(tmp_path / "c.safetensors", nn.Sequential(nn.Conv2d(3, 4, 3, bias=False)))
+    assert torch.equal(again[0].bias, conv[0].bias)
+
+
+LAYERS = [
+    *(kind() for kind in (nn.Sigmoid, nn.Tanh, nn.Identity, nn.LogSigmoid, nn.Softsign, nn.Tanhshrink, nn.ReLU6, nn.Flatten)),
+    nn.Hardtanh(-2, 3), nn.Softmax(1), nn.GELU("tanh"), nn.LeakyReLU(0.2), nn.ELU(0.5), nn.Softplus(2), nn.Threshold(0.1, 2), nn.PReLU(3),
+    nn.Linear(4, 3, bias=False), nn.Bilinear(2, 3, 4), nn.Embedding(7, 3), nn.Embedding(7, 3, padding_idx=2, max_norm=1.5, sparse=True),
+    nn.EmbeddingBag(7, 3, mode="sum"), nn.LSTM(4, 3), nn.LSTM(4, 3, 2, bias=False, batch_first=True, bidirectional=True, proj_size=2),
+    nn.GRU(4, 3, 2, dropout=0.5), nn.RNN(4, 3, nonlinearity="relu"), nn.LSTMCell(4, 3), nn.RNNCell(4, 3, nonlinearity="relu"),
+    nn.Conv1d(2, 4, 3, padding="same", groups=2), nn.Conv2d(2, 4, (3, 1), stride=(2, 1), padding_mode="circular", bias=False),
+    nn.ConvTranspose2d(4, 2, 3, output_padding=1, stride=2, groups=2), nn.BatchNorm2d(3, affine=False),
+    nn.BatchNorm1d(3, track_running_stats=False), nn.LayerNorm((3, 2), elementwise_affine=False), nn.GroupNorm(2, 4), nn.RMSNorm(4),
+    nn.MaxPool2d(2, padding=1), nn.AdaptiveAvgPool2d((1, None)),
+    nn.Upsample(scale_factor=2.0, mode="bilinear"), nn.Unflatten(1, (2, 3)), nn.Dropout2d(0.3), nn.PixelShuffle(2), nn.ZeroPad2d(1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
+def test_layers_of_torch_nn_load_by_the_path_alone(tmp_path, layer):
+    path = tmp_path / "layer.safetensors"
+    model = nn.ModuleDict({"a": nn.Sequential(layer)})
+    dampr.save(model, path)
+    again = dampr.load(path)
+    assert str(again) == str(model)
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in again.state_dict().items())
+    plain = {k: v for k, v in vars(layer).items() if isinstance(v, bool | int | float | str | tuple) and k != "training"}
+    assert {k: vars(again["a"][0])[k] for k in plain} == plain
+    assert not any(t.is_meta for t in (*again.parameters(), *again.buffers()))
+
+
+def test_a_recurrent_layer_computes_with_the_tensors_of_the_file(tmp_path):
+    model = nn.LSTM(4, 3, 2, bidirectional=True).eval()
+    dampr.save(model, tmp_path / "r.safetensors")
+    x = torch.randn(5, 2, 4)
+    for again in (dampr.load(tmp_path / "r.safetensors"), dampr.load(tmp_path / "r.safetensors", nn.LSTM(4, 3, 2, bidirectional=True))):
+        assert torch.equal(again(x)[0], model(x)[0])
+
+
+def test_layers_used_twice(tmp_path):
+    act, tied = nn.ReLU(), nn.Linear(20, 20)
+    dampr.save(nn.Sequential(nn.Linear(20, 20), act, nn.Linear(20, 20), act), tmp_path / "act.safetensors")
+    assert len(dampr.load(tmp_path / "act.safetensors")) == 4
+    model = nn.Sequential(tied, act, tied)
+    dampr.save(model, tmp_path / "tied.safetensors")
+    with pytest.raises(dampr.FileError, match="pass the dense original as model="):
+        dampr.load(tmp_path / "tied.safetensors")
+    original = copy.deepcopy(model)
+    again = dampr.load(tmp_path / "tied.safetensors", original)
+    assert torch.equal(again(X), model(X))
+    assert again[0].weight is again[2].weight
+
+
+def test_what_a_constructor_cannot_tell_needs_the_original(tmp_path):
+    class Sub(nn.Linear):
+        pass
+
+    renamed = nn.Linear(3, 2)
+    renamed.register_buffer("more", torch.zeros(2))
+    for layer in (Sub(3, 2), renamed, nn.CrossEntropyLoss(weight=torch.ones(3)), nn.TransformerEncoderLayer(4, 2)):
+        dampr.save(nn.Sequential(layer), tmp_path / "x.safetensors")
+        with pytest.raises(dampr.FileError, match="pass the dense original as model="):
+            dampr.load(tmp_path / "x.safetensors")
+        dampr.load(tmp_path / "x.safetensors", nn.Sequential(copy.deepcopy(layer)))
+
+
+def test_a_layer_that_contradicts_itself_is_not_saved(tmp_path):
+    model = nn.Sequential(nn.Linear(20, 6))
+    model[0].out_features = 7
+    with pytest.raises(dampr.FileError, match="model: layer '0': its widths .* do not go with 0.weight"):
+        dampr.save(model, tmp_path / "x.safetensors")
+    assert not list(tmp_path.iterdir())
