@@ -24,7 +24,7 @@ struct RowsForward {
   uint64_t seed;
 };
 
-// The same draw again: dx = g z, xz = x z, dlog_alpha[i] = sum_m x g dz/dlog_alpha (x = 1 if absent). Absent outputs are null.
+// The same draw again: dx = g z, xz = x z, dlog_alpha[i] = sum_m x g dz/dlog_alpha (x = 1 if absent). Absent outputs are null; dx, xz are like x.
 struct RowsBackward {
   const void *x, *g, *log_alpha;
   void *dx, *xz, *dlog_alpha;
@@ -46,15 +46,32 @@ struct FoldBackward {
   int64_t n_out, n_in;
 };
 
+// out = w * z, one gate for each block of (block_rows, block_cols) weights, the last ones possibly partial:
+// w[n, k] has the gate (n / block_rows) * ceil(n_in / block_cols) + k / block_cols.
+struct FoldBlocksForward {
+  const void *w, *z;
+  void* out;
+  int64_t n_out, n_in, block_rows, block_cols;
+};
+
+// dw = z g; dz = sum over the block of w g. Absent outputs are null.
+struct FoldBlocksBackward {
+  const void *g, *w, *z;
+  void *dw, *dz;
+  int64_t n_out, n_in, block_rows, block_cols;
+};
+
 // Functions that need a workspace return false when there is no memory for it. Gates are double beside float64 tensors, else float.
 struct Kernels {
   const char* isa;
   void (*philox_words)(uint64_t seed, int64_t start, int64_t count, uint32_t* out, int threads);
   void (*philox_uniform)(uint64_t seed, int64_t start, int64_t count, float* out, int threads);
-  void (*rows_forward)(const GateSpec&, DType, const RowsForward&, int threads);
-  bool (*rows_backward)(const GateSpec&, DType, const RowsBackward&, int threads);
+  void (*rows_forward)(const GateSpec&, DType x, DType out, const RowsForward&, int threads);
+  bool (*rows_backward)(const GateSpec&, DType g, DType x, const RowsBackward&, int threads);
   void (*fold_forward)(DType w, DType out, const FoldForward&, int threads);
   bool (*fold_backward)(DType g, DType w, const FoldBackward&, int threads);
+  void (*fold_blocks_forward)(DType w, DType out, const FoldBlocksForward&, int threads);
+  bool (*fold_blocks_backward)(DType g, DType w, const FoldBlocksBackward&, int threads);
 };
 
 const Kernels* kernels_baseline();

@@ -9,6 +9,7 @@
 
 from dampr import functional, gates, nn
 from dampr._version import __version__
+from dampr.nn.explain import explain
 from dampr.ops import BackendUnavailableError, backend, backend_info
 from dampr.prune import (
     CompactionError,
@@ -35,6 +36,7 @@ __all__ = [
     "backend_info",
     "compact",
     "convert",
+    "explain",
     "functional",
     "gates",
     "load",

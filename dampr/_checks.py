@@ -69,3 +69,10 @@ def one_of(name: str, value: Any, allowed: Sequence[Any]) -> None:
 def positive_int(name: str, value: Any, least: int = 1) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name}={value!r}: expected an integer of at least {least}")
+
+
+def block_count(name: str, block: Any, rows: int, cols: int) -> int:
+    """How many blocks of this size a (rows, cols) matrix has, partial ones at its edges included."""
+    if not (isinstance(block, tuple) and len(block) == 2 and all(isinstance(b, int) and not isinstance(b, bool) and b > 0 for b in block)):
+        raise ValueError(f"{name}={block!r}: expected a tuple of two positive integers, (rows, cols)")
+    return -(rows // -block[0]) * -(cols // -block[1])

@@ -79,20 +79,25 @@ def gated_linear(
     *,
     input_gate: Tensor | None = None,
     output_gate: Tensor | None = None,
+    weight_gate: Tensor | None = None,
+    block: tuple[int, int] = (1, 1),
     seed: int | Tensor | None = None,
     per_sample: bool = False,
     spec: GateSpec = _DRAWN,
 ) -> Tensor:
-    """y = z_out * ((x * z_in) weight^T + bias) with gates on the inputs, on the outputs, on both, or on neither.
+    """y = z_out * ((x * z_in) weight^T + bias) with gates on the inputs, on the outputs, on both, or on neither; or gates on the weights.
 
     Args:
         x: (..., K), any floating dtype; under autocast it is cast as ``nn.Linear`` would cast it.
         weight: (N, K), the dtype of ``x`` or, under autocast, float32.
         bias: (N,) or None. The output gate multiplies it too, in training as in evaluation.
         input_gate, output_gate: gate parameters (log_alpha), (K,) and (N,), float32 (float64 next to float64 ``x``), or None.
+        weight_gate: parameters of a gate for each block of the weight (of which only it is gated, not the bias), flat,
+            (ceil(N / R) * ceil(K / C),): weight[n, k] belongs to gate (n // R) * ceil(K / C) + k // C. Not together with other gates.
+        block: (R, C), the size of a block; (1, 1) is a gate for each weight.
         seed: the noise, an int in [0, 2^63) or an int64 tensor of shape (1,); not needed by a deterministic ``spec``. With both gates, the
             output gates use a second stream of the same seed.
-        per_sample: one draw per row of ``x`` flattened to (M, K) instead of one per call.
+        per_sample: one draw per row of ``x`` flattened to (M, K) instead of one per call; vector gates only.
         spec: the gate function, from :func:`dampr.spec.hard_concrete`; drawn by default.
 
     Returns: (..., N) in the dtype of ``x``. Differentiable in ``x``, ``weight``, ``bias`` and the gate parameters.
@@ -108,11 +113,20 @@ def gated_linear(
         raise ValueError(f"x.shape={tuple(x.shape)}: expected (..., {n_in}), because weight has shape {tuple(weight.shape)}")
     if bias is not None and _checks.tensor("bias", bias).shape != (n_out,):
         raise ValueError(f"bias.shape={tuple(bias.shape)}: expected ({n_out},), the rows of weight")
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    elif weight.dtype != x.dtype:
-        raise TypeError(f"weight.dtype={weight.dtype}: expected {x.dtype}, the dtype of x (mixed dtypes are for autocast)")
     _checks.same_device("weight", weight, "x", x)
+    autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+    if autocast:
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    for name, t in (("weight", weight), ("bias", bias)):
+        if t is not None and t.dtype != x.dtype and not (autocast and t.dtype == torch.float32):
+            expected = f"{x.dtype} or torch.float32" if autocast else f"{x.dtype}, the dtype of x (mixed dtypes are for autocast)"
+            raise TypeError(f"{name}.dtype={t.dtype}: expected {expected}")
+    if bias is not None:
+        _checks.same_device("bias", bias, "x", x)
+    if weight_gate is not None:
+        return _weight_gated(
+            x, weight, bias, weight_gate, block, seed, per_sample or input_gate is not None or output_gate is not None, spec
+        )
     in_la = None if input_gate is None else _checks.gate_parameter("input_gate", input_gate, n_in, "input feature", x)
     out_la = None if output_gate is None else _checks.gate_parameter("output_gate", output_gate, n_out, "output feature", x)
     in_seed = out_seed = None
@@ -122,6 +136,24 @@ def gated_linear(
         if out_la is not None:
             out_seed = noise if in_la is None else noise ^ philox.SECOND_STREAM
     return ops.gated_linear(x, weight, bias, in_la, out_la, in_seed, out_seed, spec, per_sample)
+
+
+def _weight_gated(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    weight_gate: Tensor,
+    block: tuple[int, int],
+    seed: int | Tensor | None,
+    with_vector_gates: bool,
+    spec: GateSpec,
+) -> Tensor:
+    if with_vector_gates:
+        raise ValueError("weight_gate: expected no input_gate, no output_gate and per_sample=False beside it")
+    count = _checks.block_count("block", block, weight.shape[0], weight.shape[1])
+    log_alpha = _checks.gate_parameter("weight_gate", weight_gate, count, f"{block[0]} x {block[1]} block of weight", x)
+    noise = _checks.seed_tensor("seed", seed, x.device) if spec.rule == SAMPLE else None
+    return ops.weight_gated_linear(x, weight, bias, log_alpha, noise, spec, (int(block[0]), int(block[1])))
 
 
 def _gate_vector(log_alpha: Tensor) -> None:

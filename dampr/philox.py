@@ -43,7 +43,7 @@ def uniform(seed: torch.Tensor, count: int, start: int = 0) -> torch.Tensor:
     """Uniform float32 noise in [2^-24, 1 - 2^-24] of gates ``start .. start + count - 1``; ``seed``: int64 of shape (1,)."""
     word = words(seed, count, start)
     signed = torch.where(word > 0x7FFFFFFF, _LOW - word, word)  # what Triton does with a word read as int32: x < 0 ? -x - 1 : x
-    return (signed.to(torch.float32) * torch.tensor(UNIFORM_SCALE, dtype=torch.float32, device=seed.device)).clamp(UNIFORM_MIN, UNIFORM_MAX)
+    return (signed.to(torch.float32) * UNIFORM_SCALE).clamp(UNIFORM_MIN, UNIFORM_MAX)
 
 
 def draw_seed(device: torch.device | str | None = None) -> torch.Tensor:

@@ -14,6 +14,7 @@ from dampr.bench import codegen  # noqa: E402
 
 BUDGETS = Path(__file__).parent / "data" / "codegen_budgets.json"
 ALLOWED_GROWTH = 1.10
+ON_WEIGHTS = ("gate_weights_fwd", "gate_weights_bwd", "small_m-small-16", "small_m-small-64")
 
 if not isinstance(codegen.gates._reduce_kernel, triton.JITFunction):
     pytest.skip("TRITON_INTERPRET=1: nothing is compiled in this process", allow_module_level=True)
@@ -53,7 +54,10 @@ def test_every_kernel_compiles_for_amd(case: codegen.Case) -> None:
 
 
 @pytest.mark.parametrize("rule", ["paper", "median", "binary"])
-@pytest.mark.parametrize("name", ["fold_fwd", "fold_bwd", "fold_gate_bwd", "sample_fwd-grouped", "sample_bwd-grouped"])
+@pytest.mark.parametrize(
+    "name",
+    ["fold_fwd", "fold_bwd", "fold_gate_bwd", "sample_fwd-grouped", "sample_bwd-grouped", "live_blocks-32", "live-large", *ON_WEIGHTS],
+)
 def test_rules_without_noise_compile(name: str, rule: str) -> None:
     from dampr.spec import hard_concrete
 
@@ -64,16 +68,19 @@ def test_rules_without_noise_compile(name: str, rule: str) -> None:
     assert report.spills == report.stack == report.f64 == 0, report
 
 
-def test_a_beta_other_than_two_thirds_compiles_without_f64() -> None:
+@pytest.mark.parametrize("name", ["fwd-large", "small_m-small-64"])
+def test_a_beta_other_than_two_thirds_compiles_without_f64(name: str) -> None:
     from dampr.spec import hard_concrete
 
-    case = next(case for case in codegen.cases(90) if case.name == "fwd-large")
+    case = next(case for case in codegen.cases(90) if case.name == name)
     report = codegen.inspect(case._replace(constants={**case.constants, "GATE": hard_concrete(beta=0.5)}), 90)
     assert report.spills == report.stack == report.f64 == 0, report
 
 
 @pytest.mark.parametrize("arch", codegen.ARCHITECTURES)
-@pytest.mark.parametrize("name", ["sample_fwd-grouped", "sample_fwd-odd", "fold_fwd", "gate_rows_bwd-grouped"])
+@pytest.mark.parametrize(
+    "name", ["sample_fwd-grouped", "sample_fwd-odd", "fold_fwd", "gate_rows_bwd-grouped", "gate_weights_fwd", "live_blocks-32"]
+)
 def test_no_fused_multiply_add_decides_a_gate(name: str, arch: int) -> None:
     case = next(case for case in codegen.cases(arch) if case.name == name)
     ptx = codegen.compile_case(case, codegen.GPUTarget("cuda", arch, 32)).asm["ptx"]
@@ -95,9 +102,9 @@ class _NoDevice:
         return codegen.GPUTarget("cuda", 90, 32)
 
 
-@pytest.mark.parametrize("per_sample", [False, True])
+@pytest.mark.parametrize("route", ["fold", "live", "one_pass", "passes", "small_m"])
 @pytest.mark.parametrize("shape", [(256, 128, 256), (1, 1, 1)], ids=str)
-def test_what_the_launchers_pass_compiles(shape: tuple[int, int, int], per_sample: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_launchers_pass_compiles(shape: tuple[int, int, int], route: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through Triton's own launcher, which specialises on divisible sizes and turns an integer argument of 1 into a constant."""
     import torch
 
@@ -109,15 +116,22 @@ def test_what_the_launchers_pass_compiles(shape: tuple[int, int, int], per_sampl
         compiled.append(kernel.warmup(*args, grid=grid, enable_fp_fusion=False, **sizes))
 
     monkeypatch.setattr(triton.runtime.driver, "_active", _NoDevice())
-    monkeypatch.setattr(backend, "_launch", compile_only)
-    monkeypatch.setattr(backend, "_capability", lambda device: 90)
+    monkeypatch.setattr(backend.host, "launch", compile_only)
+    monkeypatch.setattr(backend.host, "capability", lambda device: 90)
     (M, N, K), spec, seed = shape, codegen.hard_concrete(), torch.tensor([3])
     x, dy, pre = (torch.zeros(M, n, dtype=torch.bfloat16) for n in (K, N, N))
-    parameters = torch.zeros(N, K), torch.zeros(N), torch.zeros(K), torch.zeros(N), seed, seed
-    backend.gated_linear_fwd(x, *parameters, spec, per_sample, per_sample)
-    backend.gated_linear_bwd(dy, x, *parameters, pre, spec, per_sample, [True] * 5)
+    weight, bias = torch.zeros(N, K), torch.zeros(N)
+    features, per_sample = (weight, bias, torch.zeros(K), torch.zeros(N), seed, seed), route in ("one_pass", "passes")
+    with backend.forced_route(route):
+        if route != "small_m":
+            backend.gated_linear_fwd(x, *features, spec, per_sample, per_sample)
+            backend.gated_linear_bwd(dy, x, *features, pre, spec, per_sample, [True] * 5)
+        for block in ((1, 1), (16, 16)) if route == "fold" else ((1, 1),) if route == "small_m" else ():
+            weights = weight, bias, torch.zeros(-(N // -block[0]) * -(K // -block[1])), seed
+            backend.weight_gated_linear_fwd(x, *weights, spec, block)
+            backend.weight_gated_linear_bwd(dy, x, *weights, spec, block, [True] * 4)
     backend.sample_gates_bwd(dy.float(), torch.zeros(N), seed, M, spec)
-    assert len(compiled) >= 5
+    assert len(compiled) >= 4
     assert not any("f64" in kernel.asm["ptx"] for kernel in compiled)
 
 

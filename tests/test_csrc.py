@@ -230,8 +230,8 @@ def pairs() -> list[tuple[torch.dtype, torch.dtype]]:
     return [(a, b) for a in DTYPES for b in DTYPES if (a == torch.float64) == (b == torch.float64)]
 
 
-def random_gates(n: int, dtype: torch.dtype) -> torch.Tensor:
-    return (1.4 * torch.rand(n) - 0.2).clamp(0, 1).to(gate_dtype(dtype))
+def random_gates(n: int, dtype: torch.dtype, generator: torch.Generator | None = None) -> torch.Tensor:
+    return (1.4 * torch.rand(n, generator=generator) - 0.2).clamp(0, 1).to(gate_dtype(dtype))
 
 
 @pytest.mark.parametrize("sides", ["both", "out", "in", "none"])
@@ -273,6 +273,124 @@ def test_every_narrow_number_survives_and_rounding_is_to_nearest_even(dtype: tor
         assert torch.equal(fold_fwd(value, None, None, dtype).nan_to_num(7.0), value.to(dtype).nan_to_num(7.0))
 
 
+# A gate for every weight
+
+
+def gate_weights_fwd(rule, w, log_alpha, seed, dtype, threads=2):
+    out = poisoned(*w.shape, dtype=dtype)
+    _C.gate_weights_fwd(rule, CODES[w.dtype], CODES[dtype], ptr(w), w.numel(), ptr(log_alpha), ptr(seed), ptr(out), threads)
+    return out
+
+
+def gate_weights_bwd(rule, g, w, log_alpha, seed, threads=2, wanted=(True, True)):
+    made = poisoned(*w.shape, dtype=w.dtype), poisoned(*w.shape, dtype=log_alpha.dtype)
+    dw, grad = (t if asked else None for t, asked in zip(made, wanted, strict=True))
+    dtypes = CODES[g.dtype], CODES[w.dtype]
+    _C.gate_weights_bwd(rule, *dtypes, ptr(g), ptr(w), w.numel(), ptr(log_alpha), ptr(seed), ptr(dw), ptr(grad), threads)
+    return dw, grad
+
+
+@pytest.mark.parametrize("rule", SPECS.values(), ids=SPECS)
+@pytest.mark.parametrize(("first", "second"), pairs(), ids=str)
+@pytest.mark.parametrize("count", [0, 1, 5, 513, 2053, 40_003])
+def test_gate_weights_match_the_reference(rule: spec.GateSpec, first: torch.dtype, second: torch.dtype, count: int) -> None:
+    wide_dtype = gate_dtype(first)
+    log_alpha, seed = random_log_alpha(count, wide_dtype), random_seed()
+    same, wide = log_alpha.clone().requires_grad_(), log_alpha.double().requires_grad_()
+    z_same, z_wide = draw(rule, same, seed, 1)[0], draw(rule, wide, seed, 1)[0]
+
+    w = torch.randn(count).to(first)
+    out, expected = gate_weights_fwd(rule, w, log_alpha, seed, second), (w.to(wide_dtype) * z_same).to(second)
+    assert_as_good("out", out, expected, w.double() * z_wide.detach())
+    assert torch.equal(out == 0, expected == 0)
+    assert torch.equal(out[z_same == 1], w.to(wide_dtype).to(second)[z_same == 1])
+
+    g, w = torch.randn(count).to(first), torch.randn(count).to(second)
+    gs, ws = g.to(wide_dtype), w.to(wide_dtype)
+    dw, grad = gate_weights_bwd(rule, g, w, log_alpha, seed)
+    assert_as_good("dw", dw, (gs * z_same).to(second), g.double() * z_wide.detach())
+    assert torch.equal(dw == 0, (gs * z_same).to(second) == 0)
+    if rule.rule == spec.BINARY:
+        assert torch.equal(grad, torch.zeros_like(grad))
+        return
+    (grad_same,) = torch.autograd.grad(z_same, same, ws * gs)
+    (grad_wide,) = torch.autograd.grad(z_wide, wide, w.double() * g.double())
+    assert_as_good("dlog_alpha", grad, grad_same, grad_wide)
+
+
+def test_gate_weights_round_once() -> None:
+    w, log_alpha, seed = torch.randn(30_011), random_log_alpha(30_011), random_seed()
+    for rule in SPECS.values():
+        wide = gate_weights_fwd(rule, w, log_alpha, seed, torch.float32)
+        assert torch.equal(wide, w * gates_fwd(rule, log_alpha, seed, 1)[0])
+        for dtype in (torch.bfloat16, torch.float16):
+            assert torch.equal(gate_weights_fwd(rule, w, log_alpha, seed, dtype), wide.to(dtype))
+
+
+def test_gate_weights_bwd_writes_only_what_is_asked_for() -> None:
+    g, w, log_alpha, seed = torch.randn(4100), torch.randn(4100), random_log_alpha(4100), random_seed()
+    whole = gate_weights_bwd(SPECS["two_thirds"], g, w, log_alpha, seed)
+    for wanted in ((True, False), (False, True), (False, False)):
+        part = gate_weights_bwd(SPECS["two_thirds"], g, w, log_alpha, seed, wanted=wanted)
+        for made, expected, asked in zip(part, whole, wanted, strict=True):
+            assert (made is not None) == asked
+            assert made is None or torch.equal(made, expected)
+
+
+# A gate for every block
+
+
+def block_count(shape, block) -> int:
+    return -(-shape[0] // block[0]) * -(-shape[1] // block[1])
+
+
+def fold_blocks_fwd(w, block, z, dtype, threads=2):
+    out = poisoned(*w.shape, dtype=dtype)
+    _C.fold_blocks_fwd(CODES[w.dtype], CODES[dtype], ptr(w), *w.shape, *block, ptr(z), ptr(out), threads)
+    return out
+
+
+def fold_blocks_bwd(g, w, block, z, threads=2, wanted=(True, True)):
+    made = poisoned(*w.shape, dtype=w.dtype), poisoned(block_count(w.shape, block), dtype=gate_dtype(w.dtype))
+    dw, dz = (t if asked else None for t, asked in zip(made, wanted, strict=True))
+    _C.fold_blocks_bwd(CODES[g.dtype], CODES[w.dtype], ptr(g), ptr(w), *w.shape, *block, ptr(z), ptr(dw), ptr(dz), threads)
+    return dw, dz
+
+
+BLOCKS = [(1, 1), (4, 4), (2, 8), (3, 2), (3, 5), (1, 7), (16, 16), (64, 64), (1, 4000), (4000, 1), (33, 2049), (700, 2500), (2**62, 2**62)]
+
+
+@pytest.mark.parametrize(("first", "second"), pairs(), ids=str)
+@pytest.mark.parametrize("block", BLOCKS, ids=str)
+def test_fold_blocks_match_pytorch(block: tuple[int, int], first: torch.dtype, second: torch.dtype) -> None:
+    for shape in (*SHAPES, (16, 64), (70, 4200), (3000, 3)):
+        rows, columns = (torch.arange(n) // b for n, b in zip(shape, block, strict=True))
+        index = rows[:, None] * -(-shape[1] // block[1]) + columns  # [n_out, n_in]
+        z = random_gates(block_count(shape, block), first)
+        w = torch.randn(shape).to(first)
+        assert torch.equal(fold_blocks_fwd(w, block, z, second), (w.to(z.dtype) * z[index]).to(second))
+
+        g, w = torch.randn(shape).to(first), torch.randn(shape).to(second)
+        dw, dz = fold_blocks_bwd(g, w, block, z)
+        assert torch.equal(dw, (g.to(z.dtype) * z[index]).to(second))
+        product = g.to(z.dtype) * w.to(z.dtype)
+        dz_same = torch.zeros_like(z).index_add(0, index.flatten(), product.flatten())
+        truth = torch.zeros_like(z, dtype=torch.float64).index_add(0, index.flatten(), (g.double() * w.double()).flatten())
+        assert_as_good(f"dz {shape}", dz, dz_same, truth)
+
+
+def test_fold_blocks_bwd_writes_only_what_is_asked_for() -> None:
+    g, w, z = torch.randn(70, 33), torch.randn(70, 33), torch.rand(18 * 9)
+    whole = fold_blocks_bwd(g, w, (4, 4), z)
+    for wanted in ((True, False), (False, True), (False, False)):
+        for made, expected, asked in zip(fold_blocks_bwd(g, w, (4, 4), z, wanted=wanted), whole, wanted, strict=True):
+            assert (made is not None) == asked
+            assert made is None or torch.equal(made, expected)
+    part = poisoned(18 * 9)
+    _C.fold_blocks_bwd(0, 0, ptr(g), ptr(w), 70, 33, 4, 4, 0, 0, ptr(part), 1)
+    assert torch.equal(part, whole[1]), "dz alone needs no gates"
+
+
 # Promises that hold for all
 
 
@@ -293,10 +411,21 @@ def every_result(threads: int) -> dict[str, torch.Tensor]:
             args = x.to(dtype), g.to(dtype), log_alpha.to(gate_dtype(dtype)), seed, threads
             results |= {f"{name} {dtype} backward {i}": t for i, t in enumerate(gate_rows_bwd(rule, *args))}
             results[f"{name} {dtype} forward"] = gate_rows_fwd(rule, args[0], *args[2:])
+        for first, second in pairs():
+            every, values = x.to(gate_dtype(first)), (z_out[:, None] - x).to(first)
+            results[f"{name} {first} {second} weights"] = gate_weights_fwd(rule, values, every, seed, second, threads)
+            made = gate_weights_bwd(rule, g.to(first), values.to(second), every, seed, threads)
+            results |= {f"{name} {first} {second} weights backward {i}": t for i, t in enumerate(made)}
     for dtype in DTYPES:
         args = x.to(dtype), z_out.to(gate_dtype(dtype)), z_in.to(gate_dtype(dtype))
         results[f"fold {dtype}"] = fold_fwd(*args, dtype, threads)
         results |= {f"fold {dtype} backward {i}": t for i, t in enumerate(fold_bwd(g.to(dtype), *args, threads))}
+    for block in BLOCKS:
+        for first, second in pairs():
+            z = random_gates(block_count(x.shape, block), first, generator)
+            results[f"{block} {first} {second}"] = fold_blocks_fwd(x.to(first), block, z, second, threads)
+            made = fold_blocks_bwd(g.to(first), x.to(second), block, z, threads)
+            results |= {f"{block} {first} {second} backward {i}": t for i, t in enumerate(made)}
     return results
 
 
@@ -355,6 +484,19 @@ WRONG = {
     r"x=0: expected": lambda a: _C.gate_rows_fwd(RULE, 0, 0, 1, 1, a, a, a, 1),
     r"log_alpha=0: expected": lambda a: _C.gate_rows_fwd(RULE, 0, a, 1, 1, 0, a, a, 1),
     r"out_dtype=0: expected float64": lambda a: _C.fold_fwd(1, 0, a, 1, 1, a, a, a, 1),
+    r"w_dtype=7: expected": lambda a: _C.gate_weights_fwd(RULE, 7, 0, a, 1, a, a, a, 1),
+    r"out_dtype=2: expected float64": lambda a: _C.gate_weights_fwd(RULE, 1, 2, a, 1, a, a, a, 1),
+    r"w_dtype=1: expected float64": lambda a: _C.gate_weights_bwd(RULE, 0, 1, a, a, 1, a, a, a, a, 1),
+    r"count=-2: expected a size": lambda a: _C.gate_weights_fwd(RULE, 0, 0, a, -2, a, a, a, 1),
+    r"count=9223372036854775807: expected": lambda a: _C.gate_weights_bwd(RULE, 0, 0, a, a, 2**63 - 1, a, a, a, a, 1),
+    r"w=0: expected": lambda a: _C.gate_weights_bwd(RULE, 0, 0, a, 0, 1, a, a, a, a, 1),
+    r"g=0: expected": lambda a: _C.gate_weights_bwd(RULE, 0, 0, 0, a, 1, a, a, a, a, 1),
+    r"out=0: expected": lambda a: _C.gate_weights_fwd(RULE, 0, 0, a, 1, a, a, 0, 1),
+    r"block_rows=0: expected": lambda a: _C.fold_blocks_fwd(0, 0, a, 1, 1, 0, 1, a, a, 1),
+    r"block_cols=-1: expected": lambda a: _C.fold_blocks_bwd(0, 0, a, a, 1, 1, 1, -1, a, a, a, 1),
+    r"z=0: expected an address, as there are 2": lambda a: _C.fold_blocks_fwd(0, 0, a, 2, 1, 1, 1, 0, a, 1),
+    r"n_out=-1: expected a size": lambda a: _C.fold_blocks_bwd(0, 0, a, a, -1, 1, 1, 1, a, a, a, 1),
+    r"g_dtype=5: expected": lambda a: _C.fold_blocks_bwd(5, 0, a, a, 1, 1, 1, 1, a, a, a, 1),
     r"start=-4: expected": lambda a: _C.philox_words(a, -4, 1, a, 1),
     r"count=-1: expected": lambda a: _C.philox_uniform(a, 0, -1, a, 1),
 }

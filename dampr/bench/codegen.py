@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dampr.kernels import configs, gated_linear, gates
+from dampr.kernels import configs, gated_linear, gated_linear_live, gates, weight_gated_linear
 from dampr.spec import hard_concrete
 
 ARCHITECTURES = (80, 90, 100, 120)
@@ -30,7 +30,19 @@ GEMM_KERNELS = {
 }
 # The blocks of each GEMM kernel in the order rows, cols, depth of its output tile.
 GEMM_BLOCKS = {"fwd": ("BLOCK_M", "BLOCK_N", "BLOCK_K"), "dx": ("BLOCK_M", "BLOCK_K", "BLOCK_N"), "dw": ("BLOCK_N", "BLOCK_K", "BLOCK_M")}
+# R x C and how many lie side by side: the common ones, one that is no power of two, one as large as the matrix.
+GATE_BLOCKS = {
+    "4x4": (4, 4, 1024),
+    "3x5": (3, 5, 820),
+    "16x1": (16, 1, 4096),
+    "1x8": (1, 8, 512),
+    "64x64": (64, 64, 64),
+    "whole": (4096, 4096, 1),
+}
+_EXACT = ("z_ptr", "dz_ptr", "dy_sum_ptr")  # float32 whatever the case's dtype, like log-alphas and workspaces
+_INTEGER = ("live_ptr", "count_ptr")
 _HIP = GPUTarget("hip", "gfx942", 64)
+_SPEC = hard_concrete()
 _MATRIX = r"\b(HGMMA|HMMA|UTCHMMA|FFMA2?)\b"
 _COPY = r"\b(LDGSTS|UBLKCP|UTMALDG)"
 _F64 = r"\b(D(ADD|MUL|FMA|SETP|MNMX)|MUFU\.\w*64H|[FI]2[FI]\S*F64)\b"
@@ -38,7 +50,10 @@ _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*?);", re.M)
 
 
 class Case(NamedTuple):
-    """One kernel with one set of constants; ``dtype`` of its tensors, ``aligned``: sizes and strides are multiples of 16."""
+    """One kernel with one set of constants; ``dtype`` of its tensors, ``aligned``: sizes and strides are multiples of 16.
+
+    ``parameter_dtype``: that of weight and bias where it is another one, as under autocast. ``gemm``: it multiplies matrices.
+    """
 
     name: str
     kernel: Any
@@ -48,6 +63,7 @@ class Case(NamedTuple):
     num_warps: int = 4
     num_stages: int = 3
     gemm: bool = False
+    parameter_dtype: str = ""
 
 
 class Report(NamedTuple):
@@ -67,22 +83,87 @@ class Report(NamedTuple):
 
 def cases(capability: int) -> list[Case]:
     """Every kernel with every tile that it can be launched with on that capability (0: AMD)."""
-    spec = hard_concrete()
-    kinds = {configs.gemm_kind(*sizes, dtype, capability) for sizes in ((4096,) * 3, (64,) * 3, (99,) * 3) for dtype in ("bf16", "fp32")}
+    return [*_gemm_cases(capability), *_live_cases(capability), *_weight_gemm_cases(capability), *_pass_cases(), *_weight_pass_cases()]
+
+
+def _kinds(capability: int) -> list[str]:
+    """The kinds of tile that a machine uses."""
+    sizes = (4096,) * 3, (64,) * 3, (99,) * 3
+    return sorted({configs.gemm_kind(*size, dtype, capability) for size in sizes for dtype in ("bf16", "fp32")})
+
+
+def _gemm_cases(capability: int) -> list[Case]:
     found = []
-    for kind in sorted(kinds):
-        tile, aligned = configs.GEMM_TILES[kind], kind != "odd"
+    for kind in _kinds(capability):
+        tile, aligned, dtype = configs.GEMM_TILES[kind], kind != "odd", "fp32" if kind.startswith("fp32") else "bf16"
+        flags = {"GROUP": tile.group, "EVEN": aligned, "IN_GROUPED": aligned, "OUT_GROUPED": aligned, "PRECISION": "ieee", "GATE": _SPEC}
         for op in GEMM_KERNELS:
             blocks = dict(zip(GEMM_BLOCKS[op], (tile.rows, tile.cols, tile.depth), strict=True))
-            flags = {"GROUP": tile.group, "EVEN": aligned, "IN_GROUPED": aligned, "OUT_GROUPED": aligned, "PRECISION": "ieee", "GATE": spec}
-            dtype = "fp32" if kind.startswith("fp32") else "bf16"
             found.append(Case(f"{op}-{kind}", GEMM_KERNELS[op], {**blocks, **flags}, dtype, aligned, tile.num_warps, tile.num_stages, True))
-    folds = [{"BLOCK_N": n, "BLOCK_K": k, "GATE": spec} for n, k in (configs.FOLD_FWD_TILE, configs.FOLD_BWD_TILE)]
+    return found
+
+
+def _live_cases(capability: int) -> list[Case]:
+    """The GEMM over live blocks of input features, and the kernel that lists blocks of each depth."""
+    found = {}
+    for size, dtype in ((4096, "bf16"), (64, "bf16"), (99, "bf16"), (64, "fp32")):
+        tile, aligned = configs.live_tile(size, size, size, dtype, capability), size % 16 == 0
+        blocks = dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K"), tile[:3], strict=True))
+        constants = {**blocks, "GROUP": tile.group, "EVEN": aligned, "PRECISION": "ieee", "GATE": _SPEC}
+        name = f"live-{configs.gemm_kind(size, size, size, dtype, capability)}"
+        launch = tile.num_warps, tile.num_stages, True
+        found[name] = Case(name, gated_linear_live._gated_linear_live_fwd_kernel, constants, dtype, aligned, *launch)
+        listing, name = {"BLOCKS": configs.LIVE_BLOCKS, "BLOCK_K": tile.depth, "GATE": _SPEC}, f"live_blocks-{tile.depth}"
+        found[name] = Case(name, gated_linear_live._live_blocks_kernel, listing, dtype, True)
+    return list(found.values())
+
+
+def _weight_gemm_cases(capability: int) -> list[Case]:
+    """The GEMM that draws the gates of its weights, for at most 16 rows of x and for more, and with float32 weights under autocast."""
+    found = {}
+    for size, dtype, parameter_dtype in ((64, "bf16", ""), (64, "bf16", "fp32"), (64, "fp32", ""), (99, "bf16", "")):
+        for M in (16, configs.SMALL_M):
+            tile, aligned = configs.small_m_tile(M, size, size, dtype, capability), size % 16 == 0
+            blocks = dict(zip(("BLOCK_N", "BLOCK_M", "BLOCK_K"), tile[:3], strict=True))
+            constants = {**blocks, "GROUP": tile.group, "EVEN": aligned, "GROUPED": aligned, "PRECISION": "ieee", "GATE": _SPEC}
+            name = f"small_m-{configs.gemm_kind(M, size, size, dtype, capability)}-{tile.cols}{'-autocast' if parameter_dtype else ''}"
+            launch = tile.num_warps, tile.num_stages, True, parameter_dtype
+            found[name] = Case(name, weight_gated_linear._weight_gated_linear_fwd_kernel, constants, dtype, aligned, *launch)
+    return list(found.values())
+
+
+def _weight_pass_cases() -> list[Case]:
+    weights = {"BLOCK": configs.WEIGHT_BLOCK, "GATE": _SPEC}
+    found = [
+        Case(
+            "gate_weights_fwd", weight_gated_linear._gate_weights_kernel, {**weights, "w_ptr": None, "dlog_alpha_ptr": None}, "bf16", True
+        ),
+        Case("gate_weights_bwd", weight_gated_linear._gate_weights_kernel, weights, "bf16", True),
+        Case("gate_weights_bwd-odd", weight_gated_linear._gate_weights_kernel, weights, "bf16", False),
+    ]
+    for name, (R, C, across) in GATE_BLOCKS.items():
+        blocks = dict(zip(("BLOCK_R", "BLOCK_G", "BLOCK_C"), configs.block_tile(R, C, across), strict=True))
+        constants = {"R": R, "C": C, **blocks}
+        found += [
+            Case(
+                f"blocks_fwd-{name}",
+                weight_gated_linear._gate_blocks_kernel,
+                {**constants, "w_ptr": None, "partial_ptr": None},
+                "bf16",
+                True,
+            ),
+            Case(f"blocks_bwd-{name}", weight_gated_linear._gate_blocks_kernel, constants, "bf16", True),
+        ]
+    return found
+
+
+def _pass_cases() -> list[Case]:
+    folds = [{"BLOCK_N": n, "BLOCK_K": k, "GATE": _SPEC} for n, k in (configs.FOLD_FWD_TILE, configs.FOLD_BWD_TILE)]
     reduce = dict(zip(("BLOCK_S", "BLOCK_N"), configs.REDUCE_TILE, strict=True))
-    found += [
+    found = [
         Case("fold_fwd", gated_linear._fold_fwd_kernel, folds[0], "bf16", True),
         Case("fold_bwd", gated_linear._fold_bwd_kernel, folds[1], "bf16", True),
-        Case("fold_gate_bwd", gated_linear._fold_gate_bwd_kernel, {**reduce, "GATE": spec}, "bf16", True),
+        Case("fold_gate_bwd", gated_linear._fold_gate_bwd_kernel, {**reduce, "GATE": _SPEC}, "bf16", True),
         Case("reduce", gates._reduce_kernel, reduce, "bf16", True),
     ]
     for kind, grouped in (("grouped", True), ("odd", False)):
@@ -92,20 +173,30 @@ def cases(capability: int) -> list[Case]:
             ("gate_rows_fwd", gated_linear._gate_rows_fwd_kernel, configs.GATE_TILE),
             ("gate_rows_bwd", gated_linear._gate_rows_bwd_kernel, configs.COLUMN_SUM_TILE),
         ):
-            constants = {"BLOCK_M": block_m, "BLOCK_N": block_n, "GROUPED": grouped, "GATE": spec}
+            constants = {"BLOCK_M": block_m, "BLOCK_N": block_n, "GROUPED": grouped, "GATE": _SPEC}
             found.append(Case(f"{name}-{kind}", kernel, constants, "bf16", grouped))
     return found
 
 
+def _element(name: str, case: Case) -> str:
+    """The element type of a pointer argument."""
+    if "seed" in name:
+        return "i64"
+    if name in _INTEGER:
+        return "i32"
+    if "log_alpha" in name or "partial" in name or name in _EXACT:
+        return "fp32"
+    return case.parameter_dtype if case.parameter_dtype and name in ("w_ptr", "bias_ptr") else case.dtype
+
+
 def compile_case(case: Case, target: GPUTarget) -> Any:
-    """The compiled kernel: float32 log-alphas and workspaces, int64 seeds, everything else in the case's dtype."""
+    """The compiled kernel: float32 log-alphas, gates and workspaces, int64 seeds, everything else in the case's dtype."""
     names, signature, divisible = case.kernel.arg_names, {}, []
     for i, name in enumerate(names):
         if name in case.constants:
             signature[name] = "constexpr"
         elif name.endswith("_ptr"):
-            exact = "log_alpha" in name or "partial" in name or name in ("z_ptr", "dz_ptr", "dy_sum_ptr")
-            signature[name] = "*i64" if "seed" in name else "*fp32" if exact else f"*{case.dtype}"
+            signature[name] = f"*{_element(name, case)}"
             divisible.append(i)
         else:
             signature[name] = "i32"

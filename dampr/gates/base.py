@@ -63,20 +63,22 @@ class Gate(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Gate:
         def keep_precision(t: Tensor) -> Tensor:
             out = fn(t)
-            return out if out.dtype in _checks.GATE_DTYPES or not out.is_floating_point() else t.to(out.device)
+            return t.to(out.device, torch.float32) if out.is_floating_point() and out.dtype not in _checks.GATE_DTYPES else out
 
         super()._apply(keep_precision, recurse)
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        if any(key.startswith(prefix) for key in state_dict):  # a dense checkpoint has no gates: leave them as they are
+        # A dense checkpoint of the layer around it has no gates: they stay as they are.
+        if not prefix or any(key.startswith(prefix) for key in state_dict):
             super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
 def make_gate(gate: str | type[Gate] | Gate, num_gates: int, device: torch.device | str | None = None) -> Gate:
     """A gate of ``num_gates`` from a family's name, a class, or an instance to share.
 
-    Raises ValueError for an unknown name or an instance with another count, TypeError for anything else.
+    Raises ValueError for an unknown name or an instance with another count, NotImplementedError for a family that is planned, TypeError for
+    anything else.
     """
     from .hard_concrete import HardConcrete
 
@@ -85,6 +87,8 @@ def make_gate(gate: str | type[Gate] | Gate, num_gates: int, device: torch.devic
         if gate.num_gates != num_gates:
             raise ValueError(f"gate.num_gates={gate.num_gates}: expected {num_gates}, one per prunable unit of the layer")
         return gate
+    if gate in ("dep_l0", "dam", "diffprune", "diffmask"):
+        raise NotImplementedError(f"gate={gate!r}: this version has {sorted(families)} only")
     if isinstance(gate, str):
         _checks.one_of("gate", gate, sorted(families))
         return families[gate](num_gates, device=device)

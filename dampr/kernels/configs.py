@@ -30,8 +30,13 @@ FOLD_FWD_TILE, FOLD_BWD_TILE = (64, 128), (32, 128)  # of the weight
 REDUCE_TILE = (16, 64)  # of a (splits, n) workspace
 GATE_TILE = (16, 128)  # of a (rows, n) tensor of gates
 GATE_VECTOR = (1, 256)
+WEIGHT_BLOCK = 1024  # of the flat weight, a gate each
+BLOCK_TILE = 1024  # weights in one step over blocks that share a gate
+LIVE_BLOCKS = 32  # blocks of input features looked through in one step
 COLUMN_SUM_TILE = (16, 64)  # of an activation whose rows are summed
 ONE_PASS_GATES = 2**23  # gates that one launch is worth: about 15 us of drawing on an H200 [estimate from instruction counts]
+SMALL_M = 64  # rows of x up to which a GEMM draws the gates of its own weights: one tile of them [estimate, see fits_small_m]
+SKIP_DEAD = False  # whether per-batch gates of features take the GEMM over live blocks: only a caller knows that most gates are closed
 TARGET_PROGRAMS = 256  # work is split over rows until about this many programs run: two for each SM of a large GPU
 MAX_SPLITS = 32
 
@@ -61,6 +66,41 @@ def fits_one_pass(M: int, N: int, K: int) -> bool:
     a row repeats it. That beats the launches and the traffic of a pass of its own only for small problems.
     """
     return M * (K * -(N // -128) + N * -(K // -128)) <= ONE_PASS_GATES
+
+
+def fits_small_m(M: int, N: int, K: int) -> bool:
+    """Whether x (M, K) has so few rows that the GEMM with W (N, K) draws the gates of the weights itself.
+
+    An estimate, not yet measured. Either way each gate is drawn once as long as all rows of x fit in one tile; drawing inside saves the
+    launch of the pass and 4 bytes a weight, W~ written and read. More rows draw again. Rows that cannot be copied in 16 byte pieces cost
+    more than that saves.
+    """
+    return M <= SMALL_M and N % 16 == 0 and K % 16 == 0
+
+
+def small_m_tile(M: int, N: int, K: int, dtype: str, capability: int) -> Tile:
+    """The tile (of W's rows, of x's rows, of K) of the GEMM that draws the gates of its weights; arguments as in :func:`gemm_kind`."""
+    kind = gemm_kind(M, N, K, dtype, capability)
+    tile = GEMM_TILES["small" if kind == "large" else kind]  # more gates than that in a thread spill
+    return tile._replace(cols=16) if M <= 16 or kind == "fp32_tcgen05" else tile
+
+
+def live_tile(M: int, N: int, K: int, dtype: str, capability: int) -> Tile:
+    """The tile of the GEMM over live blocks of input features, ``depth`` of them each; arguments as in :func:`gemm_kind`."""
+    tile = gemm_tile(M, N, K, dtype, capability)
+    return tile._replace(num_stages=tile.num_stages + 2)  # the number of a block is fetched as far ahead as its data
+
+
+def block_tile(R: int, C: int, across: int) -> tuple[int, int, int]:
+    """(rows, blocks, columns of a block) in one step over blocks of R x C weights, ``across`` of them side by side; powers of two."""
+    cols = min(128, _power_of_two(C))
+    rows = min(16, _power_of_two(R), BLOCK_TILE // cols)
+    return rows, min(_power_of_two(across), BLOCK_TILE // (rows * cols)), cols
+
+
+def _power_of_two(n: int) -> int:
+    """The smallest that is at least n."""
+    return 1 << (n - 1).bit_length()
 
 
 def split_rows(rows: int, step: int, programs: int) -> tuple[int, int]:

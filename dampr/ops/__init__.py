@@ -1,12 +1,24 @@
 """Operators: schema, fakes, autograd; the only caller of dampr.kernels and of the C++ extension.
 
 Each op is a forward and a backward, both registered with :mod:`torch.library`, behind one ``autograd.Function``. Nothing is mutated, and
-nothing is saved but inputs and seeds (and, where a per-sample output gate learns, the activation before it). Inside, :mod:`.backends`
-picks who computes.
+nothing is saved but inputs and seeds (and, where an output gate multiplies activations and learns, the activation before it). Inside,
+:mod:`.backends` picks who computes.
 """
 
-from .backends import BackendUnavailableError, backend, backend_info, choose
+from .backends import BackendUnavailableError, backend, backend_info, choose, select
 from .gated_linear import gated_linear
+from .routes import forced_route
 from .sample_gates import sample_gates
+from .weight_gated_linear import weight_gated_linear
 
-__all__ = ["BackendUnavailableError", "backend", "backend_info", "choose", "gated_linear", "sample_gates"]
+__all__ = [
+    "BackendUnavailableError",
+    "backend",
+    "backend_info",
+    "choose",
+    "forced_route",
+    "gated_linear",
+    "sample_gates",
+    "select",
+    "weight_gated_linear",
+]

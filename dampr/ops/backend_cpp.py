@@ -7,15 +7,17 @@ they are drawn while the activations are multiplied, and drawn again in the back
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
 from dampr import _C  # type: ignore[attr-defined]
-from dampr.spec import SAMPLE, GateSpec
+from dampr.spec import GateSpec
 
-from .library import rows_of
+from . import routes
+from .library import choose_activations, gates_activations, rows_of
 
 _CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
@@ -32,6 +34,24 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
 def describe() -> str:
     """The instruction set in use."""
     return f"instruction set {_C.isa()}"
+
+
+def route(M: int, N: int, K: int, dtype: torch.dtype, granularity: str | tuple[int, int], per_sample: bool) -> tuple[str, str]:
+    """(name, reason) of the route of x (M, K) through W (N, K); names as in :mod:`.routes`. Raises ValueError for a forced one it lacks."""
+    if granularity == "weight" or isinstance(granularity, tuple):
+        routes.forced(("fold",), granularity, per_sample)
+        return "fold", "one pass multiplies the gates into the weight, then torch's GEMM runs"
+    if per_sample:
+        routes.forced(("passes",), granularity, per_sample)
+        return "passes", "every row has gates of its own: they are drawn while the activations are multiplied"
+    if routes.forced(("fold", "activations"), granularity, per_sample) is not None:
+        return str(routes.forced_name()), "forced by forced_route"
+    if choose_activations(M, N, K):
+        return (
+            "activations",
+            f"{M} rows are fewer than the {min(N, K)} of the weight's smaller side, so activations are smaller",
+        )
+    return "fold", f"{M} rows: the weight is the smaller operand, and one pass multiplies the gates into it"
 
 
 def _gate_dtype(x: Tensor) -> torch.dtype:
@@ -76,24 +96,51 @@ def _fold(weight: Tensor, z_out: Tensor | None, z_in: Tensor | None, dtype: torc
     return out
 
 
-def _gate_rows(x: Tensor, log_alpha: Tensor, seed: Tensor | None, spec: GateSpec) -> Tensor:
-    """x * z with a draw per row; x: (M, n)."""
+def _gate_rows(x: Tensor, log_alpha: Tensor, seed: Tensor | None, spec: GateSpec, per_sample: bool) -> Tensor:
+    """x * z, with a draw per row or one for all; x: (M, n)."""
+    if not per_sample:
+        z = sample_gates_fwd(log_alpha, seed, None, spec)
+        # A product that keeps the strides of x keeps the path of the GEMM, and so its rounding, as in the dense layer.
+        return _fold(x, None, z, x.dtype) if x.is_contiguous() else (x * z).to(x.dtype)
     x = x.contiguous()
     out = torch.empty_like(x)
     _C.gate_rows_fwd(spec, _CODES[x.dtype], _ptr(x), *x.shape, _ptr(log_alpha.contiguous()), _ptr(seed), _ptr(out), torch.get_num_threads())
     return out
 
 
+class _RowGrads(NamedTuple):
+    """g * z, x * z and dlog_alpha = sum_m x g z'; None where not asked for."""
+
+    dx: Tensor | None
+    xz: Tensor | None
+    dlog_alpha: Tensor | None
+
+
 def _gate_rows_bwd(
-    x: Tensor, g: Tensor, log_alpha: Tensor, seed: Tensor | None, spec: GateSpec, *, dx: bool, xz: bool, dlog_alpha: bool
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """From one redraw whichever is asked for of g * z, x * z and sum_m x g z'; x, g: (M, n)."""
+    x: Tensor,
+    g: Tensor,
+    log_alpha: Tensor,
+    seed: Tensor | None,
+    spec: GateSpec,
+    per_sample: bool,
+    *,
+    dx: bool,
+    xz: bool,
+    dlog_alpha: bool,
+) -> _RowGrads:
+    """For the gradient g of x * z, both (M, n): whichever is asked for, from one redraw."""
     x, g, log_alpha = x.contiguous(), g.contiguous(), log_alpha.contiguous()
-    out = (torch.empty_like(x) if dx else None, torch.empty_like(x) if xz else None, torch.empty_like(log_alpha) if dlog_alpha else None)
-    _C.gate_rows_bwd(
-        spec, _CODES[x.dtype], _ptr(x), _ptr(g), *x.shape, _ptr(log_alpha), _ptr(seed), *map(_ptr, out), torch.get_num_threads()
-    )
-    return out
+    threads, gated = torch.get_num_threads(), torch.empty_like(x) if dx else None
+    if per_sample:
+        out = _RowGrads(gated, torch.empty_like(x) if xz else None, torch.empty_like(log_alpha) if dlog_alpha else None)
+        _C.gate_rows_bwd(spec, _CODES[x.dtype], _ptr(x), _ptr(g), *x.shape, _ptr(log_alpha), _ptr(seed), *map(_ptr, out), threads)
+        return out
+    z = sample_gates_fwd(log_alpha, seed, None, spec)
+    dz = torch.empty_like(z) if dlog_alpha else None
+    if gated is not None or dz is not None:
+        _C.fold_bwd(_CODES[g.dtype], _CODES[x.dtype], _ptr(g), _ptr(x), *x.shape, 0, _ptr(z), _ptr(gated), 0, _ptr(dz), threads)
+    grad = None if dz is None else sample_gates_bwd(dz, log_alpha, seed, None, spec)
+    return _RowGrads(gated, _fold(x, None, z, x.dtype) if xz else None, grad)
 
 
 def gated_linear_fwd(
@@ -109,19 +156,21 @@ def gated_linear_fwd(
     keep_pre: bool,
 ) -> tuple[Tensor, Tensor]:
     nothing = x.new_empty(0)
-    if not (per_sample and spec.rule == SAMPLE):
+    if routes.forced_name() is not None:  # raises where it cannot serve this call
+        granularity = "input" if output_log_alpha is None else "output"
+        route(x.shape[:-1].numel(), weight.shape[0], weight.shape[1], x.dtype, granularity, per_sample)
+    if not (per_sample or gates_activations(x, weight)):
         z_in, z_out = _draw(input_log_alpha, input_seed, spec), _draw(output_log_alpha, output_seed, spec)
         if bias is not None:
             bias = (bias if z_out is None else bias * z_out).to(x.dtype)
-        y = linear(x, _fold(weight, z_out, z_in, x.dtype), bias)
-        return y, y.detach().clone() if keep_pre and z_out is None else nothing
-    rows = rows_of(x)
+        return linear(x, _fold(weight, z_out, z_in, x.dtype), bias), nothing
     if input_log_alpha is not None:
-        rows = _gate_rows(rows, input_log_alpha, input_seed, spec)
-    pre = linear(rows, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-    y = pre if output_log_alpha is None else _gate_rows(pre, output_log_alpha, output_seed, spec)
-    shape = (*x.shape[:-1], weight.shape[0])
-    return y.view(shape), pre.view(shape) if keep_pre and y is not pre else nothing
+        x = _gate_rows(rows_of(x), input_log_alpha, input_seed, spec, per_sample).view(x.shape)
+    pre = linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    if output_log_alpha is None:
+        return pre, nothing
+    y = _gate_rows(rows_of(pre), output_log_alpha, output_seed, spec, per_sample).view(pre.shape)
+    return y, pre if keep_pre else nothing
 
 
 def gated_linear_bwd(
@@ -140,15 +189,17 @@ def gated_linear_bwd(
 ) -> tuple[Tensor | None, ...]:
     rows, dy = rows_of(x), rows_of(dy)
     gates = (input_log_alpha, output_log_alpha, input_seed, output_seed, spec)
-    if per_sample and spec.rule == SAMPLE:
-        grads = _bwd_per_sample(dy, rows, weight, bias, *gates, rows_of(pre) if pre.numel() else None, needs)
+    if per_sample or gates_activations(x, weight):
+        # Without a gradient of its own the output gate needs no activation; dy stands in for it, unread.
+        before = rows_of(pre) if pre.numel() == dy.numel() else dy
+        grads = _bwd_on_activations(dy, rows, weight, bias, *gates, before, per_sample, needs)
     else:
-        grads = _bwd_per_batch(dy, rows, weight, bias, *gates, needs)
+        grads = _bwd_fold(dy, rows, weight, bias, *gates, needs)
     dx = grads[0]
     return (None if dx is None else dx.view(x.shape), *grads[1:])
 
 
-def _bwd_per_batch(
+def _bwd_fold(
     dy: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -189,7 +240,7 @@ def _bwd_per_batch(
     return dx, dw, db, din, dout
 
 
-def _bwd_per_sample(
+def _bwd_on_activations(
     dy: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -199,29 +250,81 @@ def _bwd_per_sample(
     input_seed: Tensor | None,
     output_seed: Tensor | None,
     spec: GateSpec,
-    pre: Tensor | None,
+    pre: Tensor,
+    per_sample: bool,
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     need_x, need_w, need_b, need_in, need_out = needs
-    dx = db = dw = din = dout = None
+    dx = dw = din = dout = None
     if output_log_alpha is not None:
-        # Without its own gradient the output gate needs no pre-gate activation; dy stands in for it, unread.
-        operand = dy if pre is None else pre
-        gated, _, dout = _gate_rows_bwd(operand, dy, output_log_alpha, output_seed, spec, dx=True, xz=False, dlog_alpha=need_out)
-        assert gated is not None
-        dy = gated
-    if need_b and bias is not None:
-        db = dy.sum(0).to(bias.dtype)
+        grads = _gate_rows_bwd(pre, dy, output_log_alpha, output_seed, spec, per_sample, dx=True, xz=False, dlog_alpha=need_out)
+        assert grads.dx is not None
+        dy, dout = grads.dx, grads.dlog_alpha
+    db = dy.sum(0).to(bias.dtype) if need_b and bias is not None else None
+    back = dy @ weight.to(x.dtype) if need_x or need_in else None
+    xz: Tensor | None = x
     if input_log_alpha is None:
-        dx = dy @ weight.to(x.dtype) if need_x else None
-        dw = (dy.t() @ x).to(weight.dtype) if need_w else None
-        return dx, dw, db, None, dout
-    if need_x or need_in:
-        dx, xz, din = _gate_rows_bwd(
-            x, dy @ weight.to(x.dtype), input_log_alpha, input_seed, spec, dx=need_x, xz=need_w, dlog_alpha=need_in
-        )
-    else:
-        xz = _gate_rows(x, input_log_alpha, input_seed, spec) if need_w else None
-    if xz is not None:
+        dx = back
+    elif back is not None:
+        dx, xz, din = _gate_rows_bwd(x, back, input_log_alpha, input_seed, spec, per_sample, dx=need_x, xz=need_w, dlog_alpha=need_in)
+    elif need_w:
+        xz = _gate_rows(x, input_log_alpha, input_seed, spec, per_sample)
+    if need_w and xz is not None:
         dw = (dy.t() @ xz).to(weight.dtype)
     return dx, dw, db, din, dout
+
+
+def _gate_weight(
+    weight: Tensor, log_alpha: Tensor, seed: Tensor | None, spec: GateSpec, block: tuple[int, int], dtype: torch.dtype
+) -> Tensor:
+    """weight * Z, rounded once to ``dtype``: drawn while it is multiplied where each weight has a gate, else drawn first and spread."""
+    weight, log_alpha = weight.contiguous(), log_alpha.contiguous()
+    out = torch.empty(weight.shape, dtype=dtype)
+    if block == (1, 1):
+        codes = _CODES[weight.dtype], _CODES[dtype]
+        _C.gate_weights_fwd(spec, *codes, _ptr(weight), weight.numel(), _ptr(log_alpha), _ptr(seed), _ptr(out), torch.get_num_threads())
+        return out
+    z = sample_gates_fwd(log_alpha, seed, None, spec)
+    codes = _CODES[weight.dtype], _CODES[dtype]
+    _C.fold_blocks_fwd(*codes, _ptr(weight), *weight.shape, *block, _ptr(z), _ptr(out), torch.get_num_threads())
+    return out
+
+
+def weight_gated_linear_fwd(
+    x: Tensor, weight: Tensor, bias: Tensor | None, log_alpha: Tensor, seed: Tensor | None, spec: GateSpec, block: tuple[int, int]
+) -> Tensor:
+    if routes.forced_name() is not None:
+        route(x.shape[:-1].numel(), weight.shape[0], weight.shape[1], x.dtype, block, False)
+    return linear(x, _gate_weight(weight, log_alpha, seed, spec, block, x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def weight_gated_linear_bwd(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    log_alpha: Tensor,
+    seed: Tensor | None,
+    spec: GateSpec,
+    block: tuple[int, int],
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    need_x, need_w, need_b, need_gate = needs
+    rows, dy = rows_of(x), rows_of(dy)
+    dx = (dy @ _gate_weight(weight, log_alpha, seed, spec, block, x.dtype)).view(x.shape) if need_x else None
+    db = dy.sum(0).to(bias.dtype) if need_b and bias is not None else None
+    if not (need_w or need_gate):
+        return dx, None, db, None
+    raw = dy.t() @ rows  # (N, K): the weight gradient of the dense layer
+    weight, log_alpha = weight.contiguous(), log_alpha.contiguous()
+    dw = torch.empty_like(weight) if need_w else None
+    codes, threads = (_CODES[raw.dtype], _CODES[weight.dtype]), torch.get_num_threads()
+    if block == (1, 1):
+        dlog_alpha = torch.empty_like(log_alpha) if need_gate else None
+        args = _ptr(raw), _ptr(weight), weight.numel(), _ptr(log_alpha), _ptr(seed), _ptr(dw), _ptr(dlog_alpha)
+        _C.gate_weights_bwd(spec, *codes, *args, threads)
+        return dx, dw, db, dlog_alpha
+    z = sample_gates_fwd(log_alpha, seed, None, spec)
+    dz = torch.empty_like(log_alpha) if need_gate else None
+    _C.fold_blocks_bwd(*codes, _ptr(raw), _ptr(weight), *weight.shape, *block, _ptr(z), _ptr(dw), _ptr(dz), threads)
+    return dx, dw, db, None if dz is None else sample_gates_bwd(dz, log_alpha, seed, None, spec)

@@ -14,8 +14,13 @@ from .library import rows_of
 
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
-    """None: the reference runs wherever torch runs."""
+    """None: the reference runs wherever the ops are registered."""
     return None
+
+
+def route(M: int, N: int, K: int, dtype: torch.dtype, granularity: str | tuple[int, int], per_sample: bool) -> tuple[str, str]:
+    """Plain PyTorch has one way, whatever is forced."""
+    return "reference", "plain PyTorch: every gate is drawn and multiplied as it is written"
 
 
 def sample_gates_fwd(log_alpha: Tensor, seed: Tensor | None, rows: int | None, spec: GateSpec) -> Tensor:
@@ -87,3 +92,38 @@ def gated_linear_bwd(
         before = torch.nn.functional.linear(xz, w, None if bias is None else bias.to(x.dtype))
         dout = through(dy2 * before, output_log_alpha, output_seed)
     return dx, dw, db, din, dout
+
+
+def weight_gated_linear_fwd(
+    x: Tensor, weight: Tensor, bias: Tensor | None, log_alpha: Tensor, seed: Tensor | None, spec: GateSpec, block: tuple[int, int]
+) -> Tensor:
+    return reference.weight_gated_linear(x, weight, bias, log_alpha, seed, spec, block)
+
+
+def weight_gated_linear_bwd(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    log_alpha: Tensor,
+    seed: Tensor | None,
+    spec: GateSpec,
+    block: tuple[int, int],
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    need_x, need_w, need_b, need_gate = needs
+    x2, dy2 = rows_of(x), rows_of(dy)
+    z = reference.expand_blocks(reference.gate_values(log_alpha, spec, seed), (weight.shape[0], weight.shape[1]), block)
+    dx = (dy2 @ (weight * z).to(x.dtype)).view(x.shape) if need_x else None
+    db = dy2.sum(0).to(bias.dtype) if need_b and bias is not None else None
+    if not (need_w or need_gate):
+        return dx, None, db, None
+    raw = (dy2.t() @ x2).to(z.dtype)
+    dw = (raw * z).to(weight.dtype) if need_w else None
+    dlog_alpha = None
+    if need_gate:
+        of_block = torch.arange(log_alpha.numel(), device=x.device)
+        owner = reference.expand_blocks(of_block, (weight.shape[0], weight.shape[1]), block)
+        dz = torch.zeros_like(log_alpha).index_add(0, owner.reshape(-1), (raw * weight).reshape(-1))
+        dlog_alpha = sample_gates_bwd(dz, log_alpha, seed, None, spec)
+    return dx, dw, db, dlog_alpha

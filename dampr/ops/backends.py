@@ -16,7 +16,7 @@ import torch
 
 NAMES = ("triton", "cpp", "reference")
 ENVIRONMENT = "DAMPR_BACKEND"
-_chosen: list[str] = []  # process-wide on purpose: the backward of CUDA ops runs in threads of its own
+_chosen: list[list[str]] = []  # process-wide on purpose: the backward of CUDA ops runs in threads of its own
 
 
 class BackendUnavailableError(RuntimeError):
@@ -64,17 +64,18 @@ def backend(name: str) -> Iterator[None]:
     """
     if _checked(name, "name") != "auto" and _module(name)[0] is None:
         raise BackendUnavailableError(f"backend {name!r} is not there: {_module(name)[1]}")
-    _chosen.append(name)
+    choice = [name]
+    _chosen.append(choice)
     try:
         yield
     finally:
-        _chosen.pop()
+        _chosen[:] = [other for other in _chosen if other is not choice]  # blocks of several threads may overlap
 
 
 def choose(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     """The backend for tensors of this device and dtype, and the reason, in words."""
     if _chosen:
-        name, source = _chosen[-1], "dampr.backend(...)"
+        name, source = _chosen[-1][0], "dampr.backend(...)"
     else:
         name, source = _checked(os.environ.get(ENVIRONMENT, "auto"), ENVIRONMENT), f"the environment variable {ENVIRONMENT}"
     if name != "auto":

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import register_flop_formula
 from dampr.spec import SAMPLE, GateSpec
 
 from .backends import select
-from .library import apply, define, unpack
+from .library import apply, define, gates_activations, unpack
 
 _GATES = "Tensor? input_log_alpha, Tensor? output_log_alpha, Tensor? input_seed, Tensor? output_seed"
 Maybe = Tensor | None
@@ -141,9 +141,12 @@ class _GatedLinear(torch.autograd.Function):
         ctx.save_for_backward(*tensors, pre)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor, _: Any) -> Any:  # type: ignore[override]
         x, weight, bias, in_la, out_la, in_seed, out_seed, pre = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:5])
+        if needs[4] and (ctx.per_sample or gates_activations(x, weight)) and pre.numel() != dy.numel():
+            raise RuntimeError("the activation before the output gate was not kept: requires_grad of output_gate changed since the forward")
         grads = bwd(dy, x, weight, bias, in_la, out_la, in_seed, out_seed, pre, ctx.spec, ctx.per_sample, needs)
         return (*(g if need else None for g, need in zip(grads, needs, strict=True)), None, None, None, None, None)
 
@@ -162,7 +165,7 @@ def gated_linear(
     """Differentiable gated linear map; arguments are taken as checked (:func:`dampr.functional.gated_linear` checks)."""
     per_sample = per_sample and spec.rule == SAMPLE  # a deterministic gate is the same for every row
     learns = output_log_alpha is not None and output_log_alpha.requires_grad and torch.is_grad_enabled()
-    keep_pre = per_sample and learns
+    keep_pre = learns and (per_sample or gates_activations(x, weight))
     y: Tensor = apply(
         _GatedLinear, x, weight, bias, input_log_alpha, output_log_alpha, input_seed, output_seed, spec, per_sample, keep_pre
     )[0]

@@ -9,6 +9,8 @@ import torch
 
 from dampr.spec import GateSpec
 
+from . import routes
+
 LIBRARY = torch.library.Library("dampr", "DEF")
 
 
@@ -36,6 +38,20 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
 def rows_of(x: torch.Tensor) -> torch.Tensor:
     """``x`` (..., n) as a matrix (rows, n), also where a size is 0."""
     return x.reshape(x.shape[:-1].numel(), x.shape[-1])
+
+
+def choose_activations(M: int, N: int, K: int) -> bool:
+    """Whether x (M, K) and y (M, N) are both smaller than the weight (N, K), unless a route is forced."""
+    forced = routes.forced_name()
+    return min(N, K) > M if forced not in ("fold", "activations") else forced == "activations"
+
+
+def gates_activations(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether gates per batch multiply x (..., K) and y (..., N) instead of the weight (N, K), on the CPU where these are smaller.
+
+    The output gate then keeps the activation before it for its gradient. On a GPU a pass over the weight is too cheap for that.
+    """
+    return x.device.type == "cpu" and choose_activations(x.shape[:-1].numel(), *weight.shape)
 
 
 def unpack(spec: Sequence[float]) -> GateSpec:

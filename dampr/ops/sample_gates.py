@@ -48,6 +48,7 @@ class _SampleGates(torch.autograd.Function):
         ctx.save_for_backward(log_alpha, seed)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dz: Tensor) -> Any:  # type: ignore[override]
         log_alpha, seed = ctx.saved_tensors
         return bwd(dz, log_alpha, seed, ctx.rows, ctx.spec), None, None, None

@@ -1,10 +1,11 @@
 """Plain PyTorch, clean in float64: the definition of right. Every backend answers to this room; gradients come from autograd alone."""
 
-from .gated_linear import gated_linear
+from .gated_linear import expand_blocks, gated_linear, weight_gated_linear
 from .gates import exp_portable, expected_l0, gate, gate_derivative, gate_values, noise, open_probability
 
 __all__ = [
     "exp_portable",
+    "expand_blocks",
     "expected_l0",
     "gate",
     "gate_derivative",
@@ -12,4 +13,5 @@ __all__ = [
     "gated_linear",
     "noise",
     "open_probability",
+    "weight_gated_linear",
 ]

@@ -1,4 +1,4 @@
-"""y = z_out * ((x * z_in) W^T + b) with every gate written out. Equations of the gates: :mod:`dampr.spec`."""
+"""y = z_out * ((x * z_in) W^T + b), and y = x (Z * W)^T + b, with every gate written out. Equations of the gates: :mod:`dampr.spec`."""
 
 from __future__ import annotations
 
@@ -37,3 +37,25 @@ def gated_linear(
     if output_log_alpha is not None:
         y = y * gate_values(output_log_alpha, spec, output_seed, rows).to(y.dtype)
     return y.reshape(*leading, weight.shape[0]) if per_sample else y
+
+
+def expand_blocks(z: torch.Tensor, shape: tuple[int, int], block: tuple[int, int]) -> torch.Tensor:
+    """Block gates as a matrix of ``shape`` (N, K): entry (n, k) is gate (n // R) * ceil(K / C) + k // C for ``block`` (R, C); z: flat."""
+    (n_out, n_in), (rows, cols) = shape, block
+    grid = z.view(-(n_out // -rows), -(n_in // -cols))
+    return grid.repeat_interleave(rows, 0)[:n_out].repeat_interleave(cols, 1)[:, :n_in]
+
+
+def weight_gated_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    log_alpha: torch.Tensor,
+    seed: torch.Tensor | None,
+    spec: GateSpec,
+    block: tuple[int, int],
+) -> torch.Tensor:
+    """A gate on each block of ``weight`` (N, K), on each weight for block (1, 1); the bias is not gated. x: (..., K); returns (..., N)."""
+    z = expand_blocks(gate_values(log_alpha, spec, seed), (weight.shape[0], weight.shape[1]), block)
+    gated = (weight * z).to(x.dtype)
+    return torch.nn.functional.linear(x, gated, None if bias is None else bias.to(x.dtype))

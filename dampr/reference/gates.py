@@ -27,14 +27,12 @@ from dampr.spec import (
 def exp_portable(x: torch.Tensor) -> torch.Tensor:
     """exp(x) in float32 by single IEEE operations, the same bits as in C++ and Triton; ``x`` is clamped to [-80, 80]; no derivative."""
     x = x.detach().to(torch.float32).clamp(-EXP_LIMIT, EXP_LIMIT)
-    constant = [torch.tensor(c, dtype=torch.float32, device=x.device) for c in (EXP_LOG2E, EXP_ROUND, EXP_LN2_HI, EXP_LN2_LO)]
-    log2e, magic, ln2_hi, ln2_lo = constant
-    n = (x * log2e + magic) - magic
-    f = (x - n * ln2_hi) - n * ln2_lo
+    n = (x * EXP_LOG2E + EXP_ROUND) - EXP_ROUND
+    f = (x - n * EXP_LN2_HI) - n * EXP_LN2_LO
     p = torch.full_like(x, EXP_POLY[0])
     for c in EXP_POLY[1:]:
         p = p * f
-        p = p + torch.tensor(c, dtype=torch.float32, device=x.device)
+        p = p + c
     return p * ((n.to(torch.int32) + 127) << 23).view(torch.float32)
 
 
@@ -114,7 +112,7 @@ def expected_l0(
     prior_precision: float = 0.0,
 ) -> torch.Tensor:
     """sum_g pi_g (rho / 2 ||w_g||^2 + lambda |g|), the expected penalty of Louizos et al. 2018 (eq. 9 and appendix A); a scalar tensor."""
-    cost = group_size * torch.as_tensor(lam, dtype=log_alpha.dtype, device=log_alpha.device)
+    cost = group_size * lam
     if group_sq_norm is not None and prior_precision:
         cost = cost + 0.5 * prior_precision * group_sq_norm
     return (open_probability(log_alpha, spec) * cost).sum()

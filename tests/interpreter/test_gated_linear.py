@@ -1,21 +1,22 @@
-"""Forward and every gradient against float64, both routes per sample, hard shapes and layouts.
+"""Forward and every gradient against float64 on every route, hard shapes and layouts.
 
 The rule: error <= 2 x the error of plain PyTorch in the same dtype + 1e-6 x the largest value of the result.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
-from dampr.kernels import configs
 from dampr.ops import backend_triton as backend
 from dampr.reference import gated_linear
 from dampr.spec import hard_concrete
 
 SHAPES = [(0, 5, 3), (3, 0, 4), (3, 4, 0), (1, 1, 1), (5, 7, 3), (33, 65, 17), (70, 40, 130), (4, 8, 12), (80, 48, 64)]
 GATES = {"none": (False, False), "input": (True, False), "output": (False, True), "both": (True, True)}
-ROUTES = ["fold", "one_pass", "passes"]
+ROUTES = ["fold", "live", "one_pass", "passes"]
 NAMES = ("dx", "dweight", "dbias", "dinput_log_alpha", "doutput_log_alpha")
 SPEC = hard_concrete()
 
@@ -66,17 +67,22 @@ def check(problem: Problem, per_sample: bool) -> None:
 
 
 @pytest.fixture(params=ROUTES)
-def per_sample(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """False for the fold route; per sample with the gates in the GEMM, then with gating passes around the vendor GEMM."""
-    monkeypatch.setattr(configs, "ONE_PASS_GATES", -1 if request.param == "passes" else 2**62)
-    return bool(request.param != "fold")
+def per_sample(request: pytest.FixtureRequest) -> Iterator[bool]:
+    """False for the fold and the live route; per sample with the gates in the GEMM, then with gating passes around the vendor GEMM."""
+    with backend.forced_route(request.param):
+        yield request.param in ("one_pass", "passes")
 
 
-@pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("gates", sorted(GATES))
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_matches_float64(shape: tuple[int, int, int], gates: str, bias: bool, per_sample: bool) -> None:
-    check(Problem(*shape, gates, bias), per_sample)
+def test_matches_float64(shape: tuple[int, int, int], gates: str, per_sample: bool) -> None:
+    check(Problem(*shape, gates, True), per_sample)
+
+
+@pytest.mark.parametrize("gates", sorted(GATES))
+@pytest.mark.parametrize("shape", [(3, 4, 0), (5, 7, 3), (16, 48, 32)], ids=str)
+def test_without_a_bias(shape: tuple[int, int, int], gates: str, per_sample: bool) -> None:
+    check(Problem(*shape, gates, False), per_sample)
 
 
 @pytest.mark.parametrize("weight_dtype", [torch.float16, torch.float32])
@@ -116,11 +122,10 @@ def test_only_what_is_needed_is_computed(skip: int, per_sample: bool) -> None:
 
 def test_pre_is_the_output_before_its_gate(per_sample: bool) -> None:
     problem = Problem(6, 8, 12, "both", True)
-    if per_sample:  # a caller asks for it only then: per batch the gate is in the weight
-        *tensors, _ = problem.tensors
-        expected = gated_linear(*tensors, None, *problem.seeds, SPEC, True)
-        _, pre = backend.gated_linear_fwd(*problem.tensors, *problem.seeds, SPEC, True, True)
-        torch.testing.assert_close(pre, expected, atol=1e-5, rtol=1e-5)
+    *tensors, _ = problem.tensors
+    expected = gated_linear(*tensors, None, *problem.seeds, SPEC, per_sample)
+    _, pre = backend.gated_linear_fwd(*problem.tensors, *problem.seeds, SPEC, per_sample, True)
+    torch.testing.assert_close(pre, expected, atol=1e-5, rtol=1e-5)
     assert backend.gated_linear_fwd(*problem.tensors, *problem.seeds, SPEC, per_sample, False)[1].shape == (0,)
 
 

@@ -14,6 +14,7 @@ from dampr import gates
 from dampr.nn import GatedLinear
 
 BOTH = pytest.mark.parametrize("granularity", ["output", "input"])
+ALL = pytest.mark.parametrize("granularity", ["output", "input", "weight", (4, 4), (3, 5)])
 
 
 def test_signature_starts_with_that_of_linear():
@@ -25,7 +26,7 @@ def test_signature_starts_with_that_of_linear():
 
 
 @pytest.mark.parametrize("shape", [(12, 7), (64, 300), (1, 1), (129, 65)])
-@BOTH
+@ALL
 def test_fresh_layer_equals_dense_to_the_bit_in_evaluation(cpu_backend, shape, granularity):
     dense = nn.Linear(*shape).eval()
     for x in (torch.randn(33, shape[0]), torch.randn(2, 3, shape[0]), torch.randn(shape[0]), torch.randn(shape[0], 9).t()):
@@ -35,7 +36,7 @@ def test_fresh_layer_equals_dense_to_the_bit_in_evaluation(cpu_backend, shape, g
     assert torch.equal(loaded(x), dense(x))
 
 
-@BOTH
+@ALL
 def test_dense_checkpoint_loads_strictly_and_leaves_gates_alone(granularity):
     layer = GatedLinear(6, 4, granularity=granularity)
     with torch.no_grad():
@@ -48,7 +49,7 @@ def test_dense_checkpoint_loads_strictly_and_leaves_gates_alone(granularity):
         layer.load_state_dict({"bias": torch.zeros(4)})
 
 
-@BOTH
+@ALL
 def test_own_checkpoint_round_trip_keeps_gates(granularity):
     layer, other = GatedLinear(6, 4, granularity=granularity), GatedLinear(6, 4, granularity=granularity)
     with torch.no_grad():
@@ -77,7 +78,7 @@ def test_from_dense_shares_parameters_draws_no_random_number_and_keeps_the_mode(
     assert torch.equal(gated(torch.ones(2, 5, dtype=torch.float64)), dense(torch.ones(2, 5, dtype=torch.float64)))
 
 
-@pytest.mark.parametrize(("granularity", "bias"), list(itertools.product(("output", "input"), (True, False))))
+@pytest.mark.parametrize(("granularity", "bias"), list(itertools.product(("output", "input", "weight", (4, 4), (7, 9)), (True, False))))
 def test_to_dense_computes_the_evaluation_outputs(granularity, bias):
     layer = GatedLinear(40, 30, bias=bias, granularity=granularity)
     with torch.no_grad():
@@ -128,7 +129,7 @@ def test_a_shared_gate_instance_is_one_parameter():
     assert gate.log_alpha.grad is not None
 
 
-@BOTH
+@ALL
 def test_penalty_counts_the_parameters_a_gate_switches_off(granularity):
     layer = GatedLinear(10, 6, granularity=granularity)
     with torch.no_grad():

@@ -31,9 +31,21 @@ def _data(shape, gates, bias=True, dtype=torch.float32, requires_grad=True):
 
 def test_every_op_on_every_cpu_backend_passes_verification():
     rows = verify.run()
-    assert {(r.op, r.backend) for r in rows} >= {(op, "reference") for op in ("noise", "sample_gates", "gated_linear")}
+    assert {(r.op, r.backend) for r in rows} >= {(op, "reference") for op in ("sample_gates", "gated_linear", "weight_gated_linear")}
     assert [f for row in rows for f in row.failures] == []
     assert sum(row.cases for row in rows) > 300
+
+
+def test_verification_on_a_gpu_reaches_every_tile_and_route():
+    from dampr.kernels import configs
+
+    reached = set()
+    for case in verify.linear_cases("cuda"):
+        m, k, n = case.shape
+        for dtype in ("fp32", "bf16"):
+            reached.add(configs.gemm_kind(m, n, k, dtype, 90))
+        reached.add("one pass" if configs.fits_one_pass(m, n, k) else "passes")
+    assert reached >= {"large", "small", "odd", "fp32", "one pass", "passes"}
 
 
 def test_verification_can_fail(monkeypatch):
@@ -125,7 +137,7 @@ def test_results_do_not_depend_on_the_number_of_threads(threads):
     def everything():
         w, z = torch.randn(257, 130, generator=torch.Generator().manual_seed(1)), torch.rand(130)
         seed = torch.tensor([5])
-        out = backend_cpp._gate_rows_bwd(x, dz, log_alpha, seed, hard_concrete(), dx=True, xz=True, dlog_alpha=True)
+        out = backend_cpp._gate_rows_bwd(x, dz, log_alpha, seed, hard_concrete(), True, dx=True, xz=True, dlog_alpha=True)
         return *out, backend_cpp.sample_gates_bwd(dz, log_alpha, seed, 513, hard_concrete()), backend_cpp._fold(w, None, z, torch.float32)
 
     before = torch.get_num_threads()
@@ -143,7 +155,7 @@ def test_results_do_not_depend_on_the_number_of_threads(threads):
 @pytest.mark.parametrize("per_sample", [False, True])
 @pytest.mark.parametrize("gates", ["input", "output", "both"])
 def test_saved_for_backward_holds_inputs_and_seeds_only(cpu_backend, gates, per_sample):
-    data = _data((64, 40, 24), gates)
+    data = _data((64, 40, 24), gates)  # more rows than the weight has: gates per batch are in the weight
     allowed = {t.data_ptr() for t in data.values()}
     extra = []
 
@@ -257,6 +269,20 @@ def test_torch_func_gradients_work(cpu_backend):
     loss(leaves).backward()
     for name, grad in grads.items():
         torch.testing.assert_close(grad, leaves[name].grad)
+
+
+def test_second_derivatives_are_refused_not_wrong(cpu_backend):
+    data = _data((4, 6, 3), "both")
+    for y in (
+        functional.gated_linear(**data, seed=1),
+        functional.sample_gates(data["input_gate"], seed=1),
+        functional.gated_linear(data["x"], data["weight"], weight_gate=torch.zeros(18, requires_grad=True), seed=1),
+    ):
+        (grad,) = torch.autograd.grad(
+            y.square().sum(), data["input_gate"] if y.dim() == 1 or y.grad_fn.name().startswith("_Gated") else data["x"], create_graph=True
+        )
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            grad.square().sum().backward()
 
 
 def test_flop_counter_counts_the_dense_products():

@@ -1,0 +1,93 @@
+// Gates of rows and columns folded into a matrix, and the gradients of both from one pass.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels.h"
+#include "storage.h"
+#include "work.h"
+
+namespace dampr {
+namespace {
+
+// The gates of a run of columns as an array; ones where there is no gate.
+template <class G>
+inline const G* gates_or_ones(const void* z, int64_t column, int count, G* buffer) {
+  if (z) return static_cast<const G*>(z) + column;
+  for (int j = 0; j < count; ++j) buffer[j] = 1;
+  return buffer;
+}
+template <class G>
+inline G gate_or_one(const void* z, int64_t row) {
+  return z ? static_cast<const G*>(z)[row] : G(1);
+}
+
+template <class W, class T>
+void fold_forward(const FoldForward& a, int threads) {
+  using G = typename Storage<W>::Gate;
+  const W* w = static_cast<const W*>(a.w);
+  T* out = static_cast<T*>(a.out);
+  const Grid grid(a.n_out, a.n_in);
+  parallel(grid.items(), a.n_out * a.n_in, threads, [&](int64_t index) {
+    const Item item(grid, index);
+    alignas(64) G ones[kTile], w_buffer[kTile], out_buffer[kTile];
+    const G* __restrict z_in = gates_or_ones(a.z_in, item.column, item.width, ones);
+    for (int64_t row = item.row; row < item.row_end; ++row) {
+      const int64_t first = row * grid.n + item.column;
+      const G z_out = gate_or_one<G>(a.z_out, row);
+      const G* __restrict ws = Storage<W>::read(w + first, w_buffer, item.width);
+      G* __restrict target = Storage<T>::stage(out + first, out_buffer);
+#pragma omp simd
+      for (int j = 0; j < item.width; ++j) target[j] = ws[j] * z_out * z_in[j];
+      Storage<T>::commit(target, out + first, item.width);
+    }
+  });
+}
+
+template <class T, class W>
+bool fold_backward(const FoldBackward& a, int threads) {
+  using G = typename Storage<W>::Gate;
+  const T* g = static_cast<const T*>(a.g);
+  const W* w = static_cast<const W*>(a.w);
+  W* dw = static_cast<W*>(a.dw);
+  const Grid grid(a.n_out, a.n_in);
+  const Partial<G> rows(a.dz_out, grid.tiles, a.n_out), columns(a.dz_in, grid.blocks, a.n_in);
+  if (!rows.ready() || !columns.ready()) return false;
+  parallel(grid.items(), a.n_out * a.n_in, threads, [&](int64_t index) {
+    const Item item(grid, index);
+    alignas(64) double sums[kTile];
+    alignas(64) G ones[kTile], g_buffer[kTile], w_buffer[kTile], dw_buffer[kTile], products[kTile];
+    const G* __restrict z_in = gates_or_ones(a.z_in, item.column, item.width, ones);
+    for (int j = 0; j < item.width; ++j) sums[j] = 0;
+    for (int64_t row = item.row; row < item.row_end; ++row) {
+      const int64_t first = row * grid.n + item.column;
+      const G z_out = gate_or_one<G>(a.z_out, row);
+      const G* __restrict gs = Storage<T>::read(g + first, g_buffer, item.width);
+      if (dw) {
+        G* __restrict target = Storage<W>::stage(dw + first, dw_buffer);
+#pragma omp simd
+        for (int j = 0; j < item.width; ++j) target[j] = gs[j] * z_out * z_in[j];
+        Storage<W>::commit(target, dw + first, item.width);
+      }
+      if (!a.dz_out && !a.dz_in) continue;
+      const G* __restrict ws = Storage<W>::read(w + first, w_buffer, item.width);
+#pragma omp simd
+      for (int j = 0; j < item.width; ++j) {
+        const G product = ws[j] * gs[j];
+        products[j] = product * z_in[j];
+        sums[j] += static_cast<double>(product * z_out);
+      }
+      if (a.dz_out) {
+        const double sum = sum_row(products, item.width);
+        rows.store(item.tile_index, row, &sum, 1);
+      }
+    }
+    if (a.dz_in) columns.store(item.block_index, item.column, sums, item.width);
+  });
+  rows.finish(threads);
+  columns.finish(threads);
+  return true;
+}
+
+}  // namespace
+}  // namespace dampr

@@ -1,0 +1,58 @@
+"""explain: which backend and which route a layer takes for an input, and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dampr import ops
+from dampr.spec import SAMPLE
+
+from .linear import GatedLinear
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The backend, the route through it (:mod:`dampr.ops.routes` says what each does), and the reason for each choice."""
+
+    backend: str
+    backend_reason: str
+    route: str
+    route_reason: str
+
+    def __str__(self) -> str:
+        return f"backend {self.backend}: {self.backend_reason}\nroute {self.route}: {self.route_reason}"
+
+
+def explain(layer: GatedLinear, x: Tensor) -> Explanation:
+    """Print, and return, which backend and route ``layer`` takes for ``x`` (..., in_features) in its present mode, and why.
+
+    Raises TypeError for anything but a gated layer and a tensor.
+    """
+    if not isinstance(layer, GatedLinear):
+        raise TypeError(f"layer={type(layer).__name__}: expected a gated layer of dampr.nn")
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x={x!r:.80}: expected a torch.Tensor")
+    dtype = x.dtype
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+    drawn_per_row = layer.per_sample and layer.gate.spec.rule == SAMPLE
+    shape = (x.shape[:-1].numel(), layer.in_features, layer.out_features)
+    found = route_of(shape, layer.granularity, drawn_per_row, x.device, dtype)
+    print(found)
+    return found
+
+
+def route_of(
+    shape: tuple[int, int, int],
+    granularity: str | tuple[int, int],
+    per_sample: bool,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+) -> Explanation:
+    """The same for x (M, K) and a weight (N, K), ``shape`` = (M, K, N), without a layer."""
+    m, k, n = shape
+    backend, reason = ops.choose(device, dtype)
+    return Explanation(backend, reason, *ops.select(device, dtype).route(m, n, k, dtype, granularity, per_sample))

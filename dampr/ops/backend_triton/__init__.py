@@ -1,0 +1,41 @@
+"""Host side of the Triton kernels: layouts, tile sizes, workspaces, launches. Equations: the modules of the same names in dampr/kernels.
+
+The launchers are those of backend_reference and backend_cpp; routes.py says which kernels serve a call, host.py holds what they share.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+
+from dampr.kernels import gates as gate_kernels
+from dampr.ops.routes import forced_route
+
+from . import host
+from .gated_linear import gated_linear_bwd, gated_linear_fwd, gated_linear_live_fwd
+from .gates import sample_gates_bwd, sample_gates_fwd
+from .routes import route
+from .weight_gated_linear import weight_gated_linear_bwd, weight_gated_linear_fwd
+
+__all__ = [
+    "forced_route",
+    "gated_linear_bwd",
+    "gated_linear_fwd",
+    "gated_linear_live_fwd",
+    "route",
+    "sample_gates_bwd",
+    "sample_gates_fwd",
+    "unavailable",
+    "weight_gated_linear_bwd",
+    "weight_gated_linear_fwd",
+]
+
+
+def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
+    """The reason why the kernels cannot run tensors of this device and dtype, or None."""
+    if dtype not in host.DTYPE_NAMES:
+        return f"it takes float32, bfloat16 and float16, not {dtype}"
+    interpreted = not isinstance(gate_kernels._reduce_kernel, triton.JITFunction)
+    if device.type == "cuda" or interpreted:
+        return None
+    return f"its kernels need a CUDA device, not {device} (TRITON_INTERPRET=1, set before triton is imported, runs them on the CPU)"

@@ -1,0 +1,335 @@
+"""Gates on features: dampr/kernels/gated_linear.py, by the route that routes.route names; gated_linear_live.py for live blocks.
+
+Per batch: gates are folded into the weight and the vendor GEMM runs. Per sample: one GEMM with the gates inside, or passes that gate x, y
+and dy around the vendor GEMM. Gates without noise are the same for every sample, so they always take a route of the first kind.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+
+from dampr.kernels import configs
+from dampr.kernels import gated_linear as linear_kernels
+from dampr.kernels import gated_linear_live as live_kernels
+from dampr.ops.library import rows_of
+from dampr.spec import SAMPLE, GateSpec
+
+from . import host
+from .host import Maybe, Needs
+from .routes import route
+
+Grads = tuple[Maybe, Maybe, Maybe, Maybe, Maybe]  # of x, weight, bias, input_log_alpha, output_log_alpha
+
+
+class Gates(NamedTuple):
+    """The log-alphas of a layer's gates, None where there is no gate, and their seeds, None where the rule needs none."""
+
+    input: Maybe
+    output: Maybe
+    input_seed: Maybe
+    output_seed: Maybe
+
+
+def gated_linear_fwd(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: Maybe,
+    input_log_alpha: Maybe,
+    output_log_alpha: Maybe,
+    input_seed: Maybe,
+    output_seed: Maybe,
+    spec: GateSpec,
+    per_sample: bool,
+    keep_pre: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(y, pre): y = z_out * ((x * z_in) W^T + b), (..., N) in the dtype of x; pre is y before the output gate if ``keep_pre``, else empty.
+
+    x: (..., K); weight: (N, K) and bias: (N,), in any floating dtype (float32 under autocast); log-alphas: float32, (K,) and (N,).
+    """
+    gates = Gates(input_log_alpha, output_log_alpha, input_seed, output_seed)
+    if per_sample and spec.rule == SAMPLE and (input_log_alpha is not None or output_log_alpha is not None):
+        y, pre = _per_sample_fwd(rows_of(x), weight, bias, gates, spec, keep_pre)
+        shape = *x.shape[:-1], weight.shape[0]
+        return y.view(shape), pre.view(shape) if keep_pre else pre
+    M, (N, K) = x.shape[:-1].numel(), weight.shape
+    if (input_log_alpha is not None or output_log_alpha is not None) and _route(M, N, K, x.dtype, False) == "live":
+        y = gated_linear_live_fwd(x, weight, bias, *gates, spec)
+    else:
+        y = torch.nn.functional.linear(x, *_fold(weight, bias, gates, spec, x.dtype))
+    if not keep_pre:
+        return y, x.new_empty(0)
+    return y, torch.nn.functional.linear(x, *_fold(weight, bias, gates._replace(output=None), spec, x.dtype))
+
+
+def gated_linear_bwd(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: Maybe,
+    input_log_alpha: Maybe,
+    output_log_alpha: Maybe,
+    input_seed: Maybe,
+    output_seed: Maybe,
+    pre: torch.Tensor,
+    spec: GateSpec,
+    per_sample: bool,
+    needs: Needs,
+) -> tuple[Maybe, ...]:
+    """Gradients of x, weight, bias, input_log_alpha, output_log_alpha; None for one that ``needs`` does not ask for."""
+    gates, shape = Gates(input_log_alpha, output_log_alpha, input_seed, output_seed), x.shape
+    dy, x = rows_of(dy), rows_of(x)
+    if per_sample and spec.rule == SAMPLE and (input_log_alpha is not None or output_log_alpha is not None):
+        # Without a gradient of its own the output gate needs no activation; dy stands in for it, unread.
+        pre = pre.reshape(dy.shape) if pre.numel() == dy.numel() else dy
+        dx, *others = _per_sample_bwd(dy, x, weight, bias, gates, pre, spec, needs)
+    else:
+        dx, *others = _fold_bwd(dy, x, weight, bias, gates, spec, needs)
+    return None if dx is None else dx.view(shape), *others
+
+
+def _route(M: int, N: int, K: int, dtype: torch.dtype, per_sample: bool) -> str:
+    return route(M, N, K, dtype, "features", per_sample)[0]
+
+
+# ---- per batch: gates folded into the weight ---------------------------------------------------------------------------------------------
+
+
+def _fold(weight: torch.Tensor, bias: Maybe, gates: Gates, spec: GateSpec, dtype: torch.dtype) -> tuple[torch.Tensor, Maybe]:
+    """(W~, b~) in ``dtype``: the weight and the bias with their gates."""
+    if gates.input is None and gates.output is None:
+        return weight.to(dtype), None if bias is None else bias.to(dtype)
+    (N, K), (block_n, block_k) = weight.shape, configs.FOLD_FWD_TILE
+    w, folded = host.rows(weight), host.empty(weight, (N, K), dtype)
+    folded_bias = None
+    if bias is not None:
+        folded_bias = bias.to(dtype) if gates.output is None else host.empty(bias, (N,), dtype)
+    # One column of tiles even for K = 0: it writes the bias.
+    grid = (max(1, triton.cdiv(K, block_k)), triton.cdiv(N, block_n))
+    args = (w, *host.vectors(bias, *gates), folded, folded_bias, N, K, w.stride(0))
+    host.launch(linear_kernels._fold_fwd_kernel, grid, *args, BLOCK_N=block_n, BLOCK_K=block_k, GATE=spec)
+    return folded, folded_bias
+
+
+def _fold_bwd(dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: Maybe, gates: Gates, spec: GateSpec, needs: Needs) -> Grads:
+    (N, K), (block_n, block_k) = weight.shape, configs.FOLD_BWD_TILE
+    dx = dy @ _fold(weight, None, gates, spec, x.dtype)[0] if needs[0] else None
+    dy_sum = dy.sum(0, dtype=torch.float32) if bias is not None and (needs[2] or needs[4]) else None
+    dbias = dy_sum.to(bias.dtype) if bias is not None and dy_sum is not None and needs[2] else None
+    if gates.input is None and gates.output is None:
+        return dx, (dy.t() @ x).to(weight.dtype) if needs[1] else None, dbias, None, None
+
+    tiles_n, tiles_k = triton.cdiv(N, block_n), triton.cdiv(K, block_k)
+    dweight = host.empty(weight, (N, K), weight.dtype) if needs[1] else None
+    in_partial = host.empty(x, (tiles_n, K), torch.float32) if needs[3] else None
+    out_partial = host.empty(x, (tiles_k, N), torch.float32) if needs[4] else None
+    if needs[1] or needs[3] or needs[4]:
+        w, raw = host.rows(weight), dy.t() @ x
+        args = (raw, w, *host.vectors(*gates), dweight, in_partial, out_partial, N, K, w.stride(0))
+        host.launch(linear_kernels._fold_bwd_kernel, (tiles_k, tiles_n), *args, BLOCK_N=block_n, BLOCK_K=block_k, GATE=spec)
+    dinput = fold_gate_bwd(in_partial, None, None, gates.input, gates.input_seed, None, spec)
+    if gates.output is None:
+        return dx, dweight, dbias, dinput, None
+    dbias = None if bias is None or not needs[2] else host.empty(bias, (N,), bias.dtype)
+    doutput = fold_gate_bwd(out_partial, bias, dy_sum, gates.output, gates.output_seed, dbias, spec)
+    return dx, dweight, dbias, dinput, doutput
+
+
+def fold_gate_bwd(partial: Maybe, bias: Maybe, dy_sum: Maybe, log_alpha: Maybe, seed: Maybe, dbias: Maybe, spec: GateSpec) -> Maybe:
+    """dlog_alpha of a (splits, n) workspace of dz, or None without one; fills ``dbias`` where that is asked for."""
+    if log_alpha is None or (partial is None and dbias is None):
+        return None
+    n, (block_s, block_n) = log_alpha.numel(), configs.REDUCE_TILE
+    dlog_alpha = None if partial is None else host.empty(log_alpha, (n,), torch.float32)
+    args = partial, *host.vectors(bias, dy_sum, log_alpha), seed, dlog_alpha, dbias, 0 if partial is None else partial.shape[0], n
+    grid = (triton.cdiv(n, block_n),)
+    host.launch(linear_kernels._fold_gate_bwd_kernel, grid, *args, BLOCK_S=block_s, BLOCK_N=block_n, GATE=spec)
+    return dlog_alpha
+
+
+# ---- per batch: a GEMM over live blocks --------------------------------------------------------------------------------------------------
+
+
+def gated_linear_live_fwd(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: Maybe,
+    input_log_alpha: Maybe,
+    output_log_alpha: Maybe,
+    input_seed: Maybe,
+    output_seed: Maybe,
+    spec: GateSpec,
+) -> torch.Tensor:
+    """y of :func:`gated_linear_fwd` per batch, without the blocks of input features and the output tiles whose gates are all 0."""
+    gates = Gates(input_log_alpha, output_log_alpha, input_seed, output_seed)
+    rows, (N, K) = rows_of(x), weight.shape
+    tile = configs.live_tile(rows.shape[0], N, K, *host.machine(x))
+    y = _live_gemm(rows, weight, bias, gates, *_live_blocks(rows, gates, K, tile.depth, spec), tile, spec)
+    return y.view(*x.shape[:-1], N)
+
+
+def _live_blocks(x: torch.Tensor, gates: Gates, K: int, depth: int, spec: GateSpec) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(z, live, count) on the device of x: input gates (K,), the blocks with an open one, ascending, and how many, int32 (1,)."""
+    z = host.empty(x, (K,), torch.float32)
+    live, count = (host.empty(x, (size,), torch.int32) for size in (triton.cdiv(K, depth), 1))
+    args = *host.vectors(gates.input), gates.input_seed, z, live, count, K
+    host.launch(live_kernels._live_blocks_kernel, (1,), *args, BLOCKS=configs.LIVE_BLOCKS, BLOCK_K=depth, GATE=spec)
+    return z, live, count
+
+
+def _live_gemm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: Maybe,
+    gates: Gates,
+    z: torch.Tensor,
+    live: torch.Tensor,
+    count: torch.Tensor,
+    tile: configs.Tile,
+    spec: GateSpec,
+) -> torch.Tensor:
+    (M, K), N = x.shape, weight.shape[0]
+    x, w = host.rows(x), host.rows(weight.to(x.dtype))
+    y = host.empty(x, (M, N), x.dtype)
+    blocks = {"BLOCK_M": tile.rows, "BLOCK_N": tile.cols, "BLOCK_K": tile.depth, "EVEN": K % tile.depth == 0}
+    args = (x, w, *host.vectors(bias), z, *host.vectors(gates.output), gates.output_seed, live, count, y, M, N, K, x.stride(0), w.stride(0))
+    sizes = host.gemm_options(tile, x, spec)
+    host.launch(live_kernels._gated_linear_live_fwd_kernel, (host.tiles(M, N, tile),), *args, **blocks, **sizes)
+    return y
+
+
+# ---- per sample: gates inside one GEMM, or in passes of their own around the vendor GEMM -------------------------------------------------
+
+
+def _per_sample_fwd(
+    x: torch.Tensor, weight: torch.Tensor, bias: Maybe, gates: Gates, spec: GateSpec, keep_pre: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    (M, K), N, nothing = x.shape, weight.shape[0], x.new_empty(0)
+    if _route(M, N, K, x.dtype, True) == "passes":
+        x = x if gates.input is None else _gate_rows(x, gates.input, gates.input_seed, spec)
+        pre = torch.nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        return pre if gates.output is None else _gate_rows(pre, gates.output, gates.output_seed, spec), pre if keep_pre else nothing
+    x, w = host.rows(x), host.rows(weight.to(x.dtype))
+    y = host.empty(x, (M, N), x.dtype)
+    kept = host.empty(x, (M, N), x.dtype) if keep_pre else None
+    tile = configs.gemm_tile(M, N, K, *host.machine(x))
+    blocks = {"BLOCK_M": tile.rows, "BLOCK_N": tile.cols, "BLOCK_K": tile.depth, "EVEN": K % tile.depth == 0}
+    args = (x, w, *host.vectors(bias, *gates), y, kept, M, N, K, x.stride(0), w.stride(0))
+    host.launch(
+        linear_kernels._gated_linear_fwd_kernel,
+        (host.tiles(M, N, tile),),
+        *args,
+        **blocks,
+        **_grouped(N, K),
+        **host.gemm_options(tile, x, spec),
+    )
+    return y, nothing if kept is None else kept
+
+
+def _per_sample_bwd(
+    dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: Maybe, gates: Gates, pre: torch.Tensor, spec: GateSpec, needs: Needs
+) -> Grads:
+    (M, K), N = x.shape, weight.shape[0]
+    one_pass = _route(M, N, K, x.dtype, True) == "one_pass"
+    doutput = db = None
+    gated_dy: Maybe = dy
+    if gates.output is not None:
+        wanted = not one_pass and (needs[0] or needs[1] or needs[3]), needs[4], needs[2]
+        gated_dy, doutput, db = _gate_rows_bwd(dy, pre, gates.output, gates.output_seed, spec, wanted)
+    elif needs[2]:
+        db = dy.sum(0, dtype=torch.float32)
+    dbias = None if db is None or bias is None else db.to(bias.dtype)
+    if one_pass:
+        dx, dinput = _one_pass_bwd_dx(dy, x, weight, gates, spec, needs)
+        dweight = _one_pass_bwd_dw(dy, x, weight.dtype, gates, spec) if needs[1] else None
+    else:
+        dx, dinput, dweight = _passes_bwd(gated_dy, x, weight, gates, spec, needs)
+    return dx, dweight, dbias, dinput, doutput
+
+
+def _passes_bwd(
+    gated_dy: Maybe, x: torch.Tensor, weight: torch.Tensor, gates: Gates, spec: GateSpec, needs: Needs
+) -> tuple[Maybe, Maybe, Maybe]:
+    """(dx, dinput_log_alpha, dweight) for ``gated_dy`` = dy * z_out, which is None only where none of them is needed."""
+    dx = dinput = dweight = None
+    if gated_dy is not None and (needs[0] or needs[3]):
+        dx = gated_dy @ weight.to(x.dtype)
+        if gates.input is not None:
+            dx, dinput, _ = _gate_rows_bwd(dx, x, gates.input, gates.input_seed, spec, (needs[0], needs[3], False))
+    if gated_dy is not None and needs[1]:
+        gated_x = x if gates.input is None else _gate_rows(x, gates.input, gates.input_seed, spec)
+        dweight = (gated_dy.t() @ gated_x).to(weight.dtype)
+    return dx, dinput, dweight
+
+
+def _gate_rows(t: torch.Tensor, log_alpha: torch.Tensor, seed: Maybe, spec: GateSpec) -> torch.Tensor:
+    """t * z in the dtype of t (M, n)."""
+    (M, n), (block_m, block_n) = t.shape, configs.GATE_TILE
+    t, gated = host.rows(t), host.empty(t, (M, n), t.dtype)
+    sizes = {"BLOCK_M": block_m, "BLOCK_N": block_n, "GROUPED": n % 4 == 0, "GATE": spec}
+    grid = (triton.cdiv(n, block_n) * triton.cdiv(M, block_m),)
+    host.launch(linear_kernels._gate_rows_fwd_kernel, grid, t, log_alpha.contiguous(), seed, gated, M, n, t.stride(0), **sizes)
+    return gated
+
+
+def _gate_rows_bwd(
+    g: torch.Tensor, t: torch.Tensor, log_alpha: torch.Tensor, seed: Maybe, spec: GateSpec, wanted: tuple[bool, bool, bool]
+) -> tuple[Maybe, Maybe, Maybe]:
+    """(g z, dlog_alpha, column sum of g z) for the gradient g (M, n) of t z, those that are ``wanted``; float32 but for the first."""
+    if not any(wanted):
+        return None, None, None
+    (M, n), (block_m, block_n) = g.shape, configs.COLUMN_SUM_TILE
+    g, t = host.rows(g), host.rows(t) if wanted[1] else g
+    splits, per_split = configs.split_rows(M, block_m, triton.cdiv(n, block_n))
+    gated = host.empty(g, (M, n), g.dtype) if wanted[0] else None
+    gate_partial, sum_partial = (host.empty(g, (splits, n), torch.float32) if want else None for want in wanted[1:])
+    args = (g, t, log_alpha.contiguous(), seed, gated, gate_partial, sum_partial, M, n, g.stride(0), t.stride(0), per_split)
+    sizes = {"BLOCK_M": block_m, "BLOCK_N": block_n, "GROUPED": n % 4 == 0, "GATE": spec}
+    host.launch(linear_kernels._gate_rows_bwd_kernel, (triton.cdiv(n, block_n), splits), *args, **sizes)
+    dlog_alpha, total = (None if partial is None else host.reduce(partial, (n,), torch.float32) for partial in (gate_partial, sum_partial))
+    return gated, dlog_alpha, total
+
+
+def _one_pass_bwd_dx(
+    dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, gates: Gates, spec: GateSpec, needs: Needs
+) -> tuple[Maybe, Maybe]:
+    if not (needs[0] or needs[3]):
+        return None, None
+    (M, K), N = x.shape, weight.shape[0]
+    dy, x, w = host.rows(dy), host.rows(x), host.rows(weight.to(x.dtype))
+    tile = configs.gemm_tile(M, N, K, *host.machine(x))
+    dx = host.empty(x, (M, K), x.dtype) if needs[0] else None
+    partial = host.empty(x, (triton.cdiv(M, tile.rows), K), torch.float32) if needs[3] else None
+    blocks = {"BLOCK_M": tile.rows, "BLOCK_K": tile.cols, "BLOCK_N": tile.depth, "EVEN": N % tile.depth == 0}
+    args = (dy, x, w, *host.vectors(*gates), dx, partial, M, N, K, dy.stride(0), x.stride(0), w.stride(0))
+    host.launch(
+        linear_kernels._gated_linear_bwd_dx_kernel,
+        (host.tiles(M, K, tile),),
+        *args,
+        **blocks,
+        **_grouped(N, K),
+        **host.gemm_options(tile, x, spec),
+    )
+    return dx, None if partial is None else host.reduce(partial, (K,), torch.float32)
+
+
+def _one_pass_bwd_dw(dy: torch.Tensor, x: torch.Tensor, dtype: torch.dtype, gates: Gates, spec: GateSpec) -> torch.Tensor:
+    (M, K), N = x.shape, dy.shape[1]
+    dy, x = host.rows(dy), host.rows(x)
+    tile = configs.gemm_tile(M, N, K, *host.machine(x))
+    tiles = host.tiles(N, K, tile)
+    splits, per_split = configs.split_rows(M, tile.depth, tiles)
+    partial = host.empty(x, (splits, N, K), torch.float32 if splits > 1 else dtype)
+    blocks = {"BLOCK_N": tile.rows, "BLOCK_K": tile.cols, "BLOCK_M": tile.depth, "EVEN": splits * per_split == M}
+    args = (dy, x, *host.vectors(*gates), partial, M, N, K, dy.stride(0), x.stride(0), per_split)
+    host.launch(
+        linear_kernels._gated_linear_bwd_dw_kernel, (tiles, splits), *args, **blocks, **_grouped(N, K), **host.gemm_options(tile, x, spec)
+    )
+    return host.reduce(partial, (N, K), dtype)
+
+
+def _grouped(N: int, K: int) -> dict[str, bool]:
+    """Whether the gates of a row start at a multiple of four."""
+    return {"IN_GROUPED": K % 4 == 0, "OUT_GROUPED": N % 4 == 0}

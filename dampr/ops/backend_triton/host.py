@@ -1,0 +1,79 @@
+"""What every launcher uses: launching, layouts, workspaces, ordered sums."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+
+from dampr.kernels import configs
+from dampr.kernels import gates as gate_kernels
+from dampr.spec import GateSpec
+
+DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+Maybe = torch.Tensor | None
+Needs = Sequence[bool]
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **sizes: Any) -> None:
+    """Launch on the tensors' device; an empty grid is nothing to do. No fused multiply-add: it would move a gate's threshold."""
+    if 0 in grid:
+        return
+    device = next(arg.device for arg in args if isinstance(arg, torch.Tensor))
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        kernel[grid](*args, enable_fp_fusion=False, **sizes)
+
+
+def gemm_options(tile: configs.Tile, x: torch.Tensor, spec: GateSpec) -> dict[str, Any]:
+    """What every GEMM kernel takes besides its blocks."""
+    tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"  # allow_tf32 sets it too
+    sizes = {"GROUP": tile.group, "num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    return {**sizes, "PRECISION": "tf32" if tf32 else "ieee", "GATE": spec}
+
+
+def machine(x: torch.Tensor) -> tuple[str, int]:
+    """(dtype, compute capability) as the functions of configs take them."""
+    return DTYPE_NAMES[x.dtype], capability(x.device)
+
+
+@functools.cache
+def capability(device: torch.device) -> int:
+    """90 for sm_90; 0 where there is none (AMD, the interpreter)."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def tiles(rows: int, cols: int, tile: configs.Tile) -> int:
+    return triton.cdiv(rows, tile.rows) * triton.cdiv(cols, tile.cols)
+
+
+def reduce(partial: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Sum of a (splits, ...) workspace over its first axis, in order."""
+    if partial.shape[0] == 1 and partial.dtype == dtype:
+        return partial.view(shape)
+    out = empty(partial, shape, dtype)
+    block_s, block_n = configs.REDUCE_TILE
+    grid = (triton.cdiv(out.numel(), block_n),)
+    launch(gate_kernels._reduce_kernel, grid, partial, out, partial.shape[0], out.numel(), BLOCK_S=block_s, BLOCK_N=block_n)
+    return out
+
+
+def rows(t: torch.Tensor) -> torch.Tensor:
+    """``t`` (rows, cols) itself if rows are dense and, where their length allows it, start at multiples of 16; else a contiguous copy."""
+    dense = t.stride(1) == 1 and t.stride(0) >= t.shape[1]
+    aligned = t.shape[1] % 16 != 0 or (t.stride(0) % 16 == 0 and t.data_ptr() % 16 == 0)
+    return t if dense and aligned else t.contiguous()
+
+
+def vectors(*tensors: Maybe) -> tuple[Maybe, ...]:
+    return tuple(None if t is None else t.contiguous() for t in tensors)
+
+
+def empty(like: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device=like.device)

@@ -1,0 +1,120 @@
+"""Gates on weights and on blocks of weights: dampr/kernels/weight_gated_linear.py, by the route that routes.route names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+
+from dampr.kernels import configs
+from dampr.kernels import weight_gated_linear as weight_kernels
+from dampr.ops.library import rows_of
+from dampr.spec import GateSpec
+
+from . import host
+from .gated_linear import fold_gate_bwd
+from .gates import sample_gates_fwd
+from .host import Maybe, Needs
+from .routes import route
+
+
+def weight_gated_linear_fwd(
+    x: torch.Tensor, weight: torch.Tensor, bias: Maybe, log_alpha: torch.Tensor, seed: Maybe, spec: GateSpec, block: tuple[int, int]
+) -> torch.Tensor:
+    """y = x (W * Z)^T + b, (..., N) in the dtype of x, with a gate for each ``block`` = (R, C) of weights.
+
+    x: (..., K); weight: (N, K) and bias: (N,), in any floating dtype (float32 under autocast); log_alpha: float32,
+    (ceil(N / R) ceil(K / C),), row by row.
+    """
+    (N, K), rows = weight.shape, rows_of(x)
+    if route(rows.shape[0], N, K, x.dtype, block, False)[0] == "small_m":
+        return _small_m_fwd(rows, weight, bias, log_alpha, seed, spec).view(*x.shape[:-1], N)
+    folded = _fold(weight, x.dtype, log_alpha, seed, spec, block)
+    return torch.nn.functional.linear(x, folded, None if bias is None else bias.to(x.dtype))
+
+
+def weight_gated_linear_bwd(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: Maybe,
+    log_alpha: torch.Tensor,
+    seed: Maybe,
+    spec: GateSpec,
+    block: tuple[int, int],
+    needs: Needs,
+) -> tuple[Maybe, Maybe, Maybe, Maybe]:
+    """Gradients of x, weight, bias, log_alpha; None for one that ``needs`` does not ask for."""
+    shape, dy, x = x.shape, rows_of(dy), rows_of(x)
+    dx = dbias = dweight = dlog_alpha = None
+    if needs[0]:
+        dx = (dy @ _fold(weight, x.dtype, log_alpha, seed, spec, block)).view(shape)
+    if needs[1] or needs[3]:
+        wanted = weight.dtype if needs[1] else None, weight if needs[3] else None
+        dweight, dlog_alpha = _gate_weight(dy.t() @ x, *wanted, log_alpha, seed, spec, block)
+    if needs[2] and bias is not None:
+        dbias = dy.sum(0, dtype=torch.float32).to(bias.dtype)
+    return dx, dweight, dbias, dlog_alpha
+
+
+def _fold(weight: torch.Tensor, dtype: torch.dtype, log_alpha: torch.Tensor, seed: Maybe, spec: GateSpec, block: tuple[int, int]) -> Any:
+    """W * Z in ``dtype``."""
+    return _gate_weight(weight, dtype, None, log_alpha, seed, spec, block)[0]
+
+
+def _gate_weight(
+    t: torch.Tensor, dtype: torch.dtype | None, weight: Maybe, log_alpha: torch.Tensor, seed: Maybe, spec: GateSpec, block: tuple[int, int]
+) -> tuple[Maybe, Maybe]:
+    """(t Z in ``dtype``, dlog_alpha = z' times the sums of ``weight`` t over gates) for t (N, K); None where dtype or weight is None."""
+    gated = None if dtype is None else host.empty(t, (t.shape[0], t.shape[1]), dtype)
+    if tuple(block) != (1, 1):
+        return gated, _gate_blocks(t, gated, weight, log_alpha, seed, spec, block)
+    dlog_alpha = None if weight is None else host.empty(log_alpha, (log_alpha.numel(),), torch.float32)
+    args = *host.vectors(t, weight, log_alpha), seed, gated, dlog_alpha, t.numel()
+    grid = (triton.cdiv(t.numel(), configs.WEIGHT_BLOCK),)
+    host.launch(weight_kernels._gate_weights_kernel, grid, *args, BLOCK=configs.WEIGHT_BLOCK, GATE=spec)
+    return gated, dlog_alpha
+
+
+def _gate_blocks(
+    t: torch.Tensor, gated: Maybe, weight: Maybe, log_alpha: torch.Tensor, seed: Maybe, spec: GateSpec, block: tuple[int, int]
+) -> Maybe:
+    """Fills ``gated`` with t Z; returns dlog_alpha where there is a ``weight``."""
+    N, K = t.shape
+    R, C = max(1, min(block[0], N)), max(1, min(block[1], K))  # a block larger than the matrix is one of its size
+    across = triton.cdiv(K, C)
+    block_r, block_g, block_c = configs.block_tile(R, C, max(1, across))
+    groups = triton.cdiv(N, R) * triton.cdiv(across, block_g)
+    splits, per_split = configs.split_rows(R, block_r, groups)
+    t, w = host.rows(t), None if weight is None else host.rows(weight)
+    partial = None if w is None else host.empty(t, (splits, log_alpha.numel()), torch.float32)
+    args = (
+        t,
+        w,
+        sample_gates_fwd(log_alpha, seed, None, spec),
+        gated,
+        partial,
+        N,
+        K,
+        t.stride(0),
+        0 if w is None else w.stride(0),
+        per_split,
+    )
+    sizes = {"R": R, "C": C, "BLOCK_R": block_r, "BLOCK_G": block_g, "BLOCK_C": block_c}
+    host.launch(weight_kernels._gate_blocks_kernel, (groups, splits), *args, **sizes)
+    return fold_gate_bwd(partial, None, None, log_alpha, seed, None, spec)
+
+
+def _small_m_fwd(x: torch.Tensor, weight: torch.Tensor, bias: Maybe, log_alpha: torch.Tensor, seed: Maybe, spec: GateSpec) -> torch.Tensor:
+    (M, K), N = x.shape, weight.shape[0]
+    x = host.rows(x)
+    tile = configs.small_m_tile(M, N, K, *host.machine(x))
+    tiles = triton.cdiv(N, tile.rows) * triton.cdiv(M, tile.cols)
+    splits, per_split = configs.split_rows(K, tile.depth, tiles)
+    partial = host.empty(x, (splits, M, N), torch.float32 if splits > 1 else x.dtype)
+    blocks = {"BLOCK_N": tile.rows, "BLOCK_M": tile.cols, "BLOCK_K": tile.depth, "EVEN": splits * per_split == K, "GROUPED": K % 4 == 0}
+    args = x, *host.vectors(weight, bias, log_alpha), seed, partial, M, N, K, x.stride(0), per_split
+    sizes = host.gemm_options(tile, x, spec)
+    host.launch(weight_kernels._weight_gated_linear_fwd_kernel, (tiles, splits), *args, **blocks, **sizes)
+    return host.reduce(partial, (M, N), x.dtype)

@@ -1,0 +1,46 @@
+"""Which way a gated linear map takes through a backend, and a way for tests and benchmarks to overrule it.
+
+fold         per batch: gates multiplied into the weight by one pass, then the vendor GEMM
+activations  per batch, gates of features: multiplied into activations that are smaller than the weight (CPU)
+live         per batch, gates of features: a GEMM over the blocks of features that have an open gate (Triton)
+small_m      per batch, a gate for each weight: a GEMM that draws the gates of its weights (Triton)
+one_pass     per sample: GEMMs with the gates inside (Triton)
+passes       per sample: passes that gate activations, around the vendor GEMM
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+ROUTES = ("fold", "activations", "live", "small_m", "one_pass", "passes")
+_forced: list[list[str | None]] = []  # process-wide on purpose: the backward of CUDA ops runs in threads of its own
+
+
+@contextmanager
+def forced_route(name: str | None) -> Iterator[None]:
+    """Send every call of the block down one route, its backward too if that is in the block; None leaves the choice to the backend.
+
+    Raises ValueError for an unknown name; a call that the route cannot serve raises ValueError.
+    """
+    if name is not None and name not in ROUTES:
+        raise ValueError(f"name={name!r}: expected None or one of {ROUTES}")
+    forced = [name]
+    _forced.append(forced)
+    try:
+        yield
+    finally:
+        _forced[:] = [other for other in _forced if other is not forced]  # blocks of several threads may overlap
+
+
+def forced_name() -> str | None:
+    """The name given to the innermost block, or None."""
+    return _forced[-1][0] if _forced else None
+
+
+def forced(possible: tuple[str, ...], granularity: str | tuple[int, int], per_sample: bool) -> str | None:
+    """The forced route, checked against those that can serve a call; None when the choice is free."""
+    name = forced_name()
+    if name is not None and name not in possible:
+        raise ValueError(f"route {name!r} cannot serve granularity={granularity!r}, per_sample={per_sample}: one of {possible} can")
+    return name

@@ -1,0 +1,103 @@
+"""y = x (Z * W)^T + b, a gate on each weight or on each block of weights, as one op forward and one op backward."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from dampr.spec import GateSpec
+
+from .backends import select
+from .library import apply, define, unpack
+
+Maybe = Tensor | None
+
+
+def _fwd(x: Tensor, weight: Tensor, bias: Maybe, log_alpha: Tensor, seed: Maybe, spec: Sequence[float], block: Sequence[int]) -> Tensor:
+    y: Tensor = select(x.device, x.dtype).weight_gated_linear_fwd(x, weight, bias, log_alpha, seed, unpack(spec), tuple(block))
+    return y
+
+
+def _fwd_fake(
+    x: Tensor, weight: Tensor, bias: Maybe, log_alpha: Tensor, seed: Maybe, spec: Sequence[float], block: Sequence[int]
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _bwd(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Maybe,
+    log_alpha: Tensor,
+    seed: Maybe,
+    spec: Sequence[float],
+    block: Sequence[int],
+    needs: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    backend = select(x.device, x.dtype)
+    grads = backend.weight_gated_linear_bwd(dy, x, weight, bias, log_alpha, seed, unpack(spec), tuple(block), needs)
+    return tuple(x.new_empty(0) if g is None else g for g in grads)
+
+
+def _bwd_fake(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Maybe,
+    log_alpha: Tensor,
+    seed: Maybe,
+    spec: Sequence[float],
+    block: Sequence[int],
+    needs: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    inputs = (x, weight, bias, log_alpha)
+    return tuple(t.new_empty(t.shape) if need and t is not None else x.new_empty(0) for t, need in zip(inputs, needs, strict=True))
+
+
+_INPUTS = "Tensor x, Tensor weight, Tensor? bias, Tensor log_alpha, Tensor? seed, float[] spec, int[2] block"
+fwd = define(f"weight_gated_linear_fwd({_INPUTS}) -> Tensor", _fwd, _fwd_fake)
+bwd = define(f"weight_gated_linear_bwd(Tensor dy, {_INPUTS}, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)", _bwd, _bwd_fake)
+
+
+@register_flop_formula(torch.ops.dampr.weight_gated_linear_fwd)
+def _fwd_flops(x_shape: Any, weight_shape: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    """What the dense layer costs: gates are not counted."""
+    return 2 * math.prod(x_shape) * int(weight_shape[0])
+
+
+@register_flop_formula(torch.ops.dampr.weight_gated_linear_bwd)
+def _bwd_flops(dy_shape: Any, x_shape: Any, weight_shape: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    """Two products where both gradients are wanted; the shapes of unwanted ones are empty."""
+    return 2 * math.prod(x_shape) * int(weight_shape[0]) * sum(math.prod(shape) > 0 for shape in (out_shape[0], out_shape[1]))
+
+
+class _WeightGatedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Maybe, log_alpha: Tensor, seed: Maybe, spec: GateSpec, block: tuple[int, int]) -> Any:
+        return fwd(x, weight, bias, log_alpha, seed, spec, block)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        *tensors, ctx.spec, ctx.block = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Any:  # type: ignore[override]
+        needs = list(ctx.needs_input_grad[:4])
+        grads = bwd(dy, *ctx.saved_tensors, ctx.spec, ctx.block, needs)
+        return (*(g if need else None for g, need in zip(grads, needs, strict=True)), None, None, None)
+
+
+def weight_gated_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, log_alpha: Tensor, seed: Tensor | None, spec: GateSpec, block: tuple[int, int]
+) -> Tensor:
+    """Differentiable; arguments are taken as checked (:func:`dampr.functional.gated_linear` checks)."""
+    y: Tensor = apply(_WeightGatedLinear, x, weight, bias, log_alpha, seed, spec, block)
+    return y

@@ -1,0 +1,71 @@
+"""explain says what happens, and a forced route does."""
+
+import pytest
+import torch
+
+import dampr
+from dampr.nn import GatedLinear
+from dampr.ops import forced_route
+
+needs_cpp = pytest.mark.skipif(dampr.backend_info()["cpp"].startswith("missing"), reason=dampr.backend_info()["cpp"])
+
+
+@needs_cpp
+@pytest.mark.parametrize(
+    ("arguments", "rows", "route"),
+    [
+        ({}, 8, "activations"),
+        ({}, 64, "fold"),
+        ({"per_sample": True}, 64, "passes"),
+        ({"granularity": "weight"}, 8, "fold"),
+        ({"granularity": (4, 4)}, 8, "fold"),
+    ],
+)
+def test_backend_route_and_reason_are_printed_and_returned(capsys, arguments, rows, route):
+    layer = GatedLinear(32, 16, **arguments)
+    found = dampr.explain(layer, torch.randn(rows, 32))
+    assert (found.backend, found.route) == ("cpp", route)
+    assert capsys.readouterr().out.strip() == str(found)
+    with dampr.backend("reference"):
+        assert dampr.explain(layer, torch.randn(rows, 32)).route == "reference"
+
+
+def test_evaluation_has_no_draw_per_row():
+    layer = GatedLinear(32, 16, per_sample=True).eval()
+    assert dampr.explain(layer, torch.randn(64, 32)).route != "passes"
+
+
+@needs_cpp
+@pytest.mark.parametrize("granularity", ["output", "input"])
+@pytest.mark.parametrize("rows", [8, 64])
+def test_forced_routes_agree(granularity, rows):
+    layer, x = GatedLinear(32, 16, granularity=granularity), torch.randn(rows, 32)
+    results = []
+    for name in ("fold", "activations"):
+        torch.manual_seed(0)
+        layer.zero_grad()
+        with forced_route(name):
+            assert dampr.explain(layer, x).route == name
+            y = layer(x)
+            y.square().sum().backward()
+        results.append([y.detach(), *(p.grad.clone() for p in layer.parameters())])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+@needs_cpp
+def test_a_route_that_cannot_serve_is_refused():
+    with pytest.raises(ValueError, match="name='fast'"), forced_route("fast"):
+        pytest.fail("the block was entered")
+    with forced_route("one_pass"), pytest.raises(ValueError, match="route 'one_pass' cannot serve granularity='output'"):
+        dampr.explain(GatedLinear(4, 4), torch.randn(2, 4))
+    for layer, route in ((GatedLinear(4, 4), "passes"), (GatedLinear(4, 4, granularity="weight"), "activations")):
+        with forced_route(route), pytest.raises(ValueError, match=f"route '{route}' cannot serve"):
+            layer(torch.randn(2, 4))
+
+
+def test_bad_arguments_are_named():
+    with pytest.raises(TypeError, match="layer=Linear"):
+        dampr.explain(torch.nn.Linear(2, 2), torch.randn(1, 2))
+    with pytest.raises(TypeError, match="x=3"):
+        dampr.explain(GatedLinear(2, 2), 3)
