@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Verification, GPU tests and benchmarks on a CUDA machine, from a source tree; needs python3 with torch, triton, numpy and pytest, no network.
 #
-#   bash benchmarks/gpu.sh [verify] [tests] [bench]        default: all stages, about six minutes on one data-centre GPU
+#   bash benchmarks/gpu.sh [verify] [tests] [roofline] [pass] [vectors] [weights] [small] [tiny]      default: all of them, one by one
 #
 # Results go to $OUT if it is set, else to benchmarks/results/<gpu>/. A stage that fails does not stop the next one; the exit code tells.
+# Each stage ends well within its limit of a few minutes; set NO_COMPILE=1 to leave the compiled competitors out.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-$( [ -x .venv/bin/python ] && .venv/bin/python -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' 2>/dev/null && echo .venv/bin/python || echo python3 )}
@@ -12,14 +13,14 @@ name=$("$PYTHON" -c 'import torch; print(torch.cuda.get_device_name().lower().re
   echo "error: $PYTHON sees no CUDA device; expected a machine with one" >&2; exit 2; }
 out=${OUT:-benchmarks/results/$name}
 mkdir -p "$out"
-stages=${*:-verify tests bench}
+stages=${*:-verify tests roofline pass vectors weights small tiny}
 status=0
 
 run() {  # name, seconds, command...
   local stage=$1 limit=$2; shift 2
   echo "== $stage: $*"
   local start=$SECONDS
-  timeout "$limit" "$@" 2>&1 | tee "$out/$stage.log"
+  timeout "$limit" "$@" 2>&1 | tee -a "$out/gpu.log"
   local code=${PIPESTATUS[0]}
   echo "== $stage: exit $code after $((SECONDS - start)) s"
   [ "$code" -eq 0 ] || status=1
@@ -27,10 +28,12 @@ run() {  # name, seconds, command...
 
 for stage in $stages; do
   case $stage in
-    verify) run verify 150 "$PYTHON" -m dampr.bench.verify --json "$out/verify.json" ;;
-    tests)  run tests 200 "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu tests/gpu ;;
-    bench)  run bench 200 "$PYTHON" -m dampr.bench.linear --json "$out/linear.json" ;;
-    *) echo "error: stage '$stage': expected verify, tests or bench" >&2; status=2 ;;
+    verify)   run verify 200 "$PYTHON" -m dampr.bench.verify --json "$out/verify.json" ;;
+    tests)    run tests 200 "$PYTHON" -m pytest -q -p no:cacheprovider -o filterwarnings=default -m gpu tests/gpu ;;
+    roofline) run roofline 60 "$PYTHON" -m benchmarks.roofline --json "$out/roofline.json" ;;
+    pass | vectors | weights | small | tiny)
+      run "$stage" 240 "$PYTHON" -m benchmarks.run "$stage" --out "$out" ${NO_COMPILE:+--no-compile} ;;
+    *) echo "error: stage '$stage': expected verify, tests, roofline, pass, vectors, weights, small or tiny" >&2; status=2 ;;
   esac
 done
 exit $status

@@ -85,15 +85,14 @@ def bench_command(
     compiled: Annotated[bool, typer.Option(help="time the torch.compile'd competitor too")] = True,
 ) -> None:
     """Time gated layers against dense, eager unfused and compiled unfused layers."""
-    verified = all(row.ok for row in verify.run("gated_linear"))
+    verified = verify.passes("gated_linear", "weight_gated_linear")
     points = linear.run(compiled=compiled, rounds=rounds)
     header, *rows = linear.table(points, verified)
     report.print_table(console, "GatedLinear, forward + backward", header, rows)
     if not verified:
-        console.print("[red]ratios withheld: gated_linear fails verification (see dampr verify)[/red]")
+        console.print("[red]ratios withheld: a linear op fails verification (see dampr verify)[/red]")
     if json is not None:
-        payload = {"environment": records.environment(), "verified": verified, "points": [p.as_dict() for p in points]}
-        records.write_json(json, payload)
+        records.write_json(json, linear.payload(points, verified))
     raise typer.Exit(0 if verified else 1)
 
 

@@ -80,7 +80,7 @@ def _points():
     return [
         linear.Point(*case, "dense", 1.234e-3, 1.1e-3, 1.3e-3, None),
         linear.Point(*case, "dampr", 2.5e-3, 2.4e-3, 2.6e-3, None),
-        linear.Point(*case, "compiled unfused", float("nan"), float("nan"), float("nan"), None, "RuntimeError: no compiler"),
+        linear.Point(*case, "compiled unfused", float("nan"), float("nan"), float("nan"), None, error="RuntimeError: no compiler"),
     ]
 
 
@@ -99,10 +99,15 @@ def test_bench_refuses_ratios_when_verification_fails(monkeypatch, verified):
 
 
 def test_bench_times_every_provider_on_real_layers():
-    points = linear.run([(8, 16, 12)], compiled=False, rounds=2)
-    assert {p.provider for p in points} == {"dense", "dampr", "eager unfused"}
-    assert {p.case for p in points} == {f"per {a}, {b} gates" for a in ("batch", "sample") for b in ("output", "input")}
+    granularities = ("output", "input", "weight", (4, 4))
+    cases = [linear.Case((8, 16, 12), where) for where in granularities] + [linear.Case((8, 16, 12), "input", True)]
+    points = linear.run(cases, compiled=False, rounds=2)
+    assert {p.provider for p in points} == {"dense", "dampr", "eager unfused", "captum"}
+    assert {p.case for p in points} == {str(case) for case in cases}
     assert all(p.median > 0 and p.low <= p.median <= p.high for p in points)
+    assert {p.route for p in points if p.provider == "dampr"} <= {"fold", "activations", "passes", "reference"}
+    only_pass = linear.run([linear.Case((0, 16, 12), "weight", weight_pass=True)], compiled=False, rounds=2)
+    assert [p.provider for p in only_pass] == ["copy", "dampr", "eager unfused"]
 
 
 def test_interleaved_timing_tells_slow_from_fast():
@@ -126,7 +131,7 @@ class Block:
 sys.meta_path.insert(0, Block())
 from dampr.bench import linear, verify
 assert verify.main(["--json", r"{tmp_path}/v.json"]) == 0
-linear.CPU_SHAPES = ((4, 8, 8),)
+linear.QUICK["cpu"] = [linear.Case((4, 8, 8), "output"), linear.Case((4, 8, 8), "weight")]
 assert linear.main(["--no-compile", "--rounds", "2", "--json", r"{tmp_path}/b.json"]) == 0
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)

@@ -1,4 +1,4 @@
-"""What a gated layer is compared with: hard concrete gates written the way the published code writes them, op by op."""
+"""What a gated layer is compared with: hard concrete gates written the way the published code writes them, op by op, and captum's."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 BETA, GAMMA, ZETA, EPS = 2 / 3, -0.1, 1.1, 1e-6
+Granularity = str | tuple[int, int]
 
 
 def unfused_gate(log_alpha: Tensor, rows: int | None = None) -> Tensor:
-    """A draw as a chain of elementwise ops: (n,), or (rows, n)."""
+    """A draw as a chain of elementwise ops: the shape of ``log_alpha``, with ``rows`` before it."""
     shape = log_alpha.shape if rows is None else (rows, *log_alpha.shape)
     u = torch.empty(shape, device=log_alpha.device).uniform_(EPS, 1 - EPS)
     s = torch.sigmoid((torch.log(u) - torch.log(1 - u) + log_alpha) / BETA)
@@ -20,17 +21,34 @@ def unfused_gate(log_alpha: Tensor, rows: int | None = None) -> Tensor:
 class UnfusedLinear(nn.Linear):
     """L0 linear layer, unfused. Per batch the gate multiplies the weight, per sample the activations, as in the published layers."""
 
-    def __init__(self, in_features: int, out_features: int, *, granularity: str = "output", per_sample: bool = False) -> None:
+    def __init__(self, in_features: int, out_features: int, *, granularity: Granularity = "output", per_sample: bool = False) -> None:
         super().__init__(in_features, out_features)
         self.granularity, self.per_sample = granularity, per_sample
-        self.log_alpha = nn.Parameter(torch.full((out_features if granularity == "output" else in_features,), 3.0))
+        rows, cols = (1, 1) if isinstance(granularity, str) else granularity
+        shapes: dict[Granularity, tuple[int, ...]] = {"output": (out_features,), "input": (in_features,)}
+        self.log_alpha = nn.Parameter(torch.full(shapes.get(granularity, (out_features // rows, in_features // cols)), 3.0))
 
     def forward(self, x: Tensor) -> Tensor:
-        on_output = self.granularity == "output"
         if self.per_sample:
             z = unfused_gate(self.log_alpha, x.shape[0]).to(x.dtype)
-            return F.linear(x, self.weight, self.bias) * z if on_output else F.linear(x * z, self.weight, self.bias)
+            return F.linear(x, self.weight, self.bias) * z if self.granularity == "output" else F.linear(x * z, self.weight, self.bias)
         z = unfused_gate(self.log_alpha)
-        if on_output:
+        if self.granularity == "output":
             return F.linear(x, self.weight * z[:, None], self.bias * z)
+        if isinstance(self.granularity, tuple):
+            z = z.repeat_interleave(self.granularity[0], 0).repeat_interleave(self.granularity[1], 1)
         return F.linear(x, self.weight * z, self.bias)
+
+
+class CaptumLinear(nn.Linear):
+    """captum's stochastic gates (the same distribution, a draw per row) in front of a dense layer. Raises ImportError without captum."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        from captum.module import BinaryConcreteStochasticGates
+
+        super().__init__(in_features, out_features)
+        self.gates = BinaryConcreteStochasticGates(in_features, temperature=BETA, lower_bound=GAMMA, upper_bound=ZETA)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gated, _ = self.gates(x)
+        return F.linear(gated, self.weight, self.bias)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
-from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -19,9 +18,8 @@ from torch import Tensor
 from dampr import functional, ops, philox, reference
 from dampr.bench import records
 from dampr.spec import GateSpec, hard_concrete
-from dampr.testing import HARD_SHAPES, Comparison, compare, layouts
+from dampr.testing import HARD_SHAPES, TILED_SHAPES, Comparison, compare, layouts
 
-GRADIENTS = ("x", "weight", "bias", "input_gate", "output_gate")
 _DTYPES = {
     ("cpp", "cpu"): (torch.float64, torch.float32, torch.bfloat16, torch.float16),
     ("reference", "cpu"): (torch.float32,),
@@ -75,13 +73,19 @@ def run(only_op: str | None = None) -> list[Row]:
     rows = []
     for backend, device, dtype in targets():
         name = str(dtype).removeprefix("torch.")
-        if only_op in (None, "noise") and dtype == torch.float32:
+        if only_op in (None, "noise") and dtype == torch.float32 and backend != "reference":
             rows.append(_verify_noise(Row("noise", backend, device, name)))
         if only_op in (None, "sample_gates") and dtype in (torch.float32, torch.float64):
             rows.append(_verify_gates(Row("sample_gates", backend, device, name), dtype))
-        if only_op in (None, "gated_linear"):
-            rows.append(_verify_linear(Row("gated_linear", backend, device, name), dtype))
+        for op in ("gated_linear", "weight_gated_linear"):
+            if only_op in (None, op):
+                rows.append(_verify_linear(Row(op, backend, device, name), dtype))
     return rows
+
+
+def passes(*names: str) -> bool:
+    """Whether every backend present passes the verification of these ops."""
+    return all(row.ok for name in names for row in run(name))
 
 
 def _exact(name: str, out: Tensor, expected: Tensor) -> Comparison:
@@ -106,9 +110,6 @@ def _verify_noise(row: Row) -> Row:
             z = functional.sample_gates(log_alpha.to(row.device), seed=seed.to(row.device), rows=rows)
         row.add(f"rows={rows}, n={n}: zeros", _exact("zeros", z == 0, truth == 0))
         row.add(f"rows={rows}, n={n}: ones", _exact("ones", z == 1, truth == 1))
-    with ops.backend("reference"):
-        u = philox.uniform(torch.tensor([2**62 + 12345]), 64, 2**34 + 3)
-    row.add("uniforms stay inside [2^-24, 1 - 2^-24]", _exact("range", (u >= 2**-24) & (u <= 1 - 2**-24), torch.ones(64, dtype=torch.bool)))
     return row
 
 
@@ -151,84 +152,107 @@ def _running(backend: str | None) -> AbstractContextManager[None]:
     return nullcontext() if backend is None else ops.backend(backend)
 
 
-def linear_cases() -> Iterator[tuple[str, dict[str, Any]]]:
-    """Hard shapes with every placement of gates, then layouts of x, weight and the gradient on one shape."""
-    placements = (("none", False, False), ("input", True, False), ("output", False, True), ("both", True, True))
-    for shape, (gates, on_in, on_out), per_sample in itertools.product(HARD_SHAPES, placements, (False, True)):
-        if gates == "none" and per_sample:
-            continue
-        base = {
-            "shape": shape,
-            "on_in": on_in,
-            "on_out": on_out,
-            "per_sample": per_sample,
-            "bias": shape[2] != 3,
-            "layout": "contiguous",
-            "dy": "random",
-        }
-        yield f"{shape}, gates on {gates}{', per sample' if per_sample else ''}", base
-    for layout, dy, per_sample in itertools.product(("transposed", "sliced", "offset"), ("random", "expanded"), (False, True)):
-        base = {"shape": (37, 24, 20), "on_in": True, "on_out": True, "per_sample": per_sample, "bias": True, "layout": layout, "dy": dy}
-        yield f"(37, 24, 20), both gates, {layout} x and weight, {dy} gradient{', per sample' if per_sample else ''}", base
+@dataclass(frozen=True)
+class LinearCase:
+    """One gated linear map: x (M, K), weight (N, K); where its gates are, how many draws, what its memory looks like."""
+
+    shape: tuple[int, int, int]  # (M, K, N)
+    gates: str | tuple[int, int]  # "none", "input", "output", "both", "weight", or the size of a block of weights
+    per_sample: bool = False
+    rule: str = "sample"
+    layout: str = "contiguous"
+    expanded_dy: bool = False
+
+    @property
+    def op(self) -> str:
+        return "gated_linear" if self.gates in ("none", "input", "output", "both") else "weight_gated_linear"
+
+    @property
+    def block(self) -> tuple[int, int]:
+        return self.gates if isinstance(self.gates, tuple) else (1, 1)
+
+    def __str__(self) -> str:
+        how = [
+            f"{self.shape}, gates on {self.gates}",
+            "per sample" if self.per_sample else "",
+            self.rule if self.rule != "sample" else "",
+            f"{self.layout} x and weight" if self.layout != "contiguous" else "",
+            "expanded gradient" if self.expanded_dy else "",
+        ]
+        return ", ".join(part for part in how if part)
+
+
+def linear_cases(device: str) -> list[LinearCase]:
+    """Hard shapes with every placement of gates, layouts and gradients on one shape, every rule; on CUDA also shapes of whole tiles."""
+    on_vectors, on_weights = ("input", "output", "both"), ("weight", (4, 4), (3, 5), (64, 1))
+    cases = [LinearCase(shape, "none") for shape in HARD_SHAPES]
+    cases += [LinearCase(shape, gates, per_sample) for shape in HARD_SHAPES for gates in on_vectors for per_sample in (False, True)]
+    cases += [LinearCase(shape, gates) for shape in HARD_SHAPES for gates in on_weights]
+    ways: list[tuple[str | tuple[int, int], bool]] = [("both", False), ("both", True), ("weight", False), ((4, 4), False)]
+    for layout, expanded, (gates, per_sample) in itertools.product(("transposed", "sliced", "offset"), (False, True), ways):
+        cases.append(LinearCase((37, 24, 20), gates, per_sample, layout=layout, expanded_dy=expanded))
+    cases += [LinearCase((9, 20, 12), gates, rule=rule) for gates in ("both", "weight") for rule in ("paper", "median", "binary")]
+    for shape in TILED_SHAPES if device == "cuda" else TILED_SHAPES[:1]:
+        cases += [LinearCase(shape, gates, per_sample) for gates in on_vectors for per_sample in (False, True)]
+        cases += [LinearCase(shape, gates) for gates in ("weight", (16, 16))]
+    return cases
 
 
 def _verify_linear(row: Row, dtype: torch.dtype) -> Row:
     generator = torch.Generator().manual_seed(2)
-    for case, options in linear_cases():
+    for case in linear_cases(row.device):
+        if case.op != row.op:
+            continue
         seed = torch.randint(0, 2**63 - 1, (1,), generator=generator)
-        m, k, n = options["shape"]
-        data = {
-            "x": torch.randn(m, k, generator=generator),
-            "weight": torch.randn(n, k, generator=generator) / max(k, 1) ** 0.5,
-            "bias": torch.randn(n, generator=generator) if options["bias"] else None,
-            "input_gate": torch.randn(k, generator=generator) if options["on_in"] else None,
-            "output_gate": torch.randn(n, generator=generator) if options["on_out"] else None,
+        m, k, n = case.shape
+        block_rows, block_cols = case.block
+        shapes = {
+            "x": (m, k),
+            "weight": (n, k),
+            "bias": (n,) if n != 3 else None,
+            "input_gate": (k,) if case.gates in ("input", "both") else None,
+            "output_gate": (n,) if case.gates in ("output", "both") else None,
+            "weight_gate": (-(n // -block_rows) * -(k // -block_cols),) if case.op == "weight_gated_linear" else None,
         }
-        dy = torch.randn(m, n, generator=generator) if options["dy"] == "random" else torch.ones(()).expand(m, n)
-        rounded = {name: t if t is None or name.endswith("_gate") else t.to(dtype) for name, t in data.items()}
-        dy = dy if options["dy"] == "expanded" else dy.to(dtype)
-        args = (rounded, dy, seed, options["per_sample"], options["layout"])
-        out = linear_once(row.backend, dtype, row.device, *args)
-        truth, baseline = linear_once(None, torch.float64, "cpu", *args), linear_once(None, dtype, "cpu", *args)
+        data = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items() if shape is not None}
+        data["weight"] /= max(k, 1) ** 0.5
+        data = {name: t if name.endswith("_gate") else t.to(dtype) for name, t in data.items()}
+        dy = torch.ones((), dtype=dtype).expand(m, n) if case.expanded_dy else torch.randn(m, n, generator=generator).to(dtype)
+        out, truth, baseline = (
+            linear_once(row.backend, dtype, row.device, case, data, dy, seed),
+            linear_once(None, torch.float64, "cpu", case, data, dy, seed),
+            linear_once(None, dtype, "cpu", case, data, dy, seed),
+        )
         for name, o in out.items():
             row.add(f"{case}: {name}", compare(name, o, truth[name], baseline[name], dtype))
     return row
 
 
 def linear_once(
-    backend: str | None,
-    dtype: torch.dtype,
-    device: str,
-    data: dict[str, Tensor | None],
-    dy: Tensor,
-    seed: Tensor,
-    per_sample: bool,
-    layout: str = "contiguous",
+    backend: str | None, dtype: torch.dtype, device: str, case: LinearCase, data: dict[str, Tensor], dy: Tensor, seed: Tensor
 ) -> dict[str, Tensor]:
     """y and every gradient of one gated linear map, from the same data whatever the dtype; None: autograd on the reference."""
     leaves: dict[str, Tensor] = {}
     for name, t in data.items():
-        if t is None:
-            continue
         t = t.to(device, dtype if dtype == torch.float64 or not name.endswith("_gate") else torch.float32)
-        if name in ("x", "weight"):
-            t = dict(layouts(t))[layout]
-        leaves[name] = t.detach().requires_grad_()
-    seed = seed.to(device)
+        leaves[name] = (dict(layouts(t))[case.layout] if name in ("x", "weight") else t).detach().requires_grad_()
+    seed, spec = seed.to(device), hard_concrete(case.rule)
     with _running(backend):
-        if backend is None:
+        if backend is not None:
+            block = {"block": case.block} if case.op == "weight_gated_linear" else {}
+            y = functional.gated_linear(**leaves, **block, seed=seed, per_sample=case.per_sample, spec=spec)  # type: ignore[arg-type]
+        elif case.op == "weight_gated_linear":
+            y = reference.weight_gated_linear(
+                leaves["x"], leaves["weight"], leaves.get("bias"), leaves["weight_gate"], seed, spec, case.block
+            )
+        else:
             gates = leaves.get("input_gate"), leaves.get("output_gate")
             second = seed if gates[0] is None else seed ^ philox.SECOND_STREAM
-            y = reference.gated_linear(leaves["x"], leaves["weight"], leaves.get("bias"), *gates, seed, second, hard_concrete(), per_sample)
-        else:
-            y = functional.gated_linear(**leaves, seed=seed, per_sample=per_sample)  # type: ignore[arg-type]
-        expanded = dy.stride() == (0, 0)  # converting would make it dense
-        y.backward(torch.ones((), dtype=dtype, device=device).expand(dy.shape) if expanded else dy.to(device, dtype))
-    result = {"y": y.detach()}
-    for name, leaf in leaves.items():
-        assert leaf.grad is not None, f"no gradient on {name}"
-        result[f"d{name}"] = leaf.grad
-    return result
+            y = reference.gated_linear(leaves["x"], leaves["weight"], leaves.get("bias"), *gates, seed, second, spec, case.per_sample)
+        # Converting an expanded gradient would make it dense.
+        y.backward(torch.ones((), dtype=dtype, device=device).expand(dy.shape) if case.expanded_dy else dy.to(device, dtype))
+    # A binary gate has no derivative.
+    return {"y": y.detach(), **{f"d{name}": torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for name, leaf in leaves.items()}}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -239,7 +263,7 @@ def main(argv: list[str] | None = None) -> int:
     rows = run()
     for row in rows:
         worst = "" if row.worst is None else f"worst {row.worst.share:6.1%} of bound: {row.worst_case}"
-        print(f"{'ok' if row.ok else 'FAILED':7} {row.op:13} {row.backend:10} {row.device:5} {row.dtype:9} {row.cases:4} cases  {worst}")
+        print(f"{'ok' if row.ok else 'FAILED':7} {row.op:19} {row.backend:10} {row.device:5} {row.dtype:9} {row.cases:4} cases  {worst}")
         for failure in row.failures[:5]:
             print(f"        {failure}")
     if arguments.json:

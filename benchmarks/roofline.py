@@ -1,0 +1,45 @@
+"""``python -m benchmarks.roofline``: the ceilings of this machine, measured: a large copy, and a large matrix product on random data."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from typing import Any
+
+import torch
+
+from dampr.bench import records, timing
+
+
+def measure() -> dict[str, Any]:
+    """Copy bandwidth in bytes per second (read and written) and GEMM rate in FLOP per second, by dtype."""
+    cuda = torch.cuda.is_available()
+    device = "cuda" if cuda else "cpu"
+    count, size = (2**30, 8192) if cuda else (2**26, 2048)
+    source = torch.randn(count, device=device)
+    target = torch.empty_like(source)
+    ceilings: dict[str, Any] = {"copy_bytes_per_second": 2 * source.nbytes / _median(lambda: target.copy_(source), cuda)}
+    for dtype in (torch.bfloat16, torch.float32) if cuda else (torch.float32,):
+        a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+        ceilings[f"gemm_flops_per_second_{str(dtype).removeprefix('torch.')}"] = 2 * size**3 / _median(lambda a=a, b=b: a @ b, cuda)
+    return ceilings
+
+
+def _median(function: Any, cuda: bool) -> float:
+    """Of three medians, the one in the middle: a busy moment does not become a ceiling."""
+    return statistics.median(timing.interleaved({"it": function}, rounds=10, cuda=cuda)["it"].median for _ in range(3))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", help="write ceilings and environment to this file")
+    arguments = parser.parse_args()
+    result = {"environment": records.environment(), "ceilings": measure()}
+    print(json.dumps(result["ceilings"], indent=1))
+    if arguments.json:
+        records.write_json(arguments.json, result)
+
+
+if __name__ == "__main__":
+    main()
