@@ -149,17 +149,17 @@ bool fold_blocks_backward(const FoldBlocksBackward& a, int threads) {
       for (int j = 0; j < width; ++j) sums[j] = 0;
       for (; row < row_end; ++row) {
         const int64_t first = row * a.n_in + columns.begin;
-        const G* __restrict gs = Storage<T>::read(g + first, g_buffer, width);
-        if (dw) {
-          G* __restrict target = Storage<W>::stage(dw + first, dw_buffer);
+        const G* gs = Storage<T>::read(g + first, g_buffer, width);
+        if (a.dz) {
+          const G* __restrict ws = Storage<W>::read(w + first, w_buffer, width);
 #pragma omp simd
-          for (int j = 0; j < width; ++j) target[j] = gs[j] * zs[j];
-          Storage<W>::commit(target, dw + first, width);
+          for (int j = 0; j < width; ++j) sums[j] += static_cast<double>(ws[j] * gs[j]);
         }
-        if (!a.dz) continue;
-        const G* __restrict ws = Storage<W>::read(w + first, w_buffer, width);
+        if (!dw) continue;
+        G* target = Storage<W>::stage(dw + first, dw_buffer);  // last, because dw may be g
 #pragma omp simd
-        for (int j = 0; j < width; ++j) sums[j] += static_cast<double>(ws[j] * gs[j]);
+        for (int j = 0; j < width; ++j) target[j] = gs[j] * zs[j];
+        Storage<W>::commit(target, dw + first, width);
       }
       if (!a.dz) return;
       const double* found = sum_columns(sums, columns, grid.columns.block, block_sums);

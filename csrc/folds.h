@@ -62,20 +62,21 @@ bool fold_backward(const FoldBackward& a, int threads) {
     for (int64_t row = item.row; row < item.row_end; ++row) {
       const int64_t first = row * grid.n + item.column;
       const G z_out = gate_or_one<G>(a.z_out, row);
-      const G* __restrict gs = Storage<T>::read(g + first, g_buffer, item.width);
-      if (dw) {
-        G* __restrict target = Storage<W>::stage(dw + first, dw_buffer);
+      const G* gs = Storage<T>::read(g + first, g_buffer, item.width);
+      if (a.dz_out || a.dz_in) {
+        const G* __restrict ws = Storage<W>::read(w + first, w_buffer, item.width);
+#pragma omp simd
+        for (int j = 0; j < item.width; ++j) {
+          const G product = ws[j] * gs[j];
+          products[j] = product * z_in[j];
+          sums[j] += static_cast<double>(product * z_out);
+        }
+      }
+      if (dw) {  // last, because dw may be g
+        G* target = Storage<W>::stage(dw + first, dw_buffer);
 #pragma omp simd
         for (int j = 0; j < item.width; ++j) target[j] = gs[j] * z_out * z_in[j];
         Storage<W>::commit(target, dw + first, item.width);
-      }
-      if (!a.dz_out && !a.dz_in) continue;
-      const G* __restrict ws = Storage<W>::read(w + first, w_buffer, item.width);
-#pragma omp simd
-      for (int j = 0; j < item.width; ++j) {
-        const G product = ws[j] * gs[j];
-        products[j] = product * z_in[j];
-        sums[j] += static_cast<double>(product * z_out);
       }
       if (a.dz_out) {
         const double sum = sum_row(products, item.width);

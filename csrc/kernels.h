@@ -61,6 +61,7 @@ struct FoldBlocksBackward {
   int64_t n_out, n_in, block_rows, block_cols;
 };
 
+// A product (dx, dw) may be written over the gradient g that it is made of, where their dtypes are equal.
 // Functions that need a workspace return false when there is no memory for it. Gates are double beside float64 tensors, else float.
 struct Kernels {
   const char* isa;

@@ -43,7 +43,7 @@ void rows_forward(const Gate& gate, const RowsForward& a, int threads) {
 
 template <class Gate, class G, bool kTimesX>
 inline void backward_chunk(const Gate& gate, const G* __restrict p, const G* __restrict q, const float* __restrict u, const G* __restrict x,
-                           const G* __restrict g, G* __restrict dx, G* __restrict xz, G* __restrict dlog_alpha, int count) {
+                           const G* g, G* dx, G* __restrict xz, G* __restrict dlog_alpha, int count) {  // dx may be g
 #pragma omp simd
   for (int j = 0; j < count; ++j) {
     const auto point = gate.at(p[j], q[j], u[j]);

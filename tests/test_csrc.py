@@ -394,6 +394,43 @@ def test_fold_blocks_bwd_writes_only_what_is_asked_for() -> None:
 # Promises that hold for all
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_product_may_be_written_over_the_gradient_it_is_made_of(dtype: torch.dtype) -> None:
+    """The same bits as into memory of its own, for every kernel that offers it; rows wider than a tile included."""
+    rule, seed, threads, code = SPECS["two_thirds"], random_seed(), 2, CODES[dtype]
+    n_out, n_in, block = 37, 2500, (4, 8)
+    w, g, gates = torch.randn(n_out, n_in).to(dtype), torch.randn(n_out, n_in).to(dtype), gate_dtype(dtype)
+    z_out, z_in = random_gates(n_out, dtype), random_gates(n_in, dtype)
+    z, log_alpha, each = (
+        random_gates(block_count((n_out, n_in), block), dtype),
+        *(random_log_alpha(n, gates) for n in (n_in, n_out * n_in)),
+    )
+
+    def run(over: bool) -> list[torch.Tensor]:
+        results = []
+        for kernel in ("fold", "blocks", "rows", "weights"):
+            given = g.clone()
+            dw, sums = (
+                given if over else poisoned(n_out, n_in, dtype=dtype),
+                [poisoned(n, dtype=gates) for n in (n_out, n_in, len(z), len(each))],
+            )
+            if kernel == "fold":
+                _C.fold_bwd(
+                    code, code, ptr(given), ptr(w), n_out, n_in, ptr(z_out), ptr(z_in), ptr(dw), ptr(sums[0]), ptr(sums[1]), threads
+                )
+            elif kernel == "blocks":
+                _C.fold_blocks_bwd(code, code, ptr(given), ptr(w), n_out, n_in, *block, ptr(z), ptr(dw), ptr(sums[2]), threads)
+            elif kernel == "rows":
+                _C.gate_rows_bwd(rule, code, ptr(w), ptr(given), n_out, n_in, ptr(log_alpha), ptr(seed), ptr(dw), 0, ptr(sums[1]), threads)
+            else:
+                _C.gate_weights_bwd(rule, code, code, ptr(given), ptr(w), w.numel(), ptr(each), ptr(seed), ptr(dw), ptr(sums[3]), threads)
+            results += [dw, *(s for s in sums if not s.isnan().all())]
+        return results
+
+    for apart, over in zip(run(False), run(True), strict=True):
+        assert torch.equal(apart, over)
+
+
 def every_result(threads: int) -> dict[str, torch.Tensor]:
     """One result of each function and kind of gate, from fixed inputs."""
     generator = torch.Generator().manual_seed(7)

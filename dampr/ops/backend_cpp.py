@@ -84,6 +84,11 @@ def sample_gates_bwd(dz: Tensor, log_alpha: Tensor, seed: Tensor | None, rows: i
     return out
 
 
+def _over(raw: Tensor, like: Tensor) -> Tensor:
+    """Where a product with gates goes: over the temporary ``raw`` it is made of, if dtypes allow, so that no new memory is touched."""
+    return raw if raw.dtype == like.dtype else torch.empty_like(like)
+
+
 def _fold(weight: Tensor, z_out: Tensor | None, z_in: Tensor | None, dtype: torch.dtype) -> Tensor:
     """weight * z_out[:, None] * z_in[None, :], rounded once to ``dtype``."""
     if z_out is None and z_in is None:
@@ -127,10 +132,11 @@ def _gate_rows_bwd(
     dx: bool,
     xz: bool,
     dlog_alpha: bool,
+    in_place: bool = False,
 ) -> _RowGrads:
-    """For the gradient g of x * z, both (M, n): whichever is asked for, from one redraw."""
+    """For the gradient g of x * z, both (M, n): whichever is asked for, from one redraw; ``in_place``: g is a temporary that dx may take."""
     x, g, log_alpha = x.contiguous(), g.contiguous(), log_alpha.contiguous()
-    threads, gated = torch.get_num_threads(), torch.empty_like(x) if dx else None
+    threads, gated = torch.get_num_threads(), (g if in_place else torch.empty_like(x)) if dx else None
     if per_sample:
         out = _RowGrads(gated, torch.empty_like(x) if xz else None, torch.empty_like(log_alpha) if dlog_alpha else None)
         _C.gate_rows_bwd(spec, _CODES[x.dtype], _ptr(x), _ptr(g), *x.shape, _ptr(log_alpha), _ptr(seed), *map(_ptr, out), threads)
@@ -225,7 +231,7 @@ def _bwd_fold(
             dw = raw.to(weight.dtype)
         else:
             weight = weight.contiguous()
-            dw = torch.empty_like(weight) if need_w else None
+            dw = _over(raw, weight) if need_w else None
             dz_in = torch.empty_like(z_in) if need_in and z_in is not None else None
             dz_out = torch.empty_like(z_out) if need_out and z_out is not None else None
             outputs = map(_ptr, (dw, dz_out, dz_in))
@@ -266,7 +272,9 @@ def _bwd_on_activations(
     if input_log_alpha is None:
         dx = back
     elif back is not None:
-        dx, xz, din = _gate_rows_bwd(x, back, input_log_alpha, input_seed, spec, per_sample, dx=need_x, xz=need_w, dlog_alpha=need_in)
+        dx, xz, din = _gate_rows_bwd(
+            x, back, input_log_alpha, input_seed, spec, per_sample, dx=need_x, xz=need_w, dlog_alpha=need_in, in_place=True
+        )
     elif need_w:
         xz = _gate_rows(x, input_log_alpha, input_seed, spec, per_sample)
     if need_w and xz is not None:
@@ -317,7 +325,7 @@ def weight_gated_linear_bwd(
         return dx, None, db, None
     raw = dy.t() @ rows  # (N, K): the weight gradient of the dense layer
     weight, log_alpha = weight.contiguous(), log_alpha.contiguous()
-    dw = torch.empty_like(weight) if need_w else None
+    dw = _over(raw, weight) if need_w else None
     codes, threads = (_CODES[raw.dtype], _CODES[weight.dtype]), torch.get_num_threads()
     if block == (1, 1):
         dlog_alpha = torch.empty_like(log_alpha) if need_gate else None
