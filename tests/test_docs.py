@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from dampr import demo, report
+from dampr.bench import linear
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -28,6 +29,15 @@ def test_tables_are_those_of_the_results_files(name):
     data = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
     table = report.markdown(report.DEMO_COLUMNS, report.demo_rows(demo.Report.from_dict(data)))
     assert table in README, "run python -m benchmarks.tables"
+
+
+@pytest.mark.parametrize("stage", ["pass", "vectors", "weights"])
+def test_the_performance_page_shows_what_the_results_files_hold(stage):
+    head, *points = map(json.loads, (ROOT / "benchmarks" / "results" / "cpu" / f"linear-{stage}.jsonl").read_text().splitlines())
+    assert head["verified"]
+    columns, *rows = linear.table([linear.Point(**{**p, "shape": tuple(p["shape"])}) for p in points], True)
+    assert report.markdown(columns, rows) in (ROOT / "docs" / "performance.md").read_text(), "run python -m benchmarks.tables"
+    assert {"dampr", "eager unfused", "compiled unfused"} <= {p["provider"] for p in points}
 
 
 def test_published_results_meet_what_the_demo_promises():

@@ -20,7 +20,7 @@ def test_auto_picks_triton_on_cuda():
     assert dampr.ops.choose(torch.device("cuda"), torch.bfloat16)[0] == "triton"
 
 
-@pytest.mark.parametrize("op", ["noise", "sample_gates", "gated_linear"])
+@pytest.mark.parametrize("op", ["noise", "sample_gates", "gated_linear", "weight_gated_linear"])
 def test_verification_of_every_backend_and_dtype(op):
     rows = verify.run(op)
     assert any(r.backend == "triton" and r.device == "cuda" for r in rows)
@@ -82,6 +82,36 @@ def test_results_repeat_to_the_bit(per_sample):
     assert all(torch.equal(a, b) for other in runs[1:] for a, b in zip(runs[0], other, strict=True))
 
 
+ROUTES = [
+    ("output", False, ("fold", "live")),
+    ("input", False, ("fold", "live")),
+    ("output", True, ("passes", "one_pass")),
+    ("input", True, ("passes", "one_pass")),
+    ("weight", False, ("fold", "small_m")),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("granularity", "per_sample", "routes"), ROUTES)
+def test_routes_agree(granularity, per_sample, routes, dtype):
+    layer = dampr.nn.GatedLinear(512, 384, granularity=granularity, per_sample=per_sample).cuda().to(dtype)
+    with torch.no_grad():
+        layer.gate.log_alpha.uniform_(-6, 3)
+    x, dy = torch.randn(48, 512, device="cuda", dtype=dtype), torch.randn(48, 384, device="cuda", dtype=dtype)
+    results = []
+    for route in routes:
+        torch.manual_seed(0)
+        layer.zero_grad()
+        with dampr.ops.forced_route(route):
+            y = layer(x)
+            y.backward(dy)
+        results.append([y.detach().float(), *(p.grad.float() for p in layer.parameters())])
+    tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-4
+    for a, b in zip(*results, strict=True):
+        assert (a - b).norm() <= tolerance * a.norm()
+    assert torch.equal(results[0][0] == 0, results[1][0] == 0)
+
+
 @pytest.mark.parametrize("per_sample", [False, True])
 def test_cuda_graph_replays_draw_new_gates(per_sample):
     layer = dampr.nn.GatedLinear(64, 64, per_sample=per_sample).cuda()
@@ -109,8 +139,8 @@ def test_inductor_compiles_the_whole_step(per_sample):
     expected = layer(x)
     torch.manual_seed(0)
     y = compiled(x)
+    torch.testing.assert_close(y, expected, atol=1e-4, rtol=1e-4)  # the seed comes from the same generator
     y.sum().backward()
-    assert y.shape == expected.shape
     assert layer.gate.log_alpha.grad is not None
 
 
