@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich import box
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from dampr.bench.verify import Row
@@ -39,13 +40,14 @@ def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def print_table(console: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table whose cells are never cut, however narrow the terminal."""
+    """A table as wide as it has to be: neither cut nor folded, however narrow the terminal."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
     for column in columns:
-        table.add_column(column, overflow="fold")
+        table.add_column(column, no_wrap=True)
     for row in rows:
         table.add_row(*row)
-    console.print(table)
+    needed = Measurement.get(console, console.options.update(width=1000), table).maximum
+    Console(file=console.file, width=max(needed, console.width)).print(table)
 
 
 def verify_rows(rows: Sequence[Row]) -> list[tuple[str, ...]]:

@@ -134,7 +134,7 @@ def _gate_rows_bwd(
     dlog_alpha: bool,
     in_place: bool = False,
 ) -> _RowGrads:
-    """For the gradient g of x * z, both (M, n): whichever is asked for, from one redraw; ``in_place``: g is a temporary that dx may take."""
+    """For the gradient g of x * z, both (M, n): whichever is asked for, from one redraw; ``in_place``: dx may take the place of g."""
     x, g, log_alpha = x.contiguous(), g.contiguous(), log_alpha.contiguous()
     threads, gated = torch.get_num_threads(), (g if in_place else torch.empty_like(x)) if dx else None
     if per_sample:
