@@ -25,7 +25,7 @@ __all__ = ["HARD_SHAPES", "RMS_BOUND", "TILED_SHAPES", "Comparison", "assert_clo
 HARD_SHAPES = ((0, 5, 3), (1, 1, 1), (5, 7, 3), (1, 129, 65), (33, 8, 16), (127, 257, 63))
 
 # Whole tiles: of a small GEMM, of a large one, and one that is too large for gates to be drawn inside of it.
-TILED_SHAPES = ((64, 48, 80), (256, 512, 384), (2048, 1024, 1024))
+TILED_SHAPES = ((64, 48, 80), (256, 512, 384), (1056, 512, 1024))
 
 RMS_BOUND = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from dampr.gates import Gate
 from dampr.nn import GatedLinear
+from dampr.nn.linear import Granularity
 
 from . import graph, inputs
 
@@ -28,7 +29,7 @@ def convert(
     model: nn.Module,
     *,
     gate: str | type[Gate] = "hard_concrete",
-    granularity: str = "output",
+    granularity: Granularity = "output",
     per_sample: bool = False,
     include: Filter = None,
     exclude: Filter = None,
@@ -42,13 +43,13 @@ def convert(
         gate, granularity, per_sample: as in :class:`dampr.nn.GatedLinear`; each layer gets a gate of its own.
         include, exclude: name globs ("encoder.*") and types; None includes everything and excludes nothing.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments. With them, output gates leave out layers whose
-            outputs nothing in the model consumes (the classifier), and evaluation outputs are proven unchanged, to the bit, before the
-            function returns.
+            outputs nothing in the model consumes (the classifier), and before the function returns it is proven that evaluation outputs
+            are unchanged (to rounding) and that no gated layer's weight is read without calling the layer.
 
     Returns: ``model``.
 
-    Raises: ConversionError when nothing matches, or the outputs changed, or the model could not be run; ValueError or TypeError that names
-    the argument. Whatever is raised, the model is as it was.
+    Raises: ConversionError when nothing matches, outputs changed or a layer is bypassed; ValueError or TypeError that names the argument;
+    what the model itself raises on the example inputs. Whatever is raised, the model is as it was.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model={model!r:.80}: expected a torch.nn.Module")

@@ -133,13 +133,13 @@ def test_cuda_graph_replays_draw_new_gates(per_sample):
 @pytest.mark.parametrize("per_sample", [False, True])
 def test_inductor_compiles_the_whole_step(per_sample):
     layer = dampr.nn.GatedLinear(256, 128, per_sample=per_sample).cuda()
-    compiled = torch.compile(layer, fullgraph=True)
+    compiled = torch.compile(layer, fullgraph=True, options={"fallback_random": True})  # seeds from eager's generator, not inductor's own
     x = torch.randn(64, 256, device="cuda")
     torch.manual_seed(0)
     expected = layer(x)
     torch.manual_seed(0)
     y = compiled(x)
-    torch.testing.assert_close(y, expected, atol=1e-4, rtol=1e-4)  # the seed comes from the same generator
+    torch.testing.assert_close(y, expected, atol=1e-4, rtol=1e-4)
     y.sum().backward()
     assert layer.gate.log_alpha.grad is not None
 
