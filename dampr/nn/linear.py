@@ -118,7 +118,7 @@ class GatedLinear(GatedLayer, nn.Linear):
         return t.new_zeros(self.gate.num_gates).index_add(0, owner.reshape(-1), t.reshape(-1))
 
     def closed_channels(self) -> tuple[set[int], set[int]]:
-        shut = (~self.gate.is_open()).expand(self.gate.num_gates)
+        shut = ~self.gate.is_open()
         if self.granularity == "output":
             return set(shut.nonzero().flatten().tolist()), set()
         if self.granularity == "input":
