@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # Verification, GPU tests and benchmarks on a CUDA machine, from a source tree; needs python3 with torch, triton, numpy and pytest, no network.
 #
-#   bash benchmarks/gpu.sh [verify] [tests] [roofline] [pass] [vectors] [weights] [small] [tiny]      default: all of them, one by one
+#   bash benchmarks/gpu.sh [verify] [tests] [roofline] [pass] [vectors] [weights] [small] [tiny] [crossover]
+#
+# Default: all of them, one by one.
 #
 # Results go to $OUT if it is set, else to benchmarks/results/<gpu>/. A stage that fails does not stop the next one; the exit code tells.
 # Each stage ends well within its limit of a few minutes; set NO_COMPILE=1 to leave the compiled competitors out.
@@ -13,7 +15,7 @@ name=$("$PYTHON" -c 'import torch; print(torch.cuda.get_device_name().lower().re
   echo "error: $PYTHON sees no CUDA device; expected a machine with one" >&2; exit 2; }
 out=${OUT:-benchmarks/results/$name}
 mkdir -p "$out"
-stages=${*:-verify tests roofline pass vectors weights small tiny}
+stages=${*:-verify tests roofline pass vectors weights small tiny crossover}
 status=0
 
 run() {  # name, seconds, command...
@@ -31,9 +33,9 @@ for stage in $stages; do
     verify)   run verify 200 "$PYTHON" -m dampr.bench.verify --json "$out/verify.json" ;;
     tests)    run tests 200 "$PYTHON" -m pytest -q -p no:cacheprovider -o filterwarnings=default -m gpu tests/gpu ;;
     roofline) run roofline 60 "$PYTHON" -m benchmarks.roofline --json "$out/roofline.json" ;;
-    pass | vectors | weights | small | tiny)
+    pass | vectors | weights | small | tiny | crossover)
       run "$stage" 240 "$PYTHON" -m benchmarks.run "$stage" --out "$out" ${NO_COMPILE:+--no-compile} ;;
-    *) echo "error: stage '$stage': expected verify, tests, roofline, pass, vectors, weights, small or tiny" >&2; status=2 ;;
+    *) echo "error: stage '$stage': expected verify, tests, roofline, pass, vectors, weights, small, tiny or crossover" >&2; status=2 ;;
   esac
 done
 exit $status

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dampr import demo, report
-from dampr.bench import linear
+from dampr.bench import linear, records
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "performance.md")
@@ -24,10 +24,8 @@ def render(name: str, document: Path) -> str:
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.suffix == ".jsonl" else [json.loads(path.read_text())]
     where = lines[0]["environment"]
     up = "../" * (len(document.relative_to(ROOT).parts) - 1)
-    device = where["gpu"] or f"{where['cpu']}, {where['threads']} threads"
-    source = (
-        f"[{path.name}]({up}{path.relative_to(ROOT)}): {device}, torch {where['torch']}, {where['date'][:10]}, commit {where['commit']}."
-    )
+    run = f"{records.device_of(where)}, torch {where['torch']}, {where['date'][:10]}, commit {where['commit']}"
+    source = f"[{path.name}]({up}{path.relative_to(ROOT)}): {run}."
     return f"{_table(lines)} {source}\n"
 
 

@@ -256,12 +256,12 @@ void gate_weights_fwd(const py::tuple& spec, int w_dtype, int out_dtype, Address
 }
 
 void gate_weights_bwd(const py::tuple& spec, int g_dtype, int w_dtype, Address g, Address w, int64_t count, Address log_alpha, Address seed_ptr,
-                      Address dw, Address dlog_alpha, int64_t threads) {
+                      Address dw, Address dlog_alpha, int64_t threads, Address folded) {
   const DType from = check_dtype("g_dtype", g_dtype), to = check_dtype("w_dtype", w_dtype);
   check_same_gates("g_dtype", from, "w_dtype", to);
   check_sizes("count", count, "rows", 1);
   required<void>("w", w, count);
-  rows_backward(spec, from, to, w, "g", g, 1, count, log_alpha, seed_ptr, dw, 0, dlog_alpha, threads);
+  rows_backward(spec, from, to, w, "g", g, 1, count, log_alpha, seed_ptr, dw, folded, dlog_alpha, threads);
 }
 
 void fold_fwd(int w_dtype, int out_dtype, Address w, int64_t n_out, int64_t n_in, Address z_out, Address z_in, Address out, int64_t threads) {
@@ -279,7 +279,7 @@ void fold_fwd(int w_dtype, int out_dtype, Address w, int64_t n_out, int64_t n_in
 }
 
 void fold_bwd(int g_dtype, int w_dtype, Address g, Address w, int64_t n_out, int64_t n_in, Address z_out, Address z_in, Address dw, Address dz_out,
-              Address dz_in, int64_t threads) {
+              Address dz_in, int64_t threads, Address folded) {
   const Kernels& k = kernels();
   const DType from = check_dtype("g_dtype", g_dtype), to = check_dtype("w_dtype", w_dtype);
   check_same_gates("g_dtype", from, "w_dtype", to);
@@ -287,9 +287,10 @@ void fold_bwd(int g_dtype, int w_dtype, Address g, Address w, int64_t n_out, int
   const int team = check_threads(threads);
   FoldBackward a{};
   a.g = required<const void>("g", g, n_out * n_in);
-  a.w = dz_out || dz_in ? required<const void>("w", w, n_out * n_in) : pointer<const void>(w);
+  a.w = dz_out || dz_in || folded ? required<const void>("w", w, n_out * n_in) : pointer<const void>(w);
   a.z_out = pointer<const void>(z_out), a.z_in = pointer<const void>(z_in), a.n_out = n_out, a.n_in = n_in;
-  a.dw = output(dw, n_out * n_in, to, team), a.dz_out = pointer<void>(dz_out), a.dz_in = pointer<void>(dz_in);
+  a.dw = output(dw, n_out * n_in, to, team), a.folded = output(folded, n_out * n_in, to, team);
+  a.dz_out = pointer<void>(dz_out), a.dz_in = pointer<void>(dz_in);
   without_gil([&] { return k.fold_backward(from, to, a, team); });
 }
 
@@ -317,7 +318,7 @@ void fold_blocks_fwd(int w_dtype, int out_dtype, Address w, int64_t n_out, int64
 }
 
 void fold_blocks_bwd(int g_dtype, int w_dtype, Address g, Address w, int64_t n_out, int64_t n_in, int64_t block_rows, int64_t block_cols, Address z,
-                     Address dw, Address dz, int64_t threads) {
+                     Address dw, Address dz, int64_t threads, Address folded) {
   const Kernels& k = kernels();
   const DType from = check_dtype("g_dtype", g_dtype), to = check_dtype("w_dtype", w_dtype);
   check_same_gates("g_dtype", from, "w_dtype", to);
@@ -325,11 +326,81 @@ void fold_blocks_bwd(int g_dtype, int w_dtype, Address g, Address w, int64_t n_o
   const int team = check_threads(threads);
   FoldBlocksBackward a{};
   a.g = required<const void>("g", g, n_out * n_in);
-  a.w = dz ? required<const void>("w", w, n_out * n_in) : pointer<const void>(w);
-  a.z = dw ? required<const void>("z", z, blocks) : pointer<const void>(z);
-  a.dw = output(dw, n_out * n_in, to, team), a.dz = pointer<void>(dz);
+  a.w = dz || folded ? required<const void>("w", w, n_out * n_in) : pointer<const void>(w);
+  a.z = dw || folded ? required<const void>("z", z, blocks) : pointer<const void>(z);
+  a.dw = output(dw, n_out * n_in, to, team), a.folded = output(folded, n_out * n_in, to, team), a.dz = pointer<void>(dz);
   a.n_out = n_out, a.n_in = n_in, a.block_rows = block_rows, a.block_cols = block_cols;
   without_gil([&] { return k.fold_blocks_backward(from, to, a, team); });
+}
+
+// A tensor (outer, middle, n, inner) and the gates of its third axis.
+Planes check_planes(Address z, int64_t outer, int64_t middle, int64_t n, int64_t inner, bool per_outer) {
+  check_sizes("outer", outer, "middle", middle), check_sizes("n", n, "inner", inner), check_sizes("outer", outer * middle, "n", n * inner);
+  Planes a{};
+  a.z = required<const void>("z", z, per_outer ? outer * n : n);
+  a.outer = outer, a.middle = middle, a.n = n, a.inner = inner, a.per_outer = per_outer;
+  return a;
+}
+
+void gate_planes_fwd(int dtype, Address x, int64_t outer, int64_t middle, int64_t n, int64_t inner, Address z, bool per_outer, Address out,
+                     int64_t threads) {
+  const Kernels& k = kernels();
+  const DType checked = check_dtype("dtype", dtype);
+  Planes a = check_planes(z, outer, middle, n, inner, per_outer);
+  const int team = check_threads(threads);
+  const int64_t elements = outer * middle * n * inner;
+  a.x = required<const void>("x", x, elements);
+  required<void>("out", out, elements);
+  a.out = output(out, elements, checked, team);
+  without_gil([&] { return k.planes_forward(checked, a, team), true; });
+}
+
+void gate_planes_bwd(int dtype, Address g, Address x, int64_t outer, int64_t middle, int64_t n, int64_t inner, Address z, bool per_outer, Address dx,
+                     Address dz, int64_t threads) {
+  const Kernels& k = kernels();
+  const DType checked = check_dtype("dtype", dtype);
+  Planes a = check_planes(z, outer, middle, n, inner, per_outer);
+  const int team = check_threads(threads);
+  const int64_t elements = outer * middle * n * inner;
+  a.g = required<const void>("g", g, elements), a.x = dz ? required<const void>("x", x, elements) : pointer<const void>(x);
+  a.out = output(dx, elements, checked, team), a.dz = pointer<void>(dz);
+  without_gil([&] { return k.planes_backward(checked, a, team); });
+}
+
+// What both directions of a small layer have in common.
+SmallLinear check_small(const GateSpec& s, int64_t m, int64_t n, int64_t k, Address x, Address w, Address in_log_alpha, Address out_log_alpha,
+                        Address in_seed_ptr, Address out_seed_ptr, bool per_sample) {
+  check_sizes("m", m, "k", k), check_sizes("m", m, "n", n), check_sizes("n", n, "k", k);
+  SmallLinear a{};
+  a.x = required<const void>("x", x, m * k), a.w = required<const void>("w", w, n * k);
+  a.in_log_alpha = pointer<const void>(in_log_alpha), a.out_log_alpha = pointer<const void>(out_log_alpha);
+  a.in_seed = in_log_alpha && s.rule == kSample ? read_seed(in_seed_ptr) : 0;
+  a.out_seed = out_log_alpha && s.rule == kSample ? read_seed(out_seed_ptr) : 0;
+  a.m = m, a.n = n, a.k = k, a.per_sample = per_sample;
+  return a;
+}
+
+void small_fwd(const py::tuple& spec, int dtype, int64_t m, int64_t n, int64_t k, Address x, Address w, Address b, Address in_log_alpha,
+               Address out_log_alpha, Address in_seed_ptr, Address out_seed_ptr, bool per_sample, Address y, Address pre) {
+  const Kernels& table = kernels();
+  const GateSpec s = check_spec(spec);
+  const DType checked = check_dtype("dtype", dtype, true);
+  SmallLinear a = check_small(s, m, n, k, x, w, in_log_alpha, out_log_alpha, in_seed_ptr, out_seed_ptr, per_sample);
+  a.b = pointer<const void>(b), a.y = required<void>("y", y, m * n), a.pre = pointer<void>(pre);
+  without_gil([&] { return table.small_forward(s, checked, a); });
+}
+
+void small_bwd(const py::tuple& spec, int dtype, int64_t m, int64_t n, int64_t k, Address dy, Address x, Address w, Address b, Address in_log_alpha,
+               Address out_log_alpha, Address in_seed_ptr, Address out_seed_ptr, bool per_sample, Address pre, Address dx, Address dw, Address db,
+               Address din, Address dout) {
+  const Kernels& table = kernels();
+  const GateSpec s = check_spec(spec);
+  const DType checked = check_dtype("dtype", dtype, true);
+  SmallLinear a = check_small(s, m, n, k, x, w, in_log_alpha, out_log_alpha, in_seed_ptr, out_seed_ptr, per_sample);
+  a.dy = required<const void>("dy", dy, m * n), a.b = pointer<const void>(b), a.pre = pointer<void>(pre);
+  a.dx = pointer<void>(dx), a.dw = pointer<void>(dw), a.db = pointer<void>(db);
+  a.din = in_log_alpha ? pointer<void>(din) : nullptr, a.dout = out_log_alpha ? pointer<void>(dout) : nullptr;
+  without_gil([&] { return table.small_backward(s, checked, a); });
 }
 
 py::dict build_info() {
@@ -369,18 +440,28 @@ PYBIND11_MODULE(_C, m) {
         "seed_ptr"_a, "rows"_a, "n"_a, "dz"_a, "dlog_alpha"_a, "threads"_a);
   m.def("fold_fwd", &dampr::fold_fwd, "out = w * z_out[:, None] * z_in.", "w_dtype"_a, "out_dtype"_a, "w"_a, "n_out"_a, "n_in"_a, "z_out"_a,
         "z_in"_a, "out"_a, "threads"_a);
-  m.def("fold_bwd", &dampr::fold_bwd, "dw = z_out z_in g, dz_out = sum_k z_in w g, dz_in = sum_n z_out w g, in one pass.", "g_dtype"_a,
-        "w_dtype"_a, "g"_a, "w"_a, "n_out"_a, "n_in"_a, "z_out"_a, "z_in"_a, "dw"_a, "dz_out"_a, "dz_in"_a, "threads"_a);
+  m.def("fold_bwd", &dampr::fold_bwd, "dw = z_out z_in g, dz_out = sum_k z_in w g, dz_in = sum_n z_out w g, folded = z_out z_in w, in one pass.", "g_dtype"_a,
+        "w_dtype"_a, "g"_a, "w"_a, "n_out"_a, "n_in"_a, "z_out"_a, "z_in"_a, "dw"_a, "dz_out"_a, "dz_in"_a, "threads"_a, "folded"_a = 0);
   m.def("fold_blocks_fwd", &dampr::fold_blocks_fwd, "out = w * z, one gate for each block; w[n, k] has the gate (n // R) * ceil(n_in / C) + k // C.",
         "w_dtype"_a, "out_dtype"_a, "w"_a, "n_out"_a, "n_in"_a, "block_rows"_a, "block_cols"_a, "z"_a, "out"_a, "threads"_a);
-  m.def("fold_blocks_bwd", &dampr::fold_blocks_bwd, "dw = z g, dz = sum over each block of w g, in one pass.", "g_dtype"_a, "w_dtype"_a, "g"_a,
-        "w"_a, "n_out"_a, "n_in"_a, "block_rows"_a, "block_cols"_a, "z"_a, "dw"_a, "dz"_a, "threads"_a);
+  m.def("fold_blocks_bwd", &dampr::fold_blocks_bwd, "dw = z g, dz = sum over each block of w g, folded = z w, in one pass.", "g_dtype"_a, "w_dtype"_a, "g"_a,
+        "w"_a, "n_out"_a, "n_in"_a, "block_rows"_a, "block_cols"_a, "z"_a, "dw"_a, "dz"_a, "threads"_a, "folded"_a = 0);
   m.def("gate_weights_fwd", &dampr::gate_weights_fwd, "out = w * z, a gate for every weight, z never stored.", "spec"_a, "w_dtype"_a, "out_dtype"_a,
         "w"_a, "count"_a, "log_alpha"_a, "seed_ptr"_a, "out"_a, "threads"_a);
-  m.def("gate_weights_bwd", &dampr::gate_weights_bwd, "The same draw again: dw = g z, dlog_alpha = w g dz/dlog_alpha.", "spec"_a, "g_dtype"_a,
-        "w_dtype"_a, "g"_a, "w"_a, "count"_a, "log_alpha"_a, "seed_ptr"_a, "dw"_a, "dlog_alpha"_a, "threads"_a);
+  m.def("gate_weights_bwd", &dampr::gate_weights_bwd, "The same draw again: dw = g z, dlog_alpha = w g dz/dlog_alpha, folded = w z.", "spec"_a, "g_dtype"_a,
+        "w_dtype"_a, "g"_a, "w"_a, "count"_a, "log_alpha"_a, "seed_ptr"_a, "dw"_a, "dlog_alpha"_a, "threads"_a, "folded"_a = 0);
   m.def("gate_rows_fwd", &dampr::gate_rows_fwd, "out = x * z, a draw per row, z never stored.", "spec"_a, "dtype"_a, "x"_a, "rows"_a, "n"_a,
         "log_alpha"_a, "seed_ptr"_a, "out"_a, "threads"_a);
   m.def("gate_rows_bwd", &dampr::gate_rows_bwd, "The same draw again: dx = g z, xz = x z, dlog_alpha = sum over rows of x g dz/dlog_alpha.",
         "spec"_a, "dtype"_a, "x"_a, "g"_a, "rows"_a, "n"_a, "log_alpha"_a, "seed_ptr"_a, "dx"_a, "xz"_a, "dlog_alpha"_a, "threads"_a);
+  m.def("gate_planes_fwd", &dampr::gate_planes_fwd, "out = x * z[..., :, None] for x (outer, middle, n, inner) and z (n,) or, per_outer, (outer, n).",
+        "dtype"_a, "x"_a, "outer"_a, "middle"_a, "n"_a, "inner"_a, "z"_a, "per_outer"_a, "out"_a, "threads"_a);
+  m.def("gate_planes_bwd", &dampr::gate_planes_bwd, "dx = g z and dz = the sums of x g over all that shares a gate, in one pass.", "dtype"_a, "g"_a,
+        "x"_a, "outer"_a, "middle"_a, "n"_a, "inner"_a, "z"_a, "per_outer"_a, "dx"_a, "dz"_a, "threads"_a);
+  m.def("small_fwd", &dampr::small_fwd, "y = z_out * ((x * z_in) w^T + b) and, if asked for, pre, y before the output gate; one thread.", "spec"_a,
+        "dtype"_a, "m"_a, "n"_a, "k"_a, "x"_a, "w"_a, "b"_a, "in_log_alpha"_a, "out_log_alpha"_a, "in_seed_ptr"_a, "out_seed_ptr"_a,
+        "per_sample"_a, "y"_a, "pre"_a);
+  m.def("small_bwd", &dampr::small_bwd, "Its gradients, those that are asked for; without pre it is computed again for dout. One thread.", "spec"_a,
+        "dtype"_a, "m"_a, "n"_a, "k"_a, "dy"_a, "x"_a, "w"_a, "b"_a, "in_log_alpha"_a, "out_log_alpha"_a, "in_seed_ptr"_a, "out_seed_ptr"_a, "per_sample"_a, "pre"_a, "dx"_a,
+        "dw"_a, "db"_a, "din"_a, "dout"_a);
 }

@@ -134,7 +134,7 @@ bool fold_blocks_backward(const FoldBlocksBackward& a, int threads) {
   using G = typename Storage<W>::Gate;
   const T* g = static_cast<const T*>(a.g);
   const W* w = static_cast<const W*>(a.w);
-  W* dw = static_cast<W*>(a.dw);
+  W *dw = static_cast<W*>(a.dw), *folded = static_cast<W*>(a.folded);
   const BlockGrid grid(a.n_out, a.n_in, a.block_rows, a.block_cols);
   const Partial<G> total(a.dz, grid.rows.pieces * grid.columns.pieces, grid.blocks());
   if (!total.ready()) return false;
@@ -145,7 +145,7 @@ bool fold_blocks_backward(const FoldBlocksBackward& a, int threads) {
     alignas(64) G z_buffer[kTile], g_buffer[kTile], w_buffer[kTile], dw_buffer[kTile];
     each_block_row(grid.rows, rows, [&](int64_t block_row, int64_t row, int64_t row_end) {
       const int64_t block = block_row * grid.columns.blocks + columns.block;
-      const G* __restrict zs = dw ? gate_per_column(static_cast<const G*>(a.z) + block, columns, grid.columns.block, z_buffer) : z_buffer;
+      const G* __restrict zs = dw || folded ? gate_per_column(static_cast<const G*>(a.z) + block, columns, grid.columns.block, z_buffer) : z_buffer;
       for (int j = 0; j < width; ++j) sums[j] = 0;
       for (; row < row_end; ++row) {
         const int64_t first = row * a.n_in + columns.begin;
@@ -154,6 +154,13 @@ bool fold_blocks_backward(const FoldBlocksBackward& a, int threads) {
           const G* __restrict ws = Storage<W>::read(w + first, w_buffer, width);
 #pragma omp simd
           for (int j = 0; j < width; ++j) sums[j] += static_cast<double>(ws[j] * gs[j]);
+        }
+        if (folded) {
+          const G* __restrict ws = Storage<W>::read(w + first, w_buffer, width);
+          G* __restrict target = Storage<W>::stage(folded + first, dw_buffer);
+#pragma omp simd
+          for (int j = 0; j < width; ++j) target[j] = ws[j] * zs[j];
+          Storage<W>::commit(target, folded + first, width);
         }
         if (!dw) continue;
         G* target = Storage<W>::stage(dw + first, dw_buffer);  // last, because dw may be g

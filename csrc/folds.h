@@ -49,7 +49,7 @@ bool fold_backward(const FoldBackward& a, int threads) {
   using G = typename Storage<W>::Gate;
   const T* g = static_cast<const T*>(a.g);
   const W* w = static_cast<const W*>(a.w);
-  W* dw = static_cast<W*>(a.dw);
+  W *dw = static_cast<W*>(a.dw), *folded = static_cast<W*>(a.folded);
   const Grid grid(a.n_out, a.n_in);
   const Partial<G> rows(a.dz_out, grid.tiles, a.n_out), columns(a.dz_in, grid.blocks, a.n_in);
   if (!rows.ready() || !columns.ready()) return false;
@@ -71,6 +71,13 @@ bool fold_backward(const FoldBackward& a, int threads) {
           products[j] = product * z_in[j];
           sums[j] += static_cast<double>(product * z_out);
         }
+      }
+      if (folded) {
+        const G* __restrict ws = Storage<W>::read(w + first, w_buffer, item.width);
+        G* __restrict target = Storage<W>::stage(folded + first, dw_buffer);
+#pragma omp simd
+        for (int j = 0; j < item.width; ++j) target[j] = ws[j] * z_out * z_in[j];
+        Storage<W>::commit(target, folded + first, item.width);
       }
       if (dw) {  // last, because dw may be g
         G* target = Storage<W>::stage(dw + first, dw_buffer);

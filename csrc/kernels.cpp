@@ -11,7 +11,9 @@
 #include "folds.h"
 #include "gate_families.h"
 #include "philox.h"
+#include "planes.h"
 #include "rows.h"
+#include "small.h"
 #include "storage.h"
 #include "work.h"
 
@@ -122,8 +124,38 @@ bool fold_blocks_backward_entry(DType g, DType w, const FoldBlocksBackward& a, i
   return done;
 }
 
+void planes_forward_entry(DType dtype, const Planes& a, int threads) {
+  with_dtype(dtype, [&](auto x) { planes_forward<typename decltype(x)::Type>(a, threads); });
+}
+
+bool planes_backward_entry(DType dtype, const Planes& a, int threads) {
+  bool done = false;
+  with_dtype(dtype, [&](auto x) { done = planes_backward<typename decltype(x)::Type>(a, threads); });
+  return done;
+}
+
+template <class F>
+bool with_small_gate(const GateSpec& spec, DType dtype, F&& f) {
+  bool done = false;
+  const auto run = [&](const auto& gate) { done = f(gate); };
+  if (dtype == kFloat64)
+    with_gate<double>(spec, run);
+  else
+    with_gate<float>(spec, run);
+  return done;
+}
+
+bool small_forward_entry(const GateSpec& spec, DType dtype, const SmallLinear& a) {
+  return with_small_gate(spec, dtype, [&](const auto& gate) { return small_forward<typename Tag<decltype(gate)>::Type::Value>(gate, a); });
+}
+
+bool small_backward_entry(const GateSpec& spec, DType dtype, const SmallLinear& a) {
+  return with_small_gate(spec, dtype, [&](const auto& gate) { return small_backward<typename Tag<decltype(gate)>::Type::Value>(gate, a); });
+}
+
 constexpr Kernels kKernels = {DAMPR_TEXT(DAMPR_ISA), philox_words_entry, philox_uniform_entry,      rows_forward_entry,        rows_backward_entry,
-                              fold_forward_entry,    fold_backward_entry, fold_blocks_forward_entry, fold_blocks_backward_entry};
+                              fold_forward_entry,    fold_backward_entry, fold_blocks_forward_entry, fold_blocks_backward_entry,
+                              planes_forward_entry,  planes_backward_entry, small_forward_entry,       small_backward_entry};
 
 }  // namespace
 

@@ -39,10 +39,10 @@ struct FoldForward {
   int64_t n_out, n_in;
 };
 
-// dw = z_out z_in g; dz_out = sum over columns of z_in w g; dz_in = sum over rows of z_out w g. Absent outputs are null.
+// dw = z_out z_in g; folded = z_out z_in w; dz_out = sum over columns of z_in w g; dz_in = sum over rows of z_out w g. Absent outputs are null.
 struct FoldBackward {
   const void *g, *w, *z_out, *z_in;
-  void *dw, *dz_out, *dz_in;
+  void *dw, *folded, *dz_out, *dz_in;
   int64_t n_out, n_in;
 };
 
@@ -54,11 +54,30 @@ struct FoldBlocksForward {
   int64_t n_out, n_in, block_rows, block_cols;
 };
 
-// dw = z g; dz = sum over the block of w g. Absent outputs are null.
+// dw = z g; folded = z w; dz = sum over the block of w g. Absent outputs are null.
 struct FoldBlocksBackward {
   const void *g, *w, *z;
-  void *dw, *dz;
+  void *dw, *folded, *dz;
   int64_t n_out, n_in, block_rows, block_cols;
+};
+
+// Gates of the axis n of a tensor (outer, middle, n, inner), z: (n,) or, per_outer, (outer, n). Forward: out = x z. Backward: out = g z, dz = the
+// sums of x g, like z. Absent outputs are null.
+struct Planes {
+  const void *x, *g, *z;
+  void *out, *dz;
+  int64_t outer, middle, n, inner;
+  bool per_outer;
+};
+
+// A whole gated linear layer (small.h says what each is); x, dy: (m, k), (m, n); w, dw: (n, k). Without a gate its log_alpha is null, absent outputs
+// are null. pre is y before the output gate: written by the forward if not null, computed again by the backward where it is null and dout needs it.
+struct SmallLinear {
+  const void *x, *w, *b, *in_log_alpha, *out_log_alpha, *dy;
+  void *y, *pre, *dx, *dw, *db, *din, *dout;
+  int64_t m, n, k;
+  uint64_t in_seed, out_seed;
+  bool per_sample;
 };
 
 // A product (dx, dw) may be written over the gradient g that it is made of, where their dtypes are equal.
@@ -73,6 +92,10 @@ struct Kernels {
   bool (*fold_backward)(DType g, DType w, const FoldBackward&, int threads);
   void (*fold_blocks_forward)(DType w, DType out, const FoldBlocksForward&, int threads);
   bool (*fold_blocks_backward)(DType g, DType w, const FoldBlocksBackward&, int threads);
+  void (*planes_forward)(DType dtype, const Planes&, int threads);
+  bool (*planes_backward)(DType dtype, const Planes&, int threads);
+  bool (*small_forward)(const GateSpec&, DType dtype, const SmallLinear&);   // float32 and float64 only
+  bool (*small_backward)(const GateSpec&, DType dtype, const SmallLinear&);
 };
 
 const Kernels* kernels_baseline();

@@ -32,12 +32,13 @@ def test_machine_code_keeps_its_promises(arch: int, case: codegen.Case) -> None:
     assert report.spills == 0, report
     assert report.f64 == 0, report
     assert report.shared <= codegen.SHARED_LIMIT_KB[arch] * 1024, report
-    assert not report.tf32, f"an IEEE dot was lowered to TF32: {report}"
+    assert report.tf32 == (case.constants.get("PRECISION") == "tf32"), f"an IEEE dot was lowered to TF32, or the reverse: {report}"
     if case.gemm and case.aligned:
         assert report.copies_in_loop > 0, f"no asynchronous copies in the K loop: {report}"
-        if arch == 90 and case.dtype == "bf16":
+        if arch == 90 and (case.dtype == "bf16" or report.tf32):
             assert report.wgmma > 0, report
-            assert report.register_a, f"the gated A tile goes through shared memory: {report}"
+            gated = case.constants.get("z_in_ptr", "") is not None
+            assert report.register_a == gated, f"the gated A tile goes through shared memory: {report}"
 
     recorded = codegen.read_budgets(BUDGETS)
     if not recorded:
@@ -102,22 +103,28 @@ class _NoDevice:
         return codegen.GPUTarget("cuda", 90, 32)
 
 
+def compile_only(host: Any, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Compile for sm_90 what ``host.launch`` would launch, by Triton's own launcher, into the list that this returns."""
+    compiled: list[Any] = []
+
+    def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **sizes: Any) -> None:
+        compiled.append(kernel.warmup(*args, grid=grid, enable_fp_fusion=False, **sizes))
+
+    monkeypatch.setattr(triton.runtime.driver, "_active", _NoDevice())
+    monkeypatch.setattr(host, "launch", launch)
+    monkeypatch.setattr(host, "capability", lambda device: 90)
+    return compiled
+
+
 @pytest.mark.parametrize("route", ["fold", "live", "one_pass", "passes", "small_m"])
 @pytest.mark.parametrize("shape", [(256, 128, 256), (1, 1, 1)], ids=str)
 def test_what_the_launchers_pass_compiles(shape: tuple[int, int, int], route: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through Triton's own launcher, which specialises on divisible sizes and turns an integer argument of 1 into a constant."""
+    """Triton's own launcher specialises on divisible sizes and turns an integer argument of 1 into a constant."""
     import torch
 
     from dampr.ops import backend_triton as backend
 
-    compiled = []
-
-    def compile_only(kernel: Any, grid: tuple[int, ...], *args: Any, **sizes: Any) -> None:
-        compiled.append(kernel.warmup(*args, grid=grid, enable_fp_fusion=False, **sizes))
-
-    monkeypatch.setattr(triton.runtime.driver, "_active", _NoDevice())
-    monkeypatch.setattr(backend.host, "launch", compile_only)
-    monkeypatch.setattr(backend.host, "capability", lambda device: 90)
+    compiled = compile_only(backend.host, monkeypatch)
     (M, N, K), spec, seed = shape, codegen.hard_concrete(), torch.tensor([3])
     x, dy, pre = (torch.zeros(M, n, dtype=torch.bfloat16) for n in (K, N, N))
     weight, bias = torch.zeros(N, K), torch.zeros(N)
@@ -132,6 +139,22 @@ def test_what_the_launchers_pass_compiles(shape: tuple[int, int, int], route: st
             backend.weight_gated_linear_bwd(dy, x, *weights, spec, block, [True] * 4)
     backend.sample_gates_bwd(dy.float(), torch.zeros(N), seed, M, spec)
     assert len(compiled) >= 4
+    assert not any("f64" in kernel.asm["ptx"] for kernel in compiled)
+
+
+@pytest.mark.parametrize("gates", ["none", "batch", "image"])
+@pytest.mark.parametrize("problem", [(2, 64, 14, 128, 3), (1, 1, 1, 1, 1)], ids=str)
+def test_what_the_convolution_passes_compiles(problem: tuple[int, ...], gates: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from dampr.ops.backend_triton import gated_conv2d as launchers
+
+    compiled = compile_only(launchers.host, monkeypatch)
+    B, C, size, N, taps = problem
+    z_in, z_out = {"none": (None, None), "batch": (torch.ones(C), torch.ones(N)), "image": (torch.ones(B, C), torch.ones(B, N))}[gates]
+    x, weight, pad = torch.zeros(B, C, size, size, dtype=torch.bfloat16), torch.zeros(N, C, taps, taps), (taps // 2, taps // 2)
+    launchers.gated_conv2d_one_pass(x, weight, torch.zeros(N), z_in, z_out, (1, 1), pad, (1, 1), 1)
+    assert len(compiled) == (1 if gates == "none" else 2)
     assert not any("f64" in kernel.asm["ptx"] for kernel in compiled)
 
 

@@ -255,6 +255,23 @@ def test_fold_matches_pytorch(sides: str, first: torch.dtype, second: torch.dtyp
     assert_as_good("dz_in", dz_in, (product * by_row).sum(0), (product_wide * by_row.double()).sum(0))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_backward_pass_can_fold_the_weight_as_well(dtype) -> None:
+    g, w = torch.randn(70, 33).to(dtype), torch.randn(70, 33).to(dtype)
+    gates = torch.float64 if dtype == torch.float64 else torch.float32
+    z_out, z_in, z, folded = torch.rand(70, dtype=gates), torch.rand(33, dtype=gates), torch.rand(18 * 9, dtype=gates), torch.empty_like(w)
+    code, dw = CODES[dtype], torch.empty_like(w)
+    _C.fold_bwd(code, code, ptr(g), ptr(w), 70, 33, ptr(z_out), ptr(z_in), ptr(dw), 0, 0, 2, ptr(folded))
+    torch.testing.assert_close(folded, (w.to(gates) * z_out[:, None] * z_in).to(dtype))
+    _C.fold_blocks_bwd(code, code, ptr(g), ptr(w), 70, 33, 4, 4, ptr(z), ptr(dw), 0, 2, ptr(folded))
+    assert torch.equal(folded, (w.to(gates) * reference.expand_blocks(z, (70, 33), (4, 4))).to(dtype))
+    log_alpha, seed = torch.randn(70 * 33, dtype=gates), torch.tensor([3])
+    _C.gate_weights_bwd(RULE, code, code, ptr(g), ptr(w), w.numel(), ptr(log_alpha), ptr(seed), ptr(dw), 0, 2, ptr(folded))
+    again = torch.empty_like(w)
+    _C.gate_weights_fwd(RULE, code, code, ptr(w), w.numel(), ptr(log_alpha), ptr(seed), ptr(again), 2)
+    assert torch.equal(folded, again)
+
+
 def test_fold_bwd_writes_only_what_is_asked_for() -> None:
     g, w, z_out, z_in = torch.randn(70, 33), torch.randn(70, 33), torch.rand(70), torch.rand(33)
     whole = fold_bwd(g, w, z_out, z_in)
@@ -534,6 +551,11 @@ WRONG = {
     r"z=0: expected an address, as there are 2": lambda a: _C.fold_blocks_fwd(0, 0, a, 2, 1, 1, 1, 0, a, 1),
     r"n_out=-1: expected a size": lambda a: _C.fold_blocks_bwd(0, 0, a, a, -1, 1, 1, 1, a, a, a, 1),
     r"g_dtype=5: expected": lambda a: _C.fold_blocks_bwd(5, 0, a, a, 1, 1, 1, 1, a, a, a, 1),
+    r"m=-1: expected": lambda a: _C.small_fwd(RULE, 0, -1, 1, 1, a, a, a, a, a, a, a, True, a, a),
+    r"dtype=3: expected 0 \(float32\) or 1": lambda a: _C.small_fwd(RULE, 3, 1, 1, 1, a, a, a, a, a, a, a, True, a, a),
+    r"y=0: expected": lambda a: _C.small_fwd(RULE, 0, 1, 1, 1, a, a, a, a, a, a, a, True, 0, a),
+    r"dy=0: expected": lambda a: _C.small_bwd(RULE, 0, 1, 1, 1, 0, a, a, a, a, a, a, a, True, a, a, a, a, a, a),
+    r"w=0: expected an address, as there are 4": lambda a: _C.small_bwd(RULE, 0, 1, 2, 2, a, a, 0, a, a, a, a, a, True, a, a, a, a, a, a),
     r"start=-4: expected": lambda a: _C.philox_words(a, -4, 1, a, 1),
     r"count=-1: expected": lambda a: _C.philox_uniform(a, 0, -1, a, 1),
 }

@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dampr.kernels import configs, gated_linear, gated_linear_live, gates, weight_gated_linear
+from dampr.kernels import configs, gated_conv2d, gated_linear, gated_linear_live, gates, weight_gated_linear
 from dampr.spec import hard_concrete
 
 ARCHITECTURES = (80, 90, 100, 120)
@@ -39,8 +39,9 @@ GATE_BLOCKS = {
     "64x64": (64, 64, 64),
     "whole": (4096, 4096, 1),
 }
-_EXACT = ("z_ptr", "dz_ptr", "dy_sum_ptr")  # float32 whatever the case's dtype, like log-alphas and workspaces
+_EXACT = ("z_ptr", "z_in_ptr", "z_out_ptr", "dz_ptr", "dy_sum_ptr")  # float32 whatever the case's dtype, like log-alphas and workspaces
 _INTEGER = ("live_ptr", "count_ptr")
+_ODD = ("slabs", "P", "H", "W", "OH", "OW", "groups")  # sizes of which nobody promises that they are multiples of 16
 _HIP = GPUTarget("hip", "gfx942", 64)
 _SPEC = hard_concrete()
 _MATRIX = r"\b(HGMMA|HMMA|UTCHMMA|FFMA2?)\b"
@@ -83,7 +84,14 @@ class Report(NamedTuple):
 
 def cases(capability: int) -> list[Case]:
     """Every kernel with every tile that it can be launched with on that capability (0: AMD)."""
-    return [*_gemm_cases(capability), *_live_cases(capability), *_weight_gemm_cases(capability), *_pass_cases(), *_weight_pass_cases()]
+    return [
+        *_gemm_cases(capability),
+        *_live_cases(capability),
+        *_conv_cases(capability),
+        *_weight_gemm_cases(capability),
+        *_pass_cases(),
+        *_weight_pass_cases(),
+    ]
 
 
 def _kinds(capability: int) -> list[str]:
@@ -118,11 +126,37 @@ def _live_cases(capability: int) -> list[Case]:
     return list(found.values())
 
 
+def _conv_cases(capability: int) -> list[Case]:
+    """The convolution, 3 x 3, gated per image on both sides or on the output alone, once per batch in groups; and the listing kernel."""
+    found = {}
+    taps = {"R": 3, "S": 3, "SH": 1, "SW": 1, "PH": 1, "PW": 1, "DH": 1, "DW": 1}
+    variants: dict[str, dict[str, Any]] = {
+        "": {"IN_PER_SLAB": True, "OUT_PER_SLAB": True, "groups": 1},
+        "-out": {"IN_PER_SLAB": False, "OUT_PER_SLAB": True, "groups": 1, "z_in_ptr": None, "live_ptr": None, "count_ptr": None},
+        "-groups": {"IN_PER_SLAB": False, "OUT_PER_SLAB": False, "slabs": 1},
+    }
+    rounded = ("bf16", "tf32") if capability >= 80 else ("bf16",)
+    problems = [(rows, N, dtype) for rows in (64, 4096) for N in (64, 128, 256) for dtype in rounded]
+    for rows, N, dtype in (*problems, (4096, 99, "bf16"), (4096, 64, "fp32")):
+        for variant, gates_of in variants.items():
+            if variant == "-groups" and (rows, N, dtype) != (4096, 128, "bf16"):
+                continue
+            tile, aligned = configs.conv_tile(128, rows, N, N, variant != "-out", dtype, capability), N % 16 == 0
+            blocks = dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_C"), tile[:3], strict=True))
+            sizes = {"GROUP": tile.group, "EVEN": aligned, "PRECISION": "tf32" if dtype == "tf32" else "ieee"}
+            name = f"conv-{'' if aligned else 'odd-'}{'' if dtype == 'bf16' else dtype + '-'}{tile.rows}x{tile.cols}{variant}"
+            launch = "fp32" if dtype == "tf32" else dtype, aligned, tile.num_warps, tile.num_stages, True
+            found[name] = Case(name, gated_conv2d._gated_conv2d_fwd_kernel, {**taps, **gates_of, **blocks, **sizes}, *launch)
+            listing, name = {"BLOCKS": configs.LIVE_BLOCKS, "BLOCK_C": tile.depth}, f"list_live-{tile.depth}"
+            found[name] = Case(name, gated_conv2d._list_live_kernel, listing, "bf16", True)
+    return list(found.values())
+
+
 def _weight_gemm_cases(capability: int) -> list[Case]:
     """The GEMM that draws the gates of its weights, for at most 16 rows of x and for more, and with float32 weights under autocast."""
     found = {}
     for size, dtype, parameter_dtype in ((64, "bf16", ""), (64, "bf16", "fp32"), (64, "fp32", ""), (99, "bf16", "")):
-        for M in (16, configs.SMALL_M):
+        for M in (16, 64):
             tile, aligned = configs.small_m_tile(M, size, size, dtype, capability), size % 16 == 0
             blocks = dict(zip(("BLOCK_N", "BLOCK_M", "BLOCK_K"), tile[:3], strict=True))
             constants = {**blocks, "GROUP": tile.group, "EVEN": aligned, "GROUPED": aligned, "PRECISION": "ieee", "GATE": _SPEC}
@@ -200,7 +234,7 @@ def compile_case(case: Case, target: GPUTarget) -> Any:
             divisible.append(i)
         else:
             signature[name] = "i32"
-            if case.aligned:
+            if case.aligned and name not in _ODD:
                 divisible.append(i)
     attrs = {(i,): [["tt.divisibility", 16]] for i in divisible}
     source = ASTSource(fn=case.kernel, signature=signature, constexprs=case.constants, attrs=attrs)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, cast
@@ -46,9 +46,17 @@ QUICK = {
 }
 
 
+DTYPES = {"cpu": "float32", "cuda": "bfloat16 autocast"}
+Step = Callable[[], object]
+
+
 @dataclass(frozen=True)
 class Point:
-    """One measured point; times in seconds per call, ``peak_bytes`` of one step beyond what was allocated before it (CUDA only)."""
+    """One measured point; times in seconds per call, memory in bytes.
+
+    ``peak_bytes``: of one step, beyond what was allocated before it (CUDA only). ``kept_bytes``: what the forward keeps for the backward,
+    beyond parameters and the input (None where there is no backward).
+    """
 
     case: str
     shape: tuple[int, int, int]
@@ -61,6 +69,7 @@ class Point:
     peak_bytes: int | None
     route: str | None = None
     error: str | None = None
+    kept_bytes: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -87,18 +96,31 @@ def measure(case: Case, device: str, compiled: bool, rounds: int) -> list[Point]
                 raise
             errors[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
             steps.pop(name, None)
-    times = timing.interleaved(steps, rounds=rounds, cuda=device == "cuda")
-    common = (str(case), case.shape, "bfloat16 autocast" if device == "cuda" else "float32", device)
-    route = route_of(case.shape, case.granularity, case.per_sample, torch.device(device)).route
-    points = [
-        Point(*common, name, t.median, t.low, t.high, _peak(steps[name], device), route if name == "dampr" else None)
-        for name, t in times.items()
-    ]
-    nan = float("nan")
+    points = time_steps(str(case), case.shape, device, steps, rounds, {"dampr": case_route(case, device)})
+    nan, common = float("nan"), (str(case), case.shape, DTYPES[device], device)
     return points + [Point(*common, name, nan, nan, nan, None, error=why) for name, why in errors.items()]
 
 
-Step = Callable[[], object]
+def case_route(case: Case, device: str) -> str:
+    """The route that a step of the case takes."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    return route_of(case.shape, case.granularity, case.per_sample, torch.device(device), dtype).route
+
+
+def time_steps(
+    case: str, shape: tuple[int, int, int], device: str, steps: Mapping[str, Step], rounds: int, routes: Mapping[str, str]
+) -> list[Point]:
+    """The points of competing steps, named by their providers; ``routes`` holds the routes of those that have one."""
+    times = timing.interleaved(steps, rounds=rounds, cuda=device == "cuda")
+    return [
+        Point(
+            *(case, shape, DTYPES[device], device, name, t.median, t.low, t.high),
+            peak_bytes=_peak(steps[name], device),
+            route=routes.get(name),
+            kept_bytes=_kept(steps[name]),
+        )
+        for name, t in times.items()
+    ]
 
 
 def providers(case: Case, device: str, compiled: bool) -> dict[str, Callable[[], Step]]:
@@ -121,23 +143,42 @@ def providers(case: Case, device: str, compiled: bool) -> dict[str, Callable[[],
 
 
 def _built_step(layer: Callable[[], nn.Module], x: Tensor, dy: Tensor) -> Step:
-    return training_step(layer().to(x.device), x, dy)
+    return TrainingStep(layer().to(x.device), x, dy)
 
 
-def training_step(layer: nn.Module, x: Tensor, dy: Tensor) -> Step:
+class TrainingStep:
     """Forward and backward with gradients for x and every parameter; bf16 autocast on CUDA."""
-    x = x.clone().requires_grad_()
-    parameters = list(layer.parameters())
 
-    def step() -> None:
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
-            y = layer(x)
-        y.backward(dy.to(y.dtype))
-        x.grad = None
-        for p in parameters:
-            p.grad = None
+    def __init__(self, layer: nn.Module, x: Tensor, dy: Tensor) -> None:
+        self.layer, self.x, self.dy = layer, x.clone().requires_grad_(), dy
+        self.leaves = [self.x, *layer.parameters()]
 
-    return step
+    def __call__(self) -> None:
+        y = self.forward()
+        y.backward(self.dy.to(y.dtype))
+        for leaf in self.leaves:
+            leaf.grad = None
+
+    def forward(self) -> Tensor:
+        with torch.autocast(self.x.device.type, torch.bfloat16, enabled=self.x.is_cuda):
+            y: Tensor = self.layer(self.x)
+        return y
+
+    def kept_bytes(self) -> int:
+        """Bytes of memory that the forward keeps for the backward: each piece once, parameters, buffers and x left out."""
+        there_anyway = {t.untyped_storage().data_ptr() for t in (*self.leaves, *self.layer.buffers())}
+        kept: dict[int, int] = {}
+
+        def pack(t: Tensor) -> Tensor:
+            storage = t.untyped_storage()
+            if storage.data_ptr() not in there_anyway:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            y = self.forward()  # held until the end: memory that is given back could be counted twice
+        del y
+        return sum(kept.values())
 
 
 def _weight_pass(case: Case, device: str, compiled: bool) -> dict[str, Callable[[], Step]]:
@@ -178,18 +219,44 @@ def _peak(step: Step, device: str) -> int | None:
     return torch.cuda.max_memory_allocated() - before
 
 
+def _kept(step: Step) -> int | None:
+    return step.kept_bytes() if isinstance(step, TrainingStep) else None
+
+
+MEMORY_COLUMNS = {"kept for backward": "kept_bytes", "peak": "peak_bytes"}
+
+
 def table(points: list[Point], verified: bool) -> list[tuple[str, ...]]:
-    """Rows of text, a header first: medians, spreads, and ratios to the floor of the case, which are withheld unless ``verified``."""
-    rows: list[tuple[str, ...]] = [("M, K, N", "case", "provider", "median ms", "spread", "x floor")]
+    """Rows of text, a header first: medians, spreads, ratios to the floor of the case, which are withheld unless ``verified``, and memory.
+
+    A column of memory that no point has a number for is left out.
+    """
+    memory = {column: field for column, field in MEMORY_COLUMNS.items() if any(getattr(p, field) is not None for p in points)}
+    rows: list[tuple[str, ...]] = [("M, K, N", "case", "provider", "median ms", "spread", "x floor", *memory)]
     floor = {(p.shape, p.case): p.median for p in points if p.provider in ("dense", "copy")}
     for p in points:
         name = f"{p.provider} ({p.route})" if p.route else p.provider
+        sizes = [size_text(getattr(p, field)) for field in memory.values()]
         if p.error:
-            rows.append((str(p.shape), p.case, name, "did not run", "", p.error))
+            rows.append((str(p.shape), p.case, name, "did not run", "", p.error, *sizes))
             continue
         ratio = f"{p.median / floor[p.shape, p.case]:.2f}" if verified else "withheld: verification failed"
-        rows.append((str(p.shape), p.case, name, f"{p.median * 1e3:.3f}", f"{(p.high - p.low) / p.median:.0%}", ratio))
+        rows.append((str(p.shape), p.case, name, f"{p.median * 1e3:.3f}", f"{(p.high - p.low) / p.median:.0%}", ratio, *sizes))
     return rows
+
+
+def size_text(size: int | None) -> str:
+    """4194304 -> "4.19 MB", in powers of ten and three digits; nothing for None."""
+    if size is None:
+        return ""
+    scale, unit = next((s, unit) for s, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "KB"), (1, "B")) if size >= 0.9995 * s or s == 1)
+    return f"{size / scale:.3g} {unit}"
+
+
+def aligned(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
+    """The rows of a table as lines, every column as wide as its widest cell."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -201,8 +268,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     verified = verify.passes("gated_linear", "weight_gated_linear")
     points = run(compiled=not arguments.no_compile, rounds=arguments.rounds)
-    for row in table(points, verified):
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, (18, 34, 21, 12, 7, 8), strict=True)).rstrip())
+    print(*aligned(table(points, verified)), sep="\n")
     if arguments.json:
         records.write_json(arguments.json, payload(points, verified))
     return 0 if verified else 1

@@ -39,6 +39,11 @@ def environment() -> dict[str, Any]:
     }
 
 
+def device_of(environment: dict[str, Any]) -> str:
+    """The device that a run was on, in words."""
+    return environment["gpu"] or f"{environment['cpu']}, {environment['threads']} threads"
+
+
 def write_json(path: str | os.PathLike[str], payload: Any) -> None:
     """One JSON document, parent folders made; written whole or not at all."""
     _replace(Path(path), json.dumps(payload, indent=1) + "\n")

@@ -55,7 +55,12 @@ class Gate(nn.Module):
 
     def draw_seed(self) -> Tensor | None:
         """A fresh seed on the device of the gates (int64, (1,)), or None in a mode without noise."""
-        return philox.draw_seed(self.parameter.device) if self.spec.rule == SAMPLE else None
+        return self.call()[1]
+
+    def call(self) -> tuple[Tensor, Tensor | None, GateSpec]:
+        """What a fused op takes for one call in the present mode: the parameters, a fresh seed or None, and the spec."""
+        parameter, spec = self.parameter, self.spec
+        return parameter, philox.draw_seed(parameter.device) if spec.rule == SAMPLE else None, spec
 
     def extra_repr(self) -> str:
         return f"num_gates={self.num_gates}"

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from .dispatch import Thresholds
+
 
 class Tile(NamedTuple):
     """An output tile of rows x cols, ``depth`` of the summed axis per step, ``group`` tile rows that advance together."""
@@ -33,10 +35,8 @@ GATE_VECTOR = (1, 256)
 WEIGHT_BLOCK = 1024  # of the flat weight, a gate each
 BLOCK_TILE = 1024  # weights in one step over blocks that share a gate
 LIVE_BLOCKS = 32  # blocks of input features looked through in one step
+PLANE_TILE = (4, 256)  # (rows, elements of a row) where each row of an activation has one gate
 COLUMN_SUM_TILE = (16, 64)  # of an activation whose rows are summed
-ONE_PASS_GATES = 2**23  # gates that one launch is worth: about 15 us of drawing on an H200 [estimate from instruction counts]
-SMALL_M = 64  # rows of x up to which a GEMM draws the gates of its own weights: one tile of them [estimate, see fits_small_m]
-SKIP_DEAD = False  # whether per-batch gates of features take the GEMM over live blocks: only a caller knows that most gates are closed
 TARGET_PROGRAMS = 256  # work is split over rows until about this many programs run: two for each SM of a large GPU
 MAX_SPLITS = 32
 
@@ -59,23 +59,27 @@ def gemm_tile(M: int, N: int, K: int, dtype: str, capability: int) -> Tile:
     return GEMM_TILES[gemm_kind(M, N, K, dtype, capability)]
 
 
-def fits_one_pass(M: int, N: int, K: int) -> bool:
+def one_pass_gates(M: int, N: int, K: int) -> int:
+    """Draws of the GEMMs with the gates of x (M, K) and y (M, N) inside: each of N / 128 (or K / 128) tiles repeats those of its rows."""
+    return M * (K * -(N // -128) + N * -(K // -128))
+
+
+def fits_one_pass(M: int, N: int, K: int, table: Thresholds) -> bool:
     """Whether gates of x (M, K) and y (M, N) are cheap enough to be drawn again by every tile of a GEMM that needs them.
 
-    Drawing costs some 60 instructions a gate, several times the MMA's own issue slots, and each of the N / 128 (or K / 128) output tiles of
-    a row repeats it. That beats the launches and the traffic of a pass of its own only for small problems.
+    Drawing costs some 60 instructions a gate, several times the MMA's own issue slots. Repeating that beats the launches and the traffic of
+    a pass of its own only for small problems.
     """
-    return M * (K * -(N // -128) + N * -(K // -128)) <= ONE_PASS_GATES
+    return one_pass_gates(M, N, K) <= table.one_pass_gates
 
 
-def fits_small_m(M: int, N: int, K: int) -> bool:
+def fits_small_m(M: int, N: int, K: int, table: Thresholds) -> bool:
     """Whether x (M, K) has so few rows that the GEMM with W (N, K) draws the gates of the weights itself.
 
-    An estimate, not yet measured. Either way each gate is drawn once as long as all rows of x fit in one tile; drawing inside saves the
-    launch of the pass and 4 bytes a weight, W~ written and read. More rows draw again. Rows that cannot be copied in 16 byte pieces cost
-    more than that saves.
+    Either way each gate is drawn once as long as all rows of x fit in one tile; drawing inside saves the launch of the pass and 4 bytes a
+    weight, W~ written and read. More rows draw again. Rows that cannot be copied in 16 byte pieces cost more than that saves.
     """
-    return M <= SMALL_M and N % 16 == 0 and K % 16 == 0
+    return table.small_m >= M and N % 16 == 0 and K % 16 == 0
 
 
 def small_m_tile(M: int, N: int, K: int, dtype: str, capability: int) -> Tile:
@@ -112,3 +116,41 @@ def split_rows(rows: int, step: int, programs: int) -> tuple[int, int]:
     splits = max(1, min(MAX_SPLITS, steps, TARGET_PROGRAMS // max(1, programs)))
     steps_per_split = -(steps // -splits)
     return max(1, -(steps // -max(1, steps_per_split))), steps_per_split * step
+
+
+# Of a convolution with channels in multiples of 16, widest first. A step of its loop gates the A tile once for all columns, and finds its
+# tap and its block whatever the tile: on sm_90 it issues for 360 cycles to 512 of MMA in the first of "half", for 190 to 64 in the last.
+CONV_TILES = {
+    "half": (
+        Tile(128, 256, 32, 8, 8, 3),
+        Tile(128, 128, 32, 8, 4, 3),
+        Tile(128, 64, 32, 8, 4, 3),
+        Tile(64, 128, 32, 8, 4, 3),
+        Tile(64, 64, 32, 8, 4, 3),
+    ),
+    "tf32": (Tile(128, 128, 32, 8, 8, 3), Tile(128, 64, 32, 8, 4, 3), Tile(64, 64, 32, 8, 4, 3)),
+}
+WIDE_PROGRAMS = 128  # of a tile that has an SM to itself: one for each of a large GPU [estimate]
+
+
+def conv_tile(slabs: int, rows: int, N: int, C: int, listed: bool, dtype: str, capability: int) -> Tile:
+    """The tile of the convolution, with blocks of ``depth`` input channels: C of them and N output channels in a group.
+
+    ``slabs``: how many sets of ``rows`` output pixels have gates of their own, one for each image or one in all; ``listed``: input gates
+    make it walk a list of blocks. ``dtype``: as in :func:`gemm_kind`, or "tf32" for float32 that may be rounded.
+    """
+    if C % 16 or N % 16 or dtype == "fp32" or capability < 80:
+        tile = gemm_tile(rows, N, C if C % 16 else max(C, 128), "fp32" if dtype == "tf32" else dtype, capability)
+    else:
+        tile = _widest(CONV_TILES["tf32" if dtype == "tf32" else "half"], slabs, rows, N)
+    return tile._replace(num_stages=tile.num_stages + 2) if listed else tile  # as in live_tile
+
+
+def _widest(tiles: tuple[Tile, ...], slabs: int, rows: int, N: int) -> Tile:
+    """The first of which edges waste at most a quarter of the rows and of the columns and that keeps a GPU busy; else the last."""
+    for tile in tiles:
+        tiles_m, tiles_n = -(rows // -tile.rows), -(N // -tile.cols)
+        filled = 3 * tiles_m * tile.rows <= 4 * rows and 3 * tiles_n * tile.cols <= 4 * N
+        if filled and (tile.cols <= 128 or slabs * tiles_m * tiles_n >= WIDE_PROGRAMS):
+            return tile
+    return tiles[-1]

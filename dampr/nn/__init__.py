@@ -1,6 +1,16 @@
 """Drop-in gated layers. Each takes the arguments of the ``torch.nn`` layer it replaces, in its order, then gate keywords."""
 
 from .base import GatedLayer
+from .conv import GatedConv1d, GatedConv2d
 from .linear import GatedLinear
+from .norm import GatedBatchNorm1d, GatedBatchNorm2d, GatedLayerNorm
 
-__all__ = ["GatedLayer", "GatedLinear"]
+__all__ = [
+    "GatedBatchNorm1d",
+    "GatedBatchNorm2d",
+    "GatedConv1d",
+    "GatedConv2d",
+    "GatedLayer",
+    "GatedLayerNorm",
+    "GatedLinear",
+]

@@ -1,17 +1,26 @@
-"""What every gated layer offers to penalties, summaries and compaction."""
+"""What every gated layer offers to penalties, summaries and compaction, and what all layers with a gated weight share."""
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 
-from dampr.gates import Gate
+from dampr import _checks
+from dampr.gates import Gate, make_gate
+from dampr.reference import expand_blocks
+
+VECTOR_GRANULARITIES = ("output", "input")
+Granularity = str | tuple[int, int]
 
 
 class GatedLayer:
     """Mixin of the gated layers: one :class:`dampr.gates.Gate` in ``gate``, placed by ``granularity``."""
 
     gate: Gate
-    granularity: str | tuple[int, int]
+    granularity: Granularity
     per_sample: bool
 
     def penalty(self, lam: float = 1.0, prior_precision: float = 0.0) -> Tensor:
@@ -25,3 +34,143 @@ class GatedLayer:
     def to_dense(self) -> nn.Module:
         """A plain ``torch.nn`` layer that computes what this one computes in evaluation mode."""
         raise NotImplementedError
+
+
+class GatedWeight(GatedLayer):
+    """A layer with one weight (written, read / groups, *kernel) that is gated, and a bias: linear maps and convolutions.
+
+    Mixed in before the ``torch.nn`` layer in ``_dense``. ``_arguments`` names what that layer's constructor takes and its instances keep.
+    """
+
+    weight: Tensor
+    bias: Any
+    training: bool
+    groups: int = 1
+    _dense: type[nn.Module]
+    _arguments: tuple[str, ...]
+
+    @classmethod
+    def _gate_count(cls, granularity: Any, per_sample: bool, written: int, read: int, groups: int = 1, positions: int = 1) -> int:
+        """How many gates a layer of these sizes has. Raises ValueError for a granularity that does not exist."""
+        if per_sample and granularity not in VECTOR_GRANULARITIES:
+            raise ValueError(f"per_sample=True with granularity={granularity!r}: expected one of {list(VECTOR_GRANULARITIES)} with it")
+        if isinstance(granularity, tuple):
+            return _checks.block_count("granularity", granularity, written, read // groups)
+        counts = {"output": written, "input": read, "weight": written * (read // groups) * positions}
+        if granularity not in counts:
+            raise ValueError(f"granularity={granularity!r}: expected 'output', 'input', 'weight' or a tuple (rows, cols)")
+        return counts[granularity]
+
+    @classmethod
+    def _from_dense(cls, layer: nn.Module, gate: str | type[Gate] | Gate, granularity: Granularity, per_sample: bool) -> Any:
+        """A gated layer with the very parameters of ``layer``; they are divided by fresh gates that are not 1, so what it computes stays.
+
+        Built on the meta device: no second weight is allocated, and no random number is drawn.
+        """
+        if type(layer) is not cls._dense:
+            raise TypeError(f"layer={type(layer).__name__}: expected exactly nn.{cls._dense.__name__}")
+        arguments = {name: getattr(layer, name) for name in cls._arguments}
+        weight, bias = layer.weight, layer.bias
+        assert isinstance(weight, Tensor)
+        groups, (written, read, *kernel) = getattr(layer, "groups", 1), weight.shape
+        count = cls._gate_count(granularity, per_sample, written, read * groups, groups, math.prod(kernel))
+        how: dict[str, Any] = {"gate": make_gate(gate, count, weight.device), "granularity": granularity, "per_sample": per_sample}
+        build: Any = cls
+        gated = build(**arguments, bias=bias is not None, device="meta", dtype=weight.dtype, **how)
+        gated.weight, gated.bias = weight, bias
+        gated.train(layer.training)
+        gated._undo_fresh_gates()
+        return gated
+
+    @torch.no_grad()
+    def _undo_fresh_gates(self) -> None:
+        z = self.gate.deterministic()
+        if bool((z == 1).all()):
+            return
+        if not bool((z != 0).all()):
+            raise ValueError(f"gate={type(self.gate).__name__}: a fresh gate of it is 0, so what the layer computes could not be kept")
+        self.weight.data = (self.weight / self._spread(z)).to(self.weight.dtype)
+        if self.bias is not None and self.granularity == "output":
+            self.bias.data = (self.bias / z).to(self.bias.dtype)
+
+    @torch.no_grad()
+    def to_dense(self) -> nn.Module:
+        """A plain ``torch.nn`` layer that computes what this one computes in evaluation mode; parameters are copies."""
+        arguments = {name: getattr(self, name) for name in self._arguments}
+        dense: Any = self._dense(**arguments, bias=self.bias is not None, device="meta", dtype=self.weight.dtype)
+        z = self.gate.deterministic()
+        weight = self.weight * self._spread(z)
+        dense.weight = nn.Parameter(weight.to(self.weight.dtype), requires_grad=self.weight.requires_grad)
+        if self.bias is not None:
+            bias = self.bias * z if self.granularity == "output" else self.bias.clone()
+            dense.bias = nn.Parameter(bias.to(self.bias.dtype), requires_grad=self.bias.requires_grad)
+        plain: nn.Module = dense.train(self.training)
+        return plain
+
+    def _spread(self, values: Tensor) -> Tensor:
+        """One value per gate as something that broadcasts to the weight."""
+        written, read, *kernel = self.weight.shape
+        ones = [1] * len(kernel)
+        if self.granularity == "output":
+            return values.view(written, 1, *ones)
+        if self.granularity == "weight":
+            return values.view(self.weight.shape)
+        if self.granularity == "input":
+            return values.view(self.groups, 1, read).expand(self.groups, written // self.groups, read).reshape(written, read, *ones)
+        assert isinstance(self.granularity, tuple)
+        return expand_blocks(values, (written, read), self.granularity).reshape(written, read, *ones)
+
+    def _collect(self, t: Tensor) -> Tensor:
+        """Sums of ``t``, of the weight's shape, over the weights of each gate: (num_gates,)."""
+        if self.granularity == "output":
+            return t.flatten(1).sum(1)
+        owner = self._spread(torch.arange(self.gate.num_gates, device=t.device)).expand(t.shape)
+        return t.new_zeros(self.gate.num_gates).index_add(0, owner.reshape(-1), t.reshape(-1))
+
+    def closed_channels(self) -> tuple[set[int], set[int]]:
+        shut = ~self.gate.is_open()
+        if self.granularity == "output":
+            return set(shut.nonzero().flatten().tolist()), set()
+        if self.granularity == "input":
+            return set(), set(shut.nonzero().flatten().tolist())
+        grid = self._spread(shut).expand(self.weight.shape).flatten(2).all(2) if self.weight.dim() > 2 else self._spread(shut)
+        by_group = grid.view(self.groups, -1, grid.shape[1])  # (groups, written / groups, read / groups)
+        return set(grid.all(1).nonzero().flatten().tolist()), set(by_group.all(1).flatten().nonzero().flatten().tolist())
+
+    def group_size(self) -> float | Tensor:
+        """|g|: how many parameters a gate switches off, its bias included where the gate reaches it; (num_gates,) for blocks."""
+        written, read = self.weight.shape[:2]
+        positions = self.weight.shape[2:].numel()
+        if self.granularity == "output":
+            return read * positions + (self.bias is not None)
+        if self.granularity == "input":
+            return written // self.groups * positions
+        if not isinstance(self.granularity, tuple):
+            return 1
+        sides = [
+            torch.tensor([min(step, size - start) for start in range(0, size, step)], device=self.weight.device)
+            for size, step in zip((written, read), self.granularity, strict=True)
+        ]
+        return torch.outer(*sides).flatten() * positions
+
+    def penalty(self, lam: float = 1.0, prior_precision: float = 0.0) -> Tensor:
+        cost: float | Tensor = lam * self.group_size()
+        ungated: float | Tensor = 0.0
+        if prior_precision:
+            squares = self._collect(_wide(self.weight).square())
+            bias = None if self.bias is None else _wide(self.bias).square()
+            if bias is not None and self.granularity == "output":
+                squares = squares + bias
+            elif bias is not None:
+                ungated = 0.5 * prior_precision * bias.sum()
+            cost = cost + 0.5 * prior_precision * squares
+        total: Tensor = (self.gate.open_probability() * cost).sum() + ungated
+        return total
+
+    def _describe_gates(self) -> str:
+        return f"granularity={self.granularity!r}, per_sample={self.per_sample}"
+
+
+def _wide(t: Tensor) -> Tensor:
+    """At least float32, so that sums of squares of half-precision weights do not overflow."""
+    return t.to(torch.promote_types(t.dtype, torch.float32))

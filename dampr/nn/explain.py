@@ -38,9 +38,9 @@ def explain(layer: GatedLinear, x: Tensor) -> Explanation:
     dtype = x.dtype
     if not x.is_meta and torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
-    drawn_per_row = layer.per_sample and layer.gate.spec.rule == SAMPLE
+    drawn = layer.gate.spec.rule == SAMPLE
     shape = (x.shape[:-1].numel(), layer.in_features, layer.out_features)
-    found = route_of(shape, layer.granularity, drawn_per_row, x.device, dtype)
+    found = route_of(shape, layer.granularity, layer.per_sample and drawn, x.device, dtype, drawn)
     print(found)
     return found
 
@@ -51,8 +51,9 @@ def route_of(
     per_sample: bool,
     device: torch.device,
     dtype: torch.dtype = torch.float32,
+    drawn: bool = True,
 ) -> Explanation:
     """The same for x (M, K) and a weight (N, K), ``shape`` = (M, K, N), without a layer."""
     m, k, n = shape
     backend, reason = ops.choose(device, dtype)
-    return Explanation(backend, reason, *ops.select(device, dtype).route(m, n, k, dtype, granularity, per_sample))
+    return Explanation(backend, reason, *ops.select(device, dtype).route(m, n, k, dtype, granularity, per_sample, device, drawn))

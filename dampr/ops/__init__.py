@@ -6,6 +6,8 @@ nothing is saved but inputs and seeds (and, where an output gate multiplies acti
 """
 
 from .backends import BackendUnavailableError, backend, backend_info, choose, select
+from .fold_weight import fold_blocks, fold_weight
+from .gate_activations import gate_activations
 from .gated_linear import gated_linear
 from .routes import forced_route
 from .sample_gates import sample_gates
@@ -16,7 +18,10 @@ __all__ = [
     "backend",
     "backend_info",
     "choose",
+    "fold_blocks",
+    "fold_weight",
     "forced_route",
+    "gate_activations",
     "gated_linear",
     "sample_gates",
     "select",

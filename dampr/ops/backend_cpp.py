@@ -14,12 +14,14 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from dampr import _C  # type: ignore[attr-defined]
-from dampr.spec import GateSpec
+from dampr.spec import SAMPLE, GateSpec
 
 from . import routes
+from .gate_activations import planes
 from .library import choose_activations, gates_activations, rows_of
 
 _CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+SMALL = 2**18  # multiply-adds up to which one call that does all, products included, beats several that are each faster
 
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -36,16 +38,30 @@ def describe() -> str:
     return f"instruction set {_C.isa()}"
 
 
-def route(M: int, N: int, K: int, dtype: torch.dtype, granularity: str | tuple[int, int], per_sample: bool) -> tuple[str, str]:
-    """(name, reason) of the route of x (M, K) through W (N, K); names as in :mod:`.routes`. Raises ValueError for a forced one it lacks."""
+def route(
+    M: int,
+    N: int,
+    K: int,
+    dtype: torch.dtype,
+    granularity: str | tuple[int, int],
+    per_sample: bool,
+    device: torch.device | None = None,
+    drawn: bool = True,
+) -> tuple[str, str]:
+    """(name, reason) of the route of x (M, K) through W (N, K); names as in :mod:`.routes`. Raises ValueError for a forced one it lacks.
+
+    ``drawn``: whether gates are drawn. Deterministic ones never go the small route: a fresh layer equals the dense one to the bit there.
+    """
     if granularity == "weight" or isinstance(granularity, tuple):
         routes.forced(("fold",), granularity, per_sample)
         return "fold", "one pass multiplies the gates into the weight, then torch's GEMM runs"
-    if per_sample:
-        routes.forced(("passes",), granularity, per_sample)
-        return "passes", "every row has gates of its own: they are drawn while the activations are multiplied"
-    if routes.forced(("fold", "activations"), granularity, per_sample) is not None:
+    small = ("small",) if drawn and dtype in (torch.float32, torch.float64) else ()
+    if routes.forced((*small, *(("passes",) if per_sample else ("fold", "activations"))), granularity, per_sample) is not None:
         return str(routes.forced_name()), "forced by forced_route"
+    if small and M * N * K <= SMALL:
+        return "small", f"{M * N * K} multiply-adds: one call that does all is faster than several"
+    if per_sample:
+        return "passes", "every row has gates of its own: they are drawn while the activations are multiplied"
     if choose_activations(M, N, K):
         return (
             "activations",
@@ -60,6 +76,28 @@ def _gate_dtype(x: Tensor) -> torch.dtype:
 
 def _ptr(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
+
+
+def _is_small(x: Tensor, weight: Tensor, input_log_alpha: Tensor | None, output_log_alpha: Tensor | None, spec: GateSpec) -> bool:
+    """Whether the extension computes the whole layer in one call. Not without gates, where the layer is the dense one to the bit."""
+    forced = routes.forced_name()
+    return (
+        (x.numel() * weight.shape[0] <= SMALL if forced is None else forced == "small")
+        and (input_log_alpha is not None or output_log_alpha is not None)
+        and spec.rule == SAMPLE
+        and x.dtype == weight.dtype
+        and (x.dtype == torch.float32 or x.dtype == torch.float64)
+    )
+
+
+def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    """To be held on to while the extension works with their addresses."""
+    return [None if t is None else t.contiguous() for t in tensors]
+
+
+def _sizes(x: Tensor, weight: Tensor) -> tuple[int, int, int, int]:
+    """(dtype code, M, N, K)."""
+    return _CODES[x.dtype], x.shape[:-1].numel(), *weight.shape
 
 
 def _draw(log_alpha: Tensor | None, seed: Tensor | None, spec: GateSpec) -> Tensor | None:
@@ -84,9 +122,9 @@ def sample_gates_bwd(dz: Tensor, log_alpha: Tensor, seed: Tensor | None, rows: i
     return out
 
 
-def _over(raw: Tensor, like: Tensor) -> Tensor:
-    """Where a product with gates goes: over the temporary ``raw`` it is made of, if dtypes allow, so that no new memory is touched."""
-    return raw if raw.dtype == like.dtype else torch.empty_like(like)
+def _product(raw: Tensor, like: Tensor, in_place: bool) -> Tensor:
+    """Where ``raw`` times gates goes, in the dtype of ``like``: over ``raw`` where allowed, so that no new memory is touched."""
+    return raw if in_place and raw.dtype == like.dtype else torch.empty_like(like)
 
 
 def _fold(weight: Tensor, z_out: Tensor | None, z_in: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -162,14 +200,20 @@ def gated_linear_fwd(
     keep_pre: bool,
 ) -> tuple[Tensor, Tensor]:
     nothing = x.new_empty(0)
+    if _is_small(x, weight, input_log_alpha, output_log_alpha, spec):
+        y = x.new_empty((*x.shape[:-1], weight.shape[0]))
+        pre = torch.empty_like(y) if keep_pre else nothing
+        held = _contiguous(x, weight, bias, input_log_alpha, output_log_alpha)
+        seeds = _ptr(input_seed), _ptr(output_seed)
+        _C.small_fwd(spec, *_sizes(x, weight), *map(_ptr, held), *seeds, per_sample, y.data_ptr(), _ptr(pre) if keep_pre else 0)
+        return y, pre
     if routes.forced_name() is not None:  # raises where it cannot serve this call
         granularity = "input" if output_log_alpha is None else "output"
-        route(x.shape[:-1].numel(), weight.shape[0], weight.shape[1], x.dtype, granularity, per_sample)
+        N, K = weight.shape
+        route(x.shape[:-1].numel(), N, K, x.dtype, granularity, per_sample, drawn=spec.rule == SAMPLE and x.dtype == weight.dtype)
     if not (per_sample or gates_activations(x, weight)):
-        z_in, z_out = _draw(input_log_alpha, input_seed, spec), _draw(output_log_alpha, output_seed, spec)
-        if bias is not None:
-            bias = (bias if z_out is None else bias * z_out).to(x.dtype)
-        return linear(x, _fold(weight, z_out, z_in, x.dtype), bias), nothing
+        gates = input_log_alpha, output_log_alpha, input_seed, output_seed, spec
+        return linear(x, *fold_weight_fwd(weight, bias, *gates, x.dtype)), nothing
     if input_log_alpha is not None:
         x = _gate_rows(rows_of(x), input_log_alpha, input_seed, spec, per_sample).view(x.shape)
     pre = linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
@@ -193,16 +237,21 @@ def gated_linear_bwd(
     per_sample: bool,
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
+    if _is_small(x, weight, input_log_alpha, output_log_alpha, spec):
+        held = _contiguous(dy, x, weight, bias, input_log_alpha, output_log_alpha)
+        grads = [torch.empty_like(t) if need and t is not None else None for t, need in zip(held[1:], needs, strict=True)]
+        seeds = _ptr(input_seed), _ptr(output_seed)
+        _C.small_bwd(spec, *_sizes(x, weight), *map(_ptr, held), *seeds, per_sample, pre.data_ptr(), *map(_ptr, grads))
+        return tuple(grads)
     rows, dy = rows_of(x), rows_of(dy)
     gates = (input_log_alpha, output_log_alpha, input_seed, output_seed, spec)
     if per_sample or gates_activations(x, weight):
         # Without a gradient of its own the output gate needs no activation; dy stands in for it, unread.
         before = rows_of(pre) if pre.numel() == dy.numel() else dy
-        grads = _bwd_on_activations(dy, rows, weight, bias, *gates, before, per_sample, needs)
+        dx, *others = _bwd_on_activations(dy, rows, weight, bias, *gates, before, per_sample, needs)
     else:
-        grads = _bwd_fold(dy, rows, weight, bias, *gates, needs)
-    dx = grads[0]
-    return (None if dx is None else dx.view(x.shape), *grads[1:])
+        dx, *others = _bwd_fold(dy, rows, weight, bias, *gates, needs)
+    return None if dx is None else dx.view(x.shape), *others
 
 
 def _bwd_fold(
@@ -218,32 +267,93 @@ def _bwd_fold(
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     need_x, need_w, need_b, need_in, need_out = needs
-    z_in, z_out = _draw(input_log_alpha, input_seed, spec), _draw(output_log_alpha, output_seed, spec)
-    dx = dw = db = din = dout = None
-    if need_x:
-        dx = dy @ _fold(weight, z_out, z_in, x.dtype)
+    gates = input_log_alpha, output_log_alpha, input_seed, output_seed, spec
     sum_dy = dy.sum(0, dtype=_gate_dtype(x)) if bias is not None and (need_b or need_out) else None
-    if need_b and bias is not None and sum_dy is not None:
-        db = (sum_dy if z_out is None else sum_dy * z_out).to(bias.dtype)
-    if need_w or need_in or need_out:
-        raw = dy.t() @ x  # (N, K): the weight gradient of the dense layer
-        if z_in is None and z_out is None:
-            dw = raw.to(weight.dtype)
-        else:
-            weight = weight.contiguous()
-            dw = _over(raw, weight) if need_w else None
-            dz_in = torch.empty_like(z_in) if need_in and z_in is not None else None
-            dz_out = torch.empty_like(z_out) if need_out and z_out is not None else None
-            outputs = map(_ptr, (dw, dz_out, dz_in))
-            codes = _CODES[raw.dtype], _CODES[weight.dtype]
-            _C.fold_bwd(*codes, _ptr(raw), _ptr(weight), *weight.shape, _ptr(z_out), _ptr(z_in), *outputs, torch.get_num_threads())
-            if dz_in is not None and input_log_alpha is not None:
-                din = sample_gates_bwd(dz_in, input_log_alpha, input_seed, None, spec)
-            if dz_out is not None and output_log_alpha is not None:
-                if bias is not None and sum_dy is not None:
-                    dz_out += bias * sum_dy
-                dout = sample_gates_bwd(dz_out, output_log_alpha, output_seed, None, spec)
-    return dx, dw, db, din, dout
+    if not (need_w or need_in or need_out):
+        z_out = _draw(output_log_alpha, output_seed, spec) if need_b else None
+        db = None if sum_dy is None or bias is None else (sum_dy if z_out is None else sum_dy * z_out).to(bias.dtype)
+        dx = dy @ fold_weight_fwd(weight, None, *gates, x.dtype)[0] if need_x else None
+        return dx, None, db, None, None
+    raw = dy.t() @ x  # (N, K): the weight gradient of the dense layer
+    *grads, folded = _ungate(raw, sum_dy, weight, bias, *gates, needs[1:], fold=need_x, in_place=True)
+    if need_x and folded is None:
+        folded, _ = fold_weight_fwd(weight, None, *gates, x.dtype)
+    return None if folded is None or not need_x else dy @ folded, *grads
+
+
+def fold_weight_fwd(
+    weight: Tensor,
+    bias: Tensor | None,
+    input_log_alpha: Tensor | None,
+    output_log_alpha: Tensor | None,
+    input_seed: Tensor | None,
+    output_seed: Tensor | None,
+    spec: GateSpec,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor | None]:
+    """(z_out W z_in, z_out b) in ``dtype``; weight: (N, K)."""
+    z_in, z_out = _draw(input_log_alpha, input_seed, spec), _draw(output_log_alpha, output_seed, spec)
+    if bias is not None:
+        bias = (bias if z_out is None else bias * z_out).to(dtype)
+    return _fold(weight, z_out, z_in, dtype), bias
+
+
+def fold_weight_bwd(
+    raw: Tensor,
+    raw_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    input_log_alpha: Tensor | None,
+    output_log_alpha: Tensor | None,
+    input_seed: Tensor | None,
+    output_seed: Tensor | None,
+    spec: GateSpec,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of weight, bias and both log-alphas from those of the folded weight and bias, ``raw`` (N, K) and ``raw_bias`` (N,)."""
+    gates = input_log_alpha, output_log_alpha, input_seed, output_seed, spec
+    return _ungate(raw, raw_bias, weight, bias, *gates, needs)[:4]
+
+
+def _ungate(
+    raw: Tensor,
+    raw_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    input_log_alpha: Tensor | None,
+    output_log_alpha: Tensor | None,
+    input_seed: Tensor | None,
+    output_seed: Tensor | None,
+    spec: GateSpec,
+    needs: Sequence[bool],
+    fold: bool = False,
+    in_place: bool = False,
+) -> tuple[Tensor | None, ...]:
+    """:func:`fold_weight_bwd` in one pass over raw and W and, if asked to ``fold``, z_out W z_in from the same pass where dtypes allow.
+
+    ``in_place``: the weight's gradient may take the place of ``raw``.
+    """
+    need_w, need_b, need_in, need_out = needs
+    z_in, z_out = _draw(input_log_alpha, input_seed, spec), _draw(output_log_alpha, output_seed, spec)
+    db = din = dout = None
+    if need_b and bias is not None and raw_bias is not None:
+        db = (raw_bias if z_out is None else raw_bias * z_out).to(bias.dtype)
+    if z_in is None and z_out is None:
+        return raw.to(weight.dtype), db, None, None, weight.to(raw.dtype)
+    raw, weight = raw.contiguous(), weight.contiguous()
+    dw = _product(raw, weight, in_place) if need_w else None
+    folded = torch.empty_like(weight) if fold and raw.dtype == weight.dtype else None
+    dz_in = torch.empty_like(z_in) if need_in and z_in is not None else None
+    dz_out = torch.empty_like(z_out) if need_out and z_out is not None else None
+    args = *map(_ptr, (raw, weight)), *weight.shape, *map(_ptr, (z_out, z_in, dw, dz_out, dz_in))
+    _C.fold_bwd(_CODES[raw.dtype], _CODES[weight.dtype], *args, torch.get_num_threads(), _ptr(folded))
+    if dz_in is not None and input_log_alpha is not None:
+        din = sample_gates_bwd(dz_in, input_log_alpha, input_seed, None, spec)
+    if dz_out is not None and output_log_alpha is not None:
+        if bias is not None and raw_bias is not None:
+            dz_out += bias * raw_bias
+        dout = sample_gates_bwd(dz_out, output_log_alpha, output_seed, None, spec)
+    return dw, db, din, dout, folded
 
 
 def _bwd_on_activations(
@@ -282,20 +392,52 @@ def _bwd_on_activations(
     return dx, dw, db, din, dout
 
 
-def _gate_weight(
+def fold_blocks_fwd(
     weight: Tensor, log_alpha: Tensor, seed: Tensor | None, spec: GateSpec, block: tuple[int, int], dtype: torch.dtype
 ) -> Tensor:
     """weight * Z, rounded once to ``dtype``: drawn while it is multiplied where each weight has a gate, else drawn first and spread."""
     weight, log_alpha = weight.contiguous(), log_alpha.contiguous()
     out = torch.empty(weight.shape, dtype=dtype)
+    codes = _CODES[weight.dtype], _CODES[dtype]
     if block == (1, 1):
-        codes = _CODES[weight.dtype], _CODES[dtype]
         _C.gate_weights_fwd(spec, *codes, _ptr(weight), weight.numel(), _ptr(log_alpha), _ptr(seed), _ptr(out), torch.get_num_threads())
         return out
     z = sample_gates_fwd(log_alpha, seed, None, spec)
-    codes = _CODES[weight.dtype], _CODES[dtype]
     _C.fold_blocks_fwd(*codes, _ptr(weight), *weight.shape, *block, _ptr(z), _ptr(out), torch.get_num_threads())
     return out
+
+
+def fold_blocks_bwd(
+    raw: Tensor, weight: Tensor, log_alpha: Tensor, seed: Tensor | None, spec: GateSpec, block: tuple[int, int], needs: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of weight and log_alpha from that of the folded weight, ``raw`` (N, K)."""
+    return _ungate_blocks(raw, weight, log_alpha, seed, spec, block, needs)[:2]
+
+
+def _ungate_blocks(
+    raw: Tensor,
+    weight: Tensor,
+    log_alpha: Tensor,
+    seed: Tensor | None,
+    spec: GateSpec,
+    block: tuple[int, int],
+    needs: Sequence[bool],
+    fold: bool = False,
+    in_place: bool = False,
+) -> tuple[Tensor | None, ...]:
+    """:func:`fold_blocks_bwd` and weight * Z, as :func:`_ungate` does it for gates on features."""
+    raw, weight, log_alpha = raw.contiguous(), weight.contiguous(), log_alpha.contiguous()
+    dw = _product(raw, weight, in_place) if needs[0] else None
+    folded = torch.empty_like(weight) if fold and raw.dtype == weight.dtype else None
+    grad = torch.empty_like(log_alpha) if needs[1] else None
+    codes, threads = (_CODES[raw.dtype], _CODES[weight.dtype]), torch.get_num_threads()
+    if block == (1, 1):
+        args = _ptr(raw), _ptr(weight), weight.numel(), *map(_ptr, (log_alpha, seed, dw, grad))
+        _C.gate_weights_bwd(spec, *codes, *args, threads, _ptr(folded))
+        return dw, grad, folded
+    z = sample_gates_fwd(log_alpha, seed, None, spec)
+    _C.fold_blocks_bwd(*codes, _ptr(raw), _ptr(weight), *weight.shape, *block, *map(_ptr, (z, dw, grad)), threads, _ptr(folded))
+    return dw, None if grad is None else sample_gates_bwd(grad, log_alpha, seed, None, spec), folded
 
 
 def weight_gated_linear_fwd(
@@ -303,7 +445,7 @@ def weight_gated_linear_fwd(
 ) -> Tensor:
     if routes.forced_name() is not None:
         route(x.shape[:-1].numel(), weight.shape[0], weight.shape[1], x.dtype, block, False)
-    return linear(x, _gate_weight(weight, log_alpha, seed, spec, block, x.dtype), None if bias is None else bias.to(x.dtype))
+    return linear(x, fold_blocks_fwd(weight, log_alpha, seed, spec, block, x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 def weight_gated_linear_bwd(
@@ -319,20 +461,44 @@ def weight_gated_linear_bwd(
 ) -> tuple[Tensor | None, ...]:
     need_x, need_w, need_b, need_gate = needs
     rows, dy = rows_of(x), rows_of(dy)
-    dx = (dy @ _gate_weight(weight, log_alpha, seed, spec, block, x.dtype)).view(x.shape) if need_x else None
+    dw = grad = folded = None
+    if need_w or need_gate:
+        raw = dy.t() @ rows  # (N, K): the weight gradient of the dense layer
+        dw, grad, folded = _ungate_blocks(raw, weight, log_alpha, seed, spec, block, (need_w, need_gate), fold=need_x, in_place=True)
+    if need_x and folded is None:
+        folded = fold_blocks_fwd(weight, log_alpha, seed, spec, block, x.dtype)
     db = dy.sum(0).to(bias.dtype) if need_b and bias is not None else None
-    if not (need_w or need_gate):
-        return dx, None, db, None
-    raw = dy.t() @ rows  # (N, K): the weight gradient of the dense layer
-    weight, log_alpha = weight.contiguous(), log_alpha.contiguous()
-    dw = _over(raw, weight) if need_w else None
-    codes, threads = (_CODES[raw.dtype], _CODES[weight.dtype]), torch.get_num_threads()
-    if block == (1, 1):
-        dlog_alpha = torch.empty_like(log_alpha) if need_gate else None
-        args = _ptr(raw), _ptr(weight), weight.numel(), _ptr(log_alpha), _ptr(seed), _ptr(dw), _ptr(dlog_alpha)
-        _C.gate_weights_bwd(spec, *codes, *args, threads)
-        return dx, dw, db, dlog_alpha
-    z = sample_gates_fwd(log_alpha, seed, None, spec)
-    dz = torch.empty_like(log_alpha) if need_gate else None
-    _C.fold_blocks_bwd(*codes, _ptr(raw), _ptr(weight), *weight.shape, *block, _ptr(z), _ptr(dw), _ptr(dz), threads)
-    return dx, dw, db, None if dz is None else sample_gates_bwd(dz, log_alpha, seed, None, spec)
+    return None if folded is None else (dy @ folded).view(x.shape), dw, db, grad
+
+
+def gate_activations_fwd(x: Tensor, log_alpha: Tensor, seed: Tensor | None, spec: GateSpec, dim: int, per_sample: bool) -> Tensor:
+    x, shape, _ = planes(x, dim, per_sample)
+    if per_sample and shape.middle == shape.inner == 1:
+        return _gate_rows(x.view(shape.outer, shape.n), log_alpha, seed, spec, True).view(x.shape)
+    z = sample_gates_fwd(log_alpha, seed, shape.outer if per_sample else None, spec)
+    out = torch.empty_like(x)
+    _C.gate_planes_fwd(_CODES[x.dtype], _ptr(x), *shape[:4], _ptr(z), per_sample, _ptr(out), torch.get_num_threads())
+    return out
+
+
+def gate_activations_bwd(
+    dy: Tensor,
+    x: Tensor,
+    log_alpha: Tensor,
+    seed: Tensor | None,
+    spec: GateSpec,
+    dim: int,
+    per_sample: bool,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    x, shape, layout = planes(x, dim, per_sample)
+    dy = dy.contiguous(memory_format=layout)
+    if per_sample and shape.middle == shape.inner == 1:
+        rows = shape.outer, shape.n
+        flat = x.view(rows), dy.view(rows), log_alpha, seed, spec
+        grads = _gate_rows_bwd(*flat, True, dx=needs[0], xz=False, dlog_alpha=needs[1])
+        return None if grads.dx is None else grads.dx.view(x.shape), grads.dlog_alpha
+    z = sample_gates_fwd(log_alpha, seed, shape.outer if per_sample else None, spec)
+    dx, dz = torch.empty_like(x) if needs[0] else None, torch.empty_like(z) if needs[1] else None
+    _C.gate_planes_bwd(_CODES[x.dtype], *map(_ptr, (dy, x)), *shape[:4], _ptr(z), per_sample, *map(_ptr, (dx, dz)), torch.get_num_threads())
+    return dx, None if dz is None else sample_gates_bwd(dz, log_alpha, seed, shape.outer if per_sample else None, spec)

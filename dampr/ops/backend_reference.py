@@ -10,6 +10,7 @@ from torch import Tensor
 from dampr import reference
 from dampr.spec import GateSpec
 
+from .gate_activations import dense_format
 from .library import rows_of
 
 
@@ -18,7 +19,16 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def route(M: int, N: int, K: int, dtype: torch.dtype, granularity: str | tuple[int, int], per_sample: bool) -> tuple[str, str]:
+def route(
+    M: int,
+    N: int,
+    K: int,
+    dtype: torch.dtype,
+    granularity: str | tuple[int, int],
+    per_sample: bool,
+    device: torch.device | None = None,
+    drawn: bool = True,
+) -> tuple[str, str]:
     """Plain PyTorch has one way, whatever is forced."""
     return "reference", "plain PyTorch: every gate is drawn and multiplied as it is written"
 
@@ -113,17 +123,105 @@ def weight_gated_linear_bwd(
 ) -> tuple[Tensor | None, ...]:
     need_x, need_w, need_b, need_gate = needs
     x2, dy2 = rows_of(x), rows_of(dy)
-    z = reference.expand_blocks(reference.gate_values(log_alpha, spec, seed), (weight.shape[0], weight.shape[1]), block)
-    dx = (dy2 @ (weight * z).to(x.dtype)).view(x.shape) if need_x else None
+    dx = (dy2 @ fold_blocks_fwd(weight, log_alpha, seed, spec, block, x.dtype)).view(x.shape) if need_x else None
     db = dy2.sum(0).to(bias.dtype) if need_b and bias is not None else None
     if not (need_w or need_gate):
         return dx, None, db, None
-    raw = (dy2.t() @ x2).to(z.dtype)
-    dw = (raw * z).to(weight.dtype) if need_w else None
-    dlog_alpha = None
-    if need_gate:
-        of_block = torch.arange(log_alpha.numel(), device=x.device)
-        owner = reference.expand_blocks(of_block, (weight.shape[0], weight.shape[1]), block)
+    dw, dlog_alpha = fold_blocks_bwd(dy2.t() @ x2, weight, log_alpha, seed, spec, block, (need_w, need_gate))
+    return dx, dw, db, dlog_alpha
+
+
+def fold_weight_fwd(
+    weight: Tensor,
+    bias: Tensor | None,
+    input_log_alpha: Tensor | None,
+    output_log_alpha: Tensor | None,
+    input_seed: Tensor | None,
+    output_seed: Tensor | None,
+    spec: GateSpec,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor | None]:
+    z_in, z_out = _gate(weight, input_log_alpha, input_seed, spec), _gate(weight, output_log_alpha, output_seed, spec)
+    folded = weight * z_out.unsqueeze(-1) * z_in
+    return folded.to(dtype), None if bias is None else (bias * z_out).to(dtype)
+
+
+def fold_weight_bwd(
+    raw: Tensor,
+    raw_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    input_log_alpha: Tensor | None,
+    output_log_alpha: Tensor | None,
+    input_seed: Tensor | None,
+    output_seed: Tensor | None,
+    spec: GateSpec,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    need_w, need_b, need_in, need_out = needs
+    z_in, z_out = _gate(weight, input_log_alpha, input_seed, spec), _gate(weight, output_log_alpha, output_seed, spec)
+    raw = raw.to(z_in.dtype)
+    dw = (raw * z_out.unsqueeze(-1) * z_in).to(weight.dtype) if need_w else None
+    db = (raw_bias * z_out).to(bias.dtype) if need_b and bias is not None and raw_bias is not None else None
+    din = dout = None
+    if need_in and input_log_alpha is not None:
+        din = sample_gates_bwd((raw * weight * z_out.unsqueeze(-1)).sum(0), input_log_alpha, input_seed, None, spec)
+    if need_out and output_log_alpha is not None:
+        dz = (raw * weight * z_in).sum(1)
+        if bias is not None and raw_bias is not None:
+            dz = dz + bias * raw_bias
+        dout = sample_gates_bwd(dz, output_log_alpha, output_seed, None, spec)
+    return dw, db, din, dout
+
+
+def _gate(weight: Tensor, log_alpha: Tensor | None, seed: Tensor | None, spec: GateSpec) -> Tensor:
+    """Gates as they are, or a one in the dtype that gates have beside ``weight``."""
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    return weight.new_ones((), dtype=dtype) if log_alpha is None else reference.gate_values(log_alpha, spec, seed)
+
+
+def fold_blocks_fwd(
+    weight: Tensor, log_alpha: Tensor, seed: Tensor | None, spec: GateSpec, block: tuple[int, int], dtype: torch.dtype
+) -> Tensor:
+    z = reference.expand_blocks(reference.gate_values(log_alpha, spec, seed), (weight.shape[0], weight.shape[1]), block)
+    return (weight * z).to(dtype)
+
+
+def fold_blocks_bwd(
+    raw: Tensor, weight: Tensor, log_alpha: Tensor, seed: Tensor | None, spec: GateSpec, block: tuple[int, int], needs: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    shape = weight.shape[0], weight.shape[1]
+    raw = raw.to(log_alpha.dtype)
+    dw = dlog_alpha = None
+    if needs[0]:
+        dw = (raw * reference.expand_blocks(reference.gate_values(log_alpha, spec, seed), shape, block)).to(weight.dtype)
+    if needs[1]:
+        owner = reference.expand_blocks(torch.arange(log_alpha.numel(), device=raw.device), shape, block)
         dz = torch.zeros_like(log_alpha).index_add(0, owner.reshape(-1), (raw * weight).reshape(-1))
         dlog_alpha = sample_gates_bwd(dz, log_alpha, seed, None, spec)
-    return dx, dw, db, dlog_alpha
+    return dw, dlog_alpha
+
+
+def gate_activations_fwd(x: Tensor, log_alpha: Tensor, seed: Tensor | None, spec: GateSpec, dim: int, per_sample: bool) -> Tensor:
+    z = reference.gate_values(log_alpha, spec, seed, x.shape[0] if per_sample else None)
+    return (x * reference.along(z, x, dim)).to(x.dtype).contiguous(memory_format=dense_format(x, dim))
+
+
+def gate_activations_bwd(
+    dy: Tensor,
+    x: Tensor,
+    log_alpha: Tensor,
+    seed: Tensor | None,
+    spec: GateSpec,
+    dim: int,
+    per_sample: bool,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    rows = x.shape[0] if per_sample else None
+    dx = gate_activations_fwd(dy, log_alpha, seed, spec, dim, per_sample) if needs[0] else None
+    if not needs[1]:
+        return dx, None
+    shared = [i for i in range(x.dim()) if i != dim and not (per_sample and i == 0)]
+    dz = dy.to(log_alpha.dtype) * x
+    dz = dz.sum(shared) if shared else dz
+    return dx, sample_gates_bwd(dz, log_alpha, seed, rows, spec)

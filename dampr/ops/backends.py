@@ -31,6 +31,7 @@ def _load(name: str) -> tuple[ModuleType | None, str]:
 
 
 _modules: dict[str, tuple[ModuleType | None, str]] = {}
+_selected: dict[tuple[str | None, torch.device, torch.dtype], ModuleType] = {}  # what select() found for (asked for, device, dtype)
 
 
 def _module(name: str) -> tuple[ModuleType | None, str]:
@@ -92,9 +93,13 @@ def choose(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
 
 def select(device: torch.device, dtype: torch.dtype) -> ModuleType:
     """The module of the backend that :func:`choose` names."""
-    module, _ = _module(choose(device, dtype)[0])
-    assert module is not None
-    return module
+    asked = _chosen[-1][0] if _chosen else os.environ.get(ENVIRONMENT)
+    key = (asked, device, dtype)
+    if key not in _selected:
+        module, _ = _module(choose(device, dtype)[0])
+        assert module is not None
+        _selected[key] = module
+    return _selected[key]
 
 
 def backend_info() -> dict[str, str]:

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import register_flop_formula
 from dampr.spec import SAMPLE, GateSpec
 
 from .backends import select
-from .library import apply, define, gates_activations, unpack
+from .library import apply, define, gates_activations, once_differentiable, or_empty, unpack, wanted
 
 _GATES = "Tensor? input_log_alpha, Tensor? output_log_alpha, Tensor? input_seed, Tensor? output_seed"
 Maybe = Tensor | None
@@ -66,11 +66,11 @@ def _bwd(
     spec: Sequence[float],
     per_sample: bool,
     needs: Sequence[bool],
-) -> tuple[Tensor, ...]:
-    grads = select(x.device, x.dtype).gated_linear_bwd(
+) -> tuple[Maybe, ...]:
+    grads: tuple[Maybe, ...] = select(x.device, x.dtype).gated_linear_bwd(
         dy, x, weight, bias, in_la, out_la, in_seed, out_seed, pre, unpack(spec), per_sample, needs
     )
-    return tuple(x.new_empty(0) if g is None else g for g in grads)
+    return grads
 
 
 def _bwd_fake(
@@ -101,6 +101,7 @@ bwd = define(
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _bwd,
     _bwd_fake,
+    lambda grads, dy, x, *_: or_empty(grads, x),
 )
 
 
@@ -141,14 +142,14 @@ class _GatedLinear(torch.autograd.Function):
         ctx.save_for_backward(*tensors, pre)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor, _: Any) -> Any:  # type: ignore[override]
         x, weight, bias, in_la, out_la, in_seed, out_seed, pre = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:5])
-        if needs[4] and (ctx.per_sample or gates_activations(x, weight)) and pre.numel() != dy.numel():
+        if needs[4] and pre.numel() != dy.numel() and (ctx.per_sample or gates_activations(x, weight)):
             raise RuntimeError("the activation before the output gate was not kept: requires_grad of output_gate changed since the forward")
         grads = bwd(dy, x, weight, bias, in_la, out_la, in_seed, out_seed, pre, ctx.spec, ctx.per_sample, needs)
-        return (*(g if need else None for g, need in zip(grads, needs, strict=True)), None, None, None, None, None)
+        return (*wanted(grads, needs), None, None, None, None, None)
 
 
 def gated_linear(

@@ -1,5 +1,6 @@
 """Which way a gated linear map takes through a backend, and a way for tests and benchmarks to overrule it.
 
+small        drawn gates of features, a tiny layer: one call does it all, products included (C++)
 fold         per batch: gates multiplied into the weight by one pass, then the vendor GEMM
 activations  per batch, gates of features: multiplied into activations that are smaller than the weight (CPU)
 live         per batch, gates of features: a GEMM over the blocks of features that have an open gate (Triton)
@@ -13,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-ROUTES = ("fold", "activations", "live", "small_m", "one_pass", "passes")
+ROUTES = ("small", "fold", "activations", "live", "small_m", "one_pass", "passes")
 _forced: list[list[str | None]] = []  # process-wide on purpose: the backward of CUDA ops runs in threads of its own
 
 

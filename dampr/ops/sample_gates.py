@@ -11,7 +11,7 @@ from torch import Tensor
 from dampr.spec import GateSpec
 
 from .backends import select
-from .library import apply, define, unpack
+from .library import apply, define, once_differentiable, unpack
 
 
 def _fwd(log_alpha: Tensor, seed: Tensor | None, rows: int | None, spec: Sequence[float]) -> Tensor:
@@ -48,7 +48,7 @@ class _SampleGates(torch.autograd.Function):
         ctx.save_for_backward(log_alpha, seed)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, dz: Tensor) -> Any:  # type: ignore[override]
         log_alpha, seed = ctx.saved_tensors
         return bwd(dz, log_alpha, seed, ctx.rows, ctx.spec), None, None, None

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import register_flop_formula
 from dampr.spec import GateSpec
 
 from .backends import select
-from .library import apply, define, unpack
+from .library import apply, define, once_differentiable, or_empty, unpack, wanted
 
 Maybe = Tensor | None
 
@@ -39,10 +39,10 @@ def _bwd(
     spec: Sequence[float],
     block: Sequence[int],
     needs: Sequence[bool],
-) -> tuple[Tensor, ...]:
+) -> tuple[Maybe, ...]:
     backend = select(x.device, x.dtype)
-    grads = backend.weight_gated_linear_bwd(dy, x, weight, bias, log_alpha, seed, unpack(spec), tuple(block), needs)
-    return tuple(x.new_empty(0) if g is None else g for g in grads)
+    grads: tuple[Maybe, ...] = backend.weight_gated_linear_bwd(dy, x, weight, bias, log_alpha, seed, unpack(spec), tuple(block), needs)
+    return grads
 
 
 def _bwd_fake(
@@ -62,7 +62,12 @@ def _bwd_fake(
 
 _INPUTS = "Tensor x, Tensor weight, Tensor? bias, Tensor log_alpha, Tensor? seed, float[] spec, int[2] block"
 fwd = define(f"weight_gated_linear_fwd({_INPUTS}) -> Tensor", _fwd, _fwd_fake)
-bwd = define(f"weight_gated_linear_bwd(Tensor dy, {_INPUTS}, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)", _bwd, _bwd_fake)
+bwd = define(
+    f"weight_gated_linear_bwd(Tensor dy, {_INPUTS}, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)",
+    _bwd,
+    _bwd_fake,
+    lambda grads, dy, x, *_: or_empty(grads, x),
+)
 
 
 @register_flop_formula(torch.ops.dampr.weight_gated_linear_fwd)
@@ -88,11 +93,11 @@ class _WeightGatedLinear(torch.autograd.Function):
         ctx.save_for_backward(*tensors)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:  # type: ignore[override]
         needs = list(ctx.needs_input_grad[:4])
         grads = bwd(dy, *ctx.saved_tensors, ctx.spec, ctx.block, needs)
-        return (*(g if need else None for g, need in zip(grads, needs, strict=True)), None, None, None)
+        return (*wanted(grads, needs), None, None, None)
 
 
 def weight_gated_linear(

@@ -12,7 +12,7 @@ from torch import nn
 
 from dampr.gates import Gate
 from dampr.nn import GatedLinear
-from dampr.nn.linear import Granularity
+from dampr.nn.base import Granularity
 
 from . import graph, inputs
 

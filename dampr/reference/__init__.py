@@ -1,17 +1,21 @@
 """Plain PyTorch, clean in float64: the definition of right. Every backend answers to this room; gradients come from autograd alone."""
 
+from .gated_conv import gated_conv, weight_gated_conv
 from .gated_linear import expand_blocks, gated_linear, weight_gated_linear
-from .gates import exp_portable, expected_l0, gate, gate_derivative, gate_values, noise, open_probability
+from .gates import along, exp_portable, expected_l0, gate, gate_derivative, gate_values, noise, open_probability
 
 __all__ = [
+    "along",
     "exp_portable",
     "expand_blocks",
     "expected_l0",
     "gate",
     "gate_derivative",
     "gate_values",
+    "gated_conv",
     "gated_linear",
     "noise",
     "open_probability",
+    "weight_gated_conv",
     "weight_gated_linear",
 ]

@@ -97,6 +97,15 @@ def gate_values(log_alpha: torch.Tensor, spec: GateSpec, seed: torch.Tensor | No
     return z if rows is None else z.expand(rows, log_alpha.numel())
 
 
+def along(z: torch.Tensor, x: torch.Tensor, dim: int) -> torch.Tensor:
+    """Gates (n,) of dimension ``dim`` of ``x``, or (rows, n) with a row for each index of its first one, shaped to multiply ``x``."""
+    shape = [1] * x.dim()
+    shape[dim] = z.shape[-1]
+    if z.dim() == 2 and dim != 0:
+        shape[0] = z.shape[0]
+    return z.view(shape)
+
+
 def open_probability(log_alpha: torch.Tensor, spec: GateSpec) -> torch.Tensor:
     """P(z != 0) = sigmoid(log_alpha - beta log(-gamma / zeta)), Louizos et al. 2018 eq. 12; differentiable, shape of ``log_alpha``."""
     return torch.sigmoid(log_alpha - spec.beta * math.log(-spec.gamma / spec.zeta))

@@ -156,3 +156,30 @@ def test_fresh_layer_equals_dense_to_the_bit_in_evaluation():
         x = torch.randn(65, 300, device="cuda", dtype=dtype)
         for granularity in ("output", "input"):
             assert torch.equal(dampr.nn.GatedLinear.from_dense(dense, granularity=granularity)(x), dense(x))
+
+
+def test_the_crossover_sweep_times_every_route_and_writes_a_table(monkeypatch, tmp_path):
+    from benchmarks import crossover, run
+    from dampr.kernels import dispatch
+
+    monkeypatch.setitem(crossover.SIZE, "cuda", 256)
+    monkeypatch.setitem(crossover.ROWS, "cuda", [16, 64])
+    monkeypatch.setattr(verify, "passes", lambda *ops: True)
+    assert run.main(["crossover", "--rounds", "2", "--out", str(tmp_path)]) == 0
+    (written,) = tmp_path.glob("dispatch-*.json")
+    assert written.stem == f"dispatch-{run.device_name()}"
+    assert f"results/{run.device_name()}/linear-crossover.jsonl" in dispatch.read(written).source
+    text = (tmp_path / "linear-crossover.jsonl").read_text()
+    for route in ("fold", "live", "one_pass", "passes", "small_m"):
+        assert f'"route": "{route}"' in text
+    assert "90% of blocks closed" in text
+
+
+def test_a_route_is_chosen_by_the_table_of_the_device():
+    from dampr.kernels.dispatch import thresholds
+    from dampr.ops.backend_triton import host, routes
+
+    problem = (64, 4096, 4096, torch.bfloat16, "weight", False)
+    device = torch.zeros(1, device="cuda").device
+    assert host.device_name(device) == torch.cuda.get_device_name()
+    assert routes.route(*problem, device) == routes.route_by(thresholds(torch.cuda.get_device_name()), *problem)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dampr.kernels import configs
+from dampr.kernels.dispatch import thresholds
 from dampr.ops import backend_triton as backend
 from dampr.spec import hard_concrete
 
-BF16 = torch.bfloat16
+BF16, SMALL_M = torch.bfloat16, thresholds().small_m
 
 
 @pytest.mark.parametrize(
@@ -19,9 +19,9 @@ BF16 = torch.bfloat16
         ("fold", (16, 4096, 4096, BF16, "input", False)),
         ("one_pass", (64, 128, 128, BF16, "input", True)),
         ("passes", (8192, 4096, 4096, BF16, "output", True)),
-        ("small_m", (configs.SMALL_M, 4096, 4096, BF16, "weight", False)),
+        ("small_m", (SMALL_M, 4096, 4096, BF16, "weight", False)),
         ("small_m", (1, 4096, 4096, BF16, (1, 1), False)),
-        ("fold", (configs.SMALL_M + 1, 4096, 4096, BF16, "weight", False)),
+        ("fold", (SMALL_M + 1, 4096, 4096, BF16, "weight", False)),
         ("fold", (16, 4096, 4095, BF16, "weight", False)),
         ("fold", (16, 4096, 4096, torch.float32, "weight", False)),
         ("fold", (16, 4096, 4096, BF16, (4, 4), False)),
@@ -31,13 +31,6 @@ def test_the_route_is_a_function_of_the_problem_and_gives_its_reason(expected: s
     name, reason = backend.route(*arguments)
     assert name == expected
     assert reason
-
-
-def test_live_blocks_are_chosen_by_a_switch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(configs, "SKIP_DEAD", True)
-    assert backend.route(64, 64, 64, BF16, "input", False)[0] == "live"
-    assert backend.route(64, 64, 64, BF16, "input", True)[0] == "one_pass"
-    assert backend.route(64, 64, 64, BF16, (4, 4), False)[0] == "fold"
 
 
 def test_a_forced_route_overrules_the_choice_and_ends_with_its_block() -> None:

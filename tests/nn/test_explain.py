@@ -14,9 +14,10 @@ needs_cpp = pytest.mark.skipif(dampr.backend_info()["cpp"].startswith("missing")
 @pytest.mark.parametrize(
     ("arguments", "rows", "route"),
     [
-        ({}, 8, "activations"),
-        ({}, 64, "fold"),
-        ({"per_sample": True}, 64, "passes"),
+        ({}, 8, "small"),
+        ({"per_sample": True}, 512, "small"),
+        ({}, 513, "fold"),
+        ({"per_sample": True}, 513, "passes"),
         ({"granularity": "weight"}, 8, "fold"),
         ({"granularity": (4, 4)}, 8, "fold"),
     ],
@@ -32,16 +33,22 @@ def test_backend_route_and_reason_are_printed_and_returned(capsys, arguments, ro
 
 def test_evaluation_has_no_draw_per_row():
     layer = GatedLinear(32, 16, per_sample=True).eval()
-    assert dampr.explain(layer, torch.randn(64, 32)).route != "passes"
+    assert dampr.explain(layer, torch.randn(64, 32)).route not in ("passes", "small")
+
+
+@needs_cpp
+def test_fewer_rows_than_features_gate_activations():
+    assert dampr.explain(GatedLinear(512, 512), torch.randn(64, 512)).route == "activations"
 
 
 @needs_cpp
 @pytest.mark.parametrize("granularity", ["output", "input"])
 @pytest.mark.parametrize("rows", [8, 64])
-def test_forced_routes_agree(granularity, rows):
-    layer, x = GatedLinear(32, 16, granularity=granularity), torch.randn(rows, 32)
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_forced_routes_agree(granularity, rows, per_sample):
+    layer, x = GatedLinear(32, 16, granularity=granularity, per_sample=per_sample), torch.randn(rows, 32)
     results = []
-    for name in ("fold", "activations"):
+    for name in ("passes", "small") if per_sample else ("fold", "activations", "small"):
         torch.manual_seed(0)
         layer.zero_grad()
         with forced_route(name):
@@ -49,8 +56,9 @@ def test_forced_routes_agree(granularity, rows):
             y = layer(x)
             y.square().sum().backward()
         results.append([y.detach(), *(p.grad.clone() for p in layer.parameters())])
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+    for tensors in zip(*results, strict=True):
+        for other in tensors[1:]:
+            torch.testing.assert_close(tensors[0], other, atol=1e-4, rtol=1e-4)
 
 
 @needs_cpp

@@ -40,6 +40,7 @@ def test_a_backend_that_cannot_take_the_tensors_says_why():
 
 def test_auto_falls_back_on_absence_and_never_after_a_failure(monkeypatch):
     monkeypatch.setitem(backends._modules, "cpp", (None, "ImportError: not built"))
+    monkeypatch.setattr(backends, "_selected", {})
     name, reason = backends.choose(torch.device("cpu"), torch.float32)
     assert (name, reason) == ("reference", "cpp is not to be had: ImportError: not built")
     with pytest.raises(dampr.BackendUnavailableError, match="not built"), dampr.backend("cpp"):
@@ -53,12 +54,14 @@ def test_auto_falls_back_on_absence_and_never_after_a_failure(monkeypatch):
             raise ArithmeticError("broken kernel")
 
     monkeypatch.setitem(backends._modules, "cpp", (Broken, ""))
+    monkeypatch.setattr(backends, "_selected", {})
     with pytest.raises(ArithmeticError, match="broken kernel"):
         dampr.functional.sample_gates(torch.zeros(3), seed=1)
 
 
 def test_backend_info_names_every_backend_and_the_reason_of_absence(monkeypatch):
     monkeypatch.setitem(backends._modules, "cpp", (None, "ImportError: no module named dampr._C"))
+    monkeypatch.setattr(backends, "_selected", {})
     info = dampr.backend_info()
     assert info["reference"] == "available"
     assert info["cpp"] == "missing: ImportError: no module named dampr._C"

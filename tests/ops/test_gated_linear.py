@@ -38,13 +38,14 @@ def test_every_op_on_every_cpu_backend_passes_verification():
 
 def test_verification_on_a_gpu_reaches_every_tile_and_route():
     from dampr.kernels import configs
+    from dampr.kernels.dispatch import thresholds
 
     reached = set()
     for case in verify.linear_cases("cuda"):
         m, k, n = case.shape
         for dtype in ("fp32", "bf16"):
             reached.add(configs.gemm_kind(m, n, k, dtype, 90))
-        reached.add("one pass" if configs.fits_one_pass(m, n, k) else "passes")
+        reached.add("one pass" if configs.fits_one_pass(m, n, k, thresholds()) else "passes")
     assert reached >= {"large", "small", "odd", "fp32", "one pass", "passes"}
 
 
@@ -54,6 +55,7 @@ def test_verification_can_fail(monkeypatch):
     wrong = SimpleNamespace(**{name: getattr(right, name) for name in ("gated_linear_bwd", "unavailable")})
     wrong.gated_linear_fwd = lambda *a: tuple(t * (1 + 1e-4) for t in right.gated_linear_fwd(*a))
     monkeypatch.setitem(dampr.ops.backends._modules, "cpp", (wrong, ""))
+    monkeypatch.setattr(dampr.ops.backends, "_selected", {})
     row = verify._verify_linear(verify.Row("gated_linear", "cpp", "cpu", "float32"), torch.float32)
     assert not row.ok
     assert all(": y: max error" in failure for failure in row.failures)

@@ -12,13 +12,20 @@ from dampr.kernels import gates as gate_kernels
 from dampr.ops.routes import forced_route
 
 from . import host
-from .gated_linear import gated_linear_bwd, gated_linear_fwd, gated_linear_live_fwd
+from .gate_activations import gate_activations_bwd, gate_activations_fwd
+from .gated_linear import fold_weight_bwd, fold_weight_fwd, gated_linear_bwd, gated_linear_fwd, gated_linear_live_fwd
 from .gates import sample_gates_bwd, sample_gates_fwd
 from .routes import route
-from .weight_gated_linear import weight_gated_linear_bwd, weight_gated_linear_fwd
+from .weight_gated_linear import fold_blocks_bwd, fold_blocks_fwd, weight_gated_linear_bwd, weight_gated_linear_fwd
 
 __all__ = [
+    "fold_blocks_bwd",
+    "fold_blocks_fwd",
+    "fold_weight_bwd",
+    "fold_weight_fwd",
     "forced_route",
+    "gate_activations_bwd",
+    "gate_activations_fwd",
     "gated_linear_bwd",
     "gated_linear_fwd",
     "gated_linear_live_fwd",

@@ -55,7 +55,7 @@ def gated_linear_fwd(
         shape = *x.shape[:-1], weight.shape[0]
         return y.view(shape), pre.view(shape) if keep_pre else pre
     M, (N, K) = x.shape[:-1].numel(), weight.shape
-    if (input_log_alpha is not None or output_log_alpha is not None) and _route(M, N, K, x.dtype, False) == "live":
+    if (input_log_alpha is not None or output_log_alpha is not None) and _route(M, N, K, x.dtype, False, x.device) == "live":
         y = gated_linear_live_fwd(x, weight, bias, *gates, spec)
     else:
         y = torch.nn.functional.linear(x, *_fold(weight, bias, gates, spec, x.dtype))
@@ -90,8 +90,8 @@ def gated_linear_bwd(
     return None if dx is None else dx.view(shape), *others
 
 
-def _route(M: int, N: int, K: int, dtype: torch.dtype, per_sample: bool) -> str:
-    return route(M, N, K, dtype, "features", per_sample)[0]
+def _route(M: int, N: int, K: int, dtype: torch.dtype, per_sample: bool, device: torch.device) -> str:
+    return route(M, N, K, dtype, "features", per_sample, device)[0]
 
 
 # ---- per batch: gates folded into the weight ---------------------------------------------------------------------------------------------
@@ -113,28 +113,67 @@ def _fold(weight: torch.Tensor, bias: Maybe, gates: Gates, spec: GateSpec, dtype
     return folded, folded_bias
 
 
+def fold_weight_fwd(
+    weight: torch.Tensor,
+    bias: Maybe,
+    input_log_alpha: Maybe,
+    output_log_alpha: Maybe,
+    input_seed: Maybe,
+    output_seed: Maybe,
+    spec: GateSpec,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, Maybe]:
+    """(z_out W z_in, z_out b) in ``dtype``; weight: (N, K)."""
+    return _fold(weight, bias, Gates(input_log_alpha, output_log_alpha, input_seed, output_seed), spec, dtype)
+
+
+def fold_weight_bwd(
+    raw: torch.Tensor,
+    raw_bias: Maybe,
+    weight: torch.Tensor,
+    bias: Maybe,
+    input_log_alpha: Maybe,
+    output_log_alpha: Maybe,
+    input_seed: Maybe,
+    output_seed: Maybe,
+    spec: GateSpec,
+    needs: Needs,
+) -> tuple[Maybe, ...]:
+    """Gradients of weight, bias and both log-alphas from those of the folded weight and bias, ``raw`` (N, K) and ``raw_bias`` (N,)."""
+    gates = Gates(input_log_alpha, output_log_alpha, input_seed, output_seed)
+    return _ungate(raw, raw_bias, weight, bias, gates, spec, needs)
+
+
 def _fold_bwd(dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: Maybe, gates: Gates, spec: GateSpec, needs: Needs) -> Grads:
-    (N, K), (block_n, block_k) = weight.shape, configs.FOLD_BWD_TILE
     dx = dy @ _fold(weight, None, gates, spec, x.dtype)[0] if needs[0] else None
     dy_sum = dy.sum(0, dtype=torch.float32) if bias is not None and (needs[2] or needs[4]) else None
-    dbias = dy_sum.to(bias.dtype) if bias is not None and dy_sum is not None and needs[2] else None
-    if gates.input is None and gates.output is None:
-        return dx, (dy.t() @ x).to(weight.dtype) if needs[1] else None, dbias, None, None
+    raw = dy.t() @ x if needs[1] or needs[3] or needs[4] else None
+    return dx, *_ungate(raw, dy_sum, weight, bias, gates, spec, needs[1:])
 
+
+def _ungate(
+    raw: Maybe, raw_bias: Maybe, weight: torch.Tensor, bias: Maybe, gates: Gates, spec: GateSpec, needs: Needs
+) -> tuple[Maybe, Maybe, Maybe, Maybe]:
+    """:func:`fold_weight_bwd`; ``raw`` is None where only the gradient of the bias is needed."""
+    (N, K), (block_n, block_k) = weight.shape, configs.FOLD_BWD_TILE
+    dbias = raw_bias.to(bias.dtype) if bias is not None and raw_bias is not None and needs[1] else None
+    if gates.input is None and gates.output is None:
+        return None if raw is None else raw.to(weight.dtype), dbias, None, None
     tiles_n, tiles_k = triton.cdiv(N, block_n), triton.cdiv(K, block_k)
-    dweight = host.empty(weight, (N, K), weight.dtype) if needs[1] else None
-    in_partial = host.empty(x, (tiles_n, K), torch.float32) if needs[3] else None
-    out_partial = host.empty(x, (tiles_k, N), torch.float32) if needs[4] else None
-    if needs[1] or needs[3] or needs[4]:
-        w, raw = host.rows(weight), dy.t() @ x
-        args = (raw, w, *host.vectors(*gates), dweight, in_partial, out_partial, N, K, w.stride(0))
+    dweight = host.empty(weight, (N, K), weight.dtype) if needs[0] else None
+    in_partial = host.empty(weight, (tiles_n, K), torch.float32) if needs[2] else None
+    out_partial = host.empty(weight, (tiles_k, N), torch.float32) if needs[3] else None
+    if raw is not None:
+        w = host.rows(weight)
+        args = (raw.contiguous(), w, *host.vectors(*gates), dweight, in_partial, out_partial, N, K, w.stride(0))
         host.launch(linear_kernels._fold_bwd_kernel, (tiles_k, tiles_n), *args, BLOCK_N=block_n, BLOCK_K=block_k, GATE=spec)
     dinput = fold_gate_bwd(in_partial, None, None, gates.input, gates.input_seed, None, spec)
     if gates.output is None:
-        return dx, dweight, dbias, dinput, None
-    dbias = None if bias is None or not needs[2] else host.empty(bias, (N,), bias.dtype)
-    doutput = fold_gate_bwd(out_partial, bias, dy_sum, gates.output, gates.output_seed, dbias, spec)
-    return dx, dweight, dbias, dinput, doutput
+        return dweight, dbias, dinput, None
+    dbias = None if bias is None or not needs[1] else host.empty(bias, (N,), bias.dtype)
+    raw_bias = None if raw_bias is None else raw_bias.float()
+    doutput = fold_gate_bwd(out_partial, bias, raw_bias, gates.output, gates.output_seed, dbias, spec)
+    return dweight, dbias, dinput, doutput
 
 
 def fold_gate_bwd(partial: Maybe, bias: Maybe, dy_sum: Maybe, log_alpha: Maybe, seed: Maybe, dbias: Maybe, spec: GateSpec) -> Maybe:
@@ -207,7 +246,7 @@ def _per_sample_fwd(
     x: torch.Tensor, weight: torch.Tensor, bias: Maybe, gates: Gates, spec: GateSpec, keep_pre: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     (M, K), N, nothing = x.shape, weight.shape[0], x.new_empty(0)
-    if _route(M, N, K, x.dtype, True) == "passes":
+    if _route(M, N, K, x.dtype, True, x.device) == "passes":
         x = x if gates.input is None else _gate_rows(x, gates.input, gates.input_seed, spec)
         pre = torch.nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
         return pre if gates.output is None else _gate_rows(pre, gates.output, gates.output_seed, spec), pre if keep_pre else nothing
@@ -232,7 +271,7 @@ def _per_sample_bwd(
     dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: Maybe, gates: Gates, pre: torch.Tensor, spec: GateSpec, needs: Needs
 ) -> Grads:
     (M, K), N = x.shape, weight.shape[0]
-    one_pass = _route(M, N, K, x.dtype, True) == "one_pass"
+    one_pass = _route(M, N, K, x.dtype, True, x.device) == "one_pass"
     doutput = db = None
     gated_dy: Maybe = dy
     if gates.output is not None:

@@ -12,6 +12,7 @@ import triton
 
 from dampr.kernels import configs
 from dampr.kernels import gates as gate_kernels
+from dampr.kernels.dispatch import DEFAULT
 from dampr.spec import GateSpec
 
 DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -47,6 +48,14 @@ def capability(device: torch.device) -> int:
         return 0
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
+
+
+@functools.cache
+def device_name(device: torch.device | None) -> str:
+    """What :func:`dampr.kernels.dispatch.thresholds` takes: the GPU's name; that of the default table where there is none."""
+    if device is None or device.type != "cuda" or not torch.cuda.is_available():
+        return DEFAULT
+    return torch.cuda.get_device_name(device)
 
 
 def tiles(rows: int, cols: int, tile: configs.Tile) -> int:

@@ -1,6 +1,7 @@
-"""Which kernels serve a gated linear map, as a pure function of the problem. What each route does, and forcing one: dampr/ops/routes.py.
+"""Which kernels serve a gated linear map, as a pure function of the problem and of the device's table of thresholds.
 
-The backward of "live" and of "small_m" is that of "fold".
+What each route does, and forcing one: dampr/ops/routes.py. The tables: dampr/kernels/dispatch. The backward of "live" and of "small_m" is
+that of "fold".
 """
 
 from __future__ import annotations
@@ -8,10 +9,29 @@ from __future__ import annotations
 import torch
 
 from dampr.kernels import configs
+from dampr.kernels.dispatch import Thresholds, thresholds
 from dampr.ops.routes import forced
 
+from . import host
 
-def route(M: int, N: int, K: int, dtype: torch.dtype, granularity: str | tuple[int, int], per_sample: bool) -> tuple[str, str]:
+
+def route(
+    M: int,
+    N: int,
+    K: int,
+    dtype: torch.dtype,
+    granularity: str | tuple[int, int],
+    per_sample: bool,
+    device: torch.device | None = None,
+    drawn: bool = True,
+) -> tuple[str, str]:
+    """:func:`route_by` the table of ``device``, or by the default one."""
+    return route_by(thresholds(host.device_name(device)), M, N, K, dtype, granularity, per_sample)
+
+
+def route_by(
+    table: Thresholds, M: int, N: int, K: int, dtype: torch.dtype, granularity: str | tuple[int, int], per_sample: bool
+) -> tuple[str, str]:
     """(name, reason) of the route of x (M, K) in ``dtype`` through W (N, K), unless one is forced a function of the arguments alone.
 
     ``granularity``: "weight", a block (rows, columns) of weights, or anything else for gates of features. ``per_sample``: a draw per row,
@@ -28,11 +48,12 @@ def route(M: int, N: int, K: int, dtype: torch.dtype, granularity: str | tuple[i
     if name is not None:
         return name, "forced by forced_route"
     if possible == ("one_pass", "passes"):
-        if configs.fits_one_pass(M, N, K):
-            return "one_pass", f"its gates are few enough ({configs.ONE_PASS_GATES} draws) to be drawn by every tile that needs them"
-        return "passes", f"more than {configs.ONE_PASS_GATES} draws in a GEMM would cost more than passes over the activations"
-    if weights and dtype != torch.float32 and configs.fits_small_m(M, N, K):
-        return "small_m", f"at most {configs.SMALL_M} rows: the GEMM draws the gates of its weights [estimate]"
-    if "live" in possible and configs.SKIP_DEAD:
-        return "live", "configs.SKIP_DEAD says that most gates are closed"
+        limit = f"{table.one_pass_gates} draws [{table.source}]"
+        if configs.fits_one_pass(M, N, K, table):
+            return "one_pass", f"its gates are few enough to be drawn by every tile that needs them: at most {limit}"
+        return "passes", f"drawing in the GEMMs would cost more than passes over the activations: more than {limit}"
+    if weights and dtype != torch.float32 and configs.fits_small_m(M, N, K, table):
+        return "small_m", f"the GEMM draws the gates of its weights: at most {table.small_m} rows [{table.source}]"
+    if "live" in possible and table.skip_dead:
+        return "live", f"a GEMM over live blocks is no slower than fold here, even with every gate open [{table.source}]"
     return "fold", "one pass multiplies the gates into the weight, then the vendor GEMM runs"

@@ -28,9 +28,9 @@ def weight_gated_linear_fwd(
     (ceil(N / R) ceil(K / C),), row by row.
     """
     (N, K), rows = weight.shape, rows_of(x)
-    if route(rows.shape[0], N, K, x.dtype, block, False)[0] == "small_m":
+    if route(rows.shape[0], N, K, x.dtype, block, False, x.device)[0] == "small_m":
         return _small_m_fwd(rows, weight, bias, log_alpha, seed, spec).view(*x.shape[:-1], N)
-    folded = _fold(weight, x.dtype, log_alpha, seed, spec, block)
+    folded = fold_blocks_fwd(weight, log_alpha, seed, spec, block, x.dtype)
     return torch.nn.functional.linear(x, folded, None if bias is None else bias.to(x.dtype))
 
 
@@ -49,18 +49,27 @@ def weight_gated_linear_bwd(
     shape, dy, x = x.shape, rows_of(dy), rows_of(x)
     dx = dbias = dweight = dlog_alpha = None
     if needs[0]:
-        dx = (dy @ _fold(weight, x.dtype, log_alpha, seed, spec, block)).view(shape)
+        dx = (dy @ fold_blocks_fwd(weight, log_alpha, seed, spec, block, x.dtype)).view(shape)
     if needs[1] or needs[3]:
-        wanted = weight.dtype if needs[1] else None, weight if needs[3] else None
-        dweight, dlog_alpha = _gate_weight(dy.t() @ x, *wanted, log_alpha, seed, spec, block)
+        dweight, dlog_alpha = fold_blocks_bwd(dy.t() @ x, weight, log_alpha, seed, spec, block, (needs[1], needs[3]))
     if needs[2] and bias is not None:
         dbias = dy.sum(0, dtype=torch.float32).to(bias.dtype)
     return dx, dweight, dbias, dlog_alpha
 
 
-def _fold(weight: torch.Tensor, dtype: torch.dtype, log_alpha: torch.Tensor, seed: Maybe, spec: GateSpec, block: tuple[int, int]) -> Any:
-    """W * Z in ``dtype``."""
+def fold_blocks_fwd(
+    weight: torch.Tensor, log_alpha: torch.Tensor, seed: Maybe, spec: GateSpec, block: tuple[int, int], dtype: torch.dtype
+) -> Any:
+    """W * Z in ``dtype``; weight: (N, K)."""
     return _gate_weight(weight, dtype, None, log_alpha, seed, spec, block)[0]
+
+
+def fold_blocks_bwd(
+    raw: torch.Tensor, weight: torch.Tensor, log_alpha: torch.Tensor, seed: Maybe, spec: GateSpec, block: tuple[int, int], needs: Needs
+) -> tuple[Maybe, Maybe]:
+    """Gradients of weight and log_alpha from that of the folded weight, ``raw`` (N, K)."""
+    wanted = weight.dtype if needs[0] else None, weight if needs[1] else None
+    return _gate_weight(raw, *wanted, log_alpha, seed, spec, block)
 
 
 def _gate_weight(

@@ -1,0 +1,129 @@
+"""Where one route overtakes another: every route of a gated layer, forced, against the rows of x; and the thresholds that follow.
+
+The stage ``crossover`` of ``python -m benchmarks.run``. The weight is fixed; dense runs next to the routes of each case. On CUDA also what
+skipping is worth: gates closed in whole blocks, at :data:`SHARES` of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import replace
+
+import torch
+
+import dampr
+from dampr.bench import linear
+from dampr.bench.linear import Case, Point, Step
+from dampr.kernels import configs
+from dampr.kernels.dispatch import Thresholds
+from dampr.ops.routes import ROUTES, forced_route
+
+SIZE = {"cpu": 1024, "cuda": 4096}  # K and N of the weight
+ROWS = {"cpu": [2**i for i in range(3, 12)], "cuda": [2**i for i in range(2, 14)]}
+PER_BATCH, PER_SAMPLE, WEIGHT = (("output", False), ("input", False)), (("output", True), ("input", True)), ("weight", False)
+CLOSED_BLOCK = 128  # features with gates that are closed together: whole tiles, whatever their size
+COMPARED = tuple(route for route in ROUTES if route != "small")  # which is for weights hundreds of times smaller
+SHARES = (0.0, 0.5, 0.75, 0.9)
+CLOSED = -20.0  # a log_alpha whose gate is open once in 10^8 draws
+
+
+class RouteStep(linear.TrainingStep):
+    """A training step of a gated layer with every call of it sent down one route."""
+
+    def __init__(self, case: Case, route: str, x: torch.Tensor, dy: torch.Tensor, closed: float = 0.0) -> None:
+        _, k, n = case.shape
+        layer = dampr.nn.GatedLinear(k, n, granularity=case.granularity, per_sample=case.per_sample).to(x.device)
+        close_blocks(layer.gate.log_alpha, closed)
+        super().__init__(layer, x, dy)
+        self.route = route
+
+    def __call__(self) -> None:
+        with forced_route(self.route):
+            super().__call__()
+
+    def kept_bytes(self) -> int:
+        with forced_route(self.route):
+            return super().kept_bytes()
+
+
+def close_blocks(log_alpha: torch.Tensor, share: float) -> None:
+    """Close this share of the blocks of gates in a vector, picked at random."""
+    blocks = log_alpha.detach().split(CLOSED_BLOCK)
+    for i in torch.randperm(len(blocks))[: round(share * len(blocks))].tolist():
+        blocks[i].fill_(CLOSED)
+
+
+def routes_of(case: Case, device: str) -> list[str]:
+    """The compared routes that can serve a case here."""
+    return [name for name in COMPARED if _serves(name, case, device)]
+
+
+def _serves(name: str, case: Case, device: str) -> bool:
+    try:
+        with forced_route(name):
+            return linear.case_route(case, device) == name
+    except ValueError:
+        return False
+
+
+def run(device: str, *, rounds: int = 20) -> list[Point]:
+    """The points of every case and number of rows; on CUDA, then those with closed blocks at the largest number of rows."""
+    size = SIZE[device]
+    cases = [Case((m, size, size), *how) for how in (*PER_BATCH, *PER_SAMPLE, WEIGHT) for m in ROWS[device]]
+    points = [point for case in cases for point in measure(case, device, rounds)]
+    if device == "cuda":
+        widest = [Case((ROWS[device][-1], size, size), *how) for how in PER_BATCH]
+        points += [point for case in widest for share in SHARES for point in measure(case, device, rounds, share)]
+    return points
+
+
+def measure(case: Case, device: str, rounds: int, closed: float | None = None) -> list[Point]:
+    """Dense, and the layer of a case by each of its routes, with this share of its blocks closed."""
+    torch.manual_seed(0)
+    m, k, n = case.shape
+    x, dy = torch.randn(m, k, device=device), torch.randn(m, n, device=device)
+    steps: dict[str, Step] = {"dense": linear.TrainingStep(torch.nn.Linear(k, n).to(device), x, dy)}
+    routes = routes_of(case, device)
+    for route in routes:
+        steps[route] = RouteStep(case, route, x, dy, closed or 0.0)
+    name = str(case) if closed is None else closed_name(case, closed)
+    points = linear.time_steps(name, case.shape, device, steps, rounds, {route: route for route in routes})
+    return [replace(point, provider="dampr") if point.route else point for point in points]
+
+
+def closed_name(case: Case, share: float) -> str:
+    """What a case with closed blocks is called in the results."""
+    return f"{case}, {share:.0%} of blocks closed"
+
+
+def tuned(points: Iterable[Point], source: str) -> Thresholds:
+    """The thresholds under which the routes chosen over the whole sweep are fastest; the live route only where it never loses to fold."""
+    points = list(points)
+    _, K, N = points[0].shape
+
+    def most_rows(hows: Iterable[tuple[str, bool]], below: str, above: str) -> int:
+        return best_limit([_pairs(points, str(Case((0, K, N), *how)), below, above) for how in hows])
+
+    live = [pair for how in PER_BATCH for pair in _pairs(points, str(Case((0, K, N), *how)), "live", "fold").values()]
+    return Thresholds(
+        source=source,
+        one_pass_gates=configs.one_pass_gates(most_rows(PER_SAMPLE, "one_pass", "passes"), N, K),
+        small_m=most_rows([WEIGHT], "small_m", "fold"),
+        skip_dead=bool(live) and all(skipping <= folding for skipping, folding in live),
+    )
+
+
+def _pairs(points: Iterable[Point], case: str, one: str, other: str) -> dict[int, tuple[float, float]]:
+    """Seconds of two routes of a case by rows of x."""
+    seconds = {(p.shape[0], p.route): p.median for p in points if p.case == case}
+    return {m: (seconds[m, one], seconds[m, other]) for m in sorted({m for m, _ in seconds})}
+
+
+def best_limit(sweeps: Iterable[dict[int, tuple[float, float]]]) -> int:
+    """The rows of x up to which the first of two routes should be taken, 0 for never: where the product of all times is smallest.
+
+    A product, so that every size has the same say; over the whole sweep, so that one noisy point moves nothing.
+    """
+    pairs = [(m, one / other) for sweep in sweeps for m, (one, other) in sweep.items()]
+    return min({0, *(m for m, _ in pairs)}, key=lambda limit: (sum(math.log(ratio) for m, ratio in pairs if m <= limit), limit))

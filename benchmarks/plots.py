@@ -1,0 +1,215 @@
+"""``python -m benchmarks.plots``: draw the charts of docs/performance.md from results files. Needs matplotlib (``pip install .[plot]``).
+
+A folder of results, benchmarks/results/DEVICE, gives docs/plots/DEVICE-CHART.png for every chart of :data:`CHARTS` whose files it holds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from dampr.bench import records
+from dampr.bench.linear import Point, size_text
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS, PLOTS = ROOT / "benchmarks" / "results", ROOT / "docs" / "plots"
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart too; markers tell them apart in print.
+STYLES = {
+    "dense": ("#000000", "|"),
+    "copy": ("#000000", "|"),
+    "dampr": ("#0072B2", "o"),
+    "eager unfused": ("#D55E00", "s"),
+    "compiled unfused": ("#E69F00", "^"),
+    "captum": ("#CC79A7", "D"),
+    "small": ("#56B4E9", "X"),
+    "fold": ("#0072B2", "o"),
+    "activations": ("#E69F00", "^"),
+    "live": ("#009E73", "v"),
+    "small_m": ("#D55E00", "s"),
+    "passes": ("#CC79A7", "D"),
+    "one_pass": ("#000000", "P"),
+}
+CLOSED = re.compile(r"(.*), (\d+)% of blocks closed")
+Environment = dict[str, Any]
+
+
+def load(*paths: Path) -> tuple[Environment, list[Point]]:
+    """(environment of the first, points that ran) of results files. Raises ValueError for one whose ops failed verification."""
+    environments, points = [], []
+    for path in paths:
+        head, *found = map(json.loads, path.read_text().splitlines())
+        if not head["verified"]:
+            raise ValueError(f"{path}: verified=false: expected results of ops that passed verification")
+        environments.append(head["environment"])
+        points += [Point(**{**p, "shape": tuple(p["shape"])}) for p in found if not p["error"]]
+    return environments[0], points
+
+
+def draw_crossover(crossover: Path) -> Figure:
+    """Time of every route relative to dense, a panel for each kind of gates: against rows of x, or against the share of closed blocks."""
+    environment, points = load(crossover)
+    dense = {(p.case, p.shape): p.median for p in points if p.provider == "dense"}
+    panels: dict[tuple[str, str], dict[str, list[tuple[int, float]]]] = {}
+    for p in points:
+        if p.route:
+            closed = CLOSED.fullmatch(p.case)
+            title, x = (f"{closed[1]}, {p.shape[0]} rows", int(closed[2])) if closed else (p.case, p.shape[0])
+            panel = panels.setdefault((title, "blocks of features closed (%)" if closed else "rows of x"), {})
+            panel.setdefault(p.route, []).append((x, p.median / dense[p.case, p.shape]))
+    columns = 3 if len(panels) <= 6 else 4
+    lines = -(len(panels) // -columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(3.5 * columns, 2.9 * lines), sharey=True, layout="constrained", squeeze=False)
+    for ax, ((title, xlabel), routes) in zip(axes.flat, panels.items(), strict=False):
+        _draw_routes(ax, routes, rows=xlabel == "rows of x")
+        ax.set(title=title, xlabel=xlabel)
+    axes[0, 0].set_ylim(0, None)  # of all panels, hence once all are drawn
+    for ax in axes.flat[len(panels) :]:
+        ax.axis("off")
+    for ax in axes[:, 0]:
+        ax.set_ylabel("time / time of dense")
+    _, k, n = points[0].shape
+    figure.suptitle(f"Routes, forward + backward, weight {n} x {k}. {records.device_of(environment)}, {points[0].dtype}")
+    return figure
+
+
+def _draw_routes(ax: Axes, routes: dict[str, list[tuple[int, float]]], rows: bool) -> None:
+    """A line for each route, and one for dense."""
+    ax.axhline(1, color="0.5", linewidth=1, linestyle="--", label="dense")
+    for name, values in routes.items():
+        color, marker = STYLES[name]
+        ax.plot(*zip(*values, strict=True), color=color, marker=marker, markersize=4, label=name)
+    if rows:
+        ticks = sorted({x for values in routes.values() for x, _ in values})[::2]
+        ax.set_xscale("log", base=2)
+        ax.set_xticks(ticks, [str(x) for x in ticks])
+        ax.minorticks_off()
+    ax.legend(frameon=False)
+
+
+def draw_roofline(roofline: Path, *stages: Path) -> Figure:
+    """What each case attains of the ceilings measured on the same machine, a row for each case."""
+    ceilings = json.loads(roofline.read_text())["ceilings"]
+    environment, points = load(*stages)
+    rows = list(dict.fromkeys((p.shape, p.case) for p in points))
+    figure, ax = plt.subplots(figsize=(9, 1.6 + 0.3 * len(rows)), layout="constrained")
+    floors = ("dense", "copy")
+    others = [name for name in dict.fromkeys(p.provider for p in points) if name not in floors]
+    for names, label in ((floors, "dense, or a copy"), *(((name,), name) for name in others)):
+        mine = [p for p in points if p.provider in names]
+        color, marker = STYLES[names[0]]
+        aside = 0 if names == floors else 0.12 * others.index(label) - 0.18  # markers of equal shares stay visible
+        xs, ys = [100 * attained(p, ceilings) for p in mine], [rows.index((p.shape, p.case)) + aside for p in mine]
+        ax.scatter(xs, ys, color=color, marker=marker, s=140 if names == floors else 20, label=label, zorder=3)
+    ax.set_yticks(range(len(rows)), [f"{case}  {shape}" for shape, case in rows])
+    ax.set(xlim=(0, None), xlabel="share of the measured GEMM rate (draw and multiply: of the copy bandwidth) (%)")
+    ax.set_title(f"Share of the roofline, by case and (M, K, N). {records.device_of(environment)}, {points[0].dtype}", loc="left")
+    _finish_rows(ax)
+    figure.legend(loc="outside lower center", ncols=1 + len(others), frameon=False)
+    return figure
+
+
+def attained(point: Point, ceilings: dict[str, float]) -> float:
+    """The share of its ceiling that a point attains by the work that has to be done, whoever does more.
+
+    A layer computes y, dx and dW, 2 M K N operations each; gates are not counted. Drawing and multiplying reads a float32 weight and a
+    log_alpha for each of its elements, a copy only the weight; both write the dtype of the product.
+    """
+    m, k, n = point.shape
+    dtype = point.dtype.split()[0]
+    if m:
+        return 6 * m * k * n / point.median / ceilings[f"gemm_flops_per_second_{dtype}"]
+    width = (4 if point.provider == "copy" else 8) + (2 if dtype == "bfloat16" else 4)
+    return width * k * n / point.median / ceilings["copy_bytes_per_second"]
+
+
+def draw_memory(*stages: Path) -> Figure:
+    """What each provider keeps from the forward to the backward, in the largest shape."""
+    environment, points = load(*stages)
+    points = [p for p in points if p.kept_bytes is not None]
+    largest = max((p.shape for p in points), key=lambda shape: (shape[0] * shape[1] * shape[2], shape))
+    points = [p for p in points if p.shape == largest]
+    figure, ax = plt.subplots(figsize=(9, 1.6 + 0.19 * len(points)), layout="constrained")
+    y, ticks = 0.0, {}
+    for case in dict.fromkeys(p.case for p in points):
+        mine = [p for p in points if p.case == case]
+        ticks[case] = y + (len(mine) - 1) / 2
+        for p in mine:
+            megabytes = (p.kept_bytes or 0) / 1e6
+            ax.barh(y, megabytes, color=STYLES[p.provider][0], height=0.85)
+            note = f"{p.provider}: {size_text(p.kept_bytes)}"
+            ax.annotate(note, (megabytes, y), (3, 0), textcoords="offset points", va="center", fontsize=7)
+            y += 1
+        y += 0.8
+    ax.set_yticks(list(ticks.values()), list(ticks))
+    ax.margins(x=0.25)  # room for the names
+    ax.set(xlim=(0, None), xlabel="kept for the backward beyond parameters and input (MB)")
+    ax.set_title(f"Memory kept by one layer, (M, K, N) = {largest}. {records.device_of(environment)}, {points[0].dtype}", loc="left")
+    _finish_rows(ax)
+    return figure
+
+
+def _finish_rows(ax: Axes) -> None:
+    """First row on top, faint vertical lines behind the data."""
+    ax.invert_yaxis()
+    ax.grid(axis="x", color="0.9")
+    ax.set_axisbelow(True)
+
+
+class Chart(NamedTuple):
+    """The function that draws it, and the files of a folder of results it draws."""
+
+    draw: Callable[..., Figure]
+    files: tuple[str, ...]
+
+
+CHARTS = {
+    "crossover": Chart(draw_crossover, ("linear-crossover.jsonl",)),
+    "roofline": Chart(draw_roofline, ("roofline.json", "linear-pass.jsonl", "linear-vectors.jsonl", "linear-weights.jsonl")),
+    "memory": Chart(draw_memory, ("linear-vectors.jsonl", "linear-weights.jsonl")),
+}
+
+
+def sources(chart: Path, results: Path = RESULTS) -> list[Path]:
+    """The results files that the chart DEVICE-CHART.png shows."""
+    device, _, name = chart.stem.rpartition("-")
+    return [results / device / file for file in CHARTS[name].files]
+
+
+def write_all(results: Path, target: Path) -> list[Path]:
+    """Every chart that the folders of results have the files for."""
+    target.mkdir(parents=True, exist_ok=True)
+    written = []
+    for path in (target / f"{folder.name}-{name}.png" for folder in sorted(results.iterdir()) for name in CHARTS):
+        files = sources(path, results)
+        if all(file.exists() for file in files):
+            with plt.rc_context({"font.size": 9, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False}):
+                figure = CHARTS[path.stem.rpartition("-")[2]].draw(*files)
+                figure.savefig(path, dpi=110, metadata={"Software": None})
+            plt.close(figure)
+            written.append(path)
+    return written
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=PLOTS)
+    arguments = parser.parse_args(argv)
+    for path in write_all(arguments.results, arguments.out):
+        print(path)
+
+
+if __name__ == "__main__":
+    main()

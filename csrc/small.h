@@ -1,0 +1,179 @@
+// A whole gated linear layer in one call, for problems so small that calls cost more than arithmetic: products and gates on one thread.
+//
+// y = z_out * pre, pre = xz w^T + b, xz = x * z_in; with g = dy * z_out and r = g w:  dx = r * z_in, dw = g^T xz, db = sum_m g,
+// dlog_alpha_out = sum_m pre dy z_out', dlog_alpha_in = sum_m x r z_in'. x: (m, k), w: (n, k), y: (m, n), all float or all double.
+#pragma once
+
+#include <cstdint>
+#include <stdlib.h>
+
+#include "folds.h"
+#include "kernels.h"
+#include "rows.h"
+#include "work.h"
+
+namespace dampr {
+namespace {
+
+inline float multiply_add(float a, float b, float c) {
+#if defined(__FMA__)
+  return __builtin_fmaf(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+inline double multiply_add(double a, double b, double c) {
+#if defined(__FMA__)
+  return __builtin_fma(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+constexpr int kBand = 4, kStrip = 32;  // an output block whose running sums stay in registers
+
+// A block of c (rows, cols) += a b, the first operand by two strides: a(i, s) = a[i * row_step + s * sum_step]. b: (sums, cols).
+template <class T, bool kWhole>
+inline void product_block(const T* a, int64_t row_step, int64_t sum_step, const T* b, T* c, int64_t sums, int64_t cols, int height, int width) {
+  const int band = kWhole ? kBand : height, strip = kWhole ? kStrip : width;
+  alignas(64) T acc[kBand][kStrip];
+  for (int i = 0; i < band; ++i)
+    for (int j = 0; j < strip; ++j) acc[i][j] = c[i * cols + j];
+  for (int64_t s = 0; s < sums; ++s)
+    for (int i = 0; i < band; ++i) {
+      const T factor = a[i * row_step + s * sum_step];
+#pragma omp simd
+      for (int j = 0; j < strip; ++j) acc[i][j] = multiply_add(factor, b[s * cols + j], acc[i][j]);
+    }
+  for (int i = 0; i < band; ++i)
+    for (int j = 0; j < strip; ++j) c[i * cols + j] = acc[i][j];
+}
+
+template <class T>
+void add_product(const T* a, int64_t row_step, int64_t sum_step, const T* b, T* c, int64_t rows, int64_t sums, int64_t cols) {
+  for (int64_t j = 0; j < cols; j += kStrip)
+    for (int64_t i = 0; i < rows; i += kBand) {
+      const int height = static_cast<int>(least(kBand, rows - i)), width = static_cast<int>(least(kStrip, cols - j));
+      if (height == kBand && width == kStrip)
+        product_block<T, true>(a + i * row_step, row_step, sum_step, b + j, c + i * cols + j, sums, cols, kBand, kStrip);
+      else
+        product_block<T, false>(a + i * row_step, row_step, sum_step, b + j, c + i * cols + j, sums, cols, height, width);
+    }
+}
+
+// Memory for the intermediate results of a call, given out piece by piece.
+template <class T>
+struct Scratch {
+  T* memory;
+  int64_t used = 0;
+
+  explicit Scratch(int64_t count) : memory(static_cast<T*>(malloc(static_cast<size_t>(count + 1) * sizeof(T)))) {}
+  ~Scratch() { free(memory); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  T* take(int64_t count) {
+    T* piece = memory + used;
+    used += count;
+    return piece;
+  }
+};
+
+// out = t z for t (m, n), a draw per row or one for all; z: room for n values.
+template <class T, class Gate>
+void gate_matrix(const Gate& gate, const SmallLinear& a, const T* t, const void* log_alpha, uint64_t seed, int64_t n, T* z, T* out) {
+  if (a.per_sample) return rows_forward<T, T, Gate, true>(gate, {t, log_alpha, out, a.m, n, seed}, 1);
+  rows_forward<T, T, Gate, false>(gate, {nullptr, log_alpha, z, 1, n, seed}, 1);
+  fold_forward<T, T>({t, nullptr, z, out, a.m, n}, 1);
+}
+
+// For the gradient g of t z: product = g z, gated = t z and dlog_alpha = sum over rows of t g z'; absent ones are null. z, dz: room for n values.
+template <class T, class Gate>
+bool gate_matrix_backward(const Gate& gate, const SmallLinear& a, const T* t, const T* g, const void* log_alpha, uint64_t seed, int64_t n, T* z,
+                          T* dz, T* product, T* gated, void* dlog_alpha) {
+  if (a.per_sample) return rows_backward<T, T, Gate, true>(gate, {t, g, log_alpha, product, gated, dlog_alpha, a.m, n, seed}, 1);
+  rows_forward<T, T, Gate, false>(gate, {nullptr, log_alpha, z, 1, n, seed}, 1);
+  if (gated) fold_forward<T, T>({t, nullptr, z, gated, a.m, n}, 1);
+  if (!fold_backward<T, T>({g, t, nullptr, z, product, nullptr, nullptr, dlog_alpha ? dz : nullptr, a.m, n}, 1)) return false;
+  return !dlog_alpha || rows_backward<T, T, Gate, false>(gate, {nullptr, dz, log_alpha, nullptr, nullptr, dlog_alpha, 1, n, seed}, 1);
+}
+
+inline int64_t pre_scratch(const SmallLinear& a) {
+  return a.m * a.k + a.k * a.n + a.k;
+}
+
+// pre = (x * z_in) w^T + b.
+template <class T, class Gate>
+void compute_pre(const Gate& gate, const SmallLinear& a, Scratch<T>& scratch, T* pre) {
+  const T *x = static_cast<const T*>(a.x), *w = static_cast<const T*>(a.w), *b = static_cast<const T*>(a.b);
+  if (a.in_log_alpha) {
+    T* xz = scratch.take(a.m * a.k);
+    gate_matrix(gate, a, x, a.in_log_alpha, a.in_seed, a.k, scratch.take(a.k), xz);
+    x = xz;
+  }
+  T* transposed = scratch.take(a.k * a.n);
+  for (int64_t n = 0; n < a.n; ++n)
+    for (int64_t k = 0; k < a.k; ++k) transposed[k * a.n + n] = w[n * a.k + k];
+  for (int64_t m = 0; m < a.m; ++m)
+    for (int64_t n = 0; n < a.n; ++n) pre[m * a.n + n] = b ? b[n] : T(0);
+  add_product(x, a.k, 1, transposed, pre, a.m, a.k, a.n);
+}
+
+template <class T, class Gate>
+bool small_forward(const Gate& gate, const SmallLinear& a) {
+  Scratch<T> scratch(pre_scratch(a) + a.n);
+  if (!scratch.memory) return false;
+  T *y = static_cast<T*>(a.y), *pre = a.pre ? static_cast<T*>(a.pre) : y;
+  compute_pre(gate, a, scratch, pre);
+  if (a.out_log_alpha) gate_matrix(gate, a, pre, a.out_log_alpha, a.out_seed, a.n, scratch.take(a.n), y);
+  return true;
+}
+
+template <class T, class Gate>
+bool small_backward(const Gate& gate, const SmallLinear& a) {
+  const bool recompute = a.dout && !a.pre;
+  Scratch<T> scratch(2 * a.m * a.n + 2 * a.m * a.k + 2 * (a.n + a.k) + (recompute ? pre_scratch(a) : 0));
+  if (!scratch.memory) return false;
+  const T *x = static_cast<const T*>(a.x), *w = static_cast<const T*>(a.w), *g = static_cast<const T*>(a.dy);
+  T* spare = scratch.take(2 * (a.n + a.k));
+  if (a.out_log_alpha) {
+    T* gated = scratch.take(a.m * a.n);
+    const T* pre = a.pre ? static_cast<const T*>(a.pre) : g;  // unread without dout
+    if (recompute) {
+      T* again = scratch.take(a.m * a.n);
+      compute_pre(gate, a, scratch, again);
+      pre = again;
+    }
+    if (!gate_matrix_backward<T>(gate, a, pre, g, a.out_log_alpha, a.out_seed, a.n, spare, spare + a.n, gated, nullptr, a.dout)) return false;
+    g = gated;
+  }
+  if (a.db) {
+    T* db = static_cast<T*>(a.db);
+    for (int64_t n = 0; n < a.n; ++n) db[n] = 0;
+    for (int64_t m = 0; m < a.m; ++m)
+      for (int64_t n = 0; n < a.n; ++n) db[n] += g[m * a.n + n];
+  }
+  T* back = a.in_log_alpha || !a.dx ? scratch.take(a.m * a.k) : static_cast<T*>(a.dx);
+  if (a.dx || a.din) {
+    for (int64_t i = 0; i < a.m * a.k; ++i) back[i] = 0;
+    add_product(g, a.n, 1, w, back, a.m, a.n, a.k);
+  }
+  if (a.in_log_alpha) {
+    T* xz = a.dw ? scratch.take(a.m * a.k) : nullptr;
+    T* dx = static_cast<T*>(a.dx);
+    if (!dx && !a.din) {
+      if (xz) gate_matrix(gate, a, x, a.in_log_alpha, a.in_seed, a.k, spare, xz);
+    } else if (!gate_matrix_backward<T>(gate, a, x, back, a.in_log_alpha, a.in_seed, a.k, spare, spare + a.k, dx, xz, a.din)) {
+      return false;
+    }
+    x = xz;
+  }
+  if (a.dw) {
+    T* dw = static_cast<T*>(a.dw);
+    for (int64_t i = 0; i < a.n * a.k; ++i) dw[i] = 0;
+    add_product(g, 1, a.n, x, dw, a.n, a.m, a.k);
+  }
+  return true;
+}
+
+}  // namespace
+}  // namespace dampr

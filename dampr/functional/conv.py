@@ -1,0 +1,182 @@
+"""Gated convolutions: the gates go into the weight or onto the activations, and torch's own convolution does the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dampr import _checks, ops
+from dampr.spec import SAMPLE, GateSpec
+
+from .gates import DRAWN
+from .inputs import Maybe, cast, gates_of
+
+Size = int | Sequence[int]
+
+
+def gated_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Size = 1,
+    padding: Size | str = 0,
+    dilation: Size = 1,
+    groups: int = 1,
+    *,
+    input_gate: Tensor | None = None,
+    output_gate: Tensor | None = None,
+    weight_gate: Tensor | None = None,
+    block: tuple[int, int] | None = None,
+    seed: int | Tensor | None = None,
+    per_sample: bool = False,
+    spec: GateSpec = DRAWN,
+) -> Tensor:
+    """:func:`gated_conv2d` in one dimension: x (B, C, L) or (C, L), weight (N, C / groups, R)."""
+    how = F.conv1d, stride, padding, dilation, groups
+    return _gated_conv(1, x, weight, bias, how, input_gate, output_gate, weight_gate, block, seed, per_sample, spec)
+
+
+def gated_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Size = 1,
+    padding: Size | str = 0,
+    dilation: Size = 1,
+    groups: int = 1,
+    *,
+    input_gate: Tensor | None = None,
+    output_gate: Tensor | None = None,
+    weight_gate: Tensor | None = None,
+    block: tuple[int, int] | None = None,
+    seed: int | Tensor | None = None,
+    per_sample: bool = False,
+    spec: GateSpec = DRAWN,
+) -> Tensor:
+    """y = z_out * (conv(x * z_in, weight) + bias): gates on channels, on filters, on both; or gates on the weights.
+
+    Args:
+        x: (B, C, H, W) or (C, H, W), any floating dtype; under autocast it is cast as ``nn.Conv2d`` would cast it. Channels last in,
+            channels last out.
+        weight: (N, C / groups, R, S), the dtype of ``x`` or, under autocast, float32.
+        bias: (N,) or None. The output gate multiplies it too, in training as in evaluation (the published L0 code drops it in training).
+        stride, padding, dilation, groups: as in ``torch.nn.functional.conv2d``.
+        input_gate, output_gate: gate parameters of the channels (C,) and of the filters (N,), float32 (float64 next to float64 ``x``).
+        weight_gate: parameters of a gate for each weight, flat, in the order of a contiguous weight; or, with a ``block`` (Q, P), for each
+            Q filters times P input channels of a group with all their kernel positions, (ceil(N / Q) * ceil(C / groups / P),) row by row;
+            (1, 1) is a gate for each kernel. The bias is not gated. Not together with other gates.
+        seed: the noise, an int in [0, 2^63) or an int64 tensor of shape (1,); not needed by a deterministic ``spec``. With both gates, the
+            output gates use a second stream of the same seed.
+        per_sample: one draw per image instead of one per call; channel and filter gates only.
+        spec: the gate function, from :func:`dampr.spec.hard_concrete`; drawn by default.
+
+    Returns: (B, N, H', W') or (N, H', W') in the dtype of ``x``. Differentiable in ``x``, ``weight``, ``bias`` and the gate parameters.
+
+    Raises: TypeError or ValueError that names the argument, before any work is done.
+    """
+    how = F.conv2d, stride, padding, dilation, groups
+    return _gated_conv(2, x, weight, bias, how, input_gate, output_gate, weight_gate, block, seed, per_sample, spec)
+
+
+def _gated_conv(
+    dims: int,
+    x: Tensor,
+    weight: Tensor,
+    bias: Maybe,
+    how: tuple[Callable[..., Tensor], Any, Any, Any, int],
+    input_gate: Maybe,
+    output_gate: Maybe,
+    weight_gate: Maybe,
+    block: tuple[int, int] | None,
+    seed: int | Tensor | None,
+    per_sample: bool,
+    spec: GateSpec,
+) -> Tensor:
+    convolve, *arguments = how
+    groups: int = arguments[3]
+    _check_shapes(dims, x, weight, groups)
+    n_out, n_in = weight.shape[0], weight.shape[1] * groups
+    x = cast(x, weight, bias)
+    if weight_gate is not None:
+        if per_sample or input_gate is not None or output_gate is not None:
+            raise ValueError("weight_gate: expected no input_gate, no output_gate and per_sample=False beside it")
+        return convolve(x, _gate_blocks(x, weight, weight_gate, block, seed, spec), bias, *arguments)
+    in_la, out_la, in_seed, out_seed = gates_of(input_gate, n_in, "input channel", output_gate, n_out, "filter", x, seed, spec)
+    if per_sample and spec.rule == SAMPLE:
+        batch = x if x.dim() == dims + 2 else x[None]
+        if in_la is not None:
+            batch = ops.gate_activations(batch, in_la, in_seed, spec, 1, True)
+        y = convolve(batch, weight, bias, *arguments)
+        if out_la is not None:
+            y = ops.gate_activations(y, out_la, out_seed, spec, 1, True)
+        return y if x.dim() == dims + 2 else y[0]
+    if in_la is not None:
+        weight = _gate_inputs(weight, in_la, in_seed, spec, groups, x.dtype)
+    if out_la is not None:
+        weight, bias = _gate_outputs(weight, bias, out_la, out_seed, spec, x.dtype)
+    return convolve(x, weight, bias, *arguments)
+
+
+def _check_shapes(dims: int, x: Tensor, weight: Tensor, groups: int) -> None:
+    _checks.floating("x", _checks.tensor("x", x))
+    _checks.floating("weight", _checks.tensor("weight", weight))
+    _checks.positive_int("groups", groups)
+    if weight.dim() != dims + 2:
+        raise ValueError(f"weight.shape={tuple(weight.shape)}: expected {dims + 2} dimensions, (filters, channels / groups, kernel size)")
+    if weight.shape[0] % groups:
+        raise ValueError(f"groups={groups}: expected a divisor of the {weight.shape[0]} filters of weight")
+    channels = weight.shape[1] * groups
+    if x.dim() not in (dims + 1, dims + 2) or x.shape[-dims - 1] != channels:
+        image = f"{channels}, L" if dims == 1 else f"{channels}, H, W"
+        why = f"because weight has shape {tuple(weight.shape)} and groups={groups}"
+        raise ValueError(f"x.shape={tuple(x.shape)}: expected (B, {image}) or ({image}), {why}")
+
+
+def _channels_innermost(weight: Tensor) -> bool:
+    """Whether a (filter, position) is followed in memory by its channels."""
+    return weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def _gate_outputs(weight: Tensor, bias: Maybe, log_alpha: Tensor, seed: Maybe, spec: GateSpec, dtype: torch.dtype) -> tuple[Tensor, Maybe]:
+    """Filters (and the bias) times their gates; the weight keeps its memory format."""
+    if not weight.is_contiguous() and _channels_innermost(weight):
+        last = weight.permute(0, 2, 3, 1)
+        folded, bias = ops.fold_weight(last.reshape(weight.shape[0], -1), bias, None, log_alpha, None, seed, spec, dtype)
+        return folded.view(last.shape).permute(0, 3, 1, 2), bias
+    folded, bias = ops.fold_weight(weight.reshape(weight.shape[0], -1), bias, None, log_alpha, None, seed, spec, dtype)
+    return folded.view(weight.shape), bias
+
+
+def _gate_inputs(weight: Tensor, log_alpha: Tensor, seed: Maybe, spec: GateSpec, groups: int, dtype: torch.dtype) -> Tensor:
+    """Weights times the gates of the channels they read: columns where channels are innermost, else blocks of the filters of a group."""
+    n_out, n_in = weight.shape[0], weight.shape[1]
+    if groups == 1 and _channels_innermost(weight):
+        last = weight.permute(0, 2, 3, 1)
+        folded, _ = ops.fold_weight(last.reshape(-1, n_in), None, log_alpha, None, seed, None, spec, dtype)
+        return folded.view(last.shape).permute(0, 3, 1, 2)
+    block = max(1, n_out // groups), max(1, weight.shape[2:].numel())
+    return _as_blocks(weight, log_alpha, seed, spec, block, dtype)
+
+
+def _gate_blocks(
+    x: Tensor, weight: Tensor, gate: Tensor, block: tuple[int, int] | None, seed: int | Tensor | None, spec: GateSpec
+) -> Tensor:
+    if block is None:
+        size, what, count = (1, 1), "weight", weight.numel()
+    else:
+        count = _checks.block_count("block", block, weight.shape[0], weight.shape[1])
+        size, what = (block[0], block[1] * max(1, weight.shape[2:].numel())), f"{block[0]} x {block[1]} block of filters and channels"
+    log_alpha = _checks.gate_parameter("weight_gate", gate, count, what, x)
+    noise = _checks.seed_tensor("seed", seed, x.device) if spec.rule == SAMPLE else None
+    return _as_blocks(weight, log_alpha, noise, spec, size, x.dtype)
+
+
+def _as_blocks(weight: Tensor, log_alpha: Tensor, seed: Maybe, spec: GateSpec, block: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """Gates of blocks of the weight as a matrix (filters, channels * positions), whatever its memory format, which it keeps."""
+    folded = ops.fold_blocks(weight.reshape(weight.shape[0], -1), log_alpha, seed, spec, block, dtype).view(weight.shape)
+    keep = torch.channels_last if not weight.is_contiguous() and _channels_innermost(weight) else torch.contiguous_format
+    return folded.contiguous(memory_format=keep)

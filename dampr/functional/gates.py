@@ -1,0 +1,111 @@
+"""Gate values, open probability, the expected L0 penalty, and activations times gates."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dampr import _checks, ops, reference
+from dampr.spec import SAMPLE, GateSpec, hard_concrete
+
+DRAWN = hard_concrete()
+
+
+def sample_gates(log_alpha: Tensor, *, seed: int | Tensor | None = None, rows: int | None = None, spec: GateSpec = DRAWN) -> Tensor:
+    """Gate values of hard concrete gates (Louizos et al. 2018, eq. 10-12).
+
+    Args:
+        log_alpha: gate parameters, (n,), float32 or float64.
+        seed: the noise: an int in [0, 2^63) or an int64 tensor of shape (1,) on the same device. The same seed gives the same gates on
+            every backend, to the bit in which gates are 0 and which are 1. Not needed by a deterministic ``spec``.
+        rows: None for one draw, or the number of independent draws.
+        spec: the gate function, from :func:`dampr.spec.hard_concrete`; drawn by default.
+
+    Returns: (n,), or (rows, n); dtype and device of ``log_alpha``; values in [0, 1], many of them exactly 0 or 1. Differentiable in
+    ``log_alpha``.
+
+    Raises: TypeError or ValueError that names the argument.
+
+    >>> import torch
+    >>> sample_gates(torch.tensor([-9.0, 9.0]), seed=1)
+    tensor([0., 1.])
+    """
+    _gate_vector(log_alpha)
+    if rows is not None and not isinstance(rows, torch.SymInt):
+        _checks.positive_int("rows", rows, least=0)
+    noise = _checks.seed_tensor("seed", seed, log_alpha.device) if spec.rule == SAMPLE else None
+    return ops.sample_gates(log_alpha, noise, rows, spec)
+
+
+def open_probability(log_alpha: Tensor, *, spec: GateSpec = DRAWN) -> Tensor:
+    """P(z != 0) of a drawn gate, Louizos et al. 2018 eq. 12; shape and dtype of ``log_alpha`` (float32 or float64); differentiable."""
+    _checks.floating("log_alpha", _checks.tensor("log_alpha", log_alpha))
+    return reference.open_probability(log_alpha, spec)
+
+
+def expected_l0(
+    log_alpha: Tensor,
+    group_size: float | Tensor = 1.0,
+    *,
+    lam: float = 1.0,
+    group_sq_norm: Tensor | None = None,
+    prior_precision: float = 0.0,
+    spec: GateSpec = DRAWN,
+) -> Tensor:
+    """Expected L0 penalty sum_g pi_g (lam |g| + prior_precision / 2 ||w_g||^2) of Louizos et al. 2018 (eq. 9 and appendix A).
+
+    Args:
+        log_alpha: gate parameters, (n,), float32 or float64.
+        group_size: |g|, how many weights a gate holds: a number, or (n,).
+        lam: cost of one weight (the paper's lambda; divide by the number of training examples where the loss is a mean).
+        group_sq_norm: ||w_g||^2, (n,); needed for the second term.
+        prior_precision: rho, the strength of the L2 term.
+
+    Returns: a scalar tensor, differentiable in ``log_alpha`` and ``group_sq_norm``.
+    """
+    _gate_vector(log_alpha)
+    for name, value in (("group_size", group_size), ("group_sq_norm", group_sq_norm)):
+        if isinstance(value, Tensor) and value.shape not in ((), log_alpha.shape):
+            raise ValueError(f"{name}.shape={tuple(value.shape)}: expected {tuple(log_alpha.shape)}, one entry per gate")
+    return reference.expected_l0(log_alpha, spec, group_size, lam=lam, group_sq_norm=group_sq_norm, prior_precision=prior_precision)
+
+
+def gate_activations(
+    x: Tensor, gate: Tensor, *, dim: int = 1, seed: int | Tensor | None = None, per_sample: bool = False, spec: GateSpec = DRAWN
+) -> Tensor:
+    """x * z along one dimension: a gate for each channel, feature or position.
+
+    Args:
+        x: any shape with at least one dimension, any floating dtype.
+        gate: gate parameters, (x.shape[dim],), float32 (float64 next to float64 ``x``).
+        dim: which dimension of ``x`` has the gates; negative counts from the end.
+        seed: the noise, an int in [0, 2^63) or an int64 tensor of shape (1,); not needed by a deterministic ``spec``.
+        per_sample: one draw for each index of the first dimension instead of one per call; not for ``dim`` 0.
+        spec: the gate function, from :func:`dampr.spec.hard_concrete`; drawn by default.
+
+    Returns: like ``x``, contiguous or channels last. Differentiable in ``x`` and ``gate``.
+
+    Raises: TypeError or ValueError that names the argument.
+
+    >>> import torch
+    >>> gate_activations(torch.ones(2, 2), torch.tensor([-9.0, 9.0]), seed=1)
+    tensor([[0., 1.],
+            [0., 1.]])
+    """
+    _checks.floating("x", _checks.tensor("x", x))
+    if isinstance(dim, bool) or not isinstance(dim, int) or not -x.dim() <= dim < x.dim():
+        raise ValueError(f"dim={dim!r}: expected an integer in [{-x.dim()}, {x.dim()}) for x of shape {tuple(x.shape)}")
+    dim %= x.dim()
+    if per_sample and dim == 0:
+        raise ValueError("per_sample=True with dim=0: expected the gates on another dimension than the samples")
+    log_alpha = _checks.gate_parameter("gate", gate, x.shape[dim], f"index of dimension {dim} of x", x)
+    noise = _checks.seed_tensor("seed", seed, x.device) if spec.rule == SAMPLE else None
+    return ops.gate_activations(x, log_alpha, noise, spec, dim, per_sample)
+
+
+def _gate_vector(log_alpha: Tensor) -> None:
+    _checks.tensor("log_alpha", log_alpha)
+    if log_alpha.dtype not in _checks.GATE_DTYPES:
+        raise TypeError(f"log_alpha.dtype={log_alpha.dtype}: expected torch.float32 or torch.float64")
+    if log_alpha.dim() != 1:
+        raise ValueError(f"log_alpha.shape={tuple(log_alpha.shape)}: expected one dimension, (num_gates,)")

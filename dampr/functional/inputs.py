@@ -1,0 +1,51 @@
+"""What every function with a weight does to its arguments before any work: checks, autocast, seeds."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dampr import _checks, philox
+from dampr.spec import SAMPLE, GateSpec
+
+Maybe = Tensor | None
+
+
+def cast(x: Tensor, weight: Tensor, bias: Maybe) -> Tensor:
+    """``x`` as autocast would have it, once it is known to go with ``weight`` and ``bias``. Raises TypeError or ValueError."""
+    if bias is not None and _checks.tensor("bias", bias).shape != weight.shape[:1]:
+        raise ValueError(f"bias.shape={tuple(bias.shape)}: expected ({weight.shape[0]},), the rows of weight")
+    _checks.same_device("weight", weight, "x", x)
+    autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+    if autocast:
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    for name, t in (("weight", weight), ("bias", bias)):
+        if t is not None and t.dtype != x.dtype and not (autocast and t.dtype == torch.float32):
+            expected = f"{x.dtype} or torch.float32" if autocast else f"{x.dtype}, the dtype of x (mixed dtypes are for autocast)"
+            raise TypeError(f"{name}.dtype={t.dtype}: expected {expected}")
+    if bias is not None:
+        _checks.same_device("bias", bias, "x", x)
+    return x
+
+
+def gates_of(
+    input_gate: Maybe,
+    n_in: int,
+    one_input: str,
+    output_gate: Maybe,
+    n_out: int,
+    one_output: str,
+    x: Tensor,
+    seed: int | Tensor | None,
+    spec: GateSpec,
+) -> tuple[Maybe, Maybe, Maybe, Maybe]:
+    """Gate parameters of inputs and outputs, checked, and a seed for each: with both, the outputs use a second stream of the same seed."""
+    in_la = None if input_gate is None else _checks.gate_parameter("input_gate", input_gate, n_in, one_input, x)
+    out_la = None if output_gate is None else _checks.gate_parameter("output_gate", output_gate, n_out, one_output, x)
+    in_seed = out_seed = None
+    if spec.rule == SAMPLE and (in_la is not None or out_la is not None):
+        noise = _checks.seed_tensor("seed", seed, x.device)
+        in_seed = None if in_la is None else noise
+        if out_la is not None:
+            out_seed = noise if in_la is None else noise ^ philox.SECOND_STREAM
+    return in_la, out_la, in_seed, out_seed

@@ -1,0 +1,77 @@
+"""The gated linear map."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from dampr import _checks, ops
+from dampr.spec import SAMPLE, GateSpec
+
+from .gates import DRAWN
+from .inputs import cast, gates_of
+
+
+def gated_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    input_gate: Tensor | None = None,
+    output_gate: Tensor | None = None,
+    weight_gate: Tensor | None = None,
+    block: tuple[int, int] = (1, 1),
+    seed: int | Tensor | None = None,
+    per_sample: bool = False,
+    spec: GateSpec = DRAWN,
+) -> Tensor:
+    """y = z_out * ((x * z_in) weight^T + bias) with gates on the inputs, on the outputs, on both, or on neither; or gates on the weights.
+
+    Args:
+        x: (..., K), any floating dtype; under autocast it is cast as ``nn.Linear`` would cast it.
+        weight: (N, K), the dtype of ``x`` or, under autocast, float32.
+        bias: (N,) or None. The output gate multiplies it too, in training as in evaluation.
+        input_gate, output_gate: gate parameters (log_alpha), (K,) and (N,), float32 (float64 next to float64 ``x``), or None.
+        weight_gate: parameters of a gate for each block of the weight (of which only it is gated, not the bias), flat,
+            (ceil(N / R) * ceil(K / C),): weight[n, k] belongs to gate (n // R) * ceil(K / C) + k // C. Not together with other gates.
+        block: (R, C), the size of a block; (1, 1) is a gate for each weight.
+        seed: the noise, an int in [0, 2^63) or an int64 tensor of shape (1,); not needed by a deterministic ``spec``. With both gates, the
+            output gates use a second stream of the same seed.
+        per_sample: one draw per row of ``x`` flattened to (M, K) instead of one per call; vector gates only.
+        spec: the gate function, from :func:`dampr.spec.hard_concrete`; drawn by default.
+
+    Returns: (..., N) in the dtype of ``x``. Differentiable in ``x``, ``weight``, ``bias`` and the gate parameters.
+
+    Raises: TypeError or ValueError that names the argument, before any work is done.
+    """
+    _checks.floating("x", _checks.tensor("x", x))
+    _checks.floating("weight", _checks.tensor("weight", weight))
+    if weight.dim() != 2:
+        raise ValueError(f"weight.shape={tuple(weight.shape)}: expected two dimensions, (out_features, in_features)")
+    n_out, n_in = weight.shape
+    if x.dim() < 1 or x.shape[-1] != n_in:
+        raise ValueError(f"x.shape={tuple(x.shape)}: expected (..., {n_in}), because weight has shape {tuple(weight.shape)}")
+    x = cast(x, weight, bias)
+    if weight_gate is not None:
+        return _weight_gated(
+            x, weight, bias, weight_gate, block, seed, per_sample or input_gate is not None or output_gate is not None, spec
+        )
+    gates = gates_of(input_gate, n_in, "input feature", output_gate, n_out, "output feature", x, seed, spec)
+    return ops.gated_linear(x, weight, bias, *gates, spec, per_sample)
+
+
+def _weight_gated(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    weight_gate: Tensor,
+    block: tuple[int, int],
+    seed: int | Tensor | None,
+    with_vector_gates: bool,
+    spec: GateSpec,
+) -> Tensor:
+    if with_vector_gates:
+        raise ValueError("weight_gate: expected no input_gate, no output_gate and per_sample=False beside it")
+    count = _checks.block_count("block", block, weight.shape[0], weight.shape[1])
+    log_alpha = _checks.gate_parameter("weight_gate", weight_gate, count, f"{block[0]} x {block[1]} block of weight", x)
+    noise = _checks.seed_tensor("seed", seed, x.device) if spec.rule == SAMPLE else None
+    return ops.weight_gated_linear(x, weight, bias, log_alpha, noise, spec, (int(block[0]), int(block[1])))

@@ -1,0 +1,121 @@
+"""GatedConv1d and GatedConv2d, drop-ins for ``nn.Conv1d`` and ``nn.Conv2d``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.conv import _ConvNd
+
+from dampr import functional
+from dampr.gates import Gate, make_gate
+
+from .base import GatedWeight, Granularity
+
+
+class _GatedConv(GatedWeight, _ConvNd):
+    """What both have in common; see :class:`GatedConv2d`."""
+
+    _arguments = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+    _function: Callable[..., Tensor]
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, ...],
+        stride: int | tuple[int, ...] = 1,
+        padding: int | tuple[int, ...] | str = 0,
+        dilation: int | tuple[int, ...] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        gate: str | type[Gate] | Gate = "hard_concrete",
+        granularity: Granularity = "output",
+        per_sample: bool = False,
+    ) -> None:
+        # The dense constructor first: it knows how to refuse channels that its groups do not divide.
+        self._dense.__init__(
+            self,
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            padding_mode,
+            device,
+            dtype,
+        )
+        count = self._gate_count(granularity, per_sample, out_channels, in_channels, groups, self.weight.shape[2:].numel())
+        self.granularity = granularity
+        self.per_sample = bool(per_sample)
+        self.gate = make_gate(gate, count, device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        padding: Any = self.padding
+        if self.padding_mode != "zeros":
+            x, padding = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0
+        parameter, seed, spec = self.gate.call()
+        how: dict[str, Any] = {"seed": seed, "spec": spec}
+        if self.granularity in ("output", "input"):
+            how |= {f"{self.granularity}_gate": parameter, "per_sample": self.per_sample}
+        else:
+            how |= {"weight_gate": parameter, "block": self.granularity if isinstance(self.granularity, tuple) else None}
+        return type(self)._function(x, self.weight, self.bias, self.stride, padding, self.dilation, self.groups, **how)
+
+    @classmethod
+    def from_dense(
+        cls,
+        layer: Any,
+        *,
+        gate: str | type[Gate] | Gate = "hard_concrete",
+        granularity: Granularity = "output",
+        per_sample: bool = False,
+    ) -> Any:
+        """A gated layer with the very parameters of ``layer``, not copies. Raises TypeError unless its type is exactly the dense one.
+
+        Where fresh gates are not 1, the parameters are divided by them, so that the layer computes the same.
+        """
+        return cls._from_dense(layer, gate, granularity, per_sample)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {self._describe_gates()}"
+
+
+class GatedConv2d(_GatedConv, nn.Conv2d):
+    """``nn.Conv2d`` with learned gates: y = z * (conv(x, W) + b), y = conv(x * z, W) + b, or y = conv(x, Z * W) + b.
+
+    Args:
+        in_channels ... dtype: as in ``nn.Conv2d``, all of them, ``padding="same"`` and every ``padding_mode`` included.
+        gate: a family's name, a :class:`dampr.gates.Gate` subclass, or an instance to share.
+        granularity: ``"output"`` (a gate per filter, its bias included), ``"input"`` (a gate per channel), ``"weight"`` (a gate per weight)
+            or ``(rows, cols)``: a gate for each ``rows`` filters times ``cols`` channels of a group, with all their kernel positions;
+            (1, 1) is a gate per kernel.
+        per_sample: in training, one draw per image instead of one per call; ``"output"`` and ``"input"`` only.
+
+    Input (B, C, H, W) or (C, H, W); channels last in, channels last out. ``weight`` and ``bias`` come first in ``parameters()``; a dense
+    ``state_dict`` loads and leaves the gates as they are. A fresh layer equals the dense one in evaluation mode, to the bit.
+
+    Put gates after a BatchNorm that follows (``dampr.convert`` does): a channel closed before it is not zero but a constant after it.
+
+    Raises: ValueError or TypeError that names the argument.
+    """
+
+    _dense = nn.Conv2d
+    _function = staticmethod(functional.gated_conv2d)
+
+
+class GatedConv1d(_GatedConv, nn.Conv1d):
+    """``nn.Conv1d`` with learned gates; everything as in :class:`GatedConv2d`, in one dimension: (B, C, L) or (C, L)."""
+
+    _dense = nn.Conv1d
+    _function = staticmethod(functional.gated_conv1d)

@@ -1,0 +1,242 @@
+"""GatedBatchNorm1d, GatedBatchNorm2d and GatedLayerNorm: gates after a norm, in its gain and bias."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from dampr import functional
+from dampr.gates import Gate, make_gate
+from dampr.spec import SAMPLE
+
+from .base import GatedLayer
+
+
+class _GatedNorm(GatedLayer):
+    """A norm with a gate for each channel, mixed in before the ``torch.nn`` layer in ``_dense``: y = z * norm(x).
+
+    ``weights_per_gate`` is what closing a gate saves, for the penalty: its own gain and bias and, where :func:`dampr.convert` moved the
+    gate of a layer in front into the norm, the parameters of that layer's channel.
+    """
+
+    weight: Any
+    bias: Any
+    training: bool
+    weights_per_gate: float
+    _dense: type[nn.Module]
+    _arguments: tuple[str, ...]
+
+    def _place(self, gate: str | type[Gate] | Gate, count: int, per_sample: bool, device: Any) -> None:
+        self.granularity = "output"
+        self.per_sample = bool(per_sample)
+        self.gate = make_gate(gate, count, device)
+        self.weights_per_gate = float((self.weight is not None) + (self.bias is not None))
+
+    def _affine(self) -> tuple[Tensor, Tensor | None]:
+        """Gain and bias with the gates of this call in them."""
+        parameter, seed, spec = self.gate.call()
+        shape, like = self._gain_shape(), self.weight
+        weight = None if like is None else like.view(-1)
+        bias = None if self.bias is None else self.bias.view(-1)
+        gain, shift = functional.gated_affine(parameter, weight, bias, seed=seed, spec=spec)
+        return gain.view(shape), None if shift is None else shift.view(shape)
+
+    def _gain_shape(self) -> tuple[int, ...]:
+        raise NotImplementedError
+
+    def _draws_per_sample(self) -> bool:
+        return self.per_sample and self.gate.spec.rule == SAMPLE
+
+    @classmethod
+    def from_dense(cls, layer: Any, *, gate: str | type[Gate] | Gate = "hard_concrete", per_sample: bool = False) -> Any:
+        """A gated norm with the very parameters and statistics of ``layer``, not copies. Raises TypeError unless its type is exactly the
+        dense one.
+
+        Where fresh gates are not 1, gain and bias are divided by them, so that the layer computes the same; a norm without gain and bias
+        has nothing to divide, and ValueError is raised.
+        """
+        if type(layer) is not cls._dense:
+            raise TypeError(f"layer={type(layer).__name__}: expected exactly nn.{cls._dense.__name__}")
+        build: Any = cls
+        device = next((t.device for t in [*layer.parameters(), *layer.buffers()]), None)
+        if not isinstance(gate, Gate):
+            count = math.prod(getattr(layer, "normalized_shape", None) or (layer.num_features,))
+            gate = make_gate(gate, count, device)
+        gated = build(**{name: getattr(layer, name) for name in cls._arguments}, device="meta", gate=gate, per_sample=per_sample)
+        gated._parameters.update(layer._parameters)
+        gated._buffers.update(layer._buffers)
+        gated.train(layer.training)
+        gated._undo_fresh_gates()
+        return gated
+
+    @torch.no_grad()
+    def _undo_fresh_gates(self) -> None:
+        z = self.gate.deterministic()
+        if bool((z == 1).all()):
+            return
+        if self.weight is None or not bool((z != 0).all()):
+            raise ValueError(f"gate={type(self.gate).__name__}: fresh gates are not 1, and this norm has no gain to make up for it")
+        self.weight.data = (self.weight / z.view(self.weight.shape)).to(self.weight.dtype)
+        if self.bias is not None:
+            self.bias.data = (self.bias / z.view(self.bias.shape)).to(self.bias.dtype)
+
+    @torch.no_grad()
+    def to_dense(self) -> nn.Module:
+        """The plain norm that computes what this one computes in evaluation mode, with copies of its parameters and statistics.
+
+        A norm without gain gets one, for the gates to be in.
+        """
+        arguments = {name: getattr(self, name) for name in self._arguments}
+        arguments |= {name: True for name in ("affine", "elementwise_affine") if name in arguments}
+        like = next((t for t in (self.weight, *self._own_buffers().values()) if t is not None and t.is_floating_point()), None)
+        dense: Any = self._dense(**arguments, device="meta", dtype=None if like is None else like.dtype)
+        z = self.gate.deterministic().view(self._gain_shape())
+        wants_grad = self.weight is None or self.weight.requires_grad
+        gain = z.clone() if self.weight is None else (self.weight * z).to(self.weight.dtype)
+        dense.weight = nn.Parameter(gain, requires_grad=wants_grad)
+        if dense.bias is not None:
+            shift = torch.zeros_like(gain) if self.bias is None else (self.bias * z).to(self.bias.dtype)
+            dense.bias = nn.Parameter(shift, requires_grad=wants_grad)
+        dense._buffers.update({name: None if t is None else t.clone() for name, t in self._own_buffers().items()})
+        plain: nn.Module = dense.train(self.training)
+        return plain
+
+    def _own_buffers(self) -> dict[str, Tensor | None]:
+        buffers: dict[str, Tensor | None] = self._buffers  # type: ignore[attr-defined]
+        return buffers
+
+    def closed_channels(self) -> tuple[set[int], set[int]]:
+        return set((~self.gate.is_open()).nonzero().flatten().tolist()), set()
+
+    def penalty(self, lam: float = 1.0, prior_precision: float = 0.0) -> Tensor:
+        cost: float | Tensor = lam * self.weights_per_gate
+        for t in (self.weight, self.bias) if prior_precision else ():
+            if t is not None:
+                cost = cost + 0.5 * prior_precision * t.to(torch.promote_types(t.dtype, torch.float32)).square().view(-1)
+        total: Tensor = (self.gate.open_probability() * cost).sum()
+        return total
+
+    def _describe_gates(self) -> str:
+        return f"per_sample={self.per_sample}"
+
+
+class _GatedBatchNorm(_GatedNorm, _BatchNorm):
+    _arguments = ("num_features", "eps", "momentum", "affine", "track_running_stats")
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        gate: str | type[Gate] | Gate = "hard_concrete",
+        per_sample: bool = False,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        self._place(gate, num_features, per_sample, device)
+
+    def _gain_shape(self) -> tuple[int, ...]:
+        return (self.num_features,)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self._check_input_dim(x)
+        momentum = 0.0 if self.momentum is None else self.momentum
+        if self.training and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            if self.momentum is None:  # a cumulative average
+                momentum = 1.0 / float(self.num_batches_tracked)
+        by_batch = self.training or (self.running_mean is None and self.running_var is None)
+        kept = not self.training or self.track_running_stats
+        statistics = (self.running_mean, self.running_var) if kept else (None, None)
+        if not self._draws_per_sample():
+            return F.batch_norm(x, *statistics, *self._affine(), by_batch, momentum, self.eps)
+        y = F.batch_norm(x, *statistics, self.weight, self.bias, by_batch, momentum, self.eps)
+        parameter, seed, spec = self.gate.call()
+        return functional.gate_activations(y, parameter, dim=1, seed=seed, per_sample=True, spec=spec)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {self._describe_gates()}"
+
+
+class GatedBatchNorm2d(_GatedBatchNorm, nn.BatchNorm2d):
+    """``nn.BatchNorm2d`` with learned gates on its output channels: y = z * batch_norm(x), the gates folded into gain and bias.
+
+    This is where the gates of a convolution's filters belong: a channel closed here is exactly zero for whatever reads it, and can be cut
+    out together with the filter in front. Closed before the norm, it would be a constant that differs at padded borders.
+
+    Args:
+        num_features ... dtype: as in ``nn.BatchNorm2d``.
+        gate: a family's name, a :class:`dampr.gates.Gate` subclass, or an instance to share.
+        per_sample: in training, one draw per image instead of one per call (the placement of Dep-L0: convolution, norm, gate, ReLU).
+
+    ``weight`` and ``bias`` come first in ``parameters()``; a dense ``state_dict`` loads and leaves the gates as they are. A fresh layer
+    equals the dense one in evaluation mode, to the bit.
+
+    Raises: ValueError or TypeError that names the argument.
+    """
+
+    _dense = nn.BatchNorm2d
+
+
+class GatedBatchNorm1d(_GatedBatchNorm, nn.BatchNorm1d):
+    """``nn.BatchNorm1d`` with learned gates on its output channels; everything as in :class:`GatedBatchNorm2d`, for (B, C) or (B, C, L)."""
+
+    _dense = nn.BatchNorm1d
+
+
+class GatedLayerNorm(_GatedNorm, nn.LayerNorm):
+    """``nn.LayerNorm`` with a learned gate on each of the elements it normalises: y = z * layer_norm(x).
+
+    Args:
+        normalized_shape ... dtype: as in ``nn.LayerNorm``.
+        gate: a family's name, a :class:`dampr.gates.Gate` subclass, or an instance to share; a gate for each element of
+            ``normalized_shape``.
+        per_sample: in training, one draw for each index of the first dimension of the input instead of one per call.
+
+    Closed gates make zeros of what comes after; the statistics still see every element that comes in.
+
+    Raises: ValueError or TypeError that names the argument.
+    """
+
+    _dense = nn.LayerNorm
+    _arguments = ("normalized_shape", "eps", "elementwise_affine")
+
+    def __init__(
+        self,
+        normalized_shape: int | list[int] | torch.Size,
+        eps: float = 1e-5,
+        elementwise_affine: bool = True,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        gate: str | type[Gate] | Gate = "hard_concrete",
+        per_sample: bool = False,
+    ) -> None:
+        super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)
+        self._place(gate, math.prod(self.normalized_shape), per_sample, device)
+
+    def _gain_shape(self) -> tuple[int, ...]:
+        return tuple(self.normalized_shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape = list(self.normalized_shape)
+        if not self._draws_per_sample():
+            gain, shift = self._affine()
+            return F.layer_norm(x, shape, gain.to(x.dtype), None if shift is None else shift.to(x.dtype), self.eps)
+        y = F.layer_norm(x, shape, self.weight, self.bias, self.eps)
+        parameter, seed, spec = self.gate.call()
+        flat = y.flatten(y.dim() - len(shape))
+        return functional.gate_activations(flat, parameter, dim=-1, seed=seed, per_sample=True, spec=spec).view(y.shape)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {self._describe_gates()}"

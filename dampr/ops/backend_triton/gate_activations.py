@@ -1,0 +1,66 @@
+"""Launches of dampr/kernels/gate_activations.py."""
+
+from __future__ import annotations
+
+import torch
+import triton
+
+from dampr.kernels import configs
+from dampr.kernels import gate_activations as kernels
+from dampr.ops.gate_activations import Planes, planes
+from dampr.spec import GateSpec
+
+from . import host
+from .gates import sample_gates_bwd, sample_gates_fwd
+from .host import Maybe, Needs
+
+
+def gate_activations_fwd(x: torch.Tensor, log_alpha: torch.Tensor, seed: Maybe, spec: GateSpec, dim: int, per_sample: bool) -> torch.Tensor:
+    """x * z along ``dim``, in the dtype of x; a draw for each index of the first dimension, or one. x keeps its (dense) memory format."""
+    x, shape, _ = planes(x, dim, per_sample)
+    y = torch.empty_like(x)
+    _gate(x, None, sample_gates_fwd(log_alpha, seed, shape.outer if per_sample else None, spec), y, shape)
+    return y
+
+
+def gate_activations_bwd(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    log_alpha: torch.Tensor,
+    seed: Maybe,
+    spec: GateSpec,
+    dim: int,
+    per_sample: bool,
+    needs: Needs,
+) -> tuple[Maybe, Maybe]:
+    """Gradients of x and log_alpha; None for one that ``needs`` does not ask for."""
+    x, shape, layout = planes(x, dim, per_sample)
+    rows = shape.outer if per_sample else None
+    dx = torch.empty_like(x) if needs[0] else None
+    z = sample_gates_fwd(log_alpha, seed, rows, spec)
+    dz = _gate(dy.contiguous(memory_format=layout), x if needs[1] else None, z, dx, shape)
+    return dx, None if dz is None else sample_gates_bwd(dz, log_alpha, seed, rows, spec)
+
+
+def _gate(t: torch.Tensor, other: Maybe, z: torch.Tensor, out: Maybe, shape: Planes) -> Maybe:
+    """Fills ``out`` with t z; returns the sums of t * other, in the shape of z, where there is another."""
+    if shape.inner == 1:
+        block_m, block_n = configs.COLUMN_SUM_TILE
+        blocks = triton.cdiv(shape.n, block_n)
+        splits, per_split = configs.split_rows(shape.middle, block_m, blocks * shape.outer)
+        partial = None if other is None else host.empty(t, (shape.outer * splits, shape.n), torch.float32)
+        grid = (shape.outer * splits * blocks,)
+        sizes = {"BLOCK_M": block_m, "BLOCK_N": block_n, "PER_OUTER": shape.per_outer}
+        host.launch(kernels._gate_columns_kernel, grid, t, other, z, out, partial, shape.middle, shape.n, per_split, **sizes)
+    else:
+        rows, (block_m, block_n) = shape.outer * shape.middle * shape.n, configs.PLANE_TILE
+        splits = shape.middle
+        partial = None if other is None else host.empty(t, (shape.outer * splits, shape.n), torch.float32)
+        sizes = {"BLOCK_M": block_m, "BLOCK_N": block_n, "PER_OUTER": shape.per_outer}
+        args = t, other, z, out, partial, rows, shape.middle, shape.n, shape.inner
+        host.launch(kernels._gate_rows_of_planes_kernel, (triton.cdiv(rows, block_m),), *args, **sizes)
+    if partial is None:
+        return None
+    if not shape.per_outer:
+        return host.reduce(partial, (shape.n,), torch.float32)
+    return partial.view(shape.outer, splits, shape.n).sum(1) if splits != 1 else partial
