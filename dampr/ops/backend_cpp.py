@@ -6,6 +6,7 @@ they are drawn while the activations are multiplied, and drawn again in the back
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -127,12 +128,29 @@ def _product(raw: Tensor, like: Tensor, in_place: bool) -> Tensor:
     return raw if in_place and raw.dtype == like.dtype else torch.empty_like(like)
 
 
-def _fold(weight: Tensor, z_out: Tensor | None, z_in: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """weight * z_out[:, None] * z_in[None, :], rounded once to ``dtype``."""
+_kept = threading.local()
+
+
+def _new(shape: torch.Size, dtype: torch.dtype, passing: bool) -> Tensor:
+    """An empty tensor. ``passing``: one that no caller will see, used up before the next such; its memory stays with the thread.
+
+    A large allocation is fresh memory, which is cleared page by page when it is first written: 4 MB take longer than multiplying as much.
+    """
+    if not passing:
+        return torch.empty(shape, dtype=dtype)
+    kept: Tensor | None = getattr(_kept, "memory", None)
+    size = shape.numel() * dtype.itemsize
+    if kept is None or kept.numel() < size:
+        kept = _kept.memory = torch.empty(size, dtype=torch.uint8)
+    return kept[:size].view(dtype).view(shape)
+
+
+def _fold(weight: Tensor, z_out: Tensor | None, z_in: Tensor | None, dtype: torch.dtype, passing: bool = False) -> Tensor:
+    """weight * z_out[:, None] * z_in[None, :], rounded once to ``dtype``; ``passing`` as in :func:`_new`."""
     if z_out is None and z_in is None:
         return weight.to(dtype)
     weight = weight.contiguous()
-    out = torch.empty(weight.shape, dtype=dtype)
+    out = _new(weight.shape, dtype, passing)
     _C.fold_fwd(
         _CODES[weight.dtype], _CODES[dtype], _ptr(weight), *weight.shape, _ptr(z_out), _ptr(z_in), _ptr(out), torch.get_num_threads()
     )
@@ -213,7 +231,7 @@ def gated_linear_fwd(
         route(x.shape[:-1].numel(), N, K, x.dtype, granularity, per_sample, drawn=spec.rule == SAMPLE and x.dtype == weight.dtype)
     if not (per_sample or gates_activations(x, weight)):
         gates = input_log_alpha, output_log_alpha, input_seed, output_seed, spec
-        return linear(x, *fold_weight_fwd(weight, bias, *gates, x.dtype)), nothing
+        return linear(x, *fold_weight_fwd(weight, bias, *gates, x.dtype, passing=True)), nothing
     if input_log_alpha is not None:
         x = _gate_rows(rows_of(x), input_log_alpha, input_seed, spec, per_sample).view(x.shape)
     pre = linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
@@ -272,12 +290,12 @@ def _bwd_fold(
     if not (need_w or need_in or need_out):
         z_out = _draw(output_log_alpha, output_seed, spec) if need_b else None
         db = None if sum_dy is None or bias is None else (sum_dy if z_out is None else sum_dy * z_out).to(bias.dtype)
-        dx = dy @ fold_weight_fwd(weight, None, *gates, x.dtype)[0] if need_x else None
+        dx = dy @ fold_weight_fwd(weight, None, *gates, x.dtype, passing=True)[0] if need_x else None
         return dx, None, db, None, None
     raw = dy.t() @ x  # (N, K): the weight gradient of the dense layer
     *grads, folded = _ungate(raw, sum_dy, weight, bias, *gates, needs[1:], fold=need_x, in_place=True)
     if need_x and folded is None:
-        folded, _ = fold_weight_fwd(weight, None, *gates, x.dtype)
+        folded, _ = fold_weight_fwd(weight, None, *gates, x.dtype, passing=True)
     return None if folded is None or not need_x else dy @ folded, *grads
 
 
@@ -290,12 +308,13 @@ def fold_weight_fwd(
     output_seed: Tensor | None,
     spec: GateSpec,
     dtype: torch.dtype,
+    passing: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """(z_out W z_in, z_out b) in ``dtype``; weight: (N, K)."""
+    """(z_out W z_in, z_out b) in ``dtype``; weight: (N, K); ``passing`` as in :func:`_new`."""
     z_in, z_out = _draw(input_log_alpha, input_seed, spec), _draw(output_log_alpha, output_seed, spec)
     if bias is not None:
         bias = (bias if z_out is None else bias * z_out).to(dtype)
-    return _fold(weight, z_out, z_in, dtype), bias
+    return _fold(weight, z_out, z_in, dtype, passing), bias
 
 
 def fold_weight_bwd(
@@ -342,7 +361,7 @@ def _ungate(
         return raw.to(weight.dtype), db, None, None, weight.to(raw.dtype)
     raw, weight = raw.contiguous(), weight.contiguous()
     dw = _product(raw, weight, in_place) if need_w else None
-    folded = torch.empty_like(weight) if fold and raw.dtype == weight.dtype else None
+    folded = _new(weight.shape, weight.dtype, passing=True) if fold and raw.dtype == weight.dtype else None
     dz_in = torch.empty_like(z_in) if need_in and z_in is not None else None
     dz_out = torch.empty_like(z_out) if need_out and z_out is not None else None
     args = *map(_ptr, (raw, weight)), *weight.shape, *map(_ptr, (z_out, z_in, dw, dz_out, dz_in))
@@ -393,11 +412,20 @@ def _bwd_on_activations(
 
 
 def fold_blocks_fwd(
-    weight: Tensor, log_alpha: Tensor, seed: Tensor | None, spec: GateSpec, block: tuple[int, int], dtype: torch.dtype
+    weight: Tensor,
+    log_alpha: Tensor,
+    seed: Tensor | None,
+    spec: GateSpec,
+    block: tuple[int, int],
+    dtype: torch.dtype,
+    passing: bool = False,
 ) -> Tensor:
-    """weight * Z, rounded once to ``dtype``: drawn while it is multiplied where each weight has a gate, else drawn first and spread."""
+    """weight * Z, rounded once to ``dtype``: drawn while it is multiplied where each weight has a gate, else drawn first and spread.
+
+    ``passing`` as in :func:`_new`.
+    """
     weight, log_alpha = weight.contiguous(), log_alpha.contiguous()
-    out = torch.empty(weight.shape, dtype=dtype)
+    out = _new(weight.shape, dtype, passing)
     codes = _CODES[weight.dtype], _CODES[dtype]
     if block == (1, 1):
         _C.gate_weights_fwd(spec, *codes, _ptr(weight), weight.numel(), _ptr(log_alpha), _ptr(seed), _ptr(out), torch.get_num_threads())
@@ -428,7 +456,7 @@ def _ungate_blocks(
     """:func:`fold_blocks_bwd` and weight * Z, as :func:`_ungate` does it for gates on features."""
     raw, weight, log_alpha = raw.contiguous(), weight.contiguous(), log_alpha.contiguous()
     dw = _product(raw, weight, in_place) if needs[0] else None
-    folded = torch.empty_like(weight) if fold and raw.dtype == weight.dtype else None
+    folded = _new(weight.shape, weight.dtype, passing=True) if fold and raw.dtype == weight.dtype else None
     grad = torch.empty_like(log_alpha) if needs[1] else None
     codes, threads = (_CODES[raw.dtype], _CODES[weight.dtype]), torch.get_num_threads()
     if block == (1, 1):
@@ -445,7 +473,7 @@ def weight_gated_linear_fwd(
 ) -> Tensor:
     if routes.forced_name() is not None:
         route(x.shape[:-1].numel(), weight.shape[0], weight.shape[1], x.dtype, block, False)
-    return linear(x, fold_blocks_fwd(weight, log_alpha, seed, spec, block, x.dtype), None if bias is None else bias.to(x.dtype))
+    return linear(x, fold_blocks_fwd(weight, log_alpha, seed, spec, block, x.dtype, passing=True), None if bias is None else bias.to(x.dtype))
 
 
 def weight_gated_linear_bwd(
@@ -466,7 +494,7 @@ def weight_gated_linear_bwd(
         raw = dy.t() @ rows  # (N, K): the weight gradient of the dense layer
         dw, grad, folded = _ungate_blocks(raw, weight, log_alpha, seed, spec, block, (need_w, need_gate), fold=need_x, in_place=True)
     if need_x and folded is None:
-        folded = fold_blocks_fwd(weight, log_alpha, seed, spec, block, x.dtype)
+        folded = fold_blocks_fwd(weight, log_alpha, seed, spec, block, x.dtype, passing=True)
     db = dy.sum(0).to(bias.dtype) if need_b and bias is not None else None
     return None if folded is None else (dy @ folded).view(x.shape), dw, db, grad
 
