@@ -43,17 +43,20 @@ def compact(model: nn.Module, *, example_inputs: Any, atol: float = 1e-5, rtol: 
         raise ValueError("model is a gated layer itself: nothing around it could be cut; use its to_dense()")
     small = copy.deepcopy(model)
     closed: graph.Closed = {True: {}, False: {}}
+    norms: dict[nn.Module, set[int]] = {}
     dense: dict[nn.Module, nn.Module] = {}
     for name in gated:
         layer = small.get_submodule(name)
         assert isinstance(layer, GatedLayer)
         plain = dense[layer] = layer.to_dense()
         for writes, channels in zip((True, False), layer.closed_channels(), strict=True):
-            if channels:
+            if channels and isinstance(plain, graph.NORMS):
+                norms[plain] = channels
+            elif channels:
                 closed[writes][plain] = channels
     inputs.replace(small, dense)
     samples = [example_inputs, inputs.perturbed(example_inputs)]
-    kept, notes = _cut(small, closed, samples)
+    kept, notes = _cut(small, closed, norms, samples)
     difference = max(_prove(model, small, kept, sample, atol, rtol) for sample in samples)
     small.dampr_manifest = _manifest(model, small, kept, notes, difference)  # type: ignore[assignment]
     return small
@@ -62,12 +65,20 @@ def compact(model: nn.Module, *, example_inputs: Any, atol: float = 1e-5, rtol: 
 Kept = dict[tuple[nn.Module, bool], Tensor]  # (layer, writes) -> kept channels, by their indices in the original layer
 
 
-def _cut(small: nn.Module, closed: graph.Closed, samples: list[Any]) -> tuple[Kept, dict[str, str]]:
+def _cut(small: nn.Module, closed: graph.Closed, norms: dict[nn.Module, set[int]], samples: list[Any]) -> tuple[Kept, dict[str, str]]:
     """Slice ``small``; returns what is left of each layer, and for layers with closed channels that stay the reason."""
     kept: Kept = {}
     notes: dict[str, str] = {}
     names = {module: name for name, module in small.named_modules()}
     widths = graph.Widths(small, samples[0])
+    for norm, channels in norms.items():
+        # A channel that is zero after the norm is as good as not written, or not read, whatever it is before.
+        writer = widths.layer_before(norm)
+        around = [(True, writer)] if writer is not None else [(False, reader) for reader in widths.readers_after(norm)]
+        for writes, layer in around:
+            closed[writes][layer] = closed[writes].get(layer, set()) | channels
+        if not around:
+            notes[names[norm]] = f"{len(channels)} closed channels stay: no layer alone writes or reads what this norm gates"
     for writes, layers in closed.items():
         for layer, channels in layers.items():
             if (layer, writes) in kept:
@@ -82,8 +93,11 @@ def _cut(small: nn.Module, closed: graph.Closed, samples: list[Any]) -> tuple[Ke
                 reason = str(error)
             if len(dead) < len(channels):
                 notes[names[layer]] = f"{len(channels - dead)} closed channels stay: {reason}"
-            if dead:
-                _cut_width(small, widths, layer, writes, dead, kept, names, samples)
+            try:
+                if dead:
+                    _cut_width(small, widths, layer, writes, dead, kept, names, samples)
+            except graph.CannotCutError as error:
+                notes[names[layer]] = f"{len(channels)} closed channels stay: {error}"
     return kept, notes
 
 
@@ -128,21 +142,30 @@ def _fold_constants(small: nn.Module, readers: list[graph.Member], names: dict[n
     finally:
         for hook in hooks:
             hook.remove()
+    constants: list[tuple[Any, Tensor]] = []
     for member in readers:
         layer, channels = member.module, member.channels
-        if not isinstance(layer, nn.Linear):
-            continue  # the proof decides
+        assert isinstance(layer.weight, Tensor)
         wide = torch.promote_types(layer.weight.dtype, torch.float32)
-        read = torch.cat([x[..., channels].reshape(-1, len(channels)) for x in seen[layer]]).to(wide)
-        rows = read @ layer.weight.detach()[:, channels].t().to(wide)
-        if not rows.any():
+        along = -1 if isinstance(layer, nn.Linear) else -(layer.weight.dim() - 1)
+        read = torch.cat([x.movedim(along, -1)[..., channels].reshape(-1, len(channels)) for x in seen[layer]]).to(wide)
+        weight = layer.weight.detach()[:, channels].flatten(2).sum(2) if layer.weight.dim() > 2 else layer.weight.detach()[:, channels]
+        rows = read @ weight.t().to(wide)
+        if not rows.any() and not (layer.weight.dim() > 2 and read.any()):
             continue
+        if graph.pads_with_zeros(layer):
+            raise graph.CannotCutError(
+                f"they reach {names[layer]!r} as constants other than 0, which a bias cannot make up for at its padded border; "
+                "gates after a norm (where dampr.convert puts them) leave no such constants"
+            )
         if not torch.allclose(rows, rows[0].expand_as(rows), rtol=1e-5, atol=1e-6) or len(read.unique(dim=0)) == len(rows) == 1:
             raise CompactionError(f"{names[layer]}: closed units reach it with values that differ between rows, so they cannot be cut")
+        constants.append((layer, rows[0]))
+    for layer, constant in constants:
         if layer.bias is None:
-            layer.bias = nn.Parameter(torch.zeros_like(layer.weight[:, 0]), requires_grad=layer.weight.requires_grad)
+            layer.bias = nn.Parameter(layer.weight.new_zeros(layer.weight.shape[0]), requires_grad=layer.weight.requires_grad)
         with torch.no_grad():
-            layer.bias.add_(rows[0].to(layer.bias.dtype))
+            layer.bias.add_(constant.to(layer.bias.dtype))
 
 
 def _prove(model: nn.Module, small: nn.Module, kept: Kept, sample: Any, atol: float, rtol: float) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -11,13 +12,14 @@ import torch
 from torch import nn
 
 from dampr.gates import Gate
-from dampr.nn import GatedLinear
+from dampr.nn import GatedBatchNorm1d, GatedBatchNorm2d, GatedConv1d, GatedConv2d, GatedLinear
 from dampr.nn.base import Granularity
 
 from . import graph, inputs
 
 Filter = Sequence[str | type] | str | type | None
-_REPLACEMENT: dict[type, Any] = {nn.Linear: GatedLinear}
+_REPLACEMENT: dict[type, Any] = {nn.Linear: GatedLinear, nn.Conv1d: GatedConv1d, nn.Conv2d: GatedConv2d}
+_NORMS: dict[type, Any] = {nn.BatchNorm1d: GatedBatchNorm1d, nn.BatchNorm2d: GatedBatchNorm2d}
 _HOOKS = [name for name in vars(nn.Module()) if "_hook" in name]
 
 
@@ -34,19 +36,24 @@ def convert(
     include: Filter = None,
     exclude: Filter = None,
     example_inputs: Any = None,
+    tie: bool = True,
 ) -> nn.Module:
     """Replace dense layers of ``model`` by gated ones, in place, keeping their parameters (and any optimizer that holds them) valid.
 
     Args:
-        model: any module; layers whose type is exactly ``nn.Linear`` are replaced. (A bare ``nn.Linear`` cannot change in place: use
-            what is returned.)
-        gate, granularity, per_sample: as in :class:`dampr.nn.GatedLinear`; each layer gets a gate of its own.
+        model: any module; layers whose type is exactly ``nn.Linear``, ``nn.Conv1d`` or ``nn.Conv2d`` are replaced. (A bare layer cannot
+            change in place: use what is returned.)
+        gate, granularity, per_sample: as in :class:`dampr.nn.GatedLinear` and :class:`dampr.nn.GatedConv2d`.
         include, exclude: name globs ("encoder.*") and types; None includes everything and excludes nothing.
-        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments. With them, output gates leave out layers whose
-            outputs nothing in the model consumes (the classifier), and before the function returns it is proven that evaluation outputs
-            are unchanged (to rounding) and that no gated layer's weight is read without calling the layer.
+        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments. With them, output gates go into the BatchNorm that
+            follows a layer, leave out depthwise convolutions (whose channels are those of the layer before) and layers whose outputs
+            nothing in the model consumes (the classifier), and before the function returns it is proven that evaluation outputs are
+            unchanged (to rounding) and that no gated layer's weight is read without calling the layer. Needed by models that have both
+            convolutions and BatchNorms, for output gates.
+        tie: with example inputs, layers whose outputs are added up share one gate vector, because a channel of the sum can be cut only
+            where all of them close it. False: each has gates of its own.
 
-    Returns: ``model``.
+    Returns: ``model``. Its attribute ``dampr_skipped`` says of each layer that was left out why.
 
     Raises: ConversionError when nothing matches, outputs changed or a layer is bypassed; ValueError or TypeError that names the argument;
     what the model itself raises on the example inputs. Whatever is raised, the model is as it was.
@@ -63,24 +70,78 @@ def convert(
         with _same_noise(model):
             before = inputs.evaluate(model, example_inputs)
     chosen = _choose(model, include, exclude)
-    if granularity == "output" and example_inputs is not None:
-        for name in graph.unconsumed_outputs(model, chosen, example_inputs):
-            del chosen[name]
-    if not chosen:
+    plan = _place(model, chosen, granularity, example_inputs, tie)
+    if not plan.layers:
         raise ConversionError(f"include={include!r}, exclude={exclude!r}: no layer of {type(model).__name__} is left to convert")
-    gated = {name: _gated(name, layer, gate=gate, granularity=granularity, per_sample=per_sample) for name, layer in chosen.items()}
-    if "" in gated:
-        return gated[""]
-    inputs.replace(model, {chosen[name]: gated[name] for name in chosen})
-    if before is None:
-        return model
+    values = {p: p.data for name in plan.layers for p in model.get_submodule(name).parameters(recurse=False)}
+    gated: dict[str, Any] = {}
     try:
-        _check_unchanged(model, gated, before, example_inputs)
-        _check_called(model, gated, before, example_inputs)
+        for name, layer in plan.layers.items():
+            shared = gated.get(plan.shared_with.get(name, ""))
+            gated[name] = _gated(name, layer, gate if shared is None else shared.gate, granularity, per_sample)
+            if name in plan.weights_per_gate:
+                gated[name].weights_per_gate = plan.weights_per_gate[name]
+        if "" in gated:
+            bare: nn.Module = gated[""]
+            return bare
+        inputs.replace(model, {plan.layers[name]: gated[name] for name in gated})
+        if before is not None:
+            _check_unchanged(model, gated, before, example_inputs)
+            _check_called(model, gated, before, example_inputs)
     except BaseException:
-        inputs.replace(model, {gated[name]: chosen[name] for name in chosen})
+        inputs.replace(model, {gated[name]: plan.layers[name] for name in gated})
+        for parameter, value in values.items():
+            parameter.data = value
         raise
+    model.dampr_skipped = plan.skipped  # type: ignore[assignment]
     return model
+
+
+@dataclass
+class _Plan:
+    """What is replaced, by name; which of these share the gate of which; what a gate in a norm saves; what is left out, and why."""
+
+    layers: dict[str, nn.Module]
+    shared_with: dict[str, str]
+    weights_per_gate: dict[str, float]
+    skipped: dict[str, str]
+
+
+def _place(model: nn.Module, chosen: dict[str, nn.Module], granularity: Granularity, example_inputs: Any, tie: bool) -> _Plan:
+    plan = _Plan(dict(chosen), {}, {}, {})
+    if granularity != "output":
+        return plan
+    if example_inputs is None:
+        convolution = next((name for name, layer in chosen.items() if not isinstance(layer, nn.Linear)), None)
+        if convolution and any(type(m) in _NORMS for m in model.modules()):
+            raise ValueError(
+                f"example_inputs=None: expected them, to find the BatchNorm that the gates of layer {convolution!r} belong after"
+            )
+        return plan
+    widths = graph.Widths(model, example_inputs)
+    names = {module: name for name, module in reversed(list(model.named_modules(remove_duplicate=False)))}
+    plan.layers = {}
+    gates: dict[nn.Module, str] = {}  # whose outputs are gated, and the name of the layer that holds the gate
+    for name, layer in chosen.items():
+        if layer in widths and widths.reaches_output(layer):
+            plan.skipped[name] = "its outputs are the model's own"
+        elif graph.is_depthwise(layer):
+            plan.skipped[name] = "a depthwise convolution has the channels of the layer before it"
+        else:
+            norm = widths.norm_after(layer) if layer in widths else None
+            place = name if norm is None or type(norm) not in _NORMS else names[norm]
+            plan.layers[place] = model.get_submodule(place)
+            gates[layer] = place
+            if place != name:
+                plan.weights_per_gate[place] = (
+                    sum(p.numel() for p in layer.parameters(recurse=False)) / graph.channel_count(layer, True) + 2
+                )
+    if tie:
+        for layer, place in gates.items():
+            together = [gates[other] for other in widths.written_together(layer) if other in gates] if layer in widths else []
+            if together and together[0] != place:
+                plan.shared_with[place] = together[0]
+    return plan
 
 
 def _choose(model: nn.Module, include: Filter, exclude: Filter) -> dict[str, nn.Module]:
@@ -97,10 +158,14 @@ def _choose(model: nn.Module, include: Filter, exclude: Filter) -> dict[str, nn.
     }
 
 
-def _gated(name: str, layer: nn.Module, **arguments: Any) -> nn.Module:
-    if not isinstance(layer.weight, nn.Parameter):
+def _gated(name: str, layer: nn.Module, gate: Any, granularity: Granularity, per_sample: bool) -> nn.Module:
+    gated: nn.Module
+    if type(layer) in _NORMS:
+        gated = _NORMS[type(layer)].from_dense(layer, gate=gate, per_sample=per_sample)
+    elif not isinstance(layer.weight, nn.Parameter):
         raise ConversionError(f"layer {name!r}: its weight is computed from other tensors (weight_norm?), expected a plain nn.Parameter")
-    gated: nn.Module = _REPLACEMENT[type(layer)].from_dense(layer, **arguments)
+    else:
+        gated = _REPLACEMENT[type(layer)].from_dense(layer, gate=gate, granularity=granularity, per_sample=per_sample)
     for attribute in _HOOKS:
         setattr(gated, attribute, getattr(layer, attribute))
     return gated
@@ -132,6 +197,8 @@ def _check_called(model: nn.Module, gated: dict[str, Any], before: list[torch.Te
             del layer.forward
     for name in gated.keys() - called:
         weight = gated[name].weight
+        if weight is None:
+            continue
         own = weight.detach().clone()
         try:
             with torch.no_grad():

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from . import inputs
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm)
 _PASSES_THROUGH = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.PReLU)
 _MIXES_CHANNELS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
 _READERS = (nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention, nn.RNNBase)
@@ -43,6 +44,16 @@ def channel_count(layer: nn.Module, writes: bool) -> int:
     weight = layer.weight
     assert isinstance(weight, Tensor)
     return int(weight.shape[0 if writes else 1])
+
+
+def is_depthwise(layer: nn.Module) -> bool:
+    """Whether each output channel is made of the input channel of the same number alone."""
+    return isinstance(layer, _CONVOLUTIONS) and layer.groups > 1 and layer.groups == layer.in_channels == layer.out_channels
+
+
+def pads_with_zeros(layer: nn.Module) -> bool:
+    """Whether a convolution reads zeros beyond the border of its input."""
+    return isinstance(layer, _CONVOLUTIONS) and layer.padding_mode == "zeros" and any(layer._reversed_padding_repeated_twice)
 
 
 class Widths:
@@ -89,6 +100,49 @@ class Widths:
             todo.extend(after for after in node.outputs if not isinstance(after.module, _READERS))
         return False
 
+    def norm_after(self, module: nn.Module) -> nn.Module | None:
+        """The BatchNorm that alone reads the outputs of ``module``, both called once; None without one."""
+        after = self._graph.module2node[module].outputs
+        norm = after[0].module if len(after) == 1 else None
+        alone = isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.num_features == channel_count(module, True)
+        return norm if alone and self._calls.get(module, 1) == self._calls.get(norm, 1) == 1 else None
+
+    def layer_before(self, norm: nn.Module) -> nn.Module | None:
+        """The linear or convolution layer whose outputs the BatchNorm ``norm`` alone reads; None without one."""
+        before = self._graph.module2node[norm].inputs if norm in self else []
+        layer = before[0].module if len(before) == 1 else None
+        return layer if isinstance(layer, (nn.Linear, *_CONVOLUTIONS)) and self.norm_after(layer) is norm else None
+
+    def readers_after(self, norm: nn.Module) -> list[nn.Module]:
+        """The layers that read the outputs of ``norm`` channel by channel and nothing else; empty where something else does."""
+        found: list[nn.Module] = []
+        todo = list(self._graph.module2node[norm].outputs) if norm in self else []
+        while todo:
+            node = todo.pop()
+            if isinstance(node.module, (nn.Linear, *_CONVOLUTIONS)):
+                if getattr(node.module, "groups", 1) != 1 or channel_count(node.module, False) != norm.num_features:
+                    return []
+                found.append(node.module)
+            elif len(node.inputs) != 1 or not node.outputs or node.grad_fn in self._returned:
+                return []
+            else:
+                todo.extend(node.outputs)
+        return found
+
+    def written_together(self, layer: nn.Module) -> list[nn.Module]:
+        """The layers whose output channels are added to those of ``layer``, one to one, itself included, in the order of the model."""
+        size = channel_count(layer, True)
+        group = self.group(layer, True, range(size))
+        found = {
+            item.dep.target.module
+            for item in group
+            if isinstance(item.dep.target.module, (nn.Linear, *_CONVOLUTIONS))
+            and self._graph.is_out_channel_pruning_fn(item.dep.handler)
+            and list(item.idxs) == list(range(channel_count(item.dep.target.module, True)))
+            and not is_depthwise(item.dep.target.module)
+        }
+        return [module for module in self._names if module in found and channel_count(module, True) == size]
+
     def group(self, layer: nn.Module, writes: bool, channels: Iterable[int]) -> Any:
         """torch-pruning's group of everything that is sliced together with these channels of ``layer``.
 
@@ -109,7 +163,7 @@ class Widths:
             module = item.dep.target.module
             if isinstance(module, nn.Parameter):
                 raise CannotCutError("a bare nn.Parameter takes part in its width")
-            if not isinstance(module, nn.Module) or isinstance(module, _PASSES_THROUGH):
+            if not isinstance(module, nn.Module) or isinstance(module, _PASSES_THROUGH) or is_depthwise(module):
                 continue
             if isinstance(module, _MIXES_CHANNELS):
                 raise CannotCutError(f"{type(module).__name__} {self._names.get(module)!r} computes statistics over its channels")

@@ -127,13 +127,23 @@ def test_all_units_closed_leaves_one(granularity):
 
 
 def test_a_tied_width_is_cut_where_all_producers_are_closed():
-    model = dampr.convert(Residual(), example_inputs=X)
+    model = dampr.convert(Residual(), example_inputs=X, tie=False)
     with torch.no_grad():
         model.stem.gate.log_alpha[:10] = -5
         model.block.gate.log_alpha[6:] = -5
     small = prove(model)
     assert small.stem.out_features == small.block.in_features == small.block.out_features == small.head.in_features == 12
     assert "still use them" in small.dampr_manifest["closed_but_kept"]["stem"]
+
+
+def test_layers_that_write_one_width_share_one_gate():
+    model = dampr.convert(Residual(), example_inputs=X)
+    assert model.stem.gate is model.block.gate
+    with torch.no_grad():
+        model.stem.gate.log_alpha[:10] = -5
+    small = prove(model)
+    assert small.stem.out_features == small.block.out_features == small.head.in_features == 6
+    assert not small.dampr_manifest["closed_but_kept"]
 
 
 def test_concatenated_widths_are_cut_apart():

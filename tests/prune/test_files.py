@@ -84,7 +84,7 @@ def test_a_plain_model_that_was_never_gated_round_trips(tmp_path):
 
 def test_gated_models_are_refused(tmp_path):
     model = dampr.convert(sequential(), example_inputs=X)
-    with pytest.raises(TypeError, match="layer '0' still has gates"):
+    with pytest.raises(TypeError, match="layer '1' still has gates"):
         dampr.save(model, tmp_path / "x.safetensors")
     assert not list(tmp_path.iterdir())
 
