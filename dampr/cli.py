@@ -31,11 +31,12 @@ def info() -> None:
 def demo(
     data: Annotated[str, typer.Option(help="digits (ships with scikit-learn) or fashion-mnist (idx files)")] = "digits",
     root: Annotated[Optional[Path], typer.Option(help="folder with the idx files")] = None,  # noqa: UP045
+    model: Annotated[str, typer.Option(help="mlp (LeNet-300-100) or cnn (LeNet-5-Caffe; idx files only)")] = "mlp",
     epochs: Annotated[Optional[int], typer.Option(help="epochs of each run instead of the recipe's")] = None,  # noqa: UP045
     seed: int = 0,
     out: Annotated[Path, typer.Option(help="folder for demo.json and demo.png")] = Path("dampr-demo"),
 ) -> None:
-    """Train a dense and a gated 300-100 MLP, compact the gated one, compare."""
+    """Train a dense and a gated network, compact the gated one, compare."""
     columns = (
         TextColumn("{task.description:6}"),
         BarColumn(),
@@ -51,8 +52,8 @@ def demo(
                 tasks[label] = bars.add_task(label, total=steps, note="")
             bars.update(tasks[label], completed=step, note=note)
 
-        result = demo_job.run(data, None if root is None else str(root), epochs=epochs, seed=seed, progress=progress)
-    report.print_table(console, f"{data}: a 300-100 MLP", report.DEMO_COLUMNS, report.demo_rows(result))
+        result = demo_job.run(data, None if root is None else str(root), model=model, epochs=epochs, seed=seed, progress=progress)
+    report.print_table(console, f"{data}: {demo_job.TITLES[model]}", report.DEMO_COLUMNS, report.demo_rows(result))
     console.print(f"max |gated - compacted| over the test set: {result.max_abs_difference:.2e}", highlight=False)
     records.write_json(out / "demo.json", {"environment": records.environment(), **result.as_dict()})
     written = [str(out / "demo.json")]

@@ -16,6 +16,7 @@ from .gates import DRAWN
 from .inputs import Maybe, cast, gates_of
 
 Size = int | Sequence[int]
+Pair = tuple[int, int]
 
 
 def gated_conv1d(
@@ -104,9 +105,26 @@ def _gated_conv(
     if weight_gate is not None:
         if per_sample or input_gate is not None or output_gate is not None:
             raise ValueError("weight_gate: expected no input_gate, no output_gate and per_sample=False beside it")
+        if ops.routes.forced_name() is not None:  # raises for one that cannot serve
+            ops.select(x.device, x.dtype).conv_route(tuple(weight.shape), groups, "weight", False, False, x.device)
         return convolve(x, _gate_blocks(x, weight, weight_gate, block, seed, spec), bias, *arguments)
     in_la, out_la, in_seed, out_seed = gates_of(input_gate, n_in, "input channel", output_gate, n_out, "filter", x, seed, spec)
-    if per_sample and spec.rule == SAMPLE:
+    ends = [end for end, gate in (("input", in_la), ("output", out_la)) if gate is not None]
+    if not ends:
+        return convolve(x, weight, bias, *arguments)
+    where, drawn = ends[0] if len(ends) == 1 else "both", spec.rule == SAMPLE
+    pointwise = dims == 2 and drawn and is_pointwise(x, weight, *arguments)
+    backend = ops.select(x.device, x.dtype)
+    route, _ = backend.conv_route(tuple(weight.shape), groups, where, per_sample and drawn, pointwise, x.device)
+    if route == "linear":
+        matrix = weight.view(n_out, n_in)
+        y = ops.gated_linear(x.permute(0, 2, 3, 1), matrix, bias, in_la, out_la, in_seed, out_seed, spec, False)
+        return y.permute(0, 3, 1, 2)
+    if route == "live":
+        batch, window = (x if x.dim() == 4 else x[None]), _window(weight, *arguments)
+        y = ops.gated_conv2d(batch, weight, bias, in_la, out_la, in_seed, out_seed, spec, *window)
+        return y if x.dim() == 4 else y[0]
+    if route == "passes":
         batch = x if x.dim() == dims + 2 else x[None]
         if in_la is not None:
             batch = ops.gate_activations(batch, in_la, in_seed, spec, 1, True)
@@ -115,9 +133,9 @@ def _gated_conv(
             y = ops.gate_activations(y, out_la, out_seed, spec, 1, True)
         return y if x.dim() == dims + 2 else y[0]
     if in_la is not None:
-        weight = _gate_inputs(weight, in_la, in_seed, spec, groups, x.dtype)
+        weight = ops.fold_channels(weight, in_la, in_seed, spec, groups, x.dtype)
     if out_la is not None:
-        weight, bias = _gate_outputs(weight, bias, out_la, out_seed, spec, x.dtype)
+        weight, bias = ops.fold_filters(weight, bias, out_la, out_seed, spec, x.dtype)
     return convolve(x, weight, bias, *arguments)
 
 
@@ -136,30 +154,29 @@ def _check_shapes(dims: int, x: Tensor, weight: Tensor, groups: int) -> None:
         raise ValueError(f"x.shape={tuple(x.shape)}: expected (B, {image}) or ({image}), {why}")
 
 
-def _channels_innermost(weight: Tensor) -> bool:
-    """Whether a (filter, position) is followed in memory by its channels."""
-    return weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last)
+def is_pointwise(x: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: int) -> bool:
+    """Whether a convolution is a linear map of the channels of each pixel, and these lie side by side in memory."""
+    if x.dim() != 4 or weight.shape[2:] != (1, 1) or groups != 1 or not x.is_contiguous(memory_format=torch.channels_last):
+        return False
+    return _window(weight, stride, padding, dilation, groups)[:2] == ((1, 1), (0, 0))
 
 
-def _gate_outputs(weight: Tensor, bias: Maybe, log_alpha: Tensor, seed: Maybe, spec: GateSpec, dtype: torch.dtype) -> tuple[Tensor, Maybe]:
-    """Filters (and the bias) times their gates; the weight keeps its memory format."""
-    if not weight.is_contiguous() and _channels_innermost(weight):
-        last = weight.permute(0, 2, 3, 1)
-        folded, bias = ops.fold_weight(last.reshape(weight.shape[0], -1), bias, None, log_alpha, None, seed, spec, dtype)
-        return folded.view(last.shape).permute(0, 3, 1, 2), bias
-    folded, bias = ops.fold_weight(weight.reshape(weight.shape[0], -1), bias, None, log_alpha, None, seed, spec, dtype)
-    return folded.view(weight.shape), bias
+def _window(weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: int) -> tuple[Pair, Pair, Pair, int]:
+    """Stride, symmetric zero padding and dilation as pairs. Raises ValueError for padding that differs between two opposite sides."""
+    dilation = _pair(dilation)
+    if padding == "valid":
+        padding = 0
+    elif padding == "same":
+        total = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
+        if any(t % 2 for t in total):
+            raise ValueError(f"padding='same': a kernel of {tuple(weight.shape[2:])} pads unevenly, which the live route cannot do")
+        padding = [t // 2 for t in total]
+    return _pair(stride), _pair(padding), dilation, groups
 
 
-def _gate_inputs(weight: Tensor, log_alpha: Tensor, seed: Maybe, spec: GateSpec, groups: int, dtype: torch.dtype) -> Tensor:
-    """Weights times the gates of the channels they read: columns where channels are innermost, else blocks of the filters of a group."""
-    n_out, n_in = weight.shape[0], weight.shape[1]
-    if groups == 1 and _channels_innermost(weight):
-        last = weight.permute(0, 2, 3, 1)
-        folded, _ = ops.fold_weight(last.reshape(-1, n_in), None, log_alpha, None, seed, None, spec, dtype)
-        return folded.view(last.shape).permute(0, 3, 1, 2)
-    block = max(1, n_out // groups), max(1, weight.shape[2:].numel())
-    return _as_blocks(weight, log_alpha, seed, spec, block, dtype)
+def _pair(size: Any) -> Pair:
+    first, second = (size, size) if isinstance(size, int) else (size * 2 if len(size) == 1 else size)
+    return int(first), int(second)
 
 
 def _gate_blocks(
@@ -172,11 +189,4 @@ def _gate_blocks(
         size, what = (block[0], block[1] * max(1, weight.shape[2:].numel())), f"{block[0]} x {block[1]} block of filters and channels"
     log_alpha = _checks.gate_parameter("weight_gate", gate, count, what, x)
     noise = _checks.seed_tensor("seed", seed, x.device) if spec.rule == SAMPLE else None
-    return _as_blocks(weight, log_alpha, noise, spec, size, x.dtype)
-
-
-def _as_blocks(weight: Tensor, log_alpha: Tensor, seed: Maybe, spec: GateSpec, block: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """Gates of blocks of the weight as a matrix (filters, channels * positions), whatever its memory format, which it keeps."""
-    folded = ops.fold_blocks(weight.reshape(weight.shape[0], -1), log_alpha, seed, spec, block, dtype).view(weight.shape)
-    keep = torch.channels_last if not weight.is_contiguous() and _channels_innermost(weight) else torch.contiguous_format
-    return folded.contiguous(memory_format=keep)
+    return ops.fold_filter_blocks(weight, log_alpha, noise, spec, size, x.dtype)

@@ -8,9 +8,13 @@ import torch
 from torch import Tensor
 
 from dampr import ops
+from dampr.functional.conv import is_pointwise
 from dampr.spec import SAMPLE
 
+from .base import GatedLayer
+from .conv import GatedConv1d, GatedConv2d
 from .linear import GatedLinear
+from .norm import _GatedNorm
 
 
 @dataclass(frozen=True)
@@ -26,23 +30,45 @@ class Explanation:
         return f"backend {self.backend}: {self.backend_reason}\nroute {self.route}: {self.route_reason}"
 
 
-def explain(layer: GatedLinear, x: Tensor) -> Explanation:
-    """Print, and return, which backend and route ``layer`` takes for ``x`` (..., in_features) in its present mode, and why.
+def explain(layer: GatedLayer, x: Tensor) -> Explanation:
+    """Print, and return, which backend and route ``layer`` takes for the input ``x`` in its present mode, and why.
 
     Raises TypeError for anything but a gated layer and a tensor.
     """
-    if not isinstance(layer, GatedLinear):
-        raise TypeError(f"layer={type(layer).__name__}: expected a gated layer of dampr.nn")
     if not isinstance(x, Tensor):
         raise TypeError(f"x={x!r:.80}: expected a torch.Tensor")
     dtype = x.dtype
     if not x.is_meta and torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
-    drawn = layer.gate.spec.rule == SAMPLE
-    shape = (x.shape[:-1].numel(), layer.in_features, layer.out_features)
-    found = route_of(shape, layer.granularity, layer.per_sample and drawn, x.device, dtype, drawn)
+    if isinstance(layer, GatedLinear):
+        drawn = layer.gate.spec.rule == SAMPLE
+        shape = (x.shape[:-1].numel(), layer.in_features, layer.out_features)
+        found = route_of(shape, layer.granularity, layer.per_sample and drawn, x.device, dtype, drawn)
+    elif isinstance(layer, (GatedConv1d, GatedConv2d)):
+        found = _of_convolution(layer, x, dtype)
+    elif isinstance(layer, _GatedNorm):
+        found = _of_norm(layer, x.device, dtype)
+    else:
+        raise TypeError(f"layer={type(layer).__name__}: expected a gated layer of dampr.nn")
     print(found)
     return found
+
+
+def _of_convolution(layer: GatedConv1d | GatedConv2d, x: Tensor, dtype: torch.dtype) -> Explanation:
+    drawn = layer.gate.spec.rule == SAMPLE
+    arguments = layer.stride, layer.padding if layer.padding_mode == "zeros" else 0, layer.dilation, layer.groups
+    pointwise = drawn and is_pointwise(x, layer.weight, *arguments)
+    backend, reason = ops.choose(x.device, dtype)
+    module = ops.select(x.device, dtype)
+    args = tuple(layer.weight.shape), layer.groups, layer.granularity, layer.per_sample and drawn, pointwise, x.device
+    return Explanation(backend, reason, *module.conv_route(*args))
+
+
+def _of_norm(layer: _GatedNorm, device: torch.device, dtype: torch.dtype) -> Explanation:
+    backend, reason = ops.choose(device, dtype)
+    if layer.per_sample and layer.gate.spec.rule == SAMPLE:
+        return Explanation(backend, reason, "passes", "every sample has gates of its own: a pass over the activations after the norm")
+    return Explanation(backend, reason, "fold", "gates are multiplied into gain and bias, and the vendor norm runs")
 
 
 def route_of(

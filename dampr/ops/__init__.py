@@ -6,8 +6,10 @@ nothing is saved but inputs and seeds (and, where an output gate multiplies acti
 """
 
 from .backends import BackendUnavailableError, backend, backend_info, choose, select
+from .fold_conv import fold_channels, fold_filter_blocks, fold_filters
 from .fold_weight import fold_blocks, fold_weight
 from .gate_activations import gate_activations
+from .gated_conv2d import gated_conv2d
 from .gated_linear import gated_linear
 from .routes import forced_route
 from .sample_gates import sample_gates
@@ -19,9 +21,13 @@ __all__ = [
     "backend_info",
     "choose",
     "fold_blocks",
+    "fold_channels",
+    "fold_filter_blocks",
+    "fold_filters",
     "fold_weight",
     "forced_route",
     "gate_activations",
+    "gated_conv2d",
     "gated_linear",
     "sample_gates",
     "select",

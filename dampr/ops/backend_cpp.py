@@ -54,10 +54,10 @@ def route(
     ``drawn``: whether gates are drawn. Deterministic ones never go the small route: a fresh layer equals the dense one to the bit there.
     """
     if granularity == "weight" or isinstance(granularity, tuple):
-        routes.forced(("fold",), granularity, per_sample)
+        routes.forced_linear(("fold",), granularity, per_sample)
         return "fold", "one pass multiplies the gates into the weight, then torch's GEMM runs"
     small = ("small",) if drawn and dtype in (torch.float32, torch.float64) else ()
-    if routes.forced((*small, *(("passes",) if per_sample else ("fold", "activations"))), granularity, per_sample) is not None:
+    if routes.forced_linear((*small, *(("passes",) if per_sample else ("fold", "activations"))), granularity, per_sample) is not None:
         return str(routes.forced_name()), "forced by forced_route"
     if small and M * N * K <= SMALL:
         return "small", f"{M * N * K} multiply-adds: one call that does all is faster than several"
@@ -532,3 +532,21 @@ def gate_activations_bwd(
     dx, dz = torch.empty_like(x) if needs[0] else None, torch.empty_like(z) if needs[1] else None
     _C.gate_planes_bwd(_CODES[x.dtype], *map(_ptr, (dy, x)), *shape[:4], _ptr(z), per_sample, *map(_ptr, (dx, dz)), torch.get_num_threads())
     return dx, None if dz is None else sample_gates_bwd(dz, log_alpha, seed, shape.outer if per_sample else None, spec)
+
+
+def conv_route(
+    weight: tuple[int, ...], groups: int, granularity: str | tuple[int, int], per_sample: bool, pointwise: bool, device: torch.device
+) -> tuple[str, str]:
+    """(name, reason) of the route of a convolution with a weight of this shape; ``pointwise``: it is a linear map on channels last.
+
+    A 1 x 1 convolution stays one unless told otherwise: oneDNN's is as fast as the linear map, and on deep layers twice as fast. Raises
+    ValueError where a forced route cannot serve the call.
+    """
+    vectors = granularity in ("input", "output", "both")
+    possible = ("passes",) if per_sample else ("fold", "linear") if vectors and pointwise else ("fold",)
+    name = routes.forced(possible, granularity, per_sample)
+    if name is not None:
+        return name, "forced by forced_route"
+    if per_sample:
+        return "passes", "every image has gates of its own: passes over the activations around torch's convolution"
+    return "fold", "one pass multiplies the gates into the filters, then torch's convolution runs"

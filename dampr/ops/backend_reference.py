@@ -225,3 +225,29 @@ def gate_activations_bwd(
     dz = dy.to(log_alpha.dtype) * x
     dz = dz.sum(shared) if shared else dz
     return dx, sample_gates_bwd(dz, log_alpha, seed, rows, spec)
+
+
+def conv_route(
+    weight: tuple[int, ...], groups: int, granularity: str | tuple[int, int], per_sample: bool, pointwise: bool, device: torch.device
+) -> tuple[str, str]:
+    """Plain PyTorch has one way, whatever is forced."""
+    return ("passes" if per_sample else "fold"), "plain PyTorch: every gate is drawn and multiplied as it is written"
+
+
+def gated_conv2d_fwd(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    input_log_alpha: Tensor | None,
+    output_log_alpha: Tensor | None,
+    input_seed: Tensor | None,
+    output_seed: Tensor | None,
+    spec: GateSpec,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+) -> Tensor:
+    gates = input_log_alpha, output_log_alpha, input_seed, output_seed
+    y = reference.gated_conv(x, weight, bias, *gates, spec, False, stride=stride, padding=padding, dilation=dilation, groups=groups)
+    return y.contiguous(memory_format=torch.channels_last)

@@ -1,10 +1,11 @@
-"""Which way a gated linear map takes through a backend, and a way for tests and benchmarks to overrule it.
+"""Which way a gated linear map or convolution takes through a backend, and a way for tests and benchmarks to overrule it.
 
 small        drawn gates of features, a tiny layer: one call does it all, products included (C++)
 fold         per batch: gates multiplied into the weight by one pass, then the vendor GEMM
 activations  per batch, gates of features: multiplied into activations that are smaller than the weight (CPU)
-live         per batch, gates of features: a GEMM over the blocks of features that have an open gate (Triton)
+live         per batch, gates of features: a GEMM, or a convolution, over the blocks of features that have an open gate (Triton)
 small_m      per batch, a gate for each weight: a GEMM that draws the gates of its weights (Triton)
+linear       per batch, a 1 x 1 convolution on channels last: the linear map that it is (its own route then decides)
 one_pass     per sample: GEMMs with the gates inside (Triton)
 passes       per sample: passes that gate activations, around the vendor GEMM
 """
@@ -14,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-ROUTES = ("small", "fold", "activations", "live", "small_m", "one_pass", "passes")
+ROUTES = ("small", "fold", "activations", "live", "linear", "small_m", "one_pass", "passes")
 _forced: list[list[str | None]] = []  # process-wide on purpose: the backward of CUDA ops runs in threads of its own
 
 
@@ -45,3 +46,8 @@ def forced(possible: tuple[str, ...], granularity: str | tuple[int, int], per_sa
     if name is not None and name not in possible:
         raise ValueError(f"route {name!r} cannot serve granularity={granularity!r}, per_sample={per_sample}: one of {possible} can")
     return name
+
+
+def forced_linear(possible: tuple[str, ...], granularity: str | tuple[int, int], per_sample: bool) -> str | None:
+    """:func:`forced` for a linear map, which is free to choose where a convolution was told to be one."""
+    return None if forced_name() == "linear" else forced(possible, granularity, per_sample)

@@ -104,8 +104,9 @@ class Widths:
         """The BatchNorm that alone reads the outputs of ``module``, both called once; None without one."""
         after = self._graph.module2node[module].outputs
         norm = after[0].module if len(after) == 1 else None
-        alone = isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.num_features == channel_count(module, True)
-        return norm if alone and self._calls.get(module, 1) == self._calls.get(norm, 1) == 1 else None
+        if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or norm.num_features != channel_count(module, True):
+            return None
+        return norm if self._calls.get(module, 1) == self._calls.get(norm, 1) == 1 else None
 
     def layer_before(self, norm: nn.Module) -> nn.Module | None:
         """The linear or convolution layer whose outputs the BatchNorm ``norm`` alone reads; None without one."""

@@ -243,3 +243,33 @@ def test_the_gradient_of_a_gate_is_right_by_finite_differences() -> None:
                 lambda g, w, a, where=where, each=each: functional.gated_conv2d(a, w, groups=2, seed=5, per_sample=each, **{where: g}),
                 (gate, weight.requires_grad_(), x.requires_grad_()),
             )
+
+
+def test_routes_of_a_convolution_and_what_they_compute() -> None:
+    layer, x = GatedConv2d(8, 6, 1), torch.randn(2, 8, 4, 4).contiguous(memory_format=torch.channels_last)
+    results = []
+    for route in ("fold", "linear"):
+        torch.manual_seed(3)
+        layer.zero_grad()
+        with dampr.ops.forced_route(route):
+            if "cpp" in BACKENDS:
+                assert dampr.explain(layer, x).route == route
+            y = layer(x)
+            y.square().sum().backward()
+        results.append([y.detach(), *(p.grad.clone() for p in layer.parameters())])
+    for expected, out in zip(*results, strict=True):
+        torch.testing.assert_close(out, expected, atol=1e-4, rtol=1e-4)
+    assert dampr.explain(layer, x).route == "fold"
+    assert dampr.explain(GatedConv2d(8, 6, 1, per_sample=True), x).route == "passes"
+    assert dampr.explain(GatedConv2d(8, 6, 1, per_sample=True).eval(), x).route == "fold"
+
+
+@pytest.mark.skipif("cpp" not in BACKENDS, reason="needs the extension")
+def test_a_route_that_cannot_serve_is_refused() -> None:
+    for layer, route in (
+        (GatedConv2d(2, 2, 3), "linear"),
+        (GatedConv2d(2, 2, 1), "live"),
+        (GatedConv2d(2, 2, 1, granularity="weight"), "linear"),
+    ):
+        with dampr.ops.forced_route(route), pytest.raises(ValueError, match=f"route '{route}' cannot serve"):
+            layer(torch.randn(1, 2, 4, 4))

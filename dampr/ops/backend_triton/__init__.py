@@ -13,12 +13,14 @@ from dampr.ops.routes import forced_route
 
 from . import host
 from .gate_activations import gate_activations_bwd, gate_activations_fwd
+from .gated_conv2d import gated_conv2d_fwd
 from .gated_linear import fold_weight_bwd, fold_weight_fwd, gated_linear_bwd, gated_linear_fwd, gated_linear_live_fwd
 from .gates import sample_gates_bwd, sample_gates_fwd
-from .routes import route
+from .routes import conv_route, route
 from .weight_gated_linear import fold_blocks_bwd, fold_blocks_fwd, weight_gated_linear_bwd, weight_gated_linear_fwd
 
 __all__ = [
+    "conv_route",
     "fold_blocks_bwd",
     "fold_blocks_fwd",
     "fold_weight_bwd",
@@ -26,6 +28,7 @@ __all__ = [
     "forced_route",
     "gate_activations_bwd",
     "gate_activations_fwd",
+    "gated_conv2d_fwd",
     "gated_linear_bwd",
     "gated_linear_fwd",
     "gated_linear_live_fwd",

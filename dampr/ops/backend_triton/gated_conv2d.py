@@ -9,8 +9,10 @@ import triton
 
 from dampr.kernels import configs
 from dampr.kernels import gated_conv2d as conv_kernels
+from dampr.spec import GateSpec
 
 from . import host
+from .gates import sample_gates_fwd
 from .host import Maybe
 
 Pair = tuple[int, int]
@@ -54,6 +56,28 @@ def gated_conv2d_one_pass(
     tile = _tile(x, weight, z_in, z_out, window)
     lists = (None, None) if z_in is None else _list_live(z_in, groups, tile.depth)
     return _conv(x, weight, bias, z_in, z_out, lists, window, tile)
+
+
+def gated_conv2d_fwd(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: Maybe,
+    input_log_alpha: Maybe,
+    output_log_alpha: Maybe,
+    input_seed: Maybe,
+    output_seed: Maybe,
+    spec: GateSpec,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
+) -> torch.Tensor:
+    """:func:`gated_conv2d_one_pass` with gates per batch, drawn here."""
+    z_in, z_out = (
+        None if log_alpha is None else sample_gates_fwd(log_alpha, seed, None, spec)
+        for log_alpha, seed in ((input_log_alpha, input_seed), (output_log_alpha, output_seed))
+    )
+    return gated_conv2d_one_pass(x, weight, bias, z_in, z_out, stride, padding, dilation, groups)
 
 
 def _slabs(x: torch.Tensor, weight: torch.Tensor, z_in: Maybe, z_out: Maybe, window: Window) -> Pair:

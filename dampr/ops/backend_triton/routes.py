@@ -10,7 +10,7 @@ import torch
 
 from dampr.kernels import configs
 from dampr.kernels.dispatch import Thresholds, thresholds
-from dampr.ops.routes import forced
+from dampr.ops.routes import forced, forced_linear
 
 from . import host
 
@@ -44,7 +44,7 @@ def route_by(
         possible = ("fold",)
     else:
         possible = ("one_pass", "passes") if per_sample else ("fold", "live")
-    name = forced(possible, granularity, per_sample)
+    name = forced_linear(possible, granularity, per_sample)
     if name is not None:
         return name, "forced by forced_route"
     if possible == ("one_pass", "passes"):
@@ -57,3 +57,29 @@ def route_by(
     if "live" in possible and table.skip_dead:
         return "live", f"a GEMM over live blocks is no slower than fold here, even with every gate open [{table.source}]"
     return "fold", "one pass multiplies the gates into the weight, then the vendor GEMM runs"
+
+
+def conv_route(
+    weight: tuple[int, ...], groups: int, granularity: str | tuple[int, int], per_sample: bool, pointwise: bool, device: torch.device
+) -> tuple[str, str]:
+    """(name, reason) of the route of a convolution with a weight of this shape; ``pointwise``: it is a linear map on channels last.
+
+    ``per_sample``: a draw per image, hence False for a rule without noise. Raises ValueError where a forced route cannot serve the call.
+    """
+    if granularity not in ("input", "output", "both"):
+        possible: tuple[str, ...] = ("fold",)
+    elif per_sample:
+        possible = ("passes",)
+    else:
+        possible = ("fold", "live", "linear") if pointwise else ("fold", "live") if len(weight) == 4 else ("fold",)
+    name = forced(possible, granularity, per_sample)
+    if name is not None:
+        return name, "forced by forced_route"
+    if per_sample:
+        return "passes", "every image has gates of its own: passes over the activations around the vendor convolution"
+    table = thresholds(host.device_name(device))
+    if "live" in possible and table.skip_dead and groups == 1 and weight[1] % 16 == 0 and weight[0] % 16 == 0:
+        return "live", f"a convolution over live blocks is no slower than the dense one here [{table.source}]"
+    if "linear" in possible:
+        return "linear", "a 1 x 1 convolution on channels last is a linear map"
+    return "fold", "one pass multiplies the gates into the filters, then the vendor convolution runs"

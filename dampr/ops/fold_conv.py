@@ -1,0 +1,47 @@
+"""The weights of a convolution, (N, C / groups, *kernel), with their gates in them: views of it as a matrix, in either memory format."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dampr.spec import GateSpec
+
+from .fold_weight import fold_blocks, fold_weight
+
+Maybe = Tensor | None
+
+
+def _channels_innermost(weight: Tensor) -> bool:
+    """Whether a (filter, position) is followed in memory by its channels."""
+    return weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def fold_filters(weight: Tensor, bias: Maybe, log_alpha: Tensor, seed: Maybe, spec: GateSpec, dtype: torch.dtype) -> tuple[Tensor, Maybe]:
+    """Filters (and the bias) times their gates; the weight keeps its memory format."""
+    if not weight.is_contiguous() and _channels_innermost(weight):
+        last = weight.permute(0, 2, 3, 1)
+        folded, bias = fold_weight(last.reshape(weight.shape[0], -1), bias, None, log_alpha, None, seed, spec, dtype)
+        return folded.view(last.shape).permute(0, 3, 1, 2), bias
+    folded, bias = fold_weight(weight.reshape(weight.shape[0], -1), bias, None, log_alpha, None, seed, spec, dtype)
+    return folded.view(weight.shape), bias
+
+
+def fold_channels(weight: Tensor, log_alpha: Tensor, seed: Maybe, spec: GateSpec, groups: int, dtype: torch.dtype) -> Tensor:
+    """Weights times the gates of the channels they read: columns where channels are innermost, else blocks of the filters of a group."""
+    n_out, n_in = weight.shape[0], weight.shape[1]
+    if groups == 1 and _channels_innermost(weight):
+        last = weight.permute(0, 2, 3, 1)
+        folded, _ = fold_weight(last.reshape(-1, n_in), None, log_alpha, None, seed, None, spec, dtype)
+        return folded.view(last.shape).permute(0, 3, 1, 2)
+    block = max(1, n_out // groups), max(1, weight.shape[2:].numel())
+    return fold_filter_blocks(weight, log_alpha, seed, spec, block, dtype)
+
+
+def fold_filter_blocks(
+    weight: Tensor, log_alpha: Tensor, seed: Maybe, spec: GateSpec, block: tuple[int, int], dtype: torch.dtype
+) -> Tensor:
+    """Gates of blocks of the weight as a matrix (filters, channels * positions), whatever its memory format, which it keeps."""
+    folded = fold_blocks(weight.reshape(weight.shape[0], -1), log_alpha, seed, spec, block, dtype).view(weight.shape)
+    keep = torch.channels_last if not weight.is_contiguous() and _channels_innermost(weight) else torch.contiguous_format
+    return folded.contiguous(memory_format=keep)
