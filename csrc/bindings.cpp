@@ -156,8 +156,18 @@ GateSpec check_spec(const py::tuple& fields) {
   s.family = fields[0].cast<int>(), s.rule = fields[1].cast<int>();
   double* const numbers[] = {&s.beta, &s.gamma, &s.zeta, &s.c0, &s.c1, &s.lo, &s.hi};
   for (size_t j = 0; j < 7; ++j) *numbers[j] = fields[j + 2].cast<double>();
-  if (s.family != kHardConcrete) reject("spec.family", std::to_string(s.family), "0 (hard_concrete)");
-  if (s.rule < kSample || s.rule > kBinary) reject("spec.rule", std::to_string(s.rule), "0 (sample), 1 (paper), 2 (median) or 3 (binary)");
+  struct Rules {
+    int first, last;
+    const char* names;
+  };
+  static const Rules rules[] = {{kSample, kBinary, "0 (sample), 1 (paper), 2 (median) or 3 (binary)"},
+                                {kIdentity, kIdentity, "4 (identity)"},
+                                {kTanh, kLinear, "5 (tanh), 6 (ratio), 7 (square_ratio), 8 (exponential), 9 (clip) or 10 (linear)"},
+                                {kHard, kLogistic, "11 (hard), 12 (hard_constant), 13 (smooth), 14 (exact_zero) or 15 (logistic)"}};
+  if (s.family < kHardConcrete || s.family > kMask)
+    reject("spec.family", std::to_string(s.family), "0 (hard_concrete), 1 (value), 2 (ramp) or 3 (mask)");
+  const Rules& allowed = rules[s.family];
+  if (s.rule < allowed.first || s.rule > allowed.last) reject("spec.rule", std::to_string(s.rule), allowed.names);
   if (!(s.beta > 0)) reject("spec.beta", std::to_string(s.beta), "a number above 0");
   return s;
 }

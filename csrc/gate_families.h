@@ -1,4 +1,5 @@
-// The gate functions, one type per family and way of taking its value; with_gate() at the end picks one. A new family is one more type here.
+// The gate functions: a type for those that are drawn and one for all that are not; with_gate() at the end picks one. A new family without noise is
+// one more prepare_ function and its case in Fixed. Equations and constants: dampr/spec.py.
 //
 // A gate type has: Value (float or double); kDrawn (does it take noise); prepare(), which turns log_alpha into up to two numbers per gate that do
 // not depend on the noise; and at(), which gives the value z and the slope dz/dlog_alpha from these and the noise u.
@@ -107,29 +108,136 @@ struct HardConcreteDrawn {
   }
 };
 
-// The rules without noise: all is known once log_alpha is, so prepare() already gives value and slope.
+// The evaluation rules of hard concrete gates.
 template <class G>
-struct HardConcreteFixed {
+void prepare_hard_concrete(const GateSpec& s, const G* __restrict log_alpha, G* __restrict z, G* __restrict slope, int count) {
+  const bool binary = s.rule == kBinary;
+  const float lo = static_cast<float>(s.lo), hi = static_cast<float>(s.hi);
+  const G gamma = static_cast<G>(s.gamma), range = static_cast<G>(s.zeta - s.gamma), beta = static_cast<G>(s.rule == kMedian ? s.beta : 1.0);
+#pragma omp simd
+  for (int j = 0; j < count; ++j) {
+    const float decides = static_cast<float>(log_alpha[j]);
+    const bool closed = decides <= lo, full = binary | (decides >= hi);
+    const G c = 1 / (1 + exponential(-log_alpha[j] / beta));
+    const G inside = clip_open(c * range + gamma), steep = range / beta * (c * (1 - c));
+    z[j] = closed ? 0 : full ? 1 : inside;
+    slope[j] = closed | full ? 0 : steep;
+  }
+}
+
+template <class G>
+void prepare_value(const G* __restrict p, G* __restrict z, G* __restrict slope, int count) {
+#pragma omp simd
+  for (int j = 0; j < count; ++j) z[j] = p[j], slope[j] = 1;
+}
+
+// tanh(y), y >= 0; in float without a branch or a call, precise also where it is small (constants: dampr/spec.py). e: exp(-2 y).
+inline float tanh_positive(float y, float e) {
+  const float yy = y * y;
+  float p = -5.717043105e-03f;
+  p = p * yy + 2.065058541e-02f;
+  p = p * yy - 5.374349745e-02f;
+  p = p * yy + 1.333149128e-01f;
+  p = p * yy - 3.333328392e-01f;
+  const float small = y + y * (yy * p), large = (1 - e) / (1 + e);
+  return y <= 0.625f ? small : large;
+}
+inline double tanh_positive(double y, double) { return __builtin_tanh(y); }
+
+template <class G>
+inline G off_zero(G z) {
+  constexpr G kEdge = static_cast<G>(0x1p-24);
+  return z < kEdge ? kEdge : z;
+}
+
+// h(y), y >= 0, and its derivative; comparisons let a NaN through.
+template <class G, Rule kShape>
+inline GatePoint<G> ramp_point(G y) {
+  if constexpr (kShape == kClip || kShape == kLinear) return {y, 1};
+  constexpr G kLimit = static_cast<G>(0x1p60);
+  y = y > kLimit ? kLimit : y;
+  if constexpr (kShape == kRatio) {
+    const G r = 1 / (1 + y);
+    return {y * r, r * r};
+  } else if constexpr (kShape == kSquareRatio) {
+    const G r = 1 / (1 + y * y);
+    return {y * y * r, 2 * y * r * r};
+  } else if constexpr (kShape == kTanh) {
+    const G e = exponential(-2 * y), r = 1 / (1 + e);
+    return {tanh_positive(y, e), 4 * e * r * r};
+  } else {
+    const G e = exponential(-y), half = tanh_positive(y / 2, e);  // 1 - exp(-y) without its cancellation
+    return {2 * half / (1 + half), e};
+  }
+}
+
+template <class G, Rule kShape>
+void prepare_ramp(const GateSpec& s, const G* __restrict x, G* __restrict z, G* __restrict slope, int count) {
+  const float lo = static_cast<float>(s.lo), hi = static_cast<float>(s.hi);
+  const G k = static_cast<G>(s.beta);
+#pragma omp simd
+  for (int j = 0; j < count; ++j) {
+    const float decides = static_cast<float>(x[j]);
+    const bool closed = decides <= lo, full = kShape == kClip && decides >= hi;
+    const GatePoint<G> point = ramp_point<G, kShape>(k * x[j]);
+    z[j] = closed ? 0 : full ? 1 : off_zero(point.z);
+    slope[j] = closed | full ? 0 : k * point.slope;
+  }
+}
+
+// alpha M and M + |alpha| dM/d|alpha|.
+template <class G, Rule kVariant>
+void prepare_mask(const GateSpec& s, const G* __restrict alpha, G* __restrict z, G* __restrict slope, int count) {
+  constexpr G kLimit = 80, kWide = static_cast<G>(0x1p60);
+  const float threshold = static_cast<float>(s.lo);
+  const G b = static_cast<G>(s.beta), t = static_cast<G>(s.lo);
+#pragma omp simd
+  for (int j = 0; j < count; ++j) {
+    const G a = alpha[j], size = a < 0 ? -a : a;
+    const float decides = static_cast<float>(size);
+    const bool closed = decides <= threshold;
+    G y = b * (size - t);
+    y = y < -kLimit ? -kLimit : y > kLimit ? kLimit : y;
+    const G distance = y < 0 ? -y : y, e = exponential(-distance), r = 1 / (1 + e);
+    const G above = y < 0 ? e * r : r, below = y < 0 ? r : e * r;  // sigmoid(y), sigmoid(-y)
+    G m = closed ? 0 : 1, steep = 0;
+    if constexpr (kVariant == kSmooth) m = above * (1 + y * below);
+    if constexpr (kVariant == kSmooth || kVariant == kHard) steep = e * r * r * (2 - distance * ((1 - e) * r));
+    if constexpr (kVariant == kLogistic) m = above, steep = above * below;
+    if constexpr (kVariant == kExactZero) {
+      const G ee = e * e, rr = 1 / (1 + ee);
+      m = closed ? 0 : off_zero(y < 0 ? 0 : tanh_positive(y, ee));
+      steep = closed ? 0 : 4 * ee * rr * rr;
+    }
+    z[j] = a * m;
+    slope[j] = m + (size > kWide ? kWide : size) * (b * steep);
+  }
+}
+
+// The rules and families without noise: all is known once the parameter is, so prepare() already gives value and slope.
+template <class G>
+struct Fixed {
   using Value = G;
   static constexpr bool kDrawn = false;
-  int rule;
-  float lo, hi;
-  G gamma, range, beta;
+  const GateSpec& spec;
 
-  explicit HardConcreteFixed(const GateSpec& s)
-      : rule(s.rule), lo(static_cast<float>(s.lo)), hi(static_cast<float>(s.hi)), gamma(static_cast<G>(s.gamma)),
-        range(static_cast<G>(s.zeta - s.gamma)), beta(static_cast<G>(s.rule == kMedian ? s.beta : 1.0)) {}
+  explicit Fixed(const GateSpec& s) : spec(s) {}
 
-  void prepare(const G* __restrict log_alpha, G* __restrict p, G* __restrict q, int count) const {
-    const bool binary = rule == kBinary;
-#pragma omp simd
-    for (int j = 0; j < count; ++j) {
-      const float decides = static_cast<float>(log_alpha[j]);
-      const bool closed = decides <= lo, full = binary | (decides >= hi);
-      const G s = 1 / (1 + exponential(-log_alpha[j] / beta));
-      const G z = clip_open(s * range + gamma), slope = range / beta * (s * (1 - s));
-      p[j] = closed ? 0 : full ? 1 : z;
-      q[j] = closed | full ? 0 : slope;
+  void prepare(const G* parameter, G* z, G* slope, int count) const {
+    switch (spec.rule) {
+      case kIdentity: return prepare_value(parameter, z, slope, count);
+      case kTanh: return prepare_ramp<G, kTanh>(spec, parameter, z, slope, count);
+      case kRatio: return prepare_ramp<G, kRatio>(spec, parameter, z, slope, count);
+      case kSquareRatio: return prepare_ramp<G, kSquareRatio>(spec, parameter, z, slope, count);
+      case kExponential: return prepare_ramp<G, kExponential>(spec, parameter, z, slope, count);
+      case kClip: return prepare_ramp<G, kClip>(spec, parameter, z, slope, count);
+      case kLinear: return prepare_ramp<G, kLinear>(spec, parameter, z, slope, count);
+      case kHard: return prepare_mask<G, kHard>(spec, parameter, z, slope, count);
+      case kHardConstant: return prepare_mask<G, kHardConstant>(spec, parameter, z, slope, count);
+      case kSmooth: return prepare_mask<G, kSmooth>(spec, parameter, z, slope, count);
+      case kExactZero: return prepare_mask<G, kExactZero>(spec, parameter, z, slope, count);
+      case kLogistic: return prepare_mask<G, kLogistic>(spec, parameter, z, slope, count);
+      default: return prepare_hard_concrete(spec, parameter, z, slope, count);
     }
   }
 
@@ -141,7 +249,7 @@ template <class G, class F>
 inline void with_gate(const GateSpec& spec, F&& f) {
   const double off = spec.beta - 2.0 / 3.0;
   if (spec.rule != kSample)
-    f(HardConcreteFixed<G>(spec));
+    f(Fixed<G>(spec));
   else if (off < 1e-12 && off > -1e-12)
     f(HardConcreteDrawn<G, true>(spec));
   else

@@ -8,8 +8,13 @@
 namespace dampr {
 
 enum DType : int { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
-enum Family : int { kHardConcrete = 0 };
-enum Rule : int { kSample = 0, kPaper = 1, kMedian = 2, kBinary = 3 };
+enum Family : int { kHardConcrete = 0, kValue = 1, kRamp = 2, kMask = 3 };
+enum Rule : int {
+  kSample = 0, kPaper = 1, kMedian = 2, kBinary = 3,                                           // hard concrete
+  kIdentity = 4,                                                                               // value
+  kTanh = 5, kRatio = 6, kSquareRatio = 7, kExponential = 8, kClip = 9, kLinear = 10,          // ramp
+  kHard = 11, kHardConstant = 12, kSmooth = 13, kExactZero = 14, kLogistic = 15                // mask
+};
 
 struct GateSpec {
   int family, rule;

@@ -1,7 +1,28 @@
 """Gate families: small modules that own the gate parameters and say when a gate is open. Equations: :mod:`dampr.spec`."""
 
 from .base import Gate, make_gate
-from .hard_concrete import PRESETS, HardConcrete
+from .dependent import DependencyGenerator, DependentHardConcrete
+from .differentiable_mask import DifferentiableMask, foothill, geometric_slope, scale_penalty, square_penalty
+from .diffprune import DiffPrune
+from .discriminative import DiscriminativeMask, dam_penalty
+from .hard_concrete import PRESETS, PUBLISHED, HardConcrete
 from .polyak import PolyakAverage
 
-__all__ = ["PRESETS", "Gate", "HardConcrete", "PolyakAverage", "make_gate"]
+__all__ = [
+    "PRESETS",
+    "PUBLISHED",
+    "DependencyGenerator",
+    "DependentHardConcrete",
+    "DiffPrune",
+    "DifferentiableMask",
+    "DiscriminativeMask",
+    "Gate",
+    "HardConcrete",
+    "PolyakAverage",
+    "dam_penalty",
+    "foothill",
+    "geometric_slope",
+    "make_gate",
+    "scale_penalty",
+    "square_penalty",
+]

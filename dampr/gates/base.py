@@ -9,63 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dampr import _checks, philox
-from dampr.spec import SAMPLE, GateSpec
+from dampr import _checks, functional, philox
+from dampr.spec import SAMPLE, GateSpec, value
+
+VALUE_SPEC = value()
 
 
-class Gate(nn.Module):
-    """A vector of learned gates; the interface of every family.
+class GateModule(nn.Module):
+    """Gate parameters: they stay in float32 (or float64) when a model is cast to half precision, and no dense checkpoint touches them."""
 
-    In training mode gates are drawn, in evaluation mode they are deterministic. Gate parameters stay in float32 (or float64) when a model
-    is cast to half precision.
-    """
-
-    num_gates: int
-
-    def __init__(self, num_gates: int) -> None:
-        super().__init__()
-        _checks.positive_int("num_gates", num_gates)
-        self.num_gates = num_gates
-
-    @property
-    @abstractmethod
-    def spec(self) -> GateSpec:
-        """Family and constants for the current mode (training or evaluation), for the fused ops."""
-
-    @property
-    @abstractmethod
-    def parameter(self) -> Tensor:
-        """The gate parameters that the fused ops take, (num_gates,)."""
-
-    @abstractmethod
-    def forward(self, rows: int | None = None) -> Tensor:
-        """Gate values: (num_gates,), or (rows, num_gates) with one draw per row; drawn in training, deterministic in evaluation."""
-
-    @abstractmethod
-    def deterministic(self) -> Tensor:
-        """The evaluation values in either mode, (num_gates,)."""
-
-    @abstractmethod
-    def open_probability(self) -> Tensor:
-        """The differentiable surrogate count of each gate, (num_gates,): the probability of being open where the family draws."""
-
-    @abstractmethod
-    def is_open(self) -> Tensor:
-        """The evaluation decision: bool, (num_gates,)."""
-
-    def draw_seed(self) -> Tensor | None:
-        """A fresh seed on the device of the gates (int64, (1,)), or None in a mode without noise."""
-        return self.call()[1]
-
-    def call(self) -> tuple[Tensor, Tensor | None, GateSpec]:
-        """What a fused op takes for one call in the present mode: the parameters, a fresh seed or None, and the spec."""
-        parameter, spec = self.parameter, self.spec
-        return parameter, philox.draw_seed(parameter.device) if spec.rule == SAMPLE else None, spec
-
-    def extra_repr(self) -> str:
-        return f"num_gates={self.num_gates}"
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Gate:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GateModule:
         def keep_precision(t: Tensor) -> Tensor:
             out = fn(t)
             return t.to(out.device, torch.float32) if out.is_floating_point() and out.dtype not in _checks.GATE_DTYPES else out
@@ -79,24 +32,122 @@ class Gate(nn.Module):
             super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
+class Gate(GateModule):
+    """A vector of learned gates; the interface of every family.
+
+    In training mode gates may be drawn, in evaluation mode they are deterministic.
+
+    A family of your own is a subclass whose constructor takes ``(num_gates, *, device=None)`` and hands ``num_gates`` on, and which
+    overrides :meth:`forward` and :meth:`open_probability`. Everything else follows: the fused ops are given the values of ``forward()``
+    and multiply by them, and their gradients come back into it. Layers take the class, or an instance: ``GatedLinear(8, 4,
+    gate=SigmoidGate)``. Such values are computed once per call, so ``per_sample=True`` of a layer changes nothing, as for every family but
+    the hard concrete ones.
+
+    >>> class SigmoidGate(Gate):
+    ...     def __init__(self, num_gates, *, device=None):
+    ...         super().__init__(num_gates)
+    ...         self.logit = nn.Parameter(torch.zeros(num_gates, device=device))
+    ...
+    ...     def forward(self, rows=None):
+    ...         z = torch.sigmoid(self.logit)
+    ...         return z if rows is None else z.expand(rows, -1)
+    ...
+    ...     def open_probability(self):
+    ...         return self()
+    >>> SigmoidGate(2).deterministic()
+    tensor([0.5000, 0.5000], grad_fn=<SigmoidBackward0>)
+    """
+
+    num_gates: int
+
+    def __init__(self, num_gates: int) -> None:
+        super().__init__()
+        _checks.positive_int("num_gates", num_gates)
+        self.num_gates = num_gates
+
+    @classmethod
+    def for_layer(cls, num_gates: int, device: torch.device | str | None = None) -> Gate:
+        """The gate of a layer that was given this class or its name."""
+        return cls(num_gates, device=device)  # type: ignore[call-arg]
+
+    @property
+    def spec(self) -> GateSpec:
+        """Family and constants for the current mode (training or evaluation), for the fused ops."""
+        return VALUE_SPEC
+
+    @property
+    def parameter(self) -> Tensor:
+        """What the fused ops take, (num_gates,): parameters of the family in ``spec``, by default the values of :meth:`forward`."""
+        return self.forward()
+
+    @abstractmethod
+    def forward(self, rows: int | None = None) -> Tensor:
+        """Gate values: (num_gates,), or (rows, num_gates) with one draw per row; drawn in training, deterministic in evaluation."""
+
+    def deterministic(self) -> Tensor:
+        """The evaluation values in either mode, (num_gates,)."""
+        training = self.training
+        self.eval()
+        try:
+            return self.forward()
+        finally:
+            self.train(training)
+
+    @abstractmethod
+    def open_probability(self) -> Tensor:
+        """The differentiable surrogate count of each gate, (num_gates,): the probability of being open where the family draws."""
+
+    def is_open(self) -> Tensor:
+        """The evaluation decision: bool, (num_gates,)."""
+        with torch.no_grad():
+            return self.deterministic() != 0
+
+    def draw_seed(self) -> Tensor | None:
+        """A fresh seed on the device of the gates (int64, (1,)), or None in a mode without noise."""
+        return self.call()[1]
+
+    def call(self) -> tuple[Tensor, Tensor | None, GateSpec]:
+        """What a fused op takes for one call in the present mode: the parameters, a fresh seed or None, and the spec."""
+        parameter, spec = self.parameter, self.spec
+        return parameter, philox.draw_seed(parameter.device) if spec.rule == SAMPLE else None, spec
+
+    def extra_repr(self) -> str:
+        return f"num_gates={self.num_gates}"
+
+
+class KernelGate(Gate):
+    """A family that the kernels know: values follow from ``parameter`` and ``spec``."""
+
+    def forward(self, rows: int | None = None) -> Tensor:
+        parameter, seed, spec = self.call()
+        return functional.sample_gates(parameter, seed=seed, rows=rows, spec=spec)
+
+
 def make_gate(gate: str | type[Gate] | Gate, num_gates: int, device: torch.device | str | None = None) -> Gate:
     """A gate of ``num_gates`` from a family's name, a class, or an instance to share.
 
-    Raises ValueError for an unknown name or an instance with another count, NotImplementedError for a family that is planned, TypeError for
-    anything else.
+    Raises ValueError for an unknown name or an instance with another count, TypeError for anything else.
     """
+    from .dependent import DependentHardConcrete
+    from .differentiable_mask import DifferentiableMask
+    from .diffprune import DiffPrune
+    from .discriminative import DiscriminativeMask
     from .hard_concrete import HardConcrete
 
-    families: dict[str, Callable[..., Gate]] = {"hard_concrete": HardConcrete}
+    families: dict[str, type[Gate]] = {
+        "hard_concrete": HardConcrete,
+        "dep_l0": DependentHardConcrete,
+        "dam": DiscriminativeMask,
+        "diffprune": DiffPrune,
+        "diffmask": DifferentiableMask,
+    }
     if isinstance(gate, Gate):
         if gate.num_gates != num_gates:
             raise ValueError(f"gate.num_gates={gate.num_gates}: expected {num_gates}, one per prunable unit of the layer")
         return gate
-    if gate in ("dep_l0", "dam", "diffprune", "diffmask"):
-        raise NotImplementedError(f"gate={gate!r}: this version has {sorted(families)} only")
     if isinstance(gate, str):
         _checks.one_of("gate", gate, sorted(families))
-        return families[gate](num_gates, device=device)
+        return families[gate].for_layer(num_gates, device)
     if isinstance(gate, type) and issubclass(gate, Gate):
-        return gate(num_gates, device=device)  # type: ignore[call-arg]
+        return gate.for_layer(num_gates, device)
     raise TypeError(f"gate={gate!r}: expected a family's name {sorted(families)}, a subclass of dampr.gates.Gate, or an instance to share")

@@ -2,18 +2,63 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 from dampr import _checks, functional
 from dampr.spec import GateSpec, hard_concrete
 
-from .base import Gate
+from .base import KernelGate
 
 PRESETS = ("paper", "median", "binary")
 
+# What published code passes where it disagrees: HardConcrete(n, **PUBLISHED["voita2019"]).
+PUBLISHED = {
+    "louizos2018": {"preset": "paper", "beta": 2.0 / 3.0},
+    "gallego2022": {"preset": "median", "beta": 2.0 / 3.0},
+    "voita2019": {"preset": "binary", "beta": 0.33},
+}
 
-class HardConcrete(Gate):
+LOGIT_LIMIT = math.log(100.0)
+
+
+class ConcreteGate(KernelGate):
+    """What hard concrete gates have in common, wherever their ``log_alpha``, (num_gates,), comes from."""
+
+    log_alpha: Tensor
+
+    def __init__(self, num_gates: int, *, beta: float, gamma: float, zeta: float, preset: str) -> None:
+        super().__init__(num_gates)
+        _checks.one_of("preset", preset, PRESETS)
+        self.preset = preset
+        self._drawn = hard_concrete("sample", beta, gamma, zeta)
+        self._evaluated = hard_concrete(preset, beta, gamma, zeta)
+
+    @property
+    def spec(self) -> GateSpec:
+        return self._drawn if self.training else self._evaluated
+
+    @property
+    def parameter(self) -> Tensor:
+        return self.log_alpha
+
+    def deterministic(self) -> Tensor:
+        return functional.sample_gates(self.log_alpha, spec=self._evaluated)
+
+    def open_probability(self) -> Tensor:
+        return functional.open_probability(self.log_alpha, spec=self._drawn)
+
+    def is_open(self) -> Tensor:
+        return self.log_alpha.detach() > self._evaluated.lo
+
+    def extra_repr(self) -> str:
+        s = self._drawn
+        return f"{self.num_gates}, beta={s.beta:.4g}, gamma={s.gamma:g}, zeta={s.zeta:g}, preset={self.preset!r}"
+
+
+class HardConcrete(ConcreteGate):
     """Stretched and clipped concrete gates with exact zeros and ones (Louizos, Welling, Kingma, ICLR 2018, eq. 10-12).
 
     Args:
@@ -24,7 +69,11 @@ class HardConcrete(Gate):
             no temperature. ``"median"``: the same of sigmoid(log_alpha / beta), the median of the distribution (Gallego-Posada et al.
             2022). ``"binary"``: 1 where the paper's gate exceeds one half, else 0 (Voita et al. 2019).
         init_log_alpha: where every log_alpha starts; None: at 3, or just high enough for a fresh evaluation gate to be exactly 1.
+        droprate: start as published instead: log_alpha ~ N(ln(1 - d) - ln d, 0.01), with 0.5 in place of a d of 0.
         device: where the parameters live. They are float32 and stay so under autocast and ``.half()``.
+
+    :data:`PUBLISHED` has the constants of code that disagrees. Published code clips the noise u to [1e-6, 1 - 1e-6]; here it lies in
+    [2^-24, 1 - 2^-24] on every backend. That differs for two draws in a million, and only for gates with |log_alpha| above 12.
 
     Raises: ValueError or TypeError that names the argument.
 
@@ -42,36 +91,22 @@ class HardConcrete(Gate):
         zeta: float = 1.1,
         preset: str = "paper",
         init_log_alpha: float | None = None,
+        droprate: float | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        super().__init__(num_gates)
-        _checks.one_of("preset", preset, PRESETS)
-        self.preset = preset
-        self._drawn = hard_concrete("sample", beta, gamma, zeta)
-        self._evaluated = hard_concrete(preset, beta, gamma, zeta)
+        super().__init__(num_gates, beta=beta, gamma=gamma, zeta=zeta, preset=preset)
+        if droprate is not None and not 0 <= droprate < 1:
+            raise ValueError(f"droprate={droprate!r}: expected a number in [0, 1)")
+        if droprate is not None and init_log_alpha is not None:
+            raise ValueError(f"droprate={droprate!r} with init_log_alpha={init_log_alpha!r}: expected one, each says where gates start")
         start = max(3.0, self._evaluated.hi + 0.1) if init_log_alpha is None else float(init_log_alpha)
-        self.log_alpha = nn.Parameter(torch.full((num_gates,), start, dtype=torch.float32, device=device))
+        log_alpha = torch.full((num_gates,), start, dtype=torch.float32, device=device)
+        if droprate is not None:
+            d = droprate or 0.5
+            log_alpha.normal_(math.log(1 - d) - math.log(d), 0.01)
+        self.log_alpha = nn.Parameter(log_alpha)
 
-    @property
-    def spec(self) -> GateSpec:
-        return self._drawn if self.training else self._evaluated
-
-    @property
-    def parameter(self) -> Tensor:
-        return self.log_alpha
-
-    def forward(self, rows: int | None = None) -> Tensor:
-        return functional.sample_gates(self.log_alpha, seed=self.draw_seed(), rows=rows, spec=self.spec)
-
-    def deterministic(self) -> Tensor:
-        return functional.sample_gates(self.log_alpha, spec=self._evaluated)
-
-    def open_probability(self) -> Tensor:
-        return functional.open_probability(self.log_alpha, spec=self._drawn)
-
-    def is_open(self) -> Tensor:
-        return self.log_alpha.detach() > self._evaluated.lo
-
-    def extra_repr(self) -> str:
-        s = self._drawn
-        return f"{self.num_gates}, beta={s.beta:.4g}, gamma={s.gamma:g}, zeta={s.zeta:g}, preset={self.preset!r}"
+    @torch.no_grad()
+    def clamp_(self, limit: float = LOGIT_LIMIT) -> None:
+        """Keep every log_alpha within +-limit; the published runs do this after every optimizer step, at ln 100."""
+        self.log_alpha.clamp_(-limit, limit)

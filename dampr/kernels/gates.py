@@ -1,11 +1,12 @@
 """Drawing gates: z = clip(s (zeta - gamma) + gamma, 0, 1), its derivative, and the kernels that do nothing else.
 
     a = exp(-log_alpha)    t = a (1 - u) / u    s = 1 / (1 + t ** (1 / beta))    dz/dlog_alpha = (zeta - gamma) / beta s (1 - s) inside
-    z = 0 <=> u (a + c0) <= a      z = 1 <=> u (a + c1) >= a      (equations, constants, evaluation rules: dampr/spec.py)
+    z = 0 <=> u (a + c0) <= a      z = 1 <=> u (a + c1) >= a      (equations, constants, evaluation rules, other families: dampr/spec.py)
 
-``draw_gate`` is the one function every kernel calls, on a vector of gates or on a tile with a draw per row; a family is a branch in it.
-Whether a gate is 0 or 1 is decided by single IEEE operations, so kernels that draw are launched with ``enable_fp_fusion=False``; only the
-value in between uses the hardware's approximate division and square root. ``GATE`` is a whole ``dampr.spec.GateSpec``.
+``draw_gate`` is the one function every kernel calls, on a vector of gates or on a tile with a draw per row; a family is a branch in it,
+taken when the kernel is compiled. Whether a gate is 0 or 1 is decided by single IEEE operations, so kernels that draw are launched with
+``enable_fp_fusion=False``; only the value in between uses the hardware's approximate division and square root. ``GATE`` is a whole
+``dampr.spec.GateSpec``.
 """
 
 import triton
@@ -14,14 +15,20 @@ import triton.language as tl
 from dampr import spec
 
 # Kernels see only constexpr globals.
-HARD_CONCRETE = tl.constexpr(spec.HARD_CONCRETE)
+HARD_CONCRETE, VALUE, RAMP, MASK = (tl.constexpr(n) for n in (spec.HARD_CONCRETE, spec.VALUE, spec.RAMP, spec.MASK))
 SAMPLE, MEDIAN = tl.constexpr(spec.SAMPLE), tl.constexpr(spec.MEDIAN)
+TANH, RATIO, SQUARE_RATIO = (tl.constexpr(n) for n in (spec.TANH, spec.RATIO, spec.SQUARE_RATIO))
+EXPONENTIAL, CLIP, LINEAR = (tl.constexpr(n) for n in (spec.EXPONENTIAL, spec.CLIP, spec.LINEAR))
+HARD, SMOOTH, EXACT_ZERO, LOGISTIC = (tl.constexpr(n) for n in (spec.HARD, spec.SMOOTH, spec.EXACT_ZERO, spec.LOGISTIC))
 EDGE = tl.constexpr(spec.EDGE)
 NOT_ONE = tl.constexpr(1.0 - spec.EDGE)
 EXP_LIMIT = tl.constexpr(spec.EXP_LIMIT)
 EXP_LOG2E, EXP_ROUND = tl.constexpr(spec.EXP_LOG2E), tl.constexpr(spec.EXP_ROUND)
 EXP_LN2_HI, EXP_LN2_LO = tl.constexpr(spec.EXP_LN2_HI), tl.constexpr(spec.EXP_LN2_LO)
 EXP_HIGHEST, EXP_POLY, EXP_DEGREE = tl.constexpr(spec.EXP_POLY[0]), tl.constexpr(spec.EXP_POLY[1:]), tl.constexpr(len(spec.EXP_POLY) - 1)
+TANH_SMALL, TANH_HIGHEST = tl.constexpr(spec.TANH_SMALL), tl.constexpr(spec.TANH_POLY[0])
+TANH_POLY, TANH_DEGREE = tl.constexpr(spec.TANH_POLY[1:]), tl.constexpr(len(spec.TANH_POLY) - 1)
+RAMP_LIMIT, MASK_LIMIT = tl.constexpr(spec.RAMP_LIMIT), tl.constexpr(spec.MASK_LIMIT)
 UNIFORM_SCALE = tl.constexpr(4.6566127342e-10)  # dampr.philox.UNIFORM_SCALE; that module imports torch
 NAN = tl.constexpr(tl.PropagateNan.ALL)
 is_two_thirds = triton.constexpr_function(spec.is_two_thirds)
@@ -68,12 +75,8 @@ def uniform(word):
 
 
 @triton.jit
-def draw_gate(log_alpha, seed, start, BLOCK: tl.constexpr, GROUPED: tl.constexpr, GATE: tl.constexpr):
-    """Gates start .. start + BLOCK - 1 and their derivatives: (z, dz/dlog_alpha), float32; what a caller does not use is not computed.
-
-    ``log_alpha``: float32 of the BLOCK columns, [BLOCK] or [1, BLOCK], also the shape of gates without noise; ``start`` as in draw_words.
-    """
-    tl.static_assert(GATE.family == HARD_CONCRETE)
+def draw_hard_concrete(log_alpha, seed, start, BLOCK: tl.constexpr, GROUPED: tl.constexpr, GATE: tl.constexpr):
+    """As draw_gate, of a hard concrete gate."""
     if GATE.rule == SAMPLE:
         u = uniform(draw_words(seed, start, BLOCK, GROUPED))
         a = exp_portable(-log_alpha)  # of the columns only: rows share it
@@ -98,6 +101,92 @@ def draw_gate(log_alpha, seed, start, BLOCK: tl.constexpr, GROUPED: tl.constexpr
     z = s * (GATE.zeta - GATE.gamma) + GATE.gamma
     z = tl.minimum(tl.maximum(z, EDGE, propagate_nan=NAN), NOT_ONE, propagate_nan=NAN)
     return tl.where(closed, 0.0, tl.where(full, 1.0, z)), tl.where(closed | full, 0.0, slope)
+
+
+@triton.jit
+def tanh_positive(y, t):
+    """tanh(y) for y >= 0, precise also where it is small; t: exp(-2 y)."""
+    yy = y * y
+    p = tl.full(y.shape, TANH_HIGHEST, tl.float32)
+    for i in tl.static_range(TANH_DEGREE):
+        p = p * yy + TANH_POLY[i]
+    return tl.where(y <= TANH_SMALL, y + y * (yy * p), (1.0 - t) / (1.0 + t))
+
+
+@triton.jit
+def ramp_gate(x, GATE: tl.constexpr):
+    """(z, dz/dx) of a ramp, shaped like ``x``."""
+    closed = x <= GATE.lo
+    y = x * GATE.beta
+    if GATE.rule == CLIP or GATE.rule == LINEAR:
+        z, slope = y, tl.full(x.shape, 1.0, tl.float32)
+    else:
+        y = tl.minimum(y, RAMP_LIMIT, propagate_nan=NAN)
+        if GATE.rule == TANH:
+            t = tl.exp(-2.0 * y)
+            r = 1.0 / (1.0 + t)
+            z, slope = tanh_positive(y, t), 4.0 * t * r * r
+        elif GATE.rule == RATIO:
+            r = 1.0 / (1.0 + y)
+            z, slope = y * r, r * r
+        elif GATE.rule == SQUARE_RATIO:
+            r = 1.0 / (1.0 + y * y)
+            z, slope = y * y * r, 2.0 * y * r * r
+        else:
+            tl.static_assert(GATE.rule == EXPONENTIAL)
+            slope = tl.exp(-y)
+            half = tanh_positive(0.5 * y, slope)  # 1 - exp(-y) without its cancellation
+            z = 2.0 * half / (1.0 + half)
+    z = tl.maximum(z, EDGE, propagate_nan=NAN)
+    if GATE.rule == CLIP:
+        full = x >= GATE.hi
+        z, slope = tl.where(full, 1.0, z), tl.where(full, 0.0, slope)
+    return tl.where(closed, 0.0, z), tl.where(closed, 0.0, slope * GATE.beta)
+
+
+@triton.jit
+def masked_gate(alpha, GATE: tl.constexpr):
+    """(alpha M, M + |alpha| dM/d|alpha|), shaped like ``alpha``."""
+    size = tl.abs(alpha)
+    closed = size <= GATE.lo
+    y = (size - GATE.lo) * GATE.beta
+    y = tl.minimum(tl.maximum(y, -MASK_LIMIT, propagate_nan=NAN), MASK_LIMIT, propagate_nan=NAN)
+    distance = tl.abs(y)
+    e = tl.exp(-distance)
+    r = 1.0 / (1.0 + e)
+    above, below = tl.where(y < 0, e * r, r), tl.where(y < 0, r, e * r)  # sigmoid(y), sigmoid(-y)
+    m, steep = tl.where(closed, 0.0, 1.0), tl.zeros(alpha.shape, tl.float32)
+    if GATE.rule == SMOOTH:
+        m = above * (1.0 + y * below)
+    if GATE.rule == SMOOTH or GATE.rule == HARD:
+        steep = e * r * r * (2.0 - distance * ((1.0 - e) * r))
+    if GATE.rule == LOGISTIC:
+        m, steep = above, above * below
+    if GATE.rule == EXACT_ZERO:
+        ee = e * e
+        rr = 1.0 / (1.0 + ee)
+        m = tl.where(closed, 0.0, tl.maximum(tl.where(y < 0, 0.0, tanh_positive(y, ee)), EDGE, propagate_nan=NAN))
+        steep = tl.where(closed, 0.0, 4.0 * ee * rr * rr)
+    return alpha * m, m + tl.minimum(size, RAMP_LIMIT, propagate_nan=NAN) * (steep * GATE.beta)
+
+
+@triton.jit
+def draw_gate(log_alpha, seed, start, BLOCK: tl.constexpr, GROUPED: tl.constexpr, GATE: tl.constexpr):
+    """Gates start .. start + BLOCK - 1 and their derivatives: (z, dz/dlog_alpha), float32; what a caller does not use is not computed.
+
+    ``log_alpha``: the parameters of any family, float32 of the BLOCK columns, [BLOCK] or [1, BLOCK], also the shape of gates without noise;
+    ``start`` as in draw_words.
+    """
+    if GATE.family == HARD_CONCRETE:
+        z, slope = draw_hard_concrete(log_alpha, seed, start, BLOCK, GROUPED, GATE)
+    elif GATE.family == RAMP:
+        z, slope = ramp_gate(log_alpha, GATE)
+    elif GATE.family == MASK:
+        z, slope = masked_gate(log_alpha, GATE)
+    else:
+        tl.static_assert(GATE.family == VALUE)
+        z, slope = log_alpha, tl.full(log_alpha.shape, 1.0, tl.float32)
+    return z, slope
 
 
 @triton.jit

@@ -2,7 +2,7 @@
 
 from .gated_conv import gated_conv, weight_gated_conv
 from .gated_linear import expand_blocks, gated_linear, weight_gated_linear
-from .gates import along, exp_portable, expected_l0, gate, gate_derivative, gate_values, noise, open_probability
+from .gates import along, exp_portable, expected_l0, gate, gate_derivative, gate_values, mask, noise, open_probability, sign_swish
 
 __all__ = [
     "along",
@@ -14,8 +14,10 @@ __all__ = [
     "gate_values",
     "gated_conv",
     "gated_linear",
+    "mask",
     "noise",
     "open_probability",
+    "sign_swish",
     "weight_gated_conv",
     "weight_gated_linear",
 ]

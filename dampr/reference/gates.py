@@ -1,4 +1,4 @@
-"""Gate values, open probability and the expected L0 penalty in plain PyTorch. Equations and notation: :mod:`dampr.spec`."""
+"""Gate values of every family, open probability and the expected L0 penalty in plain PyTorch. Equations and notation: :mod:`dampr.spec`."""
 
 from __future__ import annotations
 
@@ -9,16 +9,32 @@ import torch
 from dampr import philox
 from dampr.spec import (
     BINARY,
+    CLIP,
     EDGE,
+    EXACT_ZERO,
     EXP_LIMIT,
     EXP_LN2_HI,
     EXP_LN2_LO,
     EXP_LOG2E,
     EXP_POLY,
     EXP_ROUND,
+    EXPONENTIAL,
+    HARD,
+    HARD_CONCRETE,
+    HARD_CONSTANT,
+    LINEAR,
+    LOGISTIC,
+    MASK,
+    MASK_LIMIT,
     MEDIAN,
     PAPER,
+    RAMP,
+    RAMP_LIMIT,
+    RATIO,
     SAMPLE,
+    SMOOTH,
+    SQUARE_RATIO,
+    TANH,
     GateSpec,
     is_two_thirds,
 )
@@ -59,8 +75,11 @@ def _concrete(log_alpha: torch.Tensor, spec: GateSpec, u: torch.Tensor | None) -
 def gate(log_alpha: torch.Tensor, spec: GateSpec, u: torch.Tensor | None = None) -> torch.Tensor:
     """Gate values for given noise, differentiable in ``log_alpha``.
 
-    ``log_alpha``: (..., n), float32 or float64; ``u``: noise in (0, 1), broadcastable with it, needed for a drawn gate.
+    ``log_alpha``: the gate parameters of any family, (..., n), float32 or float64; ``u``: noise in (0, 1), broadcastable with them, needed
+    for a drawn gate.
     """
+    if spec.family != HARD_CONCRETE:
+        return _ramp(log_alpha, spec) if spec.family == RAMP else _masked(log_alpha, spec) if spec.family == MASK else log_alpha.clone()
     zero, one = log_alpha.new_zeros(()), log_alpha.new_ones(())
     closed, full = _decide(log_alpha, spec, u)
     if spec.rule == BINARY:
@@ -73,13 +92,110 @@ def gate(log_alpha: torch.Tensor, spec: GateSpec, u: torch.Tensor | None = None)
 
 
 def gate_derivative(log_alpha: torch.Tensor, spec: GateSpec, u: torch.Tensor | None = None) -> torch.Tensor:
-    """dz / dlog_alpha for given noise: (zeta - gamma) / beta s (1 - s) strictly inside (0, 1), else 0; arguments as for :func:`gate`."""
+    """dz / dlog_alpha for given noise, in closed form; arguments as for :func:`gate`.
+
+    Of hard concrete gates (zeta - gamma) / beta s (1 - s) strictly inside (0, 1), else 0.
+    """
+    if spec.family != HARD_CONCRETE:
+        family = {RAMP: _ramp_derivative, MASK: _masked_derivative}.get(spec.family)
+        return torch.ones_like(log_alpha) if family is None else family(log_alpha, spec)
     closed, full = _decide(log_alpha, spec, u)
     clipped = closed | full | (spec.rule == BINARY)
     zero = log_alpha.new_zeros(())
     s = _concrete(torch.where(clipped, zero, log_alpha), spec, u)
     slope = (spec.zeta - spec.gamma) / (1.0 if spec.rule == PAPER else spec.beta)
     return torch.where(clipped, zero, slope * s * (1 - s))
+
+
+def _decide_ramp(x: torch.Tensor, spec: GateSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which gates are exactly 0 and which exactly 1, in float32."""
+    x32 = x.detach().to(torch.float32)
+    closed = x32 <= spec.lo
+    return closed, x32 >= spec.hi if spec.rule == CLIP else torch.zeros_like(closed)
+
+
+def _ramp(x: torch.Tensor, spec: GateSpec) -> torch.Tensor:
+    zero, one = x.new_zeros(()), x.new_ones(())
+    closed, full = _decide_ramp(x, spec)
+    y = spec.beta * torch.where(closed | full, zero, x)
+    if spec.rule in (CLIP, LINEAR):
+        z = y
+    else:
+        y = y.clamp(max=RAMP_LIMIT)
+        if spec.rule == TANH:
+            z = torch.tanh(y)
+        elif spec.rule == EXPONENTIAL:
+            z = -torch.expm1(-y)
+        else:
+            power = y if spec.rule == RATIO else y * y
+            z = power / (1 + power)
+    return torch.where(closed, zero, torch.where(full, one, _off_zero(z)))
+
+
+def _ramp_derivative(x: torch.Tensor, spec: GateSpec) -> torch.Tensor:
+    zero = x.new_zeros(())
+    closed, full = _decide_ramp(x, spec)
+    y = (spec.beta * torch.where(closed | full, zero, x)).clamp(max=RAMP_LIMIT)
+    if spec.rule == TANH:
+        slope = 1 / torch.cosh(y).square()
+    elif spec.rule == EXPONENTIAL:
+        slope = torch.exp(-y)
+    elif spec.rule == RATIO:
+        slope = 1 / (1 + y).square()
+    elif spec.rule == SQUARE_RATIO:
+        slope = 2 * y / (1 + y * y).square()
+    else:
+        slope = torch.ones_like(y)
+    return torch.where(closed | full, zero, spec.beta * slope)
+
+
+def _off_zero(z: torch.Tensor) -> torch.Tensor:
+    """At least EDGE, with the derivative of ``z``."""
+    return torch.where(z < EDGE, z + (EDGE - z).detach(), z)
+
+
+def sign_swish(x: torch.Tensor, slope: float | torch.Tensor) -> torch.Tensor:
+    """SS_b(x) = 2 sigmoid(b x) (1 + b x (1 - sigmoid(b x))) - 1, Darabi et al. 2018 (arXiv 1812.11800); differentiable."""
+    y = slope * x
+    return 2 * torch.sigmoid(y) * (1 + y * torch.sigmoid(-y)) - 1
+
+
+def mask(alpha: torch.Tensor, rule: int, slope: float | torch.Tensor, threshold: float | torch.Tensor) -> torch.Tensor:
+    """M of :mod:`dampr.spec` under one of its VARIANTS, in the shape of ``alpha``; differentiable in every tensor that it is given."""
+    distance = alpha.abs() - threshold
+    y = (slope * distance).clamp(-MASK_LIMIT, MASK_LIMIT)
+    if rule == LOGISTIC:
+        return torch.sigmoid(y)
+    if rule == SMOOTH:
+        return (1 + sign_swish(y, 1.0)) / 2
+    closed = alpha.detach().to(torch.float32).abs() <= float(threshold)
+    if rule == EXACT_ZERO:
+        return torch.where(closed, alpha.new_zeros(()), _off_zero(torch.tanh(y)))
+    hard = (~closed).to(alpha.dtype)
+    if rule == HARD_CONSTANT:
+        return hard
+    surrogate = sign_swish(y, 1.0) / 2
+    return hard + (surrogate - surrogate.detach())
+
+
+def _masked(alpha: torch.Tensor, spec: GateSpec) -> torch.Tensor:
+    return alpha * mask(alpha, spec.rule, spec.beta, spec.lo)
+
+
+def _masked_derivative(alpha: torch.Tensor, spec: GateSpec) -> torch.Tensor:
+    """M + |alpha| dM/d|alpha|."""
+    m = mask(alpha, spec.rule, spec.beta, spec.lo)
+    size = alpha.abs()
+    y = (spec.beta * (size - spec.lo)).clamp(-MASK_LIMIT, MASK_LIMIT)
+    if spec.rule in (HARD, SMOOTH):
+        steep = (2 - y * torch.tanh(y / 2)) / (1 + torch.cosh(y)) / 2
+    elif spec.rule == EXACT_ZERO:
+        steep = torch.where(m > 0, 1 / torch.cosh(y).square(), alpha.new_zeros(()))
+    elif spec.rule == LOGISTIC:
+        steep = m * torch.sigmoid(-y)
+    else:
+        return m
+    return m + size.clamp(max=RAMP_LIMIT) * spec.beta * steep
 
 
 def noise(log_alpha: torch.Tensor, spec: GateSpec, seed: torch.Tensor | None, rows: int | None) -> torch.Tensor | None:
@@ -107,7 +223,14 @@ def along(z: torch.Tensor, x: torch.Tensor, dim: int) -> torch.Tensor:
 
 
 def open_probability(log_alpha: torch.Tensor, spec: GateSpec) -> torch.Tensor:
-    """P(z != 0) = sigmoid(log_alpha - beta log(-gamma / zeta)), Louizos et al. 2018 eq. 12; differentiable, shape of ``log_alpha``."""
+    """P(z != 0) = sigmoid(log_alpha - beta log(-gamma / zeta)), Louizos et al. 2018 eq. 12; differentiable, shape of ``log_alpha``.
+
+    Raises ValueError for a family without a distribution, whose surrogate count is that of its module in :mod:`dampr.gates`.
+    """
+    if spec.family != HARD_CONCRETE:
+        raise ValueError(
+            f"spec.family={spec.family}: expected {HARD_CONCRETE} (hard concrete), the family that has a probability to be open"
+        )
     return torch.sigmoid(log_alpha - spec.beta * math.log(-spec.gamma / spec.zeta))
 
 

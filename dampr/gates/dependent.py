@@ -1,0 +1,219 @@
+"""Dep-L0: one small network produces the log_alpha of every gate of a model, so that gates of different layers depend on each other."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dampr import _checks, functional
+from dampr.spec import hard_concrete
+
+from .base import Gate, GateModule
+from .hard_concrete import LOGIT_LIMIT, ConcreteGate
+
+DIRECTIONS = ("forward", "backward")
+
+
+class _Evaluation(NamedTuple):
+    """What the generator produced for which parameters, and whether a backward has been through it (then the list is not empty)."""
+
+    key: tuple[Any, ...]
+    values: list[Tensor]
+    consumed: list[bool]
+
+
+class DependencyGenerator(GateModule):
+    """The gate generator of Dep-L0 (Li and Ji, ECML PKDD 2021, arXiv 2107.00070), as in the authors' code.
+
+    a_l = ln 100 tanh(W_l a_{l-1} + b_l) with a_0 = 1, and log_alpha of layer l is a_l; ln 100 takes the place of Louizos et al.'s clamp.
+
+    Args:
+        sizes: the number of gates of each gated layer, in the order of the network.
+        direction: ``"forward"`` runs from the first layer to the last, ``"backward"`` from the last to the first.
+        input_width: how many ones a_0 has; None: as many as the layer that comes first in that direction has gates. That is what the
+            published networks have, except VGG16 backward (64 for a layer of 512).
+        init_scale: factor on the initial weights, U(-1, 1) / sqrt(in). At 1, as published, about 7 % of the gates of a deep network are
+            closed before training starts; at 0 every gate starts fully open.
+        bias_init: mean of the initial biases, N(bias_init, 0.01).
+        device: where the parameters live. They are float32 and stay so under autocast and ``.half()``.
+
+    The network has no noise and no input, so it is evaluated once for all gates of a step: the values are kept until a parameter changes
+    (as PyTorch's version counters tell: writing through ``p.data`` does not count) or a backward has gone through them.
+
+    Raises: ValueError or TypeError that names the argument.
+
+    >>> generator = DependencyGenerator([16, 32, 32], init_scale=0.0)
+    >>> [gate.eval()().min().item() for gate in generator.gates()]
+    [1.0, 1.0, 1.0]
+    """
+
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        direction: str = "forward",
+        input_width: int | None = None,
+        init_scale: float = 1.0,
+        bias_init: float = 3.0,
+        *,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        if not sizes:
+            raise ValueError(f"sizes={sizes!r}: expected the number of gates of at least one layer")
+        for size in sizes:
+            _checks.positive_int("sizes", size)
+        _checks.one_of("direction", direction, DIRECTIONS)
+        self.sizes = tuple(sizes)
+        self.direction = direction
+        self._order = list(range(len(sizes))) if direction == "forward" else list(reversed(range(len(sizes))))
+        self.input_width = self.sizes[self._order[0]] if input_width is None else input_width
+        _checks.positive_int("input_width", self.input_width)
+        width = self.input_width
+        for index in self._order:
+            bound = init_scale / math.sqrt(width)
+            weight = torch.empty(self.sizes[index], width, dtype=torch.float32, device=device).uniform_(-bound, bound)
+            bias = torch.empty(self.sizes[index], dtype=torch.float32, device=device).normal_(bias_init, 0.01)
+            self.register_parameter(f"weight_{index}", nn.Parameter(weight))
+            self.register_parameter(f"bias_{index}", nn.Parameter(bias))
+            width = self.sizes[index]
+        self._last: _Evaluation | None = None
+
+    def forward(self) -> list[Tensor]:
+        """The log_alpha of every layer, in the order of the network: (sizes[l],) each."""
+        return [self.log_alpha(index) for index in range(len(self.sizes))]
+
+    def log_alpha(self, index: int) -> Tensor:
+        """The log_alpha of layer ``index``, (sizes[index],)."""
+        if not self._may_keep():
+            return self._run(upto=index)[-1]
+        key = self._key()
+        last = self._last
+        # Within a backward (activation checkpointing computes the forward again there) the values serve on; no one goes back through them.
+        if last is None or last.key != key or (last.consumed and torch._C._current_graph_task_id() == -1):
+            last = self._last = self._evaluate(key)
+        return last.values[index]
+
+    def gates(self, **options: Any) -> list[DependentHardConcrete]:
+        """A gate for each layer, in the order of the network; ``options`` as for :class:`DependentHardConcrete`."""
+        return [DependentHardConcrete(self, index, **options) for index in range(len(self.sizes))]
+
+    def penalty(self, kernel_areas: Sequence[float], lam: float, first: float = 3.0) -> Tensor:
+        """lam sum_l k_l^2 P_{l-1} P_l with P_l the expected open gates of layer l and P_0 = ``first``, the image's channels; a scalar.
+
+        ``kernel_areas``: k_l^2 of each gated convolution, in the order of the network. Added as it is to a mean cross-entropy; lam is 1e-6
+        (VGG16) or 5e-7 (ResNet56) in the published runs. Each layer counts as if it read the gated layer before it, as published.
+        """
+        opened = self._expected_open(kernel_areas)
+        total = opened[0] * (kernel_areas[0] * first)
+        for area, before, after in zip(kernel_areas[1:], opened, opened[1:], strict=False):
+            total = total + area * before * after
+        return lam * total
+
+    def filter_penalty(self, kernel_areas: Sequence[float], in_channels: Sequence[int], lam: float, as_published: bool = False) -> Tensor:
+        """lam sum_l P_l c_l k_l^2, the form for ImageNet (lam 5e-9), with ``in_channels`` c_l dense; a scalar.
+
+        ``as_published``: the authors' code has k_l^2 in it twice, so that a 7 x 7 stem costs 49 times too much.
+        """
+        opened = self._expected_open(kernel_areas)
+        if len(in_channels) != len(opened):
+            raise ValueError(f"in_channels={in_channels!r}: expected {len(opened)} numbers, one per gated layer")
+        areas = [area * area if as_published else area for area in kernel_areas]
+        return lam * torch.stack([p * (c * area) for p, c, area in zip(opened, in_channels, areas, strict=True)]).sum()
+
+    def _expected_open(self, kernel_areas: Sequence[float]) -> list[Tensor]:
+        if len(kernel_areas) != len(self.sizes):
+            raise ValueError(f"kernel_areas={kernel_areas!r}: expected {len(self.sizes)} numbers, one per gated layer")
+        return [functional.open_probability(log_alpha, spec=hard_concrete()).sum() for log_alpha in self()]
+
+    def _run(self, upto: int | None = None) -> list[Tensor]:
+        """Every a_l in the order in which they follow from each other, or those as far as layer ``upto``."""
+        values: list[Tensor] = []
+        for index in self._order:
+            weight, bias = getattr(self, f"weight_{index}"), getattr(self, f"bias_{index}")
+            a = values[-1] if values else weight.new_ones(self.input_width)
+            with torch.autocast(weight.device.type, enabled=False):
+                values.append(LOGIT_LIMIT * torch.tanh(torch.addmv(bias, weight, a)))
+            if index == upto:
+                break
+        return values
+
+    def _evaluate(self, key: tuple[Any, ...]) -> _Evaluation:
+        # What this graph keeps for its backward is its own: the hooks of activation checkpointing do not see it. They count what each layer
+        # keeps, and would find the generator in the layer that happened to come first.
+        with torch.autograd.graph.saved_tensors_hooks(torch.Tensor.detach, lambda t: t):
+            values = self._run()
+        consumed: list[bool] = []
+        for a in values:
+            if a.requires_grad:
+                a.register_hook(lambda _: consumed.append(True))
+        return _Evaluation(key, values if self.direction == "forward" else values[::-1], consumed)
+
+    def _key(self) -> tuple[Any, ...]:
+        """Equal as long as the same evaluation, with the same graph, would come out."""
+        tensors = [(id(p), p._version, p.data_ptr(), p.requires_grad) for p in self._parameters.values() if p is not None]
+        return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), tensors
+
+    def _may_keep(self) -> bool:
+        """Not where tensors are symbols, wrapped or watched: there every gate computes its own log_alpha."""
+        return not (
+            torch.compiler.is_compiling()
+            or torch._C._are_functorch_transforms_active()
+            or torch._C._len_torch_dispatch_stack() > 0
+            or any(p is not None and p.is_inference() for p in self._parameters.values())
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_last": None}  # tensors with a graph cannot be copied, nor need they be
+
+    def extra_repr(self) -> str:
+        return f"{list(self.sizes)}, direction={self.direction!r}, input_width={self.input_width}"
+
+
+class DependentHardConcrete(ConcreteGate):
+    """The hard concrete gates of one layer under Dep-L0 (Li and Ji 2021): their log_alpha comes out of a generator shared by the model.
+
+    Args:
+        generator: the :class:`DependencyGenerator` of the whole model. It is part of every gate that uses it, and ``model.parameters()``
+            lists its parameters once; a ``state_dict`` names them once per gate, as with all shared modules.
+        index: which of its layers this is.
+        beta, gamma, zeta, preset: as for :class:`dampr.gates.HardConcrete`; the published code has the same constants.
+
+    Published are a draw per example (``per_sample=True`` of the layer) and gates after the norm. A layer that is given the class or the
+    name ``"dep_l0"`` gets a generator of its own, whose gates start open; gates of one model share one through ``generator.gates()``.
+
+    Raises: ValueError or TypeError that names the argument.
+    """
+
+    def __init__(
+        self,
+        generator: DependencyGenerator,
+        index: int,
+        *,
+        beta: float = 2.0 / 3.0,
+        gamma: float = -0.1,
+        zeta: float = 1.1,
+        preset: str = "paper",
+    ) -> None:
+        if not isinstance(generator, DependencyGenerator):
+            raise TypeError(f"generator={generator!r}: expected a DependencyGenerator")
+        _checks.positive_int("index", index, least=0)
+        if index >= len(generator.sizes):
+            raise ValueError(f"index={index}: expected one below {len(generator.sizes)}, the layers of the generator")
+        super().__init__(generator.sizes[index], beta=beta, gamma=gamma, zeta=zeta, preset=preset)
+        self.generator = generator
+        self.index = index
+
+    @classmethod
+    def for_layer(cls, num_gates: int, device: torch.device | str | None = None) -> Gate:
+        return cls(DependencyGenerator([num_gates], device=device), 0)
+
+    @property
+    def log_alpha(self) -> Tensor:  # type: ignore[override]
+        return self.generator.log_alpha(self.index)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, index={self.index}"

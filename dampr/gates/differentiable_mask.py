@@ -1,0 +1,146 @@
+"""Differentiable masks: a learned scale times a mask that cuts small scales off. A reconstruction."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from dampr import _checks, functional, reference
+from dampr.spec import EXACT_ZERO, GateSpec, mask
+
+from .base import VALUE_SPEC, KernelGate
+
+SLOPES = ("fixed", "scheduled", "trainable")
+REGULARISERS = ("l1", "foothill")
+
+
+class DifferentiableMask(KernelGate):
+    """z = alpha M(|alpha| - t): a scale per gate, and a mask (after Ramakrishnan, Sari, Partovi Nia 2020, arXiv 1909.04567).
+
+    Confirmed, by the abstract, the introduction and the abstract and claims of the same authors' patent US 12,039,448: after the
+    non-linearity each filter's output is multiplied by a scaling factor and by a mask function of it; the factor is learned under a
+    regulariser of its own, next to two more with weights of their own; filters are pruned iff |factor| <= threshold. The formula of the
+    mask was not available: the variants below are a reconstruction around the SignSwish that the same group published (arXiv 1812.11800).
+
+    Args:
+        num_gates: how many gates.
+        variant: the mask in training; b is the slope, SS the SignSwish. ``"hard"``: [|alpha| > t], differentiated as
+            (1 + SS_b(|alpha| - t)) / 2, so that gates just below the threshold feel the task. ``"hard_constant"``: the same, differentiated
+            as a constant: a closed gate never opens again, and strong regularisation closes all. ``"smooth"``: (1 + SS_b(|alpha| - t)) / 2
+            itself. ``"exact_zero"``: max(tanh(b (|alpha| - t)), 0), constant where closed. ``"logistic"``: sigmoid(b (|alpha| - t)).
+            In evaluation ``"smooth"`` and ``"logistic"``, which never close a gate, are replaced by ``"hard"``.
+        threshold: t, at least 0.
+        slope: b, above 0.
+        slope_mode: ``"fixed"``; ``"scheduled"``: :meth:`set_slope` changes it (:func:`geometric_slope` says to what); ``"trainable"``: the
+            exponential of a parameter ``log_slope``, (1,). Only a fixed slope is built into the kernels; masks of the others are computed
+            beside them.
+        init_alpha: where every alpha starts; at 1 fresh evaluation gates are exactly 1 (but those of ``"exact_zero"``).
+        device: where the parameters live. They are float32 and stay so under autocast and ``.half()``.
+
+    The published loss is task + lam1 sum R(alpha) + lam2 ||W||^2 + lam3 ||b||^2 with regularisers not known: :func:`scale_penalty`,
+    :func:`square_penalty`.
+
+    Raises: ValueError or TypeError that names the argument.
+
+    >>> gate = DifferentiableMask(2).eval()
+    >>> gate()
+    tensor([1., 1.], grad_fn=<_SampleGatesBackward>)
+    """
+
+    slope: Tensor
+
+    def __init__(
+        self,
+        num_gates: int,
+        *,
+        variant: str = "hard",
+        threshold: float = 0.1,
+        slope: float = 5.0,
+        slope_mode: str = "fixed",
+        init_alpha: float = 1.0,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(num_gates)
+        _checks.one_of("slope_mode", slope_mode, SLOPES)
+        self._fixed = mask(variant, slope, threshold)
+        self.variant, self.threshold, self.slope_mode = variant, float(threshold), slope_mode
+        self._evaluated = self._fixed if variant in ("hard_constant", "exact_zero") else mask("hard", slope, threshold)
+        self.alpha = nn.Parameter(torch.full((num_gates,), float(init_alpha), dtype=torch.float32, device=device))
+        if slope_mode == "scheduled":
+            self.register_buffer("slope", torch.full((1,), float(slope), dtype=torch.float32, device=device))
+        elif slope_mode == "trainable":
+            self.log_slope = nn.Parameter(torch.full((1,), math.log(slope), dtype=torch.float32, device=device))
+
+    def set_slope(self, slope: float) -> None:
+        """Set the slope of the mask, above 0. Raises ValueError unless ``slope_mode`` is ``"scheduled"``."""
+        if self.slope_mode != "scheduled":
+            raise ValueError(f"slope_mode={self.slope_mode!r}: expected 'scheduled' for set_slope")
+        self.slope.fill_(mask(self.variant, slope, self.threshold).beta)
+
+    @property
+    def spec(self) -> GateSpec:
+        held = self._fixed if self.training else self._evaluated
+        return VALUE_SPEC if self._beside(held) else held
+
+    @property
+    def parameter(self) -> Tensor:
+        """alpha, (num_gates,), or z where it is computed beside the kernels."""
+        held = self._fixed if self.training else self._evaluated
+        return self._masked(held) if self._beside(held) else self.alpha
+
+    def deterministic(self) -> Tensor:
+        held = self._evaluated
+        return self._masked(held) if self._beside(held) else functional.sample_gates(self.alpha, spec=held)
+
+    def open_probability(self) -> Tensor:
+        """|alpha|, the surrogate count that the published loss is taken to have. Not a probability: it can exceed 1."""
+        return self.alpha.abs()
+
+    def is_open(self) -> Tensor:
+        return ~(self.alpha.detach().abs().to(torch.float32) <= self.threshold)
+
+    def _beside(self, held: GateSpec) -> bool:
+        """Whether the values, not alpha, go to the kernels. The evaluation gate of a hard mask does not depend on the slope."""
+        return self.slope_mode != "fixed" and (self.training or held.rule == EXACT_ZERO)
+
+    def _masked(self, held: GateSpec) -> Tensor:
+        slope = self.slope if self.slope_mode == "scheduled" else self.log_slope.exp()
+        return self.alpha * reference.mask(self.alpha, held.rule, slope, self.threshold)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_gates}, variant={self.variant!r}, threshold={self.threshold:g}, slope={self._fixed.beta:g} ({self.slope_mode})"
+
+
+def geometric_slope(step: int, steps: int, start: float = 1.0, end: float = 50.0) -> float:
+    """start (end / start)^(step / steps), and ``end`` from ``steps`` on: the slope of an annealed smooth mask after ``step`` steps."""
+    for name, bound in (("start", start), ("end", end)):
+        if not (bound > 0 and math.isfinite(bound)):
+            raise ValueError(f"{name}={bound!r}: expected a finite number above 0")
+    _checks.positive_int("steps", steps)
+    return start * (end / start) ** min(step / steps, 1.0)
+
+
+def foothill(x: Tensor, a: float = 1.0, b: float = 1.0) -> Tensor:
+    """a x tanh(b x / 2), element by element: between L1 (large b) and L2; the form of arXiv 1901.06414 as recalled, not confirmed."""
+    return a * x * torch.tanh(b * x / 2)
+
+
+def scale_penalty(gates: Iterable[DifferentiableMask], lam: float, regulariser: str = "l1", *, a: float = 1.0, b: float = 1.0) -> Tensor:
+    """lam sum R(alpha) over all gates, a scalar; R is |alpha|, or :func:`foothill` with its ``a`` and ``b``."""
+    _checks.one_of("regulariser", regulariser, REGULARISERS)
+    scales: list[Tensor] = [gate.alpha for gate in gates]
+    if not scales:
+        raise ValueError("gates: expected at least one DifferentiableMask")
+    alpha = torch.cat(scales)
+    return lam * (alpha.abs() if regulariser == "l1" else foothill(alpha, a, b)).sum()
+
+
+def square_penalty(tensors: Iterable[Tensor], lam: float) -> Tensor:
+    """lam sum ||t||^2, a scalar: once for the weights and once for the biases, each with its own lam."""
+    squares = [t.to(torch.promote_types(t.dtype, torch.float32)).square().sum() for t in tensors]
+    if not squares:
+        raise ValueError("tensors: expected at least one tensor")
+    return lam * torch.stack(squares).sum()

@@ -1,0 +1,125 @@
+"""DiffPrune: gates that are a one-sided function of a learned, possibly noisy, number. A reconstruction."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from dampr import _checks, functional, philox
+from dampr.spec import GateSpec, ramp
+
+from .base import VALUE_SPEC, KernelGate
+
+# Shape: its name in dampr.spec, and the sharpness that goes with it (of B and C it is 1 / eps, eps = 0.1).
+SHAPES = {
+    "A": ("tanh", 5.0),
+    "B": ("ratio", 10.0),
+    "C": ("square_ratio", 10.0),
+    "D": ("exponential", 5.0),
+    "E": ("clip", 5.0),
+}
+REVIVALS = (None, "noise", "straight_through")
+LEAK = 0.1
+
+
+class DiffPrune(KernelGate):
+    """z = h(x), exactly 0 for x <= 0, with x = phi or x = phi + sigma xi (after Shulman 2020, arXiv 2012.03653).
+
+    Confirmed, by the abstract alone: gates multiply parameters or activations element by element, take exact zero values, are computed
+    deterministically or stochastically, as a differentiable transformation of a real random vector that approximates a multivariate
+    Bernoulli one; a surrogate of the L0 loss makes them sparse. The equations were not available: shapes, constants, surrogates and
+    everything below are a reconstruction that is consistent with that.
+
+    Args:
+        num_gates: how many gates.
+        shape: h(x) for x > 0. ``"A"``: tanh(kappa x); ``"B"``: x / (x + eps); ``"C"``: x^2 / (x^2 + eps^2); ``"D"``: 1 - exp(-kappa x);
+            ``"E"``: min(kappa x, 1).
+        sharpness: kappa, for B and C 1 / eps; None: 5, for B and C 10.
+        init_phi: where every phi starts.
+        stochastic: in training x = phi + sigma xi with xi ~ N(0, 1), one draw per call, and sigma learned; in evaluation x = phi.
+        init_sigma: where sigma starts; with ``revive="noise"``, what it is.
+        revive: what a closed gate of the deterministic kind, which has no gradient, gets to open again by. ``"noise"``: noise of a constant
+            sigma in training; ``"straight_through"``: in the backward of training the slope 0.1 kappa for x <= 0; None: nothing.
+        device: where the parameters live. They are float32 and stay so under autocast and ``.half()``.
+
+    Raises: ValueError or TypeError that names the argument.
+
+    >>> DiffPrune(3).open_probability()
+    tensor([0.9866, 0.9866, 0.9866], grad_fn=<_SampleGatesBackward>)
+    """
+
+    def __init__(
+        self,
+        num_gates: int,
+        *,
+        shape: str = "A",
+        sharpness: float | None = None,
+        init_phi: float = 0.5,
+        stochastic: bool = False,
+        init_sigma: float = 0.1,
+        revive: str | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(num_gates)
+        _checks.one_of("shape", shape, sorted(SHAPES))
+        _checks.one_of("revive", revive, REVIVALS)
+        if stochastic and revive is not None:
+            raise ValueError(f"revive={revive!r} with stochastic=True: expected None, the noise already opens closed gates")
+        if not (init_sigma > 0 and math.isfinite(init_sigma)):
+            raise ValueError(f"init_sigma={init_sigma!r}: expected a finite number above 0")
+        name, usual = SHAPES[shape]
+        self.shape, self.stochastic, self.revive, self.init_sigma = shape, bool(stochastic), revive, float(init_sigma)
+        self._ramp = ramp(name, usual if sharpness is None else sharpness)
+        self.phi = nn.Parameter(torch.full((num_gates,), float(init_phi), dtype=torch.float32, device=device))
+        if stochastic:
+            self.log_sigma = nn.Parameter(torch.full((num_gates,), math.log(init_sigma), dtype=torch.float32, device=device))
+
+    @property
+    def spec(self) -> GateSpec:
+        return VALUE_SPEC if self._leaks() else self._ramp
+
+    @property
+    def parameter(self) -> Tensor:
+        """x, (num_gates,), drawn anew each time in training where there is noise; with ``revive="straight_through"`` z itself."""
+        x = self._drawn(None)
+        return self._leaky(x) if self._leaks() else x
+
+    def forward(self, rows: int | None = None) -> Tensor:
+        x = self._drawn(rows)
+        z = self._leaky(x) if self._leaks() else functional.sample_gates(x.reshape(-1), spec=self._ramp).view(x.shape)
+        return z if rows is None else z.expand(rows, self.num_gates)
+
+    def deterministic(self) -> Tensor:
+        return functional.sample_gates(self.phi, spec=self._ramp)
+
+    def open_probability(self) -> Tensor:
+        """Phi(phi / sigma), the probability that x > 0, of stochastic gates; else h(phi), which has no gradient where a gate is closed."""
+        if self.stochastic:
+            return torch.special.ndtr(self.phi / self.log_sigma.exp())
+        return functional.sample_gates(self.phi, spec=self._ramp)
+
+    def is_open(self) -> Tensor:
+        return self.phi.detach() > 0
+
+    def _leaks(self) -> bool:
+        return self.training and self.revive == "straight_through"
+
+    def _leaky(self, x: Tensor) -> Tensor:
+        """h(x) with a slope for x <= 0 in the backward."""
+        below = x.clamp(max=0)
+        return functional.sample_gates(x, spec=self._ramp) + LEAK * self._ramp.beta * (below - below.detach())
+
+    def _drawn(self, rows: int | None) -> Tensor:
+        """x, (num_gates,), or (rows, num_gates) where it is drawn for each row."""
+        if not self.training or not (self.stochastic or self.revive == "noise"):
+            return self.phi
+        shape = (self.num_gates,) if rows is None else (rows, self.num_gates)
+        u = philox.uniform(philox.draw_seed(self.phi.device), math.prod(shape)).view(shape)
+        xi = torch.special.ndtri(u.to(self.phi.dtype))
+        return self.phi + (self.log_sigma.exp() if self.stochastic else self.init_sigma) * xi
+
+    def extra_repr(self) -> str:
+        kind = f"stochastic={self.stochastic}, revive={self.revive!r}"
+        return f"{self.num_gates}, shape={self.shape!r}, sharpness={self._ramp.beta:g}, {kind}"

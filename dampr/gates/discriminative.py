@@ -1,0 +1,141 @@
+"""DAM, discriminative masking: one learned offset per layer decides how many of its ordered gates are open."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from dampr import _checks
+from dampr.spec import GateSpec, ramp
+
+from .base import KernelGate
+
+ORDERS = ("zero", "one")
+SHAPES = {"tanh": "tanh", "linear": "linear", "piecewise_linear": "clip"}
+
+
+class DiscriminativeMask(KernelGate):
+    """Ordered gates that one ``beta`` opens from the last to the first (Bu, Daw, Maruf, Karpatne, NeurIPS 2021, arXiv 2110.00684).
+
+    z_j = ReLU(tanh(alpha^2 (mu_j + beta))) with mu_j = (j / n) k. Gate j is closed iff beta <= -mu_j: open gates are always a suffix, and
+    because beta is shared a closed gate opens again when the gates at the edge want it. The same in training and in evaluation.
+
+    Args:
+        num_gates: how many gates, n.
+        k: the range of the offsets mu.
+        alpha: the steepness, a constant (the authors' code squares it, the paper's appendix does not; they keep it at 1).
+        order: ``"zero"``: j = 0 ... n - 1, as in the code; ``"one"``: j = 1 ... n, as the paper can be read.
+        shape: ``"tanh"``, or the variants in the code, ``"linear"``: alpha^2 (mu_j + beta), and ``"piecewise_linear"``: at most 1.
+        init_beta: where beta starts; None: 1, and 0.1 for the linear shapes, as published.
+        min_open: the last ``min_open`` gates never close, however low beta gets; its gradient stays as it is. The published code has no
+            such guard, and closes a layer altogether at beta <= -k (n - 1) / n.
+        weight_decay_on_beta: whether an optimizer should decay beta. As published it does (1e-3), and this sets the sparsity: where the
+            data leaves beta alone it settles at -lam / (layers * decay).
+        frozen: beta does not learn until ``gate.frozen = False``; the published cold start lasts 20 of 200 epochs.
+        device: where beta lives. It is float32 and stays so under autocast and ``.half()``.
+
+    ``beta`` is the only parameter, (1,). The published penalty is :func:`dam_penalty`.
+
+    Raises: ValueError or TypeError that names the argument.
+
+    >>> gate = DiscriminativeMask(4, init_beta=-2.0)
+    >>> gate.open_slice()
+    (2, 4)
+    """
+
+    def __init__(
+        self,
+        num_gates: int,
+        *,
+        k: float = 5.0,
+        alpha: float = 1.0,
+        order: str = "zero",
+        shape: str = "tanh",
+        init_beta: float | None = None,
+        min_open: int = 0,
+        weight_decay_on_beta: bool = True,
+        frozen: bool = False,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(num_gates)
+        for name, constant in (("k", k), ("alpha", alpha)):
+            if not (constant > 0 and math.isfinite(constant)):
+                raise ValueError(f"{name}={constant!r}: expected a finite number above 0")
+        _checks.one_of("order", order, ORDERS)
+        _checks.one_of("shape", shape, sorted(SHAPES))
+        _checks.positive_int("min_open", min_open, least=0)
+        if min_open > num_gates:
+            raise ValueError(f"min_open={min_open}: expected at most num_gates={num_gates}")
+        self.k, self.alpha, self.order, self.shape = float(k), float(alpha), order, shape
+        self.min_open = min_open
+        self.weight_decay_on_beta = bool(weight_decay_on_beta)
+        self._ramp = ramp(SHAPES[shape])
+        start = (1.0 if shape == "tanh" else 0.1) if init_beta is None else float(init_beta)
+        self.beta = nn.Parameter(torch.full((1,), start, dtype=torch.float32, device=device))
+        self.frozen = frozen
+
+    @property
+    def frozen(self) -> bool:
+        """Whether beta does not learn."""
+        return not self.beta.requires_grad
+
+    @frozen.setter
+    def frozen(self, frozen: bool) -> None:
+        self.beta.requires_grad_(not frozen)
+
+    @property
+    def spec(self) -> GateSpec:
+        return self._ramp
+
+    @property
+    def parameter(self) -> Tensor:
+        """alpha^2 (mu + beta), (num_gates,); of each gate the point on the ramp, whose gradients add up in beta."""
+        beta: Tensor = self.beta
+        if self.min_open:
+            beta = beta + (self._lowest() - beta).clamp(min=0).detach()
+        return self.alpha**2 * (self._mu() + beta)
+
+    def _mu(self) -> Tensor:
+        first = ORDERS.index(self.order)
+        # In this order the published counts of open gates hold in float32 too.
+        return torch.arange(first, first + self.num_gates, dtype=self.beta.dtype, device=self.beta.device) / self.num_gates * self.k
+
+    def _lowest(self) -> float:
+        """In the middle of the betas that leave exactly ``min_open`` gates open."""
+        return (0.5 - self.num_gates + self.min_open - ORDERS.index(self.order)) * self.k / self.num_gates
+
+    def deterministic(self) -> Tensor:
+        return self.forward()
+
+    def open_probability(self) -> Tensor:
+        """1 + beta / k for every gate, kept in [0, 1]: together n + n beta / k, the number of open gates to within one.
+
+        Linear in beta like the published penalty, with the gradient of the uncapped line above beta = 0, where beta starts, and none below
+        -k.
+        """
+        share = 1 + self.beta.clamp(min=-self.k) / self.k
+        return (share - (share - 1).clamp(min=0).detach()).expand(self.num_gates)
+
+    def is_open(self) -> Tensor:
+        return self.parameter.detach() > 0
+
+    def open_slice(self) -> tuple[int, int]:
+        """(start, stop) of the open gates, which are neighbours, as host integers: on a GPU this waits for beta."""
+        return self.num_gates - int(self.is_open().sum()), self.num_gates
+
+    def extra_repr(self) -> str:
+        return f"{self.num_gates}, k={self.k:g}, alpha={self.alpha:g}, order={self.order!r}, shape={self.shape!r}, min_open={self.min_open}"
+
+
+def dam_penalty(gates: Iterable[DiscriminativeMask], lam: float, floor: float = -5.0) -> Tensor:
+    """lam mean_l max(beta_l, floor) over the masked layers, a scalar, negative where betas are (Bu et al. 2021, the authors' code).
+
+    Published: lam 0.1 or 0.2 for a network of 163 masks; for a single layer lam beta without a floor, with lam 0.01 to 0.1.
+    """
+    betas: list[Tensor] = [gate.beta for gate in gates]
+    if not betas:
+        raise ValueError("gates: expected at least one DiscriminativeMask")
+    return lam * torch.cat(betas).clamp(min=floor).mean()

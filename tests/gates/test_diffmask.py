@@ -1,0 +1,100 @@
+"""The reconstructed differentiable mask: SignSwish and foothill against golden numbers, slopes, and why the surrogate is needed."""
+
+import math
+
+import pytest
+import torch
+
+import dampr
+from dampr import gates, reference, spec
+
+PRECISIONS = [(torch.float64, 1e-12), (torch.float32, 2e-6)]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), PRECISIONS)
+@pytest.mark.parametrize("name", ["signswish", "foothill"])
+def test_golden_functions(golden, name, dtype, tolerance):
+    for row in golden["dmp_reconstruction"][name]:
+        x = torch.tensor(row["x"], dtype=dtype, requires_grad=True)
+        y = reference.sign_swish(x, row["beta"]) if name == "signswish" else gates.foothill(x, row["a"], row["beta"])
+        (slope,) = torch.autograd.grad(y, x)
+        scale = max(row["beta"], 1.0)
+        assert y.item() == pytest.approx(row["value"], rel=tolerance * scale, abs=tolerance)
+        assert slope.item() == pytest.approx(row["derivative"], rel=10 * tolerance * scale, abs=tolerance * scale)
+
+
+@pytest.mark.parametrize("variant", spec.VARIANTS)
+@pytest.mark.parametrize("mode", ["scheduled", "trainable"])
+def test_masks_computed_beside_the_kernels_are_the_same(cpu_backend, variant, mode):
+    fixed, beside = (gates.DifferentiableMask(40, variant=variant, slope=7.0, slope_mode=m) for m in ("fixed", mode))
+    for training in (True, False):
+        made = []
+        for gate in (fixed, beside):
+            with torch.no_grad():
+                gate.alpha.copy_(torch.linspace(-0.5, 0.5, 40))
+            gate.train(training)
+            z = gate()
+            made.append((z, torch.autograd.grad(z.sum(), gate.alpha)[0]))
+        torch.testing.assert_close(made[1][0], made[0][0])
+        assert torch.equal(made[1][0] == 0, made[0][0] == 0)
+        if training:
+            torch.testing.assert_close(made[1][1], made[0][1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", ["hard", "smooth", "exact_zero", "logistic"])
+def test_a_trainable_slope_stays_positive_and_has_a_gradient(variant):
+    gate = gates.DifferentiableMask(8, variant=variant, slope_mode="trainable", init_alpha=0.2)
+    (gate() * torch.randn(8)).sum().backward()
+    assert gate.log_slope.grad.item() != 0
+    with torch.no_grad():
+        gate.log_slope.fill_(-20.0)
+    assert gate().isfinite().all()
+
+
+def test_a_scheduled_slope_is_kept_in_the_checkpoint():
+    one, other = (gates.DifferentiableMask(4, variant="smooth", slope_mode="scheduled", init_alpha=0.3) for _ in range(2))
+    before = one().detach().clone()
+    one.set_slope(20.0)
+    assert not torch.equal(one(), before)
+    other.load_state_dict(one.state_dict())
+    assert torch.equal(other(), one())
+    with pytest.raises(ValueError, match=r"slope=-1\.0: expected"):
+        one.set_slope(-1.0)
+
+
+def test_geometric_slope_goes_from_start_to_end():
+    assert gates.geometric_slope(0, 100) == 1.0
+    assert gates.geometric_slope(50, 100) == pytest.approx(math.sqrt(50))
+    assert gates.geometric_slope(100, 100) == gates.geometric_slope(300, 100) == pytest.approx(50)
+
+
+@pytest.mark.parametrize("variant", ["hard", "hard_constant", "smooth", "logistic"])
+def test_fresh_evaluation_gates_are_exactly_one_and_masks_are_hard_in_evaluation(cpu_backend, variant):
+    gate = gates.DifferentiableMask(5, variant=variant).eval()
+    assert torch.equal(gate(), torch.ones(5))
+    with torch.no_grad():
+        gate.alpha.copy_(torch.tensor([-0.3, -0.05, 0.05, 0.1, 0.3]))
+    assert torch.equal(gate(), torch.tensor([-0.3, 0, 0, 0, 0.3]))
+    assert gate.is_open().tolist() == [True, False, False, False, True]
+
+
+def test_penalties():
+    one, other = gates.DifferentiableMask(2), gates.DifferentiableMask(1)
+    with torch.no_grad():
+        one.alpha.copy_(torch.tensor([-2.0, 0.5]))
+    assert gates.scale_penalty([one, other], 0.1).item() == pytest.approx(0.35)
+    expected = 0.1 * sum(2 * abs(a) * math.tanh(3 * abs(a) / 2) for a in (2.0, 0.5, 1.0))
+    assert gates.scale_penalty([one, other], 0.1, "foothill", a=2.0, b=3.0).item() == pytest.approx(expected)
+    assert gates.square_penalty([torch.tensor([3.0, 4.0]), torch.ones(2, 2).half()], 0.5).item() == pytest.approx(14.5)
+    layer = dampr.nn.GatedLinear(3, 4, gate=gates.DifferentiableMask(4, slope_mode="trainable"))
+    total = layer(torch.randn(2, 3)).sum() + gates.scale_penalty([layer.gate], 1e-2)
+    (total + gates.square_penalty([layer.weight], 1e-4) + gates.square_penalty([layer.bias], 1e-5)).backward()
+    assert all(p.grad is not None for p in layer.parameters())
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("lam", [1e-2, 1e-3])
+def test_the_surrogate_settles_at_the_dimension_and_without_it_the_network_dies(toy, lam, seed):
+    for variant, expected in (("hard", (9, 11)), ("hard_constant", (0, 0))):
+        gate = toy(gates.DifferentiableMask(50, variant=variant), lambda gate: gates.scale_penalty([gate], lam), 10, seed, samples=2000)
+        assert expected[0] <= int(gate.is_open().sum()) <= expected[1], variant
