@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Verification, GPU tests and benchmarks on a CUDA machine, from a source tree; needs python3 with torch, triton, numpy and pytest, no network.
 #
-#   bash benchmarks/gpu.sh [verify] [tests] [roofline] [pass] [vectors] [weights] [small] [tiny] [crossover]
+#   bash benchmarks/gpu.sh [verify] [tests] [roofline] [pass] [vectors] [weights] [small] [tiny] [crossover] [conv] [layers] [models]
 #
 # Default: all of them, one by one.
 #
@@ -15,7 +15,7 @@ name=$("$PYTHON" -c 'import torch; print(torch.cuda.get_device_name().lower().re
   echo "error: $PYTHON sees no CUDA device; expected a machine with one" >&2; exit 2; }
 out=${OUT:-benchmarks/results/$name}
 mkdir -p "$out"
-stages=${*:-verify tests roofline pass vectors weights small tiny crossover}
+stages=${*:-verify tests roofline pass vectors weights small tiny crossover conv layers models}
 status=0
 
 run() {  # name, seconds, command...
@@ -33,9 +33,9 @@ for stage in $stages; do
     verify)   run verify 200 "$PYTHON" -m dampr.bench.verify --json "$out/verify.json" ;;
     tests)    run tests 200 "$PYTHON" -m pytest -q -p no:cacheprovider -o filterwarnings=default -m gpu tests/gpu ;;
     roofline) run roofline 60 "$PYTHON" -m benchmarks.roofline --json "$out/roofline.json" ;;
-    pass | vectors | weights | small | tiny | crossover)
+    pass | vectors | weights | small | tiny | crossover | conv | layers | models)
       run "$stage" 240 "$PYTHON" -m benchmarks.run "$stage" --out "$out" ${NO_COMPILE:+--no-compile} ;;
-    *) echo "error: stage '$stage': expected verify, tests, roofline, pass, vectors, weights, small, tiny or crossover" >&2; status=2 ;;
+    *) echo "error: stage '$stage': expected verify, tests, roofline, pass, vectors, weights, small, tiny, crossover, conv, layers or models" >&2; status=2 ;;
   esac
 done
 exit $status

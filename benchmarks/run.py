@@ -1,8 +1,8 @@
 """``python -m benchmarks.run [STAGE ...]``: time the suite on this machine, one JSON line a point.
 
 Needs torch (and triton where there is a GPU). Each stage of :mod:`benchmarks.suite`, and ``crossover`` of :mod:`benchmarks.crossover`,
-becomes OUT/linear-STAGE.jsonl, whose first line is the environment and whether the ops passed verification in this run; no ratio is printed
-when they did not. On a GPU, ``crossover`` also writes OUT/dispatch-DEVICE.json, the thresholds that suit it best: copied to
+becomes OUT/linear-STAGE.jsonl, each stage of :mod:`benchmarks.conv` OUT/conv-STAGE.jsonl, whose first line is the environment and whether
+the ops passed verification in this run; no ratio is printed when they did not. On a GPU, ``crossover`` also writes OUT/dispatch-DEVICE.json, the thresholds that suit it best: copied to
 dampr/kernels/dispatch/DEVICE.json, they decide the routes on that device.
 """
 
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import crossover
+from benchmarks import conv, crossover
 from benchmarks.suite import SUITE
 from dampr.bench import linear, records, verify
 from dampr.kernels.dispatch import table_name
@@ -30,9 +30,10 @@ def device_name() -> str:
 def main(argv: list[str] | None = None) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     suite = SUITE[device]
-    stages = (*suite, "crossover")
+    stages = (*suite, "crossover", *conv.STAGES)
+    default = [stage for stage in stages if device == "cuda" or stage != "layers"]
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("stages", nargs="*", help=f"default: {' '.join(stages)}")
+    parser.add_argument("stages", nargs="*", help=f"default: {' '.join(default)}; one of: {' '.join(stages)}")
     parser.add_argument("--out", type=Path, default=RESULTS / device_name())
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--no-compile", action="store_true", help="leave the compiled competitor out")
@@ -42,13 +43,16 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"stages={sorted(unknown)}: expected some of {sorted(stages)}")
     verified = verify.passes("gated_linear", "weight_gated_linear")
     header = {"environment": records.environment(), "verified": verified}
-    for stage in arguments.stages or stages:
+    for stage in arguments.stages or default:
         if stage == "crossover":
             points = crossover.run(device, rounds=arguments.rounds)
+        elif stage in conv.STAGES:
+            points = conv.run(stage, device, compiled=not arguments.no_compile, rounds=arguments.rounds)
         else:
             points = linear.run(suite[stage], compiled=not arguments.no_compile, rounds=arguments.rounds)
         print(*linear.aligned(linear.table(points, verified)), sep="\n", flush=True)
-        records.write_jsonl(arguments.out / f"linear-{stage}.jsonl", [header, *(p.as_dict() for p in points)])
+        name = f"conv-{stage}" if stage in conv.STAGES else f"linear-{stage}"
+        records.write_jsonl(arguments.out / f"{name}.jsonl", [header, *(p.as_dict() for p in points)])
         if stage == "crossover" and device == "cuda" and verified:
             source = f"benchmarks/results/{device_name()}/linear-crossover.jsonl, commit {header['environment']['commit']}"
             records.write_json(arguments.out / f"dispatch-{device_name()}.json", crossover.tuned(points, source)._asdict())

@@ -27,7 +27,8 @@ Progress = Callable[[str, int, int, str], None]  # label, step, of how many, not
 class Recipe:
     """How a network is trained on a data set. ``lam`` is the cost of one expected multiply-accumulate in units of the loss times N.
 
-    For a linear layer with all inputs open that is the paper's lambda, the cost of a parameter.
+    For a linear layer with all inputs open that is the paper's lambda, the cost of a parameter. In the last ``settle`` epochs gates are
+    deterministic and cost nothing: weights settle on the units that are left (the fine-tuning of Dep-L0).
     """
 
     epochs: int
@@ -35,12 +36,13 @@ class Recipe:
     lr: float
     gate_lr: float
     lam: float
+    settle: int = 0
 
 
 RECIPES = {
     ("mlp", "digits"): Recipe(epochs=150, batch=64, lr=2e-3, gate_lr=2e-2, lam=0.1),
     ("mlp", "fashion-mnist"): Recipe(epochs=12, batch=128, lr=1e-3, gate_lr=1e-2, lam=0.3),
-    ("cnn", "fashion-mnist"): Recipe(epochs=8, batch=128, lr=2e-3, gate_lr=2e-2, lam=0.03),
+    ("cnn", "fashion-mnist"): Recipe(epochs=8, batch=128, lr=2e-3, gate_lr=2e-2, lam=0.03, settle=3),
 }
 
 
@@ -171,11 +173,14 @@ def _train(model: nn.Module, split: datasets.Split, recipe: Recipe, progress: Pr
     count, macs = len(split.x), _macs(model, split.x[:1])
     for epoch in range(recipe.epochs):
         model.train()
+        settled = epoch >= recipe.epochs - recipe.settle
+        for layer in layers.values() if settled else ():
+            layer.gate.eval()
         total = 0.0
         for index in torch.randperm(count).split(recipe.batch):
             loss = F.cross_entropy(model(split.x[index]), split.y[index])
             total += float(loss.detach()) * len(index)
-            if layers:
+            if layers and not settled:
                 loss = loss + recipe.lam / count * _expected_macs(macs)
             optimizer.zero_grad()
             loss.backward()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -52,3 +54,36 @@ class CaptumLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         gated, _ = self.gates(x)
         return F.linear(gated, self.weight, self.bias)
+
+
+class UnfusedConv2d(nn.Conv2d):
+    """L0 convolution with filter or channel gates, unfused: per batch on the weight, per sample on the activations, as published."""
+
+    def __init__(self, *args: Any, granularity: Granularity = "output", per_sample: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.granularity, self.per_sample = granularity, per_sample
+        self.log_alpha = nn.Parameter(torch.full((self.out_channels if granularity == "output" else self.in_channels,), 3.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.per_sample:
+            z = unfused_gate(self.log_alpha, x.shape[0]).to(x.dtype)[:, :, None, None]
+            if self.granularity == "output":
+                return self._conv_forward(x, self.weight, self.bias) * z
+            return self._conv_forward(x * z, self.weight, self.bias)
+        z = unfused_gate(self.log_alpha)
+        if self.granularity == "output":
+            return self._conv_forward(x, self.weight * z[:, None, None, None], None if self.bias is None else self.bias * z)
+        return self._conv_forward(x, self.weight * z[:, None, None], self.bias)
+
+
+class UnfusedGate(nn.Module):
+    """Gates on the channels of an activation, unfused, as Dep-L0's code has them behind its norms; per batch or per sample."""
+
+    def __init__(self, channels: int, per_sample: bool) -> None:
+        super().__init__()
+        self.per_sample = per_sample
+        self.log_alpha = nn.Parameter(torch.full((channels,), 3.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = unfused_gate(self.log_alpha, x.shape[0] if self.per_sample else 1)
+        return x * z.to(x.dtype)[:, :, None, None]

@@ -54,12 +54,14 @@ Step = Callable[[], object]
 class Point:
     """One measured point; times in seconds per call, memory in bytes.
 
+    ``shape``: (M, K, N) of a linear layer, (B, C, H, W, N, kernel, stride) of a convolution, that of the input of a network.
+
     ``peak_bytes``: of one step, beyond what was allocated before it (CUDA only). ``kept_bytes``: what the forward keeps for the backward,
     beyond parameters and the input (None where there is no backward).
     """
 
     case: str
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     dtype: str
     device: str
     provider: str
@@ -108,7 +110,7 @@ def case_route(case: Case, device: str) -> str:
 
 
 def time_steps(
-    case: str, shape: tuple[int, int, int], device: str, steps: Mapping[str, Step], rounds: int, routes: Mapping[str, str]
+    case: str, shape: tuple[int, ...], device: str, steps: Mapping[str, Step], rounds: int, routes: Mapping[str, str]
 ) -> list[Point]:
     """The points of competing steps, named by their providers; ``routes`` holds the routes of those that have one."""
     times = timing.interleaved(steps, rounds=rounds, cuda=device == "cuda")
@@ -232,7 +234,9 @@ def table(points: list[Point], verified: bool) -> list[tuple[str, ...]]:
     A column of memory that no point has a number for is left out.
     """
     memory = {column: field for column, field in MEMORY_COLUMNS.items() if any(getattr(p, field) is not None for p in points)}
-    rows: list[tuple[str, ...]] = [("M, K, N", "case", "provider", "median ms", "spread", "x floor", *memory)]
+    rows: list[tuple[str, ...]] = [
+        ("M, K, N" if all(len(p.shape) == 3 for p in points) else "shape", "case", "provider", "median ms", "spread", "x floor", *memory)
+    ]
     floor = {(p.shape, p.case): p.median for p in points if p.provider in ("dense", "copy")}
     for p in points:
         name = f"{p.provider} ({p.route})" if p.route else p.provider
