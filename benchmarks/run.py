@@ -2,8 +2,8 @@
 
 Needs torch (and triton where there is a GPU). Each stage of :mod:`benchmarks.suite`, and ``crossover`` of :mod:`benchmarks.crossover`,
 becomes OUT/linear-STAGE.jsonl, each stage of :mod:`benchmarks.conv` OUT/conv-STAGE.jsonl, whose first line is the environment and whether
-the ops passed verification in this run; no ratio is printed when they did not. On a GPU, ``crossover`` also writes OUT/dispatch-DEVICE.json, the thresholds that suit it best: copied to
-dampr/kernels/dispatch/DEVICE.json, they decide the routes on that device.
+the ops passed verification in this run; no ratio is printed when they did not. On a GPU, ``crossover`` also writes the thresholds that suit
+it best, OUT/dispatch-DEVICE.json: copied to dampr/kernels/dispatch/DEVICE.json, they decide the routes on that device.
 """
 
 from __future__ import annotations
