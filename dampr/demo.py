@@ -170,7 +170,7 @@ def _train(model: nn.Module, split: datasets.Split, recipe: Recipe, progress: Pr
     layers = dampr.prune.gated_layers(model)
     optimizer = torch.optim.Adam(dampr.param_groups(model, lr=recipe.lr, gate_lr=recipe.gate_lr))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, recipe.epochs)
-    count, macs = len(split.x), _macs(model, split.x[:1])
+    count, macs = len(split.x), layer_macs(model, split.x[:1])
     for epoch in range(recipe.epochs):
         model.train()
         settled = epoch >= recipe.epochs - recipe.settle
@@ -181,7 +181,7 @@ def _train(model: nn.Module, split: datasets.Split, recipe: Recipe, progress: Pr
             loss = F.cross_entropy(model(split.x[index]), split.y[index])
             total += float(loss.detach()) * len(index)
             if layers and not settled:
-                loss = loss + recipe.lam / count * _expected_macs(macs)
+                loss = loss + recipe.lam / count * expected_macs(macs)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -192,7 +192,7 @@ def _train(model: nn.Module, split: datasets.Split, recipe: Recipe, progress: Pr
         yield {"epoch": epoch + 1, "loss": total / count, "open": open_gates}
 
 
-def _macs(model: nn.Module, x: Tensor) -> list[tuple[nn.Module, int]]:
+def layer_macs(model: nn.Module, x: Tensor) -> list[tuple[nn.Module, int]]:
     """The weighted layers of a chain in order, each with the multiply-accumulates of one image."""
     found: list[tuple[nn.Module, int]] = []
     hooks = [
@@ -207,7 +207,7 @@ def _macs(model: nn.Module, x: Tensor) -> list[tuple[nn.Module, int]]:
     return found
 
 
-def _expected_macs(macs: list[tuple[nn.Module, int]]) -> Tensor:
+def expected_macs(macs: list[tuple[nn.Module, int]]) -> Tensor:
     """Expected multiply-accumulates of a chain: each layer's, times the open share of its inputs, times that of its outputs."""
     total, before = torch.zeros(()), torch.ones(())
     for layer, count in macs:
