@@ -62,6 +62,12 @@ class GatedWeight(GatedLayer):
         return counts[granularity]
 
     @classmethod
+    def gates_for(cls, layer: Any, granularity: Granularity, per_sample: bool = False) -> int:
+        """How many gates a dense ``layer`` would have. Raises ValueError for a granularity that does not exist."""
+        groups, (written, read, *kernel) = getattr(layer, "groups", 1), layer.weight.shape
+        return cls._gate_count(granularity, per_sample, written, read * groups, groups, math.prod(kernel))
+
+    @classmethod
     def _from_dense(cls, layer: nn.Module, gate: str | type[Gate] | Gate, granularity: Granularity, per_sample: bool) -> Any:
         """A gated layer with the very parameters of ``layer``; they are divided by fresh gates that are not 1, so what it computes stays.
 
@@ -72,8 +78,7 @@ class GatedWeight(GatedLayer):
         arguments = {name: getattr(layer, name) for name in cls._arguments}
         weight, bias = layer.weight, layer.bias
         assert isinstance(weight, Tensor)
-        groups, (written, read, *kernel) = getattr(layer, "groups", 1), weight.shape
-        count = cls._gate_count(granularity, per_sample, written, read * groups, groups, math.prod(kernel))
+        count = cls.gates_for(layer, granularity, per_sample)
         how: dict[str, Any] = {"gate": make_gate(gate, count, weight.device), "granularity": granularity, "per_sample": per_sample}
         build: Any = cls
         gated = build(**arguments, bias=bias is not None, device="meta", dtype=weight.dtype, **how)
@@ -106,6 +111,17 @@ class GatedWeight(GatedLayer):
             dense.bias = nn.Parameter(bias.to(self.bias.dtype), requires_grad=self.bias.requires_grad)
         plain: nn.Module = dense.train(self.training)
         return plain
+
+    def _open_range(self) -> slice | None:
+        """The open gates of a family that keeps them side by side (DAM), so that a view of the weight is all there is to multiply.
+
+        None where all are open or none is, and on a GPU, where asking would wait for the device.
+        """
+        find = getattr(self.gate, "open_slice", None)
+        if find is None or self.weight.device.type != "cpu" or torch.compiler.is_compiling():
+            return None
+        start, stop = find()
+        return slice(start, stop) if 0 < stop - start < self.gate.num_gates else None
 
     def _spread(self, values: Tensor) -> Tensor:
         """One value per gate as something that broadcasts to the weight."""

@@ -66,6 +66,12 @@ class _GatedConv(GatedWeight, _ConvNd):
             x, padding = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0
         parameter, seed, spec = self.gate.call()
         how: dict[str, Any] = {"seed": seed, "spec": spec}
+        opened = self._open_range() if self.granularity == "output" and self.groups == 1 else None
+        if opened is not None:  # the filters whose gates are open
+            bias = None if self.bias is None else self.bias[opened]
+            gated = parameter[opened]
+            y = type(self)._function(x, self.weight[opened], bias, self.stride, padding, self.dilation, output_gate=gated, **how)
+            return F.pad(y, (*[0] * (2 * (self.weight.dim() - 2)), opened.start, self.out_channels - opened.stop))
         if self.granularity in ("output", "input"):
             how |= {f"{self.granularity}_gate": parameter, "per_sample": self.per_sample}
         else:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from dampr import functional
 from dampr.gates import Gate, make_gate
+from dampr.spec import GateSpec
 
 from .base import GatedWeight, Granularity
 
@@ -55,12 +56,23 @@ class GatedLinear(GatedWeight, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         parameter, seed, spec = self.gate.call()
         granularity, each = self.granularity, self.per_sample
+        opened = self._open_range() if granularity in ("output", "input") else None
+        if opened is not None:
+            return self._on_slice(x, parameter[opened], spec, opened)
         if granularity == "output":
             return functional.gated_linear(x, self.weight, self.bias, output_gate=parameter, seed=seed, per_sample=each, spec=spec)
         if granularity == "input":
             return functional.gated_linear(x, self.weight, self.bias, input_gate=parameter, seed=seed, per_sample=each, spec=spec)
         block = granularity if isinstance(granularity, tuple) else (1, 1)
         return functional.gated_linear(x, self.weight, self.bias, weight_gate=parameter, block=block, seed=seed, spec=spec)
+
+    def _on_slice(self, x: Tensor, parameter: Tensor, spec: GateSpec, opened: slice) -> Tensor:
+        """The layer on the rows, or on the columns, of the weight whose gates are open."""
+        if self.granularity == "input":
+            return functional.gated_linear(x[..., opened], self.weight[:, opened], self.bias, input_gate=parameter, spec=spec)
+        bias = None if self.bias is None else self.bias[opened]
+        y = functional.gated_linear(x, self.weight[opened], bias, output_gate=parameter, spec=spec)
+        return nn.functional.pad(y, (opened.start, self.out_features - opened.stop))
 
     @classmethod
     def from_dense(

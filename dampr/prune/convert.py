@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dampr.gates import Gate
+from dampr.gates import DependencyGenerator, Gate
 from dampr.nn import GatedBatchNorm1d, GatedBatchNorm2d, GatedConv1d, GatedConv2d, GatedLinear
 from dampr.nn.base import Granularity
 
@@ -30,7 +30,7 @@ class ConversionError(RuntimeError):
 def convert(
     model: nn.Module,
     *,
-    gate: str | type[Gate] = "hard_concrete",
+    gate: str | type[Gate] | Callable[..., Any] = "hard_concrete",
     granularity: Granularity = "output",
     per_sample: bool = False,
     include: Filter = None,
@@ -43,7 +43,11 @@ def convert(
     Args:
         model: any module; layers whose type is exactly ``nn.Linear``, ``nn.Conv1d`` or ``nn.Conv2d`` are replaced. (A bare layer cannot
             change in place: use what is returned.)
-        gate, granularity, per_sample: as in :class:`dampr.nn.GatedLinear` and :class:`dampr.nn.GatedConv2d`.
+        gate, granularity, per_sample: as in :class:`dampr.nn.GatedLinear` and :class:`dampr.nn.GatedConv2d`. Also a function of
+            (number of gates, device), such as ``functools.partial(HardConcrete, preset="median")``. ``"dep_l0"`` makes one generator for
+            all layers, in the order in which the example inputs reach them, with ``init_scale=0``, so that every gate starts open;
+            ``functools.partial(DependencyGenerator, direction="backward")`` makes another. Published are ``per_sample=True`` and
+            ``init_scale=1``, which would close 7 % of the gates at once.
         include, exclude: name globs ("encoder.*") and types; None includes everything and excludes nothing.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments. With them, output gates go into the BatchNorm that
             follows a layer, leave out depthwise convolutions (whose channels are those of the layer before) and layers whose outputs
@@ -73,12 +77,14 @@ def convert(
     plan = _place(model, chosen, granularity, example_inputs, tie)
     if not plan.layers:
         raise ConversionError(f"include={include!r}, exclude={exclude!r}: no layer of {type(model).__name__} is left to convert")
+    gates = _generated(gate, plan, model, granularity)
     values = {p: p.data for name in plan.layers for p in model.get_submodule(name).parameters(recurse=False)}
     gated: dict[str, Any] = {}
     try:
         for name, layer in plan.layers.items():
             shared = gated.get(plan.shared_with.get(name, ""))
-            gated[name] = _gated(name, layer, gate if shared is None else shared.gate, granularity, per_sample)
+            own = gates.get(name, gate) if shared is None else shared.gate
+            gated[name] = _gated(name, layer, own, granularity, per_sample)
             if name in plan.weights_per_gate:
                 gated[name].weights_per_gate = plan.weights_per_gate[name]
         if "" in gated:
@@ -99,16 +105,20 @@ def convert(
 
 @dataclass
 class _Plan:
-    """What is replaced, by name; which of these share the gate of which; what a gate in a norm saves; what is left out, and why."""
+    """What is replaced, by name; which of these share the gate of which; what a gate in a norm saves; what is left out, and why.
+
+    ``order``: names in the order of calls.
+    """
 
     layers: dict[str, nn.Module]
     shared_with: dict[str, str]
     weights_per_gate: dict[str, float]
     skipped: dict[str, str]
+    order: list[str]
 
 
 def _place(model: nn.Module, chosen: dict[str, nn.Module], granularity: Granularity, example_inputs: Any, tie: bool) -> _Plan:
-    plan = _Plan(dict(chosen), {}, {}, {})
+    plan = _Plan(dict(chosen), {}, {}, {}, list(chosen))
     if granularity != "output":
         return plan
     if example_inputs is None:
@@ -120,7 +130,7 @@ def _place(model: nn.Module, chosen: dict[str, nn.Module], granularity: Granular
         return plan
     widths = graph.Widths(model, example_inputs)
     names = {module: name for name, module in reversed(list(model.named_modules(remove_duplicate=False)))}
-    plan.layers = {}
+    plan.layers, plan.order = {}, [names[module] for module in widths.called()]
     gates: dict[nn.Module, str] = {}  # whose outputs are gated, and the name of the layer that holds the gate
     for name, layer in chosen.items():
         if layer in widths and widths.reaches_output(layer):
@@ -156,6 +166,25 @@ def _choose(model: nn.Module, include: Filter, exclude: Filter) -> dict[str, nn.
         if any(_hits(name, layer, include, "include", default=True) for name in aliases)
         and not any(_hits(name, layer, exclude, "exclude", default=False) for name in aliases)
     }
+
+
+def _generated(gate: Any, plan: _Plan, model: nn.Module, granularity: Granularity) -> dict[str, Gate]:
+    """The gates of all layers from one generator where ``gate`` asks for that, by the layers' names; else nothing."""
+    build = DependencyGenerator if gate == "dep_l0" else getattr(gate, "func", gate)
+    if build is not DependencyGenerator:
+        return {}
+    options = {"init_scale": 0.0, **getattr(gate, "keywords", {})}
+    names = sorted((name for name in plan.layers if name not in plan.shared_with), key=plan.order.index)
+    device = next((p.device for p in model.parameters()), None)
+    generator = DependencyGenerator([_gate_count(plan.layers[name], granularity) for name in names], device=device, **options)
+    return dict(zip(names, generator.gates(), strict=True))
+
+
+def _gate_count(layer: nn.Module, granularity: Granularity) -> int:
+    if isinstance(layer, graph.NORMS):
+        return int(layer.num_features)
+    count: int = _REPLACEMENT[type(layer)].gates_for(layer, granularity)
+    return count
 
 
 def _gated(name: str, layer: nn.Module, gate: Any, granularity: Granularity, per_sample: bool) -> nn.Module:

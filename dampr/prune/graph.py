@@ -79,6 +79,10 @@ class Widths:
     def _count(self, module: nn.Module, _: Any) -> None:
         self._calls[module] = self._calls.get(module, 0) + 1
 
+    def called(self) -> list[nn.Module]:
+        """The modules without children in the order in which they were first called."""
+        return list(self._calls)
+
     def _forward(self, model: nn.Module, example_inputs: Any) -> list[Tensor]:
         found = [t for t in inputs.tensors(inputs.call(model, example_inputs)) if t.grad_fn is not None]
         self._returned = {t.grad_fn for t in found}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ from torch import nn
 import dampr
 from dampr import functional, philox, reference
 from dampr.nn import GatedConv1d, GatedConv2d
-from dampr.spec import hard_concrete
+from dampr.spec import hard_concrete, value
 from dampr.testing import compare
 
 BACKENDS = [name for name in ("reference", "cpp") if not dampr.backend_info()[name].startswith("missing")]
@@ -273,3 +275,35 @@ def test_a_route_that_cannot_serve_is_refused() -> None:
     ):
         with dampr.ops.forced_route(route), pytest.raises(ValueError, match=f"route '{route}' cannot serve"):
             layer(torch.randn(1, 2, 4, 4))
+
+
+@pytest.fixture(scope="module")
+def golden() -> dict[str, Any]:
+    cases: dict[str, Any] = json.loads((Path(__file__).parents[1] / "data" / "gates.json").read_text())
+    return cases
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_golden_convolution_case(golden: dict[str, Any], backend: str, dtype: torch.dtype) -> None:
+    """Evaluation outputs and the penalty (lambda of the bias with its right sign) of the published convolution, from the layer itself."""
+    case, bound = golden["l0_hc"]["conv_case"], 1e-12 if dtype == torch.float64 else 1e-6
+    weight, bias, x = (torch.tensor(case[name], dtype=dtype) for name in ("W", "bias", "x_1x1x3x3"))
+    layer = GatedConv2d(weight.shape[1], weight.shape[0], weight.shape[2:], dtype=dtype)
+    layer.gate.log_alpha = nn.Parameter(torch.tensor(case["log_alpha"], dtype=dtype))
+    layer.load_state_dict({"weight": weight, "bias": bias}, strict=False)
+    with dampr.backend(backend), torch.no_grad():
+        out = layer.eval()(x.view(1, 1, 3, 3))[0]
+    torch.testing.assert_close(out, torch.tensor(case["eval_out"], dtype=dtype), atol=bound, rtol=bound)
+    penalty = layer.penalty(case["lam"], case["weight_decay"]) / case["N"]
+    assert penalty.item() == pytest.approx(case["reg_corrected_bias_sign"], abs=bound)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_golden_convolution_in_training_gates_the_bias(golden: dict[str, Any], backend: str) -> None:
+    """z (conv + b) with the golden gates as they are: parameters that the value family passes through."""
+    case = golden["l0_hc"]["conv_case"]
+    weight, bias, x, z = (torch.tensor(case[name], dtype=torch.float64) for name in ("W", "bias", "x_1x1x3x3", "z"))
+    with dampr.backend(backend):
+        y = functional.gated_conv2d(x.view(1, 1, 3, 3), weight, bias, output_gate=z, spec=value())
+    torch.testing.assert_close(y[0], torch.tensor(case["corrected_train_shared"], dtype=torch.float64), atol=1e-12, rtol=0)
