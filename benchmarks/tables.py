@@ -1,12 +1,14 @@
-"""``python -m benchmarks.tables``: write the tables of README.md and docs/performance.md from the results files; none is typed by hand.
+"""``python -m benchmarks.tables``: write the tables of README.md and docs from the results files; none is typed by hand.
 
-A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``; NAME is a file under benchmarks/results without its ending.
+A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``; NAME is a file under benchmarks/results without its ending, or
+one of :data:`EXAMPLES`, made of the files in examples/results.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,14 @@ from dampr import demo, report
 from dampr.bench import linear, records
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "performance.md")
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "methods.md")
 PLACE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def render(name: str, document: Path) -> str:
     """The table of one results file and, below it, where its numbers come from."""
+    if name in EXAMPLES:
+        return EXAMPLES[name]()
     path = next(p for ending in ("json", "jsonl") if (p := ROOT / "benchmarks" / "results" / f"{name}.{ending}").exists())
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.suffix == ".jsonl" else [json.loads(path.read_text())]
     where = lines[0]["environment"]
@@ -44,6 +48,60 @@ def _table(lines: list[dict[str, Any]]) -> str:
         return report.markdown(("ceiling", "measured"), rows) + "\n\n"
     columns, *rows = linear.table([linear.Point(**{**p, "shape": tuple(p["shape"])}) for p in points], head["verified"])
     return report.markdown(columns, rows) + "\n\n"
+
+
+def _example(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((ROOT / "examples" / "results" / f"{name}.json").read_text())
+    return found
+
+
+def _singles() -> str:
+    rows = []
+    for name in ("l0_lenet300", "l0_lenet5", "depl0_vgg", "diffprune_lenet5", "diffmask_filters"):
+        r = _example(name)
+        share = f"{r['macs'] / r['macs_dense']:.0%} ({r['macs'] / 1e3:.0f}k)"
+        run = f"{r['epochs']} epochs of {r['data']}, seed {r['seed']}, {r['seconds']:.0f} s"
+        rows.append((f"[{name}.py](../examples/{name}.py)", r["method"], f"{r['accuracy']:.2%}", r["open"], share, run, r["published"]))
+    columns = ("script", "family", "accuracy", "open gates", "MACs left", "run", "published")
+    return report.markdown(columns, rows) + "\n"
+
+
+def _dam_rank() -> str:
+    runs: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for r in _example("dam_rank")["runs"]:
+        runs.setdefault((r["kernel"], r["true"]), []).append(r)
+    rows = [
+        (kernel, str(true), ", ".join(str(r["found"]) for r in found), ", ".join(f"{r['beta']:.3f}" for r in found), str(len(found)))
+        for (kernel, true), found in runs.items()
+    ]
+    return report.markdown(("data", "true dimension", "open codes", "beta", "seeds"), rows) + "\n"
+
+
+def _dam_autoencoder() -> str:
+    rows = [(f"{r['lam']:g}", f"{r['open']} / 50", f"{r['error']:.4f}") for r in _example("dam_autoencoder")["runs"]]
+    return report.markdown(("lambda", "open codes", "test error"), rows) + "\n"
+
+
+def _compare() -> str:
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for r in _example("compare_families")["runs"]:
+        runs.setdefault(r["family"], []).append(r)
+    rows = []
+    for family, found in runs.items():
+        accuracy, share = [r["accuracy"] for r in found], [r["macs"] / r["macs_dense"] for r in found]
+        each = ", ".join(f"{a:.2%}" for a in accuracy)
+        rows.append(
+            (family, f"{statistics.mean(accuracy):.2%}", each, ", ".join(f"{s:.0%}" for s in share), "; ".join(r["open"] for r in found))
+        )
+    return report.markdown(("family", "mean accuracy", "each seed", "MACs left", "open gates"), rows) + "\n"
+
+
+EXAMPLES = {
+    "examples": _singles,
+    "examples-dam-rank": _dam_rank,
+    "examples-dam-autoencoder": _dam_autoencoder,
+    "examples-compare": _compare,
+}
 
 
 def main() -> None:
