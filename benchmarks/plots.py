@@ -1,4 +1,4 @@
-"""``python -m benchmarks.plots``: draw the charts of docs/performance.md from results files. Needs matplotlib (``pip install .[plot]``).
+"""``python -m benchmarks.plots``: draw the charts of docs from results files. Needs matplotlib (``pip install .[plot]``).
 
 A folder of results, benchmarks/results/DEVICE, gives docs/plots/DEVICE-CHART.png for every chart of :data:`CHARTS` whose files it holds.
 """
@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib
+import torch
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from dampr import functional, gates, spec
 from dampr.bench import records
 from dampr.bench.linear import Point, size_text
 
@@ -181,6 +183,58 @@ CHARTS = {
 }
 
 
+FAMILIES = {
+    "hard_concrete": ("#0072B2", "o"),
+    "dep_l0": ("#56B4E9", "X"),
+    "dam": ("#009E73", "v"),
+    "diffprune": ("#D55E00", "s"),
+    "diffmask": ("#CC79A7", "D"),
+    "dense": ("#000000", "|"),
+}
+
+
+def draw_gates() -> Figure:
+    """The evaluation gate against the parameter for each family, and for those that draw the quartiles of 4,000 draws."""
+    figure, axes = plt.subplots(1, 5, figsize=(14, 2.9), layout="constrained")
+    concrete = gates.HardConcrete(241)
+    panels = [
+        ("hard_concrete", concrete, "log_alpha", torch.linspace(-6, 6, 241)),
+        ("dep_l0", gates.HardConcrete(241), "log_alpha, from the generator", 4.605 * torch.tanh(torch.linspace(-6, 6, 241))),
+        ("dam", None, "beta + 5 j / n", torch.linspace(-2, 4, 241)),
+        ("diffprune", gates.DiffPrune(241, stochastic=True), "phi", torch.linspace(-0.4, 1, 241)),
+        ("diffmask", gates.DifferentiableMask(241), "alpha", torch.linspace(-0.6, 0.6, 241)),
+    ]
+    for ax, (name, gate, xlabel, x) in zip(axes, panels, strict=True):
+        with torch.no_grad():
+            if gate is None:
+                z, drawn = functional.sample_gates(x, spec=spec.ramp("tanh")), None
+            else:
+                next(gate.parameters()).copy_(x)
+                z = gate.eval()()
+                drawn = gate.train()(4000) if name in ("hard_concrete", "dep_l0", "diffprune") else None
+        if drawn is not None:
+            low, high = torch.quantile(drawn, torch.tensor([0.25, 0.75]), dim=0)
+            ax.fill_between(x, low, high, color=FAMILIES[name][0], alpha=0.2, label="half of the draws")
+        ax.plot(x, z, color=FAMILIES[name][0], label="evaluation")
+        ax.set(title=name, xlabel=xlabel)
+        ax.legend(fontsize=7, frameon=False)
+    axes[0].set_ylabel("gate")
+    return figure
+
+
+def draw_families(results: Path) -> Figure:
+    """Test accuracy against the MACs that are left, every run of every family."""
+    found = json.loads(results.read_text())
+    figure, ax = plt.subplots(figsize=(6, 4), layout="constrained")
+    for name, (colour, marker) in FAMILIES.items():
+        runs = [r for r in found["runs"] if r["family"] == name]
+        ax.scatter([r["macs"] / 1e3 for r in runs], [100 * r["accuracy"] for r in runs], c=colour, marker=marker, label=name)
+    ax.set(xlabel="multiply-accumulates of the compacted model (thousands)", ylabel="test accuracy (%)")
+    ax.set_title(f"LeNet-5-Caffe, {found['data']}, {found['epochs']} epochs, target {found['target']:.0%} of the MACs")
+    ax.legend(frameon=False)
+    return figure
+
+
 def sources(chart: Path, results: Path = RESULTS) -> list[Path]:
     """The results files that the chart DEVICE-CHART.png shows."""
     device, _, name = chart.stem.rpartition("-")
@@ -202,12 +256,25 @@ def write_all(results: Path, target: Path) -> list[Path]:
     return written
 
 
+def write_methods(target: Path) -> list[Path]:
+    """The charts of docs/methods.md: gate values, and the comparison of families where its result is there."""
+    compared = ROOT / "examples" / "results" / "compare_families.json"
+    charts = {"gates.png": draw_gates, **({"families.png": lambda: draw_families(compared)} if compared.exists() else {})}
+    torch.manual_seed(0)
+    for name, draw in charts.items():
+        with plt.rc_context({"font.size": 9, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False}):
+            figure = draw()
+            figure.savefig(target / name, dpi=110, metadata={"Software": None})
+        plt.close(figure)
+    return [target / name for name in charts]
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--out", type=Path, default=PLOTS)
     arguments = parser.parse_args(argv)
-    for path in write_all(arguments.results, arguments.out):
+    for path in (*write_all(arguments.results, arguments.out), *write_methods(arguments.out)):
         print(path)
 
 

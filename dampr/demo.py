@@ -42,7 +42,7 @@ class Recipe:
 RECIPES = {
     ("mlp", "digits"): Recipe(epochs=150, batch=64, lr=2e-3, gate_lr=2e-2, lam=0.1),
     ("mlp", "fashion-mnist"): Recipe(epochs=12, batch=128, lr=1e-3, gate_lr=1e-2, lam=0.3),
-    ("cnn", "fashion-mnist"): Recipe(epochs=8, batch=128, lr=2e-3, gate_lr=2e-2, lam=0.03, settle=3),
+    ("cnn", "fashion-mnist"): Recipe(epochs=12, batch=128, lr=2e-3, gate_lr=3e-2, lam=0.027, settle=8),
 }
 
 

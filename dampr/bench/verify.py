@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from dampr import functional, ops, philox, reference
-from dampr.bench import records
-from dampr.spec import GateSpec, hard_concrete
+from dampr.bench import records, verify_conv
+from dampr.spec import SHAPES, VARIANTS, GateSpec, hard_concrete, mask, ramp, value
 from dampr.testing import HARD_SHAPES, TILED_SHAPES, Comparison, compare, layouts
 
 _DTYPES = {
@@ -80,6 +80,8 @@ def run(only_op: str | None = None) -> list[Row]:
         for op in ("gated_linear", "weight_gated_linear"):
             if only_op in (None, op):
                 rows.append(_verify_linear(Row(op, backend, device, name), dtype))
+        if only_op in (None, "gated_conv2d"):
+            rows.append(_verify_conv(Row("gated_conv2d", backend, device, name), dtype))
     return rows
 
 
@@ -96,7 +98,9 @@ def _exact(name: str, out: Tensor, expected: Tensor) -> Comparison:
 
 def _specs() -> list[tuple[str, GateSpec]]:
     rules = [(rule, hard_concrete(rule)) for rule in ("sample", "paper", "median", "binary")]
-    return [*rules, ("sample, beta 0.5, gamma -0.2, zeta 1.3", hard_concrete("sample", 0.5, -0.2, 1.3))]
+    other = [("sample, beta 0.5, gamma -0.2, zeta 1.3", hard_concrete("sample", 0.5, -0.2, 1.3)), ("value", value())]
+    ramps = [(f"ramp, {shape}", ramp(shape, 2.0)) for shape in SHAPES]
+    return [*rules, *other, *ramps, *((f"mask, {variant}", mask(variant)) for variant in VARIANTS)]
 
 
 def _verify_noise(row: Row) -> Row:
@@ -191,7 +195,11 @@ def linear_cases(device: str) -> list[LinearCase]:
     ways: list[tuple[str | tuple[int, int], bool]] = [("both", False), ("both", True), ("weight", False), ((4, 4), False)]
     for layout, expanded, (gates, per_sample) in itertools.product(("transposed", "sliced", "offset"), (False, True), ways):
         cases.append(LinearCase((37, 24, 20), gates, per_sample, layout=layout, expanded_dy=expanded))
-    cases += [LinearCase((9, 20, 12), gates, rule=rule) for gates in ("both", "weight") for rule in ("paper", "median", "binary")]
+    cases += [
+        LinearCase((9, 20, 12), gates, rule=rule)
+        for gates in ("both", "weight")
+        for rule in ("paper", "median", "binary", "ramp", "mask", "value")
+    ]
     for shape in TILED_SHAPES if device == "cuda" else TILED_SHAPES[:1]:
         cases += [LinearCase(shape, gates, per_sample) for gates in on_vectors for per_sample in (False, True)]
         cases += [LinearCase(shape, gates) for gates in ("weight", (16, 16))]
@@ -228,6 +236,21 @@ def _verify_linear(row: Row, dtype: torch.dtype) -> Row:
     return row
 
 
+def _verify_conv(row: Row, dtype: torch.dtype) -> Row:
+    generator = torch.Generator().manual_seed(3)
+    for case in verify_conv.cases(row.backend, row.device):
+        data, dy, seed = verify_conv.make(case, dtype, generator)
+        args = case, data, dy, seed
+        out, truth, baseline = (
+            verify_conv.once(row.backend, dtype, row.device, *args),
+            verify_conv.once(None, torch.float64, "cpu", *args),
+            verify_conv.once(None, dtype, "cpu", *args),
+        )
+        for name, o in out.items():
+            row.add(f"{case}: {name}", compare(name, o, truth[name], baseline[name], dtype))
+    return row
+
+
 def _routes(backend: str, case: LinearCase) -> tuple[str | None, ...]:
     """The route a case takes by itself and, in C++, where hard shapes are small layers, those of larger ones as well."""
     if backend != "cpp" or case.op != "gated_linear" or case.gates == "none":
@@ -243,7 +266,8 @@ def linear_once(
     for name, t in data.items():
         t = t.to(device, dtype if dtype == torch.float64 or not name.endswith("_gate") else torch.float32)
         leaves[name] = (dict(layouts(t))[case.layout] if name in ("x", "weight") else t).detach().requires_grad_()
-    seed, spec = seed.to(device), hard_concrete(case.rule)
+    families = {"ramp": ramp(), "mask": mask(), "value": value()}
+    seed, spec = seed.to(device), families.get(case.rule) or hard_concrete(case.rule)
     with _running(backend):
         if backend is not None:
             block = {"block": case.block} if case.op == "weight_gated_linear" else {}

@@ -123,8 +123,8 @@ class KernelGate(Gate):
         return functional.sample_gates(parameter, seed=seed, rows=rows, spec=spec)
 
 
-def make_gate(gate: str | type[Gate] | Gate, num_gates: int, device: torch.device | str | None = None) -> Gate:
-    """A gate of ``num_gates`` from a family's name, a class, or an instance to share.
+def make_gate(gate: str | type[Gate] | Gate | Callable[..., Any], num_gates: int, device: torch.device | str | None = None) -> Gate:
+    """A gate of ``num_gates`` from a family's name, a class, an instance to share, or a function of (num_gates, device=...) that makes one.
 
     Raises ValueError for an unknown name or an instance with another count, TypeError for anything else.
     """
@@ -150,4 +150,12 @@ def make_gate(gate: str | type[Gate] | Gate, num_gates: int, device: torch.devic
         return families[gate].for_layer(num_gates, device)
     if isinstance(gate, type) and issubclass(gate, Gate):
         return gate.for_layer(num_gates, device)
-    raise TypeError(f"gate={gate!r}: expected a family's name {sorted(families)}, a subclass of dampr.gates.Gate, or an instance to share")
+    if callable(gate):
+        build: Any = gate
+        made = build(num_gates, device=device)
+        if not isinstance(made, Gate) or made.num_gates != num_gates:
+            raise TypeError(f"gate={gate!r}: made {made!r:.80}, expected a dampr.gates.Gate of {num_gates}")
+        return made
+    raise TypeError(
+        f"gate={gate!r}: expected a family's name {sorted(families)}, a subclass of dampr.gates.Gate, an instance to share, or a function"
+    )

@@ -32,8 +32,8 @@ class DiscriminativeMask(KernelGate):
         init_beta: where beta starts; None: 1, and 0.1 for the linear shapes, as published.
         min_open: the last ``min_open`` gates never close, however low beta gets; its gradient stays as it is. The published code has no
             such guard, and closes a layer altogether at beta <= -k (n - 1) / n.
-        weight_decay_on_beta: whether an optimizer should decay beta. As published it does (1e-3), and this sets the sparsity: where the
-            data leaves beta alone it settles at -lam / (layers * decay).
+        weight_decay_on_beta: whether :func:`dampr.param_groups` lets the optimizer decay beta with the weights. The published code does
+            (1e-3), and this sets the sparsity: where the data leaves beta alone it settles at -lam / (layers * decay).
         frozen: beta does not learn until ``gate.frozen = False``; the published cold start lasts 20 of 200 epochs.
         device: where beta lives. It is float32 and stays so under autocast and ``.half()``.
 
@@ -56,7 +56,7 @@ class DiscriminativeMask(KernelGate):
         shape: str = "tanh",
         init_beta: float | None = None,
         min_open: int = 0,
-        weight_decay_on_beta: bool = True,
+        weight_decay_on_beta: bool = False,
         frozen: bool = False,
         device: torch.device | str | None = None,
     ) -> None:

@@ -181,8 +181,8 @@ def _generated(gate: Any, plan: _Plan, model: nn.Module, granularity: Granularit
 
 
 def _gate_count(layer: nn.Module, granularity: Granularity) -> int:
-    if isinstance(layer, graph.NORMS):
-        return int(layer.num_features)
+    if isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d)):
+        return layer.num_features
     count: int = _REPLACEMENT[type(layer)].gates_for(layer, granularity)
     return count
 

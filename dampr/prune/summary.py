@@ -43,18 +43,26 @@ def penalty(model: nn.Module, *, lam: float = 1.0, prior_precision: float = 0.0)
 def param_groups(model: nn.Module, *, lr: float, gate_lr: float | None = None, weight_decay: float = 0.0) -> list[dict[str, Any]]:
     """Two optimizer groups: weights, and gate parameters with a learning rate of their own and no weight decay.
 
+    (Three where DAM gates were made with ``weight_decay_on_beta=True``: their betas are decayed like weights.)
+
     Args: ``lr``, ``weight_decay`` for the weights; ``gate_lr`` for the gates, by default ``lr``. A parameter shared by several layers
     appears once.
     """
     for name, value in (("lr", lr), ("gate_lr", lr if gate_lr is None else gate_lr), ("weight_decay", weight_decay)):
         if not value >= 0:
             raise ValueError(f"{name}={value!r}: expected a number of at least 0")
-    gates = {id(p): p for module in model.modules() if isinstance(module, Gate) for p in module.parameters()}
+    found = [module for module in model.modules() if isinstance(module, Gate)]
+    gates = {id(p): p for module in found for p in module.parameters()}
+    decayed = {id(p) for module in found if getattr(module, "weight_decay_on_beta", False) for p in module.parameters()}
     weights = [p for p in model.parameters() if id(p) not in gates]
-    return [
+    rate = lr if gate_lr is None else gate_lr
+    groups = [
         {"params": weights, "lr": lr, "weight_decay": weight_decay},
-        {"params": list(gates.values()), "lr": lr if gate_lr is None else gate_lr, "weight_decay": 0.0},
+        {"params": [p for key, p in gates.items() if key not in decayed], "lr": rate, "weight_decay": 0.0},
     ]
+    if decayed:
+        groups.append({"params": [p for key, p in gates.items() if key in decayed], "lr": rate, "weight_decay": weight_decay})
+    return groups
 
 
 @dataclass(frozen=True)

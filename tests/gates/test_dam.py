@@ -100,7 +100,7 @@ def test_golden_layer_backward(dam, cpu_backend, dtype, tolerance):
 def test_golden_beta_under_the_penalty_and_weight_decay(dam):
     case = dam["beta_under_penalty_only"]
     gate = gates.DiscriminativeMask(16).double()
-    assert gate.weight_decay_on_beta
+    assert not gate.weight_decay_on_beta
     optimizer = torch.optim.SGD(gate.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3)
     others = [copy.deepcopy(gate) for _ in range(case["n_dam_layers"] - 1)]
     trace = []

@@ -1,0 +1,114 @@
+"""Gated convolutions held to autograd on the float64 reference: every placement of gates, layout and route; part of ``dampr verify``."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dampr import functional, ops, philox, reference
+from dampr.spec import hard_concrete
+
+Shape = tuple[int, int, int, int, int, int]
+
+
+@dataclass(frozen=True)
+class ConvCase:
+    """One gated convolution: (B, C, H, W, N, kernel), where its gates are, its arguments, memory format and route (None: its own)."""
+
+    shape: Shape
+    gates: str | tuple[int, int]  # "input", "output", "both", "weight", or the size of a block of filters and channels
+    per_sample: bool = False
+    channels_last: bool = False
+    arguments: dict[str, Any] = field(default_factory=dict)
+    route: str | None = None
+
+    def __str__(self) -> str:
+        how = [
+            f"{self.shape}, gates on {self.gates}",
+            "per sample" if self.per_sample else "",
+            "channels last" if self.channels_last else "",
+        ]
+        how += [f"{name} {value}" for name, value in self.arguments.items()]
+        return ", ".join([*(part for part in how if part), *([f"route {self.route}"] if self.route else [])])
+
+    def sizes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of x, weight, bias and gates."""
+        b, c, h, w, n, k = self.shape
+        read = c // self.arguments.get("groups", 1)
+        found: dict[str, tuple[int, ...]] = {"x": (b, c, h, w), "weight": (n, read, k, k), "bias": (n,)}
+        if self.gates in ("input", "both"):
+            found["input_gate"] = (c,)
+        if self.gates in ("output", "both"):
+            found["output_gate"] = (n,)
+        if self.gates == "weight":
+            found["weight_gate"] = (n * read * k * k,)
+        if isinstance(self.gates, tuple):
+            found["weight_gate"] = (-(n // -self.gates[0]) * -(read // -self.gates[1]),)
+        return found
+
+
+def cases(backend: str, device: str) -> Iterator[ConvCase]:
+    """Odd and even sizes, strides, padding, dilation, groups, depthwise, 1 x 1; the routes that the backend has beside its own choice.
+
+    Fewer where Triton is interpreted: what is folded there are the kernels of the linear layer.
+    """
+    base: Shape = (3, 8, 7, 6, 12, 3)
+    interpreted = backend == "triton" and device == "cpu"
+    ways: list[dict[str, Any]] = [{}, {"stride": 2, "padding": 1}, {"padding": "same", "dilation": 2}, {"groups": 2, "padding": (1, 0)}]
+    for arguments, last in itertools.product(ways[-1:] if interpreted else ways, (False, True)):
+        for gates, each in itertools.product(("input", "output", "both"), (False, True)):
+            yield ConvCase(base, gates, each, last, arguments)
+        on_weights: list[str | tuple[int, int]] = ["weight", (1, 1), (5, 3)]
+        yield from (ConvCase(base, where, False, last, arguments) for where in on_weights)
+    for shape, groups in (((2, 6, 5, 5, 6, 3), 6), ((1, 1, 3, 3, 1, 1), 1), ((2, 5, 4, 4, 7, 1), 1)):
+        for gates, each in itertools.product(("input", "output"), (False, True)):
+            yield ConvCase(shape, gates, each, False, {"groups": groups})
+    if backend != "reference":
+        yield from (ConvCase((2, 16, 5, 4, 32, 1), gates, False, True, {}, "linear") for gates in ("input", "output", "both"))
+    if backend == "triton":
+        for arguments, gates in itertools.product(ways, ("both",) if interpreted else ("input", "output", "both")):
+            yield ConvCase((2, 64, 9, 7, 48, 3), gates, False, True, arguments, "live")
+
+
+def once(
+    backend: str | None, dtype: torch.dtype, device: str, case: ConvCase, data: dict[str, Tensor], dy: Tensor, seed: Tensor
+) -> dict[str, Tensor]:
+    """y and every gradient of one case, from the same data whatever the dtype; None: autograd on the reference."""
+    leaves: dict[str, Tensor] = {}
+    for name, t in data.items():
+        t = t.to(device, dtype if dtype == torch.float64 or not name.endswith("_gate") else torch.float32)
+        if case.channels_last and t.dim() == 4:
+            t = t.contiguous(memory_format=torch.channels_last)
+        leaves[name] = t.detach().requires_grad_()
+    seed, spec = seed.to(device), hard_concrete()
+    own = leaves["x"], leaves["weight"], leaves["bias"]
+    block = case.gates if isinstance(case.gates, tuple) else None
+    gates: dict[str, Any] = {name: leaf for name, leaf in leaves.items() if name.endswith("_gate")}
+    if backend is not None:
+        with ops.backend(backend), ops.forced_route(case.route) if case.route else nullcontext():
+            y = functional.gated_conv2d(*own, **gates, **case.arguments, block=block, seed=seed, per_sample=case.per_sample)
+            y.backward(dy.to(device, dtype))
+    else:
+        if "weight_gate" in gates:
+            y = reference.weight_gated_conv(*own, gates["weight_gate"], seed, spec, block, **case.arguments)
+        else:
+            second = seed if "input_gate" not in gates else seed ^ philox.SECOND_STREAM
+            ends = gates.get("input_gate"), gates.get("output_gate")
+            y = reference.gated_conv(*own, *ends, seed, second, spec, case.per_sample, **case.arguments)
+        y.backward(dy.to(device, dtype))
+    return {"y": y.detach(), **{f"d{name}": torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for name, leaf in leaves.items()}}
+
+
+def make(case: ConvCase, dtype: torch.dtype, generator: torch.Generator) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """(data, dy, seed) of a case; data is rounded to ``dtype`` but for the gates."""
+    data = {name: torch.randn(size, generator=generator) for name, size in case.sizes().items()}
+    data["weight"] /= max(1, data["weight"][0].numel()) ** 0.5
+    data = {name: t if name.endswith("_gate") else t.to(dtype) for name, t in data.items()}
+    size = torch.nn.functional.conv2d(data["x"].float(), data["weight"].float(), **case.arguments).shape
+    return data, torch.randn(size, generator=generator).to(dtype), torch.randint(0, 2**63 - 1, (1,), generator=generator)
