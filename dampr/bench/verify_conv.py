@@ -92,7 +92,8 @@ def once(
     gates: dict[str, Any] = {name: leaf for name, leaf in leaves.items() if name.endswith("_gate")}
     if backend is not None:
         with ops.backend(backend), ops.forced_route(case.route) if case.route else nullcontext():
-            y = functional.gated_conv2d(*own, **gates, **case.arguments, block=block, seed=seed, per_sample=case.per_sample)
+            inputs: dict[str, Any] = {**leaves, **case.arguments}
+            y = functional.gated_conv2d(**inputs, block=block, seed=seed, per_sample=case.per_sample)
             y.backward(dy.to(device, dtype))
     else:
         if "weight_gate" in gates:
