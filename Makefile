@@ -5,13 +5,14 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help install demo test verify bench gpu plots lint format clean
+.PHONY: help install demo test verify bench gpu examples plots lint format clean
 
 help:
 	@echo "make demo     train, prune, compact and report on real data (a minute or two)"
 	@echo "make test     every test that runs on this machine; the kernels in Triton's interpreter first"
 	@echo "make verify   every op and backend here against the float64 reference"
 	@echo "make bench    the benchmark suite on this machine        make gpu   the same and the GPU tests, on a machine with a GPU"
+	@echo "make examples one script for each published experiment"
 	@echo "make plots    the charts and tables of the documentation, from the results files"
 	@echo "make lint     ruff, mypy, import-linter                  make format   ruff's formatter"
 	@echo "make install  only the environment                       make clean    remove what was built; the environment stays"
@@ -41,6 +42,9 @@ bench: $(STAMP)
 
 gpu: $(STAMP)
 	bash benchmarks/gpu.sh
+
+examples: $(STAMP)
+	for script in examples/[a-z]*_*.py; do $(BIN)/python -m examples.$$(basename $$script .py) || exit 1; done
 
 plots: $(STAMP)
 	$(BIN)/python -m benchmarks.plots

@@ -26,9 +26,7 @@ Penalty = Callable[[nn.Module], Tensor]
 def arguments(description: str | None, **defaults: Any) -> argparse.Namespace:
     """``--root``, ``--seed``, ``--no-write`` and one option for each default."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument(
-        "--root", type=Path, help="folder of MNIST-like idx files; default: Debian's Fashion-MNIST, else the bundled digits"
-    )
+    parser.add_argument("--root", type=Path, help="folder of MNIST-like idx files, or digits; default: Debian's Fashion-MNIST, else digits")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-write", action="store_true", help="leave examples/results alone")
     for name, value in defaults.items():
@@ -37,8 +35,8 @@ def arguments(description: str | None, **defaults: Any) -> argparse.Namespace:
 
 
 def images(root: Path | None, count: int | None = None) -> tuple[str, datasets.Split]:
-    """(name, images) from ``root``, from Debian's package, or the digits enlarged to 24 x 24; the first ``count`` to train on."""
-    folder = root or next((f for f in FOLDERS if f.is_dir()), None)
+    """(name, images) from ``root``, from Debian's package, or the bundled digits enlarged to 24 x 24; the first ``count`` to train on."""
+    folder = None if str(root) == "digits" else root or next((f for f in FOLDERS if f.is_dir()), None)
     if folder is None:
         name, data = "digits", datasets.digits()
         grow = lambda x: F.interpolate(x.view(-1, 1, 8, 8), scale_factor=3).flatten(1)  # noqa: E731

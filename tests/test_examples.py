@@ -1,0 +1,52 @@
+"""Every example runs from its command line; short here, on the bundled digits, and leaving the committed results alone."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = sorted(path.stem for path in (ROOT / "examples").glob("*_*.py"))
+SHORT = ["--root", "digits", "--no-write"]
+
+
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], script: str, *arguments: str) -> dict:
+    module = importlib.import_module(f"examples.{script}")
+    if script == "dam_rank":
+        for recipe in module.RECIPES.values():
+            monkeypatch.setitem(recipe, "steps", 10)
+    monkeypatch.setattr(sys, "argv", [script, *SHORT, *arguments])
+    module.main()
+    out = capsys.readouterr().out
+    return json.loads(out[out.index("{\n") :])
+
+
+@pytest.mark.parametrize("script", [s for s in SCRIPTS if s not in ("dam_rank", "compare_families")])
+def test_a_training_script_runs(monkeypatch, capsys, script) -> None:
+    before = {path: path.read_bytes() for path in (ROOT / "examples" / "results").glob("*")}
+    result = run(monkeypatch, capsys, script, "--epochs", "1")
+    assert result["data"] == "digits"
+    assert "published" in result
+    if "macs" in result:
+        assert 0 < result["macs"] <= result["macs_dense"]
+        assert 0 < result["accuracy"] <= 1
+    assert {path: path.read_bytes() for path in (ROOT / "examples" / "results").glob("*")} == before
+
+
+def test_the_rank_script_runs(monkeypatch, capsys) -> None:
+    result = run(monkeypatch, capsys, "dam_rank", "--seeds", "1", "--count", "100")
+    assert [r["kernel"] for r in result["runs"]] == ["linear", "linear", "linear", "mlp", "quadratic"]
+
+
+def test_the_comparison_has_every_family(monkeypatch, capsys) -> None:
+    result = run(monkeypatch, capsys, "compare_families", "--seeds", "1", "--epochs", "1", "--count", "300")
+    assert [r["family"] for r in result["runs"]] == ["dense", "hard_concrete", "dep_l0", "dam", "diffprune", "diffmask"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_script_has_a_committed_result(script) -> None:
+    assert json.loads((ROOT / "examples" / "results" / f"{script}.json").read_text())["environment"]["torch"]
