@@ -9,6 +9,7 @@ from .backends import BackendUnavailableError, backend, backend_info, choose, se
 from .fold_weight import fold_blocks, fold_weight
 from .gate_activations import gate_activations
 from .gated_linear import gated_linear
+from .norm_gate import norm_gate
 from .routes import forced_route
 from .sample_gates import sample_gates
 from .weight_gated_linear import weight_gated_linear
@@ -23,6 +24,7 @@ __all__ = [
     "forced_route",
     "gate_activations",
     "gated_linear",
+    "norm_gate",
     "sample_gates",
     "select",
     "weight_gated_linear",
