@@ -254,9 +254,8 @@ def norm_gate_fwd(
     batch = mean is None or var is None
     if mean is None or var is None:
         shared = [i for i in range(x.dim()) if i != 1]
-        var, mean = torch.var_mean(x.to(log_alpha.dtype), shared, correction=0)
-        if not x.numel():
-            var, mean = torch.zeros_like(log_alpha), torch.zeros_like(log_alpha)
+        none = torch.zeros_like(log_alpha)
+        var, mean = torch.var_mean(x.to(log_alpha.dtype), shared, correction=0) if x.numel() else (none, none.clone())
     pre = _before_gates(_normalised(x, mean, var, eps)[0], gain, bias)
     y = pre * reference.along(reference.gate_values(log_alpha, spec, seed, x.shape[0] if per_sample else None), x, 1)
     y = (y.relu() if relu else y).to(x.dtype).contiguous(memory_format=dense_format(x, 1))
