@@ -43,7 +43,19 @@ GATE_BLOCKS = {
 _VECTORS = ("gain_ptr", "mean_ptr", "var_ptr", "sums_ptr", "spread_ptr", "part_mean_ptr", "part_spread_ptr")
 _EXACT = ("z_ptr", "z_in_ptr", "z_out_ptr", "dz_ptr", "dy_sum_ptr", *_VECTORS)
 _INTEGER = ("live_ptr", "count_ptr")
-_ODD = ("slabs", "P", "H", "W", "OH", "OW", "groups", "outer", "parts", "pieces", "count")  # sizes of which nobody promises that they are multiples of 16
+_ODD = (
+    "slabs",
+    "P",
+    "H",
+    "W",
+    "OH",
+    "OW",
+    "groups",
+    "outer",
+    "parts",
+    "pieces",
+    "count",
+)  # sizes of which nobody promises that they are multiples of 16
 _HIP = GPUTarget("hip", "gfx942", 64)
 _SPEC = hard_concrete()
 _MATRIX = r"\b(HGMMA|HMMA|UTCHMMA|FFMA2?)\b"

@@ -20,9 +20,20 @@ from dampr.bench import records
 from dampr.spec import GateSpec, hard_concrete
 from dampr.testing import HARD_SHAPES, TILED_SHAPES, Comparison, compare, layouts
 
-# (B, C, ...) of a norm: nothing, vectors, sequences, images of one pixel, of primes, of whole tiles, of more channels than a tile. Never two
-# values per channel: they are always +1 and -1, and the gradient is zero but for eps.
-NORM_SHAPES = ((0, 3, 4, 4), (5, 1), (5, 7), (130, 65), (3, 5, 17), (7, 3, 1, 1), (3, 7, 5, 3), (2, 64, 16, 16), (2, 130, 3, 5), (1, 3, 33, 29))
+# (B, C, ...) of a norm: nothing, vectors, sequences, images of one pixel, of primes, of whole tiles, of more channels than a tile. Never of
+# two values per channel: those are always +1 and -1, and the gradient is zero but for eps.
+NORM_SHAPES = (
+    (0, 3, 4, 4),
+    (5, 1),
+    (5, 7),
+    (130, 65),
+    (3, 5, 17),
+    (7, 3, 1, 1),
+    (3, 7, 5, 3),
+    (2, 64, 16, 16),
+    (2, 130, 3, 5),
+    (1, 3, 33, 29),
+)
 
 _DTYPES = {
     ("cpp", "cpu"): (torch.float64, torch.float32, torch.bfloat16, torch.float16),
@@ -319,7 +330,10 @@ def _verify_norm(row: Row, dtype: torch.dtype) -> Row:
     for case in norm_cases():
         seed = torch.randint(0, 2**63 - 1, (1,), generator=generator)
         channels = case.shape[1]
-        data = {"x": (torch.randn(case.shape, generator=generator) + case.mean).to(dtype), "gate": torch.randn(channels, generator=generator)}
+        data = {
+            "x": (torch.randn(case.shape, generator=generator) + case.mean).to(dtype),
+            "gate": torch.randn(channels, generator=generator),
+        }
         if case.affine:
             data |= {name: torch.randn(channels, generator=generator) for name in ("weight", "bias")}
         running = torch.randn(channels, generator=generator), torch.rand(channels, generator=generator) + 0.5
@@ -352,13 +366,13 @@ def norm_once(
     with _running(backend):
         if backend is not None:
             how = {"training": case.training, "per_sample": case.per_sample, "activation": "relu" if case.relu else None}
-            vectors = leaves["gate"], leaves.get("weight"), leaves.get("bias")
-            y = functional.gated_batch_norm(x, *vectors, *running, **how, seed=seed, spec=spec)  # type: ignore[arg-type]
+            affine = leaves.get("weight"), leaves.get("bias")
+            y = functional.gated_batch_norm(x, leaves["gate"], *affine, *running, **how, seed=seed, spec=spec)  # type: ignore[arg-type]
         else:
-            vectors = leaves.get("weight"), leaves.get("bias"), leaves["gate"]
+            affine = leaves.get("weight"), leaves.get("bias")
             statistics = None if case.training else running
             per_sample = case.per_sample and case.rule == "sample"
-            y = reference.norm_gate(x, *vectors, seed, statistics, 1e-5, spec, per_sample, case.relu)
+            y = reference.norm_gate(x, *affine, leaves["gate"], seed, statistics, 1e-5, spec, per_sample, case.relu)
             if case.training:
                 torch.nn.functional.batch_norm(x.detach(), *running, training=True)
         y.backward(torch.ones((), dtype=dtype, device=device).expand(dy.shape) if case.expanded_dy else dy.to(device, dtype))

@@ -63,7 +63,7 @@ def gated_batch_norm(
         x: (B, C), (B, C, L), (B, C, H, W) or (B, C, D, H, W), any floating dtype; contiguous or channels last.
         gate: gate parameters, (C,), float32 (float64 next to float64 ``x``).
         weight, bias: gain and bias, (C,), any floating dtype, or None: a gain of 1, no bias.
-        running_mean, running_var: (C,), or None; used in evaluation, updated in place in training as ``torch.nn.functional.batch_norm`` does.
+        running_mean, running_var: (C,), or None; used in evaluation, updated in place in training as by ``F.batch_norm``.
         training: normalise by the statistics of ``x`` instead of the running ones.
         momentum: what the new statistics weigh in the update, in [0, 1].
         eps: added to the variance, 0 or more.

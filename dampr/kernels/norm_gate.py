@@ -1,4 +1,4 @@
-"""y = act(z (gain (x - mean) rstd + bias)), its statistics and its gradients: x (outer, middle, n, inner) in the order of memory, channels on n.
+"""y = act(z (gain (x - mean) rstd + bias)), its statistics, its gradients: x (outer, middle, n, inner) in memory order, channels on n.
 
     h = (x - mean) rstd    v = z (gain h + bias)    y = act(v)    dp = dy where act has a slope at v    S0 = sum dp, S1 = sum dp h, per gate
     dz = gain S1 + bias S0    dgain = sum over draws of z S1    dbias = sum over draws of z S0
@@ -7,7 +7,7 @@
 Bound by memory: x is read twice and y written, then x and dy are read twice and dx written, and nothing else has their size. Layouts are
 those of gate_activations.py: gates along the lanes where inner = 1 (channels last), a gate for each row of inner elements else. A program
 sums over one axis of its tile; parts are joined in a fixed order, without atomics, and those of the variance have means of their own
-(Chan, Golub, LeVeque 1983), so that a large mean costs no digits.
+(Chan, Golub, LeVeque 1983), so that a large mean costs few digits.
 """
 
 import triton

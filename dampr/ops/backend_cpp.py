@@ -473,7 +473,9 @@ def weight_gated_linear_fwd(
 ) -> Tensor:
     if routes.forced_name() is not None:
         route(x.shape[:-1].numel(), weight.shape[0], weight.shape[1], x.dtype, block, False)
-    return linear(x, fold_blocks_fwd(weight, log_alpha, seed, spec, block, x.dtype, passing=True), None if bias is None else bias.to(x.dtype))
+    return linear(
+        x, fold_blocks_fwd(weight, log_alpha, seed, spec, block, x.dtype, passing=True), None if bias is None else bias.to(x.dtype)
+    )
 
 
 def weight_gated_linear_bwd(

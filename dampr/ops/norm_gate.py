@@ -83,7 +83,8 @@ fwd = define(
     lambda made, x, *_: or_empty(made, x),
 )
 bwd = define(
-    f"norm_gate_bwd(Tensor dy, {_TENSORS}, Tensor mean, Tensor var, {_HOW}, bool training, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"norm_gate_bwd(Tensor dy, {_TENSORS}, Tensor mean, Tensor var, {_HOW}, bool training, bool[] needs)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
     _bwd,
     _bwd_fake,
     lambda grads, dy, x, *_: or_empty(grads, x),

@@ -76,7 +76,7 @@ def norm_gate_bwd(
     z, vectors = sample_gates_fwd(log_alpha, seed, rows, spec), host.vectors(gain, bias, mean, var)
     sums = dz = dx = None
     if training or any(needs[1:]):
-        cut = _cut(shape, configs.NORM_MAX_PARTS if per_sample else configs.NORM_MAX_SPLITS)
+        cut = _cut(shape)
         partial = host.empty(x, (cut.outer * cut.pieces, 2 * shape.n), torch.float32)
         if not x.numel():
             partial.zero_()
@@ -91,8 +91,9 @@ def norm_gate_bwd(
     return dx, dgain, dbias, dlog_alpha
 
 
-def _cut(shape: Planes, most: int) -> _Cut:
-    """At most ``most`` pieces of rows (gates along the lanes) or of the elements of each row."""
+def _cut(shape: Planes) -> _Cut:
+    """Pieces of rows where gates are along the lanes, else of the elements of each row."""
+    most = configs.NORM_MAX_PARTS if shape.per_outer else configs.NORM_MAX_SPLITS
     if shape.inner == 1:
         block_m, block_n = block = configs.COLUMN_SUM_TILE
         blocks = triton.cdiv(shape.n, block_n)
@@ -109,15 +110,15 @@ def _statistics(x: torch.Tensor, shape: Planes) -> tuple[torch.Tensor, torch.Ten
     if not x.numel():
         return host.empty(x, (shape.n,), torch.float32).zero_(), host.empty(x, (shape.n,), torch.float32).zero_()
     together = Planes(1, shape.outer * shape.middle, shape.n, shape.inner, False)
-    cut = _cut(together, configs.NORM_MAX_SPLITS)
+    cut = _cut(together)
     parts = cut.outer * cut.pieces
     means, spreads = (host.empty(x, (parts, shape.n), torch.float32) for _ in range(2))
     sizes = dict(zip(("BLOCK_M", "BLOCK_N"), cut.block, strict=True))
     if cut.columns:
         host.launch(kernels._norm_stats_columns_kernel, (cut.programs,), x, means, spreads, cut.length, shape.n, cut.step, **sizes)
     else:
-        args = x, means, spreads, together.middle * shape.n, shape.n, shape.inner, cut.step, cut.pieces
-        host.launch(kernels._norm_stats_rows_kernel, (cut.programs,), *args, **sizes)
+        numbers = together.middle * shape.n, shape.n, shape.inner, cut.step, cut.pieces
+        host.launch(kernels._norm_stats_rows_kernel, (cut.programs,), x, means, spreads, *numbers, **sizes)
     mean, var = (host.empty(x, (shape.n,), torch.float32) for _ in range(2))
     block_s, block_n = configs.NORM_JOIN_TILE
     args = means, spreads, mean, var, parts, shape.n, cut.length, cut.step, cut.pieces, x.numel() // shape.n
@@ -140,15 +141,14 @@ def _pass(
     """Fills ``out`` with y or dx, or ``partial`` with sums; the kernels say which."""
     if not x.numel():
         return
-    cut = _cut(shape, configs.NORM_MAX_PARTS if shape.per_outer else configs.NORM_MAX_SPLITS)
+    cut = _cut(shape)
     sizes = dict(zip(("BLOCK_M", "BLOCK_N"), cut.block, strict=True)) | {"EPS": eps, "RELU": relu, "PER_OUTER": shape.per_outer}
     tensors, count = (x, dy, z, *vectors, sums, out, partial), shape.outer * shape.middle * shape.inner
     if cut.columns:
-        kernel, numbers = kernels._norm_gate_columns_kernel, (shape.middle, shape.n, cut.step)
+        host.launch(kernels._norm_gate_columns_kernel, (cut.programs,), *tensors, shape.middle, shape.n, cut.step, count, **sizes)
     else:
-        rows = shape.outer * shape.middle * shape.n
-        kernel, numbers = kernels._norm_gate_rows_kernel, (rows, shape.middle, shape.n, shape.inner, cut.step, cut.pieces)
-    host.launch(kernel, (cut.programs,), *tensors, *numbers, count, **sizes)
+        numbers = shape.outer * shape.middle * shape.n, shape.middle, shape.n, shape.inner, cut.step, cut.pieces, count
+        host.launch(kernels._norm_gate_rows_kernel, (cut.programs,), *tensors, *numbers, **sizes)
 
 
 def _finish(partial: torch.Tensor, z: torch.Tensor, vectors: tuple[Maybe, ...], dz: Maybe, shape: Planes) -> torch.Tensor:
