@@ -343,9 +343,13 @@ void fold_blocks_bwd(int g_dtype, int w_dtype, Address g, Address w, int64_t n_o
   without_gil([&] { return k.fold_blocks_backward(from, to, a, team); });
 }
 
+void check_shape(int64_t outer, int64_t middle, int64_t n, int64_t inner) {
+  check_sizes("outer", outer, "middle", middle), check_sizes("n", n, "inner", inner), check_sizes("outer", outer * middle, "n", n * inner);
+}
+
 // A tensor (outer, middle, n, inner) and the gates of its third axis.
 Planes check_planes(Address z, int64_t outer, int64_t middle, int64_t n, int64_t inner, bool per_outer) {
-  check_sizes("outer", outer, "middle", middle), check_sizes("n", n, "inner", inner), check_sizes("outer", outer * middle, "n", n * inner);
+  check_shape(outer, middle, n, inner);
   Planes a{};
   a.z = required<const void>("z", z, per_outer ? outer * n : n);
   a.outer = outer, a.middle = middle, a.n = n, a.inner = inner, a.per_outer = per_outer;
@@ -375,6 +379,54 @@ void gate_planes_bwd(int dtype, Address g, Address x, int64_t outer, int64_t mid
   a.g = required<const void>("g", g, elements), a.x = dz ? required<const void>("x", x, elements) : pointer<const void>(x);
   a.out = output(dx, elements, checked, team), a.dz = pointer<void>(dz);
   without_gil([&] { return k.planes_backward(checked, a, team); });
+}
+
+void norm_stats(int dtype, Address x, int64_t outer, int64_t middle, int64_t n, int64_t inner, Address mean, Address var, int64_t threads) {
+  const Kernels& k = kernels();
+  const DType checked = check_dtype("dtype", dtype);
+  check_shape(outer, middle, n, inner);
+  Planes a{};
+  a.x = required<const void>("x", x, outer * middle * n * inner), a.outer = outer, a.middle = middle, a.n = n, a.inner = inner;
+  void *means = required<void>("mean", mean, n), *variances = required<void>("var", var, n);
+  const int team = check_threads(threads);
+  without_gil([&] { return k.norm_stats(checked, a, means, variances, team); });
+}
+
+// What both directions of a norm have in common.
+NormGate check_norm(const Planes& planes, Address gain, Address bias, Address mean, Address var, double eps, bool relu) {
+  if (!(eps >= 0)) reject("eps", std::to_string(eps), "a number, 0 or more");
+  NormGate a{};
+  a.planes = planes;
+  a.gain = pointer<const void>(gain), a.bias = pointer<const void>(bias), a.eps = eps, a.relu = relu;
+  a.mean = required<const void>("mean", mean, planes.n), a.var = required<const void>("var", var, planes.n);
+  return a;
+}
+
+void norm_gate_fwd(int dtype, Address x, int64_t outer, int64_t middle, int64_t n, int64_t inner, Address z, bool per_outer, Address gain,
+                   Address bias, Address mean, Address var, double eps, bool relu, Address out, int64_t threads) {
+  const Kernels& k = kernels();
+  const DType checked = check_dtype("dtype", dtype);
+  NormGate a = check_norm(check_planes(z, outer, middle, n, inner, per_outer), gain, bias, mean, var, eps, relu);
+  const int team = check_threads(threads);
+  const int64_t elements = outer * middle * n * inner;
+  a.planes.x = required<const void>("x", x, elements);
+  required<void>("out", out, elements);
+  a.planes.out = output(out, elements, checked, team);
+  without_gil([&] { return k.norm_gate_forward(checked, a, team); });
+}
+
+void norm_gate_bwd(int dtype, Address g, Address x, int64_t outer, int64_t middle, int64_t n, int64_t inner, Address z, bool per_outer,
+                   Address gain, Address bias, Address mean, Address var, double eps, bool relu, bool training, Address dx, Address dgain,
+                   Address dbias, Address dz, int64_t threads) {
+  const Kernels& k = kernels();
+  const DType checked = check_dtype("dtype", dtype);
+  NormGate a = check_norm(check_planes(z, outer, middle, n, inner, per_outer), gain, bias, mean, var, eps, relu);
+  const int team = check_threads(threads);
+  const int64_t elements = outer * middle * n * inner;
+  a.planes.x = required<const void>("x", x, elements), a.planes.g = required<const void>("g", g, elements);
+  a.planes.out = output(dx, elements, checked, team), a.planes.dz = pointer<void>(dz);
+  a.dgain = pointer<void>(dgain), a.dbias = pointer<void>(dbias), a.training = training;
+  without_gil([&] { return k.norm_gate_backward(checked, a, team); });
 }
 
 // What both directions of a small layer have in common.
@@ -468,6 +520,14 @@ PYBIND11_MODULE(_C, m) {
         "dtype"_a, "x"_a, "outer"_a, "middle"_a, "n"_a, "inner"_a, "z"_a, "per_outer"_a, "out"_a, "threads"_a);
   m.def("gate_planes_bwd", &dampr::gate_planes_bwd, "dx = g z and dz = the sums of x g over all that shares a gate, in one pass.", "dtype"_a, "g"_a,
         "x"_a, "outer"_a, "middle"_a, "n"_a, "inner"_a, "z"_a, "per_outer"_a, "dx"_a, "dz"_a, "threads"_a);
+  m.def("norm_stats", &dampr::norm_stats, "Mean and biased variance of each of the n channels of x (outer, middle, n, inner), summed in double.",
+        "dtype"_a, "x"_a, "outer"_a, "middle"_a, "n"_a, "inner"_a, "mean"_a, "var"_a, "threads"_a);
+  m.def("norm_gate_fwd", &dampr::norm_gate_fwd, "out = act(z (gain (x - mean) / sqrt(var + eps) + bias)); z as for gate_planes, the rest (n,).",
+        "dtype"_a, "x"_a, "outer"_a, "middle"_a, "n"_a, "inner"_a, "z"_a, "per_outer"_a, "gain"_a, "bias"_a, "mean"_a, "var"_a, "eps"_a, "relu"_a,
+        "out"_a, "threads"_a);
+  m.def("norm_gate_bwd", &dampr::norm_gate_bwd, "Its gradients, those that are asked for; training: mean and var are those of x.", "dtype"_a,
+        "g"_a, "x"_a, "outer"_a, "middle"_a, "n"_a, "inner"_a, "z"_a, "per_outer"_a, "gain"_a, "bias"_a, "mean"_a, "var"_a, "eps"_a, "relu"_a,
+        "training"_a, "dx"_a, "dgain"_a, "dbias"_a, "dz"_a, "threads"_a);
   m.def("small_fwd", &dampr::small_fwd, "y = z_out * ((x * z_in) w^T + b) and, if asked for, pre, y before the output gate; one thread.", "spec"_a,
         "dtype"_a, "m"_a, "n"_a, "k"_a, "x"_a, "w"_a, "b"_a, "in_log_alpha"_a, "out_log_alpha"_a, "in_seed_ptr"_a, "out_seed_ptr"_a,
         "per_sample"_a, "y"_a, "pre"_a);

@@ -75,6 +75,16 @@ struct Planes {
   bool per_outer;
 };
 
+// A batch norm and the gates behind it: y = act(z (gain (x - mean) / sqrt(var + eps) + bias)), act = ReLU if relu. Null gain: 1, null bias: 0.
+// Backward: planes.out = dx, planes.dz, dgain, dbias, absent ones null; training: mean and var are those of x itself. Derivation: docs/kernels.md.
+struct NormGate {
+  Planes planes;
+  const void *gain, *bias, *mean, *var;
+  void *dgain, *dbias;
+  double eps;
+  bool relu, training;
+};
+
 // A whole gated linear layer (small.h says what each is); x, dy: (m, k), (m, n); w, dw: (n, k). Without a gate its log_alpha is null, absent outputs
 // are null. pre is y before the output gate: written by the forward if not null, computed again by the backward where it is null and dout needs it.
 struct SmallLinear {
@@ -99,6 +109,9 @@ struct Kernels {
   bool (*fold_blocks_backward)(DType g, DType w, const FoldBlocksBackward&, int threads);
   void (*planes_forward)(DType dtype, const Planes&, int threads);
   bool (*planes_backward)(DType dtype, const Planes&, int threads);
+  bool (*norm_stats)(DType dtype, const Planes&, void* mean, void* var, int threads);  // of planes.x, var biased
+  bool (*norm_gate_forward)(DType dtype, const NormGate&, int threads);
+  bool (*norm_gate_backward)(DType dtype, const NormGate&, int threads);
   bool (*small_forward)(const GateSpec&, DType dtype, const SmallLinear&);   // float32 and float64 only
   bool (*small_backward)(const GateSpec&, DType dtype, const SmallLinear&);
 };

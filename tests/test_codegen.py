@@ -158,6 +158,28 @@ def test_what_the_convolution_passes_compiles(problem: tuple[int, ...], gates: s
     assert not any("f64" in kernel.asm["ptx"] for kernel in compiled)
 
 
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("per_sample", [False, True])
+@pytest.mark.parametrize("shape", [(2, 64, 14, 14), (2, 1), (1, 1, 1, 2), (32, 48)], ids=str)
+def test_what_the_gated_norm_passes_compiles(
+    shape: tuple[int, ...], per_sample: bool, training: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from dampr.ops.backend_triton import norm_gate as launchers
+
+    compiled = compile_only(launchers.host, monkeypatch)
+    spec, seed, n = codegen.hard_concrete(), torch.tensor([3]), shape[1]
+    gain, bias, gate, mean, var = torch.ones(5, n)
+    for layout in (torch.contiguous_format, torch.channels_last) if len(shape) == 4 else (torch.contiguous_format,):
+        x = torch.zeros(shape, dtype=torch.bfloat16).contiguous(memory_format=layout)
+        given = (None, None) if training else (mean, var)
+        launchers.norm_gate_fwd(x, gain, None, gate, seed, *given, 1e-5, spec, per_sample, True)
+        launchers.norm_gate_bwd(x, x, None, bias, gate, seed, mean, var, 1e-5, spec, per_sample, False, training, [True] * 4)
+    assert len(compiled) >= (8 if training else 6)
+    assert not any("f64" in kernel.asm["ptx"] for kernel in compiled)
+
+
 def test_kernels_import_no_torch() -> None:
     for path in (Path(codegen.__file__), *Path(codegen.gates.__file__).parent.glob("*.py")):
         imports = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Import | ast.ImportFrom)]

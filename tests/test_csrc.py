@@ -480,7 +480,26 @@ def every_result(threads: int) -> dict[str, torch.Tensor]:
             results[f"{block} {first} {second}"] = fold_blocks_fwd(x.to(first), block, z, second, threads)
             made = fold_blocks_bwd(g.to(first), x.to(second), block, z, threads)
             results |= {f"{block} {first} {second} backward {i}": t for i, t in enumerate(made)}
+    for dtype in DTYPES:
+        for inner in (1, 7):
+            results |= norm_results(dtype, x[:, : 2503 // 7 * 7].to(dtype), g[:, : 2503 // 7 * 7].to(dtype), inner, threads)
     return results
+
+
+def norm_results(dtype: torch.dtype, x: torch.Tensor, g: torch.Tensor, inner: int, threads: int) -> dict[str, torch.Tensor]:
+    """Statistics, y with ReLU and every gradient of a norm of 70 rows, 35 samples of two, whose columns are channels times ``inner``."""
+    n, wide = x.shape[1] // inner, gate_dtype(dtype)
+    x, g, generator = x.contiguous(), g.contiguous(), torch.Generator().manual_seed(8)
+    z, gain, bias = torch.rand(35, n, generator=generator).to(wide), *torch.randn(2, n, generator=generator).to(wide)
+    mean, var, dgain, dbias = poisoned(4, n, dtype=wide)
+    y, dx, dz = poisoned(*x.shape, dtype=dtype), poisoned(*x.shape, dtype=dtype), poisoned(35, n, dtype=wide)
+    sizes, vectors = (35, 2, n, inner), (ptr(gain), ptr(bias), ptr(mean), ptr(var), 1e-5, True)
+    _C.norm_stats(CODES[dtype], ptr(x), *sizes, ptr(mean), ptr(var), threads)
+    _C.norm_gate_fwd(CODES[dtype], ptr(x), *sizes, ptr(z), True, *vectors, ptr(y), threads)
+    outputs = map(ptr, (dx, dgain, dbias, dz))
+    _C.norm_gate_bwd(CODES[dtype], ptr(g), ptr(x), *sizes, ptr(z), True, *vectors, True, *outputs, threads)
+    names = ("mean", "var", "y", "dx", "dgain", "dbias", "dz")
+    return {f"norm {dtype} {inner} {name}": t for name, t in zip(names, (mean, var, y, dx, dgain, dbias, dz), strict=True)}
 
 
 @pytest.mark.parametrize("threads", [2, 3, 7])
@@ -556,6 +575,14 @@ WRONG = {
     r"y=0: expected": lambda a: _C.small_fwd(RULE, 0, 1, 1, 1, a, a, a, a, a, a, a, True, 0, a),
     r"dy=0: expected": lambda a: _C.small_bwd(RULE, 0, 1, 1, 1, 0, a, a, a, a, a, a, a, True, a, a, a, a, a, a),
     r"w=0: expected an address, as there are 4": lambda a: _C.small_bwd(RULE, 0, 1, 2, 2, a, a, 0, a, a, a, a, a, True, a, a, a, a, a, a),
+    r"middle=-1: expected": lambda a: _C.norm_stats(0, a, 1, -1, 1, 1, a, a, 1),
+    r"var=0: expected an address, as there are 2": lambda a: _C.norm_stats(0, a, 1, 1, 2, 1, a, 0, 1),
+    r"eps=-1.*: expected a number": lambda a: _C.norm_gate_fwd(0, a, 1, 1, 1, 1, a, True, a, a, a, a, -1.0, True, a, 1),
+    r"eps=nan": lambda a: _C.norm_gate_fwd(0, a, 1, 1, 1, 1, a, True, a, a, a, a, float("nan"), True, a, 1),
+    r"mean=0: expected": lambda a: _C.norm_gate_bwd(0, a, a, 1, 1, 1, 1, a, True, 0, 0, 0, a, 1.0, True, True, a, a, a, a, 1),
+    r"g=0: expected an address, as there are 1": lambda a: _C.norm_gate_bwd(
+        0, 0, a, 1, 1, 1, 1, a, True, 0, 0, a, a, 1.0, True, True, a, a, a, a, 1
+    ),
     r"start=-4: expected": lambda a: _C.philox_words(a, -4, 1, a, 1),
     r"count=-1: expected": lambda a: _C.philox_uniform(a, 0, -1, a, 1),
 }

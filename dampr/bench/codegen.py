@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dampr.kernels import configs, gated_conv2d, gated_linear, gated_linear_live, gates, weight_gated_linear
+from dampr.kernels import configs, gated_conv2d, gated_linear, gated_linear_live, gates, norm_gate, weight_gated_linear
 from dampr.spec import hard_concrete
 
 ARCHITECTURES = (80, 90, 100, 120)
@@ -39,9 +39,23 @@ GATE_BLOCKS = {
     "64x64": (64, 64, 64),
     "whole": (4096, 4096, 1),
 }
-_EXACT = ("z_ptr", "z_in_ptr", "z_out_ptr", "dz_ptr", "dy_sum_ptr")  # float32 whatever the case's dtype, like log-alphas and workspaces
+# Float32 whatever the case's dtype, like log-alphas and workspaces.
+_VECTORS = ("gain_ptr", "mean_ptr", "var_ptr", "sums_ptr", "spread_ptr", "part_mean_ptr", "part_spread_ptr")
+_EXACT = ("z_ptr", "z_in_ptr", "z_out_ptr", "dz_ptr", "dy_sum_ptr", *_VECTORS)
 _INTEGER = ("live_ptr", "count_ptr")
-_ODD = ("slabs", "P", "H", "W", "OH", "OW", "groups")  # sizes of which nobody promises that they are multiples of 16
+_ODD = (
+    "slabs",
+    "P",
+    "H",
+    "W",
+    "OH",
+    "OW",
+    "groups",
+    "outer",
+    "parts",
+    "pieces",
+    "count",
+)  # sizes of which nobody promises that they are multiples of 16
 _HIP = GPUTarget("hip", "gfx942", 64)
 _SPEC = hard_concrete()
 _MATRIX = r"\b(HGMMA|HMMA|UTCHMMA|FFMA2?)\b"
@@ -91,6 +105,7 @@ def cases(capability: int) -> list[Case]:
         *_weight_gemm_cases(capability),
         *_pass_cases(),
         *_weight_pass_cases(),
+        *_norm_cases(),
     ]
 
 
@@ -209,6 +224,31 @@ def _pass_cases() -> list[Case]:
         ):
             constants = {"BLOCK_M": block_m, "BLOCK_N": block_n, "GROUPED": grouped, "GATE": _SPEC}
             found.append(Case(f"{name}-{kind}", kernel, constants, "bf16", grouped))
+    return found
+
+
+def _norm_cases() -> list[Case]:
+    """The passes of a gated batch norm with ReLU, per sample and in training, for both layouts, and what joins their sums."""
+    join, finish = (dict(zip(("BLOCK_S", "BLOCK_N"), tile, strict=True)) for tile in (configs.NORM_JOIN_TILE, configs.NORM_FINISH_TILE))
+    passes: dict[str, dict[str, Any]] = {
+        "fwd": {"dy_ptr": None, "sums_ptr": None, "partial_ptr": None},
+        "sums": {"sums_ptr": None, "out_ptr": None},
+        "dx": {"partial_ptr": None},
+    }
+    found = [
+        Case("norm_join", norm_gate._norm_stats_join_kernel, join, "bf16", True),
+        Case("norm_finish", norm_gate._norm_gate_finish_kernel, finish, "bf16", True, parameter_dtype="fp32"),
+    ]
+    for layout, stats, kernel, tile in (
+        ("columns", norm_gate._norm_stats_columns_kernel, norm_gate._norm_gate_columns_kernel, configs.COLUMN_SUM_TILE),
+        ("rows", norm_gate._norm_stats_rows_kernel, norm_gate._norm_gate_rows_kernel, configs.PLANE_TILE),
+    ):
+        blocks = dict(zip(("BLOCK_M", "BLOCK_N"), tile, strict=True))
+        for kind, aligned in (("", True), ("-odd", False)):
+            found.append(Case(f"norm_stats-{layout}{kind}", stats, blocks, "bf16", aligned))
+            for name, absent in passes.items():
+                constants = {**blocks, **absent, "EPS": 1e-5, "RELU": True, "PER_OUTER": True}
+                found.append(Case(f"norm_{name}-{layout}{kind}", kernel, constants, "bf16", aligned, parameter_dtype="fp32"))
     return found
 
 

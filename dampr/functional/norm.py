@@ -1,4 +1,4 @@
-"""Norms whose gain and bias carry gates: no activation is touched, and the gates' gradients fall out of those of gain and bias."""
+"""Norms with gates: in gain and bias, where no activation is touched, or, drawn per sample, in one pass with norm and activation."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from dampr.spec import SAMPLE, GateSpec
 from .gates import DRAWN
 
 Maybe = Tensor | None
+ACTIVATIONS = (None, "relu")
 
 
 def gated_affine(
@@ -36,3 +37,96 @@ def gated_affine(
     # A gain is a weight with one column, and its rows carry the gates.
     gain, shift = ops.fold_weight(weight.view(-1, 1), bias, None, log_alpha, None, noise, spec, weight.dtype)
     return gain.view(weight.shape), shift
+
+
+def gated_batch_norm(
+    x: Tensor,
+    gate: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    *,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    seed: int | Tensor | None = None,
+    per_sample: bool = False,
+    activation: str | None = None,
+    spec: GateSpec = DRAWN,
+) -> Tensor:
+    """act(z batch_norm(x)): a gate for each channel behind a batch norm, in one pass with it and with the ReLU that follows.
+
+    Keeps x for the backward and nothing else of that size. Convolution, norm, gate, ReLU is the placement of Dep-L0.
+
+    Args:
+        x: (B, C), (B, C, L), (B, C, H, W) or (B, C, D, H, W), any floating dtype; contiguous or channels last.
+        gate: gate parameters, (C,), float32 (float64 next to float64 ``x``).
+        weight, bias: gain and bias, (C,), any floating dtype, or None: a gain of 1, no bias.
+        running_mean, running_var: (C,), or None; used in evaluation, updated in place in training as by ``F.batch_norm``.
+        training: normalise by the statistics of ``x`` instead of the running ones.
+        momentum: what the new statistics weigh in the update, in [0, 1].
+        eps: added to the variance, 0 or more.
+        seed: the noise, an int in [0, 2^63) or an int64 tensor of shape (1,); not needed by a deterministic ``spec``.
+        per_sample: one draw for each index of the first dimension instead of one per call.
+        activation: "relu", or None for z batch_norm(x) itself.
+        spec: the gate function, from :func:`dampr.spec.hard_concrete`; drawn by default.
+
+    Returns: like ``x``, contiguous or channels last. Differentiable in ``x``, ``gate``, ``weight`` and ``bias``.
+
+    Raises: TypeError or ValueError that names the argument.
+
+    >>> import torch
+    >>> gated_batch_norm(torch.tensor([[1.0, 1.0], [3.0, 3.0]]), torch.tensor([-9.0, 9.0]), training=True, eps=0.0, seed=1)
+    tensor([[ 0., -1.],
+            [ 0.,  1.]])
+    """
+    _checks.floating("x", _checks.tensor("x", x))
+    if x.dim() < 2:
+        raise ValueError(f"x.shape={tuple(x.shape)}: expected (B, C) or more dimensions")
+    channels = x.shape[1]
+    log_alpha = _checks.gate_parameter("gate", gate, channels, "channel", x)
+    gain, shift = (_vector(name, t, x, log_alpha) for name, t in (("weight", weight), ("bias", bias)))
+    running = tuple(_vector(name, t, x, log_alpha) for name, t in (("running_mean", running_mean), ("running_var", running_var)))
+    _checks.one_of("activation", activation, ACTIVATIONS)
+    if not 0 <= momentum <= 1:
+        raise ValueError(f"momentum={momentum!r}: expected a number in [0, 1]")
+    if not eps >= 0:
+        raise ValueError(f"eps={eps!r}: expected a number, 0 or more")
+    mean, var = running
+    if not training and (mean is None or var is None):
+        raise ValueError("training=False without running_mean and running_var: expected both, the statistics to normalise by")
+    count = x.numel() // max(1, channels)
+    if training and count == 1:
+        raise ValueError(f"x.shape={tuple(x.shape)}: expected more than one value per channel in training")
+    noise = _checks.seed_tensor("seed", seed, x.device) if spec.rule == SAMPLE else None
+    given = None if training or mean is None or var is None else (mean, var)
+    y, (mean, var) = ops.norm_gate(x, gain, shift, log_alpha, noise, given, float(eps), spec, per_sample, activation == "relu")
+    if training and x.numel():
+        with torch.no_grad():
+            _update(running_mean, mean, momentum, 1.0)
+            _update(running_var, var, momentum, count / (count - 1))
+    return y
+
+
+def _vector(name: str, value: Tensor | None, x: Tensor, log_alpha: Tensor) -> Tensor | None:
+    """A checked (C,), in the dtype to compute in."""
+    if value is None:
+        return None
+    _checks.floating(name, _checks.tensor(name, value))
+    if value.shape != log_alpha.shape:
+        raise ValueError(f"{name}.shape={tuple(value.shape)}: expected {tuple(log_alpha.shape)}, one entry per channel")
+    _checks.same_device(name, value, "x", x)
+    if value.dtype == torch.float64 and log_alpha.dtype != torch.float64:
+        raise TypeError(f"{name}.dtype={value.dtype}: expected a narrower one next to x of dtype {x.dtype}")
+    return value.to(log_alpha.dtype)
+
+
+def _update(running: Tensor | None, new: Tensor, momentum: float, scale: float) -> None:
+    """running (1 - momentum) + new scale momentum, in place and rounded once."""
+    if running is None:
+        return
+    if running.dtype == new.dtype:
+        running.mul_(1 - momentum).add_(new, alpha=momentum * scale)
+    else:
+        running.copy_(running.to(new.dtype) * (1 - momentum) + new * (momentum * scale))

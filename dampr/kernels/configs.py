@@ -39,6 +39,9 @@ PLANE_TILE = (4, 256)  # (rows, elements of a row) where each row of an activati
 COLUMN_SUM_TILE = (16, 64)  # of an activation whose rows are summed
 TARGET_PROGRAMS = 256  # work is split over rows until about this many programs run: two for each SM of a large GPU
 MAX_SPLITS = 32
+NORM_PROGRAMS = 2048  # a pass that only moves memory keeps a large GPU busy with about this many tiles under way [estimate]
+NORM_MAX_SPLITS, NORM_MAX_PARTS = 512, 16  # of the whole tensor, of one sample: sums of the latter are added up one by one
+NORM_JOIN_TILE, NORM_FINISH_TILE = (128, 32), (8, 64)  # of the (splits, n) statistics, of the (draws, n) sums
 
 
 def gemm_kind(M: int, N: int, K: int, dtype: str, capability: int) -> str:
@@ -107,13 +110,15 @@ def _power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def split_rows(rows: int, step: int, programs: int) -> tuple[int, int]:
+def split_rows(rows: int, step: int, programs: int, target: int = TARGET_PROGRAMS, most: int = MAX_SPLITS) -> tuple[int, int]:
     """(splits, rows per split, a multiple of ``step``) for ``programs`` programs that would each go through all rows in steps.
+
+    About ``target`` programs and at most ``most`` splits result.
 
     A function of the shape alone, so that the order of a sum does not depend on the device.
     """
     steps = -(rows // -step)
-    splits = max(1, min(MAX_SPLITS, steps, TARGET_PROGRAMS // max(1, programs)))
+    splits = max(1, min(most, steps, target // max(1, programs)))
     steps_per_split = -(steps // -splits)
     return max(1, -(steps // -max(1, steps_per_split))), steps_per_split * step
 

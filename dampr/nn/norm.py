@@ -1,4 +1,4 @@
-"""GatedBatchNorm1d, GatedBatchNorm2d and GatedLayerNorm: gates after a norm, in its gain and bias."""
+"""GatedBatchNorm1d, GatedBatchNorm2d and GatedLayerNorm: gates after a norm, in its gain and bias or, per sample, in one pass with it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dampr import functional
+from dampr import _checks, functional
+from dampr.functional.norm import ACTIVATIONS
 from dampr.gates import Gate, make_gate
 from dampr.spec import SAMPLE
 
@@ -126,6 +127,7 @@ class _GatedNorm(GatedLayer):
 
 
 class _GatedBatchNorm(_GatedNorm, _BatchNorm):
+    activation: str | None
     _arguments = ("num_features", "eps", "momentum", "affine", "track_running_stats")
 
     def __init__(
@@ -140,9 +142,35 @@ class _GatedBatchNorm(_GatedNorm, _BatchNorm):
         *,
         gate: str | type[Gate] | Gate = "hard_concrete",
         per_sample: bool = False,
+        activation: str | None = None,
     ) -> None:
+        _checks.one_of("activation", activation, ACTIVATIONS)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         self._place(gate, num_features, per_sample, device)
+        self.activation = activation
+
+    @classmethod
+    def from_dense(
+        cls,
+        layer: Any,
+        *,
+        gate: str | type[Gate] | Gate = "hard_concrete",
+        per_sample: bool = False,
+        activation: str | None = None,
+    ) -> Any:
+        """As for every gated norm; ``activation="relu"`` takes in the ReLU that follows ``layer``, which the caller then leaves out."""
+        _checks.one_of("activation", activation, ACTIVATIONS)
+        gated = super().from_dense(layer, gate=gate, per_sample=per_sample)
+        gated.activation = activation
+        return gated
+
+    def to_dense(self) -> nn.Module:
+        """The plain norm that computes what this one computes in evaluation mode, with copies of its parameters and statistics.
+
+        A norm without gain gets one, for the gates to be in. With an activation: ``nn.Sequential`` of the plain norm and ``nn.ReLU``.
+        """
+        dense = super().to_dense()
+        return dense if self.activation is None else nn.Sequential(dense, nn.ReLU()).train(self.training)
 
     def _gain_shape(self) -> tuple[int, ...]:
         return (self.num_features,)
@@ -158,13 +186,30 @@ class _GatedBatchNorm(_GatedNorm, _BatchNorm):
         kept = not self.training or self.track_running_stats
         statistics = (self.running_mean, self.running_var) if kept else (None, None)
         if not self._draws_per_sample():
-            return F.batch_norm(x, *statistics, *self._affine(), by_batch, momentum, self.eps)
-        y = F.batch_norm(x, *statistics, self.weight, self.bias, by_batch, momentum, self.eps)
+            y = F.batch_norm(x, *statistics, *self._affine(), by_batch, momentum, self.eps)
+            return y if self.activation is None else F.relu(y)
         parameter, seed, spec = self.gate.call()
-        return functional.gate_activations(y, parameter, dim=1, seed=seed, per_sample=True, spec=spec)
+        return functional.gated_batch_norm(
+            x,
+            parameter,
+            self.weight,
+            self.bias,
+            *statistics,
+            training=by_batch,
+            momentum=momentum,
+            eps=self.eps,
+            seed=seed,
+            per_sample=True,
+            activation=self.activation,
+            spec=spec,
+        )
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self._describe_gates()}"
+
+    def _describe_gates(self) -> str:
+        described = super()._describe_gates()
+        return described if self.activation is None else f"{described}, activation={self.activation!r}"
 
 
 class GatedBatchNorm2d(_GatedBatchNorm, nn.BatchNorm2d):
@@ -177,6 +222,8 @@ class GatedBatchNorm2d(_GatedBatchNorm, nn.BatchNorm2d):
         num_features ... dtype: as in ``nn.BatchNorm2d``.
         gate: a family's name, a :class:`dampr.gates.Gate` subclass, or an instance to share.
         per_sample: in training, one draw per image instead of one per call (the placement of Dep-L0: convolution, norm, gate, ReLU).
+            Norm, gates and activation are then one pass, and nothing of the size of the input is kept but the input.
+        activation: "relu" to take in the ReLU that follows, or None.
 
     ``weight`` and ``bias`` come first in ``parameters()``; a dense ``state_dict`` loads and leaves the gates as they are. A fresh layer
     equals the dense one in evaluation mode, to the bit.

@@ -11,6 +11,7 @@ from .fold_weight import fold_blocks, fold_weight
 from .gate_activations import gate_activations
 from .gated_conv2d import gated_conv2d
 from .gated_linear import gated_linear
+from .norm_gate import norm_gate
 from .routes import forced_route
 from .sample_gates import sample_gates
 from .weight_gated_linear import weight_gated_linear
@@ -29,6 +30,7 @@ __all__ = [
     "gate_activations",
     "gated_conv2d",
     "gated_linear",
+    "norm_gate",
     "sample_gates",
     "select",
     "weight_gated_linear",

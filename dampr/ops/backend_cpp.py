@@ -550,3 +550,56 @@ def conv_route(
     if per_sample:
         return "passes", "every image has gates of its own: passes over the activations around torch's convolution"
     return "fold", "one pass multiplies the gates into the filters, then torch's convolution runs"
+
+
+def norm_gate_fwd(
+    x: Tensor,
+    gain: Tensor | None,
+    bias: Tensor | None,
+    log_alpha: Tensor,
+    seed: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    eps: float,
+    spec: GateSpec,
+    per_sample: bool,
+    relu: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    x, shape, _ = planes(x, 1, per_sample)
+    code, threads, given = _CODES[x.dtype], torch.get_num_threads(), mean is not None
+    if mean is None or var is None:
+        mean, var = torch.empty_like(log_alpha), torch.empty_like(log_alpha)
+        _C.norm_stats(code, _ptr(x), *shape[:4], _ptr(mean), _ptr(var), threads)
+    z = sample_gates_fwd(log_alpha, seed, shape.outer if per_sample else None, spec)
+    gain, bias, mean, var = vectors = _contiguous(gain, bias, mean, var)
+    out = torch.empty_like(x)
+    _C.norm_gate_fwd(code, _ptr(x), *shape[:4], _ptr(z), per_sample, *map(_ptr, vectors), eps, relu, _ptr(out), threads)
+    return (out, None, None) if given else (out, mean, var)
+
+
+def norm_gate_bwd(
+    dy: Tensor,
+    x: Tensor,
+    gain: Tensor | None,
+    bias: Tensor | None,
+    log_alpha: Tensor,
+    seed: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    spec: GateSpec,
+    per_sample: bool,
+    relu: bool,
+    training: bool,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    x, shape, layout = planes(x, 1, per_sample)
+    dy, rows = dy.contiguous(memory_format=layout), shape.outer if per_sample else None
+    z = sample_gates_fwd(log_alpha, seed, rows, spec)
+    vectors = _contiguous(gain, bias, mean, var)
+    dx = torch.empty_like(x) if needs[0] else None
+    dgain, dbias, dz = (torch.empty_like(t) if need else None for t, need in zip((log_alpha, log_alpha, z), needs[1:], strict=True))
+    how = *map(_ptr, vectors), eps, relu, training
+    outputs = map(_ptr, (dx, dgain, dbias, dz))
+    _C.norm_gate_bwd(_CODES[x.dtype], _ptr(dy), _ptr(x), *shape[:4], _ptr(z), per_sample, *how, *outputs, torch.get_num_threads())
+    return dx, dgain, dbias, None if dz is None else sample_gates_bwd(dz, log_alpha, seed, rows, spec)

@@ -251,3 +251,83 @@ def gated_conv2d_fwd(
     gates = input_log_alpha, output_log_alpha, input_seed, output_seed
     y = reference.gated_conv(x, weight, bias, *gates, spec, False, stride=stride, padding=padding, dilation=dilation, groups=groups)
     return y.contiguous(memory_format=torch.channels_last)
+
+
+def _over_channels(t: Tensor, like: Tensor) -> Tensor:
+    """(C,) shaped to broadcast to ``like`` (B, C, ...)."""
+    return reference.along(t, like, 1)
+
+
+def _normalised(x: Tensor, mean: Tensor, var: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(x - mean) rstd in the dtype of the statistics, and rstd (C,)."""
+    rstd = (var + eps).rsqrt()
+    return (x.to(mean.dtype) - _over_channels(mean, x)) * _over_channels(rstd, x), rstd
+
+
+def norm_gate_fwd(
+    x: Tensor,
+    gain: Tensor | None,
+    bias: Tensor | None,
+    log_alpha: Tensor,
+    seed: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    eps: float,
+    spec: GateSpec,
+    per_sample: bool,
+    relu: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    batch = mean is None or var is None
+    if mean is None or var is None:
+        shared = [i for i in range(x.dim()) if i != 1]
+        none = torch.zeros_like(log_alpha)
+        var, mean = torch.var_mean(x.to(log_alpha.dtype), shared, correction=0) if x.numel() else (none, none.clone())
+    pre = _before_gates(_normalised(x, mean, var, eps)[0], gain, bias)
+    y = pre * reference.along(reference.gate_values(log_alpha, spec, seed, x.shape[0] if per_sample else None), x, 1)
+    y = (y.relu() if relu else y).to(x.dtype).contiguous(memory_format=dense_format(x, 1))
+    return (y, mean, var) if batch else (y, None, None)
+
+
+def _before_gates(normalised: Tensor, gain: Tensor | None, bias: Tensor | None) -> Tensor:
+    pre = normalised if gain is None else normalised * _over_channels(gain, normalised)
+    return pre if bias is None else pre + _over_channels(bias, normalised)
+
+
+def norm_gate_bwd(
+    dy: Tensor,
+    x: Tensor,
+    gain: Tensor | None,
+    bias: Tensor | None,
+    log_alpha: Tensor,
+    seed: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    spec: GateSpec,
+    per_sample: bool,
+    relu: bool,
+    training: bool,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    rows = x.shape[0] if per_sample else None
+    inner = list(range(2, x.dim()))
+    normalised, rstd = _normalised(x, mean, var, eps)
+    pre = _before_gates(normalised, gain, bias)
+    z = reference.along(reference.gate_values(log_alpha, spec, seed, rows), x, 1)
+    passed = dy.to(pre.dtype)
+    if relu:
+        passed = passed.where(pre * z > 0, passed.new_zeros(()))
+    dpre = passed * z
+    dgain, dbias = (dpre * normalised).sum([0, *inner]), dpre.sum([0, *inner])
+    dx = dlog_alpha = None
+    if needs[0]:
+        dx = dpre
+        if training:
+            count = max(1, x.numel() // max(1, x.shape[1]))
+            dx = dx - _over_channels(dbias / count, x) - normalised * _over_channels(dgain / count, x)
+        dx = dx * _over_channels(rstd if gain is None else gain * rstd, x)
+        dx = dx.to(x.dtype).contiguous(memory_format=dense_format(x, 1))
+    if needs[3]:
+        dz = (passed * pre).sum(inner) if inner else passed * pre
+        dlog_alpha = sample_gates_bwd(dz if per_sample else dz.sum(0), log_alpha, seed, rows, spec)
+    return dx, dgain if needs[1] else None, dbias if needs[2] else None, dlog_alpha

@@ -42,7 +42,7 @@ def define(
 
 
 _DEVICES = ("cpu", "cuda")
-_PLAIN = {torch.Tensor, torch.nn.Parameter, type(None), bool, int, list, tuple, GateSpec, torch.dtype}
+_PLAIN = {torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, list, tuple, GateSpec, torch.dtype}
 
 
 def _is_watched() -> bool:

@@ -49,6 +49,8 @@ def compact(model: nn.Module, *, example_inputs: Any, atol: float = 1e-5, rtol: 
         layer = small.get_submodule(name)
         assert isinstance(layer, GatedLayer)
         plain = dense[layer] = layer.to_dense()
+        if isinstance(plain, nn.Sequential):  # a norm that took in its activation
+            plain = plain[0]
         for writes, channels in zip((True, False), layer.closed_channels(), strict=True):
             if channels and isinstance(plain, graph.NORMS):
                 norms[plain] = channels

@@ -3,6 +3,7 @@
 from .gated_conv import gated_conv, weight_gated_conv
 from .gated_linear import expand_blocks, gated_linear, weight_gated_linear
 from .gates import along, exp_portable, expected_l0, gate, gate_derivative, gate_values, mask, noise, open_probability, sign_swish
+from .norm_gate import norm_gate
 
 __all__ = [
     "along",
@@ -16,6 +17,7 @@ __all__ = [
     "gated_linear",
     "mask",
     "noise",
+    "norm_gate",
     "open_probability",
     "sign_swish",
     "weight_gated_conv",

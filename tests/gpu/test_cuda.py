@@ -20,7 +20,7 @@ def test_auto_picks_triton_on_cuda():
     assert dampr.ops.choose(torch.device("cuda"), torch.bfloat16)[0] == "triton"
 
 
-@pytest.mark.parametrize("op", ["noise", "sample_gates", "gated_linear", "weight_gated_linear", "gated_conv2d"])
+@pytest.mark.parametrize("op", ["noise", "sample_gates", "gated_linear", "weight_gated_linear", "gated_conv2d", "norm_gate"])
 def test_verification_of_every_backend_and_dtype(op):
     rows = verify.run(op)
     assert any(r.backend == "triton" and r.device == "cuda" for r in rows)

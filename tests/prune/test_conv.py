@@ -294,3 +294,14 @@ def test_layernorm_gates_close_features_exactly() -> None:
         gated.gate.log_alpha[:2] = -5.0
     assert gated(x)[..., :2].eq(0).all()
     torch.testing.assert_close(gated.to_dense()(x), gated(x))
+
+
+def test_a_norm_that_took_in_its_activation_is_cut_as_well() -> None:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3, padding=1), GatedBatchNorm2d(8, activation="relu"), nn.Conv2d(8, 4, 3), nn.Flatten(), nn.Linear(168, 3)]
+    model = trained(nn.Sequential(*layers), IMAGES)
+    with torch.no_grad():
+        model[1].gate.log_alpha[:3] = -5.0
+    small = dampr.compact(model, example_inputs=IMAGES)
+    assert small[0].out_channels == 5
+    assert relative_gap(model, small, torch.randn_like(IMAGES)) <= 1e-5

@@ -16,6 +16,7 @@ from .gate_activations import gate_activations_bwd, gate_activations_fwd
 from .gated_conv2d import gated_conv2d_fwd
 from .gated_linear import fold_weight_bwd, fold_weight_fwd, gated_linear_bwd, gated_linear_fwd, gated_linear_live_fwd
 from .gates import sample_gates_bwd, sample_gates_fwd
+from .norm_gate import norm_gate_bwd, norm_gate_fwd
 from .routes import conv_route, route
 from .weight_gated_linear import fold_blocks_bwd, fold_blocks_fwd, weight_gated_linear_bwd, weight_gated_linear_fwd
 
@@ -32,6 +33,8 @@ __all__ = [
     "gated_linear_bwd",
     "gated_linear_fwd",
     "gated_linear_live_fwd",
+    "norm_gate_bwd",
+    "norm_gate_fwd",
     "route",
     "sample_gates_bwd",
     "sample_gates_fwd",

@@ -47,7 +47,7 @@ def _gate(t: torch.Tensor, other: Maybe, z: torch.Tensor, out: Maybe, shape: Pla
     if shape.inner == 1:
         block_m, block_n = configs.COLUMN_SUM_TILE
         blocks = triton.cdiv(shape.n, block_n)
-        splits, per_split = configs.split_rows(shape.middle, block_m, blocks * shape.outer)
+        splits, per_split = configs.split_rows(max(1, shape.middle), block_m, blocks * shape.outer)
         partial = None if other is None else host.empty(t, (shape.outer * splits, shape.n), torch.float32)
         grid = (shape.outer * splits * blocks,)
         sizes = {"BLOCK_M": block_m, "BLOCK_N": block_n, "PER_OUTER": shape.per_outer}

@@ -1,0 +1,385 @@
+// A batch norm with gates behind it, and its gradients: y = act(z (gain (x - mean) rstd + bias)), rstd = 1 / sqrt(var + eps), act = ReLU or nothing,
+// for a tensor (outer, middle, n, inner) with channels on n, as in kernels.h. Everything but x is constant along middle and inner, so a pass computes
+//   v = (x - mean) a + b        a = z gain rstd, b = z bias        dp = dy where v is let through
+//   dx = a dp + c0 + c1 (x - mean)        of S0 = sum dp, S1 = sum dp (x - mean), for each gate:  docs/kernels.md
+// from a handful of numbers per channel (inner > 1) or vectors of them (inner = 1). The second of two passes goes backwards: what the first read last
+// is still in the cache.
+#pragma once
+
+#include <cstdint>
+#include <stdlib.h>
+
+#include "gate_families.h"
+#include "kernels.h"
+#include "storage.h"
+#include "work.h"
+
+namespace dampr {
+namespace {
+
+// One number where a loop takes a vector.
+template <class G>
+struct Same {
+  G value;
+  G operator[](int64_t) const { return value; }
+};
+
+// How the tensor is cut. inner = 1: blocks of rows of an outer index, times tiles of columns. Else: groups of whole runs of inner elements.
+// Sums of an item go to its part, which has a place for each of the n; an outer index has `parts` of them.
+struct NormGrid {
+  int64_t outer, middle, n, inner, group, parts;
+  Grid columns;
+
+  explicit NormGrid(const Planes& a)
+      : outer(a.per_outer ? a.outer : 1), middle(a.per_outer ? a.middle : a.outer * a.middle), n(a.n), inner(a.inner), columns(middle, n) {
+    group = inner > 0 && inner < kItem ? kItem / inner : 1;
+    parts = inner == 1 ? columns.blocks : middle;
+  }
+  int64_t elements() const { return outer * middle * n * inner; }
+  int64_t items() const { return elements() == 0 ? 0 : inner == 1 ? outer * columns.items() : divide_up(outer * middle * n, group); }
+  int64_t per_channel() const { return outer * middle * inner; }
+  int64_t in_part(int64_t part) const { return inner == 1 ? least(columns.block, middle - part % parts * columns.block) : inner; }
+};
+
+// Calls rows(part, outer, first row, end, first column, width) or, where inner > 1, run(part, outer, channel, first element) for what is in an item.
+template <class Rows, class Run>
+void each_part(const NormGrid& grid, int64_t index, Rows&& rows, Run&& run) {
+  if (grid.inner == 1) {
+    const int64_t outer = index / grid.columns.items();
+    const Item item(grid.columns, index % grid.columns.items());
+    rows(outer * grid.parts + item.block_index, outer, outer * grid.middle + item.row, outer * grid.middle + item.row_end, item.column, item.width);
+    return;
+  }
+  const int64_t begin = index * grid.group, end = least(begin + grid.group, grid.outer * grid.middle * grid.n);
+  for (int64_t plane = begin; plane < end; ++plane) {
+    const int64_t part = plane / grid.n;
+    run(part, part / grid.middle, plane % grid.n, plane * grid.inner);
+  }
+}
+
+template <class F>
+void each_tile(int64_t count, F&& f) {
+  for (int64_t j = 0; j < count; j += kTile) f(j, static_cast<int>(least(kTile, count - j)));
+}
+
+// Two sums over each part and channel, in double.
+struct NormSums {
+  int64_t n;
+  double *first, *second;
+
+  NormSums(int64_t parts, int64_t n_) : n(n_) {
+    const size_t count = static_cast<size_t>(parts * n_);
+    first = static_cast<double*>(malloc((2 * count + 1) * sizeof(double)));
+    second = first + count;
+  }
+  ~NormSums() { free(first); }
+  NormSums(const NormSums&) = delete;
+  NormSums& operator=(const NormSums&) = delete;
+};
+
+// The sums of d and d d, d = value - shift, in kLanes lanes each.
+template <class G>
+void add_shifted(const G* __restrict values, int count, double shift, double* __restrict lanes, double* __restrict squares) {
+  int j = 0;
+  for (; j + kLanes <= count; j += kLanes)
+#pragma omp simd
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const double d = static_cast<double>(values[j + lane]) - shift;
+      lanes[lane] += d, squares[lane] += d * d;
+    }
+  for (; j < count; ++j) {
+    const double d = static_cast<double>(values[j]) - shift;
+    lanes[j % kLanes] += d, squares[j % kLanes] += d * d;
+  }
+}
+
+// Mean and (biased) variance of each channel. A part keeps its mean and its sum of squared distances from it, both from sums of distances from one
+// of its own elements: that element is as far from the mean as it may be, it counts among the distances, so little is lost by cancellation.
+template <class X>
+bool norm_stats(const Planes& a, void* mean_, void* var_, int threads) {
+  using G = typename Storage<X>::Gate;
+  const X* x = static_cast<const X*>(a.x);
+  G *mean = static_cast<G*>(mean_), *var = static_cast<G*>(var_);
+  const NormGrid grid(a);
+  const int64_t n = grid.n, parts = grid.items() ? grid.outer * grid.parts : 0;
+  NormSums sums(parts, n);
+  if (!sums.first) return false;
+  parallel(grid.items(), grid.elements(), threads, [&](int64_t index) {
+    alignas(64) G buffer[kTile];
+    each_part(
+        grid, index,
+        [&](int64_t part, int64_t, int64_t row, int64_t end, int64_t column, int width) {
+          alignas(64) double shift[kTile], total[kTile], squares[kTile];
+          const G* first = Storage<X>::read(x + row * n + column, buffer, width);
+          for (int j = 0; j < width; ++j) shift[j] = static_cast<double>(first[j]), total[j] = squares[j] = 0;
+          const double count = static_cast<double>(end - row);
+          for (int64_t r = row; r < end; ++r) {
+            const G* __restrict xs = Storage<X>::read(x + r * n + column, buffer, width);
+#pragma omp simd
+            for (int j = 0; j < width; ++j) {
+              const double d = static_cast<double>(xs[j]) - shift[j];
+              total[j] += d, squares[j] += d * d;
+            }
+          }
+          for (int j = 0; j < width; ++j) {
+            sums.first[part * n + column + j] = shift[j] + total[j] / count;
+            sums.second[part * n + column + j] = squares[j] - total[j] * (total[j] / count);
+          }
+        },
+        [&](int64_t part, int64_t, int64_t channel, int64_t first) {
+          alignas(64) double lanes[kLanes] = {}, squares[kLanes] = {};
+          const double shift = static_cast<double>(Storage<X>::read(x + first, buffer, 1)[0]), count = static_cast<double>(grid.inner);
+          each_tile(grid.inner, [&](int64_t j, int width) { add_shifted(Storage<X>::read(x + first + j, buffer, width), width, shift, lanes, squares); });
+          const double total = sum_row(lanes, kLanes);
+          sums.first[part * n + channel] = shift + total / count;
+          sums.second[part * n + channel] = sum_row(squares, kLanes) - total * (total / count);
+        });
+  });
+  // Chan, Golub, LeVeque 1983: parts are joined in their order.
+  parallel(divide_up(n, kChunk), parts * n, threads, [&](int64_t index) {
+    alignas(64) double centre[kChunk] = {}, spread[kChunk] = {};
+    const int64_t column = index * kChunk, width = least(kChunk, n - column);
+    double seen = 0;
+    for (int64_t part = 0; part < parts; ++part) {
+      const double count = static_cast<double>(grid.in_part(part)), share = count / (seen + count);
+      const double *means = sums.first + part * n + column, *squares = sums.second + part * n + column;
+      for (int64_t j = 0; j < width; ++j) {
+        const double gap = means[j] - centre[j];
+        centre[j] += gap * share;
+        spread[j] += squares[j] + gap * gap * (seen * share);
+      }
+      seen += count;
+    }
+    for (int64_t j = 0; j < width; ++j) {
+      const double squared = seen > 0 ? spread[j] / seen : 0;
+      mean[column + j] = static_cast<G>(centre[j]), var[column + j] = static_cast<G>(squared < 0 ? 0 : squared);
+    }
+  });
+  return true;
+}
+
+template <bool kRelu, class G, class V>
+inline void normalise(const G* __restrict x, V mean, V a, V b, G* __restrict out, int width) {
+#pragma omp simd
+  for (int j = 0; j < width; ++j) {
+    const G v = (x[j] - mean[j]) * a[j] + b[j];
+    out[j] = kRelu && v < 0 ? G(0) : v;  // not a number stays visible
+  }
+}
+
+// dp, and what it is multiplied with for the second sum.
+template <bool kRelu, class G, class V>
+inline G let_through(G g, G x, const V& mean, const V& a, const V& b, int j, G& distance) {
+  distance = x - mean[j];
+  return kRelu && distance * a[j] + b[j] <= 0 ? G(0) : g;
+}
+
+template <bool kRelu, class G, class V>
+inline void input_gradient(const G* __restrict g, const G* __restrict x, V mean, V a, V b, V c0, V c1, G* __restrict out, int width) {
+#pragma omp simd
+  for (int j = 0; j < width; ++j) {
+    G distance;
+    const G dp = let_through<kRelu>(g[j], x[j], mean, a, b, j, distance);
+    out[j] = dp * a[j] + c0[j] + c1[j] * distance;
+  }
+}
+
+// gain rstd of each channel, and the c0 and c1 of the backward: three vectors in one piece of memory.
+template <class G>
+struct NormColumns {
+  G *scale, *c0, *c1;
+
+  explicit NormColumns(const NormGate& a) {
+    const int64_t n = a.planes.n;
+    const G *var = static_cast<const G*>(a.var), *gain = static_cast<const G*>(a.gain);
+    scale = static_cast<G*>(calloc(static_cast<size_t>(3 * n + 1), sizeof(G)));
+    c0 = scale + n, c1 = c0 + n;
+    if (scale)
+      for (int64_t j = 0; j < n; ++j) scale[j] = (gain ? gain[j] : G(1)) * (G(1) / square_root(var[j] + static_cast<G>(a.eps)));
+  }
+  ~NormColumns() { free(scale); }
+  NormColumns(const NormColumns&) = delete;
+  NormColumns& operator=(const NormColumns&) = delete;
+};
+
+template <bool kRelu, class X>
+bool norm_gate_forward(const NormGate& args, int threads) {
+  using G = typename Storage<X>::Gate;
+  const Planes& a = args.planes;
+  const X* x = static_cast<const X*>(a.x);
+  X* out = static_cast<X*>(a.out);
+  const G *z = static_cast<const G*>(a.z), *mean = static_cast<const G*>(args.mean), *bias = static_cast<const G*>(args.bias);
+  const NormGrid grid(a);
+  const NormColumns<G> columns(args);
+  if (!columns.scale) return false;
+  const int64_t n = grid.n, items = grid.items();
+  parallel(items, grid.elements(), threads, [&](int64_t index) {
+    alignas(64) G x_buffer[kTile], out_buffer[kTile];
+    each_part(
+        grid, items - 1 - index,
+        [&](int64_t, int64_t outer, int64_t row, int64_t end, int64_t column, int width) {
+          alignas(64) G slope[kTile], shift[kTile];
+          const G* gates = z + outer * n + column;
+          for (int j = 0; j < width; ++j) slope[j] = gates[j] * columns.scale[column + j], shift[j] = bias ? gates[j] * bias[column + j] : G(0);
+          const G *centre = mean + column, *slopes = slope, *shifts = shift;
+          for (int64_t r = row; r < end; ++r) {
+            X* to = out + r * n + column;
+            G* target = Storage<X>::stage(to, out_buffer);
+            normalise<kRelu>(Storage<X>::read(x + r * n + column, x_buffer, width), centre, slopes, shifts, target, width);
+            Storage<X>::commit(target, to, width);
+          }
+        },
+        [&](int64_t, int64_t outer, int64_t channel, int64_t first) {
+          const G gate = z[outer * n + channel];
+          const Same<G> centre{mean[channel]}, slope{gate * columns.scale[channel]}, shift{bias ? gate * bias[channel] : G(0)};
+          each_tile(grid.inner, [&](int64_t j, int width) {
+            X* to = out + first + j;
+            G* target = Storage<X>::stage(to, out_buffer);
+            normalise<kRelu>(Storage<X>::read(x + first + j, x_buffer, width), centre, slope, shift, target, width);
+            Storage<X>::commit(target, to, width);
+          });
+        });
+  });
+  return true;
+}
+
+// S0 and S1 of each part.
+template <bool kRelu, class X, class G>
+void norm_gate_sums(const NormGate& args, const NormGrid& grid, const G* scale, const NormSums& sums, int threads) {
+  const Planes& a = args.planes;
+  const X *x = static_cast<const X*>(a.x), *g = static_cast<const X*>(a.g);
+  const G *z = static_cast<const G*>(a.z), *mean = static_cast<const G*>(args.mean), *bias = static_cast<const G*>(args.bias);
+  const int64_t n = grid.n;
+  parallel(grid.items(), grid.elements(), threads, [&](int64_t index) {
+    alignas(64) G x_buffer[kTile], g_buffer[kTile];
+    each_part(
+        grid, index,
+        [&](int64_t part, int64_t outer, int64_t row, int64_t end, int64_t column, int width) {
+          alignas(64) G slope[kTile], shift[kTile];
+          const G *gates = z + outer * n + column, *centre = mean + column;
+          double *__restrict first = sums.first + part * n + column, *__restrict second = sums.second + part * n + column;
+          for (int j = 0; j < width; ++j) {
+            slope[j] = gates[j] * scale[column + j], shift[j] = bias ? gates[j] * bias[column + j] : G(0);
+            first[j] = second[j] = 0;
+          }
+          const G *slopes = slope, *shifts = shift;
+          for (int64_t r = row; r < end; ++r) {
+            const G* __restrict xs = Storage<X>::read(x + r * n + column, x_buffer, width);
+            const G* __restrict gs = Storage<X>::read(g + r * n + column, g_buffer, width);
+#pragma omp simd
+            for (int j = 0; j < width; ++j) {
+              G distance;
+              const G dp = let_through<kRelu>(gs[j], xs[j], centre, slopes, shifts, j, distance);
+              first[j] += static_cast<double>(dp), second[j] += static_cast<double>(dp * distance);
+            }
+          }
+        },
+        [&](int64_t part, int64_t outer, int64_t channel, int64_t first) {
+          alignas(64) G passed[kTile], products[kTile];
+          const G gate = z[outer * n + channel];
+          const Same<G> centre{mean[channel]}, slope{gate * scale[channel]}, shift{bias ? gate * bias[channel] : G(0)};
+          double total = 0, product = 0;
+          each_tile(grid.inner, [&](int64_t j, int width) {
+            const G* __restrict xs = Storage<X>::read(x + first + j, x_buffer, width);
+            const G* __restrict gs = Storage<X>::read(g + first + j, g_buffer, width);
+#pragma omp simd
+            for (int i = 0; i < width; ++i) {
+              G distance;
+              passed[i] = let_through<kRelu>(gs[i], xs[i], centre, slope, shift, i, distance);
+              products[i] = passed[i] * distance;
+            }
+            total += sum_row(passed, width), product += sum_row(products, width);
+          });
+          sums.first[part * n + channel] = total, sums.second[part * n + channel] = product;
+        });
+  });
+}
+
+// From S0 and S1: the gradients of gates, gain and bias and, for batch statistics, what their own gradients add to dx.
+template <class G>
+void norm_gate_finish(const NormGate& args, const NormGrid& grid, const NormColumns<G>& columns, const NormSums& sums, int threads) {
+  const Planes& a = args.planes;
+  const G *z = static_cast<const G*>(a.z), *var = static_cast<const G*>(args.var), *bias = static_cast<const G*>(args.bias);
+  G *dz = static_cast<G*>(a.dz), *dgain = static_cast<G*>(args.dgain), *dbias = static_cast<G*>(args.dbias);
+  const int64_t n = grid.n, parts = grid.items() ? grid.parts : 0;
+  const double count = static_cast<double>(grid.per_channel());
+  parallel(divide_up(n, kChunk), grid.outer * (parts + 1) * n, threads, [&](int64_t index) {
+    alignas(64) double total[kChunk] = {}, product[kChunk] = {};
+    const int64_t column = index * kChunk, width = least(kChunk, n - column);
+    for (int64_t outer = 0; outer < grid.outer; ++outer) {
+      alignas(64) double s0[kChunk] = {}, s1[kChunk] = {};
+      for (int64_t part = outer * parts; part < (outer + 1) * parts; ++part)
+        for (int64_t j = 0; j < width; ++j) s0[j] += sums.first[part * n + column + j], s1[j] += sums.second[part * n + column + j];
+      for (int64_t j = 0; j < width; ++j) {
+        const int64_t i = column + j;
+        const double gate = static_cast<double>(z[outer * n + i]);
+        total[j] += gate * s0[j], product[j] += gate * s1[j];
+        if (dz) dz[outer * n + i] = static_cast<G>(static_cast<double>(columns.scale[i]) * s1[j] + (bias ? static_cast<double>(bias[i]) * s0[j] : 0.0));
+      }
+    }
+    for (int64_t j = 0; j < width; ++j) {
+      const int64_t i = column + j;
+      const double rstd = static_cast<double>(G(1) / square_root(var[i] + static_cast<G>(args.eps))), scale = static_cast<double>(columns.scale[i]);
+      if (dbias) dbias[i] = static_cast<G>(total[j]);
+      if (dgain) dgain[i] = static_cast<G>(product[j] * rstd);
+      if (args.training && count > 0) {
+        columns.c0[i] = static_cast<G>(-scale * total[j] / count);
+        columns.c1[i] = static_cast<G>(-scale * rstd * rstd * product[j] / count);
+      }
+    }
+  });
+}
+
+template <bool kRelu, class X>
+bool norm_gate_backward(const NormGate& args, int threads) {
+  using G = typename Storage<X>::Gate;
+  const Planes& a = args.planes;
+  const NormGrid grid(a);
+  const NormColumns<G> columns(args);
+  if (!columns.scale) return false;
+  const int64_t n = grid.n, items = grid.items();
+  if (a.dz || args.dgain || args.dbias || args.training) {
+    const NormSums sums(items ? grid.outer * grid.parts : 0, n);
+    if (!sums.first) return false;
+    norm_gate_sums<kRelu, X>(args, grid, columns.scale, sums, threads);
+    norm_gate_finish(args, grid, columns, sums, threads);
+  }
+  if (!a.out) return true;
+  const X *x = static_cast<const X*>(a.x), *g = static_cast<const X*>(a.g);
+  X* out = static_cast<X*>(a.out);
+  const G *z = static_cast<const G*>(a.z), *mean = static_cast<const G*>(args.mean), *bias = static_cast<const G*>(args.bias);
+  parallel(items, grid.elements(), threads, [&](int64_t index) {
+    alignas(64) G x_buffer[kTile], g_buffer[kTile], out_buffer[kTile];
+    each_part(
+        grid, items - 1 - index,
+        [&](int64_t, int64_t outer, int64_t row, int64_t end, int64_t column, int width) {
+          alignas(64) G slope[kTile], shift[kTile];
+          const G* gates = z + outer * n + column;
+          for (int j = 0; j < width; ++j) slope[j] = gates[j] * columns.scale[column + j], shift[j] = bias ? gates[j] * bias[column + j] : G(0);
+          const G *centre = mean + column, *slopes = slope, *shifts = shift, *c0 = columns.c0 + column, *c1 = columns.c1 + column;
+          for (int64_t r = row; r < end; ++r) {
+            X* to = out + r * n + column;
+            G* target = Storage<X>::stage(to, out_buffer);
+            const G* xs = Storage<X>::read(x + r * n + column, x_buffer, width);
+            input_gradient<kRelu>(Storage<X>::read(g + r * n + column, g_buffer, width), xs, centre, slopes, shifts, c0, c1, target, width);
+            Storage<X>::commit(target, to, width);
+          }
+        },
+        [&](int64_t, int64_t outer, int64_t channel, int64_t first) {
+          const G gate = z[outer * n + channel];
+          const Same<G> centre{mean[channel]}, slope{gate * columns.scale[channel]}, shift{bias ? gate * bias[channel] : G(0)};
+          const Same<G> c0{columns.c0[channel]}, c1{columns.c1[channel]};
+          each_tile(grid.inner, [&](int64_t j, int width) {
+            X* to = out + first + j;
+            G* target = Storage<X>::stage(to, out_buffer);
+            const G* xs = Storage<X>::read(x + first + j, x_buffer, width);
+            input_gradient<kRelu>(Storage<X>::read(g + first + j, g_buffer, width), xs, centre, slope, shift, c0, c1, target, width);
+            Storage<X>::commit(target, to, width);
+          });
+        });
+  });
+  return true;
+}
+
+}  // namespace
+}  // namespace dampr

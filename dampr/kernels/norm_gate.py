@@ -1,0 +1,243 @@
+"""y = act(z (gain (x - mean) rstd + bias)), its statistics, its gradients: x (outer, middle, n, inner) in memory order, channels on n.
+
+    h = (x - mean) rstd    v = z (gain h + bias)    y = act(v)    dp = dy where act has a slope at v    S0 = sum dp, S1 = sum dp h, per gate
+    dz = gain S1 + bias S0    dgain = sum over draws of z S1    dbias = sum over draws of z S0
+    dx = gain rstd (z dp - dbias / N - h dgain / N) with N elements per channel; without the last two terms for running statistics
+
+Bound by memory: x is read twice and y written, then x and dy are read twice and dx written, and nothing else has their size. Layouts are
+those of gate_activations.py: gates along the lanes where inner = 1 (channels last), a gate for each row of inner elements else. A program
+sums over one axis of its tile; parts are joined in a fixed order, without atomics, and those of the variance have means of their own
+(Chan, Golub, LeVeque 1983), so that a large mean costs few digits.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _channel(ptr, channel, mask, DEFAULT: tl.constexpr):
+    """float32 of some channels, or a constant where there is no such vector."""
+    if ptr is None:
+        return tl.full(channel.shape, DEFAULT, tl.float32)
+    else:
+        return tl.load(ptr + channel, mask=mask, other=DEFAULT)
+
+
+@triton.jit
+def _activated(v, RELU: tl.constexpr):
+    """Not a number stays visible."""
+    if RELU:
+        return tl.where(v < 0.0, 0.0, v)
+    else:
+        return v
+
+
+@triton.jit
+def _let_through(dy, v, RELU: tl.constexpr):
+    if RELU:
+        return tl.where(v <= 0.0, 0.0, dy)
+    else:
+        return dy
+
+
+@triton.jit
+def _join(mean, spread, seen, tile_mean, tile_spread, count):
+    """Mean and sum of squared distances of ``seen`` and ``count`` elements together; count may be 0, both may not."""
+    gap, share = tile_mean - mean, count / (seen + count)
+    return mean + gap * share, spread + tile_spread + gap * gap * (seen * share)
+
+
+@triton.jit
+def _norm_stats_columns_kernel(x_ptr, mean_ptr, spread_ptr, rows, n, rows_per_split, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """(splits, n) means and sums of squared distances from them, of x (rows, n); grid: (splits * column blocks,), column blocks first."""
+    blocks = tl.cdiv(n, BLOCK_N)
+    pid = tl.program_id(0)
+    split, col = (pid // blocks).to(tl.int64), (pid % blocks).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mean, spread = tl.zeros((BLOCK_N,), tl.float32), tl.zeros((BLOCK_N,), tl.float32)
+    for first in range(0, rows_per_split, BLOCK_M):
+        row = split * rows_per_split + first + tl.arange(0, BLOCK_M)
+        count = tl.maximum(tl.minimum(rows - (split * rows_per_split + first), BLOCK_M), 0)
+        mask = (row < rows)[:, None] & (col < n)[None, :]
+        x = tl.load(x_ptr + row[:, None] * n + col[None, :], mask=mask, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_N]
+        centre = tl.sum(x, axis=0) / tl.maximum(count, 1)
+        distance = tl.where(mask, x - centre[None, :], 0.0)
+        mean, spread = _join(mean, spread, first, centre, tl.sum(distance * distance, axis=0), count)
+    tl.store(mean_ptr + split * n + col, mean, mask=col < n)
+    tl.store(spread_ptr + split * n + col, spread, mask=col < n)
+
+
+@triton.jit
+def _norm_stats_rows_kernel(x_ptr, mean_ptr, spread_ptr, rows, n, inner, per_piece, pieces, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The same of x (rows, inner), rows = (B, n), each row in pieces: (B, pieces, n); grid: (row blocks * pieces,), pieces first."""
+    pid = tl.program_id(0)
+    row, piece = (pid // pieces).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M), (pid % pieces).to(tl.int64)
+    mean, spread = tl.zeros((BLOCK_M,), tl.float32), tl.zeros((BLOCK_M,), tl.float32)
+    for first in range(0, per_piece, BLOCK_N):
+        col = piece * per_piece + first + tl.arange(0, BLOCK_N)
+        count = tl.maximum(tl.minimum(inner - (piece * per_piece + first), BLOCK_N), 0)
+        mask = (row < rows)[:, None] & (col < inner)[None, :]
+        x = tl.load(x_ptr + row[:, None] * inner + col[None, :], mask=mask, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_N]
+        centre = tl.sum(x, axis=1) / tl.maximum(count, 1)
+        distance = tl.where(mask, x - centre[:, None], 0.0)
+        mean, spread = _join(mean, spread, first, centre, tl.sum(distance * distance, axis=1), count)
+    place = (row // n * pieces + piece) * n + row % n
+    tl.store(mean_ptr + place, mean, mask=row < rows)
+    tl.store(spread_ptr + place, spread, mask=row < rows)
+
+
+@triton.jit
+def _norm_stats_join_kernel(
+    part_mean_ptr, part_spread_ptr, mean_ptr, var_ptr, parts, n, length, per_piece, pieces, count,
+    BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """mean and biased variance (n,), of ``count`` elements each, from (parts, n); part i begins at i % pieces * per_piece of ``length``.
+
+    Grid: (column blocks,). Means are added up as distances from the first one, then squared distances from their mean are.
+    """
+    col = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    start = tl.load(part_mean_ptr + col, mask=col < n, other=0.0)
+    moved, spread = tl.zeros((BLOCK_N,), tl.float32), tl.zeros((BLOCK_N,), tl.float32)
+    for first in range(0, parts, BLOCK_S):
+        part = first + tl.arange(0, BLOCK_S)
+        mask = (part < parts)[:, None] & (col < n)[None, :]
+        size = tl.minimum(length - part % pieces * per_piece, per_piece).to(tl.float32)[:, None]
+        place = part.to(tl.int64)[:, None] * n + col[None, :]
+        gap = tl.load(part_mean_ptr + place, mask=mask, other=0.0) - start[None, :]
+        moved += tl.sum(tl.where(mask, gap * size, 0.0), axis=0)
+    mean = start + moved / count
+    for first in range(0, parts, BLOCK_S):
+        part = first + tl.arange(0, BLOCK_S)
+        mask = (part < parts)[:, None] & (col < n)[None, :]
+        size = tl.minimum(length - part % pieces * per_piece, per_piece).to(tl.float32)[:, None]
+        place = part.to(tl.int64)[:, None] * n + col[None, :]
+        gap = tl.load(part_mean_ptr + place, mask=mask, other=0.0) - mean[None, :]
+        within = tl.load(part_spread_ptr + place, mask=mask, other=0.0)
+        spread += tl.sum(tl.where(mask, within + gap * gap * size, 0.0), axis=0)
+    tl.store(mean_ptr + col, mean, mask=col < n)
+    tl.store(var_ptr + col, spread / count, mask=col < n)
+
+
+@triton.jit
+def _norm_gate_columns_kernel(
+    x_ptr, dy_ptr, z_ptr, gain_ptr, bias_ptr, mean_ptr, var_ptr, sums_ptr, out_ptr, partial_ptr, middle, n, rows_per_split, count,
+    EPS: tl.constexpr, RELU: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PER_OUTER: tl.constexpr,
+):  # fmt: skip
+    """One of three passes over (outer, middle, n); what is None is not there. Without dy: out = y. With it, partial (outer, splits, 2, n) =
+    S0 and S1 of one split's rows, in order, or out = dx, where sums (2, n) are dbias and dgain, None for running statistics.
+
+    Grid: (outer * splits * column blocks,), column blocks first.
+    """
+    blocks, splits = tl.cdiv(n, BLOCK_N), tl.cdiv(middle, rows_per_split)
+    pid = tl.program_id(0)
+    part = pid // blocks  # outer * splits + split
+    outer, split, part = (part // splits).to(tl.int64), (part % splits).to(tl.int64), part.to(tl.int64)
+    col = (pid % blocks).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = col < n
+    z = tl.load(z_ptr + (outer * n if PER_OUTER else 0) + col, mask=inside, other=0.0)[None, :]
+    gain, bias = _channel(gain_ptr, col, inside, 1.0)[None, :], _channel(bias_ptr, col, inside, 0.0)[None, :]
+    mean, rstd = _channel(mean_ptr, col, inside, 0.0)[None, :], (1.0 / tl.sqrt_rn(_channel(var_ptr, col, inside, 1.0) + EPS))[None, :]
+    if sums_ptr is not None:
+        by_bias, by_gain = _channel(sums_ptr, col, inside, 0.0)[None, :] / count, _channel(sums_ptr + n, col, inside, 0.0)[None, :] / count
+    total, product = tl.zeros((BLOCK_N,), tl.float32), tl.zeros((BLOCK_N,), tl.float32)
+    for first in range(0, rows_per_split, BLOCK_M):
+        row = split * rows_per_split + first + tl.arange(0, BLOCK_M)
+        mask = (row < middle)[:, None] & inside[None, :]
+        offsets = (outer * middle + row)[:, None] * n + col[None, :]
+        h = (tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32) - mean) * rstd  # [BLOCK_M, BLOCK_N]
+        v = z * (gain * h + bias)
+        if dy_ptr is None:
+            tl.store(out_ptr + offsets, _activated(v, RELU).to(out_ptr.dtype.element_ty), mask=mask)
+        else:
+            dp = _let_through(tl.load(dy_ptr + offsets, mask=mask, other=0.0).to(tl.float32), v, RELU)
+            if partial_ptr is not None:
+                total += tl.sum(dp, axis=0)
+                product += tl.sum(dp * h, axis=0)
+            else:
+                dh = z * dp
+                if sums_ptr is not None:
+                    dh = dh - by_bias - h * by_gain
+                tl.store(out_ptr + offsets, (gain * rstd * dh).to(out_ptr.dtype.element_ty), mask=mask)
+    if partial_ptr is not None:
+        tl.store(partial_ptr + part * 2 * n + col, total, mask=inside)
+        tl.store(partial_ptr + (part * 2 + 1) * n + col, product, mask=inside)
+
+
+@triton.jit
+def _norm_gate_rows_kernel(
+    x_ptr, dy_ptr, z_ptr, gain_ptr, bias_ptr, mean_ptr, var_ptr, sums_ptr, out_ptr, partial_ptr,
+    rows, middle, n, inner, per_piece, pieces, count,
+    EPS: tl.constexpr, RELU: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PER_OUTER: tl.constexpr,
+):  # fmt: skip
+    """The same three passes over (rows, inner), rows = (outer, middle, n), each row in pieces; partial (outer, middle, pieces, 2, n).
+
+    Grid: (row blocks * pieces,), pieces first.
+    """
+    pid = tl.program_id(0)
+    row, piece = (pid // pieces).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M), (pid % pieces).to(tl.int64)
+    channel, inside = row % n, row < rows
+    gate = channel
+    if PER_OUTER:
+        gate += row // (middle * n) * n
+    z = tl.load(z_ptr + gate, mask=inside, other=0.0)[:, None]
+    gain, bias = _channel(gain_ptr, channel, inside, 1.0)[:, None], _channel(bias_ptr, channel, inside, 0.0)[:, None]
+    mean = _channel(mean_ptr, channel, inside, 0.0)[:, None]
+    rstd = (1.0 / tl.sqrt_rn(_channel(var_ptr, channel, inside, 1.0) + EPS))[:, None]
+    if sums_ptr is not None:
+        by_bias = _channel(sums_ptr, channel, inside, 0.0)[:, None] / count
+        by_gain = _channel(sums_ptr + n, channel, inside, 0.0)[:, None] / count
+    total, product = tl.zeros((BLOCK_M,), tl.float32), tl.zeros((BLOCK_M,), tl.float32)
+    for first in range(0, per_piece, BLOCK_N):
+        col = piece * per_piece + first + tl.arange(0, BLOCK_N)
+        mask = inside[:, None] & (col < inner)[None, :]
+        offsets = row[:, None] * inner + col[None, :]
+        h = (tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32) - mean) * rstd  # [BLOCK_M, BLOCK_N]
+        v = z * (gain * h + bias)
+        if dy_ptr is None:
+            tl.store(out_ptr + offsets, _activated(v, RELU).to(out_ptr.dtype.element_ty), mask=mask)
+        else:
+            dp = _let_through(tl.load(dy_ptr + offsets, mask=mask, other=0.0).to(tl.float32), v, RELU)
+            if partial_ptr is not None:
+                total += tl.sum(dp, axis=1)
+                product += tl.sum(dp * h, axis=1)
+            else:
+                dh = z * dp
+                if sums_ptr is not None:
+                    dh = dh - by_bias - h * by_gain
+                tl.store(out_ptr + offsets, (gain * rstd * dh).to(out_ptr.dtype.element_ty), mask=mask)
+    if partial_ptr is not None:
+        place = (row // n * pieces + piece) * 2 * n + channel
+        tl.store(partial_ptr + place, total, mask=inside)
+        tl.store(partial_ptr + place + n, product, mask=inside)
+
+
+@triton.jit
+def _norm_gate_finish_kernel(
+    sums_ptr, z_ptr, gain_ptr, bias_ptr, dz_ptr, partial_ptr, outer, parts, n, outer_per_split,
+    BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """From S0 and S1, sums (outer, parts, 2, n): dz (outer, n) and partial (splits, 2, n), one split's share of dbias and dgain.
+
+    Grid: (splits * column blocks,), column blocks first.
+    """
+    blocks = tl.cdiv(n, BLOCK_N)
+    pid = tl.program_id(0)
+    split, col = (pid // blocks).to(tl.int64), (pid % blocks).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    gain, bias = _channel(gain_ptr, col, col < n, 1.0)[None, :], _channel(bias_ptr, col, col < n, 0.0)[None, :]
+    dbias, dgain = tl.zeros((BLOCK_N,), tl.float32), tl.zeros((BLOCK_N,), tl.float32)
+    for first in range(0, outer_per_split, BLOCK_S):
+        row = split * outer_per_split + first + tl.arange(0, BLOCK_S)
+        mask = (row < outer)[:, None] & (col < n)[None, :]
+        s0, s1 = tl.zeros((BLOCK_S, BLOCK_N), tl.float32), tl.zeros((BLOCK_S, BLOCK_N), tl.float32)
+        place = (row * parts * 2 * n)[:, None] + col[None, :]
+        for _ in range(0, parts):
+            s0 += tl.load(sums_ptr + place, mask=mask, other=0.0)
+            s1 += tl.load(sums_ptr + n + place, mask=mask, other=0.0)
+            place += 2 * n
+        offsets = row[:, None] * n + col[None, :]
+        z = tl.load(z_ptr + offsets, mask=mask, other=0.0)  # [BLOCK_S, BLOCK_N]
+        if dz_ptr is not None:
+            tl.store(dz_ptr + offsets, gain * s1 + bias * s0, mask=mask)
+        dbias += tl.sum(z * s0, axis=0)
+        dgain += tl.sum(z * s1, axis=0)
+    tl.store(partial_ptr + split * 2 * n + col, dbias, mask=col < n)
+    tl.store(partial_ptr + (split * 2 + 1) * n + col, dgain, mask=col < n)

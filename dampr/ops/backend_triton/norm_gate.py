@@ -1,0 +1,164 @@
+"""Launches of dampr/kernels/norm_gate.py."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+
+from dampr.kernels import configs
+from dampr.kernels import norm_gate as kernels
+from dampr.ops.gate_activations import Planes, planes
+from dampr.spec import GateSpec
+
+from . import host
+from .gates import sample_gates_bwd, sample_gates_fwd
+from .host import Maybe, Needs
+
+
+class _Cut(NamedTuple):
+    """How a pass cuts its tensor: ``programs`` with a tile of ``block``; in each of ``outer`` places, ``length`` elements of a channel are
+    cut into ``pieces`` of ``step`` that have sums of their own.
+    """
+
+    columns: bool
+    block: tuple[int, int]
+    programs: int
+    outer: int
+    length: int
+    pieces: int
+    step: int
+
+
+def norm_gate_fwd(
+    x: torch.Tensor,
+    gain: Maybe,
+    bias: Maybe,
+    log_alpha: torch.Tensor,
+    seed: Maybe,
+    mean: Maybe,
+    var: Maybe,
+    eps: float,
+    spec: GateSpec,
+    per_sample: bool,
+    relu: bool,
+) -> tuple[torch.Tensor, Maybe, Maybe]:
+    """y in the dtype and the (dense) memory format of x, and the statistics of x where none are given."""
+    x, shape, _ = planes(x, 1, per_sample)
+    batch = mean is None or var is None
+    if mean is None or var is None:
+        mean, var = _statistics(x, shape)
+    y, z = torch.empty_like(x), sample_gates_fwd(log_alpha, seed, shape.outer if per_sample else None, spec)
+    _pass(x, None, z, host.vectors(gain, bias, mean, var), None, y, None, shape, eps, relu)
+    return (y, mean, var) if batch else (y, None, None)
+
+
+def norm_gate_bwd(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    gain: Maybe,
+    bias: Maybe,
+    log_alpha: torch.Tensor,
+    seed: Maybe,
+    mean: torch.Tensor,
+    var: torch.Tensor,
+    eps: float,
+    spec: GateSpec,
+    per_sample: bool,
+    relu: bool,
+    training: bool,
+    needs: Needs,
+) -> tuple[Maybe, Maybe, Maybe, Maybe]:
+    """Gradients of x, gain, bias and log_alpha; None for one that ``needs`` does not ask for."""
+    x, shape, layout = planes(x, 1, per_sample)
+    dy, rows = dy.contiguous(memory_format=layout), shape.outer if per_sample else None
+    z, vectors = sample_gates_fwd(log_alpha, seed, rows, spec), host.vectors(gain, bias, mean, var)
+    sums = dz = dx = None
+    if training or any(needs[1:]):
+        cut = _cut(shape)
+        partial = host.empty(x, (cut.outer * cut.pieces, 2 * shape.n), torch.float32)
+        if not x.numel():
+            partial.zero_()
+        _pass(x, dy, z, vectors, None, None, partial, shape, eps, relu)
+        dz = torch.empty_like(z) if needs[3] else None
+        sums = _finish(partial, z, vectors, dz, shape)
+    if needs[0]:
+        dx = torch.empty_like(x)
+        _pass(x, dy, z, vectors, sums if training else None, dx, None, shape, eps, relu)
+    dlog_alpha = None if dz is None else sample_gates_bwd(dz, log_alpha, seed, rows, spec)
+    dgain, dbias = (None if sums is None or not need else sums[i] for i, need in ((1, needs[1]), (0, needs[2])))
+    return dx, dgain, dbias, dlog_alpha
+
+
+def _cut(shape: Planes) -> _Cut:
+    """Pieces of rows where gates are along the lanes, else of the elements of each row."""
+    most = configs.NORM_MAX_PARTS if shape.per_outer else configs.NORM_MAX_SPLITS
+    if shape.inner == 1:
+        block_m, block_n = block = configs.COLUMN_SUM_TILE
+        blocks = triton.cdiv(shape.n, block_n)
+        pieces, step = configs.split_rows(shape.middle, block_m, blocks * shape.outer, configs.NORM_PROGRAMS, most)
+        return _Cut(True, block, shape.outer * pieces * blocks, shape.outer, shape.middle, pieces, step)
+    block_m, block_n = block = configs.PLANE_TILE
+    blocks = triton.cdiv(shape.outer * shape.middle * shape.n, block_m)
+    pieces, step = configs.split_rows(shape.inner, block_n, blocks, configs.NORM_PROGRAMS, most)
+    return _Cut(False, block, blocks * pieces, shape.outer * shape.middle, shape.inner, pieces, step)
+
+
+def _statistics(x: torch.Tensor, shape: Planes) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and biased variance of each channel, (n,); zeros of no elements."""
+    if not x.numel():
+        return host.empty(x, (shape.n,), torch.float32).zero_(), host.empty(x, (shape.n,), torch.float32).zero_()
+    together = Planes(1, shape.outer * shape.middle, shape.n, shape.inner, False)
+    cut = _cut(together)
+    parts = cut.outer * cut.pieces
+    means, spreads = (host.empty(x, (parts, shape.n), torch.float32) for _ in range(2))
+    sizes = dict(zip(("BLOCK_M", "BLOCK_N"), cut.block, strict=True))
+    if cut.columns:
+        host.launch(kernels._norm_stats_columns_kernel, (cut.programs,), x, means, spreads, cut.length, shape.n, cut.step, **sizes)
+    else:
+        numbers = together.middle * shape.n, shape.n, shape.inner, cut.step, cut.pieces
+        host.launch(kernels._norm_stats_rows_kernel, (cut.programs,), x, means, spreads, *numbers, **sizes)
+    mean, var = (host.empty(x, (shape.n,), torch.float32) for _ in range(2))
+    block_s, block_n = configs.NORM_JOIN_TILE
+    args = means, spreads, mean, var, parts, shape.n, cut.length, cut.step, cut.pieces, x.numel() // shape.n
+    host.launch(kernels._norm_stats_join_kernel, (triton.cdiv(shape.n, block_n),), *args, BLOCK_S=block_s, BLOCK_N=block_n)
+    return mean, var
+
+
+def _pass(
+    x: torch.Tensor,
+    dy: Maybe,
+    z: torch.Tensor,
+    vectors: tuple[Maybe, ...],
+    sums: Maybe,
+    out: Maybe,
+    partial: Maybe,
+    shape: Planes,
+    eps: float,
+    relu: bool,
+) -> None:
+    """Fills ``out`` with y or dx, or ``partial`` with sums; the kernels say which."""
+    if not x.numel():
+        return
+    cut = _cut(shape)
+    sizes = dict(zip(("BLOCK_M", "BLOCK_N"), cut.block, strict=True)) | {"EPS": eps, "RELU": relu, "PER_OUTER": shape.per_outer}
+    tensors, count = (x, dy, z, *vectors, sums, out, partial), shape.outer * shape.middle * shape.inner
+    if cut.columns:
+        host.launch(kernels._norm_gate_columns_kernel, (cut.programs,), *tensors, shape.middle, shape.n, cut.step, count, **sizes)
+    else:
+        numbers = shape.outer * shape.middle * shape.n, shape.middle, shape.n, shape.inner, cut.step, cut.pieces, count
+        host.launch(kernels._norm_gate_rows_kernel, (cut.programs,), *tensors, *numbers, **sizes)
+
+
+def _finish(partial: torch.Tensor, z: torch.Tensor, vectors: tuple[Maybe, ...], dz: Maybe, shape: Planes) -> torch.Tensor:
+    """dbias and dgain, (2, n), and fills ``dz``; ``partial``: (outer, parts, 2, n), S0 and S1."""
+    if not shape.per_outer:
+        partial = host.reduce(partial, (1, 2 * shape.n), torch.float32)
+    block_s, block_n = configs.NORM_FINISH_TILE
+    blocks = triton.cdiv(shape.n, block_n)
+    splits, step = configs.split_rows(shape.outer, block_s, blocks)
+    shares = host.empty(partial, (splits, 2 * shape.n), torch.float32)
+    args = partial, z, *vectors[:2], dz, shares, shape.outer, partial.shape[0] // max(1, shape.outer), shape.n, step
+    host.launch(kernels._norm_gate_finish_kernel, (splits * blocks,), *args, BLOCK_S=block_s, BLOCK_N=block_n)
+    return host.reduce(shares, (2, shape.n), torch.float32)

@@ -1,0 +1,147 @@
+"""y = act(z batch_norm(x)): statistics, normalisation, gates and ReLU as one op forward and one op backward. docs/kernels.md derives it.
+
+Nothing of the size of x is kept but x: the norm before the gates, and where the ReLU let it through, are computed again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dampr.spec import SAMPLE, GateSpec
+
+from .backends import select
+from .gate_activations import dense_format
+from .library import apply, define, once_differentiable, or_empty, unpack, wanted
+
+Maybe = Tensor | None
+Statistics = tuple[Tensor, Tensor]
+
+
+def _fwd(
+    x: Tensor,
+    gain: Maybe,
+    bias: Maybe,
+    log_alpha: Tensor,
+    seed: Maybe,
+    mean: Maybe,
+    var: Maybe,
+    eps: float,
+    spec: Sequence[float],
+    per_sample: bool,
+    relu: bool,
+) -> tuple[Tensor, Maybe, Maybe]:
+    """y, and the statistics of x where none were given."""
+    args = x, gain, bias, log_alpha, seed, mean, var, eps
+    made: tuple[Tensor, Maybe, Maybe] = select(x.device, x.dtype).norm_gate_fwd(*args, unpack(spec), per_sample, relu)
+    return made
+
+
+def _fwd_fake(x: Tensor, gain: Maybe, bias: Maybe, log_alpha: Tensor, seed: Maybe, mean: Maybe, *_: Any) -> tuple[Tensor, ...]:
+    y = torch.empty_like(x, memory_format=dense_format(x, 1))
+    return y, *(torch.empty_like(log_alpha) if mean is None else x.new_empty(0) for _ in range(2))
+
+
+def _bwd(
+    dy: Tensor,
+    x: Tensor,
+    gain: Maybe,
+    bias: Maybe,
+    log_alpha: Tensor,
+    seed: Maybe,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    spec: Sequence[float],
+    per_sample: bool,
+    relu: bool,
+    training: bool,
+    needs: Sequence[bool],
+) -> tuple[Maybe, ...]:
+    """Gradients of x, gain, bias and log_alpha; ``training``: mean and var are those of x."""
+    args = dy, x, gain, bias, log_alpha, seed, mean, var, eps
+    grads: tuple[Maybe, ...] = select(x.device, x.dtype).norm_gate_bwd(*args, unpack(spec), per_sample, relu, training, needs)
+    return grads
+
+
+def _bwd_fake(dy: Tensor, x: Tensor, gain: Maybe, bias: Maybe, log_alpha: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    needs = rest[-1]
+    dx = torch.empty_like(x, memory_format=dense_format(x, 1)) if needs[0] else x.new_empty(0)
+    others = (torch.empty_like(log_alpha) if need else x.new_empty(0) for need in needs[1:])
+    return dx, *others
+
+
+_TENSORS = "Tensor x, Tensor? gain, Tensor? bias, Tensor log_alpha, Tensor? seed"
+_HOW = "float eps, float[] spec, bool per_sample, bool relu"
+fwd = define(
+    f"norm_gate_fwd({_TENSORS}, Tensor? mean, Tensor? var, {_HOW}) -> (Tensor, Tensor, Tensor)",
+    _fwd,
+    _fwd_fake,
+    lambda made, x, *_: or_empty(made, x),
+)
+bwd = define(
+    f"norm_gate_bwd(Tensor dy, {_TENSORS}, Tensor mean, Tensor var, {_HOW}, bool training, bool[] needs)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    _bwd,
+    _bwd_fake,
+    lambda grads, dy, x, *_: or_empty(grads, x),
+)
+
+
+class _NormGate(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        x: Tensor,
+        gain: Maybe,
+        bias: Maybe,
+        log_alpha: Tensor,
+        seed: Maybe,
+        mean: Maybe,
+        var: Maybe,
+        eps: float,
+        spec: GateSpec,
+        per_sample: bool,
+        relu: bool,
+    ) -> Any:
+        y, *own = fwd(x, gain, bias, log_alpha, seed, mean, var, eps, spec, per_sample, relu)
+        return (y, *own) if mean is None else (y, x.new_empty(0), x.new_empty(0))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        *tensors, mean, var, ctx.eps, ctx.spec, ctx.per_sample, ctx.relu = inputs
+        ctx.training = mean is None
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*tensors, *(output[1:] if ctx.training else (mean, var)))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor, *_: Any) -> Any:  # type: ignore[override]
+        x, gain, bias, *rest = ctx.saved_tensors
+        needs = [*ctx.needs_input_grad[:4]]
+        grads = bwd(dy, x, gain, bias, *rest, ctx.eps, ctx.spec, ctx.per_sample, ctx.relu, ctx.training, needs)
+        return (*wanted(grads, needs), *[None] * 7)
+
+
+def norm_gate(
+    x: Tensor,
+    gain: Maybe,
+    bias: Maybe,
+    log_alpha: Tensor,
+    seed: Maybe,
+    statistics: Statistics | None,
+    eps: float,
+    spec: GateSpec,
+    per_sample: bool,
+    relu: bool,
+) -> tuple[Tensor, Statistics]:
+    """(y, the statistics that were used: ``statistics`` or the mean and biased variance of x); differentiable in the first four.
+
+    x: (B, C, ...); everything else (C,), in the dtype of ``log_alpha``: float64 beside a float64 x, else float32. Arguments are taken as
+    checked (:func:`dampr.functional.gated_batch_norm` checks).
+    """
+    given = (None, None) if statistics is None else statistics
+    y, *own = apply(_NormGate, x, gain, bias, log_alpha, seed, *given, eps, spec, per_sample and spec.rule == SAMPLE, relu)
+    return y, statistics or (own[0], own[1])
