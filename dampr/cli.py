@@ -29,7 +29,7 @@ def info() -> None:
 
 @app.command()
 def demo(
-    data: Annotated[str, typer.Option(help="digits (ships with scikit-learn) or fashion-mnist (idx files)")] = "digits",
+    data: Annotated[str, typer.Option(help="digits (ships with scikit-learn), fashion-mnist or mnist (idx files)")] = "digits",
     root: Annotated[Optional[Path], typer.Option(help="folder with the idx files")] = None,  # noqa: UP045
     model: Annotated[str, typer.Option(help="mlp (LeNet-300-100) or cnn (LeNet-5-Caffe; idx files only)")] = "mlp",
     epochs: Annotated[Optional[int], typer.Option(help="epochs of each run instead of the recipe's")] = None,  # noqa: UP045

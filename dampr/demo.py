@@ -42,6 +42,7 @@ class Recipe:
 RECIPES = {
     ("mlp", "digits"): Recipe(epochs=150, batch=64, lr=2e-3, gate_lr=2e-2, lam=0.1),
     ("mlp", "fashion-mnist"): Recipe(epochs=12, batch=128, lr=1e-3, gate_lr=1e-2, lam=0.3),
+    ("cnn", "mnist"): Recipe(epochs=6, batch=128, lr=2e-3, gate_lr=3e-2, lam=0.027, settle=3),
     ("cnn", "fashion-mnist"): Recipe(epochs=12, batch=128, lr=2e-3, gate_lr=3e-2, lam=0.027, settle=8),
 }
 
@@ -112,7 +113,7 @@ def run(
     """Train, prune, compact, measure.
 
     Args:
-        data: ``"digits"`` or ``"fashion-mnist"`` (any MNIST-like idx files).
+        data: ``"digits"``, ``"fashion-mnist"`` (any MNIST-like idx files) or, for the ``"cnn"``, ``"mnist"``.
         root: the folder of the idx files.
         model: ``"mlp"`` (LeNet-300-100, output gates) or ``"cnn"`` (LeNet-5-Caffe, filter and neuron gates; not for the 8 x 8 digits).
         epochs: None for the recipe's.

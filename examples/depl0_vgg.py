@@ -29,7 +29,7 @@ def vgg() -> nn.Sequential:
 
 
 def main() -> None:
-    args = common.arguments(__doc__, epochs=6, lam=3e-5, gate_lr=3e-3, count=20000)
+    args = common.arguments(__doc__, epochs=6, lam=1e-4, gate_lr=5e-3, count=20000)
     torch.manual_seed(args.seed)
     name, data = common.images(args.root, args.count)
     side = round(data.x.shape[1] ** 0.5)

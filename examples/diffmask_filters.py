@@ -14,9 +14,9 @@ from examples import common
 
 
 def main() -> None:
-    args = common.arguments(__doc__, epochs=6, lam=2e-3, decay=1e-5, gate_lr=1e-2)
+    args = common.arguments(__doc__, epochs=8, lam=2e-3, decay=1e-5, gate_lr=1e-2, count=20000)
     torch.manual_seed(args.seed)
-    name, data = common.images(args.root)
+    name, data = common.images(args.root, args.count)
     model = dampr.convert(demo.cnn(data.x.shape[1]), gate="diffmask", example_inputs=data.x_test[:64])
     gates = [layer.gate for layer in dampr.prune.gated_layers(model).values()]
     weights = [m.weight for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]

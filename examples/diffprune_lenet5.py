@@ -13,9 +13,9 @@ from examples import common
 
 
 def main() -> None:
-    args = common.arguments(__doc__, epochs=6, lam=0.1, gate_lr=1e-2)
+    args = common.arguments(__doc__, epochs=8, lam=0.3, gate_lr=2e-2, count=20000)
     torch.manual_seed(args.seed)
-    name, data = common.images(args.root)
+    name, data = common.images(args.root, args.count)
     gate = functools.partial(dampr.gates.DiffPrune, stochastic=True)
     model = dampr.convert(demo.cnn(data.x.shape[1]), gate=gate, example_inputs=data.x_test[:64])
     macs = demo.layer_macs(model, data.x[:1])

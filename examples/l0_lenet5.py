@@ -17,9 +17,9 @@ LAMBDAS = (10.0, 0.5, 0.1, 10.0)  # per weight, over N: the defaults of the L0-A
 
 
 def main() -> None:
-    args = common.arguments(__doc__, epochs=6, scale=1.0, gate_lr=0.03)
+    args = common.arguments(__doc__, epochs=8, scale=1.0, gate_lr=0.1, count=20000)
     torch.manual_seed(args.seed)
-    name, data = common.images(args.root)
+    name, data = common.images(args.root, args.count)
     model = demo.cnn(data.x.shape[1])
     dampr.convert(model, include=[nn.Conv2d], example_inputs=data.x_test[:64])
     dampr.convert(model, include=[nn.Linear], granularity="input", example_inputs=data.x_test[:64])
