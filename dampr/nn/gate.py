@@ -337,7 +337,7 @@ class GatedEmbedding(GatedLayer, nn.Embedding):
         _checks.one_of("granularity", granularity, VECTOR_GRANULARITIES)
         own = make_gate(gate, layer.num_embeddings if granularity == "input" else layer.embedding_dim, layer.weight.device)
         how: dict[str, Any] = {"gate": own, "granularity": granularity, "per_sample": per_sample}
-        gated = cls(*_table(layer), _weight=layer.weight.detach(), **how)
+        gated = cls(**_table(layer), _weight=layer.weight.detach(), **how)
         gated.weight = layer.weight
         gated.train(layer.training)
         z = own.deterministic().detach()
@@ -359,7 +359,7 @@ class GatedEmbedding(GatedLayer, nn.Embedding):
         The norms that ``max_norm`` limits are then those of the gated rows, and were those of the ungated ones.
         """
         table = (self.weight * self._spread(self.gate.deterministic())).to(self.weight.dtype)
-        plain = nn.Embedding(*_table(self), _weight=table, _freeze=not self.weight.requires_grad)
+        plain = nn.Embedding(**_table(self), _weight=table, _freeze=not self.weight.requires_grad)
         return plain.train(self.training)
 
     def penalty(self, lam: float = 1.0, prior_precision: float = 0.0) -> Tensor:
@@ -378,14 +378,7 @@ class GatedEmbedding(GatedLayer, nn.Embedding):
         return f"{super().extra_repr()}, granularity={self.granularity!r}, per_sample={self.per_sample}"
 
 
-def _table(layer: nn.Embedding) -> tuple[Any, ...]:
-    """The arguments that come before the table itself."""
-    return (
-        layer.num_embeddings,
-        layer.embedding_dim,
-        layer.padding_idx,
-        layer.max_norm,
-        layer.norm_type,
-        layer.scale_grad_by_freq,
-        layer.sparse,
-    )
+def _table(layer: nn.Embedding) -> dict[str, Any]:
+    """The arguments of a layer, the table itself excepted."""
+    names = "num_embeddings", "embedding_dim", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse"
+    return {name: getattr(layer, name) for name in names}

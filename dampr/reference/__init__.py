@@ -2,6 +2,7 @@
 
 from .gated_conv import gated_conv, weight_gated_conv
 from .gated_linear import expand_blocks, gated_linear, weight_gated_linear
+from .gated_rnn import gated_rnn
 from .gates import along, exp_portable, expected_l0, gate, gate_derivative, gate_values, mask, noise, open_probability, sign_swish
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "gate_values",
     "gated_conv",
     "gated_linear",
+    "gated_rnn",
     "mask",
     "noise",
     "open_probability",
