@@ -72,7 +72,8 @@ def _hidden(mode: str, weights: Sequence[Maybe]) -> int:
 
 def _cell(mode: str, x: Tensor, h: Tensor, c: Tensor, z: Tensor, weights: Sequence[Maybe]) -> tuple[Tensor, Tensor]:
     w_ih, w_hh, b_ih, b_hh, w_hr = weights
-    assert w_ih is not None and w_hh is not None
+    assert w_ih is not None
+    assert w_hh is not None
     read = torch.nn.functional.linear(x, w_ih, b_ih)
     recurrent = torch.nn.functional.linear(z * h, w_hh, b_hh)
     if mode == "LSTM":

@@ -86,8 +86,7 @@ def test_values_and_gradients_are_those_of_the_loop(kind: str, shape: str, given
     torch.manual_seed(3)
     out = tensors(layer(x, state))
     dout = [torch.randn_like(t) for t in out]
-    torch.manual_seed(3)
-    grads = torch.autograd.grad(layer(x, state), leaves, dout) if False else torch.autograd.grad(out, leaves, dout)
+    grads = torch.autograd.grad(out, leaves, dout)
 
     def expected(wide: torch.dtype) -> list[torch.Tensor]:
         torch.manual_seed(3)
@@ -100,8 +99,7 @@ def test_values_and_gradients_are_those_of_the_loop(kind: str, shape: str, given
     names = ["output", "h_n", "c_n"][: len(out)] + [f"d{i}" for i in range(len(leaves))]
     for name, got, right, plain in zip(names, [*out, *grads], expected(torch.float64), expected(dtype), strict=True):
         result = compare(name, got, right.to(got.dtype) if dtype == torch.float64 else right.double(), plain)
-        # The vendor's kernel sums in another order than the loop does: four times the loop's error is allowed, not twice.
-        assert result.share <= 2, str(result)
+        assert result.ok, str(result)
 
 
 @every_kind
@@ -110,12 +108,11 @@ def test_gradcheck(kind: str) -> None:
     layer = gated(2, 4 if "proj" in kind else 3, num_layers=2, **arguments).double()
     layer.gate.log_alpha.data.uniform_(-1, 1)
     x = torch.randn(3, 2, 2, dtype=torch.float64, requires_grad=True)
-    state = torch.autograd.functional._as_tuple(None, "h", "f")[1] if False else None
 
     def run(x: torch.Tensor, *parameters: torch.Tensor) -> tuple[torch.Tensor, ...]:
         torch.manual_seed(1)
         names = [name for name, _ in layer.named_parameters()]
-        return tuple(tensors(torch.func.functional_call(layer, dict(zip(names, parameters, strict=True)), (x, state))))
+        return tuple(tensors(torch.func.functional_call(layer, dict(zip(names, parameters, strict=True)), (x,))))
 
     assert torch.autograd.gradcheck(run, (x, *(p.detach().requires_grad_() for p in layer.parameters())))
 
@@ -235,9 +232,9 @@ def test_gates_that_start_below_one_are_kept_only_where_a_projection_makes_up_fo
     x = torch.randn(T, B, I)
     dense = nn.LSTM(I, H, proj_size=3)
     before = dense(x)[0].detach()
-    torch.testing.assert_close(GatedLSTM.from_dense(dense, gate="diffmask").eval()(x)[0], before)
+    torch.testing.assert_close(GatedLSTM.from_dense(dense, gate="dam").eval()(x)[0], before)
     with pytest.raises(ValueError, match="fresh gates are not 1, and nothing in LSTM"):
-        GatedLSTM.from_dense(nn.LSTM(I, H), gate="diffmask")
+        GatedLSTM.from_dense(nn.LSTM(I, H), gate="dam")
     with pytest.raises(TypeError, match="layer=GRU: expected exactly nn.LSTM"):
         GatedLSTM.from_dense(nn.GRU(I, H))
 
@@ -371,8 +368,9 @@ def test_parameters_that_were_swapped_are_read() -> None:
     x = torch.randn(T, B, I)
     zeros = {name: torch.zeros_like(p) for name, p in layer.named_parameters() if not name.startswith("gate")}
     assert not torch.func.functional_call(layer, zeros, (x,))[0].any()
-    layer.weight_ih_l0 = nn.Parameter(torch.zeros_like(layer.weight_ih_l0))
-    assert not torch.equal(layer(x)[0], layer.compacted()[0](torch.randn(T, B, I))[0]) or not layer(x)[0].any()
+    for name, zero in zeros.items():
+        setattr(layer, name, nn.Parameter(zero))
+    assert not layer(x)[0].any()
 
 
 @pytest.mark.parametrize("h", [(2, B, H), (1, B, H + 1), (1, B + 1, H)])
