@@ -222,7 +222,7 @@ class GatedResidual(GatedLayer, nn.Module):
         ``Sequential``, or the branch itself); where there is none, it stays as the constant ``scale``. Gated layers inside the branch
         become plain as well.
         """
-        plain = self._without_gate()
+        plain = self.without_gate()
         for name, module in reversed(list(plain.named_modules())):
             if isinstance(module, GatedLayer):
                 parent, _, child = name.rpartition(".")
@@ -230,7 +230,7 @@ class GatedResidual(GatedLayer, nn.Module):
         return plain
 
     @torch.no_grad()
-    def _without_gate(self) -> nn.Module:
+    def without_gate(self) -> nn.Module:
         """:meth:`to_dense` that leaves the gated layers inside the branch gated."""
         z = self.gate.deterministic()
         if not bool(z != 0):

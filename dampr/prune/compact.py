@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from dampr._version import __version__
-from dampr.nn import GatedLayer
+from dampr.nn import GatedLayer, GatedResidual, Scale
+from dampr.nn.rnn import _GatedRecurrent
 
-from . import graph, inputs
+from . import graph, inputs, recurrent
 
 
 class CompactionError(RuntimeError):
@@ -42,21 +43,30 @@ def compact(model: nn.Module, *, example_inputs: Any, atol: float = 1e-5, rtol: 
     if "" in gated:
         raise ValueError("model is a gated layer itself: nothing around it could be cut; use its to_dense()")
     small = copy.deepcopy(model)
+    _open_branches(small)
+    samples = [example_inputs, inputs.perturbed(example_inputs)]
+    notes: dict[str, str] = {}
     closed: graph.Closed = {True: {}, False: {}}
     norms: dict[nn.Module, set[int]] = {}
     dense: dict[nn.Module, nn.Module] = {}
-    for name in gated:
-        layer = small.get_submodule(name)
-        assert isinstance(layer, GatedLayer)
+    for name, layer in small.named_modules():
+        if not isinstance(layer, GatedLayer) or isinstance(layer, _GatedRecurrent):
+            continue
         plain = dense[layer] = layer.to_dense()
         for writes, channels in zip((True, False), layer.closed_channels(), strict=True):
             if channels and isinstance(plain, graph.NORMS):
                 norms[plain] = channels
+            elif channels and isinstance(plain, nn.Embedding) and not writes:
+                notes[name] = f"{len(channels)} closed rows stay: the caller's indices count them"
+            elif channels and isinstance(plain, Scale):
+                notes[name] = f"{len(channels)} closed elements stay: no layer that writes or reads them holds their gates"
             elif channels:
                 closed[writes][plain] = channels
     inputs.replace(small, dense)
-    samples = [example_inputs, inputs.perturbed(example_inputs)]
-    kept, notes = _cut(small, closed, norms, samples)
+    kept, recurrent_notes = recurrent.make_plain(small, samples, atol, rtol)
+    notes |= recurrent_notes
+    if norms or closed[True] or closed[False]:
+        _cut(small, closed, norms, samples, kept, notes)
     difference = max(_prove(model, small, kept, sample, atol, rtol) for sample in samples)
     small.dampr_manifest = _manifest(model, small, kept, notes, difference)  # type: ignore[assignment]
     return small
@@ -65,10 +75,16 @@ def compact(model: nn.Module, *, example_inputs: Any, atol: float = 1e-5, rtol: 
 Kept = dict[tuple[nn.Module, bool], Tensor]  # (layer, writes) -> kept channels, by their indices in the original layer
 
 
-def _cut(small: nn.Module, closed: graph.Closed, norms: dict[nn.Module, set[int]], samples: list[Any]) -> tuple[Kept, dict[str, str]]:
-    """Slice ``small``; returns what is left of each layer, and for layers with closed channels that stay the reason."""
-    kept: Kept = {}
-    notes: dict[str, str] = {}
+def _open_branches(small: nn.Module) -> None:
+    """Put plain residual sums in the place of gated ones, the outer before the inner; what they contain stays gated."""
+    while (residual := next((module for module in small.modules() if isinstance(module, GatedResidual)), None)) is not None:
+        inputs.replace(small, {residual: residual.without_gate()})
+
+
+def _cut(
+    small: nn.Module, closed: graph.Closed, norms: dict[nn.Module, set[int]], samples: list[Any], kept: Kept, notes: dict[str, str]
+) -> None:
+    """Slice ``small``; adds to ``kept`` what is left of each layer, and to ``notes`` for layers with closed channels that stay the reason."""
     names = {module: name for name, module in small.named_modules()}
     widths = graph.Widths(small, samples[0])
     for norm, channels in norms.items():
@@ -98,7 +114,6 @@ def _cut(small: nn.Module, closed: graph.Closed, norms: dict[nn.Module, set[int]
                     _cut_width(small, widths, layer, writes, dead, kept, names, samples)
             except graph.CannotCutError as error:
                 notes[names[layer]] = f"{len(channels)} closed channels stay: {error}"
-    return kept, notes
 
 
 def _cut_width(

@@ -7,13 +7,16 @@ finds and slices widths; this module asks it, channel by channel where it has to
 from __future__ import annotations
 
 import contextlib
+import functools
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils import _pytree as pytree
 
 from . import inputs
 
@@ -40,7 +43,11 @@ class Member:
 
 
 def channel_count(layer: nn.Module, writes: bool) -> int:
-    """Channels that a linear or convolution layer writes, or reads."""
+    """Channels that a linear, convolution, recurrent or embedding layer writes, or reads."""
+    if isinstance(layer, nn.RNNBase):
+        return (1 + layer.bidirectional) * (layer.proj_size or layer.hidden_size) if writes else layer.input_size
+    if isinstance(layer, nn.Embedding):
+        return layer.embedding_dim if writes else layer.num_embeddings
     weight = layer.weight
     assert isinstance(weight, Tensor)
     return int(weight.shape[0 if writes else 1])
@@ -68,10 +75,11 @@ class Widths:
         hooks = [module.register_forward_pre_hook(self._count) for module in model.modules() if not list(module.children())]
         packed = (example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs
         try:
-            with inputs.evaluating(model), _all_trainable(model), torch.enable_grad(), warnings.catch_warnings():
+            with inputs.evaluating(model), _all_trainable(model), _one_node(model), torch.enable_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 graph = torch_pruning.DependencyGraph()
-                self._graph = graph.build_dependency(model, packed, forward_fn=self._forward, verbose=False)
+                own = dict.fromkeys((nn.GRU, nn.RNN, nn.LSTM), _opaque_recurrent())
+                self._graph = graph.build_dependency(model, packed, forward_fn=self._forward, verbose=False, customized_pruners=own)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -184,7 +192,7 @@ class Widths:
 
     def _check_kind(self, module: nn.Module) -> None:
         kind, name = type(module).__name__, self._names.get(module, "?")
-        if not isinstance(module, (nn.Linear, *_CONVOLUTIONS)) or getattr(module, "groups", 1) != 1:
+        if not isinstance(module, (nn.Linear, nn.Embedding, *_CONVOLUTIONS)) or getattr(module, "groups", 1) != 1:
             raise CannotCutError(
                 f"{kind} {name!r}{' with groups' if hasattr(module, 'groups') else ''} shares its width, and cannot be cut yet"
             )
@@ -216,6 +224,56 @@ class Widths:
             return all(set(m.channels) <= closed[writes].get(m.module, set()) for m in members if m.writes == writes)
 
         return shut(True) or (any(not m.writes for m in members) and shut(False))
+
+
+@contextlib.contextmanager
+def _one_node(model: nn.Module) -> Iterator[None]:
+    """Make each recurrent layer one node of autograd's graph, and not one for each product in each of its steps."""
+    layers = [module for module in model.modules() if isinstance(module, nn.RNNBase)]
+    for layer in layers:
+        layer.forward = functools.partial(_call_as_one_node, layer, layer.forward)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _call_as_one_node(layer: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if isinstance(args[0] if args else next(iter(kwargs.values())), PackedSequence):
+        return forward(*args, **kwargs)
+    with torch.no_grad():
+        results, structure = pytree.tree_flatten(forward(*args, **kwargs))
+    read = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+    return pytree.tree_unflatten(_OneNode.apply(len(results), *results, *read, *layer.parameters()), structure)
+
+
+class _OneNode(torch.autograd.Function):
+    """Its first tensors, as if computed from the others; only looked at, never differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(t.clone() for t in tensors[:count])
+
+
+def _opaque_recurrent() -> Any:
+    """A recurrent layer as one node of torch-pruning's graph, which has no such node for some, and for others one that slices wrongly."""
+    import torch_pruning
+
+    class Recurrent(torch_pruning.BasePruningFunc):  # type: ignore[misc]
+        def get_out_channels(self, layer: nn.RNNBase) -> int:
+            return channel_count(layer, True)
+
+        def get_in_channels(self, layer: nn.RNNBase) -> int:
+            return channel_count(layer, False)
+
+        def prune_out_channels(self, layer: nn.Module, idxs: Any) -> nn.Module:
+            raise CannotCutError(f"{type(layer).__name__} shares its width, and cannot be cut yet")
+
+        def prune_in_channels(self, layer: nn.Module, idxs: Any) -> nn.Module:
+            return self.prune_out_channels(layer, idxs)
+
+    return Recurrent()
 
 
 class CannotCutError(Exception):
