@@ -35,11 +35,16 @@ class Scale(nn.Module):
         self.dim = dim
         self.register_buffer("scale", scale)
 
+    @property
+    def num_features(self) -> int:
+        """The size of that dimension."""
+        return self.scale.numel()
+
     def forward(self, x: Tensor) -> Tensor:
         return (x * reference.along(self.scale, x, self.dim)).to(x.dtype)
 
     def extra_repr(self) -> str:
-        return f"{self.scale.numel()}, dim={self.dim}"
+        return f"{self.num_features}, dim={self.dim}"
 
 
 class Gate(GatedLayer, nn.Module):

@@ -48,18 +48,16 @@ def compact(model: nn.Module, *, example_inputs: Any, atol: float = 1e-5, rtol: 
     notes: dict[str, str] = {}
     closed: graph.Closed = {True: {}, False: {}}
     norms: dict[nn.Module, set[int]] = {}
-    dense: dict[nn.Module, nn.Module] = {}
+    dense: dict[Any, nn.Module] = {}
     for name, layer in small.named_modules():
         if not isinstance(layer, GatedLayer) or isinstance(layer, _GatedRecurrent):
             continue
         plain = dense[layer] = layer.to_dense()
         for writes, channels in zip((True, False), layer.closed_channels(), strict=True):
-            if channels and isinstance(plain, graph.NORMS):
+            if channels and isinstance(plain, (*graph.NORMS, Scale)):
                 norms[plain] = channels
             elif channels and isinstance(plain, nn.Embedding) and not writes:
                 notes[name] = f"{len(channels)} closed rows stay: the caller's indices count them"
-            elif channels and isinstance(plain, Scale):
-                notes[name] = f"{len(channels)} closed elements stay: no layer that writes or reads them holds their gates"
             elif channels:
                 closed[writes][plain] = channels
     inputs.replace(small, dense)
@@ -67,6 +65,8 @@ def compact(model: nn.Module, *, example_inputs: Any, atol: float = 1e-5, rtol: 
     notes |= recurrent_notes
     if norms or closed[True] or closed[False]:
         _cut(small, closed, norms, samples, kept, notes)
+    ones = [m for m in small.modules() if isinstance(m, Scale) and bool((m.scale == 1).all())]
+    inputs.replace(small, {module: nn.Identity().train(module.training) for module in ones})
     difference = max(_prove(model, small, kept, sample, atol, rtol) for sample in samples)
     small.dampr_manifest = _manifest(model, small, kept, notes, difference)  # type: ignore[assignment]
     return small
@@ -84,7 +84,7 @@ def _open_branches(small: nn.Module) -> None:
 def _cut(
     small: nn.Module, closed: graph.Closed, norms: dict[nn.Module, set[int]], samples: list[Any], kept: Kept, notes: dict[str, str]
 ) -> None:
-    """Slice ``small``; adds to ``kept`` what is left of each layer, and to ``notes`` for layers with closed channels that stay the reason."""
+    """Slice ``small``; adds what is left of each layer to ``kept``, and to ``notes`` why closed channels of a layer stay."""
     names = {module: name for name, module in small.named_modules()}
     widths = graph.Widths(small, samples[0])
     for norm, channels in norms.items():
@@ -150,7 +150,7 @@ def _cut_width(
 def _fold_constants(small: nn.Module, readers: list[graph.Member], names: dict[nn.Module, str], samples: list[Any]) -> None:
     """Move what the channels about to be cut contribute to their readers into the readers' biases; it has to be the same for every row."""
     seen: dict[nn.Module, list[Tensor]] = {m.module: [] for m in readers}
-    hooks = [m.module.register_forward_pre_hook(lambda layer, args: seen[layer].append(args[0].detach())) for m in readers]
+    hooks = [m.module.register_forward_pre_hook(lambda layer, args: seen[layer].append(args[0].data)) for m in readers]
     try:
         for sample in samples:
             inputs.evaluate(small, sample)
@@ -160,6 +160,10 @@ def _fold_constants(small: nn.Module, readers: list[graph.Member], names: dict[n
     constants: list[tuple[Any, Tensor]] = []
     for member in readers:
         layer, channels = member.module, member.channels
+        if isinstance(layer, nn.RNNBase):
+            if any(x[..., channels].any() for x in seen[layer]):
+                raise graph.CannotCutError(f"they reach {names[layer]!r} as constants other than 0")
+            continue
         assert isinstance(layer.weight, Tensor)
         wide = torch.promote_types(layer.weight.dtype, torch.float32)
         along = -1 if isinstance(layer, nn.Linear) else -(layer.weight.dim() - 1)

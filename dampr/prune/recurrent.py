@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from dampr.nn.rnn import _GatedRecurrent
 
 from . import inputs
-from .graph import CannotCutError
+from .graph import CannotCutError, input_columns
 
 Kept = dict[tuple[nn.Module, bool], Tensor]
 
@@ -48,7 +48,7 @@ def _shrink(model: nn.Module, layer: _GatedRecurrent, samples: list[Any], atol: 
     readers = _readers(model, layer, samples[0])
     expected = [inputs.evaluate(model, sample) for sample in samples]
     small, features, scale = layer.compacted()
-    own = {(reader, name): getattr(reader, name) for reader in readers for name in _columns(reader)}
+    own = {(reader, name): getattr(reader, name) for reader in readers for name in input_columns(reader)}
     inputs.replace(model, {layer: small})
     for (reader, name), weight in own.items():
         narrow = (weight.detach()[:, features] * scale).to(weight.dtype)
@@ -67,13 +67,6 @@ def _shrink(model: nn.Module, layer: _GatedRecurrent, samples: list[Any], atol: 
         setattr(reader, name, weight)
     _resize(readers, layer._directions * layer._width)
     raise CannotCutError("something between it and the layers that read it is not only a choice of steps, or it is given a state")
-
-
-def _columns(reader: nn.Module) -> list[str]:
-    """The weights of a layer whose columns are its input."""
-    if isinstance(reader, nn.RNNBase):
-        return ["weight_ih_l0", "weight_ih_l0_reverse"] if reader.bidirectional else ["weight_ih_l0"]
-    return ["weight"]
 
 
 def _resize(readers: list[nn.Module], size: int) -> None:
