@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dampr._version import __version__
-from dampr.nn import GatedLayer, GatedResidual, Scale
+from dampr.nn import GatedLayer, GatedResidual, Scale, ScaledRNN
 from dampr.nn.rnn import _GatedRecurrent
 
 from . import graph, inputs, recurrent
@@ -241,6 +241,7 @@ def _layer_outputs(model: nn.Module, sample: Any) -> dict[str, Tensor]:
 
 def _manifest(model: nn.Module, small: nn.Module, kept: Kept, notes: dict[str, str], difference: float) -> dict[str, Any]:
     names = {module: name for name, module in small.named_modules()}
+    names |= {module.rnn: name for module, name in names.items() if isinstance(module, ScaledRNN)}
     layers: dict[str, dict[str, Any]] = {}
     for (module, writes), indices in kept.items():
         before = graph.channel_count(model.get_submodule(names[module]), writes)

@@ -246,12 +246,17 @@ def _one_node(model: nn.Module) -> Iterator[None]:
 
 
 def _call_as_one_node(layer: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    if isinstance(args[0] if args else next(iter(kwargs.values())), PackedSequence):
-        return forward(*args, **kwargs)
+    read = [t for t in pytree.tree_leaves((args, kwargs), is_leaf=_is_packed) if isinstance(t, (Tensor, PackedSequence))]
     with torch.no_grad():
-        results, structure = pytree.tree_flatten(forward(*args, **kwargs))
-    read = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-    return pytree.tree_unflatten(_OneNode.apply(len(results), *results, *read, *layer.parameters()), structure)
+        output, state = forward(*args, **kwargs)
+        results, structure = pytree.tree_flatten((output.data, state))
+    before = [t.data if _is_packed(t) else t for t in read]
+    values, state = pytree.tree_unflatten(_OneNode.apply(len(results), *results, *before, *layer.parameters()), structure)
+    return output._replace(data=values) if _is_packed(output) else values, state
+
+
+def _is_packed(value: Any) -> bool:
+    return isinstance(value, PackedSequence)
 
 
 class _OneNode(torch.autograd.Function):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
+from dampr.nn import ScaledRNN
 from dampr.nn.rnn import _GatedRecurrent
 
 from . import inputs
@@ -28,7 +29,7 @@ def make_plain(model: nn.Module, samples: list[Any], atol: float, rtol: float) -
 
     Returns what is left of each layer, and for layers with closed units that stay the reason.
     """
-    kept: Kept = {}
+    kept: dict[tuple[str, bool], Tensor] = {}
     notes: dict[str, str] = {}
     for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, _GatedRecurrent)]:
         plain = layer.to_dense()
@@ -36,15 +37,21 @@ def make_plain(model: nn.Module, samples: list[Any], atol: float, rtol: float) -
             inputs.replace(model, {layer: plain})
             continue
         try:
-            kept.update(_shrink(model, layer, samples, atol, rtol))
+            features, readers = _shrink(model, layer, samples, atol, rtol)
+            kept |= {(name, True): features, **{(reader, False): features for reader in readers}}
         except CannotCutError as error:
             inputs.replace(model, {layer: plain})
             if any(layer.closed_units()):
                 notes[name] = f"{sum(map(len, layer.closed_units()))} closed units stay: {error}"
-    return kept, notes
+    return {(_inside(model.get_submodule(name)), writes): features for (name, writes), features in kept.items()}, notes
 
 
-def _shrink(model: nn.Module, layer: _GatedRecurrent, samples: list[Any], atol: float, rtol: float) -> Kept:
+def _inside(layer: nn.Module) -> nn.Module:
+    return layer.rnn if isinstance(layer, ScaledRNN) else layer
+
+
+def _shrink(model: nn.Module, layer: _GatedRecurrent, samples: list[Any], atol: float, rtol: float) -> tuple[Tensor, list[str]]:
+    """The features of ``layer`` that are left, and the names of the layers that read them."""
     readers = _readers(model, layer, samples[0])
     expected = [inputs.evaluate(model, sample) for sample in samples]
     small, features, scale = layer.compacted()
@@ -61,7 +68,7 @@ def _shrink(model: nn.Module, layer: _GatedRecurrent, samples: list[Any], atol: 
     except RuntimeError:
         same = False
     if same:
-        return {(small, True): features, **{(reader, False): features for reader in readers}}
+        return features, [name for name, module in model.named_modules() if module in readers]
     inputs.replace(model, {small: layer})
     for (reader, name), weight in own.items():
         setattr(reader, name, weight)
