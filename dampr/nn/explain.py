@@ -69,7 +69,7 @@ def _of_convolution(layer: GatedConv1d | GatedConv2d, x: Tensor, dtype: torch.dt
     return Explanation(backend, reason, *module.conv_route(*args))
 
 
-def _of_others(layer: GatedLayer) -> tuple[str, str]:
+def _of_others(layer: _GatedRecurrent | Gate | GatedEmbedding | GatedResidual) -> tuple[str, str]:
     if isinstance(layer, _GatedRecurrent):
         where = "rows of the projection" if layer.proj_size else "columns that read the state, and into the output"
         return "fold", f"gates are drawn once and multiplied into the {where}; the vendor's recurrent kernel runs"

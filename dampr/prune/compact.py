@@ -24,7 +24,8 @@ def compact(model: nn.Module, *, example_inputs: Any, atol: float = 1e-5, rtol: 
 
     Gate values are folded into the weights, closed units are cut out with everything that depends on them (torch-pruning slices), and what
     a closed unit still contributes as a constant (the half of a sigmoid, the shift of a BatchNorm) moves into the bias of the layer that
-    reads it. Then both models run on the example inputs, and on the same inputs with a little noise, and their outputs are compared.
+    reads it. A recurrent layer becomes the smaller one of its ``compacted()`` where linear and recurrent layers alone read it. Then both
+    models run on the example inputs, and on the same inputs with a little noise, and their outputs are compared.
 
     Args:
         model: a model with gated layers; it is not changed.

@@ -63,7 +63,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         raise TypeError(
             f"model: layer {gated[0]!r} still has gates; expected a compacted model (dampr.compact); for checkpoints use state_dict()"
         )
-    widths = {n: {a: size for a in _WIDTHS if _is_size(size := getattr(module, a, None))} for n, module in model.named_modules()}
+    widths = {n: {a: getattr(module, a) for a in _WIDTHS if _is_size(getattr(module, a, None))} for n, module in model.named_modules()}
     for name, module in model.named_modules():
         if isinstance(module, nn.RNNBase) and not module.proj_size:
             del widths[name]["proj_size"]  # no argument of nn.GRU and nn.RNN
