@@ -2,15 +2,26 @@
 
 from .base import GatedLayer
 from .conv import GatedConv1d, GatedConv2d
+from .gate import Gate, GatedEmbedding, GatedResidual, Residual, Scale
 from .linear import GatedLinear
 from .norm import GatedBatchNorm1d, GatedBatchNorm2d, GatedLayerNorm
+from .rnn import GatedGRU, GatedLSTM, GatedRNN, ScaledRNN
 
 __all__ = [
+    "Gate",
     "GatedBatchNorm1d",
     "GatedBatchNorm2d",
     "GatedConv1d",
     "GatedConv2d",
+    "GatedEmbedding",
+    "GatedGRU",
+    "GatedLSTM",
     "GatedLayer",
     "GatedLayerNorm",
     "GatedLinear",
+    "GatedRNN",
+    "GatedResidual",
+    "Residual",
+    "Scale",
+    "ScaledRNN",
 ]

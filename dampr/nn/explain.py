@@ -13,8 +13,10 @@ from dampr.spec import SAMPLE
 
 from .base import GatedLayer
 from .conv import GatedConv1d, GatedConv2d
+from .gate import Gate, GatedEmbedding, GatedResidual
 from .linear import GatedLinear
 from .norm import _GatedNorm
+from .rnn import _GatedRecurrent
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,9 @@ def explain(layer: GatedLayer, x: Tensor) -> Explanation:
         found = _of_convolution(layer, x, dtype)
     elif isinstance(layer, _GatedNorm):
         found = _of_norm(layer, x.device, dtype)
+    elif isinstance(layer, (_GatedRecurrent, Gate, GatedEmbedding, GatedResidual)):
+        dtype = layer.weight.dtype if isinstance(layer, GatedEmbedding) else dtype
+        found = Explanation(*ops.choose(x.device, dtype), *_of_others(layer))
     else:
         raise TypeError(f"layer={type(layer).__name__}: expected a gated layer of dampr.nn")
     print(found)
@@ -62,6 +67,17 @@ def _of_convolution(layer: GatedConv1d | GatedConv2d, x: Tensor, dtype: torch.dt
     module = ops.select(x.device, dtype)
     args = tuple(layer.weight.shape), layer.groups, layer.granularity, layer.per_sample and drawn, pointwise, x.device
     return Explanation(backend, reason, *module.conv_route(*args))
+
+
+def _of_others(layer: _GatedRecurrent | Gate | GatedEmbedding | GatedResidual) -> tuple[str, str]:
+    if isinstance(layer, _GatedRecurrent):
+        where = "rows of the projection" if layer.proj_size else "columns that read the state, and into the output"
+        return "fold", f"gates are drawn once and multiplied into the {where}; the vendor's recurrent kernel runs"
+    if isinstance(layer, GatedResidual):
+        return "branch", "one multiply-add with the branch, or no branch where the gate is closed and known to be without waiting for it"
+    if isinstance(layer, GatedEmbedding):
+        return "passes", "gates multiply the rows that were looked up"
+    return "passes", "gates are drawn in the pass that multiplies" if layer.index is None else "a gate is looked up for each element"
 
 
 def _of_norm(layer: _GatedNorm, device: torch.device, dtype: torch.dtype) -> Explanation:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from dampr._version import __version__
-from dampr.nn import GatedLayer
+from dampr.nn import GatedLayer, GatedResidual, Scale, ScaledRNN
+from dampr.nn.rnn import _GatedRecurrent
 
-from . import graph, inputs
+from . import graph, inputs, recurrent
 
 
 class CompactionError(RuntimeError):
@@ -23,7 +24,8 @@ def compact(model: nn.Module, *, example_inputs: Any, atol: float = 1e-5, rtol: 
 
     Gate values are folded into the weights, closed units are cut out with everything that depends on them (torch-pruning slices), and what
     a closed unit still contributes as a constant (the half of a sigmoid, the shift of a BatchNorm) moves into the bias of the layer that
-    reads it. Then both models run on the example inputs, and on the same inputs with a little noise, and their outputs are compared.
+    reads it. A recurrent layer becomes the smaller one of its ``compacted()`` where linear and recurrent layers alone read it. Then both
+    models run on the example inputs, and on the same inputs with a little noise, and their outputs are compared.
 
     Args:
         model: a model with gated layers; it is not changed.
@@ -42,23 +44,32 @@ def compact(model: nn.Module, *, example_inputs: Any, atol: float = 1e-5, rtol: 
     if "" in gated:
         raise ValueError("model is a gated layer itself: nothing around it could be cut; use its to_dense()")
     small = copy.deepcopy(model)
+    _open_branches(small)
+    samples = [example_inputs, inputs.perturbed(example_inputs)]
+    notes: dict[str, str] = {}
     closed: graph.Closed = {True: {}, False: {}}
     norms: dict[nn.Module, set[int]] = {}
-    dense: dict[nn.Module, nn.Module] = {}
-    for name in gated:
-        layer = small.get_submodule(name)
-        assert isinstance(layer, GatedLayer)
+    dense: dict[Any, nn.Module] = {}
+    for name, layer in small.named_modules():
+        if not isinstance(layer, GatedLayer) or isinstance(layer, _GatedRecurrent):
+            continue
         plain = dense[layer] = layer.to_dense()
         if isinstance(plain, nn.Sequential):  # a norm that took in its activation
             plain = plain[0]
         for writes, channels in zip((True, False), layer.closed_channels(), strict=True):
-            if channels and isinstance(plain, graph.NORMS):
+            if channels and isinstance(plain, (*graph.NORMS, Scale)):
                 norms[plain] = channels
+            elif channels and isinstance(plain, nn.Embedding) and not writes:
+                notes[name] = f"{len(channels)} closed rows stay: the caller's indices count them"
             elif channels:
                 closed[writes][plain] = channels
     inputs.replace(small, dense)
-    samples = [example_inputs, inputs.perturbed(example_inputs)]
-    kept, notes = _cut(small, closed, norms, samples)
+    kept, recurrent_notes = recurrent.make_plain(small, samples, atol, rtol)
+    notes |= recurrent_notes
+    if norms or closed[True] or closed[False]:
+        _cut(small, closed, norms, samples, kept, notes)
+    ones = [m for m in small.modules() if isinstance(m, Scale) and bool((m.scale == 1).all())]
+    inputs.replace(small, {module: nn.Identity().train(module.training) for module in ones})
     difference = max(_prove(model, small, kept, sample, atol, rtol) for sample in samples)
     small.dampr_manifest = _manifest(model, small, kept, notes, difference)  # type: ignore[assignment]
     return small
@@ -67,10 +78,16 @@ def compact(model: nn.Module, *, example_inputs: Any, atol: float = 1e-5, rtol: 
 Kept = dict[tuple[nn.Module, bool], Tensor]  # (layer, writes) -> kept channels, by their indices in the original layer
 
 
-def _cut(small: nn.Module, closed: graph.Closed, norms: dict[nn.Module, set[int]], samples: list[Any]) -> tuple[Kept, dict[str, str]]:
-    """Slice ``small``; returns what is left of each layer, and for layers with closed channels that stay the reason."""
-    kept: Kept = {}
-    notes: dict[str, str] = {}
+def _open_branches(small: nn.Module) -> None:
+    """Put plain residual sums in the place of gated ones, the outer before the inner; what they contain stays gated."""
+    while (residual := next((module for module in small.modules() if isinstance(module, GatedResidual)), None)) is not None:
+        inputs.replace(small, {residual: residual.without_gate()})
+
+
+def _cut(
+    small: nn.Module, closed: graph.Closed, norms: dict[nn.Module, set[int]], samples: list[Any], kept: Kept, notes: dict[str, str]
+) -> None:
+    """Slice ``small``; adds what is left of each layer to ``kept``, and to ``notes`` why closed channels of a layer stay."""
     names = {module: name for name, module in small.named_modules()}
     widths = graph.Widths(small, samples[0])
     for norm, channels in norms.items():
@@ -100,7 +117,6 @@ def _cut(small: nn.Module, closed: graph.Closed, norms: dict[nn.Module, set[int]
                     _cut_width(small, widths, layer, writes, dead, kept, names, samples)
             except graph.CannotCutError as error:
                 notes[names[layer]] = f"{len(channels)} closed channels stay: {error}"
-    return kept, notes
 
 
 def _cut_width(
@@ -137,7 +153,7 @@ def _cut_width(
 def _fold_constants(small: nn.Module, readers: list[graph.Member], names: dict[nn.Module, str], samples: list[Any]) -> None:
     """Move what the channels about to be cut contribute to their readers into the readers' biases; it has to be the same for every row."""
     seen: dict[nn.Module, list[Tensor]] = {m.module: [] for m in readers}
-    hooks = [m.module.register_forward_pre_hook(lambda layer, args: seen[layer].append(args[0].detach())) for m in readers]
+    hooks = [m.module.register_forward_pre_hook(lambda layer, args: seen[layer].append(args[0].data)) for m in readers]
     try:
         for sample in samples:
             inputs.evaluate(small, sample)
@@ -147,6 +163,10 @@ def _fold_constants(small: nn.Module, readers: list[graph.Member], names: dict[n
     constants: list[tuple[Any, Tensor]] = []
     for member in readers:
         layer, channels = member.module, member.channels
+        if isinstance(layer, nn.RNNBase):
+            if any(x[..., channels].any() for x in seen[layer]):
+                raise graph.CannotCutError(f"they reach {names[layer]!r} as constants other than 0")
+            continue
         assert isinstance(layer.weight, Tensor)
         wide = torch.promote_types(layer.weight.dtype, torch.float32)
         along = -1 if isinstance(layer, nn.Linear) else -(layer.weight.dim() - 1)
@@ -224,6 +244,7 @@ def _layer_outputs(model: nn.Module, sample: Any) -> dict[str, Tensor]:
 
 def _manifest(model: nn.Module, small: nn.Module, kept: Kept, notes: dict[str, str], difference: float) -> dict[str, Any]:
     names = {module: name for name, module in small.named_modules()}
+    names |= {module.rnn: name for module, name in names.items() if isinstance(module, ScaledRNN)}
     layers: dict[str, dict[str, Any]] = {}
     for (module, writes), indices in kept.items():
         before = graph.channel_count(model.get_submodule(names[module]), writes)

@@ -24,7 +24,7 @@ _FORMAT = 1
 _KEY = "dampr"
 _WIDTHS = (
     *("in_features", "out_features", "in_channels", "out_channels", "groups", "num_features", "num_parameters", "embedding_dim"),
-    *("input_size", "hidden_size", "embed_dim", "num_heads", "head_dim", "kdim", "vdim"),
+    *("input_size", "hidden_size", "proj_size", "embed_dim", "num_heads", "head_dim", "kdim", "vdim"),
 )
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _MAY_GAIN_BIAS = (nn.Linear, nn.modules.conv._ConvNd)
@@ -64,6 +64,9 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
             f"model: layer {gated[0]!r} still has gates; expected a compacted model (dampr.compact); for checkpoints use state_dict()"
         )
     widths = {n: {a: getattr(module, a) for a in _WIDTHS if _is_size(getattr(module, a, None))} for n, module in model.named_modules()}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.RNNBase) and not module.proj_size:
+            del widths[name]["proj_size"]  # no argument of nn.GRU and nn.RNN
     content = _Content("model", _unshared(model), {n: a for n, a in widths.items() if a}, None, getattr(model, "dampr_manifest", None))
     _fit(model, content)
     manifest = {

@@ -7,19 +7,24 @@ finds and slices widths; this module asks it, channel by channel where it has to
 from __future__ import annotations
 
 import contextlib
+import functools
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils import _pytree as pytree
+
+from dampr.nn import Scale
 
 from . import inputs
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm)
-_PASSES_THROUGH = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.PReLU)
+_PASSES_THROUGH = (Scale, nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.PReLU)
 _MIXES_CHANNELS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
 _READERS = (nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention, nn.RNNBase)
 
@@ -40,7 +45,11 @@ class Member:
 
 
 def channel_count(layer: nn.Module, writes: bool) -> int:
-    """Channels that a linear or convolution layer writes, or reads."""
+    """Channels that a linear, convolution, recurrent or embedding layer writes, or reads."""
+    if isinstance(layer, nn.RNNBase):
+        return (1 + layer.bidirectional) * (layer.proj_size or layer.hidden_size) if writes else layer.input_size
+    if isinstance(layer, nn.Embedding):
+        return layer.embedding_dim if writes else layer.num_embeddings
     weight = layer.weight
     assert isinstance(weight, Tensor)
     return int(weight.shape[0 if writes else 1])
@@ -62,16 +71,18 @@ class Widths:
     def __init__(self, model: nn.Module, example_inputs: Any) -> None:
         import torch_pruning
 
+        channelwise = _channelwise(model, example_inputs)
         self._calls: dict[nn.Module, int] = {}
         self._returned: set[Any] = set()
         self._names = {module: name for name, module in model.named_modules()}
         hooks = [module.register_forward_pre_hook(self._count) for module in model.modules() if not list(module.children())]
         packed = (example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs
         try:
-            with inputs.evaluating(model), _all_trainable(model), torch.enable_grad(), warnings.catch_warnings():
+            with inputs.evaluating(model), _all_trainable(model), _one_node(model), torch.enable_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 graph = torch_pruning.DependencyGraph()
-                self._graph = graph.build_dependency(model, packed, forward_fn=self._forward, verbose=False)
+                own = {**dict.fromkeys((nn.GRU, nn.RNN, nn.LSTM), _recurrent_pruner()), Scale: _scale_pruner(channelwise)}
+                self._graph = graph.build_dependency(model, packed, forward_fn=self._forward, verbose=False, customized_pruners=own)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -105,10 +116,10 @@ class Widths:
         return False
 
     def norm_after(self, module: nn.Module) -> nn.Module | None:
-        """The BatchNorm that alone reads the outputs of ``module``, both called once; None without one."""
+        """The BatchNorm, or :class:`Scale`, that alone reads the outputs of ``module``, both called once; None without one."""
         after = self._graph.module2node[module].outputs
         norm = after[0].module if len(after) == 1 else None
-        if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or norm.num_features != channel_count(module, True):
+        if not isinstance(norm, (nn.modules.batchnorm._BatchNorm, Scale)) or norm.num_features != channel_count(module, True):
             return None
         return norm if self._calls.get(module, 1) == self._calls.get(norm, 1) == 1 else None
 
@@ -174,17 +185,20 @@ class Widths:
                 raise CannotCutError(f"{type(module).__name__} {self._names.get(module)!r} computes statistics over its channels")
             if not list(module.parameters(recurse=False)):
                 continue
-            self._check_kind(module)
-            found.append(Member(module, self._graph.is_out_channel_pruning_fn(item.dep.handler), list(item.idxs)))
+            writes = self._graph.is_out_channel_pruning_fn(item.dep.handler)
+            self._check_kind(module, writes)
+            found.append(Member(module, writes, list(item.idxs)))
         if not any(m.writes for m in found):
             raise CannotCutError("its width is the model's own input")
         if any(m.writes and self.reaches_output(m.module) for m in found):
             raise CannotCutError("its width is the model's own output")
         return found
 
-    def _check_kind(self, module: nn.Module) -> None:
+    def _check_kind(self, module: nn.Module, writes: bool) -> None:
         kind, name = type(module).__name__, self._names.get(module, "?")
-        if not isinstance(module, (nn.Linear, *_CONVOLUTIONS)) or getattr(module, "groups", 1) != 1:
+        if isinstance(module, nn.RNNBase) and not writes:
+            pass
+        elif not isinstance(module, (nn.Linear, nn.Embedding, *_CONVOLUTIONS)) or getattr(module, "groups", 1) != 1:
             raise CannotCutError(
                 f"{kind} {name!r}{' with groups' if hasattr(module, 'groups') else ''} shares its width, and cannot be cut yet"
             )
@@ -216,6 +230,106 @@ class Widths:
             return all(set(m.channels) <= closed[writes].get(m.module, set()) for m in members if m.writes == writes)
 
         return shut(True) or (any(not m.writes for m in members) and shut(False))
+
+
+@contextlib.contextmanager
+def _one_node(model: nn.Module) -> Iterator[None]:
+    """Make each recurrent layer one node of autograd's graph, and not one for each product in each of its steps."""
+    layers = [module for module in model.modules() if isinstance(module, nn.RNNBase)]
+    for layer in layers:
+        layer.forward = functools.partial(_call_as_one_node, layer, layer.forward)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _call_as_one_node(layer: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    read = [t for t in pytree.tree_leaves((args, kwargs), is_leaf=_is_packed) if isinstance(t, (Tensor, PackedSequence))]
+    with torch.no_grad():
+        output, state = forward(*args, **kwargs)
+        results, structure = pytree.tree_flatten((output.data, state))
+    before = [t.data if _is_packed(t) else t for t in read]
+    values, state = pytree.tree_unflatten(_OneNode.apply(len(results), *results, *before, *layer.parameters()), structure)
+    return output._replace(data=values) if _is_packed(output) else values, state
+
+
+def _is_packed(value: Any) -> bool:
+    return isinstance(value, PackedSequence)
+
+
+class _OneNode(torch.autograd.Function):
+    """Its first tensors, as if computed from the others; only looked at, never differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(t.clone() for t in tensors[:count])
+
+
+def input_columns(layer: nn.Module) -> list[str]:
+    """The names of the weights whose columns are the input of a linear, convolution or recurrent layer."""
+    if isinstance(layer, nn.RNNBase):
+        return ["weight_ih_l0", "weight_ih_l0_reverse"] if layer.bidirectional else ["weight_ih_l0"]
+    return ["weight"]
+
+
+def _recurrent_pruner() -> Any:
+    """A recurrent layer as one node of torch-pruning's graph, which has no such node for some, and for others one that slices wrongly."""
+    import torch_pruning
+
+    class Recurrent(torch_pruning.BasePruningFunc):  # type: ignore[misc]
+        def get_out_channels(self, layer: nn.RNNBase) -> int:
+            return channel_count(layer, True)
+
+        def get_in_channels(self, layer: nn.RNNBase) -> int:
+            return layer.input_size
+
+        def prune_out_channels(self, layer: nn.RNNBase, idxs: Any) -> nn.Module:
+            raise NotImplementedError  # Widths.members refuses it
+
+        def prune_in_channels(self, layer: nn.RNNBase, idxs: Any) -> nn.Module:
+            left = sorted(set(range(layer.input_size)) - set(idxs))
+            for name in input_columns(layer):
+                weight = getattr(layer, name)
+                setattr(layer, name, nn.Parameter(weight.detach()[:, left], requires_grad=weight.requires_grad))
+            layer.input_size = len(left)
+            return layer
+
+    return Recurrent()
+
+
+def _scale_pruner(channelwise: set[nn.Module]) -> Any:
+    """Factors of channels are sliced with the channels; those of another dimension stay."""
+    import torch_pruning
+
+    class Factors(torch_pruning.BasePruningFunc):  # type: ignore[misc]
+        def get_out_channels(self, layer: Scale) -> int | None:
+            return layer.num_features if layer in channelwise else None
+
+        def prune_out_channels(self, layer: Scale, idxs: Any) -> nn.Module:
+            if layer in channelwise:
+                layer.scale = layer.scale[sorted(set(range(layer.num_features)) - set(idxs))]
+            return layer
+
+        get_in_channels = get_out_channels
+        prune_in_channels = prune_out_channels
+
+    return Factors()
+
+
+def _channelwise(model: nn.Module, example_inputs: Any) -> set[nn.Module]:
+    """The :class:`Scale` modules whose dimension is that of channels: 1 where convolutions read or write, else the last."""
+    dims: dict[nn.Module, int] = {}
+    hooks = [m.register_forward_pre_hook(lambda m, args: dims.update({m: args[0].dim()})) for m in model.modules() if isinstance(m, Scale)]
+    if hooks:
+        try:
+            inputs.evaluate(model, example_inputs)
+        finally:
+            for hook in hooks:
+                hook.remove()
+    spatial = {2 + len(m.kernel_size) for m in model.modules() if isinstance(m, _CONVOLUTIONS)}
+    return {m for m, dim in dims.items() if isinstance(m, Scale) and m.dim % dim == (1 if dim in spatial else dim - 1)}
 
 
 class CannotCutError(Exception):

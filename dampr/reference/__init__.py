@@ -2,6 +2,7 @@
 
 from .gated_conv import gated_conv, weight_gated_conv
 from .gated_linear import expand_blocks, gated_linear, weight_gated_linear
+from .gated_rnn import gated_rnn
 from .gates import along, exp_portable, expected_l0, gate, gate_derivative, gate_values, mask, noise, open_probability, sign_swish
 from .norm_gate import norm_gate
 
@@ -15,6 +16,7 @@ __all__ = [
     "gate_values",
     "gated_conv",
     "gated_linear",
+    "gated_rnn",
     "mask",
     "noise",
     "norm_gate",

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import dampr
-from dampr.nn import GatedLinear
+from dampr.nn import Gate, GatedEmbedding, GatedLinear, GatedLSTM, GatedResidual
 from dampr.ops import forced_route
 
 needs_cpp = pytest.mark.skipif(dampr.backend_info()["cpp"].startswith("missing"), reason=dampr.backend_info()["cpp"])
@@ -77,3 +77,20 @@ def test_bad_arguments_are_named():
         dampr.explain(torch.nn.Linear(2, 2), torch.randn(1, 2))
     with pytest.raises(TypeError, match="x=3"):
         dampr.explain(GatedLinear(2, 2), 3)
+
+
+@pytest.mark.parametrize(
+    ("layer", "x", "route", "reason"),
+    [
+        (GatedLSTM(4, 6), torch.randn(3, 2, 4), "fold", "columns that read the state"),
+        (GatedLSTM(4, 6, proj_size=2), torch.randn(3, 2, 4), "fold", "rows of the projection"),
+        (Gate(4), torch.randn(3, 4), "passes", "drawn in the pass"),
+        (Gate(2, index=torch.tensor([0, 1, 1])), torch.randn(3, 3), "passes", "for each element"),
+        (GatedEmbedding(5, 4), torch.tensor([1]), "passes", "looked up"),
+        (GatedResidual(torch.nn.Linear(4, 4)), torch.randn(3, 4), "branch", "no branch where the gate is closed"),
+    ],
+)
+def test_other_layers_are_explained(layer, x, route, reason):
+    found = dampr.explain(layer, x)
+    assert found.route == route
+    assert reason in found.route_reason

@@ -264,7 +264,7 @@ def test_what_cannot_be_cut_stays_whole_and_the_note_says_why(kind, rows):
     model.eval(), small.eval()
     for before, after in zip(dampr.prune.inputs.tensors(model(fresh)), dampr.prune.inputs.tensors(small(fresh)), strict=True):
         torch.testing.assert_close(after, before, atol=1e-5, rtol=1e-5)
-    if kind == "bool":
+    if kind in ("bool", "lstm"):
         assert small.a.out_features < 20
     else:
         assert small.a.out_features == 20 or kind == "twice"

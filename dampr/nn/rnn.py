@@ -1,0 +1,342 @@
+"""GatedLSTM, GatedGRU and GatedRNN: recurrent layers with a gate for each hidden unit, which run the vendor's kernel on folded weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from dampr import functional, ops
+from dampr.gates import Gate, make_gate
+from dampr.spec import value
+
+from .base import GatedLayer, _wide
+
+VALUE = value()
+
+
+class _GatedRecurrent(GatedLayer, nn.RNNBase):
+    """A recurrent layer with a gate for each unit that it hands on, mixed in before the ``torch.nn`` layer in ``_dense``.
+
+    Gates are rows of (layers * directions, P), P the hidden units, or the projected ones where there is a projection. The state h is read
+    by W_hh, by W_ih of the next layer and by the caller, so there the gates are: in columns of those weights (dropout between layers
+    commutes with them), in the output and in h_n. A projection writes everything that is read, so there they are in its rows, and nothing
+    else is touched. Equations: :mod:`dampr.reference.gated_rnn`.
+    """
+
+    _dense: Any
+    _arguments: tuple[str, ...] = ("input_size", "hidden_size", "num_layers", "bias", "batch_first", "bidirectional")
+
+    def __init__(self, *args: Any, gate: str | type[Gate] | Gate = "hard_concrete", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.granularity = "output"
+        self.per_sample = False
+        device = self._weight("weight_ih_l0").device
+        self.gate = make_gate(gate, self.num_layers * self._directions * self._width, device)
+
+    @property
+    def _directions(self) -> int:
+        return 2 if self.bidirectional else 1
+
+    @property
+    def _width(self) -> int:
+        """P, the units of one layer and direction that others read."""
+        return self.proj_size or self.hidden_size
+
+    def _weight(self, name: str) -> Tensor:
+        weight: Tensor = getattr(self, name)
+        return weight
+
+    def reset_parameters(self) -> None:
+        """As in ``torch.nn``; the gates stay as they are."""
+        bound = self.hidden_size**-0.5
+        for weight in self.parameters(recurse=False):
+            nn.init.uniform_(weight, -bound, bound)
+
+    def forward(self, input: Any, hx: Any = None) -> Any:
+        z = self.gate().view(-1, self._width)
+        plain = self._dense.__new__(self._dense)  # a shell around this layer's attributes: nothing of self changes during a call
+        weights = self._folded(z)
+        plain.__dict__.update(self.__dict__, _flat_weights=weights, _flat_weight_refs=[None] * len(weights))
+        if self.proj_size:
+            return plain.forward(input, _times(hx, lambda: (z != 0).to(z.dtype)))
+        return _gated_call(plain.forward, z, self._directions, input, hx)
+
+    def _folded(self, z: Tensor) -> list[Tensor]:
+        """Every weight in the order of the vendor's kernel, with the gates z (layers * directions, P) in those that they reach."""
+        gates, each = z.unbind(0), self._directions
+        folded = []
+        for row, names in enumerate(self._all_weights):
+            below = gates[row // each * each - each : row // each * each]
+            for name in names:
+                weight = self._weight(name)
+                if self.proj_size:
+                    if name.startswith("weight_hr"):
+                        weight = _fold(weight, None, gates[row])
+                elif name.startswith("weight_hh"):
+                    weight = _fold(weight, gates[row], None)
+                elif name.startswith("weight_ih") and below:
+                    weight = _fold(weight, below[0] if each == 1 else torch.cat(below), None)
+                folded.append(weight)
+        return _one_buffer(folded) if folded[0].is_cuda else folded
+
+    @classmethod
+    def from_dense(cls, layer: Any, *, gate: str | type[Gate] | Gate = "hard_concrete") -> Any:
+        """A gated layer with the very parameters of ``layer``, not copies. Raises TypeError unless its type is exactly the dense one.
+
+        Where fresh gates are not 1, a projection is divided by them, so that the layer computes the same; a layer without one has nothing
+        that could make up for them in its output, and ValueError is raised.
+        """
+        if type(layer) is not cls._dense:
+            raise TypeError(f"layer={type(layer).__name__}: expected exactly nn.{cls._dense.__name__}")
+        count = layer.num_layers * (1 + layer.bidirectional) * (layer.proj_size or layer.hidden_size)
+        own = make_gate(gate, count, layer.weight_ih_l0.device)
+        build: Any = cls
+        arguments = {name: getattr(layer, name) for name in cls._arguments}
+        gated = build(**arguments, device="meta", dtype=layer.weight_ih_l0.dtype, gate=own)
+        gated.dropout = layer.dropout  # not through the constructor, which would warn of it once more
+        for name in layer._flat_weights_names:
+            setattr(gated, name, getattr(layer, name))
+        gated.train(layer.training)
+        gated._undo_fresh_gates()
+        return gated
+
+    @torch.no_grad()
+    def _undo_fresh_gates(self) -> None:
+        z = self.gate.deterministic().view(-1, self._width)
+        if bool((z == 1).all()):
+            return
+        if not self.proj_size or not bool((z != 0).all()):
+            raise ValueError(
+                f"gate={type(self.gate).__name__}: fresh gates are not 1, and nothing in {self._dense.__name__} can make up for them; "
+                "expected a family or an instance whose fresh gates are 1"
+            )
+        for row, names in enumerate(self._all_weights):
+            projection = self._weight(names[-1])
+            projection.data = (projection / z[row].unsqueeze(1)).to(projection.dtype)
+
+    @torch.no_grad()
+    def to_dense(self) -> nn.Module:
+        """The plain recurrent layer of the same size that computes what this one computes in evaluation mode; parameters are copies.
+
+        Without a projection no such layer has outputs that are scaled: where gates are not all 1 it comes in a :class:`ScaledRNN`.
+        :meth:`compacted` gives a smaller one.
+        """
+        z = self.gate.deterministic().view(-1, self._width)
+        folded = dict(zip(self._flat_weights_names, self._folded(z), strict=True))
+        plain: nn.Module = self._plain({name: weight.clone() for name, weight in folded.items()})
+        return plain if self.proj_size or bool((z == 1).all()) else ScaledRNN(plain, z.clone()).train(self.training)
+
+    @torch.no_grad()
+    def compacted(self) -> tuple[Any, Tensor, Tensor]:
+        """The smallest plain layer that computes what this one computes in evaluation mode, but for a factor on its output.
+
+        Returns ``(layer, kept, scale)``: an ``nn.LSTM``, ``nn.GRU`` or ``nn.RNN``; the output features of this layer that are left, int64
+        (directions * width,), increasing in each direction; and their gates, (directions * width,), so that::
+
+            self.eval()(x)[0][..., kept] == layer.eval()(x)[0] * scale          and every other feature is 0
+
+        The factor belongs into the columns of whatever reads the output. With a projection it is in the layer, and ``scale`` is 1.
+
+        Closed units are cut out of all gate matrices, of the columns of W_hh and of the next layer, or, with a projection, out of its
+        rows. All layers and directions of an ``nn`` layer have one width, so it is that of the widest here, at least 1: where fewer units
+        are open, the first closed ones fill up, and nothing reads them (their columns are 0, and in the last layer their ``scale``).
+
+        A state that is given to the small layer has its units and is not gated: h_0[..., kept] / scale for the last layer.
+        """
+        z = self.gate.deterministic().view(-1, self._width)
+        width = max(1, int((z != 0).sum(1).max()))
+        units = (z == 0).to(torch.uint8).sort(dim=1, stable=True).indices[:, :width].sort(dim=1).values  # open ones come first
+        read = torch.ones_like(z) if self.proj_size else z
+        each = self._directions
+        small: dict[str, Tensor] = {}
+        for row, names in enumerate(self._all_weights):
+            below = range(row // each * each - each, row // each * each) if row >= each else range(0)
+            for name in names:
+                weight = self._weight(name)
+                if name.startswith("weight_hr"):
+                    weight = weight[units[row]] * z[row, units[row]].unsqueeze(1)
+                elif not self.proj_size:
+                    weight = weight.unflatten(0, (-1, self.hidden_size))[:, units[row]].flatten(0, 1)
+                if name.startswith("weight_hh"):
+                    weight = weight[:, units[row]] * read[row, units[row]]
+                elif name.startswith("weight_ih") and below:
+                    columns = torch.cat([units[i] + (i - below[0]) * self._width for i in below])
+                    weight = weight[:, columns] * torch.cat([read[i, units[i]] for i in below])
+                small[name] = weight.to(self._weight(name).dtype, copy=True)
+        last = range(len(units) - each, len(units))
+        kept = torch.cat([units[i] + (i - last[0]) * self._width for i in last])
+        scale = torch.cat([read[i, units[i]] for i in last])
+        return self._plain(small, **{"proj_size" if self.proj_size else "hidden_size": width}), kept, scale
+
+    def _plain(self, weights: dict[str, Tensor], **sizes: int) -> Any:
+        """A dense layer with these weights, and the arguments of this one but for ``sizes``."""
+        arguments = {name: getattr(self, name) for name in self._arguments} | sizes
+        plain = self._dense(**arguments, device="meta", dtype=self._weight("weight_ih_l0").dtype)
+        plain.dropout = self.dropout
+        for name, weight in weights.items():
+            setattr(plain, name, nn.Parameter(weight, requires_grad=self._weight(name).requires_grad))
+        plain._init_flat_weights()
+        return plain.train(self.training)
+
+    def closed_units(self) -> list[set[int]]:
+        """Of each layer, and in it of each direction, the units whose gates are closed."""
+        shut = (~self.gate.is_open()).view(-1, self._width)
+        return [set(row.nonzero().flatten().tolist()) for row in shut]
+
+    def closed_channels(self) -> tuple[set[int], set[int]]:
+        """The features of the output that are closed, and no input."""
+        closed = self.closed_units()[-self._directions :]
+        return {direction * self._width + unit for direction, units in enumerate(closed) for unit in units}, set()
+
+    def group_size(self) -> Tensor:
+        """|g|: how many parameters a gate switches off, (num_gates,): what :meth:`_of_units` adds up, counted."""
+        sizes = []
+        for row, names in enumerate(self._all_weights):
+            gate_rows = self._weight(names[1]).shape[0]  # of all gate matrices
+            if self.proj_size:
+                own = self.hidden_size
+            else:
+                own = sum(self._weight(name).numel() for name in names) // self.hidden_size - gate_rows // self.hidden_size
+            sizes.append(own + gate_rows * (1 + len(self._readers(row))))
+        device = self._weight("weight_ih_l0").device
+        return torch.tensor(sizes, dtype=torch.float32, device=device).repeat_interleave(self._width)
+
+    def _readers(self, row: int) -> list[list[str]]:
+        """The weights of the next layer, by direction."""
+        start = (row // self._directions + 1) * self._directions
+        return self._all_weights[start : start + self._directions]
+
+    def _of_units(self, of: Callable[[Tensor], Tensor]) -> Tensor:
+        """For each gate the sum of ``of(weight)``, of a weight's shape, over what its unit switches off, (num_gates,).
+
+        A unit's own rows (of all gate matrices with their biases, or of the projection), its columns of W_hh, where its own rows do not
+        count twice, and its columns of W_ih in the next layer.
+        """
+        each, found = self._directions, []
+        for row, names in enumerate(self._all_weights):
+            recurrent = of(self._weight(names[1]))
+            total = recurrent.sum(0)
+            if self.proj_size:
+                total = total + of(self._weight(names[-1])).sum(1)
+            else:
+                for name in names:
+                    total = total + of(self._weight(name)).reshape(-1, self.hidden_size, self._weight(name).shape[1:].numel()).sum((0, 2))
+                own = recurrent.reshape(-1, self.hidden_size, self.hidden_size)
+                total = total - own.diagonal(dim1=1, dim2=2).sum(0)
+            for reader in self._readers(row):
+                total = total + of(self._weight(reader[0])).sum(0).unflatten(0, (each, -1))[row % each]
+            found.append(total)
+        return torch.cat(found)
+
+    def penalty(self, lam: float = 1.0, prior_precision: float = 0.0) -> Tensor:
+        cost = lam * self.group_size()
+        if prior_precision:
+            cost = cost + 0.5 * prior_precision * self._of_units(lambda weight: _wide(weight).square())
+        total: Tensor = (self.gate.open_probability() * cost).sum()
+        return total
+
+
+class ScaledRNN(nn.Module):
+    """A plain recurrent layer whose state is read through constant factors: what :meth:`GatedLSTM.to_dense` gives where gates are not 1.
+
+    ``rnn`` has the factors in its weights already; the buffer ``scale``, (layers * directions, H), is that of its output and states.
+    Arguments and results are those of ``rnn``.
+    """
+
+    scale: Tensor
+
+    def __init__(self, rnn: Any, scale: Tensor) -> None:
+        super().__init__()
+        self.rnn = rnn
+        self.register_buffer("scale", scale)
+
+    def forward(self, input: Any, hx: Any = None) -> Any:
+        return _gated_call(self.rnn, self.scale, 2 if self.rnn.bidirectional else 1, input, hx)
+
+
+class GatedLSTM(_GatedRecurrent, nn.LSTM):
+    """``nn.LSTM`` with a learned gate for each hidden unit (each projected one with ``proj_size``) of each direction and layer.
+
+    Args:
+        input_size ... dtype: as in ``nn.LSTM``, by position or name.
+        gate: a family's name, a :class:`dampr.gates.Gate` subclass, or an instance to share, with layers * directions * units gates in the
+            order of h_n.
+
+    Called as ``nn.LSTM`` is, with the same results: batched or not, packed or not, with or without a state. The gates are drawn once per
+    call. They multiply h wherever a weight or the caller reads it, as if W_hh, W_ih of the next layer and the caller had z h in the place
+    of h; c, which no weight reads, is not gated. They are folded into the weights, and the vendor's kernel runs as it is.
+
+    h_n is gated, and h_0 is taken to be (it counts as h_0 / z, and as 0 where z is 0), so with the same gates two halves of a sequence
+    give what the whole one does.
+
+    Parameters come first in ``parameters()`` with the names of ``nn.LSTM``; a dense ``state_dict`` loads and leaves the gates as they are.
+    A fresh layer equals the dense one in evaluation mode, to the bit.
+
+    Raises: ValueError or TypeError that names the argument, and what ``nn.LSTM`` raises.
+    """
+
+    _dense = nn.LSTM
+    _arguments = (*_GatedRecurrent._arguments, "proj_size")
+
+
+class GatedGRU(_GatedRecurrent, nn.GRU):
+    """``nn.GRU`` with a learned gate for each hidden unit of each direction and layer; everything as in :class:`GatedLSTM`.
+
+    What is not gated is a unit's memory of itself: h' = (1 - u) n + u h. A state that was computed with other gates than those of the call
+    (h_0 of the step before, in training) enters it as h_0 / z, which a small z makes large; start such a step without a state, or with
+    the gates in evaluation mode.
+    """
+
+    _dense = nn.GRU
+
+
+class GatedRNN(_GatedRecurrent, nn.RNN):
+    """``nn.RNN`` with a learned gate for each hidden unit of each direction and layer; everything as in :class:`GatedLSTM`."""
+
+    _dense = nn.RNN
+    _arguments = (*_GatedRecurrent._arguments, "nonlinearity")
+
+
+def _gated_call(run: Callable[[Any, Any], Any], z: Tensor, directions: int, input: Any, hx: Any) -> Any:
+    """Run a recurrent layer whose weights have z in their columns on a state that is gated, and gate what it gives."""
+
+    def inverse() -> Tensor:
+        opened = z != 0
+        return opened.to(z.dtype) / torch.where(opened, z, torch.ones_like(z))
+
+    output, state = run(input, _times(hx, inverse))
+    last = z[-directions:].flatten()
+    if isinstance(output, PackedSequence):
+        output = output._replace(data=functional.gate_activations(output.data, last, dim=-1, spec=VALUE))
+    else:
+        output = functional.gate_activations(output, last, dim=-1, spec=VALUE)
+    return output, _times(state, lambda: z)
+
+
+def _times(state: Any, factors: Callable[[], Tensor]) -> Any:
+    """The state of a layer, h or (h, c), with h times factors (layers * directions, P); another shape is left to the vendor's own check."""
+    if state is None:
+        return None
+    h, *rest = state if isinstance(state, tuple) else (state,)
+    factor = factors()
+    if (h.shape[0], h.shape[-1]) == factor.shape:
+        h = (h * (factor if h.dim() == 2 else factor.unsqueeze(1))).to(h.dtype)
+    return (h, *rest) if isinstance(state, tuple) else h
+
+
+def _fold(weight: Tensor, columns: Tensor | None, rows: Tensor | None) -> Tensor:
+    columns, rows = (t.double() if t is not None and weight.dtype == torch.float64 else t for t in (columns, rows))
+    return ops.fold_weight(weight, None, columns, rows, None, None, VALUE, weight.dtype)[0]
+
+
+def _one_buffer(weights: list[Tensor]) -> list[Tensor]:
+    """The same weights as views of one buffer, matrices before biases, which is where cuDNN looks for them; else it copies, and warns."""
+    order = sorted(range(len(weights)), key=lambda i: weights[i].dim() == 1)
+    buffer = torch.cat([weights[i].reshape(-1) for i in order])
+    views = buffer.split([weights[i].numel() for i in order])
+    placed = {i: view.view(weights[i].shape) for i, view in zip(order, views, strict=True)}
+    return [placed[i] for i in range(len(weights))]

@@ -1,0 +1,243 @@
+"""compact on models with recurrent layers, gates on activations, gated branches and embeddings: smaller, plain, and the same function."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+import dampr
+from dampr.gates import HardConcrete
+from dampr.nn import (
+    Gate,
+    GatedEmbedding,
+    GatedGRU,
+    GatedLayer,
+    GatedLinear,
+    GatedLSTM,
+    GatedResidual,
+    GatedRNN,
+    Residual,
+    Scale,
+    ScaledRNN,
+)
+
+KINDS: list[Any] = [GatedLSTM, GatedGRU, GatedRNN]
+every_kind = pytest.mark.parametrize("kind", KINDS)
+words = torch.randint(20, (3, 5), generator=torch.Generator().manual_seed(0))
+
+
+class Tagger(nn.Module):
+    """Words in, a score for each step, or for the last one, out; with ``between`` in front of the classifier."""
+
+    def __init__(self, kind: Any, how: str = "all", between: nn.Module | None = None, **arguments: Any) -> None:
+        super().__init__()
+        self.embedding = GatedEmbedding(20, 8)
+        self.rnn = kind(8, 6, 2, batch_first=True, **arguments)
+        self.between = nn.Identity() if between is None else between
+        self.head = nn.Linear(12 if arguments.get("bidirectional") else 6, 3)
+        self.how = how
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(x)
+        if self.how == "packed":
+            y = pad_packed_sequence(self.rnn(pack_padded_sequence(x, [5, 4, 2], batch_first=True))[0], batch_first=True)[0]
+        else:
+            y, state = self.rnn(x)
+        if self.how == "last":
+            y = y[:, -1]
+        if self.how == "state":
+            y = (state[0] if isinstance(state, tuple) else state)[-1]
+        return self.head(self.between(y))
+
+
+def close(model: nn.Module, fractional: bool = False) -> nn.Module:
+    """A third of all gates closed, the rest open; where they are fractional, between 0 and 1."""
+    generator = torch.Generator().manual_seed(1)
+    for module in model.modules():
+        if isinstance(module, HardConcrete):
+            shut = torch.arange(module.num_gates) % 3 == 0
+            value = torch.rand(module.num_gates, generator=generator) if fractional else torch.full((module.num_gates,), 9.0)
+            module.log_alpha.data = torch.where(shut, -9.0, value)
+    return model.eval()
+
+
+def compacted(model: nn.Module, x: torch.Tensor) -> Any:
+    small = dampr.compact(model, example_inputs=x)
+    torch.testing.assert_close(small(x), model(x), rtol=1e-5, atol=1e-5)
+    assert not any(isinstance(module, GatedLayer) for module in small.modules())
+    return small
+
+
+@every_kind
+@pytest.mark.parametrize("how", ["all", "last", "state"])
+@pytest.mark.parametrize("fractional", [False, True])
+def test_a_recurrent_layer_and_what_reads_it_get_smaller(kind: Any, how: str, fractional: bool) -> None:
+    model = close(Tagger(kind, how), fractional)
+    small = compacted(model, words)
+    assert type(small.rnn) in (nn.LSTM, nn.GRU, nn.RNN)
+    assert small.rnn.hidden_size == small.head.in_features == 4
+    assert small.embedding.embedding_dim == small.rnn.input_size == 5
+    assert small.head.weight.shape == (3, 4)
+    assert small.dampr_manifest["closed_but_kept"] == {}
+    assert small.dampr_manifest["layers"]["rnn"] == {
+        "out": {"before": 6, "kept": [1, 2, 4, 5]},
+        "in": {"before": 8, "kept": [1, 2, 4, 5, 7]},
+    }
+    assert small.dampr_manifest["layers"]["head"]["in"]["kept"] == [1, 2, 4, 5]
+
+
+@every_kind
+def test_both_directions_and_dropout(kind: Any) -> None:
+    model = close(Tagger(kind, "all", nn.Dropout(0.5), bidirectional=True), True)
+    small = compacted(model, words)
+    assert small.rnn.hidden_size == 4
+    assert small.head.in_features == 8
+
+
+@every_kind
+def test_packed_sequences(kind: Any) -> None:
+    small = compacted(close(Tagger(kind, "packed"), True), words)
+    assert small.rnn.hidden_size == 4
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning")
+def test_a_projection() -> None:
+    model = close(Tagger(GatedLSTM, proj_size=3), True)
+    model.head = nn.Linear(3, 3).eval()
+    small = compacted(model, words)
+    assert small.rnn.proj_size == 2
+    assert small.rnn.hidden_size == 6
+
+
+@every_kind
+def test_a_nonlinearity_keeps_fractional_gates_in_a_scaled_layer_and_lets_others_go(kind: Any) -> None:
+    kept = compacted(close(Tagger(kind, between=nn.Tanh()), True), words)
+    assert type(kept.rnn) is ScaledRNN
+    assert "closed units stay: something between" in kept.dampr_manifest["closed_but_kept"]["rnn"]
+    assert compacted(close(Tagger(kind, between=nn.Tanh())), words).rnn.hidden_size == 4
+    normed = compacted(close(Tagger(kind, between=nn.LayerNorm(6))), words)
+    assert type(normed.rnn) is ScaledRNN
+
+
+class Stacked(nn.Module):
+    def __init__(self, kind: Any) -> None:
+        super().__init__()
+        self.first = kind(4, 6)
+        self.second = kind(6, 6)
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.second(self.first(x)[0])[0][-1])
+
+
+@every_kind
+def test_a_recurrent_layer_reads_another(kind: Any) -> None:
+    small = compacted(close(Stacked(kind), True), torch.randn(5, 3, 4))
+    assert small.first.hidden_size == small.second.input_size == small.second.hidden_size == small.head.in_features == 4
+
+
+class Decoder(Stacked):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y, state = self.first(x)
+        return self.head(self.second(y, state)[0])
+
+
+@every_kind
+def test_a_layer_whose_state_is_handed_on_keeps_its_size(kind: Any) -> None:
+    small = compacted(close(Decoder(kind)), torch.randn(5, 3, 4))
+    assert "its state is given to 'second'" in small.dampr_manifest["closed_but_kept"]["first"]
+    assert type(small.first) is ScaledRNN
+
+
+class Bare(nn.Module):
+    def __init__(self, kind: Any) -> None:
+        super().__init__()
+        self.rnn = kind(4, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.rnn(x)[0]
+
+
+@every_kind
+def test_a_layer_whose_output_is_the_models_keeps_its_width(kind: Any) -> None:
+    small = compacted(close(Bare(kind)), torch.randn(5, 3, 4))
+    assert "gets to the model's own" in small.dampr_manifest["closed_but_kept"]["rnn"]
+    fresh = compacted(Bare(kind).eval(), torch.randn(5, 3, 4))
+    assert isinstance(fresh.rnn, nn.RNNBase)
+    assert fresh.dampr_manifest["closed_but_kept"] == {}
+
+
+@every_kind
+def test_training_is_left_possible_and_frozen_parameters_frozen(kind: Any) -> None:
+    model = close(Tagger(kind))
+    model.head.weight.requires_grad_(False)
+    small = compacted(model, words)
+    assert all(p.requires_grad == (name != "head.weight") for name, p in small.named_parameters())
+    small.train()(words).sum().backward()
+    assert all(p.grad is not None for p in small.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("fractional", [False, True])
+@pytest.mark.parametrize(
+    ("model", "shape", "left"),
+    [
+        (lambda: nn.Sequential(nn.Linear(4, 9), Gate(9), nn.Sigmoid(), nn.Linear(9, 3)), (5, 4), 6),
+        (lambda: nn.Sequential(nn.Linear(4, 9), Gate(9, -1), nn.ReLU(), nn.Linear(9, 3)), (5, 2, 4), 6),
+        (lambda: nn.Sequential(nn.Linear(4, 9), Gate(3, -1, index=torch.arange(9) % 3), nn.Linear(9, 3)), (5, 4), 6),
+        (
+            lambda: nn.Sequential(nn.Conv2d(4, 9, 3), nn.BatchNorm2d(9), Gate(9), nn.ReLU(), nn.Conv2d(9, 3, 3, padding=1)),
+            (2, 4, 5, 5),
+            6,
+        ),
+        (lambda: nn.Sequential(nn.Conv1d(4, 9, 3), Gate(9), nn.Flatten(), nn.Linear(27, 3)), (2, 4, 5), 6),
+    ],
+)
+def test_what_a_gate_closes_is_cut(model: Any, shape: tuple[int, ...], left: int, fractional: bool) -> None:
+    gated = close(model(), fractional)
+    small = compacted(gated, torch.randn(shape))
+    assert small[0].weight.shape[0] == left
+    assert small.dampr_manifest["closed_but_kept"] == {}
+    scales = [m for m in small.modules() if isinstance(m, Scale)]
+    assert [m.num_features for m in scales] == ([left] if fractional else [])
+
+
+def test_gates_on_positions_leave_the_channels_alone() -> None:
+    model = close(nn.Sequential(GatedLinear(4, 9), Gate(5, 1), nn.ReLU(), nn.Linear(9, 3)))
+    small = compacted(model, torch.randn(2, 5, 4))
+    assert small[0].out_features == 6
+    assert small[1].num_features == 5
+    assert "closed channels stay" in small.dampr_manifest["closed_but_kept"]["1"]
+
+
+def test_a_closed_branch_goes_with_the_gated_layers_in_it() -> None:
+    def branch() -> nn.Module:
+        return nn.Sequential(GatedLinear(6, 9), nn.ReLU(), GatedLinear(9, 6, granularity="input"))
+
+    model = nn.Sequential(nn.Linear(4, 6), GatedResidual(branch()), GatedResidual(branch()), nn.Linear(6, 2))
+    close(model)
+    model[2].gate.log_alpha.data.fill_(0.5)
+    small = compacted(model, torch.randn(5, 4))
+    assert type(small[1]) is nn.Identity
+    assert type(small[2]) is Residual
+    assert small[2].scale is None
+    assert small[2].branch[0].out_features == small[2].branch[2].in_features == 6
+
+
+def test_rows_of_an_embedding_stay_and_the_manifest_says_so() -> None:
+    model = close(nn.Sequential(GatedEmbedding(20, 8, granularity="input"), nn.Linear(8, 2)))
+    small = compacted(model, words)
+    assert small[0].weight.shape == (20, 8)
+    assert "closed rows stay" in small.dampr_manifest["closed_but_kept"]["0"]
+
+
+def test_a_compacted_recurrent_model_is_saved_and_loaded(tmp_path: Any) -> None:
+    small = compacted(close(Tagger(GatedLSTM, bidirectional=True), True), words)
+    dampr.save(small, tmp_path / "small.safetensors")
+    dense = Tagger(nn.LSTM, bidirectional=True)
+    dense.embedding = nn.Embedding(20, 8)
+    loaded = dampr.load(tmp_path / "small.safetensors", dense)
+    assert torch.equal(loaded.eval()(words), small(words))
