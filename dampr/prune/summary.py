@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -20,12 +22,16 @@ def gated_layers(model: nn.Module) -> dict[str, GatedLayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, GatedLayer)}
 
 
-def penalty(model: nn.Module, *, lam: float = 1.0, prior_precision: float = 0.0) -> Tensor:
+Cost = float | Mapping[str, float]
+
+
+def penalty(model: nn.Module, *, lam: Cost = 1.0, prior_precision: Cost = 0.0) -> Tensor:
     """The expected L0 penalty of all gated layers, a scalar tensor to add to the loss (Louizos et al. 2018, eq. 9 and appendix A).
 
     sum over gates of pi (lam |g| + prior_precision / 2 ||w_g||^2), with pi the probability of being open and |g| the parameters a gate
     switches off: with the defaults, the expected number of gated parameters that are left. Multiply it by lambda / N where the loss is a
-    mean over N training examples.
+    mean over N training examples. Either number may be a mapping from name globs to numbers, the first that matches a layer counts: ``{"conv*":
+    10.0, "*": 0.1}`` is the published "lambda sep.".
 
     Raises ValueError when ``model`` has no gated layer.
 
@@ -37,7 +43,21 @@ def penalty(model: nn.Module, *, lam: float = 1.0, prior_precision: float = 0.0)
     layers = gated_layers(model)
     if not layers:
         raise ValueError(f"model={type(model).__name__}: expected gated layers in it (dampr.convert puts them there)")
-    return torch.stack([layer.penalty(lam, prior_precision) for layer in layers.values()]).sum()
+    costs = [
+        [_cost_of(name, argument, value) for argument, value in (("lam", lam), ("prior_precision", prior_precision))] for name in layers
+    ]
+    return torch.stack([layer.penalty(*cost) for layer, cost in zip(layers.values(), costs, strict=True)]).sum()
+
+
+def _cost_of(name: str, argument: str, value: Cost) -> float:
+    if not isinstance(value, Mapping):
+        return value
+    found = next((number for pattern, number in value.items() if fnmatchcase(name, pattern)), None)
+    if found is None:
+        raise ValueError(
+            f"{argument}={dict(value)!r}: expected a glob that matches the gated layer {name!r} (a last one of '*' matches all)"
+        )
+    return found
 
 
 def param_groups(model: nn.Module, *, lr: float, gate_lr: float | None = None, weight_decay: float = 0.0) -> list[dict[str, Any]]:

@@ -305,3 +305,12 @@ def test_a_norm_that_took_in_its_activation_is_cut_as_well() -> None:
     small = dampr.compact(model, example_inputs=IMAGES)
     assert small[0].out_channels == 5
     assert relative_gap(model, small, torch.randn_like(IMAGES)) <= 1e-5
+
+
+def test_every_layer_can_have_a_lambda_of_its_own() -> None:
+    model = dampr.convert(lenet())
+    layers = dampr.prune.gated_layers(model)
+    expected = sum(layer.penalty(10.0 if name in "03" else 0.5, 0.1) for name, layer in layers.items())
+    torch.testing.assert_close(dampr.penalty(model, lam={"[03]": 10.0, "*": 0.5}, prior_precision=0.1), expected)
+    with pytest.raises(ValueError, match=r"lam=\{'\[03\]': 1.0\}: expected a glob that matches the gated layer '7'"):
+        dampr.penalty(model, lam={"[03]": 1.0})
