@@ -52,7 +52,7 @@ def main() -> None:
             else:
                 dampr.convert(model, gate=FAMILIES[family], example_inputs=data.x_test[:8])
                 macs = demo.layer_macs(model, data.x[:1])
-                rate = 3e-3 if family == "dep_l0" else 2e-2
+                rate = 2e-2 if family == "dep_l0" else 1e-1
                 common.train(
                     model, data, epochs=args.epochs, lr=2e-3, penalty=lambda _, macs=macs: above(macs, args.target), gate_lr=rate, settle=2
                 )
