@@ -1,6 +1,7 @@
 """Five gate families on one task at one target size: LeNet-5-Caffe, the same epochs and the same target of expected MACs, several seeds.
 
-Every family gets the same penalty, a constant times its expected share of MACs, until what is open is down at the target.
+Every family gets the same penalty, a constant times its expected share of MACs, until what is open is down at the target; from then on its
+gates stay as they are.
 """
 
 from __future__ import annotations
@@ -34,7 +35,12 @@ def above(macs: list[tuple[nn.Module, int]], target: float) -> Tensor:
     for layer, count in macs:
         after = float(layer.gate.is_open().float().mean()) if isinstance(layer, dampr.nn.GatedLayer) else 1.0
         left, before = left + count * before * after, after
-    return STRENGTH * demo.expected_macs(macs) / total if left > target * total else torch.zeros(())
+    if left > target * total:
+        return STRENGTH * demo.expected_macs(macs) / total
+    for layer, _ in macs:
+        for parameter in layer.gate.parameters() if isinstance(layer, dampr.nn.GatedLayer) else ():
+            parameter.requires_grad_(False)
+    return torch.zeros(())
 
 
 def main() -> None:

