@@ -115,8 +115,8 @@ class GatedWeight(GatedLayer):
     def _open_range(self) -> slice | None:
         """The open gates of a family that keeps them side by side (DAM), so that a view of the weight is all there is to multiply.
 
-        None where all are open or none is, on a GPU, where asking would wait for the device, and where operators are counted or traced, which
-        should see the whole layer.
+        None where all are open or none is, on a GPU, where asking would wait for the device, and where operators are counted or traced:
+        what counts is the whole layer.
         """
         find = getattr(self.gate, "open_slice", None)
         watched = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
