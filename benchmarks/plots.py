@@ -42,6 +42,7 @@ STYLES = {
     "small_m": ("#D55E00", "s"),
     "passes": ("#CC79A7", "D"),
     "one_pass": ("#000000", "P"),
+    "linear": ("#999999", "*"),
 }
 CLOSED = re.compile(r"(.*), (\d+)% of blocks closed")
 Environment = dict[str, Any]

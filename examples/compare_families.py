@@ -21,7 +21,7 @@ FAMILIES: dict[str, Any] = {
     "hard_concrete": "hard_concrete",
     "dep_l0": "dep_l0",
     "dam": functools.partial(dampr.gates.DiscriminativeMask, min_open=1),
-    "diffprune": functools.partial(dampr.gates.DiffPrune, stochastic=True, init_sigma=0.25),
+    "diffprune": functools.partial(dampr.gates.DiffPrune, stochastic=True),
     "diffmask": "diffmask",
 }
 

@@ -59,6 +59,7 @@ class Gate(GateModule):
     """
 
     num_gates: int
+    open_slice: Callable[[], tuple[int, int]] | None = None  # (start, stop) of the open gates, where a family keeps these side by side
 
     def __init__(self, num_gates: int) -> None:
         super().__init__()

@@ -118,9 +118,8 @@ class GatedWeight(GatedLayer):
         None where all are open or none is, on a GPU, where asking would wait for the device, and where operators are counted or traced:
         what counts is the whole layer.
         """
-        find = getattr(self.gate, "open_slice", None)
-        watched = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
-        if find is None or watched or self.weight.device.type != "cpu":
+        find = self.gate.open_slice
+        if find is None or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or self.weight.device.type != "cpu":
             return None
         start, stop = find()
         return slice(start, stop) if 0 < stop - start < self.gate.num_gates else None
