@@ -1,6 +1,6 @@
 """Gate families: small modules that own the gate parameters and say when a gate is open. Equations: :mod:`dampr.spec`."""
 
-from .base import Gate, make_gate
+from .base import Gate, make_gate, place_gate
 from .dependent import DependencyGenerator, DependentHardConcrete
 from .differentiable_mask import DifferentiableMask, foothill, geometric_slope, scale_penalty, square_penalty
 from .diffprune import DiffPrune
@@ -23,6 +23,7 @@ __all__ = [
     "foothill",
     "geometric_slope",
     "make_gate",
+    "place_gate",
     "scale_penalty",
     "square_penalty",
 ]

@@ -59,6 +59,7 @@ class Gate(GateModule):
     """
 
     num_gates: int
+    draws_once: bool = False  # whether its noise is one draw per call, which no layer can make one per sample
     open_slice: Callable[[], tuple[int, int]] | None = None  # (start, stop) of the open gates, where a family keeps these side by side
 
     def __init__(self, num_gates: int) -> None:
@@ -122,6 +123,14 @@ class KernelGate(Gate):
     def forward(self, rows: int | None = None) -> Tensor:
         parameter, seed, spec = self.call()
         return functional.sample_gates(parameter, seed=seed, rows=rows, spec=spec)
+
+
+def place_gate(gate: str | type[Gate] | Gate | Callable[..., Any], num_gates: int, device: Any, per_sample: bool) -> Gate:
+    """:func:`make_gate` for a layer. Raises ValueError where it should draw per sample and the family cannot."""
+    made = make_gate(gate, num_gates, device)
+    if per_sample and made.draws_once:
+        raise ValueError(f"per_sample=True with {made}: expected False, because such gates draw once per call")
+    return made
 
 
 def make_gate(gate: str | type[Gate] | Gate | Callable[..., Any], num_gates: int, device: torch.device | str | None = None) -> Gate:

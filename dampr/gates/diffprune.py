@@ -72,6 +72,7 @@ class DiffPrune(KernelGate):
         name, usual = SHAPES[shape]
         self.shape, self.stochastic, self.revive, self.init_sigma = shape, bool(stochastic), revive, float(init_sigma)
         self._ramp = ramp(name, usual if sharpness is None else sharpness)
+        self.draws_once = self.stochastic or revive == "noise"
         self.phi = nn.Parameter(torch.full((num_gates,), float(init_phi), dtype=torch.float32, device=device))
         if stochastic:
             self.log_sigma = nn.Parameter(torch.full((num_gates,), math.log(init_sigma), dtype=torch.float32, device=device))

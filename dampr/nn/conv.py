@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
 from dampr import functional
-from dampr.gates import Gate, make_gate
+from dampr.gates import Gate, place_gate
 
 from .base import GatedWeight, Granularity
 
@@ -58,7 +58,7 @@ class _GatedConv(GatedWeight, _ConvNd):
         count = self._gate_count(granularity, per_sample, out_channels, in_channels, groups, self.weight.shape[2:].numel())
         self.granularity = granularity
         self.per_sample = bool(per_sample)
-        self.gate = make_gate(gate, count, device)
+        self.gate = place_gate(gate, count, device, self.per_sample)
 
     def forward(self, x: Tensor) -> Tensor:
         padding: Any = self.padding

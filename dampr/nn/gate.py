@@ -12,7 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from dampr import _checks, functional, reference
 from dampr.gates import Gate as Family
-from dampr.gates import make_gate
+from dampr.gates import make_gate, place_gate
 from dampr.spec import HARD_CONCRETE, RAMP, SAMPLE, value
 
 from .base import VECTOR_GRANULARITIES, GatedLayer, _wide
@@ -97,7 +97,8 @@ class Gate(GatedLayer, nn.Module):
         self.per_sample = bool(per_sample)
         self.weights_per_gate = 1.0
         self.register_buffer("index", index, persistent=False)
-        self.gate = make_gate(gate, num_gates, device if index is None else index.device)
+        where = device if index is None else index.device
+        self.gate = place_gate(gate, num_gates, where, self.per_sample and index is None)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.index is None:

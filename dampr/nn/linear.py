@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dampr import functional
-from dampr.gates import Gate, make_gate
+from dampr.gates import Gate, place_gate
 from dampr.spec import GateSpec
 
 from .base import GatedWeight, Granularity
@@ -51,7 +51,7 @@ class GatedLinear(GatedWeight, nn.Linear):
         super().__init__(in_features, out_features, bias, device, dtype)
         self.granularity = granularity
         self.per_sample = bool(per_sample)
-        self.gate = make_gate(gate, count, device)
+        self.gate = place_gate(gate, count, device, self.per_sample)
 
     def forward(self, x: Tensor) -> Tensor:
         parameter, seed, spec = self.gate.call()

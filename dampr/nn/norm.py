@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dampr import _checks, functional
 from dampr.functional.norm import ACTIVATIONS
-from dampr.gates import Gate, make_gate
+from dampr.gates import Gate, make_gate, place_gate
 from dampr.spec import SAMPLE
 
 from .base import GatedLayer
@@ -35,7 +35,7 @@ class _GatedNorm(GatedLayer):
     def _place(self, gate: str | type[Gate] | Gate, count: int, per_sample: bool, device: Any) -> None:
         self.granularity = "output"
         self.per_sample = bool(per_sample)
-        self.gate = make_gate(gate, count, device)
+        self.gate = place_gate(gate, count, device, self.per_sample)
         self.weights_per_gate = float((self.weight is not None) + (self.bias is not None))
 
     def _affine(self) -> tuple[Tensor, Tensor | None]:
