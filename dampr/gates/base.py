@@ -26,10 +26,11 @@ class GateModule(nn.Module):
         super()._apply(keep_precision, recurse)
         return self
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        # A dense checkpoint of the layer around it has no gates: they stay as they are.
-        if not prefix or any(key.startswith(prefix) for key in state_dict):
-            super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any) -> None:
+        # A dense checkpoint of the layer around it has no gates: they stay as they are. One that was made with them, as its metadata tells,
+        # and has lost their values, does not load.
+        if not prefix or local_metadata or any(key.startswith(prefix) for key in state_dict):
+            super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
 
 class Gate(GateModule):

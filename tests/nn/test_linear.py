@@ -175,3 +175,13 @@ def test_training_closes_gates_that_carry_nothing():
         loss.backward()
         optimizer.step()
     assert layer.gate.is_open().tolist() == [True] * 8 + [False] * 8
+
+
+def test_a_checkpoint_that_lost_the_gates_of_one_layer_is_not_taken_for_a_dense_one():
+    model = nn.Sequential(GatedLinear(4, 3), GatedLinear(3, 2))
+    state = model.state_dict()
+    del state["1.gate.log_alpha"]
+    with pytest.raises(RuntimeError, match=r"Missing key.*1\.gate\.log_alpha"):
+        model.load_state_dict(state)
+    dense = {key: t for key, t in model.state_dict().items() if ".gate." not in key}
+    model.load_state_dict(dense)
