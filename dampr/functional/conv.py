@@ -117,11 +117,12 @@ def _gated_conv(
     backend = ops.select(x.device, x.dtype)
     route, _ = backend.conv_route(tuple(weight.shape), groups, where, per_sample and drawn, pointwise, x.device)
     if route == "linear":
-        matrix = weight.view(n_out, n_in)
+        matrix = weight.reshape(n_out, n_in)
         y = ops.gated_linear(x.permute(0, 2, 3, 1), matrix, bias, in_la, out_la, in_seed, out_seed, spec, False)
         return y.permute(0, 3, 1, 2)
-    if route == "live":
-        batch, window = (x if x.dim() == 4 else x[None]), _window(weight, *arguments)
+    window = _window(weight, *arguments) if route == "live" else None
+    if window is not None:
+        batch = x if x.dim() == 4 else x[None]
         y = ops.gated_conv2d(batch, weight, bias, in_la, out_la, in_seed, out_seed, spec, *window)
         return y if x.dim() == 4 else y[0]
     if route == "passes":
@@ -158,18 +159,19 @@ def is_pointwise(x: Tensor, weight: Tensor, stride: Any, padding: Any, dilation:
     """Whether a convolution is a linear map of the channels of each pixel, and these lie side by side in memory."""
     if x.dim() != 4 or weight.shape[2:] != (1, 1) or groups != 1 or not x.is_contiguous(memory_format=torch.channels_last):
         return False
-    return _window(weight, stride, padding, dilation, groups)[:2] == ((1, 1), (0, 0))
+    window = _window(weight, stride, padding, dilation, groups)
+    return window is not None and window[:2] == ((1, 1), (0, 0))
 
 
-def _window(weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: int) -> tuple[Pair, Pair, Pair, int]:
-    """Stride, symmetric zero padding and dilation as pairs. Raises ValueError for padding that differs between two opposite sides."""
+def _window(weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: int) -> tuple[Pair, Pair, Pair, int] | None:
+    """Stride, zero padding and dilation as pairs, and groups; None for padding that differs between opposite sides ("same", even kernels)."""
     dilation = _pair(dilation)
     if padding == "valid":
         padding = 0
     elif padding == "same":
         total = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
         if any(t % 2 for t in total):
-            raise ValueError(f"padding='same': a kernel of {tuple(weight.shape[2:])} pads unevenly, which the live route cannot do")
+            return None
         padding = [t // 2 for t in total]
     return _pair(stride), _pair(padding), dilation, groups
 

@@ -307,3 +307,14 @@ def test_golden_convolution_in_training_gates_the_bias(golden: dict[str, Any], b
     with dampr.backend(backend):
         y = functional.gated_conv2d(x.view(1, 1, 3, 3), weight, bias, output_gate=z, spec=value())
     torch.testing.assert_close(y[0], torch.tensor(case["corrected_train_shared"], dtype=torch.float64), atol=1e-12, rtol=0)
+
+
+def test_same_padding_of_an_even_kernel_has_no_live_route_but_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = GatedConv2d(3, 4, 4, padding="same"), torch.randn(2, 3, 6, 6)
+    backend = dampr.ops.select(x.device, x.dtype)
+    monkeypatch.setattr(backend, "conv_route", lambda *_: ("live", "as a table could say"))
+    torch.manual_seed(1)
+    y = layer(x)
+    monkeypatch.undo()
+    torch.manual_seed(1)
+    assert torch.equal(y, layer(x))
