@@ -164,7 +164,7 @@ def is_pointwise(x: Tensor, weight: Tensor, stride: Any, padding: Any, dilation:
 
 
 def _window(weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: int) -> tuple[Pair, Pair, Pair, int] | None:
-    """Stride, zero padding and dilation as pairs, and groups; None for padding that differs between opposite sides ("same", even kernels)."""
+    """Stride, zero padding and dilation as pairs, and groups; None where opposite sides are padded differently ("same", even kernels)."""
     dilation = _pair(dilation)
     if padding == "valid":
         padding = 0

@@ -309,6 +309,7 @@ def test_golden_convolution_in_training_gates_the_bias(golden: dict[str, Any], b
     torch.testing.assert_close(y[0], torch.tensor(case["corrected_train_shared"], dtype=torch.float64), atol=1e-12, rtol=0)
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")  # torch's own
 def test_same_padding_of_an_even_kernel_has_no_live_route_but_works(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, x = GatedConv2d(3, 4, 4, padding="same"), torch.randn(2, 3, 6, 6)
     backend = dampr.ops.select(x.device, x.dtype)
