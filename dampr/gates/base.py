@@ -105,10 +105,6 @@ class Gate(GateModule):
         with torch.no_grad():
             return self.deterministic() != 0
 
-    def draw_seed(self) -> Tensor | None:
-        """A fresh seed on the device of the gates (int64, (1,)), or None in a mode without noise."""
-        return self.call()[1]
-
     def call(self) -> tuple[Tensor, Tensor | None, GateSpec]:
         """What a fused op takes for one call in the present mode: the parameters, a fresh seed or None, and the spec."""
         parameter, spec = self.parameter, self.spec
