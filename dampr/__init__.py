@@ -12,6 +12,9 @@ from dampr._version import __version__
 from dampr.nn.explain import explain
 from dampr.ops import BackendUnavailableError, backend, backend_info
 from dampr.prune import (
+    Budget,
+    BudgetError,
+    BudgetReport,
     CompactionError,
     ConversionError,
     FileError,
@@ -27,6 +30,9 @@ from dampr.prune import (
 
 __all__ = [
     "BackendUnavailableError",
+    "Budget",
+    "BudgetError",
+    "BudgetReport",
     "CompactionError",
     "ConversionError",
     "FileError",

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 import dampr
@@ -25,25 +25,24 @@ Progress = Callable[[str, int, int, str], None]  # label, step, of how many, not
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a network is trained on a data set. ``lam`` is the cost of one expected multiply-accumulate in units of the loss times N.
+    """How a network is trained on a data set: ``macs``, the share of the multiply-accumulates that may be left, is a :class:`dampr.Budget`.
 
-    For a linear layer with all inputs open that is the paper's lambda, the cost of a parameter. In the last ``settle`` epochs gates are
-    deterministic and cost nothing: weights settle on the units that are left (the fine-tuning of Dep-L0).
+    In the last ``settle`` epochs the gates are decided: weights settle on the units that are left (the fine-tuning of Dep-L0).
     """
 
     epochs: int
     batch: int
     lr: float
     gate_lr: float
-    lam: float
-    settle: int = 0
+    macs: float
+    settle: int
 
 
 RECIPES = {
-    ("mlp", "digits"): Recipe(epochs=150, batch=64, lr=2e-3, gate_lr=2e-2, lam=0.1),
-    ("mlp", "fashion-mnist"): Recipe(epochs=12, batch=128, lr=1e-3, gate_lr=1e-2, lam=0.3),
-    ("cnn", "mnist"): Recipe(epochs=6, batch=128, lr=2e-3, gate_lr=3e-2, lam=0.027, settle=3),
-    ("cnn", "fashion-mnist"): Recipe(epochs=12, batch=128, lr=2e-3, gate_lr=3e-2, lam=0.027, settle=8),
+    ("mlp", "digits"): Recipe(epochs=100, batch=64, lr=2e-3, gate_lr=5e-2, macs=0.12, settle=40),
+    ("mlp", "fashion-mnist"): Recipe(epochs=12, batch=128, lr=1e-3, gate_lr=5e-2, macs=0.2, settle=4),
+    ("cnn", "mnist"): Recipe(epochs=6, batch=128, lr=2e-3, gate_lr=5e-2, macs=0.15, settle=3),
+    ("cnn", "fashion-mnist"): Recipe(epochs=12, batch=128, lr=2e-3, gate_lr=5e-2, macs=0.25, settle=6),
 }
 
 
@@ -171,50 +170,29 @@ def _train(model: nn.Module, split: datasets.Split, recipe: Recipe, progress: Pr
     layers = dampr.prune.gated_layers(model)
     optimizer = torch.optim.Adam(dampr.param_groups(model, lr=recipe.lr, gate_lr=recipe.gate_lr))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, recipe.epochs)
-    count, macs = len(split.x), layer_macs(model, split.x[:1])
+    pruning = max(1, recipe.epochs - recipe.settle)
+    steps = pruning * -(-len(split.x) // recipe.batch)
+    budget = dampr.Budget(model, split.x[:1], macs=recipe.macs, schedule=max(1, steps * 3 // 4)) if layers else None
     for epoch in range(recipe.epochs):
         model.train()
-        settled = epoch >= recipe.epochs - recipe.settle
-        for layer in layers.values() if settled else ():
-            layer.gate.eval()
         total = 0.0
-        for index in torch.randperm(count).split(recipe.batch):
+        for index in torch.randperm(len(split.x)).split(recipe.batch):
             loss = F.cross_entropy(model(split.x[index]), split.y[index])
             total += float(loss.detach()) * len(index)
-            if layers and not settled:
-                loss = loss + recipe.lam / count * expected_macs(macs)
+            if budget is not None and epoch < pruning:
+                loss = loss + budget.penalty()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            if budget is not None and epoch < pruning:
+                budget.step()
         schedule.step()
+        if budget is not None and epoch + 1 == pruning:
+            budget.finalize()
         open_gates = {name: int(layer.gate.is_open().sum()) for name, layer in layers.items()}
-        note = f"loss {total / count:.4f}" + (f", open {'-'.join(map(str, open_gates.values()))}" if layers else "")
+        note = f"loss {total / len(split.x):.4f}" + (f", open {'-'.join(map(str, open_gates.values()))}" if layers else "")
         progress(label, epoch + 1, recipe.epochs, note)
-        yield {"epoch": epoch + 1, "loss": total / count, "open": open_gates}
-
-
-def layer_macs(model: nn.Module, x: Tensor) -> list[tuple[nn.Module, int]]:
-    """The weighted layers of a chain in order, each with the multiply-accumulates of one image."""
-    found: list[tuple[nn.Module, int]] = []
-    hooks = [
-        layer.register_forward_hook(lambda layer, args, out: found.append((layer, layer.weight.numel() * out.shape[2:].numel())))
-        for layer in model.modules()
-        if isinstance(layer, (nn.Linear, nn.Conv2d))
-    ]
-    with torch.no_grad():
-        model(x)
-    for hook in hooks:
-        hook.remove()
-    return found
-
-
-def expected_macs(macs: list[tuple[nn.Module, int]]) -> Tensor:
-    """Expected multiply-accumulates of a chain: each layer's, times the open share of its inputs, times that of its outputs."""
-    total, before = torch.zeros(()), torch.ones(())
-    for layer, count in macs:
-        after = layer.gate.open_probability().mean() if isinstance(layer, dampr.nn.GatedLayer) else torch.ones(())
-        total, before = total + count * before * after, after
-    return total
+        yield {"epoch": epoch + 1, "loss": total / len(split.x), "open": open_gates}
 
 
 def _accuracy(model: nn.Module, split: datasets.Split) -> float:

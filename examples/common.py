@@ -20,6 +20,7 @@ from dampr.prune.measure import count_macs, count_params
 
 RESULTS = Path(__file__).parent / "results"
 FOLDERS = (Path("/usr/share/datasets/fashion-mnist"), Path("/usr/share/dataset/fashion-mnist"))
+BATCH = 128
 Penalty = Callable[[nn.Module], Tensor]
 
 
@@ -57,7 +58,7 @@ def train(
     *,
     epochs: int,
     penalty: Penalty | None = None,
-    batch: int = 128,
+    batch: int = BATCH,
     lr: float = 1e-3,
     gate_lr: float = 1e-2,
     settle: int = 0,
@@ -89,6 +90,20 @@ def train(
     return time.perf_counter() - start
 
 
+def to_budget(
+    model: nn.Module, data: datasets.Split, *, macs: float, epochs: int, settle: int, lr: float = 2e-3, gate_lr: float = 1e-1
+) -> dict[str, Any]:
+    """Prune down to a share of the MACs, compact, and train the compacted model for the last ``settle`` epochs: sizes and accuracy."""
+    pruning = max(1, epochs - settle)
+    budget = dampr.Budget(model, data.x_test[:1], macs=macs, schedule=max(1, pruning * -(-len(data.x) // BATCH) * 3 // 4))
+    seconds = train(model, data, epochs=pruning, lr=lr, penalty=lambda _: budget.penalty(), gate_lr=gate_lr, after_step=budget.step)
+    left = budget.left()
+    budget.finalize()
+    small = dampr.compact(model, example_inputs=data.x_test[:64])
+    seconds += train(small, data, epochs=settle, lr=lr / 2)
+    return {"seconds": seconds, "left_before_finalize": left, **sizes(model, small, data)}
+
+
 def widths(model: nn.Module) -> str:
     """Open gates of each gated layer: "12/20-30/50"."""
     layers = dampr.prune.gated_layers(model).values()
@@ -106,12 +121,17 @@ def accuracy(model: nn.Module, data: datasets.Split) -> float:
 def compacted(model: nn.Module, data: datasets.Split) -> dict[str, Any]:
     """Accuracy, open gates, parameters and MACs of the compacted model, and what was there before."""
     example = data.x_test[:64]
-    small = dampr.compact(model.eval(), example_inputs=example)
+    return sizes(model, dampr.compact(model.eval(), example_inputs=example), data)
+
+
+def sizes(model: nn.Module, small: nn.Module, data: datasets.Split) -> dict[str, Any]:
+    """Accuracy, parameters and MACs of ``small``, which ``model`` was compacted to, and what was there before."""
+    example = data.x_test[:1]
     return {
         "accuracy": accuracy(small, data),
         "open": widths(model),
-        "macs": count_macs(small, example[:1]),
-        "macs_dense": count_macs(model, example[:1]),
+        "macs": count_macs(small, example),
+        "macs_dense": count_macs(model, example),
         "params": count_params(small),
         "params_dense": count_params(model),
     }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 
 import torch
-from torch import nn
 
 import dampr
 from dampr import demo
@@ -13,25 +12,13 @@ from examples import common
 
 
 def main() -> None:
-    args = common.arguments(__doc__, epochs=8, lam=0.3, gate_lr=2e-2, count=20000)
+    args = common.arguments(__doc__, epochs=8, macs=0.25, gate_lr=1e-1, count=20000)
     torch.manual_seed(args.seed)
     name, data = common.images(args.root, args.count)
-    gate = functools.partial(dampr.gates.DiffPrune, stochastic=True)
+    gate = functools.partial(dampr.gates.DiffPrune, stochastic=True, init_sigma=0.3)
     model = dampr.convert(demo.cnn(data.x.shape[1]), gate=gate, example_inputs=data.x_test[:64])
-    macs = demo.layer_macs(model, data.x[:1])
-
-    def penalty(_: nn.Module) -> torch.Tensor:
-        return args.lam / len(data.x) * demo.expected_macs(macs)
-
-    seconds = common.train(model, data, epochs=args.epochs, penalty=penalty, gate_lr=args.gate_lr, settle=2)
-    result = {
-        "method": "diffprune",
-        "data": name,
-        "seed": args.seed,
-        "epochs": args.epochs,
-        "seconds": seconds,
-        **common.compacted(model, data),
-    }
+    found = common.to_budget(model, data, macs=args.macs, epochs=args.epochs, settle=min(2, args.epochs - 1), gate_lr=args.gate_lr)
+    result = {"method": "diffprune", "data": name, "seed": args.seed, "epochs": args.epochs, **found}
     common.finish(__file__, {**result, "published": "MNIST, LeNet-5: error 0.6 % (sizes not available)"}, not args.no_write)
 
 

@@ -5,6 +5,7 @@ from .dependent import DependencyGenerator, DependentHardConcrete
 from .differentiable_mask import DifferentiableMask, foothill, geometric_slope, scale_penalty, square_penalty
 from .diffprune import DiffPrune
 from .discriminative import DiscriminativeMask, dam_penalty
+from .fixed import Fixed
 from .hard_concrete import PRESETS, PUBLISHED, HardConcrete
 from .polyak import PolyakAverage
 
@@ -16,6 +17,7 @@ __all__ = [
     "DiffPrune",
     "DifferentiableMask",
     "DiscriminativeMask",
+    "Fixed",
     "Gate",
     "HardConcrete",
     "PolyakAverage",

@@ -31,6 +31,10 @@ class GatedLayer:
         """Output and input channels that the closed gates switch off altogether."""
         raise NotImplementedError
 
+    def channel_gates(self) -> Tensor | None:
+        """The gate of each output channel (of each input channel with granularity ``"input"``), int64; None where channels have none."""
+        return torch.arange(self.gate.num_gates) if self.granularity in VECTOR_GRANULARITIES else None
+
     def to_dense(self) -> nn.Module:
         """A plain ``torch.nn`` layer that computes what this one computes in evaluation mode."""
         raise NotImplementedError

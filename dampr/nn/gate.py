@@ -117,6 +117,9 @@ class Gate(GatedLayer, nn.Module):
         total: Tensor = lam * self.weights_per_gate * self._each(self.gate.open_probability()).sum()
         return total
 
+    def channel_gates(self) -> Tensor:
+        return torch.arange(self.gate.num_gates) if self.index is None else self.index.cpu()
+
     def closed_channels(self) -> tuple[set[int], set[int]]:
         return set(self._each(~self.gate.is_open()).nonzero().flatten().tolist()), set()
 
@@ -215,6 +218,9 @@ class GatedResidual(GatedLayer, nn.Module):
             cost = cost + 0.5 * prior_precision * _wide(p).square().sum()
         total: Tensor = (self.gate.open_probability() * cost).sum()
         return total
+
+    def channel_gates(self) -> None:
+        """None: the gate is that of the branch."""
 
     def closed_channels(self) -> tuple[set[int], set[int]]:
         """Nothing: an open or closed branch leaves every channel of the sum as it is."""
@@ -375,6 +381,10 @@ class GatedEmbedding(GatedLayer, nn.Embedding):
             cost = cost + 0.5 * prior_precision * _wide(self.weight).square().sum(along)
         total: Tensor = (self.gate.open_probability() * cost).sum()
         return total
+
+    def channel_gates(self) -> Tensor | None:
+        """Those of the columns; rows are words, which the caller counts."""
+        return torch.arange(self.embedding_dim) if self.granularity == "output" else None
 
     def closed_channels(self) -> tuple[set[int], set[int]]:
         shut = set((~self.gate.is_open()).nonzero().flatten().tolist())

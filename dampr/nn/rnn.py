@@ -187,6 +187,9 @@ class _GatedRecurrent(GatedLayer, nn.RNNBase):
         shut = (~self.gate.is_open()).view(-1, self._width)
         return [set(row.nonzero().flatten().tolist()) for row in shut]
 
+    def channel_gates(self) -> None:
+        """None: the units of a layer are cut in all its rows alike, see :meth:`compacted`."""
+
     def closed_channels(self) -> tuple[set[int], set[int]]:
         """The features of the output that are closed, and no input."""
         closed = self.closed_units()[-self._directions :]

@@ -1,13 +1,19 @@
 """From any model to a smaller plain one: convert, penalise, report, compact, save."""
 
+from .budget import Budget, BudgetError, BudgetReport
 from .compact import CompactionError, compact
 from .convert import ConversionError, convert
+from .cost import Cost
 from .files import FileError, load, save
 from .summary import Summary, gated_layers, param_groups, penalty, summary
 
 __all__ = [
+    "Budget",
+    "BudgetError",
+    "BudgetReport",
     "CompactionError",
     "ConversionError",
+    "Cost",
     "FileError",
     "Summary",
     "compact",

@@ -44,7 +44,7 @@ def compact(model: nn.Module, *, example_inputs: Any, atol: float = 1e-5, rtol: 
     if "" in gated:
         raise ValueError("model is a gated layer itself: nothing around it could be cut; use its to_dense()")
     small = copy.deepcopy(model)
-    _open_branches(small)
+    open_branches(small)
     samples = [example_inputs, inputs.perturbed(example_inputs)]
     notes: dict[str, str] = {}
     closed: graph.Closed = {True: {}, False: {}}
@@ -78,7 +78,7 @@ def compact(model: nn.Module, *, example_inputs: Any, atol: float = 1e-5, rtol: 
 Kept = dict[tuple[nn.Module, bool], Tensor]  # (layer, writes) -> kept channels, by their indices in the original layer
 
 
-def _open_branches(small: nn.Module) -> None:
+def open_branches(small: nn.Module) -> None:
     """Put plain residual sums in the place of gated ones, the outer before the inner; what they contain stays gated."""
     while (residual := next((module for module in small.modules() if isinstance(module, GatedResidual)), None)) is not None:
         inputs.replace(small, {residual: residual.without_gate()})
@@ -91,10 +91,8 @@ def _cut(
     names = {module: name for name, module in small.named_modules()}
     widths = graph.Widths(small, samples[0])
     for norm, channels in norms.items():
-        # A channel that is zero after the norm is as good as not written, or not read, whatever it is before.
-        writer = widths.layer_before(norm)
-        around = [(True, writer)] if writer is not None else [(False, reader) for reader in widths.readers_after(norm)]
-        for writes, layer in around:
+        around = widths.around(norm)
+        for layer, writes in around:
             closed[writes][layer] = closed[writes].get(layer, set()) | channels
         if not around:
             notes[names[norm]] = f"{len(channels)} closed channels stay: no layer alone writes or reads what this norm gates"

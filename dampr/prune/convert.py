@@ -50,8 +50,8 @@ def convert(
             ``init_scale=1``, which would close 7 % of the gates at once.
         include, exclude: name globs ("encoder.*") and types; None includes everything and excludes nothing.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments. With them, output gates go into the BatchNorm that
-            follows a layer, leave out depthwise convolutions (whose channels are those of the layer before) and layers whose outputs
-            nothing in the model consumes (the classifier), and before the function returns it is proven that evaluation outputs are
+            follows a layer (in all that read a residual stream), leave out layers whose channels nothing can cut (the classifier, what a
+            LayerNorm reads, a layer that is called twice), and before the function returns it is proven that evaluation outputs are
             unchanged (to rounding) and that no gated layer's weight is read without calling the layer. Needed by models that have both
             convolutions and BatchNorms, for output gates.
         tie: with example inputs, layers whose outputs are added up share one gate vector, because a channel of the sum can be cut only
@@ -76,7 +76,9 @@ def convert(
     chosen = _choose(model, include, exclude)
     plan = _place(model, chosen, granularity, example_inputs, tie)
     if not plan.layers:
-        raise ConversionError(f"include={include!r}, exclude={exclude!r}: no layer of {type(model).__name__} is left to convert")
+        raise ConversionError(
+            f"include={include!r}, exclude={exclude!r}: no layer of {type(model).__name__} is left to convert {plan.skipped or ''}".rstrip()
+        )
     gates = _generated(gate, plan, model, granularity)
     values = {p: p.data for name in plan.layers for p in model.get_submodule(name).parameters(recurse=False)}
     gated: dict[str, Any] = {}
@@ -133,25 +135,46 @@ def _place(model: nn.Module, chosen: dict[str, nn.Module], granularity: Granular
     plan.layers, plan.order = {}, [names[module] for module in widths.called()]
     gates: dict[nn.Module, str] = {}  # whose outputs are gated, and the name of the layer that holds the gate
     for name, layer in chosen.items():
-        if layer in widths and widths.reaches_output(layer):
-            plan.skipped[name] = "its outputs are the model's own"
-        elif graph.is_depthwise(layer):
-            plan.skipped[name] = "a depthwise convolution has the channels of the layer before it"
-        else:
-            norm = widths.norm_after(layer) if layer in widths else None
-            place = name if norm is None or type(norm) not in _NORMS else names[norm]
+        reason = _why_not(layer, widths, tie)
+        if reason is not None:
+            plan.skipped[name] = reason
+            continue
+        places = [names[norm] for norm in _norms_after(layer, widths)] or [name]
+        gates[layer] = places[0]
+        for place in places:
             plan.layers[place] = model.get_submodule(place)
-            gates[layer] = place
-            if place != name:
-                plan.weights_per_gate[place] = (
-                    sum(p.numel() for p in layer.parameters(recurse=False)) / graph.channel_count(layer, True) + 2
-                )
+            if place != places[0]:
+                plan.shared_with[place] = places[0]
+        if places != [name]:
+            own = sum(p.numel() for p in layer.parameters(recurse=False)) / graph.channel_count(layer, True)
+            plan.weights_per_gate[places[0]] = own + 2
     if tie:
         for layer, place in gates.items():
             together = [gates[other] for other in widths.written_together(layer) if other in gates] if layer in widths else []
             if together and together[0] != place:
                 plan.shared_with[place] = together[0]
     return plan
+
+
+def _why_not(layer: nn.Module, widths: graph.Widths, tie: bool) -> str | None:
+    """Why a layer gets no gates on its outputs; None where it does."""
+    if graph.is_depthwise(layer):
+        return "a depthwise convolution has the channels of the layer before it"
+    if layer not in widths:
+        return None
+    if widths.reaches_output(layer):
+        return "its outputs are the model's own"
+    norms, alone = widths.norms_reading(layer)
+    if norms and not (alone and (tie or len(norms) == 1)):
+        others = "other layers read it too" if not alone else "with tie=False these cannot share its gates"
+        return f"{len(norms)} BatchNorms make constants of its closed channels, and {others}"
+    return widths.why_not(layer)
+
+
+def _norms_after(layer: nn.Module, widths: graph.Widths) -> list[nn.Module]:
+    """The norms whose gates switch the outputs of ``layer`` off; none where they are better switched off in the layer."""
+    norms = widths.norms_reading(layer)[0] if layer in widths else []
+    return norms if all(type(norm) in _NORMS for norm in norms) else []
 
 
 def _choose(model: nn.Module, include: Filter, exclude: Filter) -> dict[str, nn.Module]:

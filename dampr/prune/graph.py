@@ -23,12 +23,14 @@ from dampr.nn import Scale
 from . import inputs
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+GEMMS = (nn.Linear, *_CONVOLUTIONS)
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm)
 _PASSES_THROUGH = (Scale, nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.PReLU)
 _MIXES_CHANNELS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
 _READERS = (nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention, nn.RNNBase)
 
 Closed = dict[bool, dict[nn.Module, set[int]]]  # writes -> layer -> closed channels
+Side = tuple[nn.Module, bool]  # a layer, and whether the channels that it writes are meant or those that it reads
 
 
 @dataclass(frozen=True)
@@ -45,11 +47,13 @@ class Member:
 
 
 def channel_count(layer: nn.Module, writes: bool) -> int:
-    """Channels that a linear, convolution, recurrent or embedding layer writes, or reads."""
+    """Channels that a linear, convolution, recurrent or embedding layer writes, or reads, or a BatchNorm has."""
     if isinstance(layer, nn.RNNBase):
         return (1 + layer.bidirectional) * (layer.proj_size or layer.hidden_size) if writes else layer.input_size
     if isinstance(layer, nn.Embedding):
         return layer.embedding_dim if writes else layer.num_embeddings
+    if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+        return layer.num_features
     weight = layer.weight
     assert isinstance(weight, Tensor)
     return int(weight.shape[0 if writes else 1])
@@ -123,11 +127,30 @@ class Widths:
             return None
         return norm if self._calls.get(module, 1) == self._calls.get(norm, 1) == 1 else None
 
+    def norms_reading(self, layer: nn.Module) -> tuple[list[nn.Module], bool]:
+        """The BatchNorms that read the outputs of ``layer``, also as part of a sum, and whether nothing else reads these."""
+        norms: list[nn.Module] = []
+        alone = True
+        todo, seen = list(self._graph.module2node[layer].outputs), set()
+        while todo:
+            node = todo.pop()
+            if id(node) in seen:
+                continue
+            seen.add(id(node))
+            if isinstance(node.module, nn.modules.batchnorm._BatchNorm):
+                norms.append(node.module)
+                alone &= node.module.num_features == channel_count(layer, True) and self._calls.get(node.module) == 1
+            elif isinstance(node.module, _READERS) or not node.outputs or node.grad_fn in self._returned:
+                alone = False
+            else:
+                todo.extend(node.outputs)
+        return [norm for norm in self._names if norm in norms], alone
+
     def layer_before(self, norm: nn.Module) -> nn.Module | None:
         """The linear or convolution layer whose outputs the BatchNorm ``norm`` alone reads; None without one."""
         before = self._graph.module2node[norm].inputs if norm in self else []
         layer = before[0].module if len(before) == 1 else None
-        return layer if isinstance(layer, (nn.Linear, *_CONVOLUTIONS)) and self.norm_after(layer) is norm else None
+        return layer if isinstance(layer, GEMMS) and self.norm_after(layer) is norm else None
 
     def readers_after(self, norm: nn.Module) -> list[nn.Module]:
         """The layers that read the outputs of ``norm`` channel by channel and nothing else; empty where something else does."""
@@ -135,7 +158,7 @@ class Widths:
         todo = list(self._graph.module2node[norm].outputs) if norm in self else []
         while todo:
             node = todo.pop()
-            if isinstance(node.module, (nn.Linear, *_CONVOLUTIONS)):
+            if isinstance(node.module, GEMMS):
                 if getattr(node.module, "groups", 1) != 1 or channel_count(node.module, False) != norm.num_features:
                     return []
                 found.append(node.module)
@@ -145,6 +168,11 @@ class Widths:
                 todo.extend(node.outputs)
         return found
 
+    def around(self, norm: nn.Module) -> list[Side]:
+        """The side of a layer where a channel that is 0 after ``norm`` is as good as not there: where it is written, or else read."""
+        writer = self.layer_before(norm)
+        return [(writer, True)] if writer is not None else [(reader, False) for reader in self.readers_after(norm)]
+
     def written_together(self, layer: nn.Module) -> list[nn.Module]:
         """The layers whose output channels are added to those of ``layer``, one to one, itself included, in the order of the model."""
         size = channel_count(layer, True)
@@ -152,7 +180,7 @@ class Widths:
         found = {
             item.dep.target.module
             for item in group
-            if isinstance(item.dep.target.module, (nn.Linear, *_CONVOLUTIONS))
+            if isinstance(item.dep.target.module, GEMMS)
             and self._graph.is_out_channel_pruning_fn(item.dep.handler)
             and list(item.idxs) == list(range(channel_count(item.dep.target.module, True)))
             and not is_depthwise(item.dep.target.module)
@@ -172,6 +200,28 @@ class Widths:
         producers = [i for i in found if self._graph.is_out_channel_pruning_fn(i.dep.handler) and isinstance(i.dep.target.module, _READERS)]
         return self.group(producers[0].dep.target.module, True, set(producers[0].idxs)) if producers else found
 
+    def whole_width(self, layer: nn.Module, writes: bool) -> list[Any]:
+        """The groups of all channels of ``layer``, each asked from the side that writes it, where a channel is named once."""
+        channels = range(channel_count(layer, writes))
+        found = self.group(layer, writes, channels)
+        if writes:
+            return [found]
+        groups: list[Any] = []
+        asked: set[Side] = set()
+        for (producer, written), _, indices, _ in self.sides(found):
+            if written and isinstance(producer, (nn.Embedding, *GEMMS)) and not is_depthwise(producer) and (producer, True) not in asked:
+                groups.append(self.group(producer, True, indices))
+                asked |= {side for side, *_ in self.sides(groups[-1])}
+        return groups or [found]
+
+    def why_not(self, layer: nn.Module) -> str | None:
+        """Why no channel that ``layer`` writes can be cut; None where they can."""
+        try:
+            self.members(self.group(layer, True, range(channel_count(layer, True))))
+        except CannotCutError as error:
+            return str(error)
+        return None
+
     def members(self, group: Any) -> list[Member]:
         """The producers and consumers of a group. Raises CannotCutError where one of them is of a kind that cannot be cut exactly."""
         found = []
@@ -188,17 +238,32 @@ class Widths:
             writes = self._graph.is_out_channel_pruning_fn(item.dep.handler)
             self._check_kind(module, writes)
             found.append(Member(module, writes, list(item.idxs)))
+            if max(item.idxs) >= found[-1].size():
+                raise CannotCutError(f"its channels are rearranged on the way to {self._names.get(module)!r}")
         if not any(m.writes for m in found):
             raise CannotCutError("its width is the model's own input")
         if any(m.writes and self.reaches_output(m.module) for m in found):
             raise CannotCutError("its width is the model's own output")
         return found
 
+    def sides(self, group: Any) -> Iterator[tuple[Side, int, list[int], list[int]]]:
+        """What is sliced in a group: a side, its size, which of its channels, and to which channel of the layer asked each belongs.
+
+        Norms and depthwise convolutions, whose channels are those of the layer before, count as written.
+        """
+        for item in group:
+            layer = item.dep.target.module
+            if isinstance(layer, NORMS) or is_depthwise(layer):
+                yield (layer, True), channel_count(layer, True), list(item.idxs), list(item.root_idxs)
+            elif isinstance(layer, (nn.Embedding, nn.RNNBase, *GEMMS)):
+                writes = self._graph.is_out_channel_pruning_fn(item.dep.handler)
+                yield (layer, writes), channel_count(layer, writes), list(item.idxs), list(item.root_idxs)
+
     def _check_kind(self, module: nn.Module, writes: bool) -> None:
         kind, name = type(module).__name__, self._names.get(module, "?")
         if isinstance(module, nn.RNNBase) and not writes:
             pass
-        elif not isinstance(module, (nn.Linear, nn.Embedding, *_CONVOLUTIONS)) or getattr(module, "groups", 1) != 1:
+        elif not isinstance(module, (nn.Embedding, *GEMMS)) or getattr(module, "groups", 1) != 1:
             raise CannotCutError(
                 f"{kind} {name!r}{' with groups' if hasattr(module, 'groups') else ''} shares its width, and cannot be cut yet"
             )

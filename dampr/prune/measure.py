@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -11,6 +12,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from dampr.gates import Gate
 
 from . import inputs
+
+
+def _recurrent_flops(x: torch.Size, *weights: Any, **_: Any) -> int:
+    """Two FLOPs for each element of a matrix in each step: recurrent kernels of vendors, which torch does not count."""
+    matrices = weights[0] if isinstance(weights[0], list) else weights[:2]
+    return 2 * math.prod(x[:-1]) * sum(math.prod(shape) for shape in matrices if shape is not None and len(shape) == 2)
+
+
+_RECURRENT = {torch.ops.aten.mkldnn_rnn_layer: _recurrent_flops, torch.ops.aten._cudnn_rnn: _recurrent_flops}
 
 
 def count_params(model: nn.Module) -> int:
@@ -24,6 +34,6 @@ def count_macs(model: nn.Module, example_inputs: Any) -> int:
 
     A gated layer counts as its dense counterpart does.
     """
-    with inputs.evaluating(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with inputs.evaluating(model), torch.no_grad(), FlopCounterMode(display=False, custom_mapping=_RECURRENT) as counter:
         inputs.call(model, example_inputs)
     return counter.get_total_flops() // 2

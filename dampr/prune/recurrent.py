@@ -52,15 +52,15 @@ def _inside(layer: nn.Module) -> nn.Module:
 
 def _shrink(model: nn.Module, layer: _GatedRecurrent, samples: list[Any], atol: float, rtol: float) -> tuple[Tensor, list[str]]:
     """The features of ``layer`` that are left, and the names of the layers that read them."""
-    readers = _readers(model, layer, samples[0])
+    reading = readers(model, layer, samples[0])
     expected = [inputs.evaluate(model, sample) for sample in samples]
     small, features, scale = layer.compacted()
-    own = {(reader, name): getattr(reader, name) for reader in readers for name in input_columns(reader)}
+    own = {(reader, name): getattr(reader, name) for reader in reading for name in input_columns(reader)}
     inputs.replace(model, {layer: small})
     for (reader, name), weight in own.items():
         narrow = (weight.detach()[:, features] * scale).to(weight.dtype)
         setattr(reader, name, nn.Parameter(narrow, requires_grad=weight.requires_grad))
-    _resize(readers, len(features))
+    _resize(reading, len(features))
     try:
         same = not any(
             inputs.differ(before, inputs.evaluate(model, sample), rtol, atol) for before, sample in zip(expected, samples, strict=True)
@@ -68,11 +68,11 @@ def _shrink(model: nn.Module, layer: _GatedRecurrent, samples: list[Any], atol: 
     except RuntimeError:
         same = False
     if same:
-        return features, [name for name, module in model.named_modules() if module in readers]
+        return features, [name for name, module in model.named_modules() if module in reading]
     inputs.replace(model, {small: layer})
     for (reader, name), weight in own.items():
         setattr(reader, name, weight)
-    _resize(readers, layer._directions * layer._width)
+    _resize(reading, layer._directions * layer._width)
     raise CannotCutError("something between it and the layers that read it is not only a choice of steps, or it is given a state")
 
 
@@ -81,7 +81,7 @@ def _resize(readers: list[nn.Module], size: int) -> None:
         setattr(reader, "input_size" if isinstance(reader, nn.RNNBase) else "in_features", size)
 
 
-def _readers(model: nn.Module, layer: _GatedRecurrent, sample: Any) -> list[nn.Module]:
+def readers(model: nn.Module, layer: _GatedRecurrent, sample: Any) -> list[nn.Module]:
     """The layers that read what ``layer`` gives, wherever in the model. Raises CannotCutError unless all of it is read by such layers.
 
     Autograd follows it: only what ``layer`` gives requires a gradient, and every reader detaches its input.

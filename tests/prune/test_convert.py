@@ -52,7 +52,12 @@ def test_with_example_inputs_the_classifier_keeps_its_outputs():
     model = dampr.convert(mlp(), example_inputs=X)
     assert [type(m) for m in model if isinstance(m, nn.Linear)] == [GatedLinear, GatedLinear, nn.Linear]
     plain = dampr.convert(Plain(), example_inputs=X)
-    assert sorted(dampr.prune.gated_layers(plain)) == ["body.a", "body.b", "stem"]
+    assert sorted(dampr.prune.gated_layers(plain)) == ["body.b"]
+    assert plain.dampr_skipped == {
+        "stem": "Linear 'body.a' is called 2 times",
+        "body.a": "Linear 'body.a' is called 2 times",
+        "head": "its outputs are the model's own",
+    }
 
 
 def test_without_example_inputs_every_match_is_converted():

@@ -1,0 +1,327 @@
+"""Budget: train towards so many MACs or parameters, and end at exactly that."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dampr import _checks
+from dampr.gates import Fixed, Gate
+
+from . import inputs
+from .compact import compact
+from .cost import Cost
+from .measure import count_macs, count_params
+from .summary import gated_layers
+
+Target = float | int
+Schedule = int | Callable[[int], float] | None
+_COUNT: dict[str, Callable[[nn.Module, Any], int]] = {"macs": count_macs, "params": lambda model, _: count_params(model)}
+
+
+class BudgetError(RuntimeError):
+    """A budget could not be kept; the model is as it was."""
+
+
+@dataclass(frozen=True)
+class BudgetReport:
+    """What :meth:`Budget.finalize` did: counted after compaction, ``reached`` of ``total``; gates per layer, before and now open."""
+
+    metric: str
+    target: int
+    reached: int
+    total: int
+    widths: dict[str, tuple[int, int]]
+    notes: dict[str, str] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        lines = [f"{name}: {left} of {count}" for name, (count, left) in self.widths.items()]
+        lines.append(f"{self.metric}: {self.reached:,} of {self.total:,} ({self.reached / self.total:.2%}), target {self.target:,}")
+        return "\n".join(lines + [f"{name}: {note}" for name, note in self.notes.items()])
+
+
+class Budget:
+    """Half the MACs, exactly: a penalty that steers to a target while the model trains, and a last step that hits it.
+
+    The constraint is on the compacted model: a layer costs what is left of its inputs times what is left of its outputs (:class:`Cost`).
+    :meth:`penalty` is w c with c the expected share of the cost and w = max(0, multiplier + strength gap), the gradient of an augmented
+    Lagrangian; the gap is that of the *evaluated* gates to the goal of the moment, so that families whose surrogate is no probability
+    end at the target too. :meth:`step` moves the multiplier by ``rate`` times the gap. Neither waits for the device.
+
+    Args:
+        model: with gated layers; gates of all families, tied ones, of norms, recurrent layers, residual branches. Gates on single weights
+            or blocks cut no channels of their own and are left alone.
+        example_inputs: as for :func:`dampr.compact`; MACs are those of one pass over them.
+        macs, params: exactly one of them: a share of the model as it is, in (0, 1), or a count, an int above 1. Several in a sequence give
+            a :attr:`snapshots` entry each when the cost of the evaluated gates first comes down to them; the lowest is the target.
+        schedule: how the goal sinks from 1 to the target. An int: in that many steps, cubically (Zhu and Gupta 2017), fast at first. A
+            function from steps to the share of the way, in [0, 1]. None: it is the target from the start.
+        warmup: steps before that, in which the penalty is 0.
+        strength, rate: how hard the gap pulls at once, and how fast the multiplier follows it.
+
+    Raises: ValueError or TypeError that names the argument; what the model raises on the example inputs.
+
+    >>> import dampr
+    >>> x = torch.randn(16, 20)
+    >>> model = dampr.convert(nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 5)), example_inputs=x)
+    >>> budget = Budget(model, x, macs=0.5)
+    >>> loss = model(x).square().mean() + budget.penalty()
+    >>> budget.step()
+    >>> print(budget.finalize())
+    0: 15 of 30
+    macs: 6,000 of 12,000 (50.00%), target 6,000
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example_inputs: Any,
+        *,
+        macs: Target | Sequence[Target] | None = None,
+        params: Target | Sequence[Target] | None = None,
+        schedule: Schedule = None,
+        warmup: int = 0,
+        strength: float = 10.0,
+        rate: float = 0.02,
+    ) -> None:
+        given = {name: value for name, value in (("macs", macs), ("params", params)) if value is not None}
+        if len(given) != 1:
+            raise ValueError(f"macs={macs!r}, params={params!r}: expected exactly one of them")
+        if not gated_layers(model):
+            raise ValueError(f"model={type(model).__name__}: expected gated layers in it (dampr.convert puts them there)")
+        ((metric, wanted),) = given.items()
+        self.metric = metric
+        inputs.check(example_inputs)
+        for name, number in (("strength", strength), ("rate", rate)):
+            if not (number >= 0 and math.isfinite(number)):
+                raise ValueError(f"{name}={number!r}: expected a finite number of at least 0")
+        _checks.positive_int("warmup", warmup, least=0)
+        self._progress = _progress(schedule)
+        listed: list[Target] = [wanted] if isinstance(wanted, (int, float)) else list(wanted)
+        if not listed:
+            raise ValueError(f"{metric}=[]: expected at least one target")
+        for value in listed:
+            _check_target(metric, value)
+        self._model, self._inputs = model, example_inputs
+        self._cost = Cost(model, example_inputs, self.metric)
+        if not bool(self._cost.prunable.any()):
+            raise ValueError(f"model={type(model).__name__}: no gate of it cuts anything {self._cost.structure.notes or ''}")
+        self.targets = sorted({self._absolute(value): value for value in listed}.items(), reverse=True)
+        self.warmup, self.strength, self.rate = warmup, strength, rate
+        self.snapshots: dict[Target, nn.Module] = {}
+        self.steps = 0
+        self.multiplier = torch.zeros((), dtype=torch.float64, device=self._cost.device)
+        self._gap = self._measure()
+
+    @property
+    def total(self) -> int:
+        """The cost of the model as it is."""
+        return self._cost.total
+
+    @property
+    def target(self) -> int:
+        """What the cost of the compacted model shall be, the lowest of the targets."""
+        return self.targets[-1][0]
+
+    @property
+    def goal(self) -> float:
+        """The share of the cost that is aimed at now."""
+        way = self._progress(max(0, self.steps - self.warmup))
+        return 1 - way * (1 - self.target / self.total)
+
+    def left(self) -> float:
+        """The share of the cost that the gates leave in evaluation. Waits for the device."""
+        return float(self._cost(self._cost.decision())) / self.total
+
+    def expected(self) -> Tensor:
+        """The expected share of the cost in training, a float64 scalar with a gradient."""
+        return self._cost(self._cost.probabilities()) / self.total
+
+    def penalty(self) -> Tensor:
+        """What to add to a loss that is a mean over examples: a float32 scalar."""
+        if self.steps < self.warmup:
+            return torch.zeros((), device=self._cost.device)
+        weight = (self.multiplier + self.strength * self._gap).clamp(min=0)
+        return (weight * self.expected()).float()
+
+    def step(self) -> None:
+        """Call it after ``optimizer.step()``: moves goal and multiplier, and takes the snapshots of targets that have been reached."""
+        self.steps += 1
+        self._gap = self._measure()
+        if self.steps >= self.warmup:
+            self.multiplier = (self.multiplier + self.rate * self._gap).clamp(min=0)
+        for target, value in self.targets[:-1]:
+            if value not in self.snapshots and self.left() * self.total <= target:
+                snapshot = copy.deepcopy(self._model)
+                self._fit(snapshot, target, 1, 1)
+                self.snapshots[value] = snapshot
+
+    def finalize(self, *, round_to: int = 1, min_width: int = 1) -> BudgetReport:
+        """Decide every gate, so that the compacted model costs the target or less by under one unit: nothing closed could open.
+
+        The gates that evaluation closes go first, then the smallest. Where the gates have closed more than they had to, the largest of
+        these open again, with the value of the weakest open gate of their layer, or their open probability if that is less. All gates of
+        the model become :class:`dampr.gates.Fixed`, the same in training and in evaluation; compact, and train the small model on.
+
+        Args:
+            round_to: open gates of a layer are a multiple of it (or all), as tensor cores like them.
+            min_width: the fewest gates that stay open in a layer; residual branches may close altogether.
+
+        Returns: a :class:`BudgetReport`, of counts taken from a compacted copy.
+
+        Raises: BudgetError where the target is out of reach; the model is then as it was.
+        """
+        _checks.positive_int("round_to", round_to)
+        _checks.positive_int("min_width", min_width)
+        return self._fit(self._model, self.target, round_to, min_width)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Steps and multiplier, for a checkpoint beside those of model and optimizer; snapshots are not in it."""
+        return {"steps": self.steps, "multiplier": float(self.multiplier)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what :meth:`state_dict` gave; the gap is that of the gates as they are."""
+        steps, multiplier = int(state["steps"]), float(state["multiplier"])
+        self.steps = steps
+        self.multiplier = torch.full_like(self.multiplier, multiplier)
+        self._gap = self._measure()
+
+    @torch.no_grad()
+    def _measure(self) -> Tensor:
+        return self._cost(self._cost.decision()) / self.total - self.goal
+
+    def _absolute(self, value: Target) -> int:
+        return value if isinstance(value, int) else math.floor(value * self.total)
+
+    def _fit(self, model: nn.Module, target: int, round_to: int, min_width: int) -> BudgetReport:
+        """Fix the gates of ``model``, which has the structure of the budget's own, at ``target``."""
+        gates = _gates(model)
+        aim, reached = target, target + 1
+        for _ in range(8):
+            chosen = _choose(self._cost, gates, aim, round_to, min_width)
+            fixed = _fixed(gates, chosen)
+            trial = copy.deepcopy(model)
+            inputs.replace(trial, dict(zip(_gates(trial), fixed, strict=True)))
+            reached = _COUNT[self.metric](compact(trial, example_inputs=self._inputs), self._inputs)
+            if reached <= target:
+                break
+            aim -= reached - target
+        else:
+            raise BudgetError(
+                f"{self.metric}: the compacted model has {reached:,}, above the target of {target:,} {self._cost.structure.notes}"
+            )
+        before = gated_layers(model)
+        inputs.replace(model, dict(zip(gates, fixed, strict=True)))
+        widths = {name: (layer.gate.num_gates, int(layer.gate.is_open().sum())) for name, layer in before.items()}
+        return BudgetReport(self.metric, target, reached, self.total, widths, dict(self._cost.structure.notes))
+
+
+def _gates(model: nn.Module) -> list[Gate]:
+    """Every gate once, in the order of :class:`Structure`."""
+    return list({id(layer.gate): layer.gate for layer in gated_layers(model).values()}.values())
+
+
+@torch.no_grad()
+def _choose(cost: Cost, gates: Sequence[Gate], target: int, round_to: int, min_width: int) -> Tensor:
+    """The gates to open: bool, (all gates,). By bisection over their order, then whatever else still fits."""
+    chosen, increments = _increments(cost, gates, round_to, min_width)
+
+    def with_first(count: int) -> Tensor:
+        these = chosen.clone()
+        for _, members in increments[:count]:
+            these[members] = True
+        return these
+
+    if float(cost(chosen)) > target:
+        raise BudgetError(
+            f"target of {target:,} {cost.metric}: expected at least {int(cost(chosen)):,}, which remain with {min_width} "
+            f"(a multiple of {round_to}) open in every layer"
+        )
+    low, high = 0, len(increments)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if float(cost(with_first(middle))) <= target else (low, middle - 1)
+    chosen, full = with_first(low), set[int]()
+    for number, members in increments[low:]:
+        if number not in full:
+            chosen[members] = True
+            if float(cost(chosen)) > target:
+                chosen[members] = False
+                full.add(number)
+    return chosen
+
+
+def _increments(cost: Cost, gates: Sequence[Gate], round_to: int, min_width: int) -> tuple[Tensor, list[tuple[int, list[int]]]]:
+    """What is open in any case, bool (all gates,), and in the order of opening the increments: of which gate, and which of all gates."""
+    base = torch.zeros(cost.structure.size, dtype=torch.bool)
+    found: list[tuple[tuple[float, ...], int, list[int]]] = []
+    start = 0
+    for number, gate in enumerate(gates):
+        mine = range(start, start + gate.num_gates)
+        start += gate.num_gates
+        ranks = _ranks(gate)
+        free = [i for i in mine if not cost.prunable[i]]
+        base[free] = gate.is_open().cpu()[[i - mine.start for i in free]]
+        order = sorted((i for i in mine if cost.prunable[i]), key=lambda i: ranks[i - mine.start], reverse=True)
+        least = 0 if mine.start in cost.whole else min(len(order), -(-min_width // round_to) * round_to)
+        base[order[:least]] = True
+        for first in range(least, len(order), round_to):
+            members = order[first : first + round_to]
+            found.append((ranks[members[-1] - mine.start], number, members))
+    found.sort(key=lambda increment: increment[0], reverse=True)
+    return base, [(number, members) for _, number, members in found]
+
+
+def _ranks(gate: Gate) -> list[tuple[float, ...]]:
+    """What gates are ordered by: open in evaluation, how far, how probably, and where the family's parameter stands."""
+    columns = [gate.is_open(), gate.deterministic().abs(), gate.open_probability(), _evaluated_parameter(gate)]
+    return list(zip(*(column.detach().double().cpu().tolist() for column in columns), strict=True))
+
+
+def _evaluated_parameter(gate: Gate) -> Tensor:
+    """The family's parameter without noise; for DAM the place on the ramp, which orders closed gates too."""
+    training = gate.training
+    gate.eval()
+    try:
+        return gate.parameter.expand(gate.num_gates)
+    finally:
+        gate.train(training)
+
+
+@torch.no_grad()
+def _fixed(gates: Sequence[Gate], chosen: Tensor) -> list[Fixed]:
+    """Gates with the values of ``gates`` where they are chosen, and 0 elsewhere."""
+    fixed, start = [], 0
+    for gate in gates:
+        z, keep = gate.deterministic(), chosen[start : start + gate.num_gates].to(gate.deterministic().device)
+        start += gate.num_gates
+        opened = z.abs()[z != 0]
+        weakest = torch.minimum(opened.min() if len(opened) else z.new_ones(()), gate.open_probability().clamp(min=1e-3))
+        fixed.append(Fixed(torch.where(keep, torch.where(z != 0, z, weakest), 0.0)))
+    return fixed
+
+
+def _progress(schedule: Schedule) -> Callable[[int], float]:
+    if schedule is None:
+        return lambda _: 1.0
+    if callable(schedule):
+        return schedule
+    _checks.positive_int("schedule", schedule)
+    steps: int = schedule
+    return lambda step: 1 - (1 - min(step / steps, 1.0)) ** 3
+
+
+def _check_target(name: str, value: Any) -> None:
+    count = isinstance(value, int) and not isinstance(value, bool) and value > 1
+    share = isinstance(value, float) and 0 < value < 1
+    if not (count or share):
+        raise ValueError(f"{name}={value!r}: expected a share in (0, 1), or a count, an int above 1")

@@ -1,0 +1,267 @@
+"""What a gated model costs after compaction, as a function of which gates are open.
+
+A linear or convolution layer costs a In Out + b Out, with In and Out the channels that are left: bilinear in the widths, because a channel
+that is cut thins the layer that writes it and those that read it. In and Out are linear in the atoms of :class:`Structure`, so the count of
+a decision is exact, and with probabilities of being open in the place of a decision the same form is the expected cost, but for
+correlations, and has a gradient.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from dampr.nn.rnn import _GatedRecurrent
+
+from . import graph, inputs
+from .measure import count_macs, count_params
+from .structure import Structure
+
+_BATCH_NORMS = nn.modules.batchnorm._BatchNorm
+
+
+class Width(NamedTuple):
+    """The channels that are left on one side of a layer: ``constant`` + the sum of ``weights[i]`` times variable i."""
+
+    constant: float
+    weights: Mapping[int, float] = {}
+
+
+class Site(NamedTuple):
+    """What costs ``bilinear`` In Out + ``linear`` Out: a layer, or one weight of a recurrent layer."""
+
+    name: str
+    read: Width
+    written: Width
+    bilinear: float
+    linear: float = 0.0
+
+
+class Cost:
+    """MACs or parameters of the compacted model, as a function of the vector of all gates: 1 open, 0 closed, or probabilities.
+
+    Attributes: ``structure``; ``total``, of the model as it is. A width of which every gate is closed counts 0 here, and keeps one channel
+    when it is compacted; what a closed residual branch read counts as if it were read still, and may go too.
+
+    >>> import dampr
+    >>> model = nn.Sequential(dampr.nn.GatedLinear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> cost = Cost(model, torch.randn(1, 4), "macs")
+    >>> cost.total, int(cost(torch.arange(8) < 4))
+    (48, 24)
+    """
+
+    def __init__(self, model: nn.Module, example_inputs: Any, metric: str) -> None:
+        self.structure = Structure(model, example_inputs)
+        plain = self.structure.plain
+        self.total = count_macs(plain, example_inputs) if metric == "macs" else count_params(plain)
+        self.metric = metric
+        self.device = device = self.structure.gates[0].deterministic().device
+        self._variables = _Variables(self.structure, device)
+        self.sites = sites = list(_macs(plain, self._variables, example_inputs) if metric == "macs" else _params(plain, self._variables))
+        self._read, self._written = (
+            _Affine([getattr(site, side) for site in sites], self._variables.count, device) for side in ("read", "written")
+        )
+        self._bilinear, self._linear = torch.tensor([site[3:] for site in sites], dtype=torch.float64, device=device).view(-1, 2).unbind(1)
+        branches = [self.structure.branches(site.name) for site in sites]
+        self._branches = _Products(branches, device) if any(branches) else None
+        self._fixed = 0.0
+        self._fixed = self.total - float(self(torch.ones(self.structure.size)))
+
+    def __call__(self, gates: Tensor) -> Tensor:
+        """The cost, a float64 scalar; ``gates`` is (structure.size,) of any dtype, and gets a gradient where it asks for one."""
+        gates = gates.to(self.device, torch.float64)
+        variables = self._variables(gates)
+        each = (self._bilinear * self._read(variables) + self._linear) * self._written(variables)
+        return (each if self._branches is None else each * self._branches(gates)).sum() + self._fixed
+
+    def probabilities(self) -> Tensor:
+        """The open probability (or surrogate count) of every gate, (structure.size,), with its graph."""
+        return torch.cat([gate.open_probability() for gate in self.structure.gates])
+
+    @functools.cached_property
+    def prunable(self) -> Tensor:
+        """Which gates the cost depends on: bool, (structure.size,), on the host."""
+        found = torch.zeros(self.structure.size, dtype=torch.bool)
+        found[[*self._variables.gates, *self.whole]] = True
+        return found
+
+    @functools.cached_property
+    def whole(self) -> set[int]:
+        """The gates of residual branches, all of which may close."""
+        return {gate for site in self.sites for gate in self.structure.branches(site.name)}
+
+    def decision(self) -> Tensor:
+        """Which gates evaluation leaves open: bool, (structure.size,)."""
+        return torch.cat([gate.is_open() for gate in self.structure.gates])
+
+
+class _Variables:
+    """From gates to what widths are made of: the sums over atoms that count alike everywhere, then the width of each recurrent layer."""
+
+    def __init__(self, structure: Structure, device: torch.device) -> None:
+        self._structure = structure
+        counts: list[Counter[graph.Side]] = [Counter() for _ in structure.owners[True]]
+        for side, atoms in structure.atoms.items():
+            for atom in atoms:
+                if atom >= 0:
+                    counts[atom][side] += 1
+        closable = [{atom: list(sets) for atom, sets in enumerate(structure.owners[w]) if sets and all(sets)} for w in (True, False)]
+        kinds: dict[frozenset[Any], int] = {}
+        kind_of = {atom: kinds.setdefault(frozenset(counts[atom].items()), len(kinds)) for atom in sorted({*closable[0], *closable[1]})}
+        place = {atom: i for i, atom in enumerate(kind_of)}
+        self._kind_of = torch.tensor(list(kind_of.values()), dtype=torch.int64, device=device)
+        self._kinds = [dict(kind) for kind in kinds]
+        self._sides = []
+        for found in filter(None, closable):
+            layers = [gates for sets in found.values() for gates in sets]
+            first = iter(range(len(layers)))
+            groups = [[next(first) for _ in sets] for sets in found.values()]
+            where = torch.tensor([place[atom] for atom in found], device=device)
+            self._sides.append((where, _Products(layers, device), _Products(groups, device)))
+        self._recurrent: list[tuple[int, int, int]] = []
+        self._units: dict[graph.Side, int] = {}
+        for name, layer in structure.gated.items():
+            plain = structure.plain.get_submodule(name)
+            if isinstance(layer, _GatedRecurrent) and plain in structure.units:
+                sides = [(plain, True), *((reader, False) for reader in structure.units[plain])]
+                self._units |= dict.fromkeys(sides, len(kinds) + len(self._recurrent))
+                rows = len(layer.closed_units())
+                self._recurrent.append((structure.start(name), rows, layer.gate.num_gates // rows))
+        self.gates = {gate for found in closable for sets in found.values() for gates in sets for gate in gates}
+        self.gates |= {first + i for first, rows, size in self._recurrent for i in range(rows * size)}
+        self.count = len(kinds) + len(self._recurrent)
+
+    def __call__(self, gates: Tensor) -> Tensor:
+        atoms = gates.new_ones(len(self._kind_of))
+        for where, of_layer, of_atom in self._sides:
+            atoms = atoms.index_copy(0, where, atoms[where] * (1 - of_atom(1 - of_layer(gates))))
+        sums = atoms.new_zeros(len(self._kinds)).index_add(0, self._kind_of, atoms)
+        units = [gates[first : first + rows * size].view(rows, size).sum(1).max().clamp(min=1) for first, rows, size in self._recurrent]
+        return torch.cat([sums, torch.stack(units)]) if units else sums
+
+    def width(self, layer: nn.Module, writes: bool) -> Width:
+        """Of the channels that ``layer`` writes, or reads, how many are left."""
+        units = self.units(layer, writes)
+        if units is not None:
+            return units
+        atoms = self._structure.atoms.get((layer, writes))
+        total = graph.channel_count(layer, writes)
+        if atoms is None:
+            return Width(total)
+        weights = {number: kind[layer, writes] for number, kind in enumerate(self._kinds) if (layer, writes) in kind}
+        sizes = torch.bincount(self._kind_of, minlength=len(self._kinds)).tolist()
+        return Width(total - sum(count * sizes[number] for number, count in weights.items()), weights)
+
+    def units(self, layer: nn.Module, writes: bool) -> Width | None:
+        """The same where it is the output of a recurrent layer whose units can be cut, else None."""
+        number = self._units.get((layer, writes))
+        if number is None:
+            return None
+        writers = (module for (module, side), n in self._units.items() if side and n == number)
+        return Width(0, {number: 1 + int(next(writers).bidirectional)})  # type: ignore[arg-type]
+
+
+class _Products:
+    """Of each group of elements of a vector their product; 1 of an empty one."""
+
+    def __init__(self, groups: Sequence[Collection[int]], device: torch.device) -> None:
+        self._groups = len(groups)
+        self._index = torch.tensor([i for group in groups for i in group], dtype=torch.int64, device=device)
+        self._group = torch.tensor([n for n, group in enumerate(groups) for _ in group], dtype=torch.int64, device=device)
+        self._single = all(len(group) == 1 for group in groups)
+
+    def __call__(self, values: Tensor) -> Tensor:
+        chosen = values[self._index]
+        return chosen if self._single else values.new_ones(self._groups).scatter_reduce(0, self._group, chosen, "prod")
+
+
+class _Affine:
+    """Widths as a function of the variables: a constant and a matrix."""
+
+    def __init__(self, widths: Sequence[Width], variables: int, device: torch.device) -> None:
+        self._constant = torch.tensor([width.constant for width in widths], dtype=torch.float64, device=device)
+        self._matrix = torch.zeros(len(widths), variables, dtype=torch.float64)
+        for row, width in enumerate(widths):
+            for number, weight in width.weights.items():
+                self._matrix[row, number] = weight
+        self._matrix = self._matrix.to(device)
+
+    def __call__(self, variables: Tensor) -> Tensor:
+        return torch.addmv(self._constant, self._matrix, variables)
+
+
+def _macs(plain: nn.Module, variables: _Variables, example_inputs: Any) -> Iterator[Site]:
+    """The multiply-accumulates of linear, convolution and recurrent layers."""
+    uses = _uses(plain, example_inputs)
+    for name, layer in plain.named_modules():
+        times = uses.get(layer, 0)
+        if isinstance(layer, nn.RNNBase):
+            yield from _recurrent_sites(name, layer, variables, times, biases=False)
+        elif graph.is_depthwise(layer):
+            yield Site(name, Width(1), variables.width(layer, True), times * layer.weight[0].numel())
+        elif times:
+            yield _weight_site(name, layer, variables, times)
+
+
+def _params(plain: nn.Module, variables: _Variables) -> Iterator[Site]:
+    """The parameters of everything that has channels; a shared one counts once."""
+    for name, layer in plain.named_modules():
+        if isinstance(layer, nn.RNNBase):
+            yield from _recurrent_sites(name, layer, variables, 1, biases=layer.bias)
+        elif isinstance(layer, _BATCH_NORMS) or graph.is_depthwise(layer):
+            own = sum(p.numel() for p in layer.parameters(recurse=False))
+            yield Site(name, Width(1), variables.width(layer, True), own / graph.channel_count(layer, True))
+        elif isinstance(layer, nn.Embedding):
+            yield Site(name, Width(layer.num_embeddings), variables.width(layer, True), 1)
+        elif isinstance(layer, graph.GEMMS):
+            yield _weight_site(name, layer, variables, 1, bias=layer.bias is not None)
+
+
+def _weight_site(name: str, layer: Any, variables: _Variables, times: float, bias: bool = False) -> Site:
+    written, read = layer.weight.shape[:2]
+    return Site(
+        name, variables.width(layer, False), variables.width(layer, True), times * layer.weight.numel() / (written * read), float(bias)
+    )
+
+
+def _recurrent_sites(name: str, layer: nn.RNNBase, variables: _Variables, times: float, biases: bool) -> Iterator[Site]:
+    """Each weight of a recurrent layer, whose units, or projected ones, all have one width."""
+    each = 1 + layer.bidirectional
+    hidden, handed_on = Width(layer.hidden_size), Width(layer.proj_size or layer.hidden_size)
+    below = Width(each * handed_on.constant)
+    if (output := variables.units(layer, True)) is not None:
+        below, handed_on = output, Width(0, dict.fromkeys(output.weights, 1))
+        hidden = hidden if layer.proj_size else handed_on
+    for row, names in enumerate(layer._all_weights):
+        gates = getattr(layer, names[1]).shape[0] / layer.hidden_size
+        yield Site(name, variables.width(layer, False) if row < each else below, hidden, times * gates, 2 * gates * biases)
+        yield Site(name, handed_on, hidden, times * gates)
+        if layer.proj_size:
+            yield Site(name, hidden, handed_on, times)
+
+
+def _uses(plain: nn.Module, example_inputs: Any) -> dict[nn.Module, int]:
+    """How often the example inputs use each element of the weight of a layer: positions of its output, or steps of a sequence."""
+    found: dict[nn.Module, int] = defaultdict(int)
+
+    def count(layer: nn.Module, args: Any, output: Any) -> None:
+        if isinstance(layer, nn.RNNBase):
+            values = args[0].data if isinstance(args[0], PackedSequence) else args[0]
+            found[layer] += values.numel() // layer.input_size
+        else:
+            found[layer] += output.numel() // graph.channel_count(layer, True)
+
+    layers = [layer for layer in plain.modules() if isinstance(layer, (*graph.GEMMS, nn.RNNBase))]
+    hooks = [layer.register_forward_hook(count) for layer in layers]
+    try:
+        inputs.evaluate(plain, example_inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found

@@ -1,0 +1,137 @@
+"""Which gates of a model switch which channels off, and which channels go together."""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import nn
+
+from dampr.gates import Fixed, Gate
+from dampr.nn import Gate as GateLayer
+from dampr.nn import GatedLayer, GatedResidual, Scale
+from dampr.nn.rnn import _GatedRecurrent
+
+from . import graph, inputs, recurrent
+from .compact import open_branches
+from .graph import Side
+
+
+class Structure:
+    """What gates of ``model`` cut. The model is left as it was; what its forward raises is raised.
+
+    Channels that go together, by torch-pruning's groups, are one *atom*; an atom goes when every layer that writes it has closed its gates,
+    or every layer that reads it.
+
+    Attributes:
+        gated: the gated layers of the model by name.
+        size: the number of all gates.
+        plain: a dense copy of the model with the same names.
+        atoms: of a side of a layer, the atom of each channel, or -1 where it always stays.
+        owners: ``owners[writes][atom]`` has for each layer that writes, or reads, the atom the set of its gates.
+        units: of each recurrent layer in ``plain`` whose units can be cut, the layers that read them.
+        notes: of layers whose gates cut nothing, why.
+    """
+
+    def __init__(self, model: nn.Module, example_inputs: Any) -> None:
+        self.gated = {name: module for name, module in model.named_modules() if isinstance(module, GatedLayer)}
+        self._starts: dict[str, int] = {}
+        self._holders: dict[Gate, str] = {}
+        self.size = 0
+        for name, layer in self.gated.items():
+            self._starts[name] = self._starts.get(self._holders.setdefault(layer.gate, name), self.size)
+            self.size = max(self.size, self._starts[name] + layer.gate.num_gates)
+        self.notes: dict[str, str] = {}
+        self.units: dict[nn.Module, list[nn.Module]] = {}
+        self.atoms: dict[Side, list[int]] = {}
+        self.plain = self._plain_copy(model, example_inputs)
+        self.names = {module: name for name, module in self.plain.named_modules()}
+        self._find_atoms(graph.Widths(self.plain, example_inputs))
+
+    @property
+    def gates(self) -> list[Gate]:
+        """Every gate once, as the layers have them now. The vector of all gates has them one after the other."""
+        return [self.gated[name].gate for name in self._holders.values()]
+
+    def start(self, name: str) -> int:
+        """Where the gates of layer ``name`` begin in the vector of all gates."""
+        return self._starts[name]
+
+    def branches(self, name: str) -> list[int]:
+        """The gates of the residual branches that the layer ``name`` is in."""
+        return [
+            self.start(outer)
+            for outer, layer in self.gated.items()
+            if isinstance(layer, GatedResidual) and name.startswith(f"{outer}.branch" if outer else "branch")
+        ]
+
+    def _plain_copy(self, model: nn.Module, example_inputs: Any) -> nn.Module:
+        plain = copy.deepcopy(model)
+        inputs.replace(plain, {gate: Fixed(torch.ones_like(gate.deterministic())) for gate in plain.modules() if isinstance(gate, Gate)})
+        open_branches(plain)
+        readers: dict[str, list[str]] = {}
+        for name, layer in plain.named_modules():
+            if isinstance(layer, _GatedRecurrent):
+                try:
+                    found = recurrent.readers(plain, layer, example_inputs)
+                    readers[name] = [reader for reader, module in plain.named_modules() if module in found]
+                except graph.CannotCutError as error:
+                    self.notes[name] = str(error)
+        inputs.replace(plain, {layer: _dense(layer) for layer in plain.modules() if isinstance(layer, GatedLayer)})
+        self.units = {plain.get_submodule(name): [plain.get_submodule(r) for r in found] for name, found in readers.items()}
+        return plain
+
+    def _find_atoms(self, widths: graph.Widths) -> None:
+        anchors = self._anchors(widths)
+        members: set[Side] = set()
+        count = 0
+        for layer, writes in anchors:
+            if (layer, writes) in self.atoms:
+                continue
+            try:
+                if layer not in widths:
+                    raise graph.CannotCutError("example_inputs do not reach the layer")
+                groups = widths.whole_width(layer, writes)
+                members |= {(m.module, m.writes) for group in groups for m in widths.members(group)}
+            except graph.CannotCutError as error:
+                self.notes[self.names[layer]] = str(error)
+                continue
+            for group in groups:
+                first = count
+                for side, size, channels, roots in widths.sides(group):
+                    atoms = self.atoms.setdefault(side, [-1] * size)
+                    for channel, root in zip(channels, roots, strict=True):
+                        atoms[channel] = first + root
+                        count = max(count, first + root + 1)
+        self.owners = {writes: [set[frozenset[int]]() for _ in range(count)] for writes in (True, False)}
+        for side in members:
+            for channel, atom in enumerate(self.atoms[side]):
+                if atom >= 0:
+                    self.owners[side[1]][atom].add(frozenset(gates[channel] for gates in anchors.get(side, [])))
+
+    def _anchors(self, widths: graph.Widths) -> dict[Side, list[list[int]]]:
+        """Of each side that gates reach, the gate of each of its channels: a list of such lists, because several layers may reach it."""
+        anchors: dict[Side, list[list[int]]] = defaultdict(list)
+        for name, layer in self.gated.items():
+            owners = layer.channel_gates()
+            if owners is None:
+                continue
+            place = self.plain.get_submodule(name)
+            place = place[0] if isinstance(place, nn.Sequential) else place  # a norm that took in its activation
+            on_values = isinstance(place, (*graph.NORMS, Scale))
+            sides = widths.around(place) if on_values else [(place, layer.granularity == "output")]
+            if not sides:
+                self.notes[name] = "no layer alone writes or reads what these gates multiply"
+            for side in sides:
+                anchors[side].append((owners + self.start(name)).tolist())
+        return anchors
+
+
+def _dense(layer: GatedLayer) -> nn.Module:
+    """The plain layer; of a gate on an activation the factors, which are not left out even though all are 1."""
+    owners = layer.channel_gates()
+    if isinstance(layer, GateLayer) and owners is not None:
+        return Scale(torch.ones_like(owners, dtype=torch.float32, device=layer.gate.deterministic().device), layer.dim)
+    return layer.to_dense()

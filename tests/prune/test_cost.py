@@ -1,0 +1,106 @@
+"""The cost of a decision is what compaction counts; between decisions it is multilinear. Whole networks: test_models.py."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import dampr
+from dampr.nn import Gate, GatedEmbedding, GatedGRU, GatedLinear, GatedLSTM, GatedResidual, GatedRNN
+from dampr.prune.cost import Cost
+from dampr.prune.measure import count_macs, count_params
+from tests.prune.test_models import close_at_random
+
+COUNT = {"macs": count_macs, "params": lambda model, _: count_params(model)}
+
+
+class Tagger(nn.Module):
+    def __init__(self, recurrent):
+        super().__init__()
+        self.embedding, self.recurrent = GatedEmbedding(20, 12), recurrent
+        each = 2 if recurrent.bidirectional else 1
+        self.second = GatedGRU(each * recurrent._width, 6, batch_first=True)
+        self.head = nn.Linear(6, 20)
+
+    def forward(self, words):
+        return self.head(self.second(self.recurrent(self.embedding(words))[0])[0])
+
+
+class Branches(nn.Module):
+    """A closed residual branch takes the layers inside with it; gates of two elements each on what comes after."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Linear(6, 8)
+        inner = GatedResidual(nn.Sequential(GatedLinear(8, 16), nn.ReLU(), nn.Linear(16, 8)))
+        self.outer = GatedResidual(nn.Sequential(inner, nn.Tanh(), nn.Linear(8, 8)))
+        self.gate, self.head = Gate(4, index=torch.arange(8) % 4), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.gate(self.outer(self.stem(x))))
+
+
+def words():
+    return torch.randint(0, 20, (3, 7))
+
+
+CASES = {
+    "lstm": lambda: (Tagger(GatedLSTM(12, 10, 2, batch_first=True)), words()),
+    "bidirectional": lambda: (Tagger(GatedRNN(12, 10, 2, batch_first=True, bidirectional=True)), words()),
+    "projection": lambda: (Tagger(GatedLSTM(12, 10, proj_size=5, bias=False, batch_first=True)), words()),
+    "branches": lambda: (Branches(), torch.randn(4, 6)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections")
+@pytest.mark.parametrize("metric", ["macs", "params"])
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("case", CASES)
+def test_a_decision_costs_what_compaction_counts(case, metric, seed):
+    model, x = CASES[case]()
+    cost = Cost(model, x, metric)
+    assert cost.total == COUNT[metric](model, x) == int(cost(cost.decision()))
+    torch.manual_seed(seed)
+    close_at_random(model)
+    for layer in (m for m in model.modules() if isinstance(m, GatedResidual)):
+        nn.init.constant_(layer.gate.log_alpha, 3.0 if torch.rand(()) < 0.5 else -9.0)
+    foretold, counted = int(cost(cost.decision())), COUNT[metric](dampr.compact(model, example_inputs=x), x)
+    if case == "branches" and not model.outer.gate.is_open():
+        assert foretold >= counted, "what read the stream is gone, and its own gates, which are counted as cutting nothing, cut it"
+    else:
+        assert foretold == counted
+
+
+def test_input_gates_of_a_flattened_convolution():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 16, 5))
+    x = torch.randn(2, 3, 8, 8)
+    dampr.convert(model, granularity="input", example_inputs=x)
+    cost = Cost(model, x, "macs")
+    close_at_random(model)
+    model[5].gate.log_alpha.data[16:32] = -9  # all positions of one channel
+    assert int(cost(cost.decision())) == count_macs(dampr.compact(model, example_inputs=x), x)
+    assert cost.structure.notes == {"0": "its width is the model's own input"}
+    assert cost.prunable[3:].all()
+    assert not cost.prunable[:3].any()
+
+
+@pytest.mark.parametrize("case", ["branches", "lstm"])
+def test_the_gradient_is_the_difference_that_a_gate_makes(case):
+    model, x = CASES[case]()
+    cost = Cost(model, x, "macs")
+    start = cost.structure.start("outer.branch.0" if case == "branches" else "embedding")
+    p = torch.rand(cost.structure.size, dtype=torch.float64).requires_grad_()
+    cost(p).backward()
+    for value in (0.0, 1.0):
+        ends = [p.detach().index_fill(0, torch.tensor([start]), end) for end in (value, 1 - value)]
+        assert p.grad[start] == pytest.approx(float(cost(ends[0]) - cost(ends[1])) * (2 * value - 1), rel=1e-9)
+
+
+def test_what_cannot_be_cut_costs_the_same_and_says_why():
+    model = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 2))
+    dampr.convert(model, exclude=["4"])
+    cost = Cost(model, torch.randn(3, 6), "params")
+    assert cost.structure.notes == {"0": "LayerNorm '1' computes statistics over its channels"}
+    assert cost.prunable.tolist() == [False] * 8 + [True] * 6
+    assert float(cost(torch.zeros(14))) == cost.total - 6 * 9 - 6 * 2

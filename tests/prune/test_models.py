@@ -1,0 +1,56 @@
+"""Every structure of tests/models.py: converted, with random gates closed, compacted to the same function and to the size foretold."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import dampr
+from dampr.prune.cost import Cost
+from dampr.prune.measure import count_macs, count_params
+from tests import models
+
+
+def close_at_random(model, share=0.5):
+    for gate in {layer.gate for layer in dampr.prune.gated_layers(model).values()}:
+        closed = torch.rand(gate.num_gates) < share
+        closed[torch.randint(gate.num_gates, ())] = False
+        gate.log_alpha.data = torch.where(closed, -9.0, 3.0 * torch.rand(gate.num_gates))
+
+
+def trained(model):
+    """Norms as after training: with statistics and shifts, so that what a closed channel leaves behind is not 0 by chance."""
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            for values, (low, high) in (
+                (norm.weight, (0.5, 2)),
+                (norm.bias, (-1, 1)),
+                (norm.running_mean, (-1, 1)),
+                (norm.running_var, (0.5, 2)),
+            ):
+                nn.init.uniform_(values, low, high)
+    return model
+
+
+def added_biases(model, small):
+    """What a cut channel contributes as a constant is now in biases that were not there."""
+    names = {name for name, _ in model.named_parameters()}
+    return sum(p.numel() for name, p in small.named_parameters() if name not in names)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize("name", models.ALL)
+def test_masked_equals_compacted_at_the_size_foretold(name, tie, seed):
+    torch.manual_seed(seed)
+    model, x = models.ALL[name]()
+    dampr.convert(trained(model), example_inputs=x, tie=tie)
+    costs = {"macs": Cost(model, x, "macs"), "params": Cost(model, x, "params")}
+    close_at_random(model)
+    small = dampr.compact(model, example_inputs=x)
+    torch.testing.assert_close(small.eval()(x), model.eval()(x), atol=1e-4, rtol=1e-4)
+    foretold = {metric: int(cost(cost.decision())) for metric, cost in costs.items()}
+    counted = {"macs": count_macs(small, x), "params": count_params(small) - added_biases(model, small)}
+    assert foretold == counted, small.dampr_manifest["closed_but_kept"]
+    assert foretold["macs"] < costs["macs"].total
