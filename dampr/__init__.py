@@ -19,6 +19,7 @@ from dampr.prune import (
     ConversionError,
     FileError,
     Summary,
+    Verification,
     compact,
     convert,
     load,
@@ -26,6 +27,7 @@ from dampr.prune import (
     penalty,
     save,
     summary,
+    verify_model,
 )
 
 __all__ = [
@@ -37,6 +39,7 @@ __all__ = [
     "ConversionError",
     "FileError",
     "Summary",
+    "Verification",
     "__version__",
     "backend",
     "backend_info",
@@ -51,4 +54,5 @@ __all__ = [
     "penalty",
     "save",
     "summary",
+    "verify_model",
 ]

@@ -6,6 +6,7 @@ from .convert import ConversionError, convert
 from .cost import Cost
 from .files import FileError, load, save
 from .summary import Summary, gated_layers, param_groups, penalty, summary
+from .verify import GateCheck, Verification, verify_model
 
 __all__ = [
     "Budget",
@@ -15,7 +16,9 @@ __all__ = [
     "ConversionError",
     "Cost",
     "FileError",
+    "GateCheck",
     "Summary",
+    "Verification",
     "compact",
     "convert",
     "gated_layers",
@@ -24,4 +27,5 @@ __all__ = [
     "penalty",
     "save",
     "summary",
+    "verify_model",
 ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -71,7 +70,7 @@ def convert(
     before = None
     if example_inputs is not None:
         inputs.check(example_inputs)
-        with _same_noise(model):
+        with inputs.same_noise(model):
             before = inputs.evaluate(model, example_inputs)
     chosen = _choose(model, include, exclude)
     plan = _place(model, chosen, granularity, example_inputs, tie)
@@ -225,7 +224,7 @@ def _gated(name: str, layer: nn.Module, gate: Any, granularity: Granularity, per
 
 def _check_unchanged(model: nn.Module, gated: dict[str, Any], before: list[torch.Tensor], example_inputs: Any) -> None:
     """A fresh gate of one leaves a product as it is, to the bit; a GEMM may still take another path for an input that is not contiguous."""
-    with _same_noise(model):
+    with inputs.same_noise(model):
         after = inputs.evaluate(model, example_inputs)
     exact = all(bool((layer.gate.deterministic() == 1).all()) for layer in gated.values())
     eps = max((torch.finfo(t.dtype).eps for t in before if t.is_floating_point()), default=0.0)
@@ -242,7 +241,7 @@ def _check_called(model: nn.Module, gated: dict[str, Any], before: list[torch.Te
     for name, layer in gated.items():  # not with hooks, which switch such fast paths off
         layer.forward = _recording(name, layer.forward, called)
     try:
-        with _same_noise(model):
+        with inputs.same_noise(model):
             inputs.evaluate(model, example_inputs)
     finally:
         for layer in gated.values():
@@ -255,7 +254,7 @@ def _check_called(model: nn.Module, gated: dict[str, Any], before: list[torch.Te
         try:
             with torch.no_grad():
                 weight.zero_()
-            with _same_noise(model):
+            with inputs.same_noise(model):
                 read = inputs.differ(before, inputs.evaluate(model, example_inputs), rtol=0, atol=0)
         finally:
             with torch.no_grad():
@@ -280,8 +279,3 @@ def _hits(name: str, layer: nn.Module, wanted: Filter, argument: str, default: b
         if not isinstance(rule, (str, type)):
             raise TypeError(f"{argument}={rule!r}: expected name globs and types")
     return any(fnmatchcase(name, rule) if isinstance(rule, str) else type(layer) is rule for rule in rules)
-
-
-def _same_noise(model: nn.Module) -> AbstractContextManager[None]:
-    """Whatever a model draws in evaluation mode, it draws the same in every such block, and the caller's random state is untouched."""
-    return torch.random.fork_rng(sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"}))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -84,3 +84,8 @@ def replace(model: nn.Module, layers: Mapping[nn.Module, nn.Module]) -> None:
         if name and module in layers:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, layers[module])
+
+
+def same_noise(model: nn.Module) -> AbstractContextManager[None]:
+    """Whatever a model draws in evaluation mode, it draws the same in every such block, and the caller's random state is untouched."""
+    return torch.random.fork_rng(sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"}))

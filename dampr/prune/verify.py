@@ -1,0 +1,204 @@
+"""verify_model: does every gate of a model do something, and can it learn?"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dampr import _checks
+from dampr.gates import Fixed, Gate
+from dampr.nn import GatedLayer
+
+from . import inputs
+from .summary import gated_layers
+
+
+@dataclass
+class GateCheck:
+    """The gates of one layer.
+
+    Attributes:
+        gates: how many there are, and ``tried`` how many of them were closed one by one.
+        unreachable: those of ``tried`` whose closing left the output as it was, on these inputs (behind a ReLU that is never positive,
+            say), by their numbers.
+        without_gradient: those whose value the output does not depend on to first order, by their numbers.
+        problems: why the layer does not pass; empty where it does.
+    """
+
+    name: str
+    layer: str
+    gates: int
+    tried: int
+    unreachable: list[int]
+    without_gradient: list[int]
+    problems: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Verification:
+    """What :func:`verify_model` found; ``str()`` gives a table, ``as_dict()`` plain data."""
+
+    layers: list[GateCheck]
+
+    @property
+    def ok(self) -> bool:
+        """Whether no layer has a problem."""
+        return not any(layer.problems for layer in self.layers)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"ok": self.ok, **asdict(self)}
+
+    def __str__(self) -> str:
+        lines = []
+        for row in self.layers:
+            changing, moving = row.tried - len(row.unreachable), row.gates - len(row.without_gradient)
+            lines.append(
+                f"{row.name} ({row.layer}, {row.gates} gates): {changing} of {row.tried} change the output, {moving} have a gradient"
+            )
+            lines += [f"    problem: {problem}" for problem in row.problems]
+        return "\n".join([*lines, "ok" if self.ok else "not ok"])
+
+
+def verify_model(
+    model: nn.Module, example_inputs: Any, *, optimizer: torch.optim.Optimizer | None = None, gates_per_layer: int = 64, seed: int = 0
+) -> Verification:
+    """Prove that gates work: closing one changes what the model computes, the loss has a gradient on it, and the optimizer moves it.
+
+    A layer has a problem when closing all its gates leaves the output as it is (something bypasses the layer), when a parameter of its
+    gates gets no gradient in training, is frozen or in half precision, or when the optimizer lacks it or decays it (weight decay pulls
+    log_alpha to 0, whatever the data says). Gates that are closed already count as open for the trial. The model is not changed.
+
+    Args:
+        model: with gated layers.
+        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments.
+        optimizer: what trains the model; None leaves it out.
+        gates_per_layer: how many gates of each layer to close one by one (one evaluation each), spread evenly.
+        seed: of the direction in which the outputs are differentiated.
+
+    Raises: TypeError or ValueError that names the argument; what the model raises on the example inputs.
+
+    >>> import dampr
+    >>> x = torch.randn(8, 4)
+    >>> model = dampr.convert(nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2)), example_inputs=x)
+    >>> print(verify_model(model, x))
+    0 (GatedLinear, 6 gates): 6 of 6 change the output, 6 have a gradient
+    ok
+    """
+    inputs.check(example_inputs)
+    _checks.positive_int("gates_per_layer", gates_per_layer)
+    if not gated_layers(model):
+        raise ValueError(f"model={type(model).__name__}: expected gated layers in it (dampr.convert puts them there)")
+    if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"optimizer={optimizer!r:.80}: expected a torch.optim.Optimizer")
+    problems = {name: _parameter_problems(layer.gate, optimizer) for name, layer in gated_layers(model).items()}
+    if any(p.dtype not in _checks.GATE_DTYPES for layer in gated_layers(model).values() for p in layer.gate.parameters()):
+        return Verification(  # no layer computes with such gates
+            [GateCheck(n, type(layer).__name__, layer.gate.num_gates, 0, [], [], problems[n]) for n, layer in gated_layers(model).items()]
+        )
+    with inputs.same_noise(model):
+        for name, found in _unconnected(copy.deepcopy(model), example_inputs, seed).items():
+            problems[name] += found
+        return Verification(_try(model, example_inputs, problems, gates_per_layer, seed))
+
+
+def _try(model: nn.Module, example_inputs: Any, problems: dict[str, list[str]], limit: int, seed: int) -> list[GateCheck]:
+    """Close the gates of a copy whose gates are all open."""
+    trial = copy.deepcopy(model)
+    open_gates: dict[nn.Module, nn.Module] = {
+        gate: Fixed(torch.where(gate.deterministic() == 0, 1.0, gate.deterministic())) for gate in trial.modules() if isinstance(gate, Gate)
+    }
+    inputs.replace(trial, open_gates)
+    gradients = _gradients(trial, example_inputs, seed)
+    rows = []
+    for name, layer in gated_layers(trial).items():
+        tried, unreachable, bypassed = _close(trial, layer, example_inputs, limit)
+        if bypassed:
+            problems[name].append("closing all its gates changes nothing: the model does not use this layer, or not its gates")
+        flat = (gradients[name] == 0).nonzero().flatten().tolist()
+        rows.append(GateCheck(name, type(layer).__name__, layer.gate.num_gates, tried, unreachable, flat, problems[name]))
+    return rows
+
+
+def _parameter_problems(gate: Gate, optimizer: torch.optim.Optimizer | None) -> list[str]:
+    found = []
+    groups = {id(p): group for group in (optimizer.param_groups if optimizer else []) for p in group["params"]}
+    may_decay = getattr(gate, "weight_decay_on_beta", False)
+    for name, p in gate.named_parameters():
+        if p.dtype not in _checks.GATE_DTYPES:
+            found.append(f"{name} is {p.dtype}, expected torch.float32: steps of half precision are too coarse for it")
+        if not p.requires_grad:
+            found.append(f"{name} is frozen")
+        elif optimizer is not None and id(p) not in groups:
+            found.append(f"{name} is not in the optimizer")
+        elif groups.get(id(p), {}).get("weight_decay", 0) and not may_decay:
+            found.append(f"{name} is under weight decay {groups[id(p)]['weight_decay']:g}, expected 0 (dampr.param_groups)")
+    return found
+
+
+def _unconnected(model: nn.Module, example_inputs: Any, seed: int) -> dict[str, list[str]]:
+    """Of each layer the gate parameters that a training step on ``model`` gives no gradient."""
+    model.train()
+    for p in model.parameters():
+        p.grad = None
+    loss = _any_loss(inputs.tensors(inputs.call(model, example_inputs)), seed)
+    if loss.requires_grad:
+        loss.backward()
+    return {
+        name: [f"{own} gets no gradient in training" for own, p in layer.gate.named_parameters() if p.requires_grad and p.grad is None]
+        for name, layer in gated_layers(model).items()
+    }
+
+
+def _gradients(trial: nn.Module, example_inputs: Any, seed: int) -> dict[str, Tensor]:
+    """The gradient of a random direction of the outputs with respect to the gates of each layer, in evaluation mode."""
+    layers = gated_layers(trial)
+    values = {name: layer.gate.values.requires_grad_() for name, layer in layers.items() if isinstance(layer.gate, Fixed)}
+    with inputs.evaluating(trial), torch.backends.cudnn.flags(enabled=False):
+        loss = _any_loss(inputs.tensors(inputs.call(trial, example_inputs)), seed)
+    distinct = list({id(t): t for t in values.values()}.values())
+    found = torch.autograd.grad(loss, distinct, allow_unused=True) if loss.requires_grad else [None] * len(distinct)
+    by_tensor = {id(t): torch.zeros_like(t) if g is None else g for t, g in zip(distinct, found, strict=True)}
+    for t in distinct:
+        t.requires_grad_(False)
+    return {name: by_tensor[id(t)] for name, t in values.items()}
+
+
+def _any_loss(outputs: list[Tensor], seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    total = torch.zeros((), dtype=torch.float64)
+    for t in outputs:
+        if t.is_floating_point():
+            total = total.to(t.device) + (t.double() * torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.device)).sum()
+    return total
+
+
+def _close(trial: nn.Module, layer: GatedLayer, example_inputs: Any, limit: int) -> tuple[int, list[int], bool]:
+    """How many gates were closed one by one, those that changed nothing, and whether all together change nothing."""
+    gate = layer.gate
+    assert isinstance(gate, Fixed)
+    before = inputs.evaluate(trial, example_inputs)
+    numbers = sorted({i * gate.num_gates // limit for i in range(limit)}) if gate.num_gates > limit else range(gate.num_gates)
+    unreachable = []
+    for number in numbers:
+        with _closed(gate, [number]):
+            if not inputs.differ(before, inputs.evaluate(trial, example_inputs), rtol=0, atol=0):
+                unreachable.append(number)
+    with _closed(gate, list(range(gate.num_gates))):
+        bypassed = len(unreachable) == len(numbers) and not inputs.differ(before, inputs.evaluate(trial, example_inputs), rtol=0, atol=0)
+    return len(numbers), unreachable, bypassed
+
+
+@contextmanager
+def _closed(gate: Fixed, numbers: list[int]) -> Iterator[None]:
+    values = gate.values.clone()
+    gate.values[numbers] = 0
+    try:
+        yield
+    finally:
+        gate.values.copy_(values)
