@@ -109,6 +109,11 @@ class Gate(GatedLayer, nn.Module):
         z = self.gate(x.shape[0])[:, self.index]
         return (x * reference.along(z, x, self.dim)).to(x.dtype)
 
+    @property
+    def num_features(self) -> int:
+        """The size of the dimension."""
+        return self.gate.num_gates if self.index is None else self.index.numel()
+
     def _each(self, values: Tensor) -> Tensor:
         """One value per gate as one per element of the dimension."""
         return values if self.index is None else values[self.index]

@@ -147,9 +147,8 @@ class _GatedRecurrent(GatedLayer, nn.RNNBase):
 
         A state that is given to the small layer has its units and is not gated: h_0[..., kept] / scale for the last layer.
         """
-        z = self.gate.deterministic().view(-1, self._width)
-        width = max(1, int((z != 0).sum(1).max()))
-        units = (z == 0).to(torch.uint8).sort(dim=1, stable=True).indices[:, :width].sort(dim=1).values  # open ones come first
+        z, units = self.gate.deterministic().view(-1, self._width), self.kept_units()
+        width = units.shape[1]
         read = torch.ones_like(z) if self.proj_size else z
         each = self._directions
         small: dict[str, Tensor] = {}
@@ -181,6 +180,13 @@ class _GatedRecurrent(GatedLayer, nn.RNNBase):
             setattr(plain, name, nn.Parameter(weight, requires_grad=self._weight(name).requires_grad))
         plain._init_flat_weights()
         return plain.train(self.training)
+
+    @torch.no_grad()
+    def kept_units(self) -> Tensor:
+        """The units that :meth:`compacted` keeps of each layer and direction, int64 (layers * directions, width), increasing."""
+        shut = (self.gate.deterministic() == 0).view(-1, self._width).to(torch.uint8)
+        width = max(1, self._width - int(shut.sum(1).min()))
+        return shut.sort(dim=1, stable=True).indices[:, :width].sort(dim=1).values  # open ones come first
 
     def closed_units(self) -> list[set[int]]:
         """Of each layer, and in it of each direction, the units whose gates are closed."""

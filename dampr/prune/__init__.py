@@ -4,6 +4,7 @@ from .budget import Budget, BudgetError, BudgetReport
 from .compact import CompactionError, compact
 from .convert import ConversionError, convert
 from .cost import Cost
+from .expand import expand
 from .files import FileError, load, save
 from .summary import Summary, gated_layers, param_groups, penalty, summary
 from .verify import GateCheck, Verification, verify_model
@@ -21,6 +22,7 @@ __all__ = [
     "Verification",
     "compact",
     "convert",
+    "expand",
     "gated_layers",
     "load",
     "param_groups",

@@ -13,13 +13,21 @@ from dampr.nn import GatedLayer, GatedResidual, Scale, ScaledRNN
 from dampr.nn.rnn import _GatedRecurrent
 
 from . import graph, inputs, recurrent
+from .expand import carry_over
 
 
 class CompactionError(RuntimeError):
     """The compacted model does not compute what the gated one computes; nothing was changed."""
 
 
-def compact(model: nn.Module, *, example_inputs: Any, atol: float = 1e-5, rtol: float = 1e-5) -> nn.Module:
+def compact(
+    model: nn.Module,
+    *,
+    example_inputs: Any,
+    optimizer: torch.optim.Optimizer | None = None,
+    atol: float = 1e-5,
+    rtol: float = 1e-5,
+) -> nn.Module:
     """A smaller plain model without gates that computes what ``model`` computes in evaluation mode.
 
     Gate values are folded into the weights, closed units are cut out with everything that depends on them (torch-pruning slices), and what
@@ -30,6 +38,8 @@ def compact(model: nn.Module, *, example_inputs: Any, atol: float = 1e-5, rtol: 
     Args:
         model: a model with gated layers; it is not changed.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments.
+        optimizer: what trains ``model``; afterwards it trains the new model, with what is left of its state, in the same groups. Gates that
+            were not 1 are in the new weights and not in the state.
         atol, rtol: how far outputs may differ: |masked - compacted| <= atol + rtol |masked|.
 
     Returns: a new model of plain ``torch.nn`` layers, in the training mode of ``model``. Its attribute ``dampr_manifest`` (plain data)
@@ -38,6 +48,8 @@ def compact(model: nn.Module, *, example_inputs: Any, atol: float = 1e-5, rtol: 
     Raises: CompactionError naming the first layer that differs; TypeError or ValueError that names the argument.
     """
     inputs.check(example_inputs)
+    if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"optimizer={optimizer!r:.80}: expected a torch.optim.Optimizer")
     gated = {name: module for name, module in model.named_modules() if isinstance(module, GatedLayer)}
     if not gated:
         raise ValueError(f"model={type(model).__name__}: expected gated layers in it (dampr.convert puts them there)")
@@ -64,14 +76,16 @@ def compact(model: nn.Module, *, example_inputs: Any, atol: float = 1e-5, rtol: 
             elif channels:
                 closed[writes][plain] = channels
     inputs.replace(small, dense)
-    kept, recurrent_notes = recurrent.make_plain(small, samples, atol, rtol)
+    kept, units, recurrent_notes = recurrent.make_plain(small, samples, atol, rtol)
     notes |= recurrent_notes
     if norms or closed[True] or closed[False]:
         _cut(small, closed, norms, samples, kept, notes)
     ones = [m for m in small.modules() if isinstance(m, Scale) and bool((m.scale == 1).all())]
     inputs.replace(small, {module: nn.Identity().train(module.training) for module in ones})
     difference = max(_prove(model, small, kept, sample, atol, rtol) for sample in samples)
-    small.dampr_manifest = _manifest(model, small, kept, notes, difference)  # type: ignore[assignment]
+    small.dampr_manifest = _manifest(model, small, kept, units, notes, difference)  # type: ignore[assignment]
+    if optimizer is not None:
+        carry_over(optimizer, model, small)
     return small
 
 
@@ -130,11 +144,11 @@ def _cut_width(
     group = widths.group(layer, writes, dead)
     members = widths.members(group)
     _fold_constants(small, [m for m in members if not m.writes], names, samples)
-    for member in members:
-        remaining = kept.get((member.module, member.writes), torch.arange(member.size()))
-        mask = torch.ones(member.size(), dtype=torch.bool)
-        mask[member.channels] = False
-        kept[member.module, member.writes] = remaining[mask]
+    cut = {side: (size, channels) for side, size, channels, _ in widths.sides(group)}  # a side may be in the group twice
+    for side, (size, channels) in cut.items():
+        left = torch.ones(size, dtype=torch.bool)
+        left[channels] = False
+        kept[side] = kept.get(side, torch.arange(size))[left]
     frozen = {name for name, p in small.named_parameters() if not p.requires_grad}
     group.prune(record_history=False)
     for name, p in small.named_parameters():
@@ -240,11 +254,25 @@ def _layer_outputs(model: nn.Module, sample: Any) -> dict[str, Tensor]:
     return layers
 
 
-def _manifest(model: nn.Module, small: nn.Module, kept: Kept, notes: dict[str, str], difference: float) -> dict[str, Any]:
+def _manifest(
+    model: nn.Module, small: nn.Module, kept: Kept, units: dict[str, Tensor], notes: dict[str, str], difference: float
+) -> dict[str, Any]:
     names = {module: name for name, module in small.named_modules()}
     names |= {module.rnn: name for module, name in names.items() if isinstance(module, ScaledRNN)}
     layers: dict[str, dict[str, Any]] = {}
     for (module, writes), indices in kept.items():
-        before = graph.channel_count(model.get_submodule(names[module]), writes)
+        if module not in names:
+            continue  # a factor that was 1 everywhere
+        before = graph.channel_count(_counterpart(model, names[module]), writes)
         layers.setdefault(names[module], {})["out" if writes else "in"] = {"before": before, "kept": indices.tolist()}
+    for name, rows in units.items():
+        layers[name]["units"] = {"before": _counterpart(model, name)._width, "kept": rows.tolist()}
     return {"dampr": __version__, "torch": torch.__version__, "layers": layers, "closed_but_kept": notes, "max_abs_difference": difference}
+
+
+def _counterpart(model: nn.Module, name: str) -> Any:
+    """The layer of the gated ``model`` that became the layer ``name``; a norm that took in its activation became two."""
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        return model.get_submodule(name.rpartition(".")[0])

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
-from dampr.nn import Scale
+from dampr.nn import Gate, Scale
 
 from . import inputs
 
@@ -47,12 +47,12 @@ class Member:
 
 
 def channel_count(layer: nn.Module, writes: bool) -> int:
-    """Channels that a linear, convolution, recurrent or embedding layer writes, or reads, or a BatchNorm has."""
+    """Channels that a linear, convolution, recurrent or embedding layer writes, or reads, or a norm or activation has."""
     if isinstance(layer, nn.RNNBase):
         return (1 + layer.bidirectional) * (layer.proj_size or layer.hidden_size) if writes else layer.input_size
     if isinstance(layer, nn.Embedding):
         return layer.embedding_dim if writes else layer.num_embeddings
-    if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+    if isinstance(layer, (nn.modules.batchnorm._NormBase, Scale, Gate)):
         return layer.num_features
     weight = layer.weight
     assert isinstance(weight, Tensor)
@@ -75,7 +75,7 @@ class Widths:
     def __init__(self, model: nn.Module, example_inputs: Any) -> None:
         import torch_pruning
 
-        channelwise = _channelwise(model, example_inputs)
+        self._channelwise = _channelwise(model, example_inputs)
         self._calls: dict[nn.Module, int] = {}
         self._returned: set[Any] = set()
         self._names = {module: name for name, module in model.named_modules()}
@@ -85,7 +85,7 @@ class Widths:
             with inputs.evaluating(model), _all_trainable(model), _one_node(model), torch.enable_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 graph = torch_pruning.DependencyGraph()
-                own = {**dict.fromkeys((nn.GRU, nn.RNN, nn.LSTM), _recurrent_pruner()), Scale: _scale_pruner(channelwise)}
+                own = {**dict.fromkeys((nn.GRU, nn.RNN, nn.LSTM), _recurrent_pruner()), Scale: _scale_pruner(self._channelwise)}
                 self._graph = graph.build_dependency(model, packed, forward_fn=self._forward, verbose=False, customized_pruners=own)
         finally:
             for hook in hooks:
@@ -249,11 +249,13 @@ class Widths:
     def sides(self, group: Any) -> Iterator[tuple[Side, int, list[int], list[int]]]:
         """What is sliced in a group: a side, its size, which of its channels, and to which channel of the layer asked each belongs.
 
-        Norms and depthwise convolutions, whose channels are those of the layer before, count as written.
+        Norms, depthwise convolutions and the like, whose channels are those of the layer before, count as written.
         """
         for item in group:
             layer = item.dep.target.module
-            if isinstance(layer, NORMS) or is_depthwise(layer):
+            if (isinstance(layer, nn.PReLU) and layer.num_parameters == 1) or (isinstance(layer, Scale) and layer not in self._channelwise):
+                continue
+            if isinstance(layer, _PASSES_THROUGH) or is_depthwise(layer):
                 yield (layer, True), channel_count(layer, True), list(item.idxs), list(item.root_idxs)
             elif isinstance(layer, (nn.Embedding, nn.RNNBase, *GEMMS)):
                 writes = self._graph.is_out_channel_pruning_fn(item.dep.handler)

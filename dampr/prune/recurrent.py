@@ -20,16 +20,18 @@ from .graph import CannotCutError, input_columns
 Kept = dict[tuple[nn.Module, bool], Tensor]
 
 
-def make_plain(model: nn.Module, samples: list[Any], atol: float, rtol: float) -> tuple[Kept, dict[str, str]]:
+def make_plain(model: nn.Module, samples: list[Any], atol: float, rtol: float) -> tuple[Kept, dict[str, Tensor], dict[str, str]]:
     """Replace every gated recurrent layer of ``model`` by a plain one, in place.
 
     A layer whose outputs are read by ``nn.Linear`` and recurrent layers alone becomes the smaller layer of ``compacted()``, and the columns
     of its readers are sliced and multiplied by the gates. Whether the model computes the same is tried on ``samples``; where it does not (a
     nonlinearity between them, a norm, a state from outside), the layer keeps its size.
 
-    Returns what is left of each layer, and for layers with closed units that stay the reason.
+    Returns what is left of each layer, of the smaller ones the units by layer and direction, and for layers with closed units that stay the
+    reason.
     """
     kept: dict[tuple[str, bool], Tensor] = {}
+    units: dict[str, Tensor] = {}
     notes: dict[str, str] = {}
     for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, _GatedRecurrent)]:
         plain = layer.to_dense()
@@ -39,11 +41,12 @@ def make_plain(model: nn.Module, samples: list[Any], atol: float, rtol: float) -
         try:
             features, readers = _shrink(model, layer, samples, atol, rtol)
             kept |= {(name, True): features, **{(reader, False): features for reader in readers}}
+            units[name] = layer.kept_units()
         except CannotCutError as error:
             inputs.replace(model, {layer: plain})
             if any(layer.closed_units()):
                 notes[name] = f"{sum(map(len, layer.closed_units()))} closed units stay: {error}"
-    return {(_inside(model.get_submodule(name)), writes): features for (name, writes), features in kept.items()}, notes
+    return {(_inside(model.get_submodule(name)), writes): features for (name, writes), features in kept.items()}, units, notes
 
 
 def _inside(layer: nn.Module) -> nn.Module:

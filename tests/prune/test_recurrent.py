@@ -86,6 +86,7 @@ def test_a_recurrent_layer_and_what_reads_it_get_smaller(kind: Any, how: str, fr
     assert small.dampr_manifest["layers"]["rnn"] == {
         "out": {"before": 6, "kept": [1, 2, 4, 5]},
         "in": {"before": 8, "kept": [1, 2, 4, 5, 7]},
+        "units": {"before": 6, "kept": [[1, 2, 4, 5]] * small.rnn.num_layers},
     }
     assert small.dampr_manifest["layers"]["head"]["in"]["kept"] == [1, 2, 4, 5]
 

@@ -1,0 +1,189 @@
+"""expand: a compacted model at its old size again, with zeros where channels were cut; and what an optimizer knows, cut with the model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dampr.nn import Scale, ScaledRNN
+
+from . import graph
+
+_NORMS = nn.modules.batchnorm._NormBase
+Places = tuple[int, Tensor] | None  # of one dimension: its size before, and which of it are left; None where nothing was cut
+
+
+def expand(model: nn.Module) -> nn.Module:
+    """A compacted model with the widths that it had before: cut channels come back with weights of 0.
+
+    What it computes stays the same, because nothing reads the channels that come back (weights that read them are 0 too); its parameters
+    have the shapes of the dense original, for surgery, for comparison, or to load them there. Biases that compaction added to make up for
+    constants stay, and so do branches that were removed and gates that became plain factors.
+
+    Args:
+        model: what :func:`dampr.compact` or :func:`dampr.load` returned, with its ``dampr_manifest``; it is not changed.
+
+    Returns: a new model in the same training mode, without a manifest.
+
+    Raises: ValueError where the manifest is missing or does not fit the model.
+
+    >>> import dampr
+    >>> x = torch.randn(8, 4)
+    >>> gated = dampr.convert(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)), example_inputs=x)
+    >>> gated[0].gate.log_alpha.data[:3] = -9
+    >>> expand(dampr.compact(gated, example_inputs=x))
+    Sequential(
+      (0): Linear(in_features=4, out_features=6, bias=True)
+      (1): ReLU()
+      (2): Linear(in_features=6, out_features=2, bias=True)
+    )
+    """
+    manifest = getattr(model, "dampr_manifest", None)
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("layers"), dict):
+        raise ValueError(f"model={type(model).__name__}: expected the dampr_manifest that dampr.compact leaves")
+    large = copy.deepcopy(model)
+    del large.dampr_manifest
+    for name, entry in manifest["layers"].items():
+        layer = _layer(large, name)
+        for attribute, places in tensors_of(layer, entry).items():
+            small = getattr(layer, attribute)
+            if small is not None:
+                _check_fits(f"{name}.{attribute}", small, places)
+                grown = _grow(small.detach(), places, fill=attribute == "running_var")
+                if isinstance(small, nn.Parameter):
+                    setattr(layer, attribute, nn.Parameter(grown, requires_grad=small.requires_grad))
+                else:
+                    setattr(layer, attribute, grown)
+        for attribute, size in _sizes(layer, entry).items():
+            setattr(layer, attribute, size)
+        if isinstance(layer, nn.RNNBase):
+            layer._init_flat_weights()
+    return large
+
+
+def _layer(model: nn.Module, name: str) -> Any:
+    try:
+        layer = model.get_submodule(name)
+    except AttributeError:
+        raise ValueError(f"model={type(model).__name__}: its manifest names a layer {name!r} that is not there") from None
+    return layer.rnn if isinstance(layer, ScaledRNN) else layer
+
+
+def tensors_of(layer: nn.Module, entry: dict[str, Any]) -> dict[str, list[Places]]:
+    """Of each tensor of a layer, what is left of its dimensions, from the entry of the manifest."""
+    written, read = (_places(entry.get(side)) for side in ("out", "in"))
+    if isinstance(layer, nn.RNNBase):
+        return dict(_of_recurrent(layer, entry.get("units"), read))
+    if isinstance(layer, nn.Embedding):
+        return {"weight": [None, written]}
+    if isinstance(layer, Scale):
+        return {"scale": [written]}
+    if isinstance(layer, (_NORMS, nn.PReLU)) or graph.is_depthwise(layer):
+        return {name: [written] for name in ("weight", "bias", "running_mean", "running_var") if hasattr(layer, name)}
+    return {"weight": [written, read], "bias": [written]}
+
+
+def _of_recurrent(layer: nn.RNNBase, units: dict[str, Any] | None, read: Places) -> Iterator[tuple[str, list[Places]]]:
+    each = 1 + layer.bidirectional
+    for row, names in enumerate(layer._all_weights):
+        own = below = gates = None
+        if units is not None:
+            size = units["before"]
+            rows = [torch.tensor(r) for r in units["kept"]]
+            own = size, rows[row]
+            count = getattr(layer, names[0]).shape[0] // layer.hidden_size
+            if not layer.proj_size:
+                gates = count * size, torch.cat([rows[row] + i * size for i in range(count)])
+            if row >= each:
+                first = row // each * each - each
+                below = each * size, torch.cat([rows[first + i] + i * size for i in range(each)])
+        for name in names:
+            if name.startswith("weight_ih"):
+                yield name, [gates, read if row < each else below]
+            elif name.startswith("weight_hh"):
+                yield name, [gates, own]
+            elif name.startswith("weight_hr"):
+                yield name, [own, None]
+            else:
+                yield name, [gates]
+
+
+def _places(side: dict[str, Any] | None) -> Places:
+    return None if side is None else (int(side["before"]), torch.tensor(side["kept"], dtype=torch.int64))
+
+
+def _check_fits(name: str, small: Tensor, places: list[Places]) -> None:
+    for size, place in zip(small.shape, places, strict=False):
+        if place is not None and (len(place[1]) != size or not bool(((place[1] >= 0) & (place[1] < place[0])).all())):
+            raise ValueError(f"{name}: {size} channels, but its manifest keeps {len(place[1])} of {place[0]}")
+
+
+def _grow(small: Tensor, places: list[Places], fill: float) -> Tensor:
+    for dim, place in enumerate(places):
+        if place is not None:
+            size, kept = place
+            shape = [*small.shape[:dim], size, *small.shape[dim + 1 :]]
+            small = small.new_full(shape, fill).index_copy(dim, kept.to(small.device), small)
+    return small
+
+
+def shrink(large: Tensor, places: list[Places]) -> Tensor:
+    """What is left of ``large``: the inverse of growing."""
+    for dim, place in enumerate(places):
+        if place is not None:
+            large = large.index_select(dim, place[1].to(large.device))
+    return large
+
+
+def _sizes(layer: Any, entry: dict[str, Any]) -> dict[str, int]:
+    written, read = (entry[side]["before"] if side in entry else None for side in ("out", "in"))
+    if isinstance(layer, nn.RNNBase):
+        units = entry["units"]["before"] if "units" in entry else None
+        found = {"input_size": read, "proj_size" if layer.proj_size else "hidden_size": units}
+    elif isinstance(layer, nn.Linear):
+        found = {"out_features": written, "in_features": read}
+    elif graph.is_depthwise(layer):
+        found = dict.fromkeys(("out_channels", "in_channels", "groups"), written)
+    elif isinstance(layer, nn.modules.conv._ConvNd):
+        found = {"out_channels": written, "in_channels": read}
+    elif isinstance(layer, nn.Embedding):
+        found = {"embedding_dim": written}
+    elif isinstance(layer, nn.PReLU):
+        found = {"num_parameters": written}
+    else:
+        found = {} if isinstance(layer, Scale) else {"num_features": written}
+    return {name: size for name, size in found.items() if size is not None}
+
+
+def carry_over(optimizer: torch.optim.Optimizer, model: nn.Module, small: Any) -> None:
+    """Let ``optimizer``, which trained ``model``, train ``small``: its parameters in the same groups, with their state cut likewise.
+
+    Parameters that are gone leave their group (an empty group stays, for schedulers count them); biases that compaction added come to the
+    weight of their layer, with no state.
+    """
+    places: dict[str, list[Places]] = {}
+    for name, entry in small.dampr_manifest["layers"].items():
+        for attribute, each in tensors_of(_layer(small, name), entry).items():
+            places[f"{name}.{attribute}"] = each
+    old = dict(model.named_parameters(remove_duplicate=False))
+    new = dict(small.named_parameters(remove_duplicate=False))
+    target = {id(old[name]): name for name in reversed(old) if name in new}
+    state: dict[Tensor, Any] = {}
+    groups: list[list[Tensor]] = []
+    for group in optimizer.param_groups:
+        names = [target[id(p)] for p in group["params"] if id(p) in target]
+        for name in names:
+            state[new[name]] = {
+                key: shrink(value, places.get(name, [])) if isinstance(value, Tensor) and value.shape == old[name].shape else value
+                for key, value in optimizer.state.get(old[name], {}).items()
+            }
+        added = [bias for name in names if (bias := name.removesuffix("weight") + "bias") in new and bias not in old]
+        groups.append([new[name] for name in (*names, *added)])
+    for group, params in zip(optimizer.param_groups, groups, strict=True):
+        group["params"] = params
+    optimizer.state.clear()
+    optimizer.state.update({p: values for p, values in state.items() if values})

@@ -1,0 +1,136 @@
+"""expand gives the widths back and keeps the function; compact(optimizer=...) goes on with what the optimizer knows."""
+
+from __future__ import annotations
+
+import copy
+import re
+
+import pytest
+import torch
+from torch import nn
+
+import dampr
+from dampr.nn import GatedEmbedding, GatedGRU, GatedLSTM, GatedRNN
+from tests import models
+from tests.prune.test_models import close_at_random, trained
+
+
+@pytest.mark.parametrize("name", models.ALL)
+def test_expanded_networks_have_the_dense_shapes_and_the_same_outputs(name, tmp_path):
+    model, x = models.ALL[name]()
+    dense = copy.deepcopy(model)
+    dampr.convert(trained(model), example_inputs=x)
+    close_at_random(model)
+    small = dampr.compact(model, example_inputs=x).eval()
+    large = dampr.expand(small)
+    assert not large.training
+    torch.testing.assert_close(large(x), small(x), atol=1e-5, rtol=1e-5)
+    shapes, expected = ({k: v.shape for k, v in m.state_dict().items()} for m in (large, dense))
+    added = shapes.keys() - expected.keys()
+    assert {k: v for k, v in shapes.items() if k not in added} == expected
+    assert all(key.endswith("bias") for key in added)
+    assert re.sub(", bias=(True|False)", "", str(dense)) == re.sub(", bias=(True|False)", "", str(large))
+    dampr.save(small, tmp_path / "small.safetensors")
+    again = dampr.expand(dampr.load(tmp_path / "small.safetensors", copy.deepcopy(dense)))
+    assert all(torch.equal(v, large.state_dict()[k]) for k, v in again.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("build", "arguments"),
+    [
+        (GatedLSTM, {"num_layers": 2}),
+        (GatedGRU, {"num_layers": 2, "bidirectional": True}),
+        (GatedRNN, {"bidirectional": True, "bias": False}),
+        (GatedLSTM, {"proj_size": 5, "num_layers": 2}),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:LSTM with projections")
+def test_expanded_recurrent_layers(build, arguments):
+    class Tagger(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.rnn = GatedEmbedding(9, 7), build(7, 10, batch_first=True, **arguments)
+            self.head = nn.Linear(self.rnn._width * self.rnn._directions, 4)
+
+        def forward(self, x):
+            return self.head(self.rnn(self.embedding(x))[0])
+
+    model, x = Tagger(), torch.randint(0, 9, (3, 6))
+    close_at_random(model, 0.6)
+    small = dampr.compact(model, example_inputs=x).eval()
+    large = dampr.expand(small)
+    torch.testing.assert_close(large(x), small(x), atol=1e-5, rtol=1e-5)
+    expected = {k: v.shape for k, v in model.state_dict().items() if "gate" not in k}
+    assert {k: v.shape for k, v in large.state_dict().items()} == expected
+    assert (large.rnn.hidden_size, large.rnn.input_size) == (10, 7)
+
+
+def test_the_compacted_model_is_not_changed():
+    model, x = models.mlp()
+    close_at_random(dampr.convert(model, example_inputs=x))
+    small = dampr.compact(model, example_inputs=x)
+    before = {k: v.clone() for k, v in small.state_dict().items()}
+    large = dampr.expand(small)
+    assert all(torch.equal(v, before[k]) for k, v in small.state_dict().items())
+    assert not hasattr(large, "dampr_manifest")
+
+
+def test_what_has_no_fitting_manifest_is_refused():
+    model, x = models.mlp()
+    with pytest.raises(ValueError, match="expected the dampr_manifest"):
+        dampr.expand(model)
+    close_at_random(dampr.convert(model, example_inputs=x))
+    small = dampr.compact(model, example_inputs=x)
+    small[0] = nn.Linear(12, 3)
+    with pytest.raises(ValueError, match=r"0.weight: 3 channels, but its manifest keeps \d+ of 20"):
+        dampr.expand(small)
+    small.dampr_manifest["layers"]["elsewhere"] = {}
+    small[0] = nn.Linear(12, len(small.dampr_manifest["layers"]["0"]["out"]["kept"]))
+    with pytest.raises(ValueError, match="names a layer 'elsewhere'"):
+        dampr.expand(small)
+
+
+@pytest.mark.parametrize("make", [torch.optim.Adam, lambda groups: torch.optim.SGD(groups, momentum=0.9)])
+@pytest.mark.parametrize("name", ["mlp", "resnet18", "mobilenet_v2"])
+def test_training_goes_on_with_what_is_left_of_the_state(name, make):
+    torch.manual_seed(0)
+    model, x = models.ALL[name]()
+    dampr.convert(model, example_inputs=x)
+    optimizer = make(dampr.param_groups(model, lr=1e-2))
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+
+    def step(net):
+        optimizer.zero_grad()
+        net(x).square().sum().backward()
+        optimizer.step()
+
+    model.eval()  # gates of 1, norms with their statistics: the same function before and after
+    for _ in range(3):
+        step(model)
+    for layer in dampr.prune.gated_layers(model).values():
+        layer.gate.log_alpha.data[::2] = -9
+    small = dampr.compact(model, example_inputs=x, optimizer=optimizer).eval()
+    assert {id(p) for group in optimizer.param_groups for p in group["params"]} == {id(p) for p in small.parameters()}
+    key = "exp_avg" if make is torch.optim.Adam else "momentum_buffer"
+    known = dict(model.named_parameters())
+    carried = {n: optimizer.state[p][key] for n, p in small.named_parameters() if n in known}
+    assert all(value.shape == small.get_parameter(n).shape for n, value in carried.items())
+    assert any(bool(value.any()) for value in carried.values())
+    step(small)
+    scheduler.step()
+    assert len(optimizer.param_groups) == 2, "groups stay, for schedulers count them"
+
+
+def test_state_of_a_linear_layer_is_cut_by_rows_and_columns():
+    model, x = models.mlp()
+    dampr.convert(model, example_inputs=x)
+    optimizer = torch.optim.Adam(dampr.param_groups(model, lr=1e-2))
+    model(x).square().sum().backward()
+    optimizer.step()
+    before = optimizer.state[model[2].weight]["exp_avg"].clone()
+    close_at_random(model)
+    small = dampr.compact(model, example_inputs=x, optimizer=optimizer)
+    rows, columns = (torch.tensor(small.dampr_manifest["layers"]["2"][side]["kept"]) for side in ("out", "in"))
+    assert torch.equal(optimizer.state[small[2].weight]["exp_avg"], before[rows][:, columns])
+    with pytest.raises(TypeError, match="optimizer=3"):
+        dampr.compact(model, example_inputs=x, optimizer=3)
