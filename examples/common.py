@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 import dampr
 from dampr import datasets
-from dampr.bench import records
+from dampr.bench import records, timing
+from dampr.prune import inputs
 from dampr.prune.measure import count_macs, count_params
 
 RESULTS = Path(__file__).parent / "results"
@@ -135,6 +136,25 @@ def sizes(model: nn.Module, small: nn.Module, data: datasets.Split) -> dict[str,
         "params": count_params(small),
         "params_dense": count_params(model),
     }
+
+
+def side_by_side(models: dict[str, nn.Module], example: Any, quality: dict[str, float]) -> list[dict[str, Any]]:
+    """Of each model its size, its quality, and the milliseconds of an evaluation pass over the example inputs, timed in turns."""
+
+    def call(model: nn.Module) -> Callable[[], object]:
+        return torch.inference_mode()(lambda: inputs.call(model, example))
+
+    times = timing.interleaved({name: call(model.eval()) for name, model in models.items()}, rounds=20, min_seconds=0.02)
+    return [
+        {
+            "model": name,
+            "quality": quality[name],
+            "params": count_params(model),
+            "macs": count_macs(model, example),
+            "ms": times[name].median * 1e3,
+        }
+        for name, model in models.items()
+    ]
 
 
 def finish(script: str, result: dict[str, Any], write: bool) -> None:
