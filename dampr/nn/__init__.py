@@ -1,5 +1,6 @@
 """Drop-in gated layers. Each takes the arguments of the ``torch.nn`` layer it replaces, in its order, then gate keywords."""
 
+from .attention import GatedMultiheadAttention, PrunedMultiheadAttention
 from .base import GatedLayer
 from .conv import GatedConv1d, GatedConv2d
 from .gate import Gate, GatedEmbedding, GatedResidual, Residual, Scale
@@ -19,8 +20,10 @@ __all__ = [
     "GatedLayer",
     "GatedLayerNorm",
     "GatedLinear",
+    "GatedMultiheadAttention",
     "GatedRNN",
     "GatedResidual",
+    "PrunedMultiheadAttention",
     "Residual",
     "Scale",
     "ScaledRNN",
