@@ -7,6 +7,12 @@ from .gate import Gate, GatedEmbedding, GatedResidual, Residual, Scale
 from .linear import GatedLinear
 from .norm import GatedBatchNorm1d, GatedBatchNorm2d, GatedLayerNorm
 from .rnn import GatedGRU, GatedLSTM, GatedRNN, ScaledRNN
+from .transformer import (
+    GatedTransformerDecoderLayer,
+    GatedTransformerEncoderLayer,
+    PrunedTransformerDecoderLayer,
+    PrunedTransformerEncoderLayer,
+)
 
 __all__ = [
     "Gate",
@@ -23,7 +29,11 @@ __all__ = [
     "GatedMultiheadAttention",
     "GatedRNN",
     "GatedResidual",
+    "GatedTransformerDecoderLayer",
+    "GatedTransformerEncoderLayer",
     "PrunedMultiheadAttention",
+    "PrunedTransformerDecoderLayer",
+    "PrunedTransformerEncoderLayer",
     "Residual",
     "Scale",
     "ScaledRNN",

@@ -143,13 +143,18 @@ class GatedMultiheadAttention(GatedLayer, nn.MultiheadAttention):
         Where fresh gates are not 1, ``out_proj.weight`` is divided by them, so that the layer computes the same; ValueError where one is 0.
         """
         gated = cls._around(layer, gate, per_sample)
-        z = gated.gate.deterministic().detach()
-        if not bool((z == 1).all()):
-            if not bool((z != 0).all()):
-                raise ValueError(f"gate={type(gated.gate).__name__}: a fresh gate of it is 0, so what the layer computes could not be kept")
-            weight = gated.out_proj.weight
-            weight.data = (weight.detach() / z.repeat_interleave(gated.head_dim)).to(weight.dtype)
+        gated._undo_fresh_gates()
         return gated
+
+    @torch.no_grad()
+    def _undo_fresh_gates(self) -> None:
+        z = self.gate.deterministic()
+        if bool((z == 1).all()):
+            return
+        if not bool((z != 0).all()):
+            raise ValueError(f"gate={type(self.gate).__name__}: a fresh gate of it is 0, so what the layer computes could not be kept")
+        weight = self.out_proj.weight
+        weight.data = (weight / z.repeat_interleave(self.head_dim)).to(weight.dtype)
 
     @classmethod
     def _around(cls, layer: nn.MultiheadAttention, gate: str | type[Gate] | Gate, per_sample: bool) -> GatedMultiheadAttention:
