@@ -451,9 +451,9 @@ def _mask(
     return F.pad(mask, (0, more)) if more else mask
 
 
-def _joined(out_proj: nn.Module, heads: Tensor, weights: Maybe, average: bool, batched: bool) -> tuple[Tensor, Maybe]:
+def _joined(out_proj: nn.Linear, heads: Tensor, weights: Maybe, average: bool, batched: bool) -> tuple[Tensor, Maybe]:
     """The last projection of (N, heads, L, head_dim), on sequences first, and the attention weights as the caller wants them."""
-    output = out_proj(heads.permute(2, 0, 1, 3).flatten(2))
+    output = F.linear(heads.permute(2, 0, 1, 3).flatten(2), out_proj.weight, out_proj.bias)
     if weights is not None and average:
         weights = weights.mean(1)
     return (output, weights) if batched else (output.squeeze(1), None if weights is None else weights.squeeze(0))

@@ -12,7 +12,7 @@ from dampr._version import __version__
 from dampr.nn import GatedLayer, GatedResidual, Scale, ScaledRNN
 from dampr.nn.rnn import _GatedRecurrent
 
-from . import graph, inputs, recurrent
+from . import graph, inputs, recurrent, transformer
 
 
 class CompactionError(RuntimeError):
@@ -24,15 +24,17 @@ def compact(model: nn.Module, *, example_inputs: Any, atol: float = 1e-5, rtol: 
 
     Gate values are folded into the weights, closed units are cut out with everything that depends on them (torch-pruning slices), and what
     a closed unit still contributes as a constant (the half of a sigmoid, the shift of a BatchNorm) moves into the bias of the layer that
-    reads it. A recurrent layer becomes the smaller one of its ``compacted()`` where linear and recurrent layers alone read it. Then both
-    models run on the example inputs, and on the same inputs with a little noise, and their outputs are compared.
+    reads it. A recurrent layer becomes the smaller one of its ``compacted()`` where linear and recurrent layers alone read it, attention
+    and transformer layers do so anywhere. Then both models run on the example inputs, and on the same inputs with a little noise, and their
+    outputs are compared.
 
     Args:
         model: a model with gated layers; it is not changed.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments.
         atol, rtol: how far outputs may differ: |masked - compacted| <= atol + rtol |masked|.
 
-    Returns: a new model of plain ``torch.nn`` layers, in the training mode of ``model``. Its attribute ``dampr_manifest`` (plain data)
+    Returns: a new model of plain ``torch.nn`` layers (where these have no form for what is left, of the plain ones of ``dampr.nn``, such as
+    :class:`dampr.nn.PrunedMultiheadAttention`), in the training mode of ``model``. Its attribute ``dampr_manifest`` (plain data)
     lists the kept indices of each layer, and why a closed unit could not be cut.
 
     Raises: CompactionError naming the first layer that differs; TypeError or ValueError that names the argument.
@@ -46,7 +48,7 @@ def compact(model: nn.Module, *, example_inputs: Any, atol: float = 1e-5, rtol: 
     small = copy.deepcopy(model)
     _open_branches(small)
     samples = [example_inputs, inputs.perturbed(example_inputs)]
-    notes: dict[str, str] = {}
+    small, neurons, heads, notes = transformer.make_plain(small, samples, atol, rtol)
     closed: graph.Closed = {True: {}, False: {}}
     norms: dict[nn.Module, set[int]] = {}
     dense: dict[Any, nn.Module] = {}
@@ -65,13 +67,13 @@ def compact(model: nn.Module, *, example_inputs: Any, atol: float = 1e-5, rtol: 
                 closed[writes][plain] = channels
     inputs.replace(small, dense)
     kept, recurrent_notes = recurrent.make_plain(small, samples, atol, rtol)
-    notes |= recurrent_notes
+    kept, notes = neurons | kept, notes | recurrent_notes
     if norms or closed[True] or closed[False]:
         _cut(small, closed, norms, samples, kept, notes)
     ones = [m for m in small.modules() if isinstance(m, Scale) and bool((m.scale == 1).all())]
     inputs.replace(small, {module: nn.Identity().train(module.training) for module in ones})
     difference = max(_prove(model, small, kept, sample, atol, rtol) for sample in samples)
-    small.dampr_manifest = _manifest(model, small, kept, notes, difference)  # type: ignore[assignment]
+    small.dampr_manifest = _manifest(model, small, kept, heads, notes, difference)  # type: ignore[assignment]
     return small
 
 
@@ -242,10 +244,15 @@ def _layer_outputs(model: nn.Module, sample: Any) -> dict[str, Tensor]:
     return layers
 
 
-def _manifest(model: nn.Module, small: nn.Module, kept: Kept, notes: dict[str, str], difference: float) -> dict[str, Any]:
+def _manifest(
+    model: nn.Module, small: nn.Module, kept: Kept, heads: dict[str, tuple[int, list[int]]], notes: dict[str, str], difference: float
+) -> dict[str, Any]:
     names = {module: name for name, module in small.named_modules()}
     names |= {module.rnn: name for module, name in names.items() if isinstance(module, ScaledRNN)}
     layers: dict[str, dict[str, Any]] = {}
+    for name, (count, left) in heads.items():
+        if len(left) < count:
+            layers[name] = {"heads": {"before": count, "kept": left}}
     for (module, writes), indices in kept.items():
         before = graph.channel_count(model.get_submodule(names[module]), writes)
         layers.setdefault(names[module], {})["out" if writes else "in"] = {"before": before, "kept": indices.tolist()}
