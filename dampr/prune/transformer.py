@@ -25,10 +25,10 @@ Kept = dict[tuple[nn.Module, bool], Tensor]
 
 
 def owners(model: nn.Module) -> dict[nn.Module, list[tuple[str, nn.Module]]]:
-    """The parts of torch's own transformer layers, each with the layers that it is a part of, by all their names."""
+    """The parts of torch's own and of gated transformer layers, each with the layers that it is a part of, by all their names."""
     found: dict[nn.Module, list[tuple[str, nn.Module]]] = {}
     for name, layer in model.named_modules(remove_duplicate=False):
-        if type(layer) in _LAYERS:
+        if type(layer) in _LAYERS or isinstance(layer, _Gated):
             for part in _PARTS:
                 if part in layer._modules:
                     found.setdefault(getattr(layer, part), []).append((name, layer))

@@ -401,6 +401,34 @@ def test_a_bare_attention_layer_comes_back_converted() -> None:
         dampr.compact(layer, example_inputs=(x, x, x))
 
 
+def test_step_by_step_gives_what_one_step_gives() -> None:
+    model = Classifier()
+    dampr.convert(model, include="*.self_attn", example_inputs=words)
+    dampr.convert(model, exclude="head", per_sample=True, example_inputs=words)
+    assert sorted(gated(model)) == [f"encoder.layers.{i}.{part}" for i in range(2) for part in ("linear1", "self_attn")]
+    assert sorted(model.dampr_skipped) == [f"encoder.layers.{i}.linear2" for i in range(2)]
+    assert [layer.per_sample for layer in dampr.prune.gated_layers(model).values()] == [False, True] * 2
+    model(words).sum().backward()
+
+
+def test_a_layer_that_is_used_several_times_stays_one_layer() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers, self.head = nn.ModuleList([nn.TransformerEncoderLayer(E, H, D, batch_first=True)] * 3), nn.Linear(E, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for layer in self.layers:
+                x = layer(x)
+            return self.head(x)
+
+    model, x = Shared(), torch.randn(3, 5, E)
+    dampr.convert(model, example_inputs=x)
+    small = compacted(close(model), x)
+    assert small.layers[0] is small.layers[1] is small.layers[2]
+    assert type(small.layers[0]) is PrunedTransformerEncoderLayer
+
+
 def test_a_subclass_with_gated_heads_takes_no_fused_path() -> None:
     class Own(nn.TransformerEncoderLayer):
         pass
