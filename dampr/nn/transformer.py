@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dampr import _checks
 from dampr.gates import Gate as Family
 
 from .attention import GatedMultiheadAttention, PrunedMultiheadAttention
@@ -308,6 +309,7 @@ class _Pruned(_Layer):
 
     def _keep(self, d_model: int, nhead: int, dim_feedforward: int, heads: Sequence[Sequence[int] | None], how: dict[str, Any]) -> None:
         """Replace what the dense constructor made by what is left of it."""
+        _checks.positive_int("dim_feedforward", dim_feedforward, least=0)
         self.d_model, self.nhead = d_model, nhead
         for index, (name, left) in enumerate(zip(self._attentions, heads, strict=True)):
             if left is not None and not left:
@@ -350,6 +352,8 @@ class PrunedTransformerEncoderLayer(_Pruned, _EncoderLayer):
         heads: which of the ``nhead`` heads are there; () for a layer without attention, None for all.
 
     Called as ``nn.TransformerEncoderLayer`` is. The norm of a sublayer that is not there stays where it comes after the sum.
+
+    Raises: ValueError that names the argument, and what ``nn.TransformerEncoderLayer`` raises.
     """
 
     def __init__(

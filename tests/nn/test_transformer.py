@@ -468,6 +468,8 @@ def test_dropout_is_that_of_the_dense_layer(kind: str) -> None:
         (lambda: GatedTransformerEncoderLayer(E, H, gate=HardConcrete(H)), TypeError, "gate=HardConcrete instance"),
         (lambda: GatedTransformerEncoderLayer(E, H, gate="none"), ValueError, "gate='none'"),
         (lambda: GatedTransformerEncoderLayer.from_dense(nn.Linear(2, 2)), TypeError, "expected exactly nn.TransformerEncoderLayer"),
+        (lambda: PrunedTransformerEncoderLayer(E, H, -1), ValueError, "dim_feedforward=-1: expected an integer of at least 0"),
+        (lambda: PrunedTransformerDecoderLayer(E, H, D, memory_heads=(4,)), ValueError, r"heads=\(4,\): expected increasing integers"),
         (lambda: GatedTransformerDecoderLayer.from_dense(nn.Linear(2, 2)), TypeError, "expected exactly nn.TransformerDecoderLayer"),
     ],
 )
