@@ -1,11 +1,18 @@
 """Drop-in gated layers. Each takes the arguments of the ``torch.nn`` layer it replaces, in its order, then gate keywords."""
 
+from .attention import GatedMultiheadAttention, PrunedMultiheadAttention
 from .base import GatedLayer
 from .conv import GatedConv1d, GatedConv2d
 from .gate import Gate, GatedEmbedding, GatedResidual, Residual, Scale
 from .linear import GatedLinear
 from .norm import GatedBatchNorm1d, GatedBatchNorm2d, GatedLayerNorm
 from .rnn import GatedGRU, GatedLSTM, GatedRNN, ScaledRNN
+from .transformer import (
+    GatedTransformerDecoderLayer,
+    GatedTransformerEncoderLayer,
+    PrunedTransformerDecoderLayer,
+    PrunedTransformerEncoderLayer,
+)
 
 __all__ = [
     "Gate",
@@ -19,8 +26,14 @@ __all__ = [
     "GatedLayer",
     "GatedLayerNorm",
     "GatedLinear",
+    "GatedMultiheadAttention",
     "GatedRNN",
     "GatedResidual",
+    "GatedTransformerDecoderLayer",
+    "GatedTransformerEncoderLayer",
+    "PrunedMultiheadAttention",
+    "PrunedTransformerDecoderLayer",
+    "PrunedTransformerEncoderLayer",
     "Residual",
     "Scale",
     "ScaledRNN",

@@ -75,6 +75,16 @@ class GatedWeight(GatedLayer):
     def _from_dense(cls, layer: nn.Module, gate: str | type[Gate] | Gate, granularity: Granularity, per_sample: bool) -> Any:
         """A gated layer with the very parameters of ``layer``; they are divided by fresh gates that are not 1, so what it computes stays.
 
+        Raises ValueError where one is 0.
+        """
+        gated = cls._around(layer, gate, granularity, per_sample)
+        gated._undo_fresh_gates()
+        return gated
+
+    @classmethod
+    def _around(cls, layer: nn.Module, gate: str | type[Gate] | Gate, granularity: Granularity, per_sample: bool) -> Any:
+        """:meth:`_from_dense` that leaves the parameters as they are.
+
         Built on the meta device: no second weight is allocated, and no random number is drawn.
         """
         if type(layer) is not cls._dense:
@@ -87,9 +97,7 @@ class GatedWeight(GatedLayer):
         build: Any = cls
         gated = build(**arguments, bias=bias is not None, device="meta", dtype=weight.dtype, **how)
         gated.weight, gated.bias = weight, bias
-        gated.train(layer.training)
-        gated._undo_fresh_gates()
-        return gated
+        return gated.train(layer.training)
 
     @torch.no_grad()
     def _undo_fresh_gates(self) -> None:

@@ -11,6 +11,7 @@ from dampr import ops
 from dampr.functional.conv import is_pointwise
 from dampr.spec import SAMPLE
 
+from .attention import GatedMultiheadAttention
 from .base import GatedLayer
 from .conv import GatedConv1d, GatedConv2d
 from .gate import Gate, GatedEmbedding, GatedResidual
@@ -50,7 +51,7 @@ def explain(layer: GatedLayer, x: Tensor) -> Explanation:
         found = _of_convolution(layer, x, dtype)
     elif isinstance(layer, _GatedNorm):
         found = _of_norm(layer, x.device, dtype)
-    elif isinstance(layer, (_GatedRecurrent, Gate, GatedEmbedding, GatedResidual)):
+    elif isinstance(layer, (_GatedRecurrent, Gate, GatedEmbedding, GatedMultiheadAttention, GatedResidual)):
         dtype = layer.weight.dtype if isinstance(layer, GatedEmbedding) else dtype
         found = Explanation(*ops.choose(x.device, dtype), *_of_others(layer))
     else:
@@ -69,10 +70,14 @@ def _of_convolution(layer: GatedConv1d | GatedConv2d, x: Tensor, dtype: torch.dt
     return Explanation(backend, reason, *module.conv_route(*args))
 
 
-def _of_others(layer: _GatedRecurrent | Gate | GatedEmbedding | GatedResidual) -> tuple[str, str]:
+def _of_others(layer: _GatedRecurrent | Gate | GatedEmbedding | GatedMultiheadAttention | GatedResidual) -> tuple[str, str]:
     if isinstance(layer, _GatedRecurrent):
         where = "rows of the projection" if layer.proj_size else "columns that read the state, and into the output"
         return "fold", f"gates are drawn once and multiplied into the {where}; the vendor's recurrent kernel runs"
+    if isinstance(layer, GatedMultiheadAttention):
+        if layer.per_sample and layer.gate.spec.rule == SAMPLE:
+            return "passes", "every sample has gates of its own, which multiply what its heads say before the last projection"
+        return "fold", "gates are multiplied into the columns of out_proj that read their heads; torch's own attention runs"
     if isinstance(layer, GatedResidual):
         return "branch", "one multiply-add with the branch, or no branch where the gate is closed and known to be without waiting for it"
     if isinstance(layer, GatedEmbedding):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -199,18 +200,8 @@ class GatedResidual(GatedLayer, nn.Module):
         self.gate = make_gate(gate, 1, device)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        spec = self.gate.spec
-        each = self.per_sample and spec.rule == SAMPLE
-        if not self.training and not torch.compiler.is_compiling() and not bool(self.gate.is_open()):
-            return x
-        z = self.gate(x.shape[0]).view(-1, *[1] * (x.dim() - 1)) if each else self.gate()
-        if self.training and self._may_skip(x, spec.family) and not bool(z.detach().any()):
-            return (x + z).to(x.dtype)  # z is 0: a tensor of its own, and the graph of the gate stays connected
-        return _add(x, self.branch(x, *args, **kwargs), z)
-
-    @staticmethod
-    def _may_skip(x: Tensor, family: int) -> bool:
-        return family in _FLAT_AT_ZERO and x.device.type == "cpu" and not torch.compiler.is_compiling()
+        sample_dim = 0 if self.per_sample else None
+        return gated_sum(x, lambda: self.branch(x, *args, **kwargs), self.gate, self.training, sample_dim)
 
     def _weights(self) -> list[Tensor]:
         gates = {id(p) for module in self.branch.modules() if isinstance(module, Family) for p in module.parameters()}
@@ -258,6 +249,23 @@ class GatedResidual(GatedLayer, nn.Module):
 
     def extra_repr(self) -> str:
         return f"per_sample={self.per_sample}"
+
+
+def gated_sum(x: Tensor, branch: Callable[[], Tensor], gate: Family, training: bool, sample_dim: int | None = None) -> Tensor:
+    """x + z branch(), of which :class:`GatedResidual` says when the branch is not run.
+
+    ``gate`` holds one gate. In training, each index of dimension ``sample_dim`` of ``x`` has a draw of its own; None: there is one draw.
+    """
+    if not training and not torch.compiler.is_compiling() and not bool(gate.is_open()):
+        return x
+    if sample_dim is not None and gate.spec.rule == SAMPLE:
+        z = gate(x.shape[sample_dim]).view([-1 if i == sample_dim else 1 for i in range(x.dim())])
+    else:
+        z = gate()
+    may_skip = gate.spec.family in _FLAT_AT_ZERO and x.device.type == "cpu" and not torch.compiler.is_compiling()
+    if training and may_skip and not bool(z.detach().any()):
+        return (x + z).to(x.dtype)  # z is 0: a tensor of its own, and the graph of the gate stays connected
+    return _add(x, branch(), z)
 
 
 def _add(x: Tensor, y: Tensor, z: Tensor) -> Tensor:

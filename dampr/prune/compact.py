@@ -12,7 +12,7 @@ from dampr._version import __version__
 from dampr.nn import GatedLayer, GatedResidual, Scale, ScaledRNN
 from dampr.nn.rnn import _GatedRecurrent
 
-from . import graph, inputs, recurrent
+from . import graph, inputs, recurrent, transformer
 from .expand import carry_over
 
 
@@ -32,8 +32,9 @@ def compact(
 
     Gate values are folded into the weights, closed units are cut out with everything that depends on them (torch-pruning slices), and what
     a closed unit still contributes as a constant (the half of a sigmoid, the shift of a BatchNorm) moves into the bias of the layer that
-    reads it. A recurrent layer becomes the smaller one of its ``compacted()`` where linear and recurrent layers alone read it. Then both
-    models run on the example inputs, and on the same inputs with a little noise, and their outputs are compared.
+    reads it. A recurrent layer becomes the smaller one of its ``compacted()`` where linear and recurrent layers alone read it, attention
+    and transformer layers do so anywhere. Then both models run on the example inputs, and on the same inputs with a little noise, and their
+    outputs are compared.
 
     Args:
         model: a model with gated layers; it is not changed.
@@ -42,7 +43,8 @@ def compact(
             were not 1 are in the new weights and not in the state.
         atol, rtol: how far outputs may differ: |masked - compacted| <= atol + rtol |masked|.
 
-    Returns: a new model of plain ``torch.nn`` layers, in the training mode of ``model``. Its attribute ``dampr_manifest`` (plain data)
+    Returns: a new model of plain ``torch.nn`` layers (where these have no form for what is left, of the plain ones of ``dampr.nn``, such as
+    :class:`dampr.nn.PrunedMultiheadAttention`), in the training mode of ``model``. Its attribute ``dampr_manifest`` (plain data)
     lists the kept indices of each layer, and why a closed unit could not be cut.
 
     Raises: CompactionError naming the first layer that differs; TypeError or ValueError that names the argument.
@@ -58,7 +60,7 @@ def compact(
     small = copy.deepcopy(model)
     open_branches(small)
     samples = [example_inputs, inputs.perturbed(example_inputs)]
-    notes: dict[str, str] = {}
+    small, neurons, heads, notes = transformer.make_plain(small, samples, atol, rtol)
     closed: graph.Closed = {True: {}, False: {}}
     norms: dict[nn.Module, set[int]] = {}
     dense: dict[Any, nn.Module] = {}
@@ -77,13 +79,13 @@ def compact(
                 closed[writes][plain] = channels
     inputs.replace(small, dense)
     kept, units, recurrent_notes = recurrent.make_plain(small, samples, atol, rtol)
-    notes |= recurrent_notes
+    kept, notes = neurons | kept, notes | recurrent_notes
     if norms or closed[True] or closed[False]:
         _cut(small, closed, norms, samples, kept, notes)
     ones = [m for m in small.modules() if isinstance(m, Scale) and bool((m.scale == 1).all())]
     inputs.replace(small, {module: nn.Identity().train(module.training) for module in ones})
     difference = max(_prove(model, small, kept, sample, atol, rtol) for sample in samples)
-    small.dampr_manifest = _manifest(model, small, kept, units, notes, difference)  # type: ignore[assignment]
+    small.dampr_manifest = _manifest(model, small, kept, heads, units, notes, difference)  # type: ignore[assignment]
     if optimizer is not None:
         carry_over(optimizer, model, small)
     return small
@@ -255,11 +257,20 @@ def _layer_outputs(model: nn.Module, sample: Any) -> dict[str, Tensor]:
 
 
 def _manifest(
-    model: nn.Module, small: nn.Module, kept: Kept, units: dict[str, Tensor], notes: dict[str, str], difference: float
+    model: nn.Module,
+    small: nn.Module,
+    kept: Kept,
+    heads: dict[str, tuple[int, list[int]]],
+    units: dict[str, Tensor],
+    notes: dict[str, str],
+    difference: float,
 ) -> dict[str, Any]:
     names = {module: name for name, module in small.named_modules()}
     names |= {module.rnn: name for module, name in names.items() if isinstance(module, ScaledRNN)}
     layers: dict[str, dict[str, Any]] = {}
+    for name, (count, left) in heads.items():
+        if len(left) < count:
+            layers[name] = {"heads": {"before": count, "kept": left}}
     for (module, writes), indices in kept.items():
         if module not in names:
             continue  # a factor that was 1 everywhere

@@ -11,13 +11,18 @@ import torch
 from torch import nn
 
 from dampr.gates import DependencyGenerator, Gate
-from dampr.nn import GatedBatchNorm1d, GatedBatchNorm2d, GatedConv1d, GatedConv2d, GatedLinear
+from dampr.nn import GatedBatchNorm1d, GatedBatchNorm2d, GatedConv1d, GatedConv2d, GatedLinear, GatedMultiheadAttention
 from dampr.nn.base import Granularity
 
-from . import graph, inputs
+from . import graph, inputs, transformer
 
 Filter = Sequence[str | type] | str | type | None
-_REPLACEMENT: dict[type, Any] = {nn.Linear: GatedLinear, nn.Conv1d: GatedConv1d, nn.Conv2d: GatedConv2d}
+_REPLACEMENT: dict[type, Any] = {
+    nn.Linear: GatedLinear,
+    nn.Conv1d: GatedConv1d,
+    nn.Conv2d: GatedConv2d,
+    nn.MultiheadAttention: GatedMultiheadAttention,
+}
 _NORMS: dict[type, Any] = {nn.BatchNorm1d: GatedBatchNorm1d, nn.BatchNorm2d: GatedBatchNorm2d}
 _HOOKS = [name for name in vars(nn.Module()) if "_hook" in name]
 
@@ -40,14 +45,17 @@ def convert(
     """Replace dense layers of ``model`` by gated ones, in place, keeping their parameters (and any optimizer that holds them) valid.
 
     Args:
-        model: any module; layers whose type is exactly ``nn.Linear``, ``nn.Conv1d`` or ``nn.Conv2d`` are replaced. (A bare layer cannot
-            change in place: use what is returned.)
+        model: any module; layers whose type is exactly ``nn.Linear``, ``nn.Conv1d``, ``nn.Conv2d`` or, for output gates, which are those of
+            its heads, ``nn.MultiheadAttention`` are replaced. (A bare layer cannot change in place: use what is returned.) An
+            ``nn.TransformerEncoderLayer`` or ``nn.TransformerDecoderLayer`` around such layers becomes the gated one of :mod:`dampr.nn`,
+            which has no fused path; output gates are then on its heads and on its feed-forward neurons.
         gate, granularity, per_sample: as in :class:`dampr.nn.GatedLinear` and :class:`dampr.nn.GatedConv2d`. Also a function of
             (number of gates, device), such as ``functools.partial(HardConcrete, preset="median")``. ``"dep_l0"`` makes one generator for
             all layers, in the order in which the example inputs reach them, with ``init_scale=0``, so that every gate starts open;
             ``functools.partial(DependencyGenerator, direction="backward")`` makes another. Published are ``per_sample=True`` and
             ``init_scale=1``, which would close 7 % of the gates at once.
-        include, exclude: name globs ("encoder.*") and types; None includes everything and excludes nothing.
+        include, exclude: name globs ("encoder.*") and types; None includes everything and excludes nothing. What hits a transformer layer
+            hits its parts.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments. With them, output gates go into the BatchNorm that
             follows a layer (in all that read a residual stream), leave out layers whose channels nothing can cut (the classifier, what a
             LayerNorm reads, a layer that is called twice), and before the function returns it is proven that evaluation outputs are
@@ -70,17 +78,19 @@ def convert(
     before = None
     if example_inputs is not None:
         inputs.check(example_inputs)
-        with inputs.same_noise(model):
+        with inputs.same_noise(model), inputs.unfused():
             before = inputs.evaluate(model, example_inputs)
-    chosen = _choose(model, include, exclude)
+    chosen, skipped = _choose(model, granularity, include, exclude)
     plan = _place(model, chosen, granularity, example_inputs, tie)
+    plan.skipped |= skipped
     if not plan.layers:
         raise ConversionError(
             f"include={include!r}, exclude={exclude!r}: no layer of {type(model).__name__} is left to convert {plan.skipped or ''}".rstrip()
         )
     gates = _generated(gate, plan, model, granularity)
-    values = {p: p.data for name in plan.layers for p in model.get_submodule(name).parameters(recurse=False)}
+    values = {p: p.data for name in plan.layers for p in model.get_submodule(name).parameters()}
     gated: dict[str, Any] = {}
+    adopted: dict[nn.Module, Any] = {}
     try:
         for name, layer in plan.layers.items():
             shared = gated.get(plan.shared_with.get(name, ""))
@@ -92,10 +102,13 @@ def convert(
             bare: nn.Module = gated[""]
             return bare
         inputs.replace(model, {plan.layers[name]: gated[name] for name in gated})
+        adopted = transformer.adopt(model)
         if before is not None:
             _check_unchanged(model, gated, before, example_inputs)
-            _check_called(model, gated, before, example_inputs)
+            _check_called(model, gated, example_inputs)
     except BaseException:
+        for layer, kind in adopted.items():
+            layer.__class__ = kind
         inputs.replace(model, {gated[name]: plan.layers[name] for name in gated})
         for parameter, value in values.items():
             parameter.data = value
@@ -123,7 +136,7 @@ def _place(model: nn.Module, chosen: dict[str, nn.Module], granularity: Granular
     if granularity != "output":
         return plan
     if example_inputs is None:
-        convolution = next((name for name, layer in chosen.items() if not isinstance(layer, nn.Linear)), None)
+        convolution = next((name for name, layer in chosen.items() if isinstance(layer, nn.modules.conv._ConvNd)), None)
         if convolution and any(type(m) in _NORMS for m in model.modules()):
             raise ValueError(
                 f"example_inputs=None: expected them, to find the BatchNorm that the gates of layer {convolution!r} belong after"
@@ -134,6 +147,9 @@ def _place(model: nn.Module, chosen: dict[str, nn.Module], granularity: Granular
     plan.layers, plan.order = {}, [names[module] for module in widths.called()]
     gates: dict[nn.Module, str] = {}  # whose outputs are gated, and the name of the layer that holds the gate
     for name, layer in chosen.items():
+        if isinstance(layer, nn.MultiheadAttention):
+            plan.layers[name] = layer
+            continue
         reason = _why_not(layer, widths, tie)
         if reason is not None:
             plan.skipped[name] = reason
@@ -176,18 +192,28 @@ def _norms_after(layer: nn.Module, widths: graph.Widths) -> list[nn.Module]:
     return norms if all(type(norm) in _NORMS for norm in norms) else []
 
 
-def _choose(model: nn.Module, include: Filter, exclude: Filter) -> dict[str, nn.Module]:
-    """Layers to replace by their first name; a layer that has several names is excluded by any of them."""
-    names: dict[nn.Module, list[str]] = {}
+def _choose(model: nn.Module, granularity: Granularity, include: Filter, exclude: Filter) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """Layers to replace by their first name, and why others of their kind are not.
+
+    A layer that has several names, or is a part of a transformer layer, is excluded by any of these.
+    """
+    names: dict[nn.Module, list[tuple[str, nn.Module]]] = {}
     for name, layer in model.named_modules(remove_duplicate=False):
         if type(layer) in _REPLACEMENT:
-            names.setdefault(layer, []).append(name)
-    return {
-        aliases[0]: layer
-        for layer, aliases in names.items()
-        if any(_hits(name, layer, include, "include", default=True) for name in aliases)
-        and not any(_hits(name, layer, exclude, "exclude", default=False) for name in aliases)
-    }
+            names.setdefault(layer, []).append((name, layer))
+    chosen, skipped, owners = {}, {}, transformer.owners(model)
+    for layer, aliases in names.items():
+        above = owners.get(layer, [])
+        if not any(_hits(*alias, include, "include", default=True) for alias in aliases + above):
+            continue
+        if any(_hits(*alias, exclude, "exclude", default=False) for alias in aliases + above):
+            continue
+        reason = transformer.left_out(layer, above, granularity)
+        if reason is None:
+            chosen[aliases[0][0]] = layer
+        else:
+            skipped[aliases[0][0]] = reason
+    return chosen, skipped
 
 
 def _generated(gate: Any, plan: _Plan, model: nn.Module, granularity: Granularity) -> dict[str, Gate]:
@@ -205,6 +231,8 @@ def _generated(gate: Any, plan: _Plan, model: nn.Module, granularity: Granularit
 def _gate_count(layer: nn.Module, granularity: Granularity) -> int:
     if isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d)):
         return layer.num_features
+    if isinstance(layer, nn.MultiheadAttention):
+        return layer.num_heads
     count: int = _REPLACEMENT[type(layer)].gates_for(layer, granularity)
     return count
 
@@ -213,6 +241,8 @@ def _gated(name: str, layer: nn.Module, gate: Any, granularity: Granularity, per
     gated: nn.Module
     if type(layer) in _NORMS:
         gated = _NORMS[type(layer)].from_dense(layer, gate=gate, per_sample=per_sample)
+    elif isinstance(layer, nn.MultiheadAttention):
+        gated = GatedMultiheadAttention.from_dense(layer, gate=gate, per_sample=per_sample)
     elif not isinstance(layer.weight, nn.Parameter):
         raise ConversionError(f"layer {name!r}: its weight is computed from other tensors (weight_norm?), expected a plain nn.Parameter")
     else:
@@ -224,7 +254,7 @@ def _gated(name: str, layer: nn.Module, gate: Any, granularity: Granularity, per
 
 def _check_unchanged(model: nn.Module, gated: dict[str, Any], before: list[torch.Tensor], example_inputs: Any) -> None:
     """A fresh gate of one leaves a product as it is, to the bit; a GEMM may still take another path for an input that is not contiguous."""
-    with inputs.same_noise(model):
+    with inputs.same_noise(model), inputs.unfused():
         after = inputs.evaluate(model, example_inputs)
     exact = all(bool((layer.gate.deterministic() == 1).all()) for layer in gated.values())
     eps = max((torch.finfo(t.dtype).eps for t in before if t.is_floating_point()), default=0.0)
@@ -235,19 +265,20 @@ def _check_unchanged(model: nn.Module, gated: dict[str, Any], before: list[torch
         )
 
 
-def _check_called(model: nn.Module, gated: dict[str, Any], before: list[torch.Tensor], example_inputs: Any) -> None:
-    """A layer whose weight is read but whose call is bypassed (nn.TransformerEncoderLayer has such a path) would ignore its gates."""
+def _check_called(model: nn.Module, gated: dict[str, Any], example_inputs: Any) -> None:
+    """A layer whose weight is read but whose call is bypassed (subclasses of nn.TransformerEncoderLayer do so) would ignore its gates."""
     called: set[str] = set()
     for name, layer in gated.items():  # not with hooks, which switch such fast paths off
         layer.forward = _recording(name, layer.forward, called)
     try:
         with inputs.same_noise(model):
-            inputs.evaluate(model, example_inputs)
+            before = inputs.evaluate(model, example_inputs)
     finally:
         for layer in gated.values():
             del layer.forward
     for name in gated.keys() - called:
-        weight = gated[name].weight
+        layer = gated[name]
+        weight = layer.out_proj.weight if isinstance(layer, GatedMultiheadAttention) else layer.weight
         if weight is None:
             continue
         own = weight.detach().clone()

@@ -5,6 +5,7 @@ A file is not believed: its digest, the form of its manifest and the fit of ever
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
 import json
@@ -19,6 +20,8 @@ from torch.nn.parameter import is_lazy
 
 from dampr._version import __version__
 from dampr.nn import GatedLayer
+
+from . import inputs, leftovers
 
 _FORMAT = 1
 _KEY = "dampr"
@@ -43,15 +46,16 @@ class _Content:
     state: dict[str, Tensor]
     widths: dict[str, dict[str, int]]
     architecture: dict[str, Any] | None
+    leftovers: dict[str, Any]
     compaction: dict[str, Any] | None
 
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write a plain (compacted) model: one safetensors file whose header holds the manifest.
 
-    Models made of ``nn.Sequential``, ``nn.ModuleList``, ``nn.ModuleDict`` and ``torch.nn`` layers can be loaded by the path alone, if
-    building them anew from what the manifest says of them gives the same (tried here); any other needs its dense original at loading
-    time. The file appears whole or not at all.
+    Models made of ``nn.Sequential``, ``nn.ModuleList``, ``nn.ModuleDict``, ``torch.nn`` layers and the plain ones of ``dampr.nn`` can be
+    loaded by the path alone, if building them anew from what the manifest says of them gives the same (tried here); any other needs its
+    dense original at loading time. The file appears whole or not at all.
 
     Raises: TypeError for a model that still has gates (compact it first); FileError for a layer whose tensors are not of the size that its
     attributes (``in_features``, ...) say.
@@ -63,11 +67,12 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         raise TypeError(
             f"model: layer {gated[0]!r} still has gates; expected a compacted model (dampr.compact); for checkpoints use state_dict()"
         )
-    widths = {n: {a: getattr(module, a) for a in _WIDTHS if _is_size(getattr(module, a, None))} for n, module in model.named_modules()}
+    widths = {n: {a: getattr(m, a) for a in _WIDTHS if _is_width(m, a)} for n, m in model.named_modules()}
     for name, module in model.named_modules():
         if isinstance(module, nn.RNNBase) and not module.proj_size:
             del widths[name]["proj_size"]  # no argument of nn.GRU and nn.RNN
-    content = _Content("model", _unshared(model), {n: a for n, a in widths.items() if a}, None, getattr(model, "dampr_manifest", None))
+    compaction = getattr(model, "dampr_manifest", None)
+    content = _Content("model", _unshared(model), {n: a for n, a in widths.items() if a}, None, _describe_leftovers(model), compaction)
     _fit(model, content)
     manifest = {
         "format": _FORMAT,
@@ -75,6 +80,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         "torch": torch.__version__,
         "widths": content.widths,
         "architecture": _describe_whole(model, content),
+        "leftovers": content.leftovers,
         "compaction": content.compaction,
     }
     manifest["sha256"] = _digest(manifest, content.state)
@@ -93,8 +99,9 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
     Args:
         path: the file.
         model: the dense original, as it was before ``convert`` (its weights do not matter), in the dtypes of the file; it is narrowed in
-            place and returned. A bias that compaction gave to a linear or conv layer is added. None: the model is built from the file,
-            in its dtypes, which works for containers and layers of ``torch.nn``.
+            place and returned. A bias that compaction gave to a linear or conv layer is added, and a layer of ``dampr.nn`` that it put in
+            the place of another one is put there. None: the model is built from the file, in its dtypes, which works for containers and
+            layers of ``torch.nn`` and those of ``dampr.nn``.
 
     Returns: the model in evaluation mode, on the CPU when built from the file.
 
@@ -107,14 +114,20 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
         if content.architecture is None:
             raise FileError(f"{content.where}: it holds layers that only their own code can build; pass the dense original as model=")
         model = _build(content.architecture, content)
+    replaced = {} if exact else _put_leftovers(model, content)
+    try:
+        fitting = _fit(model, content, exact)
+    except BaseException:
+        inputs.replace(model, {new: old for old, new in replaced.items()})
+        raise
     made: dict[str, Tensor] = {}
     changes = []
-    for module, attribute, name, old in _fit(model, content, exact):
+    for module, attribute, name, old in fitting:
         if name not in made:
             data = content.state[name].to(device="cpu" if old.is_meta else old.device)
             made[name] = nn.Parameter(data, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else data
         changes.append((module, attribute, made[name]))
-    for module, attribute, tensor in changes:  # nothing was changed so far
+    for module, attribute, tensor in changes:  # no tensor was changed so far
         setattr(module, attribute, tensor)
     for name, attributes in content.widths.items():
         for attribute, value in attributes.items():
@@ -155,11 +168,19 @@ def _read(path: str | os.PathLike[str]) -> _Content:
     for key, value in (("architecture", architecture), ("compaction", compaction)):
         if key not in manifest or not isinstance(value, dict | None):
             raise FileError(f"{where}: manifest: {key} has to be an object or null")
-    return _Content(where, state, widths, architecture, compaction)
+    left = manifest.get("leftovers", {})  # older files have none
+    if not isinstance(left, dict):
+        raise FileError(f"{where}: manifest: leftovers has to map names of layers to what they are")
+    return _Content(where, state, widths, architecture, left, compaction)
 
 
 def _is_size(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+
+
+def _is_width(module: nn.Module, attribute: str) -> bool:
+    """Whether a layer has its size in this attribute, and not one that follows from others."""
+    return not isinstance(getattr(type(module), attribute, None), property) and _is_size(getattr(module, attribute, None))
 
 
 def _unshared(model: nn.Module) -> dict[str, Tensor]:
@@ -252,6 +273,9 @@ def _describe_whole(model: nn.Module, content: _Content) -> dict[str, Any] | Non
 
 def _describe(module: nn.Module) -> dict[str, Any]:
     kind = type(module)
+    own = leftovers.parts_of(module)
+    if own is not None:
+        return {"type": kind.__name__, "arguments": own[0], "children": {name: _describe(child) for name, child in own[1].items()}}
     if getattr(nn, kind.__name__, None) is not kind:
         raise TypeError(f"{kind.__name__} is not a class of torch.nn")
     if isinstance(module, _CONTAINERS):
@@ -259,6 +283,38 @@ def _describe(module: nn.Module) -> dict[str, Any]:
     if module._modules:
         raise TypeError(f"{kind.__name__} has layers in it")
     return {"type": kind.__name__, "arguments": _arguments(module, kind)}
+
+
+def _describe_leftovers(model: nn.Module) -> dict[str, Any]:
+    """The outermost layers of dampr.nn in a model by name, as far as data can tell what they are, and what stands for nothing at all."""
+    found: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        if not name or any(name.startswith(f"{outer}.") for outer in found):
+            continue
+        if type(module) is nn.Identity or leftovers.parts_of(module) is not None:
+            with contextlib.suppress(TypeError):
+                found[name] = _describe(module)
+    return found
+
+
+def _put_leftovers(model: nn.Module, content: _Content) -> dict[nn.Module, nn.Module]:
+    """Put the layers of dampr.nn that a file has into its dense original, empty; returns old and new ones. Or FileError, and no change."""
+    modules = dict(model.named_modules())
+    replaced: dict[nn.Module, nn.Module] = {}
+    for name, description in content.leftovers.items():
+        if not name or name not in modules:
+            raise FileError(f"{content.where}: does not fit model; only in the file: [{name!r}]")
+        new = _build(description, content)
+        for part, t in new.state_dict(prefix=f"{name}.", keep_vars=True).items():
+            stored = content.state.get(part)
+            if stored is None or stored.shape != t.shape or stored.is_floating_point() != t.is_floating_point():
+                found = "" if stored is None else f" {stored.dtype} {tuple(stored.shape)}"
+                raise FileError(f"{content.where}: layer {name!r}: what it is does not go with {part}{found}")
+            t.data = t.data.to(stored.dtype)
+        device = next((t.device for t in (*modules[name].parameters(), *model.parameters())), None)
+        replaced[modules[name]] = new.to_empty(device=device).train(modules[name].training)
+    inputs.replace(model, replaced)
+    return replaced
 
 
 def _parameters(kind: type[Any]) -> dict[str, Any]:
@@ -288,6 +344,8 @@ def _build(description: Any, content: _Content, depth: int = 0) -> nn.Module:
     where = f"{content.where}: architecture"
     if not isinstance(description, dict) or not isinstance(description.get("type"), str):
         raise FileError(f"{where}: {description!r} has to be an object with a type")
+    if description["type"] in leftovers.BUILDERS:
+        return _build_leftover(description, content, depth)
     kind = getattr(nn, description["type"], None)
     if not (isinstance(kind, type) and issubclass(kind, nn.Module) and kind is not nn.Module):
         raise FileError(f"{where} names {description['type']!r}: expected a class of torch.nn")
@@ -305,6 +363,21 @@ def _build(description: Any, content: _Content, depth: int = 0) -> nn.Module:
     if set(parts) - set(_parameters(kind)) or not all(_is_size(n) and n <= len(content.state) for n in layers):
         raise FileError(f"{where}: torch.nn.{kind.__name__} does not take {parts}")
     return _construct(kind, {k: tuple(v) if isinstance(v, list) else v for k, v in parts.items()}, where)
+
+
+def _build_leftover(description: dict[str, Any], content: _Content, depth: int) -> nn.Module:
+    arguments, children = description.get("arguments"), description.get("children")
+    if not isinstance(arguments, dict) or not isinstance(children, dict) or depth > 100 or {"device", "dtype"} & set(arguments):
+        raise FileError(f"{content.where}: architecture: dampr.nn.{description['type']} comes without arguments and children of its own")
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()}
+    parts = given | {name: _build(child, content, depth + 1) for name, child in children.items()}
+    build = leftovers.BUILDERS[description["type"]]
+    try:
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return build(**parts)
+    except Exception as error:
+        raise FileError(f"{content.where}: architecture: dampr.nn.{description['type']} does not take {arguments} ({error})") from error
 
 
 def _construct(kind: type[Any], arguments: dict[str, Any], where: str) -> nn.Module:

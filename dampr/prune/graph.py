@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
-from dampr.nn import Gate, Scale
+from dampr.nn import Gate, PrunedMultiheadAttention, Scale
 
 from . import inputs
 
@@ -27,7 +27,8 @@ GEMMS = (nn.Linear, *_CONVOLUTIONS)
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm)
 _PASSES_THROUGH = (Scale, nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.PReLU)
 _MIXES_CHANNELS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
-_READERS = (nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention, nn.RNNBase)
+_ATTENTION = (nn.MultiheadAttention, PrunedMultiheadAttention)
+_READERS = (nn.Linear, nn.modules.conv._ConvNd, *_ATTENTION, nn.RNNBase)
 
 Closed = dict[bool, dict[nn.Module, set[int]]]  # writes -> layer -> closed channels
 Side = tuple[nn.Module, bool]  # a layer, and whether the channels that it writes are meant or those that it reads
@@ -69,6 +70,11 @@ def pads_with_zeros(layer: nn.Module) -> bool:
     return isinstance(layer, _CONVOLUTIONS) and layer.padding_mode == "zeros" and any(layer._reversed_padding_repeated_twice)
 
 
+def _is_leaf(module: nn.Module) -> bool:
+    """Whether a module is one layer: it has no others in it, or is attention, whose last projection is never called."""
+    return isinstance(module, _ATTENTION) or not list(module.children())
+
+
 class Widths:
     """The dependency graph of a model, traced in evaluation mode; the model is left as it was. Raises what the model's forward raises."""
 
@@ -79,13 +85,14 @@ class Widths:
         self._calls: dict[nn.Module, int] = {}
         self._returned: set[Any] = set()
         self._names = {module: name for name, module in model.named_modules()}
-        hooks = [module.register_forward_pre_hook(self._count) for module in model.modules() if not list(module.children())]
+        hooks = [module.register_forward_pre_hook(self._count) for module in model.modules() if _is_leaf(module)]
         packed = (example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs
         try:
             with inputs.evaluating(model), _all_trainable(model), _one_node(model), torch.enable_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 graph = torch_pruning.DependencyGraph()
                 own = {**dict.fromkeys((nn.GRU, nn.RNN, nn.LSTM), _recurrent_pruner()), Scale: _scale_pruner(self._channelwise)}
+                own[PrunedMultiheadAttention] = _attention_pruner()
                 self._graph = graph.build_dependency(model, packed, forward_fn=self._forward, verbose=False, customized_pruners=own)
         finally:
             for hook in hooks:
@@ -95,7 +102,7 @@ class Widths:
         self._calls[module] = self._calls.get(module, 0) + 1
 
     def called(self) -> list[nn.Module]:
-        """The modules without children in the order in which they were first called."""
+        """The modules without children, and attention, in the order in which they were first called."""
         return list(self._calls)
 
     def _forward(self, model: nn.Module, example_inputs: Any) -> list[Tensor]:
@@ -301,8 +308,8 @@ class Widths:
 
 @contextlib.contextmanager
 def _one_node(model: nn.Module) -> Iterator[None]:
-    """Make each recurrent layer one node of autograd's graph, and not one for each product in each of its steps."""
-    layers = [module for module in model.modules() if isinstance(module, nn.RNNBase)]
+    """Make each recurrent layer, and attention, one node of autograd's graph, and not one for each product in each of its steps."""
+    layers = [module for module in model.modules() if isinstance(module, (nn.RNNBase, *_ATTENTION))]
     for layer in layers:
         layer.forward = functools.partial(_call_as_one_node, layer, layer.forward)  # type: ignore[method-assign]
     try:
@@ -317,8 +324,10 @@ def _call_as_one_node(layer: nn.Module, forward: Callable[..., Any], *args: Any,
     with torch.no_grad():
         output, state = forward(*args, **kwargs)
         results, structure = pytree.tree_flatten((output.data, state))
+    computed = [t for t in results if isinstance(t, Tensor)]  # attention weights may be None
     before = [t.data if _is_packed(t) else t for t in read]
-    values, state = pytree.tree_unflatten(_OneNode.apply(len(results), *results, *before, *layer.parameters()), structure)
+    nodes = iter(_OneNode.apply(len(computed), *computed, *before, *layer.parameters()))
+    values, state = pytree.tree_unflatten([next(nodes) if isinstance(t, Tensor) else t for t in results], structure)
     return output._replace(data=values) if _is_packed(output) else values, state
 
 
@@ -364,6 +373,23 @@ def _recurrent_pruner() -> Any:
             return layer
 
     return Recurrent()
+
+
+def _attention_pruner() -> Any:
+    """What is left of attention as one node of torch-pruning's graph, which knows only the whole of it."""
+    import torch_pruning
+
+    class Attention(torch_pruning.BasePruningFunc):  # type: ignore[misc]
+        def get_out_channels(self, layer: PrunedMultiheadAttention) -> int:
+            return layer.embed_dim
+
+        def prune_out_channels(self, layer: PrunedMultiheadAttention, idxs: Any) -> nn.Module:
+            raise NotImplementedError  # Widths.members refuses it
+
+        get_in_channels = get_out_channels
+        prune_in_channels = prune_out_channels
+
+    return Attention()
 
 
 def _scale_pruner(channelwise: set[nn.Module]) -> Any:

@@ -78,6 +78,17 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+@contextmanager
+def unfused() -> Iterator[None]:
+    """Without torch's fused inference paths for attention and encoder layers, which round in an order of their own."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
 def replace(model: nn.Module, layers: Mapping[nn.Module, nn.Module]) -> None:
     """Put ``layers[old]`` in the place of each ``old`` module, under every name it has in ``model``."""
     for name, module in list(model.named_modules(remove_duplicate=False)):

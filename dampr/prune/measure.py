@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from dampr.gates import Gate
@@ -32,8 +33,10 @@ def count_params(model: nn.Module) -> int:
 def count_macs(model: nn.Module, example_inputs: Any) -> int:
     """Multiply-accumulates of one evaluation pass over the example inputs, as ``torch.utils.flop_counter`` counts them (two FLOPs each).
 
-    A gated layer counts as its dense counterpart does.
+    A gated layer counts as its dense counterpart does. Attention is counted in its parts: the counter knows none of its fused kernels on a
+    CPU, nor those of a whole encoder layer.
     """
-    with inputs.evaluating(model), torch.no_grad(), FlopCounterMode(display=False, custom_mapping=_RECURRENT) as counter:
+    counter = FlopCounterMode(display=False, custom_mapping=_RECURRENT)
+    with inputs.unfused(), sdpa_kernel(SDPBackend.MATH), inputs.evaluating(model), torch.no_grad(), counter:
         inputs.call(model, example_inputs)
     return counter.get_total_flops() // 2

@@ -1,5 +1,6 @@
 """Plain PyTorch, clean in float64: the definition of right. Every backend answers to this room; gradients come from autograd alone."""
 
+from .gated_attention import gated_attention
 from .gated_conv import gated_conv, weight_gated_conv
 from .gated_linear import expand_blocks, gated_linear, weight_gated_linear
 from .gated_rnn import gated_rnn
@@ -14,6 +15,7 @@ __all__ = [
     "gate",
     "gate_derivative",
     "gate_values",
+    "gated_attention",
     "gated_conv",
     "gated_linear",
     "gated_rnn",

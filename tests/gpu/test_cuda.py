@@ -183,3 +183,28 @@ def test_a_route_is_chosen_by_the_table_of_the_device():
     device = torch.zeros(1, device="cuda").device
     assert host.device_name(device) == torch.cuda.get_device_name()
     assert routes.route(*problem, device) == routes.route_by(thresholds(torch.cuda.get_device_name()), *problem)
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_gates_of_heads_do_not_wait_for_the_host_and_give_what_the_cpu_gives(per_sample):
+    layer = dampr.nn.GatedMultiheadAttention(256, 8, batch_first=True, per_sample=per_sample)
+    layer.gate.log_alpha.data.uniform_(-3, 3)
+    x = torch.randn(4, 33, 256)
+    results = {}
+    for device in ("cpu", "cuda"):
+        layer, own = layer.to(device).eval(), x.to(device)
+        layer.zero_grad()
+        y = layer(own, own, own, need_weights=False)[0]
+        y.square().mean().backward()
+        results[device] = [t.detach().cpu() for t in (y, *(p.grad for p in layer.parameters()))]
+    for a, b in zip(results["cpu"], results["cuda"], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+    layer.train()
+    for mode in ("default", "error"):  # the first step compiles
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            with torch.autocast("cuda", torch.bfloat16):
+                y = layer(own, own, own, need_weights=False)[0]
+            y.backward(torch.ones_like(y))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")

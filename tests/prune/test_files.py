@@ -373,3 +373,114 @@ def test_a_layer_that_contradicts_itself_is_not_saved(tmp_path):
     with pytest.raises(dampr.FileError, match="model: layer '0': its widths .* do not go with 0.weight"):
         dampr.save(model, tmp_path / "x.safetensors")
     assert not list(tmp_path.iterdir())
+
+
+def own_layers():
+    """Every plain layer of dampr.nn, with the dense layer that it is put in the place of, and an input."""
+    x, memory = torch.randn(5, 2, 8), torch.randn(4, 2, 8)
+    rnn = nn.LSTM(8, 3, 2, bidirectional=True, proj_size=2)
+    how = {"dropout": 0.2, "activation": "gelu", "layer_norm_eps": 1e-4, "norm_first": True}
+    stock = {"norm_first": True, "dim_feedforward": 12}
+    yield dampr.nn.Scale(torch.rand(8), -1), nn.ReLU(), (x,)
+    yield dampr.nn.Residual(nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 8))), nn.Linear(8, 8), (x,)
+    yield dampr.nn.Residual(dampr.nn.Scale(torch.rand(8), -1), torch.rand(1)), nn.ReLU(), (x,)
+    yield dampr.nn.ScaledRNN(rnn, torch.rand(4, 2)), nn.LSTM(8, 4, 2), (x,)
+    yield dampr.nn.PrunedMultiheadAttention(8, 4, 0.1, heads=(0, 3)), nn.MultiheadAttention(8, 4), (x, x, x)
+    arguments = {"bias": False, "add_bias_kv": True, "add_zero_attn": True, "kdim": 3, "batch_first": True}
+    inputs = torch.randn(2, 5, 8), torch.randn(2, 4, 3), torch.randn(2, 4, 8)
+    yield dampr.nn.PrunedMultiheadAttention(8, 4, **arguments, heads=(2,)), nn.MultiheadAttention(8, 4, **arguments), inputs
+    yield dampr.nn.PrunedTransformerEncoderLayer(8, 4, 3, **how, heads=(1, 2)), nn.TransformerEncoderLayer(8, 4, **stock), (x,)
+    yield dampr.nn.PrunedTransformerEncoderLayer(8, 4, 0, bias=False, heads=None), nn.TransformerEncoderLayer(8, 4, 12), (x,)
+    left = {"heads": (), "memory_heads": (3,)}
+    yield dampr.nn.PrunedTransformerDecoderLayer(8, 4, 5, **how, **left), nn.TransformerDecoderLayer(8, 4, **stock), (x, memory)
+    yield nn.Identity(), nn.Linear(8, 8), (x,)
+
+
+OWN = list(own_layers())
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("layer", "dense", "x"), OWN, ids=[type(layer).__name__ for layer, _, _ in OWN])
+def test_plain_layers_of_dampr_round_trip(tmp_path, layer, dense, x, dtype):
+    model = nn.ModuleDict({"a": nn.ModuleList([copy.deepcopy(layer)])}).to(dtype).eval()
+    for p in model.parameters():
+        p.data.add_(torch.randn_like(p) * 0.1)
+    dampr.save(model, tmp_path / "own.safetensors")
+    originals = nn.ModuleDict({"a": nn.ModuleList([copy.deepcopy(dense)])}).to(dtype)
+    x = [t.to(dtype) for t in x]
+    for again in (dampr.load(tmp_path / "own.safetensors"), dampr.load(tmp_path / "own.safetensors", originals)):
+        assert str(again) == str(model)
+        assert {n: (t.dtype, tuple(t.shape)) for n, t in again.state_dict().items()} == {
+            n: (t.dtype, tuple(t.shape)) for n, t in model.state_dict().items()
+        }
+        assert not any(t.is_meta for t in (*again.parameters(), *again.buffers()))
+        if dtype == torch.float32:
+            right, found = (torch.utils._pytree.tree_leaves(m["a"][0](*x)) for m in (model, again))
+            assert all(a is None or torch.equal(a, b) for a, b in zip(right, found, strict=True))
+
+
+def leftover(change):
+    return lambda m: change(m["leftovers"]["1"])
+
+
+OWN_FORGED = [
+    (lambda m: m.update(leftovers=[1]), "leftovers has to map"),
+    (lambda m: m["leftovers"].update({"9": m["leftovers"]["1"]}), "does not fit model; only in the file: .'9'"),
+    (leftover(lambda d: d.update(type="System")), "names 'System': expected a class of torch.nn"),
+    (leftover(lambda d: d.pop("arguments")), "PrunedMultiheadAttention comes without arguments and children"),
+    (leftover(lambda d: d["arguments"].update(heads=[0, 10**9])), "PrunedMultiheadAttention does not take"),
+    (leftover(lambda d: d["arguments"].update(heads=[0, 1, 2])), "layer '1': what it is does not go with 1.in_proj_weight"),
+    (leftover(lambda d: d["arguments"].update(embed_dim=10**8)), "layer '1': what it is does not go with 1.q_proj_weight"),
+    (leftover(lambda d: d["arguments"].update(add_bias_kv=True)), "layer '1': what it is does not go with 1.bias_k"),
+    (leftover(lambda d: d["arguments"].update(device="cpu")), "comes without arguments and children of its own"),
+    (leftover(lambda d: d.update(type="Residual", arguments={"branch": {}, "scaled": False})), "Residual does not take"),
+    (leftover(lambda d: d.update(type="ScaledRNN", arguments={"rnn": "os.system"})), "ScaledRNN does not take"),
+    (leftover(lambda d: d.update(type="Scale", arguments={"num_features": 10**30, "dim": 1})), "Scale does not take"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), OWN_FORGED, ids=[message for _, message in OWN_FORGED])
+def test_forged_leftovers_leave_the_dense_original_as_it_was(tmp_path, change, message):
+    path = tmp_path / "own.safetensors"
+    dampr.save(nn.Sequential(nn.Linear(8, 8), dampr.nn.PrunedMultiheadAttention(8, 4, heads=(0, 3))), path)
+    forge(path, change)
+    model = nn.Sequential(nn.Linear(8, 8), nn.MultiheadAttention(8, 4))
+    before, modules = copy.deepcopy(model.state_dict()), list(model.modules())
+    with pytest.raises(dampr.FileError, match=message):
+        dampr.load(path, model)
+    assert list(model.modules()) == modules
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+def test_a_pruned_transformer_loads_into_its_dense_original(tmp_path):
+    class Model(nn.Module):
+        """What only its own code can build."""
+
+        def __init__(self):
+            super().__init__()
+            layer = nn.TransformerEncoderLayer(8, 4, 12, batch_first=True)
+            self.encoder, self.head = nn.TransformerEncoder(layer, 3), nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.head(self.encoder(x).mean(1))
+
+    model, x = Model(), torch.randn(2, 5, 8)
+    dampr.convert(model, example_inputs=x, exclude="encoder.layers.2.self_attn")
+    for i, layer in enumerate(dampr.prune.gated_layers(model).values()):
+        layer.gate.log_alpha.data[i % 3 :: 2] = -5
+    small = dampr.compact(model, example_inputs=x).eval()
+    assert [type(layer).__name__[:6] for layer in small.encoder.layers] == ["Pruned", "Pruned", "Transf"]
+    dampr.save(small, tmp_path / "t.safetensors")
+    again = dampr.load(tmp_path / "t.safetensors", Model())
+    assert torch.equal(again(x), small(x))
+    assert str(again) == str(small)
+    assert again.dampr_manifest == small.dampr_manifest
+    with pytest.raises(dampr.FileError, match="pass the dense original as model="):
+        dampr.load(tmp_path / "t.safetensors")
+
+
+def test_a_file_without_leftovers_still_loads(saved):
+    small, path = saved
+    forge(path, lambda m: m.pop("leftovers"))
+    assert torch.equal(dampr.load(path)(X), small(X))

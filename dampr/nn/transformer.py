@@ -1,0 +1,494 @@
+"""GatedTransformerEncoderLayer and GatedTransformerDecoderLayer: gates for heads, neurons and sublayers, and what is left without them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dampr import _checks
+from dampr.gates import Gate as Family
+
+from .attention import GatedMultiheadAttention, PrunedMultiheadAttention
+from .base import GatedWeight
+from .gate import Gate, gated_sum
+from .linear import GatedLinear
+
+Maybe = Tensor | None
+PARTS = ("heads", "neurons", "sublayers")
+_ACTIVATIONS = {F.relu: "relu", F.gelu: "gelu"}
+
+
+class _Layer(nn.Module):
+    """torch's transformer layers in Python alone, sublayer by sublayer, mixed in before one of them.
+
+    Their own ``forward`` has a fused path that reads the weights of all parts without calling any of them.
+    """
+
+    norm_first: bool
+    activation: Any
+    linear1: Any
+    linear2: Any
+    _attentions: tuple[str, ...]
+
+    @property
+    def _sublayers(self) -> tuple[str, ...]:
+        """The first part of each sublayer, in order."""
+        return (*self._attentions, "linear1")
+
+    def _sum(self, index: int, x: Tensor, branch: Callable[[], Tensor]) -> Tensor:
+        raise NotImplementedError
+
+    def _sublayer(self, index: int, norm: Any, x: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
+        if self.norm_first:
+            return self._sum(index, x, lambda: branch(norm(x)))
+        out: Tensor = norm(self._sum(index, x, lambda: branch(x)))
+        return out
+
+
+class _EncoderLayer(_Layer, nn.TransformerEncoderLayer):
+    _attentions = ("self_attn",)
+
+    def forward(self, src: Tensor, src_mask: Maybe = None, src_key_padding_mask: Maybe = None, is_causal: bool = False) -> Tensor:
+        if src.is_nested:
+            return self._on_padded(src, src_mask, src_key_padding_mask)
+        x = self._sublayer(0, self.norm1, src, lambda x: self._sa_block(x, src_mask, src_key_padding_mask, is_causal))
+        return self._sublayer(1, self.norm2, x, self._ff_block)
+
+    def _on_padded(self, src: Tensor, src_mask: Maybe, src_key_padding_mask: Maybe) -> Tensor:
+        """A nested tensor, which nn.TransformerEncoder makes of a padded batch for the fused path, through this one."""
+        if src_mask is not None or src_key_padding_mask is not None:
+            raise TypeError("src: got a nested tensor and a mask, expected a padded tensor with masks or a nested one without")
+        lengths = [len(t) for t in src.unbind()]
+        x = src.to_padded_tensor(0.0)
+        padding = torch.arange(x.shape[1], device=x.device) >= torch.tensor(lengths, device=x.device).unsqueeze(1)
+        y = self.forward(x, src_key_padding_mask=padding)
+        return torch.nested.as_nested_tensor([t[:n] for t, n in zip(y, lengths, strict=True)], layout=src.layout)
+
+
+class _DecoderLayer(_Layer, nn.TransformerDecoderLayer):
+    _attentions = ("self_attn", "multihead_attn")
+
+    def forward(
+        self,
+        tgt: Tensor,
+        memory: Tensor,
+        tgt_mask: Maybe = None,
+        memory_mask: Maybe = None,
+        tgt_key_padding_mask: Maybe = None,
+        memory_key_padding_mask: Maybe = None,
+        tgt_is_causal: bool = False,
+        memory_is_causal: bool = False,
+    ) -> Tensor:
+        x = self._sublayer(0, self.norm1, tgt, lambda x: self._sa_block(x, tgt_mask, tgt_key_padding_mask, tgt_is_causal))
+        how = memory_mask, memory_key_padding_mask, memory_is_causal
+        x = self._sublayer(1, self.norm2, x, lambda x: self._mha_block(x, memory, *how))
+        return self._sublayer(2, self.norm3, x, self._ff_block)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "activation" in state["_modules"]:
+            nn.Module.__setstate__(self, state)  # torch's would make F.relu of an activation that is a module, in every copy
+        else:
+            super().__setstate__(state)
+
+
+class _Gated(_Layer):
+    """What both gated layers share, mixed in before :class:`_EncoderLayer` or :class:`_DecoderLayer`."""
+
+    _dense: Any
+    _pruned: Any
+
+    def __init__(
+        self,
+        d_model: int,
+        nhead: int,
+        dim_feedforward: int = 2048,
+        dropout: float = 0.1,
+        activation: str | Callable[[Tensor], Tensor] = F.relu,
+        layer_norm_eps: float = 1e-5,
+        batch_first: bool = False,
+        norm_first: bool = False,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        gate: str | type[Family] | Callable[..., Any] = "hard_concrete",
+        parts: Sequence[str] = ("heads", "neurons"),
+        per_sample: bool = False,
+    ) -> None:
+        arguments = d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first, bias, device, dtype
+        super().__init__(*arguments)
+        self._put_gates(gate, parts, per_sample)
+
+    def _put_gates(self, gate: Any, parts: Sequence[str], per_sample: bool) -> None:
+        if isinstance(gate, Family):
+            raise TypeError(f"gate={type(gate).__name__} instance: expected a family's name or a class, because each part gets its own")
+        if isinstance(parts, str) or not parts or not set(parts) <= set(PARTS):
+            raise ValueError(f"parts={parts!r}: expected some of {list(PARTS)}")
+        counts = [_parameter_count(modules) for modules in self._by_sublayer()]
+        if "heads" in parts:
+            for name in self._attentions:
+                setattr(self, name, GatedMultiheadAttention._around(getattr(self, name), gate, per_sample))
+        if "neurons" in parts:
+            self.linear1 = GatedLinear._around(self.linear1, gate, "output", per_sample)
+        if "sublayers" in parts:
+            device = self.linear2.weight.device
+            gates = [Gate(1, -1, gate=gate, per_sample=per_sample, device=device) for _ in self._sublayers]
+            for own, count in zip(gates, counts, strict=True):
+                own.weights_per_gate = float(count)
+            self.sublayer_gates = nn.ModuleList(gates)
+        self.train(self.training)
+
+    def _by_sublayer(self) -> list[list[nn.Module]]:
+        """The layers with weights of each sublayer, norms excepted."""
+        return [*([getattr(self, name)] for name in self._attentions), [self.linear1, self.linear2]]
+
+    def _gate_of(self, index: int) -> Gate | None:
+        """The gate of a sublayer as a whole."""
+        gates: Any = self._modules.get("sublayer_gates")
+        return None if gates is None else gates[index]
+
+    def _sum(self, index: int, x: Tensor, branch: Callable[[], Tensor]) -> Tensor:
+        own = self._gate_of(index)
+        if own is None:
+            return x + branch()
+        batch = 0 if getattr(self, self._attentions[0]).batch_first else 1
+        return gated_sum(x, branch, own.gate, self.training, batch if own.per_sample and x.dim() == 3 else None)
+
+    @classmethod
+    def from_dense(
+        cls,
+        layer: Any,
+        *,
+        gate: str | type[Family] | Callable[..., Any] = "hard_concrete",
+        parts: Sequence[str] = ("heads", "neurons"),
+        per_sample: bool = False,
+    ) -> Any:
+        """A gated layer with the very parameters of ``layer``, not copies. Raises TypeError unless its type is exactly the dense one.
+
+        Where fresh gates are not 1, the weights that they reach are divided by them, so that the layer computes the same; ValueError where
+        one is 0.
+        """
+        if type(layer) is not cls._dense:
+            raise TypeError(f"layer={type(layer).__name__}: expected exactly nn.{cls._dense.__name__}")
+        gated = _twin(layer)
+        gated.__class__ = cls
+        gated._put_gates(gate, parts, per_sample)
+        gated._undo_fresh_gates()
+        return gated
+
+    @torch.no_grad()
+    def _undo_fresh_gates(self) -> None:
+        fresh = [part.gate for part in self.modules() if isinstance(part, (GatedMultiheadAttention, GatedWeight, Gate))]
+        if not all(bool((gate.deterministic() != 0).all()) for gate in fresh):
+            raise ValueError(f"gate={type(fresh[0]).__name__}: a fresh gate of it is 0, so what the layer computes could not be kept")
+        for part in self.modules():
+            if isinstance(part, (GatedMultiheadAttention, GatedWeight)):
+                part._undo_fresh_gates()
+        for index, name in enumerate(self._sublayers):
+            last = self.linear2 if name == "linear1" else getattr(self, name).out_proj
+            z = self._value(index)
+            if z is not None and bool(z != 1):
+                _multiply(last, 1 / z)
+
+    def _value(self, index: int) -> Maybe:
+        """The gate of a sublayer in evaluation mode, (1,), or None."""
+        own = self._gate_of(index)
+        return None if own is None else own.gate.deterministic()
+
+    def to_dense(self) -> Any:
+        """The layer of ``torch.nn`` of the same size that computes what this one computes in evaluation mode; parameters are copies."""
+        return self._plain(cut=False)[0]
+
+    def compacted(self) -> tuple[Any, dict[str, list[int]]]:
+        """The smallest plain layer that computes what this one computes in evaluation mode.
+
+        Returns ``(layer, kept)``: what is left of the heads of each attention and of the neurons of ``linear1``, by their names; nothing
+        where the gate of a sublayer was closed. One at least is left of each that was not. The layer is one of ``torch.nn`` where all
+        heads and sublayers are open, else a :class:`PrunedTransformerEncoderLayer` or :class:`PrunedTransformerDecoderLayer`.
+
+        What a closed neuron contributes as a constant, its activation at 0, goes into the bias of ``linear2``. Neurons stay where the
+        activation is not one of each neuron alone.
+        """
+        return self._plain(cut=True)
+
+    @torch.no_grad()
+    def _plain(self, cut: bool) -> tuple[Any, dict[str, list[int]]]:
+        plain: Any = copy.deepcopy(self)
+        plain._modules.pop("sublayer_gates", None)
+        kept: dict[str, list[int]] = {}
+        for index, name in enumerate(self._sublayers):
+            z = self._value(index)
+            if cut and z is not None and not bool(z):
+                kept[name] = []
+                _remove(plain, index, name)
+                continue
+            if name == "linear1":
+                plain.linear1, plain.linear2, kept[name] = self._plain_feed_forward(cut)
+                last = plain.linear2
+            else:
+                attention, kept[name] = _plain_attention(getattr(self, name), cut)
+                setattr(plain, name, attention)
+                last = attention.out_proj
+            if z is not None:
+                _multiply(last, z)
+        pruned = any(isinstance(part, (_Removed, PrunedMultiheadAttention)) for part in plain.children())
+        plain.__class__ = self._pruned if pruned else self._dense
+        if pruned:
+            plain.d_model, plain.nhead = self.linear1.in_features, getattr(self, self._attentions[0]).num_heads
+        return plain, kept
+
+    def _plain_feed_forward(self, cut: bool) -> tuple[nn.Linear, nn.Linear, list[int]]:
+        """``linear1`` and ``linear2`` without gates, and which neurons are left between them."""
+        layers = self.linear1, self.linear2
+        plain: list[Any] = [layer.to_dense() if isinstance(layer, GatedWeight) else copy.deepcopy(layer) for layer in layers]
+        first, second = plain
+        every = list(range(first.out_features))
+        if not cut:
+            return first, second, every
+        closed = self.closed_neurons()
+        kept = [i for i in every if i not in closed] or every[:1]
+        if len(kept) == len(every) or not _is_elementwise(self.activation, first.weight, kept):
+            return first, second, every
+        cutting = sorted(set(every) - set(kept))
+        bias = first.weight.new_zeros(len(every)) if first.bias is None else first.bias
+        constant = second.weight[:, cutting] @ _evaluated(self.activation, bias[cutting])
+        if bool(constant.any()):
+            moved = constant if second.bias is None else second.bias + constant
+            second.bias = nn.Parameter(moved, requires_grad=second.weight.requires_grad)
+        return _rows(first, kept), _columns(second, kept), kept
+
+    def closed_neurons(self) -> set[int]:
+        """The neurons of the feed-forward sublayer that nothing writes, or nothing reads."""
+        written = self.linear1.closed_channels()[0] if isinstance(self.linear1, GatedWeight) else set()
+        read = self.linear2.closed_channels()[1] if isinstance(self.linear2, GatedWeight) else set()
+        return written | read
+
+
+class GatedTransformerEncoderLayer(_Gated, _EncoderLayer):
+    """``nn.TransformerEncoderLayer`` with learned gates for its heads, its feed-forward neurons and its sublayers.
+
+    Args:
+        d_model ... dtype: as in ``nn.TransformerEncoderLayer``.
+        gate: a family's name, a :class:`dampr.gates.Gate` subclass, or a function of (number of gates, device) that makes one: each part
+            gets gates of its own.
+        parts: some of ``"heads"`` (``self_attn`` is a :class:`GatedMultiheadAttention`), ``"neurons"`` (``linear1`` is a
+            :class:`GatedLinear` with gates on its outputs) and ``"sublayers"`` (x + z F(x), a gate for attention and one for feed-forward;
+            as in :class:`GatedResidual`, a closed one is not run).
+        per_sample: in training, draws for each sample of the batch (heads, sublayers) or each token (neurons) instead of one per call.
+
+    Called as ``nn.TransformerEncoderLayer`` is, also by ``nn.TransformerEncoder``, with the same results. Its fused path for inference
+    reads weights without asking their layers, so it is never taken; a nested tensor, which ``nn.TransformerEncoder`` makes of a padded
+    batch for that path, is run as a padded one. Parameters have the names of the dense layer, and a dense ``state_dict`` loads. A fresh
+    layer in evaluation mode equals torch's in Python to the bit, and its fused path to rounding.
+
+    The width of the residual stream has no gates: it runs through norms whose statistics count every channel, so that one that is zero
+    cannot be cut without changing the others.
+
+    Raises: ValueError or TypeError that names the argument, and what ``nn.TransformerEncoderLayer`` raises.
+    """
+
+    _dense = nn.TransformerEncoderLayer
+
+
+class GatedTransformerDecoderLayer(_Gated, _DecoderLayer):
+    """``nn.TransformerDecoderLayer`` with learned gates for the heads of both attentions, its feed-forward neurons and its three sublayers.
+
+    Everything as in :class:`GatedTransformerEncoderLayer`.
+    """
+
+    _dense = nn.TransformerDecoderLayer
+
+
+class _Pruned(_Layer):
+    """What both pruned layers share, mixed in before :class:`_EncoderLayer` or :class:`_DecoderLayer`."""
+
+    def _keep(self, d_model: int, nhead: int, dim_feedforward: int, heads: Sequence[Sequence[int] | None], how: dict[str, Any]) -> None:
+        """Replace what the dense constructor made by what is left of it."""
+        _checks.positive_int("dim_feedforward", dim_feedforward, least=0)
+        self.d_model, self.nhead = d_model, nhead
+        for index, (name, left) in enumerate(zip(self._attentions, heads, strict=True)):
+            if left is not None and not left:
+                _remove(self, index, name)
+            elif left is not None:
+                setattr(self, name, PrunedMultiheadAttention(d_model, nhead, **how, heads=left))
+        if dim_feedforward == 0:
+            _remove(self, len(self._attentions), "linear1")
+
+    def _sum(self, index: int, x: Tensor, branch: Callable[[], Tensor]) -> Tensor:
+        return x if isinstance(getattr(self, self._sublayers[index]), _Removed) else x + branch()
+
+    def arguments(self) -> dict[str, Any]:
+        """What its constructor takes for such a layer, as plain data. Raises TypeError for an activation without a name."""
+        norm = next((m for m in self.modules() if isinstance(m, nn.LayerNorm)), None)
+        dropout: Any = self.dropout
+        activation = _ACTIVATIONS.get(self.activation)
+        if activation is None:
+            raise TypeError(f"activation={self.activation!r}: expected one with a name")
+        heads = [_heads_of(getattr(self, name)) for name in self._attentions]
+        return {
+            "d_model": self.d_model,
+            "nhead": self.nhead,
+            "dim_feedforward": getattr(self.linear1, "out_features", 0),
+            "dropout": dropout.p,
+            "activation": activation,
+            "layer_norm_eps": 1e-5 if norm is None else norm.eps,
+            "batch_first": getattr(self, self._attentions[0]).batch_first,
+            "norm_first": self.norm_first,
+            "bias": norm is None or norm.bias is not None,
+            **dict(zip(("heads", "memory_heads"), heads, strict=False)),
+        }
+
+
+class PrunedTransformerEncoderLayer(_Pruned, _EncoderLayer):
+    """An ``nn.TransformerEncoderLayer`` of which only some heads, or only some sublayers, are there: what is left of a gated one.
+
+    Args:
+        d_model ... dtype: as in ``nn.TransformerEncoderLayer``; ``dim_feedforward=0`` for a layer without the feed-forward sublayer.
+        heads: which of the ``nhead`` heads are there; () for a layer without attention, None for all.
+
+    Called as ``nn.TransformerEncoderLayer`` is. The norm of a sublayer that is not there stays where it comes after the sum.
+
+    Raises: ValueError that names the argument, and what ``nn.TransformerEncoderLayer`` raises.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        nhead: int,
+        dim_feedforward: int = 2048,
+        dropout: float = 0.1,
+        activation: str | Callable[[Tensor], Tensor] = F.relu,
+        layer_norm_eps: float = 1e-5,
+        batch_first: bool = False,
+        norm_first: bool = False,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        heads: Sequence[int] | None = None,
+    ) -> None:
+        arguments = dropout, activation, layer_norm_eps, batch_first, norm_first, bias, device, dtype
+        super().__init__(d_model, nhead, max(dim_feedforward, 1), *arguments)
+        how = {"dropout": dropout, "bias": bias, "batch_first": batch_first, "device": device, "dtype": dtype}
+        self._keep(d_model, nhead, dim_feedforward, [heads], how)
+
+
+class PrunedTransformerDecoderLayer(_Pruned, _DecoderLayer):
+    """An ``nn.TransformerDecoderLayer`` of which only some heads, or only some sublayers, are there.
+
+    Everything as in :class:`PrunedTransformerEncoderLayer`; ``memory_heads`` are those of the attention to the encoder's output.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        nhead: int,
+        dim_feedforward: int = 2048,
+        dropout: float = 0.1,
+        activation: str | Callable[[Tensor], Tensor] = F.relu,
+        layer_norm_eps: float = 1e-5,
+        batch_first: bool = False,
+        norm_first: bool = False,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        heads: Sequence[int] | None = None,
+        memory_heads: Sequence[int] | None = None,
+    ) -> None:
+        arguments = dropout, activation, layer_norm_eps, batch_first, norm_first, bias, device, dtype
+        super().__init__(d_model, nhead, max(dim_feedforward, 1), *arguments)
+        how = {"dropout": dropout, "bias": bias, "batch_first": batch_first, "device": device, "dtype": dtype}
+        self._keep(d_model, nhead, dim_feedforward, [heads, memory_heads], how)
+
+
+GatedTransformerEncoderLayer._pruned = PrunedTransformerEncoderLayer
+GatedTransformerDecoderLayer._pruned = PrunedTransformerDecoderLayer
+
+
+class _Removed(nn.Module):
+    """In the place of a part of a sublayer that is gone, with the attributes that nn.TransformerEncoder looks at."""
+
+    in_proj_weight = in_proj_bias = weight = bias = torch.empty(0)
+
+    def __init__(self, batch_first: bool = False) -> None:
+        super().__init__()
+        self.batch_first = batch_first
+
+    @property
+    def out_proj(self) -> _Removed:
+        return self
+
+
+def _remove(layer: Any, index: int, name: str) -> None:
+    """Leave nothing of a sublayer of ``layer`` but a norm that comes after the sum."""
+    for part in ("linear1", "linear2") if name == "linear1" else (name,):
+        setattr(layer, part, _Removed(getattr(getattr(layer, part), "batch_first", False)))
+    if layer.norm_first:
+        setattr(layer, f"norm{index + 1}", _Removed())
+
+
+def _heads_of(attention: nn.Module) -> tuple[int, ...] | None:
+    if isinstance(attention, _Removed):
+        return ()
+    return attention.heads if isinstance(attention, PrunedMultiheadAttention) else None
+
+
+def _plain_attention(attention: Any, cut: bool) -> tuple[Any, list[int]]:
+    if not isinstance(attention, GatedMultiheadAttention):
+        return copy.deepcopy(attention), list(range(attention.num_heads))
+    return attention.compacted() if cut else (attention.to_dense(), list(range(attention.num_heads)))
+
+
+def _twin(layer: nn.Module) -> Any:
+    """Another module object with the very parameters, buffers and hooks of ``layer``."""
+    twin = layer.__class__.__new__(layer.__class__)
+    twin.__dict__.update({name: value.copy() if isinstance(value, dict) else value for name, value in vars(layer).items()})
+    twin._modules = {name: None if child is None else _twin(child) for name, child in layer._modules.items()}
+    return twin
+
+
+def _parameter_count(modules: Sequence[nn.Module]) -> int:
+    return sum(p.numel() for module in modules for p in module.parameters())
+
+
+def _multiply(layer: nn.Linear, z: Tensor) -> None:
+    for p in (layer.weight, layer.bias):
+        if p is not None:
+            p.data = (p * z).to(p.dtype)
+
+
+def _evaluated(activation: Any, x: Tensor) -> Tensor:
+    if not isinstance(activation, nn.Module):
+        y: Tensor = activation(x)
+        return y
+    y = copy.deepcopy(activation).eval()(x)
+    return y
+
+
+def _is_elementwise(activation: Any, weight: Tensor, kept: list[int]) -> bool:
+    """Whether the activation of those of the neurons with rows in ``weight`` that are ``kept`` is the same without the others."""
+    x = torch.randn(3, len(weight), generator=torch.Generator().manual_seed(0)).to(weight)
+    try:
+        return torch.allclose(_evaluated(activation, x)[:, kept], _evaluated(activation, x[:, kept]))
+    except (RuntimeError, IndexError, ValueError):
+        return False
+
+
+def _rows(layer: nn.Linear, kept: list[int]) -> nn.Linear:
+    layer.weight = nn.Parameter(layer.weight[kept], requires_grad=layer.weight.requires_grad)
+    if layer.bias is not None:
+        layer.bias = nn.Parameter(layer.bias[kept], requires_grad=layer.bias.requires_grad)
+    layer.out_features = len(kept)
+    return layer
+
+
+def _columns(layer: nn.Linear, kept: list[int]) -> nn.Linear:
+    layer.weight = nn.Parameter(layer.weight[:, kept].clone(), requires_grad=layer.weight.requires_grad)
+    layer.in_features = len(kept)
+    return layer

@@ -1,0 +1,123 @@
+"""Attention and torch's transformer layers in convert and compact: what has gates, what is left out and why, and what is left of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dampr.nn import GatedLayer, GatedMultiheadAttention, GatedTransformerDecoderLayer, GatedTransformerEncoderLayer
+from dampr.nn.base import Granularity
+from dampr.nn.transformer import _Gated
+
+from . import inputs
+
+_LAYERS: dict[type, Any] = {
+    nn.TransformerEncoderLayer: GatedTransformerEncoderLayer,
+    nn.TransformerDecoderLayer: GatedTransformerDecoderLayer,
+}
+_PARTS = ("self_attn", "multihead_attn", "linear1", "linear2")
+_RESIDUAL = "the residual stream has its width, and norms there count every channel"
+_LAST = "1 closed {} stays: every layer keeps one at least"
+
+Kept = dict[tuple[nn.Module, bool], Tensor]
+
+
+def owners(model: nn.Module) -> dict[nn.Module, list[tuple[str, nn.Module]]]:
+    """The parts of torch's own and of gated transformer layers, each with the layers that it is a part of, by all their names."""
+    found: dict[nn.Module, list[tuple[str, nn.Module]]] = {}
+    for name, layer in model.named_modules(remove_duplicate=False):
+        if type(layer) in _LAYERS or isinstance(layer, _Gated):
+            for part in _PARTS:
+                if part in layer._modules:
+                    found.setdefault(getattr(layer, part), []).append((name, layer))
+    return found
+
+
+def left_out(part: nn.Module, above: list[tuple[str, nn.Module]], granularity: Granularity) -> str | None:
+    """Why convert leaves out a part of the transformer layers ``above``, or any attention; None where it does not."""
+    if isinstance(part, nn.MultiheadAttention):
+        return None if granularity == "output" else "attention has gates on its heads, with granularity='output'"
+    if granularity == "output" and any(layer.linear2 is part for _, layer in above):
+        return f"its outputs have no gates: {_RESIDUAL}"
+    return None
+
+
+def adopt(model: nn.Module) -> dict[nn.Module, Any]:
+    """Make torch's transformer layers around gated parts gated ones, in place; returns what each was.
+
+    Their fused path would read the parts without calling them.
+    """
+    changed: dict[nn.Module, Any] = {}
+    for layer in model.modules():
+        if type(layer) in _LAYERS and any(isinstance(part, GatedLayer) for part in layer.children()):
+            changed[layer] = type(layer)
+            layer.__class__ = _LAYERS[type(layer)]
+    return changed
+
+
+def make_plain(
+    small: nn.Module, samples: list[Any], atol: float, rtol: float
+) -> tuple[nn.Module, Kept, dict[str, tuple[int, list[int]]], dict[str, str]]:
+    """Replace every gated transformer layer and attention of ``small`` by what is left of it without closed heads, neurons and sublayers.
+
+    Returns the model; what is left of the neurons; of each attention how many heads there were and which are left, by its name; and why
+    what is closed stays. An attention on its own keeps its heads where the model computes something of their weights, which is tried.
+    """
+    kept: Kept = {}
+    heads: dict[str, tuple[int, list[int]]] = {}
+    notes: dict[str, str] = {}
+    for name, layer in [(n, m) for n, m in small.named_modules() if isinstance(m, _Gated)]:
+        plain, left = layer.compacted()
+        inputs.replace(small, {layer: plain})
+        small = plain if layer is small else small
+        _record(f"{name}." if name else "", layer, plain, left, kept, heads, notes)
+    alone = [(n, m) for n, m in small.named_modules() if isinstance(m, GatedMultiheadAttention)]
+    expected = [inputs.evaluate(small, sample) for sample in samples] if any(m.closed_heads() for _, m in alone) else []
+    for name, attention in alone:
+        pruned, there = attention.compacted()
+        inputs.replace(small, {attention: pruned})
+        if len(there) < attention.num_heads and not _same(small, samples, expected, atol, rtol):
+            inputs.replace(small, {pruned: attention.to_dense()})
+            notes[name] = f"{len(attention.closed_heads())} closed heads stay: the model reads their attention weights"
+            continue
+        heads[name] = attention.num_heads, there
+        if attention.closed_heads() & set(there):
+            notes[name] = _LAST.format("head")
+    return small, kept, heads, notes
+
+
+def _record(
+    prefix: str,
+    layer: Any,
+    plain: Any,
+    left: dict[str, list[int]],
+    kept: Kept,
+    heads: dict[str, tuple[int, list[int]]],
+    notes: dict[str, str],
+) -> None:
+    """Put down what is left of a transformer layer."""
+    for name in layer._attentions:
+        attention = getattr(layer, name)
+        heads[prefix + name] = attention.num_heads, left[name]
+        if isinstance(attention, GatedMultiheadAttention) and attention.closed_heads() & set(left[name]):
+            notes[prefix + name] = _LAST.format("head")
+    neurons, closed = left["linear1"], layer.closed_neurons()
+    if 0 < len(neurons) < layer.linear1.out_features:
+        kept[plain.linear1, True] = kept[plain.linear2, False] = torch.tensor(neurons)
+    if closed & set(neurons):
+        why = f"{len(closed)} closed neurons stay: the activation is not one of each neuron alone"
+        notes[f"{prefix}linear1"] = _LAST.format("neuron") if len(neurons) == 1 else why
+    for name, writes in (("linear1", False), ("linear2", True)):
+        part = getattr(layer, name)
+        channels = part.closed_channels()[0 if writes else 1] if isinstance(part, GatedLayer) else set()
+        if channels:
+            notes[prefix + name] = f"{len(channels)} closed channels stay: {_RESIDUAL}"
+
+
+def _same(model: nn.Module, samples: list[Any], expected: list[list[Tensor]], atol: float, rtol: float) -> bool:
+    try:
+        return not any(inputs.differ(e, inputs.evaluate(model, sample), rtol, atol) for e, sample in zip(expected, samples, strict=True))
+    except RuntimeError:
+        return False
