@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -36,7 +37,13 @@ def count_macs(model: nn.Module, example_inputs: Any) -> int:
     A gated layer counts as its dense counterpart does. Attention is counted in its parts: the counter knows none of its fused kernels on a
     CPU, nor those of a whole encoder layer.
     """
+    with inputs.evaluating(model), torch.no_grad():
+        return count_call(inputs.call, model, example_inputs)
+
+
+def count_call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
+    """Multiply-accumulates of one call, counted like :func:`count_macs`."""
     counter = FlopCounterMode(display=False, custom_mapping=_RECURRENT)
-    with inputs.unfused(), sdpa_kernel(SDPBackend.MATH), inputs.evaluating(model), torch.no_grad(), counter:
-        inputs.call(model, example_inputs)
+    with inputs.unfused(), sdpa_kernel(SDPBackend.MATH), counter:
+        function(*args, **kwargs)
     return counter.get_total_flops() // 2
