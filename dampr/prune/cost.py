@@ -57,20 +57,20 @@ class Cost:
     (48, 24)
     """
 
+    total: float
+
     def __init__(self, model: nn.Module, example_inputs: Any, metric: str) -> None:
         self.structure = Structure(model, example_inputs)
-        plain = self.structure.plain
-        self.total = count_macs(plain, example_inputs) if metric == "macs" else count_params(plain)
         self.metric = metric
-        self.device = device = self.structure.gates[0].deterministic().device
-        self._variables = _Variables(self.structure, device)
-        self.sites = sites = list(_macs(plain, self._variables, example_inputs) if metric == "macs" else _params(plain, self._variables))
+        self.device = self.structure.gates[0].deterministic().device
+        self._variables = _Variables(self.structure, self.device)
+        self.sites = self._find_sites(self.structure.plain, example_inputs)
         self._read, self._written = (
-            _Affine([getattr(site, side) for site in sites], self._variables.count, device) for side in ("read", "written")
+            _Affine([getattr(site, side) for site in self.sites], self._variables.count, self.device) for side in ("read", "written")
         )
-        self._bilinear, self._linear = torch.tensor([site[3:] for site in sites], dtype=torch.float64, device=device).view(-1, 2).unbind(1)
-        branches = [self.structure.branches(site.name) for site in sites]
-        self._branches = _Products(branches, device) if any(branches) else None
+        branches = [self.structure.branches(site.name) for site in self.sites]
+        self._branches = _Products(branches, self.device) if any(branches) else None
+        self.total = self._measure(self.structure.plain, example_inputs)
         self._fixed = 0.0
         self._fixed = self.total - float(self(torch.ones(self.structure.size)))
 
@@ -78,8 +78,21 @@ class Cost:
         """The cost, a float64 scalar; ``gates`` is (structure.size,) of any dtype, and gets a gradient where it asks for one."""
         gates = gates.to(self.device, torch.float64)
         variables = self._variables(gates)
-        each = (self._bilinear * self._read(variables) + self._linear) * self._written(variables)
+        each = self._each(self._read(variables), self._written(variables))
         return (each if self._branches is None else each * self._branches(gates)).sum() + self._fixed
+
+    def _find_sites(self, plain: nn.Module, example_inputs: Any) -> list[Site]:
+        return list(_macs(plain, self._variables, example_inputs) if self.metric == "macs" else _params(plain, self._variables))
+
+    def _measure(self, plain: nn.Module, example_inputs: Any) -> float:
+        """The cost of the whole model; and what :meth:`_each` needs."""
+        constants = torch.tensor([site[3:] for site in self.sites], dtype=torch.float64, device=self.device)
+        self._bilinear, self._linear = constants.view(-1, 2).unbind(1)
+        return count_macs(plain, example_inputs) if self.metric == "macs" else count_params(plain)
+
+    def _each(self, read: Tensor, written: Tensor) -> Tensor:
+        """What each site costs with so many channels read and written, (sites,) all."""
+        return (self._bilinear * read + self._linear) * written
 
     def probabilities(self) -> Tensor:
         """The open probability (or surrogate count) of every gate, (structure.size,), with its graph."""
