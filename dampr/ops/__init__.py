@@ -9,6 +9,7 @@ from .backends import BackendUnavailableError, backend, backend_info, choose, se
 from .fold_conv import fold_channels, fold_filter_blocks, fold_filters
 from .fold_weight import fold_blocks, fold_weight
 from .gate_activations import gate_activations
+from .gate_args import GateArgs, GatePair
 from .gated_conv2d import gated_conv2d
 from .gated_linear import gated_linear
 from .norm_gate import norm_gate
@@ -18,6 +19,8 @@ from .weight_gated_linear import weight_gated_linear
 
 __all__ = [
     "BackendUnavailableError",
+    "GateArgs",
+    "GatePair",
     "backend",
     "backend_info",
     "choose",

@@ -34,14 +34,12 @@ def define(
     overload = getattr(torch.ops.dampr, name).default
 
     def call(*args: Any) -> Any:
-        if torch.compiler.is_compiling() or _is_watched() or not _PLAIN.issuperset(map(type, args)) or args[0].device.type not in _DEVICES:
-            return overload(*args)
-        return implementation(*args)
+        traced = torch.compiler.is_compiling() or _is_watched() or not _PLAIN.issuperset(map(type, args))
+        return overload(*args) if traced or not (args[0].is_cpu or args[0].is_cuda) else implementation(*args)
 
     return call
 
 
-_DEVICES = ("cpu", "cuda")
 _PLAIN = {torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, list, tuple, GateSpec, torch.dtype}
 
 
@@ -103,8 +101,3 @@ def gates_activations(x: torch.Tensor, weight: torch.Tensor) -> bool:
     The output gate then keeps the activation before it for its gradient. On a GPU a pass over the weight is too cheap for that.
     """
     return x.device.type == "cpu" and choose_activations(rows_of(x).shape[0], *weight.shape)
-
-
-def unpack(spec: Sequence[float]) -> GateSpec:
-    """A GateSpec from the float list that travels through the schema."""
-    return spec if isinstance(spec, GateSpec) else GateSpec(int(spec[0]), int(spec[1]), *spec[2:])
