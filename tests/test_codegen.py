@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +184,23 @@ def test_what_the_gated_norm_passes_compiles(
         launchers.norm_gate_bwd(x, x, Norm(None, bias, 1e-5, False), gate, mean, var, training, [True] * 4)
     assert len(compiled) >= (8 if training else 6)
     assert not any("f64" in kernel.asm["ptx"] for kernel in compiled)
+
+
+@pytest.mark.parametrize("widths", [(1, 1), (16, 16, 64)], ids=str)
+def test_what_the_generator_passes_compiles(widths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer's values are read behind a barrier, and not by way of a cache that does not see them."""
+    import torch
+
+    from dampr.ops import backend_triton as backend
+
+    compiled = compile_only(backend.host, monkeypatch)
+    tensors = [t for before, after in itertools.pairwise(widths) for t in (torch.zeros(after, before), torch.zeros(after))]
+    values = backend.dependency_generator_fwd(tensors, 4.6)
+    backend.dependency_generator_bwd(tensors, values, values, 4.6)
+    for kernel in compiled:
+        assert "bar.sync" in kernel.asm["ptx"]
+        assert "ld.global.nc" not in kernel.asm["ptx"]
+        assert "f64" not in kernel.asm["ptx"]
 
 
 def test_kernels_import_no_torch() -> None:

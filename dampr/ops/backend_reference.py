@@ -15,6 +15,8 @@ from .gated_conv2d import Window
 from .library import rows_of
 from .norm_gate import Norm
 
+GENERATOR_PARAMETERS = 0  # up to so many, an op takes the place of torch's own products: here it is these that it is made of
+
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     """None: the reference runs wherever the ops are registered."""
@@ -170,6 +172,24 @@ def gate_activations_bwd(dy: Tensor, x: Tensor, gate: GateArgs, dim: int, needs:
     dz = dy.to(gate.log_alpha.dtype) * x
     dz = dz.sum(shared) if shared else dz
     return dx, sample_gates_bwd(dz, gate, gate.rows(x.shape[0]))
+
+
+def dependency_generator_fwd(parameters: Sequence[Tensor], limit: float) -> Tensor:
+    return torch.cat(reference.dependency_generator(parameters, limit))
+
+
+def dependency_generator_bwd(parameters: Sequence[Tensor], values: Tensor, dvalues: Tensor, limit: float) -> list[Tensor]:
+    sizes = [bias.numel() for bias in parameters[1::2]]
+    a, upstream = values.split(sizes), list(dvalues.split(sizes))
+    grads: list[Tensor] = []
+    for layer in reversed(range(len(sizes))):
+        weight = parameters[2 * layer]
+        g = upstream[layer] * ((limit - a[layer]) * (limit + a[layer]) / limit)
+        before = a[layer - 1] if layer else weight.new_ones(weight.shape[1])
+        grads += [g, torch.outer(g, before)]
+        if layer:
+            upstream[layer - 1] = upstream[layer - 1] + weight.t() @ g
+    return grads[::-1]
 
 
 def gated_conv2d_fwd(x: Tensor, weight: Tensor, bias: Maybe, gates: GatePair, window: Window) -> Tensor:

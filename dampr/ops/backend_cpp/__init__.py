@@ -10,6 +10,7 @@ import torch
 
 from dampr import _C  # type: ignore[attr-defined]
 
+from .dependency_generator import GENERATOR_PARAMETERS, dependency_generator_bwd, dependency_generator_fwd
 from .fold_weight import fold_weight_bwd, fold_weight_fwd
 from .gate_activations import gate_activations_bwd, gate_activations_fwd
 from .gated_linear import gated_linear_bwd, gated_linear_fwd
@@ -20,7 +21,10 @@ from .routes import conv_route, route
 from .weight_gated_linear import fold_blocks_bwd, fold_blocks_fwd, weight_gated_linear_bwd, weight_gated_linear_fwd
 
 __all__ = [
+    "GENERATOR_PARAMETERS",
     "conv_route",
+    "dependency_generator_bwd",
+    "dependency_generator_fwd",
     "describe",
     "fold_blocks_bwd",
     "fold_blocks_fwd",
