@@ -21,9 +21,8 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 KERNELS, BINDINGS = "csrc/kernels.cpp", "csrc/bindings.cpp"
-HEADERS = [
-    f"csrc/{name}.h" for name in ("kernels", "philox", "storage", "gate_families", "work", "rows", "folds", "blocks", "planes", "small")
-]
+FAMILIES = "rows", "folds", "blocks", "planes", "norms", "small", "generator"
+HEADERS = [f"csrc/{name}.h" for name in ("kernels", "philox", "storage", "gate_families", "work", *FAMILIES)]
 
 COMMON_FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 # Every product and sum is rounded on its own, or zero patterns would differ from the reference; the other two let loops become vector code.

@@ -465,6 +465,45 @@ void small_bwd(const py::tuple& spec, int dtype, int64_t m, int64_t n, int64_t k
   without_gil([&] { return table.small_backward(s, checked, a); });
 }
 
+// What both directions of a generator have in common. widths: of a_0, a_1, ...; addresses and pointers hold on to the parameters.
+Generator check_generator(const std::vector<Address>& addresses, const std::vector<int64_t>& widths, double limit, std::vector<const void*>& pointers) {
+  if (widths.size() < 2) reject("widths", std::to_string(widths.size()) + " sizes", "two or more");
+  if (addresses.size() != 2 * (widths.size() - 1)) reject("parameters", std::to_string(addresses.size()) + " addresses", "a weight and a bias for each width but the first");
+  if (!(limit > 0)) reject("limit", std::to_string(limit), "a number above 0");
+  for (size_t j = 0; j < addresses.size(); ++j) {
+    const int64_t in = widths[j / 2], out = widths[j / 2 + 1];
+    if (in < 1 || out < 1) reject("widths", std::to_string(in < 1 ? in : out), "sizes of 1 or more");
+    check_sizes("widths", out, "widths", in);
+    pointers.push_back(required<const void>("parameters", addresses[j], out));
+  }
+  Generator a{};
+  a.parameters = pointers.data(), a.widths = widths.data(), a.layers = static_cast<int64_t>(widths.size()) - 1, a.limit = limit;
+  return a;
+}
+
+void generator_fwd(int dtype, const std::vector<Address>& parameters, const std::vector<int64_t>& widths, double limit, Address values) {
+  const Kernels& table = kernels();
+  const DType checked = check_dtype("dtype", dtype, true);
+  std::vector<const void*> pointers;
+  Generator a = check_generator(parameters, widths, limit, pointers);
+  a.values = required<void>("values", values, 1);
+  without_gil([&] { return table.generator_forward(checked, a), true; });
+}
+
+void generator_bwd(int dtype, const std::vector<Address>& parameters, const std::vector<int64_t>& widths, double limit, Address values, Address dvalues,
+                   const std::vector<Address>& grads) {
+  const Kernels& table = kernels();
+  const DType checked = check_dtype("dtype", dtype, true);
+  std::vector<const void*> pointers;
+  Generator a = check_generator(parameters, widths, limit, pointers);
+  a.values = required<void>("values", values, 1), a.dvalues = required<const void>("dvalues", dvalues, 1);
+  if (grads.size() != parameters.size()) reject("grads", std::to_string(grads.size()) + " addresses", "one for each parameter");
+  std::vector<void*> targets;
+  for (Address address : grads) targets.push_back(required<void>("grads", address, 1));
+  a.grads = targets.data();
+  without_gil([&] { return table.generator_backward(checked, a); });
+}
+
 py::dict build_info() {
   py::dict info;
   info["compiler"] = std::string(
@@ -534,4 +573,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("small_bwd", &dampr::small_bwd, "Its gradients, those that are asked for; without pre it is computed again for dout. One thread.", "spec"_a,
         "dtype"_a, "m"_a, "n"_a, "k"_a, "dy"_a, "x"_a, "w"_a, "b"_a, "in_log_alpha"_a, "out_log_alpha"_a, "in_seed_ptr"_a, "out_seed_ptr"_a, "per_sample"_a, "pre"_a, "dx"_a,
         "dw"_a, "db"_a, "din"_a, "dout"_a);
+  m.def("generator_fwd", &dampr::generator_fwd, "values = a_1, a_2, ... with a_l = limit tanh(w_l a_(l-1) + b_l), a_0 = 1; parameters: w_1, b_1, w_2, ...; one thread.",
+        "dtype"_a, "parameters"_a, "widths"_a, "limit"_a, "values"_a);
+  m.def("generator_bwd", &dampr::generator_bwd, "Its gradients: grads, like parameters, from values and dvalues. One thread.",
+        "dtype"_a, "parameters"_a, "widths"_a, "limit"_a, "values"_a, "dvalues"_a, "grads"_a);
 }

@@ -1,6 +1,6 @@
 // The CPU kernels. Compiled once per instruction set, with DAMPR_ISA (and DAMPR_AVX2 or DAMPR_AVX512) defined by the build.
 //
-// rows.h, folds.h, blocks.h, planes.h, norms.h and small.h hold the loops; here dtypes and gate families are picked, and the table of functions is filled.
+// rows.h, folds.h, blocks.h, planes.h, norms.h, small.h and generator.h hold the loops; here dtypes and gate families are picked, and the table of functions is filled.
 #if defined(DAMPR_AVX512) && defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // gcc's own AVX-512 header, bug 105593
 #endif
@@ -10,6 +10,7 @@
 #include "blocks.h"
 #include "folds.h"
 #include "gate_families.h"
+#include "generator.h"
 #include "norms.h"
 #include "philox.h"
 #include "planes.h"
@@ -178,10 +179,18 @@ bool small_backward_entry(const GateSpec& spec, DType dtype, const SmallLinear& 
   return with_small_gate(spec, dtype, [&](const auto& gate) { return small_backward<typename Tag<decltype(gate)>::Type::Value>(gate, a); });
 }
 
+void generator_forward_entry(DType dtype, const Generator& a) {
+  return dtype == kFloat64 ? generator_forward<double>(a) : generator_forward<float>(a);
+}
+
+bool generator_backward_entry(DType dtype, const Generator& a) {
+  return dtype == kFloat64 ? generator_backward<double>(a) : generator_backward<float>(a);
+}
+
 constexpr Kernels kKernels = {DAMPR_TEXT(DAMPR_ISA),    philox_words_entry,        philox_uniform_entry,  rows_forward_entry,   rows_backward_entry,
                               fold_forward_entry,       fold_backward_entry,       fold_blocks_forward_entry, fold_blocks_backward_entry,
                               planes_forward_entry,     planes_backward_entry,     norm_stats_entry,      norm_gate_forward_entry,
-                              norm_gate_backward_entry, small_forward_entry,       small_backward_entry};
+                              norm_gate_backward_entry, small_forward_entry,       small_backward_entry,  generator_forward_entry,  generator_backward_entry};
 
 }  // namespace
 

@@ -95,6 +95,18 @@ struct SmallLinear {
   bool per_sample;
 };
 
+// The generator of Dep-L0 (generator.h): parameters are w_1, b_1, w_2, ... with w_l (widths[l], widths[l - 1]), grads the same; values, dvalues: a_1,
+// a_2, ... one behind the other. All float or all double.
+struct Generator {
+  const void* const* parameters;
+  const int64_t* widths;
+  int64_t layers;
+  double limit;
+  void* values;
+  const void* dvalues;
+  void* const* grads;
+};
+
 // A product (dx, dw) may be written over the gradient g that it is made of, where their dtypes are equal.
 // Functions that need a workspace return false when there is no memory for it. Gates are double beside float64 tensors, else float.
 struct Kernels {
@@ -114,6 +126,8 @@ struct Kernels {
   bool (*norm_gate_backward)(DType dtype, const NormGate&, int threads);
   bool (*small_forward)(const GateSpec&, DType dtype, const SmallLinear&);   // float32 and float64 only
   bool (*small_backward)(const GateSpec&, DType dtype, const SmallLinear&);
+  void (*generator_forward)(DType dtype, const Generator&);  // float32 and float64 only
+  bool (*generator_backward)(DType dtype, const Generator&);
 };
 
 const Kernels* kernels_baseline();

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -122,22 +123,24 @@ def test_what_the_launchers_pass_compiles(shape: tuple[int, int, int], route: st
     """Triton's own launcher specialises on divisible sizes and turns an integer argument of 1 into a constant."""
     import torch
 
+    from dampr.ops import GateArgs, GatePair
     from dampr.ops import backend_triton as backend
 
     compiled = compile_only(backend.host, monkeypatch)
     (M, N, K), spec, seed = shape, codegen.hard_concrete(), torch.tensor([3])
     x, dy, pre = (torch.zeros(M, n, dtype=torch.bfloat16) for n in (K, N, N))
     weight, bias = torch.zeros(N, K), torch.zeros(N)
-    features, per_sample = (weight, bias, torch.zeros(K), torch.zeros(N), seed, seed), route in ("one_pass", "passes")
+    per_sample = route in ("one_pass", "passes")
+    gates = GatePair.of(torch.zeros(K), torch.zeros(N), seed, seed, spec, per_sample)
     with backend.forced_route(route):
         if route != "small_m":
-            backend.gated_linear_fwd(x, *features, spec, per_sample, per_sample)
-            backend.gated_linear_bwd(dy, x, *features, pre, spec, per_sample, [True] * 5)
+            backend.gated_linear_fwd(x, weight, bias, gates, per_sample)
+            backend.gated_linear_bwd(dy, x, weight, bias, gates, pre, [True] * 5)
         for block in ((1, 1), (16, 16)) if route == "fold" else ((1, 1),) if route == "small_m" else ():
-            weights = weight, bias, torch.zeros(-(N // -block[0]) * -(K // -block[1])), seed
-            backend.weight_gated_linear_fwd(x, *weights, spec, block)
-            backend.weight_gated_linear_bwd(dy, x, *weights, spec, block, [True] * 4)
-    backend.sample_gates_bwd(dy.float(), torch.zeros(N), seed, M, spec)
+            gate = GateArgs(torch.zeros(-(N // -block[0]) * -(K // -block[1])), seed, spec)
+            backend.weight_gated_linear_fwd(x, weight, bias, gate, block)
+            backend.weight_gated_linear_bwd(dy, x, weight, bias, gate, block, [True] * 4)
+    backend.sample_gates_bwd(dy.float(), GateArgs(torch.zeros(N), seed, spec), M)
     assert len(compiled) >= 4
     assert not any("f64" in kernel.asm["ptx"] for kernel in compiled)
 
@@ -148,12 +151,13 @@ def test_what_the_convolution_passes_compiles(problem: tuple[int, ...], gates: s
     import torch
 
     from dampr.ops.backend_triton import gated_conv2d as launchers
+    from dampr.ops.gated_conv2d import Window
 
     compiled = compile_only(launchers.host, monkeypatch)
     B, C, size, N, taps = problem
     z_in, z_out = {"none": (None, None), "batch": (torch.ones(C), torch.ones(N)), "image": (torch.ones(B, C), torch.ones(B, N))}[gates]
     x, weight, pad = torch.zeros(B, C, size, size, dtype=torch.bfloat16), torch.zeros(N, C, taps, taps), (taps // 2, taps // 2)
-    launchers.gated_conv2d_one_pass(x, weight, torch.zeros(N), z_in, z_out, (1, 1), pad, (1, 1), 1)
+    launchers.gated_conv2d_one_pass(x, weight, torch.zeros(N), z_in, z_out, Window((1, 1), pad, (1, 1), 1))
     assert len(compiled) == (1 if gates == "none" else 2)
     assert not any("f64" in kernel.asm["ptx"] for kernel in compiled)
 
@@ -166,18 +170,37 @@ def test_what_the_gated_norm_passes_compiles(
 ) -> None:
     import torch
 
+    from dampr.ops import GateArgs
     from dampr.ops.backend_triton import norm_gate as launchers
+    from dampr.ops.norm_gate import Norm
 
     compiled = compile_only(launchers.host, monkeypatch)
-    spec, seed, n = codegen.hard_concrete(), torch.tensor([3]), shape[1]
-    gain, bias, gate, mean, var = torch.ones(5, n)
+    gain, bias, log_alpha, mean, var = torch.ones(5, shape[1])
+    gate = GateArgs(log_alpha, torch.tensor([3]), codegen.hard_concrete(), per_sample)
     for layout in (torch.contiguous_format, torch.channels_last) if len(shape) == 4 else (torch.contiguous_format,):
         x = torch.zeros(shape, dtype=torch.bfloat16).contiguous(memory_format=layout)
         given = (None, None) if training else (mean, var)
-        launchers.norm_gate_fwd(x, gain, None, gate, seed, *given, 1e-5, spec, per_sample, True)
-        launchers.norm_gate_bwd(x, x, None, bias, gate, seed, mean, var, 1e-5, spec, per_sample, False, training, [True] * 4)
+        launchers.norm_gate_fwd(x, Norm(gain, None, 1e-5, True), gate, *given)
+        launchers.norm_gate_bwd(x, x, Norm(None, bias, 1e-5, False), gate, mean, var, training, [True] * 4)
     assert len(compiled) >= (8 if training else 6)
     assert not any("f64" in kernel.asm["ptx"] for kernel in compiled)
+
+
+@pytest.mark.parametrize("widths", [(1, 1), (16, 16, 64)], ids=str)
+def test_what_the_generator_passes_compiles(widths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer's values are read behind a barrier, and not by way of a cache that does not see them."""
+    import torch
+
+    from dampr.ops import backend_triton as backend
+
+    compiled = compile_only(backend.host, monkeypatch)
+    tensors = [t for before, after in itertools.pairwise(widths) for t in (torch.zeros(after, before), torch.zeros(after))]
+    values = backend.dependency_generator_fwd(tensors, 4.6)
+    backend.dependency_generator_bwd(tensors, values, values, 4.6)
+    for kernel in compiled:
+        assert "bar.sync" in kernel.asm["ptx"]
+        assert "ld.global.nc" not in kernel.asm["ptx"]
+        assert "f64" not in kernel.asm["ptx"]
 
 
 def test_kernels_import_no_torch() -> None:

@@ -6,6 +6,7 @@ Noise and the patterns of zeros and ones are equal to the bit; values obey the t
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import subprocess
 import sys
@@ -502,6 +503,37 @@ def norm_results(dtype: torch.dtype, x: torch.Tensor, g: torch.Tensor, inner: in
     return {f"norm {dtype} {inner} {name}": t for name, t in zip(names, (mean, var, y, dx, dgain, dbias, dz), strict=True)}
 
 
+@pytest.mark.parametrize("isa", _C.build_info()["isas"])
+def test_the_generator_matches_float64_with_every_instruction_set(isa: str) -> None:
+    run = run_with_isa(isa, "import test_csrc; test_csrc.check_generators()")
+    if "this processor offers" in run.stderr:
+        pytest.skip(f"this processor has no {isa}")
+    assert run.returncode == 0, run.stderr
+
+
+def check_generators() -> None:
+    for widths, dtype in itertools.product([(1, 1), (5, 7, 3), (16, 20, 33, 4), (100, 67, 129)], [torch.float32, torch.float64]):
+        tensors = []
+        for before, after in itertools.pairwise(widths):
+            tensors += [torch.randn(after, before, dtype=dtype) / (2 * before**0.5), torch.randn(after, dtype=dtype)]
+        upstream, results = torch.randn(sum(widths[1:]), dtype=dtype), []
+        for exact in (True, False):
+            leaves = [(t.double() if exact else t).clone().requires_grad_() for t in tensors]
+            values = torch.cat(reference.dependency_generator(leaves, 4.0))
+            grads = torch.autograd.grad(values, leaves, upstream.to(values.dtype))
+            results.append((values.detach(), torch.cat([g.reshape(-1) for g in grads])))
+        values, grads = poisoned(upstream.numel(), dtype=dtype), [poisoned(*t.shape, dtype=dtype) for t in tensors]
+        addresses = [ptr(t) for t in tensors]
+        _C.generator_fwd(CODES[dtype], addresses, widths, 4.0, ptr(values))
+        _C.generator_bwd(CODES[dtype], addresses, widths, 4.0, ptr(values), ptr(upstream), [ptr(g) for g in grads])
+        grads = torch.cat([g.view(-1) for g in grads])
+        for name, got, truth, plain in zip(("values", "grads"), (values, grads), *results, strict=True):
+            assert_as_good(f"{name} {widths} {dtype}", got, plain, truth)
+        unknown = torch.full_like(tensors[1], float("nan"))
+        _C.generator_fwd(CODES[dtype], [ptr(tensors[0]), ptr(unknown)], widths[:2], 4.0, ptr(values))
+        assert values[: widths[1]].isnan().all()
+
+
 @pytest.mark.parametrize("threads", [2, 3, 7])
 def test_results_do_not_depend_on_the_number_of_threads(threads: int) -> None:
     for (name, one), many in zip(every_result(1).items(), every_result(threads).values(), strict=True):
@@ -583,6 +615,14 @@ WRONG = {
     r"g=0: expected an address, as there are 1": lambda a: _C.norm_gate_bwd(
         0, 0, a, 1, 1, 1, 1, a, True, 0, 0, a, a, 1.0, True, True, a, a, a, a, 1
     ),
+    r"widths=1 sizes: expected two": lambda a: _C.generator_fwd(0, [], [4], 1.0, a),
+    r"widths=0: expected": lambda a: _C.generator_fwd(0, [a, a], [4, 0], 1.0, a),
+    r"parameters=1 addresses: expected": lambda a: _C.generator_fwd(0, [a], [4, 2], 1.0, a),
+    r"parameters=0: expected an address": lambda a: _C.generator_bwd(0, [a, 0], [4, 2], 1.0, a, a, [a, a]),
+    r"limit=0.*: expected": lambda a: _C.generator_bwd(0, [a, a], [4, 2], 0.0, a, a, [a, a]),
+    r"grads=0: expected": lambda a: _C.generator_bwd(0, [a, a], [4, 2], 1.0, a, a, [a, 0]),
+    r"grads=1 addresses: expected": lambda a: _C.generator_bwd(0, [a, a], [4, 2], 1.0, a, a, [a]),
+    r"dtype=2: expected 0": lambda a: _C.generator_fwd(2, [a, a], [4, 2], 1.0, a),
     r"start=-4: expected": lambda a: _C.philox_words(a, -4, 1, a, 1),
     r"count=-1: expected": lambda a: _C.philox_uniform(a, 0, -1, a, 1),
 }

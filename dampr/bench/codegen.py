@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import re
 import subprocess
 import tempfile
@@ -18,7 +19,16 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dampr.kernels import configs, gated_conv2d, gated_linear, gated_linear_live, gates, norm_gate, weight_gated_linear
+from dampr.kernels import (
+    configs,
+    dependency_generator,
+    gated_conv2d,
+    gated_linear,
+    gated_linear_live,
+    gates,
+    norm_gate,
+    weight_gated_linear,
+)
 from dampr.spec import hard_concrete
 
 ARCHITECTURES = (80, 90, 100, 120)
@@ -55,6 +65,8 @@ _ODD = (
     "parts",
     "pieces",
     "count",
+    "layers",
+    "total",
 )  # sizes of which nobody promises that they are multiples of 16
 _HIP = GPUTarget("hip", "gfx942", 64)
 _SPEC = hard_concrete()
@@ -106,6 +118,7 @@ def cases(capability: int) -> list[Case]:
         *_pass_cases(),
         *_weight_pass_cases(),
         *_norm_cases(),
+        *_generator_cases(),
     ]
 
 
@@ -252,9 +265,15 @@ def _norm_cases() -> list[Case]:
     return found
 
 
+def _generator_cases() -> list[Case]:
+    sizes = {"LIMIT": math.log(100.0), **dict(zip(("BLOCK_N", "BLOCK_K"), configs.GENERATOR_TILE, strict=True))}
+    kernels = {"fwd": dependency_generator._dependency_generator_fwd_kernel, "bwd": dependency_generator._dependency_generator_bwd_kernel}
+    return [Case(f"generator_{name}", kernel, sizes, "fp32", True, configs.GENERATOR_WARPS, 1) for name, kernel in kernels.items()]
+
+
 def _element(name: str, case: Case) -> str:
     """The element type of a pointer argument."""
-    if "seed" in name:
+    if "seed" in name or name == "table_ptr":
         return "i64"
     if name in _INTEGER:
         return "i32"

@@ -99,6 +99,8 @@ def run(only_op: str | None = None) -> list[Row]:
             rows.append(_verify_conv(Row("gated_conv2d", backend, device, name), dtype))
         if only_op in (None, "norm_gate"):
             rows.append(_verify_norm(Row("norm_gate", backend, device, name), dtype))
+        if only_op in (None, "dependency_generator") and dtype in (torch.float32, torch.float64):
+            rows.append(_verify_generator(Row("dependency_generator", backend, device, name), dtype))
     return rows
 
 
@@ -404,6 +406,34 @@ def norm_once(
     return {"y": y.detach(), **grads, "running_mean": running[0], "running_var": running[1]}
 
 
+def _verify_generator(row: Row, dtype: torch.dtype) -> Row:
+    """Chains of hard widths. Weights are small enough that a deep one does not multiply its rounding errors from layer to layer."""
+    generator = torch.Generator().manual_seed(4)
+    for widths in ((1, 1), (5, 7, 3), (65, 1, 129, 63), (16,) * 12, (20, 20, 50, 500), (64, 64, 128, 256)):
+        shapes = [shape for before, after in itertools.pairwise(widths) for shape in ((after, before), (after,))]
+        data = [torch.randn(shape, generator=generator) / (25 * shape[-1]) ** (len(shape) / 2 - 0.5) for shape in shapes]
+        upstream = torch.randn(sum(widths[1:]), generator=generator)
+        out = generator_once(row.backend, dtype, row.device, data, upstream)
+        truth, baseline = (generator_once(None, kind, "cpu", data, upstream) for kind in (torch.float64, dtype))
+        for name, o, t, b in zip(("values", "gradients"), out, truth, baseline, strict=True):
+            row.add(f"{widths}: {name}", compare(name, o, t, b))
+    return row
+
+
+def generator_once(backend: str | None, dtype: torch.dtype, device: str, data: list[Tensor], upstream: Tensor) -> tuple[Tensor, Tensor]:
+    """Values and the gradients of all parameters from one backend; None: from autograd on the reference."""
+    leaves, upstream = [t.to(device, dtype).detach().requires_grad_() for t in data], upstream.to(device, dtype)
+    with _running(backend):
+        if backend is None:
+            values = torch.cat(reference.dependency_generator(leaves, 4.0))
+            grads = torch.autograd.grad(values, leaves, upstream)
+        else:
+            held = [t.detach() for t in leaves]
+            values = torch.ops.dampr.dependency_generator_fwd(held, 4.0)
+            grads = torch.ops.dampr.dependency_generator_bwd(held, values, upstream, 4.0)
+    return values.detach(), torch.cat([g.reshape(-1) for g in grads])
+
+
 def main(argv: list[str] | None = None) -> int:
     """Print the plain table; 0 when everything passes, 1 otherwise."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -412,7 +442,7 @@ def main(argv: list[str] | None = None) -> int:
     rows = run()
     for row in rows:
         worst = "" if row.worst is None else f"worst {row.worst.share:6.1%} of bound: {row.worst_case}"
-        print(f"{'ok' if row.ok else 'FAILED':7} {row.op:19} {row.backend:10} {row.device:5} {row.dtype:9} {row.cases:4} cases  {worst}")
+        print(f"{'ok' if row.ok else 'FAILED':7} {row.op:20} {row.backend:10} {row.device:5} {row.dtype:9} {row.cases:4} cases  {worst}")
         for failure in row.failures[:5]:
             print(f"        {failure}")
     if arguments.json:

@@ -10,10 +10,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dampr import _checks, ops
+from dampr.ops.gated_conv2d import Window
 from dampr.spec import SAMPLE, GateSpec
 
 from .gates import DRAWN
-from .inputs import Maybe, cast, gates_of
+from .inputs import Maybe, cast, gate_of, gates_of
 
 Size = int | Sequence[int]
 Pair = tuple[int, int]
@@ -108,35 +109,35 @@ def _gated_conv(
         if ops.routes.forced_name() is not None:  # raises for one that cannot serve
             ops.select(x.device, x.dtype).conv_route(tuple(weight.shape), groups, "weight", False, False, x.device)
         return convolve(x, _gate_blocks(x, weight, weight_gate, block, seed, spec), bias, *arguments)
-    in_la, out_la, in_seed, out_seed = gates_of(input_gate, n_in, "input channel", output_gate, n_out, "filter", x, seed, spec)
-    ends = [end for end, gate in (("input", in_la), ("output", out_la)) if gate is not None]
+    gates = gates_of(input_gate, n_in, "input channel", output_gate, n_out, "filter", x, seed, spec, per_sample)
+    ends = [end for end, gate in (("input", gates.input), ("output", gates.output)) if gate is not None]
     if not ends:
         return convolve(x, weight, bias, *arguments)
-    where, drawn = ends[0] if len(ends) == 1 else "both", spec.rule == SAMPLE
-    pointwise = dims == 2 and drawn and is_pointwise(x, weight, *arguments)
+    where = ends[0] if len(ends) == 1 else "both"
+    pointwise = dims == 2 and spec.rule == SAMPLE and is_pointwise(x, weight, *arguments)
     backend = ops.select(x.device, x.dtype)
-    route, _ = backend.conv_route(tuple(weight.shape), groups, where, per_sample and drawn, pointwise, x.device)
+    route, _ = backend.conv_route(tuple(weight.shape), groups, where, gates.per_sample, pointwise, x.device)
     if route == "linear":
         matrix = weight.reshape(n_out, n_in)
-        y = ops.gated_linear(x.permute(0, 2, 3, 1), matrix, bias, in_la, out_la, in_seed, out_seed, spec, False)
+        y = ops.gated_linear(x.permute(0, 2, 3, 1), matrix, bias, gates)
         return y.permute(0, 3, 1, 2)
     window = _window(weight, *arguments) if route == "live" else None
     if window is not None:
         batch = x if x.dim() == 4 else x[None]
-        y = ops.gated_conv2d(batch, weight, bias, in_la, out_la, in_seed, out_seed, spec, *window)
+        y = ops.gated_conv2d(batch, weight, bias, gates, window)
         return y if x.dim() == 4 else y[0]
     if route == "passes":
         batch = x if x.dim() == dims + 2 else x[None]
-        if in_la is not None:
-            batch = ops.gate_activations(batch, in_la, in_seed, spec, 1, True)
+        if gates.input is not None:
+            batch = ops.gate_activations(batch, gates.input, 1)
         y = convolve(batch, weight, bias, *arguments)
-        if out_la is not None:
-            y = ops.gate_activations(y, out_la, out_seed, spec, 1, True)
+        if gates.output is not None:
+            y = ops.gate_activations(y, gates.output, 1)
         return y if x.dim() == dims + 2 else y[0]
-    if in_la is not None:
-        weight = ops.fold_channels(weight, in_la, in_seed, spec, groups, x.dtype)
-    if out_la is not None:
-        weight, bias = ops.fold_filters(weight, bias, out_la, out_seed, spec, x.dtype)
+    if gates.input is not None:
+        weight = ops.fold_channels(weight, gates.input, groups, x.dtype)
+    if gates.output is not None:
+        weight, bias = ops.fold_filters(weight, bias, gates.output, x.dtype)
     return convolve(x, weight, bias, *arguments)
 
 
@@ -163,7 +164,7 @@ def is_pointwise(x: Tensor, weight: Tensor, stride: Any, padding: Any, dilation:
     return window is not None and window[:2] == ((1, 1), (0, 0))
 
 
-def _window(weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: int) -> tuple[Pair, Pair, Pair, int] | None:
+def _window(weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: int) -> Window | None:
     """Stride, zero padding and dilation as pairs, and groups; None where opposite sides are padded differently ("same", even kernels)."""
     dilation = _pair(dilation)
     if padding == "valid":
@@ -173,7 +174,7 @@ def _window(weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: in
         if any(t % 2 for t in total):
             return None
         padding = [t // 2 for t in total]
-    return _pair(stride), _pair(padding), dilation, groups
+    return Window(_pair(stride), _pair(padding), dilation, groups)
 
 
 def _pair(size: Any) -> Pair:
@@ -189,6 +190,4 @@ def _gate_blocks(
     else:
         count = _checks.block_count("block", block, weight.shape[0], weight.shape[1])
         size, what = (block[0], block[1] * max(1, weight.shape[2:].numel())), f"{block[0]} x {block[1]} block of filters and channels"
-    log_alpha = _checks.gate_parameter("weight_gate", gate, count, what, x)
-    noise = _checks.seed_tensor("seed", seed, x.device) if spec.rule == SAMPLE else None
-    return ops.fold_filter_blocks(weight, log_alpha, noise, spec, size, x.dtype)
+    return ops.fold_filter_blocks(weight, gate_of("weight_gate", gate, count, what, x, seed, spec), size, x.dtype)

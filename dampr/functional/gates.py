@@ -6,7 +6,10 @@ import torch
 from torch import Tensor
 
 from dampr import _checks, ops, reference
+from dampr.ops.gate_args import GateArgs
 from dampr.spec import SAMPLE, GateSpec, hard_concrete
+
+from .inputs import gate_of
 
 DRAWN = hard_concrete()
 
@@ -34,7 +37,7 @@ def sample_gates(log_alpha: Tensor, *, seed: int | Tensor | None = None, rows: i
     if rows is not None and not isinstance(rows, torch.SymInt):
         _checks.positive_int("rows", rows, least=0)
     noise = _checks.seed_tensor("seed", seed, log_alpha.device) if spec.rule == SAMPLE else None
-    return ops.sample_gates(log_alpha, noise, rows, spec)
+    return ops.sample_gates(GateArgs(log_alpha, noise, spec), rows)
 
 
 def open_probability(log_alpha: Tensor, *, spec: GateSpec = DRAWN) -> Tensor:
@@ -98,9 +101,8 @@ def gate_activations(
     dim %= x.dim()
     if per_sample and dim == 0:
         raise ValueError("per_sample=True with dim=0: expected the gates on another dimension than the samples")
-    log_alpha = _checks.gate_parameter("gate", gate, x.shape[dim], f"index of dimension {dim} of x", x)
-    noise = _checks.seed_tensor("seed", seed, x.device) if spec.rule == SAMPLE else None
-    return ops.gate_activations(x, log_alpha, noise, spec, dim, per_sample)
+    gates = gate_of("gate", gate, x.shape[dim], f"index of dimension {dim} of x", x, seed, spec, per_sample)
+    return ops.gate_activations(x, gates, dim)
 
 
 def _gate_vector(log_alpha: Tensor) -> None:

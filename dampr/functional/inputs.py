@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from dampr import _checks, philox
+from dampr.ops.gate_args import GateArgs, GatePair, Maybe
 from dampr.spec import SAMPLE, GateSpec
-
-Maybe = Tensor | None
 
 
 def cast(x: Tensor, weight: Tensor, bias: Maybe) -> Tensor:
@@ -28,6 +27,16 @@ def cast(x: Tensor, weight: Tensor, bias: Maybe) -> Tensor:
     return x
 
 
+def gate_of(
+    name: str, gate: Tensor, count: int, one: str, x: Tensor, seed: int | Tensor | None, spec: GateSpec, per_sample: bool = False
+) -> GateArgs:
+    """Parameters of ``count`` gates, one for each ``one`` beside ``x``, and their seed, checked."""
+    log_alpha = _checks.gate_parameter(name, gate, count, one, x)
+    return GateArgs(
+        log_alpha, _checks.seed_tensor("seed", seed, x.device) if spec.rule == SAMPLE else None, spec, per_sample and spec.rule == SAMPLE
+    )
+
+
 def gates_of(
     input_gate: Maybe,
     n_in: int,
@@ -38,7 +47,8 @@ def gates_of(
     x: Tensor,
     seed: int | Tensor | None,
     spec: GateSpec,
-) -> tuple[Maybe, Maybe, Maybe, Maybe]:
+    per_sample: bool,
+) -> GatePair:
     """Gate parameters of inputs and outputs, checked, and a seed for each: with both, the outputs use a second stream of the same seed."""
     in_la = None if input_gate is None else _checks.gate_parameter("input_gate", input_gate, n_in, one_input, x)
     out_la = None if output_gate is None else _checks.gate_parameter("output_gate", output_gate, n_out, one_output, x)
@@ -48,4 +58,4 @@ def gates_of(
         in_seed = None if in_la is None else noise
         if out_la is not None:
             out_seed = noise if in_la is None else noise ^ philox.SECOND_STREAM
-    return in_la, out_la, in_seed, out_seed
+    return GatePair(in_la, out_la, in_seed, out_seed, spec, per_sample and spec.rule == SAMPLE)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from dampr import _checks, ops
-from dampr.spec import SAMPLE, GateSpec
+from dampr.spec import GateSpec
 
 from .gates import DRAWN
-from .inputs import cast, gates_of
+from .inputs import cast, gate_of, gates_of
 
 
 def gated_linear(
@@ -52,26 +52,10 @@ def gated_linear(
         raise ValueError(f"x.shape={tuple(x.shape)}: expected (..., {n_in}), because weight has shape {tuple(weight.shape)}")
     x = cast(x, weight, bias)
     if weight_gate is not None:
-        return _weight_gated(
-            x, weight, bias, weight_gate, block, seed, per_sample or input_gate is not None or output_gate is not None, spec
-        )
-    gates = gates_of(input_gate, n_in, "input feature", output_gate, n_out, "output feature", x, seed, spec)
-    return ops.gated_linear(x, weight, bias, *gates, spec, per_sample)
-
-
-def _weight_gated(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    weight_gate: Tensor,
-    block: tuple[int, int],
-    seed: int | Tensor | None,
-    with_vector_gates: bool,
-    spec: GateSpec,
-) -> Tensor:
-    if with_vector_gates:
-        raise ValueError("weight_gate: expected no input_gate, no output_gate and per_sample=False beside it")
-    count = _checks.block_count("block", block, weight.shape[0], weight.shape[1])
-    log_alpha = _checks.gate_parameter("weight_gate", weight_gate, count, f"{block[0]} x {block[1]} block of weight", x)
-    noise = _checks.seed_tensor("seed", seed, x.device) if spec.rule == SAMPLE else None
-    return ops.weight_gated_linear(x, weight, bias, log_alpha, noise, spec, (int(block[0]), int(block[1])))
+        if per_sample or input_gate is not None or output_gate is not None:
+            raise ValueError("weight_gate: expected no input_gate, no output_gate and per_sample=False beside it")
+        count = _checks.block_count("block", block, n_out, n_in)
+        gate = gate_of("weight_gate", weight_gate, count, f"{block[0]} x {block[1]} block of weight", x, seed, spec)
+        return ops.weight_gated_linear(x, weight, bias, gate, (int(block[0]), int(block[1])))
+    gates = gates_of(input_gate, n_in, "input feature", output_gate, n_out, "output feature", x, seed, spec, per_sample)
+    return ops.gated_linear(x, weight, bias, gates)

@@ -6,11 +6,13 @@ import torch
 from torch import Tensor
 
 from dampr import _checks, ops
-from dampr.spec import SAMPLE, GateSpec
+from dampr.ops.gate_args import GatePair
+from dampr.ops.norm_gate import Norm
+from dampr.spec import GateSpec
 
 from .gates import DRAWN
+from .inputs import gate_of
 
-Maybe = Tensor | None
 ACTIVATIONS = (None, "relu")
 
 
@@ -32,10 +34,9 @@ def gated_affine(
     _checks.tensor("gate", gate)
     if weight is None:
         weight = torch.ones_like(gate)
-    log_alpha = _checks.gate_parameter("gate", gate, weight.numel(), "channel", weight)
-    noise = _checks.seed_tensor("seed", seed, weight.device) if spec.rule == SAMPLE else None
+    rows = gate_of("gate", gate, weight.numel(), "channel", weight, seed, spec)
     # A gain is a weight with one column, and its rows carry the gates.
-    gain, shift = ops.fold_weight(weight.view(-1, 1), bias, None, log_alpha, None, noise, spec, weight.dtype)
+    gain, shift = ops.fold_weight(weight.view(-1, 1), bias, GatePair(None, rows.log_alpha, None, rows.seed, spec), weight.dtype)
     return gain.view(weight.shape), shift
 
 
@@ -85,9 +86,9 @@ def gated_batch_norm(
     if x.dim() < 2:
         raise ValueError(f"x.shape={tuple(x.shape)}: expected (B, C) or more dimensions")
     channels = x.shape[1]
-    log_alpha = _checks.gate_parameter("gate", gate, channels, "channel", x)
-    gain, shift = (_vector(name, t, x, log_alpha) for name, t in (("weight", weight), ("bias", bias)))
-    running = tuple(_vector(name, t, x, log_alpha) for name, t in (("running_mean", running_mean), ("running_var", running_var)))
+    gates = gate_of("gate", gate, channels, "channel", x, seed, spec, per_sample)
+    gain, shift = (_vector(name, t, x, gates.log_alpha) for name, t in (("weight", weight), ("bias", bias)))
+    running = tuple(_vector(name, t, x, gates.log_alpha) for name, t in (("running_mean", running_mean), ("running_var", running_var)))
     _checks.one_of("activation", activation, ACTIVATIONS)
     if not 0 <= momentum <= 1:
         raise ValueError(f"momentum={momentum!r}: expected a number in [0, 1]")
@@ -99,9 +100,8 @@ def gated_batch_norm(
     count = x.numel() // max(1, channels)
     if training and count == 1:
         raise ValueError(f"x.shape={tuple(x.shape)}: expected more than one value per channel in training")
-    noise = _checks.seed_tensor("seed", seed, x.device) if spec.rule == SAMPLE else None
     given = None if training or mean is None or var is None else (mean, var)
-    y, (mean, var) = ops.norm_gate(x, gain, shift, log_alpha, noise, given, float(eps), spec, per_sample, activation == "relu")
+    y, (mean, var) = ops.norm_gate(x, Norm(gain, shift, float(eps), activation == "relu"), gates, given)
     if training and x.numel():
         with torch.no_grad():
             _update(running_mean, mean, momentum, 1.0)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dampr import _checks, functional
+from dampr import _checks, functional, ops, reference
 from dampr.spec import hard_concrete
 
 from .base import Gate, GateModule
@@ -84,18 +84,28 @@ class DependencyGenerator(GateModule):
 
     def forward(self) -> list[Tensor]:
         """The log_alpha of every layer, in the order of the network: (sizes[l],) each."""
-        return [self.log_alpha(index) for index in range(len(self.sizes))]
+        kept = self._kept()
+        return self._in_order(self._run(upto=self._order[-1])) if kept is None else list(kept)
 
     def log_alpha(self, index: int) -> Tensor:
         """The log_alpha of layer ``index``, (sizes[index],)."""
+        kept = self._kept()
+        return self._run(upto=index)[-1] if kept is None else kept[index]
+
+    def _kept(self) -> list[Tensor] | None:
+        """The log_alphas of this step in the order of the network, evaluated if need be; None where nothing may be kept."""
         if not self._may_keep():
-            return self._run(upto=index)[-1]
+            return None
         key = self._key()
         last = self._last
         # Within a backward (activation checkpointing computes the forward again there) the values serve on; no one goes back through them.
         if last is None or last.key != key or (last.consumed and torch._C._current_graph_task_id() == -1):
             last = self._last = self._evaluate(key)
-        return last.values[index]
+        return last.values
+
+    def _in_order(self, values: list[Tensor]) -> list[Tensor]:
+        """Values in the order of the network."""
+        return values if self.direction == "forward" else values[::-1]
 
     def gates(self, **options: Any) -> list[DependentHardConcrete]:
         """A gate for each layer, in the order of the network; ``options`` as for :class:`DependentHardConcrete`."""
@@ -130,16 +140,12 @@ class DependencyGenerator(GateModule):
         return [functional.open_probability(log_alpha, spec=hard_concrete()).sum() for log_alpha in self()]
 
     def _run(self, upto: int | None = None) -> list[Tensor]:
-        """Every a_l in the order in which they follow from each other, or those as far as layer ``upto``."""
-        values: list[Tensor] = []
-        for index in self._order:
-            weight, bias = getattr(self, f"weight_{index}"), getattr(self, f"bias_{index}")
-            a = values[-1] if values else weight.new_ones(self.input_width)
-            with torch.autocast(weight.device.type, enabled=False):
-                values.append(LOGIT_LIMIT * torch.tanh(torch.addmv(bias, weight, a)))
-            if index == upto:
-                break
-        return values
+        """Every a_l in the order in which they follow from each other, or, in plain PyTorch, those as far as layer ``upto``."""
+        order = self._order if upto is None else self._order[: self._order.index(upto) + 1]
+        parameters: list[Tensor] = [getattr(self, f"{kind}_{index}") for index in order for kind in ("weight", "bias")]
+        evaluate = ops.dependency_generator if upto is None else reference.dependency_generator
+        with torch.autocast(parameters[0].device.type, enabled=False):
+            return evaluate(parameters, LOGIT_LIMIT)
 
     def _evaluate(self, key: tuple[Any, ...]) -> _Evaluation:
         # What this graph keeps for its backward is its own: the hooks of activation checkpointing do not see it. They count what each layer
@@ -147,10 +153,9 @@ class DependencyGenerator(GateModule):
         with torch.autograd.graph.saved_tensors_hooks(torch.Tensor.detach, lambda t: t):
             values = self._run()
         consumed: list[bool] = []
-        for a in values:
-            if a.requires_grad:
-                a.register_hook(lambda _: consumed.append(True))
-        return _Evaluation(key, values if self.direction == "forward" else values[::-1], consumed)
+        for node in {a.grad_fn for a in values if a.grad_fn is not None}:
+            node.register_prehook(lambda _: consumed.append(True))
+        return _Evaluation(key, self._in_order(values), consumed)
 
     def _key(self) -> tuple[Any, ...]:
         """Equal as long as the same evaluation, with the same graph, would come out."""

@@ -14,6 +14,7 @@ from dampr.spec import EXACT_ZERO, GateSpec, mask
 from .base import VALUE_SPEC, KernelGate
 
 SLOPES = ("fixed", "scheduled", "trainable")
+THRESHOLDS = ("fixed", "trainable")
 REGULARISERS = ("l1", "foothill")
 
 
@@ -32,11 +33,14 @@ class DifferentiableMask(KernelGate):
             as a constant: a closed gate never opens again, and strong regularisation closes all. ``"smooth"``: (1 + SS_b(|alpha| - t)) / 2
             itself. ``"exact_zero"``: max(tanh(b (|alpha| - t)), 0), constant where closed. ``"logistic"``: sigmoid(b (|alpha| - t)).
             In evaluation ``"smooth"`` and ``"logistic"``, which never close a gate, are replaced by ``"hard"``.
-        threshold: t, at least 0.
+        threshold: t, at least 0; where it starts if it is trained.
+        threshold_mode: ``"fixed"``; ``"trainable"``: the exponential of a parameter ``log_threshold``, (1,), in training and in evaluation.
+            It moves by the slope of the mask, hence not with ``"hard_constant"``, and what the task alone asks for is an open gate: a
+            threshold that should rise needs a term of your own, such as ``-lam * gate.log_threshold.exp()``.
         slope: b, above 0.
         slope_mode: ``"fixed"``; ``"scheduled"``: :meth:`set_slope` changes it (:func:`geometric_slope` says to what); ``"trainable"``: the
-            exponential of a parameter ``log_slope``, (1,). Only a fixed slope is built into the kernels; masks of the others are computed
-            beside them.
+            exponential of a parameter ``log_slope``, (1,). Only a fixed slope and a fixed threshold are built into the kernels; masks of
+            the others are computed beside them.
         init_alpha: where every alpha starts; at 1 fresh evaluation gates are exactly 1 (but those of ``"exact_zero"``).
         device: where the parameters live. They are float32 and stay so under autocast and ``.half()``.
 
@@ -60,25 +64,39 @@ class DifferentiableMask(KernelGate):
         threshold: float = 0.1,
         slope: float = 5.0,
         slope_mode: str = "fixed",
+        threshold_mode: str = "fixed",
         init_alpha: float = 1.0,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__(num_gates)
         _checks.one_of("slope_mode", slope_mode, SLOPES)
+        _checks.one_of("threshold_mode", threshold_mode, THRESHOLDS)
+        if threshold_mode == "trainable" and (variant == "hard_constant" or threshold == 0):
+            raise ValueError(
+                f"threshold_mode='trainable' with variant={variant!r}, threshold={threshold!r}: expected a mask that has a slope"
+                " and a threshold above 0"
+            )
         self._fixed = mask(variant, slope, threshold)
-        self.variant, self.threshold, self.slope_mode = variant, float(threshold), slope_mode
+        self.variant, self.slope_mode, self.threshold_mode = variant, slope_mode, threshold_mode
         self._evaluated = self._fixed if variant in ("hard_constant", "exact_zero") else mask("hard", slope, threshold)
         self.alpha = nn.Parameter(torch.full((num_gates,), float(init_alpha), dtype=torch.float32, device=device))
         if slope_mode == "scheduled":
             self.register_buffer("slope", torch.full((1,), float(slope), dtype=torch.float32, device=device))
         elif slope_mode == "trainable":
             self.log_slope = nn.Parameter(torch.full((1,), math.log(slope), dtype=torch.float32, device=device))
+        if threshold_mode == "trainable":
+            self.log_threshold = nn.Parameter(torch.full((1,), math.log(threshold), dtype=torch.float32, device=device))
+
+    @property
+    def threshold(self) -> float | Tensor:
+        """t: a number, or where it is trained a tensor, (1,)."""
+        return self._fixed.lo if self.threshold_mode == "fixed" else self.log_threshold.exp()
 
     def set_slope(self, slope: float) -> None:
         """Set the slope of the mask, above 0. Raises ValueError unless ``slope_mode`` is ``"scheduled"``."""
         if self.slope_mode != "scheduled":
             raise ValueError(f"slope_mode={self.slope_mode!r}: expected 'scheduled' for set_slope")
-        self.slope.fill_(mask(self.variant, slope, self.threshold).beta)
+        self.slope.fill_(mask(self.variant, slope).beta)
 
     @property
     def spec(self) -> GateSpec:
@@ -100,18 +118,22 @@ class DifferentiableMask(KernelGate):
         return self.alpha.abs()
 
     def is_open(self) -> Tensor:
-        return ~(self.alpha.detach().abs().to(torch.float32) <= self.threshold)
+        with torch.no_grad():
+            return ~(self.alpha.abs().to(torch.float32) <= self.threshold)
 
     def _beside(self, held: GateSpec) -> bool:
         """Whether the values, not alpha, go to the kernels. The evaluation gate of a hard mask does not depend on the slope."""
-        return self.slope_mode != "fixed" and (self.training or held.rule == EXACT_ZERO)
+        return self.threshold_mode != "fixed" or (self.slope_mode != "fixed" and (self.training or held.rule == EXACT_ZERO))
 
     def _masked(self, held: GateSpec) -> Tensor:
-        slope = self.slope if self.slope_mode == "scheduled" else self.log_slope.exp()
+        slope: float | Tensor = held.beta
+        if self.slope_mode != "fixed":
+            slope = self.slope if self.slope_mode == "scheduled" else self.log_slope.exp()
         return self.alpha * reference.mask(self.alpha, held.rule, slope, self.threshold)
 
     def extra_repr(self) -> str:
-        return f"{self.num_gates}, variant={self.variant!r}, threshold={self.threshold:g}, slope={self._fixed.beta:g} ({self.slope_mode})"
+        threshold, slope = f"{self._fixed.lo:g} ({self.threshold_mode})", f"{self._fixed.beta:g} ({self.slope_mode})"
+        return f"{self.num_gates}, variant={self.variant!r}, threshold={threshold}, slope={slope}"
 
 
 def geometric_slope(step: int, steps: int, start: float = 1.0, end: float = 50.0) -> float:

@@ -121,7 +121,7 @@ class GatedMultiheadAttention(GatedLayer, nn.MultiheadAttention):
             dtype = torch.get_autocast_dtype(weight.device.type)
         if dtype == torch.float64:
             parameter = parameter.double()
-        return ops.fold_blocks(weight, parameter, seed, spec, (self.embed_dim, self.head_dim), dtype)
+        return ops.fold_blocks(weight, ops.GateArgs(parameter, seed, spec), (self.embed_dim, self.head_dim), dtype)
 
     def _each_sample(
         self, query: Tensor, key: Tensor, value: Tensor, padding: Maybe, need: bool, mask: Maybe, average: bool, causal: bool

@@ -345,7 +345,7 @@ def _times(state: Any, factors: Callable[[], Tensor]) -> Any:
 
 def _fold(weight: Tensor, columns: Tensor | None, rows: Tensor | None) -> Tensor:
     columns, rows = (t.double() if t is not None and weight.dtype == torch.float64 else t for t in (columns, rows))
-    return ops.fold_weight(weight, None, columns, rows, None, None, VALUE, weight.dtype)[0]
+    return ops.fold_weight(weight, None, ops.GatePair.of(columns, rows, None, None, VALUE), weight.dtype)[0]
 
 
 def _one_buffer(weights: list[Tensor]) -> list[Tensor]:

@@ -6,9 +6,11 @@ nothing is saved but inputs and seeds (and, where an output gate multiplies acti
 """
 
 from .backends import BackendUnavailableError, backend, backend_info, choose, select
+from .dependency_generator import dependency_generator
 from .fold_conv import fold_channels, fold_filter_blocks, fold_filters
 from .fold_weight import fold_blocks, fold_weight
 from .gate_activations import gate_activations
+from .gate_args import GateArgs, GatePair
 from .gated_conv2d import gated_conv2d
 from .gated_linear import gated_linear
 from .norm_gate import norm_gate
@@ -18,9 +20,12 @@ from .weight_gated_linear import weight_gated_linear
 
 __all__ = [
     "BackendUnavailableError",
+    "GateArgs",
+    "GatePair",
     "backend",
     "backend_info",
     "choose",
+    "dependency_generator",
     "fold_blocks",
     "fold_channels",
     "fold_filter_blocks",

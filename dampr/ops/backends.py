@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -31,7 +32,10 @@ def _load(name: str) -> tuple[ModuleType | None, str]:
 
 
 _modules: dict[str, tuple[ModuleType | None, str]] = {}
-_selected: dict[tuple[str | None, torch.device, torch.dtype], ModuleType] = {}  # what select() found for (asked for, device, dtype)
+_selected: dict[tuple[Any, torch.device, torch.dtype], ModuleType] = {}  # what select() found for (asked for, device, dtype)
+# The dictionary inside of os.environ: what is not set costs os.environ an exception, and a tiny layer 1 us a step.
+_environment = getattr(os.environ, "_data", os.environ)
+_key = os.environ.encodekey(ENVIRONMENT) if _environment is not os.environ else ENVIRONMENT
 
 
 def _module(name: str) -> tuple[ModuleType | None, str]:
@@ -93,7 +97,7 @@ def choose(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
 
 def select(device: torch.device, dtype: torch.dtype) -> ModuleType:
     """The module of the backend that :func:`choose` names."""
-    asked = _chosen[-1][0] if _chosen else os.environ.get(ENVIRONMENT)
+    asked = _chosen[-1][0] if _chosen else _environment.get(_key)
     key = (asked, device, dtype)
     if key not in _selected:
         module, _ = _module(choose(device, dtype)[0])

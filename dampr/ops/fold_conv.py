@@ -5,11 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dampr.spec import GateSpec
-
 from .fold_weight import fold_blocks, fold_weight
-
-Maybe = Tensor | None
+from .gate_args import GateArgs, GatePair, Maybe
 
 
 def _channels_innermost(weight: Tensor) -> bool:
@@ -17,31 +14,29 @@ def _channels_innermost(weight: Tensor) -> bool:
     return weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last)
 
 
-def fold_filters(weight: Tensor, bias: Maybe, log_alpha: Tensor, seed: Maybe, spec: GateSpec, dtype: torch.dtype) -> tuple[Tensor, Maybe]:
+def fold_filters(weight: Tensor, bias: Maybe, gate: GateArgs, dtype: torch.dtype) -> tuple[Tensor, Maybe]:
     """Filters (and the bias) times their gates; the weight keeps its memory format."""
+    gates = GatePair(None, gate.log_alpha, None, gate.seed, gate.spec)
     if not weight.is_contiguous() and _channels_innermost(weight):
         last = weight.permute(0, 2, 3, 1)
-        folded, bias = fold_weight(last.reshape(weight.shape[0], -1), bias, None, log_alpha, None, seed, spec, dtype)
+        folded, bias = fold_weight(last.reshape(weight.shape[0], -1), bias, gates, dtype)
         return folded.view(last.shape).permute(0, 3, 1, 2), bias
-    folded, bias = fold_weight(weight.reshape(weight.shape[0], -1), bias, None, log_alpha, None, seed, spec, dtype)
+    folded, bias = fold_weight(weight.reshape(weight.shape[0], -1), bias, gates, dtype)
     return folded.view(weight.shape), bias
 
 
-def fold_channels(weight: Tensor, log_alpha: Tensor, seed: Maybe, spec: GateSpec, groups: int, dtype: torch.dtype) -> Tensor:
+def fold_channels(weight: Tensor, gate: GateArgs, groups: int, dtype: torch.dtype) -> Tensor:
     """Weights times the gates of the channels they read: columns where channels are innermost, else blocks of the filters of a group."""
     n_out, n_in = weight.shape[0], weight.shape[1]
     if groups == 1 and _channels_innermost(weight):
         last = weight.permute(0, 2, 3, 1)
-        folded, _ = fold_weight(last.reshape(-1, n_in), None, log_alpha, None, seed, None, spec, dtype)
+        folded, _ = fold_weight(last.reshape(-1, n_in), None, GatePair(gate.log_alpha, None, gate.seed, None, gate.spec), dtype)
         return folded.view(last.shape).permute(0, 3, 1, 2)
-    block = max(1, n_out // groups), max(1, weight.shape[2:].numel())
-    return fold_filter_blocks(weight, log_alpha, seed, spec, block, dtype)
+    return fold_filter_blocks(weight, gate, (max(1, n_out // groups), max(1, weight.shape[2:].numel())), dtype)
 
 
-def fold_filter_blocks(
-    weight: Tensor, log_alpha: Tensor, seed: Maybe, spec: GateSpec, block: tuple[int, int], dtype: torch.dtype
-) -> Tensor:
+def fold_filter_blocks(weight: Tensor, gate: GateArgs, block: tuple[int, int], dtype: torch.dtype) -> Tensor:
     """Gates of blocks of the weight as a matrix (filters, channels * positions), whatever its memory format, which it keeps."""
-    folded = fold_blocks(weight.reshape(weight.shape[0], -1), log_alpha, seed, spec, block, dtype).view(weight.shape)
+    folded = fold_blocks(weight.reshape(weight.shape[0], -1), gate, block, dtype).view(weight.shape)
     keep = torch.channels_last if not weight.is_contiguous() and _channels_innermost(weight) else torch.contiguous_format
     return folded.contiguous(memory_format=keep)

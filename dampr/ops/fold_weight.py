@@ -12,13 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dampr.spec import GateSpec
-
 from .backends import select
-from .library import apply, define, once_differentiable, or_empty, unpack, wanted
-
-Maybe = Tensor | None
-_GATES = "Tensor? input_log_alpha, Tensor? output_log_alpha, Tensor? input_seed, Tensor? output_seed, float[] spec"
+from .gate_args import PAIR, GateArgs, GatePair, Maybe, unpack
+from .library import apply, define, once_differentiable, or_empty, wanted
 
 
 def _fwd(
@@ -31,21 +27,13 @@ def _fwd(
     spec: Sequence[float],
     dtype: torch.dtype,
 ) -> tuple[Tensor, Maybe]:
-    backend = select(weight.device, dtype)
-    folded: tuple[Tensor, Maybe] = backend.fold_weight_fwd(weight, bias, in_la, out_la, in_seed, out_seed, unpack(spec), dtype)
+    gates = GatePair.of(in_la, out_la, in_seed, out_seed, spec)
+    folded: tuple[Tensor, Maybe] = select(weight.device, dtype).fold_weight_fwd(weight, bias, gates, dtype)
     return folded
 
 
-def _fwd_fake(
-    weight: Tensor,
-    bias: Maybe,
-    in_la: Maybe,
-    out_la: Maybe,
-    in_seed: Maybe,
-    out_seed: Maybe,
-    spec: Sequence[float],
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
+def _fwd_fake(weight: Tensor, bias: Maybe, *rest: Any) -> tuple[Tensor, Tensor]:
+    dtype = rest[-1]
     return weight.new_empty(weight.shape, dtype=dtype), weight.new_empty((0,) if bias is None else bias.shape, dtype=dtype)
 
 
@@ -61,14 +49,13 @@ def _bwd(
     spec: Sequence[float],
     needs: Sequence[bool],
 ) -> tuple[Maybe, ...]:
-    backend = select(raw.device, raw.dtype)
-    args = raw, raw_bias, weight, bias, in_la, out_la, in_seed, out_seed
-    grads: tuple[Maybe, ...] = backend.fold_weight_bwd(*args, unpack(spec), needs)
+    gates = GatePair.of(in_la, out_la, in_seed, out_seed, spec)
+    grads: tuple[Maybe, ...] = select(raw.device, raw.dtype).fold_weight_bwd(raw, raw_bias, weight, bias, gates, needs)
     return grads
 
 
-def _bwd_fake(raw: Tensor, raw_bias: Maybe, weight: Tensor, bias: Maybe, in_la: Maybe, out_la: Maybe, *rest: Any) -> tuple[Tensor, ...]:
-    return _like((weight, bias, in_la, out_la), rest[-1], raw)
+def _bwd_fake(raw: Tensor, raw_bias: Maybe, *rest: Any) -> tuple[Tensor, ...]:
+    return _like(rest[:4], rest[-1], raw)
 
 
 def _like(inputs: tuple[Maybe, ...], needs: Sequence[bool], empty: Tensor) -> tuple[Tensor, ...]:
@@ -76,13 +63,13 @@ def _like(inputs: tuple[Maybe, ...], needs: Sequence[bool], empty: Tensor) -> tu
 
 
 fwd = define(
-    f"fold_weight_fwd(Tensor weight, Tensor? bias, {_GATES}, ScalarType dtype) -> (Tensor, Tensor)",
+    f"fold_weight_fwd(Tensor weight, Tensor? bias, {PAIR}, float[] spec, ScalarType dtype) -> (Tensor, Tensor)",
     _fwd,
     _fwd_fake,
     lambda pair, *_: or_empty(pair, pair[0]),
 )
 bwd = define(
-    f"fold_weight_bwd(Tensor raw, Tensor? raw_bias, Tensor weight, Tensor? bias, {_GATES}, bool[] needs)"
+    f"fold_weight_bwd(Tensor raw, Tensor? raw_bias, Tensor weight, Tensor? bias, {PAIR}, float[] spec, bool[] needs)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     _bwd,
     _bwd_fake,
@@ -92,18 +79,9 @@ bwd = define(
 
 class _FoldWeight(torch.autograd.Function):
     @staticmethod
-    def forward(
-        weight: Tensor,
-        bias: Maybe,
-        in_la: Maybe,
-        out_la: Maybe,
-        in_seed: Maybe,
-        out_seed: Maybe,
-        spec: GateSpec,
-        dtype: torch.dtype,
-    ) -> Any:
-        folded, folded_bias = fwd(weight, bias, in_la, out_la, in_seed, out_seed, spec, dtype)
-        return folded, folded.new_empty(0) if bias is None else folded_bias
+    def forward(*inputs: Any) -> Any:
+        folded, folded_bias = fwd(*inputs)
+        return folded, folded.new_empty(0) if inputs[1] is None else folded_bias
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -120,37 +98,27 @@ class _FoldWeight(torch.autograd.Function):
         return (*wanted(grads, needs), None, None, None, None)
 
 
-def fold_weight(
-    weight: Tensor,
-    bias: Maybe,
-    input_log_alpha: Maybe,
-    output_log_alpha: Maybe,
-    input_seed: Maybe,
-    output_seed: Maybe,
-    spec: GateSpec,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Maybe]:
-    """(z_out W z_in, z_out b) in ``dtype``, differentiable; weight: (N, K), bias: (N,), log-alphas: (K,) and (N,); taken as checked."""
-    folded, folded_bias = apply(_FoldWeight, weight, bias, input_log_alpha, output_log_alpha, input_seed, output_seed, spec, dtype)
+def fold_weight(weight: Tensor, bias: Maybe, gates: GatePair, dtype: torch.dtype) -> tuple[Tensor, Maybe]:
+    """(z_out W z_in, z_out b) in ``dtype``, differentiable; weight: (N, K), bias: (N,), gates: K and N of them; taken as checked."""
+    folded, folded_bias = apply(_FoldWeight, weight, bias, *gates[:5], dtype)
     return folded, None if bias is None else folded_bias
 
 
 def _blocks_fwd(weight: Tensor, log_alpha: Tensor, seed: Maybe, spec: Sequence[float], block: Sequence[int], dtype: torch.dtype) -> Tensor:
-    folded: Tensor = select(weight.device, dtype).fold_blocks_fwd(weight, log_alpha, seed, unpack(spec), tuple(block), dtype)
+    gate = GateArgs(log_alpha, seed, unpack(spec))
+    folded: Tensor = select(weight.device, dtype).fold_blocks_fwd(weight, gate, tuple(block), dtype)
     return folded
 
 
-def _blocks_fwd_fake(
-    weight: Tensor, log_alpha: Tensor, seed: Maybe, spec: Sequence[float], block: Sequence[int], dtype: torch.dtype
-) -> Tensor:
-    return weight.new_empty(weight.shape, dtype=dtype)
+def _blocks_fwd_fake(weight: Tensor, *rest: Any) -> Tensor:
+    return weight.new_empty(weight.shape, dtype=rest[-1])
 
 
 def _blocks_bwd(
     raw: Tensor, weight: Tensor, log_alpha: Tensor, seed: Maybe, spec: Sequence[float], block: Sequence[int], needs: Sequence[bool]
 ) -> tuple[Maybe, ...]:
-    backend = select(raw.device, raw.dtype)
-    grads: tuple[Maybe, ...] = backend.fold_blocks_bwd(raw, weight, log_alpha, seed, unpack(spec), tuple(block), needs)
+    gate = GateArgs(log_alpha, seed, unpack(spec))
+    grads: tuple[Maybe, ...] = select(raw.device, raw.dtype).fold_blocks_bwd(raw, weight, gate, tuple(block), needs)
     return grads
 
 
@@ -170,13 +138,13 @@ blocks_bwd = define(
 
 class _FoldBlocks(torch.autograd.Function):
     @staticmethod
-    def forward(weight: Tensor, log_alpha: Tensor, seed: Maybe, spec: GateSpec, block: tuple[int, int], dtype: torch.dtype) -> Any:
-        return blocks_fwd(weight, log_alpha, seed, spec, block, dtype)
+    def forward(*inputs: Any) -> Any:
+        return blocks_fwd(*inputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        weight, log_alpha, seed, ctx.spec, ctx.block, _ = inputs
-        ctx.save_for_backward(weight, log_alpha, seed)
+        *tensors, ctx.spec, ctx.block, _ = inputs
+        ctx.save_for_backward(*tensors)
 
     @staticmethod
     @once_differentiable
@@ -186,7 +154,7 @@ class _FoldBlocks(torch.autograd.Function):
         return (*wanted(grads, needs), None, None, None, None)
 
 
-def fold_blocks(weight: Tensor, log_alpha: Tensor, seed: Maybe, spec: GateSpec, block: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """W * Z in ``dtype``, differentiable; weight: (N, K), log_alpha: a gate for each block, row by row; taken as checked."""
-    folded: Tensor = apply(_FoldBlocks, weight, log_alpha, seed, spec, block, dtype)
+def fold_blocks(weight: Tensor, gate: GateArgs, block: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """W * Z in ``dtype``, differentiable; weight: (N, K), one gate for each block, row by row; taken as checked."""
+    folded: Tensor = apply(_FoldBlocks, weight, gate.log_alpha, gate.seed, gate.spec, block, dtype)
     return folded

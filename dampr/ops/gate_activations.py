@@ -8,12 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dampr.spec import SAMPLE, GateSpec
-
 from .backends import select
-from .library import apply, define, once_differentiable, or_empty, unpack, wanted
-
-Maybe = Tensor | None
+from .gate_args import GateArgs, Maybe
+from .library import apply, define, once_differentiable, or_empty, wanted
 
 
 class Planes(NamedTuple):
@@ -47,7 +44,8 @@ def planes(x: Tensor, dim: int, per_sample: bool) -> tuple[Tensor, Planes, torch
 
 
 def _fwd(x: Tensor, log_alpha: Tensor, seed: Maybe, spec: Sequence[float], dim: int, per_sample: bool) -> Tensor:
-    y: Tensor = select(x.device, x.dtype).gate_activations_fwd(x, log_alpha, seed, unpack(spec), dim, per_sample)
+    gate = GateArgs.of(log_alpha, seed, spec, per_sample)
+    y: Tensor = select(x.device, x.dtype).gate_activations_fwd(x, gate, dim)
     return y
 
 
@@ -65,21 +63,13 @@ def _bwd(
     per_sample: bool,
     needs: Sequence[bool],
 ) -> tuple[Maybe, ...]:
-    backend = select(x.device, x.dtype)
-    grads: tuple[Maybe, ...] = backend.gate_activations_bwd(dy, x, log_alpha, seed, unpack(spec), dim, per_sample, needs)
+    gate = GateArgs.of(log_alpha, seed, spec, per_sample)
+    grads: tuple[Maybe, ...] = select(x.device, x.dtype).gate_activations_bwd(dy, x, gate, dim, needs)
     return grads
 
 
-def _bwd_fake(
-    dy: Tensor,
-    x: Tensor,
-    log_alpha: Tensor,
-    seed: Maybe,
-    spec: Sequence[float],
-    dim: int,
-    per_sample: bool,
-    needs: Sequence[bool],
-) -> tuple[Tensor, ...]:
+def _bwd_fake(dy: Tensor, x: Tensor, log_alpha: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    *_, dim, _, needs = rest
     dx = torch.empty_like(x, memory_format=dense_format(x, dim)) if needs[0] else x.new_empty(0)
     return dx, torch.empty_like(log_alpha) if needs[1] else x.new_empty(0)
 
@@ -96,24 +86,23 @@ bwd = define(
 
 class _GateActivations(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor, log_alpha: Tensor, seed: Maybe, spec: GateSpec, dim: int, per_sample: bool) -> Any:
-        return fwd(x, log_alpha, seed, spec, dim, per_sample)
+    def forward(*inputs: Any) -> Any:
+        return fwd(*inputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        x, log_alpha, seed, ctx.spec, ctx.dim, ctx.per_sample = inputs
-        ctx.save_for_backward(x, log_alpha, seed)
+        *tensors, ctx.spec, ctx.dim, ctx.per_sample = inputs
+        ctx.save_for_backward(*tensors)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:  # type: ignore[override]
-        x, log_alpha, seed = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:2])
-        grads = bwd(dy, x, log_alpha, seed, ctx.spec, ctx.dim, ctx.per_sample, needs)
+        grads = bwd(dy, *ctx.saved_tensors, ctx.spec, ctx.dim, ctx.per_sample, needs)
         return (*wanted(grads, needs), None, None, None, None)
 
 
-def gate_activations(x: Tensor, log_alpha: Tensor, seed: Maybe, spec: GateSpec, dim: int, per_sample: bool) -> Tensor:
+def gate_activations(x: Tensor, gate: GateArgs, dim: int) -> Tensor:
     """Differentiable; arguments are taken as checked (:func:`dampr.functional.gate_activations` checks)."""
-    y: Tensor = apply(_GateActivations, x, log_alpha, seed, spec, dim, per_sample and spec.rule == SAMPLE)
+    y: Tensor = apply(_GateActivations, x, gate.log_alpha, gate.seed, gate.spec, dim, gate.per_sample)
     return y

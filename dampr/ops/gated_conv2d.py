@@ -7,19 +7,33 @@ the folded weight into those of the weight and the gates, as the fold route does
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dampr.spec import GateSpec
-
 from .backends import select
 from .fold_conv import fold_channels, fold_filters
-from .library import apply, define, once_differentiable, unpack, wanted
+from .gate_args import PAIR, GatePair, Maybe
+from .library import apply, define, once_differentiable, wanted
 
-Maybe = Tensor | None
 Pair = tuple[int, int]
+
+
+class Window(NamedTuple):
+    """The arguments of ``torch.nn.functional.conv2d`` that are no tensors."""
+
+    stride: Pair
+    padding: Pair
+    dilation: Pair
+    groups: int
+
+    def size(self, x: Tensor, weight: Tensor) -> Pair:
+        """(OH, OW) of x (B, C, H, W) and weight (N, C / groups, R, S)."""
+        OH, OW = (
+            (x.shape[2 + i] + 2 * self.padding[i] - self.dilation[i] * (weight.shape[2 + i] - 1) - 1) // self.stride[i] + 1 for i in (0, 1)
+        )
+        return OH, OW
 
 
 def _fwd(
@@ -36,20 +50,20 @@ def _fwd(
     dilation: Sequence[int],
     groups: int,
 ) -> Tensor:
-    gates, window = (in_la, out_la, in_seed, out_seed), (tuple(stride), tuple(padding), tuple(dilation), groups)
-    y: Tensor = select(x.device, x.dtype).gated_conv2d_fwd(x, weight, bias, *gates, unpack(spec), *window)
+    gates = GatePair.of(in_la, out_la, in_seed, out_seed, spec)
+    window = Window(tuple(stride), tuple(padding), tuple(dilation), groups)  # type: ignore[arg-type]
+    y: Tensor = select(x.device, x.dtype).gated_conv2d_fwd(x, weight, bias, gates, window)
     return y
 
 
 def _fwd_fake(x: Tensor, weight: Tensor, bias: Maybe, *rest: Any) -> Tensor:
-    stride, padding, dilation, _ = rest[-4:]
-    size = [(x.shape[2 + i] + 2 * padding[i] - dilation[i] * (weight.shape[2 + i] - 1) - 1) // stride[i] + 1 for i in range(2)]
+    size = Window(*rest[-4:]).size(x, weight)
     return x.new_empty((x.shape[0], weight.shape[0], *size)).contiguous(memory_format=torch.channels_last)
 
 
 fwd = define(
-    "gated_conv2d_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor? input_log_alpha, Tensor? output_log_alpha, Tensor? input_seed,"
-    " Tensor? output_seed, float[] spec, int[2] stride, int[2] padding, int[2] dilation, int groups) -> Tensor",
+    f"gated_conv2d_fwd(Tensor x, Tensor weight, Tensor? bias, {PAIR},"
+    " float[] spec, int[2] stride, int[2] padding, int[2] dilation, int groups) -> Tensor",
     _fwd,
     _fwd_fake,
 )
@@ -57,26 +71,13 @@ fwd = define(
 
 class _GatedConv2d(torch.autograd.Function):
     @staticmethod
-    def forward(
-        x: Tensor,
-        weight: Tensor,
-        bias: Maybe,
-        in_la: Maybe,
-        out_la: Maybe,
-        in_seed: Maybe,
-        out_seed: Maybe,
-        spec: GateSpec,
-        stride: Pair,
-        padding: Pair,
-        dilation: Pair,
-        groups: int,
-    ) -> Any:
-        return fwd(x, weight, bias, in_la, out_la, in_seed, out_seed, spec, stride, padding, dilation, groups)
+    def forward(*inputs: Any) -> Any:
+        return fwd(*inputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         *tensors, ctx.spec, stride, padding, dilation, groups = inputs
-        ctx.window = stride, padding, dilation, groups
+        ctx.window = Window(stride, padding, dilation, groups)
         ctx.save_for_backward(*tensors)
 
     @staticmethod
@@ -90,10 +91,11 @@ class _GatedConv2d(torch.autograd.Function):
         with torch.enable_grad():
             folded, shift = leaves[0], leaves[1]
             assert folded is not None
-            if leaves[2] is not None:
-                folded = fold_channels(folded, leaves[2], in_seed, ctx.spec, groups, x.dtype)
-            if leaves[3] is not None:
-                folded, shift = fold_filters(folded, shift, leaves[3], out_seed, ctx.spec, x.dtype)
+            gates = GatePair.of(leaves[2], leaves[3], in_seed, out_seed, ctx.spec)
+            if gates.input is not None:
+                folded = fold_channels(folded, gates.input, groups, x.dtype)
+            if gates.output is not None:
+                folded, shift = fold_filters(folded, shift, gates.output, x.dtype)
         learns = [t for t in leaves if t is not None and t.requires_grad]
         mask = [needs[0], bool(learns), shift is not None and bool(learns)]
         sizes = None if shift is None else list(shift.shape)
@@ -108,21 +110,7 @@ class _GatedConv2d(torch.autograd.Function):
         return (*wanted(grads, needs), *[None] * 7)
 
 
-def gated_conv2d(
-    x: Tensor,
-    weight: Tensor,
-    bias: Maybe,
-    input_log_alpha: Maybe,
-    output_log_alpha: Maybe,
-    input_seed: Maybe,
-    output_seed: Maybe,
-    spec: GateSpec,
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
-    groups: int,
-) -> Tensor:
+def gated_conv2d(x: Tensor, weight: Tensor, bias: Maybe, gates: GatePair, window: Window) -> Tensor:
     """Differentiable, gates per batch; x: (B, C, H, W); arguments are taken as checked (:func:`dampr.functional.gated_conv2d` checks)."""
-    gates = input_log_alpha, output_log_alpha, input_seed, output_seed
-    y: Tensor = apply(_GatedConv2d, x, weight, bias, *gates, spec, stride, padding, dilation, groups)
+    y: Tensor = apply(_GatedConv2d, x, weight, bias, *gates[:5], *window)
     return y

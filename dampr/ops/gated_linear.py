@@ -10,13 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from dampr.spec import SAMPLE, GateSpec
-
 from .backends import select
-from .library import apply, define, gates_activations, once_differentiable, or_empty, unpack, wanted
-
-_GATES = "Tensor? input_log_alpha, Tensor? output_log_alpha, Tensor? input_seed, Tensor? output_seed"
-Maybe = Tensor | None
+from .gate_args import PAIR, GatePair, Maybe
+from .library import apply, define, gates_activations, once_differentiable, or_empty, wanted
 
 
 def _fwd(
@@ -31,25 +27,13 @@ def _fwd(
     per_sample: bool,
     keep_pre: bool,
 ) -> tuple[Tensor, Tensor]:
-    result: tuple[Tensor, Tensor] = select(x.device, x.dtype).gated_linear_fwd(
-        x, weight, bias, in_la, out_la, in_seed, out_seed, unpack(spec), per_sample, keep_pre
-    )
+    gates = GatePair.of(in_la, out_la, in_seed, out_seed, spec, per_sample)
+    result: tuple[Tensor, Tensor] = select(x.device, x.dtype).gated_linear_fwd(x, weight, bias, gates, keep_pre)
     return result
 
 
-def _fwd_fake(
-    x: Tensor,
-    weight: Tensor,
-    bias: Maybe,
-    in_la: Maybe,
-    out_la: Maybe,
-    in_seed: Maybe,
-    out_seed: Maybe,
-    spec: Sequence[float],
-    per_sample: bool,
-    keep_pre: bool,
-) -> tuple[Tensor, Tensor]:
-    shape = (*x.shape[:-1], weight.shape[0])
+def _fwd_fake(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    shape, keep_pre = (*x.shape[:-1], weight.shape[0]), rest[-1]
     return x.new_empty(shape), x.new_empty(shape if keep_pre else (0,))
 
 
@@ -67,37 +51,20 @@ def _bwd(
     per_sample: bool,
     needs: Sequence[bool],
 ) -> tuple[Maybe, ...]:
-    grads: tuple[Maybe, ...] = select(x.device, x.dtype).gated_linear_bwd(
-        dy, x, weight, bias, in_la, out_la, in_seed, out_seed, pre, unpack(spec), per_sample, needs
-    )
+    gates = GatePair.of(in_la, out_la, in_seed, out_seed, spec, per_sample)
+    grads: tuple[Maybe, ...] = select(x.device, x.dtype).gated_linear_bwd(dy, x, weight, bias, gates, pre, needs)
     return grads
 
 
-def _bwd_fake(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Maybe,
-    in_la: Maybe,
-    out_la: Maybe,
-    in_seed: Maybe,
-    out_seed: Maybe,
-    pre: Tensor,
-    spec: Sequence[float],
-    per_sample: bool,
-    needs: Sequence[bool],
-) -> tuple[Tensor, ...]:
-    inputs = (x, weight, bias, in_la, out_la)
+def _bwd_fake(dy: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    inputs, needs = (x, *rest[:4]), rest[-1]
     return tuple(t.new_empty(t.shape) if need and t is not None else x.new_empty(0) for t, need in zip(inputs, needs, strict=True))
 
 
-fwd = define(
-    f"gated_linear_fwd(Tensor x, Tensor weight, Tensor? bias, {_GATES}, float[] spec, bool per_sample, bool keep_pre) -> (Tensor, Tensor)",
-    _fwd,
-    _fwd_fake,
-)
+_HOW = "float[] spec, bool per_sample"
+fwd = define(f"gated_linear_fwd(Tensor x, Tensor weight, Tensor? bias, {PAIR}, {_HOW}, bool keep_pre) -> (Tensor, Tensor)", _fwd, _fwd_fake)
 bwd = define(
-    f"gated_linear_bwd(Tensor dy, Tensor x, Tensor weight, Tensor? bias, {_GATES}, Tensor pre, float[] spec, bool per_sample, bool[] needs)"
+    f"gated_linear_bwd(Tensor dy, Tensor x, Tensor weight, Tensor? bias, {PAIR}, Tensor pre, {_HOW}, bool[] needs)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _bwd,
     _bwd_fake,
@@ -120,19 +87,8 @@ def _bwd_flops(dy_shape: Any, x_shape: Any, weight_shape: Any, *_: Any, out_shap
 
 class _GatedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(
-        x: Tensor,
-        weight: Tensor,
-        bias: Maybe,
-        in_la: Maybe,
-        out_la: Maybe,
-        in_seed: Maybe,
-        out_seed: Maybe,
-        spec: GateSpec,
-        per_sample: bool,
-        keep_pre: bool,
-    ) -> Any:
-        return fwd(x, weight, bias, in_la, out_la, in_seed, out_seed, spec, per_sample, keep_pre)
+    def forward(*inputs: Any) -> Any:
+        return fwd(*inputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -144,30 +100,19 @@ class _GatedLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, _: Any) -> Any:  # type: ignore[override]
-        x, weight, bias, in_la, out_la, in_seed, out_seed, pre = ctx.saved_tensors
+        tensors = ctx.saved_tensors
+        x, weight, pre = tensors[0], tensors[1], tensors[-1]
         needs = list(ctx.needs_input_grad[:5])
         if needs[4] and pre.numel() != dy.numel() and (ctx.per_sample or gates_activations(x, weight)):
             raise RuntimeError("the activation before the output gate was not kept: requires_grad of output_gate changed since the forward")
-        grads = bwd(dy, x, weight, bias, in_la, out_la, in_seed, out_seed, pre, ctx.spec, ctx.per_sample, needs)
+        grads = bwd(dy, *tensors, ctx.spec, ctx.per_sample, needs)
         return (*wanted(grads, needs), None, None, None, None, None)
 
 
-def gated_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    input_log_alpha: Tensor | None,
-    output_log_alpha: Tensor | None,
-    input_seed: Tensor | None,
-    output_seed: Tensor | None,
-    spec: GateSpec,
-    per_sample: bool,
-) -> Tensor:
+def gated_linear(x: Tensor, weight: Tensor, bias: Maybe, gates: GatePair) -> Tensor:
     """Differentiable gated linear map; arguments are taken as checked (:func:`dampr.functional.gated_linear` checks)."""
-    per_sample = per_sample and spec.rule == SAMPLE  # a deterministic gate is the same for every row
-    learns = output_log_alpha is not None and output_log_alpha.requires_grad and torch.is_grad_enabled()
-    keep_pre = learns and (per_sample or gates_activations(x, weight))
-    y: Tensor = apply(
-        _GatedLinear, x, weight, bias, input_log_alpha, output_log_alpha, input_seed, output_seed, spec, per_sample, keep_pre
-    )[0]
+    out_la = gates.output_log_alpha
+    learns = out_la is not None and out_la.requires_grad and torch.is_grad_enabled()
+    keep_pre = learns and (gates.per_sample or gates_activations(x, weight))
+    y: Tensor = apply(_GatedLinear, x, weight, bias, *gates, keep_pre)[0]
     return y

@@ -23,7 +23,8 @@ def define(
     An operator cannot return None. Where ``implementation`` does, ``returned(result, *arguments)`` is what the operator returns for it.
 
     Where nothing but the implementation could answer, the dispatcher is left out: going through it and back into Python costs a tiny layer
-    (16, 64, 64) 30 us a step. Whoever traces, transforms, counts or profiles gets the operator.
+    (16, 64, 64) 30 us a step. Whoever traces, transforms, counts or profiles gets the operator. Of a list of tensors only the caller looks
+    at what is in it.
     """
     name = schema.split("(")[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -34,15 +35,14 @@ def define(
     overload = getattr(torch.ops.dampr, name).default
 
     def call(*args: Any) -> Any:
-        if torch.compiler.is_compiling() or _is_watched() or not _PLAIN.issuperset(map(type, args)) or args[0].device.type not in _DEVICES:
-            return overload(*args)
-        return implementation(*args)
+        traced = torch.compiler.is_compiling() or _is_watched() or not PLAIN.issuperset(map(type, args))
+        first = args[0] if type(args[0]) is not list else args[0][0]
+        return overload(*args) if traced or not (first.is_cpu or first.is_cuda) else implementation(*args)
 
     return call
 
 
-_DEVICES = ("cpu", "cuda")
-_PLAIN = {torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, list, tuple, GateSpec, torch.dtype}
+PLAIN = {torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, list, tuple, GateSpec, torch.dtype}
 
 
 def _is_watched() -> bool:
@@ -103,8 +103,3 @@ def gates_activations(x: torch.Tensor, weight: torch.Tensor) -> bool:
     The output gate then keeps the activation before it for its gradient. On a GPU a pass over the weight is too cheap for that.
     """
     return x.device.type == "cpu" and choose_activations(rows_of(x).shape[0], *weight.shape)
-
-
-def unpack(spec: Sequence[float]) -> GateSpec:
-    """A GateSpec from the float list that travels through the schema."""
-    return spec if isinstance(spec, GateSpec) else GateSpec(int(spec[0]), int(spec[1]), *spec[2:])

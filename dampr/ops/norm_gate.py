@@ -6,19 +6,26 @@ Nothing of the size of x is kept but x: the norm before the gates, and where the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dampr.spec import SAMPLE, GateSpec
-
 from .backends import select
 from .gate_activations import dense_format
-from .library import apply, define, once_differentiable, or_empty, unpack, wanted
+from .gate_args import GateArgs, Maybe
+from .library import apply, define, once_differentiable, or_empty, wanted
 
-Maybe = Tensor | None
 Statistics = tuple[Tensor, Tensor]
+
+
+class Norm(NamedTuple):
+    """gain (x - mean) / sqrt(var + eps) + bias, and a ReLU behind the gates or none; vectors (C,), None: a gain of 1, no bias."""
+
+    gain: Maybe
+    bias: Maybe
+    eps: float
+    relu: bool
 
 
 def _fwd(
@@ -35,8 +42,8 @@ def _fwd(
     relu: bool,
 ) -> tuple[Tensor, Maybe, Maybe]:
     """y, and the statistics of x where none were given."""
-    args = x, gain, bias, log_alpha, seed, mean, var, eps
-    made: tuple[Tensor, Maybe, Maybe] = select(x.device, x.dtype).norm_gate_fwd(*args, unpack(spec), per_sample, relu)
+    gate, norm = GateArgs.of(log_alpha, seed, spec, per_sample), Norm(gain, bias, eps, relu)
+    made: tuple[Tensor, Maybe, Maybe] = select(x.device, x.dtype).norm_gate_fwd(x, norm, gate, mean, var)
     return made
 
 
@@ -62,8 +69,8 @@ def _bwd(
     needs: Sequence[bool],
 ) -> tuple[Maybe, ...]:
     """Gradients of x, gain, bias and log_alpha; ``training``: mean and var are those of x."""
-    args = dy, x, gain, bias, log_alpha, seed, mean, var, eps
-    grads: tuple[Maybe, ...] = select(x.device, x.dtype).norm_gate_bwd(*args, unpack(spec), per_sample, relu, training, needs)
+    gate, norm = GateArgs.of(log_alpha, seed, spec, per_sample), Norm(gain, bias, eps, relu)
+    grads: tuple[Maybe, ...] = select(x.device, x.dtype).norm_gate_bwd(dy, x, norm, gate, mean, var, training, needs)
     return grads
 
 
@@ -93,20 +100,8 @@ bwd = define(
 
 class _NormGate(torch.autograd.Function):
     @staticmethod
-    def forward(
-        x: Tensor,
-        gain: Maybe,
-        bias: Maybe,
-        log_alpha: Tensor,
-        seed: Maybe,
-        mean: Maybe,
-        var: Maybe,
-        eps: float,
-        spec: GateSpec,
-        per_sample: bool,
-        relu: bool,
-    ) -> Any:
-        y, *own = fwd(x, gain, bias, log_alpha, seed, mean, var, eps, spec, per_sample, relu)
+    def forward(*inputs: Any) -> Any:
+        x, mean, (y, *own) = inputs[0], inputs[5], fwd(*inputs)
         return (y, *own) if mean is None else (y, x.new_empty(0), x.new_empty(0))
 
     @staticmethod
@@ -119,29 +114,18 @@ class _NormGate(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, *_: Any) -> Any:  # type: ignore[override]
-        x, gain, bias, *rest = ctx.saved_tensors
         needs = [*ctx.needs_input_grad[:4]]
-        grads = bwd(dy, x, gain, bias, *rest, ctx.eps, ctx.spec, ctx.per_sample, ctx.relu, ctx.training, needs)
+        grads = bwd(dy, *ctx.saved_tensors, ctx.eps, ctx.spec, ctx.per_sample, ctx.relu, ctx.training, needs)
         return (*wanted(grads, needs), *[None] * 7)
 
 
-def norm_gate(
-    x: Tensor,
-    gain: Maybe,
-    bias: Maybe,
-    log_alpha: Tensor,
-    seed: Maybe,
-    statistics: Statistics | None,
-    eps: float,
-    spec: GateSpec,
-    per_sample: bool,
-    relu: bool,
-) -> tuple[Tensor, Statistics]:
-    """(y, the statistics that were used: ``statistics`` or the mean and biased variance of x); differentiable in the first four.
+def norm_gate(x: Tensor, norm: Norm, gate: GateArgs, statistics: Statistics | None) -> tuple[Tensor, Statistics]:
+    """(y, the statistics that were used: ``statistics`` or the mean and biased variance of x); differentiable in x, gain, bias, log_alpha.
 
     x: (B, C, ...); everything else (C,), in the dtype of ``log_alpha``: float64 beside a float64 x, else float32. Arguments are taken as
     checked (:func:`dampr.functional.gated_batch_norm` checks).
     """
     given = (None, None) if statistics is None else statistics
-    y, *own = apply(_NormGate, x, gain, bias, log_alpha, seed, *given, eps, spec, per_sample and spec.rule == SAMPLE, relu)
+    how = norm.eps, gate.spec, gate.per_sample, norm.relu
+    y, *own = apply(_NormGate, x, norm.gain, norm.bias, gate.log_alpha, gate.seed, *given, *how)
     return y, statistics or (own[0], own[1])

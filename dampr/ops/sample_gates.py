@@ -8,28 +8,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dampr.spec import GateSpec
-
 from .backends import select
-from .library import apply, define, once_differentiable, unpack
+from .gate_args import GateArgs, Maybe, unpack
+from .library import apply, define, once_differentiable
 
 
-def _fwd(log_alpha: Tensor, seed: Tensor | None, rows: int | None, spec: Sequence[float]) -> Tensor:
-    z: Tensor = select(log_alpha.device, log_alpha.dtype).sample_gates_fwd(log_alpha, seed, rows, unpack(spec))
+def _fwd(log_alpha: Tensor, seed: Maybe, rows: int | None, spec: Sequence[float]) -> Tensor:
+    z: Tensor = select(log_alpha.device, log_alpha.dtype).sample_gates_fwd(GateArgs(log_alpha, seed, unpack(spec)), rows)
     return z
 
 
-def _fwd_fake(log_alpha: Tensor, seed: Tensor | None, rows: int | None, spec: Sequence[float]) -> Tensor:
+def _fwd_fake(log_alpha: Tensor, seed: Maybe, rows: int | None, spec: Sequence[float]) -> Tensor:
     n = log_alpha.shape[0]
     return log_alpha.new_empty((n,) if rows is None else (rows, n))
 
 
-def _bwd(dz: Tensor, log_alpha: Tensor, seed: Tensor | None, rows: int | None, spec: Sequence[float]) -> Tensor:
-    grad: Tensor = select(log_alpha.device, log_alpha.dtype).sample_gates_bwd(dz, log_alpha, seed, rows, unpack(spec))
+def _bwd(dz: Tensor, log_alpha: Tensor, seed: Maybe, rows: int | None, spec: Sequence[float]) -> Tensor:
+    grad: Tensor = select(log_alpha.device, log_alpha.dtype).sample_gates_bwd(dz, GateArgs(log_alpha, seed, unpack(spec)), rows)
     return grad
 
 
-def _bwd_fake(dz: Tensor, log_alpha: Tensor, seed: Tensor | None, rows: int | None, spec: Sequence[float]) -> Tensor:
+def _bwd_fake(dz: Tensor, log_alpha: Tensor, *_: Any) -> Tensor:
     return log_alpha.new_empty(log_alpha.shape)
 
 
@@ -39,8 +38,8 @@ bwd = define("sample_gates_bwd(Tensor dz, Tensor log_alpha, Tensor? seed, SymInt
 
 class _SampleGates(torch.autograd.Function):
     @staticmethod
-    def forward(log_alpha: Tensor, seed: Tensor | None, rows: int | None, spec: GateSpec) -> Any:
-        return fwd(log_alpha, seed, rows, spec)
+    def forward(*inputs: Any) -> Any:
+        return fwd(*inputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -54,7 +53,7 @@ class _SampleGates(torch.autograd.Function):
         return bwd(dz, log_alpha, seed, ctx.rows, ctx.spec), None, None, None
 
 
-def sample_gates(log_alpha: Tensor, seed: Tensor | None, rows: int | None, spec: GateSpec) -> Tensor:
+def sample_gates(gate: GateArgs, rows: int | None) -> Tensor:
     """Differentiable gate values; arguments are taken as checked (:func:`dampr.functional.sample_gates` checks)."""
-    z: Tensor = apply(_SampleGates, log_alpha, seed, rows, spec)
+    z: Tensor = apply(_SampleGates, gate.log_alpha, gate.seed, rows, gate.spec)
     return z

@@ -10,22 +10,18 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from dampr.spec import GateSpec
-
 from .backends import select
-from .library import apply, define, once_differentiable, or_empty, unpack, wanted
-
-Maybe = Tensor | None
+from .gate_args import GateArgs, Maybe, unpack
+from .library import apply, define, once_differentiable, or_empty, wanted
 
 
 def _fwd(x: Tensor, weight: Tensor, bias: Maybe, log_alpha: Tensor, seed: Maybe, spec: Sequence[float], block: Sequence[int]) -> Tensor:
-    y: Tensor = select(x.device, x.dtype).weight_gated_linear_fwd(x, weight, bias, log_alpha, seed, unpack(spec), tuple(block))
+    gate = GateArgs(log_alpha, seed, unpack(spec))
+    y: Tensor = select(x.device, x.dtype).weight_gated_linear_fwd(x, weight, bias, gate, tuple(block))
     return y
 
 
-def _fwd_fake(
-    x: Tensor, weight: Tensor, bias: Maybe, log_alpha: Tensor, seed: Maybe, spec: Sequence[float], block: Sequence[int]
-) -> Tensor:
+def _fwd_fake(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
@@ -40,23 +36,13 @@ def _bwd(
     block: Sequence[int],
     needs: Sequence[bool],
 ) -> tuple[Maybe, ...]:
-    backend = select(x.device, x.dtype)
-    grads: tuple[Maybe, ...] = backend.weight_gated_linear_bwd(dy, x, weight, bias, log_alpha, seed, unpack(spec), tuple(block), needs)
+    gate = GateArgs(log_alpha, seed, unpack(spec))
+    grads: tuple[Maybe, ...] = select(x.device, x.dtype).weight_gated_linear_bwd(dy, x, weight, bias, gate, tuple(block), needs)
     return grads
 
 
-def _bwd_fake(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Maybe,
-    log_alpha: Tensor,
-    seed: Maybe,
-    spec: Sequence[float],
-    block: Sequence[int],
-    needs: Sequence[bool],
-) -> tuple[Tensor, ...]:
-    inputs = (x, weight, bias, log_alpha)
+def _bwd_fake(dy: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    inputs, needs = (x, *rest[:3]), rest[-1]
     return tuple(t.new_empty(t.shape) if need and t is not None else x.new_empty(0) for t, need in zip(inputs, needs, strict=True))
 
 
@@ -84,8 +70,8 @@ def _bwd_flops(dy_shape: Any, x_shape: Any, weight_shape: Any, *_: Any, out_shap
 
 class _WeightGatedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Maybe, log_alpha: Tensor, seed: Maybe, spec: GateSpec, block: tuple[int, int]) -> Any:
-        return fwd(x, weight, bias, log_alpha, seed, spec, block)
+    def forward(*inputs: Any) -> Any:
+        return fwd(*inputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -100,9 +86,7 @@ class _WeightGatedLinear(torch.autograd.Function):
         return (*wanted(grads, needs), None, None, None)
 
 
-def weight_gated_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, log_alpha: Tensor, seed: Tensor | None, spec: GateSpec, block: tuple[int, int]
-) -> Tensor:
+def weight_gated_linear(x: Tensor, weight: Tensor, bias: Maybe, gate: GateArgs, block: tuple[int, int]) -> Tensor:
     """Differentiable; arguments are taken as checked (:func:`dampr.functional.gated_linear` checks)."""
-    y: Tensor = apply(_WeightGatedLinear, x, weight, bias, log_alpha, seed, spec, block)
+    y: Tensor = apply(_WeightGatedLinear, x, weight, bias, gate.log_alpha, gate.seed, gate.spec, block)
     return y

@@ -1,5 +1,6 @@
 """Plain PyTorch, clean in float64: the definition of right. Every backend answers to this room; gradients come from autograd alone."""
 
+from .dependency_generator import dependency_generator
 from .gated_attention import gated_attention
 from .gated_conv import gated_conv, weight_gated_conv
 from .gated_linear import expand_blocks, gated_linear, weight_gated_linear
@@ -9,6 +10,7 @@ from .norm_gate import norm_gate
 
 __all__ = [
     "along",
+    "dependency_generator",
     "exp_portable",
     "expand_blocks",
     "expected_l0",

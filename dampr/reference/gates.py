@@ -168,7 +168,8 @@ def mask(alpha: torch.Tensor, rule: int, slope: float | torch.Tensor, threshold:
         return torch.sigmoid(y)
     if rule == SMOOTH:
         return (1 + sign_swish(y, 1.0)) / 2
-    closed = alpha.detach().to(torch.float32).abs() <= float(threshold)
+    limit = threshold.detach().to(torch.float32) if isinstance(threshold, torch.Tensor) else threshold
+    closed = alpha.detach().to(torch.float32).abs() <= limit
     if rule == EXACT_ZERO:
         return torch.where(closed, alpha.new_zeros(()), _off_zero(torch.tanh(y)))
     hard = (~closed).to(alpha.dtype)

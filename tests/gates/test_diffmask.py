@@ -1,5 +1,6 @@
 """The reconstructed differentiable mask: SignSwish and foothill against golden numbers, slopes, and why the surrogate is needed."""
 
+import itertools
 import math
 
 import pytest
@@ -49,6 +50,59 @@ def test_a_trainable_slope_stays_positive_and_has_a_gradient(variant):
     with torch.no_grad():
         gate.log_slope.fill_(-20.0)
     assert gate().isfinite().all()
+
+
+@pytest.mark.parametrize("slope_mode", gates.differentiable_mask.SLOPES)
+@pytest.mark.parametrize("variant", ["hard", "smooth", "exact_zero", "logistic"])
+def test_a_trainable_threshold_gives_the_same_masks_and_learns(cpu_backend, variant, slope_mode):
+    fixed, learned = (
+        gates.DifferentiableMask(41, variant=variant, threshold=0.25, slope_mode=mode, threshold_mode=kind)
+        for mode, kind in (("fixed", "fixed"), (slope_mode, "trainable"))
+    )
+    for training, shift in itertools.product((True, False), (1.0, 2.0)):
+        with torch.no_grad():
+            fixed = gates.DifferentiableMask(41, variant=variant, threshold=0.25 * shift)
+            learned.log_threshold.fill_(math.log(0.25 * shift))
+            for gate in (fixed, learned):
+                gate.alpha.copy_(torch.linspace(-0.98, 1.0, 41))
+        made = [gate.train(training)() for gate in (fixed, learned)]
+        torch.testing.assert_close(*made)
+        assert torch.equal(made[0] == 0, made[1] == 0)
+        assert torch.equal(fixed.is_open(), learned.is_open())
+        assert torch.equal(fixed.is_open(), learned.deterministic() != 0)
+    made[1].sum().backward()
+    assert learned.alpha.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("b", [2, 5, 10, 50])
+def test_golden_derivatives_by_threshold_and_slope(golden, b):
+    case = golden["dmp_reconstruction"][f"M1_signswish_beta{b}_t0.1"]
+    gate = gates.DifferentiableMask(len(case["alpha"]), variant="smooth", slope=b, slope_mode="trainable", threshold_mode="trainable")
+    gate.double()
+    with torch.no_grad():
+        gate.alpha.copy_(torch.tensor(case["alpha"], dtype=torch.float64))
+        gate.log_slope.fill_(math.log(b))
+        gate.log_threshold.fill_(math.log(0.1))
+    for i, (alpha, by_t, by_b) in enumerate(zip(case["alpha"], case["dmask_dt"], case["dmask_dbeta"], strict=True)):
+        (by_log_t,) = torch.autograd.grad(gate()[i], gate.log_threshold)
+        assert by_log_t.item() == pytest.approx(0.1 * alpha * by_t, rel=1e-9, abs=1e-15)
+        (by_log_b,) = torch.autograd.grad(gate()[i], gate.log_slope)
+        assert by_log_b.item() == pytest.approx(b * alpha * by_b, abs=1e-9 * b * abs(alpha))  # the golden one is a central difference
+
+
+def test_a_threshold_that_is_paid_for_rises_and_closes_gates():
+    torch.manual_seed(0)
+    gate = gates.DifferentiableMask(20, threshold_mode="trainable")
+    with torch.no_grad():
+        gate.alpha.copy_(torch.linspace(0.05, 1.0, 20))
+    gate.alpha.requires_grad_(False)
+    optimizer, before = torch.optim.Adam([gate.log_threshold], lr=0.05), int(gate.is_open().sum())
+    for _ in range(60):
+        optimizer.zero_grad()
+        (gate().sum() * 0.01 - gate.log_threshold.exp().sum()).backward()
+        optimizer.step()
+    assert gate.threshold.item() > 0.3
+    assert int(gate.is_open().sum()) < before
 
 
 def test_a_scheduled_slope_is_kept_in_the_checkpoint():

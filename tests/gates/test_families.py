@@ -23,6 +23,7 @@ FAMILIES = {
     **{f"diffmask-{variant}": lambda n, variant=variant: gates.DifferentiableMask(n, variant=variant) for variant in spec.VARIANTS},
     "diffmask-scheduled": lambda n: gates.DifferentiableMask(n, variant="exact_zero", slope_mode="scheduled"),
     "diffmask-trainable": lambda n: gates.DifferentiableMask(n, slope_mode="trainable"),
+    "diffmask-threshold": lambda n: gates.DifferentiableMask(n, threshold_mode="trainable"),
 }
 DRAWS = ("hard_concrete", "hard_concrete-droprate", "dep_l0", "diffprune-stochastic", "diffprune-noise")
 
@@ -198,6 +199,12 @@ BUILDERS = [
     (lambda: gates.DiffPrune(4, revive="noise", stochastic=True), r"revive='noise' with stochastic=True"),
     (lambda: gates.DiffPrune(4, init_sigma=0.0), r"init_sigma=0\.0: expected"),
     (lambda: gates.DifferentiableMask(4, slope_mode="free"), r"slope_mode='free': expected one of"),
+    (lambda: gates.DifferentiableMask(4, threshold_mode="scheduled"), r"threshold_mode='scheduled': expected one of"),
+    (
+        lambda: gates.DifferentiableMask(4, variant="hard_constant", threshold_mode="trainable"),
+        r"threshold_mode='trainable' with variant='hard_constant'",
+    ),
+    (lambda: gates.DifferentiableMask(4, threshold=0.0, threshold_mode="trainable"), r"threshold=0\.0: expected a mask that has a slope"),
     (lambda: gates.DifferentiableMask(4).set_slope(2.0), r"slope_mode='fixed': expected 'scheduled'"),
     (lambda: gates.scale_penalty([], 1.0), r"gates: expected at least one"),
     (lambda: gates.square_penalty([], 1.0), r"tensors: expected at least one"),
@@ -234,7 +241,7 @@ def test_the_interface(cpu_backend, name):
     assert torch.equal(gate.is_open(), gate() != 0)
     pi = gate.open_probability()
     assert pi.shape == (10,)
-    parameters = [p for n, p in gate.named_parameters() if n not in ("log_slope",)]
+    parameters = [p for n, p in gate.named_parameters() if n not in ("log_slope", "log_threshold")]
     grads = torch.autograd.grad(pi.sum(), parameters, allow_unused=True)
     assert all(g is not None and bool((g != 0).any()) for g in grads)
     assert repr(gate)
@@ -247,7 +254,7 @@ def test_is_open_says_what_evaluation_does(cpu_backend, name):
         for key, p in gate.named_parameters():
             if key == "beta":
                 p.fill_(-2.0)
-            elif "sigma" not in key and "slope" not in key:
+            elif not any(word in key for word in ("sigma", "slope", "threshold")):
                 p.copy_(torch.linspace(-4, 4, p.numel()).view(p.shape))
     open_ = gate.is_open()
     assert torch.equal(open_, gate() != 0)

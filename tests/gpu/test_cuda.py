@@ -20,7 +20,10 @@ def test_auto_picks_triton_on_cuda():
     assert dampr.ops.choose(torch.device("cuda"), torch.bfloat16)[0] == "triton"
 
 
-@pytest.mark.parametrize("op", ["noise", "sample_gates", "gated_linear", "weight_gated_linear", "gated_conv2d", "norm_gate"])
+OPS = ["noise", "sample_gates", "gated_linear", "weight_gated_linear", "gated_conv2d", "norm_gate", "dependency_generator"]
+
+
+@pytest.mark.parametrize("op", OPS)
 def test_verification_of_every_backend_and_dtype(op):
     rows = verify.run(op)
     assert any(r.backend == "triton" and r.device == "cuda" for r in rows)

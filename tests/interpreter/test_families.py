@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from dampr import functional, gates, ops, reference, spec
+from dampr.ops import GateArgs, GatePair
 from dampr.ops import backend_triton as backend
 
 GOLDEN = json.loads((Path(__file__).parent.parent / "data" / "gates.json").read_text())
@@ -28,9 +29,10 @@ SPECS = {
 }
 
 
-def value_and_slope(parameter: torch.Tensor, gate: spec.GateSpec) -> tuple[torch.Tensor, torch.Tensor]:
-    z = backend.sample_gates_fwd(parameter, None, None, gate)
-    return z, backend.sample_gates_bwd(torch.ones_like(z), parameter, None, None, gate)
+def value_and_slope(parameter: torch.Tensor, function: spec.GateSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    gate = GateArgs(parameter, None, function)
+    z = backend.sample_gates_fwd(gate, None)
+    return z, backend.sample_gates_bwd(torch.ones_like(z), gate, None)
 
 
 def assert_golden(actual: torch.Tensor, expected: Any, tolerance: float = 2e-6) -> None:
@@ -88,7 +90,7 @@ def test_golden_dependent_gates() -> None:
     case = GOLDEN["dep_l0"]
     for layer in (1, 2):
         log_alpha = torch.tensor(case[f"log_alpha_{layer}"])
-        assert_golden(backend.sample_gates_fwd(log_alpha, None, None, spec.hard_concrete("paper")), case[f"z_det_{layer}"], 2e-6)
+        assert_golden(backend.sample_gates_fwd(GateArgs(log_alpha, None, spec.hard_concrete("paper")), None), case[f"z_det_{layer}"], 2e-6)
 
 
 def test_golden_noise_case_of_diffprune() -> None:
@@ -128,7 +130,7 @@ def test_linear_routes_multiply_by_these_gates(name: str, route: str) -> None:
     in_gate, out_gate = torch.randn(24), torch.randn(16)
     in_gate[8:16] = -abs(in_gate[8:16]) * 0.1
     with backend.forced_route(route):
-        y, _ = backend.gated_linear_fwd(x, weight, bias, in_gate, out_gate, None, None, SPECS[name], False, True)
+        y, _ = backend.gated_linear_fwd(x, weight, bias, GatePair.of(in_gate, out_gate, None, None, SPECS[name]), True)
     truth = reference.gated_linear(x, weight, bias, in_gate, out_gate, None, None, SPECS[name], False)
     torch.testing.assert_close(y, truth, rtol=1e-4, atol=1e-4)
 

@@ -8,10 +8,10 @@ from torch.nn.functional import conv2d
 
 from dampr.kernels import configs
 from dampr.ops.backend_triton import gated_conv2d as launchers
+from dampr.ops.gated_conv2d import Window
 from dampr.testing import assert_close
 
 Maybe = torch.Tensor | None
-Window = launchers.Window
 SAME = Window((1, 1), (1, 1), (1, 1), 1)
 NHWC = torch.channels_last
 
@@ -69,7 +69,7 @@ def plain(x: torch.Tensor, weight: torch.Tensor, bias: Maybe, z_in: Maybe, z_out
 
 
 def check(x: torch.Tensor, weight: torch.Tensor, bias: Maybe, z_in: Maybe, z_out: Maybe, window: Window) -> torch.Tensor:
-    y, tensors = launchers.gated_conv2d_one_pass(x, weight, bias, z_in, z_out, *window), (weight, bias, z_in, z_out)
+    y, tensors = launchers.gated_conv2d_one_pass(x, weight, bias, z_in, z_out, window), (weight, bias, z_in, z_out)
     assert_close("y", y, plain(x.double(), *tensors, window), plain(x, *tensors, window))
     assert y.dtype == x.dtype
     assert y.is_contiguous(memory_format=NHWC)
@@ -138,7 +138,7 @@ def test_skipping_changes_no_bit(groups: int, rows: int | None, inputs: str, out
     everything = torch.arange(live.shape[1], dtype=torch.int32).expand_as(live).contiguous(), torch.full_like(count, live.shape[1])
     full = launchers._conv(x, weight, bias, z_in, None, everything, window, tile)
     full = torch.where(z_out[..., None, None] == 0, 0.0, full * z_out[..., None, None])
-    y = launchers.gated_conv2d_one_pass(x, weight, bias, z_in, z_out, *window)
+    y = launchers.gated_conv2d_one_pass(x, weight, bias, z_in, z_out, window)
     assert torch.equal(y.contiguous().view(torch.int32), full.contiguous().view(torch.int32))
     assert_close("y", y, plain(x.double(), weight, bias, z_in, z_out, window), plain(x, weight, bias, z_in, z_out, window))
 
@@ -159,17 +159,17 @@ def test_what_is_dead_for_one_image_is_not_read_there() -> None:
     x, weight = torch.randn(2, 96, 5, 5), torch.randn(128, 96, 3, 3)
     z_in, z_out = torch.ones(2, 96), torch.ones(128)
     z_in[0, :64], z_in[1, 32:], z_out[:64] = 0, 0, 0
-    expected = launchers.gated_conv2d_one_pass(x, weight, None, z_in, z_out, *SAME)
+    expected = launchers.gated_conv2d_one_pass(x, weight, None, z_in, z_out, SAME)
     x[z_in == 0] = float("nan")
     weight[:, (z_in == 0).all(0)] = float("nan")
     weight[z_out == 0] = float("nan")
-    assert torch.equal(launchers.gated_conv2d_one_pass(x, weight, None, z_in, z_out, *SAME), expected)
+    assert torch.equal(launchers.gated_conv2d_one_pass(x, weight, None, z_in, z_out, SAME), expected)
 
 
 def test_a_gate_that_is_not_a_number_stays_visible() -> None:
     z_in = torch.zeros(2, 64)
     z_in[1, 40] = float("nan")
-    y = launchers.gated_conv2d_one_pass(torch.randn(2, 64, 3, 3), torch.randn(5, 64, 3, 3), None, z_in, None, *SAME)
+    y = launchers.gated_conv2d_one_pass(torch.randn(2, 64, 3, 3), torch.randn(5, 64, 3, 3), None, z_in, None, SAME)
     assert y[1].isnan().all()
     assert not y[0].isnan().any()
 
@@ -178,7 +178,7 @@ def test_padding_is_zero_whatever_the_gates() -> None:
     """Pixels whose window lies wholly in the padding are the gated bias."""
     window = Window((1, 1), (3, 3), (1, 1), 1)
     x, weight, bias = torch.randn(1, 4, 2, 2), torch.randn(3, 4, 2, 2), torch.randn(3)
-    y = launchers.gated_conv2d_one_pass(x, weight, bias, torch.ones(4), torch.full((3,), 0.5), *window)
+    y = launchers.gated_conv2d_one_pass(x, weight, bias, torch.ones(4), torch.full((3,), 0.5), window)
     assert torch.equal(y[0, :, 0, 0], 0.5 * bias)
 
 

@@ -10,9 +10,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from dampr.ops import GateArgs, GatePair
 from dampr.ops import backend_triton as backend
 from dampr.reference import gated_linear
-from dampr.spec import hard_concrete
+from dampr.spec import GateSpec, hard_concrete
 
 SHAPES = [(0, 5, 3), (3, 0, 4), (3, 4, 0), (1, 1, 1), (5, 7, 3), (33, 65, 17), (70, 40, 130), (4, 8, 12), (80, 48, 64)]
 GATES = {"none": (False, False), "input": (True, False), "output": (False, True), "both": (True, True)}
@@ -38,6 +39,11 @@ class Problem:
     def tensors(self) -> tuple[torch.Tensor | None, ...]:
         return self.x, self.weight, self.bias, self.input_log_alpha, self.output_log_alpha
 
+    def fused_args(self, per_sample: bool, spec: GateSpec = SPEC) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, GatePair]:
+        seeds = self.seeds if spec.rule == SPEC.rule else (None, None)
+        gates = GatePair.of(self.input_log_alpha, self.output_log_alpha, *seeds, spec, per_sample)
+        return self.x, self.weight, self.bias, gates
+
     def plain(self, per_sample: bool, double: bool) -> list[torch.Tensor | None]:
         """[y, dx, dweight, dbias, dinput_log_alpha, doutput_log_alpha] by autograd through the reference."""
         leaves = [None if t is None else (t.double() if double else t).detach().clone().requires_grad_() for t in self.tensors]
@@ -47,9 +53,10 @@ class Problem:
         return [y.detach(), *(None if t is None else next(grads) for t in leaves)]
 
     def fused(self, per_sample: bool) -> list[torch.Tensor]:
-        y, pre = backend.gated_linear_fwd(*self.tensors, *self.seeds, SPEC, per_sample, per_sample and self.output_log_alpha is not None)
+        args = self.fused_args(per_sample)
+        y, pre = backend.gated_linear_fwd(*args, per_sample and self.output_log_alpha is not None)
         needs = [t is not None for t in self.tensors]
-        return [y, *backend.gated_linear_bwd(self.dy, *self.tensors, *self.seeds, pre, SPEC, per_sample, needs)]
+        return [y, *backend.gated_linear_bwd(self.dy, *args, pre, needs)]
 
 
 def check(problem: Problem, per_sample: bool) -> None:
@@ -112,10 +119,11 @@ def test_long_sums_are_split(per_sample: bool) -> None:
 @pytest.mark.parametrize("skip", range(5))
 def test_only_what_is_needed_is_computed(skip: int, per_sample: bool) -> None:
     problem = Problem(6, 8, 12, "both", True)
-    _, pre = backend.gated_linear_fwd(*problem.tensors, *problem.seeds, SPEC, per_sample, per_sample)
+    args = problem.fused_args(per_sample)
+    _, pre = backend.gated_linear_fwd(*args, per_sample)
     for needs in ([i != skip for i in range(5)], [i == skip for i in range(5)]):
         everything = problem.fused(per_sample)[1:]
-        grads = backend.gated_linear_bwd(problem.dy, *problem.tensors, *problem.seeds, pre, SPEC, per_sample, needs)
+        grads = backend.gated_linear_bwd(problem.dy, *args, pre, needs)
         for need, grad, full in zip(needs, grads, everything, strict=True):
             assert torch.equal(grad, full) if need else grad is None
 
@@ -124,20 +132,22 @@ def test_pre_is_the_output_before_its_gate(per_sample: bool) -> None:
     problem = Problem(6, 8, 12, "both", True)
     *tensors, _ = problem.tensors
     expected = gated_linear(*tensors, None, *problem.seeds, SPEC, per_sample)
-    _, pre = backend.gated_linear_fwd(*problem.tensors, *problem.seeds, SPEC, per_sample, True)
+    args = problem.fused_args(per_sample)
+    _, pre = backend.gated_linear_fwd(*args, True)
     torch.testing.assert_close(pre, expected, atol=1e-5, rtol=1e-5)
-    assert backend.gated_linear_fwd(*problem.tensors, *problem.seeds, SPEC, per_sample, False)[1].shape == (0,)
+    assert backend.gated_linear_fwd(*args, False)[1].shape == (0,)
 
 
 def test_a_rule_without_noise_is_the_same_for_every_sample() -> None:
     problem, spec = Problem(6, 8, 12, "both", True), hard_concrete("median")
     expected = gated_linear(*problem.tensors, None, None, spec, True)
-    y, pre = backend.gated_linear_fwd(*problem.tensors, None, None, spec, True, False)
+    args = problem.fused_args(True, spec)
+    y, pre = backend.gated_linear_fwd(*args, False)
     torch.testing.assert_close(y, expected, atol=1e-5, rtol=1e-5)
     assert pre.shape == (0,)
     leaves = [t.clone().requires_grad_() for t in problem.tensors if t is not None]
     expected_grads = torch.autograd.grad(gated_linear(*leaves, None, None, spec, True), leaves, problem.dy)
-    grads = backend.gated_linear_bwd(problem.dy, *problem.tensors, None, None, pre, spec, True, [True] * 5)
+    grads = backend.gated_linear_bwd(problem.dy, *args, pre, [True] * 5)
     for got, want in zip(grads, expected_grads, strict=True):
         torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
 
@@ -146,9 +156,9 @@ def test_a_rule_without_noise_is_the_same_for_every_sample() -> None:
 def test_tiles_do_not_change_a_draw(n: int, per_sample: bool) -> None:
     M, eye, ones = 70, torch.eye(n), torch.ones(70, n)
     log_alpha, seed = 2 * torch.randn(n), torch.tensor([2**62 + 5])
-    z = backend.sample_gates_fwd(log_alpha, seed, M if per_sample else None, SPEC).expand(M, n)
+    z = backend.sample_gates_fwd(GateArgs(log_alpha, seed, SPEC), M if per_sample else None).expand(M, n)
     for log_alphas in ((log_alpha, None), (None, log_alpha)):
-        y, _ = backend.gated_linear_fwd(ones, eye, None, *log_alphas, seed, seed, SPEC, per_sample, False)
+        y, _ = backend.gated_linear_fwd(ones, eye, None, GatePair.of(*log_alphas, seed, seed, SPEC, per_sample), False)
         assert torch.equal(y, z)
 
 

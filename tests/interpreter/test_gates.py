@@ -9,6 +9,7 @@ import triton.language as tl
 
 from dampr import philox
 from dampr.kernels import gates as kernels
+from dampr.ops import GateArgs
 from dampr.ops import backend_triton as backend
 from dampr.reference import gate_values
 from dampr.spec import RULES, hard_concrete
@@ -48,7 +49,8 @@ def test_zeros_and_ones_are_those_of_the_reference_and_values_agree(n: int, rows
     spec, seed = hard_concrete(rule, beta=beta), torch.randint(0, 2**63 - 1, (1,))
     log_alpha = log_alphas(n).requires_grad_()
     expected = gate_values(log_alpha, spec, seed, rows)
-    z = backend.sample_gates_fwd(log_alpha.detach(), seed if rule == "sample" else None, rows, spec)
+    gate = GateArgs(log_alpha.detach(), seed if rule == "sample" else None, spec)
+    z = backend.sample_gates_fwd(gate, rows)
     assert z.shape == expected.shape
     assert z.dtype == torch.float32
     assert torch.equal(z == 0, expected == 0)
@@ -60,19 +62,19 @@ def test_zeros_and_ones_are_those_of_the_reference_and_values_agree(n: int, rows
         (slope,) = torch.autograd.grad(expected, log_alpha, dz)
     else:  # the binary rule is a constant
         slope = torch.zeros(n)
-    got = backend.sample_gates_bwd(dz, log_alpha.detach(), seed if rule == "sample" else None, rows, spec)
+    got = backend.sample_gates_bwd(dz, gate, rows)
     torch.testing.assert_close(got, slope, atol=1e-5, rtol=1e-5)
 
 
 def test_gradient_of_gates_takes_an_expanded_dz() -> None:
-    spec, seed, log_alpha = hard_concrete(), torch.tensor([7]), log_alphas(20)
+    gate = GateArgs(log_alphas(20), torch.tensor([7]), hard_concrete())
     dz = torch.ones(1).expand(6, 20)
-    expected = backend.sample_gates_bwd(dz.contiguous(), log_alpha, seed, 6, spec)
-    assert torch.equal(backend.sample_gates_bwd(dz, log_alpha, seed, 6, spec), expected)
+    expected = backend.sample_gates_bwd(dz.contiguous(), gate, 6)
+    assert torch.equal(backend.sample_gates_bwd(dz, gate, 6), expected)
 
 
 def test_not_a_number_stays_visible() -> None:
-    z = backend.sample_gates_fwd(torch.tensor([float("nan"), 0.0]), torch.tensor([7]), None, hard_concrete())
+    z = backend.sample_gates_fwd(GateArgs(torch.tensor([float("nan"), 0.0]), torch.tensor([7]), hard_concrete()), None)
     assert z.isnan().tolist() == [True, False]
 
 
@@ -81,7 +83,8 @@ def test_many_rows_are_summed_in_splits() -> None:
     log_alpha = log_alphas(6).requires_grad_()
     dz = torch.randn(rows, 6)
     (expected,) = torch.autograd.grad(gate_values(log_alpha, spec, seed, rows), log_alpha, dz)
-    torch.testing.assert_close(backend.sample_gates_bwd(dz, log_alpha.detach(), seed, rows, spec), expected, atol=1e-4, rtol=1e-4)
+    got = backend.sample_gates_bwd(dz, GateArgs(log_alpha.detach(), seed, spec), rows)
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_unavailable_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:

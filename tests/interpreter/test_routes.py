@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dampr.kernels.dispatch import thresholds
+from dampr.ops import GateArgs, GatePair
 from dampr.ops import backend_triton as backend
 from dampr.spec import hard_concrete
 
@@ -61,9 +62,9 @@ def test_a_forced_route_that_cannot_serve_says_so(name: str, granularity: str | 
 def test_launchers_obey_a_forced_route() -> None:
     x, weight, seed, spec = torch.randn(4, 8), torch.randn(6, 8), torch.tensor([1]), hard_concrete()
     with backend.forced_route("small_m"), pytest.raises(ValueError, match="route 'small_m' cannot serve"):
-        backend.gated_linear_fwd(x, weight, None, torch.zeros(8), None, seed, None, spec, False, False)
+        backend.gated_linear_fwd(x, weight, None, GatePair.of(torch.zeros(8), None, seed, None, spec), False)
     with backend.forced_route("live"), pytest.raises(ValueError, match="route 'live' cannot serve"):
-        backend.weight_gated_linear_fwd(x, weight, None, torch.zeros(48), seed, spec, (1, 1))
+        backend.weight_gated_linear_fwd(x, weight, None, GateArgs(torch.zeros(48), seed, spec), (1, 1))
 
 
 def test_an_unknown_route_is_refused() -> None:

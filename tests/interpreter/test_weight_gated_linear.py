@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dampr import testing
+from dampr.ops import GateArgs
 from dampr.ops import backend_triton as backend
 from dampr.reference import gate_values
 from dampr.spec import GateSpec, hard_concrete
@@ -53,11 +54,13 @@ class Problem:
         return z[rows[:, None] * -(K // -C) + cols[None, :]]
 
     def fused(self, spec: GateSpec = SPEC) -> list[torch.Tensor | None]:
-        seed = self.seed if spec.rule == SPEC.rule else None
-        args = seed, spec, self.block
-        y = backend.weight_gated_linear_fwd(*self.tensors, *args)
+        args = self.x, self.weight, self.bias, self.gate(spec), self.block
+        y = backend.weight_gated_linear_fwd(*args)
         needs = [t is not None for t in self.tensors]
-        return [y, *backend.weight_gated_linear_bwd(self.dy, *self.tensors, *args, needs)]
+        return [y, *backend.weight_gated_linear_bwd(self.dy, *args, needs)]
+
+    def gate(self, spec: GateSpec = SPEC) -> GateArgs:
+        return GateArgs(self.log_alpha, self.seed if spec.rule == SPEC.rule else None, spec)
 
 
 def check(problem: Problem, spec: GateSpec = SPEC) -> None:
@@ -131,7 +134,7 @@ def test_only_what_is_needed_is_computed(skip: int, block: Block) -> None:
     problem = Problem(6, 8, 12, block)
     everything = problem.fused()[1:]
     for needs in ([i != skip for i in range(4)], [i == skip for i in range(4)]):
-        grads = backend.weight_gated_linear_bwd(problem.dy, *problem.tensors, problem.seed, SPEC, block, needs)
+        grads = backend.weight_gated_linear_bwd(problem.dy, *problem.tensors[:3], problem.gate(), block, needs)
         for need, grad, full in zip(needs, grads, everything, strict=True):
             assert torch.equal(grad, full) if need else grad is None
 
@@ -142,7 +145,7 @@ def test_gates_are_those_of_their_indices_to_the_bit(N: int, K: int, block: Bloc
     problem = Problem(K, N, K, block, bias=False)
     problem.x, problem.weight = torch.eye(K), torch.ones(N, K)
     y = problem.fused()[0]
-    z = backend.sample_gates_fwd(problem.log_alpha, problem.seed, None, SPEC)
+    z = backend.sample_gates_fwd(problem.gate(), None)
     assert torch.equal(y.t(), problem.expand(z))
     truth = problem.expand(gate_values(problem.log_alpha, SPEC, problem.seed))
     assert torch.equal(y.t() == 0, truth == 0)

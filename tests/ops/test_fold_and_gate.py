@@ -7,6 +7,7 @@ import torch
 
 import dampr
 from dampr import functional, ops, reference
+from dampr.ops import GateArgs, GatePair
 from dampr.spec import hard_concrete
 from dampr.testing import compare
 
@@ -95,9 +96,9 @@ def test_gradients_by_finite_differences(backend) -> None:
     weight, bias, gate = torch.randn(4, 6).double(), torch.randn(4).double(), torch.randn(4).double() * 0.3
     with dampr.backend(backend):
         leaves = [t.requires_grad_() for t in (weight, bias, gate)]
-        torch.autograd.gradcheck(lambda w, b, g: ops.fold_weight(w, b, None, g, None, SEED, SPEC, torch.float64), leaves)
+        torch.autograd.gradcheck(lambda w, b, g: ops.fold_weight(w, b, GatePair.of(None, g, None, SEED, SPEC), torch.float64), leaves)
         block_gate = (torch.randn(6).double() * 0.3).requires_grad_()
-        torch.autograd.gradcheck(lambda w, g: ops.fold_blocks(w, g, SEED, SPEC, (2, 2), torch.float64), (leaves[0], block_gate))
+        torch.autograd.gradcheck(lambda w, g: ops.fold_blocks(w, GateArgs(g, SEED, SPEC), (2, 2), torch.float64), (leaves[0], block_gate))
         x = torch.randn(3, 4, 5).double().requires_grad_()
         for each in (False, True):
             torch.autograd.gradcheck(lambda a, g, each=each: functional.gate_activations(a, g, seed=5, per_sample=each), (x, leaves[2]))
@@ -106,7 +107,7 @@ def test_gradients_by_finite_differences(backend) -> None:
 def test_the_fold_keeps_nothing_but_its_inputs() -> None:
     weight, gate, kept = torch.randn(8, 9, requires_grad=True), torch.randn(8, requires_grad=True), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        ops.fold_weight(weight, None, None, gate, None, SEED, SPEC, torch.float32)
+        ops.fold_weight(weight, None, GatePair.of(None, gate, None, SEED, SPEC), torch.float32)
     assert {t.data_ptr() for t in kept} == {weight.data_ptr(), gate.data_ptr(), SEED.data_ptr()}
 
 

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 import dampr
 from dampr import functional, testing
 from dampr.bench import verify
+from dampr.ops import GateArgs
 from dampr.spec import hard_concrete
 
 PLACEMENTS = {"none": (False, False), "input": (True, False), "output": (False, True), "both": (True, True)}
@@ -134,13 +135,13 @@ def test_results_do_not_depend_on_the_number_of_threads(threads):
     if dampr.backend_info()["cpp"].startswith("missing"):
         pytest.skip(dampr.backend_info()["cpp"])
     x, log_alpha, dz = torch.randn(513, 130), torch.randn(130), torch.randn(513, 130)
-    from dampr.ops import backend_cpp
+    from dampr.ops.backend_cpp import gates
 
     def everything():
         w, z = torch.randn(257, 130, generator=torch.Generator().manual_seed(1)), torch.rand(130)
-        seed = torch.tensor([5])
-        out = backend_cpp._gate_rows_bwd(x, dz, log_alpha, seed, hard_concrete(), True, dx=True, xz=True, dlog_alpha=True)
-        return *out, backend_cpp.sample_gates_bwd(dz, log_alpha, seed, 513, hard_concrete()), backend_cpp._fold(w, None, z, torch.float32)
+        gate = GateArgs(log_alpha, torch.tensor([5]), hard_concrete(), True)
+        out = gates.gate_rows_bwd(x, dz, gate, dx=True, xz=True, dlog_alpha=True)
+        return *out, gates.sample_gates_bwd(dz, gate, 513), gates.fold(w, None, z, torch.empty_like(w))
 
     before = torch.get_num_threads()
     try:

@@ -12,6 +12,7 @@ from dampr.kernels import gates as gate_kernels
 from dampr.ops.routes import forced_route
 
 from . import host
+from .dependency_generator import GENERATOR_PARAMETERS, dependency_generator_bwd, dependency_generator_fwd
 from .gate_activations import gate_activations_bwd, gate_activations_fwd
 from .gated_conv2d import gated_conv2d_fwd
 from .gated_linear import fold_weight_bwd, fold_weight_fwd, gated_linear_bwd, gated_linear_fwd, gated_linear_live_fwd
@@ -21,7 +22,10 @@ from .routes import conv_route, route
 from .weight_gated_linear import fold_blocks_bwd, fold_blocks_fwd, weight_gated_linear_bwd, weight_gated_linear_fwd
 
 __all__ = [
+    "GENERATOR_PARAMETERS",
     "conv_route",
+    "dependency_generator_bwd",
+    "dependency_generator_fwd",
     "fold_blocks_bwd",
     "fold_blocks_fwd",
     "fold_weight_bwd",

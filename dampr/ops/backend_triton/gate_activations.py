@@ -8,38 +8,29 @@ import triton
 from dampr.kernels import configs
 from dampr.kernels import gate_activations as kernels
 from dampr.ops.gate_activations import Planes, planes
-from dampr.spec import GateSpec
+from dampr.ops.gate_args import GateArgs
 
 from . import host
 from .gates import sample_gates_bwd, sample_gates_fwd
 from .host import Maybe, Needs
 
 
-def gate_activations_fwd(x: torch.Tensor, log_alpha: torch.Tensor, seed: Maybe, spec: GateSpec, dim: int, per_sample: bool) -> torch.Tensor:
+def gate_activations_fwd(x: torch.Tensor, gate: GateArgs, dim: int) -> torch.Tensor:
     """x * z along ``dim``, in the dtype of x; a draw for each index of the first dimension, or one. x keeps its (dense) memory format."""
-    x, shape, _ = planes(x, dim, per_sample)
+    x, shape, _ = planes(x, dim, gate.per_sample)
     y = torch.empty_like(x)
-    _gate(x, None, sample_gates_fwd(log_alpha, seed, shape.outer if per_sample else None, spec), y, shape)
+    _gate(x, None, sample_gates_fwd(gate, gate.rows(shape.outer)), y, shape)
     return y
 
 
-def gate_activations_bwd(
-    dy: torch.Tensor,
-    x: torch.Tensor,
-    log_alpha: torch.Tensor,
-    seed: Maybe,
-    spec: GateSpec,
-    dim: int,
-    per_sample: bool,
-    needs: Needs,
-) -> tuple[Maybe, Maybe]:
+def gate_activations_bwd(dy: torch.Tensor, x: torch.Tensor, gate: GateArgs, dim: int, needs: Needs) -> tuple[Maybe, Maybe]:
     """Gradients of x and log_alpha; None for one that ``needs`` does not ask for."""
-    x, shape, layout = planes(x, dim, per_sample)
-    rows = shape.outer if per_sample else None
+    x, shape, layout = planes(x, dim, gate.per_sample)
+    rows = gate.rows(shape.outer)
     dx = torch.empty_like(x) if needs[0] else None
-    z = sample_gates_fwd(log_alpha, seed, rows, spec)
+    z = sample_gates_fwd(gate, rows)
     dz = _gate(dy.contiguous(memory_format=layout), x if needs[1] else None, z, dx, shape)
-    return dx, None if dz is None else sample_gates_bwd(dz, log_alpha, seed, rows, spec)
+    return dx, None if dz is None else sample_gates_bwd(dz, gate, rows)
 
 
 def _gate(t: torch.Tensor, other: Maybe, z: torch.Tensor, out: Maybe, shape: Planes) -> Maybe:

@@ -2,82 +2,37 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 
 from dampr.kernels import configs
 from dampr.kernels import gated_conv2d as conv_kernels
-from dampr.spec import GateSpec
+from dampr.ops.gate_args import GatePair
+from dampr.ops.gated_conv2d import Pair, Window
 
 from . import host
 from .gates import sample_gates_fwd
 from .host import Maybe
 
-Pair = tuple[int, int]
 Lists = tuple[Maybe, Maybe]
 
 
-class Window(NamedTuple):
-    """The arguments of ``torch.nn.functional.conv2d`` that are no tensors."""
-
-    stride: Pair
-    padding: Pair
-    dilation: Pair
-    groups: int
-
-    def size(self, x: torch.Tensor, weight: torch.Tensor) -> Pair:
-        """(OH, OW) of x (B, C, H, W) and weight (N, C / groups, R, S)."""
-        OH, OW = (
-            (x.shape[2 + i] + 2 * self.padding[i] - self.dilation[i] * (weight.shape[2 + i] - 1) - 1) // self.stride[i] + 1 for i in (0, 1)
-        )
-        return OH, OW
-
-
-def gated_conv2d_one_pass(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: Maybe,
-    z_in: Maybe,
-    z_out: Maybe,
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
-    groups: int,
-) -> torch.Tensor:
+def gated_conv2d_one_pass(x: torch.Tensor, weight: torch.Tensor, bias: Maybe, z_in: Maybe, z_out: Maybe, window: Window) -> torch.Tensor:
     """y = z_out * (conv2d(x * z_in, weight) + bias), (B, N, OH, OW) in channels_last and the dtype of x.
 
     x: (B, C, H, W), copied unless it is in channels_last; weight: (N, C / groups, R, S) and bias: (N,), in any floating dtype. Gates, drawn
     already, float32: z_in (C,), or (B, C) with a row for each image; z_out (N,) or (B, N). Blocks of input channels whose gates are all 0,
     for all images or for one, are neither read nor multiplied, and output tiles whose gates are all 0 are zeros at once.
     """
-    window = Window(stride, padding, dilation, groups)
     tile = _tile(x, weight, z_in, z_out, window)
-    lists = (None, None) if z_in is None else _list_live(z_in, groups, tile.depth)
+    lists = (None, None) if z_in is None else _list_live(z_in, window.groups, tile.depth)
     return _conv(x, weight, bias, z_in, z_out, lists, window, tile)
 
 
-def gated_conv2d_fwd(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: Maybe,
-    input_log_alpha: Maybe,
-    output_log_alpha: Maybe,
-    input_seed: Maybe,
-    output_seed: Maybe,
-    spec: GateSpec,
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
-    groups: int,
-) -> torch.Tensor:
+def gated_conv2d_fwd(x: torch.Tensor, weight: torch.Tensor, bias: Maybe, gates: GatePair, window: Window) -> torch.Tensor:
     """:func:`gated_conv2d_one_pass` with gates per batch, drawn here."""
-    z_in, z_out = (
-        None if log_alpha is None else sample_gates_fwd(log_alpha, seed, None, spec)
-        for log_alpha, seed in ((input_log_alpha, input_seed), (output_log_alpha, output_seed))
-    )
-    return gated_conv2d_one_pass(x, weight, bias, z_in, z_out, stride, padding, dilation, groups)
+    z_in, z_out = (None if gate is None else sample_gates_fwd(gate, None) for gate in (gates.input, gates.output))
+    return gated_conv2d_one_pass(x, weight, bias, z_in, z_out, window)
 
 
 def _slabs(x: torch.Tensor, weight: torch.Tensor, z_in: Maybe, z_out: Maybe, window: Window) -> Pair:

@@ -14,8 +14,8 @@ import triton
 from dampr.kernels import configs
 from dampr.kernels import gated_linear as linear_kernels
 from dampr.kernels import gated_linear_live as live_kernels
+from dampr.ops.gate_args import GateArgs, GatePair
 from dampr.ops.library import rows_of
-from dampr.spec import SAMPLE, GateSpec
 
 from . import host
 from .host import Maybe, Needs
@@ -24,70 +24,44 @@ from .routes import route
 Grads = tuple[Maybe, Maybe, Maybe, Maybe, Maybe]  # of x, weight, bias, input_log_alpha, output_log_alpha
 
 
-class Gates(NamedTuple):
-    """The log-alphas of a layer's gates, None where there is no gate, and their seeds, None where the rule needs none."""
-
-    input: Maybe
-    output: Maybe
-    input_seed: Maybe
-    output_seed: Maybe
-
-
 def gated_linear_fwd(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: Maybe,
-    input_log_alpha: Maybe,
-    output_log_alpha: Maybe,
-    input_seed: Maybe,
-    output_seed: Maybe,
-    spec: GateSpec,
-    per_sample: bool,
-    keep_pre: bool,
+    x: torch.Tensor, weight: torch.Tensor, bias: Maybe, gates: GatePair, keep_pre: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(y, pre): y = z_out * ((x * z_in) W^T + b), (..., N) in the dtype of x; pre is y before the output gate if ``keep_pre``, else empty.
 
     x: (..., K); weight: (N, K) and bias: (N,), in any floating dtype (float32 under autocast); log-alphas: float32, (K,) and (N,).
     """
-    gates = Gates(input_log_alpha, output_log_alpha, input_seed, output_seed)
-    if per_sample and spec.rule == SAMPLE and (input_log_alpha is not None or output_log_alpha is not None):
-        y, pre = _per_sample_fwd(rows_of(x), weight, bias, gates, spec, keep_pre)
+    if gates.per_sample and _any(gates):
+        y, pre = _per_sample_fwd(rows_of(x), weight, bias, gates, keep_pre)
         shape = *x.shape[:-1], weight.shape[0]
         return y.view(shape), pre.view(shape) if keep_pre else pre
     M, (N, K) = x.shape[:-1].numel(), weight.shape
-    if (input_log_alpha is not None or output_log_alpha is not None) and _route(M, N, K, x.dtype, False, x.device) == "live":
-        y = gated_linear_live_fwd(x, weight, bias, *gates, spec)
+    if _any(gates) and _route(M, N, K, x.dtype, False, x.device) == "live":
+        y = gated_linear_live_fwd(x, weight, bias, gates)
     else:
-        y = torch.nn.functional.linear(x, *_fold(weight, bias, gates, spec, x.dtype))
+        y = torch.nn.functional.linear(x, *fold_weight_fwd(weight, bias, gates, x.dtype))
     if not keep_pre:
         return y, x.new_empty(0)
-    return y, torch.nn.functional.linear(x, *_fold(weight, bias, gates._replace(output=None), spec, x.dtype))
+    return y, torch.nn.functional.linear(x, *fold_weight_fwd(weight, bias, gates._replace(output_log_alpha=None), x.dtype))
 
 
 def gated_linear_bwd(
-    dy: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: Maybe,
-    input_log_alpha: Maybe,
-    output_log_alpha: Maybe,
-    input_seed: Maybe,
-    output_seed: Maybe,
-    pre: torch.Tensor,
-    spec: GateSpec,
-    per_sample: bool,
-    needs: Needs,
+    dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: Maybe, gates: GatePair, pre: torch.Tensor, needs: Needs
 ) -> tuple[Maybe, ...]:
     """Gradients of x, weight, bias, input_log_alpha, output_log_alpha; None for one that ``needs`` does not ask for."""
-    gates, shape = Gates(input_log_alpha, output_log_alpha, input_seed, output_seed), x.shape
+    shape = x.shape
     dy, x = rows_of(dy), rows_of(x)
-    if per_sample and spec.rule == SAMPLE and (input_log_alpha is not None or output_log_alpha is not None):
+    if gates.per_sample and _any(gates):
         # Without a gradient of its own the output gate needs no activation; dy stands in for it, unread.
         pre = pre.reshape(dy.shape) if pre.numel() == dy.numel() else dy
-        dx, *others = _per_sample_bwd(dy, x, weight, bias, gates, pre, spec, needs)
+        dx, *others = _per_sample_bwd(dy, x, weight, bias, gates, pre, needs)
     else:
-        dx, *others = _fold_bwd(dy, x, weight, bias, gates, spec, needs)
+        dx, *others = _fold_bwd(dy, x, weight, bias, gates, needs)
     return None if dx is None else dx.view(shape), *others
+
+
+def _any(gates: GatePair) -> bool:
+    return gates.input_log_alpha is not None or gates.output_log_alpha is not None
 
 
 def _route(M: int, N: int, K: int, dtype: torch.dtype, per_sample: bool, device: torch.device) -> str:
@@ -97,9 +71,9 @@ def _route(M: int, N: int, K: int, dtype: torch.dtype, per_sample: bool, device:
 # ---- per batch: gates folded into the weight ---------------------------------------------------------------------------------------------
 
 
-def _fold(weight: torch.Tensor, bias: Maybe, gates: Gates, spec: GateSpec, dtype: torch.dtype) -> tuple[torch.Tensor, Maybe]:
-    """(W~, b~) in ``dtype``: the weight and the bias with their gates."""
-    if gates.input is None and gates.output is None:
+def fold_weight_fwd(weight: torch.Tensor, bias: Maybe, gates: GatePair, dtype: torch.dtype) -> tuple[torch.Tensor, Maybe]:
+    """(z_out W z_in, z_out b) in ``dtype``; weight: (N, K)."""
+    if not _any(gates):
         return weight.to(dtype), None if bias is None else bias.to(dtype)
     (N, K), (block_n, block_k) = weight.shape, configs.FOLD_FWD_TILE
     w, folded = host.rows(weight), host.empty(weight, (N, K), dtype)
@@ -108,56 +82,28 @@ def _fold(weight: torch.Tensor, bias: Maybe, gates: Gates, spec: GateSpec, dtype
         folded_bias = bias.to(dtype) if gates.output is None else host.empty(bias, (N,), dtype)
     # One column of tiles even for K = 0: it writes the bias.
     grid = (max(1, triton.cdiv(K, block_k)), triton.cdiv(N, block_n))
-    args = (w, *host.vectors(bias, *gates), folded, folded_bias, N, K, w.stride(0))
-    host.launch(linear_kernels._fold_fwd_kernel, grid, *args, BLOCK_N=block_n, BLOCK_K=block_k, GATE=spec)
+    args = (w, *host.vectors(bias, *gates[:4]), folded, folded_bias, N, K, w.stride(0))
+    host.launch(linear_kernels._fold_fwd_kernel, grid, *args, BLOCK_N=block_n, BLOCK_K=block_k, GATE=gates.spec)
     return folded, folded_bias
 
 
-def fold_weight_fwd(
-    weight: torch.Tensor,
-    bias: Maybe,
-    input_log_alpha: Maybe,
-    output_log_alpha: Maybe,
-    input_seed: Maybe,
-    output_seed: Maybe,
-    spec: GateSpec,
-    dtype: torch.dtype,
-) -> tuple[torch.Tensor, Maybe]:
-    """(z_out W z_in, z_out b) in ``dtype``; weight: (N, K)."""
-    return _fold(weight, bias, Gates(input_log_alpha, output_log_alpha, input_seed, output_seed), spec, dtype)
+def _fold_bwd(dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: Maybe, gates: GatePair, needs: Needs) -> Grads:
+    dx = dy @ fold_weight_fwd(weight, None, gates, x.dtype)[0] if needs[0] else None
+    dy_sum = dy.sum(0, dtype=torch.float32) if bias is not None and (needs[2] or needs[4]) else None
+    raw = dy.t() @ x if needs[1] or needs[3] or needs[4] else None
+    return dx, *fold_weight_bwd(raw, dy_sum, weight, bias, gates, needs[1:])
 
 
 def fold_weight_bwd(
-    raw: torch.Tensor,
-    raw_bias: Maybe,
-    weight: torch.Tensor,
-    bias: Maybe,
-    input_log_alpha: Maybe,
-    output_log_alpha: Maybe,
-    input_seed: Maybe,
-    output_seed: Maybe,
-    spec: GateSpec,
-    needs: Needs,
-) -> tuple[Maybe, ...]:
-    """Gradients of weight, bias and both log-alphas from those of the folded weight and bias, ``raw`` (N, K) and ``raw_bias`` (N,)."""
-    gates = Gates(input_log_alpha, output_log_alpha, input_seed, output_seed)
-    return _ungate(raw, raw_bias, weight, bias, gates, spec, needs)
-
-
-def _fold_bwd(dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: Maybe, gates: Gates, spec: GateSpec, needs: Needs) -> Grads:
-    dx = dy @ _fold(weight, None, gates, spec, x.dtype)[0] if needs[0] else None
-    dy_sum = dy.sum(0, dtype=torch.float32) if bias is not None and (needs[2] or needs[4]) else None
-    raw = dy.t() @ x if needs[1] or needs[3] or needs[4] else None
-    return dx, *_ungate(raw, dy_sum, weight, bias, gates, spec, needs[1:])
-
-
-def _ungate(
-    raw: Maybe, raw_bias: Maybe, weight: torch.Tensor, bias: Maybe, gates: Gates, spec: GateSpec, needs: Needs
+    raw: Maybe, raw_bias: Maybe, weight: torch.Tensor, bias: Maybe, gates: GatePair, needs: Needs
 ) -> tuple[Maybe, Maybe, Maybe, Maybe]:
-    """:func:`fold_weight_bwd`; ``raw`` is None where only the gradient of the bias is needed."""
+    """Gradients of weight, bias and both log-alphas from those of the folded weight and bias, ``raw`` (N, K) and ``raw_bias`` (N,).
+
+    ``raw`` may be None where only the gradient of the bias is needed.
+    """
     (N, K), (block_n, block_k) = weight.shape, configs.FOLD_BWD_TILE
     dbias = raw_bias.to(bias.dtype) if bias is not None and raw_bias is not None and needs[1] else None
-    if gates.input is None and gates.output is None:
+    if not _any(gates):
         return None if raw is None else raw.to(weight.dtype), dbias, None, None
     tiles_n, tiles_k = triton.cdiv(N, block_n), triton.cdiv(K, block_k)
     dweight = host.empty(weight, (N, K), weight.dtype) if needs[0] else None
@@ -165,76 +111,65 @@ def _ungate(
     out_partial = host.empty(weight, (tiles_k, N), torch.float32) if needs[3] else None
     if raw is not None:
         w = host.rows(weight)
-        args = (raw.contiguous(), w, *host.vectors(*gates), dweight, in_partial, out_partial, N, K, w.stride(0))
-        host.launch(linear_kernels._fold_bwd_kernel, (tiles_k, tiles_n), *args, BLOCK_N=block_n, BLOCK_K=block_k, GATE=spec)
-    dinput = fold_gate_bwd(in_partial, None, None, gates.input, gates.input_seed, None, spec)
+        args = (raw.contiguous(), w, *host.vectors(*gates[:4]), dweight, in_partial, out_partial, N, K, w.stride(0))
+        host.launch(linear_kernels._fold_bwd_kernel, (tiles_k, tiles_n), *args, BLOCK_N=block_n, BLOCK_K=block_k, GATE=gates.spec)
+    dinput = fold_gate_bwd(in_partial, gates.input)
     if gates.output is None:
         return dweight, dbias, dinput, None
     dbias = None if bias is None or not needs[1] else host.empty(bias, (N,), bias.dtype)
     raw_bias = None if raw_bias is None else raw_bias.float()
-    doutput = fold_gate_bwd(out_partial, bias, raw_bias, gates.output, gates.output_seed, dbias, spec)
+    doutput = fold_gate_bwd(out_partial, gates.output, bias, raw_bias, dbias)
     return dweight, dbias, dinput, doutput
 
 
-def fold_gate_bwd(partial: Maybe, bias: Maybe, dy_sum: Maybe, log_alpha: Maybe, seed: Maybe, dbias: Maybe, spec: GateSpec) -> Maybe:
+def fold_gate_bwd(partial: Maybe, gate: GateArgs | None, bias: Maybe = None, dy_sum: Maybe = None, dbias: Maybe = None) -> Maybe:
     """dlog_alpha of a (splits, n) workspace of dz, or None without one; fills ``dbias`` where that is asked for."""
-    if log_alpha is None or (partial is None and dbias is None):
+    if gate is None or (partial is None and dbias is None):
         return None
-    n, (block_s, block_n) = log_alpha.numel(), configs.REDUCE_TILE
-    dlog_alpha = None if partial is None else host.empty(log_alpha, (n,), torch.float32)
-    args = partial, *host.vectors(bias, dy_sum, log_alpha), seed, dlog_alpha, dbias, 0 if partial is None else partial.shape[0], n
+    n, (block_s, block_n) = gate.log_alpha.numel(), configs.REDUCE_TILE
+    dlog_alpha, splits = (None, 0) if partial is None else (host.empty(partial, (n,), torch.float32), partial.shape[0])
+    args = partial, *host.vectors(bias, dy_sum, gate.log_alpha), gate.seed, dlog_alpha, dbias, splits, n
     grid = (triton.cdiv(n, block_n),)
-    host.launch(linear_kernels._fold_gate_bwd_kernel, grid, *args, BLOCK_S=block_s, BLOCK_N=block_n, GATE=spec)
+    host.launch(linear_kernels._fold_gate_bwd_kernel, grid, *args, BLOCK_S=block_s, BLOCK_N=block_n, GATE=gate.spec)
     return dlog_alpha
 
 
 # ---- per batch: a GEMM over live blocks --------------------------------------------------------------------------------------------------
 
 
-def gated_linear_live_fwd(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: Maybe,
-    input_log_alpha: Maybe,
-    output_log_alpha: Maybe,
-    input_seed: Maybe,
-    output_seed: Maybe,
-    spec: GateSpec,
-) -> torch.Tensor:
+def gated_linear_live_fwd(x: torch.Tensor, weight: torch.Tensor, bias: Maybe, gates: GatePair) -> torch.Tensor:
     """y of :func:`gated_linear_fwd` per batch, without the blocks of input features and the output tiles whose gates are all 0."""
-    gates = Gates(input_log_alpha, output_log_alpha, input_seed, output_seed)
     rows, (N, K) = rows_of(x), weight.shape
     tile = configs.live_tile(rows.shape[0], N, K, *host.machine(x))
-    y = _live_gemm(rows, weight, bias, gates, *_live_blocks(rows, gates, K, tile.depth, spec), tile, spec)
+    y = _live_gemm(rows, weight, bias, gates, _live_blocks(rows, gates, K, tile.depth), tile)
     return y.view(*x.shape[:-1], N)
 
 
-def _live_blocks(x: torch.Tensor, gates: Gates, K: int, depth: int, spec: GateSpec) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(z, live, count) on the device of x: input gates (K,), the blocks with an open one, ascending, and how many, int32 (1,)."""
+class Live(NamedTuple):
+    """On the device of x: input gates z (K,), the blocks with an open one, ascending, and how many, int32 (1,)."""
+
+    z: torch.Tensor
+    blocks: torch.Tensor
+    number: torch.Tensor
+
+
+def _live_blocks(x: torch.Tensor, gates: GatePair, K: int, depth: int) -> Live:
     z = host.empty(x, (K,), torch.float32)
     live, count = (host.empty(x, (size,), torch.int32) for size in (triton.cdiv(K, depth), 1))
-    args = *host.vectors(gates.input), gates.input_seed, z, live, count, K
-    host.launch(live_kernels._live_blocks_kernel, (1,), *args, BLOCKS=configs.LIVE_BLOCKS, BLOCK_K=depth, GATE=spec)
-    return z, live, count
+    log_alpha, _, seed, _ = host.vectors(*gates[:4])
+    sizes = {"BLOCKS": configs.LIVE_BLOCKS, "BLOCK_K": depth, "GATE": gates.spec}
+    host.launch(live_kernels._live_blocks_kernel, (1,), log_alpha, seed, z, live, count, K, **sizes)
+    return Live(z, live, count)
 
 
-def _live_gemm(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: Maybe,
-    gates: Gates,
-    z: torch.Tensor,
-    live: torch.Tensor,
-    count: torch.Tensor,
-    tile: configs.Tile,
-    spec: GateSpec,
-) -> torch.Tensor:
+def _live_gemm(x: torch.Tensor, weight: torch.Tensor, bias: Maybe, gates: GatePair, live: Live, tile: configs.Tile) -> torch.Tensor:
     (M, K), N = x.shape, weight.shape[0]
     x, w = host.rows(x), host.rows(weight.to(x.dtype))
     y = host.empty(x, (M, N), x.dtype)
     blocks = {"BLOCK_M": tile.rows, "BLOCK_N": tile.cols, "BLOCK_K": tile.depth, "EVEN": K % tile.depth == 0}
-    args = (x, w, *host.vectors(bias), z, *host.vectors(gates.output), gates.output_seed, live, count, y, M, N, K, x.stride(0), w.stride(0))
-    sizes = host.gemm_options(tile, x, spec)
+    bias, _, log_alpha, _, seed = host.vectors(bias, *gates[:4])
+    args = (x, w, bias, live.z, log_alpha, seed, live.blocks, live.number, y, M, N, K, x.stride(0), w.stride(0))
+    sizes = host.gemm_options(tile, x, gates.spec)
     host.launch(live_kernels._gated_linear_live_fwd_kernel, (host.tiles(M, N, tile),), *args, **blocks, **sizes)
     return y
 
@@ -243,32 +178,32 @@ def _live_gemm(
 
 
 def _per_sample_fwd(
-    x: torch.Tensor, weight: torch.Tensor, bias: Maybe, gates: Gates, spec: GateSpec, keep_pre: bool
+    x: torch.Tensor, weight: torch.Tensor, bias: Maybe, gates: GatePair, keep_pre: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     (M, K), N, nothing = x.shape, weight.shape[0], x.new_empty(0)
     if _route(M, N, K, x.dtype, True, x.device) == "passes":
-        x = x if gates.input is None else _gate_rows(x, gates.input, gates.input_seed, spec)
+        x = x if gates.input is None else _gate_rows(x, gates.input)
         pre = torch.nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-        return pre if gates.output is None else _gate_rows(pre, gates.output, gates.output_seed, spec), pre if keep_pre else nothing
+        return pre if gates.output is None else _gate_rows(pre, gates.output), pre if keep_pre else nothing
     x, w = host.rows(x), host.rows(weight.to(x.dtype))
     y = host.empty(x, (M, N), x.dtype)
     kept = host.empty(x, (M, N), x.dtype) if keep_pre else None
     tile = configs.gemm_tile(M, N, K, *host.machine(x))
     blocks = {"BLOCK_M": tile.rows, "BLOCK_N": tile.cols, "BLOCK_K": tile.depth, "EVEN": K % tile.depth == 0}
-    args = (x, w, *host.vectors(bias, *gates), y, kept, M, N, K, x.stride(0), w.stride(0))
+    args = (x, w, *host.vectors(bias, *gates[:4]), y, kept, M, N, K, x.stride(0), w.stride(0))
     host.launch(
         linear_kernels._gated_linear_fwd_kernel,
         (host.tiles(M, N, tile),),
         *args,
         **blocks,
         **_grouped(N, K),
-        **host.gemm_options(tile, x, spec),
+        **host.gemm_options(tile, x, gates.spec),
     )
     return y, nothing if kept is None else kept
 
 
 def _per_sample_bwd(
-    dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: Maybe, gates: Gates, pre: torch.Tensor, spec: GateSpec, needs: Needs
+    dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: Maybe, gates: GatePair, pre: torch.Tensor, needs: Needs
 ) -> Grads:
     (M, K), N = x.shape, weight.shape[0]
     one_pass = _route(M, N, K, x.dtype, True, x.device) == "one_pass"
@@ -276,46 +211,43 @@ def _per_sample_bwd(
     gated_dy: Maybe = dy
     if gates.output is not None:
         wanted = not one_pass and (needs[0] or needs[1] or needs[3]), needs[4], needs[2]
-        gated_dy, doutput, db = _gate_rows_bwd(dy, pre, gates.output, gates.output_seed, spec, wanted)
+        gated_dy, doutput, db = _gate_rows_bwd(dy, pre, gates.output, wanted)
     elif needs[2]:
         db = dy.sum(0, dtype=torch.float32)
     dbias = None if db is None or bias is None else db.to(bias.dtype)
     if one_pass:
-        dx, dinput = _one_pass_bwd_dx(dy, x, weight, gates, spec, needs)
-        dweight = _one_pass_bwd_dw(dy, x, weight.dtype, gates, spec) if needs[1] else None
+        dx, dinput = _one_pass_bwd_dx(dy, x, weight, gates, needs)
+        dweight = _one_pass_bwd_dw(dy, x, weight.dtype, gates) if needs[1] else None
     else:
-        dx, dinput, dweight = _passes_bwd(gated_dy, x, weight, gates, spec, needs)
+        dx, dinput, dweight = _passes_bwd(gated_dy, x, weight, gates, needs)
     return dx, dweight, dbias, dinput, doutput
 
 
-def _passes_bwd(
-    gated_dy: Maybe, x: torch.Tensor, weight: torch.Tensor, gates: Gates, spec: GateSpec, needs: Needs
-) -> tuple[Maybe, Maybe, Maybe]:
+def _passes_bwd(gated_dy: Maybe, x: torch.Tensor, weight: torch.Tensor, gates: GatePair, needs: Needs) -> tuple[Maybe, Maybe, Maybe]:
     """(dx, dinput_log_alpha, dweight) for ``gated_dy`` = dy * z_out, which is None only where none of them is needed."""
     dx = dinput = dweight = None
     if gated_dy is not None and (needs[0] or needs[3]):
         dx = gated_dy @ weight.to(x.dtype)
         if gates.input is not None:
-            dx, dinput, _ = _gate_rows_bwd(dx, x, gates.input, gates.input_seed, spec, (needs[0], needs[3], False))
+            dx, dinput, _ = _gate_rows_bwd(dx, x, gates.input, (needs[0], needs[3], False))
     if gated_dy is not None and needs[1]:
-        gated_x = x if gates.input is None else _gate_rows(x, gates.input, gates.input_seed, spec)
+        gated_x = x if gates.input is None else _gate_rows(x, gates.input)
         dweight = (gated_dy.t() @ gated_x).to(weight.dtype)
     return dx, dinput, dweight
 
 
-def _gate_rows(t: torch.Tensor, log_alpha: torch.Tensor, seed: Maybe, spec: GateSpec) -> torch.Tensor:
+def _gate_rows(t: torch.Tensor, gate: GateArgs) -> torch.Tensor:
     """t * z in the dtype of t (M, n)."""
     (M, n), (block_m, block_n) = t.shape, configs.GATE_TILE
     t, gated = host.rows(t), host.empty(t, (M, n), t.dtype)
-    sizes = {"BLOCK_M": block_m, "BLOCK_N": block_n, "GROUPED": n % 4 == 0, "GATE": spec}
+    sizes = {"BLOCK_M": block_m, "BLOCK_N": block_n, "GROUPED": n % 4 == 0, "GATE": gate.spec}
     grid = (triton.cdiv(n, block_n) * triton.cdiv(M, block_m),)
-    host.launch(linear_kernels._gate_rows_fwd_kernel, grid, t, log_alpha.contiguous(), seed, gated, M, n, t.stride(0), **sizes)
+    args = t, gate.log_alpha.contiguous(), gate.seed, gated, M, n, t.stride(0)
+    host.launch(linear_kernels._gate_rows_fwd_kernel, grid, *args, **sizes)
     return gated
 
 
-def _gate_rows_bwd(
-    g: torch.Tensor, t: torch.Tensor, log_alpha: torch.Tensor, seed: Maybe, spec: GateSpec, wanted: tuple[bool, bool, bool]
-) -> tuple[Maybe, Maybe, Maybe]:
+def _gate_rows_bwd(g: torch.Tensor, t: torch.Tensor, gate: GateArgs, wanted: tuple[bool, bool, bool]) -> tuple[Maybe, Maybe, Maybe]:
     """(g z, dlog_alpha, column sum of g z) for the gradient g (M, n) of t z, those that are ``wanted``; float32 but for the first."""
     if not any(wanted):
         return None, None, None
@@ -324,16 +256,14 @@ def _gate_rows_bwd(
     splits, per_split = configs.split_rows(M, block_m, triton.cdiv(n, block_n))
     gated = host.empty(g, (M, n), g.dtype) if wanted[0] else None
     gate_partial, sum_partial = (host.empty(g, (splits, n), torch.float32) if want else None for want in wanted[1:])
-    args = (g, t, log_alpha.contiguous(), seed, gated, gate_partial, sum_partial, M, n, g.stride(0), t.stride(0), per_split)
-    sizes = {"BLOCK_M": block_m, "BLOCK_N": block_n, "GROUPED": n % 4 == 0, "GATE": spec}
+    args = (g, t, gate.log_alpha.contiguous(), gate.seed, gated, gate_partial, sum_partial, M, n, g.stride(0), t.stride(0), per_split)
+    sizes = {"BLOCK_M": block_m, "BLOCK_N": block_n, "GROUPED": n % 4 == 0, "GATE": gate.spec}
     host.launch(linear_kernels._gate_rows_bwd_kernel, (triton.cdiv(n, block_n), splits), *args, **sizes)
     dlog_alpha, total = (None if partial is None else host.reduce(partial, (n,), torch.float32) for partial in (gate_partial, sum_partial))
     return gated, dlog_alpha, total
 
 
-def _one_pass_bwd_dx(
-    dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, gates: Gates, spec: GateSpec, needs: Needs
-) -> tuple[Maybe, Maybe]:
+def _one_pass_bwd_dx(dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, gates: GatePair, needs: Needs) -> tuple[Maybe, Maybe]:
     if not (needs[0] or needs[3]):
         return None, None
     (M, K), N = x.shape, weight.shape[0]
@@ -342,19 +272,19 @@ def _one_pass_bwd_dx(
     dx = host.empty(x, (M, K), x.dtype) if needs[0] else None
     partial = host.empty(x, (triton.cdiv(M, tile.rows), K), torch.float32) if needs[3] else None
     blocks = {"BLOCK_M": tile.rows, "BLOCK_K": tile.cols, "BLOCK_N": tile.depth, "EVEN": N % tile.depth == 0}
-    args = (dy, x, w, *host.vectors(*gates), dx, partial, M, N, K, dy.stride(0), x.stride(0), w.stride(0))
+    args = (dy, x, w, *host.vectors(*gates[:4]), dx, partial, M, N, K, dy.stride(0), x.stride(0), w.stride(0))
     host.launch(
         linear_kernels._gated_linear_bwd_dx_kernel,
         (host.tiles(M, K, tile),),
         *args,
         **blocks,
         **_grouped(N, K),
-        **host.gemm_options(tile, x, spec),
+        **host.gemm_options(tile, x, gates.spec),
     )
     return dx, None if partial is None else host.reduce(partial, (K,), torch.float32)
 
 
-def _one_pass_bwd_dw(dy: torch.Tensor, x: torch.Tensor, dtype: torch.dtype, gates: Gates, spec: GateSpec) -> torch.Tensor:
+def _one_pass_bwd_dw(dy: torch.Tensor, x: torch.Tensor, dtype: torch.dtype, gates: GatePair) -> torch.Tensor:
     (M, K), N = x.shape, dy.shape[1]
     dy, x = host.rows(dy), host.rows(x)
     tile = configs.gemm_tile(M, N, K, *host.machine(x))
@@ -362,9 +292,14 @@ def _one_pass_bwd_dw(dy: torch.Tensor, x: torch.Tensor, dtype: torch.dtype, gate
     splits, per_split = configs.split_rows(M, tile.depth, tiles)
     partial = host.empty(x, (splits, N, K), torch.float32 if splits > 1 else dtype)
     blocks = {"BLOCK_N": tile.rows, "BLOCK_K": tile.cols, "BLOCK_M": tile.depth, "EVEN": splits * per_split == M}
-    args = (dy, x, *host.vectors(*gates), partial, M, N, K, dy.stride(0), x.stride(0), per_split)
+    args = (dy, x, *host.vectors(*gates[:4]), partial, M, N, K, dy.stride(0), x.stride(0), per_split)
     host.launch(
-        linear_kernels._gated_linear_bwd_dw_kernel, (tiles, splits), *args, **blocks, **_grouped(N, K), **host.gemm_options(tile, x, spec)
+        linear_kernels._gated_linear_bwd_dw_kernel,
+        (tiles, splits),
+        *args,
+        **blocks,
+        **_grouped(N, K),
+        **host.gemm_options(tile, x, gates.spec),
     )
     return host.reduce(partial, (N, K), dtype)
 

@@ -7,30 +7,31 @@ import triton
 
 from dampr.kernels import configs
 from dampr.kernels import gates as gate_kernels
-from dampr.spec import GateSpec
+from dampr.ops.gate_args import GateArgs
 
 from . import host
-from .host import Maybe
 
 
-def sample_gates_fwd(log_alpha: torch.Tensor, seed: Maybe, rows: int | None, spec: GateSpec) -> torch.Tensor:
+def sample_gates_fwd(gate: GateArgs, rows: int | None) -> torch.Tensor:
     """Gates of ``log_alpha`` (n,): float32 of shape (n,), or (rows, n) with a draw per row."""
+    log_alpha = gate.log_alpha.contiguous()
     n, height = log_alpha.numel(), 1 if rows is None else rows
     z = host.empty(log_alpha, (height, n), torch.float32)
     block_m, block_n = configs.GATE_VECTOR if height == 1 else configs.GATE_TILE
     grid = (triton.cdiv(n, block_n) * triton.cdiv(height, block_m),)
-    sizes = {"BLOCK_M": block_m, "BLOCK_N": block_n, "GROUPED": n % 4 == 0 or height == 1, "GATE": spec}
-    host.launch(gate_kernels._sample_gates_fwd_kernel, grid, log_alpha.contiguous(), seed, z, height, n, **sizes)
+    sizes = {"BLOCK_M": block_m, "BLOCK_N": block_n, "GROUPED": n % 4 == 0 or height == 1, "GATE": gate.spec}
+    host.launch(gate_kernels._sample_gates_fwd_kernel, grid, log_alpha, gate.seed, z, height, n, **sizes)
     return z.view(n) if rows is None else z
 
 
-def sample_gates_bwd(dz: torch.Tensor, log_alpha: torch.Tensor, seed: Maybe, rows: int | None, spec: GateSpec) -> torch.Tensor:
+def sample_gates_bwd(dz: torch.Tensor, gate: GateArgs, rows: int | None) -> torch.Tensor:
     """Gradient (n,) of ``log_alpha`` for that of its gates, ``dz``: (n,) or (rows, n), float32."""
+    log_alpha = gate.log_alpha.contiguous()
     n, height = log_alpha.numel(), 1 if rows is None else rows
     block_m, block_n = configs.GATE_VECTOR if height == 1 else configs.COLUMN_SUM_TILE
     splits, per_split = configs.split_rows(height, block_m, triton.cdiv(n, block_n))
     partial = host.empty(dz, (splits, n), torch.float32)
-    sizes = {"BLOCK_M": block_m, "BLOCK_N": block_n, "GROUPED": n % 4 == 0 or height == 1, "GATE": spec}
-    args = dz.contiguous(), log_alpha.contiguous(), seed, partial, height, n, per_split
+    sizes = {"BLOCK_M": block_m, "BLOCK_N": block_n, "GROUPED": n % 4 == 0 or height == 1, "GATE": gate.spec}
+    args = dz.contiguous(), log_alpha, gate.seed, partial, height, n, per_split
     host.launch(gate_kernels._sample_gates_bwd_kernel, (triton.cdiv(n, block_n), splits), *args, **sizes)
     return host.reduce(partial, (n,), torch.float32)

@@ -13,10 +13,11 @@ import triton
 from dampr.kernels import configs
 from dampr.kernels import gates as gate_kernels
 from dampr.kernels.dispatch import DEFAULT
+from dampr.ops.gate_args import Maybe
 from dampr.spec import GateSpec
 
 DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-Maybe = torch.Tensor | None
+
 Needs = Sequence[bool]
 
 

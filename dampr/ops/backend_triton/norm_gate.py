@@ -10,7 +10,8 @@ import triton
 from dampr.kernels import configs
 from dampr.kernels import norm_gate as kernels
 from dampr.ops.gate_activations import Planes, planes
-from dampr.spec import GateSpec
+from dampr.ops.gate_args import GateArgs
+from dampr.ops.norm_gate import Norm
 
 from . import host
 from .gates import sample_gates_bwd, sample_gates_fwd
@@ -31,62 +32,44 @@ class _Cut(NamedTuple):
     step: int
 
 
-def norm_gate_fwd(
-    x: torch.Tensor,
-    gain: Maybe,
-    bias: Maybe,
-    log_alpha: torch.Tensor,
-    seed: Maybe,
-    mean: Maybe,
-    var: Maybe,
-    eps: float,
-    spec: GateSpec,
-    per_sample: bool,
-    relu: bool,
-) -> tuple[torch.Tensor, Maybe, Maybe]:
+def norm_gate_fwd(x: torch.Tensor, norm: Norm, gate: GateArgs, mean: Maybe, var: Maybe) -> tuple[torch.Tensor, Maybe, Maybe]:
     """y in the dtype and the (dense) memory format of x, and the statistics of x where none are given."""
-    x, shape, _ = planes(x, 1, per_sample)
+    x, shape, _ = planes(x, 1, gate.per_sample)
     batch = mean is None or var is None
     if mean is None or var is None:
         mean, var = _statistics(x, shape)
-    y, z = torch.empty_like(x), sample_gates_fwd(log_alpha, seed, shape.outer if per_sample else None, spec)
-    _pass(x, None, z, host.vectors(gain, bias, mean, var), None, y, None, shape, eps, relu)
+    y, z = torch.empty_like(x), sample_gates_fwd(gate, gate.rows(shape.outer))
+    _pass(x, None, z, host.vectors(norm.gain, norm.bias, mean, var), None, y, None, shape, norm)
     return (y, mean, var) if batch else (y, None, None)
 
 
 def norm_gate_bwd(
     dy: torch.Tensor,
     x: torch.Tensor,
-    gain: Maybe,
-    bias: Maybe,
-    log_alpha: torch.Tensor,
-    seed: Maybe,
+    norm: Norm,
+    gate: GateArgs,
     mean: torch.Tensor,
     var: torch.Tensor,
-    eps: float,
-    spec: GateSpec,
-    per_sample: bool,
-    relu: bool,
     training: bool,
     needs: Needs,
 ) -> tuple[Maybe, Maybe, Maybe, Maybe]:
     """Gradients of x, gain, bias and log_alpha; None for one that ``needs`` does not ask for."""
-    x, shape, layout = planes(x, 1, per_sample)
-    dy, rows = dy.contiguous(memory_format=layout), shape.outer if per_sample else None
-    z, vectors = sample_gates_fwd(log_alpha, seed, rows, spec), host.vectors(gain, bias, mean, var)
+    x, shape, layout = planes(x, 1, gate.per_sample)
+    dy, rows = dy.contiguous(memory_format=layout), gate.rows(shape.outer)
+    z, vectors = sample_gates_fwd(gate, rows), host.vectors(norm.gain, norm.bias, mean, var)
     sums = dz = dx = None
     if training or any(needs[1:]):
         cut = _cut(shape)
         partial = host.empty(x, (cut.outer * cut.pieces, 2 * shape.n), torch.float32)
         if not x.numel():
             partial.zero_()
-        _pass(x, dy, z, vectors, None, None, partial, shape, eps, relu)
+        _pass(x, dy, z, vectors, None, None, partial, shape, norm)
         dz = torch.empty_like(z) if needs[3] else None
         sums = _finish(partial, z, vectors, dz, shape)
     if needs[0]:
         dx = torch.empty_like(x)
-        _pass(x, dy, z, vectors, sums if training else None, dx, None, shape, eps, relu)
-    dlog_alpha = None if dz is None else sample_gates_bwd(dz, log_alpha, seed, rows, spec)
+        _pass(x, dy, z, vectors, sums if training else None, dx, None, shape, norm)
+    dlog_alpha = None if dz is None else sample_gates_bwd(dz, gate, rows)
     dgain, dbias = (None if sums is None or not need else sums[i] for i, need in ((1, needs[1]), (0, needs[2])))
     return dx, dgain, dbias, dlog_alpha
 
@@ -135,14 +118,13 @@ def _pass(
     out: Maybe,
     partial: Maybe,
     shape: Planes,
-    eps: float,
-    relu: bool,
+    norm: Norm,
 ) -> None:
     """Fills ``out`` with y or dx, or ``partial`` with sums; the kernels say which."""
     if not x.numel():
         return
     cut = _cut(shape)
-    sizes = dict(zip(("BLOCK_M", "BLOCK_N"), cut.block, strict=True)) | {"EPS": eps, "RELU": relu, "PER_OUTER": shape.per_outer}
+    sizes = dict(zip(("BLOCK_M", "BLOCK_N"), cut.block, strict=True)) | {"EPS": norm.eps, "RELU": norm.relu, "PER_OUTER": shape.per_outer}
     tensors, count = (x, dy, z, *vectors, sums, out, partial), shape.outer * shape.middle * shape.inner
     if cut.columns:
         host.launch(kernels._norm_gate_columns_kernel, (cut.programs,), *tensors, shape.middle, shape.n, cut.step, count, **sizes)

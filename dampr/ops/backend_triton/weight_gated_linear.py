@@ -9,8 +9,8 @@ import triton
 
 from dampr.kernels import configs
 from dampr.kernels import weight_gated_linear as weight_kernels
+from dampr.ops.gate_args import GateArgs
 from dampr.ops.library import rows_of
-from dampr.spec import GateSpec
 
 from . import host
 from .gated_linear import fold_gate_bwd
@@ -19,9 +19,7 @@ from .host import Maybe, Needs
 from .routes import route
 
 
-def weight_gated_linear_fwd(
-    x: torch.Tensor, weight: torch.Tensor, bias: Maybe, log_alpha: torch.Tensor, seed: Maybe, spec: GateSpec, block: tuple[int, int]
-) -> torch.Tensor:
+def weight_gated_linear_fwd(x: torch.Tensor, weight: torch.Tensor, bias: Maybe, gate: GateArgs, block: tuple[int, int]) -> torch.Tensor:
     """y = x (W * Z)^T + b, (..., N) in the dtype of x, with a gate for each ``block`` = (R, C) of weights.
 
     x: (..., K); weight: (N, K) and bias: (N,), in any floating dtype (float32 under autocast); log_alpha: float32,
@@ -29,8 +27,8 @@ def weight_gated_linear_fwd(
     """
     (N, K), rows = weight.shape, rows_of(x)
     if route(rows.shape[0], N, K, x.dtype, block, False, x.device)[0] == "small_m":
-        return _small_m_fwd(rows, weight, bias, log_alpha, seed, spec).view(*x.shape[:-1], N)
-    folded = fold_blocks_fwd(weight, log_alpha, seed, spec, block, x.dtype)
+        return _small_m_fwd(rows, weight, bias, gate).view(*x.shape[:-1], N)
+    folded = fold_blocks_fwd(weight, gate, block, x.dtype)
     return torch.nn.functional.linear(x, folded, None if bias is None else bias.to(x.dtype))
 
 
@@ -39,9 +37,7 @@ def weight_gated_linear_bwd(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: Maybe,
-    log_alpha: torch.Tensor,
-    seed: Maybe,
-    spec: GateSpec,
+    gate: GateArgs,
     block: tuple[int, int],
     needs: Needs,
 ) -> tuple[Maybe, Maybe, Maybe, Maybe]:
@@ -49,46 +45,38 @@ def weight_gated_linear_bwd(
     shape, dy, x = x.shape, rows_of(dy), rows_of(x)
     dx = dbias = dweight = dlog_alpha = None
     if needs[0]:
-        dx = (dy @ fold_blocks_fwd(weight, log_alpha, seed, spec, block, x.dtype)).view(shape)
+        dx = (dy @ fold_blocks_fwd(weight, gate, block, x.dtype)).view(shape)
     if needs[1] or needs[3]:
-        dweight, dlog_alpha = fold_blocks_bwd(dy.t() @ x, weight, log_alpha, seed, spec, block, (needs[1], needs[3]))
+        dweight, dlog_alpha = fold_blocks_bwd(dy.t() @ x, weight, gate, block, (needs[1], needs[3]))
     if needs[2] and bias is not None:
         dbias = dy.sum(0, dtype=torch.float32).to(bias.dtype)
     return dx, dweight, dbias, dlog_alpha
 
 
-def fold_blocks_fwd(
-    weight: torch.Tensor, log_alpha: torch.Tensor, seed: Maybe, spec: GateSpec, block: tuple[int, int], dtype: torch.dtype
-) -> Any:
+def fold_blocks_fwd(weight: torch.Tensor, gate: GateArgs, block: tuple[int, int], dtype: torch.dtype) -> Any:
     """W * Z in ``dtype``; weight: (N, K)."""
-    return _gate_weight(weight, dtype, None, log_alpha, seed, spec, block)[0]
+    return _gate_weight(weight, dtype, None, gate, block)[0]
 
 
-def fold_blocks_bwd(
-    raw: torch.Tensor, weight: torch.Tensor, log_alpha: torch.Tensor, seed: Maybe, spec: GateSpec, block: tuple[int, int], needs: Needs
-) -> tuple[Maybe, Maybe]:
+def fold_blocks_bwd(raw: torch.Tensor, weight: torch.Tensor, gate: GateArgs, block: tuple[int, int], needs: Needs) -> tuple[Maybe, Maybe]:
     """Gradients of weight and log_alpha from that of the folded weight, ``raw`` (N, K)."""
     wanted = weight.dtype if needs[0] else None, weight if needs[1] else None
-    return _gate_weight(raw, *wanted, log_alpha, seed, spec, block)
+    return _gate_weight(raw, *wanted, gate, block)
 
 
-def _gate_weight(
-    t: torch.Tensor, dtype: torch.dtype | None, weight: Maybe, log_alpha: torch.Tensor, seed: Maybe, spec: GateSpec, block: tuple[int, int]
-) -> tuple[Maybe, Maybe]:
+def _gate_weight(t: torch.Tensor, dtype: torch.dtype | None, weight: Maybe, gate: GateArgs, block: tuple[int, int]) -> tuple[Maybe, Maybe]:
     """(t Z in ``dtype``, dlog_alpha = z' times the sums of ``weight`` t over gates) for t (N, K); None where dtype or weight is None."""
     gated = None if dtype is None else host.empty(t, (t.shape[0], t.shape[1]), dtype)
     if tuple(block) != (1, 1):
-        return gated, _gate_blocks(t, gated, weight, log_alpha, seed, spec, block)
-    dlog_alpha = None if weight is None else host.empty(log_alpha, (log_alpha.numel(),), torch.float32)
-    args = *host.vectors(t, weight, log_alpha), seed, gated, dlog_alpha, t.numel()
+        return gated, _gate_blocks(t, gated, weight, gate, block)
+    dlog_alpha = None if weight is None else host.empty(t, gate.log_alpha.shape, torch.float32)
+    args = *host.vectors(t, weight, gate.log_alpha), gate.seed, gated, dlog_alpha, t.numel()
     grid = (triton.cdiv(t.numel(), configs.WEIGHT_BLOCK),)
-    host.launch(weight_kernels._gate_weights_kernel, grid, *args, BLOCK=configs.WEIGHT_BLOCK, GATE=spec)
+    host.launch(weight_kernels._gate_weights_kernel, grid, *args, BLOCK=configs.WEIGHT_BLOCK, GATE=gate.spec)
     return gated, dlog_alpha
 
 
-def _gate_blocks(
-    t: torch.Tensor, gated: Maybe, weight: Maybe, log_alpha: torch.Tensor, seed: Maybe, spec: GateSpec, block: tuple[int, int]
-) -> Maybe:
+def _gate_blocks(t: torch.Tensor, gated: Maybe, weight: Maybe, gate: GateArgs, block: tuple[int, int]) -> Maybe:
     """Fills ``gated`` with t Z; returns dlog_alpha where there is a ``weight``."""
     N, K = t.shape
     R, C = max(1, min(block[0], N)), max(1, min(block[1], K))  # a block larger than the matrix is one of its size
@@ -97,25 +85,14 @@ def _gate_blocks(
     groups = triton.cdiv(N, R) * triton.cdiv(across, block_g)
     splits, per_split = configs.split_rows(R, block_r, groups)
     t, w = host.rows(t), None if weight is None else host.rows(weight)
-    partial = None if w is None else host.empty(t, (splits, log_alpha.numel()), torch.float32)
-    args = (
-        t,
-        w,
-        sample_gates_fwd(log_alpha, seed, None, spec),
-        gated,
-        partial,
-        N,
-        K,
-        t.stride(0),
-        0 if w is None else w.stride(0),
-        per_split,
-    )
+    partial = None if w is None else host.empty(t, (splits, gate.log_alpha.numel()), torch.float32)
+    args = t, w, sample_gates_fwd(gate, None), gated, partial, N, K, t.stride(0), 0 if w is None else w.stride(0), per_split
     sizes = {"R": R, "C": C, "BLOCK_R": block_r, "BLOCK_G": block_g, "BLOCK_C": block_c}
     host.launch(weight_kernels._gate_blocks_kernel, (groups, splits), *args, **sizes)
-    return fold_gate_bwd(partial, None, None, log_alpha, seed, None, spec)
+    return fold_gate_bwd(partial, gate)
 
 
-def _small_m_fwd(x: torch.Tensor, weight: torch.Tensor, bias: Maybe, log_alpha: torch.Tensor, seed: Maybe, spec: GateSpec) -> torch.Tensor:
+def _small_m_fwd(x: torch.Tensor, weight: torch.Tensor, bias: Maybe, gate: GateArgs) -> torch.Tensor:
     (M, K), N = x.shape, weight.shape[0]
     x = host.rows(x)
     tile = configs.small_m_tile(M, N, K, *host.machine(x))
@@ -123,7 +100,7 @@ def _small_m_fwd(x: torch.Tensor, weight: torch.Tensor, bias: Maybe, log_alpha: 
     splits, per_split = configs.split_rows(K, tile.depth, tiles)
     partial = host.empty(x, (splits, M, N), torch.float32 if splits > 1 else x.dtype)
     blocks = {"BLOCK_N": tile.rows, "BLOCK_M": tile.cols, "BLOCK_K": tile.depth, "EVEN": splits * per_split == K, "GROUPED": K % 4 == 0}
-    args = x, *host.vectors(weight, bias, log_alpha), seed, partial, M, N, K, x.stride(0), per_split
-    sizes = host.gemm_options(tile, x, spec)
+    args = x, *host.vectors(weight, bias, gate.log_alpha), gate.seed, partial, M, N, K, x.stride(0), per_split
+    sizes = host.gemm_options(tile, x, gate.spec)
     host.launch(weight_kernels._weight_gated_linear_fwd_kernel, (tiles, splits), *args, **blocks, **sizes)
     return host.reduce(partial, (M, N), x.dtype)

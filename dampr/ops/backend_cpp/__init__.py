@@ -1,0 +1,59 @@
+"""The CPU backend: gates in C++ (:mod:`dampr._C`, raw pointers), matrix products by torch's own GEMM.
+
+Per batch the gates are folded into the weight, one pass before the GEMM and one pass over the raw weight gradient after it. Per sample
+they are drawn while the activations are multiplied, and drawn again in the backward. Derivations: docs/kernels.md.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from dampr import _C  # type: ignore[attr-defined]
+
+from .dependency_generator import GENERATOR_PARAMETERS, dependency_generator_bwd, dependency_generator_fwd
+from .fold_weight import fold_weight_bwd, fold_weight_fwd
+from .gate_activations import gate_activations_bwd, gate_activations_fwd
+from .gated_linear import gated_linear_bwd, gated_linear_fwd
+from .gates import sample_gates_bwd, sample_gates_fwd
+from .host import CODES
+from .norm_gate import norm_gate_bwd, norm_gate_fwd
+from .routes import conv_route, route
+from .weight_gated_linear import fold_blocks_bwd, fold_blocks_fwd, weight_gated_linear_bwd, weight_gated_linear_fwd
+
+__all__ = [
+    "GENERATOR_PARAMETERS",
+    "conv_route",
+    "dependency_generator_bwd",
+    "dependency_generator_fwd",
+    "describe",
+    "fold_blocks_bwd",
+    "fold_blocks_fwd",
+    "fold_weight_bwd",
+    "fold_weight_fwd",
+    "gate_activations_bwd",
+    "gate_activations_fwd",
+    "gated_linear_bwd",
+    "gated_linear_fwd",
+    "norm_gate_bwd",
+    "norm_gate_fwd",
+    "route",
+    "sample_gates_bwd",
+    "sample_gates_fwd",
+    "unavailable",
+    "weight_gated_linear_bwd",
+    "weight_gated_linear_fwd",
+]
+
+
+def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
+    """The reason why this backend cannot run tensors of this device and dtype, or None."""
+    if device.type != "cpu":
+        return f"it runs on cpu tensors, not on {device.type}"
+    if dtype not in CODES:
+        return f"it takes float32, float64, bfloat16 and float16, not {dtype}"
+    return None
+
+
+def describe() -> str:
+    """The instruction set in use."""
+    return f"instruction set {_C.isa()}"

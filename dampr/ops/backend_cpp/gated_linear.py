@@ -1,0 +1,130 @@
+"""Gates on features: the whole layer in one call where it is tiny (``small.h`` of csrc), else in the weight or on the activations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from dampr import _C  # type: ignore[attr-defined]
+from dampr.ops import routes
+from dampr.ops.gate_args import GatePair, Maybe
+from dampr.ops.library import gates_activations, rows_of
+from dampr.spec import SAMPLE
+
+from .fold_weight import fold_weight_fwd, ungate
+from .gates import draw, gate_rows, gate_rows_bwd
+from .host import CODES, contiguous, ptr
+from .routes import SMALL, route
+
+
+def gated_linear_fwd(x: Tensor, weight: Tensor, bias: Maybe, gates: GatePair, keep_pre: bool) -> tuple[Tensor, Tensor]:
+    if _is_small(x, weight, gates):
+        return _small_fwd(x, weight, bias, gates, keep_pre)
+    if routes.forced_name() is not None:  # raises where it cannot serve this call
+        granularity, drawn = "input" if gates.output_log_alpha is None else "output", gates.spec.rule == SAMPLE and x.dtype == weight.dtype
+        route(x.shape[:-1].numel(), weight.shape[0], weight.shape[1], x.dtype, granularity, gates.per_sample, drawn=drawn)
+    nothing = x.new_empty(0)
+    if not (gates.per_sample or gates_activations(x, weight)):
+        return linear(x, *fold_weight_fwd(weight, bias, gates, x.dtype, passing=True)), nothing
+    if gates.input is not None:
+        x = gate_rows(rows_of(x), gates.input).view(x.shape)
+    pre = linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    if gates.output is None:
+        return pre, nothing
+    y = gate_rows(rows_of(pre), gates.output).view(pre.shape)
+    return y, pre if keep_pre else nothing
+
+
+def gated_linear_bwd(
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Maybe, gates: GatePair, pre: Tensor, needs: Sequence[bool]
+) -> tuple[Maybe, ...]:
+    if _is_small(x, weight, gates):
+        return _small_bwd(dy, x, weight, bias, gates, pre, needs)
+    rows, dy = rows_of(x), rows_of(dy)
+    if gates.per_sample or gates_activations(x, weight):
+        # Without a gradient of its own the output gate needs no activation; dy stands in for it, unread.
+        before = rows_of(pre) if pre.numel() == dy.numel() else dy
+        dx, *others = _bwd_on_activations(dy, rows, weight, bias, gates, before, needs)
+    else:
+        dx, *others = _bwd_fold(dy, rows, weight, bias, gates, needs)
+    return None if dx is None else dx.view(x.shape), *others
+
+
+def _is_small(x: Tensor, weight: Tensor, gates: GatePair) -> bool:
+    """Whether the extension computes the whole layer in one call. Not without gates, where the layer is the dense one to the bit."""
+    forced = routes.forced_name()
+    return (
+        (x.numel() * weight.shape[0] <= SMALL if forced is None else forced == "small")
+        and (gates.input_log_alpha is not None or gates.output_log_alpha is not None)
+        and gates.spec.rule == SAMPLE
+        and x.dtype == weight.dtype
+        and (x.dtype == torch.float32 or x.dtype == torch.float64)
+    )
+
+
+def _small_fwd(x: Tensor, weight: Tensor, bias: Maybe, gates: GatePair, keep_pre: bool) -> tuple[Tensor, Tensor]:
+    in_la, out_la, in_seed, out_seed = gates[:4]
+    y = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    pre = torch.empty_like(y) if keep_pre else x.new_empty(0)
+    held = contiguous(x, weight, bias, in_la, out_la)
+    args = *map(ptr, held), ptr(in_seed), ptr(out_seed), gates.per_sample, y.data_ptr(), ptr(pre) if keep_pre else 0
+    _C.small_fwd(gates.spec, *_sizes(x, weight), *args)
+    return y, pre
+
+
+def _small_bwd(
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Maybe, gates: GatePair, pre: Tensor, needs: Sequence[bool]
+) -> tuple[Maybe, ...]:
+    in_la, out_la, in_seed, out_seed = gates[:4]
+    held = contiguous(dy, x, weight, bias, in_la, out_la)
+    grads = [torch.empty_like(t) if need and t is not None else None for t, need in zip(held[1:], needs, strict=True)]
+    args = *map(ptr, held), ptr(in_seed), ptr(out_seed), gates.per_sample, pre.data_ptr(), *map(ptr, grads)
+    _C.small_bwd(gates.spec, *_sizes(x, weight), *args)
+    return tuple(grads)
+
+
+def _sizes(x: Tensor, weight: Tensor) -> tuple[int, int, int, int]:
+    """(dtype code, M, N, K)."""
+    return CODES[x.dtype], x.shape[:-1].numel(), *weight.shape
+
+
+def _bwd_fold(dy: Tensor, x: Tensor, weight: Tensor, bias: Maybe, gates: GatePair, needs: Sequence[bool]) -> tuple[Maybe, ...]:
+    need_x, need_w, need_b, need_in, need_out = needs
+    gate_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    sum_dy = dy.sum(0, dtype=gate_dtype) if bias is not None and (need_b or need_out) else None
+    if not (need_w or need_in or need_out):
+        z_out = draw(gates.output) if need_b else None
+        db = None if sum_dy is None or bias is None else (sum_dy if z_out is None else sum_dy * z_out).to(bias.dtype)
+        dx = dy @ fold_weight_fwd(weight, None, gates, x.dtype, passing=True)[0] if need_x else None
+        return dx, None, db, None, None
+    raw = dy.t() @ x  # (N, K): the weight gradient of the dense layer
+    *grads, folded = ungate(raw, sum_dy, weight, bias, gates, needs[1:], fold=need_x, in_place=True)
+    if need_x and folded is None:
+        folded, _ = fold_weight_fwd(weight, None, gates, x.dtype, passing=True)
+    return None if folded is None or not need_x else dy @ folded, *grads
+
+
+def _bwd_on_activations(
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Maybe, gates: GatePair, pre: Tensor, needs: Sequence[bool]
+) -> tuple[Maybe, ...]:
+    need_x, need_w, need_b, need_in, need_out = needs
+    dx = dw = din = dout = None
+    if gates.output is not None:
+        grads = gate_rows_bwd(pre, dy, gates.output, dx=True, xz=False, dlog_alpha=need_out)
+        assert grads.dx is not None
+        dy, dout = grads.dx, grads.dlog_alpha
+    db = dy.sum(0).to(bias.dtype) if need_b and bias is not None else None
+    back = dy @ weight.to(x.dtype) if need_x or need_in else None
+    xz: Maybe = x
+    if gates.input is None:
+        dx = back
+    elif back is not None:
+        dx, xz, din = gate_rows_bwd(x, back, gates.input, dx=need_x, xz=need_w, dlog_alpha=need_in, in_place=True)
+    elif need_w:
+        xz = gate_rows(x, gates.input)
+    if need_w and xz is not None:
+        dw = (dy.t() @ xz).to(weight.dtype)
+    return dx, dw, db, din, dout

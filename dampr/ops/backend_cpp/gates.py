@@ -1,0 +1,78 @@
+"""Gates drawn by themselves, and in the same pass multiplied into activations: ``rows.h`` of csrc."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dampr import _C  # type: ignore[attr-defined]
+from dampr.ops.gate_args import GateArgs, Maybe
+
+from .host import CODES, ptr
+
+
+def sample_gates_fwd(gate: GateArgs, rows: int | None) -> Tensor:
+    log_alpha = gate.log_alpha.contiguous()
+    n = log_alpha.numel()
+    z = log_alpha.new_empty(n if rows is None else (rows, n))
+    _C.gates_fwd(gate.spec, CODES[z.dtype], ptr(log_alpha), ptr(gate.seed), 1 if rows is None else rows, n, ptr(z), torch.get_num_threads())
+    return z
+
+
+def sample_gates_bwd(dz: Tensor, gate: GateArgs, rows: int | None) -> Tensor:
+    log_alpha = gate.log_alpha.contiguous()
+    dz, out = dz.to(log_alpha.dtype).contiguous(), torch.empty_like(log_alpha)
+    sizes = 1 if rows is None else rows, log_alpha.numel()
+    _C.gates_bwd(gate.spec, CODES[out.dtype], ptr(log_alpha), ptr(gate.seed), *sizes, ptr(dz), ptr(out), torch.get_num_threads())
+    return out
+
+
+def draw(gate: GateArgs | None) -> Maybe:
+    """One draw for all rows, or None."""
+    return None if gate is None else sample_gates_fwd(gate, None)
+
+
+def fold(weight: Tensor, z_out: Maybe, z_in: Maybe, out: Tensor) -> Tensor:
+    """Fills ``out`` with weight * z_out[:, None] * z_in[None, :], rounded once."""
+    weight = weight.contiguous()
+    codes = CODES[weight.dtype], CODES[out.dtype]
+    _C.fold_fwd(*codes, ptr(weight), *weight.shape, ptr(z_out), ptr(z_in), ptr(out), torch.get_num_threads())
+    return out
+
+
+def gate_rows(x: Tensor, gate: GateArgs) -> Tensor:
+    """x * z; x: (M, n)."""
+    if not gate.per_sample:
+        z = sample_gates_fwd(gate, None)
+        # A product that keeps the strides of x keeps the path of the GEMM, and so its rounding, as in the dense layer.
+        return fold(x, None, z, torch.empty_like(x)) if x.is_contiguous() else (x * z).to(x.dtype)
+    x, log_alpha = x.contiguous(), gate.log_alpha.contiguous()
+    out = torch.empty_like(x)
+    _C.gate_rows_fwd(gate.spec, CODES[x.dtype], ptr(x), *x.shape, ptr(log_alpha), ptr(gate.seed), ptr(out), torch.get_num_threads())
+    return out
+
+
+class RowGrads(NamedTuple):
+    """g * z, x * z and dlog_alpha = sum_m x g z'; None where not asked for."""
+
+    dx: Maybe
+    xz: Maybe
+    dlog_alpha: Maybe
+
+
+def gate_rows_bwd(x: Tensor, g: Tensor, gate: GateArgs, *, dx: bool, xz: bool, dlog_alpha: bool, in_place: bool = False) -> RowGrads:
+    """For the gradient g of x * z, both (M, n): whichever is asked for, from one redraw; ``in_place``: dx may take the place of g."""
+    x, g, log_alpha = x.contiguous(), g.contiguous(), gate.log_alpha.contiguous()
+    threads, gated = torch.get_num_threads(), (g if in_place else torch.empty_like(x)) if dx else None
+    if gate.per_sample:
+        out = RowGrads(gated, torch.empty_like(x) if xz else None, torch.empty_like(log_alpha) if dlog_alpha else None)
+        _C.gate_rows_bwd(gate.spec, CODES[x.dtype], ptr(x), ptr(g), *x.shape, ptr(log_alpha), ptr(gate.seed), *map(ptr, out), threads)
+        return out
+    z = sample_gates_fwd(gate, None)
+    dz = torch.empty_like(z) if dlog_alpha else None
+    if gated is not None or dz is not None:
+        _C.fold_bwd(CODES[g.dtype], CODES[x.dtype], ptr(g), ptr(x), *x.shape, 0, ptr(z), ptr(gated), 0, ptr(dz), threads)
+    grad = None if dz is None else sample_gates_bwd(dz, gate, None)
+    return RowGrads(gated, fold(x, None, z, torch.empty_like(x)) if xz else None, grad)

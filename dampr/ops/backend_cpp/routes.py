@@ -1,0 +1,60 @@
+"""Which way a gated linear map or convolution takes on the CPU, and why; names as in :mod:`dampr.ops.routes`."""
+
+from __future__ import annotations
+
+import torch
+
+from dampr.ops import routes
+from dampr.ops.library import choose_activations
+
+SMALL = 2**18  # multiply-adds up to which one call that does all, products included, beats several that are each faster
+
+
+def route(
+    M: int,
+    N: int,
+    K: int,
+    dtype: torch.dtype,
+    granularity: str | tuple[int, int],
+    per_sample: bool,
+    device: torch.device | None = None,
+    drawn: bool = True,
+) -> tuple[str, str]:
+    """(name, reason) of the route of x (M, K) through W (N, K). Raises ValueError for a forced one that it lacks.
+
+    ``drawn``: whether gates are drawn. Deterministic ones never go the small route: a fresh layer equals the dense one to the bit there.
+    """
+    if granularity == "weight" or isinstance(granularity, tuple):
+        routes.forced_linear(("fold",), granularity, per_sample)
+        return "fold", "one pass multiplies the gates into the weight, then torch's GEMM runs"
+    small = ("small",) if drawn and dtype in (torch.float32, torch.float64) else ()
+    if routes.forced_linear((*small, *(("passes",) if per_sample else ("fold", "activations"))), granularity, per_sample) is not None:
+        return str(routes.forced_name()), "forced by forced_route"
+    if small and M * N * K <= SMALL:
+        return "small", f"{M * N * K} multiply-adds: one call that does all is faster than several"
+    if per_sample:
+        return "passes", "every row has gates of its own: they are drawn while the activations are multiplied"
+    if choose_activations(M, N, K):
+        return (
+            "activations",
+            f"{M} rows are fewer than the {min(N, K)} of the weight's smaller side, so activations are smaller",
+        )
+    return "fold", f"{M} rows: the weight is the smaller operand, and one pass multiplies the gates into it"
+
+
+def conv_route(
+    weight: tuple[int, ...], groups: int, granularity: str | tuple[int, int], per_sample: bool, pointwise: bool, device: torch.device
+) -> tuple[str, str]:
+    """(name, reason) of the route of a convolution with a weight of this shape; ``pointwise``: it is a linear map on channels last.
+
+    A 1 x 1 convolution stays one unless told otherwise: oneDNN's is as fast as the linear map, and on deep layers twice as fast. Raises
+    ValueError where a forced route cannot serve the call.
+    """
+    vectors = granularity in ("input", "output", "both")
+    possible = ("passes",) if per_sample else ("fold", "linear") if vectors and pointwise else ("fold",)
+    name = routes.forced(possible, granularity, per_sample)
+    if name is not None:
+        return name, "forced by forced_route"
+    if per_sample:
+        return "passes", "every image has gates of its own: passes over the activations around torch's convolution"
+    return "fold", "one pass multiplies the gates into the filters, then torch's convolution runs"
