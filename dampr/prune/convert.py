@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from dampr.gates import DependencyGenerator, Gate
-from dampr.nn import GatedBatchNorm1d, GatedBatchNorm2d, GatedConv1d, GatedConv2d, GatedLinear, GatedMultiheadAttention
+from dampr.nn import GatedBatchNorm1d, GatedBatchNorm2d, GatedConv1d, GatedConv2d, GatedHeads, GatedLinear, GatedMultiheadAttention
 from dampr.nn.base import Granularity
 
-from . import graph, inputs, transformer
+from . import graph, heads, inputs, transformer
 
 Filter = Sequence[str | type] | str | type | None
 _REPLACEMENT: dict[type, Any] = {
@@ -80,7 +80,7 @@ def convert(
         inputs.check(example_inputs)
         with inputs.same_noise(model), inputs.unfused():
             before = inputs.evaluate(model, example_inputs)
-    chosen, skipped = _choose(model, granularity, include, exclude)
+    chosen, skipped = _choose(model, granularity, per_sample, include, exclude)
     plan = _place(model, chosen, granularity, example_inputs, tie)
     plan.skipped |= skipped
     if not plan.layers:
@@ -95,7 +95,7 @@ def convert(
         for name, layer in plan.layers.items():
             shared = gated.get(plan.shared_with.get(name, ""))
             own = gates.get(name, gate) if shared is None else shared.gate
-            gated[name] = _gated(name, layer, own, granularity, per_sample)
+            gated[name] = _gated(name, layer, own, granularity, per_sample, plan.heads.get(name))
             if name in plan.weights_per_gate:
                 gated[name].weights_per_gate = plan.weights_per_gate[name]
         if "" in gated:
@@ -121,7 +121,7 @@ def convert(
 class _Plan:
     """What is replaced, by name; which of these share the gate of which; what a gate in a norm saves; what is left out, and why.
 
-    ``order``: names in the order of calls.
+    ``order``: names in the order of calls. ``heads``: which of these layers project the heads of an attention.
     """
 
     layers: dict[str, nn.Module]
@@ -129,12 +129,15 @@ class _Plan:
     weights_per_gate: dict[str, float]
     skipped: dict[str, str]
     order: list[str]
+    heads: dict[str, heads.Attention] = field(default_factory=dict)
 
 
 def _place(model: nn.Module, chosen: dict[str, nn.Module], granularity: Granularity, example_inputs: Any, tie: bool) -> _Plan:
     plan = _Plan(dict(chosen), {}, {}, {}, list(chosen))
     if granularity != "output":
         return plan
+    attentions = heads.parts(model)
+    plan.heads = {name: attentions[layer] for name, layer in chosen.items() if layer in attentions}
     if example_inputs is None:
         convolution = next((name for name, layer in chosen.items() if isinstance(layer, nn.modules.conv._ConvNd)), None)
         if convolution and any(type(m) in _NORMS for m in model.modules()):
@@ -146,11 +149,12 @@ def _place(model: nn.Module, chosen: dict[str, nn.Module], granularity: Granular
     names = {module: name for name, module in reversed(list(model.named_modules(remove_duplicate=False)))}
     plan.layers, plan.order = {}, [names[module] for module in widths.called()]
     gates: dict[nn.Module, str] = {}  # whose outputs are gated, and the name of the layer that holds the gate
+    factors = _factors(chosen, widths)
     for name, layer in chosen.items():
-        if isinstance(layer, nn.MultiheadAttention):
+        if isinstance(layer, nn.MultiheadAttention) or name in plan.heads:
             plan.layers[name] = layer
             continue
-        reason = _why_not(layer, widths, tie)
+        reason = factors.get(name) or _why_not(layer, widths, tie)
         if reason is not None:
             plan.skipped[name] = reason
             continue
@@ -186,13 +190,25 @@ def _why_not(layer: nn.Module, widths: graph.Widths, tie: bool) -> str | None:
     return widths.why_not(layer)
 
 
+def _factors(chosen: dict[str, nn.Module], widths: graph.Widths) -> dict[str, str]:
+    """Of two layers whose outputs are multiplied channel by channel, the one that needs no gates, and why."""
+    names = {layer: name for name, layer in chosen.items()}
+    found: dict[str, str] = {}
+    for layer, factor in widths.multiplied.items():
+        if layer in names and factor in names and names[layer] not in found:
+            found[names[factor]] = f"its outputs only multiply those of {names[layer]!r}, whose gates close both"
+    return found
+
+
 def _norms_after(layer: nn.Module, widths: graph.Widths) -> list[nn.Module]:
     """The norms whose gates switch the outputs of ``layer`` off; none where they are better switched off in the layer."""
     norms = widths.norms_reading(layer)[0] if layer in widths else []
     return norms if all(type(norm) in _NORMS for norm in norms) else []
 
 
-def _choose(model: nn.Module, granularity: Granularity, include: Filter, exclude: Filter) -> tuple[dict[str, nn.Module], dict[str, str]]:
+def _choose(
+    model: nn.Module, granularity: Granularity, per_sample: bool, include: Filter, exclude: Filter
+) -> tuple[dict[str, nn.Module], dict[str, str]]:
     """Layers to replace by their first name, and why others of their kind are not.
 
     A layer that has several names, or is a part of a transformer layer, is excluded by any of these.
@@ -201,14 +217,16 @@ def _choose(model: nn.Module, granularity: Granularity, include: Filter, exclude
     for name, layer in model.named_modules(remove_duplicate=False):
         if type(layer) in _REPLACEMENT:
             names.setdefault(layer, []).append((name, layer))
-    chosen, skipped, owners = {}, {}, transformer.owners(model)
+    chosen, skipped, owners, attentions = {}, {}, transformer.owners(model), heads.parts(model)
     for layer, aliases in names.items():
-        above = owners.get(layer, [])
+        attention = attentions.get(layer)
+        above = owners.get(layer, []) + ([(attention.name, attention.module)] if attention else [])
         if not any(_hits(*alias, include, "include", default=True) for alias in aliases + above):
             continue
         if any(_hits(*alias, exclude, "exclude", default=False) for alias in aliases + above):
             continue
-        reason = transformer.left_out(layer, above, granularity)
+        reason = transformer.left_out(layer, owners.get(layer, []), granularity)
+        reason = reason or heads.left_out(layer, attention, granularity, per_sample)
         if reason is None:
             chosen[aliases[0][0]] = layer
         else:
@@ -223,8 +241,9 @@ def _generated(gate: Any, plan: _Plan, model: nn.Module, granularity: Granularit
         return {}
     options = {"init_scale": 0.0, **getattr(gate, "keywords", {})}
     names = sorted((name for name in plan.layers if name not in plan.shared_with), key=plan.order.index)
+    counts = [plan.heads[name].heads if name in plan.heads else _gate_count(plan.layers[name], granularity) for name in names]
     device = next((p.device for p in model.parameters()), None)
-    generator = DependencyGenerator([_gate_count(plan.layers[name], granularity) for name in names], device=device, **options)
+    generator = DependencyGenerator(counts, device=device, **options)
     return dict(zip(names, generator.gates(), strict=True))
 
 
@@ -237,7 +256,9 @@ def _gate_count(layer: nn.Module, granularity: Granularity) -> int:
     return count
 
 
-def _gated(name: str, layer: nn.Module, gate: Any, granularity: Granularity, per_sample: bool) -> nn.Module:
+def _gated(
+    name: str, layer: nn.Module, gate: Any, granularity: Granularity, per_sample: bool, of_heads: heads.Attention | None
+) -> nn.Module:
     gated: nn.Module
     if type(layer) in _NORMS:
         gated = _NORMS[type(layer)].from_dense(layer, gate=gate, per_sample=per_sample)
@@ -245,6 +266,9 @@ def _gated(name: str, layer: nn.Module, gate: Any, granularity: Granularity, per
         gated = GatedMultiheadAttention.from_dense(layer, gate=gate, per_sample=per_sample)
     elif not isinstance(layer.weight, nn.Parameter):
         raise ConversionError(f"layer {name!r}: its weight is computed from other tensors (weight_norm?), expected a plain nn.Parameter")
+    elif of_heads is not None:
+        assert isinstance(layer, nn.Linear)
+        gated = GatedHeads.from_dense(layer, heads=of_heads.heads, weights_per_gate=of_heads.weights_per_head(), gate=gate)
     else:
         gated = _REPLACEMENT[type(layer)].from_dense(layer, gate=gate, granularity=granularity, per_sample=per_sample)
     for attribute in _HOOKS:

@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import PackedSequence
 from dampr.nn.rnn import _GatedRecurrent
 
 from . import graph, inputs
-from .measure import count_macs, count_params
+from .measure import count_macs, count_params, macs_beside_layers
 from .structure import Structure
 
 _BATCH_NORMS = nn.modules.batchnorm._BatchNorm
@@ -64,6 +64,8 @@ class Cost:
         self.device = device = self.structure.gates[0].deterministic().device
         self._variables = _Variables(self.structure, device)
         self.sites = sites = list(_macs(plain, self._variables, example_inputs) if metric == "macs" else _params(plain, self._variables))
+        if metric == "macs":
+            sites += _attention_sites(self.structure, self._variables, example_inputs)
         self._read, self._written = (
             _Affine([getattr(site, side) for site in sites], self._variables.count, device) for side in ("read", "written")
         )
@@ -244,6 +246,15 @@ def _recurrent_sites(name: str, layer: nn.RNNBase, variables: _Variables, times:
         yield Site(name, handed_on, hidden, times * gates)
         if layer.proj_size:
             yield Site(name, hidden, handed_on, times)
+
+
+def _attention_sites(structure: Structure, variables: _Variables, example_inputs: Any) -> Iterator[Site]:
+    """The scores of each attention and what they weigh, in proportion to the heads that are left."""
+    if structure.attentions:
+        beside = macs_beside_layers(structure.plain, example_inputs, [attention.name for attention in structure.attentions])
+        for attention in structure.attentions:
+            columns = variables.width(attention.written, False)
+            yield Site(attention.name, Width(1), columns, beside[attention.name] / attention.written.in_features)
 
 
 def _uses(plain: nn.Module, example_inputs: Any) -> dict[nn.Module, int]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dampr.nn import Scale, ScaledRNN
 
-from . import graph
+from . import graph, heads
 
 _NORMS = nn.modules.batchnorm._NormBase
 Places = tuple[int, Tensor] | None  # of one dimension: its size before, and which of it are left; None where nothing was cut
@@ -47,7 +47,10 @@ def expand(model: nn.Module) -> nn.Module:
         raise ValueError(f"model={type(model).__name__}: expected the dampr_manifest that dampr.compact leaves")
     large = copy.deepcopy(model)
     del large.dampr_manifest
+    attentions = {attention.name: attention for attention in heads.find(large)}
     for name, entry in manifest["layers"].items():
+        if name in attentions:
+            continue  # its layers have entries of their own
         layer = _layer(large, name)
         for attribute, places in tensors_of(layer, entry).items():
             small = getattr(layer, attribute)
@@ -62,6 +65,9 @@ def expand(model: nn.Module) -> nn.Module:
             setattr(layer, attribute, size)
         if isinstance(layer, nn.RNNBase):
             layer._init_flat_weights()
+    for name, attention in attentions.items():
+        if name in manifest["layers"]:
+            attention.resize(len(manifest["layers"][name]["heads"]["kept"]), manifest["layers"][name]["heads"]["before"])
     return large
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -36,7 +37,23 @@ def count_macs(model: nn.Module, example_inputs: Any) -> int:
     A gated layer counts as its dense counterpart does. Attention is counted in its parts: the counter knows none of its fused kernels on a
     CPU, nor those of a whole encoder layer.
     """
+    return _counted(model, example_inputs).get_total_flops() // 2
+
+
+def macs_beside_layers(model: nn.Module, example_inputs: Any, names: Iterable[str]) -> dict[str, int]:
+    """The same for each of the modules ``names``, without what the layers inside of it count: of attention its scores and their use."""
+    counts = _counted(model, example_inputs).get_flop_counts()
+    root = type(model).__name__
+    flops = {name: sum(by_operator.values()) for name, by_operator in counts.items()}
+    found = {}
+    for name in names:
+        layers = [f"{root}.{name}.{inner}" for inner, m in model.get_submodule(name).named_modules() if inner and hasattr(m, "weight")]
+        found[name] = (flops.get(f"{root}.{name}", 0) - sum(flops.get(layer, 0) for layer in layers)) // 2
+    return found
+
+
+def _counted(model: nn.Module, example_inputs: Any) -> FlopCounterMode:
     counter = FlopCounterMode(display=False, custom_mapping=_RECURRENT)
     with inputs.unfused(), sdpa_kernel(SDPBackend.MATH), inputs.evaluating(model), torch.no_grad(), counter:
         inputs.call(model, example_inputs)
-    return counter.get_total_flops() // 2
+    return counter
