@@ -33,8 +33,9 @@ from dampr.prune import CompactionError, FileError, inputs
 from dampr.prune import heads as _heads
 
 from . import _uniform, _widths
+from ._trainer import DamprCallback
 
-__all__ = ["compact", "convert", "from_pretrained", "save_pretrained"]
+__all__ = ["DamprCallback", "compact", "convert", "from_pretrained", "save_pretrained"]
 
 
 def convert(
