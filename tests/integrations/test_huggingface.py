@@ -206,6 +206,28 @@ def test_a_budget_is_met(name: str) -> None:
     assert count_macs(huggingface.compact(model, example_inputs=x), x) == report.reached <= report.target
 
 
+def test_a_budget_of_equal_widths_needs_no_zeros(tmp_path: Any) -> None:
+    torch.manual_seed(0)
+    model, x = llama(num_key_value_heads=4)
+    huggingface.convert(model, example_inputs=x)
+    for layer in dampr.prune.gated_layers(model).values():
+        layer.gate.log_alpha.data.uniform_(-1, 3)
+    report = dampr.Budget(model, x, macs=0.7).finalize(same=["*.o_proj", "*.up_proj"])
+    small = huggingface.compact(model, example_inputs=x, uniform=True)
+    assert small.dampr_manifest["closed_but_kept"] == {}
+    assert count_macs(small, x) == report.reached <= report.target
+    huggingface.save_pretrained(small, tmp_path)
+    torch.testing.assert_close(logits(type(small).from_pretrained(tmp_path), x), logits(model, x), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "gpt2"])
+def test_dampr_save_and_load_know_them_too(name: str, tmp_path: Any) -> None:
+    _, x, small = pruned(name)
+    dampr.save(small, tmp_path / "small.safetensors")
+    again = dampr.load(tmp_path / "small.safetensors", built(name)[0])
+    torch.testing.assert_close(logits(again, x), logits(small, x))
+
+
 @pytest.mark.parametrize(("how", "kind"), [({"heads": False}, GatedLinear), ({"neurons": False}, GatedHeads)])
 @three_models
 def test_heads_or_neurons_alone(name: str, how: Any, kind: type) -> None:
