@@ -125,7 +125,7 @@ def _cut(
             reason = "other layers of its width still use them"
             try:
                 if layer not in widths:
-                    raise graph.CannotCutError("example_inputs do not reach the layer")
+                    raise graph.CannotCutError(widths.why_absent(layer))
                 dead = widths.removable(layer, writes, closed)
             except graph.CannotCutError as error:
                 reason = str(error)

@@ -122,6 +122,12 @@ class Widths:
     def __contains__(self, module: nn.Module) -> bool:
         return module in self._graph.module2node
 
+    def why_absent(self, layer: nn.Module) -> str:
+        """Why a layer is not in the graph."""
+        if any(layer in core.modules() for core in self._cores):
+            return "it is inside of an attention, of which only whole heads are cut"
+        return "example_inputs do not reach the layer"
+
     def reaches_output(self, module: nn.Module) -> bool:
         """Whether the outputs of ``module`` get to the model's output without being read by another layer on some path."""
         todo, seen = [self._graph.module2node[module]], set()
@@ -350,6 +356,7 @@ def _one_node(model: nn.Module, cores: set[nn.Module]) -> Iterator[None]:
     ``cores``: the attention of other libraries.
     """
     layers = [module for module in model.modules() if isinstance(module, (nn.RNNBase, *_ATTENTION)) or module in cores]
+    own = {layer: vars(layer)["forward"] for layer in layers if "forward" in vars(layer)}  # of libraries that wrap it
     for layer in layers:
         layer.forward = functools.partial(_call_as_one_node, layer, layer.forward)  # type: ignore[method-assign]
     try:
@@ -357,6 +364,8 @@ def _one_node(model: nn.Module, cores: set[nn.Module]) -> Iterator[None]:
     finally:
         for layer in layers:
             del layer.forward
+        for layer, forward in own.items():
+            layer.forward = forward  # type: ignore[method-assign]
 
 
 def _call_as_one_node(layer: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

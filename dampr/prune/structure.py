@@ -94,7 +94,7 @@ class Structure:
                 continue
             try:
                 if layer not in widths:
-                    raise graph.CannotCutError("example_inputs do not reach the layer")
+                    raise graph.CannotCutError(widths.why_absent(layer))
                 groups = widths.whole_width(layer, writes)
                 members |= {(m.module, m.writes) for group in groups for m in widths.members(group)}
             except graph.CannotCutError as error:
