@@ -6,15 +6,14 @@ from typing import Any
 
 from torch import Tensor
 from transformers import TrainerCallback
-from transformers.trainer_callback import ExportableState
 
 from dampr.gates import Gate
 from dampr.prune import Budget, gated_layers
 
-_NAME = "DamprCallback"
+_KEY = "dampr.Budget"  # no class of that name, or a Trainer that restores callbacks would try to make one
 
 
-class DamprCallback(TrainerCallback, ExportableState):
+class DamprCallback(TrainerCallback):
     """Adds the penalty of a :class:`dampr.Budget` to what a ``Trainer`` minimises, and steps the budget.
 
     The penalty does not depend on data, so its gradient is added once for each step of the optimizer, right before it, and not to the
@@ -38,19 +37,14 @@ class DamprCallback(TrainerCallback, ExportableState):
         self.budget = budget
         self._penalty: float | Tensor = 0.0
 
-    def state(self) -> dict[str, Any]:
-        """What goes into ``trainer_state.json``."""
-        return {"args": {}, "attributes": {"budget": self.budget.state_dict()}}
-
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **_: Any) -> None:
         for option in ("fp16", "deepspeed", "fsdp"):
             if getattr(args, option, None):
                 raise ValueError(f"TrainingArguments({option}={getattr(args, option)!r}): not supported with a budget; bf16 and DDP are")
         if optimizer is not None:
             _check_decay(model, optimizer)
-        saved = state.stateful_callbacks.get(_NAME)
-        if state.global_step and isinstance(saved, dict):
-            self.budget.load_state_dict(saved["attributes"]["budget"])
+        if state.global_step and _KEY in state.stateful_callbacks:
+            self.budget.load_state_dict(state.stateful_callbacks[_KEY])
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         penalty = self.budget.penalty()
@@ -60,6 +54,7 @@ class DamprCallback(TrainerCallback, ExportableState):
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.budget.step()
+        state.stateful_callbacks[_KEY] = self.budget.state_dict()  # goes into trainer_state.json
 
     def on_log(self, args: Any, state: Any, control: Any, model: Any = None, logs: Any = None, **_: Any) -> None:
         if logs is None or model is None:

@@ -96,22 +96,9 @@ def narrow(model: nn.Module, spec: Any) -> None:
     Raises: FileError where ``spec`` is not of the right form or does not fit the model.
     """
     check(spec)
-    transposed = set(to_linear(model))
-    layers, attentions = dict(model.named_modules()), {attention.name: attention for attention in heads.find(model)}
-    of_heads = {layer for layer, attention in heads.parts(model).items() if attention.name in spec["heads"]}
-    for name, count in spec["heads"].items():
-        if name not in attentions or not 0 < count <= attentions[name].heads:
-            raise FileError(f"config.{KEY}: heads of {name!r}: {count}, expected an attention of {type(model).__name__} with so many")
-    for name, sizes in spec["linear"].items():
-        layer = layers.get(name)
-        if not isinstance(layer, nn.Linear) or layer in of_heads:
-            raise FileError(f"config.{KEY}: linear {name!r}: expected a linear layer of {type(model).__name__} beside its pruned attention")
-        for size, whole in zip(sizes, (layer.in_features, layer.out_features), strict=True):
-            if size > whole:
-                raise FileError(f"config.{KEY}: linear {name!r}: {sizes}, expected at most {[layer.in_features, layer.out_features]}")
-    for name in spec["biases"]:
-        if not isinstance(layers.get(name), nn.Linear) or layers[name].bias is not None:
-            raise FileError(f"config.{KEY}: biases: {name!r}, expected a linear layer of {type(model).__name__} that has none")
+    transposed = to_linear(model)
+    _check_fit(model, spec)
+    layers: dict[str, Any] = dict(model.named_modules())
     with torch.device("cpu"):  # transformers builds models with another default, and indices are wanted here
         heads.cut(model, {name: list(range(count)) for name, count in spec["heads"].items()})
         for name, (read, written) in spec["linear"].items():
@@ -120,7 +107,28 @@ def narrow(model: nn.Module, spec: Any) -> None:
     for name in spec["biases"]:
         weight = layers[name].weight
         layers[name].bias = nn.Parameter(weight.new_zeros(len(weight)))
-    to_conv1d(model, sorted(transposed))
+    to_conv1d(model, transposed)
+
+
+def _check_fit(model: nn.Module, spec: dict[str, Any]) -> None:
+    """Raise FileError unless the layers that ``spec`` names are there, and no smaller than it says."""
+    kind, layers = type(model).__name__, dict(model.named_modules())
+    attentions = {attention.name: attention for attention in heads.find(model)}
+    of_heads = {layer for layer, attention in heads.parts(model).items() if attention.name in spec["heads"]}
+    for name, count in spec["heads"].items():
+        if name not in attentions or count > attentions[name].heads:
+            raise FileError(f"config.{KEY}: heads of {name!r}: {count}, expected an attention of {kind} with so many")
+    for name, sizes in spec["linear"].items():
+        layer = layers.get(name)
+        if not isinstance(layer, nn.Linear) or layer in of_heads:
+            raise FileError(f"config.{KEY}: linear {name!r}: expected a linear layer of {kind} beside its pruned attention")
+        whole = [layer.in_features, layer.out_features]
+        if any(size > most for size, most in zip(sizes, whole, strict=True)):
+            raise FileError(f"config.{KEY}: linear {name!r}: {sizes}, expected at most {whole}")
+    for name in spec["biases"]:
+        layer = layers.get(name)
+        if not isinstance(layer, nn.Linear) or layer.bias is not None:
+            raise FileError(f"config.{KEY}: biases: {name!r}, expected a linear layer of {kind} that has none")
 
 
 def check(spec: Any) -> None:

@@ -8,9 +8,12 @@ import pytest
 import torch
 
 import dampr
-from tests.integrations.test_huggingface import huggingface, llama, transformers, words  # skips where there is no transformers
 
+transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
+
+from dampr.integrations import huggingface  # noqa: E402
+from tests.integrations.test_huggingface import llama, words  # noqa: E402
 
 
 class Texts(torch.utils.data.Dataset):
@@ -79,11 +82,12 @@ def test_the_gradient_is_that_of_loss_plus_penalty(accumulate: int, tmp_path: An
     torch.testing.assert_close(found[0], expected)
 
 
-def test_a_training_that_resumes_goes_on_with_the_budget(tmp_path: Any) -> None:
+@pytest.mark.parametrize("restore", [False, True])
+def test_a_training_that_resumes_goes_on_with_the_budget(restore: bool, tmp_path: Any) -> None:
     model, budget = built()
     trainer(model, budget, tmp_path).train()
     again, other = built()
-    resumed = trainer(again, other, tmp_path)
+    resumed = trainer(again, other, tmp_path, restore_callback_states_from_checkpoint=restore)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     assert other.steps == 6
     assert float(other.multiplier) == pytest.approx(float(budget.multiplier), rel=1e-3)
