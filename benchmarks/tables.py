@@ -96,11 +96,26 @@ def _compare() -> str:
     return report.markdown(("family", "mean accuracy", "each seed", "MACs left", "open gates"), rows) + "\n"
 
 
+STRUCTURES = ("lstm_language_model", "gru_digits", "transformer_digits", "dam_recommender", "dam_graph")
+
+
+def _structures() -> str:
+    rows = []
+    for name in STRUCTURES:
+        r = _example(name)
+        for m in r["models"]:
+            quality = f"{m['quality']:.2%}" if r["metric"] == "accuracy" else f"{m['quality']:.4g}"
+            size = f"{m['params'] / 1e3:.1f}k", f"{m['macs'] / 1e6:.2f}M", f"{m['ms']:.2f}"
+            rows.append((f"[{name}.py](../examples/{name}.py)", r["data"], m["model"], f"{quality} {r['metric']}", *size))
+    return report.markdown(("script", "data", "model", "quality", "params", "MACs", "ms"), rows) + "\n"
+
+
 EXAMPLES = {
     "examples": _singles,
     "examples-dam-rank": _dam_rank,
     "examples-dam-autoencoder": _dam_autoencoder,
     "examples-compare": _compare,
+    "examples-structures": _structures,
 }
 
 

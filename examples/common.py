@@ -93,8 +93,11 @@ def train(
 
 def to_budget(
     model: nn.Module, data: datasets.Split, *, macs: float, epochs: int, settle: int, lr: float = 2e-3, gate_lr: float = 1e-1
-) -> dict[str, Any]:
-    """Prune down to a share of the MACs, compact, and train the compacted model for the last ``settle`` epochs: sizes and accuracy."""
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Prune down to a share (or number) of the MACs, compact, train the compacted model for the last ``settle`` epochs.
+
+    Returns it, and seconds, sizes and accuracy.
+    """
     pruning = max(1, epochs - settle)
     budget = dampr.Budget(model, data.x_test[:1], macs=macs, schedule=max(1, pruning * -(-len(data.x) // BATCH) * 3 // 4))
     seconds = train(model, data, epochs=pruning, lr=lr, penalty=lambda _: budget.penalty(), gate_lr=gate_lr, after_step=budget.step)
@@ -102,7 +105,7 @@ def to_budget(
     budget.finalize()
     small = dampr.compact(model, example_inputs=data.x_test[:64])
     seconds += train(small, data, epochs=settle, lr=lr / 2)
-    return {"seconds": seconds, "left_before_finalize": left, **sizes(model, small, data)}
+    return small, {"seconds": seconds, "left_before_finalize": left, **sizes(model, small, data)}
 
 
 def widths(model: nn.Module) -> str:

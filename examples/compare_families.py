@@ -41,7 +41,7 @@ def main() -> None:
             else:
                 dampr.convert(model, gate=FAMILIES[family], example_inputs=data.x_test[:8])
                 rate = 2e-2 if family == "dep_l0" else 1e-1
-                found = common.to_budget(model, data, macs=args.target, epochs=args.epochs, settle=SETTLE, gate_lr=rate)
+                _, found = common.to_budget(model, data, macs=args.target, epochs=args.epochs, settle=SETTLE, gate_lr=rate)
             runs.append({"family": family, "seed": seed, **found, "seconds": time.perf_counter() - start})
             print(family, seed, f"{found['accuracy']:.4f}", f"{found['macs'] / found['macs_dense']:.1%}", found["open"], flush=True)
     common.finish(__file__, {"data": name, "epochs": args.epochs, "target": args.target, "runs": runs}, not args.no_write)

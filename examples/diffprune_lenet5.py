@@ -17,7 +17,7 @@ def main() -> None:
     name, data = common.images(args.root, args.count)
     gate = functools.partial(dampr.gates.DiffPrune, stochastic=True, init_sigma=0.3)
     model = dampr.convert(demo.cnn(data.x.shape[1]), gate=gate, example_inputs=data.x_test[:64])
-    found = common.to_budget(model, data, macs=args.macs, epochs=args.epochs, settle=min(2, args.epochs - 1), gate_lr=args.gate_lr)
+    _, found = common.to_budget(model, data, macs=args.macs, epochs=args.epochs, settle=min(2, args.epochs - 1), gate_lr=args.gate_lr)
     result = {"method": "diffprune", "data": name, "seed": args.seed, "epochs": args.epochs, **found}
     common.finish(__file__, {**result, "published": "MNIST, LeNet-5: error 0.6 % (sizes not available)"}, not args.no_write)
 

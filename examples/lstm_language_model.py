@@ -26,35 +26,10 @@ from dampr.prune import Cost
 from examples import common
 
 BATCH, STEPS, EMBEDDING, HIDDEN = 64, 24, 96, 256
-MODULES = [
-    "argparse",
-    "ast",
-    "asyncio",
-    "collections",
-    "concurrent.futures",
-    "datetime",
-    "decimal",
-    "difflib",
-    "doctest",
-    "email.message",
-    "http.client",
-    "logging",
-    "pathlib",
-    "pickle",
-    "random",
-    "socket",
-    "sqlite3",
-    "ssl",
-    "statistics",
-    "string",
-    "subprocess",
-    "tarfile",
-    "threading",
-    "typing",
-    "unittest",
-    "urllib.request",
-    "zipfile",
-]
+MODULES = (
+    "argparse ast asyncio collections concurrent.futures datetime decimal difflib doctest email.message http.client logging pathlib pickle "
+    "random socket sqlite3 ssl statistics string subprocess tarfile threading unittest urllib.request zipfile"
+)
 
 
 class LanguageModel(nn.Module):
@@ -86,7 +61,7 @@ def corpus(root: Path | None, words: int, count: int) -> tuple[str, Tensor, Tens
 def documentation() -> list[str]:
     """Every documentation string of some modules, once."""
     found: dict[str, None] = {}
-    for module in map(import_module, MODULES):
+    for module in map(import_module, MODULES.split()):
         for thing in (module, *vars(module).values()):
             for member in (thing, *(vars(thing).values() if inspect.isclass(thing) else ())):
                 text = getattr(member, "__doc__", None)

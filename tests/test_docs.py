@@ -20,7 +20,9 @@ def test_the_readme_code_runs_as_printed(tmp_path):
     assert len([line for line in code.splitlines() if line.strip()]) <= 20
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert "compacted" in done.stdout
+    printed = re.compile(r"0: \d+ of 300\n2: \d+ of 100\nmacs: ([\d,]+) of 1,606,400 \(2[45]\.\d\d%\), target 401,600\n")
+    assert printed.fullmatch(done.stdout), done.stdout
+    assert printed.search(README), "the README shows another kind of output"
     assert (tmp_path / "small.safetensors").exists()
 
 

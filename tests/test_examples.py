@@ -12,6 +12,13 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted(path.stem for path in (ROOT / "examples").glob("*_*.py"))
 SHORT = ["--root", "digits", "--no-write"]
+OTHERS = {  # that do not train one image classifier, and how to make them short
+    "dam_rank": ["--seeds", "1", "--count", "100"],
+    "compare_families": ["--seeds", "1", "--epochs", "1", "--count", "300"],
+    "lstm_language_model": ["--epochs", "1", "--count", "6000", "--words", "300"],
+    "dam_recommender": ["--epochs", "2"],
+    "dam_graph": ["--epochs", "20", "--seeds", "1"],
+}
 
 
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], script: str, *arguments: str) -> dict:
@@ -25,7 +32,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], scr
     return json.loads(out[out.index("{\n") :])
 
 
-@pytest.mark.parametrize("script", [s for s in SCRIPTS if s not in ("dam_rank", "compare_families")])
+@pytest.mark.parametrize("script", [s for s in SCRIPTS if s not in OTHERS])
 def test_a_training_script_runs(monkeypatch, capsys, script) -> None:
     before = {path: path.read_bytes() for path in (ROOT / "examples" / "results").glob("*")}
     result = run(monkeypatch, capsys, script, "--epochs", "1")
@@ -38,13 +45,23 @@ def test_a_training_script_runs(monkeypatch, capsys, script) -> None:
 
 
 def test_the_rank_script_runs(monkeypatch, capsys) -> None:
-    result = run(monkeypatch, capsys, "dam_rank", "--seeds", "1", "--count", "100")
+    result = run(monkeypatch, capsys, "dam_rank", *OTHERS["dam_rank"])
     assert [r["kernel"] for r in result["runs"]] == ["linear", "linear", "linear", "mlp", "quadratic"]
 
 
 def test_the_comparison_has_every_family(monkeypatch, capsys) -> None:
-    result = run(monkeypatch, capsys, "compare_families", "--seeds", "1", "--epochs", "1", "--count", "300")
+    result = run(monkeypatch, capsys, "compare_families", *OTHERS["compare_families"])
     assert [r["family"] for r in result["runs"]] == ["dense", "hard_concrete", "dep_l0", "dam", "diffprune", "diffmask"]
+
+
+@pytest.mark.parametrize("script", ["lstm_language_model", "dam_recommender", "dam_graph"])
+def test_sizes_quality_and_speed_stand_side_by_side(monkeypatch, capsys, script) -> None:
+    result = run(monkeypatch, capsys, script, *OTHERS[script])
+    assert len(result["models"]) >= 3
+    for row in result["models"]:
+        assert min(row["params"], row["macs"], row["ms"], row["quality"]) > 0
+    if script == "lstm_language_model":
+        assert result["hidden"] == {"dense": 256, "narrow": 128, "pruned": 128}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -72,13 +72,12 @@ def convert(
     try:
         projections = {attention.written for attention in _heads.find(model)}
         unknown = _in_unknown_attention(model)
-        unwanted = [
+        wanted = [
             name
             for name, layer in model.named_modules()
-            if isinstance(layer, nn.Linear) and (name in unknown or not (heads if layer in projections else neurons))
+            if isinstance(layer, nn.Linear) and name not in unknown and (heads if layer in projections else neurons)
         ]
-        rules = [exclude] if isinstance(exclude, (str, type)) else list(exclude)
-        dampr.prune.convert(model, gate=gate, exclude=[*rules, *unwanted], example_inputs=example_inputs)
+        dampr.prune.convert(model, gate=gate, include=wanted, exclude=exclude, example_inputs=example_inputs)
     except BaseException:
         _widths.to_conv1d(model, transposed)
         raise

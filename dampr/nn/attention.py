@@ -135,6 +135,11 @@ class GatedMultiheadAttention(GatedLayer, nn.MultiheadAttention):
         return _joined(self.out_proj, heads, weights, average, batched)
 
     @classmethod
+    def gates_for(cls, layer: nn.MultiheadAttention, granularity: str = "output") -> int:
+        """How many gates a dense ``layer`` would have, one for each head."""
+        return layer.num_heads
+
+    @classmethod
     def from_dense(
         cls, layer: nn.MultiheadAttention, *, gate: str | type[Gate] | Gate = "hard_concrete", per_sample: bool = False
     ) -> GatedMultiheadAttention:

@@ -344,6 +344,11 @@ class GatedEmbedding(GatedLayer, nn.Embedding):
         return functional.gate_activations(flat, z, dim=0, spec=VALUE).view(rows.shape)
 
     @classmethod
+    def gates_for(cls, layer: nn.Embedding, granularity: str = "output") -> int:
+        """How many gates a dense ``layer`` would have."""
+        return layer.num_embeddings if granularity == "input" else layer.embedding_dim
+
+    @classmethod
     def from_dense(
         cls,
         layer: nn.Embedding,
@@ -360,7 +365,7 @@ class GatedEmbedding(GatedLayer, nn.Embedding):
         if type(layer) is not nn.Embedding:
             raise TypeError(f"layer={type(layer).__name__}: expected exactly nn.Embedding")
         _checks.one_of("granularity", granularity, VECTOR_GRANULARITIES)
-        own = make_gate(gate, layer.num_embeddings if granularity == "input" else layer.embedding_dim, layer.weight.device)
+        own = make_gate(gate, cls.gates_for(layer, granularity), layer.weight.device)
         how: dict[str, Any] = {"gate": own, "granularity": granularity, "per_sample": per_sample}
         gated = cls(**_table(layer), _weight=layer.weight.detach(), **how)
         gated.weight = layer.weight

@@ -54,6 +54,12 @@ class _GatedNorm(GatedLayer):
         return self.per_sample and self.gate.spec.rule == SAMPLE
 
     @classmethod
+    def gates_for(cls, layer: Any, granularity: str = "output") -> int:
+        """How many gates a dense ``layer`` would have, one for each channel."""
+        count: int = layer.num_features if hasattr(layer, "num_features") else math.prod(layer.normalized_shape)
+        return count
+
+    @classmethod
     def from_dense(cls, layer: Any, *, gate: str | type[Gate] | Gate = "hard_concrete", per_sample: bool = False) -> Any:
         """A gated norm with the very parameters and statistics of ``layer``, not copies. Raises TypeError unless its type is exactly the
         dense one.

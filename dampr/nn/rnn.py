@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -61,9 +62,10 @@ class _GatedRecurrent(GatedLayer, nn.RNNBase):
         plain = self._dense.__new__(self._dense)  # a shell around this layer's attributes: nothing of self changes during a call
         weights = self._folded(z)
         plain.__dict__.update(self.__dict__, _flat_weights=weights, _flat_weight_refs=[None] * len(weights))
+        run = functools.partial(self._dense.forward, plain)  # whoever replaced self.forward meant this layer, not the shell
         if self.proj_size:
-            return plain.forward(input, _times(hx, lambda: (z != 0).to(z.dtype)))
-        return _gated_call(plain.forward, z, self._directions, input, hx)
+            return run(input, _times(hx, lambda: (z != 0).to(z.dtype)))
+        return _gated_call(run, z, self._directions, input, hx)
 
     def _folded(self, z: Tensor) -> list[Tensor]:
         """Every weight in the order of the vendor's kernel, with the gates z (layers * directions, P) in those that they reach."""
@@ -84,6 +86,11 @@ class _GatedRecurrent(GatedLayer, nn.RNNBase):
         return _one_buffer(folded) if folded[0].is_cuda else folded
 
     @classmethod
+    def gates_for(cls, layer: nn.RNNBase, granularity: str = "output") -> int:
+        """How many gates a dense ``layer`` would have, one for each unit (each projected one) of each layer and direction."""
+        return layer.num_layers * (1 + layer.bidirectional) * (layer.proj_size or layer.hidden_size)
+
+    @classmethod
     def from_dense(cls, layer: Any, *, gate: str | type[Gate] | Gate = "hard_concrete") -> Any:
         """A gated layer with the very parameters of ``layer``, not copies. Raises TypeError unless its type is exactly the dense one.
 
@@ -92,8 +99,7 @@ class _GatedRecurrent(GatedLayer, nn.RNNBase):
         """
         if type(layer) is not cls._dense:
             raise TypeError(f"layer={type(layer).__name__}: expected exactly nn.{cls._dense.__name__}")
-        count = layer.num_layers * (1 + layer.bidirectional) * (layer.proj_size or layer.hidden_size)
-        own = make_gate(gate, count, layer.weight_ih_l0.device)
+        own = make_gate(gate, cls.gates_for(layer), layer.weight_ih_l0.device)
         build: Any = cls
         arguments = {name: getattr(layer, name) for name in cls._arguments}
         gated = build(**arguments, device="meta", dtype=layer.weight_ih_l0.dtype, gate=own)

@@ -322,6 +322,10 @@ class _Pruned(_Layer):
     def _sum(self, index: int, x: Tensor, branch: Callable[[], Tensor]) -> Tensor:
         return x if isinstance(getattr(self, self._sublayers[index]), _Removed) else x + branch()
 
+    def is_whole(self) -> bool:
+        """Whether every head and sublayer is there, as after :func:`dampr.expand`, so that torch's own layer would do."""
+        return not any(isinstance(part, (_Removed, PrunedMultiheadAttention)) for part in self.children())
+
     def arguments(self) -> dict[str, Any]:
         """What its constructor takes for such a layer, as plain data. Raises TypeError for an activation without a name."""
         norm = next((m for m in self.modules() if isinstance(m, nn.LayerNorm)), None)

@@ -6,6 +6,7 @@ from .convert import ConversionError, convert
 from .cost import Cost
 from .expand import expand
 from .files import FileError, load, save
+from .latency import Latency
 from .summary import Summary, gated_layers, param_groups, penalty, summary
 from .verify import GateCheck, Verification, verify_model
 
@@ -18,6 +19,7 @@ __all__ = [
     "Cost",
     "FileError",
     "GateCheck",
+    "Latency",
     "Summary",
     "Verification",
     "compact",

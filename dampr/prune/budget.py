@@ -18,6 +18,7 @@ from dampr.gates import Fixed, Gate
 from . import inputs
 from .compact import compact
 from .cost import Cost
+from .latency import Latency
 from .measure import count_macs, count_params
 from .summary import gated_layers
 
@@ -32,12 +33,12 @@ class BudgetError(RuntimeError):
 
 @dataclass(frozen=True)
 class BudgetReport:
-    """What :meth:`Budget.finalize` did: counted after compaction, ``reached`` of ``total``; gates per layer, before and now open."""
+    """What :meth:`Budget.finalize` did: ``reached`` of ``total``, counted after compaction (seconds: by the table); gates, all and open."""
 
     metric: str
-    target: int
-    reached: int
-    total: int
+    target: float
+    reached: float
+    total: float
     widths: dict[str, tuple[int, int]]
     notes: dict[str, str] = field(default_factory=dict)
 
@@ -46,7 +47,10 @@ class BudgetReport:
 
     def __str__(self) -> str:
         lines = [f"{name}: {left} of {count}" for name, (count, left) in self.widths.items()]
-        lines.append(f"{self.metric}: {self.reached:,} of {self.total:,} ({self.reached / self.total:.2%}), target {self.target:,}")
+        reached, total, target = (
+            f"{n * 1e3:.3f} ms" if self.metric == "latency" else f"{n:,}" for n in (self.reached, self.total, self.target)
+        )
+        lines.append(f"{self.metric}: {reached} of {total} ({self.reached / self.total:.2%}), target {target}")
         return "\n".join(lines + [f"{name}: {note}" for name, note in self.notes.items()])
 
 
@@ -62,8 +66,9 @@ class Budget:
         model: with gated layers; gates of all families, tied ones, of norms, recurrent layers, residual branches. Gates on single weights
             or blocks cut no channels of their own and are left alone.
         example_inputs: as for :func:`dampr.compact`; MACs are those of one pass over them.
-        macs, params: exactly one of them: a share of the model as it is, in (0, 1), or a count, an int above 1. Several in a sequence give
-            a :attr:`snapshots` entry each when the cost of the evaluated gates first comes down to them; the lowest is the target.
+        macs, params, latency: exactly one of them: a share of the model as it is, in (0, 1), or (not for latency) a count, an int above
+            1. Latency is that of a table of this device's times, measured here and now (:class:`Latency`). Several in a sequence give a
+            :attr:`snapshots` entry each when the cost of the evaluated gates first comes down to them; the lowest is the target.
         schedule: how the goal sinks from 1 to the target. An int: in that many steps, cubically (Zhu and Gupta 2017), fast at first. A
             function from steps to the share of the way, in [0, 1]. None: it is the target from the start.
         warmup: steps before that, in which the penalty is 0.
@@ -89,14 +94,16 @@ class Budget:
         *,
         macs: Target | Sequence[Target] | None = None,
         params: Target | Sequence[Target] | None = None,
+        latency: float | Sequence[float] | None = None,
         schedule: Schedule = None,
         warmup: int = 0,
         strength: float = 10.0,
         rate: float = 0.02,
     ) -> None:
-        given = {name: value for name, value in (("macs", macs), ("params", params)) if value is not None}
+        wishes = {"macs": macs, "params": params, "latency": latency}
+        given = {name: value for name, value in wishes.items() if value is not None}
         if len(given) != 1:
-            raise ValueError(f"macs={macs!r}, params={params!r}: expected exactly one of them")
+            raise ValueError(f"macs={macs!r}, params={params!r}, latency={latency!r}: expected exactly one of them")
         if not gated_layers(model):
             raise ValueError(f"model={type(model).__name__}: expected gated layers in it (dampr.convert puts them there)")
         ((metric, wanted),) = given.items()
@@ -113,7 +120,7 @@ class Budget:
         for value in listed:
             _check_target(metric, value)
         self._model, self._inputs = model, example_inputs
-        self._cost = Cost(model, example_inputs, self.metric)
+        self._cost = Latency(model, example_inputs) if metric == "latency" else Cost(model, example_inputs, metric)
         if not bool(self._cost.prunable.any()):
             raise ValueError(f"model={type(model).__name__}: no gate of it cuts anything {self._cost.structure.notes or ''}")
         self.targets = sorted({self._absolute(value): value for value in listed}.items(), reverse=True)
@@ -124,12 +131,12 @@ class Budget:
         self._gap = self._measure()
 
     @property
-    def total(self) -> int:
+    def total(self) -> float:
         """The cost of the model as it is."""
         return self._cost.total
 
     @property
-    def target(self) -> int:
+    def target(self) -> float:
         """What the cost of the compacted model shall be, the lowest of the targets."""
         return self.targets[-1][0]
 
@@ -217,10 +224,12 @@ class Budget:
     def _measure(self) -> Tensor:
         return self._cost(self._cost.decision()) / self.total - self.goal
 
-    def _absolute(self, value: Target) -> int:
-        return value if isinstance(value, int) else math.floor(value * self.total)
+    def _absolute(self, value: Target) -> float:
+        if isinstance(value, int) or self.metric == "latency":
+            return value if isinstance(value, int) else value * self.total
+        return math.floor(value * self.total)
 
-    def _fit(self, model: nn.Module, target: int, round_to: int, min_width: int, same: list[list[int]]) -> BudgetReport:
+    def _fit(self, model: nn.Module, target: float, round_to: int, min_width: int, same: list[list[int]]) -> BudgetReport:
         """Fix the gates of ``model``, which has the structure of the budget's own, at ``target``."""
         gates = _gates(model)
         aim, reached = target, target + 1
@@ -229,7 +238,8 @@ class Budget:
             fixed = _fixed(gates, chosen)
             trial = copy.deepcopy(model)
             inputs.replace(trial, dict(zip(_gates(trial), fixed, strict=True)))
-            reached = _COUNT[self.metric](compact(trial, example_inputs=self._inputs), self._inputs)
+            small = compact(trial, example_inputs=self._inputs)
+            reached = _COUNT[self.metric](small, self._inputs) if self.metric in _COUNT else float(self._cost(chosen))
             if reached <= target:
                 break
             aim -= reached - target
@@ -249,7 +259,7 @@ def _gates(model: nn.Module) -> list[Gate]:
 
 
 @torch.no_grad()
-def _choose(cost: Cost, gates: Sequence[Gate], target: int, round_to: int, min_width: int, same: list[list[int]]) -> Tensor:
+def _choose(cost: Cost, gates: Sequence[Gate], target: float, round_to: int, min_width: int, same: list[list[int]]) -> Tensor:
     """The gates to open: bool, (all gates,). By bisection over their order, then whatever else still fits."""
     chosen, increments = _increments(cost, gates, round_to, min_width, same)
 
@@ -358,7 +368,7 @@ def _progress(schedule: Schedule) -> Callable[[int], float]:
 
 
 def _check_target(name: str, value: Any) -> None:
-    count = isinstance(value, int) and not isinstance(value, bool) and value > 1
+    count = isinstance(value, int) and not isinstance(value, bool) and value > 1 and name != "latency"
     share = isinstance(value, float) and 0 < value < 1
     if not (count or share):
-        raise ValueError(f"{name}={value!r}: expected a share in (0, 1), or a count, an int above 1")
+        raise ValueError(f"{name}={value!r}: expected a share in (0, 1){'' if name == 'latency' else ', or a count, an int above 1'}")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dampr import _checks
 from dampr._version import __version__
 from dampr.nn import GatedLayer, GatedResidual, Scale, ScaledRNN
 from dampr.nn.rnn import _GatedRecurrent
@@ -25,6 +26,7 @@ def compact(
     *,
     example_inputs: Any,
     optimizer: torch.optim.Optimizer | None = None,
+    round_to: int = 1,
     atol: float = 1e-5,
     rtol: float = 1e-5,
 ) -> nn.Module:
@@ -41,6 +43,7 @@ def compact(
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments.
         optimizer: what trains ``model``; afterwards it trains the new model, with what is left of its state, in the same groups. Gates that
             were not 1 are in the new weights and not in the state.
+        round_to: widths are multiples of it (tensor cores like 8 or 16), as far as closed channels last to fill them up; they stay zero.
         atol, rtol: how far outputs may differ: |masked - compacted| <= atol + rtol |masked|.
 
     Returns: a new model of plain ``torch.nn`` layers (where these have no form for what is left, of the plain ones of ``dampr.nn``, such as
@@ -52,6 +55,7 @@ def compact(
     inputs.check(example_inputs)
     if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"optimizer={optimizer!r:.80}: expected a torch.optim.Optimizer")
+    _checks.positive_int("round_to", round_to)
     gated = {name: module for name, module in model.named_modules() if isinstance(module, GatedLayer)}
     if not gated:
         raise ValueError(f"model={type(model).__name__}: expected gated layers in it (dampr.convert puts them there)")
@@ -83,7 +87,7 @@ def compact(
     kept, units, recurrent_notes = recurrent.make_plain(small, samples, atol, rtol)
     kept, notes = neurons | in_heads | kept, notes | head_notes | recurrent_notes
     if norms or closed[True] or closed[False]:
-        _cut(small, closed, norms, samples, kept, notes)
+        _cut(small, closed, norms, samples, kept, notes, round_to)
     ones = [m for m in small.modules() if isinstance(m, Scale) and bool((m.scale == 1).all())]
     inputs.replace(small, {module: nn.Identity().train(module.training) for module in ones})
     difference = max(_prove(model, small, kept, sample, atol, rtol) for sample in samples)
@@ -103,7 +107,13 @@ def open_branches(small: nn.Module) -> None:
 
 
 def _cut(
-    small: nn.Module, closed: graph.Closed, norms: dict[nn.Module, set[int]], samples: list[Any], kept: Kept, notes: dict[str, str]
+    small: nn.Module,
+    closed: graph.Closed,
+    norms: dict[nn.Module, set[int]],
+    samples: list[Any],
+    kept: Kept,
+    notes: dict[str, str],
+    round_to: int,
 ) -> None:
     """Slice ``small``; adds what is left of each layer to ``kept``, and to ``notes`` why closed channels of a layer stay."""
     names = {module: name for name, module in small.named_modules()}
@@ -127,6 +137,9 @@ def _cut(
                 if layer not in widths:
                     raise graph.CannotCutError(widths.why_absent(layer))
                 dead = widths.removable(layer, writes, closed)
+                if writes:
+                    dead = set(sorted(dead)[: _rounded(len(dead), graph.channel_count(layer, True), round_to)])
+                    reason = f"the width is a multiple of {round_to}" if round_to > 1 else reason
             except graph.CannotCutError as error:
                 reason = str(error)
             if len(dead) < len(channels):
@@ -136,6 +149,12 @@ def _cut(
                     _cut_width(small, widths, layer, writes, dead, kept, names, samples)
             except graph.CannotCutError as error:
                 notes[names[layer]] = f"{len(channels)} closed channels stay: {error}"
+
+
+def _rounded(count: int, size: int, round_to: int) -> int:
+    """How many of ``count`` channels to cut of ``size``, so that what is left is a multiple of ``round_to``, or all."""
+    left = -(-(size - count) // round_to) * round_to
+    return max(0, size - left)
 
 
 def _cut_width(

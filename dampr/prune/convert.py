@@ -10,11 +10,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from dampr.gates import DependencyGenerator, Gate
-from dampr.nn import GatedBatchNorm1d, GatedBatchNorm2d, GatedConv1d, GatedConv2d, GatedHeads, GatedLinear, GatedMultiheadAttention
+from dampr.gates import DependencyGenerator, Gate, make_gate
+from dampr.nn import (
+    GatedBatchNorm1d,
+    GatedBatchNorm2d,
+    GatedConv1d,
+    GatedConv2d,
+    GatedEmbedding,
+    GatedGRU,
+    GatedHeads,
+    GatedLinear,
+    GatedLSTM,
+    GatedMultiheadAttention,
+    GatedRNN,
+)
 from dampr.nn.base import Granularity
 
-from . import graph, heads, inputs, transformer
+from . import graph, heads, inputs, recurrent, transformer
 
 Filter = Sequence[str | type] | str | type | None
 _REPLACEMENT: dict[type, Any] = {
@@ -22,7 +34,12 @@ _REPLACEMENT: dict[type, Any] = {
     nn.Conv1d: GatedConv1d,
     nn.Conv2d: GatedConv2d,
     nn.MultiheadAttention: GatedMultiheadAttention,
+    nn.Embedding: GatedEmbedding,
+    nn.LSTM: GatedLSTM,
+    nn.GRU: GatedGRU,
+    nn.RNN: GatedRNN,
 }
+_OUTPUT_ONLY = {nn.MultiheadAttention: "heads", nn.Embedding: "columns", nn.LSTM: "units", nn.GRU: "units", nn.RNN: "units"}
 _NORMS: dict[type, Any] = {nn.BatchNorm1d: GatedBatchNorm1d, nn.BatchNorm2d: GatedBatchNorm2d}
 _HOOKS = [name for name in vars(nn.Module()) if "_hook" in name]
 
@@ -45,8 +62,10 @@ def convert(
     """Replace dense layers of ``model`` by gated ones, in place, keeping their parameters (and any optimizer that holds them) valid.
 
     Args:
-        model: any module; layers whose type is exactly ``nn.Linear``, ``nn.Conv1d``, ``nn.Conv2d`` or, for output gates, which are those of
-            its heads, ``nn.MultiheadAttention`` are replaced. (A bare layer cannot change in place: use what is returned.) An
+        model: any module; layers whose type is exactly ``nn.Linear``, ``nn.Conv1d`` or ``nn.Conv2d`` are replaced, and for output gates
+            ``nn.Embedding`` (its columns), ``nn.LSTM``, ``nn.GRU``, ``nn.RNN`` (their units) and ``nn.MultiheadAttention`` (its heads);
+            of recurrent layers those whose outputs linear and recurrent layers alone read. (A bare layer cannot change in place: use what
+            is returned.) An
             ``nn.TransformerEncoderLayer`` or ``nn.TransformerDecoderLayer`` around such layers becomes the gated one of :mod:`dampr.nn`,
             which has no fused path; output gates are then on its heads and on its feed-forward neurons.
         gate, granularity, per_sample: as in :class:`dampr.nn.GatedLinear` and :class:`dampr.nn.GatedConv2d`. Also a function of
@@ -80,7 +99,7 @@ def convert(
         inputs.check(example_inputs)
         with inputs.same_noise(model), inputs.unfused():
             before = inputs.evaluate(model, example_inputs)
-    chosen, skipped = _choose(model, granularity, per_sample, include, exclude)
+    chosen, skipped = _choose(model, gate, granularity, per_sample, include, exclude)
     plan = _place(model, chosen, granularity, example_inputs, tie)
     plan.skipped |= skipped
     if not plan.layers:
@@ -154,7 +173,7 @@ def _place(model: nn.Module, chosen: dict[str, nn.Module], granularity: Granular
         if isinstance(layer, nn.MultiheadAttention) or name in plan.heads:
             plan.layers[name] = layer
             continue
-        reason = factors.get(name) or _why_not(layer, widths, tie)
+        reason = factors.get(name) or _why_not(layer, widths, tie, model, example_inputs)
         if reason is not None:
             plan.skipped[name] = reason
             continue
@@ -169,14 +188,16 @@ def _place(model: nn.Module, chosen: dict[str, nn.Module], granularity: Granular
             plan.weights_per_gate[places[0]] = own + 2
     if tie:
         for layer, place in gates.items():
-            together = [gates[other] for other in widths.written_together(layer) if other in gates] if layer in widths else []
+            together = [gates[other] for other in widths.written_together(layer) if other in gates] if _has_channels(layer, widths) else []
             if together and together[0] != place:
                 plan.shared_with[place] = together[0]
     return plan
 
 
-def _why_not(layer: nn.Module, widths: graph.Widths, tie: bool) -> str | None:
+def _why_not(layer: nn.Module, widths: graph.Widths, tie: bool, model: nn.Module, example_inputs: Any) -> str | None:
     """Why a layer gets no gates on its outputs; None where it does."""
+    if isinstance(layer, nn.RNNBase):
+        return recurrent.why_not(model, layer, example_inputs)
     if graph.is_depthwise(layer):
         return "a depthwise convolution has the channels of the layer before it"
     if layer not in widths:
@@ -200,14 +221,19 @@ def _factors(chosen: dict[str, nn.Module], widths: graph.Widths) -> dict[str, st
     return found
 
 
+def _has_channels(layer: nn.Module, widths: graph.Widths) -> bool:
+    """Whether torch-pruning slices what the layer writes."""
+    return layer in widths and not isinstance(layer, nn.RNNBase)
+
+
 def _norms_after(layer: nn.Module, widths: graph.Widths) -> list[nn.Module]:
     """The norms whose gates switch the outputs of ``layer`` off; none where they are better switched off in the layer."""
-    norms = widths.norms_reading(layer)[0] if layer in widths else []
+    norms = widths.norms_reading(layer)[0] if _has_channels(layer, widths) else []
     return norms if all(type(norm) in _NORMS for norm in norms) else []
 
 
 def _choose(
-    model: nn.Module, granularity: Granularity, per_sample: bool, include: Filter, exclude: Filter
+    model: nn.Module, gate: Any, granularity: Granularity, per_sample: bool, include: Filter, exclude: Filter
 ) -> tuple[dict[str, nn.Module], dict[str, str]]:
     """Layers to replace by their first name, and why others of their kind are not.
 
@@ -225,7 +251,7 @@ def _choose(
             continue
         if any(_hits(*alias, exclude, "exclude", default=False) for alias in aliases + above):
             continue
-        reason = transformer.left_out(layer, owners.get(layer, []), granularity)
+        reason = _unfit(layer, gate, granularity, per_sample) or transformer.left_out(layer, owners.get(layer, []), granularity)
         reason = reason or heads.left_out(layer, attention, granularity, per_sample)
         if reason is None:
             chosen[aliases[0][0]] = layer
@@ -234,10 +260,26 @@ def _choose(
     return chosen, skipped
 
 
+def _unfit(layer: nn.Module, gate: Any, granularity: Granularity, per_sample: bool) -> str | None:
+    """Why a layer cannot have such gates; None where it can."""
+    if granularity != "output" and type(layer) in _OUTPUT_ONLY:
+        return f"{type(layer).__name__} has gates on its {_OUTPUT_ONLY[type(layer)]}, with granularity='output'"
+    if not isinstance(layer, nn.RNNBase):
+        return None
+    if per_sample:
+        return f"{type(layer).__name__} draws its gates once per call, expected per_sample=False"
+    if not layer.proj_size and not _is_generator(gate) and not bool((make_gate(gate, 1).deterministic() == 1).all()):
+        return f"fresh gates of {gate!r} are not 1, and nothing in {type(layer).__name__} can make up for them"
+    return None
+
+
+def _is_generator(gate: Any) -> bool:
+    return gate == "dep_l0" or getattr(gate, "func", gate) is DependencyGenerator
+
+
 def _generated(gate: Any, plan: _Plan, model: nn.Module, granularity: Granularity) -> dict[str, Gate]:
     """The gates of all layers from one generator where ``gate`` asks for that, by the layers' names; else nothing."""
-    build = DependencyGenerator if gate == "dep_l0" else getattr(gate, "func", gate)
-    if build is not DependencyGenerator:
+    if not _is_generator(gate):
         return {}
     options = {"init_scale": 0.0, **getattr(gate, "keywords", {})}
     names = sorted((name for name in plan.layers if name not in plan.shared_with), key=plan.order.index)
@@ -248,29 +290,25 @@ def _generated(gate: Any, plan: _Plan, model: nn.Module, granularity: Granularit
 
 
 def _gate_count(layer: nn.Module, granularity: Granularity) -> int:
-    if isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d)):
-        return layer.num_features
-    if isinstance(layer, nn.MultiheadAttention):
-        return layer.num_heads
-    count: int = _REPLACEMENT[type(layer)].gates_for(layer, granularity)
+    kind = _NORMS.get(type(layer)) or _REPLACEMENT[type(layer)]
+    count: int = kind.gates_for(layer, granularity)
     return count
 
 
 def _gated(
     name: str, layer: nn.Module, gate: Any, granularity: Granularity, per_sample: bool, of_heads: heads.Attention | None
 ) -> nn.Module:
-    gated: nn.Module
-    if type(layer) in _NORMS:
-        gated = _NORMS[type(layer)].from_dense(layer, gate=gate, per_sample=per_sample)
-    elif isinstance(layer, nn.MultiheadAttention):
-        gated = GatedMultiheadAttention.from_dense(layer, gate=gate, per_sample=per_sample)
+    how: dict[str, Any] = {"gate": gate, "per_sample": per_sample, "granularity": granularity}
+    if isinstance(layer, nn.RNNBase):
+        del how["per_sample"]
+    if type(layer) in _NORMS or isinstance(layer, (nn.MultiheadAttention, nn.RNNBase)):
+        del how["granularity"]
     elif not isinstance(layer.weight, nn.Parameter):
         raise ConversionError(f"layer {name!r}: its weight is computed from other tensors (weight_norm?), expected a plain nn.Parameter")
-    elif of_heads is not None:
-        assert isinstance(layer, nn.Linear)
-        gated = GatedHeads.from_dense(layer, heads=of_heads.heads, weights_per_gate=of_heads.weights_per_head(), gate=gate)
-    else:
-        gated = _REPLACEMENT[type(layer)].from_dense(layer, gate=gate, granularity=granularity, per_sample=per_sample)
+    kind = _NORMS.get(type(layer)) or _REPLACEMENT[type(layer)]
+    if of_heads is not None:
+        kind, how = GatedHeads, {"gate": gate, "heads": of_heads.heads, "weights_per_gate": of_heads.weights_per_head()}
+    gated: nn.Module = kind.from_dense(layer, **how)
     for attribute in _HOOKS:
         setattr(gated, attribute, getattr(layer, attribute))
     return gated
@@ -302,7 +340,7 @@ def _check_called(model: nn.Module, gated: dict[str, Any], example_inputs: Any) 
             del layer.forward
     for name in gated.keys() - called:
         layer = gated[name]
-        weight = layer.out_proj.weight if isinstance(layer, GatedMultiheadAttention) else layer.weight
+        weight = next((p for n, p in layer.named_parameters() if "weight" in n), None)
         if weight is None:
             continue
         own = weight.detach().clone()

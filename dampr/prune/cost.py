@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from dampr.nn import GatedMultiheadAttention
 from dampr.nn.rnn import _GatedRecurrent
 
 from . import graph, inputs
-from .measure import count_macs, count_params, macs_beside_layers
+from .measure import count_call, count_macs, count_params, macs_beside_layers
 from .structure import Structure
 
 _BATCH_NORMS = nn.modules.batchnorm._BatchNorm
@@ -56,22 +57,20 @@ class Cost:
     (48, 24)
     """
 
+    total: float
+
     def __init__(self, model: nn.Module, example_inputs: Any, metric: str) -> None:
         self.structure = Structure(model, example_inputs)
-        plain = self.structure.plain
-        self.total = count_macs(plain, example_inputs) if metric == "macs" else count_params(plain)
         self.metric = metric
-        self.device = device = self.structure.gates[0].deterministic().device
-        self._variables = _Variables(self.structure, device)
-        self.sites = sites = list(_macs(plain, self._variables, example_inputs) if metric == "macs" else _params(plain, self._variables))
-        if metric == "macs":
-            sites += _attention_sites(self.structure, self._variables, example_inputs)
+        self.device = self.structure.gates[0].deterministic().device
+        self._variables = _Variables(self.structure, self.device)
+        self.sites = self._find_sites(self.structure.plain, example_inputs)
         self._read, self._written = (
-            _Affine([getattr(site, side) for site in sites], self._variables.count, device) for side in ("read", "written")
+            _Affine([getattr(site, side) for site in self.sites], self._variables.count, self.device) for side in ("read", "written")
         )
-        self._bilinear, self._linear = torch.tensor([site[3:] for site in sites], dtype=torch.float64, device=device).view(-1, 2).unbind(1)
-        branches = [self.structure.branches(site.name) for site in sites]
-        self._branches = _Products(branches, device) if any(branches) else None
+        branches = [self.structure.branches(site.name) for site in self.sites]
+        self._branches = _Products(branches, self.device) if any(branches) else None
+        self.total = self._measure(self.structure.plain, example_inputs)
         self._fixed = 0.0
         self._fixed = self.total - float(self(torch.ones(self.structure.size)))
 
@@ -79,8 +78,23 @@ class Cost:
         """The cost, a float64 scalar; ``gates`` is (structure.size,) of any dtype, and gets a gradient where it asks for one."""
         gates = gates.to(self.device, torch.float64)
         variables = self._variables(gates)
-        each = (self._bilinear * self._read(variables) + self._linear) * self._written(variables)
+        each = self._each(self._read(variables), self._written(variables))
         return (each if self._branches is None else each * self._branches(gates)).sum() + self._fixed
+
+    def _find_sites(self, plain: nn.Module, example_inputs: Any) -> list[Site]:
+        if self.metric != "macs":
+            return list(_params(plain, self._variables))
+        return [*_macs(plain, self._variables, example_inputs), *_attention_sites(self.structure, self._variables, example_inputs)]
+
+    def _measure(self, plain: nn.Module, example_inputs: Any) -> float:
+        """The cost of the whole model; and what :meth:`_each` needs."""
+        constants = torch.tensor([site[3:] for site in self.sites], dtype=torch.float64, device=self.device)
+        self._bilinear, self._linear = constants.view(-1, 2).unbind(1)
+        return count_macs(plain, example_inputs) if self.metric == "macs" else count_params(plain)
+
+    def _each(self, read: Tensor, written: Tensor) -> Tensor:
+        """What each site costs with so many channels read and written, (sites,) all."""
+        return (self._bilinear * read + self._linear) * written
 
     def probabilities(self) -> Tensor:
         """The open probability (or surrogate count) of every gate, (structure.size,), with its graph."""
@@ -104,7 +118,11 @@ class Cost:
 
 
 class _Variables:
-    """From gates to what widths are made of: the sums over atoms that count alike everywhere, then the width of each recurrent layer."""
+    """From gates to what widths are made of.
+
+    These are the sums over atoms that count alike everywhere, then the width of each recurrent layer, which is that of its widest row, and
+    the heads of each attention; of both at least one stays.
+    """
 
     def __init__(self, structure: Structure, device: torch.device) -> None:
         self._structure = structure
@@ -126,25 +144,27 @@ class _Variables:
             groups = [[next(first) for _ in sets] for sets in found.values()]
             where = torch.tensor([place[atom] for atom in found], device=device)
             self._sides.append((where, _Products(layers, device), _Products(groups, device)))
-        self._recurrent: list[tuple[int, int, int]] = []
+        self._rows: list[tuple[int, int, int]] = []  # the first gate, how many rows, and of how many gates each
         self._units: dict[graph.Side, int] = {}
         for name, layer in structure.gated.items():
+            if not isinstance(layer, (GatedMultiheadAttention, _GatedRecurrent)):
+                continue
             plain = structure.plain.get_submodule(name)
-            if isinstance(layer, _GatedRecurrent) and plain in structure.units:
-                sides = [(plain, True), *((reader, False) for reader in structure.units[plain])]
-                self._units |= dict.fromkeys(sides, len(kinds) + len(self._recurrent))
-                rows = len(layer.closed_units())
-                self._recurrent.append((structure.start(name), rows, layer.gate.num_gates // rows))
+            if isinstance(layer, GatedMultiheadAttention) or plain in structure.units:
+                sides = [(plain, True), *((reader, False) for reader in structure.units.get(plain, []))]
+                self._units |= dict.fromkeys(sides, len(kinds) + len(self._rows))
+                rows = len(layer.closed_units()) if isinstance(layer, _GatedRecurrent) else 1
+                self._rows.append((structure.start(name), rows, layer.gate.num_gates // rows))
         self.gates = {gate for found in closable for sets in found.values() for gates in sets for gate in gates}
-        self.gates |= {first + i for first, rows, size in self._recurrent for i in range(rows * size)}
-        self.count = len(kinds) + len(self._recurrent)
+        self.gates |= {first + i for first, rows, size in self._rows for i in range(rows * size)}
+        self.count = len(kinds) + len(self._rows)
 
     def __call__(self, gates: Tensor) -> Tensor:
         atoms = gates.new_ones(len(self._kind_of))
         for where, of_layer, of_atom in self._sides:
             atoms = atoms.index_copy(0, where, atoms[where] * (1 - of_atom(1 - of_layer(gates))))
         sums = atoms.new_zeros(len(self._kinds)).index_add(0, self._kind_of, atoms)
-        units = [gates[first : first + rows * size].view(rows, size).sum(1).max().clamp(min=1) for first, rows, size in self._recurrent]
+        units = [gates[first : first + rows * size].view(rows, size).sum(1).max().clamp(min=1) for first, rows, size in self._rows]
         return torch.cat([sums, torch.stack(units)]) if units else sums
 
     def width(self, layer: nn.Module, writes: bool) -> Width:
@@ -161,12 +181,16 @@ class _Variables:
         return Width(total - sum(count * sizes[number] for number, count in weights.items()), weights)
 
     def units(self, layer: nn.Module, writes: bool) -> Width | None:
-        """The same where it is the output of a recurrent layer whose units can be cut, else None."""
+        """The same where it is the output of a recurrent layer whose units can be cut, or the heads of an attention; else None."""
         number = self._units.get((layer, writes))
         if number is None:
             return None
-        writers = (module for (module, side), n in self._units.items() if side and n == number)
-        return Width(0, {number: 1 + int(next(writers).bidirectional)})  # type: ignore[arg-type]
+        writer = next(module for (module, side), n in self._units.items() if side and n == number)
+        return Width(0, {number: 1 + getattr(writer, "bidirectional", False)})
+
+    def heads(self, layer: nn.MultiheadAttention) -> Width:
+        """The heads of an attention that are left."""
+        return self.units(layer, True) or Width(layer.num_heads)
 
 
 class _Products:
@@ -199,11 +223,13 @@ class _Affine:
 
 
 def _macs(plain: nn.Module, variables: _Variables, example_inputs: Any) -> Iterator[Site]:
-    """The multiply-accumulates of linear, convolution and recurrent layers."""
+    """The multiply-accumulates of linear, convolution and recurrent layers and of attentions."""
     uses = _uses(plain, example_inputs)
     for name, layer in plain.named_modules():
         times = uses.get(layer, 0)
-        if isinstance(layer, nn.RNNBase):
+        if isinstance(layer, nn.MultiheadAttention):
+            yield Site(name, Width(1), variables.heads(layer), times / layer.num_heads)
+        elif isinstance(layer, nn.RNNBase):
             yield from _recurrent_sites(name, layer, variables, times, biases=False)
         elif graph.is_depthwise(layer):
             yield Site(name, Width(1), variables.width(layer, True), times * layer.weight[0].numel())
@@ -212,17 +238,26 @@ def _macs(plain: nn.Module, variables: _Variables, example_inputs: Any) -> Itera
 
 
 def _params(plain: nn.Module, variables: _Variables) -> Iterator[Site]:
-    """The parameters of everything that has channels; a shared one counts once."""
+    """The parameters of every layer: of its channels, its heads, or fixed in number."""
+    inside = {layer.out_proj for layer in plain.modules() if isinstance(layer, nn.MultiheadAttention)}
     for name, layer in plain.named_modules():
-        if isinstance(layer, nn.RNNBase):
+        own = sum(p.numel() for p in layer.parameters(recurse=False))
+        if layer in inside:
+            continue
+        if isinstance(layer, nn.MultiheadAttention):
+            each = GatedMultiheadAttention.from_dense(layer).group_size()
+            yield Site(name, Width(1), variables.heads(layer), each)
+            yield Site(name, Width(1), Width(1), sum(p.numel() for p in layer.parameters()) - each * layer.num_heads)
+        elif isinstance(layer, nn.RNNBase):
             yield from _recurrent_sites(name, layer, variables, 1, biases=layer.bias)
         elif isinstance(layer, _BATCH_NORMS) or graph.is_depthwise(layer):
-            own = sum(p.numel() for p in layer.parameters(recurse=False))
             yield Site(name, Width(1), variables.width(layer, True), own / graph.channel_count(layer, True))
         elif isinstance(layer, nn.Embedding):
             yield Site(name, Width(layer.num_embeddings), variables.width(layer, True), 1)
         elif isinstance(layer, graph.GEMMS):
             yield _weight_site(name, layer, variables, 1, bias=layer.bias is not None)
+        elif own:
+            yield Site(name, Width(1), Width(1), own)
 
 
 def _weight_site(name: str, layer: Any, variables: _Variables, times: float, bias: bool = False) -> Site:
@@ -258,18 +293,23 @@ def _attention_sites(structure: Structure, variables: _Variables, example_inputs
 
 
 def _uses(plain: nn.Module, example_inputs: Any) -> dict[nn.Module, int]:
-    """How often the example inputs use each element of the weight of a layer: positions of its output, or steps of a sequence."""
+    """How often the example inputs use each element of the weight of a layer: positions of its output, or steps of a sequence.
+
+    Of an attention the multiply-accumulates of all its heads, projections included.
+    """
     found: dict[nn.Module, int] = defaultdict(int)
 
-    def count(layer: nn.Module, args: Any, output: Any) -> None:
+    def count(layer: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         if isinstance(layer, nn.RNNBase):
             values = args[0].data if isinstance(args[0], PackedSequence) else args[0]
             found[layer] += values.numel() // layer.input_size
+        elif isinstance(layer, nn.MultiheadAttention):
+            found[layer] += count_call(layer.forward, *args, **kwargs)  # not through the hooks
         else:
             found[layer] += output.numel() // graph.channel_count(layer, True)
 
-    layers = [layer for layer in plain.modules() if isinstance(layer, (*graph.GEMMS, nn.RNNBase))]
-    hooks = [layer.register_forward_hook(count) for layer in layers]
+    layers = [layer for layer in plain.modules() if isinstance(layer, (*graph.GEMMS, nn.RNNBase, nn.MultiheadAttention))]
+    hooks = [layer.register_forward_hook(count, with_kwargs=True) for layer in layers]
     try:
         inputs.evaluate(plain, example_inputs)
     finally:

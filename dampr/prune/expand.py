@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dampr.nn import Scale, ScaledRNN
+from dampr.nn import PrunedMultiheadAttention, Scale, ScaledRNN
+from dampr.nn.transformer import _Pruned
 
-from . import graph, heads
+from . import graph, heads, inputs
 
 _NORMS = nn.modules.batchnorm._NormBase
 Places = tuple[int, Tensor] | None  # of one dimension: its size before, and which of it are left; None where nothing was cut
@@ -22,7 +23,7 @@ def expand(model: nn.Module) -> nn.Module:
 
     What it computes stays the same, because nothing reads the channels that come back (weights that read them are 0 too); its parameters
     have the shapes of the dense original, for surgery, for comparison, or to load them there. Biases that compaction added to make up for
-    constants stay, and so do branches that were removed and gates that became plain factors.
+    constants stay; branches and sublayers that were removed do not come back, and gates that became plain factors stay factors.
 
     Args:
         model: what :func:`dampr.compact` or :func:`dampr.load` returned, with its ``dampr_manifest``; it is not changed.
@@ -53,22 +54,40 @@ def expand(model: nn.Module) -> nn.Module:
             continue  # its layers have entries of their own
         layer = _layer(large, name)
         for attribute, places in tensors_of(layer, entry).items():
-            small = getattr(layer, attribute)
+            parent, _, own = attribute.rpartition(".")
+            holder = layer.get_submodule(parent)
+            small = getattr(holder, own)
             if small is not None:
                 _check_fits(f"{name}.{attribute}", small, places)
                 grown = _grow(small.detach(), places, fill=attribute == "running_var")
                 if isinstance(small, nn.Parameter):
-                    setattr(layer, attribute, nn.Parameter(grown, requires_grad=small.requires_grad))
+                    setattr(holder, own, nn.Parameter(grown, requires_grad=small.requires_grad))
                 else:
-                    setattr(layer, attribute, grown)
+                    setattr(holder, own, grown)
         for attribute, size in _sizes(layer, entry).items():
             setattr(layer, attribute, size)
         if isinstance(layer, nn.RNNBase):
             layer._init_flat_weights()
+        if isinstance(layer, PrunedMultiheadAttention):
+            inputs.replace(large, {layer: _whole(layer)})
     for name, attention in attentions.items():
         if name in manifest["layers"]:
             attention.resize(len(manifest["layers"][name]["heads"]["kept"]), manifest["layers"][name]["heads"]["before"])
+    for layer in large.modules():
+        if isinstance(layer, _Pruned) and layer.is_whole():
+            dense: Any = nn.TransformerEncoderLayer if isinstance(layer, nn.TransformerEncoderLayer) else nn.TransformerDecoderLayer
+            layer.__class__ = dense
     return large
+
+
+def _whole(grown: PrunedMultiheadAttention) -> nn.MultiheadAttention:
+    """torch's attention with the parameters of one that has grown to all its heads."""
+    how = grown.dropout, grown.bias, grown.add_bias_kv, grown.add_zero_attn, grown.kdim, grown.vdim, grown.batch_first
+    whole = nn.MultiheadAttention(grown.embed_dim, grown.num_heads, *how, device="meta")
+    for name, p in grown.named_parameters():
+        parent, _, own = name.rpartition(".")
+        setattr(whole.get_submodule(parent), own, p)
+    return whole.train(grown.training)
 
 
 def _layer(model: nn.Module, name: str) -> Any:
@@ -84,6 +103,8 @@ def tensors_of(layer: nn.Module, entry: dict[str, Any]) -> dict[str, list[Places
     written, read = (_places(entry.get(side)) for side in ("out", "in"))
     if isinstance(layer, nn.RNNBase):
         return dict(_of_recurrent(layer, entry.get("units"), read))
+    if "heads" in entry:
+        return _of_attention(layer, entry["heads"]) if isinstance(layer, PrunedMultiheadAttention) else {}
     if isinstance(layer, nn.Embedding):
         return {"weight": [None, written]}
     if isinstance(layer, Scale):
@@ -91,6 +112,18 @@ def tensors_of(layer: nn.Module, entry: dict[str, Any]) -> dict[str, list[Places
     if isinstance(layer, (_NORMS, nn.PReLU)) or graph.is_depthwise(layer):
         return {name: [written] for name in ("weight", "bias", "running_mean", "running_var") if hasattr(layer, name)}
     return {"weight": [written, read], "bias": [written]}
+
+
+def _of_attention(layer: PrunedMultiheadAttention, heads: dict[str, Any]) -> dict[str, list[Places]]:
+    size = layer.embed_dim
+    rows = torch.arange(size).view(int(heads["before"]), -1)[heads["kept"]].flatten()
+    one, three = (size, rows), (3 * size, torch.cat([rows + i * size for i in range(3)]))
+    return {
+        **{name: [three] for name in ("in_proj_weight", "in_proj_bias")},
+        **{f"{name}_proj_weight": [one] for name in "qkv"},
+        **{name: [None, None, one] for name in ("bias_k", "bias_v")},
+        "out_proj.weight": [None, one],
+    }
 
 
 def _of_recurrent(layer: nn.RNNBase, units: dict[str, Any] | None, read: Places) -> Iterator[tuple[str, list[Places]]]:
@@ -147,6 +180,8 @@ def shrink(large: Tensor, places: list[Places]) -> Tensor:
 
 def _sizes(layer: Any, entry: dict[str, Any]) -> dict[str, int]:
     written, read = (entry[side]["before"] if side in entry else None for side in ("out", "in"))
+    if "heads" in entry:
+        return {}
     if isinstance(layer, nn.RNNBase):
         units = entry["units"]["before"] if "units" in entry else None
         found = {"input_size": read, "proj_size" if layer.proj_size else "hidden_size": units}

@@ -202,7 +202,7 @@ class Widths:
         found = {
             item.dep.target.module
             for item in group
-            if isinstance(item.dep.target.module, GEMMS)
+            if isinstance(item.dep.target.module, (nn.Embedding, *GEMMS))
             and self._graph.is_out_channel_pruning_fn(item.dep.handler)
             and list(item.idxs) == list(range(channel_count(item.dep.target.module, True)))
             and not is_depthwise(item.dep.target.module)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -37,12 +37,19 @@ def count_macs(model: nn.Module, example_inputs: Any) -> int:
     A gated layer counts as its dense counterpart does. Attention is counted in its parts: the counter knows none of its fused kernels on a
     CPU, nor those of a whole encoder layer.
     """
-    return _counted(model, example_inputs).get_total_flops() // 2
+    with inputs.evaluating(model), torch.no_grad():
+        return count_call(inputs.call, model, example_inputs)
+
+
+def count_call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
+    """Multiply-accumulates of one call, counted like :func:`count_macs`."""
+    return _counted(function, *args, **kwargs).get_total_flops() // 2
 
 
 def macs_beside_layers(model: nn.Module, example_inputs: Any, names: Iterable[str]) -> dict[str, int]:
     """The same for each of the modules ``names``, without what the layers inside of it count: of attention its scores and their use."""
-    counts = _counted(model, example_inputs).get_flop_counts()
+    with inputs.evaluating(model), torch.no_grad():
+        counts = _counted(inputs.call, model, example_inputs).get_flop_counts()
     root = type(model).__name__
     flops = {name: sum(by_operator.values()) for name, by_operator in counts.items()}
     found = {}
@@ -52,8 +59,8 @@ def macs_beside_layers(model: nn.Module, example_inputs: Any, names: Iterable[st
     return found
 
 
-def _counted(model: nn.Module, example_inputs: Any) -> FlopCounterMode:
+def _counted(function: Callable[..., Any], *args: Any, **kwargs: Any) -> FlopCounterMode:
     counter = FlopCounterMode(display=False, custom_mapping=_RECURRENT)
-    with inputs.unfused(), sdpa_kernel(SDPBackend.MATH), inputs.evaluating(model), torch.no_grad(), counter:
-        inputs.call(model, example_inputs)
+    with inputs.unfused(), sdpa_kernel(SDPBackend.MATH), counter:
+        function(*args, **kwargs)
     return counter

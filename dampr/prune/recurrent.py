@@ -15,7 +15,7 @@ from dampr.nn import ScaledRNN
 from dampr.nn.rnn import _GatedRecurrent
 
 from . import inputs
-from .graph import CannotCutError, input_columns
+from .graph import CannotCutError, channel_count, input_columns
 
 Kept = dict[tuple[nn.Module, bool], Tensor]
 
@@ -84,7 +84,16 @@ def _resize(readers: list[nn.Module], size: int) -> None:
         setattr(reader, "input_size" if isinstance(reader, nn.RNNBase) else "in_features", size)
 
 
-def readers(model: nn.Module, layer: _GatedRecurrent, sample: Any) -> list[nn.Module]:
+def why_not(model: nn.Module, layer: nn.RNNBase, sample: Any) -> str | None:
+    """Why units of a recurrent layer cannot be cut; None where they can."""
+    try:
+        readers(model, layer, sample)
+    except CannotCutError as error:
+        return str(error)
+    return None
+
+
+def readers(model: nn.Module, layer: nn.RNNBase, sample: Any) -> list[nn.Module]:
     """The layers that read what ``layer`` gives, wherever in the model. Raises CannotCutError unless all of it is read by such layers.
 
     Autograd follows it: only what ``layer`` gives requires a gradient, and every reader detaches its input.
@@ -128,8 +137,8 @@ def readers(model: nn.Module, layer: _GatedRecurrent, sample: Any) -> list[nn.Mo
     return _checked(found, layer, names)
 
 
-def _checked(found: dict[nn.Module, bool], layer: _GatedRecurrent, names: dict[nn.Module, str]) -> list[nn.Module]:
-    size = layer._directions * layer._width
+def _checked(found: dict[nn.Module, bool], layer: nn.RNNBase, names: dict[nn.Module, str]) -> list[nn.Module]:
+    size = channel_count(layer, True)
     readers = [module for module, always in found.items() if always]
     for reader in readers:
         width = reader.input_size if isinstance(reader, nn.RNNBase) else reader.in_features

@@ -13,6 +13,7 @@ from dampr.gates import Fixed, Gate
 from dampr.nn import Gate as GateLayer
 from dampr.nn import GatedHeads, GatedLayer, GatedResidual, Scale
 from dampr.nn.rnn import _GatedRecurrent
+from dampr.nn.transformer import _Gated
 
 from . import graph, heads, inputs, recurrent
 from .compact import open_branches
@@ -38,6 +39,7 @@ class Structure:
 
     def __init__(self, model: nn.Module, example_inputs: Any) -> None:
         self.gated = {name: module for name, module in model.named_modules() if isinstance(module, GatedLayer)}
+        self._branch_parts = _branch_parts(model)
         self._starts: dict[str, int] = {}
         self._holders: dict[Gate, str] = {}
         self.size = 0
@@ -64,15 +66,16 @@ class Structure:
     def branches(self, name: str) -> list[int]:
         """The gates of the residual branches that the layer ``name`` is in."""
         return [
-            self.start(outer)
-            for outer, layer in self.gated.items()
-            if isinstance(layer, GatedResidual) and name.startswith(f"{outer}.branch" if outer else "branch")
+            self.start(gate)
+            for gate, parts in self._branch_parts.items()
+            if any(name == part or name.startswith(f"{part}.") for part in parts)
         ]
 
     def _plain_copy(self, model: nn.Module, example_inputs: Any) -> nn.Module:
         plain = copy.deepcopy(model)
         inputs.replace(plain, {gate: Fixed(torch.ones_like(gate.deterministic())) for gate in plain.modules() if isinstance(gate, Gate)})
         open_branches(plain)
+        inputs.replace(plain, {layer: layer.to_dense() for layer in plain.modules() if isinstance(layer, _Gated)})
         readers: dict[str, list[str]] = {}
         for name, layer in plain.named_modules():
             if isinstance(layer, _GatedRecurrent):
@@ -118,7 +121,7 @@ class Structure:
         anchors: dict[Side, list[list[int]]] = defaultdict(list)
         for name, layer in self.gated.items():
             owners = layer.channel_gates()
-            if owners is None:
+            if owners is None or name in self._branch_parts:
                 continue
             place = self.plain.get_submodule(name)
             place = place[0] if isinstance(place, nn.Sequential) else place  # a norm that took in its activation
@@ -143,6 +146,21 @@ class Structure:
                 self.atoms[side] = (head + first).tolist()
             self.owners[True] += [set[frozenset[int]]() for _ in range(attention.heads)]
             self.owners[False] += [{frozenset([start + i])} for i in range(attention.heads)]
+
+
+def _branch_parts(model: nn.Module) -> dict[str, list[str]]:
+    """Of each layer whose gate opens or closes a whole residual branch, by name, the layers in that branch."""
+    found: dict[str, list[str]] = {}
+    for name, layer in model.named_modules():
+        prefix = f"{name}." if name else ""
+        if isinstance(layer, GatedResidual):
+            found[name] = [f"{prefix}branch"]
+        elif isinstance(layer, _Gated) and "sublayer_gates" in layer._modules:
+            for index, first in enumerate(layer._sublayers):
+                parts = ["linear1", "linear2"] if first == "linear1" else [first]
+                parts += [f"norm{index + 1}"] if layer.norm_first else []
+                found[f"{prefix}sublayer_gates.{index}"] = [prefix + part for part in parts]
+    return found
 
 
 def _dense(layer: GatedLayer) -> nn.Module:

@@ -36,9 +36,7 @@ def owners(model: nn.Module) -> dict[nn.Module, list[tuple[str, nn.Module]]]:
 
 
 def left_out(part: nn.Module, above: list[tuple[str, nn.Module]], granularity: Granularity) -> str | None:
-    """Why convert leaves out a part of the transformer layers ``above``, or any attention; None where it does not."""
-    if isinstance(part, nn.MultiheadAttention):
-        return None if granularity == "output" else "attention has gates on its heads, with granularity='output'"
+    """Why convert leaves out a part of the transformer layers ``above``; None where it does not."""
     if granularity == "output" and any(layer.linear2 is part for _, layer in above):
         return f"its outputs have no gates: {_RESIDUAL}"
     return None

@@ -180,8 +180,9 @@ def test_what_is_out_of_reach_changes_nothing():
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({}, ValueError, "macs=None, params=None: expected exactly one"),
-        ({"macs": 0.5, "params": 0.5}, ValueError, "macs=0.5, params=0.5: expected exactly one"),
+        ({}, ValueError, "macs=None, params=None, latency=None: expected exactly one"),
+        ({"macs": 0.5, "params": 0.5}, ValueError, "macs=0.5, params=0.5, latency=None: expected exactly one"),
+        ({"latency": 3}, ValueError, r"latency=3: expected a share in \(0, 1\)$"),
         ({"macs": 1.5}, ValueError, r"macs=1.5: expected a share in \(0, 1\), or a count"),
         ({"macs": 0}, ValueError, "macs=0: expected"),
         ({"macs": True}, ValueError, "macs=True: expected"),

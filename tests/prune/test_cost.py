@@ -7,7 +7,18 @@ import torch
 from torch import nn
 
 import dampr
-from dampr.nn import Gate, GatedEmbedding, GatedGRU, GatedLinear, GatedLSTM, GatedResidual, GatedRNN
+from dampr.nn import (
+    Gate,
+    GatedEmbedding,
+    GatedGRU,
+    GatedLinear,
+    GatedLSTM,
+    GatedMultiheadAttention,
+    GatedResidual,
+    GatedRNN,
+    GatedTransformerDecoderLayer,
+    GatedTransformerEncoderLayer,
+)
 from dampr.prune.cost import Cost
 from dampr.prune.measure import count_macs, count_params
 from tests.prune.test_models import close_at_random
@@ -41,6 +52,20 @@ class Branches(nn.Module):
         return self.head(self.gate(self.outer(self.stem(x))))
 
 
+class Transformer(nn.Module):
+    def __init__(self, **how):
+        super().__init__()
+        self.stem, self.memory = nn.Linear(6, 16), nn.Linear(6, 16)
+        self.encoder = GatedTransformerEncoderLayer(16, 4, 24, batch_first=True, dropout=0.0, **how)
+        self.decoder = GatedTransformerDecoderLayer(16, 4, 20, batch_first=True, dropout=0.0, **how)
+        self.attention, self.head = GatedMultiheadAttention(16, 2, batch_first=True), nn.Linear(16, 3)
+
+    def forward(self, x):
+        memory = self.encoder(self.memory(x))
+        x = self.decoder(self.stem(x[:, :3]), memory)
+        return self.head(self.attention(x, memory, memory, need_weights=False)[0])
+
+
 def words():
     return torch.randint(0, 20, (3, 7))
 
@@ -50,6 +75,9 @@ CASES = {
     "bidirectional": lambda: (Tagger(GatedRNN(12, 10, 2, batch_first=True, bidirectional=True)), words()),
     "projection": lambda: (Tagger(GatedLSTM(12, 10, proj_size=5, bias=False, batch_first=True)), words()),
     "branches": lambda: (Branches(), torch.randn(4, 6)),
+    "transformer": lambda: (Transformer(), torch.randn(2, 5, 6)),
+    "sublayers": lambda: (Transformer(parts=("heads", "neurons", "sublayers")), torch.randn(2, 5, 6)),
+    "norms first": lambda: (Transformer(parts=("heads", "sublayers"), norm_first=True), torch.randn(2, 5, 6)),
 }
 
 
@@ -63,8 +91,9 @@ def test_a_decision_costs_what_compaction_counts(case, metric, seed):
     assert cost.total == COUNT[metric](model, x) == int(cost(cost.decision()))
     torch.manual_seed(seed)
     close_at_random(model)
-    for layer in (m for m in model.modules() if isinstance(m, GatedResidual)):
-        nn.init.constant_(layer.gate.log_alpha, 3.0 if torch.rand(()) < 0.5 else -9.0)
+    for layer in dampr.prune.gated_layers(model).values():
+        if layer.gate.num_gates == 1:  # residual branches
+            nn.init.constant_(layer.gate.log_alpha, 3.0 if torch.rand(()) < 0.5 else -9.0)
     foretold, counted = int(cost(cost.decision())), COUNT[metric](dampr.compact(model, example_inputs=x), x)
     if case == "branches" and not model.outer.gate.is_open():
         assert foretold >= counted, "what read the stream is gone, and its own gates, which are counted as cutting nothing, cut it"

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import dampr
-from dampr.nn import GatedEmbedding, GatedGRU, GatedLSTM, GatedRNN
+from dampr.nn import GatedEmbedding, GatedGRU, GatedLSTM, GatedMultiheadAttention, GatedRNN, GatedTransformerEncoderLayer
 from tests import models
 from tests.prune.test_models import close_at_random, trained
 
@@ -63,6 +63,44 @@ def test_expanded_recurrent_layers(build, arguments):
     expected = {k: v.shape for k, v in model.state_dict().items() if "gate" not in k}
     assert {k: v.shape for k, v in large.state_dict().items()} == expected
     assert (large.rnn.hidden_size, large.rnn.input_size) == (10, 7)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"kdim": 7, "vdim": 9, "add_bias_kv": True}])
+def test_expanded_attention(arguments):
+    class Attend(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention, self.head = GatedMultiheadAttention(12, 4, batch_first=True, **arguments), nn.Linear(12, 3)
+
+        def forward(self, x, k, v):
+            return self.head(self.attention(x, k, v, need_weights=False)[0])
+
+    model, x = Attend(), (torch.randn(2, 5, 12), torch.randn(2, 6, arguments.get("kdim", 12)), torch.randn(2, 6, arguments.get("vdim", 12)))
+    model.attention.gate.log_alpha.data[:3:2] = -9
+    optimizer = torch.optim.Adam(dampr.param_groups(model, lr=1e-2))
+    model(*x).sum().backward()
+    optimizer.step()
+    moments = optimizer.state[model.attention.out_proj.weight]["exp_avg"].clone()
+    small = dampr.compact(model, example_inputs=x, optimizer=optimizer).eval()
+    large = dampr.expand(small)
+    assert type(large.attention) is nn.MultiheadAttention
+    torch.testing.assert_close(large(*x), small(*x))
+    expected = {k: v.shape for k, v in model.state_dict().items() if "gate" not in k}
+    assert {k: v.shape for k, v in large.state_dict().items()} == expected
+    kept = [*range(3, 6), *range(9, 12)]
+    assert torch.equal(optimizer.state[small.attention.out_proj.weight]["exp_avg"], moments[:, kept])
+
+
+def test_expanded_transformer_layers_are_those_of_torch():
+    layer = GatedTransformerEncoderLayer(16, 4, 24, batch_first=True)
+    model, x = nn.Sequential(layer, nn.Linear(16, 3)), torch.randn(2, 5, 16)
+    layer.self_attn.gate.log_alpha.data[1] = -9
+    layer.linear1.gate.log_alpha.data[:5] = -9
+    small = dampr.compact(model, example_inputs=x).eval()
+    large = dampr.expand(small)
+    assert [type(m) for m in large] == [nn.TransformerEncoderLayer, nn.Linear]
+    assert large[0].linear1.out_features == 24
+    torch.testing.assert_close(large(x), small(x), atol=1e-5, rtol=1e-5)
 
 
 def test_the_compacted_model_is_not_changed():

@@ -54,3 +54,30 @@ def test_masked_equals_compacted_at_the_size_foretold(name, tie, seed):
     counted = {"macs": count_macs(small, x), "params": count_params(small) - added_biases(model, small)}
     assert foretold == counted, small.dampr_manifest["closed_but_kept"]
     assert foretold["macs"] < costs["macs"].total
+
+
+@pytest.mark.parametrize("round_to", [4, 8])
+@pytest.mark.parametrize("name", ["mlp", "vgg", "resnet18", "mobilenet_v2", "unet"])
+def test_widths_are_rounded_up(name, round_to):
+    model, x = models.ALL[name]()
+    dampr.convert(trained(model), example_inputs=x)
+    close_at_random(model, 0.7)
+    small = dampr.compact(model, example_inputs=x, round_to=round_to)
+    torch.testing.assert_close(small.eval()(x), model.eval()(x), atol=1e-4, rtol=1e-4)
+    smallest = dampr.compact(model, example_inputs=x)
+    assert count_params(small) >= count_params(smallest)
+    for layer in dampr.prune.gated_layers(model):
+        before = len(model.get_submodule(layer).gate.is_open())
+        after = small.get_submodule(layer)
+        width = after.num_features if isinstance(after, nn.BatchNorm2d) else after.weight.shape[0]
+        assert width % round_to == 0 or width == before
+
+
+@pytest.mark.parametrize("name", models.ALL)
+def test_compacted_models_export(name):
+    model, x = models.ALL[name]()
+    dampr.convert(trained(model), example_inputs=x)
+    close_at_random(model)
+    small = dampr.compact(model, example_inputs=x).eval()
+    exported = torch.export.export(small, (x,)).module()
+    torch.testing.assert_close(exported(x), small(x))

@@ -242,3 +242,79 @@ def test_a_compacted_recurrent_model_is_saved_and_loaded(tmp_path: Any) -> None:
     dense.embedding = nn.Embedding(20, 8)
     loaded = dampr.load(tmp_path / "small.safetensors", dense)
     assert torch.equal(loaded.eval()(words), small(words))
+
+
+class Plain(nn.Module):
+    """What a :class:`Tagger` is before conversion."""
+
+    def __init__(self, kind: Any, **arguments: Any) -> None:
+        super().__init__()
+        self.embedding, self.rnn = nn.Embedding(20, 8), kind(8, 6, 2, batch_first=True, **arguments)
+        self.head = nn.Linear(12 if arguments.get("bidirectional") else arguments.get("proj_size") or 6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.rnn(self.embedding(x))[0])
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize("gate", ["hard_concrete", "dep_l0", "diffmask"])
+def test_convert_gates_embeddings_and_recurrent_layers(kind: Any, gate: Any) -> None:
+    model = Plain(kind, bidirectional=True).eval()
+    before, names = model(words), [name for name, _ in model.named_parameters()]
+    dampr.convert(model, gate=gate, example_inputs=words)
+    assert torch.equal(model(words), before)
+    assert [name for name, _ in model.named_parameters() if "gate" not in name] == names
+    assert {name: layer.gate.num_gates for name, layer in dampr.prune.gated_layers(model).items()} == {"embedding": 8, "rnn": 24}
+    assert model.dampr_skipped == {"head": "its outputs are the model's own"}
+    report = dampr.Budget(model, words, macs=0.6).finalize()
+    small = dampr.compact(model, example_inputs=words)
+    torch.testing.assert_close(small(words), model(words), atol=1e-5, rtol=1e-5)
+    assert dampr.prune.measure.count_macs(small, words) == report.reached <= report.target
+
+
+@pytest.mark.parametrize(
+    ("build", "arguments", "skipped"),
+    [
+        (lambda: Plain(nn.LSTM), {"gate": "dam"}, {"rnn": "fresh gates of 'dam' are not 1, and nothing in LSTM can make up for them"}),
+        (lambda: Plain(nn.GRU), {"per_sample": True}, {"rnn": "GRU draws its gates once per call, expected per_sample=False"}),
+        (
+            lambda: Plain(nn.RNN),
+            {"granularity": "input"},
+            {
+                "embedding": "Embedding has gates on its columns, with granularity='output'",
+                "rnn": "RNN has gates on its units, with granularity='output'",
+            },
+        ),
+        (
+            lambda: nn.Sequential(nn.Embedding(20, 8), nn.LayerNorm(8), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 2)),
+            {},
+            {"0": "LayerNorm '1' computes statistics over its channels", "4": "its outputs are the model's own"},
+        ),
+    ],
+)
+def test_what_convert_leaves_out(build: Any, arguments: dict[str, Any], skipped: dict[str, str]) -> None:
+    model = dampr.convert(build(), example_inputs=words, **arguments)
+    expected = (
+        {"head": "its outputs are the model's own", **skipped} if hasattr(model, "head") and "granularity" not in arguments else skipped
+    )
+    assert model.dampr_skipped == expected
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections")
+def test_a_projection_takes_gates_that_are_not_one() -> None:
+    model = Plain(nn.LSTM, proj_size=4).eval()
+    before = model(words)
+    dampr.convert(model, gate="dam", example_inputs=words)
+    assert isinstance(model.rnn, GatedLSTM)
+    torch.testing.assert_close(model(words), before)
+
+
+def test_an_output_that_something_else_reads_keeps_its_units() -> None:
+    class Activated(Plain):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.rnn(self.embedding(x))[0]
+            return self.head(y) * y.mean()
+
+    model = dampr.convert(Activated(nn.LSTM), example_inputs=words)
+    assert "rnn" in model.dampr_skipped
+    assert sorted(dampr.prune.gated_layers(model)) == ["embedding"]

@@ -333,7 +333,7 @@ def test_other_granularities_gate_linear_layers_and_leave_attention(granularity:
     dampr.convert(model, granularity=granularity, exclude="head", example_inputs=words)
     assert torch.equal(model(words), before)
     assert sorted(gated(model)) == [f"encoder.layers.{i}.linear{j}" for i in range(2) for j in (1, 2)]
-    assert model.dampr_skipped["encoder.layers.0.self_attn"] == "attention has gates on its heads, with granularity='output'"
+    assert model.dampr_skipped["encoder.layers.0.self_attn"] == "MultiheadAttention has gates on its heads, with granularity='output'"
     with torch.no_grad():
         before = model(words)
         model.encoder.layers[0].linear2.gate.log_alpha.fill_(-9.0)
@@ -406,7 +406,7 @@ def test_step_by_step_gives_what_one_step_gives() -> None:
     dampr.convert(model, include="*.self_attn", example_inputs=words)
     dampr.convert(model, exclude="head", per_sample=True, example_inputs=words)
     assert sorted(gated(model)) == [f"encoder.layers.{i}.{part}" for i in range(2) for part in ("linear1", "self_attn")]
-    assert sorted(model.dampr_skipped) == [f"encoder.layers.{i}.linear2" for i in range(2)]
+    assert sorted(model.dampr_skipped) == ["embedding", *(f"encoder.layers.{i}.linear2" for i in range(2))]
     assert [layer.per_sample for layer in dampr.prune.gated_layers(model).values()] == [False, True] * 2
     model(words).sum().backward()
 

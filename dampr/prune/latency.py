@@ -1,0 +1,185 @@
+"""The time of the compacted model on this device, from a table of what each layer takes at some of its widths."""
+
+from __future__ import annotations
+
+import functools
+import math
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils import _pytree as pytree
+
+from dampr.nn import PrunedMultiheadAttention
+
+from . import graph, inputs
+from .cost import Cost, Site, Width
+
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of a width, at least one channel, where layers are timed
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class Latency(Cost):
+    """Seconds of an evaluation pass, as a function of the vector of all gates, like :class:`Cost`.
+
+    Every layer that gates can narrow is timed on its own at five widths of what it reads and five of what it writes, and between these its
+    time is interpolated; more channels never count as less time. What the layers do not account for (what is between them, and that they
+    run one after the other) is fixed. ``total`` is the median time of the model as it is.
+
+    Layers that are called several times count as often; recurrent layers and attention with whole sequences as in the example inputs.
+    """
+
+    def __init__(self, model: nn.Module, example_inputs: Any) -> None:
+        super().__init__(model, example_inputs, "latency")
+
+    def _find_sites(self, plain: nn.Module, example_inputs: Any) -> list[Site]:
+        """One for each layer that has a width that gates can change."""
+        layers = [(n, m) for n, m in plain.named_modules() if isinstance(m, (*graph.GEMMS, nn.RNNBase, nn.MultiheadAttention))]
+        sites = []
+        for name, layer in layers:
+            if isinstance(layer, nn.MultiheadAttention):
+                read, written = Width(1), self._variables.heads(layer)
+            elif isinstance(layer, nn.RNNBase):
+                read, units = self._variables.width(layer, False), self._variables.units(layer, True)
+                written = Width(0, dict.fromkeys(units.weights, 1)) if units else Width(layer.proj_size or layer.hidden_size)
+            else:
+                read = Width(1) if graph.is_depthwise(layer) else self._variables.width(layer, False)
+                written = self._variables.width(layer, True)
+            if read.weights or written.weights:
+                sites.append(Site(name, read, written, 0.0))
+        return sites
+
+    def _measure(self, plain: nn.Module, example_inputs: Any) -> float:
+        calls = _calls([plain.get_submodule(site.name) for site in self.sites], plain, example_inputs)
+        known: dict[Any, tuple[Tensor, Tensor, Tensor]] = {}
+        tables = []
+        with inputs.evaluating(plain), torch.no_grad():
+            for site in self.sites:
+                layer = plain.get_submodule(site.name)
+                key = repr(layer), bool(site.read.weights), bool(site.written.weights), repr([_shapes(call) for call in calls[layer]])
+                if key not in known:
+                    known[key] = _table(layer, calls[layer], site, self.device)
+                tables.append(known[key])
+            total = _seconds(lambda: inputs.call(plain, example_inputs), self.device)
+        empty = torch.zeros(0, len(SHARES), dtype=torch.float64)
+        reads, writes, seconds = zip(*tables, strict=True) if tables else ([empty], [empty], [empty])
+        self._reads, self._writes, self._seconds = (torch.stack(list(t)).to(self.device) for t in (reads, writes, seconds))
+        return total
+
+    def _each(self, read: Tensor, written: Tensor) -> Tensor:
+        (i, u), (j, v) = _between(self._reads, read), _between(self._writes, written)
+        rows = torch.arange(len(read), device=read.device)
+        t = self._seconds
+        low = t[rows, i, j] * (1 - v) + t[rows, i, j + 1] * v
+        high = t[rows, i + 1, j] * (1 - v) + t[rows, i + 1, j + 1] * v
+        return low * (1 - u) + high * u
+
+
+def _between(knots: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each element of x, (n,), the knot below it in its row of (n, k), and how far it is on the way to the next."""
+    index = (torch.searchsorted(knots, x.detach().unsqueeze(1), right=True).squeeze(1) - 1).clamp(0, knots.shape[1] - 2)
+    low, high = (knots.gather(1, (index + step).unsqueeze(1)).squeeze(1) for step in (0, 1))
+    return index, (x - low) / (high - low)
+
+
+def _table(layer: nn.Module, calls: list[Call], site: Site, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Widths read, (k,), widths written, (k,), and seconds at each pair, (k, k); an axis that gates leave alone has one time."""
+    reads, writes = _knots(layer, False, bool(site.read.weights)), _knots(layer, True, bool(site.written.weights))
+    found: dict[tuple[int, int], float] = {}
+    seconds = torch.zeros(len(SHARES), len(SHARES), dtype=torch.float64)
+    for i, read in enumerate(reads.tolist()):
+        for j, written in enumerate(writes.tolist()):
+            size = int(read if site.read.weights else reads[0]), int(written if site.written.weights else writes[0])
+            if size not in found:
+                narrow = _narrow(layer, *size).to(device=device, dtype=next(layer.parameters()).dtype).eval()
+                args = [_narrow_call(layer, call, size[1] if graph.is_depthwise(layer) else size[0]) for call in calls]
+                found[size] = sum(_seconds(functools.partial(narrow, *a, **kw), device) for a, kw in args)
+            seconds[i, j] = found[size]
+    return reads, writes, seconds.cummax(0).values.cummax(1).values
+
+
+def _knots(layer: Any, writes: bool, varies: bool) -> Tensor:
+    """Increasing widths; where they do not vary the full one, and steps beyond it that say nothing."""
+    size = layer.num_heads if isinstance(layer, nn.MultiheadAttention) else graph.channel_count(layer, writes)
+    if isinstance(layer, nn.RNNBase) and writes:
+        size = layer.proj_size or layer.hidden_size
+    if not varies:
+        return torch.arange(len(SHARES), dtype=torch.float64) + size
+    knots = torch.tensor([max(1.0, round(share * size)) for share in SHARES], dtype=torch.float64)
+    return knots + torch.arange(len(SHARES)) * 1e-3 if len(knots.unique()) < len(knots) else knots
+
+
+def _narrow(layer: Any, read: int, written: int) -> nn.Module:
+    """A layer like this one that reads and writes so many channels, with random weights."""
+    if isinstance(layer, nn.Linear):
+        return nn.Linear(read, written, layer.bias is not None)
+    if isinstance(layer, nn.MultiheadAttention):
+        how = layer.dropout, layer.in_proj_bias is not None, layer.bias_k is not None, layer.add_zero_attn, layer.kdim, layer.vdim
+        return PrunedMultiheadAttention(layer.embed_dim, layer.num_heads, *how, layer.batch_first, heads=range(written))
+    if isinstance(layer, nn.RNNBase):
+        same = {
+            name: getattr(layer, name)
+            for name in ("num_layers", "bias", "batch_first", "bidirectional", "nonlinearity")
+            if hasattr(layer, name)
+        }
+        sizes = {"hidden_size": layer.hidden_size, "proj_size": written} if layer.proj_size else {"hidden_size": written}
+        recurrent: Any = type(layer)
+        narrow: nn.Module = recurrent(read, **sizes, **same)
+        return narrow
+    depthwise = graph.is_depthwise(layer)
+    how = layer.kernel_size, layer.stride, layer.padding, layer.dilation, written if depthwise else layer.groups, layer.bias is not None
+    convolution: nn.Module = type(layer)(written if depthwise else read, written, *how, layer.padding_mode)
+    return convolution
+
+
+def _calls(layers: list[nn.Module], plain: nn.Module, example_inputs: Any) -> dict[nn.Module, list[Call]]:
+    """What each layer is called with."""
+    found: dict[nn.Module, list[Call]] = {layer: [] for layer in layers}
+    hooks = [
+        layer.register_forward_pre_hook(lambda layer, args, kwargs: found[layer].append((args, kwargs)), with_kwargs=True)
+        for layer in layers
+    ]
+    try:
+        inputs.evaluate(plain, example_inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def _narrow_call(layer: nn.Module, call: Call, read: int) -> Call:
+    """The same call with so many channels in its input; of a recurrent layer without a state."""
+    args, kwargs = call
+    if isinstance(layer, nn.MultiheadAttention):
+        return call
+    x, *_ = (*args, *kwargs.values())
+    if isinstance(x, PackedSequence):
+        return (x._replace(data=x.data[:, :read].contiguous()),), {}
+    dim = x.dim() - 1 if isinstance(layer, (nn.Linear, nn.RNNBase)) else x.dim() - len(layer.kernel_size) - 1  # type: ignore[arg-type]
+    return (x.narrow(dim, 0, read).clone(memory_format=torch.preserve_format),), {}
+
+
+def _shapes(call: Call) -> list[Any]:
+    leaves = pytree.tree_leaves(call)
+    return [(t.shape, t.stride()) if isinstance(t, Tensor) else t for t in leaves]
+
+
+def _seconds(call: Callable[[], Any], device: torch.device, rounds: int = 7, least: float = 1e-3) -> float:
+    """The median over rounds of the time of one call; a round lasts ``least`` seconds at least."""
+
+    def timed(repeats: int) -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return (time.perf_counter() - start) / repeats
+
+    repeats = max(1, math.ceil(least / max(timed(2), 1e-9)))
+    return statistics.median(timed(repeats) for _ in range(rounds))

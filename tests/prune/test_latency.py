@@ -1,0 +1,74 @@
+"""The table of times: right at its knots, linear between them, never falling; budgets of it. No test depends on how long anything takes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import dampr
+from dampr.prune import Cost, Latency, latency
+from dampr.prune.measure import count_call
+from tests import models
+from tests.prune.test_cost import CASES
+from tests.prune.test_models import close_at_random
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """A clock for which every multiply-accumulate takes a second."""
+    monkeypatch.setattr(latency, "_seconds", lambda call, device: float(count_call(call)))
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections")
+@pytest.mark.parametrize("case", [*models.ALL, *CASES])
+def test_at_the_knots_the_table_is_what_was_measured(counted, case):
+    model, x = models.ALL[case]() if case in models.ALL else CASES[case]()
+    if case in models.ALL:
+        dampr.convert(model, example_inputs=x)
+    macs, times = Cost(model, x, "macs"), Latency(model, x)
+    every = torch.ones(times.structure.size)
+    assert times.total == macs.total == pytest.approx(float(times(every)))
+    least = torch.zeros(times.structure.size)
+    for name in times.structure.gated:
+        least[times.structure.start(name)] = 1
+    assert float(times(least)) == pytest.approx(float(macs(least)), rel=0.02)  # knots of small widths are a little apart
+    assert bool(times.prunable.any())
+
+
+def test_between_the_knots_it_is_linear_and_has_a_gradient(counted):
+    model = dampr.convert(nn.Sequential(nn.Linear(8, 40), nn.ReLU(), nn.Linear(40, 4)), example_inputs=torch.randn(2, 8))
+    times = Latency(model, torch.randn(1, 8))
+    p = torch.full((40,), 13 / 40, dtype=torch.float64, requires_grad=True)
+    assert float(times(p.detach())) == pytest.approx(13 * 12)  # both layers are linear in this width
+    times(p).backward()
+    assert torch.allclose(p.grad, torch.full((40,), 12.0, dtype=torch.float64))
+
+
+def test_more_channels_never_count_as_less_time(monkeypatch):
+    clock = iter(range(10_000, 0, -1))
+    monkeypatch.setattr(latency, "_seconds", lambda call, device: float(next(clock)))
+    model, x = models.vgg()
+    times = Latency(dampr.convert(model, example_inputs=x), x)
+    gates = torch.zeros(times.structure.size)
+    found = []
+    for i in torch.randperm(len(gates)):
+        gates[i] = 1
+        found.append(float(times(gates)))
+    assert found == sorted(found)
+
+
+@pytest.mark.parametrize("name", ["mlp", "vgg", "mobilenet_v2"])
+def test_a_budget_of_time(name):
+    """Timed for real: whatever the table says, the budget keeps to it."""
+    model, x = models.ALL[name]()
+    dampr.convert(model, example_inputs=x)
+    close_at_random(model, 0.2)
+    budget = dampr.Budget(model, x, latency=0.99)
+    budget.penalty()
+    budget.step()
+    report = budget.finalize()
+    assert 0 < report.reached <= report.target < report.total
+    assert report.reached == pytest.approx(budget.left() * budget.total)
+    assert "ms of" in str(report)
+    dampr.compact(model, example_inputs=x)
