@@ -7,7 +7,7 @@
 >>> small = dampr.compact(model, example_inputs=x)
 """
 
-from dampr import functional, gates, nn
+from dampr import functional, gates, integrations, nn
 from dampr._version import __version__
 from dampr.nn.explain import explain
 from dampr.ops import BackendUnavailableError, backend, backend_info
@@ -50,6 +50,7 @@ __all__ = [
     "explain",
     "functional",
     "gates",
+    "integrations",
     "load",
     "nn",
     "param_groups",

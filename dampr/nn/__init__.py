@@ -4,6 +4,7 @@ from .attention import GatedMultiheadAttention, PrunedMultiheadAttention
 from .base import GatedLayer
 from .conv import GatedConv1d, GatedConv2d
 from .gate import Gate, GatedEmbedding, GatedResidual, Residual, Scale
+from .heads import GatedHeads
 from .linear import GatedLinear
 from .norm import GatedBatchNorm1d, GatedBatchNorm2d, GatedLayerNorm
 from .rnn import GatedGRU, GatedLSTM, GatedRNN, ScaledRNN
@@ -22,6 +23,7 @@ __all__ = [
     "GatedConv2d",
     "GatedEmbedding",
     "GatedGRU",
+    "GatedHeads",
     "GatedLSTM",
     "GatedLayer",
     "GatedLayerNorm",

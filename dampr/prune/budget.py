@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -169,10 +170,10 @@ class Budget:
         for target, value in self.targets[:-1]:
             if value not in self.snapshots and self.left() * self.total <= target:
                 snapshot = copy.deepcopy(self._model)
-                self._fit(snapshot, target, 1, 1)
+                self._fit(snapshot, target, 1, 1, [])
                 self.snapshots[value] = snapshot
 
-    def finalize(self, *, round_to: int = 1, min_width: int = 1) -> BudgetReport:
+    def finalize(self, *, round_to: int = 1, min_width: int = 1, same: str | Sequence[str] = ()) -> BudgetReport:
         """Decide every gate, so that the compacted model costs the target or less by under one unit: nothing closed could open.
 
         The gates that evaluation closes go first, then the smallest. Where the gates have closed more than they had to, the largest of
@@ -182,6 +183,8 @@ class Budget:
         Args:
             round_to: open gates of a layer are a multiple of it (or all), as tensor cores like them.
             min_width: the fewest gates that stay open in a layer; residual branches may close altogether.
+            same: name globs; the gated layers that one of them matches keep the same number of gates, each its own best ones. For models
+                that have one number for all layers.
 
         Returns: a :class:`BudgetReport`, of counts taken from a compacted copy.
 
@@ -189,7 +192,22 @@ class Budget:
         """
         _checks.positive_int("round_to", round_to)
         _checks.positive_int("min_width", min_width)
-        return self._fit(self._model, self.target, round_to, min_width)
+        globs = [same] if isinstance(same, str) else list(same)
+        return self._fit(self._model, self.target, round_to, min_width, self._matched(globs))
+
+    def _matched(self, globs: list[str]) -> list[list[int]]:
+        """Which gates have to be as many as each other, by their places in :func:`_gates`."""
+        layers, places = gated_layers(self._model), {id(gate): place for place, gate in enumerate(_gates(self._model))}
+        found = []
+        for glob in globs:
+            names = [name for name in layers if fnmatchcase(name, glob)]
+            if len({layers[name].gate.num_gates for name in names}) != 1:
+                counts = {name: layers[name].gate.num_gates for name in names}
+                raise ValueError(f"same={glob!r}: it matches {counts}, expected gated layers with as many gates each")
+            found.append(sorted({places[id(layers[name].gate)] for name in names}))
+        if len({place for group in found for place in group}) != sum(map(len, found)):
+            raise ValueError(f"same={globs!r}: expected that no gates are matched twice")
+        return found
 
     def state_dict(self) -> dict[str, Any]:
         """Steps and multiplier, for a checkpoint beside those of model and optimizer; snapshots are not in it."""
@@ -211,12 +229,12 @@ class Budget:
             return value if isinstance(value, int) else value * self.total
         return math.floor(value * self.total)
 
-    def _fit(self, model: nn.Module, target: float, round_to: int, min_width: int) -> BudgetReport:
+    def _fit(self, model: nn.Module, target: float, round_to: int, min_width: int, same: list[list[int]]) -> BudgetReport:
         """Fix the gates of ``model``, which has the structure of the budget's own, at ``target``."""
         gates = _gates(model)
         aim, reached = target, target + 1
         for _ in range(8):
-            chosen = _choose(self._cost, gates, aim, round_to, min_width)
+            chosen = _choose(self._cost, gates, aim, round_to, min_width, same)
             fixed = _fixed(gates, chosen)
             trial = copy.deepcopy(model)
             inputs.replace(trial, dict(zip(_gates(trial), fixed, strict=True)))
@@ -241,9 +259,9 @@ def _gates(model: nn.Module) -> list[Gate]:
 
 
 @torch.no_grad()
-def _choose(cost: Cost, gates: Sequence[Gate], target: float, round_to: int, min_width: int) -> Tensor:
+def _choose(cost: Cost, gates: Sequence[Gate], target: float, round_to: int, min_width: int, same: list[list[int]]) -> Tensor:
     """The gates to open: bool, (all gates,). By bisection over their order, then whatever else still fits."""
-    chosen, increments = _increments(cost, gates, round_to, min_width)
+    chosen, increments = _increments(cost, gates, round_to, min_width, same)
 
     def with_first(count: int) -> Tensor:
         these = chosen.clone()
@@ -270,10 +288,12 @@ def _choose(cost: Cost, gates: Sequence[Gate], target: float, round_to: int, min
     return chosen
 
 
-def _increments(cost: Cost, gates: Sequence[Gate], round_to: int, min_width: int) -> tuple[Tensor, list[tuple[int, list[int]]]]:
+def _increments(
+    cost: Cost, gates: Sequence[Gate], round_to: int, min_width: int, same: list[list[int]]
+) -> tuple[Tensor, list[tuple[int, list[int]]]]:
     """What is open in any case, bool (all gates,), and in the order of opening the increments: of which gate, and which of all gates."""
     base = torch.zeros(cost.structure.size, dtype=torch.bool)
-    found: list[tuple[tuple[float, ...], int, list[int]]] = []
+    found: list[Increment] = []
     start = 0
     for number, gate in enumerate(gates):
         mine = range(start, start + gate.num_gates)
@@ -287,8 +307,25 @@ def _increments(cost: Cost, gates: Sequence[Gate], round_to: int, min_width: int
         for first in range(least, len(order), round_to):
             members = order[first : first + round_to]
             found.append((ranks[members[-1] - mine.start], number, members))
+    for group in same:
+        found = _joined(found, group)
     found.sort(key=lambda increment: increment[0], reverse=True)
     return base, [(number, members) for _, number, members in found]
+
+
+Increment = tuple[tuple[float, ...], int, list[int]]  # its rank, of which gate, and which of all gates
+
+
+def _joined(found: list[Increment], group: list[int]) -> list[Increment]:
+    """The increments of several gates as one series, in which the first of all open together, then the second, with their mean rank."""
+    series = [[increment for increment in found if increment[1] == number] for number in group]
+    if len({len(own) for own in series}) != 1:
+        raise BudgetError(f"same: layers with {sorted({len(own) for own in series})} gates that can be cut cannot keep the same number")
+    joined: list[Increment] = []
+    for each in zip(*series, strict=True):
+        columns = zip(*(rank for rank, _, _ in each), strict=True)
+        joined.append((tuple(sum(column) / len(each) for column in columns), group[0], [i for _, _, members in each for i in members]))
+    return [increment for increment in found if increment[1] not in group] + joined
 
 
 def _ranks(gate: Gate) -> list[tuple[float, ...]]:

@@ -13,7 +13,7 @@ from dampr._version import __version__
 from dampr.nn import GatedLayer, GatedResidual, Scale, ScaledRNN
 from dampr.nn.rnn import _GatedRecurrent
 
-from . import graph, inputs, recurrent, transformer
+from . import graph, heads, inputs, recurrent, transformer
 from .expand import carry_over
 
 
@@ -64,7 +64,7 @@ def compact(
     small = copy.deepcopy(model)
     open_branches(small)
     samples = [example_inputs, inputs.perturbed(example_inputs)]
-    small, neurons, heads, notes = transformer.make_plain(small, samples, atol, rtol)
+    small, neurons, left, notes = transformer.make_plain(small, samples, atol, rtol)
     closed: graph.Closed = {True: {}, False: {}}
     norms: dict[nn.Module, set[int]] = {}
     dense: dict[Any, nn.Module] = {}
@@ -81,15 +81,17 @@ def compact(
                 notes[name] = f"{len(channels)} closed rows stay: the caller's indices count them"
             elif channels:
                 closed[writes][plain] = channels
+    open_heads, head_notes = heads.open_heads(small)
     inputs.replace(small, dense)
+    in_heads, cut_heads = heads.cut(small, open_heads)
     kept, units, recurrent_notes = recurrent.make_plain(small, samples, atol, rtol)
-    kept, notes = neurons | kept, notes | recurrent_notes
+    kept, notes = neurons | in_heads | kept, notes | head_notes | recurrent_notes
     if norms or closed[True] or closed[False]:
         _cut(small, closed, norms, samples, kept, notes, round_to)
     ones = [m for m in small.modules() if isinstance(m, Scale) and bool((m.scale == 1).all())]
     inputs.replace(small, {module: nn.Identity().train(module.training) for module in ones})
     difference = max(_prove(model, small, kept, sample, atol, rtol) for sample in samples)
-    small.dampr_manifest = _manifest(model, small, kept, heads, units, notes, difference)  # type: ignore[assignment]
+    small.dampr_manifest = _manifest(model, small, kept, left | cut_heads, units, notes, difference)  # type: ignore[assignment]
     if optimizer is not None:
         carry_over(optimizer, model, small)
     return small
@@ -122,6 +124,9 @@ def _cut(
             closed[writes][layer] = closed[writes].get(layer, set()) | channels
         if not around:
             notes[names[norm]] = f"{len(channels)} closed channels stay: no layer alone writes or reads what this norm gates"
+    for layer, factor in widths.multiplied.items():
+        if layer in closed[True]:
+            closed[True][factor] = closed[True].get(factor, set()) | closed[True][layer]
     for writes, layers in closed.items():
         for layer, channels in layers.items():
             if (layer, writes) in kept:
@@ -130,7 +135,7 @@ def _cut(
             reason = "other layers of its width still use them"
             try:
                 if layer not in widths:
-                    raise graph.CannotCutError("example_inputs do not reach the layer")
+                    raise graph.CannotCutError(widths.why_absent(layer))
                 dead = widths.removable(layer, writes, closed)
                 if writes:
                     dead = set(sorted(dead)[: _rounded(len(dead), graph.channel_count(layer, True), round_to)])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -18,6 +18,7 @@ from dampr.nn import (
     GatedConv2d,
     GatedEmbedding,
     GatedGRU,
+    GatedHeads,
     GatedLinear,
     GatedLSTM,
     GatedMultiheadAttention,
@@ -25,7 +26,7 @@ from dampr.nn import (
 )
 from dampr.nn.base import Granularity
 
-from . import graph, inputs, recurrent, transformer
+from . import graph, heads, inputs, recurrent, transformer
 
 Filter = Sequence[str | type] | str | type | None
 _REPLACEMENT: dict[type, Any] = {
@@ -113,7 +114,7 @@ def convert(
         for name, layer in plan.layers.items():
             shared = gated.get(plan.shared_with.get(name, ""))
             own = gates.get(name, gate) if shared is None else shared.gate
-            gated[name] = _gated(name, layer, own, granularity, per_sample)
+            gated[name] = _gated(name, layer, own, granularity, per_sample, plan.heads.get(name))
             if name in plan.weights_per_gate:
                 gated[name].weights_per_gate = plan.weights_per_gate[name]
         if "" in gated:
@@ -139,7 +140,7 @@ def convert(
 class _Plan:
     """What is replaced, by name; which of these share the gate of which; what a gate in a norm saves; what is left out, and why.
 
-    ``order``: names in the order of calls.
+    ``order``: names in the order of calls. ``heads``: which of these layers project the heads of an attention.
     """
 
     layers: dict[str, nn.Module]
@@ -147,12 +148,15 @@ class _Plan:
     weights_per_gate: dict[str, float]
     skipped: dict[str, str]
     order: list[str]
+    heads: dict[str, heads.Attention] = field(default_factory=dict)
 
 
 def _place(model: nn.Module, chosen: dict[str, nn.Module], granularity: Granularity, example_inputs: Any, tie: bool) -> _Plan:
     plan = _Plan(dict(chosen), {}, {}, {}, list(chosen))
     if granularity != "output":
         return plan
+    attentions = heads.parts(model)
+    plan.heads = {name: attentions[layer] for name, layer in chosen.items() if layer in attentions}
     if example_inputs is None:
         convolution = next((name for name, layer in chosen.items() if isinstance(layer, nn.modules.conv._ConvNd)), None)
         if convolution and any(type(m) in _NORMS for m in model.modules()):
@@ -164,11 +168,12 @@ def _place(model: nn.Module, chosen: dict[str, nn.Module], granularity: Granular
     names = {module: name for name, module in reversed(list(model.named_modules(remove_duplicate=False)))}
     plan.layers, plan.order = {}, [names[module] for module in widths.called()]
     gates: dict[nn.Module, str] = {}  # whose outputs are gated, and the name of the layer that holds the gate
+    factors = _factors(chosen, widths)
     for name, layer in chosen.items():
-        if isinstance(layer, nn.MultiheadAttention):
+        if isinstance(layer, nn.MultiheadAttention) or name in plan.heads:
             plan.layers[name] = layer
             continue
-        reason = _why_not(layer, widths, tie, model, example_inputs)
+        reason = factors.get(name) or _why_not(layer, widths, tie, model, example_inputs)
         if reason is not None:
             plan.skipped[name] = reason
             continue
@@ -206,6 +211,16 @@ def _why_not(layer: nn.Module, widths: graph.Widths, tie: bool, model: nn.Module
     return widths.why_not(layer)
 
 
+def _factors(chosen: dict[str, nn.Module], widths: graph.Widths) -> dict[str, str]:
+    """Of two layers whose outputs are multiplied channel by channel, the one that needs no gates, and why."""
+    names = {layer: name for name, layer in chosen.items()}
+    found: dict[str, str] = {}
+    for layer, factor in widths.multiplied.items():
+        if layer in names and factor in names and names[layer] not in found:
+            found[names[factor]] = f"its outputs only multiply those of {names[layer]!r}, whose gates close both"
+    return found
+
+
 def _has_channels(layer: nn.Module, widths: graph.Widths) -> bool:
     """Whether torch-pruning slices what the layer writes."""
     return layer in widths and not isinstance(layer, nn.RNNBase)
@@ -228,14 +243,16 @@ def _choose(
     for name, layer in model.named_modules(remove_duplicate=False):
         if type(layer) in _REPLACEMENT:
             names.setdefault(layer, []).append((name, layer))
-    chosen, skipped, owners = {}, {}, transformer.owners(model)
+    chosen, skipped, owners, attentions = {}, {}, transformer.owners(model), heads.parts(model)
     for layer, aliases in names.items():
-        above = owners.get(layer, [])
+        attention = attentions.get(layer)
+        above = owners.get(layer, []) + ([(attention.name, attention.module)] if attention else [])
         if not any(_hits(*alias, include, "include", default=True) for alias in aliases + above):
             continue
         if any(_hits(*alias, exclude, "exclude", default=False) for alias in aliases + above):
             continue
-        reason = _unfit(layer, gate, granularity, per_sample) or transformer.left_out(layer, above, granularity)
+        reason = _unfit(layer, gate, granularity, per_sample) or transformer.left_out(layer, owners.get(layer, []), granularity)
+        reason = reason or heads.left_out(layer, attention, granularity, per_sample)
         if reason is None:
             chosen[aliases[0][0]] = layer
         else:
@@ -266,8 +283,9 @@ def _generated(gate: Any, plan: _Plan, model: nn.Module, granularity: Granularit
         return {}
     options = {"init_scale": 0.0, **getattr(gate, "keywords", {})}
     names = sorted((name for name in plan.layers if name not in plan.shared_with), key=plan.order.index)
+    counts = [plan.heads[name].heads if name in plan.heads else _gate_count(plan.layers[name], granularity) for name in names]
     device = next((p.device for p in model.parameters()), None)
-    generator = DependencyGenerator([_gate_count(plan.layers[name], granularity) for name in names], device=device, **options)
+    generator = DependencyGenerator(counts, device=device, **options)
     return dict(zip(names, generator.gates(), strict=True))
 
 
@@ -277,7 +295,9 @@ def _gate_count(layer: nn.Module, granularity: Granularity) -> int:
     return count
 
 
-def _gated(name: str, layer: nn.Module, gate: Any, granularity: Granularity, per_sample: bool) -> nn.Module:
+def _gated(
+    name: str, layer: nn.Module, gate: Any, granularity: Granularity, per_sample: bool, of_heads: heads.Attention | None
+) -> nn.Module:
     how: dict[str, Any] = {"gate": gate, "per_sample": per_sample, "granularity": granularity}
     if isinstance(layer, nn.RNNBase):
         del how["per_sample"]
@@ -286,6 +306,8 @@ def _gated(name: str, layer: nn.Module, gate: Any, granularity: Granularity, per
     elif not isinstance(layer.weight, nn.Parameter):
         raise ConversionError(f"layer {name!r}: its weight is computed from other tensors (weight_norm?), expected a plain nn.Parameter")
     kind = _NORMS.get(type(layer)) or _REPLACEMENT[type(layer)]
+    if of_heads is not None:
+        kind, how = GatedHeads, {"gate": gate, "heads": of_heads.heads, "weights_per_gate": of_heads.weights_per_head()}
     gated: nn.Module = kind.from_dense(layer, **how)
     for attribute in _HOOKS:
         setattr(gated, attribute, getattr(layer, attribute))

@@ -21,7 +21,7 @@ from dampr.nn import GatedMultiheadAttention
 from dampr.nn.rnn import _GatedRecurrent
 
 from . import graph, inputs
-from .measure import count_call, count_macs, count_params
+from .measure import count_call, count_macs, count_params, macs_beside_layers
 from .structure import Structure
 
 _BATCH_NORMS = nn.modules.batchnorm._BatchNorm
@@ -82,7 +82,9 @@ class Cost:
         return (each if self._branches is None else each * self._branches(gates)).sum() + self._fixed
 
     def _find_sites(self, plain: nn.Module, example_inputs: Any) -> list[Site]:
-        return list(_macs(plain, self._variables, example_inputs) if self.metric == "macs" else _params(plain, self._variables))
+        if self.metric != "macs":
+            return list(_params(plain, self._variables))
+        return [*_macs(plain, self._variables, example_inputs), *_attention_sites(self.structure, self._variables, example_inputs)]
 
     def _measure(self, plain: nn.Module, example_inputs: Any) -> float:
         """The cost of the whole model; and what :meth:`_each` needs."""
@@ -279,6 +281,15 @@ def _recurrent_sites(name: str, layer: nn.RNNBase, variables: _Variables, times:
         yield Site(name, handed_on, hidden, times * gates)
         if layer.proj_size:
             yield Site(name, hidden, handed_on, times)
+
+
+def _attention_sites(structure: Structure, variables: _Variables, example_inputs: Any) -> Iterator[Site]:
+    """The scores of each attention and what they weigh, in proportion to the heads that are left."""
+    if structure.attentions:
+        beside = macs_beside_layers(structure.plain, example_inputs, [attention.name for attention in structure.attentions])
+        for attention in structure.attentions:
+            columns = variables.width(attention.written, False)
+            yield Site(attention.name, Width(1), columns, beside[attention.name] / attention.written.in_features)
 
 
 def _uses(plain: nn.Module, example_inputs: Any) -> dict[nn.Module, int]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dampr.nn import PrunedMultiheadAttention, Scale, ScaledRNN
 from dampr.nn.transformer import _Pruned
 
-from . import graph, inputs
+from . import graph, heads, inputs
 
 _NORMS = nn.modules.batchnorm._NormBase
 Places = tuple[int, Tensor] | None  # of one dimension: its size before, and which of it are left; None where nothing was cut
@@ -48,7 +48,10 @@ def expand(model: nn.Module) -> nn.Module:
         raise ValueError(f"model={type(model).__name__}: expected the dampr_manifest that dampr.compact leaves")
     large = copy.deepcopy(model)
     del large.dampr_manifest
+    attentions = {attention.name: attention for attention in heads.find(large)}
     for name, entry in manifest["layers"].items():
+        if name in attentions:
+            continue  # its layers have entries of their own
         layer = _layer(large, name)
         for attribute, places in tensors_of(layer, entry).items():
             parent, _, own = attribute.rpartition(".")
@@ -67,6 +70,9 @@ def expand(model: nn.Module) -> nn.Module:
             layer._init_flat_weights()
         if isinstance(layer, PrunedMultiheadAttention):
             inputs.replace(large, {layer: _whole(layer)})
+    for name, attention in attentions.items():
+        if name in manifest["layers"]:
+            attention.resize(len(manifest["layers"][name]["heads"]["kept"]), manifest["layers"][name]["heads"]["before"])
     for layer in large.modules():
         if isinstance(layer, _Pruned) and layer.is_whole():
             dense: Any = nn.TransformerEncoderLayer if isinstance(layer, nn.TransformerEncoderLayer) else nn.TransformerDecoderLayer

@@ -28,6 +28,7 @@ _KEY = "dampr"
 _WIDTHS = (
     *("in_features", "out_features", "in_channels", "out_channels", "groups", "num_features", "num_parameters", "embedding_dim"),
     *("input_size", "hidden_size", "proj_size", "embed_dim", "num_heads", "head_dim", "kdim", "vdim"),
+    *("num_attention_heads", "all_head_size", "split_size", "nf", "nx"),  # of transformers' attention and Conv1D
 )
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _MAY_GAIN_BIAS = (nn.Linear, nn.modules.conv._ConvNd)

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from dampr.nn import Gate, PrunedMultiheadAttention, Scale
 
-from . import inputs
+from . import heads, inputs
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 GEMMS = (nn.Linear, *_CONVOLUTIONS)
@@ -29,6 +29,8 @@ _PASSES_THROUGH = (Scale, nn.modules.batchnorm._BatchNorm, nn.modules.instanceno
 _MIXES_CHANNELS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
 _ATTENTION = (nn.MultiheadAttention, PrunedMultiheadAttention)
 _READERS = (nn.Linear, nn.modules.conv._ConvNd, *_ATTENTION, nn.RNNBase)
+
+_KEEPS_ZERO = ("SiluBackward0", "GeluBackward0", "ReluBackward0", "TanhBackward0")  # functions with f(0) = 0
 
 Closed = dict[bool, dict[nn.Module, set[int]]]  # writes -> layer -> closed channels
 Side = tuple[nn.Module, bool]  # a layer, and whether the channels that it writes are meant or those that it reads
@@ -82,17 +84,24 @@ class Widths:
         import torch_pruning
 
         self._channelwise = _channelwise(model, example_inputs)
+        self._cores = {attention.core for attention in heads.find(model)}
         self._calls: dict[nn.Module, int] = {}
         self._returned: set[Any] = set()
         self._names = {module: name for name, module in model.named_modules()}
         hooks = [module.register_forward_pre_hook(self._count) for module in model.modules() if _is_leaf(module)]
         packed = (example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs
         try:
-            with inputs.evaluating(model), _all_trainable(model), _one_node(model), torch.enable_grad(), warnings.catch_warnings():
+            with (
+                inputs.evaluating(model),
+                _all_trainable(model),
+                _one_node(model, self._cores),
+                torch.enable_grad(),
+                warnings.catch_warnings(),
+            ):
                 warnings.simplefilter("ignore")
                 graph = torch_pruning.DependencyGraph()
                 own = {**dict.fromkeys((nn.GRU, nn.RNN, nn.LSTM), _recurrent_pruner()), Scale: _scale_pruner(self._channelwise)}
-                own[PrunedMultiheadAttention] = _attention_pruner()
+                own |= dict.fromkeys((PrunedMultiheadAttention, *map(type, self._cores)), _attention_pruner())
                 self._graph = graph.build_dependency(model, packed, forward_fn=self._forward, verbose=False, customized_pruners=own)
         finally:
             for hook in hooks:
@@ -112,6 +121,12 @@ class Widths:
 
     def __contains__(self, module: nn.Module) -> bool:
         return module in self._graph.module2node
+
+    def why_absent(self, layer: nn.Module) -> str:
+        """Why a layer is not in the graph."""
+        if any(layer in core.modules() for core in self._cores):
+            return "it is inside of an attention, of which only whole heads are cut"
+        return "example_inputs do not reach the layer"
 
     def reaches_output(self, module: nn.Module) -> bool:
         """Whether the outputs of ``module`` get to the model's output without being read by another layer on some path."""
@@ -194,6 +209,34 @@ class Widths:
         }
         return [module for module in self._names if module in found and channel_count(module, True) == size]
 
+    @functools.cached_property
+    def multiplied(self) -> dict[nn.Module, nn.Module]:
+        """Of a layer the one whose outputs do nothing but multiply its own, channel by channel, as in gated feed-forward layers.
+
+        A channel that is 0 in the first is 0 in the product, so both may go. Layers that come to the product as they are come first.
+        """
+        layers = [module for module in self._names if isinstance(module, GEMMS) and module in self]
+        ends = {layer: self._product_after(layer) for layer in layers}
+        found: list[tuple[int, nn.Module, nn.Module]] = []
+        for layer, (product, steps, keeps_zero) in ends.items():
+            others = [other for other in layers if other is not layer and product is not None and ends[other][0] is product]
+            if keeps_zero and len(others) == 1 and others[0] in self.written_together(layer):
+                found.append((steps, layer, others[0]))
+        return {layer: other for _, layer, other in sorted(found, key=lambda item: item[0])}
+
+    def _product_after(self, layer: nn.Module) -> tuple[Any, int, bool]:
+        """The product of two that alone reads the outputs of ``layer``, after how many steps, and whether 0 stays 0 on the way."""
+        node, steps, keeps_zero = self._graph.module2node[layer], 0, True
+        while len(node.outputs) == 1 and node.grad_fn not in self._returned and self._calls.get(layer) == 1:
+            node, steps = node.outputs[0], steps + 1
+            operation = type(node.grad_fn).__name__
+            if operation == "MulBackward0" and len(node.inputs) == 2:
+                return node, steps, keeps_zero
+            if len(node.inputs) != 1 or node.module in self._names:
+                break
+            keeps_zero &= operation in _KEEPS_ZERO
+        return None, steps, False
+
     def group(self, layer: nn.Module, writes: bool, channels: Iterable[int]) -> Any:
         """torch-pruning's group of everything that is sliced together with these channels of ``layer``.
 
@@ -240,7 +283,7 @@ class Widths:
                 continue
             if isinstance(module, _MIXES_CHANNELS):
                 raise CannotCutError(f"{type(module).__name__} {self._names.get(module)!r} computes statistics over its channels")
-            if not list(module.parameters(recurse=False)):
+            if not list(module.parameters(recurse=False)) and module not in self._cores:
                 continue
             writes = self._graph.is_out_channel_pruning_fn(item.dep.handler)
             self._check_kind(module, writes)
@@ -307,9 +350,13 @@ class Widths:
 
 
 @contextlib.contextmanager
-def _one_node(model: nn.Module) -> Iterator[None]:
-    """Make each recurrent layer, and attention, one node of autograd's graph, and not one for each product in each of its steps."""
-    layers = [module for module in model.modules() if isinstance(module, (nn.RNNBase, *_ATTENTION))]
+def _one_node(model: nn.Module, cores: set[nn.Module]) -> Iterator[None]:
+    """Make each recurrent layer, and attention, one node of autograd's graph, and not one for each product in each of its steps.
+
+    ``cores``: the attention of other libraries.
+    """
+    layers = [module for module in model.modules() if isinstance(module, (nn.RNNBase, *_ATTENTION)) or module in cores]
+    own = {layer: vars(layer)["forward"] for layer in layers if "forward" in vars(layer)}  # of libraries that wrap it
     for layer in layers:
         layer.forward = functools.partial(_call_as_one_node, layer, layer.forward)  # type: ignore[method-assign]
     try:
@@ -317,6 +364,8 @@ def _one_node(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             del layer.forward
+        for layer, forward in own.items():
+            layer.forward = forward  # type: ignore[method-assign]
 
 
 def _call_as_one_node(layer: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -380,10 +429,10 @@ def _attention_pruner() -> Any:
     import torch_pruning
 
     class Attention(torch_pruning.BasePruningFunc):  # type: ignore[misc]
-        def get_out_channels(self, layer: PrunedMultiheadAttention) -> int:
-            return layer.embed_dim
+        def get_out_channels(self, layer: Any) -> int | None:
+            return getattr(layer, "embed_dim", None)
 
-        def prune_out_channels(self, layer: PrunedMultiheadAttention, idxs: Any) -> nn.Module:
+        def prune_out_channels(self, layer: nn.Module, idxs: Any) -> nn.Module:
             raise NotImplementedError  # Widths.members refuses it
 
         get_in_channels = get_out_channels

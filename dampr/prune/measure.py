@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -43,7 +43,24 @@ def count_macs(model: nn.Module, example_inputs: Any) -> int:
 
 def count_call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
     """Multiply-accumulates of one call, counted like :func:`count_macs`."""
+    return _counted(function, *args, **kwargs).get_total_flops() // 2
+
+
+def macs_beside_layers(model: nn.Module, example_inputs: Any, names: Iterable[str]) -> dict[str, int]:
+    """The same for each of the modules ``names``, without what the layers inside of it count: of attention its scores and their use."""
+    with inputs.evaluating(model), torch.no_grad():
+        counts = _counted(inputs.call, model, example_inputs).get_flop_counts()
+    root = type(model).__name__
+    flops = {name: sum(by_operator.values()) for name, by_operator in counts.items()}
+    found = {}
+    for name in names:
+        layers = [f"{root}.{name}.{inner}" for inner, m in model.get_submodule(name).named_modules() if inner and hasattr(m, "weight")]
+        found[name] = (flops.get(f"{root}.{name}", 0) - sum(flops.get(layer, 0) for layer in layers)) // 2
+    return found
+
+
+def _counted(function: Callable[..., Any], *args: Any, **kwargs: Any) -> FlopCounterMode:
     counter = FlopCounterMode(display=False, custom_mapping=_RECURRENT)
     with inputs.unfused(), sdpa_kernel(SDPBackend.MATH), counter:
         function(*args, **kwargs)
-    return counter.get_total_flops() // 2
+    return counter

@@ -11,11 +11,11 @@ from torch import nn
 
 from dampr.gates import Fixed, Gate
 from dampr.nn import Gate as GateLayer
-from dampr.nn import GatedLayer, GatedResidual, Scale
+from dampr.nn import GatedHeads, GatedLayer, GatedResidual, Scale
 from dampr.nn.rnn import _GatedRecurrent
 from dampr.nn.transformer import _Gated
 
-from . import graph, inputs, recurrent
+from . import graph, heads, inputs, recurrent
 from .compact import open_branches
 from .graph import Side
 
@@ -33,6 +33,7 @@ class Structure:
         atoms: of a side of a layer, the atom of each channel, or -1 where it always stays.
         owners: ``owners[writes][atom]`` has for each layer that writes, or reads, the atom the set of its gates.
         units: of each recurrent layer in ``plain`` whose units can be cut, the layers that read them.
+        attentions: those whose heads have gates, in ``plain``.
         notes: of layers whose gates cut nothing, why.
     """
 
@@ -51,6 +52,7 @@ class Structure:
         self.plain = self._plain_copy(model, example_inputs)
         self.names = {module: name for name, module in self.plain.named_modules()}
         self._find_atoms(graph.Widths(self.plain, example_inputs))
+        self._add_heads()
 
     @property
     def gates(self) -> list[Gate]:
@@ -95,7 +97,7 @@ class Structure:
                 continue
             try:
                 if layer not in widths:
-                    raise graph.CannotCutError("example_inputs do not reach the layer")
+                    raise graph.CannotCutError(widths.why_absent(layer))
                 groups = widths.whole_width(layer, writes)
                 members |= {(m.module, m.writes) for group in groups for m in widths.members(group)}
             except graph.CannotCutError as error:
@@ -129,7 +131,21 @@ class Structure:
                 self.notes[name] = "no layer alone writes or reads what these gates multiply"
             for side in sides:
                 anchors[side].append((owners + self.start(name)).tolist())
+        own = {layer: list(found) for (layer, writes), found in anchors.items() if writes}
+        for writer, factor in widths.multiplied.items():
+            if writer in own:
+                anchors[factor, True] += own[writer]
         return anchors
+
+    def _add_heads(self) -> None:
+        """An atom for each head with a gate: the rows that compute it and the columns that read it, on which the gate is."""
+        self.attentions = [a for a in heads.find(self.plain) if isinstance(self.gated.get(a.written_name), GatedHeads)]
+        for attention in self.attentions:
+            first, start = len(self.owners[True]), self.start(attention.written_name)
+            for side, head in attention.sides():
+                self.atoms[side] = (head + first).tolist()
+            self.owners[True] += [set[frozenset[int]]() for _ in range(attention.heads)]
+            self.owners[False] += [{frozenset([start + i])} for i in range(attention.heads)]
 
 
 def _branch_parts(model: nn.Module) -> dict[str, list[str]]:

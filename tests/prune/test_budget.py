@@ -215,3 +215,31 @@ def test_dam_keeps_the_gates_it_would_open_next():
     for layer in dampr.prune.gated_layers(model).values():
         gates = layer.gate.is_open().long()
         assert (gates.diff() >= 0).all(), "open gates are a suffix"
+
+
+def test_layers_that_have_to_keep_the_same_number_do():
+    torch.manual_seed(0)
+    x = torch.randn(4, 6)
+    layers = [m for _ in range(3) for m in (nn.Linear(6, 20), nn.ReLU(), nn.Linear(20, 6))]
+    model = dampr.convert(nn.Sequential(*layers), exclude=["2", "5"], example_inputs=x)
+    for layer in dampr.prune.gated_layers(model).values():
+        layer.gate.log_alpha.data.uniform_(-1, 3)
+    values = {name: layer.gate.log_alpha.detach().clone() for name, layer in dampr.prune.gated_layers(model).items()}
+    report = dampr.Budget(model, x, macs=0.6).finalize(same="*")
+    assert {left for left, _ in zip(report.widths.values(), range(3), strict=True)} == {(20, 12)}
+    assert report.reached == report.target
+    for name, layer in dampr.prune.gated_layers(model).items():
+        kept = layer.gate.is_open()
+        assert values[name][kept].min() >= values[name][~kept].max(), "each its own best"
+
+
+def test_layers_that_cannot_keep_the_same_number_are_named():
+    x = torch.randn(4, 6)
+    model = dampr.convert(nn.Sequential(nn.Linear(6, 20), nn.ReLU(), nn.Linear(20, 9), nn.ReLU(), nn.Linear(9, 2)), example_inputs=x)
+    budget = dampr.Budget(model, x, macs=0.6)
+    with pytest.raises(ValueError, match=r"same='\*': it matches {'0': 20, '2': 9}, expected"):
+        budget.finalize(same="*")
+    with pytest.raises(ValueError, match="it matches {}"):
+        budget.finalize(same=["none"])
+    with pytest.raises(ValueError, match="no gates are matched twice"):
+        budget.finalize(same=["0", "[0]"])

@@ -1,0 +1,31 @@
+"""How the attention of Hugging Face's transformers is made, so that convert, Budget and compact find its heads. It is not imported."""
+
+from __future__ import annotations
+
+from dampr.prune.heads import KINDS, Kind
+
+_SEPARATE = {"q_proj": 1, "k_proj": 1, "v_proj": 1}
+_SHARED = Kind(_SEPARATE, "o_proj", sharing="num_key_value_groups")
+_BERT = Kind(
+    {"self.query": 1, "self.key": 1, "self.value": 1},
+    "output.dense",
+    core="self",
+    head_dim="self.attention_head_size",
+    scaled=("self.num_attention_heads", "self.all_head_size"),
+)
+_GPT2 = tuple(  # attention to another sequence, then to its own; with linear layers in the place of Conv1D
+    Kind(read, "c_proj", scaled=("num_heads", "split_size")) for read in ({"q_attn": 1, "c_attn": 2}, {"c_attn": 3})
+)
+
+KINDS |= {
+    f"transformers.models.{module}": kinds
+    for module, kinds in {
+        "bert.modeling_bert.BertAttention": (_BERT,),
+        "gpt2.modeling_gpt2.GPT2Attention": _GPT2,
+        "llama.modeling_llama.LlamaAttention": (_SHARED,),
+        "mistral.modeling_mistral.MistralAttention": (_SHARED,),
+        "qwen2.modeling_qwen2.Qwen2Attention": (_SHARED,),
+        "roberta.modeling_roberta.RobertaAttention": (_BERT,),
+        "vit.modeling_vit.ViTAttention": (Kind(_SEPARATE, "o_proj", scaled=("num_attention_heads",)),),
+    }.items()
+}

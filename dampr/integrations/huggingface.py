@@ -1,0 +1,218 @@
+"""Hugging Face's transformers: gates on heads and feed-forward neurons, and pruned models in folders that come back whole.
+
+>>> import torch
+>>> from transformers import LlamaConfig, LlamaForCausalLM
+>>> from dampr.integrations import huggingface
+>>> config = LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=4)
+>>> words = {"input_ids": torch.randint(50, (2, 5)), "use_cache": False}
+>>> model = huggingface.convert(LlamaForCausalLM(config), example_inputs=words)
+>>> model.model.layers[0].mlp.up_proj.gate.log_alpha.data[:10] = -9
+>>> small = huggingface.compact(model, example_inputs=words)
+>>> small.config.dampr["linear"]["model.layers.0.mlp.up_proj"]
+[16, 14]
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+try:
+    import transformers
+except ImportError as error:
+    raise ImportError("dampr.integrations.huggingface needs transformers: pip install dampr-torch[huggingface]") from error
+
+from torch import nn
+from transformers import PreTrainedModel
+
+import dampr.prune
+from dampr import _checks
+from dampr.nn import GatedLayer
+from dampr.prune import CompactionError, FileError, inputs
+from dampr.prune import heads as _heads
+
+from . import _uniform, _widths
+from ._trainer import DamprCallback
+
+__all__ = ["DamprCallback", "compact", "convert", "from_pretrained", "save_pretrained"]
+
+
+def convert(
+    model: PreTrainedModel,
+    *,
+    example_inputs: Any,
+    gate: Any = "hard_concrete",
+    heads: bool = True,
+    neurons: bool = True,
+    exclude: Sequence[str | type] | str | type = (),
+) -> PreTrainedModel:
+    """Put gates on the heads and on the feed-forward neurons of ``model``, in place, keeping its parameters.
+
+    A gate of a head is on the columns of the last projection of its attention (:class:`dampr.nn.GatedHeads`); query heads that share a key
+    and a value share a gate. Where a layer multiplies the neurons of another (Llama's ``gate_proj``), that other alone has gates. The
+    ``Conv1D`` layers of GPT-2 are ``nn.Linear`` layers until :func:`compact`, around the same parameters, which are transposed: make
+    optimizers afterwards. Evaluation outputs stay, which is proven on the example inputs.
+
+    Args:
+        model: an attention that is not known (BERT, GPT-2, Llama, Mistral, Qwen2, RoBERTa, ViT are) has no gates.
+        example_inputs: as for :func:`dampr.convert`, best a dict with ``"use_cache": False`` for a model that generates.
+        gate: as for :func:`dampr.convert`.
+        heads, neurons: what has gates; neurons are those of every linear layer that can be cut, a pooler's too.
+        exclude: name globs and types, as for :func:`dampr.convert`.
+
+    Returns: ``model``. Its attribute ``dampr_skipped`` says of layers that were left out why.
+
+    Raises: what :func:`dampr.convert` raises; TypeError or ValueError that names the argument. The model is then as it was.
+    """
+    _check_model(model)
+    if not (heads or neurons):
+        raise ValueError("heads=False, neurons=False: expected at least one of them")
+    transposed = _widths.to_linear(model)
+    try:
+        projections = {attention.written for attention in _heads.find(model)}
+        unknown = _in_unknown_attention(model)
+        wanted = [
+            name
+            for name, layer in model.named_modules()
+            if isinstance(layer, nn.Linear) and name not in unknown and (heads if layer in projections else neurons)
+        ]
+        dampr.prune.convert(model, gate=gate, include=wanted, exclude=exclude, example_inputs=example_inputs)
+    except BaseException:
+        _widths.to_conv1d(model, transposed)
+        raise
+    skipped: Any = model.dampr_skipped
+    skipped |= unknown
+    return model
+
+
+def compact(
+    model: PreTrainedModel, *, example_inputs: Any, uniform: bool = False, round_to: int = 1, atol: float = 1e-5, rtol: float = 1e-5
+) -> PreTrainedModel:
+    """:func:`dampr.compact` to a model of the stock class, whose config says how wide every layer is.
+
+    The pruned widths are in ``config.dampr``, for :func:`from_pretrained`; transformers alone refuses the folder of such a model, because
+    its tensors do not have the shapes that the rest of the config says.
+
+    Args:
+        model: with gates from :func:`convert`; it is not changed.
+        example_inputs, atol, rtol: as for :func:`dampr.compact`.
+        uniform: keep as many heads and neurons in every layer as the widest has, so that entries such as ``intermediate_size`` say it all
+            and transformers alone loads the model. Closed ones that stay have weights of 0. Heads stay where their width follows from
+            their number (BERT, GPT-2).
+        round_to: with ``uniform``, neurons are a multiple of it, or all.
+
+    Raises: CompactionError; TypeError or ValueError that names the argument, or what a config cannot say.
+    """
+    _check_model(model)
+    _checks.positive_int("round_to", round_to)
+    if round_to > 1 and not uniform:
+        raise ValueError(f"round_to={round_to}: expected uniform=True with it")
+    level, notes = _uniform.level(model, round_to) if uniform else (model, {})
+    small: Any = dampr.prune.compact(level, example_inputs=example_inputs, atol=atol, rtol=rtol)
+    transposed = [name for name, layer in _widths.stock(small).named_modules() if type(layer) is _widths.Conv1D]
+    if uniform:
+        vars(small.config).pop(_widths.KEY, None)
+        _uniform.write(small)
+    else:
+        setattr(small.config, _widths.KEY, _widths.describe(small))
+    _widths.to_conv1d(small, transposed)
+    _check_config(small)
+    small.dampr_manifest["closed_but_kept"] |= notes
+    before, after = inputs.evaluate(model, example_inputs), inputs.evaluate(small, example_inputs)
+    if inputs.differ(before, after, rtol, atol):
+        raise CompactionError(f"outputs differ by up to {inputs.gap(before, after):.3g} (atol={atol:g}, rtol={rtol:g})")
+    return small
+
+
+def save_pretrained(model: PreTrainedModel, folder: str | os.PathLike[str], **how: Any) -> None:
+    """Write a compacted model as ``model.save_pretrained`` does, after a check that :func:`from_pretrained` can read it.
+
+    Raises: TypeError for a model with gates; ValueError where its config does not say its widths.
+    """
+    _check_model(model)
+    gated = [name for name, module in model.named_modules() if isinstance(module, GatedLayer)]
+    if gated:
+        raise TypeError(f"model: layer {gated[0]!r} still has gates; expected a compacted model (huggingface.compact)")
+    _check_config(model)
+    model.save_pretrained(folder, **how)
+
+
+def from_pretrained(folder: str | os.PathLike[str], *, model_class: type[PreTrainedModel] | None = None, **how: Any) -> PreTrainedModel:
+    """Read what :func:`save_pretrained` wrote, or any other model of transformers.
+
+    The stock class is built from the config and narrowed to the widths in it before weights are loaded, by transformers itself.
+
+    Args:
+        folder: as for ``from_pretrained`` of transformers.
+        model_class: None: what the config names.
+        how: what ``from_pretrained`` of transformers takes: ``dtype``, ``device_map``, ...
+
+    Returns: a model of that class, in evaluation mode.
+
+    Raises: FileError where the widths are not of the right form, or do not go with the class or the weights; what transformers raises.
+    """
+    config = transformers.AutoConfig.from_pretrained(folder)
+    where = f"folder={os.fspath(folder)!r}"
+    kind = _class_of(config, where) if model_class is None else model_class
+    spec = getattr(config, _widths.KEY, None)
+    if spec is not None:
+        _widths.check(spec)
+    narrowed: Any = kind if spec is None else _narrowed(kind, spec)
+    try:
+        model, found = narrowed.from_pretrained(folder, config=config, output_loading_info=True, **how)
+    except RuntimeError as error:
+        if isinstance(error, FileError):
+            raise
+        raise FileError(f"{where}: its weights do not fit {kind.__name__} with the widths of its config ({error})") from error
+    wrong = {what: sorted(map(str, names))[:3] for what, names in found.items() if names}
+    if wrong:
+        raise FileError(f"{where}: its weights do not fit {kind.__name__} with the widths of its config: {wrong}")
+    model.__class__ = kind
+    return model
+
+
+def _narrowed(kind: type[PreTrainedModel], spec: dict[str, Any]) -> Any:
+    """A class of the same name whose instances are narrow from the start, so that transformers has nothing to refuse."""
+
+    def build(self: Any, config: Any, *args: Any, **how: Any) -> None:
+        kind.__init__(self, config, *args, **how)
+        _widths.narrow(self, spec)
+
+    return type(kind.__name__, (kind,), {"__init__": build, "__module__": kind.__module__})
+
+
+def _class_of(config: Any, where: str) -> type[PreTrainedModel]:
+    names = config.architectures or []
+    kind = getattr(transformers, names[0], None) if len(names) == 1 else None
+    if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
+        raise FileError(f"{where}: architectures={names}, expected one class of transformers; or pass model_class=")
+    return kind
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model={model!r:.80}: expected a transformers.PreTrainedModel")
+
+
+def _check_config(model: PreTrainedModel) -> None:
+    """Raise ValueError where the config of a plain model, and so its folder, says other widths than it has."""
+    whole = _widths.stock(model)
+    if (spec := getattr(model.config, _widths.KEY, None)) is not None:
+        _widths.narrow(whole, spec)
+    own, said = ({name: tuple(t.shape) for name, t in m.state_dict().items()} for m in (model, whole))
+    wrong = next((name for name in sorted(own.keys() | said.keys()) if own.get(name) != said.get(name)), None)
+    if wrong is not None:
+        raise ValueError(f"config of {type(model).__name__}: it says {said.get(wrong)} for {wrong!r}, which is {own.get(wrong)}")
+
+
+def _in_unknown_attention(model: nn.Module) -> dict[str, str]:
+    """Of each linear layer in an attention whose heads cannot be found, why it has no gates."""
+    known = {module for attention in _heads.find(model) for module in attention.module.modules()}
+    return {
+        f"{name}.{inner}": f"{name!r} is a {type(module).__name__}, whose heads dampr does not know"
+        for name, module in model.named_modules()
+        if "Attention" in type(module).__name__ and module not in known
+        for inner, layer in module.named_modules()
+        if isinstance(layer, nn.Linear) and layer not in known and inner
+    }

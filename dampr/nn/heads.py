@@ -1,0 +1,57 @@
+"""GatedHeads, the last projection of an attention that is made of linear layers, with a gate for each head."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from dampr import _checks
+from dampr.gates import Gate
+
+from .linear import GatedLinear
+
+
+class GatedHeads(GatedLinear):
+    """``nn.Linear`` that reads heads side by side, with a learned gate for each: y = sum over heads of z_h x_h W_h^T + b.
+
+    Made by :meth:`from_dense` from the output projection of an attention; a closed gate makes zeros of everything that its head computes.
+    A gate may hold several heads that stand or fall together, as query heads that share a key and a value do.
+
+    ``weights_per_gate`` is what a closed gate saves, for the penalty: its columns here, and its rows of query, key and value.
+    """
+
+    weights_per_gate: float
+
+    @classmethod
+    def from_dense(  # type: ignore[override]
+        cls, layer: nn.Linear, *, heads: int, weights_per_gate: float | None = None, gate: str | type[Gate] | Gate = "hard_concrete"
+    ) -> GatedHeads:
+        """A gated layer with the very parameters of ``layer``, not copies; where fresh gates are not 1, they are divided by them.
+
+        Args:
+            heads: how many gates; each has ``in_features / heads`` columns.
+            weights_per_gate: None: the weights in these columns.
+
+        Raises: TypeError unless the type of ``layer`` is exactly ``nn.Linear``; ValueError where ``heads`` does not divide its inputs.
+        """
+        _checks.positive_int("heads", heads)
+        if type(layer) is nn.Linear and layer.in_features % heads:
+            raise ValueError(f"heads={heads}: expected a divisor of in_features={layer.in_features}")
+        width = layer.in_features // heads
+        gated: GatedHeads = cls._from_dense(layer, gate, (layer.out_features, width), False)
+        gated.weights_per_gate = float(layer.out_features * width if weights_per_gate is None else weights_per_gate)
+        return gated
+
+    def group_size(self) -> float:
+        return self.weights_per_gate
+
+    def closed_channels(self) -> tuple[set[int], set[int]]:
+        """Nothing: heads are cut with the attention around them, or not at all."""
+        return set(), set()
+
+    def open_heads(self) -> list[int]:
+        """The gates that are open in evaluation."""
+        found: list[int] = self.gate.is_open().nonzero().flatten().tolist()
+        return found
+
+    def extra_repr(self) -> str:
+        return f"{nn.Linear.extra_repr(self)}, heads={self.gate.num_gates}"
