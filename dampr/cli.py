@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import dampr
 from dampr import demo as demo_job
-from dampr import report
+from dampr import model_report, prune, report
 from dampr.bench import linear, records, verify
 
 app = typer.Typer(
@@ -21,8 +21,10 @@ console = Console()
 
 
 @app.command()
-def info() -> None:
+def info(json: Annotated[Optional[Path], typer.Option(help="write it to this file")] = None) -> None:  # noqa: UP045
     """Which backends are here, and why one is missing."""
+    if json is not None:
+        records.write_json(json, {"environment": records.environment(), "backends": dampr.backend_info()})
     for name, state in dampr.backend_info().items():
         console.print(f"{name:10} {state}", highlight=False, soft_wrap=True)
 
@@ -63,6 +65,42 @@ def demo(
     except ImportError:
         console.print("no plot: matplotlib is not installed (pip install 'dampr-torch[plot]')")
     console.print(f"wrote {' and '.join(written)}", highlight=False, soft_wrap=True)
+
+
+@app.command("report")
+def report_command(
+    target: Annotated[str, typer.Argument(help="a file of dampr.save, or module:function that returns (model, example inputs)")],
+    json: Annotated[Optional[Path], typer.Option(help="write it to this file as JSON")] = None,  # noqa: UP045
+    png: Annotated[Optional[Path], typer.Option(help="draw widths and gates into this file")] = None,  # noqa: UP045
+    html: Annotated[Optional[Path], typer.Option(help="write one page with table and chart to this file")] = None,  # noqa: UP045
+) -> None:
+    """Widths, parameters and MACs of a gated model or of a compacted file, before and after."""
+    found = model_report.look_at(target)
+    report.print_table(console, target, model_report.COLUMNS, found.rows())
+    for name, why in found.notes.items():
+        console.print(f"{name}: {why}", highlight=False, soft_wrap=True)
+    if json is not None:
+        records.write_json(json, {"environment": records.environment(), **found.as_dict()})
+    if png is not None:
+        model_report.plot(found, png)
+    if html is not None:
+        html.write_text(model_report.as_html(found))
+
+
+@app.command()
+def doctor(
+    target: Annotated[str, typer.Argument(help="module:function that returns (gated model, example inputs)")],
+    json: Annotated[Optional[Path], typer.Option(help="write the findings to this file")] = None,  # noqa: UP045
+) -> None:
+    """Why nothing is pruning, or why a layer is about to die; exit code 1 if so. With optimizer and loss: dampr.prune.doctor in Python."""
+    findings = prune.doctor(*model_report.made_by(target))
+    for finding in findings:
+        console.print(str(finding), highlight=False, soft_wrap=True)
+    if not findings:
+        console.print("nothing found")
+    if json is not None:
+        records.write_json(json, {"environment": records.environment(), "findings": [finding.as_dict() for finding in findings]})
+    raise typer.Exit(1 if findings else 0)
 
 
 @app.command("verify")

@@ -148,3 +148,83 @@ def test_version_is_that_of_the_distribution():
     except metadata.PackageNotFoundError:
         pytest.skip("a source tree that is not installed")
     assert installed == dampr.__version__
+
+
+FACTORY = """
+import torch, dampr
+from torch import nn
+
+
+def make():
+    torch.manual_seed(0)
+    x = torch.randn(4, 12)
+    model = dampr.convert(nn.Sequential(nn.Linear(12, 20), nn.ReLU(), nn.Linear(20, 3)), example_inputs=x)
+    model[0].gate.log_alpha.data[:15] = -9
+    return model, x
+
+
+def dead():
+    model, x = make()
+    model[0].gate.log_alpha.data.fill_(-9)
+    return model, x
+
+
+def wrong():
+    return 3
+"""
+
+
+@pytest.fixture
+def factory(tmp_path, monkeypatch):
+    (tmp_path / "my_factory.py").write_text(FACTORY)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_factory", raising=False)
+    return tmp_path
+
+
+def test_report_of_a_model_and_of_its_file(factory):
+    arguments = ["report", "my_factory:make", "--json", "a.json", "--png", "a.png", "--html", "a.html"]
+    result = runner.invoke(cli.app, arguments)
+    assert result.exit_code == 0, result.output
+    written = json.loads((factory / "a.json").read_text())
+    (layer,) = written["layers"]
+    assert (layer["name"], layer["before"], layer["left"], len(layer["values"])) == ("0", 20, 5, 20)
+    assert written["params"] == [20 * 13 + 3 * 21, 5 * 13 + 3 * 6]
+    assert written["macs"] == [4 * (20 * 12 + 60), 4 * (5 * 12 + 15)]
+    assert (factory / "a.png").read_bytes().startswith(b"\x89PNG")
+    page = (factory / "a.html").read_text()
+    assert "data:image/png;base64," in page
+    assert "<td>25%</td>" in page
+    sys.path.insert(0, str(factory))
+    import my_factory
+
+    model, x = my_factory.make()
+    dampr.save(dampr.compact(model, example_inputs=x), "small.safetensors")
+    result = runner.invoke(cli.app, ["report", "small.safetensors", "--json", "b.json"])
+    assert result.exit_code == 0, result.output
+    again = json.loads((factory / "b.json").read_text())
+    assert [(r["before"], r["left"]) for r in again["layers"]] == [(20, 5)]
+    assert again["params"] == [None, 5 * 13 + 3 * 6]
+
+
+def test_doctor_finds_a_dead_layer_and_exits_with_1(factory):
+    assert runner.invoke(cli.app, ["doctor", "my_factory:make"]).output.strip() == "nothing found"
+    result = runner.invoke(cli.app, ["doctor", "my_factory:dead", "--json", "d.json"])
+    assert result.exit_code == 1
+    assert "all 20 gates are closed" in result.output
+    (finding,) = json.loads((factory / "d.json").read_text())["findings"]
+    assert finding["where"] == "0"
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("nothing", "target='nothing': expected a file of dampr.save, or module:function"),
+        ("my_factory:absent", "my_factory has no function 'absent'"),
+        ("my_factory:wrong", "made int, expected"),
+    ],
+)
+def test_report_refuses_what_is_no_target(factory, target, message):
+    done = subprocess.run([sys.executable, "-m", "dampr", "report", target], capture_output=True, text=True, timeout=120, cwd=factory)
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr.replace("\n", " ")

@@ -4,6 +4,7 @@ from .budget import Budget, BudgetError, BudgetReport
 from .compact import CompactionError, compact
 from .convert import ConversionError, convert
 from .cost import Cost
+from .doctor import Finding, calibrate, doctor
 from .expand import expand
 from .files import FileError, load, save
 from .latency import Latency
@@ -18,12 +19,15 @@ __all__ = [
     "ConversionError",
     "Cost",
     "FileError",
+    "Finding",
     "GateCheck",
     "Latency",
     "Summary",
     "Verification",
+    "calibrate",
     "compact",
     "convert",
+    "doctor",
     "expand",
     "gated_layers",
     "load",

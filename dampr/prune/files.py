@@ -140,6 +140,15 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
     return model.eval()
 
 
+def read_manifest(path: str | os.PathLike[str]) -> tuple[dict[str, Any], int]:
+    """What compaction recorded in a file of :func:`save` ({} where it did not), and how many parameters and buffers the file holds.
+
+    Raises FileNotFoundError and FileError like :func:`load`.
+    """
+    content = _read(path)
+    return content.compaction or {}, sum(tensor.numel() for tensor in content.state.values())
+
+
 def _read(path: str | os.PathLike[str]) -> _Content:
     """The content of a file: unchanged since it was written, and of the right form."""
     from safetensors import SafetensorError, safe_open

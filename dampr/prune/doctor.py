@@ -1,0 +1,140 @@
+"""doctor: why nothing is pruning, or why a layer is about to die; calibrate: a lambda that the task's gradient does not drown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dampr.nn import Gate as GateLayer
+from dampr.nn import GatedConv1d, GatedConv2d, GatedLinear
+
+from . import graph
+from .structure import Structure
+from .summary import gated_layers, penalty
+from .verify import verify_model
+
+WEAK = 1e-3  # a penalty whose gradient on the gates is below this share of the task's will not close any
+NEARLY_CLOSED = 0.05  # of a layer's gates expected open
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that keeps gates from working: where (a layer's name, or "" for the whole model), what, and what to do."""
+
+    where: str
+    problem: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.where or 'model'}: {self.problem} -> {self.remedy}"
+
+    def as_dict(self) -> dict[str, str]:
+        return asdict(self)
+
+
+def doctor(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    loss: Callable[[], Tensor] | None = None,
+    penalty: Callable[[], Tensor] | None = None,
+) -> list[Finding]:
+    """Look for the usual reasons why a gated model does not prune, or prunes too much. Nothing is changed.
+
+    Found are gates that do nothing, get no gradient, are frozen, in half precision, or under weight decay (:func:`dampr.verify_model`);
+    layers about to die, or closed altogether; gates in front of a BatchNorm, which makes constants of closed channels; gates whose closing
+    cuts nothing; and, with a loss, a penalty too weak to close any gate.
+
+    Args:
+        model, example_inputs, optimizer: as for :func:`dampr.verify_model`.
+        loss: called without arguments, the loss of the task on a typical batch, a scalar with a graph, without the penalty.
+        penalty: called without arguments, what is added to it, with its lambda.
+
+    Raises: TypeError or ValueError that names the argument; what the model raises on the example inputs.
+
+    >>> import dampr
+    >>> model = dampr.convert(nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2)), example_inputs=torch.randn(8, 4))
+    >>> optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
+    >>> print(doctor(model, torch.randn(8, 4), optimizer=optimizer)[0])
+    0: log_alpha is under weight decay 0.01, expected 0 (dampr.param_groups) -> see dampr.verify_model
+    """
+    checked = verify_model(model, example_inputs, optimizer=optimizer, gates_per_layer=8)
+    findings = [Finding(row.name, problem, "see dampr.verify_model") for row in checked.layers for problem in row.problems]
+    if all(row.tried for row in checked.layers):
+        findings += _dying(model) + _misplaced(model, example_inputs)
+    if loss is not None and penalty is not None:
+        findings += _weak(model, loss, penalty)
+    return findings
+
+
+def calibrate(model: nn.Module, loss: Tensor, cost: Tensor | None = None, *, ratio: float = 1.0) -> float:
+    """The lambda at which the penalty pulls on the gates ``ratio`` times as hard as the task: |lambda d cost| = ratio |d loss|.
+
+    Both norms are over all gate parameters. A lambda for the start of training: later the task pulls harder on the gates that matter, and
+    no longer on the others.
+
+    Args:
+        model: with gated layers, in training mode.
+        loss: the loss of the task on a typical batch, a scalar with a graph, which is kept.
+        cost: the penalty for lambda = 1, a scalar with a graph; None: :func:`dampr.penalty`.
+        ratio: above 0.
+
+    Raises: ValueError where one of them has no gradient on the gates.
+    """
+    if not ratio > 0:
+        raise ValueError(f"ratio={ratio!r}: expected a number above 0")
+    sizes = {name: _pull(model, scalar) for name, scalar in (("loss", loss), ("cost", penalty(model) if cost is None else cost))}
+    for name, size in sizes.items():
+        if not size > 0:
+            raise ValueError(f"{name}: it has no gradient on any gate of {type(model).__name__} (its norm is {size:g})")
+    return ratio * sizes["loss"] / sizes["cost"]
+
+
+def _pull(model: nn.Module, scalar: Tensor) -> float:
+    """The norm of the gradient of ``scalar`` on all gate parameters."""
+    parameters = list({id(p): p for layer in gated_layers(model).values() for p in layer.gate.parameters() if p.requires_grad}.values())
+    if not parameters or not scalar.requires_grad:
+        return 0.0
+    found = torch.autograd.grad(scalar, parameters, retain_graph=True, allow_unused=True)
+    return float(torch.stack([g.double().norm() for g in found if g is not None] or [torch.zeros(())]).norm())
+
+
+def _dying(model: nn.Module) -> list[Finding]:
+    findings = []
+    for name, layer in gated_layers(model).items():
+        count, expected = layer.gate.num_gates, float(layer.gate.open_probability().detach().sum())
+        if count == 1:
+            continue  # a residual branch may close
+        if not bool(layer.gate.is_open().any()):
+            findings.append(Finding(name, f"all {count} gates are closed", "lower its lambda, or finalize a Budget with min_width"))
+        elif expected < max(1.5, NEARLY_CLOSED * count):
+            findings.append(Finding(name, f"{expected:.1f} of {count} gates expected open", "lower its lambda before the layer is gone"))
+    return findings
+
+
+def _misplaced(model: nn.Module, example_inputs: Any) -> list[Finding]:
+    structure = Structure(model, example_inputs)
+    findings = [Finding(name, f"closing its gates cuts nothing: {why}", "exclude it from convert") for name, why in structure.notes.items()]
+    widths = graph.Widths(structure.plain, example_inputs)
+    for name, layer in structure.gated.items():
+        if isinstance(layer, (GatedLinear, GatedConv1d, GatedConv2d, GateLayer)) and layer.granularity == "output":
+            plain = structure.plain.get_submodule(name)
+            if plain in widths and name not in structure.notes and widths.norms_reading(plain)[0]:
+                why = "a BatchNorm makes constants of its closed channels, which a padded convolution cannot take into a bias"
+                findings.append(Finding(name, why, "put the gates into the norm (dampr.convert with example_inputs does)"))
+    return findings
+
+
+def _weak(model: nn.Module, loss: Callable[[], Tensor], cost: Callable[[], Tensor]) -> list[Finding]:
+    task, pull = _pull(model, loss()), _pull(model, cost())
+    if pull == 0:
+        return [Finding("", "the penalty has no gradient on any gate", "is the goal of the budget met already, or lambda 0?")]
+    if pull < WEAK * task:
+        remedy = f"multiply lambda by about {task / pull:.2g} (dampr.prune.calibrate)"
+        return [Finding("", f"the penalty pulls on the gates {pull / task:.1e} times as hard as the task: nothing will close", remedy)]
+    return []
