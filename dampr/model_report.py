@@ -45,7 +45,7 @@ class ModelWidths:
 
     def rows(self) -> list[tuple[str, ...]]:
         """The table as text."""
-        rows = [(r.name, str(r.before), str(r.left), f"{r.left / r.before:.0%}") for r in self.layers]
+        rows: list[tuple[str, ...]] = [(r.name, str(r.before), str(r.left), f"{r.left / r.before:.0%}") for r in self.layers]
         for name, pair in (("params", self.params), ("MACs", self.macs)):
             if pair is not None:
                 before, left = pair
