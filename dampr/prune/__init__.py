@@ -9,6 +9,7 @@ from .expand import expand
 from .files import FileError, load, save
 from .latency import Latency
 from .summary import Summary, gated_layers, param_groups, penalty, summary
+from .times import LayerTime, layer_times
 from .verify import GateCheck, Verification, verify_model
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "Finding",
     "GateCheck",
     "Latency",
+    "LayerTime",
     "Summary",
     "Verification",
     "calibrate",
@@ -30,6 +32,7 @@ __all__ = [
     "doctor",
     "expand",
     "gated_layers",
+    "layer_times",
     "load",
     "param_groups",
     "penalty",

@@ -54,7 +54,7 @@ class Latency(Cost):
         return sites
 
     def _measure(self, plain: nn.Module, example_inputs: Any) -> float:
-        calls = _calls([plain.get_submodule(site.name) for site in self.sites], plain, example_inputs)
+        calls = calls_of([plain.get_submodule(site.name) for site in self.sites], plain, example_inputs)
         known: dict[Any, tuple[Tensor, Tensor, Tensor]] = {}
         tables = []
         with inputs.evaluating(plain), torch.no_grad():
@@ -64,7 +64,7 @@ class Latency(Cost):
                 if key not in known:
                     known[key] = _table(layer, calls[layer], site, self.device)
                 tables.append(known[key])
-            total = _seconds(lambda: inputs.call(plain, example_inputs), self.device)
+            total = seconds_of(lambda: inputs.call(plain, example_inputs), self.device)
         empty = torch.zeros(0, len(SHARES), dtype=torch.float64)
         reads, writes, seconds = zip(*tables, strict=True) if tables else ([empty], [empty], [empty])
         self._reads, self._writes, self._seconds = (torch.stack(list(t)).to(self.device) for t in (reads, writes, seconds))
@@ -97,7 +97,7 @@ def _table(layer: nn.Module, calls: list[Call], site: Site, device: torch.device
             if size not in found:
                 narrow = _narrow(layer, *size).to(device=device, dtype=next(layer.parameters()).dtype).eval()
                 args = [_narrow_call(layer, call, size[1] if graph.is_depthwise(layer) else size[0]) for call in calls]
-                found[size] = sum(_seconds(functools.partial(narrow, *a, **kw), device) for a, kw in args)
+                found[size] = sum(seconds_of(functools.partial(narrow, *a, **kw), device) for a, kw in args)
             seconds[i, j] = found[size]
     return reads, writes, seconds.cummax(0).values.cummax(1).values
 
@@ -136,7 +136,7 @@ def _narrow(layer: Any, read: int, written: int) -> nn.Module:
     return convolution
 
 
-def _calls(layers: list[nn.Module], plain: nn.Module, example_inputs: Any) -> dict[nn.Module, list[Call]]:
+def calls_of(layers: list[nn.Module], plain: nn.Module, example_inputs: Any) -> dict[nn.Module, list[Call]]:
     """What each layer is called with."""
     found: dict[nn.Module, list[Call]] = {layer: [] for layer in layers}
     hooks = [
@@ -168,7 +168,7 @@ def _shapes(call: Call) -> list[Any]:
     return [(t.shape, t.stride()) if isinstance(t, Tensor) else t for t in leaves]
 
 
-def _seconds(call: Callable[[], Any], device: torch.device, rounds: int = 7, least: float = 1e-3) -> float:
+def seconds_of(call: Callable[[], Any], device: torch.device, rounds: int = 7, least: float = 1e-3) -> float:
     """The median over rounds of the time of one call; a round lasts ``least`` seconds at least."""
 
     def timed(repeats: int) -> float:

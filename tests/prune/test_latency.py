@@ -17,7 +17,7 @@ from tests.prune.test_models import close_at_random
 @pytest.fixture
 def counted(monkeypatch):
     """A clock for which every multiply-accumulate takes a second."""
-    monkeypatch.setattr(latency, "_seconds", lambda call, device: float(count_call(call)))
+    monkeypatch.setattr(latency, "seconds_of", lambda call, device: float(count_call(call)))
 
 
 @pytest.mark.filterwarnings("ignore:LSTM with projections")
@@ -47,7 +47,7 @@ def test_between_the_knots_it_is_linear_and_has_a_gradient(counted):
 
 def test_more_channels_never_count_as_less_time(monkeypatch):
     clock = iter(range(10_000, 0, -1))
-    monkeypatch.setattr(latency, "_seconds", lambda call, device: float(next(clock)))
+    monkeypatch.setattr(latency, "seconds_of", lambda call, device: float(next(clock)))
     model, x = models.vgg()
     times = Latency(dampr.convert(model, example_inputs=x), x)
     gates = torch.zeros(times.structure.size)
