@@ -39,6 +39,10 @@ def _table(lines: list[dict[str, Any]]) -> str:
         found = demo.Report.from_dict(head)
         table = report.markdown(report.DEMO_COLUMNS, report.demo_rows(found))
         return f"{table}\n\nmax \\|gated - compacted\\| over the test set: {found.max_abs_difference:.1e}."
+    if "rows" in head:
+        return report.markdown(("op", "backend", "dtype", "cases", "error", "bound", ""), [_verified(row) for row in head["rows"]]) + "\n\n"
+    if "points" in head:
+        points = head["points"]
     if "ceilings" in head:
         unit = {"copy_bytes_per_second": ("GB/s", 1e9)}
         rows = [
@@ -48,6 +52,12 @@ def _table(lines: list[dict[str, Any]]) -> str:
         return report.markdown(("ceiling", "measured"), rows) + "\n\n"
     columns, *rows = linear.table([linear.Point(**{**p, "shape": tuple(p["shape"])}) for p in points], head["verified"])
     return report.markdown(columns, rows) + "\n\n"
+
+
+def _verified(row: dict[str, Any]) -> tuple[str, ...]:
+    worst = row["worst"]
+    found = ("", "") if worst is None else (f"{worst['error']:.1e}", f"{worst['bound']:.1e}")
+    return row["op"], row["backend"], row["dtype"], str(row["cases"]), *found, "ok" if row["ok"] else "FAILED"
 
 
 def _example(name: str) -> dict[str, Any]:
