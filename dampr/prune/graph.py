@@ -6,29 +6,26 @@ finds and slices widths; this module asks it, channel by channel where it has to
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
-from torch.utils import _pytree as pytree
 
-from dampr.nn import Gate, PrunedMultiheadAttention, Scale
+from dampr.nn import PrunedMultiheadAttention, Scale
 
-from . import heads, inputs
+from . import heads, inputs, tracing
+from .tracing import ATTENTION, GEMMS, channel_count, is_depthwise, pads_with_zeros
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-GEMMS = (nn.Linear, *_CONVOLUTIONS)
+__all__ = ["GEMMS", "NORMS", "CannotCutError", "Closed", "Member", "Side", "Widths", "channel_count", "is_depthwise", "pads_with_zeros"]
+
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm)
 _PASSES_THROUGH = (Scale, nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.PReLU)
 _MIXES_CHANNELS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
-_ATTENTION = (nn.MultiheadAttention, PrunedMultiheadAttention)
-_READERS = (nn.Linear, nn.modules.conv._ConvNd, *_ATTENTION, nn.RNNBase)
+_READERS = (nn.Linear, nn.modules.conv._ConvNd, *ATTENTION, nn.RNNBase)
 
 _KEEPS_ZERO = ("SiluBackward0", "GeluBackward0", "ReluBackward0", "TanhBackward0")  # functions with f(0) = 0
 
@@ -49,32 +46,8 @@ class Member:
         return channel_count(self.module, self.writes)
 
 
-def channel_count(layer: nn.Module, writes: bool) -> int:
-    """Channels that a linear, convolution, recurrent or embedding layer writes, or reads, or a norm or activation has."""
-    if isinstance(layer, nn.RNNBase):
-        return (1 + layer.bidirectional) * (layer.proj_size or layer.hidden_size) if writes else layer.input_size
-    if isinstance(layer, nn.Embedding):
-        return layer.embedding_dim if writes else layer.num_embeddings
-    if isinstance(layer, (nn.modules.batchnorm._NormBase, Scale, Gate)):
-        return layer.num_features
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    return int(weight.shape[0 if writes else 1])
-
-
-def is_depthwise(layer: nn.Module) -> bool:
-    """Whether each output channel is made of the input channel of the same number alone."""
-    return isinstance(layer, _CONVOLUTIONS) and layer.groups > 1 and layer.groups == layer.in_channels == layer.out_channels
-
-
-def pads_with_zeros(layer: nn.Module) -> bool:
-    """Whether a convolution reads zeros beyond the border of its input."""
-    return isinstance(layer, _CONVOLUTIONS) and layer.padding_mode == "zeros" and any(layer._reversed_padding_repeated_twice)
-
-
-def _is_leaf(module: nn.Module) -> bool:
-    """Whether a module is one layer: it has no others in it, or is attention, whose last projection is never called."""
-    return isinstance(module, _ATTENTION) or not list(module.children())
+class CannotCutError(Exception):
+    """Why closed channels stay; the message completes a note of the manifest."""
 
 
 class Widths:
@@ -83,25 +56,28 @@ class Widths:
     def __init__(self, model: nn.Module, example_inputs: Any) -> None:
         import torch_pruning
 
-        self._channelwise = _channelwise(model, example_inputs)
+        self._channelwise = tracing.channelwise_factors(model, example_inputs)
         self._cores = {attention.core for attention in heads.find(model)}
         self._calls: dict[nn.Module, int] = {}
         self._returned: set[Any] = set()
         self._names = {module: name for name, module in model.named_modules()}
-        hooks = [module.register_forward_pre_hook(self._count) for module in model.modules() if _is_leaf(module)]
+        hooks = [module.register_forward_pre_hook(self._count) for module in model.modules() if tracing.is_leaf(module)]
         packed = (example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs
         try:
             with (
                 inputs.evaluating(model),
-                _all_trainable(model),
-                _one_node(model, self._cores),
+                tracing.all_trainable(model),
+                tracing.one_node(model, self._cores),
                 torch.enable_grad(),
                 warnings.catch_warnings(),
             ):
                 warnings.simplefilter("ignore")
                 graph = torch_pruning.DependencyGraph()
-                own = {**dict.fromkeys((nn.GRU, nn.RNN, nn.LSTM), _recurrent_pruner()), Scale: _scale_pruner(self._channelwise)}
-                own |= dict.fromkeys((PrunedMultiheadAttention, *map(type, self._cores)), _attention_pruner())
+                own = {
+                    **dict.fromkeys((nn.GRU, nn.RNN, nn.LSTM), tracing.recurrent_pruner()),
+                    Scale: tracing.scale_pruner(self._channelwise),
+                }
+                own |= dict.fromkeys((PrunedMultiheadAttention, *map(type, self._cores)), tracing.attention_pruner())
                 self._graph = graph.build_dependency(model, packed, forward_fn=self._forward, verbose=False, customized_pruners=own)
         finally:
             for hook in hooks:
@@ -347,152 +323,3 @@ class Widths:
             return all(set(m.channels) <= closed[writes].get(m.module, set()) for m in members if m.writes == writes)
 
         return shut(True) or (any(not m.writes for m in members) and shut(False))
-
-
-@contextlib.contextmanager
-def _one_node(model: nn.Module, cores: set[nn.Module]) -> Iterator[None]:
-    """Make each recurrent layer, and attention, one node of autograd's graph, and not one for each product in each of its steps.
-
-    ``cores``: the attention of other libraries.
-    """
-    layers = [module for module in model.modules() if isinstance(module, (nn.RNNBase, *_ATTENTION)) or module in cores]
-    own = {layer: vars(layer)["forward"] for layer in layers if "forward" in vars(layer)}  # of libraries that wrap it
-    for layer in layers:
-        layer.forward = functools.partial(_call_as_one_node, layer, layer.forward)  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del layer.forward
-        for layer, forward in own.items():
-            layer.forward = forward  # type: ignore[method-assign]
-
-
-def _call_as_one_node(layer: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    read = [t for t in pytree.tree_leaves((args, kwargs), is_leaf=_is_packed) if isinstance(t, (Tensor, PackedSequence))]
-    with torch.no_grad():
-        output, state = forward(*args, **kwargs)
-        results, structure = pytree.tree_flatten((output.data, state))
-    computed = [t for t in results if isinstance(t, Tensor)]  # attention weights may be None
-    before = [t.data if _is_packed(t) else t for t in read]
-    nodes = iter(_OneNode.apply(len(computed), *computed, *before, *layer.parameters()))
-    values, state = pytree.tree_unflatten([next(nodes) if isinstance(t, Tensor) else t for t in results], structure)
-    return output._replace(data=values) if _is_packed(output) else values, state
-
-
-def _is_packed(value: Any) -> bool:
-    return isinstance(value, PackedSequence)
-
-
-class _OneNode(torch.autograd.Function):
-    """Its first tensors, as if computed from the others; only looked at, never differentiated."""
-
-    @staticmethod
-    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(t.clone() for t in tensors[:count])
-
-
-def input_columns(layer: nn.Module) -> list[str]:
-    """The names of the weights whose columns are the input of a linear, convolution or recurrent layer."""
-    if isinstance(layer, nn.RNNBase):
-        return ["weight_ih_l0", "weight_ih_l0_reverse"] if layer.bidirectional else ["weight_ih_l0"]
-    return ["weight"]
-
-
-def _recurrent_pruner() -> Any:
-    """A recurrent layer as one node of torch-pruning's graph, which has no such node for some, and for others one that slices wrongly."""
-    import torch_pruning
-
-    class Recurrent(torch_pruning.BasePruningFunc):  # type: ignore[misc]
-        def get_out_channels(self, layer: nn.RNNBase) -> int:
-            return channel_count(layer, True)
-
-        def get_in_channels(self, layer: nn.RNNBase) -> int:
-            return layer.input_size
-
-        def prune_out_channels(self, layer: nn.RNNBase, idxs: Any) -> nn.Module:
-            raise NotImplementedError  # Widths.members refuses it
-
-        def prune_in_channels(self, layer: nn.RNNBase, idxs: Any) -> nn.Module:
-            left = sorted(set(range(layer.input_size)) - set(idxs))
-            for name in input_columns(layer):
-                weight = getattr(layer, name)
-                setattr(layer, name, nn.Parameter(weight.detach()[:, left], requires_grad=weight.requires_grad))
-            layer.input_size = len(left)
-            return layer
-
-    return Recurrent()
-
-
-def _attention_pruner() -> Any:
-    """What is left of attention as one node of torch-pruning's graph, which knows only the whole of it."""
-    import torch_pruning
-
-    class Attention(torch_pruning.BasePruningFunc):  # type: ignore[misc]
-        def get_out_channels(self, layer: Any) -> int | None:
-            return getattr(layer, "embed_dim", None)
-
-        def prune_out_channels(self, layer: nn.Module, idxs: Any) -> nn.Module:
-            raise NotImplementedError  # Widths.members refuses it
-
-        get_in_channels = get_out_channels
-        prune_in_channels = prune_out_channels
-
-    return Attention()
-
-
-def _scale_pruner(channelwise: set[nn.Module]) -> Any:
-    """Factors of channels are sliced with the channels; those of another dimension stay."""
-    import torch_pruning
-
-    class Factors(torch_pruning.BasePruningFunc):  # type: ignore[misc]
-        def get_out_channels(self, layer: Scale) -> int | None:
-            return layer.num_features if layer in channelwise else None
-
-        def prune_out_channels(self, layer: Scale, idxs: Any) -> nn.Module:
-            if layer in channelwise:
-                layer.scale = layer.scale[sorted(set(range(layer.num_features)) - set(idxs))]
-            return layer
-
-        get_in_channels = get_out_channels
-        prune_in_channels = prune_out_channels
-
-    return Factors()
-
-
-def _channelwise(model: nn.Module, example_inputs: Any) -> set[nn.Module]:
-    """The :class:`Scale` modules whose dimension is that of channels: 1 where convolutions read or write, else the last."""
-    dims: dict[nn.Module, int] = {}
-    hooks = [m.register_forward_pre_hook(lambda m, args: dims.update({m: args[0].dim()})) for m in model.modules() if isinstance(m, Scale)]
-    if hooks:
-        try:
-            inputs.evaluate(model, example_inputs)
-        finally:
-            for hook in hooks:
-                hook.remove()
-    spatial = {2 + len(m.kernel_size) for m in model.modules() if isinstance(m, _CONVOLUTIONS)}
-    return {m for m, dim in dims.items() if isinstance(m, Scale) and m.dim % dim == (1 if dim in spatial else dim - 1)}
-
-
-class CannotCutError(Exception):
-    """Why closed channels stay; the message completes a note of the manifest."""
-
-
-def unconsumed_outputs(model: nn.Module, names: Iterable[str], example_inputs: Any) -> list[str]:
-    """Of the layers ``names``, those whose outputs reach the model's output unread."""
-    widths = Widths(model, example_inputs)
-    layers = {name: model.get_submodule(name) for name in names}
-    return [name for name, layer in layers.items() if layer in widths and widths.reaches_output(layer)]
-
-
-@contextlib.contextmanager
-def _all_trainable(model: nn.Module) -> Iterator[None]:
-    """Tracing follows autograd, so frozen parameters have to take part for its length."""
-    frozen = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
-    for p in frozen:
-        p.requires_grad_(True)
-    try:
-        yield
-    finally:
-        for p in frozen:
-            p.requires_grad_(False)

@@ -15,7 +15,8 @@ from dampr.nn import ScaledRNN
 from dampr.nn.rnn import _GatedRecurrent
 
 from . import inputs
-from .graph import CannotCutError, channel_count, input_columns
+from .graph import CannotCutError
+from .tracing import channel_count, input_columns
 
 Kept = dict[tuple[nn.Module, bool], Tensor]
 
