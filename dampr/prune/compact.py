@@ -137,9 +137,10 @@ def _cut(
                 if layer not in widths:
                     raise graph.CannotCutError(widths.why_absent(layer))
                 dead = widths.removable(layer, writes, closed)
-                if writes:
-                    dead = set(sorted(dead)[: _rounded(len(dead), graph.channel_count(layer, True), round_to)])
-                    reason = f"the width is a multiple of {round_to}" if round_to > 1 else reason
+                count = _rounded(len(dead), graph.channel_count(layer, True), round_to) if writes else len(dead)
+                if count < len(dead):
+                    dead = set(sorted(dead)[:count])
+                    reason = f"the width is a multiple of {round_to}"
             except graph.CannotCutError as error:
                 reason = str(error)
             if len(dead) < len(channels):

@@ -68,6 +68,7 @@ class Latency(Cost):
         empty = torch.zeros(0, len(SHARES), dtype=torch.float64)
         reads, writes, seconds = zip(*tables, strict=True) if tables else ([empty], [empty], [empty])
         self._reads, self._writes, self._seconds = (torch.stack(list(t)).to(self.device) for t in (reads, writes, seconds))
+        self._seconds *= min(1.0, total / max(float(self._seconds[:, -1, -1].sum()), 1e-12))  # layers alone may take longer than the whole
         return total
 
     def _each(self, read: Tensor, written: Tensor) -> Tensor:
@@ -89,11 +90,12 @@ def _between(knots: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
 def _table(layer: nn.Module, calls: list[Call], site: Site, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Widths read, (k,), widths written, (k,), and seconds at each pair, (k, k); an axis that gates leave alone has one time."""
     reads, writes = _knots(layer, False, bool(site.read.weights)), _knots(layer, True, bool(site.written.weights))
+    full = _full(layer, False), _full(layer, True)
     found: dict[tuple[int, int], float] = {}
     seconds = torch.zeros(len(SHARES), len(SHARES), dtype=torch.float64)
     for i, read in enumerate(reads.tolist()):
         for j, written in enumerate(writes.tolist()):
-            size = int(read if site.read.weights else reads[0]), int(written if site.written.weights else writes[0])
+            size = min(int(read), full[0]), min(int(written), full[1])
             if size not in found:
                 narrow = _narrow(layer, *size).to(device=device, dtype=next(layer.parameters()).dtype).eval()
                 args = [_narrow_call(layer, call, size[1] if graph.is_depthwise(layer) else size[0]) for call in calls]
@@ -103,14 +105,19 @@ def _table(layer: nn.Module, calls: list[Call], site: Site, device: torch.device
 
 
 def _knots(layer: Any, writes: bool, varies: bool) -> Tensor:
-    """Increasing widths; where they do not vary the full one, and steps beyond it that say nothing."""
-    size = layer.num_heads if isinstance(layer, nn.MultiheadAttention) else graph.channel_count(layer, writes)
+    """Increasing widths up to the full one, (k,); where these are fewer than k, or do not vary, others beyond it, which count as full."""
+    size = _full(layer, writes)
+    widths = sorted({max(1, round(share * size)) for share in SHARES}) if varies else [size]
+    return torch.tensor([*widths, *range(size + 1, size + 1 + len(SHARES) - len(widths))], dtype=torch.float64)
+
+
+def _full(layer: Any, writes: bool) -> int:
+    """The width of the whole layer: channels, heads, or units of one direction."""
+    if isinstance(layer, nn.MultiheadAttention):
+        return int(layer.num_heads)
     if isinstance(layer, nn.RNNBase) and writes:
-        size = layer.proj_size or layer.hidden_size
-    if not varies:
-        return torch.arange(len(SHARES), dtype=torch.float64) + size
-    knots = torch.tensor([max(1.0, round(share * size)) for share in SHARES], dtype=torch.float64)
-    return knots + torch.arange(len(SHARES)) * 1e-3 if len(knots.unique()) < len(knots) else knots
+        return int(layer.proj_size or layer.hidden_size)
+    return graph.channel_count(layer, writes)
 
 
 def _narrow(layer: Any, read: int, written: int) -> nn.Module:

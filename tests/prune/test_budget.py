@@ -113,13 +113,13 @@ def test_training_comes_down_to_the_target_on_schedule():
     optimizer = torch.optim.Adam(dampr.param_groups(model, lr=1e-2, gate_lr=1e-1))
     for step in range(160):
         penalty = budget.penalty()
-        assert (penalty == 0) == (step < 10) or step >= 10
+        assert step >= 10 or penalty == 0
         (F.cross_entropy(model(X), y) + penalty).backward()
         optimizer.step()
         optimizer.zero_grad()
         budget.step()
     assert budget.goal == pytest.approx(0.3, abs=1e-3)
-    assert budget.left() == pytest.approx(0.3, abs=0.08)
+    assert budget.left() == pytest.approx(0.3, abs=0.05)
     report = budget.finalize()
     assert 0.28 * budget.total <= report.reached <= 0.3 * budget.total
     (earlier,) = budget.snapshots.values()

@@ -32,7 +32,7 @@ def test_at_the_knots_the_table_is_what_was_measured(counted, case):
     least = torch.zeros(times.structure.size)
     for name in times.structure.gated:
         least[times.structure.start(name)] = 1
-    assert float(times(least)) == pytest.approx(float(macs(least)), rel=0.02)  # knots of small widths are a little apart
+    assert float(times(least)) == pytest.approx(float(macs(least)))
     assert bool(times.prunable.any())
 
 
@@ -59,16 +59,23 @@ def test_more_channels_never_count_as_less_time(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["mlp", "vgg", "mobilenet_v2"])
-def test_a_budget_of_time(name):
-    """Timed for real: whatever the table says, the budget keeps to it."""
+def test_a_budget_of_time(counted, name):
     model, x = models.ALL[name]()
     dampr.convert(model, example_inputs=x)
     close_at_random(model, 0.2)
-    budget = dampr.Budget(model, x, latency=0.99)
+    budget = dampr.Budget(model, x, latency=0.5)
     budget.penalty()
     budget.step()
     report = budget.finalize()
-    assert 0 < report.reached <= report.target < report.total
+    assert 0.8 * report.target < report.reached <= report.target == 0.5 * report.total
     assert report.reached == pytest.approx(budget.left() * budget.total)
     assert "ms of" in str(report)
     dampr.compact(model, example_inputs=x)
+
+
+def test_the_clock_of_this_machine():
+    """Timed for real: only what holds whatever anything takes."""
+    model, x = models.vgg()
+    times = Latency(dampr.convert(model, example_inputs=x), x)
+    every = torch.ones(times.structure.size)
+    assert 0 <= float(times(0 * every)) <= float(times(every)) == pytest.approx(times.total)
