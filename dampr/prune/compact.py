@@ -193,12 +193,9 @@ def _fold_constants(small: nn.Module, readers: list[graph.Member], names: dict[n
     """Move what the channels about to be cut contribute to their readers into the readers' biases; it has to be the same for every row."""
     seen: dict[nn.Module, list[Tensor]] = {m.module: [] for m in readers}
     hooks = [m.module.register_forward_pre_hook(lambda layer, args: seen[layer].append(args[0].data)) for m in readers]
-    try:
+    with inputs.removing(hooks):
         for sample in samples:
             inputs.evaluate(small, sample)
-    finally:
-        for hook in hooks:
-            hook.remove()
     constants: list[tuple[Any, Tensor]] = []
     for member in readers:
         layer, channels = member.module, member.channels
@@ -273,11 +270,8 @@ def _layer_outputs(model: nn.Module, sample: Any) -> dict[str, Tensor]:
         return hook
 
     hooks = [module.register_forward_hook(keep(name)) for name, module in model.named_modules() if hasattr(module, "weight")]
-    try:
+    with inputs.removing(hooks):
         inputs.evaluate(model, sample)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return layers
 
 

@@ -310,9 +310,6 @@ def _uses(plain: nn.Module, example_inputs: Any) -> dict[nn.Module, int]:
 
     layers = [layer for layer in plain.modules() if isinstance(layer, (*graph.GEMMS, nn.RNNBase, nn.MultiheadAttention))]
     hooks = [layer.register_forward_hook(count, with_kwargs=True) for layer in layers]
-    try:
+    with inputs.removing(hooks):
         inputs.evaluate(plain, example_inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return found

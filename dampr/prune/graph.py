@@ -63,25 +63,22 @@ class Widths:
         self._names = {module: name for name, module in model.named_modules()}
         hooks = [module.register_forward_pre_hook(self._count) for module in model.modules() if tracing.is_leaf(module)]
         packed = (example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs
-        try:
-            with (
-                inputs.evaluating(model),
-                tracing.all_trainable(model),
-                tracing.one_node(model, self._cores),
-                torch.enable_grad(),
-                warnings.catch_warnings(),
-            ):
-                warnings.simplefilter("ignore")
-                graph = torch_pruning.DependencyGraph()
-                own = {
-                    **dict.fromkeys((nn.GRU, nn.RNN, nn.LSTM), tracing.recurrent_pruner()),
-                    Scale: tracing.scale_pruner(self._channelwise),
-                }
-                own |= dict.fromkeys((PrunedMultiheadAttention, *map(type, self._cores)), tracing.attention_pruner())
-                self._graph = graph.build_dependency(model, packed, forward_fn=self._forward, verbose=False, customized_pruners=own)
-        finally:
-            for hook in hooks:
-                hook.remove()
+        with (
+            inputs.removing(hooks),
+            inputs.evaluating(model),
+            tracing.all_trainable(model),
+            tracing.one_node(model, self._cores),
+            torch.enable_grad(),
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter("ignore")
+            graph = torch_pruning.DependencyGraph()
+            own = {
+                **dict.fromkeys((nn.GRU, nn.RNN, nn.LSTM), tracing.recurrent_pruner()),
+                Scale: tracing.scale_pruner(self._channelwise),
+            }
+            own |= dict.fromkeys((PrunedMultiheadAttention, *map(type, self._cores)), tracing.attention_pruner())
+            self._graph = graph.build_dependency(model, packed, forward_fn=self._forward, verbose=False, customized_pruners=own)
 
     def _count(self, module: nn.Module, _: Any) -> None:
         self._calls[module] = self._calls.get(module, 0) + 1

@@ -150,11 +150,8 @@ def calls_of(layers: list[nn.Module], plain: nn.Module, example_inputs: Any) -> 
         layer.register_forward_pre_hook(lambda layer, args, kwargs: found[layer].append((args, kwargs)), with_kwargs=True)
         for layer in layers
     ]
-    try:
+    with inputs.removing(hooks):
         inputs.evaluate(plain, example_inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return found
 
 

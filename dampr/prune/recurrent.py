@@ -123,12 +123,8 @@ def readers(model: nn.Module, layer: nn.RNNBase, sample: Any) -> list[nn.Module]
     for module in model.modules():
         if module is not layer and (type(module) is nn.Linear or isinstance(module, nn.RNNBase)):
             hooks.append(module.register_forward_pre_hook(read, with_kwargs=True))
-    try:
-        with inputs.evaluating(model), _frozen(model), torch.enable_grad():
-            results = inputs.tensors(inputs.call(model, sample))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with inputs.removing(hooks), inputs.evaluating(model), _frozen(model), torch.enable_grad():
+        results = inputs.tensors(inputs.call(model, sample))
     if found.pop(layer, None) is None:
         raise CannotCutError("example_inputs do not reach the layer")
     if any(t.requires_grad for t in results):

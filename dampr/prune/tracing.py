@@ -178,10 +178,7 @@ def channelwise_factors(model: nn.Module, example_inputs: Any) -> set[nn.Module]
     dims: dict[nn.Module, int] = {}
     hooks = [m.register_forward_pre_hook(lambda m, args: dims.update({m: args[0].dim()})) for m in model.modules() if isinstance(m, Scale)]
     if hooks:
-        try:
+        with inputs.removing(hooks):
             inputs.evaluate(model, example_inputs)
-        finally:
-            for hook in hooks:
-                hook.remove()
     spatial = {2 + len(m.kernel_size) for m in model.modules() if isinstance(m, CONVOLUTIONS)}
     return {m for m, dim in dims.items() if isinstance(m, Scale) and m.dim % dim == (1 if dim in spatial else dim - 1)}
