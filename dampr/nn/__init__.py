@@ -1,19 +1,16 @@
 """Drop-in gated layers. Each takes the arguments of the ``torch.nn`` layer it replaces, in its order, then gate keywords."""
 
-from .attention import GatedMultiheadAttention, PrunedMultiheadAttention
+from .attention import GatedMultiheadAttention
 from .base import GatedLayer
 from .conv import GatedConv1d, GatedConv2d
 from .gate import Gate, GatedEmbedding, GatedResidual, Residual, Scale
 from .heads import GatedHeads
 from .linear import GatedLinear
 from .norm import GatedBatchNorm1d, GatedBatchNorm2d, GatedLayerNorm
+from .pruned_attention import PrunedMultiheadAttention
+from .pruned_transformer import PrunedTransformerDecoderLayer, PrunedTransformerEncoderLayer
 from .rnn import GatedGRU, GatedLSTM, GatedRNN, ScaledRNN
-from .transformer import (
-    GatedTransformerDecoderLayer,
-    GatedTransformerEncoderLayer,
-    PrunedTransformerDecoderLayer,
-    PrunedTransformerEncoderLayer,
-)
+from .transformer import GatedTransformerDecoderLayer, GatedTransformerEncoderLayer
 
 __all__ = [
     "Gate",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dampr.nn import PrunedMultiheadAttention, Scale, ScaledRNN
-from dampr.nn.transformer import _Pruned
+from dampr.nn.pruned_transformer import _Pruned
 
 from . import graph, heads, inputs
 

@@ -1,0 +1,224 @@
+"""PrunedTransformerEncoderLayer and PrunedTransformerDecoderLayer, what is left of gated ones, and how both run their sublayers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dampr import _checks
+
+from .pruned_attention import Maybe, PrunedMultiheadAttention
+
+_ACTIVATIONS = {F.relu: "relu", F.gelu: "gelu"}
+
+
+class _Layer(nn.Module):
+    """torch's transformer layers in Python alone, sublayer by sublayer, mixed in before one of them.
+
+    Their own ``forward`` has a fused path that reads the weights of all parts without calling any of them.
+    """
+
+    norm_first: bool
+    activation: Any
+    linear1: Any
+    linear2: Any
+    _attentions: tuple[str, ...]
+
+    @property
+    def _sublayers(self) -> tuple[str, ...]:
+        """The first part of each sublayer, in order."""
+        return (*self._attentions, "linear1")
+
+    def _sum(self, index: int, x: Tensor, branch: Callable[[], Tensor]) -> Tensor:
+        raise NotImplementedError
+
+    def _sublayer(self, index: int, norm: Any, x: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
+        if self.norm_first:
+            return self._sum(index, x, lambda: branch(norm(x)))
+        out: Tensor = norm(self._sum(index, x, lambda: branch(x)))
+        return out
+
+
+class _EncoderLayer(_Layer, nn.TransformerEncoderLayer):
+    _attentions = ("self_attn",)
+
+    def forward(self, src: Tensor, src_mask: Maybe = None, src_key_padding_mask: Maybe = None, is_causal: bool = False) -> Tensor:
+        if src.is_nested:
+            return self._on_padded(src, src_mask, src_key_padding_mask)
+        x = self._sublayer(0, self.norm1, src, lambda x: self._sa_block(x, src_mask, src_key_padding_mask, is_causal))
+        return self._sublayer(1, self.norm2, x, self._ff_block)
+
+    def _on_padded(self, src: Tensor, src_mask: Maybe, src_key_padding_mask: Maybe) -> Tensor:
+        """A nested tensor, which nn.TransformerEncoder makes of a padded batch for the fused path, through this one."""
+        if src_mask is not None or src_key_padding_mask is not None:
+            raise TypeError("src: got a nested tensor and a mask, expected a padded tensor with masks or a nested one without")
+        lengths = [len(t) for t in src.unbind()]
+        x = src.to_padded_tensor(0.0)
+        padding = torch.arange(x.shape[1], device=x.device) >= torch.tensor(lengths, device=x.device).unsqueeze(1)
+        y = self.forward(x, src_key_padding_mask=padding)
+        return torch.nested.as_nested_tensor([t[:n] for t, n in zip(y, lengths, strict=True)], layout=src.layout)
+
+
+class _DecoderLayer(_Layer, nn.TransformerDecoderLayer):
+    _attentions = ("self_attn", "multihead_attn")
+
+    def forward(
+        self,
+        tgt: Tensor,
+        memory: Tensor,
+        tgt_mask: Maybe = None,
+        memory_mask: Maybe = None,
+        tgt_key_padding_mask: Maybe = None,
+        memory_key_padding_mask: Maybe = None,
+        tgt_is_causal: bool = False,
+        memory_is_causal: bool = False,
+    ) -> Tensor:
+        x = self._sublayer(0, self.norm1, tgt, lambda x: self._sa_block(x, tgt_mask, tgt_key_padding_mask, tgt_is_causal))
+        how = memory_mask, memory_key_padding_mask, memory_is_causal
+        x = self._sublayer(1, self.norm2, x, lambda x: self._mha_block(x, memory, *how))
+        return self._sublayer(2, self.norm3, x, self._ff_block)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "activation" in state["_modules"]:
+            nn.Module.__setstate__(self, state)  # torch's would make F.relu of an activation that is a module, in every copy
+        else:
+            super().__setstate__(state)
+
+
+class _Pruned(_Layer):
+    """What both pruned layers share, mixed in before :class:`_EncoderLayer` or :class:`_DecoderLayer`."""
+
+    def _keep(self, d_model: int, nhead: int, dim_feedforward: int, heads: Sequence[Sequence[int] | None], how: dict[str, Any]) -> None:
+        """Replace what the dense constructor made by what is left of it."""
+        _checks.positive_int("dim_feedforward", dim_feedforward, least=0)
+        self.d_model, self.nhead = d_model, nhead
+        for index, (name, left) in enumerate(zip(self._attentions, heads, strict=True)):
+            if left is not None and not left:
+                _remove(self, index, name)
+            elif left is not None:
+                setattr(self, name, PrunedMultiheadAttention(d_model, nhead, **how, heads=left))
+        if dim_feedforward == 0:
+            _remove(self, len(self._attentions), "linear1")
+
+    def _sum(self, index: int, x: Tensor, branch: Callable[[], Tensor]) -> Tensor:
+        return x if isinstance(getattr(self, self._sublayers[index]), _Removed) else x + branch()
+
+    def is_whole(self) -> bool:
+        """Whether every head and sublayer is there, as after :func:`dampr.expand`, so that torch's own layer would do."""
+        return not any(isinstance(part, (_Removed, PrunedMultiheadAttention)) for part in self.children())
+
+    def arguments(self) -> dict[str, Any]:
+        """What its constructor takes for such a layer, as plain data. Raises TypeError for an activation without a name."""
+        norm = next((m for m in self.modules() if isinstance(m, nn.LayerNorm)), None)
+        dropout: Any = self.dropout
+        activation = _ACTIVATIONS.get(self.activation)
+        if activation is None:
+            raise TypeError(f"activation={self.activation!r}: expected one with a name")
+        heads = [_heads_of(getattr(self, name)) for name in self._attentions]
+        return {
+            "d_model": self.d_model,
+            "nhead": self.nhead,
+            "dim_feedforward": getattr(self.linear1, "out_features", 0),
+            "dropout": dropout.p,
+            "activation": activation,
+            "layer_norm_eps": 1e-5 if norm is None else norm.eps,
+            "batch_first": getattr(self, self._attentions[0]).batch_first,
+            "norm_first": self.norm_first,
+            "bias": norm is None or norm.bias is not None,
+            **dict(zip(("heads", "memory_heads"), heads, strict=False)),
+        }
+
+
+class PrunedTransformerEncoderLayer(_Pruned, _EncoderLayer):
+    """An ``nn.TransformerEncoderLayer`` of which only some heads, or only some sublayers, are there: what is left of a gated one.
+
+    Args:
+        d_model ... dtype: as in ``nn.TransformerEncoderLayer``; ``dim_feedforward=0`` for a layer without the feed-forward sublayer.
+        heads: which of the ``nhead`` heads are there; () for a layer without attention, None for all.
+
+    Called as ``nn.TransformerEncoderLayer`` is. The norm of a sublayer that is not there stays where it comes after the sum.
+
+    Raises: ValueError that names the argument, and what ``nn.TransformerEncoderLayer`` raises.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        nhead: int,
+        dim_feedforward: int = 2048,
+        dropout: float = 0.1,
+        activation: str | Callable[[Tensor], Tensor] = F.relu,
+        layer_norm_eps: float = 1e-5,
+        batch_first: bool = False,
+        norm_first: bool = False,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        heads: Sequence[int] | None = None,
+    ) -> None:
+        arguments = dropout, activation, layer_norm_eps, batch_first, norm_first, bias, device, dtype
+        super().__init__(d_model, nhead, max(dim_feedforward, 1), *arguments)
+        how = {"dropout": dropout, "bias": bias, "batch_first": batch_first, "device": device, "dtype": dtype}
+        self._keep(d_model, nhead, dim_feedforward, [heads], how)
+
+
+class PrunedTransformerDecoderLayer(_Pruned, _DecoderLayer):
+    """An ``nn.TransformerDecoderLayer`` of which only some heads, or only some sublayers, are there.
+
+    Everything as in :class:`PrunedTransformerEncoderLayer`; ``memory_heads`` are those of the attention to the encoder's output.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        nhead: int,
+        dim_feedforward: int = 2048,
+        dropout: float = 0.1,
+        activation: str | Callable[[Tensor], Tensor] = F.relu,
+        layer_norm_eps: float = 1e-5,
+        batch_first: bool = False,
+        norm_first: bool = False,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        heads: Sequence[int] | None = None,
+        memory_heads: Sequence[int] | None = None,
+    ) -> None:
+        arguments = dropout, activation, layer_norm_eps, batch_first, norm_first, bias, device, dtype
+        super().__init__(d_model, nhead, max(dim_feedforward, 1), *arguments)
+        how = {"dropout": dropout, "bias": bias, "batch_first": batch_first, "device": device, "dtype": dtype}
+        self._keep(d_model, nhead, dim_feedforward, [heads, memory_heads], how)
+
+
+class _Removed(nn.Module):
+    """In the place of a part of a sublayer that is gone, with the attributes that nn.TransformerEncoder looks at."""
+
+    in_proj_weight = in_proj_bias = weight = bias = torch.empty(0)
+
+    def __init__(self, batch_first: bool = False) -> None:
+        super().__init__()
+        self.batch_first = batch_first
+
+    @property
+    def out_proj(self) -> _Removed:
+        return self
+
+
+def _remove(layer: Any, index: int, name: str) -> None:
+    """Leave nothing of a sublayer of ``layer`` but a norm that comes after the sum."""
+    for part in ("linear1", "linear2") if name == "linear1" else (name,):
+        setattr(layer, part, _Removed(getattr(getattr(layer, part), "batch_first", False)))
+    if layer.norm_first:
+        setattr(layer, f"norm{index + 1}", _Removed())
+
+
+def _heads_of(attention: nn.Module) -> tuple[int, ...] | None:
+    if isinstance(attention, _Removed):
+        return ()
+    return attention.heads if isinstance(attention, PrunedMultiheadAttention) else None
