@@ -79,6 +79,7 @@ def test_the_memory_format_is_kept(cpu_backend, last):
 @pytest.mark.parametrize("per_sample", [False, True])
 def test_gates_are_those_of_sample_gates_and_closed_channels_are_zero(cpu_backend, per_sample):
     data = _data((5, C, 3, 3), requires_grad=False)
+    data["gate"][0] = -20
     z = functional.sample_gates(data["gate"], seed=9, rows=5 if per_sample else None).view(-1, C, 1, 1)
     y = functional.gated_batch_norm(**data, training=True, seed=9, per_sample=per_sample)
     expected = F.batch_norm(data["x"], None, None, data["weight"], data["bias"], True) * z
@@ -120,7 +121,7 @@ def test_a_large_mean_costs_no_digits_of_the_variance(cpu_backend, shape, dtype,
     true_var, true_mean = torch.var_mean(x.double(), [i for i in range(x.dim()) if i != 1])
     epsilon = torch.finfo(dtype).eps
     torch.testing.assert_close(mean.double(), true_mean, atol=0, rtol=max(2 * epsilon, 1e-13))
-    torch.testing.assert_close(var.double(), true_var, atol=0, rtol=1e3 * epsilon if cpu_backend == "reference" else 1e-12 + 4 * epsilon)
+    torch.testing.assert_close(var.double(), true_var, atol=0, rtol=1e3 * epsilon if cpu_backend == "reference" else 1e-11 + 4 * epsilon)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
