@@ -65,7 +65,7 @@ class _GatedRecurrent(GatedLayer, nn.RNNBase):
         run = functools.partial(self._dense.forward, plain)  # whoever replaced self.forward meant this layer, not the shell
         if self.proj_size:
             return run(input, _times(hx, lambda: (z != 0).to(z.dtype)))
-        return _gated_call(run, z, self._directions, input, hx)
+        return _gated_call(run, z, self._directions, input, hx, _gate_units)
 
     def _folded(self, z: Tensor) -> list[Tensor]:
         """Every weight in the order of the vendor's kernel, with the gates z (layers * directions, P) in those that they reach."""
@@ -259,7 +259,7 @@ class ScaledRNN(nn.Module):
     """A plain recurrent layer whose state is read through constant factors: what :meth:`GatedLSTM.to_dense` gives where gates are not 1.
 
     ``rnn`` has the factors in its weights already; the buffer ``scale``, (layers * directions, H), is that of its output and states.
-    Arguments and results are those of ``rnn``.
+    Arguments and results are those of ``rnn``. It runs in torch alone, with no operator of dampr, so that it can be exported.
     """
 
     scale: Tensor
@@ -270,7 +270,7 @@ class ScaledRNN(nn.Module):
         self.register_buffer("scale", scale)
 
     def forward(self, input: Any, hx: Any = None) -> Any:
-        return _gated_call(self.rnn, self.scale, 2 if self.rnn.bidirectional else 1, input, hx)
+        return _gated_call(self.rnn, self.scale, 2 if self.rnn.bidirectional else 1, input, hx, _scale_units)
 
 
 class GatedLSTM(_GatedRecurrent, nn.LSTM):
@@ -316,7 +316,17 @@ class GatedRNN(_GatedRecurrent, nn.RNN):
     _arguments = (*_GatedRecurrent._arguments, "nonlinearity")
 
 
-def _gated_call(run: Callable[[Any, Any], Any], z: Tensor, directions: int, input: Any, hx: Any) -> Any:
+def _gate_units(x: Tensor, z: Tensor) -> Tensor:
+    return functional.gate_activations(x, z, dim=-1, spec=VALUE)
+
+
+def _scale_units(x: Tensor, z: Tensor) -> Tensor:
+    return (x * z).to(x.dtype)
+
+
+def _gated_call(
+    run: Callable[[Any, Any], Any], z: Tensor, directions: int, input: Any, hx: Any, multiply: Callable[[Tensor, Tensor], Tensor]
+) -> Any:
     """Run a recurrent layer whose weights have z in their columns on a state that is gated, and gate what it gives."""
 
     def inverse() -> Tensor:
@@ -326,9 +336,9 @@ def _gated_call(run: Callable[[Any, Any], Any], z: Tensor, directions: int, inpu
     output, state = run(input, _times(hx, inverse))
     last = z[-directions:].flatten()
     if isinstance(output, PackedSequence):
-        output = output._replace(data=functional.gate_activations(output.data, last, dim=-1, spec=VALUE))
+        output = output._replace(data=multiply(output.data, last))
     else:
-        output = functional.gate_activations(output, last, dim=-1, spec=VALUE)
+        output = multiply(output, last)
     return output, _times(state, lambda: z)
 
 

@@ -114,6 +114,7 @@ def test_a_projection() -> None:
     assert small.rnn.hidden_size == 6
 
 
+@pytest.mark.filterwarnings("ignore:The tensor attributes .*_flat_weights:UserWarning")  # torch.export, of any nn.LSTM
 @every_kind
 def test_a_nonlinearity_keeps_fractional_gates_in_a_scaled_layer_and_lets_others_go(kind: Any) -> None:
     kept = compacted(close(Tagger(kind, between=nn.Tanh()), True), words)
@@ -122,6 +123,9 @@ def test_a_nonlinearity_keeps_fractional_gates_in_a_scaled_layer_and_lets_others
     assert compacted(close(Tagger(kind, between=nn.Tanh())), words).rnn.hidden_size == 4
     normed = compacted(close(Tagger(kind, between=nn.LayerNorm(6))), words)
     assert type(normed.rnn) is ScaledRNN
+    exported = torch.export.export(kept, (words,))
+    assert not any("dampr" in str(node.target) for node in exported.graph.nodes if node.op == "call_function")
+    torch.testing.assert_close(exported.module()(words), kept(words))
 
 
 class Stacked(nn.Module):
