@@ -512,7 +512,7 @@ def test_the_generator_matches_float64_with_every_instruction_set(isa: str) -> N
 
 
 def check_generators() -> None:
-    """Holds 16 draws of each network together to twice PyTorch's error: on the two numbers of a small one it is exact by luck now and then."""
+    """Holds 16 draws of each network together to twice PyTorch's error: on two numbers alone it is exact by luck now and then."""
     torch.manual_seed(0)
     for widths, dtype in itertools.product([(1, 1), (5, 7, 3), (16, 20, 33, 4), (100, 67, 129)], [torch.float32, torch.float64]):
         draws = [generator_results(widths, dtype) for _ in range(16)]

@@ -17,6 +17,7 @@ from dampr.spec import value
 from .base import GatedLayer, _wide
 
 VALUE = value()
+_BY_TORCH = 2**19  # elements up to which torch's own product is the faster one on a CPU, where an operator of dampr costs 0.1 ms of Python
 
 
 class _GatedRecurrent(GatedLayer, nn.RNNBase):
@@ -317,7 +318,7 @@ class GatedRNN(_GatedRecurrent, nn.RNN):
 
 
 def _gate_units(x: Tensor, z: Tensor) -> Tensor:
-    return functional.gate_activations(x, z, dim=-1, spec=VALUE)
+    return x * z if _is_small(x) else functional.gate_activations(x, z, dim=-1, spec=VALUE)
 
 
 def _scale_units(x: Tensor, z: Tensor) -> Tensor:
@@ -342,6 +343,10 @@ def _gated_call(
     return output, _times(state, lambda: z)
 
 
+def _is_small(x: Tensor) -> bool:
+    return x.is_cpu and x.numel() <= _BY_TORCH and x.dtype in (torch.float32, torch.float64)
+
+
 def _times(state: Any, factors: Callable[[], Tensor]) -> Any:
     """The state of a layer, h or (h, c), with h times factors (layers * directions, P); another shape is left to the vendor's own check."""
     if state is None:
@@ -354,7 +359,11 @@ def _times(state: Any, factors: Callable[[], Tensor]) -> Any:
 
 
 def _fold(weight: Tensor, columns: Tensor | None, rows: Tensor | None) -> Tensor:
+    """A weight (N, K) with gates of its columns (K,), or rows (N,), in it."""
     columns, rows = (t.double() if t is not None and weight.dtype == torch.float64 else t for t in (columns, rows))
+    if _is_small(weight):
+        weight = weight if rows is None else weight * rows.unsqueeze(1)
+        return weight if columns is None else weight * columns
     return ops.fold_weight(weight, None, ops.GatePair.of(columns, rows, None, None, VALUE), weight.dtype)[0]
 
 

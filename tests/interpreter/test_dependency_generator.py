@@ -37,11 +37,14 @@ def by_autograd(tensors: list[torch.Tensor], upstream: torch.Tensor) -> tuple[to
 
 @pytest.mark.parametrize("widths", WIDTHS, ids=str)
 def test_matches_float64(widths: tuple[int, ...]) -> None:
-    tensors, upstream = parameters(widths), torch.randn(sum(widths[1:]))
-    values = backend.dependency_generator_fwd(tensors, LIMIT)
-    grads = flat(backend.dependency_generator_bwd(tensors, values, upstream, LIMIT))
-    truth = by_autograd([t.double() for t in tensors], upstream.double())
-    for name, got, exact, plain in zip(("values", "grads"), (values, grads), truth, by_autograd(tensors, upstream), strict=True):
+    draws = []
+    for _ in range(16 if max(widths) < 16 else 1):  # on a handful of numbers PyTorch is exact by luck now and then
+        tensors, upstream = parameters(widths), torch.randn(sum(widths[1:]))
+        values = backend.dependency_generator_fwd(tensors, LIMIT)
+        grads = flat(backend.dependency_generator_bwd(tensors, values, upstream, LIMIT))
+        draws.append((values, grads, *by_autograd([t.double() for t in tensors], upstream.double()), *by_autograd(tensors, upstream)))
+    values, grads, *truths = (torch.cat(pieces) for pieces in zip(*draws, strict=True))
+    for name, got, exact, plain in zip(("values", "grads"), (values, grads), truths[:2], truths[2:], strict=True):
         assert_close(name, got, exact, plain)
 
 
