@@ -49,12 +49,20 @@ def quarters(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
+def weight_tile(K, BLOCK_K: tl.constexpr):
+    """(row, column) of this program's tile of a weight with K columns. One axis of the grid, because others end at 65,535 tiles."""
+    pid, width = tl.program_id(0), tl.maximum(tl.cdiv(K, BLOCK_K), 1)
+    return (pid // width).to(tl.int64), (pid % width).to(tl.int64)
+
+
+@triton.jit
 def _fold_fwd_kernel(
     w_ptr, bias_ptr, in_log_alpha_ptr, out_log_alpha_ptr, in_seed_ptr, out_seed_ptr, folded_ptr, folded_bias_ptr,
     N, K, stride_wn, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GATE: tl.constexpr,
 ):  # fmt: skip
-    """folded (N, K) = W z_out[n] z_in[k] and folded_bias (N,) = b z_out, in the dtype of the outputs; grid: (K tiles, N tiles)."""
-    n0, k0 = tl.program_id(1).to(tl.int64) * BLOCK_N, tl.program_id(0).to(tl.int64) * BLOCK_K
+    """folded (N, K) = W z_out[n] z_in[k] and folded_bias (N,) = b z_out, in the dtype of the outputs; grid: (tiles,)."""
+    tile_n, tile_k = weight_tile(K, BLOCK_K)
+    n0, k0 = tile_n * BLOCK_N, tile_k * BLOCK_K
     row, col = n0 + tl.arange(0, BLOCK_N), k0 + tl.arange(0, BLOCK_K)
     mask = (row < N)[:, None] & (col < K)[None, :]
     w = tl.load(w_ptr + row[:, None] * stride_wn + col[None, :], mask=mask, other=0.0).to(tl.float32)  # [BLOCK_N, BLOCK_K]
@@ -76,11 +84,12 @@ def _fold_bwd_kernel(
     g_ptr, w_ptr, in_log_alpha_ptr, out_log_alpha_ptr, in_seed_ptr, out_seed_ptr, dw_ptr, in_partial_ptr, out_partial_ptr,
     N, K, stride_wn, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GATE: tl.constexpr,
 ):  # fmt: skip
-    """One pass over G = dy^T x and W, both (N, K); grid: (K tiles, N tiles).
+    """One pass over G = dy^T x and W, both (N, K); grid: (tiles,).
 
     dw (N, K) = z_out z_in G; in_partial (N tiles, K): this tile's sum over n of z_out W G; out_partial (K tiles, N): over k of z_in W G.
     """
-    n0, k0 = tl.program_id(1).to(tl.int64) * BLOCK_N, tl.program_id(0).to(tl.int64) * BLOCK_K
+    tile_n, tile_k = weight_tile(K, BLOCK_K)
+    n0, k0 = tile_n * BLOCK_N, tile_k * BLOCK_K
     row, col = n0 + tl.arange(0, BLOCK_N), k0 + tl.arange(0, BLOCK_K)
     mask = (row < N)[:, None] & (col < K)[None, :]
     g = tl.load(g_ptr + row[:, None] * K + col[None, :], mask=mask, other=0.0).to(tl.float32)  # [BLOCK_N, BLOCK_K]
@@ -97,9 +106,9 @@ def _fold_bwd_kernel(
         tl.store(dw_ptr + row[:, None] * K + col[None, :], dw.to(dw_ptr.dtype.element_ty), mask=mask)
     w = tl.load(w_ptr + row[:, None] * stride_wn + col[None, :], mask=mask, other=0.0).to(tl.float32)
     if in_partial_ptr is not None:
-        tl.store(in_partial_ptr + tl.program_id(1).to(tl.int64) * K + col, tl.sum(w * g_out, axis=0), mask=col < K)
+        tl.store(in_partial_ptr + tile_n * K + col, tl.sum(w * g_out, axis=0), mask=col < K)
     if out_partial_ptr is not None:
-        tl.store(out_partial_ptr + tl.program_id(0).to(tl.int64) * N + row, tl.sum(w * g_in, axis=1), mask=row < N)
+        tl.store(out_partial_ptr + tile_k * N + row, tl.sum(w * g_in, axis=1), mask=row < N)
 
 
 @triton.jit

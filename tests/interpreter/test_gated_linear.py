@@ -166,3 +166,12 @@ def test_runs_are_reproducible(per_sample: bool) -> None:
     problem = Problem(33, 20, 24, "both", True)
     for first, second in zip(problem.fused(per_sample), problem.fused(per_sample), strict=True):
         assert torch.equal(first, second)
+
+
+def test_more_output_features_than_a_second_grid_axis_has_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    grids = []
+    monkeypatch.setattr(backend.host, "launch", lambda kernel, grid, *args, **sizes: grids.append(grid))
+    weight, gates = torch.empty(3_000_000, 1), GatePair.of(None, torch.empty(3_000_000), None, torch.zeros(1, dtype=torch.int64), SPEC)
+    backend.fold_weight_fwd(weight, None, gates, torch.float32)
+    backend.fold_weight_bwd(weight, None, weight, None, gates, (True, False, False, True))
+    assert [len(grid) for grid in grids] == [1, 1, 1]

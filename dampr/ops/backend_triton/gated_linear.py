@@ -81,7 +81,7 @@ def fold_weight_fwd(weight: torch.Tensor, bias: Maybe, gates: GatePair, dtype: t
     if bias is not None:
         folded_bias = bias.to(dtype) if gates.output is None else host.empty(bias, (N,), dtype)
     # One column of tiles even for K = 0: it writes the bias.
-    grid = (max(1, triton.cdiv(K, block_k)), triton.cdiv(N, block_n))
+    grid = (max(1, triton.cdiv(K, block_k)) * triton.cdiv(N, block_n),)
     args = (w, *host.vectors(bias, *gates[:4]), folded, folded_bias, N, K, w.stride(0))
     host.launch(linear_kernels._fold_fwd_kernel, grid, *args, BLOCK_N=block_n, BLOCK_K=block_k, GATE=gates.spec)
     return folded, folded_bias
@@ -112,7 +112,7 @@ def fold_weight_bwd(
     if raw is not None:
         w = host.rows(weight)
         args = (raw.contiguous(), w, *host.vectors(*gates[:4]), dweight, in_partial, out_partial, N, K, w.stride(0))
-        host.launch(linear_kernels._fold_bwd_kernel, (tiles_k, tiles_n), *args, BLOCK_N=block_n, BLOCK_K=block_k, GATE=gates.spec)
+        host.launch(linear_kernels._fold_bwd_kernel, (tiles_k * tiles_n,), *args, BLOCK_N=block_n, BLOCK_K=block_k, GATE=gates.spec)
     dinput = fold_gate_bwd(in_partial, gates.input)
     if gates.output is None:
         return dweight, dbias, dinput, None
