@@ -28,9 +28,9 @@ from transformers import PreTrainedModel
 
 import dampr.prune
 from dampr import _checks
-from dampr.nn import GatedLayer
 from dampr.prune import CompactionError, FileError, inputs
 from dampr.prune import heads as _heads
+from dampr.prune.files import check_plain
 
 from . import _uniform, _widths
 from ._trainer import DamprCallback
@@ -131,9 +131,7 @@ def save_pretrained(model: PreTrainedModel, folder: str | os.PathLike[str], **ho
     Raises: TypeError for a model with gates; ValueError where its config does not say its widths.
     """
     _check_model(model)
-    gated = [name for name, module in model.named_modules() if isinstance(module, GatedLayer)]
-    if gated:
-        raise TypeError(f"model: layer {gated[0]!r} still has gates; expected a compacted model (huggingface.compact)")
+    check_plain(model, "huggingface.compact")
     _check_config(model)
     model.save_pretrained(folder, **how)
 

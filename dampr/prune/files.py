@@ -63,11 +63,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """
     from safetensors.torch import save_file
 
-    gated = [name for name, module in model.named_modules() if isinstance(module, GatedLayer)]
-    if gated:
-        raise TypeError(
-            f"model: layer {gated[0]!r} still has gates; expected a compacted model (dampr.compact); for checkpoints use state_dict()"
-        )
+    check_plain(model)
     widths = {n: {a: getattr(m, a) for a in _WIDTHS if _is_width(m, a)} for n, m in model.named_modules()}
     for name, module in model.named_modules():
         if isinstance(module, nn.RNNBase) and not module.proj_size:
@@ -138,6 +134,13 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
             module.flatten_parameters()
     model.dampr_manifest = content.compaction  # type: ignore[assignment]
     return model.eval()
+
+
+def check_plain(model: nn.Module, by: str = "dampr.compact") -> None:
+    """Raise TypeError that names the first layer with gates, and ``by`` which function they go."""
+    gated = [name for name, module in model.named_modules() if isinstance(module, GatedLayer)]
+    if gated:
+        raise TypeError(f"model: layer {gated[0]!r} still has gates; expected a compacted model ({by}); for checkpoints use state_dict()")
 
 
 def read_manifest(path: str | os.PathLike[str]) -> tuple[dict[str, Any], int]:
