@@ -14,7 +14,7 @@ from dampr.gates import Gate, make_gate, place_gate
 from dampr.spec import SAMPLE
 
 from .base import GatedLayer, _wide
-from .pruned_attention import Maybe, PrunedMultiheadAttention, _as_batch, _attend, _joined, _sequence_first
+from .pruned_attention import Maybe, PrunedMultiheadAttention, _arguments, _as_batch, _attend, _joined, _sequence_first
 
 _PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias", "bias_k", "bias_v")
 _IN_ROWS = _PROJECTIONS[:-2]  # whose rows belong to heads, once in each of q, k and v where they are packed
@@ -248,10 +248,3 @@ class GatedMultiheadAttention(GatedLayer, nn.MultiheadAttention):
 
     def extra_repr(self) -> str:
         return f"{self.embed_dim}, num_heads={self.num_heads}, per_sample={self.per_sample}"
-
-
-def _arguments(layer: nn.MultiheadAttention) -> dict[str, Any]:
-    """What the constructor of ``layer`` was given."""
-    names = "embed_dim", "num_heads", "dropout", "add_zero_attn", "kdim", "vdim", "batch_first"
-    given = {name: getattr(layer, name) for name in names}
-    return given | {"bias": layer.in_proj_bias is not None, "add_bias_kv": layer.bias_k is not None}

@@ -90,6 +90,10 @@ class PrunedMultiheadAttention(nn.Module):
         """Whether keys and values are extended by a learned one."""
         return self.bias_k is not None
 
+    def arguments(self) -> dict[str, Any]:
+        """What its constructor takes for such a layer, as plain data."""
+        return {**_arguments(self), "heads": self.heads}
+
     def forward(
         self,
         query: Tensor,
@@ -113,6 +117,13 @@ class PrunedMultiheadAttention(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.embed_dim}, num_heads={self.num_heads}, heads={self.heads}"
+
+
+def _arguments(layer: Any) -> dict[str, Any]:
+    """What the constructor of ``layer``, an ``nn.MultiheadAttention`` or what gates made of it, was given of what they share."""
+    names = "embed_dim", "num_heads", "dropout", "add_zero_attn", "kdim", "vdim", "batch_first"
+    given = {name: getattr(layer, name) for name in names}
+    return given | {"bias": layer.in_proj_bias is not None, "add_bias_kv": layer.bias_k is not None}
 
 
 def _sequence_first(call: Callable[..., Any], batch_first: bool, query: Tensor, key: Tensor, value: Tensor, *how: Any) -> Any:

@@ -112,25 +112,9 @@ class _Pruned(_Layer):
         return not any(isinstance(part, (_Removed, PrunedMultiheadAttention)) for part in self.children())
 
     def arguments(self) -> dict[str, Any]:
-        """What its constructor takes for such a layer, as plain data. Raises TypeError for an activation without a name."""
-        norm = next((m for m in self.modules() if isinstance(m, nn.LayerNorm)), None)
-        dropout: Any = self.dropout
-        activation = _ACTIVATIONS.get(self.activation)
-        if activation is None:
-            raise TypeError(f"activation={self.activation!r}: expected one with a name")
+        """What its constructor takes for such a layer: plain data, and an activation that is a module. Raises TypeError for a function."""
         heads = [_heads_of(getattr(self, name)) for name in self._attentions]
-        return {
-            "d_model": self.d_model,
-            "nhead": self.nhead,
-            "dim_feedforward": getattr(self.linear1, "out_features", 0),
-            "dropout": dropout.p,
-            "activation": activation,
-            "layer_norm_eps": 1e-5 if norm is None else norm.eps,
-            "batch_first": getattr(self, self._attentions[0]).batch_first,
-            "norm_first": self.norm_first,
-            "bias": norm is None or norm.bias is not None,
-            **dict(zip(("heads", "memory_heads"), heads, strict=False)),
-        }
+        return _arguments(self, self.d_model, self.nhead) | dict(zip(("heads", "memory_heads"), heads, strict=False))
 
 
 class PrunedTransformerEncoderLayer(_Pruned, _EncoderLayer):
@@ -216,6 +200,25 @@ def _remove(layer: Any, index: int, name: str) -> None:
         setattr(layer, part, _Removed(getattr(getattr(layer, part), "batch_first", False)))
     if layer.norm_first:
         setattr(layer, f"norm{index + 1}", _Removed())
+
+
+def _arguments(layer: Any, d_model: int, nhead: int) -> dict[str, Any]:
+    """What the constructor of ``layer``, one of ``torch.nn`` or what gates left of it, was given of what they share."""
+    norm = next((m for m in layer.modules() if isinstance(m, nn.LayerNorm)), None)
+    activation = layer.activation if isinstance(layer.activation, nn.Module) else _ACTIVATIONS.get(layer.activation)
+    if activation is None:
+        raise TypeError(f"activation={layer.activation!r}: expected F.relu, F.gelu or a module")
+    return {
+        "d_model": d_model,
+        "nhead": nhead,
+        "dim_feedforward": getattr(layer.linear1, "out_features", 0),
+        "dropout": layer.dropout.p,
+        "activation": activation,
+        "layer_norm_eps": 1e-5 if norm is None else norm.eps,
+        "batch_first": layer.self_attn.batch_first,
+        "norm_first": layer.norm_first,
+        "bias": norm is None or norm.bias is not None,
+    }
 
 
 def _heads_of(attention: nn.Module) -> tuple[int, ...] | None:

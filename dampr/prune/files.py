@@ -21,7 +21,7 @@ from torch.nn.parameter import is_lazy
 from dampr._version import __version__
 from dampr.nn import GatedLayer
 
-from . import inputs, leftovers
+from . import composites, inputs
 
 _FORMAT = 1
 _KEY = "dampr"
@@ -54,9 +54,9 @@ class _Content:
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write a plain (compacted) model: one safetensors file whose header holds the manifest.
 
-    Models made of ``nn.Sequential``, ``nn.ModuleList``, ``nn.ModuleDict``, ``torch.nn`` layers and the plain ones of ``dampr.nn`` can be
-    loaded by the path alone, if building them anew from what the manifest says of them gives the same (tried here); any other needs its
-    dense original at loading time. The file appears whole or not at all.
+    Models made of ``nn.Sequential``, ``nn.ModuleList``, ``nn.ModuleDict``, ``torch.nn`` layers (attention, transformer layers and stacks of
+    them too) and the plain ones of ``dampr.nn`` can be loaded by the path alone, if building them anew from what the manifest says of them
+    gives the same (tried here); any other needs its dense original at loading time. The file appears whole or not at all.
 
     Raises: TypeError for a model that still has gates (compact it first); FileError for a layer whose tensors are not of the size that its
     attributes (``in_features``, ...) say.
@@ -273,7 +273,7 @@ def _describe_whole(model: nn.Module, content: _Content) -> dict[str, Any] | Non
         description = _describe(model)
         twin = _build(json.loads(json.dumps(description)), content)
         _fit(twin, content, exact=True)
-    except (FileError, TypeError, ValueError):
+    except (FileError, AttributeError, TypeError, ValueError):
         return None
     modules = dict(model.named_modules(remove_duplicate=False))
     plain = (bool, int, float, str, tuple, list, type(None))
@@ -286,9 +286,9 @@ def _describe_whole(model: nn.Module, content: _Content) -> dict[str, Any] | Non
 
 def _describe(module: nn.Module) -> dict[str, Any]:
     kind = type(module)
-    own = leftovers.parts_of(module)
-    if own is not None:
-        return {"type": kind.__name__, "arguments": own[0], "children": {name: _describe(child) for name, child in own[1].items()}}
+    parts = composites.parts_of(module)
+    if parts is not None:
+        return {"type": kind.__name__, "arguments": parts[0], "children": {name: _describe(child) for name, child in parts[1].items()}}
     if getattr(nn, kind.__name__, None) is not kind:
         raise TypeError(f"{kind.__name__} is not a class of torch.nn")
     if isinstance(module, _CONTAINERS):
@@ -304,7 +304,7 @@ def _describe_leftovers(model: nn.Module) -> dict[str, Any]:
     for name, module in model.named_modules():
         if not name or any(name.startswith(f"{outer}.") for outer in found):
             continue
-        if type(module) is nn.Identity or leftovers.parts_of(module) is not None:
+        if type(module) is nn.Identity or composites.is_own(module):
             with contextlib.suppress(TypeError):
                 found[name] = _describe(module)
     return found
@@ -357,8 +357,8 @@ def _build(description: Any, content: _Content, depth: int = 0) -> nn.Module:
     where = f"{content.where}: architecture"
     if not isinstance(description, dict) or not isinstance(description.get("type"), str):
         raise FileError(f"{where}: {description!r} has to be an object with a type")
-    if description["type"] in leftovers.BUILDERS:
-        return _build_leftover(description, content, depth)
+    if description["type"] in composites.BUILDERS:
+        return _build_composite(description, content, depth)
     kind = getattr(nn, description["type"], None)
     if not (isinstance(kind, type) and issubclass(kind, nn.Module) and kind is not nn.Module):
         raise FileError(f"{where} names {description['type']!r}: expected a class of torch.nn")
@@ -378,19 +378,19 @@ def _build(description: Any, content: _Content, depth: int = 0) -> nn.Module:
     return _construct(kind, {k: tuple(v) if isinstance(v, list) else v for k, v in parts.items()}, where)
 
 
-def _build_leftover(description: dict[str, Any], content: _Content, depth: int) -> nn.Module:
+def _build_composite(description: dict[str, Any], content: _Content, depth: int) -> nn.Module:
     arguments, children = description.get("arguments"), description.get("children")
-    if not isinstance(arguments, dict) or not isinstance(children, dict) or depth > 100 or {"device", "dtype"} & set(arguments):
-        raise FileError(f"{content.where}: architecture: dampr.nn.{description['type']} comes without arguments and children of its own")
+    if not isinstance(arguments, dict) or not isinstance(children, dict) or depth > 100 or {"device", "dtype", *children} & set(arguments):
+        raise FileError(f"{content.where}: architecture: {description['type']} comes without arguments and children of its own")
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()}
     parts = given | {name: _build(child, content, depth + 1) for name, child in children.items()}
-    build = leftovers.BUILDERS[description["type"]]
+    build = composites.BUILDERS[description["type"]]
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return build(**parts)
     except Exception as error:
-        raise FileError(f"{content.where}: architecture: dampr.nn.{description['type']} does not take {arguments} ({error})") from error
+        raise FileError(f"{content.where}: architecture: {description['type']} does not take {arguments} ({error})") from error
 
 
 def _construct(kind: type[Any], arguments: dict[str, Any], where: str) -> nn.Module:

@@ -486,5 +486,5 @@ def test_pruned_layers_are_built_from_their_arguments() -> None:
     again.load_state_dict(layer.state_dict())
     x, memory = torch.randn(L, N, E), torch.randn(S, N, E)
     torch.testing.assert_close(again.eval()(x, memory), layer.eval()(x, memory))
-    with pytest.raises(TypeError, match="expected one with a name"):
+    with pytest.raises(TypeError, match="expected F.relu, F.gelu or a module"):
         PrunedTransformerEncoderLayer(E, H, activation=torch.sigmoid, heads=()).arguments()

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import dampr
-from dampr.prune import files
+from dampr.prune import files, inputs
 
 X = torch.randn(9, 20, generator=torch.Generator().manual_seed(3))
 
@@ -340,6 +340,115 @@ def test_a_recurrent_layer_computes_with_the_tensors_of_the_file(tmp_path):
         assert torch.equal(again(x)[0], model(x)[0])
 
 
+def transformers():
+    """Attention, transformer layers and stacks of torch.nn, with inputs."""
+    x, memory, causal = torch.randn(2, 5, 8), torch.randn(2, 4, 8), nn.Transformer.generate_square_subsequent_mask(5)
+    how = {"dim_feedforward": 12, "batch_first": True}
+    other = {"dropout": 0.3, "layer_norm_eps": 1e-3, "norm_first": True, "bias": False}
+    yield nn.MultiheadAttention(8, 4), (x, x, x)
+    yield nn.MultiheadAttention(8, 2, 0.1, bias=False, add_bias_kv=True, add_zero_attn=True, kdim=3, batch_first=True), (x, x[..., :3], x)
+    yield nn.TransformerEncoderLayer(8, 4, **how), (x, causal)
+    yield nn.TransformerEncoderLayer(8, 4, activation="gelu", **how, **other), (x,)
+    yield nn.TransformerEncoderLayer(8, 4, activation=nn.LeakyReLU(0.2), **how), (x,)
+    yield nn.TransformerDecoderLayer(8, 4, 12), (x.transpose(0, 1), memory.transpose(0, 1))
+    yield nn.TransformerDecoderLayer(8, 4, activation=nn.PReLU(), **how, **other), (x, memory, causal)
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 4, **how), 2)
+    yield encoder, (x, None, torch.arange(5) >= torch.tensor([[5], [3]]))
+    first, second = nn.TransformerEncoderLayer(8, 4, **how), nn.TransformerEncoderLayer(8, 2, 7, batch_first=True)
+    unlike = nn.TransformerEncoder(first, 2, nn.LayerNorm(8), enable_nested_tensor=False, mask_check=False)
+    unlike.layers[1] = second
+    yield unlike, (x,)
+    yield nn.TransformerDecoder(nn.TransformerDecoderLayer(8, 4, **how), 2, nn.RMSNorm(8)), (x, memory)
+    yield nn.Transformer(8, 2, 1, 2, 12, activation="gelu", batch_first=True), (memory, x)
+
+
+TRANSFORMERS = list(transformers())
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage:UserWarning")
+@pytest.mark.parametrize(("model", "x"), TRANSFORMERS, ids=[type(model).__name__ for model, _ in TRANSFORMERS])
+def test_transformers_load_by_the_path_alone(tmp_path, model, x):
+    model.eval()
+    for p in model.parameters():
+        p.data.add_(torch.randn_like(p) * 0.1)
+    dampr.save(model, tmp_path / "t.safetensors")
+    again = dampr.load(tmp_path / "t.safetensors")
+    with torch.no_grad():  # and without torch's fused paths, which ask other attributes
+        right, found = (torch.utils._pytree.tree_leaves(m(*x)) for m in (model, again))
+        assert all(torch.equal(a, b) for a, b in zip(right, found, strict=True))
+    with inputs.unfused():
+        right, found = (torch.utils._pytree.tree_leaves(m(*x)) for m in (model, again))
+        assert all(torch.equal(a, b) for a, b in zip(right, found, strict=True))
+    names = "training", "_qkv_same_embed_dim"
+    for one, other in zip(model.modules(), again.modules(), strict=True):
+        kept = {k: v for k, v in vars(one).items() if isinstance(v, bool | int | float | str | tuple) and (k[0] != "_" or k in names)}
+        assert {k: vars(other)[k] for k in kept} == kept
+
+
+@pytest.mark.parametrize("activation", ["relu", nn.Sigmoid()])
+def test_a_compacted_transformer_loads_by_the_path_alone(tmp_path, activation):
+    layer = nn.TransformerEncoderLayer(8, 4, 12, activation=activation, batch_first=True)
+    words = torch.randint(20, (3, 5))
+    model = nn.Sequential(nn.Embedding(20, 8), nn.TransformerEncoder(layer, 3, enable_nested_tensor=False), nn.Flatten(), nn.Linear(40, 3))
+    dampr.convert(model, example_inputs=words, exclude="1.layers.2.self_attn")
+    for i, gated in enumerate(dampr.prune.gated_layers(model).values()):
+        gated.gate.log_alpha.data[i % 3 :: 2] = -5
+    small = dampr.compact(model, example_inputs=words).eval()
+    assert [type(layer).__name__[:6] for layer in small[1].layers] == ["Pruned", "Pruned", "Transf"]
+    dampr.save(small, tmp_path / "t.safetensors")
+    again = dampr.load(tmp_path / "t.safetensors")
+    assert torch.equal(again(words), small(words))
+    assert str(again) == str(small)
+    assert again.dampr_manifest == small.dampr_manifest
+
+
+def composite(change, *names):
+    """Change the description of a part of a transformer: by "children" and "arguments" on the way."""
+
+    def apply(manifest):
+        found = manifest["architecture"]["children"]["0"]
+        for name in names:
+            found = found["children"][name]
+        change(found)
+
+    return apply
+
+
+LAYER = ("layers", "0")
+TRANSFORMER_FORGED = [
+    (composite(lambda d: d.pop("arguments")), "TransformerEncoder comes without arguments and children of its own"),
+    (composite(lambda d: d["children"].pop("layers")), "TransformerEncoder does not take"),
+    (composite(lambda d: d["children"].update(layers={"type": "ReLU", "arguments": {}})), r"layers=ReLU\(\): expected ModuleList"),
+    (composite(lambda d: d["children"].update(norm={"type": "os.system"})), "names 'os.system': expected a class of torch.nn"),
+    (composite(lambda d: d["arguments"].update(norm="system")), "TransformerEncoder comes without arguments and children of its own"),
+    (composite(lambda d: (d["children"].pop("norm"), d["arguments"].update(norm="system"))), "norm='system': expected Module"),
+    (composite(lambda d: d["arguments"].update(use_nested_tensor="yes")), "use_nested_tensor='yes': expected bool"),
+    (composite(lambda d: d["arguments"].update(num_layers=10**9)), "TransformerEncoder does not take"),
+    (composite(lambda d: d["children"].pop("1"), "layers"), "does not fit model; only in the file: .'0.layers.1"),
+    (composite(lambda d: d["arguments"].update(nhead=3), *LAYER), "TransformerEncoderLayer does not take .*divisible"),
+    (composite(lambda d: d["arguments"].update(d_model=16), *LAYER), "tensor '0.layers.0.self_attn.in_proj_weight' has shape"),
+    (composite(lambda d: d["arguments"].update(dim_feedforward=10**8), *LAYER), "tensor '0.layers.0.linear1.weight' has shape"),
+    (composite(lambda d: d["arguments"].update(bias=False), *LAYER), "only in the file: .*in_proj_bias"),
+    (composite(lambda d: d["arguments"].update(activation="os.system"), *LAYER), "activation should be relu/gelu, not os.system"),
+    (composite(lambda d: d["arguments"].update(activation=7), *LAYER), "activation=7: expected str or Module"),
+    (composite(lambda d: d["arguments"].update(dropout="x"), *LAYER), "TransformerEncoderLayer does not take"),
+    (composite(lambda d: d["arguments"].update(device="cpu"), *LAYER), "comes without arguments and children of its own"),
+    (composite(lambda d: d.update(type="TransformerDecoderLayer"), *LAYER), "only in the model: .*multihead_attn"),
+    (composite(lambda d: d.update(type="MultiheadAttention"), *LAYER), "MultiheadAttention does not take"),
+    (lambda m: m["widths"]["0.layers.0.self_attn"].update(num_heads=3), "layer '0.layers.0.self_attn': .*MultiheadAttention does not take"),
+    (lambda m: m["widths"]["0.layers.1.linear1"].update(out_features=11), "layer '0.layers.1.linear1': its widths .* do not go with"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), TRANSFORMER_FORGED, ids=[message for _, message in TRANSFORMER_FORGED])
+def test_a_forged_transformer_is_not_believed(tmp_path, change, message):
+    layer = nn.TransformerEncoderLayer(8, 4, 12, batch_first=True)
+    dampr.save(nn.Sequential(nn.TransformerEncoder(layer, 2, nn.LayerNorm(8))), tmp_path / "t.safetensors")
+    forge(tmp_path / "t.safetensors", change)
+    with pytest.raises(dampr.FileError, match=message):
+        dampr.load(tmp_path / "t.safetensors")
+
+
 def test_layers_used_twice(tmp_path):
     act, tied = nn.ReLU(), nn.Linear(20, 20)
     dampr.save(nn.Sequential(nn.Linear(20, 20), act, nn.Linear(20, 20), act), tmp_path / "act.safetensors")
@@ -354,13 +463,20 @@ def test_layers_used_twice(tmp_path):
     assert again[0].weight is again[2].weight
 
 
+def unknown_transformers():
+    """An activation without a name, a part of another kind, and a norm of its own."""
+    layer, normed = nn.TransformerEncoderLayer(4, 2), nn.TransformerDecoderLayer(4, 2)
+    layer.self_attn, normed.norm2 = nn.Identity(), nn.LayerNorm(4, eps=0.1)
+    return nn.TransformerEncoderLayer(4, 2, activation=torch.sigmoid), layer, normed
+
+
 def test_what_a_constructor_cannot_tell_needs_the_original(tmp_path):
     class Sub(nn.Linear):
         pass
 
     renamed = nn.Linear(3, 2)
     renamed.register_buffer("more", torch.zeros(2))
-    for layer in (Sub(3, 2), renamed, nn.CrossEntropyLoss(weight=torch.ones(3)), nn.TransformerEncoderLayer(4, 2)):
+    for layer in (Sub(3, 2), renamed, nn.CrossEntropyLoss(weight=torch.ones(3)), *unknown_transformers()):
         dampr.save(nn.Sequential(layer), tmp_path / "x.safetensors")
         with pytest.raises(dampr.FileError, match="pass the dense original as model="):
             dampr.load(tmp_path / "x.safetensors")

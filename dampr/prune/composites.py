@@ -1,0 +1,122 @@
+"""Layers that a class of torch.nn and its arguments do not tell, as data: how files describe them, and how they are built anew.
+
+Of torch those that are made of others (attention, transformer layers and their stacks), of dampr the plain ones that compact leaves where
+torch.nn has none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from dampr.nn import (
+    PrunedMultiheadAttention,
+    PrunedTransformerDecoderLayer,
+    PrunedTransformerEncoderLayer,
+    Residual,
+    Scale,
+    ScaledRNN,
+    pruned_attention,
+    pruned_transformer,
+)
+
+
+def _expect(name: str, part: Any, *kinds: type) -> Any:
+    if not isinstance(part, kinds):
+        raise TypeError(f"{name}={part!r}: expected {' or '.join(kind.__name__ for kind in kinds)}")
+    return part
+
+
+def _scale(num_features: int, dim: int) -> Scale:
+    return Scale(torch.empty(num_features), dim)
+
+
+def _residual(branch: nn.Module, scaled: bool) -> Residual:
+    return Residual(_expect("branch", branch, nn.Module), torch.empty(1) if scaled else None)
+
+
+def _scaled_rnn(rnn: Any) -> ScaledRNN:
+    _expect("rnn", rnn, nn.RNNBase)
+    return ScaledRNN(rnn, torch.empty(rnn.num_layers * (1 + rnn.bidirectional), rnn.proj_size or rnn.hidden_size))
+
+
+def _transformer_layer(kind: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    def build(*, activation: str | nn.Module, **arguments: Any) -> nn.Module:
+        return kind(activation=_expect("activation", activation, str, nn.Module), **arguments)
+
+    return build
+
+
+def _layer_arguments(layer: Any) -> dict[str, Any]:
+    return pruned_transformer._arguments(layer, layer.linear1.in_features, layer.self_attn.num_heads)
+
+
+def _encoder(layers: Any, norm: Any, enable_nested_tensor: bool, use_nested_tensor: bool, mask_check: bool) -> nn.Module:
+    """torch's constructor looks at a layer for whether nested tensors are used; here this is known, and layers may differ."""
+    made = nn.TransformerEncoder(nn.Identity(), 0, _norm(norm), False, _expect("mask_check", mask_check, bool))  # type: ignore[arg-type]
+    made.enable_nested_tensor = _expect("enable_nested_tensor", enable_nested_tensor, bool)
+    made.use_nested_tensor = _expect("use_nested_tensor", use_nested_tensor, bool)
+    return _filled(made, layers)
+
+
+def _decoder(layers: Any, norm: Any) -> nn.Module:
+    return _filled(nn.TransformerDecoder(nn.Identity(), 0, _norm(norm)), layers)  # type: ignore[arg-type]
+
+
+def _transformer(custom_encoder: Any, custom_decoder: Any, **arguments: Any) -> nn.Module:
+    stacks = {"custom_encoder": custom_encoder, "custom_decoder": custom_decoder}
+    return nn.Transformer(**{name: _expect(name, stack, nn.Module) for name, stack in stacks.items()}, **arguments)
+
+
+def _norm(norm: Any) -> Any:
+    return norm if norm is None else _expect("norm", norm, nn.Module)
+
+
+def _filled(stack: Any, layers: Any) -> nn.Module:
+    stack.layers, stack.num_layers = _expect("layers", layers, nn.ModuleList), len(layers)
+    return stack
+
+
+_ENCODER = ("layers", "norm", "enable_nested_tensor", "use_nested_tensor", "mask_check")
+_TRANSFORMER = ("d_model", "nhead", "batch_first")
+
+# type -> (what it is built from, of which the modules are children; what builds it)
+_Kind = tuple[Callable[[Any], dict[str, Any]], Callable[..., nn.Module]]
+_OWN: dict[type[nn.Module], _Kind] = {
+    Scale: (lambda m: {"num_features": m.num_features, "dim": m.dim}, _scale),
+    Residual: (lambda m: {"branch": m.branch, "scaled": m.scale is not None}, _residual),
+    ScaledRNN: (lambda m: {"rnn": m.rnn}, _scaled_rnn),
+    PrunedMultiheadAttention: (lambda m: m.arguments(), PrunedMultiheadAttention),
+    PrunedTransformerEncoderLayer: (lambda m: m.arguments(), _transformer_layer(PrunedTransformerEncoderLayer)),
+    PrunedTransformerDecoderLayer: (lambda m: m.arguments(), _transformer_layer(PrunedTransformerDecoderLayer)),
+}
+_KINDS: dict[type[nn.Module], _Kind] = {
+    **_OWN,
+    nn.MultiheadAttention: (pruned_attention._arguments, nn.MultiheadAttention),
+    nn.TransformerEncoderLayer: (_layer_arguments, _transformer_layer(nn.TransformerEncoderLayer)),
+    nn.TransformerDecoderLayer: (_layer_arguments, _transformer_layer(nn.TransformerDecoderLayer)),
+    nn.TransformerEncoder: (lambda m: {name: getattr(m, name) for name in _ENCODER}, _encoder),
+    nn.TransformerDecoder: (lambda m: {"layers": m.layers, "norm": m.norm}, _decoder),
+    nn.Transformer: (
+        lambda m: {name: getattr(m, name) for name in _TRANSFORMER} | {"custom_encoder": m.encoder, "custom_decoder": m.decoder},
+        _transformer,
+    ),
+}
+BUILDERS = {kind.__name__: build for kind, (_, build) in _KINDS.items()}
+
+
+def is_own(module: nn.Module) -> bool:
+    """Whether a layer is one of dampr, which stands where the dense original has another."""
+    return type(module) in _OWN
+
+
+def parts_of(module: nn.Module) -> tuple[dict[str, Any], dict[str, nn.Module]] | None:
+    """The arguments and the child modules that a layer is built from; None for one of another kind. Raises TypeError for no data."""
+    if type(module) not in _KINDS:
+        return None
+    parts = _KINDS[type(module)][0](module)
+    children = {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
+    return {name: part for name, part in parts.items() if name not in children}, children
