@@ -14,42 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
-from dampr.prune import FileError, heads, inputs
+from dampr.prune import FileError, heads, transposed
 
 FORMAT = 1
 KEY = "dampr"
-
-
-def to_linear(model: nn.Module) -> list[str]:
-    """Put ``nn.Linear`` in the place of each ``Conv1D``, which is one with its weight transposed; returns their names.
-
-    Parameters stay the same objects; what an optimizer knows of their elements does not fit any more.
-    """
-    found = {name: layer for name, layer in model.named_modules() if type(layer) is Conv1D}
-    linear: dict[nn.Module, nn.Module] = {}
-    for layer in found.values():
-        new = nn.Linear(layer.nx, layer.nf, device="meta", dtype=layer.weight.dtype)
-        layer.weight.data = layer.weight.data.t().contiguous()
-        new.weight, new.bias = layer.weight, layer.bias
-        linear[layer] = new.train(layer.training)
-    inputs.replace(model, linear)
-    return list(found)
-
-
-def to_conv1d(model: nn.Module, names: list[str]) -> None:
-    """The way back, for the layers ``names``."""
-    transposed: dict[nn.Module, nn.Module] = {}
-    for name in names:
-        layer = model.get_submodule(name)
-        assert isinstance(layer, nn.Linear)
-        with torch.device("meta"):
-            new = Conv1D(layer.out_features, layer.in_features)
-        layer.weight.data = layer.weight.data.t().contiguous()
-        new.weight, new.bias = layer.weight, layer.bias
-        transposed[layer] = new.train(layer.training)
-    inputs.replace(model, transposed)
 
 
 def stock(model: PreTrainedModel) -> PreTrainedModel:
@@ -67,7 +36,7 @@ def describe(model: PreTrainedModel) -> dict[str, Any]:
     Raises: TypeError for a difference of another kind.
     """
     whole = stock(model)
-    to_linear(whole)
+    transposed.to_linear(whole)
     before = {attention.name: attention.heads for attention in heads.find(whole)}
     own = {attention.name: attention.heads for attention in heads.find(model) if attention.heads != before[attention.name]}
     spec: dict[str, Any] = {"format": FORMAT, "heads": own, "linear": {}, "biases": []}
@@ -96,7 +65,7 @@ def narrow(model: nn.Module, spec: Any) -> None:
     Raises: FileError where ``spec`` is not of the right form or does not fit the model.
     """
     check(spec)
-    transposed = to_linear(model)
+    conv1d = transposed.to_linear(model)
     _check_fit(model, spec)
     layers: dict[str, Any] = dict(model.named_modules())
     with torch.device("cpu"):  # transformers builds models with another default, and indices are wanted here
@@ -107,7 +76,7 @@ def narrow(model: nn.Module, spec: Any) -> None:
     for name in spec["biases"]:
         weight = layers[name].weight
         layers[name].bias = nn.Parameter(weight.new_zeros(len(weight)))
-    to_conv1d(model, transposed)
+    transposed.back(model, conv1d)
 
 
 def _check_fit(model: nn.Module, spec: dict[str, Any]) -> None:

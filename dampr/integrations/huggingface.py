@@ -28,14 +28,14 @@ from transformers import PreTrainedModel
 
 import dampr.prune
 from dampr import _checks
-from dampr.prune import CompactionError, FileError, inputs
+from dampr.prune import CompactionError, FileError, inputs, transposed
 from dampr.prune import heads as _heads
 from dampr.prune.files import check_plain
 
 from . import _uniform, _widths
 from ._trainer import DamprCallback
 
-__all__ = ["DamprCallback", "compact", "convert", "from_pretrained", "save_pretrained"]
+__all__ = ["DamprCallback", "compact", "convert", "expand", "from_pretrained", "save_pretrained"]
 
 
 def convert(
@@ -68,7 +68,7 @@ def convert(
     _check_model(model)
     if not (heads or neurons):
         raise ValueError("heads=False, neurons=False: expected at least one of them")
-    transposed = _widths.to_linear(model)
+    conv1d = transposed.to_linear(model)
     try:
         projections = {attention.written for attention in _heads.find(model)}
         unknown = _in_unknown_attention(model)
@@ -79,7 +79,7 @@ def convert(
         ]
         dampr.prune.convert(model, gate=gate, include=wanted, exclude=exclude, example_inputs=example_inputs)
     except BaseException:
-        _widths.to_conv1d(model, transposed)
+        transposed.back(model, conv1d)
         raise
     skipped: Any = model.dampr_skipped
     skipped |= unknown
@@ -110,19 +110,43 @@ def compact(
         raise ValueError(f"round_to={round_to}: expected uniform=True with it")
     level, notes = _uniform.level(model, round_to) if uniform else (model, {})
     small: Any = dampr.prune.compact(level, example_inputs=example_inputs, atol=atol, rtol=rtol)
-    transposed = [name for name, layer in _widths.stock(small).named_modules() if type(layer) is _widths.Conv1D]
     if uniform:
         vars(small.config).pop(_widths.KEY, None)
         _uniform.write(small)
     else:
         setattr(small.config, _widths.KEY, _widths.describe(small))
-    _widths.to_conv1d(small, transposed)
+    transposed.back(small, transposed.find(_widths.stock(small)))
     _check_config(small)
     small.dampr_manifest["closed_but_kept"] |= notes
     before, after = inputs.evaluate(model, example_inputs), inputs.evaluate(small, example_inputs)
     if inputs.differ(before, after, rtol, atol):
         raise CompactionError(f"outputs differ by up to {inputs.gap(before, after):.3g} (atol={atol:g}, rtol={rtol:g})")
     return small
+
+
+def expand(model: PreTrainedModel) -> PreTrainedModel:
+    """:func:`dampr.expand`, and the config says the old widths, so that transformers alone loads the folder of the new model.
+
+    A bias that compaction added stays, and is all that ``config.dampr`` then names.
+
+    Args:
+        model: from :func:`compact`, with its ``dampr_manifest``; it is not changed.
+
+    Raises: what :func:`dampr.expand` raises; TypeError for another model.
+    """
+    _check_model(model)
+    large: Any = dampr.prune.expand(model)
+    conv1d = transposed.to_linear(large)
+    if hasattr(large.config, _widths.KEY):
+        spec = _widths.describe(large)
+        setattr(large.config, _widths.KEY, spec)
+        if not (spec["heads"] or spec["linear"] or spec["biases"]):
+            delattr(large.config, _widths.KEY)
+    elif large.config.model_type in _uniform.FAMILIES:
+        _uniform.write(large)
+    transposed.back(large, conv1d)
+    _check_config(large)
+    return large
 
 
 def save_pretrained(model: PreTrainedModel, folder: str | os.PathLike[str], **how: Any) -> None:

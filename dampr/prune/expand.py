@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dampr.nn import PrunedMultiheadAttention, Scale, ScaledRNN
 from dampr.nn.pruned_transformer import _Pruned
 
-from . import graph, heads, inputs
+from . import graph, heads, inputs, transposed
 
 _NORMS = nn.modules.batchnorm._NormBase
 Places = tuple[int, Tensor] | None  # of one dimension: its size before, and which of it are left; None where nothing was cut
@@ -48,6 +48,7 @@ def expand(model: nn.Module) -> nn.Module:
         raise ValueError(f"model={type(model).__name__}: expected the dampr_manifest that dampr.compact leaves")
     large = copy.deepcopy(model)
     del large.dampr_manifest
+    conv1d = transposed.to_linear(large)
     attentions = {attention.name: attention for attention in heads.find(large)}
     for name, entry in manifest["layers"].items():
         if name in attentions:
@@ -77,6 +78,7 @@ def expand(model: nn.Module) -> nn.Module:
         if isinstance(layer, _Pruned) and layer.is_whole():
             dense: Any = nn.TransformerEncoderLayer if isinstance(layer, nn.TransformerEncoderLayer) else nn.TransformerDecoderLayer
             layer.__class__ = dense
+    transposed.back(large, conv1d)
     return large
 
 

@@ -176,6 +176,10 @@ def test_a_bias_that_compaction_added_is_in_the_config(tmp_path: Any) -> None:
     assert small.config.dampr["biases"] == [f"{side}.block.0.layer.{i}.DenseReluDense.wo" for side, i in (("encoder", 1), ("decoder", 2))]
     huggingface.save_pretrained(small, tmp_path)
     torch.testing.assert_close(logits(huggingface.from_pretrained(tmp_path), x), logits(model, x), atol=1e-5, rtol=1e-5)
+    large = huggingface.expand(small)
+    assert large.config.dampr == {"format": 1, "heads": {}, "linear": {}, "biases": small.config.dampr["biases"]}
+    huggingface.save_pretrained(large, tmp_path)
+    torch.testing.assert_close(logits(huggingface.from_pretrained(tmp_path), x), logits(model, x), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "vit"])
@@ -226,6 +230,56 @@ def test_dampr_save_and_load_know_them_too(name: str, tmp_path: Any) -> None:
     dampr.save(small, tmp_path / "small.safetensors")
     again = dampr.load(tmp_path / "small.safetensors", built(name)[0])
     torch.testing.assert_close(logits(again, x), logits(small, x))
+
+
+@every_model
+def test_an_expanded_model_has_its_old_widths_and_zeros(name: str, tmp_path: Any) -> None:
+    model, x, small = pruned(name)
+    large = dampr.expand(small)
+    assert str(large) == str(built(name)[0])
+    assert {k: v.shape for k, v in large.state_dict().items()} == {k: v.shape for k, v in built(name)[0].state_dict().items()}
+    masked, expanded = logits(model, x), logits(large, x)
+    assert float((masked - expanded).norm() / masked.norm()) <= 1e-5
+    dampr.save(small, tmp_path / "small.safetensors")
+    again = dampr.expand(dampr.load(tmp_path / "small.safetensors", built(name)[0]))
+    assert all(torch.equal(v, large.state_dict()[k]) for k, v in again.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt2, cross-attention"])
+def test_what_is_left_of_conv1d_comes_back_where_it_was(name: str) -> None:
+    model, x = built(name)
+    dense = {k: v.clone() for k, v in model.state_dict().items()}
+    huggingface.convert(model, example_inputs=x)
+    for i, layer in enumerate(dampr.prune.gated_layers(model).values()):
+        layer.gate.log_alpha.data[:] = 9.0
+        layer.gate.log_alpha.data[i % 3 :: 3] = -9.0
+    small = huggingface.compact(model, example_inputs=x)
+    large = dampr.expand(small)
+    layers = {k: layer for k, layer in large.named_modules() if isinstance(layer, Conv1D)}
+    cut = {k: entry for k, entry in small.dampr_manifest["layers"].items() if k in layers}
+    assert len(cut) == len(layers) == sum(isinstance(m, Conv1D) for m in model.__class__(model.config).modules())
+    for k, entry in cut.items():
+        read, written = (torch.zeros(size, dtype=torch.bool) for size in dense[f"{k}.weight"].shape)
+        for side, there in (("in", read), ("out", written)):
+            there[entry[side]["kept"] if side in entry else slice(None)] = True
+        assert 0 < int(read.sum()) * int(written.sum()) < read.numel() * written.numel()
+        assert torch.equal(layers[k].weight, dense[f"{k}.weight"] * read[:, None] * written)
+        assert torch.equal(layers[k].bias, dense[f"{k}.bias"] * written)
+        assert (layers[k].nx, layers[k].nf) == layers[k].weight.shape
+
+
+@pytest.mark.parametrize("uniform", [False, True])
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
+def test_transformers_alone_loads_an_expanded_model(name: str, uniform: bool, tmp_path: Any) -> None:
+    _, x, small = pruned(name, uniform=uniform)
+    large = huggingface.expand(small)
+    assert hasattr(small.config, "dampr") != uniform
+    huggingface.save_pretrained(large, tmp_path)
+    again = type(small).from_pretrained(tmp_path)
+    assert not hasattr(again.config, "dampr")
+    assert again.config.num_attention_heads == 4
+    assert str(again) == str(built(name)[0])
+    torch.testing.assert_close(logits(again, x), logits(small, x), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("how", "kind"), [({"heads": False}, GatedLinear), ({"neurons": False}, GatedHeads)])
