@@ -24,7 +24,7 @@ class Family:
     """What the config of a model can say.
 
     Attributes: ``layers``, a glob for the layers whose outputs are neurons; ``neurons``, the entry with their number; ``heads``, the
-    entries in proportion to the number of heads; empty where the width of a head follows from their number.
+    entries in proportion to the number of heads; empty where the width of a head follows from their number, so that heads stay whole.
     """
 
     layers: str
@@ -69,9 +69,16 @@ def level(model: PreTrainedModel, round_to: int) -> tuple[PreTrainedModel, dict[
         step = round_to if isinstance(layer, GatedLinear) and not isinstance(layer, GatedHeads) else 1
         kept = _keep(layer, masks[name], min(whole, -(-count // step) * step))
         if kept:
-            why = "all layers have as many as the widest" if known else f"the config of {kind} cannot say this width"
+            why = "all layers have as many as the widest" if known else _why_whole(layer, model.config)
             notes[name] = f"{kept} closed gates stay: {why}"
     return trial, notes
+
+
+def _why_whole(layer: GatedLinear, config: Any) -> str:
+    said = type(config).__name__
+    if isinstance(layer, GatedHeads) and not FAMILIES[config.model_type].heads:
+        return f"{said} has no width of a head but hidden_size / num_attention_heads, so none for fewer heads; uniform=False cuts them"
+    return f"{said} has no entry for this width; uniform=False cuts them"
 
 
 @torch.no_grad()

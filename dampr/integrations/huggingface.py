@@ -99,7 +99,7 @@ def compact(
         example_inputs, atol, rtol: as for :func:`dampr.compact`.
         uniform: keep as many heads and neurons in every layer as the widest has, so that entries such as ``intermediate_size`` say it all
             and transformers alone loads the model. Closed ones that stay have weights of 0. Heads stay where their width follows from
-            their number (BERT, GPT-2).
+            their number (BERT, RoBERTa, GPT-2).
         round_to: with ``uniform``, neurons are a multiple of it, or all.
 
     Raises: CompactionError; TypeError or ValueError that names the argument, or what a config cannot say.

@@ -199,7 +199,48 @@ def test_a_uniform_model_is_loaded_by_transformers_alone(name: str, round_to: in
     else:
         assert small.config.num_attention_heads == 4
         assert min(open_heads) < 4
-        assert any("cannot say this width" in note for note in small.dampr_manifest["closed_but_kept"].values())
+        assert any("BertConfig has no entry for this width" in note for note in small.dampr_manifest["closed_but_kept"].values()) == (
+            name == "bert"
+        )
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "roberta"])
+def test_fewer_heads_that_a_config_cannot_say_are_for_our_own_loader(name: str, tmp_path: Any) -> None:
+    """Heads are hidden_size / num_attention_heads wide in these models: three of four would be other heads, or none."""
+    model, x = built(name)
+    huggingface.convert(model, example_inputs=x, neurons=False)
+    for i, layer in enumerate(dampr.prune.gated_layers(model).values()):
+        layer.gate.log_alpha.data[i] = -9.0
+    uniform = huggingface.compact(model, example_inputs=x, uniform=True)
+    kind = type(model.config)
+    note = f"1 closed gates stay: {kind.__name__} has no width of a head but hidden_size / num_attention_heads, so none for fewer heads"
+    notes = uniform.dampr_manifest["closed_but_kept"]
+    assert notes.keys() == dampr.prune.gated_layers(model).keys()
+    assert all(found.startswith(note) for found in notes.values())
+    assert count_params(uniform) == count_params(model)
+    said = model.config.to_dict() | {"head_dim": 6, "attention_head_size": 6}
+    assert count_params(type(model)(kind(**said))) == count_params(model), "transformers reads the width of a head now"
+    with pytest.raises(ValueError, match=r"multiple|divisible"):
+        type(model)(kind(**said | {"num_attention_heads": 3}))
+    small = huggingface.compact(model, example_inputs=x)
+    assert set(small.config.dampr["heads"].values()) == {3}
+    assert len(small.config.dampr["heads"]) == 2
+    huggingface.save_pretrained(small, tmp_path)
+    again = huggingface.from_pretrained(tmp_path)
+    assert count_params(again) == count_params(small) < count_params(model)
+    torch.testing.assert_close(logits(again, x), logits(model, x), atol=1e-5, rtol=1e-5)
+
+
+def test_a_budget_of_neurons_alone_leaves_bert_no_zeros(tmp_path: Any) -> None:
+    model, x = built("bert")
+    huggingface.convert(model, example_inputs=x, heads=False, exclude="*.pooler.*")
+    report = dampr.Budget(model, x, macs=0.8).finalize(same=["*.intermediate.dense"])
+    small = huggingface.compact(model, example_inputs=x, uniform=True)
+    assert small.dampr_manifest["closed_but_kept"] == {}
+    assert small.config.intermediate_size < 48
+    assert count_macs(small, x) == report.reached <= report.target
+    huggingface.save_pretrained(small, tmp_path)
+    torch.testing.assert_close(logits(type(small).from_pretrained(tmp_path), x), logits(model, x), atol=1e-5, rtol=1e-5)
 
 
 @three_models
