@@ -1,4 +1,6 @@
-"""Small networks with the structures that pruning has to get right; ``ALL`` has for each a function that makes (model, example inputs)."""
+"""Networks with the structures that pruning has to get right: ``ALL`` has a function that makes (model, example inputs) for each small one,
+``FULL`` for the published ones as deep and wide as they are.
+"""
 
 from __future__ import annotations
 
@@ -217,4 +219,36 @@ ALL: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
     "inception": lambda: (_net(Inception(8), conv_norm(17, 12), width=12), _image()),
     "unet": lambda: (UNet(), _image()),
     "vit": lambda: (ViT(), _image()),
+}
+
+
+def _stages(block: type[nn.Module], read: int, stages: list[tuple[int, int]], times: int = 1) -> list[nn.Module]:
+    """(width, count) of each stage; all but the first halve the image, and a block writes ``times`` its width."""
+    blocks = []
+    for stage, (width, count) in enumerate(stages):
+        for index in range(count):
+            blocks.append(block(read, width, 2 if stage and not index else 1))
+            read = times * width
+    return [*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(read, 10)]
+
+
+def _resnet(block: type[nn.Module], counts: list[int], times: int) -> nn.Module:
+    stem = conv_norm(3, 64, 7, 2), nn.MaxPool2d(3, 2, 1)
+    return nn.Sequential(*stem, *_stages(block, 64, list(zip((64, 128, 256, 512), counts, strict=True)), times))
+
+
+def vgg16() -> nn.Module:
+    layers: list[nn.Module] = []
+    read = 3
+    for width, count in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):
+        layers += [conv_norm(read if index == 0 else width, width) for index in range(count)] + [nn.MaxPool2d(2)]
+        read = width
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(512, 10))
+
+
+FULL: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
+    "vgg16-bn": lambda: (vgg16(), _image(32)),
+    "resnet18": lambda: (_resnet(BasicBlock, [2, 2, 2, 2], 1), _image(64)),
+    "resnet50": lambda: (_resnet(Bottleneck, [3, 4, 6, 3], 4), _image(64)),
+    "resnet56": lambda: (nn.Sequential(conv_norm(3, 16), *_stages(BasicBlock, 16, [(16, 9), (32, 9), (64, 9)])), _image(32)),
 }
