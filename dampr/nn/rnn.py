@@ -59,18 +59,22 @@ class _GatedRecurrent(GatedLayer, nn.RNNBase):
             nn.init.uniform_(weight, -bound, bound)
 
     def forward(self, input: Any, hx: Any = None) -> Any:
-        z = self.gate().view(-1, self._width)
+        z = self._rows(self.gate())
         plain = self._dense.__new__(self._dense)  # a shell around this layer's attributes: nothing of self changes during a call
         weights = self._folded(z)
         plain.__dict__.update(self.__dict__, _flat_weights=weights, _flat_weight_refs=[None] * len(weights))
         run = functools.partial(self._dense.forward, plain)  # whoever replaced self.forward meant this layer, not the shell
         if self.proj_size:
-            return run(input, _times(hx, lambda: (z != 0).to(z.dtype)))
+            return run(input, _times(hx, z, lambda row: (row != 0).to(row.dtype)))
         return _gated_call(run, z, self._directions, input, hx, _gate_units)
 
-    def _folded(self, z: Tensor) -> list[Tensor]:
-        """Every weight in the order of the vendor's kernel, with the gates z (layers * directions, P) in those that they reach."""
-        gates, each = z.unbind(0), self._directions
+    def _rows(self, z: Tensor) -> tuple[Tensor, ...]:
+        """The gates (P,) of each layer and direction."""
+        return (z,) if len(z) == self._width else z.view(-1, self._width).unbind(0)
+
+    def _folded(self, gates: tuple[Tensor, ...]) -> list[Tensor]:
+        """Every weight in the order of the vendor's kernel, with the gates (P,) of each layer and direction in those that they reach."""
+        each = self._directions
         folded = []
         for row, names in enumerate(self._all_weights):
             below = gates[row // each * each - each : row // each * each]
@@ -133,7 +137,7 @@ class _GatedRecurrent(GatedLayer, nn.RNNBase):
         :meth:`compacted` gives a smaller one.
         """
         z = self.gate.deterministic().view(-1, self._width)
-        folded = dict(zip(self._flat_weights_names, self._folded(z), strict=True))
+        folded = dict(zip(self._flat_weights_names, self._folded(z.unbind(0)), strict=True))
         plain: nn.Module = self._plain({name: weight.clone() for name, weight in folded.items()})
         return plain if self.proj_size or bool((z == 1).all()) else ScaledRNN(plain, z.clone()).train(self.training)
 
@@ -271,7 +275,7 @@ class ScaledRNN(nn.Module):
         self.register_buffer("scale", scale)
 
     def forward(self, input: Any, hx: Any = None) -> Any:
-        return _gated_call(self.rnn, self.scale, 2 if self.rnn.bidirectional else 1, input, hx, _scale_units)
+        return _gated_call(self.rnn, self.scale.unbind(0), 2 if self.rnn.bidirectional else 1, input, hx, _scale_units)
 
 
 class GatedLSTM(_GatedRecurrent, nn.LSTM):
@@ -326,35 +330,43 @@ def _scale_units(x: Tensor, z: Tensor) -> Tensor:
 
 
 def _gated_call(
-    run: Callable[[Any, Any], Any], z: Tensor, directions: int, input: Any, hx: Any, multiply: Callable[[Tensor, Tensor], Tensor]
+    run: Callable[[Any, Any], Any],
+    z: tuple[Tensor, ...],
+    directions: int,
+    input: Any,
+    hx: Any,
+    multiply: Callable[[Tensor, Tensor], Tensor],
 ) -> Any:
-    """Run a recurrent layer whose weights have z in their columns on a state that is gated, and gate what it gives."""
-
-    def inverse() -> Tensor:
-        opened = z != 0
-        return opened.to(z.dtype) / torch.where(opened, z, torch.ones_like(z))
-
-    output, state = run(input, _times(hx, inverse))
-    last = z[-directions:].flatten()
+    """Run a recurrent layer whose weights have gates z in their columns on a state that is gated, and gate what it gives."""
+    output, state = run(input, _times(hx, z, _inverse))
+    last = z[-1] if directions == 1 else torch.cat(z[-directions:])
     if isinstance(output, PackedSequence):
         output = output._replace(data=multiply(output.data, last))
     else:
         output = multiply(output, last)
-    return output, _times(state, lambda: z)
+    return output, _times(state, z)
+
+
+def _inverse(z: Tensor) -> Tensor:
+    opened = z != 0
+    return opened.to(z.dtype) / torch.where(opened, z, torch.ones_like(z))
 
 
 def _is_small(x: Tensor) -> bool:
     return x.is_cpu and x.numel() <= _BY_TORCH and x.dtype in (torch.float32, torch.float64)
 
 
-def _times(state: Any, factors: Callable[[], Tensor]) -> Any:
-    """The state of a layer, h or (h, c), with h times factors (layers * directions, P); another shape is left to the vendor's own check."""
+def _times(state: Any, z: tuple[Tensor, ...], factor: Callable[[Tensor], Tensor] = lambda row: row) -> Any:
+    """The state of a layer, h or (h, c), with h times factors of the gates z (P,) of each layer and direction.
+
+    One of another shape is left to the vendor's own check.
+    """
     if state is None:
         return None
     h, *rest = state if isinstance(state, tuple) else (state,)
-    factor = factors()
-    if (h.shape[0], h.shape[-1]) == factor.shape:
-        h = (h * (factor if h.dim() == 2 else factor.unsqueeze(1))).to(h.dtype)
+    if h.dim() > 1 and (h.shape[0], h.shape[-1]) == (len(z), len(z[0])):
+        rows = factor(z[0] if len(z) == 1 else torch.stack(z))  # (P,), which goes with every shape, or (layers * directions, P)
+        h = (h * (rows.unsqueeze(1) if h.dim() == 3 and len(z) > 1 else rows)).to(h.dtype)
     return (h, *rest) if isinstance(state, tuple) else h
 
 
