@@ -26,6 +26,14 @@ def test_the_readme_code_runs_as_printed(tmp_path):
     assert (tmp_path / "small.safetensors").exists()
 
 
+def test_the_code_of_the_training_page_runs(tmp_path):
+    pytest.importorskip("pytorch_lightning")
+    code = "\n".join(re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "training.md").read_text(), re.DOTALL))
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "of 1,606,400 (2" in done.stdout
+
+
 @pytest.mark.parametrize("name", ["cpu/demo-digits", "cpu/demo-fashion-mnist"])
 def test_tables_are_those_of_the_results_files(name):
     data = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())

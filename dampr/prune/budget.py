@@ -74,6 +74,8 @@ class Budget:
         warmup: steps before that, in which the penalty is 0.
         strength, rate: how hard the gap pulls at once, and how fast the multiplier follows it.
 
+    Attributes: ``model``; ``metric``, its name; ``steps`` taken; ``multiplier``; ``targets``, costs with the values they were given as.
+
     Raises: ValueError or TypeError that names the argument; what the model raises on the example inputs.
 
     >>> import dampr
@@ -119,7 +121,7 @@ class Budget:
             raise ValueError(f"{metric}=[]: expected at least one target")
         for value in listed:
             _check_target(metric, value)
-        self._model, self._inputs = model, example_inputs
+        self.model, self._inputs = model, example_inputs
         self._cost = Latency(model, example_inputs) if metric == "latency" else Cost(model, example_inputs, metric)
         if not bool(self._cost.prunable.any()):
             raise ValueError(f"model={type(model).__name__}: no gate of it cuts anything {self._cost.structure.notes or ''}")
@@ -128,7 +130,8 @@ class Budget:
         self.snapshots: dict[Target, nn.Module] = {}
         self.steps = 0
         self.multiplier = torch.zeros((), dtype=torch.float64, device=self._cost.device)
-        self._gap = self._measure()
+        self._penalty = torch.zeros((), device=self._cost.device)
+        self._measure()
 
     @property
     def total(self) -> float:
@@ -159,19 +162,31 @@ class Budget:
         if self.steps < self.warmup:
             return torch.zeros((), device=self._cost.device)
         weight = (self.multiplier + self.strength * self._gap).clamp(min=0)
-        return (weight * self.expected()).float()
+        penalty = (weight * self.expected()).float()
+        self._penalty = penalty.detach()
+        return penalty
 
     def step(self) -> None:
         """Call it after ``optimizer.step()``: moves goal and multiplier, and takes the snapshots of targets that have been reached."""
         self.steps += 1
-        self._gap = self._measure()
+        self._measure()
         if self.steps >= self.warmup:
             self.multiplier = (self.multiplier + self.rate * self._gap).clamp(min=0)
         for target, value in self.targets[:-1]:
             if value not in self.snapshots and self.left() * self.total <= target:
-                snapshot = copy.deepcopy(self._model)
+                snapshot = copy.deepcopy(self.model)
                 self._fit(snapshot, target, 1, 1, [])
                 self.snapshots[value] = snapshot
+
+    def readings(self) -> dict[str, Tensor]:
+        """What to log, float32 scalars that wait for no device: the gates as the last :meth:`step` found them, the last penalty.
+
+        ``gates_open``, the share of open gates; ``<metric>_left``, the share of the cost that they leave in evaluation;
+        ``budget_multiplier``; ``budget_penalty``.
+        """
+        found = self._open, self._left, self.multiplier, self._penalty
+        names = "gates_open", f"{self.metric}_left", "budget_multiplier", "budget_penalty"
+        return {name: value.float() for name, value in zip(names, found, strict=True)}
 
     def finalize(self, *, round_to: int = 1, min_width: int = 1, same: str | Sequence[str] = ()) -> BudgetReport:
         """Decide every gate, so that the compacted model costs the target or less by under one unit: nothing closed could open.
@@ -193,11 +208,13 @@ class Budget:
         _checks.positive_int("round_to", round_to)
         _checks.positive_int("min_width", min_width)
         globs = [same] if isinstance(same, str) else list(same)
-        return self._fit(self._model, self.target, round_to, min_width, self._matched(globs))
+        report = self._fit(self.model, self.target, round_to, min_width, self._matched(globs))
+        self._measure()
+        return report
 
     def _matched(self, globs: list[str]) -> list[list[int]]:
         """Which gates have to be as many as each other, by their places in :func:`_gates`."""
-        layers, places = gated_layers(self._model), {id(gate): place for place, gate in enumerate(_gates(self._model))}
+        layers, places = gated_layers(self.model), {id(gate): place for place, gate in enumerate(_gates(self.model))}
         found = []
         for glob in globs:
             names = [name for name in layers if fnmatchcase(name, glob)]
@@ -218,11 +235,13 @@ class Budget:
         steps, multiplier = int(state["steps"]), float(state["multiplier"])
         self.steps = steps
         self.multiplier = torch.full_like(self.multiplier, multiplier)
-        self._gap = self._measure()
+        self._measure()
 
     @torch.no_grad()
-    def _measure(self) -> Tensor:
-        return self._cost(self._cost.decision()) / self.total - self.goal
+    def _measure(self) -> None:
+        decision = self._cost.decision()
+        self._open, self._left = decision.float().mean(), self._cost(decision) / self.total
+        self._gap = self._left - self.goal
 
     def _absolute(self, value: Target) -> float:
         if isinstance(value, int) or self.metric == "latency":

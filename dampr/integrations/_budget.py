@@ -1,0 +1,41 @@
+"""What the callbacks that keep a budget have in common; it imports none of the libraries that call them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from dampr.gates import Gate
+from dampr.prune import Budget
+
+UNDECAYED = "dampr.param_groups(model, lr=..., weight_decay=...)"
+
+
+def check(budget: Any) -> None:
+    """Raise TypeError unless it is a budget."""
+    if not isinstance(budget, Budget):
+        raise TypeError(f"budget={budget!r:.80}: expected a dampr.Budget")
+
+
+def add_gradient(budget: Budget) -> None:
+    """Add the gradient of the penalty to those of the gates."""
+    with torch.enable_grad():  # a closure may run inside of optimizer.step()
+        penalty = budget.penalty()
+        if penalty.requires_grad:
+            penalty.backward()
+
+
+def check_decay(budget: Budget, optimizers: Iterable[torch.optim.Optimizer], remedy: str) -> None:
+    """Raise ValueError, with what to do, where one of the optimizers decays gates that are not meant to be."""
+    gates = gate_parameters(budget, decayed=False)
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        if group.get("weight_decay", 0) and any(id(p) in gates for p in group["params"]):
+            raise ValueError(f"weight_decay={group['weight_decay']:g} on gates: expected none; {remedy}")
+
+
+def gate_parameters(budget: Budget, *, decayed: bool = True) -> set[int]:
+    """The ids of the gate parameters of its model; ``decayed=False``: of gates that weight decay pulls wrongly."""
+    gates = [m for m in budget.model.modules() if isinstance(m, Gate) and (decayed or not getattr(m, "weight_decay_on_beta", False))]
+    return {id(p) for gate in gates for p in gate.parameters()}

@@ -1,0 +1,85 @@
+"""A callback for Lightning's Trainer (``lightning.pytorch`` or ``pytorch_lightning``) that keeps a budget."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+try:
+    from lightning.pytorch import Callback
+except ImportError:
+    try:
+        from pytorch_lightning import Callback
+    except ImportError as error:
+        raise ImportError("dampr.integrations.lightning needs Lightning: pip install dampr-torch[lightning]") from error
+
+from dampr.prune import Budget
+
+from . import _budget
+
+__all__ = ["DamprCallback"]
+
+_STRATEGIES = {"SingleDeviceStrategy", "DDPStrategy"}  # by name: the Trainer may be of either package
+_REMEDY = f"return AdamW({_budget.UNDECAYED}) from configure_optimizers"
+
+
+class DamprCallback(Callback):
+    """Adds the penalty of a :class:`dampr.Budget` to what a Lightning ``Trainer`` minimises, and steps the budget.
+
+    The penalty does not depend on data, so its gradient is added once for each step of the optimizer that has the gates, right before it,
+    and not to the loss: the same sum under gradient accumulation, automatic and manual optimization, and losses in the log stay those of
+    the task. Lightning clips gradients after that, as in a loop that adds the penalty to the loss.
+
+    In the log of each batch: what :meth:`dampr.Budget.readings` gives. Checkpoints hold the state of the budget, and a training that
+    resumes goes on with it. Call ``budget.finalize()`` and :func:`dampr.compact` when training is done.
+
+    Args:
+        budget: of the module that is trained, or of a model in it.
+
+    Raises, when training begins: ValueError for weight decay on gates, for gates in no optimizer or in several, for fp16 with a scaler,
+    and for strategies other than a single device and DDP, which keep gradients elsewhere.
+    """
+
+    def __init__(self, budget: Budget) -> None:
+        _budget.check(budget)
+        self.budget = budget
+        self._optimizer: torch.optim.Optimizer | None = None
+        self._hook: Any = None
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        if not _STRATEGIES & {kind.__name__ for kind in type(trainer.strategy).__mro__}:
+            raise ValueError(f"strategy={type(trainer.strategy).__name__}: not supported with a budget; a single device and DDP are")
+        if getattr(trainer.precision_plugin, "scaler", None) is not None:
+            raise ValueError(f"precision={trainer.precision!r}: not supported with a budget, for gradients are scaled; 'bf16-mixed' is")
+        _budget.check_decay(self.budget, trainer.optimizers, _REMEDY)
+        gates = _budget.gate_parameters(self.budget)
+        holders = [o for o in trainer.optimizers if any(id(p) in gates for group in o.param_groups for p in group["params"])]
+        if len(holders) != 1:
+            raise ValueError(f"configure_optimizers: {len(holders)} optimizers have gates of the budget's model; expected one that has all")
+        (self._optimizer,) = holders
+        self._hook = self._optimizer.register_step_post_hook(lambda *_: self.budget.step())
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
+        if optimizer is self._optimizer:
+            _budget.add_gradient(self.budget)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        pl_module.log_dict(self.budget.readings())
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        self._let_go()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        self._let_go()
+
+    def _let_go(self) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+        self._optimizer = self._hook = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.budget.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.budget.load_state_dict(state_dict)
