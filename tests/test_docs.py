@@ -28,6 +28,7 @@ def test_the_readme_code_runs_as_printed(tmp_path):
 
 def test_the_code_of_the_training_page_runs(tmp_path):
     pytest.importorskip("pytorch_lightning")
+    pytest.importorskip("tensorboard")
     code = "\n".join(re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "training.md").read_text(), re.DOTALL))
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -8,7 +8,7 @@ from .doctor import Finding, calibrate, doctor
 from .expand import expand
 from .files import FileError, load, save
 from .latency import Latency
-from .summary import Summary, gated_layers, param_groups, penalty, summary
+from .summary import Summary, distinct_gates, gated_layers, param_groups, penalty, summary
 from .times import LayerTime, layer_times
 from .verify import GateCheck, Verification, verify_model
 
@@ -29,6 +29,7 @@ __all__ = [
     "calibrate",
     "compact",
     "convert",
+    "distinct_gates",
     "doctor",
     "expand",
     "gated_layers",

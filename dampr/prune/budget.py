@@ -20,7 +20,7 @@ from .compact import compact
 from .cost import Cost
 from .latency import Latency
 from .measure import count_macs, count_params
-from .summary import gated_layers
+from .summary import distinct_gates, gated_layers
 
 Target = float | int
 Schedule = int | Callable[[int], float] | None
@@ -274,7 +274,7 @@ class Budget:
 
 def _gates(model: nn.Module) -> list[Gate]:
     """Every gate once, in the order of :class:`Structure`."""
-    return list({id(layer.gate): layer.gate for layer in gated_layers(model).values()}.values())
+    return list(distinct_gates(model).values())
 
 
 @torch.no_grad()

@@ -22,6 +22,14 @@ def gated_layers(model: nn.Module) -> dict[str, GatedLayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, GatedLayer)}
 
 
+def distinct_gates(model: nn.Module) -> dict[str, Gate]:
+    """Every gate of ``model`` once, by the name of the first layer that has it: tied layers share one."""
+    found: dict[Gate, str] = {}
+    for name, layer in gated_layers(model).items():
+        found.setdefault(layer.gate, name)
+    return {name: gate for gate, name in found.items()}
+
+
 Cost = float | Mapping[str, float]
 
 
