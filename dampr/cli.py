@@ -36,7 +36,7 @@ def demo(
     model: Annotated[str, typer.Option(help="mlp (LeNet-300-100) or cnn (LeNet-5-Caffe; idx files only)")] = "mlp",
     epochs: Annotated[Optional[int], typer.Option(help="epochs of each run instead of the recipe's")] = None,  # noqa: UP045
     seed: int = 0,
-    out: Annotated[Path, typer.Option(help="folder for demo.json and demo.png")] = Path("dampr-demo"),
+    out: Annotated[Path, typer.Option(help="folder for demo.json, demo.png, the history and the compacted model")] = Path("dampr-demo"),
 ) -> None:
     """Train a dense and a gated network, compact the gated one, compare."""
     columns = (
@@ -54,17 +54,22 @@ def demo(
                 tasks[label] = bars.add_task(label, total=steps, note="")
             bars.update(tasks[label], completed=step, note=note)
 
-        result = demo_job.run(data, None if root is None else str(root), model=model, epochs=epochs, seed=seed, progress=progress)
+        result = demo_job.run(
+            data, None if root is None else str(root), model=model, epochs=epochs, seed=seed, folder=out, progress=progress
+        )
     report.print_table(console, f"{data}: {demo_job.TITLES[model]}", report.DEMO_COLUMNS, report.demo_rows(result))
     console.print(f"max |gated - compacted| over the test set: {result.max_abs_difference:.2e}", highlight=False)
     records.write_json(out / "demo.json", {"environment": records.environment(), **result.as_dict()})
-    written = [str(out / "demo.json")]
+    written = [str(out / name) for name in ("demo.json", demo_job.HISTORY, demo_job.COMPACTED)]
     try:
         report.plot_demo(result, out / "demo.png")
         written.append(str(out / "demo.png"))
     except ImportError:
         console.print("no plot: matplotlib is not installed (pip install 'dampr-torch[plot]')")
-    console.print(f"wrote {' and '.join(written)}", highlight=False, soft_wrap=True)
+    console.print(f"wrote {', '.join(written)}; look at them with", highlight=False, soft_wrap=True)
+    console.print(
+        f"  dampr report {out / demo_job.COMPACTED} --history {out / demo_job.HISTORY} --html report.html", highlight=False, soft_wrap=True
+    )
 
 
 @app.command("report")
@@ -73,10 +78,18 @@ def report_command(
     json: Annotated[Optional[Path], typer.Option(help="write it to this file as JSON")] = None,  # noqa: UP045
     png: Annotated[Optional[Path], typer.Option(help="draw widths and gates into this file")] = None,  # noqa: UP045
     html: Annotated[Optional[Path], typer.Option(help="write one page with table and chart to this file")] = None,  # noqa: UP045
+    history: Annotated[Optional[Path], typer.Option(help="file of a dampr.History: how training went")] = None,  # noqa: UP045
+    score: Annotated[Optional[str], typer.Option(help="which number of it is the score; else an accuracy")] = None,  # noqa: UP045
 ) -> None:
-    """Widths, parameters and MACs of a gated model or of a compacted file, before and after."""
+    """Widths, parameters and MACs of a gated model or of a compacted file, before and after; with a history penalty and accuracy too."""
+    if score is not None and history is None:
+        raise ValueError(f"score={score!r}: expected --history with it")
+    training = None if history is None else model_report.trained(history, score)
     found = model_report.look_at(target)
+    found.training = training
     report.print_table(console, target, model_report.COLUMNS, found.rows())
+    if training is not None:
+        report.print_table(console, str(history), *training.table())
     for name, why in found.notes.items():
         console.print(f"{name}: {why}", highlight=False, soft_wrap=True)
     if json is not None:
@@ -139,6 +152,6 @@ def main() -> None:
     """Entry point: errors that name an argument end the command with one line, not with a traceback."""
     try:
         app()
-    except (ValueError, TypeError, FileNotFoundError, ImportError, dampr.BackendUnavailableError) as error:
+    except (ValueError, TypeError, OSError, ImportError, dampr.FileError, dampr.BackendUnavailableError) as error:
         Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
         raise SystemExit(2) from None

@@ -96,6 +96,7 @@ def cnn(pixels: int, classes: int = 10) -> nn.Sequential:
     return nn.Sequential(*features, nn.Linear(50 * left * left, 500), nn.ReLU(), nn.Linear(500, classes))
 
 
+HISTORY, COMPACTED = "history.jsonl", "compacted.safetensors"
 MODELS = {"mlp": mlp, "cnn": cnn}
 TITLES = {"mlp": "a 300-100 MLP", "cnn": "LeNet-5-Caffe"}
 
@@ -107,6 +108,7 @@ def run(
     model: str = "mlp",
     epochs: int | None = None,
     seed: int = 0,
+    folder: Path | None = None,
     progress: Progress = lambda *_: None,
 ) -> Report:
     """Train, prune, compact, measure.
@@ -117,6 +119,7 @@ def run(
         model: ``"mlp"`` (LeNet-300-100, output gates) or ``"cnn"`` (LeNet-5-Caffe, filter and neuron gates; not for the 8 x 8 digits).
         epochs: None for the recipe's.
         seed: of initialisation, batches and gates.
+        folder: where the gated run writes :data:`HISTORY` and what it is compacted to goes to :data:`COMPACTED`; None: nowhere.
         progress: called with (label, step, steps, note) once per epoch.
 
     Raises: ValueError for an unknown data set or a missing root, FileNotFoundError or ValueError for files that are not there or not whole.
@@ -142,8 +145,13 @@ def run(
 
     for _ in _train(dense, split, recipe, progress, "dense"):
         pass
-    history = list(_train(gated, split, recipe, progress, "gated"))
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / HISTORY).unlink(missing_ok=True)
+    history = list(_train(gated, split, recipe, progress, "gated", None if folder is None else folder / HISTORY))
     compacted = dampr.compact(gated.eval(), example_inputs=example)
+    if folder is not None:
+        dampr.save(compacted, folder / COMPACTED)
 
     models = {"dense": dense.eval(), "gated": gated.eval(), "compacted": compacted.eval()}
     with torch.no_grad():
@@ -166,13 +174,16 @@ def run(
     return Report(data, seed, recipe, rows, difference, history, gates, model)
 
 
-def _train(model: nn.Module, split: datasets.Split, recipe: Recipe, progress: Progress, label: str) -> Iterator[dict[str, Any]]:
+def _train(
+    model: nn.Module, split: datasets.Split, recipe: Recipe, progress: Progress, label: str, written: Path | None = None
+) -> Iterator[dict[str, Any]]:
     layers = dampr.prune.gated_layers(model)
     optimizer = torch.optim.Adam(dampr.param_groups(model, lr=recipe.lr, gate_lr=recipe.gate_lr))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, recipe.epochs)
     pruning = max(1, recipe.epochs - recipe.settle)
     steps = pruning * -(-len(split.x) // recipe.batch)
     budget = dampr.Budget(model, split.x[:1], macs=recipe.macs, schedule=max(1, steps * 3 // 4)) if layers else None
+    history = None if written is None else dampr.History(written, budget)
     for epoch in range(recipe.epochs):
         model.train()
         total = 0.0
@@ -189,6 +200,10 @@ def _train(model: nn.Module, split: datasets.Split, recipe: Recipe, progress: Pr
         schedule.step()
         if budget is not None and epoch + 1 == pruning:
             budget.finalize()
+        if history is not None:
+            with torch.no_grad():
+                accuracy = _accuracy(model.eval(), split)
+            history.record(step=(epoch + 1) * steps // pruning, loss=total / len(split.x), accuracy=accuracy)
         open_gates = {name: int(layer.gate.is_open().sum()) for name, layer in layers.items()}
         note = f"loss {total / len(split.x):.4f}" + (f", open {'-'.join(map(str, open_gates.values()))}" if layers else "")
         progress(label, epoch + 1, recipe.epochs, note)

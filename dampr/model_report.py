@@ -1,4 +1,4 @@
-"""What ``dampr report`` and ``dampr doctor`` look at: a gated model that a function makes, or a file of a compacted one."""
+"""What ``dampr report`` and ``dampr doctor`` look at: a gated model that a function makes, or a file of a compacted one; its training."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ import importlib
 import io
 import os
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from dampr.prune import files, summary
+from dampr.prune import files, history, summary
 from dampr.prune.summary import gated_layers
 
 COLUMNS = ("layer", "width", "left", "share")
+TRAINING_ROWS = 12
 
 
 @dataclass
@@ -31,6 +33,32 @@ class LayerWidths:
 
 
 @dataclass
+class Training:
+    """How a model came about: a run, and which of its numbers are the score, the penalty and what is left of the cost, if any are."""
+
+    run: history.Run
+    score: str | None
+    penalty: str | None
+    left: str | None
+
+    def table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+        """Columns and rows as text: at most a dozen steps, the first and the last among them."""
+        wanted = dict.fromkeys((self.score, "loss", self.penalty, "gates_open", self.left))
+        names = [name for name in wanted if name in self.run.names()]
+        last = len(self.run.rows) - 1
+        shown = sorted({round(last * i / (TRAINING_ROWS - 1)) for i in range(TRAINING_ROWS)}) if last >= 0 else []
+        rows = [self.run.rows[i] for i in shown]
+        shares = {"gates_open", self.left}
+        return ("step", *names), [(f"{row['step']:,}", *(_cell(row.get(name), name in shares) for name in names)) for row in rows]
+
+    def points(self, x: str, y: str) -> tuple[list[float], list[float]]:
+        """Two numbers of each row that has both."""
+        pairs = [(row.get(x), row.get(y)) for row in self.run.rows]
+        found = [(a, b) for a, b in pairs if a is not None and b is not None]
+        return [a for a, _ in found], [b for _, b in found]
+
+
+@dataclass
 class ModelWidths:
     """A model as a report sees it; pairs are (before, left), None where it is not known."""
 
@@ -39,6 +67,7 @@ class ModelWidths:
     params: tuple[int | None, int]
     macs: tuple[int, int] | None = None
     notes: dict[str, str] = field(default_factory=dict)
+    training: Training | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -77,6 +106,27 @@ def look_at(target: str) -> ModelWidths:
     return _of_file(target) if os.path.exists(target) else _of_model(target, *made_by(target))
 
 
+def trained(path: str | os.PathLike[str], score: str | None = None) -> Training:
+    """The run in a file of :class:`dampr.History`; ``score``: which of its numbers is to be high, None: an accuracy.
+
+    Raises what reading it raises; ValueError where there is no such number.
+    """
+    run = history.read(path)
+    names = run.names()
+    if score is None:
+        accuracies = [name for name in names if name.lower().endswith(("accuracy", "acc"))]
+        score = min(accuracies, key=lambda name: (name != "accuracy", "train" in name.lower()), default=None)
+    elif score not in names:
+        raise ValueError(f"score={score!r}: expected one of {names}")
+    penalty = next((name for name in ("budget_penalty", "penalty") if name in names), None)
+    left = next((name for name in (f"{run.metric}_left", "macs_left") if name in names), None)
+    return Training(run, score, penalty, left)
+
+
+def _cell(value: float | None, share: bool) -> str:
+    return "" if value is None else f"{value:.1%}" if share else f"{value:.4g}"
+
+
 def _of_model(target: str, model: nn.Module, example_inputs: Any) -> ModelWidths:
     found = summary(model, example_inputs=example_inputs)
     values = {name: layer.gate.deterministic().tolist() for name, layer in gated_layers(model).items()}
@@ -99,42 +149,93 @@ def _of_file(path: str) -> ModelWidths:
 
 
 def plot(found: ModelWidths, path: Path | io.BytesIO) -> None:
-    """Widths before and after as bars, and where there are gates a histogram of their values. Raises ImportError without matplotlib."""
+    """Widths before and after as bars, where there are gates a histogram of their values, and where there is a run penalty and score over
+    its steps, and score against what is left. Raises ImportError without matplotlib."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    values = [v for r in found.layers for v in r.values]
-    height = max(3.0, 0.3 * len(found.layers) + 1)
-    figure, axes = plt.subplots(1, 2 if values else 1, figsize=(11 if values else 7, height), layout="constrained", squeeze=False)
-    bars, names = axes[0, 0], [r.name for r in found.layers]
-    bars.barh(names, [r.before for r in found.layers], color="0.85", label="before")
-    bars.barh(names, [r.left for r in found.layers], height=0.5, label="left")
-    bars.invert_yaxis()
-    bars.set(xlabel="channels", title="widths")
-    bars.legend()
-    if values:
-        axes[0, 1].hist(values, bins=40)
-        axes[0, 1].set(xlabel="evaluation gate", ylabel="gates", yscale="log", title="gate values")
+    training = found.training
+    panels: list[Callable[[Any], None]] = [lambda axes: _draw_widths(found, axes)]
+    if any(r.values for r in found.layers):
+        panels.append(lambda axes: _draw_gates(found, axes))
+    if training is not None and (training.score or training.penalty):
+        panels.append(lambda axes: _draw_steps(training, axes))
+    if training is not None and training.score and training.left:
+        panels.append(lambda axes: _draw_trade(training, axes))
+    columns = min(2, len(panels))
+    rows = -(-len(panels) // columns)
+    heights = [max(3.0, 0.3 * len(found.layers) + 1), 4.0][:rows]
+    figure = plt.figure(figsize=(11 if columns == 2 else 7, sum(heights)), layout="constrained")
+    grid = figure.add_gridspec(rows, columns, height_ratios=heights)
+    for number, draw in enumerate(panels):
+        alone = number == len(panels) - 1 and number % columns == 0
+        draw(figure.add_subplot(grid[number // columns, :] if alone else grid[number // columns, number % columns]))
     figure.savefig(path, dpi=120, format="png")
     plt.close(figure)
 
 
+def _draw_widths(found: ModelWidths, axes: Any) -> None:
+    names = [r.name for r in found.layers]
+    axes.barh(names, [r.before for r in found.layers], color="0.85", label="before")
+    axes.barh(names, [r.left for r in found.layers], height=0.5, label="left")
+    axes.invert_yaxis()
+    axes.set(xlabel="channels", title="widths")
+    axes.legend()
+
+
+def _draw_gates(found: ModelWidths, axes: Any) -> None:
+    axes.hist([v for r in found.layers for v in r.values], bins=40)
+    axes.set(xlabel="evaluation gate", ylabel="gates", yscale="log", title="gate values")
+
+
+def _draw_steps(training: Training, axes: Any) -> None:
+    lines, top = [], axes
+    axes.set(xlabel="step", title="training")
+    if training.penalty:
+        lines += axes.plot(*training.points("step", training.penalty), color="C1", label=training.penalty)
+        axes.set(ylabel=training.penalty, ylim=(0, None))
+    if training.score:
+        top = axes.twinx() if training.penalty else axes
+        lines += top.plot(*training.points("step", training.score), color="C0", label=training.score)
+        top.set(ylabel=training.score)
+    top.legend(handles=lines, loc="center right")
+
+
+def _draw_trade(training: Training, axes: Any) -> None:
+    """Score against what is left, a line from the first step to the last, which is marked."""
+    left, score = training.points(training.left or "", training.score or "")
+    axes.plot(left, score, marker=".", linewidth=0.8)
+    axes.plot(left[-1:], score[-1:], marker="o", color="C3", linestyle="", label="last")
+    total, target = training.run.total, training.run.target
+    if target and total:
+        axes.axvline(target / total, color="0.6", linestyle=":", label="target")
+    name = {"macs": "MACs", None: "MACs"}.get(training.run.metric, training.run.metric)
+    of = "" if not total else f", of {total * 1e3:.3f} ms" if name == "latency" else f", of {total:,.0f}"
+    axes.set(xlabel=f"share of {name} left{of}", ylabel=training.score, title=f"{training.score} against {name} left")
+    axes.legend(loc="lower center")
+
+
 def as_html(found: ModelWidths) -> str:
-    """One page that needs nothing else: the table, the chart if matplotlib is there, and the notes."""
-    cells = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>\n" for row in found.rows())
-    head = "".join(f"<th>{name}</th>" for name in COLUMNS)
+    """One page that needs nothing else: the tables, the chart if matplotlib is there, and the notes."""
     notes = "".join(f"<li><b>{html.escape(name)}</b>: {html.escape(why)}</li>\n" for name, why in found.notes.items())
+    training = "" if found.training is None else f"<h2>training</h2>\n{_html_table(*found.training.table())}"
     try:
         buffer = io.BytesIO()
         plot(found, buffer)
-        image = f'<img src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}" alt="widths">'
+        image = f'<img src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}" alt="charts">'
     except ImportError:
         image = ""
     style = "body{font-family:sans-serif;margin:2em}td,th{padding:.2em 1em;text-align:left}"
     title = html.escape(f"dampr report: {found.target}")
     return (
         f"<!doctype html><html><head><meta charset='utf-8'><title>{title}</title><style>{style}</style></head><body><h1>{title}</h1>\n"
-        f"<table><tr>{head}</tr>\n{cells}</table>\n{image}\n{f'<ul>{notes}</ul>' if notes else ''}</body></html>\n"
+        f"{_html_table(COLUMNS, found.rows())}{training}{image}\n{f'<ul>{notes}</ul>' if notes else ''}</body></html>\n"
     )
+
+
+def _html_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in columns)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>\n" for row in rows)
+    return f"<table><tr>{head}</tr>\n{body}</table>\n"

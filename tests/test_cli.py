@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from PIL import Image
 from typer.testing import CliRunner
 
 import dampr
@@ -16,7 +17,7 @@ from dampr.testing import Comparison
 runner = CliRunner()
 
 
-def test_demo_trains_compacts_and_writes_what_it_prints(tmp_path):
+def test_demo_trains_compacts_and_writes_what_it_prints(tmp_path, monkeypatch):
     result = runner.invoke(cli.app, ["demo", "--epochs", "3", "--out", str(tmp_path / "out")])
     assert result.exit_code == 0, result.output
     written = json.loads((tmp_path / "out" / "demo.json").read_text())
@@ -30,6 +31,13 @@ def test_demo_trains_compacts_and_writes_what_it_prints(tmp_path):
     assert (tmp_path / "out" / "demo.png").read_bytes().startswith(b"\x89PNG")
     for word in ("dense", "gated", "compacted", "MACs", "accuracy"):
         assert word in result.output
+    monkeypatch.chdir(tmp_path)
+    (command,) = [line for line in result.output.splitlines() if line.startswith("  dampr report ")]
+    again = runner.invoke(cli.app, command.split()[1:])
+    assert again.exit_code == 0, again.output
+    assert [row["step"] for row in dampr.History(tmp_path / "out" / "history.jsonl").rows()] == [23, 46, 69]
+    assert f"{written['models'][2]['accuracy']:.4g}" in again.output, "the last row is of the model that is reported"
+    assert "<h2>training</h2>" in (tmp_path / "report.html").read_text()
 
 
 def test_demo_prunes_without_losing_the_digits():
@@ -205,6 +213,72 @@ def test_report_of_a_model_and_of_its_file(factory):
     again = json.loads((factory / "b.json").read_text())
     assert [(r["before"], r["left"]) for r in again["layers"]] == [(20, 5)]
     assert again["params"] == [None, 5 * 13 + 3 * 6]
+
+
+def recorded(path, steps, **numbers):
+    history = dampr.History(path)
+    for step in range(1, steps + 1):
+        history.record(step=step, **{name: values[step - 1] for name, values in numbers.items()})
+
+
+def shapes(path):
+    with Image.open(path) as image:
+        return image.size
+
+
+def test_report_shows_the_run_that_a_history_holds(factory):
+    steps = 30
+    falling, rising = [1 - i / 40 for i in range(steps)], [i / 40 for i in range(steps)]
+    recorded("run.jsonl", steps, macs_left=falling, train_acc=rising, val_acc=rising, penalty=falling, f1=falling)
+    files = ["--json", "a.json", "--png", "a.png", "--html", "a.html"]
+    result = runner.invoke(cli.app, ["report", "my_factory:make", "--history", "run.jsonl", *files])
+    assert result.exit_code == 0, result.output
+    training = json.loads((factory / "a.json").read_text())["training"]
+    assert (training["score"], training["penalty"], training["left"]) == ("val_acc", "penalty", "macs_left")
+    assert training["run"]["rows"][-1] == {
+        "step": 30,
+        "macs_left": 0.275,
+        "train_acc": 0.725,
+        "val_acc": 0.725,
+        "penalty": 0.275,
+        "f1": 0.275,
+    }
+    shown = [line.split() for line in result.output.splitlines() if line.strip().endswith("%")]
+    assert [row[0] for row in shown[-12:]][::11] == ["1", "30"], "a dozen rows, from the first to the last"
+    assert shown[-1] == ["30", "0.725", "0.275", "27.5%"]
+    assert "<td>27.5%</td>" in (factory / "a.html").read_text()
+    runner.invoke(cli.app, ["report", "my_factory:make", "--png", "b.png"])
+    assert shapes("a.png")[1] > shapes("b.png")[1], "another row of charts"
+    result = runner.invoke(cli.app, ["report", "my_factory:make", "--history", "run.jsonl", "--score", "f1", "--json", "c.json"])
+    assert json.loads((factory / "c.json").read_text())["training"]["score"] == "f1"
+
+
+@pytest.mark.parametrize(
+    "numbers", [{}, {"loss": [2.0]}, {"accuracy": [0.5]}, {"penalty": [0.5]}, {"penalty": [float("nan")], "accuracy": [0.5]}]
+)
+def test_a_history_may_lack_any_number(factory, numbers):
+    recorded("run.jsonl", 1, **numbers)
+    result = runner.invoke(cli.app, ["report", "my_factory:make", "--history", "run.jsonl", "--png", "a.png", "--html", "a.html"])
+    assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--history", "absent.jsonl"], "No such file or directory: 'absent.jsonl'"),
+        (["--history", "bad.jsonl"], "bad.jsonl: line 2: step=None, expected an integer"),
+        (["--history", "good.jsonl", "--score", "f1"], "score='f1': expected one of ['loss']"),
+        (["--score", "f1"], "score='f1': expected --history with it"),
+    ],
+)
+def test_report_says_what_is_wrong_with_a_history(factory, arguments, message):
+    recorded("good.jsonl", 1, loss=[1.0])
+    (factory / "bad.jsonl").write_text('{"dampr_history": 1}\n{"loss": 1}\n')
+    command = [sys.executable, "-m", "dampr", "report", "my_factory:make", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=factory)
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_doctor_finds_a_dead_layer_and_exits_with_1(factory):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from transformers import TrainerCallback
 
-from dampr.prune import Budget
+from dampr.prune import Budget, History
 
 from . import _budget
 
@@ -26,14 +27,16 @@ class DamprCallback(TrainerCallback):
 
     Args:
         budget: of the model that is trained.
+        history: a file for what is logged, evaluations included (:class:`dampr.History`); the main process writes it.
 
     Raises, when training begins: ValueError for weight decay on gates (pass ``optimizers=`` with :func:`dampr.param_groups`), for fp16,
     whose scaled gradients have another size, and for DeepSpeed or FSDP, which keep gradients elsewhere.
     """
 
-    def __init__(self, budget: Budget) -> None:
+    def __init__(self, budget: Budget, history: str | os.PathLike[str] | None = None) -> None:
         _budget.check(budget)
         self.budget = budget
+        self._history = None if history is None else History(history, budget)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
         for option in ("fp16", "deepspeed", "fsdp"):
@@ -54,6 +57,8 @@ class DamprCallback(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if logs is None:
             return
+        if self._history is not None and state.is_world_process_zero:
+            self._history.record(step=state.global_step, **_budget.numbers(logs))
         found = {name: float(value) for name, value in self.budget.readings().items()}
         logs |= found
         if state.log_history:

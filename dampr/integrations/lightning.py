@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ except ImportError:
     except ImportError as error:
         raise ImportError("dampr.integrations.lightning needs Lightning: pip install dampr-torch[lightning]") from error
 
-from dampr.prune import Budget
+from dampr.prune import Budget, History
 
 from . import _budget
 
@@ -36,14 +37,16 @@ class DamprCallback(Callback):
 
     Args:
         budget: of the module that is trained, or of a model in it.
+        history: a file for what is logged by the end of each epoch and each validation (:class:`dampr.History`); the main process writes.
 
     Raises, when training begins: ValueError for weight decay on gates, for gates in no optimizer or in several, for fp16 with a scaler,
     and for strategies other than a single device and DDP, which keep gradients elsewhere.
     """
 
-    def __init__(self, budget: Budget) -> None:
+    def __init__(self, budget: Budget, history: str | os.PathLike[str] | None = None) -> None:
         _budget.check(budget)
         self.budget = budget
+        self._history = None if history is None else History(history, budget)
         self._optimizer: torch.optim.Optimizer | None = None
         self._hook: Any = None
 
@@ -66,6 +69,17 @@ class DamprCallback(Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         pl_module.log_dict(self.budget.readings())
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        self._record(trainer)
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._record(trainer)
+
+    def _record(self, trainer: Any) -> None:
+        if self._history is not None and trainer.is_global_zero:
+            self._history.record(step=trainer.global_step, **_budget.numbers(trainer.callback_metrics))
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         self._let_go()

@@ -7,6 +7,7 @@ from .cost import Cost
 from .doctor import Finding, calibrate, doctor
 from .expand import expand
 from .files import FileError, load, save
+from .history import History
 from .latency import Latency
 from .summary import Summary, distinct_gates, gated_layers, param_groups, penalty, summary
 from .times import LayerTime, layer_times
@@ -22,6 +23,7 @@ __all__ = [
     "FileError",
     "Finding",
     "GateCheck",
+    "History",
     "Latency",
     "LayerTime",
     "Summary",

@@ -209,6 +209,7 @@ class Budget:
         _checks.positive_int("min_width", min_width)
         globs = [same] if isinstance(same, str) else list(same)
         report = self._fit(self.model, self.target, round_to, min_width, self._matched(globs))
+        self._penalty = torch.zeros_like(self._penalty)
         self._measure()
         return report
 

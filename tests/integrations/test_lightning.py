@@ -75,11 +75,11 @@ class TwoOptimizers(Net):
         return torch.optim.SGD([weights]), torch.optim.Adam([gates])
 
 
-def fit(net: Any, budget: dampr.Budget, folder: Path, ckpt_path: Any = None, **how: Any) -> Any:
+def fit(net: Any, budget: dampr.Budget, folder: Path, ckpt_path: Any = None, history: Any = None, **how: Any) -> Any:
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
     where = {"accelerator": "cpu", "devices": 1, "default_root_dir": folder, "use_distributed_sampler": False}
     options: dict[str, Any] = quiet | where | {"log_every_n_steps": 1, "max_epochs": 3} | how
-    trainer = pl.Trainer(callbacks=[DamprCallback(budget), *options.pop("callbacks", [])], **options)
+    trainer = pl.Trainer(callbacks=[DamprCallback(budget, history), *options.pop("callbacks", [])], **options)
     trainer.fit(net, torch.utils.data.DataLoader(BATCHES, batch_size=None), ckpt_path=ckpt_path)
     return trainer
 
@@ -173,6 +173,22 @@ def test_a_training_that_resumes_ends_where_it_would_have(tmp_path: Path) -> Non
     assert budget.state_dict() == other.state_dict()
     assert budget.steps == 24
     assert same(model, again)
+
+
+def test_the_log_goes_into_a_history_at_the_end_of_epochs_and_validations(tmp_path: Path) -> None:
+    class Validated(Net):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.log("val_acc", (self.model(batch[0]).argmax(1) == batch[1]).float().mean(), batch_size=8)
+
+        def val_dataloader(self) -> Any:
+            return torch.utils.data.DataLoader(BATCHES, batch_size=None)
+
+    model, budget = built()
+    fit(Validated(model), budget, tmp_path, history=tmp_path / "run.jsonl", val_check_interval=4)
+    rows = dampr.History(tmp_path / "run.jsonl").rows()
+    assert [row["step"] for row in rows] == [4, 8, 12, 16, 20, 24], "and not from the sanity check"
+    assert all({"loss", "val_acc", "macs_left", "budget_penalty"} <= row.keys() for row in rows)
+    assert rows[-1]["macs_left"] == pytest.approx(budget.left())
 
 
 def decayed(model: nn.Module) -> Any:

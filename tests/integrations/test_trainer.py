@@ -32,14 +32,15 @@ def built() -> tuple[Any, dampr.Budget]:
     return model, dampr.Budget(model, x, macs=0.6, schedule=4, strength=100.0)
 
 
-def trainer(model: Any, budget: dampr.Budget, folder: Any, **how: Any) -> Any:
+def trainer(model: Any, budget: dampr.Budget, folder: Any, history: Any = None, **how: Any) -> Any:
     groups = dampr.param_groups(model, lr=1e-3, gate_lr=2.0, weight_decay=0.01)
     options = {"max_steps": 6, "per_device_train_batch_size": 4, "logging_steps": 1, "save_steps": 4, "use_cpu": True, "report_to": "none"}
     return transformers.Trainer(
         model,
         transformers.TrainingArguments(folder, disable_tqdm=True, lr_scheduler_type="constant", **(options | how)),
         train_dataset=Texts(),
-        callbacks=[huggingface.DamprCallback(budget)],
+        callbacks=[huggingface.DamprCallback(budget, history)],
+        eval_dataset=Texts(),
         optimizers=(torch.optim.AdamW(groups), None),
     )
 
@@ -58,6 +59,15 @@ def test_gates_close_under_a_trainer_and_the_rest_of_the_log_is_that_of_the_task
     report = budget.finalize()
     assert report.reached <= report.target
     assert huggingface.compact(model, example_inputs={"input_ids": words, "use_cache": False}).config.dampr["linear"]
+
+
+def test_the_log_goes_into_a_history_with_evaluations_in_the_rows_of_their_steps(tmp_path: Any) -> None:
+    model, budget = built()
+    trainer(model, budget, tmp_path, tmp_path / "run.jsonl", eval_strategy="steps", eval_steps=3).train()
+    rows = dampr.History(tmp_path / "run.jsonl").rows()
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in rows if "eval_loss" in row] == [3, 6]
+    assert all({"loss", "macs_left", "budget_penalty"} <= row.keys() for row in rows)
 
 
 @pytest.mark.parametrize("accumulate", [1, 4])
