@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Optional
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import dampr
 from dampr import demo as demo_job
@@ -39,24 +38,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="folder for demo.json, demo.png, the history and the compacted model")] = Path("dampr-demo"),
 ) -> None:
     """Train a dense and a gated network, compact the gated one, compare."""
-    columns = (
-        TextColumn("{task.description:6}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-    with Progress(*columns, console=console) as bars:
-        tasks: dict[str, Any] = {}
-
-        def progress(label: str, step: int, steps: int, note: str) -> None:
-            if label not in tasks:
-                tasks[label] = bars.add_task(label, total=steps, note="")
-            bars.update(tasks[label], completed=step, note=note)
-
-        result = demo_job.run(
-            data, None if root is None else str(root), model=model, epochs=epochs, seed=seed, folder=out, progress=progress
-        )
+    result = demo_job.run(data, None if root is None else str(root), model=model, epochs=epochs, seed=seed, folder=out)
     report.print_table(console, f"{data}: {demo_job.TITLES[model]}", report.DEMO_COLUMNS, report.demo_rows(result))
     console.print(f"max |gated - compacted| over the test set: {result.max_abs_difference:.2e}", highlight=False)
     records.write_json(out / "demo.json", {"environment": records.environment(), **result.as_dict()})

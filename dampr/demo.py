@@ -6,7 +6,6 @@ Two networks of the papers: LeNet-300-100 (``mlp``) and LeNet-5-Caffe, 20-50-500
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import dampr
-from dampr import datasets
+from dampr import _progress, datasets
 from dampr.bench import timing
 from dampr.prune.measure import count_macs, count_params
-
-Progress = Callable[[str, int, int, str], None]  # label, step, of how many, note
 
 
 @dataclass(frozen=True)
@@ -109,7 +106,6 @@ def run(
     epochs: int | None = None,
     seed: int = 0,
     folder: Path | None = None,
-    progress: Progress = lambda *_: None,
 ) -> Report:
     """Train, prune, compact, measure.
 
@@ -120,7 +116,6 @@ def run(
         epochs: None for the recipe's.
         seed: of initialisation, batches and gates.
         folder: where the gated run writes :data:`HISTORY` and what it is compacted to goes to :data:`COMPACTED`; None: nowhere.
-        progress: called with (label, step, steps, note) once per epoch.
 
     Raises: ValueError for an unknown data set or a missing root, FileNotFoundError or ValueError for files that are not there or not whole.
     """
@@ -143,12 +138,11 @@ def run(
     gated.load_state_dict(dense.state_dict())
     dampr.convert(gated, gate="hard_concrete", granularity="output", example_inputs=example)
 
-    for _ in _train(dense, split, recipe, progress, "dense"):
-        pass
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / HISTORY).unlink(missing_ok=True)
-    history = list(_train(gated, split, recipe, progress, "gated", None if folder is None else folder / HISTORY))
+    _train(dense, split, recipe, "dense")
+    history = _train(gated, split, recipe, "gated", None if folder is None else folder / HISTORY)
     compacted = dampr.compact(gated.eval(), example_inputs=example)
     if folder is not None:
         dampr.save(compacted, folder / COMPACTED)
@@ -174,9 +168,7 @@ def run(
     return Report(data, seed, recipe, rows, difference, history, gates, model)
 
 
-def _train(
-    model: nn.Module, split: datasets.Split, recipe: Recipe, progress: Progress, label: str, written: Path | None = None
-) -> Iterator[dict[str, Any]]:
+def _train(model: nn.Module, split: datasets.Split, recipe: Recipe, label: str, written: Path | None = None) -> list[dict[str, Any]]:
     layers = dampr.prune.gated_layers(model)
     optimizer = torch.optim.Adam(dampr.param_groups(model, lr=recipe.lr, gate_lr=recipe.gate_lr))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, recipe.epochs)
@@ -184,30 +176,32 @@ def _train(
     steps = pruning * -(-len(split.x) // recipe.batch)
     budget = dampr.Budget(model, split.x[:1], macs=recipe.macs, schedule=max(1, steps * 3 // 4)) if layers else None
     history = None if written is None else dampr.History(written, budget)
-    for epoch in range(recipe.epochs):
-        model.train()
-        total = 0.0
-        for index in torch.randperm(len(split.x)).split(recipe.batch):
-            loss = F.cross_entropy(model(split.x[index]), split.y[index])
-            total += float(loss.detach()) * len(index)
-            if budget is not None and epoch < pruning:
-                loss = loss + budget.penalty()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            if budget is not None and epoch < pruning:
-                budget.step()
-        schedule.step()
-        if budget is not None and epoch + 1 == pruning:
-            budget.finalize()
-        if history is not None:
-            with torch.no_grad():
-                accuracy = _accuracy(model.eval(), split)
-            history.record(step=(epoch + 1) * steps // pruning, loss=total / len(split.x), accuracy=accuracy)
-        open_gates = {name: int(layer.gate.is_open().sum()) for name, layer in layers.items()}
-        note = f"loss {total / len(split.x):.4f}" + (f", open {'-'.join(map(str, open_gates.values()))}" if layers else "")
-        progress(label, epoch + 1, recipe.epochs, note)
-        yield {"epoch": epoch + 1, "loss": total / len(split.x), "open": open_gates}
+    epochs = []
+    with _progress.bar(label, recipe.epochs, delay=0) as advance:
+        for epoch in range(recipe.epochs):
+            model.train()
+            total = 0.0
+            for index in torch.randperm(len(split.x)).split(recipe.batch):
+                loss = F.cross_entropy(model(split.x[index]), split.y[index])
+                total += float(loss.detach()) * len(index)
+                if budget is not None and epoch < pruning:
+                    loss = loss + budget.penalty()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                if budget is not None and epoch < pruning:
+                    budget.step()
+            schedule.step()
+            if budget is not None and epoch + 1 == pruning:
+                budget.finalize()
+            if history is not None:
+                with torch.no_grad():
+                    accuracy = _accuracy(model.eval(), split)
+                history.record(step=(epoch + 1) * steps // pruning, loss=total / len(split.x), accuracy=accuracy)
+            open_gates = {name: int(layer.gate.is_open().sum()) for name, layer in layers.items()}
+            advance(f"loss {total / len(split.x):.4f}" + (f", open {'-'.join(map(str, open_gates.values()))}" if layers else ""))
+            epochs.append({"epoch": epoch + 1, "loss": total / len(split.x), "open": open_gates})
+    return epochs
 
 
 def _accuracy(model: nn.Module, split: datasets.Split) -> float:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import dampr
+from dampr import _progress
 from dampr.bench import records, timing, verify
 from dampr.bench.competitors import CaptumLinear, UnfusedLinear, unfused_gate
 from dampr.nn.explain import route_of
@@ -80,7 +81,8 @@ class Point:
 def run(cases: Iterable[Case] | None = None, *, compiled: bool = True, rounds: int = 20) -> list[Point]:
     """Time every case: CUDA (bf16 autocast) where there is one, else CPU float32. The penalty is not part of a step."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return [point for case in (QUICK[device] if cases is None else cases) for point in measure(case, device, compiled, rounds)]
+    chosen = QUICK[device] if cases is None else list(cases)
+    return [point for case in _progress.track(chosen, "bench", delay=0) for point in measure(case, device, compiled, rounds)]
 
 
 def measure(case: Case, device: str, compiled: bool, rounds: int) -> list[Point]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dampr import functional, ops, philox, reference
+from dampr import _progress, functional, ops, philox, reference
 from dampr.bench import records, verify_conv
 from dampr.spec import SHAPES, VARIANTS, GateSpec, hard_concrete, mask, ramp, value
 from dampr.testing import HARD_SHAPES, TILED_SHAPES, Comparison, compare, layouts
@@ -85,23 +86,18 @@ def targets() -> list[tuple[str, str, torch.dtype]]:
 
 def run(only_op: str | None = None) -> list[Row]:
     """Verify everything that can run here; a row per op, backend, device and dtype."""
+    jobs = [(op, *target) for target in targets() for op in _OPS if only_op in (None, op) and _applies(op, *target)]
     rows = []
-    for backend, device, dtype in targets():
-        name = str(dtype).removeprefix("torch.")
-        if only_op in (None, "noise") and dtype == torch.float32 and backend != "reference":
-            rows.append(_verify_noise(Row("noise", backend, device, name)))
-        if only_op in (None, "sample_gates") and dtype in (torch.float32, torch.float64):
-            rows.append(_verify_gates(Row("sample_gates", backend, device, name), dtype))
-        for op in ("gated_linear", "weight_gated_linear"):
-            if only_op in (None, op):
-                rows.append(_verify_linear(Row(op, backend, device, name), dtype))
-        if only_op in (None, "gated_conv2d"):
-            rows.append(_verify_conv(Row("gated_conv2d", backend, device, name), dtype))
-        if only_op in (None, "norm_gate"):
-            rows.append(_verify_norm(Row("norm_gate", backend, device, name), dtype))
-        if only_op in (None, "dependency_generator") and dtype in (torch.float32, torch.float64):
-            rows.append(_verify_generator(Row("dependency_generator", backend, device, name), dtype))
+    for op, backend, device, dtype in _progress.track(jobs, "verify", delay=0):
+        rows.append(_OPS[op](Row(op, backend, device, str(dtype).removeprefix("torch.")), dtype))
     return rows
+
+
+def _applies(op: str, backend: str, device: str, dtype: torch.dtype) -> bool:
+    """Whether the op takes the dtype; the noise of the reference is the definition."""
+    if op == "noise":
+        return dtype == torch.float32 and backend != "reference"
+    return op not in ("sample_gates", "dependency_generator") or dtype in (torch.float32, torch.float64)
 
 
 def passes(*names: str) -> bool:
@@ -122,7 +118,7 @@ def _specs() -> list[tuple[str, GateSpec]]:
     return [*rules, *other, *ramps, *((f"mask, {variant}", mask(variant)) for variant in VARIANTS)]
 
 
-def _verify_noise(row: Row) -> Row:
+def _verify_noise(row: Row, dtype: torch.dtype) -> Row:
     """Drawn gates are 0 and 1 exactly where the reference says, for random seeds and row starts that are no multiple of four."""
     generator = torch.Generator().manual_seed(0)
     for rows, n in ((None, 4096), (3, 1001), (257, 64), (5, 7), (1, 1), (0, 5)):
@@ -432,6 +428,17 @@ def generator_once(backend: str | None, dtype: torch.dtype, device: str, data: l
             values = torch.ops.dampr.dependency_generator_fwd(held, 4.0)
             grads = torch.ops.dampr.dependency_generator_bwd(held, values, upstream, 4.0)
     return values.detach(), torch.cat([g.reshape(-1) for g in grads])
+
+
+_OPS: dict[str, Callable[[Row, torch.dtype], Row]] = {
+    "noise": _verify_noise,
+    "sample_gates": _verify_gates,
+    "gated_linear": _verify_linear,
+    "weight_gated_linear": _verify_linear,
+    "gated_conv2d": _verify_conv,
+    "norm_gate": _verify_norm,
+    "dependency_generator": _verify_generator,
+}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dampr import _checks
+from dampr import _checks, _progress
 from dampr._version import __version__
 from dampr.nn import GatedLayer, GatedResidual, Scale, ScaledRNN
 from dampr.nn.rnn import _GatedRecurrent
@@ -127,29 +127,29 @@ def _cut(
     for layer, factor in widths.multiplied.items():
         if layer in closed[True]:
             closed[True][factor] = closed[True].get(factor, set()) | closed[True][layer]
-    for writes, layers in closed.items():
-        for layer, channels in layers.items():
-            if (layer, writes) in kept:
-                continue  # another layer of the same width came first
-            dead: set[int] = set()
-            reason = "other layers of its width still use them"
-            try:
-                if layer not in widths:
-                    raise graph.CannotCutError(widths.why_absent(layer))
-                dead = widths.removable(layer, writes, closed)
-                count = _rounded(len(dead), graph.channel_count(layer, True), round_to) if writes else len(dead)
-                if count < len(dead):
-                    dead = set(sorted(dead)[:count])
-                    reason = f"the width is a multiple of {round_to}"
-            except graph.CannotCutError as error:
-                reason = str(error)
-            if len(dead) < len(channels):
-                notes[names[layer]] = f"{len(channels - dead)} closed channels stay: {reason}"
-            try:
-                if dead:
-                    _cut_width(small, widths, layer, writes, dead, kept, names, samples)
-            except graph.CannotCutError as error:
-                notes[names[layer]] = f"{len(channels)} closed channels stay: {error}"
+    sides = [(writes, layer, channels) for writes, layers in closed.items() for layer, channels in layers.items()]
+    for writes, layer, channels in _progress.track(sides, "cutting"):
+        if (layer, writes) in kept:
+            continue  # another layer of the same width came first
+        dead: set[int] = set()
+        reason = "other layers of its width still use them"
+        try:
+            if layer not in widths:
+                raise graph.CannotCutError(widths.why_absent(layer))
+            dead = widths.removable(layer, writes, closed)
+            count = _rounded(len(dead), graph.channel_count(layer, True), round_to) if writes else len(dead)
+            if count < len(dead):
+                dead = set(sorted(dead)[:count])
+                reason = f"the width is a multiple of {round_to}"
+        except graph.CannotCutError as error:
+            reason = str(error)
+        if len(dead) < len(channels):
+            notes[names[layer]] = f"{len(channels - dead)} closed channels stay: {reason}"
+        try:
+            if dead:
+                _cut_width(small, widths, layer, writes, dead, kept, names, samples)
+        except graph.CannotCutError as error:
+            notes[names[layer]] = f"{len(channels)} closed channels stay: {error}"
 
 
 def _rounded(count: int, size: int, round_to: int) -> int:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
+from dampr import _progress
 from dampr.nn import PrunedMultiheadAttention
 
 from . import graph, inputs
@@ -58,7 +59,7 @@ class Latency(Cost):
         known: dict[Any, tuple[Tensor, Tensor, Tensor]] = {}
         tables = []
         with inputs.evaluating(plain), torch.no_grad():
-            for site in self.sites:
+            for site in _progress.track(self.sites, "timing layers"):
                 layer = plain.get_submodule(site.name)
                 key = repr(layer), bool(site.read.weights), bool(site.written.weights), repr([_shapes(call) for call in calls[layer]])
                 if key not in known:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dampr import _progress
 from dampr.nn import PrunedMultiheadAttention, ScaledRNN
 
 from . import graph, inputs
@@ -74,7 +75,10 @@ def _times(net: nn.Module, layers: list[nn.Module], example_inputs: Any) -> list
     calls = calls_of(layers, net, example_inputs)
     device = next((p.device for p in net.parameters()), torch.device("cpu"))
     with inputs.evaluating(net), torch.no_grad():
-        return [sum(seconds_of(functools.partial(layer, *args, **kwargs), device) for args, kwargs in calls[layer]) for layer in layers]
+        return [
+            sum(seconds_of(functools.partial(layer, *args, **kwargs), device) for args, kwargs in calls[layer])
+            for layer in _progress.track(layers, "timing layers")
+        ]
 
 
 def _why_nothing(params: tuple[int, ...], before: float, after: float, kept: str) -> str:

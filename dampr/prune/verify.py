@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dampr import _checks
+from dampr import _checks, _progress
 from dampr.gates import Fixed, Gate
 from dampr.nn import GatedLayer
 
@@ -115,7 +115,7 @@ def _try(model: nn.Module, example_inputs: Any, problems: dict[str, list[str]], 
     inputs.replace(trial, open_gates)
     gradients = _gradients(trial, example_inputs)
     rows = []
-    for name, layer in gated_layers(trial).items():
+    for name, layer in _progress.track(gated_layers(trial).items(), "closing gates"):
         tried, unreachable, bypassed = _close(trial, layer, example_inputs, limit)
         if bypassed:
             problems[name].append("closing all its gates changes nothing: the model does not use this layer, or not its gates")
