@@ -13,57 +13,87 @@ from dampr import demo as demo_job
 from dampr import model_report, prune, report
 from dampr.bench import linear, records, verify
 
+HELP = """Learned gates that prune networks while they train.
+
+In Python: dampr.convert puts gates into a model, dampr.Budget keeps a budget while it trains, dampr.compact cuts out what is closed. The
+commands try that on real data, look at models, and check and time this machine. Start with dampr demo.
+
+Each takes --json FILE; docs/commands.md in the repository says what is in it. Exit codes: 0, 1 when a check fails, 2 for wrong arguments.
+"""
+NO_PLOT = "matplotlib is not installed (pip install 'dampr-torch[plot]')"
+
 app = typer.Typer(
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Learned gates that prune networks while they train."
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",  # which fills paragraphs
+    help=HELP,
 )
 console = Console()
 
+File = Optional[Path]  # noqa: UP045 - typer reads it
+Json = Annotated[File, typer.Option("--json", metavar="FILE", help="write the result to FILE as JSON")]
 
-@app.command()
-def info(json: Annotated[Optional[Path], typer.Option(help="write it to this file")] = None) -> None:  # noqa: UP045
-    """Which backends are here, and why one is missing."""
-    if json is not None:
-        records.write_json(json, {"environment": records.environment(), "backends": dampr.backend_info()})
-    for name, state in dampr.backend_info().items():
-        console.print(f"{name:10} {state}", highlight=False, soft_wrap=True)
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        console.print(dampr.__version__, highlight=False)
+        raise typer.Exit
+
+
+Version = Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")]
+
+
+@app.callback()
+def options(version: Version = False) -> None:
+    pass  # the callback of the option has done it
 
 
 @app.command()
 def demo(
-    data: Annotated[str, typer.Option(help="digits (ships with scikit-learn), fashion-mnist or mnist (idx files)")] = "digits",
-    root: Annotated[Optional[Path], typer.Option(help="folder with the idx files")] = None,  # noqa: UP045
-    model: Annotated[str, typer.Option(help="mlp (LeNet-300-100) or cnn (LeNet-5-Caffe; idx files only)")] = "mlp",
-    epochs: Annotated[Optional[int], typer.Option(help="epochs of each run instead of the recipe's")] = None,  # noqa: UP045
-    seed: int = 0,
-    out: Annotated[Path, typer.Option(help="folder for demo.json, demo.png, the history and the compacted model")] = Path("dampr-demo"),
+    data: Annotated[str, typer.Option(metavar="NAME", help="digits (with scikit-learn), fashion-mnist or mnist (idx files)")] = "digits",
+    root: Annotated[File, typer.Option(metavar="FOLDER", help="where the idx files are")] = None,
+    model: Annotated[str, typer.Option(metavar="NAME", help="mlp (LeNet-300-100) or cnn (LeNet-5-Caffe; idx files only)")] = "mlp",
+    epochs: Annotated[Optional[int], typer.Option(help="how many to train each network for; by default the recipe's")] = None,  # noqa: UP045
+    seed: Annotated[int, typer.Option(help="of initialisation, batches and gates")] = 0,
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="for all that is written")] = Path("dampr-demo"),
+    json: Annotated[File, typer.Option("--json", metavar="FILE", help="write the result there instead of to demo.json")] = None,
 ) -> None:
-    """Train a dense and a gated network, compact the gated one, compare."""
+    """Train a dense and a gated network on real data, compact the gated one, compare.
+
+    Writes demo.json, demo.png, history.jsonl and compacted.safetensors, and says how to look at the last two with dampr report.
+    """
     result = demo_job.run(data, None if root is None else str(root), model=model, epochs=epochs, seed=seed, folder=out)
     report.print_table(console, f"{data}: {demo_job.TITLES[model]}", report.DEMO_COLUMNS, report.demo_rows(result))
     console.print(f"max |gated - compacted| over the test set: {result.max_abs_difference:.2e}", highlight=False)
-    records.write_json(out / "demo.json", {"environment": records.environment(), **result.as_dict()})
-    written = [str(out / name) for name in ("demo.json", demo_job.HISTORY, demo_job.COMPACTED)]
+    json = json or out / "demo.json"
+    records.write_json(json, {"environment": records.environment(), **result.as_dict()})
+    written = [str(json), *(str(out / name) for name in (demo_job.HISTORY, demo_job.COMPACTED))]
     try:
         report.plot_demo(result, out / "demo.png")
         written.append(str(out / "demo.png"))
     except ImportError:
-        console.print("no plot: matplotlib is not installed (pip install 'dampr-torch[plot]')")
+        console.print(f"no plot: {NO_PLOT}")
     console.print(f"wrote {', '.join(written)}; look at them with", highlight=False, soft_wrap=True)
-    console.print(
-        f"  dampr report {out / demo_job.COMPACTED} --history {out / demo_job.HISTORY} --html report.html", highlight=False, soft_wrap=True
-    )
+    command = f"dampr report {out / demo_job.COMPACTED} --history {out / demo_job.HISTORY} --html report.html"
+    console.print(f"  {command}", highlight=False, soft_wrap=True)
 
 
 @app.command("report")
 def report_command(
-    target: Annotated[str, typer.Argument(help="a file of dampr.save, or module:function that returns (model, example inputs)")],
-    json: Annotated[Optional[Path], typer.Option(help="write it to this file as JSON")] = None,  # noqa: UP045
-    png: Annotated[Optional[Path], typer.Option(help="draw widths and gates into this file")] = None,  # noqa: UP045
-    html: Annotated[Optional[Path], typer.Option(help="write one page with table and chart to this file")] = None,  # noqa: UP045
-    history: Annotated[Optional[Path], typer.Option(help="file of a dampr.History: how training went")] = None,  # noqa: UP045
-    score: Annotated[Optional[str], typer.Option(help="which number of it is the score; else an accuracy")] = None,  # noqa: UP045
+    target: Annotated[str, typer.Argument(metavar="TARGET", help="a file of dampr.save, or module:function")],
+    json: Json = None,
+    png: Annotated[File, typer.Option(metavar="FILE", help="draw charts into FILE")] = None,
+    html: Annotated[File, typer.Option(metavar="FILE", help="write one page with tables and charts to FILE")] = None,
+    history: Annotated[File, typer.Option(metavar="FILE", help="what a dampr.History wrote: show how training went too")] = None,
+    score: Annotated[Optional[str], typer.Option(metavar="NAME", help="the number of the history to show as the score")] = None,  # noqa: UP045
 ) -> None:
-    """Widths, parameters and MACs of a gated model or of a compacted file, before and after; with a history penalty and accuracy too."""
+    """Show how wide a model is before and after compaction, and how its training went.
+
+    TARGET is a file that dampr.save wrote, or module:function, which is imported from the working directory and returns (gated model,
+    example inputs). Shown are widths, parameters and MACs, of a gated model a histogram of its gates; with a history penalty and score over
+    the steps, and score against the MACs that are left. The score is an accuracy unless --score names another number.
+    """
     if score is not None and history is None:
         raise ValueError(f"score={score!r}: expected --history with it")
     training = None if history is None else model_report.trained(history, score)
@@ -76,18 +106,27 @@ def report_command(
         console.print(f"{name}: {why}", highlight=False, soft_wrap=True)
     if json is not None:
         records.write_json(json, {"environment": records.environment(), **found.as_dict()})
+    for file in filter(None, (png, html)):
+        file.parent.mkdir(parents=True, exist_ok=True)
     if png is not None:
-        model_report.plot(found, png)
+        try:
+            model_report.plot(found, png)
+        except ImportError:
+            raise ImportError(f"png={str(png)!r}: {NO_PLOT}") from None
     if html is not None:
         html.write_text(model_report.as_html(found))
 
 
 @app.command()
 def doctor(
-    target: Annotated[str, typer.Argument(help="module:function that returns (gated model, example inputs)")],
-    json: Annotated[Optional[Path], typer.Option(help="write the findings to this file")] = None,  # noqa: UP045
+    target: Annotated[str, typer.Argument(metavar="MODULE:FUNCTION", help="returns (gated model, example inputs)")],
+    json: Json = None,
 ) -> None:
-    """Why nothing is pruning, or why a layer is about to die; exit code 1 if so. With optimizer and loss: dampr.prune.doctor in Python."""
+    """Find out why nothing is pruning, or why a layer is about to die.
+
+    Prints what is wrong and what to do; exit code 1 if there is anything. MODULE is imported from the working directory. In Python
+    dampr.prune.doctor looks at your optimizer, loss and penalty too.
+    """
     findings = prune.doctor(*model_report.made_by(target))
     for finding in findings:
         console.print(str(finding), highlight=False, soft_wrap=True)
@@ -99,8 +138,12 @@ def doctor(
 
 
 @app.command("verify")
-def verify_command(json: Annotated[Optional[Path], typer.Option(help="write the result to this file")] = None) -> None:  # noqa: UP045
-    """Hold every op on every backend present here against the float64 reference."""
+def verify_command(json: Json = None) -> None:
+    """Hold every kernel that runs on this machine against the float64 reference.
+
+    Values, gradients, noise, and which gates are 0 or 1, on hard shapes, for each op, backend and dtype; a minute or two. Exit code 1 if
+    one is off by more than its bound.
+    """
     rows = verify.run()
     columns = ("op", "backend", "device", "dtype", "cases", "worst error", "its bound", "where", "")
     report.print_table(console, "against the float64 reference", columns, report.verify_rows(rows))
@@ -114,11 +157,15 @@ def verify_command(json: Annotated[Optional[Path], typer.Option(help="write the 
 
 @app.command("bench")
 def bench_command(
-    json: Annotated[Optional[Path], typer.Option(help="write the points to this file")] = None,  # noqa: UP045
-    rounds: Annotated[int, typer.Option(help="interleaved rounds per case")] = 20,
-    compiled: Annotated[bool, typer.Option(help="time the torch.compile'd competitor too")] = True,
+    json: Json = None,
+    rounds: Annotated[int, typer.Option(help="how often each competitor takes its turn")] = 20,
+    compiled: Annotated[bool, typer.Option(help="time gates by hand under torch.compile too, which takes longest")] = True,
 ) -> None:
-    """Time gated layers against dense, eager unfused and compiled unfused layers."""
+    """Time gated layers on this machine, against dense ones and against gates by hand.
+
+    A step is forward and backward; competitors take turns and medians are compared. The linear ops are verified first: where they fail
+    no ratio is printed, and the exit code is 1.
+    """
     verified = verify.passes("gated_linear", "weight_gated_linear")
     points = linear.run(compiled=compiled, rounds=rounds)
     header, *rows = linear.table(points, verified)
@@ -130,10 +177,25 @@ def bench_command(
     raise typer.Exit(0 if verified else 1)
 
 
+@app.command()
+def info(json: Json = None) -> None:
+    """Say which backends are here, and why one is missing."""
+    if json is not None:
+        records.write_json(json, {"environment": records.environment(), "backends": dampr.backend_info()})
+    for name, state in dampr.backend_info().items():
+        console.print(f"{name:10} {state}", highlight=False, soft_wrap=True)
+
+
+CLEAR = (
+    *(ValueError, TypeError, OSError, ImportError, dampr.BackendUnavailableError),
+    *(dampr.FileError, dampr.ConversionError, dampr.BudgetError, dampr.CompactionError),
+)
+
+
 def main() -> None:
-    """Entry point: errors that name an argument end the command with one line, not with a traceback."""
+    """Entry point: errors that say what is wrong end the command with one line, not with a traceback."""
     try:
         app()
-    except (ValueError, TypeError, OSError, ImportError, dampr.FileError, dampr.BackendUnavailableError) as error:
+    except CLEAR as error:
         Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
         raise SystemExit(2) from None

@@ -1,8 +1,10 @@
 """The commands, as a user runs them."""
 
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from dampr.bench import linear, timing, verify
 from dampr.testing import Comparison
 
 runner = CliRunner()
+ROOT = Path(__file__).parent.parent
 
 
 def test_demo_trains_compacts_and_writes_what_it_prints(tmp_path, monkeypatch):
@@ -148,6 +151,53 @@ assert linear.main(["--no-compile", "--rounds", "2", "--json", r"{tmp_path}/b.js
     assert "gated_linear" in done.stdout
 
 
+def documented():
+    """Of each place in the JSON of a command, the keys that docs/commands.md lists; what is in brackets explains them."""
+    rows = re.findall(r"^\| `([^`]+)` \| (.+) \|$", (ROOT / "docs" / "commands.md").read_text(), re.MULTILINE)
+    return {place: set(re.findall(r"`(\w+)`", re.sub(r"\([^()]*\)", "", keys))) for place, keys in rows}
+
+
+def found_at(payload, place):
+    for key in place.split(".")[1:]:
+        payload = payload[key.removesuffix("[]")]
+        payload = payload[0] if key.endswith("[]") else payload
+    return set(payload)
+
+
+COMMANDS = sorted(command.name or command.callback.__name__ for command in cli.app.registered_commands)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_command_writes_the_json_that_is_documented(command, factory, monkeypatch):
+    row = verify.Row("gated_linear", "cpp", "cpu", "float32")
+    row.add("case", Comparison("y", 0.5, 1.0, 0.0, 1.0))
+    monkeypatch.setattr(verify, "run", lambda *a: [row])
+    monkeypatch.setattr(linear, "run", lambda *a, **k: _points())
+    recorded("run.jsonl", 1, accuracy=[0.5])
+    arguments = {"demo": ["--epochs", "1"], "report": ["my_factory:make", "--history", "run.jsonl"], "doctor": ["my_factory:dead"]}
+    result = runner.invoke(cli.app, [command, *arguments.get(command, []), "--json", "new/out.json"])
+    assert result.exit_code == (command == "doctor"), result.output
+    written = json.loads((factory / "new" / "out.json").read_text())
+    places = {place: keys for place, keys in documented().items() if place.split(".")[0] == command}
+    assert places
+    for place, keys in places.items():
+        assert found_at(written, place) == keys, place
+    assert set(written["environment"]) == documented()["info.environment"]
+
+
+def test_help_has_a_line_for_each_command_and_the_readme_too():
+    lines = [line.strip("│ ") for line in runner.invoke(cli.app, ["--help"], env={"COLUMNS": "100"}).output.splitlines()]
+    readme = (ROOT / "README.md").read_text()
+    for command in COMMANDS:
+        (line,) = [line for line in lines if line.split(" ")[0] == command]
+        assert line.endswith("."), "a whole sentence, on one line"
+        assert f"| `dampr {command}" in readme
+
+
+def test_version_prints_it_and_no_more():
+    assert runner.invoke(cli.app, ["--version"]).output == f"{dampr.__version__}\n"
+
+
 def test_version_is_that_of_the_distribution():
     from importlib import metadata
 
@@ -179,6 +229,12 @@ def dead():
 
 def wrong():
     return 3
+
+
+def spoilt():
+    model, x = make()
+    model.register_forward_hook(lambda module, args, out: out + (module[0].weight.shape[0] == 5))
+    return model, x
 """
 
 
@@ -281,6 +337,15 @@ def test_report_says_what_is_wrong_with_a_history(factory, arguments, message):
     assert "Traceback" not in done.stderr
 
 
+def test_report_without_matplotlib_says_how_to_get_it(factory, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    result = runner.invoke(cli.app, ["report", "my_factory:make", "--png", "a.png"])
+    assert isinstance(result.exception, cli.CLEAR)
+    assert str(result.exception) == "png='a.png': matplotlib is not installed (pip install 'dampr-torch[plot]')"
+    result = runner.invoke(cli.app, ["report", "my_factory:make", "--html", "new/a.html"])
+    assert "<td>25%</td>" in (factory / "new" / "a.html").read_text(), "a page without a chart"
+
+
 def test_doctor_finds_a_dead_layer_and_exits_with_1(factory):
     assert runner.invoke(cli.app, ["doctor", "my_factory:make"]).output.strip() == "nothing found"
     result = runner.invoke(cli.app, ["doctor", "my_factory:dead", "--json", "d.json"])
@@ -296,6 +361,7 @@ def test_doctor_finds_a_dead_layer_and_exits_with_1(factory):
         ("nothing", "target='nothing': expected a file of dampr.save, or module:function"),
         ("my_factory:absent", "my_factory has no function 'absent'"),
         ("my_factory:wrong", "made int, expected"),
+        ("my_factory:spoilt", "outputs differ by up to"),
     ],
 )
 def test_report_refuses_what_is_no_target(factory, target, message):
