@@ -17,7 +17,7 @@ from dampr.spec import value
 from .base import GatedLayer, _wide
 
 VALUE = value()
-_BY_TORCH = 2**19  # elements up to which torch's own product is the faster one on a CPU, where an operator of dampr costs 0.1 ms of Python
+_BY_TORCH = 2**21  # elements up to which torch's own products are faster on a CPU, amid the memory that the vendor's kernel takes and gives
 
 
 class _GatedRecurrent(GatedLayer, nn.RNNBase):
