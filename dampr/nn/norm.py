@@ -254,8 +254,14 @@ class GatedLayerNorm(_GatedNorm, nn.LayerNorm):
         gate: a family's name, a :class:`dampr.gates.Gate` subclass, or an instance to share; a gate for each element of
             ``normalized_shape``.
         per_sample: in training, one draw for each index of the first dimension of the input instead of one per call.
+        statistics: "all": mean and variance see every element that comes in. "open": only those whose gate of this call is not exactly 0,
+            so that the layer computes what a plain ``nn.LayerNorm`` of these alone computes, and closed elements can be cut. Not with
+            ``per_sample``.
 
-    Closed gates make zeros of what comes after; the statistics still see every element that comes in.
+    Closed gates make zeros of what comes after; with statistics of the open ones nothing depends on what comes in there. Gates get their
+    gradient through gain and bias; which elements count is a step of the gates, whose gradient is 0. "open" takes two more passes over the
+    input, waits for no device, and keeps for the backward what it hands to ``F.layer_norm`` where the plain layer keeps its input. Equal to
+    the plain layer to the bit while every gate is 1.
 
     Raises: ValueError or TypeError that names the argument.
     """
@@ -274,15 +280,65 @@ class GatedLayerNorm(_GatedNorm, nn.LayerNorm):
         *,
         gate: str | type[Gate] | Gate = "hard_concrete",
         per_sample: bool = False,
+        statistics: str = "all",
     ) -> None:
+        _check_statistics(statistics, per_sample)
         super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)
         self._place(gate, math.prod(self.normalized_shape), per_sample, device)
+        self.statistics = statistics
+
+    @classmethod
+    def from_dense(
+        cls, layer: Any, *, gate: str | type[Gate] | Gate = "hard_concrete", per_sample: bool = False, statistics: str = "all"
+    ) -> Any:
+        """As for every gated norm."""
+        _check_statistics(statistics, per_sample)
+        gated = super().from_dense(layer, gate=gate, per_sample=per_sample)
+        gated.statistics = statistics
+        return gated
+
+    def to_dense(self) -> nn.Module:
+        """The plain norm that computes what this one computes in evaluation mode, with copies of its parameters.
+
+        A norm without gain gets one, for the gates to be in. Raises ValueError where ``statistics="open"`` leaves elements out, which a
+        plain norm of the same size would count: see :meth:`compacted`.
+        """
+        closed = self.closed_channels()[0] if self.statistics == "open" else set()
+        if closed:
+            raise ValueError(
+                f"statistics='open' with {len(closed)} of {self.gate.num_gates} gates closed: expected all open, because a plain norm of "
+                "the same size counts every element; compacted() gives that of the open ones"
+            )
+        return super().to_dense()
+
+    @torch.no_grad()
+    def compacted(self) -> tuple[nn.LayerNorm, Tensor]:
+        """The plain norm of the open elements alone, of one dimension, and which these are, int64.
+
+        ``plain(x.flatten(-n)[..., kept])`` for the n dimensions of ``normalized_shape``; what is left out is 0. One element at least is
+        left, with a gain and bias of 0 where its gate was closed too. Raises ValueError with ``statistics="all"``, which counts the others.
+        """
+        if self.statistics != "open":
+            raise ValueError(f"statistics={self.statistics!r}: expected 'open', because the closed elements count in the statistics")
+        kept = self.gate.is_open().nonzero().flatten()
+        kept = kept if len(kept) else kept.new_zeros(1)
+        plain: Any = super().to_dense()
+        for name, p in list(plain.named_parameters()):
+            setattr(plain, name, nn.Parameter(p.view(-1)[kept], requires_grad=p.requires_grad))
+        plain.normalized_shape = (len(kept),)
+        return plain, kept
 
     def _gain_shape(self) -> tuple[int, ...]:
         return tuple(self.normalized_shape)
 
     def forward(self, x: Tensor) -> Tensor:
         shape = list(self.normalized_shape)
+        if self.statistics == "open":
+            z = self.gate().view(shape)
+            spread, factor = _of_open(x, z.detach() != 0)
+            gain = (z if self.weight is None else self.weight * z) / factor
+            shift = None if self.bias is None else (self.bias * z).to(self.bias.dtype)
+            return F.layer_norm(spread, shape, gain.to(x.dtype if self.weight is None else self.weight.dtype), shift, self.eps)
         if not self._draws_per_sample():
             gain, shift = self._affine()
             return F.layer_norm(x, shape, gain.to(x.dtype), None if shift is None else shift.to(x.dtype), self.eps)
@@ -293,3 +349,28 @@ class GatedLayerNorm(_GatedNorm, nn.LayerNorm):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self._describe_gates()}"
+
+    def _describe_gates(self) -> str:
+        described = super()._describe_gates()
+        return described if self.statistics == "all" else f"{described}, statistics={self.statistics!r}"
+
+
+def _check_statistics(statistics: str, per_sample: bool) -> None:
+    _checks.one_of("statistics", statistics, ("all", "open"))
+    if statistics == "open" and per_sample:
+        raise ValueError("per_sample=True with statistics='open': expected False, because all samples share the elements that count")
+
+
+def _of_open(x: Tensor, is_open: Tensor) -> tuple[Tensor, Tensor]:
+    """What to normalise in the place of x, so that its open elements alone count, and the factor by which the result is then too large.
+
+    ``is_open``: bool, of the shape that is normalised. With k of D open, closed elements that hold the mean of the others keep it and make
+    the variance k / D of theirs. The factor sqrt(D / k) makes it theirs, so that eps counts as in a norm of k; a gain divided by it undoes
+    it. Where all are open this is x, to the bit, and 1.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    dims = tuple(range(-is_open.dim(), 0))
+    k = is_open.sum().clamp(min=1).to(wide)
+    mean = (torch.where(is_open, x, 0).sum(dims, keepdim=True, dtype=wide) / k).to(x.dtype)
+    factor = (is_open.numel() / k).sqrt()
+    return torch.where(is_open, x, mean) * factor, factor
