@@ -36,6 +36,9 @@ class _GatedNorm(GatedLayer):
         self.granularity = "output"
         self.per_sample = bool(per_sample)
         self.gate = place_gate(gate, count, device, self.per_sample)
+        self._count_weights()
+
+    def _count_weights(self) -> None:
         self.weights_per_gate = float((self.weight is not None) + (self.bias is not None))
 
     def _affine(self) -> tuple[Tensor, Tensor | None]:
@@ -77,6 +80,7 @@ class _GatedNorm(GatedLayer):
         gated = build(**{name: getattr(layer, name) for name in cls._arguments}, device="meta", gate=gate, per_sample=per_sample)
         gated._parameters.update(layer._parameters)
         gated._buffers.update(layer._buffers)
+        gated._count_weights()  # a LayerNorm may have a gain and no bias
         gated.train(layer.training)
         gated._undo_fresh_gates()
         return gated
@@ -300,8 +304,8 @@ class GatedLayerNorm(_GatedNorm, nn.LayerNorm):
     def to_dense(self) -> nn.Module:
         """The plain norm that computes what this one computes in evaluation mode, with copies of its parameters.
 
-        A norm without gain gets one, for the gates to be in. Raises ValueError where ``statistics="open"`` leaves elements out, which a
-        plain norm of the same size would count: see :meth:`compacted`.
+        A norm without gain gets one, for gates that are not 1 to be in. Raises ValueError where ``statistics="open"`` leaves elements out,
+        which a plain norm of the same size would count: see :meth:`compacted`.
         """
         closed = self.closed_channels()[0] if self.statistics == "open" else set()
         if closed:
@@ -309,7 +313,18 @@ class GatedLayerNorm(_GatedNorm, nn.LayerNorm):
                 f"statistics='open' with {len(closed)} of {self.gate.num_gates} gates closed: expected all open, because a plain norm of "
                 "the same size counts every element; compacted() gives that of the open ones"
             )
-        return super().to_dense()
+        return self._whole()
+
+    def _whole(self) -> nn.Module:
+        """The plain norm of the same size with the gates in gain and bias; elements that do not count are there to be cut."""
+        plain: Any = super().to_dense()
+        z = self.gate.deterministic()
+        left = z[z != 0] if self.statistics == "open" else z
+        if self.bias is None:
+            plain.bias = None
+        if self.weight is None and len(left) and bool((left == 1).all()):
+            plain.weight, plain.elementwise_affine = None, False
+        return plain
 
     @torch.no_grad()
     def compacted(self) -> tuple[nn.LayerNorm, Tensor]:
@@ -322,7 +337,7 @@ class GatedLayerNorm(_GatedNorm, nn.LayerNorm):
             raise ValueError(f"statistics={self.statistics!r}: expected 'open', because the closed elements count in the statistics")
         kept = self.gate.is_open().nonzero().flatten()
         kept = kept if len(kept) else kept.new_zeros(1)
-        plain: Any = super().to_dense()
+        plain: Any = self._whole()
         for name, p in list(plain.named_parameters()):
             setattr(plain, name, nn.Parameter(p.view(-1)[kept], requires_grad=p.requires_grad))
         plain.normalized_shape = (len(kept),)

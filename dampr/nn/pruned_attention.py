@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dampr import _checks
+
 Maybe = Tensor | None
 
 
@@ -18,6 +20,7 @@ class PrunedMultiheadAttention(nn.Module):
     Args:
         embed_dim ... dtype: those of the whole layer.
         heads: which of its heads are there, increasing, at least one.
+        head_dim: how wide a head is; None: embed_dim / num_heads. Another where channels of what it reads and writes were cut.
 
     Called as the whole layer is. A mask for each head has all of the whole layer's heads; attention weights are those of the heads that are
     there, and their mean. Parameters have the names of ``nn.MultiheadAttention``, and the rows and columns of these heads alone.
@@ -42,14 +45,16 @@ class PrunedMultiheadAttention(nn.Module):
         dtype: torch.dtype | None = None,
         *,
         heads: Sequence[int],
+        head_dim: int | None = None,
     ) -> None:
         super().__init__()
         self.heads = tuple(heads)
         if not self.heads or list(self.heads) != sorted(set(self.heads)) or not 0 <= self.heads[0] <= self.heads[-1] < num_heads:
             raise ValueError(f"heads={heads!r}: expected increasing integers in [0, {num_heads}), at least one")
-        if embed_dim % num_heads:
-            raise ValueError(f"num_heads={num_heads}: expected a divisor of embed_dim={embed_dim}")
-        self.embed_dim, self.num_heads, self.head_dim = embed_dim, num_heads, embed_dim // num_heads
+        if head_dim is None and embed_dim % num_heads:
+            raise ValueError(f"num_heads={num_heads}: expected a divisor of embed_dim={embed_dim}, or a head_dim")
+        _checks.positive_int("head_dim", 1 if head_dim is None else head_dim)
+        self.embed_dim, self.num_heads, self.head_dim = embed_dim, num_heads, head_dim or embed_dim // num_heads
         self.kdim, self.vdim = embed_dim if kdim is None else kdim, embed_dim if vdim is None else vdim
         self.dropout, self.batch_first, self.add_zero_attn = dropout, batch_first, add_zero_attn
         width = len(self.heads) * self.head_dim
@@ -92,7 +97,7 @@ class PrunedMultiheadAttention(nn.Module):
 
     def arguments(self) -> dict[str, Any]:
         """What its constructor takes for such a layer, as plain data."""
-        return {**_arguments(self), "heads": self.heads}
+        return {**_arguments(self), "heads": self.heads, "head_dim": self.head_dim}
 
     def forward(
         self,
@@ -116,7 +121,8 @@ class PrunedMultiheadAttention(nn.Module):
         return _joined(self.out_proj, heads, weights, average, batched)
 
     def extra_repr(self) -> str:
-        return f"{self.embed_dim}, num_heads={self.num_heads}, heads={self.heads}"
+        own = "" if self.embed_dim == self.num_heads * self.head_dim else f", head_dim={self.head_dim}"
+        return f"{self.embed_dim}, num_heads={self.num_heads}, heads={self.heads}{own}"
 
 
 def _arguments(layer: Any) -> dict[str, Any]:

@@ -99,8 +99,9 @@ class _Pruned(_Layer):
         for index, (name, left) in enumerate(zip(self._attentions, heads, strict=True)):
             if left is not None and not left:
                 _remove(self, index, name)
-            elif left is not None:
-                setattr(self, name, PrunedMultiheadAttention(d_model, nhead, **how, heads=left))
+            elif left is not None or how["head_dim"] is not None:
+                there = range(nhead) if left is None else left
+                setattr(self, name, PrunedMultiheadAttention(d_model, nhead, **how, heads=there))
         if dim_feedforward == 0:
             _remove(self, len(self._attentions), "linear1")
 
@@ -113,8 +114,10 @@ class _Pruned(_Layer):
 
     def arguments(self) -> dict[str, Any]:
         """What its constructor takes for such a layer: plain data, and an activation that is a module. Raises TypeError for a function."""
-        heads = [_heads_of(getattr(self, name)) for name in self._attentions]
-        return _arguments(self, self.d_model, self.nhead) | dict(zip(("heads", "memory_heads"), heads, strict=False))
+        attentions = [getattr(self, name) for name in self._attentions]
+        widths = [a.head_dim for a in attentions if isinstance(a, PrunedMultiheadAttention) and a.head_dim * self.nhead != self.d_model]
+        own = dict(zip(("heads", "memory_heads"), map(_heads_of, attentions), strict=False))
+        return _arguments(self, self.d_model, self.nhead) | own | ({"head_dim": widths[0]} if widths else {})
 
 
 class PrunedTransformerEncoderLayer(_Pruned, _EncoderLayer):
@@ -123,6 +126,7 @@ class PrunedTransformerEncoderLayer(_Pruned, _EncoderLayer):
     Args:
         d_model ... dtype: as in ``nn.TransformerEncoderLayer``; ``dim_feedforward=0`` for a layer without the feed-forward sublayer.
         heads: which of the ``nhead`` heads are there; () for a layer without attention, None for all.
+        head_dim: how wide a head is; None: d_model / nhead. Another where channels of the residual stream were cut.
 
     Called as ``nn.TransformerEncoderLayer`` is. The norm of a sublayer that is not there stays where it comes after the sum.
 
@@ -144,10 +148,12 @@ class PrunedTransformerEncoderLayer(_Pruned, _EncoderLayer):
         dtype: torch.dtype | None = None,
         *,
         heads: Sequence[int] | None = None,
+        head_dim: int | None = None,
     ) -> None:
         arguments = dropout, activation, layer_norm_eps, batch_first, norm_first, bias, device, dtype
-        super().__init__(d_model, nhead, max(dim_feedforward, 1), *arguments)
-        how = {"dropout": dropout, "bias": bias, "batch_first": batch_first, "device": device, "dtype": dtype}
+        whole = heads is None and head_dim is None  # else torch's attention, which wants a divisor, is replaced in any case
+        super().__init__(d_model, nhead if whole else 1, max(dim_feedforward, 1), *arguments)
+        how = {"dropout": dropout, "bias": bias, "batch_first": batch_first, "head_dim": head_dim, "device": device, "dtype": dtype}
         self._keep(d_model, nhead, dim_feedforward, [heads], how)
 
 
@@ -173,10 +179,12 @@ class PrunedTransformerDecoderLayer(_Pruned, _DecoderLayer):
         *,
         heads: Sequence[int] | None = None,
         memory_heads: Sequence[int] | None = None,
+        head_dim: int | None = None,
     ) -> None:
         arguments = dropout, activation, layer_norm_eps, batch_first, norm_first, bias, device, dtype
-        super().__init__(d_model, nhead, max(dim_feedforward, 1), *arguments)
-        how = {"dropout": dropout, "bias": bias, "batch_first": batch_first, "device": device, "dtype": dtype}
+        whole = None in (heads, memory_heads) and head_dim is None
+        super().__init__(d_model, nhead if whole else 1, max(dim_feedforward, 1), *arguments)
+        how = {"dropout": dropout, "bias": bias, "batch_first": batch_first, "head_dim": head_dim, "device": device, "dtype": dtype}
         self._keep(d_model, nhead, dim_feedforward, [heads, memory_heads], how)
 
 

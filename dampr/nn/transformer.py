@@ -16,6 +16,7 @@ from .attention import GatedMultiheadAttention
 from .base import GatedWeight
 from .gate import Gate, gated_sum
 from .linear import GatedLinear
+from .norm import GatedLayerNorm
 from .pruned_attention import Maybe, PrunedMultiheadAttention
 from .pruned_transformer import (
     PrunedTransformerDecoderLayer,
@@ -146,7 +147,7 @@ class _Gated(_Layer):
         heads and sublayers are open, else a :class:`PrunedTransformerEncoderLayer` or :class:`PrunedTransformerDecoderLayer`.
 
         What a closed neuron contributes as a constant, its activation at 0, goes into the bias of ``linear2``. Neurons stay where the
-        activation is not one of each neuron alone.
+        activation is not one of each neuron alone. Norms with gates keep them, for other layers have their width too.
         """
         return self._plain(cut=True)
 
@@ -170,6 +171,9 @@ class _Gated(_Layer):
                 last = attention.out_proj
             if z is not None:
                 _multiply(last, z)
+        for name, norm in plain.named_children():
+            if not cut and isinstance(norm, GatedLayerNorm):
+                setattr(plain, name, norm.to_dense())
         pruned = any(isinstance(part, (_Removed, PrunedMultiheadAttention)) for part in plain.children())
         plain.__class__ = self._pruned if pruned else self._dense
         if pruned:
@@ -220,8 +224,8 @@ class GatedTransformerEncoderLayer(_Gated, _EncoderLayer):
     batch for that path, is run as a padded one. Parameters have the names of the dense layer, and a dense ``state_dict`` loads. A fresh
     layer in evaluation mode equals torch's in Python to the bit, and its fused path to rounding.
 
-    The width of the residual stream has no gates: it runs through norms whose statistics count every channel, so that one that is zero
-    cannot be cut without changing the others.
+    The width of the residual stream belongs to the model around the layer: norms that are a :class:`GatedLayerNorm` with statistics of the
+    open channels, which :func:`dampr.convert` puts there on ``residual=True``, let it be cut.
 
     Raises: ValueError or TypeError that names the argument, and what ``nn.TransformerEncoderLayer`` raises.
     """

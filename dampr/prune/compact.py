@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from dampr import _checks, _progress
 from dampr._version import __version__
-from dampr.nn import GatedLayer, GatedResidual, Scale, ScaledRNN
+from dampr.nn import GatedLayer, GatedLayerNorm, GatedResidual, Scale, ScaledRNN
 from dampr.nn.rnn import _GatedRecurrent
 
-from . import graph, heads, inputs, recurrent, transformer
+from . import graph, heads, inputs, recurrent, streams, transformer
 from .expand import carry_over
 
 
@@ -44,6 +44,7 @@ def compact(
         optimizer: what trains ``model``; afterwards it trains the new model, with what is left of its state, in the same groups. Gates that
             were not 1 are in the new weights and not in the state.
         round_to: widths are multiples of it (tensor cores like 8 or 16), as far as closed channels last to fill them up; they stay zero.
+            Not so a residual stream, for its LayerNorms would count what fills it up: there ``Budget.finalize(round_to=8)`` rounds.
         atol, rtol: how far outputs may differ: |masked - compacted| <= atol + rtol |masked|.
 
     Returns: a new model of plain ``torch.nn`` layers (where these have no form for what is left, of the plain ones of ``dampr.nn``, such as
@@ -68,8 +69,13 @@ def compact(
     closed: graph.Closed = {True: {}, False: {}}
     norms: dict[nn.Module, set[int]] = {}
     dense: dict[Any, nn.Module] = {}
+    opened: dict[nn.Module, Tensor] = {}
     for name, layer in small.named_modules():
         if not isinstance(layer, GatedLayer) or isinstance(layer, _GatedRecurrent):
+            continue
+        if isinstance(layer, GatedLayerNorm) and layer.statistics == "open":
+            plain = dense[layer] = layer._whole()
+            opened[plain] = layer.gate.is_open()
             continue
         plain = dense[layer] = layer.to_dense()
         if isinstance(plain, nn.Sequential):  # a norm that took in its activation
@@ -86,12 +92,18 @@ def compact(
     in_heads, cut_heads = heads.cut(small, open_heads)
     kept, units, recurrent_notes = recurrent.make_plain(small, samples, atol, rtol)
     kept, notes = neurons | in_heads | kept, notes | head_notes | recurrent_notes
+    try:
+        in_streams, parameters = streams.cut_closed(small, opened, samples[0], round_to, notes)
+    except graph.CannotCutError as error:
+        raise CompactionError(str(error)) from error
+    kept |= in_streams
     if norms or closed[True] or closed[False]:
         _cut(small, closed, norms, samples, kept, notes, round_to)
     ones = [m for m in small.modules() if isinstance(m, Scale) and bool((m.scale == 1).all())]
     inputs.replace(small, {module: nn.Identity().train(module.training) for module in ones})
     difference = max(_prove(model, small, kept, sample, atol, rtol) for sample in samples)
-    small.dampr_manifest = _manifest(model, small, kept, left | cut_heads, units, notes, difference)  # type: ignore[assignment]
+    manifest = _manifest(model, small, kept, left | cut_heads, units, notes, difference)
+    small.dampr_manifest = manifest | ({"parameters": parameters} if parameters else {})  # type: ignore[assignment]
     if optimizer is not None:
         carry_over(optimizer, model, small)
     return small
@@ -252,7 +264,8 @@ def _first_difference(model: nn.Module, small: nn.Module, kept: Kept, sample: An
             continue
         indices = kept.get((layer, True))
         if indices is not None:
-            expected = expected.index_select(-1 if isinstance(layer, nn.Linear) else 1, indices.to(expected.device))
+            along = -1 if isinstance(layer, (nn.Linear, nn.Embedding, nn.LayerNorm)) else 1
+            expected = expected.index_select(along, indices.to(expected.device))
         if inputs.differ([expected], [out], rtol, atol):
             return name
     return None

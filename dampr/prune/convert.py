@@ -19,6 +19,8 @@ from dampr.nn import (
     GatedEmbedding,
     GatedGRU,
     GatedHeads,
+    GatedLayer,
+    GatedLayerNorm,
     GatedLinear,
     GatedLSTM,
     GatedMultiheadAttention,
@@ -26,7 +28,8 @@ from dampr.nn import (
 )
 from dampr.nn.base import Granularity
 
-from . import graph, heads, inputs, recurrent, transformer
+from . import graph, heads, inputs, recurrent, streams, transformer
+from .structure import plain_copy
 
 Filter = Sequence[str | type] | str | type | None
 _REPLACEMENT: dict[type, Any] = {
@@ -41,6 +44,7 @@ _REPLACEMENT: dict[type, Any] = {
 }
 _OUTPUT_ONLY = {nn.MultiheadAttention: "heads", nn.Embedding: "columns", nn.LSTM: "units", nn.GRU: "units", nn.RNN: "units"}
 _NORMS: dict[type, Any] = {nn.BatchNorm1d: GatedBatchNorm1d, nn.BatchNorm2d: GatedBatchNorm2d}
+_GATED: dict[type, Any] = {**_REPLACEMENT, **_NORMS, nn.LayerNorm: GatedLayerNorm}
 _HOOKS = [name for name in vars(nn.Module()) if "_hook" in name]
 
 
@@ -58,6 +62,7 @@ def convert(
     exclude: Filter = None,
     example_inputs: Any = None,
     tie: bool = True,
+    residual: bool = False,
 ) -> nn.Module:
     """Replace dense layers of ``model`` by gated ones, in place, keeping their parameters (and any optimizer that holds them) valid.
 
@@ -82,6 +87,10 @@ def convert(
             convolutions and BatchNorms, for output gates.
         tie: with example inputs, layers whose outputs are added up share one gate vector, because a channel of the sum can be cut only
             where all of them close it. False: each has gates of its own.
+        residual: with example inputs, output gates also for widths that are read through LayerNorms alone, above all the residual stream of
+            a transformer: one gate vector in all norms of the stream (``GatedLayerNorm(statistics="open")``), drawn once per call of each.
+            Streams that something reads without a norm (norms after the sums right on embeddings), that are the model's input or output,
+            or that a buffer is added to are left out. Half of a stream's channels are cut in a copy to see that it can be.
 
     Returns: ``model``. Its attribute ``dampr_skipped`` says of each layer that was left out why.
 
@@ -94,6 +103,9 @@ def convert(
         raise TypeError(
             f"gate={type(gate).__name__} instance: expected a family's name or a class, because each layer gets a gate of its own"
         )
+    if residual and (granularity != "output" or per_sample or example_inputs is None):
+        given = f"granularity={granularity!r}, per_sample={per_sample}, example_inputs{'=None' if example_inputs is None else ' given'}"
+        raise ValueError(f"residual=True with {given}: expected granularity 'output', one draw per call, and example inputs")
     before = None
     if example_inputs is not None:
         inputs.check(example_inputs)
@@ -102,6 +114,8 @@ def convert(
     chosen, skipped = _choose(model, gate, granularity, per_sample, include, exclude)
     plan = _place(model, chosen, granularity, example_inputs, tie)
     plan.skipped |= skipped
+    if residual:
+        _place_streams(plan, model, include, exclude, example_inputs)
     if not plan.layers:
         raise ConversionError(
             f"include={include!r}, exclude={exclude!r}: no layer of {type(model).__name__} is left to convert {plan.skipped or ''}".rstrip()
@@ -140,7 +154,7 @@ def convert(
 class _Plan:
     """What is replaced, by name; which of these share the gate of which; what a gate in a norm saves; what is left out, and why.
 
-    ``order``: names in the order of calls. ``heads``: which of these layers project the heads of an attention.
+    ``order``: names in the order of calls, from the graph ``widths``. ``heads``: which of these layers project the heads of an attention.
     """
 
     layers: dict[str, nn.Module]
@@ -148,6 +162,7 @@ class _Plan:
     weights_per_gate: dict[str, float]
     skipped: dict[str, str]
     order: list[str]
+    widths: graph.Widths | None = None
     heads: dict[str, heads.Attention] = field(default_factory=dict)
 
 
@@ -166,7 +181,7 @@ def _place(model: nn.Module, chosen: dict[str, nn.Module], granularity: Granular
         return plan
     widths = graph.Widths(model, example_inputs)
     names = {module: name for name, module in reversed(list(model.named_modules(remove_duplicate=False)))}
-    plan.layers, plan.order = {}, [names[module] for module in widths.called()]
+    plan.layers, plan.order, plan.widths = {}, [names[module] for module in widths.called()], widths
     gates: dict[nn.Module, str] = {}  # whose outputs are gated, and the name of the layer that holds the gate
     factors = _factors(chosen, widths)
     for name, layer in chosen.items():
@@ -192,6 +207,31 @@ def _place(model: nn.Module, chosen: dict[str, nn.Module], granularity: Granular
             if together and together[0] != place:
                 plan.shared_with[place] = together[0]
     return plan
+
+
+def _place_streams(plan: _Plan, model: nn.Module, include: Filter, exclude: Filter, example_inputs: Any) -> None:
+    """Add the norms of residual streams, the first of each with the gate, and say what the layers that write these have to do with it."""
+    plain = plain_copy(model) if any(isinstance(m, GatedLayer) for m in model.modules()) else model
+    names = {module: name for name, module in reversed(list(plain.named_modules(remove_duplicate=False)))}
+    owners = transformer.owners(model)
+    found, why = streams.find(plain, plan.widths if plain is model and plan.widths else graph.Widths(plain, example_inputs))
+    for stream in found:
+        places = {names[norm]: model.get_submodule(names[norm]) for norm in stream.norms}
+        first, *others = places
+        gated = [name for name, norm in places.items() if isinstance(norm, GatedLayer)]
+        left_out = [name for name, norm in places.items() if not _wanted([(name, norm), *owners.get(norm, [])], include, exclude)]
+        reason = f"{gated[0]!r} has gates already" if gated else f"{left_out[0]!r} is left out" if left_out else None
+        reason = reason or streams.why_not(plain, stream, example_inputs)
+        if reason is not None:
+            why |= dict.fromkeys(stream.norms, reason)
+            continue
+        plan.layers |= places
+        plan.shared_with |= dict.fromkeys(others, first)
+        in_others = sum(p.numel() for norm in stream.norms[1:] for p in norm.parameters()) / stream.width  # these count for themselves
+        plan.weights_per_gate[first] = stream.weights_per_channel(plain) - in_others
+        written = {names[layer] for layer in stream.writers} & plan.skipped.keys()
+        plan.skipped |= dict.fromkeys(written, f"its outputs are the residual stream, whose gates are in {first!r} and its other norms")
+    plan.skipped |= {names[norm]: f"no gates for its width: {reason}" for norm, reason in why.items()}
 
 
 def _why_not(layer: nn.Module, widths: graph.Widths, tie: bool, model: nn.Module, example_inputs: Any) -> str | None:
@@ -247,9 +287,7 @@ def _choose(
     for layer, aliases in names.items():
         attention = attentions.get(layer)
         above = owners.get(layer, []) + ([(attention.name, attention.module)] if attention else [])
-        if not any(_hits(*alias, include, "include", default=True) for alias in aliases + above):
-            continue
-        if any(_hits(*alias, exclude, "exclude", default=False) for alias in aliases + above):
+        if not _wanted(aliases + above, include, exclude):
             continue
         reason = _unfit(layer, gate, granularity, per_sample) or transformer.left_out(layer, owners.get(layer, []), granularity)
         reason = reason or heads.left_out(layer, attention, granularity, per_sample)
@@ -258,6 +296,12 @@ def _choose(
         else:
             skipped[aliases[0][0]] = reason
     return chosen, skipped
+
+
+def _wanted(aliases: list[tuple[str, nn.Module]], include: Filter, exclude: Filter) -> bool:
+    """Whether a layer is included and not excluded by any of its names and types, and those of what it is a part of."""
+    included = any(_hits(*alias, include, "include", default=True) for alias in aliases)
+    return included and not any(_hits(*alias, exclude, "exclude", default=False) for alias in aliases)
 
 
 def _unfit(layer: nn.Module, gate: Any, granularity: Granularity, per_sample: bool) -> str | None:
@@ -290,7 +334,7 @@ def _generated(gate: Any, plan: _Plan, model: nn.Module, granularity: Granularit
 
 
 def _gate_count(layer: nn.Module, granularity: Granularity) -> int:
-    kind = _NORMS.get(type(layer)) or _REPLACEMENT[type(layer)]
+    kind = _GATED[type(layer)]
     count: int = kind.gates_for(layer, granularity)
     return count
 
@@ -301,11 +345,12 @@ def _gated(
     how: dict[str, Any] = {"gate": gate, "per_sample": per_sample, "granularity": granularity}
     if isinstance(layer, nn.RNNBase):
         del how["per_sample"]
-    if type(layer) in _NORMS or isinstance(layer, (nn.MultiheadAttention, nn.RNNBase)):
+    if isinstance(layer, (*_NORMS, nn.LayerNorm, nn.MultiheadAttention, nn.RNNBase)):
         del how["granularity"]
+        how |= {"statistics": "open"} if isinstance(layer, nn.LayerNorm) else {}
     elif not isinstance(layer.weight, nn.Parameter):
         raise ConversionError(f"layer {name!r}: its weight is computed from other tensors (weight_norm?), expected a plain nn.Parameter")
-    kind = _NORMS.get(type(layer)) or _REPLACEMENT[type(layer)]
+    kind = _GATED[type(layer)]
     if of_heads is not None:
         kind, how = GatedHeads, {"gate": gate, "heads": of_heads.heads, "weights_per_gate": of_heads.weights_per_head()}
     gated: nn.Module = kind.from_dense(layer, **how)

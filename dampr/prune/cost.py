@@ -24,7 +24,7 @@ from . import graph, inputs
 from .measure import count_call, count_macs, count_params, macs_beside_layers
 from .structure import Structure
 
-_BATCH_NORMS = nn.modules.batchnorm._BatchNorm
+_PER_CHANNEL = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm)
 
 
 class Width(NamedTuple):
@@ -83,7 +83,7 @@ class Cost:
 
     def _find_sites(self, plain: nn.Module, example_inputs: Any) -> list[Site]:
         if self.metric != "macs":
-            return list(_params(plain, self._variables))
+            return list(_params(self.structure, self._variables))
         return [*_macs(plain, self._variables, example_inputs), *_attention_sites(self.structure, self._variables, example_inputs)]
 
     def _measure(self, plain: nn.Module, example_inputs: Any) -> float:
@@ -224,11 +224,13 @@ class _Affine:
 
 def _macs(plain: nn.Module, variables: _Variables, example_inputs: Any) -> Iterator[Site]:
     """The multiply-accumulates of linear, convolution and recurrent layers and of attentions."""
-    uses = _uses(plain, example_inputs)
+    uses, projections = _uses(plain, example_inputs)
     for name, layer in plain.named_modules():
         times = uses.get(layer, 0)
         if isinstance(layer, nn.MultiheadAttention):
-            yield Site(name, Width(1), variables.heads(layer), times / layer.num_heads)
+            heads, projected = variables.heads(layer), projections[layer]
+            yield Site(name, variables.width(layer, False), heads, projected / (layer.num_heads * layer.embed_dim))
+            yield Site(name, Width(1), heads, (times - projected) / layer.num_heads)
         elif isinstance(layer, nn.RNNBase):
             yield from _recurrent_sites(name, layer, variables, times, biases=False)
         elif graph.is_depthwise(layer):
@@ -237,27 +239,45 @@ def _macs(plain: nn.Module, variables: _Variables, example_inputs: Any) -> Itera
             yield _weight_site(name, layer, variables, times)
 
 
-def _params(plain: nn.Module, variables: _Variables) -> Iterator[Site]:
-    """The parameters of every layer: of its channels, its heads, or fixed in number."""
+def _params(structure: Structure, variables: _Variables) -> Iterator[Site]:
+    """The parameters of every layer: of its channels, its heads, or fixed in number; and those that are in no layer."""
+    plain = structure.plain
     inside = {layer.out_proj for layer in plain.modules() if isinstance(layer, nn.MultiheadAttention)}
+    bare = {plain.get_parameter(name): (name, stream) for stream, _ in structure.streams for name in stream.parameters}
+    for p, (name, stream) in bare.items():
+        yield Site(name, Width(1), variables.width(stream.norms[0], True), p.numel() / stream.width)
+    counted: set[Any] = set()  # weights, which an embedding may share with the last layer
     for name, layer in plain.named_modules():
-        own = sum(p.numel() for p in layer.parameters(recurse=False))
+        own = sum(p.numel() for p in layer.parameters(recurse=False) if p not in bare)
         if layer in inside:
             continue
         if isinstance(layer, nn.MultiheadAttention):
-            each = GatedMultiheadAttention.from_dense(layer).group_size()
-            yield Site(name, Width(1), variables.heads(layer), each)
-            yield Site(name, Width(1), Width(1), sum(p.numel() for p in layer.parameters()) - each * layer.num_heads)
+            yield from _attention_params(name, layer, variables)
         elif isinstance(layer, nn.RNNBase):
             yield from _recurrent_sites(name, layer, variables, 1, biases=layer.bias)
-        elif isinstance(layer, _BATCH_NORMS) or graph.is_depthwise(layer):
+        elif isinstance(layer, _PER_CHANNEL) or graph.is_depthwise(layer):
             yield Site(name, Width(1), variables.width(layer, True), own / graph.channel_count(layer, True))
         elif isinstance(layer, nn.Embedding):
-            yield Site(name, Width(layer.num_embeddings), variables.width(layer, True), 1)
+            yield Site(name, Width(layer.num_embeddings), variables.width(layer, True), layer.weight not in counted)
+            counted.add(layer.weight)
         elif isinstance(layer, graph.GEMMS):
-            yield _weight_site(name, layer, variables, 1, bias=layer.bias is not None)
+            yield _weight_site(name, layer, variables, layer.weight not in counted, bias=layer.bias is not None)
+            counted.add(layer.weight)
         elif own:
             yield Site(name, Width(1), Width(1), own)
+
+
+def _attention_params(name: str, layer: nn.MultiheadAttention, variables: _Variables) -> Iterator[Site]:
+    """Its projections have rows, or columns, for each head and columns, or rows, for each channel of the width around."""
+    heads, width = variables.heads(layer), variables.width(layer, False)
+    in_weights = layer.in_proj_weight, layer.q_proj_weight, layer.k_proj_weight, layer.v_proj_weight
+    weights, biases = (
+        sum(p.numel() for p in found if p is not None)
+        for found in ((*in_weights, layer.out_proj.weight), (layer.in_proj_bias, layer.bias_k, layer.bias_v))
+    )
+    yield Site(name, width, heads, weights / (layer.num_heads * layer.embed_dim), biases / layer.num_heads)
+    if layer.out_proj.bias is not None:
+        yield Site(name, Width(1), width, 1)
 
 
 def _weight_site(name: str, layer: Any, variables: _Variables, times: float, bias: bool = False) -> Site:
@@ -292,12 +312,13 @@ def _attention_sites(structure: Structure, variables: _Variables, example_inputs
             yield Site(attention.name, Width(1), columns, beside[attention.name] / attention.written.in_features)
 
 
-def _uses(plain: nn.Module, example_inputs: Any) -> dict[nn.Module, int]:
+def _uses(plain: nn.Module, example_inputs: Any) -> tuple[dict[nn.Module, int], dict[nn.Module, int]]:
     """How often the example inputs use each element of the weight of a layer: positions of its output, or steps of a sequence.
 
-    Of an attention the multiply-accumulates of all its heads, projections included.
+    Of an attention the multiply-accumulates of all its heads, projections included; and those of its projections alone.
     """
     found: dict[nn.Module, int] = defaultdict(int)
+    projections: dict[nn.Module, int] = defaultdict(int)
 
     def count(layer: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         if isinstance(layer, nn.RNNBase):
@@ -305,6 +326,8 @@ def _uses(plain: nn.Module, example_inputs: Any) -> dict[nn.Module, int]:
             found[layer] += values.numel() // layer.input_size
         elif isinstance(layer, nn.MultiheadAttention):
             found[layer] += count_call(layer.forward, *args, **kwargs)  # not through the hooks
+            given = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
+            projections[layer] += sum(given[x].numel() for x in ("query", "query", "key", "value")) * layer.embed_dim
         else:
             found[layer] += output.numel() // graph.channel_count(layer, True)
 
@@ -312,4 +335,4 @@ def _uses(plain: nn.Module, example_inputs: Any) -> dict[nn.Module, int]:
     hooks = [layer.register_forward_hook(count, with_kwargs=True) for layer in layers]
     with inputs.removing(hooks):
         inputs.evaluate(plain, example_inputs)
-    return found
+    return found, projections

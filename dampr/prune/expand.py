@@ -30,7 +30,8 @@ def expand(model: nn.Module) -> nn.Module:
 
     Returns: a new model in the same training mode, without a manifest.
 
-    Raises: ValueError where the manifest is missing or does not fit the model.
+    Raises: ValueError where the manifest is missing or does not fit the model, or where channels were cut in front of a LayerNorm: a wider
+    one would count those that come back, zeros or not, so no plain model of the old widths computes the same.
 
     >>> import dampr
     >>> x = torch.randn(8, 4)
@@ -48,6 +49,12 @@ def expand(model: nn.Module) -> nn.Module:
         raise ValueError(f"model={type(model).__name__}: expected the dampr_manifest that dampr.compact leaves")
     large = copy.deepcopy(model)
     del large.dampr_manifest
+    for name, entry in manifest["layers"].items():
+        if isinstance(_layer(large, name), nn.LayerNorm):
+            raise ValueError(
+                f"{name}: channels in front of this LayerNorm were cut ({entry['out']['before']} before), and a wider one would count "
+                "those that come back; expected a model whose residual stream has kept its width"
+            )
     conv1d = transposed.to_linear(large)
     attentions = {attention.name: attention for attention in heads.find(large)}
     for name, entry in manifest["layers"].items():
@@ -105,26 +112,33 @@ def tensors_of(layer: nn.Module, entry: dict[str, Any]) -> dict[str, list[Places
     written, read = (_places(entry.get(side)) for side in ("out", "in"))
     if isinstance(layer, nn.RNNBase):
         return dict(_of_recurrent(layer, entry.get("units"), read))
+    if isinstance(layer, PrunedMultiheadAttention):
+        return _of_attention(layer, entry.get("heads"), written, read)
     if "heads" in entry:
-        return _of_attention(layer, entry["heads"]) if isinstance(layer, PrunedMultiheadAttention) else {}
+        return {}
     if isinstance(layer, nn.Embedding):
         return {"weight": [None, written]}
     if isinstance(layer, Scale):
         return {"scale": [written]}
-    if isinstance(layer, (_NORMS, nn.PReLU)) or graph.is_depthwise(layer):
+    if isinstance(layer, (_NORMS, nn.LayerNorm, nn.PReLU)) or graph.is_depthwise(layer):
         return {name: [written] for name in ("weight", "bias", "running_mean", "running_var") if hasattr(layer, name)}
     return {"weight": [written, read], "bias": [written]}
 
 
-def _of_attention(layer: PrunedMultiheadAttention, heads: dict[str, Any]) -> dict[str, list[Places]]:
-    size = layer.embed_dim
-    rows = torch.arange(size).view(int(heads["before"]), -1)[heads["kept"]].flatten()
-    one, three = (size, rows), (3 * size, torch.cat([rows + i * size for i in range(3)]))
+def _of_attention(layer: PrunedMultiheadAttention, heads: dict[str, Any] | None, written: Places, read: Places) -> dict[str, list[Places]]:
+    one: Places = None
+    three: Places = None
+    if heads is not None:
+        size = layer.num_heads * layer.head_dim
+        rows = torch.arange(size).view(int(heads["before"]), -1)[heads["kept"]].flatten()
+        one, three = (size, rows), (3 * size, torch.cat([rows + i * size for i in range(3)]))
     return {
-        **{name: [three] for name in ("in_proj_weight", "in_proj_bias")},
+        "in_proj_weight": [three, read],
+        "in_proj_bias": [three],
         **{f"{name}_proj_weight": [one] for name in "qkv"},
         **{name: [None, None, one] for name in ("bias_k", "bias_v")},
-        "out_proj.weight": [None, one],
+        "out_proj.weight": [written, one],
+        "out_proj.bias": [written],
     }
 
 
@@ -212,6 +226,8 @@ def carry_over(optimizer: torch.optim.Optimizer, model: nn.Module, small: Any) -
     for name, entry in small.dampr_manifest["layers"].items():
         for attribute, each in tensors_of(_layer(small, name), entry).items():
             places[f"{name}.{attribute}"] = each
+    for name, entry in small.dampr_manifest.get("parameters", {}).items():
+        places[name] = [*[None] * entry["dim"], _places(entry)]
     old = dict(model.named_parameters(remove_duplicate=False))
     new = dict(small.named_parameters(remove_duplicate=False))
     target = {id(old[name]): name for name in reversed(old) if name in new}

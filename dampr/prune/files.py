@@ -27,12 +27,12 @@ _FORMAT = 1
 _KEY = "dampr"
 _WIDTHS = (
     *("in_features", "out_features", "in_channels", "out_channels", "groups", "num_features", "num_parameters", "embedding_dim"),
-    *("input_size", "hidden_size", "proj_size", "embed_dim", "num_heads", "head_dim", "kdim", "vdim"),
+    *("input_size", "hidden_size", "proj_size", "embed_dim", "num_heads", "head_dim", "kdim", "vdim", "d_model", "normalized_shape"),
     *("num_attention_heads", "all_head_size", "split_size", "nf", "nx"),  # of transformers' attention and Conv1D
 )
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _MAY_GAIN_BIAS = (nn.Linear, nn.modules.conv._ConvNd)
-_SIZED = (*_MAY_GAIN_BIAS, nn.modules.batchnorm._NormBase, nn.PReLU, nn.Embedding, nn.MultiheadAttention, nn.RNNBase)
+_SIZED = (*_MAY_GAIN_BIAS, nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.PReLU, nn.Embedding, nn.MultiheadAttention, nn.RNNBase)
 
 
 class FileError(RuntimeError):
@@ -64,7 +64,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     from safetensors.torch import save_file
 
     check_plain(model)
-    widths = {n: {a: getattr(m, a) for a in _WIDTHS if _is_width(m, a)} for n, m in model.named_modules()}
+    widths = {n: {a: _width(m, a) for a in _WIDTHS if _is_width(m, a)} for n, m in model.named_modules()}
     for name, module in model.named_modules():
         if isinstance(module, nn.RNNBase) and not module.proj_size:
             del widths[name]["proj_size"]  # no argument of nn.GRU and nn.RNN
@@ -128,7 +128,7 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
         setattr(module, attribute, tensor)
     for name, attributes in content.widths.items():
         for attribute, value in attributes.items():
-            setattr(model.get_submodule(name), attribute, value)
+            setattr(model.get_submodule(name), attribute, (value,) if attribute == "normalized_shape" else value)
     for module in model.modules():
         if isinstance(module, nn.RNNBase):
             module.flatten_parameters()
@@ -193,7 +193,13 @@ def _is_size(value: Any) -> bool:
 
 def _is_width(module: nn.Module, attribute: str) -> bool:
     """Whether a layer has its size in this attribute, and not one that follows from others."""
-    return not isinstance(getattr(type(module), attribute, None), property) and _is_size(getattr(module, attribute, None))
+    return not isinstance(getattr(type(module), attribute, None), property) and _is_size(_width(module, attribute))
+
+
+def _width(module: nn.Module | None, attribute: str) -> Any:
+    """What a layer has in this attribute; of a norm of one dimension its size."""
+    value = getattr(module, attribute, None)
+    return value[0] if attribute == "normalized_shape" and isinstance(value, tuple) and len(value) == 1 else value
 
 
 def _unshared(model: nn.Module) -> dict[str, Tensor]:
@@ -248,7 +254,7 @@ def _check_widths(modules: dict[str, nn.Module], content: _Content, shapes: dict
     """The widths name attributes that are there, and a layer built with them has tensors of the file's shapes."""
     for name, attributes in content.widths.items():
         for attribute in attributes:
-            if attribute not in _WIDTHS or not _is_size(getattr(modules.get(name), attribute, None)):
+            if attribute not in _WIDTHS or not _is_size(_width(modules.get(name), attribute)):
                 raise FileError(f"{content.where}: manifest: widths: model has no size {name}.{attribute}")
     names = {module: name for name, module in reversed(modules.items())}
     for module, name in names.items():
@@ -262,7 +268,7 @@ def _check_widths(modules: dict[str, nn.Module], content: _Content, shapes: dict
             arguments.pop("bias", None)
         twin = _construct(kind, arguments, f"{content.where}: layer {name!r}")
         expected = {k: tuple(t.shape) for k, t in twin.state_dict(prefix=prefix).items()}
-        wrong = [k for k in expected if shapes.get(k, expected[k]) != expected[k]] + [k for k, v in widths.items() if getattr(twin, k) != v]
+        wrong = [k for k in expected if shapes.get(k, expected[k]) != expected[k]] + [k for k, v in widths.items() if _width(twin, k) != v]
         if wrong:
             raise FileError(f"{content.where}: layer {name!r}: its widths {widths} do not go with {wrong[0]} {shapes.get(wrong[0], '')}")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,6 +113,29 @@ class Widths:
                 return True
             todo.extend(after for after in node.outputs if not isinstance(after.module, _READERS))
         return False
+
+    def sources(self, layer: nn.Module) -> list[Any]:
+        """The layers and bare parameters whose values get to ``layer`` through operations alone."""
+        return self._neighbours(layer, lambda node: node.inputs)
+
+    def targets(self, layer: Any) -> list[Any]:
+        """The layers that the values of a layer, or of a bare parameter, get to through operations alone; None is the model's output."""
+        return self._neighbours(layer, lambda node: [*node.outputs, *self._end(node)])
+
+    def _end(self, node: Any) -> list[None]:
+        return [None] if not node.outputs or node.grad_fn in self._returned else []
+
+    def _neighbours(self, layer: Any, after: Callable[[Any], list[Any]]) -> list[Any]:
+        found: dict[Any, None] = {}
+        todo, seen = list(after(self._graph.module2node[layer])), set()
+        while todo:
+            node = todo.pop()
+            if node is None or node.module in self._names or isinstance(node.module, nn.Parameter):
+                found[None if node is None else node.module] = None
+            elif id(node) not in seen:
+                seen.add(id(node))
+                todo.extend(after(node))
+        return list(found)
 
     def norm_after(self, module: nn.Module) -> nn.Module | None:
         """The BatchNorm, or :class:`Scale`, that alone reads the outputs of ``module``, both called once; None without one."""

@@ -21,6 +21,7 @@ from . import graph, inputs
 from .cost import Cost, Site, Width
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of a width, at least one channel, where layers are timed
+_ATTENDED = "query", "key", "value"
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -43,7 +44,7 @@ class Latency(Cost):
         sites = []
         for name, layer in layers:
             if isinstance(layer, nn.MultiheadAttention):
-                read, written = Width(1), self._variables.heads(layer)
+                read, written = self._variables.width(layer, False), self._variables.heads(layer)
             elif isinstance(layer, nn.RNNBase):
                 read, units = self._variables.width(layer, False), self._variables.units(layer, True)
                 written = Width(0, dict.fromkeys(units.weights, 1)) if units else Width(layer.proj_size or layer.hidden_size)
@@ -115,7 +116,7 @@ def _knots(layer: Any, writes: bool, varies: bool) -> Tensor:
 def _full(layer: Any, writes: bool) -> int:
     """The width of the whole layer: channels, heads, or units of one direction."""
     if isinstance(layer, nn.MultiheadAttention):
-        return int(layer.num_heads)
+        return int(layer.num_heads) if writes else layer.embed_dim
     if isinstance(layer, nn.RNNBase) and writes:
         return int(layer.proj_size or layer.hidden_size)
     return graph.channel_count(layer, writes)
@@ -126,8 +127,9 @@ def _narrow(layer: Any, read: int, written: int) -> nn.Module:
     if isinstance(layer, nn.Linear):
         return nn.Linear(read, written, layer.bias is not None)
     if isinstance(layer, nn.MultiheadAttention):
-        how = layer.dropout, layer.in_proj_bias is not None, layer.bias_k is not None, layer.add_zero_attn, layer.kdim, layer.vdim
-        return PrunedMultiheadAttention(layer.embed_dim, layer.num_heads, *how, layer.batch_first, heads=range(written))
+        others = [read if size == layer.embed_dim else size for size in (layer.kdim, layer.vdim)]
+        how = layer.dropout, layer.in_proj_bias is not None, layer.bias_k is not None, layer.add_zero_attn, *others, layer.batch_first
+        return PrunedMultiheadAttention(read, layer.num_heads, *how, heads=range(written), head_dim=layer.head_dim)
     if isinstance(layer, nn.RNNBase):
         same = {
             name: getattr(layer, name)
@@ -160,7 +162,9 @@ def _narrow_call(layer: nn.Module, call: Call, read: int) -> Call:
     """The same call with so many channels in its input; of a recurrent layer without a state."""
     args, kwargs = call
     if isinstance(layer, nn.MultiheadAttention):
-        return call
+        given = [args[i] if i < len(args) else kwargs[name] for i, name in enumerate(_ATTENDED)]
+        narrow = {id(t): t[..., :read].contiguous() if t.shape[-1] == layer.embed_dim else t for t in given}  # one tensor stays one
+        return (*(narrow[id(t)] for t in given), *args[3:]), {name: value for name, value in kwargs.items() if name not in _ATTENDED}
     x, *_ = (*args, *kwargs.values())
     if isinstance(x, PackedSequence):
         return (x._replace(data=x.data[:, :read].contiguous()),), {}

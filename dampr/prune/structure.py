@@ -11,11 +11,11 @@ from torch import nn
 
 from dampr.gates import Fixed, Gate
 from dampr.nn import Gate as GateLayer
-from dampr.nn import GatedHeads, GatedLayer, GatedResidual, Scale
+from dampr.nn import GatedHeads, GatedLayer, GatedLayerNorm, GatedResidual, Scale
 from dampr.nn.rnn import _GatedRecurrent
 from dampr.nn.transformer import _Gated
 
-from . import graph, heads, inputs, recurrent
+from . import graph, heads, inputs, recurrent, streams
 from .compact import open_branches
 from .graph import Side
 
@@ -34,6 +34,7 @@ class Structure:
         owners: ``owners[writes][atom]`` has for each layer that writes, or reads, the atom the set of its gates.
         units: of each recurrent layer in ``plain`` whose units can be cut, the layers that read them.
         attentions: those whose heads have gates, in ``plain``.
+        streams: the widths that gates in LayerNorms cut, in ``plain``, and the first gate of each.
         notes: of layers whose gates cut nothing, why.
     """
 
@@ -51,8 +52,10 @@ class Structure:
         self.atoms: dict[Side, list[int]] = {}
         self.plain = self._plain_copy(model, example_inputs)
         self.names = {module: name for name, module in self.plain.named_modules()}
-        self._find_atoms(graph.Widths(self.plain, example_inputs))
+        widths = graph.Widths(self.plain, example_inputs)
+        self._find_atoms(widths)
         self._add_heads()
+        self._add_streams(widths)
 
     @property
     def gates(self) -> list[Gate]:
@@ -72,10 +75,7 @@ class Structure:
         ]
 
     def _plain_copy(self, model: nn.Module, example_inputs: Any) -> nn.Module:
-        plain = copy.deepcopy(model)
-        inputs.replace(plain, {gate: Fixed(torch.ones_like(gate.deterministic())) for gate in plain.modules() if isinstance(gate, Gate)})
-        open_branches(plain)
-        inputs.replace(plain, {layer: layer.to_dense() for layer in plain.modules() if isinstance(layer, _Gated)})
+        plain = _opened(model)
         readers: dict[str, list[str]] = {}
         for name, layer in plain.named_modules():
             if isinstance(layer, _GatedRecurrent):
@@ -84,7 +84,7 @@ class Structure:
                     readers[name] = [reader for reader, module in plain.named_modules() if module in found]
                 except graph.CannotCutError as error:
                     self.notes[name] = str(error)
-        inputs.replace(plain, {layer: _dense(layer) for layer in plain.modules() if isinstance(layer, GatedLayer)})
+        _make_dense(plain)
         self.units = {plain.get_submodule(name): [plain.get_submodule(r) for r in found] for name, found in readers.items()}
         return plain
 
@@ -121,7 +121,7 @@ class Structure:
         anchors: dict[Side, list[list[int]]] = defaultdict(list)
         for name, layer in self.gated.items():
             owners = layer.channel_gates()
-            if owners is None or name in self._branch_parts:
+            if owners is None or name in self._branch_parts or _counts_open(layer):
                 continue
             place = self.plain.get_submodule(name)
             place = place[0] if isinstance(place, nn.Sequential) else place  # a norm that took in its activation
@@ -141,11 +141,36 @@ class Structure:
         """An atom for each head with a gate: the rows that compute it and the columns that read it, on which the gate is."""
         self.attentions = [a for a in heads.find(self.plain) if isinstance(self.gated.get(a.written_name), GatedHeads)]
         for attention in self.attentions:
-            first, start = len(self.owners[True]), self.start(attention.written_name)
+            first = self._new_atoms(self.start(attention.written_name), attention.heads)
             for side, head in attention.sides():
                 self.atoms[side] = (head + first).tolist()
-            self.owners[True] += [set[frozenset[int]]() for _ in range(attention.heads)]
-            self.owners[False] += [{frozenset([start + i])} for i in range(attention.heads)]
+
+    def _add_streams(self, widths: graph.Widths) -> None:
+        """An atom for each channel of a stream whose norms have one gate vector."""
+        starts = {self.plain.get_submodule(name): self.start(name) for name, layer in self.gated.items() if _counts_open(layer)}
+        found, why = streams.find(self.plain, widths) if starts else ([], {})
+        self.streams: list[tuple[streams.Stream, int]] = []
+        for stream in found:
+            own = {starts.get(norm) for norm in stream.norms}
+            start = own.pop()
+            if own or start is None:
+                why |= dict.fromkeys(stream.norms, "the norms of its stream have gates of their own, expected one for all")
+                continue
+            self.streams.append((stream, start))
+            first = self._new_atoms(start, stream.width)
+            self.atoms |= {side: list(range(first, first + stream.width)) for side in stream.sides()}
+        self.notes |= {self.names[norm]: why[norm] for norm in starts if norm in why}
+
+    def _new_atoms(self, start: int, count: int) -> int:
+        """As many atoms as gates, each owned by the one of its number from ``start`` on; returns the first."""
+        first = len(self.owners[True])
+        self.owners[True] += [{frozenset([start + i])} for i in range(count)]
+        self.owners[False] += [set[frozenset[int]]() for _ in range(count)]
+        return first
+
+
+def _counts_open(layer: GatedLayer) -> bool:
+    return isinstance(layer, GatedLayerNorm) and layer.statistics == "open"
 
 
 def _branch_parts(model: nn.Module) -> dict[str, list[str]]:
@@ -161,6 +186,26 @@ def _branch_parts(model: nn.Module) -> dict[str, list[str]]:
                 parts += [f"norm{index + 1}"] if layer.norm_first else []
                 found[f"{prefix}sublayer_gates.{index}"] = [prefix + part for part in parts]
     return found
+
+
+def plain_copy(model: nn.Module) -> nn.Module:
+    """A copy of ``model`` with every gate open and gone, in which layers have their names."""
+    plain = _opened(model)
+    _make_dense(plain)
+    return plain
+
+
+def _opened(model: nn.Module) -> nn.Module:
+    """A copy with every gate 1, in which residual branches and transformer layers are plain."""
+    plain = copy.deepcopy(model)
+    inputs.replace(plain, {gate: Fixed(torch.ones_like(gate.deterministic())) for gate in plain.modules() if isinstance(gate, Gate)})
+    open_branches(plain)
+    inputs.replace(plain, {layer: layer.to_dense() for layer in plain.modules() if isinstance(layer, _Gated)})
+    return plain
+
+
+def _make_dense(model: nn.Module) -> None:
+    inputs.replace(model, {layer: _dense(layer) for layer in model.modules() if isinstance(layer, GatedLayer)})
 
 
 def _dense(layer: GatedLayer) -> nn.Module:

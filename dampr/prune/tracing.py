@@ -22,13 +22,15 @@ ATTENTION = (nn.MultiheadAttention, PrunedMultiheadAttention)
 
 
 def channel_count(layer: nn.Module, writes: bool) -> int:
-    """Channels that a linear, convolution, recurrent or embedding layer writes, or reads, or a norm or activation has."""
+    """Channels that a linear, convolution, recurrent or embedding layer or attention writes, or reads, or a norm or activation has."""
     if isinstance(layer, nn.RNNBase):
         return (1 + layer.bidirectional) * (layer.proj_size or layer.hidden_size) if writes else layer.input_size
     if isinstance(layer, nn.Embedding):
         return layer.embedding_dim if writes else layer.num_embeddings
     if isinstance(layer, (nn.modules.batchnorm._NormBase, Scale, Gate)):
         return layer.num_features
+    if isinstance(layer, (nn.LayerNorm, *ATTENTION)):
+        return layer.normalized_shape[-1] if isinstance(layer, nn.LayerNorm) else layer.embed_dim
     weight = layer.weight
     assert isinstance(weight, Tensor)
     return int(weight.shape[0 if writes else 1])

@@ -7,8 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dampr.nn import GatedLayer, GatedMultiheadAttention, GatedTransformerDecoderLayer, GatedTransformerEncoderLayer
+from dampr.nn import (
+    GatedLayer,
+    GatedMultiheadAttention,
+    GatedTransformerDecoderLayer,
+    GatedTransformerEncoderLayer,
+    PrunedMultiheadAttention,
+    PrunedTransformerDecoderLayer,
+    PrunedTransformerEncoderLayer,
+)
 from dampr.nn.base import Granularity
+from dampr.nn.pruned_transformer import _Pruned
 from dampr.nn.transformer import _Gated
 
 from . import inputs
@@ -17,7 +26,11 @@ _LAYERS: dict[type, Any] = {
     nn.TransformerEncoderLayer: GatedTransformerEncoderLayer,
     nn.TransformerDecoderLayer: GatedTransformerDecoderLayer,
 }
-_PARTS = ("self_attn", "multihead_attn", "linear1", "linear2")
+_PRUNED: dict[type, Any] = {
+    nn.TransformerEncoderLayer: PrunedTransformerEncoderLayer,
+    nn.TransformerDecoderLayer: PrunedTransformerDecoderLayer,
+}
+_PARTS = ("self_attn", "multihead_attn", "linear1", "linear2", "norm1", "norm2", "norm3")
 _RESIDUAL = "the residual stream has its width, and norms there count every channel"
 _LAST = "1 closed {} stays: every layer keeps one at least"
 
@@ -112,6 +125,31 @@ def _record(
         channels = part.closed_channels()[0 if writes else 1] if isinstance(part, GatedLayer) else set()
         if channels:
             notes[prefix + name] = f"{len(channels)} closed channels stay: {_RESIDUAL}"
+
+
+def narrow(attention: Any, left: Tensor) -> PrunedMultiheadAttention:
+    """What is left of an attention that reads and writes these channels alone; its heads stay as wide as they are."""
+    how: dict[str, Any] = {name: getattr(attention, name) for name in ("dropout", "add_zero_attn", "batch_first", "head_dim")}
+    how |= {"bias": attention.in_proj_bias is not None, "add_bias_kv": attention.bias_k is not None}
+    heads = getattr(attention, "heads", range(attention.num_heads))
+    dtype = attention.out_proj.weight.dtype
+    plain = PrunedMultiheadAttention(len(left), attention.num_heads, **how, heads=heads, device="meta", dtype=dtype)
+    dims = {"in_proj_weight": 1, "out_proj.weight": 0, "out_proj.bias": 0}
+    for name, p in attention.named_parameters():
+        owner, _, own = name.rpartition(".")
+        new = p.detach().index_select(dims[name], left.to(p.device)) if name in dims else p.detach().clone()
+        setattr(plain.get_submodule(owner), own, nn.Parameter(new, requires_grad=p.requires_grad))
+    return plain.train(attention.training)
+
+
+def resize(model: nn.Module, norms: list[nn.Module], size: int) -> None:
+    """Set what follows from the width of a residual stream, by its norms, in the transformers and their layers that it runs through."""
+    layers: list[Any] = [m for m in model.modules() if isinstance(m, (nn.Transformer, _Pruned, *_PRUNED))]
+    for layer in layers:
+        if any(part in norms for part in (layer.modules() if isinstance(layer, nn.Transformer) else layer.children())):
+            layer.d_model = size
+            if type(layer) in _PRUNED:
+                layer.__class__, layer.nhead = _PRUNED[type(layer)], layer.self_attn.num_heads
 
 
 def _same(model: nn.Module, samples: list[Any], expected: list[list[Tensor]], atol: float, rtol: float) -> bool:

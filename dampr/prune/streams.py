@@ -1,0 +1,252 @@
+"""Widths that are read through LayerNorms alone, such as the residual stream of a transformer, and how they are cut.
+
+A LayerNorm counts every channel, so a channel that is zero cannot be cut in front of it. Where all norms of a stream count the open
+channels only (:class:`dampr.nn.GatedLayerNorm` with ``statistics="open"``, one gate vector for all), nothing of what a closed channel
+holds gets to a layer that reads: it may go out of everything that writes it, out of the norms, and out of what reads them.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dampr.gates import Fixed
+from dampr.nn import GatedLayer, GatedLayerNorm
+
+from . import inputs, transformer
+from .graph import GEMMS, CannotCutError, Widths, channel_count
+from .tracing import ATTENTION
+
+Kept = dict[tuple[nn.Module, bool], Tensor]
+_WRITERS = (nn.Embedding, *GEMMS, *ATTENTION)
+_READERS = (*GEMMS, *ATTENTION)
+
+
+@dataclass
+class Stream:
+    """One such width: its norms, the layers that write it (with bare parameters, by name, and their dimension), those that read it."""
+
+    width: int
+    norms: list[Any] = field(default_factory=list)
+    writers: list[Any] = field(default_factory=list)
+    parameters: dict[str, int] = field(default_factory=dict)
+    readers: list[Any] = field(default_factory=list)
+
+    def weights_per_channel(self, model: nn.Module) -> float:
+        """The parameters that go with a channel, at the full width of everything else; those of its norms included."""
+        weights = {p for layer in (*self.norms, *self.writers) for p in _own(layer, True)}
+        weights |= {p for layer in self.readers for p in _own(layer, False)} | {model.get_parameter(name) for name in self.parameters}
+        return sum(p.numel() for p in weights) / self.width
+
+    def sides(self) -> list[tuple[nn.Module, bool]]:
+        """Each side of a layer that has the width: what norms and writers write, and what readers read."""
+        return [(layer, True) for layer in (*self.norms, *self.writers)] + [(layer, False) for layer in self.readers]
+
+    def cut(self, model: nn.Module, left: Tensor) -> Kept:
+        """Leave these channels, increasing, in place. Returns what is left of each side of a layer."""
+        take = _Take(left)
+        replaced: dict[nn.Module, nn.Module] = {}
+        for layer in self.norms:
+            take(layer, ["weight", "bias"], 0)
+            layer.normalized_shape = (len(left),)
+        for name, dim in self.parameters.items():
+            owner, _, own = name.rpartition(".")
+            take(model.get_submodule(owner), [own], dim)
+        for layer in self.writers:
+            if isinstance(layer, ATTENTION):
+                replaced[layer] = transformer.narrow(layer, left)
+            elif isinstance(layer, nn.Embedding):
+                take(layer, ["weight"], 1)
+                layer.embedding_dim = len(left)
+            else:
+                take(layer, ["weight", "bias"], 0)
+                setattr(layer, "out_features" if isinstance(layer, nn.Linear) else "out_channels", len(left))
+        for layer in self.readers:
+            if not isinstance(layer, ATTENTION):
+                take(layer, ["weight"], 1)
+                setattr(layer, "in_features" if isinstance(layer, nn.Linear) else "in_channels", len(left))
+        inputs.replace(model, replaced)
+        transformer.resize(model, self.norms, len(left))
+        return {(replaced.get(layer, layer), writes): left for layer, writes in self.sides()}
+
+    def within(self, twin: nn.Module, names: dict[nn.Module, str]) -> Stream:
+        """The same stream of a copy of the model, in which ``names`` has its layers."""
+        norms, writers, readers = ([twin.get_submodule(names[m]) for m in own] for own in (self.norms, self.writers, self.readers))
+        return Stream(self.width, norms, writers, self.parameters, readers)
+
+
+class _Take:
+    """Slices parameters; one that several layers share stays one."""
+
+    def __init__(self, left: Tensor) -> None:
+        self._left = left
+        self._known: dict[tuple[Tensor, int], nn.Parameter] = {}
+
+    def __call__(self, owner: nn.Module, names: list[str], dim: int) -> None:
+        for name in names:
+            p = getattr(owner, name)
+            if p is None:
+                continue
+            if (p, dim) not in self._known:
+                new = p.detach().index_select(dim, self._left.to(p.device))
+                new = self._known[p, dim] = nn.Parameter(new, requires_grad=p.requires_grad)
+                self._known[new, dim] = new  # a module may have several names
+            setattr(owner, name, self._known[p, dim])
+
+
+def _own(layer: Any, writes: bool) -> Iterator[Any]:
+    """The parameters of a layer that have a dimension for what it writes, or reads."""
+    if isinstance(layer, ATTENTION):
+        yield from layer.out_proj.parameters() if writes else [layer.in_proj_weight]
+    else:
+        yield from (p for name, p in layer.named_parameters(recurse=False) if writes or name == "weight")
+
+
+def find(model: nn.Module, widths: Widths) -> tuple[list[Stream], dict[nn.Module, str]]:
+    """Every stream of a model without gates, in the order of its norms; and of the other LayerNorms why theirs cannot be cut."""
+    streams: list[Stream] = []
+    why: dict[nn.Module, str] = {}
+    names: dict[Any, str] = {module: name for name, module in model.named_modules()} | {p: name for name, p in model.named_parameters()}
+    for norm in (m for m in model.modules() if isinstance(m, nn.LayerNorm)):
+        if not any(norm in stream.norms for stream in streams):
+            try:
+                streams.append(_around(norm, widths, names))
+            except CannotCutError as error:
+                why[norm] = str(error)
+    return streams, why
+
+
+def _around(norm: nn.LayerNorm, widths: Widths, names: dict[Any, str]) -> Stream:
+    """The stream that ``norm`` normalises. Raises CannotCutError where some of it is not written by layers or not read through norms."""
+    if norm not in widths:
+        raise CannotCutError("example_inputs do not reach the layer")
+    found: dict[str, dict[Any, None]] = {"norm": {}, "writer": {}, "reader": {}}
+    size = norm.normalized_shape[-1]
+    todo: list[tuple[str, Any]] = [("norm", norm)]
+    while todo:
+        kind, layer = todo.pop()
+        if layer in found[kind]:
+            continue
+        found[kind][layer] = None
+        _check(kind, layer, size, names)
+        sources = [] if kind == "writer" else widths.sources(layer)
+        targets = [] if kind == "reader" else widths.targets(layer)
+        if kind == "norm" and not sources:
+            raise CannotCutError("its width is the model's own input")
+        for source in sources:
+            if not isinstance(source, nn.LayerNorm) and kind == "reader":
+                raise CannotCutError(f"{_called(layer, names)} reads {_called(source, names)} without a LayerNorm between")
+            todo.append(("norm" if isinstance(source, nn.LayerNorm) else "writer", source))
+        for target in targets:
+            if target is None:
+                raise CannotCutError("its width is the model's own output")
+            if not isinstance(target, nn.LayerNorm) and kind == "writer":
+                raise CannotCutError(f"{_called(target, names)} reads {_called(layer, names)} without a LayerNorm between")
+            todo.append(("norm" if isinstance(target, nn.LayerNorm) else "reader", target))
+        if isinstance(layer, ATTENTION):
+            todo += [("writer", layer), ("reader", layer)]
+    order = [layer for layer in names if layer in found["norm"] or layer in found["writer"] or layer in found["reader"]]
+    norms, written, readers = ([layer for layer in order if layer in found[kind]] for kind in ("norm", "writer", "reader"))
+    bare = [p for p in written if isinstance(p, nn.Parameter) and size in p.shape]
+    parameters = {names[p]: max(d for d, n in enumerate(p.shape) if n == size) for p in bare}
+    return Stream(size, norms, [layer for layer in written if isinstance(layer, nn.Module)], parameters, readers)
+
+
+def _called(layer: Any, names: dict[Any, str]) -> str:
+    return f"{type(layer).__name__} {names[layer]!r}"
+
+
+def _check(kind: str, layer: Any, size: int, names: dict[Any, str]) -> None:
+    """Raise CannotCutError for a member of a stream that cannot be cut."""
+    called = _called(layer, names)
+    if isinstance(layer, nn.Parameter):
+        if ".gate." in f".{names[layer]}":
+            raise CannotCutError(f"gates of its own ({names[layer]!r}) take part in its width")
+        return
+    if isinstance(layer, GatedLayer):
+        raise CannotCutError(f"{called} has gates of its own")
+    if kind == "norm":
+        if type(layer) is not nn.LayerNorm or len(layer.normalized_shape) != 1:
+            raise CannotCutError(f"{called} shares its width: expected exactly nn.LayerNorm of one dimension")
+    elif not isinstance(layer, _WRITERS if kind == "writer" else _READERS) or getattr(layer, "groups", 1) != 1:
+        raise CannotCutError(f"{called}{' with groups' if hasattr(layer, 'groups') else ''} shares its width, and cannot be cut yet")
+    elif getattr(layer, "max_norm", None) is not None:
+        raise CannotCutError(f"{called} limits the norm of its rows, all channels together")
+    elif isinstance(layer, ATTENTION) and layer.in_proj_weight is None:
+        raise CannotCutError(f"{called} has keys or values of another width")
+    elif not isinstance(layer, ATTENTION) and not isinstance(layer.weight, nn.Parameter):
+        raise CannotCutError(f"the weight of {called} is computed from other tensors")
+    if channel_count(layer, kind != "reader") != size:
+        raise CannotCutError(f"its channels are rearranged on the way to {names[layer]!r}")
+
+
+def why_not(model: nn.Module, stream: Stream, example_inputs: Any) -> str | None:
+    """Why the channels of a stream cannot be cut after all; None where they can, which is tried with half of them, in a copy."""
+    if stream.width == 1:
+        return "it has one channel"
+    trial = copy.deepcopy(model)
+    own = stream.within(trial, {module: name for name, module in model.named_modules()})
+    closed = torch.randperm(stream.width, generator=torch.Generator().manual_seed(0)) < stream.width // 2
+    gate = Fixed(torch.ones(stream.width, device=next(model.parameters()).device))
+    gated: dict[nn.Module, Any] = {norm: GatedLayerNorm.from_dense(norm, gate=gate, statistics="open") for norm in own.norms}
+    gate.values[closed.to(gate.values.device)] = 0
+    with inputs.unfused():
+        inputs.replace(trial, gated)
+        with inputs.same_noise(trial):
+            masked = inputs.evaluate(trial, example_inputs)
+        inputs.replace(trial, {layer: norm for norm, layer in gated.items()})
+        own.cut(trial, (~closed).nonzero().flatten())
+        try:
+            with inputs.same_noise(trial):
+                compacted = inputs.evaluate(trial, example_inputs)
+        except Exception as error:  # whatever the model makes of a width that it does not expect
+            return f"without half of its channels the model does not run, so something beside its layers has that width ({error})"
+    largest = max((float(t.abs().max()) for t in masked if t.numel()), default=0.0)
+    tolerance = 1024 * max((torch.finfo(t.dtype).eps for t in masked if t.is_floating_point()), default=0.0)
+    if inputs.differ(masked, compacted, tolerance, tolerance * largest):
+        return "without half of its channels the model computes something else, so these are mixed or rearranged on the way"
+    return None
+
+
+def cut_closed(
+    small: nn.Module, opened: dict[nn.Module, Tensor], sample: Any, round_to: int, notes: dict[str, str]
+) -> tuple[Kept, dict[str, dict[str, Any]]]:
+    """Cut what the gates of open norms have closed; ``opened``: of each such norm, now plain, which channels are open, bool.
+
+    Returns what is left of each side of a layer, and of bare parameters, by name, what the manifest says. Adds to ``notes``. Raises
+    CannotCutError where closed channels would have to stay, for a plain norm would count them.
+    """
+    kept: Kept = {}
+    parameters: dict[str, dict[str, Any]] = {}
+    if all(bool(is_open.all()) for is_open in opened.values()):
+        return kept, parameters
+    names = {module: name for name, module in small.named_modules()}
+    streams, why = find(small, Widths(small, sample))
+    for norm, is_open in opened.items():
+        if bool(is_open.all()) or (norm, True) in kept:
+            continue
+        stream = next((own for own in streams if norm in own.norms), None)
+        reason = why.get(norm, "")
+        if stream is not None and not all(torch.equal(opened.get(other, ~is_open), is_open) for other in stream.norms):
+            reason = (
+                f"the norms of one stream, {[names[m] for m in stream.norms]}, have other gates: expected one for all, of open statistics"
+            )
+        if stream is None or reason:
+            raise CannotCutError(
+                f"{names[norm]}: {int((~is_open).sum())} closed channels cannot stay, for its statistics leave them out: {reason}"
+            )
+        left = is_open.nonzero().flatten().cpu()
+        if not len(left):
+            left = torch.zeros(1, dtype=torch.int64)
+            notes[names[norm]] = "1 closed channel stays: every layer keeps one at least"
+        elif len(left) % round_to:
+            notes[names[norm]] = f"{len(left)} channels are left, no multiple of {round_to}: a LayerNorm counts whatever would fill them up"
+        kept |= stream.cut(small, left)
+        for name, dim in stream.parameters.items():
+            parameters[name] = {"dim": dim, "before": stream.width, "kept": left.tolist()}
+    return kept, parameters
