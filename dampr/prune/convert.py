@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -28,10 +27,10 @@ from dampr.nn import (
 )
 from dampr.nn.base import Granularity
 
-from . import graph, heads, inputs, recurrent, streams, transformer
+from . import filters, graph, heads, inputs, recurrent, streams, transformer
+from .filters import Filter
 from .structure import plain_copy
 
-Filter = Sequence[str | type] | str | type | None
 _REPLACEMENT: dict[type, Any] = {
     nn.Linear: GatedLinear,
     nn.Conv1d: GatedConv1d,
@@ -219,7 +218,7 @@ def _place_streams(plan: _Plan, model: nn.Module, include: Filter, exclude: Filt
         places = {names[norm]: model.get_submodule(names[norm]) for norm in stream.norms}
         first, *others = places
         gated = [name for name, norm in places.items() if isinstance(norm, GatedLayer)]
-        left_out = [name for name, norm in places.items() if not _wanted([(name, norm), *owners.get(norm, [])], include, exclude)]
+        left_out = [name for name, norm in places.items() if not filters.wanted([(name, norm), *owners.get(norm, [])], include, exclude)]
         reason = f"{gated[0]!r} has gates already" if gated else f"{left_out[0]!r} is left out" if left_out else None
         reason = reason or streams.why_not(plain, stream, example_inputs)
         if reason is not None:
@@ -287,7 +286,7 @@ def _choose(
     for layer, aliases in names.items():
         attention = attentions.get(layer)
         above = owners.get(layer, []) + ([(attention.name, attention.module)] if attention else [])
-        if not _wanted(aliases + above, include, exclude):
+        if not filters.wanted(aliases + above, include, exclude):
             continue
         reason = _unfit(layer, gate, granularity, per_sample) or transformer.left_out(layer, owners.get(layer, []), granularity)
         reason = reason or heads.left_out(layer, attention, granularity, per_sample)
@@ -296,12 +295,6 @@ def _choose(
         else:
             skipped[aliases[0][0]] = reason
     return chosen, skipped
-
-
-def _wanted(aliases: list[tuple[str, nn.Module]], include: Filter, exclude: Filter) -> bool:
-    """Whether a layer is included and not excluded by any of its names and types, and those of what it is a part of."""
-    included = any(_hits(*alias, include, "include", default=True) for alias in aliases)
-    return included and not any(_hits(*alias, exclude, "exclude", default=False) for alias in aliases)
 
 
 def _unfit(layer: nn.Module, gate: Any, granularity: Granularity, per_sample: bool) -> str | None:
@@ -407,13 +400,3 @@ def _recording(name: str, forward: Callable[..., Any], called: set[str]) -> Call
         return forward(*args, **kwargs)
 
     return wrapper
-
-
-def _hits(name: str, layer: nn.Module, wanted: Filter, argument: str, default: bool) -> bool:
-    if wanted is None:
-        return default
-    rules = list(wanted) if isinstance(wanted, (list, tuple, set)) else [wanted]
-    for rule in rules:
-        if not isinstance(rule, (str, type)):
-            raise TypeError(f"{argument}={rule!r}: expected name globs and types")
-    return any(fnmatchcase(name, rule) if isinstance(rule, str) else type(layer) is rule for rule in rules)

@@ -15,6 +15,7 @@ import dampr
 from dampr.gates import Fixed, HardConcrete
 from dampr.nn import (
     GatedLayerNorm,
+    GatedResidual,
     GatedTransformerEncoderLayer,
     PrunedMultiheadAttention,
     PrunedTransformerDecoderLayer,
@@ -78,6 +79,20 @@ class Language(nn.Module):
         return self.head(self.norm(self.blocks(self.embedding(x))))
 
 
+class Attending(nn.Module):
+    """A block around torch's attention, with every option that leaves its width alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.attention = nn.LayerNorm(E), nn.MultiheadAttention(E, H, add_bias_kv=True, add_zero_attn=True, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        n = self.norm(x)
+        hidden = torch.zeros(x.shape[:2], dtype=torch.bool)
+        hidden[0, -2:] = True
+        return x + self.attention(query=n, key=n, value=n, key_padding_mask=hidden)[0]
+
+
 class Translator(nn.Module):
     """Encoder and decoder, whose streams are one width, because each attention of the decoder reads both."""
 
@@ -104,6 +119,13 @@ def gated_encoder() -> nn.Module:
     return nn.Sequential(*(GatedTransformerEncoderLayer(E, H, D, **how) for _ in range(2)))
 
 
+def branches() -> nn.Module:
+    """Feed-forward branches that may close as a whole."""
+    return nn.Sequential(
+        *(GatedResidual(nn.Sequential(nn.LayerNorm(E), nn.Linear(E, D), nn.GELU(), nn.Linear(D, E))) for _ in range(3)), nn.LayerNorm(E)
+    )
+
+
 CASES: dict[str, Any] = {
     "blocks": lambda: (Classifier(nn.Sequential(Block(), Block()), nn.LayerNorm(E)), words),
     "class token": lambda: (Classifier(nn.Sequential(Block(), Block()), nn.LayerNorm(E), class_token=True), words),
@@ -113,11 +135,19 @@ CASES: dict[str, Any] = {
         words,
     ),
     "post-norm behind a norm": lambda: (Classifier(encoder(False), first=nn.LayerNorm(E)), words),
+    "a block used twice": lambda: (Classifier(nn.Sequential(*[Block()] * 2), nn.LayerNorm(E)), words),
+    "attention": lambda: (Classifier(nn.Sequential(Attending(), Attending()), nn.LayerNorm(E)), words),
+    "branches": lambda: (Classifier(branches()), words),
+    "sequence": lambda: (nn.Sequential(nn.Embedding(20, E), *encoder().layers, nn.LayerNorm(E), nn.Linear(E, 3)), words),
     "sublayers": lambda: (Classifier(gated_encoder(), nn.LayerNorm(E)), words),
     "translator": lambda: (Translator(), (words, others)),
     "language": lambda: (Language(), words),
     "vit": models.ALL["vit"],
     "mlp": lambda: (nn.Sequential(nn.Linear(6, 10), nn.LayerNorm(10), nn.ReLU(), nn.Linear(10, 3)), torch.randn(4, 6)),
+}
+GATED = {  # the dense counterparts of those that have gates before
+    "sublayers": lambda: Classifier(nn.Sequential(*encoder().layers), nn.LayerNorm(E)),
+    "branches": lambda: Classifier(nn.Sequential(*(dampr.nn.Residual(m.branch) for m in list(branches())[:-1]), nn.LayerNorm(E))),
 }
 PROJECTED = ["*.q", "*.k", "*.v"]  # their own gates would have to keep the width of heads
 every_case = pytest.mark.parametrize("case", CASES)
@@ -371,12 +401,12 @@ def test_files_lead_back_into_the_dense_original(case: str, tmp_path: Any) -> No
     path = tmp_path / "small.safetensors"
     dampr.save(small, path)
     torch.manual_seed(9)
-    original = CASES[case]()[0] if case != "sublayers" else Classifier(nn.Sequential(*encoder().layers), nn.LayerNorm(E))
+    original = CASES[case]()[0] if case not in GATED else GATED[case]()
     loaded = dampr.load(path, original)
     assert torch.equal(call(loaded, x), call(small, x))
     assert str(loaded) == str(small)
     assert loaded.dampr_manifest == small.dampr_manifest
-    if case == "mlp":
+    if case in ("mlp", "sequence"):
         alone = dampr.load(path)
         assert str(alone) == str(small)
         assert torch.equal(call(alone, x), call(small, x))
@@ -408,6 +438,18 @@ def test_latency_knows_the_width_of_attention() -> None:
     assert site.written.weights
     assert float(latency(latency.decision())) == pytest.approx(latency.total)
     assert float(latency(torch.zeros(latency.structure.size))) <= latency.total
+
+
+class Reading(nn.Module):
+    """A decoder whose memory comes from outside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(20, E), nn.Linear(E, 3)
+        self.decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(E, H, D, batch_first=True, norm_first=True), 1, nn.LayerNorm(E))
+
+    def forward(self, x: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
+        return self.head(self.decoder(self.embedding(x), memory))
 
 
 class Odd(nn.Module):
@@ -455,6 +497,10 @@ REFUSED: dict[str, tuple[Any, str]] = {
     ),
     "no final norm": (lambda: (Classifier(encoder()), words), "Linear 'head' reads .* without a LayerNorm between"),
     "the input": (lambda: (nn.Sequential(nn.LayerNorm(E), nn.Linear(E, 3)), torch.randn(2, E)), "its width is the model's own input"),
+    "memory is an input": (
+        lambda: (Reading(), (words, torch.randn(3, 4, E))),
+        "without half of its channels the model does not run, so something beside its layers has that width",
+    ),
     "decoder alone": (
         lambda: (
             nn.TransformerDecoder(nn.TransformerDecoderLayer(E, H, D, norm_first=True), 1),
