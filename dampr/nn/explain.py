@@ -89,7 +89,8 @@ def _of_norm(layer: _GatedNorm, device: torch.device, dtype: torch.dtype) -> Exp
     backend, reason = ops.choose(device, dtype)
     if layer.per_sample and layer.gate.spec.rule == SAMPLE:
         return Explanation(backend, reason, "passes", "every sample has gates of its own: a pass over the activations after the norm")
-    return Explanation(backend, reason, "fold", "gates are multiplied into gain and bias, and the vendor norm runs")
+    counted = ", on an input in which closed elements hold the mean of the open ones" if getattr(layer, "statistics", "") == "open" else ""
+    return Explanation(backend, reason, "fold", f"gates are multiplied into gain and bias, and the vendor norm runs{counted}")
 
 
 def route_of(

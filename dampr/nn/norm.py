@@ -262,10 +262,10 @@ class GatedLayerNorm(_GatedNorm, nn.LayerNorm):
             so that the layer computes what a plain ``nn.LayerNorm`` of these alone computes, and closed elements can be cut. Not with
             ``per_sample``.
 
-    Closed gates make zeros of what comes after; with statistics of the open ones nothing depends on what comes in there. Gates get their
-    gradient through gain and bias; which elements count is a step of the gates, whose gradient is 0. "open" takes two more passes over the
-    input, waits for no device, and keeps for the backward what it hands to ``F.layer_norm`` where the plain layer keeps its input. Equal to
-    the plain layer to the bit while every gate is 1.
+    Closed gates make zeros of what comes after; with statistics of the open ones nothing depends on what comes in there, as long as it is
+    finite. Gates get their gradient through gain and bias; which elements count is a step of the gates, whose gradient is 0. "open" takes
+    three more passes over the input, waits for no device, and keeps for the backward what it hands to ``F.layer_norm`` where the plain
+    layer keeps its input. Equal to the plain layer to the bit while every gate is 1.
 
     Raises: ValueError or TypeError that names the argument.
     """
@@ -385,7 +385,8 @@ def _of_open(x: Tensor, is_open: Tensor) -> tuple[Tensor, Tensor]:
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     dims = tuple(range(-is_open.dim(), 0))
-    k = is_open.sum().clamp(min=1).to(wide)
-    mean = (torch.where(is_open, x, 0).sum(dims, keepdim=True, dtype=wide) / k).to(x.dtype)
-    factor = (is_open.numel() / k).sqrt()
-    return torch.where(is_open, x, mean) * factor, factor
+    opened, k = is_open.to(x.dtype), is_open.sum().clamp(min=1).to(wide)
+    factor = (is_open.numel() / k).sqrt().to(x.dtype)
+    spread = x * (opened * factor)
+    mean = (spread.sum(dims, keepdim=True, dtype=wide) / k).to(x.dtype)
+    return torch.addcmul(spread, mean, 1 - opened), factor  # torch.where would be slower on a CPU

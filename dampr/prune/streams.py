@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dampr.gates import Fixed
-from dampr.nn import GatedLayer, GatedLayerNorm
+from dampr.nn import GatedLayerNorm
 
 from . import inputs, transformer
 from .graph import GEMMS, CannotCutError, Widths, channel_count
@@ -134,7 +134,7 @@ def _around(norm: nn.LayerNorm, widths: Widths, names: dict[Any, str]) -> Stream
             continue
         found[kind][layer] = None
         _check(kind, layer, size, names)
-        sources = [] if kind == "writer" else widths.sources(layer)
+        sources = [] if kind == "writer" else [s for s in widths.sources(layer) if not isinstance(s, nn.Parameter) or size in s.shape]
         targets = [] if kind == "reader" else widths.targets(layer)
         if kind == "norm" and not sources:
             raise CannotCutError("its width is the model's own input")
@@ -152,9 +152,18 @@ def _around(norm: nn.LayerNorm, widths: Widths, names: dict[Any, str]) -> Stream
             todo += [("writer", layer), ("reader", layer)]
     order = [layer for layer in names if layer in found["norm"] or layer in found["writer"] or layer in found["reader"]]
     norms, written, readers = ([layer for layer in order if layer in found[kind]] for kind in ("norm", "writer", "reader"))
-    bare = [p for p in written if isinstance(p, nn.Parameter) and size in p.shape]
-    parameters = {names[p]: max(d for d, n in enumerate(p.shape) if n == size) for p in bare}
+    parameters = {names[p]: max(d for d, n in enumerate(p.shape) if n == size) for p in written if isinstance(p, nn.Parameter)}
+    _check_shared({*norms, *written, *readers}, names)
     return Stream(size, norms, [layer for layer in written if isinstance(layer, nn.Module)], parameters, readers)
+
+
+def _check_shared(members: set[Any], names: dict[Any, str]) -> None:
+    """Raise CannotCutError for a weight that a layer outside of the stream has too, and would keep whole."""
+    own = {p: layer for layer in members if isinstance(layer, nn.Module) for p in layer.parameters(recurse=False)}
+    for layer in (layer for layer in names if isinstance(layer, nn.Module) and layer not in members):
+        for p in layer.parameters(recurse=False):
+            if p in own:
+                raise CannotCutError(f"{_called(own[p], names)} shares a weight with {_called(layer, names)}, which has another width")
 
 
 def _called(layer: Any, names: dict[Any, str]) -> str:
@@ -165,11 +174,7 @@ def _check(kind: str, layer: Any, size: int, names: dict[Any, str]) -> None:
     """Raise CannotCutError for a member of a stream that cannot be cut."""
     called = _called(layer, names)
     if isinstance(layer, nn.Parameter):
-        if ".gate." in f".{names[layer]}":
-            raise CannotCutError(f"gates of its own ({names[layer]!r}) take part in its width")
         return
-    if isinstance(layer, GatedLayer):
-        raise CannotCutError(f"{called} has gates of its own")
     if kind == "norm":
         if type(layer) is not nn.LayerNorm or len(layer.normalized_shape) != 1:
             raise CannotCutError(f"{called} shares its width: expected exactly nn.LayerNorm of one dimension")

@@ -119,6 +119,13 @@ def gated_encoder() -> nn.Module:
     return nn.Sequential(*(GatedTransformerEncoderLayer(E, H, D, **how) for _ in range(2)))
 
 
+def frozen(model: Classifier) -> Classifier:
+    """Positions that nobody trains, as sinusoidal ones, and a table of words."""
+    model.position.requires_grad_(False)
+    model.embedding.requires_grad_(False)
+    return model
+
+
 def branches() -> nn.Module:
     """Feed-forward branches that may close as a whole."""
     return nn.Sequential(
@@ -130,6 +137,7 @@ CASES: dict[str, Any] = {
     "blocks": lambda: (Classifier(nn.Sequential(Block(), Block()), nn.LayerNorm(E)), words),
     "class token": lambda: (Classifier(nn.Sequential(Block(), Block()), nn.LayerNorm(E), class_token=True), words),
     "encoder": lambda: (Classifier(encoder(), nn.LayerNorm(E)), words),
+    "frozen": lambda: (frozen(Classifier(encoder(layers=1), nn.LayerNorm(E))), words),
     "encoder, gelu, no bias": lambda: (
         Classifier(encoder(activation="gelu", bias=False), nn.LayerNorm(E, elementwise_affine=False)),
         words,
@@ -281,6 +289,13 @@ def test_heads_neurons_sublayers_and_the_width_go_together() -> None:
     assert len(attention.heads) == H - len(model.layers[1].self_attn.closed_heads())
     assert small.layers[0].linear1.in_features == left
     assert small.layers[0].linear1.out_features == D - len(model.layers[0].closed_neurons())
+
+
+def test_what_is_frozen_stays_frozen() -> None:
+    model, x = built("frozen")
+    small = compacted(close(model), x)
+    assert small.position.shape == (1, 5, width_of(small).pop())
+    assert {name for name, p in small.named_parameters() if not p.requires_grad} == {"position", "embedding.weight"}
 
 
 def test_a_shared_table_stays_shared() -> None:
@@ -460,10 +475,15 @@ class Odd(nn.Module):
         self.what, self.embedding, self.norm, self.head = what, nn.Embedding(20, E), nn.LayerNorm(E), nn.Linear(E, 3)
         self.register_buffer("sinusoid", torch.randn(5, E))
         self.up, self.down, self.scores = nn.Linear(E, D), nn.Linear(D, E), nn.Linear(5 * E, 3)
+        self.same, self.other = nn.Linear(E, E), nn.Linear(E, 20, bias=False)
+        if what == "shared":
+            self.other.weight = self.embedding.weight
         self.grouped, self.rms, self.lstm = nn.Conv1d(E, E, 1, groups=2), nn.RMSNorm(E), nn.LSTM(E, E, batch_first=True)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.embedding(x)
+        if self.what == "shared":
+            return self.other(self.same(self.norm(x)))
         if self.what == "buffer":
             x = x + self.sinusoid
         if self.what == "read before":
@@ -515,6 +535,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "flattened": (odd("flattened"), "its channels are rearranged on the way to 'scores'"),
     "shuffled": (odd("shuffled"), "computes something else, so these are mixed or rearranged on the way"),
     "softmax": (odd("softmax"), "computes something else, so these are mixed or rearranged on the way"),
+    "shared": (odd("shared"), "Embedding 'embedding' shares a weight with Linear 'other', which has another width"),
     "groups": (odd("groups"), "Conv1d 'grouped' (with groups shares its width|reads Embedding 'embedding' without)"),
     "another norm": (odd("rms"), "does not run, so something beside its layers has that width .*normalized_shape"),
     "recurrent": (odd("recurrent"), "LSTM 'lstm' shares its width, and cannot be cut yet"),
