@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from dampr.gates import Fixed
 from dampr.nn import GatedLayerNorm
 
-from . import inputs, transformer
+from . import heads, inputs, transformer
 from .graph import GEMMS, CannotCutError, Widths, channel_count
 from .tracing import ATTENTION
 
@@ -112,17 +112,21 @@ def find(model: nn.Module, widths: Widths) -> tuple[list[Stream], dict[nn.Module
     streams: list[Stream] = []
     why: dict[nn.Module, str] = {}
     names: dict[Any, str] = {module: name for name, module in model.named_modules()} | {p: name for name, p in model.named_parameters()}
+    attentions = {attention.core: attention for attention in heads.find(model)}
     for norm in (m for m in model.modules() if isinstance(m, nn.LayerNorm)):
         if not any(norm in stream.norms for stream in streams):
             try:
-                streams.append(_around(norm, widths, names))
+                streams.append(_around(norm, widths, names, attentions))
             except CannotCutError as error:
                 why[norm] = str(error)
     return streams, why
 
 
-def _around(norm: nn.LayerNorm, widths: Widths, names: dict[Any, str]) -> Stream:
-    """The stream that ``norm`` normalises. Raises CannotCutError where some of it is not written by layers or not read through norms."""
+def _around(norm: nn.LayerNorm, widths: Widths, names: dict[Any, str], attentions: dict[Any, heads.Attention]) -> Stream:
+    """The stream that ``norm`` normalises. Raises CannotCutError where some of it is not written by layers or not read through norms.
+
+    ``attentions``: those made of linear layers, by the module that is one node of the graph.
+    """
     if norm not in widths:
         raise CannotCutError("example_inputs do not reach the layer")
     found: dict[str, dict[Any, None]] = {"norm": {}, "writer": {}, "reader": {}}
@@ -133,7 +137,8 @@ def _around(norm: nn.LayerNorm, widths: Widths, names: dict[Any, str]) -> Stream
         if layer in found[kind]:
             continue
         found[kind][layer] = None
-        _check(kind, layer, size, names)
+        for part in _parts(kind, layer, attentions):
+            _check(kind, part, size, names)
         sources = [] if kind == "writer" else [s for s in widths.sources(layer) if not isinstance(s, nn.Parameter) or size in s.shape]
         targets = [] if kind == "reader" else widths.targets(layer)
         if kind == "norm" and not sources:
@@ -148,13 +153,20 @@ def _around(norm: nn.LayerNorm, widths: Widths, names: dict[Any, str]) -> Stream
             if not isinstance(target, nn.LayerNorm) and kind == "writer":
                 raise CannotCutError(f"{_called(target, names)} reads {_called(layer, names)} without a LayerNorm between")
             todo.append(("norm" if isinstance(target, nn.LayerNorm) else "reader", target))
-        if isinstance(layer, ATTENTION):
+        if isinstance(layer, ATTENTION) or (layer in attentions and attentions[layer].written in set(layer.modules())):
             todo += [("writer", layer), ("reader", layer)]
-    order = [layer for layer in names if layer in found["norm"] or layer in found["writer"] or layer in found["reader"]]
-    norms, written, readers = ([layer for layer in order if layer in found[kind]] for kind in ("norm", "writer", "reader"))
+    members = {kind: {part for layer in own for part in _parts(kind, layer, attentions)} for kind, own in found.items()}
+    norms, written, readers = ([layer for layer in names if layer in members[kind]] for kind in ("norm", "writer", "reader"))
     parameters = {names[p]: max(d for d, n in enumerate(p.shape) if n == size) for p in written if isinstance(p, nn.Parameter)}
     _check_shared({*norms, *written, *readers}, names)
     return Stream(size, norms, [layer for layer in written if isinstance(layer, nn.Module)], parameters, readers)
+
+
+def _parts(kind: str, layer: Any, attentions: dict[Any, heads.Attention]) -> list[Any]:
+    """What a node of the graph has on this side: itself, or of an attention the linear layers that read, or the one that writes."""
+    if layer in attentions and kind == "reader":
+        return [part for part, _ in attentions[layer].read()]
+    return [attentions[layer].written] if layer in attentions and attentions[layer].written in set(layer.modules()) else [layer]
 
 
 def _check_shared(members: set[Any], names: dict[Any, str]) -> None:
