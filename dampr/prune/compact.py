@@ -92,13 +92,13 @@ def compact(
     in_heads, cut_heads = heads.cut(small, open_heads)
     kept, units, recurrent_notes = recurrent.make_plain(small, samples, atol, rtol)
     kept, notes = neurons | in_heads | kept, notes | head_notes | recurrent_notes
-    try:
+    if norms or closed[True] or closed[False]:
+        _cut(small, closed, norms, samples, kept, notes, round_to)
+    try:  # last, because torch-pruning has no node for a parameter with one channel left
         in_streams, parameters = streams.cut_closed(small, opened, samples[0], round_to, notes)
     except graph.CannotCutError as error:
         raise CompactionError(str(error)) from error
     kept |= in_streams
-    if norms or closed[True] or closed[False]:
-        _cut(small, closed, norms, samples, kept, notes, round_to)
     ones = [m for m in small.modules() if isinstance(m, Scale) and bool((m.scale == 1).all())]
     inputs.replace(small, {module: nn.Identity().train(module.training) for module in ones})
     difference = max(_prove(model, small, kept, sample, atol, rtol) for sample in samples)

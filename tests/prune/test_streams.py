@@ -243,7 +243,7 @@ def test_masked_is_compacted_at_the_size_foretold(case: str, seed: int) -> None:
 @pytest.mark.parametrize("left", [1, 0])
 def test_all_but_one_and_all_closed(case: str, left: int) -> None:
     model, x = built(case)
-    norm = next(iter(norms(model).values()))
+    norm = next(iter(norms(close(model)).values()))  # neurons and heads are closed as well
     norm.gate.log_alpha.data = torch.where(torch.arange(norm.gate.num_gates) < left, 1.0, -9.0)
     small = compacted(model, x)
     assert width_of(small) == {1}
