@@ -11,7 +11,7 @@ import torch
 import dampr
 from dampr.prune.cost import Cost
 from dampr.prune.measure import count_macs, count_params
-from tests.prune.test_streams import close, norms, width_of
+from tests.residual import close, norms, width_of
 
 transformers = pytest.importorskip("transformers")
 

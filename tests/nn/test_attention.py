@@ -381,7 +381,8 @@ def test_autocast_and_half_precision(per_sample: bool) -> None:
         (lambda: PrunedMultiheadAttention(E, H, heads=()), ValueError, r"heads=\(\): expected increasing integers in \[0, 4\)"),
         (lambda: PrunedMultiheadAttention(E, H, heads=(0, 4)), ValueError, "expected increasing integers"),
         (lambda: PrunedMultiheadAttention(E, H, heads=(1, 0)), ValueError, "expected increasing integers"),
-        (lambda: PrunedMultiheadAttention(E, 3, heads=(0,)), ValueError, "num_heads=3: expected a divisor of embed_dim=8"),
+        (lambda: PrunedMultiheadAttention(E, 3, heads=(0,)), ValueError, "num_heads=3: expected a divisor of embed_dim=8, or a head_dim"),
+        (lambda: PrunedMultiheadAttention(E, H, heads=(0,), head_dim=0), ValueError, "head_dim=0: expected an integer of at least 1"),
     ],
 )
 def test_a_bad_argument_is_named(call: Any, error: type[Exception], message: str) -> None:
@@ -401,6 +402,29 @@ def test_a_bad_mask_is_named(arguments: dict[str, Any], message: str) -> None:
     x = torch.randn(N, L, E)
     with pytest.raises(RuntimeError, match=message):
         PrunedMultiheadAttention(E, H, batch_first=True, heads=(1,))(x, x, x, **arguments)
+
+
+@pytest.mark.parametrize("need", [True, False])
+def test_heads_keep_their_width_where_channels_around_them_are_gone(need: bool) -> None:
+    """The whole layer, with zeros in the channels that a narrow one has not, and which nobody reads."""
+    torch.manual_seed(0)
+    whole, x = nn.MultiheadAttention(E, H, add_bias_kv=True).eval(), torch.randn(L, N, E)
+    left = torch.tensor([0, 2, 3, 7])
+    narrow = PrunedMultiheadAttention(4, H, add_bias_kv=True, heads=range(H), head_dim=E // H).eval()
+    assert "head_dim=2" in repr(narrow)
+    own = dict(whole.named_parameters())
+    cut = {
+        "in_proj_weight": own["in_proj_weight"][:, left],
+        "out_proj.weight": own["out_proj.weight"][left],
+        "out_proj.bias": torch.ones(4),
+    }
+    whole.out_proj.bias.data.fill_(1)
+    narrow.load_state_dict({**own, **cut})
+    given = torch.zeros_like(x).index_copy(2, left, x[..., left])
+    expected, weights = whole(given, given, given, need_weights=need)
+    found, own_weights = narrow(*[x[..., left]] * 3, need_weights=need)
+    torch.testing.assert_close(found, expected[..., left])
+    torch.testing.assert_close(own_weights, weights)
 
 
 def test_explain_says_where_the_gates_are() -> None:

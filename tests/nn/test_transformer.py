@@ -478,6 +478,19 @@ def test_a_bad_argument_is_named(call: Any, error: type[Exception], message: str
         call()
 
 
+@pytest.mark.parametrize("heads", [None, (0, 2), ()])
+def test_pruned_layers_have_a_width_that_is_no_multiple_of_their_heads(heads: Any) -> None:
+    layer = PrunedTransformerEncoderLayer(5, H, 7, heads=heads, head_dim=None if heads == () else 2)
+    again = PrunedTransformerEncoderLayer(**layer.arguments())
+    assert str(again) == str(layer)
+    again.load_state_dict(layer.state_dict())
+    x = torch.randn(L, N, 5)
+    torch.testing.assert_close(again.eval()(x), layer.eval()(x))
+    decoder = PrunedTransformerDecoderLayer(5, H, 7, heads=heads, memory_heads=(3,), head_dim=2)
+    assert str(PrunedTransformerDecoderLayer(**decoder.arguments())) == str(decoder)
+    assert decoder(x, x).shape == x.shape
+
+
 def test_pruned_layers_are_built_from_their_arguments() -> None:
     layer = PrunedTransformerDecoderLayer(E, H, 0, activation="gelu", heads=(1, 3), memory_heads=(), norm_first=True)
     assert isinstance(layer.self_attn, PrunedMultiheadAttention)
