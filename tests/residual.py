@@ -95,10 +95,9 @@ class Translator(nn.Module):
         return self.head(self.transformer(self.source(x), self.target(y)))
 
 
-def encoder(norm_first: bool = True, layers: int = 2, **how: Any) -> nn.Module:
-    return nn.TransformerEncoder(
-        nn.TransformerEncoderLayer(E, H, D, batch_first=True, norm_first=norm_first, **how), layers, enable_nested_tensor=False
-    )
+def encoder(norm_first: bool = True, layers: int = 2, norm: nn.Module | None = None, **how: Any) -> nn.Module:
+    layer = nn.TransformerEncoderLayer(E, H, D, batch_first=True, norm_first=norm_first, **how)
+    return nn.TransformerEncoder(layer, layers, norm, enable_nested_tensor=False)
 
 
 def gated_encoder() -> nn.Module:
@@ -134,6 +133,7 @@ CASES: dict[str, Any] = {
     "attention": lambda: (Classifier(nn.Sequential(Attending(), Attending()), nn.LayerNorm(E)), words),
     "branches": lambda: (Classifier(branches()), words),
     "sequence": lambda: (nn.Sequential(nn.Embedding(20, E), *encoder().layers, nn.LayerNorm(E), nn.Linear(E, 3)), words),
+    "stack": lambda: (nn.Sequential(nn.Embedding(20, E), encoder(norm=nn.LayerNorm(E)), nn.Linear(E, 3)), words),
     "sublayers": lambda: (Classifier(gated_encoder(), nn.LayerNorm(E)), words),
     "translator": lambda: (Translator(), (words, others)),
     "language": lambda: (Language(), words),

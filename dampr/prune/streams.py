@@ -224,7 +224,7 @@ def why_not(model: nn.Module, stream: Stream, example_inputs: Any) -> str | None
         except Exception as error:  # whatever the model makes of a width that it does not expect
             return f"without half of its channels the model does not run, so something beside its layers has that width ({error})"
     largest = max((float(t.abs().max()) for t in masked if t.numel()), default=0.0)
-    tolerance = 1024 * max((torch.finfo(t.dtype).eps for t in masked if t.is_floating_point()), default=0.0)
+    tolerance = min(0.05, 1024 * max((torch.finfo(t.dtype).eps for t in masked if t.is_floating_point()), default=0.0))
     if inputs.differ(masked, compacted, tolerance, tolerance * largest):
         return "without half of its channels the model computes something else, so these are mixed or rearranged on the way"
     return None

@@ -144,6 +144,31 @@ def test_training_moves_the_gates_and_every_gate_does_something() -> None:
     compacted(close(model), x)
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's own, of every autograd.Function
+def test_a_converted_model_compiles_without_a_graph_break() -> None:
+    model, x = built("blocks")
+    model.train()
+    torch.manual_seed(3)
+    expected = model(x)
+    torch.manual_seed(3)
+    found = torch.compile(model, fullgraph=True, backend="aot_eager")(x)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    found.square().sum().backward()
+    assert model.norm.gate.log_alpha.grad is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_dtypes(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model, x = CASES["encoder"]()
+    dampr.convert(model.to(dtype), example_inputs=x, residual=True)
+    assert norms(model)
+    low = dtype == torch.bfloat16
+    small = dampr.compact(close(model), example_inputs=x, **({"atol": 0.1, "rtol": 0.1} if low else {"atol": 1e-7, "rtol": 1e-7}))
+    assert {p.dtype for p in small.parameters()} == {dtype}
+    assert width_of(small).pop() < E
+
+
 @pytest.mark.parametrize("family", ["dep_l0", "dam", "diffprune", "diffmask"])
 def test_every_family(family: str) -> None:
     torch.manual_seed(0)
@@ -236,7 +261,7 @@ def test_files_lead_back_into_the_dense_original(case: str, tmp_path: Any) -> No
     assert torch.equal(call(loaded, x), call(small, x))
     assert str(loaded) == str(small)
     assert loaded.dampr_manifest == small.dampr_manifest
-    if case in ("mlp", "sequence"):
+    if case in ("mlp", "sequence", "stack"):
         alone = dampr.load(path)
         assert str(alone) == str(small)
         assert torch.equal(call(alone, x), call(small, x))

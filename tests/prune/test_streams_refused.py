@@ -121,6 +121,13 @@ def test_what_cannot_be_cut_has_no_gates_and_says_why(case: str) -> None:
     assert any(re.search(reason, text) for text in why.values()), why
 
 
+def test_half_precision_sees_channels_that_are_rearranged_too() -> None:
+    torch.manual_seed(0)
+    model = Odd("shuffled").bfloat16()
+    dampr.convert(model, example_inputs=words, residual=True, include=[nn.LayerNorm, "up"])
+    assert "mixed or rearranged" in model.dampr_skipped["norm"]
+
+
 def test_norms_that_are_left_out_leave_out_their_stream() -> None:
     for how in ({"exclude": "layers.1.norm2"}, {"include": ["*.norm1", nn.Linear]}, {"exclude": nn.LayerNorm}):
         model, _ = built("blocks", **how)
