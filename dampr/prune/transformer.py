@@ -17,6 +17,7 @@ from dampr.nn import (
     PrunedTransformerEncoderLayer,
 )
 from dampr.nn.base import Granularity
+from dampr.nn.pruned_attention import _arguments
 from dampr.nn.pruned_transformer import _Pruned
 from dampr.nn.transformer import _Gated
 
@@ -129,11 +130,9 @@ def _record(
 
 def narrow(attention: Any, left: Tensor) -> PrunedMultiheadAttention:
     """What is left of an attention that reads and writes these channels alone; its heads stay as wide as they are."""
-    how: dict[str, Any] = {name: getattr(attention, name) for name in ("dropout", "add_zero_attn", "batch_first", "head_dim")}
-    how |= {"bias": attention.in_proj_bias is not None, "add_bias_kv": attention.bias_k is not None}
-    heads = getattr(attention, "heads", range(attention.num_heads))
-    dtype = attention.out_proj.weight.dtype
-    plain = PrunedMultiheadAttention(len(left), attention.num_heads, **how, heads=heads, device="meta", dtype=dtype)
+    how = _arguments(attention) | dict.fromkeys(("embed_dim", "kdim", "vdim"), len(left))
+    heads, dtype = getattr(attention, "heads", range(attention.num_heads)), attention.out_proj.weight.dtype
+    plain = PrunedMultiheadAttention(**how, heads=heads, head_dim=attention.head_dim, device="meta", dtype=dtype)
     dims = {"in_proj_weight": 1, "out_proj.weight": 0, "out_proj.bias": 0}
     for name, p in attention.named_parameters():
         owner, _, own = name.rpartition(".")

@@ -15,7 +15,7 @@ from dampr.prune import streams
 from dampr.prune.cost import Cost
 from dampr.prune.latency import Latency
 from dampr.prune.measure import count_macs, count_params
-from tests.residual import CASES, GATED, PROJECTED, D, E, H, built, call, close, compacted, every_case, norms, width_of
+from tests.residual import CASES, GATED, PROJECTED, D, E, H, built, call, close, compacted, every_case, norms, width_of, words
 
 
 @every_case
@@ -104,6 +104,27 @@ def test_heads_neurons_sublayers_and_the_width_go_together() -> None:
     assert len(attention.heads) == H - len(model.layers[1].self_attn.closed_heads())
     assert small.layers[0].linear1.in_features == left
     assert small.layers[0].linear1.out_features == D - len(model.layers[0].closed_neurons())
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage:UserWarning")
+@pytest.mark.parametrize("exclude", [[], [nn.MultiheadAttention], [nn.MultiheadAttention, nn.Linear]])
+def test_padded_batches_pass_where_torch_would_take_its_fused_path(exclude: list[Any]) -> None:
+    class Padded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.first, self.head = nn.Embedding(20, E), nn.LayerNorm(E), nn.Linear(E, 3)
+            self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(E, H, D, batch_first=True), 2)
+
+        def forward(self, x: torch.Tensor, padding: torch.Tensor) -> torch.Tensor:
+            return self.head(self.encoder(self.first(self.embedding(x)), src_key_padding_mask=padding))
+
+    torch.manual_seed(0)
+    model, x = Padded().eval(), (words, torch.arange(5) >= torch.tensor([[3], [4], [5]]))
+    before = model(*x)
+    dampr.convert(model, example_inputs=x, residual=True, exclude=exclude)
+    assert len(norms(model)) == 5
+    assert torch.equal(model(*x), before)
+    assert width_of(compacted(close(model), x)).pop() < E
 
 
 def test_what_is_frozen_stays_frozen() -> None:
