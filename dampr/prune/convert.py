@@ -27,7 +27,7 @@ from dampr.nn import (
 )
 from dampr.nn.base import Granularity
 
-from . import filters, graph, heads, inputs, recurrent, streams, transformer
+from . import filters, graph, heads, inputs, recurrent, streams, transformer, trial
 from .filters import Filter
 from .structure import plain_copy
 
@@ -81,9 +81,9 @@ def convert(
             hits its parts.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments. With them, output gates go into the BatchNorm that
             follows a layer (in all that read a residual stream), leave out layers whose channels nothing can cut (the classifier, what a
-            LayerNorm reads, a layer that is called twice), and before the function returns it is proven that evaluation outputs are
-            unchanged (to rounding) and that no gated layer's weight is read without calling the layer. Needed by models that have both
-            convolutions and BatchNorms, for output gates.
+            LayerNorm reads, a layer that is called twice, one whose outputs are viewed as heads: tried in a copy), and before the function
+            returns it is proven that evaluation outputs are unchanged (to rounding) and that no gated layer's weight is read without
+            calling the layer. Needed by models that have both convolutions and BatchNorms, for output gates.
         tie: with example inputs, layers whose outputs are added up share one gate vector, because a channel of the sum can be cut only
             where all of them close it. False: each has gates of its own.
         residual: with example inputs, output gates also for widths that are read through LayerNorms alone, above all the residual stream of
@@ -183,13 +183,15 @@ def _place(model: nn.Module, chosen: dict[str, nn.Module], granularity: Granular
     plan.layers, plan.order, plan.widths = {}, [names[module] for module in widths.called()], widths
     gates: dict[nn.Module, str] = {}  # whose outputs are gated, and the name of the layer that holds the gate
     factors = _factors(chosen, widths)
+    wanted = {n: layer for n, layer in chosen.items() if not isinstance(layer, nn.MultiheadAttention) and n not in plan.heads}
+    reasons = {n: factors.get(n) or _why_not(layer, widths, tie, model, example_inputs) for n, layer in wanted.items()}
+    free = [n for n, reason in reasons.items() if reason is None and _has_channels(chosen[n], widths)]
+    plan.skipped = {n: reason for n, reason in reasons.items() if reason is not None} | trial.stuck(model, free, example_inputs)
     for name, layer in chosen.items():
-        if isinstance(layer, nn.MultiheadAttention) or name in plan.heads:
-            plan.layers[name] = layer
+        if name in plan.skipped:
             continue
-        reason = factors.get(name) or _why_not(layer, widths, tie, model, example_inputs)
-        if reason is not None:
-            plan.skipped[name] = reason
+        if name not in wanted:
+            plan.layers[name] = layer
             continue
         places = [names[norm] for norm in _norms_after(layer, widths)] or [name]
         gates[layer] = places[0]

@@ -264,3 +264,38 @@ def test_the_random_state_is_left_alone():
     state = torch.get_rng_state()
     dampr.convert(model, example_inputs=X)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+class WrittenAttention(nn.Module):
+    """Query, key and value of linear layers, viewed as four heads, and a feed-forward part with a learned scale that no layer holds."""
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.key, self.value, self.out = (nn.Linear(8, 8) for _ in range(4))
+        self.up, self.down = nn.Linear(8, 12), nn.Linear(12, 3)
+        self.scaled, self.head = nn.Linear(3, 6), nn.Linear(6, 2)
+        self.register_buffer("scale", torch.linspace(1, 2, 6))
+
+    def forward(self, x):
+        q, k, v = (layer(x).unflatten(-1, (4, -1)).transpose(1, 2) for layer in (self.query, self.key, self.value))
+        x = self.out(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.head(self.scale * self.scaled(self.down(self.up(x).relu()).relu()))
+
+
+def test_layers_whose_width_something_else_expects_are_left_out():
+    model, x = WrittenAttention(), torch.randn(2, 5, 8)
+    dampr.convert(model, example_inputs=x)
+    assert sorted(dampr.prune.gated_layers(model)) == ["down", "out", "up"]
+    for name in ("query", "key", "value", "scaled"):
+        assert model.dampr_skipped[name].startswith("without one of its channels the model does not run, so something beside"), name
+    for layer in dampr.prune.gated_layers(model).values():
+        layer.gate.log_alpha.data[1] = -9
+    small = dampr.compact(model, example_inputs=x)
+    assert (small.out.out_features, small.up.out_features, small.down.out_features) == (7, 11, 2)
+
+
+def test_a_model_of_which_nothing_can_be_cut_says_why():
+    model = nn.Sequential(nn.Linear(4, 6), nn.Unflatten(-1, (3, 2)), nn.Flatten(1), nn.Linear(6, 2))
+    with pytest.raises(dampr.ConversionError, match="'0': .without one of its channels the model does not run"):
+        dampr.convert(model, example_inputs=torch.randn(3, 4))
+    assert type(model[0]) is nn.Linear
