@@ -293,6 +293,8 @@ class GatedLSTM(_GatedRecurrent, nn.LSTM):
     h_n is gated, and h_0 is taken to be (it counts as h_0 / z, and as 0 where z is 0), so with the same gates two halves of a sequence
     give what the whole one does.
 
+    Under ``torch.compile`` it is one graph where torch compiles recurrent layers at all (``torch._dynamo.config.allow_rnn``).
+
     Parameters come first in ``parameters()`` with the names of ``nn.LSTM``; a dense ``state_dict`` loads and leaves the gates as they are.
     A fresh layer equals the dense one in evaluation mode, to the bit.
 

@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_packed_s
 
 from dampr import reference
 from dampr.gates import HardConcrete
-from dampr.nn import GatedGRU, GatedLSTM, GatedRNN, ScaledRNN
+from dampr.nn import GatedGRU, GatedLSTM, GatedRNN, ScaledRNN, rnn
 from dampr.testing import compare
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning")
@@ -33,6 +33,14 @@ SHAPES: dict[str, dict[str, Any]] = {
     "no_bias": {"bias": False},
 }
 T, B, I, H = 6, 3, 4, 5
+
+
+@pytest.fixture(params=["torch", "fused"])
+def product(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gates by torch's own products, as in small layers on a CPU, and by the operators of dampr."""
+    if request.param == "fused":
+        monkeypatch.setattr(rnn, "_BY_TORCH", -1)
+
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
 every_shape = pytest.mark.parametrize("shape", SHAPES)
@@ -74,6 +82,7 @@ def truth(layer: Any, x: torch.Tensor, z: torch.Tensor, state: Any, parameters: 
 @every_shape
 @pytest.mark.parametrize("given", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.usefixtures("product")
 def test_values_and_gradients_are_those_of_the_loop(kind: str, shape: str, given: bool, dtype: torch.dtype) -> None:
     layer = build(kind, shape, dtype=dtype)
     x = torch.randn(T, B, I, dtype=dtype, requires_grad=True)
@@ -103,6 +112,7 @@ def test_values_and_gradients_are_those_of_the_loop(kind: str, shape: str, given
 
 
 @every_kind
+@pytest.mark.usefixtures("product")
 def test_gradcheck(kind: str) -> None:
     _, gated, arguments = KINDS[kind]
     layer = gated(2, 4 if "proj" in kind else 3, num_layers=2, **arguments).double()
@@ -169,6 +179,7 @@ def test_a_packed_sequence_is_its_sequences_one_by_one(kind: str) -> None:
 
 
 @every_kind
+@pytest.mark.usefixtures("product")
 def test_a_packed_sequence_has_gradients_of_the_gates(kind: str) -> None:
     layer = build(kind, "both_ways")
     x = torch.randn(T, B, I, requires_grad=True)
@@ -390,3 +401,21 @@ def test_autocast() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         y = layer(x)[0]
     torch.testing.assert_close(y.float(), layer(x)[0], rtol=0.05, atol=0.02)
+
+
+@every_kind
+@pytest.mark.parametrize("shape", ["one", "both_ways"])
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's own, of every autograd.Function
+def test_it_compiles_in_one_graph_where_torch_compiles_recurrent_layers(kind: str, shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch._dynamo.config, "allow_rnn", True)
+    torch._dynamo.reset()
+    layer, x = build(kind, shape), torch.randn(T, B, I)
+    results = []
+    for run in (layer, torch.compile(layer, fullgraph=True, backend="eager")):
+        layer.zero_grad()
+        torch.manual_seed(5)
+        y = run(x)[0]
+        y.square().sum().backward()
+        results.append([y.detach(), *(p.grad.clone() for p in layer.parameters())])
+    for expected, found in zip(*results, strict=True):
+        assert torch.equal(expected, found)
