@@ -406,8 +406,8 @@ def test_autocast() -> None:
 @every_kind
 @pytest.mark.parametrize("shape", ["one", "both_ways"])
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's own, of every autograd.Function
-def test_it_compiles_in_one_graph_where_torch_compiles_recurrent_layers(kind: str, shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch._dynamo.config, "allow_rnn", True)
+@torch._dynamo.config.patch(allow_rnn=True)
+def test_it_compiles_in_one_graph_where_torch_compiles_recurrent_layers(kind: str, shape: str) -> None:
     torch._dynamo.reset()
     layer, x = build(kind, shape), torch.randn(T, B, I)
     results = []
