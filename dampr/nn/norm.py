@@ -356,7 +356,7 @@ class GatedLayerNorm(_GatedNorm, nn.LayerNorm):
             return F.layer_norm(spread, shape, gain.to(x.dtype if self.weight is None else self.weight.dtype), shift, self.eps)
         if not self._draws_per_sample():
             gain, shift = self._affine()
-            return F.layer_norm(x, shape, gain.to(x.dtype), None if shift is None else shift.to(x.dtype), self.eps)
+            return F.layer_norm(x, shape, gain if self.weight is not None else gain.to(x.dtype), shift, self.eps)
         y = F.layer_norm(x, shape, self.weight, self.bias, self.eps)
         parameter, seed, spec = self.gate.call()
         flat = y.flatten(y.dim() - len(shape))

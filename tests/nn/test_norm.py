@@ -270,3 +270,12 @@ def test_layer_norm_compiles_without_a_graph_break(per_sample):
     torch.testing.assert_close(found, expected)
     found.sum().backward()
     assert layer.gate.parameter.grad is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_norm_under_autocast_keeps_the_digits_of_its_gain(dtype):
+    dense = nn.LayerNorm(16)
+    nn.init.uniform_(dense.weight, 0.5, 1.5)
+    gated, x = GatedLayerNorm.from_dense(dense).eval(), torch.randn(4, 16).to(dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(gated(x), dense(x))
