@@ -188,26 +188,61 @@ def test_a_route_is_chosen_by_the_table_of_the_device():
     assert routes.route(*problem, device) == routes.route_by(thresholds(torch.cuda.get_device_name()), *problem)
 
 
-@pytest.mark.parametrize("per_sample", [False, True])
-def test_gates_of_heads_do_not_wait_for_the_host_and_give_what_the_cpu_gives(per_sample):
-    layer = dampr.nn.GatedMultiheadAttention(256, 8, batch_first=True, per_sample=per_sample)
-    layer.gate.log_alpha.data.uniform_(-3, 3)
-    x = torch.randn(4, 33, 256)
-    results = {}
+def on_both(layer, x, call):
+    """Outputs and gradients of every parameter on the CPU and on the GPU; the layer stays on the GPU."""
+    results = []
     for device in ("cpu", "cuda"):
-        layer, own = layer.to(device).eval(), x.to(device)
-        layer.zero_grad()
-        y = layer(own, own, own, need_weights=False)[0]
+        layer.to(device).zero_grad()
+        y = call(layer, x.to(device))
         y.square().mean().backward()
-        results[device] = [t.detach().cpu() for t in (y, *(p.grad for p in layer.parameters()))]
-    for a, b in zip(results["cpu"], results["cuda"], strict=True):
+        results.append([t.detach().cpu() for t in (y, *(p.grad for p in layer.parameters()))])
+    for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
-    layer.train()
+
+
+def assert_it_waits_for_no_host(layer, x, call):
     for mode in ("default", "error"):  # the first step compiles
         torch.cuda.set_sync_debug_mode(mode)
         try:
             with torch.autocast("cuda", torch.bfloat16):
-                y = layer(own, own, own, need_weights=False)[0]
+                y = call(layer, x)
             y.backward(torch.ones_like(y))
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_gates_of_heads_do_not_wait_for_the_host_and_give_what_the_cpu_gives(per_sample):
+    def call(layer, x):
+        return layer(x, x, x, need_weights=False)[0]
+
+    layer, x = dampr.nn.GatedMultiheadAttention(256, 8, batch_first=True, per_sample=per_sample), torch.randn(4, 33, 256)
+    layer.gate.log_alpha.data.uniform_(-3, 3)
+    on_both(layer.eval(), x, call)
+    assert_it_waits_for_no_host(layer.train(), x.cuda(), call)
+
+
+def test_a_norm_of_open_statistics_does_not_wait_for_the_host_and_gives_what_the_cpu_gives():
+    layer, x = dampr.nn.GatedLayerNorm(257, statistics="open"), torch.randn(8, 33, 257)
+    layer.gate.log_alpha.data.uniform_(-6, 3)
+    on_both(layer.eval(), x, lambda layer, x: layer(x))
+    assert_it_waits_for_no_host(layer.train(), x.cuda(), lambda layer, x: layer(x))
+
+
+@pytest.mark.parametrize("kind", ["GatedLSTM", "GatedGRU", "GatedRNN"])
+@pytest.mark.parametrize("how", [{}, {"num_layers": 2, "bidirectional": True}])
+def test_recurrent_layers_give_what_the_cpu_gives(kind, how):
+    layer = getattr(dampr.nn, kind)(48, 64, gate="diffmask", **how)  # no noise, for cuDNN has gradients in training mode alone
+    layer.gate.alpha.data.uniform_(-1, 1)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        on_both(layer, torch.randn(7, 5, 48), lambda layer, x: layer(x)[0])
+
+
+def test_more_output_features_than_a_second_grid_axis_has_tiles():
+    layer, x = dampr.nn.GatedLinear(2, 3_000_000, bias=False).cuda(), torch.randn(3, 2, device="cuda")
+    layer.gate.log_alpha.data.normal_()
+    with dampr.ops.forced_route("fold"):
+        y = layer.eval()(x)
+        y.backward(torch.ones_like(y))
+    torch.testing.assert_close(y, x @ layer.weight.t() * layer.gate(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(layer.weight.grad, layer.gate()[:, None] * x.sum(0), rtol=1e-4, atol=1e-5)
