@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -174,7 +173,7 @@ class Budget:
             self.multiplier = (self.multiplier + self.rate * self._gap).clamp(min=0)
         for target, value in self.targets[:-1]:
             if value not in self.snapshots and self.left() * self.total <= target:
-                snapshot = copy.deepcopy(self.model)
+                snapshot = inputs.copied(self.model, self._inputs)
                 self._fit(snapshot, target, 1, 1, [])
                 self.snapshots[value] = snapshot
 
@@ -256,7 +255,7 @@ class Budget:
         for _ in range(8):
             chosen = _choose(self._cost, gates, aim, round_to, min_width, same)
             fixed = _fixed(gates, chosen)
-            trial = copy.deepcopy(model)
+            trial = inputs.copied(model, self._inputs)
             inputs.replace(trial, dict(zip(_gates(trial), fixed, strict=True)))
             small = compact(trial, example_inputs=self._inputs)
             reached = _COUNT[self.metric](small, self._inputs) if self.metric in _COUNT else float(self._cost(chosen))

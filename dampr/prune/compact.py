@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -62,7 +61,7 @@ def compact(
         raise ValueError(f"model={type(model).__name__}: expected gated layers in it (dampr.convert puts them there)")
     if "" in gated:
         raise ValueError("model is a gated layer itself: nothing around it could be cut; use its to_dense()")
-    small = copy.deepcopy(model)
+    small = inputs.copied(model, example_inputs)
     open_branches(small)
     samples = [example_inputs, inputs.perturbed(example_inputs)]
     small, neurons, left, notes = transformer.make_plain(small, samples, atol, rtol)

@@ -186,6 +186,7 @@ def _place(model: nn.Module, chosen: dict[str, nn.Module], granularity: Granular
     wanted = {n: layer for n, layer in chosen.items() if not isinstance(layer, nn.MultiheadAttention) and n not in plan.heads}
     reasons = {n: factors.get(n) or _why_not(layer, widths, tie, model, example_inputs) for n, layer in wanted.items()}
     free = [n for n, reason in reasons.items() if reason is None and _has_channels(chosen[n], widths)]
+    free = [n for n in free if isinstance(chosen[n].weight, nn.Parameter)]  # others are an error, see _gated
     plan.skipped = {n: reason for n, reason in reasons.items() if reason is not None} | trial.stuck(model, free, example_inputs)
     for name, layer in chosen.items():
         if name in plan.skipped:
@@ -212,7 +213,7 @@ def _place(model: nn.Module, chosen: dict[str, nn.Module], granularity: Granular
 
 def _place_streams(plan: _Plan, model: nn.Module, include: Filter, exclude: Filter, example_inputs: Any) -> None:
     """Add the norms of residual streams, the first of each with the gate, and say what the layers that write these have to do with it."""
-    plain = plain_copy(model) if any(isinstance(m, GatedLayer) for m in model.modules()) else model
+    plain = plain_copy(model, example_inputs) if any(isinstance(m, GatedLayer) for m in model.modules()) else model
     names = {module: name for name, module in reversed(list(plain.named_modules(remove_duplicate=False)))}
     owners = transformer.owners(model)
     found, why = streams.find(plain, plan.widths if plain is model and plan.widths else graph.Widths(plain, example_inputs))

@@ -315,6 +315,8 @@ class Widths:
             raise CannotCutError(
                 f"{kind} {name!r}{' with groups' if hasattr(module, 'groups') else ''} shares its width, and cannot be cut yet"
             )
+        elif not writes and not isinstance(module.weight, nn.Parameter):
+            raise CannotCutError(f"the weight of {kind} {name!r} is computed from other tensors")
         if self._calls.get(module, 1) != 1:
             raise CannotCutError(f"{kind} {name!r} is called {self._calls[module]} times")
 

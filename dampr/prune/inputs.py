@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -25,6 +26,14 @@ def evaluate(model: nn.Module, example_inputs: Any) -> list[Tensor]:
     """The output tensors in evaluation mode without gradients, as users run a model; modes are given back."""
     with evaluating(model), torch.no_grad():
         return tensors(call(model, example_inputs))
+
+
+def copied(model: nn.Module, example_inputs: Any) -> nn.Module:
+    """A deep copy of a model that was run without gradients first: what a module keeps of its last call has a graph after training, and
+    torch copies no such tensor."""
+    with same_noise(model):
+        evaluate(model, example_inputs)
+    return copy.deepcopy(model)
 
 
 def check(example_inputs: Any) -> None:

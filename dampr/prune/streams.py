@@ -7,7 +7,6 @@ holds gets to a layer that reads: it may go out of everything that writes it, ou
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -206,7 +205,7 @@ def why_not(model: nn.Module, stream: Stream, example_inputs: Any) -> str | None
     """Why the channels of a stream cannot be cut after all; None where they can, which is tried with half of them, in a copy."""
     if stream.width == 1:
         return "it has one channel"
-    trial = copy.deepcopy(model)
+    trial = inputs.copied(model, example_inputs)
     own = stream.within(trial, {module: name for name, module in model.named_modules()})
     closed = torch.randperm(stream.width, generator=torch.Generator().manual_seed(0)) < stream.width // 2
     gate = Fixed(torch.ones(stream.width, device=next(model.parameters()).device))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import defaultdict
 from typing import Any
 
@@ -75,7 +74,7 @@ class Structure:
         ]
 
     def _plain_copy(self, model: nn.Module, example_inputs: Any) -> nn.Module:
-        plain = _opened(model)
+        plain = _opened(model, example_inputs)
         readers: dict[str, list[str]] = {}
         for name, layer in plain.named_modules():
             if isinstance(layer, _GatedRecurrent):
@@ -188,16 +187,16 @@ def _branch_parts(model: nn.Module) -> dict[str, list[str]]:
     return found
 
 
-def plain_copy(model: nn.Module) -> nn.Module:
+def plain_copy(model: nn.Module, example_inputs: Any) -> nn.Module:
     """A copy of ``model`` with every gate open and gone, in which layers have their names."""
-    plain = _opened(model)
+    plain = _opened(model, example_inputs)
     _make_dense(plain)
     return plain
 
 
-def _opened(model: nn.Module) -> nn.Module:
+def _opened(model: nn.Module, example_inputs: Any) -> nn.Module:
     """A copy with every gate 1, in which residual branches and transformer layers are plain."""
-    plain = copy.deepcopy(model)
+    plain = inputs.copied(model, example_inputs)
     inputs.replace(plain, {gate: Fixed(torch.ones_like(gate.deterministic())) for gate in plain.modules() if isinstance(gate, Gate)})
     open_branches(plain)
     inputs.replace(plain, {layer: layer.to_dense() for layer in plain.modules() if isinstance(layer, _Gated)})

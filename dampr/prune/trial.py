@@ -28,19 +28,19 @@ def stuck(model: nn.Module, layers: list[str], example_inputs: Any) -> dict[str,
 def _fails(model: nn.Module, layers: list[str], example_inputs: Any) -> str | None:
     """Why the model does not run with one channel less in each of these widths; None where it does."""
     try:
-        trial = plain_copy(model)
-    except RuntimeError:  # of weights computed from others, for which convert has words of its own
+        trial = plain_copy(model, example_inputs)
+    except Exception:  # a model that cannot be copied, which convert alone does not have to
         return None
     widths = graph.Widths(trial, example_inputs)
     cut: set[nn.Module] = set()
-    for name in layers:
-        layer = trial.get_submodule(name)
-        if layer in cut or graph.channel_count(layer, True) == 1:
-            continue
-        group = widths.group(layer, True, [graph.channel_count(layer, True) - 1])
-        cut |= {module for (module, writes), *_ in widths.sides(group) if writes}
-        group.prune(record_history=False)
     try:
+        for name in layers:
+            layer = trial.get_submodule(name)
+            if layer in cut or graph.channel_count(layer, True) == 1:
+                continue
+            group = widths.group(layer, True, [graph.channel_count(layer, True) - 1])
+            cut |= {module for (module, writes), *_ in widths.sides(group) if writes}
+            group.prune(record_history=False)
         with inputs.same_noise(trial), inputs.unfused():
             inputs.evaluate(trial, example_inputs)
     except Exception as error:  # whatever the model makes of a width that it does not expect

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -101,14 +100,14 @@ def verify_model(
             [GateCheck(n, type(layer).__name__, layer.gate.num_gates, 0, [], [], problems[n]) for n, layer in gated_layers(model).items()]
         )
     with inputs.same_noise(model):
-        for name, found in _unconnected(copy.deepcopy(model), example_inputs).items():
+        for name, found in _unconnected(inputs.copied(model, example_inputs), example_inputs).items():
             problems[name] += found
         return Verification(_try(model, example_inputs, problems, gates_per_layer))
 
 
 def _try(model: nn.Module, example_inputs: Any, problems: dict[str, list[str]], limit: int) -> list[GateCheck]:
     """Close the gates of a copy whose gates are all open."""
-    trial = copy.deepcopy(model)
+    trial = inputs.copied(model, example_inputs)
     open_gates: dict[nn.Module, nn.Module] = {
         gate: Fixed(torch.where(gate.deterministic() == 0, 1.0, gate.deterministic())) for gate in trial.modules() if isinstance(gate, Gate)
     }

@@ -299,3 +299,63 @@ def test_a_model_of_which_nothing_can_be_cut_says_why():
     with pytest.raises(dampr.ConversionError, match="'0': .without one of its channels the model does not run"):
         dampr.convert(model, example_inputs=torch.randn(3, 4))
     assert type(model[0]) is nn.Linear
+
+
+class Keeping(nn.Module):
+    """Keeps what it computed last, as models do whose attention is to be looked at; ``other`` is whatever else it holds."""
+
+    def __init__(self, other=None):
+        super().__init__()
+        self.first, self.norm, self.up, self.down = nn.Linear(10, 8), nn.LayerNorm(8), nn.Linear(8, 12), nn.Linear(12, 8)
+        self.last, self.head = nn.LayerNorm(8), nn.Linear(8, 3)
+        self.other, self.seen = other, None
+
+    def forward(self, x):
+        x = self.first(x)
+        self.seen = self.up(self.norm(x)).relu()
+        return self.head(self.last(x + self.down(self.seen)))
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_a_model_that_keeps_activations_is_converted_and_compacted_after_training(residual):
+    model = Keeping()
+    model(X).sum().backward()
+    dampr.convert(model, example_inputs=X, residual=residual)
+    model(X).sum().backward()
+    budget = dampr.Budget(model, X, macs=[0.9, 0.5])
+    for layer in dampr.prune.gated_layers(model).values():
+        layer.gate.log_alpha.data[:4] = -9
+    (model(X).sum() + budget.penalty()).backward()
+    budget.step()
+    assert list(budget.snapshots) == [0.9]
+    assert dampr.verify_model(model, X).layers
+    report = budget.finalize()
+    model(X).sum().backward()
+    small = dampr.compact(model, example_inputs=X)
+    assert small.up.out_features < 12
+    assert report.reached <= report.target
+
+
+def test_a_view_of_heads_is_found_in_a_model_that_keeps_activations():
+    class Viewed(Keeping):
+        def forward(self, x):
+            self.seen = self.up(self.first(x).unflatten(-1, (4, 2)).flatten(1))
+            return self.head(self.down(self.seen.relu()))
+
+    model = dampr.convert(Viewed(), example_inputs=X)
+    assert model.dampr_skipped["first"].startswith("without one of its channels the model does not run")
+    assert sorted(dampr.prune.gated_layers(model)) == ["down", "up"]
+
+
+def test_a_model_that_cannot_be_copied_is_converted():
+    model = dampr.convert(Keeping(other=(i for i in range(3))), example_inputs=X)
+    assert list(dampr.prune.gated_layers(model)) == ["up"]
+
+
+def test_what_a_parametrized_layer_reads_is_left_out():
+    model = nn.Sequential(nn.Linear(10, 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.utils.parametrizations.spectral_norm(nn.Linear(6, 3)))
+    dampr.convert(model, example_inputs=X)
+    assert list(dampr.prune.gated_layers(model)) == ["0"]
+    assert model.dampr_skipped["2"] == "the weight of ParametrizedLinear '4' is computed from other tensors"
+    model[0].gate.log_alpha.data[2] = -9
+    assert dampr.compact(model, example_inputs=X)[0].out_features == 7
