@@ -351,7 +351,7 @@ class GatedLayerNorm(_GatedNorm, nn.LayerNorm):
         if self.statistics == "open":
             z = self.gate().view(shape)
             spread, factor = _of_open(x, z.detach() != 0)
-            gain = (z if self.weight is None else self.weight * z) / factor
+            gain = (z.to(torch.promote_types(z.dtype, x.dtype)) if self.weight is None else self.weight * z) / factor
             shift = None if self.bias is None else (self.bias * z).to(self.bias.dtype)
             return F.layer_norm(spread, shape, gain.to(x.dtype if self.weight is None else self.weight.dtype), shift, self.eps)
         if not self._draws_per_sample():

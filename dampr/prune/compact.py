@@ -88,6 +88,7 @@ def compact(
                 closed[writes][plain] = channels
     open_heads, head_notes = heads.open_heads(small)
     inputs.replace(small, dense)
+    _match_dtype(small, [p for layer, p in dense.items() if isinstance(layer, GatedLayerNorm) and layer.weight is None], samples[0])
     in_heads, cut_heads = heads.cut(small, open_heads)
     kept, units, recurrent_notes = recurrent.make_plain(small, samples, atol, rtol)
     kept, notes = neurons | in_heads | kept, notes | head_notes | recurrent_notes
@@ -115,6 +116,17 @@ def open_branches(small: nn.Module) -> None:
     """Put plain residual sums in the place of gated ones, the outer before the inner; what they contain stays gated."""
     while (residual := next((module for module in small.modules() if isinstance(module, GatedResidual)), None)) is not None:
         inputs.replace(small, {residual: residual.without_gate()})
+
+
+def _match_dtype(small: nn.Module, norms: list[nn.Module], sample: Any) -> None:
+    """Give the gains that gates made of nothing the dtype of what is normalised, which torch's kernels expect."""
+
+    def match(norm: nn.Module, args: Any) -> None:
+        norm.to(args[0].dtype)
+
+    if norms:
+        with inputs.removing([norm.register_forward_pre_hook(match) for norm in norms]):
+            inputs.evaluate(small, sample)
 
 
 def _cut(

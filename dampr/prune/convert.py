@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -114,7 +115,7 @@ def convert(
     plan = _place(model, chosen, granularity, example_inputs, tie)
     plan.skipped |= skipped
     if residual:
-        _place_streams(plan, model, include, exclude, example_inputs)
+        _place_streams(plan, model, gate, include, exclude, example_inputs)
     if not plan.layers:
         raise ConversionError(
             f"include={include!r}, exclude={exclude!r}: no layer of {type(model).__name__} is left to convert {plan.skipped or ''}".rstrip()
@@ -127,6 +128,8 @@ def convert(
         for name, layer in plan.layers.items():
             shared = gated.get(plan.shared_with.get(name, ""))
             own = gates.get(name, gate) if shared is None else shared.gate
+            if not isinstance(own, Gate) and next(itertools.chain(layer.parameters(), layer.buffers()), None) is None:
+                own = make_gate(own, _gate_count(layer, granularity), _device(model))  # a norm without gain does not know where it is
             gated[name] = _gated(name, layer, own, granularity, per_sample, plan.heads.get(name))
             if name in plan.weights_per_gate:
                 gated[name].weights_per_gate = plan.weights_per_gate[name]
@@ -211,7 +214,7 @@ def _place(model: nn.Module, chosen: dict[str, nn.Module], granularity: Granular
     return plan
 
 
-def _place_streams(plan: _Plan, model: nn.Module, include: Filter, exclude: Filter, example_inputs: Any) -> None:
+def _place_streams(plan: _Plan, model: nn.Module, gate: Any, include: Filter, exclude: Filter, example_inputs: Any) -> None:
     """Add the norms of residual streams, the first of each with the gate, and say what the layers that write these have to do with it."""
     plain = plain_copy(model, example_inputs) if any(isinstance(m, GatedLayer) for m in model.modules()) else model
     names = {module: name for name, module in reversed(list(plain.named_modules(remove_duplicate=False)))}
@@ -223,6 +226,9 @@ def _place_streams(plan: _Plan, model: nn.Module, include: Filter, exclude: Filt
         gated = [name for name, norm in places.items() if isinstance(norm, GatedLayer)]
         left_out = [name for name, norm in places.items() if not filters.wanted([(name, norm), *owners.get(norm, [])], include, exclude)]
         reason = f"{gated[0]!r} has gates already" if gated else f"{left_out[0]!r} is left out" if left_out else None
+        bare = next((name for name, norm in places.items() if norm.weight is None), None)
+        if bare is not None and not _starts_at_one(gate):
+            reason = reason or f"fresh gates of {gate!r} are not 1, and {bare!r} has no gain that could make up for them"
         reason = reason or streams.why_not(plain, stream, example_inputs)
         if reason is not None:
             why |= dict.fromkeys(stream.norms, reason)
@@ -308,9 +314,14 @@ def _unfit(layer: nn.Module, gate: Any, granularity: Granularity, per_sample: bo
         return None
     if per_sample:
         return f"{type(layer).__name__} draws its gates once per call, expected per_sample=False"
-    if not layer.proj_size and not _is_generator(gate) and not bool((make_gate(gate, 1).deterministic() == 1).all()):
+    if not layer.proj_size and not _starts_at_one(gate):
         return f"fresh gates of {gate!r} are not 1, and nothing in {type(layer).__name__} can make up for them"
     return None
+
+
+def _starts_at_one(gate: Any) -> bool:
+    """Whether fresh gates are 1 in evaluation."""
+    return _is_generator(gate) or bool((make_gate(gate, 1).deterministic() == 1).all())
 
 
 def _is_generator(gate: Any) -> bool:
@@ -324,9 +335,12 @@ def _generated(gate: Any, plan: _Plan, model: nn.Module, granularity: Granularit
     options = {"init_scale": 0.0, **getattr(gate, "keywords", {})}
     names = sorted((name for name in plan.layers if name not in plan.shared_with), key=plan.order.index)
     counts = [plan.heads[name].heads if name in plan.heads else _gate_count(plan.layers[name], granularity) for name in names]
-    device = next((p.device for p in model.parameters()), None)
-    generator = DependencyGenerator(counts, device=device, **options)
+    generator = DependencyGenerator(counts, device=_device(model), **options)
     return dict(zip(names, generator.gates(), strict=True))
+
+
+def _device(model: nn.Module) -> torch.device | None:
+    return next((p.device for p in model.parameters()), None)
 
 
 def _gate_count(layer: nn.Module, granularity: Granularity) -> int:

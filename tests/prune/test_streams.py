@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 import dampr
-from dampr.gates import Fixed, HardConcrete
+from dampr.gates import Fixed, HardConcrete, make_gate
 from dampr.nn import PrunedMultiheadAttention, PrunedTransformerDecoderLayer, PrunedTransformerEncoderLayer
 from dampr.prune import streams
 from dampr.prune.cost import Cost
@@ -330,3 +331,46 @@ def test_the_first_layer_that_differs_is_named_behind_a_narrow_norm(monkeypatch:
     monkeypatch.setattr(streams.Stream, "cut", spoiled)
     with pytest.raises(dampr.CompactionError, match="layer 'norm' is the first whose output differs"):
         dampr.compact(model, example_inputs=x)
+
+
+def without_gain(dtype: torch.dtype) -> tuple[nn.Module, torch.Tensor]:
+    torch.manual_seed(0)
+    model, x = CASES["blocks"]()
+    for norm in [m for m in model.modules() if type(m) is nn.LayerNorm]:
+        norm.weight = norm.bias = None
+        norm.elementwise_affine = False
+    return model.to(dtype), x
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_norms_without_gain_in_other_dtypes(dtype: torch.dtype) -> None:
+    model, x = without_gain(dtype)
+    dampr.convert(model, example_inputs=x, residual=True)
+    assert norms(model)
+    close(model)
+    tolerance = 1e-7 if dtype == torch.float64 else 0.1
+    small = dampr.compact(model, example_inputs=x, atol=tolerance, rtol=tolerance)
+    assert {p.dtype for p in small.parameters()} == {dtype}
+    assert width_of(small).pop() < E
+
+
+def test_gates_of_norms_without_gain_are_where_the_model_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such a norm has nothing to tell its device from; on the CPU alone what is asked for is all that there is to see."""
+    devices = []
+
+    def make(gate: Any, count: int, device: Any = None) -> Any:
+        devices.extend([device] if count == E else [])
+        return make_gate(gate, count, device)
+
+    model, x = without_gain(torch.float32)
+    monkeypatch.setattr(importlib.import_module("dampr.prune.convert"), "make_gate", make)
+    dampr.convert(model, example_inputs=x, residual=True, include=[nn.LayerNorm])
+    assert devices == [torch.device("cpu")]
+
+
+def test_a_stream_without_gain_is_left_out_where_fresh_gates_are_not_1() -> None:
+    model, x = without_gain(torch.float32)
+    dampr.convert(model, example_inputs=x, residual=True, gate="dam")
+    assert not norms(model)
+    assert dampr.prune.gated_layers(model)
+    assert "fresh gates of 'dam' are not 1, and 'layers.0.norm1' has no gain" in model.dampr_skipped["layers.0.norm1"]
