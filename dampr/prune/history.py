@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -179,11 +178,13 @@ def _is_number(value: Any) -> bool:
 
 
 def _finite(name: str, value: Any) -> float | None:
-    """A number, a tensor of one element or a scalar of numpy as a float; None where it is not finite."""
+    """A number, a tensor of one element or a scalar of numpy as a float; None where it is not finite, or as good as that."""
     try:
         if isinstance(value, (str, bool)):
             raise TypeError
-        number = float(value)
+        number = float(value.detach() if isinstance(value, torch.Tensor) else value)
+    except OverflowError:  # an integer
+        return None
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"{name}={value!r:.80}: expected a number") from None
-    return number if math.isfinite(number) else None
+    return number if _is_number(number) else None

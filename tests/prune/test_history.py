@@ -129,3 +129,16 @@ def test_a_damaged_file_is_refused_with_the_number_of_the_line(text, message, tm
         with pytest.raises(dampr.FileError, match=message):
             look(path)
     assert path.read_text(encoding="latin-1") == text
+
+
+def test_what_is_recorded_can_be_read_however_large(tmp_path):
+    history = dampr.History(tmp_path / "run.jsonl")
+    history.record(step=1, loss=1e305, other=10**400, least=-1e308, fine=1e299)
+    assert history.rows() == [{"step": 1, "loss": None, "other": None, "least": None, "fine": 1e299}]
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_loss_that_still_has_its_graph_is_recorded(tmp_path):
+    history = dampr.History(tmp_path / "run.jsonl")
+    history.record(step=1, loss=torch.tensor(0.5, requires_grad=True) * 2)
+    assert history.rows() == [{"step": 1, "loss": 1.0}]
