@@ -77,7 +77,8 @@ class Widths:
                 **dict.fromkeys((nn.GRU, nn.RNN, nn.LSTM), tracing.recurrent_pruner()),
                 Scale: tracing.scale_pruner(self._channelwise),
             }
-            own |= dict.fromkeys((PrunedMultiheadAttention, *map(type, self._cores)), tracing.attention_pruner())
+            whole = PrunedMultiheadAttention, nn.LSTMCell, nn.GRUCell, nn.RNNCell, *map(type, self._cores)
+            own |= dict.fromkeys(whole, tracing.attention_pruner())
             self._graph = graph.build_dependency(model, packed, forward_fn=self._forward, verbose=False, customized_pruners=own)
 
     def _count(self, module: nn.Module, _: Any) -> None:

@@ -66,11 +66,11 @@ def all_trainable(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def one_node(model: nn.Module, cores: set[nn.Module]) -> Iterator[None]:
-    """Make each recurrent layer, and attention, one node of autograd's graph, and not one for each product in each of its steps.
+    """Make each recurrent layer or cell, and attention, one node of autograd's graph, and not one for each product in each of its steps.
 
     ``cores``: the attention of other libraries.
     """
-    layers = [module for module in model.modules() if isinstance(module, (nn.RNNBase, *ATTENTION)) or module in cores]
+    layers = [module for module in model.modules() if isinstance(module, (nn.RNNBase, nn.RNNCellBase, *ATTENTION)) or module in cores]
     own = {layer: vars(layer)["forward"] for layer in layers if "forward" in vars(layer)}  # of libraries that wrap it
     for layer in layers:
         layer.forward = functools.partial(_call_as_one_node, layer, layer.forward)  # type: ignore[method-assign]
@@ -86,13 +86,14 @@ def one_node(model: nn.Module, cores: set[nn.Module]) -> Iterator[None]:
 def _call_as_one_node(layer: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     read = [t for t in pytree.tree_leaves((args, kwargs), is_leaf=_is_packed) if isinstance(t, (Tensor, PackedSequence))]
     with torch.no_grad():
-        output, state = forward(*args, **kwargs)
-        results, structure = pytree.tree_flatten((output.data, state))
+        made = forward(*args, **kwargs)
+    packed = made[0] if isinstance(made, tuple) and _is_packed(made[0]) else None
+    results, structure = pytree.tree_flatten(made if packed is None else (packed.data, *made[1:]))
     computed = [t for t in results if isinstance(t, Tensor)]  # attention weights may be None
     before = [t.data if _is_packed(t) else t for t in read]
     nodes = iter(_OneNode.apply(len(computed), *computed, *before, *layer.parameters()))
-    values, state = pytree.tree_unflatten([next(nodes) if isinstance(t, Tensor) else t for t in results], structure)
-    return output._replace(data=values) if _is_packed(output) else values, state
+    made = pytree.tree_unflatten([next(nodes) if isinstance(t, Tensor) else t for t in results], structure)
+    return made if packed is None else (packed._replace(data=made[0]), *made[1:])
 
 
 def _is_packed(value: Any) -> bool:

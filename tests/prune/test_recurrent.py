@@ -322,3 +322,28 @@ def test_an_output_that_something_else_reads_keeps_its_units() -> None:
     model = dampr.convert(Activated(nn.LSTM), example_inputs=words)
     assert "rnn" in model.dampr_skipped
     assert sorted(dampr.prune.gated_layers(model)) == ["embedding"]
+
+
+class Stepwise(nn.Module):
+    """A cell in a loop over steps, between linear layers that are called once."""
+
+    def __init__(self, cell):
+        super().__init__()
+        self.read, self.cell = nn.Linear(8, 6), cell(6, 7)
+        self.inner, self.head = nn.Linear(7, 5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        state = None
+        for step in self.read(x).unbind(1):
+            state = self.cell(step, state)
+        return self.head(self.inner(state[0] if isinstance(state, tuple) else state).relu())
+
+
+@pytest.mark.parametrize("cell", [nn.LSTMCell, nn.GRUCell, nn.RNNCell])
+def test_around_a_cell_in_a_loop_what_it_does_not_share_is_cut(cell):
+    model, x = Stepwise(cell), torch.randn(2, 5, 8)
+    dampr.convert(model, example_inputs=x)
+    assert list(dampr.prune.gated_layers(model)) == ["inner"]
+    assert model.dampr_skipped["read"] == f"{cell.__name__} 'cell' shares its width, and cannot be cut yet"
+    model.inner.gate.log_alpha.data[1] = -9
+    assert dampr.compact(model, example_inputs=x).inner.out_features == 4
