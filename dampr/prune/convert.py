@@ -94,11 +94,13 @@ def convert(
 
     Returns: ``model``. Its attribute ``dampr_skipped`` says of each layer that was left out why.
 
-    Raises: ConversionError when nothing matches, outputs changed or a layer is bypassed; ValueError or TypeError that names the argument;
-    what the model itself raises on the example inputs. Whatever is raised, the model is as it was.
+    Raises: ConversionError when nothing matches, outputs changed, a layer is bypassed or torch-pruning cannot follow the model; ValueError
+    or TypeError that names the argument; what the model itself raises on the example inputs. Whatever is raised, the model is as it was.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model={model!r:.80}: expected a torch.nn.Module")
+    if example_inputs is not None and "_orig_mod" in model._modules:
+        raise TypeError("model is what torch.compile returned: expected the module itself; convert it, then compile")
     if isinstance(gate, Gate):
         raise TypeError(
             f"gate={type(gate).__name__} instance: expected a family's name or a class, because each layer gets a gate of its own"
@@ -112,7 +114,10 @@ def convert(
         with inputs.same_noise(model), inputs.unfused():
             before = inputs.evaluate(model, example_inputs)
     chosen, skipped = _choose(model, gate, granularity, per_sample, include, exclude)
-    plan = _place(model, chosen, granularity, example_inputs, tie)
+    try:
+        plan = _place(model, chosen, granularity, example_inputs, tie)
+    except graph.TracingError as error:
+        raise ConversionError(str(error)) from error
     plan.skipped |= skipped
     if residual:
         _place_streams(plan, model, gate, include, exclude, example_inputs)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dampr.nn import PrunedMultiheadAttention, Scale
 
-from . import heads, inputs, tracing
+from . import heads, inputs, tracing, transposed
 from .tracing import ATTENTION, GEMMS, channel_count, is_depthwise, pads_with_zeros
 
 __all__ = ["GEMMS", "NORMS", "CannotCutError", "Closed", "Member", "Side", "Widths", "channel_count", "is_depthwise", "pads_with_zeros"]
@@ -46,12 +46,19 @@ class Member:
         return channel_count(self.module, self.writes)
 
 
+class TracingError(RuntimeError):
+    """torch-pruning cannot follow a model, though it runs."""
+
+
 class CannotCutError(Exception):
     """Why closed channels stay; the message completes a note of the manifest."""
 
 
 class Widths:
-    """The dependency graph of a model, traced in evaluation mode; the model is left as it was. Raises what the model's forward raises."""
+    """The dependency graph of a model, traced in evaluation mode; the model is left as it was.
+
+    Raises: TracingError; what the model's forward raises.
+    """
 
     def __init__(self, model: nn.Module, example_inputs: Any) -> None:
         import torch_pruning
@@ -60,6 +67,7 @@ class Widths:
         self._cores = {attention.core for attention in heads.find(model)}
         self._calls: dict[nn.Module, int] = {}
         self._returned: set[Any] = set()
+        self._ran = False
         self._names = {module: name for name, module in model.named_modules()}
         hooks = [module.register_forward_pre_hook(self._count) for module in model.modules() if tracing.is_leaf(module)]
         packed = (example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs
@@ -79,7 +87,15 @@ class Widths:
             }
             whole = PrunedMultiheadAttention, nn.LSTMCell, nn.GRUCell, nn.RNNCell, *map(type, self._cores)
             own |= dict.fromkeys(whole, tracing.attention_pruner())
-            self._graph = graph.build_dependency(model, packed, forward_fn=self._forward, verbose=False, customized_pruners=own)
+            try:
+                self._graph = graph.build_dependency(model, packed, forward_fn=self._forward, verbose=False, customized_pruners=own)
+            except Exception as error:
+                if not self._ran:
+                    raise
+                known = "; its Conv1D layers are known to dampr.integrations.huggingface" if transposed.find(model) else ""
+                raise TracingError(
+                    f"torch-pruning cannot follow {type(model).__name__} ({type(error).__name__}: {error}){known}"
+                ) from error
 
     def _count(self, module: nn.Module, _: Any) -> None:
         self._calls[module] = self._calls.get(module, 0) + 1
@@ -90,7 +106,7 @@ class Widths:
 
     def _forward(self, model: nn.Module, example_inputs: Any) -> list[Tensor]:
         found = [t for t in inputs.tensors(inputs.call(model, example_inputs)) if t.grad_fn is not None]
-        self._returned = {t.grad_fn for t in found}
+        self._returned, self._ran = {t.grad_fn for t in found}, True
         return found
 
     def __contains__(self, module: nn.Module) -> bool:

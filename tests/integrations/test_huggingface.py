@@ -457,3 +457,9 @@ import dampr.integrations.huggingface
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
     assert "ImportError: dampr.integrations.huggingface needs transformers: pip install dampr-torch[huggingface]" in done.stderr
+
+
+def test_dampr_alone_says_who_knows_gpt2() -> None:
+    model, x = built("gpt2")
+    with pytest.raises(dampr.ConversionError, match="its Conv1D layers are known to dampr.integrations.huggingface"):
+        dampr.convert(model, example_inputs=x)

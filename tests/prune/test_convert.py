@@ -359,3 +359,21 @@ def test_what_a_parametrized_layer_reads_is_left_out():
     assert model.dampr_skipped["2"] == "the weight of ParametrizedLinear '4' is computed from other tensors"
     model[0].gate.log_alpha.data[2] = -9
     assert dampr.compact(model, example_inputs=X)[0].out_features == 7
+
+
+def test_a_compiled_model_is_refused():
+    model = torch.compile(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)), backend="eager")
+    with pytest.raises(TypeError, match="torch.compile returned: expected the module itself"):
+        dampr.convert(model, example_inputs=torch.randn(3, 4))
+
+
+def test_a_model_that_torch_pruning_cannot_follow_is_refused_with_its_reason(monkeypatch):
+    def fail(graph, model, example_inputs, forward_fn, **how):
+        forward_fn(model, example_inputs)
+        raise IndexError("no such node")
+
+    monkeypatch.setattr("torch_pruning.DependencyGraph.build_dependency", fail)
+    model = mlp()
+    with pytest.raises(dampr.ConversionError, match=r"torch-pruning cannot follow Sequential \(IndexError: no such node\)$"):
+        dampr.convert(model, example_inputs=X)
+    assert type(model[0]) is nn.Linear

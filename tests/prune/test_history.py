@@ -142,3 +142,9 @@ def test_a_loss_that_still_has_its_graph_is_recorded(tmp_path):
     history = dampr.History(tmp_path / "run.jsonl")
     history.record(step=1, loss=torch.tensor(0.5, requires_grad=True) * 2)
     assert history.rows() == [{"step": 1, "loss": 1.0}]
+
+
+def test_the_mark_of_a_run_is_no_name_for_a_number(tmp_path):
+    with pytest.raises(ValueError, match="dampr_history: expected another name"):
+        dampr.History(tmp_path / "run.jsonl").record(step=1, dampr_history=1)
+    assert not (tmp_path / "run.jsonl").exists()
