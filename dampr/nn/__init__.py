@@ -10,6 +10,7 @@ from .norm import GatedBatchNorm1d, GatedBatchNorm2d, GatedLayerNorm
 from .pruned_attention import PrunedMultiheadAttention
 from .pruned_transformer import PrunedTransformerDecoderLayer, PrunedTransformerEncoderLayer
 from .rnn import GatedGRU, GatedLSTM, GatedRNN, ScaledRNN
+from .stacked_rnn import StackedRNN
 from .transformer import GatedTransformerDecoderLayer, GatedTransformerEncoderLayer
 
 __all__ = [
@@ -36,4 +37,5 @@ __all__ = [
     "Residual",
     "Scale",
     "ScaledRNN",
+    "StackedRNN",
 ]

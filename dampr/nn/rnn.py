@@ -10,13 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from dampr import functional, ops
+from dampr import _checks, functional, ops
 from dampr.gates import Gate, make_gate
 from dampr.spec import value
 
 from .base import GatedLayer, _wide
+from .stacked_rnn import arguments_of, narrowed, plain_rnn, width_of
 
 VALUE = value()
+WIDTHS = ("equal", "own")
 _BY_TORCH = 2**21  # elements up to which torch's own products are faster on a CPU, amid the memory that the vendor's kernel takes and gives
 
 
@@ -30,14 +32,25 @@ class _GatedRecurrent(GatedLayer, nn.RNNBase):
     """
 
     _dense: Any
-    _arguments: tuple[str, ...] = ("input_size", "hidden_size", "num_layers", "bias", "batch_first", "bidirectional")
 
-    def __init__(self, *args: Any, gate: str | type[Gate] | Gate = "hard_concrete", **kwargs: Any) -> None:
+    def __init__(self, *args: Any, gate: str | type[Gate] | Gate = "hard_concrete", widths: str = "equal", **kwargs: Any) -> None:
+        _checks.one_of("widths", widths, WIDTHS)
         super().__init__(*args, **kwargs)
         self.granularity = "output"
+        self._widths = widths
         self.per_sample = False
         device = self._weight("weight_ih_l0").device
         self.gate = make_gate(gate, self.num_layers * self._directions * self._width, device)
+
+    @property
+    def widths(self) -> str:
+        """What compaction leaves where layers or directions have unequally many open units; see the arguments."""
+        return self._widths
+
+    @widths.setter
+    def widths(self, value: str) -> None:
+        _checks.one_of("widths", value, WIDTHS)
+        self._widths = value
 
     @property
     def _directions(self) -> int:
@@ -46,7 +59,7 @@ class _GatedRecurrent(GatedLayer, nn.RNNBase):
     @property
     def _width(self) -> int:
         """P, the units of one layer and direction that others read."""
-        return self.proj_size or self.hidden_size
+        return width_of(self)
 
     def _weight(self, name: str) -> Tensor:
         weight: Tensor = getattr(self, name)
@@ -93,10 +106,10 @@ class _GatedRecurrent(GatedLayer, nn.RNNBase):
     @classmethod
     def gates_for(cls, layer: nn.RNNBase, granularity: str = "output") -> int:
         """How many gates a dense ``layer`` would have, one for each unit (each projected one) of each layer and direction."""
-        return layer.num_layers * (1 + layer.bidirectional) * (layer.proj_size or layer.hidden_size)
+        return layer.num_layers * (1 + layer.bidirectional) * width_of(layer)
 
     @classmethod
-    def from_dense(cls, layer: Any, *, gate: str | type[Gate] | Gate = "hard_concrete") -> Any:
+    def from_dense(cls, layer: Any, *, gate: str | type[Gate] | Gate = "hard_concrete", widths: str = "equal") -> Any:
         """A gated layer with the very parameters of ``layer``, not copies. Raises TypeError unless its type is exactly the dense one.
 
         Where fresh gates are not 1, a projection is divided by them, so that the layer computes the same; a layer without one has nothing
@@ -106,8 +119,7 @@ class _GatedRecurrent(GatedLayer, nn.RNNBase):
             raise TypeError(f"layer={type(layer).__name__}: expected exactly nn.{cls._dense.__name__}")
         own = make_gate(gate, cls.gates_for(layer), layer.weight_ih_l0.device)
         build: Any = cls
-        arguments = {name: getattr(layer, name) for name in cls._arguments}
-        gated = build(**arguments, device="meta", dtype=layer.weight_ih_l0.dtype, gate=own)
+        gated = build(**arguments_of(layer), device="meta", dtype=layer.weight_ih_l0.dtype, gate=own, widths=widths)
         gated.dropout = layer.dropout  # not through the constructor, which would warn of it once more
         for name in layer._flat_weights_names:
             setattr(gated, name, getattr(layer, name))
@@ -133,71 +145,61 @@ class _GatedRecurrent(GatedLayer, nn.RNNBase):
     def to_dense(self) -> nn.Module:
         """The plain recurrent layer of the same size that computes what this one computes in evaluation mode; parameters are copies.
 
-        Without a projection no such layer has outputs that are scaled: where gates are not all 1 it comes in a :class:`ScaledRNN`.
+        Without a projection no such layer has outputs that are scaled: where gates are not all 1 it comes in a :class:`ScaledRNN`. With
+        one, h_0 has to be 0 where gates are, as every h_n of this layer is.
         :meth:`compacted` gives a smaller one.
         """
         z = self.gate.deterministic().view(-1, self._width)
-        folded = dict(zip(self._flat_weights_names, self._folded(z.unbind(0)), strict=True))
-        plain: nn.Module = self._plain({name: weight.clone() for name, weight in folded.items()})
+        plain: nn.Module = plain_rnn(self, {name: weight.clone() for name, weight in self._folded_by_name(z).items()})
         return plain if self.proj_size or bool((z == 1).all()) else ScaledRNN(plain, z.clone()).train(self.training)
+
+    def _folded_by_name(self, z: Tensor) -> dict[str, Tensor]:
+        return dict(zip(self._flat_weights_names, self._folded(z.unbind(0)), strict=True))
 
     @torch.no_grad()
     def compacted(self) -> tuple[Any, Tensor, Tensor]:
         """The smallest plain layer that computes what this one computes in evaluation mode, but for a factor on its output.
 
-        Returns ``(layer, kept, scale)``: an ``nn.LSTM``, ``nn.GRU`` or ``nn.RNN``; the output features of this layer that are left, int64
-        (directions * width,), increasing in each direction; and their gates, (directions * width,), so that::
+        Returns ``(layer, kept, scale)``: an ``nn.LSTM``, ``nn.GRU`` or ``nn.RNN``, or a :class:`StackedRNN` of them; the output features of
+        this layer that are left, int64, increasing in each direction; and their gates, of the same shape, so that::
 
             self.eval()(x)[0][..., kept] == layer.eval()(x)[0] * scale          and every other feature is 0
 
         The factor belongs into the columns of whatever reads the output. With a projection it is in the layer, and ``scale`` is 1.
 
         Closed units are cut out of all gate matrices, of the columns of W_hh and of the next layer, or, with a projection, out of its
-        rows. All layers and directions of an ``nn`` layer have one width, so it is that of the widest here, at least 1: where fewer units
-        are open, the first closed ones fill up, and nothing reads them (their columns are 0, and in the last layer their ``scale``).
+        rows. All layers and directions of an ``nn`` layer have one width. With ``widths="equal"`` it is that of the widest here, at least
+        1: where fewer units are open, the first closed ones fill up, and nothing reads them (their columns are 0, and in the last layer
+        their ``scale``). With ``widths="own"`` each keeps its open units, at least one, and where these are not equally many, the result
+        is a :class:`StackedRNN`.
 
         A state that is given to the small layer has its units and is not gated: h_0[..., kept] / scale for the last layer.
         """
-        z, units = self.gate.deterministic().view(-1, self._width), self.kept_units()
-        width = units.shape[1]
-        read = torch.ones_like(z) if self.proj_size else z
-        each = self._directions
-        small: dict[str, Tensor] = {}
-        for row, names in enumerate(self._all_weights):
-            below = range(row // each * each - each, row // each * each) if row >= each else range(0)
-            for name in names:
-                weight = self._weight(name)
-                if name.startswith("weight_hr"):
-                    weight = weight[units[row]] * z[row, units[row]].unsqueeze(1)
-                elif not self.proj_size:
-                    weight = weight.unflatten(0, (-1, self.hidden_size))[:, units[row]].flatten(0, 1)
-                if name.startswith("weight_hh"):
-                    weight = weight[:, units[row]] * read[row, units[row]]
-                elif name.startswith("weight_ih") and below:
-                    columns = torch.cat([units[i] + (i - below[0]) * self._width for i in below])
-                    weight = weight[:, columns] * torch.cat([read[i, units[i]] for i in below])
-                small[name] = weight.to(self._weight(name).dtype, copy=True)
-        last = range(len(units) - each, len(units))
-        kept = torch.cat([units[i] + (i - last[0]) * self._width for i in last])
-        scale = torch.cat([read[i, units[i]] for i in last])
-        return self._plain(small, **{"proj_size" if self.proj_size else "hidden_size": width}), kept, scale
-
-    def _plain(self, weights: dict[str, Tensor], **sizes: int) -> Any:
-        """A dense layer with these weights, and the arguments of this one but for ``sizes``."""
-        arguments = {name: getattr(self, name) for name in self._arguments} | sizes
-        plain = self._dense(**arguments, device="meta", dtype=self._weight("weight_ih_l0").dtype)
-        plain.dropout = self.dropout
-        for name, weight in weights.items():
-            setattr(plain, name, nn.Parameter(weight, requires_grad=self._weight(name).requires_grad))
-        plain._init_flat_weights()
-        return plain.train(self.training)
+        return self._compacted(self.kept_units())
 
     @torch.no_grad()
-    def kept_units(self) -> Tensor:
-        """The units that :meth:`compacted` keeps of each layer and direction, int64 (layers * directions, width), increasing."""
+    def _compacted(self, units: list[Tensor]) -> tuple[Any, Tensor, Tensor]:
+        z = self.gate.deterministic().view(-1, self._width)
+        layer = narrowed(plain_rnn(self, self._folded_by_name(z)), units)
+        kept = torch.cat([own + i * self._width for i, own in enumerate(units[-self._directions :])])
+        scale = z[-self._directions :].flatten()[kept]
+        return layer, kept, torch.ones_like(scale) if self.proj_size else scale
+
+    def kept_units(self) -> list[Tensor]:
+        """The units that :meth:`compacted` keeps, int64 (width,), increasing, of each layer and direction."""
+        return self._kept(self.widths)
+
+    def equal_units(self) -> list[Tensor]:
+        """The same as if ``widths`` were ``"equal"``."""
+        return self._kept("equal")
+
+    @torch.no_grad()
+    def _kept(self, widths: str) -> list[Tensor]:
         shut = (self.gate.deterministic() == 0).view(-1, self._width).to(torch.uint8)
-        width = max(1, self._width - int(shut.sum(1).min()))
-        return shut.sort(dim=1, stable=True).indices[:, :width].sort(dim=1).values  # open ones come first
+        counts = (self._width - shut.sum(1)).clamp(min=1)
+        counts = counts if widths == "own" else counts.max().expand_as(counts)
+        first = shut.sort(dim=1, stable=True).indices  # open ones come first
+        return [row[:count].sort().values for row, count in zip(first, counts.tolist(), strict=True)]
 
     def closed_units(self) -> list[set[int]]:
         """Of each layer, and in it of each direction, the units whose gates are closed."""
@@ -285,6 +287,9 @@ class GatedLSTM(_GatedRecurrent, nn.LSTM):
         input_size ... dtype: as in ``nn.LSTM``, by position or name.
         gate: a family's name, a :class:`dampr.gates.Gate` subclass, or an instance to share, with layers * directions * units gates in the
             order of h_n.
+        widths: what compaction leaves where layers or directions have unequally many open units: ``"equal"``, one ``nn`` module as wide
+            everywhere as the widest; ``"own"``, a :class:`StackedRNN`, each layer and direction as wide as its own open units. It can be
+            set at any time; budgets count by it.
 
     Called as ``nn.LSTM`` is, with the same results: batched or not, packed or not, with or without a state. The gates are drawn once per
     call. They multiply h wherever a weight or the caller reads it, as if W_hh, W_ih of the next layer and the caller had z h in the place
@@ -302,7 +307,6 @@ class GatedLSTM(_GatedRecurrent, nn.LSTM):
     """
 
     _dense = nn.LSTM
-    _arguments = (*_GatedRecurrent._arguments, "proj_size")
 
 
 class GatedGRU(_GatedRecurrent, nn.GRU):
@@ -320,7 +324,6 @@ class GatedRNN(_GatedRecurrent, nn.RNN):
     """``nn.RNN`` with a learned gate for each hidden unit of each direction and layer; everything as in :class:`GatedLSTM`."""
 
     _dense = nn.RNN
-    _arguments = (*_GatedRecurrent._arguments, "nonlinearity")
 
 
 def _gate_units(x: Tensor, z: Tensor) -> Tensor:

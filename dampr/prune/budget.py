@@ -195,8 +195,9 @@ class Budget:
         the model become :class:`dampr.gates.Fixed`, the same in training and in evaluation; compact, and train the small model on.
 
         Args:
-            round_to: open gates of a layer are a multiple of it (or all), as tensor cores like them.
-            min_width: the fewest gates that stay open in a layer; residual branches may close altogether.
+            round_to: open gates of a layer (of a recurrent one, in each layer and direction) are a multiple of it (or all), as tensor cores
+                like them.
+            min_width: the fewest gates that stay open there; residual branches may close altogether.
             same: name globs; the gated layers that one of them matches keep the same number of gates, each its own best ones. For models
                 that have one number for all layers.
 
@@ -310,33 +311,42 @@ def _choose(cost: Cost, gates: Sequence[Gate], target: float, round_to: int, min
 def _increments(
     cost: Cost, gates: Sequence[Gate], round_to: int, min_width: int, same: list[list[int]]
 ) -> tuple[Tensor, list[tuple[int, list[int]]]]:
-    """What is open in any case, bool (all gates,), and in the order of opening the increments: of which gate, and which of all gates."""
+    """What is open in any case, bool (all gates,), and in the order of opening the increments: of which width, and which of all gates.
+
+    A width is a gate vector, or, of a recurrent layer, what belongs to one layer and direction.
+    """
     base = torch.zeros(cost.structure.size, dtype=torch.bool)
     found: list[Increment] = []
-    start = 0
-    for number, gate in enumerate(gates):
-        mine = range(start, start + gate.num_gates)
-        start += gate.num_gates
-        ranks = _ranks(gate)
-        free = [i for i in mine if not cost.prunable[i]]
-        base[free] = gate.is_open().cpu()[[i - mine.start for i in free]]
-        order = sorted((i for i in mine if cost.prunable[i]), key=lambda i: ranks[i - mine.start], reverse=True)
-        least = 0 if mine.start in cost.whole else min(len(order), -(-min_width // round_to) * round_to)
-        base[order[:least]] = True
-        for first in range(least, len(order), round_to):
-            members = order[first : first + round_to]
-            found.append((ranks[members[-1] - mine.start], number, members))
+    of_gates: list[list[int]] = []  # the widths of each gate vector
+    for gate, rows in zip(gates, cost.structure.widths(), strict=True):
+        start, ranks, opened = rows[0].start, _ranks(gate), gate.is_open().cpu()
+        of_gates.append([])
+        for mine in rows:
+            number = sum(map(len, of_gates))
+            of_gates[-1].append(number)
+            free = [i for i in mine if not cost.prunable[i]]
+            base[free] = opened[[i - start for i in free]]
+            order = sorted((i for i in mine if cost.prunable[i]), key=lambda i: ranks[i - start], reverse=True)
+            least = 0 if mine.start in cost.whole else min(len(order), -(-min_width // round_to) * round_to)
+            base[order[:least]] = True
+            for first in range(least, len(order), round_to):
+                members = order[first : first + round_to]
+                found.append((ranks[members[-1] - start], number, members))
     for group in same:
-        found = _joined(found, group)
+        counts = sorted({len(of_gates[gate]) for gate in group})
+        if len(counts) != 1:
+            raise BudgetError(f"same: recurrent layers with {counts} widths each cannot be the same")
+        for widths in zip(*(of_gates[gate] for gate in group), strict=True):
+            found = _joined(found, list(widths))
     found.sort(key=lambda increment: increment[0], reverse=True)
     return base, [(number, members) for _, number, members in found]
 
 
-Increment = tuple[tuple[float, ...], int, list[int]]  # its rank, of which gate, and which of all gates
+Increment = tuple[tuple[float, ...], int, list[int]]  # its rank, of which width, and which of all gates
 
 
 def _joined(found: list[Increment], group: list[int]) -> list[Increment]:
-    """The increments of several gates as one series, in which the first of all open together, then the second, with their mean rank."""
+    """The increments of several widths as one series, in which the first of all open together, then the second, with their mean rank."""
     series = [[increment for increment in found if increment[1] == number] for number in group]
     if len({len(own) for own in series}) != 1:
         raise BudgetError(f"same: layers with {sorted({len(own) for own in series})} gates that can be cut cannot keep the same number")

@@ -33,8 +33,9 @@ def compact(
 
     Gate values are folded into the weights, closed units are cut out with everything that depends on them (torch-pruning slices), and what
     a closed unit still contributes as a constant (the half of a sigmoid, the shift of a BatchNorm) moves into the bias of the layer that
-    reads it. A recurrent layer becomes the smaller one of its ``compacted()`` where linear and recurrent layers alone read it, attention
-    and transformer layers do so anywhere. Then both models run on the example inputs, and on the same inputs with a little noise, and their
+    reads it. A recurrent layer becomes the smaller one of its ``compacted()`` where linear and recurrent layers alone read it (with
+    ``widths="own"`` a :class:`dampr.nn.StackedRNN`, where the model takes its states as lists), attention and transformer layers do so
+    anywhere. Then both models run on the example inputs, and on the same inputs with a little noise, and their
     outputs are compared.
 
     Args:
@@ -98,7 +99,8 @@ def compact(
         in_streams, parameters = streams.cut_closed(small, opened, samples[0], round_to, notes)
     except graph.CannotCutError as error:
         raise CompactionError(str(error)) from error
-    kept |= in_streams
+    units, kept, unequal_notes = recurrent.split(small, units, kept | in_streams, samples, atol, rtol)
+    notes |= unequal_notes
     ones = [m for m in small.modules() if isinstance(m, Scale) and bool((m.scale == 1).all())]
     inputs.replace(small, {module: nn.Identity().train(module.training) for module in ones})
     difference = max(_prove(model, small, kept, sample, atol, rtol) for sample in samples)
@@ -304,7 +306,7 @@ def _manifest(
     small: nn.Module,
     kept: Kept,
     heads: dict[str, tuple[int, list[int]]],
-    units: dict[str, Tensor],
+    units: dict[str, recurrent.Units],
     notes: dict[str, str],
     difference: float,
 ) -> dict[str, Any]:
@@ -319,8 +321,8 @@ def _manifest(
             continue  # a factor that was 1 everywhere
         before = graph.channel_count(_counterpart(model, names[module]), writes)
         layers.setdefault(names[module], {})["out" if writes else "in"] = {"before": before, "kept": indices.tolist()}
-    for name, rows in units.items():
-        layers[name]["units"] = {"before": _counterpart(model, name)._width, "kept": rows.tolist()}
+    for name, found in units.items():
+        layers[name]["units"] = {"before": _counterpart(model, name)._width, "kept": [row.tolist() for row in found.kept]}
     return {"dampr": __version__, "torch": torch.__version__, "layers": layers, "closed_but_kept": notes, "max_abs_difference": difference}
 
 

@@ -19,6 +19,7 @@ from dampr.nn import (
     Residual,
     Scale,
     ScaledRNN,
+    StackedRNN,
     pruned_attention,
     pruned_transformer,
 )
@@ -41,6 +42,10 @@ def _residual(branch: nn.Module, scaled: bool) -> Residual:
 def _scaled_rnn(rnn: Any) -> ScaledRNN:
     _expect("rnn", rnn, nn.RNNBase)
     return ScaledRNN(rnn, torch.empty(rnn.num_layers * (1 + rnn.bidirectional), rnn.proj_size or rnn.hidden_size))
+
+
+def _stacked_rnn(layers: Any, dropout: float) -> StackedRNN:
+    return StackedRNN(_expect("layers", layers, nn.ModuleList), dropout)
 
 
 def _transformer_layer(kind: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
@@ -89,6 +94,7 @@ _OWN: dict[type[nn.Module], _Kind] = {
     Scale: (lambda m: {"num_features": m.num_features, "dim": m.dim}, _scale),
     Residual: (lambda m: {"branch": m.branch, "scaled": m.scale is not None}, _residual),
     ScaledRNN: (lambda m: {"rnn": m.rnn}, _scaled_rnn),
+    StackedRNN: (lambda m: {"layers": m.layers, "dropout": m.dropout}, _stacked_rnn),
     PrunedMultiheadAttention: (lambda m: m.arguments(), PrunedMultiheadAttention),
     PrunedTransformerEncoderLayer: (lambda m: m.arguments(), _transformer_layer(PrunedTransformerEncoderLayer)),
     PrunedTransformerDecoderLayer: (lambda m: m.arguments(), _transformer_layer(PrunedTransformerDecoderLayer)),

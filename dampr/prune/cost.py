@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from dampr.nn import GatedMultiheadAttention
 from dampr.nn.rnn import _GatedRecurrent
+from dampr.nn.stacked_rnn import width_of
 
 from . import graph, inputs
 from .measure import count_call, count_macs, count_params, macs_beside_layers
@@ -120,8 +121,8 @@ class Cost:
 class _Variables:
     """From gates to what widths are made of.
 
-    These are the sums over atoms that count alike everywhere, then the width of each recurrent layer, which is that of its widest row, and
-    the heads of each attention; of both at least one stays.
+    These are the sums over atoms that count alike everywhere, then the width of each recurrent layer, which is that of its widest row, or,
+    where these have widths of their own, the width of each row, and the heads of each attention; of all these at least one stays.
     """
 
     def __init__(self, structure: Structure, device: torch.device) -> None:
@@ -145,16 +146,25 @@ class _Variables:
             where = torch.tensor([place[atom] for atom in found], device=device)
             self._sides.append((where, _Products(layers, device), _Products(groups, device)))
         self._rows: list[tuple[int, int, int]] = []  # the first gate, how many rows, and of how many gates each
-        self._units: dict[graph.Side, int] = {}
+        self._units: dict[graph.Side, Width] = {}
+        self._in_rows: dict[nn.Module, list[int]] = {}  # of a recurrent layer the variable of each layer and direction
         for name, layer in structure.gated.items():
             if not isinstance(layer, (GatedMultiheadAttention, _GatedRecurrent)):
                 continue
             plain = structure.plain.get_submodule(name)
-            if isinstance(layer, GatedMultiheadAttention) or plain in structure.units:
-                sides = [(plain, True), *((reader, False) for reader in structure.units.get(plain, []))]
-                self._units |= dict.fromkeys(sides, len(kinds) + len(self._rows))
-                rows = len(layer.closed_units()) if isinstance(layer, _GatedRecurrent) else 1
-                self._rows.append((structure.start(name), rows, layer.gate.num_gates // rows))
+            if isinstance(layer, _GatedRecurrent) and plain not in structure.units:
+                continue
+            rows, number = structure.rows(name), len(kinds) + len(self._rows)
+            if plain in structure.split:
+                self._rows += [(row.start, 1, len(row)) for row in rows]
+                numbers = list(range(number, number + len(rows)))
+            else:
+                self._rows.append((rows[0].start, len(rows), len(rows[0])))
+                numbers = [number] * len(rows)
+            self._in_rows[plain] = numbers
+            output = Width(0, dict(Counter(numbers[-1 - getattr(plain, "bidirectional", False) :])))
+            sides = [(plain, True), *((reader, False) for reader in structure.units.get(plain, []))]
+            self._units |= dict.fromkeys(sides, output)
         self.gates = {gate for found in closable for sets in found.values() for gates in sets for gate in gates}
         self.gates |= {first + i for first, rows, size in self._rows for i in range(rows * size)}
         self.count = len(kinds) + len(self._rows)
@@ -182,11 +192,14 @@ class _Variables:
 
     def units(self, layer: nn.Module, writes: bool) -> Width | None:
         """The same where it is the output of a recurrent layer whose units can be cut, or the heads of an attention; else None."""
-        number = self._units.get((layer, writes))
-        if number is None:
-            return None
-        writer = next(module for (module, side), n in self._units.items() if side and n == number)
-        return Width(0, {number: 1 + getattr(writer, "bidirectional", False)})
+        return self._units.get((layer, writes))
+
+    def rows(self, layer: nn.RNNBase) -> list[Width]:
+        """Of each layer and direction of a recurrent layer the units, or projected ones, that are left."""
+        numbers = self._in_rows.get(layer)
+        if numbers is None:
+            return [Width(width_of(layer))] * (layer.num_layers * (1 + layer.bidirectional))
+        return [Width(0, {number: 1}) for number in numbers]
 
     def heads(self, layer: nn.MultiheadAttention) -> Width:
         """The heads of an attention that are left."""
@@ -288,19 +301,24 @@ def _weight_site(name: str, layer: Any, variables: _Variables, times: float, bia
 
 
 def _recurrent_sites(name: str, layer: nn.RNNBase, variables: _Variables, times: float, biases: bool) -> Iterator[Site]:
-    """Each weight of a recurrent layer, whose units, or projected ones, all have one width."""
-    each = 1 + layer.bidirectional
-    hidden, handed_on = Width(layer.hidden_size), Width(layer.proj_size or layer.hidden_size)
-    below = Width(each * handed_on.constant)
-    if (output := variables.units(layer, True)) is not None:
-        below, handed_on = output, Width(0, dict.fromkeys(output.weights, 1))
-        hidden = hidden if layer.proj_size else handed_on
+    """Each weight of a recurrent layer, in all its layers and directions."""
+    each, rows = 1 + layer.bidirectional, variables.rows(layer)
     for row, names in enumerate(layer._all_weights):
         gates = getattr(layer, names[1]).shape[0] / layer.hidden_size
-        yield Site(name, variables.width(layer, False) if row < each else below, hidden, times * gates, 2 * gates * biases)
-        yield Site(name, handed_on, hidden, times * gates)
+        hidden = Width(layer.hidden_size) if layer.proj_size else rows[row]
+        below = row // each * each - each
+        read = variables.width(layer, False) if row < each else sum_of(rows[below : below + each])
+        yield Site(name, read, hidden, times * gates, 2 * gates * biases)
+        yield Site(name, rows[row], hidden, times * gates)
         if layer.proj_size:
-            yield Site(name, hidden, handed_on, times)
+            yield Site(name, hidden, rows[row], times)
+
+
+def sum_of(widths: Sequence[Width]) -> Width:
+    total: Counter[int] = Counter()
+    for width in widths:
+        total.update(width.weights)
+    return Width(sum(width.constant for width in widths), total)
 
 
 def _attention_sites(structure: Structure, variables: _Variables, example_inputs: Any) -> Iterator[Site]:

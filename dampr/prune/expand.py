@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dampr.nn import PrunedMultiheadAttention, Scale, ScaledRNN
+from dampr.nn import PrunedMultiheadAttention, Scale, ScaledRNN, StackedRNN
 from dampr.nn.pruned_transformer import _Pruned
+from dampr.nn.stacked_rnn import arguments_of
 
 from . import graph, heads, inputs, transposed
 
@@ -72,6 +73,9 @@ def expand(model: nn.Module) -> nn.Module:
                     setattr(holder, own, nn.Parameter(grown, requires_grad=small.requires_grad))
                 else:
                     setattr(holder, own, grown)
+        if isinstance(layer, StackedRNN):
+            inputs.replace(large, {layer: _joined(layer, entry)})
+            continue
         for attribute, size in _sizes(layer, entry).items():
             setattr(layer, attribute, size)
         if isinstance(layer, nn.RNNBase):
@@ -99,6 +103,19 @@ def _whole(grown: PrunedMultiheadAttention) -> nn.MultiheadAttention:
     return whole.train(grown.training)
 
 
+def _joined(grown: StackedRNN, entry: dict[str, Any]) -> nn.RNNBase:
+    """The one recurrent layer with the parameters of parts that have grown to equal widths."""
+    first: Any = grown.rows()[0]
+    sizes = {**_sizes(first, entry), "num_layers": len(grown.layers), "bidirectional": grown.bidirectional}
+    whole: nn.RNNBase = type(first)(**arguments_of(first) | sizes, device="meta")
+    whole.dropout = grown.dropout
+    own = dict(grown.named_parameters())
+    for name, former in grown.former_names().items():
+        setattr(whole, former, own[name])
+    whole._init_flat_weights()
+    return whole.train(grown.training)
+
+
 def _layer(model: nn.Module, name: str) -> Any:
     try:
         layer = model.get_submodule(name)
@@ -110,7 +127,7 @@ def _layer(model: nn.Module, name: str) -> Any:
 def tensors_of(layer: nn.Module, entry: dict[str, Any]) -> dict[str, list[Places]]:
     """Of each tensor of a layer, what is left of its dimensions, from the entry of the manifest."""
     written, read = (_places(entry.get(side)) for side in ("out", "in"))
-    if isinstance(layer, nn.RNNBase):
+    if isinstance(layer, (nn.RNNBase, StackedRNN)):
         return dict(_of_recurrent(layer, entry.get("units"), read))
     if isinstance(layer, PrunedMultiheadAttention):
         return _of_attention(layer, entry.get("heads"), written, read)
@@ -142,29 +159,39 @@ def _of_attention(layer: PrunedMultiheadAttention, heads: dict[str, Any] | None,
     }
 
 
-def _of_recurrent(layer: nn.RNNBase, units: dict[str, Any] | None, read: Places) -> Iterator[tuple[str, list[Places]]]:
+def _of_recurrent(layer: nn.RNNBase | StackedRNN, units: dict[str, Any] | None, read: Places) -> Iterator[tuple[str, list[Places]]]:
     each = 1 + layer.bidirectional
-    for row, names in enumerate(layer._all_weights):
+    for row, (part, names) in enumerate(_rows(layer)):
         own = below = gates = None
         if units is not None:
             size = units["before"]
             rows = [torch.tensor(r) for r in units["kept"]]
             own = size, rows[row]
-            count = getattr(layer, names[0]).shape[0] // layer.hidden_size
-            if not layer.proj_size:
+            weight = part.get_parameter(names[0].rpartition(".")[2])
+            count = weight.shape[0] // part.hidden_size
+            if not part.proj_size:
                 gates = count * size, torch.cat([rows[row] + i * size for i in range(count)])
             if row >= each:
                 first = row // each * each - each
                 below = each * size, torch.cat([rows[first + i] + i * size for i in range(each)])
         for name in names:
-            if name.startswith("weight_ih"):
+            if "weight_ih" in name:
                 yield name, [gates, read if row < each else below]
-            elif name.startswith("weight_hh"):
+            elif "weight_hh" in name:
                 yield name, [gates, own]
-            elif name.startswith("weight_hr"):
+            elif "weight_hr" in name:
                 yield name, [own, None]
             else:
                 yield name, [gates]
+
+
+def _rows(layer: nn.RNNBase | StackedRNN) -> list[tuple[nn.RNNBase, list[str]]]:
+    """Of each layer and direction the ``nn`` module that holds it, and the names of its weights in ``layer``."""
+    if isinstance(layer, nn.RNNBase):
+        return [(layer, names) for names in layer._all_weights]
+    names = list(layer.former_names())
+    count = len(names) // len(layer.rows())
+    return [(part, names[row * count : (row + 1) * count]) for row, part in enumerate(layer.rows())]
 
 
 def _places(side: dict[str, Any] | None) -> Places:
@@ -230,15 +257,16 @@ def carry_over(optimizer: torch.optim.Optimizer, model: nn.Module, small: Any) -
         places[name] = [*[None] * entry["dim"], _places(entry)]
     old = dict(model.named_parameters(remove_duplicate=False))
     new = dict(small.named_parameters(remove_duplicate=False))
-    target = {id(old[name]): name for name in reversed(old) if name in new}
+    former = {name: name for name in new} | _renamed(small)
+    target = {id(old[former[name]]): name for name in reversed(new) if former[name] in old}
     state: dict[Tensor, Any] = {}
     groups: list[list[Tensor]] = []
     for group in optimizer.param_groups:
         names = [target[id(p)] for p in group["params"] if id(p) in target]
         for name in names:
             state[new[name]] = {
-                key: shrink(value, places.get(name, [])) if isinstance(value, Tensor) and value.shape == old[name].shape else value
-                for key, value in optimizer.state.get(old[name], {}).items()
+                key: shrink(value, places.get(name, [])) if isinstance(value, Tensor) and value.shape == old[former[name]].shape else value
+                for key, value in optimizer.state.get(old[former[name]], {}).items()
             }
         added = [bias for name in names if (bias := name.removesuffix("weight") + "bias") in new and bias not in old]
         groups.append([new[name] for name in (*names, *added)])
@@ -246,3 +274,9 @@ def carry_over(optimizer: torch.optim.Optimizer, model: nn.Module, small: Any) -
         group["params"] = params
     optimizer.state.clear()
     optimizer.state.update({p: values for p, values in state.items() if values})
+
+
+def _renamed(small: nn.Module) -> dict[str, str]:
+    """Of each parameter in a :class:`StackedRNN` the name that it had in the recurrent layer in its place."""
+    stacked = [(f"{prefix}." if prefix else "", m) for prefix, m in small.named_modules() if isinstance(m, StackedRNN)]
+    return {prefix + name: prefix + before for prefix, m in stacked for name, before in m.former_names().items()}

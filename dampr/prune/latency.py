@@ -18,7 +18,7 @@ from dampr import _progress
 from dampr.nn import PrunedMultiheadAttention
 
 from . import graph, inputs
-from .cost import Cost, Site, Width
+from .cost import Cost, Site, Width, sum_of
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of a width, at least one channel, where layers are timed
 _ATTENDED = "query", "key", "value"
@@ -32,7 +32,8 @@ class Latency(Cost):
     time is interpolated; more channels never count as less time. What the layers do not account for (what is between them, and that they
     run one after the other) is fixed. ``total`` is the median time of the model as it is.
 
-    Layers that are called several times count as often; recurrent layers and attention with whole sequences as in the example inputs.
+    Layers that are called several times count as often; recurrent layers and attention with whole sequences as in the example inputs. A
+    recurrent layer whose layers and directions have widths of their own counts as one of their mean width.
     """
 
     def __init__(self, model: nn.Module, example_inputs: Any) -> None:
@@ -46,8 +47,7 @@ class Latency(Cost):
             if isinstance(layer, nn.MultiheadAttention):
                 read, written = self._variables.width(layer, False), self._variables.heads(layer)
             elif isinstance(layer, nn.RNNBase):
-                read, units = self._variables.width(layer, False), self._variables.units(layer, True)
-                written = Width(0, dict.fromkeys(units.weights, 1)) if units else Width(layer.proj_size or layer.hidden_size)
+                read, written = self._variables.width(layer, False), _mean(self._variables.rows(layer))
             else:
                 read = Width(1) if graph.is_depthwise(layer) else self._variables.width(layer, False)
                 written = self._variables.width(layer, True)
@@ -80,6 +80,11 @@ class Latency(Cost):
         low = t[rows, i, j] * (1 - v) + t[rows, i, j + 1] * v
         high = t[rows, i + 1, j] * (1 - v) + t[rows, i + 1, j + 1] * v
         return low * (1 - u) + high * u
+
+
+def _mean(rows: list[Width]) -> Width:
+    total = sum_of(rows)
+    return Width(total.constant / len(rows), {number: weight / len(rows) for number, weight in total.weights.items()})
 
 
 def _between(knots: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from dampr.nn import ScaledRNN
 from dampr.nn.rnn import _GatedRecurrent
+from dampr.nn.stacked_rnn import in_parts, narrowed
 
 from . import inputs
 from .graph import CannotCutError
@@ -21,18 +23,30 @@ from .tracing import channel_count, input_columns
 Kept = dict[tuple[nn.Module, bool], Tensor]
 
 
-def make_plain(model: nn.Module, samples: list[Any], atol: float, rtol: float) -> tuple[Kept, dict[str, Tensor], dict[str, str]]:
-    """Replace every gated recurrent layer of ``model`` by a plain one, in place.
+@dataclass
+class Units:
+    """What is left of a recurrent layer.
+
+    ``kept``: units by layer and direction; ``own``: which of these are no filling, where the widths are to be their own; ``readers``: the
+    names of the layers that read it.
+    """
+
+    kept: list[Tensor]
+    own: list[Tensor] | None
+    readers: list[str]
+
+
+def make_plain(model: nn.Module, samples: list[Any], atol: float, rtol: float) -> tuple[Kept, dict[str, Units], dict[str, str]]:
+    """Replace every gated recurrent layer of ``model`` by a plain one of equal widths, in place.
 
     A layer whose outputs are read by ``nn.Linear`` and recurrent layers alone becomes the smaller layer of ``compacted()``, and the columns
     of its readers are sliced and multiplied by the gates. Whether the model computes the same is tried on ``samples``; where it does not (a
     nonlinearity between them, a norm, a state from outside), the layer keeps its size.
 
-    Returns what is left of each layer, of the smaller ones the units by layer and direction, and for layers with closed units that stay the
-    reason.
+    Returns what is left of each layer, of the smaller ones the units, and for layers with closed units that stay the reason.
     """
     kept: dict[tuple[str, bool], Tensor] = {}
-    units: dict[str, Tensor] = {}
+    units: dict[str, Units] = {}
     notes: dict[str, str] = {}
     for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, _GatedRecurrent)]:
         plain = layer.to_dense()
@@ -42,7 +56,10 @@ def make_plain(model: nn.Module, samples: list[Any], atol: float, rtol: float) -
         try:
             features, readers = _shrink(model, layer, samples, atol, rtol)
             kept |= {(name, True): features, **{(reader, False): features for reader in readers}}
-            units[name] = layer.kept_units()
+            equal, own = layer.equal_units(), layer.kept_units()
+            unequal = len({len(row) for row in own}) > 1
+            within = [torch.isin(row, mine).nonzero().flatten() for row, mine in zip(equal, own, strict=True)]
+            units[name] = Units(equal, within if unequal else None, readers)
         except CannotCutError as error:
             inputs.replace(model, {layer: plain})
             if any(layer.closed_units()):
@@ -57,32 +74,92 @@ def _inside(layer: nn.Module) -> nn.Module:
 def _shrink(model: nn.Module, layer: _GatedRecurrent, samples: list[Any], atol: float, rtol: float) -> tuple[Tensor, list[str]]:
     """The features of ``layer`` that are left, and the names of the layers that read them."""
     reading = readers(model, layer, samples[0])
+    unchanged = _proof(model, samples, atol, rtol)
+    small, features, scale = layer._compacted(layer.equal_units())
+    if not _put(model, layer, small, reading, features, scale, unchanged):
+        raise CannotCutError("something between it and the layers that read it is not only a choice of steps, or it is given a state")
+    return features, [name for name, module in model.named_modules() if module in reading]
+
+
+def split(
+    model: nn.Module, units: dict[str, Units], kept: Kept, samples: list[Any], atol: float, rtol: float
+) -> tuple[dict[str, Units], Kept, dict[str, str]]:
+    """Give every layer and direction the width of its own, in place, where that was asked for; the last step, for no tracer follows it.
+
+    Returns what is left then, and for layers whose widths stay equal the reason.
+    """
+    units, kept, notes = dict(units), dict(kept), {}
+    for name, found in units.items():
+        if found.own is None:
+            continue
+        layer: Any = model.get_submodule(name)
+        reading = [_inside(model.get_submodule(reader)) for reader in found.readers]
+        unchanged = _proof(model, samples, atol, rtol)
+        stacked = narrowed(layer, found.own)
+        size = len(found.kept[0])
+        features = torch.cat([row + i * size for i, row in enumerate(found.own[-(1 + layer.bidirectional) :])])
+        if not _put(model, layer, stacked, reading, features, torch.ones(()), unchanged):
+            filling = sum(len(row) - len(own) for row, own in zip(found.kept, found.own, strict=True))
+            notes[name] = f"{filling} closed units stay: the model does not take states of unequal widths, which are lists"
+            continue
+        for side in [(layer, True), *((reader, False) for reader in reading)]:
+            kept[side] = kept[side][features]
+        kept |= {(stacked, writes): kept.pop((layer, writes)) for writes in (True, False) if (layer, writes) in kept}
+        units[name] = Units([row[own] for row, own in zip(found.kept, found.own, strict=True)], None, found.readers)
+    return units, kept, notes
+
+
+def _proof(model: nn.Module, samples: list[Any], atol: float, rtol: float) -> Callable[[], bool]:
+    """What tells whether ``model`` still computes on the samples what it computes now."""
     expected = [inputs.evaluate(model, sample) for sample in samples]
-    small, features, scale = layer.compacted()
-    own = {(reader, name): getattr(reader, name) for reader in reading for name in input_columns(reader)}
+
+    def unchanged() -> bool:
+        try:
+            found = [inputs.evaluate(model, sample) for sample in samples]
+        except (RuntimeError, TypeError, AttributeError):  # of shapes, or of a state that is a list
+            return False
+        return not any(inputs.differ(a, b, rtol, atol) for a, b in zip(expected, found, strict=True))
+
+    return unchanged
+
+
+def _put(
+    model: nn.Module,
+    layer: nn.Module,
+    small: nn.Module,
+    readers: list[nn.Module],
+    features: Tensor,
+    scale: Tensor,
+    unchanged: Callable[[], bool],
+) -> bool:
+    """Put ``small`` in the place of ``layer``, with its features alone, times ``scale``, in what reads it; and back if that changed it."""
+    whole = {(part, name): getattr(part, name) for reader in readers for part, name in input_columns(reader)}
     inputs.replace(model, {layer: small})
-    for (reader, name), weight in own.items():
+    for (part, name), weight in whole.items():
         narrow = (weight.detach()[:, features] * scale).to(weight.dtype)
-        setattr(reader, name, nn.Parameter(narrow, requires_grad=weight.requires_grad))
-    _resize(reading, len(features))
-    try:
-        same = not any(
-            inputs.differ(before, inputs.evaluate(model, sample), rtol, atol) for before, sample in zip(expected, samples, strict=True)
-        )
-    except RuntimeError:
-        same = False
-    if same:
-        return features, [name for name, module in model.named_modules() if module in reading]
+        _set_columns(part, name, nn.Parameter(narrow, requires_grad=weight.requires_grad))
+    if unchanged():
+        return True
     inputs.replace(model, {small: layer})
-    for (reader, name), weight in own.items():
-        setattr(reader, name, weight)
-    _resize(reading, layer._directions * layer._width)
-    raise CannotCutError("something between it and the layers that read it is not only a choice of steps, or it is given a state")
+    for (part, name), weight in whole.items():
+        _set_columns(part, name, weight)
+    return False
 
 
-def _resize(readers: list[nn.Module], size: int) -> None:
-    for reader in readers:
-        setattr(reader, "input_size" if isinstance(reader, nn.RNNBase) else "in_features", size)
+def _set_columns(reader: nn.Module, name: str, weight: nn.Parameter) -> None:
+    setattr(reader, name, weight)
+    setattr(reader, "input_size" if isinstance(reader, nn.RNNBase) else "in_features", weight.shape[1])
+
+
+def takes_parts(model: nn.Module, layer: nn.RNNBase, sample: Any) -> bool:
+    """Whether a model runs with a :class:`dampr.nn.StackedRNN` in the place of ``layer``, whose states are lists."""
+    unchanged = _proof(model, [sample], atol=1e-5, rtol=1e-5)
+    parts = in_parts(layer)
+    inputs.replace(model, {layer: parts})
+    try:
+        return unchanged()
+    finally:
+        inputs.replace(model, {parts: layer})
 
 
 def why_not(model: nn.Module, layer: nn.RNNBase, sample: Any) -> str | None:

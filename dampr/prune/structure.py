@@ -32,6 +32,7 @@ class Structure:
         atoms: of a side of a layer, the atom of each channel, or -1 where it always stays.
         owners: ``owners[writes][atom]`` has for each layer that writes, or reads, the atom the set of its gates.
         units: of each recurrent layer in ``plain`` whose units can be cut, the layers that read them.
+        split: those of them whose layers and directions get widths of their own.
         attentions: those whose heads have gates, in ``plain``.
         streams: the widths that gates in LayerNorms cut, in ``plain``, and the first gate of each.
         notes: of layers whose gates cut nothing, why.
@@ -65,6 +66,17 @@ class Structure:
         """Where the gates of layer ``name`` begin in the vector of all gates."""
         return self._starts[name]
 
+    def rows(self, name: str) -> list[range]:
+        """The gates of layer ``name`` in the vector of all gates; of a recurrent layer by layer and direction."""
+        layer, start = self.gated[name], self.start(name)
+        count = len(layer.closed_units()) if isinstance(layer, _GatedRecurrent) else 1
+        size = layer.gate.num_gates // count
+        return [range(start + i * size, start + (i + 1) * size) for i in range(count)]
+
+    def widths(self) -> list[list[range]]:
+        """The same for each of :attr:`gates`."""
+        return [self.rows(name) for name in self._holders.values()]
+
     def branches(self, name: str) -> list[int]:
         """The gates of the residual branches that the layer ``name`` is in."""
         return [
@@ -85,6 +97,9 @@ class Structure:
                     self.notes[name] = str(error)
         _make_dense(plain)
         self.units = {plain.get_submodule(name): [plain.get_submodule(r) for r in found] for name, found in readers.items()}
+        own = {name for name, layer in self.gated.items() if isinstance(layer, _GatedRecurrent) and layer.widths == "own"}
+        asked = [layer for name, layer in plain.named_modules() if name in own & readers.keys() and isinstance(layer, nn.RNNBase)]
+        self.split: set[nn.Module] = {layer for layer in asked if recurrent.takes_parts(plain, layer, example_inputs)}
         return plain
 
     def _find_atoms(self, widths: graph.Widths) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from dampr import _progress
-from dampr.nn import PrunedMultiheadAttention, ScaledRNN
+from dampr.nn import PrunedMultiheadAttention, ScaledRNN, StackedRNN
 
 from . import graph, inputs
 from .latency import calls_of, seconds_of
@@ -50,9 +50,9 @@ def layer_times(model: nn.Module, small: nn.Module, example_inputs: Any) -> list
     manifest = getattr(small, "dampr_manifest", None)
     if not isinstance(manifest, dict):
         raise ValueError(f"small={type(small).__name__}: expected the dampr_manifest that dampr.compact leaves")
-    whole = (nn.MultiheadAttention, PrunedMultiheadAttention, ScaledRNN)
-    inside = {part for layer in small.modules() if isinstance(layer, whole) for part in layer.children()}
-    names = [name for name, layer in small.named_modules() if isinstance(layer, (*_TIMED, ScaledRNN)) and layer not in inside]
+    whole = (nn.MultiheadAttention, PrunedMultiheadAttention, ScaledRNN, StackedRNN)
+    inside = {part for layer in small.modules() if isinstance(layer, whole) for part in layer.modules() if part is not layer}
+    names = [name for name, layer in small.named_modules() if isinstance(layer, (*_TIMED, *whole)) and layer not in inside]
     pairs = {name: (_counterpart(model, name), small.get_submodule(name)) for name in names}
     pairs = {name: pair for name, pair in pairs.items() if pair[0] is not None}
     times = [_times(net, [pair[side] for pair in pairs.values()], example_inputs) for side, net in enumerate((model, small))]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
-from dampr.nn import Gate, PrunedMultiheadAttention, Scale
+from dampr.nn import Gate, PrunedMultiheadAttention, Scale, StackedRNN
 
 from . import inputs
 
@@ -23,6 +23,8 @@ ATTENTION = (nn.MultiheadAttention, PrunedMultiheadAttention)
 
 def channel_count(layer: nn.Module, writes: bool) -> int:
     """Channels that a linear, convolution, recurrent or embedding layer or attention writes, or reads, or a norm or activation has."""
+    if isinstance(layer, StackedRNN):
+        return sum(layer.widths[-len(layer.layers[0]) :]) if writes else layer.input_size
     if isinstance(layer, nn.RNNBase):
         return (1 + layer.bidirectional) * (layer.proj_size or layer.hidden_size) if writes else layer.input_size
     if isinstance(layer, nn.Embedding):
@@ -108,11 +110,13 @@ class _OneNode(torch.autograd.Function):
         return tuple(t.clone() for t in tensors[:count])
 
 
-def input_columns(layer: nn.Module) -> list[str]:
-    """The names of the weights whose columns are the input of a linear, convolution or recurrent layer."""
+def input_columns(layer: nn.Module) -> list[tuple[nn.Module, str]]:
+    """The weights whose columns are the input of a linear, convolution or recurrent layer: the modules that have them, and their names."""
+    if isinstance(layer, StackedRNN):
+        return [(part, "weight_ih_l0") for part in layer.layers[0]]
     if isinstance(layer, nn.RNNBase):
-        return ["weight_ih_l0", "weight_ih_l0_reverse"] if layer.bidirectional else ["weight_ih_l0"]
-    return ["weight"]
+        return [(layer, name) for name in ["weight_ih_l0", *["weight_ih_l0_reverse"] * layer.bidirectional]]
+    return [(layer, "weight")]
 
 
 def recurrent_pruner() -> Any:
@@ -131,7 +135,7 @@ def recurrent_pruner() -> Any:
 
         def prune_in_channels(self, layer: nn.RNNBase, idxs: Any) -> nn.Module:
             left = sorted(set(range(layer.input_size)) - set(idxs))
-            for name in input_columns(layer):
+            for _, name in input_columns(layer):
                 weight = getattr(layer, name)
                 setattr(layer, name, nn.Parameter(weight.detach()[:, left], requires_grad=weight.requires_grad))
             layer.input_size = len(left)

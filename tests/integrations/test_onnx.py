@@ -82,6 +82,18 @@ def test_recurrent_models_with_what_gates_leave_of_them(kind: Any, tmp_path: Pat
     check(small, tmp_path / "small.onnx", words, torch.randint(20, (3, 5)))
 
 
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_layers_with_widths_of_their_own(kind: Any, tmp_path: Path) -> None:
+    model, words = Tagger(kind), torch.randint(20, (3, 5))
+    model.rnn = kind(8, 3, 2, batch_first=True, bidirectional=True)
+    dampr.convert(model, example_inputs=words)
+    model.rnn.widths = "own"
+    model.rnn.gate.log_alpha.data[[0, 1, 4, 9]] = -9
+    small = dampr.compact(model, example_inputs=words)
+    assert small.rnn.widths == [1, 2, 3, 2]
+    check(small, tmp_path / "small.onnx", words, torch.randint(20, (3, 5)))
+
+
 class Translator(nn.Module):
     def __init__(self) -> None:
         super().__init__()

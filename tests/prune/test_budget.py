@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 import dampr
 from dampr.gates import DifferentiableMask, DiffPrune, Fixed, HardConcrete
+from dampr.nn import GatedRNN
 from dampr.prune.measure import count_macs, count_params
 from tests import models
 from tests.prune.test_models import close_at_random
@@ -104,6 +105,21 @@ def test_widths_are_multiples(round_to):
     for count, left in report.widths.values():
         assert left == count or left % round_to == 0
         assert left >= 2 * round_to
+
+
+def test_recurrent_layers_of_other_numbers_of_directions_cannot_be_the_same():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two, self.head = GatedRNN(5, 6), GatedRNN(6, 3, bidirectional=True), nn.Linear(6, 2)
+
+        def forward(self, x):
+            return self.head(self.two(self.one(x)[0])[0])
+
+    model = Two()
+    x = torch.randn(4, 2, 5)
+    with pytest.raises(dampr.BudgetError, match=r"same: recurrent layers with \[1, 2\] widths each"):
+        dampr.Budget(model, x, macs=0.5).finalize(same="*")
 
 
 def test_training_comes_down_to_the_target_on_schedule():

@@ -73,6 +73,8 @@ def words():
 CASES = {
     "lstm": lambda: (Tagger(GatedLSTM(12, 10, 2, batch_first=True)), words()),
     "bidirectional": lambda: (Tagger(GatedRNN(12, 10, 2, batch_first=True, bidirectional=True)), words()),
+    "own widths": lambda: (Tagger(GatedLSTM(12, 10, 2, batch_first=True, bidirectional=True, widths="own")), words()),
+    "own projections": lambda: (Tagger(GatedLSTM(12, 10, 2, proj_size=5, batch_first=True, widths="own")), words()),
     "projection": lambda: (Tagger(GatedLSTM(12, 10, proj_size=5, bias=False, batch_first=True)), words()),
     "branches": lambda: (Branches(), torch.randn(4, 6)),
     "transformer": lambda: (Transformer(), torch.randn(2, 5, 6)),

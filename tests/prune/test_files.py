@@ -501,6 +501,8 @@ def own_layers():
     yield dampr.nn.Residual(nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 8))), nn.Linear(8, 8), (x,)
     yield dampr.nn.Residual(dampr.nn.Scale(torch.rand(8), -1), torch.rand(1)), nn.ReLU(), (x,)
     yield dampr.nn.ScaledRNN(rnn, torch.rand(4, 2)), nn.LSTM(8, 4, 2), (x,)
+    parts = [[nn.LSTM(8, 3), nn.LSTM(8, 2)], [nn.LSTM(5, 1), nn.LSTM(5, 4, proj_size=2)]]
+    yield dampr.nn.StackedRNN(parts, 0.5), nn.LSTM(8, 4, 2, bidirectional=True), (x,)
     yield dampr.nn.PrunedMultiheadAttention(8, 4, 0.1, heads=(0, 3)), nn.MultiheadAttention(8, 4), (x, x, x)
     arguments = {"bias": False, "add_bias_kv": True, "add_zero_attn": True, "kdim": 3, "batch_first": True}
     inputs = torch.randn(2, 5, 8), torch.randn(2, 4, 3), torch.randn(2, 4, 8)
@@ -552,6 +554,7 @@ OWN_FORGED = [
     (leftover(lambda d: d["arguments"].update(device="cpu")), "comes without arguments and children of its own"),
     (leftover(lambda d: d.update(type="Residual", arguments={"branch": {}, "scaled": False})), "Residual does not take"),
     (leftover(lambda d: d.update(type="ScaledRNN", arguments={"rnn": "os.system"})), "ScaledRNN does not take"),
+    (leftover(lambda d: d.update(type="StackedRNN", arguments={"layers": [], "dropout": 0.5})), "StackedRNN does not take"),
     (leftover(lambda d: d.update(type="Scale", arguments={"num_features": 10**30, "dim": 1})), "Scale does not take"),
 ]
 

@@ -23,6 +23,7 @@ from dampr.nn import (
     Residual,
     Scale,
     ScaledRNN,
+    StackedRNN,
 )
 
 KINDS: list[Any] = [GatedLSTM, GatedGRU, GatedRNN]
@@ -97,6 +98,160 @@ def test_both_directions_and_dropout(kind: Any) -> None:
     small = compacted(model, words)
     assert small.rnn.hidden_size == 4
     assert small.head.in_features == 8
+
+
+def unequal(model: nn.Module, fractional: bool = True) -> nn.Module:
+    """In every recurrent layer one more unit closed from row to row, of all but the last, where these have widths of their own."""
+    close(model, fractional)
+    for module in model.modules():
+        if isinstance(module, (GatedLSTM, GatedGRU, GatedRNN)):
+            module.widths = "own"
+            rows = module.gate.log_alpha.data.view(-1, module._width)
+            for row, values in enumerate(rows):
+                values[: min(row + 1, module._width - 1)] = -9
+                values[min(row + 1, module._width - 1) :].clamp_(min=-1)
+    return model
+
+
+@every_kind
+@pytest.mark.parametrize("how", ["all", "last", "packed"])
+@pytest.mark.parametrize("both_ways", [False, True])
+def test_layers_and_directions_have_widths_of_their_own(kind: Any, how: str, both_ways: bool) -> None:
+    model = unequal(Tagger(kind, how, bidirectional=both_ways))
+    small = compacted(model, words)
+    widths = [5, 4, 3, 2] if both_ways else [5, 4]
+    assert type(small.rnn) is StackedRNN
+    assert small.rnn.widths == widths
+    assert small.rnn.input_size == small.embedding.embedding_dim == 5
+    assert small.head.in_features == (5 if both_ways else 4)
+    manifest = small.dampr_manifest
+    assert manifest["closed_but_kept"] == {}
+    assert manifest["layers"]["rnn"]["in"] == {"before": 8, "kept": [1, 2, 4, 5, 7]}
+    assert manifest["layers"]["rnn"]["units"]["kept"] == [list(range(6 - width, 6)) for width in widths]
+    assert manifest["layers"]["rnn"]["out"] == manifest["layers"]["head"]["in"]
+    assert manifest["layers"]["head"]["in"]["kept"] == ([3, 4, 5, 10, 11] if both_ways else [2, 3, 4, 5])
+
+
+@every_kind
+def test_a_state_read_by_layer_is_one_of_unequal_widths(kind: Any) -> None:
+    small = compacted(unequal(Tagger(kind, "state")), words)
+    assert small.rnn.widths == [5, 4]
+
+
+class Joined(Tagger):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        state = self.rnn(self.embedding(x))[1]
+        h = state[0] if isinstance(state, tuple) else state
+        return self.head(h.transpose(0, 1)[:, -1])
+
+
+@every_kind
+def test_a_model_that_needs_one_tensor_for_its_states_keeps_equal_widths(kind: Any) -> None:
+    small = compacted(unequal(Joined(kind)), words)
+    assert isinstance(small.rnn, nn.RNNBase)
+    assert small.rnn.hidden_size == small.head.in_features == 5
+    note = "1 closed units stay: the model does not take states of unequal widths, which are lists"
+    assert small.dampr_manifest["closed_but_kept"] == {"rnn": note}
+
+
+@every_kind
+def test_a_budget_knows_which_models_do_not_take_lists(kind: Any) -> None:
+    model = Joined(kind)
+    model.rnn.widths = "own"
+    model.rnn.gate.log_alpha.data.uniform_(-4, 4)
+    report = dampr.Budget(model, words, macs=0.5).finalize()
+    small = dampr.compact(model, example_inputs=words)
+    assert isinstance(small.rnn, nn.RNNBase)
+    assert dampr.prune.measure.count_macs(small, words) == report.reached <= report.target
+
+
+@every_kind
+@pytest.mark.parametrize("widths", ["equal", "own"])
+@pytest.mark.parametrize("round_to", [1, 2])
+def test_a_budget_leaves_no_unit_closed_that_could_open(kind: Any, widths: str, round_to: int) -> None:
+    model = Tagger(kind, bidirectional=True)
+    model.rnn.widths = widths
+    for layer in (model.embedding, model.rnn):
+        layer.gate.log_alpha.data.uniform_(-4, 4)
+    report = dampr.Budget(model, words, macs=0.5).finalize(round_to=round_to)
+    small = dampr.compact(model, example_inputs=words)
+    sizes = small.rnn.widths if isinstance(small.rnn, StackedRNN) else [small.rnn.hidden_size]
+    assert all(size % round_to == 0 and size > 0 for size in sizes)
+    assert all(len(units) < 6 for units in model.rnn.closed_units())
+    cost = dampr.prune.Cost(model, words, "macs")
+    gates = cost.decision()
+    assert int(cost(gates)) == report.reached <= report.target
+    for row in cost.structure.rows("rnn") + cost.structure.rows("embedding"):
+        more = gates.clone()
+        more[[i for i in row if not gates[i]][:round_to]] = True
+        assert int(cost(more)) > report.target or bool((more == gates).all())
+
+
+@every_kind
+@pytest.mark.parametrize("reader_first", [False, True])
+def test_a_stack_reads_another(kind: Any, reader_first: bool) -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            layers = {"first": kind(4, 6, 2), "second": kind(6, 6, 2, bidirectional=True)}
+            for name in sorted(layers, reverse=reader_first):
+                setattr(self, name, layers[name])
+            self.head = nn.Linear(12, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.second(self.first(x)[0])[0])
+
+    small = compacted(unequal(Two()), torch.randn(5, 3, 4))
+    assert (small.first.widths, small.second.widths) == ([5, 4], [5, 4, 3, 2])
+    assert small.second.input_size == 4
+    assert small.head.in_features == 5
+    assert small.dampr_manifest["layers"]["second"]["in"] == small.dampr_manifest["layers"]["first"]["out"]
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections")
+def test_a_projection_has_widths_of_its_own() -> None:
+    model = unequal(Tagger(GatedLSTM, proj_size=3, bidirectional=True))
+    model.head = nn.Linear(6, 3).eval()
+    small = compacted(model, words)
+    assert small.rnn.widths == [2, 1, 1, 1]
+    assert {part.hidden_size for part in small.rnn.rows()} == {6}
+
+
+@every_kind
+@pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.SGD])
+def test_an_optimizer_goes_on_with_the_parts(kind: Any, optimizer: Any) -> None:
+    model = unequal(Tagger(kind, bidirectional=True), fractional=False)
+    how = {"momentum": 0.9} if optimizer is torch.optim.SGD else {}
+    trains = optimizer(dampr.param_groups(model, lr=0.0), **how)
+    model.train()(words).square().sum().backward()
+    trains.step()
+    key = "momentum_buffer" if how else "exp_avg"
+    old = {name: trains.state[p][key].clone() for name, p in model.named_parameters() if p in trains.state and p.grad is not None}
+    small = dampr.compact(model.eval(), example_inputs=words, optimizer=trains)
+    names = {p: name for name, p in small.named_parameters()}
+    held = [names[p] for group in trains.param_groups for p in group["params"]]
+    assert sorted(held) == sorted(names.values())
+    units, below = [3, 4, 5], torch.tensor([*range(1, 6), *range(8, 12)])  # of the second layer, forward; of the first, both ways
+    rows = torch.cat([torch.tensor(units) + 6 * i for i in range(small.rnn.rows()[0].weight_hh_l0.shape[0] // 5)])
+    state = trains.state[small.get_parameter("rnn.layers.1.0.weight_ih_l0")][key]
+    assert torch.equal(state, old["rnn.weight_ih_l1"][rows][:, below])
+    state = trains.state[small.get_parameter("rnn.layers.1.0.bias_hh_l0")][key]
+    assert torch.equal(state, old["rnn.bias_hh_l1"][rows])
+    assert bool(old["rnn.weight_ih_l1"].any())
+    small.train()(words).square().sum().backward()
+    trains.step()
+
+
+@every_kind
+def test_a_budget_ends_at_its_target_with_widths_of_their_own(kind: Any) -> None:
+    model = dampr.convert(Plain({GatedLSTM: nn.LSTM, GatedGRU: nn.GRU, GatedRNN: nn.RNN}[kind], bidirectional=True), example_inputs=words)
+    model.rnn.widths = "own"
+    model.rnn.gate.log_alpha.data.uniform_(-4, 4)
+    report = dampr.Budget(model, words, macs=0.5).finalize()
+    small = dampr.compact(model, example_inputs=words)
+    assert type(small.rnn) is StackedRNN
+    assert dampr.prune.measure.count_macs(small, words) == report.reached <= report.target
+    assert report.reached > 0.9 * report.target
 
 
 @every_kind
@@ -245,6 +400,30 @@ def test_a_compacted_recurrent_model_is_saved_and_loaded(tmp_path: Any) -> None:
     dense = Tagger(nn.LSTM, bidirectional=True)
     dense.embedding = nn.Embedding(20, 8)
     loaded = dampr.load(tmp_path / "small.safetensors", dense)
+    assert torch.equal(loaded.eval()(words), small(words))
+
+
+@every_kind
+@pytest.mark.parametrize("by_path", [False, True])
+def test_a_stack_is_saved_and_loaded_and_expanded(kind: Any, by_path: bool, tmp_path: Any) -> None:
+    model = unequal(Tagger(kind, bidirectional=True, dropout=0.25))
+    small = compacted(model, words)
+    dampr.save(small, tmp_path / "small.safetensors")
+    if by_path:
+        dampr.save(nn.ModuleList([small.rnn]), tmp_path / "rnn.safetensors")
+        again, x = dampr.load(tmp_path / "rnn.safetensors")[0], torch.randn(3, 5, 5)
+        assert str(again) == str(small.rnn)
+        assert torch.equal(again(x)[0], small.rnn(x)[0])
+        return
+    dense = Tagger(type(small.rnn.rows()[0]), bidirectional=True, dropout=0.25)
+    dense.embedding = nn.Embedding(20, 8)
+    large = dampr.expand(small)
+    shapes = {name: p.shape for name, p in dense.state_dict().items()}
+    assert {name: p.shape for name, p in large.state_dict().items()} == shapes
+    assert str(large) == str(dense)
+    torch.testing.assert_close(large(words), small(words), rtol=1e-5, atol=1e-5)
+    loaded = dampr.load(tmp_path / "small.safetensors", dense)
+    assert type(loaded.rnn) is StackedRNN
     assert torch.equal(loaded.eval()(words), small(words))
 
 
