@@ -86,7 +86,8 @@ struct NormGate {
 };
 
 // A whole gated linear layer (small.h says what each is); x, dy: (m, k), (m, n); w, dw: (n, k). Without a gate its log_alpha is null, absent outputs
-// are null. pre is y before the output gate: written by the forward if not null, computed again by the backward where it is null and dout needs it.
+// are null. pre is y before the output gate: written by the forward if not null; the backward needs it for dout if gates are per sample, and where it
+// is null computes it again.
 struct SmallLinear {
   const void *x, *w, *b, *in_log_alpha, *out_log_alpha, *dy;
   void *y, *pre, *dx, *dw, *db, *din, *dout;

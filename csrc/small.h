@@ -1,7 +1,8 @@
 // A whole gated linear layer in one call, for problems so small that calls cost more than arithmetic: products and gates on one thread.
 //
 // y = z_out * pre, pre = xz w^T + b, xz = x * z_in; with g = dy * z_out and r = g w:  dx = r * z_in, dw = g^T xz, db = sum_m g,
-// dlog_alpha_out = sum_m pre dy z_out', dlog_alpha_in = sum_m x r z_in'. x: (m, k), w: (n, k), y: (m, n), all float or all double.
+// dlog_alpha_in = sum_m x r z_in', dlog_alpha_out = sum_m pre dy z_out', of gates that all rows share without pre (shared_gates_backward).
+// x: (m, k), w: (n, k), y: (m, n), all float or all double.
 #pragma once
 
 #include <cstdint>
@@ -32,33 +33,74 @@ inline double multiply_add(double a, double b, double c) {
 
 constexpr int kBand = 4, kStrip = 32;  // an output block whose running sums stay in registers
 
-// A block of c (rows, cols) += a b, the first operand by two strides: a(i, s) = a[i * row_step + s * sum_step]. b: (sums, cols).
+// A block of c += a b, its rows c_step apart, those of b b_step; the first operand by two strides: a(i, s) = a[i * row_step + s * sum_step].
 template <class T, bool kWhole>
-inline void product_block(const T* a, int64_t row_step, int64_t sum_step, const T* b, T* c, int64_t sums, int64_t cols, int height, int width) {
+inline void product_block(const T* a, int64_t row_step, int64_t sum_step, const T* b, int64_t b_step, T* c, int64_t c_step, int64_t sums, int height,
+                          int width) {
   const int band = kWhole ? kBand : height, strip = kWhole ? kStrip : width;
   alignas(64) T acc[kBand][kStrip];
   for (int i = 0; i < band; ++i)
-    for (int j = 0; j < strip; ++j) acc[i][j] = c[i * cols + j];
+    for (int j = 0; j < strip; ++j) acc[i][j] = c[i * c_step + j];
   for (int64_t s = 0; s < sums; ++s)
     for (int i = 0; i < band; ++i) {
       const T factor = a[i * row_step + s * sum_step];
 #pragma omp simd
-      for (int j = 0; j < strip; ++j) acc[i][j] = multiply_add(factor, b[s * cols + j], acc[i][j]);
+      for (int j = 0; j < strip; ++j) acc[i][j] = multiply_add(factor, b[s * b_step + j], acc[i][j]);
     }
   for (int i = 0; i < band; ++i)
-    for (int j = 0; j < strip; ++j) c[i * cols + j] = acc[i][j];
+    for (int j = 0; j < strip; ++j) c[i * c_step + j] = acc[i][j];
 }
 
+// A strip of `width` columns of c (rows, ...) += a b.
+template <class T>
+void add_strip(const T* a, int64_t row_step, int64_t sum_step, const T* b, int64_t b_step, T* c, int64_t c_step, int64_t rows, int64_t sums, int width) {
+  for (int64_t i = 0; i < rows; i += kBand) {
+    const int height = static_cast<int>(least(kBand, rows - i));
+    if (height == kBand && width == kStrip)
+      product_block<T, true>(a + i * row_step, row_step, sum_step, b, b_step, c + i * c_step, c_step, sums, kBand, kStrip);
+    else
+      product_block<T, false>(a + i * row_step, row_step, sum_step, b, b_step, c + i * c_step, c_step, sums, height, width);
+  }
+}
+
+// c (rows, cols) += a b, b (sums, cols).
 template <class T>
 void add_product(const T* a, int64_t row_step, int64_t sum_step, const T* b, T* c, int64_t rows, int64_t sums, int64_t cols) {
   for (int64_t j = 0; j < cols; j += kStrip)
-    for (int64_t i = 0; i < rows; i += kBand) {
-      const int height = static_cast<int>(least(kBand, rows - i)), width = static_cast<int>(least(kStrip, cols - j));
-      if (height == kBand && width == kStrip)
-        product_block<T, true>(a + i * row_step, row_step, sum_step, b + j, c + i * cols + j, sums, cols, kBand, kStrip);
-      else
-        product_block<T, false>(a + i * row_step, row_step, sum_step, b + j, c + i * cols + j, sums, cols, height, width);
-    }
+    add_strip(a, row_step, sum_step, b + j, cols, c + j, cols, rows, sums, static_cast<int>(least(kStrip, cols - j)));
+}
+
+// The sum of a[j] b[j], each product rounded, added up in double.
+template <class T>
+inline double dot(const T* a, const T* b, int64_t count) {
+  double sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t j = 0; j < count; ++j) sum += static_cast<double>(a[j] * b[j]);
+  return sum;
+}
+
+// c (rows, cols) += a b^T for a (rows, sums), b (cols, sums); panel: room for sums * kStrip values. A strip of b is turned into the panel, which stays in
+// the nearest cache; turning costs as much as the products of three rows of a, so of fewer each is a row of dot products.
+template <class T>
+void add_product_transposed(const T* a, const T* b, T* c, int64_t rows, int64_t sums, int64_t cols, T* panel) {
+  constexpr int64_t kDeep = 16;
+  if (rows < 3) {
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t j = 0; j < cols; ++j) {
+        T sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t s = 0; s < sums; ++s) sum += a[i * sums + s] * b[j * sums + s];
+        c[i * cols + j] += sum;
+      }
+    return;
+  }
+  for (int64_t first = 0; first < cols; first += kStrip) {
+    const int width = static_cast<int>(least(kStrip, cols - first));
+    for (int64_t depth = 0; depth < sums; depth += kDeep)
+      for (int j = 0; j < width; ++j)
+        for (int64_t s = depth; s < least(depth + kDeep, sums); ++s) panel[s * kStrip + j] = b[(first + j) * sums + s];
+    add_strip(a, sums, 1, panel, kStrip, c + first, cols, rows, sums, width);
+  }
 }
 
 // Memory for the intermediate results of a call, given out piece by piece.
@@ -98,24 +140,21 @@ bool gate_matrix_backward(const Gate& gate, const SmallLinear& a, const T* t, co
 }
 
 inline int64_t pre_scratch(const SmallLinear& a) {
-  return a.m * a.k + a.k * a.n + a.k;
+  return a.m * a.k + a.k * kStrip + a.k;
 }
 
 // pre = (x * z_in) w^T + b.
 template <class T, class Gate>
 void compute_pre(const Gate& gate, const SmallLinear& a, Scratch<T>& scratch, T* pre) {
-  const T *x = static_cast<const T*>(a.x), *w = static_cast<const T*>(a.w), *b = static_cast<const T*>(a.b);
+  const T *x = static_cast<const T*>(a.x), *b = static_cast<const T*>(a.b);
   if (a.in_log_alpha) {
     T* xz = scratch.take(a.m * a.k);
     gate_matrix(gate, a, x, a.in_log_alpha, a.in_seed, a.k, scratch.take(a.k), xz);
     x = xz;
   }
-  T* transposed = scratch.take(a.k * a.n);
-  for (int64_t n = 0; n < a.n; ++n)
-    for (int64_t k = 0; k < a.k; ++k) transposed[k * a.n + n] = w[n * a.k + k];
   for (int64_t m = 0; m < a.m; ++m)
     for (int64_t n = 0; n < a.n; ++n) pre[m * a.n + n] = b ? b[n] : T(0);
-  add_product(x, a.k, 1, transposed, pre, a.m, a.k, a.n);
+  add_product_transposed(x, static_cast<const T*>(a.w), pre, a.m, a.k, a.n, scratch.take(a.k * kStrip));
 }
 
 template <class T, class Gate>
@@ -128,22 +167,42 @@ bool small_forward(const Gate& gate, const SmallLinear& a) {
   return true;
 }
 
+// Of output gates that all rows share, with raw (n, k) = dy^T xz: dlog_alpha = z' (sum_k w raw + b sum_m dy), no activation needed; then raw becomes dw.
+template <class T>
+void shared_gates_backward(const SmallLinear& a, const T* z, const T* slope, T* raw) {
+  const T *w = static_cast<const T*>(a.w), *b = static_cast<const T*>(a.b), *dy = static_cast<const T*>(a.dy);
+  for (int64_t n = 0; n < a.n && a.dout; ++n) {
+    double sum = dot(w + n * a.k, raw + n * a.k, a.k), sum_dy = 0;
+    for (int64_t m = 0; m < a.m && b; ++m) sum_dy += static_cast<double>(dy[m * a.n + n]);
+    if (b) sum += static_cast<double>(b[n]) * sum_dy;
+    static_cast<T*>(a.dout)[n] = static_cast<T>(sum) * slope[n];
+  }
+  for (int64_t n = 0; n < a.n && a.dw; ++n)
+    for (int64_t k = 0; k < a.k; ++k) raw[n * a.k + k] *= z[n];
+}
+
 template <class T, class Gate>
 bool small_backward(const Gate& gate, const SmallLinear& a) {
-  const bool recompute = a.dout && !a.pre;
-  Scratch<T> scratch(2 * a.m * a.n + 2 * a.m * a.k + 2 * (a.n + a.k) + (recompute ? pre_scratch(a) : 0));
+  const bool shared = a.out_log_alpha && !a.per_sample, recompute = a.dout && !shared && !a.pre, need_raw = a.dw || (shared && a.dout);
+  Scratch<T> scratch(2 * (a.n + a.k) + 2 * a.n + 2 * a.m * (a.n + a.k) + (recompute ? pre_scratch(a) : 0) + (need_raw && !a.dw ? a.n * a.k : 0));
   if (!scratch.memory) return false;
   const T *x = static_cast<const T*>(a.x), *w = static_cast<const T*>(a.w), *g = static_cast<const T*>(a.dy);
-  T* spare = scratch.take(2 * (a.n + a.k));
+  T *spare = scratch.take(2 * (a.n + a.k)), *z_out = scratch.take(a.n), *slope = scratch.take(a.n);
   if (a.out_log_alpha) {
     T* gated = scratch.take(a.m * a.n);
-    const T* pre = a.pre ? static_cast<const T*>(a.pre) : g;  // unread without dout
-    if (recompute) {
-      T* again = scratch.take(a.m * a.n);
-      compute_pre(gate, a, scratch, again);
-      pre = again;
+    if (shared) {
+      for (int64_t n = 0; n < a.n; ++n) spare[n] = 1;
+      if (!rows_backward<T, T, Gate, true>(gate, {spare, spare, a.out_log_alpha, z_out, nullptr, slope, 1, a.n, a.out_seed}, 1)) return false;
+      fold_forward<T, T>({g, nullptr, z_out, gated, a.m, a.n}, 1);
+    } else {
+      const T* pre = a.pre ? static_cast<const T*>(a.pre) : g;  // unread without dout
+      if (recompute) {
+        T* again = scratch.take(a.m * a.n);
+        compute_pre(gate, a, scratch, again);
+        pre = again;
+      }
+      if (!gate_matrix_backward<T>(gate, a, pre, g, a.out_log_alpha, a.out_seed, a.n, spare, spare + a.n, gated, nullptr, a.dout)) return false;
     }
-    if (!gate_matrix_backward<T>(gate, a, pre, g, a.out_log_alpha, a.out_seed, a.n, spare, spare + a.n, gated, nullptr, a.dout)) return false;
     g = gated;
   }
   if (a.db) {
@@ -158,7 +217,7 @@ bool small_backward(const Gate& gate, const SmallLinear& a) {
     add_product(g, a.n, 1, w, back, a.m, a.n, a.k);
   }
   if (a.in_log_alpha) {
-    T* xz = a.dw ? scratch.take(a.m * a.k) : nullptr;
+    T* xz = need_raw ? scratch.take(a.m * a.k) : nullptr;
     T* dx = static_cast<T*>(a.dx);
     if (!dx && !a.din) {
       if (xz) gate_matrix(gate, a, x, a.in_log_alpha, a.in_seed, a.k, spare, xz);
@@ -167,11 +226,11 @@ bool small_backward(const Gate& gate, const SmallLinear& a) {
     }
     x = xz;
   }
-  if (a.dw) {
-    T* dw = static_cast<T*>(a.dw);
-    for (int64_t i = 0; i < a.n * a.k; ++i) dw[i] = 0;
-    add_product(g, 1, a.n, x, dw, a.n, a.m, a.k);
-  }
+  if (!need_raw) return true;
+  T* raw = a.dw ? static_cast<T*>(a.dw) : scratch.take(a.n * a.k);
+  for (int64_t i = 0; i < a.n * a.k; ++i) raw[i] = 0;
+  add_product(shared ? static_cast<const T*>(a.dy) : g, 1, a.n, x, raw, a.n, a.m, a.k);
+  if (shared) shared_gates_backward(a, z_out, slope, raw);
   return true;
 }
 

@@ -14,10 +14,14 @@ def cast(x: Tensor, weight: Tensor, bias: Maybe) -> Tensor:
     """``x`` as autocast would have it, once it is known to go with ``weight`` and ``bias``. Raises TypeError or ValueError."""
     if bias is not None and _checks.tensor("bias", bias).shape != weight.shape[:1]:
         raise ValueError(f"bias.shape={tuple(bias.shape)}: expected ({weight.shape[0]},), the rows of weight")
+    device, dtype = x.device, x.dtype
+    autocast = not x.is_meta and dtype != torch.float64 and torch.is_autocast_enabled(device.type)
+    same = weight.dtype == dtype and weight.device == device and (bias is None or (bias.dtype == dtype and bias.device == device))
+    if same and not autocast:
+        return x
     _checks.same_device("weight", weight, "x", x)
-    autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
     if autocast:
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+        x = x.to(torch.get_autocast_dtype(device.type))
     for name, t in (("weight", weight), ("bias", bias)):
         if t is not None and t.dtype != x.dtype and not (autocast and t.dtype == torch.float32):
             expected = f"{x.dtype} or torch.float32" if autocast else f"{x.dtype}, the dtype of x (mixed dtypes are for autocast)"

@@ -48,7 +48,7 @@ def gated_linear(
     if weight.dim() != 2:
         raise ValueError(f"weight.shape={tuple(weight.shape)}: expected two dimensions, (out_features, in_features)")
     n_out, n_in = weight.shape
-    if x.dim() < 1 or x.shape[-1] != n_in:
+    if x.dim() < 1 or x.size(-1) != n_in:
         raise ValueError(f"x.shape={tuple(x.shape)}: expected (..., {n_in}), because weight has shape {tuple(weight.shape)}")
     x = cast(x, weight, bias)
     if weight_gate is not None:

@@ -54,9 +54,9 @@ class GatedLinear(GatedWeight, nn.Linear):
         self.gate = place_gate(gate, count, device, self.per_sample)
 
     def forward(self, x: Tensor) -> Tensor:
-        parameter, seed, spec = self.gate.call()
-        granularity, each = self.granularity, self.per_sample
-        opened = self._open_range() if granularity in ("output", "input") else None
+        gate, granularity, each = self.gate, self.granularity, self.per_sample
+        parameter, seed, spec = gate.call()
+        opened = self._open_range() if gate.open_slice is not None and granularity in ("output", "input") else None
         if opened is not None:
             return self._on_slice(x, parameter[opened], spec, opened)
         if granularity == "output":

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .backends import select
 from .gate_args import PAIR, GatePair, Maybe
-from .library import apply, define, gates_activations, once_differentiable, or_empty, wanted
+from .library import apply, define, gates_activations, once_differentiable, or_empty, wanted, watched
 
 
 def _fwd(
@@ -109,10 +109,41 @@ class _GatedLinear(torch.autograd.Function):
         return (*wanted(grads, needs), None, None, None, None, None)
 
 
+class _SmallLinear(torch.autograd.Function):
+    """A tiny layer, of which calls take the time: straight into the backend, and no more of them than will do."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Maybe, *gates: Any) -> Tensor:  # type: ignore[override]
+        ctx.backend = select(x.device, x.dtype).small_linear
+        y, pre = ctx.backend.fwd(x, weight, bias, *gates)
+        ctx.save_for_backward(x, weight, bias, *gates[:4], pre)
+        ctx.spec, ctx.per_sample = gates[4:6]
+        return y  # type: ignore[no-any-return]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Any:  # type: ignore[override]
+        tensors, needs = ctx.saved_tensors, ctx.needs_input_grad
+        if watched((dy,)):
+            *inputs, pre = tensors
+            pre = dy.new_empty(0) if pre is None else pre
+            grads = wanted(bwd(dy, *inputs, pre, ctx.spec, ctx.per_sample, needs[:5]), needs[:5])
+        else:
+            grads = ctx.backend.bwd(dy, *tensors, ctx.spec, ctx.per_sample, needs)
+        return (*grads, None, None, None, None, None)
+
+
+_apply_small = super(torch.autograd.Function, _SmallLinear).apply  # type: ignore[misc]
+
+
 def gated_linear(x: Tensor, weight: Tensor, bias: Maybe, gates: GatePair) -> Tensor:
     """Differentiable gated linear map; arguments are taken as checked (:func:`dampr.functional.gated_linear` checks)."""
-    out_la = gates.output_log_alpha
+    in_la, out_la, _, _, spec, per_sample = gates
     learns = out_la is not None and out_la.requires_grad and torch.is_grad_enabled()
-    keep_pre = learns and (gates.per_sample or gates_activations(x, weight))
+    small = getattr(select(x.device, x.dtype), "small_linear", None)
+    if small is not None and small.takes(x, weight, in_la, out_la, spec) and not watched((x, weight, bias, in_la, out_la)):
+        quick: Tensor = _apply_small(x, weight, bias, *gates, learns and per_sample)
+        return quick
+    keep_pre = learns and (per_sample or gates_activations(x, weight))
     y: Tensor = apply(_GatedLinear, x, weight, bias, *gates, keep_pre)[0]
     return y

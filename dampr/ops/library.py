@@ -35,9 +35,8 @@ def define(
     overload = getattr(torch.ops.dampr, name).default
 
     def call(*args: Any) -> Any:
-        traced = torch.compiler.is_compiling() or _is_watched() or not PLAIN.issuperset(map(type, args))
         first = args[0] if type(args[0]) is not list else args[0][0]
-        return overload(*args) if traced or not (first.is_cpu or first.is_cuda) else implementation(*args)
+        return overload(*args) if watched(args) or not (first.is_cpu or first.is_cuda) else implementation(*args)
 
     return call
 
@@ -45,12 +44,14 @@ def define(
 PLAIN = {torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, list, tuple, GateSpec, torch.dtype}
 
 
-def _is_watched() -> bool:
-    """Whether a dispatch mode, a torch.func transform or the profiler wants to see operators."""
+def watched(args: Sequence[Any]) -> bool:
+    """Whether a compiler, a dispatch mode, a torch.func transform, the profiler or an argument of another kind wants to see operators."""
     return (
-        torch._C._len_torch_dispatch_stack() > 0
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
         or torch.autograd.profiler._is_profiler_enabled
+        or not PLAIN.issuperset(map(type, args))
     )
 
 

@@ -1,4 +1,4 @@
-"""Gates on features: the whole layer in one call where it is tiny (``small.h`` of csrc), else in the weight or on the activations."""
+"""Gates on features: the whole layer in one call where it is tiny, else in the weight or on the activations."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from dampr import _C  # type: ignore[attr-defined]
 from dampr.ops import routes
 from dampr.ops.gate_args import GatePair, Maybe
 from dampr.ops.library import gates_activations, rows_of
 from dampr.spec import SAMPLE
 
+from . import small_linear
 from .fold_weight import fold_weight_fwd, ungate
 from .gates import draw, gate_rows, gate_rows_bwd
-from .host import CODES, contiguous, ptr
-from .routes import SMALL, route
+from .routes import route
 
 
 def gated_linear_fwd(x: Tensor, weight: Tensor, bias: Maybe, gates: GatePair, keep_pre: bool) -> tuple[Tensor, Tensor]:
-    if _is_small(x, weight, gates):
-        return _small_fwd(x, weight, bias, gates, keep_pre)
+    if small_linear.takes(x, weight, *gates[:2], gates.spec):
+        y, pre = small_linear.fwd(x, weight, bias, *gates, keep_pre)
+        return y, x.new_empty(0) if pre is None else pre
     if routes.forced_name() is not None:  # raises where it cannot serve this call
         granularity, drawn = "input" if gates.output_log_alpha is None else "output", gates.spec.rule == SAMPLE and x.dtype == weight.dtype
         route(x.shape[:-1].numel(), weight.shape[0], weight.shape[1], x.dtype, granularity, gates.per_sample, drawn=drawn)
@@ -41,8 +41,8 @@ def gated_linear_fwd(x: Tensor, weight: Tensor, bias: Maybe, gates: GatePair, ke
 def gated_linear_bwd(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Maybe, gates: GatePair, pre: Tensor, needs: Sequence[bool]
 ) -> tuple[Maybe, ...]:
-    if _is_small(x, weight, gates):
-        return _small_bwd(dy, x, weight, bias, gates, pre, needs)
+    if small_linear.takes(x, weight, *gates[:2], gates.spec):
+        return tuple(small_linear.bwd(dy, x, weight, bias, *gates[:4], pre if pre.numel() else None, *gates[4:], needs))
     rows, dy = rows_of(x), rows_of(dy)
     if gates.per_sample or gates_activations(x, weight):
         # Without a gradient of its own the output gate needs no activation; dy stands in for it, unread.
@@ -51,44 +51,6 @@ def gated_linear_bwd(
     else:
         dx, *others = _bwd_fold(dy, rows, weight, bias, gates, needs)
     return None if dx is None else dx.view(x.shape), *others
-
-
-def _is_small(x: Tensor, weight: Tensor, gates: GatePair) -> bool:
-    """Whether the extension computes the whole layer in one call. Not without gates, where the layer is the dense one to the bit."""
-    forced = routes.forced_name()
-    return (
-        (x.numel() * weight.shape[0] <= SMALL if forced is None else forced == "small")
-        and (gates.input_log_alpha is not None or gates.output_log_alpha is not None)
-        and gates.spec.rule == SAMPLE
-        and x.dtype == weight.dtype
-        and (x.dtype == torch.float32 or x.dtype == torch.float64)
-    )
-
-
-def _small_fwd(x: Tensor, weight: Tensor, bias: Maybe, gates: GatePair, keep_pre: bool) -> tuple[Tensor, Tensor]:
-    in_la, out_la, in_seed, out_seed = gates[:4]
-    y = x.new_empty((*x.shape[:-1], weight.shape[0]))
-    pre = torch.empty_like(y) if keep_pre else x.new_empty(0)
-    held = contiguous(x, weight, bias, in_la, out_la)
-    args = *map(ptr, held), ptr(in_seed), ptr(out_seed), gates.per_sample, y.data_ptr(), ptr(pre) if keep_pre else 0
-    _C.small_fwd(gates.spec, *_sizes(x, weight), *args)
-    return y, pre
-
-
-def _small_bwd(
-    dy: Tensor, x: Tensor, weight: Tensor, bias: Maybe, gates: GatePair, pre: Tensor, needs: Sequence[bool]
-) -> tuple[Maybe, ...]:
-    in_la, out_la, in_seed, out_seed = gates[:4]
-    held = contiguous(dy, x, weight, bias, in_la, out_la)
-    grads = [torch.empty_like(t) if need and t is not None else None for t, need in zip(held[1:], needs, strict=True)]
-    args = *map(ptr, held), ptr(in_seed), ptr(out_seed), gates.per_sample, pre.data_ptr(), *map(ptr, grads)
-    _C.small_bwd(gates.spec, *_sizes(x, weight), *args)
-    return tuple(grads)
-
-
-def _sizes(x: Tensor, weight: Tensor) -> tuple[int, int, int, int]:
-    """(dtype code, M, N, K)."""
-    return CODES[x.dtype], x.shape[:-1].numel(), *weight.shape
 
 
 def _bwd_fold(dy: Tensor, x: Tensor, weight: Tensor, bias: Maybe, gates: GatePair, needs: Sequence[bool]) -> tuple[Maybe, ...]:
