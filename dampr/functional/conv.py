@@ -132,7 +132,7 @@ def _gated_conv(
             batch = ops.gate_activations(batch, gates.input, 1)
         y = convolve(batch, weight, bias, *arguments)
         if gates.output is not None:
-            y = ops.gate_activations(y, gates.output, 1)
+            y = ops.gate_activations(y, gates.output, 1, passing=True)
         return y if x.dim() == dims + 2 else y[0]
     if gates.input is not None:
         weight = ops.fold_channels(weight, gates.input, groups, x.dtype)

@@ -164,7 +164,9 @@ def gate_activations_fwd(x: Tensor, gate: GateArgs, dim: int) -> Tensor:
     return (x * reference.along(z, x, dim)).to(x.dtype).contiguous(memory_format=dense_format(x, dim))
 
 
-def gate_activations_bwd(dy: Tensor, x: Tensor, gate: GateArgs, dim: int, needs: Sequence[bool]) -> tuple[Maybe, Maybe]:
+def gate_activations_bwd(
+    dy: Tensor, x: Tensor, gate: GateArgs, dim: int, needs: Sequence[bool], over_x: bool = False
+) -> tuple[Maybe, Maybe]:
     dx = gate_activations_fwd(dy, gate, dim) if needs[0] else None
     if not needs[1]:
         return dx, None

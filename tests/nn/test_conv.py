@@ -319,3 +319,38 @@ def test_same_padding_of_an_even_kernel_has_no_live_route_but_works(monkeypatch:
     monkeypatch.undo()
     torch.manual_seed(1)
     assert torch.equal(y, layer(x))
+
+
+@pytest.mark.skipif(dampr.backend_info()["cpp"].startswith("missing"), reason="no extension")
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_gates_per_image_write_the_gradient_over_what_only_they_have_kept(channels_last):
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    layer = GatedConv2d(3, 5, 3, per_sample=True)
+    layer.gate.log_alpha.data.uniform_(-2, 2)
+    x = torch.randn(2, 3, 7, 7).to(memory_format=layout)
+
+    def backward(retain, hooks=None):
+        torch.manual_seed(1)
+        layer.zero_grad()
+        if hooks is None:
+            y = layer(x)
+        else:
+            with torch.autograd.graph.saved_tensors_hooks(*hooks):
+                y = layer(x)
+        kept, grads = y.grad_fn.saved_tensors[0], []
+        before = kept.clone()
+        y.grad_fn.next_functions[0][0].register_prehook(lambda given: grads.append(given[0].data_ptr()))
+        y.square().sum().backward(retain_graph=retain)
+        assert torch.equal(kept, before) == (grads[0] != kept.data_ptr())
+        if retain:
+            layer.zero_grad()
+            y.square().sum().backward()
+        return grads[0] == kept.data_ptr(), [p.grad.clone() for p in layer.parameters()]
+
+    over, expected = backward(retain=False)
+    assert over
+    for how in ({"retain": True}, {"retain": False, "hooks": (lambda t: t, lambda t: t)}):
+        over, found = backward(**how)
+        assert not over
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b)

@@ -25,7 +25,10 @@ def gate_activations_fwd(x: Tensor, gate: GateArgs, dim: int) -> Tensor:
     return out
 
 
-def gate_activations_bwd(dy: Tensor, x: Tensor, gate: GateArgs, dim: int, needs: Sequence[bool]) -> tuple[Maybe, Maybe]:
+def gate_activations_bwd(
+    dy: Tensor, x: Tensor, gate: GateArgs, dim: int, needs: Sequence[bool], over_x: bool = False
+) -> tuple[Maybe, Maybe]:
+    """Gradients of x and log_alpha; ``over_x``: that of x may be written over it."""
     x, shape, layout = planes(x, dim, gate.per_sample)
     dy, rows = dy.contiguous(memory_format=layout), gate.rows(shape.outer)
     if gate.per_sample and shape.middle == shape.inner == 1:
@@ -33,7 +36,7 @@ def gate_activations_bwd(dy: Tensor, x: Tensor, gate: GateArgs, dim: int, needs:
         grads = gate_rows_bwd(*flat, gate, dx=needs[0], xz=False, dlog_alpha=needs[1])
         return None if grads.dx is None else grads.dx.view(x.shape), grads.dlog_alpha
     z = sample_gates_fwd(gate, rows)
-    dx, dz = torch.empty_like(x) if needs[0] else None, torch.empty_like(z) if needs[1] else None
+    dx, dz = (x if over_x else torch.empty_like(x)) if needs[0] else None, torch.empty_like(z) if needs[1] else None
     args = *map(ptr, (dy, x)), *shape[:4], ptr(z), gate.per_sample, *map(ptr, (dx, dz))
     _C.gate_planes_bwd(CODES[x.dtype], *args, torch.get_num_threads())
     return dx, None if dz is None else sample_gates_bwd(dz, gate, rows)

@@ -75,7 +75,7 @@ def _bwd_on_activations(
     need_x, need_w, need_b, need_in, need_out = needs
     dx = dw = din = dout = None
     if gates.output is not None:
-        grads = gate_rows_bwd(pre, dy, gates.output, dx=True, xz=False, dlog_alpha=need_out)
+        grads = gate_rows_bwd(pre, dy, gates.output, dx=True, xz=False, dlog_alpha=need_out, passing=True)
         assert grads.dx is not None
         dy, dout = grads.dx, grads.dlog_alpha
     db = dy.sum(0).to(bias.dtype) if need_b and bias is not None else None

@@ -10,7 +10,7 @@ from torch import Tensor
 from dampr import _C  # type: ignore[attr-defined]
 from dampr.ops.gate_args import GateArgs, Maybe
 
-from .host import CODES, ptr
+from .host import CODES, new, ptr
 
 
 def sample_gates_fwd(gate: GateArgs, rows: int | None) -> Tensor:
@@ -62,10 +62,15 @@ class RowGrads(NamedTuple):
     dlog_alpha: Maybe
 
 
-def gate_rows_bwd(x: Tensor, g: Tensor, gate: GateArgs, *, dx: bool, xz: bool, dlog_alpha: bool, in_place: bool = False) -> RowGrads:
-    """For the gradient g of x * z, both (M, n): whichever is asked for, from one redraw; ``in_place``: dx may take the place of g."""
+def gate_rows_bwd(
+    x: Tensor, g: Tensor, gate: GateArgs, *, dx: bool, xz: bool, dlog_alpha: bool, in_place: bool = False, passing: bool = False
+) -> RowGrads:
+    """For the gradient g of x * z, both (M, n): whichever is asked for, from one redraw.
+
+    ``in_place``: dx may take the place of g; ``passing``: dx is used up before the next such (:func:`.host.new`).
+    """
     x, g, log_alpha = x.contiguous(), g.contiguous(), gate.log_alpha.contiguous()
-    threads, gated = torch.get_num_threads(), (g if in_place else torch.empty_like(x)) if dx else None
+    threads, gated = torch.get_num_threads(), (g if in_place else new(x.shape, x.dtype, passing)) if dx else None
     if gate.per_sample:
         out = RowGrads(gated, torch.empty_like(x) if xz else None, torch.empty_like(log_alpha) if dlog_alpha else None)
         _C.gate_rows_bwd(gate.spec, CODES[x.dtype], ptr(x), ptr(g), *x.shape, ptr(log_alpha), ptr(gate.seed), *map(ptr, out), threads)
