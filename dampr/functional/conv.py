@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,14 +11,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dampr import _checks, ops
-from dampr.ops.gated_conv2d import Window
+from dampr.ops import Window
 from dampr.spec import SAMPLE, GateSpec
 
 from .gates import DRAWN
 from .inputs import Maybe, cast, gate_of, gates_of
 
 Size = int | Sequence[int]
-Pair = tuple[int, int]
 
 
 def gated_conv1d(
@@ -107,7 +107,7 @@ def _gated_conv(
         if per_sample or input_gate is not None or output_gate is not None:
             raise ValueError("weight_gate: expected no input_gate, no output_gate and per_sample=False beside it")
         if ops.routes.forced_name() is not None:  # raises for one that cannot serve
-            ops.select(x.device, x.dtype).conv_route(tuple(weight.shape), groups, "weight", False, False, x.device)
+            ops.select(x.device, x.dtype).conv_route(tuple(weight.shape), groups, "weight", False, False, x.device, 0)
         return convolve(x, _gate_blocks(x, weight, weight_gate, block, seed, spec), bias, *arguments)
     gates = gates_of(input_gate, n_in, "input channel", output_gate, n_out, "filter", x, seed, spec, per_sample)
     ends = [end for end, gate in (("input", gates.input), ("output", gates.output)) if gate is not None]
@@ -115,30 +115,20 @@ def _gated_conv(
         return convolve(x, weight, bias, *arguments)
     where = ends[0] if len(ends) == 1 else "both"
     pointwise = dims == 2 and spec.rule == SAMPLE and is_pointwise(x, weight, *arguments)
-    backend = ops.select(x.device, x.dtype)
-    route, _ = backend.conv_route(tuple(weight.shape), groups, where, gates.per_sample, pointwise, x.device)
+    moved = activations(x, weight, where, *arguments)
+    route, _ = ops.select(x.device, x.dtype).conv_route(tuple(weight.shape), groups, where, gates.per_sample, pointwise, x.device, moved)
     if route == "linear":
-        matrix = weight.reshape(n_out, n_in)
-        y = ops.gated_linear(x.permute(0, 2, 3, 1), matrix, bias, gates)
+        y = ops.gated_linear(x.permute(0, 2, 3, 1), weight.reshape(n_out, n_in), bias, gates)
         return y.permute(0, 3, 1, 2)
-    window = _window(weight, *arguments) if route == "live" else None
-    if window is not None:
-        batch = x if x.dim() == 4 else x[None]
+    batch, window = x if x.dim() == dims + 2 else x[None], _window(weight, *arguments)
+    on_activations = route in ("activations", "passes")
+    if window is None:
+        y = ops.composed_conv(batch, weight, bias, gates, lambda *given: convolve(*given, *arguments), groups, on_activations)
+    elif route == "live":
         y = ops.gated_conv2d(batch, weight, bias, gates, window)
-        return y if x.dim() == 4 else y[0]
-    if route == "passes":
-        batch = x if x.dim() == dims + 2 else x[None]
-        if gates.input is not None:
-            batch = ops.gate_activations(batch, gates.input, 1)
-        y = convolve(batch, weight, bias, *arguments)
-        if gates.output is not None:
-            y = ops.gate_activations(y, gates.output, 1, passing=True)
-        return y if x.dim() == dims + 2 else y[0]
-    if gates.input is not None:
-        weight = ops.fold_channels(weight, gates.input, groups, x.dtype)
-    if gates.output is not None:
-        weight, bias = ops.fold_filters(weight, bias, gates.output, x.dtype)
-    return convolve(x, weight, bias, *arguments)
+    else:
+        y = ops.whole_conv(batch, weight, bias, gates, window, on_activations)
+    return y if x.dim() == dims + 2 else y[0]
 
 
 def _check_shapes(dims: int, x: Tensor, weight: Tensor, groups: int) -> None:
@@ -164,22 +154,36 @@ def is_pointwise(x: Tensor, weight: Tensor, stride: Any, padding: Any, dilation:
     return window is not None and window[:2] == ((1, 1), (0, 0))
 
 
+def activations(x: Tensor, weight: Tensor, where: str, stride: Any, padding: Any, dilation: Any, groups: int) -> int:
+    """How many elements gates on the input, the output or both (the larger) would multiply if they did not multiply the weight."""
+    window = _window(weight, stride, padding, dilation, groups)
+    size = x.shape[2 - weight.dim() :] if window is None else window.size(x, weight)
+    written = x.numel() // max(1, x.shape[1 - weight.dim() :].numel()) * weight.shape[0] * math.prod(size)
+    return max(x.numel() if where != "output" else 0, written if where != "input" else 0)
+
+
 def _window(weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: int) -> Window | None:
-    """Stride, zero padding and dilation as pairs, and groups; None where opposite sides are padded differently ("same", even kernels)."""
-    dilation = _pair(dilation)
+    """A number for each dimension; None where that is not what torch takes: "same" that pads one side more, or what it refuses."""
+    dims = weight.dim() - 2
+    steps, spread = _each(stride, dims), _each(dilation, dims)
+    if steps is None or spread is None:
+        return None
     if padding == "valid":
         padding = 0
     elif padding == "same":
-        total = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
-        if any(t % 2 for t in total):
+        total = [d * (k - 1) for d, k in zip(spread, weight.shape[2:], strict=True)]
+        if any(t % 2 for t in total) or any(step != 1 for step in steps):
             return None
         padding = [t // 2 for t in total]
-    return Window(_pair(stride), _pair(padding), dilation, groups)
+    around = _each(padding, dims)
+    return None if around is None else Window(steps, around, spread, groups)
 
 
-def _pair(size: Any) -> Pair:
-    first, second = (size, size) if isinstance(size, int) else (size * 2 if len(size) == 1 else size)
-    return int(first), int(second)
+def _each(size: Any, dims: int) -> tuple[int, ...] | None:
+    sizes = (size,) if isinstance(size, int) else size
+    if not isinstance(sizes, (tuple, list)) or not all(isinstance(n, int) for n in sizes) or len(sizes) not in (1, dims):
+        return None
+    return tuple(sizes) * dims if len(sizes) == 1 else tuple(sizes)
 
 
 def _gate_blocks(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dampr import ops
-from dampr.functional.conv import is_pointwise
+from dampr.functional.conv import activations, is_pointwise
 from dampr.spec import SAMPLE
 
 from .attention import GatedMultiheadAttention
@@ -66,7 +66,8 @@ def _of_convolution(layer: GatedConv1d | GatedConv2d, x: Tensor, dtype: torch.dt
     pointwise = drawn and is_pointwise(x, layer.weight, *arguments)
     backend, reason = ops.choose(x.device, dtype)
     module = ops.select(x.device, dtype)
-    args = tuple(layer.weight.shape), layer.groups, layer.granularity, layer.per_sample and drawn, pointwise, x.device
+    moved = activations(x, layer.weight, layer.granularity, *arguments) if isinstance(layer.granularity, str) else 0
+    args = tuple(layer.weight.shape), layer.groups, layer.granularity, layer.per_sample and drawn, pointwise, x.device, moved
     return Explanation(backend, reason, *module.conv_route(*args))
 
 

@@ -17,14 +17,17 @@ from .norm_gate import norm_gate
 from .routes import forced_route
 from .sample_gates import sample_gates
 from .weight_gated_linear import weight_gated_linear
+from .whole_conv import Window, composed_conv, whole_conv
 
 __all__ = [
     "BackendUnavailableError",
     "GateArgs",
     "GatePair",
+    "Window",
     "backend",
     "backend_info",
     "choose",
+    "composed_conv",
     "dependency_generator",
     "fold_blocks",
     "fold_channels",
@@ -39,4 +42,5 @@ __all__ = [
     "sample_gates",
     "select",
     "weight_gated_linear",
+    "whole_conv",
 ]

@@ -11,9 +11,9 @@ from dampr import reference
 
 from .gate_activations import dense_format
 from .gate_args import GateArgs, GatePair, Maybe
-from .gated_conv2d import Window
 from .library import rows_of
 from .norm_gate import Norm
+from .whole_conv import Window
 
 GENERATOR_PARAMETERS = 0  # up to so many, an op takes the place of torch's own products: here it is these that it is made of
 
@@ -38,7 +38,13 @@ def route(
 
 
 def conv_route(
-    weight: tuple[int, ...], groups: int, granularity: str | tuple[int, int], per_sample: bool, pointwise: bool, device: torch.device
+    weight: tuple[int, ...],
+    groups: int,
+    granularity: str | tuple[int, int],
+    per_sample: bool,
+    pointwise: bool,
+    device: torch.device,
+    activations: int,
 ) -> tuple[str, str]:
     """Plain PyTorch has one way, whatever is forced."""
     return ("passes" if per_sample else "fold"), "plain PyTorch: every gate is drawn and multiplied as it is written"
@@ -164,9 +170,7 @@ def gate_activations_fwd(x: Tensor, gate: GateArgs, dim: int) -> Tensor:
     return (x * reference.along(z, x, dim)).to(x.dtype).contiguous(memory_format=dense_format(x, dim))
 
 
-def gate_activations_bwd(
-    dy: Tensor, x: Tensor, gate: GateArgs, dim: int, needs: Sequence[bool], over_x: bool = False
-) -> tuple[Maybe, Maybe]:
+def gate_activations_bwd(dy: Tensor, x: Tensor, gate: GateArgs, dim: int, needs: Sequence[bool]) -> tuple[Maybe, Maybe]:
     dx = gate_activations_fwd(dy, gate, dim) if needs[0] else None
     if not needs[1]:
         return dx, None

@@ -9,26 +9,36 @@ from .fold_weight import fold_blocks, fold_weight
 from .gate_args import GateArgs, GatePair, Maybe
 
 
-def _channels_innermost(weight: Tensor) -> bool:
+def channels_innermost(weight: Tensor) -> bool:
     """Whether a (filter, position) is followed in memory by its channels."""
     return weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last)
 
 
+def as_matrix(weight: Tensor) -> Tensor:
+    """A weight as (filters, all else) in the order of its memory, which is (N, *kernel, C) for channels last."""
+    if not weight.is_contiguous() and channels_innermost(weight):
+        weight = weight.permute(0, 2, 3, 1)
+    return weight.reshape(weight.shape[0], -1)
+
+
+def from_matrix(matrix: Tensor, weight: Tensor) -> Tensor:
+    """A matrix of as many elements, in that order, in the shape and memory format of ``weight``."""
+    if not weight.is_contiguous() and channels_innermost(weight):
+        n_out, n_in, *kernel = weight.shape
+        return matrix.view(n_out, *kernel, n_in).permute(0, 3, 1, 2)
+    return matrix.view(weight.shape)
+
+
 def fold_filters(weight: Tensor, bias: Maybe, gate: GateArgs, dtype: torch.dtype) -> tuple[Tensor, Maybe]:
     """Filters (and the bias) times their gates; the weight keeps its memory format."""
-    gates = GatePair(None, gate.log_alpha, None, gate.seed, gate.spec)
-    if not weight.is_contiguous() and _channels_innermost(weight):
-        last = weight.permute(0, 2, 3, 1)
-        folded, bias = fold_weight(last.reshape(weight.shape[0], -1), bias, gates, dtype)
-        return folded.view(last.shape).permute(0, 3, 1, 2), bias
-    folded, bias = fold_weight(weight.reshape(weight.shape[0], -1), bias, gates, dtype)
-    return folded.view(weight.shape), bias
+    folded, bias = fold_weight(as_matrix(weight), bias, GatePair(None, gate.log_alpha, None, gate.seed, gate.spec), dtype)
+    return from_matrix(folded, weight), bias
 
 
 def fold_channels(weight: Tensor, gate: GateArgs, groups: int, dtype: torch.dtype) -> Tensor:
     """Weights times the gates of the channels they read: columns where channels are innermost, else blocks of the filters of a group."""
     n_out, n_in = weight.shape[0], weight.shape[1]
-    if groups == 1 and _channels_innermost(weight):
+    if groups == 1 and channels_innermost(weight):
         last = weight.permute(0, 2, 3, 1)
         folded, _ = fold_weight(last.reshape(-1, n_in), None, GatePair(gate.log_alpha, None, gate.seed, None, gate.spec), dtype)
         return folded.view(last.shape).permute(0, 3, 1, 2)
@@ -38,5 +48,5 @@ def fold_channels(weight: Tensor, gate: GateArgs, groups: int, dtype: torch.dtyp
 def fold_filter_blocks(weight: Tensor, gate: GateArgs, block: tuple[int, int], dtype: torch.dtype) -> Tensor:
     """Gates of blocks of the weight as a matrix (filters, channels * positions), whatever its memory format, which it keeps."""
     folded = fold_blocks(weight.reshape(weight.shape[0], -1), gate, block, dtype).view(weight.shape)
-    keep = torch.channels_last if not weight.is_contiguous() and _channels_innermost(weight) else torch.contiguous_format
+    keep = torch.channels_last if not weight.is_contiguous() and channels_innermost(weight) else torch.contiguous_format
     return folded.contiguous(memory_format=keep)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .backends import select
 from .gate_args import GateArgs, Maybe
-from .library import apply, define, once_differentiable, or_empty, wanted, watched
+from .library import apply, define, once_differentiable, or_empty, wanted
 
 
 class Planes(NamedTuple):
@@ -87,32 +87,22 @@ bwd = define(
 class _GateActivations(torch.autograd.Function):
     @staticmethod
     def forward(*inputs: Any) -> Any:
-        return fwd(*inputs[:-1])
+        return fwd(*inputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        *tensors, ctx.spec, ctx.dim, ctx.per_sample, ctx.passing = inputs
+        *tensors, ctx.spec, ctx.dim, ctx.per_sample = inputs
         ctx.save_for_backward(*tensors)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:  # type: ignore[override]
         needs = list(ctx.needs_input_grad[:2])
-        if ctx.passing and not watched((dy,)) and not torch._C._autograd._get_current_graph_task_keep_graph():
-            x, log_alpha, seed = ctx.saved_tensors
-            gate = GateArgs(log_alpha, seed, ctx.spec, ctx.per_sample)
-            grads = select(x.device, x.dtype).gate_activations_bwd(dy, x, gate, ctx.dim, needs, over_x=True)
-        else:
-            grads = bwd(dy, *ctx.saved_tensors, ctx.spec, ctx.dim, ctx.per_sample, needs)
-        return (*wanted(grads, needs), None, None, None, None, None)
+        grads = bwd(dy, *ctx.saved_tensors, ctx.spec, ctx.dim, ctx.per_sample, needs)
+        return (*wanted(grads, needs), None, None, None, None)
 
 
-def gate_activations(x: Tensor, gate: GateArgs, dim: int, passing: bool = False) -> Tensor:
-    """Differentiable; arguments are taken as checked (:func:`dampr.functional.gate_activations` checks).
-
-    ``passing``: nobody else sees x, so a backward that is the last through this graph may write the gradient of x over it.
-    """
-    if passing:  # whoever traces finds no memory to write over, and a hook may keep x
-        passing = not torch.compiler.is_compiling() and torch._C._autograd._top_saved_tensors_default_hooks(False) is None
-    y: Tensor = apply(_GateActivations, x, gate.log_alpha, gate.seed, gate.spec, dim, gate.per_sample, passing)
+def gate_activations(x: Tensor, gate: GateArgs, dim: int) -> Tensor:
+    """Differentiable; arguments are taken as checked (:func:`dampr.functional.gate_activations` checks)."""
+    y: Tensor = apply(_GateActivations, x, gate.log_alpha, gate.seed, gate.spec, dim, gate.per_sample)
     return y

@@ -7,7 +7,7 @@ the folded weight into those of the weight and the gates, as the fold route does
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,24 +16,7 @@ from .backends import select
 from .fold_conv import fold_channels, fold_filters
 from .gate_args import PAIR, GatePair, Maybe
 from .library import apply, define, once_differentiable, wanted
-
-Pair = tuple[int, int]
-
-
-class Window(NamedTuple):
-    """The arguments of ``torch.nn.functional.conv2d`` that are no tensors."""
-
-    stride: Pair
-    padding: Pair
-    dilation: Pair
-    groups: int
-
-    def size(self, x: Tensor, weight: Tensor) -> Pair:
-        """(OH, OW) of x (B, C, H, W) and weight (N, C / groups, R, S)."""
-        OH, OW = (
-            (x.shape[2 + i] + 2 * self.padding[i] - self.dilation[i] * (weight.shape[2 + i] - 1) - 1) // self.stride[i] + 1 for i in (0, 1)
-        )
-        return OH, OW
+from .whole_conv import Window
 
 
 def _fwd(

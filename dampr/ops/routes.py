@@ -1,13 +1,13 @@
 """Which way a gated linear map or convolution takes through a backend, and a way for tests and benchmarks to overrule it.
 
 small        drawn gates of features, a tiny layer: one call does it all, products included (C++)
-fold         per batch: gates multiplied into the weight by one pass, then the vendor GEMM
-activations  per batch, gates of features: multiplied into activations that are smaller than the weight (CPU)
+fold         per batch: gates multiplied into the weight by one pass, then the vendor GEMM or convolution
+activations  per batch, gates of features or channels: multiplied into activations that are smaller than the weight (CPU)
 live         per batch, gates of features: a GEMM, or a convolution, over the blocks of features that have an open gate (Triton)
 small_m      per batch, a gate for each weight: a GEMM that draws the gates of its weights (Triton)
 linear       per batch, a 1 x 1 convolution on channels last: the linear map that it is (its own route then decides)
 one_pass     per sample: GEMMs with the gates inside (Triton)
-passes       per sample: passes that gate activations, around the vendor GEMM
+passes       per sample: passes that gate activations, around the vendor GEMM or convolution
 """
 
 from __future__ import annotations

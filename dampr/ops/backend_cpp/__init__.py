@@ -10,7 +10,7 @@ import torch
 
 from dampr import _C  # type: ignore[attr-defined]
 
-from . import small_linear
+from . import small_linear, whole_conv
 from .dependency_generator import GENERATOR_PARAMETERS, dependency_generator_bwd, dependency_generator_fwd
 from .fold_weight import fold_weight_bwd, fold_weight_fwd
 from .gate_activations import gate_activations_bwd, gate_activations_fwd
@@ -44,6 +44,7 @@ __all__ = [
     "unavailable",
     "weight_gated_linear_bwd",
     "weight_gated_linear_fwd",
+    "whole_conv",
 ]
 
 

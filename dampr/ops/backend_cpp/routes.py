@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from dampr.ops import routes
@@ -43,18 +45,27 @@ def route(
 
 
 def conv_route(
-    weight: tuple[int, ...], groups: int, granularity: str | tuple[int, int], per_sample: bool, pointwise: bool, device: torch.device
+    weight: tuple[int, ...],
+    groups: int,
+    granularity: str | tuple[int, int],
+    per_sample: bool,
+    pointwise: bool,
+    device: torch.device,
+    activations: int,
 ) -> tuple[str, str]:
-    """(name, reason) of the route of a convolution with a weight of this shape; ``pointwise``: it is a linear map on channels last.
+    """(name, reason) of the route of a convolution with a weight of this shape; ``pointwise``: it is a linear map on channels last;
+    ``activations``: how many elements gates would multiply that do not multiply the weight.
 
     A 1 x 1 convolution stays one unless told otherwise: oneDNN's is as fast as the linear map, and on deep layers twice as fast. Raises
     ValueError where a forced route cannot serve the call.
     """
     vectors = granularity in ("input", "output", "both")
-    possible = ("passes",) if per_sample else ("fold", "linear") if vectors and pointwise else ("fold",)
+    possible: tuple[str, ...] = ("passes",) if per_sample else ("fold", "activations", *["linear"] * pointwise) if vectors else ("fold",)
     name = routes.forced(possible, granularity, per_sample)
     if name is not None:
         return name, "forced by forced_route"
     if per_sample:
         return "passes", "every image has gates of its own: passes over the activations around torch's convolution"
+    if vectors and activations < math.prod(weight):
+        return "activations", f"{activations} activations are fewer than the {math.prod(weight)} weights"
     return "fold", "one pass multiplies the gates into the filters, then torch's convolution runs"

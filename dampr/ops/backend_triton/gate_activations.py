@@ -23,10 +23,8 @@ def gate_activations_fwd(x: torch.Tensor, gate: GateArgs, dim: int) -> torch.Ten
     return y
 
 
-def gate_activations_bwd(
-    dy: torch.Tensor, x: torch.Tensor, gate: GateArgs, dim: int, needs: Needs, over_x: bool = False
-) -> tuple[Maybe, Maybe]:
-    """Gradients of x and log_alpha; None for one that ``needs`` does not ask for. x could be written over, and is left alone."""
+def gate_activations_bwd(dy: torch.Tensor, x: torch.Tensor, gate: GateArgs, dim: int, needs: Needs) -> tuple[Maybe, Maybe]:
+    """Gradients of x and log_alpha; None for one that ``needs`` does not ask for."""
     x, shape, layout = planes(x, dim, gate.per_sample)
     rows = gate.rows(shape.outer)
     dx = torch.empty_like(x) if needs[0] else None

@@ -8,7 +8,7 @@ import triton
 from dampr.kernels import configs
 from dampr.kernels import gated_conv2d as conv_kernels
 from dampr.ops.gate_args import GatePair
-from dampr.ops.gated_conv2d import Pair, Window
+from dampr.ops.whole_conv import Window
 
 from . import host
 from .gates import sample_gates_fwd
@@ -35,7 +35,7 @@ def gated_conv2d_fwd(x: torch.Tensor, weight: torch.Tensor, bias: Maybe, gates: 
     return gated_conv2d_one_pass(x, weight, bias, z_in, z_out, window)
 
 
-def _slabs(x: torch.Tensor, weight: torch.Tensor, z_in: Maybe, z_out: Maybe, window: Window) -> Pair:
+def _slabs(x: torch.Tensor, weight: torch.Tensor, z_in: Maybe, z_out: Maybe, window: Window) -> tuple[int, int]:
     """(slabs, output pixels in one): a slab is an image if its gates are its own, else all images."""
     OH, OW = window.size(x, weight)
     return (x.shape[0], OH * OW) if _per_image(z_in) or _per_image(z_out) else (1, x.shape[0] * OH * OW)

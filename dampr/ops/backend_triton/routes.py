@@ -60,11 +60,18 @@ def route_by(
 
 
 def conv_route(
-    weight: tuple[int, ...], groups: int, granularity: str | tuple[int, int], per_sample: bool, pointwise: bool, device: torch.device
+    weight: tuple[int, ...],
+    groups: int,
+    granularity: str | tuple[int, int],
+    per_sample: bool,
+    pointwise: bool,
+    device: torch.device,
+    activations: int,
 ) -> tuple[str, str]:
     """(name, reason) of the route of a convolution with a weight of this shape; ``pointwise``: it is a linear map on channels last.
 
-    ``per_sample``: a draw per image, hence False for a rule without noise. Raises ValueError where a forced route cannot serve the call.
+    ``per_sample``: a draw per image, hence False for a rule without noise; ``activations`` are no matter: a pass over the weight is cheap.
+    Raises ValueError where a forced route cannot serve the call.
     """
     if granularity not in ("input", "output", "both"):
         possible: tuple[str, ...] = ("fold",)

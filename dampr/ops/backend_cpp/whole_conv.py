@@ -1,0 +1,103 @@
+"""A gated convolution with its backward in one piece: gates in C++, torch's own convolution between them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from dampr.ops.fold_conv import as_matrix, channels_innermost, from_matrix
+from dampr.ops.gate_args import GatePair, Maybe
+
+from .fold_weight import fold_weight_fwd, ungate
+from .gate_activations import gate_activations_bwd, gate_activations_fwd
+
+if TYPE_CHECKING:
+    from dampr.ops.whole_conv import Window
+
+
+def fwd(
+    x: Tensor, weight: Tensor, bias: Maybe, gates: GatePair, window: Window, on_activations: bool, keep_pre: bool
+) -> tuple[Tensor, Maybe]:
+    """y, and what is kept: where gates multiply activations, y before the output gates."""
+    if not on_activations:
+        return window.convolve(x, *_folded(weight, bias, gates, x.dtype)), None
+    if gates.input is not None:
+        x = gate_activations_fwd(x, gates.input, 1)
+    pre = window.convolve(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    if gates.output is None:
+        return pre, None
+    return gate_activations_fwd(pre, gates.output, 1), pre if keep_pre else None
+
+
+def bwd(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Maybe,
+    gates: GatePair,
+    pre: Maybe,
+    window: Window,
+    on_activations: bool,
+    needs: Sequence[bool],
+    over_pre: bool,
+) -> tuple[Maybe, ...]:
+    """Gradients of x, weight, bias and both log-alphas, those that are needed; ``over_pre``: ``pre`` is of no more use than its memory."""
+    if on_activations:
+        return _bwd_on_activations(dy, x, weight, bias, gates, pre, window, needs, over_pre)
+    need_x, need_w, need_b, need_in, need_out = needs
+    need_bias = bias is not None and (need_b or need_out)
+    filters = _folded(weight, None, gates, x.dtype)[0] if need_x else weight.to(x.dtype)
+    wanted = need_x, need_w or need_in or need_out, need_bias
+    dx, raw, raw_bias = _convolution_backward(dy, x, filters, bias, window, wanted)
+    if raw is None:
+        raw = torch.empty_like(weight, dtype=x.dtype)  # of no gradient that is needed
+    rows = gates.output is not None
+    dw, *others = ungate(_matrix(_like(raw, weight), rows), raw_bias, _matrix(weight, rows), bias, gates, needs[1:], in_place=True)
+    return dx, None if dw is None else from_matrix(dw, weight), *others[:3]
+
+
+def _bwd_on_activations(
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Maybe, gates: GatePair, pre: Maybe, window: Window, needs: Sequence[bool], over_pre: bool
+) -> tuple[Maybe, ...]:
+    need_x, need_w, need_b, need_in, need_out = needs
+    din = dout = None
+    if gates.output is not None:
+        before, over = (dy, False) if pre is None else (pre, over_pre)  # dy stands in where it is not read
+        gated, dout = gate_activations_bwd(dy, before, gates.output, 1, (True, need_out and pre is not None), over)
+        assert gated is not None
+        dy = gated
+    read = x if gates.input is None or not need_w else gate_activations_fwd(x, gates.input, 1)
+    wanted = need_x or need_in, need_w, need_b and bias is not None
+    dx, dw, db = _convolution_backward(dy, read, weight.to(x.dtype), bias, window, wanted)
+    if gates.input is not None and dx is not None:
+        dx, din = gate_activations_bwd(dx, x, gates.input, 1, (need_x, need_in))
+    return dx, None if dw is None else dw.to(weight.dtype), None if db is None or bias is None else db.to(bias.dtype), din, dout
+
+
+def _convolution_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Maybe, window: Window, wanted: tuple[bool, bool, bool]
+) -> tuple[Maybe, Maybe, Maybe]:
+    sizes = None if bias is None else list(bias.shape)
+    rest = sizes, *window[:3], False, [0] * len(window.stride), window.groups, list(wanted)
+    grads: tuple[Maybe, Maybe, Maybe] = torch.ops.aten.convolution_backward(dy, x, weight, *rest)
+    return grads
+
+
+def _folded(weight: Tensor, bias: Maybe, gates: GatePair, dtype: torch.dtype) -> tuple[Tensor, Maybe]:
+    """Weight and bias with their gates, used up before the next such (:func:`.host.new`)."""
+    folded, bias = fold_weight_fwd(_matrix(weight, gates.output is not None), bias, gates, dtype, passing=True)
+    return from_matrix(folded, weight), None if bias is None else bias.to(dtype)
+
+
+def _matrix(weight: Tensor, rows: bool) -> Tensor:
+    """A weight as a matrix whose rows are filters, or, where the gates are on channels, whose columns are these."""
+    matrix = as_matrix(weight)
+    return matrix if rows else matrix.reshape(-1, weight.shape[1])
+
+
+def _like(raw: Tensor, weight: Tensor) -> Tensor:
+    innermost = not weight.is_contiguous() and channels_innermost(weight)
+    return raw.contiguous(memory_format=torch.channels_last if innermost else torch.contiguous_format)

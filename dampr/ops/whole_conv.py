@@ -1,0 +1,119 @@
+"""y = z_out * (conv(x * z_in, W) + b) around torch's own convolution: gates in the weight, or on the activations (``on_activations``).
+
+Made of smaller ops; on the CPU one node of autograd instead, where nobody traces. That leaves out views and nodes, which beside the cold
+cache that a convolution leaves behind cost 0.3 ms; and as convolution and gates then share a backward, the folded weight is not kept but
+folded again, and gradients are written over what nobody else can see.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .backends import select
+from .fold_conv import channels_innermost, fold_channels, fold_filters
+from .gate_activations import gate_activations
+from .gate_args import GatePair, Maybe
+from .library import once_differentiable, watched
+
+Sizes = tuple[int, ...]
+
+
+class Window(NamedTuple):
+    """The arguments of ``torch.nn.functional.conv2d`` that are no tensors, a number for each spatial dimension."""
+
+    stride: Sizes
+    padding: Sizes
+    dilation: Sizes
+    groups: int
+
+    def size(self, x: Tensor, weight: Tensor) -> Sizes:
+        """The spatial size of the output for x (..., C, *size) and weight (N, C / groups, *kernel)."""
+        sizes = x.shape[-len(self.stride) :], weight.shape[2:]
+        return tuple(
+            (length + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+            for length, kernel, stride, padding, dilation in zip(*sizes, *self[:3], strict=True)
+        )
+
+    def convolve(self, x: Tensor, weight: Tensor, bias: Maybe) -> Tensor:
+        return torch.convolution(x, weight, bias, *self[:3], False, [0] * len(self.stride), self.groups)
+
+
+class _WholeConv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Maybe, *rest: Any) -> Tensor:  # type: ignore[override]
+        *gates, ctx.window, ctx.on_activations = rest
+        ctx.spec, ctx.per_sample = gates[4:]
+        ctx.backend = select(x.device, x.dtype).whole_conv
+        y, pre = ctx.backend.fwd(x, weight, bias, GatePair(*gates), ctx.window, ctx.on_activations, keep_pre=ctx.needs_input_grad[4])
+        ctx.save_for_backward(x, weight, bias, *gates[:4], pre)
+        ctx.hooked = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None  # a hook may keep what is saved
+        return y  # type: ignore[no-any-return]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Any:  # type: ignore[override]
+        x, weight, bias, in_la, out_la, in_seed, out_seed, pre = ctx.saved_tensors
+        gates = GatePair(in_la, out_la, in_seed, out_seed, ctx.spec, ctx.per_sample)
+        needs = ctx.needs_input_grad[:5]
+        if watched((dy,)):
+            grads = _differentiate(dy, (x, weight, bias, in_la, out_la), gates, ctx.window, ctx.on_activations, needs)
+        else:
+            last = not ctx.hooked and not torch._C._autograd._get_current_graph_task_keep_graph()
+            grads = ctx.backend.bwd(dy, x, weight, bias, gates, pre, ctx.window, ctx.on_activations, needs, over_pre=last)
+        return (*grads, None, None, None, None, None, None)
+
+
+def _differentiate(
+    dy: Tensor, inputs: tuple[Maybe, ...], gates: GatePair, window: Window, on_activations: bool, needs: tuple[bool, ...]
+) -> list[Maybe]:
+    """The same gradients by way of the smaller ops, for whoever looks on."""
+    with torch.enable_grad():
+        leaves = [None if t is None else t.detach().requires_grad_(need) for t, need in zip(inputs, needs, strict=True)]
+        x, weight, bias, in_la, out_la = leaves
+        assert x is not None
+        assert weight is not None
+        gates = gates._replace(input_log_alpha=in_la, output_log_alpha=out_la)
+        y = composed_conv(x, weight, bias, gates, window.convolve, window.groups, on_activations)
+        wanted = [t for t in leaves if t is not None and t.requires_grad]
+        found = iter(torch.autograd.grad(y, wanted, dy))
+    return [next(found) if t is not None and t.requires_grad else None for t in leaves]
+
+
+def composed_conv(
+    x: Tensor, weight: Tensor, bias: Maybe, gates: GatePair, convolve: Callable[..., Tensor], groups: int, on_activations: bool
+) -> Tensor:
+    """The same of smaller ops, with any ``convolve(x, weight, bias)``."""
+    dtype = x.dtype
+    if on_activations:
+        if gates.input is not None:
+            x = gate_activations(x, gates.input, 1)
+        y = convolve(x, weight.to(dtype), None if bias is None else bias.to(dtype))
+        return y if gates.output is None else gate_activations(y, gates.output, 1)
+    if gates.input is not None:
+        weight = fold_channels(weight, gates.input, groups, dtype)
+    if gates.output is not None:
+        weight, bias = fold_filters(weight, bias, gates.output, dtype)
+    return convolve(x, weight, None if bias is None else bias.to(dtype))
+
+
+def whole_conv(x: Tensor, weight: Tensor, bias: Maybe, gates: GatePair, window: Window, on_activations: bool) -> Tensor:
+    """Differentiable gated convolution of x (B, C, *size); arguments are taken as checked (:mod:`dampr.functional.conv` checks)."""
+    tensors = x, weight, bias, gates.input_log_alpha, gates.output_log_alpha
+    one_fold = gates.input is None or (gates.output is None and window.groups == 1 and channels_innermost(weight))
+    if (
+        torch.is_grad_enabled()
+        and (on_activations or one_fold)
+        and hasattr(select(x.device, x.dtype), "whole_conv")
+        and not watched(tensors)
+        and any(t is not None and t.requires_grad for t in tensors)
+    ):
+        y: Tensor = _apply(*tensors[:3], *gates, window, on_activations)
+        return y
+    return composed_conv(x, weight, bias, gates, window.convolve, window.groups, on_activations)
+
+
+_apply = super(torch.autograd.Function, _WholeConv).apply  # type: ignore[misc]
