@@ -32,6 +32,7 @@ inline double multiply_add(double a, double b, double c) {
 }
 
 constexpr int kBand = 4, kStrip = 32;  // an output block whose running sums stay in registers
+constexpr int64_t kRun = 256;            // terms that are added up by themselves, so that the error of a long sum grows with its runs
 
 // A block of c += a b, its rows c_step apart, those of b b_step; the first operand by two strides: a(i, s) = a[i * row_step + s * sum_step].
 template <class T, bool kWhole>
@@ -40,7 +41,7 @@ inline void product_block(const T* a, int64_t row_step, int64_t sum_step, const 
   const int band = kWhole ? kBand : height, strip = kWhole ? kStrip : width;
   alignas(64) T acc[kBand][kStrip];
   for (int i = 0; i < band; ++i)
-    for (int j = 0; j < strip; ++j) acc[i][j] = c[i * c_step + j];
+    for (int j = 0; j < strip; ++j) acc[i][j] = 0;
   for (int64_t s = 0; s < sums; ++s)
     for (int i = 0; i < band; ++i) {
       const T factor = a[i * row_step + s * sum_step];
@@ -48,18 +49,22 @@ inline void product_block(const T* a, int64_t row_step, int64_t sum_step, const 
       for (int j = 0; j < strip; ++j) acc[i][j] = multiply_add(factor, b[s * b_step + j], acc[i][j]);
     }
   for (int i = 0; i < band; ++i)
-    for (int j = 0; j < strip; ++j) c[i * c_step + j] = acc[i][j];
+    for (int j = 0; j < strip; ++j) c[i * c_step + j] += acc[i][j];
 }
 
 // A strip of `width` columns of c (rows, ...) += a b.
 template <class T>
 void add_strip(const T* a, int64_t row_step, int64_t sum_step, const T* b, int64_t b_step, T* c, int64_t c_step, int64_t rows, int64_t sums, int width) {
-  for (int64_t i = 0; i < rows; i += kBand) {
-    const int height = static_cast<int>(least(kBand, rows - i));
-    if (height == kBand && width == kStrip)
-      product_block<T, true>(a + i * row_step, row_step, sum_step, b, b_step, c + i * c_step, c_step, sums, kBand, kStrip);
-    else
-      product_block<T, false>(a + i * row_step, row_step, sum_step, b, b_step, c + i * c_step, c_step, sums, height, width);
+  for (int64_t s = 0; s < sums; s += kRun) {
+    const int64_t run = least(kRun, sums - s);
+    for (int64_t i = 0; i < rows; i += kBand) {
+      const int height = static_cast<int>(least(kBand, rows - i));
+      const T* first = a + i * row_step + s * sum_step;
+      if (height == kBand && width == kStrip)
+        product_block<T, true>(first, row_step, sum_step, b + s * b_step, b_step, c + i * c_step, c_step, run, kBand, kStrip);
+      else
+        product_block<T, false>(first, row_step, sum_step, b + s * b_step, b_step, c + i * c_step, c_step, run, height, width);
+    }
   }
 }
 
@@ -77,6 +82,18 @@ inline double dot(const T* a, const T* b, int64_t count) {
 #pragma omp simd reduction(+ : sum)
   for (int64_t j = 0; j < count; ++j) sum += static_cast<double>(a[j] * b[j]);
   return sum;
+}
+
+// out (cols) = the sums of g (rows, cols) over its rows, added up in double.
+template <class T>
+void add_rows(const T* g, int64_t rows, int64_t cols, T* out) {
+  for (int64_t first = 0; first < cols; first += kStrip) {
+    const int width = static_cast<int>(least(kStrip, cols - first));
+    double sums[kStrip] = {};
+    for (int64_t i = 0; i < rows; ++i)
+      for (int j = 0; j < width; ++j) sums[j] += static_cast<double>(g[i * cols + first + j]);
+    for (int j = 0; j < width; ++j) out[first + j] = static_cast<T>(sums[j]);
+  }
 }
 
 // c (rows, cols) += a b^T for a (rows, sums), b (cols, sums); panel: room for sums * kStrip values. A strip of b is turned into the panel, which stays in
@@ -168,13 +185,13 @@ bool small_forward(const Gate& gate, const SmallLinear& a) {
 }
 
 // Of output gates that all rows share, with raw (n, k) = dy^T xz: dlog_alpha = z' (sum_k w raw + b sum_m dy), no activation needed; then raw becomes dw.
+// sum_dy: room for n values.
 template <class T>
-void shared_gates_backward(const SmallLinear& a, const T* z, const T* slope, T* raw) {
-  const T *w = static_cast<const T*>(a.w), *b = static_cast<const T*>(a.b), *dy = static_cast<const T*>(a.dy);
+void shared_gates_backward(const SmallLinear& a, const T* z, const T* slope, T* raw, T* sum_dy) {
+  const T *w = static_cast<const T*>(a.w), *b = static_cast<const T*>(a.b);
+  if (a.dout && b) add_rows(static_cast<const T*>(a.dy), a.m, a.n, sum_dy);
   for (int64_t n = 0; n < a.n && a.dout; ++n) {
-    double sum = dot(w + n * a.k, raw + n * a.k, a.k), sum_dy = 0;
-    for (int64_t m = 0; m < a.m && b; ++m) sum_dy += static_cast<double>(dy[m * a.n + n]);
-    if (b) sum += static_cast<double>(b[n]) * sum_dy;
+    const double sum = dot(w + n * a.k, raw + n * a.k, a.k) + (b ? static_cast<double>(b[n]) * static_cast<double>(sum_dy[n]) : 0);
     static_cast<T*>(a.dout)[n] = static_cast<T>(sum) * slope[n];
   }
   for (int64_t n = 0; n < a.n && a.dw; ++n)
@@ -205,12 +222,7 @@ bool small_backward(const Gate& gate, const SmallLinear& a) {
     }
     g = gated;
   }
-  if (a.db) {
-    T* db = static_cast<T*>(a.db);
-    for (int64_t n = 0; n < a.n; ++n) db[n] = 0;
-    for (int64_t m = 0; m < a.m; ++m)
-      for (int64_t n = 0; n < a.n; ++n) db[n] += g[m * a.n + n];
-  }
+  if (a.db) add_rows(g, a.m, a.n, static_cast<T*>(a.db));
   T* back = a.in_log_alpha || !a.dx ? scratch.take(a.m * a.k) : static_cast<T*>(a.dx);
   if (a.dx || a.din) {
     for (int64_t i = 0; i < a.m * a.k; ++i) back[i] = 0;
@@ -230,7 +242,7 @@ bool small_backward(const Gate& gate, const SmallLinear& a) {
   T* raw = a.dw ? static_cast<T*>(a.dw) : scratch.take(a.n * a.k);
   for (int64_t i = 0; i < a.n * a.k; ++i) raw[i] = 0;
   add_product(shared ? static_cast<const T*>(a.dy) : g, 1, a.n, x, raw, a.n, a.m, a.k);
-  if (shared) shared_gates_backward(a, z_out, slope, raw);
+  if (shared) shared_gates_backward(a, z_out, slope, raw, spare);
   return true;
 }
 

@@ -15,9 +15,9 @@ needs_cpp = pytest.mark.skipif(dampr.backend_info()["cpp"].startswith("missing")
     ("arguments", "rows", "route"),
     [
         ({}, 8, "small"),
-        ({"per_sample": True}, 512, "small"),
-        ({}, 513, "fold"),
-        ({"per_sample": True}, 513, "passes"),
+        ({"per_sample": True}, 4096, "small"),
+        ({}, 4097, "fold"),
+        ({"per_sample": True}, 4097, "passes"),
         ({"granularity": "weight"}, 8, "fold"),
         ({"granularity": (4, 4)}, 8, "fold"),
     ],

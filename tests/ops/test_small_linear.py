@@ -12,7 +12,7 @@ import dampr
 from dampr import functional
 from dampr.nn import GatedLinear
 from dampr.ops import forced_route, routes
-from dampr.testing import poisoned_empty
+from dampr.testing import assert_close, poisoned_empty
 
 pytestmark = pytest.mark.skipif(dampr.backend_info()["cpp"].startswith("missing"), reason="no extension")
 
@@ -72,7 +72,7 @@ def test_gates_that_all_rows_share_keep_no_activation() -> None:
 
 @pytest.mark.parametrize("granularity", ["output", "input"])
 def test_a_layer_is_small_or_not_as_the_route_says(granularity: str) -> None:
-    for size in (64, 128, 256):
+    for size in (64, 128, 256, 512):
         layer, x = GatedLinear(size, size, granularity=granularity), torch.randn(16, size)
         y = layer(x)
         name = type(y.grad_fn).__name__
@@ -111,3 +111,17 @@ def test_a_second_derivative_is_refused() -> None:
     (grad,) = torch.autograd.grad(y.square().sum(), data["x"], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+@pytest.mark.parametrize(("m", "k", "n"), [(8192, 16, 16), (16, 8192, 16), (16, 16, 8192), (8192, 1, 3), (2, 8192, 1)])
+def test_long_sums_are_as_exact_as_torchs(m: int, k: int, n: int, per_sample: bool) -> None:
+    data = data_of(m, n, k, "both")
+    data["weight"].data /= k**0.5
+    assert dampr.ops.select(data["x"].device, torch.float32).route(m, n, k, torch.float32, "output", per_sample)[0] == "small"
+    found = gradients(data, per_sample)
+    with dampr.backend("reference"):
+        plain = gradients(data, per_sample)
+        truth = gradients({name: t.detach().double().requires_grad_() for name, t in data.items()}, per_sample)
+    for name, *three in zip(("y", *data), found, truth, plain, strict=True):
+        assert_close(name, *three)

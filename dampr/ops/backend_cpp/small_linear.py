@@ -17,14 +17,15 @@ from dampr.ops.gate_args import Maybe
 from dampr.spec import SAMPLE, GateSpec
 
 from .host import CODES
-from .routes import SMALL
+from .routes import is_small
 
 
 def takes(x: Tensor, weight: Tensor, in_la: Maybe, out_la: Maybe, spec: GateSpec) -> bool:
     """Whether the layer is computed so. Not without gates that are drawn, where the layer is the dense one to the bit."""
     forced = routes.forced_name()
+    N, K = weight.shape
     return (
-        (x.numel() * weight.shape[0] <= SMALL if forced is None else forced == "small")
+        (is_small(x.numel() // max(K, 1), N, K) if forced is None else forced == "small")
         and spec.rule == SAMPLE
         and (in_la is not None or out_la is not None)
         and (dtype := x.dtype) == weight.dtype
