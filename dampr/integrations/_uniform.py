@@ -5,7 +5,6 @@ Layers with fewer open gates keep closed heads and neurons, with zeros in the pl
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -16,7 +15,7 @@ from transformers import PreTrainedModel
 
 from dampr.gates import Fixed
 from dampr.nn import GatedHeads, GatedLinear
-from dampr.prune import gated_layers, heads
+from dampr.prune import gated_layers, heads, inputs
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ def level(model: PreTrainedModel, round_to: int) -> tuple[PreTrainedModel, dict[
     kind = model.config.model_type
     if kind not in FAMILIES:
         raise ValueError(f"uniform=True: the config of model_type {kind!r} is not known, expected one of {sorted(FAMILIES)}")
-    family, trial = FAMILIES[kind], copy.deepcopy(model)
+    family, trial = FAMILIES[kind], inputs.copied(model)
     gated = gated_layers(trial)
     neurons = [name for name, layer in trial.named_modules() if isinstance(layer, nn.Linear) and fnmatchcase(name, family.layers)]
     attentions = [attention.written_name for attention in heads.find(trial)]

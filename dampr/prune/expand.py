@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -48,7 +47,7 @@ def expand(model: nn.Module) -> nn.Module:
     manifest = getattr(model, "dampr_manifest", None)
     if not isinstance(manifest, dict) or not isinstance(manifest.get("layers"), dict):
         raise ValueError(f"model={type(model).__name__}: expected the dampr_manifest that dampr.compact leaves")
-    large = copy.deepcopy(model)
+    large: Any = inputs.copied(model)
     del large.dampr_manifest
     for name, entry in manifest["layers"].items():
         if isinstance(_layer(large, name), nn.LayerNorm):

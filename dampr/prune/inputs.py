@@ -28,12 +28,16 @@ def evaluate(model: nn.Module, example_inputs: Any) -> list[Tensor]:
         return tensors(call(model, example_inputs))
 
 
-def copied(model: nn.Module, example_inputs: Any) -> nn.Module:
-    """A deep copy of a model that was run without gradients first: what a module keeps of its last call has a graph after training, and
-    torch copies no such tensor."""
-    with same_noise(model):
-        evaluate(model, example_inputs)
-    return copy.deepcopy(model)
+def copied(model: nn.Module, example_inputs: Any = None) -> nn.Module:
+    """A deep copy of a model, also of one that keeps what it computed: torch copies no tensor that has a graph, and such are detached.
+
+    With example inputs the model is run without gradients first, which renews what it keeps wherever it keeps it.
+    """
+    if example_inputs is not None:
+        with same_noise(model):
+            evaluate(model, example_inputs)
+    kept = pytree.tree_leaves([list(vars(module).values()) for module in model.modules()])
+    return copy.deepcopy(model, {id(t): t.detach().clone() for t in kept if isinstance(t, Tensor) and not t.is_leaf})
 
 
 def check(example_inputs: Any) -> None:

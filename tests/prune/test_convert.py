@@ -334,6 +334,10 @@ def test_a_model_that_keeps_activations_is_converted_and_compacted_after_trainin
     small = dampr.compact(model, example_inputs=X)
     assert small.up.out_features < 12
     assert report.reached <= report.target
+    small(X).sum().backward()
+    if not residual:
+        assert dampr.expand(small).up.out_features == 12
+    assert small.seen.grad_fn is not None
 
 
 def test_a_view_of_heads_is_found_in_a_model_that_keeps_activations():
