@@ -60,7 +60,7 @@ class Gate(GateModule):
     """
 
     num_gates: int
-    draws_once: bool = False  # whether its noise is one draw per call, which no layer can make one per sample
+    draws_once: bool = False  # whether it draws beside the kernels, so that what these multiply by is one draw per call
     open_slice: Callable[[], tuple[int, int]] | None = None  # (start, stop) of the open gates, where a family keeps these side by side
 
     def __init__(self, num_gates: int) -> None:
@@ -77,6 +77,11 @@ class Gate(GateModule):
     def spec(self) -> GateSpec:
         """Family and constants for the current mode (training or evaluation), for the fused ops."""
         return VALUE_SPEC
+
+    @property
+    def draws(self) -> bool:
+        """Whether the values of the present mode are drawn, so that ``forward(rows)`` gives each row its own."""
+        return self.spec.rule == SAMPLE or (self.draws_once and self.training)
 
     @property
     def parameter(self) -> Tensor:

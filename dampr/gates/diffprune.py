@@ -39,7 +39,8 @@ class DiffPrune(KernelGate):
         sharpness: kappa, for B and C 1 / eps; None: 5, for B and C 10.
         init_phi: where every phi starts.
         stochastic: in training x = phi + sigma xi with xi ~ N(0, 1), one draw per call, and sigma learned; in evaluation x = phi. The draw
-            is made beside the kernels, so ``per_sample=True`` of a layer is refused (docs/methods.md says why).
+            is made beside the kernels, so layers that draw inside them refuse ``per_sample=True`` (docs/methods.md says why); a residual
+            branch, rows of an embedding and activations grouped by an index do draw per sample.
         init_sigma: where sigma starts; with ``revive="noise"``, what it is.
         revive: what a closed gate of the deterministic kind, which has no gradient, gets to open again by. ``"noise"``: noise of a constant
             sigma in training; ``"straight_through"``: in the backward of training the slope 0.1 kappa for x <= 0; None: nothing.

@@ -14,7 +14,7 @@ from torch.nn.modules.conv import _ConvNd
 from dampr import _checks, functional, reference
 from dampr.gates import Gate as Family
 from dampr.gates import make_gate, place_gate
-from dampr.spec import HARD_CONCRETE, RAMP, SAMPLE, value
+from dampr.spec import HARD_CONCRETE, RAMP, value
 
 from .base import VECTOR_GRANULARITIES, GatedLayer, _wide
 
@@ -105,7 +105,7 @@ class Gate(GatedLayer, nn.Module):
         if self.index is None:
             parameter, seed, spec = self.gate.call()
             return functional.gate_activations(x, parameter, dim=self.dim, seed=seed, per_sample=self.per_sample, spec=spec)
-        if not (self.per_sample and self.gate.spec.rule == SAMPLE):
+        if not (self.per_sample and self.gate.draws):
             return functional.gate_activations(x, self.gate()[self.index], dim=self.dim, spec=VALUE)
         z = self.gate(x.shape[0])[:, self.index]
         return (x * reference.along(z, x, self.dim)).to(x.dtype)
@@ -258,7 +258,7 @@ def gated_sum(x: Tensor, branch: Callable[[], Tensor], gate: Family, training: b
     """
     if not training and not torch.compiler.is_compiling() and not bool(gate.is_open()):
         return x
-    if sample_dim is not None and gate.spec.rule == SAMPLE:
+    if sample_dim is not None and gate.draws:
         z = gate(x.shape[sample_dim]).view([-1 if i == sample_dim else 1 for i in range(x.dim())])
     else:
         z = gate()
@@ -328,14 +328,17 @@ class GatedEmbedding(GatedLayer, nn.Embedding):
         super().__init__(num_embeddings, embedding_dim, *arguments)
         self.granularity = granularity
         self.per_sample = bool(per_sample)
-        self.gate = make_gate(gate, num_embeddings if granularity == "input" else embedding_dim, self.weight.device)
+        if granularity == "output":
+            self.gate = place_gate(gate, embedding_dim, self.weight.device, self.per_sample)
+        else:  # by values, whose noise need not come from a kernel
+            self.gate = make_gate(gate, num_embeddings, self.weight.device)
 
     def forward(self, input: Tensor) -> Tensor:
         rows = super().forward(input)
         if self.granularity == "output":
             parameter, seed, spec = self.gate.call()
             return functional.gate_activations(rows, parameter, dim=-1, seed=seed, per_sample=self.per_sample, spec=spec)
-        if self.per_sample and self.gate.spec.rule == SAMPLE:
+        if self.per_sample and self.gate.draws:
             words = input.shape[0]
             z = self.gate(words).gather(1, input.reshape(words, -1).long()).flatten()
         else:

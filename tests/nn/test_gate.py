@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import dampr
-from dampr.gates import HardConcrete
+from dampr.gates import DiffPrune, HardConcrete
 from dampr.nn import Gate, GatedEmbedding, GatedLinear, GatedResidual, Residual, Scale
 
 FAMILIES = ["hard_concrete", "dep_l0", "dam", "diffprune", "diffmask"]
@@ -58,6 +58,42 @@ def test_an_index_groups_elements_under_one_gate(per_sample: bool) -> None:
     assert y.dtype == x.dtype
     assert torch.equal(y, (x * z).to(x.dtype))
     assert "index" not in layer.state_dict()
+
+
+NOISY = [{"stochastic": True}, {"revive": "noise"}]
+PER_SAMPLE: dict[str, Any] = {  # layers that multiply by values, and what a sample of them is
+    "index": lambda gate: (Gate(3, index=torch.tensor([2, 0, 0, 1, 2]), gate=gate, per_sample=True), torch.ones(64, 5), 3),
+    "branch": lambda gate: (GatedResidual(nn.Linear(5, 5), gate=gate, per_sample=True), torch.ones(64, 5), 1),
+    "words": lambda gate: (GatedEmbedding(3, 5, granularity="input", gate=gate, per_sample=True), torch.arange(3).repeat(64, 1), 3),
+}
+
+
+@pytest.mark.parametrize("options", NOISY, ids=str)
+@pytest.mark.parametrize("layer", PER_SAMPLE)
+def test_noise_drawn_beside_the_kernels_is_drawn_for_each_sample_too(layer: str, options: dict[str, Any]) -> None:
+    module, x, count = PER_SAMPLE[layer](lambda n, device: DiffPrune(n, init_phi=0.05, device=device, **options))
+    assert module.gate.num_gates == count
+    torch.manual_seed(2)
+    z = module.gate(64)
+    torch.manual_seed(2)
+    y = module(x)
+    assert len({tuple(row) for row in y.flatten(1).tolist()}) > 30
+    if layer == "index":
+        torch.testing.assert_close(y, z[:, module.index])
+    elif layer == "branch":
+        torch.testing.assert_close(y, x + z * module.branch(x))
+    else:
+        torch.testing.assert_close(y, z[:, :, None] * module.weight)
+    y.square().sum().backward()
+    assert all(bool(p.grad.abs().sum() > 0) for p in module.gate.parameters())
+    module.eval()
+    assert len({tuple(row) for row in module(x).flatten(1).tolist()}) == 1
+
+
+@pytest.mark.parametrize("options", NOISY, ids=str)
+def test_columns_of_an_embedding_refuse_noise_per_sample(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="per_sample=True with DiffPrune.*expected False"):
+        GatedEmbedding(9, 4, gate=DiffPrune(4, **options), per_sample=True)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
