@@ -76,3 +76,12 @@ def block_count(name: str, block: Any, rows: int, cols: int) -> int:
     if not (isinstance(block, tuple) and len(block) == 2 and all(isinstance(b, int) and not isinstance(b, bool) and b > 0 for b in block)):
         raise ValueError(f"{name}={block!r}: expected a tuple of two positive integers, (rows, cols)")
     return -(rows // -block[0]) * -(cols // -block[1])
+
+
+def gate_index(name: str, index: Any, shape: Sequence[int]) -> int:
+    """How many gates an int64 tensor of this shape, the gate of each element, asks for: its largest value and one."""
+    if tensor(name, index).dtype != torch.int64 or index.shape != tuple(shape):
+        raise ValueError(f"{name}: got {index.dtype} of shape {tuple(index.shape)}, expected int64 of shape {tuple(shape)}")
+    if index.numel() and int(index.min()) < 0:
+        raise ValueError(f"{name}: its smallest value is {int(index.min())}, expected 0 or more, the number of a gate")
+    return int(index.max()) + 1 if index.numel() else 0

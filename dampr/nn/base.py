@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +12,11 @@ from torch import Tensor, nn
 from dampr import _checks
 from dampr.gates import Gate, make_gate
 from dampr.reference import expand_blocks
+from dampr.spec import SAMPLE, GateSpec, value
 
 VECTOR_GRANULARITIES = ("output", "input")
 Granularity = str | tuple[int, int]
+VALUE = value()
 
 
 class GatedLayer:
@@ -44,35 +47,63 @@ class GatedWeight(GatedLayer):
     """A layer with one weight (written, read / groups, *kernel) that is gated, and a bias: linear maps and convolutions.
 
     Mixed in before the ``torch.nn`` layer in ``_dense``. ``_arguments`` names what that layer's constructor takes and its instances keep.
+    ``index``: of granularity ``"index"`` the gate of each weight, else None; it is no part of the ``state_dict``.
     """
 
     weight: Tensor
     bias: Any
+    index: Tensor | None
     training: bool
     groups: int = 1
     _dense: type[nn.Module]
     _arguments: tuple[str, ...]
 
     @classmethod
-    def _gate_count(cls, granularity: Any, per_sample: bool, written: int, read: int, groups: int = 1, positions: int = 1) -> int:
-        """How many gates a layer of these sizes has. Raises ValueError for a granularity that does not exist."""
+    def _gate_count(
+        cls, granularity: Any, per_sample: bool, written: int, read: int, groups: int = 1, kernel: Sequence[int] = (), gate: Any = None
+    ) -> int:
+        """How many gates a layer of these sizes has. Raises ValueError for a granularity that does not exist.
+
+        An index may leave out gates of the instance ``gate``, which other layers have.
+        """
+        if isinstance(granularity, Tensor):
+            if per_sample:
+                raise ValueError(f"per_sample=True with an index of gates: expected granularity {list(VECTOR_GRANULARITIES)} with it")
+            least = gate.num_gates if isinstance(gate, Gate) else 0
+            return max(least, _checks.gate_index("granularity", granularity, (written, read // groups, *kernel)))
         if per_sample and granularity not in VECTOR_GRANULARITIES:
             raise ValueError(f"per_sample=True with granularity={granularity!r}: expected one of {list(VECTOR_GRANULARITIES)} with it")
         if isinstance(granularity, tuple):
             return _checks.block_count("granularity", granularity, written, read // groups)
-        counts = {"output": written, "input": read, "weight": written * (read // groups) * positions}
+        counts = {"output": written, "input": read, "weight": written * (read // groups) * math.prod(kernel)}
         if granularity not in counts:
-            raise ValueError(f"granularity={granularity!r}: expected 'output', 'input', 'weight' or a tuple (rows, cols)")
+            raise ValueError(f"granularity={granularity!r}: expected 'output', 'input', 'weight', a tuple (rows, cols) or an int64 tensor")
         return counts[granularity]
 
-    @classmethod
-    def gates_for(cls, layer: Any, granularity: Granularity, per_sample: bool = False) -> int:
-        """How many gates a dense ``layer`` would have. Raises ValueError for a granularity that does not exist."""
-        groups, (written, read, *kernel) = getattr(layer, "groups", 1), layer.weight.shape
-        return cls._gate_count(granularity, per_sample, written, read * groups, groups, math.prod(kernel))
+    def _set_granularity(self, granularity: Granularity | Tensor) -> None:
+        if isinstance(granularity, Tensor):
+            index = granularity.detach() if self.weight.is_meta else granularity.detach().to(self.weight.device)
+            self.granularity = "index"
+        else:
+            index, self.granularity = None, granularity
+        nn.Module.register_buffer(cast(nn.Module, self), "index", index, persistent=False)
+
+    def _gates_by_index(self) -> tuple[Tensor, Tensor | None, GateSpec]:
+        """What a fused op takes of gates by an index: for each weight the parameter or, where a draw is shared, the value."""
+        assert self.index is not None
+        if self.gate.spec.rule == SAMPLE:
+            return self.gate()[self.index.flatten()], None, VALUE
+        parameter, seed, spec = self.gate.call()
+        return parameter[self.index.flatten()], seed, spec
 
     @classmethod
-    def _from_dense(cls, layer: nn.Module, gate: str | type[Gate] | Gate, granularity: Granularity, per_sample: bool) -> Any:
+    def gates_for(cls, layer: Any, granularity: Granularity | Tensor, per_sample: bool = False, gate: Any = None) -> int:
+        """How many gates a dense ``layer`` would have. Raises ValueError for a granularity that does not exist."""
+        groups, (written, read, *kernel) = getattr(layer, "groups", 1), layer.weight.shape
+        return cls._gate_count(granularity, per_sample, written, read * groups, groups, kernel, gate)
+
+    @classmethod
+    def _from_dense(cls, layer: nn.Module, gate: str | type[Gate] | Gate, granularity: Granularity | Tensor, per_sample: bool) -> Any:
         """A gated layer with the very parameters of ``layer``; they are divided by fresh gates that are not 1, so what it computes stays.
 
         Raises ValueError where one is 0.
@@ -82,7 +113,7 @@ class GatedWeight(GatedLayer):
         return gated
 
     @classmethod
-    def _around(cls, layer: nn.Module, gate: str | type[Gate] | Gate, granularity: Granularity, per_sample: bool) -> Any:
+    def _around(cls, layer: nn.Module, gate: str | type[Gate] | Gate, granularity: Granularity | Tensor, per_sample: bool) -> Any:
         """:meth:`_from_dense` that leaves the parameters as they are.
 
         Built on the meta device: no second weight is allocated, and no random number is drawn.
@@ -92,7 +123,8 @@ class GatedWeight(GatedLayer):
         arguments = {name: getattr(layer, name) for name in cls._arguments}
         weight, bias = layer.weight, layer.bias
         assert isinstance(weight, Tensor)
-        count = cls.gates_for(layer, granularity, per_sample)
+        count = cls.gates_for(layer, granularity, per_sample, gate)
+        granularity = granularity.to(weight.device) if isinstance(granularity, Tensor) else granularity
         how: dict[str, Any] = {"gate": make_gate(gate, count, weight.device), "granularity": granularity, "per_sample": per_sample}
         build: Any = cls
         gated = build(**arguments, bias=bias is not None, device="meta", dtype=weight.dtype, **how)
@@ -142,6 +174,8 @@ class GatedWeight(GatedLayer):
         ones = [1] * len(kernel)
         if self.granularity == "output":
             return values.view(written, 1, *ones)
+        if self.index is not None:
+            return values[self.index]
         if self.granularity == "weight":
             return values.view(self.weight.shape)
         if self.granularity == "input":
@@ -167,7 +201,9 @@ class GatedWeight(GatedLayer):
         return set(grid.all(1).nonzero().flatten().tolist()), set(by_group.all(1).flatten().nonzero().flatten().tolist())
 
     def group_size(self) -> float | Tensor:
-        """|g|: how many parameters a gate switches off, its bias included where the gate reaches it; (num_gates,) for blocks."""
+        """|g|: how many parameters a gate switches off, its bias included where the gate reaches it; (num_gates,) for blocks, an index."""
+        if self.index is not None:
+            return torch.bincount(self.index.flatten(), minlength=self.gate.num_gates)
         written, read = self.weight.shape[:2]
         positions = self.weight.shape[2:].numel()
         if self.granularity == "output":

@@ -37,7 +37,7 @@ class _GatedConv(GatedWeight, _ConvNd):
         dtype: torch.dtype | None = None,
         *,
         gate: str | type[Gate] | Gate = "hard_concrete",
-        granularity: Granularity = "output",
+        granularity: Granularity | Tensor = "output",
         per_sample: bool = False,
     ) -> None:
         # The dense constructor first: it knows how to refuse channels that its groups do not divide.
@@ -55,8 +55,8 @@ class _GatedConv(GatedWeight, _ConvNd):
             device,
             dtype,
         )
-        count = self._gate_count(granularity, per_sample, out_channels, in_channels, groups, self.weight.shape[2:].numel())
-        self.granularity = granularity
+        count = self._gate_count(granularity, per_sample, out_channels, in_channels, groups, self.weight.shape[2:], gate)
+        self._set_granularity(granularity)
         self.per_sample = bool(per_sample)
         self.gate = place_gate(gate, count, device, self.per_sample)
 
@@ -64,7 +64,7 @@ class _GatedConv(GatedWeight, _ConvNd):
         padding: Any = self.padding
         if self.padding_mode != "zeros":
             x, padding = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0
-        parameter, seed, spec = self.gate.call()
+        parameter, seed, spec = self.gate.call() if self.granularity != "index" else self._gates_by_index()
         how: dict[str, Any] = {"seed": seed, "spec": spec}
         opened = self._open_range() if self.granularity == "output" and self.groups == 1 else None
         if opened is not None:  # the filters whose gates are open
@@ -84,7 +84,7 @@ class _GatedConv(GatedWeight, _ConvNd):
         layer: Any,
         *,
         gate: str | type[Gate] | Gate = "hard_concrete",
-        granularity: Granularity = "output",
+        granularity: Granularity | Tensor = "output",
         per_sample: bool = False,
     ) -> Any:
         """A gated layer with the very parameters of ``layer``, not copies. Raises TypeError unless its type is exactly the dense one.
@@ -105,7 +105,7 @@ class GatedConv2d(_GatedConv, nn.Conv2d):
         gate: a family's name, a :class:`dampr.gates.Gate` subclass, or an instance to share.
         granularity: ``"output"`` (a gate per filter, its bias included), ``"input"`` (a gate per channel), ``"weight"`` (a gate per weight)
             or ``(rows, cols)``: a gate for each ``rows`` filters times ``cols`` channels of a group, with all their kernel positions;
-            (1, 1) is a gate per kernel.
+            (1, 1) is a gate per kernel. Any other grouping: an int64 tensor of the shape of ``weight``, which gate each weight has.
         per_sample: in training, one draw per image instead of one per call; ``"output"`` and ``"input"`` only.
 
     Input (B, C, H, W) or (C, H, W); channels last in, channels last out. ``weight`` and ``bias`` come first in ``parameters()``; a dense

@@ -12,7 +12,7 @@ from dampr.functional.conv import activations, is_pointwise
 from dampr.spec import SAMPLE
 
 from .attention import GatedMultiheadAttention
-from .base import GatedLayer
+from .base import GatedLayer, Granularity
 from .conv import GatedConv1d, GatedConv2d
 from .gate import Gate, GatedEmbedding, GatedResidual
 from .linear import GatedLinear
@@ -46,7 +46,7 @@ def explain(layer: GatedLayer, x: Tensor) -> Explanation:
     if isinstance(layer, GatedLinear):
         drawn = layer.gate.spec.rule == SAMPLE
         shape = (x.shape[:-1].numel(), layer.in_features, layer.out_features)
-        found = route_of(shape, layer.granularity, layer.per_sample and drawn, x.device, dtype, drawn)
+        found = route_of(shape, _granularity(layer), layer.per_sample and drawn, x.device, dtype, drawn)
     elif isinstance(layer, (GatedConv1d, GatedConv2d)):
         found = _of_convolution(layer, x, dtype)
     elif isinstance(layer, _GatedNorm):
@@ -60,14 +60,20 @@ def explain(layer: GatedLayer, x: Tensor) -> Explanation:
     return found
 
 
+def _granularity(layer: GatedLayer) -> Granularity:
+    """That of the op: grouped by an index, every weight is handed a gate."""
+    return "weight" if layer.granularity == "index" else layer.granularity
+
+
 def _of_convolution(layer: GatedConv1d | GatedConv2d, x: Tensor, dtype: torch.dtype) -> Explanation:
     drawn = layer.gate.spec.rule == SAMPLE
     arguments = layer.stride, layer.padding if layer.padding_mode == "zeros" else 0, layer.dilation, layer.groups
     pointwise = drawn and is_pointwise(x, layer.weight, *arguments)
     backend, reason = ops.choose(x.device, dtype)
     module = ops.select(x.device, dtype)
-    moved = activations(x, layer.weight, layer.granularity, *arguments) if isinstance(layer.granularity, str) else 0
-    args = tuple(layer.weight.shape), layer.groups, layer.granularity, layer.per_sample and drawn, pointwise, x.device, moved
+    granularity = _granularity(layer)
+    moved = activations(x, layer.weight, granularity, *arguments) if isinstance(granularity, str) else 0
+    args = tuple(layer.weight.shape), layer.groups, granularity, layer.per_sample and drawn, pointwise, x.device, moved
     return Explanation(backend, reason, *module.conv_route(*args))
 
 

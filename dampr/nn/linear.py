@@ -21,7 +21,8 @@ class GatedLinear(GatedWeight, nn.Linear):
         in_features, out_features, bias, device, dtype: as in ``nn.Linear``.
         gate: a family's name, a :class:`dampr.gates.Gate` subclass, or an instance to share.
         granularity: ``"output"`` (a gate per row of ``weight``, its bias included), ``"input"`` (a gate per column), ``"weight"`` (a gate
-            per weight) or ``(rows, cols)`` (a gate per block, in row-major order; partial blocks at the edges have gates too).
+            per weight) or ``(rows, cols)`` (a gate per block, in row-major order; partial blocks at the edges have gates too). Any other
+            grouping: an int64 tensor of the shape of ``weight``, which gate each weight has; the attribute is then ``"index"``.
         per_sample: in training, one draw per row of the input flattened to (rows, in_features) instead of one per call; ``"output"`` and
             ``"input"`` only.
 
@@ -44,18 +45,18 @@ class GatedLinear(GatedWeight, nn.Linear):
         dtype: torch.dtype | None = None,
         *,
         gate: str | type[Gate] | Gate = "hard_concrete",
-        granularity: Granularity = "output",
+        granularity: Granularity | Tensor = "output",
         per_sample: bool = False,
     ) -> None:
-        count = self._gate_count(granularity, per_sample, out_features, in_features)
+        count = self._gate_count(granularity, per_sample, out_features, in_features, gate=gate)
         super().__init__(in_features, out_features, bias, device, dtype)
-        self.granularity = granularity
+        self._set_granularity(granularity)
         self.per_sample = bool(per_sample)
         self.gate = place_gate(gate, count, device, self.per_sample)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, granularity, each = self.gate, self.granularity, self.per_sample
-        parameter, seed, spec = gate.call()
+        parameter, seed, spec = gate.call() if granularity != "index" else self._gates_by_index()
         opened = self._open_range() if gate.open_slice is not None and granularity in ("output", "input") else None
         if opened is not None:
             return self._on_slice(x, parameter[opened], spec, opened)
@@ -80,7 +81,7 @@ class GatedLinear(GatedWeight, nn.Linear):
         layer: nn.Linear,
         *,
         gate: str | type[Gate] | Gate = "hard_concrete",
-        granularity: Granularity = "output",
+        granularity: Granularity | Tensor = "output",
         per_sample: bool = False,
     ) -> GatedLinear:
         """A gated layer with the very parameters of ``layer``, not copies. Raises TypeError unless its type is exactly ``nn.Linear``.

@@ -105,6 +105,8 @@ def convert(
         raise TypeError(
             f"gate={type(gate).__name__} instance: expected a family's name or a class, because each layer gets a gate of its own"
         )
+    if isinstance(granularity, torch.Tensor):
+        raise TypeError("granularity: got a tensor, which is of one weight (from_dense takes it); expected a name or (rows, cols)")
     if residual and (granularity != "output" or per_sample or example_inputs is None):
         given = f"granularity={granularity!r}, per_sample={per_sample}, example_inputs{'=None' if example_inputs is None else ' given'}"
         raise ValueError(f"residual=True with {given}: expected granularity 'output', one draw per call, and example inputs")
