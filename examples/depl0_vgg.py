@@ -36,7 +36,7 @@ def main() -> None:
     pad = (32 - side) // 2
     x, x_test = (F.pad(t.view(-1, 1, side, side), (pad, 32 - side - pad) * 2) for t in (data.x, data.x_test))
     data = data._replace(x=x, x_test=x_test)
-    model = dampr.convert(vgg(), gate="dep_l0", per_sample=True, include=[nn.Conv2d], example_inputs=x_test[:8])
+    model = dampr.convert(vgg(), gate="dep_l0", include=[nn.Conv2d], example_inputs=x_test[:8])
     generator = next(m for m in model.modules() if isinstance(m, dampr.gates.DependencyGenerator))
     areas = [9] * len(generator.sizes)
     penalty = lambda _: generator.penalty(areas, args.lam, first=1)  # noqa: E731

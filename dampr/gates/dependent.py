@@ -187,8 +187,9 @@ class DependentHardConcrete(ConcreteGate):
         index: which of its layers this is.
         beta, gamma, zeta, preset: as for :class:`dampr.gates.HardConcrete`; the published code has the same constants.
 
-    Published are a draw per example (``per_sample=True`` of the layer) and gates after the norm. A layer that is given the class or the
-    name ``"dep_l0"`` gets a generator of its own, whose gates start open; gates of one model share one through ``generator.gates()``.
+    Published are a draw per example (``per_sample=True`` of the layer, the default of :func:`dampr.convert` for this family) and gates
+    after the norm. A layer that is given the class or the name ``"dep_l0"`` gets a generator of its own, whose gates start open; gates of
+    one model share one through ``generator.gates()``.
 
     Raises: ValueError or TypeError that names the argument.
     """

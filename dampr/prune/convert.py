@@ -26,7 +26,7 @@ from dampr.nn import (
     GatedMultiheadAttention,
     GatedRNN,
 )
-from dampr.nn.base import Granularity
+from dampr.nn.base import VECTOR_GRANULARITIES, Granularity
 
 from . import filters, graph, heads, inputs, recurrent, streams, transformer, trial
 from .filters import Filter
@@ -57,7 +57,7 @@ def convert(
     *,
     gate: str | type[Gate] | Callable[..., Any] = "hard_concrete",
     granularity: Granularity = "output",
-    per_sample: bool = False,
+    per_sample: bool | None = None,
     include: Filter = None,
     exclude: Filter = None,
     example_inputs: Any = None,
@@ -76,8 +76,9 @@ def convert(
         gate, granularity, per_sample: as in :class:`dampr.nn.GatedLinear` and :class:`dampr.nn.GatedConv2d`. Also a function of
             (number of gates, device), such as ``functools.partial(HardConcrete, preset="median")``. ``"dep_l0"`` makes one generator for
             all layers, in the order in which the example inputs reach them, with ``init_scale=0``, so that every gate starts open;
-            ``functools.partial(DependencyGenerator, direction="backward")`` makes another. Published are ``per_sample=True`` and
-            ``init_scale=1``, which would close 7 % of the gates at once.
+            ``functools.partial(DependencyGenerator, direction="backward")`` makes another. Published is ``init_scale=1``, which would
+            close 7 % of the gates at once. ``per_sample=None``: as the family was published, which is a draw per sample for ``"dep_l0"``
+            (in the layers that can: not recurrent ones, not heads of linear layers, not with ``residual=True``), else one per call.
         include, exclude: name globs ("encoder.*") and types; None includes everything and excludes nothing. What hits a transformer layer
             hits its parts.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments. With them, output gates go into the BatchNorm that
@@ -110,12 +111,13 @@ def convert(
     if residual and (granularity != "output" or per_sample or example_inputs is None):
         given = f"granularity={granularity!r}, per_sample={per_sample}, example_inputs{'=None' if example_inputs is None else ' given'}"
         raise ValueError(f"residual=True with {given}: expected granularity 'output', one draw per call, and example inputs")
+    each = _draws_each(gate, granularity, residual) if per_sample is None else per_sample
     before = None
     if example_inputs is not None:
         inputs.check(example_inputs)
         with inputs.same_noise(model), inputs.unfused():
             before = inputs.evaluate(model, example_inputs)
-    chosen, skipped = _choose(model, gate, granularity, per_sample, include, exclude)
+    chosen, skipped = _choose(model, gate, granularity, bool(per_sample), include, exclude)
     try:
         plan = _place(model, chosen, granularity, example_inputs, tie)
     except graph.TracingError as error:
@@ -137,7 +139,7 @@ def convert(
             own = gates.get(name, gate) if shared is None else shared.gate
             if not isinstance(own, Gate) and next(itertools.chain(layer.parameters(), layer.buffers()), None) is None:
                 own = make_gate(own, _gate_count(layer, granularity), _device(model))  # a norm without gain does not know where it is
-            gated[name] = _gated(name, layer, own, granularity, per_sample, plan.heads.get(name))
+            gated[name] = _gated(name, layer, own, granularity, each, plan.heads.get(name))
             if name in plan.weights_per_gate:
                 gated[name].weights_per_gate = plan.weights_per_gate[name]
         if "" in gated:
@@ -333,6 +335,11 @@ def _starts_at_one(gate: Any) -> bool:
 
 def _is_generator(gate: Any) -> bool:
     return gate == "dep_l0" or getattr(gate, "func", gate) is DependencyGenerator
+
+
+def _draws_each(gate: Any, granularity: Granularity, residual: bool) -> bool:
+    """Whether the family is published with a draw per sample, and such gates can have one."""
+    return _is_generator(gate) and granularity in VECTOR_GRANULARITIES and not residual
 
 
 def _generated(gate: Any, plan: _Plan, model: nn.Module, granularity: Granularity) -> dict[str, Gate]:
