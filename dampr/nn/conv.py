@@ -12,8 +12,9 @@ from torch.nn.modules.conv import _ConvNd
 
 from dampr import functional
 from dampr.gates import Gate, place_gate
+from dampr.spec import GateSpec
 
-from .base import GatedWeight, Granularity
+from .base import VECTOR_GRANULARITIES, GatedWeight, Granularity
 
 
 class _GatedConv(GatedWeight, _ConvNd):
@@ -66,17 +67,25 @@ class _GatedConv(GatedWeight, _ConvNd):
             x, padding = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0
         parameter, seed, spec = self.gate.call() if self.granularity != "index" else self._gates_by_index()
         how: dict[str, Any] = {"seed": seed, "spec": spec}
-        opened = self._open_range() if self.granularity == "output" and self.groups == 1 else None
-        if opened is not None:  # the filters whose gates are open
-            bias = None if self.bias is None else self.bias[opened]
-            gated = parameter[opened]
-            y = type(self)._function(x, self.weight[opened], bias, self.stride, padding, self.dilation, output_gate=gated, **how)
-            return F.pad(y, (*[0] * (2 * (self.weight.dim() - 2)), opened.start, self.out_channels - opened.stop))
+        opened = self._open_range() if self.granularity in VECTOR_GRANULARITIES and self.groups == 1 else None
+        if opened is not None:
+            return self._on_slice(x, padding, parameter[opened], spec, opened)
         if self.granularity in ("output", "input"):
             how |= {f"{self.granularity}_gate": parameter, "per_sample": self.per_sample}
         else:
             how |= {"weight_gate": parameter, "block": self.granularity if isinstance(self.granularity, tuple) else None}
         return type(self)._function(x, self.weight, self.bias, self.stride, padding, self.dilation, self.groups, **how)
+
+    def _on_slice(self, x: Tensor, padding: Any, parameter: Tensor, spec: GateSpec, opened: slice) -> Tensor:
+        """The layer on the filters, or on the channels, whose gates are open."""
+        dims = self.weight.dim() - 2
+        if self.granularity == "input":
+            x = x.narrow(-1 - dims, opened.start, opened.stop - opened.start)
+            weight = self.weight[:, opened]
+            return type(self)._function(x, weight, self.bias, self.stride, padding, self.dilation, input_gate=parameter, spec=spec)
+        weight, bias = self.weight[opened], None if self.bias is None else self.bias[opened]
+        y = type(self)._function(x, weight, bias, self.stride, padding, self.dilation, output_gate=parameter, spec=spec)
+        return F.pad(y, (*[0] * (2 * dims), opened.start, self.out_channels - opened.stop))
 
     @classmethod
     def from_dense(

@@ -11,7 +11,7 @@ from dampr import functional
 from dampr.gates import Gate, place_gate
 from dampr.spec import GateSpec
 
-from .base import GatedWeight, Granularity
+from .base import VECTOR_GRANULARITIES, GatedWeight, Granularity
 
 
 class GatedLinear(GatedWeight, nn.Linear):
@@ -57,7 +57,7 @@ class GatedLinear(GatedWeight, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         gate, granularity, each = self.gate, self.granularity, self.per_sample
         parameter, seed, spec = gate.call() if granularity != "index" else self._gates_by_index()
-        opened = self._open_range() if gate.open_slice is not None and granularity in ("output", "input") else None
+        opened = self._open_range() if gate.open_slice is not None and granularity in VECTOR_GRANULARITIES else None
         if opened is not None:
             return self._on_slice(x, parameter[opened], spec, opened)
         if granularity == "output":
