@@ -70,7 +70,8 @@ def _singles() -> str:
     for name in ("l0_lenet300", "l0_lenet5", "depl0_vgg", "diffprune_lenet5", "diffmask_filters"):
         r = _example(name)
         share = f"{r['macs'] / r['macs_dense']:.0%} ({r['macs'] / 1e3:.0f}k)"
-        run = f"{r['epochs']} epochs of {r['data']}, seed {r['seed']}, {r['seconds']:.0f} s"
+        threads = r["environment"]["threads"]
+        run = f"{r['epochs']} epochs of {r['data']}, seed {r['seed']}, {r['seconds']:.0f} s on {threads} thread{'s' * (threads > 1)}"
         rows.append((f"[{name}.py](../examples/{name}.py)", r["method"], f"{r['accuracy']:.2%}", r["open"], share, run, r["published"]))
     columns = ("script", "family", "accuracy", "open gates", "MACs left", "run", "published")
     return report.markdown(columns, rows) + "\n"
@@ -84,12 +85,14 @@ def _dam_rank() -> str:
         (kernel, str(true), ", ".join(str(r["found"]) for r in found), ", ".join(f"{r['beta']:.3f}" for r in found), str(len(found)))
         for (kernel, true), found in runs.items()
     ]
-    return report.markdown(("data", "true dimension", "open codes", "beta", "seeds"), rows) + "\n"
+    table = report.markdown(("data", "true dimension", "open codes", "beta", "seeds"), rows)
+    return f"{table}\n\nPublished: {_example('dam_rank')['published']}.\n"
 
 
 def _dam_autoencoder() -> str:
-    rows = [(f"{r['lam']:g}", f"{r['open']} / 50", f"{r['error']:.4f}") for r in _example("dam_autoencoder")["runs"]]
-    return report.markdown(("lambda", "open codes", "test error"), rows) + "\n"
+    found = _example("dam_autoencoder")
+    rows = [(f"{r['lam']:g}", f"{r['open']} / 50", f"{r['error']:.4f}") for r in found["runs"]]
+    return f"{report.markdown(('lambda', 'open codes', 'test error'), rows)}\n\nPublished: {found['published']}.\n"
 
 
 def _compare() -> str:
