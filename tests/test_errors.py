@@ -44,6 +44,8 @@ X, W = torch.zeros(2, 4), torch.zeros(3, 4)
         (lambda: functional.sample_gates(torch.zeros(2, 2), seed=0), ValueError, r"log_alpha.shape=\(2, 2\): expected one dimension"),
         (lambda: functional.sample_gates(torch.zeros(2), seed=0, rows=-1), ValueError, "rows=-1: expected an integer of at least 0"),
         (lambda: functional.expected_l0(torch.zeros(3), torch.zeros(2)), ValueError, r"group_size.shape=\(2,\): expected \(3,\)"),
+        (lambda: functional.expected_l0(torch.zeros(3), lam=torch.zeros(2)), ValueError, r"lam.shape=\(2,\): expected \(3,\)"),
+        (lambda: functional.expected_l0(torch.zeros(3), prior_precision=0.1), ValueError, r"group_sq_norm=None: expected"),
         (lambda: functional.open_probability(torch.zeros(3).long()), TypeError, "log_alpha.dtype=torch.int64"),
         (lambda: hard_concrete("mean"), ValueError, "rule='mean': expected one of"),
         (lambda: hard_concrete(gamma=0.0), ValueError, "gamma=0.0: expected a finite number below 0"),
@@ -55,7 +57,7 @@ X, W = torch.zeros(2, 4), torch.zeros(3, 4)
         (
             lambda: dampr.nn.GatedLinear(4, 3, granularity="column"),
             ValueError,
-            r"granularity='column': expected 'output', 'input', 'weight' or a tuple \(rows, cols\)",
+            r"granularity='column': expected 'output', 'input', 'weight', a tuple \(rows, cols\)",
         ),
         (
             lambda: dampr.nn.GatedLinear(4, 3, granularity=(2, 0)),

@@ -50,9 +50,9 @@ def expected_l0(
     log_alpha: Tensor,
     group_size: float | Tensor = 1.0,
     *,
-    lam: float = 1.0,
+    lam: float | Tensor = 1.0,
     group_sq_norm: Tensor | None = None,
-    prior_precision: float = 0.0,
+    prior_precision: float | Tensor = 0.0,
     spec: GateSpec = DRAWN,
 ) -> Tensor:
     """Expected L0 penalty sum_g pi_g (lam |g| + prior_precision / 2 ||w_g||^2) of Louizos et al. 2018 (eq. 9 and appendix A).
@@ -60,14 +60,20 @@ def expected_l0(
     Args:
         log_alpha: gate parameters, (n,), float32 or float64.
         group_size: |g|, how many weights a gate holds: a number, or (n,).
-        lam: cost of one weight (the paper's lambda; divide by the number of training examples where the loss is a mean).
+        lam: cost of one weight (the paper's lambda; divide by the number of training examples where the loss is a mean): a number, or (n,),
+            one for each group.
         group_sq_norm: ||w_g||^2, (n,); needed for the second term.
-        prior_precision: rho, the strength of the L2 term.
+        prior_precision: rho, the strength of the L2 term: a number, or (n,), one for each group.
 
     Returns: a scalar tensor, differentiable in ``log_alpha`` and ``group_sq_norm``.
+
+    Raises: ValueError for shapes that do not fit, and for a prior precision without norms.
     """
     _gate_vector(log_alpha)
-    for name, value in (("group_size", group_size), ("group_sq_norm", group_sq_norm)):
+    if group_sq_norm is None and (isinstance(prior_precision, Tensor) or prior_precision):
+        raise ValueError(f"group_sq_norm=None: expected ||w_g||^2 of each group with prior_precision={prior_precision!r:.40}")
+    each = {"group_size": group_size, "lam": lam, "group_sq_norm": group_sq_norm, "prior_precision": prior_precision}
+    for name, value in each.items():
         if isinstance(value, Tensor) and value.shape not in ((), log_alpha.shape):
             raise ValueError(f"{name}.shape={tuple(value.shape)}: expected {tuple(log_alpha.shape)}, one entry per gate")
     return reference.expected_l0(log_alpha, spec, group_size, lam=lam, group_sq_norm=group_sq_norm, prior_precision=prior_precision)

@@ -240,12 +240,12 @@ def expected_l0(
     spec: GateSpec,
     group_size: float | torch.Tensor = 1.0,
     *,
-    lam: float = 1.0,
+    lam: float | torch.Tensor = 1.0,
     group_sq_norm: torch.Tensor | None = None,
-    prior_precision: float = 0.0,
+    prior_precision: float | torch.Tensor = 0.0,
 ) -> torch.Tensor:
     """sum_g pi_g (rho / 2 ||w_g||^2 + lambda |g|), the expected penalty of Louizos et al. 2018 (eq. 9 and appendix A); a scalar tensor."""
     cost = group_size * lam
-    if group_sq_norm is not None and prior_precision:
+    if group_sq_norm is not None and (isinstance(prior_precision, torch.Tensor) or prior_precision):
         cost = cost + 0.5 * prior_precision * group_sq_norm
     return (open_probability(log_alpha, spec) * cost).sum()

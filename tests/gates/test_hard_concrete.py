@@ -138,6 +138,21 @@ def test_golden_conv_case_multiplies_the_bias_too(l0):
     assert slipped.item() == pytest.approx(case["reg_reference_bias_sign"], abs=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_each_group_may_have_a_lambda_and_a_prior_precision_of_its_own(dtype):
+    log_alpha, size, lam, norm, rho = (torch.rand(6, dtype=dtype) for _ in range(5))
+    log_alpha.requires_grad_()
+    made = functional.expected_l0(log_alpha, size, lam=lam, group_sq_norm=norm, prior_precision=rho)
+    one_by_one = [
+        functional.expected_l0(log_alpha[g : g + 1], s.item(), lam=a.item(), group_sq_norm=w.view(1), prior_precision=r.item())
+        for g, (s, a, w, r) in enumerate(zip(size, lam, norm, rho, strict=True))
+    ]
+    torch.testing.assert_close(made, torch.stack(one_by_one).sum())
+    (slope,) = torch.autograd.grad(made, log_alpha)
+    pi = functional.open_probability(log_alpha).detach()
+    torch.testing.assert_close(slope, pi * (1 - pi) * (lam * size + rho / 2 * norm))
+
+
 def test_golden_lenet5_accounting(l0):
     """Expected L0 and FLOPs of LeNet-5-Caffe with every log_alpha at 0, spatial sizes on the right axes (methods 1.7)."""
     case = l0["lenet5_accounting_all_log_alpha_0"]
