@@ -224,15 +224,23 @@ def draw_gates() -> Figure:
 
 
 def draw_families(results: Path) -> Figure:
-    """Test accuracy against the MACs that are left, every run of every family."""
+    """Test accuracy against the MACs that are left, every run of every family; the dense network beside them, on an axis of its own."""
     found = json.loads(results.read_text())
-    figure, ax = plt.subplots(figsize=(6, 4), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(7.5, 4), sharey=True, width_ratios=(5, 1), layout="constrained")
     for name, (colour, marker) in FAMILIES.items():
         runs = [r for r in found["runs"] if r["family"] == name]
-        ax.scatter([r["macs"] / 1e3 for r in runs], [100 * r["accuracy"] for r in runs], c=colour, marker=marker, label=name)
-    ax.set(xlabel="multiply-accumulates of the compacted model (thousands)", ylabel="test accuracy (%)")
-    ax.set_title(f"LeNet-5-Caffe, {found['data']}, {found['epochs']} epochs, target {found['target']:.0%} of the MACs")
-    ax.legend(frameon=False)
+        style = {"c": colour} if name == "dense" else {"edgecolors": colour, "facecolors": "none", "linewidths": 1.3}
+        ax = right if name == "dense" else left
+        ax.scatter([r["macs"] / 1e3 for r in runs], [100 * r["accuracy"] for r in runs], s=45, marker=marker, label=name, **style)
+    left.set(xlabel="multiply-accumulates of the compacted model (thousands)", ylabel="test accuracy (%)")
+    (dense,) = {r["macs"] / 1e3 for r in found["runs"] if r["family"] == "dense"}
+    right.set(xticks=[dense], xlim=(dense - 1, dense + 1))
+    figure.suptitle(f"LeNet-5-Caffe, {found['data']}, {found['epochs']} epochs, target {found['target']:.0%} of the MACs", fontsize=10)
+    figure.legend(
+        *(a + b for a, b in zip(left.get_legend_handles_labels(), right.get_legend_handles_labels(), strict=True)),
+        loc="outside right center",
+        frameon=False,
+    )
     return figure
 
 

@@ -98,3 +98,16 @@ def test_the_committed_charts_are_those_of_the_committed_results(tmp_path):
     for path in committed:
         assert path.stat().st_size <= 150 * 1024, path.name
         assert f"](plots/{path.name})" in (plots.ROOT / "docs" / drawn[path.name]).read_text()
+
+
+def test_the_charts_of_methods_show_every_family_and_every_run() -> None:
+    results = plots.ROOT / "examples" / "results" / "compare_families.json"
+    runs = json.loads(results.read_text())["runs"]
+    figure = plots.draw_families(results)
+    shown = [tuple(point) for ax in figure.axes for points in ax.collections for point in points.get_offsets().tolist()]
+    assert sorted(shown) == sorted((r["macs"] / 1e3, 100 * r["accuracy"]) for r in runs)
+    assert {text.get_text() for text in figure.legends[0].get_texts()} == {r["family"] for r in runs}
+    panels = plots.draw_gates().axes
+    assert [ax.get_title() for ax in panels] == ["hard_concrete", "dep_l0", "dam", "diffprune", "diffmask"]
+    assert all(len(ax.lines) == 1 and ax.get_xlabel() for ax in panels)
+    plots.plt.close("all")

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from dampr import reference
+from dampr import ops, reference
+from dampr.gates import DependencyGenerator
 from dampr.ops import backend_triton as backend
 from dampr.testing import assert_close
 
@@ -65,3 +66,25 @@ def test_a_saturated_generator_is_at_its_limit_and_not_a_number_stays_visible() 
     grads = flat(backend.dependency_generator_bwd([weight, bias], values, torch.ones(4), LIMIT))
     assert grads[-4:-1].tolist() == pytest.approx([0.0, 0.0, LIMIT], abs=1e-5)
     assert grads[-1].isnan()
+
+
+def test_the_generator_of_resnet56_is_one_launch_in_each_direction(monkeypatch: pytest.MonkeyPatch) -> None:
+    """28 layers of gates, 47,104 parameters; that of VGG16, with 1.6 million, is left to torch's products."""
+    counted: list[str] = []
+    launch = backend.dependency_generator.host.launch
+    monkeypatch.setattr(
+        backend.dependency_generator.host,
+        "launch",
+        lambda kernel, *args, **how: (counted.append(str(kernel)), launch(kernel, *args, **how)),
+    )
+    generator = DependencyGenerator([*[16] * 10, *[32] * 9, *[64] * 9])
+    with ops.backend("triton"):
+        log_alphas = generator()
+        assert len(counted) == 1
+        torch.cat([gate.log_alpha for gate in generator.gates()]).sum().backward()
+    assert len(counted) == 2
+    for made, expected in zip(log_alphas, reference.dependency_generator(list(generator.parameters()), LIMIT), strict=True):
+        torch.testing.assert_close(made, expected, rtol=1e-5, atol=1e-5)
+    with torch.device("meta"):
+        large = DependencyGenerator([64, 64, 128, 128, 256, 256, 256, *[512] * 6])
+    assert sum(p.numel() for p in large.parameters()) > backend.GENERATOR_PARAMETERS > sum(p.numel() for p in generator.parameters())
