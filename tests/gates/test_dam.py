@@ -1,6 +1,7 @@
 """DAM against its golden numbers, and the published claim that it finds the dimension of linear data."""
 
 import copy
+import functools
 
 import numpy as np
 import pytest
@@ -175,6 +176,31 @@ def test_a_frozen_beta_does_not_learn():
     gate.frozen = False
     layer(torch.randn(3, 4)).sum().backward()
     assert gate.beta.grad is not None
+
+
+@pytest.mark.parametrize("decayed", [False, True])
+def test_a_cold_start_holds_beta_and_its_optimizer_takes_it_up_afterwards(decayed):
+    """Published: beta does not learn in the first 20 of 200 epochs, and is decayed after them. The optimizer is made before the start."""
+    cold = functools.partial(gates.DiscriminativeMask, frozen=True, weight_decay_on_beta=decayed)
+    model, x = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2)), torch.randn(16, 6)
+    dampr.convert(model, gate=cold, example_inputs=x)
+    optimizer = torch.optim.SGD(dampr.param_groups(model, lr=0.1, gate_lr=0.5, weight_decay=0.1), momentum=0.9)
+    gate, first = model[0].gate, model[0].weight.detach().clone()
+    for epoch in range(6):
+        if epoch == 3:
+            assert gate.beta.item() == 1.0
+            gate.frozen = False
+        loss = 0 * model(x).sum() + gates.dam_penalty([gate], 0.0)
+        optimizer.zero_grad()
+        (loss if epoch < 3 else loss + gates.dam_penalty([gate], 0.2)).backward()
+        optimizer.step()
+    assert not torch.equal(model[0].weight, first)
+    assert gate.beta.item() < 1.0
+    plain = torch.optim.SGD([beta := torch.nn.Parameter(torch.ones(1))], lr=0.5, momentum=0.9, weight_decay=0.1 if decayed else 0.0)
+    for _ in range(3):
+        beta.grad = torch.full((1,), 0.2)
+        plain.step()
+    assert gate.beta.item() == pytest.approx(beta.item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
