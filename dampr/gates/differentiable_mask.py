@@ -128,7 +128,7 @@ class DifferentiableMask(KernelGate):
     def _masked(self, held: GateSpec) -> Tensor:
         slope: float | Tensor = held.beta
         if self.slope_mode != "fixed":
-            slope = self.slope if self.slope_mode == "scheduled" else self.log_slope.exp()
+            slope = self.slope.clone() if self.slope_mode == "scheduled" else self.log_slope.exp()  # set_slope may come before the backward
         return self.alpha * reference.mask(self.alpha, held.rule, slope, self.threshold)
 
     def extra_repr(self) -> str:

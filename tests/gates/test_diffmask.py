@@ -116,6 +116,14 @@ def test_a_scheduled_slope_is_kept_in_the_checkpoint():
         one.set_slope(-1.0)
 
 
+def test_a_slope_may_be_set_between_forward_and_backward():
+    gates_ = [gates.DifferentiableMask(4, variant="smooth", slope_mode="scheduled", init_alpha=0.3) for _ in range(2)]
+    values = [gate() for gate in gates_]
+    gates_[0].set_slope(40.0)
+    made = [torch.autograd.grad(z.sum(), gate.alpha)[0] for z, gate in zip(values, gates_, strict=True)]
+    assert torch.equal(*made), "the gradient is that of the values"
+
+
 def test_geometric_slope_goes_from_start_to_end():
     assert gates.geometric_slope(0, 100) == 1.0
     assert gates.geometric_slope(50, 100) == pytest.approx(math.sqrt(50))
@@ -152,3 +160,26 @@ def test_the_surrogate_settles_at_the_dimension_and_without_it_the_network_dies(
     for variant, expected in (("hard", (9, 11)), ("hard_constant", (0, 0))):
         gate = toy(gates.DifferentiableMask(50, variant=variant), lambda gate: gates.scale_penalty([gate], lam), 10, seed, samples=2000)
         assert expected[0] <= int(gate.is_open().sum()) <= expected[1], variant
+
+
+@pytest.mark.parametrize(("lam", "opened"), [(1e-2, (0, 0)), (1e-3, (9, 13))])
+def test_an_annealed_mask_settles_where_scales_outlast_the_flat_slope_and_dies_where_they_do_not(toy, lam, opened):
+    """With b = 1 a smooth mask costs little wherever the scale is; a strong penalty has it under the threshold before b is large."""
+    gate, steps = gates.DifferentiableMask(50, variant="smooth", slope=1.0, slope_mode="scheduled"), itertools.count(1)
+
+    def penalty(gate):
+        gate.set_slope(gates.geometric_slope(next(steps), 1500))
+        return gates.scale_penalty([gate], lam)
+
+    toy(gate, penalty, 10, 0, samples=2000)
+    assert gate.slope.item() == pytest.approx(50.0)
+    assert opened[0] <= int(gate.is_open().sum()) <= opened[1]
+
+
+@pytest.mark.parametrize("lam", [1e-2, 1e-3])
+@pytest.mark.parametrize("how", ["foothill", "trainable slope"])
+def test_foothill_and_a_trainable_slope_settle_at_the_dimension_too(toy, how, lam):
+    gate = gates.DifferentiableMask(50, slope_mode="fixed" if how == "foothill" else "trainable")
+    options = {"regulariser": "foothill", "b": 5.0} if how == "foothill" else {}
+    toy(gate, lambda gate: gates.scale_penalty([gate], lam, **options), 10, 0, samples=2000)
+    assert 9 <= int(gate.is_open().sum()) <= 11
