@@ -280,6 +280,48 @@ def test_a_backward_pass_can_fold_the_weight_as_well(dtype) -> None:
     assert torch.equal(folded, again)
 
 
+@pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize("columns", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "out_dtype"), [(torch.float32, torch.float32), (torch.float64, torch.float64), (torch.float32, torch.bfloat16)]
+)
+def test_drawing_and_folding_at_once_is_the_one_after_the_other(
+    rows: bool, columns: bool, dtype: torch.dtype, out_dtype: torch.dtype
+) -> None:
+    n_out, n_in, spec, gate = 70, 33, SPECS["two_thirds"], torch.float64 if dtype == torch.float64 else torch.float32
+    w, g, b, g_b = (torch.randn(shape) for shape in ((n_out, n_in), (n_out, n_in), (n_out,), (n_out,)))
+    w, g, b, g_b = w.to(dtype), g.to(out_dtype), b.to(gate), g_b.to(gate)
+    la = [torch.randn(n).to(gate) if wanted else None for n, wanted in ((n_out, rows), (n_in, columns))]
+    seeds = [torch.tensor([5 + i]) if t is not None else None for i, t in enumerate(la)]
+    z = [None if t is None else torch.empty_like(t) for t in la]
+    for t, seed, out in zip(la, seeds, z, strict=True):
+        if t is not None:
+            _C.gates_fwd(spec, CODES[gate], ptr(t), ptr(seed), 1, len(t), ptr(out), 1)
+    head = CODES[dtype], CODES[out_dtype]
+    sizes = n_out, n_in, *map(ptr, la), *map(ptr, seeds)
+    out, b_out = torch.empty(n_out, n_in, dtype=out_dtype), torch.empty(n_out, dtype=out_dtype)
+    own = (b, g_b) if rows else (None, None)
+    _C.fold_gates_fwd(spec, *head, ptr(w), ptr(own[0]), *sizes, ptr(out), ptr(b_out), 2)
+    assert torch.equal(out, fold_fwd(w, *z, out_dtype))
+    if rows:
+        assert torch.equal(b_out, (b * z[0]).to(out_dtype))
+    dw, folded = torch.empty_like(w), torch.empty_like(w)
+    db, dout, din = (None if not there else torch.empty(n, dtype=gate) for n, there in ((n_out, rows), (n_out, rows), (n_in, columns)))
+    grads = *map(ptr, (dw, db, dout, din)), ptr(folded)
+    _C.fold_gates_bwd(spec, CODES[out_dtype], CODES[dtype], ptr(g), ptr(own[1]), ptr(w), ptr(own[0]), *sizes, *grads, 2)
+    expected, *dz = fold_bwd(g, w, *(torch.ones(n, dtype=gate) if t is None else t for t, n in zip(z, (n_out, n_in), strict=True)))
+    assert torch.equal(dw, expected)
+    assert torch.equal(folded, fold_fwd(w, *z, dtype))
+    if rows:
+        assert torch.equal(db, g_b * z[0])
+        dz[0] += b * g_b
+    for t, seed, d, found in zip(la, seeds, dz, (dout, din), strict=True):
+        if t is not None:
+            right = torch.empty_like(t)
+            _C.gates_bwd(spec, CODES[gate], ptr(t), ptr(seed), 1, len(t), ptr(d), ptr(right), 1)
+            assert torch.equal(found, right)
+
+
 def test_fold_bwd_writes_only_what_is_asked_for() -> None:
     g, w, z_out, z_in = torch.randn(70, 33), torch.randn(70, 33), torch.rand(70), torch.rand(33)
     whole = fold_bwd(g, w, z_out, z_in)
@@ -624,6 +666,9 @@ WRONG = {
     r"y=0: expected": lambda a: _C.small_fwd(RULE, 0, 1, 1, 1, a, a, a, a, a, a, a, True, 0, a),
     r"dy=0: expected": lambda a: _C.small_bwd(RULE, 0, 1, 1, 1, 0, a, a, a, a, a, a, a, True, a, a, a, a, a, a),
     r"w=0: expected an address, as there are 4": lambda a: _C.small_bwd(RULE, 0, 1, 2, 2, a, a, 0, a, a, a, a, a, True, a, a, a, a, a, a),
+    r"b=\d+: expected 0, as rows have no gates": lambda a: _C.fold_gates_fwd(RULE, 0, 0, a, a, 1, 1, 0, a, 0, a, a, a, 1),
+    r"b_out=0: expected": lambda a: _C.fold_gates_fwd(RULE, 0, 0, a, a, 1, 1, a, 0, a, 0, a, 0, 1),
+    r"w=0: expected an address, as there are 6": lambda a: _C.fold_gates_bwd(RULE, 0, 0, a, 0, 0, 0, 2, 3, a, 0, a, 0, a, 0, 0, 0, 0, 1),
     r"middle=-1: expected": lambda a: _C.norm_stats(0, a, 1, -1, 1, 1, a, a, 1),
     r"var=0: expected an address, as there are 2": lambda a: _C.norm_stats(0, a, 1, 1, 2, 1, a, 0, 1),
     r"eps=-1.*: expected a number": lambda a: _C.norm_gate_fwd(0, a, 1, 1, 1, 1, a, True, a, a, a, a, -1.0, True, a, 1),

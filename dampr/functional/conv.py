@@ -114,13 +114,14 @@ def _gated_conv(
     if not ends:
         return convolve(x, weight, bias, *arguments)
     where = ends[0] if len(ends) == 1 else "both"
-    pointwise = dims == 2 and spec.rule == SAMPLE and is_pointwise(x, weight, *arguments)
-    moved = activations(x, weight, where, *arguments)
+    window = window_of(weight, *arguments)
+    pointwise = spec.rule == SAMPLE and is_pointwise(x, weight, window)
+    moved = activations(x, weight, where, window)
     route, _ = ops.select(x.device, x.dtype).conv_route(tuple(weight.shape), groups, where, gates.per_sample, pointwise, x.device, moved)
     if route == "linear":
         y = ops.gated_linear(x.permute(0, 2, 3, 1), weight.reshape(n_out, n_in), bias, gates)
         return y.permute(0, 3, 1, 2)
-    batch, window = x if x.dim() == dims + 2 else x[None], _window(weight, *arguments)
+    batch = x if x.dim() == dims + 2 else x[None]
     on_activations = route in ("activations", "passes")
     if window is None:
         y = ops.composed_conv(batch, weight, bias, gates, lambda *given: convolve(*given, *arguments), groups, on_activations)
@@ -146,23 +147,21 @@ def _check_shapes(dims: int, x: Tensor, weight: Tensor, groups: int) -> None:
         raise ValueError(f"x.shape={tuple(x.shape)}: expected (B, {image}) or ({image}), {why}")
 
 
-def is_pointwise(x: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: int) -> bool:
+def is_pointwise(x: Tensor, weight: Tensor, window: Window | None) -> bool:
     """Whether a convolution is a linear map of the channels of each pixel, and these lie side by side in memory."""
-    if x.dim() != 4 or weight.shape[2:] != (1, 1) or groups != 1 or not x.is_contiguous(memory_format=torch.channels_last):
+    if window is None or x.dim() != 4 or weight.shape[2:] != (1, 1) or not x.is_contiguous(memory_format=torch.channels_last):
         return False
-    window = _window(weight, stride, padding, dilation, groups)
-    return window is not None and window[:2] == ((1, 1), (0, 0))
+    return window.stride == (1, 1) and window.padding == (0, 0) and window.groups == 1
 
 
-def activations(x: Tensor, weight: Tensor, where: str, stride: Any, padding: Any, dilation: Any, groups: int) -> int:
+def activations(x: Tensor, weight: Tensor, where: str, window: Window | None) -> int:
     """How many elements gates on the input, the output or both (the larger) would multiply if they did not multiply the weight."""
-    window = _window(weight, stride, padding, dilation, groups)
     size = x.shape[2 - weight.dim() :] if window is None else window.size(x, weight)
     written = x.numel() // max(1, x.shape[1 - weight.dim() :].numel()) * weight.shape[0] * math.prod(size)
     return max(x.numel() if where != "output" else 0, written if where != "input" else 0)
 
 
-def _window(weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: int) -> Window | None:
+def window_of(weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: int) -> Window | None:
     """A number for each dimension; None where that is not what torch takes: "same" that pads one side more, or what it refuses."""
     dims = weight.dim() - 2
     steps, spread = _each(stride, dims), _each(dilation, dims)

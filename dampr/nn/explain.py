@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dampr import ops
-from dampr.functional.conv import activations, is_pointwise
+from dampr.functional.conv import activations, is_pointwise, window_of
 from dampr.spec import SAMPLE
 
 from .attention import GatedMultiheadAttention
@@ -68,11 +68,12 @@ def _granularity(layer: GatedLayer) -> Granularity:
 def _of_convolution(layer: GatedConv1d | GatedConv2d, x: Tensor, dtype: torch.dtype) -> Explanation:
     drawn = layer.gate.spec.rule == SAMPLE
     arguments = layer.stride, layer.padding if layer.padding_mode == "zeros" else 0, layer.dilation, layer.groups
-    pointwise = drawn and is_pointwise(x, layer.weight, *arguments)
+    window = window_of(layer.weight, *arguments)
+    pointwise = drawn and is_pointwise(x, layer.weight, window)
     backend, reason = ops.choose(x.device, dtype)
     module = ops.select(x.device, dtype)
     granularity = _granularity(layer)
-    moved = activations(x, layer.weight, granularity, *arguments) if isinstance(granularity, str) else 0
+    moved = activations(x, layer.weight, granularity, window) if isinstance(granularity, str) else 0
     args = tuple(layer.weight.shape), layer.groups, granularity, layer.per_sample and drawn, pointwise, x.device, moved
     return Explanation(backend, reason, *module.conv_route(*args))
 

@@ -11,18 +11,46 @@ from dampr import _C  # type: ignore[attr-defined]
 from dampr.ops.gate_args import GatePair, Maybe
 
 from . import host
-from .gates import draw, fold, sample_gates_bwd
-from .host import CODES, ptr
+from .host import CODES
 
 
 def fold_weight_fwd(weight: Tensor, bias: Maybe, gates: GatePair, dtype: torch.dtype, passing: bool = False) -> tuple[Tensor, Maybe]:
     """(z_out W z_in, z_out b) in ``dtype``; ``passing`` as in :func:`.host.new`."""
-    z_in, z_out = draw(gates.input), draw(gates.output)
-    if bias is not None:
-        bias = (bias if z_out is None else bias * z_out).to(dtype)
-    if z_in is None and z_out is None:
-        return weight.to(dtype), bias
-    return fold(weight, z_out, z_in, host.new(weight.shape, dtype, passing)), bias
+    if gates.input_log_alpha is None and gates.output_log_alpha is None:
+        return weight.to(dtype), None if bias is None else bias.to(dtype)
+    weight = weight.contiguous()
+    out = host.new(weight.shape, dtype, passing)
+    return out, fold_into(out, weight, bias, gates, *weight.shape)
+
+
+def fold_into(out: Tensor, weight: Tensor, bias: Maybe, gates: GatePair, n_out: int, n_in: int) -> Maybe:
+    """Fill ``out``, which lies in memory as ``weight`` does, a matrix (n_out, n_in) there; returns the bias, gated as rows are."""
+    in_la, out_la, in_seed, out_seed, spec, _ = gates
+    in_la = None if in_la is None else in_la.contiguous()
+    out_la = None if out_la is None else out_la.contiguous()
+    gated = own = None
+    if bias is not None and out_la is None:
+        gated = bias.to(out.dtype)
+    elif bias is not None:
+        own = bias.to(_gate_dtype(weight)).contiguous()
+        gated = torch.empty_like(own, dtype=out.dtype)
+    _C.fold_gates_fwd(
+        spec,
+        CODES[weight.dtype],
+        CODES[out.dtype],
+        weight.data_ptr(),
+        0 if own is None else own.data_ptr(),
+        n_out,
+        n_in,
+        0 if out_la is None else out_la.data_ptr(),
+        0 if in_la is None else in_la.data_ptr(),
+        0 if out_seed is None else out_seed.data_ptr(),
+        0 if in_seed is None else in_seed.data_ptr(),
+        out.data_ptr(),
+        0 if own is None or gated is None else gated.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return gated
 
 
 def fold_weight_bwd(raw: Tensor, raw_bias: Maybe, weight: Tensor, bias: Maybe, gates: GatePair, needs: Sequence[bool]) -> tuple[Maybe, ...]:
@@ -45,24 +73,67 @@ def ungate(
 
     ``in_place``: the weight's gradient may take the place of ``raw``.
     """
-    need_w, need_b, need_in, need_out = needs
-    z_in, z_out = draw(gates.input), draw(gates.output)
-    db = din = dout = None
-    if need_b and bias is not None and raw_bias is not None:
-        db = (raw_bias if z_out is None else raw_bias * z_out).to(bias.dtype)
-    if z_in is None and z_out is None:
+    if gates.input_log_alpha is None and gates.output_log_alpha is None:
+        db = raw_bias.to(bias.dtype) if needs[1] and bias is not None and raw_bias is not None else None
         return raw.to(weight.dtype), db, None, None, weight.to(raw.dtype)
     raw, weight = raw.contiguous(), weight.contiguous()
-    dw = host.product(raw, weight, in_place) if need_w else None
+    dw = host.product(raw, weight, in_place) if needs[0] else None
     folded = host.new(weight.shape, weight.dtype, passing=True) if fold and raw.dtype == weight.dtype else None
-    dz_in = torch.empty_like(z_in) if need_in and z_in is not None else None
-    dz_out = torch.empty_like(z_out) if need_out and z_out is not None else None
-    args = *map(ptr, (raw, weight)), *weight.shape, *map(ptr, (z_out, z_in, dw, dz_out, dz_in))
-    _C.fold_bwd(CODES[raw.dtype], CODES[weight.dtype], *args, torch.get_num_threads(), ptr(folded))
-    if dz_in is not None and gates.input is not None:
-        din = sample_gates_bwd(dz_in, gates.input, None)
-    if dz_out is not None and gates.output is not None:
-        if bias is not None and raw_bias is not None:
-            dz_out += bias * raw_bias
-        dout = sample_gates_bwd(dz_out, gates.output, None)
-    return dw, db, din, dout, folded
+    n_out, n_in = weight.shape
+    return dw, *unfold(raw, raw_bias, weight, bias, gates, n_out, n_in, needs, dw, folded), folded
+
+
+def unfold(
+    raw: Tensor,
+    raw_bias: Maybe,
+    weight: Tensor,
+    bias: Maybe,
+    gates: GatePair,
+    n_out: int,
+    n_in: int,
+    needs: Sequence[bool],
+    dw: Maybe,
+    folded: Maybe = None,
+) -> tuple[Maybe, Maybe, Maybe]:
+    """Gradients of bias and both log-alphas; those of the weight go to ``dw``, the folded weight once more to ``folded``.
+
+    ``raw`` and these lie in memory as ``weight`` does, a matrix (n_out, n_in) there.
+    """
+    in_la, out_la, in_seed, out_seed, spec, _ = gates
+    in_la = None if in_la is None else in_la.contiguous()
+    out_la = None if out_la is None else out_la.contiguous()
+    db = own = raw_own = None
+    if bias is not None and raw_bias is not None and out_la is None:
+        db = raw_bias if needs[1] else None
+    elif bias is not None and raw_bias is not None:
+        wide = _gate_dtype(weight)
+        own, raw_own = bias.to(wide).contiguous(), raw_bias.to(wide).contiguous()
+        db = torch.empty_like(own) if needs[1] else None
+    din = torch.empty_like(in_la) if needs[2] and in_la is not None else None
+    dout = torch.empty_like(out_la) if needs[3] and out_la is not None else None
+    _C.fold_gates_bwd(
+        spec,
+        CODES[raw.dtype],
+        CODES[weight.dtype],
+        raw.data_ptr(),
+        0 if raw_own is None else raw_own.data_ptr(),
+        weight.data_ptr(),
+        0 if own is None else own.data_ptr(),
+        n_out,
+        n_in,
+        0 if out_la is None else out_la.data_ptr(),
+        0 if in_la is None else in_la.data_ptr(),
+        0 if out_seed is None else out_seed.data_ptr(),
+        0 if in_seed is None else in_seed.data_ptr(),
+        0 if dw is None else dw.data_ptr(),
+        0 if own is None or db is None else db.data_ptr(),
+        0 if dout is None else dout.data_ptr(),
+        0 if din is None else din.data_ptr(),
+        0 if folded is None else folded.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return None if db is None or bias is None else db.to(bias.dtype), din, dout
+
+
+def _gate_dtype(weight: Tensor) -> torch.dtype:
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dampr.ops.fold_conv import as_matrix, channels_innermost, from_matrix
+from dampr.ops.fold_conv import channels_innermost
 from dampr.ops.gate_args import GatePair, Maybe
 
-from .fold_weight import fold_weight_fwd, ungate
+from . import host
+from .fold_weight import fold_into, unfold
 from .gate_activations import gate_activations_bwd, gate_activations_fwd
 
 if TYPE_CHECKING:
@@ -49,14 +50,13 @@ def bwd(
         return _bwd_on_activations(dy, x, weight, bias, gates, pre, window, needs, over_pre)
     need_x, need_w, need_b, need_in, need_out = needs
     need_bias = bias is not None and (need_b or need_out)
+    weight = _dense(weight)
     filters = _folded(weight, None, gates, x.dtype)[0] if need_x else weight.to(x.dtype)
     wanted = need_x, need_w or need_in or need_out, need_bias
     dx, raw, raw_bias = _convolution_backward(dy, x, filters, bias, window, wanted)
-    if raw is None:
-        raw = torch.empty_like(weight, dtype=x.dtype)  # of no gradient that is needed
-    rows = gates.output is not None
-    dw, *others = ungate(_matrix(_like(raw, weight), rows), raw_bias, _matrix(weight, rows), bias, gates, needs[1:], in_place=True)
-    return dx, None if dw is None else from_matrix(dw, weight), *others[:3]
+    raw = torch.empty_like(filters) if raw is None else raw if raw.stride() == weight.stride() else torch.empty_like(filters).copy_(raw)
+    dw = (raw if raw.dtype == weight.dtype else torch.empty_like(weight)) if need_w else None
+    return dx, dw, *unfold(raw, raw_bias, weight, bias, gates, *_matrix(weight, gates), needs[1:], dw)
 
 
 def _bwd_on_activations(
@@ -87,17 +87,18 @@ def _convolution_backward(
 
 
 def _folded(weight: Tensor, bias: Maybe, gates: GatePair, dtype: torch.dtype) -> tuple[Tensor, Maybe]:
-    """Weight and bias with their gates, used up before the next such (:func:`.host.new`)."""
-    folded, bias = fold_weight_fwd(_matrix(weight, gates.output is not None), bias, gates, dtype, passing=True)
-    return from_matrix(folded, weight), None if bias is None else bias.to(dtype)
+    """Weight and bias with their gates; the weight is used up before the next such (:func:`.host.new`)."""
+    weight = _dense(weight)
+    out = host.new(weight.shape, dtype, passing=True).as_strided(weight.shape, weight.stride())
+    return out, fold_into(out, weight, bias, gates, *_matrix(weight, gates))
 
 
-def _matrix(weight: Tensor, rows: bool) -> Tensor:
-    """A weight as a matrix whose rows are filters, or, where the gates are on channels, whose columns are these."""
-    matrix = as_matrix(weight)
-    return matrix if rows else matrix.reshape(-1, weight.shape[1])
+def _dense(weight: Tensor) -> Tensor:
+    return weight if weight.is_contiguous() or channels_innermost(weight) else weight.contiguous()
 
 
-def _like(raw: Tensor, weight: Tensor) -> Tensor:
-    innermost = not weight.is_contiguous() and channels_innermost(weight)
-    return raw.contiguous(memory_format=torch.channels_last if innermost else torch.contiguous_format)
+def _matrix(weight: Tensor, gates: GatePair) -> tuple[int, int]:
+    """The size of a weight as a matrix whose rows are filters, or, where the gates are on channels, whose columns are these."""
+    size = weight.size(0) if gates.output_log_alpha is not None else weight.size(1)
+    others = weight.numel() // max(1, size)
+    return (size, others) if gates.output_log_alpha is not None else (others, size)
