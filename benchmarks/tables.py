@@ -50,8 +50,26 @@ def _table(lines: list[dict[str, Any]]) -> str:
             for name, value in head["ceilings"].items()
         ]
         return report.markdown(("ceiling", "measured"), rows) + "\n\n"
-    columns, *rows = linear.table([linear.Point(**{**p, "shape": tuple(p["shape"])}) for p in points], head["verified"])
+    found = [linear.Point(**{**p, "shape": tuple(p["shape"])}) for p in points]
+    if len({(p.shape, p.case) for p in found}) > 20:
+        return _side_by_side(found, head["verified"])
+    columns, *rows = linear.table(found, head["verified"])
     return report.markdown(columns, rows) + "\n\n"
+
+
+def _side_by_side(points: list[linear.Point], verified: bool) -> str:
+    """Many cases, a row each: the dense layer in milliseconds, the others relative to it."""
+    cases: dict[tuple[Any, str], dict[str, linear.Point]] = {}
+    for p in points:
+        cases.setdefault((p.shape, p.case), {})[p.provider] = p
+    others = ("dampr", "eager unfused", "compiled unfused")
+    rows = []
+    for (shape, case), by in cases.items():
+        dense = by["dense"].median
+        times = [f"{by[name].median / dense:.2f}" if verified and name in by and not by[name].error else "" for name in others]
+        spread = by["dampr"].high - by["dampr"].low
+        rows.append((str(shape), case, f"{dense * 1e3:.2f}", *times, f"{spread / by['dampr'].median:.0%}"))
+    return report.markdown(("shape", "case", "dense ms", *others, "spread of dampr"), rows) + "\n\n"
 
 
 def _verified(row: dict[str, Any]) -> tuple[str, ...]:
@@ -72,9 +90,24 @@ def _singles() -> str:
         share = f"{r['macs'] / r['macs_dense']:.0%} ({r['macs'] / 1e3:.0f}k)"
         threads = r["environment"]["threads"]
         run = f"{r['epochs']} epochs of {r['data']}, seed {r['seed']}, {r['seconds']:.0f} s on {threads} thread{'s' * (threads > 1)}"
-        rows.append((f"[{name}.py](../examples/{name}.py)", r["method"], f"{r['accuracy']:.2%}", r["open"], share, run, r["published"]))
-    columns = ("script", "family", "accuracy", "open gates", "MACs left", "run", "published")
+        rows.append((_link(name), r["method"], f"accuracy {r['accuracy']:.2%}", r["open"], share, run, r["published"]))
+    rank, images = _example("dam_rank"), _example("dam_autoencoder")
+    linear_runs = [r for r in rank["runs"] if r["kernel"] == "linear"]
+    truths, seeds = sorted({r["true"] for r in linear_runs}), len({r["seed"] for r in linear_runs})
+    quality = f"true dimension in {rank['linear_exact']} of {len(linear_runs)}"
+    run = f"{seeds} seeds, {sum(r['seconds'] for r in linear_runs):.0f} s"
+    rows.append((_link("dam_rank"), rank["method"], quality, ", ".join(map(str, truths)), "", run, rank["published"]))
+    whole, *others = images["runs"]
+    middle = others[len(others) // 2]
+    quality = f"test error {middle['error']:.3f} (all codes: {whole['error']:.3f})"
+    run = f"{images['epochs']} epochs of {images['data']}, seed {images['seed']}, {middle['seconds']:.0f} s"
+    rows.append((_link("dam_autoencoder"), images["method"], quality, f"{middle['open']}/50", "", run, images["published"]))
+    columns = ("script", "family", "quality", "open gates", "MACs left", "run", "published")
     return report.markdown(columns, rows) + "\n"
+
+
+def _link(name: str) -> str:
+    return f"[{name}.py](../examples/{name}.py)"
 
 
 def _dam_rank() -> str:
@@ -85,14 +118,12 @@ def _dam_rank() -> str:
         (kernel, str(true), ", ".join(str(r["found"]) for r in found), ", ".join(f"{r['beta']:.3f}" for r in found), str(len(found)))
         for (kernel, true), found in runs.items()
     ]
-    table = report.markdown(("data", "true dimension", "open codes", "beta", "seeds"), rows)
-    return f"{table}\n\nPublished: {_example('dam_rank')['published']}.\n"
+    return report.markdown(("data", "true dimension", "open codes", "beta", "seeds"), rows) + "\n"
 
 
 def _dam_autoencoder() -> str:
-    found = _example("dam_autoencoder")
-    rows = [(f"{r['lam']:g}", f"{r['open']} / 50", f"{r['error']:.4f}") for r in found["runs"]]
-    return f"{report.markdown(('lambda', 'open codes', 'test error'), rows)}\n\nPublished: {found['published']}.\n"
+    rows = [(f"{r['lam']:g}", f"{r['open']} / 50", f"{r['error']:.4f}") for r in _example("dam_autoencoder")["runs"]]
+    return report.markdown(("lambda", "open codes", "test error"), rows) + "\n"
 
 
 def _compare() -> str:
@@ -119,7 +150,7 @@ def _structures() -> str:
         for m in r["models"]:
             quality = f"{m['quality']:.2%}" if r["metric"] == "accuracy" else f"{m['quality']:.4g}"
             size = f"{m['params'] / 1e3:.1f}k", f"{m['macs'] / 1e6:.2f}M", f"{m['ms']:.2f}"
-            rows.append((f"[{name}.py](../examples/{name}.py)", r["data"], m["model"], f"{quality} {r['metric']}", *size))
+            rows.append((_link(name), r["data"], m["model"], f"{quality} {r['metric']}", *size))
     return report.markdown(("script", "data", "model", "quality", "params", "MACs", "ms"), rows) + "\n"
 
 

@@ -403,35 +403,47 @@ int64_t check_blocks(int64_t n_out, int64_t n_in, int64_t block_rows, int64_t bl
   return (n_out / block_rows + (n_out % block_rows != 0)) * (n_in / block_cols + (n_in % block_cols != 0));
 }
 
-void fold_blocks_fwd(int w_dtype, int out_dtype, Address w, int64_t n_out, int64_t n_in, int64_t block_rows, int64_t block_cols, Address z,
-                     Address out, int64_t threads) {
+// The gates of blocks of a matrix, drawn (or evaluated) once, with room for their gradient.
+struct BlockGates {
+  std::vector<double> room;  // of either gate dtype
+  void *z, *dz;
+  RowsForward rows;
+
+  BlockGates(const GateSpec& s, int64_t blocks, Address log_alpha, Address seed_ptr)
+      : room(static_cast<size_t>(2 * blocks)), z(room.data()), dz(room.data() + blocks),
+        rows{nullptr, required<const void>("log_alpha", log_alpha, blocks), z, 1, blocks, s.rule == kSample ? read_seed(seed_ptr) : 0} {}
+};
+
+void fold_blocks_fwd(const py::tuple& spec, int w_dtype, int out_dtype, Address w, int64_t n_out, int64_t n_in, int64_t block_rows,
+                          int64_t block_cols, Address log_alpha, Address seed_ptr, Address out, int64_t threads) {
   const Kernels& k = kernels();
-  const DType from = check_dtype("w_dtype", w_dtype), to = check_dtype("out_dtype", out_dtype);
+  const GateSpec s = check_spec(spec);
+  const DType from = check_dtype("w_dtype", w_dtype), to = check_dtype("out_dtype", out_dtype), gate = from == kFloat64 ? kFloat64 : kFloat32;
   check_same_gates("w_dtype", from, "out_dtype", to);
-  const int64_t blocks = check_blocks(n_out, n_in, block_rows, block_cols);
+  const BlockGates gates(s, check_blocks(n_out, n_in, block_rows, block_cols), log_alpha, seed_ptr);
   const int team = check_threads(threads);
-  FoldBlocksForward a{};
-  a.w = required<const void>("w", w, n_out * n_in), a.z = required<const void>("z", z, blocks);
   required<void>("out", out, n_out * n_in);
-  a.out = output(out, n_out * n_in, to, team);
-  a.n_out = n_out, a.n_in = n_in, a.block_rows = block_rows, a.block_cols = block_cols;
-  without_gil([&] { return k.fold_blocks_forward(from, to, a, team), true; });
+  const FoldBlocksForward a{required<const void>("w", w, n_out * n_in), gates.z, output(out, n_out * n_in, to, team), n_out, n_in, block_rows, block_cols};
+  without_gil([&] { return k.rows_forward(s, gate, gate, gates.rows, team), k.fold_blocks_forward(from, to, a, team), true; });
 }
 
-void fold_blocks_bwd(int g_dtype, int w_dtype, Address g, Address w, int64_t n_out, int64_t n_in, int64_t block_rows, int64_t block_cols, Address z,
-                     Address dw, Address dz, int64_t threads, Address folded) {
+void fold_blocks_bwd(const py::tuple& spec, int g_dtype, int w_dtype, Address g, Address w, int64_t n_out, int64_t n_in, int64_t block_rows,
+                          int64_t block_cols, Address log_alpha, Address seed_ptr, Address dw, Address dlog_alpha, Address folded, int64_t threads) {
   const Kernels& k = kernels();
-  const DType from = check_dtype("g_dtype", g_dtype), to = check_dtype("w_dtype", w_dtype);
+  const GateSpec s = check_spec(spec);
+  const DType from = check_dtype("g_dtype", g_dtype), to = check_dtype("w_dtype", w_dtype), gate = to == kFloat64 ? kFloat64 : kFloat32;
   check_same_gates("g_dtype", from, "w_dtype", to);
-  const int64_t blocks = check_blocks(n_out, n_in, block_rows, block_cols);
+  const BlockGates gates(s, check_blocks(n_out, n_in, block_rows, block_cols), log_alpha, seed_ptr);
   const int team = check_threads(threads);
   FoldBlocksBackward a{};
-  a.g = required<const void>("g", g, n_out * n_in);
-  a.w = dz || folded ? required<const void>("w", w, n_out * n_in) : pointer<const void>(w);
-  a.z = dw || folded ? required<const void>("z", z, blocks) : pointer<const void>(z);
-  a.dw = output(dw, n_out * n_in, to, team), a.folded = output(folded, n_out * n_in, to, team), a.dz = pointer<void>(dz);
+  a.g = required<const void>("g", g, n_out * n_in), a.w = required<const void>("w", w, n_out * n_in), a.z = gates.z;
+  a.dw = output(dw, n_out * n_in, to, team), a.folded = output(folded, n_out * n_in, to, team), a.dz = dlog_alpha ? gates.dz : nullptr;
   a.n_out = n_out, a.n_in = n_in, a.block_rows = block_rows, a.block_cols = block_cols;
-  without_gil([&] { return k.fold_blocks_backward(from, to, a, team); });
+  const RowsBackward rows{nullptr, gates.dz, gates.rows.log_alpha, nullptr, nullptr, pointer<void>(dlog_alpha), 1, gates.rows.n, gates.rows.seed};
+  without_gil([&] {
+    k.rows_forward(s, gate, gate, gates.rows, team);
+    return k.fold_blocks_backward(from, to, a, team) && (!dlog_alpha || k.rows_backward(s, gate, gate, rows, team));
+  });
 }
 
 void check_shape(int64_t outer, int64_t middle, int64_t n, int64_t inner) {
@@ -640,10 +652,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("fold_gates_bwd", &dampr::fold_gates_bwd, "The same draw again: gradients from those of out, g, and b_out, g_b (like b and db of the gates' dtype); folded is out once more.",
         "spec"_a, "g_dtype"_a, "w_dtype"_a, "g"_a, "g_b"_a, "w"_a, "b"_a, "n_out"_a, "n_in"_a, "out_log_alpha"_a, "in_log_alpha"_a, "out_seed_ptr"_a,
         "in_seed_ptr"_a, "dw"_a, "db"_a, "dout"_a, "din"_a, "folded"_a, "threads"_a);
-  m.def("fold_blocks_fwd", &dampr::fold_blocks_fwd, "out = w * z, one gate for each block; w[n, k] has the gate (n // R) * ceil(n_in / C) + k // C.",
-        "w_dtype"_a, "out_dtype"_a, "w"_a, "n_out"_a, "n_in"_a, "block_rows"_a, "block_cols"_a, "z"_a, "out"_a, "threads"_a);
-  m.def("fold_blocks_bwd", &dampr::fold_blocks_bwd, "dw = z g, dz = sum over each block of w g, folded = z w, in one pass.", "g_dtype"_a, "w_dtype"_a, "g"_a,
-        "w"_a, "n_out"_a, "n_in"_a, "block_rows"_a, "block_cols"_a, "z"_a, "dw"_a, "dz"_a, "threads"_a, "folded"_a = 0);
+  m.def("fold_blocks_fwd", &dampr::fold_blocks_fwd, "The gates drawn, and out = w * z, one for each block; w[n, k] has the gate (n // R) * ceil(n_in / C) + k // C.", "spec"_a, "w_dtype"_a,
+        "out_dtype"_a, "w"_a, "n_out"_a, "n_in"_a, "block_rows"_a, "block_cols"_a, "log_alpha"_a, "seed_ptr"_a, "out"_a, "threads"_a);
+  m.def("fold_blocks_bwd", &dampr::fold_blocks_bwd, "The same draw again: gradients from that of out, g; folded is out once more.", "spec"_a,
+        "g_dtype"_a, "w_dtype"_a, "g"_a, "w"_a, "n_out"_a, "n_in"_a, "block_rows"_a, "block_cols"_a, "log_alpha"_a, "seed_ptr"_a, "dw"_a,
+        "dlog_alpha"_a, "folded"_a, "threads"_a);
   m.def("gate_weights_fwd", &dampr::gate_weights_fwd, "out = w * z, a gate for every weight, z never stored.", "spec"_a, "w_dtype"_a, "out_dtype"_a,
         "w"_a, "count"_a, "log_alpha"_a, "seed_ptr"_a, "out"_a, "threads"_a);
   m.def("gate_weights_bwd", &dampr::gate_weights_bwd, "The same draw again: dw = g z, dlog_alpha = w g dz/dlog_alpha, folded = w z.", "spec"_a, "g_dtype"_a,

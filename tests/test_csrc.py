@@ -29,6 +29,7 @@ SPECS = {
     "median": spec.hard_concrete("median"),
     "binary": spec.hard_concrete("binary"),
 }
+VALUE = spec.value()  # gates that are their parameters
 LARGEST_SEED = 2**63 - 1
 
 
@@ -271,13 +272,16 @@ def test_a_backward_pass_can_fold_the_weight_as_well(dtype) -> None:
     code, dw = CODES[dtype], torch.empty_like(w)
     _C.fold_bwd(code, code, ptr(g), ptr(w), 70, 33, ptr(z_out), ptr(z_in), ptr(dw), 0, 0, 2, ptr(folded))
     torch.testing.assert_close(folded, (w.to(gates) * z_out[:, None] * z_in).to(dtype))
-    _C.fold_blocks_bwd(code, code, ptr(g), ptr(w), 70, 33, 4, 4, ptr(z), ptr(dw), 0, 2, ptr(folded))
+    _C.fold_blocks_bwd(VALUE, code, code, ptr(g), ptr(w), 70, 33, 4, 4, ptr(z), 0, ptr(dw), 0, ptr(folded), 2)
     assert torch.equal(folded, (w.to(gates) * reference.expand_blocks(z, (70, 33), (4, 4))).to(dtype))
     log_alpha, seed = torch.randn(70 * 33, dtype=gates), torch.tensor([3])
     _C.gate_weights_bwd(RULE, code, code, ptr(g), ptr(w), w.numel(), ptr(log_alpha), ptr(seed), ptr(dw), 0, 2, ptr(folded))
     again = torch.empty_like(w)
     _C.gate_weights_fwd(RULE, code, code, ptr(w), w.numel(), ptr(log_alpha), ptr(seed), ptr(again), 2)
     assert torch.equal(folded, again)
+
+
+KINDS = [(torch.float32, torch.float32), (torch.float64, torch.float64), (torch.float32, torch.bfloat16)]
 
 
 @pytest.mark.parametrize("rows", [False, True])
@@ -288,7 +292,7 @@ def test_a_backward_pass_can_fold_the_weight_as_well(dtype) -> None:
 def test_drawing_and_folding_at_once_is_the_one_after_the_other(
     rows: bool, columns: bool, dtype: torch.dtype, out_dtype: torch.dtype
 ) -> None:
-    n_out, n_in, spec, gate = 70, 33, SPECS["two_thirds"], torch.float64 if dtype == torch.float64 else torch.float32
+    n_out, n_in, rule, gate = 70, 33, SPECS["two_thirds"], torch.float64 if dtype == torch.float64 else torch.float32
     w, g, b, g_b = (torch.randn(shape) for shape in ((n_out, n_in), (n_out, n_in), (n_out,), (n_out,)))
     w, g, b, g_b = w.to(dtype), g.to(out_dtype), b.to(gate), g_b.to(gate)
     la = [torch.randn(n).to(gate) if wanted else None for n, wanted in ((n_out, rows), (n_in, columns))]
@@ -296,19 +300,19 @@ def test_drawing_and_folding_at_once_is_the_one_after_the_other(
     z = [None if t is None else torch.empty_like(t) for t in la]
     for t, seed, out in zip(la, seeds, z, strict=True):
         if t is not None:
-            _C.gates_fwd(spec, CODES[gate], ptr(t), ptr(seed), 1, len(t), ptr(out), 1)
+            _C.gates_fwd(rule, CODES[gate], ptr(t), ptr(seed), 1, len(t), ptr(out), 1)
     head = CODES[dtype], CODES[out_dtype]
     sizes = n_out, n_in, *map(ptr, la), *map(ptr, seeds)
     out, b_out = torch.empty(n_out, n_in, dtype=out_dtype), torch.empty(n_out, dtype=out_dtype)
     own = (b, g_b) if rows else (None, None)
-    _C.fold_gates_fwd(spec, *head, ptr(w), ptr(own[0]), *sizes, ptr(out), ptr(b_out), 2)
+    _C.fold_gates_fwd(rule, *head, ptr(w), ptr(own[0]), *sizes, ptr(out), ptr(b_out), 2)
     assert torch.equal(out, fold_fwd(w, *z, out_dtype))
     if rows:
         assert torch.equal(b_out, (b * z[0]).to(out_dtype))
     dw, folded = torch.empty_like(w), torch.empty_like(w)
     db, dout, din = (None if not there else torch.empty(n, dtype=gate) for n, there in ((n_out, rows), (n_out, rows), (n_in, columns)))
     grads = *map(ptr, (dw, db, dout, din)), ptr(folded)
-    _C.fold_gates_bwd(spec, CODES[out_dtype], CODES[dtype], ptr(g), ptr(own[1]), ptr(w), ptr(own[0]), *sizes, *grads, 2)
+    _C.fold_gates_bwd(rule, CODES[out_dtype], CODES[dtype], ptr(g), ptr(own[1]), ptr(w), ptr(own[0]), *sizes, *grads, 2)
     expected, *dz = fold_bwd(g, w, *(torch.ones(n, dtype=gate) if t is None else t for t, n in zip(z, (n_out, n_in), strict=True)))
     assert torch.equal(dw, expected)
     assert torch.equal(folded, fold_fwd(w, *z, dtype))
@@ -318,8 +322,32 @@ def test_drawing_and_folding_at_once_is_the_one_after_the_other(
     for t, seed, d, found in zip(la, seeds, dz, (dout, din), strict=True):
         if t is not None:
             right = torch.empty_like(t)
-            _C.gates_bwd(spec, CODES[gate], ptr(t), ptr(seed), 1, len(t), ptr(d), ptr(right), 1)
+            _C.gates_bwd(rule, CODES[gate], ptr(t), ptr(seed), 1, len(t), ptr(d), ptr(right), 1)
             assert torch.equal(found, right)
+
+
+@pytest.mark.parametrize("block", [(4, 4), (16, 16), (70, 1), (3, 50)])
+@pytest.mark.parametrize(
+    ("dtype", "out_dtype"), [(torch.float32, torch.float32), (torch.float64, torch.float64), (torch.float32, torch.bfloat16)]
+)
+def test_drawing_and_folding_blocks_at_once_is_the_one_after_the_other(
+    block: tuple[int, int], dtype: torch.dtype, out_dtype: torch.dtype
+) -> None:
+    n_out, n_in, rule, gate = 70, 33, SPECS["two_thirds"], torch.float64 if dtype == torch.float64 else torch.float32
+    w, g, seed = torch.randn(n_out, n_in).to(dtype), torch.randn(n_out, n_in).to(out_dtype), torch.tensor([5])
+    log_alpha = torch.randn(-(n_out // -block[0]) * -(n_in // -block[1])).to(gate)
+    z, out = torch.empty_like(log_alpha), torch.empty(n_out, n_in, dtype=out_dtype)
+    _C.gates_fwd(rule, CODES[gate], ptr(log_alpha), ptr(seed), 1, len(log_alpha), ptr(z), 1)
+    _C.fold_blocks_fwd(rule, CODES[dtype], CODES[out_dtype], ptr(w), n_out, n_in, *block, ptr(log_alpha), ptr(seed), ptr(out), 2)
+    assert torch.equal(out, fold_blocks_fwd(w, block, z, out_dtype))
+    dw, folded, grad, right = torch.empty_like(w), torch.empty_like(w), torch.empty_like(log_alpha), torch.empty_like(log_alpha)
+    made = ptr(log_alpha), ptr(seed), ptr(dw), ptr(grad), ptr(folded)
+    _C.fold_blocks_bwd(rule, CODES[out_dtype], CODES[dtype], ptr(g), ptr(w), n_out, n_in, *block, *made, 2)
+    expected, dz = fold_blocks_bwd(g, w, block, z)
+    assert torch.equal(dw, expected)
+    assert torch.equal(folded, fold_blocks_fwd(w, block, z, dtype))
+    _C.gates_bwd(rule, CODES[gate], ptr(log_alpha), ptr(seed), 1, len(log_alpha), ptr(dz), ptr(right), 1)
+    assert torch.equal(grad, right)
 
 
 def test_fold_bwd_writes_only_what_is_asked_for() -> None:
@@ -413,14 +441,14 @@ def block_count(shape, block) -> int:
 
 def fold_blocks_fwd(w, block, z, dtype, threads=2):
     out = poisoned(*w.shape, dtype=dtype)
-    _C.fold_blocks_fwd(CODES[w.dtype], CODES[dtype], ptr(w), *w.shape, *block, ptr(z), ptr(out), threads)
+    _C.fold_blocks_fwd(VALUE, CODES[w.dtype], CODES[dtype], ptr(w), *w.shape, *block, ptr(z), 0, ptr(out), threads)
     return out
 
 
 def fold_blocks_bwd(g, w, block, z, threads=2, wanted=(True, True)):
     made = poisoned(*w.shape, dtype=w.dtype), poisoned(block_count(w.shape, block), dtype=gate_dtype(w.dtype))
     dw, dz = (t if asked else None for t, asked in zip(made, wanted, strict=True))
-    _C.fold_blocks_bwd(CODES[g.dtype], CODES[w.dtype], ptr(g), ptr(w), *w.shape, *block, ptr(z), ptr(dw), ptr(dz), threads)
+    _C.fold_blocks_bwd(VALUE, CODES[g.dtype], CODES[w.dtype], ptr(g), ptr(w), *w.shape, *block, ptr(z), 0, ptr(dw), ptr(dz), 0, threads)
     return dw, dz
 
 
@@ -454,9 +482,6 @@ def test_fold_blocks_bwd_writes_only_what_is_asked_for() -> None:
         for made, expected, asked in zip(fold_blocks_bwd(g, w, (4, 4), z, wanted=wanted), whole, wanted, strict=True):
             assert (made is not None) == asked
             assert made is None or torch.equal(made, expected)
-    part = poisoned(18 * 9)
-    _C.fold_blocks_bwd(0, 0, ptr(g), ptr(w), 70, 33, 4, 4, 0, 0, ptr(part), 1)
-    assert torch.equal(part, whole[1]), "dz alone needs no gates"
 
 
 # Promises that hold for all
@@ -487,7 +512,8 @@ def test_a_product_may_be_written_over_the_gradient_it_is_made_of(dtype: torch.d
                     code, code, ptr(given), ptr(w), n_out, n_in, ptr(z_out), ptr(z_in), ptr(dw), ptr(sums[0]), ptr(sums[1]), threads
                 )
             elif kernel == "blocks":
-                _C.fold_blocks_bwd(code, code, ptr(given), ptr(w), n_out, n_in, *block, ptr(z), ptr(dw), ptr(sums[2]), threads)
+                made = ptr(z), 0, ptr(dw), ptr(sums[2]), 0
+                _C.fold_blocks_bwd(VALUE, code, code, ptr(given), ptr(w), n_out, n_in, *block, *made, threads)
             elif kernel == "rows":
                 _C.gate_rows_bwd(rule, code, ptr(w), ptr(given), n_out, n_in, ptr(log_alpha), ptr(seed), ptr(dw), 0, ptr(sums[1]), threads)
             else:
@@ -656,17 +682,18 @@ WRONG = {
     r"w=0: expected": lambda a: _C.gate_weights_bwd(RULE, 0, 0, a, 0, 1, a, a, a, a, 1),
     r"g=0: expected": lambda a: _C.gate_weights_bwd(RULE, 0, 0, 0, a, 1, a, a, a, a, 1),
     r"out=0: expected": lambda a: _C.gate_weights_fwd(RULE, 0, 0, a, 1, a, a, 0, 1),
-    r"block_rows=0: expected": lambda a: _C.fold_blocks_fwd(0, 0, a, 1, 1, 0, 1, a, a, 1),
-    r"block_cols=-1: expected": lambda a: _C.fold_blocks_bwd(0, 0, a, a, 1, 1, 1, -1, a, a, a, 1),
-    r"z=0: expected an address, as there are 2": lambda a: _C.fold_blocks_fwd(0, 0, a, 2, 1, 1, 1, 0, a, 1),
-    r"n_out=-1: expected a size": lambda a: _C.fold_blocks_bwd(0, 0, a, a, -1, 1, 1, 1, a, a, a, 1),
-    r"g_dtype=5: expected": lambda a: _C.fold_blocks_bwd(5, 0, a, a, 1, 1, 1, 1, a, a, a, 1),
+    r"block_rows=0: expected": lambda a: _C.fold_blocks_fwd(RULE, 0, 0, a, 1, 1, 0, 1, a, a, a, 1),
+    r"block_cols=-1: expected": lambda a: _C.fold_blocks_bwd(RULE, 0, 0, a, a, 1, 1, 1, -1, a, a, a, a, a, 1),
+    r"n_out=-1: expected a size": lambda a: _C.fold_blocks_bwd(RULE, 0, 0, a, a, -1, 1, 1, 1, a, a, a, a, a, 1),
+    r"g_dtype=5: expected": lambda a: _C.fold_blocks_bwd(RULE, 5, 0, a, a, 1, 1, 1, 1, a, a, a, a, a, 1),
     r"m=-1: expected": lambda a: _C.small_fwd(RULE, 0, -1, 1, 1, a, a, a, a, a, a, a, True, a, a),
     r"dtype=3: expected 0 \(float32\) or 1": lambda a: _C.small_fwd(RULE, 3, 1, 1, 1, a, a, a, a, a, a, a, True, a, a),
     r"y=0: expected": lambda a: _C.small_fwd(RULE, 0, 1, 1, 1, a, a, a, a, a, a, a, True, 0, a),
     r"dy=0: expected": lambda a: _C.small_bwd(RULE, 0, 1, 1, 1, 0, a, a, a, a, a, a, a, True, a, a, a, a, a, a),
     r"w=0: expected an address, as there are 4": lambda a: _C.small_bwd(RULE, 0, 1, 2, 2, a, a, 0, a, a, a, a, a, True, a, a, a, a, a, a),
     r"b=\d+: expected 0, as rows have no gates": lambda a: _C.fold_gates_fwd(RULE, 0, 0, a, a, 1, 1, 0, a, 0, a, a, a, 1),
+    r"log_alpha=0: expected an address, as there are 2": lambda a: _C.fold_blocks_fwd(RULE, 0, 0, a, 2, 1, 1, 1, 0, a, a, 1),
+    r"block_cols=0: expected": lambda a: _C.fold_blocks_bwd(RULE, 0, 0, a, a, 1, 1, 1, 0, a, a, a, a, a, 1),
     r"b_out=0: expected": lambda a: _C.fold_gates_fwd(RULE, 0, 0, a, a, 1, 1, a, 0, a, 0, a, 0, 1),
     r"w=0: expected an address, as there are 6": lambda a: _C.fold_gates_bwd(RULE, 0, 0, a, 0, 0, 0, 2, 3, a, 0, a, 0, a, 0, 0, 0, 0, 1),
     r"middle=-1: expected": lambda a: _C.norm_stats(0, a, 1, -1, 1, 1, a, a, 1),

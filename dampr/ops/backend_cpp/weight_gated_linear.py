@@ -14,7 +14,6 @@ from dampr.ops.gate_args import GateArgs, Maybe
 from dampr.ops.library import rows_of
 
 from . import host
-from .gates import sample_gates_bwd, sample_gates_fwd
 from .host import CODES, ptr
 from .routes import route
 
@@ -32,8 +31,7 @@ def fold_blocks_fwd(weight: Tensor, gate: GateArgs, block: Block, dtype: torch.d
     if block == (1, 1):
         _C.gate_weights_fwd(gate.spec, *codes, ptr(weight), weight.numel(), ptr(log_alpha), ptr(gate.seed), ptr(out), threads)
         return out
-    z = sample_gates_fwd(gate, None)
-    _C.fold_blocks_fwd(*codes, ptr(weight), *weight.shape, *block, ptr(z), ptr(out), threads)
+    _C.fold_blocks_fwd(gate.spec, *codes, ptr(weight), *weight.shape, *block, ptr(log_alpha), ptr(gate.seed), ptr(out), threads)
     return out
 
 
@@ -55,9 +53,9 @@ def _ungate(
         args = ptr(raw), ptr(weight), weight.numel(), *map(ptr, (log_alpha, gate.seed, dw, grad))
         _C.gate_weights_bwd(gate.spec, *codes, *args, threads, ptr(folded))
         return dw, grad, folded
-    z = sample_gates_fwd(gate, None)
-    _C.fold_blocks_bwd(*codes, ptr(raw), ptr(weight), *weight.shape, *block, *map(ptr, (z, dw, grad)), threads, ptr(folded))
-    return dw, None if grad is None else sample_gates_bwd(grad, gate, None), folded
+    args = ptr(raw), ptr(weight), *weight.shape, *block, *map(ptr, (log_alpha, gate.seed, dw, grad, folded))
+    _C.fold_blocks_bwd(gate.spec, *codes, *args, threads)
+    return dw, grad, folded
 
 
 def weight_gated_linear_fwd(x: Tensor, weight: Tensor, bias: Maybe, gate: GateArgs, block: Block) -> Tensor:
