@@ -93,13 +93,13 @@ def rows_of(x: torch.Tensor) -> torch.Tensor:
 
 
 def choose_activations(M: int, N: int, K: int) -> bool:
-    """Whether x (M, K) and y (M, N) are both smaller than the weight (N, K), unless a route is forced."""
+    """Whether x (M, K) and y (M, N) are both no larger than the weight (N, K), unless a route is forced."""
     forced = routes.forced_name()
-    return min(N, K) > M if forced is None or forced not in ("fold", "activations") else forced == "activations"
+    return min(N, K) >= M if forced is None or forced not in ("fold", "activations") else forced == "activations"
 
 
 def gates_activations(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether gates per batch multiply x (..., K) and y (..., N) instead of the weight (N, K), on the CPU where these are smaller.
+    """Whether gates per batch multiply x (..., K) and y (..., N) instead of the weight (N, K), on the CPU where these are no larger.
 
     The output gate then keeps the activation before it for its gradient. On a GPU a pass over the weight is too cheap for that.
     """

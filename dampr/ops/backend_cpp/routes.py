@@ -45,7 +45,7 @@ def route(
     if choose_activations(M, N, K):
         return (
             "activations",
-            f"{M} rows are fewer than the {min(N, K)} of the weight's smaller side, so activations are smaller",
+            f"{M} rows are no more than the {min(N, K)} of the weight's smaller side, so activations are no larger",
         )
     return "fold", f"{M} rows: the weight is the smaller operand, and one pass multiplies the gates into it"
 
