@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from dampr import _C  # type: ignore[attr-defined]
-from dampr.ops.gate_args import GateArgs, Maybe
+from dampr.ops.gate_args import GateArgs, GatePair, Maybe
 
+from .fold_weight import fold_into, unfold
 from .host import CODES, new, ptr
 
 
@@ -34,20 +35,14 @@ def draw(gate: GateArgs | None) -> Maybe:
     return None if gate is None else sample_gates_fwd(gate, None)
 
 
-def fold(weight: Tensor, z_out: Maybe, z_in: Maybe, out: Tensor) -> Tensor:
-    """Fills ``out`` with weight * z_out[:, None] * z_in[None, :], rounded once."""
-    weight = weight.contiguous()
-    codes = CODES[weight.dtype], CODES[out.dtype]
-    _C.fold_fwd(*codes, ptr(weight), *weight.shape, ptr(z_out), ptr(z_in), ptr(out), torch.get_num_threads())
-    return out
-
-
 def gate_rows(x: Tensor, gate: GateArgs) -> Tensor:
     """x * z; x: (M, n)."""
     if not gate.per_sample:
-        z = sample_gates_fwd(gate, None)
-        # A product that keeps the strides of x keeps the path of the GEMM, and so its rounding, as in the dense layer.
-        return fold(x, None, z, torch.empty_like(x)) if x.is_contiguous() else (x * z).to(x.dtype)
+        if not x.is_contiguous():  # a product with the strides of x keeps the path of the GEMM, and so its rounding, as in the dense layer
+            return (x * sample_gates_fwd(gate, None)).to(x.dtype)
+        (rows, n), out = x.shape, torch.empty_like(x)
+        fold_into(out, x, None, _on_columns(gate), rows, n)
+        return out
     x, log_alpha = x.contiguous(), gate.log_alpha.contiguous()
     out = torch.empty_like(x)
     _C.gate_rows_fwd(gate.spec, CODES[x.dtype], ptr(x), *x.shape, ptr(log_alpha), ptr(gate.seed), ptr(out), torch.get_num_threads())
@@ -75,9 +70,13 @@ def gate_rows_bwd(
         out = RowGrads(gated, torch.empty_like(x) if xz else None, torch.empty_like(log_alpha) if dlog_alpha else None)
         _C.gate_rows_bwd(gate.spec, CODES[x.dtype], ptr(x), ptr(g), *x.shape, ptr(log_alpha), ptr(gate.seed), *map(ptr, out), threads)
         return out
-    z = sample_gates_fwd(gate, None)
-    dz = torch.empty_like(z) if dlog_alpha else None
-    if gated is not None or dz is not None:
-        _C.fold_bwd(CODES[g.dtype], CODES[x.dtype], ptr(g), ptr(x), *x.shape, 0, ptr(z), ptr(gated), 0, ptr(dz), threads)
-    grad = None if dz is None else sample_gates_bwd(dz, gate, None)
-    return RowGrads(gated, fold(x, None, z, torch.empty_like(x)) if xz else None, grad)
+    product = torch.empty_like(x) if xz else None
+    if gated is None and product is None and not dlog_alpha:
+        return RowGrads(None, None, None)
+    rows, n = x.shape
+    _, grad, _ = unfold(g, None, x, None, _on_columns(gate), rows, n, (False, False, dlog_alpha, False), gated, product)
+    return RowGrads(gated, product, grad)
+
+
+def _on_columns(gate: GateArgs) -> GatePair:
+    return GatePair(gate.log_alpha, None, gate.seed, None, gate.spec)
