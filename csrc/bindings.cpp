@@ -274,36 +274,6 @@ void gate_weights_bwd(const py::tuple& spec, int g_dtype, int w_dtype, Address g
   rows_backward(spec, from, to, w, "g", g, 1, count, log_alpha, seed_ptr, dw, folded, dlog_alpha, threads);
 }
 
-void fold_fwd(int w_dtype, int out_dtype, Address w, int64_t n_out, int64_t n_in, Address z_out, Address z_in, Address out, int64_t threads) {
-  const Kernels& k = kernels();
-  const DType from = check_dtype("w_dtype", w_dtype), to = check_dtype("out_dtype", out_dtype);
-  check_same_gates("w_dtype", from, "out_dtype", to);
-  check_sizes("n_out", n_out, "n_in", n_in);
-  const int team = check_threads(threads);
-  FoldForward a{};
-  a.w = required<const void>("w", w, n_out * n_in);
-  required<void>("out", out, n_out * n_in);
-  a.out = output(out, n_out * n_in, to, team);
-  a.z_out = pointer<const void>(z_out), a.z_in = pointer<const void>(z_in), a.n_out = n_out, a.n_in = n_in;
-  without_gil([&] { return k.fold_forward(from, to, a, team), true; });
-}
-
-void fold_bwd(int g_dtype, int w_dtype, Address g, Address w, int64_t n_out, int64_t n_in, Address z_out, Address z_in, Address dw, Address dz_out,
-              Address dz_in, int64_t threads, Address folded) {
-  const Kernels& k = kernels();
-  const DType from = check_dtype("g_dtype", g_dtype), to = check_dtype("w_dtype", w_dtype);
-  check_same_gates("g_dtype", from, "w_dtype", to);
-  check_sizes("n_out", n_out, "n_in", n_in);
-  const int team = check_threads(threads);
-  FoldBackward a{};
-  a.g = required<const void>("g", g, n_out * n_in);
-  a.w = dz_out || dz_in || folded ? required<const void>("w", w, n_out * n_in) : pointer<const void>(w);
-  a.z_out = pointer<const void>(z_out), a.z_in = pointer<const void>(z_in), a.n_out = n_out, a.n_in = n_in;
-  a.dw = output(dw, n_out * n_in, to, team), a.folded = output(folded, n_out * n_in, to, team);
-  a.dz_out = pointer<void>(dz_out), a.dz_in = pointer<void>(dz_in);
-  without_gil([&] { return k.fold_backward(from, to, a, team); });
-}
-
 // total += part, both of a gate dtype.
 void add(DType gate, const void* part, void* total, int64_t n) {
   for (int64_t j = 0; j < n; ++j)
@@ -415,7 +385,7 @@ struct BlockGates {
 };
 
 void fold_blocks_fwd(const py::tuple& spec, int w_dtype, int out_dtype, Address w, int64_t n_out, int64_t n_in, int64_t block_rows,
-                          int64_t block_cols, Address log_alpha, Address seed_ptr, Address out, int64_t threads) {
+                     int64_t block_cols, Address log_alpha, Address seed_ptr, Address out, int64_t threads) {
   const Kernels& k = kernels();
   const GateSpec s = check_spec(spec);
   const DType from = check_dtype("w_dtype", w_dtype), to = check_dtype("out_dtype", out_dtype), gate = from == kFloat64 ? kFloat64 : kFloat32;
@@ -428,7 +398,7 @@ void fold_blocks_fwd(const py::tuple& spec, int w_dtype, int out_dtype, Address 
 }
 
 void fold_blocks_bwd(const py::tuple& spec, int g_dtype, int w_dtype, Address g, Address w, int64_t n_out, int64_t n_in, int64_t block_rows,
-                          int64_t block_cols, Address log_alpha, Address seed_ptr, Address dw, Address dlog_alpha, Address folded, int64_t threads) {
+                     int64_t block_cols, Address log_alpha, Address seed_ptr, Address dw, Address dlog_alpha, Address folded, int64_t threads) {
   const Kernels& k = kernels();
   const GateSpec s = check_spec(spec);
   const DType from = check_dtype("g_dtype", g_dtype), to = check_dtype("w_dtype", w_dtype), gate = to == kFloat64 ? kFloat64 : kFloat32;
@@ -642,10 +612,6 @@ PYBIND11_MODULE(_C, m) {
         "seed_ptr"_a, "rows"_a, "n"_a, "z"_a, "threads"_a);
   m.def("gates_bwd", &dampr::gates_bwd, "dlog_alpha (n,) = sum over rows of dz * dz/dlog_alpha.", "spec"_a, "dtype"_a, "log_alpha"_a,
         "seed_ptr"_a, "rows"_a, "n"_a, "dz"_a, "dlog_alpha"_a, "threads"_a);
-  m.def("fold_fwd", &dampr::fold_fwd, "out = w * z_out[:, None] * z_in.", "w_dtype"_a, "out_dtype"_a, "w"_a, "n_out"_a, "n_in"_a, "z_out"_a,
-        "z_in"_a, "out"_a, "threads"_a);
-  m.def("fold_bwd", &dampr::fold_bwd, "dw = z_out z_in g, dz_out = sum_k z_in w g, dz_in = sum_n z_out w g, folded = z_out z_in w, in one pass.", "g_dtype"_a,
-        "w_dtype"_a, "g"_a, "w"_a, "n_out"_a, "n_in"_a, "z_out"_a, "z_in"_a, "dw"_a, "dz_out"_a, "dz_in"_a, "threads"_a, "folded"_a = 0);
   m.def("fold_gates_fwd", &dampr::fold_gates_fwd, "The gates drawn, and out = w * z_out[:, None] * z_in, b_out = b * z_out; b is of the gates' dtype.", "spec"_a, "w_dtype"_a,
         "out_dtype"_a, "w"_a, "b"_a, "n_out"_a, "n_in"_a, "out_log_alpha"_a, "in_log_alpha"_a, "out_seed_ptr"_a, "in_seed_ptr"_a, "out"_a, "b_out"_a,
         "threads"_a);

@@ -104,7 +104,7 @@ def gate_rows_bwd(rule, x, g, log_alpha, seed, threads=2, wanted=(True, True, Tr
 
 def fold_fwd(w, z_out, z_in, dtype, threads=2):
     out = poisoned(*w.shape, dtype=dtype)
-    _C.fold_fwd(CODES[w.dtype], CODES[dtype], ptr(w), *w.shape, ptr(z_out), ptr(z_in), ptr(out), threads)
+    _C.fold_gates_fwd(VALUE, CODES[w.dtype], CODES[dtype], ptr(w), 0, *w.shape, ptr(z_out), ptr(z_in), 0, 0, ptr(out), 0, threads)
     return out
 
 
@@ -112,7 +112,9 @@ def fold_bwd(g, w, z_out, z_in, threads=2, wanted=(True, True, True)):
     dtype = gate_dtype(w.dtype)
     made = (poisoned(*w.shape, dtype=w.dtype), poisoned(w.shape[0], dtype=dtype), poisoned(w.shape[1], dtype=dtype))
     dw, dz_out, dz_in = (t if w_ else None for t, w_ in zip(made, wanted, strict=True))
-    _C.fold_bwd(CODES[g.dtype], CODES[w.dtype], ptr(g), ptr(w), *w.shape, ptr(z_out), ptr(z_in), ptr(dw), ptr(dz_out), ptr(dz_in), threads)
+    z_out, z_in = (torch.ones(n, dtype=dtype) if z is None else z for z, n in zip((z_out, z_in), w.shape, strict=True))
+    args = ptr(g), 0, ptr(w), 0, *w.shape, ptr(z_out), ptr(z_in), 0, 0, ptr(dw), 0, ptr(dz_out), ptr(dz_in), 0
+    _C.fold_gates_bwd(VALUE, CODES[g.dtype], CODES[w.dtype], *args, threads)
     return dw, dz_out, dz_in
 
 
@@ -270,7 +272,7 @@ def test_a_backward_pass_can_fold_the_weight_as_well(dtype) -> None:
     gates = torch.float64 if dtype == torch.float64 else torch.float32
     z_out, z_in, z, folded = torch.rand(70, dtype=gates), torch.rand(33, dtype=gates), torch.rand(18 * 9, dtype=gates), torch.empty_like(w)
     code, dw = CODES[dtype], torch.empty_like(w)
-    _C.fold_bwd(code, code, ptr(g), ptr(w), 70, 33, ptr(z_out), ptr(z_in), ptr(dw), 0, 0, 2, ptr(folded))
+    _C.fold_gates_bwd(VALUE, code, code, ptr(g), 0, ptr(w), 0, 70, 33, ptr(z_out), ptr(z_in), 0, 0, ptr(dw), 0, 0, 0, ptr(folded), 2)
     torch.testing.assert_close(folded, (w.to(gates) * z_out[:, None] * z_in).to(dtype))
     _C.fold_blocks_bwd(VALUE, code, code, ptr(g), ptr(w), 70, 33, 4, 4, ptr(z), 0, ptr(dw), 0, ptr(folded), 2)
     assert torch.equal(folded, (w.to(gates) * reference.expand_blocks(z, (70, 33), (4, 4))).to(dtype))
@@ -286,9 +288,7 @@ KINDS = [(torch.float32, torch.float32), (torch.float64, torch.float64), (torch.
 
 @pytest.mark.parametrize("rows", [False, True])
 @pytest.mark.parametrize("columns", [False, True])
-@pytest.mark.parametrize(
-    ("dtype", "out_dtype"), [(torch.float32, torch.float32), (torch.float64, torch.float64), (torch.float32, torch.bfloat16)]
-)
+@pytest.mark.parametrize(("dtype", "out_dtype"), KINDS)
 def test_drawing_and_folding_at_once_is_the_one_after_the_other(
     rows: bool, columns: bool, dtype: torch.dtype, out_dtype: torch.dtype
 ) -> None:
@@ -313,7 +313,7 @@ def test_drawing_and_folding_at_once_is_the_one_after_the_other(
     db, dout, din = (None if not there else torch.empty(n, dtype=gate) for n, there in ((n_out, rows), (n_out, rows), (n_in, columns)))
     grads = *map(ptr, (dw, db, dout, din)), ptr(folded)
     _C.fold_gates_bwd(rule, CODES[out_dtype], CODES[dtype], ptr(g), ptr(own[1]), ptr(w), ptr(own[0]), *sizes, *grads, 2)
-    expected, *dz = fold_bwd(g, w, *(torch.ones(n, dtype=gate) if t is None else t for t, n in zip(z, (n_out, n_in), strict=True)))
+    expected, *dz = fold_bwd(g, w, *z)
     assert torch.equal(dw, expected)
     assert torch.equal(folded, fold_fwd(w, *z, dtype))
     if rows:
@@ -327,9 +327,7 @@ def test_drawing_and_folding_at_once_is_the_one_after_the_other(
 
 
 @pytest.mark.parametrize("block", [(4, 4), (16, 16), (70, 1), (3, 50)])
-@pytest.mark.parametrize(
-    ("dtype", "out_dtype"), [(torch.float32, torch.float32), (torch.float64, torch.float64), (torch.float32, torch.bfloat16)]
-)
+@pytest.mark.parametrize(("dtype", "out_dtype"), KINDS)
 def test_drawing_and_folding_blocks_at_once_is_the_one_after_the_other(
     block: tuple[int, int], dtype: torch.dtype, out_dtype: torch.dtype
 ) -> None:
@@ -508,9 +506,8 @@ def test_a_product_may_be_written_over_the_gradient_it_is_made_of(dtype: torch.d
                 [poisoned(n, dtype=gates) for n in (n_out, n_in, len(z), len(each))],
             )
             if kernel == "fold":
-                _C.fold_bwd(
-                    code, code, ptr(given), ptr(w), n_out, n_in, ptr(z_out), ptr(z_in), ptr(dw), ptr(sums[0]), ptr(sums[1]), threads
-                )
+                made = ptr(z_out), ptr(z_in), 0, 0, ptr(dw), 0, ptr(sums[0]), ptr(sums[1]), 0
+                _C.fold_gates_bwd(VALUE, code, code, ptr(given), 0, ptr(w), 0, n_out, n_in, *made, threads)
             elif kernel == "blocks":
                 made = ptr(z), 0, ptr(dw), ptr(sums[2]), 0
                 _C.fold_blocks_bwd(VALUE, code, code, ptr(given), ptr(w), n_out, n_in, *block, *made, threads)
@@ -662,8 +659,8 @@ WRONG = {
     r"dtype=2: expected 0 \(float32\) or 1": lambda a: _C.gates_fwd(RULE, 2, a, a, 1, 1, a, 1),
     r"rows=-1: expected": lambda a: _C.gates_fwd(RULE, 0, a, a, -1, 1, a, 1),
     r"n=-3: expected": lambda a: _C.gates_bwd(RULE, 0, a, a, 1, -3, a, a, 1),
-    r"n_out=-1: expected": lambda a: _C.fold_fwd(0, 0, a, -1, 1, a, a, a, 1),
-    r"n_in=-2: expected": lambda a: _C.fold_bwd(0, 0, a, a, 1, -2, a, a, a, a, a, 1),
+    r"n_out=-1: expected": lambda a: _C.fold_gates_fwd(RULE, 0, 0, a, 0, -1, 1, a, a, a, a, a, 0, 1),
+    r"n_in=-2: expected": lambda a: _C.fold_gates_bwd(RULE, 0, 0, a, 0, a, 0, 1, -2, a, a, a, a, a, 0, a, a, 0, 1),
     r"rows=9223372036854775807: expected": lambda a: _C.gate_rows_fwd(RULE, 0, a, 2**63 - 1, 2, a, a, a, 1),
     r"threads=0: expected": lambda a: _C.gate_rows_bwd(RULE, 0, a, a, 1, 1, a, a, a, a, a, 0),
     r"spec\.family=9: expected": lambda a: _C.gates_fwd(RULE._replace(family=9), 0, a, a, 1, 1, a, 1),
@@ -673,7 +670,7 @@ WRONG = {
     r"seed_ptr=0: expected": lambda a: _C.gates_fwd(RULE, 0, a, 0, 1, 1, a, 1),
     r"x=0: expected": lambda a: _C.gate_rows_fwd(RULE, 0, 0, 1, 1, a, a, a, 1),
     r"log_alpha=0: expected": lambda a: _C.gate_rows_fwd(RULE, 0, a, 1, 1, 0, a, a, 1),
-    r"out_dtype=0: expected float64": lambda a: _C.fold_fwd(1, 0, a, 1, 1, a, a, a, 1),
+    r"out_dtype=0: expected float64": lambda a: _C.fold_gates_fwd(RULE, 1, 0, a, 0, 1, 1, a, a, a, a, a, 0, 1),
     r"w_dtype=7: expected": lambda a: _C.gate_weights_fwd(RULE, 7, 0, a, 1, a, a, a, 1),
     r"out_dtype=2: expected float64": lambda a: _C.gate_weights_fwd(RULE, 1, 2, a, 1, a, a, a, 1),
     r"w_dtype=1: expected float64": lambda a: _C.gate_weights_bwd(RULE, 0, 1, a, a, 1, a, a, a, a, 1),

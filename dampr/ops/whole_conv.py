@@ -1,7 +1,7 @@
 """y = z_out * (conv(x * z_in, W) + b) around torch's own convolution: gates in the weight, or on the activations (``on_activations``).
 
 Made of smaller ops; on the CPU one node of autograd instead, where nobody traces. That leaves out views and nodes, which beside the cold
-cache that a convolution leaves behind cost 0.3 ms; and as convolution and gates then share a backward, the folded weight is not kept but
+cache that a convolution leaves behind are slow; and as convolution and gates then share a backward, the folded weight is not kept but
 folded again, and gradients are written over what nobody else can see.
 """
 

@@ -10,7 +10,7 @@ from dampr.ops import routes
 from dampr.ops.library import choose_activations
 
 # Up to so many multiply-adds, weights, and terms of a sum, one call on one thread that does all, products included, beats several on two
-# threads that are each faster: 1.7 times at (64, 128, 128), 1.5 at (512, 64, 64) (an EPYC, forward and backward).
+# threads that are each faster.
 SMALL, SMALL_WEIGHT, SMALL_SUM = 2**21, 2**18, 2**13
 
 
