@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +13,8 @@ from torch.nn import functional as F
 
 from dampr import _checks, ops
 from dampr.ops import Window
+from dampr.ops.library import watched
+from dampr.ops.routes import ConvProblem
 from dampr.spec import SAMPLE, GateSpec
 
 from .gates import DRAWN
@@ -100,24 +103,22 @@ def _gated_conv(
 ) -> Tensor:
     convolve, *arguments = how
     groups: int = arguments[3]
-    _check_shapes(dims, x, weight, groups)
+    where = "weight" if weight_gate is not None else "input" if output_gate is None else "output" if input_gate is None else "both"
+    layout = layout_of(dims, x, weight, *arguments, where)
     n_out, n_in = weight.shape[0], weight.shape[1] * groups
     x = cast(x, weight, bias)
     if weight_gate is not None:
         if per_sample or input_gate is not None or output_gate is not None:
             raise ValueError("weight_gate: expected no input_gate, no output_gate and per_sample=False beside it")
         if ops.routes.forced_name() is not None:  # raises for one that cannot serve
-            ops.select(x.device, x.dtype).conv_route(tuple(weight.shape), groups, "weight", False, False, x.device, 0)
+            ops.select(x.device, x.dtype).conv_route(problem_of(layout, x, weight, groups, "weight", False, False))
         return convolve(x, _gate_blocks(x, weight, weight_gate, block, seed, spec), bias, *arguments)
     gates = gates_of(input_gate, n_in, "input channel", output_gate, n_out, "filter", x, seed, spec, per_sample)
-    ends = [end for end, gate in (("input", gates.input), ("output", gates.output)) if gate is not None]
-    if not ends:
+    if input_gate is None and output_gate is None:
         return convolve(x, weight, bias, *arguments)
-    where = ends[0] if len(ends) == 1 else "both"
-    window = window_of(weight, *arguments)
-    pointwise = spec.rule == SAMPLE and is_pointwise(x, weight, window)
-    moved = activations(x, weight, where, window)
-    route, _ = ops.select(x.device, x.dtype).conv_route(tuple(weight.shape), groups, where, gates.per_sample, pointwise, x.device, moved)
+    problem = problem_of(layout, x, weight, groups, where, gates.per_sample, spec.rule == SAMPLE)
+    route, _ = ops.select(x.device, x.dtype).conv_route(problem)
+    window = layout.window
     if route == "linear":
         y = ops.gated_linear(x.permute(0, 2, 3, 1), weight.reshape(n_out, n_in), bias, gates)
         return y.permute(0, 3, 1, 2)
@@ -132,45 +133,82 @@ def _gated_conv(
     return y if x.dim() == dims + 2 else y[0]
 
 
-def _check_shapes(dims: int, x: Tensor, weight: Tensor, groups: int) -> None:
+class Layout(NamedTuple):
+    """What shapes and arguments make of a convolution.
+
+    ``window``: its arguments, a number for each dimension, or None where that is not what torch takes. ``pointwise``, ``activations``: as
+    in :class:`dampr.ops.routes.ConvProblem`.
+    """
+
+    window: Window | None
+    pointwise: bool
+    activations: int
+
+
+def layout_of(dims: int, x: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: int, where: str | Any) -> Layout:
+    """The layout for gates on the ``where`` ("input", "output", "both", or in the weight). Raises TypeError or ValueError for shapes.
+
+    It is remembered: next to a convolution, which leaves no line of Python in a cache, finding it takes longer than drawing the gates.
+    """
     _checks.floating("x", _checks.tensor("x", x))
     _checks.floating("weight", _checks.tensor("weight", weight))
+    side_by_side = x.dim() == 4 and weight.shape[2:] == (1, 1) and x.is_contiguous(memory_format=torch.channels_last)
+    problem = dims, x.shape, side_by_side, weight.shape, stride, padding, dilation, groups, where
+    if not watched((x, weight)):
+        try:
+            return _remembered_layout(*problem)
+        except TypeError:  # an argument without a hash, or one that the next line refuses
+            pass
+    return _layout(*problem)
+
+
+def _layout(
+    dims: int,
+    x: torch.Size,
+    side_by_side: bool,
+    weight: torch.Size,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: int,
+    where: str | Any,
+) -> Layout:
     _checks.positive_int("groups", groups)
-    if weight.dim() != dims + 2:
-        raise ValueError(f"weight.shape={tuple(weight.shape)}: expected {dims + 2} dimensions, (filters, channels / groups, kernel size)")
-    if weight.shape[0] % groups:
-        raise ValueError(f"groups={groups}: expected a divisor of the {weight.shape[0]} filters of weight")
-    channels = weight.shape[1] * groups
-    if x.dim() not in (dims + 1, dims + 2) or x.shape[-dims - 1] != channels:
+    if len(weight) != dims + 2:
+        raise ValueError(f"weight.shape={tuple(weight)}: expected {dims + 2} dimensions, (filters, channels / groups, kernel size)")
+    if weight[0] % groups:
+        raise ValueError(f"groups={groups}: expected a divisor of the {weight[0]} filters of weight")
+    channels = weight[1] * groups
+    if len(x) not in (dims + 1, dims + 2) or x[-dims - 1] != channels:
         image = f"{channels}, L" if dims == 1 else f"{channels}, H, W"
-        why = f"because weight has shape {tuple(weight.shape)} and groups={groups}"
-        raise ValueError(f"x.shape={tuple(x.shape)}: expected (B, {image}) or ({image}), {why}")
+        why = f"because weight has shape {tuple(weight)} and groups={groups}"
+        raise ValueError(f"x.shape={tuple(x)}: expected (B, {image}) or ({image}), {why}")
+    window = _window(weight, stride, padding, dilation, groups)
+    pointwise = side_by_side and window is not None and window[:2] == ((1, 1), (0, 0)) and groups == 1
+    size = x[-dims:] if window is None else window.size(x, weight)
+    written = (1 if len(x) == dims + 1 else x[0]) * weight[0] * math.prod(size)
+    return Layout(window, pointwise, max(math.prod(x) if where != "output" else 0, written if where != "input" else 0))
 
 
-def is_pointwise(x: Tensor, weight: Tensor, window: Window | None) -> bool:
-    """Whether a convolution is a linear map of the channels of each pixel, and these lie side by side in memory."""
-    if window is None or x.dim() != 4 or weight.shape[2:] != (1, 1) or not x.is_contiguous(memory_format=torch.channels_last):
-        return False
-    return window.stride == (1, 1) and window.padding == (0, 0) and window.groups == 1
+_remembered_layout = functools.lru_cache(maxsize=1024, typed=True)(_layout)  # typed: groups=True is refused though 1 is not
 
 
-def activations(x: Tensor, weight: Tensor, where: str, window: Window | None) -> int:
-    """How many elements gates on the input, the output or both (the larger) would multiply if they did not multiply the weight."""
-    size = x.shape[2 - weight.dim() :] if window is None else window.size(x, weight)
-    written = x.numel() // max(1, x.shape[1 - weight.dim() :].numel()) * weight.shape[0] * math.prod(size)
-    return max(x.numel() if where != "output" else 0, written if where != "input" else 0)
+def problem_of(layout: Layout, x: Tensor, weight: Tensor, groups: int, where: Any, per_sample: bool, drawn: bool) -> ConvProblem:
+    """What a backend chooses the route by. Only gates that are drawn let a convolution become a linear map."""
+    pointwise = layout.pointwise and drawn
+    return ConvProblem(tuple(weight.shape), groups, where, per_sample, pointwise, layout.activations, x.device)
 
 
-def window_of(weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: int) -> Window | None:
+def _window(weight: torch.Size, stride: Any, padding: Any, dilation: Any, groups: int) -> Window | None:
     """A number for each dimension; None where that is not what torch takes: "same" that pads one side more, or what it refuses."""
-    dims = weight.dim() - 2
+    dims = len(weight) - 2
     steps, spread = _each(stride, dims), _each(dilation, dims)
-    if steps is None or spread is None:
+    if steps is None or spread is None or min(*steps, *spread) < 1:
         return None
     if padding == "valid":
         padding = 0
     elif padding == "same":
-        total = [d * (k - 1) for d, k in zip(spread, weight.shape[2:], strict=True)]
+        total = [d * (k - 1) for d, k in zip(spread, weight[2:], strict=True)]
         if any(t % 2 for t in total) or any(step != 1 for step in steps):
             return None
         padding = [t // 2 for t in total]

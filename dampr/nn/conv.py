@@ -65,16 +65,19 @@ class _GatedConv(GatedWeight, _ConvNd):
         padding: Any = self.padding
         if self.padding_mode != "zeros":
             x, padding = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0
-        parameter, seed, spec = self.gate.call() if self.granularity != "index" else self._gates_by_index()
-        how: dict[str, Any] = {"seed": seed, "spec": spec}
-        opened = self._open_range() if self.granularity in VECTOR_GRANULARITIES and self.groups == 1 else None
-        if opened is not None:
-            return self._on_slice(x, padding, parameter[opened], spec, opened)
-        if self.granularity in ("output", "input"):
-            how |= {f"{self.granularity}_gate": parameter, "per_sample": self.per_sample}
-        else:
-            how |= {"weight_gate": parameter, "block": self.granularity if isinstance(self.granularity, tuple) else None}
-        return type(self)._function(x, self.weight, self.bias, self.stride, padding, self.dilation, self.groups, **how)
+        gate, granularity = self.gate, self.granularity
+        parameter, seed, spec = gate.call() if granularity != "index" else self._gates_by_index()
+        if gate.open_slice is not None and granularity in VECTOR_GRANULARITIES and self.groups == 1:
+            opened = self._open_range()
+            if opened is not None:
+                return self._on_slice(x, padding, parameter[opened], spec, opened)
+        function, shape = self._function, (self.stride, padding, self.dilation, self.groups)
+        if granularity == "output":
+            return function(x, self.weight, self.bias, *shape, output_gate=parameter, seed=seed, per_sample=self.per_sample, spec=spec)
+        if granularity == "input":
+            return function(x, self.weight, self.bias, *shape, input_gate=parameter, seed=seed, per_sample=self.per_sample, spec=spec)
+        block = granularity if isinstance(granularity, tuple) else None
+        return function(x, self.weight, self.bias, *shape, weight_gate=parameter, block=block, seed=seed, spec=spec)
 
     def _on_slice(self, x: Tensor, padding: Any, parameter: Tensor, spec: GateSpec, opened: slice) -> Tensor:
         """The layer on the filters, or on the channels, whose gates are open."""
@@ -82,9 +85,9 @@ class _GatedConv(GatedWeight, _ConvNd):
         if self.granularity == "input":
             x = x.narrow(-1 - dims, opened.start, opened.stop - opened.start)
             weight = self.weight[:, opened]
-            return type(self)._function(x, weight, self.bias, self.stride, padding, self.dilation, input_gate=parameter, spec=spec)
+            return self._function(x, weight, self.bias, self.stride, padding, self.dilation, input_gate=parameter, spec=spec)
         weight, bias = self.weight[opened], None if self.bias is None else self.bias[opened]
-        y = type(self)._function(x, weight, bias, self.stride, padding, self.dilation, output_gate=parameter, spec=spec)
+        y = self._function(x, weight, bias, self.stride, padding, self.dilation, output_gate=parameter, spec=spec)
         return F.pad(y, (*[0] * (2 * dims), opened.start, self.out_channels - opened.stop))
 
     @classmethod

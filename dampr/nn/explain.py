@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dampr import ops
-from dampr.functional.conv import activations, is_pointwise, window_of
+from dampr.functional.conv import layout_of, problem_of
 from dampr.spec import SAMPLE
 
 from .attention import GatedMultiheadAttention
@@ -66,16 +66,12 @@ def _granularity(layer: GatedLayer) -> Granularity:
 
 
 def _of_convolution(layer: GatedConv1d | GatedConv2d, x: Tensor, dtype: torch.dtype) -> Explanation:
-    drawn = layer.gate.spec.rule == SAMPLE
+    drawn, granularity = layer.gate.spec.rule == SAMPLE, _granularity(layer)
     arguments = layer.stride, layer.padding if layer.padding_mode == "zeros" else 0, layer.dilation, layer.groups
-    window = window_of(layer.weight, *arguments)
-    pointwise = drawn and is_pointwise(x, layer.weight, window)
+    layout = layout_of(layer.weight.dim() - 2, x, layer.weight, *arguments, granularity)
+    problem = problem_of(layout, x, layer.weight, layer.groups, granularity, layer.per_sample and drawn, drawn)
     backend, reason = ops.choose(x.device, dtype)
-    module = ops.select(x.device, dtype)
-    granularity = _granularity(layer)
-    moved = activations(x, layer.weight, granularity, window) if isinstance(granularity, str) else 0
-    args = tuple(layer.weight.shape), layer.groups, granularity, layer.per_sample and drawn, pointwise, x.device, moved
-    return Explanation(backend, reason, *module.conv_route(*args))
+    return Explanation(backend, reason, *ops.select(x.device, dtype).conv_route(problem))
 
 
 def _of_others(layer: _GatedRecurrent | Gate | GatedEmbedding | GatedMultiheadAttention | GatedResidual) -> tuple[str, str]:

@@ -13,6 +13,7 @@ from .gate_activations import dense_format
 from .gate_args import GateArgs, GatePair, Maybe
 from .library import rows_of
 from .norm_gate import Norm
+from .routes import ConvProblem
 from .whole_conv import Window
 
 GENERATOR_PARAMETERS = 0  # up to so many, an op takes the place of torch's own products: here it is these that it is made of
@@ -37,17 +38,9 @@ def route(
     return "reference", "plain PyTorch: every gate is drawn and multiplied as it is written"
 
 
-def conv_route(
-    weight: tuple[int, ...],
-    groups: int,
-    granularity: str | tuple[int, int],
-    per_sample: bool,
-    pointwise: bool,
-    device: torch.device,
-    activations: int,
-) -> tuple[str, str]:
+def conv_route(problem: ConvProblem) -> tuple[str, str]:
     """Plain PyTorch has one way, whatever is forced."""
-    return ("passes" if per_sample else "fold"), "plain PyTorch: every gate is drawn and multiplied as it is written"
+    return ("passes" if problem.per_sample else "fold"), "plain PyTorch: every gate is drawn and multiplied as it is written"
 
 
 def _values(gate: GateArgs, rows: int | None = None) -> Tensor:

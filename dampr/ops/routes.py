@@ -14,9 +14,29 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
 
 ROUTES = ("small", "fold", "activations", "live", "linear", "small_m", "one_pass", "passes")
 _forced: list[list[str | None]] = []  # process-wide on purpose: the backward of CUDA ops runs in threads of its own
+
+
+class ConvProblem(NamedTuple):
+    """What the route of a gated convolution depends on.
+
+    ``weight``: its shape, (N, C / groups, *kernel). ``pointwise``: whether the convolution is a linear map of the channels of each pixel
+    that lie side by side in memory. ``activations``: how many elements gates would multiply that do not multiply the weight.
+    ``per_sample``: a draw per image, hence False for a rule without noise.
+    """
+
+    weight: tuple[int, ...]
+    groups: int
+    granularity: str | tuple[int, int]
+    per_sample: bool
+    pointwise: bool
+    activations: int
+    device: torch.device
 
 
 @contextmanager

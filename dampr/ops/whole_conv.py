@@ -30,9 +30,9 @@ class Window(NamedTuple):
     dilation: Sizes
     groups: int
 
-    def size(self, x: Tensor, weight: Tensor) -> Sizes:
-        """The spatial size of the output for x (..., C, *size) and weight (N, C / groups, *kernel)."""
-        sizes = x.shape[-len(self.stride) :], weight.shape[2:]
+    def size(self, x: Sizes, weight: Sizes) -> Sizes:
+        """The spatial size of the output for shapes of x (..., C, *size) and weight (N, C / groups, *kernel)."""
+        sizes = x[-len(self.stride) :], weight[2:]
         return tuple(
             (length + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
             for length, kernel, stride, padding, dilation in zip(*sizes, *self[:3], strict=True)
@@ -45,9 +45,8 @@ class Window(NamedTuple):
 class _WholeConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Maybe, *rest: Any) -> Tensor:  # type: ignore[override]
-        *gates, ctx.window, ctx.on_activations = rest
+        *gates, ctx.window, ctx.on_activations, ctx.backend = rest
         ctx.spec, ctx.per_sample = gates[4:]
-        ctx.backend = select(x.device, x.dtype).whole_conv
         y, pre = ctx.backend.fwd(x, weight, bias, GatePair(*gates), ctx.window, ctx.on_activations, keep_pre=ctx.needs_input_grad[4])
         ctx.save_for_backward(x, weight, bias, *gates[:4], pre)
         ctx.hooked = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None  # a hook may keep what is saved
@@ -64,7 +63,7 @@ class _WholeConv(torch.autograd.Function):
         else:
             last = not ctx.hooked and not torch._C._autograd._get_current_graph_task_keep_graph()
             grads = ctx.backend.bwd(dy, x, weight, bias, gates, pre, ctx.window, ctx.on_activations, needs, over_pre=last)
-        return (*grads, None, None, None, None, None, None)
+        return (*grads, None, None, None, None, None, None, None)
 
 
 def _differentiate(
@@ -104,14 +103,15 @@ def whole_conv(x: Tensor, weight: Tensor, bias: Maybe, gates: GatePair, window: 
     """Differentiable gated convolution of x (B, C, *size); arguments are taken as checked (:mod:`dampr.functional.conv` checks)."""
     tensors = x, weight, bias, gates.input_log_alpha, gates.output_log_alpha
     one_fold = gates.input is None or (gates.output is None and window.groups == 1 and channels_innermost(weight))
+    backend = getattr(select(x.device, x.dtype), "whole_conv", None)
     if (
-        torch.is_grad_enabled()
+        backend is not None
+        and torch.is_grad_enabled()
         and (on_activations or one_fold)
-        and hasattr(select(x.device, x.dtype), "whole_conv")
         and not watched(tensors)
         and any(t is not None and t.requires_grad for t in tensors)
     ):
-        y: Tensor = _apply(*tensors[:3], *gates, window, on_activations)
+        y: Tensor = _apply(*tensors[:3], *gates, window, on_activations, backend)
         return y
     return composed_conv(x, weight, bias, gates, window.convolve, window.groups, on_activations)
 

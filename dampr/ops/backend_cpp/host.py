@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +11,8 @@ from torch import Tensor
 from dampr.ops.gate_args import Maybe
 
 CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-_kept = threading.local()
+MOST_VIEWS = 64
+_kept = threading.local()  # memory, and the tensors made of it
 
 
 def ptr(t: Maybe) -> int:
@@ -23,18 +25,32 @@ def contiguous(*tensors: Maybe) -> list[Maybe]:
     return [None if t is None else t.contiguous() for t in tensors]
 
 
-def new(shape: torch.Size, dtype: torch.dtype, passing: bool) -> Tensor:
-    """An empty tensor. ``passing``: one that no caller will see, used up before the next such; its memory stays with the thread.
+def new(shape: torch.Size, dtype: torch.dtype, passing: bool, stride: tuple[int, ...] | None = None) -> Tensor:
+    """An empty tensor, dense. ``passing``: one that no caller will see, used up before the next such; its memory stays with the thread.
 
     A large allocation is fresh memory, which is cleared page by page when it is first written: 4 MB take longer than multiplying as much.
+    The tensors of that memory stay too: making one takes four operators, 50 us beside a cold cache.
     """
     if not passing:
-        return torch.empty(shape, dtype=dtype)
-    kept: Tensor | None = getattr(_kept, "memory", None)
+        return torch.empty(shape, dtype=dtype) if stride is None else torch.empty_strided(shape, stride, dtype=dtype)
+    views: dict[Any, Tensor] | None = getattr(_kept, "views", None)
+    if views is None:
+        views = _kept.views = {}
+    view = views.get((shape, stride, dtype))
+    return _passing(views, shape, dtype, stride) if view is None else view
+
+
+def _passing(views: dict[Any, Tensor], shape: torch.Size, dtype: torch.dtype, stride: tuple[int, ...] | None) -> Tensor:
     size = shape.numel() * dtype.itemsize
-    if kept is None or kept.numel() < size:
-        kept = _kept.memory = torch.empty(size, dtype=torch.uint8)
-    return kept[:size].view(dtype).view(shape)
+    kept: Tensor | None = getattr(_kept, "memory", None)
+    if kept is None or kept.numel() < size or len(views) >= MOST_VIEWS:
+        views.clear()
+    with torch.inference_mode(False):
+        if kept is None or kept.numel() < size:
+            kept = _kept.memory = torch.empty(size, dtype=torch.uint8)
+        view = kept[:size].view(dtype).view(shape)
+        views[shape, stride, dtype] = view = view if stride is None else view.as_strided(shape, stride)
+    return view
 
 
 def product(raw: Tensor, like: Tensor, in_place: bool) -> Tensor:

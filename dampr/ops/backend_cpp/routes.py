@@ -50,25 +50,18 @@ def route(
     return "fold", f"{M} rows: the weight is the smaller operand, and one pass multiplies the gates into it"
 
 
-def conv_route(
-    weight: tuple[int, ...],
-    groups: int,
-    granularity: str | tuple[int, int],
-    per_sample: bool,
-    pointwise: bool,
-    device: torch.device,
-    activations: int,
-) -> tuple[str, str]:
-    """(name, reason) of the route of a convolution with a weight of this shape; ``pointwise``: it is a linear map on channels last;
-    ``activations``: how many elements gates would multiply that do not multiply the weight.
+def conv_route(problem: routes.ConvProblem) -> tuple[str, str]:
+    """(name, reason) of the route of a convolution.
 
     A 1 x 1 convolution stays one unless told otherwise: oneDNN's is as fast as the linear map, and on deep layers twice as fast. Raises
     ValueError where a forced route cannot serve the call.
     """
+    weight, _, granularity, per_sample, pointwise, activations, _ = problem
     vectors = granularity in ("input", "output", "both")
-    possible: tuple[str, ...] = ("passes",) if per_sample else ("fold", "activations", *["linear"] * pointwise) if vectors else ("fold",)
-    name = routes.forced(possible, granularity, per_sample)
-    if name is not None:
+    if routes.forced_name() is not None:
+        possible = ("passes",) if per_sample else ("fold", "activations", *["linear"] * pointwise) if vectors else ("fold",)
+        name = routes.forced(possible, granularity, per_sample)
+        assert name is not None
         return name, "forced by forced_route"
     if per_sample:
         return "passes", "every image has gates of its own: passes over the activations around torch's convolution"

@@ -89,7 +89,7 @@ def _convolution_backward(
 def _folded(weight: Tensor, bias: Maybe, gates: GatePair, dtype: torch.dtype) -> tuple[Tensor, Maybe]:
     """Weight and bias with their gates; the weight is used up before the next such (:func:`.host.new`)."""
     weight = _dense(weight)
-    out = host.new(weight.shape, dtype, passing=True).as_strided(weight.shape, weight.stride())
+    out = host.new(weight.shape, dtype, True, weight.stride())
     return out, fold_into(out, weight, bias, gates, *_matrix(weight, gates))
 
 

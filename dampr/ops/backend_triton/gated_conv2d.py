@@ -37,7 +37,7 @@ def gated_conv2d_fwd(x: torch.Tensor, weight: torch.Tensor, bias: Maybe, gates: 
 
 def _slabs(x: torch.Tensor, weight: torch.Tensor, z_in: Maybe, z_out: Maybe, window: Window) -> tuple[int, int]:
     """(slabs, output pixels in one): a slab is an image if its gates are its own, else all images."""
-    OH, OW = window.size(x, weight)
+    OH, OW = window.size(x.shape, weight.shape)
     return (x.shape[0], OH * OW) if _per_image(z_in) or _per_image(z_out) else (1, x.shape[0] * OH * OW)
 
 
@@ -69,7 +69,7 @@ def _list_live(z: torch.Tensor, groups: int, depth: int) -> tuple[torch.Tensor, 
 def _conv(
     x: torch.Tensor, weight: torch.Tensor, bias: Maybe, z_in: Maybe, z_out: Maybe, lists: Lists, window: Window, tile: configs.Tile
 ) -> torch.Tensor:
-    (B, _, H, W), (N, C, R, S), (OH, OW), groups = x.shape, weight.shape, window.size(x, weight), window.groups
+    (B, _, H, W), (N, C, R, S), (OH, OW), groups = x.shape, weight.shape, window.size(x.shape, weight.shape), window.groups
     (SH, SW), (PH, PW), (DH, DW) = window[:3]
     slabs, rows = _slabs(x, weight, z_in, z_out, window)
     x, w = (t.to(x.dtype).contiguous(memory_format=torch.channels_last) for t in (x, weight))

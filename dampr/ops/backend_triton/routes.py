@@ -10,7 +10,7 @@ import torch
 
 from dampr.kernels import configs
 from dampr.kernels.dispatch import Thresholds, thresholds
-from dampr.ops.routes import forced, forced_linear
+from dampr.ops.routes import ConvProblem, forced, forced_linear
 
 from . import host
 
@@ -59,20 +59,12 @@ def route_by(
     return "fold", "one pass multiplies the gates into the weight, then the vendor GEMM runs"
 
 
-def conv_route(
-    weight: tuple[int, ...],
-    groups: int,
-    granularity: str | tuple[int, int],
-    per_sample: bool,
-    pointwise: bool,
-    device: torch.device,
-    activations: int,
-) -> tuple[str, str]:
-    """(name, reason) of the route of a convolution with a weight of this shape; ``pointwise``: it is a linear map on channels last.
+def conv_route(problem: ConvProblem) -> tuple[str, str]:
+    """(name, reason) of the route of a convolution; how many activations there are is no matter: a pass over the weight is cheap.
 
-    ``per_sample``: a draw per image, hence False for a rule without noise; ``activations`` are no matter: a pass over the weight is cheap.
     Raises ValueError where a forced route cannot serve the call.
     """
+    weight, groups, granularity, per_sample, pointwise, _, device = problem
     if granularity not in ("input", "output", "both"):
         possible: tuple[str, ...] = ("fold",)
     elif per_sample:
