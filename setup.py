@@ -21,7 +21,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 KERNELS, BINDINGS = "csrc/kernels.cpp", "csrc/bindings.cpp"
-FAMILIES = "rows", "folds", "blocks", "planes", "norms", "small", "generator"
+FAMILIES = "rows", "folds", "blocks", "planes", "axis", "norms", "small", "generator"
 HEADERS = [f"csrc/{name}.h" for name in ("kernels", "philox", "storage", "gate_families", "work", *FAMILIES)]
 
 COMMON_FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]

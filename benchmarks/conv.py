@@ -108,7 +108,7 @@ def _measure_layer(conv: Conv, per_sample: bool, device: str, compiled: bool, ro
     }
     case = f"{conv.name}, {conv.kernel} x {conv.kernel}, {'per sample' if per_sample else 'per batch'}, filter gates"
     x = torch.randn(conv.batch, conv.channels, conv.size, conv.size)
-    return _measure(case, conv.shape, layers, x, device, compiled, rounds)
+    return measure(case, conv.shape, layers, x, device, compiled, rounds)
 
 
 def _measure_network(
@@ -130,18 +130,20 @@ def _measure_network(
 
     layers: Layers = {"dense": lambda: copy.deepcopy(dense), "dampr": lambda: gated, "eager unfused": unfused}
     case = f"{name}, {'per sample' if per_sample else 'per batch'}"
-    return _measure(case, shape, layers, torch.randn(shape), device, compiled, rounds)
+    return measure(case, shape, layers, torch.randn(shape), device, compiled, rounds)
 
 
-def _measure(case: str, shape: tuple[int, ...], layers: Layers, x: Tensor, device: str, compiled: bool, rounds: int) -> list[linear.Point]:
+def measure(case: str, shape: tuple[int, ...], layers: Layers, x: Tensor, device: str, compiled: bool, rounds: int) -> list[linear.Point]:
+    """The points of competing layers on x, images among them channels last; those of one case."""
     torch.manual_seed(0)
     if compiled:
         torch._dynamo.reset()
         layers = {**layers, "compiled unfused": lambda: cast(nn.Module, torch.compile(layers["eager unfused"](), dynamic=False))}
-    x = x.to(device).contiguous(memory_format=torch.channels_last)
+    layout = torch.channels_last if x.dim() == 4 else torch.contiguous_format
+    x = x.to(device).contiguous(memory_format=layout)
     steps: dict[str, linear.Step] = {}
     for name, build in layers.items():
-        layer = build().to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+        layer = build().to(device, memory_format=layout).train()  # type: ignore[call-overload]
         with torch.no_grad():
             dy = torch.randn_like(layer(x))
         steps[name] = linear.TrainingStep(layer, x, dy)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Verification, GPU tests and benchmarks on a CUDA machine, from a source tree; needs python3 with torch, triton, numpy and pytest, no network.
 #
-#   bash benchmarks/gpu.sh [verify] [tests] [roofline] [pass] [vectors] [weights] [small] [tiny] [crossover] [recurrent] [conv] [layers] [models]
+#   bash benchmarks/gpu.sh [verify] [tests] [roofline] [pass] [vectors] [weights] [small] [tiny] [crossover] [recurrent] [closing] [conv] [layers] [models]
 #
 # Default: all of them, one by one.
 #
@@ -16,7 +16,7 @@ name=$("$PYTHON" -c 'import torch; print(torch.cuda.get_device_name().lower().re
   echo "error: $PYTHON sees no CUDA device; expected a machine with one" >&2; exit 2; }
 out=${OUT:-benchmarks/results/$name}
 mkdir -p "$out"
-stages=${*:-verify tests roofline pass vectors weights small tiny crossover recurrent conv layers models}
+stages=${*:-verify tests roofline pass vectors weights small tiny crossover recurrent closing conv layers models}
 status=0
 
 run() {  # name, seconds, command...
@@ -36,9 +36,9 @@ for stage in $stages; do
     roofline) run roofline 60 "$PYTHON" -m benchmarks.roofline --json "$out/roofline.json" ;;
     layers | models)  # compiling the competitors takes most of it: one stage of these per call where calls are short
       run "$stage" 560 "$PYTHON" -m benchmarks.run "$stage" --out "$out" --rounds 10 ${NO_COMPILE:+--no-compile} ;;
-    pass | vectors | weights | small | tiny | crossover | recurrent | conv)
+    pass | vectors | weights | small | tiny | crossover | recurrent | closing | conv)
       run "$stage" 240 "$PYTHON" -m benchmarks.run "$stage" --out "$out" ${NO_COMPILE:+--no-compile} ;;
-    *) echo "error: stage '$stage': expected verify, tests, roofline, pass, vectors, weights, small, tiny, crossover, recurrent, conv, layers or models" >&2; status=2 ;;
+    *) echo "error: stage '$stage': expected verify, tests, roofline, pass, vectors, weights, small, tiny, crossover, recurrent, closing, conv, layers or models" >&2; status=2 ;;
   esac
 done
 exit $status

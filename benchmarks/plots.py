@@ -44,7 +44,7 @@ STYLES = {
     "one_pass": ("#000000", "P"),
     "linear": ("#999999", "*"),
 }
-CLOSED = re.compile(r"(.*), (\d+)% of blocks closed")
+CLOSED = re.compile(r"(.*), (\d+)%( of blocks)? closed")
 Environment = dict[str, Any]
 
 
@@ -99,6 +99,27 @@ def _draw_routes(ax: Axes, routes: dict[str, list[tuple[int, float]]], rows: boo
         ax.set_xticks(ticks, [str(x) for x in ticks])
         ax.minorticks_off()
     ax.legend(frameon=False)
+
+
+def draw_closing(closing: Path) -> Figure:
+    """Time of every provider relative to dense against the share of closed gates, a panel for each layer and kind of gates."""
+    environment, points = load(closing)
+    dense = {(p.case, p.shape): p.median for p in points if p.provider == "dense"}
+    panels: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    for p in points:
+        found = CLOSED.fullmatch(p.case)
+        if found and p.provider != "dense":
+            lines = panels.setdefault(f"{found[1]}\n{p.shape}", {})
+            lines.setdefault(p.provider, []).append((int(found[2]), p.median / dense[p.case, p.shape]))
+    figure, axes = plt.subplots(1, len(panels), figsize=(3.5 * len(panels), 3.2), sharey=True, layout="constrained", squeeze=False)
+    for ax, (title, lines) in zip(axes.flat, panels.items(), strict=True):
+        _draw_routes(ax, lines, rows=False)
+        ax.set(title=title, xlabel="gates closed (%)")
+        ax.title.set_fontsize(8)
+    axes[0, 0].set_ylim(0, None)
+    axes[0, 0].set_ylabel("time / time of dense")
+    figure.suptitle(f"A training step as gates close, forward + backward. {records.device_of(environment)}, {points[0].dtype}")
+    return figure
 
 
 def draw_roofline(roofline: Path, *stages: Path) -> Figure:
@@ -178,6 +199,7 @@ class Chart(NamedTuple):
 
 
 CHARTS = {
+    "closing": Chart(draw_closing, ("closing.jsonl",)),
     "crossover": Chart(draw_crossover, ("linear-crossover.jsonl",)),
     "roofline": Chart(draw_roofline, ("roofline.json", "linear-pass.jsonl", "linear-vectors.jsonl", "linear-weights.jsonl")),
     "memory": Chart(draw_memory, ("linear-vectors.jsonl", "linear-weights.jsonl")),

@@ -1,10 +1,10 @@
 """``python -m benchmarks.run [STAGE ...]``: time the suite on this machine, one JSON line a point.
 
 Needs torch (and triton where there is a GPU). Each stage of :mod:`benchmarks.suite`, and ``crossover`` of :mod:`benchmarks.crossover`,
-becomes OUT/linear-STAGE.jsonl, each stage of :mod:`benchmarks.conv` OUT/conv-STAGE.jsonl, and ``recurrent`` of :mod:`benchmarks.recurrent`
-OUT/recurrent.jsonl, whose first line is the environment and whether the ops passed verification in this run; no ratio is printed when they
-did not. On a GPU, ``crossover`` also writes the thresholds that suit it best, OUT/dispatch-DEVICE.json: copied to
-dampr/kernels/dispatch/DEVICE.json, they decide the routes on that device.
+becomes OUT/linear-STAGE.jsonl, each stage of :mod:`benchmarks.conv` OUT/conv-STAGE.jsonl, ``recurrent`` of :mod:`benchmarks.recurrent`
+and ``closing`` of :mod:`benchmarks.closing` OUT/STAGE.jsonl. The first line is the environment and whether the ops passed verification in
+this run; no ratio is printed when they did not. On a GPU, ``crossover`` also writes the thresholds that suit it best,
+OUT/dispatch-DEVICE.json: copied to dampr/kernels/dispatch/DEVICE.json, they decide the routes on that device.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import conv, crossover, recurrent
+from benchmarks import closing, conv, crossover, recurrent
 from benchmarks.suite import SUITE
 from dampr.bench import linear, records, verify
 from dampr.kernels.dispatch import table_name
 
 RESULTS = Path(__file__).parent / "results"
+WHOLE = {"recurrent": recurrent.run, "closing": closing.run}  # stages whose file is called as they are
 
 
 def device_name() -> str:
@@ -31,7 +32,7 @@ def device_name() -> str:
 def main(argv: list[str] | None = None) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     suite = SUITE[device]
-    stages = (*suite, "crossover", "recurrent", *conv.STAGES)
+    stages = (*suite, "crossover", "recurrent", "closing", *conv.STAGES)
     default = [stage for stage in stages if device == "cuda" or stage != "layers"]
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("stages", nargs="*", help=f"default: {' '.join(default)}; one of: {' '.join(stages)}")
@@ -47,14 +48,14 @@ def main(argv: list[str] | None = None) -> int:
     for stage in arguments.stages or default:
         if stage == "crossover":
             points = crossover.run(device, rounds=arguments.rounds)
-        elif stage == "recurrent":
-            points = recurrent.run(device, compiled=not arguments.no_compile, rounds=arguments.rounds)
+        elif stage in WHOLE:
+            points = WHOLE[stage](device, compiled=not arguments.no_compile, rounds=arguments.rounds)
         elif stage in conv.STAGES:
             points = conv.run(stage, device, compiled=not arguments.no_compile, rounds=arguments.rounds)
         else:
             points = linear.run(suite[stage], compiled=not arguments.no_compile, rounds=arguments.rounds)
         print(*linear.aligned(linear.table(points, verified)), sep="\n", flush=True)
-        name = f"conv-{stage}" if stage in conv.STAGES else stage if stage == "recurrent" else f"linear-{stage}"
+        name = f"conv-{stage}" if stage in conv.STAGES else stage if stage in WHOLE else f"linear-{stage}"
         records.write_jsonl(arguments.out / f"{name}.jsonl", [header, *(p.as_dict() for p in points)])
         if stage == "crossover" and device == "cuda" and verified:
             source = f"benchmarks/results/{device_name()}/linear-crossover.jsonl, commit {header['environment']['commit']}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import statistics
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +52,10 @@ def _table(lines: list[dict[str, Any]]) -> str:
         ]
         return report.markdown(("ceiling", "measured"), rows) + "\n\n"
     found = [linear.Point(**{**p, "shape": tuple(p["shape"])}) for p in points]
-    if len({(p.shape, p.case) for p in found}) > 20:
-        return _side_by_side(found, head["verified"])
+    if len({(p.shape, p.case) for p in found}) >= 20:
+        return _side_by_side(found, head["verified"]) + _against_compiled(found)
     columns, *rows = linear.table(found, head["verified"])
-    return report.markdown(columns, rows) + "\n\n"
+    return report.markdown(columns, rows) + "\n\n" + _against_compiled(found)
 
 
 def _side_by_side(points: list[linear.Point], verified: bool) -> str:
@@ -62,14 +63,30 @@ def _side_by_side(points: list[linear.Point], verified: bool) -> str:
     cases: dict[tuple[Any, str], dict[str, linear.Point]] = {}
     for p in points:
         cases.setdefault((p.shape, p.case), {})[p.provider] = p
-    others = ("dampr", "eager unfused", "compiled unfused")
+    others = ("dampr", "eager unfused", COMPILED)
     rows = []
     for (shape, case), by in cases.items():
         dense = by["dense"].median
         times = [f"{by[name].median / dense:.2f}" if verified and name in by and not by[name].error else "" for name in others]
-        spread = by["dampr"].high - by["dampr"].low
-        rows.append((str(shape), case, f"{dense * 1e3:.2f}", *times, f"{spread / by['dampr'].median:.0%}"))
-    return report.markdown(("shape", "case", "dense ms", *others, "spread of dampr"), rows) + "\n\n"
+        middle, low, high = (by["dampr"].ratios or {}).get(COMPILED, (nan, nan, nan))
+        rows.append((str(shape), case, f"{dense * 1e3:.2f}", *times, f"{middle:.3f} ({low:.3f} to {high:.3f})" if verified else ""))
+    return report.markdown(("shape", "case", "dense ms", *others, "dampr / compiled (95 %)"), rows) + "\n\n"
+
+
+COMPILED = "compiled unfused"
+
+
+def _against_compiled(points: list[linear.Point]) -> str:
+    """How many cases dampr is faster in than the compiled layer, by the intervals of the ratios; each that it is slower in, by name."""
+    found = [(p, p.ratios[COMPILED]) for p in points if p.ratios and COMPILED in p.ratios]
+    if not found:
+        return ""
+    behind = [f"{p.case} at {p.shape}: {middle:.3f} ({low:.3f} to {high:.3f})" for p, (middle, low, high) in found if low > 1]
+    faster = sum(high < 1 for _, (_, _, high) in found)
+    how = "median ratio of the rounds, 95 % interval"
+    ending = f": {'; '.join(behind)}" if behind else ""
+    counts = f"faster in {faster}, level in {len(found) - faster - len(behind)}, slower in {len(behind)} of {len(found)} cases"
+    return f"Against the compiled unfused layer ({how}): {counts}{ending}.\n\n"
 
 
 def _verified(row: dict[str, Any]) -> tuple[str, ...]:

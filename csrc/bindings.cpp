@@ -228,6 +228,26 @@ void rows_backward(const py::tuple& spec, DType from, DType to, Address x, const
   without_gil([&] { return k.rows_backward(s, from, to, a, team); });
 }
 
+// How many of n gates are not 0, and, if wanted, a list of these in order, filled up with others to `length` entries.
+int64_t open_gates(const py::tuple& spec, int dtype, Address log_alpha, Address seed_ptr, int64_t n, Address places, int64_t length) {
+  const DType gate = check_dtype("dtype", dtype, true);
+  check_sizes("n", n, "rows", 1);
+  if (n > std::numeric_limits<int32_t>::max()) reject("n", std::to_string(n), "fewer than 2^31 gates");
+  if (places && (length < 0 || length > n)) reject("length", std::to_string(length), "0 to " + std::to_string(n) + ", the number of gates");
+  std::vector<double> room(static_cast<size_t>(n));  // of either dtype
+  rows_forward(spec, gate, gate, 0, 1, n, log_alpha, seed_ptr, "z", reinterpret_cast<Address>(room.data()), 1);
+  const auto is_open = [&](int64_t j) { return gate == kFloat64 ? room[static_cast<size_t>(j)] != 0 : reinterpret_cast<const float*>(room.data())[j] != 0; };
+  int64_t open = 0;
+  for (int64_t j = 0; j < n; ++j) open += is_open(j);
+  if (!places) return open;
+  if (length < open) reject("length", std::to_string(length), std::to_string(open) + " or more, the number of open gates");
+  int64_t others = length - open;
+  int32_t* next = pointer<int32_t>(places);
+  for (int64_t j = 0; j < n; ++j)
+    if (is_open(j) || others-- > 0) *next++ = static_cast<int32_t>(j);
+  return open;
+}
+
 void gates_fwd(const py::tuple& spec, int dtype, Address log_alpha, Address seed_ptr, int64_t rows, int64_t n, Address z, int64_t threads) {
   const DType checked = check_dtype("dtype", dtype, true);
   rows_forward(spec, checked, checked, 0, rows, n, log_alpha, seed_ptr, "z", z, threads);
@@ -414,6 +434,34 @@ void fold_blocks_bwd(const py::tuple& spec, int g_dtype, int w_dtype, Address g,
     k.rows_forward(s, gate, gate, gates.rows, team);
     return k.fold_blocks_backward(from, to, a, team) && (!dlog_alpha || k.rows_backward(s, gate, gate, rows, team));
   });
+}
+
+// Which entries of an axis are moved, and between what; x has n_x entries there, out n_out.
+Axis check_axis(DType dtype, Address x, int64_t n_x, int64_t outer, int64_t n, int64_t inner, Address places, int64_t count, Address out, int64_t n_out,
+                int team) {
+  check_sizes("outer", outer, "n", n), check_sizes("outer", outer * n, "inner", inner);
+  if (count < 0 || count > n || n > std::numeric_limits<int32_t>::max()) reject("count", std::to_string(count), "0 to n=" + std::to_string(n) + ", below 2^31");
+  const int32_t* first = required<const int32_t>("places", places, count);
+  for (int64_t j = 0; j < count; ++j)
+    if (first[j] < 0 || first[j] >= n) reject("places", std::to_string(first[j]), "0 to " + std::to_string(n - 1));
+  required<void>("out", out, outer * n_out * inner);
+  return {required<const void>("x", x, outer * n_x * inner), output(out, outer * n_out * inner, dtype, team), first, outer, n, count, inner};
+}
+
+void pick(int dtype, Address x, int64_t outer, int64_t n, int64_t inner, Address places, int64_t count, Address out, int64_t threads) {
+  const Kernels& k = kernels();
+  const int team = check_threads(threads);
+  const DType checked = check_dtype("dtype", dtype);
+  const Axis a = check_axis(checked, x, n, outer, n, inner, places, count, out, count, team);
+  without_gil([&] { return k.pick(checked, a, team), true; });
+}
+
+void place(int dtype, Address x, int64_t outer, int64_t n, int64_t inner, Address places, int64_t count, Address out, int64_t threads) {
+  const Kernels& k = kernels();
+  const int team = check_threads(threads);
+  const DType checked = check_dtype("dtype", dtype);
+  const Axis a = check_axis(checked, x, count, outer, n, inner, places, count, out, n, team);
+  without_gil([&] { return k.place(checked, a, team); });
 }
 
 void check_shape(int64_t outer, int64_t middle, int64_t n, int64_t inner) {
@@ -635,6 +683,12 @@ PYBIND11_MODULE(_C, m) {
         "dtype"_a, "x"_a, "outer"_a, "middle"_a, "n"_a, "inner"_a, "z"_a, "per_outer"_a, "out"_a, "threads"_a);
   m.def("gate_planes_bwd", &dampr::gate_planes_bwd, "dx = g z and dz = the sums of x g over all that shares a gate, in one pass.", "dtype"_a, "g"_a,
         "x"_a, "outer"_a, "middle"_a, "n"_a, "inner"_a, "z"_a, "per_outer"_a, "dx"_a, "dz"_a, "threads"_a);
+  m.def("open_gates", &dampr::open_gates, "How many gates are not 0; places (int32): these in order, filled up with closed ones to length entries.", "spec"_a,
+        "dtype"_a, "log_alpha"_a, "seed_ptr"_a, "n"_a, "places"_a = 0, "length"_a = 0);
+  m.def("pick", &dampr::pick, "out (outer, count, inner) = x[:, places] of x (outer, n, inner).", "dtype"_a, "x"_a, "outer"_a, "n"_a, "inner"_a, "places"_a,
+        "count"_a, "out"_a, "threads"_a);
+  m.def("place", &dampr::place, "out (outer, n, inner), zeros but for out[:, places] = x (outer, count, inner).", "dtype"_a, "x"_a, "outer"_a, "n"_a, "inner"_a,
+        "places"_a, "count"_a, "out"_a, "threads"_a);
   m.def("norm_stats", &dampr::norm_stats, "Mean and biased variance of each of the n channels of x (outer, middle, n, inner), summed in double.",
         "dtype"_a, "x"_a, "outer"_a, "middle"_a, "n"_a, "inner"_a, "mean"_a, "var"_a, "threads"_a);
   m.def("norm_gate_fwd", &dampr::norm_gate_fwd, "out = act(z (gain (x - mean) / sqrt(var + eps) + bias)); z as for gate_planes, the rest (n,).",

@@ -1,12 +1,13 @@
 // The CPU kernels. Compiled once per instruction set, with DAMPR_ISA (and DAMPR_AVX2 or DAMPR_AVX512) defined by the build.
 //
-// rows.h, folds.h, blocks.h, planes.h, norms.h, small.h and generator.h hold the loops; here dtypes and gate families are picked, and the table of functions is filled.
+// rows.h, folds.h, blocks.h, planes.h, axis.h, norms.h, small.h and generator.h hold the loops; here dtypes and gate families are picked, and the table of functions is filled.
 #if defined(DAMPR_AVX512) && defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // gcc's own AVX-512 header, bug 105593
 #endif
 
 #include "kernels.h"
 
+#include "axis.h"
 #include "blocks.h"
 #include "folds.h"
 #include "gate_families.h"
@@ -136,6 +137,24 @@ bool planes_backward_entry(DType dtype, const Planes& a, int threads) {
   return done;
 }
 
+// float64 or not decides the size of an element; of the narrow ones only that.
+template <class F>
+void with_size(DType dtype, F&& f) {
+  if (dtype == kFloat64) return f(Tag<double>());
+  if (dtype == kFloat32) return f(Tag<float>());
+  f(Tag<uint16_t>());
+}
+
+void pick_entry(DType dtype, const Axis& a, int threads) {
+  with_size(dtype, [&](auto x) { pick<typename decltype(x)::Type>(a, threads); });
+}
+
+bool place_entry(DType dtype, const Axis& a, int threads) {
+  bool done = false;
+  with_size(dtype, [&](auto x) { done = place<typename decltype(x)::Type>(a, threads); });
+  return done;
+}
+
 bool norm_stats_entry(DType dtype, const Planes& a, void* mean, void* var, int threads) {
   bool done = false;
   with_dtype(dtype, [&](auto x) { done = norm_stats<typename decltype(x)::Type>(a, mean, var, threads); });
@@ -187,10 +206,11 @@ bool generator_backward_entry(DType dtype, const Generator& a) {
   return dtype == kFloat64 ? generator_backward<double>(a) : generator_backward<float>(a);
 }
 
-constexpr Kernels kKernels = {DAMPR_TEXT(DAMPR_ISA),    philox_words_entry,        philox_uniform_entry,  rows_forward_entry,   rows_backward_entry,
-                              fold_forward_entry,       fold_backward_entry,       fold_blocks_forward_entry, fold_blocks_backward_entry,
-                              planes_forward_entry,     planes_backward_entry,     norm_stats_entry,      norm_gate_forward_entry,
-                              norm_gate_backward_entry, small_forward_entry,       small_backward_entry,  generator_forward_entry,  generator_backward_entry};
+constexpr Kernels kKernels = {DAMPR_TEXT(DAMPR_ISA),     philox_words_entry,       philox_uniform_entry,       rows_forward_entry,
+                              rows_backward_entry,       fold_forward_entry,       fold_backward_entry,        fold_blocks_forward_entry,
+                              fold_blocks_backward_entry, planes_forward_entry,    planes_backward_entry,      pick_entry,
+                              place_entry,               norm_stats_entry,         norm_gate_forward_entry,    norm_gate_backward_entry,
+                              small_forward_entry,       small_backward_entry,     generator_forward_entry,    generator_backward_entry};
 
 }  // namespace
 

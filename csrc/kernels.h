@@ -75,6 +75,15 @@ struct Planes {
   bool per_outer;
 };
 
+// Entries of the axis n of a tensor (outer, n, inner): places[count] says which, each at most once. Pick: x (outer, n, inner), out (outer, count,
+// inner) has those only. Place: the other way round, with zeros between them.
+struct Axis {
+  const void* x;
+  void* out;
+  const int32_t* places;
+  int64_t outer, n, count, inner;
+};
+
 // A batch norm and the gates behind it: y = act(z (gain (x - mean) / sqrt(var + eps) + bias)), act = ReLU if relu. Null gain: 1, null bias: 0.
 // Backward: planes.out = dx, planes.dz, dgain, dbias, absent ones null; training: mean and var are those of x itself. Derivation: docs/kernels.md.
 struct NormGate {
@@ -122,6 +131,8 @@ struct Kernels {
   bool (*fold_blocks_backward)(DType g, DType w, const FoldBlocksBackward&, int threads);
   void (*planes_forward)(DType dtype, const Planes&, int threads);
   bool (*planes_backward)(DType dtype, const Planes&, int threads);
+  void (*pick)(DType dtype, const Axis&, int threads);
+  bool (*place)(DType dtype, const Axis&, int threads);
   bool (*norm_stats)(DType dtype, const Planes&, void* mean, void* var, int threads);  // of planes.x, var biased
   bool (*norm_gate_forward)(DType dtype, const NormGate&, int threads);
   bool (*norm_gate_backward)(DType dtype, const NormGate&, int threads);

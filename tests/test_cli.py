@@ -127,7 +127,17 @@ def test_interleaved_timing_tells_slow_from_fast():
     times = timing.interleaved({"slow": lambda: time.sleep(0.004), "fast": lambda: None}, rounds=5, min_seconds=0.001)
     assert times["slow"].median > 0.004
     assert times["fast"].median < times["slow"].median
-    assert times["slow"].rounds == 5
+    assert len(times["slow"].samples) == 5
+
+
+def test_ratios_are_those_of_rounds():
+    """A machine that is ten times slower in some rounds changes neither the ratio nor its interval."""
+    slowness = [1.0, 10.0, 1.0, 1.0, 10.0, 3.0, 1.0, 1.0, 1.0]
+    noise = [1.00, 1.02, 0.98, 1.01, 0.99, 1.03, 0.97, 1.00, 1.04]
+    other = timing._summarise(slowness)
+    middle, low, high = timing._summarise([1.5 * a * b for a, b in zip(slowness, noise, strict=True)]).relative_to(other)
+    assert (middle, low, high) == pytest.approx((1.5, 1.5 * 0.98, 1.5 * 1.03))
+    assert timing._summarise([2.0]).relative_to(timing._summarise([1.0])) == (2.0, 2.0, 2.0)
 
 
 def test_bare_forms_need_no_command_line_packages(tmp_path):

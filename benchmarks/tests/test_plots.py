@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from benchmarks import crossover, plots
+from benchmarks import closing, crossover, plots
 from dampr.bench.linear import Case, Point
 from dampr.ops.routes import ROUTES
 
@@ -35,6 +35,11 @@ def results(tmp_path):
     for share in (0.0, 0.9):  # slower than anything in the first panel
         sweep += [replace(p, case=crossover.closed_name(case, share), median=p.median * (3 if p.route else 1)) for p in sweep[-3:]]
     _write(folder / "linear-crossover.jsonl", sweep)
+    shut = [(closing.closed_name("linear", share), 1.1 - share) for share in closing.SHARES]
+    steps = [
+        replace(_point(Case(SHAPE, "input"), who, t), case=name) for name, time in shut for who, t in (("dense", 1.0), ("dampr", time))
+    ]
+    _write(folder / "closing.jsonl", steps)
     weight_pass = Case((0, 32, 32), "weight", weight_pass=True)
     _write(folder / "linear-pass.jsonl", [_point(weight_pass, "copy", 1e-6, kept=None), _point(weight_pass, "dampr", 2e-6, "fold", None)])
     missing = replace(_point(Case(SHAPE, "output"), "captum", float("nan")), error="ImportError: captum")
@@ -55,7 +60,9 @@ def test_every_chart_is_drawn_from_a_folder_of_results(results, tmp_path):
 
 def test_a_chart_whose_files_are_not_there_is_left_out(results, tmp_path):
     (results / "abacus-1" / "roofline.json").unlink()
-    assert {path.name for path in plots.write_all(results, tmp_path)} == {"abacus-1-crossover.png", "abacus-1-memory.png"}
+    assert {path.name for path in plots.write_all(results, tmp_path)} == {
+        f"abacus-1-{name}.png" for name in ("closing", "crossover", "memory")
+    }
 
 
 def test_results_that_failed_verification_are_not_drawn(results, tmp_path):
@@ -74,6 +81,15 @@ def test_panels_are_titled_and_hold_a_line_for_each_route(results):
     assert list(closed.get_lines()[1].get_xdata()) == [0, 90]
     assert max(max(line.get_ydata()) for ax in (rows, closed) for line in ax.get_lines()) <= rows.get_ylim()[1]
     assert "NVIDIA Abacus 1" in figure.get_suptitle()
+    plots.plt.close(figure)
+
+
+def test_a_line_of_each_provider_falls_with_the_gates(results):
+    figure = plots.draw_closing(results / "abacus-1" / "closing.jsonl")
+    (ax,) = figure.axes
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["dense", "dampr"]
+    assert list(ax.get_lines()[1].get_xdata()) == [round(100 * share) for share in closing.SHARES]
+    assert list(ax.get_lines()[1].get_ydata()) == pytest.approx([1.1 - share for share in closing.SHARES])
     plots.plt.close(figure)
 
 

@@ -58,7 +58,8 @@ class Point:
     ``shape``: (M, K, N) of a linear layer, (B, C, H, W, N, kernel, stride) of a convolution, that of the input of a network.
 
     ``peak_bytes``: of one step, beyond what was allocated before it (CUDA only). ``kept_bytes``: what the forward keeps for the backward,
-    beyond parameters and the input (None where there is no backward).
+    beyond parameters and the input (None where there is no backward). ``ratios``, of dampr's points: (median, low, high) of the time
+    relative to each competitor, round by round, with its 95 % interval (:meth:`dampr.bench.timing.Timing.relative_to`).
     """
 
     case: str
@@ -73,6 +74,7 @@ class Point:
     route: str | None = None
     error: str | None = None
     kept_bytes: int | None = None
+    ratios: dict[str, tuple[float, float, float]] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -122,6 +124,7 @@ def time_steps(
             peak_bytes=_peak(steps[name], device),
             route=routes.get(name),
             kept_bytes=_kept(steps[name]),
+            ratios={other: t.relative_to(o) for other, o in times.items() if other != name} if name == "dampr" else None,
         )
         for name, t in times.items()
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -17,12 +18,23 @@ class Timing:
     median: float
     low: float
     high: float
-    rounds: int
+    samples: tuple[float, ...]  # one a round
 
     @property
     def spread(self) -> float:
         """Interquartile range as a share of the median."""
         return (self.high - self.low) / self.median if self.median else 0.0
+
+    def relative_to(self, other: Timing) -> tuple[float, float, float]:
+        """The median over the rounds of this time by that of ``other``, and an interval that holds the true one in 95 of 100 runs.
+
+        Both were measured next to each other in each round, so most of what disturbs a machine cancels out. The interval is that of order
+        statistics (binomial, normal approximation): no distribution is assumed. A single round has no interval but its own.
+        """
+        ratios = sorted(a / b for a, b in zip(self.samples, other.samples, strict=True))
+        n = len(ratios)
+        first = max(0, math.floor(n / 2 - 0.98 * math.sqrt(n)))
+        return statistics.median(ratios), ratios[first], ratios[n - 1 - first]
 
 
 def interleaved(
@@ -52,7 +64,7 @@ def interleaved(
 
 def _summarise(seconds: list[float]) -> Timing:
     low, median, high = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else seconds * 3
-    return Timing(median, low, high, len(seconds))
+    return Timing(median, low, high, tuple(seconds))
 
 
 def _wall(function: Callable[[], object], repeats: int) -> float:

@@ -270,7 +270,9 @@ def _routes(backend: str, case: LinearCase) -> tuple[str | None, ...]:
     """The route a case takes by itself and, in C++, where hard shapes are small layers, those of larger ones as well."""
     if backend != "cpp" or case.op != "gated_linear" or case.gates == "none":
         return (None,)
-    return (None, "passes") if case.per_sample and case.rule == "sample" else (None, "fold", "activations")
+    if case.per_sample and case.rule == "sample":
+        return None, "passes"
+    return None, "fold", "activations", *["live"] * (case.rule not in ("mask", "value"))  # of these, closed gates have a gradient
 
 
 def linear_once(

@@ -71,6 +71,9 @@ def cases(backend: str, device: str) -> Iterator[ConvCase]:
             yield ConvCase(shape, gates, each, False, {"groups": groups})
     if backend != "reference":
         yield from (ConvCase((2, 16, 5, 4, 32, 1), gates, False, True, {}, "linear") for gates in ("input", "output", "both"))
+    if backend == "cpp":
+        for arguments, (gates, last) in itertools.product(ways[:-1], (("input", True), ("output", True), ("output", False))):
+            yield ConvCase((2, 20, 9, 7, 33, 3), gates, False, last, arguments, "live")
     if backend == "triton":
         for arguments, gates in itertools.product(ways, ("both",) if interpreted else ("input", "output", "both")):
             yield ConvCase((2, 64, 9, 7, 48, 3), gates, False, True, arguments, "live")

@@ -101,8 +101,7 @@ def _gated_conv(
     per_sample: bool,
     spec: GateSpec,
 ) -> Tensor:
-    convolve, *arguments = how
-    groups: int = arguments[3]
+    convolve, arguments, groups = how[0], how[1:], how[-1]
     where = "weight" if weight_gate is not None else "input" if output_gate is None else "output" if input_gate is None else "both"
     layout = layout_of(dims, x, weight, *arguments, where)
     n_out, n_in = weight.shape[0], weight.shape[1] * groups
@@ -117,7 +116,8 @@ def _gated_conv(
     if input_gate is None and output_gate is None:
         return convolve(x, weight, bias, *arguments)
     problem = problem_of(layout, x, weight, groups, where, gates.per_sample, spec.rule == SAMPLE)
-    route, _ = ops.select(x.device, x.dtype).conv_route(problem)
+    backend = ops.select(x.device, x.dtype)
+    route, _ = backend.conv_route(problem)
     window = layout.window
     if route == "linear":
         y = ops.gated_linear(x.permute(0, 2, 3, 1), weight.reshape(n_out, n_in), bias, gates)
@@ -126,10 +126,12 @@ def _gated_conv(
     on_activations = route in ("activations", "passes")
     if window is None:
         y = ops.composed_conv(batch, weight, bias, gates, lambda *given: convolve(*given, *arguments), groups, on_activations)
-    elif route == "live":
+    elif route == "live" and not hasattr(backend, "live"):
         y = ops.gated_conv2d(batch, weight, bias, gates, window)
     else:
-        y = ops.whole_conv(batch, weight, bias, gates, window, on_activations)
+        whole = functools.partial(ops.whole_conv, window=window, on_activations=on_activations)
+        part = ops.on_open_gates(batch, weight, bias, gates, layout.work, whole, window)
+        y = whole(batch, weight, bias, gates) if part is None else part
     return y if x.dim() == dims + 2 else y[0]
 
 
@@ -137,12 +139,13 @@ class Layout(NamedTuple):
     """What shapes and arguments make of a convolution.
 
     ``window``: its arguments, a number for each dimension, or None where that is not what torch takes. ``pointwise``, ``activations``: as
-    in :class:`dampr.ops.routes.ConvProblem`.
+    in :class:`dampr.ops.routes.ConvProblem`. ``work``: multiply-adds.
     """
 
     window: Window | None
     pointwise: bool
     activations: int
+    work: int
 
 
 def layout_of(dims: int, x: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: int, where: str | Any) -> Layout:
@@ -187,7 +190,8 @@ def _layout(
     pointwise = side_by_side and window is not None and window[:2] == ((1, 1), (0, 0)) and groups == 1
     size = x[-dims:] if window is None else window.size(x, weight)
     written = (1 if len(x) == dims + 1 else x[0]) * weight[0] * math.prod(size)
-    return Layout(window, pointwise, max(math.prod(x) if where != "output" else 0, written if where != "input" else 0))
+    activations = max(math.prod(x) if where != "output" else 0, written if where != "input" else 0)
+    return Layout(window, pointwise, activations, written * math.prod(weight[1:]))
 
 
 _remembered_layout = functools.lru_cache(maxsize=1024, typed=True)(_layout)  # typed: groups=True is refused though 1 is not
@@ -196,7 +200,7 @@ _remembered_layout = functools.lru_cache(maxsize=1024, typed=True)(_layout)  # t
 def problem_of(layout: Layout, x: Tensor, weight: Tensor, groups: int, where: Any, per_sample: bool, drawn: bool) -> ConvProblem:
     """What a backend chooses the route by. Only gates that are drawn let a convolution become a linear map."""
     pointwise = layout.pointwise and drawn
-    return ConvProblem(tuple(weight.shape), groups, where, per_sample, pointwise, layout.activations, x.device)
+    return ConvProblem(tuple(weight.shape), groups, where, per_sample, pointwise, layout.activations, layout.work, x.device)
 
 
 def _window(weight: torch.Size, stride: Any, padding: Any, dilation: Any, groups: int) -> Window | None:

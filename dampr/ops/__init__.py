@@ -13,6 +13,7 @@ from .gate_activations import gate_activations
 from .gate_args import GateArgs, GatePair
 from .gated_conv2d import gated_conv2d
 from .gated_linear import gated_linear
+from .live import on_open_gates
 from .norm_gate import norm_gate
 from .routes import forced_route
 from .sample_gates import sample_gates
@@ -39,6 +40,7 @@ __all__ = [
     "gated_conv2d",
     "gated_linear",
     "norm_gate",
+    "on_open_gates",
     "sample_gates",
     "select",
     "weight_gated_linear",

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import register_flop_formula
 from .backends import select
 from .gate_args import PAIR, GatePair, Maybe
 from .library import apply, define, gates_activations, once_differentiable, or_empty, wanted, watched
+from .live import on_open_gates
 
 
 def _fwd(
@@ -139,11 +140,20 @@ _apply_small = super(torch.autograd.Function, _SmallLinear).apply  # type: ignor
 def gated_linear(x: Tensor, weight: Tensor, bias: Maybe, gates: GatePair) -> Tensor:
     """Differentiable gated linear map; arguments are taken as checked (:func:`dampr.functional.gated_linear` checks)."""
     in_la, out_la, _, _, spec, per_sample = gates
-    learns = out_la is not None and out_la.requires_grad and torch.is_grad_enabled()
     small = getattr(select(x.device, x.dtype), "small_linear", None)
     if small is not None and small.takes(x, weight, in_la, out_la, spec) and not watched((x, weight, bias, in_la, out_la)):
-        quick: Tensor = _apply_small(x, weight, bias, *gates, learns and per_sample)
+        quick: Tensor = _apply_small(x, weight, bias, *gates, per_sample and _learns(out_la))
         return quick
-    keep_pre = learns and (per_sample or gates_activations(x, weight))
+    part = on_open_gates(x, weight, bias, gates, x.numel() * weight.shape[0], whole_linear)
+    return whole_linear(x, weight, bias, gates) if part is None else part
+
+
+def whole_linear(x: Tensor, weight: Tensor, bias: Maybe, gates: GatePair) -> Tensor:
+    """The same in one operator each way, whatever is closed."""
+    keep_pre = _learns(gates.output_log_alpha) and (gates.per_sample or gates_activations(x, weight))
     y: Tensor = apply(_GatedLinear, x, weight, bias, *gates, keep_pre)[0]
     return y
+
+
+def _learns(log_alpha: Maybe) -> bool:
+    return log_alpha is not None and log_alpha.requires_grad and torch.is_grad_enabled()

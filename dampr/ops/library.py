@@ -11,6 +11,7 @@ import torch
 from dampr.spec import GateSpec
 
 from . import routes
+from .gate_args import GatePair, Maybe
 
 LIBRARY = torch.library.Library("dampr", "DEF")
 
@@ -75,6 +76,18 @@ def once_differentiable(backward: Callable[..., Any]) -> Any:
         return guarded(ctx, *grads) if torch.is_grad_enabled() else backward(ctx, *grads)
 
     return wrapper
+
+
+def differentiate(
+    whole: Callable[..., torch.Tensor], dy: torch.Tensor, tensors: Sequence[Maybe], gates: GatePair, needs: Sequence[bool]
+) -> list[Maybe]:
+    """Gradients of x, weight, bias and both log-alphas by way of ``whole(x, weight, bias, gates)``, of operators, for whoever looks on."""
+    inputs = (*tensors, gates.input_log_alpha, gates.output_log_alpha)
+    with torch.enable_grad():
+        leaves = [None if t is None else t.detach().requires_grad_(need) for t, need in zip(inputs, needs, strict=True)]
+        y = whole(*leaves[:3], gates._replace(input_log_alpha=leaves[3], output_log_alpha=leaves[4]))
+        found = iter(torch.autograd.grad(y, [t for t in leaves if t is not None and t.requires_grad], dy))
+    return [next(found) if t is not None and t.requires_grad else None for t in leaves]
 
 
 def or_empty(grads: Sequence[torch.Tensor | None], like: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -3,7 +3,8 @@
 small        drawn gates of features, a tiny layer: one call does it all, products included (C++)
 fold         per batch: gates multiplied into the weight by one pass, then the vendor GEMM or convolution
 activations  per batch, gates of features or channels: multiplied into activations that are smaller than the weight (CPU)
-live         per batch, gates of features: a GEMM, or a convolution, over the blocks of features that have an open gate (Triton)
+live         per batch, gates of features or channels: the product over open gates alone; Triton: in a GEMM or a convolution of its own,
+             over blocks of features that have one; CPU: what is open is picked out, where a draw leaves few enough open
 small_m      per batch, a gate for each weight: a GEMM that draws the gates of its weights (Triton)
 linear       per batch, a 1 x 1 convolution on channels last: the linear map that it is (its own route then decides)
 one_pass     per sample: GEMMs with the gates inside (Triton)
@@ -26,7 +27,8 @@ class ConvProblem(NamedTuple):
     """What the route of a gated convolution depends on.
 
     ``weight``: its shape, (N, C / groups, *kernel). ``pointwise``: whether the convolution is a linear map of the channels of each pixel
-    that lie side by side in memory. ``activations``: how many elements gates would multiply that do not multiply the weight.
+    that lie side by side in memory. ``activations``: how many elements gates would multiply that do not multiply the weight. ``work``:
+    multiply-adds.
     ``per_sample``: a draw per image, hence False for a rule without noise.
     """
 
@@ -36,6 +38,7 @@ class ConvProblem(NamedTuple):
     per_sample: bool
     pointwise: bool
     activations: int
+    work: int
     device: torch.device
 
 

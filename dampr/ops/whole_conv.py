@@ -8,6 +8,7 @@ folded again, and gradients are written over what nobody else can see.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from .backends import select
 from .fold_conv import channels_innermost, fold_channels, fold_filters
 from .gate_activations import gate_activations
 from .gate_args import GatePair, Maybe
-from .library import once_differentiable, watched
+from .library import differentiate, once_differentiable, watched
 
 Sizes = tuple[int, ...]
 
@@ -59,27 +60,12 @@ class _WholeConv(torch.autograd.Function):
         gates = GatePair(in_la, out_la, in_seed, out_seed, ctx.spec, ctx.per_sample)
         needs = ctx.needs_input_grad[:5]
         if watched((dy,)):
-            grads = _differentiate(dy, (x, weight, bias, in_la, out_la), gates, ctx.window, ctx.on_activations, needs)
+            whole = partial(composed_conv, convolve=ctx.window.convolve, groups=ctx.window.groups, on_activations=ctx.on_activations)
+            grads = differentiate(whole, dy, (x, weight, bias), gates, needs)
         else:
             last = not ctx.hooked and not torch._C._autograd._get_current_graph_task_keep_graph()
             grads = ctx.backend.bwd(dy, x, weight, bias, gates, pre, ctx.window, ctx.on_activations, needs, over_pre=last)
         return (*grads, None, None, None, None, None, None, None)
-
-
-def _differentiate(
-    dy: Tensor, inputs: tuple[Maybe, ...], gates: GatePair, window: Window, on_activations: bool, needs: tuple[bool, ...]
-) -> list[Maybe]:
-    """The same gradients by way of the smaller ops, for whoever looks on."""
-    with torch.enable_grad():
-        leaves = [None if t is None else t.detach().requires_grad_(need) for t, need in zip(inputs, needs, strict=True)]
-        x, weight, bias, in_la, out_la = leaves
-        assert x is not None
-        assert weight is not None
-        gates = gates._replace(input_log_alpha=in_la, output_log_alpha=out_la)
-        y = composed_conv(x, weight, bias, gates, window.convolve, window.groups, on_activations)
-        wanted = [t for t in leaves if t is not None and t.requires_grad]
-        found = iter(torch.autograd.grad(y, wanted, dy))
-    return [next(found) if t is not None and t.requires_grad else None for t in leaves]
 
 
 def composed_conv(

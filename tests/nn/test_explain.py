@@ -38,7 +38,10 @@ def test_evaluation_has_no_draw_per_row():
 
 @needs_cpp
 def test_fewer_rows_than_features_gate_activations():
-    assert dampr.explain(GatedLinear(512, 512), torch.randn(64, 512)).route == "activations"
+    found = dampr.explain(GatedLinear(512, 512), torch.randn(64, 512))
+    assert found.route == "activations"
+    assert "open gates alone" in found.route_reason
+    assert "open gates alone" not in dampr.explain(GatedLinear(512, 512), torch.randn(16, 512)).route_reason
 
 
 @needs_cpp
@@ -48,7 +51,7 @@ def test_fewer_rows_than_features_gate_activations():
 def test_forced_routes_agree(granularity, rows, per_sample):
     layer, x = GatedLinear(32, 16, granularity=granularity, per_sample=per_sample), torch.randn(rows, 32)
     results = []
-    for name in ("passes", "small") if per_sample else ("fold", "activations", "small"):
+    for name in ("passes", "small") if per_sample else ("fold", "activations", "live", "small"):
         torch.manual_seed(0)
         layer.zero_grad()
         with forced_route(name):

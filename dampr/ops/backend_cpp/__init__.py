@@ -10,7 +10,7 @@ import torch
 
 from dampr import _C  # type: ignore[attr-defined]
 
-from . import small_linear, whole_conv
+from . import live, small_linear, whole_conv
 from .dependency_generator import GENERATOR_PARAMETERS, dependency_generator_bwd, dependency_generator_fwd
 from .fold_weight import fold_weight_bwd, fold_weight_fwd
 from .gate_activations import gate_activations_bwd, gate_activations_fwd
@@ -35,6 +35,7 @@ __all__ = [
     "gate_activations_fwd",
     "gated_linear_bwd",
     "gated_linear_fwd",
+    "live",
     "norm_gate_bwd",
     "norm_gate_fwd",
     "route",

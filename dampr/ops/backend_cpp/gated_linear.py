@@ -49,11 +49,11 @@ def gated_linear_bwd(
         before = rows_of(pre) if pre.numel() == dy.numel() else dy
         dx, *others = _bwd_on_activations(dy, rows, weight, bias, gates, before, needs)
     else:
-        dx, *others = _bwd_fold(dy, rows, weight, bias, gates, needs)
+        dx, *others = bwd_fold(dy, rows, weight, bias, gates, needs)
     return None if dx is None else dx.view(x.shape), *others
 
 
-def _bwd_fold(dy: Tensor, x: Tensor, weight: Tensor, bias: Maybe, gates: GatePair, needs: Sequence[bool]) -> tuple[Maybe, ...]:
+def bwd_fold(dy: Tensor, x: Tensor, weight: Tensor, bias: Maybe, gates: GatePair, needs: Sequence[bool]) -> tuple[Maybe, ...]:
     need_x, need_w, need_b, need_in, need_out = needs
     gate_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     sum_dy = dy.sum(0, dtype=gate_dtype) if bias is not None and (need_b or need_out) else None

@@ -8,6 +8,7 @@ import torch
 
 from dampr.ops import routes
 from dampr.ops.library import choose_activations
+from dampr.ops.live import WORK
 
 # Up to so many multiply-adds, weights, and terms of a sum, one call on one thread that does all, products included, beats several on two
 # threads that are each faster.
@@ -36,18 +37,23 @@ def route(
         routes.forced_linear(("fold",), granularity, per_sample)
         return "fold", "one pass multiplies the gates into the weight, then torch's GEMM runs"
     small = ("small",) if drawn and dtype in (torch.float32, torch.float64) else ()
-    if routes.forced_linear((*small, *(("passes",) if per_sample else ("fold", "activations"))), granularity, per_sample) is not None:
+    if (
+        routes.forced_linear((*small, *(("passes",) if per_sample else ("fold", "activations", "live"))), granularity, per_sample)
+        is not None
+    ):
         return str(routes.forced_name()), "forced by forced_route"
     if small and is_small(M, N, K):
         return "small", f"{M * N * K} multiply-adds: one call that does all is faster than several"
     if per_sample:
         return "passes", "every row has gates of its own: they are drawn while the activations are multiplied"
     if choose_activations(M, N, K):
-        return (
-            "activations",
-            f"{M} rows are no more than the {min(N, K)} of the weight's smaller side, so activations are no larger",
-        )
-    return "fold", f"{M} rows: the weight is the smaller operand, and one pass multiplies the gates into it"
+        why = f"{M} rows are no more than the {min(N, K)} of the weight's smaller side, so activations are no larger"
+        return "activations", why + _or_live(M * N * K)
+    return "fold", f"{M} rows: the weight is the smaller operand, and one pass multiplies the gates into it" + _or_live(M * N * K)
+
+
+def _or_live(work: int) -> str:
+    return "; on the open gates alone where a call finds enough of them closed" if work >= WORK else ""
 
 
 def conv_route(problem: routes.ConvProblem) -> tuple[str, str]:
@@ -56,15 +62,17 @@ def conv_route(problem: routes.ConvProblem) -> tuple[str, str]:
     A 1 x 1 convolution stays one unless told otherwise: oneDNN's is as fast as the linear map, and on deep layers twice as fast. Raises
     ValueError where a forced route cannot serve the call.
     """
-    weight, _, granularity, per_sample, pointwise, activations, _ = problem
+    weight, _, granularity, per_sample, pointwise, activations, work, _ = problem
     vectors = granularity in ("input", "output", "both")
     if routes.forced_name() is not None:
-        possible = ("passes",) if per_sample else ("fold", "activations", *["linear"] * pointwise) if vectors else ("fold",)
+        live = ["live"] * (problem.groups == 1 and (granularity == "output" or (granularity == "input" and len(weight) == 4)))
+        possible = ("passes",) if per_sample else ("fold", "activations", *live, *["linear"] * pointwise) if vectors else ("fold",)
         name = routes.forced(possible, granularity, per_sample)
         assert name is not None
         return name, "forced by forced_route"
     if per_sample:
         return "passes", "every image has gates of its own: passes over the activations around torch's convolution"
+    also = _or_live(work) if vectors and problem.groups == 1 else ""
     if vectors and activations < math.prod(weight):
-        return "activations", f"{activations} activations are fewer than the {math.prod(weight)} weights"
-    return "fold", "one pass multiplies the gates into the filters, then torch's convolution runs"
+        return "activations", f"{activations} activations are fewer than the {math.prod(weight)} weights{also}"
+    return "fold", f"one pass multiplies the gates into the filters, then torch's convolution runs{also}"

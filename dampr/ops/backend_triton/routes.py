@@ -64,7 +64,7 @@ def conv_route(problem: ConvProblem) -> tuple[str, str]:
 
     Raises ValueError where a forced route cannot serve the call.
     """
-    weight, groups, granularity, per_sample, pointwise, _, device = problem
+    weight, groups, granularity, per_sample, pointwise, _, _, device = problem
     if granularity not in ("input", "output", "both"):
         possible: tuple[str, ...] = ("fold",)
     elif per_sample:

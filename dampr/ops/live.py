@@ -1,0 +1,96 @@
+"""y = z_out * (f(x * z_in, W) + b), f a linear map or a convolution, on the rows and columns of W whose gates are open, if these are few.
+
+Per batch, on the CPU, where looking at a draw waits for nobody: the open part of the weight and of the activations is picked out, the
+product is as much smaller, and the rest of y, and of the gradients, is 0. Forward and backward both; the result is that of the whole layer
+to rounding. Only where closed gates have no gradient (or none is asked for). Nothing is kept but the inputs and the list of open gates.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dampr.spec import HARD_CONCRETE, RAMP
+
+from . import routes
+from .backends import select
+from .fold_conv import channels_innermost
+from .gate_args import GateArgs, GatePair, Maybe
+from .library import differentiate, once_differentiable, watched
+
+# From so many multiply-adds on it is worth looking at the draw. Lists are filled up to a multiple that suits the blocks of channels of
+# vendors' kernels. What is left out has to be worth moving the rest: so many multiply-adds for each weight, and twice as many for each
+# activation, whose memory is fresh; at least an eighth of the gates.
+WORK, MULTIPLE, MOVE, LEAST = 2**24, 16, 20, 1 / 8
+
+
+class _Live(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:  # type: ignore[override]
+        x, weight, bias, *gates, ins, outs, ctx.window, ctx.whole, ctx.backend = inputs
+        ctx.save_for_backward(x, weight, bias, *gates[:4], ins, outs)
+        ctx.spec = gates[4]
+        y: Tensor = ctx.backend.fwd(x, weight, bias, GatePair(*gates), ins, outs, ctx.window)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Any:  # type: ignore[override]
+        x, weight, bias, in_la, out_la, in_seed, out_seed, ins, outs = ctx.saved_tensors
+        pair, needs = GatePair(in_la, out_la, in_seed, out_seed, ctx.spec), ctx.needs_input_grad[:5]
+        if watched((dy,)):
+            grads = differentiate(ctx.whole, dy, (x, weight, bias), pair, needs)
+        else:
+            grads = ctx.backend.bwd(dy, x, weight, bias, pair, ins, outs, ctx.window, needs)
+        return (*grads, *[None] * 9)
+
+
+_apply = super(torch.autograd.Function, _Live).apply  # type: ignore[misc]
+
+
+def on_open_gates(x: Tensor, weight: Tensor, bias: Maybe, gates: GatePair, work: int, whole: Any, window: Any = None) -> Tensor | None:
+    """The layer on its open gates, or None where that would not be faster, or where somebody traces.
+
+    x (..., K) for a linear map, (B, C, *size) with a ``window``; ``work``: multiply-adds of the whole; ``whole(x, weight, bias, gates)``:
+    the layer itself, differentiable.
+    """
+    forced = routes.forced_name()
+    if (work < WORK if forced is None else forced != "live") or gates.per_sample:
+        return None
+    backend = getattr(select(x.device, x.dtype), "live", None)
+    if backend is None or watched((x, weight, bias, *gates[:2])):
+        return None
+    obstacle = _obstacle(weight, gates, window)
+    if obstacle is not None:
+        if forced is not None:
+            raise ValueError(f"route 'live' cannot serve {obstacle}")
+        return None
+    ins = _open(gates.input, x.numel(), weight, work, forced, backend)
+    outs = _open(gates.output, work * weight.shape[0] // max(1, weight.numel()), weight, work, forced, backend)
+    if ins is None and outs is None:
+        return None
+    y: Tensor = _apply(x, weight, bias, *gates, ins, outs, window, whole, backend)
+    return y
+
+
+def _obstacle(weight: Tensor, gates: GatePair, window: Any) -> str | None:
+    learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in gates[:2])
+    if learns and gates.spec.family not in (HARD_CONCRETE, RAMP):
+        return "gates of a family whose closed gates have a gradient"
+    if window is not None and window.groups != 1:
+        return "a convolution of several groups"
+    if window is not None and gates.input is not None and (gates.output is not None or not channels_innermost(weight)):
+        return "gates on channels of a convolution whose weight is not channels last, or together with gates on filters"
+    return None
+
+
+def _open(gate: GateArgs | None, activations: int, weight: Tensor, work: int, forced: str | None, backend: Any) -> Tensor | None:
+    """The list of open gates, if it is short enough; ``activations``: how many elements of x or y these gates are on."""
+    if gate is None:
+        return None
+    if forced is not None:
+        return backend.open_gates(gate, 1, 1.0)  # type: ignore[no-any-return]
+    closed = max(LEAST, MOVE * (2 * activations + weight.numel()) / work)
+    return backend.open_gates(gate, MULTIPLE, 1 - closed) if closed < 1 else None
