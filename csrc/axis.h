@@ -23,6 +23,7 @@ template <class T>
 void pick(const Axis& a, int threads) {
   const T* x = static_cast<const T*>(a.x);
   T* out = static_cast<T*>(a.out);
+  if (a.inner == 0) return;
   if (a.inner == 1)
     each_lines(a.outer, a.count, threads, [&](int64_t line, int64_t end) {
       for (; line < end; ++line) {
@@ -46,6 +47,7 @@ template <class T>
 bool place(const Axis& a, int threads) {
   const T* x = static_cast<const T*>(a.x);
   T* out = static_cast<T*>(a.out);
+  if (a.inner == 0) return true;
   int32_t* source = static_cast<int32_t*>(malloc(static_cast<size_t>(a.n + 1) * sizeof(int32_t)));
   if (!source) return false;
   for (int64_t j = 0; j < a.n; ++j) source[j] = -1;

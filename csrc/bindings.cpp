@@ -234,6 +234,7 @@ int64_t open_gates(const py::tuple& spec, int dtype, Address log_alpha, Address 
   check_sizes("n", n, "rows", 1);
   if (n > std::numeric_limits<int32_t>::max()) reject("n", std::to_string(n), "fewer than 2^31 gates");
   if (places && (length < 0 || length > n)) reject("length", std::to_string(length), "0 to " + std::to_string(n) + ", the number of gates");
+  required<const void>("log_alpha", log_alpha, n), check_spec(spec);  // before there is memory to be had
   std::vector<double> room(static_cast<size_t>(n));  // of either dtype
   rows_forward(spec, gate, gate, 0, 1, n, log_alpha, seed_ptr, "z", reinterpret_cast<Address>(room.data()), 1);
   const auto is_open = [&](int64_t j) { return gate == kFloat64 ? room[static_cast<size_t>(j)] != 0 : reinterpret_cast<const float*>(room.data())[j] != 0; };
@@ -439,7 +440,7 @@ void fold_blocks_bwd(const py::tuple& spec, int g_dtype, int w_dtype, Address g,
 // Which entries of an axis are moved, and between what; x has n_x entries there, out n_out.
 Axis check_axis(DType dtype, Address x, int64_t n_x, int64_t outer, int64_t n, int64_t inner, Address places, int64_t count, Address out, int64_t n_out,
                 int team) {
-  check_sizes("outer", outer, "n", n), check_sizes("outer", outer * n, "inner", inner);
+  check_sizes("outer", outer, "n", n), check_sizes("inner", inner, "outer * n", outer * n);
   if (count < 0 || count > n || n > std::numeric_limits<int32_t>::max()) reject("count", std::to_string(count), "0 to n=" + std::to_string(n) + ", below 2^31");
   const int32_t* first = required<const int32_t>("places", places, count);
   for (int64_t j = 0; j < count; ++j)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -31,6 +32,7 @@ def _load(name: str) -> tuple[ModuleType | None, str]:
         return None, f"{type(error).__name__}: {error}"
 
 
+_package = sys.modules[__package__ or ""]  # has every backend that was loaded as an attribute
 _modules: dict[str, tuple[ModuleType | None, str]] = {}
 _selected: dict[tuple[Any, torch.device, torch.dtype], ModuleType] = {}  # what select() found for (asked for, device, dtype)
 # The dictionary inside of os.environ: what is not set costs os.environ an exception, and a tiny layer 1 us a step.
@@ -98,12 +100,21 @@ def choose(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
 def select(device: torch.device, dtype: torch.dtype) -> ModuleType:
     """The module of the backend that :func:`choose` names."""
     asked = _chosen[-1][0] if _chosen else _environment.get(_key)
+    if torch.compiler.is_compiling():
+        module: ModuleType = getattr(_package, f"backend_{_loaded_name(asked, device, dtype)}")
+        return module
     key = (asked, device, dtype)
     if key not in _selected:
-        module, _ = _module(choose(device, dtype)[0])
-        assert module is not None
-        _selected[key] = module
+        _selected[key] = getattr(_package, f"backend_{_loaded_name(asked, device, dtype)}")
     return _selected[key]
+
+
+@torch.compiler.assume_constant_result
+def _loaded_name(asked: str | None, device: torch.device, dtype: torch.dtype) -> str:
+    """What :func:`choose` names, loaded. Not traced: the first call of a process may be compiled, and this imports and asks drivers."""
+    name, _ = choose(device, dtype)
+    _module(name)
+    return name
 
 
 def backend_info() -> dict[str, str]:

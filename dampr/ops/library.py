@@ -47,11 +47,15 @@ PLAIN = {torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, list, t
 
 def watched(args: Sequence[Any]) -> bool:
     """Whether a compiler, a dispatch mode, a torch.func transform, the profiler or an argument of another kind wants to see operators."""
+    return torch.autograd.profiler._is_profiler_enabled or traced(args)
+
+
+def traced(args: Sequence[Any]) -> bool:
+    """:func:`watched` by more than the profiler, which is served by what really runs."""
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
-        or torch.autograd.profiler._is_profiler_enabled
         or not PLAIN.issuperset(map(type, args))
     )
 
@@ -60,9 +64,13 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     """``function.apply(*args)`` without binding the arguments to a signature, which alone costs as much as a small layer (60 us).
 
     ``Function.apply`` does that for functions with a ``setup_context`` before it hands over to its base class; under torch.func and
-    torch.compile it has more to do, and is called itself.
+    torch.compile it has more to do, and is called itself. What is compiled without a gradient is the forward: dynamo does not know the
+    ``apply`` of such a function there.
     """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    compiling = torch.compiler.is_compiling()
+    if compiling and not (torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args)):
+        return function.forward(*args)
+    if compiling or torch._C._are_functorch_transforms_active():
         return function.apply(*args)
     return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
 
@@ -106,13 +114,13 @@ def rows_of(x: torch.Tensor) -> torch.Tensor:
 
 
 def choose_activations(M: int, N: int, K: int) -> bool:
-    """Whether x (M, K) and y (M, N) are both no larger than the weight (N, K), unless a route is forced."""
+    """Whether x (M, K) and y (M, N) are both smaller than the weight (N, K), unless a route is forced."""
     forced = routes.forced_name()
-    return min(N, K) >= M if forced is None or forced not in ("fold", "activations") else forced == "activations"
+    return min(N, K) > M if forced is None or forced not in ("fold", "activations") else forced == "activations"
 
 
 def gates_activations(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether gates per batch multiply x (..., K) and y (..., N) instead of the weight (N, K), on the CPU where these are no larger.
+    """Whether gates per batch multiply x (..., K) and y (..., N) instead of the weight (N, K), on the CPU where these are smaller.
 
     The output gate then keeps the activation before it for its gradient. On a GPU a pass over the weight is too cheap for that.
     """

@@ -18,7 +18,7 @@ from . import routes
 from .backends import select
 from .fold_conv import channels_innermost
 from .gate_args import GateArgs, GatePair, Maybe
-from .library import differentiate, once_differentiable, watched
+from .library import differentiate, once_differentiable, traced
 
 # From so many multiply-adds on it is worth looking at the draw. Lists are filled up to a multiple that suits the blocks of channels of
 # vendors' kernels. What is left out has to be worth moving the rest: so many multiply-adds for each weight, and twice as many for each
@@ -40,7 +40,7 @@ class _Live(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> Any:  # type: ignore[override]
         x, weight, bias, in_la, out_la, in_seed, out_seed, ins, outs = ctx.saved_tensors
         pair, needs = GatePair(in_la, out_la, in_seed, out_seed, ctx.spec), ctx.needs_input_grad[:5]
-        if watched((dy,)):
+        if traced((dy,)):
             grads = differentiate(ctx.whole, dy, (x, weight, bias), pair, needs)
         else:
             grads = ctx.backend.bwd(dy, x, weight, bias, pair, ins, outs, ctx.window, needs)
@@ -56,11 +56,13 @@ def on_open_gates(x: Tensor, weight: Tensor, bias: Maybe, gates: GatePair, work:
     x (..., K) for a linear map, (B, C, *size) with a ``window``; ``work``: multiply-adds of the whole; ``whole(x, weight, bias, gates)``:
     the layer itself, differentiable.
     """
+    if torch.compiler.is_compiling() or gates.per_sample:
+        return None
     forced = routes.forced_name()
-    if (work < WORK if forced is None else forced != "live") or gates.per_sample:
+    if work < WORK if forced is None else forced != "live":
         return None
     backend = getattr(select(x.device, x.dtype), "live", None)
-    if backend is None or watched((x, weight, bias, *gates[:2])):
+    if backend is None or traced((x, weight, bias, *gates[:2])):
         return None
     obstacle = _obstacle(weight, gates, window)
     if obstacle is not None:

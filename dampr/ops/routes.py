@@ -46,7 +46,8 @@ class ConvProblem(NamedTuple):
 def forced_route(name: str | None) -> Iterator[None]:
     """Send every call of the block down one route, its backward too if that is in the block; None leaves the choice to the backend.
 
-    Raises ValueError for an unknown name; a call that the route cannot serve raises ValueError.
+    Raises ValueError for an unknown name; a call that the route cannot serve raises ValueError. On the CPU, who traces, counts or
+    transforms sees operators, which have no "small" and no "live".
     """
     if name is not None and name not in ROUTES:
         raise ValueError(f"name={name!r}: expected None or one of {ROUTES}")

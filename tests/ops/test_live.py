@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import dampr
@@ -24,9 +25,11 @@ SHAPES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "linear": ((6, 11), (9, 11)),
     "linear, three dimensions": ((2, 3, 11), (9, 11)),
     "linear, no rows": ((0, 11), (9, 11)),
+    "linear, of images": ((2, 3, 4, 11), (9, 11)),
     "conv1d": ((3, 11, 7), (9, 11, 2)),
     "conv2d": ((3, 11, 7, 6), (9, 11, 3, 2)),
     "conv2d, channels last": ((3, 11, 7, 6), (9, 11, 3, 2)),
+    "conv2d, weight channels last": ((3, 11, 7, 6), (9, 11, 1, 1)),
 }
 
 
@@ -49,8 +52,9 @@ def problem(kind: str, places: tuple[str, ...], closed: str = "some", dtype: tor
         shut = torch.randperm(n, generator=generator)[: n - 1 if share is None else round(share * n)]
         made[name][shut] = -20.0
         made[name][[j for j in range(n) if j not in shut]] += 4.0
-    if "last" in kind:
-        made |= {name: made[name].contiguous(memory_format=torch.channels_last) for name in ("x", "weight")}
+    if "last" in kind or "images" in kind:
+        names = ("weight",) if "weight" in kind else ("x",) if "images" in kind else ("x", "weight")
+        made |= {name: made[name].to(memory_format=torch.channels_last) for name in names}
     return {name: t.to(dtype).requires_grad_() for name, t in made.items()}
 
 
@@ -159,6 +163,15 @@ def test_a_convolution_takes_it_too() -> None:
     assert not y[:, :32].any()
     assert y[:, 32:].any(dim=(0, 2, 3)).all()
     assert type(GatedConv2d(64, 64, 3, padding=1, per_sample=True)(torch.randn(8, 64, 28, 28)).grad_fn).__name__ != NODE
+
+
+@pytest.mark.filterwarnings("ignore:.*Profiler:UserWarning")
+def test_a_checkpointed_layer_may_be_profiled_in_its_backward_alone() -> None:
+    layer, x = closing("output", 0.5), torch.randn(WORK // 512**2 * 2, 512, requires_grad=True)
+    y = checkpoint(layer, x, use_reentrant=False)
+    with torch.autograd.profiler.profile():
+        y.sum().backward()
+    assert x.grad is not None
 
 
 @pytest.mark.parametrize("spec", [value(), mask()])

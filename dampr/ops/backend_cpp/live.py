@@ -34,8 +34,10 @@ def fwd(x: Tensor, weight: Tensor, bias: Maybe, gates: GatePair, ins: Maybe, out
         y = linear(narrow, *fold_weight_fwd(w, b, own, x.dtype, passing=True))
     else:
         y, _ = whole_conv.fwd(*part, own, window, False, False)
-    last = is_channels_last(x) or is_channels_last(weight)
-    return y if outs is None else place(y, outs, weight.shape[0], _channels(y, window), last)
+    last = _writes_last(x, weight, window)
+    if outs is not None:
+        return place(y, outs, weight.shape[0], _channels(y, window), last)
+    return y.contiguous(memory_format=torch.channels_last) if last else y  # a single open channel does not show how it lies
 
 
 def bwd(
@@ -52,17 +54,17 @@ def bwd(
     """Gradients of x, weight, bias and both log-alphas, those that are needed."""
     part, own = _part(x, weight, bias, gates, ins, outs, window)
     if outs is not None:
-        dy = pick(dy, outs, _channels(dy, window), is_channels_last(dy))
+        dy = pick(dy, outs, _channels(dy, window), _is_last(dy, window))
     if window is None:
         narrow, w, b = part
         dx, dw, db, dz_in, dz_out = bwd_fold(rows_of(dy), rows_of(narrow), w, b, own, needs)
         dx = None if dx is None else dx.view(narrow.shape)
     else:
         dx, dw, db, dz_in, dz_out = whole_conv.bwd(dy, *part, own, None, window, False, needs, False)
-    last = is_channels_last(weight)
+    last = _is_last(weight, window)
     if ins is not None:
         channels = _channels(x, window)
-        dx = None if dx is None else place(dx, ins, x.shape[channels], channels, is_channels_last(x))
+        dx = None if dx is None else place(dx, ins, x.shape[channels], channels, _writes_last(x, weight, window))
         dw = None if dw is None else place(dw, ins, weight.shape[1], 1, last)
     if outs is not None:
         dw = None if dw is None else place(dw, outs, weight.shape[0], 0, last)
@@ -78,19 +80,26 @@ def _part(
     z_out = None if gates.output is None else sample_gates_fwd(gates.output, None)
     if outs is not None and z_out is not None:
         weight, bias, z_out = (
-            pick(weight, outs, 0, is_channels_last(weight)),
+            pick(weight, outs, 0, _is_last(weight, window)),
             None if bias is None else pick(bias, outs, 0),
             pick(z_out, outs, 0),
         )
     if ins is not None and z_in is not None:
-        x, weight = pick(x, ins, _channels(x, window), is_channels_last(x)), pick(weight, ins, 1, is_channels_last(weight))
+        x, weight = pick(x, ins, _channels(x, window), _is_last(x, window)), pick(weight, ins, 1, _is_last(weight, window))
         z_in = pick(z_in, ins, 0)
     return (x, weight, bias), GatePair(z_in, z_out, None, None, VALUE)
 
 
-def is_channels_last(t: Tensor) -> bool:
-    """Whether images, or the weight of a convolution, are that and nothing else."""
-    return t.dim() == 4 and not t.is_contiguous() and t.is_contiguous(memory_format=torch.channels_last)
+def _is_last(t: Tensor, window: Window | None) -> bool:
+    """Whether images, or the weight of a convolution, lie channels last; by their strides where one pixel is contiguous as well."""
+    if window is None or t.dim() != 4 or not t.is_contiguous(memory_format=torch.channels_last):
+        return False
+    return not t.is_contiguous() or t.stride(3) == t.shape[1] > 1
+
+
+def _writes_last(x: Tensor, weight: Tensor, window: Window | None) -> bool:
+    """Whether torch's convolution writes y, and its backward dx, channels last."""
+    return _is_last(x, window) or _is_last(weight, window)
 
 
 def _channels(t: Tensor, window: Window | None) -> int:

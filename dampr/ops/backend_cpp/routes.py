@@ -47,7 +47,7 @@ def route(
     if per_sample:
         return "passes", "every row has gates of its own: they are drawn while the activations are multiplied"
     if choose_activations(M, N, K):
-        why = f"{M} rows are no more than the {min(N, K)} of the weight's smaller side, so activations are no larger"
+        why = f"{M} rows are fewer than the {min(N, K)} of the weight's smaller side, so activations are smaller"
         return "activations", why + _or_live(M * N * K)
     return "fold", f"{M} rows: the weight is the smaller operand, and one pass multiplies the gates into it" + _or_live(M * N * K)
 
