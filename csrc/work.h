@@ -1,4 +1,4 @@
-// How work is shared: a matrix is cut into items of some rows times some columns whose sizes follow from the shape alone. Threads take items; sums
+// How work is shared: a matrix is cut into items of some rows times some columns whose sizes follow from the shape alone. Each thread takes a run of items; sums
 // over rows are formed in double per item and added up in the order of the items, so results do not depend on the number of threads.
 #pragma once
 
@@ -24,8 +24,8 @@ template <class F>
 void parallel(int64_t items, int64_t elements, int threads, F&& f) {
   (void)threads, (void)elements;
 #if defined(_OPENMP)
-  const int64_t share = divide_up(items, 8 * static_cast<int64_t>(threads));  // taken at a time: enough for an even load, few fights over the counter
-#pragma omp parallel for num_threads(threads) if (threads > 1 && items > 1 && elements >= kSerial) schedule(dynamic, share)
+  // In as many runs as there are threads, like torch's own loops: what a thread wrote in the forward it finds in its part of the cache in the backward.
+#pragma omp parallel for num_threads(threads) if (threads > 1 && items > 1 && elements >= kSerial) schedule(static)
 #endif
   for (int64_t item = 0; item < items; ++item) f(item);
 }
