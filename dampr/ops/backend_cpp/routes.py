@@ -13,6 +13,7 @@ from dampr.ops.live import WORK
 # Up to so many multiply-adds, weights, and terms of a sum, one call on one thread that does all, products included, beats several on two
 # threads that are each faster.
 SMALL, SMALL_WEIGHT, SMALL_SUM = 2**21, 2**18, 2**13
+FEWER = 7 / 8  # of a convolution's weights: as many activations take longer, being fresh memory
 
 
 def is_small(M: int, N: int, K: int) -> bool:
@@ -73,6 +74,6 @@ def conv_route(problem: routes.ConvProblem) -> tuple[str, str]:
     if per_sample:
         return "passes", "every image has gates of its own: passes over the activations around torch's convolution"
     also = _or_live(work) if vectors and problem.groups == 1 else ""
-    if vectors and activations < math.prod(weight):
-        return "activations", f"{activations} activations are fewer than the {math.prod(weight)} weights{also}"
+    if vectors and activations < FEWER * math.prod(weight):
+        return "activations", f"{activations} activations are fewer than {FEWER:g} of the {math.prod(weight)} weights{also}"
     return "fold", f"one pass multiplies the gates into the filters, then torch's convolution runs{also}"
