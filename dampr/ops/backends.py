@@ -101,20 +101,24 @@ def select(device: torch.device, dtype: torch.dtype) -> ModuleType:
     """The module of the backend that :func:`choose` names."""
     asked = _chosen[-1][0] if _chosen else _environment.get(_key)
     if torch.compiler.is_compiling():
-        module: ModuleType = getattr(_package, f"backend_{_loaded_name(asked, device, dtype)}")
-        return module
+        traced: ModuleType = getattr(_package, f"backend_{_loaded_name(asked, device, dtype)}")
+        return traced
     key = (asked, device, dtype)
     if key not in _selected:
-        _selected[key] = getattr(_package, f"backend_{_loaded_name(asked, device, dtype)}")
+        module, _ = _module(choose(device, dtype)[0])
+        assert module is not None
+        _selected[key] = module
     return _selected[key]
 
 
-@torch.compiler.assume_constant_result
 def _loaded_name(asked: str | None, device: torch.device, dtype: torch.dtype) -> str:
     """What :func:`choose` names, loaded. Not traced: the first call of a process may be compiled, and this imports and asks drivers."""
     name, _ = choose(device, dtype)
     _module(name)
     return name
+
+
+_loaded_name._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as assume_constant_result does, which imports all of dynamo
 
 
 def backend_info() -> dict[str, str]:
