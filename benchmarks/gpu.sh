@@ -6,8 +6,8 @@
 # Default: all of them, one by one.
 #
 # Results go to $OUT if it is set, else to benchmarks/results/<gpu>/. A stage that fails does not stop the next one; the exit code tells.
-# A stage is stopped at its limit, none of which is above ten minutes: verify and tests compile every kernel, layers and models every competitor,
-# so each of these four deserves a call of its own where calls are short. Set NO_COMPILE=1 to leave the compiled competitors out.
+# A stage is stopped at its limit, none of which is above ten minutes: verify and tests compile every kernel, closing, layers and models every competitor,
+# so each of these five deserves a call of its own where calls are short. Set NO_COMPILE=1 to leave the compiled competitors out.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-$( [ -x .venv/bin/python ] && .venv/bin/python -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' 2>/dev/null && echo .venv/bin/python || echo python3 )}
@@ -34,9 +34,9 @@ for stage in $stages; do
     verify)   run verify 420 "$PYTHON" -m dampr.bench.verify --json "$out/verify.json" ;;
     tests)    run tests 420 "$PYTHON" -m pytest -q -p no:cacheprovider -o filterwarnings=default -m gpu tests/gpu ;;
     roofline) run roofline 60 "$PYTHON" -m benchmarks.roofline --json "$out/roofline.json" ;;
-    layers | models)  # compiling the competitors takes most of it: one stage of these per call where calls are short
+    closing | layers | models)  # compiling the competitors takes most of it: one stage of these per call where calls are short
       run "$stage" 560 "$PYTHON" -m benchmarks.run "$stage" --out "$out" --rounds 10 ${NO_COMPILE:+--no-compile} ;;
-    pass | vectors | weights | small | tiny | crossover | recurrent | closing | conv)
+    pass | vectors | weights | small | tiny | crossover | recurrent | conv)
       run "$stage" 240 "$PYTHON" -m benchmarks.run "$stage" --out "$out" ${NO_COMPILE:+--no-compile} ;;
     *) echo "error: stage '$stage': expected verify, tests, roofline, pass, vectors, weights, small, tiny, crossover, recurrent, closing, conv, layers or models" >&2; status=2 ;;
   esac

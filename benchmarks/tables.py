@@ -53,9 +53,9 @@ def _table(lines: list[dict[str, Any]]) -> str:
         return report.markdown(("ceiling", "measured"), rows) + "\n\n"
     found = [linear.Point(**{**p, "shape": tuple(p["shape"])}) for p in points]
     if len({(p.shape, p.case) for p in found}) >= 20:
-        return _side_by_side(found, head["verified"]) + _against_compiled(found)
+        return _side_by_side(found, head["verified"]) + _against_compiled(found, head["verified"])
     columns, *rows = linear.table(found, head["verified"])
-    return report.markdown(columns, rows) + "\n\n" + _against_compiled(found)
+    return report.markdown(columns, rows) + "\n\n" + _against_compiled(found, head["verified"])
 
 
 def _side_by_side(points: list[linear.Point], verified: bool) -> str:
@@ -76,10 +76,10 @@ def _side_by_side(points: list[linear.Point], verified: bool) -> str:
 COMPILED = "compiled unfused"
 
 
-def _against_compiled(points: list[linear.Point]) -> str:
+def _against_compiled(points: list[linear.Point], verified: bool) -> str:
     """How many cases dampr is faster in than the compiled layer, by the intervals of the ratios; each that it is slower in, by name."""
     found = [(p, p.ratios[COMPILED]) for p in points if p.ratios and COMPILED in p.ratios]
-    if not found:
+    if not found or not verified:
         return ""
     behind = [f"{p.case} at {p.shape}: {middle:.3f} ({low:.3f} to {high:.3f})" for p, (middle, low, high) in found if low > 1]
     faster = sum(high < 1 for _, (_, _, high) in found)

@@ -28,8 +28,7 @@ class ConvProblem(NamedTuple):
 
     ``weight``: its shape, (N, C / groups, *kernel). ``pointwise``: whether the convolution is a linear map of the channels of each pixel
     that lie side by side in memory. ``activations``: how many elements gates would multiply that do not multiply the weight. ``work``:
-    multiply-adds.
-    ``per_sample``: a draw per image, hence False for a rule without noise.
+    multiply-adds. ``per_sample``: a draw per image, hence False for a rule without noise.
     """
 
     weight: tuple[int, ...]

@@ -26,13 +26,14 @@ def contiguous(*tensors: Maybe) -> list[Maybe]:
 
 
 def new(shape: torch.Size, dtype: torch.dtype, passing: bool, stride: tuple[int, ...] | None = None) -> Tensor:
-    """An empty tensor, dense. ``passing``: one that no caller will see, used up before the next such; its memory stays with the thread.
+    """An empty tensor. ``passing``: one that no caller will see, used up before the next such; its memory stays with the thread. Such a one
+    may have a ``stride`` of its own, as long as it is dense.
 
     A large allocation is fresh memory, which is cleared page by page when it is first written: 4 MB take longer than multiplying as much.
     The tensors of that memory stay too: making one takes four operators, 50 us beside a cold cache.
     """
     if not passing:
-        return torch.empty(shape, dtype=dtype) if stride is None else torch.empty_strided(shape, stride, dtype=dtype)
+        return torch.empty(shape, dtype=dtype)
     views: dict[Any, Tensor] | None = getattr(_kept, "views", None)
     if views is None:
         views = _kept.views = {}
