@@ -21,7 +21,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dampr import functional, gates, spec
-from dampr.bench import records
+from dampr.bench import linear, records
 from dampr.bench.linear import Point, size_text
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,6 +35,7 @@ STYLES = {
     "eager unfused": ("#D55E00", "s"),
     "compiled unfused": ("#E69F00", "^"),
     "captum": ("#CC79A7", "D"),
+    linear.TORCH_PRODUCTS: ("#56B4E9", "X"),
     "small": ("#56B4E9", "X"),
     "fold": ("#0072B2", "o"),
     "activations": ("#E69F00", "^"),

@@ -1,4 +1,5 @@
-// Some entries of one axis of a tensor (outer, n, inner): picked out, or put back among zeros. Values are moved, never computed, so a type is a size.
+// Values that are moved, never computed, so that a type is a size: some entries of one axis of a tensor (outer, n, inner), picked out or put back among
+// zeros, and a matrix transposed.
 #pragma once
 
 #include <cstdint>
@@ -74,6 +75,39 @@ bool place(const Axis& a, int threads) {
     });
   free(source);
   return true;
+}
+
+// A square of kSide x kSide: whole lines in and out, columns gathered in between.
+template <class T, int64_t kSide>
+inline void transpose_tile(const T* from, int64_t from_stride, T* to, int64_t to_stride) {
+  alignas(64) T tile[kSide][kSide], column[kSide];
+  for (int64_t i = 0; i < kSide; ++i) memcpy(tile[i], from + i * from_stride, sizeof tile[i]);
+  for (int64_t j = 0; j < kSide; ++j) {
+    for (int64_t i = 0; i < kSide; ++i) column[i] = tile[i][j];
+    memcpy(to + j * to_stride, column, sizeof column);
+  }
+}
+
+// out (n, rows) = x^T of x (rows, n). A tile is as high and as wide as a line of the cache is long: each line is read once and written once, in one go. Where
+// sizes are powers of two the lines of a column share a set of the cache, and those that are only half done with would drive each other out.
+template <class T>
+void transpose(const T* x, T* out, int64_t rows, int64_t n, int threads) {
+  constexpr int64_t kLine = 64 / sizeof(T), kStrip = 4 * kLine, kHigh = 16 * kLine;
+  const int64_t strips = divide_up(n, kStrip);
+  parallel(strips * divide_up(rows, kHigh), rows * n, threads, [&](int64_t item) {
+    const int64_t left = item % strips * kStrip, right = least(n, left + kStrip), top = item / strips * kHigh, bottom = least(rows, top + kHigh);
+    for (int64_t row = top; row < bottom; row += kLine)
+      for (int64_t column = left; column < right; column += kLine) {
+        const int64_t high = least(kLine, bottom - row), wide = least(kLine, right - column);
+        const T* from = x + row * n + column;
+        T* to = out + column * rows + row;
+        if (high == kLine && wide == kLine)
+          transpose_tile<T, kLine>(from, n, to, rows);
+        else
+          for (int64_t j = 0; j < wide; ++j)
+            for (int64_t i = 0; i < high; ++i) to[j * rows + i] = from[i * n + j];
+      }
+  });
 }
 
 }  // namespace

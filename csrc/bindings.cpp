@@ -465,6 +465,17 @@ void place(int dtype, Address x, int64_t outer, int64_t n, int64_t inner, Addres
   without_gil([&] { return k.place(checked, a, team); });
 }
 
+void transpose(int dtype, Address x, int64_t rows, int64_t n, Address out, int64_t threads) {
+  const Kernels& k = kernels();
+  const int team = check_threads(threads);
+  const DType checked = check_dtype("dtype", dtype);
+  check_sizes("rows", rows, "n", n);
+  const void* from = required<const void>("x", x, rows * n);
+  required<void>("out", out, rows * n);
+  void* to = output(out, rows * n, checked, team);
+  without_gil([&] { return k.transpose(checked, from, to, rows, n, team), true; });
+}
+
 void check_shape(int64_t outer, int64_t middle, int64_t n, int64_t inner) {
   check_sizes("outer", outer, "middle", middle), check_sizes("n", n, "inner", inner), check_sizes("outer", outer * middle, "n", n * inner);
 }
@@ -626,6 +637,15 @@ void generator_bwd(int dtype, const std::vector<Address>& parameters, const std:
   without_gil([&] { return table.generator_backward(checked, a); });
 }
 
+// Who made the processor, as far as the choice of a library for matrix products depends on it.
+std::string vendor() {
+#if defined(__x86_64__)
+  return __builtin_cpu_is("amd") ? "amd" : __builtin_cpu_is("intel") ? "intel" : "other";
+#else
+  return "other";
+#endif
+}
+
 py::dict build_info() {
   py::dict info;
   info["compiler"] = std::string(
@@ -652,6 +672,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "CPU kernels of dampr. Tensors are addresses (0 = absent), contiguous and row-major; dtypes: 0 float32, 1 float64, 2 bfloat16, 3 float16.";
   m.def("isa", [] { return std::string(dampr::kernels().isa); },
         "The instruction set in use: baseline, avx2 or avx512. DAMPR_CPU_ISA chooses one; if it is not there, every function raises RuntimeError.");
+  m.def("vendor", &dampr::vendor, "Who made the processor: amd, intel or other.");
   m.def("build_info", &dampr::build_info, "compiler, isas (compiled in, best first), openmp (its version date, 0 without).");
   m.def("philox_words", &dampr::philox_words, "Noise words (uint32) of gates start .. start + count - 1.", "seed_ptr"_a, "start"_a, "count"_a,
         "out_u32_ptr"_a, "threads"_a);
@@ -690,6 +711,7 @@ PYBIND11_MODULE(_C, m) {
         "count"_a, "out"_a, "threads"_a);
   m.def("place", &dampr::place, "out (outer, n, inner), zeros but for out[:, places] = x (outer, count, inner).", "dtype"_a, "x"_a, "outer"_a, "n"_a, "inner"_a,
         "places"_a, "count"_a, "out"_a, "threads"_a);
+  m.def("transpose", &dampr::transpose, "out (n, rows) = x^T of x (rows, n).", "dtype"_a, "x"_a, "rows"_a, "n"_a, "out"_a, "threads"_a);
   m.def("norm_stats", &dampr::norm_stats, "Mean and biased variance of each of the n channels of x (outer, middle, n, inner), summed in double.",
         "dtype"_a, "x"_a, "outer"_a, "middle"_a, "n"_a, "inner"_a, "mean"_a, "var"_a, "threads"_a);
   m.def("norm_gate_fwd", &dampr::norm_gate_fwd, "out = act(z (gain (x - mean) / sqrt(var + eps) + bias)); z as for gate_planes, the rest (n,).",

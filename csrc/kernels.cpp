@@ -155,6 +155,13 @@ bool place_entry(DType dtype, const Axis& a, int threads) {
   return done;
 }
 
+void transpose_entry(DType dtype, const void* x, void* out, int64_t rows, int64_t n, int threads) {
+  with_size(dtype, [&](auto t) {
+    using T = typename decltype(t)::Type;
+    transpose(static_cast<const T*>(x), static_cast<T*>(out), rows, n, threads);
+  });
+}
+
 bool norm_stats_entry(DType dtype, const Planes& a, void* mean, void* var, int threads) {
   bool done = false;
   with_dtype(dtype, [&](auto x) { done = norm_stats<typename decltype(x)::Type>(a, mean, var, threads); });
@@ -206,11 +213,12 @@ bool generator_backward_entry(DType dtype, const Generator& a) {
   return dtype == kFloat64 ? generator_backward<double>(a) : generator_backward<float>(a);
 }
 
-constexpr Kernels kKernels = {DAMPR_TEXT(DAMPR_ISA),     philox_words_entry,       philox_uniform_entry,       rows_forward_entry,
-                              rows_backward_entry,       fold_forward_entry,       fold_backward_entry,        fold_blocks_forward_entry,
-                              fold_blocks_backward_entry, planes_forward_entry,    planes_backward_entry,      pick_entry,
-                              place_entry,               norm_stats_entry,         norm_gate_forward_entry,    norm_gate_backward_entry,
-                              small_forward_entry,       small_backward_entry,     generator_forward_entry,    generator_backward_entry};
+constexpr Kernels kKernels = {DAMPR_TEXT(DAMPR_ISA), philox_words_entry, philox_uniform_entry, rows_forward_entry,
+                              rows_backward_entry, fold_forward_entry, fold_backward_entry, fold_blocks_forward_entry,
+                              fold_blocks_backward_entry, planes_forward_entry, planes_backward_entry, pick_entry,
+                              place_entry, transpose_entry, norm_stats_entry, norm_gate_forward_entry,
+                              norm_gate_backward_entry, small_forward_entry, small_backward_entry, generator_forward_entry,
+                              generator_backward_entry};
 
 }  // namespace
 

@@ -133,6 +133,7 @@ struct Kernels {
   bool (*planes_backward)(DType dtype, const Planes&, int threads);
   void (*pick)(DType dtype, const Axis&, int threads);
   bool (*place)(DType dtype, const Axis&, int threads);
+  void (*transpose)(DType dtype, const void* x, void* out, int64_t rows, int64_t n, int threads);
   bool (*norm_stats)(DType dtype, const Planes&, void* mean, void* var, int threads);  // of planes.x, var biased
   bool (*norm_gate_forward)(DType dtype, const NormGate&, int threads);
   bool (*norm_gate_backward)(DType dtype, const NormGate&, int threads);

@@ -1,4 +1,4 @@
-"""Entries of an axis that csrc/axis.h moves, and the list of open gates, against torch indexing and dampr.reference, to the bit."""
+"""Entries of an axis and matrices that csrc/axis.h moves, and the list of open gates, against torch and dampr.reference, to the bit."""
 
 from __future__ import annotations
 
@@ -206,13 +206,40 @@ def test_zeros_that_are_put_in_are_positive() -> None:
         assert not zeros[:, [j for j in range(9) if j != 4]].signbit().any()
 
 
+MATRICES = [(0, 3), (3, 0), (1, 1), (16, 16), (15, 17), (33, 64), (256, 65), (257, 130), (5, 2051), (2051, 5)]
+
+
+def transpose(x: torch.Tensor, threads: int = 2) -> torch.Tensor:
+    rows, n = x.shape
+    out = filled((n, rows), x.dtype)
+    _C.transpose(CODES[x.dtype], ptr(x), rows, n, ptr(out), threads)
+    return left_alone(out, (n, rows))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", MATRICES, ids=str)
+def test_matrices_are_transposed_to_the_bit(shape: tuple[int, int], dtype: torch.dtype, threads: int) -> None:
+    x = random_bits(*shape, dtype=dtype)
+    assert same_bits(transpose(x, threads), x.t())
+
+
+@pytest.mark.parametrize("passing", [False, True])
+def test_matrices_of_any_layout_are_transposed(passing: bool) -> None:
+    x = torch.randn(40, 50)
+    for t in (x, x.t(), x[::2, 3:], x[:1].expand(7, 50)):
+        out = axis.transpose(t, passing)
+        assert torch.equal(out, t.t())
+        assert out.is_contiguous()
+
+
 def moved() -> list[int]:
     """A number for each result, whatever instruction set is in use."""
     sums = []
     for shape in SHAPES:
         for dtype in DTYPES:
             x, places = random_bits(*shape, dtype=dtype), some_places(shape[1], shape[1] // 2)
-            for result in (pick(x, places), place(pick(x, places), places, shape[1])):
+            for result in (pick(x, places), place(pick(x, places), places, shape[1]), transpose(x.reshape(shape[0] * shape[1], shape[2]))):
                 bits = result.contiguous().view(BITS[dtype.itemsize]).flatten().long()
                 sums.append(int((bits * torch.arange(1, bits.numel() + 1)).sum()))
     log_alpha, seed = gates(1000, torch.float32), torch.tensor([5])
@@ -303,6 +330,25 @@ def test_wrong_arguments_are_named(name: str, message: str) -> None:
     given = right | WRONG[message] | {"places": 0 if WRONG[message].get("places") == 0 else ptr(listed)}
     with pytest.raises(ValueError, match=message):
         getattr(_C, name)(**given)
+    assert not memory.any()
+
+
+@pytest.mark.parametrize(
+    ("message", "wrong"),
+    [
+        (r"dtype=4: expected", {"dtype": 4}),
+        (r"rows=-1: expected a size", {"rows": -1}),
+        (r"n=-2: expected a size", {"n": -2}),
+        (r"rows=9223372036854775807: expected", {"rows": 2**63 - 1}),
+        (r"x=0: expected an address, as there are 6", {"x": 0}),
+        (r"out=0: expected an address", {"out": 0}),
+        (r"threads=0: expected", {"threads": 0}),
+    ],
+)
+def test_wrong_matrices_are_named(message: str, wrong: dict[str, int]) -> None:
+    memory = torch.zeros(16, dtype=torch.float64)
+    with pytest.raises(ValueError, match=message):
+        _C.transpose(**({"dtype": 1, "x": ptr(memory), "rows": 2, "n": 3, "out": ptr(memory[8:]), "threads": 1} | wrong))
     assert not memory.any()
 
 

@@ -47,6 +47,7 @@ QUICK = {
 }
 
 
+TORCH_PRODUCTS = "dampr, torch's products"
 DTYPES = {"cpu": "float32", "cuda": "bfloat16 autocast"}
 Step = Callable[[], object]
 
@@ -146,7 +147,11 @@ def providers(case: Case, device: str, compiled: bool) -> dict[str, Callable[[],
         layers["compiled unfused"] = lambda: cast(nn.Module, torch.compile(UnfusedLinear(k, n, **how), dynamic=False))
     if case.per_sample and case.granularity == "input":
         layers["captum"] = lambda: CaptumLinear(k, n)
-    return {name: partial(_built_step, layer, x, dy) for name, layer in layers.items()}
+    made: dict[str, Callable[[], Step]] = {name: partial(_built_step, layer, x, dy) for name, layer in layers.items()}
+    products = getattr(dampr.ops.select(x.device, x.dtype), "products", None)
+    if products is not None and products.by_onednn(m, n, k, x.dtype):  # what the choice of a library alone is worth
+        made[TORCH_PRODUCTS] = lambda: TorchProducts(layers["dampr"](), x, dy)
+    return made
 
 
 def _built_step(layer: Callable[[], nn.Module], x: Tensor, dy: Tensor) -> Step:
@@ -186,6 +191,17 @@ class TrainingStep:
             y = self.forward()  # held until the end: memory that is given back could be counted twice
         del y
         return sum(kept.values())
+
+
+class TorchProducts(TrainingStep):
+    """The same without oneDNN: matrix products that dampr would have it compute are torch's, as those of every other contender are."""
+
+    def __call__(self) -> None:
+        torch._C._set_mkldnn_enabled(False)  # type: ignore[attr-defined]  # torch.backends.mkldnn.flags, which warns of other things
+        try:
+            super().__call__()
+        finally:
+            torch._C._set_mkldnn_enabled(True)  # type: ignore[attr-defined]
 
 
 def _weight_pass(case: Case, device: str, compiled: bool) -> dict[str, Callable[[], Step]]:

@@ -1,4 +1,4 @@
-"""Entries of one dimension, picked out or put back among zeros, and which gates are open: ``axis.h`` of csrc."""
+"""Entries of one dimension, picked out or put back among zeros, which gates are open, and matrices transposed: ``axis.h`` of csrc."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from dampr import _C  # type: ignore[attr-defined]
 from dampr.ops.gate_args import GateArgs
 
-from .host import CODES, ptr
+from .host import CODES, new, ptr
 
 
 def open_gates(gate: GateArgs, multiple: int, share: float) -> Tensor | None:
@@ -31,6 +31,15 @@ def pick(x: Tensor, places: Tensor, dim: int, channels_last: bool = False) -> Te
 def place(x: Tensor, places: Tensor, size: int, dim: int, channels_last: bool = False) -> Tensor:
     """What :func:`pick` takes out of: ``size`` entries, zeros where ``places`` says nothing."""
     return _move(_C.place, x, size, places, size, dim, channels_last)
+
+
+def transpose(x: Tensor, passing: bool = False) -> Tensor:
+    """x (rows, n) as a contiguous (n, rows), many times as fast as torch's own copy; ``passing`` as in :func:`.host.new`."""
+    x = x.contiguous()
+    rows, n = x.shape
+    out = new(torch.Size((n, rows)), x.dtype, passing)
+    _C.transpose(CODES[x.dtype], ptr(x), rows, n, ptr(out), torch.get_num_threads())
+    return out
 
 
 def _move(how: object, x: Tensor, size: int, places: Tensor, left: int, dim: int, channels_last: bool) -> Tensor:

@@ -6,14 +6,13 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from dampr.ops import routes
 from dampr.ops.gate_args import GatePair, Maybe
 from dampr.ops.library import gates_activations, rows_of
 from dampr.spec import SAMPLE
 
-from . import small_linear
+from . import products, small_linear
 from .fold_weight import fold_weight_fwd, ungate
 from .gates import draw, gate_rows, gate_rows_bwd
 from .routes import route
@@ -23,15 +22,17 @@ def gated_linear_fwd(x: Tensor, weight: Tensor, bias: Maybe, gates: GatePair, ke
     if small_linear.takes(x, weight, *gates[:2], gates.spec):
         y, pre = small_linear.fwd(x, weight, bias, *gates, keep_pre)
         return y, x.new_empty(0) if pre is None else pre
+    drawn = gates.spec.rule == SAMPLE
     if routes.forced_name() is not None:  # raises where it cannot serve this call
-        granularity, drawn = "input" if gates.output_log_alpha is None else "output", gates.spec.rule == SAMPLE and x.dtype == weight.dtype
-        route(x.shape[:-1].numel(), weight.shape[0], weight.shape[1], x.dtype, granularity, gates.per_sample, drawn=drawn)
+        granularity, same = "input" if gates.output_log_alpha is None else "output", x.dtype == weight.dtype
+        n, k = weight.shape
+        route(x.shape[:-1].numel(), n, k, x.dtype, granularity, gates.per_sample, drawn=drawn and same)
     nothing = x.new_empty(0)
     if not (gates.per_sample or gates_activations(x, weight)):
-        return linear(x, *fold_weight_fwd(weight, bias, gates, x.dtype, passing=True)), nothing
+        return products.linear(x, *fold_weight_fwd(weight, bias, gates, x.dtype, passing=True), drawn), nothing
     if gates.input is not None:
         x = gate_rows(rows_of(x), gates.input).view(x.shape)
-    pre = linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    pre = products.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), drawn)
     if gates.output is None:
         return pre, nothing
     y = gate_rows(rows_of(pre), gates.output).view(pre.shape)
@@ -60,13 +61,13 @@ def bwd_fold(dy: Tensor, x: Tensor, weight: Tensor, bias: Maybe, gates: GatePair
     if not (need_w or need_in or need_out):
         z_out = draw(gates.output) if need_b else None
         db = None if sum_dy is None or bias is None else (sum_dy if z_out is None else sum_dy * z_out).to(bias.dtype)
-        dx = dy @ fold_weight_fwd(weight, None, gates, x.dtype, passing=True)[0] if need_x else None
+        dx = products.to_inputs(dy, fold_weight_fwd(weight, None, gates, x.dtype, passing=True)[0]) if need_x else None
         return dx, None, db, None, None
-    raw = dy.t() @ x  # (N, K): the weight gradient of the dense layer
+    raw = products.to_weight(dy, x, passing=True)  # (N, K): the weight gradient of the dense layer
     *grads, folded = ungate(raw, sum_dy, weight, bias, gates, needs[1:], fold=need_x, in_place=True)
     if need_x and folded is None:
         folded, _ = fold_weight_fwd(weight, None, gates, x.dtype, passing=True)
-    return None if folded is None or not need_x else dy @ folded, *grads
+    return None if folded is None or not need_x else products.to_inputs(dy, folded), *grads
 
 
 def _bwd_on_activations(
@@ -79,7 +80,7 @@ def _bwd_on_activations(
         assert grads.dx is not None
         dy, dout = grads.dx, grads.dlog_alpha
     db = dy.sum(0).to(bias.dtype) if need_b and bias is not None else None
-    back = dy @ weight.to(x.dtype) if need_x or need_in else None
+    back = products.to_inputs(dy, weight.to(x.dtype)) if need_x or need_in else None
     xz: Maybe = x
     if gates.input is None:
         dx = back
@@ -88,5 +89,5 @@ def _bwd_on_activations(
     elif need_w:
         xz = gate_rows(x, gates.input)
     if need_w and xz is not None:
-        dw = (dy.t() @ xz).to(weight.dtype)
+        dw = products.to_weight(dy, xz, passing=gates.output is None).to(weight.dtype)
     return dx, dw, db, din, dout

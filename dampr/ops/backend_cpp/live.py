@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from dampr.ops.gate_args import GateArgs, GatePair, Maybe
 from dampr.ops.library import rows_of
-from dampr.spec import value
+from dampr.spec import SAMPLE, value
 
-from . import whole_conv
+from . import products, whole_conv
 from .axis import open_gates, pick, place
 from .fold_weight import fold_weight_fwd
 from .gated_linear import bwd_fold
@@ -31,7 +30,7 @@ def fwd(x: Tensor, weight: Tensor, bias: Maybe, gates: GatePair, ins: Maybe, out
     part, own = _part(x, weight, bias, gates, ins, outs, window)
     if window is None:
         narrow, w, b = part
-        y = linear(narrow, *fold_weight_fwd(w, b, own, x.dtype, passing=True))
+        y = products.linear(narrow, *fold_weight_fwd(w, b, own, x.dtype, passing=True), gates.spec.rule == SAMPLE)
     else:
         y, _ = whole_conv.fwd(*part, own, window, False, False)
     last = _writes_last(x, weight, window)

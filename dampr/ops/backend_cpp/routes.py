@@ -10,6 +10,8 @@ from dampr.ops import routes
 from dampr.ops.library import choose_activations
 from dampr.ops.live import WORK
 
+from . import products
+
 # Up to so many multiply-adds, weights, and terms of a sum, one call on one thread that does all, products included, beats several on two
 # threads that are each faster.
 SMALL, SMALL_WEIGHT, SMALL_SUM = 2**21, 2**18, 2**13
@@ -36,7 +38,7 @@ def route(
     """
     if granularity == "weight" or isinstance(granularity, tuple):
         routes.forced_linear(("fold",), granularity, per_sample)
-        return "fold", "one pass multiplies the gates into the weight, then torch's GEMM runs"
+        return "fold", f"one pass multiplies the gates into the weight; {products.described(M, N, K, dtype, drawn)}"
     small = ("small",) if drawn and dtype in (torch.float32, torch.float64) else ()
     if (
         routes.forced_linear((*small, *(("passes",) if per_sample else ("fold", "activations", "live"))), granularity, per_sample)
@@ -45,12 +47,13 @@ def route(
         return str(routes.forced_name()), "forced by forced_route"
     if small and is_small(M, N, K):
         return "small", f"{M * N * K} multiply-adds: one call that does all is faster than several"
+    whose = products.described(M, N, K, dtype, drawn)
     if per_sample:
-        return "passes", "every row has gates of its own: they are drawn while the activations are multiplied"
+        return "passes", f"every row has gates of its own: they are drawn while the activations are multiplied; {whose}"
     if choose_activations(M, N, K):
         why = f"{M} rows are fewer than the {min(N, K)} of the weight's smaller side, so activations are smaller"
-        return "activations", why + _or_live(M * N * K)
-    return "fold", f"{M} rows: the weight is the smaller operand, and one pass multiplies the gates into it" + _or_live(M * N * K)
+        return "activations", f"{why}; {whose}{_or_live(M * N * K)}"
+    return "fold", f"{M} rows: the weight is the smaller operand, and one pass multiplies the gates into it; {whose}{_or_live(M * N * K)}"
 
 
 def _or_live(work: int) -> str:

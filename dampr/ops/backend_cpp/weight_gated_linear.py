@@ -6,14 +6,14 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from dampr import _C  # type: ignore[attr-defined]
 from dampr.ops import routes
 from dampr.ops.gate_args import GateArgs, Maybe
 from dampr.ops.library import rows_of
+from dampr.spec import SAMPLE
 
-from . import host
+from . import host, products
 from .host import CODES, ptr
 from .routes import route
 
@@ -62,7 +62,7 @@ def weight_gated_linear_fwd(x: Tensor, weight: Tensor, bias: Maybe, gate: GateAr
     if routes.forced_name() is not None:
         route(x.shape[:-1].numel(), weight.shape[0], weight.shape[1], x.dtype, block, False)
     folded = fold_blocks_fwd(weight, gate, block, x.dtype, passing=True)
-    return linear(x, folded, None if bias is None else bias.to(x.dtype))
+    return products.linear(x, folded, None if bias is None else bias.to(x.dtype), gate.spec.rule == SAMPLE)
 
 
 def weight_gated_linear_bwd(
@@ -72,9 +72,9 @@ def weight_gated_linear_bwd(
     rows, dy = rows_of(x), rows_of(dy)
     dw = grad = folded = None
     if need_w or need_gate:
-        raw = dy.t() @ rows  # (N, K): the weight gradient of the dense layer
+        raw = products.to_weight(dy, rows, passing=True)  # (N, K): the weight gradient of the dense layer
         dw, grad, folded = _ungate(raw, weight, gate, block, (need_w, need_gate), fold=need_x, in_place=True)
     if need_x and folded is None:
         folded = fold_blocks_fwd(weight, gate, block, x.dtype, passing=True)
     db = dy.sum(0).to(bias.dtype) if need_b and bias is not None else None
-    return None if folded is None else (dy @ folded).view(x.shape), dw, db, grad
+    return None if folded is None else products.to_inputs(dy, folded).view(x.shape), dw, db, grad
