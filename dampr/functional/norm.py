@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from dampr import _checks, ops
-from dampr.ops.gate_args import GatePair
 from dampr.ops.norm_gate import Norm
 from dampr.spec import GateSpec
 
@@ -34,10 +33,7 @@ def gated_affine(
     _checks.tensor("gate", gate)
     if weight is None:
         weight = torch.ones_like(gate)
-    rows = gate_of("gate", gate, weight.numel(), "channel", weight, seed, spec)
-    # A gain is a weight with one column, and its rows carry the gates.
-    gain, shift = ops.fold_weight(weight.view(-1, 1), bias, GatePair(None, rows.log_alpha, None, rows.seed, spec), weight.dtype)
-    return gain.view(weight.shape), shift
+    return ops.affine(weight, bias, gate_of("gate", gate, weight.numel(), "channel", weight, seed, spec))
 
 
 def gated_batch_norm(
@@ -100,6 +96,13 @@ def gated_batch_norm(
     count = x.numel() // max(1, channels)
     if training and count == 1:
         raise ValueError(f"x.shape={tuple(x.shape)}: expected more than one value per channel in training")
+    if torch.compiler.is_compiling() and count > x.shape[0]:
+        # What the compiler sees it fuses, with what comes before and after as well; gates, of which there are fewer, are drawn beside it.
+        norm = ops.BatchNorm(running_mean, running_var, training, momentum, float(eps))
+        y = norm(x, torch.ones_like(gates.log_alpha) if weight is None else weight, bias)
+        z = ops.sample_gates(gates._replace(per_sample=False), x.shape[0] if gates.per_sample else None)
+        y = (y * z.view(-1, channels, *[1] * (x.dim() - 2))).to(x.dtype)
+        return y if activation is None else torch.relu(y)
     given = None if training or mean is None or var is None else (mean, var)
     y, (mean, var) = ops.norm_gate(x, Norm(gain, shift, float(eps), activation == "relu"), gates, given)
     if training and x.numel():

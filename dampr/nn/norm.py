@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dampr import _checks, functional
+from dampr import _checks, functional, ops
+from dampr.functional.inputs import gate_of
 from dampr.functional.norm import ACTIVATIONS
 from dampr.gates import Gate, make_gate, place_gate
 from dampr.spec import SAMPLE
@@ -41,14 +42,16 @@ class _GatedNorm(GatedLayer):
     def _count_weights(self) -> None:
         self.weights_per_gate = float((self.weight is not None) + (self.bias is not None))
 
-    def _affine(self) -> tuple[Tensor, Tensor | None]:
-        """Gain and bias with the gates of this call in them."""
+    def _normed(self, x: Tensor, norm: ops.BatchNorm | ops.LayerNorm) -> Tensor:
+        """norm(x) with the gates of this call, one draw for all samples, in gain and bias."""
         parameter, seed, spec = self.gate.call()
-        shape, like = self._gain_shape(), self.weight
-        weight = None if like is None else like.view(-1)
-        bias = None if self.bias is None else self.bias.view(-1)
-        gain, shift = functional.gated_affine(parameter, weight, bias, seed=seed, spec=spec)
-        return gain.view(shape), None if shift is None else shift.view(shape)
+        weight = self.weight
+        if weight is None:
+            like_x = isinstance(norm, ops.LayerNorm)  # vendors' batch norms take, and keep, a wider gain
+            dtype = x.dtype if like_x else torch.promote_types(x.dtype, torch.float32)
+            weight = torch.ones(self._gain_shape(), dtype=dtype, device=x.device)
+        gate = gate_of("gate", parameter, weight.numel(), "channel", weight, seed, spec)
+        return ops.whole_norm(x, weight, self.bias, gate, norm)
 
     def _gain_shape(self) -> tuple[int, ...]:
         raise NotImplementedError
@@ -196,7 +199,7 @@ class _GatedBatchNorm(_GatedNorm, _BatchNorm):
         kept = not self.training or self.track_running_stats
         statistics = (self.running_mean, self.running_var) if kept else (None, None)
         if not self._draws_per_sample():
-            y = F.batch_norm(x, *statistics, *self._affine(), by_batch, momentum, self.eps)
+            y = self._normed(x, ops.BatchNorm(*statistics, by_batch, momentum, self.eps))
             return y if self.activation is None else F.relu(y)
         parameter, seed, spec = self.gate.call()
         return functional.gated_batch_norm(
@@ -355,8 +358,7 @@ class GatedLayerNorm(_GatedNorm, nn.LayerNorm):
             shift = None if self.bias is None else (self.bias * z).to(self.bias.dtype)
             return F.layer_norm(spread, shape, gain.to(x.dtype if self.weight is None else self.weight.dtype), shift, self.eps)
         if not self._draws_per_sample():
-            gain, shift = self._affine()
-            return F.layer_norm(x, shape, gain if self.weight is not None else gain.to(x.dtype), shift, self.eps)
+            return self._normed(x, ops.LayerNorm(shape, self.eps))
         y = F.layer_norm(x, shape, self.weight, self.bias, self.eps)
         parameter, seed, spec = self.gate.call()
         flat = y.flatten(y.dim() - len(shape))

@@ -19,12 +19,16 @@ from .routes import forced_route
 from .sample_gates import sample_gates
 from .weight_gated_linear import weight_gated_linear
 from .whole_conv import Window, composed_conv, whole_conv
+from .whole_norm import BatchNorm, LayerNorm, affine, whole_norm
 
 __all__ = [
     "BackendUnavailableError",
+    "BatchNorm",
     "GateArgs",
     "GatePair",
+    "LayerNorm",
     "Window",
+    "affine",
     "backend",
     "backend_info",
     "choose",
@@ -45,4 +49,5 @@ __all__ = [
     "select",
     "weight_gated_linear",
     "whole_conv",
+    "whole_norm",
 ]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .fold_weight import fold_blocks, fold_weight
-from .gate_args import GateArgs, GatePair, Maybe
+from .gate_args import GateArgs, Maybe
 
 
 def channels_innermost(weight: Tensor) -> bool:
@@ -31,7 +31,7 @@ def from_matrix(matrix: Tensor, weight: Tensor) -> Tensor:
 
 def fold_filters(weight: Tensor, bias: Maybe, gate: GateArgs, dtype: torch.dtype) -> tuple[Tensor, Maybe]:
     """Filters (and the bias) times their gates; the weight keeps its memory format."""
-    folded, bias = fold_weight(as_matrix(weight), bias, GatePair(None, gate.log_alpha, None, gate.seed, gate.spec), dtype)
+    folded, bias = fold_weight(as_matrix(weight), bias, gate.on_rows(), dtype)
     return from_matrix(folded, weight), bias
 
 
@@ -40,7 +40,7 @@ def fold_channels(weight: Tensor, gate: GateArgs, groups: int, dtype: torch.dtyp
     n_out, n_in = weight.shape[0], weight.shape[1]
     if groups == 1 and channels_innermost(weight):
         last = weight.permute(0, 2, 3, 1)
-        folded, _ = fold_weight(last.reshape(-1, n_in), None, GatePair(gate.log_alpha, None, gate.seed, None, gate.spec), dtype)
+        folded, _ = fold_weight(last.reshape(-1, n_in), None, gate.on_columns(), dtype)
         return folded.view(last.shape).permute(0, 3, 1, 2)
     return fold_filter_blocks(weight, gate, (max(1, n_out // groups), max(1, weight.shape[2:].numel())), dtype)
 

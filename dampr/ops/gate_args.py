@@ -27,6 +27,14 @@ class GateArgs(NamedTuple):
         spec = unpack(spec)
         return cls(log_alpha, seed, spec, per_sample and spec.rule == SAMPLE)
 
+    def on_rows(self) -> GatePair:
+        """The gates of the rows of a matrix, which has none on its columns; one draw."""
+        return GatePair(None, self.log_alpha, None, self.seed, self.spec)
+
+    def on_columns(self) -> GatePair:
+        """The gates of the columns of a matrix, which has none on its rows; one draw."""
+        return GatePair(self.log_alpha, None, self.seed, None, self.spec)
+
     def rows(self, count: int) -> int | None:
         """How many draws ``count`` rows need, or None for one that they share."""
         return count if self.per_sample else None

@@ -10,7 +10,7 @@ import torch
 
 from dampr import _C  # type: ignore[attr-defined]
 
-from . import live, small_linear, whole_conv
+from . import live, products, small_linear, whole_conv, whole_norm
 from .dependency_generator import GENERATOR_PARAMETERS, dependency_generator_bwd, dependency_generator_fwd
 from .fold_weight import fold_weight_bwd, fold_weight_fwd
 from .gate_activations import gate_activations_bwd, gate_activations_fwd
@@ -38,6 +38,7 @@ __all__ = [
     "live",
     "norm_gate_bwd",
     "norm_gate_fwd",
+    "products",
     "route",
     "sample_gates_bwd",
     "sample_gates_fwd",
@@ -46,6 +47,7 @@ __all__ = [
     "weight_gated_linear_bwd",
     "weight_gated_linear_fwd",
     "whole_conv",
+    "whole_norm",
 ]
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dampr import _C  # type: ignore[attr-defined]
-from dampr.ops.gate_args import GateArgs, GatePair, Maybe
+from dampr.ops.gate_args import GateArgs, Maybe
 
 from .fold_weight import fold_into, unfold
 from .host import CODES, new, ptr
@@ -41,7 +41,7 @@ def gate_rows(x: Tensor, gate: GateArgs) -> Tensor:
         if not x.is_contiguous():  # a product with the strides of x keeps the path of the GEMM, and so its rounding, as in the dense layer
             return (x * sample_gates_fwd(gate, None)).to(x.dtype)
         (rows, n), out = x.shape, torch.empty_like(x)
-        fold_into(out, x, None, _on_columns(gate), rows, n)
+        fold_into(out, x, None, gate.on_columns(), rows, n)
         return out
     x, log_alpha = x.contiguous(), gate.log_alpha.contiguous()
     out = torch.empty_like(x)
@@ -74,9 +74,5 @@ def gate_rows_bwd(
     if gated is None and product is None and not dlog_alpha:
         return RowGrads(None, None, None)
     rows, n = x.shape
-    _, grad, _ = unfold(g, None, x, None, _on_columns(gate), rows, n, (False, False, dlog_alpha, False), gated, product)
+    _, grad, _ = unfold(g, None, x, None, gate.on_columns(), rows, n, (False, False, dlog_alpha, False), gated, product)
     return RowGrads(gated, product, grad)
-
-
-def _on_columns(gate: GateArgs) -> GatePair:
-    return GatePair(gate.log_alpha, None, gate.seed, None, gate.spec)

@@ -1,0 +1,142 @@
+"""y = norm(x) with gain z * weight and bias z * bias, around torch's own norm: the gates are folded into vectors, no activation is touched.
+
+Made of smaller ops; while torch.compile traces, of gates by themselves and products that it fuses into the norm. On the CPU, where nobody
+looks on, it is one node of autograd instead, because beside a cold cache each view, node and line of Python costs as much as the fold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .backends import select
+from .fold_weight import fold_weight
+from .gate_args import GateArgs, GatePair, Maybe
+from .library import differentiate, once_differentiable, watched
+from .sample_gates import sample_gates
+
+
+class BatchNorm(NamedTuple):
+    """``F.batch_norm`` but for the tensors that it multiplies."""
+
+    running_mean: Maybe
+    running_var: Maybe
+    training: bool
+    momentum: float
+    eps: float
+
+    def __call__(self, x: Tensor, gain: Tensor, shift: Maybe) -> Tensor:
+        return F.batch_norm(x, self.running_mean, self.running_var, gain, shift, self.training, self.momentum, self.eps)
+
+    def fwd(self, x: Tensor, gain: Tensor, shift: Maybe) -> tuple[Tensor, Tensor, Tensor]:
+        """y, and mean and 1 / standard deviation for :meth:`bwd`."""
+        return torch.native_batch_norm(x, gain, shift, *self)
+
+    def bwd(self, dy: Tensor, x: Tensor, gain: Tensor, shift: Maybe, mean: Tensor, rstd: Tensor, needs: list[bool]) -> Sequence[Maybe]:
+        running = self.running_mean, self.running_var
+        grads: Sequence[Maybe] = torch.ops.aten.native_batch_norm_backward(
+            dy, x, gain, *running, mean, rstd, self.training, self.eps, needs
+        )
+        return grads
+
+    def again(self) -> BatchNorm:
+        """The same once more, for derivatives, without an update of the running statistics."""
+        return self._replace(running_mean=None, running_var=None) if self.training else self
+
+    def refuses(self, x: Tensor) -> bool:
+        """Whether torch has something to say about x, or does something else where there is so little of it."""
+        return x.dim() < 2 or x.numel() <= x.shape[1]
+
+
+class LayerNorm(NamedTuple):
+    """``F.layer_norm`` but for the tensors that it multiplies."""
+
+    shape: list[int]
+    eps: float
+
+    def __call__(self, x: Tensor, gain: Tensor, shift: Maybe) -> Tensor:
+        return F.layer_norm(x, self.shape, gain, shift, self.eps)
+
+    def fwd(self, x: Tensor, gain: Tensor, shift: Maybe) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.native_layer_norm(x, self.shape, gain, shift, self.eps)
+
+    def bwd(self, dy: Tensor, x: Tensor, gain: Tensor, shift: Maybe, mean: Tensor, rstd: Tensor, needs: list[bool]) -> Sequence[Maybe]:
+        grads: Sequence[Maybe] = torch.ops.aten.native_layer_norm_backward(dy, x, self.shape, mean, rstd, gain, shift, needs)
+        return grads
+
+    def again(self) -> LayerNorm:
+        return self
+
+    def refuses(self, x: Tensor) -> bool:
+        return x.numel() == 0
+
+
+Norm = BatchNorm | LayerNorm
+
+
+class _WholeNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, weight: Tensor, bias: Maybe, log_alpha: Tensor, gate: GateArgs, norm: Norm, backend: Any
+    ) -> Tensor:
+        gain, shift = backend.fold(weight, bias, gate)
+        y, mean, rstd = norm.fwd(x, gain, shift)
+        ctx.save_for_backward(x, weight, bias, log_alpha, gate.seed, gain, shift, mean, rstd)
+        ctx.spec, ctx.norm, ctx.backend = gate.spec, norm, backend
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Any:  # type: ignore[override]
+        x, weight, bias, log_alpha, seed, gain, shift, mean, rstd = ctx.saved_tensors
+        need_x, need_w, need_b, need_gate = needs = ctx.needs_input_grad[:4]
+        gate = GateArgs(log_alpha, seed, ctx.spec)
+        if watched((dy,)):
+            whole = partial(_composed, norm=ctx.norm.again())
+            dx, dw, db, _, dgate = differentiate(whole, dy, (x, weight, bias), gate.on_rows(), (*needs[:3], False, need_gate))
+            return dx, dw, db, dgate, None, None, None
+        vectors = need_w or need_gate, bias is not None and (need_b or need_gate)
+        dx, dgain, dshift = ctx.norm.bwd(dy, x, gain, shift, mean, rstd, [need_x, *vectors])
+        if not any(needs[1:]):
+            return dx, *[None] * 6
+        dgain = torch.empty_like(gain) if dgain is None else dgain
+        return dx, *ctx.backend.unfold(dgain, dshift, weight, bias, gate, needs[1:]), None, None, None
+
+
+_apply = super(torch.autograd.Function, _WholeNorm).apply  # type: ignore[misc]
+
+
+def whole_norm(x: Tensor, weight: Tensor, bias: Maybe, gate: GateArgs, norm: Norm) -> Tensor:
+    """Differentiable; weight, bias: the shape that ``norm`` normalises, a gate for each element; arguments are taken as checked."""
+    backend = getattr(select(x.device, weight.dtype), "whole_norm", None)
+    tensors = x, weight, bias, gate.log_alpha
+    if backend is None or watched(tensors) or norm.refuses(x) or not weight.is_contiguous() or torch.is_autocast_enabled(x.device.type):
+        return _composed(x, weight, bias, gate.on_rows(), norm)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        y: Tensor = _apply(*tensors, gate, norm, backend)
+        return y
+    return norm(x, *backend.fold(weight, bias, gate))
+
+
+def affine(weight: Tensor, bias: Maybe, gate: GateArgs) -> tuple[Tensor, Maybe]:
+    """(z weight, z bias) in the dtype of ``weight``, differentiable; any shape, a gate for each element; arguments are taken as checked."""
+    return _affine(weight, bias, gate.on_rows())
+
+
+def _composed(x: Tensor, weight: Tensor, bias: Maybe, gates: GatePair, norm: Norm) -> Tensor:
+    return norm(x, *_affine(weight, bias, gates))
+
+
+def _affine(weight: Tensor, bias: Maybe, gates: GatePair) -> tuple[Tensor, Maybe]:
+    if torch.compiler.is_compiling():
+        assert gates.output is not None
+        z = sample_gates(gates.output, None).view(weight.shape)
+        return (weight * z).to(weight.dtype), None if bias is None else (bias * z).to(weight.dtype)
+    # A gain is a weight with one column, and its rows carry the gates.
+    gain, shift = fold_weight(weight.reshape(-1, 1), None if bias is None else bias.reshape(-1), gates, weight.dtype)
+    return gain.view(weight.shape), None if shift is None else shift.view(weight.shape)
