@@ -1,8 +1,8 @@
 """Gated convolutions against dense, eager unfused and compiled unfused ones: layers, a residual block, whole networks; channels last.
 
 Stages of ``python -m benchmarks.run``: ``conv`` (a few layers and a block), ``layers`` (every distinct 3 x 3 and 1 x 1 layer of ResNet-50
-at 224 and of VGG16 at 32) and ``models`` (whole training steps). A network is gated where :func:`dampr.convert` puts its gates, after the
-norms; the unfused one has a gate behind every norm that the converted one gates.
+at 224 and of VGG16 at 32), ``resnet50`` and ``vgg16`` (whole training steps, dampr's both eagerly and compiled). A network is gated where
+:func:`dampr.convert` puts its gates, after the norms; the unfused one has a gate behind every norm that the converted one gates.
 """
 
 from __future__ import annotations
@@ -73,15 +73,14 @@ def networks(stage: str, device: str) -> dict[str, tuple[Callable[[], nn.Module]
     cuda = device == "cuda"
     if stage == "conv":
         return {"residual block": (lambda: models.BasicBlock(64), (64 if cuda else 8, 64, 56, 56))}
-    if stage == "models":
-        return {
-            "ResNet-50": (models.resnet50, (256 if cuda else 4, 3, 224, 224)),
-            "VGG16": (models.vgg16, (512 if cuda else 32, 3, 32, 32)),
-        }
+    if stage == "resnet50":
+        return {"ResNet-50": (models.resnet50, (256 if cuda else 4, 3, 224, 224))}
+    if stage == "vgg16":
+        return {"VGG16": (models.vgg16, (512 if cuda else 32, 3, 32, 32))}
     return {}
 
 
-STAGES = ("conv", "layers", "models")
+STAGES = ("conv", "layers", "resnet50", "vgg16")
 
 
 def run(stage: str, device: str, *, compiled: bool = True, rounds: int = 20) -> list[linear.Point]:
@@ -129,6 +128,8 @@ def _measure_network(
         return model
 
     layers: Layers = {"dense": lambda: copy.deepcopy(dense), "dampr": lambda: gated, "eager unfused": unfused}
+    if compiled:
+        layers[linear.COMPILED] = lambda: cast(nn.Module, torch.compile(copy.deepcopy(gated), dynamic=False))
     case = f"{name}, {'per sample' if per_sample else 'per batch'}"
     return measure(case, shape, layers, torch.randn(shape), device, compiled, rounds)
 

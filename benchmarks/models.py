@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 
@@ -17,9 +16,11 @@ class BasicBlock(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.first, self.second = conv_norm(width, width, 3), conv_norm(width, width, 3)
+        self.relu = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.relu(x + self.second(torch.relu(self.first(x))))
+        y: Tensor = self.relu(x + self.second(self.relu(self.first(x))))
+        return y
 
 
 class Bottleneck(nn.Module):
@@ -32,11 +33,13 @@ class Bottleneck(nn.Module):
             conv_norm(width, width, 3, stride),
             conv_norm(width, 4 * width, 1),
         )
+        self.relu = nn.ReLU()
         self.shortcut = nn.Identity() if read == 4 * width and stride == 1 else conv_norm(read, 4 * width, 1, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        inner = torch.relu(self.spatial(torch.relu(self.reduce(x))))
-        return torch.relu(self.shortcut(x) + self.expand(inner))
+        inner = self.relu(self.spatial(self.relu(self.reduce(x))))
+        y: Tensor = self.relu(self.shortcut(x) + self.expand(inner))
+        return y
 
 
 def resnet50(classes: int = 1000) -> nn.Sequential:

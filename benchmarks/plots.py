@@ -35,6 +35,7 @@ STYLES = {
     "eager unfused": ("#D55E00", "s"),
     "compiled unfused": ("#E69F00", "^"),
     "captum": ("#CC79A7", "D"),
+    linear.COMPILED: ("#56B4E9", "X"),
     linear.TORCH_PRODUCTS: ("#56B4E9", "X"),
     "small": ("#56B4E9", "X"),
     "fold": ("#0072B2", "o"),

@@ -77,16 +77,18 @@ COMPILED = "compiled unfused"
 
 
 def _against_compiled(points: list[linear.Point], verified: bool) -> str:
-    """How many cases dampr is faster in than the compiled layer, by the intervals of the ratios; each that it is slower in, by name."""
-    found = [(p, p.ratios[COMPILED]) for p in points if p.ratios and COMPILED in p.ratios]
-    if not found or not verified:
-        return ""
-    behind = [f"{p.case} at {p.shape}: {middle:.3f} ({low:.3f} to {high:.3f})" for p, (middle, low, high) in found if low > 1]
-    faster = sum(high < 1 for _, (_, _, high) in found)
-    how = "median ratio of the rounds, 95 % interval"
-    ending = f": {'; '.join(behind)}" if behind else ""
-    counts = f"faster in {faster}, level in {len(found) - faster - len(behind)}, slower in {len(behind)} of {len(found)} cases"
-    return f"Against the compiled unfused layer ({how}): {counts}{ending}.\n\n"
+    """How many cases dampr is faster in than what is compiled, by the intervals of the ratios; each that it is slower in, by name."""
+    counts = []
+    for provider in linear.RATED:
+        found = [(p, p.ratios[COMPILED]) for p in points if p.provider == provider and p.ratios and COMPILED in p.ratios]
+        if not found or not verified:
+            continue
+        behind = [f"{p.case} at {p.shape}: {middle:.3f} ({low:.3f} to {high:.3f})" for p, (middle, low, high) in found if low > 1]
+        faster = sum(high < 1 for _, (_, _, high) in found)
+        ending = f": {'; '.join(behind)}" if behind else ""
+        level = len(found) - faster - len(behind)
+        counts.append(f"{provider} is faster in {faster}, level in {level}, slower in {len(behind)} of {len(found)} cases{ending}")
+    return f"Against {COMPILED} (median ratio of the rounds, 95 % interval): {'; '.join(counts)}.\n\n" if counts else ""
 
 
 def _verified(row: dict[str, Any]) -> tuple[str, ...]:

@@ -24,6 +24,9 @@ struct Same {
   G operator[](int64_t) const { return value; }
 };
 
+constexpr int kNarrow = 512;  // columns of an item: a few vectors of as many numbers stay in the nearest cache while rows go by
+constexpr int kFew = 4;       // rows that are read together, so that sums are loaded and stored once for all of them
+
 // How the tensor is cut. inner = 1: blocks of rows of an outer index, times tiles of columns. Else: groups of whole runs of inner elements.
 // Sums of an item go to its part, which has a place for each of the n; an outer index has `parts` of them.
 struct NormGrid {
@@ -31,7 +34,7 @@ struct NormGrid {
   Grid columns;
 
   explicit NormGrid(const Planes& a)
-      : outer(a.per_outer ? a.outer : 1), middle(a.per_outer ? a.middle : a.outer * a.middle), n(a.n), inner(a.inner), columns(middle, n) {
+      : outer(a.per_outer ? a.outer : 1), middle(a.per_outer ? a.middle : a.outer * a.middle), n(a.n), inner(a.inner), columns(middle, n, kNarrow) {
     group = inner > 0 && inner < kItem ? kItem / inner : 1;
     parts = inner == 1 ? columns.blocks : middle;
   }
@@ -93,6 +96,20 @@ void add_shifted(const G* __restrict values, int count, double shift, double* __
   }
 }
 
+// The same of R rows, a sum for each column.
+template <int R, class G>
+void add_rows(const G* const* xs, const double* __restrict shift, double* __restrict total, double* __restrict squares, int width) {
+#pragma omp simd
+  for (int j = 0; j < width; ++j) {
+    double sum = 0, square = 0;
+    for (int r = 0; r < R; ++r) {
+      const double d = static_cast<double>(xs[r][j]) - shift[j];
+      sum += d, square += d * d;
+    }
+    total[j] += sum, squares[j] += square;
+  }
+}
+
 // Mean and (biased) variance of each channel. A part keeps its mean and its sum of squared distances from it, both from sums of distances from one
 // of its own elements: that element is as far from the mean as it may be, it counts among the distances, so little is lost by cancellation.
 template <class X>
@@ -109,17 +126,19 @@ bool norm_stats(const Planes& a, void* mean_, void* var_, int threads) {
     each_part(
         grid, index,
         [&](int64_t part, int64_t, int64_t row, int64_t end, int64_t column, int width) {
-          alignas(64) double shift[kTile], total[kTile], squares[kTile];
+          alignas(64) double shift[kNarrow], total[kNarrow], squares[kNarrow];
           const G* first = Storage<X>::read(x + row * n + column, buffer, width);
           for (int j = 0; j < width; ++j) shift[j] = static_cast<double>(first[j]), total[j] = squares[j] = 0;
           const double count = static_cast<double>(end - row);
-          for (int64_t r = row; r < end; ++r) {
-            const G* __restrict xs = Storage<X>::read(x + r * n + column, buffer, width);
-#pragma omp simd
-            for (int j = 0; j < width; ++j) {
-              const double d = static_cast<double>(xs[j]) - shift[j];
-              total[j] += d, squares[j] += d * d;
-            }
+          const G* xs[kFew];
+          int64_t r = row;
+          for (; r + kFew <= end; r += kFew) {
+            for (int k = 0; k < kFew; ++k) xs[k] = Storage<X>::read(x + (r + k) * n + column, buffer + k * kNarrow, width);
+            add_rows<kFew>(xs, shift, total, squares, width);
+          }
+          for (; r < end; ++r) {
+            xs[0] = Storage<X>::read(x + r * n + column, buffer, width);
+            add_rows<1>(xs, shift, total, squares, width);
           }
           for (int j = 0; j < width; ++j) {
             sums.first[part * n + column + j] = shift[j] + total[j] / count;
@@ -218,7 +237,7 @@ bool norm_gate_forward(const NormGate& args, int threads) {
     each_part(
         grid, items - 1 - index,
         [&](int64_t, int64_t outer, int64_t row, int64_t end, int64_t column, int width) {
-          alignas(64) G slope[kTile], shift[kTile];
+          alignas(64) G slope[kNarrow], shift[kNarrow];
           const G* gates = z + outer * n + column;
           for (int j = 0; j < width; ++j) slope[j] = gates[j] * columns.scale[column + j], shift[j] = bias ? gates[j] * bias[column + j] : G(0);
           const G *centre = mean + column, *slopes = slope, *shifts = shift;
@@ -243,6 +262,22 @@ bool norm_gate_forward(const NormGate& args, int threads) {
   return true;
 }
 
+// What R rows add to S0 and S1, a sum for each column.
+template <bool kRelu, int R, class G>
+void add_products(const G* const* gs, const G* const* xs, const G* centre, const G* slope, const G* shift, double* __restrict first,
+                  double* __restrict second, int width) {
+#pragma omp simd
+  for (int j = 0; j < width; ++j) {
+    G total = 0, product = 0;
+    for (int r = 0; r < R; ++r) {
+      G distance;
+      const G dp = let_through<kRelu>(gs[r][j], xs[r][j], centre, slope, shift, j, distance);
+      total += dp, product += dp * distance;
+    }
+    first[j] += static_cast<double>(total), second[j] += static_cast<double>(product);
+  }
+}
+
 // S0 and S1 of each part.
 template <bool kRelu, class X, class G>
 void norm_gate_sums(const NormGate& args, const NormGrid& grid, const G* scale, const NormSums& sums, int threads) {
@@ -255,7 +290,7 @@ void norm_gate_sums(const NormGate& args, const NormGrid& grid, const G* scale, 
     each_part(
         grid, index,
         [&](int64_t part, int64_t outer, int64_t row, int64_t end, int64_t column, int width) {
-          alignas(64) G slope[kTile], shift[kTile];
+          alignas(64) G slope[kNarrow], shift[kNarrow];
           const G *gates = z + outer * n + column, *centre = mean + column;
           double *__restrict first = sums.first + part * n + column, *__restrict second = sums.second + part * n + column;
           for (int j = 0; j < width; ++j) {
@@ -263,15 +298,18 @@ void norm_gate_sums(const NormGate& args, const NormGrid& grid, const G* scale, 
             first[j] = second[j] = 0;
           }
           const G *slopes = slope, *shifts = shift;
-          for (int64_t r = row; r < end; ++r) {
-            const G* __restrict xs = Storage<X>::read(x + r * n + column, x_buffer, width);
-            const G* __restrict gs = Storage<X>::read(g + r * n + column, g_buffer, width);
-#pragma omp simd
-            for (int j = 0; j < width; ++j) {
-              G distance;
-              const G dp = let_through<kRelu>(gs[j], xs[j], centre, slopes, shifts, j, distance);
-              first[j] += static_cast<double>(dp), second[j] += static_cast<double>(dp * distance);
+          const G *xs[kFew], *gs[kFew];
+          int64_t r = row;
+          for (; r + kFew <= end; r += kFew) {
+            for (int k = 0; k < kFew; ++k) {
+              xs[k] = Storage<X>::read(x + (r + k) * n + column, x_buffer + k * kNarrow, width);
+              gs[k] = Storage<X>::read(g + (r + k) * n + column, g_buffer + k * kNarrow, width);
             }
+            add_products<kRelu, kFew>(gs, xs, centre, slopes, shifts, first, second, width);
+          }
+          for (; r < end; ++r) {
+            xs[0] = Storage<X>::read(x + r * n + column, x_buffer, width), gs[0] = Storage<X>::read(g + r * n + column, g_buffer, width);
+            add_products<kRelu, 1>(gs, xs, centre, slopes, shifts, first, second, width);
           }
         },
         [&](int64_t part, int64_t outer, int64_t channel, int64_t first) {
@@ -353,7 +391,7 @@ bool norm_gate_backward(const NormGate& args, int threads) {
     each_part(
         grid, items - 1 - index,
         [&](int64_t, int64_t outer, int64_t row, int64_t end, int64_t column, int width) {
-          alignas(64) G slope[kTile], shift[kTile];
+          alignas(64) G slope[kNarrow], shift[kNarrow];
           const G* gates = z + outer * n + column;
           for (int j = 0; j < width; ++j) slope[j] = gates[j] * columns.scale[column + j], shift[j] = bias ? gates[j] * bias[column + j] : G(0);
           const G *centre = mean + column, *slopes = slope, *shifts = shift, *c0 = columns.c0 + column, *c1 = columns.c1 + column;

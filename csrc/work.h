@@ -34,8 +34,8 @@ void parallel(int64_t items, int64_t elements, int threads, F&& f) {
 struct Grid {
   int64_t rows, n, tile, tiles, block, blocks;
 
-  Grid(int64_t rows_, int64_t n_) : rows(rows_), n(n_) {
-    tiles = divide_up(n, kTile);
+  Grid(int64_t rows_, int64_t n_, int64_t widest = kTile) : rows(rows_), n(n_) {
+    tiles = divide_up(n, widest);
     tile = tiles > 1 ? divide_up(divide_up(n, tiles), 64) * 64 : n;
     tiles = tile ? divide_up(n, tile) : 0;
     block = tile ? kItem / tile : 0;

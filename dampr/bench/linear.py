@@ -47,7 +47,8 @@ QUICK = {
 }
 
 
-TORCH_PRODUCTS = "dampr, torch's products"
+COMPILED, TORCH_PRODUCTS = "dampr, compiled", "dampr, torch's products"
+RATED = ("dampr", COMPILED)  # providers that are compared with each other one round by round
 DTYPES = {"cpu": "float32", "cuda": "bfloat16 autocast"}
 Step = Callable[[], object]
 
@@ -60,7 +61,7 @@ class Point:
 
     ``peak_bytes``: of one step, beyond what was allocated before it (CUDA only). ``kept_bytes``: what the forward keeps for the backward,
     beyond parameters and the input (None where there is no backward). ``ratios``, of dampr's points: (median, low, high) of the time
-    relative to each competitor, round by round, with its 95 % interval (:meth:`dampr.bench.timing.Timing.relative_to`).
+    relative to each other provider, round by round, with its 95 % interval (:meth:`dampr.bench.timing.Timing.relative_to`).
     """
 
     case: str
@@ -125,7 +126,7 @@ def time_steps(
             peak_bytes=_peak(steps[name], device),
             route=routes.get(name),
             kept_bytes=_kept(steps[name]),
-            ratios={other: t.relative_to(o) for other, o in times.items() if other != name} if name == "dampr" else None,
+            ratios={other: t.relative_to(o) for other, o in times.items() if other != name} if name in RATED else None,
         )
         for name, t in times.items()
     ]

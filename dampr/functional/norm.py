@@ -114,8 +114,10 @@ def gated_batch_norm(
 
 def _vector(name: str, value: Tensor | None, x: Tensor, log_alpha: Tensor) -> Tensor | None:
     """A checked (C,), in the dtype to compute in."""
-    if value is None:
-        return None
+    if value is None or (
+        isinstance(value, Tensor) and value.dtype == log_alpha.dtype and value.shape == log_alpha.shape and value.device == x.device
+    ):
+        return value
     _checks.floating(name, _checks.tensor(name, value))
     if value.shape != log_alpha.shape:
         raise ValueError(f"{name}.shape={tuple(value.shape)}: expected {tuple(log_alpha.shape)}, one entry per channel")

@@ -6,7 +6,7 @@ from .conv import GatedConv1d, GatedConv2d
 from .gate import Gate, GatedEmbedding, GatedResidual, Residual, Scale
 from .heads import GatedHeads
 from .linear import GatedLinear
-from .norm import GatedBatchNorm1d, GatedBatchNorm2d, GatedLayerNorm
+from .norm import GatedBatchNorm1d, GatedBatchNorm2d, GatedLayerNorm, TakenReLU
 from .pruned_attention import PrunedMultiheadAttention
 from .pruned_transformer import PrunedTransformerDecoderLayer, PrunedTransformerEncoderLayer
 from .rnn import GatedGRU, GatedLSTM, GatedRNN, ScaledRNN
@@ -38,4 +38,5 @@ __all__ = [
     "Scale",
     "ScaledRNN",
     "StackedRNN",
+    "TakenReLU",
 ]

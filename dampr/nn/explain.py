@@ -16,7 +16,7 @@ from .base import GatedLayer, Granularity
 from .conv import GatedConv1d, GatedConv2d
 from .gate import Gate, GatedEmbedding, GatedResidual
 from .linear import GatedLinear
-from .norm import _GatedNorm
+from .norm import GatedLayerNorm, _GatedNorm
 from .rnn import _GatedRecurrent
 
 
@@ -50,7 +50,7 @@ def explain(layer: GatedLayer, x: Tensor) -> Explanation:
     elif isinstance(layer, (GatedConv1d, GatedConv2d)):
         found = _of_convolution(layer, x, dtype)
     elif isinstance(layer, _GatedNorm):
-        found = _of_norm(layer, x.device, dtype)
+        found = _of_norm(layer, x, dtype)
     elif isinstance(layer, (_GatedRecurrent, Gate, GatedEmbedding, GatedMultiheadAttention, GatedResidual)):
         dtype = layer.weight.dtype if isinstance(layer, GatedEmbedding) else dtype
         found = Explanation(*ops.choose(x.device, dtype), *_of_others(layer))
@@ -89,10 +89,15 @@ def _of_others(layer: _GatedRecurrent | Gate | GatedEmbedding | GatedMultiheadAt
     return "passes", "gates are drawn in the pass that multiplies" if layer.index is None else "a gate is looked up for each element"
 
 
-def _of_norm(layer: _GatedNorm, device: torch.device, dtype: torch.dtype) -> Explanation:
-    backend, reason = ops.choose(device, dtype)
+def _of_norm(layer: _GatedNorm, x: Tensor, dtype: torch.dtype) -> Explanation:
+    backend, reason = ops.choose(x.device, dtype)
+    activation = getattr(layer, "activation", None)
+    behind = " and the ReLU" if activation else ""
     if layer.per_sample and layer.gate.spec.rule == SAMPLE:
-        return Explanation(backend, reason, "passes", "every sample has gates of its own: a pass over the activations after the norm")
+        how = "a pass over the activations after the norm" if isinstance(layer, GatedLayerNorm) else f"one pass with the norm{behind}"
+        return Explanation(backend, reason, "passes", f"every sample has gates of its own: {how}")
+    if activation and layer.gate.spec.rule == SAMPLE and ops.beats_torch(x):
+        return Explanation(backend, reason, "passes", "norm, gates and ReLU in one pass each way, faster here than torch's norm and a ReLU")
     counted = ", on an input in which closed elements hold the mean of the open ones" if getattr(layer, "statistics", "") == "open" else ""
     return Explanation(backend, reason, "fold", f"gates are multiplied into gain and bias, and the vendor norm runs{counted}")
 

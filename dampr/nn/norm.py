@@ -139,8 +139,19 @@ class _GatedNorm(GatedLayer):
         return f"per_sample={self.per_sample}"
 
 
+class TakenReLU(nn.ReLU):
+    """``nn.ReLU`` behind a batch norm that has taken it in: hands on what the norm has rectified, and rectifies everything else.
+
+    :func:`dampr.convert` puts it in the place of an ``nn.ReLU``, :func:`dampr.compact` takes it out again.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if not torch.compiler.is_compiling() and getattr(x, "_dampr_rectified", False) else super().forward(x)
+
+
 class _GatedBatchNorm(_GatedNorm, _BatchNorm):
     activation: str | None
+    followed: bool = False  # whether the activation is that of a TakenReLU behind
     _arguments = ("num_features", "eps", "momentum", "affine", "track_running_stats")
 
     def __init__(
@@ -180,10 +191,11 @@ class _GatedBatchNorm(_GatedNorm, _BatchNorm):
     def to_dense(self) -> nn.Module:
         """The plain norm that computes what this one computes in evaluation mode, with copies of its parameters and statistics.
 
-        A norm without gain gets one, for the gates to be in. With an activation: ``nn.Sequential`` of the plain norm and ``nn.ReLU``.
+        A norm without gain gets one, for the gates to be in. With an activation of its own: ``nn.Sequential`` of the plain norm and
+        ``nn.ReLU``.
         """
         dense = super().to_dense()
-        return dense if self.activation is None else nn.Sequential(dense, nn.ReLU()).train(self.training)
+        return dense if self.activation is None or self.followed else nn.Sequential(dense, nn.ReLU()).train(self.training)
 
     def _gain_shape(self) -> tuple[int, ...]:
         return (self.num_features,)
@@ -198,31 +210,40 @@ class _GatedBatchNorm(_GatedNorm, _BatchNorm):
         by_batch = self.training or (self.running_mean is None and self.running_var is None)
         kept = not self.training or self.track_running_stats
         statistics = (self.running_mean, self.running_var) if kept else (None, None)
-        if not self._draws_per_sample():
+        left = self.followed and torch.compiler.is_compiling()  # to the ReLU behind, which the compiler fuses as well
+        activation = None if left else self.activation
+        drawn = self.gate.spec.rule == SAMPLE
+        if drawn and (self.per_sample or (activation is not None and ops.beats_torch(x))):
+            parameter, seed, spec = self.gate.call()
+            y = functional.gated_batch_norm(
+                x,
+                parameter,
+                self.weight,
+                self.bias,
+                *statistics,
+                training=by_batch,
+                momentum=momentum,
+                eps=self.eps,
+                seed=seed,
+                per_sample=self.per_sample,
+                activation=activation,
+                spec=spec,
+            )
+        else:
             y = self._normed(x, ops.BatchNorm(*statistics, by_batch, momentum, self.eps))
-            return y if self.activation is None else F.relu(y)
-        parameter, seed, spec = self.gate.call()
-        return functional.gated_batch_norm(
-            x,
-            parameter,
-            self.weight,
-            self.bias,
-            *statistics,
-            training=by_batch,
-            momentum=momentum,
-            eps=self.eps,
-            seed=seed,
-            per_sample=True,
-            activation=self.activation,
-            spec=spec,
-        )
+            y = y if activation is None else F.relu(y)
+        if self.followed and not left:
+            y._dampr_rectified = True  # type: ignore[attr-defined]
+        return y
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self._describe_gates()}"
 
     def _describe_gates(self) -> str:
         described = super()._describe_gates()
-        return described if self.activation is None else f"{described}, activation={self.activation!r}"
+        if self.activation is None:
+            return described
+        return f"{described}, activation={self.activation!r}{' of the layer behind' if self.followed else ''}"
 
 
 class GatedBatchNorm2d(_GatedBatchNorm, nn.BatchNorm2d):

@@ -14,7 +14,7 @@ from .gate_args import GateArgs, GatePair
 from .gated_conv2d import gated_conv2d
 from .gated_linear import gated_linear
 from .live import on_open_gates
-from .norm_gate import norm_gate
+from .norm_gate import beats_torch, norm_gate
 from .routes import forced_route
 from .sample_gates import sample_gates
 from .weight_gated_linear import weight_gated_linear
@@ -31,6 +31,7 @@ __all__ = [
     "affine",
     "backend",
     "backend_info",
+    "beats_torch",
     "choose",
     "composed_conv",
     "dependency_generator",

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dampr import _checks, _progress
 from dampr._version import __version__
-from dampr.nn import GatedLayer, GatedLayerNorm, GatedResidual, Scale, ScaledRNN
+from dampr.nn import GatedLayer, GatedLayerNorm, GatedResidual, Scale, ScaledRNN, TakenReLU
 from dampr.nn.rnn import _GatedRecurrent
 
 from . import graph, heads, inputs, recurrent, streams, transformer
@@ -88,7 +88,7 @@ def compact(
             elif channels:
                 closed[writes][plain] = channels
     open_heads, head_notes = heads.open_heads(small)
-    inputs.replace(small, dense)
+    inputs.replace(small, dense | {m: nn.ReLU(m.inplace).train(m.training) for m in small.modules() if isinstance(m, TakenReLU)})
     _match_dtype(small, [p for layer, p in dense.items() if isinstance(layer, GatedLayerNorm) and layer.weight is None], samples[0])
     in_heads, cut_heads = heads.cut(small, open_heads)
     kept, units, recurrent_notes = recurrent.make_plain(small, samples, atol, rtol)

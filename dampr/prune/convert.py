@@ -28,7 +28,7 @@ from dampr.nn import (
 )
 from dampr.nn.base import VECTOR_GRANULARITIES, Granularity
 
-from . import filters, graph, heads, inputs, recurrent, streams, transformer, trial
+from . import filters, graph, heads, inputs, rectified, recurrent, streams, transformer, trial
 from .filters import Filter
 from .structure import plain_copy
 
@@ -45,7 +45,6 @@ _REPLACEMENT: dict[type, Any] = {
 _OUTPUT_ONLY = {nn.MultiheadAttention: "heads", nn.Embedding: "columns", nn.LSTM: "units", nn.GRU: "units", nn.RNN: "units"}
 _NORMS: dict[type, Any] = {nn.BatchNorm1d: GatedBatchNorm1d, nn.BatchNorm2d: GatedBatchNorm2d}
 _GATED: dict[type, Any] = {**_REPLACEMENT, **_NORMS, nn.LayerNorm: GatedLayerNorm}
-_HOOKS = [name for name in vars(nn.Module()) if "_hook" in name]
 
 
 class ConversionError(RuntimeError):
@@ -82,7 +81,8 @@ def convert(
         include, exclude: name globs ("encoder.*") and types; None includes everything and excludes nothing. What hits a transformer layer
             hits its parts.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments. With them, output gates go into the BatchNorm that
-            follows a layer (in all that read a residual stream), leave out layers whose channels nothing can cut (the classifier, what a
+            follows a layer (in all that read a residual stream), which takes in the ``nn.ReLU`` that alone reads it, if there is one (a
+            :class:`dampr.nn.TakenReLU` then stands there), leave out layers whose channels nothing can cut (the classifier, what a
             LayerNorm reads, a layer that is called twice, one whose outputs are viewed as heads: tried in a copy), and before the function
             returns it is proven that evaluation outputs are unchanged (to rounding) and that no gated layer's weight is read without
             calling the layer. Needed by models that have both convolutions and BatchNorms, for output gates.
@@ -133,6 +133,7 @@ def convert(
     values = {p: p.data for name in plan.layers for p in model.get_submodule(name).parameters()}
     gated: dict[str, Any] = {}
     adopted: dict[nn.Module, Any] = {}
+    relus: dict[nn.Module, nn.Module] = {}
     try:
         for name, layer in plan.layers.items():
             shared = gated.get(plan.shared_with.get(name, ""))
@@ -145,7 +146,8 @@ def convert(
         if "" in gated:
             bare: nn.Module = gated[""]
             return bare
-        inputs.replace(model, {plan.layers[name]: gated[name] for name in gated})
+        relus = rectified.take_in(model, plan.widths, {plan.layers[name]: gated[name] for name in gated}, example_inputs)
+        inputs.replace(model, relus | {plan.layers[name]: gated[name] for name in gated})
         adopted = transformer.adopt(model)
         if before is not None:
             _check_unchanged(model, gated, before, example_inputs)
@@ -153,7 +155,7 @@ def convert(
     except BaseException:
         for layer, kind in adopted.items():
             layer.__class__ = kind
-        inputs.replace(model, {gated[name]: plan.layers[name] for name in gated})
+        inputs.replace(model, {new: old for old, new in relus.items()} | {gated[name]: plan.layers[name] for name in gated})
         for parameter, value in values.items():
             parameter.data = value
         raise
@@ -378,8 +380,7 @@ def _gated(
     if of_heads is not None:
         kind, how = GatedHeads, {"gate": gate, "heads": of_heads.heads, "weights_per_gate": of_heads.weights_per_head()}
     gated: nn.Module = kind.from_dense(layer, **how)
-    for attribute in _HOOKS:
-        setattr(gated, attribute, getattr(layer, attribute))
+    inputs.keep_hooks(layer, gated)
     return gated
 
 

@@ -121,6 +121,15 @@ def replace(model: nn.Module, layers: Mapping[nn.Module, nn.Module]) -> None:
             setattr(model.get_submodule(parent), child, layers[module])
 
 
+_HOOKS = [name for name in vars(nn.Module()) if "_hook" in name]
+
+
+def keep_hooks(old: nn.Module, new: nn.Module) -> None:
+    """What was registered with ``old`` is with ``new``, which takes its place."""
+    for attribute in _HOOKS:
+        setattr(new, attribute, getattr(old, attribute))
+
+
 def same_noise(model: nn.Module) -> AbstractContextManager[None]:
     """Whatever a model draws in evaluation mode, it draws the same in every such block, and the caller's random state is untouched."""
     return torch.random.fork_rng(sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"}))
