@@ -3,7 +3,7 @@
 #
 #   bash benchmarks/gpu.sh [verify] [tests] [roofline] [pass] [vectors] [weights] [small] [tiny] [crossover] [recurrent] [closing] [conv] [layers] [resnet50] [vgg16]
 #
-# Default: all of them, one by one.
+# Default: all of them, one by one. With a quarter of an hour and calls of ten minutes: verify pass vectors weights, then tests small crossover, then what is left.
 #
 # Results go to $OUT if it is set, else to benchmarks/results/<gpu>/. A stage that fails does not stop the next one; the exit code tells.
 # A stage is stopped at its limit, none of which is above ten minutes: verify and tests compile every kernel, closing, layers, resnet50 and

@@ -246,3 +246,24 @@ def test_more_output_features_than_a_second_grid_axis_has_tiles():
         y.backward(torch.ones_like(y))
     torch.testing.assert_close(y, x @ layer.weight.t() * layer.gate(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(layer.weight.grad, layer.gate()[:, None] * x.sum(0), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_a_relu_that_a_norm_takes_in_does_not_wait_for_the_host_and_gives_what_separate_layers_give(per_sample):
+    def converted():
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(torch.nn.Conv2d(3, 32, 3), torch.nn.BatchNorm2d(32), torch.nn.ReLU(), torch.nn.Conv2d(32, 4, 1))
+        return dampr.convert(net, example_inputs=torch.randn(2, 3, 9, 9), per_sample=per_sample).cuda().train()
+
+    net, apart, x = converted(), converted(), torch.randn(8, 3, 17, 17, device="cuda")
+    assert net[1].followed
+    apart[1].activation, apart[1].followed = None, False
+    results = []
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        for model in (net, apart):
+            torch.manual_seed(1)
+            y = model(x)
+            results.append([y.detach(), *torch.autograd.grad(y.square().mean(), list(model.parameters()))])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+    assert_it_waits_for_no_host(net, x, lambda model, x: model(x))
