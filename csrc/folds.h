@@ -22,6 +22,18 @@ inline G gate_or_one(const void* z, int64_t row) {
   return z ? static_cast<const G*>(z)[row] : G(1);
 }
 
+// The sum of w g z in kLanes lanes.
+template <class G>
+inline double sum_products(const G* __restrict w, const G* __restrict g, const G* __restrict z, int count) {
+  alignas(64) double lanes[kLanes] = {};
+  int j = 0;
+  for (; j + kLanes <= count; j += kLanes)
+#pragma omp simd
+    for (int lane = 0; lane < kLanes; ++lane) lanes[lane] += static_cast<double>(w[j + lane] * g[j + lane] * z[j + lane]);
+  for (; j < count; ++j) lanes[j % kLanes] += static_cast<double>(w[j] * g[j] * z[j]);
+  return sum_row(lanes, kLanes);
+}
+
 template <class W, class T>
 void fold_forward(const FoldForward& a, int threads) {
   using G = typename Storage<W>::Gate;
@@ -56,24 +68,22 @@ bool fold_backward(const FoldBackward& a, int threads) {
   parallel(grid.items(), a.n_out * a.n_in, threads, [&](int64_t index) {
     const Item item(grid, index);
     alignas(64) double sums[kTile];
-    alignas(64) G ones[kTile], g_buffer[kTile], w_buffer[kTile], dw_buffer[kTile], products[kTile];
+    alignas(64) G ones[kTile], g_buffer[kTile], w_buffer[kTile], dw_buffer[kTile];
     const G* __restrict z_in = gates_or_ones(a.z_in, item.column, item.width, ones);
     for (int j = 0; j < item.width; ++j) sums[j] = 0;
     for (int64_t row = item.row; row < item.row_end; ++row) {
       const int64_t first = row * grid.n + item.column;
       const G z_out = gate_or_one<G>(a.z_out, row);
       const G* gs = Storage<T>::read(g + first, g_buffer, item.width);
-      if (a.dz_out || a.dz_in) {
-        const G* __restrict ws = Storage<W>::read(w + first, w_buffer, item.width);
+      const G* __restrict ws = a.dz_out || a.dz_in || folded ? Storage<W>::read(w + first, w_buffer, item.width) : nullptr;
+      if (a.dz_in)
 #pragma omp simd
-        for (int j = 0; j < item.width; ++j) {
-          const G product = ws[j] * gs[j];
-          products[j] = product * z_in[j];
-          sums[j] += static_cast<double>(product * z_out);
-        }
+        for (int j = 0; j < item.width; ++j) sums[j] += static_cast<double>(ws[j] * gs[j] * z_out);
+      if (a.dz_out) {
+        const double sum = sum_products(ws, gs, z_in, item.width);
+        rows.store(item.tile_index, row, &sum, 1);
       }
       if (folded) {
-        const G* __restrict ws = Storage<W>::read(w + first, w_buffer, item.width);
         G* __restrict target = Storage<W>::stage(folded + first, dw_buffer);
 #pragma omp simd
         for (int j = 0; j < item.width; ++j) target[j] = ws[j] * z_out * z_in[j];
@@ -84,10 +94,6 @@ bool fold_backward(const FoldBackward& a, int threads) {
 #pragma omp simd
         for (int j = 0; j < item.width; ++j) target[j] = gs[j] * z_out * z_in[j];
         Storage<W>::commit(target, dw + first, item.width);
-      }
-      if (a.dz_out) {
-        const double sum = sum_row(products, item.width);
-        rows.store(item.tile_index, row, &sum, 1);
       }
     }
     if (a.dz_in) columns.store(item.block_index, item.column, sums, item.width);
