@@ -168,6 +168,21 @@ def test_converting_twice_and_compiling_change_nothing() -> None:
     torch.testing.assert_close(torch.compile(model, backend="aot_eager", fullgraph=True)(X), expected)
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_a_compiled_network_trains_in_one_graph_like_the_eager_one(per_sample: bool) -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(1)
+    model = dampr.convert(Block(), example_inputs=X, per_sample=per_sample).train()
+    found = []
+    for net in (copy.deepcopy(model), torch.compile(copy.deepcopy(model), backend="aot_eager", fullgraph=True)):
+        torch.manual_seed(7)
+        y = net(X)
+        found.append([y.detach(), *torch.autograd.grad(y.square().sum(), list(net.parameters()))])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+
+
 def test_explain_says_that_the_relu_is_in_it(capsys: pytest.CaptureFixture[str]) -> None:
     model = dampr.convert(Reads("module"), example_inputs=X, per_sample=True).train()
     assert "the ReLU" in dampr.explain(model.body[1], torch.randn(4, 8, 9, 9)).route_reason
