@@ -1,7 +1,7 @@
 """The matrix products of linear layers: torch's own, or oneDNN's where torch asks MKL and that is the slower of the two.
 
-On processors of AMD with AVX-512, float32 products take MKL 1.1 to 1.4 times as long as oneDNN, which torch brings along for its
-convolutions (docs/performance.md). Evaluation stays on torch's path, so that a fresh layer equals the dense one to the bit.
+On processors of AMD with AVX-512, float32 products take MKL longer than oneDNN, which torch brings along for its convolutions ("dampr,
+torch's products" in docs/performance.md). Evaluation stays on torch's path, so that a fresh layer equals the dense one to the bit.
 """
 
 from __future__ import annotations
