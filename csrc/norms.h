@@ -65,7 +65,7 @@ void each_tile(int64_t count, F&& f) {
   for (int64_t j = 0; j < count; j += kTile) f(j, static_cast<int>(least(kTile, count - j)));
 }
 
-// Two sums over each part and channel, in double.
+// Two sums over each part and channel, in double; what goes in at once may be the sum of a few rows as they are.
 struct NormSums {
   int64_t n;
   double *first, *second;

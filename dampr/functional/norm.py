@@ -96,10 +96,10 @@ def gated_batch_norm(
     count = x.numel() // max(1, channels)
     if training and count == 1:
         raise ValueError(f"x.shape={tuple(x.shape)}: expected more than one value per channel in training")
-    if torch.compiler.is_compiling() and count > x.shape[0]:
+    if torch.compiler.is_compiling() and count > x.shape[0] and _goes_with(x, weight, bias, running_mean, running_var):
         # What the compiler sees it fuses, with what comes before and after as well; gates, of which there are fewer, are drawn beside it.
         norm = ops.BatchNorm(running_mean, running_var, training, momentum, float(eps))
-        y = norm(x, torch.ones_like(gates.log_alpha) if weight is None else weight, bias)
+        y = norm(x, weight, bias)
         z = ops.sample_gates(gates._replace(per_sample=False), x.shape[0] if gates.per_sample else None)
         y = (y * z.view(-1, channels, *[1] * (x.dim() - 2))).to(x.dtype)
         return y if activation is None else torch.relu(y)
@@ -110,6 +110,12 @@ def gated_batch_norm(
             _update(running_mean, mean, momentum, 1.0)
             _update(running_var, var, momentum, count / (count - 1))
     return y
+
+
+def _goes_with(x: Tensor, *vectors: Tensor | None) -> bool:
+    """Whether torch's batch norm takes these beside x: of the dtype of x, or all float32 beside a half."""
+    dtypes = {t.dtype for t in vectors if t is not None}
+    return dtypes <= {x.dtype} or (x.dtype.itemsize == 2 and dtypes == {torch.float32})
 
 
 def _vector(name: str, value: Tensor | None, x: Tensor, log_alpha: Tensor) -> Tensor | None:

@@ -47,9 +47,7 @@ class _GatedNorm(GatedLayer):
         parameter, seed, spec = self.gate.call()
         weight = self.weight
         if weight is None:
-            like_x = isinstance(norm, ops.LayerNorm)  # vendors' batch norms take, and keep, a wider gain
-            dtype = x.dtype if like_x else torch.promote_types(x.dtype, torch.float32)
-            weight = torch.ones(self._gain_shape(), dtype=dtype, device=x.device)
+            weight = torch.ones(self._gain_shape(), dtype=norm.gain_dtype(x), device=x.device)
         gate = gate_of("gate", parameter, weight.numel(), "channel", weight, seed, spec)
         return ops.whole_norm(x, weight, self.bias, gate, norm)
 
@@ -146,7 +144,8 @@ class TakenReLU(nn.ReLU):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        return x if not torch.compiler.is_compiling() and getattr(x, "_dampr_rectified", False) else super().forward(x)
+        version = None if torch.compiler.is_compiling() else getattr(x, "_dampr_rectified", None)
+        return x if type(version) is int and version == x._version else super().forward(x)
 
 
 class _GatedBatchNorm(_GatedNorm, _BatchNorm):
@@ -213,7 +212,7 @@ class _GatedBatchNorm(_GatedNorm, _BatchNorm):
         left = self.followed and torch.compiler.is_compiling()  # to the ReLU behind, which the compiler fuses as well
         activation = None if left else self.activation
         drawn = self.gate.spec.rule == SAMPLE
-        if drawn and (self.per_sample or (activation is not None and ops.beats_torch(x))):
+        if drawn and (self.per_sample or (activation is not None and 0 <= momentum <= 1 and ops.beats_torch(x))):
             parameter, seed, spec = self.gate.call()
             y = functional.gated_batch_norm(
                 x,
@@ -232,8 +231,8 @@ class _GatedBatchNorm(_GatedNorm, _BatchNorm):
         else:
             y = self._normed(x, ops.BatchNorm(*statistics, by_batch, momentum, self.eps))
             y = y if activation is None else F.relu(y)
-        if self.followed and not left:
-            y._dampr_rectified = True  # type: ignore[attr-defined]
+        if self.followed and not left and not y.is_inference():
+            y._dampr_rectified = y._version  # type: ignore[attr-defined]  # as it is now: what is changed in place is rectified again
         return y
 
     def extra_repr(self) -> str:

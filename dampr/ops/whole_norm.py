@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from .backends import select
@@ -30,7 +31,7 @@ class BatchNorm(NamedTuple):
     momentum: float
     eps: float
 
-    def __call__(self, x: Tensor, gain: Tensor, shift: Maybe) -> Tensor:
+    def __call__(self, x: Tensor, gain: Maybe, shift: Maybe) -> Tensor:
         return F.batch_norm(x, self.running_mean, self.running_var, gain, shift, self.training, self.momentum, self.eps)
 
     def fwd(self, x: Tensor, gain: Tensor, shift: Maybe) -> tuple[Tensor, Tensor, Tensor]:
@@ -48,9 +49,14 @@ class BatchNorm(NamedTuple):
         """The same once more, for derivatives, without an update of the running statistics."""
         return self._replace(running_mean=None, running_var=None) if self.training else self
 
-    def refuses(self, x: Tensor) -> bool:
-        """Whether torch has something to say about x, or does something else where there is so little of it."""
-        return x.dim() < 2 or x.numel() <= x.shape[1]
+    def refuses(self, x: Tensor, gain: Tensor, shift: Maybe) -> bool:
+        """Whether torch's own function has something to say about x, or does something else where there is so little of it."""
+        vectors = gain, shift, self.running_mean, self.running_var
+        return x.dim() < 2 or x.numel() <= x.shape[1] or any(t is not None and t.numel() != x.shape[1] for t in vectors)
+
+    def gain_dtype(self, x: Tensor) -> torch.dtype:
+        """The dtype of a gain that stands for none: vendors take one that is wider than x, like their statistics."""
+        return torch.promote_types(x.dtype, torch.float32) if self.running_mean is None else self.running_mean.dtype
 
 
 class LayerNorm(NamedTuple):
@@ -72,8 +78,11 @@ class LayerNorm(NamedTuple):
     def again(self) -> LayerNorm:
         return self
 
-    def refuses(self, x: Tensor) -> bool:
+    def refuses(self, x: Tensor, gain: Tensor, shift: Maybe) -> bool:
         return x.numel() == 0
+
+    def gain_dtype(self, x: Tensor) -> torch.dtype:
+        return x.dtype
 
 
 Norm = BatchNorm | LayerNorm
@@ -115,7 +124,14 @@ def whole_norm(x: Tensor, weight: Tensor, bias: Maybe, gate: GateArgs, norm: Nor
     """Differentiable; weight, bias: the shape that ``norm`` normalises, a gate for each element; arguments are taken as checked."""
     backend = getattr(select(x.device, weight.dtype), "whole_norm", None)
     tensors = x, weight, bias, gate.log_alpha
-    if backend is None or watched(tensors) or norm.refuses(x) or not weight.is_contiguous() or torch.is_autocast_enabled(x.device.type):
+    looked_on = watched(tensors) or forward_ad._current_level >= 0  # a node of ours has no tangents
+    if (
+        backend is None
+        or looked_on
+        or norm.refuses(x, weight, bias)
+        or not weight.is_contiguous()
+        or torch.is_autocast_enabled(x.device.type)
+    ):
         return _composed(x, weight, bias, gate.on_rows(), norm)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         y: Tensor = _apply(*tensors, gate, norm, backend)

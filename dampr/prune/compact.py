@@ -88,7 +88,10 @@ def compact(
             elif channels:
                 closed[writes][plain] = channels
     open_heads, head_notes = heads.open_heads(small)
-    inputs.replace(small, dense | {m: nn.ReLU(m.inplace).train(m.training) for m in small.modules() if isinstance(m, TakenReLU)})
+    for taken in [m for m in small.modules() if isinstance(m, TakenReLU)]:
+        dense[taken] = nn.ReLU(taken.inplace).train(taken.training)
+        inputs.keep_hooks(taken, dense[taken])
+    inputs.replace(small, dense)
     _match_dtype(small, [p for layer, p in dense.items() if isinstance(layer, GatedLayerNorm) and layer.weight is None], samples[0])
     in_heads, cut_heads = heads.cut(small, open_heads)
     kept, units, recurrent_notes = recurrent.make_plain(small, samples, atol, rtol)

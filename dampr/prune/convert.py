@@ -146,7 +146,8 @@ def convert(
         if "" in gated:
             bare: nn.Module = gated[""]
             return bare
-        relus = rectified.take_in(model, plan.widths, {plan.layers[name]: gated[name] for name in gated}, example_inputs)
+        if before is not None:
+            relus = rectified.take_in(model, {plan.layers[name]: gated[name] for name in gated}, example_inputs)
         inputs.replace(model, relus | {plan.layers[name]: gated[name] for name in gated})
         adopted = transformer.adopt(model)
         if before is not None:

@@ -162,13 +162,6 @@ class Widths:
             return None
         return norm if self._calls.get(module, 1) == self._calls.get(norm, 1) == 1 else None
 
-    def feeds_a_relu(self, norm: nn.Module) -> bool:
-        """Whether the outputs of ``norm``, called once, go to a ReLU, a module or not, and nowhere else."""
-        node = self._graph.module2node.get(norm)
-        if node is None or len(node.outputs) != 1 or node.grad_fn in self._returned or self._calls.get(norm) != 1:
-            return False
-        return type(node.outputs[0].grad_fn).__name__ == "ReluBackward0"
-
     def norms_reading(self, layer: nn.Module) -> tuple[list[nn.Module], bool]:
         """The BatchNorms that read the outputs of ``layer``, also as part of a sum, and whether nothing else reads these."""
         norms: list[nn.Module] = []

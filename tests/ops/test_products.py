@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
 
 import dampr
+from dampr import functional
 from dampr.bench import verify
 from dampr.nn import GatedLinear
 
@@ -82,6 +84,18 @@ def test_evaluation_equals_the_dense_layer_to_the_bit(calls: list[tuple[int, ...
     layer = GatedLinear.from_dense(dense, granularity=granularity).eval()
     assert torch.equal(layer(x), dense(x))
     assert not calls
+
+
+@pytest.mark.parametrize("bias", ["a step", "one for all"])
+@pytest.mark.parametrize("how", [{"input_gate": K}, {"output_gate": N}, {"weight_gate": N * K}], ids=str)
+def test_a_bias_of_any_layout(calls: list[tuple[int, ...]], how: dict[str, Any], bias: str) -> None:
+    b = torch.randn(2 * N)[::2] if bias == "a step" else torch.randn(1).expand(N)
+    gates = {name: torch.randn(size) for name, size in how.items()}
+    x, weight = torch.randn(M, K), torch.randn(N, K)
+    y = functional.gated_linear(x, weight, b, **gates, seed=1)
+    assert calls
+    with without_onednn():
+        torch.testing.assert_close(y, functional.gated_linear(x, weight, b, **gates, seed=1), rtol=1e-4, atol=1e-3)
 
 
 def test_small_and_narrow_problems_other_dtypes_and_absence_stay_with_torch(

@@ -118,6 +118,11 @@ def test_what_torch_refuses_is_refused_and_nothing_at_all_is_normalised_as_torch
     with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
         GatedBatchNorm2d(5)(torch.randn(1, 5, 1, 1))
     assert GatedBatchNorm2d(5)(torch.randn(0, 5, 2, 2)).shape == (0, 5, 2, 2)
+    for channels in (3, 8):
+        for how in ({}, {"affine": False}, {"track_running_stats": False}):
+            for training in (True, False):
+                with pytest.raises(RuntimeError):
+                    GatedBatchNorm2d(5, **how).train(training)(torch.randn(2, channels, 4, 4))
     assert GatedLayerNorm(5)(torch.randn(0, 5)).shape == (0, 5)
 
 
@@ -144,6 +149,33 @@ def test_what_the_compiler_sees_computes_the_same(training: bool, affine: bool, 
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(dict(layer.state_dict()), after)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's own, of every autograd.Function
+@pytest.mark.parametrize("narrow", ["weight", "statistics", "all", "all but a gain"])
+def test_narrow_vectors_compile_as_they_run(narrow: str) -> None:
+    torch._dynamo.reset()
+    layer, x = GatedBatchNorm2d(5, affine=narrow != "all but a gain", per_sample=True), built("images")[1]
+    if narrow.startswith("all"):
+        layer, x = layer.bfloat16(), x.bfloat16()
+    if narrow == "weight":
+        layer.weight.data, layer.bias.data = layer.weight.data.bfloat16(), layer.bias.data.bfloat16()
+    if narrow == "statistics":
+        layer.running_mean, layer.running_var = layer.running_mean.bfloat16(), layer.running_var.bfloat16()
+    expected = run(layer, x)[1]
+    found = run(torch.compile(layer, backend="aot_eager", fullgraph=True), x)[1]
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=3e-2, atol=3e-2 * max(1.0, float(b.abs().max())))
+
+
+def test_forward_mode_goes_through_a_norm_in_evaluation() -> None:
+    layer, x = built("images")
+    layer.eval()
+    with torch.autograd.forward_ad.dual_level():
+        y = layer(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
+        tangent = torch.autograd.forward_ad.unpack_dual(y).tangent
+    scale = layer.weight * layer.gate() / (layer.running_var + layer.eps).sqrt()
+    torch.testing.assert_close(tangent, scale.view(1, -1, 1, 1).expand_as(x).contiguous(memory_format=torch.channels_last))
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's own, of every autograd.Function

@@ -40,6 +40,7 @@ class Reads(nn.Module):
     def __init__(self, how: str) -> None:
         super().__init__()
         self.how, self.body, self.relu, self.head = how, conv_norm(3, 8), nn.ReLU(), nn.Conv2d(8, 2, 1)
+        self.dropout = nn.Dropout()
 
     def forward(self, x: Tensor) -> Any:
         y = self.body(x)
@@ -51,6 +52,18 @@ class Reads(nn.Module):
             return self.head(self.relu(y) + 0.1 * y.detach())
         if self.how == "in between":
             return self.head(self.relu(2 * y))
+        if self.how == "kept":
+            self.seen = y
+        if self.how == "twice":
+            return self.head(self.relu(y) + self.relu(y))
+        if self.how == "something in between in training" and self.training:
+            y = y + 1
+        if self.how == "in place in training" and self.training:
+            y -= 1
+        if self.how == "also in training" and self.training:
+            self.loss = y.square().mean()
+        if self.how == "dropped out behind it":
+            return self.head(self.dropout(self.relu(y)))
         return self.head(self.relu(y))
 
 
@@ -114,7 +127,19 @@ def test_what_a_norm_has_rectified_is_handed_on_and_anything_else_is_rectified()
 
 @pytest.mark.parametrize(
     ("how", "taken"),
-    [("module", True), ("function", False), ("also a sum", False), ("in between", False)],
+    [
+        ("module", True),
+        ("function", False),
+        ("also a sum", False),
+        ("also detached", False),
+        ("kept", False),
+        ("twice", False),
+        ("in between", False),
+        ("something in between in training", False),
+        ("in place in training", False),
+        ("also in training", False),
+        ("dropped out behind it", True),
+    ],
 )
 def test_only_a_module_that_alone_reads_a_norm_is_taken_in(how: str, taken: bool) -> None:
     model = dampr.convert(Reads(how), example_inputs=X)
@@ -122,22 +147,61 @@ def test_only_a_module_that_alone_reads_a_norm_is_taken_in(how: str, taken: bool
     assert any("+" in kind for kind in named(model).values()) == taken
 
 
-def test_who_reads_a_norm_behind_the_back_of_autograd_is_noticed() -> None:
-    model = Reads("also detached").eval()
-    before = model(X)
-    with pytest.raises(dampr.prune.ConversionError, match="outputs changed"):
-        dampr.convert(model, example_inputs=X)
-    assert named(model) == {"body.1": "BatchNorm2d", "relu": "ReLU"}
-    assert torch.equal(model(X), before)
+def test_what_is_changed_in_place_behind_the_relu_is_rectified_again() -> None:
+    class Again(Reads):
+        def forward(self, x: Tensor) -> Any:
+            y = self.relu(self.body(x))
+            y -= 0.5
+            return self.head(self.relu(y))
+
+    torch.manual_seed(1)
+    model = Again("").eval()
+    expected = model(X)
+    dampr.convert(model, example_inputs=X)
+    assert named(model) == {"body.1": "GatedBatchNorm2d +", "relu": "TakenReLU"}
+    assert torch.equal(model(X), expected)
+    with torch.inference_mode():
+        assert torch.equal(model(X), expected)
 
 
-def test_hooks_of_the_relu_stay_and_a_failure_gives_it_back() -> None:
+def test_hooks_of_the_relu_stay_and_a_norm_with_hooks_keeps_its_values() -> None:
     model, seen = Reads("module"), []
     model.relu.register_forward_hook(lambda *_: seen.append(1))
-    dampr.convert(model, example_inputs=X)
-    seen.clear()
-    model.train()(X)
-    assert seen == [1]
+    small = dampr.compact(dampr.convert(model, example_inputs=X), example_inputs=X)
+    for net in (model, small):
+        seen.clear()
+        net.train()(X)
+        assert seen == [1]
+    hooked, lowest = Reads("module"), []
+    hooked.body[1].register_forward_hook(lambda *args: lowest.append(float(args[2].min())))
+    dampr.convert(hooked, example_inputs=X)
+    assert named(hooked) == {"body.1": "GatedBatchNorm2d", "relu": "ReLU"}
+    lowest.clear()
+    hooked.train()(X)
+    assert lowest[0] < 0
+
+
+def test_a_conversion_that_fails_gives_the_relu_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
+        raise RuntimeError("no")
+
+    model = Block()
+    monkeypatch.setattr("dampr.prune.transformer.adopt", fails)
+    with pytest.raises(RuntimeError, match="no"):
+        dampr.convert(model, example_inputs=X)
+    assert set(named(model).values()) == {"BatchNorm2d", "ReLU"}
+    assert not any(isinstance(m, TakenReLU) for m in model.modules())
+
+
+def test_a_batch_that_no_norm_trains_on_converts_and_takes_nothing_in() -> None:
+    net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
+    dampr.convert(net, example_inputs=torch.randn(1, 4))
+    assert type(net[2]) is nn.ReLU
+
+
+def test_a_tracer_sees_a_relu() -> None:
+    traced = torch.fx.symbolic_trace(TakenReLU())
+    assert (traced(X) == X.clamp(min=0)).all()
 
 
 @pytest.mark.parametrize("inplace", [False, True])
@@ -186,4 +250,7 @@ def test_a_compiled_network_trains_in_one_graph_like_the_eager_one(per_sample: b
 def test_explain_says_that_the_relu_is_in_it(capsys: pytest.CaptureFixture[str]) -> None:
     model = dampr.convert(Reads("module"), example_inputs=X, per_sample=True).train()
     assert "the ReLU" in dampr.explain(model.body[1], torch.randn(4, 8, 9, 9)).route_reason
+    each = dampr.convert(Reads("module"), example_inputs=X).train()
+    reason = dampr.explain(each.body[1], torch.randn(4, 8, 9, 9)).route_reason
+    assert ("ReLU in one pass" in reason) == dampr.backend_info()["cpp"].startswith("available")
     assert "activation='relu' of the layer behind" in str(model)

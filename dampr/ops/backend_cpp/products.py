@@ -62,9 +62,10 @@ def to_weight(dy: Tensor, x: Tensor, passing: bool) -> Tensor:
     m, n = dy.shape
     if not by_onednn(m, n, x.shape[1], dy.dtype):
         return dy.t() @ x
-    return _onednn(transpose(dy, passing), x.t(), None)
+    return _onednn(transpose(dy, passing and m <= 2 * x.shape[1]), x.t(), None)  # memory that stays is about as large as the weight
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Maybe) -> Tensor:
+    bias = None if bias is None else bias.contiguous()  # it is read as if it were
     y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return y

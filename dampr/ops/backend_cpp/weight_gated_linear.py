@@ -1,4 +1,4 @@
-"""Gates of weights and of blocks of weights: multiplied into the weight, then torch's GEMM; ``rows.h`` and ``blocks.h`` of csrc."""
+"""Gates of weights and of blocks of weights: multiplied into the weight, then a vendor's GEMM; ``rows.h`` and ``blocks.h`` of csrc."""
 
 from __future__ import annotations
 
