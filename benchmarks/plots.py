@@ -163,7 +163,7 @@ def attained(point: Point, ceilings: dict[str, float]) -> float:
 def draw_memory(*stages: Path) -> Figure:
     """What each provider keeps from the forward to the backward, in the largest shape."""
     environment, points = load(*stages)
-    points = [p for p in points if p.kept_bytes is not None]
+    points = [p for p in points if p.kept_bytes is not None and p.provider != linear.TORCH_PRODUCTS]  # which keeps what dampr keeps
     largest = max((p.shape for p in points), key=lambda shape: (shape[0] * shape[1] * shape[2], shape))
     points = [p for p in points if p.shape == largest]
     figure, ax = plt.subplots(figsize=(9, 1.6 + 0.19 * len(points)), layout="constrained")
