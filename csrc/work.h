@@ -1,5 +1,6 @@
 // How work is shared: a matrix is cut into items of some rows times some columns whose sizes follow from the shape alone. Each thread takes a run of items; sums
-// over rows are formed in double per item (of four rows at a time in their own type, in norms.h) and added up in the order of the items, so results do not depend on the number of threads.
+// over rows are formed in double per item (of four rows at a time in their own type, in norms.h) and added up in the order of the items, so results do not
+// depend on the number of threads.
 #pragma once
 
 #include <cstdint>
