@@ -16,7 +16,7 @@ class BasicBlock(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.first, self.second = conv_norm(width, width, 3), conv_norm(width, width, 3)
-        self.relu = nn.ReLU()
+        self.relu = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.relu(x + self.second(self.relu(self.first(x))))
@@ -33,7 +33,7 @@ class Bottleneck(nn.Module):
             conv_norm(width, width, 3, stride),
             conv_norm(width, 4 * width, 1),
         )
-        self.relu = nn.ReLU()
+        self.relu = nn.ReLU(inplace=True)
         self.shortcut = nn.Identity() if read == 4 * width and stride == 1 else conv_norm(read, 4 * width, 1, stride)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ class Bottleneck(nn.Module):
 
 def resnet50(classes: int = 1000) -> nn.Sequential:
     """ResNet-50 for 224 x 224 images: 25,557,032 parameters with 1,000 classes."""
-    layers: list[nn.Module] = [conv_norm(3, 64, 7, 2), nn.ReLU(), nn.MaxPool2d(3, 2, 1)]
+    layers: list[nn.Module] = [conv_norm(3, 64, 7, 2), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)]
     read = 64
     for stage, (width, count) in enumerate(((64, 3), (128, 4), (256, 6), (512, 3))):
         for block in range(count):
@@ -59,7 +59,7 @@ def vgg16(classes: int = 10) -> nn.Sequential:
     read = 3
     for width, count in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):
         for _ in range(count):
-            layers += [nn.Conv2d(read, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
+            layers += [nn.Conv2d(read, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
             read = width
         layers.append(nn.MaxPool2d(2))
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(512, classes))

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <limits>
+#include <memory>
 #include <new>
 #include <string>
 #include <vector>
@@ -514,52 +515,90 @@ void gate_planes_bwd(int dtype, Address g, Address x, int64_t outer, int64_t mid
   without_gil([&] { return k.planes_backward(checked, a, team); });
 }
 
-void norm_stats(int dtype, Address x, int64_t outer, int64_t middle, int64_t n, int64_t inner, Address mean, Address var, int64_t threads) {
-  const Kernels& k = kernels();
-  const DType checked = check_dtype("dtype", dtype);
-  check_shape(outer, middle, n, inner);
-  Planes a{};
-  a.x = required<const void>("x", x, outer * middle * n * inner), a.outer = outer, a.middle = middle, a.n = n, a.inner = inner;
-  void *means = required<void>("mean", mean, n), *variances = required<void>("var", var, n);
-  const int team = check_threads(threads);
-  without_gil([&] { return k.norm_stats(checked, a, means, variances, team); });
-}
+// The gates behind a norm, a draw for all or one for each outer index, in memory of this call.
+struct NormDraw {
+  GateSpec spec;
+  DType dtype;
+  RowsForward gates{};
+  std::unique_ptr<double[]> room;  // of either dtype
+
+  NormDraw(const py::tuple& fields, DType x, const Planes& a, Address log_alpha, Address seed_ptr)
+      : spec(check_spec(fields)), dtype(x == kFloat64 ? kFloat64 : kFloat32) {
+    gates.log_alpha = required<const void>("log_alpha", log_alpha, a.n);
+    gates.rows = a.per_outer ? a.outer : 1, gates.n = a.n, gates.seed = spec.rule == kSample ? read_seed(seed_ptr) : 0;
+    room.reset(new double[static_cast<size_t>(gates.rows * a.n)]);
+    gates.out = room.get();
+  }
+};
 
 // What both directions of a norm have in common.
-NormGate check_norm(const Planes& planes, Address gain, Address bias, Address mean, Address var, double eps, bool relu) {
+NormGate check_norm(int64_t outer, int64_t middle, int64_t n, int64_t inner, bool per_outer, Address gain, Address bias, Address mean, Address var,
+                    double eps, bool relu) {
+  check_shape(outer, middle, n, inner);
   if (!(eps >= 0)) reject("eps", std::to_string(eps), "a number, 0 or more");
   NormGate a{};
-  a.planes = planes;
+  a.planes.outer = outer, a.planes.middle = middle, a.planes.n = n, a.planes.inner = inner, a.planes.per_outer = per_outer;
   a.gain = pointer<const void>(gain), a.bias = pointer<const void>(bias), a.eps = eps, a.relu = relu;
-  a.mean = required<const void>("mean", mean, planes.n), a.var = required<const void>("var", var, planes.n);
+  a.mean = required<const void>("mean", mean, n), a.var = required<const void>("var", var, n);
   return a;
 }
 
-void norm_gate_fwd(int dtype, Address x, int64_t outer, int64_t middle, int64_t n, int64_t inner, Address z, bool per_outer, Address gain,
-                   Address bias, Address mean, Address var, double eps, bool relu, Address out, int64_t threads) {
-  const Kernels& k = kernels();
-  const DType checked = check_dtype("dtype", dtype);
-  NormGate a = check_norm(check_planes(z, outer, middle, n, inner, per_outer), gain, bias, mean, var, eps, relu);
-  const int team = check_threads(threads);
-  const int64_t elements = outer * middle * n * inner;
-  a.planes.x = required<const void>("x", x, elements);
-  required<void>("out", out, elements);
-  a.planes.out = output(out, elements, checked, team);
-  without_gil([&] { return k.norm_gate_forward(checked, a, team); });
+// running = (1 - momentum) running + momentum scale value, rounded once.
+template <class G>
+void move_statistic(G* running, const void* values, int64_t n, double momentum, double scale) {
+  for (int64_t j = 0; running && j < n; ++j)
+    running[j] = static_cast<G>((1 - momentum) * static_cast<double>(running[j]) + momentum * scale * static_cast<double>(static_cast<const G*>(values)[j]));
 }
 
-void norm_gate_bwd(int dtype, Address g, Address x, int64_t outer, int64_t middle, int64_t n, int64_t inner, Address z, bool per_outer,
-                   Address gain, Address bias, Address mean, Address var, double eps, bool relu, bool training, Address dx, Address dgain,
-                   Address dbias, Address dz, int64_t threads) {
+template <class G>
+void move_statistics(Address running_mean, Address running_var, const NormGate& a, int64_t count, double momentum) {
+  move_statistic(pointer<G>(running_mean), a.mean, a.planes.n, momentum, 1.0);
+  move_statistic(pointer<G>(running_var), a.var, a.planes.n, momentum, static_cast<double>(count) / static_cast<double>(count - 1));
+}
+
+void norm_gate_fwd(const py::tuple& spec, int dtype, Address x, int64_t outer, int64_t middle, int64_t n, int64_t inner, Address log_alpha,
+                   Address seed_ptr, bool per_outer, Address gain, Address bias, bool training, Address mean, Address var, Address running_mean,
+                   Address running_var, Address updates, double momentum, double eps, bool relu, Address out, int64_t threads) {
   const Kernels& k = kernels();
   const DType checked = check_dtype("dtype", dtype);
-  NormGate a = check_norm(check_planes(z, outer, middle, n, inner, per_outer), gain, bias, mean, var, eps, relu);
+  NormGate a = check_norm(outer, middle, n, inner, per_outer, gain, bias, mean, var, eps, relu);
+  const int team = check_threads(threads);
+  const int64_t elements = outer * middle * n * inner, count = outer * middle * inner;
+  if (!(momentum >= 0 && momentum <= 1)) reject("momentum", std::to_string(momentum), "a number in [0, 1]");
+  if (running_var && count == 1) reject("running_var", std::to_string(running_var), "0, as a single value per channel has no unbiased variance");
+  a.planes.x = required<const void>("x", x, elements);
+  required<void>("out", out, elements);
+  const NormDraw drawn(spec, checked, a.planes, log_alpha, seed_ptr);
+  a.planes.z = drawn.room.get(), a.planes.out = output(out, elements, checked, team);
+  without_gil([&] {
+    k.rows_forward(drawn.spec, drawn.dtype, drawn.dtype, drawn.gates, team);
+    return (!training || k.norm_stats(checked, a.planes, pointer<void>(mean), pointer<void>(var), team)) && k.norm_gate_forward(checked, a, team);
+  });
+  if (!training || elements == 0) return;
+  drawn.dtype == kFloat64 ? move_statistics<double>(running_mean, running_var, a, count, momentum)
+                          : move_statistics<float>(running_mean, running_var, a, count, momentum);
+  if (updates) ++*pointer<int64_t>(updates);
+}
+
+void norm_gate_bwd(const py::tuple& spec, int dtype, Address g, Address x, int64_t outer, int64_t middle, int64_t n, int64_t inner, Address log_alpha,
+                   Address seed_ptr, bool per_outer, Address gain, Address bias, bool training, Address mean, Address var, double eps, bool relu,
+                   Address dx, Address dgain, Address dbias, Address dlog_alpha, int64_t threads) {
+  const Kernels& k = kernels();
+  const DType checked = check_dtype("dtype", dtype);
+  NormGate a = check_norm(outer, middle, n, inner, per_outer, gain, bias, mean, var, eps, relu);
   const int team = check_threads(threads);
   const int64_t elements = outer * middle * n * inner;
   a.planes.x = required<const void>("x", x, elements), a.planes.g = required<const void>("g", g, elements);
-  a.planes.out = output(dx, elements, checked, team), a.planes.dz = pointer<void>(dz);
-  a.dgain = pointer<void>(dgain), a.dbias = pointer<void>(dbias), a.training = training;
-  without_gil([&] { return k.norm_gate_backward(checked, a, team); });
+  const NormDraw drawn(spec, checked, a.planes, log_alpha, seed_ptr), gradient(spec, checked, a.planes, log_alpha, seed_ptr);
+  a.planes.z = drawn.room.get(), a.planes.dz = dlog_alpha ? gradient.room.get() : nullptr;
+  a.planes.out = output(dx, elements, checked, team), a.dgain = pointer<void>(dgain), a.dbias = pointer<void>(dbias), a.training = training;
+  RowsBackward gates{};
+  gates.g = a.planes.dz, gates.log_alpha = drawn.gates.log_alpha, gates.dlog_alpha = pointer<void>(dlog_alpha);
+  gates.rows = drawn.gates.rows, gates.n = n, gates.seed = drawn.gates.seed;
+  without_gil([&] {
+    k.rows_forward(drawn.spec, drawn.dtype, drawn.dtype, drawn.gates, team);
+    return k.norm_gate_backward(checked, a, team) && (!dlog_alpha || k.rows_backward(drawn.spec, drawn.dtype, drawn.dtype, gates, team));
+  });
 }
 
 // What both directions of a small layer have in common.
@@ -712,14 +751,14 @@ PYBIND11_MODULE(_C, m) {
   m.def("place", &dampr::place, "out (outer, n, inner), zeros but for out[:, places] = x (outer, count, inner).", "dtype"_a, "x"_a, "outer"_a, "n"_a, "inner"_a,
         "places"_a, "count"_a, "out"_a, "threads"_a);
   m.def("transpose", &dampr::transpose, "out (n, rows) = x^T of x (rows, n).", "dtype"_a, "x"_a, "rows"_a, "n"_a, "out"_a, "threads"_a);
-  m.def("norm_stats", &dampr::norm_stats, "Mean and biased variance of each of the n channels of x (outer, middle, n, inner), summed in double.",
-        "dtype"_a, "x"_a, "outer"_a, "middle"_a, "n"_a, "inner"_a, "mean"_a, "var"_a, "threads"_a);
-  m.def("norm_gate_fwd", &dampr::norm_gate_fwd, "out = act(z (gain (x - mean) / sqrt(var + eps) + bias)); z as for gate_planes, the rest (n,).",
-        "dtype"_a, "x"_a, "outer"_a, "middle"_a, "n"_a, "inner"_a, "z"_a, "per_outer"_a, "gain"_a, "bias"_a, "mean"_a, "var"_a, "eps"_a, "relu"_a,
-        "out"_a, "threads"_a);
-  m.def("norm_gate_bwd", &dampr::norm_gate_bwd, "Its gradients, those that are asked for; training: mean and var are those of x.", "dtype"_a,
-        "g"_a, "x"_a, "outer"_a, "middle"_a, "n"_a, "inner"_a, "z"_a, "per_outer"_a, "gain"_a, "bias"_a, "mean"_a, "var"_a, "eps"_a, "relu"_a,
-        "training"_a, "dx"_a, "dgain"_a, "dbias"_a, "dz"_a, "threads"_a);
+  m.def("norm_gate_fwd", &dampr::norm_gate_fwd,
+        "out = act(z (gain (x - mean) / sqrt(var + eps) + bias)) for x (outer, middle, n, inner), z drawn once or, per_outer, for each outer index. "
+        "training: mean and var (biased) are written, running ones moved towards them and updates (int64) counted, where given.",
+        "spec"_a, "dtype"_a, "x"_a, "outer"_a, "middle"_a, "n"_a, "inner"_a, "log_alpha"_a, "seed_ptr"_a, "per_outer"_a, "gain"_a, "bias"_a,
+        "training"_a, "mean"_a, "var"_a, "running_mean"_a, "running_var"_a, "updates"_a, "momentum"_a, "eps"_a, "relu"_a, "out"_a, "threads"_a);
+  m.def("norm_gate_bwd", &dampr::norm_gate_bwd, "The same draw again: its gradients, those that are asked for; training: mean and var are those of x.",
+        "spec"_a, "dtype"_a, "g"_a, "x"_a, "outer"_a, "middle"_a, "n"_a, "inner"_a, "log_alpha"_a, "seed_ptr"_a, "per_outer"_a, "gain"_a, "bias"_a,
+        "training"_a, "mean"_a, "var"_a, "eps"_a, "relu"_a, "dx"_a, "dgain"_a, "dbias"_a, "dlog_alpha"_a, "threads"_a);
   m.def("small_fwd", &dampr::small_fwd, "y = z_out * ((x * z_in) w^T + b) and, if asked for, pre, y before the output gate; one thread.", "spec"_a,
         "dtype"_a, "m"_a, "n"_a, "k"_a, "x"_a, "w"_a, "b"_a, "in_log_alpha"_a, "out_log_alpha"_a, "in_seed_ptr"_a, "out_seed_ptr"_a,
         "per_sample"_a, "y"_a, "pre"_a);

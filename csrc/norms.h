@@ -232,10 +232,10 @@ bool norm_gate_forward(const NormGate& args, int threads) {
   const NormColumns<G> columns(args);
   if (!columns.scale) return false;
   const int64_t n = grid.n, items = grid.items();
-  parallel(items, grid.elements(), threads, [&](int64_t index) {
+  parallel<true>(items, grid.elements(), threads, [&](int64_t index) {
     alignas(64) G x_buffer[kTile], out_buffer[kTile];
     each_part(
-        grid, items - 1 - index,
+        grid, index,
         [&](int64_t, int64_t outer, int64_t row, int64_t end, int64_t column, int width) {
           alignas(64) G slope[kNarrow], shift[kNarrow];
           const G* gates = z + outer * n + column;
@@ -386,10 +386,10 @@ bool norm_gate_backward(const NormGate& args, int threads) {
   const X *x = static_cast<const X*>(a.x), *g = static_cast<const X*>(a.g);
   X* out = static_cast<X*>(a.out);
   const G *z = static_cast<const G*>(a.z), *mean = static_cast<const G*>(args.mean), *bias = static_cast<const G*>(args.bias);
-  parallel(items, grid.elements(), threads, [&](int64_t index) {
+  parallel<true>(items, grid.elements(), threads, [&](int64_t index) {
     alignas(64) G x_buffer[kTile], g_buffer[kTile], out_buffer[kTile];
     each_part(
-        grid, items - 1 - index,
+        grid, index,
         [&](int64_t, int64_t outer, int64_t row, int64_t end, int64_t column, int width) {
           alignas(64) G slope[kNarrow], shift[kNarrow];
           const G* gates = z + outer * n + column;

@@ -20,15 +20,19 @@ constexpr int64_t kSerial = 16384;     // below this many elements, waking threa
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Calls f(0) .. f(items - 1), each once, on up to `threads` threads.
-template <class F>
+// Calls f(0) .. f(items - 1), each once, on up to `threads` threads: each takes a run of them, or, backwards, the same run from its end.
+template <bool kBackwards = false, class F>
 void parallel(int64_t items, int64_t elements, int threads, F&& f) {
-  (void)threads, (void)elements;
+  (void)elements;
+  const int team = items > 1 && elements >= kSerial ? threads : 1;  // never fewer than there are: libgomp ends those that a smaller team leaves over
 #if defined(_OPENMP)
-  // In as many runs as there are threads, like torch's own loops: what a thread wrote in the forward it finds in its part of the cache in the backward.
-#pragma omp parallel for num_threads(threads) if (threads > 1 && items > 1 && elements >= kSerial) schedule(static)
+  // In as many runs as there are threads, like torch's own loops: what a thread wrote in one pass it finds in its part of the cache in the next.
+#pragma omp parallel for num_threads(team) if (team > 1) schedule(static)
 #endif
-  for (int64_t item = 0; item < items; ++item) f(item);
+  for (int run = 0; run < team; ++run) {
+    const int64_t begin = items * run / team, end = items * (run + 1) / team;
+    for (int64_t i = begin; i < end; ++i) f(kBackwards ? begin + end - 1 - i : i);
+  }
 }
 
 // How a (rows, n) matrix is cut into items.

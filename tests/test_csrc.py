@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,6 +30,7 @@ SPECS = {
     "median": spec.hard_concrete("median"),
     "binary": spec.hard_concrete("binary"),
 }
+RULE = SPECS["two_thirds"]
 VALUE = spec.value()  # gates that are their parameters
 LARGEST_SEED = 2**63 - 1
 
@@ -564,16 +566,19 @@ def norm_results(dtype: torch.dtype, x: torch.Tensor, g: torch.Tensor, inner: in
     """Statistics, y with ReLU and every gradient of a norm of 70 rows, 35 samples of two, whose columns are channels times ``inner``."""
     n, wide = x.shape[1] // inner, gate_dtype(dtype)
     x, g, generator = x.contiguous(), g.contiguous(), torch.Generator().manual_seed(8)
-    z, gain, bias = torch.rand(35, n, generator=generator).to(wide), *torch.randn(2, n, generator=generator).to(wide)
-    mean, var, dgain, dbias = poisoned(4, n, dtype=wide)
-    y, dx, dz = poisoned(*x.shape, dtype=dtype), poisoned(*x.shape, dtype=dtype), poisoned(35, n, dtype=wide)
-    sizes, vectors = (35, 2, n, inner), (ptr(gain), ptr(bias), ptr(mean), ptr(var), 1e-5, True)
-    _C.norm_stats(CODES[dtype], ptr(x), *sizes, ptr(mean), ptr(var), threads)
-    _C.norm_gate_fwd(CODES[dtype], ptr(x), *sizes, ptr(z), True, *vectors, ptr(y), threads)
-    outputs = map(ptr, (dx, dgain, dbias, dz))
-    _C.norm_gate_bwd(CODES[dtype], ptr(g), ptr(x), *sizes, ptr(z), True, *vectors, True, *outputs, threads)
-    names = ("mean", "var", "y", "dx", "dgain", "dbias", "dz")
-    return {f"norm {dtype} {inner} {name}": t for name, t in zip(names, (mean, var, y, dx, dgain, dbias, dz), strict=True)}
+    log_alpha, gain, bias = torch.randn(3, n, generator=generator).to(wide)
+    seed, updates, running = torch.tensor([3]), torch.tensor(4), torch.ones(2, n, dtype=wide)
+    mean, var, dgain, dbias, dlog_alpha = poisoned(5, n, dtype=wide)
+    y, dx = poisoned(*x.shape, dtype=dtype), poisoned(*x.shape, dtype=dtype)
+    gates, moved = (35, 2, n, inner, ptr(log_alpha), ptr(seed), True), (ptr(running[0]), ptr(running[1]), ptr(updates), 0.25)
+    vectors, how, outputs = (ptr(gain), ptr(bias), True, ptr(mean), ptr(var)), (1e-5, True), map(ptr, (dx, dgain, dbias, dlog_alpha))
+    _C.norm_gate_fwd(RULE, CODES[dtype], ptr(x), *gates, *vectors, *moved, *how, ptr(y), threads)
+    _C.norm_gate_bwd(RULE, CODES[dtype], ptr(g), ptr(x), *gates, *vectors, *how, *outputs, threads)
+    assert int(updates) == 5
+    unbiased = var * (x.numel() // n / (x.numel() // n - 1))
+    torch.testing.assert_close(running, torch.stack([mean, unbiased]) * 0.25 + 0.75)
+    names = ("mean", "var", "y", "dx", "dgain", "dbias", "dlog_alpha")
+    return {f"norm {dtype} {inner} {name}": t for name, t in zip(names, (mean, var, y, dx, dgain, dbias, dlog_alpha), strict=True)}
 
 
 @pytest.mark.parametrize("isa", _C.build_info()["isas"])
@@ -653,7 +658,19 @@ def test_an_unknown_instruction_set_is_refused_by_name() -> None:
     assert "baseline" in run.stderr
 
 
-RULE = SPECS["two_thirds"]
+def norm_fwd(a: int, **how: Any) -> None:
+    """A norm of one channel and two values, all its tensors at one address."""
+    tensors = ("x", "log_alpha", "seed_ptr", "gain", "bias", "mean", "var", "running_mean", "running_var", "updates", "out")
+    sizes = {"outer": 1, "middle": 2, "n": 1, "inner": 1, "per_outer": True, "momentum": 0.5}
+    _C.norm_gate_fwd(RULE, 0, **(dict.fromkeys(tensors, a) | sizes | {"training": True, "eps": 0.0, "relu": True, "threads": 1} | how))
+
+
+def norm_bwd(a: int, **how: Any) -> None:
+    tensors = ("g", "x", "log_alpha", "seed_ptr", "gain", "bias", "mean", "var", "dx", "dgain", "dbias", "dlog_alpha")
+    sizes = {"outer": 1, "middle": 2, "n": 1, "inner": 1, "per_outer": True}
+    _C.norm_gate_bwd(RULE, 0, **(dict.fromkeys(tensors, a) | sizes | {"training": True, "eps": 0.0, "relu": True, "threads": 1} | how))
+
+
 WRONG = {
     r"dtype=4: expected": lambda a: _C.gate_rows_fwd(RULE, 4, a, 1, 1, a, a, a, 1),
     r"dtype=2: expected 0 \(float32\) or 1": lambda a: _C.gates_fwd(RULE, 2, a, a, 1, 1, a, 1),
@@ -693,14 +710,16 @@ WRONG = {
     r"block_cols=0: expected": lambda a: _C.fold_blocks_bwd(RULE, 0, 0, a, a, 1, 1, 1, 0, a, a, a, a, a, 1),
     r"b_out=0: expected": lambda a: _C.fold_gates_fwd(RULE, 0, 0, a, a, 1, 1, a, 0, a, 0, a, 0, 1),
     r"w=0: expected an address, as there are 6": lambda a: _C.fold_gates_bwd(RULE, 0, 0, a, 0, 0, 0, 2, 3, a, 0, a, 0, a, 0, 0, 0, 0, 1),
-    r"middle=-1: expected": lambda a: _C.norm_stats(0, a, 1, -1, 1, 1, a, a, 1),
-    r"var=0: expected an address, as there are 2": lambda a: _C.norm_stats(0, a, 1, 1, 2, 1, a, 0, 1),
-    r"eps=-1.*: expected a number": lambda a: _C.norm_gate_fwd(0, a, 1, 1, 1, 1, a, True, a, a, a, a, -1.0, True, a, 1),
-    r"eps=nan": lambda a: _C.norm_gate_fwd(0, a, 1, 1, 1, 1, a, True, a, a, a, a, float("nan"), True, a, 1),
-    r"mean=0: expected": lambda a: _C.norm_gate_bwd(0, a, a, 1, 1, 1, 1, a, True, 0, 0, 0, a, 1.0, True, True, a, a, a, a, 1),
-    r"g=0: expected an address, as there are 1": lambda a: _C.norm_gate_bwd(
-        0, 0, a, 1, 1, 1, 1, a, True, 0, 0, a, a, 1.0, True, True, a, a, a, a, 1
-    ),
+    r"middle=-1: expected": lambda a: norm_fwd(a, middle=-1),
+    r"var=0: expected an address, as there are 1": lambda a: norm_fwd(a, var=0),
+    r"eps=-1.*: expected a number": lambda a: norm_fwd(a, eps=-1.0),
+    r"eps=nan": lambda a: norm_fwd(a, eps=float("nan")),
+    r"momentum=1\.5.*: expected a number in": lambda a: norm_fwd(a, momentum=1.5),
+    r"running_var=\d+: expected 0": lambda a: norm_fwd(a, middle=1),
+    r"log_alpha=0: expected an address, as there are 1": lambda a: norm_fwd(a, log_alpha=0),
+    r"mean=0: expected": lambda a: norm_bwd(a, mean=0),
+    r"g=0: expected an address, as there are 2": lambda a: norm_bwd(a, g=0),
+    r"seed_ptr=0: expected the": lambda a: norm_bwd(a, seed_ptr=0),
     r"widths=1 sizes: expected two": lambda a: _C.generator_fwd(0, [], [4], 1.0, a),
     r"widths=0: expected": lambda a: _C.generator_fwd(0, [a, a], [4, 0], 1.0, a),
     r"parameters=1 addresses: expected": lambda a: _C.generator_fwd(0, [a], [4, 2], 1.0, a),

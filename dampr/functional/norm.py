@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dampr import _checks, ops
-from dampr.ops.norm_gate import Norm
+from dampr.ops.norm_gate import Norm, Running
 from dampr.spec import GateSpec
 
 from .gates import DRAWN
@@ -84,13 +84,12 @@ def gated_batch_norm(
     channels = x.shape[1]
     gates = gate_of("gate", gate, channels, "channel", x, seed, spec, per_sample)
     gain, shift = (_vector(name, t, x, gates.log_alpha) for name, t in (("weight", weight), ("bias", bias)))
-    running = tuple(_vector(name, t, x, gates.log_alpha) for name, t in (("running_mean", running_mean), ("running_var", running_var)))
+    mean, var = (_vector(name, t, x, gates.log_alpha) for name, t in (("running_mean", running_mean), ("running_var", running_var)))
     _checks.one_of("activation", activation, ACTIVATIONS)
     if not 0 <= momentum <= 1:
         raise ValueError(f"momentum={momentum!r}: expected a number in [0, 1]")
     if not eps >= 0:
         raise ValueError(f"eps={eps!r}: expected a number, 0 or more")
-    mean, var = running
     if not training and (mean is None or var is None):
         raise ValueError("training=False without running_mean and running_var: expected both, the statistics to normalise by")
     count = x.numel() // max(1, channels)
@@ -104,12 +103,8 @@ def gated_batch_norm(
         y = (y * z.view(-1, channels, *[1] * (x.dim() - 2))).to(x.dtype)
         return y if activation is None else torch.relu(y)
     given = None if training or mean is None or var is None else (mean, var)
-    y, (mean, var) = ops.norm_gate(x, Norm(gain, shift, float(eps), activation == "relu"), gates, given)
-    if training and x.numel():
-        with torch.no_grad():
-            _update(running_mean, mean, momentum, 1.0)
-            _update(running_var, var, momentum, count / (count - 1))
-    return y
+    running = Running(running_mean, running_var, None, momentum)
+    return ops.norm_gate(x, Norm(gain, shift, float(eps), activation == "relu"), gates, given, running)
 
 
 def _goes_with(x: Tensor, *vectors: Tensor | None) -> bool:
@@ -131,13 +126,3 @@ def _vector(name: str, value: Tensor | None, x: Tensor, log_alpha: Tensor) -> Te
     if value.dtype == torch.float64 and log_alpha.dtype != torch.float64:
         raise TypeError(f"{name}.dtype={value.dtype}: expected a narrower one next to x of dtype {x.dtype}")
     return value.to(log_alpha.dtype)
-
-
-def _update(running: Tensor | None, new: Tensor, momentum: float, scale: float) -> None:
-    """running (1 - momentum) + new scale momentum, in place and rounded once."""
-    if running is None:
-        return
-    if running.dtype == new.dtype:
-        running.mul_(1 - momentum).add_(new, alpha=momentum * scale)
-    else:
-        running.copy_(running.to(new.dtype) * (1 - momentum) + new * (momentum * scale))

@@ -14,7 +14,9 @@ from dampr import _checks, functional, ops
 from dampr.functional.inputs import gate_of
 from dampr.functional.norm import ACTIVATIONS
 from dampr.gates import Gate, make_gate, place_gate
-from dampr.spec import SAMPLE
+from dampr.ops.gate_args import GateArgs, gate_dtype
+from dampr.ops.norm_gate import Norm, Running
+from dampr.spec import SAMPLE, GateSpec
 
 from .base import GatedLayer
 
@@ -42,9 +44,8 @@ class _GatedNorm(GatedLayer):
     def _count_weights(self) -> None:
         self.weights_per_gate = float((self.weight is not None) + (self.bias is not None))
 
-    def _normed(self, x: Tensor, norm: ops.BatchNorm | ops.LayerNorm) -> Tensor:
-        """norm(x) with the gates of this call, one draw for all samples, in gain and bias."""
-        parameter, seed, spec = self.gate.call()
+    def _normed(self, x: Tensor, norm: ops.BatchNorm | ops.LayerNorm, parameter: Tensor, seed: Tensor | None, spec: GateSpec) -> Tensor:
+        """norm(x) with these gates, one draw for all samples, in gain and bias."""
         weight = self.weight
         if weight is None:
             weight = torch.ones(self._gain_shape(), dtype=norm.gain_dtype(x), device=x.device)
@@ -201,6 +202,42 @@ class _GatedBatchNorm(_GatedNorm, _BatchNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         self._check_input_dim(x)
+        parameter, seed, spec = self.gate.call()
+        left = self.followed and torch.compiler.is_compiling()  # to the ReLU behind, which the compiler fuses as well
+        activation = None if left else self.activation
+        y = None
+        if self.training and self._fits(x, parameter):
+            norm = Norm(self._parameters["weight"], self._parameters["bias"], self.eps, activation is not None)
+            gates = GateArgs(parameter, seed, spec, self.per_sample and spec.rule == SAMPLE)
+            y = ops.whole_norm_gate(x, norm, gates, Running(*self._kept(), self.momentum))  # type: ignore[arg-type]
+        if y is None:
+            y = self._step_by_step(x, parameter, seed, spec, activation)
+        if self.followed and not left and not y.is_inference():
+            y._dampr_rectified = y._version  # type: ignore[attr-defined]  # as it is now: what is changed in place is rectified again
+        return y
+
+    def _kept(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Running mean and variance and how many updates they have seen, those that this call moves."""
+        kept = self._buffers
+        if self.track_running_stats:
+            return kept["running_mean"], kept["running_var"], kept["num_batches_tracked"]
+        return None, None, kept["num_batches_tracked"]
+
+    def _fits(self, x: Tensor, parameter: Tensor) -> bool:
+        """Whether there is nothing to refuse or to convert, so that a call may go straight to the pass."""
+        weight, bias = self._parameters["weight"], self._parameters["bias"]
+        shape, wide, momentum = parameter.shape, parameter.dtype, self.momentum
+        return (
+            x.numel() > x.shape[1] == self.num_features == shape.numel()
+            and wide == gate_dtype(x)
+            and (weight is None or (weight.dtype == wide and weight.shape == shape))
+            and (bias is None or (bias.dtype == wide and bias.shape == shape))
+            and momentum is not None
+            and 0 <= momentum <= 1
+            and self.eps >= 0
+        )
+
+    def _step_by_step(self, x: Tensor, parameter: Tensor, seed: Tensor | None, spec: GateSpec, activation: str | None) -> Tensor:
         momentum = 0.0 if self.momentum is None else self.momentum
         if self.training and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
@@ -209,31 +246,23 @@ class _GatedBatchNorm(_GatedNorm, _BatchNorm):
         by_batch = self.training or (self.running_mean is None and self.running_var is None)
         kept = not self.training or self.track_running_stats
         statistics = (self.running_mean, self.running_var) if kept else (None, None)
-        left = self.followed and torch.compiler.is_compiling()  # to the ReLU behind, which the compiler fuses as well
-        activation = None if left else self.activation
-        drawn = self.gate.spec.rule == SAMPLE
-        if drawn and (self.per_sample or (activation is not None and 0 <= momentum <= 1 and ops.beats_torch(x))):
-            parameter, seed, spec = self.gate.call()
-            y = functional.gated_batch_norm(
-                x,
-                parameter,
-                self.weight,
-                self.bias,
-                *statistics,
-                training=by_batch,
-                momentum=momentum,
-                eps=self.eps,
-                seed=seed,
-                per_sample=self.per_sample,
-                activation=activation,
-                spec=spec,
-            )
-        else:
-            y = self._normed(x, ops.BatchNorm(*statistics, by_batch, momentum, self.eps))
-            y = y if activation is None else F.relu(y)
-        if self.followed and not left and not y.is_inference():
-            y._dampr_rectified = y._version  # type: ignore[attr-defined]  # as it is now: what is changed in place is rectified again
-        return y
+        if not (self.per_sample and spec.rule == SAMPLE):
+            y = self._normed(x, ops.BatchNorm(*statistics, by_batch, momentum, self.eps), parameter, seed, spec)
+            return y if activation is None else F.relu(y)
+        return functional.gated_batch_norm(
+            x,
+            parameter,
+            self.weight,
+            self.bias,
+            *statistics,
+            training=by_batch,
+            momentum=momentum,
+            eps=self.eps,
+            seed=seed,
+            per_sample=True,
+            activation=activation,
+            spec=spec,
+        )
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self._describe_gates()}"
@@ -378,7 +407,7 @@ class GatedLayerNorm(_GatedNorm, nn.LayerNorm):
             shift = None if self.bias is None else (self.bias * z).to(self.bias.dtype)
             return F.layer_norm(spread, shape, gain.to(x.dtype if self.weight is None else self.weight.dtype), shift, self.eps)
         if not self._draws_per_sample():
-            return self._normed(x, ops.LayerNorm(shape, self.eps))
+            return self._normed(x, ops.LayerNorm(shape, self.eps), *self.gate.call())
         y = F.layer_norm(x, shape, self.weight, self.bias, self.eps)
         parameter, seed, spec = self.gate.call()
         flat = y.flatten(y.dim() - len(shape))

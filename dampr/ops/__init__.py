@@ -14,7 +14,7 @@ from .gate_args import GateArgs, GatePair
 from .gated_conv2d import gated_conv2d
 from .gated_linear import gated_linear
 from .live import on_open_gates
-from .norm_gate import beats_torch, norm_gate
+from .norm_gate import has_whole_norms, norm_gate, whole_norm_gate
 from .routes import forced_route
 from .sample_gates import sample_gates
 from .weight_gated_linear import weight_gated_linear
@@ -31,7 +31,6 @@ __all__ = [
     "affine",
     "backend",
     "backend_info",
-    "beats_torch",
     "choose",
     "composed_conv",
     "dependency_generator",
@@ -44,6 +43,7 @@ __all__ = [
     "gate_activations",
     "gated_conv2d",
     "gated_linear",
+    "has_whole_norms",
     "norm_gate",
     "on_open_gates",
     "sample_gates",
@@ -51,4 +51,5 @@ __all__ = [
     "weight_gated_linear",
     "whole_conv",
     "whole_norm",
+    "whole_norm_gate",
 ]

@@ -5,12 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from dampr.spec import SAMPLE, GateSpec
 
 Maybe = Tensor | None
 PAIR = "Tensor? input_log_alpha, Tensor? output_log_alpha, Tensor? input_seed, Tensor? output_seed"  # GatePair as schemas list it
+
+
+def gate_dtype(like: Tensor) -> torch.dtype:
+    """What gates beside this tensor are computed in."""
+    return torch.float64 if like.dtype == torch.float64 else torch.float32
 
 
 class GateArgs(NamedTuple):

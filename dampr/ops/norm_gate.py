@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .backends import select
 from .gate_activations import dense_format
 from .gate_args import GateArgs, Maybe
-from .library import apply, define, once_differentiable, or_empty, wanted
+from .library import apply, define, once_differentiable, or_empty, traced, wanted, watched
 
 Statistics = tuple[Tensor, Tensor]
 
@@ -26,6 +27,27 @@ class Norm(NamedTuple):
     bias: Maybe
     eps: float
     relu: bool
+
+
+class Running(NamedTuple):
+    """What a norm keeps of the batches it has seen: mean and variance, (C,), how many these were, int64, and what a new one weighs."""
+
+    mean: Maybe
+    var: Maybe
+    updates: Maybe
+    momentum: float
+
+    def move(self, mean: Tensor, var: Tensor, count: int) -> None:
+        """Towards the mean and the biased variance of ``count`` values per channel, in place."""
+        for running, new, scale in ((self.mean, mean, 1.0), (self.var, var, count / (count - 1))):
+            if running is None:
+                continue
+            if running.dtype == new.dtype:
+                running.mul_(1 - self.momentum).add_(new, alpha=self.momentum * scale)
+            else:
+                running.copy_(running.to(new.dtype) * (1 - self.momentum) + new * (self.momentum * scale))
+        if self.updates is not None:
+            self.updates.add_(1)
 
 
 def _fwd(
@@ -119,21 +141,87 @@ class _NormGate(torch.autograd.Function):
         return (*wanted(grads, needs), *[None] * 7)
 
 
-def beats_torch(x: Tensor) -> bool:
-    """Whether one pass with gates per batch and a ReLU is faster than torch's norm and a ReLU: in C++. On a GPU nobody has measured it.
+class _WholeNormGate(torch.autograd.Function):
+    """The same by batch statistics where nobody looks on: no operators, and running statistics moved by whoever makes the new ones."""
 
-    Not where somebody compiles, who fuses the smaller ops.
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, gain: Maybe, bias: Maybe, log_alpha: Tensor, norm: Norm, gate: GateArgs, running: Running
+    ) -> Tensor:
+        backend = select(x.device, x.dtype)
+        y, mean, var = backend.norm_gate_fwd(x, norm, gate, None, None, running)
+        ctx.save_for_backward(x, gain, bias, log_alpha, gate.seed, mean, var)
+        ctx.spec, ctx.per_sample, ctx.eps, ctx.relu, ctx.backend = gate.spec, gate.per_sample, norm.eps, norm.relu, backend
+        return y  # type: ignore[no-any-return]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Any:  # type: ignore[override]
+        x, gain, bias, log_alpha, seed, mean, var = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:4]
+        if watched((dy,)):
+            tensors = dy, x, gain, bias, log_alpha, seed, mean, var
+            grads = wanted(bwd(*tensors, ctx.eps, ctx.spec, ctx.per_sample, ctx.relu, True, [*needs]), needs)
+        else:
+            norm, gate = Norm(gain, bias, ctx.eps, ctx.relu), GateArgs(log_alpha, seed, ctx.spec, ctx.per_sample)
+            grads = ctx.backend.norm_gate_bwd(dy, x, norm, gate, mean, var, True, needs)
+        return *grads, None, None, None
+
+
+_whole = super(torch.autograd.Function, _WholeNormGate).apply  # type: ignore[misc]
+
+
+def has_whole_norms(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the backend for such tensors takes a norm, its gates and what they move in one call: C++ does."""
+    return hasattr(select(device, dtype), "whole_norm")
+
+
+def whole_norm_gate(x: Tensor, norm: Norm, gate: GateArgs, running: Running) -> Maybe:
+    """:func:`norm_gate` by the statistics of x, as one call each way: in C++. None where that is not to be had.
+
+    It is faster than torch's norm, and a ReLU, even with one draw for all samples; on a GPU nobody has measured it. Not where somebody
+    traces, who fuses or transforms the smaller ops, and a node of ours has no tangents.
     """
-    return not torch.compiler.is_compiling() and hasattr(select(x.device, x.dtype), "whole_norm")
+    (gain, bias, _, _), log_alpha, (mean, var, updates, _) = norm, gate.log_alpha, running
+    if traced((x, gain, bias, log_alpha)) or forward_ad._current_level >= 0:
+        return None
+    dtype = log_alpha.dtype
+    if not (_by_address(mean, dtype) and _by_address(var, dtype) and _by_address(updates, torch.int64)):
+        return None
+    if not has_whole_norms(x.device, x.dtype):
+        return None
+    learns = (
+        x.requires_grad or log_alpha.requires_grad or (gain is not None and gain.requires_grad) or (bias is not None and bias.requires_grad)
+    )
+    if learns and torch.is_grad_enabled():
+        y: Tensor = _whole(x, gain, bias, log_alpha, norm, gate, running)
+    else:
+        y = select(x.device, x.dtype).norm_gate_fwd(x, norm, gate, None, None, running)[0]
+    if x.numel():
+        torch._C._increment_version([t for t in (mean, var, updates) if t is not None])  # were written to by their addresses
+    return y
 
 
-def norm_gate(x: Tensor, norm: Norm, gate: GateArgs, statistics: Statistics | None) -> tuple[Tensor, Statistics]:
-    """(y, the statistics that were used: ``statistics`` or the mean and biased variance of x); differentiable in x, gain, bias, log_alpha.
+def _by_address(kept: Maybe, dtype: torch.dtype) -> bool:
+    """Whether a call may write to what a norm keeps, if it does, by its address."""
+    return kept is None or (kept.is_cpu and kept.dtype == dtype and kept.is_contiguous() and not kept.is_inference())
 
-    x: (B, C, ...); everything else (C,), in the dtype of ``log_alpha``: float64 beside a float64 x, else float32. Arguments are taken as
-    checked (:func:`dampr.functional.gated_batch_norm` checks).
+
+def norm_gate(x: Tensor, norm: Norm, gate: GateArgs, statistics: Statistics | None, running: Running) -> Tensor:
+    """Differentiable in x, gain, bias and log_alpha; with the mean and variance in ``statistics`` or, where these are None, of x, towards
+    which the ``running`` ones are moved.
+
+    x: (B, C, ...); everything else (C,), in the dtype of ``log_alpha``: float64 beside a float64 x, else float32; running statistics may
+    have another. Arguments are taken as checked (:func:`dampr.functional.gated_batch_norm` checks).
     """
+    whole = whole_norm_gate(x, norm, gate, running) if statistics is None else None
+    if whole is not None:
+        return whole
     given = (None, None) if statistics is None else statistics
-    how = norm.eps, gate.spec, gate.per_sample, norm.relu
-    y, *own = apply(_NormGate, x, norm.gain, norm.bias, gate.log_alpha, gate.seed, *given, *how)
-    return y, statistics or (own[0], own[1])
+    tensors, how = (x, norm.gain, norm.bias, gate.log_alpha, gate.seed), (norm.eps, gate.spec, gate.per_sample, norm.relu)
+    y: Tensor
+    y, mean, var = apply(_NormGate, *tensors, *given, *how)
+    if statistics is None and x.numel():
+        with torch.no_grad():
+            running.move(mean, var, x.numel() // x.shape[1])
+    return y

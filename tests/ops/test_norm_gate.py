@@ -1,11 +1,13 @@
 """norm_gate as an operator: every backend against float64, gradcheck, opcheck, compile, running statistics, and what is saved."""
 
 import itertools
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import dampr
 from dampr import functional, reference, testing
@@ -288,6 +290,74 @@ def test_the_reference_is_batch_norm_gates_and_relu():
     norm = nn.BatchNorm2d(C)
     norm.weight.data, norm.bias.data = data["weight"], data["bias"]
     torch.testing.assert_close(y, F.relu(norm(data["x"]) * z))
+
+
+def _everything(data, running, looks_on=False, looks_back=False, **how):
+    """The node's name, y, every gradient, and the running statistics that came of it."""
+    kept = [t.clone() for t in running]
+    with FlopCounterMode(display=False) if looks_on else nullcontext():
+        y = functional.gated_batch_norm(**data, **_named(kept), training=True, seed=5, momentum=0.3, **how)
+    dy = torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view(y.shape)
+    with FlopCounterMode(display=False) if looks_back else nullcontext():
+        grads = torch.autograd.grad(y, [t for t in data.values() if t is not None], dy, retain_graph=True)
+    again = torch.autograd.grad(y, [t for t in data.values() if t is not None], dy)
+    assert all(torch.equal(a, b) for a, b in zip(grads, again, strict=True)), "nothing that is kept is written to"
+    return type(y.grad_fn).__name__, [y.detach(), *grads, *kept]
+
+
+@pytest.mark.skipif(dampr.backend_info()["cpp"].startswith("missing"), reason="no extension")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(("per_sample", "activation"), list(itertools.product((False, True), (None, "relu"))))
+@pytest.mark.parametrize("bare", [False, True])
+def test_one_call_computes_what_the_operators_do_to_the_bit(bare, per_sample, activation, dtype):
+    data, running = _data((4, C, 3, 5), dtype), _running(torch.float64 if dtype == torch.float64 else torch.float32)
+    if bare:
+        data |= {"weight": None, "bias": None}
+    how = {"per_sample": per_sample, "activation": activation}
+    name, found = _everything(data, running, **how)
+    assert name == "_WholeNormGateBackward"
+    for looks_on in (False, True):
+        other, expected = _everything(data, running, looks_on, True, **how)
+        assert other == ("_NormGateBackward" if looks_on else name)
+        for a, b in zip(found[:-2], expected[:-2], strict=True):
+            assert torch.equal(a, b)
+        torch.testing.assert_close(found[-2:], expected[-2:])  # those of the operators are moved by torch
+
+
+@pytest.mark.parametrize("kept", ["strided", "half", "inference", "absent"])
+def test_running_statistics_of_any_kind_are_moved(cpu_backend, kept):
+    data, (mean, var) = _data((4, C, 3, 5), requires_grad=False), _running()
+    expected, expected_var = mean.clone(), var.clone()
+    functional.gated_batch_norm(**data, running_mean=expected, running_var=expected_var, training=True, seed=5)
+    with torch.inference_mode() if kept == "inference" else nullcontext():
+        own = torch.stack([mean, mean], 1)[:, 0] if kept == "strided" else mean.bfloat16() if kept == "half" else mean.clone()
+        assert own.is_inference() == (kept == "inference")
+        own = None if kept == "absent" else own
+        functional.gated_batch_norm(**data, running_mean=own, running_var=var, training=True, seed=5)
+        if own is not None:
+            torch.testing.assert_close(own.float(), expected, **({"rtol": 1e-2, "atol": 1e-2} if kept == "half" else {}))
+        torch.testing.assert_close(var, expected_var)
+
+
+def test_autograd_knows_that_running_statistics_were_written_to(cpu_backend):
+    data, running = _data((4, C, 3, 3)), _running()
+    before = [t._version for t in running]
+    y = functional.gated_batch_norm(**data, **_named(running), seed=5)
+    functional.gated_batch_norm(**data, **_named(running), seed=5, training=True)
+    assert all(t._version > version for t, version in zip(running, before, strict=True))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("how", [{}, {"momentum": None}, {"momentum": 0.0}, {"track_running_stats": False}, {"affine": False}], ids=str)
+def test_a_layer_counts_and_moves_as_torchs_own(cpu_backend, how):
+    torch.manual_seed(2)
+    own, torchs = dampr.nn.GatedBatchNorm2d(C, activation="relu", **how), nn.BatchNorm2d(C, **how)
+    for _ in range(3):
+        x = torch.randn(4, C, 3, 3) + 2
+        own(x), torchs(x)
+    for (name, a), (_, b) in zip(own.named_buffers(), torchs.named_buffers(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=name)
 
 
 X, GATE = torch.zeros(4, C), torch.zeros(C)

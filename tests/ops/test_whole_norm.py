@@ -17,7 +17,7 @@ from dampr.ops import select
 
 pytestmark = pytest.mark.skipif(dampr.backend_info()["cpp"].startswith("missing"), reason="no extension")
 
-NODE = "_WholeNormBackward"
+NODE, PASS = "_WholeNormBackward", "_WholeNormGateBackward"  # around torch's norm, and norm and gates in one pass
 LAYERS: dict[str, tuple[Callable[..., Any], tuple[int, ...]]] = {
     "vectors": (lambda **k: GatedBatchNorm1d(5, **k), (7, 5)),
     "images": (lambda **k: GatedBatchNorm2d(5, **k), (3, 5, 4, 6)),
@@ -54,7 +54,7 @@ def apart(monkeypatch: pytest.MonkeyPatch, layer: nn.Module, x: Tensor) -> list[
     with monkeypatch.context() as patch:
         patch.delattr(select(torch.device("cpu"), x.dtype), "whole_norm")
         name, found = run(layer, x)
-    assert name != NODE
+    assert name not in (NODE, PASS)
     return found
 
 
@@ -68,11 +68,14 @@ def test_one_node_computes_what_several_do(monkeypatch: pytest.MonkeyPatch, name
     node, found = run(layer, x)
     after = {k: v.clone() for k, v in layer.state_dict().items()}
     layer.load_state_dict(before)
-    assert node == NODE
+    passes = training and not name.startswith("layer") and name != "without bias" and dtype in (torch.float32, torch.float64)
+    assert node == (PASS if passes else NODE)
+    tolerance = {"rtol": 1e-4, "atol": 1e-5} if passes and dtype == torch.float32 else {}
     for a, b in zip(found, apart(monkeypatch, layer, x), strict=True):
-        torch.testing.assert_close(a, b)
+        torch.testing.assert_close(a, b, **tolerance)
         assert a.stride() == b.stride()
-    torch.testing.assert_close(after, dict(layer.state_dict()), rtol=0, atol=0)
+    exact = {} if passes else {"rtol": 0, "atol": 0}
+    torch.testing.assert_close(after, dict(layer.state_dict()), **exact)
 
 
 @pytest.mark.parametrize("name", LAYERS)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dampr import _C  # type: ignore[attr-defined]
-from dampr.ops.gate_args import GatePair, Maybe
+from dampr.ops.gate_args import GatePair, Maybe, gate_dtype
 
 from . import host
 from .host import CODES
@@ -32,7 +32,7 @@ def fold_into(out: Tensor, weight: Tensor, bias: Maybe, gates: GatePair, n_out: 
     if bias is not None and out_la is None:
         gated = bias.to(out.dtype)
     elif bias is not None:
-        own = bias.to(_gate_dtype(weight)).contiguous()
+        own = bias.to(gate_dtype(weight)).contiguous()
         gated = torch.empty_like(own, dtype=out.dtype)
     _C.fold_gates_fwd(
         spec,
@@ -106,7 +106,7 @@ def unfold(
     if bias is not None and raw_bias is not None and out_la is None:
         db = raw_bias if needs[1] else None
     elif bias is not None and raw_bias is not None:
-        wide = _gate_dtype(weight)
+        wide = gate_dtype(weight)
         own, raw_own = bias.to(wide).contiguous(), raw_bias.to(wide).contiguous()
         db = torch.empty_like(own) if needs[1] else None
     din = torch.empty_like(in_la) if needs[2] and in_la is not None else None
@@ -133,7 +133,3 @@ def unfold(
         torch.get_num_threads(),
     )
     return None if db is None or bias is None else db.to(bias.dtype), din, dout
-
-
-def _gate_dtype(weight: Tensor) -> torch.dtype:
-    return torch.float64 if weight.dtype == torch.float64 else torch.float32

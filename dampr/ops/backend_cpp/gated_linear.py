@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from dampr.ops import routes
-from dampr.ops.gate_args import GatePair, Maybe
+from dampr.ops.gate_args import GatePair, Maybe, gate_dtype
 from dampr.ops.library import gates_activations, rows_of
 from dampr.spec import SAMPLE
 
@@ -56,8 +55,7 @@ def gated_linear_bwd(
 
 def bwd_fold(dy: Tensor, x: Tensor, weight: Tensor, bias: Maybe, gates: GatePair, needs: Sequence[bool]) -> tuple[Maybe, ...]:
     need_x, need_w, need_b, need_in, need_out = needs
-    gate_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    sum_dy = dy.sum(0, dtype=gate_dtype) if bias is not None and (need_b or need_out) else None
+    sum_dy = dy.sum(0, dtype=gate_dtype(x)) if bias is not None and (need_b or need_out) else None
     if not (need_w or need_in or need_out):
         z_out = draw(gates.output) if need_b else None
         db = None if sum_dy is None or bias is None else (sum_dy if z_out is None else sum_dy * z_out).to(bias.dtype)

@@ -1,7 +1,12 @@
-"""A batch norm and the gates behind it in one pass: ``norms.h`` of csrc."""
+"""A batch norm and the gates behind it in one call each way, draws included: ``norms.h`` of csrc.
+
+Beside the cold cache that a convolution leaves behind, what Python touches takes longer than the arithmetic: layouts are remembered per
+shape, and every argument is written out.
+"""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -10,34 +15,101 @@ from torch import Tensor
 from dampr import _C  # type: ignore[attr-defined]
 from dampr.ops.gate_activations import planes
 from dampr.ops.gate_args import GateArgs, Maybe
-from dampr.ops.norm_gate import Norm
+from dampr.ops.norm_gate import Norm, Running
 
-from .gates import sample_gates_bwd, sample_gates_fwd
-from .host import CODES, contiguous, ptr
+from .host import CODES
+
+_NONE = Running(None, None, None, 0.0)
 
 
-def norm_gate_fwd(x: Tensor, norm: Norm, gate: GateArgs, mean: Maybe, var: Maybe) -> tuple[Tensor, Maybe, Maybe]:
-    x, shape, _ = planes(x, 1, gate.per_sample)
-    code, threads, given = CODES[x.dtype], torch.get_num_threads(), mean is not None
+@functools.lru_cache(maxsize=1024)
+def _layout(shape: torch.Size, stride: tuple[int, ...], per_sample: bool) -> tuple[int, int, int, int, torch.memory_format, bool]:
+    """(outer, middle, n, inner) of a tensor, its memory format, and whether it lies so already."""
+    x = torch.empty_strided(shape, stride, device="meta")
+    _, sizes, layout = planes(x, 1, per_sample)
+    return *sizes[:4], layout, x.is_contiguous(memory_format=layout)
+
+
+def norm_gate_fwd(
+    x: Tensor, norm: Norm, gate: GateArgs, mean: Maybe, var: Maybe, running: Running | None = None
+) -> tuple[Tensor, Maybe, Maybe]:
+    """y, and the statistics of x where none were given; ``running`` ones, of their dtype and contiguous, are moved in the same call."""
+    gain, bias, eps, relu = norm
+    log_alpha, seed, spec, per_sample = gate
+    outer, middle, n, inner, layout, dense = _layout(x.shape, x.stride(), per_sample)
+    x = x if dense else x.contiguous(memory_format=layout)
+    gain, bias = None if gain is None else gain.contiguous(), None if bias is None else bias.contiguous()
+    log_alpha, out, training = log_alpha.contiguous(), torch.empty_like(x), mean is None or var is None
     if mean is None or var is None:
-        mean, var = torch.empty_like(gate.log_alpha), torch.empty_like(gate.log_alpha)
-        _C.norm_stats(code, ptr(x), *shape[:4], ptr(mean), ptr(var), threads)
-    z, vectors = sample_gates_fwd(gate, gate.rows(shape.outer)), contiguous(norm.gain, norm.bias, mean, var)
-    out = torch.empty_like(x)
-    args = ptr(x), *shape[:4], ptr(z), gate.per_sample, *map(ptr, vectors), norm.eps, norm.relu, ptr(out)
-    _C.norm_gate_fwd(code, *args, threads)
-    return (out, None, None) if given else (out, mean, var)
+        mean, var = torch.empty_like(log_alpha), torch.empty_like(log_alpha)
+    else:
+        mean, var = mean.contiguous(), var.contiguous()
+    running_mean, running_var, updates, momentum = running or _NONE
+    _C.norm_gate_fwd(
+        spec,
+        CODES[x.dtype],
+        x.data_ptr(),
+        outer,
+        middle,
+        n,
+        inner,
+        log_alpha.data_ptr(),
+        0 if seed is None else seed.data_ptr(),
+        per_sample,
+        0 if gain is None else gain.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        training,
+        mean.data_ptr(),
+        var.data_ptr(),
+        0 if running_mean is None else running_mean.data_ptr(),
+        0 if running_var is None else running_var.data_ptr(),
+        0 if updates is None else updates.data_ptr(),
+        momentum,
+        eps,
+        relu,
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return (out, mean, var) if training else (out, None, None)
 
 
 def norm_gate_bwd(
     dy: Tensor, x: Tensor, norm: Norm, gate: GateArgs, mean: Tensor, var: Tensor, training: bool, needs: Sequence[bool]
 ) -> tuple[Maybe, ...]:
-    x, shape, layout = planes(x, 1, gate.per_sample)
-    dy, rows = dy.contiguous(memory_format=layout), gate.rows(shape.outer)
-    z, vectors = sample_gates_fwd(gate, rows), contiguous(norm.gain, norm.bias, mean, var)
+    gain, bias, eps, relu = norm
+    log_alpha, seed, spec, per_sample = gate
+    outer, middle, n, inner, layout, dense = _layout(x.shape, x.stride(), per_sample)
+    x = x if dense else x.contiguous(memory_format=layout)
+    dy = dy.contiguous(memory_format=layout)
+    gain, bias = None if gain is None else gain.contiguous(), None if bias is None else bias.contiguous()
+    log_alpha, mean, var = log_alpha.contiguous(), mean.contiguous(), var.contiguous()
     dx = torch.empty_like(x) if needs[0] else None
-    like = gate.log_alpha, gate.log_alpha, z
-    dgain, dbias, dz = (torch.empty_like(t) if need else None for t, need in zip(like, needs[1:], strict=True))
-    args = ptr(dy), ptr(x), *shape[:4], ptr(z), gate.per_sample, *map(ptr, vectors), norm.eps, norm.relu, training
-    _C.norm_gate_bwd(CODES[x.dtype], *args, *map(ptr, (dx, dgain, dbias, dz)), torch.get_num_threads())
-    return dx, dgain, dbias, None if dz is None else sample_gates_bwd(dz, gate, rows)
+    dgain = torch.empty_like(log_alpha) if needs[1] else None
+    dbias = torch.empty_like(log_alpha) if needs[2] else None
+    dlog_alpha = torch.empty_like(log_alpha) if needs[3] else None
+    _C.norm_gate_bwd(
+        spec,
+        CODES[x.dtype],
+        dy.data_ptr(),
+        x.data_ptr(),
+        outer,
+        middle,
+        n,
+        inner,
+        log_alpha.data_ptr(),
+        0 if seed is None else seed.data_ptr(),
+        per_sample,
+        0 if gain is None else gain.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        training,
+        mean.data_ptr(),
+        var.data_ptr(),
+        eps,
+        relu,
+        0 if dx is None else dx.data_ptr(),
+        0 if dgain is None else dgain.data_ptr(),
+        0 if dbias is None else dbias.data_ptr(),
+        0 if dlog_alpha is None else dlog_alpha.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return dx, dgain, dbias, dlog_alpha
