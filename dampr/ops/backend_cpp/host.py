@@ -20,11 +20,6 @@ def ptr(t: Maybe) -> int:
     return 0 if t is None else t.data_ptr()
 
 
-def contiguous(*tensors: Maybe) -> list[Maybe]:
-    """To be held on to while the extension works with their addresses."""
-    return [None if t is None else t.contiguous() for t in tensors]
-
-
 def new(shape: torch.Size, dtype: torch.dtype, passing: bool, stride: tuple[int, ...] | None = None) -> Tensor:
     """An empty tensor. ``passing``: one that no caller will see, used up before the next such; its memory stays with the thread. Such a one
     may have a ``stride`` of its own, as long as it is dense.
