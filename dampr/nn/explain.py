@@ -96,7 +96,12 @@ def _of_norm(layer: _GatedNorm, x: Tensor, dtype: torch.dtype) -> Explanation:
     if layer.per_sample and layer.gate.spec.rule == SAMPLE:
         how = "a pass over the activations after the norm" if isinstance(layer, GatedLayerNorm) else f"one pass with the norm{behind}"
         return Explanation(backend, reason, "passes", f"every sample has gates of its own: {how}")
-    if isinstance(layer, _GatedBatchNorm) and layer.training and ops.has_whole_norms(x.device, dtype):
+    if (
+        isinstance(layer, _GatedBatchNorm)
+        and layer.training
+        and ops.has_whole_norms(x.device, dtype)
+        and layer._fits(x, layer.gate.parameter)
+    ):
         return Explanation(backend, reason, "passes", f"norm, gates{behind} in one pass each way, faster here than torch's own")
     counted = ", on an input in which closed elements hold the mean of the open ones" if getattr(layer, "statistics", "") == "open" else ""
     return Explanation(backend, reason, "fold", f"gates are multiplied into gain and bias, and the vendor norm runs{counted}")

@@ -207,7 +207,7 @@ class _GatedBatchNorm(_GatedNorm, _BatchNorm):
         activation = None if left else self.activation
         y = None
         if self.training and self._fits(x, parameter):
-            norm = Norm(self._parameters["weight"], self._parameters["bias"], self.eps, activation is not None)
+            norm = Norm(self.weight, self.bias, self.eps, activation is not None)
             gates = GateArgs(parameter, seed, spec, self.per_sample and spec.rule == SAMPLE)
             y = ops.whole_norm_gate(x, norm, gates, Running(*self._kept(), self.momentum))  # type: ignore[arg-type]
         if y is None:
@@ -218,14 +218,13 @@ class _GatedBatchNorm(_GatedNorm, _BatchNorm):
 
     def _kept(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Running mean and variance and how many updates they have seen, those that this call moves."""
-        kept = self._buffers
         if self.track_running_stats:
-            return kept["running_mean"], kept["running_var"], kept["num_batches_tracked"]
-        return None, None, kept["num_batches_tracked"]
+            return self.running_mean, self.running_var, self.num_batches_tracked
+        return None, None, self.num_batches_tracked
 
     def _fits(self, x: Tensor, parameter: Tensor) -> bool:
-        """Whether there is nothing to refuse or to convert, so that a call may go straight to the pass."""
-        weight, bias = self._parameters["weight"], self._parameters["bias"]
+        """Whether torch's own function would have nothing to refuse or to convert, so that a call may go straight to the pass."""
+        weight, bias = self.weight, self.bias
         shape, wide, momentum = parameter.shape, parameter.dtype, self.momentum
         return (
             x.numel() > x.shape[1] == self.num_features == shape.numel()
@@ -234,7 +233,7 @@ class _GatedBatchNorm(_GatedNorm, _BatchNorm):
             and (bias is None or (bias.dtype == wide and bias.shape == shape))
             and momentum is not None
             and 0 <= momentum <= 1
-            and self.eps >= 0
+            and self.eps > 0  # 0 where nothing varies: torch's kernel has its own way
         )
 
     def _step_by_step(self, x: Tensor, parameter: Tensor, seed: Tensor | None, spec: GateSpec, activation: str | None) -> Tensor:

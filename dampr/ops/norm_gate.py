@@ -185,8 +185,9 @@ def whole_norm_gate(x: Tensor, norm: Norm, gate: GateArgs, running: Running) -> 
     (gain, bias, _, _), log_alpha, (mean, var, updates, _) = norm, gate.log_alpha, running
     if traced((x, gain, bias, log_alpha)) or forward_ad._current_level >= 0:
         return None
-    dtype = log_alpha.dtype
-    if not (_by_address(mean, dtype) and _by_address(var, dtype) and _by_address(updates, torch.int64)):
+    if not (x.is_cpu and log_alpha.is_cpu and (gain is None or gain.is_cpu) and (bias is None or bias.is_cpu)):
+        return None
+    if not (_moves(mean, log_alpha) and _moves(var, log_alpha) and (updates is None or (updates.dtype == torch.int64 and _moves(updates)))):
         return None
     if not has_whole_norms(x.device, x.dtype):
         return None
@@ -202,9 +203,12 @@ def whole_norm_gate(x: Tensor, norm: Norm, gate: GateArgs, running: Running) -> 
     return y
 
 
-def _by_address(kept: Maybe, dtype: torch.dtype) -> bool:
-    """Whether a call may write to what a norm keeps, if it does, by its address."""
-    return kept is None or (kept.is_cpu and kept.dtype == dtype and kept.is_contiguous() and not kept.is_inference())
+def _moves(kept: Maybe, like: Maybe = None) -> bool:
+    """Whether a call may write to what a norm keeps, if it does, by its address: a vector ``like`` another, or a number."""
+    if kept is None:
+        return True
+    fits = kept.dim() == 0 if like is None else kept.dtype == like.dtype and kept.shape == like.shape
+    return fits and kept.is_cpu and kept.is_contiguous() and not kept.is_inference()
 
 
 def norm_gate(x: Tensor, norm: Norm, gate: GateArgs, statistics: Statistics | None, running: Running) -> Tensor:

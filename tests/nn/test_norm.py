@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize, prune
 
 import dampr
 from dampr import functional
@@ -279,3 +280,78 @@ def test_a_layer_norm_under_autocast_keeps_the_digits_of_its_gain(dtype):
     gated, x = GatedLayerNorm.from_dense(dense).eval(), torch.randn(4, 16).to(dtype)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(gated(x), dense(x))
+
+
+def _pruned(layer):
+    prune.l1_unstructured(layer, "weight", 0.5)
+
+
+def _parametrised(layer):
+    parametrize.register_parametrization(layer, "weight", nn.Softplus())
+
+
+def _replica(layer):
+    """What nn.DataParallel makes of a layer: parameters that are attributes."""
+    for name, p in [*layer._parameters.items()]:
+        delattr(layer, name)
+        setattr(layer, name, p.detach().clone())
+
+
+def _without_a_count(layer):
+    del layer.num_batches_tracked
+    layer.num_batches_tracked = None
+
+
+def _statistics_that_are_parameters(layer):
+    del layer.running_mean
+    layer.running_mean = nn.Parameter(torch.zeros(4), requires_grad=False)
+
+
+@pytest.mark.parametrize("change", [_pruned, _parametrised, _replica, _without_a_count, _statistics_that_are_parameters])
+def test_parameters_and_statistics_may_be_kept_elsewhere(change):
+    x, layer, plain = torch.randn(5, 4, 3, 3), GatedBatchNorm2d(4), nn.BatchNorm2d(4)
+    with torch.no_grad():
+        layer.gate.log_alpha.fill_(30)
+    for norm in (layer, plain):
+        change(norm)
+    torch.testing.assert_close(layer(x), plain(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(layer.running_mean, plain.running_mean)
+
+
+@pytest.mark.parametrize("size", [2, 64])
+@pytest.mark.parametrize("name", ["running_mean", "running_var"])
+def test_statistics_of_another_size_are_refused_and_nothing_is_written(name, size):
+    layer, around = GatedBatchNorm2d(4), torch.ones(128)
+    setattr(layer, name, around[:size])
+    with pytest.raises(RuntimeError, match=f"{name} should contain 4 elements"):
+        layer(torch.randn(5, 4, 3, 3))
+    assert (around == 1).all()
+
+
+def test_a_tensor_on_another_device_is_refused():
+    for name in ("weight", "bias"):
+        layer = GatedBatchNorm2d(4, track_running_stats=False)
+        setattr(layer, name, nn.Parameter(torch.empty(4, device="meta")))
+        with pytest.raises((RuntimeError, ValueError), match="meta"):
+            layer(torch.randn(5, 4, 3, 3))
+    layer = GatedBatchNorm2d(4, track_running_stats=False)
+    layer.gate.to("meta")
+    with pytest.raises((RuntimeError, ValueError), match="meta"):
+        layer(torch.randn(5, 4, 3, 3))
+
+
+def test_a_channel_that_never_varies_stays_finite_without_eps():
+    x = torch.randn(5, 4, 3, 3)
+    x[:, 0] = 0
+    y = GatedBatchNorm2d(4, eps=0.0, activation="relu")(x.requires_grad_())
+    y.sum().backward()
+    assert y.isfinite().all()
+    assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_explain_says_what_runs(momentum, capsys):
+    layer, x = GatedBatchNorm2d(4, momentum=momentum), torch.randn(5, 4, 3, 3)
+    passes = type(layer(x).grad_fn).__name__ == "_WholeNormGateBackward"
+    assert (dampr.explain(layer, x).route == "passes") == passes
+    assert passes == (momentum is not None and dampr.backend_info()["cpp"].startswith("available"))
