@@ -7,6 +7,7 @@ from .diffprune import DiffPrune
 from .discriminative import DiscriminativeMask, dam_penalty
 from .fixed import Fixed
 from .hard_concrete import PRESETS, PUBLISHED, HardConcrete
+from .owned import OwnedGate, SteppedGate
 from .polyak import PolyakAverage
 
 __all__ = [
@@ -20,7 +21,9 @@ __all__ = [
     "Fixed",
     "Gate",
     "HardConcrete",
+    "OwnedGate",
     "PolyakAverage",
+    "SteppedGate",
     "dam_penalty",
     "foothill",
     "geometric_slope",

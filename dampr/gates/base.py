@@ -33,6 +33,11 @@ class GateModule(nn.Module):
             super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
 
+def gradient(parameter: Tensor) -> Tensor:
+    """The gradient that a parameter holds, or zeros."""
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+
+
 class Gate(GateModule):
     """A vector of learned gates; the interface of every family.
 
@@ -61,6 +66,8 @@ class Gate(GateModule):
 
     num_gates: int
     draws_once: bool = False  # whether it draws beside the kernels, so that what these multiply by is one draw per call
+    in_optimizer: bool = False  # whether :func:`dampr.param_groups` gave it a learning rate of its own
+    level_parameters: tuple[str, ...] = ()  # the beginnings of the names of the parameters that :meth:`set_levels_` moves
     open_slice: Callable[[], tuple[int, int]] | None = None  # (start, stop) of the open gates, where a family keeps these side by side
 
     def __init__(self, num_gates: int) -> None:
@@ -109,6 +116,28 @@ class Gate(GateModule):
         """The evaluation decision: bool, (num_gates,)."""
         with torch.no_grad():
             return self.deterministic() != 0
+
+    def levels(self) -> Tensor:
+        """Where each gate stands, (num_gates,) without a graph: 1 is where a fresh gate is, and at 0 and below evaluation closes it.
+
+        With :meth:`set_levels_` this is how a budget moves learned gates. A family without the two cannot be learned under a budget that
+        owns its gates; NotImplementedError says so.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} has no levels: expected levels() and set_levels_(levels) for a budget that learns it"
+        )
+
+    def set_levels_(self, levels: Tensor) -> None:
+        """Move each gate to where ``levels``, (num_gates,), wants it, as far as the family can."""
+        raise NotImplementedError(
+            f"{type(self).__name__} has no levels: expected levels() and set_levels_(levels) for a budget that learns it"
+        )
+
+    def pull(self) -> Tensor:
+        """-dL/dlevel of each gate, (num_gates,), from the gradients that its parameters hold now; zeros where there are none."""
+        raise NotImplementedError(
+            f"{type(self).__name__} has no levels: expected levels(), set_levels_(levels) and pull() for a budget that learns it"
+        )
 
     def call(self) -> tuple[Tensor, Tensor | None, GateSpec]:
         """What a fused op takes for one call in the present mode: the parameters, a fresh seed or None, and the spec."""

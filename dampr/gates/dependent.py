@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dampr import _checks, functional, ops, reference
 from dampr.spec import hard_concrete
 
-from .base import Gate, GateModule
+from .base import Gate, GateModule, gradient
 from .hard_concrete import LOGIT_LIMIT, ConcreteGate
 
 DIRECTIONS = ("forward", "backward")
@@ -194,6 +194,8 @@ class DependentHardConcrete(ConcreteGate):
     Raises: ValueError or TypeError that names the argument.
     """
 
+    level_parameters = ("generator.bias",)
+
     def __init__(
         self,
         generator: DependencyGenerator,
@@ -220,6 +222,23 @@ class DependentHardConcrete(ConcreteGate):
     @property
     def log_alpha(self) -> Tensor:  # type: ignore[override]
         return self.generator.log_alpha(self.index)
+
+    @torch.no_grad()
+    def set_levels_(self, levels: Tensor) -> None:
+        """By the biases of its layer of the generator, each of which moves one gate, and with it the gates of later layers."""
+        bias: Tensor = getattr(self.generator, f"bias_{self.index}")
+        wanted, now = (torch.atanh(a / LOGIT_LIMIT * (1 - 1e-4)) for a in (self._log_alpha_at(levels), self.log_alpha))
+        bias.add_(wanted - now)
+
+    def pull(self) -> Tensor:
+        lo, hi = self._ends()
+        slope = LOGIT_LIMIT * (1 - (self.log_alpha.detach() / LOGIT_LIMIT).square())
+        return -gradient(getattr(self.generator, f"bias_{self.index}")) / slope.clamp(min=1e-3) * (hi - lo)
+
+    @property
+    def place_in_order(self) -> int:
+        """Gates of one generator are moved in the order in which they depend on each other."""
+        return self.index if self.generator.direction == "forward" else -self.index
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, index={self.index}"

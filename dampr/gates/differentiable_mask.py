@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dampr import _checks, functional, reference
 from dampr.spec import EXACT_ZERO, GateSpec, mask
 
-from .base import VALUE_SPEC, KernelGate
+from .base import VALUE_SPEC, KernelGate, gradient
 
 SLOPES = ("fixed", "scheduled", "trainable")
 THRESHOLDS = ("fixed", "trainable")
@@ -55,6 +55,8 @@ class DifferentiableMask(KernelGate):
     """
 
     slope: Tensor
+
+    level_parameters = ("alpha",)
 
     def __init__(
         self,
@@ -120,6 +122,24 @@ class DifferentiableMask(KernelGate):
     def is_open(self) -> Tensor:
         with torch.no_grad():
             return ~(self.alpha.abs().to(torch.float32) <= self.threshold)
+
+    def levels(self) -> Tensor:
+        """(|alpha| - t) / (1 - t), or |alpha| - t for a threshold of 1 or above."""
+        low, span = self._ends()
+        return (self.alpha.detach().abs() - low) / span
+
+    @torch.no_grad()
+    def set_levels_(self, levels: Tensor) -> None:
+        """Each alpha keeps its sign."""
+        low, span = self._ends()
+        self.alpha.copy_(torch.copysign((low + levels * span).clamp(min=0), self.alpha))
+
+    def pull(self) -> Tensor:
+        return -gradient(self.alpha) * torch.copysign(torch.ones_like(self.alpha), self.alpha.detach()) * self._ends()[1]
+
+    def _ends(self) -> tuple[float, float]:
+        low = float(self.threshold)
+        return low, 1 - low if low < 1 else 1.0
 
     def _beside(self, held: GateSpec) -> bool:
         """Whether the values, not alpha, go to the kernels. The evaluation gate of a hard mask does not depend on the slope."""

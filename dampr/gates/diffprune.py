@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dampr import _checks, functional, philox
 from dampr.spec import GateSpec, ramp
 
-from .base import VALUE_SPEC, KernelGate
+from .base import VALUE_SPEC, KernelGate, gradient
 
 # Shape: its name in dampr.spec, and the sharpness that goes with it (of B and C it is 1 / eps, eps = 0.1).
 SHAPES = {
@@ -22,6 +22,7 @@ SHAPES = {
 }
 REVIVALS = (None, "noise", "straight_through")
 LEAK = 0.1
+FRESH_PHI = 0.5
 
 
 class DiffPrune(KernelGate):
@@ -52,13 +53,15 @@ class DiffPrune(KernelGate):
     tensor([0.9866, 0.9866, 0.9866], grad_fn=<_SampleGatesBackward>)
     """
 
+    level_parameters = ("phi",)
+
     def __init__(
         self,
         num_gates: int,
         *,
         shape: str = "A",
         sharpness: float | None = None,
-        init_phi: float = 0.5,
+        init_phi: float = FRESH_PHI,
         stochastic: bool = False,
         init_sigma: float = 0.1,
         revive: str | None = None,
@@ -105,6 +108,17 @@ class DiffPrune(KernelGate):
 
     def is_open(self) -> Tensor:
         return self.phi.detach() > 0
+
+    def levels(self) -> Tensor:
+        """phi / 0.5, the default start."""
+        return self.phi.detach() / FRESH_PHI
+
+    @torch.no_grad()
+    def set_levels_(self, levels: Tensor) -> None:
+        self.phi.copy_(levels * FRESH_PHI)
+
+    def pull(self) -> Tensor:
+        return -gradient(self.phi) * FRESH_PHI
 
     def _leaks(self) -> bool:
         return self.training and self.revive == "straight_through"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dampr import _checks
 from dampr.spec import GateSpec, ramp
 
-from .base import KernelGate
+from .base import KernelGate, gradient
 
 ORDERS = ("zero", "one")
 SHAPES = {"tanh": "tanh", "linear": "linear", "piecewise_linear": "clip"}
@@ -45,6 +45,8 @@ class DiscriminativeMask(KernelGate):
     >>> gate.open_slice()
     (2, 4)
     """
+
+    level_parameters = ("beta",)
 
     def __init__(
         self,
@@ -125,6 +127,25 @@ class DiscriminativeMask(KernelGate):
     def open_slice(self) -> tuple[int, int]:
         """(start, stop) of the open gates, which are neighbours, as host integers: on a GPU this waits for beta."""
         return self.num_gates - int(self.is_open().sum()), self.num_gates
+
+    def levels(self) -> Tensor:
+        """mu_j + beta: they rise with j, and all move together."""
+        return (self._mu() + self.beta).detach()
+
+    @torch.no_grad()
+    def set_levels_(self, levels: Tensor) -> None:
+        """Move beta by the mean of what the gates are to be moved, but so that as many stay open as ``levels`` has above 0."""
+        mu, opened = self._mu(), int((levels > 0).sum())
+        beta = self.beta + (levels - mu - self.beta).mean()
+        step = self.k / self.num_gates
+        first_open = mu[self.num_gates - opened] if opened else mu[-1] + step
+        self.beta.copy_(beta.clamp(min=0.01 * step - first_open))
+        if opened < self.num_gates:
+            self.beta.clamp_(max=0.99 * step - first_open)
+
+    def pull(self) -> Tensor:
+        """The gradient of beta, in equal parts."""
+        return (-gradient(self.beta) / self.num_gates).expand(self.num_gates)
 
     def extra_repr(self) -> str:
         return f"{self.num_gates}, k={self.k:g}, alpha={self.alpha:g}, order={self.order!r}, shape={self.shape!r}, min_open={self.min_open}"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dampr import _checks, functional
 from dampr.spec import GateSpec, hard_concrete
 
-from .base import KernelGate
+from .base import KernelGate, gradient
 
 PRESETS = ("paper", "median", "binary")
 
@@ -28,6 +28,7 @@ class ConcreteGate(KernelGate):
     """What hard concrete gates have in common, wherever their ``log_alpha``, (num_gates,), comes from."""
 
     log_alpha: Tensor
+    level_parameters = ("log_alpha",)
 
     def __init__(self, num_gates: int, *, beta: float, gamma: float, zeta: float, preset: str) -> None:
         super().__init__(num_gates)
@@ -52,6 +53,18 @@ class ConcreteGate(KernelGate):
 
     def is_open(self) -> Tensor:
         return self.log_alpha.detach() > self._evaluated.lo
+
+    def levels(self) -> Tensor:
+        """(log_alpha - lo) / (hi - lo) with lo where evaluation closes a gate and hi where a fresh one starts."""
+        lo, hi = self._ends()
+        return (self.log_alpha.detach() - lo) / (hi - lo)
+
+    def _log_alpha_at(self, levels: Tensor) -> Tensor:
+        lo, hi = self._ends()
+        return (lo + levels * (hi - lo)).clamp(-LOGIT_LIMIT, LOGIT_LIMIT)
+
+    def _ends(self) -> tuple[float, float]:
+        return self._evaluated.lo, max(3.0, self._evaluated.hi + 0.1)
 
     def extra_repr(self) -> str:
         s = self._drawn
@@ -99,12 +112,20 @@ class HardConcrete(ConcreteGate):
             raise ValueError(f"droprate={droprate!r}: expected a number in [0, 1)")
         if droprate is not None and init_log_alpha is not None:
             raise ValueError(f"droprate={droprate!r} with init_log_alpha={init_log_alpha!r}: expected one, each says where gates start")
-        start = max(3.0, self._evaluated.hi + 0.1) if init_log_alpha is None else float(init_log_alpha)
+        start = self._ends()[1] if init_log_alpha is None else float(init_log_alpha)
         log_alpha = torch.full((num_gates,), start, dtype=torch.float32, device=device)
         if droprate is not None:
             d = droprate or 0.5
             log_alpha.normal_(math.log(1 - d) - math.log(d), 0.01)
         self.log_alpha = nn.Parameter(log_alpha)
+
+    @torch.no_grad()
+    def set_levels_(self, levels: Tensor) -> None:
+        self.log_alpha.copy_(self._log_alpha_at(levels))
+
+    def pull(self) -> Tensor:
+        lo, hi = self._ends()
+        return -gradient(self.log_alpha) * (hi - lo)
 
     @torch.no_grad()
     def clamp_(self, limit: float = LOGIT_LIMIT) -> None:

@@ -1,6 +1,6 @@
 """From any model to a smaller plain one: convert, penalise, report, compact, save."""
 
-from .budget import Budget, BudgetError, BudgetReport
+from .budget import Budget, BudgetError, BudgetReport, BudgetWarning
 from .compact import CompactionError, compact
 from .convert import ConversionError, convert
 from .cost import Cost
@@ -9,6 +9,9 @@ from .expand import expand
 from .files import FileError, load, save
 from .history import History
 from .latency import Latency
+from .once import prune_once
+from .plan import Plan, PlanError, PlanReport
+from .recalibrate import recalibrate
 from .summary import Summary, distinct_gates, gated_layers, param_groups, penalty, summary
 from .times import LayerTime, layer_times
 from .verify import GateCheck, Verification, verify_model
@@ -17,6 +20,7 @@ __all__ = [
     "Budget",
     "BudgetError",
     "BudgetReport",
+    "BudgetWarning",
     "CompactionError",
     "ConversionError",
     "Cost",
@@ -26,6 +30,9 @@ __all__ = [
     "History",
     "Latency",
     "LayerTime",
+    "Plan",
+    "PlanError",
+    "PlanReport",
     "Summary",
     "Verification",
     "calibrate",
@@ -39,6 +46,8 @@ __all__ = [
     "load",
     "param_groups",
     "penalty",
+    "prune_once",
+    "recalibrate",
     "save",
     "summary",
     "verify_model",

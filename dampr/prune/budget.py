@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
@@ -12,11 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from dampr import _checks
-from dampr.gates import Fixed, Gate
+from dampr.gates import Fixed, Gate, OwnedGate, SteppedGate
 
 from . import inputs
 from .compact import compact
+from .controller import FLOOR, SCORES, Controller, Increment, longest, owned
 from .cost import Cost
+from .importance import evenly, magnitudes
 from .latency import Latency
 from .measure import count_macs, count_params
 from .summary import distinct_gates, gated_layers
@@ -30,9 +34,20 @@ class BudgetError(RuntimeError):
     """A budget could not be kept; the model is as it was."""
 
 
+class BudgetWarning(UserWarning):
+    """A budget closed many gates that training had left open, so the network was not trained for what is left of it."""
+
+
+RISK = 0.1  # the share of the gates above which a budget warns of what it decided without training
+
+
 @dataclass(frozen=True)
 class BudgetReport:
-    """What :meth:`Budget.finalize` did: ``reached`` of ``total``, counted after compaction (seconds: by the table); gates, all and open."""
+    """What :meth:`Budget.finalize` did: ``reached`` of ``total``, counted after compaction (seconds: by the table); gates, all and open.
+
+    ``before``: the cost that the gates left in evaluation before. ``closed``, ``opened``: of each layer, how many gates were closed though
+    evaluation had them open, and opened though it had them closed: what was decided without training.
+    """
 
     metric: str
     target: float
@@ -40,23 +55,46 @@ class BudgetReport:
     total: float
     widths: dict[str, tuple[int, int]]
     notes: dict[str, str] = field(default_factory=dict)
+    before: float | None = None
+    closed: dict[str, int] = field(default_factory=dict)
+    opened: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def changed(self) -> float:
+        """The share of the gates of all layers that were decided against what training had left."""
+        gates = sum(count for count, _ in self.widths.values())
+        return (sum(self.closed.values()) + sum(self.opened.values())) / max(1, gates)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     def __str__(self) -> str:
-        lines = [f"{name}: {left} of {count}" for name, (count, left) in self.widths.items()]
+        lines = [f"{name}: {left} of {count}{self._decided(name)}" for name, (count, left) in self.widths.items()]
         reached, total, target = (
             f"{n * 1e3:.3f} ms" if self.metric == "latency" else f"{n:,}" for n in (self.reached, self.total, self.target)
         )
         lines.append(f"{self.metric}: {reached} of {total} ({self.reached / self.total:.2%}), target {target}")
+        if self.before is not None and self.changed:
+            lines.append(f"before: {self.before / self.total:.2%} of {self.metric}; {self.changed:.1%} of the gates changed here")
         return "\n".join(lines + [f"{name}: {note}" for name, note in self.notes.items()])
+
+    def _decided(self, name: str) -> str:
+        found = [f"{counts[name]} {what}" for what, counts in (("closed", self.closed), ("opened", self.opened)) if counts.get(name)]
+        return f" ({', '.join(found)} here)" if found else ""
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(str(self))}</pre>"
 
 
 class Budget:
     """Half the MACs, exactly: a penalty that steers to a target while the model trains, and a last step that hits it.
 
     The constraint is on the compacted model: a layer costs what is left of its inputs times what is left of its outputs (:class:`Cost`).
+    With ``steps`` the budget owns the gates and steps them (:mod:`dampr.prune.controller`): ``model.parameters()`` no longer lists them, no
+    learning rate of gates is to be chosen, and any optimizer does. The goal sinks in equal ratios over the steps, the cost of the gates
+    follows it, and :meth:`penalty` is 0.
+
+    Without ``steps``, gates are parameters like others (:func:`dampr.param_groups` gives them a learning rate):
     :meth:`penalty` is w c with c the expected share of the cost and w = max(0, multiplier + strength gap), the gradient of an augmented
     Lagrangian; the gap is that of the *evaluated* gates to the goal of the moment, so that families whose surrogate is no probability
     end at the target too. :meth:`step` moves the multiplier by ``rate`` times the gap. Neither waits for the device.
@@ -72,17 +110,27 @@ class Budget:
             function from steps to the share of the way, in [0, 1]. None: it is the target from the start.
         warmup: steps before that, in which the penalty is 0.
         strength, rate: how hard the gap pulls at once, and how fast the multiplier follows it.
+        steps: in how many steps the owned gates come down to the target; not together with ``schedule``.
+        score: with ``steps``, what decides. ``"importance"``: the first-order Taylor importance of each unit over its marginal cost; the
+            family of the gates does not matter. ``"learned"``: the gates of the family, which learn from the gradient of the task.
+        min_share: with ``steps``, the least share of each width that stays; None: a quarter of the share of a network that is as small and
+            evenly narrow.
 
-    Attributes: ``model``; ``metric``, its name; ``steps`` taken; ``multiplier``; ``targets``, costs with the values they were given as.
+    Attributes: ``model``; ``metric``, its name; ``cost``, a :class:`Cost`; ``steps`` taken; ``multiplier``; ``targets``, costs with the
+    values they were given as; ``controller``, what steps the gates, None where an optimizer does.
 
     Raises: ValueError or TypeError that names the argument; what the model raises on the example inputs.
 
     >>> import dampr
     >>> x = torch.randn(16, 20)
     >>> model = dampr.convert(nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 5)), example_inputs=x)
-    >>> budget = Budget(model, x, macs=0.5)
-    >>> loss = model(x).square().mean() + budget.penalty()
-    >>> budget.step()
+    >>> budget = Budget(model, x, macs=0.5, steps=40)
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> for _ in range(40):
+    ...     optimizer.zero_grad()
+    ...     (model(x).square().mean() + budget.penalty()).backward()
+    ...     optimizer.step()
+    ...     budget.step()
     >>> print(budget.finalize())
     0: 15 of 30
     macs: 6,000 of 12,000 (50.00%), target 6,000
@@ -100,6 +148,9 @@ class Budget:
         warmup: int = 0,
         strength: float = 10.0,
         rate: float = 0.02,
+        steps: int | None = None,
+        score: str = "importance",
+        min_share: float | None = None,
     ) -> None:
         wishes = {"macs": macs, "params": params, "latency": latency}
         given = {name: value for name, value in wishes.items() if value is not None}
@@ -114,6 +165,7 @@ class Budget:
             if not (number >= 0 and math.isfinite(number)):
                 raise ValueError(f"{name}={number!r}: expected a finite number of at least 0")
         _checks.positive_int("warmup", warmup, least=0)
+        _check_steps(steps, schedule, score, min_share)
         self._progress = _progress(schedule)
         listed: list[Target] = [wanted] if isinstance(wanted, (int, float)) else list(wanted)
         if not listed:
@@ -121,21 +173,65 @@ class Budget:
         for value in listed:
             _check_target(metric, value)
         self.model, self._inputs = model, example_inputs
-        self._cost = Latency(model, example_inputs) if metric == "latency" else Cost(model, example_inputs, metric)
-        if not bool(self._cost.prunable.any()):
-            raise ValueError(f"model={type(model).__name__}: no gate of it cuts anything {self._cost.structure.notes or ''}")
+        self.cost = Latency(model, example_inputs) if metric == "latency" else Cost(model, example_inputs, metric)
+        if not bool(self.cost.prunable.any()):
+            raise ValueError(f"model={type(model).__name__}: no gate of it cuts anything {self.cost.structure.notes or ''}")
         self.targets = sorted({self._absolute(value): value for value in listed}.items(), reverse=True)
         self.warmup, self.strength, self.rate = warmup, strength, rate
         self.snapshots: dict[Target, nn.Module] = {}
         self.steps = 0
-        self.multiplier = torch.zeros((), dtype=torch.float64, device=self._cost.device)
-        self._penalty = torch.zeros((), device=self._cost.device)
+        self.multiplier = torch.zeros((), dtype=torch.float64, device=self.cost.device)
+        self._penalty = torch.zeros((), device=self.cost.device)
+        self._refuse_unreachable(metric, wanted)
+        self.replaced: list[Tensor] = []  # what were the parameters of the gates that the budget owns
+        self.controller = None if steps is None else self._take_over(steps, score, min_share)
         self._measure()
+
+    def _refuse_unreachable(self, metric: str, wanted: Any) -> None:
+        least, _ = _increments(self.cost, _gates(self.model), None, 1, 1, [])
+        minimum = float(self.cost(least))
+        if minimum <= self.target:
+            return
+        hint = f"; {wanted} % is {metric}={wanted / 100:g}" if isinstance(wanted, int) and wanted <= 100 else ""
+        never = [name for name, note in self.cost.structure.notes.items()]
+        raise BudgetError(
+            f"{metric}={wanted!r}: expected at least {minimum:,.6g} of {self.total:,.6g} ({minimum / self.total:.1%}), which remain with "
+            f"one gate open in every layer{hint}" + (f"; gates that cut nothing: {never}" if never else "")
+        )
+
+    def _take_over(self, steps: int, score: str, min_share: float | None) -> Controller:
+        """Put gates that the budget owns in the place of the model's."""
+        if len(self.targets) > 1:
+            raise ValueError(f"steps={steps!r} with {len(self.targets)} targets: expected one")
+        gates = _gates(self.model)
+        rated = [type(gate).__name__ for gate in gates if getattr(gate, "in_optimizer", False)]
+        if rated:
+            raise ValueError(f"steps={steps!r}: param_groups(gate_lr=) has given the gates to an optimizer; expected one of the two")
+        if score == "learned":
+            for gate in gates:
+                gate.levels()  # refuses families that a budget cannot move
+        share = FLOOR * math.sqrt(self.target / self.total) if min_share is None else min_share
+        rows = [row for rows in self.cost.structure.widths() for row in rows]
+        least = [0 if row.start in self.cost.whole else max(1, math.ceil(share * len(row))) for row in rows]
+        controller = Controller([], self.cost, self.target, steps, score, least)
+        minimum = float(self.cost(controller.choose(torch.ones(self.cost.structure.size, dtype=torch.float64), 0.0)))
+        if minimum > self.target:
+            raise BudgetError(
+                f"min_share={share:.3g}: {minimum / self.total:.1%} of {self.metric} remain with that share of every width, expected at "
+                f"most the target of {self.target / self.total:.1%}"
+            )
+        self.replaced = [p for gate in gates for p in gate.parameters()]
+        inputs.replace(self.model, {gate: owned(gate, score) for gate in gates})
+        controller.gates = [gate for gate in _gates(self.model) if isinstance(gate, (OwnedGate, SteppedGate))]
+        for gate in controller.gates:
+            if isinstance(gate, OwnedGate):
+                gate.held = True
+        return controller
 
     @property
     def total(self) -> float:
         """The cost of the model as it is."""
-        return self._cost.total
+        return self.cost.total
 
     @property
     def target(self) -> float:
@@ -145,21 +241,28 @@ class Budget:
     @property
     def goal(self) -> float:
         """The share of the cost that is aimed at now."""
+        if self.controller is not None:
+            return self.controller.ramp.goal(max(0, self.steps - self.warmup))
         way = self._progress(max(0, self.steps - self.warmup))
         return 1 - way * (1 - self.target / self.total)
 
+    @property
+    def measured(self) -> int:
+        """Of how many steps the owned gates have had a finite gradient; 0 where the budget owns none."""
+        return 0 if self.controller is None else self.controller.measured
+
     def left(self) -> float:
         """The share of the cost that the gates leave in evaluation. Waits for the device."""
-        return float(self._cost(self._cost.decision())) / self.total
+        return float(self.cost(self.cost.decision())) / self.total
 
     def expected(self) -> Tensor:
         """The expected share of the cost in training, a float64 scalar with a gradient."""
-        return self._cost(self._cost.probabilities()) / self.total
+        return self.cost(self.cost.probabilities()) / self.total
 
     def penalty(self) -> Tensor:
         """What to add to a loss that is a mean over examples: a float32 scalar."""
-        if self.steps < self.warmup:
-            return torch.zeros((), device=self._cost.device)
+        if self.steps < self.warmup or self.controller is not None:
+            return torch.zeros((), device=self.cost.device)
         weight = (self.multiplier + self.strength * self._gap).clamp(min=0)
         penalty = (weight * self.expected()).float()
         self._penalty = penalty.detach()
@@ -168,7 +271,11 @@ class Budget:
     def step(self) -> None:
         """Call it after ``optimizer.step()``: moves goal and multiplier, and takes the snapshots of targets that have been reached."""
         self.steps += 1
+        if self.controller is not None:
+            self.controller.step(self.steps - self.warmup)
         self._measure()
+        if self.controller is not None:
+            return
         if self.steps >= self.warmup:
             self.multiplier = (self.multiplier + self.rate * self._gap).clamp(min=0)
         for target, value in self.targets[:-1]:
@@ -209,6 +316,15 @@ class Budget:
         _checks.positive_int("min_width", min_width)
         globs = [same] if isinstance(same, str) else list(same)
         report = self._fit(self.model, self.target, round_to, min_width, self._matched(globs))
+        self.controller = None
+        if report.changed > RISK:
+            advice = "train for more steps" if report.before and report.before > report.target else "close gates more slowly"
+            warnings.warn(
+                f"finalize changed {report.changed:.0%} of the gates: {report.before:,.6g} of {self.metric} were left, the target is "
+                f"{report.target:,.6g}; {advice}, or train on after it (dampr.Plan does both)",
+                BudgetWarning,
+                stacklevel=2,
+            )
         self._penalty = torch.zeros_like(self._penalty)
         self._measure()
         return report
@@ -228,11 +344,19 @@ class Budget:
         return found
 
     def state_dict(self) -> dict[str, Any]:
-        """Steps and multiplier, for a checkpoint beside those of model and optimizer; snapshots are not in it."""
-        return {"steps": self.steps, "multiplier": float(self.multiplier)}
+        """Steps, multiplier and what the budget knows of the gates that it owns, for a checkpoint beside those of model and optimizer.
+
+        Snapshots are not in it.
+        """
+        owned = {} if self.controller is None else {"controller": self.controller.state_dict()}
+        return {"steps": self.steps, "multiplier": float(self.multiplier), **owned}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what :meth:`state_dict` gave; the gap is that of the gates as they are."""
+        if ("controller" in state) != (self.controller is not None):
+            raise ValueError("state: of a budget that owns the gates and of one that does not; expected the same `steps=` as then")
+        if self.controller is not None:
+            self.controller.load_state_dict(state["controller"])
         steps, multiplier = int(state["steps"]), float(state["multiplier"])
         self.steps = steps
         self.multiplier = torch.full_like(self.multiplier, multiplier)
@@ -240,8 +364,8 @@ class Budget:
 
     @torch.no_grad()
     def _measure(self) -> None:
-        decision = self._cost.decision()
-        self._open, self._left = decision.float().mean(), self._cost(decision) / self.total
+        decision = self.cost.decision()
+        self._open, self._left = decision.float().mean(), self.cost(decision) / self.total
         self._gap = self._left - self.goal
 
     def _absolute(self, value: Target) -> float:
@@ -253,24 +377,38 @@ class Budget:
         """Fix the gates of ``model``, which has the structure of the budget's own, at ``target``."""
         gates = _gates(model)
         aim, reached = target, target + 1
+        left, opened = float(self.cost(self.cost.decision())), torch.cat([gate.is_open() for gate in gates]).cpu()
+        order = self._order(gates)
         for _ in range(8):
-            chosen = _choose(self._cost, gates, aim, round_to, min_width, same)
+            chosen = _choose(self.cost, gates, order, aim, round_to, min_width, same)
             fixed = _fixed(gates, chosen)
             trial = inputs.copied(model, self._inputs)
             inputs.replace(trial, dict(zip(_gates(trial), fixed, strict=True)))
             small = compact(trial, example_inputs=self._inputs)
-            reached = _COUNT[self.metric](small, self._inputs) if self.metric in _COUNT else float(self._cost(chosen))
+            reached = _COUNT[self.metric](small, self._inputs) if self.metric in _COUNT else float(self.cost(chosen))
             if reached <= target:
                 break
             aim -= reached - target
         else:
             raise BudgetError(
-                f"{self.metric}: the compacted model has {reached:,}, above the target of {target:,} {self._cost.structure.notes}"
+                f"{self.metric}: the compacted model has {reached:,}, above the target of {target:,} {self.cost.structure.notes}"
             )
         before = gated_layers(model)
         inputs.replace(model, dict(zip(gates, fixed, strict=True)))
         widths = {name: (layer.gate.num_gates, int(layer.gate.is_open().sum())) for name, layer in before.items()}
-        return BudgetReport(self.metric, target, reached, self.total, widths, dict(self._cost.structure.notes))
+        counts = [gate.num_gates for gate in gates]
+        closed, reopened = (
+            {name: int(part.sum()) for name, part in zip(distinct_gates(model), found.split(counts), strict=True) if part.any()}
+            for found in (opened & ~chosen, chosen & ~opened)
+        )
+        notes = dict(self.cost.structure.notes)
+        return BudgetReport(self.metric, target, reached, self.total, widths, notes, left, closed, reopened)
+
+    def _order(self, gates: Sequence[Gate]) -> Tensor:
+        """What decides between gates that training left alike, (all gates,): their importance if it was measured, else their norms."""
+        if self.controller is not None and self.controller.measured:
+            return self.controller.importance() / self.controller.marginal_cost()
+        return evenly(magnitudes(self.cost.structure), [gate.num_gates for gate in gates])
 
 
 def _gates(model: nn.Module) -> list[Gate]:
@@ -279,47 +417,32 @@ def _gates(model: nn.Module) -> list[Gate]:
 
 
 @torch.no_grad()
-def _choose(cost: Cost, gates: Sequence[Gate], target: float, round_to: int, min_width: int, same: list[list[int]]) -> Tensor:
+def _choose(
+    cost: Cost, gates: Sequence[Gate], order: Tensor, target: float, round_to: int, min_width: int, same: list[list[int]]
+) -> Tensor:
     """The gates to open: bool, (all gates,). By bisection over their order, then whatever else still fits."""
-    chosen, increments = _increments(cost, gates, round_to, min_width, same)
-
-    def with_first(count: int) -> Tensor:
-        these = chosen.clone()
-        for _, members in increments[:count]:
-            these[members] = True
-        return these
-
+    chosen, increments = _increments(cost, gates, order, round_to, min_width, same)
     if float(cost(chosen)) > target:
         raise BudgetError(
             f"target of {target:,} {cost.metric}: expected at least {int(cost(chosen)):,}, which remain with {min_width} "
             f"(a multiple of {round_to}) open in every layer"
         )
-    low, high = 0, len(increments)
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if float(cost(with_first(middle))) <= target else (low, middle - 1)
-    chosen, full = with_first(low), set[int]()
-    for number, members in increments[low:]:
-        if number not in full:
-            chosen[members] = True
-            if float(cost(chosen)) > target:
-                chosen[members] = False
-                full.add(number)
-    return chosen
+    return longest(cost, chosen, increments, target)
 
 
 def _increments(
-    cost: Cost, gates: Sequence[Gate], round_to: int, min_width: int, same: list[list[int]]
-) -> tuple[Tensor, list[tuple[int, list[int]]]]:
+    cost: Cost, gates: Sequence[Gate], tied: Tensor | None, round_to: int, min_width: int, same: list[list[int]]
+) -> tuple[Tensor, list[Increment]]:
     """What is open in any case, bool (all gates,), and in the order of opening the increments: of which width, and which of all gates.
 
     A width is a gate vector, or, of a recurrent layer, what belongs to one layer and direction.
     """
     base = torch.zeros(cost.structure.size, dtype=torch.bool)
-    found: list[Increment] = []
+    found: list[Ranked] = []
     of_gates: list[list[int]] = []  # the widths of each gate vector
     for gate, rows in zip(gates, cost.structure.widths(), strict=True):
-        start, ranks, opened = rows[0].start, _ranks(gate), gate.is_open().cpu()
+        start = rows[0].start
+        ranks, opened = _ranks(gate, None if tied is None else tied[start : start + gate.num_gates]), gate.is_open().cpu()
         of_gates.append([])
         for mine in rows:
             number = sum(map(len, of_gates))
@@ -342,24 +465,25 @@ def _increments(
     return base, [(number, members) for _, number, members in found]
 
 
-Increment = tuple[tuple[float, ...], int, list[int]]  # its rank, of which width, and which of all gates
+Ranked = tuple[tuple[float, ...], int, list[int]]  # its rank, of which width, and which of all gates
 
 
-def _joined(found: list[Increment], group: list[int]) -> list[Increment]:
+def _joined(found: list[Ranked], group: list[int]) -> list[Ranked]:
     """The increments of several widths as one series, in which the first of all open together, then the second, with their mean rank."""
     series = [[increment for increment in found if increment[1] == number] for number in group]
     if len({len(own) for own in series}) != 1:
         raise BudgetError(f"same: layers with {sorted({len(own) for own in series})} gates that can be cut cannot keep the same number")
-    joined: list[Increment] = []
+    joined: list[Ranked] = []
     for each in zip(*series, strict=True):
         columns = zip(*(rank for rank, _, _ in each), strict=True)
         joined.append((tuple(sum(column) / len(each) for column in columns), group[0], [i for _, _, members in each for i in members]))
     return [increment for increment in found if increment[1] not in group] + joined
 
 
-def _ranks(gate: Gate) -> list[tuple[float, ...]]:
-    """What gates are ordered by: open in evaluation, how far, how probably, and where the family's parameter stands."""
+def _ranks(gate: Gate, tied: Tensor | None) -> list[tuple[float, ...]]:
+    """What gates are ordered by: open in evaluation, how far, how probably, where the family's parameter stands, and ``tied``."""
     columns = [gate.is_open(), gate.deterministic().abs(), gate.open_probability(), _evaluated_parameter(gate)]
+    columns += [] if tied is None else [tied]
     return list(zip(*(column.detach().double().cpu().tolist() for column in columns), strict=True))
 
 
@@ -378,12 +502,24 @@ def _fixed(gates: Sequence[Gate], chosen: Tensor) -> list[Fixed]:
     """Gates with the values of ``gates`` where they are chosen, and 0 elsewhere."""
     fixed, start = [], 0
     for gate in gates:
-        z, keep = gate.deterministic(), chosen[start : start + gate.num_gates].to(gate.deterministic().device)
+        z = gate.value if isinstance(gate, SteppedGate) else gate.deterministic()
+        keep = chosen[start : start + gate.num_gates].to(z.device)
         start += gate.num_gates
         opened = z.abs()[z != 0]
         weakest = torch.minimum(opened.min() if len(opened) else z.new_ones(()), gate.open_probability().clamp(min=1e-3))
         fixed.append(Fixed(torch.where(keep, torch.where(z != 0, z, weakest), 0.0)))
     return fixed
+
+
+def _check_steps(steps: Any, schedule: Schedule, score: Any, min_share: Any) -> None:
+    _checks.one_of("score", score, SCORES)
+    if min_share is not None and not 0 <= min_share <= 1:
+        raise ValueError(f"min_share={min_share!r}: expected a number in [0, 1]")
+    if steps is None:
+        return
+    _checks.positive_int("steps", steps, least=8)
+    if schedule is not None:
+        raise ValueError(f"steps={steps!r} with schedule={schedule!r}: expected one, with steps the budget has a schedule of its own")
 
 
 def _progress(schedule: Schedule) -> Callable[[int], float]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dampr.gates import Gate
+from dampr.gates import Gate, OwnedGate, SteppedGate
 from dampr.nn import GatedLayer
 
 from .compact import compact
@@ -80,6 +80,12 @@ def param_groups(model: nn.Module, *, lr: float, gate_lr: float | None = None, w
         if not value >= 0:
             raise ValueError(f"{name}={value!r}: expected a number of at least 0")
     found = [module for module in model.modules() if isinstance(module, Gate)]
+    if gate_lr is not None and any(isinstance(gate, (OwnedGate, SteppedGate)) for gate in found):
+        raise ValueError(
+            f"gate_lr={gate_lr!r}: a budget owns the gates of this model and steps them; expected None, or a budget without steps"
+        )
+    for gate in found:
+        gate.in_optimizer = gate_lr is not None
     gates = {id(p): p for module in found for p in module.parameters()}
     decayed = {id(p) for module in found if getattr(module, "weight_decay_on_beta", False) for p in module.parameters()}
     weights = [p for p in model.parameters() if id(p) not in gates]

@@ -185,9 +185,10 @@ def test_optimizer_and_model_go_on_after_finalize():
 
 def test_what_is_out_of_reach_changes_nothing():
     model = converted()
-    budget = dampr.Budget(model, X, macs=1000)
-    with pytest.raises(dampr.BudgetError, match=r"target of 1,000 macs: expected at least .* 1 \(a multiple of 1\) open in every layer"):
-        budget.finalize()
+    with pytest.raises(dampr.BudgetError, match=r"macs=1000: expected at least 1,664 of 137,600 .* with one gate open in every layer"):
+        dampr.Budget(model, X, macs=1000)
+    with pytest.raises(dampr.BudgetError, match=r"target of 6,880 macs: expected at least .* 20 \(a multiple of 1\) open in every layer"):
+        dampr.Budget(model, X, macs=0.05).finalize(min_width=20)
     assert isinstance(model[0].gate, HardConcrete)
     with pytest.raises(dampr.BudgetError, match="30 "):
         dampr.Budget(model, X, params=0.5).finalize(min_width=30)

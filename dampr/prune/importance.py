@@ -1,0 +1,54 @@
+"""What a unit is worth without training its gate: the norm of its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dampr.nn.rnn import _GatedRecurrent
+
+from .structure import Structure
+
+
+@torch.no_grad()
+def magnitudes(structure: Structure) -> Tensor:
+    """The L2 norm of the weights that compute what each gate switches off, (all gates,), float64 on the host; 0 where there are none.
+
+    Of several layers that share a gate the squares add up.
+    """
+    squares = torch.zeros(structure.size, dtype=torch.float64)
+    for (layer, writes), atoms in structure.atoms.items():
+        weight: Any = getattr(layer, "weight", None)
+        if not writes or not isinstance(weight, Tensor) or weight.dim() < 2:
+            continue
+        own: Any = _as_it_is(structure, structure.names.get(layer, ""), weight)
+        rows = own.transpose(0, 1) if type(layer).__name__.startswith("ConvTranspose") else own
+        rows = rows.T if type(layer).__name__ == "Embedding" else rows
+        each = rows.detach().double().flatten(1).square().sum(1).cpu()
+        for channel, atom in enumerate(atoms):
+            for gates in structure.owners[True][atom] if atom >= 0 and channel < len(each) else ():
+                for gate in gates:
+                    squares[gate] += each[channel]
+    gated: dict[str, Any] = dict(structure.gated)
+    for name, layer in gated.items():
+        if isinstance(layer, _GatedRecurrent):
+            for row, names in zip(structure.rows(name), layer._all_weights, strict=True):
+                weight = getattr(layer, names[1]).detach().double().cpu()
+                squares[row.start : row.stop] += weight.unflatten(0, (-1, len(row))).square().sum((0, 2))
+    return squares.sqrt()
+
+
+def _as_it_is(structure: Structure, name: str, weight: Tensor) -> Tensor:
+    """The weight of the layer in the model as it is now; ``structure.plain`` has that of the moment when it was made."""
+    found: Any = structure.gated.get(name)
+    now = getattr(found, "weight", None)
+    return now if isinstance(now, Tensor) and now.shape == weight.shape else weight
+
+
+def evenly(values: Tensor, counts: Sequence[int]) -> Tensor:
+    """The place of each value among those of its layer, from 0 for the least to 1, so that layers of all scales are thinned alike."""
+    parts = [own.argsort().argsort().double().add(1) / len(own) for own in values.split(list(counts))]
+    return torch.cat(parts)

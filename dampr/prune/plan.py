@@ -1,0 +1,465 @@
+"""Plan: a training run that ends with a smaller plain model, in two lines of a loop of one's own."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dampr import _checks
+from dampr.gates import Fixed
+
+from . import inputs
+from .budget import Budget, BudgetReport
+from .compact import compact
+from .controller import RAMP
+from .convert import convert
+from .recalibrate import recalibrate
+from .summary import distinct_gates, gated_layers
+
+WARMUP, TRAINED_WARMUP, SHRINKING = 0.3, 0.05, 0.2  # shares of the steps: dense from scratch, dense from a checkpoint, the ramp
+SEEN = 100  # a norm that has seen that many batches was trained
+LEAST_STEPS = 40
+SILENT = 50  # steps without a gradient on any gate after which a plan gives up
+
+
+class PlanError(RuntimeError):
+    """A plan could not go on, or is over; the model is as it was before the call."""
+
+
+@dataclass(frozen=True)
+class PlanReport:
+    """What a plan did, and when: ``steps`` in all, of which the model was dense up to ``dense``, and compacted behind ``compacted``.
+
+    ``budget``: what was decided at that moment; ``difference``: the largest between the outputs of the masked and the compacted model.
+    ``added``: biases that compaction added, which have no state in the optimizer. ``recalibrated``: on how many batches statistics of
+    norms were taken again.
+    """
+
+    steps: int
+    dense: int
+    compacted: int
+    trained: bool
+    gate: str
+    score: str
+    budget: BudgetReport
+    difference: float
+    recalibrated: int
+    notes: dict[str, str] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        start = "a trained model" if self.trained else "scratch"
+        tuned = self.steps - self.compacted
+        lines = [
+            f"{self.steps} steps from {start}: dense for {self.dense}, ramp to {self.compacted}, fine-tuned for {tuned}",
+            str(self.budget),
+            f"largest difference of outputs, masked and compacted: {self.difference:.2g}",
+        ]
+        return "\n".join(lines + [f"{name}: {note}" for name, note in self.notes.items()])
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(str(self))}</pre>"
+
+
+class Plan:
+    """Prune a model while it trains for ``steps`` steps, to exactly a share of its cost, and end with plain ``torch.nn`` layers.
+
+    The model trains dense for a while (30 % of the steps; 5 % where it is trained already), so that there is something to choose from. Then
+    gates come in (:func:`dampr.convert`), and a :class:`dampr.Budget` closes them over the next 20 %, the least important units per unit of
+    cost first. At the end of that ramp the model is compacted in place, the optimizer keeps its state, statistics of norms are taken again,
+    and for the rest of the steps the small model is fine-tuned. Gates are no parameters of the model and have no learning rate.
+
+    ``model`` stays the same object; its children are others after the ramp. Use :attr:`model` in the loop, and make what wraps it (DDP,
+    ``torch.compile``) again when :meth:`step` returns True.
+
+    Args:
+        model: dense, from scratch or trained; or with gates that :func:`dampr.convert` put in as you like them.
+        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments.
+        macs, params, latency: exactly one, as for :class:`dampr.Budget`: a share in (0, 1), or a count.
+        steps: of the optimizer in the whole run: epochs times ``len(loader)``.
+        gate: as for :func:`dampr.convert`, of a model without gates.
+        score: what decides, as for :class:`dampr.Budget`.
+        warmup, ramp: shares of ``steps``; ``warmup=None`` takes the default for the kind of start.
+        trained: whether the model is trained already. None: where a norm with running statistics has seen 100 batches.
+        min_share, round_to, min_width: as for :class:`dampr.Budget` and :meth:`dampr.Budget.finalize`.
+        restart: of the learning rate. None: it stays the user's. A number: behind the ramp every group starts again at that many times its
+            first learning rate, and falls to 0 along a cosine; leave out a scheduler of your own then.
+        distill: the weight in :meth:`penalty` of a distance to the outputs of the dense model as it was when the ramp began.
+        distill_loss: called with the outputs of the trained and of the dense model, a scalar. None: the Kullback-Leibler divergence of
+            logits (rows, classes) at a temperature of 2, times 4 (Hinton et al. 2015).
+        recalibrate: the number of training batches on which statistics of norms are taken again; 0: none.
+        on_compact: called with the plan right after the model became smaller.
+        convert: more keyword arguments for :func:`dampr.convert`, such as ``{"exclude": "head"}``.
+
+    Attributes: ``model``; ``report``, a :class:`PlanReport` from the end of the ramp on, None before; ``steps``, ``steps_taken``.
+
+    Raises: ValueError or TypeError that names the argument; ConversionError, BudgetError as those two do, before anything is changed.
+
+    >>> import dampr
+    >>> x, y = torch.randn(64, 20), torch.randint(5, (64,))
+    >>> model = nn.Sequential(nn.Linear(20, 40), nn.ReLU(), nn.Linear(40, 5))
+    >>> plan = dampr.Plan(model, x, macs=0.5, steps=60)
+    >>> optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    >>> for _ in range(60):
+    ...     loss = F.cross_entropy(plan.model(x), y) + plan.penalty()
+    ...     optimizer.zero_grad()
+    ...     loss.backward()
+    ...     optimizer.step()
+    ...     _ = plan.step(optimizer)
+    >>> plan.finish()[0]
+    Linear(in_features=20, out_features=20, bias=True)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example_inputs: Any,
+        *,
+        steps: int,
+        macs: Any = None,
+        params: Any = None,
+        latency: Any = None,
+        gate: Any = "hard_concrete",
+        score: str = "importance",
+        warmup: float | None = None,
+        ramp: float = SHRINKING,
+        trained: bool | None = None,
+        min_share: float | None = None,
+        round_to: int = 1,
+        min_width: int = 1,
+        restart: float | None = None,
+        distill: float = 0.0,
+        distill_loss: Callable[[Any, Any], Tensor] | None = None,
+        recalibrate: int = 8,
+        on_compact: Callable[[Plan], Any] | None = None,
+        convert: Mapping[str, Any] | None = None,
+    ) -> None:
+        _check_model(model)
+        inputs.check(example_inputs)
+        _checks.positive_int("steps", steps, least=LEAST_STEPS)
+        for name, share in (("warmup", warmup), ("ramp", ramp)):
+            if share is not None and not 0 <= share < 1:
+                raise ValueError(f"{name}={share!r}: expected a share of the steps in [0, 1)")
+        for name, number in (("restart", restart), ("distill", distill)):
+            if number is not None and not (number >= 0 and math.isfinite(number)):
+                raise ValueError(f"{name}={number!r}: expected a finite number of at least 0")
+        for name, count, least in (("recalibrate", recalibrate, 0), ("round_to", round_to, 1), ("min_width", min_width, 1)):
+            _checks.positive_int(name, count, least=least)
+        self.model, self.steps, self.steps_taken = model, steps, 0
+        self.report: PlanReport | None = None
+        self._inputs, self._gate, self._score = example_inputs, gate, score
+        self._trained = _is_trained(model) if trained is None else bool(trained)
+        share = (TRAINED_WARMUP if self._trained else WARMUP) if warmup is None else warmup
+        self._end = round((share + ramp) * steps)
+        if self._end >= steps or round(ramp * steps) < 8:
+            raise ValueError(
+                f"steps={steps}, warmup={share:g}, ramp={ramp:g}: expected a ramp of at least 8 steps (it has {round(ramp * steps)}) "
+                f"that ends before the last one (it ends at {self._end})"
+            )
+        self._length = min(round(ramp * steps / RAMP), self._end - 1)  # of the budget: the ramp, and the steps in which it measures
+        self._targets = {name: value for name, value in (("macs", macs), ("params", params), ("latency", latency)) if value is not None}
+        self._min_share, self._round_to, self._min_width = min_share, round_to, min_width
+        self._restart, self._distill, self._distill_loss = restart, distill, distill_loss
+        self._recalibrate, self._on_compact = recalibrate, on_compact
+        self._convert = {"gate": gate, **(convert or {})}
+        self._budget: Budget | None = None
+        self._kept: list[Tensor] | None = None  # of each gate the value that it was decided at
+        self._rates: list[float] | None = None
+        self._silent = 0
+        self._batches: deque[tuple[Any, Any]] = deque(maxlen=max(1, recalibrate))
+        self._teacher: nn.Module | None = None
+        self._output: Any = None
+        self._finished = False
+        if gated_layers(model):
+            self._budget = self._make_budget(model, warmup=self._end - self._length)
+        else:
+            trial = inputs.copied(model, example_inputs)
+            with inputs.same_noise(model):
+                self._make_budget(self._with_gates(trial))  # what cannot be done is refused here
+        self._hooks = [
+            model.register_forward_pre_hook(self._see_inputs, with_kwargs=True),
+            model.register_forward_hook(self._see_outputs, with_kwargs=True),
+        ]
+
+    @property
+    def phase(self) -> str:
+        """Where the plan is: "dense", "ramp", "fine-tuning" or "finished"."""
+        if self._finished:
+            return "finished"
+        if self.report is not None:
+            return "fine-tuning"
+        return "ramp" if self.steps_taken >= self._end - self._length else "dense"
+
+    def penalty(self) -> Tensor:
+        """What to add to the loss, a scalar: the distance to the dense model with ``distill``, else 0.
+
+        Raises PlanError after :meth:`finish`.
+        """
+        self._check_alive()
+        device = next((p.device for p in self.model.parameters()), None)
+        if not self._distill or self._teacher is None or self._output is None:
+            return torch.zeros((), device=device)
+        (args, kwargs, output), self._output = self._output, None
+        with torch.no_grad():
+            taught = self._teacher(*args, **kwargs)
+        return self._distill * (self._distill_loss or divergence)(output, taught)
+
+    def step(self, optimizer: torch.optim.Optimizer | None = None) -> bool:
+        """Call it after ``optimizer.step()``; True once, when the model has become smaller.
+
+        Args:
+            optimizer: of the weights; what is left of its state stays. None: make a new one when this returns True.
+
+        Raises: PlanError after :meth:`finish`, where no gate has had a finite gradient for 50 steps, or where weights are not finite when
+        the ramp begins; ValueError where the optimizer holds parameters of gates or none of the model; BudgetError, CompactionError.
+        """
+        self._check_alive()
+        if optimizer is not None:
+            self._check_optimizer(optimizer)
+        self.steps_taken += 1
+        smaller = False
+        if self.report is None:
+            if self._budget is None and self.steps_taken == self._end - self._length:
+                self._begin()
+            elif self._budget is not None:
+                self._step_budget(self._budget)
+                if self.steps_taken == self._end:
+                    self._compact(self._budget, optimizer)
+                    smaller = True
+        if optimizer is not None and self._restart is not None:
+            self._set_rates(optimizer, self._restart)
+        return smaller
+
+    def finish(self) -> nn.Module:
+        """The small plain model, the same object as :attr:`model`. The plan is over after that.
+
+        Raises PlanError where training stopped before the end of the ramp; the plan can go on then.
+        """
+        self._check_alive()
+        if self.report is None:
+            raise PlanError(
+                f"finish() after {self.steps_taken} of {self.steps} steps: expected at least {self._end}, where the ramp ends; train on, "
+                "or make a plan of fewer steps (epochs times len(loader))"
+            )
+        self._remove_hooks()
+        self._finished = True
+        return self.model
+
+    def readings(self) -> dict[str, float]:
+        """What to log: ``<metric>_left``, the share of the cost that is left, and ``<metric>_goal``, where it should be now."""
+        (metric,) = self._targets or {"macs": None}
+        if self.report is not None:
+            left = goal = self.report.budget.reached / self.report.budget.total
+        elif self._budget is None:
+            left = goal = 1.0
+        else:
+            left, goal = self._budget.left(), self._budget.goal
+        return {f"{metric}_left": left, f"{metric}_goal": goal}
+
+    def __repr__(self) -> str:
+        target = ", ".join(f"{name}={value!r}" for name, value in self._targets.items())
+        return (
+            f"Plan({target}, score={self._score!r}: dense to step {self._end - self._length}, ramp to {self._end}, "
+            f"fine-tuning to {self.steps}; {self.phase}, step {self.steps_taken})"
+        )
+
+    # ---- checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a run needs to go on, beside the states of model and optimizer: tensors, numbers, lists.
+
+        Right before the end of the ramp the inputs of a few batches are in it, on which statistics of norms are to be taken again.
+        """
+        budget = self._budget
+        return {
+            "steps": self.steps,
+            "steps_taken": self.steps_taken,
+            "gated": bool(gated_layers(self.model)),
+            "budget": None if budget is None else budget.state_dict(),
+            "kept": self._kept,
+            "report": None if self.report is None else self.report.as_dict(),
+            "rates": self._rates,
+            "silent": self._silent,
+            "batches": list(self._batches),
+            "teacher": None if self._teacher is None else self._teacher.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Bring a new plan, of the same model and arguments, to where the other was. *Then* load the states of model and optimizer.
+
+        The model gets the gates, or the smaller layers, that it had. ``optimizer`` is what was made of the model's parameters.
+
+        Raises PlanError where this plan has begun already, ValueError where it is of another number of steps.
+        """
+        if self.steps_taken:
+            raise PlanError(f"load_state_dict after {self.steps_taken} steps: expected a new plan")
+        if state["steps"] != self.steps:
+            raise ValueError(f"state: of a plan of {state['steps']} steps, expected {self.steps}")
+        with inputs.same_noise(self.model):
+            if state["teacher"] is not None:
+                self._teacher = self._frozen_copy()
+                self._teacher.load_state_dict(state["teacher"])
+            if self._budget is None and (state["budget"] is not None or state["kept"] is not None):
+                self._budget = self._make_budget(self._with_gates(self.model), owned=state["kept"] is None)
+            if state["kept"] is not None:
+                gates = list(distinct_gates(self.model).values())
+                inputs.replace(self.model, dict(zip(gates, map(Fixed, state["kept"]), strict=True)))
+                self._become(compact(self.model, example_inputs=self._inputs, optimizer=optimizer))
+                self._budget, self._kept = None, [values.clone() for values in state["kept"]]
+            elif self._budget is not None:
+                self._budget.load_state_dict(state["budget"])
+        self._batches.extend(state["batches"])
+        self.steps_taken, self._rates, self._silent = int(state["steps_taken"]), state["rates"], int(state["silent"])
+        if state["report"] is not None:
+            report = dict(state["report"])
+            self.report = PlanReport(**{**report, "budget": BudgetReport(**report["budget"])})
+
+    # ---- what happens at which step
+
+    def _with_gates(self, model: nn.Module) -> nn.Module:
+        return convert(model, example_inputs=self._inputs, **self._convert)
+
+    def _make_budget(self, model: nn.Module, warmup: int = 0, owned: bool = True) -> Budget:
+        steps = self._length if owned else None
+        how: dict[str, Any] = {"steps": steps, "score": self._score, "min_share": self._min_share, "warmup": warmup}
+        return Budget(model, self._inputs, **self._targets, **how)
+
+    def _begin(self) -> None:
+        """Put gates in, which a budget owns."""
+        bad = [name for name, p in self.model.named_parameters() if not bool(p.isfinite().all())]
+        if bad:
+            self.steps_taken -= 1
+            raise PlanError(f"step {self.steps_taken + 1}: {bad[0]} has values that are not finite; expected a loss that is")
+        if self._distill:
+            self._teacher = self._frozen_copy()
+        with inputs.same_noise(self.model):
+            self._budget = self._make_budget(self._with_gates(self.model))
+
+    def _frozen_copy(self) -> nn.Module:
+        hooks = [(hooks, dict(hooks)) for hooks in (self.model._forward_pre_hooks, self.model._forward_hooks)]
+        try:  # the copy is not the trained model, so it does not tell the plan what it sees
+            for held, _ in hooks:
+                held.clear()
+            return inputs.copied(self.model).eval().requires_grad_(False)
+        finally:
+            for held, before in hooks:
+                held.update(before)
+
+    def _step_budget(self, budget: Budget) -> None:
+        seen = budget.measured
+        budget.step()
+        self._silent = 0 if budget.measured > seen else self._silent + 1
+        if self._silent >= SILENT:
+            raise PlanError(
+                f"step {self.steps_taken}: no gate has had a finite gradient for {SILENT} steps; expected plan.model in the loss, in "
+                "training mode, and a loss that is finite"
+            )
+
+    def _compact(self, budget: Budget, optimizer: torch.optim.Optimizer | None) -> None:
+        decided = budget.finalize(round_to=self._round_to, min_width=self._min_width)
+        gates = list(distinct_gates(self.model).values())
+        small: Any = compact(self.model, example_inputs=self._inputs, optimizer=optimizer, round_to=1)
+        self._kept = [gate.deterministic().clone() for gate in gates]
+        self._become(small)
+        self._budget = None
+        batches = [args if not kwargs else (args, kwargs) for args, kwargs in self._batches]
+        seen = recalibrate(self.model, batches) if self._recalibrate and batches else 0
+        self._batches.clear()
+        manifest = small.dampr_manifest
+        name = self._gate if isinstance(self._gate, str) else getattr(self._gate, "__name__", repr(self._gate))
+        self.report = PlanReport(
+            self.steps,
+            self._end - self._length,
+            self._end,
+            self._trained,
+            name,
+            self._score,
+            decided,
+            manifest["max_abs_difference"],
+            seen,
+            dict(manifest["closed_but_kept"]),
+        )
+        if self._on_compact is not None:
+            self._on_compact(self)
+
+    def _become(self, small: Any) -> None:
+        """Make the model, the object that others hold, out of what ``small`` is made of."""
+        for kind in ("_modules", "_parameters", "_buffers"):
+            held = getattr(self.model, kind)
+            held.clear()
+            held.update(getattr(small, kind))
+        self.model.dampr_manifest = small.dampr_manifest
+
+    def _set_rates(self, optimizer: torch.optim.Optimizer, times: float) -> None:
+        if self._rates is None:
+            self._rates = [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
+        if self.report is None:
+            return
+        way = min(1.0, (self.steps_taken - self._end) / (self.steps - self._end))
+        for group, rate in zip(optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate * times * (1 + math.cos(math.pi * way)) / 2
+
+    # ---- what the plan sees of the model's calls
+
+    def _see_inputs(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if module.training and self.report is None and self._recalibrate and self._end - self.steps_taken <= self._recalibrate:
+            self._batches.append((args, kwargs))
+
+    def _see_outputs(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if module.training and self._distill and self._teacher is not None and torch.is_grad_enabled():
+            self._output = args, kwargs, output
+
+    def _remove_hooks(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._output = self._teacher = None
+
+    def _check_alive(self) -> None:
+        if self._finished:
+            raise PlanError("this plan is finished: expected a new one for more training")
+
+    def _check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"optimizer={optimizer!r:.80}: expected a torch.optim.Optimizer")
+        if self.steps_taken:
+            return
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        gates = {id(p) for p in (self._budget.replaced if self._budget is not None else [])}
+        if not held & {id(p) for p in self.model.parameters()}:
+            raise ValueError("optimizer: it holds no parameter of plan.model; expected the one that trains it")
+        if held & gates:
+            raise ValueError("optimizer: it holds parameters of gates, which the plan steps; make it of model.parameters() after the plan")
+
+
+def divergence(output: Any, taught: Any, temperature: float = 2.0) -> Tensor:
+    """T^2 KL(softmax(taught / T) | softmax(output / T)), the mean over rows, of logits (rows, classes); a scalar (Hinton et al. 2015)."""
+    output, taught = (getattr(value, "logits", value) for value in (output, taught))
+    if not isinstance(output, Tensor) or output.dim() != 2:
+        shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise ValueError(f"distill: the model's output is {shape}, expected logits (rows, classes); pass distill_loss for another")
+    student, teacher = (F.log_softmax(t.float() / temperature, 1) for t in (output, taught))
+    return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model={model!r:.80}: expected a torch.nn.Module")
+    for attribute, wrapper in (("_orig_mod", "torch.compile"), ("reducer", "DistributedDataParallel")):
+        if attribute in vars(model) or attribute in model._modules:
+            inner = "_orig_mod" if attribute == "_orig_mod" else "module"
+            raise TypeError(f"model: what {wrapper} returned, expected the module itself (model.{inner}); wrap it after that")
+
+
+def _is_trained(model: nn.Module) -> bool:
+    seen = [count for m in model.modules() if isinstance(count := getattr(m, "num_batches_tracked", None), Tensor)]
+    return any(not count.is_meta and int(count) >= SEEN for count in seen)

@@ -1,0 +1,49 @@
+"""Statistics of norms, taken again after layers in front of them have changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import inputs
+
+
+@torch.no_grad()
+def recalibrate(model: nn.Module, batches: Iterable[Any]) -> int:
+    """Set the running statistics of every BatchNorm in ``model`` to the mean over ``batches``; returns how many there were.
+
+    Everything else is in evaluation mode, so dropout does not shift what norms see. Without a batch, or without such norms, nothing
+    changes.
+
+    Args:
+        batches: inputs of the model: tensors, tuples of positional or dicts of keyword arguments, or pairs of the two.
+    """
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None]
+    if not norms:
+        return 0
+    momenta, count = [norm.momentum for norm in norms], 0
+    with inputs.evaluating(model), inputs.same_noise(model):
+        try:
+            for batch in batches:
+                if not count:
+                    for norm in norms:
+                        norm.reset_running_stats()
+                        norm.momentum = None  # the plain mean over all batches
+                        norm.train()
+                _call(model, batch)
+                count += 1
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
+    return count
+
+
+def _call(model: nn.Module, batch: Any) -> None:
+    pair = isinstance(batch, tuple) and len(batch) == 2 and isinstance(batch[0], tuple) and isinstance(batch[1], dict)
+    if pair:
+        model(*batch[0], **batch[1])
+    else:
+        inputs.call(model, batch)
