@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dampr.gates import Gate
-from dampr.prune import Budget
+from dampr.prune import Budget, Plan
 
 UNDECAYED = "dampr.param_groups(model, lr=..., weight_decay=...)"
 
@@ -18,6 +18,18 @@ def check(budget: Any) -> None:
     """Raise TypeError unless it is a budget."""
     if not isinstance(budget, Budget):
         raise TypeError(f"budget={budget!r:.80}: expected a dampr.Budget")
+
+
+def check_plan(plan: Any) -> None:
+    """Raise TypeError unless it is a plan."""
+    if not isinstance(plan, Plan):
+        raise TypeError(f"plan={plan!r:.80}: expected a dampr.Plan")
+
+
+def check_begun(plan: Plan, step: int, remedy: str) -> None:
+    """Raise ValueError, with what to do, where the trainer goes on at a step that the plan is not at."""
+    if step and plan.steps_taken != step:
+        raise ValueError(f"training goes on at step {step}, the plan is at {plan.steps_taken}: {remedy} before that")
 
 
 def add_gradient(budget: Budget) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainerCallback
 
-from dampr.prune import Budget, History
+from dampr.prune import Budget, History, Plan
 
 from . import _budget
 
@@ -60,6 +62,63 @@ class DamprCallback(TrainerCallback):
         if self._history is not None and state.is_world_process_zero:
             self._history.record(step=state.global_step, **_budget.numbers(logs))
         found = {name: float(value) for name, value in self.budget.readings().items()}
+        logs |= found
+        if state.log_history:
+            state.log_history[-1] |= found
+
+
+class PlanCallback(TrainerCallback):
+    """Steps a :class:`dampr.Plan` under a ``Trainer``, after each step of the optimizer; the Trainer's own optimizer does.
+
+    In the log: what :meth:`dampr.Plan.readings` gives. ``plan.finish()`` is yours to call when training is done.
+
+    Each checkpoint folder gets a file ``dampr_plan.pt``. The model of a checkpoint may be smaller than the one it was made of, so that has
+    to be known before ``trainer.train(resume_from_checkpoint=folder)``: call ``callback.resume(folder)`` first.
+
+    Args:
+        plan: of the model that is trained, without ``distill``, because a Trainer's loss has no place for it.
+        history: a file for what is logged, evaluations included (:class:`dampr.History`); the main process writes it.
+
+    Raises, when training begins: ValueError for several processes or devices, DeepSpeed and FSDP, where a model that becomes smaller has to
+    be wrapped again, for a plan that was not resumed, and for a plan of another number of steps.
+    """
+
+    FILE = "dampr_plan.pt"
+
+    def __init__(self, plan: Plan, history: str | os.PathLike[str] | None = None) -> None:
+        _budget.check_plan(plan)
+        if plan.distills:
+            raise ValueError("plan: it distills, expected distill=0 under a Trainer, whose loss has no place for a penalty")
+        self.plan = plan
+        self._history = None if history is None else History(history)
+
+    def resume(self, folder: str | os.PathLike[str]) -> None:
+        """Bring plan and model to where they were in the checkpoint ``folder``. Raises FileNotFoundError where no plan is in it."""
+        self.plan.load_state_dict(torch.load(Path(folder) / self.FILE, map_location="cpu", weights_only=True))
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        for option in ("deepspeed", "fsdp"):
+            if getattr(args, option, None):
+                raise ValueError(f"TrainingArguments({option}={getattr(args, option)!r}): not supported with a plan; one device is")
+        if args.world_size > 1 or args.n_gpu > 1:
+            raise ValueError(f"world_size={args.world_size}, n_gpu={args.n_gpu}: expected one of each with a plan")
+        _budget.check_begun(self.plan, state.global_step, "call callback.resume(folder)")
+        if state.max_steps != self.plan.steps:
+            raise ValueError(f"the Trainer takes {state.max_steps} steps, the plan was made for {self.plan.steps}: expected the same")
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
+        self.plan.step(getattr(optimizer, "optimizer", optimizer))  # accelerate wraps it
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.is_world_process_zero:
+            torch.save(self.plan.state_dict(), Path(args.output_dir) / f"checkpoint-{state.global_step}" / self.FILE)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if logs is None:
+            return
+        if self._history is not None and state.is_world_process_zero:
+            self._history.record(step=state.global_step, **_budget.numbers(logs))
+        found = self.plan.readings()
         logs |= found
         if state.log_history:
             state.log_history[-1] |= found

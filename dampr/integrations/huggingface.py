@@ -33,9 +33,9 @@ from dampr.prune import heads as _heads
 from dampr.prune.files import check_plain
 
 from . import _uniform, _widths
-from ._trainer import DamprCallback
+from ._trainer import DamprCallback, PlanCallback
 
-__all__ = ["DamprCallback", "compact", "convert", "expand", "from_pretrained", "save_pretrained"]
+__all__ = ["DamprCallback", "PlanCallback", "compact", "convert", "expand", "from_pretrained", "plan", "save_pretrained"]
 
 
 def convert(
@@ -113,15 +113,48 @@ def compact(
     if uniform:
         vars(small.config).pop(_widths.KEY, None)
         _uniform.write(small)
+        _as_stock(small)
     else:
-        setattr(small.config, _widths.KEY, _widths.describe(small))
-    transposed.back(small, transposed.find(_widths.stock(small)))
-    _check_config(small)
+        _describe(small)
     small.dampr_manifest["closed_but_kept"] |= notes
     before, after = inputs.evaluate(model, example_inputs), inputs.evaluate(small, example_inputs)
     if inputs.differ(before, after, rtol, atol):
         raise CompactionError(f"outputs differ by up to {inputs.gap(before, after):.3g} (atol={atol:g}, rtol={rtol:g})")
     return small
+
+
+def plan(
+    model: PreTrainedModel,
+    example_inputs: Any,
+    *,
+    steps: int,
+    gate: Any = "hard_concrete",
+    heads: bool = True,
+    neurons: bool = True,
+    exclude: Sequence[str | type] | str | type = (),
+    **how: Any,
+) -> dampr.Plan:
+    """A :class:`dampr.Plan` for ``model``: gates come in at once, from :func:`convert`, and the finished model's config says its widths.
+
+    Args:
+        model, example_inputs, gate, heads, neurons, exclude: as for :func:`convert`.
+        steps, how: as for :class:`dampr.Plan`. ``trained`` is True unless given: such models mostly start from a checkpoint.
+
+    Raises: what those two raise; the model then has its gates, where the plan was refused.
+    """
+    convert(model, example_inputs=example_inputs, gate=gate, heads=heads, neurons=neurons, exclude=exclude)
+    return dampr.Plan(model, example_inputs, steps=steps, gate=gate, on_finish=_describe, **({"trained": True} | how))
+
+
+def _describe(small: Any) -> None:
+    """Write the widths of a plain model into its config, and give it the layers of the stock class."""
+    setattr(small.config, _widths.KEY, _widths.describe(small))
+    _as_stock(small)
+
+
+def _as_stock(small: Any) -> None:
+    transposed.back(small, transposed.find(_widths.stock(small)))
+    _check_config(small)
 
 
 def expand(model: PreTrainedModel) -> PreTrainedModel:

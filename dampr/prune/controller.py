@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 from dampr.gates import Gate, OwnedGate, SteppedGate
 
@@ -96,7 +96,7 @@ class Controller:
 
     @torch.no_grad()
     def _measure(self) -> None:
-        found = torch.cat([_taken(gate.probe) for gate in self.gates]).double().square().cpu()
+        found = over_ranks(torch.cat([_taken(gate.probe) for gate in self.gates])).double().square().cpu()
         mean = float(found.mean())
         if not (math.isfinite(mean) and mean > 0):
             return  # a step that a gradient scaler left out, or one without a loss
@@ -190,7 +190,7 @@ class Controller:
 
     def _pull(self) -> Tensor:
         """Of each gate the running mean of -dL/dlevel, (all gates,), in units of the root mean square over all gates."""
-        found = torch.cat([gate.family.pull() for gate in self.gates if isinstance(gate, OwnedGate)]).double().cpu()
+        found = over_ranks(torch.cat([gate.family.pull() for gate in self.gates if isinstance(gate, OwnedGate)])).double().cpu()
         pull = self._normalised("level", [found])[0]
         others: dict[int, Tensor] = {}
         for gate in self.gates:
@@ -200,7 +200,7 @@ class Controller:
                     others[id(p)] = p
                 else:
                     p.grad = None
-        moves = self._normalised("other", [-_taken(p) for p in others.values()])
+        moves = self._normalised("other", [-over_ranks(_taken(p)) for p in others.values()])
         for other, move in zip(others.values(), moves, strict=True):
             span = 1 / math.sqrt(other.shape[-1]) if other.dim() > 1 else 1.0
             other.add_(move.to(other).clamp(-1, 1), alpha=span / self.ramp.lag)
@@ -267,6 +267,15 @@ def _taken(leaf: Tensor) -> Tensor:
     """The gradient of a leaf, zeros where there is none; it is cleared."""
     found, leaf.grad = leaf.grad, None
     return torch.zeros_like(leaf) if found is None else found
+
+
+def over_ranks(t: Tensor) -> Tensor:
+    """The mean of ``t`` over all processes of torch.distributed, as data parallelism takes it of gradients; ``t`` where there is one."""
+    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
+        return t
+    total = t.contiguous().clone()
+    distributed.all_reduce(total)
+    return total / distributed.get_world_size()
 
 
 def owned(gate: Gate, score: str) -> Owned:

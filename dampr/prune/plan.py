@@ -99,6 +99,7 @@ class Plan:
             logits (rows, classes) at a temperature of 2, times 4 (Hinton et al. 2015).
         recalibrate: the number of training batches on which statistics of norms are taken again; 0: none.
         on_compact: called with the plan right after the model became smaller.
+        on_finish: called with the small model by :meth:`finish`.
         convert: more keyword arguments for :func:`dampr.convert`, such as ``{"exclude": "head"}``.
 
     Attributes: ``model``; ``report``, a :class:`PlanReport` from the end of the ramp on, None before; ``steps``, ``steps_taken``.
@@ -142,6 +143,7 @@ class Plan:
         distill_loss: Callable[[Any, Any], Tensor] | None = None,
         recalibrate: int = 8,
         on_compact: Callable[[Plan], Any] | None = None,
+        on_finish: Callable[[nn.Module], Any] | None = None,
         convert: Mapping[str, Any] | None = None,
     ) -> None:
         _check_model(model)
@@ -170,7 +172,7 @@ class Plan:
         self._targets = {name: value for name, value in (("macs", macs), ("params", params), ("latency", latency)) if value is not None}
         self._min_share, self._round_to, self._min_width = min_share, round_to, min_width
         self._restart, self._distill, self._distill_loss = restart, distill, distill_loss
-        self._recalibrate, self._on_compact = recalibrate, on_compact
+        self._recalibrate, self._on_compact, self._on_finish = recalibrate, on_compact, on_finish
         self._convert = {"gate": gate, **(convert or {})}
         self._budget: Budget | None = None
         self._kept: list[Tensor] | None = None  # of each gate the value that it was decided at
@@ -199,6 +201,11 @@ class Plan:
         if self.report is not None:
             return "fine-tuning"
         return "ramp" if self.steps_taken >= self._end - self._length else "dense"
+
+    @property
+    def distills(self) -> bool:
+        """Whether :meth:`penalty` is more than 0."""
+        return self._distill > 0
 
     def penalty(self) -> Tensor:
         """What to add to the loss, a scalar: the distance to the dense model with ``distill``, else 0.
@@ -251,6 +258,8 @@ class Plan:
                 f"finish() after {self.steps_taken} of {self.steps} steps: expected at least {self._end}, where the ramp ends; train on, "
                 "or make a plan of fewer steps (epochs times len(loader))"
             )
+        if self._on_finish is not None:
+            self._on_finish(self.model)
         self._remove_hooks()
         self._finished = True
         return self.model
