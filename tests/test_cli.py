@@ -24,30 +24,32 @@ def test_demo_trains_compacts_and_writes_what_it_prints(tmp_path, monkeypatch):
     result = runner.invoke(cli.app, ["demo", "--epochs", "3", "--out", str(tmp_path / "out")])
     assert result.exit_code == 0, result.output
     written = json.loads((tmp_path / "out" / "demo.json").read_text())
-    assert [m["name"] for m in written["models"]] == ["dense", "gated", "compacted"]
-    assert written["models"][0]["macs"] == written["models"][1]["macs"] == 64 * 300 + 300 * 100 + 100 * 10
-    assert written["models"][0]["params"] == 64 * 300 + 300 + 300 * 100 + 100 + 1000 + 10
-    assert written["models"][1]["accuracy"] == written["models"][2]["accuracy"] > 0.5
+    dense, compacted = written["models"]
+    assert (dense["name"], compacted["name"]) == ("dense", "compacted")
+    assert dense["macs"] == 64 * 300 + 300 * 100 + 100 * 10
+    assert dense["params"] == 64 * 300 + 300 + 300 * 100 + 100 + 1000 + 10
+    assert 0.11 * dense["macs"] < compacted["macs"] <= 0.12 * dense["macs"]
+    assert compacted["accuracy"] > 0.5
     assert written["max_abs_difference"] <= 1e-5
     assert len(written["history"]) == 3
     assert written["environment"]["torch"] == torch.__version__
     assert (tmp_path / "out" / "demo.png").read_bytes().startswith(b"\x89PNG")
-    for word in ("dense", "gated", "compacted", "MACs", "accuracy"):
+    for word in ("dense", "masked", "compacted", "MACs", "accuracy"):
         assert word in result.output
     monkeypatch.chdir(tmp_path)
     (command,) = [line for line in result.output.splitlines() if line.startswith("  dampr report ")]
     again = runner.invoke(cli.app, command.split()[1:])
     assert again.exit_code == 0, again.output
     assert [row["step"] for row in dampr.History(tmp_path / "out" / "history.jsonl").rows()] == [23, 46, 69]
-    assert f"{written['models'][2]['accuracy']:.4g}" in again.output, "the last row is of the model that is reported"
+    assert f"{compacted['accuracy']:.4g}" in again.output, "the last row is of the model that is reported"
     assert "<h2>training</h2>" in (tmp_path / "report.html").read_text()
 
 
 def test_demo_prunes_without_losing_the_digits():
     """The recipe as published in the README, at full length."""
     result = demo.run("digits")
-    dense, _, compacted = result.models
-    assert compacted.macs <= 0.3 * dense.macs
+    dense, compacted = result.models
+    assert compacted.macs <= 0.12 * dense.macs
     assert compacted.accuracy >= dense.accuracy - 0.015
     assert result.max_abs_difference <= 1e-5
     assert compacted.file_bytes < dense.file_bytes
@@ -59,7 +61,8 @@ def test_demo_prunes_without_losing_the_digits():
         (["demo", "--data", "cifar"], "data='cifar': expected one of"),
         (["demo", "--data", "fashion-mnist"], "root=None: expected the folder"),
         (["demo", "--data", "fashion-mnist", "--root", "/nonexistent"], "root='/nonexistent': expected train-images-idx3-ubyte"),
-        (["demo", "--epochs", "0"], "epochs=0: expected at least 1"),
+        (["demo", "--epochs", "0"], "epochs=0: expected at least 2"),
+        (["demo", "--epochs", "1"], "epochs=1: expected at least 2, because a plan takes 40 steps and an epoch has 23"),
     ],
 )
 def test_bad_arguments_end_with_one_line_and_code_2(arguments, message):
@@ -184,7 +187,7 @@ def test_each_command_writes_the_json_that_is_documented(command, factory, monke
     monkeypatch.setattr(verify, "run", lambda *a: [row])
     monkeypatch.setattr(linear, "run", lambda *a, **k: _points())
     recorded("run.jsonl", 1, accuracy=[0.5])
-    arguments = {"demo": ["--epochs", "1"], "report": ["my_factory:make", "--history", "run.jsonl"], "doctor": ["my_factory:dead"]}
+    arguments = {"demo": ["--epochs", "2"], "report": ["my_factory:make", "--history", "run.jsonl"], "doctor": ["my_factory:dead"]}
     result = runner.invoke(cli.app, [command, *arguments.get(command, []), "--json", "new/out.json"])
     assert result.exit_code == (command == "doctor"), result.output
     written = json.loads((factory / "new" / "out.json").read_text())

@@ -116,7 +116,7 @@ def test_a_demo_in_a_terminal_draws_on_stderr_and_prints_on_stdout(tmp_path):
         printed = run.stdout.read()
     os.close(ours)
     assert run.returncode == 0
-    for part in (b"dense", b"gated", b"2/2", b"loss", b"\x1b["):
+    for part in (b"dense", b"pruned", b"2/2", b"loss", b"\x1b["):
         assert part in sent
     assert not CONTROL & set(printed)
     assert "compacted" in printed
