@@ -39,7 +39,7 @@ def _table(lines: list[dict[str, Any]]) -> str:
     if "models" in head:
         found = demo.Report.from_dict(head)
         table = report.markdown(report.DEMO_COLUMNS, report.demo_rows(found))
-        return f"{table}\n\nmax \\|gated - compacted\\| over the test set: {found.max_abs_difference:.1e}."
+        return f"{table}\n\nmax \\|masked - compacted\\|: {found.max_abs_difference:.1e}."
     if "rows" in head:
         return report.markdown(("op", "backend", "dtype", "cases", "error", "bound", ""), [_verified(row) for row in head["rows"]]) + "\n\n"
     if "points" in head:

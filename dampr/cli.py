@@ -15,8 +15,8 @@ from dampr.bench import linear, records, verify
 
 HELP = """Learned gates that prune networks while they train.
 
-In Python: dampr.convert puts gates into a model, dampr.Budget keeps a budget while it trains, dampr.compact cuts out what is closed. The
-commands try that on real data, look at models, and check and time this machine. Start with dampr demo.
+In Python: dampr.Plan prunes a model while it trains and ends with a smaller plain one; dampr.convert, dampr.Budget and dampr.compact are
+its parts. The commands try that on real data, look at models, and check and time this machine. Start with dampr demo.
 
 Each takes --json FILE; docs/commands.md in the repository says what is in it. Exit codes: 0, 1 when a check fails, 2 for wrong arguments.
 """
@@ -55,17 +55,17 @@ def demo(
     root: Annotated[File, typer.Option(metavar="FOLDER", help="where the idx files are")] = None,
     model: Annotated[str, typer.Option(metavar="NAME", help="mlp (LeNet-300-100) or cnn (LeNet-5-Caffe; idx files only)")] = "mlp",
     epochs: Annotated[Optional[int], typer.Option(help="how many to train each network for; by default the recipe's")] = None,  # noqa: UP045
-    seed: Annotated[int, typer.Option(help="of initialisation, batches and gates")] = 0,
+    seed: Annotated[int, typer.Option(help="of initialisation and batches")] = 0,
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="for all that is written")] = Path("dampr-demo"),
     json: Annotated[File, typer.Option("--json", metavar="FILE", help="write the result there instead of to demo.json")] = None,
 ) -> None:
-    """Train a dense and a gated network on real data, compact the gated one, compare.
+    """Train a network on real data as it is, and with a plan that prunes it on the way, and compare.
 
     Writes demo.json, demo.png, history.jsonl and compacted.safetensors, and says how to look at the last two with dampr report.
     """
     result = demo_job.run(data, None if root is None else str(root), model=model, epochs=epochs, seed=seed, folder=out)
     report.print_table(console, f"{data}: {demo_job.TITLES[model]}", report.DEMO_COLUMNS, report.demo_rows(result))
-    console.print(f"max |gated - compacted| over the test set: {result.max_abs_difference:.2e}", highlight=False)
+    console.print(f"max |masked - compacted| over 256 test images: {result.max_abs_difference:.2e}", highlight=False)
     json = json or out / "demo.json"
     records.write_json(json, {"environment": records.environment(), **result.as_dict()})
     written = [str(json), *(str(out / name) for name in (demo_job.HISTORY, demo_job.COMPACTED))]

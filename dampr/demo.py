@@ -1,4 +1,4 @@
-"""The main job on real data: train a dense network and a gated one, compact the gated one, and report all three side by side.
+"""The main job on real data: train a network as it is, and once more with a plan that prunes it on the way; report both side by side.
 
 Two networks of the papers: LeNet-300-100 (``mlp``) and LeNet-5-Caffe, 20-50-500 (``cnn``).
 """
@@ -11,35 +11,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import dampr
 from dampr import _progress, datasets
 from dampr.bench import timing
 from dampr.prune.measure import count_macs, count_params
+from dampr.prune.plan import LEAST_STEPS
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a network is trained on a data set: ``macs``, the share of the multiply-accumulates that may be left, is a :class:`dampr.Budget`.
+    """How a network is trained on a data set; ``macs`` is the share of the multiply-accumulates that a :class:`dampr.Plan` leaves.
 
-    In the last ``settle`` epochs the gates are decided: weights settle on the units that are left (the fine-tuning of Dep-L0).
+    The plan takes its parts as shares of the steps, so that any number of epochs is the same recipe, shorter or longer.
     """
 
     epochs: int
     batch: int
     lr: float
-    gate_lr: float
     macs: float
-    settle: int
 
 
 RECIPES = {
-    ("mlp", "digits"): Recipe(epochs=100, batch=64, lr=2e-3, gate_lr=5e-2, macs=0.12, settle=40),
-    ("mlp", "fashion-mnist"): Recipe(epochs=12, batch=128, lr=1e-3, gate_lr=5e-2, macs=0.2, settle=4),
-    ("cnn", "mnist"): Recipe(epochs=6, batch=128, lr=2e-3, gate_lr=5e-2, macs=0.15, settle=3),
-    ("cnn", "fashion-mnist"): Recipe(epochs=12, batch=128, lr=2e-3, gate_lr=5e-2, macs=0.25, settle=6),
+    ("mlp", "digits"): Recipe(epochs=100, batch=64, lr=2e-3, macs=0.12),
+    ("mlp", "fashion-mnist"): Recipe(epochs=12, batch=128, lr=1e-3, macs=0.2),
+    ("cnn", "mnist"): Recipe(epochs=6, batch=128, lr=2e-3, macs=0.15),
+    ("cnn", "fashion-mnist"): Recipe(epochs=12, batch=128, lr=2e-3, macs=0.25),
 }
 
 
@@ -58,7 +57,11 @@ class ModelReport:
 
 @dataclass
 class Report:
-    """What the demo measured; ``history`` holds, per epoch, training loss and open gates of the gated run."""
+    """What the demo measured.
+
+    ``history`` holds of each epoch of the pruned run the training loss, the test accuracy, the share of the MACs that is left, and the open
+    units of each layer. ``max_abs_difference``: between the outputs of the masked and the compacted model, where the plan compacted it.
+    """
 
     data: str
     seed: int
@@ -66,7 +69,6 @@ class Report:
     models: list[ModelReport]
     max_abs_difference: float
     history: list[dict[str, Any]] = field(default_factory=list)
-    gates: dict[str, list[float]] = field(default_factory=dict)
     model: str = "mlp"
 
     def as_dict(self) -> dict[str, Any]:
@@ -76,7 +78,8 @@ class Report:
     def from_dict(cls, data: dict[str, Any]) -> Report:
         """The report that :meth:`as_dict` was taken of; further keys are ignored."""
         known = {f.name: data[f.name] for f in fields(cls) if f.name in data}
-        return cls(**{**known, "recipe": Recipe(**known["recipe"]), "models": [ModelReport(**m) for m in known["models"]]})
+        recipe = Recipe(**{f.name: known["recipe"][f.name] for f in fields(Recipe)})
+        return cls(**{**known, "recipe": recipe, "models": [ModelReport(**m) for m in known["models"]]})
 
 
 def mlp(pixels: int, classes: int = 10) -> nn.Sequential:
@@ -107,17 +110,18 @@ def run(
     seed: int = 0,
     folder: Path | None = None,
 ) -> Report:
-    """Train, prune, compact, measure.
+    """Train dense, train with a plan, measure both.
 
     Args:
         data: ``"digits"``, ``"fashion-mnist"`` (any MNIST-like idx files) or, for the ``"cnn"``, ``"mnist"``.
         root: the folder of the idx files.
-        model: ``"mlp"`` (LeNet-300-100, output gates) or ``"cnn"`` (LeNet-5-Caffe, filter and neuron gates; not for the 8 x 8 digits).
+        model: ``"mlp"`` (LeNet-300-100) or ``"cnn"`` (LeNet-5-Caffe; not for the 8 x 8 digits).
         epochs: None for the recipe's.
-        seed: of initialisation, batches and gates.
-        folder: where the gated run writes :data:`HISTORY` and what it is compacted to goes to :data:`COMPACTED`; None: nowhere.
+        seed: of initialisation and batches.
+        folder: where the pruned run writes :data:`HISTORY` and the compacted model goes to :data:`COMPACTED`; None: nowhere.
 
-    Raises: ValueError for an unknown data set or a missing root, FileNotFoundError or ValueError for files that are not there or not whole.
+    Raises: ValueError for an unknown data set, a missing root or too few epochs, FileNotFoundError or ValueError for files that are not
+    there or not whole.
     """
     if model not in MODELS:
         raise ValueError(f"model={model!r}: expected one of {sorted(MODELS)}")
@@ -128,35 +132,31 @@ def run(
     split = datasets.digits() if root is None else datasets.mnist_like(root)
     recipe = RECIPES[model, data]
     if epochs is not None:
-        if epochs < 1:
-            raise ValueError(f"epochs={epochs}: expected at least 1")
         recipe = Recipe(**{**asdict(recipe), "epochs": epochs})
     example = split.x_test[:256]
 
     torch.manual_seed(seed)
-    dense, gated = (MODELS[model](split.x.shape[1]) for _ in range(2))
-    gated.load_state_dict(dense.state_dict())
-    dampr.convert(gated, gate="hard_concrete", granularity="output", example_inputs=example)
-
+    dense, pruned = (MODELS[model](split.x.shape[1]) for _ in range(2))
+    pruned.load_state_dict(dense.state_dict())
+    plan = _plan(pruned, example, recipe, -(-len(split.x) // recipe.batch))
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / HISTORY).unlink(missing_ok=True)
     _train(dense, split, recipe, "dense")
-    history = _train(gated, split, recipe, "gated", None if folder is None else folder / HISTORY)
-    compacted = dampr.compact(gated.eval(), example_inputs=example)
+    history = _train(pruned, split, recipe, "pruned", plan, None if folder is None else dampr.History(folder / HISTORY))
+    compacted = plan.finish()
     if folder is not None:
         dampr.save(compacted, folder / COMPACTED)
 
-    models = {"dense": dense.eval(), "gated": gated.eval(), "compacted": compacted.eval()}
+    models = {"dense": dense.eval(), "compacted": compacted.eval()}
     with torch.no_grad():
-        difference = max(float((gated(x) - compacted(x)).abs().max()) for x in split.x_test.split(1000))
         calls = {name: (lambda model=model: model(example)) for name, model in models.items()}
         times = timing.interleaved(calls, rounds=30, min_seconds=0.005)
         rows = [
             ModelReport(
                 name,
                 _accuracy(model, split),
-                _widths(model),
+                "-".join(map(str, _widths(model).values())),
                 count_params(model),
                 count_macs(model, example[:1]),
                 times[name].median * 1e3,
@@ -164,43 +164,55 @@ def run(
             )
             for name, model in models.items()
         ]
-    gates = {name: layer.gate.deterministic().tolist() for name, layer in dampr.prune.gated_layers(gated).items()}
-    return Report(data, seed, recipe, rows, difference, history, gates, model)
+    assert plan.report is not None
+    return Report(data, seed, recipe, rows, plan.report.difference, history, model)
 
 
-def _train(model: nn.Module, split: datasets.Split, recipe: Recipe, label: str, written: Path | None = None) -> list[dict[str, Any]]:
-    layers = dampr.prune.gated_layers(model)
-    optimizer = torch.optim.Adam(dampr.param_groups(model, lr=recipe.lr, gate_lr=recipe.gate_lr))
+def _plan(model: nn.Module, example: Tensor, recipe: Recipe, batches: int) -> dampr.Plan:
+    least = -(-LEAST_STEPS // batches)
+    if recipe.epochs < least:
+        raise ValueError(
+            f"epochs={recipe.epochs}: expected at least {least}, because a plan takes {LEAST_STEPS} steps and an epoch has {batches}"
+        )
+    return dampr.Plan(model, example, macs=recipe.macs, steps=recipe.epochs * batches)
+
+
+def _train(
+    model: nn.Module,
+    split: datasets.Split,
+    recipe: Recipe,
+    label: str,
+    plan: dampr.Plan | None = None,
+    written: dampr.History | None = None,
+) -> list[dict[str, Any]]:
+    """Adam with a cosine schedule; a plan prunes the model on the way."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=recipe.lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, recipe.epochs)
-    pruning = max(1, recipe.epochs - recipe.settle)
-    steps = pruning * -(-len(split.x) // recipe.batch)
-    budget = dampr.Budget(model, split.x[:1], macs=recipe.macs, schedule=max(1, steps * 3 // 4)) if layers else None
-    history = None if written is None else dampr.History(written, budget)
     epochs = []
     with _progress.bar(label, recipe.epochs, delay=0) as advance:
-        for epoch in range(recipe.epochs):
+        for epoch in range(1, recipe.epochs + 1):
             model.train()
             total = 0.0
             for index in torch.randperm(len(split.x)).split(recipe.batch):
                 loss = F.cross_entropy(model(split.x[index]), split.y[index])
                 total += float(loss.detach()) * len(index)
-                if budget is not None and epoch < pruning:
-                    loss = loss + budget.penalty()
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-                if budget is not None and epoch < pruning:
-                    budget.step()
+                if plan is not None:
+                    plan.step(optimizer)
             schedule.step()
-            if budget is not None and epoch + 1 == pruning:
-                budget.finalize()
-            if history is not None:
+            loss_of_epoch = total / len(split.x)
+            note = f"loss {loss_of_epoch:.4f}"
+            if plan is not None:
                 with torch.no_grad():
                     accuracy = _accuracy(model.eval(), split)
-                history.record(step=(epoch + 1) * steps // pruning, loss=total / len(split.x), accuracy=accuracy)
-            open_gates = {name: int(layer.gate.is_open().sum()) for name, layer in layers.items()}
-            advance(f"loss {total / len(split.x):.4f}" + (f", open {'-'.join(map(str, open_gates.values()))}" if layers else ""))
-            epochs.append({"epoch": epoch + 1, "loss": total / len(split.x), "open": open_gates})
+                readings, widths = plan.readings(), _widths(model)
+                epochs.append({"epoch": epoch, "loss": loss_of_epoch, "accuracy": accuracy, **readings, "open": widths})
+                if written is not None:
+                    written.record(step=plan.steps_taken, loss=loss_of_epoch, accuracy=accuracy, **readings)
+                note += f", {plan.phase}, open {'-'.join(map(str, widths.values()))}"
+            advance(note)
     return epochs
 
 
@@ -209,23 +221,15 @@ def _accuracy(model: nn.Module, split: datasets.Split) -> float:
     return float(sum(right)) / len(split.y_test)
 
 
-def _widths(model: nn.Module) -> str:
-    """Open gates of a gated model, widths of a plain one: "300-100-10"."""
-    found = []
-    for layer in model.modules():
-        if isinstance(layer, (nn.Linear, nn.Conv2d)):
-            width = str(layer.weight.shape[0])
-            found.append(f"{int(layer.gate.is_open().sum())}/{width}" if isinstance(layer, dampr.nn.GatedLayer) else width)
-    return "-".join(found)
+def _widths(model: nn.Module) -> dict[str, int]:
+    """Of each layer its open gates where it has gates, else its width."""
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, (nn.Linear, nn.Conv2d))}
+    gated = dampr.prune.gated_layers(model)
+    return {name: int(gated[name].gate.is_open().sum()) if name in gated else layer.weight.shape[0] for name, layer in layers.items()}
 
 
 def _file_bytes(model: nn.Module) -> int:
-    from safetensors.torch import save_file
-
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.safetensors"
-        if dampr.prune.gated_layers(model):
-            save_file(model.state_dict(), path)
-        else:
-            dampr.save(model, path)
+        dampr.save(model, path)
         return path.stat().st_size

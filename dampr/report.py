@@ -63,7 +63,7 @@ def verify_rows(rows: Sequence[Row]) -> list[tuple[str, ...]]:
 
 
 def plot_demo(report: Report, path: Path) -> None:
-    """Open gates and loss over epochs, and the final gate values, as a PNG. Raises ImportError without matplotlib."""
+    """Open units of each layer over the epochs, and MACs left beside test accuracy, as a PNG. Raises ImportError without matplotlib."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -71,14 +71,13 @@ def plot_demo(report: Report, path: Path) -> None:
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     epochs = [h["epoch"] for h in report.history]
-    for name, values in report.gates.items():
-        left.plot(epochs, [h["open"][name] for h in report.history], label=f"layer {name}: {len(values)} gates")
-        right.plot(sorted(values, reverse=True), label=f"layer {name}")
-    left.set(xlabel="epoch", ylabel="open gates", title=f"{report.data}: gates that stay open", ylim=(0, None))
-    right.set(xlabel="unit, sorted", ylabel="evaluation gate", title="final gate values")
-    loss = left.twinx()
-    loss.plot(epochs, [h["loss"] for h in report.history], color="0.6", linestyle=":", label="training loss")
-    loss.set(ylabel="training loss (dotted)", ylim=(0, None))
+    *hidden, _ = report.history[0]["open"]
+    for name in hidden:
+        left.plot(epochs, [h["open"][name] for h in report.history], marker=".", label=f"layer {name}")
+    for name, label in (("macs_left", "MACs left"), ("accuracy", "test accuracy")):
+        right.plot(epochs, [100 * h[name] for h in report.history], marker=".", label=label)
+    left.set(xlabel="epoch", ylabel="open units", title=f"{report.data}: units that stay open", ylim=(0, None))
+    right.set(xlabel="epoch", ylabel="%", title="what is left, and what it can do", ylim=(0, 105))
     left.legend()
     right.legend()
     figure.savefig(path, dpi=120)
