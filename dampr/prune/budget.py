@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -23,6 +22,7 @@ from .cost import Cost
 from .importance import evenly, magnitudes
 from .latency import Latency
 from .measure import count_macs, count_params
+from .reports import Report
 from .summary import distinct_gates, gated_layers
 
 Target = float | int
@@ -42,7 +42,7 @@ RISK = 0.1  # the share of the gates above which a budget warns of what it decid
 
 
 @dataclass(frozen=True)
-class BudgetReport:
+class BudgetReport(Report):
     """What :meth:`Budget.finalize` did: ``reached`` of ``total``, counted after compaction (seconds: by the table); gates, all and open.
 
     ``before``: the cost that the gates left in evaluation before. ``closed``, ``opened``: of each layer, how many gates were closed though
@@ -81,9 +81,6 @@ class BudgetReport:
     def _decided(self, name: str) -> str:
         found = [f"{counts[name]} {what}" for what, counts in (("closed", self.closed), ("opened", self.opened)) if counts.get(name)]
         return f" ({', '.join(found)} here)" if found else ""
-
-    def _repr_html_(self) -> str:
-        return f"<pre>{html.escape(str(self))}</pre>"
 
 
 class Budget:
@@ -177,7 +174,7 @@ class Budget:
         if not bool(self.cost.prunable.any()):
             raise ValueError(f"model={type(model).__name__}: no gate of it cuts anything {self.cost.structure.notes or ''}")
         self.targets = sorted({self._absolute(value): value for value in listed}.items(), reverse=True)
-        self.warmup, self.strength, self.rate = warmup, strength, rate
+        self.warmup, self.strength, self.rate, self.schedule = warmup, strength, rate, schedule
         self.snapshots: dict[Target, nn.Module] = {}
         self.steps = 0
         self.multiplier = torch.zeros((), dtype=torch.float64, device=self.cost.device)
@@ -245,6 +242,11 @@ class Budget:
             return self.controller.ramp.goal(max(0, self.steps - self.warmup))
         way = self._progress(max(0, self.steps - self.warmup))
         return 1 - way * (1 - self.target / self.total)
+
+    def __repr__(self) -> str:
+        how = f"strength={self.strength:g}, multiplier={float(self.multiplier):.3g}" if self.controller is None else self.controller.score
+        target = f"{self.metric}: target {self.target / self.total:.2%} of {self.total:,.6g}"
+        return f"Budget({target}; {how}; step {self.steps}, goal {self.goal:.2%}, left {float(self._left):.2%})"
 
     @property
     def measured(self) -> int:

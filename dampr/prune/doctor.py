@@ -13,11 +13,18 @@ from dampr.nn import Gate as GateLayer
 from dampr.nn import GatedConv1d, GatedConv2d, GatedLinear
 
 from . import graph
+from .budget import Budget
+from .plan import Plan
 from .structure import Structure
 from .summary import gated_layers, penalty
 from .verify import verify_model
 
 WEAK = 1e-3  # a penalty whose gradient on the gates is below this share of the task's will not close any
+LATE = 0.1  # a cost that is that share above the goal is behind it
+FEW_STEPS = 10  # a unit that closes in fewer is cut, not faded out
+LEAST_TUNING = 0.2  # the share of a plan's steps that should be left behind the ramp
+TRAVEL = {"log_alpha": 5.4, "phi": 0.5, "alpha": 0.9}  # from where a fresh gate is to where evaluation closes it
+OWN = "let the budget own the gates (dampr.Budget(..., steps=N), or dampr.Plan)"
 NEARLY_CLOSED = 0.05  # of a layer's gates expected open
 
 
@@ -43,17 +50,21 @@ def doctor(
     optimizer: torch.optim.Optimizer | None = None,
     loss: Callable[[], Tensor] | None = None,
     penalty: Callable[[], Tensor] | None = None,
+    budget: Budget | None = None,
+    plan: Plan | None = None,
 ) -> list[Finding]:
     """Look for the usual reasons why a gated model does not prune, or prunes too much. Nothing is changed.
 
     Found are gates that do nothing, get no gradient, are frozen, in half precision, or under weight decay (:func:`dampr.verify_model`);
     layers about to die, or closed altogether; gates in front of a BatchNorm, which makes constants of closed channels; gates whose closing
-    cuts nothing; and, with a loss, a penalty too weak to close any gate.
+    cuts nothing; with a loss, a penalty too weak to close any gate; with a budget, a multiplier that has wound up and gates that their
+    optimizer cannot close in time; with a plan, too few steps for it.
 
     Args:
         model, example_inputs, optimizer: as for :func:`dampr.verify_model`.
         loss: called without arguments, the loss of the task on a typical batch, a scalar with a graph, without the penalty.
         penalty: called without arguments, what is added to it, with its lambda.
+        budget, plan: what closes the gates. Of a plan whose model has no gates yet, the plan alone is looked at.
 
     Raises: TypeError or ValueError that names the argument; what the model raises on the example inputs.
 
@@ -63,13 +74,19 @@ def doctor(
     >>> print(doctor(model, torch.randn(8, 4), optimizer=optimizer)[0])
     0: log_alpha is under weight decay 0.01, expected 0 (dampr.param_groups) -> see dampr.verify_model
     """
+    if plan is not None:
+        budget = budget or plan.budget
+        if not gated_layers(model):
+            return _short(plan)
     checked = verify_model(model, example_inputs, optimizer=optimizer, gates_per_layer=8)
     findings = [Finding(row.name, problem, "see dampr.verify_model") for row in checked.layers for problem in row.problems]
     if all(row.tried for row in checked.layers):
         findings += _dying(model) + _misplaced(model, example_inputs)
     if loss is not None and penalty is not None:
         findings += _weak(model, loss, penalty)
-    return findings
+    if budget is not None:
+        findings += _wound_up(budget) + _too_slow(model, budget, optimizer)
+    return findings + ([] if plan is None else _short(plan))
 
 
 def calibrate(model: nn.Module, loss: Tensor, cost: Tensor | None = None, *, ratio: float = 1.0) -> float:
@@ -127,6 +144,48 @@ def _misplaced(model: nn.Module, example_inputs: Any) -> list[Finding]:
             if plain in widths and name not in structure.notes and widths.norms_reading(plain)[0]:
                 why = "a BatchNorm makes constants of its closed channels, which a padded convolution cannot take into a bias"
                 findings.append(Finding(name, why, "put the gates into the norm (dampr.convert with example_inputs does)"))
+    return findings
+
+
+def _wound_up(budget: Budget) -> list[Finding]:
+    left, goal, multiplier = budget.left(), budget.goal, float(budget.multiplier)
+    if budget.controller is not None or multiplier <= budget.strength or left <= (1 + LATE) * goal:
+        return []
+    why = f"the multiplier has wound up to {multiplier:.3g} while {left:.1%} of {budget.metric} is left for a goal of {goal:.1%}"
+    return [Finding("", why, f"{OWN}, or give the gates a larger gate_lr")]
+
+
+def _too_slow(model: nn.Module, budget: Budget, optimizer: torch.optim.Optimizer | None) -> list[Finding]:
+    """Gates that need more steps from open to closed, at the pace of their optimizer, than the schedule has."""
+    steps = budget.schedule
+    if budget.controller is not None or optimizer is None or not isinstance(steps, int):
+        return []
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    adaptive = "ada" in type(optimizer).__name__.lower()
+    findings = []
+    for name, layer in gated_layers(model).items():
+        for own, p in layer.gate.named_parameters():
+            if id(p) not in rates or not own.startswith(layer.gate.level_parameters or ("-",)):
+                continue
+            grad = 0.0 if p.grad is None else float(p.grad.abs().max())
+            if not adaptive and p.grad is None:
+                continue
+            pace = rates[id(p)] * (1.0 if adaptive else grad)  # of one step, at most
+            if pace * steps < TRAVEL.get(own, 1.0):
+                why = f"{own} moves by at most {pace:.2g} a step, and {steps} steps of that do not close a gate"
+                findings.append(Finding(name, why, f"{OWN}, or give the gates an adaptive optimizer and a larger gate_lr"))
+    return findings
+
+
+def _short(plan: Plan) -> list[Finding]:
+    """Too little time for what a plan does."""
+    findings = []
+    if plan.closing_steps < FEW_STEPS:
+        why = f"a unit has {plan.closing_steps} steps to close, so the network is cut rather than trained smaller"
+        findings.append(Finding("", why, "train for more steps, or take a larger ramp"))
+    if plan.fine_tuning_steps < LEAST_TUNING * plan.steps:
+        why = f"{plan.fine_tuning_steps} of {plan.steps} steps are left for the small model"
+        findings.append(Finding("", why, "a smaller warmup or ramp; fine-tuning is worth points of accuracy"))
     return findings
 
 

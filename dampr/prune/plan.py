@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import math
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -19,9 +18,10 @@ from dampr.gates import Fixed
 from . import inputs
 from .budget import Budget, BudgetReport
 from .compact import compact
-from .controller import RAMP
+from .controller import RAMP, Ramp
 from .convert import convert
 from .recalibrate import recalibrate
+from .reports import Report
 from .summary import distinct_gates, gated_layers
 
 WARMUP, TRAINED_WARMUP, SHRINKING = 0.3, 0.05, 0.2  # shares of the steps: dense from scratch, dense from a checkpoint, the ramp
@@ -35,7 +35,7 @@ class PlanError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class PlanReport:
+class PlanReport(Report):
     """What a plan did, and when: ``steps`` in all, of which the model was dense up to ``dense``, and compacted behind ``compacted``.
 
     ``budget``: what was decided at that moment; ``difference``: the largest between the outputs of the masked and the compacted model.
@@ -66,9 +66,6 @@ class PlanReport:
             f"largest difference of outputs, masked and compacted: {self.difference:.2g}",
         ]
         return "\n".join(lines + [f"{name}: {note}" for name, note in self.notes.items()])
-
-    def _repr_html_(self) -> str:
-        return f"<pre>{html.escape(str(self))}</pre>"
 
 
 class Plan:
@@ -201,6 +198,21 @@ class Plan:
         if self.report is not None:
             return "fine-tuning"
         return "ramp" if self.steps_taken >= self._end - self._length else "dense"
+
+    @property
+    def closing_steps(self) -> int:
+        """In how many steps a unit goes from open to closed."""
+        return Ramp(0.5, self._length).lag
+
+    @property
+    def fine_tuning_steps(self) -> int:
+        """How many steps are left for the small model."""
+        return self.steps - self._end
+
+    @property
+    def budget(self) -> Budget | None:
+        """What owns the gates during the ramp; None before and after it."""
+        return self._budget
 
     @property
     def distills(self) -> bool:

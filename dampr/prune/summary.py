@@ -15,6 +15,7 @@ from dampr.nn import GatedLayer
 
 from .compact import compact
 from .measure import count_macs, count_params
+from .reports import Report
 
 
 def gated_layers(model: nn.Module) -> dict[str, GatedLayer]:
@@ -112,7 +113,7 @@ class LayerSummary:
 
 
 @dataclass(frozen=True)
-class Summary:
+class Summary(Report):
     """What :func:`summary` found; ``str()`` gives a table, ``as_dict()`` plain data. Without example inputs only ``params`` is counted."""
 
     layers: list[LayerSummary]

@@ -15,6 +15,7 @@ from dampr.gates import Fixed, Gate
 from dampr.nn import GatedLayer
 
 from . import inputs
+from .reports import Report
 from .summary import gated_layers
 
 
@@ -40,7 +41,7 @@ class GateCheck:
 
 
 @dataclass
-class Verification:
+class Verification(Report):
     """What :func:`verify_model` found; ``str()`` gives a table, ``as_dict()`` plain data."""
 
     layers: list[GateCheck]

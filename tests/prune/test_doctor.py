@@ -76,3 +76,38 @@ def test_what_verification_finds_is_passed_on():
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=1e-4)
     assert [finding.where for finding in doctor(model, X, optimizer=optimizer)] == ["0", "2"]
+
+
+def trained_badly(optimizer, **how):
+    torch.manual_seed(0)
+    x = torch.randn(32, 12)
+    model = dampr.convert(nn.Sequential(nn.Linear(12, 20), nn.ReLU(), nn.Linear(20, 3)), example_inputs=x)
+    budget = dampr.Budget(model, x, macs=0.3, schedule=20, **how)
+    optimizer = optimizer(dampr.param_groups(model, lr=0.1))
+    for _ in range(60):
+        optimizer.zero_grad()
+        (model(x).square().mean() + budget.penalty()).backward()
+        optimizer.step()
+        budget.step()
+    return model, x, budget, optimizer
+
+
+def test_a_multiplier_that_winds_up_and_gates_that_do_not_move_are_named():
+    model, x, budget, optimizer = trained_badly(torch.optim.SGD, strength=1.0, rate=0.1)
+    found = [str(finding) for finding in doctor(model, x, optimizer=optimizer, budget=budget)]
+    assert any("the multiplier has wound up to" in text and "let the budget own the gates" in text for text in found), found
+    assert any(text.startswith("0: log_alpha moves by at most") for text in found), found
+
+
+def test_gates_that_keep_up_are_not_named():
+    model, x, budget, optimizer = trained_badly(lambda groups: torch.optim.Adam([groups[0], {**groups[1], "lr": 0.5}]), strength=100.0)
+    assert not [f for f in doctor(model, x, optimizer=optimizer, budget=budget) if "moves by" in f.problem or "wound up" in f.problem]
+
+
+def test_a_plan_that_is_too_short_is_named():
+    x = torch.randn(32, 12)
+    net = nn.Sequential(nn.Linear(12, 20), nn.ReLU(), nn.Linear(20, 3))
+    found = doctor(net, x, plan=dampr.Plan(net, x, macs=0.3, steps=60, warmup=0.5, ramp=0.4))
+    assert [f.problem.split(",")[0] for f in found] == ["a unit has 5 steps to close", "6 of 60 steps are left for the small model"]
+    net = nn.Sequential(nn.Linear(12, 20), nn.ReLU(), nn.Linear(20, 3))
+    assert doctor(net, x, plan=dampr.Plan(net, x, macs=0.3, steps=600)) == []
