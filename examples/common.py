@@ -21,7 +21,7 @@ from dampr.prune.measure import count_macs, count_params
 
 RESULTS = Path(__file__).parent / "results"
 FOLDERS = (Path("/usr/share/datasets/fashion-mnist"), Path("/usr/share/dataset/fashion-mnist"))
-BATCH = 128
+BATCH, EXAMPLES = 128, 64
 Penalty = Callable[[nn.Module], Tensor]
 
 
@@ -63,9 +63,11 @@ def train(
     lr: float = 1e-3,
     gate_lr: float = 1e-2,
     settle: int = 0,
-    after_step: Callable[[], None] = lambda: None,
+    plan: dampr.Plan | None = None,
 ) -> float:
     """Adam on cross-entropy + penalty with a cosine schedule; gates are deterministic and free in the last ``settle`` epochs.
+
+    Or, with a plan for the model, it prunes and needs neither.
 
     Returns seconds.
     """
@@ -85,27 +87,34 @@ def train(
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            after_step()
+            if plan is not None:
+                plan.step(optimizer)
         schedule.step()
         print(f"epoch {epoch + 1:2}/{epochs}  loss {total / len(data.x):.4f}  open {widths(model)}", flush=True)
     return time.perf_counter() - start
 
 
 def to_budget(
-    model: nn.Module, data: datasets.Split, *, macs: float, epochs: int, settle: int, lr: float = 2e-3, gate_lr: float = 1e-1
+    model: nn.Module, data: datasets.Split, *, macs: float, epochs: int, lr: float = 2e-3, **how: Any
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """Prune down to a share (or number) of the MACs, compact, train the compacted model for the last ``settle`` epochs.
+    """Train with a :class:`dampr.Plan` down to a share of the MACs (or their number, of :data:`EXAMPLES` images); ``how``: as for it.
 
-    Returns it, and seconds, sizes and accuracy.
+    Returns the compacted model, and seconds, sizes and accuracy.
     """
-    pruning = max(1, epochs - settle)
-    budget = dampr.Budget(model, data.x_test[:1], macs=macs, schedule=max(1, pruning * -(-len(data.x) // BATCH) * 3 // 4))
-    seconds = train(model, data, epochs=pruning, lr=lr, penalty=lambda _: budget.penalty(), gate_lr=gate_lr, after_step=budget.step)
-    left = budget.left()
-    budget.finalize()
-    small = dampr.compact(model, example_inputs=data.x_test[:64])
-    seconds += train(small, data, epochs=settle, lr=lr / 2)
-    return small, {"seconds": seconds, "left_before_finalize": left, **sizes(model, small, data)}
+    dense = {"macs_dense": count_macs(model, data.x_test[:1]), "params_dense": count_params(model)}
+    plan = dampr.Plan(model, data.x_test[:EXAMPLES], macs=macs, steps=epochs * -(-len(data.x) // BATCH), **how)
+    seconds = train(model, data, epochs=epochs, lr=lr, plan=plan)
+    small, report = plan.finish(), plan.report
+    assert report is not None
+    print(report, flush=True)
+    found: dict[str, Any] = {
+        "seconds": seconds,
+        "accuracy": accuracy(small, data),
+        "open": "-".join(f"{left}/{count}" for count, left in report.budget.widths.values()),
+        "macs": count_macs(small, data.x_test[:1]),
+        "params": count_params(small),
+    }
+    return small, {**found, **dense}
 
 
 def widths(model: nn.Module) -> str:
@@ -124,13 +133,7 @@ def accuracy(model: nn.Module, data: datasets.Split) -> float:
 
 def compacted(model: nn.Module, data: datasets.Split) -> dict[str, Any]:
     """Accuracy, open gates, parameters and MACs of the compacted model, and what was there before."""
-    example = data.x_test[:64]
-    return sizes(model, dampr.compact(model.eval(), example_inputs=example), data)
-
-
-def sizes(model: nn.Module, small: nn.Module, data: datasets.Split) -> dict[str, Any]:
-    """Accuracy, parameters and MACs of ``small``, which ``model`` was compacted to, and what was there before."""
-    example = data.x_test[:1]
+    small, example = dampr.compact(model.eval(), example_inputs=data.x_test[:EXAMPLES]), data.x_test[:1]
     return {
         "accuracy": accuracy(small, data),
         "open": widths(model),

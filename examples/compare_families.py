@@ -1,6 +1,6 @@
-"""Five gate families on one task at one target size: LeNet-5-Caffe, the same epochs and the same target of expected MACs, several seeds.
+"""Five gate families on one task at one target size: LeNet-5-Caffe, the same epochs and the same target of MACs, several seeds.
 
-Every family gets the same :class:`dampr.Budget`, which ends exactly at the target; the compacted network trains on for the last epochs.
+Every family gets the same :class:`dampr.Plan` with ``score="learned"``, which ends exactly at the target.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ FAMILIES: dict[str, Any] = {
     "diffprune": functools.partial(dampr.gates.DiffPrune, stochastic=True, init_sigma=0.3),
     "diffmask": "diffmask",
 }
-SETTLE = 2  # epochs at the end, in which the compacted network trains
 
 
 def main() -> None:
@@ -39,9 +38,8 @@ def main() -> None:
                 macs = count_macs(model, data.x[:1])
                 found = {"accuracy": common.accuracy(model, data), "open": "", "macs": macs, "macs_dense": macs}
             else:
-                dampr.convert(model, gate=FAMILIES[family], per_sample=False, example_inputs=data.x_test[:8])  # one draw per step for all
-                rate = 2e-2 if family == "dep_l0" else 1e-1
-                _, found = common.to_budget(model, data, macs=args.target, epochs=args.epochs, settle=SETTLE, gate_lr=rate)
+                how = {"gate": FAMILIES[family], "score": "learned", "convert": {"per_sample": False}}  # one draw per step for all
+                _, found = common.to_budget(model, data, macs=args.target, epochs=args.epochs, **how)
             runs.append({"family": family, "seed": seed, **found, "seconds": time.perf_counter() - start})
             print(family, seed, f"{found['accuracy']:.4f}", f"{found['macs'] / found['macs_dense']:.1%}", found["open"], flush=True)
     common.finish(__file__, {"data": name, "epochs": args.epochs, "target": args.target, "runs": runs}, not args.no_write)

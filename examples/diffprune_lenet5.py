@@ -12,12 +12,11 @@ from examples import common
 
 
 def main() -> None:
-    args = common.arguments(__doc__, epochs=8, macs=0.25, gate_lr=1e-1, count=20000)
+    args = common.arguments(__doc__, epochs=8, macs=0.25, count=20000)
     torch.manual_seed(args.seed)
     name, data = common.images(args.root, args.count)
     gate = functools.partial(dampr.gates.DiffPrune, stochastic=True, init_sigma=0.3)
-    model = dampr.convert(demo.cnn(data.x.shape[1]), gate=gate, example_inputs=data.x_test[:64])
-    _, found = common.to_budget(model, data, macs=args.macs, epochs=args.epochs, settle=min(2, args.epochs - 1), gate_lr=args.gate_lr)
+    _, found = common.to_budget(demo.cnn(data.x.shape[1]), data, macs=args.macs, epochs=args.epochs, gate=gate, score="learned")
     result = {"method": "diffprune", "data": name, "seed": args.seed, "epochs": args.epochs, **found}
     common.finish(__file__, {**result, "published": "MNIST, LeNet-5: error 0.6 % (sizes not available)"}, not args.no_write)
 

@@ -11,7 +11,6 @@ import math
 import re
 import time
 from collections import Counter
-from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from torch.nn import functional as F
 
 import dampr
 from dampr.nn import GatedLSTM
-from dampr.prune import Cost
+from dampr.prune.measure import count_macs
 from examples import common
 
 BATCH, STEPS, EMBEDDING, HIDDEN = 64, 24, 96, 256
@@ -76,8 +75,8 @@ def stretches(text: Tensor) -> tuple[Tensor, Tensor]:
     return text[: count * STEPS].view(count, STEPS), text[1 : count * STEPS + 1].view(count, STEPS)
 
 
-def train(model: nn.Module, text: Tensor, epochs: int, penalty: Callable[[], Tensor], after_step: Callable[[], None], lr: float) -> None:
-    optimizer = torch.optim.Adam(dampr.param_groups(model, lr=lr, gate_lr=5e-2))
+def train(model: nn.Module, text: Tensor, epochs: int, plan: dampr.Plan | None = None) -> None:
+    optimizer = torch.optim.Adam(model.parameters(), lr=4e-3)
     x, y = stretches(text)
     for epoch in range(epochs):
         model.train()
@@ -86,10 +85,11 @@ def train(model: nn.Module, text: Tensor, epochs: int, penalty: Callable[[], Ten
             loss = F.cross_entropy(model(x[index]).flatten(0, 1), y[index].flatten())
             total += float(loss.detach()) * len(index)
             optimizer.zero_grad()
-            (loss + penalty()).backward()
+            loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
-            after_step()
+            if plan is not None:
+                plan.step(optimizer)
         print(f"epoch {epoch + 1}/{epochs}  training perplexity {math.exp(total / len(x)):.1f}  {common.widths(model)}", flush=True)
 
 
@@ -109,18 +109,14 @@ def main() -> None:
     for kind, width in (("dense", HIDDEN), ("narrow", HIDDEN // 2)):
         torch.manual_seed(args.seed)
         models[kind] = LanguageModel(args.words, nn.LSTM(EMBEDDING, width, batch_first=True))
-        train(models[kind], text, args.epochs, lambda: torch.zeros(()), lambda: None, lr=4e-3)
+        train(models[kind], text, args.epochs)
 
     torch.manual_seed(args.seed)
     gated = LanguageModel(args.words, GatedLSTM(EMBEDDING, HIDDEN, batch_first=True))
-    example, pruning = test[:STEPS].view(1, -1), max(1, args.epochs - 1)
-    half = int(Cost(gated, example, "macs")(torch.arange(HIDDEN) < HIDDEN // 2))
-    budget = dampr.Budget(gated, example, macs=half, schedule=max(1, pruning * (len(text) // STEPS // BATCH) * 2 // 3))
-    train(gated, text, pruning, budget.penalty, budget.step, lr=4e-3)
-    budget.finalize()
-    pruned = dampr.compact(gated, example_inputs=example)
-    train(pruned, text, args.epochs - pruning, lambda: torch.zeros(()), lambda: None, lr=4e-3)
-    models["pruned"] = pruned
+    example, steps = test[:STEPS].view(1, -1), args.epochs * -(-len(stretches(text)[0]) // BATCH)
+    plan = dampr.Plan(gated, example, macs=count_macs(models["narrow"], example), steps=steps)
+    train(gated, text, args.epochs, plan)
+    models["pruned"] = plan.finish()
 
     seconds = time.perf_counter() - start
     rows = common.side_by_side(models, test[: 16 * STEPS].view(16, STEPS), {kind: perplexity(m, test) for kind, m in models.items()})

@@ -1,4 +1,4 @@
-"""A small transformer that reads images row by row, with gates on heads and feed-forward neurons, at half its multiply-accumulates."""
+"""A small transformer that reads images row by row; a plan prunes heads and feed-forward neurons to half its multiply-accumulates."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import time
 import torch
 from torch import Tensor, nn
 
-import dampr
 from examples import common
 
 WIDTH, HEADS, NEURONS, LAYERS = 64, 4, 256, 2
@@ -36,9 +35,7 @@ def main() -> None:
     models: dict[str, nn.Module] = {"dense": RowTransformer(side)}
     common.train(models["dense"], data, epochs=args.epochs, lr=1e-3)
     torch.manual_seed(args.seed)
-    gated = dampr.convert(RowTransformer(side), example_inputs=data.x_test[:2])
-    how = {"macs": args.macs, "epochs": args.epochs, "settle": min(2, args.epochs - 1), "lr": 1e-3, "gate_lr": 5e-2}
-    models["pruned"], found = common.to_budget(gated, data, **how)
+    models["pruned"], found = common.to_budget(RowTransformer(side), data, macs=args.macs, epochs=args.epochs, lr=1e-3)
 
     seconds = time.perf_counter() - start
     rows = common.side_by_side(models, data.x_test[:64], {kind: common.accuracy(model, data) for kind, model in models.items()})
