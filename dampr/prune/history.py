@@ -17,6 +17,7 @@ from . import inputs
 from .budget import Budget
 from .cost import Cost
 from .files import FileError
+from .plan import Plan
 from .summary import distinct_gates, penalty
 
 FORMAT = 1
@@ -28,7 +29,7 @@ class History:
 
     Args:
         path: of the file; where it is there already the run goes on in it. Folders are made.
-        source: a :class:`dampr.Budget`: each record has its :meth:`~dampr.Budget.readings`. A gated model: ``penalty``
+        source: a :class:`dampr.Budget` or a :class:`dampr.Plan`: each record has its ``readings()``. A gated model: ``penalty``
             (:func:`dampr.penalty`), ``gates_open`` and, with example inputs, ``macs_left``. None: what is recorded, and nothing else.
         example_inputs: as for :func:`dampr.compact`.
 
@@ -43,9 +44,11 @@ class History:
     1.0
     """
 
-    def __init__(self, path: str | os.PathLike[str], source: Budget | nn.Module | None = None, *, example_inputs: Any = None) -> None:
-        if not (source is None or isinstance(source, (Budget, nn.Module))):
-            raise TypeError(f"source={source!r:.80}: expected a dampr.Budget, a gated model or None")
+    def __init__(
+        self, path: str | os.PathLike[str], source: Budget | Plan | nn.Module | None = None, *, example_inputs: Any = None
+    ) -> None:
+        if not (source is None or isinstance(source, (Budget, Plan, nn.Module))):
+            raise TypeError(f"source={source!r:.80}: expected a dampr.Budget, a dampr.Plan, a gated model or None")
         if isinstance(source, nn.Module) and not distinct_gates(source):
             raise ValueError(f"source={type(source).__name__}: expected gated layers in it (dampr.convert puts them there)")
         if example_inputs is not None:
@@ -84,14 +87,14 @@ class History:
     def _measured(self) -> dict[str, Any]:
         if self._source is None:
             return {}
-        if isinstance(self._source, Budget):
+        if isinstance(self._source, (Budget, Plan)):
             return {name: _finite(name, value) for name, value in self._source.readings().items()}
         decisions = torch.cat([gate.is_open() for gate in distinct_gates(self._source).values()])
         found = {"penalty": _finite("penalty", penalty(self._source)), "gates_open": float(decisions.float().mean())}
         return found if self._cost is None else found | {"macs_left": float(self._cost(self._cost.decision())) / self._cost.total}
 
     def _head(self) -> dict[str, Any]:
-        if isinstance(self._source, Budget):
+        if isinstance(self._source, (Budget, Plan)):
             return {"metric": self._source.metric, "total": self._source.total, "target": self._source.target}
         return {} if self._cost is None else {"metric": "macs", "total": self._cost.total}
 

@@ -99,7 +99,8 @@ class Plan:
         on_finish: called with the small model by :meth:`finish`.
         convert: more keyword arguments for :func:`dampr.convert`, such as ``{"exclude": "head"}``.
 
-    Attributes: ``model``; ``report``, a :class:`PlanReport` from the end of the ramp on, None before; ``steps``, ``steps_taken``.
+    Attributes: ``model``; ``report``, a :class:`PlanReport` from the end of the ramp on, None before; ``steps``, ``steps_taken``; ``metric``,
+    ``total``, ``target``, as of :class:`dampr.Budget`.
 
     Raises: ValueError or TypeError that names the argument; ConversionError, BudgetError as those two do, before anything is changed.
 
@@ -180,11 +181,12 @@ class Plan:
         self._output: Any = None
         self._finished = False
         if gated_layers(model):
-            self._budget = self._make_budget(model, warmup=self._end - self._length)
+            found = self._budget = self._make_budget(model, warmup=self._end - self._length)
         else:
             trial = inputs.copied(model, example_inputs)
             with inputs.same_noise(model):
-                self._make_budget(self._with_gates(trial))  # what cannot be done is refused here
+                found = self._make_budget(self._with_gates(trial))  # what cannot be done is refused here
+        self.metric, self.total, self.target = found.metric, found.total, found.target
         self._hooks = [
             model.register_forward_pre_hook(self._see_inputs, with_kwargs=True),
             model.register_forward_hook(self._see_outputs, with_kwargs=True),
@@ -278,14 +280,13 @@ class Plan:
 
     def readings(self) -> dict[str, float]:
         """What to log: ``<metric>_left``, the share of the cost that is left, and ``<metric>_goal``, where it should be now."""
-        (metric,) = self._targets or {"macs": None}
         if self.report is not None:
             left = goal = self.report.budget.reached / self.report.budget.total
         elif self._budget is None:
             left = goal = 1.0
         else:
             left, goal = self._budget.left(), self._budget.goal
-        return {f"{metric}_left": left, f"{metric}_goal": goal}
+        return {f"{self.metric}_left": left, f"{self.metric}_goal": goal}
 
     def __repr__(self) -> str:
         target = ", ".join(f"{name}={value!r}" for name, value in self._targets.items())

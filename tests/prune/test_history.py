@@ -88,7 +88,7 @@ def test_what_is_no_number_is_refused_and_nothing_is_written(how, error, message
 @pytest.mark.parametrize(
     ("arguments", "how", "error", "message"),
     [
-        ((0.5,), {}, TypeError, "source=0.5: expected a dampr.Budget, a gated model or None"),
+        ((0.5,), {}, TypeError, "source=0.5: expected a dampr.Budget, a dampr.Plan, a gated model or None"),
         ((nn.Linear(2, 2),), {}, ValueError, "source=Linear: expected gated layers"),
         ((), {"example_inputs": X}, ValueError, "example_inputs: expected a gated model as source"),
     ],
