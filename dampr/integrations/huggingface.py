@@ -87,7 +87,13 @@ def convert(
 
 
 def compact(
-    model: PreTrainedModel, *, example_inputs: Any, uniform: bool = False, round_to: int = 1, atol: float = 1e-5, rtol: float = 1e-5
+    model: PreTrainedModel,
+    *,
+    example_inputs: Any,
+    uniform: bool = False,
+    round_to: int = 1,
+    atol: float | None = None,
+    rtol: float | None = None,
 ) -> PreTrainedModel:
     """:func:`dampr.compact` to a model of the stock class, whose config says how wide every layer is.
 
@@ -108,6 +114,7 @@ def compact(
     _checks.positive_int("round_to", round_to)
     if round_to > 1 and not uniform:
         raise ValueError(f"round_to={round_to}: expected uniform=True with it")
+    atol, rtol = inputs.tolerances(model, [example_inputs], atol, rtol)
     level, notes = _uniform.level(model, round_to) if uniform else (model, {})
     small: Any = dampr.prune.compact(level, example_inputs=example_inputs, atol=atol, rtol=rtol)
     if uniform:

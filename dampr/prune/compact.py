@@ -26,8 +26,8 @@ def compact(
     example_inputs: Any,
     optimizer: torch.optim.Optimizer | None = None,
     round_to: int = 1,
-    atol: float = 1e-5,
-    rtol: float = 1e-5,
+    atol: float | None = None,
+    rtol: float | None = None,
 ) -> nn.Module:
     """A smaller plain model without gates that computes what ``model`` computes in evaluation mode.
 
@@ -45,7 +45,9 @@ def compact(
             were not 1 are in the new weights and not in the state.
         round_to: widths are multiples of it (tensor cores like 8 or 16), as far as closed channels last to fill them up; they stay zero.
             Not so a residual stream, for its LayerNorms would count what fills it up: there ``Budget.finalize(round_to=8)`` rounds.
-        atol, rtol: how far outputs may differ: |masked - compacted| <= atol + rtol |masked|.
+        atol, rtol: how far outputs may differ: |masked - compacted| <= atol + rtol |masked|; infinities and NaN have to be in the same
+            places. None: by the lowest precision in which the model computes (float32 1e-5, float64 1e-9, float16 4e-3, bfloat16 3e-2),
+            and for ``atol`` that times the largest output.
 
     Returns: a new model of plain ``torch.nn`` layers (where these have no form for what is left, of the plain ones of ``dampr.nn``, such as
     :class:`dampr.nn.PrunedMultiheadAttention`), in the training mode of ``model``. Its attribute ``dampr_manifest`` (plain data)
@@ -65,6 +67,8 @@ def compact(
     small = inputs.copied(model, example_inputs)
     open_branches(small)
     samples = [example_inputs, inputs.perturbed(example_inputs)]
+    inputs.comparable(model, example_inputs)
+    atol, rtol = inputs.tolerances(model, samples, atol, rtol)
     small, neurons, left, notes = transformer.make_plain(small, samples, atol, rtol)
     closed: graph.Closed = {True: {}, False: {}}
     norms: dict[nn.Module, set[int]] = {}

@@ -116,7 +116,7 @@ def convert(
     if example_inputs is not None:
         inputs.check(example_inputs)
         with inputs.same_noise(model), inputs.unfused():
-            before = inputs.evaluate(model, example_inputs)
+            before = inputs.comparable(model, example_inputs)
     chosen, skipped = _choose(model, gate, granularity, bool(per_sample), include, exclude)
     try:
         plan = _place(model, chosen, granularity, example_inputs, tie)
@@ -392,7 +392,7 @@ def _check_unchanged(model: nn.Module, gated: dict[str, Any], before: list[torch
     exact = all(bool((layer.gate.deterministic() == 1).all()) for layer in gated.values())
     eps = max((torch.finfo(t.dtype).eps for t in before if t.is_floating_point()), default=0.0)
     tolerance = (16 if exact else 1024) * eps
-    if inputs.differ(before, after, rtol=tolerance, atol=tolerance * max((float(t.abs().max()) for t in before if t.numel()), default=0.0)):
+    if inputs.differ(before, after, rtol=tolerance, atol=tolerance * inputs.size(before)):
         raise ConversionError(
             "evaluation outputs changed on example_inputs: the model looks at its layers' types, or draws in evaluation mode"
         )

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 
 
@@ -49,9 +52,53 @@ def check(example_inputs: Any) -> None:
 
 
 def tensors(output: Any) -> list[Tensor]:
-    """Every tensor of a model's output, in order."""
-    leaves = pytree.tree_leaves(output.to_tuple() if hasattr(output, "to_tuple") else output)
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    """Every tensor of a model's output, in order, whatever holds it: containers, dataclasses, distributions, objects with attributes."""
+    found: list[Tensor] = []
+    seen: set[int] = set()
+
+    def look(value: Any, depth: int) -> None:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif value is not None and not isinstance(value, _PLAIN) and id(value) not in seen and depth < DEPTH:
+            seen.add(id(value))
+            for inner in _inside(value):
+                look(inner, depth + 1)
+
+    look(output, 0)
+    return found
+
+
+DEPTH = 8  # of objects in objects in which tensors of an output are looked for
+_PLAIN = (str, bytes, int, float, complex, bool, type, nn.Module, torch.dtype, torch.device)
+
+
+def _inside(value: Any) -> Iterable[Any]:
+    """What an object is made of: its items, or the values of its attributes."""
+    if isinstance(value, Mapping):
+        return list(value.values()) + list(getattr(value, "__dict__", {}).values())
+    if isinstance(value, PackedSequence):
+        return [value.data, value.batch_sizes]
+    if isinstance(value, (tuple, list, set, frozenset)):
+        return list(value)
+    if hasattr(value, "to_tuple"):
+        return list(value.to_tuple())
+    slots = [name for kind in type(value).__mro__ for name in _slots(kind)]
+    return list(getattr(value, "__dict__", {}).values()) + [getattr(value, name) for name in slots if hasattr(value, name)]
+
+
+def _slots(kind: type) -> tuple[str, ...]:
+    found = vars(kind).get("__slots__", ())
+    return (found,) if isinstance(found, str) else tuple(found)
+
+
+def comparable(model: nn.Module, example_inputs: Any) -> list[Tensor]:
+    """:func:`evaluate`, but an output in which there is nothing to compare raises TypeError by the name of its type."""
+    with evaluating(model), torch.no_grad():
+        output = call(model, example_inputs)
+    found = tensors(output)
+    if not found:
+        raise TypeError(f"output of {type(model).__name__}: {type(output).__name__} without a tensor, expected one that can be compared")
+    return found
 
 
 def perturbed(example_inputs: Any) -> Any:
@@ -70,14 +117,63 @@ def perturbed(example_inputs: Any) -> Any:
 def differ(a: list[Tensor], b: list[Tensor], rtol: float, atol: float) -> bool:
     """Whether two lists of output tensors differ in number, shape or, beyond the tolerances, value."""
     return len(a) != len(b) or any(
-        s.shape != t.shape or not torch.allclose(s.double(), t.double(), rtol=rtol, atol=atol, equal_nan=True)
+        s.shape != t.shape or not torch.allclose(_wide(s), _wide(t), rtol=rtol, atol=atol, equal_nan=True)
         for s, t in zip(a, b, strict=True)
     )
 
 
 def gap(a: list[Tensor], b: list[Tensor]) -> float:
-    """The largest absolute difference between two lists of tensors of the same shapes."""
-    return max((float((s.double() - t.double()).abs().max()) for s, t in zip(a, b, strict=True) if s.numel()), default=0.0)
+    """The largest absolute difference between two lists of tensors of the same shapes; places where both are the same infinity, or NaN,
+    do not differ.
+    """
+    largest = 0.0
+    for s, t in zip(a, b, strict=True):
+        s, t = _wide(s), _wide(t)
+        same = (s == t) | (s.isnan() & t.isnan())
+        if not bool(same.all()):
+            largest = max(largest, float((s - t)[~same].abs().nan_to_num(math.inf, math.inf).max()))
+    return largest
+
+
+def _wide(t: Tensor) -> Tensor:
+    t = t.to_dense() if t.layout != torch.strided else t
+    return t.to(torch.complex128 if t.is_complex() else torch.float64)
+
+
+def size(outputs: list[Tensor]) -> float:
+    """The largest finite absolute value of all of them; 0 where there is none."""
+    finite = [_wide(t).abs() for t in outputs]
+    return max((float(t[t.isfinite()].max()) for t in finite if bool(t.isfinite().any())), default=0.0)
+
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+"""How far outputs may be from those of the same function in another order of operations, relative to their size, by precision."""
+
+
+def tolerances(model: nn.Module, samples: Iterable[Any], atol: float | None, rtol: float | None) -> tuple[float, float]:
+    """(atol, rtol) as given or, where None, by the lowest precision in which the model computes and by the size of its outputs."""
+    lowest, largest = torch.float64, 0.0
+    for sample in samples:
+        with _Precision() as seen:
+            outputs = evaluate(model, sample)
+        lowest, largest = max(lowest, seen.lowest, key=lambda kind: TOLERANCE[kind]), max(largest, size(outputs))
+    relative = TOLERANCE[lowest]
+    return relative * max(largest, 1.0 if lowest is torch.float32 else 0.0) if atol is None else atol, relative if rtol is None else rtol
+
+
+class _Precision(TorchDispatchMode):
+    """The lowest precision of all floating-point results while it is active, autocast in a forward included."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lowest = torch.float64
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(t, Tensor) and TOLERANCE.get(t.dtype, 0.0) > TOLERANCE[self.lowest]:
+                self.lowest = t.dtype
+        return out
 
 
 @contextmanager

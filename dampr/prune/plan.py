@@ -99,7 +99,7 @@ class Plan:
         on_finish: called with the small model by :meth:`finish`.
         convert: more keyword arguments for :func:`dampr.convert`, such as ``{"exclude": "head"}``.
 
-    Attributes: ``model``; ``report``, a :class:`PlanReport` from the end of the ramp on, None before; ``steps``, ``steps_taken``; ``metric``,
+    Attributes: ``model``; ``report``, a :class:`PlanReport`, None before the end of the ramp; ``steps``, ``steps_taken``; ``metric``,
     ``total``, ``target``, as of :class:`dampr.Budget`.
 
     Raises: ValueError or TypeError that names the argument; ConversionError, BudgetError as those two do, before anything is changed.
