@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -526,12 +527,19 @@ def _check_steps(steps: Any, schedule: Schedule, score: Any, min_share: Any) -> 
 
 def _progress(schedule: Schedule) -> Callable[[int], float]:
     if schedule is None:
-        return lambda _: 1.0
+        return _at_once
     if callable(schedule):
         return schedule
     _checks.positive_int("schedule", schedule)
-    steps: int = schedule
-    return lambda step: 1 - (1 - min(step / steps, 1.0)) ** 3
+    return functools.partial(_cubic, schedule)
+
+
+def _at_once(step: int) -> float:
+    return 1.0
+
+
+def _cubic(steps: int, step: int) -> float:
+    return 1 - (1 - min(step / steps, 1.0)) ** 3
 
 
 def _check_target(name: str, value: Any) -> None:

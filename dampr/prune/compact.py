@@ -13,7 +13,7 @@ from dampr.nn import GatedLayer, GatedLayerNorm, GatedResidual, Scale, ScaledRNN
 from dampr.nn.rnn import _GatedRecurrent
 
 from . import graph, heads, inputs, recurrent, streams, transformer
-from .expand import carry_over
+from .expand import carry_over, check_state
 
 
 class CompactionError(RuntimeError):
@@ -53,11 +53,14 @@ def compact(
     :class:`dampr.nn.PrunedMultiheadAttention`), in the training mode of ``model``. Its attribute ``dampr_manifest`` (plain data)
     lists the kept indices of each layer and bare parameter, and why a closed unit could not be cut.
 
-    Raises: CompactionError naming the first layer that differs; TypeError or ValueError that names the argument.
+    Raises: CompactionError naming the first layer that differs; ValueError for an optimizer whose state cannot be cut; TypeError or
+    ValueError that names the argument.
     """
     inputs.check(example_inputs)
     if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"optimizer={optimizer!r:.80}: expected a torch.optim.Optimizer")
+    if optimizer is not None:
+        check_state(optimizer)
     _checks.positive_int("round_to", round_to)
     gated = {name: module for name, module in model.named_modules() if isinstance(module, GatedLayer)}
     if not gated:

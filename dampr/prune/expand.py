@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from dampr.nn import PrunedMultiheadAttention, Scale, ScaledRNN, StackedRNN
 from dampr.nn.pruned_transformer import _Pruned
@@ -15,6 +18,7 @@ from dampr.nn.stacked_rnn import arguments_of
 from . import graph, heads, inputs, transposed
 
 _NORMS = nn.modules.batchnorm._NormBase
+MOST_GROWTH, SMALL = 10_000, 2**24  # how many times larger a tensor may become, unless it stays small
 Places = tuple[int, Tensor] | None  # of one dimension: its size before, and which of it are left; None where nothing was cut
 
 
@@ -164,7 +168,7 @@ def _of_recurrent(layer: nn.RNNBase | StackedRNN, units: dict[str, Any] | None, 
         own = below = gates = None
         if units is not None:
             size = units["before"]
-            rows = [torch.tensor(r) for r in units["kept"]]
+            rows = [place[1] for r in units["kept"] if (place := _places({"before": size, "kept": r})) is not None]
             own = size, rows[row]
             weight = part.get_parameter(names[0].rpartition(".")[2])
             count = weight.shape[0] // part.hidden_size
@@ -193,14 +197,27 @@ def _rows(layer: nn.RNNBase | StackedRNN) -> list[tuple[nn.RNNBase, list[str]]]:
     return [(part, names[row * count : (row + 1) * count]) for row, part in enumerate(layer.rows())]
 
 
-def _places(side: dict[str, Any] | None) -> Places:
-    return None if side is None else (int(side["before"]), torch.tensor(side["kept"], dtype=torch.int64))
+def _places(side: Any) -> Places:
+    """(size before, kept indices) of an entry of a manifest. Raises ValueError for one that compaction cannot have written."""
+    if side is None:
+        return None
+    before, kept = (side.get(key) if isinstance(side, dict) else None for key in ("before", "kept"))
+    if not isinstance(kept, list) or not all(type(i) is int for i in (before, *kept)):
+        raise ValueError(f"manifest: {side!r:.80}, expected a number of channels before and a list of those that are kept")
+    if any(a >= b for a, b in itertools.pairwise(kept)) or (kept and not 0 <= kept[0] <= kept[-1] < before):
+        raise ValueError(f"manifest: kept={kept!r:.80} of {before}, expected rising indices below that")
+    return int(before or 0), torch.tensor(kept, dtype=torch.int64)
 
 
 def _check_fits(name: str, small: Tensor, places: list[Places]) -> None:
     for size, place in zip(small.shape, places, strict=False):
         if place is not None and (len(place[1]) != size or not bool(((place[1] >= 0) & (place[1] < place[0])).all())):
             raise ValueError(f"{name}: {size} channels, but its manifest keeps {len(place[1])} of {place[0]}")
+    grown = math.prod(size if place is None else place[0] for size, place in zip(small.shape, places, strict=False))
+    if grown > max(SMALL, MOST_GROWTH * small.numel()):
+        raise ValueError(
+            f"{name}: its manifest makes {grown:,} elements of {small.numel():,}, expected at most {MOST_GROWTH} times as many"
+        )
 
 
 def _grow(small: Tensor, places: list[Places], fill: float) -> Tensor:
@@ -242,12 +259,51 @@ def _sizes(layer: Any, entry: dict[str, Any]) -> dict[str, int]:
     return {name: size for name, size in found.items() if size is not None}
 
 
+def check_state(optimizer: torch.optim.Optimizer) -> None:
+    """Raise ValueError where the state of a parameter holds what cannot be cut with it: tensors that are neither of its shape, nor of one
+    that a dimension or two of it have been summed out of, nor of one element.
+    """
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            for key, value in optimizer.state.get(p, {}).items():
+                held = [t for t in pytree.tree_leaves(value) if isinstance(t, Tensor) and t.numel() > 1]
+                if held and (not isinstance(value, Tensor) or _kept_dims(value.shape, p.shape) is None):
+                    shapes = [tuple(t.shape) for t in held]
+                    raise ValueError(
+                        f"optimizer: {type(optimizer).__name__} keeps {key!r} of shape {shapes[0]} for a parameter of shape "
+                        f"{tuple(p.shape)}, which cannot be cut with it; make a new optimizer after compaction"
+                    )
+
+
+def _kept_dims(state: Sequence[int], shape: Sequence[int]) -> list[int | None] | None:
+    """Of each dimension of a state tensor the one of the parameter that it runs along, None for a size of 1; None if there is no telling.
+
+    Factored second moments (Adafactor) have a dimension less, or one of size 1 in its place.
+    """
+    if len(state) == len(shape) and all(s in (1, n) for s, n in zip(state, shape, strict=True)):
+        return [d if s == n else None for d, (s, n) in enumerate(zip(state, shape, strict=True))]
+    if len(shape) > 1 and len(state) == len(shape) - 1:
+        for gone in (len(shape) - 1, len(shape) - 2):
+            if list(state) == [n for d, n in enumerate(shape) if d != gone]:
+                return [d for d in range(len(shape)) if d != gone]
+    return None
+
+
+def _cut_state(value: Any, shape: Sequence[int], places: list[Places]) -> Any:
+    """What is left of a value in the state of a parameter of that shape."""
+    if not isinstance(value, Tensor) or value.numel() <= 1:
+        return value
+    dims = _kept_dims(value.shape, shape)
+    return value if dims is None else shrink(value, [None if d is None or d >= len(places) else places[d] for d in dims])
+
+
 def carry_over(optimizer: torch.optim.Optimizer, model: nn.Module, small: Any) -> None:
     """Let ``optimizer``, which trained ``model``, train ``small``: its parameters in the same groups, with their state cut likewise.
 
     Parameters that are gone leave their group (an empty group stays, for schedulers count them); biases that compaction added come to the
-    weight of their layer, with no state.
+    weight of their layer, with no state. Raises ValueError, before anything is changed, for state that cannot be cut.
     """
+    check_state(optimizer)
     places: dict[str, list[Places]] = {}
     for name, entry in small.dampr_manifest["layers"].items():
         for attribute, each in tensors_of(_layer(small, name), entry).items():
@@ -264,7 +320,7 @@ def carry_over(optimizer: torch.optim.Optimizer, model: nn.Module, small: Any) -
         names = [target[id(p)] for p in group["params"] if id(p) in target]
         for name in names:
             state[new[name]] = {
-                key: shrink(value, places.get(name, [])) if isinstance(value, Tensor) and value.shape == old[former[name]].shape else value
+                key: _cut_state(value, old[former[name]].shape, places.get(name, []))
                 for key, value in optimizer.state.get(old[former[name]], {}).items()
             }
         added = [bias for name in names if (bias := name.removesuffix("weight") + "bias") in new and bias not in old]

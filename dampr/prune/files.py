@@ -10,7 +10,9 @@ import hashlib
 import inspect
 import json
 import os
+import tempfile
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,13 +83,48 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         "compaction": content.compaction,
     }
     manifest["sha256"] = _digest(manifest, content.state)
-    partial = f"{os.fspath(path)}.partial"
-    try:
+    with _whole_or_nothing(path) as partial:
         save_file(content.state, partial, metadata={_KEY: json.dumps(manifest)})
-        os.replace(partial, path)
+
+
+@contextlib.contextmanager
+def _whole_or_nothing(path: str | os.PathLike[str]) -> Iterator[str]:
+    """A file of a name of its own to write, which then takes the place of ``path`` at once, and is on the disk when it does.
+
+    Processes that write to one path at a time do not write into each other; the last one stays. Raises FileNotFoundError for a folder that
+    is not there.
+    """
+    target = os.path.abspath(os.fspath(path))
+    folder = os.path.dirname(target)
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(f"path={os.fspath(path)!r}: expected it in a folder that exists")
+    handle, partial = tempfile.mkstemp(prefix=f".{os.path.basename(target)}.", suffix=".partial", dir=folder)
+    os.close(handle)
+    try:
+        yield partial
+        mode = os.stat(target).st_mode & 0o777 if os.path.exists(target) else 0o666 & ~_umask()
+        os.chmod(partial, mode)
+        _to_disk(partial)
+        os.replace(partial, target)
+        if os.name == "posix":
+            _to_disk(folder)
     finally:
         if os.path.exists(partial):
             os.remove(partial)
+
+
+def _to_disk(path: str) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Module:
@@ -153,12 +190,34 @@ def read_manifest(path: str | os.PathLike[str]) -> tuple[dict[str, Any], int]:
 
 
 def _read(path: str | os.PathLike[str]) -> _Content:
-    """The content of a file: unchanged since it was written, and of the right form."""
+    """The content of a file: unchanged since it was written, and of the right form.
+
+    safetensors opens a file by its name twice, for the header and for the tensors. Where another one took its place in between, that one
+    is read.
+    """
+    where = f"path={os.fspath(path)!r}"
+    while True:
+        if not os.path.exists(path):
+            raise FileNotFoundError(f"{where}: expected a file written by dampr.save")
+        found = _identity(path)
+        try:
+            content = _read_once(path, where)
+        except FileError:
+            if _identity(path) == found:
+                raise
+            continue
+        if _identity(path) == found:
+            return content
+
+
+def _identity(path: str | os.PathLike[str]) -> tuple[int, int, int]:
+    stat = os.stat(path)
+    return stat.st_dev, stat.st_ino, stat.st_mtime_ns
+
+
+def _read_once(path: str | os.PathLike[str], where: str) -> _Content:
     from safetensors import SafetensorError, safe_open
 
-    where = f"path={os.fspath(path)!r}"
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"{where}: expected a file written by dampr.save")
     try:
         with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
             metadata = file.metadata() or {}

@@ -20,6 +20,7 @@ from .budget import Budget, BudgetReport
 from .compact import compact
 from .controller import RAMP, Ramp
 from .convert import convert
+from .expand import check_state
 from .recalibrate import recalibrate
 from .reports import Report
 from .summary import distinct_gates, gated_layers
@@ -388,6 +389,8 @@ class Plan:
             )
 
     def _compact(self, budget: Budget, optimizer: torch.optim.Optimizer | None) -> None:
+        if optimizer is not None:
+            check_state(optimizer)
         decided = budget.finalize(round_to=self._round_to, min_width=self._min_width)
         gates = list(distinct_gates(self.model).values())
         small: Any = compact(self.model, example_inputs=self._inputs, optimizer=optimizer, round_to=1)

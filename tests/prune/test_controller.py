@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import pickle
 
 import pytest
 import torch
@@ -277,3 +278,19 @@ def test_equal_layers_stay_equal_without_data():
     widths = [left for _, left in dampr.Budget(model, x, macs=0.5).finalize().widths.values()]
     assert len(widths) == 4
     assert max(widths) - min(widths) <= 1
+
+
+@pytest.mark.parametrize("how", [{"steps": 40}, {"steps": 40, "score": "learned"}, {"schedule": 10}, {}], ids=str)
+def test_a_budget_pickles_with_its_model(how):
+    x = torch.randn(8, 12)
+    model = dampr.convert(mlp()[0], example_inputs=x)
+    budget = dampr.Budget(model, x, macs=0.25, **how)
+    budget.step()
+    again = pickle.loads(pickle.dumps(budget))
+    assert repr(again) == repr(budget)
+    assert again.model is not model
+    for _ in range(20):
+        for each in (budget, again):
+            each.model(x).square().mean().backward()
+            each.step()
+    assert again.left() == budget.left()

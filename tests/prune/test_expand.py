@@ -172,3 +172,94 @@ def test_state_of_a_linear_layer_is_cut_by_rows_and_columns():
     assert torch.equal(optimizer.state[small[2].weight]["exp_avg"], before[rows][:, columns])
     with pytest.raises(TypeError, match="optimizer=3"):
         dampr.compact(model, example_inputs=x, optimizer=3)
+
+
+def small_of(kept):
+    torch.manual_seed(0)
+    x = torch.randn(8, 6)
+    gated = dampr.convert(nn.Sequential(nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 3)), example_inputs=x)
+    with torch.no_grad():
+        gated[0].gate.log_alpha[kept:] = -9
+    return dampr.compact(gated, example_inputs=x)
+
+
+@pytest.mark.parametrize(
+    ("entry", "match"),
+    [
+        ({"before": 10, "kept": [0, 1, 1, 3]}, "expected rising indices below that"),
+        ({"before": 10, "kept": [3, 2, 1, 0]}, "expected rising indices below that"),
+        ({"before": 10, "kept": [-1, 0, 1, 2]}, "expected rising indices below that"),
+        ({"before": 3, "kept": [0, 1, 2, 3]}, "expected rising indices below that"),
+        ({"before": 10, "kept": [0, 1, 2]}, "4 channels, but its manifest keeps 3 of 10"),
+        ({"before": 10**12, "kept": [0, 1, 2, 3]}, "expected at most 10000 times as many"),
+        ({"before": True, "kept": [0]}, "expected a number of channels before and a list"),
+        ({"before": 10, "kept": [0.0, 1.0, 2.0, 3.0]}, "expected a number of channels before and a list"),
+        ({"kept": [0, 1, 2, 3]}, "expected a number of channels before and a list"),
+        ([10, [0, 1, 2, 3]], "expected a number of channels before and a list"),
+    ],
+)
+def test_a_manifest_is_not_believed(entry, match):
+    small = small_of(4)
+    small.dampr_manifest["layers"]["0"]["out"] = entry
+    with pytest.raises(ValueError, match=match):
+        dampr.expand(small)
+
+
+def adafactor(model):
+    return torch.optim.Adafactor(model.parameters(), lr=1e-2)
+
+
+class Rows(torch.optim.Optimizer):
+    """Factored second moments with a dimension less, as transformers keeps them."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {"lr": 0.01})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+            state = self.state[p]
+            for name, dim in (("row", -1), ("column", -2)) if p.dim() > 1 else ():
+                state[name] = state.get(name, 0) + p.grad.square().mean(dim)
+            p.sub_(p.grad, alpha=0.01)
+
+
+class Strange(torch.optim.SGD):
+    def step(self, closure=None):
+        super().step(closure)
+        for p in (p for group in self.param_groups for p in group["params"]):
+            self.state[p]["basis"] = torch.zeros(7, 5)
+
+
+@pytest.mark.parametrize("make", [adafactor, lambda model: Rows(model.parameters())])
+def test_factored_state_is_cut_with_its_parameter(make):
+    torch.manual_seed(0)
+    x = torch.randn(8, 6)
+    gated = dampr.convert(nn.Sequential(nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 3)), example_inputs=x)
+    optimizer = make(gated)
+    gated(x).square().mean().backward()
+    optimizer.step()
+    before = {key: value.clone() for key, value in optimizer.state[gated[2].weight].items() if torch.is_tensor(value)}
+    with torch.no_grad():
+        gated[0].gate.log_alpha[4:] = -9
+    small = dampr.compact(gated, example_inputs=x, optimizer=optimizer)
+    state = optimizer.state[small[2].weight]
+    column = next(key for key in before if key in ("col_var", "column"))
+    assert torch.equal(state[column], before[column][..., :4])
+    row = next(key for key in before if key in ("row_var", "row"))
+    assert torch.equal(state[row], before[row])
+    small(x).square().mean().backward()
+    optimizer.step()
+
+
+def test_state_that_cannot_be_cut_is_refused_before_anything_is_done():
+    torch.manual_seed(0)
+    x = torch.randn(8, 6)
+    gated = dampr.convert(nn.Sequential(nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 3)), example_inputs=x)
+    optimizer = Strange(gated.parameters(), lr=0.1)
+    gated(x).square().mean().backward()
+    optimizer.step()
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    with pytest.raises(ValueError, match=r"Strange keeps 'basis' of shape \(7, 5\) for a parameter of shape \(10, 6\)"):
+        dampr.compact(gated, example_inputs=x, optimizer=optimizer)
+    assert all(a is b for a, b in zip(held, (p for group in optimizer.param_groups for p in group["params"]), strict=True))

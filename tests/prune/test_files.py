@@ -2,7 +2,10 @@
 
 import copy
 import json
+import os
 import struct
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -603,3 +606,35 @@ def test_a_file_without_leftovers_still_loads(saved):
     small, path = saved
     forge(path, lambda m: m.pop("leftovers"))
     assert torch.equal(dampr.load(path)(X), small(X))
+
+
+def test_two_processes_may_save_to_one_path(tmp_path):
+    """Each writes a file of its own first: what is loaded meanwhile is one of the two, whole."""
+    script = (
+        "import sys, torch, dampr\ntorch.manual_seed(int(sys.argv[1]))\n"
+        "net = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 4))\n"
+        "for _ in range(60):\n    dampr.save(net, sys.argv[2])\n"
+    )
+    path = tmp_path / "model.safetensors"
+    dampr.save(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4)), path)
+    writers = [subprocess.Popen([sys.executable, "-W", "ignore", "-c", script, str(seed), str(path)]) for seed in (0, 1)]
+    loads = 0
+    while any(writer.poll() is None for writer in writers):
+        dampr.load(path)  # FileError if damaged
+        loads += 1
+    assert [writer.wait() for writer in writers] == [0, 0]
+    assert loads > 10
+    assert [file.name for file in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    path = tmp_path / "model.safetensors"
+    dampr.save(nn.Linear(4, 2), path)
+    before = path.read_bytes()
+    monkeypatch.setattr(os, "fsync", lambda handle: (_ for _ in ()).throw(OSError("no space left")))
+    with pytest.raises(OSError, match="no space left"):
+        dampr.save(nn.Linear(4, 3), path)
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["model.safetensors"]
+    with pytest.raises(FileNotFoundError, match="expected it in a folder that exists"):
+        dampr.save(nn.Linear(4, 2), tmp_path / "nowhere" / "model.safetensors")

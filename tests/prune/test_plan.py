@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -357,3 +358,15 @@ def test_a_state_of_another_plan_is_refused():
     train(begun, torch.optim.SGD(begun.model.parameters(), lr=0.1), 3)
     with pytest.raises(dampr.PlanError, match="expected a new plan"):
         begun.load_state_dict(plan_for().state_dict())
+
+
+@pytest.mark.parametrize("stop", [3, 22, 40])
+def test_a_plan_pickles_with_its_model_and_goes_on(stop):
+    plan = plan_for()
+    optimizer = torch.optim.SGD(plan.model.parameters(), lr=0.05)
+    train(plan, optimizer, stop)
+    again, other = pickle.loads(pickle.dumps((plan, optimizer)))
+    for each, own in ((plan, optimizer), (again, other)):
+        train(each, own, STEPS - stop, stop)
+    for a, b in zip(plan.finish().parameters(), again.finish().parameters(), strict=True):
+        assert torch.equal(a, b)
