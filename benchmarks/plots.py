@@ -9,6 +9,7 @@ import argparse
 import json
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -268,6 +269,33 @@ def draw_families(results: Path) -> Figure:
     return figure
 
 
+PHASES = {"dense": "0.97", "ramp": "#FDE9C9", "fine-tuning": "#DCEEF8"}
+
+
+def draw_plan(results: Path) -> Figure:
+    """Over the steps of one run of a plan: the share of the MACs that is left, and should be; below it the validation accuracy."""
+    found = json.loads(results.read_text())
+    report, rows = found["report"], found["rows"]
+    steps = [row["step"] for row in rows]
+    figure, (above, below) = plt.subplots(2, 1, figsize=(7.5, 4.6), sharex=True, height_ratios=(3, 2), layout="constrained")
+    ends = (0, report["dense"], report["compacted"], report["steps"])
+    for name, start, end in zip(PHASES, ends, ends[1:], strict=False):
+        for ax in (above, below):
+            ax.axvspan(start, end, color=PHASES[name], linewidth=0)
+        above.text((start + end) / 2, 108, name, ha="center")
+    above.plot(steps, [100 * row["macs_goal"] for row in rows], color="0.3", linestyle="--", label="goal", zorder=3)
+    above.plot(steps, [100 * row["macs_left"] for row in rows], color="#56B4E9", linewidth=3, label="left")
+    below.plot(steps, [100 * row["accuracy"] for row in rows], color="#D55E00", marker=".", markersize=4)
+    lowest = min(row["accuracy"] for row in rows if row["step"] > report["dense"])
+    below.set(xlabel="step", ylabel="validation accuracy (%)", ylim=(100 * lowest - 1, 100.2), xlim=(0, report["steps"]))
+    above.set(ylabel="multiply-accumulates (%)", ylim=(0, 118))
+    above.legend(frameon=False, loc="center right")
+    figure.suptitle(
+        f"A plan to {found['macs']:.0%} of the MACs: {found['task']}, {found['images']:,} images, seed {found['seed']}", fontsize=10
+    )
+    return figure
+
+
 def sources(chart: Path, results: Path = RESULTS) -> list[Path]:
     """The results files that the chart DEVICE-CHART.png shows."""
     device, _, name = chart.stem.rpartition("-")
@@ -290,9 +318,11 @@ def write_all(results: Path, target: Path) -> list[Path]:
 
 
 def write_methods(target: Path) -> list[Path]:
-    """The charts of docs/methods.md: gate values, and the comparison of families where its result is there."""
-    compared = ROOT / "examples" / "results" / "compare_families.json"
-    charts = {"gates.png": draw_gates, **({"families.png": lambda: draw_families(compared)} if compared.exists() else {})}
+    """The charts of docs/methods.md and docs/choosing.md: gate values, and the others where their results are there."""
+    drawn = {"families.png": (draw_families, ROOT / "examples" / "results" / "compare_families.json")}
+    drawn |= {"plan-run.png": (draw_plan, RESULTS / "cpu" / "plan-run.json")}
+    charts: dict[str, Callable[[], Figure]] = {"gates.png": draw_gates}
+    charts |= {name: partial(draw, path) for name, (draw, path) in drawn.items() if path.exists()}
     torch.manual_seed(0)
     for name, draw in charts.items():
         with plt.rc_context({"font.size": 9, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False}):

@@ -17,7 +17,7 @@ from dampr import demo, report
 from dampr.bench import linear, records
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "methods.md")
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "methods.md", ROOT / "docs" / "choosing.md")
 PLACE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -40,6 +40,10 @@ def _table(lines: list[dict[str, Any]]) -> str:
         found = demo.Report.from_dict(head)
         table = report.markdown(report.DEMO_COLUMNS, report.demo_rows(found))
         return f"{table}\n\nmax \\|masked - compacted\\|: {found.max_abs_difference:.1e}."
+    if "report" in head:
+        return _plan_parts(head)
+    if "runs" in head:
+        return _plan_families(head)
     if "rows" in head:
         return report.markdown(("op", "backend", "dtype", "cases", "error", "bound", ""), [_verified(row) for row in head["rows"]]) + "\n\n"
     if "points" in head:
@@ -56,6 +60,38 @@ def _table(lines: list[dict[str, Any]]) -> str:
         return _side_by_side(found, head["verified"]) + _against_compiled(found, head["verified"])
     columns, *rows = linear.table(found, head["verified"])
     return report.markdown(columns, rows) + "\n\n" + _against_compiled(found, head["verified"])
+
+
+def _plan_parts(found: dict[str, Any]) -> str:
+    """A run of a plan: what is left and how good it is at the end of each part."""
+    rows, plan = found["rows"], found["report"]
+    cells = []
+    for name, first, last in (
+        ("dense", 1, plan["dense"]),
+        ("ramp: gates are measured, then close", plan["dense"] + 1, plan["compacted"]),
+        ("fine-tuning", plan["compacted"] + 1, plan["steps"]),
+    ):
+        end = max((row for row in rows if row["step"] <= last), key=lambda row: row["step"])
+        cells.append((name, f"{first} to {last}", f"{end['macs_left']:.2%}", f"{end['macs_goal']:.2%}", f"{end['accuracy']:.1%}"))
+    table = report.markdown(("part", "steps", "MACs left at its end", "goal", "validation accuracy"), cells)
+    widths = ", ".join(f"{left} of {count}" for count, left in plan["budget"]["widths"].values())
+    changed = sum(plan["budget"]["closed"].values()) + sum(plan["budget"]["opened"].values())
+    what = f"{found['task']}, {found['images']:,} images to train on, {found['validated_on']:,} to validate; units left: {widths}"
+    return f"{table}\n\n{what}; gates that `finalize` had to change: {changed}; masked and compacted differ by {plan['difference']:.1e}."
+
+
+def _plan_families(found: dict[str, Any]) -> str:
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for run in found["runs"]:
+        runs.setdefault(run["way"], []).append(run)
+    rows = []
+    for way, mine in runs.items():
+        accuracy, widths = [run["accuracy"] for run in mine], sorted({"-".join(map(str, run["widths"])) for run in mine})
+        each = ", ".join(f"{a:.1%}" for a in accuracy)
+        name = way if way in ("dense", "importance") else f"learned, {way}"
+        rows.append((name, f"{statistics.mean(accuracy):.1%}", each, "; ".join(widths), f"{max(run['left'] for run in mine):.2%}"))
+    table = report.markdown(("score and family", "mean accuracy", "each seed", "units left", "MACs left"), rows)
+    return f"{table}\n\nLeNet-300-100, digits, {found['epochs']} epochs, macs={found['macs']:g}."
 
 
 def _side_by_side(points: list[linear.Point], verified: bool) -> str:

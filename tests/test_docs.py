@@ -59,6 +59,32 @@ def test_the_code_of_the_training_page_runs(tmp_path):
     assert "of 1,606,400 (2" in ran("\n".join(python_of("docs/training.md")), tmp_path)
 
 
+def test_the_code_of_the_choosing_page_prints_what_it_shows(tmp_path):
+    """Numbers of accuracy and widths aside, which depend on the machine."""
+    shape = re.compile(r"\d+(\.\d+)?%:?|\[.*?\]")
+    lines = ran("\n".join(python_of("docs/choosing.md")), tmp_path).splitlines()
+    page = (ROOT / "docs" / "choosing.md").read_text()
+    shown = [line for block in re.findall(r"\n\n```\n(.*?)```", page, re.DOTALL) for line in block.splitlines()]
+    assert lines[0] == shown[0]
+    assert [shape.sub("#", line) for line in lines] == [shape.sub("#", line) for line in shown]
+    found, written = ([float(re.search(r"([\d.]+)%(,|$)", line)[1]) for line in text[1:]] for text in (lines, shown))
+    assert found == pytest.approx(written, abs=15)
+
+
+BEFORE = """
+import torch, dampr
+from torch import nn
+x, y = torch.randn(64, 20), torch.randint(5, (64,))
+model, batches, epochs, loader = nn.Sequential(nn.Linear(20, 40), nn.ReLU(), nn.Linear(40, 5)), [(x, y)], 10, range(20)
+"""
+
+
+@pytest.mark.parametrize("name", ["Plan", "Budget", "prune_once"])
+def test_the_code_of_the_pruning_page_runs(name, tmp_path):
+    (code,) = [block for block in python_of("docs/pruning.md") if f"dampr.{name}(" in block]
+    ran(BEFORE + code, tmp_path)
+
+
 @pytest.mark.parametrize("name", ["cpu/demo-digits", "cpu/demo-fashion-mnist"])
 def test_tables_are_those_of_the_results_files(name):
     data = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())

@@ -108,12 +108,25 @@ def test_shares_count_the_work_that_has_to_be_done():
 
 def test_the_committed_charts_are_those_of_the_committed_results(tmp_path):
     drawn = {path.name: "performance.md" for path in plots.write_all(plots.RESULTS, tmp_path)}
-    drawn |= {path.name: "methods.md" for path in plots.write_methods(tmp_path)}
+    drawn |= {path.name: "methods.md" for path in plots.write_methods(tmp_path)} | {"plan-run.png": "choosing.md"}
     committed = sorted(plots.PLOTS.glob("*.png"))
     assert {path.name for path in committed} == set(drawn), "run python -m benchmarks.plots"
     for path in committed:
         assert path.stat().st_size <= 150 * 1024, path.name
         assert f"](plots/{path.name})" in (plots.ROOT / "docs" / drawn[path.name]).read_text()
+
+
+def test_the_chart_of_a_plan_shows_every_row_and_part() -> None:
+    results = plots.RESULTS / "cpu" / "plan-run.json"
+    found = json.loads(results.read_text())
+    figure = plots.draw_plan(results)
+    above, below = figure.axes
+    goal, left = above.get_lines()
+    assert list(goal.get_ydata()) == [100 * row["macs_goal"] for row in found["rows"]]
+    assert list(left.get_ydata()) == [100 * row["macs_left"] for row in found["rows"]]
+    assert list(below.get_lines()[0].get_xdata()) == [row["step"] for row in found["rows"]]
+    assert [text.get_text() for text in above.texts] == ["dense", "ramp", "fine-tuning"]
+    plots.plt.close(figure)
 
 
 def test_the_charts_of_methods_show_every_family_and_every_run() -> None:
