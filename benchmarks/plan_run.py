@@ -77,7 +77,7 @@ def run(root: Path = MNIST, *, epochs: int = EPOCHS, seed: int = 0) -> dict[str,
 
 
 def compare(*, epochs: int = 20, seeds: int = 5) -> list[dict[str, Any]]:
-    """The digits at :data:`SMALL` of the MACs: not pruned, by importance, by the learned gates of each family; test accuracy of every seed."""
+    """The digits at :data:`SMALL` of the MACs: not pruned, by importance, by learned gates of each family; test accuracy of each seed."""
     data, runs = datasets.digits(), []
     steps = epochs * -(-len(data.x) // 64)
     ways: dict[str, dict[str, Any] | None] = {"dense": None, "importance": {}}

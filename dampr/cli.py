@@ -59,7 +59,7 @@ def demo(
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="for all that is written")] = Path("dampr-demo"),
     json: Annotated[File, typer.Option("--json", metavar="FILE", help="write the result there instead of to demo.json")] = None,
 ) -> None:
-    """Train a network on real data as it is, and with a plan that prunes it on the way, and compare.
+    """Train a network dense, and with a plan that prunes it; compare both.
 
     Writes demo.json, demo.png, history.jsonl and compacted.safetensors, and says how to look at the last two with dampr report.
     """

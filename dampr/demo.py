@@ -143,7 +143,7 @@ def run(
         folder.mkdir(parents=True, exist_ok=True)
         (folder / HISTORY).unlink(missing_ok=True)
     _train(dense, split, recipe, "dense")
-    history = _train(pruned, split, recipe, "pruned", plan, None if folder is None else dampr.History(folder / HISTORY))
+    history = _train(pruned, split, recipe, "pruned", plan, None if folder is None else dampr.History(folder / HISTORY, plan))
     compacted = plan.finish()
     if folder is not None:
         dampr.save(compacted, folder / COMPACTED)
@@ -207,10 +207,10 @@ def _train(
             if plan is not None:
                 with torch.no_grad():
                     accuracy = _accuracy(model.eval(), split)
-                readings, widths = plan.readings(), _widths(model)
-                epochs.append({"epoch": epoch, "loss": loss_of_epoch, "accuracy": accuracy, **readings, "open": widths})
+                widths = _widths(model)
+                epochs.append({"epoch": epoch, "loss": loss_of_epoch, "accuracy": accuracy, **plan.readings(), "open": widths})
                 if written is not None:
-                    written.record(step=plan.steps_taken, loss=loss_of_epoch, accuracy=accuracy, **readings)
+                    written.record(step=plan.steps_taken, loss=loss_of_epoch, accuracy=accuracy)
                 note += f", {plan.phase}, open {'-'.join(map(str, widths.values()))}"
             advance(note)
     return epochs
