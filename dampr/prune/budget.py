@@ -18,7 +18,7 @@ from dampr.gates import Fixed, Gate, OwnedGate, SteppedGate
 
 from . import inputs
 from .compact import compact
-from .controller import FLOOR, SCORES, Controller, Increment, longest, owned
+from .controller import FLOOR, SCORES, Controller, Increment, even_share, longest, owned
 from .cost import Cost
 from .importance import evenly, magnitudes
 from .latency import Latency
@@ -37,6 +37,11 @@ class BudgetError(RuntimeError):
 
 class BudgetWarning(UserWarning):
     """A budget closed many gates that training had left open, so the network was not trained for what is left of it."""
+
+
+def amount(metric: str, value: float) -> str:
+    """A cost in words: a count, or milliseconds."""
+    return f"{value * 1e3:.3f} ms" if metric == "latency" else f"{value:,.0f}"
 
 
 RISK = 0.1  # the share of the gates above which a budget warns of what it decided without training
@@ -71,9 +76,7 @@ class BudgetReport(Report):
 
     def __str__(self) -> str:
         lines = [f"{name}: {left} of {count}{self._decided(name)}" for name, (count, left) in self.widths.items()]
-        reached, total, target = (
-            f"{n * 1e3:.3f} ms" if self.metric == "latency" else f"{n:,}" for n in (self.reached, self.total, self.target)
-        )
+        reached, total, target = (amount(self.metric, n) for n in (self.reached, self.total, self.target))
         lines.append(f"{self.metric}: {reached} of {total} ({self.reached / self.total:.2%}), target {target}")
         if self.before is not None and self.changed:
             lines.append(f"before: {self.before / self.total:.2%} of {self.metric}; {self.changed:.1%} of the gates changed here")
@@ -111,8 +114,8 @@ class Budget:
         steps: in how many steps the owned gates come down to the target; not together with ``schedule``.
         score: with ``steps``, what decides. ``"importance"``: the first-order Taylor importance of each unit over its marginal cost; the
             family of the gates does not matter. ``"learned"``: the gates of the family, which learn from the gradient of the task.
-        min_share: with ``steps``, the least share of each width that stays; None: a quarter of the share of a network that is as small and
-            evenly narrow.
+        min_share: with ``steps``, the least share of each width that stays; None: half the share of a network that is as small and evenly
+            narrow.
 
     Attributes: ``model``; ``metric``, its name; ``cost``, a :class:`Cost`; ``steps`` taken; ``multiplier``; ``targets``, costs with the
     values they were given as; ``controller``, what steps the gates, None where an optimizer does.
@@ -193,7 +196,8 @@ class Budget:
         hint = f"; {wanted} % is {metric}={wanted / 100:g}" if isinstance(wanted, int) and wanted <= 100 else ""
         never = [name for name, note in self.cost.structure.notes.items()]
         raise BudgetError(
-            f"{metric}={wanted!r}: expected at least {minimum:,.6g} of {self.total:,.6g} ({minimum / self.total:.1%}), which remain with "
+            f"{metric}={wanted!r}: expected at least {amount(metric, minimum)} of {amount(metric, self.total)} "
+            f"({minimum / self.total:.1%}), which remain with "
             f"one gate open in every layer{hint}" + (f"; gates that cut nothing: {never}" if never else "")
         )
 
@@ -208,7 +212,7 @@ class Budget:
         if score == "learned":
             for gate in gates:
                 gate.levels()  # refuses families that a budget cannot move
-        share = FLOOR * math.sqrt(self.target / self.total) if min_share is None else min_share
+        share = FLOOR * even_share(self.cost, self.target) if min_share is None else min_share
         rows = [row for rows in self.cost.structure.widths() for row in rows]
         least = [0 if row.start in self.cost.whole else max(1, math.ceil(share * len(row))) for row in rows]
         controller = Controller([], self.cost, self.target, steps, score, least)
@@ -246,7 +250,7 @@ class Budget:
 
     def __repr__(self) -> str:
         how = f"strength={self.strength:g}, multiplier={float(self.multiplier):.3g}" if self.controller is None else self.controller.score
-        target = f"{self.metric}: target {self.target / self.total:.2%} of {self.total:,.6g}"
+        target = f"{self.metric}: target {self.target / self.total:.2%} of {amount(self.metric, self.total)}"
         return f"Budget({target}; {how}; step {self.steps}, goal {self.goal:.2%}, left {float(self._left):.2%})"
 
     @property
@@ -321,10 +325,11 @@ class Budget:
         report = self._fit(self.model, self.target, round_to, min_width, self._matched(globs))
         self.controller = None
         if report.changed > RISK:
+            left = amount(self.metric, report.before or 0)
             advice = "train for more steps" if report.before and report.before > report.target else "close gates more slowly"
             warnings.warn(
-                f"finalize changed {report.changed:.0%} of the gates: {report.before:,.6g} of {self.metric} were left, the target is "
-                f"{report.target:,.6g}; {advice}, or train on after it (dampr.Plan does both)",
+                f"finalize changed {report.changed:.0%} of the gates: {left} of {self.metric} were left, "
+                f"the target is {amount(self.metric, report.target)}; {advice}, or train on after it (dampr.Plan does both)",
                 BudgetWarning,
                 stacklevel=2,
             )

@@ -29,7 +29,7 @@ MEASURE, LAG, RAMP = 0.1, 0.15, 0.75  # shares of the steps of a budget: gates a
 ARRIVED = 0.9  # the share of the ramp after which the goal is the target
 MEMORY = 0.95  # of the running means
 HYSTERESIS = 4.0  # a gate on its way down comes back only if its score is that many times better
-FLOOR = 0.25  # the least share of a width that stays, relative to that of a network which is as small and evenly narrow
+FLOOR = 0.5  # the least share of a width that stays, relative to that of a network which is as small and evenly narrow
 KEPT = 0.1  # the least level of a learned gate that is kept
 EDGE = 0.01  # where one that comes back begins
 SHUT = -0.1  # the level of one that has closed
@@ -267,6 +267,24 @@ def _taken(leaf: Tensor) -> Tensor:
     """The gradient of a leaf, zeros where there is none; it is cleared."""
     found, leaf.grad = leaf.grad, None
     return torch.zeros_like(leaf) if found is None else found
+
+
+@torch.no_grad()
+def even_share(cost: Cost, target: float) -> float:
+    """The largest share, to 1 %, of every width that costs at most ``target`` if every width keeps as large a share, at least one unit."""
+    widths = [row for rows in cost.structure.widths() for row in rows]
+
+    def fits(share: float) -> bool:
+        kept = torch.ones(cost.structure.size, dtype=torch.bool)
+        for row in widths:
+            kept[row.start + max(1, round(share * len(row))) : row.stop] = False
+        return float(cost(kept | ~cost.prunable)) <= target
+
+    low, high = 0.0, 1.0
+    while high - low > 0.01 * high:
+        middle = (low + high) / 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
 
 
 def over_ranks(t: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
 
 from dampr import _checks
 from dampr.gates import Fixed
@@ -37,7 +38,7 @@ class PlanError(RuntimeError):
 
 @dataclass(frozen=True)
 class PlanReport(Report):
-    """What a plan did, and when: ``steps`` in all, of which the model was dense up to ``dense``, and compacted behind ``compacted``.
+    """What a plan did, and when: ``steps`` in all, of which all units were open up to ``dense``, and the model compacted at ``compacted``.
 
     ``budget``: what was decided at that moment; ``difference``: the largest between the outputs of the masked and the compacted model.
     ``added``: biases that compaction added, which have no state in the optimizer. ``recalibrated``: on how many batches statistics of
@@ -168,6 +169,7 @@ class Plan:
                 f"that ends before the last one (it ends at {self._end})"
             )
         self._length = min(round(ramp * steps / RAMP), self._end - 1)  # of the budget: the ramp, and the steps in which it measures
+        self._begun = self._end - round(ramp * steps)  # all of the model is there up to here
         self._targets = {name: value for name, value in (("macs", macs), ("params", params), ("latency", latency)) if value is not None}
         self._min_share, self._round_to, self._min_width = min_share, round_to, min_width
         self._restart, self._distill, self._distill_loss = restart, distill, distill_loss
@@ -180,6 +182,7 @@ class Plan:
         self._batches: deque[tuple[Any, Any]] = deque(maxlen=max(1, recalibrate))
         self._teacher: nn.Module | None = None
         self._output: Any = None
+        self._looks: RemovableHandle | None = None
         self._finished = False
         if gated_layers(model):
             found = self._budget = self._make_budget(model, warmup=self._end - self._length)
@@ -188,10 +191,7 @@ class Plan:
             with inputs.same_noise(model):
                 found = self._make_budget(self._with_gates(trial))  # what cannot be done is refused here
         self.metric, self.total, self.target = found.metric, found.total, found.target
-        self._hooks = [
-            model.register_forward_pre_hook(self._see_inputs, with_kwargs=True),
-            model.register_forward_hook(self._see_outputs, with_kwargs=True),
-        ]
+        self._hooks: list[RemovableHandle] = []
 
     @property
     def phase(self) -> str:
@@ -200,7 +200,7 @@ class Plan:
             return "finished"
         if self.report is not None:
             return "fine-tuning"
-        return "ramp" if self.steps_taken >= self._end - self._length else "dense"
+        return "ramp" if self.steps_taken >= self._begun else "dense"
 
     @property
     def closing_steps(self) -> int:
@@ -255,6 +255,7 @@ class Plan:
                 self._begin()
             elif self._budget is not None:
                 self._step_budget(self._budget)
+                self._look_at_inputs()
                 if self.steps_taken == self._end:
                     self._compact(self._budget, optimizer)
                     smaller = True
@@ -292,7 +293,7 @@ class Plan:
     def __repr__(self) -> str:
         target = ", ".join(f"{name}={value!r}" for name, value in self._targets.items())
         return (
-            f"Plan({target}, score={self._score!r}: dense to step {self._end - self._length}, ramp to {self._end}, "
+            f"Plan({target}, score={self._score!r}: dense to step {self._begun}, ramp to {self._end}, "
             f"fine-tuning to {self.steps}; {self.phase}, step {self.steps_taken})"
         )
 
@@ -330,7 +331,8 @@ class Plan:
             raise ValueError(f"state: of a plan of {state['steps']} steps, expected {self.steps}")
         with inputs.same_noise(self.model):
             if state["teacher"] is not None:
-                self._teacher = self._frozen_copy()
+                self._teach(self._frozen_copy())
+                assert self._teacher is not None
                 self._teacher.load_state_dict(state["teacher"])
             if self._budget is None and (state["budget"] is not None or state["kept"] is not None):
                 self._budget = self._make_budget(self._with_gates(self.model), owned=state["kept"] is None)
@@ -343,6 +345,7 @@ class Plan:
                 self._budget.load_state_dict(state["budget"])
         self._batches.extend(state["batches"])
         self.steps_taken, self._rates, self._silent = int(state["steps_taken"]), state["rates"], int(state["silent"])
+        self._look_at_inputs()
         if state["report"] is not None:
             report = dict(state["report"])
             self.report = PlanReport(**{**report, "budget": BudgetReport(**report["budget"])})
@@ -364,9 +367,13 @@ class Plan:
             self.steps_taken -= 1
             raise PlanError(f"step {self.steps_taken + 1}: {bad[0]} has values that are not finite; expected a loss that is")
         if self._distill:
-            self._teacher = self._frozen_copy()
+            self._teach(self._frozen_copy())
         with inputs.same_noise(self.model):
             self._budget = self._make_budget(self._with_gates(self.model))
+
+    def _teach(self, teacher: nn.Module) -> None:
+        self._teacher = teacher
+        self._hooks.append(self.model.register_forward_hook(self._see_outputs, with_kwargs=True))
 
     def _frozen_copy(self) -> nn.Module:
         hooks = [(hooks, dict(hooks)) for hooks in (self.model._forward_pre_hooks, self.model._forward_hooks)]
@@ -400,11 +407,13 @@ class Plan:
         batches = [args if not kwargs else (args, kwargs) for args, kwargs in self._batches]
         seen = recalibrate(self.model, batches) if self._recalibrate and batches else 0
         self._batches.clear()
+        if self._looks is not None:
+            self._looks.remove()
         manifest = small.dampr_manifest
         name = self._gate if isinstance(self._gate, str) else getattr(self._gate, "__name__", repr(self._gate))
         self.report = PlanReport(
             self.steps,
-            self._end - self._length,
+            self._begun,
             self._end,
             self._trained,
             name,
@@ -436,12 +445,19 @@ class Plan:
 
     # ---- what the plan sees of the model's calls
 
+    def _look_at_inputs(self) -> None:
+        """Keep the batches of the last steps of the ramp, and of these alone: a hook has a compiled model compiled again."""
+        if self._looks is None and self._recalibrate and 0 < self._end - self.steps_taken <= self._recalibrate:
+            self._looks = self.model.register_forward_pre_hook(self._see_inputs, with_kwargs=True)
+
+    @torch.compiler.disable
     def _see_inputs(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if module.training and self.report is None and self._recalibrate and self._end - self.steps_taken <= self._recalibrate:
+        if module.training:
             self._batches.append((args, kwargs))
 
+    @torch.compiler.disable
     def _see_outputs(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if module.training and self._distill and self._teacher is not None and torch.is_grad_enabled():
+        if module.training and torch.is_grad_enabled():
             self._output = args, kwargs, output
 
     def _remove_hooks(self) -> None:
