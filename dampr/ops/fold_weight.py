@@ -12,9 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dampr import reference
+
 from .backends import select
 from .gate_args import PAIR, GateArgs, GatePair, Maybe, unpack
-from .library import apply, define, once_differentiable, or_empty, wanted
+from .library import define, or_empty, wanted
+from .node import Node, apply
 
 
 def _fwd(
@@ -77,7 +80,14 @@ bwd = define(
 )
 
 
-class _FoldWeight(torch.autograd.Function):
+class _FoldWeight(Node):
+    tensors = 6
+
+    @staticmethod
+    def plain(*inputs: Any) -> tuple[Tensor, Tensor]:
+        folded, folded_bias = reference.fold_weight(*inputs)
+        return folded, folded.new_empty(0) if folded_bias is None else folded_bias
+
     @staticmethod
     def forward(*inputs: Any) -> Any:
         folded, folded_bias = fwd(*inputs)
@@ -85,16 +95,15 @@ class _FoldWeight(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        *tensors, ctx.spec, _ = inputs
-        if tensors[1] is None:
+        if inputs[1] is None:
             ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(*tensors)
+        ctx.constants = inputs[6:]
+        ctx.save_for_backward(*inputs[:6])
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, raw: Tensor, raw_bias: Tensor) -> Any:  # type: ignore[override]
+    def fused(ctx: Any, raw: Tensor, raw_bias: Tensor) -> Any:
         needs, (_, bias, *_) = list(ctx.needs_input_grad[:4]), ctx.saved_tensors
-        grads = bwd(raw, None if bias is None else raw_bias, *ctx.saved_tensors, ctx.spec, needs)
+        grads = bwd(raw, None if bias is None else raw_bias, *ctx.saved_tensors, ctx.constants[0], needs)
         return (*wanted(grads, needs), None, None, None, None)
 
 
@@ -136,21 +145,23 @@ blocks_bwd = define(
 )
 
 
-class _FoldBlocks(torch.autograd.Function):
+class _FoldBlocks(Node):
+    tensors = 3
+    plain = staticmethod(reference.fold_blocks)
+
     @staticmethod
     def forward(*inputs: Any) -> Any:
         return blocks_fwd(*inputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        *tensors, ctx.spec, ctx.block, _ = inputs
-        ctx.save_for_backward(*tensors)
+        ctx.constants = inputs[3:]
+        ctx.save_for_backward(*inputs[:3])
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, raw: Tensor) -> Any:  # type: ignore[override]
+    def fused(ctx: Any, raw: Tensor) -> Any:
         needs = list(ctx.needs_input_grad[:2])
-        grads = blocks_bwd(raw, *ctx.saved_tensors, ctx.spec, ctx.block, needs)
+        grads = blocks_bwd(raw, *ctx.saved_tensors, *ctx.constants[:2], needs)
         return (*wanted(grads, needs), None, None, None, None)
 
 
