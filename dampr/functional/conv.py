@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from dampr import _checks, ops
 from dampr.ops import Window
+from dampr.ops.fold_conv import channels_innermost
 from dampr.ops.library import watched
 from dampr.ops.routes import ConvProblem
 from dampr.spec import SAMPLE, GateSpec
@@ -155,7 +156,7 @@ def layout_of(dims: int, x: Tensor, weight: Tensor, stride: Any, padding: Any, d
     """
     _checks.floating("x", _checks.tensor("x", x))
     _checks.floating("weight", _checks.tensor("weight", weight))
-    side_by_side = x.dim() == 4 and weight.shape[2:] == (1, 1) and x.is_contiguous(memory_format=torch.channels_last)
+    side_by_side = weight.shape[2:] == (1, 1) and channels_innermost(x)
     problem = dims, x.shape, side_by_side, weight.shape, stride, padding, dilation, groups, where
     if not watched((x, weight)):
         try:

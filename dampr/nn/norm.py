@@ -203,7 +203,8 @@ class _GatedBatchNorm(_GatedNorm, _BatchNorm):
     def forward(self, x: Tensor) -> Tensor:
         self._check_input_dim(x)
         parameter, seed, spec = self.gate.call()
-        left = self.followed and torch.compiler.is_compiling()  # to the ReLU behind, which the compiler fuses as well
+        # To the ReLU behind: a compiler fuses it as well, and a transform has tensors that cannot be marked.
+        left = self.followed and (torch.compiler.is_compiling() or ops.is_transformed())
         activation = None if left else self.activation
         y = None
         if self.training and self._fits(x, parameter):

@@ -14,6 +14,7 @@ from .gate_args import GateArgs, GatePair
 from .gated_conv2d import gated_conv2d
 from .gated_linear import gated_linear
 from .live import on_open_gates
+from .node import is_transformed
 from .norm_gate import has_whole_norms, norm_gate, whole_norm_gate
 from .routes import forced_route
 from .sample_gates import sample_gates
@@ -44,6 +45,7 @@ __all__ = [
     "gated_conv2d",
     "gated_linear",
     "has_whole_norms",
+    "is_transformed",
     "norm_gate",
     "on_open_gates",
     "sample_gates",

@@ -7,11 +7,12 @@ from torch import Tensor
 
 from .fold_weight import fold_blocks, fold_weight
 from .gate_args import GateArgs, Maybe
+from .node import is_transformed
 
 
 def channels_innermost(weight: Tensor) -> bool:
-    """Whether a (filter, position) is followed in memory by its channels."""
-    return weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last)
+    """Whether a (filter, position) is followed in memory by its channels; False under a transform, where memory is not to be seen."""
+    return weight.dim() == 4 and not is_transformed() and weight.is_contiguous(memory_format=torch.channels_last)
 
 
 def as_matrix(weight: Tensor) -> Tensor:
