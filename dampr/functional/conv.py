@@ -236,4 +236,4 @@ def _gate_blocks(
     else:
         count = _checks.block_count("block", block, weight.shape[0], weight.shape[1])
         size, what = (block[0], block[1] * max(1, weight.shape[2:].numel())), f"{block[0]} x {block[1]} block of filters and channels"
-    return ops.fold_filter_blocks(weight, gate_of("weight_gate", gate, count, what, x, seed, spec), size, x.dtype)
+    return ops.fold_blocks(weight, gate_of("weight_gate", gate, count, what, x, seed, spec), size, x.dtype)

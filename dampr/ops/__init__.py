@@ -7,7 +7,7 @@ nothing is saved but inputs and seeds (and, where an output gate multiplies acti
 
 from .backends import BackendUnavailableError, backend, backend_info, choose, select
 from .dependency_generator import dependency_generator
-from .fold_conv import fold_channels, fold_filter_blocks, fold_filters
+from .fold_conv import fold_channels, fold_filters
 from .fold_weight import fold_blocks, fold_weight
 from .gate_activations import gate_activations
 from .gate_args import GateArgs, GatePair
@@ -37,7 +37,6 @@ __all__ = [
     "dependency_generator",
     "fold_blocks",
     "fold_channels",
-    "fold_filter_blocks",
     "fold_filters",
     "fold_weight",
     "forced_route",

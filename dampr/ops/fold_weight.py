@@ -15,6 +15,7 @@ from torch import Tensor
 from dampr import reference
 
 from .backends import select
+from .gate_activations import dense_format
 from .gate_args import PAIR, GateArgs, GatePair, Maybe, unpack
 from .library import define, or_empty, wanted
 from .node import Node, apply
@@ -150,8 +151,8 @@ class _FoldBlocks(Node):
     plain = staticmethod(reference.fold_blocks)
 
     @staticmethod
-    def forward(*inputs: Any) -> Any:
-        return blocks_fwd(*inputs)
+    def forward(weight: Tensor, *rest: Any) -> Any:  # type: ignore[override]
+        return _laid_out(blocks_fwd(_rows(weight), *rest), weight)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -160,12 +161,22 @@ class _FoldBlocks(Node):
 
     @staticmethod
     def fused(ctx: Any, raw: Tensor) -> Any:
-        needs = list(ctx.needs_input_grad[:2])
-        grads = blocks_bwd(raw, *ctx.saved_tensors, *ctx.constants[:2], needs)
-        return (*wanted(grads, needs), None, None, None, None)
+        (weight, log_alpha, seed), needs = ctx.saved_tensors, list(ctx.needs_input_grad[:2])
+        dw, dlog_alpha = wanted(blocks_bwd(_rows(raw), _rows(weight), log_alpha, seed, *ctx.constants[:2], needs), needs)
+        return None if dw is None else _laid_out(dw, weight), dlog_alpha, None, None, None, None
+
+
+def _rows(weight: Tensor) -> Tensor:
+    """A weight (N, ...) as a matrix of N rows, in the order of its indices, whatever that of its memory."""
+    return weight if weight.dim() == 2 else weight.flatten(1)
+
+
+def _laid_out(matrix: Tensor, weight: Tensor) -> Tensor:
+    """The inverse of :func:`_rows`, in the memory format of ``weight``."""
+    return matrix if weight.dim() == 2 else matrix.view(weight.shape).contiguous(memory_format=dense_format(weight, 1))
 
 
 def fold_blocks(weight: Tensor, gate: GateArgs, block: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """W * Z in ``dtype``, differentiable; weight: (N, K), one gate for each block, row by row; taken as checked."""
+    """W * Z in ``dtype``, differentiable; weight: (N, ...), one gate for each block of it as a matrix, row by row; taken as checked."""
     folded: Tensor = apply(_FoldBlocks, weight, gate.log_alpha, gate.seed, gate.spec, block, dtype)
     return folded

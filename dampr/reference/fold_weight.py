@@ -37,6 +37,6 @@ def fold_blocks(
     block: tuple[int, int],
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """W * Z in ``dtype``, differentiable in every floating-point argument; weight: (N, K), a gate for each block, row by row."""
-    z = expand_blocks(gate_values(log_alpha, spec, seed), (weight.shape[0], weight.shape[1]), block)
-    return (weight * z).to(dtype)
+    """W * Z in ``dtype``, differentiable in every floating-point argument; weight: (N, ...), a gate for each block of it as a matrix."""
+    z = expand_blocks(gate_values(log_alpha, spec, seed), (weight.shape[0], weight.shape[1:].numel()), block)
+    return (weight * z.reshape(weight.shape)).to(dtype)
