@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from dampr import _checks, functional, reference
+from dampr.functional.gates import gated_dimension, times_rows
 from dampr.gates import Gate as Family
 from dampr.gates import make_gate, place_gate
 from dampr.ops import is_transformed
@@ -108,8 +109,8 @@ class Gate(GatedLayer, nn.Module):
             return functional.gate_activations(x, parameter, dim=self.dim, seed=seed, per_sample=self.per_sample, spec=spec)
         if not (self.per_sample and self.gate.draws):
             return functional.gate_activations(x, self.gate()[self.index], dim=self.dim, spec=VALUE)
-        z = self.gate(x.shape[0])[:, self.index]
-        return (x * reference.along(z, x, self.dim)).to(x.dtype)
+        dim = gated_dimension(x, self.dim, per_sample=True)
+        return times_rows(x, self.gate(x.shape[0])[:, self.index], dim)
 
     @property
     def num_features(self) -> int:

@@ -54,7 +54,7 @@ class BatchNorm(NamedTuple):
     def refuses(self, x: Tensor, gain: Tensor, shift: Maybe) -> bool:
         """Whether torch's own function has something to say about x, or does something else where there is so little of it."""
         vectors = gain, shift, self.running_mean, self.running_var
-        return x.dim() < 2 or x.numel() <= x.shape[1] or any(t is not None and t.numel() != x.shape[1] for t in vectors)
+        return x.dim() < 2 or x.numel() <= x.shape[1] or self.eps <= 0 or any(t is not None and t.numel() != x.shape[1] for t in vectors)
 
     def gain_dtype(self, x: Tensor) -> torch.dtype:
         """The dtype of a gain that stands for none: vendors take one that is wider than x, like their statistics."""
