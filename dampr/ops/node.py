@@ -60,8 +60,7 @@ def differentiate(function: Callable[..., Any], grads: Sequence[Tensor], inputs:
     """Gradients of the ``inputs`` that need one from ``grads``, those of the outputs; differentiable where gradients are enabled."""
     again = torch.is_grad_enabled()
     with torch.enable_grad():
-        # Views stand for the inputs: what an input was itself made of is not part of its gradient.
-        given = [t.view_as(t).requires_grad_() if need and t is not None else t for t, need in zip(inputs, needs, strict=True)]
+        given = [_stand_in(t) if need and t is not None else t for t, need in zip(inputs, needs, strict=True)]
         outputs = function(*given)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         wanted = [t for t, need in zip(given, needs, strict=True) if need and t is not None]
@@ -71,6 +70,12 @@ def differentiate(function: Callable[..., Any], grads: Sequence[Tensor], inputs:
             ends, upstream = zip(*learned, strict=True)
             found = list(torch.autograd.grad(ends, wanted, upstream, create_graph=again, materialize_grads=True))
     return [found.pop(0) if need and t is not None else None for t, need in zip(given, needs, strict=True)]
+
+
+def _stand_in(t: Tensor) -> Tensor:
+    """A view in the place of an input: what the input was itself made of is not part of the gradient by it."""
+    view = t.view_as(t)
+    return view if view.requires_grad else view.requires_grad_()
 
 
 def differentiate_layer(
