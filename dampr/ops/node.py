@@ -16,18 +16,15 @@ from torch.autograd import forward_ad
 
 from .gate_args import GatePair, Maybe
 
+# Looked up once: every backward asks these, and beside a tiny layer an attribute of an attribute counts.
+_grad_enabled, _compiling = torch.is_grad_enabled, torch.compiler.is_compiling
+_in_func, _in_batch = torch._C._are_functorch_transforms_active, torch._C._functorch.is_legacy_batchedtensor
+
 
 def is_transformed() -> bool:
     """Whether torch.func or forward mode is at work: they need operators that torch knows."""
-    transformed: bool = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    transformed: bool = _in_func() or forward_ad._current_level >= 0
     return transformed
-
-
-def _needs_plain(dy: Tensor) -> bool:
-    """Whether this backward is differentiated again, or is one of a batch. What is compiled is neither: torch refuses that itself."""
-    return not torch.compiler.is_compiling() and (
-        torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(dy) or is_transformed()
-    )
 
 
 class Node(torch.autograd.Function):
@@ -42,8 +39,13 @@ class Node(torch.autograd.Function):
     fused: Callable[..., Any]
 
     def __init_subclass__(cls) -> None:
+        fused = cls.fused
+
         def backward(ctx: Any, *grads: Tensor) -> Any:
-            return _by_plain(cls, ctx, grads) if _needs_plain(grads[0]) else cls.fused(ctx, *grads)
+            # Differentiated again, or one of a batch. What is compiled is neither: torch refuses a second derivative of it by name.
+            if not _compiling() and (_grad_enabled() or _in_batch(grads[0]) or _in_func() or forward_ad._current_level >= 0):
+                return _by_plain(cls, ctx, grads)
+            return fused(ctx, *grads)
 
         cls.backward = staticmethod(backward)  # type: ignore[method-assign, assignment]
 
