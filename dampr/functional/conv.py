@@ -112,7 +112,8 @@ def _gated_conv(
             raise ValueError("weight_gate: expected no input_gate, no output_gate and per_sample=False beside it")
         if ops.routes.forced_name() is not None:  # raises for one that cannot serve
             ops.select(x.device, x.dtype).conv_route(problem_of(layout, x, weight, groups, "weight", False, False))
-        return convolve(x, _gate_blocks(x, weight, weight_gate, block, seed, spec), bias, *arguments)
+        shift = None if bias is None else bias.to(x.dtype)
+        return convolve(x, _gate_blocks(x, weight, weight_gate, block, seed, spec), shift, *arguments)
     gates = gates_of(input_gate, n_in, "input channel", output_gate, n_out, "filter", x, seed, spec, per_sample)
     if input_gate is None and output_gate is None:
         return convolve(x, weight, bias, *arguments)

@@ -1,6 +1,7 @@
 """Operators: schema, fakes, autograd; the only caller of dampr.kernels and of the C++ extension.
 
-Each op is a forward and a backward, both registered with :mod:`torch.library`, behind one ``autograd.Function``. Nothing is mutated, and
+Each op is a forward and a backward, both registered with :mod:`torch.library`, behind one node of autograd, which has a form in plain
+PyTorch for every other derivative (:mod:`.node`). Nothing is mutated, and
 nothing is saved but inputs and seeds (and, where an output gate multiplies activations and learns, the activation before it). Inside,
 :mod:`.backends` picks who computes.
 """

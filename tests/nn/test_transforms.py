@@ -311,6 +311,24 @@ def test_other_families(gate: str, training: bool) -> None:
     same(dict(zip(p, eager, strict=True)), each[0])
 
 
+@pytest.mark.parametrize("name", [name for name in CASES if name not in RECURRENT and not name.startswith("batch norm")])
+def test_under_autocast(name: str, cpu_backend: str) -> None:
+    """A penalty on a gradient and a vmap, in bfloat16, near what float32 gives."""
+    layer, x = CASES[name].build().eval(), torch.randn(CASES[name].shape, requires_grad=True)
+
+    def call(x: Tensor) -> Tensor:
+        return (layer(x, x, x)[0] if isinstance(layer, GatedMultiheadAttention) else layer(x)).float()
+
+    found = []
+    for enabled in (True, False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            (dx,) = torch.autograd.grad(call(x).square().sum(), x, create_graph=True)
+            each = vmap(call)(x.detach()[None])[0]
+        found.append([each.detach(), *torch.autograd.grad(dx.square().sum(), [x, *layer.parameters()], materialize_grads=True)])
+    for narrow, wide in zip(*found, strict=True):
+        torch.testing.assert_close(narrow, wide, rtol=0.1, atol=0.05 * float(wide.detach().abs().max()) + 1e-3)
+
+
 def test_a_closed_branch_under_a_transform() -> None:
     layer = GatedResidual(nn.Linear(3, 3)).eval()
     layer.gate.log_alpha.data.fill_(-9.0)
