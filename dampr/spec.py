@@ -110,7 +110,8 @@ def hard_concrete(rule: str = "sample", beta: float = 2.0 / 3.0, gamma: float = 
     _require("zeta", zeta, zeta > 1, "a finite number above 1")
     logit_lo, logit_hi = math.log(-gamma / zeta), math.log((1 - gamma) / (zeta - 1))  # of the s at which s_bar is 0, and 1
     if rule == "binary":
-        middle = math.log((0.5 - gamma) / (zeta - 0.5))
+        # Where the paper's gate is one half: log((0.5 - gamma) / (zeta - 0.5)), which is exactly 0 for an interval around one half.
+        middle = math.log1p((1 - gamma - zeta) / (zeta - 0.5))
         lo = hi = middle
     else:
         scale = beta if rule == "median" else 1.0

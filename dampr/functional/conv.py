@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from dampr import _checks, ops
 from dampr.ops import Window
+from dampr.ops.fold_conv import channels_innermost
 from dampr.ops.library import watched
 from dampr.ops.routes import ConvProblem
 from dampr.spec import SAMPLE, GateSpec
@@ -111,7 +112,8 @@ def _gated_conv(
             raise ValueError("weight_gate: expected no input_gate, no output_gate and per_sample=False beside it")
         if ops.routes.forced_name() is not None:  # raises for one that cannot serve
             ops.select(x.device, x.dtype).conv_route(problem_of(layout, x, weight, groups, "weight", False, False))
-        return convolve(x, _gate_blocks(x, weight, weight_gate, block, seed, spec), bias, *arguments)
+        shift = None if bias is None else bias.to(x.dtype)
+        return convolve(x, _gate_blocks(x, weight, weight_gate, block, seed, spec), shift, *arguments)
     gates = gates_of(input_gate, n_in, "input channel", output_gate, n_out, "filter", x, seed, spec, per_sample)
     if input_gate is None and output_gate is None:
         return convolve(x, weight, bias, *arguments)
@@ -155,7 +157,7 @@ def layout_of(dims: int, x: Tensor, weight: Tensor, stride: Any, padding: Any, d
     """
     _checks.floating("x", _checks.tensor("x", x))
     _checks.floating("weight", _checks.tensor("weight", weight))
-    side_by_side = x.dim() == 4 and weight.shape[2:] == (1, 1) and x.is_contiguous(memory_format=torch.channels_last)
+    side_by_side = weight.shape[2:] == (1, 1) and channels_innermost(x)
     problem = dims, x.shape, side_by_side, weight.shape, stride, padding, dilation, groups, where
     if not watched((x, weight)):
         try:
@@ -235,4 +237,4 @@ def _gate_blocks(
     else:
         count = _checks.block_count("block", block, weight.shape[0], weight.shape[1])
         size, what = (block[0], block[1] * max(1, weight.shape[2:].numel())), f"{block[0]} x {block[1]} block of filters and channels"
-    return ops.fold_filter_blocks(weight, gate_of("weight_gate", gate, count, what, x, seed, spec), size, x.dtype)
+    return ops.fold_blocks(weight, gate_of("weight_gate", gate, count, what, x, seed, spec), size, x.dtype)

@@ -101,14 +101,25 @@ def gate_activations(
     tensor([[0., 1.],
             [0., 1.]])
     """
+    dim = gated_dimension(x, dim, per_sample)
+    gates = gate_of("gate", gate, x.shape[dim], f"index of dimension {dim} of x", x, seed, spec, per_sample)
+    return ops.gate_activations(x, gates, dim)
+
+
+def times_rows(x: Tensor, z: Tensor, dim: int) -> Tensor:
+    """x * z along dimension ``dim`` > 0 with gates (x.shape[0], x.shape[dim]), drawn already; raises as :func:`gate_activations`."""
+    _checks.gate_parameter("gate", z.new_empty(z.shape[1:]), x.shape[dim], f"index of dimension {dim} of x", x)
+    return (x * reference.along(z, x, dim)).to(x.dtype)
+
+
+def gated_dimension(x: Tensor, dim: int, per_sample: bool) -> int:
+    """``dim`` counted from the start. Raises TypeError or ValueError where ``x`` has no gates there."""
     _checks.floating("x", _checks.tensor("x", x))
     if isinstance(dim, bool) or not isinstance(dim, int) or not -x.dim() <= dim < x.dim():
         raise ValueError(f"dim={dim!r}: expected an integer in [{-x.dim()}, {x.dim()}) for x of shape {tuple(x.shape)}")
-    dim %= x.dim()
-    if per_sample and dim == 0:
+    if per_sample and dim % x.dim() == 0:
         raise ValueError("per_sample=True with dim=0: expected the gates on another dimension than the samples")
-    gates = gate_of("gate", gate, x.shape[dim], f"index of dimension {dim} of x", x, seed, spec, per_sample)
-    return ops.gate_activations(x, gates, dim)
+    return dim % x.dim()
 
 
 def _gate_vector(log_alpha: Tensor) -> None:

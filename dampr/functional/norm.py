@@ -63,7 +63,7 @@ def gated_batch_norm(
         running_mean, running_var: (C,), or None; used in evaluation, updated in place in training as by ``F.batch_norm``.
         training: normalise by the statistics of ``x`` instead of the running ones.
         momentum: what the new statistics weigh in the update, in [0, 1].
-        eps: added to the variance, 0 or more.
+        eps: added to the variance, above 0 in training, else 0 or more.
         seed: the noise, an int in [0, 2^63) or an int64 tensor of shape (1,); not needed by a deterministic ``spec``.
         per_sample: one draw for each index of the first dimension instead of one per call.
         activation: "relu", or None for z batch_norm(x) itself.
@@ -74,7 +74,7 @@ def gated_batch_norm(
     Raises: TypeError or ValueError that names the argument.
 
     >>> import torch
-    >>> gated_batch_norm(torch.tensor([[1.0, 1.0], [3.0, 3.0]]), torch.tensor([-9.0, 9.0]), training=True, eps=0.0, seed=1)
+    >>> gated_batch_norm(torch.tensor([[1.0, 1.0], [3.0, 3.0]]), torch.tensor([-9.0, 9.0]), training=True, eps=1e-12, seed=1)
     tensor([[ 0., -1.],
             [ 0.,  1.]])
     """
@@ -88,8 +88,8 @@ def gated_batch_norm(
     _checks.one_of("activation", activation, ACTIVATIONS)
     if not 0 <= momentum <= 1:
         raise ValueError(f"momentum={momentum!r}: expected a number in [0, 1]")
-    if not eps >= 0:
-        raise ValueError(f"eps={eps!r}: expected a number, 0 or more")
+    if not (eps > 0 if training else eps >= 0):
+        raise ValueError(f"eps={eps!r}: expected a number, {'above 0 in training' if training else '0 or more'}")
     if not training and (mean is None or var is None):
         raise ValueError("training=False without running_mean and running_var: expected both, the statistics to normalise by")
     count = x.numel() // max(1, channels)

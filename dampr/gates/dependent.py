@@ -166,7 +166,7 @@ class DependencyGenerator(GateModule):
         """Not where tensors are symbols, wrapped or watched: there every gate computes its own log_alpha."""
         return not (
             torch.compiler.is_compiling()
-            or torch._C._are_functorch_transforms_active()
+            or ops.is_transformed()
             or torch._C._len_torch_dispatch_stack() > 0
             or any(p is not None and p.is_inference() for p in self._parameters.values())
         )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dampr import _checks
 from dampr.gates import Gate, make_gate
+from dampr.ops.library import traced
 from dampr.reference import expand_blocks
 from dampr.spec import SAMPLE, GateSpec, value
 
@@ -159,11 +160,11 @@ class GatedWeight(GatedLayer):
     def _open_range(self) -> slice | None:
         """The open gates of a family that keeps them side by side (DAM), so that a view of the weight is all there is to multiply.
 
-        None where all are open or none is, on a GPU, where asking would wait for the device, and where operators are counted or traced:
-        what counts is the whole layer.
+        None where all are open or none is, on a GPU, where asking would wait for the device, and where operators are counted, traced or
+        transformed: what counts is the whole layer.
         """
         find = self.gate.open_slice
-        if find is None or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or self.weight.device.type != "cpu":
+        if find is None or traced(()) or self.weight.device.type != "cpu":
             return None
         start, stop = find()
         return slice(start, stop) if 0 < stop - start < self.gate.num_gates else None

@@ -61,7 +61,8 @@ class _GatedConv(GatedWeight, _ConvNd):
         self.per_sample = bool(per_sample)
         self.gate = place_gate(gate, count, device, self.per_sample)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
+        x = input
         padding: Any = self.padding
         if self.padding_mode != "zeros":
             x, padding = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0

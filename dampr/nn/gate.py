@@ -12,8 +12,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from dampr import _checks, functional, reference
+from dampr.functional.gates import gated_dimension, times_rows
 from dampr.gates import Gate as Family
 from dampr.gates import make_gate, place_gate
+from dampr.ops import is_transformed
 from dampr.spec import HARD_CONCRETE, RAMP, value
 
 from .base import VECTOR_GRANULARITIES, GatedLayer, _wide
@@ -107,8 +109,8 @@ class Gate(GatedLayer, nn.Module):
             return functional.gate_activations(x, parameter, dim=self.dim, seed=seed, per_sample=self.per_sample, spec=spec)
         if not (self.per_sample and self.gate.draws):
             return functional.gate_activations(x, self.gate()[self.index], dim=self.dim, spec=VALUE)
-        z = self.gate(x.shape[0])[:, self.index]
-        return (x * reference.along(z, x, self.dim)).to(x.dtype)
+        dim = gated_dimension(x, self.dim, per_sample=True)
+        return times_rows(x, self.gate(x.shape[0])[:, self.index], dim)
 
     @property
     def num_features(self) -> int:
@@ -174,7 +176,7 @@ class GatedResidual(GatedLayer, nn.Module):
 
     A closed branch is not run: in evaluation never (the output is then ``x`` itself), and in training, on the CPU, when the draw is 0 and
     the family's gradient there is 0 too (hard concrete, ramps). Parameters of a branch that was not run get no gradient in that step, and
-    its BatchNorms see no batch. On a GPU the draw is not waited for, and under ``torch.compile`` no branch is left out.
+    its BatchNorms see no batch. On a GPU the draw is not waited for, and under ``torch.compile`` and ``torch.func`` no branch is left out.
 
     The penalty counts the parameters of the branch (those of gates inside excepted).
 
@@ -256,13 +258,14 @@ def gated_sum(x: Tensor, branch: Callable[[], Tensor], gate: Family, training: b
 
     ``gate`` holds one gate. In training, each index of dimension ``sample_dim`` of ``x`` has a draw of its own; None: there is one draw.
     """
-    if not training and not torch.compiler.is_compiling() and not bool(gate.is_open()):
+    seen = not torch.compiler.is_compiling() and not is_transformed()  # whether Python may look at a value
+    if not training and seen and not bool(gate.is_open()):
         return x
     if sample_dim is not None and gate.draws:
         z = gate(x.shape[sample_dim]).view([-1 if i == sample_dim else 1 for i in range(x.dim())])
     else:
         z = gate()
-    may_skip = gate.spec.family in _FLAT_AT_ZERO and x.device.type == "cpu" and not torch.compiler.is_compiling()
+    may_skip = seen and gate.spec.family in _FLAT_AT_ZERO and x.device.type == "cpu"
     if training and may_skip and not bool(z.detach().any()):
         return (x + z).to(x.dtype)  # z is 0: a tensor of its own, and the graph of the gate stays connected
     return _add(x, branch(), z)

@@ -54,7 +54,8 @@ class GatedLinear(GatedWeight, nn.Linear):
         self.per_sample = bool(per_sample)
         self.gate = place_gate(gate, count, device, self.per_sample)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
+        x = input
         gate, granularity, each = self.gate, self.granularity, self.per_sample
         parameter, seed, spec = gate.call() if granularity != "index" else self._gates_by_index()
         opened = self._open_range() if gate.open_slice is not None and granularity in VECTOR_GRANULARITIES else None

@@ -115,6 +115,8 @@ class _GatedNorm(GatedLayer):
         if dense.bias is not None:
             shift = torch.zeros_like(gain) if self.bias is None else (self.bias * z).to(self.bias.dtype)
             dense.bias = nn.Parameter(shift, requires_grad=wants_grad)
+        if self.bias is None and self.weight is not None:
+            dense.bias = None
         dense._buffers.update({name: None if t is None else t.clone() for name, t in self._own_buffers().items()})
         plain: nn.Module = dense.train(self.training)
         return plain
@@ -144,9 +146,9 @@ class TakenReLU(nn.ReLU):
     :func:`dampr.convert` puts it in the place of an ``nn.ReLU``, :func:`dampr.compact` takes it out again.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
-        version = None if torch.compiler.is_compiling() else getattr(x, "_dampr_rectified", None)
-        return x if type(version) is int and version == x._version else super().forward(x)
+    def forward(self, input: Tensor) -> Tensor:
+        version = None if torch.compiler.is_compiling() else getattr(input, "_dampr_rectified", None)
+        return input if type(version) is int and version == input._version else super().forward(input)
 
 
 class _GatedBatchNorm(_GatedNorm, _BatchNorm):
@@ -164,12 +166,14 @@ class _GatedBatchNorm(_GatedNorm, _BatchNorm):
         device: Any = None,
         dtype: torch.dtype | None = None,
         *,
+        bias: bool = True,
         gate: str | type[Gate] | Gate = "hard_concrete",
         per_sample: bool = False,
         activation: str | None = None,
     ) -> None:
         _checks.one_of("activation", activation, ACTIVATIONS)
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        how: dict[str, Any] = {} if bias else {"bias": False}  # torch's own norms know it from 2.13 on
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **how)
         self._place(gate, num_features, per_sample, device)
         self.activation = activation
 
@@ -200,10 +204,12 @@ class _GatedBatchNorm(_GatedNorm, _BatchNorm):
     def _gain_shape(self) -> tuple[int, ...]:
         return (self.num_features,)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
+        x = input
         self._check_input_dim(x)
         parameter, seed, spec = self.gate.call()
-        left = self.followed and torch.compiler.is_compiling()  # to the ReLU behind, which the compiler fuses as well
+        # To the ReLU behind: a compiler fuses it as well, and a transform has tensors that cannot be marked.
+        left = self.followed and (torch.compiler.is_compiling() or ops.is_transformed())
         activation = None if left else self.activation
         y = None
         if self.training and self._fits(x, parameter):
@@ -397,8 +403,8 @@ class GatedLayerNorm(_GatedNorm, nn.LayerNorm):
     def _gain_shape(self) -> tuple[int, ...]:
         return tuple(self.normalized_shape)
 
-    def forward(self, x: Tensor) -> Tensor:
-        shape = list(self.normalized_shape)
+    def forward(self, input: Tensor) -> Tensor:
+        x, shape = input, list(self.normalized_shape)
         if self.statistics == "open":
             z = self.gate().view(shape)
             spread, factor = _of_open(x, z.detach() != 0)

@@ -1,19 +1,20 @@
 """Operators: schema, fakes, autograd; the only caller of dampr.kernels and of the C++ extension.
 
-Each op is a forward and a backward, both registered with :mod:`torch.library`, behind one ``autograd.Function``. Nothing is mutated, and
-nothing is saved but inputs and seeds (and, where an output gate multiplies activations and learns, the activation before it). Inside,
-:mod:`.backends` picks who computes.
+Each op is a forward and a backward, both registered with :mod:`torch.library`, behind one node of autograd, which has a form in plain
+PyTorch for every other derivative (:mod:`.node`). Nothing is mutated, and nothing is saved but inputs and seeds (and, where an output gate
+multiplies activations and learns, the activation before it). Inside, :mod:`.backends` picks who computes.
 """
 
 from .backends import BackendUnavailableError, backend, backend_info, choose, select
 from .dependency_generator import dependency_generator
-from .fold_conv import fold_channels, fold_filter_blocks, fold_filters
+from .fold_conv import fold_channels, fold_filters
 from .fold_weight import fold_blocks, fold_weight
 from .gate_activations import gate_activations
 from .gate_args import GateArgs, GatePair
 from .gated_conv2d import gated_conv2d
 from .gated_linear import gated_linear
 from .live import on_open_gates
+from .node import is_transformed
 from .norm_gate import has_whole_norms, norm_gate, whole_norm_gate
 from .routes import forced_route
 from .sample_gates import sample_gates
@@ -36,7 +37,6 @@ __all__ = [
     "dependency_generator",
     "fold_blocks",
     "fold_channels",
-    "fold_filter_blocks",
     "fold_filters",
     "fold_weight",
     "forced_route",
@@ -44,6 +44,7 @@ __all__ = [
     "gated_conv2d",
     "gated_linear",
     "has_whole_norms",
+    "is_transformed",
     "norm_gate",
     "on_open_gates",
     "sample_gates",

@@ -113,9 +113,7 @@ def weight_gated_linear_bwd(
 
 
 def fold_weight_fwd(weight: Tensor, bias: Maybe, gates: GatePair, dtype: torch.dtype) -> tuple[Tensor, Maybe]:
-    z_in, z_out = _beside(weight, gates.input), _beside(weight, gates.output)
-    folded = weight * z_out.unsqueeze(-1) * z_in
-    return folded.to(dtype), None if bias is None else (bias * z_out).to(dtype)
+    return reference.fold_weight(weight, bias, *gates[:5], dtype)
 
 
 def fold_weight_bwd(raw: Tensor, raw_bias: Maybe, weight: Tensor, bias: Maybe, gates: GatePair, needs: Sequence[bool]) -> tuple[Maybe, ...]:
@@ -141,8 +139,7 @@ def _beside(weight: Tensor, gate: GateArgs | None) -> Tensor:
 
 
 def fold_blocks_fwd(weight: Tensor, gate: GateArgs, block: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    z = reference.expand_blocks(_values(gate), (weight.shape[0], weight.shape[1]), block)
-    return (weight * z).to(dtype)
+    return reference.fold_blocks(weight, gate.log_alpha, gate.seed, gate.spec, block, dtype)
 
 
 def fold_blocks_bwd(raw: Tensor, weight: Tensor, gate: GateArgs, block: tuple[int, int], needs: Sequence[bool]) -> tuple[Maybe, Maybe]:
@@ -159,8 +156,8 @@ def fold_blocks_bwd(raw: Tensor, weight: Tensor, gate: GateArgs, block: tuple[in
 
 
 def gate_activations_fwd(x: Tensor, gate: GateArgs, dim: int) -> Tensor:
-    z = _values(gate, gate.rows(x.shape[0]))
-    return (x * reference.along(z, x, dim)).to(x.dtype).contiguous(memory_format=dense_format(x, dim))
+    y = reference.gate_activations(x, gate.log_alpha, gate.seed, gate.spec, dim, gate.per_sample)
+    return y.contiguous(memory_format=dense_format(x, dim))
 
 
 def gate_activations_bwd(dy: Tensor, x: Tensor, gate: GateArgs, dim: int, needs: Sequence[bool]) -> tuple[Maybe, Maybe]:

@@ -14,7 +14,8 @@ from torch import Tensor
 from dampr import reference
 
 from .backends import select
-from .library import PLAIN, apply, define, once_differentiable, wanted
+from .library import PLAIN, define, wanted
+from .node import Node, apply
 
 
 def _fwd(parameters: Sequence[Tensor], limit: float) -> Tensor:
@@ -46,28 +47,35 @@ bwd = define(
 )
 
 
-class _DependencyGenerator(torch.autograd.Function):
+class _DependencyGenerator(Node):
+    tensors = -1  # the last one saved is what came out
+
     @staticmethod
-    def forward(limit: float, *parameters: Tensor) -> Any:
-        return fwd(list(parameters), limit)
+    def plain(*inputs: Any) -> Tensor:
+        *parameters, limit = inputs
+        return torch.cat(reference.dependency_generator(parameters, limit))
+
+    @staticmethod
+    def forward(*inputs: Any) -> Any:
+        *parameters, limit = inputs
+        return fwd(parameters, limit)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.limit, *parameters = inputs
-        ctx.save_for_backward(*parameters, output)
+        ctx.constants = inputs[-1:]
+        ctx.save_for_backward(*inputs[:-1], output)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dvalues: Tensor) -> Any:  # type: ignore[override]
+    def fused(ctx: Any, dvalues: Tensor) -> Any:
         *parameters, values = ctx.saved_tensors
-        return None, *wanted(bwd(parameters, values, dvalues, ctx.limit), ctx.needs_input_grad[1:])
+        return *wanted(bwd(parameters, values, dvalues, *ctx.constants), ctx.needs_input_grad[:-1]), None
 
 
 def dependency_generator(parameters: Sequence[Tensor], limit: float) -> list[Tensor]:
     """a_1, a_2, ..., (widths[l],) each, differentiable in ``parameters``: W_1, b_1, W_2, ...; by one op where :func:`fused` says so."""
     if not fused(parameters):
         return reference.dependency_generator(parameters, limit)
-    values = apply(_DependencyGenerator, limit, *parameters)
+    values = apply(_DependencyGenerator, *parameters, limit)
     return list(values.split([bias.shape[0] for bias in parameters[1::2]]))
 
 

@@ -7,11 +7,12 @@ from torch import Tensor
 
 from .fold_weight import fold_blocks, fold_weight
 from .gate_args import GateArgs, Maybe
+from .node import is_transformed
 
 
 def channels_innermost(weight: Tensor) -> bool:
-    """Whether a (filter, position) is followed in memory by its channels."""
-    return weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last)
+    """Whether a (filter, position) is followed in memory by its channels; False under a transform, where memory is not to be seen."""
+    return weight.dim() == 4 and not is_transformed() and weight.is_contiguous(memory_format=torch.channels_last)
 
 
 def as_matrix(weight: Tensor) -> Tensor:
@@ -42,11 +43,4 @@ def fold_channels(weight: Tensor, gate: GateArgs, groups: int, dtype: torch.dtyp
         last = weight.permute(0, 2, 3, 1)
         folded, _ = fold_weight(last.reshape(-1, n_in), None, gate.on_columns(), dtype)
         return folded.view(last.shape).permute(0, 3, 1, 2)
-    return fold_filter_blocks(weight, gate, (max(1, n_out // groups), max(1, weight.shape[2:].numel())), dtype)
-
-
-def fold_filter_blocks(weight: Tensor, gate: GateArgs, block: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """Gates of blocks of the weight as a matrix (filters, channels * positions), whatever its memory format, which it keeps."""
-    folded = fold_blocks(weight.reshape(weight.shape[0], -1), gate, block, dtype).view(weight.shape)
-    keep = torch.channels_last if not weight.is_contiguous() and channels_innermost(weight) else torch.contiguous_format
-    return folded.contiguous(memory_format=keep)
+    return fold_blocks(weight, gate, (max(1, n_out // groups), max(1, weight.shape[2:].numel())), dtype)

@@ -12,9 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dampr import reference
+
 from .backends import select
+from .gate_activations import dense_format
 from .gate_args import PAIR, GateArgs, GatePair, Maybe, unpack
-from .library import apply, define, once_differentiable, or_empty, wanted
+from .library import define, or_empty, wanted
+from .node import Node, apply
 
 
 def _fwd(
@@ -77,7 +81,14 @@ bwd = define(
 )
 
 
-class _FoldWeight(torch.autograd.Function):
+class _FoldWeight(Node):
+    tensors = 6
+
+    @staticmethod
+    def plain(*inputs: Any) -> tuple[Tensor, Tensor]:
+        folded, folded_bias = reference.fold_weight(*inputs)
+        return folded, folded.new_empty(0) if folded_bias is None else folded_bias
+
     @staticmethod
     def forward(*inputs: Any) -> Any:
         folded, folded_bias = fwd(*inputs)
@@ -85,16 +96,15 @@ class _FoldWeight(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        *tensors, ctx.spec, _ = inputs
-        if tensors[1] is None:
+        if inputs[1] is None:
             ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(*tensors)
+        ctx.constants = inputs[6:]
+        ctx.save_for_backward(*inputs[:6])
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, raw: Tensor, raw_bias: Tensor) -> Any:  # type: ignore[override]
+    def fused(ctx: Any, raw: Tensor, raw_bias: Tensor) -> Any:
         needs, (_, bias, *_) = list(ctx.needs_input_grad[:4]), ctx.saved_tensors
-        grads = bwd(raw, None if bias is None else raw_bias, *ctx.saved_tensors, ctx.spec, needs)
+        grads = bwd(raw, None if bias is None else raw_bias, *ctx.saved_tensors, ctx.constants[0], needs)
         return (*wanted(grads, needs), None, None, None, None)
 
 
@@ -136,25 +146,37 @@ blocks_bwd = define(
 )
 
 
-class _FoldBlocks(torch.autograd.Function):
+class _FoldBlocks(Node):
+    tensors = 3
+    plain = staticmethod(reference.fold_blocks)
+
     @staticmethod
-    def forward(*inputs: Any) -> Any:
-        return blocks_fwd(*inputs)
+    def forward(weight: Tensor, *rest: Any) -> Any:  # type: ignore[override]
+        return _laid_out(blocks_fwd(_rows(weight), *rest), weight)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        *tensors, ctx.spec, ctx.block, _ = inputs
-        ctx.save_for_backward(*tensors)
+        ctx.constants = inputs[3:]
+        ctx.save_for_backward(*inputs[:3])
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, raw: Tensor) -> Any:  # type: ignore[override]
-        needs = list(ctx.needs_input_grad[:2])
-        grads = blocks_bwd(raw, *ctx.saved_tensors, ctx.spec, ctx.block, needs)
-        return (*wanted(grads, needs), None, None, None, None)
+    def fused(ctx: Any, raw: Tensor) -> Any:
+        (weight, log_alpha, seed), needs = ctx.saved_tensors, list(ctx.needs_input_grad[:2])
+        dw, dlog_alpha = wanted(blocks_bwd(_rows(raw), _rows(weight), log_alpha, seed, *ctx.constants[:2], needs), needs)
+        return None if dw is None else _laid_out(dw, weight), dlog_alpha, None, None, None, None
+
+
+def _rows(weight: Tensor) -> Tensor:
+    """A weight (N, ...) as a matrix of N rows, in the order of its indices, whatever that of its memory."""
+    return weight if weight.dim() == 2 else weight.flatten(1)
+
+
+def _laid_out(matrix: Tensor, weight: Tensor) -> Tensor:
+    """The inverse of :func:`_rows`, in the memory format of ``weight``."""
+    return matrix if weight.dim() == 2 else matrix.view(weight.shape).contiguous(memory_format=dense_format(weight, 1))
 
 
 def fold_blocks(weight: Tensor, gate: GateArgs, block: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """W * Z in ``dtype``, differentiable; weight: (N, K), one gate for each block, row by row; taken as checked."""
+    """W * Z in ``dtype``, differentiable; weight: (N, ...), one gate for each block of it as a matrix, row by row; taken as checked."""
     folded: Tensor = apply(_FoldBlocks, weight, gate.log_alpha, gate.seed, gate.spec, block, dtype)
     return folded

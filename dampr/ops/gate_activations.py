@@ -8,9 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dampr import reference
+
 from .backends import select
 from .gate_args import GateArgs, Maybe
-from .library import apply, define, once_differentiable, or_empty, wanted
+from .library import define, or_empty, wanted
+from .node import Node, apply
 
 
 class Planes(NamedTuple):
@@ -84,21 +87,23 @@ bwd = define(
 )
 
 
-class _GateActivations(torch.autograd.Function):
+class _GateActivations(Node):
+    tensors = 3
+    plain = staticmethod(reference.gate_activations)
+
     @staticmethod
     def forward(*inputs: Any) -> Any:
         return fwd(*inputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        *tensors, ctx.spec, ctx.dim, ctx.per_sample = inputs
-        ctx.save_for_backward(*tensors)
+        ctx.constants = inputs[3:]
+        ctx.save_for_backward(*inputs[:3])
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> Any:  # type: ignore[override]
+    def fused(ctx: Any, dy: Tensor) -> Any:
         needs = list(ctx.needs_input_grad[:2])
-        grads = bwd(dy, *ctx.saved_tensors, ctx.spec, ctx.dim, ctx.per_sample, needs)
+        grads = bwd(dy, *ctx.saved_tensors, *ctx.constants, needs)
         return (*wanted(grads, needs), None, None, None, None)
 
 

@@ -12,10 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dampr import reference
+
 from .backends import select
 from .fold_conv import fold_channels, fold_filters
 from .gate_args import PAIR, GatePair, Maybe
-from .library import apply, define, once_differentiable, wanted
+from .library import define, wanted
+from .node import Node, apply
 from .whole_conv import Window
 
 
@@ -52,29 +55,34 @@ fwd = define(
 )
 
 
-class _GatedConv2d(torch.autograd.Function):
+class _GatedConv2d(Node):
+    tensors = 7
+
+    @staticmethod
+    def plain(*inputs: Any) -> Tensor:
+        given = *inputs[:8], False  # one draw for all images
+        return reference.gated_conv(*given, **Window(*inputs[8:])._asdict())
+
     @staticmethod
     def forward(*inputs: Any) -> Any:
         return fwd(*inputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        *tensors, ctx.spec, stride, padding, dilation, groups = inputs
-        ctx.window = Window(stride, padding, dilation, groups)
-        ctx.save_for_backward(*tensors)
+        ctx.constants = inputs[7:]
+        ctx.save_for_backward(*inputs[:7])
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> Any:  # type: ignore[override]
+    def fused(ctx: Any, dy: Tensor) -> Any:
         x, weight, bias, in_la, out_la, in_seed, out_seed = ctx.saved_tensors
-        (stride, padding, dilation, groups), needs = ctx.window, list(ctx.needs_input_grad[:5])
+        (spec, stride, padding, dilation, groups), needs = ctx.constants, list(ctx.needs_input_grad[:5])
         leaves = [
             None if t is None else t.detach().requires_grad_(need) for t, need in zip((weight, bias, in_la, out_la), needs[1:], strict=True)
         ]
         with torch.enable_grad():
             folded, shift = leaves[0], leaves[1]
             assert folded is not None
-            gates = GatePair.of(leaves[2], leaves[3], in_seed, out_seed, ctx.spec)
+            gates = GatePair.of(leaves[2], leaves[3], in_seed, out_seed, spec)
             if gates.input is not None:
                 folded = fold_channels(folded, gates.input, groups, x.dtype)
             if gates.output is not None:

@@ -10,10 +10,13 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from dampr import reference
+
 from .backends import select
 from .gate_args import PAIR, GatePair, Maybe
-from .library import apply, define, gates_activations, once_differentiable, or_empty, wanted, watched
+from .library import define, gates_activations, or_empty, wanted, watched
 from .live import on_open_gates
+from .node import Node, apply
 
 
 def _fwd(
@@ -86,51 +89,61 @@ def _bwd_flops(dy_shape: Any, x_shape: Any, weight_shape: Any, *_: Any, out_shap
     return 2 * math.prod(x_shape) * int(weight_shape[0]) * wanted
 
 
-class _GatedLinear(torch.autograd.Function):
+class _GatedLinear(Node):
+    tensors = 7
+
+    @staticmethod
+    def plain(*inputs: Any) -> tuple[Tensor, Tensor]:
+        return reference.gated_linear(*inputs[:9]), inputs[0].new_empty(0)
+
     @staticmethod
     def forward(*inputs: Any) -> Any:
         return fwd(*inputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        *tensors, ctx.spec, ctx.per_sample, _ = inputs
         pre = output[1]
         ctx.mark_non_differentiable(pre)
-        ctx.save_for_backward(*tensors, pre)
+        ctx.constants = inputs[7:]
+        ctx.save_for_backward(*inputs[:7], pre)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor, _: Any) -> Any:  # type: ignore[override]
-        tensors = ctx.saved_tensors
+    def fused(ctx: Any, dy: Tensor, _: Any) -> Any:
+        tensors, (spec, per_sample, _) = ctx.saved_tensors, ctx.constants
         x, weight, pre = tensors[0], tensors[1], tensors[-1]
         needs = list(ctx.needs_input_grad[:5])
-        if needs[4] and pre.numel() != dy.numel() and (ctx.per_sample or gates_activations(x, weight)):
+        if needs[4] and pre.numel() != dy.numel() and (per_sample or gates_activations(x, weight)):
             raise RuntimeError("the activation before the output gate was not kept: requires_grad of output_gate changed since the forward")
-        grads = bwd(dy, *tensors, ctx.spec, ctx.per_sample, needs)
+        grads = bwd(dy, *tensors, spec, per_sample, needs)
         return (*wanted(grads, needs), None, None, None, None, None)
 
 
-class _SmallLinear(torch.autograd.Function):
+class _SmallLinear(Node):
     """A tiny layer, of which calls take the time: straight into the backend, and no more of them than will do."""
+
+    tensors = 7
+
+    @staticmethod
+    def plain(*inputs: Any) -> Tensor:
+        return _GatedLinear.plain(*inputs)[0]
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Maybe, *gates: Any) -> Tensor:  # type: ignore[override]
         ctx.backend = select(x.device, x.dtype).small_linear
         y, pre = ctx.backend.fwd(x, weight, bias, *gates)
         ctx.save_for_backward(x, weight, bias, *gates[:4], pre)
-        ctx.spec, ctx.per_sample = gates[4:6]
+        ctx.constants = gates[4:]
         return y  # type: ignore[no-any-return]
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> Any:  # type: ignore[override]
-        tensors, needs = ctx.saved_tensors, ctx.needs_input_grad
+    def fused(ctx: Any, dy: Tensor) -> Any:
+        tensors, needs, (spec, per_sample, _) = ctx.saved_tensors, ctx.needs_input_grad, ctx.constants
         if watched((dy,)):
             *inputs, pre = tensors
             pre = dy.new_empty(0) if pre is None else pre
-            grads = wanted(bwd(dy, *inputs, pre, ctx.spec, ctx.per_sample, needs[:5]), needs[:5])
+            grads = wanted(bwd(dy, *inputs, pre, spec, per_sample, needs[:5]), needs[:5])
         else:
-            grads = ctx.backend.bwd(dy, *tensors, ctx.spec, ctx.per_sample, needs)
+            grads = ctx.backend.bwd(dy, *tensors, spec, per_sample, needs)
         return (*grads, None, None, None, None, None)
 
 

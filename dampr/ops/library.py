@@ -1,8 +1,7 @@
-"""The ``dampr`` operator library and the two ways into it that every op uses."""
+"""The ``dampr`` operator library, and who looks on when an op is called."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from dampr.spec import GateSpec
 
 from . import routes
-from .gate_args import GatePair, Maybe
+from .node import is_transformed
 
 LIBRARY = torch.library.Library("dampr", "DEF")
 
@@ -46,7 +45,7 @@ PLAIN = {torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, list, t
 
 
 def watched(args: Sequence[Any]) -> bool:
-    """Whether a compiler, a dispatch mode, a torch.func transform, the profiler or an argument of another kind wants to see operators."""
+    """Whether a compiler, a dispatch mode, a transform, the profiler or an argument of another kind wants to see operators."""
     return torch.autograd.profiler._is_profiler_enabled or traced(args)
 
 
@@ -55,47 +54,9 @@ def traced(args: Sequence[Any]) -> bool:
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._are_functorch_transforms_active()
+        or is_transformed()
         or not PLAIN.issuperset(map(type, args))
     )
-
-
-def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
-    """``function.apply(*args)`` without binding the arguments to a signature, which alone costs as much as a small layer (60 us).
-
-    ``Function.apply`` does that for functions with a ``setup_context`` before it hands over to its base class; under torch.func and
-    torch.compile it has more to do, and is called itself. What is compiled without a gradient is the forward: dynamo does not know the
-    ``apply`` of such a function there.
-    """
-    compiling = torch.compiler.is_compiling()
-    if compiling and not (torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args)):
-        return function.forward(*args)
-    if compiling or torch._C._are_functorch_transforms_active():
-        return function.apply(*args)
-    return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
-
-
-def once_differentiable(backward: Callable[..., Any]) -> Any:
-    """``torch.autograd.function.once_differentiable`` that costs nothing where no second derivative can be asked for."""
-    guarded = torch.autograd.function.once_differentiable(backward)
-
-    @functools.wraps(backward)
-    def wrapper(ctx: Any, *grads: Any) -> Any:
-        return guarded(ctx, *grads) if torch.is_grad_enabled() else backward(ctx, *grads)
-
-    return wrapper
-
-
-def differentiate(
-    whole: Callable[..., torch.Tensor], dy: torch.Tensor, tensors: Sequence[Maybe], gates: GatePair, needs: Sequence[bool]
-) -> list[Maybe]:
-    """Gradients of x, weight, bias and both log-alphas by way of ``whole(x, weight, bias, gates)``, of operators, for whoever looks on."""
-    inputs = (*tensors, gates.input_log_alpha, gates.output_log_alpha)
-    with torch.enable_grad():
-        leaves = [None if t is None else t.detach().requires_grad_(need) for t, need in zip(inputs, needs, strict=True)]
-        y = whole(*leaves[:3], gates._replace(input_log_alpha=leaves[3], output_log_alpha=leaves[4]))
-        found = iter(torch.autograd.grad(y, [t for t in leaves if t is not None and t.requires_grad], dy))
-    return [next(found) if t is not None and t.requires_grad else None for t in leaves]
 
 
 def or_empty(grads: Sequence[torch.Tensor | None], like: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -12,13 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dampr import reference
 from dampr.spec import HARD_CONCRETE, RAMP
 
 from . import routes
 from .backends import select
 from .fold_conv import channels_innermost
 from .gate_args import GateArgs, GatePair, Maybe
-from .library import differentiate, once_differentiable, traced
+from .library import traced
+from .node import Node, differentiate_layer
 
 # From so many multiply-adds on it is worth looking at the draw. Lists are filled up to a multiple that suits the blocks of channels of
 # vendors' kernels. What is left out has to be worth moving the rest: so many multiply-adds for each weight, and twice as many for each
@@ -26,24 +28,31 @@ from .library import differentiate, once_differentiable, traced
 WORK, MULTIPLE, MOVE, LEAST = 2**24, 16, 20, 1 / 8
 
 
-class _Live(torch.autograd.Function):
+class _Live(Node):
+    tensors = 7
+
+    @staticmethod
+    def plain(*inputs: Any) -> Tensor:
+        *given, window = *inputs[:8], False, inputs[8]  # one draw for all samples
+        return reference.gated_linear(*given) if window is None else reference.gated_conv(*given, **window._asdict())
+
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:  # type: ignore[override]
-        x, weight, bias, *gates, ins, outs, ctx.window, ctx.whole, ctx.backend = inputs
+        x, weight, bias, *gates, ins, outs, window, ctx.whole, ctx.backend = inputs
         ctx.save_for_backward(x, weight, bias, *gates[:4], ins, outs)
-        ctx.spec = gates[4]
-        y: Tensor = ctx.backend.fwd(x, weight, bias, GatePair(*gates), ins, outs, ctx.window)
+        ctx.constants = gates[4], window
+        y: Tensor = ctx.backend.fwd(x, weight, bias, GatePair(*gates), ins, outs, window)
         return y
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> Any:  # type: ignore[override]
+    def fused(ctx: Any, dy: Tensor) -> Any:
         x, weight, bias, in_la, out_la, in_seed, out_seed, ins, outs = ctx.saved_tensors
-        pair, needs = GatePair(in_la, out_la, in_seed, out_seed, ctx.spec), ctx.needs_input_grad[:5]
+        spec, window = ctx.constants
+        pair, needs = GatePair(in_la, out_la, in_seed, out_seed, spec), ctx.needs_input_grad[:5]
         if traced((dy,)):
-            grads = differentiate(ctx.whole, dy, (x, weight, bias), pair, needs)
+            grads = differentiate_layer(ctx.whole, dy, (x, weight, bias), pair, needs)
         else:
-            grads = ctx.backend.bwd(dy, x, weight, bias, pair, ins, outs, ctx.window, needs)
+            grads = ctx.backend.bwd(dy, x, weight, bias, pair, ins, outs, window, needs)
         return (*grads, *[None] * 9)
 
 

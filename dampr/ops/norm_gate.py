@@ -10,12 +10,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
+
+from dampr import reference
 
 from .backends import select
 from .gate_activations import dense_format
 from .gate_args import GateArgs, Maybe
-from .library import apply, define, once_differentiable, or_empty, traced, wanted, watched
+from .library import define, or_empty, traced, wanted, watched
+from .node import Node, apply
 
 Statistics = tuple[Tensor, Tensor]
 
@@ -120,7 +122,15 @@ bwd = define(
 )
 
 
-class _NormGate(torch.autograd.Function):
+class _NormGate(Node):
+    tensors = 7
+
+    @staticmethod
+    def plain(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        x, gain, bias, log_alpha, seed, mean, var, *how = inputs
+        y = reference.norm_gate(x, gain, bias, log_alpha, seed, None if mean is None else (mean, var), *how)
+        return y, *(_statistics(x, log_alpha) if mean is None else (x.new_empty(0), x.new_empty(0)))
+
     @staticmethod
     def forward(*inputs: Any) -> Any:
         x, mean, (y, *own) = inputs[0], inputs[5], fwd(*inputs)
@@ -128,21 +138,33 @@ class _NormGate(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        *tensors, mean, var, ctx.eps, ctx.spec, ctx.per_sample, ctx.relu = inputs
-        ctx.training = mean is None
+        given = inputs[5:7]
         ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(*tensors, *(output[1:] if ctx.training else (mean, var)))
+        ctx.constants = inputs[7:]
+        ctx.save_for_backward(*inputs[:7], *(output[1:] if given[0] is None else given))
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor, *_: Any) -> Any:  # type: ignore[override]
+    def fused(ctx: Any, dy: Tensor, *_: Any) -> Any:
+        *tensors, given, _, mean, var = ctx.saved_tensors
         needs = [*ctx.needs_input_grad[:4]]
-        grads = bwd(dy, *ctx.saved_tensors, ctx.eps, ctx.spec, ctx.per_sample, ctx.relu, ctx.training, needs)
+        grads = bwd(dy, *tensors, mean, var, *ctx.constants, given is None, needs)
         return (*wanted(grads, needs), *[None] * 7)
 
 
-class _WholeNormGate(torch.autograd.Function):
+def _statistics(x: Tensor, like: Tensor) -> Statistics:
+    """Mean and biased variance of x in the dtype of ``like``, for the running ones: no derivative goes through them."""
+    var, mean = torch.var_mean(x.detach().to(like.dtype), [i for i in range(x.dim()) if i != 1], correction=0)
+    return mean, var
+
+
+class _WholeNormGate(Node):
     """The same by batch statistics where nobody looks on: no operators, and running statistics moved by whoever makes the new ones."""
+
+    tensors = 5  # with the seed, which takes the place of the norm among the inputs
+
+    @staticmethod
+    def plain(x: Tensor, gain: Maybe, bias: Maybe, log_alpha: Tensor, seed: Maybe, *how: Any) -> Tensor:
+        return reference.norm_gate(x, gain, bias, log_alpha, seed, None, *how)
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -151,19 +173,18 @@ class _WholeNormGate(torch.autograd.Function):
         backend = select(x.device, x.dtype)
         y, mean, var = backend.norm_gate_fwd(x, norm, gate, None, None, running)
         ctx.save_for_backward(x, gain, bias, log_alpha, gate.seed, mean, var)
-        ctx.spec, ctx.per_sample, ctx.eps, ctx.relu, ctx.backend = gate.spec, gate.per_sample, norm.eps, norm.relu, backend
+        ctx.constants, ctx.backend = (norm.eps, gate.spec, gate.per_sample, norm.relu), backend
         return y  # type: ignore[no-any-return]
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> Any:  # type: ignore[override]
+    def fused(ctx: Any, dy: Tensor) -> Any:
         x, gain, bias, log_alpha, seed, mean, var = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:4]
+        (eps, spec, per_sample, relu), needs = ctx.constants, ctx.needs_input_grad[:4]
         if watched((dy,)):
             tensors = dy, x, gain, bias, log_alpha, seed, mean, var
-            grads = wanted(bwd(*tensors, ctx.eps, ctx.spec, ctx.per_sample, ctx.relu, True, [*needs]), needs)
+            grads = wanted(bwd(*tensors, *ctx.constants, True, [*needs]), needs)
         else:
-            norm, gate = Norm(gain, bias, ctx.eps, ctx.relu), GateArgs(log_alpha, seed, ctx.spec, ctx.per_sample)
+            norm, gate = Norm(gain, bias, eps, relu), GateArgs(log_alpha, seed, spec, per_sample)
             grads = ctx.backend.norm_gate_bwd(dy, x, norm, gate, mean, var, True, needs)
         return *grads, None, None, None
 
@@ -180,10 +201,10 @@ def whole_norm_gate(x: Tensor, norm: Norm, gate: GateArgs, running: Running) -> 
     """:func:`norm_gate` by the statistics of x, as one call each way: in C++. None where that is not to be had.
 
     It is faster than torch's norm, and a ReLU, even with one draw for all samples; on a GPU nobody has measured it. Not where somebody
-    traces, who fuses or transforms the smaller ops, and a node of ours has no tangents.
+    traces, who fuses or transforms the smaller ops.
     """
     (gain, bias, _, _), log_alpha, (mean, var, updates, _) = norm, gate.log_alpha, running
-    if traced((x, gain, bias, log_alpha)) or forward_ad._current_level >= 0:
+    if traced((x, gain, bias, log_alpha)):
         return None
     if not (x.is_cpu and log_alpha.is_cpu and (gain is None or gain.is_cpu) and (bias is None or bias.is_cpu)):
         return None

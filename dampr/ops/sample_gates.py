@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
+
+from dampr import reference
 
 from .backends import select
 from .gate_args import GateArgs, Maybe, unpack
-from .library import apply, define, once_differentiable
+from .library import define
+from .node import Node, apply
 
 
 def _fwd(log_alpha: Tensor, seed: Maybe, rows: int | None, spec: Sequence[float]) -> Tensor:
@@ -36,21 +38,25 @@ fwd = define("sample_gates_fwd(Tensor log_alpha, Tensor? seed, SymInt? rows, flo
 bwd = define("sample_gates_bwd(Tensor dz, Tensor log_alpha, Tensor? seed, SymInt? rows, float[] spec) -> Tensor", _bwd, _bwd_fake)
 
 
-class _SampleGates(torch.autograd.Function):
+class _SampleGates(Node):
+    tensors = 2
+
+    @staticmethod
+    def plain(log_alpha: Tensor, seed: Maybe, rows: int | None, spec: Any) -> Tensor:
+        return reference.gate_values(log_alpha, spec, seed, rows)
+
     @staticmethod
     def forward(*inputs: Any) -> Any:
         return fwd(*inputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        log_alpha, seed, ctx.rows, ctx.spec = inputs
-        ctx.save_for_backward(log_alpha, seed)
+        ctx.constants = inputs[2:]
+        ctx.save_for_backward(*inputs[:2])
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dz: Tensor) -> Any:  # type: ignore[override]
-        log_alpha, seed = ctx.saved_tensors
-        return bwd(dz, log_alpha, seed, ctx.rows, ctx.spec), None, None, None
+    def fused(ctx: Any, dz: Tensor) -> Any:
+        return bwd(dz, *ctx.saved_tensors, *ctx.constants), None, None, None
 
 
 def sample_gates(gate: GateArgs, rows: int | None) -> Tensor:

@@ -10,9 +10,12 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from dampr import reference
+
 from .backends import select
 from .gate_args import GateArgs, Maybe, unpack
-from .library import apply, define, once_differentiable, or_empty, wanted
+from .library import define, or_empty, wanted
+from .node import Node, apply
 
 
 def _fwd(x: Tensor, weight: Tensor, bias: Maybe, log_alpha: Tensor, seed: Maybe, spec: Sequence[float], block: Sequence[int]) -> Tensor:
@@ -68,21 +71,23 @@ def _bwd_flops(dy_shape: Any, x_shape: Any, weight_shape: Any, *_: Any, out_shap
     return 2 * math.prod(x_shape) * int(weight_shape[0]) * sum(math.prod(shape) > 0 for shape in (out_shape[0], out_shape[1]))
 
 
-class _WeightGatedLinear(torch.autograd.Function):
+class _WeightGatedLinear(Node):
+    tensors = 5
+    plain = staticmethod(reference.weight_gated_linear)
+
     @staticmethod
     def forward(*inputs: Any) -> Any:
         return fwd(*inputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        *tensors, ctx.spec, ctx.block = inputs
-        ctx.save_for_backward(*tensors)
+        ctx.constants = inputs[5:]
+        ctx.save_for_backward(*inputs[:5])
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> Any:  # type: ignore[override]
+    def fused(ctx: Any, dy: Tensor) -> Any:
         needs = list(ctx.needs_input_grad[:4])
-        grads = bwd(dy, *ctx.saved_tensors, ctx.spec, ctx.block, needs)
+        grads = bwd(dy, *ctx.saved_tensors, *ctx.constants, needs)
         return (*wanted(grads, needs), None, None, None)
 
 

@@ -14,11 +14,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dampr import reference
+
 from .backends import select
 from .fold_conv import channels_innermost, fold_channels, fold_filters
 from .gate_activations import gate_activations
 from .gate_args import GatePair, Maybe
-from .library import differentiate, once_differentiable, watched
+from .library import watched
+from .node import Node, differentiate_layer
 
 Sizes = tuple[int, ...]
 
@@ -43,28 +46,35 @@ class Window(NamedTuple):
         return torch.convolution(x, weight, bias, *self[:3], False, [0] * len(self.stride), self.groups)
 
 
-class _WholeConv(torch.autograd.Function):
+class _WholeConv(Node):
+    tensors = 7
+
+    @staticmethod
+    def plain(*inputs: Any) -> Tensor:
+        *given, window, _ = inputs
+        return reference.gated_conv(*given, **window._asdict())
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Maybe, *rest: Any) -> Tensor:  # type: ignore[override]
-        *gates, ctx.window, ctx.on_activations, ctx.backend = rest
-        ctx.spec, ctx.per_sample = gates[4:]
-        y, pre = ctx.backend.fwd(x, weight, bias, GatePair(*gates), ctx.window, ctx.on_activations, keep_pre=ctx.needs_input_grad[4])
+        *gates, window, on_activations, ctx.backend = rest
+        ctx.constants = *gates[4:], window, on_activations
+        y, pre = ctx.backend.fwd(x, weight, bias, GatePair(*gates), window, on_activations, keep_pre=ctx.needs_input_grad[4])
         ctx.save_for_backward(x, weight, bias, *gates[:4], pre)
         ctx.hooked = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None  # a hook may keep what is saved
         return y  # type: ignore[no-any-return]
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> Any:  # type: ignore[override]
+    def fused(ctx: Any, dy: Tensor) -> Any:
         x, weight, bias, in_la, out_la, in_seed, out_seed, pre = ctx.saved_tensors
-        gates = GatePair(in_la, out_la, in_seed, out_seed, ctx.spec, ctx.per_sample)
+        spec, per_sample, window, on_activations = ctx.constants
+        gates = GatePair(in_la, out_la, in_seed, out_seed, spec, per_sample)
         needs = ctx.needs_input_grad[:5]
         if watched((dy,)):
-            whole = partial(composed_conv, convolve=ctx.window.convolve, groups=ctx.window.groups, on_activations=ctx.on_activations)
-            grads = differentiate(whole, dy, (x, weight, bias), gates, needs)
+            whole = partial(composed_conv, convolve=window.convolve, groups=window.groups, on_activations=on_activations)
+            grads = differentiate_layer(whole, dy, (x, weight, bias), gates, needs)
         else:
             last = not ctx.hooked and not torch._C._autograd._get_current_graph_task_keep_graph()
-            grads = ctx.backend.bwd(dy, x, weight, bias, gates, pre, ctx.window, ctx.on_activations, needs, over_pre=last)
+            grads = ctx.backend.bwd(dy, x, weight, bias, gates, pre, window, on_activations, needs, over_pre=last)
         return (*grads, None, None, None, None, None, None, None)
 
 

@@ -12,13 +12,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn import functional as F
+
+from dampr.spec import GateSpec
 
 from .backends import select
 from .fold_weight import fold_weight
 from .gate_args import GateArgs, GatePair, Maybe
-from .library import differentiate, once_differentiable, watched
+from .library import watched
+from .node import Node, differentiate_layer
 from .sample_gates import sample_gates
 
 
@@ -52,7 +54,7 @@ class BatchNorm(NamedTuple):
     def refuses(self, x: Tensor, gain: Tensor, shift: Maybe) -> bool:
         """Whether torch's own function has something to say about x, or does something else where there is so little of it."""
         vectors = gain, shift, self.running_mean, self.running_var
-        return x.dim() < 2 or x.numel() <= x.shape[1] or any(t is not None and t.numel() != x.shape[1] for t in vectors)
+        return x.dim() < 2 or x.numel() <= x.shape[1] or self.eps <= 0 or any(t is not None and t.numel() != x.shape[1] for t in vectors)
 
     def gain_dtype(self, x: Tensor) -> torch.dtype:
         """The dtype of a gain that stands for none: vendors take one that is wider than x, like their statistics."""
@@ -88,7 +90,13 @@ class LayerNorm(NamedTuple):
 Norm = BatchNorm | LayerNorm
 
 
-class _WholeNorm(torch.autograd.Function):
+class _WholeNorm(Node):
+    tensors = 5  # with the seed, which takes the place of the gate among the inputs
+
+    @staticmethod
+    def plain(x: Tensor, weight: Tensor, bias: Maybe, log_alpha: Tensor, seed: Maybe, spec: GateSpec, norm: Norm) -> Tensor:
+        return _composed(x, weight, bias, GateArgs(log_alpha, seed, spec).on_rows(), norm.again())
+
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any, x: Tensor, weight: Tensor, bias: Maybe, log_alpha: Tensor, gate: GateArgs, norm: Norm, backend: Any
@@ -96,21 +104,21 @@ class _WholeNorm(torch.autograd.Function):
         gain, shift = backend.fold(weight, bias, gate)
         y, mean, rstd = norm.fwd(x, gain, shift)
         ctx.save_for_backward(x, weight, bias, log_alpha, gate.seed, gain, shift, mean, rstd)
-        ctx.spec, ctx.norm, ctx.backend = gate.spec, norm, backend
+        ctx.constants, ctx.backend = (gate.spec, norm), backend
         return y
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> Any:  # type: ignore[override]
+    def fused(ctx: Any, dy: Tensor) -> Any:
         x, weight, bias, log_alpha, seed, gain, shift, mean, rstd = ctx.saved_tensors
+        spec, norm = ctx.constants
         need_x, need_w, need_b, need_gate = needs = ctx.needs_input_grad[:4]
-        gate = GateArgs(log_alpha, seed, ctx.spec)
+        gate = GateArgs(log_alpha, seed, spec)
         if watched((dy,)):
-            whole = partial(_composed, norm=ctx.norm.again())
-            dx, dw, db, _, dgate = differentiate(whole, dy, (x, weight, bias), gate.on_rows(), (*needs[:3], False, need_gate))
+            whole = partial(_composed, norm=norm.again())
+            dx, dw, db, _, dgate = differentiate_layer(whole, dy, (x, weight, bias), gate.on_rows(), (*needs[:3], False, need_gate))
             return dx, dw, db, dgate, None, None, None
         vectors = need_w or need_gate, bias is not None and (need_b or need_gate)
-        dx, dgain, dshift = ctx.norm.bwd(dy, x, gain, shift, mean, rstd, [need_x, *vectors])
+        dx, dgain, dshift = norm.bwd(dy, x, gain, shift, mean, rstd, [need_x, *vectors])
         if not any(needs[1:]):
             return dx, *[None] * 6
         dgain = torch.empty_like(gain) if dgain is None else dgain
@@ -124,10 +132,9 @@ def whole_norm(x: Tensor, weight: Tensor, bias: Maybe, gate: GateArgs, norm: Nor
     """Differentiable; weight, bias: the shape that ``norm`` normalises, a gate for each element; arguments are taken as checked."""
     backend = getattr(select(x.device, weight.dtype), "whole_norm", None)
     tensors = x, weight, bias, gate.log_alpha
-    looked_on = watched(tensors) or forward_ad._current_level >= 0  # a node of ours has no tangents
     if (
         backend is None
-        or looked_on
+        or watched(tensors)
         or norm.refuses(x, weight, bias)
         or not weight.is_contiguous()
         or torch.is_autocast_enabled(x.device.type)

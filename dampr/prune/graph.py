@@ -85,6 +85,8 @@ class Widths:
                 **dict.fromkeys((nn.GRU, nn.RNN, nn.LSTM), tracing.recurrent_pruner()),
                 Scale: tracing.scale_pruner(self._channelwise),
             }
+            norms = (m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+            own |= dict.fromkeys({type(m) for m in norms if m.affine and m.bias is None}, tracing.norm_pruner())
             whole = PrunedMultiheadAttention, nn.LSTMCell, nn.GRUCell, nn.RNNCell, *map(type, self._cores)
             own |= dict.fromkeys(whole, tracing.attention_pruner())
             try:

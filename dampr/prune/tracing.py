@@ -180,6 +180,25 @@ def scale_pruner(channelwise: set[nn.Module]) -> Any:
     return Factors()
 
 
+def norm_pruner() -> Any:
+    """Batch norms without a bias, torch 2.13's, which torch-pruning would slice."""
+    import torch_pruning
+
+    class Norm(torch_pruning.pruner.function.BatchnormPruner):  # type: ignore[misc]
+        def prune_out_channels(self, layer: Any, idxs: Any) -> nn.Module:
+            if layer.bias is not None or not layer.affine:
+                return super().prune_out_channels(layer, idxs)  # type: ignore[no-any-return]
+            left = sorted(set(range(layer.num_features)) - set(idxs))
+            layer.affine = False  # the statistics alone
+            super().prune_out_channels(layer, idxs)
+            layer.affine, layer.weight = True, self._prune_parameter_and_grad(layer.weight, left, 0)
+            return layer  # type: ignore[no-any-return]
+
+        prune_in_channels = prune_out_channels
+
+    return Norm()
+
+
 def channelwise_factors(model: nn.Module, example_inputs: Any) -> set[nn.Module]:
     """The :class:`Scale` modules whose dimension is that of channels: 1 where convolutions read or write, else the last."""
     dims: dict[nn.Module, int] = {}

@@ -1,6 +1,8 @@
 """Plain PyTorch, clean in float64: the definition of right. Every backend answers to this room; gradients come from autograd alone."""
 
 from .dependency_generator import dependency_generator
+from .fold_weight import fold_blocks, fold_weight
+from .gate_activations import gate_activations
 from .gated_attention import gated_attention
 from .gated_conv import gated_conv, weight_gated_conv
 from .gated_linear import expand_blocks, gated_linear, weight_gated_linear
@@ -14,7 +16,10 @@ __all__ = [
     "exp_portable",
     "expand_blocks",
     "expected_l0",
+    "fold_blocks",
+    "fold_weight",
     "gate",
+    "gate_activations",
     "gate_derivative",
     "gate_values",
     "gated_attention",

@@ -292,6 +292,24 @@ def test_binary_preset_is_one_where_the_papers_gate_exceeds_one_half():
     assert torch.equal(binary[clear], (paper > 0.5).float()[clear])
 
 
+def test_a_binary_gate_at_one_half_is_closed(cpu_backend):
+    """The paper's gate does not exceed one half at log_alpha = 0, and anything above is open."""
+    log_alpha = torch.tensor([-1e-7, -0.0, 0.0, 1e-7])
+    for wide in (log_alpha, log_alpha.double()):
+        z = functional.sample_gates(wide, spec=hard_concrete("binary"))
+        assert z.tolist() == [0, 0, 0, 1]
+    gate = gates.HardConcrete(4, preset="binary").eval()
+    gate.log_alpha.data.copy_(log_alpha)
+    assert gate().tolist() == [0, 0, 0, 1]
+    assert gate.is_open().tolist() == [False, False, False, True]
+
+
+@pytest.mark.parametrize(("gamma", "zeta"), [(-0.1, 1.1), (-0.05, 1.05), (-0.3, 1.3), (-0.2, 1.5), (-0.4, 1.1)])
+def test_the_threshold_of_the_binary_rule(gamma, zeta):
+    right = math.log((0.5 - gamma) / (zeta - 0.5))
+    assert hard_concrete("binary", gamma=gamma, zeta=zeta).lo == pytest.approx(right if abs(right) > 1e-9 else 0.0, rel=1e-12, abs=0)
+
+
 def test_shared_draw_is_one_row_and_per_row_draws_differ():
     gate = gates.HardConcrete(50, init_log_alpha=0.0)
     assert gate().shape == (50,)

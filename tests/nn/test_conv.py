@@ -355,3 +355,20 @@ def test_gates_per_image_write_the_gradient_over_what_only_they_have_kept(channe
         assert not over
         for a, b in zip(found, expected, strict=True):
             torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("granularity", ["output", "input", "weight", (2, 3), "index"], ids=str)
+def test_gradients_have_the_memory_format_that_torchs_have(granularity: Any, training: bool, layout: Any, backend: str) -> None:
+    if dampr.backend_info()[backend].startswith("missing"):
+        pytest.skip("no extension")
+    where = torch.arange(8 * 4 * 9).view(8, 4, 3, 3) % 7 if granularity == "index" else granularity
+    layer, dense = (m.to(memory_format=layout) for m in (GatedConv2d(4, 8, 3, granularity=where), nn.Conv2d(4, 8, 3)))
+    x = torch.randn(2, 4, 6, 5).contiguous(memory_format=layout).requires_grad_()
+    with dampr.backend(backend):
+        y = layer.train(training)(x)
+        found = [y, *torch.autograd.grad(y.sum(), (x, layer.weight))]
+    right = [dense(x), *torch.autograd.grad(dense(x).sum(), (x, dense.weight))]
+    assert [t.stride() for t in found] == [t.stride() for t in right]

@@ -140,6 +140,18 @@ def test_a_bad_argument_is_named(arguments: dict[str, Any], message: str) -> Non
         Gate(**arguments)
 
 
+@pytest.mark.parametrize("per_sample", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_an_index_of_another_size_than_the_dimension_is_named_in_both_modes(training: bool, per_sample: bool) -> None:
+    layer = Gate(2, dim=-1, index=torch.tensor([0, 0, 1]), per_sample=per_sample).train(training)
+    for width in (1, 2, 4):
+        with pytest.raises(ValueError, match=rf"gate\.shape=\(3,\): expected \({width},\), one gate per index of dimension 1 of x"):
+            layer(torch.randn(4, width))
+    with pytest.raises(TypeError, match=r"x\.dtype=torch\.int64: expected"):
+        layer(torch.ones(4, 3, dtype=torch.int64))
+    assert layer(torch.randn(0, 3)).shape == (0, 3)
+
+
 def test_gates_of_another_size_than_the_dimension_are_named() -> None:
     with pytest.raises(ValueError, match="gate"):
         Gate(3)(torch.randn(2, 4))

@@ -1,5 +1,6 @@
 """Gated norms as layers: drop-ins for torch's, gates folded or in the pass, closed channels, statistics, penalties."""
 
+import inspect
 import itertools
 
 import pytest
@@ -340,13 +341,58 @@ def test_a_tensor_on_another_device_is_refused():
         layer(torch.randn(5, 4, 3, 3))
 
 
-def test_a_channel_that_never_varies_stays_finite_without_eps():
+@pytest.mark.parametrize("per_sample", [False, True])
+@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("eps", [-1.0, 0.0])
+def test_eps_is_refused_where_torch_refuses_it(eps, training, activation, per_sample):
     x = torch.randn(5, 4, 3, 3)
-    x[:, 0] = 0
-    y = GatedBatchNorm2d(4, eps=0.0, activation="relu")(x.requires_grad_())
-    y.sum().backward()
-    assert y.isfinite().all()
-    assert x.grad.isfinite().all()
+    plain = nn.BatchNorm2d(4, eps=eps).train(training)
+    layer = GatedBatchNorm2d(4, eps=eps, activation=activation, per_sample=per_sample).train(training)
+    if training or eps < 0:
+        for norm in (plain, layer):
+            with pytest.raises(ValueError, match="eps"):
+                norm(x)
+    else:
+        torch.testing.assert_close(layer(x), plain(x).relu() if activation else plain(x))
+
+
+@pytest.mark.skipif("bias" not in inspect.signature(nn.BatchNorm2d).parameters, reason="torch's norms have no bias= yet")
+@pytest.mark.parametrize("per_sample", [False, True])
+@pytest.mark.parametrize("kind", [GatedBatchNorm1d, GatedBatchNorm2d])
+def test_a_norm_without_a_bias_stays_one(kind, per_sample):
+    x = torch.randn(6, 4) if kind is GatedBatchNorm1d else torch.randn(6, 4, 3, 3)
+    layer = kind(4, bias=False, per_sample=per_sample)
+    assert [name for name, _ in layer.named_parameters()] == ["weight", "gate.log_alpha"]
+    assert layer.weights_per_gate == 1
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([0.5, 1, 2, 3]))
+        layer.gate.log_alpha.copy_(torch.tensor([-9.0, 0.3, 3, 3]))
+    dense = kind._dense(4, bias=False)
+    dense.load_state_dict(layer.state_dict(), strict=False)
+    again = kind.from_dense(dense, per_sample=per_sample)
+    again.gate = layer.gate
+    z = layer.gate.deterministic().detach().view(-1, *[1] * (x.dim() - 2))
+    for norm in (layer, again):
+        norm.eval()
+        torch.testing.assert_close(norm(x), dense.eval()(x) * z)
+        plain = norm.to_dense()
+        assert plain.bias is None
+        torch.testing.assert_close(plain(x), norm(x))
+    assert layer.train()(x).shape == x.shape
+
+
+@pytest.mark.skipif("bias" not in inspect.signature(nn.BatchNorm2d).parameters, reason="torch's norms have no bias= yet")
+def test_a_network_of_norms_without_a_bias_is_converted_and_cut():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8, bias=False), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    x = torch.randn(2, 3, 6, 6)
+    model = dampr.convert(model, example_inputs=x)
+    with torch.no_grad():
+        model[1].gate.log_alpha[:3] = -9
+    small = dampr.compact(model, example_inputs=x)
+    assert (small[0].out_channels, small[1].num_features, small[3].in_channels) == (5, 5, 5)
+    assert small[1].bias is None
+    torch.testing.assert_close(small.eval()(x), model.eval()(x))
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])

@@ -1,10 +1,14 @@
 """Choosing a backend: names are checked, an explicit choice is honoured or refused with the reason, auto falls back on absence only."""
 
+import importlib
+
 import pytest
 import torch
 
 import dampr
-from dampr.ops import backends
+from dampr import reference
+from dampr.ops import GatePair, Window, backends, gated_conv2d
+from dampr.spec import hard_concrete
 
 
 def test_an_unknown_name_is_refused_before_any_work():
@@ -66,3 +70,38 @@ def test_backend_info_names_every_backend_and_the_reason_of_absence(monkeypatch)
     assert info["reference"] == "available"
     assert info["cpp"] == "missing: ImportError: no module named dampr._C"
     assert info["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize("places", [("input",), ("output",), ("input", "output")], ids=str)
+def test_the_convolution_of_live_blocks_runs_where_it_is_registered(places, cpu_backend):
+    """Its own operator, which no route of the CPU takes, gives what the others give, to the second derivative."""
+    generator = torch.Generator().manual_seed(2)
+    shapes = {"x": (2, 4, 5, 4), "weight": (6, 2, 2, 3), "bias": (6,), "input": (4,), "output": (6,)}
+    made = {name: torch.randn(shape, generator=generator).double().requires_grad_() for name, shape in shapes.items()}
+    seed = torch.tensor([3])
+    log_alphas = [made[name] if name in places else None for name in ("input", "output")]
+    pair = GatePair(*log_alphas, *[None if t is None else seed for t in log_alphas], hard_concrete())
+    leaves = [made[name] for name in ("x", "weight", "bias", *places)]
+    window = Window((2, 1), (1, 0), (1, 1), 2)
+    fused = gated_conv2d(*leaves[:3], pair, window)
+    right = reference.gated_conv(*leaves[:3], *pair, **window._asdict())
+    assert fused.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(fused, right)
+    found = []
+    for y in (fused, right):
+        first = torch.autograd.grad(y.square().sum(), leaves, create_graph=True)
+        alone = torch.autograd.grad(y.square().sum(), leaves, retain_graph=True)
+        found.append([*first, *alone, *torch.autograd.grad(sum(g.square().sum() for g in first), leaves)])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+    torch.testing.assert_close(torch.ops.dampr.gated_conv2d_fwd(*leaves[:3], *pair[:5], *window), right)
+
+
+@pytest.mark.parametrize("name", ["reference", "cpp"])
+def test_every_operator_registered_for_the_cpu_has_an_implementation(name):
+    if dampr.backend_info()[name].startswith("missing"):
+        pytest.skip("no extension")
+    module = importlib.import_module(f"dampr.ops.backend_{name}")
+    registered = {op.split("::")[1] for op in torch._C._dispatch_get_all_op_names() if op.startswith("dampr::")}
+    assert registered
+    assert [op for op in sorted(registered) if not hasattr(module, op)] == []

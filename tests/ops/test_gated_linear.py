@@ -274,20 +274,6 @@ def test_torch_func_gradients_work(cpu_backend):
         torch.testing.assert_close(grad, leaves[name].grad)
 
 
-def test_second_derivatives_are_refused_not_wrong(cpu_backend):
-    data = _data((4, 6, 3), "both")
-    for y in (
-        functional.gated_linear(**data, seed=1),
-        functional.sample_gates(data["input_gate"], seed=1),
-        functional.gated_linear(data["x"], data["weight"], weight_gate=torch.zeros(18, requires_grad=True), seed=1),
-    ):
-        (grad,) = torch.autograd.grad(
-            y.square().sum(), data["input_gate"] if y.dim() == 1 or y.grad_fn.name().startswith("_Gated") else data["x"], create_graph=True
-        )
-        with pytest.raises(RuntimeError, match="once_differentiable"):
-            grad.square().sum().backward()
-
-
 def test_flop_counter_counts_the_dense_products():
     from torch.utils.flop_counter import FlopCounterMode
 

@@ -105,14 +105,6 @@ def test_who_counts_only_the_backward_sees_its_operator(per_sample: bool) -> Non
     assert all(torch.equal(a, b) for a, b in zip(plain, seen, strict=True))
 
 
-def test_a_second_derivative_is_refused() -> None:
-    data = data_of(5, 8, 6, "output")
-    y = functional.gated_linear(**data, seed=7)
-    (grad,) = torch.autograd.grad(y.square().sum(), data["x"], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
-
-
 @pytest.mark.parametrize("per_sample", [False, True])
 @pytest.mark.parametrize(("m", "k", "n"), [(8192, 16, 16), (16, 8192, 16), (16, 16, 8192), (8192, 1, 3), (2, 8192, 1)])
 def test_long_sums_are_as_exact_as_torchs(m: int, k: int, n: int, per_sample: bool) -> None:

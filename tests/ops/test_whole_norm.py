@@ -129,14 +129,6 @@ def test_what_torch_refuses_is_refused_and_nothing_at_all_is_normalised_as_torch
     assert GatedLayerNorm(5)(torch.randn(0, 5)).shape == (0, 5)
 
 
-def test_a_second_derivative_is_refused() -> None:
-    layer, x = built("images")
-    x.requires_grad_()
-    (dx,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dx.sum().backward()
-
-
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's own, of every autograd.Function
 @pytest.mark.parametrize("how", [{}, {"per_sample": True}, {"per_sample": True, "activation": "relu"}, {"activation": "relu"}], ids=str)
 @pytest.mark.parametrize("affine", [True, False], ids=["affine", "bare"])

@@ -20,6 +20,7 @@ from .host import CODES
 from .norm_gate import norm_gate_bwd, norm_gate_fwd
 from .routes import conv_route, route
 from .weight_gated_linear import fold_blocks_bwd, fold_blocks_fwd, weight_gated_linear_bwd, weight_gated_linear_fwd
+from .whole_conv import gated_conv2d_fwd
 
 __all__ = [
     "GENERATOR_PARAMETERS",
@@ -33,6 +34,7 @@ __all__ = [
     "fold_weight_fwd",
     "gate_activations_bwd",
     "gate_activations_fwd",
+    "gated_conv2d_fwd",
     "gated_linear_bwd",
     "gated_linear_fwd",
     "live",

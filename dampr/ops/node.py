@@ -1,0 +1,106 @@
+"""The nodes of autograd: fused for a forward and its backward, plain PyTorch for every other derivative.
+
+A kernel has no derivative of its own. So every op has a ``plain`` form beside it, which computes the same from the same inputs, gates
+redrawn from their seed included, and which torch differentiates as often as it is asked to. It serves a backward that is itself
+differentiated (``create_graph=True``), a backward of a batch of gradients (``is_grads_batched=True``), torch.func and forward mode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from .gate_args import GatePair, Maybe
+
+# Looked up once: every backward asks these, and beside a tiny layer an attribute of an attribute counts.
+_grad_enabled, _compiling = torch.is_grad_enabled, torch.compiler.is_compiling
+_in_func, _in_batch = torch._C._are_functorch_transforms_active, torch._C._functorch.is_legacy_batchedtensor
+
+
+def is_transformed() -> bool:
+    """Whether torch.func or forward mode is at work: they need operators that torch knows."""
+    transformed: bool = _in_func() or forward_ad._current_level >= 0
+    return transformed
+
+
+class Node(torch.autograd.Function):
+    """Base of the nodes. A subclass has ``forward``, ``fused`` in the place of ``backward``, and ``plain``.
+
+    The context of a call keeps what :meth:`plain` takes: the first ``tensors`` of the saved tensors, which are the first inputs of
+    ``forward``, and after them ``constants``.
+    """
+
+    tensors: int
+    plain: Callable[..., Any]
+    fused: Callable[..., Any]
+
+    def __init_subclass__(cls) -> None:
+        fused = cls.fused
+
+        def backward(ctx: Any, *grads: Tensor) -> Any:
+            # Differentiated again, or one of a batch. What is compiled is neither: torch refuses a second derivative of it by name.
+            if not _compiling() and (_grad_enabled() or _in_batch(grads[0]) or _in_func() or forward_ad._current_level >= 0):
+                return _by_plain(cls, ctx, grads)
+            return fused(ctx, *grads)
+
+        cls.backward = staticmethod(backward)  # type: ignore[method-assign, assignment]
+
+
+def _by_plain(node: type[Node], ctx: Any, grads: Sequence[Tensor]) -> tuple[Maybe, ...]:
+    """The gradients of a call, differentiable in its inputs and in ``grads``."""
+    needs = ctx.needs_input_grad
+    inputs = ctx.saved_tensors[: node.tensors]
+    found = differentiate(lambda *given: node.plain(*given, *ctx.constants), grads, inputs, needs[: len(inputs)])
+    return (*found, *[None] * (len(needs) - len(inputs)))
+
+
+def differentiate(function: Callable[..., Any], grads: Sequence[Tensor], inputs: Sequence[Maybe], needs: Sequence[bool]) -> list[Maybe]:
+    """Gradients of the ``inputs`` that need one from ``grads``, those of the outputs; differentiable where gradients are enabled."""
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        given = [_stand_in(t) if need and t is not None else t for t, need in zip(inputs, needs, strict=True)]
+        outputs = function(*given)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        wanted = [t for t, need in zip(given, needs, strict=True) if need and t is not None]
+        learned = [(y, dy) for y, dy in zip(outputs, grads, strict=True) if y is not None and y.requires_grad]
+        found = [torch.zeros_like(t) for t in wanted]
+        if learned:  # not by gates of a rule without a gradient
+            ends, upstream = zip(*learned, strict=True)
+            found = list(torch.autograd.grad(ends, wanted, upstream, create_graph=again, materialize_grads=True))
+    return [found.pop(0) if need and t is not None else None for t, need in zip(given, needs, strict=True)]
+
+
+def _stand_in(t: Tensor) -> Tensor:
+    """A view in the place of an input: what the input was itself made of is not part of the gradient by it."""
+    view = t.view_as(t)
+    return view if view.requires_grad else view.requires_grad_()
+
+
+def differentiate_layer(
+    layer: Callable[..., Tensor], dy: Tensor, tensors: Sequence[Maybe], gates: GatePair, needs: Sequence[bool]
+) -> list[Maybe]:
+    """Gradients of x, weight, bias and both log-alphas by way of ``layer(x, weight, bias, gates)``, of operators, for whoever looks on."""
+
+    def whole(x: Tensor, weight: Tensor, bias: Maybe, in_la: Maybe, out_la: Maybe) -> Tensor:
+        return layer(x, weight, bias, gates._replace(input_log_alpha=in_la, output_log_alpha=out_la))
+
+    return differentiate(whole, (dy,), (*tensors, gates.input_log_alpha, gates.output_log_alpha), needs)
+
+
+def apply(node: type[Node], *args: Any) -> Any:
+    """``node.apply(*args)``, or its plain form where somebody transforms.
+
+    ``Function.apply`` binds the arguments to a signature for functions with a ``setup_context`` before it hands over to its base class,
+    which alone costs as much as a small layer (60 us). Under torch.compile it has more to do, and is called itself. What is compiled
+    without a gradient is the forward: dynamo does not know the ``apply`` of such a function there.
+    """
+    if is_transformed():
+        return node.plain(*args)
+    if not torch.compiler.is_compiling():
+        return super(torch.autograd.Function, node).apply(*args)  # type: ignore[misc]
+    learns = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
+    return node.apply(*args) if learns else node.forward(*args)
