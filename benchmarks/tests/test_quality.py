@@ -17,6 +17,7 @@ from benchmarks.quality.results import Results, Run
 from benchmarks.quality.tasks import TASKS, Task
 from benchmarks.quality.training import accuracy, learning_rate
 from benchmarks.quality.widths import cut_by_l1, macs, narrow_widths
+from benchmarks.tables import PLACE
 from dampr.prune.measure import count_macs
 
 SMALL = ("lenet5", "vgg", "gru", "transformer")
@@ -272,3 +273,10 @@ def test_methods_that_cannot_run_say_why() -> None:
     assert "BatchNorm" in why_not("tp_slim", TASKS["lenet5"])
     assert "GRU" in why_not("plan_dam", TASKS["gru"])
     assert why_not("narrow", TASKS["gru"]) is None
+
+
+def test_the_page_shows_what_the_results_files_hold():
+    text = tables.DOCUMENT.read_text()
+    places = PLACE.findall(text)
+    assert {name for _, name, _ in places} == {*(f"quality/{task}" for task in TASKS), "quality/anchors", "quality/recipes"}
+    assert PLACE.sub(lambda m: m[1] + tables.render(m[2]) + m[3], text) == text, "run python -m benchmarks.quality table"
