@@ -41,9 +41,10 @@ STYLES = {
 def draw(found: Results) -> Figure:
     """The runs at equal steps: lines through the means, a small mark for each seed, the dense network as a dotted line."""
     figure, axes = plt.subplots(2, 3, figsize=(15, 8.5), layout="constrained", squeeze=False)
-    for ax, task in zip(axes.flat, TASKS.values(), strict=False):
+    begun = [task for task in TASKS.values() if any(run.task == task.name for run in found)]
+    for ax, task in zip(axes.flat, begun, strict=False):
         _draw_task(ax, found, task)
-    for ax in axes.flat[len(TASKS) :]:
+    for ax in axes.flat[len(begun) :]:
         ax.axis("off")
     entries = {label: handle for ax in axes.flat for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     axes.flat[-1].legend(entries.values(), entries.keys(), loc="center", frameon=False)

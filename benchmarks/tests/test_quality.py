@@ -199,7 +199,7 @@ def test_the_document_is_generated_from_the_lines(tmp_path) -> None:
     assert "| 50% | narrow from scratch | 51.00% | 50.00%, 51.00%, 52.00% |  | +2.00 ± 0.00 | 49.00% |" in text
     assert "| 50% | dampr.Plan | 53.00% | 52.00%, 53.00%, 54.00% | +2.00 ± 0.00 |" in text
     assert "At equal time" in text
-    assert text.count("<!-- table: quality/") == len(TASKS)
+    assert text.count("<!-- table: quality/") == len(TASKS) + 2
     tables.write(tmp_path / "quality.md", found(*lines))
     assert (tmp_path / "quality.md").read_text() == text
 
