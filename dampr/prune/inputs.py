@@ -73,15 +73,21 @@ _PLAIN = (str, bytes, int, float, complex, bool, type, nn.Module, torch.dtype, t
 
 
 def _inside(value: Any) -> Iterable[Any]:
-    """What an object is made of: its items, or the values of its attributes."""
+    """What an object is made of: its items, and the values of its attributes that are not among these.
+
+    Keys and values that a model of transformers caches are no output: they have as many heads as are left.
+    """
+    if any(kind.__name__ == "Cache" and kind.__module__.startswith("transformers.") for kind in type(value).__mro__):
+        return []
+    if hasattr(value, "to_tuple"):
+        return list(value.to_tuple())
     if isinstance(value, Mapping):
-        return list(value.values()) + list(getattr(value, "__dict__", {}).values())
+        items = list(value.values())
+        return items + [v for v in getattr(value, "__dict__", {}).values() if all(v is not item for item in items)]
     if isinstance(value, PackedSequence):
         return [value.data, value.batch_sizes]
     if isinstance(value, (tuple, list, set, frozenset)):
         return list(value)
-    if hasattr(value, "to_tuple"):
-        return list(value.to_tuple())
     slots = [name for kind in type(value).__mro__ for name in _slots(kind)]
     return list(getattr(value, "__dict__", {}).values()) + [getattr(value, name) for name in slots if hasattr(value, name)]
 
