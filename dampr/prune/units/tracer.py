@@ -1,0 +1,364 @@
+"""One run of a model under a dispatch mode that carries axes from operator to operator."""
+
+from __future__ import annotations
+
+import random
+import sys
+import sysconfig
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .. import inputs
+from . import rules
+from .axes import Axes, moving, narrow, varying
+from .ledger import Ledger, Marks, Reason
+
+_UNIFORM = "zeros ones full new_zeros new_ones new_full zeros_like ones_like full_like"
+_KEEPS_UNIFORM = (
+    "view _unsafe_view expand select slice unbind unsqueeze squeeze permute transpose t clone _to_copy detach alias split cat stack repeat"
+)
+_NOT_USER_CODE = (str(Path(torch.__file__).parent), str(Path(__file__).parent.parent))
+_STANDARD_LIBRARY = sysconfig.get_paths()["stdlib"]
+
+
+def run(
+    ledger: Ledger,
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    training: bool,
+    fake: bool,
+    closed: Tensor | None = None,
+    alive: dict[int, tuple[float, float]] | None = None,
+) -> list[tuple[Any, ...]]:
+    """Run ``model`` once, write what its operators say into ``ledger``, and leave the model as it was, whatever is raised.
+
+    ``fake``: under fake tensors, which compute nothing. Returns the scalars that operators on units were given, in order (see
+    :func:`dampr.prune.units.proof.retrace`). ``closed``: which units are; ``alive`` gets those that are not 0 where something reads them,
+    each with its values' (least, largest). Raises what the model raises.
+    """
+    tracer = Tracer(ledger, {module: name for name, module in model.named_modules()}, training)
+    tracer.closed, tracer.alive = closed, {} if alive is None else alive
+    with ExitStack() as stack:
+        stack.enter_context(as_it_was(model))
+        stack.enter_context(_plain_operators())
+        model.train(training)
+        if fake:
+            tracer.fake = mode = FakeTensorMode(allow_non_fake_inputs=True)
+            example_inputs = pytree.tree_map_only(Tensor, mode.from_tensor, example_inputs)
+        for given in inputs.tensors(example_inputs):
+            tracer.mark(given, Marks([]))
+        stack.enter_context(inputs.removing(tracer.hooks(model)))
+        with tracer:
+            output = inputs.call(model, example_inputs)
+        for tensor in inputs.tensors(output):
+            marks = tracer.marks(tensor)
+            if marks is not None:
+                ledger.fix(marks.axes, Reason("output", "its outputs are the model's own"))
+    return tracer.scalars
+
+
+def run_as_fits(
+    ledger: Ledger, model: nn.Module, example_inputs: Any, *, training: bool, fake: bool | None = None
+) -> list[tuple[Any, ...]]:
+    """:func:`run` on fake tensors, and on real ones where these are not enough; ``fake`` allows one of the two alone."""
+    mark = ledger.checkpoint()
+    try:
+        return run(ledger, model, example_inputs, training=training, fake=fake is not False)
+    except Exception:
+        if fake is not None:
+            raise
+        ledger.back_to(mark)
+    return run(ledger, model, example_inputs, training=training, fake=False)
+
+
+@contextmanager
+def as_it_was(model: nn.Module) -> Iterator[None]:
+    """Give back every attribute of every module, the values of buffers and the states of generators after the block."""
+    attributes = [(module, dict(vars(module)), _containers(module)) for module in model.modules()]
+    buffers = [(b, b.detach().clone()) for b in model.buffers()]
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    try:
+        with inputs.same_noise(model):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+        for module, had, containers in attributes:
+            vars(module).clear()
+            vars(module).update(had)
+            for container, content in containers:
+                _refill(container, content)
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+
+
+def _containers(module: nn.Module) -> list[tuple[Any, Any]]:
+    return [(value, value.copy()) for value in vars(module).values() if isinstance(value, (dict, list, set))]
+
+
+def _refill(container: Any, content: Any) -> None:
+    container.clear()
+    container.extend(content) if isinstance(container, list) else container.update(content)
+
+
+@contextmanager
+def _plain_operators() -> Iterator[None]:
+    """Operators that arrive one by one: no gradients, no fused attention, recurrent layers as products. What warns has warned before."""
+    with warnings.catch_warnings(), torch.no_grad(), inputs.unfused(), sdpa_kernel(SDPBackend.MATH):
+        warnings.simplefilter("ignore")
+        with torch.backends.mkldnn.flags(enabled=False), torch.backends.cudnn.flags(enabled=False):
+            yield
+
+
+class Tracer(TorchDispatchMode):
+    """Calls the rule of every operator that reads something with units, and remembers which tensor has which axes.
+
+    Attributes:
+        closed, alive: as in :func:`run`.
+        scalars: (operator, numbers) of every call on units that was given numbers.
+    """
+
+    def __init__(self, ledger: Ledger, names: dict[nn.Module, str], training: bool) -> None:
+        super().__init__()
+        self.ledger, self.training = ledger, training
+        self.fake: AbstractContextManager[Any] | None = None
+        self.closed: Tensor | None = None
+        self.alive: dict[int, tuple[float, float]] = {}
+        self.scalars: list[tuple[Any, ...]] = []
+        self.uniform: dict[int, tuple[Tensor, bool]] = {}
+        self._names = names
+        self._stack: list[nn.Module] = []
+        self._marks: dict[int, tuple[Tensor, Marks | None]] = {}
+        self._views: dict[int, tuple[Tensor, Any, tuple[Any, ...], dict[str, Any]]] = {}
+
+    def hooks(self, model: nn.Module) -> list[Any]:
+        """Hooks that keep track of the module that is running."""
+
+        def leave(module: nn.Module, args: Any, output: Any) -> None:
+            del self._stack[-1]
+
+        found: list[Any] = [m.register_forward_pre_hook(lambda module, args: self._stack.append(module)) for m in model.modules()]
+        return found + [m.register_forward_hook(leave, always_call=True) for m in model.modules()]
+
+    def module(self) -> str:
+        """Type and name of the module that is running."""
+        if not self._stack:
+            return ""
+        name = self._names.get(self._stack[-1], "")
+        return f"{type(self._stack[-1]).__name__} {name!r}" if name else type(self._stack[-1]).__name__
+
+    def marks(self, tensor: Tensor) -> Marks | None:
+        """What is known of a tensor; None of one that is made of neither inputs nor parameters."""
+        if id(tensor) in self._marks:
+            return self._marks[id(tensor)][1]
+        if id(tensor) not in self.ledger.known:
+            return None
+        _, name, marks = self.ledger.known[id(tensor)]
+        self.ledger.reached.setdefault(name, set()).add(self.training)
+        return marks
+
+    def mark(self, tensor: Tensor, marks: Marks | None) -> None:
+        """Remember a tensor, which stays alive so that its id stays its own."""
+        self._marks[id(tensor)] = tensor, marks
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        name = rules.base_name(func)
+        rule = rules.of(func, name)
+        if func.namespace == "prim":
+            rule = rules.nothing
+        if rule is None and func._can_decompose():
+            with self:
+                result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        with self.fake or nullcontext():
+            out = func(*args, **kwargs)
+        given = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        marks = [self.marks(t) for t in given]
+        if all(m is None for m in marks) or name.startswith("new_"):
+            self._constant(func, name, args, kwargs, given, out)
+        else:
+            call = Call(self, func, name, args, kwargs, out, given, marks)
+            self._record(call, (rule or rules.opaque)(call))
+        return out
+
+    def _constant(self, func: Any, name: str, args: Any, kwargs: Any, given: list[Tensor], out: Any) -> None:
+        """What no parameter and no input takes part in: whether it is the same everywhere, and what it is a view of."""
+        if func._schema.is_mutable:
+            self._no_longer_uniform(args[0])
+        kept = given and name in _KEEPS_UNIFORM.split() and all(id(t) in self.uniform for t in given)
+        if name in _UNIFORM.split() or (kept and not func._schema.is_mutable):
+            zero = self.is_zero(given[0]) if kept else "zeros" in name
+            self.uniform.update({id(t): (t, zero) for t in pytree.tree_leaves(out) if isinstance(t, Tensor)})
+        if isinstance(out, Tensor) and func._schema.returns[0].alias_info is not None and not func._schema.is_mutable:
+            self.mark(out, None)
+            self._views[id(out)] = args[0], func, args, kwargs
+
+    def is_zero(self, tensor: Tensor) -> bool:
+        """Whether a tensor of constants is known to be zero everywhere."""
+        return self.uniform.get(id(tensor), (tensor, False))[1]
+
+    def _no_longer_uniform(self, written: Any) -> None:
+        while self.uniform.pop(id(written), None) is not None and id(written) in self._views:
+            written = self._views[id(written)][0]
+
+    def _record(self, call: Call, result: Axes | tuple[Axes, ...]) -> None:
+        outs = call.out if isinstance(call.out, (tuple, list)) else (call.out,)
+        results = result if isinstance(result, tuple) else (result, *((None,) * (len(outs) - 1)))
+        weight = all(m is None or m.weight for m in call.marks)
+        numbers = call.numbers()
+        if numbers:
+            self.scalars.append((call.name, *numbers))
+        for out, axes in zip(outs, results, strict=True):
+            if not isinstance(out, Tensor) or id(out) in self.ledger.known:  # in place on a parameter or buffer: its units stay
+                continue
+            marks = Marks(_checked(call.name, moving(axes or []), out), weight)
+            self.mark(out, marks)
+            if call.writes_in_place() and id(call.args[0]) not in self.ledger.known:
+                self.mark(call.args[0], marks)  # a real tensor among fake ones is not what comes back
+                self._write_through(call.args[0], call)
+            elif call.is_view():
+                self._views[id(out)] = call.args[0], call.func, call.args, call.kwargs
+
+    def _write_through(self, child: Tensor, call: Call) -> None:
+        """What is written in place into a view is in the base of the view too."""
+        while id(child) in self._views:
+            base, func, args, kwargs = self._views[id(child)]
+            axes = call.axes(child)
+            if base is child or not axes or id(base) in self.ledger.known:
+                return
+            places = func(torch.arange(base.numel()).reshape(base.shape), *args[1:], **kwargs)
+            places = places if isinstance(places, Tensor) else next((p for p in places if p.shape == child.shape), None)
+            old = call.axes(base)
+            if places is None or len(axes) != 1 or len(old) > 1:
+                self.ledger.fix(axes + old, call.why("mixed", "its channels are written in place into a view"))
+                return
+            flat = torch.zeros(base.numel(), dtype=torch.int64) if not old else old[0].expand(base.shape).reshape(-1).clone()
+            flat[places.reshape(-1)] = axes[0].expand(child.shape).reshape(-1)
+            self.mark(base, Marks(moving([narrow(flat.reshape(base.shape))])))
+            child = base
+
+
+def _checked(name: str, axes: Axes, out: Tensor) -> Axes:
+    for axis in axes:
+        if axis.dim() != out.dim() or any(n not in (1, m) for n, m in zip(axis.shape, out.shape, strict=True)):
+            raise AssertionError(f"{name}: axis of shape {tuple(axis.shape)} for a tensor of shape {tuple(out.shape)}")
+    return axes
+
+
+class Call:
+    """One operator call as its rule sees it.
+
+    ``given``, ``marks``: the tensors among the arguments in order, and what is known of each.
+    """
+
+    def __init__(
+        self,
+        tracer: Tracer,
+        func: Any,
+        name: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        out: Any,
+        given: list[Tensor],
+        marks: list[Marks | None],
+    ) -> None:
+        self.tracer, self.ledger = tracer, tracer.ledger
+        self.func, self.name, self.args, self.kwargs, self.out = func, name, args, kwargs, out
+        self.given, self.marks = given, marks
+        self._place: tuple[str, str, str] | None = None
+
+    @property
+    def first(self) -> Tensor:
+        """The first output."""
+        found: Tensor = self.out[0] if isinstance(self.out, (tuple, list)) else self.out
+        return found
+
+    def arg(self, name: str, default: Any = None) -> Any:
+        """An argument by its name in the operator's schema."""
+        for at, argument in enumerate(self.func._schema.arguments):
+            if argument.name == name:
+                return self.args[at] if at < len(self.args) else self.kwargs.get(name, argument.default_value)
+        return default
+
+    def of(self, tensor: Any) -> Marks | None:
+        """What is known of a tensor, or None."""
+        return self.tracer.marks(tensor) if isinstance(tensor, Tensor) else None
+
+    def axes(self, tensor: Any) -> Axes:
+        """The axes of a tensor; none of what is no tensor."""
+        marks = self.of(tensor)
+        return marks.axes if marks is not None else []
+
+    def numbers(self) -> list[Any]:
+        """The numbers that an elementwise operator was given beside tensors."""
+        if torch.Tag.pointwise not in self.func.tags:
+            return []
+        return [a for a in (*self.args, *self.kwargs.values()) if isinstance(a, (int, float)) and not isinstance(a, bool)]
+
+    def even(self, tensor: Tensor, dims: set[int]) -> bool:
+        """Whether a tensor of constants is known to be the same along ``dims``."""
+        if id(tensor) in self.tracer.uniform or all(tensor.shape[d] == 1 for d in dims):
+            return True
+        if isinstance(tensor, FakeTensor) or tensor.device.type == "meta":
+            return False
+        return all(bool((tensor == tensor.narrow(d, 0, 1)).all()) for d in dims)
+
+    def is_view(self) -> bool:
+        """Whether the result shares memory with the first argument."""
+        return bool(self.args) and isinstance(self.args[0], Tensor) and self.func._schema.arguments[0].alias_info is not None
+
+    def writes_in_place(self) -> bool:
+        """Whether the operator changes its first argument."""
+        return self.is_view() and bool(self.func._schema.arguments[0].alias_info.is_write)
+
+    def why(self, kind: str, text: str) -> Reason:
+        """A reason with the place of this call."""
+        if self._place is None:
+            self._place = self.name, self.tracer.module(), _user_line(sys._getframe(1))
+        return Reason(kind, text, *self._place)
+
+    def probe(self, tensor: Tensor, axes: Axes, dim: int) -> None:
+        """Note the values that closed units have along ``dim`` where a weight or a sum reads them."""
+        closed = self.tracer.closed
+        for axis in axes if closed is not None else []:
+            if closed is None or varying(axis) != {dim}:
+                continue
+            ids = axis.reshape(-1)
+            here = torch.nonzero((ids < len(closed)) & closed[ids.clamp(max=len(closed) - 1)]).reshape(-1)
+            for unit, values in zip(ids[here].tolist(), tensor.index_select(dim, here).unbind(dim), strict=True):
+                low, high = float(values.min()), float(values.max())
+                had = self.tracer.alive.get(unit, (low, high))
+                if low or high or had != (low, high):
+                    self.tracer.alive[unit] = min(low, had[0]), max(high, had[1])
+
+
+def _user_line(frame: FrameType | None) -> str:
+    """File and line of the innermost frame of code that belongs neither to torch nor to this package; "" without one."""
+    while frame is not None:
+        path = frame.f_code.co_filename
+        if path == inputs.__file__ and frame.f_code.co_name == "call":
+            return ""
+        standard = path.startswith(_STANDARD_LIBRARY) and "site-packages" not in path
+        if not standard and not path.startswith(("<", *_NOT_USER_CODE)):
+            return f"{Path(path).name}:{frame.f_lineno}"
+        frame = frame.f_back
+    return ""
+
+
+Rule = Callable[[Call], "Axes | tuple[Axes, ...]"]
