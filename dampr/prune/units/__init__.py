@@ -31,7 +31,7 @@ def trace_units(
 ) -> Units:
     """The units of a model's parameters and buffers, and which of them may be cut.
 
-    The model is run on fake tensors, so nothing is computed; where its control flow asks for a value it is run on real ones. Whatever is
+    The model is run on meta tensors, so nothing is computed; where its control flow asks for a value it is run on real ones. Whatever is
     raised, its attributes, buffers, modes and the states of random generators are as before.
 
     Args:
@@ -39,7 +39,7 @@ def trace_units(
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments.
         training: the modes to run it in. What only training reaches is traced too, so that nothing is cut that a branch of training reads.
         more_inputs: further example inputs, for models that take another path on these; all paths are united.
-        fake: True: on fake tensors or not at all; False: on real ones.
+        fake: True: on meta tensors or not at all; False: on real ones.
 
     Returns: a :class:`Units`. Its ``failed`` says of a mode other than the first why the model does not run in it.
 

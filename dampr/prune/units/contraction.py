@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from . import rules
 from .axes import Axes, along, first_along, moving, varying
-from .ledger import Marks
+from .ledger import Marks, line
 
 if TYPE_CHECKING:
     from .tracer import Call
@@ -51,7 +50,7 @@ def _in_order(axis: Tensor, own: str, order: str) -> Tensor:
 def _note_sides(call: Call, axes: Axes, left: int) -> None:
     for axis in axes:
         side = call.ledger.read if any(dim >= left for dim in varying(axis)) else call.ledger.written
-        side.append(torch.unique(axis))
+        side.append(line(axis))
 
 
 def _with_bias(call: Call, axes: Axes, bias: Any) -> Axes:
@@ -100,7 +99,7 @@ def _embedding(call: Call) -> Axes:
         if varying(axis) == {0}:
             call.ledger.fix(axis, call.why("picked", "rows of an embedding are picked by data"))
         else:
-            call.ledger.written.append(torch.unique(axis))
+            call.ledger.written.append(line(axis))
             out.append(along(axis[:1].reshape(-1), index.dim(), index.dim() + 1))
     return out
 
@@ -116,13 +115,13 @@ def _convolution(call: Call) -> Axes:
     marks = call.of(weight)
     if marks is not None and marks.weight:
         call.probe(tensor, channels, 1)
-        call.ledger.read += [torch.unique(line) for line in read] if groups == 1 or transposed else []
-        call.ledger.written += [torch.unique(line) for line in made] if groups == 1 or not transposed else []
+        call.ledger.read += [units.numpy() for units in read] if groups == 1 or transposed else []
+        call.ledger.written += [units.numpy() for units in made] if groups == 1 or not transposed else []
     if groups == 1:
         _read_all(call, tensor, channels, read)
     else:
         made = _read_in_groups(call, tensor, channels, read, made, groups, transposed)
-    axes = moving([along(line, 1, rank) for line in made])
+    axes = moving([along(units, 1, rank) for units in made])
     if call.of(bias) is not None:
         rules.write(call, [bias])
         shape = [1, call.out.shape[1]] + [1] * (rank - 2)
@@ -159,8 +158,8 @@ def _image_axes(call: Call, tensor: Tensor) -> tuple[Axes, Axes]:
 
 def _read_all(call: Call, tensor: Tensor, channels: Axes, read: Axes) -> None:
     rank = tensor.dim()
-    line = [1, tensor.shape[1]] + [1] * (rank - 2)
-    operands = [(Marks([along(units, 1, rank)]), line) for units in read]
+    shape = [1, tensor.shape[1]] + [1] * (rank - 2)
+    operands = [(Marks([along(units, 1, rank)]), shape) for units in read]
     if call.of(tensor) is not None:
         operands.append((Marks(channels), list(tensor.shape)))
     for axis in call.ledger.meet(list(tensor.shape), operands, call):

@@ -7,10 +7,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from .axes import Axes, at_rank, moving, narrow, runs, varying
+
+Ints = NDArray[np.int64]
+_MANY = 4096  # pairs of which doubles are left out
 
 
 @dataclass(frozen=True)
@@ -72,19 +77,21 @@ class Ledger:
         fixed, statistics: units, and the reason.
         read, written: units that a weight's contracted dimension has, and that the other dimensions of weights, biases and norms have.
         reached: name -> the modes (training or not) in which an operator read it.
+        numbers: (operator, what it was given beside tensors) of every elementwise call, in order.
     """
 
     origin: dict[str, list[tuple[int, int, int]]] = field(default_factory=dict)
     alias: dict[str, str] = field(default_factory=dict)
     known: dict[int, tuple[Tensor, str, Marks]] = field(default_factory=dict)
-    unions: list[tuple[Tensor, Reason]] = field(default_factory=list)
-    blocks: list[tuple[Tensor, Reason]] = field(default_factory=list)
-    fixed: list[tuple[Tensor, Reason]] = field(default_factory=list)
-    statistics: list[tuple[Tensor, Reason]] = field(default_factory=list)
+    unions: list[tuple[Ints, Reason]] = field(default_factory=list)
+    blocks: list[tuple[Ints, Reason]] = field(default_factory=list)
+    fixed: list[tuple[Ints, Reason]] = field(default_factory=list)
+    statistics: list[tuple[Ints, Reason]] = field(default_factory=list)
     splits: list[Split] = field(default_factory=list)
-    read: list[Tensor] = field(default_factory=list)
-    written: list[Tensor] = field(default_factory=list)
+    read: list[Ints] = field(default_factory=list)
+    written: list[Ints] = field(default_factory=list)
     reached: dict[str, set[bool]] = field(default_factory=dict)
+    numbers: list[tuple[Any, ...]] = field(default_factory=list)
     count: int = 1
 
     @classmethod
@@ -124,7 +131,7 @@ class Ledger:
         self.reached = mark[1]
 
     def _parts(self) -> list[list[Any]]:
-        return [self.unions, self.blocks, self.fixed, self.statistics, self.splits, self.read, self.written]
+        return [self.unions, self.blocks, self.fixed, self.statistics, self.splits, self.read, self.written, self.numbers]
 
     # what rules say ---------------------------------------------------------------------------------------------------------------------
     def unite(self, a: Tensor, b: Tensor, call: Where) -> None:
@@ -138,11 +145,11 @@ class Ledger:
     def fix(self, axes: Tensor | Iterable[Tensor], why: Reason) -> None:
         """Nothing of these may go."""
         for axis in [axes] if isinstance(axes, Tensor) else axes:
-            self.fixed.append((torch.unique(axis), why))
+            self.fixed.append((line(axis), why))
 
     def statistic(self, axis: Tensor, why: Reason) -> None:
         """These may go only where what computes the statistic counts open units."""
-        self.statistics.append((torch.unique(axis), why))
+        self.statistics.append((line(axis), why))
 
     # what rules have in common ----------------------------------------------------------------------------------------------------------
     def meet(self, shape: Sequence[int], operands: Sequence[tuple[Marks, Sequence[int]]], call: Where) -> Axes:
@@ -200,7 +207,7 @@ class Ledger:
                 elif kind == "mixed":
                     self.fix(axis, call.why("mixed", "its channels are mixed"))
                 else:
-                    self.read.append(torch.unique(axis))
+                    self.read.append(line(axis))
                 continue
             if gone:
                 outer = self._rows(axis, sorted(stay))
@@ -242,9 +249,14 @@ class Ledger:
         return moving(out)
 
 
-def _pairs(a: Tensor, b: Tensor) -> Tensor:
+def line(axis: Tensor) -> Ints:
+    """The units of an axis in order, as the ledger keeps them."""
+    return axis.reshape(-1).numpy()
+
+
+def _pairs(a: Tensor, b: Tensor) -> Ints:
     """The different pairs of units at the same place, (2, n)."""
-    a, b = (t.reshape(-1) for t in torch.broadcast_tensors(a, b))
-    differ = a != b
-    pairs = torch.stack((a[differ], b[differ]))
-    return torch.unique(pairs, dim=1) if pairs.shape[1] > 4096 else pairs
+    left, right = (side.reshape(-1) for side in np.broadcast_arrays(a.numpy(), b.numpy()))
+    differ = left != right
+    pairs = np.stack((left[differ], right[differ]))
+    return np.unique(pairs, axis=1) if pairs.shape[1] > _MANY else pairs

@@ -6,16 +6,14 @@ import functools
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from .axes import narrow
-from .ledger import Ledger, Reason, Split
+from .ledger import Ints, Ledger, Reason, Split
 
-Ints = NDArray[np.int64]
 _PASSES = 20  # over the constraints; each pass joins classes, and networks seen so far took at most four
 
 NOTHING_TO_CHOOSE = ("only", "unread")
@@ -45,6 +43,7 @@ class Units:
         read, written: the units that weights read, and those that they write.
         reached: name -> the modes (``training``) in which an operator read the parameter.
         modes, failed: the modes that were traced, and why another could not be.
+        numbers: what elementwise operators were given beside tensors, in the order of calls.
     """
 
     label: Ints
@@ -59,6 +58,7 @@ class Units:
     reached: dict[str, set[bool]]
     modes: tuple[bool, ...] = (False,)
     failed: dict[bool, str] = field(default_factory=dict)
+    numbers: list[tuple[Any, ...]] = field(default_factory=list)
 
     @functools.cached_property
     def members(self) -> dict[int, list[Member]]:
@@ -132,6 +132,7 @@ def solve(ledger: Ledger, modes: tuple[bool, ...] = (False,), failed: dict[bool,
         reached=ledger.reached,
         modes=modes,
         failed=failed or {},
+        numbers=ledger.numbers,
     )
 
 
@@ -179,11 +180,11 @@ class _Labels:
             if (self.label == before).all():
                 return
 
-    def conflicts(self) -> list[tuple[torch.Tensor, Reason]]:
+    def conflicts(self) -> list[tuple[Ints, Reason]]:
         """Units that run along several classes: they and these cannot go together, so none goes."""
         outer, low, high = self._block_ends()
         events = self._event[self._starts]
-        return [(torch.from_numpy(outer[at : at + 1]), self._why[events[at]]) for at in np.flatnonzero(low != high)]
+        return [(outer[at : at + 1], self._why[events[at]]) for at in np.flatnonzero(low != high)]
 
     def _join(self, pairs: Ints) -> None:
         self.label = joined(self.label, pairs)
@@ -227,30 +228,30 @@ def _has_blocks(axis: torch.Tensor, dim: int, dims: Sequence[int], runs_along: d
     return bool((first & last) - past)
 
 
-def _concatenated(parts: list[torch.Tensor]) -> Ints:
-    return torch.cat(parts, 1).numpy() if parts else np.zeros((2, 0), np.int64)
+def _concatenated(parts: list[Ints]) -> Ints:
+    return np.concatenate(parts, 1) if parts else np.zeros((2, 0), np.int64)
 
 
-def _united(parts: list[torch.Tensor]) -> Ints:
-    units: Ints = torch.unique(torch.cat(parts)).numpy() if parts else np.zeros(0, np.int64)
+def _united(parts: list[Ints]) -> Ints:
+    units = np.unique(np.concatenate(parts)) if parts else np.zeros(0, np.int64)
     return units[units > 0]
 
 
-def _unlabelled(ledger: Ledger) -> list[tuple[torch.Tensor, Reason]]:
+def _unlabelled(ledger: Ledger) -> list[tuple[Ints, Reason]]:
     """Units that meet an element that has none."""
     found = []
     for pairs, why in ledger.unions:
-        lone = pairs[:, (pairs == 0).any(0)].amax(0) if pairs.shape[1] else pairs[0]
+        lone = pairs[:, (pairs == 0).any(0)].max(0) if pairs.shape[1] else pairs[0]
         if len(lone):
             found.append((lone, why))
     return found
 
 
-def _of_classes(label: Ints, said: Iterable[tuple[torch.Tensor, Reason]]) -> dict[int, Reason]:
+def _of_classes(label: Ints, said: Iterable[tuple[Ints, Reason]]) -> dict[int, Reason]:
     """The first reason of each class."""
     found: dict[int, Reason] = {}
     for units, why in said:
-        for one in np.unique(label[units.numpy()]).tolist():
+        for one in np.unique(label[units]).tolist():
             found.setdefault(one, why)
     found.pop(0, None)
     return found
@@ -261,10 +262,10 @@ def _dimensions(ledger: Ledger) -> list[tuple[str, int, int, int]]:
     return [(name, *dims) for name, found in ledger.origin.items() for dims in found]
 
 
-def _left_alone(ledger: Ledger, label: Ints) -> Iterator[tuple[torch.Tensor, Reason]]:
+def _left_alone(ledger: Ledger, label: Ints) -> Iterator[tuple[Ints, Reason]]:
     """Units of what no run reached, and of dimensions that are one unit."""
     for name, dim, first, size in _dimensions(ledger):
-        units = torch.arange(first, first + size)
+        units = np.arange(first, first + size)
         if name not in ledger.reached:
             yield units, Reason("unreached", f"the example inputs do not reach {name!r}, in evaluation or in training")
         if (label[first : first + size] == label[first]).all():

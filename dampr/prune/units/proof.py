@@ -17,8 +17,6 @@ from . import tracer
 from .ledger import Ledger
 from .partition import NOTHING_TO_CHOOSE, Units, solve
 
-Numbers = list[tuple[Any, ...]]
-
 
 def cut(model: nn.Module, units: Units, classes: Iterable[int]) -> nn.Module:
     """Delete the indices of these classes from every parameter and buffer of ``model``, in place; returns ``model``.
@@ -57,10 +55,10 @@ def _follow(module: Any) -> None:
     if weight is None:
         return
     if isinstance(module, nn.modules.conv._ConvNd):
-        read, written = (0, 1) if module.transposed else (1, 0)
+        into, out = (0, 1) if module.transposed else (1, 0)
         if module.groups > 1:
             module.groups = weight.shape[0] * module.groups // (module.in_channels if module.transposed else module.out_channels)
-        sizes = {read: "in_channels", written: "out_channels"}
+        sizes = {into: "in_channels", out: "out_channels"}
         for dim, name in sizes.items():
             setattr(module, name, weight.shape[dim] * (module.groups if dim == 1 else 1))
     elif isinstance(module, nn.Linear):
@@ -112,12 +110,11 @@ def retrace(model: nn.Module, units: Units, example_inputs: Any, families: Seque
     """
     if not families:
         return {}
-    _, numbers = _trace(model, units.modes, example_inputs)
     found: dict[int, Differs] = {}
     todo = [list(families)]
     while todo:
         some = todo.pop()
-        fault = _differs(model, units, example_inputs, numbers, half(units, some))
+        fault = _differs(model, units, example_inputs, half(units, some))
         if fault is not None and len(some) == 1:
             found |= dict.fromkeys(some[0], fault)
         elif fault is not None:
@@ -125,22 +122,19 @@ def retrace(model: nn.Module, units: Units, example_inputs: Any, families: Seque
     return found
 
 
-def _differs(model: nn.Module, units: Units, example_inputs: Any, numbers: Numbers, classes: list[int]) -> Differs | None:
+def _differs(model: nn.Module, units: Units, example_inputs: Any, classes: list[int]) -> Differs | None:
     small = cut(inputs.copied(model), units, classes)
+    ledger = Ledger.of(small)
     try:
-        again, others = _trace(small, units.modes, example_inputs)
+        for mode in units.modes:
+            tracer.run_as_fits(ledger, small, example_inputs, training=mode)
     except Exception as error:
         return Differs(f"without half of its channels the model does not run ({type(error).__name__}: {error})", runs=False)
-    if numbers != others:
-        a, b = next(((a, b) for a, b in zip(numbers, others, strict=False) if a != b), (("more", "operators"), ("or", "fewer")))
+    if units.numbers != ledger.numbers:
+        pairs = zip(units.numbers, ledger.numbers, strict=False)
+        a, b = next(((a, b) for a, b in pairs if a != b), (("more", "operators"), ("or", "fewer")))
         return Differs(f"a number that the code computes follows its width ({a[0]} with {a[1]}, without half of its channels {b[1]})", True)
-    return _regrouped(units, again, set(classes))
-
-
-def _trace(model: nn.Module, modes: tuple[bool, ...], example_inputs: Any) -> tuple[Units, Numbers]:
-    ledger = Ledger.of(model)
-    numbers = [pair for mode in modes for pair in tracer.run_as_fits(ledger, model, example_inputs, training=mode)]
-    return solve(ledger, modes), numbers
+    return _regrouped(units, solve(ledger, units.modes), set(classes))
 
 
 def _regrouped(units: Units, again: Units, gone: set[int]) -> Differs | None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .axes import Axes, at_rank, varying
-from .ledger import Marks
+from .ledger import Marks, line
 
 if TYPE_CHECKING:
     from .tracer import Call, Rule
@@ -54,7 +54,7 @@ def write(call: Call, tensors: Iterable[Any]) -> None:
     for tensor in tensors:
         marks = call.of(tensor)
         if marks is not None and marks.weight:
-            call.ledger.written.extend(torch.unique(axis) for axis in marks.axes)
+            call.ledger.written.extend(line(axis) for axis in marks.axes)
 
 
 @rule(

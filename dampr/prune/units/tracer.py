@@ -7,7 +7,7 @@ import sys
 import sysconfig
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -42,22 +41,21 @@ def run(
     fake: bool,
     closed: Tensor | None = None,
     alive: dict[int, tuple[float, float]] | None = None,
-) -> list[tuple[Any, ...]]:
+) -> None:
     """Run ``model`` once, write what its operators say into ``ledger``, and leave the model as it was, whatever is raised.
 
-    ``fake``: under fake tensors, which compute nothing. Returns the scalars that operators on units were given, in order (see
-    :func:`dampr.prune.units.proof.retrace`). ``closed``: which units are; ``alive`` gets those that are not 0 where something reads them,
-    each with its values' (least, largest). Raises what the model raises.
+    ``fake``: operators get meta tensors, which have shapes and no values, and compute nothing. ``closed``: which units are; ``alive`` gets
+    those that are not 0 where something reads them, each with its values' (least, largest). Raises what the model raises.
     """
     tracer = Tracer(ledger, {module: name for name, module in model.named_modules()}, training)
-    tracer.closed, tracer.alive = closed, {} if alive is None else alive
+    tracer.fake, tracer.closed, tracer.alive = fake, closed, {} if alive is None else alive
     with ExitStack() as stack:
         stack.enter_context(as_it_was(model))
         stack.enter_context(_plain_operators())
         model.train(training)
         if fake:
-            tracer.fake = mode = FakeTensorMode(allow_non_fake_inputs=True)
-            example_inputs = pytree.tree_map_only(Tensor, mode.from_tensor, example_inputs)
+            tracer.swap(model)
+            example_inputs = pytree.tree_map_only(Tensor, tracer.on_meta, example_inputs)
         for given in inputs.tensors(example_inputs):
             tracer.mark(given, Marks([]))
         stack.enter_context(inputs.removing(tracer.hooks(model)))
@@ -67,21 +65,19 @@ def run(
             marks = tracer.marks(tensor)
             if marks is not None:
                 ledger.fix(marks.axes, Reason("output", "its outputs are the model's own"))
-    return tracer.scalars
 
 
-def run_as_fits(
-    ledger: Ledger, model: nn.Module, example_inputs: Any, *, training: bool, fake: bool | None = None
-) -> list[tuple[Any, ...]]:
-    """:func:`run` on fake tensors, and on real ones where these are not enough; ``fake`` allows one of the two alone."""
+def run_as_fits(ledger: Ledger, model: nn.Module, example_inputs: Any, *, training: bool, fake: bool | None = None) -> None:
+    """:func:`run` without arithmetic, and with it where values are asked for; ``fake`` allows one of the two alone."""
     mark = ledger.checkpoint()
     try:
-        return run(ledger, model, example_inputs, training=training, fake=fake is not False)
+        run(ledger, model, example_inputs, training=training, fake=fake is not False)
+        return
     except Exception:
         if fake is not None:
             raise
         ledger.back_to(mark)
-    return run(ledger, model, example_inputs, training=training, fake=False)
+    run(ledger, model, example_inputs, training=training, fake=False)
 
 
 @contextmanager
@@ -129,20 +125,20 @@ class Tracer(TorchDispatchMode):
 
     Attributes:
         closed, alive: as in :func:`run`.
-        scalars: (operator, numbers) of every call on units that was given numbers.
     """
 
     def __init__(self, ledger: Ledger, names: dict[nn.Module, str], training: bool) -> None:
         super().__init__()
         self.ledger, self.training = ledger, training
-        self.fake: AbstractContextManager[Any] | None = None
+        self.fake = False
         self.closed: Tensor | None = None
         self.alive: dict[int, tuple[float, float]] = {}
-        self.scalars: list[tuple[Any, ...]] = []
         self.uniform: dict[int, tuple[Tensor, bool]] = {}
         self._names = names
         self._stack: list[nn.Module] = []
         self._marks: dict[int, tuple[Tensor, Marks | None]] = {}
+        self._twins: dict[int, int] = {}
+        self._meta: dict[int, tuple[Tensor, Tensor]] = {}
         self._views: dict[int, tuple[Tensor, Any, tuple[Any, ...], dict[str, Any]]] = {}
 
     def hooks(self, model: nn.Module) -> list[Any]:
@@ -165,11 +161,15 @@ class Tracer(TorchDispatchMode):
         """What is known of a tensor; None of one that is made of neither inputs nor parameters."""
         if id(tensor) in self._marks:
             return self._marks[id(tensor)][1]
-        if id(tensor) not in self.ledger.known:
+        if not self.owned(tensor):
             return None
-        _, name, marks = self.ledger.known[id(tensor)]
+        _, name, marks = self.ledger.known[self._twins.get(id(tensor), id(tensor))]
         self.ledger.reached.setdefault(name, set()).add(self.training)
         return marks
+
+    def owned(self, tensor: Tensor) -> bool:
+        """Whether a tensor is a parameter or buffer with units, or stands in the place of one."""
+        return self._twins.get(id(tensor), id(tensor)) in self.ledger.known
 
     def mark(self, tensor: Tensor, marks: Marks | None) -> None:
         """Remember a tensor, which stays alive so that its id stays its own."""
@@ -186,8 +186,7 @@ class Tracer(TorchDispatchMode):
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
                 return result
-        with self.fake or nullcontext():
-            out = func(*args, **kwargs)
+        out = self._result(func, name, args, kwargs)
         given = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         marks = [self.marks(t) for t in given]
         if all(m is None for m in marks) or name.startswith("new_"):
@@ -196,6 +195,35 @@ class Tracer(TorchDispatchMode):
             call = Call(self, func, name, args, kwargs, out, given, marks)
             self._record(call, (rule or rules.opaque)(call))
         return out
+
+    def _result(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
+        """What the operator returns; under ``fake`` of meta tensors in the places of real ones, which stay as they are."""
+        if not self.fake or name.startswith("lift_fresh"):
+            return func(*args, **kwargs)
+        args, kwargs = pytree.tree_map_only(Tensor, self.on_meta, (args, kwargs))
+        if "device" in kwargs or any(argument.name == "device" for argument in func._schema.arguments):
+            kwargs = {**kwargs, "device": torch.device("meta")}
+        return func(*args, **kwargs)
+
+    def on_meta(self, tensor: Tensor) -> Tensor:
+        """The meta tensor that stands in the place of a real one."""
+        if tensor.device.type == "meta":
+            return tensor
+        if id(tensor) not in self._meta or self._meta[id(tensor)][1].shape != tensor.shape:
+            twin = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+            self._meta[id(tensor)] = tensor, nn.Parameter(twin, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else twin
+            self._twins[id(self._meta[id(tensor)][1])] = id(tensor)
+        return self._meta[id(tensor)][1]
+
+    def swap(self, model: nn.Module) -> None:
+        """Put meta tensors in the places of parameters and buffers, also where modules list them; :func:`as_it_was` gives these back."""
+        for module in model.modules():
+            tables: list[dict[str, Any]] = [module._parameters, module._buffers]
+            for table in tables:
+                table.update({name: self.on_meta(t) for name, t in table.items() if t is not None})
+            for listed in vars(module).values():
+                if isinstance(listed, list):
+                    listed[:] = [self.on_meta(t) if isinstance(t, Tensor) and self.owned(t) else t for t in listed]
 
     def _constant(self, func: Any, name: str, args: Any, kwargs: Any, given: list[Tensor], out: Any) -> None:
         """What no parameter and no input takes part in: whether it is the same everywhere, and what it is a view of."""
@@ -223,13 +251,13 @@ class Tracer(TorchDispatchMode):
         weight = all(m is None or m.weight for m in call.marks)
         numbers = call.numbers()
         if numbers:
-            self.scalars.append((call.name, *numbers))
+            self.ledger.numbers.append((call.name, *numbers))
         for out, axes in zip(outs, results, strict=True):
-            if not isinstance(out, Tensor) or id(out) in self.ledger.known:  # in place on a parameter or buffer: its units stay
+            if not isinstance(out, Tensor) or self.owned(out):  # in place on a parameter or buffer: its units stay
                 continue
             marks = Marks(_checked(call.name, moving(axes or []), out), weight)
             self.mark(out, marks)
-            if call.writes_in_place() and id(call.args[0]) not in self.ledger.known:
+            if call.writes_in_place() and not self.owned(call.args[0]):
                 self.mark(call.args[0], marks)  # a real tensor among fake ones is not what comes back
                 self._write_through(call.args[0], call)
             elif call.is_view():
@@ -240,7 +268,7 @@ class Tracer(TorchDispatchMode):
         while id(child) in self._views:
             base, func, args, kwargs = self._views[id(child)]
             axes = call.axes(child)
-            if base is child or not axes or id(base) in self.ledger.known:
+            if base is child or not axes or self.owned(base):
                 return
             places = func(torch.arange(base.numel()).reshape(base.shape), *args[1:], **kwargs)
             places = places if isinstance(places, Tensor) else next((p for p in places if p.shape == child.shape), None)
@@ -315,7 +343,7 @@ class Call:
         """Whether a tensor of constants is known to be the same along ``dims``."""
         if id(tensor) in self.tracer.uniform or all(tensor.shape[d] == 1 for d in dims):
             return True
-        if isinstance(tensor, FakeTensor) or tensor.device.type == "meta":
+        if tensor.device.type == "meta":
             return False
         return all(bool((tensor == tensor.narrow(d, 0, 1)).all()) for d in dims)
 

@@ -38,7 +38,7 @@ def test_classes_are_what_they_have_to_be(name):
 
 
 @pytest.mark.parametrize("name", NETS)
-def test_fake_and_real_tensors_say_the_same(name):
+def test_a_trace_without_arithmetic_says_the_same(name):
     _, model, x = _built(name)
     fake, real = (trace_units(model, x, fake=how) for how in (True, False))
     assert fake.free == real.free

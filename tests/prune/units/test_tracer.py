@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor
 
 from dampr.prune.units import trace_units
 from tests import models
@@ -50,10 +49,10 @@ def test_nothing_is_changed_whatever_is_raised(fake, fails):
     assert random.getstate() == generators[1]
     assert (np.random.get_state()[1] == generators[2]).all()  # noqa: NPY002
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-    assert not any(isinstance(t, FakeTensor) for m in model.modules() for t in vars(m).values())
+    assert not any(isinstance(t, torch.Tensor) for m in model.modules() for t in vars(m).values())
 
 
-def test_control_flow_that_asks_for_values_gets_real_tensors():
+def test_control_flow_that_asks_for_values_gets_them():
     class Asks(nn.Module):
         def __init__(self):
             super().__init__()
@@ -66,7 +65,7 @@ def test_control_flow_that_asks_for_values_gets_real_tensors():
     units = trace_units(model, x)
     assert units.why_not("a.weight", 0) is None
     assert units.why_not("b.weight", 0).kind == "unreached"
-    with pytest.raises(DataDependentOutputException):
+    with pytest.raises(RuntimeError, match="meta"):
         trace_units(model, x, fake=True)
     both = trace_units(model, x, more_inputs=[-x])
     assert both.classes("a.weight", 0) == both.classes("b.weight", 0)
