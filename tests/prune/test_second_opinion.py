@@ -194,3 +194,60 @@ def test_a_model_with_gates_is_judged_without_them():
     dampr.convert(model, example_inputs=IMAGE)
     assert sorted(gated_layers(model)) == ["second", "third"]
     assert "LocalResponseNorm" in model.dampr_skipped["first"]
+
+
+class Shared(nn.Module):
+    """Attention of two heads that share one key and value (C1); ``spread`` gives each head its copy."""
+
+    def __init__(self, spread):
+        super().__init__()
+        self.embed, self.up, self.down, self.head = nn.Embedding(20, 8), nn.Linear(8, 12), nn.Linear(12, 8), nn.Linear(8, 3)
+        self.q, self.k, self.v, self.out = nn.Linear(8, 8), nn.Linear(8, 4), nn.Linear(8, 4), nn.Linear(8, 8)
+        self.spread, self.norm = spread, nn.RMSNorm(8)
+
+    def forward(self, x):
+        x = self.embed(x)
+        q, k, v = (layer(self.norm(x)).unflatten(-1, (-1, 4)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        y = F.scaled_dot_product_attention(q, self.spread(k), self.spread(v))
+        x = x + self.out(y.transpose(1, 2).flatten(2))
+        return self.head(x + self.down(self.up(x).relu()))
+
+
+SPREAD = {
+    "expanded": lambda t: t.expand(-1, 2, -1, -1),
+    "expanded and viewed": lambda t: t[:, :, None].expand(-1, -1, 2, -1, -1).flatten(1, 2),
+    "repeated": lambda t: t.repeat_interleave(2, 1),
+}
+
+
+@pytest.mark.parametrize("spread", SPREAD.values(), ids=SPREAD)
+def test_attention_of_one_key_head_is_converted(spread):
+    model, words = Shared(spread), torch.randint(0, 20, (2, 5))
+    dampr.convert(model, example_inputs=words)
+    assert {"up"} <= gated_layers(model).keys() <= {"up", "embed", "down", "out"}
+    y = close(model).eval()(words)
+    torch.testing.assert_close(dampr.compact(model, example_inputs=words)(words), y)
+
+
+def test_a_transformer_around_which_torch_pruning_goes_in_circles_is_converted():
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 8, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4, "intermediate_size": 12}
+    config = transformers.Qwen3Config(**sizes, num_hidden_layers=1, vocab_size=20)
+    model, x = transformers.Qwen3ForCausalLM(config), {"input_ids": torch.randint(0, 20, (2, 5)), "use_cache": False}
+    dampr.convert(model, example_inputs=x)
+    assert sorted(gated_layers(model)) == ["model.layers.0.mlp.up_proj"]
+    assert all(model.dampr_skipped[f"model.layers.0.self_attn.{name}_proj"] for name in "qkvo")
+
+
+def test_what_torch_pruning_fails_on_is_left_out_in_words(monkeypatch):
+    from torch_pruning import DependencyGraph
+
+    model, own = Between(nn.Identity()), DependencyGraph.get_pruning_group
+
+    def fail(graph, module, *rest):
+        return own(graph, module, *rest) if isinstance(module, nn.Conv2d) else 1 // 0
+
+    monkeypatch.setattr(DependencyGraph, "get_pruning_group", fail)
+    dampr.convert(model, example_inputs=IMAGE)
+    assert model.dampr_skipped["third"].startswith("torch-pruning cannot follow its width (ZeroDivisionError: ")
+    assert sorted(gated_layers(model)) == ["first", "second"]

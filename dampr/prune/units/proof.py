@@ -99,22 +99,24 @@ class Differs:
     runs: bool
 
 
-def retrace(model: nn.Module, units: Units, example_inputs: Any, families: Sequence[Sequence[int]]) -> dict[int, Differs]:
+def retrace(
+    model: nn.Module, units: Units, example_inputs: Any, families: Sequence[Sequence[int]], more_inputs: Iterable[Any] = ()
+) -> dict[int, Differs]:
     """Of the classes of these families, those that cannot be cut though the trace calls them free, and what is wrong.
 
     Half of each family is cut in a copy of ``model``, which is traced in the same modes: its units have to be the classes that are left,
     and its operators must have been given the same numbers. (A literal half, ``roll``, ``view(B, N, 4, -1)`` and ``h.shape[1]`` used as a
-    factor are found so.) Where it is not so, halves of the families are tried.
+    factor are found so.) Where it is not so, halves of the families are tried. ``example_inputs``, ``more_inputs``: those of the trace.
 
     Raises what copying the model raises.
     """
     if not families:
         return {}
     found: dict[int, Differs] = {}
-    todo = [list(families)]
+    todo, samples = [list(families)], [example_inputs, *more_inputs]
     while todo:
         some = todo.pop()
-        fault = _differs(model, units, example_inputs, half(units, some))
+        fault = _differs(model, units, samples, half(units, some))
         if fault is not None and len(some) == 1:
             found |= dict.fromkeys(some[0], fault)
         elif fault is not None:
@@ -122,12 +124,13 @@ def retrace(model: nn.Module, units: Units, example_inputs: Any, families: Seque
     return found
 
 
-def _differs(model: nn.Module, units: Units, example_inputs: Any, classes: list[int]) -> Differs | None:
+def _differs(model: nn.Module, units: Units, samples: list[Any], classes: list[int]) -> Differs | None:
     small = cut(inputs.copied(model), units, classes)
     ledger = Ledger.of(small)
     try:
         for mode in units.modes:
-            tracer.run_as_fits(ledger, small, example_inputs, training=mode)
+            for sample in samples:
+                tracer.run_as_fits(ledger, small, sample, training=mode)
     except Exception as error:
         return Differs(f"without half of its channels the model does not run ({type(error).__name__}: {error})", runs=False)
     if units.numbers != ledger.numbers:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from dampr.prune.units import trace_units
+from dampr.prune.units.proof import retrace
 from tests import models
 
 
@@ -70,6 +71,7 @@ def test_control_flow_that_asks_for_values_gets_them():
     both = trace_units(model, x, more_inputs=[-x])
     assert both.classes("a.weight", 0) == both.classes("b.weight", 0)
     assert both.why_not("b.weight", 0) is None
+    assert retrace(model, both, x, both.families, more_inputs=[-x]) == {}
 
 
 def test_a_model_on_meta_is_traced():
