@@ -165,6 +165,21 @@ def test_what_training_alone_reaches_gets_no_gates_and_protects_what_it_reads(mo
     assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in model.parameters())
 
 
+def test_what_training_returns_keeps_its_width():
+    class Features(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.head = nn.Linear(6, 8), nn.Linear(8, 10), nn.Linear(10, 3)
+
+        def forward(self, x):
+            features = self.second(self.first(x).relu()).relu()
+            return (self.head(features), features) if self.training else self.head(features)
+
+    model = dampr.convert(Features(), example_inputs=torch.randn(5, 6))
+    assert sorted(gated_layers(model)) == ["first"]
+    assert model.dampr_skipped["second"] == "its outputs are the model's own in training"
+
+
 def test_what_no_mode_reaches_gets_no_gates():
     class Tasks(nn.Module):
         def __init__(self):

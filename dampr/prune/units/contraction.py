@@ -11,7 +11,7 @@ from .axes import Axes, along, first_along, moving, varying
 from .ledger import Marks, line
 
 if TYPE_CHECKING:
-    from .tracer import Call
+    from .call import Call
 
 
 def product(call: Call, a: Tensor, b: Tensor, letters: tuple[str, str], result: str) -> Axes:

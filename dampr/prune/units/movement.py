@@ -12,7 +12,7 @@ from .axes import Axes, at_rank, first_along, moving, narrow, varying
 from .ledger import Marks
 
 if TYPE_CHECKING:
-    from .tracer import Call
+    from .call import Call
 
 
 def equal_parts(call: Call, axis: Tensor, dim: int, parts: int) -> None:

@@ -12,7 +12,7 @@ from .axes import Axes, along, first_along, narrow, varying
 from .ledger import Marks
 
 if TYPE_CHECKING:
-    from .tracer import Call, Rule
+    from .call import Call, Rule
 
 
 def _per_channel(call: Call, tensor: Tensor, others: list[Any], axes: Axes) -> Axes:

@@ -1,4 +1,4 @@
-"""One rule for each ATen operator: from a :class:`~.tracer.Call` to the axes of its results (a tuple of these for several).
+"""One rule for each ATen operator: from a :class:`~.call.Call` to the axes of its results (a tuple of these for several).
 
 The rules of movement, contraction and reduction stand in modules of their own; all are in one table. An operator that is not in it counts
 as elementwise where torch tags it so, is decomposed where torch can, and is opaque otherwise: nothing that goes in may be cut.
@@ -16,7 +16,7 @@ from .axes import Axes, at_rank, varying
 from .ledger import Marks, line
 
 if TYPE_CHECKING:
-    from .tracer import Call, Rule
+    from .call import Call, Rule
 
 _TABLE: dict[str, Rule] = {}
 

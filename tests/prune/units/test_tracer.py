@@ -53,6 +53,23 @@ def test_nothing_is_changed_whatever_is_raised(fake, fails):
     assert not any(isinstance(t, torch.Tensor) for m in model.modules() for t in vars(m).values())
 
 
+def test_a_teacher_that_follows_in_training_does_not_move():
+    class Following(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.student, self.teacher = nn.Linear(6, 3), nn.Linear(6, 3)
+
+        def forward(self, x):
+            if self.training:
+                self.teacher.weight.mul_(0.9).add_(self.student.weight, alpha=0.1)
+            return self.student(x), self.teacher(x) * float(x.sum())
+
+    model = Following()
+    before = model.teacher.weight.detach().clone()
+    trace_units(model, torch.randn(4, 6))
+    assert torch.equal(model.teacher.weight, before)
+
+
 def test_control_flow_that_asks_for_values_gets_them():
     class Asks(nn.Module):
         def __init__(self):
