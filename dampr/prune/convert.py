@@ -28,7 +28,7 @@ from dampr.nn import (
 )
 from dampr.nn.base import VECTOR_GRANULARITIES, Granularity
 
-from . import filters, graph, heads, inputs, rectified, recurrent, streams, transformer, trial
+from . import filters, graph, heads, inputs, rectified, recurrent, second_opinion, streams, transformer, trial
 from .filters import Filter
 from .structure import plain_copy
 
@@ -203,6 +203,9 @@ def _place(model: nn.Module, chosen: dict[str, nn.Module], granularity: Granular
     free = [n for n, reason in reasons.items() if reason is None and _has_channels(chosen[n], widths)]
     free = [n for n in free if isinstance(chosen[n].weight, nn.Parameter)]  # others are an error, see _gated
     plan.skipped = {n: reason for n, reason in reasons.items() if reason is not None} | trial.stuck(model, free, example_inputs)
+    judged = {n: layer for n, layer in chosen.items() if n not in plan.skipped or n in factors}
+    whole = [n for n in judged if n not in wanted or isinstance(judged[n], nn.RNNBase)]
+    plan.skipped |= second_opinion.refused(model, judged, example_inputs, whole)
     for name, layer in chosen.items():
         if name in plan.skipped:
             continue

@@ -98,6 +98,25 @@ class Widths:
                 raise TracingError(
                     f"torch-pruning cannot follow {type(model).__name__} ({type(error).__name__}: {error}){known}"
                 ) from error
+        for dependency in (d for node in self._graph.module2node.values() for d in node.dependencies):
+            dependency.index_mapping.append(functools.partial(self._in_range, dependency))
+
+    def _in_range(self, dependency: Any, indices: Any) -> Any:
+        """The last step of a dependency's index mapping: the indices as they are, if what they are of has that many.
+
+        Around a circle of views, as key heads that several query heads share make one, torch-pruning goes on for ever with ever larger
+        indices. Raises CannotCutError.
+        """
+        module = dependency.target.module
+        size = None
+        if isinstance(module, nn.Parameter):
+            size = module.numel()
+        elif isinstance(module, (nn.Embedding, *GEMMS)) and getattr(module, "groups", 1) == 1:
+            size = channel_count(module, self._graph.is_out_channel_pruning_fn(dependency.handler))
+        if size is not None and indices and max(index.idx for index in indices) >= size:
+            name = "a bare nn.Parameter" if isinstance(module, nn.Parameter) else repr(self._names.get(module))
+            raise CannotCutError(f"its channels are rearranged on the way to {name}")
+        return indices
 
     def _count(self, module: nn.Module, _: Any) -> None:
         self._calls[module] = self._calls.get(module, 0) + 1
@@ -213,7 +232,10 @@ class Widths:
     def written_together(self, layer: nn.Module) -> list[nn.Module]:
         """The layers whose output channels are added to those of ``layer``, one to one, itself included, in the order of the model."""
         size = channel_count(layer, True)
-        group = self.group(layer, True, range(size))
+        try:
+            group = self.group(layer, True, range(size))
+        except CannotCutError:
+            return [layer]
         found = {
             item.dep.target.module
             for item in group
@@ -256,10 +278,14 @@ class Widths:
         """torch-pruning's group of everything that is sliced together with these channels of ``layer``.
 
         Asked from the reading side of a flattened convolution, torch-pruning names a channel of the producer once for each position, and
-        would cut that many; such a group is asked for again from the producer.
+        would cut that many; such a group is asked for again from the producer. Raises CannotCutError where torch-pruning gets lost.
         """
         pruner = self._graph.get_pruner_of_module(layer)
-        found = self._graph.get_pruning_group(layer, pruner.prune_out_channels if writes else pruner.prune_in_channels, sorted(channels))
+        side = pruner.prune_out_channels if writes else pruner.prune_in_channels
+        try:
+            found = self._graph.get_pruning_group(layer, side, sorted(channels))
+        except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+            raise CannotCutError(f"torch-pruning cannot follow its width ({type(error).__name__}: {error})") from error
         if writes or all(len(set(item.idxs)) == len(item.idxs) for item in found):
             return found
         producers = [i for i in found if self._graph.is_out_channel_pruning_fn(i.dep.handler) and isinstance(i.dep.target.module, _READERS)]

@@ -1,0 +1,64 @@
+"""Axes: small int64 tensors that say to which unit each element of a tensor belongs.
+
+An axis has the rank of its tensor and size 1 along every dimension along which the unit does not change, so that the channels of an image
+are one axis of shape (1, C, 1, 1). 0 is no unit: a batch entry, a token, a pixel, an input feature.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+Axes = list[Tensor]
+
+
+def varying(axis: Tensor) -> set[int]:
+    """The dimensions along which the unit changes."""
+    return {dim for dim, size in enumerate(axis.shape) if size > 1}
+
+
+def moving(axes: Iterable[Tensor]) -> Axes:
+    """Those that change anywhere."""
+    return [axis for axis in axes if axis.numel() > 1]
+
+
+def narrow(axis: Tensor) -> Tensor:
+    """The axis, of size 1 wherever it does not change."""
+    axis = first_along(axis, [dim for dim, step in enumerate(axis.stride()) if step == 0])
+    for dim in varying(axis):
+        if torch.equal(axis.narrow(dim, 1, axis.shape[dim] - 1), axis.narrow(dim, 0, axis.shape[dim] - 1)):
+            axis = axis.narrow(dim, 0, 1)
+    return axis
+
+
+def at_rank(axis: Tensor, rank: int) -> Tensor:
+    """With leading dimensions of size 1, as broadcasting adds them."""
+    return axis.reshape((1,) * (rank - axis.dim()) + tuple(axis.shape))
+
+
+def first_along(axis: Tensor, dims: Iterable[int]) -> Tensor:
+    """The axis at index 0 of these dimensions, which stay with size 1."""
+    for dim in dims:
+        axis = axis.narrow(dim, 0, 1)
+    return axis
+
+
+def along(line: Tensor, dim: int, rank: int) -> Tensor:
+    """An axis of this rank that changes along ``dim`` alone, from the units in order."""
+    return line.reshape([-1 if at == dim else 1 for at in range(rank)])
+
+
+def runs(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+    """The shortest runs of dimensions of two shapes of one size, pair by pair with equal products, as a view regroups them."""
+    found: list[tuple[list[int], list[int]]] = []
+    left, right = list(range(len(old))), list(range(len(new)))
+    while left or right:
+        olds, news = left[:1], right[:1]
+        del left[:1], right[:1]
+        while (a := math.prod(old[d] for d in olds)) != (b := math.prod(new[d] for d in news)):
+            olds, news = ([*olds, left.pop(0)], news) if a < b else (olds, [*news, right.pop(0)])
+        found.append((olds, news))
+    return found

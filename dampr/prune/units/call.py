@@ -1,0 +1,126 @@
+"""One operator call as its rule sees it."""
+
+from __future__ import annotations
+
+import sys
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .. import inputs
+from .axes import Axes, varying
+from .ledger import Marks, Reason
+
+if TYPE_CHECKING:
+    from .tracer import Tracer
+
+_NOT_USER_CODE = (str(Path(torch.__file__).parent), str(Path(__file__).parent.parent))
+_STANDARD_LIBRARY = sysconfig.get_paths()["stdlib"]
+
+
+class Call:
+    """One operator call as its rule sees it.
+
+    ``given``, ``marks``: the tensors among the arguments in order, and what is known of each.
+    """
+
+    def __init__(
+        self,
+        tracer: Tracer,
+        func: Any,
+        name: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        out: Any,
+        given: list[Tensor],
+        marks: list[Marks | None],
+    ) -> None:
+        self.tracer, self.ledger = tracer, tracer.ledger
+        self.func, self.name, self.args, self.kwargs, self.out = func, name, args, kwargs, out
+        self.given, self.marks = given, marks
+        self._place: tuple[str, str, str] | None = None
+
+    @property
+    def first(self) -> Tensor:
+        """The first output."""
+        found: Tensor = self.out[0] if isinstance(self.out, (tuple, list)) else self.out
+        return found
+
+    def arg(self, name: str, default: Any = None) -> Any:
+        """An argument by its name in the operator's schema."""
+        for at, argument in enumerate(self.func._schema.arguments):
+            if argument.name == name:
+                return self.args[at] if at < len(self.args) else self.kwargs.get(name, argument.default_value)
+        return default
+
+    def of(self, tensor: Any) -> Marks | None:
+        """What is known of a tensor, or None."""
+        return self.tracer.marks(tensor) if isinstance(tensor, Tensor) else None
+
+    def axes(self, tensor: Any) -> Axes:
+        """The axes of a tensor; none of what is no tensor."""
+        marks = self.of(tensor)
+        return marks.axes if marks is not None else []
+
+    def numbers(self) -> list[Any]:
+        """The numbers that an elementwise operator was given beside tensors."""
+        if torch.Tag.pointwise not in self.func.tags:
+            return []
+        return [a for a in (*self.args, *self.kwargs.values()) if isinstance(a, (int, float)) and not isinstance(a, bool)]
+
+    def even(self, tensor: Tensor, dims: set[int]) -> bool:
+        """Whether a tensor of constants is known to be the same along ``dims``."""
+        if id(tensor) in self.tracer.uniform or all(tensor.shape[d] == 1 for d in dims):
+            return True
+        if tensor.device.type == "meta":
+            return False
+        return all(bool((tensor == tensor.narrow(d, 0, 1)).all()) for d in dims)
+
+    def is_view(self) -> bool:
+        """Whether the result shares memory with the first argument."""
+        return bool(self.args) and isinstance(self.args[0], Tensor) and self.func._schema.arguments[0].alias_info is not None
+
+    def writes_in_place(self) -> bool:
+        """Whether the operator changes its first argument."""
+        return self.is_view() and bool(self.func._schema.arguments[0].alias_info.is_write)
+
+    def why(self, kind: str, text: str) -> Reason:
+        """A reason with the place of this call."""
+        if self._place is None:
+            self._place = self.name, self.tracer.module(), _user_line(sys._getframe(1))
+        return Reason(kind, text, *self._place)
+
+    def probe(self, tensor: Tensor, axes: Axes, dim: int) -> None:
+        """Note the values that closed units have along ``dim`` where a weight or a sum reads them."""
+        closed = self.tracer.closed
+        for axis in axes if closed is not None else []:
+            if closed is None or varying(axis) != {dim}:
+                continue
+            ids = axis.reshape(-1)
+            here = torch.nonzero((ids < len(closed)) & closed[ids.clamp(max=len(closed) - 1)]).reshape(-1)
+            for unit, values in zip(ids[here].tolist(), tensor.index_select(dim, here).unbind(dim), strict=True):
+                low, high = float(values.min()), float(values.max())
+                had = self.tracer.alive.get(unit, (low, high))
+                if low or high or had != (low, high):
+                    self.tracer.alive[unit] = min(low, had[0]), max(high, had[1])
+
+
+def _user_line(frame: FrameType | None) -> str:
+    """File and line of the innermost frame of code that belongs neither to torch nor to this package; "" without one."""
+    while frame is not None:
+        path = frame.f_code.co_filename
+        if path == inputs.__file__ and frame.f_code.co_name == "call":
+            return ""
+        standard = path.startswith(_STANDARD_LIBRARY) and "site-packages" not in path
+        if not standard and not path.startswith(("<", *_NOT_USER_CODE)):
+            return f"{Path(path).name}:{frame.f_lineno}"
+        frame = frame.f_back
+    return ""
+
+
+Rule = Callable[[Call], "Axes | tuple[Axes, ...]"]

@@ -1,0 +1,191 @@
+"""Rules of products: contracted dimensions meet, the result has the other dimensions of both."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from . import rules
+from .axes import Axes, along, first_along, moving, varying
+from .ledger import Marks, line
+
+if TYPE_CHECKING:
+    from .call import Call
+
+
+def product(call: Call, a: Tensor, b: Tensor, letters: tuple[str, str], result: str) -> Axes:
+    """The axes of ``einsum(f"{letters[0]},{letters[1]}->{result}", a, b)``; "k" is what is contracted."""
+    for tensor, own, other, others in ((a, letters[0], b, letters[1]), (b, letters[1], a, letters[0])):
+        if "k" not in own:
+            continue
+        marks, factor = call.of(tensor), call.of(other)
+        if marks is not None and factor is not None and factor.weight and not marks.weight:
+            call.probe(tensor, marks.axes, own.index("k"))
+        if marks is not None and factor is None and not call.even(other, {others.index("k")}):
+            lost = [axis for axis in marks.axes if axis.shape[own.index("k")] > 1]
+            call.ledger.fix(lost, call.why("constants", "its channels meet constants that are no parameter and no buffer"))
+    order = result + "".join(sorted(set("".join(letters)) - set(result)))
+    sizes = {letter: n for tensor, own in ((a, letters[0]), (b, letters[1])) for letter, n in zip(own, tensor.shape, strict=True)}
+    operands = []
+    for tensor, own in ((a, letters[0]), (b, letters[1])):
+        marks = call.of(tensor)
+        if marks is not None:
+            axes = [_in_order(axis, own, order) for axis in marks.axes]
+            if marks.weight:
+                _note_sides(call, axes, len(result))
+            operands.append((Marks(axes), [sizes[letter] if letter in own else 1 for letter in order]))
+    met = call.ledger.meet([sizes[letter] for letter in order], operands, call)
+    zero = any(call.of(t) is None and call.tracer.is_zero(t) for t in (a, b))
+    kind = "sum" if zero or any((m := call.of(t)) is not None and not m.weight for t in (a, b)) else "statistic"
+    return call.ledger.reduce(met, set(range(len(result), len(order))), False, kind, call)
+
+
+def _in_order(axis: Tensor, own: str, order: str) -> Tensor:
+    moved = axis.permute(sorted(range(len(own)), key=lambda i: order.index(own[i])))
+    sizes = iter(moved.shape)
+    return moved.reshape([next(sizes) if letter in own else 1 for letter in order])
+
+
+def _note_sides(call: Call, axes: Axes, left: int) -> None:
+    for axis in axes:
+        side = call.ledger.read if any(dim >= left for dim in varying(axis)) else call.ledger.written
+        side.append(line(axis))
+
+
+def _with_bias(call: Call, axes: Axes, bias: Any) -> Axes:
+    marks = call.of(bias)
+    if marks is None:
+        return axes
+    rules.write(call, [bias])
+    shape = list(call.out.shape)
+    return call.ledger.meet(shape, [(Marks(axes), shape), (marks, list(bias.shape))], call)
+
+
+def _letters(a: Tensor, b: Tensor) -> tuple[tuple[str, str], str]:
+    left, right = {1: "k", 2: "mk", 3: "bmk"}[a.dim()], {1: "k", 2: "kn", 3: "bkn"}[b.dim()]
+    return (left, right), "".join(dict.fromkeys(left + right)).replace("k", "")
+
+
+@rules.rule("mm bmm mv dot vdot matmul")
+def _matrix(call: Call) -> Axes:
+    a, b = call.args[:2]
+    return product(call, a, b, *_letters(a, b))
+
+
+@rules.rule("addmm addmv baddbmm _addmm_activation")
+def _matrix_with_bias(call: Call) -> Axes:
+    bias, a, b = call.args[:3]
+    return _with_bias(call, product(call, a, b, *_letters(a, b)), bias)
+
+
+@rules.rule("outer ger")
+def _outer(call: Call) -> Axes:
+    return product(call, call.args[0], call.args[1], ("m", "n"), "mn")
+
+
+@rules.rule("_cdist_forward _euclidean_dist")
+def _distances(call: Call) -> Axes:
+    a, b = call.args[:2]
+    batch = "xyzw"[: a.dim() - 2]
+    return product(call, a, b, (batch + "mk", batch + "nk"), batch + "mn")
+
+
+@rules.rule("embedding")
+def _embedding(call: Call) -> Axes:
+    weight, index = call.args[:2]
+    out = []
+    for axis in call.axes(weight):
+        if varying(axis) == {0}:
+            call.ledger.fix(axis, call.why("picked", "rows of an embedding are picked by data"))
+        else:
+            call.ledger.written.append(line(axis))
+            out.append(along(axis[:1].reshape(-1), index.dim(), index.dim() + 1))
+    return out
+
+
+@rules.rule("convolution _convolution mkldnn_convolution convolution_overrideable _slow_conv2d_forward conv2d thnn_conv2d")
+def _convolution(call: Call) -> Axes:
+    tensor, weight, bias = call.args[:3]
+    transposed, groups, rank = call.arg("transposed", False), call.arg("groups", 1), tensor.dim()
+    read, made = _weight_sides(call, weight, transposed)
+    batch, channels = _image_axes(call, tensor)
+    if call.of(tensor) is None and not call.even(tensor, {1}):
+        call.ledger.fix(read, call.why("constants", "it reads constants"))
+    marks = call.of(weight)
+    if marks is not None and marks.weight:
+        call.probe(tensor, channels, 1)
+        call.ledger.read += [units.numpy() for units in read] if groups == 1 or transposed else []
+        call.ledger.written += [units.numpy() for units in made] if groups == 1 or not transposed else []
+    if groups == 1:
+        _read_all(call, tensor, channels, read)
+    else:
+        made = _read_in_groups(call, tensor, channels, read, made, groups, transposed)
+    axes = moving([along(units, 1, rank) for units in made])
+    if call.of(bias) is not None:
+        rules.write(call, [bias])
+        shape = [1, call.out.shape[1]] + [1] * (rank - 2)
+        shifts = Marks([along(axis, 1, rank) for axis in call.axes(bias)])
+        axes = call.ledger.meet(shape, [(Marks(axes), shape), (shifts, shape)], call)
+    return axes + batch
+
+
+def _weight_sides(call: Call, weight: Tensor, transposed: bool) -> tuple[Axes, Axes]:
+    """The units that a convolution's weight reads and writes, as lines."""
+    sides: tuple[Axes, Axes] = [], []
+    for axis in call.axes(weight):
+        dims = varying(axis)
+        if dims in ({0}, {1}):
+            sides[min(dims)].append(axis.reshape(-1))
+        else:
+            text = "its channels are mixed" if dims & {0, 1} else "a kernel's height and width stay"
+            call.ledger.fix(axis, call.why("mixed", text))
+    return sides if transposed else (sides[1], sides[0])
+
+
+def _image_axes(call: Call, tensor: Tensor) -> tuple[Axes, Axes]:
+    """Axes of a convolution's input along the batch and along channels; no others can go through it."""
+    batch, channels = [], []
+    for axis in call.axes(tensor):
+        if varying(axis) == {0}:
+            batch.append(axis)
+        elif 1 in varying(axis):
+            channels.append(axis)
+        else:
+            call.ledger.fix(axis, call.why("mixed", "a convolution runs over its channels"))
+    return batch, channels
+
+
+def _read_all(call: Call, tensor: Tensor, channels: Axes, read: Axes) -> None:
+    rank = tensor.dim()
+    shape = [1, tensor.shape[1]] + [1] * (rank - 2)
+    operands = [(Marks([along(units, 1, rank)]), shape) for units in read]
+    if call.of(tensor) is not None:
+        operands.append((Marks(channels), list(tensor.shape)))
+    for axis in call.ledger.meet(list(tensor.shape), operands, call):
+        if varying(axis) - {1}:
+            call.ledger.unite(axis, first_along(axis, varying(axis) - {1}), call)
+
+
+def _read_in_groups(call: Call, tensor: Tensor, channels: Axes, read: Axes, made: Axes, groups: int, transposed: bool) -> Axes:
+    """A group goes as a whole: what it reads and what it writes is one unit. Returns the lines that are written."""
+    ledger, within = call.ledger, call.why("split", "it lies within a group of a convolution")
+    block = ledger.fresh(groups, 1)
+    for axis in channels:
+        wide = axis.expand([axis.shape[0], tensor.shape[1], *axis.shape[2:]])
+        split = wide.reshape([wide.shape[0], groups, -1, *wide.shape[2:]])
+        ledger.unite(along(block.reshape(-1), 1, split.dim()), split, call)
+    if call.of(tensor) is not None and not channels:
+        ledger.fix(block, call.why("constants", "its groups read data that has no channels of its own"))
+    for units in read:
+        if transposed:
+            ledger.unite(block, units.reshape(groups, -1), call)
+        else:
+            ledger.fix(units, within)
+    if transposed:
+        for units in made:
+            ledger.fix(units, within)
+        made = [ledger.fresh(call.out.shape[1])]
+    for units in made:
+        ledger.unite(block, units.reshape(groups, -1), call)
+    return made or [block.expand(groups, call.out.shape[1] // groups).reshape(-1)]

@@ -1,0 +1,286 @@
+"""Rules of operators that move elements: the same operator moves the axes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from . import rules
+from .axes import Axes, at_rank, first_along, moving, narrow, varying
+from .ledger import Marks
+
+if TYPE_CHECKING:
+    from .call import Call
+
+
+def equal_parts(call: Call, axis: Tensor, dim: int, parts: int) -> None:
+    """Equal parts of a dimension lose the same units, because the code knows how many parts there are."""
+    if axis.shape[dim] > 1:
+        split = axis.unflatten(dim, (parts, -1))
+        call.ledger.unite(split, split.narrow(dim, 0, 1), call)
+
+
+def _literal(call: Call, axis: Tensor, dim: int) -> None:
+    """Part of a dimension, by numbers that the code knows: all of what else there is or nothing of it."""
+    if varying(axis) == {dim}:
+        call.ledger.fix(axis, call.why("picked", "its channels are picked by literal numbers"))
+    else:
+        call.ledger.unite(axis, axis.narrow(dim, 0, 1), call)
+
+
+@rules.rule("view _unsafe_view reshape _reshape_alias _reshape_copy unflatten flatten")
+def _view(call: Call) -> Axes:
+    tensor = call.args[0]
+    return call.ledger.reshape(call.axes(tensor), list(tensor.shape), list(call.out.shape), call)
+
+
+@rules.rule("permute transpose t unsqueeze movedim swapaxes numpy_T adjoint")
+def _turn(call: Call) -> Axes:
+    return [call.func(axis, *call.args[1:], **call.kwargs) for axis in call.axes(call.args[0])]
+
+
+@rules.rule("expand expand_as")
+def _expand(call: Call) -> Axes:
+    return [at_rank(axis, call.out.dim()) for axis in call.axes(call.args[0])]
+
+
+@rules.rule("squeeze roll flip repeat diagonal rot90 unfold im2col")
+def _move(call: Call) -> Axes:
+    tensor, out = call.args[0], []
+    for axis in call.axes(tensor):
+        full = axis.expand(tensor.shape)
+        try:
+            moved = call.func(full, *call.args[1:], **call.kwargs)
+        except (RuntimeError, NotImplementedError):  # not for integers
+            moved = call.func(full.double(), *call.args[1:], **call.kwargs).round().long()
+        out.append(narrow(moved))
+    return out
+
+
+@rules.rule("view_as_complex")
+def _pairs_as_complex(call: Call) -> Axes | tuple[Axes, ...]:
+    axes = call.axes(call.args[0])
+    return rules.opaque(call) if any(axis.shape[-1] > 1 for axis in axes) else [axis.squeeze(-1) for axis in axes]
+
+
+@rules.rule("view_as_real")
+def _complex_as_pairs(call: Call) -> Axes:
+    return [axis.unsqueeze(-1) for axis in call.axes(call.args[0])]
+
+
+@rules.rule("as_strided")
+def _strided(call: Call) -> Axes:
+    tensor, out = call.args[0], []
+    offset = call.arg("storage_offset")
+    start = 0 if offset is None else offset - tensor.storage_offset()
+    for axis in call.axes(tensor):
+        full = torch.empty_strided(tensor.shape, tensor.stride(), dtype=torch.int64).copy_(axis.expand(tensor.shape))
+        out.append(narrow(full.as_strided(call.args[1], call.args[2], start)))
+    return out
+
+
+@rules.rule("select unbind")
+def _select(call: Call) -> Axes | tuple[Axes, ...]:
+    tensor = call.args[0]
+    dim = call.arg("dim", 0) % tensor.dim()
+    for axis in call.axes(tensor):
+        equal_parts(call, axis, dim, axis.shape[dim])
+        if varying(axis) == {dim}:
+            call.ledger.fix(axis, call.why("picked", "its channels are picked by literal numbers"))
+
+    def at(index: int) -> Axes:
+        return [narrow(axis.select(dim, index if axis.shape[dim] > 1 else 0)) for axis in call.axes(tensor)]
+
+    return at(call.args[2]) if call.name == "select" else tuple(at(index) for index in range(tensor.shape[dim]))
+
+
+@rules.rule("split unsafe_split split_with_sizes unsafe_split_with_sizes chunk unsafe_chunk tensor_split")
+def _split(call: Call) -> tuple[Axes, ...]:
+    tensor = call.args[0]
+    dim = call.arg("dim", 0) % tensor.dim()
+    sizes = [part.shape[dim] for part in call.out]
+    for axis in call.axes(tensor):
+        if axis.shape[dim] > 1 and len(sizes) > 1:
+            equal_parts(call, axis, dim, len(sizes)) if len(set(sizes)) == 1 else _literal(call, axis, dim)
+    ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
+
+    def part(end: int, size: int) -> Axes:
+        return [narrow(a.narrow(dim, end - size, size)) if a.shape[dim] > 1 else a for a in call.axes(tensor)]
+
+    return tuple(part(end, size) for end, size in zip(ends, sizes, strict=True))
+
+
+@rules.rule("slice narrow")
+def _slice(call: Call) -> Axes:
+    tensor = call.args[0]
+    dim = call.arg("dim", 0) % tensor.dim()
+    whole, left = tensor.shape[dim], call.out.shape[dim]
+    start, step = call.arg("start") or 0, call.arg("step", 1) or 1
+    start = min(start + whole if start < 0 else start, whole)
+    out = []
+    for axis in call.axes(tensor):
+        if axis.shape[dim] > 1 and left != whole:
+            if step == 1 and left and whole % left == 0 and start % left == 0:
+                equal_parts(call, axis, dim, whole // left)
+            elif step > 1 and whole % step == 0:
+                split = axis.unflatten(dim, (-1, step))
+                call.ledger.unite(split, split.narrow(dim + 1, 0, 1), call)
+            else:
+                _literal(call, axis, dim)
+        if axis.shape[dim] > 1:
+            axis = narrow(axis[(slice(None),) * dim + (slice(start, start + max(left - 1, 0) * step + 1, step),)])
+        out.append(axis)
+    return out
+
+
+@rules.rule("cat concat concatenate")
+def _cat(call: Call) -> Axes:
+    parts = [part for part in call.args[0] if part.dim() != 1 or part.shape[0]]
+    return _joined(call, parts, [call.axes(part) for part in parts], call.arg("dim", 0) % call.out.dim())
+
+
+@rules.rule("stack")
+def _stack(call: Call) -> Axes:
+    dim = call.arg("dim", 0) % call.out.dim()
+    return _joined(call, call.args[0], [[axis.unsqueeze(dim) for axis in call.axes(part)] for part in call.args[0]], dim)
+
+
+def _joined(call: Call, parts: list[Tensor], axes: list[Axes], dim: int) -> Axes:
+    """Side by side along ``dim``: axes along it are put side by side too, all others meet."""
+    shape = list(call.out.shape)
+    others = [1 if d == dim else size for d, size in enumerate(shape)]
+    operands = [
+        (Marks([a for a in own if a.shape[dim] == 1]), others) for part, own in zip(parts, axes, strict=True) if call.of(part) is not None
+    ]
+    rest = call.ledger.meet(others, operands, call)
+    beside = [next((axis for axis in own if axis.shape[dim] > 1), None) for own in axes]
+    if all(axis is None for axis in beside):
+        return rest
+    wide = [max(axis.shape[d] for axis in beside if axis is not None) for d in range(len(shape))]
+    full = []
+    for part, axis in zip(parts, beside, strict=True):
+        size = part.shape[dim] if part.dim() == len(shape) else 1
+        axis = torch.zeros([1] * len(shape), dtype=torch.int64) if axis is None else axis
+        full.append(axis.expand([size if d == dim else n for d, n in enumerate(wide)]))
+    return [*rest, narrow(torch.cat(full, dim))]
+
+
+@rules.rule("constant_pad_nd reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d replication_pad3d pad")
+def _pad(call: Call) -> Axes:
+    tensor, widths, out = call.args[0], call.args[1], []
+    last = tensor.dim() - 1
+    padded = {last - i // 2 for i, width in enumerate(widths) if width}
+    for axis in call.axes(tensor):
+        hit = varying(axis) & padded
+        if not hit:
+            out.append(axis)
+        elif call.name == "constant_pad_nd":
+            own = [width if last - i // 2 in hit else 0 for i, width in enumerate(widths)]
+            out.append(narrow(torch.constant_pad_nd(axis, own, 0)))
+        else:
+            call.ledger.fix(axis, call.why("mixed", "its channels are mixed"))
+    return out
+
+
+@rules.rule("index index_select gather take_along_dim")
+def _index(call: Call) -> Axes:
+    """Picked by a tensor: which is not known, so only what lies across is kept apart."""
+    tensor, out = call.args[0], []
+    for index in call.given[1:]:
+        call.ledger.fix(call.axes(index), call.why("picked", "its channels are used as an index"))
+    hit = _indexed(call)
+    for axis in call.axes(tensor):
+        picked, line = varying(axis) & hit, first_along(axis, hit)
+        if picked and not varying(axis) - hit:
+            call.ledger.fix(axis, call.why("picked", "its channels are picked by an index"))
+        elif picked:
+            call.ledger.unite(axis, line, call)
+        if varying(line):
+            out.append(_placed(call, line, hit) if call.name == "index" else line)
+    return out
+
+
+def _indexed(call: Call) -> set[int]:
+    tensor = call.args[0]
+    if call.name != "index":
+        return {call.args[1] % max(tensor.dim(), 1)}
+    hit: set[int] = set()
+    for at, index in enumerate(call.args[1]):
+        if index is not None:
+            hit |= set(range(at, at + index.dim())) if index.dtype in (torch.bool, torch.uint8) else {at}
+    return hit
+
+
+def _placed(call: Call, line: Tensor, hit: set[int]) -> Tensor:
+    """The axis in the shape of what ``tensor[indices]`` returns: picked dimensions stand where the first was if they are neighbours."""
+    rest = [d for d in range(line.dim()) if d not in hit]
+    new = call.out.dim() - len(rest)
+    neighbours = sorted(hit) == list(range(min(hit), max(hit) + 1))
+    at = sum(d < min(hit) for d in rest) if neighbours else 0
+    sizes = [line.shape[d] for d in rest]
+    return line.permute(*rest, *sorted(hit)).reshape(sizes[:at] + [1] * new + sizes[at:])
+
+
+@rules.rule("pixel_shuffle")
+def _pixel_shuffle(call: Call) -> Axes:
+    factor, out = call.args[1], []
+    for axis in call.axes(call.args[0]):
+        if axis.shape[-3] > 1:
+            split = axis.unflatten(-3, (-1, factor**2))
+            call.ledger.unite(split, split.narrow(-3, 0, 1), call)
+            out.append(narrow(split.narrow(-3, 0, 1).squeeze(-3)))
+    return out
+
+
+@rules.rule("pixel_unshuffle")
+def _pixel_unshuffle(call: Call) -> Axes:
+    tensor, factor = call.args[:2]
+    return [narrow(torch.pixel_unshuffle(axis.expand(tensor.shape).double(), factor).long()) for axis in call.axes(tensor)]
+
+
+@rules.rule("channel_shuffle native_channel_shuffle")
+def _channel_shuffle(call: Call) -> Axes:
+    tensor, groups = call.args[:2]
+    for axis in call.axes(tensor):
+        equal_parts(call, axis, 1, groups)
+    return [narrow(torch.channel_shuffle(axis.expand(tensor.shape).double(), groups).long()) for axis in call.axes(tensor)]
+
+
+@rules.rule("glu")
+def _glu(call: Call) -> Axes:
+    tensor = call.args[0]
+    dim = call.arg("dim", -1) % tensor.dim()
+    for axis in call.axes(tensor):
+        equal_parts(call, axis, dim, 2)
+    return [narrow(a.narrow(dim, 0, tensor.shape[dim] // 2)) if a.shape[dim] > 1 else a for a in call.axes(tensor)]
+
+
+@rules.rule("index_put index_add index_copy")
+def _rows(call: Call) -> Axes | tuple[Axes, ...]:
+    """Rows picked by data get other rows: what the rows are made of is the same units."""
+    tensor = call.args[0]
+    if call.name == "index_put":
+        given = [d for d, index in enumerate(call.args[1]) if index is not None]
+        dim, value = given[0], call.args[2]
+        known = given == [0] and call.args[1][0].dim() == 1
+    else:
+        dim, value, known = call.args[1] % tensor.dim(), call.args[3], True
+    axes = call.axes(tensor) + call.axes(value)
+    if not known or value.dim() not in (0, tensor.dim()) or any(dim in varying(axis) for axis in axes):
+        return rules.opaque(call)
+    operands = [rules.operand(call, t) for t in (tensor, value) if t.dim()]
+    rows = [(marks, [1 if d == dim else n for d, n in enumerate(size)]) for marks, size in filter(None, operands)]
+    return call.ledger.meet([1 if d == dim else n for d, n in enumerate(tensor.shape)], rows, call)
+
+
+@rules.rule("scatter scatter_add masked_scatter slice_scatter select_scatter")
+def _scattered(call: Call) -> Axes | tuple[Axes, ...]:
+    return rules.opaque(call) if any(moving(marks.axes) for marks in call.marks if marks is not None) else []
+
+
+@rules.rule("nonzero argwhere unique_dim _unique2 bincount histc one_hot bucketize searchsorted")
+def _read_as_data(call: Call) -> Axes | tuple[Axes, ...]:
+    call.ledger.fix(call.axes(call.args[0]), call.why("picked", "its channels are used as an index"))
+    return [] if isinstance(call.out, Tensor) else tuple([] for _ in call.out)

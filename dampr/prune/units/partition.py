@@ -1,0 +1,284 @@
+"""From what operators say to classes of units: what is one unit, which class may go, and why the others stay."""
+
+from __future__ import annotations
+
+import functools
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from .axes import narrow
+from .ledger import Ints, Ledger, Reason, Split
+
+_PASSES = 20  # over the constraints; each pass joins classes, and networks seen so far took at most four
+
+NOTHING_TO_CHOOSE = ("only", "unread")
+"""Kinds of reasons for which a class stays though nothing would go wrong without it."""
+
+
+class Member(NamedTuple):
+    """What a class has in one parameter or buffer: ``indices`` of dimension ``dim``."""
+
+    name: str
+    dim: int
+    indices: Ints
+
+
+@dataclass
+class Units:
+    """The partition of a model's units into classes; a class is cut by deleting its indices from its members.
+
+    Attributes:
+        label: of each unit the number of its class.
+        origin: name of a parameter or buffer -> (dimension, first unit, size) of each dimension longer than 1.
+        alias: every name of a parameter or buffer -> the one in ``origin`` (a tied one has its units once).
+        free: classes that may be cut, in order.
+        fixed: class -> why it stays.
+        statistics: class -> what is computed over it; it may be cut where that counts open units.
+        families: free classes of dimensions that have classes in common.
+        read, written: the units that weights read, and those that they write.
+        reached: name -> the modes (``training``) in which an operator read the parameter.
+        modes, failed: the modes that were traced, and why another could not be.
+        numbers: what elementwise operators were given beside tensors, in the order of calls.
+    """
+
+    label: Ints
+    origin: dict[str, list[tuple[int, int, int]]]
+    alias: dict[str, str]
+    free: list[int]
+    fixed: dict[int, Reason]
+    statistics: dict[int, Reason]
+    families: list[list[int]]
+    read: Ints
+    written: Ints
+    reached: dict[str, set[bool]]
+    modes: tuple[bool, ...] = (False,)
+    failed: dict[bool, str] = field(default_factory=dict)
+    numbers: list[tuple[Any, ...]] = field(default_factory=list)
+
+    @functools.cached_property
+    def members(self) -> dict[int, list[Member]]:
+        """What each class has in which parameters and buffers."""
+        found: dict[int, list[Member]] = defaultdict(list)
+        for name, dims in self.origin.items():
+            for dim, first, size in dims:
+                labels = self.label[first : first + size]
+                order = np.argsort(labels, kind="stable")
+                starts = np.flatnonzero(np.r_[True, np.diff(labels[order]) > 0])
+                for one, indices in zip(labels[order[starts]].tolist(), np.split(order, starts[1:]), strict=True):
+                    found[one].append(Member(name, dim, indices))
+        return dict(found)
+
+    def classes(self, name: str, dim: int) -> list[int]:
+        """The class of each index of a parameter's or buffer's dimension; empty for a dimension of size 1.
+
+        Raises KeyError for a name that the model does not have, or that is not floating point.
+        """
+        for at, first, size in self.origin[self.alias[name]]:
+            if at == dim:
+                return [int(c) for c in self.label[first : first + size]]
+        return []
+
+    def first_unit(self, name: str, dim: int) -> int:
+        """The first unit of a dimension, whose units are consecutive."""
+        return next(first for at, first, _ in self.origin[self.alias[name]] if at == dim)
+
+    def why_not(self, name: str, dim: int) -> Reason | None:
+        """Why an index of this dimension must not be cut, or only where statistics count open units; None where all are free.
+
+        Of several reasons the one of the lowest index, but what is mixed or fixed before that nothing is left to choose.
+        """
+        found = [self.fixed.get(c) or self.statistics.get(c) for c in self.classes(name, dim)]
+        reasons = [reason for reason in found if reason is not None]
+        return next((reason for reason in reasons if reason.kind not in NOTHING_TO_CHOOSE), reasons[0] if reasons else None)
+
+    def indices(self, classes: Iterable[int]) -> dict[str, dict[int, list[int]]]:
+        """What goes with these classes: name -> dimension -> indices in order."""
+        gone: dict[str, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
+        for one in classes:
+            for name, dim, indices in self.members[one]:
+                gone[name][dim].extend(indices.tolist())
+        return {name: {dim: sorted(found) for dim, found in dims.items()} for name, dims in gone.items()}
+
+
+def solve(ledger: Ledger, modes: tuple[bool, ...] = (False,), failed: dict[bool, str] | None = None) -> Units:
+    """The partition that a ledger describes, of a model that was run in these modes."""
+    labels = _Labels(ledger)
+    labels.settle()
+    label = labels.label
+    fixed = _of_classes(label, [*ledger.fixed, *labels.conflicts(), *_unlabelled(ledger), *_left_alone(ledger, label)])
+    statistics = _of_classes(label, ledger.statistics)
+    classes = np.unique(np.concatenate([np.zeros(0, np.int64), *(label[first : first + size] for *_, first, size in _dimensions(ledger))]))
+    read, written = _united(ledger.read), _united(ledger.written)
+    unread = Reason("unread", "no weight reads it")
+    for one in np.setdiff1d(classes, label[read]).tolist():
+        fixed.setdefault(one, unread)
+    every = classes.tolist()
+    free = [one for one in every if one not in fixed and one not in statistics]
+    return Units(
+        label=label,
+        origin=ledger.origin,
+        alias=ledger.alias,
+        free=free,
+        fixed={one: fixed[one] for one in every if one in fixed},
+        statistics={one: statistics[one] for one in every if one in statistics and one not in fixed},
+        families=_families(ledger, label, free),
+        read=read,
+        written=written,
+        reached=ledger.reached,
+        modes=modes,
+        failed=failed or {},
+        numbers=ledger.numbers,
+    )
+
+
+def joined(label: Ints, pairs: Ints) -> Ints:
+    """Labels after the units of each pair, (2, n), have become one class, whose label is its least; unit 0 joins nothing."""
+    a, b = pairs[:, (pairs > 0).all(0)]
+    while True:
+        x, y = label[a], label[b]
+        differ = x != y
+        if not differ.any():
+            return label
+        a, b, x, y = a[differ], b[differ], x[differ], y[differ]
+        label = label.copy()
+        least = np.minimum(x, y)
+        np.minimum.at(label, x, least)
+        np.minimum.at(label, y, least)
+        while ((shorter := label[label]) != label).any():
+            label = shorter
+
+
+class _Labels:
+    """Label propagation: the class of a unit is the least unit in it."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self.label: Ints = np.arange(ledger.count)
+        self._splits = ledger.splits
+        self._why = [why for _, why in ledger.blocks]
+        self._join(_concatenated([pairs for pairs, _ in ledger.unions]))
+        events = [np.full(pairs.shape[1], at) for at, (pairs, _) in enumerate(ledger.blocks)]
+        pairs = _concatenated([pairs for pairs, _ in ledger.blocks])
+        rows = np.stack((np.concatenate(events) if events else np.zeros(0, np.int64), *pairs))
+        self._event, self._outer, self._inner = np.unique(rows[:, (pairs > 0).all(0)], axis=1)
+        new = (self._outer[1:] != self._outer[:-1]) | (self._event[1:] != self._event[:-1])
+        self._starts = np.flatnonzero(np.r_[True, new]) if len(self._outer) else np.zeros(0, np.int64)
+
+    def settle(self) -> None:
+        """Join what splits and blocks join, until nothing changes."""
+        for _ in range(_PASSES):
+            before = self.label.copy()
+            runs_along = self._runs_along()
+            for split in self._splits:
+                self._settle_split(split, runs_along)
+            outer, low, high = self._block_ends()
+            self._join(np.stack((outer[low == high], low[low == high])))
+            if (self.label == before).all():
+                return
+
+    def conflicts(self) -> list[tuple[Ints, Reason]]:
+        """Units that run along several classes: they and these cannot go together, so none goes."""
+        outer, low, high = self._block_ends()
+        events = self._event[self._starts]
+        return [(outer[at : at + 1], self._why[events[at]]) for at in np.flatnonzero(low != high)]
+
+    def _join(self, pairs: Ints) -> None:
+        self.label = joined(self.label, pairs)
+
+    def _block_ends(self) -> tuple[Ints, Ints, Ints]:
+        """Of each outer unit of each meeting, the least and the greatest class of what it runs along there."""
+        if not len(self._outer):
+            return self._outer, self._outer, self._outer
+        inner = self.label[self._inner]
+        return self._outer[self._starts], np.minimum.reduceat(inner, self._starts), np.maximum.reduceat(inner, self._starts)
+
+    def _runs_along(self) -> dict[int, set[int]]:
+        found: dict[int, set[int]] = defaultdict(set)
+        for outer, inner in zip(self.label[self._outer].tolist(), self.label[self._inner].tolist(), strict=True):
+            found[inner].add(outer)
+        return found
+
+    def _settle_split(self, split: Split, runs_along: dict[int, set[int]]) -> None:
+        """A view as several dimensions keeps all but one of them whole: the one that may go is the one along which blocks differ (the heads
+        of scores), or else the last.
+        """
+        axis = narrow(torch.from_numpy(self.label)[split.axis])
+        dims = [d for d in split.dims if axis.shape[d] > 1]
+        if len(dims) < 2:
+            return
+        marked = [d for d in dims if _has_blocks(axis, d, dims, runs_along)]
+        chosen = marked[0] if marked else dims[-1]
+        for dim in dims:
+            if dim != chosen:
+                a, b = torch.broadcast_tensors(axis, axis.narrow(dim, 0, 1))
+                self._join(np.stack((a.reshape(-1).numpy(), b.reshape(-1).numpy())))
+
+
+def _has_blocks(axis: torch.Tensor, dim: int, dims: Sequence[int], runs_along: dict[int, set[int]]) -> bool:
+    """Whether some unit runs along the whole of index 0 of ``dim`` and not along its last index."""
+    start, end, beyond = ([0] * axis.dim() for _ in range(3))
+    for other in dims:
+        end[other] = 0 if other == dim else axis.shape[other] - 1
+    beyond[dim] = axis.shape[dim] - 1
+    first, last, past = (runs_along.get(int(axis[tuple(at)]), set()) for at in (start, end, beyond))
+    return bool((first & last) - past)
+
+
+def _concatenated(parts: list[Ints]) -> Ints:
+    return np.concatenate(parts, 1) if parts else np.zeros((2, 0), np.int64)
+
+
+def _united(parts: list[Ints]) -> Ints:
+    units = np.unique(np.concatenate(parts)) if parts else np.zeros(0, np.int64)
+    return units[units > 0]
+
+
+def _unlabelled(ledger: Ledger) -> list[tuple[Ints, Reason]]:
+    """Units that meet an element that has none."""
+    found = []
+    for pairs, why in ledger.unions:
+        lone = pairs[:, (pairs == 0).any(0)].max(0) if pairs.shape[1] else pairs[0]
+        if len(lone):
+            found.append((lone, why))
+    return found
+
+
+def _of_classes(label: Ints, said: Iterable[tuple[Ints, Reason]]) -> dict[int, Reason]:
+    """The first reason of each class."""
+    found: dict[int, Reason] = {}
+    for units, why in said:
+        for one in np.unique(label[units]).tolist():
+            found.setdefault(one, why)
+    found.pop(0, None)
+    return found
+
+
+def _dimensions(ledger: Ledger) -> list[tuple[str, int, int, int]]:
+    """(name, dimension, first unit, size) of every dimension with units."""
+    return [(name, *dims) for name, found in ledger.origin.items() for dims in found]
+
+
+def _left_alone(ledger: Ledger, label: Ints) -> Iterator[tuple[Ints, Reason]]:
+    """Units of what no run reached, and of dimensions that are one unit."""
+    for name, dim, first, size in _dimensions(ledger):
+        units = np.arange(first, first + size)
+        if name not in ledger.reached:
+            yield units, Reason("unreached", f"the example inputs do not reach {name!r}, in evaluation or in training")
+        if (label[first : first + size] == label[first]).all():
+            yield units, Reason("only", f"dimension {dim} of {name!r} is one unit")
+
+
+def _families(ledger: Ledger, label: Ints, free: list[int]) -> list[list[int]]:
+    """Free classes by the dimensions that they share, directly or over others."""
+    parent: Ints = np.arange(len(label))
+    chains = [np.unique(label[first : first + size]) for *_, first, size in _dimensions(ledger)]
+    pairs = [np.stack((chain[1:], chain[:-1])) for chain in chains]
+    parent = joined(parent, np.concatenate(pairs, 1)) if pairs else parent
+    together: dict[int, list[int]] = defaultdict(list)
+    for one in free:
+        together[int(parent[one])].append(one)
+    return list(together.values())

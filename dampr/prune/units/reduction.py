@@ -1,0 +1,151 @@
+"""Rules of norms, reductions, softmax and pooling: free where units do not change along what is reduced."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from . import rules
+from .axes import Axes, along, first_along, narrow, varying
+from .ledger import Marks
+
+if TYPE_CHECKING:
+    from .call import Call, Rule
+
+
+def _per_channel(call: Call, tensor: Tensor, others: list[Any], axes: Axes) -> Axes:
+    """Axes of a norm's result: its input meets gains, biases and running statistics, one for each channel."""
+    rank = tensor.dim()
+    shape = [1, tensor.shape[1]] + [1] * (rank - 2)
+    operands: list[tuple[Marks, list[int]]] = [(Marks(axes), list(tensor.shape))]
+    rules.write(call, others)
+    for other in others:
+        if call.of(other) is not None:
+            operands.append((Marks([along(axis, 1, rank) for axis in call.axes(other)]), shape))
+    return call.ledger.meet(list(tensor.shape), operands, call)
+
+
+@rules.rule(
+    "native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training _native_batch_norm_legit_functional batch_norm "
+    "cudnn_batch_norm miopen_batch_norm _batch_norm_with_update _batch_norm_with_update_functional _batch_norm_no_update"
+)
+def _batch_norm(call: Call) -> tuple[Axes, ...]:
+    tensor = call.args[0]
+    training = next((a for a in call.args[3:6] if isinstance(a, bool)), False)
+    running = any(isinstance(a, Tensor) and a.dim() == 1 for a in call.args[3:5])
+    if training or not running:
+        call.ledger.reduce(call.axes(tensor), set(range(tensor.dim())) - {1}, True, "statistic", call)
+    others = [a for a in call.args[1:5] if isinstance(a, Tensor)]
+    return (_per_channel(call, tensor, others, call.axes(tensor)), *([[]] * (len(call.out) - 1)))
+
+
+@rules.rule("native_layer_norm layer_norm _fused_rms_norm rms_norm")
+def _layer_norm(call: Call) -> Axes | tuple[Axes, ...]:
+    tensor, over = call.args[0], len(call.args[1])
+    axes = call.axes(tensor)
+    call.ledger.reduce(axes, set(range(tensor.dim() - over, tensor.dim())), True, "statistic", call)
+    gains = [a for a in call.args[2:4] if isinstance(a, Tensor)]
+    rules.write(call, gains)
+    operands = [(Marks(axes), list(tensor.shape)), *filter(None, (rules.operand(call, gain) for gain in gains))]
+    met = call.ledger.meet(list(tensor.shape), operands, call)
+    return met if isinstance(call.out, Tensor) else (met, *([[]] * (len(call.out) - 1)))
+
+
+@rules.rule("native_group_norm group_norm")
+def _group_norm(call: Call) -> Axes | tuple[Axes, ...]:
+    tensor, groups = call.args[0], call.arg("group") or call.arg("num_groups")
+    for axis in call.axes(tensor):
+        if 1 not in varying(axis):
+            call.ledger.fix(axis, call.why("mixed", "its channels are mixed"))
+        elif groups == 1:
+            call.ledger.statistic(axis, call.why("statistic", "a statistic is computed over its channels"))
+        else:
+            split = axis.reshape([axis.shape[0], groups, -1, *axis.shape[2:]])
+            call.ledger.unite(split, first_along(split, set(range(split.dim())) - {1}), call)
+    gains = [a for a in (call.arg("weight"), call.arg("bias")) if isinstance(a, Tensor)]
+    met = _per_channel(call, tensor, gains, call.axes(tensor))
+    return met if isinstance(call.out, Tensor) else (met, *([[]] * (len(call.out) - 1)))
+
+
+@rules.rule("_weight_norm_interface")
+def _weight_norm(call: Call) -> tuple[Axes, ...]:
+    direction, length = call.args[:2]
+    over = {d for d in range(direction.dim()) if length.shape[d] == 1}
+    call.ledger.reduce(call.axes(direction), over, True, "statistic", call)
+    operands = [rules.operand(call, t) for t in (direction, length)]
+    return call.ledger.meet(list(direction.shape), list(filter(None, operands)), call), []
+
+
+def _dims(call: Call, rank: int) -> set[int]:
+    dims = call.arg("dim", call.arg("dims"))
+    if dims is None or dims == []:
+        return set(range(rank))
+    return {d % rank for d in ([dims] if isinstance(dims, int) else dims)} if rank else set()
+
+
+def _reduction(kind: str) -> Rule:
+    def reduce(call: Call) -> Axes | tuple[Axes, ...]:
+        if len(call.given) > 1:  # max(a, b)
+            return rules.elementwise(call)
+        tensor, marks = call.args[0], call.of(call.args[0])
+        keepdim = call.first.dim() == tensor.dim() > 0
+        # A closed unit is 0 where it is computed, not in the weight that reads it, so a sum over a weight is a statistic.
+        how = "statistic" if kind == "sum" and marks is not None and marks.weight else kind
+        dims = _dims(call, tensor.dim())
+        if how == "sum" and len(dims) == 1:
+            call.probe(tensor, call.axes(tensor), min(dims))
+        axes = call.ledger.reduce(call.axes(tensor), dims, keepdim, how, call)
+        return axes if isinstance(call.out, Tensor) else tuple(axes for _ in call.out)
+
+    return reduce
+
+
+rules.rule("sum nansum linalg_vector_norm norm count_nonzero")(_reduction("sum"))
+rules.rule("mean var var_mean std std_mean")(_reduction("statistic"))
+rules.rule("max min amax amin argmax argmin prod logsumexp any all median mode aminmax kthvalue nanmedian")(_reduction("mixed"))
+
+
+@rules.rule(
+    "_softmax _log_softmax softmax log_softmax _safe_softmax cumsum cumprod logcumsumexp cummax cummin sort topk _fft_r2c _fft_c2r "
+    "_fft_c2c fft_fftshift"
+)
+def _mixed_along(call: Call) -> Axes | tuple[Axes, ...]:
+    """Elements along a dimension depend on each other; what lies across stays apart."""
+    tensor = call.args[0]
+    dims = _dims(call, tensor.dim())
+    call.ledger.reduce(call.axes(tensor), dims, True, "mixed", call)
+    axes = [axis for axis in call.axes(tensor) if varying(axis) - dims or not varying(axis)]
+    if not call.name.endswith("softmax"):
+        axes = [narrow(first_along(axis, dims)) for axis in axes]
+    return axes if isinstance(call.out, Tensor) else tuple(axes for _ in call.out)
+
+
+def _spatial(dims: int) -> Callable[[Call], Axes | tuple[Axes, ...]]:
+    def pool(call: Call) -> Axes | tuple[Axes, ...]:
+        tensor, out = call.args[0], []
+        over = set(range(tensor.dim() - min(dims, tensor.dim()), tensor.dim()))
+        for axis in call.axes(tensor):
+            if varying(axis) & over and not varying(axis) - over:
+                call.ledger.fix(axis, call.why("mixed", "its channels are mixed"))
+                continue
+            line = first_along(axis, varying(axis) & over)
+            if varying(axis) & over:
+                call.ledger.unite(axis, line, call)
+            out.append(line)
+        return out if isinstance(call.out, Tensor) else tuple(out for _ in call.out)
+
+    return pool
+
+
+_SPATIAL = (
+    "max_pool avg_pool adaptive_avg_pool adaptive_max_pool upsample_nearest upsample_linear upsample_bilinear upsample_bicubic "
+    "upsample_trilinear _upsample_nearest_exact fractional_max_pool"
+)
+for _dim in (1, 2, 3):
+    for _kind in _SPATIAL.split():
+        _forms = "{0}{1}d {0}{1}d_with_indices _{0}{1}d {0}{1}d_aa _{0}{1}d_aa mkldnn_{0}{1}d"
+        rules.rule(_forms.format(_kind, _dim))(_spatial(_dim))
+rules.rule("grid_sampler_2d")(_spatial(2))
+rules.rule("grid_sampler_3d")(_spatial(3))

@@ -1,0 +1,114 @@
+"""One rule for each ATen operator: from a :class:`~.call.Call` to the axes of its results (a tuple of these for several).
+
+The rules of movement, contraction and reduction stand in modules of their own; all are in one table. An operator that is not in it counts
+as elementwise where torch tags it so, is decomposed where torch can, and is opaque otherwise: nothing that goes in may be cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .axes import Axes, at_rank, varying
+from .ledger import Marks, line
+
+if TYPE_CHECKING:
+    from .call import Call, Rule
+
+_TABLE: dict[str, Rule] = {}
+
+
+def base_name(func: Any) -> str:
+    """The operator's name without namespace, overload and the underscore of its in-place form."""
+    return str(func._schema.name).split("::")[1].rstrip("_")
+
+
+def rule(names: str) -> Callable[[Rule], Rule]:
+    """Enter a function into the table under these names, which spaces separate."""
+
+    def enter(function: Rule) -> Rule:
+        _TABLE.update(dict.fromkeys(names.split(), function))
+        return function
+
+    return enter
+
+
+def of(func: Any, name: str) -> Rule | None:
+    """The rule of an operator; None of one that nothing is known of."""
+    if name in _TABLE:
+        return _TABLE[name]
+    return elementwise if torch.Tag.pointwise in func.tags else None
+
+
+def operand(call: Call, tensor: Tensor) -> tuple[Marks, list[int]] | None:
+    """What :meth:`~.ledger.Ledger.meet` takes, of one tensor."""
+    marks = call.of(tensor)
+    return None if marks is None else (marks, list(tensor.shape))
+
+
+def write(call: Call, tensors: Iterable[Any]) -> None:
+    """Note that these parameters write the units that they have."""
+    for tensor in tensors:
+        marks = call.of(tensor)
+        if marks is not None and marks.weight:
+            call.ledger.written.extend(line(axis) for axis in marks.axes)
+
+
+@rule(
+    "_prelu_kernel prelu native_dropout bernoulli rrelu_with_noise gelu _fused_dropout masked_fill where hardswish hardsigmoid nan_to_num "
+    "feature_dropout isnan isinf"
+)
+def elementwise(call: Call) -> Axes:
+    """Units that meet are one unit; constants have to be the same along the units."""
+    ledger, shape = call.ledger, list(call.first.shape)
+    operands = [(marks, list(t.shape)) for t, marks in zip(call.given, call.marks, strict=True) if marks is not None]
+    if not all(marks.weight for marks, _ in operands):
+        write(call, call.given)
+    axes = ledger.meet(shape, operands, call)
+    for tensor, marks in zip(call.given, call.marks, strict=True):
+        if marks is None and tensor.dim() and (tensor.is_floating_point() or tensor.is_complex()):
+            ahead = len(shape) - tensor.dim()
+            for axis in axes:
+                dims = {d - ahead for d in varying(axis) if d >= ahead and tensor.shape[d - ahead] > 1}
+                if dims and not call.even(tensor, dims):
+                    ledger.fix(axis, call.why("constants", "its channels meet constants that are no parameter and no buffer"))
+    return axes
+
+
+@rule(
+    "clone detach alias _to_copy lift_fresh lift_fresh_copy contiguous zeros_like ones_like empty_like rand_like randn_like full_like fill "
+    "zero normal uniform conj real imag resolve_conj resolve_neg tril triu _conj"
+)
+def same(call: Call) -> Axes:
+    """The same elements in the same places."""
+    return call.axes(call.args[0])
+
+
+@rule(
+    "new_zeros new_ones new_empty new_full new_empty_strided empty_strided _local_scalar_dense is_nonzero size stride sym_size equal item "
+    "set _is_all_true _is_any_true _is_zerotensor allclose"
+)
+def nothing(call: Call) -> Axes:
+    """A result without units."""
+    return []
+
+
+@rule("copy")
+def copied(call: Call) -> Axes:
+    """In place: the source's units."""
+    target = call.args[0]
+    return [at_rank(axis, target.dim()) for axis in call.axes(call.args[1])]
+
+
+def opaque(call: Call) -> Axes | tuple[Axes, ...]:
+    """Nothing is known of the operator, so nothing that goes in may be cut."""
+    for marks in call.marks:
+        if marks is not None:
+            call.ledger.fix(marks.axes, call.why("opaque", "its channels go into an operator of which nothing is known"))
+    return [] if isinstance(call.out, Tensor) or call.out is None else tuple([] for _ in call.out)
+
+
+from . import contraction, movement, reduction  # noqa: E402, F401  (they fill the table)

@@ -1,0 +1,287 @@
+"""One run of a model under a dispatch mode that carries axes from operator to operator."""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .. import inputs
+from . import rules
+from .axes import Axes, moving, narrow
+from .call import Call
+from .ledger import Ledger, Marks, Reason
+
+_UNIFORM = "zeros ones full new_zeros new_ones new_full zeros_like ones_like full_like"
+_KEEPS_UNIFORM = (
+    "view _unsafe_view expand select slice unbind unsqueeze squeeze permute transpose t clone _to_copy detach alias split cat stack repeat"
+)
+
+
+def run(
+    ledger: Ledger,
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    training: bool,
+    fake: bool,
+    closed: Tensor | None = None,
+    alive: dict[int, tuple[float, float]] | None = None,
+) -> None:
+    """Run ``model`` once, write what its operators say into ``ledger``, and leave the model as it was, whatever is raised.
+
+    ``fake``: operators get meta tensors, which have shapes and no values, and compute nothing. ``closed``: which units are; ``alive`` gets
+    those that are not 0 where something reads them, each with its values' (least, largest). Raises what the model raises.
+    """
+    tracer = Tracer(ledger, {module: name for name, module in model.named_modules()}, training)
+    tracer.fake, tracer.closed, tracer.alive = fake, closed, {} if alive is None else alive
+    with ExitStack() as stack:
+        stack.enter_context(as_it_was(model, parameters=training and not fake))
+        stack.enter_context(_plain_operators())
+        model.train(training)
+        if fake:
+            tracer.swap(model)
+            example_inputs = pytree.tree_map_only(Tensor, tracer.on_meta, example_inputs)
+        for given in inputs.tensors(example_inputs):
+            tracer.mark(given, Marks([]))
+        stack.enter_context(inputs.removing(tracer.hooks(model)))
+        with tracer:
+            output = inputs.call(model, example_inputs)
+        for tensor in inputs.tensors(output):
+            marks = tracer.marks(tensor)
+            if marks is not None:
+                ledger.fix(marks.axes, Reason("output", f"its outputs are the model's own{' in training' if training else ''}"))
+
+
+def run_as_fits(ledger: Ledger, model: nn.Module, example_inputs: Any, *, training: bool, fake: bool | None = None) -> None:
+    """:func:`run` without arithmetic, and with it where values are asked for; ``fake`` allows one of the two alone."""
+    mark = ledger.checkpoint()
+    try:
+        run(ledger, model, example_inputs, training=training, fake=fake is not False)
+        return
+    except Exception:
+        if fake is not None:
+            raise
+        ledger.back_to(mark)
+    run(ledger, model, example_inputs, training=training, fake=False)
+
+
+@contextmanager
+def as_it_was(model: nn.Module, parameters: bool = False) -> Iterator[None]:
+    """Give back every attribute of every module, the values of buffers and the states of generators after the block.
+
+    ``parameters``: their values too, which costs their memory once more; a teacher that follows in training writes into its own.
+    """
+    attributes = [(module, dict(vars(module)), _containers(module)) for module in model.modules()]
+    values = [(t, t.detach().clone()) for t in (*model.buffers(), *(model.parameters() if parameters else ()))]
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    try:
+        with inputs.same_noise(model):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+        for module, had, containers in attributes:
+            vars(module).clear()
+            vars(module).update(had)
+            for container, content in containers:
+                _refill(container, content)
+        with torch.no_grad():
+            for tensor, value in values:
+                tensor.copy_(value)
+
+
+def _containers(module: nn.Module) -> list[tuple[Any, Any]]:
+    return [(value, value.copy()) for value in vars(module).values() if isinstance(value, (dict, list, set))]
+
+
+def _refill(container: Any, content: Any) -> None:
+    container.clear()
+    container.extend(content) if isinstance(container, list) else container.update(content)
+
+
+@contextmanager
+def _plain_operators() -> Iterator[None]:
+    """Operators that arrive one by one: no gradients, no fused attention, recurrent layers as products. What warns has warned before."""
+    with warnings.catch_warnings(), torch.no_grad(), inputs.unfused(), sdpa_kernel(SDPBackend.MATH):
+        warnings.simplefilter("ignore")
+        with torch.backends.mkldnn.flags(enabled=False), torch.backends.cudnn.flags(enabled=False):
+            yield
+
+
+class Tracer(TorchDispatchMode):
+    """Calls the rule of every operator that reads something with units, and remembers which tensor has which axes.
+
+    Attributes:
+        closed, alive: as in :func:`run`.
+    """
+
+    def __init__(self, ledger: Ledger, names: dict[nn.Module, str], training: bool) -> None:
+        super().__init__()
+        self.ledger, self.training = ledger, training
+        self.fake = False
+        self.closed: Tensor | None = None
+        self.alive: dict[int, tuple[float, float]] = {}
+        self.uniform: dict[int, tuple[Tensor, bool]] = {}
+        self._names = names
+        self._stack: list[nn.Module] = []
+        self._marks: dict[int, tuple[Tensor, Marks | None]] = {}
+        self._twins: dict[int, int] = {}
+        self._meta: dict[int, tuple[Tensor, Tensor]] = {}
+        self._views: dict[int, tuple[Tensor, Any, tuple[Any, ...], dict[str, Any]]] = {}
+
+    def hooks(self, model: nn.Module) -> list[Any]:
+        """Hooks that keep track of the module that is running."""
+
+        def leave(module: nn.Module, args: Any, output: Any) -> None:
+            del self._stack[-1]
+
+        found: list[Any] = [m.register_forward_pre_hook(lambda module, args: self._stack.append(module)) for m in model.modules()]
+        return found + [m.register_forward_hook(leave, always_call=True) for m in model.modules()]
+
+    def module(self) -> str:
+        """Type and name of the module that is running."""
+        if not self._stack:
+            return ""
+        name = self._names.get(self._stack[-1], "")
+        return f"{type(self._stack[-1]).__name__} {name!r}" if name else type(self._stack[-1]).__name__
+
+    def marks(self, tensor: Tensor) -> Marks | None:
+        """What is known of a tensor; None of one that is made of neither inputs nor parameters."""
+        if id(tensor) in self._marks:
+            return self._marks[id(tensor)][1]
+        if not self.owned(tensor):
+            return None
+        _, name, marks = self.ledger.known[self._twins.get(id(tensor), id(tensor))]
+        self.ledger.reached.setdefault(name, set()).add(self.training)
+        return marks
+
+    def owned(self, tensor: Tensor) -> bool:
+        """Whether a tensor is a parameter or buffer with units, or stands in the place of one."""
+        return self._twins.get(id(tensor), id(tensor)) in self.ledger.known
+
+    def mark(self, tensor: Tensor, marks: Marks | None) -> None:
+        """Remember a tensor, which stays alive so that its id stays its own."""
+        self._marks[id(tensor)] = tensor, marks
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        name = rules.base_name(func)
+        rule = rules.of(func, name)
+        if func.namespace == "prim":
+            rule = rules.nothing
+        if rule is None and func._can_decompose():
+            with self:
+                result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        out = self._result(func, name, args, kwargs)
+        given = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        marks = [self.marks(t) for t in given]
+        if all(m is None for m in marks) or name.startswith("new_"):
+            self._constant(func, name, args, kwargs, given, out)
+        else:
+            call = Call(self, func, name, args, kwargs, out, given, marks)
+            self._record(call, (rule or rules.opaque)(call))
+        return out
+
+    def _result(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
+        """What the operator returns; under ``fake`` of meta tensors in the places of real ones, which stay as they are."""
+        if not self.fake or name.startswith("lift_fresh"):
+            return func(*args, **kwargs)
+        args, kwargs = pytree.tree_map_only(Tensor, self.on_meta, (args, kwargs))
+        if "device" in kwargs or any(argument.name == "device" for argument in func._schema.arguments):
+            kwargs = {**kwargs, "device": torch.device("meta")}
+        return func(*args, **kwargs)
+
+    def on_meta(self, tensor: Tensor) -> Tensor:
+        """The meta tensor that stands in the place of a real one."""
+        if tensor.device.type == "meta":
+            return tensor
+        if id(tensor) not in self._meta or self._meta[id(tensor)][1].shape != tensor.shape:
+            twin = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+            self._meta[id(tensor)] = tensor, nn.Parameter(twin, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else twin
+            self._twins[id(self._meta[id(tensor)][1])] = id(tensor)
+        return self._meta[id(tensor)][1]
+
+    def swap(self, model: nn.Module) -> None:
+        """Put meta tensors in the places of parameters and buffers, also where modules list them; :func:`as_it_was` gives these back."""
+        for module in model.modules():
+            tables: list[dict[str, Any]] = [module._parameters, module._buffers]
+            for table in tables:
+                table.update({name: self.on_meta(t) for name, t in table.items() if t is not None})
+            for listed in vars(module).values():
+                if isinstance(listed, list):
+                    listed[:] = [self.on_meta(t) if isinstance(t, Tensor) and self.owned(t) else t for t in listed]
+
+    def _constant(self, func: Any, name: str, args: Any, kwargs: Any, given: list[Tensor], out: Any) -> None:
+        """What no parameter and no input takes part in: whether it is the same everywhere, and what it is a view of."""
+        if func._schema.is_mutable:
+            self._no_longer_uniform(args[0])
+        kept = given and name in _KEEPS_UNIFORM.split() and all(id(t) in self.uniform for t in given)
+        if name in _UNIFORM.split() or (kept and not func._schema.is_mutable):
+            zero = self.is_zero(given[0]) if kept else "zeros" in name
+            self.uniform.update({id(t): (t, zero) for t in pytree.tree_leaves(out) if isinstance(t, Tensor)})
+        if isinstance(out, Tensor) and func._schema.returns[0].alias_info is not None and not func._schema.is_mutable:
+            self.mark(out, None)
+            self._views[id(out)] = args[0], func, args, kwargs
+
+    def is_zero(self, tensor: Tensor) -> bool:
+        """Whether a tensor of constants is known to be zero everywhere."""
+        return self.uniform.get(id(tensor), (tensor, False))[1]
+
+    def _no_longer_uniform(self, written: Any) -> None:
+        while self.uniform.pop(id(written), None) is not None and id(written) in self._views:
+            written = self._views[id(written)][0]
+
+    def _record(self, call: Call, result: Axes | tuple[Axes, ...]) -> None:
+        outs = call.out if isinstance(call.out, (tuple, list)) else (call.out,)
+        results = result if isinstance(result, tuple) else (result, *((None,) * (len(outs) - 1)))
+        weight = all(m is None or m.weight for m in call.marks)
+        numbers = call.numbers()
+        if numbers:
+            self.ledger.numbers.append((call.name, *numbers))
+        for out, axes in zip(outs, results, strict=True):
+            if not isinstance(out, Tensor) or self.owned(out):  # in place on a parameter or buffer: its units stay
+                continue
+            marks = Marks(_checked(call.name, moving(axes or []), out), weight)
+            self.mark(out, marks)
+            if call.writes_in_place() and not self.owned(call.args[0]):
+                self.mark(call.args[0], marks)  # a real tensor among fake ones is not what comes back
+                self._write_through(call.args[0], call)
+            elif call.is_view():
+                self._views[id(out)] = call.args[0], call.func, call.args, call.kwargs
+
+    def _write_through(self, child: Tensor, call: Call) -> None:
+        """What is written in place into a view is in the base of the view too."""
+        while id(child) in self._views:
+            base, func, args, kwargs = self._views[id(child)]
+            axes = call.axes(child)
+            if base is child or not axes or self.owned(base):
+                return
+            places = func(torch.arange(base.numel()).reshape(base.shape), *args[1:], **kwargs)
+            places = places if isinstance(places, Tensor) else next((p for p in places if p.shape == child.shape), None)
+            old = call.axes(base)
+            if places is None or len(axes) != 1 or len(old) > 1:
+                self.ledger.fix(axes + old, call.why("mixed", "its channels are written in place into a view"))
+                return
+            flat = torch.zeros(base.numel(), dtype=torch.int64) if not old else old[0].expand(base.shape).reshape(-1).clone()
+            flat[places.reshape(-1)] = axes[0].expand(child.shape).reshape(-1)
+            self.mark(base, Marks(moving([narrow(flat.reshape(base.shape))])))
+            child = base
+
+
+def _checked(name: str, axes: Axes, out: Tensor) -> Axes:
+    for axis in axes:
+        if axis.dim() != out.dim() or any(n not in (1, m) for n, m in zip(axis.shape, out.shape, strict=True)):
+            raise AssertionError(f"{name}: axis of shape {tuple(axis.shape)} for a tensor of shape {tuple(out.shape)}")
+    return axes

@@ -1,0 +1,268 @@
+"""Layers whose channels an operator mixes, fixes or reads in training alone get no gates, and the reason is the operator's."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import dampr
+from dampr.prune import gated_layers
+
+
+def close(model, share=0.5):
+    """Close the first half of every gate vector."""
+    for layer in gated_layers(model).values():
+        gates = layer.gate.log_alpha.data
+        gates[: max(int(share * len(gates)), 1)] = -9.0
+    return model
+
+
+class Between(nn.Module):
+    """Two convolutions, a function between them, and two more layers."""
+
+    def __init__(self, between, wide=8):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, wide, 3, padding=1), nn.Conv2d(wide, 6, 3, padding=1)
+        self.between, self.third, self.head = between, nn.Linear(6, 10), nn.Linear(10, 4)
+
+    def forward(self, x):
+        return self.head(self.third(self.second(self.between(self.first(x).relu())).relu().mean((2, 3))).relu())
+
+
+IMAGE = torch.rand(2, 3, 8, 8) * 255
+
+
+def rms(h):
+    return h * (h.square().mean(1, keepdim=True) + 1e-5).rsqrt()
+
+
+class Standardised(nn.Module):
+    """A convolution whose weight is standardised over what it reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 8, 3, 3))
+
+    def forward(self, x):
+        mean, std = self.weight.mean((1, 2, 3), keepdim=True), self.weight.std((1, 2, 3), keepdim=True)
+        return F.conv2d(x, (self.weight - mean) / std, padding=1)
+
+
+class Equalised(nn.Module):
+    """A convolution that is scaled by how many channels it reads (Karras et al. 2018)."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 8, 3, 3))
+
+    def forward(self, x):
+        return F.conv2d(x, self.weight * (2 / self.weight[0].numel()) ** 0.5, padding=1)
+
+
+class Cosine(nn.Module):
+    """A convolution with weights of length 1."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 8, 1, 1))
+
+    def forward(self, x):
+        return F.conv2d(x, F.normalize(self.weight, dim=1))
+
+
+RESPONSE_NORMS = {  # A3
+    "module": nn.LocalResponseNorm(3),
+    "function": lambda h: F.local_response_norm(h, 5),
+    "by hand": lambda h: h / (1 + F.avg_pool3d(F.pad(h.square()[:, None], (0, 0, 0, 0, 1, 1)), (3, 1, 1), 1)[:, 0]),
+    "behind a pool": nn.Sequential(nn.MaxPool2d(2), nn.LocalResponseNorm(2)),
+}
+ARITHMETIC = {  # B2
+    "weight standardisation": Standardised(),
+    "cosine": Cosine(),
+    "equalised": Equalised(),
+    "layer norm": lambda h: F.layer_norm(h.movedim(1, -1), h.shape[1:2]).movedim(-1, 1),
+    "RMS by hand": rms,
+    "centred": lambda h: h - h.mean(1, keepdim=True),
+    "softmax": lambda h: h.softmax(1),
+    "a width as a factor": lambda h: h * h.shape[1] ** -0.5,
+}
+
+
+@pytest.mark.parametrize("between", [*RESPONSE_NORMS.values(), *ARITHMETIC.values()], ids=[*RESPONSE_NORMS, *ARITHMETIC])
+def test_arithmetic_over_channels_leaves_out_what_is_in_front(between):
+    model = dampr.convert(Between(between), example_inputs=IMAGE)
+    assert "first" not in gated_layers(model)
+    assert model.dampr_skipped["first"]
+    assert sorted(gated_layers(model)) == ["second", "third"]
+    y = close(model).eval()(IMAGE)
+    small = dampr.compact(model, example_inputs=IMAGE)
+    assert (small.first.out_channels, small.second.out_channels, small.third.out_features) == (8, 3, 5)
+    torch.testing.assert_close(small(IMAGE), y)
+
+
+@pytest.mark.parametrize("between", RESPONSE_NORMS.values(), ids=RESPONSE_NORMS)
+def test_the_reason_names_the_operator_the_module_and_the_line(between):
+    model = dampr.convert(Between(between), example_inputs=IMAGE)
+    assert model.dampr_skipped["first"].startswith("its channels are mixed (avg_pool")
+    assert "test_second_opinion.py:" in model.dampr_skipped["first"]
+    assert ("LocalResponseNorm 'between" in model.dampr_skipped["first"]) == isinstance(between, nn.Module)
+
+
+class Auxiliary(nn.Module):
+    """A head that training alone reaches, behind ``depth`` layers of its own."""
+
+    def __init__(self, depth=1, where="second"):
+        super().__init__()
+        self.first, self.second, self.third, self.head = nn.Linear(6, 8), nn.Linear(8, 10), nn.Linear(10, 12), nn.Linear(12, 3)
+        width = {"first": 8, "second": 10}[where]
+        self.aux = nn.Sequential(*[nn.Linear(width, width) for _ in range(depth - 1)], nn.Linear(width, 3))
+        self.where = where
+
+    def forward(self, x):
+        first = self.first(x).relu()
+        second = self.second(first).relu()
+        y = self.head(self.third(second).relu())
+        return (y, self.aux(first if self.where == "first" else second)) if self.training else y
+
+
+class Sampling(nn.Module):
+    """A VAE that samples in training and returns the mean in evaluation."""
+
+    def __init__(self):
+        super().__init__()
+        self.encode, self.mean, self.spread = nn.Linear(6, 12), nn.Linear(12, 4), nn.Linear(12, 4)
+        self.decode, self.out = nn.Linear(4, 10), nn.Linear(10, 6)
+
+    def forward(self, x):
+        h = self.encode(x).relu()
+        z = self.mean(h)
+        if self.training:
+            z = z + self.spread(h).exp() * torch.randn_like(z)
+        return self.out(self.decode(z).relu())
+
+
+BRANCHES = {  # B1
+    "head": (Auxiliary(), ["aux.0"], ["second"]),
+    "deep head": (Auxiliary(3), ["aux.0", "aux.1", "aux.2"], ["second"]),
+    "early head": (Auxiliary(2, "first"), ["aux.0", "aux.1"], ["first"]),
+    "sampling": (Sampling(), ["spread"], ["encode", "mean"]),
+}
+
+
+@pytest.mark.parametrize(("model", "branch", "read"), BRANCHES.values(), ids=BRANCHES)
+def test_what_training_alone_reaches_gets_no_gates_and_protects_what_it_reads(model, branch, read):
+    x = torch.randn(5, 6)
+    dampr.convert(model, example_inputs=x)
+    gated = gated_layers(model)
+    assert not gated.keys() & {*branch, *read}
+    assert gated
+    for name in branch:
+        assert model.dampr_skipped[name].startswith("example_inputs reach the layer in training alone")
+    for name in read:
+        assert "which only training reaches, shares its width" in model.dampr_skipped[name]
+    small = dampr.compact(close(model), example_inputs=x)
+    small.train()(x)
+    assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in model.parameters())
+
+
+def test_what_training_returns_keeps_its_width():
+    class Features(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.head = nn.Linear(6, 8), nn.Linear(8, 10), nn.Linear(10, 3)
+
+        def forward(self, x):
+            features = self.second(self.first(x).relu()).relu()
+            return (self.head(features), features) if self.training else self.head(features)
+
+    model = dampr.convert(Features(), example_inputs=torch.randn(5, 6))
+    assert sorted(gated_layers(model)) == ["first"]
+    assert model.dampr_skipped["second"] == "its outputs are the model's own in training"
+
+
+def test_what_no_mode_reaches_gets_no_gates():
+    class Tasks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 3), nn.Sequential(nn.Linear(8, 5), nn.Linear(5, 3))
+
+        def forward(self, x, task="a"):
+            return getattr(self, task)(self.first(x).relu())
+
+    model = dampr.convert(Tasks(), example_inputs=torch.randn(2, 6))
+    assert sorted(gated_layers(model)) == ["first"]
+    for name in ("b.0", "b.1"):
+        assert model.dampr_skipped[name] == "example_inputs do not reach the layer, in evaluation or in training"
+
+
+def test_a_model_that_cannot_be_traced_is_converted_as_before(monkeypatch):
+    def fail(*_, **__):
+        raise NotImplementedError("no such operator")
+
+    monkeypatch.setattr("dampr.prune.second_opinion.trace_units", fail)
+    model = dampr.convert(Between(nn.Identity()), example_inputs=IMAGE)
+    assert sorted(gated_layers(model)) == ["first", "second", "third"]
+
+
+def test_a_model_with_gates_is_judged_without_them():
+    model = dampr.convert(Between(nn.LocalResponseNorm(3)), example_inputs=IMAGE, include="third")
+    dampr.convert(model, example_inputs=IMAGE)
+    assert sorted(gated_layers(model)) == ["second", "third"]
+    assert "LocalResponseNorm" in model.dampr_skipped["first"]
+
+
+class Shared(nn.Module):
+    """Attention of two heads that share one key and value (C1); ``spread`` gives each head its copy."""
+
+    def __init__(self, spread):
+        super().__init__()
+        self.embed, self.up, self.down, self.head = nn.Embedding(20, 8), nn.Linear(8, 12), nn.Linear(12, 8), nn.Linear(8, 3)
+        self.q, self.k, self.v, self.out = nn.Linear(8, 8), nn.Linear(8, 4), nn.Linear(8, 4), nn.Linear(8, 8)
+        self.spread, self.norm = spread, nn.RMSNorm(8)
+
+    def forward(self, x):
+        x = self.embed(x)
+        q, k, v = (layer(self.norm(x)).unflatten(-1, (-1, 4)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        y = F.scaled_dot_product_attention(q, self.spread(k), self.spread(v))
+        x = x + self.out(y.transpose(1, 2).flatten(2))
+        return self.head(x + self.down(self.up(x).relu()))
+
+
+SPREAD = {
+    "expanded": lambda t: t.expand(-1, 2, -1, -1),
+    "expanded and viewed": lambda t: t[:, :, None].expand(-1, -1, 2, -1, -1).flatten(1, 2),
+    "repeated": lambda t: t.repeat_interleave(2, 1),
+}
+
+
+@pytest.mark.parametrize("spread", SPREAD.values(), ids=SPREAD)
+def test_attention_of_one_key_head_is_converted(spread):
+    model, words = Shared(spread), torch.randint(0, 20, (2, 5))
+    dampr.convert(model, example_inputs=words)
+    assert {"up"} <= gated_layers(model).keys() <= {"up", "embed", "down", "out"}
+    y = close(model).eval()(words)
+    torch.testing.assert_close(dampr.compact(model, example_inputs=words)(words), y)
+
+
+def test_a_transformer_around_which_torch_pruning_goes_in_circles_is_converted():
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 8, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4, "intermediate_size": 12}
+    config = transformers.Qwen3Config(**sizes, num_hidden_layers=1, vocab_size=20)
+    model, x = transformers.Qwen3ForCausalLM(config), {"input_ids": torch.randint(0, 20, (2, 5)), "use_cache": False}
+    dampr.convert(model, example_inputs=x)
+    assert sorted(gated_layers(model)) == ["model.layers.0.mlp.up_proj"]
+    assert all(model.dampr_skipped[f"model.layers.0.self_attn.{name}_proj"] for name in "qkvo")
+
+
+def test_what_torch_pruning_fails_on_is_left_out_in_words(monkeypatch):
+    from torch_pruning import DependencyGraph
+
+    model, own = Between(nn.Identity()), DependencyGraph.get_pruning_group
+
+    def fail(graph, module, *rest):
+        return own(graph, module, *rest) if isinstance(module, nn.Conv2d) else 1 // 0
+
+    monkeypatch.setattr(DependencyGraph, "get_pruning_group", fail)
+    dampr.convert(model, example_inputs=IMAGE)
+    assert model.dampr_skipped["third"].startswith("torch-pruning cannot follow its width (ZeroDivisionError: ")
+    assert sorted(gated_layers(model)) == ["first", "second"]
