@@ -67,6 +67,11 @@ class Call:
         marks = self.of(tensor)
         return marks.axes if marks is not None else []
 
+    def is_weight(self, tensor: Tensor) -> bool:
+        """Whether a tensor is made of parameters and buffers alone, or is a constant that is the same everywhere."""
+        marks = self.of(tensor)
+        return (tensor.numel() == 1 or id(tensor) in self.tracer.uniform) if marks is None else marks.weight
+
     def numbers(self) -> list[Any]:
         """The numbers that an elementwise operator was given beside tensors."""
         if torch.Tag.pointwise not in self.func.tags:

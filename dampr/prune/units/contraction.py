@@ -37,7 +37,7 @@ def product(call: Call, a: Tensor, b: Tensor, letters: tuple[str, str], result: 
             operands.append((Marks(axes), [sizes[letter] if letter in own else 1 for letter in order]))
     met = call.ledger.meet([sizes[letter] for letter in order], operands, call)
     zero = any(call.of(t) is None and call.tracer.is_zero(t) for t in (a, b))
-    kind = "sum" if zero or any((m := call.of(t)) is not None and not m.weight for t in (a, b)) else "statistic"
+    kind = "statistic" if call.is_weight(a) and call.is_weight(b) and not zero else "sum"
     return call.ledger.reduce(met, set(range(len(result), len(order))), False, kind, call)
 
 

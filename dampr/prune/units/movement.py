@@ -46,7 +46,7 @@ def _expand(call: Call) -> Axes:
     return [at_rank(axis, call.out.dim()) for axis in call.axes(call.args[0])]
 
 
-@rules.rule("squeeze roll flip repeat diagonal rot90 unfold im2col")
+@rules.rule("squeeze roll flip repeat diagonal rot90 unfold")
 def _move(call: Call) -> Axes:
     tensor, out = call.args[0], []
     for axis in call.axes(tensor):
@@ -238,6 +238,37 @@ def _pixel_shuffle(call: Call) -> Axes:
 def _pixel_unshuffle(call: Call) -> Axes:
     tensor, factor = call.args[:2]
     return [narrow(torch.pixel_unshuffle(axis.expand(tensor.shape).double(), factor).long()) for axis in call.axes(tensor)]
+
+
+@rules.rule("im2col")
+def _unfold(call: Call) -> Axes:
+    """Patches of an image side by side: a channel is all of its patch, and the zeros around the image belong to it too."""
+    height, width = call.args[1]
+    out = []
+    for axis in call.axes(call.args[0]):
+        if varying(axis) & {axis.dim() - 2, axis.dim() - 1}:
+            call.ledger.fix(axis, call.why("mixed", "its channels are mixed"))
+        elif axis.shape[-3] > 1:
+            out.append(axis.squeeze(-1).repeat_interleave(height * width, -2))
+        else:
+            out.append(axis.squeeze(-1))
+    return out
+
+
+@rules.rule("col2im")
+def _fold(call: Call) -> Axes:
+    """Patches of channels are added up where they overlap: a channel is its whole patch."""
+    columns, (height, width) = call.args[0], call.args[2]
+    out = []
+    for axis in call.axes(columns):
+        if axis.shape[-2] > 1:
+            patches = axis.unflatten(-2, (-1, height * width))
+            whole = patches[..., :1, :1]
+            call.ledger.unite(patches, whole, call)
+            out.append(narrow(whole))
+        else:
+            out.append(axis.unsqueeze(-1))
+    return out
 
 
 @rules.rule("channel_shuffle native_channel_shuffle")

@@ -246,7 +246,7 @@ class Tracer(TorchDispatchMode):
     def _record(self, call: Call, result: Axes | tuple[Axes, ...]) -> None:
         outs = call.out if isinstance(call.out, (tuple, list)) else (call.out,)
         results = result if isinstance(result, tuple) else (result, *((None,) * (len(outs) - 1)))
-        weight = all(m is None or m.weight for m in call.marks)
+        weight = all(call.is_weight(t) for t in call.given)
         numbers = call.numbers()
         if numbers:
             self.ledger.numbers.append((call.name, *numbers))

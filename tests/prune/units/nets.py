@@ -301,6 +301,7 @@ NETS: dict[str, Net] = {
         [6],
         stays={("first.weight", 0): "picked"},
     ),
+    "unfolded and folded": Net(lambda: Written(lambda h: F.fold(F.unfold(h, 3, padding=1), h.shape[-2:], 3, padding=1)), image(), [6, 8]),
     "maxout": Net(lambda: Written(lambda h: h.unflatten(1, (-1, 2)).amax(2), read=4), image(), [4, 6]),
     "class token": Net(Token, image(), [8, 12], same=[("patch.weight", 0, "token", 2), ("position", 2, "up.weight", 1)]),
     "bare parameters": Net(Bare, tokens(6), [8, 10], same=[("a", 1, "gain", 0), ("gain", 0, "b", 1)]),

@@ -91,6 +91,22 @@ def test_control_flow_that_asks_for_values_gets_them():
     assert retrace(model, both, x, both.families, more_inputs=[-x]) == {}
 
 
+def test_what_leaves_torch_and_comes_back_is_data():
+    class Detour(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.third = nn.Linear(6, 8), nn.Linear(8, 10), nn.Linear(10, 3)
+
+        def forward(self, x):
+            h = torch.from_numpy(self.first(x).detach().numpy() * 2)
+            return self.third(self.second(h).relu())
+
+    units = trace_units(Detour(), torch.randn(4, 6))
+    assert units.why_not("second.weight", 0) is None
+    assert units.why_not("second.weight", 1).kind == "constants"
+    assert units.why_not("first.weight", 0).kind == "unread"
+
+
 def test_a_model_on_meta_is_traced():
     model = models.ALL["resnet18"]()[0]
     on_meta = models.ALL["resnet18"]()[0].to("meta")
