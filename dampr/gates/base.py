@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 
 from dampr import _checks, functional, philox
 from dampr.spec import SAMPLE, GateSpec, value
+
+from .draws import Stream
 
 VALUE_SPEC = value()
 
@@ -69,6 +72,9 @@ class Gate(GateModule):
     in_optimizer: bool = False  # whether :func:`dampr.param_groups` gave it a learning rate of its own
     level_parameters: tuple[str, ...] = ()  # the beginnings of the names of the parameters that :meth:`set_levels_` moves
     open_slice: Callable[[], tuple[int, int]] | None = None  # (start, stop) of the open gates, where a family keeps these side by side
+    _held: Tensor | None = None  # the seed of every call, within dampr.hold_draws
+    _stream: Stream | None = None  # of dampr.gate_generator; None: seeds come from torch's generator
+    next_seed: Tensor
 
     def __init__(self, num_gates: int) -> None:
         super().__init__()
@@ -89,6 +95,21 @@ class Gate(GateModule):
     def draws(self) -> bool:
         """Whether the values of the present mode are drawn, so that ``forward(rows)`` gives each row its own."""
         return self.spec.rule == SAMPLE or (self.draws_once and self.training)
+
+    @property
+    def draws_in_training(self) -> bool:
+        """:attr:`draws` in training mode, whichever mode it is."""
+        training = self.training
+        self.training = True
+        try:
+            return self.draws
+        finally:
+            self.training = training
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters of the gate are."""
+        return next((t.device for t in itertools.chain(self.parameters(), self.buffers())), torch.device("cpu"))
 
     @property
     def parameter(self) -> Tensor:
@@ -142,7 +163,29 @@ class Gate(GateModule):
     def call(self) -> tuple[Tensor, Tensor | None, GateSpec]:
         """What a fused op takes for one call in the present mode: the parameters, a fresh seed or None, and the spec."""
         parameter, spec = self.parameter, self.spec
-        return parameter, philox.draw_seed(parameter.device) if spec.rule == SAMPLE else None, spec
+        return parameter, self.draw_seed(parameter.device) if spec.rule == SAMPLE else None, spec
+
+    def draw_seed(self, device: torch.device | None = None) -> Tensor:
+        """The seed of one call, int64 of shape (1,): a held one, the next one of the gate's generator, or one of torch's generator.
+
+        All noise of a gate comes from here, so a family of your own whose noise does too is held by :func:`dampr.hold_draws` and follows
+        :func:`dampr.gate_generator`; :func:`dampr.philox.uniform` makes numbers of it. Such a family sets ``draws_once``.
+        """
+        if self._held is not None:
+            return self._held if self._held.device == device else self._held.to(device)
+        if self._stream is None:
+            return philox.draw_seed(device)
+        return self._stream.draw(self.next_seed)
+
+    def _follow(self, stream: Stream | None) -> None:
+        """Take seeds from this stream from now on."""
+        self._buffers.pop("next_seed", None)
+        self._stream = stream
+        if stream is not None:
+            self.register_buffer("next_seed", torch.tensor([stream.first], device=self.device))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_held"}
 
     def extra_repr(self) -> str:
         return f"num_gates={self.num_gates}"
