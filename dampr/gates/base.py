@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from abc import abstractmethod
 from collections.abc import Callable
@@ -31,9 +32,20 @@ class GateModule(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any) -> None:
         # A dense checkpoint of the layer around it has no gates: they stay as they are. One that was made with them, as its metadata tells,
-        # and has lost their values, does not load.
-        if not prefix or local_metadata or any(key.startswith(prefix) for key in state_dict):
-            super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+        # and has lost their values, does not load. Where parameters are replaced (assign=True) torch says so in the metadata too.
+        own = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
+        if not prefix or local_metadata.keys() - {"assign_to_params_buffers"} or own:
+            super()._load_from_state_dict(state_dict | _precise(own), prefix, local_metadata, *args)
+
+
+def _precise(state: dict[str, Any]) -> dict[str, Any]:
+    """These values with gates in half precision, which no gate computes in, in float32."""
+    return {
+        key: value.to(torch.float32)
+        if isinstance(value, Tensor) and value.is_floating_point() and value.dtype not in _checks.GATE_DTYPES
+        else value
+        for key, value in state.items()
+    }
 
 
 def gradient(parameter: Tensor) -> Tensor:
@@ -80,6 +92,26 @@ class Gate(GateModule):
         super().__init__()
         _checks.positive_int("num_gates", num_gates)
         self.num_gates = num_gates
+
+    def reset_parameters(self) -> None:
+        """Fresh values in every parameter, as the constructor leaves them, and the first seed of a generator of its own.
+
+        A family of your own overrides it, calls this one and fills its parameters; NotImplementedError says where it does not.
+        """
+        if self._stream is not None:
+            self._stream = Stream(self._stream.first)
+            self.next_seed.fill_(self._stream.first)
+        if type(self).reset_parameters is Gate.reset_parameters and next(self.parameters(), None) is not None:
+            raise NotImplementedError(f"{type(self).__name__} has no reset_parameters(), which fills its parameters with fresh values")
+
+    def starts_at_one(self) -> bool:
+        """Whether every gate is 1 in evaluation; of gates on the meta device, whether fresh ones are."""
+        z = self.deterministic()
+        if z.is_meta:
+            fresh = copy.deepcopy(self).to_empty(device="cpu")
+            fresh.reset_parameters()
+            z = fresh.deterministic()
+        return bool((z == 1).all())
 
     @classmethod
     def for_layer(cls, num_gates: int, device: torch.device | str | None = None) -> Gate:
