@@ -48,6 +48,15 @@ def _precise(state: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _read(spec: GateSpec) -> bool:
+    """Look at every constant, outside of the autograd function that takes them.
+
+    With ``dynamic=True`` dynamo makes symbols of them where it first reads them. Within such a function a second call cannot see these, so a
+    gate that two layers share did not compile.
+    """
+    return any(constant != constant for constant in spec)
+
+
 def gradient(parameter: Tensor) -> Tensor:
     """The gradient that a parameter holds, or zeros."""
     return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
@@ -195,6 +204,8 @@ class Gate(GateModule):
     def call(self) -> tuple[Tensor, Tensor | None, GateSpec]:
         """What a fused op takes for one call in the present mode: the parameters, a fresh seed or None, and the spec."""
         parameter, spec = self.parameter, self.spec
+        if torch.compiler.is_compiling():
+            _read(spec)
         return parameter, self.draw_seed(parameter.device) if spec.rule == SAMPLE else None, spec
 
     def draw_seed(self, device: torch.device | None = None) -> Tensor:
