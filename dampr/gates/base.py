@@ -51,8 +51,8 @@ def _precise(state: dict[str, Any]) -> dict[str, Any]:
 def _read(spec: GateSpec) -> bool:
     """Look at every constant, outside of the autograd function that takes them.
 
-    With ``dynamic=True`` dynamo makes symbols of them where it first reads them. Within such a function a second call cannot see these, so a
-    gate that two layers share did not compile.
+    With ``dynamic=True`` dynamo makes symbols of them where it first reads them. A second call cannot see those of within such a function,
+    so a gate that two layers share did not compile.
     """
     return any(constant != constant for constant in spec)
 

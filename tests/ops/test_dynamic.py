@@ -102,6 +102,7 @@ def test_export_keeps_a_dynamic_batch(compacted: bool, strict: bool) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # torch's own, of its pytrees
 def test_a_compacted_model_is_compiled_ahead_of_time(tmp_path: Any) -> None:
     x = torch.randn(4, 3, 9, 9)
     model = dampr.convert(images(), example_inputs=x)
