@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
@@ -99,18 +98,3 @@ def test_export_keeps_a_dynamic_batch(compacted: bool, strict: bool) -> None:
     for size in (2, 64, 300):
         x = torch.randn(size, 3, 9, 9)
         torch.testing.assert_close(exported.module()(x), model(x), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::FutureWarning")  # torch's own, of its pytrees
-def test_a_compacted_model_is_compiled_ahead_of_time(tmp_path: Any) -> None:
-    x = torch.randn(4, 3, 9, 9)
-    model = dampr.convert(images(), example_inputs=x)
-    model[1].gate.log_alpha.data[::2] = -9.0
-    small = dampr.compact(copy.deepcopy(model), example_inputs=x)
-    exported = torch.export.export(small, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=2)},))
-    path = torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / "small.pt2"))
-    loaded = torch._inductor.aoti_load_package(path)
-    for size in (3, 50):
-        x = torch.randn(size, 3, 9, 9)
-        torch.testing.assert_close(loaded(x), small(x), rtol=1e-4, atol=1e-5)
