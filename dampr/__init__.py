@@ -9,6 +9,7 @@
 
 from dampr import functional, gates, integrations, nn
 from dampr._version import __version__
+from dampr.gates import gate_generator, hold_draws
 from dampr.nn.explain import explain
 from dampr.ops import BackendUnavailableError, backend, backend_info
 from dampr.prune import (
@@ -60,7 +61,9 @@ __all__ = [
     "expand",
     "explain",
     "functional",
+    "gate_generator",
     "gates",
+    "hold_draws",
     "integrations",
     "load",
     "nn",

@@ -5,6 +5,7 @@ from .dependent import DependencyGenerator, DependentHardConcrete
 from .differentiable_mask import DifferentiableMask, foothill, geometric_slope, scale_penalty, square_penalty
 from .diffprune import DiffPrune
 from .discriminative import DiscriminativeMask, dam_penalty
+from .draws import gate_generator, hold_draws
 from .fixed import Fixed
 from .hard_concrete import PRESETS, PUBLISHED, HardConcrete
 from .owned import OwnedGate, SteppedGate
@@ -26,7 +27,9 @@ __all__ = [
     "SteppedGate",
     "dam_penalty",
     "foothill",
+    "gate_generator",
     "geometric_slope",
+    "hold_draws",
     "make_gate",
     "place_gate",
     "scale_penalty",

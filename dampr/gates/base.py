@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +13,8 @@ from torch import Tensor, nn
 
 from dampr import _checks, functional, philox
 from dampr.spec import SAMPLE, GateSpec, value
+
+from .draws import Stream
 
 VALUE_SPEC = value()
 
@@ -28,9 +32,29 @@ class GateModule(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any) -> None:
         # A dense checkpoint of the layer around it has no gates: they stay as they are. One that was made with them, as its metadata tells,
-        # and has lost their values, does not load.
-        if not prefix or local_metadata or any(key.startswith(prefix) for key in state_dict):
-            super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+        # and has lost their values, does not load. Where parameters are replaced (assign=True) torch says so in the metadata too.
+        own = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
+        if not prefix or local_metadata.keys() - {"assign_to_params_buffers"} or own:
+            super()._load_from_state_dict(state_dict | _precise(own), prefix, local_metadata, *args)
+
+
+def _precise(state: dict[str, Any]) -> dict[str, Any]:
+    """These values with gates in half precision, which no gate computes in, in float32."""
+    return {
+        key: value.to(torch.float32)
+        if isinstance(value, Tensor) and value.is_floating_point() and value.dtype not in _checks.GATE_DTYPES
+        else value
+        for key, value in state.items()
+    }
+
+
+def _read(spec: GateSpec) -> bool:
+    """Look at every constant, outside of the autograd function that takes them.
+
+    With ``dynamic=True`` dynamo makes symbols of them where it first reads them. A second call cannot see those of within such a function,
+    so a gate that two layers share did not compile.
+    """
+    return any(constant != constant for constant in spec)
 
 
 def gradient(parameter: Tensor) -> Tensor:
@@ -69,11 +93,34 @@ class Gate(GateModule):
     in_optimizer: bool = False  # whether :func:`dampr.param_groups` gave it a learning rate of its own
     level_parameters: tuple[str, ...] = ()  # the beginnings of the names of the parameters that :meth:`set_levels_` moves
     open_slice: Callable[[], tuple[int, int]] | None = None  # (start, stop) of the open gates, where a family keeps these side by side
+    _held: Tensor | None = None  # the seed of every call, within dampr.hold_draws
+    _stream: Stream | None = None  # of dampr.gate_generator; None: seeds come from torch's generator
+    next_seed: Tensor
 
     def __init__(self, num_gates: int) -> None:
         super().__init__()
         _checks.positive_int("num_gates", num_gates)
         self.num_gates = num_gates
+
+    def reset_parameters(self) -> None:
+        """Fresh values in every parameter, as the constructor leaves them, and the first seed of a generator of its own.
+
+        A family of your own overrides it, calls this one and fills its parameters; NotImplementedError says where it does not.
+        """
+        if self._stream is not None:
+            self._stream = Stream(self._stream.first)
+            self.next_seed.fill_(self._stream.first)
+        if type(self).reset_parameters is Gate.reset_parameters and next(self.parameters(), None) is not None:
+            raise NotImplementedError(f"{type(self).__name__} has no reset_parameters(), which fills its parameters with fresh values")
+
+    def starts_at_one(self) -> bool:
+        """Whether every gate is 1 in evaluation; of gates on the meta device, whether fresh ones are."""
+        z = self.deterministic()
+        if z.is_meta:
+            fresh = copy.deepcopy(self).to_empty(device="cpu")
+            fresh.reset_parameters()
+            z = fresh.deterministic()
+        return bool((z == 1).all())
 
     @classmethod
     def for_layer(cls, num_gates: int, device: torch.device | str | None = None) -> Gate:
@@ -89,6 +136,21 @@ class Gate(GateModule):
     def draws(self) -> bool:
         """Whether the values of the present mode are drawn, so that ``forward(rows)`` gives each row its own."""
         return self.spec.rule == SAMPLE or (self.draws_once and self.training)
+
+    @property
+    def draws_in_training(self) -> bool:
+        """:attr:`draws` in training mode, whichever mode it is."""
+        training = self.training
+        self.training = True
+        try:
+            return self.draws
+        finally:
+            self.training = training
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters of the gate are."""
+        return next((t.device for t in itertools.chain(self.parameters(), self.buffers())), torch.device("cpu"))
 
     @property
     def parameter(self) -> Tensor:
@@ -142,7 +204,31 @@ class Gate(GateModule):
     def call(self) -> tuple[Tensor, Tensor | None, GateSpec]:
         """What a fused op takes for one call in the present mode: the parameters, a fresh seed or None, and the spec."""
         parameter, spec = self.parameter, self.spec
-        return parameter, philox.draw_seed(parameter.device) if spec.rule == SAMPLE else None, spec
+        if torch.compiler.is_compiling():
+            _read(spec)
+        return parameter, self.draw_seed(parameter.device) if spec.rule == SAMPLE else None, spec
+
+    def draw_seed(self, device: torch.device | None = None) -> Tensor:
+        """The seed of one call, int64 of shape (1,): a held one, the next one of the gate's generator, or one of torch's generator.
+
+        All noise of a gate comes from here, so a family of your own whose noise does too is held by :func:`dampr.hold_draws` and follows
+        :func:`dampr.gate_generator`; :func:`dampr.philox.uniform` makes numbers of it. Such a family sets ``draws_once``.
+        """
+        if self._held is not None:
+            return self._held if self._held.device == device else self._held.to(device)
+        if self._stream is None:
+            return philox.draw_seed(device)
+        return self._stream.draw(self.next_seed)
+
+    def _follow(self, stream: Stream | None) -> None:
+        """Take seeds from this stream from now on."""
+        self._buffers.pop("next_seed", None)
+        self._stream = stream
+        if stream is not None:
+            self.register_buffer("next_seed", torch.tensor([stream.first], device=self.device))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_held"}
 
     def extra_repr(self) -> str:
         return f"num_gates={self.num_gates}"

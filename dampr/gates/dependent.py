@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -72,15 +73,29 @@ class DependencyGenerator(GateModule):
         self._order = list(range(len(sizes))) if direction == "forward" else list(reversed(range(len(sizes))))
         self.input_width = self.sizes[self._order[0]] if input_width is None else input_width
         _checks.positive_int("input_width", self.input_width)
+        self.init_scale, self.bias_init = init_scale, bias_init
+        self._last: _Evaluation | None = None
         width = self.input_width
         for index in self._order:
-            bound = init_scale / math.sqrt(width)
-            weight = torch.empty(self.sizes[index], width, dtype=torch.float32, device=device).uniform_(-bound, bound)
-            bias = torch.empty(self.sizes[index], dtype=torch.float32, device=device).normal_(bias_init, 0.01)
+            weight = torch.empty(self.sizes[index], width, dtype=torch.float32, device=device)
+            bias = torch.empty(self.sizes[index], dtype=torch.float32, device=device)
             self.register_parameter(f"weight_{index}", nn.Parameter(weight))
             self.register_parameter(f"bias_{index}", nn.Parameter(bias))
             width = self.sizes[index]
-        self._last: _Evaluation | None = None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Fresh weights and biases in every layer, drawn as the constructor draws them."""
+        for index in self._order:
+            self.reset_layer(index)
+
+    @torch.no_grad()
+    def reset_layer(self, index: int) -> None:
+        """:meth:`reset_parameters` of the layer that makes the gates of layer ``index`` of the network."""
+        weight, bias = (getattr(self, f"{kind}_{index}") for kind in ("weight", "bias"))
+        bound = self.init_scale / math.sqrt(weight.shape[1])
+        weight.uniform_(-bound, bound)
+        bias.normal_(self.bias_init, 0.01)
 
     def forward(self) -> list[Tensor]:
         """The log_alpha of every layer, in the order of the network: (sizes[l],) each."""
@@ -144,7 +159,8 @@ class DependencyGenerator(GateModule):
         order = self._order if upto is None else self._order[: self._order.index(upto) + 1]
         parameters: list[Tensor] = [getattr(self, f"{kind}_{index}") for index in order for kind in ("weight", "bias")]
         evaluate = ops.dependency_generator if upto is None else reference.dependency_generator
-        with torch.autocast(parameters[0].device.type, enabled=False):
+        where = parameters[0].device.type
+        with torch.autocast(where, enabled=False) if where != "meta" else nullcontext():  # meta has no autocast to leave
             return evaluate(parameters, LOGIT_LIMIT)
 
     def _evaluate(self, key: tuple[Any, ...]) -> _Evaluation:
@@ -218,6 +234,11 @@ class DependentHardConcrete(ConcreteGate):
     @classmethod
     def for_layer(cls, num_gates: int, device: torch.device | str | None = None) -> Gate:
         return cls(DependencyGenerator([num_gates], device=device), 0)
+
+    def reset_parameters(self) -> None:
+        """Fresh weights and biases in its layer of the generator."""
+        super().reset_parameters()
+        self.generator.reset_layer(self.index)
 
     @property
     def log_alpha(self) -> Tensor:  # type: ignore[override]

@@ -81,13 +81,27 @@ class DifferentiableMask(KernelGate):
         self._fixed = mask(variant, slope, threshold)
         self.variant, self.slope_mode, self.threshold_mode = variant, slope_mode, threshold_mode
         self._evaluated = self._fixed if variant in ("hard_constant", "exact_zero") else mask("hard", slope, threshold)
-        self.alpha = nn.Parameter(torch.full((num_gates,), float(init_alpha), dtype=torch.float32, device=device))
+        self.init_alpha = float(init_alpha)
+        self.alpha = nn.Parameter(torch.empty(num_gates, dtype=torch.float32, device=device))
         if slope_mode == "scheduled":
-            self.register_buffer("slope", torch.full((1,), float(slope), dtype=torch.float32, device=device))
+            self.register_buffer("slope", torch.empty(1, dtype=torch.float32, device=device))
         elif slope_mode == "trainable":
-            self.log_slope = nn.Parameter(torch.full((1,), math.log(slope), dtype=torch.float32, device=device))
+            self.log_slope = nn.Parameter(torch.empty(1, dtype=torch.float32, device=device))
         if threshold_mode == "trainable":
-            self.log_threshold = nn.Parameter(torch.full((1,), math.log(threshold), dtype=torch.float32, device=device))
+            self.log_threshold = nn.Parameter(torch.empty(1, dtype=torch.float32, device=device))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """alpha, slope and threshold where the arguments have them start."""
+        super().reset_parameters()
+        self.alpha.fill_(self.init_alpha)
+        if self.slope_mode == "scheduled":
+            self.slope.fill_(self._fixed.beta)
+        elif self.slope_mode == "trainable":
+            self.log_slope.fill_(math.log(self._fixed.beta))
+        if self.threshold_mode == "trainable":
+            self.log_threshold.fill_(math.log(self._fixed.lo))
 
     @property
     def threshold(self) -> float | Tensor:

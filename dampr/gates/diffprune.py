@@ -78,9 +78,19 @@ class DiffPrune(KernelGate):
         self.shape, self.stochastic, self.revive, self.init_sigma = shape, bool(stochastic), revive, float(init_sigma)
         self._ramp = ramp(name, usual if sharpness is None else sharpness)
         self.draws_once = self.stochastic or revive == "noise"
-        self.phi = nn.Parameter(torch.full((num_gates,), float(init_phi), dtype=torch.float32, device=device))
+        self.init_phi = float(init_phi)
+        self.phi = nn.Parameter(torch.empty(num_gates, dtype=torch.float32, device=device))
         if stochastic:
-            self.log_sigma = nn.Parameter(torch.full((num_gates,), math.log(init_sigma), dtype=torch.float32, device=device))
+            self.log_sigma = nn.Parameter(torch.empty(num_gates, dtype=torch.float32, device=device))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """phi and, of stochastic gates, sigma where the arguments have them start."""
+        super().reset_parameters()
+        self.phi.fill_(self.init_phi)
+        if self.stochastic:
+            self.log_sigma.fill_(math.log(self.init_sigma))
 
     @property
     def spec(self) -> GateSpec:
@@ -133,7 +143,7 @@ class DiffPrune(KernelGate):
         if not self.training or not (self.stochastic or self.revive == "noise"):
             return self.phi
         shape = (self.num_gates,) if rows is None else (rows, self.num_gates)
-        u = philox.uniform(philox.draw_seed(self.phi.device), math.prod(shape)).view(shape)
+        u = philox.uniform(self.draw_seed(self.phi.device), math.prod(shape)).view(shape)
         xi = torch.special.ndtri(u.to(self.phi.dtype))
         return self.phi + (self.log_sigma.exp() if self.stochastic else self.init_sigma) * xi
 

@@ -75,9 +75,16 @@ class DiscriminativeMask(KernelGate):
         self.min_open = min_open
         self.weight_decay_on_beta = bool(weight_decay_on_beta)
         self._ramp = ramp(SHAPES[shape])
-        start = (1.0 if shape == "tanh" else 0.1) if init_beta is None else float(init_beta)
-        self.beta = nn.Parameter(torch.full((1,), start, dtype=torch.float32, device=device))
+        self.init_beta = (1.0 if shape == "tanh" else 0.1) if init_beta is None else float(init_beta)
+        self.beta = nn.Parameter(torch.empty(1, dtype=torch.float32, device=device))
+        self.reset_parameters()
         self.frozen = frozen
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """beta where it starts; whether it learns stays as it is."""
+        super().reset_parameters()
+        self.beta.fill_(self.init_beta)
 
     @property
     def frozen(self) -> bool:

@@ -112,12 +112,19 @@ class HardConcrete(ConcreteGate):
             raise ValueError(f"droprate={droprate!r}: expected a number in [0, 1)")
         if droprate is not None and init_log_alpha is not None:
             raise ValueError(f"droprate={droprate!r} with init_log_alpha={init_log_alpha!r}: expected one, each says where gates start")
-        start = self._ends()[1] if init_log_alpha is None else float(init_log_alpha)
-        log_alpha = torch.full((num_gates,), start, dtype=torch.float32, device=device)
-        if droprate is not None:
-            d = droprate or 0.5
-            log_alpha.normal_(math.log(1 - d) - math.log(d), 0.01)
-        self.log_alpha = nn.Parameter(log_alpha)
+        self.init_log_alpha, self.droprate = init_log_alpha, droprate
+        self.log_alpha = nn.Parameter(torch.empty(num_gates, dtype=torch.float32, device=device))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Every log_alpha where the arguments have it start; drawn anew with ``droprate``."""
+        super().reset_parameters()
+        if self.droprate is not None:
+            d = self.droprate or 0.5
+            self.log_alpha.normal_(math.log(1 - d) - math.log(d), 0.01)
+        else:
+            self.log_alpha.fill_(self._ends()[1] if self.init_log_alpha is None else float(self.init_log_alpha))
 
     @torch.no_grad()
     def set_levels_(self, levels: Tensor) -> None:

@@ -42,6 +42,11 @@ class SteppedGate(Gate):
             z = z * (1 + self.probe)
         return z if rows is None else z.expand(rows, -1)
 
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Every level at 1, open; ``value`` stays."""
+        self.level.fill_(1.0)
+
     def deterministic(self) -> Tensor:
         return self.value * self.level.square() * (3 - 2 * self.level)
 
@@ -77,6 +82,9 @@ class OwnedGate(Gate):
         self.held = False
         self.probe = torch.zeros_like(family.deterministic().detach(), requires_grad=True)
         self.train(family.training)
+
+    def reset_parameters(self) -> None:
+        self.family.reset_parameters()
 
     @property
     def family(self) -> Gate:

@@ -13,7 +13,7 @@ from dampr import functional, ops
 from dampr.gates import Gate, make_gate, place_gate
 from dampr.spec import SAMPLE
 
-from .base import GatedLayer, _wide
+from .base import GatedLayer, _wide, fresh_values
 from .pruned_attention import Maybe, PrunedMultiheadAttention, _arguments, _as_batch, _attend, _joined, _sequence_first
 
 _PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias", "bias_k", "bias_v")
@@ -61,10 +61,16 @@ class GatedMultiheadAttention(GatedLayer, nn.MultiheadAttention):
         self.per_sample = bool(per_sample)
         self.gate = place_gate(gate, num_heads, self.out_proj.weight.device, self.per_sample)
 
+    def reset_parameters(self) -> None:
+        """Fresh parameters, those of ``out_proj`` too, and fresh gates; torch's own has no public name for it."""
+        self.out_proj.reset_parameters()
+        self._reset_parameters()
+
     def _reset_parameters(self) -> None:
-        """As in ``torch.nn``; the gates stay as they are."""
+        """As in ``torch.nn``, and fresh gates."""
         self._qkv_same_embed_dim = self.in_proj_weight is not None
         super()._reset_parameters()
+        self._reset_gate()
         self._qkv_same_embed_dim = False  # the condition on which every fused path of torch.nn gives up, that of an encoder layer too
 
     def forward(
@@ -153,9 +159,9 @@ class GatedMultiheadAttention(GatedLayer, nn.MultiheadAttention):
 
     @torch.no_grad()
     def _undo_fresh_gates(self) -> None:
-        z = self.gate.deterministic()
-        if bool((z == 1).all()):
+        if self.gate.starts_at_one():
             return
+        z = fresh_values(self.gate)
         if not bool((z != 0).all()):
             raise ValueError(f"gate={type(self.gate).__name__}: a fresh gate of it is 0, so what the layer computes could not be kept")
         weight = self.out_proj.weight

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -26,6 +26,28 @@ class GatedLayer:
     gate: Gate
     granularity: Granularity
     per_sample: bool
+
+    def reset_parameters(self) -> None:
+        """Fresh parameters as in ``torch.nn``, and fresh gates."""
+        reset: Any = getattr(super(), "reset_parameters", None)  # some layers of torch have none
+        if reset is not None:
+            reset()
+        self._reset_gate()
+
+    def _reset_gate(self) -> None:
+        gate: Any = self.__dict__["_modules"].get("gate")
+        if gate is not None:  # torch's constructors reset before there is one
+            gate.reset_parameters()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """An index of gates says how the layer is built: its values outlive ``to_empty`` and the meta device."""
+        index: Tensor | None = self.__dict__["_buffers"].get("index")
+        applied: Any = super()._apply(fn, recurse)  # type: ignore[misc]
+        if index is not None and not index.is_meta:
+            moved: Tensor = self.__dict__["_buffers"]["index"]
+            if moved.is_meta or not torch.equal(moved.cpu(), index.cpu()):
+                self.__dict__["_buffers"]["index"] = index if moved.is_meta else index.to(moved.device)
+        return applied
 
     def penalty(self, lam: float = 1.0, prior_precision: float = 0.0) -> Tensor:
         """The layer's expected L0 penalty, a scalar; Louizos et al. 2018, eq. 9 and appendix A. See :func:`dampr.penalty`."""
@@ -123,7 +145,10 @@ class GatedWeight(GatedLayer):
             raise TypeError(f"layer={type(layer).__name__}: expected exactly nn.{cls._dense.__name__}")
         arguments = {name: getattr(layer, name) for name in cls._arguments}
         weight, bias = layer.weight, layer.bias
-        assert isinstance(weight, Tensor)
+        if not isinstance(weight, nn.Parameter):
+            raise TypeError(
+                f"layer={type(layer).__name__}: its weight is computed from other tensors (weight_norm?), expected a plain nn.Parameter"
+            )
         count = cls.gates_for(layer, granularity, per_sample, gate)
         granularity = granularity.to(weight.device) if isinstance(granularity, Tensor) else granularity
         how: dict[str, Any] = {"gate": make_gate(gate, count, weight.device), "granularity": granularity, "per_sample": per_sample}
@@ -134,9 +159,9 @@ class GatedWeight(GatedLayer):
 
     @torch.no_grad()
     def _undo_fresh_gates(self) -> None:
-        z = self.gate.deterministic()
-        if bool((z == 1).all()):
+        if self.gate.starts_at_one():
             return
+        z = fresh_values(self.gate)
         if not bool((z != 0).all()):
             raise ValueError(f"gate={type(self.gate).__name__}: a fresh gate of it is 0, so what the layer computes could not be kept")
         self.weight.data = (self.weight / self._spread(z)).to(self.weight.dtype)
@@ -235,6 +260,14 @@ class GatedWeight(GatedLayer):
 
     def _describe_gates(self) -> str:
         return f"granularity={self.granularity!r}, per_sample={self.per_sample}"
+
+
+def fresh_values(gate: Gate) -> Tensor:
+    """The evaluation values of fresh gates by which parameters are to be divided; ValueError on the meta device, which has none."""
+    z = gate.deterministic()
+    if z.is_meta:
+        raise ValueError(f"gate={type(gate).__name__}: fresh gates are not 1, and parameters on the meta device cannot make up for them")
+    return z
 
 
 def _wide(t: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from dampr.gates import make_gate, place_gate
 from dampr.ops import is_transformed
 from dampr.spec import HARD_CONCRETE, RAMP, value
 
-from .base import VECTOR_GRANULARITIES, GatedLayer, _wide
+from .base import VECTOR_GRANULARITIES, GatedLayer, _wide, fresh_values
 
 VALUE = value()
 _SCALABLE = (nn.Linear, _ConvNd, _BatchNorm, nn.LayerNorm, nn.GroupNorm)
@@ -376,8 +376,8 @@ class GatedEmbedding(GatedLayer, nn.Embedding):
         gated = cls(**_table(layer), _weight=layer.weight.detach(), **how)
         gated.weight = layer.weight
         gated.train(layer.training)
-        z = own.deterministic().detach()
-        if not bool((z == 1).all()):
+        if not own.starts_at_one():
+            z = fresh_values(own).detach()
             if layer.max_norm is not None or not bool((z != 0).all()):
                 why = "max_norm would undo it" if layer.max_norm is not None else "some are 0"
                 raise ValueError(f"gate={type(own).__name__}: fresh gates are not 1, and the table cannot make up for it, because {why}")

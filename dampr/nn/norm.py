@@ -18,7 +18,7 @@ from dampr.ops.gate_args import GateArgs, gate_dtype
 from dampr.ops.norm_gate import Norm, Running
 from dampr.spec import SAMPLE, GateSpec
 
-from .base import GatedLayer
+from .base import GatedLayer, fresh_values
 
 
 class _GatedNorm(GatedLayer):
@@ -89,9 +89,9 @@ class _GatedNorm(GatedLayer):
 
     @torch.no_grad()
     def _undo_fresh_gates(self) -> None:
-        z = self.gate.deterministic()
-        if bool((z == 1).all()):
+        if self.gate.starts_at_one():
             return
+        z = fresh_values(self.gate)
         if self.weight is None or not bool((z != 0).all()):
             raise ValueError(f"gate={type(self.gate).__name__}: fresh gates are not 1, and this norm has no gain to make up for it")
         self.weight.data = (self.weight / z.view(self.weight.shape)).to(self.weight.dtype)

@@ -14,7 +14,7 @@ from dampr import _checks, functional, ops
 from dampr.gates import Gate, make_gate
 from dampr.spec import value
 
-from .base import GatedLayer, _wide
+from .base import GatedLayer, _wide, fresh_values
 from .stacked_rnn import arguments_of, narrowed, plain_rnn, width_of
 
 VALUE = value()
@@ -66,10 +66,11 @@ class _GatedRecurrent(GatedLayer, nn.RNNBase):
         return weight
 
     def reset_parameters(self) -> None:
-        """As in ``torch.nn``; the gates stay as they are."""
-        bound = self.hidden_size**-0.5
+        """As in ``torch.nn``, and fresh gates."""
+        bound = self.hidden_size**-0.5 if self.hidden_size > 0 else 0.0
         for weight in self.parameters(recurse=False):
             nn.init.uniform_(weight, -bound, bound)
+        self._reset_gate()
 
     def forward(self, input: Any, hx: Any = None) -> Any:
         z = self._rows(self.gate())
@@ -129,9 +130,9 @@ class _GatedRecurrent(GatedLayer, nn.RNNBase):
 
     @torch.no_grad()
     def _undo_fresh_gates(self) -> None:
-        z = self.gate.deterministic().view(-1, self._width)
-        if bool((z == 1).all()):
+        if self.gate.starts_at_one():
             return
+        z = fresh_values(self.gate).view(-1, self._width)
         if not self.proj_size or not bool((z != 0).all()):
             raise ValueError(
                 f"gate={type(self.gate).__name__}: fresh gates are not 1, and nothing in {self._dense.__name__} can make up for them; "

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from dampr.gates import Gate as Family
 
 from .attention import GatedMultiheadAttention
-from .base import GatedWeight
+from .base import GatedWeight, fresh_values
 from .gate import Gate, gated_sum
 from .linear import GatedLinear
 from .norm import GatedLayerNorm
@@ -119,16 +119,16 @@ class _Gated(_Layer):
     @torch.no_grad()
     def _undo_fresh_gates(self) -> None:
         fresh = [part.gate for part in self.modules() if isinstance(part, (GatedMultiheadAttention, GatedWeight, Gate))]
-        if not all(bool((gate.deterministic() != 0).all()) for gate in fresh):
+        if not all(gate.starts_at_one() or bool((fresh_values(gate) != 0).all()) for gate in fresh):
             raise ValueError(f"gate={type(fresh[0]).__name__}: a fresh gate of it is 0, so what the layer computes could not be kept")
         for part in self.modules():
             if isinstance(part, (GatedMultiheadAttention, GatedWeight)):
                 part._undo_fresh_gates()
         for index, name in enumerate(self._sublayers):
             last = self.linear2 if name == "linear1" else getattr(self, name).out_proj
-            z = self._value(index)
-            if z is not None and bool(z != 1):
-                _multiply(last, 1 / z)
+            own = self._gate_of(index)
+            if own is not None and not own.gate.starts_at_one():
+                _multiply(last, 1 / fresh_values(own.gate))
 
     def _value(self, index: int) -> Maybe:
         """The gate of a sublayer in evaluation mode, (1,), or None."""

@@ -153,7 +153,7 @@ _apply_small = super(torch.autograd.Function, _SmallLinear).apply  # type: ignor
 def gated_linear(x: Tensor, weight: Tensor, bias: Maybe, gates: GatePair) -> Tensor:
     """Differentiable gated linear map; arguments are taken as checked (:func:`dampr.functional.gated_linear` checks)."""
     in_la, out_la, _, _, spec, per_sample = gates
-    small = getattr(select(x.device, x.dtype), "small_linear", None)
+    small = None if torch.compiler.is_compiling() else getattr(select(x.device, x.dtype), "small_linear", None)
     if small is not None and small.takes(x, weight, in_la, out_la, spec) and not watched((x, weight, bias, in_la, out_la)):
         quick: Tensor = _apply_small(x, weight, bias, *gates, per_sample and _learns(out_la))
         return quick

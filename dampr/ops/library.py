@@ -75,9 +75,9 @@ def rows_of(x: torch.Tensor) -> torch.Tensor:
 
 
 def choose_activations(M: int, N: int, K: int) -> bool:
-    """Whether x (M, K) and y (M, N) are both smaller than the weight (N, K), unless a route is forced."""
+    """Whether x (M, K) and y (M, N) are both smaller than the weight (N, K), unless a route is forced; not where a size is dynamic."""
     forced = routes.forced_name()
-    return min(N, K) > M if forced is None or forced not in ("fold", "activations") else forced == "activations"
+    return routes.known(min(N, K) > M) if forced is None or forced not in ("fold", "activations") else forced == "activations"
 
 
 def gates_activations(x: torch.Tensor, weight: torch.Tensor) -> bool:

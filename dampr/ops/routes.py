@@ -58,6 +58,16 @@ def forced_route(name: str | None) -> Iterator[None]:
         _forced[:] = [other for other in _forced if other is not forced]  # blocks of several threads may overlap
 
 
+def known(condition: bool) -> bool:
+    """``condition``, a comparison of sizes, or False where a compiler's symbol leaves it open.
+
+    A threshold that asked for the value of a dynamic size would make a guard of it, and what is compiled would serve a few sizes.
+    """
+    if not torch.compiler.is_compiling() and isinstance(condition, bool):
+        return condition
+    return torch.fx.experimental.symbolic_shapes.statically_known_true(condition)
+
+
 def forced_name() -> str | None:
     """The name given to the innermost block, or None."""
     return _forced[-1][0] if _forced else None

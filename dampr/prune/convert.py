@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from dampr.gates import DependencyGenerator, Gate, make_gate
 from dampr.nn import (
@@ -111,6 +112,10 @@ def convert(
     if residual and (granularity != "output" or per_sample or example_inputs is None):
         given = f"granularity={granularity!r}, per_sample={per_sample}, example_inputs{'=None' if example_inputs is None else ' given'}"
         raise ValueError(f"residual=True with {given}: expected granularity 'output', one draw per call, and example inputs")
+    if example_inputs is not None and any(t.is_meta for t in itertools.chain(model.parameters(), model.buffers())):
+        raise ConversionError(
+            "model is on the meta device, so it has no outputs on example_inputs: expected a model with values, or example_inputs=None"
+        )
     each = _draws_each(gate, granularity, residual) if per_sample is None else per_sample
     before = None
     if example_inputs is not None:
@@ -304,7 +309,7 @@ def _choose(
     """
     names: dict[nn.Module, list[tuple[str, nn.Module]]] = {}
     for name, layer in model.named_modules(remove_duplicate=False):
-        if type(layer) in _REPLACEMENT:
+        if type(layer) in _REPLACEMENT or _is_parametrized(layer):
             names.setdefault(layer, []).append((name, layer))
     chosen, skipped, owners, attentions = {}, {}, transformer.owners(model), heads.parts(model)
     for layer, aliases in names.items():
@@ -323,6 +328,8 @@ def _choose(
 
 def _unfit(layer: nn.Module, gate: Any, granularity: Granularity, per_sample: bool) -> str | None:
     """Why a layer cannot have such gates; None where it can."""
+    if _is_parametrized(layer):
+        return "its weight is computed from other tensors (torch.nn.utils.parametrize); wrap the gated layer instead"
     if granularity != "output" and type(layer) in _OUTPUT_ONLY:
         return f"{type(layer).__name__} has gates on its {_OUTPUT_ONLY[type(layer)]}, with granularity='output'"
     if not isinstance(layer, nn.RNNBase):
@@ -332,6 +339,11 @@ def _unfit(layer: nn.Module, gate: Any, granularity: Granularity, per_sample: bo
     if not layer.proj_size and not _starts_at_one(gate):
         return f"fresh gates of {gate!r} are not 1, and nothing in {type(layer).__name__} can make up for them"
     return None
+
+
+def _is_parametrized(layer: nn.Module) -> bool:
+    """Whether torch.nn.utils.parametrize has made a class of its own of a layer that would get gates."""
+    return parametrize.is_parametrized(layer) and type(layer).__bases__[0] in _REPLACEMENT
 
 
 def _starts_at_one(gate: Any) -> bool:

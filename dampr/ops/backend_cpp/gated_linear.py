@@ -44,9 +44,10 @@ def gated_linear_bwd(
     if small_linear.takes(x, weight, *gates[:2], gates.spec):
         return tuple(small_linear.bwd(dy, x, weight, bias, *gates[:4], pre if pre.numel() else None, *gates[4:], needs))
     rows, dy = rows_of(x), rows_of(dy)
-    if gates.per_sample or gates_activations(x, weight):
+    kept = pre.numel() == dy.numel()  # a forward that was compiled for all sizes keeps nothing
+    if gates.per_sample or (gates_activations(x, weight) and (kept or not needs[4])):
         # Without a gradient of its own the output gate needs no activation; dy stands in for it, unread.
-        before = rows_of(pre) if pre.numel() == dy.numel() else dy
+        before = rows_of(pre) if kept else dy
         dx, *others = _bwd_on_activations(dy, rows, weight, bias, gates, before, needs)
     else:
         dx, *others = bwd_fold(dy, rows, weight, bias, gates, needs)

@@ -76,6 +76,9 @@ def conv_route(problem: routes.ConvProblem) -> tuple[str, str]:
         return name, "forced by forced_route"
     if per_sample:
         return "passes", "every image has gates of its own: passes over the activations around torch's convolution"
+    if torch.compiler.is_compiling():  # sizes may be symbols, which no text can hold
+        fewer = vectors and routes.known(activations < FEWER * math.prod(weight))
+        return ("activations" if fewer else "fold"), "compiled: the route that is right for all sizes, where they are dynamic"
     also = _or_live(work) if vectors and problem.groups == 1 else ""
     if vectors and activations < FEWER * math.prod(weight):
         return "activations", f"{activations} activations are fewer than {FEWER:g} of the {math.prod(weight)} weights{also}"

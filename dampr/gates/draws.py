@@ -1,0 +1,178 @@
+"""Where the seeds of gates come from: a draw that is held over several calls, and a generator of their own."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
+from dampr import philox
+
+from . import recomputed
+
+REENTRANT_KEPT = 256  # calls of a gate without gradients that a reentrant checkpoint can still ask for
+
+
+class Stream:
+    """The seeds of one gate: ``first``, ``first + 1``, ... Philox makes independent noise of neighbouring keys.
+
+    The next seed is a buffer of the gate, so a state dict holds it, it moves with the model, and a CUDA graph advances it. Here is only
+    what a checkpointed region needs to draw again what it drew: of each call its number.
+    """
+
+    def __init__(self, first: int) -> None:
+        self.first = first
+        self._forget()
+
+    def _forget(self) -> None:
+        self._calls = 0
+        self._drawn: WeakKeyDictionary[Any, list[int]] = WeakKeyDictionary()  # by checkpointed region
+        self._reentrant: deque[tuple[int, int]] = deque(maxlen=REENTRANT_KEPT)  # (place in the order of autograd, call) without gradients
+        self._replayed: WeakKeyDictionary[Any, int] = WeakKeyDictionary()  # how far a second run has come
+        self._replayed_reentrant: tuple[Any, int] = (None, 0)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"first": self.first}  # a copy has had no calls: graphs belong to the original
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.first = state["first"]
+        self._forget()
+
+    def draw(self, following: Tensor) -> Tensor:
+        """The seed of this call, of shape (1,); ``following``, the next seed, moves on unless the call is a repeated one."""
+        if torch.compiler.is_compiling():
+            return _advance(following)
+        number = self._repeated()
+        again = number is not None
+        if number is None:
+            number, self._calls = self._calls, self._calls + 1
+        self._remember(number)
+        with temporarily_clear_interpreter_stack(), torch.no_grad():  # no transform of torch.func may see a counter that moves
+            return following - (self._calls - number) if again else _advance(following)
+
+    def _remember(self, number: int) -> None:
+        for region, again in recomputed.regions():
+            if again is not None:
+                break
+            self._drawn.setdefault(region, []).append(number)
+        order = recomputed.region_by_order()
+        if order is not None:
+            self._reentrant.append((order, number))
+
+    def _repeated(self) -> int | None:
+        """The number of the call that this one repeats; None for a new one."""
+        for region, again in recomputed.regions():
+            if again is not None and region in self._drawn:
+                position = self._replayed[again] = self._replayed.get(again, -1) + 1
+                return _at(self._drawn[region], position)
+        key = recomputed.region_by_node()
+        if key is None:
+            return None
+        if len(self._reentrant) == REENTRANT_KEPT and self._reentrant[0][0] > key[0]:
+            raise RuntimeError(
+                f"a reentrant checkpoint repeats a draw that lies more than {REENTRANT_KEPT} calls of its gate back: "
+                "expected use_reentrant=False"
+            )
+        last, position = self._replayed_reentrant
+        position = position + 1 if last == key else 0
+        self._replayed_reentrant = key, position
+        return _at([number for order, number in self._reentrant if order > key[0]], position)
+
+
+def _advance(following: Tensor) -> Tensor:
+    seed = following.clone()
+    following.add_(1)
+    return seed
+
+
+def _at(calls: list[int], position: int) -> int | None:
+    return calls[position] if position < len(calls) else None
+
+
+def first_seed(seed: int, number: int) -> int:
+    """Where gate ``number`` starts: 62 bits of Philox with ``seed`` as its key."""
+    zero = torch.zeros(1, dtype=torch.int64)
+    high, low, *_ = philox.philox4x32(zero + number, zero, zero, zero, torch.tensor([seed]))
+    return (int(high) & 0x3FFFFFFF) << 32 | int(low)
+
+
+def drawing_gates(model: nn.Module) -> list[Any]:
+    """The gates of ``model`` that draw in training, each once, in the order of its modules; owned ones are the families behind them."""
+    from .base import Gate
+    from .owned import OwnedGate
+
+    held = (m.family if isinstance(m, OwnedGate) else m for m in model.modules() if isinstance(m, Gate))
+    return [gate for gate in dict.fromkeys(held) if gate.draws_in_training]
+
+
+@contextmanager
+def hold_draws(model: nn.Module) -> Iterator[None]:
+    """Every gate of ``model`` draws once, at the beginning of the block, and has that draw in each call within it.
+
+    For micro-batches that are to train one network, for several losses of one draw, for looking at what a draw does. With ``per_sample``
+    each row has the same gates in calls of as many rows. Evaluation mode has no noise and is what it always is. Inside another block of the
+    same model the draw is the outer block's. Gates that are made within the block are not held.
+
+    A family of your own is held if it asks :meth:`dampr.gates.Gate.draw_seed` for its noise.
+
+    Raises: TypeError unless ``model`` is a module.
+
+    >>> import dampr
+    >>> layer = dampr.nn.GatedLinear(8, 4)
+    >>> x = torch.randn(2, 8)
+    >>> with hold_draws(layer):
+    ...     bool((layer(x) == layer(x)).all())
+    True
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model={model!r:.80}: expected a torch.nn.Module")
+    free = [gate for gate in drawing_gates(model) if gate._held is None]
+    try:
+        for gate in free:
+            gate._held = gate.draw_seed(gate.device)
+        yield
+    finally:
+        for gate in free:
+            gate._held = None
+
+
+def gate_generator(model: nn.Module, seed: int | None = 0) -> nn.Module:
+    """Give the gates of ``model`` a generator of their own, so that nothing else that draws random numbers changes them.
+
+    Without it each call of a gate takes its seed from torch's global generator: data augmentation, dropout or a second model then change
+    the masks. With it the seed follows from ``seed``, the number of the gate in the model and how many draws it has had. The last two are
+    one buffer of each gate, ``next_seed``: it is part of the state dict, so that a run resumes to the bit, it moves with the model, and
+    copies go on where the original was. No call waits for the device, and CUDA graphs advance it as they are replayed. Checkpointed
+    regions (``torch.utils.checkpoint``) draw again what they drew.
+
+    Args:
+        model: a module with gates, converted before. Gates that are added later have no generator; call this again, it starts over.
+        seed: an integer in [0, 2**63); None: back to torch's generator.
+
+    Call it before loading a checkpoint that was made with it, and for each process with the same seed to have the same masks on all ranks.
+
+    Returns: ``model``.
+
+    Raises: TypeError or ValueError that names the argument, also where no gate of ``model`` draws.
+
+    >>> import dampr
+    >>> model = gate_generator(dampr.nn.GatedLinear(8, 4), seed=1)
+    >>> [name for name in model.state_dict() if "seed" in name]
+    ['gate.next_seed']
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model={model!r:.80}: expected a torch.nn.Module")
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63):
+        raise ValueError(f"seed={seed!r}: expected None or an int in [0, 2**63)")
+    gates = drawing_gates(model)
+    if not gates:
+        raise ValueError(f"model={type(model).__name__}: it has no gates that draw, expected some (dampr.convert makes them)")
+    for number, gate in enumerate(gates):
+        gate._follow(None if seed is None else Stream(first_seed(seed, number)))
+    return model

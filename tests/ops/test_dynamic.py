@@ -1,0 +1,100 @@
+"""A dynamic size takes a route that is right for all sizes: nothing is compiled for a few of them, and export keeps its batch free."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.backends.debugging import aot_eager
+
+import dampr
+from dampr import nn as gated
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # dynamo's own, of what it traces
+SIZES = [2, 3, 4, 5, 7, 8, 9, 12, 16, 17, 20, 31, 33, 40, 50, 64, 65, 100, 128, 200]
+LAYERS: dict[str, Any] = {
+    "linear": (lambda: gated.GatedLinear(8, 16), lambda: nn.Linear(8, 16), (8,)),
+    "linear, wide": (lambda: gated.GatedLinear(64, 64), lambda: nn.Linear(64, 64), (64,)),
+    "conv, stride 2": (lambda: gated.GatedConv2d(8, 8, 3, stride=2), lambda: nn.Conv2d(8, 8, 3, stride=2), (8, 6, 6)),
+}
+
+
+def compilations(layer: nn.Module, shape: tuple[int, ...], dynamic: bool | None, training: bool) -> int:
+    """How often a layer is compiled over 20 batch sizes, whose outputs and gradients are those of an eager one."""
+    count = [0]
+
+    def counting(graph: Any, example: Any) -> Any:
+        count[0] += 1
+        return aot_eager(graph, example)
+
+    torch._dynamo.reset()
+    layer.train(training)
+    compiled = torch.compile(layer, dynamic=dynamic, fullgraph=True, backend=counting)
+    for size in SIZES:
+        x = torch.randn(size, *shape)
+        found = []
+        for run in (layer, compiled):
+            torch.manual_seed(5)
+            y = run(x)
+            found.append([y, *torch.autograd.grad(y.square().sum(), list(layer.parameters()))])
+        torch.testing.assert_close(found[1], found[0], rtol=2e-4, atol=2e-4)
+    return count[0]
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("name", LAYERS)
+def test_batch_sizes_cost_at_most_one_compilation_more_than_those_of_the_dense_layer(name: str, dynamic: bool | None) -> None:
+    build, dense, shape = LAYERS[name]
+    layer = build()
+    layer.gate.log_alpha.data.uniform_(-1, 2)
+    for training in (True, False):
+        assert compilations(layer, shape, dynamic, training) <= compilations(dense(), shape, dynamic, training) + 1
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.first(x).relu()
+        return self.last(h + self.second(h))
+
+
+@pytest.mark.parametrize("gate", ["hard_concrete", "dep_l0"])
+def test_a_model_with_tied_gates_compiles_for_all_sizes(gate: str) -> None:
+    torch._dynamo.reset()
+    model = dampr.convert(Residual(), example_inputs=torch.randn(4, 8), gate=gate)
+    assert model.first.gate is model.second.gate
+    compiled = torch.compile(model, dynamic=True, fullgraph=True, backend="aot_eager")
+    for size in (4, 7, 20):
+        x = torch.randn(size, 8)
+        found = []
+        for run in (model, compiled):
+            torch.manual_seed(5)
+            y = run(x)
+            found.append([y, *torch.autograd.grad(y.square().sum(), list(model.parameters()))])
+        torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+def images() -> nn.Sequential:
+    layers = [nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32, 4)]
+    return nn.Sequential(*layers).eval()
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("compacted", [False, True])
+def test_export_keeps_a_dynamic_batch(compacted: bool, strict: bool) -> None:
+    torch._dynamo.reset()
+    x = torch.randn(4, 3, 9, 9)
+    model = dampr.convert(images(), example_inputs=x)
+    for module in model.modules():
+        if isinstance(module, dampr.gates.HardConcrete):
+            module.log_alpha.data[::2] = -9.0
+    model = dampr.compact(model, example_inputs=x) if compacted else model
+    exported = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=2)},), strict=strict)
+    for size in (2, 64, 300):
+        x = torch.randn(size, 3, 9, 9)
+        torch.testing.assert_close(exported.module()(x), model(x), rtol=1e-4, atol=1e-5)
