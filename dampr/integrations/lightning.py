@@ -25,50 +25,12 @@ _STRATEGIES = {"SingleDeviceStrategy", "DDPStrategy"}  # by name: the Trainer ma
 _REMEDY = f"return AdamW({_budget.UNDECAYED}) from configure_optimizers"
 
 
-class DamprCallback(Callback):
-    """Adds the penalty of a :class:`dampr.Budget` to what a Lightning ``Trainer`` minimises, and steps the budget.
+class _Recording(Callback):
+    """Writes a history at the end of epochs and validations, and lets go of the optimizer when training ends or fails."""
 
-    The penalty does not depend on data, so its gradient is added once for each step of the optimizer that has the gates, right before it,
-    and not to the loss: the same sum under gradient accumulation, automatic and manual optimization, and losses in the log stay those of
-    the task. Lightning clips gradients after that, as in a loop that adds the penalty to the loss.
-
-    In the log of each batch: what :meth:`dampr.Budget.readings` gives. Checkpoints hold the state of the budget, and a training that
-    resumes goes on with it. Call ``budget.finalize()`` and :func:`dampr.compact` when training is done.
-
-    Args:
-        budget: of the module that is trained, or of a model in it.
-        history: a file for what is logged by the end of each epoch and each validation (:class:`dampr.History`); the main process writes.
-
-    Raises, when training begins: ValueError for weight decay on gates, for gates in no optimizer or in several, for fp16 with a scaler,
-    and for strategies other than a single device and DDP, which keep gradients elsewhere.
-    """
-
-    def __init__(self, budget: Budget, history: str | os.PathLike[str] | None = None) -> None:
-        _budget.check(budget)
-        self.budget = budget
-        self._history = None if history is None else History(history, budget)
-        self._optimizer: torch.optim.Optimizer | None = None
-        self._hook: Any = None
-
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        if not _STRATEGIES & {kind.__name__ for kind in type(trainer.strategy).__mro__}:
-            raise ValueError(f"strategy={type(trainer.strategy).__name__}: not supported with a budget; a single device and DDP are")
-        if getattr(trainer.precision_plugin, "scaler", None) is not None:
-            raise ValueError(f"precision={trainer.precision!r}: not supported with a budget, for gradients are scaled; 'bf16-mixed' is")
-        _budget.check_decay(self.budget, trainer.optimizers, _REMEDY)
-        gates = _budget.gate_parameters(self.budget)
-        holders = [o for o in trainer.optimizers if any(id(p) in gates for group in o.param_groups for p in group["params"])]
-        if len(holders) != 1:
-            raise ValueError(f"configure_optimizers: {len(holders)} optimizers have gates of the budget's model; expected one that has all")
-        (self._optimizer,) = holders
-        self._hook = self._optimizer.register_step_post_hook(lambda *_: self.budget.step())
-
-    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
-        if optimizer is self._optimizer:
-            _budget.add_gradient(self.budget)
-
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        pl_module.log_dict(self.budget.readings())
+    _history: History | None = None
+    _optimizer: torch.optim.Optimizer | None = None
+    _hook: Any = None  # on the steps of the optimizer
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         self._record(trainer)
@@ -92,6 +54,50 @@ class DamprCallback(Callback):
             self._hook.remove()
         self._optimizer = self._hook = None
 
+
+class DamprCallback(_Recording):
+    """Adds the penalty of a :class:`dampr.Budget` to what a Lightning ``Trainer`` minimises, and steps the budget.
+
+    The penalty does not depend on data, so its gradient is added once for each step of the optimizer that has the gates, right before it,
+    and not to the loss: the same sum under gradient accumulation, automatic and manual optimization, and losses in the log stay those of
+    the task. Lightning clips gradients after that, as in a loop that adds the penalty to the loss.
+
+    In the log of each batch: what :meth:`dampr.Budget.readings` gives. Checkpoints hold the state of the budget, and a training that
+    resumes goes on with it. Call ``budget.finalize()`` and :func:`dampr.compact` when training is done.
+
+    Args:
+        budget: of the module that is trained, or of a model in it.
+        history: a file for what is logged by the end of each epoch and each validation (:class:`dampr.History`); the main process writes.
+
+    Raises, when training begins: ValueError for weight decay on gates, for gates in no optimizer or in several, for fp16 with a scaler,
+    and for strategies other than a single device and DDP, which keep gradients elsewhere.
+    """
+
+    def __init__(self, budget: Budget, history: str | os.PathLike[str] | None = None) -> None:
+        _budget.check(budget)
+        self.budget = budget
+        self._history = None if history is None else History(history, budget)
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        if not _STRATEGIES & {kind.__name__ for kind in type(trainer.strategy).__mro__}:
+            raise ValueError(f"strategy={type(trainer.strategy).__name__}: not supported with a budget; a single device and DDP are")
+        if getattr(trainer.precision_plugin, "scaler", None) is not None:
+            raise ValueError(f"precision={trainer.precision!r}: not supported with a budget, for gradients are scaled; 'bf16-mixed' is")
+        _budget.check_decay(self.budget, trainer.optimizers, _REMEDY)
+        gates = _budget.gate_parameters(self.budget)
+        holders = [o for o in trainer.optimizers if any(id(p) in gates for group in o.param_groups for p in group["params"])]
+        if len(holders) != 1:
+            raise ValueError(f"configure_optimizers: {len(holders)} optimizers have gates of the budget's model; expected one that has all")
+        (self._optimizer,) = holders
+        self._hook = self._optimizer.register_step_post_hook(lambda *_: self.budget.step())
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
+        if optimizer is self._optimizer:
+            _budget.add_gradient(self.budget)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        pl_module.log_dict(self.budget.readings())
+
     def state_dict(self) -> dict[str, Any]:
         return self.budget.state_dict()
 
@@ -99,7 +105,7 @@ class DamprCallback(Callback):
         self.budget.load_state_dict(state_dict)
 
 
-class PlanCallback(Callback):
+class PlanCallback(_Recording):
     """Steps a :class:`dampr.Plan` under a Lightning ``Trainer``, after each step of the optimizer that has the model's weights.
 
     Gradient accumulation, clipping, mixed precision with or without a scaler and schedulers are Lightning's as always; steps that a scaler
@@ -121,7 +127,6 @@ class PlanCallback(Callback):
         _budget.check_plan(plan)
         self.plan = plan
         self._history = None if history is None else History(history)
-        self._hook: Any = None
 
     def resume(self, path: str | os.PathLike[str]) -> None:
         """Bring plan and model to where they were in the checkpoint ``path``. Raises KeyError where no plan is in it."""
@@ -154,28 +159,6 @@ class PlanCallback(Callback):
         penalty = self.plan.penalty()
         if penalty.requires_grad:  # of distillation
             penalty.backward(retain_graph=True)
-
-    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        self._record(trainer)
-
-    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._record(trainer)
-
-    def _record(self, trainer: Any) -> None:
-        if self._history is not None and trainer.is_global_zero:
-            self._history.record(step=trainer.global_step, **_budget.numbers(trainer.callback_metrics))
-
-    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        self._let_go()
-
-    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        self._let_go()
-
-    def _let_go(self) -> None:
-        if self._hook is not None:
-            self._hook.remove()
-        self._hook = None
 
     def state_dict(self) -> dict[str, Any]:
         return self.plan.state_dict()
