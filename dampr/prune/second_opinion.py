@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -22,11 +24,18 @@ def refused(model: nn.Module, layers: dict[str, nn.Module], example_inputs: Any,
     evaluation, one whose channels something reads that only training reaches, and one whose width the code takes a number from. What is
     said of the layers ``whole`` (recurrent ones, attention) is only whether they are reached: others know how these are cut.
 
-    A model that cannot be traced is not judged: the result is empty.
+    What training alone mixes or averages, such as an auxiliary loss over all channels, is defined for fewer of them too. Forward hooks look
+    on, and are not traced. A model that cannot be traced is not judged: the result is empty.
     """
+    with _without_hooks(model):
+        return _judged(model, layers, example_inputs, set(whole))
+
+
+def _judged(model: nn.Module, layers: dict[str, nn.Module], example_inputs: Any, whole: set[str]) -> dict[str, str]:
     try:
         plain = plain_copy(model, example_inputs) if any(isinstance(m, GatedLayer) for m in model.modules()) else model
         units = trace_units(plain, example_inputs)
+        evaluated = functools.cache(lambda: trace_units(plain, example_inputs, training=(False,)))
     except Exception:  # whatever a model does that the tracer cannot follow; convert has other eyes
         return {}
     found = {name: reason for name in whole if (reason := _unreached(name, layers[name], units)) is not None}
@@ -35,7 +44,7 @@ def refused(model: nn.Module, layers: dict[str, nn.Module], example_inputs: Any,
     for name, side in sides.items():
         reason = _unreached(name, layers[name], units)
         if reason is None and side is not None and side[0] in units.alias:
-            reason = _fixed(units, *side) or next((protected[c] for c in units.classes(*side) if c in protected), None)
+            reason = _fixed(units, evaluated, *side) or next((protected[c] for c in units.classes(*side) if c in protected), None)
         if reason is not None:
             found[name] = reason
     free = {name: side for name, side in sides.items() if side is not None and side[0] in units.alias and name not in found}
@@ -63,8 +72,23 @@ def _unreached(name: str, layer: nn.Module, units: Units) -> str | None:
     return f"example_inputs do not reach the layer, in evaluation or in training{untraced}"
 
 
-def _fixed(units: Units, name: str, dim: int) -> str | None:
+@contextmanager
+def _without_hooks(model: nn.Module) -> Iterator[None]:
+    """No forward hooks for the block."""
+    held = [(m._forward_hooks, dict(m._forward_hooks)) for m in model.modules() if m._forward_hooks]
+    try:
+        for hooks, _ in held:
+            hooks.clear()
+        yield
+    finally:
+        for hooks, before in held:
+            hooks.update(before)
+
+
+def _fixed(units: Units, evaluated: Callable[[], Units], name: str, dim: int) -> str | None:
     reason = units.why_not(name, dim)
+    if reason is not None and reason.kind in ("mixed", "statistic"):
+        reason = evaluated().why_not(name, dim)
     return None if reason is None or reason.kind in NOTHING_TO_CHOOSE else str(reason)
 
 
