@@ -353,9 +353,10 @@ def test_it_is_copied_pickled_and_reset() -> None:
         assert torch.equal(other(x)[0], layer(x)[0])
         other.weight_hh_l0.data.zero_()
         assert not torch.equal(other(x)[0], layer(x)[0])
-    before = layer.gate.log_alpha.detach().clone()
+    weight = layer.weight_hh_l0.detach().clone()
     layer.reset_parameters()
-    assert torch.equal(layer.gate.log_alpha, before)
+    assert not torch.equal(layer.weight_hh_l0, weight)
+    assert bool((layer.gate.log_alpha == 3).all()), "gates are fresh too"
 
 
 def test_a_call_leaves_the_layer_as_it_is_so_threads_can_share_it() -> None:
