@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -373,7 +374,7 @@ class Plan:
 
     def _teach(self, teacher: nn.Module) -> None:
         self._teacher = teacher
-        self._hooks.append(self.model.register_forward_hook(self._see_outputs, with_kwargs=True))
+        self._hooks.append(self.model.register_forward_hook(_uncompiled(self._see_outputs), with_kwargs=True))
 
     def _frozen_copy(self) -> nn.Module:
         hooks = [(hooks, dict(hooks)) for hooks in (self.model._forward_pre_hooks, self.model._forward_hooks)]
@@ -448,14 +449,12 @@ class Plan:
     def _look_at_inputs(self) -> None:
         """Keep the batches of the last steps of the ramp, and of these alone: a hook has a compiled model compiled again."""
         if self._looks is None and self._recalibrate and 0 < self._end - self.steps_taken <= self._recalibrate:
-            self._looks = self.model.register_forward_pre_hook(self._see_inputs, with_kwargs=True)
+            self._looks = self.model.register_forward_pre_hook(_uncompiled(self._see_inputs), with_kwargs=True)
 
-    @torch.compiler.disable
     def _see_inputs(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if module.training:
             self._batches.append((args, kwargs))
 
-    @torch.compiler.disable
     def _see_outputs(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if module.training and torch.is_grad_enabled():
             self._output = args, kwargs, output
@@ -480,6 +479,24 @@ class Plan:
             raise ValueError("optimizer: it holds no parameter of plan.model; expected the one that trains it")
         if held & gates:
             raise ValueError("optimizer: it holds parameters of gates, which the plan steps; make it of model.parameters() after the plan")
+
+
+class _Uncompiled:
+    """A hook that a compiler calls and does not look into; unlike what torch makes for that it pickles."""
+
+    def __init__(self, hook: Callable[..., None]) -> None:
+        self.hook, self._called = hook, torch.compiler.disable(hook)
+
+    def __call__(self, *args: Any) -> None:
+        self._called(*args)
+
+    def __reduce__(self) -> Any:
+        return _Uncompiled, (self.hook,)
+
+
+def _uncompiled(hook: Callable[..., None]) -> Callable[..., None]:
+    """``hook``, hidden from torch.compile if the process has loaded it, which takes seconds and is not done here."""
+    return _Uncompiled(hook) if "torch._dynamo" in sys.modules else hook
 
 
 def divergence(output: Any, taught: Any, temperature: float = 2.0) -> Tensor:
