@@ -40,7 +40,7 @@ STYLES = {
 
 def draw(found: Results) -> Figure:
     """The runs at equal steps: lines through the means, a small mark for each seed, the dense network as a dotted line."""
-    figure, axes = plt.subplots(2, 3, figsize=(15, 8.5), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(2, 3, figsize=(12, 7), layout="constrained", squeeze=False)
     begun = [task for task in TASKS.values() if any(run.task == task.name for run in found)]
     for ax, task in zip(axes.flat, begun, strict=False):
         _draw_task(ax, found, task)
@@ -75,5 +75,5 @@ def _draw_task(ax: Axes, found: Results, task: Task) -> None:
 def write(path: Path = CHART, found: Results | None = None) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure = draw(results.read() if found is None else found)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=90)
     plt.close(figure)
