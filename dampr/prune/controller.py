@@ -271,7 +271,7 @@ def _taken(leaf: Tensor) -> Tensor:
 
 @torch.no_grad()
 def even_share(cost: Cost, target: float) -> float:
-    """The largest share, to 1 %, of every width that costs at most ``target`` if every width keeps as large a share, at least one unit."""
+    """The largest share of every width that costs at most ``target`` if every width keeps as large a share, at least one unit."""
     widths = [row for rows in cost.structure.widths() for row in rows]
 
     def fits(share: float) -> bool:
@@ -281,7 +281,7 @@ def even_share(cost: Cost, target: float) -> float:
         return float(cost(kept | ~cost.prunable)) <= target
 
     low, high = 0.0, 1.0
-    while high - low > 0.01 * high:
+    for _ in range(12):  # to less than a unit of a width of thousands
         middle = (low + high) / 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low

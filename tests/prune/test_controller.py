@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import dampr
 from dampr.gates import Fixed, Gate, OwnedGate, SteppedGate
-from dampr.prune.controller import Ramp
+from dampr.prune.controller import Ramp, even_share
 
 FAMILIES = ("hard_concrete", "dep_l0", "dam", "diffprune", "diffmask")
 OPTIMIZERS = {
@@ -219,7 +219,10 @@ def test_a_family_that_cannot_be_moved_is_refused_by_name():
 @pytest.mark.parametrize("score", ["importance", "learned"])
 def test_no_width_falls_below_its_floor(score):
     _, report, model = follow("mlp", "hard_concrete", "adam", 0.1, 150, score)
-    assert all(left >= math.ceil(0.25 * math.sqrt(0.1) * count) for count, left in report.widths.values())
+    fresh = dampr.Budget(dampr.convert(mlp()[0], example_inputs=torch.randn(8, 12)), torch.randn(1, 12), macs=0.1)
+    share = even_share(fresh.cost, fresh.target)
+    assert 0.1 < share < math.sqrt(0.1)
+    assert all(left >= math.ceil(0.5 * share * count) for count, left in report.widths.values())
     assert all(isinstance(layer.gate, Fixed) for layer in dampr.prune.gated_layers(model).values())
 
 
