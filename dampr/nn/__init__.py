@@ -7,6 +7,7 @@ from .gate import Gate, GatedEmbedding, GatedResidual, Residual, Scale
 from .heads import GatedHeads
 from .linear import GatedLinear
 from .norm import GatedBatchNorm1d, GatedBatchNorm2d, GatedLayerNorm, TakenReLU
+from .parameter import GatedParameter
 from .pruned_attention import PrunedMultiheadAttention
 from .pruned_transformer import PrunedTransformerDecoderLayer, PrunedTransformerEncoderLayer
 from .rnn import GatedGRU, GatedLSTM, GatedRNN, ScaledRNN
@@ -27,6 +28,7 @@ __all__ = [
     "GatedLayerNorm",
     "GatedLinear",
     "GatedMultiheadAttention",
+    "GatedParameter",
     "GatedRNN",
     "GatedResidual",
     "GatedTransformerDecoderLayer",

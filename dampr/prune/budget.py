@@ -416,7 +416,7 @@ class Budget:
         """What decides between gates that training left alike, (all gates,): their importance if it was measured, else their norms."""
         if self.controller is not None and self.controller.measured:
             return self.controller.importance() / self.controller.marginal_cost()
-        return evenly(magnitudes(self.cost.structure), [gate.num_gates for gate in gates])
+        return evenly(magnitudes(self.cost.structure, self.model), [gate.num_gates for gate in gates])
 
 
 def _gates(model: nn.Module) -> list[Gate]:

@@ -12,8 +12,9 @@ from dampr._version import __version__
 from dampr.nn import GatedLayer, GatedLayerNorm, GatedResidual, Scale, ScaledRNN, TakenReLU
 from dampr.nn.rnn import _GatedRecurrent
 
-from . import graph, heads, inputs, recurrent, streams, transformer
+from . import graph, heads, inputs, recurrent, streams, transformer, unit_compact
 from .expand import carry_over, check_state
+from .unit_structure import has_unit_gates
 
 
 class CompactionError(RuntimeError):
@@ -67,11 +68,18 @@ def compact(
         raise ValueError(f"model={type(model).__name__}: expected gated layers in it (dampr.convert puts them there)")
     if "" in gated:
         raise ValueError("model is a gated layer itself: nothing around it could be cut; use its to_dense()")
-    small = inputs.copied(model, example_inputs)
-    open_branches(small)
     samples = [example_inputs, inputs.perturbed(example_inputs)]
     inputs.comparable(model, example_inputs)
     atol, rtol = inputs.tolerances(model, samples, atol, rtol)
+    if has_unit_gates(model):
+        whole, kept, manifest = unit_compact.compacted(model, example_inputs, round_to)
+        difference = max(_prove(model, whole, kept, sample, atol, rtol) for sample in samples)
+        whole.dampr_manifest = manifest | {"max_abs_difference": difference}  # type: ignore[assignment]
+        if optimizer is not None:
+            carry_over(optimizer, model, whole)
+        return whole
+    small = inputs.copied(model, example_inputs)
+    open_branches(small)
     small, neurons, left, notes = transformer.make_plain(small, samples, atol, rtol)
     closed: graph.Closed = {True: {}, False: {}}
     norms: dict[nn.Module, set[int]] = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,9 +29,12 @@ from dampr.nn import (
 )
 from dampr.nn.base import VECTOR_GRANULARITIES, Granularity
 
-from . import filters, graph, heads, inputs, rectified, recurrent, second_opinion, streams, transformer, trial
+from . import filters, graph, heads, inputs, rectified, recurrent, second_opinion, streams, transformer, trial, unit_gates
 from .filters import Filter
 from .structure import plain_copy
+from .unit_gates import Placement
+from .units import Units, trace_units
+from .units.groups import share_of_macs
 
 _REPLACEMENT: dict[type, Any] = {
     nn.Linear: GatedLinear,
@@ -46,6 +49,9 @@ _REPLACEMENT: dict[type, Any] = {
 _OUTPUT_ONLY = {nn.MultiheadAttention: "heads", nn.Embedding: "columns", nn.LSTM: "units", nn.GRU: "units", nn.RNN: "units"}
 _NORMS: dict[type, Any] = {nn.BatchNorm1d: GatedBatchNorm1d, nn.BatchNorm2d: GatedBatchNorm2d}
 _GATED: dict[type, Any] = {**_REPLACEMENT, **_NORMS, nn.LayerNorm: GatedLayerNorm}
+
+
+WORTH = 0.001  # of a model's multiply-accumulates: gated layers, which have fused kernels, are taken unless others reach that much more
 
 
 class ConversionError(RuntimeError):
@@ -123,10 +129,19 @@ def convert(
         with inputs.same_noise(model), inputs.unfused():
             before = inputs.comparable(model, example_inputs)
     chosen, skipped = _choose(model, gate, granularity, bool(per_sample), include, exclude)
+    plan, untraced = None, None
+    sight = _look(model, example_inputs) if granularity == "output" and example_inputs is not None else None
     try:
-        plan = _place(model, chosen, granularity, example_inputs, tie)
+        plan = _place(model, chosen, granularity, example_inputs, tie, sight)
     except graph.TracingError as error:
-        raise ConversionError(str(error)) from error
+        untraced = error
+    if sight is not None and tie and not per_sample and not residual:
+        placement = unit_gates.only(model, sight.units, sight.placement, include, exclude)
+        reached = _reached(sight.units, plan, model) + WORTH if plan is not None else 0.0
+        if share_of_macs(sight.units, placement.classes()) > reached:
+            return _convert_by_units(model, sight.units, placement, gate, before or [], example_inputs)
+    if plan is None:
+        raise ConversionError(str(untraced)) from untraced
     plan.skipped |= skipped
     if residual:
         _place_streams(plan, model, gate, include, exclude, example_inputs)
@@ -170,6 +185,63 @@ def convert(
 
 
 @dataclass
+class _Sight:
+    """What a model without gates computes: its units, and which of them may have gates of their own."""
+
+    units: Units
+    placement: Placement
+
+
+def _look(model: nn.Module, example_inputs: Any) -> _Sight | None:
+    """None of a model with gates, or one that the tracer cannot follow."""
+    if any(isinstance(module, GatedLayer) for module in model.modules()):
+        return None
+    try:
+        with second_opinion.without_hooks(model):
+            units = trace_units(model, example_inputs)
+            return _Sight(units, unit_gates.place(model, units, example_inputs))
+    except Exception:  # whatever a model does that the tracer cannot follow; others look too
+        return None
+
+
+def _reached(units: Units, plan: _Plan, model: nn.Module) -> float:
+    """The share of the multiply-accumulates that gated layers can bring down."""
+    classes: set[int] = set()
+    whole: list[str] = []
+    for name, layer in plan.layers.items():
+        if name in plan.heads:
+            whole.append(plan.heads[name].name)
+        elif isinstance(layer, (nn.MultiheadAttention, nn.RNNBase)):
+            whole.append(name)
+        else:
+            own = next((own for own in ("weight", "running_mean") if f"{name}.{own}".lstrip(".") in units.alias), None)
+            if own is not None:
+                classes |= set(units.classes(f"{name}.{own}".lstrip("."), int(isinstance(layer, nn.Embedding))))
+    total = sum(product.macs for product in units.products)
+    inside = sum(p.macs for p in units.products if any(p.module == name or p.module.startswith(f"{name}.") for name in whole))
+    return share_of_macs(units, classes) + (inside / total if total else 0.0)
+
+
+def _convert_by_units(
+    model: nn.Module, units: Units, placement: Placement, gate: Any, before: list[torch.Tensor], example_inputs: Any
+) -> nn.Module:
+    """Put gates on the parameters that read units; whatever is raised, the model is as it was."""
+    vectors: Iterator[Gate] | None = None
+    if _is_generator(gate):
+        options = {"init_scale": 0.0, **getattr(gate, "keywords", {})}
+        vectors = iter(DependencyGenerator([len(g.classes) for g in placement.groups], device=_device(model), **options).gates())
+
+    def make(count: int) -> Gate:
+        return next(vectors) if vectors is not None else make_gate(gate, count, _device(model))
+
+    with unit_gates.put_in(model, units, placement, make) as gated:
+        _check_unchanged(model, gated, before, example_inputs)
+    model.dampr_sizes = [list(size) for size in placement.sizes]  # type: ignore[assignment]
+    model.dampr_skipped = unit_gates.left_out(model, units, placement)  # type: ignore[assignment]
+    return model
+
+
+@dataclass
 class _Plan:
     """What is replaced, by name; which of these share the gate of which; what a gate in a norm saves; what is left out, and why.
 
@@ -185,7 +257,14 @@ class _Plan:
     heads: dict[str, heads.Attention] = field(default_factory=dict)
 
 
-def _place(model: nn.Module, chosen: dict[str, nn.Module], granularity: Granularity, example_inputs: Any, tie: bool) -> _Plan:
+def _place(
+    model: nn.Module,
+    chosen: dict[str, nn.Module],
+    granularity: Granularity,
+    example_inputs: Any,
+    tie: bool,
+    sight: _Sight | None,
+) -> _Plan:
     plan = _Plan(dict(chosen), {}, {}, {}, list(chosen))
     if granularity != "output":
         return plan
@@ -207,10 +286,14 @@ def _place(model: nn.Module, chosen: dict[str, nn.Module], granularity: Granular
     reasons = {n: factors.get(n) or _why_not(layer, widths, tie, model, example_inputs) for n, layer in wanted.items()}
     free = [n for n, reason in reasons.items() if reason is None and _has_channels(chosen[n], widths)]
     free = [n for n in free if isinstance(chosen[n].weight, nn.Parameter)]  # others are an error, see _gated
-    plan.skipped = {n: reason for n, reason in reasons.items() if reason is not None} | trial.stuck(model, free, example_inputs)
+    seen = {n: _seen(chosen[n], n, sight, widths, names) for n in free} if sight is not None else {}
+    tried = {n: reason for n, reason in seen.items() if reason}
+    tried |= trial.stuck(model, [n for n in free if seen.get(n) is None], example_inputs)
+    plan.skipped = {n: reason for n, reason in reasons.items() if reason is not None} | tried
     judged = {n: layer for n, layer in chosen.items() if n not in plan.skipped or n in factors}
     whole = [n for n in judged if n not in wanted or isinstance(judged[n], nn.RNNBase)]
-    plan.skipped |= second_opinion.refused(model, judged, example_inputs, whole)
+    known = {n for n, reason in seen.items() if reason == ""}
+    plan.skipped |= second_opinion.refused(model, judged, example_inputs, whole, sight.units if sight is not None else None, known)
     for name, layer in chosen.items():
         if name in plan.skipped:
             continue
@@ -232,6 +315,24 @@ def _place(model: nn.Module, chosen: dict[str, nn.Module], granularity: Granular
             if together and together[0] != place:
                 plan.shared_with[place] = together[0]
     return plan
+
+
+def _seen(layer: nn.Module, name: str, sight: _Sight, widths: graph.Widths, names: dict[nn.Module, str]) -> str | None:
+    """Why what a layer writes cannot be cut, "" where that was tried and it can, None where it was not tried."""
+    units, placement = sight.units, sight.placement
+    classes = set(units.classes(f"{name}.weight".lstrip("."), int(isinstance(layer, nn.Embedding))))
+    refused = next((reason for one, reason in placement.refused.items() if one in classes), None)
+    if refused is not None:
+        return refused
+    if not classes or not classes.issubset(placement.classes()):
+        return None
+    owners = {m.name.rpartition(".")[0] for one in classes for m in units.members[one]}
+    code = next((size for size in placement.sizes if any(f"{owner}.".startswith(f"{size.module}.") for owner in owners)), None)
+    if code is not None:
+        return f"something beside its layers has that width ({code.module}.{code.attribute})"
+    sides = widths.sides(widths.group(layer, True, range(graph.channel_count(layer, True))))
+    beside = sorted(owners - {names[side] for (side, _), *_ in sides if side in names})
+    return f"torch-pruning does not see that {beside[0]!r} has its width too" if beside else ""
 
 
 def _place_streams(plan: _Plan, model: nn.Module, gate: Any, include: Filter, exclude: Filter, example_inputs: Any) -> None:

@@ -9,10 +9,12 @@ correlations, and has a gradient.
 from __future__ import annotations
 
 import functools
+import math
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
@@ -24,6 +26,7 @@ from dampr.nn.stacked_rnn import width_of
 from . import graph, inputs
 from .measure import count_call, count_macs, count_params, macs_beside_layers
 from .structure import Structure
+from .unit_structure import Counts, UnitStructure, has_unit_gates
 
 _PER_CHANNEL = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm)
 
@@ -36,13 +39,14 @@ class Width(NamedTuple):
 
 
 class Site(NamedTuple):
-    """What costs ``bilinear`` In Out + ``linear`` Out: a layer, or one weight of a recurrent layer."""
+    """What costs ``bilinear`` In Out + ``linear`` Out: a layer, or one weight of a recurrent layer. ``more``: further factors."""
 
     name: str
     read: Width
     written: Width
     bilinear: float
     linear: float = 0.0
+    more: tuple[Width, ...] = ()
 
 
 class Cost:
@@ -61,14 +65,21 @@ class Cost:
     total: float
 
     def __init__(self, model: nn.Module, example_inputs: Any, metric: str) -> None:
-        self.structure = Structure(model, example_inputs)
+        self.structure: Structure | UnitStructure = structure_of(model, example_inputs)
         self.metric = metric
         self.device = self.structure.gates[0].deterministic().device
-        self._variables = _Variables(self.structure, self.device)
+        self._variables: _Variables | Counts = (
+            _Variables(self.structure, self.device) if isinstance(self.structure, Structure) else Counts(self.structure, self.device)
+        )
         self.sites = self._find_sites(self.structure.plain, example_inputs)
         self._read, self._written = (
             _Affine([getattr(site, side) for site in self.sites], self._variables.count, self.device) for side in ("read", "written")
         )
+        depth = max((len(site.more) for site in self.sites), default=0)
+        self._more = [
+            _Affine([site.more[i] if i < len(site.more) else Width(1) for site in self.sites], self._variables.count, self.device)
+            for i in range(depth)
+        ]
         branches = [self.structure.branches(site.name) for site in self.sites]
         self._branches = _Products(branches, self.device) if any(branches) else None
         self.total = self._measure(self.structure.plain, example_inputs)
@@ -80,16 +91,22 @@ class Cost:
         gates = gates.to(self.device, torch.float64)
         variables = self._variables(gates)
         each = self._each(self._read(variables), self._written(variables))
+        for factor in self._more:
+            each = each * factor(variables)
         return (each if self._branches is None else each * self._branches(gates)).sum() + self._fixed
 
     def _find_sites(self, plain: nn.Module, example_inputs: Any) -> list[Site]:
+        if isinstance(self.structure, UnitStructure):
+            assert isinstance(self._variables, Counts)
+            return list(_unit_sites(self.structure, self._variables, self.metric))
+        assert isinstance(self._variables, _Variables)
         if self.metric != "macs":
             return list(_params(self.structure, self._variables))
         return [*_macs(plain, self._variables, example_inputs), *_attention_sites(self.structure, self._variables, example_inputs)]
 
     def _measure(self, plain: nn.Module, example_inputs: Any) -> float:
         """The cost of the whole model; and what :meth:`_each` needs."""
-        constants = torch.tensor([site[3:] for site in self.sites], dtype=torch.float64, device=self.device)
+        constants = torch.tensor([site[3:5] for site in self.sites], dtype=torch.float64, device=self.device)
         self._bilinear, self._linear = constants.view(-1, 2).unbind(1)
         return count_macs(plain, example_inputs) if self.metric == "macs" else count_params(plain)
 
@@ -116,6 +133,35 @@ class Cost:
     def decision(self) -> Tensor:
         """Which gates evaluation leaves open: bool, (structure.size,)."""
         return torch.cat([gate.is_open() for gate in self.structure.gates])
+
+
+def structure_of(model: nn.Module, example_inputs: Any) -> Structure | UnitStructure:
+    """What the gates of a model cut, whichever kind they are of."""
+    return UnitStructure(model, example_inputs) if has_unit_gates(model) else Structure(model, example_inputs)
+
+
+def _unit_sites(structure: UnitStructure, counts: Counts, metric: str) -> Iterator[Site]:
+    """Of a model with gates on parameters its products, or its parameters, each a product of what is left along its dimensions."""
+    if metric == "macs":
+        products = [(p.module, p.macs, p.factors) for p in structure.units.products]
+    else:
+        own = dict(structure.plain.named_parameters())
+        products = [
+            (name, own[name].numel(), [np.arange(first, first + size) for _, first, size in dims])
+            for name, dims in structure.units.origin.items()
+            if name in own
+        ]
+    alike: dict[Any, tuple[str, int, Any]] = {}  # each step of a recurrent layer makes the same products
+    for name, amount, factors in products:
+        key = name, tuple(line.tobytes() for line in factors)
+        alike[key] = name, amount + alike.get(key, ("", 0))[1], factors
+    for name, amount, factors in alike.values():
+        widths = [(Width(*counts.of(line)), len(line)) for line in factors]
+        narrow = [(width, size) for width, size in widths if width.weights]
+        scale = amount / math.prod(size for _, size in narrow)
+        first, second, *more = [width for width, _ in narrow] + [Width(1)] * (2 - len(narrow))
+        if narrow:
+            yield Site(name, first, second, scale, 0.0, tuple(more))
 
 
 class _Variables:

@@ -14,6 +14,7 @@ from dampr.nn import GatedConv1d, GatedConv2d, GatedLinear
 
 from . import graph
 from .budget import Budget
+from .cost import structure_of
 from .plan import Plan
 from .structure import Structure
 from .summary import gated_layers, penalty
@@ -135,8 +136,10 @@ def _dying(model: nn.Module) -> list[Finding]:
 
 
 def _misplaced(model: nn.Module, example_inputs: Any) -> list[Finding]:
-    structure = Structure(model, example_inputs)
+    structure = structure_of(model, example_inputs)
     findings = [Finding(name, f"closing its gates cuts nothing: {why}", "exclude it from convert") for name, why in structure.notes.items()]
+    if not isinstance(structure, Structure):
+        return findings
     widths = graph.Widths(structure.plain, example_inputs)
     for name, layer in structure.gated.items():
         if isinstance(layer, (GatedLinear, GatedConv1d, GatedConv2d, GateLayer)) and layer.granularity == "output":

@@ -16,8 +16,11 @@ from dampr.nn.pruned_transformer import _Pruned
 from dampr.nn.stacked_rnn import arguments_of
 
 from . import graph, heads, inputs, transposed
+from .unit_compact import places_of, restore_sizes
+from .units.proof import follow_parameters
 
 _NORMS = nn.modules.batchnorm._NormBase
+_ONES = ("running_var", "weight_v", "original1")  # of these zeros make NaN: a variance, and the direction of a weight under weight_norm
 MOST_GROWTH, SMALL = 10_000, 2**24  # how many times larger a tensor may become, unless it stays small
 Places = tuple[int, Tensor] | None  # of one dimension: its size before, and which of it are left; None where nothing was cut
 
@@ -53,6 +56,8 @@ def expand(model: nn.Module) -> nn.Module:
         raise ValueError(f"model={type(model).__name__}: expected the dampr_manifest that dampr.compact leaves")
     large: Any = inputs.copied(model)
     del large.dampr_manifest
+    if "tensors" in manifest:
+        return _widened(large, manifest)
     for name, entry in manifest["layers"].items():
         if isinstance(_layer(large, name), nn.LayerNorm):
             raise ValueError(
@@ -93,6 +98,31 @@ def expand(model: nn.Module) -> nn.Module:
             dense: Any = nn.TransformerEncoderLayer if isinstance(layer, nn.TransformerEncoderLayer) else nn.TransformerDecoderLayer
             layer.__class__ = dense
     transposed.back(large, conv1d)
+    return large
+
+
+def _widened(large: nn.Module, manifest: dict[str, Any]) -> nn.Module:
+    """The same of a model whose units were cut out of its tensors, whatever layers have them. Raises ValueError as :func:`expand` does."""
+    grown: dict[int, Tensor] = {}
+    checked = []
+    for name in manifest["tensors"]:
+        owner, _, own = name.rpartition(".")
+        try:
+            small = getattr(large.get_submodule(owner), own)
+        except AttributeError:
+            raise ValueError(f"model={type(large).__name__}: its manifest names a tensor {name!r} that is not there") from None
+        places = [_places(entry) for entry in places_of(manifest, name)]
+        _check_fits(name, small, places)
+        checked.append((name, small, places))
+    for name, small, places in checked:
+        owner, _, own = name.rpartition(".")
+        if id(small) not in grown:
+            wide = _grow(small.detach(), places, fill=own in _ONES)
+            grown[id(small)] = nn.Parameter(wide, requires_grad=small.requires_grad) if isinstance(small, nn.Parameter) else wide
+        setattr(large.get_submodule(owner), own, grown[id(small)])
+    for module in dict.fromkeys(large.get_submodule(name.rpartition(".")[0]) for name, _, _ in checked):
+        follow_parameters(module)
+    restore_sizes(large, manifest)
     return large
 
 
@@ -305,9 +335,11 @@ def carry_over(optimizer: torch.optim.Optimizer, model: nn.Module, small: Any) -
     """
     check_state(optimizer)
     places: dict[str, list[Places]] = {}
-    for name, entry in small.dampr_manifest["layers"].items():
+    for name, entry in {} if "tensors" in small.dampr_manifest else small.dampr_manifest["layers"].items():
         for attribute, each in tensors_of(_layer(small, name), entry).items():
             places[f"{name}.{attribute}"] = each
+    for name in small.dampr_manifest.get("tensors", {}):
+        places[name] = [_places(entry) for entry in places_of(small.dampr_manifest, name)]
     for name, entry in small.dampr_manifest.get("parameters", {}).items():
         places[name] = [*[None] * entry["dim"], _places(entry)]
     old = dict(model.named_parameters(remove_duplicate=False))

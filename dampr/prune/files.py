@@ -24,13 +24,22 @@ from dampr._version import __version__
 from dampr.nn import GatedLayer
 
 from . import composites, inputs
+from .unit_compact import sizes_of
 
 _FORMAT = 1
 _KEY = "dampr"
 _WIDTHS = (
     *("in_features", "out_features", "in_channels", "out_channels", "groups", "num_features", "num_parameters", "embedding_dim"),
     *("input_size", "hidden_size", "proj_size", "embed_dim", "num_heads", "head_dim", "kdim", "vdim", "d_model", "normalized_shape"),
-    *("num_attention_heads", "all_head_size", "split_size", "nf", "nx"),  # of transformers' attention and Conv1D
+    *(
+        "num_groups",
+        "num_channels",
+        "num_attention_heads",
+        "all_head_size",
+        "split_size",
+        "nf",
+        "nx",
+    ),  # of transformers' attention and Conv1D
 )
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _MAY_GAIN_BIAS = (nn.Linear, nn.modules.conv._ConvNd)
@@ -66,7 +75,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     from safetensors.torch import save_file
 
     check_plain(model)
-    widths = {n: {a: _width(m, a) for a in _WIDTHS if _is_width(m, a)} for n, m in model.named_modules()}
+    own = sizes_of(getattr(model, "dampr_manifest", None))
+    widths = {n: {a: _width(m, a) for a in (*_WIDTHS, *own.get(n, {})) if _is_width(m, a)} for n, m in model.named_modules()}
     for name, module in model.named_modules():
         if isinstance(module, nn.RNNBase) and not module.proj_size:
             del widths[name]["proj_size"]  # no argument of nn.GRU and nn.RNN
@@ -313,7 +323,8 @@ def _check_widths(modules: dict[str, nn.Module], content: _Content, shapes: dict
     """The widths name attributes that are there, and a layer built with them has tensors of the file's shapes."""
     for name, attributes in content.widths.items():
         for attribute in attributes:
-            if attribute not in _WIDTHS or not _is_size(_width(modules.get(name), attribute)):
+            known = attribute in _WIDTHS or attribute in sizes_of(content.compaction).get(name, {})
+            if not known or not _is_size(_width(modules.get(name), attribute)):
                 raise FileError(f"{content.where}: manifest: widths: model has no size {name}.{attribute}")
     names = {module: name for name, module in reversed(modules.items())}
     for module, name in names.items():

@@ -6,19 +6,22 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dampr.nn.rnn import _GatedRecurrent
 
 from .structure import Structure
+from .unit_structure import UnitStructure
 
 
 @torch.no_grad()
-def magnitudes(structure: Structure) -> Tensor:
+def magnitudes(structure: Structure | UnitStructure, model: nn.Module) -> Tensor:
     """The L2 norm of the weights that compute what each gate switches off, (all gates,), float64 on the host; 0 where there are none.
 
     Of several layers that share a gate the squares add up.
     """
+    if isinstance(structure, UnitStructure):
+        return structure.norms(model)
     squares = torch.zeros(structure.size, dtype=torch.float64)
     for (layer, writes), atoms in structure.atoms.items():
         weight: Any = getattr(layer, "weight", None)

@@ -19,6 +19,7 @@ from dampr.nn import PrunedMultiheadAttention
 
 from . import graph, inputs
 from .cost import Cost, Site, Width, sum_of
+from .unit_structure import Counts
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of a width, at least one channel, where layers are timed
 _ATTENDED = "query", "key", "value"
@@ -44,7 +45,10 @@ class Latency(Cost):
         layers = [(n, m) for n, m in plain.named_modules() if isinstance(m, (*graph.GEMMS, nn.RNNBase, nn.MultiheadAttention))]
         sites = []
         for name, layer in layers:
-            if isinstance(layer, nn.MultiheadAttention):
+            if isinstance(self._variables, Counts):
+                found = [self._variables.width(layer, writes) for writes in (False, True)]
+                read, written = (Width(1) if own is None else Width(*own) for own in found)
+            elif isinstance(layer, nn.MultiheadAttention):
                 read, written = self._variables.width(layer, False), self._variables.heads(layer)
             elif isinstance(layer, nn.RNNBase):
                 read, written = self._variables.width(layer, False), _mean(self._variables.rows(layer))

@@ -107,7 +107,7 @@ def _close(budget: Budget, share: float, criterion: str, data: list[tuple[Any, A
         scores = controller.squares / controller.marginal_cost()
     else:
         structure = budget.cost.structure
-        values = magnitudes(structure) if criterion == "magnitude" else torch.rand(structure.size, dtype=torch.float64)
+        values = magnitudes(structure, budget.model) if criterion == "magnitude" else torch.rand(structure.size, dtype=torch.float64)
         scores = evenly(values, [gate.num_gates for gate in gates])
         controller.squares = scores * controller.marginal_cost()
     controller.measured = 10_000  # as if measured for long: the running mean is the value

@@ -433,6 +433,9 @@ class Plan:
             held = getattr(self.model, kind)
             held.clear()
             held.update(getattr(small, kind))
+        self.model.__class__ = type(small)  # without the properties that gates on its own parameters are
+        for attribute in small.dampr_manifest.get("sizes", {}).get("", {}):
+            setattr(self.model, attribute, getattr(small, attribute))
         self.model.dampr_manifest = small.dampr_manifest
 
     def _set_rates(self, optimizer: torch.optim.Optimizer, times: float) -> None:

@@ -17,7 +17,14 @@ from .units.partition import NOTHING_TO_CHOOSE
 from .units.proof import retrace
 
 
-def refused(model: nn.Module, layers: dict[str, nn.Module], example_inputs: Any, whole: Iterable[str] = ()) -> dict[str, str]:
+def refused(
+    model: nn.Module,
+    layers: dict[str, nn.Module],
+    example_inputs: Any,
+    whole: Iterable[str] = (),
+    units: Units | None = None,
+    known: Iterable[str] = (),
+) -> dict[str, str]:
     """Of these layers of ``model``, by name, those that must not lose a channel that they write, and why.
 
     Left out is a layer whose channels an operator mixes, fixes or computes a statistic of, one that the example inputs do not reach in
@@ -25,29 +32,32 @@ def refused(model: nn.Module, layers: dict[str, nn.Module], example_inputs: Any,
     said of the layers ``whole`` (recurrent ones, attention) is only whether they are reached: others know how these are cut.
 
     What training alone mixes or averages, such as an auxiliary loss over all channels, is defined for fewer of them too. Forward hooks look
-    on, and are not traced. A model that cannot be traced is not judged: the result is empty.
+    on, and are not traced. A model that cannot be traced is not judged: the result is empty. ``units`` of the model, where they are known;
+    ``known``: layers that were cut in a copy already.
     """
-    with _without_hooks(model):
-        return _judged(model, layers, example_inputs, set(whole))
+    with without_hooks(model):
+        return _judged(model, layers, example_inputs, set(whole), units, set(known))
 
 
-def _judged(model: nn.Module, layers: dict[str, nn.Module], example_inputs: Any, whole: set[str]) -> dict[str, str]:
+def _judged(
+    model: nn.Module, layers: dict[str, nn.Module], example_inputs: Any, whole: set[str], seen: Units | None, known: set[str]
+) -> dict[str, str]:
     try:
         plain = plain_copy(model, example_inputs) if any(isinstance(m, GatedLayer) for m in model.modules()) else model
-        units = trace_units(plain, example_inputs)
+        units = trace_units(plain, example_inputs) if seen is None else seen
         evaluated = functools.cache(lambda: trace_units(plain, example_inputs, training=(False,)))
     except Exception:  # whatever a model does that the tracer cannot follow; convert has other eyes
         return {}
-    found = {name: reason for name in whole if (reason := _unreached(name, layers[name], units)) is not None}
+    found = {name: reason for name in whole if (reason := unreached(name, layers[name], units)) is not None}
     sides = {name: _written(name, layer) for name, layer in layers.items() if name not in found and name not in whole}
     protected = _read_in_training_only(units)
     for name, side in sides.items():
-        reason = _unreached(name, layers[name], units)
+        reason = unreached(name, layers[name], units)
         if reason is None and side is not None and side[0] in units.alias:
             reason = _fixed(units, evaluated, *side) or next((protected[c] for c in units.classes(*side) if c in protected), None)
         if reason is not None:
             found[name] = reason
-    free = {name: side for name, side in sides.items() if side is not None and side[0] in units.alias and name not in found}
+    free = {n: side for n, side in sides.items() if side is not None and side[0] in units.alias and n not in found and n not in known}
     return found | _followed(plain, units, free, example_inputs)
 
 
@@ -59,7 +69,8 @@ def _written(name: str, layer: nn.Module) -> tuple[str, int] | None:
     return f"{name}.weight" if name else "weight", int(transposed or isinstance(layer, nn.Embedding))
 
 
-def _unreached(name: str, layer: nn.Module, units: Units) -> str | None:
+def unreached(name: str, layer: nn.Module, units: Units) -> str | None:
+    """Why the example inputs do not get to a layer where results are compared; None where they do."""
     prefix = f"{name}." if name else ""
     modes: set[bool] = set()
     for own, _ in layer.named_parameters():
@@ -73,7 +84,7 @@ def _unreached(name: str, layer: nn.Module, units: Units) -> str | None:
 
 
 @contextmanager
-def _without_hooks(model: nn.Module) -> Iterator[None]:
+def without_hooks(model: nn.Module) -> Iterator[None]:
     """No forward hooks for the block."""
     held = [(m._forward_hooks, dict(m._forward_hooks)) for m in model.modules() if m._forward_hooks]
     try:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import dampr
-from dampr.nn import GatedLinear
+from dampr.nn import GatedLinear, GatedParameter
 
 
 class Plain(nn.Module):
@@ -52,12 +52,8 @@ def test_with_example_inputs_the_classifier_keeps_its_outputs():
     model = dampr.convert(mlp(), example_inputs=X)
     assert [type(m) for m in model if isinstance(m, nn.Linear)] == [GatedLinear, GatedLinear, nn.Linear]
     plain = dampr.convert(Plain(), example_inputs=X)
-    assert sorted(dampr.prune.gated_layers(plain)) == ["body.b"]
-    assert plain.dampr_skipped == {
-        "stem": "Linear 'body.a' is called 2 times",
-        "body.a": "Linear 'body.a' is called 2 times",
-        "head": "its outputs are the model's own",
-    }
+    assert sorted(dampr.prune.gated_layers(plain)) == ["body.a.weight_gates.0", "body.b.weight_gates.0", "head.weight_gates.0"]
+    assert plain.dampr_skipped == {"head": "its outputs are the model's own"}
 
 
 def test_without_example_inputs_every_match_is_converted():
@@ -177,7 +173,7 @@ class Fails(nn.Module):
             dampr.ConversionError,
             "'fc': the model reads its weight without calling it",
         ),
-        (WeightNorm, {"example_inputs": X}, dampr.ConversionError, "layer 'fc': its weight is computed from other tensors"),
+        (WeightNorm, {}, dampr.ConversionError, "layer 'fc': its weight is computed from other tensors"),
         (Fails, {"example_inputs": X}, ArithmeticError, "only plain layers"),
         (mlp, {"include": "nothing.*"}, dampr.ConversionError, r"include='nothing.\*'.*no layer of Sequential"),
         (mlp, {"gate": "l2"}, ValueError, "gate='l2'"),
@@ -285,18 +281,20 @@ class WrittenAttention(nn.Module):
 def test_layers_whose_width_something_else_expects_are_left_out():
     model, x = WrittenAttention(), torch.randn(2, 5, 8)
     dampr.convert(model, example_inputs=x)
-    assert sorted(dampr.prune.gated_layers(model)) == ["down", "out", "up"]
-    for name in ("query", "key", "value", "scaled"):
-        assert model.dampr_skipped[name].startswith("without one of its channels the model does not run, so something beside"), name
-    for layer in dampr.prune.gated_layers(model).values():
+    gated = dampr.prune.gated_layers(model)
+    assert sorted(gated) == ["down.weight_gates.0", "head.weight_gates.0", "scaled.weight_gates.0", "up.weight_gates.0"]
+    for name in ("query", "key", "value"):
+        assert model.dampr_skipped[name].startswith("without half of its channels the model"), name
+    for layer in gated.values():
         layer.gate.log_alpha.data[1] = -9
     small = dampr.compact(model, example_inputs=x)
+    assert (small.scaled.out_features, len(small.scale)) == (5, 5)
     assert (small.out.out_features, small.up.out_features, small.down.out_features) == (7, 11, 2)
 
 
 def test_a_model_of_which_nothing_can_be_cut_says_why():
     model = nn.Sequential(nn.Linear(4, 6), nn.Unflatten(-1, (3, 2)), nn.Flatten(1), nn.Linear(6, 2))
-    with pytest.raises(dampr.ConversionError, match="'0': .without one of its channels the model does not run"):
+    with pytest.raises(dampr.ConversionError, match="'0': .without half of its channels the model does not run"):
         dampr.convert(model, example_inputs=torch.randn(3, 4))
     assert type(model[0]) is nn.Linear
 
@@ -347,7 +345,7 @@ def test_a_view_of_heads_is_found_in_a_model_that_keeps_activations():
             return self.head(self.down(self.seen.relu()))
 
     model = dampr.convert(Viewed(), example_inputs=X)
-    assert model.dampr_skipped["first"].startswith("without one of its channels the model does not run")
+    assert model.dampr_skipped["first"].startswith("without half of its channels the model does not run")
     assert sorted(dampr.prune.gated_layers(model)) == ["down", "up"]
 
 
@@ -371,13 +369,13 @@ def test_a_compiled_model_is_refused():
         dampr.convert(model, example_inputs=torch.randn(3, 4))
 
 
-def test_a_model_that_torch_pruning_cannot_follow_is_refused_with_its_reason(monkeypatch):
+def test_a_model_that_torch_pruning_cannot_follow_is_converted_by_its_units(monkeypatch):
     def fail(graph, model, example_inputs, forward_fn, **how):
         forward_fn(model, example_inputs)
         raise IndexError("no such node")
 
     monkeypatch.setattr("torch_pruning.DependencyGraph.build_dependency", fail)
-    model = mlp()
+    model = dampr.convert(mlp(), example_inputs=X)
+    assert all(type(layer) is GatedParameter for layer in dampr.prune.gated_layers(model).values())
     with pytest.raises(dampr.ConversionError, match=r"torch-pruning cannot follow Sequential \(IndexError: no such node\)$"):
-        dampr.convert(model, example_inputs=X)
-    assert type(model[0]) is nn.Linear
+        dampr.convert(mlp(), example_inputs=X, per_sample=True)

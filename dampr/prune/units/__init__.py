@@ -54,7 +54,8 @@ def trace_units(
         mark = ledger.checkpoint()
         try:
             for sample in samples:
-                tracer.run_as_fits(ledger, model, sample, training=mode, fake=fake)
+                counts = not mode and sample is example_inputs
+                tracer.run_as_fits(ledger, model, sample, training=mode, fake=fake, counts=counts)
         except Exception as error:
             if mode == modes[0]:
                 raise

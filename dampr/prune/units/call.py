@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from .. import inputs
-from .axes import Axes, varying
-from .ledger import Marks, Reason
+from .axes import Axes, moving, varying
+from .ledger import Marks, Product, Reason, line
 
 if TYPE_CHECKING:
     from .tracer import Tracer
 
 _NOT_USER_CODE = (str(Path(torch.__file__).parent), str(Path(__file__).parent.parent))
+_COUNTED = {"mm", "addmm", "bmm", "baddbmm", "convolution", "_convolution", "conv2d"}
 _STANDARD_LIBRARY = sysconfig.get_paths()["stdlib"]
 
 
@@ -93,6 +94,11 @@ class Call:
     def writes_in_place(self) -> bool:
         """Whether the operator changes its first argument."""
         return self.is_view() and bool(self.func._schema.arguments[0].alias_info.is_write)
+
+    def count(self, macs: int, factors: Axes) -> None:
+        """Note a product of so many multiply-accumulates, if evaluation's are asked for and a FLOP counter counts this operator."""
+        if self.tracer.counts and self.name in _COUNTED:
+            self.ledger.products.append(Product(self.tracer.module_name(), macs, [line(axis) for axis in moving(factors)]))
 
     def why(self, kind: str, text: str) -> Reason:
         """A reason with the place of this call."""

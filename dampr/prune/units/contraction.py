@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -37,7 +38,9 @@ def product(call: Call, a: Tensor, b: Tensor, letters: tuple[str, str], result: 
             operands.append((Marks(axes), [sizes[letter] if letter in own else 1 for letter in order]))
     met = call.ledger.meet([sizes[letter] for letter in order], operands, call)
     zero = any(call.of(t) is None and call.tracer.is_zero(t) for t in (a, b))
-    kind = "statistic" if call.is_weight(a) and call.is_weight(b) and not zero else "sum"
+    weighed = any((marks := call.of(t)) is not None and marks.weight for t in (a, b))
+    kind = "statistic" if call.is_weight(a) and call.is_weight(b) and not zero else "weighed" if weighed else "sum"
+    call.count(math.prod(sizes.values()), met)
     return call.ledger.reduce(met, set(range(len(result), len(order))), False, kind, call)
 
 
@@ -49,8 +52,11 @@ def _in_order(axis: Tensor, own: str, order: str) -> Tensor:
 
 def _note_sides(call: Call, axes: Axes, left: int) -> None:
     for axis in axes:
-        side = call.ledger.read if any(dim >= left for dim in varying(axis)) else call.ledger.written
-        side.append(line(axis))
+        if any(dim >= left for dim in varying(axis)):
+            call.ledger.read.append(line(axis))
+            call.ledger.columns.append(line(axis))
+        else:
+            call.ledger.written.append(line(axis))
 
 
 def _with_bias(call: Call, axes: Axes, bias: Any) -> Axes:
@@ -115,8 +121,12 @@ def _convolution(call: Call) -> Axes:
     marks = call.of(weight)
     if marks is not None and marks.weight:
         call.probe(tensor, channels, 1)
-        call.ledger.read += [units.numpy() for units in read] if groups == 1 or transposed else []
+        columns = [units.numpy() for units in read] if groups == 1 or transposed else []
+        call.ledger.read += columns
+        call.ledger.columns += columns
         call.ledger.written += [units.numpy() for units in made] if groups == 1 or not transposed else []
+    of_sides = [*read, *made] if groups == 1 else read if transposed else made
+    call.count((tensor if transposed else call.out)[:, 0].numel() * weight.numel(), of_sides)
     if groups == 1:
         _read_all(call, tensor, channels, read)
     else:

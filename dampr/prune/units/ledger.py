@@ -16,6 +16,7 @@ from .axes import Axes, at_rank, moving, narrow, runs, varying
 
 Ints = NDArray[np.int64]
 _MANY = 4096  # pairs of which doubles are left out
+_HALF = 31  # bits for each unit of a pair in one number
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,18 @@ class Split:
     dims: list[int]
 
 
+@dataclass(frozen=True)
+class Product:
+    """Multiply-accumulates of one call: ``macs`` with every unit there, in proportion to the units that are left of each of ``factors``.
+
+    ``module``: the name of the module that ran it.
+    """
+
+    module: str
+    macs: int
+    factors: list[Ints]
+
+
 @dataclass
 class Ledger:
     """Units of a model's floating-point parameters and buffers, an integer from 1 on for each index of each dimension longer than 1.
@@ -78,6 +91,9 @@ class Ledger:
         read, written: units that a weight's contracted dimension has, and that the other dimensions of weights, biases and norms have.
         reached: name -> the modes (training or not) in which an operator read it.
         numbers: (operator, what it was given beside tensors) of every elementwise call, in order.
+        columns: units of the contracted dimensions of weights themselves, also in ``read``.
+        summed: units of activations that are added up by no weight (a sum over channels, a product of two activations).
+        products: every product that a FLOP counter counts.
     """
 
     origin: dict[str, list[tuple[int, int, int]]] = field(default_factory=dict)
@@ -92,6 +108,9 @@ class Ledger:
     written: list[Ints] = field(default_factory=list)
     reached: dict[str, set[bool]] = field(default_factory=dict)
     numbers: list[tuple[Any, ...]] = field(default_factory=list)
+    columns: list[Ints] = field(default_factory=list)
+    summed: list[Ints] = field(default_factory=list)
+    products: list[Product] = field(default_factory=list)
     count: int = 1
 
     @classmethod
@@ -131,7 +150,8 @@ class Ledger:
         self.reached = mark[1]
 
     def _parts(self) -> list[list[Any]]:
-        return [self.unions, self.blocks, self.fixed, self.statistics, self.splits, self.read, self.written, self.numbers]
+        own = self.unions, self.blocks, self.fixed, self.statistics, self.splits, self.read, self.written
+        return [*own, self.numbers, self.columns, self.summed, self.products]
 
     # what rules say ---------------------------------------------------------------------------------------------------------------------
     def unite(self, a: Tensor, b: Tensor, call: Where) -> None:
@@ -196,7 +216,8 @@ class Ledger:
     def reduce(self, axes: Axes, dims: set[int], keepdim: bool, kind: str, call: Where) -> Axes:
         """The axes after a reduction over ``dims``.
 
-        ``kind``: "sum", to which units of zeros add nothing; "statistic", such as a mean; "mixed", everything else.
+        ``kind``: "weighed", a sum to which each unit adds what a weight makes of it; "sum", to which units of zeros add nothing;
+        "statistic", such as a mean; "mixed", everything else.
         """
         out = []
         for axis in axes:
@@ -206,13 +227,16 @@ class Ledger:
                     self.statistic(axis, call.why("statistic", "a statistic is computed over its channels"))
                 elif kind == "mixed":
                     self.fix(axis, call.why("mixed", "its channels are mixed"))
+                elif kind == "weighed":
+                    self.read.append(line(axis))
                 else:
                     self.read.append(line(axis))
+                    self.summed.append(line(axis))
                 continue
             if gone:
                 outer = self._rows(axis, sorted(stay))
                 self.contain(outer, axis, call)
-                if kind != "sum":
+                if kind not in ("sum", "weighed"):
                     self.unite(outer, axis, call)
                 axis = outer
             out.append(axis)
@@ -258,5 +282,8 @@ def _pairs(a: Tensor, b: Tensor) -> Ints:
     """The different pairs of units at the same place, (2, n)."""
     left, right = (side.reshape(-1) for side in np.broadcast_arrays(a.numpy(), b.numpy()))
     differ = left != right
-    pairs = np.stack((left[differ], right[differ]))
-    return np.unique(pairs, axis=1) if pairs.shape[1] > _MANY else pairs
+    left, right = left[differ], right[differ]
+    if len(left) <= _MANY:
+        return np.stack((left, right))
+    key = np.unique(left << _HALF | right)  # units are far fewer than 2^31
+    return np.stack((key >> _HALF, key & ((1 << _HALF) - 1)))

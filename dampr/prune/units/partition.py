@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from .axes import narrow
-from .ledger import Ints, Ledger, Reason, Split
+from .ledger import Ints, Ledger, Product, Reason, Split
 
 _PASSES = 20  # over the constraints; each pass joins classes, and networks seen so far took at most four
 
@@ -44,6 +44,9 @@ class Units:
         reached: name -> the modes (``training``) in which an operator read the parameter.
         modes, failed: the modes that were traced, and why another could not be.
         numbers: what elementwise operators were given beside tensors, in the order of calls.
+        columns: the units of the contracted dimensions of weights.
+        summed: the units that are added up by no weight.
+        products: the products of the first example inputs in evaluation, where that was traced.
     """
 
     label: Ints
@@ -59,6 +62,9 @@ class Units:
     modes: tuple[bool, ...] = (False,)
     failed: dict[bool, str] = field(default_factory=dict)
     numbers: list[tuple[Any, ...]] = field(default_factory=list)
+    columns: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
+    summed: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
+    products: list[Product] = field(default_factory=list)
 
     @functools.cached_property
     def members(self) -> dict[int, list[Member]]:
@@ -133,6 +139,9 @@ def solve(ledger: Ledger, modes: tuple[bool, ...] = (False,), failed: dict[bool,
         modes=modes,
         failed=failed or {},
         numbers=ledger.numbers,
+        columns=_united(ledger.columns),
+        summed=_united(ledger.summed),
+        products=ledger.products,
     )
 
 

@@ -11,18 +11,20 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from .. import inputs
 from . import tracer
 from .ledger import Ledger
 from .partition import NOTHING_TO_CHOOSE, Units, solve
+from .sizes import Size, follow
 
 
-def cut(model: nn.Module, units: Units, classes: Iterable[int]) -> nn.Module:
+def cut(model: nn.Module, units: Units, classes: Iterable[int], sizes: Iterable[Size] = ()) -> nn.Module:
     """Delete the indices of these classes from every parameter and buffer of ``model``, in place; returns ``model``.
 
-    Sizes that modules of torch.nn keep beside their parameters follow. Sizes that other code keeps do not: such a model does not run, or
-    gives another partition, which :func:`retrace` finds.
+    Sizes that modules of torch.nn keep beside their parameters follow, and of what other code keeps ``sizes``. With any other such number
+    the model does not run, or gives another partition, which :func:`retrace` finds.
     """
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     old = dict(named)
@@ -34,25 +36,31 @@ def cut(model: nn.Module, units: Units, classes: Iterable[int]) -> nn.Module:
             left = left.index_select(dim, torch.from_numpy(keep).to(left.device))
         parameter = isinstance(old[name], nn.Parameter)
         new[id(old[name])] = nn.Parameter(left, requires_grad=old[name].requires_grad) if parameter else left
+    changed: dict[nn.Module, None] = {}
     for module in model.modules():
-        before = {name: tuple(p.shape) for name, p in module.named_parameters(recurse=False)}
         tables: tuple[dict[str, Any], dict[str, Any]] = module._parameters, module._buffers
         for table in tables:
-            table.update({name: new[id(t)] for name, t in table.items() if t is not None and id(t) in new})
-        if before != {name: tuple(p.shape) for name, p in module.named_parameters(recurse=False)}:
-            _follow(module)
+            found = {name: new[id(t)] for name, t in table.items() if t is not None and id(t) in new}
+            table.update(found)
+            changed |= dict.fromkeys([module] if found else [])
+    for module in model.modules():
+        if module in changed or parametrize.is_parametrized(module):
+            follow_parameters(module)
+    follow(model, sizes)
     return model
 
 
-def _follow(module: Any) -> None:
+def follow_parameters(module: Any) -> None:
     """Set the sizes that a module of torch.nn keeps to those of its parameters."""
-    weight = module._parameters.get("weight")
+    weight = getattr(module, "weight", None)
+    if weight is None:
+        weight = getattr(module, "running_mean", None)
     if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
         read, kept = [p for name, p in module.named_parameters() if "weight" in name][:2]
         module.input_size, module.hidden_size = read.shape[1], kept.shape[1]
         if isinstance(module, nn.RNNBase):
             module._flat_weights = [getattr(module, name, None) for name in module._flat_weights_names]
-    if weight is None:
+    if not isinstance(weight, Tensor):
         return
     if isinstance(module, nn.modules.conv._ConvNd):
         into, out = (0, 1) if module.transposed else (1, 0)
@@ -116,7 +124,7 @@ def retrace(
     todo, samples = [list(families)], [example_inputs, *more_inputs]
     while todo:
         some = todo.pop()
-        fault = _differs(model, units, samples, half(units, some))
+        fault = differs(model, units, samples, half(units, some))
         if fault is not None and len(some) == 1:
             found |= dict.fromkeys(some[0], fault)
         elif fault is not None:
@@ -124,15 +132,18 @@ def retrace(
     return found
 
 
-def _differs(model: nn.Module, units: Units, samples: list[Any], classes: list[int]) -> Differs | None:
-    small = cut(inputs.copied(model), units, classes)
+def differs(model: nn.Module, units: Units, samples: list[Any], classes: list[int], sizes: Iterable[Size] = ()) -> Differs | None:
+    """What a copy of ``model`` without these classes does that the whole does not, by a trace of it; None where nothing differs."""
+    small = cut(inputs.copied(model), units, classes, sizes)
     ledger = Ledger.of(small)
     try:
         for mode in units.modes:
             for sample in samples:
                 tracer.run_as_fits(ledger, small, sample, training=mode)
     except Exception as error:
-        return Differs(f"without half of its channels the model does not run ({type(error).__name__}: {error})", runs=False)
+        return Differs(
+            f"without half of its channels the model does not run, so something beside its layers has that width ({error})", False
+        )
     if units.numbers != ledger.numbers:
         pairs = zip(units.numbers, ledger.numbers, strict=False)
         a, b = next(((a, b) for a, b in pairs if a != b), (("more", "operators"), ("or", "fewer")))
@@ -208,4 +219,4 @@ def mask(model: nn.Module, units: Units, classes: Iterable[int]) -> nn.Module:
     return model
 
 
-__all__ = ["Differs", "cut", "half", "mask", "probe", "retrace"]
+__all__ = ["Differs", "cut", "differs", "follow_parameters", "half", "mask", "probe", "retrace"]

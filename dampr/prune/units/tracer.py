@@ -36,14 +36,16 @@ def run(
     fake: bool,
     closed: Tensor | None = None,
     alive: dict[int, tuple[float, float]] | None = None,
+    counts: bool = False,
 ) -> None:
     """Run ``model`` once, write what its operators say into ``ledger``, and leave the model as it was, whatever is raised.
 
     ``fake``: operators get meta tensors, which have shapes and no values, and compute nothing. ``closed``: which units are; ``alive`` gets
-    those that are not 0 where something reads them, each with its values' (least, largest). Raises what the model raises.
+    those that are not 0 where something reads them, each with its values' (least, largest). ``counts``: whether products are
+    noted. Raises what the model raises.
     """
     tracer = Tracer(ledger, {module: name for name, module in model.named_modules()}, training)
-    tracer.fake, tracer.closed, tracer.alive = fake, closed, {} if alive is None else alive
+    tracer.fake, tracer.closed, tracer.alive, tracer.counts = fake, closed, {} if alive is None else alive, counts
     with ExitStack() as stack:
         stack.enter_context(as_it_was(model, parameters=training and not fake))
         stack.enter_context(_plain_operators())
@@ -62,17 +64,19 @@ def run(
                 ledger.fix(marks.axes, Reason("output", f"its outputs are the model's own{' in training' if training else ''}"))
 
 
-def run_as_fits(ledger: Ledger, model: nn.Module, example_inputs: Any, *, training: bool, fake: bool | None = None) -> None:
+def run_as_fits(
+    ledger: Ledger, model: nn.Module, example_inputs: Any, *, training: bool, fake: bool | None = None, counts: bool = False
+) -> None:
     """:func:`run` without arithmetic, and with it where values are asked for; ``fake`` allows one of the two alone."""
     mark = ledger.checkpoint()
     try:
-        run(ledger, model, example_inputs, training=training, fake=fake is not False)
+        run(ledger, model, example_inputs, training=training, fake=fake is not False, counts=counts)
         return
     except Exception:
         if fake is not None:
             raise
         ledger.back_to(mark)
-    run(ledger, model, example_inputs, training=training, fake=False)
+    run(ledger, model, example_inputs, training=training, fake=False, counts=counts)
 
 
 @contextmanager
@@ -122,13 +126,13 @@ class Tracer(TorchDispatchMode):
     """Calls the rule of every operator that reads something with units, and remembers which tensor has which axes.
 
     Attributes:
-        closed, alive: as in :func:`run`.
+        closed, alive, counts: as in :func:`run`.
     """
 
     def __init__(self, ledger: Ledger, names: dict[nn.Module, str], training: bool) -> None:
         super().__init__()
         self.ledger, self.training = ledger, training
-        self.fake = False
+        self.fake = self.counts = False
         self.closed: Tensor | None = None
         self.alive: dict[int, tuple[float, float]] = {}
         self.uniform: dict[int, tuple[Tensor, bool]] = {}
@@ -147,6 +151,10 @@ class Tracer(TorchDispatchMode):
 
         found: list[Any] = [m.register_forward_pre_hook(lambda module, args: self._stack.append(module)) for m in model.modules()]
         return found + [m.register_forward_hook(leave, always_call=True) for m in model.modules()]
+
+    def module_name(self) -> str:
+        """The name of the module that is running."""
+        return self._names.get(self._stack[-1], "") if self._stack else ""
 
     def module(self) -> str:
         """Type and name of the module that is running."""

@@ -1,0 +1,195 @@
+"""GatedParameter: gates on one dimension of any parameter, whatever the module around it computes."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dampr import _checks
+from dampr.gates import Gate, make_gate
+
+from .base import GatedLayer, fresh_values
+
+
+class GatedParameter(GatedLayer, nn.Module):
+    """Multiplies the indices of one dimension of a parameter by gates.
+
+    :func:`dampr.convert` puts it on the weights that read a unit, where the layers around are of no kind that has a gated one: a closed
+    gate makes zeros of everything that these weights would read of its units, so nothing behind them depends on what writes these.
+
+    Args:
+        gate: the gates; other parameters may share them.
+        dim: the dimension of the parameter.
+        index: int64, of the length of that dimension: the gate of each of its indices, or -1 for one that has none.
+        weights_per_gate: what closing a gate saves, (gates,), for the penalty; None: the elements of the parameter that it multiplies.
+
+    It is a module whose forward takes the parameter, and works as a parametrization of ``torch.nn.utils.parametrize`` too.
+
+    >>> gated = GatedParameter("hard_concrete", 0, torch.tensor([0, 0, 1, -1])).eval()
+    >>> gated.gate.log_alpha.data[0] = -9
+    >>> gated(torch.ones(4, 2)).any(1)
+    tensor([False, False,  True,  True])
+    """
+
+    weights_per_gate: Tensor | None
+    index: Tensor
+
+    def __init__(
+        self, gate: str | type[Gate] | Gate, dim: int, index: Tensor, *, weights_per_gate: Tensor | None = None, device: Any = None
+    ) -> None:
+        super().__init__()
+        if not isinstance(index, Tensor) or index.dtype != torch.int64 or index.dim() != 1 or not index.numel() or int(index.min()) < -1:
+            raise ValueError(f"index={index!r:.80}: expected int64 of one dimension, with the number of a gate or -1 for each element")
+        count = int(index.max()) + 1
+        _checks.positive_int("index.max() + 1", count)
+        self.gate = make_gate(gate, count, device)
+        self.dim, self.granularity, self.per_sample = dim, "units", False
+        self.register_buffer("index", index.to(device), persistent=False)
+        self.weights_per_gate = weights_per_gate
+        self._size = 1  # elements at one index of the dimension, as the last call had them
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The parameter, of any shape whose dimension ``dim`` has the length of ``index``, times its gates; its dtype stays."""
+        self._size = weight[(slice(None),) * self.dim + (0,)].numel()
+        z = self.gate()
+        z = torch.cat([z, z.new_ones(1)])[self.index]
+        return (weight * self._along(z, weight.dim())).to(weight.dtype)
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """What to keep so that the product with fresh gates is ``weight``. ValueError where a fresh gate is 0."""
+        self._size = weight[(slice(None),) * self.dim + (0,)].numel()
+        if self.gate.starts_at_one():
+            return weight
+        with torch.no_grad():
+            z = fresh_values(self.gate)
+            if not bool((z != 0).all()):
+                raise ValueError(f"gate={type(self.gate).__name__}: a fresh gate of it is 0, so what the layer computes could not be kept")
+            z = torch.cat([z, z.new_ones(1)])[self.index]
+            return (weight / self._along(z, weight.dim())).to(weight.dtype)
+
+    def _along(self, values: Tensor, rank: int) -> Tensor:
+        return values.view([-1 if at == self.dim else 1 for at in range(rank)])
+
+    def group_size(self) -> Tensor:
+        """How many weights each gate switches off, (gates,)."""
+        if self.weights_per_gate is not None:
+            return self.weights_per_gate.to(self.index.device)
+        return torch.bincount(self.index[self.index >= 0], minlength=self.gate.num_gates) * self._size
+
+    def penalty(self, lam: float = 1.0, prior_precision: float = 0.0) -> Tensor:
+        """The expected L0 penalty of the gates, a scalar. ValueError for a ``prior_precision``: the weights are another module's."""
+        if prior_precision:
+            raise ValueError(f"prior_precision={prior_precision!r}: expected 0, because gates on parameters do not know these")
+        return (self.gate.open_probability() * (lam * self.group_size())).sum()
+
+    def closed_channels(self) -> tuple[set[int], set[int]]:
+        """Nothing written; of what is read the closed indices of the dimension."""
+        shut = torch.cat([~self.gate.is_open(), torch.zeros(1, dtype=torch.bool, device=self.index.device)])[self.index]
+        return set(), set(shut.nonzero().flatten().tolist())
+
+    def channel_gates(self) -> None:
+        """None: an index may have no gate."""
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}, gated={int((self.index >= 0).sum())} of {len(self.index)}"
+
+
+def gated_parameters(model: nn.Module) -> Iterator[tuple[nn.Module, str, GatedParameter]]:
+    """(owner, name of the parameter, gates) of every :class:`GatedParameter` that was put on a parameter in ``model``."""
+    for module in model.modules():
+        for name in _gated_names(module):
+            chain: Any = module._modules[name + _GATES]
+            for gates in chain:
+                yield module, name, gates
+
+
+def put_on(module: nn.Module, name: str, gates: GatedParameter) -> None:
+    """Put gates on a parameter: whoever reads the attribute gets the product, also of several such gates; the parameter keeps its name.
+
+    The module gets a class of its own, in which the parameter is a property, and the gates as children: "weight" has them in
+    "weight_gates". Its values are divided by fresh gates that are not 1.
+    """
+    parameter = module._parameters[name]
+    assert parameter is not None
+    with torch.no_grad():
+        parameter.data = gates.right_inverse(parameter).detach()
+    names = _gated_names(module)
+    if name not in names:
+        module.add_module(name + _GATES, nn.ModuleList().train(module.training))
+        _give_class(module, _plain_class(module), [*names, name])
+    chain: Any = module._modules[name + _GATES]
+    chain.append(gates)
+
+
+def take_off(module: nn.Module, name: str, *, folded: bool) -> None:
+    """Leave a plain parameter: a new one, times its gates as evaluation has them (``folded``), or the one that is there."""
+    parameter, chain = module._parameters[name], module._modules[name + _GATES]
+    assert parameter is not None
+    assert chain is not None
+    with torch.no_grad(), _evaluating(chain):
+        value = getattr(module, name).detach().clone()
+    del module._modules[name + _GATES]
+    _give_class(module, _plain_class(module), [own for own in _gated_names(module) if own != name])
+    if folded:
+        module._parameters[name] = nn.Parameter(value, requires_grad=parameter.requires_grad)
+
+
+def is_on(module: nn.Module, name: str) -> bool:
+    """Whether a parameter of a module has gates."""
+    return name in _gated_names(module)
+
+
+_GATES = "_gates"  # at the end of the name of the child that holds the gates of a parameter
+
+
+class _WithGates:
+    """Mixed into the class of a module with gates on its parameters, whose names are in ``_gated_names``."""
+
+    _gated_names: tuple[str, ...] = ()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _rebuilt, (_plain_class(self), self._gated_names), dict(vars(self))
+
+
+def _gated_names(module: Any) -> tuple[str, ...]:
+    return module._gated_names if isinstance(module, _WithGates) else ()
+
+
+def _plain_class(module: Any) -> type[nn.Module]:
+    return type(module).__bases__[1] if isinstance(module, _WithGates) else type(module)
+
+
+def _rebuilt(kind: type[nn.Module], names: list[str]) -> nn.Module:
+    """A module without content; pickle and copies fill it."""
+    module = kind.__new__(kind)
+    _give_class(module, kind, names)
+    return module
+
+
+def _give_class(module: nn.Module, kind: type[nn.Module], names: Iterable[str]) -> None:
+    """``kind``, or one of its own in which the parameters of these names are products with gates."""
+    content: dict[str, Any] = {name: property(functools.partial(_product, name)) for name in names}
+    module.__class__ = type(kind.__name__, (_WithGates, kind), content | {"_gated_names": tuple(names)}) if content else kind
+
+
+def _product(name: str, module: nn.Module) -> Any:
+    value: Any = module._parameters[name]
+    for gates in module._modules[name + _GATES]:  # type: ignore[union-attr]
+        value = gates(value)
+    return value
+
+
+@contextlib.contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode

@@ -1,0 +1,146 @@
+"""Compaction of a model whose gates are on parameters: classes of units whose gates are closed leave every parameter at once."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dampr._version import __version__
+
+from .unit_structure import UnitStructure, without_gates
+from .units.proof import cut
+from .units.sizes import Size, follow
+
+Kept = dict[tuple[nn.Module, bool], Tensor]
+
+
+def compacted(model: nn.Module, example_inputs: Any, round_to: int) -> tuple[nn.Module, Kept, dict[str, Any]]:
+    """A plain copy of ``model`` without the units whose gates are closed.
+
+    Returns the copy, what is left of what its layers write and read, and the manifest, of which the caller knows the difference.
+    """
+    structure = UnitStructure(model, example_inputs)
+    small = without_gates(model, folded=True)
+    closed = torch.cat([~gate.is_open().cpu() for gate in structure.gates])
+    notes = {name: f"{_count(structure, closed, name)} closed units stay: {note}" for name, note in structure.notes.items()}
+    notes = {name: note for name, note in notes.items() if not note.startswith("0 ")}
+    gone = _rounded(structure, closed, round_to, notes)
+    classes = structure.classes_of(gone)
+    sizes = [Size(*entry) for entry in getattr(model, "dampr_sizes", [])]
+    before = {name: tuple(t.shape) for name, t in _tensors(small).items()}
+    cut(small, structure.units, classes)
+    made = follow(small, sizes)
+    left = _left(structure, classes, before)
+    kept = _sides(small, left)
+    names = {module: name for name, module in small.named_modules()}
+    layers: dict[str, dict[str, Any]] = {}
+    for (layer, writes), indices in kept.items():
+        entry = left[f"{names[layer]}.weight".lstrip(".")][_dim(layer, writes)]
+        layers.setdefault(names[layer], {})["out" if writes else "in"] = {"before": entry["before"], "kept": indices.tolist()}
+    manifest = {
+        "dampr": __version__,
+        "torch": torch.__version__,
+        "layers": layers,
+        "tensors": {name: {str(dim): entry for dim, entry in dims.items()} for name, dims in left.items()},
+        "sizes": {
+            name: {attribute: {"before": getattr(model.get_submodule(name), attribute), "kept": value} for attribute, value in own.items()}
+            for name, own in made.items()
+        },
+        "closed_but_kept": notes,
+    }
+    return small, kept, manifest
+
+
+def _count(structure: UnitStructure, closed: Tensor, name: str) -> int:
+    (row,) = structure.rows(name)
+    return int(closed[row.start : row.stop].sum())
+
+
+def _rounded(structure: UnitStructure, closed: Tensor, round_to: int, notes: dict[str, str]) -> Tensor:
+    """The gates whose units go: of every vector at least one stays, and where that can be a multiple of ``round_to``."""
+    gone = closed.clone()
+    useful = set(structure.gate_of.values())
+    for gate, (row,) in zip(structure.holders, structure.widths(), strict=True):
+        own = [i for i in row if closed[i] and i in useful]
+        left = -(-max(1, len(row) - len(own)) // round_to) * round_to
+        stay = min(len(own), left - (len(row) - len(own)))
+        for i in own[:stay]:
+            gone[i] = False
+        if stay:
+            why = "every layer keeps one at least" if len(own) == len(row) else f"the width is a multiple of {round_to}"
+            notes[gate] = f"{stay} closed unit{'s stay' if stay > 1 else ' stays'}: {why}"
+    return gone
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
+
+
+def _left(structure: UnitStructure, classes: list[int], before: dict[str, tuple[int, ...]]) -> dict[str, dict[int, dict[str, Any]]]:
+    """Of every tensor that loses something, by each of its names: dimension -> its size before and the indices that are left."""
+    names: dict[str, list[str]] = defaultdict(list)
+    for alias, name in structure.units.alias.items():
+        names[name].append(alias)
+    found: dict[str, dict[int, dict[str, Any]]] = {}
+    for name, dims in structure.units.indices(classes).items():
+        entry = {}
+        for dim, gone in dims.items():
+            lost, size = set(gone), before[name][dim]
+            entry[dim] = {"before": size, "kept": [i for i in range(size) if i not in lost]}
+        found |= dict.fromkeys(names[name], entry)
+    return found
+
+
+def _dim(layer: nn.Module, writes: bool) -> int:
+    """The dimension of a layer's weight that it writes, or reads."""
+    transposed = isinstance(layer, (nn.modules.conv._ConvTransposeNd, nn.Embedding))
+    return int(writes) if transposed else int(not writes)
+
+
+def _sides(small: nn.Module, left: dict[str, dict[int, dict[str, Any]]]) -> Kept:
+    """What is left of the channels of layers with a weight, (layer, writes) -> indices."""
+    kept: Kept = {}
+    for name, module in small.named_modules():
+        for dim, entry in left.get(f"{name}.weight".lstrip("."), {}).items():
+            for writes in (True, False):
+                if dim == _dim(module, writes) and dim < 2:
+                    kept[module, writes] = torch.tensor(entry["kept"])
+    return kept
+
+
+def places_of(manifest: dict[str, Any], name: str) -> list[Any]:
+    """The entries of a tensor's dimensions in a manifest, None for one that nothing was cut from."""
+    dims: dict[str, Any] = manifest.get("tensors", {}).get(name, {})
+    return [dims.get(str(dim)) for dim in range(max(map(int, dims), default=-1) + 1)]
+
+
+def sizes_of(manifest: Any) -> dict[str, dict[str, int]]:
+    """Module -> attribute -> what it was before compaction, of the numbers that code keeps beside its parameters.
+
+    Raises ValueError for what compaction cannot have written.
+    """
+    sizes = manifest.get("sizes", {}) if isinstance(manifest, dict) else {}
+    if not isinstance(sizes, dict) or not all(isinstance(own, dict) for own in sizes.values()):
+        raise ValueError(f"manifest: sizes={sizes!r:.80}, expected numbers by the names of modules and their attributes")
+    found = {name: {attribute: entry.get("before") for attribute, entry in own.items()} for name, own in sizes.items()}
+    for own in found.values():
+        for attribute, value in own.items():
+            if type(value) is not int or not 0 < value < 2**31 or not attribute.isidentifier() or attribute.startswith("_"):
+                raise ValueError(f"manifest: sizes: {attribute!r}={value!r:.40}, expected a number of channels before")
+    return found
+
+
+def restore_sizes(model: nn.Module, manifest: dict[str, Any]) -> None:
+    """Set the numbers that code keeps beside its parameters back to what they were before compaction. Raises ValueError as above."""
+    for name, own in sizes_of(manifest).items():
+        for attribute, value in own.items():
+            try:
+                module = model.get_submodule(name)
+            except AttributeError:
+                raise ValueError(f"model={type(model).__name__}: its manifest names a module {name!r} that is not there") from None
+            if type(vars(module).get(attribute)) is not int:
+                raise ValueError(f"manifest: sizes: {name!r} has no number {attribute!r}")
+            setattr(module, attribute, value)

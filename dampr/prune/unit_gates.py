@@ -1,0 +1,267 @@
+"""Gates on the weights that read a unit: how :func:`dampr.convert` prunes what no gated layer can, whatever modules a model is made of."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dampr.gates import Gate
+from dampr.nn.parameter import GatedParameter, is_on, put_on, take_off
+
+from . import filters, inputs, second_opinion
+from .filters import Filter
+from .units import Units
+from .units.groups import Group, groups, readable
+from .units.proof import cut, differs, half
+from .units.sizes import Size, followers
+
+_TRIES = 8  # of families of one kind (the attentions of a model, say); if that many fail to tell good from bad, none of the rest has gates
+_SCALES = (10.0, 100.0)  # of the example inputs on which masked and cut models are compared too
+
+
+@dataclass
+class Placement:
+    """What :func:`place` found.
+
+    Attributes:
+        groups: vectors of gates to be.
+        sizes: the numbers beside parameters that follow when these are cut.
+        refused: class -> why it gets no gate though the trace calls it free.
+    """
+
+    groups: list[Group]
+    sizes: list[Size] = field(default_factory=list)
+    refused: dict[int, str] = field(default_factory=dict)
+
+    def classes(self) -> list[int]:
+        """All classes with a gate."""
+        return [one for group in self.groups for one in group.classes]
+
+
+def place(model: nn.Module, units: Units, example_inputs: Any) -> Placement:
+    """The vectors of gates that a plain model may have, each tried in a copy: half of it closed, cut and compared."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    owned = [name for name in parameters if _owner(model, name) is not None]
+    refused = _in_training_alone(units)
+    found = groups(units, [one for one in readable(units, owned) if one not in refused])
+    sizes: list[Size] = []
+    good: list[list[int]] = []
+    families = _families(units, [one for group in found for one in group.classes])
+    kind = functools.partial(_kind, units)
+    tries, todo = Counter[str](), [families] if families else []
+    while todo:
+        some = todo.pop()
+        tries[kind(some[0])] += 1
+        reason, follow = _try(model, units, example_inputs, some)
+        if reason is None:
+            good += some
+            sizes += follow
+        elif len({kind(family) for family in some}) > 1:
+            todo += [list(alike) for _, alike in itertools.groupby(sorted(some, key=kind), key=kind)]
+        elif len(some) == 1 or tries[kind(some[0])] > _TRIES:
+            refused |= dict.fromkeys((one for family in some for one in family), reason)
+        else:
+            todo += [some[: len(some) // 2], some[len(some) // 2 :]]
+    kept = {one for family in good for one in family}
+    return Placement([group for group in found if kept.issuperset(group.classes)], list(dict.fromkeys(sizes)), refused)
+
+
+def _kind(units: Units, family: list[int]) -> str:
+    """What a family is in, the same for each of a row of blocks: names of parameters without numbers."""
+    names = {m.name for one in family[:1] for m in units.members[one]}
+    return " ".join(sorted({re.sub(r"\d+", "", name) for name in names}))
+
+
+def only(model: nn.Module, units: Units, placement: Placement, include: Filter, exclude: Filter) -> Placement:
+    """Of a placement the vectors of which all layers that write them are included and not excluded."""
+    wanted = set(_wanted(model, units, placement.classes(), include, exclude))
+    return Placement([g for g in placement.groups if wanted.issuperset(g.classes)], placement.sizes, placement.refused)
+
+
+def _owner(model: nn.Module, name: str) -> nn.Module | None:
+    """The module that has a parameter, where it can be parametrized: recurrent layers keep lists of theirs."""
+    owner = model.get_submodule(name.rpartition(".")[0])
+    return None if isinstance(owner, (nn.RNNBase, nn.ParameterList, nn.ParameterDict)) else owner
+
+
+def _in_training_alone(units: Units) -> dict[int, str]:
+    """Classes that have something in what evaluation does not reach, which no proof could compare, and why they stay."""
+    return {
+        one: f"{name!r}, which only training reaches, shares its width"
+        for name, modes in units.reached.items()
+        if modes == {True}
+        for dim, _, _ in units.origin[name]
+        for one in units.classes(name, dim)
+    }
+
+
+def _families(units: Units, classes: Iterable[int]) -> list[list[int]]:
+    kept = set(classes)
+    found = [[one for one in family if one in kept] for family in units.families]
+    return [family for family in found if family]
+
+
+def _try(model: nn.Module, units: Units, example_inputs: Any, families: list[list[int]]) -> tuple[str | None, list[Size]]:
+    """Why half of these families cannot be cut, and the numbers that have to follow where it can."""
+    classes = half(units, families)
+    if not classes:
+        return "every dimension keeps one channel at least", []
+    sizes = followers(model, units, [one for family in families for one in family])
+    kinds = [sizes, []] if sizes else [[]]
+    if len({_kind(units, family) for family in families}) == 1 and sizes:
+        kinds[1:1] = [[size for size in sizes if "head" in size.attribute], [size for size in sizes if "head" not in size.attribute]]
+    reason = ""
+    for chosen in kinds:
+        reason = _computes_something_else(model, units, example_inputs, classes, chosen)  # running it is cheaper than tracing it
+        fault = None if reason else differs(model, units, [example_inputs], classes, chosen)
+        reason = reason if fault is None else fault.text
+        if not reason:
+            return None, chosen
+    return reason, []
+
+
+def _computes_something_else(model: nn.Module, units: Units, example_inputs: Any, classes: list[int], sizes: list[Size]) -> str:
+    """Compare a copy in which nothing reads these classes with one that has lost them, also on larger inputs."""
+    masked, small = inputs.copied(model), cut(inputs.copied(model), units, classes, sizes)
+    if any(p.is_meta for p in model.parameters()):
+        return ""
+    mask_columns(masked, units, classes)
+    samples = [example_inputs, inputs.perturbed(example_inputs), *(_scaled(example_inputs, scale) for scale in _SCALES)]
+    for sample in samples:
+        with inputs.unfused(), inputs.same_noise(masked):
+            expected = inputs.evaluate(masked, sample)
+            try:
+                with inputs.same_noise(small):
+                    found = inputs.evaluate(small, sample)
+            except Exception as error:
+                return f"without half of its channels the model does not run, so something beside its layers has that width ({error})"
+        tolerance = 30 * inputs.TOLERANCE[_precision(expected)]
+        if inputs.differ(expected, found, tolerance, tolerance * inputs.size(expected)):
+            return "without half of its channels the model computes something else, so these are mixed or rearranged on the way"
+    return ""
+
+
+def _precision(outputs: list[Tensor]) -> torch.dtype:
+    return max((t.dtype for t in outputs if t.dtype in inputs.TOLERANCE), key=lambda kind: inputs.TOLERANCE[kind], default=torch.float32)
+
+
+def _scaled(example_inputs: Any, scale: float) -> Any:
+    def grow(leaf: Any) -> Any:
+        return leaf * scale if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+    return torch.utils._pytree.tree_map(grow, example_inputs)
+
+
+def mask_columns(model: nn.Module, units: Units, classes: Iterable[int]) -> None:
+    """Set to 0, in place, the columns of weights that read these classes."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    read = np.zeros(len(units.label), bool)
+    read[units.columns] = True
+    with torch.no_grad():
+        for one in classes:
+            for name, dim, indices in units.members[one]:
+                here = indices[read[units.first_unit(name, dim) + indices]]
+                if len(here) and name in parameters:
+                    parameters[name].index_fill_(dim, torch.from_numpy(here).to(parameters[name].device), 0.0)
+
+
+def _wanted(model: nn.Module, units: Units, classes: list[int], include: Filter, exclude: Filter) -> list[int]:
+    """The classes of which all layers that write them, or all that read them where none does, are included and not excluded."""
+    if include is None and exclude is None:
+        return classes
+    written = np.zeros(len(units.label), bool)
+    written[units.written] = True
+    verdict: dict[str, bool] = {}
+
+    def is_wanted(name: str) -> bool:
+        if name not in verdict:
+            owner = name.rpartition(".")[0]
+            parts = owner.split(".")
+            above = [".".join(parts[: i + 1]) for i in range(len(parts))] if owner else [""]
+            verdict[name] = filters.wanted([(one, model.get_submodule(one)) for one in reversed(above)], include, exclude)
+        return verdict[name]
+
+    found = []
+    for one in classes:
+        members = [m for m in units.members[one] if written[units.first_unit(m.name, m.dim) + m.indices].any()]
+        matrices = [m for m in members if len(units.origin[m.name]) > 1] or members or units.members[one]
+        if all(is_wanted(m.name) for m in matrices):
+            found.append(one)
+    return found
+
+
+@contextmanager
+def put_in(model: nn.Module, units: Units, placement: Placement, make: Callable[[int], Gate]) -> Iterator[dict[str, GatedParameter]]:
+    """Register the gates of a placement; ``make`` gives a vector of so many. Gives them by the names that they have in the model.
+
+    Whatever is raised here or in the block, the model is as it was.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    tied: dict[int, list[str]] = {}
+    for name, p in parameters.items():
+        tied.setdefault(id(p), []).append(name)
+    values = {p: p.data for p in parameters.values()}
+    done: dict[tuple[nn.Module, str], None] = {}
+    try:
+        for group in placement.groups:
+            gate = make(len(group.classes))
+            saved = _weights_per_class(units, group, parameters)
+            for (name, dim), columns in group.columns.items():
+                for alias in tied[id(parameters[name])]:
+                    path, _, own = alias.rpartition(".")
+                    index, device = torch.from_numpy(columns), parameters[name].device
+                    gates = GatedParameter(gate, dim, index, weights_per_gate=saved, device=device)
+                    saved = torch.zeros_like(saved)  # of several parameters that share gates the first says what they save
+                    module = model.get_submodule(path)
+                    done[module, own] = None
+                    put_on(module, own, gates.train(module.training))
+        yield {name: module for name, module in model.named_modules() if isinstance(module, GatedParameter)}
+    except BaseException:
+        for module, own in done:
+            if is_on(module, own):
+                take_off(module, own, folded=False)
+        for p, value in values.items():
+            p.data = value
+        raise
+
+
+def left_out(model: nn.Module, units: Units, placement: Placement) -> dict[str, str]:
+    """Why what a layer writes has no gates, for every layer with a matrix of weights of its own."""
+    gated = set(placement.classes())
+    found: dict[str, str] = {}
+    for name in units.origin:
+        path = name.rpartition(".")[0]
+        absent = second_opinion.unreached(path, model.get_submodule(path), units) if len(units.origin[name]) > 1 else None
+        if absent is not None:
+            found[path] = absent
+        dims = [dim for dim, first, size in units.origin[name] if _is_written(units, first, size)]
+        for dim in dims if len(units.origin[name]) > 1 and path not in found else []:
+            classes = units.classes(name, dim)
+            if gated.isdisjoint(classes):
+                reason = next((placement.refused[one] for one in classes if one in placement.refused), None) or units.why_not(name, dim)
+                found[path] = str(reason or "include or exclude leaves it out, or a sum reads it that no weight is in")
+    return found
+
+
+def _is_written(units: Units, first: int, size: int) -> bool:
+    return bool(np.isin(np.arange(first, first + size), units.written).any())
+
+
+def _weights_per_class(units: Units, group: Group, parameters: dict[str, nn.Parameter]) -> Tensor:
+    """How many parameters go with each class."""
+
+    def own(one: int) -> float:
+        members = [(m, parameters[m.name]) for m in units.members[one] if m.name in parameters]
+        return float(sum(len(m.indices) * p.numel() / p.shape[m.dim] for m, p in members))
+
+    return torch.tensor([own(one) for one in group.classes])

@@ -1,0 +1,186 @@
+"""What the gates on parameters of a model cut, by its units: the counterpart of :class:`.structure.Structure` for :mod:`.unit_gates`."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dampr.gates import Gate
+from dampr.nn import GatedLayer
+from dampr.nn.parameter import GatedParameter, gated_parameters, take_off
+
+from . import inputs
+from .units import Units, trace_units
+
+
+def has_unit_gates(model: nn.Module) -> bool:
+    """Whether gates of ``model`` are on parameters. ValueError where it has gated layers of both kinds."""
+    found = {isinstance(module, GatedParameter) for module in model.modules() if isinstance(module, GatedLayer)}
+    if len(found) == 2:
+        raise ValueError(f"model={type(model).__name__}: gates on parameters and gated layers, expected one kind (convert it once)")
+    return found == {True}
+
+
+def without_gates(model: nn.Module, example_inputs: Any = None, *, folded: bool = False) -> nn.Module:
+    """A copy of ``model`` with plain parameters: times their gates as evaluation has them (``folded``), or as they are."""
+    plain = inputs.copied(model, example_inputs)
+    for owner, name in dict.fromkeys((owner, name) for owner, name, _ in gated_parameters(plain)):
+        take_off(owner, name, folded=folded)
+    return plain
+
+
+class UnitStructure:
+    """Which gate cuts which class of units. The model is left as it was; what its forward raises is raised.
+
+    Attributes:
+        gated: the gates of the model by the names of the modules that hold them.
+        size: the number of all gates.
+        plain: a copy without gates.
+        units: of ``plain``.
+        gate_of: class -> its gate in the vector of all gates.
+        notes: of gates that cut nothing, why.
+    """
+
+    def __init__(self, model: nn.Module, example_inputs: Any) -> None:
+        self.gated: dict[str, GatedParameter] = {n: m for n, m in model.named_modules() if isinstance(m, GatedParameter)}
+        self._starts: dict[str, int] = {}
+        self._holders: dict[Gate, str] = {}
+        self.size = 0
+        for name, layer in self.gated.items():
+            self._starts[name] = self._starts.get(self._holders.setdefault(layer.gate, name), self.size)
+            self.size = max(self.size, self._starts[name] + layer.gate.num_gates)
+        self.plain = without_gates(model, example_inputs)
+        self.names = {module: name for name, module in self.plain.named_modules()}
+        self.units: Units = trace_units(self.plain, example_inputs)
+        self.notes: dict[str, str] = {}
+        self.gate_of = self._gates_of_classes()
+
+    @property
+    def holders(self) -> list[str]:
+        """The name of the first module that has each of :attr:`gates`."""
+        return list(self._holders.values())
+
+    @property
+    def gates(self) -> list[Gate]:
+        """Every gate once. The vector of all gates has them one after the other."""
+        return [self.gated[name].gate for name in self._holders.values()]
+
+    def start(self, name: str) -> int:
+        """Where the gates of ``name`` begin in the vector of all gates."""
+        return self._starts[name]
+
+    def rows(self, name: str) -> list[range]:
+        """The gates of ``name`` in the vector of all gates."""
+        return [range(self.start(name), self.start(name) + self.gated[name].gate.num_gates)]
+
+    def widths(self) -> list[list[range]]:
+        """The same for each of :attr:`gates`."""
+        return [self.rows(name) for name in self._holders.values()]
+
+    def branches(self, name: str) -> list[int]:
+        """None: such gates close no residual branches."""
+        return []
+
+    def _gates_of_classes(self) -> dict[int, int]:
+        """The gate that masks every column of a class; classes of which some are read without it stay."""
+        units = self.units
+        read = np.zeros(len(units.label), bool)
+        read[units.columns] = True
+        number = np.full(len(units.label), -1)
+        for name, layer in self.gated.items():
+            parameter = parameter_name(name)
+            index = layer.index.cpu().numpy()
+            try:
+                first = units.first_unit(parameter, layer.dim)
+            except StopIteration:  # a dimension of size 1
+                continue
+            own = number[first : first + len(index)]
+            own[index >= 0] = index[index >= 0] + self.start(name)
+        free = set(units.free)
+        found: dict[int, int] = {}
+        columns = np.flatnonzero(read)
+        by_class: dict[int, set[int]] = defaultdict(set)
+        for unit, one in zip(columns.tolist(), units.label[columns].tolist(), strict=True):
+            by_class[one].add(int(number[unit]))
+        for one, gates in by_class.items():
+            if len(gates) == 1 and (gate := next(iter(gates))) >= 0 and one in free:
+                found[one] = gate
+        useful = set(found.values())
+        for holder, name in self._holders.items():
+            start = self._starts[name]
+            if not useful & set(range(start, start + holder.num_gates)):
+                self.notes[name] = "on these example inputs its units cannot be cut"
+        return found
+
+    def classes_of(self, closed: Tensor) -> list[int]:
+        """The classes whose gates are closed: bool, (size,)."""
+        shut = closed.tolist()
+        return sorted(one for one, gate in self.gate_of.items() if shut[gate])
+
+    def norms(self, model: nn.Module) -> Tensor:
+        """The L2 norm of the weights of ``model`` that write what each gate switches off, (size,), float64 on the host."""
+        squares = torch.zeros(self.size, dtype=torch.float64)
+        written = np.zeros(len(self.units.label), bool)
+        written[self.units.written] = True
+        now = dict(without_gates(model).named_parameters(remove_duplicate=False))
+        sums: dict[tuple[str, int], Tensor] = {}
+        for one, gate in self.gate_of.items():
+            for name, dim, indices in self.units.members[one]:
+                here = indices[written[self.units.first_unit(name, dim) + indices]]
+                if len(here) and name in now and now[name].dim() > 1:
+                    if (name, dim) not in sums:
+                        weight = now[name].detach().double().cpu()
+                        sums[name, dim] = weight.square().sum([d for d in range(weight.dim()) if d != dim])
+                    squares[gate] += float(sums[name, dim][torch.from_numpy(here)].sum())
+        return squares.sqrt()
+
+
+def parameter_name(name: str) -> str:
+    """The name of the parameter that the gates of this name are on: "conv.weight_gates.0" are on "conv.weight"."""
+    return name.rpartition(".")[0].removesuffix("_gates")
+
+
+class Counts:
+    """Units that are left, as sums of gates: one variable for each vector of gates.
+
+    ``gates``: those that cut something; ``count``: how many variables.
+    """
+
+    def __init__(self, structure: UnitStructure, device: torch.device) -> None:
+        self._structure = structure
+        self.gates = set(structure.gate_of.values())
+        self._vector = torch.empty(structure.size, dtype=torch.int64, device=device)
+        owner: list[int] = []
+        for number, (row,) in enumerate(structure.widths()):
+            self._vector[row.start : row.stop] = number
+            owner += [number] * len(row)
+        self.count = len(structure.gates)
+        self._size = Counter(owner[gate] for gate in self.gates)
+        self._useful = torch.tensor([gate in self.gates for gate in range(structure.size)], device=device)
+        self._number = np.full(len(structure.units.label), -1)
+        for one, gate in structure.gate_of.items():
+            self._number[one] = owner[gate]
+
+    def __call__(self, gates: Tensor) -> Tensor:
+        return gates.new_zeros(self.count).index_add(0, self._vector, torch.where(self._useful, gates, gates.new_zeros(())))
+
+    def of(self, line: Any) -> tuple[float, Mapping[int, float]]:
+        """Of units in a row how many stay always, and how many of the rest go with each variable, as a share of it."""
+        numbers = self._number[self._structure.units.label[line]]
+        found = Counter(numbers[numbers >= 0].tolist())
+        return float((numbers < 0).sum()), {n: times / self._size[n] for n, times in found.items()}
+
+    def width(self, layer: nn.Module, writes: bool) -> tuple[float, Mapping[int, float]] | None:
+        """:meth:`of` the channels that a linear or convolution layer writes, or reads; None of one whose weight is no parameter."""
+        name = f"{self._structure.names[layer]}.weight".lstrip(".")
+        transposed = isinstance(layer, nn.modules.conv._ConvTransposeNd)
+        wanted = int(writes) if transposed else int(not writes)
+        for dim, first, size in self._structure.units.origin.get(self._structure.units.alias.get(name, ""), []):
+            if dim == wanted:
+                return self.of(np.arange(first, first + size))
+        return None

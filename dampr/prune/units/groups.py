@@ -1,0 +1,76 @@
+"""Classes that may have gates in the weights that read them, as vectors of gates."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from .ledger import Ints
+from .partition import Units
+
+Place = tuple[str, int]  # the name of a parameter, and one of its dimensions
+
+
+@dataclass
+class Group:
+    """Classes that are in the same parameters, equally often: one vector of gates, one gate for each.
+
+    Attributes:
+        classes: in the order of their first units.
+        columns: of each dimension that reads some of them, int64 of its length: the number of the class in ``classes``, or -1.
+    """
+
+    classes: list[int]
+    columns: dict[Place, Ints]
+
+
+def readable(units: Units, parameters: Iterable[str]) -> list[int]:
+    """The free classes that nothing reads but dimensions of these parameters: without these a class has no effect on anything."""
+    known = set(parameters)
+    summed = set(np.unique(units.label[units.summed]).tolist())
+    read = np.zeros(len(units.label), bool)
+    read[units.columns] = True
+    found = []
+    for one in units.free:
+        if one in summed:
+            continue
+        names = [m.name for m in units.members[one] if read[units.first_unit(m.name, m.dim) + m.indices].any()]
+        if names and known.issuperset(names):
+            found.append(one)
+    return found
+
+
+def groups(units: Units, classes: Iterable[int]) -> list[Group]:
+    """These classes as vectors, in the order of the parameters that have them; a class that is alone in its vector stays out."""
+    alike: dict[frozenset[tuple[str, int, int]], list[int]] = defaultdict(list)
+    for one in classes:
+        alike[frozenset((m.name, m.dim, len(m.indices)) for m in units.members[one])].append(one)
+    read = np.zeros(len(units.label), bool)
+    read[units.columns] = True
+    found = []
+    for places, own in alike.items():
+        if len(own) < 2:
+            continue
+        own = sorted(own)
+        number = np.full(len(units.label), -1)
+        number[own] = np.arange(len(own))
+        columns: dict[Place, Ints] = {}
+        for name, dims in units.origin.items():
+            for dim, first, size in dims:
+                here = slice(first, first + size)
+                if any(place[:2] == (name, dim) for place in places) and (read[here] & (number[units.label[here]] >= 0)).any():
+                    columns[name, dim] = np.where(read[here], number[units.label[here]], -1)
+        found.append(Group(own, columns))
+    return found
+
+
+def share_of_macs(units: Units, classes: Iterable[int]) -> float:
+    """Of the multiply-accumulates of all products the share that comes down where some of ``classes`` go."""
+    cut = np.zeros(len(units.label), bool)
+    cut[list(classes)] = True
+    total = sum(product.macs for product in units.products)
+    reached = sum(p.macs for p in units.products if any(cut[units.label[factor]].any() for factor in p.factors))
+    return reached / total if total else 0.0

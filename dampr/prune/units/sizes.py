@@ -1,0 +1,78 @@
+"""Numbers that code keeps beside its parameters (``num_heads``, ``all_head_size``): which follow a width, and what they become."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+from torch import nn
+
+from .partition import Units
+
+_NO_WIDTHS = ("stride", "kernel", "depth", "layers", "blocks", "padding", "dilation", "window", "patch", "steps", "in_chans")
+_PARTS = (2, 3)  # a parameter may hold query, key and value one after the other, or two halves of a gated layer
+
+
+_FOLLOW_ANYWAY = (
+    *(nn.Linear, nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.Embedding, nn.PReLU),
+    *(nn.RNNBase, nn.RNNCellBase),
+)
+"""Layers whose sizes :func:`.proof.follow_parameters` sets."""
+
+
+class Size(NamedTuple):
+    """An attribute of a module that is in proportion to a dimension of a parameter: both were ``before`` and ``width``."""
+
+    module: str
+    attribute: str
+    parameter: str
+    dim: int
+    before: int
+    width: int
+
+
+def followers(model: nn.Module, units: Units, classes: Iterable[int]) -> list[Size]:
+    """The whole numbers kept by modules that are no layers of torch.nn, and that equal a width which loses some of ``classes``.
+
+    Equal to the size of a dimension of a parameter within the module, to a half or a third of it, or to how many classes it has. A guess:
+    whoever uses it has to see that the model still runs and computes the same.
+    """
+    cut = set(classes)
+    widths = {(member.name, member.dim) for one in cut for member in units.members[one]}
+    sizes = {(name, dim): size for name, dims in units.origin.items() for dim, _, size in dims if (name, dim) in widths}
+    counts = {place: len(set(units.classes(*place))) for place in sizes}
+    found = []
+    for name, module in model.named_modules():
+        if isinstance(module, _FOLLOW_ANYWAY):
+            continue
+        prefix = f"{name}." if name else ""
+        near = sorted((place for place in sizes if place[0].startswith(prefix)), key=lambda place: place[0].count("."))
+        for attribute, value in vars(module).items():
+            if type(value) is not int or value < 2 or any(word in attribute for word in _NO_WIDTHS):
+                continue
+            place = next(_matches(value, near, sizes, counts), None)
+            if place is not None:
+                found.append(Size(name, attribute, *place, value, sizes[place]))
+    return found
+
+
+def _matches(
+    value: int, places: list[tuple[str, int]], sizes: dict[tuple[str, int], int], counts: dict[tuple[str, int], int]
+) -> Iterator[tuple[str, int]]:
+    yield from (place for place in places if sizes[place] == value)
+    each = {place for place in places if sizes[place] == value * counts[place]}  # the width of a head does not change with their number
+    for parts in _PARTS:
+        yield from (place for place in places if sizes[place] == value * parts and place not in each)
+    yield from (place for place in places if counts[place] == value and sizes[place] % value == 0)
+
+
+def follow(model: nn.Module, sizes: Iterable[Size]) -> dict[str, dict[str, int]]:
+    """Set these attributes to what the parameters of ``model`` now have; returns what was set: module -> attribute -> number."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    made: dict[str, dict[str, int]] = {}
+    for size in sizes:
+        now = size.before * parameters[size.parameter].shape[size.dim] // size.width
+        if now != size.before:
+            setattr(model.get_submodule(size.module), size.attribute, now)
+            made.setdefault(size.module, {})[size.attribute] = now
+    return made

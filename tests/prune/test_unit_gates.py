@@ -1,0 +1,328 @@
+"""Gates on the parameters that read units: networks made of what no gated layer stands for, pruned exactly."""
+
+import copy
+import pickle
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import dampr
+from dampr.nn import GatedParameter
+from dampr.prune import gated_layers
+from dampr.prune.cost import Cost
+from dampr.prune.measure import count_macs, count_params
+
+IMAGE = torch.randn(2, 3, 16, 16)
+WORDS = torch.randn(2, 9, 12)
+
+
+def conv(read, written, **how):
+    return nn.Sequential(nn.Conv2d(read, written, 3, padding=1, bias=False, **how), nn.BatchNorm2d(written), nn.ReLU())
+
+
+class Norm(nn.BatchNorm2d):
+    """A norm of a class of its own, with the activation in it."""
+
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
+class Custom(nn.Conv2d):
+    """A convolution with a forward of its own."""
+
+    def forward(self, x):
+        return F.conv2d(x * 0.5, self.weight * 2, self.bias, padding=1)
+
+
+class Dense(nn.Module):
+    """Each layer reads all before it, as DenseNets do."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = conv(3, 8)
+        self.layers = nn.ModuleList(nn.Sequential(nn.BatchNorm2d(8 + 4 * i), nn.ReLU(), nn.Conv2d(8 + 4 * i, 4, 1)) for i in range(3))
+        self.head = nn.Linear(20, 5)
+
+    def forward(self, x):
+        x = self.stem(x)
+        for layer in self.layers:
+            x = torch.cat([x, layer(x)], 1)
+        return self.head(x.mean((2, 3)))
+
+
+class UNet(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.down, self.deep = conv(3, 8), nn.Sequential(nn.Conv2d(8, 12, 3, 2, 1), nn.GroupNorm(4, 12), nn.SiLU())
+        self.up = nn.ConvTranspose2d(12, 8, 2, 2)
+        self.out = nn.Conv2d(16, 2, 1)
+
+    def forward(self, x):
+        a = self.down(x)
+        return self.out(torch.cat([a, self.up(self.deep(a))], 1))
+
+
+class Attention(nn.Module):
+    """Query, key and value in one matrix, and a count of heads that no layer has."""
+
+    def __init__(self, width=12, heads=3):
+        super().__init__()
+        self.num_heads, self.head_dim = heads, width // heads
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.norm, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 24), nn.Linear(24, width)
+
+    def forward(self, x):
+        batch, length, _ = x.shape
+        q, k, v = self.qkv(self.norm(x)).reshape(batch, length, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        y = (q @ k.transpose(-2, -1) * self.head_dim**-0.5).softmax(-1) @ v
+        x = x + self.proj(y.transpose(1, 2).reshape(batch, length, -1))
+        return x + self.down(F.gelu(self.up(x)))
+
+
+class Bare(nn.Module):
+    """Products with parameters that no module holds."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.gain = nn.Parameter(torch.randn(12, 16) * 0.3), nn.Parameter(torch.rand(16) + 0.5)
+        self.second, self.head = nn.Parameter(torch.randn(10, 16) * 0.3), nn.Linear(10, 4)
+
+    def forward(self, x):
+        h = torch.sigmoid(x @ self.first) * self.gain
+        return self.head(F.relu(torch.einsum("bli,oi->blo", h, self.second)))
+
+
+class Normed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.utils.parametrizations.weight_norm(nn.Linear(12, 16))
+        self.second, self.head = nn.Linear(16, 10), nn.Linear(10, 4)
+
+    def forward(self, x):
+        return self.head(self.second(self.first(x).relu()).tanh())
+
+
+class Volume(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm = nn.Conv3d(3, 8, 3, padding=1), nn.BatchNorm3d(8)
+        self.up, self.head = nn.ConvTranspose3d(8, 6, 2, 2), nn.Conv3d(6, 2, 1)
+
+    def forward(self, x):
+        return self.head(self.up(self.norm(self.first(x)).relu()).relu())
+
+
+class Experts(nn.Module):
+    """Each row goes to one of two experts."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.route = nn.Linear(12, 10), nn.Linear(10, 2)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(10, 14), nn.ReLU(), nn.Linear(14, 10)) for _ in range(2))
+        self.head = nn.Linear(10, 4)
+
+    def forward(self, x):
+        x = self.stem(x).relu()
+        best = self.route(x).argmax(-1)
+        y = torch.stack([expert(x) for expert in self.experts], -1)
+        return self.head(x + y.gather(-1, best[..., None, None].expand(*x.shape, 1)).squeeze(-1))
+
+
+def own_norms():
+    return nn.Sequential(nn.Conv2d(3, 8, 3), Norm(8), nn.Conv2d(8, 6, 3), Norm(6), nn.Conv2d(6, 2, 1))
+
+
+def own_layers():
+    return nn.Sequential(Custom(3, 8, 3), nn.ReLU(), Custom(8, 6, 3), nn.ReLU(), Custom(6, 2, 3))
+
+
+def grouped():
+    return nn.Sequential(conv(3, 12), conv(12, 12, groups=3), conv(12, 8), nn.Conv2d(8, 2, 1))
+
+
+NETS = {
+    "norms of a class of their own": (own_norms, IMAGE),
+    "layers of a class of their own": (own_layers, IMAGE),
+    "groups": (grouped, IMAGE),
+    "densenet": (Dense, IMAGE),
+    "unet": (UNet, IMAGE),
+    "attention": (lambda: nn.Sequential(Attention(), Attention(), nn.Linear(12, 4)), WORDS),
+    "bare": (Bare, WORDS),
+    "weight norm": (Normed, WORDS),
+    "volume": (Volume, torch.randn(1, 3, 4, 4, 4)),
+    "experts": (Experts, WORDS),
+}
+
+
+@pytest.fixture(autouse=True)
+def by_units(monkeypatch):
+    """Also where gated layers reach as much."""
+    monkeypatch.setattr(sys.modules["dampr.prune.convert"], "WORTH", -1.0)
+
+
+def shaken(model):
+    """Norms that are not the identity, so that a channel that is cut would be missed."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            for t, low, high in ((module.weight, 0.5, 1), (module.bias, -1, 1), (module.running_mean, -1, 1), (module.running_var, 0.5, 2)):
+                nn.init.uniform_(t, low, high)
+    return model
+
+
+def converted(name, **how):
+    torch.manual_seed(0)
+    build, x = NETS[name]
+    model = shaken(build()).eval()
+    return model, x, model(x).detach(), dampr.convert(model, example_inputs=x, **how)
+
+
+def close_some(model, seed=0):
+    torch.manual_seed(seed)
+    for gate in dict.fromkeys(layer.gate for layer in gated_layers(model).values()):
+        closed = (torch.rand(gate.num_gates) < 0.5) & (torch.arange(gate.num_gates) > 0)  # DAM closes from the end
+        gate.set_levels_(torch.where(closed, -3.0, gate.levels()))
+
+
+@pytest.mark.parametrize("family", ["hard_concrete", "dep_l0", "dam", "diffprune", "diffmask"])
+@pytest.mark.parametrize("name", NETS)
+def test_masked_equals_compacted_at_the_size_foretold(name, family):
+    model, x, y, _ = converted(name, gate=family)
+    assert all(type(layer) is GatedParameter for layer in gated_layers(model).values())
+    torch.testing.assert_close(model(x), y, rtol=1e-5, atol=1e-6)
+    costs = {"macs": Cost(model, x, "macs"), "params": Cost(model, x, "params")}
+    close_some(model)
+    masked = model(x)
+    small = dampr.compact(model, example_inputs=x)
+    torch.testing.assert_close(small(x), masked, rtol=1e-5, atol=1e-5 * float(masked.detach().abs().max()))
+    left = {metric: int(cost(cost.decision())) for metric, cost in costs.items()}
+    assert left == {"macs": count_macs(small, x), "params": count_params(small)}
+    assert left["macs"] < costs["macs"].total
+    assert not any(isinstance(module, GatedParameter) for module in small.modules())
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_a_budget_is_met_and_everything_else_works_too(name, tmp_path):
+    model, x, _, _ = converted(name)
+    total = count_macs(model, x)
+    pickled = [] if name == "weight norm" else [pickle.loads(pickle.dumps(model))]  # torch pickles no parametrized module
+    for copied in (copy.deepcopy(model), *pickled):
+        assert torch.equal(copied(x), model(x))
+    assert dampr.verify_model(model, x).layers
+    budget = dampr.Budget(model, x, macs=0.6, steps=8)
+    report = budget.finalize()
+    assert report.reached <= 0.6 * total
+    small = dampr.compact(model, example_inputs=x)
+    assert count_macs(small, x) == report.reached
+    large = dampr.expand(small)
+    torch.testing.assert_close(large(x), small(x), rtol=1e-5, atol=1e-5)
+    assert count_macs(large, x) == total
+    dampr.save(small, tmp_path / "small.safetensors")
+    build, _ = NETS[name]
+    loaded = dampr.load(tmp_path / "small.safetensors", build())
+    torch.testing.assert_close(loaded(x), small(x), rtol=0, atol=0)
+    assert dampr.expand(loaded).state_dict().keys() == large.state_dict().keys()
+
+
+@pytest.mark.parametrize("name", ["densenet", "attention", "bare"])
+def test_a_plan_trains_compacts_and_keeps_the_optimizer(name):
+    model, x, y, _ = converted(name)
+    plan = dampr.Plan(model, x, macs=0.6, steps=40)
+    optimizer = torch.optim.Adam(plan.model.parameters(), lr=1e-3)
+    for _ in range(40):
+        optimizer.zero_grad()
+        (F.mse_loss(plan.model.train()(x), y) + plan.penalty()).backward()
+        optimizer.step()
+        plan.step(optimizer)
+    small = plan.finish()
+    assert not gated_layers(small)
+    assert {id(p) for group in optimizer.param_groups for p in group["params"]} == {id(p) for p in small.parameters()}
+    assert all(state["exp_avg"].shape == p.shape for p, state in optimizer.state.items())
+    assert count_macs(small, x) <= 0.6 * count_macs(NETS[name][0](), x) + 1
+
+
+def test_once_by_each_criterion():
+    build, x = NETS["densenet"]
+    model = shaken(build())
+    for how in ({"criterion": "magnitude"}, {"criterion": "taylor", "batches": [(x, torch.zeros(2, 5))], "loss": F.mse_loss}):
+        small = dampr.prune_once(model, macs=0.5, example_inputs=x, **how)
+        assert count_macs(small, x) <= 0.5 * count_macs(model, x)
+
+
+def test_gates_keep_parameters_and_their_names_and_learn():
+    model = shaken(NETS["densenet"][0]())
+    before = dict(model.named_parameters())
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    dampr.convert(model, example_inputs=IMAGE)
+    assert all(dict(model.named_parameters())[name] is p for name, p in before.items())
+    model.load_state_dict(state, strict=True)
+    model.train()(IMAGE).square().sum().backward()
+    for layer in gated_layers(model).values():
+        assert layer.gate.log_alpha.grad is not None
+    assert any(bool(layer.gate.log_alpha.grad.any()) for layer in gated_layers(model).values())
+    assert float(dampr.penalty(model).detach()) > 0
+    again = dampr.convert(NETS["densenet"][0](), example_inputs=IMAGE)
+    close_some(model)
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again.eval()(IMAGE), model.eval()(IMAGE))
+
+
+def test_include_and_exclude_are_of_the_layers_that_write():
+    model = dampr.convert(NETS["densenet"][0](), example_inputs=IMAGE, exclude="stem*")
+    assert model.dampr_skipped["stem.0"].startswith("include or exclude")
+    close_some(model)
+    small = dampr.compact(model, example_inputs=IMAGE)
+    assert small.stem[0].out_channels == 8
+    assert small.head.in_features < 20
+
+
+def test_a_layer_keeps_one_unit_and_widths_are_rounded():
+    model, x, _, _ = converted("densenet")
+    for gate in dict.fromkeys(layer.gate for layer in gated_layers(model).values()):
+        gate.set_levels_(torch.full_like(gate.levels(), -3.0))
+    small = dampr.compact(model, example_inputs=x)
+    assert small.stem[0].out_channels == 1
+    assert "every layer keeps one at least" in " ".join(small.dampr_manifest["closed_but_kept"].values())
+    rounded = dampr.compact(model, example_inputs=x, round_to=4)
+    assert rounded.stem[0].out_channels == 4
+    torch.testing.assert_close(rounded(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+def test_numbers_beside_parameters_follow_and_come_back():
+    model, x, _, _ = converted("attention")
+    attention = model[0]
+    gate = next(layer.gate for name, layer in gated_layers(model).items() if name.startswith("0.proj"))
+    gate.set_levels_(torch.tensor([1.0, -3.0, 1.0]))
+    small = dampr.compact(model, example_inputs=x)
+    assert (attention.num_heads, small[0].num_heads, small[0].qkv.out_features, small[0].head_dim) == (3, 2, 24, 4)
+    assert dampr.expand(small)[0].num_heads == 3
+
+
+def test_what_cannot_be_put_back_raises_and_leaves_the_model():
+    class Zero(dampr.gates.HardConcrete):
+        def deterministic(self):
+            return torch.zeros(self.num_gates)
+
+        def forward(self, rows=None):
+            return torch.zeros(self.num_gates)
+
+    model = NETS["bare"][0]()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match="a fresh gate of it is 0"):
+        dampr.convert(model, example_inputs=WORDS, gate=Zero)
+    assert not gated_layers(model)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("index", [torch.tensor([0.0]), torch.tensor([[0]]), torch.tensor([-2, 0]), torch.tensor([], dtype=torch.int64), 3])
+def test_an_index_of_gates_is_checked(index):
+    with pytest.raises(ValueError, match="index="):
+        GatedParameter("hard_concrete", 0, index)
+
+
+def test_a_gated_parameter_says_what_it_cannot_do():
+    gated = GatedParameter("hard_concrete", 0, torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match="prior_precision=1"):
+        gated.penalty(prior_precision=1.0)
