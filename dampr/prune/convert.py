@@ -326,6 +326,8 @@ def _seen(layer: nn.Module, name: str, sight: _Sight, widths: graph.Widths, name
         return refused
     if not classes or not classes.issubset(placement.classes()):
         return None
+    if not isinstance(layer, nn.Embedding) and units.is_column(f"{name}.weight".lstrip("."), 0):
+        return "other code reads its weight too, so gates on its outputs would not reach that"
     owners = {m.name.rpartition(".")[0] for one in classes for m in units.members[one]}
     code = next((size for size in placement.sizes if any(f"{owner}.".startswith(f"{size.module}.") for owner in owners)), None)
     if code is not None:

@@ -93,6 +93,11 @@ class Units:
         """The first unit of a dimension, whose units are consecutive."""
         return next(first for at, first, _ in self.origin[self.alias[name]] if at == dim)
 
+    def is_column(self, name: str, dim: int) -> bool:
+        """Whether a product sums over this dimension of a parameter."""
+        found = [(first, size) for at, first, size in self.origin[self.alias[name]] if at == dim]
+        return any(bool(np.isin(np.arange(first, first + size), self.columns).any()) for first, size in found)
+
     def why_not(self, name: str, dim: int) -> Reason | None:
         """Why an index of this dimension must not be cut, or only where statistics count open units; None where all are free.
 

@@ -1,0 +1,143 @@
+"""``python -m benchmarks.coverage fetch | run [--name NAME] [--library LIBRARY] [--again] | table``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from dampr.bench import records
+
+from . import measure, networks, operators
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results" / "coverage.jsonl"
+PAGE = ROOT / "docs" / "coverage.md"
+PACKAGES = ROOT / "build" / "coverage"
+FETCHED = ("timm", "torchvision", "segmentation_models_pytorch")
+LIMIT = 300  # seconds for a network
+
+
+def fetch() -> None:
+    """Put the libraries of models into a folder of their own, without their dependencies: these would bring another torch."""
+    PACKAGES.mkdir(parents=True, exist_ok=True)
+    subprocess.run([sys.executable, "-m", "pip", "install", "--no-deps", "--target", str(PACKAGES), *FETCHED], check=True)
+
+
+def results() -> dict[tuple[str, str], dict[str, Any]]:
+    """The rows that there are; of several of one network the last."""
+    lines = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    return {(line["library"], line["name"]): line for line in lines}
+
+
+def run(wanted: list[tuple[str, str]], again: bool) -> None:
+    """Measure what is missing, each in a process that may take :data:`LIMIT` seconds."""
+    for library, name in wanted:
+        if (library, name) in results() and not again:
+            continue
+        print(f"{library} {name} ...", end=" ", flush=True)
+        try:
+            command = [sys.executable, "-m", "benchmarks.coverage", "one", "--library", library, "--name", name]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, cwd=ROOT)
+            row = (
+                json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {"error": done.stderr.strip().splitlines()[-1][:300]}
+            )
+        except subprocess.TimeoutExpired:
+            row = {"error": f"no end within {LIMIT} s"}
+        row = {"library": library, "name": name} | row | {"environment": records.environment()}
+        print({key: value for key, value in row.items() if key not in ("library", "name", "environment")}, flush=True)
+        kept = {key: value for key, value in results().items() if key != (library, name)} | {(library, name): row}
+        order = {key: number for number, key in enumerate(networks.names())}
+        lines = [json.dumps(kept[key]) for key in sorted(kept, key=lambda key: order.get(key, len(order)))]
+        RESULTS.write_text("\n".join(lines) + "\n")
+
+
+def one(library: str, name: str) -> None:
+    """Measure one network here and print its row."""
+    sys.path.insert(0, str(PACKAGES))
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    if library != "by hand":  # transformers takes torchvision along where it is
+        operators.register()
+    print(json.dumps(measure.row(library, name)))
+
+
+def page() -> str:
+    """docs/coverage.md."""
+    rows = list(results().values())
+    good = [row for row in rows if "error" not in row]
+    enough = [row for row in good if row["prunable"] >= measure.SHARE]
+    exact = [row for row in good if row["left"] == row["foretold"]]
+    wrong = [row for row in good if not isinstance(row["float64"], float) or row["float64"] > 1e-9]
+    beside = [row for row in rows if isinstance(row.get("torch_pruning"), float)]
+    level = [row for row in beside if row.get("left") is not None and row["left"] / row["macs"] <= row["torch_pruning"] + 0.01]
+    dates = sorted({row["environment"]["date"][:10] for row in rows})
+    where = f"{records.device_of(rows[0]['environment'])}, torch {rows[0]['environment']['torch']}, {' to '.join(dict.fromkeys(dates[:1] + dates[-1:]))}"
+    head = f"""# Coverage: which networks can be pruned
+
+Written by `python -m benchmarks.coverage table` from [coverage.jsonl](../benchmarks/results/coverage.jsonl) ({where}).
+
+Each network has random weights and shaken norms. It is converted with the defaults, half of every width is closed, and the masked model is
+compared with the compacted one on inputs that neither has seen.
+
+- {len(rows)} networks; {len(rows) - len(good)} have no result.
+- {len(enough)} have at least {measure.SHARE:.0%} of their multiply-accumulates within reach.
+- {len(good) - len(wrong)} of {len(good)} compute the same masked and compacted, to 1e-9 in float64.
+- {len(exact)} of {len(good)} cost exactly what was foretold.
+- Torch-Pruning 1.6.1 gives a model that runs for {len(beside)}; of these dampr leaves as little or less on {len(level)}, half of every width
+  cut by both.
+
+**Within reach**: the share that goes when every width keeps one unit. **Half**: what is left with half of every width, foretold and found.
+**Gates on**: layers (fused kernels) or parameters (whatever reads a unit). **Convert**: seconds of one core, and forwards that take as long.
+
+| network | gates on | within reach | half: left | foretold | masked = compacted, float32 | float64 | after convert | convert | Torch-Pruning: left |
+|---|---|---:|---:|---|---:|---:|---|---:|---|
+"""
+    return head + "".join(_line(row) for row in rows) + _faults(rows)
+
+
+def _line(row: dict[str, Any]) -> str:
+    name = f"{row['library']} {row['name']}"
+    beside = row.get("torch_pruning", "")
+    beside = f"{beside:.1%}" if isinstance(beside, float) else "no result"
+    if "error" in row:
+        return f"| {name} | no result | | | | | | | | {beside} |\n"
+    exact = "exact" if row["left"] == row["foretold"] else f"{row['foretold'] / row['macs']:.1%}"
+    forwards = row["convert_s"] / max(row["forward_s"], 1e-4)
+    cells = [name, row["gates_on"], f"{row['prunable']:.0%}", f"{row['left'] / row['macs']:.1%}", exact, row["float32"], row["float64"]]
+    cells += [row["same_after_convert"], f"{row['convert_s']:.1f} s ({forwards:.0f})", beside]
+    return "| " + " | ".join(map(str, cells)) + " |\n"
+
+
+def _faults(rows: list[dict[str, Any]]) -> str:
+    lines = [f"- {row['library']} {row['name']}: `{row['error']}`\n" for row in rows if "error" in row]
+    beside = [f"- {r['library']} {r['name']}: `{r['torch_pruning']}`\n" for r in rows if isinstance(r.get("torch_pruning"), str)]
+    found = "\n## No result\n\n" + "".join(lines) if lines else ""
+    return found + ("\n## No result of Torch-Pruning\n\n" + "".join(beside) if beside else "")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.coverage", description=sys.modules["benchmarks.coverage"].__doc__)
+    parser.add_argument("command", choices=["fetch", "run", "one", "table"])
+    parser.add_argument("--library", choices=["timm", "torchvision", "smp", "transformers", "by hand"])
+    parser.add_argument("--name")
+    parser.add_argument("--again", action="store_true", help="measure what has a result too")
+    given = parser.parse_args()
+    wanted = [(lib, name) for lib, name in networks.names() if given.library in (None, lib) and given.name in (None, name)]
+    if not wanted:
+        parser.error(f"--name {given.name}: expected one of {sorted({name for _, name in networks.names()})}")
+    if given.command == "fetch":
+        fetch()
+    elif given.command == "run":
+        run(wanted, given.again)
+    elif given.command == "one":
+        one(*wanted[0])
+    else:
+        PAGE.write_text(page())
+
+
+if __name__ == "__main__":
+    main()
