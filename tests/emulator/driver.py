@@ -63,6 +63,11 @@ class Emulation:
     pointed: dict[int, list[torch.Tensor]] = field(default_factory=dict)  # address of a table of pointers -> what it points to
     log: Log = field(default_factory=Log)
 
+    def take_log(self) -> Log:
+        """What happened since the last call."""
+        taken, self.log = self.log, Log()
+        return taken
+
 
 _current: Emulation | None = None
 
