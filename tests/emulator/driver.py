@@ -25,6 +25,7 @@ from triton.backends.nvidia.compiler import CUDABackend
 
 from tests.emulator import execute, memory, ptx
 from tests.emulator.arithmetic import RAW
+from tests.emulator.meter import Meter
 from tests.emulator.program import Program
 
 CACHE = Path(tempfile.gettempdir()) / f"dampr-emulator-cache-{os.getuid()}"  # not Triton's own: what is a cubin there is PTX here
@@ -60,6 +61,8 @@ class Emulation:
     edit: Callable[[str], str] | None = None  # changes the PTX of a kernel before it runs
     chosen: Callable[[str, execute.Grid], np.ndarray] | None = None  # (kernel, grid) -> CTAs to run, on paged memory; None: all, on a copy
     observe: Callable[[Program, execute.Grid], None] | None = None  # called before each launch
+    meter: Meter | None = None  # counts what launches do
+    recording: bool = False  # launches are logged, and nothing runs
     pointed: dict[int, list[torch.Tensor]] = field(default_factory=dict)  # address of a table of pointers -> what it points to
     log: Log = field(default_factory=Log)
 
@@ -126,6 +129,9 @@ class Launcher:
         emulation, name = current(), program.function.name
         if emulation.observe is not None:
             emulation.observe(program, grid)
+        if emulation.recording:
+            emulation.log.launches[name] += 1
+            return
         try:
             (self._run if emulation.chosen is None else self._run_chosen)(emulation, program, grid, given, tensors)
         except memory.Trap as trap:
@@ -144,8 +150,14 @@ class Launcher:
             if table.data_ptr() in tables:
                 _translate(table, tables[table.data_ptr()], device)
         values = self._values(program, given, device)
-        notes = execute.run(program, grid, values, device, self.metadata.shared, emulation.approximate, emulation.order)
+        if emulation.meter is not None:
+            emulation.meter.begin(program.function.name)
+        notes = execute.run(
+            program, grid, values, device, self.metadata.shared, emulation.approximate, emulation.order, meter=emulation.meter
+        )
         device.note_both_ways()
+        if emulation.meter is not None:
+            emulation.meter.traffic(device)
         self._keep(emulation, program, notes + device.notes)
         for key, data, _ in storages:
             if device.written(key, len(data)):

@@ -13,6 +13,7 @@ import numpy as np
 
 from tests.emulator.machine import Machine
 from tests.emulator.memory import Global, Trap
+from tests.emulator.meter import Meter
 from tests.emulator.program import Program
 from tests.emulator.ptx import Instruction
 
@@ -29,10 +30,11 @@ def run(
     order: np.random.Generator | None = None,
     ctas: np.ndarray | None = None,
     lanes: int = 4096,
+    meter: Meter | None = None,
 ) -> Counter[str]:
     """Run all CTAs, or ``ctas`` of them, some ``lanes`` threads at a time; returns notes.
 
-    ``values``: numpy scalars of the parameters, unsigned; ``shared``: bytes of each CTA; ``order`` shuffles CTAs.
+    ``values``: numpy scalars of the parameters, unsigned; ``shared``: bytes of each CTA; ``order`` shuffles CTAs; ``meter`` counts.
     """
     function = program.function
     parameters = {name: value for (name, _), value in zip(function.params, values, strict=True)}
@@ -43,7 +45,7 @@ def run(
     step = max(1, lanes // function.threads)
     with np.errstate(all="ignore"):
         for first in range(0, len(ctas), step):
-            machine = Machine(memory, ctas[first : first + step], grid, function.threads, shared, approximate)
+            machine = Machine(memory, ctas[first : first + step], grid, function.threads, shared, approximate, meter)
             Batch(program, machine, parameters).run()
             notes += machine.notes + machine.shared.notes
     return notes
@@ -67,6 +69,8 @@ class Batch:
             mask = self.waiting.pop(start)
             taken = self.program.block(start, mask is not None)(self.registers, self.machine, mask, self.parameters)
             end = self.program.ends[start]
+            if self.machine.meter is not None:
+                self.machine.meter.instructions(end - start, mask, self.machine.lanes)
             self._leave(self.program.function.instructions[end - 1], end, mask, taken)
 
     def _add(self, block: int, mask: np.ndarray | None) -> None:
@@ -96,6 +100,8 @@ class Batch:
         elif np.ndim(taken) == 0:
             self._add(target if taken else end, mask)
         else:
+            if self.machine.meter is not None:
+                self.machine.meter.branch(taken, mask)
             for block, going in ((target, taken), (end, ~taken)):
                 going = going if mask is None else going & mask
                 if going.any():

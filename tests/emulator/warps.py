@@ -15,6 +15,7 @@ import numpy as np
 from tests.emulator import arithmetic
 from tests.emulator.arithmetic import bf16_to_f32, f2, f4, f8, i8, tf32, u1, u2, u4, u8
 from tests.emulator.memory import Global, Trap
+from tests.emulator.meter import Meter
 from tests.emulator.shared import Shared
 
 _REDUCTIONS: dict[str, Callable[..., Any]] = {
@@ -30,10 +31,17 @@ class Warps:
     """Special registers, memory and the instructions of one warp."""
 
     def __init__(
-        self, memory: Global, ctas: np.ndarray, grid: tuple[int, int, int], threads: int, shared: int, approximate: int | None
+        self,
+        memory: Global,
+        ctas: np.ndarray,
+        grid: tuple[int, int, int],
+        threads: int,
+        shared: int,
+        approximate: int | None = None,
+        meter: Meter | None = None,
     ) -> None:
         """``ctas``: numbers of those that run; ``shared``: bytes for each; ``approximate``: see :func:`arithmetic.inexact`."""
-        self.memory, self.approximate, self.notes = memory, approximate, Counter[str]()
+        self.memory, self.approximate, self.meter, self.notes = memory, approximate, meter, Counter[str]()
         self.threads, self.lanes = threads, len(ctas) * threads
         flat = np.repeat(ctas.astype(u8), threads)
         axes = flat % u8(grid[0]), flat // u8(grid[0]) % u8(grid[1]), flat // u8(grid[0] * grid[1])
@@ -68,15 +76,23 @@ class Warps:
     # ---- memory ----
 
     def load_global(self, address: Any, size: int, count: int, mask: Any, at: str) -> list[Any]:
+        if self.meter is not None:
+            self.meter.memory("read", address, size * count, mask, self.lanes)
         return self.memory.load(address, size, count, mask, self.thread, at)
 
     def store_global(self, address: Any, values: list[Any], size: int, mask: Any, at: str) -> None:
+        if self.meter is not None:
+            self.meter.memory("written", address, size * len(values), mask, self.lanes)
         self.memory.store(address, values, size, mask, self.thread, at)
 
     def load_shared(self, address: Any, size: int, count: int, mask: Any, at: str) -> list[np.ndarray]:
+        if self.meter is not None:
+            self.meter.shared(address, size * count, mask, self.lanes)
         return self.shared.load(address, size, count, mask, at)
 
     def store_shared(self, address: Any, values: list[Any], size: int, mask: Any, at: str) -> None:
+        if self.meter is not None:
+            self.meter.shared(address, size * len(values), mask, self.lanes)
         self.shared.store(address, values, size, mask, at)
 
     def copy_async(self, target: Any, source: Any, size: int, filled: Any, mask: Any, at: str) -> None:
@@ -124,9 +140,15 @@ class Warps:
 
     # ---- mma.sync and the loads and stores that feed it ----
 
+    def _meter_matrix(self, address: Any, count: int, mask: Any, at: str) -> None:
+        """Eight lanes give the rows of each matrix, 16 bytes each."""
+        self.whole_warps(mask, at)
+        if self.meter is not None:
+            self.meter.shared(address, 16, self.taking(mask) & (self.lane < 8 * count), self.lanes)
+
     def load_matrix(self, address: Any, count: int, transposed: bool, mask: Any, at: str) -> list[np.ndarray]:
         """ldmatrix of ``count`` 8 x 8 matrices of 16 bits."""
-        self.whole_warps(mask, at)
+        self._meter_matrix(address, count, mask, at)
         address, group, pair = self.full(address), self.lane // 4, self.lane % 4
         found = []
         for i in range(count):
@@ -143,7 +165,7 @@ class Warps:
 
     def store_matrix(self, address: Any, words: list[Any], transposed: bool, mask: Any, at: str) -> None:
         """stmatrix."""
-        self.whole_warps(mask, at)
+        self._meter_matrix(address, len(words), mask, at)
         address, group, pair = self.full(address), self.lane // 4, self.lane % 4
         for i, word in enumerate(words):
             if not transposed:
