@@ -1,7 +1,7 @@
 """``python -m benchmarks.tables``: write the tables of README.md and docs from the results files; none is typed by hand.
 
 A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``; NAME is a file under benchmarks/results without its ending, or
-one of :data:`EXAMPLES`, made of the files in examples/results, or "emulated".
+one of :data:`EXAMPLES`, made of the files in examples/results, of emulated runs and of counts.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from math import nan
 from pathlib import Path
 from typing import Any
 
-from benchmarks import emulated
+from benchmarks import emulated, predictions
 from dampr import demo, report
 from dampr.bench import linear, records
 
@@ -218,6 +218,8 @@ EXAMPLES = {
     "examples-structures": _structures,
     "emulated": emulated.table,
     "emulated-steps": emulated.steps,
+    "predicted-kernels": predictions.kernels,
+    "predicted-routes": predictions.routes,
 }
 
 

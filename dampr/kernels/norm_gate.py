@@ -54,16 +54,20 @@ def _norm_stats_columns_kernel(x_ptr, mean_ptr, spread_ptr, rows, n, rows_per_sp
     blocks = tl.cdiv(n, BLOCK_N)
     pid = tl.program_id(0)
     split, col = (pid // blocks).to(tl.int64), (pid % blocks).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    # Distances from an element of each column are summed, not elements: a large mean would cost the digits of the spread.
+    near = tl.load(x_ptr + split * rows_per_split * n + col, mask=(col < n) & (split * rows_per_split < rows), other=0.0).to(tl.float32)
+    near = tl.where(tl.abs(near) < float("inf"), near, 0.0)
     mean, spread = tl.zeros((BLOCK_N,), tl.float32), tl.zeros((BLOCK_N,), tl.float32)
     for first in range(0, rows_per_split, BLOCK_M):
         row = split * rows_per_split + first + tl.arange(0, BLOCK_M)
         count = tl.maximum(tl.minimum(rows - (split * rows_per_split + first), BLOCK_M), 0)
         mask = (row < rows)[:, None] & (col < n)[None, :]
         x = tl.load(x_ptr + row[:, None] * n + col[None, :], mask=mask, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_N]
+        x = tl.where(mask, x - near[None, :], 0.0)
         centre = tl.div_rn(tl.sum(x, axis=0), tl.maximum(count, 1).to(tl.float32))
         distance = tl.where(mask, x - centre[None, :], 0.0)
         mean, spread = _join(mean, spread, first, centre, tl.sum(distance * distance, axis=0), count)
-    tl.store(mean_ptr + split * n + col, mean, mask=col < n)
+    tl.store(mean_ptr + split * n + col, near + mean, mask=col < n)
     tl.store(spread_ptr + split * n + col, spread, mask=col < n)
 
 
@@ -140,7 +144,8 @@ def _norm_gate_columns_kernel(
     mean, rstd = _channel(mean_ptr, col, inside, 0.0)[None, :], (1.0 / tl.sqrt_rn(_channel(var_ptr, col, inside, 1.0) + EPS))[None, :]
     if sums_ptr is not None:
         by_bias, by_gain = _channel(sums_ptr, col, inside, 0.0)[None, :] / count, _channel(sums_ptr + n, col, inside, 0.0)[None, :] / count
-    total, product = tl.zeros((BLOCK_N,), tl.float32), tl.zeros((BLOCK_N,), tl.float32)
+    # Summed once: over the rows of a tile they would go through shared memory each time.
+    total, product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32), tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for first in range(0, rows_per_split, BLOCK_M):
         row = split * rows_per_split + first + tl.arange(0, BLOCK_M)
         mask = (row < middle)[:, None] & inside[None, :]
@@ -152,16 +157,16 @@ def _norm_gate_columns_kernel(
         else:
             dp = _let_through(tl.load(dy_ptr + offsets, mask=mask, other=0.0).to(tl.float32), v, RELU)
             if partial_ptr is not None:
-                total += tl.sum(dp, axis=0)
-                product += tl.sum(dp * h, axis=0)
+                total += dp
+                product += dp * h
             else:
                 dh = z * dp
                 if sums_ptr is not None:
                     dh = dh - by_bias - h * by_gain
                 tl.store(out_ptr + offsets, (gain * rstd * dh).to(out_ptr.dtype.element_ty), mask=mask)
     if partial_ptr is not None:
-        tl.store(partial_ptr + part * 2 * n + col, total, mask=inside)
-        tl.store(partial_ptr + (part * 2 + 1) * n + col, product, mask=inside)
+        tl.store(partial_ptr + part * 2 * n + col, tl.sum(total, axis=0), mask=inside)
+        tl.store(partial_ptr + (part * 2 + 1) * n + col, tl.sum(product, axis=0), mask=inside)
 
 
 @triton.jit
