@@ -39,20 +39,24 @@ def main() -> int:
     started, failed, left = time.monotonic(), 0, 0
     for unit, arch in itertools.product(cases.units(), args.arch):
         path = args.out / f"sm_{arch}.json"
-        found = json.loads(path.read_text()) if path.exists() else {"units": {}}
-        if args.unit not in str(unit) or (str(unit) in found["units"] and not args.again):
+        if args.unit not in str(unit) or (str(unit) in _units(path) and not args.again):
             continue
         if time.monotonic() - started > args.seconds:
             left += 1
             continue
         result = run(unit, arch, args.approximate)
         failed += report(unit, arch, result)
-        if args.approximate is None:
-            found["units"][str(unit)] = result
-            records.write_json(path, {"environment": records.environment(), "units": found["units"]})
+        if args.approximate is None:  # read again: another process may have written since
+            records.write_json(path, {"environment": records.environment(), "units": {**_units(path), str(unit): result}})
     if left:
         print(f"{left} units are left; run the same again")
     return 1 if failed else 0
+
+
+def _units(path: Path) -> dict[str, Any]:
+    """Results so far, by unit."""
+    found: dict[str, Any] = json.loads(path.read_text())["units"] if path.exists() else {}
+    return found
 
 
 def run(unit: cases.Unit, arch: int, approximate: int | None) -> dict[str, Any]:
