@@ -20,7 +20,8 @@ def table() -> str:
     rows = [row for path, found in files.items() for row in _rows(path.stem, found["units"])]
     where = files[paths[0]]["environment"]
     names = ", ".join(f"[{path.name}](../benchmarks/results/emulated/{path.name})" for path in paths)
-    run = f"{records.device_of(where)}, torch {where['torch']}, triton {where['triton']}, {where['date'][:10]}, commit {where['commit']}"
+    commits = ", ".join(sorted({unit["commit"] for found in files.values() for unit in found["units"].values()}))
+    run = f"{records.device_of(where)}, torch {where['torch']}, triton {where['triton']}, {where['date'][:10]}, commits {commits}"
     order = sorted(rows, key=lambda row: (row[0], row[1], row[2], int(row[3][3:])))
     return f"{report.markdown(COLUMNS, order)}\n\n{names}: emulated on {run}.\n"
 

@@ -47,7 +47,9 @@ def main() -> int:
         result = run(unit, arch, args.approximate)
         failed += report(unit, arch, result)
         if args.approximate is None:  # read again: another process may have written since
-            records.write_json(path, {"environment": records.environment(), "units": {**_units(path), str(unit): result}})
+            environment = records.environment()
+            result["commit"] = environment["commit"]
+            records.write_json(path, {"environment": environment, "units": {**_units(path), str(unit): result}})
     if left:
         print(f"{left} units are left; run the same again")
     return 1 if failed else 0
