@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help install demo test verify bench gpu examples plots lint format clean
+.PHONY: help install demo test verify emulate bench gpu examples plots lint format clean
 
 help:
 	@echo "make demo     train, prune, compact and report on real data (a minute or two)"
 	@echo "make test     every test that runs on this machine; the kernels in Triton's interpreter first"
 	@echo "make verify   every op and backend here against the float64 reference"
+	@echo "make emulate  compiled kernels against float64 on emulated GPUs (hours; goes on where it stopped)"
 	@echo "make bench    the benchmark suite on this machine        make gpu   the same and the GPU tests, on a machine with a GPU"
 	@echo "make examples one script for each published experiment"
 	@echo "make plots    the charts and tables of the documentation, from the results files"
@@ -30,11 +31,17 @@ $(STAMP): constraints.txt pyproject.toml setup.py $(wildcard csrc/*)
 demo: $(STAMP)
 	$(BIN)/dampr demo
 
-# Triton's interpreter keeps one core busy for minutes, so all other tests run beside it; what they print comes after its summary.
+# Triton's interpreter and then the emulator of compiled kernels keep one core busy for minutes, so all other tests run beside them; what these
+# print comes after their summaries.
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest > $(VENV)/.test.log 2>&1 & others=$$!; \
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/interpreter; interpreter=$$?; \
-	wait $$others; others=$$?; cat $(VENV)/.test.log; exit $$((interpreter | others))
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/emulator; emulator=$$?; \
+	wait $$others; others=$$?; cat $(VENV)/.test.log; exit $$((interpreter | emulator | others))
+
+# In slices: python -m tests.emulator --seconds 500
+emulate: $(STAMP)
+	$(BIN)/python -m tests.emulator
 
 verify: $(STAMP)
 	$(BIN)/dampr verify

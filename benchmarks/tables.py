@@ -1,7 +1,7 @@
 """``python -m benchmarks.tables``: write the tables of README.md and docs from the results files; none is typed by hand.
 
 A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``; NAME is a file under benchmarks/results without its ending, or
-one of :data:`EXAMPLES`, made of the files in examples/results.
+one of :data:`EXAMPLES`, made of the files in examples/results, of emulated runs and of counts.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from math import nan
 from pathlib import Path
 from typing import Any
 
+from benchmarks import emulated, predictions
 from dampr import demo, report
 from dampr.bench import linear, records
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "methods.md", ROOT / "docs" / "choosing.md")
+DOCUMENTS = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("performance", "methods", "choosing", "emulated")))
 PLACE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -215,6 +216,10 @@ EXAMPLES = {
     "examples-dam-autoencoder": _dam_autoencoder,
     "examples-compare": _compare,
     "examples-structures": _structures,
+    "emulated": emulated.table,
+    "emulated-steps": emulated.steps,
+    "predicted-kernels": predictions.kernels,
+    "predicted-routes": predictions.routes,
 }
 
 

@@ -5,12 +5,16 @@ of the largest true value, and (2) its RMS error is below a fixed share of the t
 exactly, not by these rules.
 
 In half precision 1e-6 is far below what one rounding does (2^-9 in bfloat16), results pass several, and on a handful of elements plain
-PyTorch may be exact by luck; there one unit in the last place, at the largest true value, takes its place.
+PyTorch may be exact by luck; there one unit in the last place, at the largest true value, takes its place. So it is for float32 whose
+products are in TF32, which has the 11 significant bits of float16; plain PyTorch is held to the same by giving it rounded data.
+
+A sum may cancel, and a tensor of few elements may hold nothing else: then its largest value says nothing about what was added up. ``alike``
+takes the truths of the same problem with other signs, and the largest value is looked for in all of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +23,17 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-__all__ = ["HARD_SHAPES", "RMS_BOUND", "TILED_SHAPES", "Comparison", "assert_close", "compare", "layouts", "poisoned_empty"]
+__all__ = [
+    "HARD_SHAPES",
+    "RMS_BOUND",
+    "TILED_SHAPES",
+    "Comparison",
+    "as_tf32",
+    "assert_close",
+    "compare",
+    "layouts",
+    "poisoned_empty",
+]
 
 # (M, K, N) of a linear map: nothing, one, primes, one past and one short of a tile, K below a tile.
 HARD_SHAPES = ((0, 5, 3), (1, 1, 1), (5, 7, 3), (1, 129, 65), (33, 8, 16), (127, 257, 63))
@@ -54,7 +68,16 @@ class Comparison:
         return f"{self.name}: max error {self.error:.3g} (bound {self.bound:.3g}), RMS ratio {self.rms:.3g} (bound {self.rms_bound:.3g})"
 
 
-def compare(name: str, out: Tensor, truth: Tensor, baseline: Tensor, dtype: torch.dtype | None = None) -> Comparison:
+def compare(
+    name: str,
+    out: Tensor,
+    truth: Tensor,
+    baseline: Tensor,
+    dtype: torch.dtype | None = None,
+    *,
+    alike: Sequence[Tensor] = (),
+    tf32: bool = False,
+) -> Comparison:
     """Measure ``out`` by the two rules.
 
     Args:
@@ -63,8 +86,11 @@ def compare(name: str, out: Tensor, truth: Tensor, baseline: Tensor, dtype: torc
         truth: float64, the same shape.
         baseline: what plain PyTorch gives in the same dtype.
         dtype: that dtype; None: the one of ``out``. (A float32 gate gradient of a bfloat16 layer is held to bfloat16.)
+        alike: float64, what the truth would be with other signs of the data; they stand for its size where it cancels.
+        tf32: products of float32 were in TF32, and ``baseline`` comes from data that :func:`as_tf32` has rounded.
 
-    A baseline whose own RMS error passes the fixed bound (a long half-precision sum) moves that bound to twice its error.
+    A baseline whose own RMS error passes the fixed bound (a long half-precision sum) moves that bound to twice its error. Differences
+    below the smallest normal float32 do not count.
     """
     if out.shape != truth.shape or baseline.shape != truth.shape:
         raise AssertionError(f"{name}: shape {tuple(out.shape)}, baseline {tuple(baseline.shape)}, truth {tuple(truth.shape)}")
@@ -72,17 +98,35 @@ def compare(name: str, out: Tensor, truth: Tensor, baseline: Tensor, dtype: torc
         return Comparison(name, 0.0, 0.0, 0.0, 0.0)
     truth = truth.detach().double().cpu()
     gap, own = (out.detach().double().cpu() - truth).abs(), (baseline.detach().double().cpu() - truth).abs()
-    scale, rms_truth = truth.abs().max(), truth.square().mean().sqrt()
+    sizes = [t.detach().double().cpu() for t in (truth, *alike)]
+    scale, rms_truth = max(t.abs().max() for t in sizes), max(t.square().mean().sqrt() for t in sizes)
     dtype = out.dtype if dtype is None else dtype
-    slack = 1e-13 if dtype == torch.float64 else max(1e-6, torch.finfo(dtype).eps if dtype.itemsize == 2 else 0.0)
-    bound = 2 * own.max() + slack * scale
+    if tf32 and dtype != torch.float32:
+        raise ValueError(f"tf32=True with dtype={dtype}: expected float32")
+    precise = torch.float16 if tf32 else dtype
+    slack = 1e-13 if precise == torch.float64 else max(1e-6, torch.finfo(precise).eps if precise.itemsize == 2 else 0.0)
+    bound = 2 * own.max() + slack * scale + torch.finfo(torch.float32).tiny
     ratio, own_ratio = (float(e.square().mean().sqrt() / rms_truth) if rms_truth else float(e.max()) for e in (gap, own))
-    return Comparison(name, float(gap.max()), float(bound), ratio, max(RMS_BOUND[dtype], 2 * own_ratio))
+    return Comparison(name, float(gap.max()), float(bound), ratio, max(RMS_BOUND[precise], 2 * own_ratio))
 
 
-def assert_close(name: str, out: Tensor, truth: Tensor, baseline: Tensor, dtype: torch.dtype | None = None) -> None:
+def as_tf32(t: Tensor) -> Tensor:
+    """float32 cut off to the bits that a TF32 product reads: 8 of exponent, 10 of mantissa."""
+    return (t.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32)
+
+
+def assert_close(
+    name: str,
+    out: Tensor,
+    truth: Tensor,
+    baseline: Tensor,
+    dtype: torch.dtype | None = None,
+    *,
+    alike: Sequence[Tensor] = (),
+    tf32: bool = False,
+) -> None:
     """Raise AssertionError with the numbers unless ``out`` passes :func:`compare`."""
-    result = compare(name, out, truth, baseline, dtype)
+    result = compare(name, out, truth, baseline, dtype, alike=alike, tf32=tf32)
     if not result.ok:
         raise AssertionError(str(result))
 

@@ -252,13 +252,14 @@ def _norm_cases() -> list[Case]:
         Case("norm_join", norm_gate._norm_stats_join_kernel, join, "bf16", True),
         Case("norm_finish", norm_gate._norm_gate_finish_kernel, finish, "bf16", True, parameter_dtype="fp32"),
     ]
-    for layout, stats, kernel, tile in (
-        ("columns", norm_gate._norm_stats_columns_kernel, norm_gate._norm_gate_columns_kernel, configs.COLUMN_SUM_TILE),
-        ("rows", norm_gate._norm_stats_rows_kernel, norm_gate._norm_gate_rows_kernel, configs.PLANE_TILE),
+    rows, columns = (configs.PLANE_TILE, configs.PLANE_TILE), (configs.COLUMN_MEAN_TILE, configs.COLUMN_SUM_TILE)
+    for layout, stats, kernel, tiles in (
+        ("columns", norm_gate._norm_stats_columns_kernel, norm_gate._norm_gate_columns_kernel, columns),
+        ("rows", norm_gate._norm_stats_rows_kernel, norm_gate._norm_gate_rows_kernel, rows),
     ):
-        blocks = dict(zip(("BLOCK_M", "BLOCK_N"), tile, strict=True))
+        means, blocks = (dict(zip(("BLOCK_M", "BLOCK_N"), tile, strict=True)) for tile in tiles)
         for kind, aligned in (("", True), ("-odd", False)):
-            found.append(Case(f"norm_stats-{layout}{kind}", stats, blocks, "bf16", aligned))
+            found.append(Case(f"norm_stats-{layout}{kind}", stats, means, "bf16", aligned))
             for name, absent in passes.items():
                 constants = {**blocks, **absent, "EPS": 1e-5, "RELU": True, "PER_OUTER": True}
                 found.append(Case(f"norm_{name}-{layout}{kind}", kernel, constants, "bf16", aligned, parameter_dtype="fp32"))

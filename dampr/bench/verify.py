@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 from dampr import _progress, functional, ops, philox, reference
 from dampr.bench import records, verify_conv
 from dampr.spec import SHAPES, VARIANTS, GateSpec, hard_concrete, mask, ramp, value
-from dampr.testing import HARD_SHAPES, TILED_SHAPES, Comparison, compare, layouts
+from dampr.testing import HARD_SHAPES, TILED_SHAPES, Comparison, as_tf32, compare, layouts
 
 # (B, C, ...) of a norm: nothing, vectors, sequences, images of one pixel, of primes, of whole tiles, of more channels than a tile. Never of
 # two values per channel: those are always +1 and -1, and the gradient is zero but for eps.
@@ -45,9 +46,15 @@ _DTYPES = {
 }
 
 
+TF32 = "tf32"  # as a row's dtype: tensors of float32, their products in TF32
+_PRODUCTS = ("gated_linear", "weight_gated_linear", "gated_conv2d")
+_REDRAWN = 3  # how often signs are drawn again to learn the size of what is added up
+_SMALL = 2**16  # in problems of more elements than this not everything cancels
+
+
 @dataclass
 class Row:
-    """One line of the table: an op on a backend in a dtype, over all its cases."""
+    """One line of the table: an op on a backend in a dtype (or :data:`TF32`), over all its cases."""
 
     op: str
     backend: str
@@ -61,6 +68,10 @@ class Row:
     @property
     def ok(self) -> bool:
         return not self.failures
+
+    @property
+    def tf32(self) -> bool:
+        return self.dtype == TF32
 
     def add(self, case: str, result: Comparison) -> None:
         self.cases += 1
@@ -85,12 +96,37 @@ def targets() -> list[tuple[str, str, torch.dtype]]:
 
 
 def run(only_op: str | None = None) -> list[Row]:
-    """Verify everything that can run here; a row per op, backend, device and dtype."""
-    jobs = [(op, *target) for target in targets() for op in _OPS if only_op in (None, op) and _applies(op, *target)]
-    rows = []
-    for op, backend, device, dtype in _progress.track(jobs, "verify", delay=0):
-        rows.append(_OPS[op](Row(op, backend, device, str(dtype).removeprefix("torch.")), dtype))
-    return rows
+    """Verify everything that can run here; a row per op, backend, device and dtype, and one for TF32 where our kernels have it."""
+    jobs = [(op, *target, False) for target in targets() for op in _OPS if only_op in (None, op) and _applies(op, *target)]
+    jobs += [(op, "triton", "cuda", torch.float32, True) for op in _PRODUCTS if only_op in (None, op) and has_tf32()]
+    return [verify_op(*job) for job in _progress.track(jobs, "verify", delay=0)]
+
+
+def verify_op(op: str, backend: str, device: str, dtype: torch.dtype, tf32: bool = False, row: type[Row] = Row) -> Row:
+    """One row. Products of float32 are in IEEE arithmetic whatever torch's switches say, or in TF32, which has bounds of its own."""
+    with float32_products(TF32 if tf32 else "ieee"):
+        return _OPS[op](row(op, backend, device, TF32 if tf32 else str(dtype).removeprefix("torch.")), dtype)
+
+
+def has_tf32() -> bool:
+    """Whether there is a GPU whose Triton kernels can multiply in TF32."""
+    if ("triton", "cuda", torch.float32) not in targets() or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability() >= (8, 0)
+
+
+@contextmanager
+def float32_products(precision: str) -> Iterator[None]:
+    """Products of float32 matrices and convolutions on CUDA are "ieee" or "tf32" in the block. torch's default differs between the two."""
+    switches: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn)  # type: ignore[attr-defined]
+    kept = [switch.fp32_precision for switch in switches]
+    try:
+        for switch in switches:
+            switch.fp32_precision = precision
+        yield
+    finally:
+        for switch, value in zip(switches, kept, strict=True):
+            switch.fp32_precision = value
 
 
 def _applies(op: str, backend: str, device: str, dtype: torch.dtype) -> bool:
@@ -167,6 +203,37 @@ def gates_once(
     return z, torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
 
 
+def _rounded(row: Row, data: dict[str, Tensor], dy: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """What the baseline of a row gets: in TF32 its factors as a tensor core reads them."""
+    if not row.tf32:
+        return data, dy
+    return {name: as_tf32(t) if name in ("x", "weight") else t for name, t in data.items()}, as_tf32(dy)
+
+
+def _other_signs(data: dict[str, Tensor], dy: Tensor, keep: tuple[str, ...] = ()) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+    """The same problem a few times with signs drawn again, but for gates and what is named, if it is small."""
+    if dy.numel() + sum(t.numel() for t in data.values()) > _SMALL:
+        return
+    generator = torch.Generator().manual_seed(5)
+
+    def signed(t: Tensor) -> Tensor:
+        return t * (2 * torch.randint(0, 2, t.shape, generator=generator) - 1).to(t.dtype)
+
+    for _ in range(_REDRAWN):
+        yield {name: t if name in keep or name.endswith("gate") else signed(t) for name, t in data.items()}, signed(dy)
+
+
+class _Alike:
+    """The truths of a problem with signs drawn again, computed when they are asked for."""
+
+    def __init__(self, once: Callable[..., dict[str, Tensor]], data: dict[str, Tensor], dy: Tensor, keep: tuple[str, ...] = ()) -> None:
+        self.once, self.problem = once, (data, dy, keep)
+
+    @functools.cached_property
+    def truths(self) -> list[dict[str, Tensor]]:
+        return [self.once(*other) for other in _other_signs(*self.problem)]
+
+
 def _running(backend: str | None) -> AbstractContextManager[None]:
     return nullcontext() if backend is None else ops.backend(backend)
 
@@ -221,48 +288,76 @@ def linear_cases(device: str) -> list[LinearCase]:
     return cases
 
 
+def linear_data(case: LinearCase, dtype: torch.dtype, generator: torch.Generator) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """(data, dy, seed) of a case; data is rounded to ``dtype`` but for the gates."""
+    seed = torch.randint(0, 2**63 - 1, (1,), generator=generator)
+    m, k, n = case.shape
+    block_rows, block_cols = case.block
+    shapes = {
+        "x": (m, k),
+        "weight": (n, k),
+        "bias": (n,) if n != 3 else None,
+        "input_gate": (k,) if case.gates in ("input", "both") else None,
+        "output_gate": (n,) if case.gates in ("output", "both") else None,
+        "weight_gate": (-(n // -block_rows) * -(k // -block_cols),) if case.op == "weight_gated_linear" else None,
+    }
+    data = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items() if shape is not None}
+    data["weight"] /= max(k, 1) ** 0.5
+    data = {name: t if name.endswith("_gate") else t.to(dtype) for name, t in data.items()}
+    dy = torch.ones((), dtype=dtype).expand(m, n) if case.expanded_dy else torch.randn(m, n, generator=generator).to(dtype)
+    return data, dy, seed
+
+
 def _verify_linear(row: Row, dtype: torch.dtype) -> Row:
     generator = torch.Generator().manual_seed(2)
     for case in linear_cases(row.device):
         if case.op != row.op:
             continue
-        seed = torch.randint(0, 2**63 - 1, (1,), generator=generator)
-        m, k, n = case.shape
-        block_rows, block_cols = case.block
-        shapes = {
-            "x": (m, k),
-            "weight": (n, k),
-            "bias": (n,) if n != 3 else None,
-            "input_gate": (k,) if case.gates in ("input", "both") else None,
-            "output_gate": (n,) if case.gates in ("output", "both") else None,
-            "weight_gate": (-(n // -block_rows) * -(k // -block_cols),) if case.op == "weight_gated_linear" else None,
-        }
-        data = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items() if shape is not None}
-        data["weight"] /= max(k, 1) ** 0.5
-        data = {name: t if name.endswith("_gate") else t.to(dtype) for name, t in data.items()}
-        dy = torch.ones((), dtype=dtype).expand(m, n) if case.expanded_dy else torch.randn(m, n, generator=generator).to(dtype)
-        truth, baseline = (linear_once(None, kind, "cpu", case, data, dy, seed) for kind in (torch.float64, dtype))
+        data, dy, seed = linear_data(case, dtype, generator)
+        truth = linear_once(None, torch.float64, "cpu", case, data, dy, seed)
+        baseline = linear_once(None, dtype, "cpu", case, *_rounded(row, data, dy), seed)
+
+        def signed(x: dict[str, Tensor], upstream: Tensor, case: LinearCase = case, seed: Tensor = seed) -> dict[str, Tensor]:
+            return linear_once(None, torch.float64, "cpu", replace(case, expanded_dy=False), x, upstream, seed)
+
+        alike = _Alike(signed, data, dy)
         for route in _routes(row.backend, case):
             with ops.forced_route(route):
                 out = linear_once(row.backend, dtype, row.device, case, data, dy, seed)
-            label = str(case) if route is None else f"{case}, route {route}"
-            for name, o in out.items():
-                row.add(f"{label}: {name}", compare(name, o, truth[name], baseline[name], dtype))
+            _compare(row, str(case) if route is None else f"{case}, route {route}", out, truth, baseline, alike, dtype)
     return row
+
+
+def _compare(
+    row: Row,
+    case: str,
+    out: dict[str, Tensor],
+    truth: dict[str, Tensor],
+    baseline: dict[str, Tensor],
+    alike: _Alike,
+    dtype: torch.dtype,
+) -> None:
+    """Add every tensor of a case to its row. What else the signs could give is looked at where a bound is passed: it only raises bounds."""
+    for name, o in out.items():
+        result = compare(name, o, truth[name], baseline[name], dtype, tf32=row.tf32)
+        if not result.ok:
+            result = compare(name, o, truth[name], baseline[name], dtype, alike=[other[name] for other in alike.truths], tf32=row.tf32)
+        row.add(f"{case}: {name}", result)
 
 
 def _verify_conv(row: Row, dtype: torch.dtype) -> Row:
     generator = torch.Generator().manual_seed(3)
     for case in verify_conv.cases(row.backend, row.device):
         data, dy, seed = verify_conv.make(case, dtype, generator)
-        args = case, data, dy, seed
-        out, truth, baseline = (
-            verify_conv.once(row.backend, dtype, row.device, *args),
-            verify_conv.once(None, torch.float64, "cpu", *args),
-            verify_conv.once(None, dtype, "cpu", *args),
-        )
-        for name, o in out.items():
-            row.add(f"{case}: {name}", compare(name, o, truth[name], baseline[name], dtype))
+        out = verify_conv.once(row.backend, dtype, row.device, case, data, dy, seed)
+        truth = verify_conv.once(None, torch.float64, "cpu", case, data, dy, seed)
+        baseline = verify_conv.once(None, dtype, "cpu", case, *_rounded(row, data, dy), seed)
+
+        def signed(x: dict[str, Tensor], upstream: Tensor, case: verify_conv.ConvCase = case, seed: Tensor = seed) -> dict[str, Tensor]:
+            return verify_conv.once(None, torch.float64, "cpu", case, x, upstream, seed)
+
+        alike = _Alike(signed, data, dy)
+        _compare(row, str(case), out, truth, baseline, alike, dtype)
     return row
 
 
@@ -349,23 +444,42 @@ def norm_cases() -> list[NormCase]:
     return cases
 
 
+NormData = tuple[dict[str, Tensor], tuple[Tensor, Tensor], Tensor, Tensor]
+
+
+def norm_data(case: NormCase, dtype: torch.dtype, generator: torch.Generator) -> NormData:
+    """(data, running mean and variance, dy, seed) of a case; x and dy are rounded to ``dtype``."""
+    seed = torch.randint(0, 2**63 - 1, (1,), generator=generator)
+    channels = case.shape[1]
+    data = {
+        "x": (torch.randn(case.shape, generator=generator) + case.mean).to(dtype),
+        "gate": torch.randn(channels, generator=generator),
+    }
+    if case.affine:
+        data |= {name: torch.randn(channels, generator=generator) for name in ("weight", "bias")}
+    running = torch.randn(channels, generator=generator), torch.rand(channels, generator=generator) + 0.5
+    dy = torch.ones((), dtype=dtype).expand(case.shape) if case.expanded_dy else torch.randn(case.shape, generator=generator).to(dtype)
+    return data, running, dy, seed
+
+
 def _verify_norm(row: Row, dtype: torch.dtype) -> Row:
     generator = torch.Generator().manual_seed(3)
     for case in norm_cases():
-        seed = torch.randint(0, 2**63 - 1, (1,), generator=generator)
-        channels = case.shape[1]
-        data = {
-            "x": (torch.randn(case.shape, generator=generator) + case.mean).to(dtype),
-            "gate": torch.randn(channels, generator=generator),
-        }
-        if case.affine:
-            data |= {name: torch.randn(channels, generator=generator) for name in ("weight", "bias")}
-        running = torch.randn(channels, generator=generator), torch.rand(channels, generator=generator) + 0.5
-        dy = torch.ones((), dtype=dtype).expand(case.shape) if case.expanded_dy else torch.randn(case.shape, generator=generator).to(dtype)
-        truth, baseline = (norm_once(None, kind, "cpu", case, data, running, dy, seed) for kind in (torch.float64, dtype))
-        for name, o in norm_once(row.backend, dtype, row.device, case, data, running, dy, seed).items():
-            row.add(f"{case}: {name}", compare(name, o, truth[name], baseline[name], dtype))
+        verify_norm_case(row, case, dtype, norm_data(case, dtype, generator))
     return row
+
+
+def verify_norm_case(row: Row, case: NormCase, dtype: torch.dtype, given: NormData) -> None:
+    """Add one case to a row."""
+    data, running, dy, seed = given
+    truth, baseline = (norm_once(None, kind, "cpu", case, data, running, dy, seed) for kind in (torch.float64, dtype))
+
+    def signed(affine: dict[str, Tensor], upstream: Tensor) -> dict[str, Tensor]:
+        return norm_once(None, torch.float64, "cpu", replace(case, expanded_dy=False), affine, running, upstream, seed)
+
+    alike = _Alike(signed, data, dy, keep=("x",))
+    out = norm_once(row.backend, dtype, row.device, case, data, running, dy, seed)
+    _compare(row, str(case), out, truth, baseline, alike, dtype)
 
 
 def norm_once(

@@ -37,6 +37,7 @@ BLOCK_TILE = 1024  # weights in one step over blocks that share a gate
 LIVE_BLOCKS = 32  # blocks of input features looked through in one step
 PLANE_TILE = (4, 256)  # (rows, elements of a row) where each row of an activation has one gate
 COLUMN_SUM_TILE = (16, 64)  # of an activation whose rows are summed
+COLUMN_MEAN_TILE = (64, 64)  # of one whose rows have a mean each tile, which goes through shared memory
 GENERATOR_TILE, GENERATOR_WARPS = (64, 64), 16  # of a layer of Dep-L0's generator, in one program
 TARGET_PROGRAMS = 256  # work is split over rows until about this many programs run: two for each SM of a large GPU
 MAX_SPLITS = 32

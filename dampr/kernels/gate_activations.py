@@ -27,7 +27,7 @@ def _gate_columns_kernel(
     outer, split = part // splits, part % splits
     col = pid % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
     z = tl.load(z_ptr + (outer * n if PER_OUTER else 0) + col, mask=col < n, other=0.0)[None, :]
-    total = tl.zeros((BLOCK_N,), tl.float32)
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)  # summed once: over rows of a tile it would go through shared memory each time
     for first in range(0, rows_per_split, BLOCK_M):
         row = split * rows_per_split + first + tl.arange(0, BLOCK_M)
         mask = (row < middle)[:, None] & (col < n)[None, :]
@@ -36,9 +36,9 @@ def _gate_columns_kernel(
         if out_ptr is not None:
             tl.store(out_ptr + offsets, (t * z).to(out_ptr.dtype.element_ty), mask=mask)
         if partial_ptr is not None:
-            total += tl.sum(t * tl.load(other_ptr + offsets, mask=mask, other=0.0), axis=0)
+            total += t * tl.load(other_ptr + offsets, mask=mask, other=0.0)
     if partial_ptr is not None:
-        tl.store(partial_ptr + part * n + col, total, mask=col < n)
+        tl.store(partial_ptr + part * n + col, tl.sum(total, axis=0), mask=col < n)
 
 
 @triton.jit

@@ -162,7 +162,8 @@ def _gate_rows_bwd_kernel(
     col = start + tl.arange(0, BLOCK_N)
     seed = load_seed(seed_ptr, GATE)
     log_alpha = load_columns(log_alpha_ptr, start, n, BLOCK_N)[None, :]
-    dlog_alpha, dsum = tl.zeros((BLOCK_N,), tl.float32), tl.zeros((BLOCK_N,), tl.float32)
+    # Summed once: over the rows of a tile they would go through shared memory each time.
+    dlog_alpha, dsum = tl.zeros((BLOCK_M, BLOCK_N), tl.float32), tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for first in range(0, rows_per_split, BLOCK_M):
         row = split * rows_per_split + first + tl.arange(0, BLOCK_M)
         mask = (row < M)[:, None] & (col < n)[None, :]
@@ -172,13 +173,13 @@ def _gate_rows_bwd_kernel(
             tl.store(gated_ptr + row[:, None] * n + col[None, :], (g * z).to(gated_ptr.dtype.element_ty), mask=mask)
         if gate_partial_ptr is not None:
             t = tl.load(t_ptr + row[:, None] * stride_tm + col[None, :], mask=mask, other=0.0)
-            dlog_alpha += tl.sum(g * t * slope, axis=0)
+            dlog_alpha += g * t * slope
         if sum_partial_ptr is not None:
-            dsum += tl.sum(g * z, axis=0)
+            dsum += g * z
     if gate_partial_ptr is not None:
-        tl.store(gate_partial_ptr + split * n + col, dlog_alpha, mask=col < n)
+        tl.store(gate_partial_ptr + split * n + col, tl.sum(dlog_alpha, axis=0), mask=col < n)
     if sum_partial_ptr is not None:
-        tl.store(sum_partial_ptr + split * n + col, dsum, mask=col < n)
+        tl.store(sum_partial_ptr + split * n + col, tl.sum(dsum, axis=0), mask=col < n)
 
 
 @triton.jit

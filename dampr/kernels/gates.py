@@ -236,15 +236,15 @@ def _sample_gates_bwd_kernel(
     cols = col + tl.arange(0, BLOCK_N)
     seed = load_seed(seed_ptr, GATE)
     log_alpha = load_columns(log_alpha_ptr, col, n, BLOCK_N)[None, :]
-    total = tl.zeros((BLOCK_N,), tl.float32)
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)  # summed once: over rows of a tile it would go through shared memory each time
     for first in range(0, rows_per_split, BLOCK_M):
         row = split * rows_per_split + first + tl.arange(0, BLOCK_M)
         start = (row * n + col)[:, None]
         _, slope = draw_gate(log_alpha, seed, start, BLOCK_N, GROUPED, GATE)
         mask = (row < rows)[:, None] & (cols < n)[None, :]
         dz = tl.load(dz_ptr + row[:, None] * n + cols[None, :], mask=mask, other=0.0)  # [BLOCK_M, BLOCK_N]
-        total += tl.sum(dz * slope, axis=0)
-    tl.store(partial_ptr + split * n + cols, total, mask=cols < n)
+        total += dz * slope
+    tl.store(partial_ptr + split * n + cols, tl.sum(total, axis=0), mask=cols < n)
 
 
 @triton.jit

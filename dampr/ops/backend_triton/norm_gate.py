@@ -74,11 +74,11 @@ def norm_gate_bwd(
     return dx, dgain, dbias, dlog_alpha
 
 
-def _cut(shape: Planes) -> _Cut:
-    """Pieces of rows where gates are along the lanes, else of the elements of each row."""
+def _cut(shape: Planes, columns: tuple[int, int] = configs.COLUMN_SUM_TILE) -> _Cut:
+    """Pieces of rows where gates are along the lanes, in tiles of ``columns``, else of the elements of each row."""
     most = configs.NORM_MAX_PARTS if shape.per_outer else configs.NORM_MAX_SPLITS
     if shape.inner == 1:
-        block_m, block_n = block = configs.COLUMN_SUM_TILE
+        block_m, block_n = block = columns
         blocks = triton.cdiv(shape.n, block_n)
         pieces, step = configs.split_rows(shape.middle, block_m, blocks * shape.outer, configs.NORM_PROGRAMS, most)
         return _Cut(True, block, shape.outer * pieces * blocks, shape.outer, shape.middle, pieces, step)
@@ -93,7 +93,7 @@ def _statistics(x: torch.Tensor, shape: Planes) -> tuple[torch.Tensor, torch.Ten
     if not x.numel():
         return host.empty(x, (shape.n,), torch.float32).zero_(), host.empty(x, (shape.n,), torch.float32).zero_()
     together = Planes(1, shape.outer * shape.middle, shape.n, shape.inner, False)
-    cut = _cut(together)
+    cut = _cut(together, configs.COLUMN_MEAN_TILE)
     parts = cut.outer * cut.pieces
     means, spreads = (host.empty(x, (parts, shape.n), torch.float32) for _ in range(2))
     sizes = dict(zip(("BLOCK_M", "BLOCK_N"), cut.block, strict=True))

@@ -1,0 +1,129 @@
+"""``python -m benchmarks.steps``: what a training step launches, dense and with gates, on the recording driver.
+
+Kernels of ours are launched by Triton on a driver that logs and runs nothing; operators of torch are counted in the profiler's tree: those
+that have a kernel, not what is composed of them, nor views. That is done on CPU tensors, so one operator counts once, however many kernels
+cuDNN or cuBLAS make of it; dense and gated models are counted alike. What waits for a GPU (``item`` and its kin) and what allocates by
+value (``nonzero`` and its kin) is listed. Writes benchmarks/results/emulated/steps.json; docs/emulated.md shows it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+import dampr
+from benchmarks import models as networks
+from benchmarks.emulated import RESULTS
+from dampr.bench import records
+from tests.emulator import driver
+
+WAITS = {"aten::item", "aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal"}
+BY_VALUE = {"aten::nonzero", "aten::masked_select", "aten::unique", "aten::_unique2", "aten::unique_dim", "aten::bincount"}
+# Views, sizes and memory: no kernel.
+_FREE = (
+    "view", "_unsafe_view", "as_strided", "t", "transpose", "permute", "expand", "expand_as", "slice", "select", "unsqueeze", "squeeze",
+    "detach", "detach_", "alias", "split", "split_with_sizes", "chunk", "narrow", "unbind", "unfold", "flatten", "reshape", "view_as",
+    "_reshape_alias", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "resize_", "set_", "result_type",
+    "lift_fresh", "is_same_size", "contiguous", "to", "requires_grad_", "numpy_T", "mT", "diagonal", "movedim", "as_strided_",
+    "resolve_conj", "resolve_neg", "empty_permuted", "unsqueeze_", "squeeze_", "transpose_", "unflatten",
+)  # fmt: skip
+FREE = {f"aten::{name}" for name in _FREE}
+
+Step = Callable[[nn.Module], torch.Tensor]
+
+
+def count(model: nn.Module, loss_of: Step, capability: int = 90) -> dict[str, Any]:
+    """Launches of one step after one that warms up: draws, forward, penalty, backward; not the optimizer's, which has fused ways."""
+    gated = any(isinstance(module, dampr.gates.Gate) for module in model.modules())
+
+    def step() -> None:
+        loss = loss_of(model)
+        if gated:
+            loss = loss + 1e-6 * dampr.penalty(model)
+        loss.backward()
+        model.zero_grad()
+
+    with driver.emulated(capability, recording=True) as emulation, dampr.backend("triton"):
+        step()
+        emulation.take_log()
+        with profile(activities=[ProfilerActivity.CPU]) as found:
+            step()
+    events: list[Any] = list(found.events() or [])
+    operators = Counter(name for event in events if event.cpu_parent is None for name in _computing(event))
+    return {
+        "kernels": dict(emulation.log.launches),
+        "operators": dict(operators),
+        "waits": dict(Counter(event.name for event in events if event.name in WAITS)),
+        "by_value": dict(Counter(event.name for event in events if event.name in BY_VALUE)),
+    }
+
+
+@functools.cache
+def _has_kernel(name: str) -> bool:
+    """Whether an operator is computed by a kernel of its own, on the device and with what it calls there for itself."""
+    if name in ("aten::convolution", "aten::convolution_backward"):  # which choose a library
+        return True
+    overloads = (full for full in torch._C._dispatch_get_all_op_names() if full.split(".")[0] == name)
+    return any(torch._C._dispatch_has_kernel_for_dispatch_key(full, "CPU") for full in overloads)
+
+
+def _computing(event: Any) -> Iterator[str]:
+    """Names of the operators in a tree of events that compute: the outermost with a kernel, or leaves."""
+    name, within = event.name, [name for child in event.cpu_children for name in _computing(child)]
+    counts = name.startswith("aten::") and name not in FREE and (_has_kernel(name) or not within)
+    yield from [name] if counts else within
+
+
+def _images(size: int, classes: int) -> tuple[torch.Tensor, Step]:
+    x, y = torch.randn(2, 3, size, size), torch.randint(classes, (2,))
+    return x, lambda model: nn.functional.cross_entropy(model(x), y)
+
+
+def _resnet50() -> tuple[nn.Module, Any, Step]:
+    return networks.resnet50(), *_images(64, 1000)
+
+
+def _vgg16() -> tuple[nn.Module, Any, Step]:
+    return networks.vgg16(), *_images(32, 10)
+
+
+def _bert() -> tuple[nn.Module, Any, Step]:
+    """12 layers of 12 heads at a third of the width, which the number of launches does not depend on."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    config = BertConfig(vocab_size=1000, hidden_size=192, intermediate_size=768, num_hidden_layers=12, num_attention_heads=12)
+    inputs = {"input_ids": torch.randint(1000, (2, 32)), "attention_mask": torch.ones(2, 32, dtype=torch.long)}
+    labels = torch.randint(2, (2,))
+    return BertForSequenceClassification(config), inputs, lambda model: nn.functional.cross_entropy(model(**inputs).logits, labels)
+
+
+MODELS = {"ResNet-50": _resnet50, "VGG16": _vgg16, "BERT, 12 layers": _bert}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="*", default=list(MODELS))
+    torch.set_num_threads(1)
+    path, models = RESULTS / "steps.json", {}
+    for name in parser.parse_args().model:
+        torch.manual_seed(0)
+        model, inputs, loss_of = MODELS[name]()
+        dense = count(model.train(), loss_of)
+        for per_sample in (False, True):
+            gated = dampr.convert(MODELS[name]()[0], example_inputs=inputs, per_sample=per_sample).train()
+            title = f"{name}, per {'sample' if per_sample else 'batch'}"
+            layers = sum(isinstance(getattr(module, "gate", None), dampr.gates.Gate) for module in gated.modules())
+            models[title] = {"layers": layers, "dense": dense, "gated": count(gated, loss_of)}
+            records.write_json(path, {"environment": records.environment(), "models": models})
+            print(title, models[title], flush=True)
+
+
+if __name__ == "__main__":
+    main()
