@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from dampr.ops.norm_gate import Norm, Running
 from dampr.spec import SAMPLE, GateSpec
 
 from .base import GatedLayer, fresh_values
+from .computed import check_dense, refresh, settled
 
 
 class _GatedNorm(GatedLayer):
@@ -72,8 +73,7 @@ class _GatedNorm(GatedLayer):
         Where fresh gates are not 1, gain and bias are divided by them, so that the layer computes the same; a norm without gain and bias
         has nothing to divide, and ValueError is raised.
         """
-        if type(layer) is not cls._dense:
-            raise TypeError(f"layer={type(layer).__name__}: expected exactly nn.{cls._dense.__name__}")
+        check_dense(layer, cls._dense)
         build: Any = cls
         device = next((t.device for t in [*layer.parameters(), *layer.buffers()]), None)
         if not isinstance(gate, Gate):
@@ -99,6 +99,7 @@ class _GatedNorm(GatedLayer):
             self.bias.data = (self.bias / z.view(self.bias.shape)).to(self.bias.dtype)
 
     @torch.no_grad()
+    @settled
     def to_dense(self) -> nn.Module:
         """The plain norm that computes what this one computes in evaluation mode, with copies of its parameters and statistics.
 
@@ -130,6 +131,8 @@ class _GatedNorm(GatedLayer):
 
     def penalty(self, lam: float = 1.0, prior_precision: float = 0.0) -> Tensor:
         cost: float | Tensor = lam * self.weights_per_gate
+        if prior_precision:
+            refresh(cast(nn.Module, self))
         for t in (self.weight, self.bias) if prior_precision else ():
             if t is not None:
                 cost = cost + 0.5 * prior_precision * t.to(torch.promote_types(t.dtype, torch.float32)).square().view(-1)

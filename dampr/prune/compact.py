@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from dampr import _checks, _progress
 from dampr._version import __version__
 from dampr.nn import GatedLayer, GatedLayerNorm, GatedResidual, Scale, ScaledRNN, TakenReLU
+from dampr.nn.computed import settled, wake
 from dampr.nn.rnn import _GatedRecurrent
 
 from . import graph, heads, inputs, recurrent, streams, transformer
@@ -20,6 +21,7 @@ class CompactionError(RuntimeError):
     """The compacted model does not compute what the gated one computes; nothing was changed."""
 
 
+@settled
 def compact(
     model: nn.Module,
     *,
@@ -35,7 +37,9 @@ def compact(
     a closed unit still contributes as a constant (the half of a sigmoid, the shift of a BatchNorm) moves into the bias of the layer that
     reads it. A recurrent layer becomes the smaller one of its ``compacted()`` where linear and recurrent layers alone read it (with
     ``widths="own"`` a :class:`dampr.nn.StackedRNN`, where the model takes its states as lists), attention and transformer layers do so
-    anywhere. Then both models run on the example inputs, and on the same inputs with a little noise, and their
+    anywhere. A weight of a gated layer that is computed from other tensors (``torch.nn.utils.parametrize``, ``weight_norm``,
+    ``spectral_norm``, ``prune``) becomes a parameter with the value that it has; other layers keep what computes their weights, and their
+    width. Then both models run on the example inputs, and on the same inputs with a little noise, and their
     outputs are compared.
 
     Args:
@@ -116,6 +120,7 @@ def compact(
     difference = max(_prove(model, small, kept, sample, atol, rtol) for sample in samples)
     manifest = _manifest(model, small, kept, left | cut_heads, units, notes, difference)
     small.dampr_manifest = manifest | ({"parameters": parameters} if parameters else {})  # type: ignore[assignment]
+    wake(small)
     if optimizer is not None:
         carry_over(optimizer, model, small)
     return small

@@ -28,6 +28,7 @@ from dampr.nn import (
     GatedRNN,
 )
 from dampr.nn.base import VECTOR_GRANULARITIES, Granularity
+from dampr.nn.computed import computed, settled
 
 from . import filters, graph, heads, inputs, rectified, recurrent, second_opinion, streams, transformer, trial
 from .filters import Filter
@@ -52,6 +53,7 @@ class ConversionError(RuntimeError):
     """A model could not be converted; it is as it was."""
 
 
+@settled
 def convert(
     model: nn.Module,
     *,
@@ -206,7 +208,6 @@ def _place(model: nn.Module, chosen: dict[str, nn.Module], granularity: Granular
     wanted = {n: layer for n, layer in chosen.items() if not isinstance(layer, nn.MultiheadAttention) and n not in plan.heads}
     reasons = {n: factors.get(n) or _why_not(layer, widths, tie, model, example_inputs) for n, layer in wanted.items()}
     free = [n for n, reason in reasons.items() if reason is None and _has_channels(chosen[n], widths)]
-    free = [n for n in free if isinstance(chosen[n].weight, nn.Parameter)]  # others are an error, see _gated
     plan.skipped = {n: reason for n, reason in reasons.items() if reason is not None} | trial.stuck(model, free, example_inputs)
     judged = {n: layer for n, layer in chosen.items() if n not in plan.skipped or n in factors}
     whole = [n for n in judged if n not in wanted or isinstance(judged[n], nn.RNNBase)]
@@ -273,6 +274,9 @@ def _why_not(layer: nn.Module, widths: graph.Widths, tie: bool, model: nn.Module
     if widths.reaches_output(layer):
         return "its outputs are the model's own"
     norms, alone = widths.norms_reading(layer)
+    weight = next((name for norm in norms if (name := computed(norm)) is not None), None)
+    if weight is not None:
+        return f"the {weight} of a BatchNorm that reads it is computed from other tensors"
     if norms and not (alone and (tie or len(norms) == 1)):
         others = "other layers read it too" if not alone else "with tie=False these cannot share its gates"
         return f"{len(norms)} BatchNorms make constants of its closed channels, and {others}"
@@ -297,7 +301,7 @@ def _has_channels(layer: nn.Module, widths: graph.Widths) -> bool:
 def _norms_after(layer: nn.Module, widths: graph.Widths) -> list[nn.Module]:
     """The norms whose gates switch the outputs of ``layer`` off; none where they are better switched off in the layer."""
     norms = widths.norms_reading(layer)[0] if _has_channels(layer, widths) else []
-    return norms if all(type(norm) in _NORMS for norm in norms) else []
+    return norms if all(type(norm) in _NORMS and computed(norm) is None for norm in norms) else []
 
 
 def _choose(
@@ -328,8 +332,9 @@ def _choose(
 
 def _unfit(layer: nn.Module, gate: Any, granularity: Granularity, per_sample: bool) -> str | None:
     """Why a layer cannot have such gates; None where it can."""
-    if _is_parametrized(layer):
-        return "its weight is computed from other tensors (torch.nn.utils.parametrize); wrap the gated layer instead"
+    if (name := computed(layer)) is not None:
+        how = "torch.nn.utils.parametrize" if parametrize.is_parametrized(layer) else "weight_norm, spectral_norm or prune"
+        return f"its {name} is computed from other tensors ({how}); wrap the gated layer instead"
     if granularity != "output" and type(layer) in _OUTPUT_ONLY:
         return f"{type(layer).__name__} has gates on its {_OUTPUT_ONLY[type(layer)]}, with granularity='output'"
     if not isinstance(layer, nn.RNNBase):
@@ -390,8 +395,6 @@ def _gated(
     if isinstance(layer, (*_NORMS, nn.LayerNorm, nn.MultiheadAttention, nn.RNNBase)):
         del how["granularity"]
         how |= {"statistics": "open"} if isinstance(layer, nn.LayerNorm) else {}
-    elif not isinstance(layer.weight, nn.Parameter):
-        raise ConversionError(f"layer {name!r}: its weight is computed from other tensors (weight_norm?), expected a plain nn.Parameter")
     kind = _GATED[type(layer)]
     if of_heads is not None:
         kind, how = GatedHeads, {"gate": gate, "heads": of_heads.heads, "weights_per_gate": of_heads.weights_per_head()}
