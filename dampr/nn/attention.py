@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dampr import functional, ops
+from dampr import _checks, functional, ops
 from dampr.gates import Gate, make_gate, place_gate
 from dampr.spec import SAMPLE
 
@@ -59,7 +59,7 @@ class GatedMultiheadAttention(GatedLayer, nn.MultiheadAttention):
     ) -> None:
         super().__init__(embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype)
         self.granularity = "head"
-        self.per_sample = bool(per_sample)
+        self.per_sample = _checks.flag("per_sample", per_sample)
         self.gate = place_gate(gate, num_heads, self.out_proj.weight.device, self.per_sample)
 
     def reset_parameters(self) -> None:

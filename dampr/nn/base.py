@@ -101,7 +101,7 @@ class GatedWeight(GatedLayer):
         if isinstance(granularity, tuple):
             return _checks.block_count("granularity", granularity, written, read // groups)
         counts = {"output": written, "input": read, "weight": written * (read // groups) * math.prod(kernel)}
-        if granularity not in counts:
+        if not isinstance(granularity, str) or granularity not in counts:
             raise ValueError(f"granularity={granularity!r}: expected 'output', 'input', 'weight', a tuple (rows, cols) or an int64 tensor")
         return counts[granularity]
 
@@ -144,6 +144,7 @@ class GatedWeight(GatedLayer):
         Built on the meta device: no second weight is allocated, and no random number is drawn.
         """
         check_dense(layer, cls._dense)
+        per_sample = _checks.flag("per_sample", per_sample)
         arguments = {name: getattr(layer, name) for name in cls._arguments}
         weight: Any = layer.weight
         bias: Any = layer.bias

@@ -90,14 +90,14 @@ class Gate(GatedLayer, nn.Module):
         _checks.positive_int("num_gates", num_gates)
         if isinstance(dim, bool) or not isinstance(dim, int):
             raise TypeError(f"dim={dim!r}: expected an integer")
-        if per_sample and dim == 0:
+        if _checks.flag("per_sample", per_sample) and dim == 0:
             raise ValueError("per_sample=True with dim=0: expected the gates on another dimension than the samples")
         if index is not None:
             _check_index(index, num_gates)
             index = index.detach().to(device) if device is not None else index.detach()
         self.granularity = "output"
         self.dim = dim
-        self.per_sample = bool(per_sample)
+        self.per_sample = _checks.flag("per_sample", per_sample)
         self.weights_per_gate = 1.0
         self.register_buffer("index", index, persistent=False)
         where = device if index is None else index.device
@@ -198,7 +198,7 @@ class GatedResidual(GatedLayer, nn.Module):
             device = next((p.device for p in branch.parameters()), None)
         self.branch = branch
         self.granularity = "output"
-        self.per_sample = bool(per_sample)
+        self.per_sample = _checks.flag("per_sample", per_sample)
         self.gate = make_gate(gate, 1, device)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -330,7 +330,7 @@ class GatedEmbedding(GatedLayer, nn.Embedding):
         arguments = padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse, _weight, _freeze, device, dtype
         super().__init__(num_embeddings, embedding_dim, *arguments)
         self.granularity = granularity
-        self.per_sample = bool(per_sample)
+        self.per_sample = _checks.flag("per_sample", per_sample)
         if granularity == "output":
             self.gate = place_gate(gate, embedding_dim, self.weight.device, self.per_sample)
         else:  # by values, whose noise need not come from a kernel

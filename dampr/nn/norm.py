@@ -38,7 +38,7 @@ class _GatedNorm(GatedLayer):
 
     def _place(self, gate: str | type[Gate] | Gate, count: int, per_sample: bool, device: Any) -> None:
         self.granularity = "output"
-        self.per_sample = bool(per_sample)
+        self.per_sample = _checks.flag("per_sample", per_sample)
         self.gate = place_gate(gate, count, device, self.per_sample)
         self._count_weights()
 
@@ -208,7 +208,7 @@ class _GatedBatchNorm(_GatedNorm, _BatchNorm):
         return (self.num_features,)
 
     def forward(self, input: Tensor) -> Tensor:
-        x = input
+        x = _checks.tensor("input", input)
         self._check_input_dim(x)
         parameter, seed, spec = self.gate.call()
         # To the ReLU behind: a compiler fuses it as well, and a transform has tensors that cannot be marked.
@@ -407,7 +407,7 @@ class GatedLayerNorm(_GatedNorm, nn.LayerNorm):
         return tuple(self.normalized_shape)
 
     def forward(self, input: Tensor) -> Tensor:
-        x, shape = input, list(self.normalized_shape)
+        x, shape = _checks.tensor("input", input), list(self.normalized_shape)
         if self.statistics == "open":
             z = self.gate().view(shape)
             spread, factor = _of_open(x, z.detach() != 0)
@@ -431,7 +431,7 @@ class GatedLayerNorm(_GatedNorm, nn.LayerNorm):
 
 def _check_statistics(statistics: str, per_sample: bool) -> None:
     _checks.one_of("statistics", statistics, ("all", "open"))
-    if statistics == "open" and per_sample:
+    if _checks.flag("per_sample", per_sample) and statistics == "open":
         raise ValueError("per_sample=True with statistics='open': expected False, because all samples share the elements that count")
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dampr import _checks
 from dampr.gates import Gate as Family
 
 from .attention import GatedMultiheadAttention
@@ -63,8 +64,8 @@ class _Gated(_Layer):
     def _put_gates(self, gate: Any, parts: Sequence[str], per_sample: bool) -> None:
         if isinstance(gate, Family):
             raise TypeError(f"gate={type(gate).__name__} instance: expected a family's name or a class, because each part gets its own")
-        if isinstance(parts, str) or not parts or not set(parts) <= set(PARTS):
-            raise ValueError(f"parts={parts!r}: expected some of {list(PARTS)}")
+        parts = _checked_parts(parts)
+        _checks.flag("per_sample", per_sample)
         counts = [_parameter_count(modules) for modules in self._by_sublayer()]
         if "heads" in parts:
             for name in self._attentions:
@@ -111,7 +112,7 @@ class _Gated(_Layer):
         """
         if type(layer) is not cls._dense:
             raise TypeError(f"layer={type(layer).__name__}: expected exactly nn.{cls._dense.__name__}")
-        _check_parts(layer, parts)
+        _check_weights(layer, _checked_parts(parts))
         gated = _twin(layer)
         gated.__class__ = cls
         gated._put_gates(gate, parts, per_sample)
@@ -254,7 +255,16 @@ class GatedTransformerDecoderLayer(_Gated, _DecoderLayer):
     _pruned = PrunedTransformerDecoderLayer
 
 
-def _check_parts(layer: nn.Module, parts: Sequence[str]) -> None:
+def _checked_parts(parts: Any) -> tuple[str, ...]:
+    found = () if isinstance(parts, str) else tuple(_checks.items("parts", parts))
+    for part in found:
+        _checks.one_of("parts", part, PARTS)
+    if not found:
+        raise ValueError(f"parts={parts!r:.80}: expected some of {list(PARTS)}")
+    return found
+
+
+def _check_weights(layer: nn.Module, parts: Sequence[str]) -> None:
     """Raise TypeError where a weight that would get gates is computed from other tensors."""
     for name, part in layer.named_children():
         if isinstance(part, nn.MultiheadAttention) and "heads" in parts:

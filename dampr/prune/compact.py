@@ -60,6 +60,7 @@ def compact(
     Raises: CompactionError naming the first layer that differs; ValueError for an optimizer whose state cannot be cut; TypeError or
     ValueError that names the argument.
     """
+    _checks.module("model", model)
     inputs.check(example_inputs)
     if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"optimizer={optimizer!r:.80}: expected a torch.optim.Optimizer")
@@ -71,6 +72,9 @@ def compact(
         raise ValueError(f"model={type(model).__name__}: expected gated layers in it (dampr.convert puts them there)")
     if "" in gated:
         raise ValueError("model is a gated layer itself: nothing around it could be cut; use its to_dense()")
+    for name, bound in (("atol", atol), ("rtol", rtol)):
+        if bound is not None:
+            _checks.number(name, bound, 0)
     small = inputs.copied(model, example_inputs)
     open_branches(small)
     samples = [example_inputs, inputs.perturbed(example_inputs)]

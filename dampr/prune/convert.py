@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from dampr import _checks
 from dampr.gates import DependencyGenerator, Gate, make_gate
 from dampr.nn import (
     GatedBatchNorm1d,
@@ -111,6 +112,14 @@ def convert(
         )
     if isinstance(granularity, torch.Tensor):
         raise TypeError("granularity: got a tensor, which is of one weight (from_dense takes it); expected a name or (rows, cols)")
+    if not isinstance(gate, str) and not callable(gate):
+        raise TypeError(f"gate={gate!r:.80}: expected a family's name, a subclass of dampr.gates.Gate or a function that makes one")
+    if isinstance(granularity, tuple):
+        _checks.block_count("granularity", granularity, 1, 1)
+    else:
+        _checks.one_of("granularity", granularity, ("output", "input", "weight"))
+    for name, switch in (("tie", tie), ("residual", residual), ("per_sample", False if per_sample is None else per_sample)):
+        _checks.flag(name, switch)
     if residual and (granularity != "output" or per_sample or example_inputs is None):
         given = f"granularity={granularity!r}, per_sample={per_sample}, example_inputs{'=None' if example_inputs is None else ' given'}"
         raise ValueError(f"residual=True with {given}: expected granularity 'output', one draw per call, and example inputs")
