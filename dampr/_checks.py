@@ -117,6 +117,11 @@ def positive_int(name: str, value: Any, least: int = 1) -> int:
     return whole
 
 
+def rows(value: Any) -> Any:
+    """The number of draws that a gate is asked for: None for a single one, or an integer, also one that a compiler leaves open."""
+    return value if value is None or isinstance(value, torch.SymInt) else positive_int("rows", value, least=0)
+
+
 def _index(value: Any) -> int | None:
     try:
         return operator.index(value)

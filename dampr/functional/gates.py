@@ -37,8 +37,7 @@ def sample_gates(log_alpha: Tensor, *, seed: int | Tensor | None = None, rows: i
     """
     _gate_vector(log_alpha)
     _checks.gate_spec("spec", spec)
-    if rows is not None and not isinstance(rows, torch.SymInt):
-        rows = _checks.positive_int("rows", rows, least=0)
+    rows = _checks.rows(rows)
     noise = _checks.seed_tensor("seed", seed, log_alpha.device) if spec.rule == SAMPLE else None
     return ops.sample_gates(GateArgs(log_alpha, noise, spec), rows)
 

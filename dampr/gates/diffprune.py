@@ -103,6 +103,7 @@ class DiffPrune(KernelGate):
         return self._leaky(x) if self._leaks() else x
 
     def forward(self, rows: int | None = None) -> Tensor:
+        rows = _checks.rows(rows)
         x = self._drawn(rows)
         z = self._leaky(x) if self._leaks() else functional.sample_gates(x.reshape(-1), spec=self._ramp).view(x.shape)
         return z if rows is None else z.expand(rows, self.num_gates)

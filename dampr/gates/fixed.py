@@ -31,8 +31,7 @@ class Fixed(Gate):
         self.register_buffer("values", values.detach().to(torch.promote_types(values.dtype, torch.float32), copy=True))
 
     def forward(self, rows: int | None = None) -> Tensor:
-        if rows is not None and not isinstance(rows, torch.SymInt):
-            rows = _checks.positive_int("rows", rows, least=0)
+        rows = _checks.rows(rows)
         return self.values if rows is None else self.values.expand(rows, -1)
 
     def open_probability(self) -> Tensor:

@@ -142,6 +142,8 @@ REFUSED: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
         lambda: dampr.prune_once(nn.Linear(2, 2), 1, nn.functional.mse_loss, macs=0.5),
     ),
     "a path that is a tensor": (TypeError, "^path=tensor", lambda: dampr.History(torch.ones(1))),
+    "a layer for a number of draws": (ValueError, r"^rows=Linear\(", lambda: gates.DiffPrune(3, stochastic=True)(nn.Linear(2, 2))),
+    "a shape for a number of draws": (ValueError, "^rows=", lambda: gates.Fixed(GATE)(torch.ones(2, 2))),
     "more gates than there are numbers": (ValueError, "^num_gates=", lambda: gates.HardConcrete(2**70)),
 }
 
