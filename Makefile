@@ -4,8 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+CONSTRAINTS ?= constraints.txt
+MINUTES ?= 60
+STEPS ?= 10000
+FAST := -m "not slow" -q
 
-.PHONY: help install demo test verify emulate bench gpu examples plots lint format clean
+.PHONY: help install demo test verify emulate bench gpu examples plots lint format fuzz sanitize soak clean \
+	test-fast test-latest test-floor test-no-extension test-no-triton packaging sdist wheels
 
 help:
 	@echo "make demo     train, prune, compact and report on real data (a minute or two)"
@@ -15,6 +20,11 @@ help:
 	@echo "make bench    the benchmark suite on this machine        make gpu   the same and the GPU tests, on a machine with a GPU"
 	@echo "make examples one script for each published experiment"
 	@echo "make plots    the charts and tables of the documentation, from the results files"
+	@echo "make fuzz     random and hostile calls of everything public, an hour; MINUTES=5 in CI"
+	@echo "make sanitize the extension under AddressSanitizer and UBSan: kernels, operators, the fuzzer, every instruction set"
+	@echo "make soak     a plan of 10,000 steps, killed and resumed, against one that is not; STEPS=2000 in CI"
+	@echo "make test-latest, test-floor, test-no-extension, test-no-triton   the fast tests with the newest and the oldest torch, and with parts missing"
+	@echo "make packaging sdist, wheel and installations in environments of their own   make sdist, wheels   what is published"
 	@echo "make lint     ruff, mypy, import-linter                  make format   ruff's formatter"
 	@echo "make install  only the environment                       make clean    remove what was built; the environment stays"
 
@@ -24,8 +34,8 @@ install: $(STAMP)
 # pinned one that everything else is resolved against. The build is isolated and never sees torch.
 $(STAMP): constraints.txt pyproject.toml setup.py $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install -c constraints.txt torch
-	$(PIP) install -c constraints.txt -e ".[dev]"
+	$(PIP) install -c $(CONSTRAINTS) torch
+	$(PIP) install -c $(CONSTRAINTS) -e ".[dev]"
 	touch $@
 
 demo: $(STAMP)
@@ -64,6 +74,42 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+test-fast: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(FAST)
+
+# Environments of their own, which stay for the next time.
+test-latest:
+	$(MAKE) test-fast VENV=.venv-latest CONSTRAINTS=/dev/null
+
+test-floor:
+	$(MAKE) test-fast VENV=.venv-floor CONSTRAINTS=constraints-floor.txt
+
+test-no-extension: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.without dampr._C $(FAST) --ignore=tests/test_csrc.py --ignore=tests/test_csrc_axis.py
+
+test-no-triton: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.without triton $(FAST) --ignore=tests/kernels --ignore=tests/test_codegen.py
+
+packaging: $(STAMP)
+	$(BIN)/python -m pytest tests/test_packaging.py
+
+sdist: $(STAMP)
+	$(BIN)/python -m build --sdist
+
+# In the containers and environments of cibuildwheel, which pyproject.toml describes; on Linux it wants Docker.
+wheels: $(STAMP)
+	$(PIP) install cibuildwheel
+	$(BIN)/python -m cibuildwheel --output-dir wheelhouse
+
+soak: $(STAMP)
+	$(BIN)/python -m tests.soak --steps $(STEPS)
+
+fuzz: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --minutes $(MINUTES)
+
+sanitize: $(STAMP)
+	$(BIN)/python -m tests.sanitize
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

@@ -2,19 +2,40 @@
 
 from __future__ import annotations
 
+import math
+import operator
+import os
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from dampr.spec import GateSpec
 
 GATE_DTYPES = (torch.float32, torch.float64)
 
 
 def tensor(name: str, value: Any) -> Tensor:
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name}={value!r}: expected a torch.Tensor")
+        raise TypeError(f"{name}={value!r:.80}: expected a torch.Tensor")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name}.layout={value.layout}: expected torch.strided")
     return value
+
+
+def module(name: str, value: Any) -> nn.Module:
+    if not isinstance(value, nn.Module):
+        raise TypeError(f"{name}={value!r:.80}: expected a torch.nn.Module")
+    return value
+
+
+def path(name: str, value: Any) -> Path:
+    if not isinstance(value, (str, os.PathLike)):
+        raise TypeError(f"{name}={value!r:.80}: expected a path, a str or os.PathLike")
+    return Path(value)
 
 
 def floating(name: str, value: Tensor) -> None:
@@ -57,24 +78,69 @@ def seed_tensor(name: str, value: int | Tensor | None, device: torch.device) -> 
             raise ValueError(f"{name}.device={value.device}: expected {device}, the device of the gates")
         return value
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
-        raise ValueError(f"{name}={value!r}: expected an int in [0, 2**63) or an int64 tensor of shape (1,)")
+        raise ValueError(f"{name}={value!r:.80}: expected an int in [0, 2**63) or an int64 tensor of shape (1,)")
     return torch.tensor([value], dtype=torch.int64, device=device)
 
 
 def one_of(name: str, value: Any, allowed: Sequence[Any]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name}={value!r}: expected one of {list(allowed)}")
+    if not any(value is one or (isinstance(value, type(one)) and value == one) for one in allowed):
+        raise ValueError(f"{name}={value!r:.80}: expected one of {list(allowed)}")
 
 
-def positive_int(name: str, value: Any, least: int = 1) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name}={value!r}: expected an integer of at least {least}")
+def flag(name: str, value: Any) -> bool:
+    """A switch, also as 0 or 1. Anything else, whose truth might be the opposite of what was meant, raises TypeError."""
+    if isinstance(value, int) and value in (0, 1):
+        return bool(value)
+    raise TypeError(f"{name}={value!r:.80}: expected True or False")
+
+
+def number(name: str, value: Any, least: float = -math.inf, most: float = math.inf, above: bool = False) -> float:
+    """A finite real number from ``least`` (or only ``above`` it) to ``most``."""
+    real = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not real or not abs(value) <= sys.float_info.max or not least <= value <= most or (above and value == least):
+        bounds = f" {'above' if above else 'of at least'} {least:g}" * (least > -math.inf) + f" and at most {most:g}" * (most < math.inf)
+        raise ValueError(f"{name}={value!r:.80}: expected a finite number{bounds}")
+    return float(value)
+
+
+def gate_spec(name: str, value: Any) -> GateSpec:
+    if not isinstance(value, GateSpec):
+        raise TypeError(f"{name}={value!r:.80}: expected a gate function of dampr.spec, such as dampr.spec.hard_concrete()")
+    return value
+
+
+def positive_int(name: str, value: Any, least: int = 1) -> int:
+    """An integer of at least ``least``, also one of numpy or in a tensor, as torch takes them for sizes."""
+    whole = value if isinstance(value, int) else _index(value)
+    if isinstance(value, bool) or whole is None or not least <= whole < 2**63:
+        raise ValueError(f"{name}={value!r:.80}: expected an integer of at least {least}")
+    return whole
+
+
+def rows(value: Any) -> Any:
+    """The number of draws that a gate is asked for: None for a single one, or an integer, also one that a compiler leaves open."""
+    return value if value is None or isinstance(value, torch.SymInt) else positive_int("rows", value, least=0)
+
+
+def _index(value: Any) -> int | None:
+    try:
+        return operator.index(value)
+    except Exception:  # of something that is no integer, or a tensor on the meta device
+        return None
+
+
+def items(name: str, value: Any) -> list[Any]:
+    """What an iterable gives."""
+    try:
+        return list(value)
+    except TypeError as error:
+        raise TypeError(f"{name}={value!r:.80}: expected an iterable") from error
 
 
 def block_count(name: str, block: Any, rows: int, cols: int) -> int:
     """How many blocks of this size a (rows, cols) matrix has, partial ones at its edges included."""
     if not (isinstance(block, tuple) and len(block) == 2 and all(isinstance(b, int) and not isinstance(b, bool) and b > 0 for b in block)):
-        raise ValueError(f"{name}={block!r}: expected a tuple of two positive integers, (rows, cols)")
+        raise ValueError(f"{name}={block!r:.80}: expected a tuple of two positive integers, (rows, cols)")
     return -(rows // -block[0]) * -(cols // -block[1])
 
 

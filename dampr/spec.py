@@ -39,6 +39,8 @@ Value: ``z = p``, the parameter is the gate.
 from __future__ import annotations
 
 import math
+import sys
+from collections.abc import Callable
 from typing import NamedTuple
 
 HARD_CONCRETE, VALUE, RAMP, MASK = 0, 1, 2, 3
@@ -103,11 +105,11 @@ def hard_concrete(rule: str = "sample", beta: float = 2.0 / 3.0, gamma: float = 
 
     Raises ValueError for an unknown rule, beta <= 0, gamma >= 0 or zeta <= 1 (outside of these no gate is ever exactly 0 or 1).
     """
-    if rule not in RULES:
+    if not isinstance(rule, str) or rule not in RULES:
         raise ValueError(f"rule={rule!r}: expected one of {sorted(RULES)}")
-    _require("beta", beta, beta > 0, "a finite number above 0")
-    _require("gamma", gamma, gamma < 0, "a finite number below 0")
-    _require("zeta", zeta, zeta > 1, "a finite number above 1")
+    _require("beta", beta, lambda x: x > 0, "a finite number above 0")
+    _require("gamma", gamma, lambda x: x < 0, "a finite number below 0")
+    _require("zeta", zeta, lambda x: x > 1, "a finite number above 1")
     logit_lo, logit_hi = math.log(-gamma / zeta), math.log((1 - gamma) / (zeta - 1))  # of the s at which s_bar is 0, and 1
     if rule == "binary":
         # Where the paper's gate is one half: log((0.5 - gamma) / (zeta - 0.5)), which is exactly 0 for an interval around one half.
@@ -134,9 +136,9 @@ def ramp(shape: str = "tanh", sharpness: float = 1.0) -> GateSpec:
 
     Raises ValueError for an unknown shape or a sharpness that is not above 0.
     """
-    if shape not in SHAPES:
+    if not isinstance(shape, str) or shape not in SHAPES:
         raise ValueError(f"shape={shape!r}: expected one of {sorted(SHAPES)}")
-    _require("sharpness", sharpness, sharpness > 0, "a finite number above 0")
+    _require("sharpness", sharpness, lambda x: x > 0, "a finite number above 0")
     full = 1.0 / sharpness if shape == "clip" else 0.0
     return GateSpec(RAMP, SHAPES[shape], float(sharpness), 0.0, 0.0, 0.0, 0.0, 0.0, full)
 
@@ -148,16 +150,17 @@ def mask(variant: str = "hard", slope: float = 5.0, threshold: float = 0.1) -> G
 
     Raises ValueError for an unknown variant, a slope that is not above 0 or a threshold below 0.
     """
-    if variant not in VARIANTS:
+    if not isinstance(variant, str) or variant not in VARIANTS:
         raise ValueError(f"variant={variant!r}: expected one of {sorted(VARIANTS)}")
-    _require("slope", slope, slope > 0, "a finite number above 0")
-    _require("threshold", threshold, threshold >= 0, "a finite number of at least 0")
+    _require("slope", slope, lambda x: x > 0, "a finite number above 0")
+    _require("threshold", threshold, lambda x: x >= 0, "a finite number of at least 0")
     return GateSpec(MASK, VARIANTS[variant], float(slope), 0.0, 0.0, 0.0, 0.0, float(threshold), 0.0)
 
 
-def _require(name: str, value: float, ok: bool, want: str) -> None:
-    if not (ok and math.isfinite(value)):
-        raise ValueError(f"{name}={value!r}: expected {want}")
+def _require(name: str, value: float, ok: Callable[[float], bool], want: str) -> None:
+    real = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not real or not abs(value) <= sys.float_info.max or not ok(value):
+        raise ValueError(f"{name}={value!r:.80}: expected {want}")
 
 
 def is_two_thirds(beta: float) -> bool:

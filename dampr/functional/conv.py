@@ -108,7 +108,7 @@ def _gated_conv(
     n_out, n_in = weight.shape[0], weight.shape[1] * groups
     x = cast(x, weight, bias)
     if weight_gate is not None:
-        if per_sample or input_gate is not None or output_gate is not None:
+        if _checks.flag("per_sample", per_sample) or input_gate is not None or output_gate is not None:
             raise ValueError("weight_gate: expected no input_gate, no output_gate and per_sample=False beside it")
         if ops.routes.forced_name() is not None:  # raises for one that cannot serve
             ops.select(x.device, x.dtype).conv_route(problem_of(layout, x, weight, groups, "weight", False, False))
@@ -181,6 +181,8 @@ def _layout(
     _checks.positive_int("groups", groups)
     if len(weight) != dims + 2:
         raise ValueError(f"weight.shape={tuple(weight)}: expected {dims + 2} dimensions, (filters, channels / groups, kernel size)")
+    if min(weight[2:]) < 1:
+        raise ValueError(f"weight.shape={tuple(weight)}: expected a kernel of at least one position in each dimension")
     if weight[0] % groups:
         raise ValueError(f"groups={groups}: expected a divisor of the {weight[0]} filters of weight")
     channels = weight[1] * groups
@@ -188,7 +190,11 @@ def _layout(
         image = f"{channels}, L" if dims == 1 else f"{channels}, H, W"
         why = f"because weight has shape {tuple(weight)} and groups={groups}"
         raise ValueError(f"x.shape={tuple(x)}: expected (B, {image}) or ({image}), {why}")
+    _check_sizes(dims, stride, padding, dilation)
     window = _window(weight, stride, padding, dilation, groups)
+    known = window is not None and all(isinstance(n, int) for n in x[-dims:])
+    if known and window is not None and (min(window.size(x, weight)) < 1 or min(x[-dims:]) < 1):
+        raise ValueError(f"x.shape={tuple(x)}: expected images that the kernel of weight, {tuple(weight[2:])}, fits into with its dilation")
     pointwise = side_by_side and window is not None and window[:2] == ((1, 1), (0, 0)) and groups == 1
     size = x[-dims:] if window is None else window.size(x, weight)
     written = (1 if len(x) == dims + 1 else x[0]) * weight[0] * math.prod(size)
@@ -222,9 +228,27 @@ def _window(weight: torch.Size, stride: Any, padding: Any, dilation: Any, groups
     return None if around is None else Window(steps, around, spread, groups)
 
 
+def _check_sizes(dims: int, stride: Any, padding: Any, dilation: Any) -> None:
+    """Raise ValueError for what torch would not take as the arguments of a convolution."""
+    for name, value, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
+        if name == "padding" and isinstance(value, str):
+            if value not in ("same", "valid"):
+                raise ValueError(f"padding={value!r:.80}: expected 'same', 'valid', an integer or one for each dimension")
+            if value == "same" and max(_each(stride, dims) or (1,)) > 1:
+                raise ValueError(f"padding='same' with stride={stride!r:.80}: expected a stride of 1 with it")
+            continue
+        sizes = _each(value, dims)
+        if sizes is None or min(sizes) < least or max(sizes) >= 2**31:
+            raise ValueError(f"{name}={value!r:.80}: expected an integer of at least {least}, or {dims} of them")
+
+
 def _each(size: Any, dims: int) -> tuple[int, ...] | None:
     sizes = (size,) if isinstance(size, int) else size
-    if not isinstance(sizes, (tuple, list)) or not all(isinstance(n, int) for n in sizes) or len(sizes) not in (1, dims):
+    if (
+        not isinstance(sizes, (tuple, list))
+        or not all(isinstance(n, int) and not isinstance(n, bool) for n in sizes)
+        or len(sizes) not in (1, dims)
+    ):
         return None
     return tuple(sizes) * dims if len(sizes) == 1 else tuple(sizes)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -34,8 +36,8 @@ def sample_gates(log_alpha: Tensor, *, seed: int | Tensor | None = None, rows: i
     tensor([0., 1.])
     """
     _gate_vector(log_alpha)
-    if rows is not None and not isinstance(rows, torch.SymInt):
-        _checks.positive_int("rows", rows, least=0)
+    _checks.gate_spec("spec", spec)
+    rows = _checks.rows(rows)
     noise = _checks.seed_tensor("seed", seed, log_alpha.device) if spec.rule == SAMPLE else None
     return ops.sample_gates(GateArgs(log_alpha, noise, spec), rows)
 
@@ -43,6 +45,7 @@ def sample_gates(log_alpha: Tensor, *, seed: int | Tensor | None = None, rows: i
 def open_probability(log_alpha: Tensor, *, spec: GateSpec = DRAWN) -> Tensor:
     """P(z != 0) of a drawn gate, Louizos et al. 2018 eq. 12; shape and dtype of ``log_alpha`` (float32 or float64); differentiable."""
     _checks.floating("log_alpha", _checks.tensor("log_alpha", log_alpha))
+    _checks.gate_spec("spec", spec)
     return reference.open_probability(log_alpha, spec)
 
 
@@ -72,11 +75,18 @@ def expected_l0(
     _gate_vector(log_alpha)
     if group_sq_norm is None and (isinstance(prior_precision, Tensor) or prior_precision):
         raise ValueError(f"group_sq_norm=None: expected ||w_g||^2 of each group with prior_precision={prior_precision!r:.40}")
-    each = {"group_size": group_size, "lam": lam, "group_sq_norm": group_sq_norm, "prior_precision": prior_precision}
+    each: dict[str, Any] = {"group_size": group_size, "lam": lam, "group_sq_norm": group_sq_norm, "prior_precision": prior_precision}
+    _checks.gate_spec("spec", spec)
     for name, value in each.items():
+        if isinstance(value, Tensor):
+            _checks.same_device(name, _checks.tensor(name, value), "log_alpha", log_alpha)
+        elif value is not None or name != "group_sq_norm":
+            each[name] = _checks.number(name, value)
+        if isinstance(value, Tensor) and (value.is_complex() or value.dtype == torch.bool):
+            raise TypeError(f"{name}.dtype={value.dtype}: expected real numbers")
         if isinstance(value, Tensor) and value.shape not in ((), log_alpha.shape):
             raise ValueError(f"{name}.shape={tuple(value.shape)}: expected {tuple(log_alpha.shape)}, one entry per gate")
-    return reference.expected_l0(log_alpha, spec, group_size, lam=lam, group_sq_norm=group_sq_norm, prior_precision=prior_precision)
+    return reference.expected_l0(log_alpha, spec, **each)
 
 
 def gate_activations(
@@ -117,7 +127,7 @@ def gated_dimension(x: Tensor, dim: int, per_sample: bool) -> int:
     _checks.floating("x", _checks.tensor("x", x))
     if isinstance(dim, bool) or not isinstance(dim, int) or not -x.dim() <= dim < x.dim():
         raise ValueError(f"dim={dim!r}: expected an integer in [{-x.dim()}, {x.dim()}) for x of shape {tuple(x.shape)}")
-    if per_sample and dim % x.dim() == 0:
+    if _checks.flag("per_sample", per_sample) and dim % x.dim() == 0:
         raise ValueError("per_sample=True with dim=0: expected the gates on another dimension than the samples")
     return dim % x.dim()
 

@@ -35,6 +35,8 @@ def gate_of(
     name: str, gate: Tensor, count: int, one: str, x: Tensor, seed: int | Tensor | None, spec: GateSpec, per_sample: bool = False
 ) -> GateArgs:
     """Parameters of ``count`` gates, one for each ``one`` beside ``x``, and their seed, checked."""
+    _checks.gate_spec("spec", spec)
+    per_sample = _checks.flag("per_sample", per_sample)
     log_alpha = _checks.gate_parameter(name, gate, count, one, x)
     return GateArgs(
         log_alpha, _checks.seed_tensor("seed", seed, x.device) if spec.rule == SAMPLE else None, spec, per_sample and spec.rule == SAMPLE
@@ -54,6 +56,8 @@ def gates_of(
     per_sample: bool,
 ) -> GatePair:
     """Gate parameters of inputs and outputs, checked, and a seed for each: with both, the outputs use a second stream of the same seed."""
+    _checks.gate_spec("spec", spec)
+    per_sample = _checks.flag("per_sample", per_sample)
     in_la = None if input_gate is None else _checks.gate_parameter("input_gate", input_gate, n_in, one_input, x)
     out_la = None if output_gate is None else _checks.gate_parameter("output_gate", output_gate, n_out, one_output, x)
     in_seed = out_seed = None

@@ -52,7 +52,7 @@ def gated_linear(
         raise ValueError(f"x.shape={tuple(x.shape)}: expected (..., {n_in}), because weight has shape {tuple(weight.shape)}")
     x = cast(x, weight, bias)
     if weight_gate is not None:
-        if per_sample or input_gate is not None or output_gate is not None:
+        if _checks.flag("per_sample", per_sample) or input_gate is not None or output_gate is not None:
             raise ValueError("weight_gate: expected no input_gate, no output_gate and per_sample=False beside it")
         count = _checks.block_count("block", block, n_out, n_in)
         gate = gate_of("weight_gate", weight_gate, count, f"{block[0]} x {block[1]} block of weight", x, seed, spec)

@@ -33,6 +33,14 @@ def gated_affine(
     _checks.tensor("gate", gate)
     if weight is None:
         weight = torch.ones_like(gate)
+    _checks.floating("weight", _checks.tensor("weight", weight))
+    if weight.dim() != 1:
+        raise ValueError(f"weight.shape={tuple(weight.shape)}: expected (C,), one entry per channel")
+    if bias is not None:
+        _checks.floating("bias", _checks.tensor("bias", bias))
+        if bias.shape != weight.shape:
+            raise ValueError(f"bias.shape={tuple(bias.shape)}: expected {tuple(weight.shape)}, the shape of weight")
+        _checks.same_device("bias", bias, "weight", weight)
     return ops.affine(weight, bias, gate_of("gate", gate, weight.numel(), "channel", weight, seed, spec))
 
 
@@ -86,10 +94,9 @@ def gated_batch_norm(
     gain, shift = (_vector(name, t, x, gates.log_alpha) for name, t in (("weight", weight), ("bias", bias)))
     mean, var = (_vector(name, t, x, gates.log_alpha) for name, t in (("running_mean", running_mean), ("running_var", running_var)))
     _checks.one_of("activation", activation, ACTIVATIONS)
-    if not 0 <= momentum <= 1:
-        raise ValueError(f"momentum={momentum!r}: expected a number in [0, 1]")
-    if not (eps > 0 if training else eps >= 0):
-        raise ValueError(f"eps={eps!r}: expected a number, {'above 0 in training' if training else '0 or more'}")
+    training = _checks.flag("training", training)
+    _checks.number("momentum", momentum, 0, 1)
+    _checks.number("eps", eps, 0, above=training)
     if not training and (mean is None or var is None):
         raise ValueError("training=False without running_mean and running_var: expected both, the statistics to normalise by")
     count = x.numel() // max(1, channels)

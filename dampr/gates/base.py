@@ -99,8 +99,7 @@ class Gate(GateModule):
 
     def __init__(self, num_gates: int) -> None:
         super().__init__()
-        _checks.positive_int("num_gates", num_gates)
-        self.num_gates = num_gates
+        self.num_gates = _checks.positive_int("num_gates", num_gates)
 
     def reset_parameters(self) -> None:
         """Fresh values in every parameter, as the constructor leaves them, and the first seed of a generator of its own.
@@ -245,7 +244,7 @@ class KernelGate(Gate):
 def place_gate(gate: str | type[Gate] | Gate | Callable[..., Any], num_gates: int, device: Any, per_sample: bool) -> Gate:
     """:func:`make_gate` for a layer. Raises ValueError where it should draw per sample and the family cannot."""
     made = make_gate(gate, num_gates, device)
-    if per_sample and made.draws_once:
+    if _checks.flag("per_sample", per_sample) and made.draws_once:
         raise ValueError(f"per_sample=True with {made}: expected False, because such gates draw once per call")
     return made
 
@@ -268,6 +267,7 @@ def make_gate(gate: str | type[Gate] | Gate | Callable[..., Any], num_gates: int
         "diffprune": DiffPrune,
         "diffmask": DifferentiableMask,
     }
+    num_gates = _checks.positive_int("num_gates", num_gates)
     if isinstance(gate, Gate):
         if gate.num_gates != num_gates:
             raise ValueError(f"gate.num_gates={gate.num_gates}: expected {num_gates}, one per prunable unit of the layer")
@@ -277,12 +277,16 @@ def make_gate(gate: str | type[Gate] | Gate | Callable[..., Any], num_gates: int
         return families[gate].for_layer(num_gates, device)
     if isinstance(gate, type) and issubclass(gate, Gate):
         return gate.for_layer(num_gates, device)
-    if callable(gate):
+    if callable(gate) and not isinstance(gate, nn.Module):
         build: Any = gate
-        made = build(num_gates, device=device)
+        try:
+            made = build(num_gates, device=device)
+        except TypeError as error:
+            raise TypeError(f"gate={gate!r:.80}: expected a function of (num_gates, device=...), and it raises {error}") from error
         if not isinstance(made, Gate) or made.num_gates != num_gates:
             raise TypeError(f"gate={gate!r}: made {made!r:.80}, expected a dampr.gates.Gate of {num_gates}")
         return made
     raise TypeError(
-        f"gate={gate!r}: expected a family's name {sorted(families)}, a subclass of dampr.gates.Gate, an instance to share, or a function"
+        f"gate={gate!r:.80}: expected a family's name {sorted(families)}, a subclass of dampr.gates.Gate, an instance to share, or a "
+        "function"
     )

@@ -63,17 +63,14 @@ class DependencyGenerator(GateModule):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        if not sizes:
-            raise ValueError(f"sizes={sizes!r}: expected the number of gates of at least one layer")
-        for size in sizes:
-            _checks.positive_int("sizes", size)
+        self.sizes = tuple(_checks.positive_int("sizes", size) for size in _checks.items("sizes", sizes))
+        if not self.sizes:
+            raise ValueError(f"sizes={sizes!r:.80}: expected the number of gates of at least one layer")
         _checks.one_of("direction", direction, DIRECTIONS)
-        self.sizes = tuple(sizes)
         self.direction = direction
-        self._order = list(range(len(sizes))) if direction == "forward" else list(reversed(range(len(sizes))))
-        self.input_width = self.sizes[self._order[0]] if input_width is None else input_width
-        _checks.positive_int("input_width", self.input_width)
-        self.init_scale, self.bias_init = init_scale, bias_init
+        self._order = list(range(len(self.sizes))) if direction == "forward" else list(reversed(range(len(self.sizes))))
+        self.input_width = self.sizes[self._order[0]] if input_width is None else _checks.positive_int("input_width", input_width)
+        self.init_scale, self.bias_init = _checks.number("init_scale", init_scale), _checks.number("bias_init", bias_init)
         self._last: _Evaluation | None = None
         width = self.input_width
         for index in self._order:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dampr import _checks, functional, reference
-from dampr.spec import EXACT_ZERO, GateSpec, mask
+from dampr.spec import EXACT_ZERO, VARIANTS, GateSpec, mask
 
 from .base import VALUE_SPEC, KernelGate, gradient
 
@@ -71,6 +71,10 @@ class DifferentiableMask(KernelGate):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__(num_gates)
+        _checks.one_of("variant", variant, sorted(VARIANTS))
+        _checks.number("threshold", threshold, 0)
+        _checks.number("slope", slope, 0, above=True)
+        _checks.number("init_alpha", init_alpha)
         _checks.one_of("slope_mode", slope_mode, SLOPES)
         _checks.one_of("threshold_mode", threshold_mode, THRESHOLDS)
         if threshold_mode == "trainable" and (variant == "hard_constant" or threshold == 0):
@@ -82,7 +86,7 @@ class DifferentiableMask(KernelGate):
         self.variant, self.slope_mode, self.threshold_mode = variant, slope_mode, threshold_mode
         self._evaluated = self._fixed if variant in ("hard_constant", "exact_zero") else mask("hard", slope, threshold)
         self.init_alpha = float(init_alpha)
-        self.alpha = nn.Parameter(torch.empty(num_gates, dtype=torch.float32, device=device))
+        self.alpha = nn.Parameter(torch.empty(self.num_gates, dtype=torch.float32, device=device))
         if slope_mode == "scheduled":
             self.register_buffer("slope", torch.empty(1, dtype=torch.float32, device=device))
         elif slope_mode == "trainable":
@@ -173,30 +177,36 @@ class DifferentiableMask(KernelGate):
 def geometric_slope(step: int, steps: int, start: float = 1.0, end: float = 50.0) -> float:
     """start (end / start)^(step / steps), and ``end`` from ``steps`` on: the slope of an annealed smooth mask after ``step`` steps."""
     for name, bound in (("start", start), ("end", end)):
-        if not (bound > 0 and math.isfinite(bound)):
-            raise ValueError(f"{name}={bound!r}: expected a finite number above 0")
+        _checks.number(name, bound, 0, above=True)
     _checks.positive_int("steps", steps)
+    _checks.number("step", step, 0)
     return start * (end / start) ** min(step / steps, 1.0)
 
 
 def foothill(x: Tensor, a: float = 1.0, b: float = 1.0) -> Tensor:
     """a x tanh(b x / 2), element by element: between L1 (large b) and L2; the form of arXiv 1901.06414 as recalled, not confirmed."""
+    _checks.floating("x", _checks.tensor("x", x))
+    _checks.number("a", a)
+    _checks.number("b", b)
     return a * x * torch.tanh(b * x / 2)
 
 
 def scale_penalty(gates: Iterable[DifferentiableMask], lam: float, regulariser: str = "l1", *, a: float = 1.0, b: float = 1.0) -> Tensor:
     """lam sum R(alpha) over all gates, a scalar; R is |alpha|, or :func:`foothill` with its ``a`` and ``b``."""
     _checks.one_of("regulariser", regulariser, REGULARISERS)
-    scales: list[Tensor] = [gate.alpha for gate in gates]
-    if not scales:
-        raise ValueError("gates: expected at least one DifferentiableMask")
-    alpha = torch.cat(scales)
+    found = _checks.items("gates", gates)
+    if not found or not all(isinstance(gate, DifferentiableMask) for gate in found):
+        raise ValueError(f"gates={found!r:.80}: expected at least one DifferentiableMask, and nothing else")
+    _checks.number("lam", lam)
+    alpha = torch.cat([gate.alpha for gate in found])
     return lam * (alpha.abs() if regulariser == "l1" else foothill(alpha, a, b)).sum()
 
 
 def square_penalty(tensors: Iterable[Tensor], lam: float) -> Tensor:
     """lam sum ||t||^2, a scalar: once for the weights and once for the biases, each with its own lam."""
-    squares = [t.to(torch.promote_types(t.dtype, torch.float32)).square().sum() for t in tensors]
-    if not squares:
+    found = [_checks.tensor("tensors", t) for t in _checks.items("tensors", tensors)]
+    if not found:
         raise ValueError("tensors: expected at least one tensor")
+    _checks.number("lam", lam)
+    squares = [t.to(torch.promote_types(t.dtype, torch.float32)).square().sum() for t in found]
     return lam * torch.stack(squares).sum()

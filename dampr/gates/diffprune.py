@@ -70,18 +70,18 @@ class DiffPrune(KernelGate):
         super().__init__(num_gates)
         _checks.one_of("shape", shape, sorted(SHAPES))
         _checks.one_of("revive", revive, REVIVALS)
-        if stochastic and revive is not None:
+        if _checks.flag("stochastic", stochastic) and revive is not None:
             raise ValueError(f"revive={revive!r} with stochastic=True: expected None, the noise already opens closed gates")
-        if not (init_sigma > 0 and math.isfinite(init_sigma)):
-            raise ValueError(f"init_sigma={init_sigma!r}: expected a finite number above 0")
+        _checks.number("init_sigma", init_sigma, 0, above=True)
+        _checks.number("init_phi", init_phi)
         name, usual = SHAPES[shape]
         self.shape, self.stochastic, self.revive, self.init_sigma = shape, bool(stochastic), revive, float(init_sigma)
         self._ramp = ramp(name, usual if sharpness is None else sharpness)
         self.draws_once = self.stochastic or revive == "noise"
         self.init_phi = float(init_phi)
-        self.phi = nn.Parameter(torch.empty(num_gates, dtype=torch.float32, device=device))
+        self.phi = nn.Parameter(torch.empty(self.num_gates, dtype=torch.float32, device=device))
         if stochastic:
-            self.log_sigma = nn.Parameter(torch.empty(num_gates, dtype=torch.float32, device=device))
+            self.log_sigma = nn.Parameter(torch.empty(self.num_gates, dtype=torch.float32, device=device))
         self.reset_parameters()
 
     @torch.no_grad()
@@ -103,6 +103,7 @@ class DiffPrune(KernelGate):
         return self._leaky(x) if self._leaks() else x
 
     def forward(self, rows: int | None = None) -> Tensor:
+        rows = _checks.rows(rows)
         x = self._drawn(rows)
         z = self._leaky(x) if self._leaks() else functional.sample_gates(x.reshape(-1), spec=self._ramp).view(x.shape)
         return z if rows is None else z.expand(rows, self.num_gates)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 
 import torch
@@ -64,21 +63,22 @@ class DiscriminativeMask(KernelGate):
     ) -> None:
         super().__init__(num_gates)
         for name, constant in (("k", k), ("alpha", alpha)):
-            if not (constant > 0 and math.isfinite(constant)):
-                raise ValueError(f"{name}={constant!r}: expected a finite number above 0")
+            _checks.number(name, constant, 0, above=True)
+        if init_beta is not None:
+            _checks.number("init_beta", init_beta)
         _checks.one_of("order", order, ORDERS)
         _checks.one_of("shape", shape, sorted(SHAPES))
-        _checks.positive_int("min_open", min_open, least=0)
-        if min_open > num_gates:
+        min_open = _checks.positive_int("min_open", min_open, least=0)
+        if min_open > self.num_gates:
             raise ValueError(f"min_open={min_open}: expected at most num_gates={num_gates}")
         self.k, self.alpha, self.order, self.shape = float(k), float(alpha), order, shape
         self.min_open = min_open
-        self.weight_decay_on_beta = bool(weight_decay_on_beta)
+        self.weight_decay_on_beta = _checks.flag("weight_decay_on_beta", weight_decay_on_beta)
         self._ramp = ramp(SHAPES[shape])
         self.init_beta = (1.0 if shape == "tanh" else 0.1) if init_beta is None else float(init_beta)
         self.beta = nn.Parameter(torch.empty(1, dtype=torch.float32, device=device))
         self.reset_parameters()
-        self.frozen = frozen
+        self.frozen = _checks.flag("frozen", frozen)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -163,7 +163,10 @@ def dam_penalty(gates: Iterable[DiscriminativeMask], lam: float, floor: float = 
 
     Published: lam 0.1 or 0.2 for a network of 163 masks; for a single layer lam beta without a floor, with lam 0.01 to 0.1.
     """
-    betas: list[Tensor] = [gate.beta for gate in gates]
-    if not betas:
-        raise ValueError("gates: expected at least one DiscriminativeMask")
+    found = _checks.items("gates", gates)
+    if not found or not all(isinstance(gate, DiscriminativeMask) for gate in found):
+        raise ValueError(f"gates={found!r:.80}: expected at least one DiscriminativeMask, and nothing else")
+    betas: list[Tensor] = [gate.beta for gate in found]
+    _checks.number("lam", lam)
+    _checks.number("floor", floor)
     return lam * torch.cat(betas).clamp(min=floor).mean()

@@ -31,6 +31,7 @@ class Fixed(Gate):
         self.register_buffer("values", values.detach().to(torch.promote_types(values.dtype, torch.float32), copy=True))
 
     def forward(self, rows: int | None = None) -> Tensor:
+        rows = _checks.rows(rows)
         return self.values if rows is None else self.values.expand(rows, -1)
 
     def open_probability(self) -> Tensor:

@@ -108,12 +108,14 @@ class HardConcrete(ConcreteGate):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__(num_gates, beta=beta, gamma=gamma, zeta=zeta, preset=preset)
-        if droprate is not None and not 0 <= droprate < 1:
+        if droprate is not None and _checks.number("droprate", droprate, 0, 1) == 1:
             raise ValueError(f"droprate={droprate!r}: expected a number in [0, 1)")
+        if init_log_alpha is not None:
+            _checks.number("init_log_alpha", init_log_alpha)
         if droprate is not None and init_log_alpha is not None:
             raise ValueError(f"droprate={droprate!r} with init_log_alpha={init_log_alpha!r}: expected one, each says where gates start")
         self.init_log_alpha, self.droprate = init_log_alpha, droprate
-        self.log_alpha = nn.Parameter(torch.empty(num_gates, dtype=torch.float32, device=device))
+        self.log_alpha = nn.Parameter(torch.empty(self.num_gates, dtype=torch.float32, device=device))
         self.reset_parameters()
 
     @torch.no_grad()

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dampr import _checks
+
 from .base import Gate
 
 
@@ -37,7 +39,7 @@ class SteppedGate(Gate):
         self.train(former.training)
 
     def forward(self, rows: int | None = None) -> Tensor:
-        z = self.deterministic()
+        rows, z = _checks.rows(rows), self.deterministic()
         if self.training and torch.is_grad_enabled():
             z = z * (1 + self.probe)
         return z if rows is None else z.expand(rows, -1)
@@ -94,7 +96,7 @@ class OwnedGate(Gate):
         return family
 
     def forward(self, rows: int | None = None) -> Tensor:
-        family = self.family
+        family, rows = self.family, _checks.rows(rows)
         z = family.deterministic().detach() if self.held else family.forward()
         if self.training and torch.is_grad_enabled():
             z = z * (1 + self.probe)

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from dampr import _checks
+
 
 class PolyakAverage:
     """avg <- decay avg + (1 - decay) p after each step; evaluation uses avg / (1 - decay^t).
@@ -20,7 +22,7 @@ class PolyakAverage:
     """
 
     def __init__(self, decay: float = 0.999) -> None:
-        if not 0 <= decay < 1:
+        if _checks.number("decay", decay, 0, 1) == 1:
             raise ValueError(f"decay={decay!r}: expected a number in [0, 1)")
         self.decay = decay
         self.steps = 0

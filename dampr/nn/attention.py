@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dampr import functional, ops
+from dampr import _checks, functional, ops
 from dampr.gates import Gate, make_gate, place_gate
 from dampr.spec import SAMPLE
 
 from .base import GatedLayer, _wide, fresh_values
+from .computed import check_dense, refresh, settled
 from .pruned_attention import Maybe, PrunedMultiheadAttention, _arguments, _as_batch, _attend, _joined, _sequence_first
 
 _PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias", "bias_k", "bias_v")
@@ -58,7 +59,7 @@ class GatedMultiheadAttention(GatedLayer, nn.MultiheadAttention):
     ) -> None:
         super().__init__(embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype)
         self.granularity = "head"
-        self.per_sample = bool(per_sample)
+        self.per_sample = _checks.flag("per_sample", per_sample)
         self.gate = place_gate(gate, num_heads, self.out_proj.weight.device, self.per_sample)
 
     def reset_parameters(self) -> None:
@@ -84,6 +85,9 @@ class GatedMultiheadAttention(GatedLayer, nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Maybe]:
+        if self.out_proj._forward_pre_hooks:  # torch computes weights there before a call, and this layer is never called
+            for hook in self.out_proj._forward_pre_hooks.values():
+                hook(self.out_proj, ())
         call = self._each_sample if self.per_sample and self.gate.spec.rule == SAMPLE else self._folded
         how = key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
         return _sequence_first(call, self.batch_first, query, key, value, *how)
@@ -170,8 +174,7 @@ class GatedMultiheadAttention(GatedLayer, nn.MultiheadAttention):
     @classmethod
     def _around(cls, layer: nn.MultiheadAttention, gate: str | type[Gate] | Gate, per_sample: bool) -> GatedMultiheadAttention:
         """:meth:`from_dense` that leaves the weights as they are."""
-        if type(layer) is not nn.MultiheadAttention:
-            raise TypeError(f"layer={type(layer).__name__}: expected exactly nn.MultiheadAttention")
+        check_dense(layer, nn.MultiheadAttention)
         own = make_gate(gate, layer.num_heads, layer.out_proj.weight.device)
         gated = cls(**_arguments(layer), device="meta", dtype=layer.out_proj.weight.dtype, gate=own, per_sample=per_sample)
         for name in _PROJECTIONS:
@@ -180,6 +183,7 @@ class GatedMultiheadAttention(GatedLayer, nn.MultiheadAttention):
         return gated.train(layer.training)
 
     @torch.no_grad()
+    @settled
     def to_dense(self) -> nn.MultiheadAttention:
         """The ``nn.MultiheadAttention`` that computes what this layer computes in evaluation mode; parameters are copies."""
         plain = nn.MultiheadAttention(**_arguments(self), device="meta", dtype=self.out_proj.weight.dtype)
@@ -187,6 +191,7 @@ class GatedMultiheadAttention(GatedLayer, nn.MultiheadAttention):
         return plain.train(self.training)
 
     @torch.no_grad()
+    @settled
     def compacted(self) -> tuple[nn.MultiheadAttention | PrunedMultiheadAttention, list[int]]:
         """The smallest plain layer that computes what this one computes in evaluation mode, and the heads that it has.
 
@@ -246,6 +251,7 @@ class GatedMultiheadAttention(GatedLayer, nn.MultiheadAttention):
         cost: float | Tensor = lam * self.group_size()
         ungated: float | Tensor = 0.0
         if prior_precision:
+            refresh(self)
             cost = cost + 0.5 * prior_precision * self._of_heads(lambda p: _wide(p).square())
             if self.out_proj.bias is not None:
                 ungated = 0.5 * prior_precision * _wide(self.out_proj.bias).square().sum()

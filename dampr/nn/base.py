@@ -15,6 +15,8 @@ from dampr.ops.library import traced
 from dampr.reference import expand_blocks
 from dampr.spec import SAMPLE, GateSpec, value
 
+from .computed import check_dense, refresh, settled
+
 VECTOR_GRANULARITIES = ("output", "input")
 Granularity = str | tuple[int, int]
 VALUE = value()
@@ -99,7 +101,7 @@ class GatedWeight(GatedLayer):
         if isinstance(granularity, tuple):
             return _checks.block_count("granularity", granularity, written, read // groups)
         counts = {"output": written, "input": read, "weight": written * (read // groups) * math.prod(kernel)}
-        if granularity not in counts:
+        if not isinstance(granularity, str) or granularity not in counts:
             raise ValueError(f"granularity={granularity!r}: expected 'output', 'input', 'weight', a tuple (rows, cols) or an int64 tensor")
         return counts[granularity]
 
@@ -141,14 +143,11 @@ class GatedWeight(GatedLayer):
 
         Built on the meta device: no second weight is allocated, and no random number is drawn.
         """
-        if type(layer) is not cls._dense:
-            raise TypeError(f"layer={type(layer).__name__}: expected exactly nn.{cls._dense.__name__}")
+        check_dense(layer, cls._dense)
+        per_sample = _checks.flag("per_sample", per_sample)
         arguments = {name: getattr(layer, name) for name in cls._arguments}
-        weight, bias = layer.weight, layer.bias
-        if not isinstance(weight, nn.Parameter):
-            raise TypeError(
-                f"layer={type(layer).__name__}: its weight is computed from other tensors (weight_norm?), expected a plain nn.Parameter"
-            )
+        weight: Any = layer.weight
+        bias: Any = layer.bias
         count = cls.gates_for(layer, granularity, per_sample, gate)
         granularity = granularity.to(weight.device) if isinstance(granularity, Tensor) else granularity
         how: dict[str, Any] = {"gate": make_gate(gate, count, weight.device), "granularity": granularity, "per_sample": per_sample}
@@ -169,6 +168,7 @@ class GatedWeight(GatedLayer):
             self.bias.data = (self.bias / z).to(self.bias.dtype)
 
     @torch.no_grad()
+    @settled
     def to_dense(self) -> nn.Module:
         """A plain ``torch.nn`` layer that computes what this one computes in evaluation mode; parameters are copies."""
         arguments = {name: getattr(self, name) for name in self._arguments}
@@ -248,6 +248,7 @@ class GatedWeight(GatedLayer):
         cost: float | Tensor = lam * self.group_size()
         ungated: float | Tensor = 0.0
         if prior_precision:
+            refresh(cast(nn.Module, self))
             squares = self._collect(_wide(self.weight).square())
             bias = None if self.bias is None else _wide(self.bias).square()
             if bias is not None and self.granularity == "output":

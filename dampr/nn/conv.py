@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
-from dampr import functional
+from dampr import _checks, functional
 from dampr.gates import Gate, place_gate
 from dampr.spec import GateSpec
 
@@ -56,9 +56,10 @@ class _GatedConv(GatedWeight, _ConvNd):
             device,
             dtype,
         )
+        _checks.flag("per_sample", per_sample)
         count = self._gate_count(granularity, per_sample, out_channels, in_channels, groups, self.weight.shape[2:], gate)
         self._set_granularity(granularity)
-        self.per_sample = bool(per_sample)
+        self.per_sample = _checks.flag("per_sample", per_sample)
         self.gate = place_gate(gate, count, device, self.per_sample)
 
     def forward(self, input: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +18,7 @@ from dampr.ops import is_transformed
 from dampr.spec import HARD_CONCRETE, RAMP, value
 
 from .base import VECTOR_GRANULARITIES, GatedLayer, _wide, fresh_values
+from .computed import check_dense, computed, copied, refresh, settled
 
 VALUE = value()
 _SCALABLE = (nn.Linear, _ConvNd, _BatchNorm, nn.LayerNorm, nn.GroupNorm)
@@ -90,14 +90,14 @@ class Gate(GatedLayer, nn.Module):
         _checks.positive_int("num_gates", num_gates)
         if isinstance(dim, bool) or not isinstance(dim, int):
             raise TypeError(f"dim={dim!r}: expected an integer")
-        if per_sample and dim == 0:
+        if _checks.flag("per_sample", per_sample) and dim == 0:
             raise ValueError("per_sample=True with dim=0: expected the gates on another dimension than the samples")
         if index is not None:
             _check_index(index, num_gates)
             index = index.detach().to(device) if device is not None else index.detach()
         self.granularity = "output"
         self.dim = dim
-        self.per_sample = bool(per_sample)
+        self.per_sample = _checks.flag("per_sample", per_sample)
         self.weights_per_gate = 1.0
         self.register_buffer("index", index, persistent=False)
         where = device if index is None else index.device
@@ -198,7 +198,7 @@ class GatedResidual(GatedLayer, nn.Module):
             device = next((p.device for p in branch.parameters()), None)
         self.branch = branch
         self.granularity = "output"
-        self.per_sample = bool(per_sample)
+        self.per_sample = _checks.flag("per_sample", per_sample)
         self.gate = make_gate(gate, 1, device)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -245,7 +245,7 @@ class GatedResidual(GatedLayer, nn.Module):
         z = self.gate.deterministic()
         if not bool(z != 0):
             return nn.Identity().train(self.training)
-        branch = copy.deepcopy(self.branch)
+        branch = copied(self.branch)
         scale = None if bool(z == 1) or _scale_last(branch, z) else z.clone()
         return Residual(branch, scale).train(self.training)
 
@@ -282,7 +282,7 @@ def _scale_last(branch: nn.Module, z: Tensor) -> bool:
     while isinstance(last, nn.Sequential) and len(last):
         last = last[-1]
     weight = getattr(last, "weight", None)
-    if not isinstance(last, _SCALABLE) or not isinstance(weight, nn.Parameter):
+    if not isinstance(last, _SCALABLE) or not isinstance(weight, nn.Parameter) or computed(last) is not None:
         return False
     if [p is weight for _, p in branch.named_parameters(remove_duplicate=False)].count(True) != 1:
         return False
@@ -330,7 +330,7 @@ class GatedEmbedding(GatedLayer, nn.Embedding):
         arguments = padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse, _weight, _freeze, device, dtype
         super().__init__(num_embeddings, embedding_dim, *arguments)
         self.granularity = granularity
-        self.per_sample = bool(per_sample)
+        self.per_sample = _checks.flag("per_sample", per_sample)
         if granularity == "output":
             self.gate = place_gate(gate, embedding_dim, self.weight.device, self.per_sample)
         else:  # by values, whose noise need not come from a kernel
@@ -368,8 +368,7 @@ class GatedEmbedding(GatedLayer, nn.Embedding):
         Where fresh gates are not 1, the table is divided by them, so that the layer computes the same; ValueError where one is 0, or where
         ``max_norm`` would undo it.
         """
-        if type(layer) is not nn.Embedding:
-            raise TypeError(f"layer={type(layer).__name__}: expected exactly nn.Embedding")
+        check_dense(layer, nn.Embedding)
         _checks.one_of("granularity", granularity, VECTOR_GRANULARITIES)
         own = make_gate(gate, cls.gates_for(layer, granularity), layer.weight.device)
         how: dict[str, Any] = {"gate": own, "granularity": granularity, "per_sample": per_sample}
@@ -389,6 +388,7 @@ class GatedEmbedding(GatedLayer, nn.Embedding):
         return values.view(-1, 1) if self.granularity == "input" else values
 
     @torch.no_grad()
+    @settled
     def to_dense(self) -> nn.Module:
         """The ``nn.Embedding`` that computes what this layer computes in evaluation mode, with a copy of the table.
 
@@ -402,6 +402,7 @@ class GatedEmbedding(GatedLayer, nn.Embedding):
         along = 1 if self.granularity == "input" else 0
         cost: float | Tensor = lam * self.weight.shape[along]
         if prior_precision:
+            refresh(self)
             cost = cost + 0.5 * prior_precision * _wide(self.weight).square().sum(along)
         total: Tensor = (self.gate.open_probability() * cost).sum()
         return total

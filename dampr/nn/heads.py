@@ -7,6 +7,7 @@ from torch import nn
 from dampr import _checks
 from dampr.gates import Gate
 
+from .computed import check_dense
 from .linear import GatedLinear
 
 
@@ -33,8 +34,11 @@ class GatedHeads(GatedLinear):
 
         Raises: TypeError unless the type of ``layer`` is exactly ``nn.Linear``; ValueError where ``heads`` does not divide its inputs.
         """
-        _checks.positive_int("heads", heads)
-        if type(layer) is nn.Linear and layer.in_features % heads:
+        heads = _checks.positive_int("heads", heads)
+        if weights_per_gate is not None:
+            _checks.number("weights_per_gate", weights_per_gate, 0)
+        check_dense(layer, nn.Linear)
+        if layer.in_features % heads:
             raise ValueError(f"heads={heads}: expected a divisor of in_features={layer.in_features}")
         width = layer.in_features // heads
         gated: GatedHeads = cls._from_dense(layer, gate, (layer.out_features, width), False)

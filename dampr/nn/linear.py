@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dampr import functional
+from dampr import _checks, functional
 from dampr.gates import Gate, place_gate
 from dampr.spec import GateSpec
 
@@ -48,10 +48,11 @@ class GatedLinear(GatedWeight, nn.Linear):
         granularity: Granularity | Tensor = "output",
         per_sample: bool = False,
     ) -> None:
-        count = self._gate_count(granularity, per_sample, out_features, in_features, gate=gate)
+        _checks.flag("per_sample", per_sample)
         super().__init__(in_features, out_features, bias, device, dtype)
+        count = self._gate_count(granularity, per_sample, out_features, in_features, gate=gate)
         self._set_granularity(granularity)
-        self.per_sample = bool(per_sample)
+        self.per_sample = _checks.flag("per_sample", per_sample)
         self.gate = place_gate(gate, count, device, self.per_sample)
 
     def forward(self, input: Tensor) -> Tensor:

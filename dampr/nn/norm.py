@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from dampr.ops.norm_gate import Norm, Running
 from dampr.spec import SAMPLE, GateSpec
 
 from .base import GatedLayer, fresh_values
+from .computed import check_dense, refresh, settled
 
 
 class _GatedNorm(GatedLayer):
@@ -37,7 +38,7 @@ class _GatedNorm(GatedLayer):
 
     def _place(self, gate: str | type[Gate] | Gate, count: int, per_sample: bool, device: Any) -> None:
         self.granularity = "output"
-        self.per_sample = bool(per_sample)
+        self.per_sample = _checks.flag("per_sample", per_sample)
         self.gate = place_gate(gate, count, device, self.per_sample)
         self._count_weights()
 
@@ -72,8 +73,7 @@ class _GatedNorm(GatedLayer):
         Where fresh gates are not 1, gain and bias are divided by them, so that the layer computes the same; a norm without gain and bias
         has nothing to divide, and ValueError is raised.
         """
-        if type(layer) is not cls._dense:
-            raise TypeError(f"layer={type(layer).__name__}: expected exactly nn.{cls._dense.__name__}")
+        check_dense(layer, cls._dense)
         build: Any = cls
         device = next((t.device for t in [*layer.parameters(), *layer.buffers()]), None)
         if not isinstance(gate, Gate):
@@ -99,6 +99,7 @@ class _GatedNorm(GatedLayer):
             self.bias.data = (self.bias / z.view(self.bias.shape)).to(self.bias.dtype)
 
     @torch.no_grad()
+    @settled
     def to_dense(self) -> nn.Module:
         """The plain norm that computes what this one computes in evaluation mode, with copies of its parameters and statistics.
 
@@ -130,6 +131,8 @@ class _GatedNorm(GatedLayer):
 
     def penalty(self, lam: float = 1.0, prior_precision: float = 0.0) -> Tensor:
         cost: float | Tensor = lam * self.weights_per_gate
+        if prior_precision:
+            refresh(cast(nn.Module, self))
         for t in (self.weight, self.bias) if prior_precision else ():
             if t is not None:
                 cost = cost + 0.5 * prior_precision * t.to(torch.promote_types(t.dtype, torch.float32)).square().view(-1)
@@ -205,7 +208,7 @@ class _GatedBatchNorm(_GatedNorm, _BatchNorm):
         return (self.num_features,)
 
     def forward(self, input: Tensor) -> Tensor:
-        x = input
+        x = _checks.tensor("input", input)
         self._check_input_dim(x)
         parameter, seed, spec = self.gate.call()
         # To the ReLU behind: a compiler fuses it as well, and a transform has tensors that cannot be marked.
@@ -404,7 +407,7 @@ class GatedLayerNorm(_GatedNorm, nn.LayerNorm):
         return tuple(self.normalized_shape)
 
     def forward(self, input: Tensor) -> Tensor:
-        x, shape = input, list(self.normalized_shape)
+        x, shape = _checks.tensor("input", input), list(self.normalized_shape)
         if self.statistics == "open":
             z = self.gate().view(shape)
             spread, factor = _of_open(x, z.detach() != 0)
@@ -428,7 +431,7 @@ class GatedLayerNorm(_GatedNorm, nn.LayerNorm):
 
 def _check_statistics(statistics: str, per_sample: bool) -> None:
     _checks.one_of("statistics", statistics, ("all", "open"))
-    if statistics == "open" and per_sample:
+    if _checks.flag("per_sample", per_sample) and statistics == "open":
         raise ValueError("per_sample=True with statistics='open': expected False, because all samples share the elements that count")
 
 

@@ -48,9 +48,10 @@ class PrunedMultiheadAttention(nn.Module):
         head_dim: int | None = None,
     ) -> None:
         super().__init__()
-        self.heads = tuple(heads)
+        self.heads = tuple(_checks.positive_int("heads", head, least=0) for head in _checks.items("heads", heads))
+        embed_dim, num_heads = _checks.positive_int("embed_dim", embed_dim), _checks.positive_int("num_heads", num_heads)
         if not self.heads or list(self.heads) != sorted(set(self.heads)) or not 0 <= self.heads[0] <= self.heads[-1] < num_heads:
-            raise ValueError(f"heads={heads!r}: expected increasing integers in [0, {num_heads}), at least one")
+            raise ValueError(f"heads={heads!r:.80}: expected increasing integers in [0, {num_heads}), at least one")
         if head_dim is None and embed_dim % num_heads:
             raise ValueError(f"num_heads={num_heads}: expected a divisor of embed_dim={embed_dim}, or a head_dim")
         _checks.positive_int("head_dim", 1 if head_dim is None else head_dim)

@@ -15,6 +15,7 @@ from dampr.gates import Gate, make_gate
 from dampr.spec import value
 
 from .base import GatedLayer, _wide, fresh_values
+from .computed import check_dense, refresh, settled
 from .stacked_rnn import arguments_of, narrowed, plain_rnn, width_of
 
 VALUE = value()
@@ -116,8 +117,7 @@ class _GatedRecurrent(GatedLayer, nn.RNNBase):
         Where fresh gates are not 1, a projection is divided by them, so that the layer computes the same; a layer without one has nothing
         that could make up for them in its output, and ValueError is raised.
         """
-        if type(layer) is not cls._dense:
-            raise TypeError(f"layer={type(layer).__name__}: expected exactly nn.{cls._dense.__name__}")
+        check_dense(layer, cls._dense)
         own = make_gate(gate, cls.gates_for(layer), layer.weight_ih_l0.device)
         build: Any = cls
         gated = build(**arguments_of(layer), device="meta", dtype=layer.weight_ih_l0.dtype, gate=own, widths=widths)
@@ -143,6 +143,7 @@ class _GatedRecurrent(GatedLayer, nn.RNNBase):
             projection.data = (projection / z[row].unsqueeze(1)).to(projection.dtype)
 
     @torch.no_grad()
+    @settled
     def to_dense(self) -> nn.Module:
         """The plain recurrent layer of the same size that computes what this one computes in evaluation mode; parameters are copies.
 
@@ -179,6 +180,7 @@ class _GatedRecurrent(GatedLayer, nn.RNNBase):
         return self._compacted(self.kept_units())
 
     @torch.no_grad()
+    @settled
     def _compacted(self, units: list[Tensor]) -> tuple[Any, Tensor, Tensor]:
         z = self.gate.deterministic().view(-1, self._width)
         layer = narrowed(plain_rnn(self, self._folded_by_name(z)), units)
@@ -258,6 +260,7 @@ class _GatedRecurrent(GatedLayer, nn.RNNBase):
     def penalty(self, lam: float = 1.0, prior_precision: float = 0.0) -> Tensor:
         cost = lam * self.group_size()
         if prior_precision:
+            refresh(self)
             cost = cost + 0.5 * prior_precision * self._of_units(lambda weight: _wide(weight).square())
         total: Tensor = (self.gate.open_probability() * cost).sum()
         return total

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dampr import _checks
 from dampr.gates import Gate as Family
 
 from .attention import GatedMultiheadAttention
 from .base import GatedWeight, fresh_values
+from .computed import check_dense, computed, copied, settled, unwrap, wake
 from .gate import Gate, gated_sum
 from .linear import GatedLinear
 from .norm import GatedLayerNorm
@@ -62,8 +64,8 @@ class _Gated(_Layer):
     def _put_gates(self, gate: Any, parts: Sequence[str], per_sample: bool) -> None:
         if isinstance(gate, Family):
             raise TypeError(f"gate={type(gate).__name__} instance: expected a family's name or a class, because each part gets its own")
-        if isinstance(parts, str) or not parts or not set(parts) <= set(PARTS):
-            raise ValueError(f"parts={parts!r}: expected some of {list(PARTS)}")
+        parts = _checked_parts(parts)
+        _checks.flag("per_sample", per_sample)
         counts = [_parameter_count(modules) for modules in self._by_sublayer()]
         if "heads" in parts:
             for name in self._attentions:
@@ -110,6 +112,7 @@ class _Gated(_Layer):
         """
         if type(layer) is not cls._dense:
             raise TypeError(f"layer={type(layer).__name__}: expected exactly nn.{cls._dense.__name__}")
+        _check_weights(layer, _checked_parts(parts))
         gated = _twin(layer)
         gated.__class__ = cls
         gated._put_gates(gate, parts, per_sample)
@@ -128,6 +131,9 @@ class _Gated(_Layer):
             last = self.linear2 if name == "linear1" else getattr(self, name).out_proj
             own = self._gate_of(index)
             if own is not None and not own.gate.starts_at_one():
+                if computed(last) is not None:
+                    why = "and a weight that is computed from other tensors cannot make up for it"
+                    raise ValueError(f"gate={type(own.gate).__name__}: fresh gates are not 1, {why}")
                 _multiply(last, 1 / fresh_values(own.gate))
 
     def _value(self, index: int) -> Maybe:
@@ -152,8 +158,9 @@ class _Gated(_Layer):
         return self._plain(cut=True)
 
     @torch.no_grad()
+    @settled
     def _plain(self, cut: bool) -> tuple[Any, dict[str, list[int]]]:
-        plain: Any = copy.deepcopy(self)
+        plain: Any = copied(self)
         plain._modules.pop("sublayer_gates", None)
         kept: dict[str, list[int]] = {}
         for index, name in enumerate(self._sublayers):
@@ -170,6 +177,7 @@ class _Gated(_Layer):
                 setattr(plain, name, attention)
                 last = attention.out_proj
             if z is not None:
+                unwrap(last)
                 _multiply(last, z)
         for name, norm in plain.named_children():
             if not cut and isinstance(norm, GatedLayerNorm):
@@ -178,12 +186,13 @@ class _Gated(_Layer):
         plain.__class__ = self._pruned if pruned else self._dense
         if pruned:
             plain.d_model, plain.nhead = self.linear1.in_features, getattr(self, self._attentions[0]).num_heads
+        wake(plain)
         return plain, kept
 
     def _plain_feed_forward(self, cut: bool) -> tuple[nn.Linear, nn.Linear, list[int]]:
         """``linear1`` and ``linear2`` without gates, and which neurons are left between them."""
         layers = self.linear1, self.linear2
-        plain: list[Any] = [layer.to_dense() if isinstance(layer, GatedWeight) else copy.deepcopy(layer) for layer in layers]
+        plain: list[Any] = [layer.to_dense() if isinstance(layer, GatedWeight) else copied(layer) for layer in layers]
         first, second = plain
         every = list(range(first.out_features))
         if not cut:
@@ -192,6 +201,8 @@ class _Gated(_Layer):
         kept = [i for i in every if i not in closed] or every[:1]
         if len(kept) == len(every) or not _is_elementwise(self.activation, first.weight, kept):
             return first, second, every
+        unwrap(first)
+        unwrap(second)
         cutting = sorted(set(every) - set(kept))
         bias = first.weight.new_zeros(len(every)) if first.bias is None else first.bias
         constant = second.weight[:, cutting] @ _evaluated(self.activation, bias[cutting])
@@ -244,9 +255,27 @@ class GatedTransformerDecoderLayer(_Gated, _DecoderLayer):
     _pruned = PrunedTransformerDecoderLayer
 
 
+def _checked_parts(parts: Any) -> tuple[str, ...]:
+    found = () if isinstance(parts, str) else tuple(_checks.items("parts", parts))
+    for part in found:
+        _checks.one_of("parts", part, PARTS)
+    if not found:
+        raise ValueError(f"parts={parts!r:.80}: expected some of {list(PARTS)}")
+    return found
+
+
+def _check_weights(layer: nn.Module, parts: Sequence[str]) -> None:
+    """Raise TypeError where a weight that would get gates is computed from other tensors."""
+    for name, part in layer.named_children():
+        if isinstance(part, nn.MultiheadAttention) and "heads" in parts:
+            check_dense(part, nn.MultiheadAttention)
+        elif name == "linear1" and "neurons" in parts:
+            check_dense(part, nn.Linear)
+
+
 def _plain_attention(attention: Any, cut: bool) -> tuple[Any, list[int]]:
     if not isinstance(attention, GatedMultiheadAttention):
-        return copy.deepcopy(attention), list(range(attention.num_heads))
+        return copied(attention), list(range(attention.num_heads))
     return attention.compacted() if cut else (attention.to_dense(), list(range(attention.num_heads)))
 
 

@@ -163,12 +163,11 @@ class Budget:
         self.metric = metric
         inputs.check(example_inputs)
         for name, number in (("strength", strength), ("rate", rate)):
-            if not (number >= 0 and math.isfinite(number)):
-                raise ValueError(f"{name}={number!r}: expected a finite number of at least 0")
+            _checks.number(name, number, 0)
         _checks.positive_int("warmup", warmup, least=0)
         _check_steps(steps, schedule, score, min_share)
         self._progress = _progress(schedule)
-        listed: list[Target] = [wanted] if isinstance(wanted, (int, float)) else list(wanted)
+        listed: list[Target] = [wanted] if isinstance(wanted, (int, float)) else _checks.items(metric, wanted)
         if not listed:
             raise ValueError(f"{metric}=[]: expected at least one target")
         for value in listed:
@@ -521,8 +520,8 @@ def _fixed(gates: Sequence[Gate], chosen: Tensor) -> list[Fixed]:
 
 def _check_steps(steps: Any, schedule: Schedule, score: Any, min_share: Any) -> None:
     _checks.one_of("score", score, SCORES)
-    if min_share is not None and not 0 <= min_share <= 1:
-        raise ValueError(f"min_share={min_share!r}: expected a number in [0, 1]")
+    if min_share is not None:
+        _checks.number("min_share", min_share, 0, 1)
     if steps is None:
         return
     _checks.positive_int("steps", steps, least=8)
@@ -551,4 +550,4 @@ def _check_target(name: str, value: Any) -> None:
     count = isinstance(value, int) and not isinstance(value, bool) and value > 1 and name != "latency"
     share = isinstance(value, float) and 0 < value < 1
     if not (count or share):
-        raise ValueError(f"{name}={value!r}: expected a share in (0, 1){'' if name == 'latency' else ', or a count, an int above 1'}")
+        raise ValueError(f"{name}={value!r:.80}: expected a share in (0, 1){'' if name == 'latency' else ', or a count, an int above 1'}")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from dampr import _checks, _progress
 from dampr._version import __version__
 from dampr.nn import GatedLayer, GatedLayerNorm, GatedResidual, Scale, ScaledRNN, TakenReLU
+from dampr.nn.computed import settled, wake
 from dampr.nn.rnn import _GatedRecurrent
 
 from . import graph, heads, inputs, recurrent, streams, transformer, unit_compact
@@ -21,6 +22,7 @@ class CompactionError(RuntimeError):
     """The compacted model does not compute what the gated one computes; nothing was changed."""
 
 
+@settled
 def compact(
     model: nn.Module,
     *,
@@ -36,7 +38,9 @@ def compact(
     a closed unit still contributes as a constant (the half of a sigmoid, the shift of a BatchNorm) moves into the bias of the layer that
     reads it. A recurrent layer becomes the smaller one of its ``compacted()`` where linear and recurrent layers alone read it (with
     ``widths="own"`` a :class:`dampr.nn.StackedRNN`, where the model takes its states as lists), attention and transformer layers do so
-    anywhere. Then both models run on the example inputs, and on the same inputs with a little noise, and their
+    anywhere. A weight of a gated layer that is computed from other tensors (``torch.nn.utils.parametrize``, ``weight_norm``,
+    ``spectral_norm``, ``prune``) becomes a parameter with the value that it has; other layers keep what computes their weights, and their
+    width. Then both models run on the example inputs, and on the same inputs with a little noise, and their
     outputs are compared.
 
     Args:
@@ -57,6 +61,7 @@ def compact(
     Raises: CompactionError naming the first layer that differs; ValueError for an optimizer whose state cannot be cut; TypeError or
     ValueError that names the argument.
     """
+    _checks.module("model", model)
     inputs.check(example_inputs)
     if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"optimizer={optimizer!r:.80}: expected a torch.optim.Optimizer")
@@ -68,12 +73,16 @@ def compact(
         raise ValueError(f"model={type(model).__name__}: expected gated layers in it (dampr.convert puts them there)")
     if "" in gated:
         raise ValueError("model is a gated layer itself: nothing around it could be cut; use its to_dense()")
+    for name, bound in (("atol", atol), ("rtol", rtol)):
+        if bound is not None:
+            _checks.number(name, bound, 0)
     samples = [example_inputs, inputs.perturbed(example_inputs)]
     inputs.comparable(model, example_inputs)
     atol, rtol = inputs.tolerances(model, samples, atol, rtol)
     if has_unit_gates(model):
         whole, kept, manifest = unit_compact.compacted(model, example_inputs, round_to)
         difference = max(_prove(model, whole, kept, sample, atol, rtol) for sample in samples)
+        wake(whole)
         whole.dampr_manifest = manifest | {"max_abs_difference": difference}  # type: ignore[assignment]
         if optimizer is not None:
             carry_over(optimizer, model, whole)
@@ -124,6 +133,7 @@ def compact(
     difference = max(_prove(model, small, kept, sample, atol, rtol) for sample in samples)
     manifest = _manifest(model, small, kept, left | cut_heads, units, notes, difference)
     small.dampr_manifest = manifest | ({"parameters": parameters} if parameters else {})  # type: ignore[assignment]
+    wake(small)
     if optimizer is not None:
         carry_over(optimizer, model, small)
     return small

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from dampr import _checks
 from dampr.gates import DependencyGenerator, Gate, make_gate
 from dampr.nn import (
     GatedBatchNorm1d,
@@ -28,6 +29,7 @@ from dampr.nn import (
     GatedRNN,
 )
 from dampr.nn.base import VECTOR_GRANULARITIES, Granularity
+from dampr.nn.computed import computed, settled
 
 from . import filters, graph, heads, inputs, rectified, recurrent, second_opinion, streams, transformer, trial, unit_gates
 from .filters import Filter
@@ -58,6 +60,7 @@ class ConversionError(RuntimeError):
     """A model could not be converted; it is as it was."""
 
 
+@settled
 def convert(
     model: nn.Module,
     *,
@@ -115,6 +118,14 @@ def convert(
         )
     if isinstance(granularity, torch.Tensor):
         raise TypeError("granularity: got a tensor, which is of one weight (from_dense takes it); expected a name or (rows, cols)")
+    if not isinstance(gate, str) and not callable(gate):
+        raise TypeError(f"gate={gate!r:.80}: expected a family's name, a subclass of dampr.gates.Gate or a function that makes one")
+    if isinstance(granularity, tuple):
+        _checks.block_count("granularity", granularity, 1, 1)
+    else:
+        _checks.one_of("granularity", granularity, ("output", "input", "weight"))
+    for name, switch in (("tie", tie), ("residual", residual), ("per_sample", False if per_sample is None else per_sample)):
+        _checks.flag(name, switch)
     if residual and (granularity != "output" or per_sample or example_inputs is None):
         given = f"granularity={granularity!r}, per_sample={per_sample}, example_inputs{'=None' if example_inputs is None else ' given'}"
         raise ValueError(f"residual=True with {given}: expected granularity 'output', one draw per call, and example inputs")
@@ -285,7 +296,6 @@ def _place(
     wanted = {n: layer for n, layer in chosen.items() if not isinstance(layer, nn.MultiheadAttention) and n not in plan.heads}
     reasons = {n: factors.get(n) or _why_not(layer, widths, tie, model, example_inputs) for n, layer in wanted.items()}
     free = [n for n, reason in reasons.items() if reason is None and _has_channels(chosen[n], widths)]
-    free = [n for n in free if isinstance(chosen[n].weight, nn.Parameter)]  # others are an error, see _gated
     seen = {n: _seen(chosen[n], n, sight, widths, names) for n in free} if sight is not None else {}
     tried = {n: reason for n, reason in seen.items() if reason}
     tried |= trial.stuck(model, [n for n in free if seen.get(n) is None], example_inputs)
@@ -376,6 +386,9 @@ def _why_not(layer: nn.Module, widths: graph.Widths, tie: bool, model: nn.Module
     if widths.reaches_output(layer):
         return "its outputs are the model's own"
     norms, alone = widths.norms_reading(layer)
+    weight = next((name for norm in norms if (name := computed(norm)) is not None), None)
+    if weight is not None:
+        return f"the {weight} of a BatchNorm that reads it is computed from other tensors"
     if norms and not (alone and (tie or len(norms) == 1)):
         others = "other layers read it too" if not alone else "with tie=False these cannot share its gates"
         return f"{len(norms)} BatchNorms make constants of its closed channels, and {others}"
@@ -400,7 +413,7 @@ def _has_channels(layer: nn.Module, widths: graph.Widths) -> bool:
 def _norms_after(layer: nn.Module, widths: graph.Widths) -> list[nn.Module]:
     """The norms whose gates switch the outputs of ``layer`` off; none where they are better switched off in the layer."""
     norms = widths.norms_reading(layer)[0] if _has_channels(layer, widths) else []
-    return norms if all(type(norm) in _NORMS for norm in norms) else []
+    return norms if all(type(norm) in _NORMS and computed(norm) is None for norm in norms) else []
 
 
 def _choose(
@@ -431,8 +444,9 @@ def _choose(
 
 def _unfit(layer: nn.Module, gate: Any, granularity: Granularity, per_sample: bool) -> str | None:
     """Why a layer cannot have such gates; None where it can."""
-    if _is_parametrized(layer):
-        return "its weight is computed from other tensors (torch.nn.utils.parametrize); wrap the gated layer instead"
+    if (name := computed(layer)) is not None:
+        how = "torch.nn.utils.parametrize" if parametrize.is_parametrized(layer) else "weight_norm, spectral_norm or prune"
+        return f"its {name} is computed from other tensors ({how}); wrap the gated layer instead"
     if granularity != "output" and type(layer) in _OUTPUT_ONLY:
         return f"{type(layer).__name__} has gates on its {_OUTPUT_ONLY[type(layer)]}, with granularity='output'"
     if not isinstance(layer, nn.RNNBase):
@@ -493,8 +507,6 @@ def _gated(
     if isinstance(layer, (*_NORMS, nn.LayerNorm, nn.MultiheadAttention, nn.RNNBase)):
         del how["granularity"]
         how |= {"statistics": "open"} if isinstance(layer, nn.LayerNorm) else {}
-    elif not isinstance(layer.weight, nn.Parameter):
-        raise ConversionError(f"layer {name!r}: its weight is computed from other tensors (weight_norm?), expected a plain nn.Parameter")
     kind = _GATED[type(layer)]
     if of_heads is not None:
         kind, how = GatedHeads, {"gate": gate, "heads": of_heads.heads, "weights_per_gate": of_heads.weights_per_head()}

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from dampr import _checks
 from dampr._version import __version__
 from dampr.nn import GatedLayer
 
@@ -75,6 +76,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     from safetensors.torch import save_file
 
     check_plain(model)
+    _checks.path("path", path)
     own = sizes_of(getattr(model, "dampr_manifest", None))
     widths = {n: {a: _width(m, a) for a in (*_WIDTHS, *own.get(n, {})) if _is_width(m, a)} for n, m in model.named_modules()}
     for name, module in model.named_modules():
@@ -152,7 +154,9 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
     Raises: FileNotFoundError; FileError for a file that is truncated, damaged, changed, not from here, or that does not fit ``model``,
     which then is as it was. (The digest finds accidents; whoever changes a file on purpose can recompute it, so all else is checked too.)
     """
-    content = _read(path)
+    if model is not None:
+        _checks.module("model", model)
+    content = _read(_checks.path("path", path))
     exact = model is None
     if model is None:
         if content.architecture is None:
@@ -185,6 +189,7 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
 
 def check_plain(model: nn.Module, by: str = "dampr.compact") -> None:
     """Raise TypeError that names the first layer with gates, and ``by`` which function they go."""
+    _checks.module("model", model)
     gated = [name for name, module in model.named_modules() if isinstance(module, GatedLayer)]
     if gated:
         raise TypeError(f"model: layer {gated[0]!r} still has gates; expected a compacted model ({by}); for checkpoints use state_dict()")

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dampr.nn import PrunedMultiheadAttention, Scale
+from dampr.nn.computed import computed
 
 from . import heads, inputs, tracing, transposed
 from .tracing import ATTENTION, GEMMS, channel_count, is_depthwise, pads_with_zeros
@@ -320,6 +321,8 @@ class Widths:
             module = item.dep.target.module
             if isinstance(module, nn.Parameter):
                 raise CannotCutError("a bare nn.Parameter takes part in its width")
+            if isinstance(module, nn.Module) and (name := computed(module)) is not None:
+                raise CannotCutError(f"the {name} of {type(module).__name__} {self._names.get(module)!r} is computed from other tensors")
             if not isinstance(module, nn.Module) or isinstance(module, _PASSES_THROUGH) or is_depthwise(module):
                 continue
             if isinstance(module, _MIXES_CHANNELS):
@@ -360,8 +363,6 @@ class Widths:
             raise CannotCutError(
                 f"{kind} {name!r}{' with groups' if hasattr(module, 'groups') else ''} shares its width, and cannot be cut yet"
             )
-        elif not writes and not isinstance(module.weight, nn.Parameter):
-            raise CannotCutError(f"the weight of {kind} {name!r} is computed from other tensors")
         if self._calls.get(module, 1) != 1:
             raise CannotCutError(f"{kind} {name!r} is called {self._calls[module]} times")
 

@@ -55,7 +55,7 @@ class History:
             if not isinstance(source, nn.Module):
                 raise ValueError("example_inputs: expected a gated model as source with them; a budget has its own")
             inputs.check(example_inputs)
-        self.path, self._source = Path(path), source
+        self.path, self._source = _checks.path("path", path), source
         self._cost = None if example_inputs is None or not isinstance(source, nn.Module) else Cost(source, example_inputs, "macs")
         self._begun = False
         if self.path.exists():

@@ -151,17 +151,17 @@ class Plan:
         inputs.check(example_inputs)
         _checks.positive_int("steps", steps, least=LEAST_STEPS)
         for name, share in (("warmup", warmup), ("ramp", ramp)):
-            if share is not None and not 0 <= share < 1:
+            if (share is not None or name == "ramp") and _checks.number(name, share, 0, 1) == 1:
                 raise ValueError(f"{name}={share!r}: expected a share of the steps in [0, 1)")
         for name, number in (("restart", restart), ("distill", distill)):
-            if number is not None and not (number >= 0 and math.isfinite(number)):
-                raise ValueError(f"{name}={number!r}: expected a finite number of at least 0")
+            if number is not None:
+                _checks.number(name, number, 0)
         for name, count, least in (("recalibrate", recalibrate, 0), ("round_to", round_to, 1), ("min_width", min_width, 1)):
             _checks.positive_int(name, count, least=least)
         self.model, self.steps, self.steps_taken = model, steps, 0
         self.report: PlanReport | None = None
         self._inputs, self._gate, self._score = example_inputs, gate, score
-        self._trained = _is_trained(model) if trained is None else bool(trained)
+        self._trained = _is_trained(model) if trained is None else _checks.flag("trained", trained)
         share = (TRAINED_WARMUP if self._trained else WARMUP) if warmup is None else warmup
         self._end = round((share + ramp) * steps)
         if self._end >= steps or round(ramp * steps) < 8:

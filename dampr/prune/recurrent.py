@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 from dampr.nn import ScaledRNN
+from dampr.nn.computed import computed
 from dampr.nn.rnn import _GatedRecurrent
 from dampr.nn.stacked_rnn import in_parts, narrowed
 
@@ -198,7 +200,7 @@ def readers(model: nn.Module, layer: nn.RNNBase, sample: Any) -> list[nn.Module]
 
     hooks: list[Any] = [layer.register_forward_hook(mark)]
     for module in model.modules():
-        if module is not layer and (type(module) is nn.Linear or isinstance(module, nn.RNNBase)):
+        if module is not layer and (_is_linear(module) or isinstance(module, nn.RNNBase)):
             hooks.append(module.register_forward_pre_hook(read, with_kwargs=True))
     with inputs.removing(hooks), inputs.evaluating(model), _frozen(model), torch.enable_grad():
         results = inputs.tensors(inputs.call(model, sample))
@@ -211,10 +213,17 @@ def readers(model: nn.Module, layer: nn.RNNBase, sample: Any) -> list[nn.Module]
     return _checked(found, layer, names)
 
 
+def _is_linear(module: nn.Module) -> bool:
+    """Whether a layer is exactly ``nn.Linear``, or would be but for a parametrization."""
+    return type(module) is nn.Linear or (isinstance(module, nn.Linear) and parametrize.is_parametrized(module))
+
+
 def _checked(found: dict[nn.Module, bool], layer: nn.RNNBase, names: dict[nn.Module, str]) -> list[nn.Module]:
     size = channel_count(layer, True)
     readers = [module for module, always in found.items() if always]
     for reader in readers:
+        if (name := computed(reader)) is not None:
+            raise CannotCutError(f"the {name} of {type(reader).__name__} {names[reader]!r} is computed from other tensors")
         width = reader.input_size if isinstance(reader, nn.RNNBase) else reader.in_features
         if width != size:
             raise CannotCutError(f"{type(reader).__name__} {names[reader]!r} reads {width} features, not the {size} of the layer alone")

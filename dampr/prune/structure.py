@@ -11,6 +11,7 @@ from torch import nn
 from dampr.gates import Fixed, Gate
 from dampr.nn import Gate as GateLayer
 from dampr.nn import GatedHeads, GatedLayer, GatedLayerNorm, GatedResidual, Scale
+from dampr.nn.computed import at_rest
 from dampr.nn.rnn import _GatedRecurrent
 from dampr.nn.transformer import _Gated
 
@@ -50,7 +51,8 @@ class Structure:
         self.notes: dict[str, str] = {}
         self.units: dict[nn.Module, list[nn.Module]] = {}
         self.atoms: dict[Side, list[int]] = {}
-        self.plain = self._plain_copy(model, example_inputs)
+        with at_rest(model):
+            self.plain = self._plain_copy(model, example_inputs)
         self.names = {module: name for name, module in self.plain.named_modules()}
         widths = graph.Widths(self.plain, example_inputs)
         self._find_atoms(widths)

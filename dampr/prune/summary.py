@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dampr import _checks
 from dampr.gates import Gate, OwnedGate, SteppedGate
 from dampr.nn import GatedLayer
 
@@ -20,6 +21,7 @@ from .reports import Report
 
 def gated_layers(model: nn.Module) -> dict[str, GatedLayer]:
     """Every gated layer of ``model`` by name, in order."""
+    _checks.module("model", model)
     return {name: module for name, module in model.named_modules() if isinstance(module, GatedLayer)}
 
 
@@ -59,14 +61,16 @@ def penalty(model: nn.Module, *, lam: Cost = 1.0, prior_precision: Cost = 0.0) -
 
 
 def _cost_of(name: str, argument: str, value: Cost) -> float:
+    if isinstance(value, Tensor) and value.dim() == 0:
+        return value  # type: ignore[return-value]  # one that is learned, or scheduled on the device
     if not isinstance(value, Mapping):
-        return value
-    found = next((number for pattern, number in value.items() if fnmatchcase(name, pattern)), None)
+        return _checks.number(argument, value)
+    found = next((number for pattern, number in value.items() if isinstance(pattern, str) and fnmatchcase(name, pattern)), None)
     if found is None:
         raise ValueError(
             f"{argument}={dict(value)!r}: expected a glob that matches the gated layer {name!r} (a last one of '*' matches all)"
         )
-    return found
+    return _checks.number(argument, found)
 
 
 def param_groups(model: nn.Module, *, lr: float, gate_lr: float | None = None, weight_decay: float = 0.0) -> list[dict[str, Any]]:
@@ -78,8 +82,8 @@ def param_groups(model: nn.Module, *, lr: float, gate_lr: float | None = None, w
     appears once.
     """
     for name, value in (("lr", lr), ("gate_lr", lr if gate_lr is None else gate_lr), ("weight_decay", weight_decay)):
-        if not value >= 0:
-            raise ValueError(f"{name}={value!r}: expected a number of at least 0")
+        _checks.number(name, value, 0)
+    _checks.module("model", model)
     found = [module for module in model.modules() if isinstance(module, Gate)]
     if gate_lr is not None and any(isinstance(gate, (OwnedGate, SteppedGate)) for gate in found):
         raise ValueError(

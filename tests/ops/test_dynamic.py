@@ -98,3 +98,18 @@ def test_export_keeps_a_dynamic_batch(compacted: bool, strict: bool) -> None:
     for size in (2, 64, 300):
         x = torch.randn(size, 3, 9, 9)
         torch.testing.assert_close(exported.module()(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")  # torch's own
+def test_a_compacted_model_is_compiled_ahead_of_time(tmp_path: Any) -> None:
+    x = torch.randn(4, 6)
+    model = dampr.convert(nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 3)), example_inputs=x)
+    model[1].gate.log_alpha.data[::2] = -9.0
+    small = dampr.compact(model.eval(), example_inputs=x)
+    assert small[0].out_features == 8
+    exported = torch.export.export(small, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=2, max=4096)},))
+    loaded = torch._inductor.aoti_load_package(torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / "small.pt2")))
+    for size in (3, 50):
+        x = torch.randn(size, 6)
+        torch.testing.assert_close(loaded(x), small(x), rtol=1e-5, atol=1e-6)

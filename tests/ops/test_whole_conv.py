@@ -133,14 +133,14 @@ def test_gates_are_where_there_is_less_to_multiply() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"padding": "same", "stride": 2}, "same.* is not supported for strided"),
-        ({"padding": "everywhere"}, "[Ii]nvalid padding string"),
-        ({"stride": (1, 2, 3)}, "expected stride to be"),
-        ({"padding": 1.5}, "padding"),
+        ({"padding": "same", "stride": 2}, "^padding='same' with stride=2: expected a stride of 1"),
+        ({"padding": "everywhere"}, "^padding='everywhere': expected 'same'"),
+        ({"stride": (1, 2, 3)}, r"^stride=\(1, 2, 3\): expected"),
+        ({"padding": 1.5}, "^padding=1.5: expected"),
     ],
 )
-def test_what_torch_refuses_it_refuses_in_its_own_words(arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises((RuntimeError, TypeError, ValueError), match=message):
+def test_what_torch_refuses_it_refuses_by_the_name_of_the_argument(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         functional.gated_conv2d(**problem("output"), seed=5, **arguments)
 
 

@@ -1,0 +1,1 @@
+"""Random and hostile calls of everything that is public; ``python -m tests.fuzz --help``."""
