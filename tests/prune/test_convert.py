@@ -173,7 +173,7 @@ class Fails(nn.Module):
             dampr.ConversionError,
             "'fc': the model reads its weight without calling it",
         ),
-        (WeightNorm, {"example_inputs": X}, dampr.ConversionError, "'fc': 'its weight is computed from other tensors"),
+        (WeightNorm, {"example_inputs": X, "per_sample": True}, dampr.ConversionError, "'fc': 'its weight is computed from other tensors"),
         (Fails, {"example_inputs": X}, ArithmeticError, "only plain layers"),
         (mlp, {"include": "nothing.*"}, dampr.ConversionError, r"include='nothing.\*'.*no layer of Sequential"),
         (mlp, {"gate": "l2"}, ValueError, "gate='l2'"),
