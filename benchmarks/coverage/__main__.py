@@ -75,25 +75,28 @@ def page() -> str:
     beside = [row for row in rows if isinstance(row.get("torch_pruning"), float)]
     level = [row for row in beside if row.get("left") is not None and row["left"] / row["macs"] <= row["torch_pruning"] + 0.01]
     dates = sorted({row["environment"]["date"][:10] for row in rows})
-    where = f"{records.device_of(rows[0]['environment'])}, torch {rows[0]['environment']['torch']}, {' to '.join(dict.fromkeys(dates[:1] + dates[-1:]))}"
+    where = f"{records.device_of(rows[0]['environment'])}, torch {rows[0]['environment']['torch']}, " + " to ".join({dates[0], dates[-1]})
     head = f"""# Coverage: which networks can be pruned
 
 Written by `python -m benchmarks.coverage table` from [coverage.jsonl](../benchmarks/results/coverage.jsonl) ({where}).
 
-Each network has random weights and shaken norms. It is converted with the defaults, half of every width is closed, and the masked model is
-compared with the compacted one on inputs that neither has seen.
+Each network has random weights and shaken norms.
+It is converted with the defaults, half of every width is closed, and the masked model is compared with the compacted one on fresh inputs.
 
-- {len(rows)} networks; {len(rows) - len(good)} have no result.
-- {len(enough)} have at least {measure.SHARE:.0%} of their multiply-accumulates within reach.
+- {len(rows)} networks, of which {len(rows) - len(good)} have no result.
+- {len(enough)} have at least {measure.SHARE:.0%} of their multiply-accumulates (MACs) within reach.
 - {len(good) - len(wrong)} of {len(good)} compute the same masked and compacted, to 1e-9 in float64.
 - {len(exact)} of {len(good)} cost exactly what was foretold.
-- Torch-Pruning 1.6.1 gives a model that runs for {len(beside)}; of these dampr leaves as little or less on {len(level)}, half of every width
-  cut by both.
+- Torch-Pruning 1.6.1 gives a model that runs for {len(beside)}.
+  With half of every width cut by both, dampr leaves as few MACs or fewer on {len(level)} of these.
 
-**Within reach**: the share that goes when every width keeps one unit. **Half**: what is left with half of every width, foretold and found.
-**Gates on**: layers (fused kernels) or parameters (whatever reads a unit). **Convert**: seconds of one core, and forwards that take as long.
+**Within reach**: the share of the MACs that goes when every width keeps one unit.
+**Half**: the MACs that are left with half of every width, and whether that was foretold.
+**Gates on**: layers (fused kernels), or parameters (whatever reads a unit).
+**Same**: the largest difference of masked and compacted model over the largest output; and of the model before and after `convert`.
+**Convert**: seconds of one core, and how many forward passes take as long.
 
-| network | gates on | within reach | half: left | foretold | masked = compacted, float32 | float64 | after convert | convert | Torch-Pruning: left |
+| network | gates on | within reach | half | foretold | same, float32 | float64 | after convert | convert | Torch-Pruning |
 |---|---|---:|---:|---|---:|---:|---|---:|---|
 """
     return head + "".join(_line(row) for row in rows) + _faults(rows)

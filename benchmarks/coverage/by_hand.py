@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -177,7 +178,7 @@ class TCN(nn.Module):
         norm = nn.utils.parametrizations.weight_norm
         widths = [6, 24, 24, 24]
         self.convs = nn.ModuleList(
-            norm(nn.Conv1d(read, written, 3, dilation=2**i)) for i, (read, written) in enumerate(zip(widths, widths[1:], strict=False))
+            norm(nn.Conv1d(read, written, 3, dilation=2**i)) for i, (read, written) in enumerate(itertools.pairwise(widths))
         )
         self.mix, self.head = nn.Conv1d(24, 32, 1), nn.Linear(32, 4)
 

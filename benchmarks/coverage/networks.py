@@ -13,51 +13,14 @@ from . import by_hand
 
 Made = tuple[nn.Module, Any]
 
-TIMM = [
-    "resnet18",
-    "resnet26d",
-    "seresnet18",
-    "skresnet18",
-    "resnext26ts",
-    "wide_resnet50_2",
-    "densenet121",
-    "vgg11_bn",
-    "mobilenetv1_100",
-    "mobilenetv2_050",
-    "mobilenetv3_small_050",
-    "mobilenetv4_conv_small_050",
-    "mobilenetv4_hybrid_medium_075",
-    "efficientnet_b0",
-    "tinynet_e",
-    "lcnet_050",
-    "mnasnet_050",
-    "rexnet_100",
-    "regnetx_002",
-    "ghostnet_050",
-    "hrnet_w18_small",
-    "dla34",
-    "res2net50_26w_4s",
-    "resnest14d",
-    "nf_resnet26",
-    "repvgg_a0",
-    "hgnetv2_b0",
-    "starnet_s050",
-    "convnext_atto",
-    "poolformer_s12",
-    "vit_tiny_patch16_224",
-    "deit_tiny_patch16_224",
-    "cait_xxs24_224",
-    "beit_base_patch16_224",
-    "swin_tiny_patch4_window7_224",
-    "twins_svt_small",
-    "pvt_v2_b0",
-    "xcit_nano_12_p16_224",
-    "volo_d1_224",
-    "mixer_s32_224",
-    "gmlp_ti16_224",
-    "mobilevit_xxs",
-    "edgenext_xx_small",
-]
+TIMM = """
+resnet18 resnet26d seresnet18 skresnet18 resnext26ts wide_resnet50_2 densenet121 vgg11_bn mobilenetv1_100
+mobilenetv2_050 mobilenetv3_small_050 mobilenetv4_conv_small_050 mobilenetv4_hybrid_medium_075 efficientnet_b0
+tinynet_e lcnet_050 mnasnet_050 rexnet_100 regnetx_002 ghostnet_050 hrnet_w18_small dla34 res2net50_26w_4s resnest14d
+nf_resnet26 repvgg_a0 hgnetv2_b0 starnet_s050 convnext_atto poolformer_s12 vit_tiny_patch16_224 deit_tiny_patch16_224
+cait_xxs24_224 beit_base_patch16_224 swin_tiny_patch4_window7_224 twins_svt_small pvt_v2_b0 xcit_nano_12_p16_224
+volo_d1_224 mixer_s32_224 gmlp_ti16_224 mobilevit_xxs edgenext_xx_small
+""".split()  # noqa: SIM905
 _FIXED_SIZE = ("224", "vit", "pvt", "twins", "hybrid", "edgenext")  # of the image; the others take 64 x 64
 
 TORCHVISION = {
@@ -72,6 +35,7 @@ TORCHVISION = {
 _SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 _DECODER = _SIZES | {"vocab_size": 99, "max_position_embeddings": 64}
 _IMAGE = {"image_size": 32, "patch_size": 8, "num_channels": 3}
+_SIDES = {f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in (("layers", 2), ("attention_heads", 4), ("ffn_dim", 64))}
 TRANSFORMERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "bert": ("BertConfig", "BertModel", _DECODER),
     "roberta": ("RobertaConfig", "RobertaModel", _DECODER),
@@ -92,12 +56,16 @@ TRANSFORMERS: dict[str, tuple[str, str, dict[str, Any]]] = {
             "d_model": 32,
             "vocab_size": 99,
             "max_position_embeddings": 64,
-            **{f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in (("layers", 2), ("attention_heads", 4), ("ffn_dim", 64))},
+            **_SIDES,
         },
     ),
     "clip": ("CLIPConfig", "CLIPModel", {"text_config": _DECODER, "vision_config": _SIZES | _IMAGE, "projection_dim": 16}),
     "vit": ("ViTConfig", "ViTModel", _SIZES | _IMAGE),
-    "swin": ("SwinConfig", "SwinModel", {"image_size": 32, "patch_size": 2, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 4], "window_size": 4}),
+    "swin": (
+        "SwinConfig",
+        "SwinModel",
+        {"image_size": 32, "patch_size": 2, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 4], "window_size": 4},
+    ),
     "segformer": (
         "SegformerConfig",
         "SegformerForSemanticSegmentation",
@@ -121,13 +89,13 @@ TRANSFORMERS: dict[str, tuple[str, str, dict[str, Any]]] = {
             "bos_token_id": 1,
             "eos_token_id": 2,
             "decoder_start_token_id": 1,
-            **{f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in (("layers", 2), ("attention_heads", 4), ("ffn_dim", 64))},
+            **_SIDES,
         },
     ),
-}  # fmt: skip
+}
 
-CI = (("by hand", "unet"), ("by hand", "yolo"), ("by hand", "nanogpt"), ("by hand", "cbam"), ("by hand", "experts"), ("by hand", "siamese"))
-"""Networks that CI runs; two more of transformers where that is installed: see tests/test_coverage.py."""
+CI = tuple(("by hand", name) for name in by_hand.NETWORKS) + tuple(("transformers", name) for name in ("gpt2", "qwen3", "t5"))
+"""Networks that CI runs."""
 
 
 def names() -> list[tuple[str, str]]:
@@ -137,7 +105,7 @@ def names() -> list[tuple[str, str]]:
 
 
 def build(library: str, name: str) -> Made:
-    """A network with random weights in evaluation mode, norms away from the identity, and inputs for it. ImportError without the library."""
+    """A network with random weights, norms away from the identity, in evaluation mode, and its inputs. ImportError without the library."""
     torch.manual_seed(0)
     model, x = _BUILDERS[library](name)
     return shaken(model.eval()), x
