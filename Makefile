@@ -8,6 +8,7 @@ CONSTRAINTS ?= constraints.txt
 MINUTES ?= 60
 STEPS ?= 10000
 FAST := -m "not slow" -q
+BEHIND := tests/nn tests/ops
 
 .PHONY: help install demo test verify emulate bench gpu examples plots lint format fuzz sanitize soak clean \
 	test-fast test-latest test-floor test-no-extension test-no-triton packaging sdist wheels
@@ -44,9 +45,9 @@ demo: $(STAMP)
 # Triton's interpreter and then the emulator of compiled kernels keep one core busy for minutes, so all other tests run beside them; what these
 # print comes after their summaries.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest > $(VENV)/.test.log 2>&1 & others=$$!; \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(BEHIND:%=--ignore=%) > $(VENV)/.test.log 2>&1 & others=$$!; \
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/interpreter; interpreter=$$?; \
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/emulator; emulator=$$?; \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/emulator $(BEHIND); emulator=$$?; \
 	wait $$others; others=$$?; cat $(VENV)/.test.log; exit $$((interpreter | emulator | others))
 
 # In slices: python -m tests.emulator --seconds 500
