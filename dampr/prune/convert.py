@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from dampr import _checks
-from dampr.gates import DependencyGenerator, Gate, make_gate
+from dampr.gates import DependencyGenerator, Fixed, Gate, make_gate
 from dampr.nn import (
     GatedBatchNorm1d,
     GatedBatchNorm2d,
@@ -32,7 +33,10 @@ from dampr.nn.base import VECTOR_GRANULARITIES, Granularity
 from dampr.nn.computed import computed, settled
 
 from . import filters, graph, heads, inputs, rectified, recurrent, second_opinion, streams, transformer, trial, unit_gates
+from .compact import compact
+from .cost import Cost
 from .filters import Filter
+from .measure import count_macs
 from .structure import plain_copy
 from .unit_gates import Placement
 from .units import Units, trace_units
@@ -146,11 +150,13 @@ def convert(
         plan = _place(model, chosen, granularity, example_inputs, tie, sight)
     except graph.TracingError as error:
         untraced = error
+    by_units = None
     if sight is not None and tie and not per_sample and not residual:
         placement = unit_gates.only(model, sight.units, sight.placement, include, exclude)
-        reached = _reached(sight.units, plan, model) + WORTH if plan is not None else 0.0
-        if share_of_macs(sight.units, placement.classes()) > reached:
-            return _convert_by_units(model, sight.units, placement, gate, before or [], example_inputs)
+        if placement.groups:
+            by_units = functools.partial(_convert_by_units, model, sight.units, placement, gate, before or [], example_inputs)
+            if share_of_macs(sight.units, placement.classes()) > (0.0 if plan is None else _reached(sight.units, plan, model) + WORTH):
+                return by_units()
     if plan is None:
         raise ConversionError(str(untraced)) from untraced
     plan.skipped |= skipped
@@ -160,6 +166,25 @@ def convert(
         raise ConversionError(
             f"include={include!r}, exclude={exclude!r}: no layer of {type(model).__name__} is left to convert {plan.skipped or ''}".rstrip()
         )
+    try:
+        return _convert_by_layers(model, plan, gate, granularity, each, before, example_inputs, prove=by_units is not None)
+    except ConversionError:
+        if by_units is None:
+            raise
+    return by_units()
+
+
+def _convert_by_layers(
+    model: nn.Module,
+    plan: _Plan,
+    gate: Any,
+    granularity: Granularity,
+    each: bool,
+    before: list[torch.Tensor] | None,
+    example_inputs: Any,
+    prove: bool = False,
+) -> nn.Module:
+    """Put gated layers in; whatever is raised, the model is as it was. ``prove``: raise where half of them cannot be cut as foretold."""
     gates = _generated(gate, plan, model, granularity)
     values = {p: p.data for name in plan.layers for p in model.get_submodule(name).parameters()}
     gated: dict[str, Any] = {}
@@ -184,6 +209,8 @@ def convert(
         if before is not None:
             _check_unchanged(model, gated, before, example_inputs)
             _check_called(model, gated, example_inputs)
+        if prove and any(_may_leave_constants(module) for module in model.modules()):
+            _check_half(model, example_inputs)
     except BaseException:
         for layer, kind in adopted.items():
             layer.__class__ = kind
@@ -197,10 +224,19 @@ def convert(
 
 @dataclass
 class _Sight:
-    """What a model without gates computes: its units, and which of them may have gates of their own."""
+    """What a model without gates computes: its units, which of them may have gates of their own, and what several modules have."""
 
     units: Units
     placement: Placement
+    tied: set[str]
+
+
+def _tied(model: nn.Module, units: Units) -> set[str]:
+    """Parameters that several modules have, by the names that ``units`` has them under."""
+    owners: dict[str, set[nn.Module]] = {}
+    for alias, name in units.alias.items():
+        owners.setdefault(name, set()).add(model.get_submodule(alias.rpartition(".")[0]))
+    return {name for name, found in owners.items() if len(found) > 1}
 
 
 def _look(model: nn.Module, example_inputs: Any) -> _Sight | None:
@@ -210,7 +246,7 @@ def _look(model: nn.Module, example_inputs: Any) -> _Sight | None:
     try:
         with second_opinion.without_hooks(model):
             units = trace_units(model, example_inputs)
-            return _Sight(units, unit_gates.place(model, units, example_inputs))
+            return _Sight(units, unit_gates.place(model, units, example_inputs), _tied(model, units))
     except Exception:  # whatever a model does that the tracer cannot follow; others look too
         return None
 
@@ -336,8 +372,11 @@ def _seen(layer: nn.Module, name: str, sight: _Sight, widths: graph.Widths, name
         return refused
     if not classes or not classes.issubset(placement.classes()):
         return None
-    if not isinstance(layer, nn.Embedding) and units.is_column(f"{name}.weight".lstrip("."), 0):
+    if units.is_column(f"{name}.weight".lstrip("."), int(isinstance(layer, nn.Embedding))):
         return "other code reads its weight too, so gates on its outputs would not reach that"
+    tied = next((m.name for one in classes for m in units.members[one] if m.name in sight.tied), None)
+    if tied is not None:
+        return f"several modules have {tied!r}, which has its width"
     owners = {m.name.rpartition(".")[0] for one in classes for m in units.members[one]}
     code = next((size for size in placement.sizes if any(f"{owner}.".startswith(f"{size.module}.") for owner in owners)), None)
     if code is not None:
@@ -526,6 +565,35 @@ def _check_unchanged(model: nn.Module, gated: dict[str, Any], before: list[torch
         raise ConversionError(
             "evaluation outputs changed on example_inputs: the model looks at its layers' types, or draws in evaluation mode"
         )
+
+
+def _may_leave_constants(module: nn.Module) -> bool:
+    norm = isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, GatedLayer)
+    return norm or isinstance(module, (GatedConv1d, GatedConv2d))
+
+
+def _check_half(model: nn.Module, example_inputs: Any) -> None:
+    """Close half of the gates of a copy: what is left has to compute the same and to cost what was foretold.
+
+    Models can fail it that have gates in convolutions, or norms without gates: what is constant behind a closed channel (the half of a
+    sigmoid, the shift of a norm) no bias makes up for at a padded border. Raises ConversionError.
+    """
+    trial = inputs.copied(model, example_inputs)
+    closed: dict[nn.Module, nn.Module] = {}
+    for gate in trial.modules():
+        if isinstance(gate, Gate):
+            values = gate.deterministic().detach().clone()
+            values[: len(values) // 2] = 0
+            closed[gate] = Fixed(values)
+    inputs.replace(trial, closed)
+    with inputs.same_noise(model):
+        try:
+            cost = Cost(trial, example_inputs, "macs")
+            small = compact(trial, example_inputs=example_inputs)
+        except Exception as error:
+            raise ConversionError(f"half of its gates cannot be cut ({error})") from error
+        if round(float(cost(cost.decision()))) != count_macs(small, example_inputs):
+            raise ConversionError("with half of its gates closed the model does not cost what was foretold")
 
 
 def _check_called(model: nn.Module, gated: dict[str, Any], example_inputs: Any) -> None:

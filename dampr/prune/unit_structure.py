@@ -29,8 +29,12 @@ def has_unit_gates(model: nn.Module) -> bool:
 def without_gates(model: nn.Module, example_inputs: Any = None, *, folded: bool = False) -> nn.Module:
     """A copy of ``model`` with plain parameters: times their gates as evaluation has them (``folded``), or as they are."""
     plain = inputs.copied(model, example_inputs)
+    made: dict[nn.Parameter, nn.Parameter] = {}  # a tied parameter stays one: it has the same gates in all modules
     for owner, name in dict.fromkeys((owner, name) for owner, name, _ in gated_parameters(plain)):
+        before: Any = owner._parameters[name]
         take_off(owner, name, folded=folded)
+        after: Any = owner._parameters[name]
+        owner._parameters[name] = made.setdefault(before, after)
     return plain
 
 

@@ -166,7 +166,7 @@ class Fails(nn.Module):
 @pytest.mark.parametrize(
     ("build", "arguments", "error", "message"),
     [
-        (Bypass, {"example_inputs": X}, dampr.ConversionError, "outputs changed"),
+        (Bypass, {"example_inputs": X, "per_sample": True}, dampr.ConversionError, "outputs changed"),
         (
             Reader,
             {"example_inputs": X, "granularity": "input"},
@@ -201,10 +201,19 @@ def test_the_fast_path_of_a_transformer_layer_does_not_bypass_gates_unnoticed():
     class Own(nn.TransformerEncoderLayer):
         """A subclass, which convert leaves alone, with torch's fused path."""
 
-    model = nn.Sequential(Own(16, 2, 32, batch_first=True), nn.Linear(16, 3))
+    def made():
+        return nn.Sequential(Own(16, 2, 32, batch_first=True), nn.Linear(16, 3))
+
+    x, model = torch.randn(2, 5, 16), made()
     with pytest.raises(dampr.ConversionError, match=r"'0.linear[12]': the model reads its weight without calling it"):
-        dampr.convert(model, example_inputs=torch.randn(2, 5, 16), exclude=nn.MultiheadAttention)
+        dampr.convert(model, example_inputs=x, exclude=nn.MultiheadAttention, per_sample=True)
     assert not dampr.prune.gated_layers(model)
+    dampr.convert(model.eval(), example_inputs=x, exclude=nn.MultiheadAttention)
+    assert dampr.verify_model(model, x).ok
+    y = model(x)
+    next(iter(dampr.prune.gated_layers(model).values())).gate.log_alpha.data[:9] = -9
+    assert not torch.equal(model(x), y)
+    assert dampr.compact(model, example_inputs=x)[0].linear1.out_features == 23
 
 
 def test_a_layer_that_the_example_does_not_reach_is_no_error():
