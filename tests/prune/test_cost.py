@@ -135,3 +135,20 @@ def test_what_cannot_be_cut_costs_the_same_and_says_why():
     assert cost.structure.notes == {"0": "LayerNorm '1' computes statistics over its channels"}
     assert cost.prunable.tolist() == [False] * 8 + [True] * 6
     assert float(cost(torch.zeros(14))) == cost.total - 6 * 9 - 6 * 2
+
+
+def test_macs_of_a_learned_token_that_is_handed_on_are_counted():
+    class Token(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.token, self.mix, self.head = nn.Parameter(torch.randn(1, 1, 8)), nn.Linear(8, 12), nn.Linear(12, 3)
+
+        def forward(self, x):
+            return self.head(self.mix(self.token.expand(len(x), -1, -1)).relu() + self.mix(x).relu())
+
+    model, x = Token(), torch.randn(2, 4, 8)
+    macs = count_macs(model, x)
+    assert macs == 2 * 8 * 12 + 8 * 8 * 12 + 8 * 12 * 3
+    assert all(p.requires_grad for p in model.parameters())
+    dampr.convert(model, example_inputs=x)
+    assert dampr.Budget(model, x, macs=0.5, steps=8).finalize().reached <= macs / 2
