@@ -126,7 +126,9 @@ def run(
     if model not in MODELS:
         raise ValueError(f"model={model!r}: expected one of {sorted(MODELS)}")
     if (model, data) not in RECIPES:
-        raise ValueError(f"data={data!r}: expected one of {sorted(name for kind, name in RECIPES if kind == model)} with model={model!r}")
+        other = next((f"; model={kind!r} has it" for kind, name in RECIPES if name == data), "")
+        known = sorted(name for kind, name in RECIPES if kind == model)
+        raise ValueError(f"data={data!r}: expected one of {known} with model={model!r}{other}")
     if data != "digits" and root is None:
         raise ValueError(f"root=None: expected the folder with the idx files of {data}")
     split = datasets.digits() if root is None else datasets.mnist_like(root)

@@ -59,6 +59,8 @@ def test_demo_prunes_without_losing_the_digits():
     ("arguments", "message"),
     [
         (["demo", "--data", "cifar"], "data='cifar': expected one of"),
+        (["demo", "--data", "mnist"], "with model='mlp'; model='cnn' has it"),
+        (["bench", "--rounds", "0"], "rounds=0: expected"),
         (["demo", "--data", "fashion-mnist"], "root=None: expected the folder"),
         (["demo", "--data", "fashion-mnist", "--root", "/nonexistent"], "root='/nonexistent': expected train-images-idx3-ubyte"),
         (["demo", "--epochs", "0"], "epochs=0: expected at least 2"),

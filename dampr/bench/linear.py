@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import dampr
-from dampr import _progress
+from dampr import _checks, _progress
 from dampr.bench import records, timing, verify
 from dampr.bench.competitors import CaptumLinear, UnfusedLinear, unfused_gate
 from dampr.nn.explain import route_of
@@ -83,7 +83,11 @@ class Point:
 
 
 def run(cases: Iterable[Case] | None = None, *, compiled: bool = True, rounds: int = 20) -> list[Point]:
-    """Time every case: CUDA (bf16 autocast) where there is one, else CPU float32. The penalty is not part of a step."""
+    """Time every case: CUDA (bf16 autocast) where there is one, else CPU float32. The penalty is not part of a step.
+
+    Raises ValueError unless ``rounds`` is a positive integer.
+    """
+    _checks.positive_int("rounds", rounds)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     chosen = QUICK[device] if cases is None else list(cases)
     return [point for case in _progress.track(chosen, "bench", delay=0) for point in measure(case, device, compiled, rounds)]

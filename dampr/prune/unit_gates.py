@@ -54,26 +54,45 @@ def place(model: nn.Module, units: Units, example_inputs: Any) -> Placement:
     owned = [name for name in parameters if _owner(model, name) is not None]
     refused = _in_training_alone(units)
     found = groups(units, [one for one in readable(units, owned) if one not in refused])
-    sizes: list[Size] = []
-    good: list[list[int]] = []
     families = _families(units, [one for group in found for one in group.classes])
     kind = functools.partial(_kind, units)
+    good: list[tuple[list[list[int]], list[Size]]] = []
     tries, todo = Counter[str](), [families] if families else []
     while todo:
         some = todo.pop()
         tries[kind(some[0])] += 1
         reason, follow = _try(model, units, example_inputs, some)
         if reason is None:
-            good += some
-            sizes += follow
+            good.append((some, follow))
         elif len({kind(family) for family in some}) > 1:
             todo += [list(alike) for _, alike in itertools.groupby(sorted(some, key=kind), key=kind)]
         elif len(some) == 1 or tries[kind(some[0])] > _TRIES:
             refused |= dict.fromkeys((one for family in some for one in family), reason)
         else:
             todo += [some[: len(some) // 2], some[len(some) // 2 :]]
-    kept = {one for family in good for one in family}
-    return Placement([group for group in found if kept.issuperset(group.classes)], list(dict.fromkeys(sizes)), refused)
+    kept, sizes = _together(model, units, example_inputs, good, refused)
+    return Placement([group for group in found if kept.issuperset(group.classes)], sizes, refused)
+
+
+def _together(
+    model: nn.Module, units: Units, example_inputs: Any, good: list[tuple[list[list[int]], list[Size]]], refused: dict[int, str]
+) -> tuple[set[int], list[Size]]:
+    """Of sets of families that passed one by one, the classes of those that pass together, and the sizes that follow; adds to ``refused``.
+
+    All at once in most cases, else one after the other, the largest first.
+    """
+    kept: list[list[int]] = [family for families, _ in good for family in families]
+    sizes = list(dict.fromkeys(size for _, follow in good for size in follow))
+    if len(good) > 1 and _computes_something_else(model, units, example_inputs, half(units, kept), sizes):
+        kept, sizes = [], []
+        for families, follow in sorted(good, key=lambda one: -sum(map(len, one[0]))):
+            more = list(dict.fromkeys([*sizes, *follow]))
+            reason = _computes_something_else(model, units, example_inputs, half(units, [*kept, *families]), more)
+            if reason:
+                refused |= dict.fromkeys((one for family in families for one in family), reason)
+            else:
+                kept, sizes = [*kept, *families], more
+    return {one for family in kept for one in family}, sizes
 
 
 def _kind(units: Units, family: list[int]) -> str:
@@ -136,7 +155,9 @@ def _computes_something_else(model: nn.Module, units: Units, example_inputs: Any
     if any(p.is_meta for p in model.parameters()):
         return ""
     mask_columns(masked, units, classes)
-    samples = [example_inputs, inputs.perturbed(example_inputs), *(_scaled(example_inputs, scale) for scale in _SCALES)]
+    samples = [example_inputs]
+    if any(t.is_floating_point() for t in torch.utils._pytree.tree_leaves(example_inputs) if isinstance(t, Tensor)):
+        samples += [inputs.perturbed(example_inputs), *(_scaled(example_inputs, scale) for scale in _SCALES)]
     for sample in samples:
         with inputs.unfused(), inputs.same_noise(masked):
             expected = inputs.evaluate(masked, sample)
