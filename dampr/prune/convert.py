@@ -107,6 +107,11 @@ def convert(
             Streams that something reads without a norm (norms after the sums right on embeddings), that are the model's input or output,
             or that a buffer is added to are left out. Half of a stream's channels are cut in a copy to see that it can be.
 
+    With example inputs, output gates, one draw per call and ties, the model's operators are traced too (:func:`dampr.prune.units.trace_units`).
+    Where gates on the parameters that read units (:class:`dampr.nn.GatedParameter`) reach more of the multiply-accumulates than gated layers
+    would, or gated layers would not compact as foretold, the model gets those instead, whatever its layers are; numbers that code keeps beside
+    parameters and that follow a width are then in its attribute ``dampr_sizes``.
+
     Returns: ``model``. Its attribute ``dampr_skipped`` says of each layer that was left out why.
 
     Raises: ConversionError when nothing matches, outputs changed, a layer is bypassed or torch-pruning cannot follow the model; ValueError
