@@ -16,6 +16,7 @@ from dampr.nn.parameter import GatedParameter, gated_parameters, take_off
 
 from . import inputs
 from .units import Units, trace_units
+from .units.groups import readable
 
 
 def has_unit_gates(model: nn.Module) -> bool:
@@ -105,7 +106,7 @@ class UnitStructure:
                 continue
             own = number[first : first + len(index)]
             own[index >= 0] = index[index >= 0] + self.start(name)
-        free = set(units.free)
+        free = set(readable(units, dict(self.plain.named_parameters(remove_duplicate=False))))
         found: dict[int, int] = {}
         columns = np.flatnonzero(read)
         by_class: dict[int, set[int]] = defaultdict(set)

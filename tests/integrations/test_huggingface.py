@@ -462,4 +462,4 @@ import dampr.integrations.huggingface
 def test_dampr_alone_says_who_knows_gpt2() -> None:
     model, x = built("gpt2, cache")
     with pytest.raises(dampr.ConversionError, match="its Conv1D layers are known to dampr.integrations.huggingface"):
-        dampr.convert(model, example_inputs=x)
+        dampr.convert(model, example_inputs=x, per_sample=True)
