@@ -98,6 +98,8 @@ def number(name: str, value: Any, least: float = -math.inf, most: float = math.i
     """A finite real number from ``least`` (or only ``above`` it) to ``most``."""
     real = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not real or not abs(value) <= sys.float_info.max or not least <= value <= most or (above and value == least):
+        if -math.inf < least and most < math.inf and not above:
+            raise ValueError(f"{name}={value!r:.80}: expected a number in [{least:g}, {most:g}]")
         bounds = f" {'above' if above else 'of at least'} {least:g}" * (least > -math.inf) + f" and at most {most:g}" * (most < math.inf)
         raise ValueError(f"{name}={value!r:.80}: expected a finite number{bounds}")
     return float(value)

@@ -64,6 +64,10 @@ class ConversionError(RuntimeError):
     """A model could not be converted; it is as it was."""
 
 
+class _UnprovenError(ConversionError):
+    """Gated layers do not do for a model, which gates on its parameters may."""
+
+
 @settled
 def convert(
     model: nn.Module,
@@ -107,10 +111,10 @@ def convert(
             Streams that something reads without a norm (norms after the sums right on embeddings), that are the model's input or output,
             or that a buffer is added to are left out. Half of a stream's channels are cut in a copy to see that it can be.
 
-    With example inputs, output gates, one draw per call and ties, the model's operators are traced too (:func:`dampr.prune.units.trace_units`).
-    Where gates on the parameters that read units (:class:`dampr.nn.GatedParameter`) reach more of the multiply-accumulates than gated layers
-    would, or gated layers would not compact as foretold, the model gets those instead, whatever its layers are; numbers that code keeps beside
-    parameters and that follow a width are then in its attribute ``dampr_sizes``.
+    With example inputs, output gates, one draw per call and ties, the model's operators are traced too
+    (:func:`dampr.prune.units.trace_units`). Where gates on the parameters that read units (:class:`dampr.nn.GatedParameter`) reach more of
+    the multiply-accumulates than gated layers would, or gated layers would not compact as foretold, the model gets those instead, whatever
+    its layers are; numbers that code keeps beside parameters and that follow a width are then in its attribute ``dampr_sizes``.
 
     Returns: ``model``. Its attribute ``dampr_skipped`` says of each layer that was left out why.
 
@@ -175,7 +179,7 @@ def convert(
         )
     try:
         return _convert_by_layers(model, plan, gate, granularity, each, before, example_inputs, prove=by_units is not None)
-    except ConversionError:
+    except _UnprovenError:
         if by_units is None:
             raise
     return by_units()
@@ -385,7 +389,8 @@ def _seen(layer: nn.Module, name: str, sight: _Sight, widths: graph.Widths, name
     if tied is not None:
         return f"several modules have {tied!r}, which has its width"
     owners = {m.name.rpartition(".")[0] for one in classes for m in units.members[one]}
-    code = [size for size in placement.sizes if any(f"{owner}.".startswith(f"{size.module}.") for owner in owners)]
+    places = {(m.name, m.dim) for one in classes for m in units.members[one]}
+    code = [size for size in placement.sizes if (units.alias[size.parameter], size.dim) in places]
     heads_of = next((size for size in code if "head" in size.attribute and size.module), None)
     if heads_of is not None:
         return f"something beside its layers has that width ({heads_of.module}.{heads_of.attribute})"
@@ -601,9 +606,9 @@ def _check_half(model: nn.Module, example_inputs: Any) -> None:
             cost = Cost(trial, example_inputs, "macs")
             small = compact(trial, example_inputs=example_inputs)
         except Exception as error:
-            raise ConversionError(f"half of its gates cannot be cut ({error})") from error
+            raise _UnprovenError(f"half of its gates cannot be cut ({error})") from error
         if round(float(cost(cost.decision()))) != count_macs(small, example_inputs):
-            raise ConversionError("with half of its gates closed the model does not cost what was foretold")
+            raise _UnprovenError("with half of its gates closed the model does not cost what was foretold")
 
 
 def _check_called(model: nn.Module, gated: dict[str, Any], example_inputs: Any) -> None:
@@ -632,7 +637,7 @@ def _check_called(model: nn.Module, gated: dict[str, Any], example_inputs: Any) 
             with torch.no_grad():
                 weight.copy_(own)
         if read:
-            raise ConversionError(f"layer {name!r}: the model reads its weight without calling it, so gates would do nothing; exclude it")
+            raise _UnprovenError(f"layer {name!r}: the model reads its weight without calling it, so gates would do nothing; exclude it")
 
 
 def _recording(name: str, forward: Callable[..., Any], called: set[str]) -> Callable[..., Any]:

@@ -151,7 +151,7 @@ class Plan:
         inputs.check(example_inputs)
         _checks.positive_int("steps", steps, least=LEAST_STEPS)
         for name, share in (("warmup", warmup), ("ramp", ramp)):
-            if (share is not None or name == "ramp") and _checks.number(name, share, 0, 1) == 1:
+            if (share is not None or name == "ramp") and not 0 <= _checks.number(name, share) < 1:
                 raise ValueError(f"{name}={share!r}: expected a share of the steps in [0, 1)")
         for name, number in (("restart", restart), ("distill", distill)):
             if number is not None:

@@ -197,26 +197,26 @@ def mask_columns(model: nn.Module, units: Units, classes: Iterable[int]) -> None
 
 
 def _wanted(model: nn.Module, units: Units, classes: list[int], include: Filter, exclude: Filter) -> list[int]:
-    """The classes of which all layers that write them, or all that read them where none does, are included and not excluded."""
+    """The classes of which a layer that writes them (or reads them, where none does) is included and none is excluded."""
     if include is None and exclude is None:
         return classes
     written = np.zeros(len(units.label), bool)
     written[units.written] = True
-    verdict: dict[str, bool] = {}
 
-    def is_wanted(name: str) -> bool:
-        if name not in verdict:
-            owner = name.rpartition(".")[0]
-            parts = owner.split(".")
-            above = [".".join(parts[: i + 1]) for i in range(len(parts))] if owner else [""]
-            verdict[name] = filters.wanted([(one, model.get_submodule(one)) for one in reversed(above)], include, exclude)
-        return verdict[name]
+    @functools.cache
+    def judged(name: str) -> tuple[bool, bool]:
+        """Whether the module of a parameter is included, and not excluded."""
+        parts = name.split(".")[:-1]
+        above = [".".join(parts[:count]) for count in range(len(parts), 0, -1)] or [""]
+        modules = [(one, model.get_submodule(one)) for one in above]
+        return filters.wanted(modules, include, None), filters.wanted(modules, None, exclude)
 
     found = []
     for one in classes:
         members = [m for m in units.members[one] if written[units.first_unit(m.name, m.dim) + m.indices].any()]
         matrices = [m for m in members if len(units.origin[m.name]) > 1] or members or units.members[one]
-        if all(is_wanted(m.name) for m in matrices):
+        verdicts = [judged(m.name) for m in matrices]
+        if any(included for included, _ in verdicts) and all(allowed for _, allowed in verdicts):
             found.append(one)
     return found
 

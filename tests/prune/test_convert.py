@@ -166,7 +166,7 @@ class Fails(nn.Module):
 @pytest.mark.parametrize(
     ("build", "arguments", "error", "message"),
     [
-        (Bypass, {"example_inputs": X, "per_sample": True}, dampr.ConversionError, "outputs changed"),
+        (Bypass, {"example_inputs": X}, dampr.ConversionError, "outputs changed"),
         (
             Reader,
             {"example_inputs": X, "granularity": "input"},

@@ -9,6 +9,7 @@ from torch import nn
 import dampr
 from dampr.prune import Cost, Latency, latency
 from dampr.prune.measure import count_call
+from dampr.prune.unit_structure import UnitStructure
 from tests import models
 from tests.prune.test_cost import CASES
 from tests.prune.test_models import close_at_random
@@ -32,7 +33,10 @@ def test_at_the_knots_the_table_is_what_was_measured(counted, case):
     least = torch.zeros(times.structure.size)
     for name in times.structure.gated:
         least[times.structure.start(name)] = 1
-    assert float(times(least)) == pytest.approx(float(macs(least)))
+    if isinstance(times.structure, UnitStructure):  # products of activations are in no layer, and count as fixed
+        assert float(times(least)) >= float(macs(least))
+    else:
+        assert float(times(least)) == pytest.approx(float(macs(least)))
     assert bool(times.prunable.any())
 
 

@@ -98,7 +98,7 @@ def test_a_conversion_that_changes_finite_outputs_beside_infinite_ones_is_refuse
             return y.masked_fill(torch.arange(5) > 2, -float("inf"))
 
     with pytest.raises(dampr.ConversionError, match="evaluation outputs changed"):
-        dampr.convert(Looks(), example_inputs=X, per_sample=True)
+        dampr.convert(Looks(), example_inputs=X)
 
 
 def conv_net() -> nn.Module:

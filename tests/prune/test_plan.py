@@ -282,7 +282,7 @@ def test_what_compacts_is_told_and_hooks_are_gone_in_the_end():
         ({"steps": 12}, ValueError, "steps=12: expected an integer of at least 40"),
         ({"steps": 60, "ramp": 0.05}, ValueError, "expected a ramp of at least 8 steps"),
         ({"warmup": 0.9}, ValueError, "expected a ramp of at least 8 steps .* that ends before the last one"),
-        ({"warmup": -0.1}, ValueError, "warmup=-0.1: expected a finite number of at least 0 and at most 1"),
+        ({"warmup": -0.1}, ValueError, r"warmup=-0.1: expected a share of the steps in \[0, 1\)"),
         ({"distill": -1.0}, ValueError, "distill=-1.0: expected a finite number of at least 0"),
         ({"restart": math.nan}, ValueError, "restart=nan: expected"),
         ({"macs": None}, ValueError, "expected exactly one of them"),
