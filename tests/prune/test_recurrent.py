@@ -519,10 +519,15 @@ class Stepwise(nn.Module):
 
 
 @pytest.mark.parametrize("cell", [nn.LSTMCell, nn.GRUCell, nn.RNNCell])
-def test_around_a_cell_in_a_loop_what_it_does_not_share_is_cut(cell):
+def test_a_cell_in_a_loop_and_what_is_around_it_are_cut(cell):
     model, x = Stepwise(cell), torch.randn(2, 5, 8)
     dampr.convert(model, example_inputs=x)
-    assert list(dampr.prune.gated_layers(model)) == ["inner"]
-    assert model.dampr_skipped["read"] == f"{cell.__name__} 'cell' shares its width, and cannot be cut yet"
-    model.inner.gate.log_alpha.data[1] = -9
-    assert dampr.compact(model, example_inputs=x).inner.out_features == 4
+    assert model.dampr_skipped == {"head": "its outputs are the model's own"}
+    for gate in dict.fromkeys(layer.gate for layer in dampr.prune.gated_layers(model).values()):
+        gate.log_alpha.data[1] = -9
+    small = dampr.compact(model.eval(), example_inputs=x)
+    assert (small.read.out_features, small.cell.input_size, small.cell.hidden_size, small.inner.out_features) == (5, 5, 6, 4)
+    torch.testing.assert_close(small(x), model(x))
+    layers = dampr.convert(Stepwise(cell), example_inputs=x, tie=False)
+    assert list(dampr.prune.gated_layers(layers)) == ["inner"]
+    assert layers.dampr_skipped["read"] == f"{cell.__name__} 'cell' shares its width, and cannot be cut yet"
