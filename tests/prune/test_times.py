@@ -26,9 +26,9 @@ def test_the_sum_over_layers_is_the_model(counted, name):
     close_at_random(model)
     small = dampr.compact(model, example_inputs=x)
     rows = layer_times(model, small, x)
-    outside = 0 if name != "vit" else count_call(small, x) - sum(row.seconds[1] for row in rows)  # the products of attention
-    assert sum(row.seconds[1] for row in rows) + outside == count_call(small.eval(), x)
-    assert sum(row.seconds[0] for row in rows) + outside == count_call(model.eval(), x)
+    for side, net in enumerate((model, small)):
+        total, found = count_call(net.eval(), x), sum(row.seconds[side] for row in rows)
+        assert found < total if name == "vit" else found == total  # the products of attention are in no layer
     assert all(row.seconds[1] <= row.seconds[0] for row in rows)
     assert {row.note == "" for row in rows} >= {True}
 
