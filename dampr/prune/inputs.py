@@ -195,6 +195,19 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter asks for a gradient in the block: torch's counter follows those of a module's inputs, and readers are found by them."""
+    asking = [p for p in model.parameters() if p.requires_grad]
+    for p in asking:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in asking:
+            p.requires_grad_(True)
+
+
+@contextmanager
 def removing(hooks: Iterable[RemovableHandle]) -> Iterator[None]:
     """Hooks that are there for the block only."""
     try:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -38,7 +37,7 @@ def count_macs(model: nn.Module, example_inputs: Any) -> int:
     A gated layer counts as its dense counterpart does. Attention is counted in its parts: the counter knows none of its fused kernels on a
     CPU, nor those of a whole encoder layer.
     """
-    with inputs.evaluating(model), _frozen(model), torch.no_grad():
+    with inputs.evaluating(model), inputs.frozen(model), torch.no_grad():
         return count_call(inputs.call, model, example_inputs)
 
 
@@ -49,7 +48,7 @@ def count_call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
 
 def macs_beside_layers(model: nn.Module, example_inputs: Any, names: Iterable[str]) -> dict[str, int]:
     """The same for each of the modules ``names``, without what the layers inside of it count: of attention its scores and their use."""
-    with inputs.evaluating(model), _frozen(model), torch.no_grad():
+    with inputs.evaluating(model), inputs.frozen(model), torch.no_grad():
         counts = _counted(inputs.call, model, example_inputs).get_flop_counts()
     root = type(model).__name__
     flops = {name: sum(by_operator.values()) for name, by_operator in counts.items()}
@@ -58,19 +57,6 @@ def macs_beside_layers(model: nn.Module, example_inputs: Any, names: Iterable[st
         layers = [f"{root}.{name}.{inner}" for inner, m in model.get_submodule(name).named_modules() if inner and hasattr(m, "weight")]
         found[name] = (flops.get(f"{root}.{name}", 0) - sum(flops.get(layer, 0) for layer in layers)) // 2
     return found
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter asks for a gradient: torch's counter follows those of a module's inputs, and finds none of an expanded parameter."""
-    asking = [p for p in model.parameters() if p.requires_grad]
-    for p in asking:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for p in asking:
-            p.requires_grad_(True)
 
 
 def _counted(function: Callable[..., Any], *args: Any, **kwargs: Any) -> FlopCounterMode:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -202,7 +201,7 @@ def readers(model: nn.Module, layer: nn.RNNBase, sample: Any) -> list[nn.Module]
     for module in model.modules():
         if module is not layer and (_is_linear(module) or isinstance(module, nn.RNNBase)):
             hooks.append(module.register_forward_pre_hook(read, with_kwargs=True))
-    with inputs.removing(hooks), inputs.evaluating(model), _frozen(model), torch.enable_grad():
+    with inputs.removing(hooks), inputs.evaluating(model), inputs.frozen(model), torch.enable_grad():
         results = inputs.tensors(inputs.call(model, sample))
     if found.pop(layer, None) is None:
         raise CannotCutError("example_inputs do not reach the layer")
@@ -232,15 +231,3 @@ def _checked(found: dict[nn.Module, bool], layer: nn.RNNBase, names: dict[nn.Mod
 
 def _leaf(t: Any) -> Any:
     return t.detach().requires_grad_() if isinstance(t, Tensor) else t
-
-
-@contextlib.contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    for p in trainable:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for p in trainable:
-            p.requires_grad_(True)

@@ -17,18 +17,17 @@ from dampr.nn.transformer import _Gated
 
 from . import graph, heads, inputs, recurrent, streams
 from .compact import open_branches
+from .gate_vector import GateVector
 from .graph import Side
 
 
-class Structure:
+class Structure(GateVector[GatedLayer]):
     """What gates of ``model`` cut. The model is left as it was; what its forward raises is raised.
 
     Channels that go together, by torch-pruning's groups, are one *atom*; an atom goes when every layer that writes it has closed its gates,
     or every layer that reads it.
 
     Attributes:
-        gated: the gated layers of the model by name.
-        size: the number of all gates.
         plain: a dense copy of the model with the same names.
         atoms: of a side of a layer, the atom of each channel, or -1 where it always stays.
         owners: ``owners[writes][atom]`` has for each layer that writes, or reads, the atom the set of its gates.
@@ -40,14 +39,8 @@ class Structure:
     """
 
     def __init__(self, model: nn.Module, example_inputs: Any) -> None:
-        self.gated = {name: module for name, module in model.named_modules() if isinstance(module, GatedLayer)}
+        super().__init__({name: module for name, module in model.named_modules() if isinstance(module, GatedLayer)})
         self._branch_parts = _branch_parts(model)
-        self._starts: dict[str, int] = {}
-        self._holders: dict[Gate, str] = {}
-        self.size = 0
-        for name, layer in self.gated.items():
-            self._starts[name] = self._starts.get(self._holders.setdefault(layer.gate, name), self.size)
-            self.size = max(self.size, self._starts[name] + layer.gate.num_gates)
         self.notes: dict[str, str] = {}
         self.units: dict[nn.Module, list[nn.Module]] = {}
         self.atoms: dict[Side, list[int]] = {}
@@ -59,25 +52,12 @@ class Structure:
         self._add_heads()
         self._add_streams(widths)
 
-    @property
-    def gates(self) -> list[Gate]:
-        """Every gate once, as the layers have them now. The vector of all gates has them one after the other."""
-        return [self.gated[name].gate for name in self._holders.values()]
-
-    def start(self, name: str) -> int:
-        """Where the gates of layer ``name`` begin in the vector of all gates."""
-        return self._starts[name]
-
     def rows(self, name: str) -> list[range]:
         """The gates of layer ``name`` in the vector of all gates; of a recurrent layer by layer and direction."""
         layer, start = self.gated[name], self.start(name)
         count = len(layer.closed_units()) if isinstance(layer, _GatedRecurrent) else 1
         size = layer.gate.num_gates // count
         return [range(start + i * size, start + (i + 1) * size) for i in range(count)]
-
-    def widths(self) -> list[list[range]]:
-        """The same for each of :attr:`gates`."""
-        return [self.rows(name) for name in self._holders.values()]
 
     def branches(self, name: str) -> list[int]:
         """The gates of the residual branches that the layer ``name`` is in."""

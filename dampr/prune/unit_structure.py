@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dampr.gates import Gate
 from dampr.nn import GatedLayer
 from dampr.nn.parameter import GatedParameter, gated_parameters, take_off
 
 from . import inputs
+from .gate_vector import GateVector
 from .units import Units, trace_units
 from .units.groups import readable
 
@@ -39,12 +39,10 @@ def without_gates(model: nn.Module, example_inputs: Any = None, *, folded: bool 
     return plain
 
 
-class UnitStructure:
+class UnitStructure(GateVector[GatedParameter]):
     """Which gate cuts which class of units. The model is left as it was; what its forward raises is raised.
 
     Attributes:
-        gated: the gates of the model by the names of the modules that hold them.
-        size: the number of all gates.
         plain: a copy without gates.
         units: of ``plain``.
         gate_of: class -> its gate in the vector of all gates.
@@ -52,40 +50,12 @@ class UnitStructure:
     """
 
     def __init__(self, model: nn.Module, example_inputs: Any) -> None:
-        self.gated: dict[str, GatedParameter] = {n: m for n, m in model.named_modules() if isinstance(m, GatedParameter)}
-        self._starts: dict[str, int] = {}
-        self._holders: dict[Gate, str] = {}
-        self.size = 0
-        for name, layer in self.gated.items():
-            self._starts[name] = self._starts.get(self._holders.setdefault(layer.gate, name), self.size)
-            self.size = max(self.size, self._starts[name] + layer.gate.num_gates)
+        super().__init__({n: m for n, m in model.named_modules() if isinstance(m, GatedParameter)})
         self.plain = without_gates(model, example_inputs)
         self.names = {module: name for name, module in self.plain.named_modules()}
         self.units: Units = trace_units(self.plain, example_inputs)
         self.notes: dict[str, str] = {}
         self.gate_of = self._gates_of_classes()
-
-    @property
-    def holders(self) -> list[str]:
-        """The name of the first module that has each of :attr:`gates`."""
-        return list(self._holders.values())
-
-    @property
-    def gates(self) -> list[Gate]:
-        """Every gate once. The vector of all gates has them one after the other."""
-        return [self.gated[name].gate for name in self._holders.values()]
-
-    def start(self, name: str) -> int:
-        """Where the gates of ``name`` begin in the vector of all gates."""
-        return self._starts[name]
-
-    def rows(self, name: str) -> list[range]:
-        """The gates of ``name`` in the vector of all gates."""
-        return [range(self.start(name), self.start(name) + self.gated[name].gate.num_gates)]
-
-    def widths(self) -> list[list[range]]:
-        """The same for each of :attr:`gates`."""
-        return [self.rows(name) for name in self._holders.values()]
 
     def branches(self, name: str) -> list[int]:
         """None: such gates close no residual branches."""
@@ -116,9 +86,8 @@ class UnitStructure:
             if len(gates) == 1 and (gate := next(iter(gates))) >= 0 and one in free:
                 found[one] = gate
         useful = set(found.values())
-        for holder, name in self._holders.items():
-            start = self._starts[name]
-            if not useful & set(range(start, start + holder.num_gates)):
+        for name in self.holders:
+            if useful.isdisjoint(self.rows(name)[0]):
                 self.notes[name] = "on these example inputs its units cannot be cut"
         return found
 
