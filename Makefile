@@ -8,7 +8,7 @@ CONSTRAINTS ?= constraints.txt
 MINUTES ?= 60
 STEPS ?= 10000
 FAST := -m "not slow" -q
-BEHIND := tests/nn tests/ops
+BEHIND := tests/nn tests/ops tests/gates
 
 .PHONY: help install demo test verify emulate bench gpu examples plots lint format fuzz sanitize soak clean \
 	test-fast test-latest test-floor test-no-extension test-no-triton packaging sdist wheels
