@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -168,5 +169,6 @@ def dam_penalty(gates: Iterable[DiscriminativeMask], lam: float, floor: float = 
         raise ValueError(f"gates={found!r:.80}: expected at least one DiscriminativeMask, and nothing else")
     betas: list[Tensor] = [gate.beta for gate in found]
     _checks.number("lam", lam)
-    _checks.number("floor", floor)
+    if floor != -math.inf:  # no floor
+        _checks.number("floor", floor)
     return lam * torch.cat(betas).clamp(min=floor).mean()
