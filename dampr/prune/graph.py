@@ -28,6 +28,7 @@ _PASSES_THROUGH = (Scale, nn.modules.batchnorm._BatchNorm, nn.modules.instanceno
 _MIXES_CHANNELS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
 _READERS = (nn.Linear, nn.modules.conv._ConvNd, *ATTENTION, nn.RNNBase)
 
+_CIRCLES = 8  # times that a group may go through all dependencies of a model
 _KEEPS_ZERO = ("SiluBackward0", "GeluBackward0", "ReluBackward0", "TanhBackward0")  # functions with f(0) = 0
 
 Closed = dict[bool, dict[nn.Module, set[int]]]  # writes -> layer -> closed channels
@@ -99,7 +100,9 @@ class Widths:
                 raise TracingError(
                     f"torch-pruning cannot follow {type(model).__name__} ({type(error).__name__}: {error}){known}"
                 ) from error
-        for dependency in (d for node in self._graph.module2node.values() for d in node.dependencies):
+        dependencies = [d for node in self._graph.module2node.values() for d in node.dependencies]
+        self._steps, self._most_steps = 0, 1000 + _CIRCLES * len(dependencies)
+        for dependency in dependencies:
             dependency.index_mapping.append(functools.partial(self._in_range, dependency))
 
     def _in_range(self, dependency: Any, indices: Any) -> Any:
@@ -108,6 +111,9 @@ class Widths:
         Around a circle of views, as key heads that several query heads share make one, torch-pruning goes on for ever with ever larger
         indices. Raises CannotCutError.
         """
+        self._steps += 1
+        if self._steps > self._most_steps:
+            raise CannotCutError("torch-pruning goes in circles around its width")
         module = dependency.target.module
         size = None
         if isinstance(module, nn.Parameter):
@@ -281,6 +287,7 @@ class Widths:
         Asked from the reading side of a flattened convolution, torch-pruning names a channel of the producer once for each position, and
         would cut that many; such a group is asked for again from the producer. Raises CannotCutError where torch-pruning gets lost.
         """
+        self._steps = 0
         pruner = self._graph.get_pruner_of_module(layer)
         side = pruner.prune_out_channels if writes else pruner.prune_in_channels
         try:
