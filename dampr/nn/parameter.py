@@ -55,25 +55,24 @@ class GatedParameter(GatedLayer, nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         """The parameter, of any shape whose dimension ``dim`` has the length of ``index``, times its gates; its dtype stays."""
-        self._size = weight[(slice(None),) * self.dim + (0,)].numel()
-        z = self.gate()
-        z = torch.cat([z, z.new_ones(1)])[self.index]
-        return (weight * self._along(z, weight.dim())).to(weight.dtype)
+        self._size = weight.numel() // weight.shape[self.dim]
+        return (weight * self._along(self.gate(), weight.dim())).to(weight.dtype)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """What to keep so that the product with fresh gates is ``weight``. ValueError where a fresh gate is 0."""
-        self._size = weight[(slice(None),) * self.dim + (0,)].numel()
+        self._size = weight.numel() // weight.shape[self.dim]
         if self.gate.starts_at_one():
             return weight
         with torch.no_grad():
             z = fresh_values(self.gate)
             if not bool((z != 0).all()):
                 raise ValueError(f"gate={type(self.gate).__name__}: a fresh gate of it is 0, so what the layer computes could not be kept")
-            z = torch.cat([z, z.new_ones(1)])[self.index]
             return (weight / self._along(z, weight.dim())).to(weight.dtype)
 
     def _along(self, values: Tensor, rank: int) -> Tensor:
-        return values.view([-1 if at == self.dim else 1 for at in range(rank)])
+        """One value per gate as something that broadcasts to a parameter of this rank; 1 where an index has none."""
+        spread = torch.cat([values, values.new_ones(1)])[self.index]
+        return spread.view([-1 if at == self.dim else 1 for at in range(rank)])
 
     def group_size(self) -> Tensor:
         """How many weights each gate switches off, (gates,)."""
@@ -89,8 +88,7 @@ class GatedParameter(GatedLayer, nn.Module):
 
     def closed_channels(self) -> tuple[set[int], set[int]]:
         """Nothing written; of what is read the closed indices of the dimension."""
-        shut = torch.cat([~self.gate.is_open(), torch.zeros(1, dtype=torch.bool, device=self.index.device)])[self.index]
-        return set(), set(shut.nonzero().flatten().tolist())
+        return set(), set((~self._along(self.gate.is_open(), 1 + self.dim)).flatten().nonzero().flatten().tolist())
 
     def channel_gates(self) -> None:
         """None: an index may have no gate."""
@@ -131,12 +129,12 @@ def take_off(module: nn.Module, name: str, *, folded: bool) -> None:
     parameter, chain = module._parameters[name], module._modules[name + _GATES]
     assert parameter is not None
     assert chain is not None
-    with torch.no_grad(), _evaluating(chain):
-        value = getattr(module, name).detach().clone()
+    if folded:
+        with torch.no_grad(), _evaluating(chain):
+            value = getattr(module, name).detach().clone()
+        module._parameters[name] = nn.Parameter(value, requires_grad=parameter.requires_grad)
     del module._modules[name + _GATES]
     _give_class(module, _plain_class(module), [own for own in _gated_names(module) if own != name])
-    if folded:
-        module._parameters[name] = nn.Parameter(value, requires_grad=parameter.requires_grad)
 
 
 def is_on(module: nn.Module, name: str) -> bool:

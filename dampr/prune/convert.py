@@ -583,6 +583,7 @@ def _check_unchanged(model: nn.Module, gated: dict[str, Any], before: list[torch
 
 
 def _may_leave_constants(module: nn.Module) -> bool:
+    """Whether a closed channel may be a constant other than 0 behind this module."""
     norm = isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, GatedLayer)
     return norm or isinstance(module, (GatedConv1d, GatedConv2d))
 
@@ -591,7 +592,7 @@ def _check_half(model: nn.Module, example_inputs: Any) -> None:
     """Close half of the gates of a copy: what is left has to compute the same and to cost what was foretold.
 
     Models can fail it that have gates in convolutions, or norms without gates: what is constant behind a closed channel (the half of a
-    sigmoid, the shift of a norm) no bias makes up for at a padded border. Raises ConversionError.
+    sigmoid, the shift of a norm) no bias makes up for at a padded border. Raises _UnprovenError.
     """
     trial = inputs.copied(model, example_inputs)
     closed: dict[nn.Module, nn.Module] = {}

@@ -258,6 +258,10 @@ def _read_once(path: str | os.PathLike[str], where: str) -> _Content:
     left = manifest.get("leftovers", {})  # older files have none
     if not isinstance(left, dict):
         raise FileError(f"{where}: manifest: leftovers has to map names of layers to what they are")
+    try:
+        sizes_of(compaction)
+    except ValueError as error:
+        raise FileError(f"{where}: {error}") from error
     return _Content(where, state, widths, architecture, left, compaction)
 
 

@@ -33,6 +33,7 @@ class Latency(Cost):
     time is interpolated; more channels never count as less time. What the layers do not account for (what is between them, and that they
     run one after the other) is fixed. ``total`` is the median time of the model as it is.
 
+    Of a model with gates on parameters the products of activations (the scores of attention) count as fixed.
     Layers that are called several times count as often; recurrent layers and attention with whole sequences as in the example inputs. A
     recurrent layer whose layers and directions have widths of their own counts as one of their mean width.
     """

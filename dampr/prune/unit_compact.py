@@ -14,6 +14,7 @@ from .unit_structure import UnitStructure, without_gates
 from .units.proof import cut
 from .units.sizes import Size, follow
 
+_MOST_DIMS = 8  # of a tensor with units: a weight of a 3-d convolution has 5
 Kept = dict[tuple[nn.Module, bool], Tensor]
 
 
@@ -112,9 +113,16 @@ def _sides(small: nn.Module, left: dict[str, dict[int, dict[str, Any]]]) -> Kept
 
 
 def places_of(manifest: dict[str, Any], name: str) -> list[Any]:
-    """The entries of a tensor's dimensions in a manifest, None for one that nothing was cut from."""
-    dims: dict[str, Any] = manifest.get("tensors", {}).get(name, {})
-    return [dims.get(str(dim)) for dim in range(max(map(int, dims), default=-1) + 1)]
+    """The entries of a tensor's dimensions in a manifest, None for one that nothing was cut from.
+
+    Raises ValueError for what compaction cannot have written.
+    """
+    tensors = manifest.get("tensors", {})
+    dims = tensors.get(name, {}) if isinstance(tensors, dict) else None
+    known = [str(dim) for dim in range(_MOST_DIMS)]
+    if not isinstance(dims, dict) or not dims.keys() <= set(known):
+        raise ValueError(f"manifest: tensors: {name!r:.80}: {dims!r:.80}, expected entries by the numbers of dimensions")
+    return [dims.get(dim) for dim in known]
 
 
 def sizes_of(manifest: Any) -> dict[str, dict[str, int]]:
@@ -123,7 +131,8 @@ def sizes_of(manifest: Any) -> dict[str, dict[str, int]]:
     Raises ValueError for what compaction cannot have written.
     """
     sizes = manifest.get("sizes", {}) if isinstance(manifest, dict) else {}
-    if not isinstance(sizes, dict) or not all(isinstance(own, dict) for own in sizes.values()):
+    entries = list(sizes.values()) if isinstance(sizes, dict) else [None]
+    if not all(isinstance(own, dict) and all(isinstance(entry, dict) for entry in own.values()) for own in entries):
         raise ValueError(f"manifest: sizes={sizes!r:.80}, expected numbers by the names of modules and their attributes")
     found = {name: {attribute: entry.get("before") for attribute, entry in own.items()} for name, own in sizes.items()}
     for own in found.values():

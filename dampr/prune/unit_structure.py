@@ -58,7 +58,7 @@ class UnitStructure(GateVector[GatedParameter]):
         self.gate_of = self._gates_of_classes()
 
     def branches(self, name: str) -> list[int]:
-        """None: such gates close no residual branches."""
+        """Empty: such gates close no residual branches."""
         return []
 
     def _gates_of_classes(self) -> dict[int, int]:

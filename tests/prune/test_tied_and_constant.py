@@ -9,6 +9,7 @@ from torch import nn
 
 import dampr
 from dampr.prune.measure import count_macs, count_params
+from tests.prune.test_unit_gates import shaken
 
 IMAGE = torch.randn(2, 3, 8, 8)
 ROWS = torch.randn(5, 8)
@@ -124,12 +125,7 @@ NETS = {
 def made(name):
     torch.manual_seed(0)
     build, x = NETS[name]
-    model = build().eval()
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            for t, low, high in ((module.weight, 0.5, 1), (module.bias, -1, 1), (module.running_mean, -1, 1), (module.running_var, 0.5, 2)):
-                nn.init.uniform_(t, low, high)
-    return model, x
+    return shaken(build().eval()), x
 
 
 @pytest.mark.parametrize("name", NETS)

@@ -326,3 +326,28 @@ def test_a_gated_parameter_says_what_it_cannot_do():
     gated = GatedParameter("hard_concrete", 0, torch.tensor([0, 1]))
     with pytest.raises(ValueError, match="prior_precision=1"):
         gated.penalty(prior_precision=1.0)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("sizes", 3),
+        ("sizes", {"0": 4}),
+        ("sizes", {"0": {"num_heads": 4}}),
+        ("sizes", {"0": {"num_heads": {"before": -1}}}),
+        ("sizes", {"0": {"_modules": {"before": 2}}}),
+        ("sizes", {"0": {"forward": {"before": 2}}}),
+        ("sizes", {"9": {"num_heads": {"before": 2}}}),
+        ("tensors", {"0.up.weight": 3}),
+        ("tensors", {"0.up.weight": {"999999999": {"before": 2, "kept": [0]}}}),
+        ("tensors", {"0.up.weight": {"0": {"before": 2, "kept": [5]}}}),
+        ("tensors", {"0.nowhere": {"0": {"before": 2, "kept": [0]}}}),
+    ],
+)
+def test_a_manifest_is_not_believed(key, value):
+    model, x, _, _ = converted("attention")
+    close_some(model)
+    small = dampr.compact(model, example_inputs=x)
+    small.dampr_manifest[key] = value
+    with pytest.raises(ValueError, match="manifest"):
+        dampr.expand(small)
