@@ -94,7 +94,7 @@ TRANSFORMERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
 }
 
-CI = tuple(("by hand", name) for name in by_hand.NETWORKS) + tuple(("transformers", name) for name in ("gpt2", "qwen3", "t5"))
+CI = tuple(("by hand", name) for name in by_hand.NETWORKS) + tuple(("transformers", name) for name in ("gemma", "gpt2", "qwen3", "t5"))
 """Networks that CI runs."""
 
 

@@ -37,9 +37,10 @@ from .compact import compact
 from .cost import Cost
 from .filters import Filter
 from .measure import count_macs
+from .sight import Sight, look
 from .structure import plain_copy
 from .unit_gates import Placement
-from .units import Units, trace_units
+from .units import Units
 from .units.groups import share_of_macs
 
 _REPLACEMENT: dict[type, Any] = {
@@ -154,19 +155,19 @@ def convert(
             before = inputs.comparable(model, example_inputs)
     chosen, skipped = _choose(model, gate, granularity, bool(per_sample), include, exclude)
     plan, untraced = None, None
-    sight = _look(model, example_inputs) if granularity == "output" and example_inputs is not None else None
+    seen = look(model, example_inputs) if granularity == "output" and example_inputs is not None else None
     try:
-        plan = _place(model, chosen, granularity, example_inputs, tie, sight)
+        plan = _place(model, chosen, granularity, example_inputs, tie, seen)
     except graph.TracingError as error:
         untraced = error
     by_units = None
-    if sight is not None and tie and not per_sample and not residual:
-        placement = unit_gates.only(model, sight.units, sight.placement, include, exclude)
+    if seen is not None and tie and not per_sample and not residual:
+        placement = unit_gates.only(model, seen.units, seen.placement, include, exclude)
         if placement.groups:
-            by_units = functools.partial(_convert_by_units, model, sight.units, placement, gate, before or [], example_inputs)
+            by_units = functools.partial(_convert_by_units, model, seen.units, placement, gate, before or [], example_inputs)
             known = plan is not None and bool(heads.find(model))  # models of transformers, whose folders and configs follow gated layers
-            reached = 0.0 if plan is None else _reached(sight.units, plan, model) + WORTH
-            if share_of_macs(sight.units, placement.classes()) > reached and not known:
+            reached = 0.0 if plan is None else _reached(seen.units, plan, model) + WORTH
+            if share_of_macs(seen.units, placement.classes()) > reached and not known:
                 return by_units()
     if plan is None:
         raise ConversionError(str(untraced)) from untraced
@@ -233,35 +234,6 @@ def _convert_by_layers(
     return model
 
 
-@dataclass
-class _Sight:
-    """What a model without gates computes: its units, which of them may have gates of their own, and what several modules have."""
-
-    units: Units
-    placement: Placement
-    tied: set[str]
-
-
-def _tied(model: nn.Module, units: Units) -> set[str]:
-    """Parameters that several modules have, by the names that ``units`` has them under."""
-    owners: dict[str, set[nn.Module]] = {}
-    for alias, name in units.alias.items():
-        owners.setdefault(name, set()).add(model.get_submodule(alias.rpartition(".")[0]))
-    return {name for name, found in owners.items() if len(found) > 1}
-
-
-def _look(model: nn.Module, example_inputs: Any) -> _Sight | None:
-    """None of a model with gates, or one that the tracer cannot follow."""
-    if any(isinstance(module, GatedLayer) for module in model.modules()):
-        return None
-    try:
-        with second_opinion.without_hooks(model):
-            units = trace_units(model, example_inputs)
-            return _Sight(units, unit_gates.place(model, units, example_inputs), _tied(model, units))
-    except Exception:  # whatever a model does that the tracer cannot follow; others look too
-        return None
-
-
 def _reached(units: Units, plan: _Plan, model: nn.Module) -> float:
     """The share of the multiply-accumulates that gated layers can bring down."""
     classes: set[int] = set()
@@ -321,7 +293,7 @@ def _place(
     granularity: Granularity,
     example_inputs: Any,
     tie: bool,
-    sight: _Sight | None,
+    sight: Sight | None,
 ) -> _Plan:
     plan = _Plan(dict(chosen), {}, {}, {}, list(chosen))
     if granularity != "output":
@@ -343,13 +315,13 @@ def _place(
     wanted = {n: layer for n, layer in chosen.items() if not isinstance(layer, nn.MultiheadAttention) and n not in plan.heads}
     reasons = {n: factors.get(n) or _why_not(layer, widths, tie, model, example_inputs) for n, layer in wanted.items()}
     free = [n for n, reason in reasons.items() if reason is None and _has_channels(chosen[n], widths)]
-    seen = {n: _seen(chosen[n], n, sight, widths, names) for n in free} if sight is not None else {}
-    tried = {n: reason for n, reason in seen.items() if reason}
-    tried |= trial.stuck(model, [n for n in free if seen.get(n) is None], example_inputs)
+    found = {n: sight.why_not(chosen[n], n, widths, names) for n in free} if sight is not None else {}
+    tried = {n: reason for n, reason in found.items() if reason}
+    tried |= trial.stuck(model, [n for n in free if found.get(n) is None], example_inputs)
     plan.skipped = {n: reason for n, reason in reasons.items() if reason is not None} | tried
     judged = {n: layer for n, layer in chosen.items() if n not in plan.skipped or n in factors}
     whole = [n for n in judged if n not in wanted or isinstance(judged[n], nn.RNNBase)]
-    known = {n for n, reason in seen.items() if reason == ""}
+    known = {n for n, reason in found.items() if reason == ""}
     plan.skipped |= second_opinion.refused(model, judged, example_inputs, whole, sight.units if sight is not None else None, known)
     for name, layer in chosen.items():
         if name in plan.skipped:
@@ -372,33 +344,6 @@ def _place(
             if together and together[0] != place:
                 plan.shared_with[place] = together[0]
     return plan
-
-
-def _seen(layer: nn.Module, name: str, sight: _Sight, widths: graph.Widths, names: dict[nn.Module, str]) -> str | None:
-    """Why what a layer writes cannot be cut, "" where that was tried and it can, None where it was not tried."""
-    units, placement = sight.units, sight.placement
-    classes = set(units.classes(f"{name}.weight".lstrip("."), int(isinstance(layer, nn.Embedding))))
-    refused = next((reason for one, reason in placement.refused.items() if one in classes), None)
-    if refused is not None:
-        return refused
-    if not classes or not classes.issubset(placement.classes()):
-        return None
-    if units.is_column(f"{name}.weight".lstrip("."), int(isinstance(layer, nn.Embedding))):
-        return "other code reads its weight too, so gates on its outputs would not reach that"
-    tied = next((m.name for one in classes for m in units.members[one] if m.name in sight.tied), None)
-    if tied is not None:
-        return f"several modules have {tied!r}, which has its width"
-    owners = {m.name.rpartition(".")[0] for one in classes for m in units.members[one]}
-    places = {(m.name, m.dim) for one in classes for m in units.members[one]}
-    code = [size for size in placement.sizes if (units.alias[size.parameter], size.dim) in places]
-    heads_of = next((size for size in code if "head" in size.attribute and size.module), None)
-    if heads_of is not None:
-        return f"something beside its layers has that width ({heads_of.module}.{heads_of.attribute})"
-    if code:  # many of these are never read
-        return None
-    sides = widths.sides(widths.group(layer, True, range(graph.channel_count(layer, True))))
-    beside = sorted(owners - {names[side] for (side, _), *_ in sides if side in names})
-    return f"torch-pruning does not see that {beside[0]!r} has its width too" if beside else ""
 
 
 def _place_streams(plan: _Plan, model: nn.Module, gate: Any, include: Filter, exclude: Filter, example_inputs: Any) -> None:

@@ -212,3 +212,18 @@ def test_linear_dimensionality_reduction_finds_the_dimension(golden, toy, latent
     (measured,) = (run for run in golden["measured_linear_autoencoder"]["dam"]["runs"] if run["k"] == latent)
     assert int(gate.is_open().sum()) == measured["active_at_2000"][seed]
     assert gate.beta.item() == pytest.approx(sum(measured["beta"]) / 3, abs=0.01)
+
+
+@pytest.mark.parametrize(("floor", "expected"), [(-5.0, -3.5), (-float("inf"), -4.5), (-2, -2.0), (0, 0.0)])
+def test_the_floor_of_the_penalty_may_be_none(floor, expected):
+    gate, other = gates.DiscriminativeMask(8), gates.DiscriminativeMask(8)
+    with torch.no_grad():
+        gate.beta.fill_(-7)
+        other.beta.fill_(-2)
+    assert float(gates.dam_penalty([gate, other], 1.0, floor=floor).detach()) == expected
+
+
+@pytest.mark.parametrize("floor", [float("nan"), float("inf"), "none", None])
+def test_a_floor_that_is_no_number_is_refused(floor):
+    with pytest.raises(ValueError, match="floor="):
+        gates.dam_penalty([gates.DiscriminativeMask(8)], 1.0, floor=floor)

@@ -1,0 +1,69 @@
+"""What convert sees of a model before it places any gate: its units, and which of them were cut in a copy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from dampr.nn import GatedLayer
+
+from . import graph, second_opinion, unit_gates
+from .unit_gates import Placement
+from .units import Units, trace_units
+
+
+@dataclass
+class Sight:
+    """What a model without gates computes: its units, which of them may have gates of their own, and what several modules have."""
+
+    units: Units
+    placement: Placement
+    tied: set[str]
+
+    def why_not(self, layer: nn.Module, name: str, widths: graph.Widths, names: dict[nn.Module, str]) -> str | None:
+        """Why what a layer writes cannot be cut, "" where that was tried and it can, None where it was not tried."""
+        units, placement = self.units, self.placement
+        classes = set(units.classes(f"{name}.weight".lstrip("."), int(isinstance(layer, nn.Embedding))))
+        refused = next((reason for one, reason in placement.refused.items() if one in classes), None)
+        if refused is not None:
+            return refused
+        if not classes or not classes.issubset(placement.classes()):
+            return None
+        if units.is_column(f"{name}.weight".lstrip("."), int(isinstance(layer, nn.Embedding))):
+            return "other code reads its weight too, so gates on its outputs would not reach that"
+        tied = next((m.name for one in classes for m in units.members[one] if m.name in self.tied), None)
+        if tied is not None:
+            return f"several modules have {tied!r}, which has its width"
+        owners = {m.name.rpartition(".")[0] for one in classes for m in units.members[one]}
+        places = {(m.name, m.dim) for one in classes for m in units.members[one]}
+        code = [size for size in placement.sizes if (units.alias[size.parameter], size.dim) in places]
+        heads_of = next((size for size in code if "head" in size.attribute and size.module), None)
+        if heads_of is not None:
+            return f"something beside its layers has that width ({heads_of.module}.{heads_of.attribute})"
+        if code:  # many of these are never read
+            return None
+        sides = widths.sides(widths.group(layer, True, range(graph.channel_count(layer, True))))
+        beside = sorted(owners - {names[side] for (side, _), *_ in sides if side in names})
+        return f"torch-pruning does not see that {beside[0]!r} has its width too" if beside else ""
+
+
+def look(model: nn.Module, example_inputs: Any) -> Sight | None:
+    """None of a model with gates, or one that the tracer cannot follow."""
+    if any(isinstance(module, GatedLayer) for module in model.modules()):
+        return None
+    try:
+        with second_opinion.without_hooks(model):
+            units = trace_units(model, example_inputs)
+            return Sight(units, unit_gates.place(model, units, example_inputs), _tied(model, units))
+    except Exception:  # whatever a model does that the tracer cannot follow; others look too
+        return None
+
+
+def _tied(model: nn.Module, units: Units) -> set[str]:
+    """Parameters that several modules have, by the names that ``units`` has them under."""
+    owners: dict[str, set[nn.Module]] = {}
+    for alias, name in units.alias.items():
+        owners.setdefault(name, set()).add(model.get_submodule(alias.rpartition(".")[0]))
+    return {name for name, found in owners.items() if len(found) > 1}
