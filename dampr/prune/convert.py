@@ -32,7 +32,7 @@ from dampr.nn import (
 from dampr.nn.base import VECTOR_GRANULARITIES, Granularity
 from dampr.nn.computed import computed, settled
 
-from . import filters, graph, heads, inputs, rectified, recurrent, second_opinion, streams, transformer, trial, unit_gates
+from . import filters, graph, heads, inputs, rectified, recurrent, second_opinion, streams, transformer, unit_gates
 from .compact import compact
 from .cost import Cost
 from .filters import Filter
@@ -119,7 +119,7 @@ def convert(
 
     Returns: ``model``. Its attribute ``dampr_skipped`` says of each layer that was left out why.
 
-    Raises: ConversionError when nothing matches, outputs changed, a layer is bypassed or torch-pruning cannot follow the model; ValueError
+    Raises: ConversionError when nothing matches, outputs changed, a layer is bypassed or the model cannot be traced; ValueError
     or TypeError that names the argument; what the model itself raises on the example inputs. Whatever is raised, the model is as it was.
     """
     if not isinstance(model, nn.Module):
@@ -307,7 +307,8 @@ def _place(
                 f"example_inputs=None: expected them, to find the BatchNorm that the gates of layer {convolution!r} belong after"
             )
         return plan
-    widths = graph.Widths(model, example_inputs)
+    plain = plain_copy(model, example_inputs) if any(isinstance(m, GatedLayer) for m in model.modules()) else None
+    widths = graph.Widths(model, example_inputs, sight.units if sight is not None else None, plain)
     names = {module: name for name, module in reversed(list(model.named_modules(remove_duplicate=False)))}
     plan.layers, plan.order, plan.widths = {}, [names[module] for module in widths.called()], widths
     gates: dict[nn.Module, str] = {}  # whose outputs are gated, and the name of the layer that holds the gate
@@ -315,14 +316,12 @@ def _place(
     wanted = {n: layer for n, layer in chosen.items() if not isinstance(layer, nn.MultiheadAttention) and n not in plan.heads}
     reasons = {n: factors.get(n) or _why_not(layer, widths, tie, model, example_inputs) for n, layer in wanted.items()}
     free = [n for n, reason in reasons.items() if reason is None and _has_channels(chosen[n], widths)]
-    found = {n: sight.why_not(chosen[n], n, widths, names) for n in free} if sight is not None else {}
-    tried = {n: reason for n, reason in found.items() if reason}
-    tried |= trial.stuck(model, [n for n in free if found.get(n) is None], example_inputs)
-    plan.skipped = {n: reason for n, reason in reasons.items() if reason is not None} | tried
+    found = {n: sight.why_not(chosen[n], n) for n in free} if sight is not None else {}
+    plan.skipped = {n: reason for n, reason in (reasons | found).items() if reason}
     judged = {n: layer for n, layer in chosen.items() if n not in plan.skipped or n in factors}
     whole = [n for n in judged if n not in wanted or isinstance(judged[n], nn.RNNBase)]
     known = {n for n, reason in found.items() if reason == ""}
-    plan.skipped |= second_opinion.refused(model, judged, example_inputs, whole, sight.units if sight is not None else None, known)
+    plan.skipped |= second_opinion.refused(model, judged, example_inputs, whole, widths.units, known)
     for name, layer in chosen.items():
         if name in plan.skipped:
             continue
@@ -405,7 +404,7 @@ def _factors(chosen: dict[str, nn.Module], widths: graph.Widths) -> dict[str, st
 
 
 def _has_channels(layer: nn.Module, widths: graph.Widths) -> bool:
-    """Whether torch-pruning slices what the layer writes."""
+    """Whether the channels that a layer writes are those of its weight."""
     return layer in widths and not isinstance(layer, nn.RNNBase)
 
 

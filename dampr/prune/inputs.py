@@ -39,8 +39,17 @@ def copied(model: nn.Module, example_inputs: Any = None) -> nn.Module:
     if example_inputs is not None:
         with same_noise(model):
             evaluate(model, example_inputs)
+    return copy.deepcopy(model, _detached(model))
+
+
+def twin(model: nn.Module) -> nn.Module:
+    """Like :func:`copied`, but with the parameters themselves, so it is cheap, and nothing may write into them."""
+    return copy.deepcopy(model, _detached(model) | {id(p): p for p in model.parameters()})
+
+
+def _detached(model: nn.Module) -> dict[int, Any]:
     kept = pytree.tree_leaves([list(vars(module).values()) for module in model.modules()])
-    return copy.deepcopy(model, {id(t): t.detach().clone() for t in kept if isinstance(t, Tensor) and not t.is_leaf})
+    return {id(t): t.detach().clone() for t in kept if isinstance(t, Tensor) and not t.is_leaf}
 
 
 def check(example_inputs: Any) -> None:
@@ -215,6 +224,19 @@ def removing(hooks: Iterable[RemovableHandle]) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@contextmanager
+def without_hooks(model: nn.Module) -> Iterator[None]:
+    """No forward hooks for the block: they look on."""
+    held = [(m._forward_hooks, dict(m._forward_hooks)) for m in model.modules() if m._forward_hooks]
+    try:
+        for hooks, _ in held:
+            hooks.clear()
+        yield
+    finally:
+        for hooks, before in held:
+            hooks.update(before)
 
 
 @contextmanager

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
 
 from dampr.nn import GatedLayer
 
+from . import inputs
 from .structure import plain_copy
 from .units import Units, trace_units
 from .units.partition import NOTHING_TO_CHOOSE
@@ -35,7 +35,7 @@ def refused(
     on, and are not traced. A model that cannot be traced is not judged: the result is empty. ``units`` of the model, where they are known;
     ``known``: layers that were cut in a copy already.
     """
-    with without_hooks(model):
+    with inputs.without_hooks(model):
         return _judged(model, layers, example_inputs, set(whole), units, set(known))
 
 
@@ -83,19 +83,6 @@ def unreached(name: str, layer: nn.Module, units: Units) -> str | None:
     return f"example_inputs do not reach the layer, in evaluation or in training{untraced}"
 
 
-@contextmanager
-def without_hooks(model: nn.Module) -> Iterator[None]:
-    """No forward hooks for the block."""
-    held = [(m._forward_hooks, dict(m._forward_hooks)) for m in model.modules() if m._forward_hooks]
-    try:
-        for hooks, _ in held:
-            hooks.clear()
-        yield
-    finally:
-        for hooks, before in held:
-            hooks.update(before)
-
-
 def _fixed(units: Units, evaluated: Callable[[], Units], name: str, dim: int) -> str | None:
     reason = units.why_not(name, dim)
     if reason is not None and reason.kind in ("mixed", "statistic"):
@@ -114,7 +101,7 @@ def _read_in_training_only(units: Units) -> dict[int, str]:
 
 
 def _followed(model: nn.Module, units: Units, free: dict[str, tuple[str, int]], example_inputs: Any) -> dict[str, str]:
-    """Layers without half of whose channels the model computes another function, though it runs."""
+    """Layers without half of whose channels the model does not run, or computes another function."""
     wanted = {one for side in free.values() for one in units.classes(*side)}
     families = [family for family in units.families if wanted & set(family)]
     try:
@@ -123,7 +110,7 @@ def _followed(model: nn.Module, units: Units, free: dict[str, tuple[str, int]], 
         return {}
     found = {}
     for name, side in free.items():
-        reason = next((differs[one].text for one in units.classes(*side) if one in differs and differs[one].runs), None)
+        reason = next((differs[one].text for one in units.classes(*side) if one in differs), None)
         if reason is not None:
             found[name] = reason
     return found

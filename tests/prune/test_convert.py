@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import dampr
-from dampr.nn import GatedLinear, GatedParameter
+from dampr.nn import GatedLinear
 
 
 class Plain(nn.Module):
@@ -378,13 +378,11 @@ def test_a_compiled_model_is_refused():
         dampr.convert(model, example_inputs=torch.randn(3, 4))
 
 
-def test_a_model_that_torch_pruning_cannot_follow_is_converted_by_its_units(monkeypatch):
-    def fail(graph, model, example_inputs, forward_fn, **how):
-        forward_fn(model, example_inputs)
-        raise IndexError("no such node")
+def test_a_model_that_cannot_be_traced_is_refused_in_words(monkeypatch):
+    def fail(*args, **how):
+        raise IndexError("no such operator")
 
-    monkeypatch.setattr("torch_pruning.DependencyGraph.build_dependency", fail)
-    model = dampr.convert(mlp(), example_inputs=X)
-    assert all(type(layer) is GatedParameter for layer in dampr.prune.gated_layers(model).values())
-    with pytest.raises(dampr.ConversionError, match=r"torch-pruning cannot follow Sequential \(IndexError: no such node\)$"):
-        dampr.convert(mlp(), example_inputs=X, per_sample=True)
+    for module in ("graph", "sight"):
+        monkeypatch.setattr(f"dampr.prune.{module}.trace_units", fail)
+    with pytest.raises(dampr.ConversionError, match=r"^the operators of Sequential cannot be followed \(IndexError: no such operator\)$"):
+        dampr.convert(mlp(), example_inputs=X)
