@@ -10,7 +10,7 @@ STEPS ?= 10000
 FAST := -m "not slow" -q
 BEHIND := tests/nn tests/ops tests/gates
 
-.PHONY: help install demo test verify emulate bench gpu examples plots lint format fuzz sanitize soak clean \
+.PHONY: help install demo test verify emulate bench gpu examples plots docs lint format fuzz sanitize soak clean \
 	test-fast test-latest test-floor test-no-extension test-no-triton packaging sdist wheels
 
 help:
@@ -21,6 +21,7 @@ help:
 	@echo "make bench    the benchmark suite on this machine        make gpu   the same and the GPU tests, on a machine with a GPU"
 	@echo "make examples one script for each published experiment"
 	@echo "make plots    the charts and tables of the documentation, from the results files"
+	@echo "make docs     the documentation as a site, in build/site"
 	@echo "make fuzz     random and hostile calls of everything public, an hour; MINUTES=5 in CI"
 	@echo "make sanitize the extension under AddressSanitizer and UBSan: kernels, operators, the fuzzer, every instruction set"
 	@echo "make soak     a plan of 10,000 steps, killed and resumed, against one that is not; STEPS=2000 in CI"
@@ -69,6 +70,9 @@ examples: $(STAMP)
 plots: $(STAMP)
 	$(BIN)/python -m benchmarks.plots
 	$(BIN)/python -m benchmarks.tables
+
+docs: $(STAMP)
+	$(BIN)/mkdocs build
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
