@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -55,7 +56,9 @@ class Flow:
             tracing.all_trainable(model),
             tracing.one_node(model, whole),
             torch.enable_grad(),
+            warnings.catch_warnings(),
         ):
+            warnings.simplefilter("ignore")  # what warns has warned before
             results = [t.grad_fn for t in inputs.tensors(inputs.call(model, example_inputs)) if t.grad_fn is not None]
         self._walk(results)
 
@@ -65,7 +68,7 @@ class Flow:
     def __getitem__(self, layer: Any) -> Node:
         return self._nodes[layer]
 
-    def _enter(self, layer: nn.Module, args: Any, kwargs: Any) -> None:
+    def _enter(self, layer: nn.Module, args: Any, kwargs: Any = None) -> None:
         self.calls[layer] = self.calls.get(layer, 0) + 1
         self._given.setdefault(layer, []).append(_graph_nodes((args, kwargs)))
 

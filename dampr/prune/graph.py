@@ -77,9 +77,10 @@ class Widths:
         self._cores = {attention.core for attention in heads.find(model)}
         self._names = {module: name for name, module in model.named_modules()}
         self._flow = Flow(model, example_inputs, self._cores)
+        self._traced, self._inputs = plain or model, example_inputs
         try:
-            with inputs.without_hooks(plain or model):
-                self.units = trace_units(plain or model, example_inputs) if units is None else units
+            with inputs.without_hooks(self._traced):
+                self.units = trace_units(self._traced, example_inputs) if units is None else units
         except Exception as error:
             raise TracingError(f"the operators of {type(model).__name__} cannot be followed ({type(error).__name__}: {error})") from error
         self._owners: dict[str, list[tuple[nn.Module, str]]] = defaultdict(list)
@@ -247,6 +248,7 @@ class Widths:
 
     def members(self, layer: nn.Module, writes: bool) -> list[Member]:
         """Every side of a layer that has some of these channels. Raises CannotCutError where one is of a kind that cannot be cut."""
+        self._check_weights(layer)
         classes = self.classes(layer, writes)
         found: dict[tuple[nn.Module, bool], Member] = {}
         wanted = set(classes)
@@ -266,12 +268,29 @@ class Widths:
             raise CannotCutError("its width is the model's own input")
         if any(self.reaches_output(m.module) for m in producers if m.module in self):
             raise CannotCutError("its width is the model's own output")
-        reason = next((r for c in classes if (r := self.units.reason(c)) is not None), None)
-        if reason is not None:
-            raise CannotCutError(str(reason))
+        if (reason := self._reason(layer, writes)) is not None:
+            raise CannotCutError(reason)
         if not classes:
             raise CannotCutError("it has one channel")
         return sides
+
+    def _reason(self, layer: nn.Module, writes: bool) -> str | None:
+        """Why some of these channels stay. What training alone mixes or averages, such as an auxiliary loss over all channels, is defined for
+        fewer of them too.
+        """
+        for own, dim in _weights(layer, writes):
+            name = self._paths.get(layer, "") + own
+            if name in self.units.alias and self.units.classes(name, dim):
+                reason = self.units.why_not(name, dim)
+                if reason is not None and reason.kind in ("mixed", "statistic") and True in self.units.modes:
+                    reason = self._evaluated.why_not(name, dim)
+                return None if reason is None else str(reason)
+        return None
+
+    @functools.cached_property
+    def _evaluated(self) -> Units:
+        with inputs.without_hooks(self._traced):
+            return trace_units(self._traced, self._inputs, training=(False,))
 
     def _passes(self, module: nn.Module) -> bool:
         return isinstance(module, _PASSES_THROUGH) or is_depthwise(module)
@@ -281,9 +300,8 @@ class Widths:
 
         Raises CannotCutError for layers that cannot be cut.
         """
+        self._check_weights(module)
         kind, called = type(module).__name__, self._names[module]
-        if (weight := computed(module)) is not None:
-            raise CannotCutError(f"the {weight} of {kind} {called!r} is computed from other tensors")
         if self._passes(module):
             return True if dim == 0 else None
         if isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)):
@@ -302,6 +320,10 @@ class Widths:
         if self._calls(module) != 1:
             raise CannotCutError(f"{kind} {called!r} is called {self._calls(module)} times")
         return writes
+
+    def _check_weights(self, module: nn.Module) -> None:
+        if (weight := computed(module)) is not None:
+            raise CannotCutError(f"the {weight} of {type(module).__name__} {self._names[module]!r} is computed from other tensors")
 
     def removable(self, layer: nn.Module, writes: bool, closed: Closed) -> set[int]:
         """Of the closed channels of ``layer``, the classes that nobody writes (all producers closed) or nobody reads.

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -13,7 +12,6 @@ from dampr.nn import GatedLayer
 from . import inputs
 from .structure import plain_copy
 from .units import Units, trace_units
-from .units.partition import NOTHING_TO_CHOOSE
 from .units.proof import retrace
 
 
@@ -27,13 +25,12 @@ def refused(
 ) -> dict[str, str]:
     """Of these layers of ``model``, by name, those that must not lose a channel that they write, and why.
 
-    Left out is a layer whose channels an operator mixes, fixes or computes a statistic of, one that the example inputs do not reach in
-    evaluation, one whose channels something reads that only training reaches, and one whose width the code takes a number from. What is
-    said of the layers ``whole`` (recurrent ones, attention) is only whether they are reached: others know how these are cut.
+    Left out is a layer that the example inputs do not reach in evaluation, one whose channels something reads that only training reaches, and
+    one whose width the code takes a number from. What is said of the layers ``whole`` (recurrent ones, attention) is only whether they are
+    reached: others know how these are cut.
 
-    What training alone mixes or averages, such as an auxiliary loss over all channels, is defined for fewer of them too. Forward hooks look
-    on, and are not traced. A model that cannot be traced is not judged: the result is empty. ``units`` of the model, where they are known;
-    ``known``: layers that were cut in a copy already.
+    Forward hooks look on, and are not traced. A model that cannot be traced is not judged: the result is empty. ``units`` of the model, where
+    they are known; ``known``: layers that were cut in a copy already.
     """
     with inputs.without_hooks(model):
         return _judged(model, layers, example_inputs, set(whole), units, set(known))
@@ -45,7 +42,6 @@ def _judged(
     try:
         plain = plain_copy(model, example_inputs) if any(isinstance(m, GatedLayer) for m in model.modules()) else model
         units = trace_units(plain, example_inputs) if seen is None else seen
-        evaluated = functools.cache(lambda: trace_units(plain, example_inputs, training=(False,)))
     except Exception:  # whatever a model does that the tracer cannot follow; convert has other eyes
         return {}
     found = {name: reason for name in whole if (reason := unreached(name, layers[name], units)) is not None}
@@ -54,7 +50,7 @@ def _judged(
     for name, side in sides.items():
         reason = unreached(name, layers[name], units)
         if reason is None and side is not None and side[0] in units.alias:
-            reason = _fixed(units, evaluated, *side) or next((protected[c] for c in units.classes(*side) if c in protected), None)
+            reason = next((protected[c] for c in units.classes(*side) if c in protected), None)
         if reason is not None:
             found[name] = reason
     free = {n: side for n, side in sides.items() if side is not None and side[0] in units.alias and n not in found and n not in known}
@@ -81,13 +77,6 @@ def unreached(name: str, layer: nn.Module, units: Units) -> str | None:
         return "example_inputs reach the layer in training alone, so what compact leaves could not be compared"
     untraced = f" (which could not be traced: {units.failed[True]})" if True in units.failed else ""
     return f"example_inputs do not reach the layer, in evaluation or in training{untraced}"
-
-
-def _fixed(units: Units, evaluated: Callable[[], Units], name: str, dim: int) -> str | None:
-    reason = units.why_not(name, dim)
-    if reason is not None and reason.kind in ("mixed", "statistic"):
-        reason = evaluated().why_not(name, dim)
-    return None if reason is None or reason.kind in NOTHING_TO_CHOOSE else str(reason)
 
 
 def _read_in_training_only(units: Units) -> dict[int, str]:

@@ -363,13 +363,16 @@ def test_a_model_that_cannot_be_copied_is_converted():
     assert list(dampr.prune.gated_layers(model)) == ["up"]
 
 
-def test_what_a_parametrized_layer_reads_is_left_out():
+def test_what_a_layer_under_spectral_norm_reads_has_gates_in_front_of_the_norm():
     model = nn.Sequential(nn.Linear(10, 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.utils.parametrizations.spectral_norm(nn.Linear(6, 3)))
     dampr.convert(model, example_inputs=X)
-    assert list(dampr.prune.gated_layers(model)) == ["0"]
-    assert model.dampr_skipped["2"] == "the weight of ParametrizedLinear '4' is computed from other tensors"
-    model[0].gate.log_alpha.data[2] = -9
-    assert dampr.compact(model, example_inputs=X)[0].out_features == 7
+    assert list(dampr.prune.gated_layers(model)) == ["2.weight_gates.0", "4.parametrizations.weight.original_gates.0"]
+    for gates in dampr.prune.gated_layers(model).values():
+        gates.gate.log_alpha.data[2] = -9
+    small = dampr.compact(model, example_inputs=X)
+    assert [small[i].out_features for i in (0, 2, 4)] == [7, 5, 3]
+    assert small[4].in_features == 5
+    torch.testing.assert_close(small.eval()(X), model.eval()(X))
 
 
 def test_a_compiled_model_is_refused():

@@ -59,17 +59,6 @@ class Equalised(nn.Module):
         return F.conv2d(x, self.weight * (2 / self.weight[0].numel()) ** 0.5, padding=1)
 
 
-class Cosine(nn.Module):
-    """A convolution with weights of length 1."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(8, 8, 1, 1))
-
-    def forward(self, x):
-        return F.conv2d(x, F.normalize(self.weight, dim=1))
-
-
 RESPONSE_NORMS = {  # A3
     "module": nn.LocalResponseNorm(3),
     "function": lambda h: F.local_response_norm(h, 5),
@@ -78,7 +67,6 @@ RESPONSE_NORMS = {  # A3
 }
 ARITHMETIC = {  # B2
     "weight standardisation": Standardised(),
-    "cosine": Cosine(),
     "equalised": Equalised(),
     "layer norm": lambda h: F.layer_norm(h.movedim(1, -1), h.shape[1:2]).movedim(-1, 1),
     "RMS by hand": rms,
