@@ -14,6 +14,8 @@ from torch.utils.hooks import RemovableHandle
 
 from . import inputs, tracing
 
+_NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)  # layers even where they have no parameters
+
 
 @dataclass(eq=False)
 class Node:
@@ -74,8 +76,8 @@ class Flow:
 
     def _leave(self, layer: nn.Module, args: Any, output: Any) -> None:
         given = self._given[layer].pop()
-        has_own = next(layer.parameters(), next(layer.buffers(), None)) is not None
-        for made in _graph_nodes(output) if has_own else []:
+        is_layer = isinstance(layer, _NORMS) or next(layer.parameters(), next(layer.buffers(), None)) is not None
+        for made in _graph_nodes(output) if is_layer else []:
             if made not in given:
                 self._made[made] = layer, given
 

@@ -275,8 +275,9 @@ class Widths:
         return sides
 
     def _reason(self, layer: nn.Module, writes: bool) -> str | None:
-        """Why some of these channels stay. What training alone mixes or averages, such as an auxiliary loss over all channels, is defined for
-        fewer of them too.
+        """Why some of these channels stay.
+
+        What training alone mixes or averages, such as an auxiliary loss over all channels, is defined for fewer of them too.
         """
         for own, dim in _weights(layer, writes):
             name = self._paths.get(layer, "") + own

@@ -25,12 +25,12 @@ def refused(
 ) -> dict[str, str]:
     """Of these layers of ``model``, by name, those that must not lose a channel that they write, and why.
 
-    Left out is a layer that the example inputs do not reach in evaluation, one whose channels something reads that only training reaches, and
-    one whose width the code takes a number from. What is said of the layers ``whole`` (recurrent ones, attention) is only whether they are
-    reached: others know how these are cut.
+    Left out is a layer that the example inputs do not reach in evaluation, one whose channels something reads that only training
+    reaches, and one whose width the code takes a number from. What is said of the layers ``whole`` (recurrent ones, attention) is only
+    whether they are reached: others know how these are cut.
 
-    Forward hooks look on, and are not traced. A model that cannot be traced is not judged: the result is empty. ``units`` of the model, where
-    they are known; ``known``: layers that were cut in a copy already.
+    Forward hooks look on, and are not traced. A model that cannot be traced is not judged: the result is empty. ``units`` of the model,
+    where they are known; ``known``: layers that were cut in a copy already.
     """
     with inputs.without_hooks(model):
         return _judged(model, layers, example_inputs, set(whole), units, set(known))
