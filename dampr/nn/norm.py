@@ -215,12 +215,13 @@ class _GatedBatchNorm(_GatedNorm, _BatchNorm):
         left = self.followed and (torch.compiler.is_compiling() or ops.is_transformed())
         activation = None if left else self.activation
         y = None
-        if self.training and self._fits(x, parameter):
+        offset = self.gate.index_offset(x.shape[0]) if self.per_sample and seed is not None else 0
+        if self.training and not offset and self._fits(x, parameter):
             norm = Norm(self.weight, self.bias, self.eps, activation is not None)
             gates = GateArgs(parameter, seed, spec, self.per_sample and spec.rule == SAMPLE)
             y = ops.whole_norm_gate(x, norm, gates, Running(*self._kept(), self.momentum))  # type: ignore[arg-type]
         if y is None:
-            y = self._step_by_step(x, parameter, seed, spec, activation)
+            y = self._step_by_step(x, parameter, seed, spec, activation, offset)
         if self.followed and not left and not y.is_inference():
             y._dampr_rectified = y._version  # type: ignore[attr-defined]  # as it is now: what is changed in place is rectified again
         return y
@@ -245,7 +246,9 @@ class _GatedBatchNorm(_GatedNorm, _BatchNorm):
             and self.eps > 0  # 0 where nothing varies: torch's kernel has its own way
         )
 
-    def _step_by_step(self, x: Tensor, parameter: Tensor, seed: Tensor | None, spec: GateSpec, activation: str | None) -> Tensor:
+    def _step_by_step(
+        self, x: Tensor, parameter: Tensor, seed: Tensor | None, spec: GateSpec, activation: str | None, index_offset: int
+    ) -> Tensor:
         momentum = 0.0 if self.momentum is None else self.momentum
         if self.training and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
@@ -270,6 +273,7 @@ class _GatedBatchNorm(_GatedNorm, _BatchNorm):
             per_sample=True,
             activation=activation,
             spec=spec,
+            index_offset=index_offset,
         )
 
     def extra_repr(self) -> str:
@@ -419,7 +423,8 @@ class GatedLayerNorm(_GatedNorm, nn.LayerNorm):
         y = F.layer_norm(x, shape, self.weight, self.bias, self.eps)
         parameter, seed, spec = self.gate.call()
         flat = y.flatten(y.dim() - len(shape))
-        return functional.gate_activations(flat, parameter, dim=-1, seed=seed, per_sample=True, spec=spec).view(y.shape)
+        how: dict[str, Any] = {"per_sample": True, "spec": spec, "index_offset": self.gate.index_offset(flat.shape[0])}
+        return functional.gate_activations(flat, parameter, dim=-1, seed=seed, **how).view(y.shape)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self._describe_gates()}"

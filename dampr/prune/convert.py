@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 
 from dampr import _checks
 from dampr.gates import DependencyGenerator, Fixed, Gate, make_gate
+from dampr.gates.draws import share_generator
 from dampr.nn import (
     GatedBatchNorm1d,
     GatedBatchNorm2d,
@@ -32,7 +33,7 @@ from dampr.nn import (
 from dampr.nn.base import VECTOR_GRANULARITIES, Granularity
 from dampr.nn.computed import computed, settled
 
-from . import filters, graph, heads, inputs, rectified, recurrent, second_opinion, streams, transformer, trial, unit_gates
+from . import filters, graph, heads, inputs, rectified, recurrent, second_opinion, streams, transformer, trial, unit_gates, wrapped
 from .compact import compact
 from .cost import Cost
 from .filters import Filter
@@ -117,6 +118,9 @@ def convert(
     the multiply-accumulates than gated layers would, or gated layers would not compact as foretold, the model gets those instead, whatever
     its layers are; numbers that code keeps beside parameters and that follow a width are then in its attribute ``dampr_sizes``.
 
+    In a process group of several ranks the gates get a generator that all ranks have (:func:`dampr.gate_generator`), so that they draw the
+    same gates. Convert before the model is wrapped (DistributedDataParallel) or sharded (``fully_shard``).
+
     Returns: ``model``. Its attribute ``dampr_skipped`` says of each layer that was left out why.
 
     Raises: ConversionError when nothing matches, outputs changed, a layer is bypassed or torch-pruning cannot follow the model; ValueError
@@ -126,6 +130,8 @@ def convert(
         raise TypeError(f"model={model!r:.80}: expected a torch.nn.Module")
     if example_inputs is not None and "_orig_mod" in model._modules:
         raise TypeError("model is what torch.compile returned: expected the module itself; convert it, then compile")
+    if "_orig_mod" not in model._modules:
+        wrapped.check_bare(model, "gates are new parameters of it")
     if isinstance(gate, Gate):
         raise TypeError(
             f"gate={type(gate).__name__} instance: expected a family's name or a class, because each layer gets a gate of its own"
@@ -168,7 +174,7 @@ def convert(
             known = plan is not None and bool(heads.find(model))  # models of transformers, whose folders and configs follow gated layers
             reached = 0.0 if plan is None else _reached(seen.units, plan, model) + WORTH
             if share_of_macs(seen.units, placement.classes()) > reached and not known:
-                return by_units()
+                return _ready(by_units())
     if plan is None:
         raise ConversionError(str(untraced)) from untraced
     plan.skipped |= skipped
@@ -179,11 +185,17 @@ def convert(
             f"include={include!r}, exclude={exclude!r}: no layer of {type(model).__name__} is left to convert {plan.skipped or ''}".rstrip()
         )
     try:
-        return _convert_by_layers(model, plan, gate, granularity, each, before, example_inputs, prove=by_units is not None)
+        return _ready(_convert_by_layers(model, plan, gate, granularity, each, before, example_inputs, prove=by_units is not None))
     except _UnprovenError:
         if by_units is None:
             raise
-    return by_units()
+    return _ready(by_units())
+
+
+def _ready(model: nn.Module) -> nn.Module:
+    """A converted model, whose gates draw alike on all ranks."""
+    share_generator(model)
+    return model
 
 
 def _convert_by_layers(

@@ -17,6 +17,7 @@ from dampr.nn import GatedLayer
 from . import inputs
 from .reports import Report
 from .summary import gated_layers
+from .wrapped import sees_through
 
 
 @dataclass
@@ -65,6 +66,7 @@ class Verification(Report):
         return "\n".join([*lines, "ok" if self.ok else "not ok"])
 
 
+@sees_through
 def verify_model(
     model: nn.Module, example_inputs: Any, *, optimizer: torch.optim.Optimizer | None = None, gates_per_layer: int = 64
 ) -> Verification:
