@@ -81,6 +81,14 @@ def over_ranks(t: Tensor) -> Tensor:
     return total / distributed.get_world_size()
 
 
+def groups_in(model: nn.Module) -> dict[int, Any]:
+    """What ``copy.deepcopy`` is to know of the process groups that modules hold: a copy has the same ones."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return {}
+    held = (value for module in model.modules() for value in vars(module).values())
+    return {id(value): value for value in held if isinstance(value, distributed.ProcessGroup)}
+
+
 def unwrapped(model: Any) -> Any:
     """The module that DistributedDataParallel, DataParallel or torch.compile were given; anything else as it is."""
     while (inner := inside(model)) is not None:

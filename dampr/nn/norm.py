@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from typing import Any, cast
 
 import torch
@@ -20,6 +21,13 @@ from dampr.spec import SAMPLE, GateSpec
 
 from .base import GatedLayer, fresh_values
 from .computed import check_dense, refresh, settled
+
+_made: weakref.WeakSet[Any] = weakref.WeakSet()  # every gated norm there is
+
+
+def norms_with(gate: Gate) -> list[Any]:
+    """The gated norms that have this very gate."""
+    return [norm for norm in _made if norm.gate is gate]
 
 
 class _GatedNorm(GatedLayer):
@@ -40,7 +48,12 @@ class _GatedNorm(GatedLayer):
         self.granularity = "output"
         self.per_sample = _checks.flag("per_sample", per_sample)
         self.gate = place_gate(gate, count, device, self.per_sample)
+        _made.add(self)  # type: ignore[arg-type]
         self._count_weights()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[misc]
+        _made.add(self)  # type: ignore[arg-type]
 
     def _count_weights(self) -> None:
         self.weights_per_gate = float((self.weight is not None) + (self.bias is not None))
@@ -157,7 +170,7 @@ class TakenReLU(nn.ReLU):
 class _GatedBatchNorm(_GatedNorm, _BatchNorm):
     activation: str | None
     followed: bool = False  # whether the activation is that of a TakenReLU behind
-    _arguments = ("num_features", "eps", "momentum", "affine", "track_running_stats")
+    _arguments: tuple[str, ...] = ("num_features", "eps", "momentum", "affine", "track_running_stats")
 
     def __init__(
         self,
@@ -214,17 +227,20 @@ class _GatedBatchNorm(_GatedNorm, _BatchNorm):
         # To the ReLU behind: a compiler fuses it as well, and a transform has tensors that cannot be marked.
         left = self.followed and (torch.compiler.is_compiling() or ops.is_transformed())
         activation = None if left else self.activation
-        y = None
+        y = self._gated(x, parameter, seed, spec, activation)
+        if self.followed and not left and not y.is_inference():
+            y._dampr_rectified = y._version  # type: ignore[attr-defined]  # as it is now: what is changed in place is rectified again
+        return y
+
+    def _gated(self, x: Tensor, parameter: Tensor, seed: Tensor | None, spec: GateSpec, activation: str | None) -> Tensor:
+        """act(z batch_norm(x)), in one pass where that is to be had."""
         offset = self.gate.index_offset(x.shape[0]) if self.per_sample and seed is not None else 0
+        y = None
         if self.training and not offset and self._fits(x, parameter):
             norm = Norm(self.weight, self.bias, self.eps, activation is not None)
             gates = GateArgs(parameter, seed, spec, self.per_sample and spec.rule == SAMPLE)
             y = ops.whole_norm_gate(x, norm, gates, Running(*self._kept(), self.momentum))  # type: ignore[arg-type]
-        if y is None:
-            y = self._step_by_step(x, parameter, seed, spec, activation, offset)
-        if self.followed and not left and not y.is_inference():
-            y._dampr_rectified = y._version  # type: ignore[attr-defined]  # as it is now: what is changed in place is rectified again
-        return y
+        return self._step_by_step(x, parameter, seed, spec, activation, offset) if y is None else y
 
     def _kept(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Running mean and variance and how many updates they have seen, those that this call moves."""

@@ -25,7 +25,7 @@ from .latency import Latency
 from .measure import count_macs, count_params
 from .reports import Report
 from .summary import distinct_gates, gated_layers
-from .wrapped import check_bare, gathered, unwrapped
+from .wrapped import check_bare, check_gates, gathered, unwrapped
 
 Target = float | int
 Schedule = int | Callable[[int], float] | None
@@ -161,6 +161,7 @@ class Budget:
         model = _reachable(model, steps)
         if not gated_layers(model):
             raise ValueError(f"model={type(model).__name__}: expected gated layers in it (dampr.convert puts them there)")
+        check_gates(model)
         ((metric, wanted),) = given.items()
         self.metric = metric
         inputs.check(example_inputs)
@@ -391,11 +392,12 @@ class Budget:
         gates = _gates(model)
         aim, reached = target, target + 1
         left, opened = float(self.cost(self.cost.decision())), torch.cat([gate.is_open() for gate in gates]).cpu()
-        order = self._order(gates)
+        whole = gathered(model)
+        order = self._order(gates, gathered(self.model))
         for _ in range(8):
             chosen = _choose(self.cost, gates, order, aim, round_to, min_width, same)
             fixed = _fixed(gates, chosen)
-            trial = inputs.copied(gathered(model), self._inputs)
+            trial = inputs.copied(whole, self._inputs)
             inputs.replace(trial, dict(zip(_gates(trial), fixed, strict=True)))
             small = compact(trial, example_inputs=self._inputs)
             reached = _COUNT[self.metric](small, self._inputs) if self.metric in _COUNT else float(self.cost(chosen))
@@ -417,11 +419,11 @@ class Budget:
         notes = dict(self.cost.structure.notes)
         return BudgetReport(self.metric, target, reached, self.total, widths, notes, left, closed, reopened)
 
-    def _order(self, gates: Sequence[Gate]) -> Tensor:
+    def _order(self, gates: Sequence[Gate], whole: nn.Module) -> Tensor:
         """What decides between gates that training left alike, (all gates,): their importance if it was measured, else their norms."""
         if self.controller is not None and self.controller.measured:
             return self.controller.importance() / self.controller.marginal_cost()
-        return evenly(magnitudes(self.cost.structure, self.model), [gate.num_gates for gate in gates])
+        return evenly(magnitudes(self.cost.structure, whole), [gate.num_gates for gate in gates])
 
 
 def _reachable(model: Any, steps: int | None) -> nn.Module:

@@ -17,7 +17,7 @@ from dampr.nn.rnn import _GatedRecurrent
 from . import graph, heads, inputs, recurrent, streams, transformer, unit_compact
 from .expand import carry_over, check_state
 from .unit_structure import has_unit_gates
-from .wrapped import sees_through
+from .wrapped import check_gates, sees_through
 
 
 class CompactionError(RuntimeError):
@@ -74,6 +74,7 @@ def compact(
     gated = {name: module for name, module in model.named_modules() if isinstance(module, GatedLayer)}
     if not gated:
         raise ValueError(f"model={type(model).__name__}: expected gated layers in it (dampr.convert puts them there)")
+    check_gates(model)
     if "" in gated:
         raise ValueError("model is a gated layer itself: nothing around it could be cut; use its to_dense()")
     for name, bound in (("atol", atol), ("rtol", rtol)):

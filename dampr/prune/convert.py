@@ -29,6 +29,7 @@ from dampr.nn import (
     GatedLSTM,
     GatedMultiheadAttention,
     GatedRNN,
+    GatedSyncBatchNorm,
 )
 from dampr.nn.base import VECTOR_GRANULARITIES, Granularity
 from dampr.nn.computed import computed, settled
@@ -55,7 +56,7 @@ _REPLACEMENT: dict[type, Any] = {
     nn.RNN: GatedRNN,
 }
 _OUTPUT_ONLY = {nn.MultiheadAttention: "heads", nn.Embedding: "columns", nn.LSTM: "units", nn.GRU: "units", nn.RNN: "units"}
-_NORMS: dict[type, Any] = {nn.BatchNorm1d: GatedBatchNorm1d, nn.BatchNorm2d: GatedBatchNorm2d}
+_NORMS: dict[type, Any] = {nn.BatchNorm1d: GatedBatchNorm1d, nn.BatchNorm2d: GatedBatchNorm2d, nn.SyncBatchNorm: GatedSyncBatchNorm}
 _GATED: dict[type, Any] = {**_REPLACEMENT, **_NORMS, nn.LayerNorm: GatedLayerNorm}
 
 
@@ -153,10 +154,27 @@ def convert(
         raise ConversionError(
             "model is on the meta device, so it has no outputs on example_inputs: expected a model with values, or example_inputs=None"
         )
+    if example_inputs is not None:
+        inputs.check(example_inputs)
+    with inputs.unsynced(model):
+        return _ready(_with_gates(model, gate, granularity, per_sample, include, exclude, example_inputs, tie, residual))
+
+
+def _with_gates(
+    model: nn.Module,
+    gate: Any,
+    granularity: Granularity,
+    per_sample: bool | None,
+    include: Filter,
+    exclude: Filter,
+    example_inputs: Any,
+    tie: bool,
+    residual: bool,
+) -> nn.Module:
+    """:func:`convert` of arguments that are checked."""
     each = _draws_each(gate, granularity, residual) if per_sample is None else per_sample
     before = None
     if example_inputs is not None:
-        inputs.check(example_inputs)
         with inputs.same_noise(model), inputs.unfused():
             before = inputs.comparable(model, example_inputs)
     chosen, skipped = _choose(model, gate, granularity, bool(per_sample), include, exclude)
@@ -174,7 +192,7 @@ def convert(
             known = plan is not None and bool(heads.find(model))  # models of transformers, whose folders and configs follow gated layers
             reached = 0.0 if plan is None else _reached(seen.units, plan, model) + WORTH
             if share_of_macs(seen.units, placement.classes()) > reached and not known:
-                return _ready(by_units())
+                return by_units()
     if plan is None:
         raise ConversionError(str(untraced)) from untraced
     plan.skipped |= skipped
@@ -185,11 +203,11 @@ def convert(
             f"include={include!r}, exclude={exclude!r}: no layer of {type(model).__name__} is left to convert {plan.skipped or ''}".rstrip()
         )
     try:
-        return _ready(_convert_by_layers(model, plan, gate, granularity, each, before, example_inputs, prove=by_units is not None))
+        return _convert_by_layers(model, plan, gate, granularity, each, before, example_inputs, prove=by_units is not None)
     except _UnprovenError:
         if by_units is None:
             raise
-    return _ready(by_units())
+    return by_units()
 
 
 def _ready(model: nn.Module) -> nn.Module:

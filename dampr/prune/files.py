@@ -424,7 +424,7 @@ def _parameters(kind: type[Any]) -> dict[str, Any]:
     named = {n: p.default for n, p in signature.parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
     if recurrent:
         named = {k: v for k, v in named.items() if k != "mode"} | ({"nonlinearity": "tanh"} if kind is nn.RNN else {})
-    return {name: default for name, default in named.items() if name not in ("device", "dtype")}
+    return {name: default for name, default in named.items() if name not in ("device", "dtype", "process_group")}
 
 
 def _arguments(module: nn.Module, kind: type[Any]) -> dict[str, Any]:

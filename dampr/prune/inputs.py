@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -14,6 +15,9 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
+
+from dampr.gates.ranks import groups_in
+from dampr.nn import GatedSyncBatchNorm
 
 
 def call(model: nn.Module, example_inputs: Any) -> Any:
@@ -40,7 +44,8 @@ def copied(model: nn.Module, example_inputs: Any = None) -> nn.Module:
         with same_noise(model):
             evaluate(model, example_inputs)
     kept = pytree.tree_leaves([list(vars(module).values()) for module in model.modules()])
-    return copy.deepcopy(model, {id(t): t.detach().clone() for t in kept if isinstance(t, Tensor) and not t.is_leaf})
+    graphs = {id(t): t.detach().clone() for t in kept if isinstance(t, Tensor) and not t.is_leaf}
+    return copy.deepcopy(model, graphs | groups_in(model))
 
 
 def check(example_inputs: Any) -> None:
@@ -192,6 +197,24 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+@contextmanager
+def unsynced(model: nn.Module) -> Iterator[None]:
+    """In the block synchronised batch norms take the statistics of this process alone: no message, on any device. Copies stay that way."""
+    plain = [module for module in model.modules() if type(module) is nn.SyncBatchNorm]
+    gated = [module for module in model.modules() if isinstance(module, GatedSyncBatchNorm) and not module.alone]
+    for norm in plain:
+        norm.forward = functools.partial(nn.BatchNorm2d.forward, norm)  # type: ignore[method-assign, arg-type]
+    for own in gated:
+        own.alone = True
+    try:
+        yield
+    finally:
+        for norm in plain:
+            norm.__dict__.pop("forward", None)
+        for own in gated:
+            own.alone = False
 
 
 @contextmanager

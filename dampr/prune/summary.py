@@ -17,7 +17,7 @@ from dampr.nn import GatedLayer
 from .compact import compact
 from .measure import count_macs, count_params
 from .reports import Report
-from .wrapped import check_gates_whole, sees_through, unwrapped
+from .wrapped import check_gates, sees_through, unwrapped
 
 
 def gated_layers(model: nn.Module) -> dict[str, GatedLayer]:
@@ -55,7 +55,7 @@ def penalty(model: nn.Module, *, lam: Cost = 1.0, prior_precision: Cost = 0.0) -
     layers = gated_layers(model)
     if not layers:
         raise ValueError(f"model={type(model).__name__}: expected gated layers in it (dampr.convert puts them there)")
-    check_gates_whole(unwrapped(model))
+    check_gates(unwrapped(model))
     costs = [
         [_cost_of(name, argument, value) for argument, value in (("lam", lam), ("prior_precision", prior_precision))] for name in layers
     ]

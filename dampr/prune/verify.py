@@ -102,7 +102,7 @@ def verify_model(
         return Verification(  # no layer computes with such gates
             [GateCheck(n, type(layer).__name__, layer.gate.num_gates, 0, [], [], problems[n]) for n, layer in gated_layers(model).items()]
         )
-    with inputs.same_noise(model):
+    with inputs.same_noise(model), inputs.unsynced(model):
         for name, found in _unconnected(inputs.copied(model, example_inputs), example_inputs).items():
             problems[name] += found
         return Verification(_try(model, example_inputs, problems, gates_per_layer))

@@ -13,7 +13,8 @@ from typing import Any, TypeVar, cast
 from torch import Tensor, distributed, nn
 
 from dampr.gates import Gate
-from dampr.gates.ranks import inside, unwrapped
+from dampr.gates.ranks import groups_in, inside, unwrapped
+from dampr.nn import GatedLayer
 
 _MARKS = "_is_fsdp_managed_module", "_fsdp_use_orig_params"  # attributes that fully_shard leaves
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -98,7 +99,7 @@ def gathered(model: nn.Module, *, rank: int | None = None) -> Any:
     for module in model.modules():
         if is_fsdp(module):
             cast(Any, module).reshard()
-    memo: dict[int, Any] = {}
+    memo: dict[int, Any] = groups_in(model)
     for t in (*model.parameters(), *model.buffers()):
         if is_sharded(t):
             whole = cast(Any, t).full_tensor().detach().clone()
@@ -108,6 +109,16 @@ def gathered(model: nn.Module, *, rank: int | None = None) -> Any:
         return None
     with _bare(model):
         return copy.deepcopy(model, memo)
+
+
+def check_gates(model: nn.Module) -> None:
+    """Raise ValueError where gates belong to no gated layer, which would neither be counted nor cut, and TypeError for sharded ones."""
+    owned = {module.gate for module in model.modules() if isinstance(module, GatedLayer)}
+    for name, module in model.named_modules():
+        if isinstance(module, Gate) and module not in owned:
+            owner = type(model.get_submodule(name.rpartition(".")[0])).__name__
+            raise ValueError(f"{name}: gates in {owner}, which is no gated layer and does not use them; expected a layer of dampr.nn there")
+    check_gates_whole(model)
 
 
 def check_gates_whole(model: nn.Module) -> None:
