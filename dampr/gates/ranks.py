@@ -81,6 +81,20 @@ def over_ranks(t: Tensor) -> Tensor:
     return total / distributed.get_world_size()
 
 
+def check_alike(gates: Sequence[Any], device: Any) -> None:
+    """Raise ValueError on every rank unless all of them have as many gates of the same sizes: means over ranks are taken gate by gate."""
+    if several():
+        own = zlib.crc32(repr([gate.num_gates for gate in gates]).encode())
+        least, most = (torch.tensor(sign * own, device=device) for sign in (1, -1))
+        distributed.all_reduce(least, distributed.ReduceOp.MIN)
+        distributed.all_reduce(most, distributed.ReduceOp.MIN)
+        if int(least) != -int(most):
+            raise ValueError(
+                f"rank {distributed.get_rank()} has {len(gates)} gate vectors, and other ranks have others: expected the same model on all "
+                "of them; stages of a pipeline are pruned with dampr.penalty, one by one"
+            )
+
+
 def groups_in(model: nn.Module) -> dict[int, Any]:
     """What ``copy.deepcopy`` is to know of the process groups that modules hold: a copy has the same ones."""
     if not (distributed.is_available() and distributed.is_initialized()):

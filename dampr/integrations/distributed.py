@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import distributed, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
+from torch.nn.utils import parametrize
 
 from dampr.gates import Gate, gate_generator
 from dampr.gates.draws import drawing_gates, share_generator
+from dampr.nn import Gate as GateLayer
+from dampr.nn import GatedEmbedding, GatedLayer, GatedLayerNorm, GatedLinear, GatedParameter, GatedResidual
 from dampr.prune.summary import gated_layers
 from dampr.prune.wrapped import check_bare, gathered
 
-__all__ = ["gathered", "replicate_gates"]
+__all__ = ["gathered", "parallelize_module", "replicate_gates"]
+
+_ON_SHARDS = (GatedLinear, GatedEmbedding, GatedLayerNorm, GateLayer, GatedResidual, GatedParameter)
 
 
 def replicate_gates(model: nn.Module, *, group: Any = None) -> set[Parameter]:
@@ -56,6 +64,73 @@ def replicate_gates(model: nn.Module, *, group: Any = None) -> set[Parameter]:
             _reduced.pop(p).remove()
         _reduced[p] = p.register_post_accumulate_grad_hook(reducer)
     return set(gates)
+
+
+def parallelize_module(model: nn.Module, device_mesh: Any = None, parallelize_plan: Any = None, **how: Any) -> nn.Module:
+    """``torch.distributed.tensor.parallel.parallelize_module`` of a model with gates, which stay whole on every rank.
+
+    ``ColwiseParallel``, ``RowwiseParallel`` and ``SequenceParallel`` of gated linear layers (the last projection of attention, with gates
+    for its heads, among them), embeddings and LayerNorms, and of layers with gates on their parameters. All ranks draw one vector of gates,
+    of which each multiplies the part that its shard has: per batch in the weight, so that no other message is sent than of a dense layer.
+    The gradient of a gate is whole on each rank of the mesh; together with data parallelism call :func:`replicate_gates` with the group of
+    that before. :func:`gathered` and :func:`dampr.compact` make a whole model again.
+
+    Args:
+        model: converted, not yet sharded.
+        device_mesh, parallelize_plan, how: as torch's function takes them.
+
+    Returns: ``model``.
+
+    Raises: TypeError for a gated layer in the plan that is none of those, or for a model that is wrapped; what torch's function raises.
+    """
+    from torch.distributed.tensor.parallel import parallelize_module as shard
+
+    check_bare(model, "gates are left out of what is sharded", sharded=True)
+    layers = gated_layers(model)
+    share_generator(model)
+    with _aside(model, list(layers.values())):
+        shard(model, device_mesh, parallelize_plan, **how)
+    for name, layer in layers.items():
+        own: Any = layer
+        if not isinstance(layer, _ON_SHARDS) and any(isinstance(p, DTensor) for p in own.parameters()):
+            raise TypeError(f"{name}: {type(layer).__name__} does not compute on shards; expected it left out of the plan")
+    return model
+
+
+@contextmanager
+def _aside(model: nn.Module, layers: list[GatedLayer]) -> Iterator[None]:
+    """Gates, their indices and what computes weights of them, out of the way of what walks over a model."""
+    taken: list[tuple[nn.Module, str, str, Any]] = []
+    kinds: list[tuple[nn.Module, type, Any]] = []
+    for module in list(model.modules()):
+        if parametrize.is_parametrized(module) and all(isinstance(p, GatedParameter) for p in _gates_on(module)):
+            parts: Any = module._modules.pop("parametrizations")
+            kinds.append((module, type(module), parts))
+            module.__class__ = type(module).__bases__[0]
+            for name, part in parts.named_children():
+                module.register_parameter(name, part._parameters.pop("original"))
+    for layer in layers:
+        layer.sharded = True
+        owner: Any = layer
+        for kind, name in (("_modules", "gate"), ("_buffers", "index")):
+            if getattr(owner, kind).get(name) is not None:
+                taken.append((owner, kind, name, getattr(owner, kind).pop(name)))
+    try:
+        yield
+    finally:
+        for owner, kind, name, value in taken:
+            getattr(owner, kind)[name] = value
+        for module, former, parts in kinds:
+            for name, part in parts.named_children():
+                part.register_parameter("original", module._parameters.pop(name))
+            module.__class__ = former
+            module._modules["parametrizations"] = parts
+
+
+def _gates_on(module: nn.Module) -> list[nn.Module]:
+    """What computes the parameters of a parametrized module."""
+    parts: Any = module.parametrizations
+    return [step for part in parts.values() for step in part]
 
 
 _reduced: weakref.WeakKeyDictionary[torch.Tensor, Any] = weakref.WeakKeyDictionary()

@@ -104,6 +104,12 @@ class Gate(GatedLayer, nn.Module):
         self.gate = place_gate(gate, num_gates, where, self.per_sample and index is None)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.sharded:
+            from . import sharded  # loads torch.distributed.tensor
+
+            each = self.gate(x.shape[0]) if self.per_sample and self.gate.draws else self.gate()
+            each = each if self.index is None else each[..., self.index]
+            return sharded.times(x, reference.along(each, x, self.dim % x.dim()))
         if self.index is None:
             parameter, seed, spec = self.gate.call()
             offset = self.gate.index_offset(x.shape[0]) if self.per_sample and seed is not None else 0
@@ -207,6 +213,12 @@ class GatedResidual(GatedLayer, nn.Module):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         sample_dim = 0 if self.per_sample else None
+        if self.sharded:
+            from . import sharded  # loads torch.distributed.tensor
+
+            z = self.gate(x.shape[0]) if self.per_sample and self.gate.draws else self.gate()
+            branch = self.branch(x, *args, **kwargs)
+            return x + sharded.times(branch, z.view(-1, *[1] * (branch.dim() - 1)))
         return gated_sum(x, lambda: self.branch(x, *args, **kwargs), self.gate, self.training, sample_dim, self.branch)
 
     def _weights(self) -> list[Tensor]:
@@ -367,6 +379,8 @@ class GatedEmbedding(GatedLayer, nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         rows = super().forward(input)
+        if self.sharded:
+            return self._on_shards(rows, input)
         if self.granularity == "output":
             parameter, seed, spec = self.gate.call()
             offset = self.gate.index_offset(rows.shape[0]) if self.per_sample and seed is not None else 0
@@ -379,6 +393,17 @@ class GatedEmbedding(GatedLayer, nn.Embedding):
             z = self.gate()[input.flatten()]
         flat = rows.reshape(-1, self.embedding_dim)
         return functional.gate_activations(flat, z, dim=0, spec=VALUE).view(rows.shape)
+
+    def _on_shards(self, rows: Tensor, input: Tensor) -> Tensor:
+        from . import sharded  # loads torch.distributed.tensor
+
+        drawn = self.per_sample and self.gate.draws
+        z = self.gate(input.shape[0]) if drawn else self.gate()
+        if self.granularity == "output":
+            return sharded.times(rows, z.view(-1, *[1] * (rows.dim() - 2), z.shape[-1]) if drawn else z)
+        words = sharded.whole(input)
+        z = z.gather(1, words.reshape(len(words), -1).long()).view(words.shape) if drawn else z[words]
+        return sharded.times(rows, z.unsqueeze(-1))
 
     @classmethod
     def gates_for(cls, layer: nn.Embedding, granularity: str = "output") -> int:

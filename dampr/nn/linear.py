@@ -57,6 +57,8 @@ class GatedLinear(GatedWeight, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         x = input
+        if self.sharded:
+            return self._on_shards(x)
         gate, granularity, each = self.gate, self.granularity, self.per_sample
         parameter, seed, spec = gate.call() if granularity != "index" else self._gates_by_index()
         how: dict[str, Any] = {"seed": seed, "spec": spec}
@@ -71,6 +73,11 @@ class GatedLinear(GatedWeight, nn.Linear):
             return functional.gated_linear(x, self.weight, self.bias, input_gate=parameter, **how)
         block = granularity if isinstance(granularity, tuple) else (1, 1)
         return functional.gated_linear(x, self.weight, self.bias, weight_gate=parameter, block=block, **how)
+
+    def _on_shards(self, x: Tensor) -> Tensor:
+        from . import sharded  # loads torch.distributed.tensor
+
+        return sharded.linear(self, x)
 
     def _on_slice(self, x: Tensor, parameter: Tensor, spec: GateSpec, opened: slice) -> Tensor:
         """The layer on the rows, or on the columns, of the weight whose gates are open."""

@@ -428,6 +428,8 @@ class GatedLayerNorm(_GatedNorm, nn.LayerNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         x, shape = _checks.tensor("input", input), list(self.normalized_shape)
+        if self.sharded:
+            return self._on_shards(x, shape)
         if self.statistics == "open":
             z = self.gate().view(shape)
             spread, factor = _of_open(x, z.detach() != 0)
@@ -441,6 +443,19 @@ class GatedLayerNorm(_GatedNorm, nn.LayerNorm):
         flat = y.flatten(y.dim() - len(shape))
         how: dict[str, Any] = {"per_sample": True, "spec": spec, "index_offset": self.gate.index_offset(flat.shape[0])}
         return functional.gate_activations(flat, parameter, dim=-1, seed=seed, **how).view(y.shape)
+
+    def _on_shards(self, x: Tensor, shape: list[int]) -> Tensor:
+        from . import sharded  # loads torch.distributed.tensor
+
+        if self.statistics == "open":
+            raise ValueError(
+                "statistics='open' of a GatedLayerNorm under tensor parallelism: expected 'all', or the norm left out of the plan"
+            )
+        if self._draws_per_sample():
+            z = self.gate(x.shape[0]).view(x.shape[0], *[1] * (x.dim() - 1 - len(shape)), *shape)
+        else:
+            z = self.gate().view(shape)
+        return sharded.times(F.layer_norm(x, shape, self.weight, self.bias, self.eps), z)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self._describe_gates()}"

@@ -20,8 +20,11 @@ _MARKS = "_is_fsdp_managed_module", "_fsdp_use_orig_params"  # attributes that f
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def check_bare(model: Any, what: str, name: str = "model") -> None:
-    """Raise TypeError where ``model`` is wrapped or sharded, or has a wrapped module in it: ``what`` changes parameters in place."""
+def check_bare(model: Any, what: str, name: str = "model", *, sharded: bool = False) -> None:
+    """Raise TypeError where ``model`` is wrapped or, unless it may be, ``sharded``, or has a wrapped module in it.
+
+    ``what`` says why.
+    """
     inner = inside(model)
     if inner is not None:
         raise TypeError(
@@ -32,9 +35,9 @@ def check_bare(model: Any, what: str, name: str = "model") -> None:
     for path, module in model.named_modules():
         if inside(module) is not None and isinstance(module, nn.parallel.DistributedDataParallel):
             raise TypeError(f"{name}.{path} is wrapped in {_called(module)}: expected it bare, because {what}; wrap it after that")
-    sharded = next((key for key, p in model.named_parameters() if is_sharded(p)), None)
-    if sharded is not None or any(is_fsdp(module) for module in model.modules()):
-        raise TypeError(f"{name} is sharded ({sharded or type(model).__name__}): expected it whole, because {what}; shard it after that")
+    first = next((key for key, p in model.named_parameters() if is_sharded(p)), None)
+    if not sharded and (first is not None or any(is_fsdp(module) for module in model.modules())):
+        raise TypeError(f"{name} is sharded ({first or type(model).__name__}): expected it whole, because {what}; shard it after that")
 
 
 def _called(model: nn.Module) -> str:
