@@ -13,7 +13,7 @@ from dampr.gates import Gate
 
 def beside(z: Tensor, like: Any) -> Tensor:
     """Gates as a tensor that every rank of the mesh of ``like`` has whole; their gradient is whole too. ``z`` where that is no DTensor."""
-    if not isinstance(like, DTensor):
+    if not isinstance(like, DTensor) or isinstance(z, DTensor):
         return z
     return DTensor.from_local(z, like.device_mesh, [Replicate()] * like.device_mesh.ndim, run_check=False)
 
@@ -34,7 +34,7 @@ def linear(layer: Any, x: Tensor) -> Tensor:
         if layer.granularity == "input":
             return F.linear(times(x, z), layer.weight, layer.bias)
         return times(F.linear(x, layer.weight, layer.bias), z)
-    z = gate()
+    z = beside(gate(), layer.weight)  # once, so that its gradient is one message
     bias = layer.bias
     if bias is not None and layer.granularity == "output":
         bias = times(bias, z)
