@@ -19,7 +19,7 @@ from dampr.ops.gate_args import GateArgs, gate_dtype
 from dampr.ops.norm_gate import Norm, Running
 from dampr.spec import SAMPLE, GateSpec
 
-from .base import GatedLayer, fresh_values
+from .base import GatedLayer, _wide, fresh_values
 from .computed import check_dense, refresh, settled
 
 _made: weakref.WeakSet[Any] = weakref.WeakSet()  # every gated norm there is
@@ -148,7 +148,7 @@ class _GatedNorm(GatedLayer):
             refresh(cast(nn.Module, self))
         for t in (self.weight, self.bias) if prior_precision else ():
             if t is not None:
-                cost = cost + 0.5 * prior_precision * t.to(torch.promote_types(t.dtype, torch.float32)).square().view(-1)
+                cost = cost + 0.5 * prior_precision * _wide(t).square().view(-1)
         total: Tensor = (self.gate.open_probability() * cost).sum()
         return total
 

@@ -51,13 +51,13 @@ def mine(rows: torch.Tensor = ROWS) -> torch.Tensor:
     return rows[rank() * each : (rank() + 1) * each]
 
 
-def same_as_one_process(build: Any, cost: bool = True, **how: Any) -> None:
+def same_as_one_process(build: Any, prior: float = 0.0, **how: Any) -> None:
     """A sharded model that trains on parts of a batch ends where an unsharded one ends that has all of it."""
     one, sharded = build(), build()
     for gate in dampr.gates.draws.drawing_gates(one):
         gate._stream.group = (rank(),)  # rows are counted as if this were the only process
     shard(sharded, **how)
-    costs = [(lambda m=m: 1e-3 * dampr.penalty(m)) if cost else lambda: 0.0 for m in (one, sharded)]
+    costs = [lambda m=m: 1e-3 * dampr.penalty(m, prior_precision=prior) for m in (one, sharded)]
     steps(one, torch.optim.Adam(one.parameters(), lr=0.05), 4, ROWS, costs[0])
     steps(sharded, torch.optim.Adam(sharded.parameters(), lr=0.05), 4, mine(), costs[1])
     whole = gathered(sharded)
@@ -68,6 +68,14 @@ def same_as_one_process(build: Any, cost: bool = True, **how: Any) -> None:
 def check_training_equals_one_process(folder: Path) -> None:
     for how in ({}, {"per_sample": True}, {"granularity": "weight"}, {"gate": "dep_l0", "per_sample": False}):
         same_as_one_process(lambda how=how: dampr.gate_generator(gated(**how), seed=5))
+
+
+def check_a_penalty_on_sharded_weights(folder: Path) -> None:
+    def build() -> nn.Module:
+        torch.manual_seed(3)
+        return dampr.gate_generator(nn.Sequential(dampr.nn.GatedLinear(6, 8), dampr.nn.GatedLayerNorm(8), nn.Linear(8, 3)), seed=5)
+
+    same_as_one_process(build, prior=10.0)
 
 
 def check_gates_shared_by_sharded_blocks(folder: Path) -> None:
