@@ -143,7 +143,7 @@ def offset_of(index_offset: int, per_row: bool) -> int:
         return 0
     if not per_row:
         raise ValueError(f"index_offset={index_offset!r}: expected 0, because all rows have one draw")
-    return index_offset if isinstance(index_offset, torch.SymInt) else _checks.positive_int("index_offset", index_offset)
+    return index_offset if isinstance(index_offset, torch.SymInt) else _checks.positive_int("index_offset", index_offset, least=0)
 
 
 def drawn_rows(gates: GateArgs, rows: int, index_offset: int) -> Tensor:

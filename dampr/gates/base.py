@@ -233,12 +233,23 @@ class Gate(GateModule):
         if found is not None:
             share_generator(found.module)
 
-    def _follow(self, stream: Stream | None) -> None:
-        """Take seeds from this stream from now on."""
+    def _follow(self, stream: Stream | None, persistent: bool = True) -> None:
+        """Take seeds from this stream from now on; ``persistent``: how far it has come is part of the state dict."""
         self._buffers.pop("next_seed", None)
         self._stream = stream
         if stream is not None:
-            self.register_buffer("next_seed", torch.tensor([stream.first], device=self.device))
+            self.register_buffer("next_seed", torch.tensor([stream.first], device=self.device), persistent=persistent)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Gate:
+        """The next seed outlives ``to_empty`` and the meta device, because ranks have to go on alike."""
+        before = self._buffers.get("next_seed")
+        super()._apply(fn, recurse)
+        if before is not None and self._stream is not None and not self.next_seed.is_meta:
+            if before.is_meta:
+                self.next_seed.fill_(self._stream.first)
+            else:
+                self.next_seed.copy_(before)
+        return self
 
     def index_offset(self, rows: int) -> int:
         """The number of the first of ``rows`` rows of this process in the batch that several processes share; 0 where there is one.

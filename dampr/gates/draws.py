@@ -164,8 +164,9 @@ def gate_generator(model: nn.Module, seed: int | None = 0, *, group: Any = None)
             a group of their own.
 
     Call it before loading a checkpoint that was made with it. With the same seed every process has the same masks. In a process group of
-    several ranks :func:`dampr.convert` calls it with the seed that rank 0 gave to ``torch.manual_seed``, and a model under
-    DistributedDataParallel that has no generator gets one with the first draw.
+    several ranks :func:`dampr.convert` does so with the seed that rank 0 gave to ``torch.manual_seed``, and a model under
+    DistributedDataParallel that has no generator gets one with the first draw; these two are in no state dict, and begin anew in a run that
+    resumes.
 
     Returns: ``model``.
 
@@ -201,5 +202,5 @@ def share_generator(model: nn.Module) -> None:
             seed = ranks.seed_of(gates)
             for number, gate in enumerate(gates):
                 if gate._stream is None:
-                    gate._follow(Stream(first_seed(seed, number)))
+                    gate._follow(Stream(first_seed(seed, number)), persistent=False)
         ranks.watch(model)

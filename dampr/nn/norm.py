@@ -25,9 +25,14 @@ from .computed import check_dense, refresh, settled
 _made: weakref.WeakSet[Any] = weakref.WeakSet()  # every gated norm there is
 
 
+def remember(norm: Any) -> None:
+    """Have :func:`norms_with` know a gated norm."""
+    _made.add(norm)
+
+
 def norms_with(gate: Gate) -> list[Any]:
     """The gated norms that have this very gate."""
-    return [norm for norm in _made if norm.gate is gate]
+    return [norm for norm in _made if getattr(norm, "gate", None) is gate]
 
 
 class _GatedNorm(GatedLayer):
@@ -48,12 +53,12 @@ class _GatedNorm(GatedLayer):
         self.granularity = "output"
         self.per_sample = _checks.flag("per_sample", per_sample)
         self.gate = place_gate(gate, count, device, self.per_sample)
-        _made.add(self)  # type: ignore[arg-type]
+        remember(self)
         self._count_weights()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[misc]
-        _made.add(self)  # type: ignore[arg-type]
+        remember(self)
 
     def _count_weights(self) -> None:
         self.weights_per_gate = float((self.weight is not None) + (self.bias is not None))

@@ -13,7 +13,7 @@ from dampr.gates import Gate
 from dampr.ops.gate_args import gate_dtype
 from dampr.spec import SAMPLE, GateSpec
 
-from .norm import _GatedBatchNorm, norms_with
+from .norm import _GatedBatchNorm, norms_with, remember
 
 
 class GatedSyncBatchNorm(_GatedBatchNorm):
@@ -155,6 +155,7 @@ def _keep_gates(module: nn.Module, name: str, gate: nn.Module | None) -> None:
             module.__class__ = GatedSyncBatchNorm  # type: ignore[assignment]
             for attribute in ("granularity", "per_sample", "weights_per_gate", "activation", "followed"):
                 setattr(module, attribute, getattr(norm, attribute))
+            remember(module)
             return
 
 

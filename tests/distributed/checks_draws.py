@@ -103,6 +103,8 @@ def check_converted_models_draw_alike_whatever_the_ranks_random_states(folder: P
     assert 0 < int((first == first.round()).sum()) <= first.numel()
     assert all(torch.equal(first, other) for other in others)
     assert not torch.equal(drawn(model, 1), drawn(model, 1))
+    assert not any("seed" in name for name in model.state_dict())  # it loads in one process
+    assert any("seed" in name for name in dampr.gate_generator(model, seed=1).state_dict())
 
 
 def check_layers_by_hand_draw_alike_under_ddp(folder: Path) -> None:
