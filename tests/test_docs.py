@@ -1,7 +1,9 @@
 """Documents keep their word: code runs, tables come from results files, named files and commands exist."""
 
 import json
+import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -83,6 +85,20 @@ model, batches, epochs, loader = nn.Sequential(nn.Linear(20, 40), nn.ReLU(), nn.
 def test_the_code_of_the_budgets_page_runs(name, tmp_path):
     (code,) = [block for block in python_of("docs/budgets.md") if f"dampr.{name}(" in block]
     ran(BEFORE + code, tmp_path)
+
+
+def test_the_code_of_the_page_on_many_processes_runs_on_two(tmp_path):
+    """Each rank proves its own result; masked and compacted models are compared in dampr.compact."""
+    blocks = python_of("docs/distributed.md")
+    assert len(blocks) == 3
+    (tmp_path / "page.py").write_text("\n".join(blocks) + "\nprint('through', flush=True)\ndistributed.destroy_process_group()\n")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port, "page.py"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=240, env=environment)
+    assert done.stdout.count("through") == 2, done.stderr
 
 
 @pytest.mark.parametrize("name", ["cpu/demo-digits", "cpu/demo-fashion-mnist"])

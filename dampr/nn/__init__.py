@@ -12,6 +12,7 @@ from .pruned_attention import PrunedMultiheadAttention
 from .pruned_transformer import PrunedTransformerDecoderLayer, PrunedTransformerEncoderLayer
 from .rnn import GatedGRU, GatedLSTM, GatedRNN, ScaledRNN
 from .stacked_rnn import StackedRNN
+from .sync_norm import GatedSyncBatchNorm
 from .transformer import GatedTransformerDecoderLayer, GatedTransformerEncoderLayer
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "GatedParameter",
     "GatedRNN",
     "GatedResidual",
+    "GatedSyncBatchNorm",
     "GatedTransformerDecoderLayer",
     "GatedTransformerEncoderLayer",
     "PrunedMultiheadAttention",

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from dampr import _checks
 from dampr._version import __version__
+from dampr.gates import ranks
 from dampr.nn import GatedLayer, GatedLayerNorm, GatedResidual, Scale, ScaledRNN, TakenReLU
 from dampr.nn.computed import settled, wake
 from dampr.nn.rnn import _GatedRecurrent
@@ -16,12 +17,14 @@ from dampr.nn.rnn import _GatedRecurrent
 from . import cutting, graph, heads, inputs, recurrent, streams, transformer, unit_compact
 from .expand import carry_over, check_state
 from .unit_structure import has_unit_gates
+from .wrapped import check_gates, sees_through
 
 
 class CompactionError(RuntimeError):
     """The compacted model does not compute what the gated one computes; nothing was changed."""
 
 
+@sees_through
 @settled
 def compact(
     model: nn.Module,
@@ -71,6 +74,7 @@ def compact(
     gated = {name: module for name, module in model.named_modules() if isinstance(module, GatedLayer)}
     if not gated:
         raise ValueError(f"model={type(model).__name__}: expected gated layers in it (dampr.convert puts them there)")
+    check_gates(model)
     if "" in gated:
         raise ValueError("model is a gated layer itself: nothing around it could be cut; use its to_dense()")
     for name, bound in (("atol", atol), ("rtol", rtol)):
@@ -83,6 +87,7 @@ def compact(
         whole, kept, manifest = unit_compact.compacted(model, example_inputs, round_to)
         difference = max(_prove(model, whole, kept, sample, atol, rtol) for sample in samples)
         wake(whole)
+        ranks.unwatch(whole)
         whole.dampr_manifest = manifest | {"max_abs_difference": difference}  # type: ignore[assignment]
         if optimizer is not None:
             carry_over(optimizer, model, whole)
@@ -137,6 +142,7 @@ def compact(
     manifest = _manifest(model, small, kept, left | cut_heads, units, notes, difference)
     small.dampr_manifest = manifest | ({"parameters": parameters} if parameters else {})  # type: ignore[assignment]
     wake(small)
+    ranks.unwatch(small)
     if optimizer is not None:
         carry_over(optimizer, model, small)
     return small

@@ -18,9 +18,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 
 from dampr.gates import Gate, OwnedGate, SteppedGate
+from dampr.gates.ranks import over_ranks
 
 from .cost import Cost
 
@@ -285,15 +286,6 @@ def even_share(cost: Cost, target: float) -> float:
         middle = (low + high) / 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low
-
-
-def over_ranks(t: Tensor) -> Tensor:
-    """The mean of ``t`` over all processes of torch.distributed, as data parallelism takes it of gradients; ``t`` where there is one."""
-    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
-        return t
-    total = t.contiguous().clone()
-    distributed.all_reduce(total)
-    return total / distributed.get_world_size()
 
 
 def owned(gate: Gate, score: str) -> Owned:

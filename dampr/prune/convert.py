@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 
 from dampr import _checks
 from dampr.gates import DependencyGenerator, Fixed, Gate, make_gate
+from dampr.gates.draws import share_generator
 from dampr.nn import (
     GatedBatchNorm1d,
     GatedBatchNorm2d,
@@ -28,11 +29,12 @@ from dampr.nn import (
     GatedLSTM,
     GatedMultiheadAttention,
     GatedRNN,
+    GatedSyncBatchNorm,
 )
 from dampr.nn.base import VECTOR_GRANULARITIES, Granularity
 from dampr.nn.computed import computed, settled
 
-from . import filters, graph, heads, inputs, rectified, recurrent, second_opinion, streams, transformer, unit_gates
+from . import filters, graph, heads, inputs, rectified, recurrent, second_opinion, streams, transformer, unit_gates, wrapped
 from .compact import compact
 from .cost import Cost
 from .filters import Filter
@@ -54,7 +56,7 @@ _REPLACEMENT: dict[type, Any] = {
     nn.RNN: GatedRNN,
 }
 _OUTPUT_ONLY = {nn.MultiheadAttention: "heads", nn.Embedding: "columns", nn.LSTM: "units", nn.GRU: "units", nn.RNN: "units"}
-_NORMS: dict[type, Any] = {nn.BatchNorm1d: GatedBatchNorm1d, nn.BatchNorm2d: GatedBatchNorm2d}
+_NORMS: dict[type, Any] = {nn.BatchNorm1d: GatedBatchNorm1d, nn.BatchNorm2d: GatedBatchNorm2d, nn.SyncBatchNorm: GatedSyncBatchNorm}
 _GATED: dict[type, Any] = {**_REPLACEMENT, **_NORMS, nn.LayerNorm: GatedLayerNorm}
 
 
@@ -117,6 +119,9 @@ def convert(
     the multiply-accumulates than gated layers would, or gated layers would not compact as foretold, the model gets those instead, whatever
     its layers are; numbers that code keeps beside parameters and that follow a width are then in its attribute ``dampr_sizes``.
 
+    In a process group of several ranks the gates get a generator that all ranks have (:func:`dampr.gate_generator`), so that they draw the
+    same gates. Convert before the model is wrapped (DistributedDataParallel) or sharded (``fully_shard``).
+
     Returns: ``model``. Its attribute ``dampr_skipped`` says of each layer that was left out why.
 
     Raises: ConversionError when nothing matches, outputs changed, a layer is bypassed or the model cannot be traced; ValueError
@@ -126,6 +131,8 @@ def convert(
         raise TypeError(f"model={model!r:.80}: expected a torch.nn.Module")
     if example_inputs is not None and "_orig_mod" in model._modules:
         raise TypeError("model is what torch.compile returned: expected the module itself; convert it, then compile")
+    if "_orig_mod" not in model._modules:
+        wrapped.check_bare(model, "gates are new parameters of it")
     if isinstance(gate, Gate):
         raise TypeError(
             f"gate={type(gate).__name__} instance: expected a family's name or a class, because each layer gets a gate of its own"
@@ -147,10 +154,27 @@ def convert(
         raise ConversionError(
             "model is on the meta device, so it has no outputs on example_inputs: expected a model with values, or example_inputs=None"
         )
+    if example_inputs is not None:
+        inputs.check(example_inputs)
+    with inputs.unsynced(model):
+        return _ready(_with_gates(model, gate, granularity, per_sample, include, exclude, example_inputs, tie, residual))
+
+
+def _with_gates(
+    model: nn.Module,
+    gate: Any,
+    granularity: Granularity,
+    per_sample: bool | None,
+    include: Filter,
+    exclude: Filter,
+    example_inputs: Any,
+    tie: bool,
+    residual: bool,
+) -> nn.Module:
+    """:func:`convert` of arguments that are checked."""
     each = _draws_each(gate, granularity, residual) if per_sample is None else per_sample
     before = None
     if example_inputs is not None:
-        inputs.check(example_inputs)
         with inputs.same_noise(model), inputs.unfused():
             before = inputs.comparable(model, example_inputs)
     chosen, skipped = _choose(model, gate, granularity, bool(per_sample), include, exclude)
@@ -184,6 +208,12 @@ def convert(
         if by_units is None:
             raise
     return by_units()
+
+
+def _ready(model: nn.Module) -> nn.Module:
+    """A converted model, whose gates draw alike on all ranks."""
+    share_generator(model)
+    return model
 
 
 def _convert_by_layers(

@@ -18,6 +18,7 @@ from dampr.nn.stacked_rnn import arguments_of
 from . import graph, heads, inputs, transposed
 from .unit_compact import places_of, restore_sizes
 from .units.proof import follow_parameters
+from .wrapped import sees_through
 
 _NORMS = nn.modules.batchnorm._NormBase
 _ONES = ("running_var", "weight_v", "original1")  # of these zeros make NaN: a variance, and the direction of a weight under weight_norm
@@ -25,6 +26,7 @@ MOST_GROWTH, SMALL = 10_000, 2**24  # how many times larger a tensor may become,
 Places = tuple[int, Tensor] | None  # of one dimension: its size before, and which of it are left; None where nothing was cut
 
 
+@sees_through
 def expand(model: nn.Module) -> nn.Module:
     """A compacted model with the widths that it had before: cut channels come back with weights of 0.
 
@@ -291,8 +293,13 @@ def _sizes(layer: Any, entry: dict[str, Any]) -> dict[str, int]:
 
 def check_state(optimizer: torch.optim.Optimizer) -> None:
     """Raise ValueError where the state of a parameter holds what cannot be cut with it: tensors that are neither of its shape, nor of one
-    that a dimension or two of it have been summed out of, nor of one element.
+    that a dimension or two of it have been summed out of, nor of one element; or where it lies on other ranks.
     """
+    if any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(optimizer).__mro__):
+        raise ValueError(
+            "optimizer: ZeroRedundancyOptimizer keeps its state on several ranks, where it cannot be cut; expected None, and a new one "
+            "after compaction"
+        )
     for group in optimizer.param_groups:
         for p in group["params"]:
             for key, value in optimizer.state.get(p, {}).items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -14,6 +15,9 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
+
+from dampr.gates.ranks import groups_in
+from dampr.nn import GatedSyncBatchNorm
 
 
 def call(model: nn.Module, example_inputs: Any) -> Any:
@@ -49,7 +53,7 @@ def twin(model: nn.Module) -> nn.Module:
 
 def _detached(model: nn.Module) -> dict[int, Any]:
     kept = pytree.tree_leaves([list(vars(module).values()) for module in model.modules()])
-    return {id(t): t.detach().clone() for t in kept if isinstance(t, Tensor) and not t.is_leaf}
+    return {id(t): t.detach().clone() for t in kept if isinstance(t, Tensor) and not t.is_leaf} | groups_in(model)
 
 
 def check(example_inputs: Any) -> None:
@@ -201,6 +205,24 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+@contextmanager
+def unsynced(model: nn.Module) -> Iterator[None]:
+    """In the block synchronised batch norms take the statistics of this process alone: no message, on any device. Copies stay that way."""
+    plain = [module for module in model.modules() if type(module) is nn.SyncBatchNorm]
+    gated = [module for module in model.modules() if isinstance(module, GatedSyncBatchNorm) and not module.alone]
+    for norm in plain:
+        norm.forward = functools.partial(nn.BatchNorm2d.forward, norm)  # type: ignore[method-assign, arg-type]
+    for own in gated:
+        own.alone = True
+    try:
+        yield
+    finally:
+        for norm in plain:
+            norm.__dict__.pop("forward", None)
+        for own in gated:
+            own.alone = False
 
 
 @contextmanager

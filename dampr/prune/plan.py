@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from dampr import _checks
-from dampr.gates import Fixed
+from dampr.gates import Fixed, ranks
 
 from . import inputs
 from .budget import Budget, BudgetReport
@@ -23,9 +23,10 @@ from .compact import compact
 from .controller import RAMP, Ramp
 from .convert import convert
 from .expand import check_state
-from .recalibrate import recalibrate
+from .recalibrate import recalibrate, share_statistics
 from .reports import Report
 from .summary import distinct_gates, gated_layers
+from .wrapped import check_bare, is_fsdp
 
 WARMUP, TRAINED_WARMUP, SHRINKING = 0.3, 0.05, 0.2  # shares of the steps: dense from scratch, dense from a checkpoint, the ramp
 SEEN = 100  # a norm that has seen that many batches was trained
@@ -247,6 +248,11 @@ class Plan:
         the ramp begins; ValueError where the optimizer holds parameters of gates or none of the model; BudgetError, CompactionError.
         """
         self._check_alive()
+        if any(is_fsdp(module) for module in self.model.modules()):
+            raise PlanError(
+                "plan.model was given to fully_shard, and a plan makes it smaller in place: expected DistributedDataParallel, or a budget "
+                "(dampr.Budget) made before fully_shard, which compacts behind the training"
+            )
         if optimizer is not None:
             self._check_optimizer(optimizer)
         self.steps_taken += 1
@@ -278,6 +284,7 @@ class Plan:
         if self._on_finish is not None:
             self._on_finish(self.model)
         self._remove_hooks()
+        ranks.unwatch(self.model)
         self._finished = True
         return self.model
 
@@ -407,6 +414,7 @@ class Plan:
         self._budget = None
         batches = [args if not kwargs else (args, kwargs) for args, kwargs in self._batches]
         seen = recalibrate(self.model, batches) if self._recalibrate and batches else 0
+        share_statistics(self.model)
         self._batches.clear()
         if self._looks is not None:
             self._looks.remove()
@@ -434,6 +442,7 @@ class Plan:
             held.clear()
             held.update(getattr(small, kind))
         self.model.__class__ = type(small)  # without the properties that gates on its own parameters are
+        ranks.watch(self.model)
         for attribute in small.dampr_manifest.get("sizes", {}).get("", {}):
             setattr(self.model, attribute, getattr(small, attribute))
         self.model.dampr_manifest = small.dampr_manifest
@@ -476,6 +485,7 @@ class Plan:
             raise TypeError(f"optimizer={optimizer!r:.80}: expected a torch.optim.Optimizer")
         if self.steps_taken:
             return
+        check_state(optimizer)
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         gates = {id(p) for p in (self._budget.replaced if self._budget is not None else [])}
         if not held & {id(p) for p in self.model.parameters()}:
@@ -515,10 +525,7 @@ def divergence(output: Any, taught: Any, temperature: float = 2.0) -> Tensor:
 def _check_model(model: Any) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model={model!r:.80}: expected a torch.nn.Module")
-    for attribute, wrapper in (("_orig_mod", "torch.compile"), ("reducer", "DistributedDataParallel")):
-        if attribute in vars(model) or attribute in model._modules:
-            inner = "_orig_mod" if attribute == "_orig_mod" else "module"
-            raise TypeError(f"model: what {wrapper} returned, expected the module itself (model.{inner}); wrap it after that")
+    check_bare(model, "a plan changes its layers")
 
 
 def _is_trained(model: nn.Module) -> bool:
