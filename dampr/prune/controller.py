@@ -79,11 +79,14 @@ class Controller:
         self.squares = torch.zeros(size, dtype=torch.float64)
         self.measured = 0  # steps that are in the running mean
         self.due = torch.full((size,), math.inf, dtype=torch.float64)  # the step at which a gate has to be closed
+        self.gone = torch.zeros(size, dtype=torch.bool)  # gates whose units have left the model: they stay closed
+        self._number = 0  # the last step
         self._moments: dict[str, list[Tensor]] = {}
 
     def step(self, number: int) -> None:
         """Take in the gradients of one training step, the ``number``-th, from 1 on (0 and less: before the ramp), and move the gates."""
         self._measure()
+        self._number = number
         if number < self.ramp.measured:
             return
         if number % self.every == 0 and number <= self.ramp.decided:
@@ -109,14 +112,7 @@ class Controller:
 
     @torch.no_grad()
     def _decide(self, number: int) -> None:
-        scores = self.importance() / self.marginal_cost()
-        if self.score == "learned":
-            scores = scores * self._levels().clamp(min=KEPT).square()
-        scores = torch.where(self.keep, scores, scores / HYSTERESIS)
-        for gate, row in zip(self.gates, self.cost.structure.widths(), strict=True):
-            if isinstance(gate, OwnedGate) and gate.family.open_slice is not None:  # its gates can only close one after the other
-                own = slice(row[0].start, row[-1].stop)
-                scores[own] = scores[own].cummax(0).values
+        scores = self._scores(HYSTERESIS)
         due = number + self.ramp.lag - 1
         goal = self.ramp.goal(due)
         self.keep = self.choose(scores, goal)
@@ -124,9 +120,33 @@ class Controller:
             self._round_to_nearest(scores, goal * self.cost.total)
         self.due = torch.where(self.keep, math.inf, self.due.clamp(max=due))
 
+    def _scores(self, hysteresis: float) -> Tensor:
+        """What gates are kept by, those that are on their way down ``hysteresis`` times worse."""
+        scores = self.importance() / self.marginal_cost()
+        if self.score == "learned":
+            scores = scores * self._levels().clamp(min=KEPT).square()
+        scores = torch.where(self.keep, scores, scores / hysteresis)
+        for gate, row in zip(self.gates, self.cost.structure.widths(), strict=True):
+            if isinstance(gate, OwnedGate) and gate.family.open_slice is not None:  # its gates can only close one after the other
+                own = slice(row[0].start, row[-1].stop)
+                scores[own] = scores[own].cummax(0).values
+        return scores
+
+    @torch.no_grad()
+    def given_up(self) -> Tensor:
+        """The gates that have had to close by now, and that would not be kept even without hysteresis: bool, (all gates,).
+
+        What is measured of a closed gate only falls, so these do not come back.
+        """
+        down = ~self.keep & (self.due <= self._number)
+        return down & ~self.choose(self._scores(1.0), self.ramp.goal(self._number + self.ramp.lag - 1)) if bool(down.any()) else down
+
     def _round_to_nearest(self, scores: Tensor, goal: float) -> None:
         """Keep one more gate, the best of the others, where that is nearer to the goal."""
-        best = int(torch.where(self.keep, -math.inf, scores).argmax())
+        left = torch.where(self.keep | self.gone, -math.inf, scores)
+        best = int(left.argmax())
+        if left[best] == -math.inf:
+            return
         more = self.keep.clone()
         more[best] = True
         if float(self.cost(more)) - goal < goal - float(self.cost(self.keep)):
@@ -242,7 +262,7 @@ class Controller:
 
     def choose(self, scores: Tensor, share: float) -> Tensor:
         """The gates to keep, bool: the best by ``scores``, those that no width can do without first, that cost at most a share."""
-        base, increments = increments_by(scores, self.cost.prunable, self._widths, self._least)
+        base, increments = increments_by(scores, self.cost.prunable, self._widths, self._least, self.gone)
         return longest(self.cost, base, increments, share * self.cost.total)
 
     def state_dict(self) -> dict[str, Any]:
@@ -251,6 +271,7 @@ class Controller:
             "squares": self.squares.clone(),
             "due": self.due.clone(),
             "measured": self.measured,
+            "gone": self.gone.clone(),
             "held": [gate.held for gate in self.gates if isinstance(gate, OwnedGate)],
             "moments": {kind: [t.clone() for t in state] for kind, state in self._moments.items()},
         }
@@ -258,6 +279,7 @@ class Controller:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.keep, self.squares, self.due = (state[name].clone() for name in ("keep", "squares", "due"))
         self.measured = int(state["measured"])
+        self.gone = state.get("gone", self.gone).clone()
         for gate, held in zip((gate for gate in self.gates if isinstance(gate, OwnedGate)), state["held"], strict=True):
             gate.held = held
         self._moments = {kind: [t.clone() for t in kept] for kind, kept in state["moments"].items()}
@@ -301,16 +323,24 @@ def owned(gate: Gate, score: str) -> Owned:
     return SteppedGate(gate) if score == "importance" else OwnedGate(gate)
 
 
-def increments_by(scores: Tensor, prunable: Tensor, widths: Sequence[range], least: Sequence[int]) -> tuple[Tensor, list[Increment]]:
-    """What stays open in any case, bool (all gates,), and the other gates in the order of opening, by ``scores`` from the largest on."""
+def increments_by(
+    scores: Tensor, prunable: Tensor, widths: Sequence[range], least: Sequence[int], gone: Tensor | None = None
+) -> tuple[Tensor, list[Increment]]:
+    """What stays open in any case, bool (all gates,), and the other gates in the order of opening, by ``scores`` from the largest on.
+
+    What is ``gone`` is in neither.
+    """
+    gone = torch.zeros_like(prunable) if gone is None else gone
+    scores = torch.where(gone, -math.inf, scores)
     base = ~prunable
     width_of = torch.zeros(len(scores), dtype=torch.int64)
     for number, (row, count) in enumerate(zip(widths, least, strict=True)):
         width_of[row.start : row.stop] = number
         own = torch.where(prunable[row.start : row.stop], scores[row.start : row.stop], -math.inf)
         base[own.topk(min(count, len(row))).indices + row.start] = True
+    base &= ~gone
     order = scores.argsort(descending=True, stable=True)
-    order = order[~base[order]]
+    order = order[~(base | gone)[order]]
     return base, [(number, [gate]) for number, gate in zip(width_of[order].tolist(), order.tolist(), strict=True)]
 
 
