@@ -22,7 +22,7 @@ from .computed import check_dense, computed, copied, refresh, settled
 
 VALUE = value()
 _SCALABLE = (nn.Linear, _ConvNd, _BatchNorm, nn.LayerNorm, nn.GroupNorm)
-_FLAT_AT_ZERO = (HARD_CONCRETE, RAMP)  # families whose derivative is 0 where the gate is
+FLAT_AT_ZERO = (HARD_CONCRETE, RAMP)  # families whose derivative is 0 where the gate is
 
 
 class Scale(nn.Module):
@@ -265,7 +265,7 @@ def gated_sum(x: Tensor, branch: Callable[[], Tensor], gate: Family, training: b
         z = gate(x.shape[sample_dim]).view([-1 if i == sample_dim else 1 for i in range(x.dim())])
     else:
         z = gate()
-    may_skip = seen and gate.spec.family in _FLAT_AT_ZERO and x.device.type == "cpu"
+    may_skip = seen and gate.spec.family in FLAT_AT_ZERO and x.device.type == "cpu"
     if training and may_skip and not bool(z.detach().any()):
         return (x + z).to(x.dtype)  # z is 0: a tensor of its own, and the graph of the gate stays connected
     return _add(x, branch(), z)

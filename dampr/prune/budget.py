@@ -183,7 +183,6 @@ class Budget:
         self.multiplier = torch.zeros((), dtype=torch.float64, device=self.cost.device)
         self._penalty = torch.zeros((), device=self.cost.device)
         self._refuse_unreachable(metric, wanted)
-        self._gone: Tensor | None = None  # gates that stay closed, because their units have left the model
         self.replaced: list[Tensor] = []  # what were the parameters of the gates that the budget owns
         self.controller = None if steps is None else self._take_over(steps, score, min_share)
         self._measure()
@@ -340,12 +339,6 @@ class Budget:
         self._measure()
         return report
 
-    def keep_closed(self, gone: Tensor) -> None:
-        """From now on these gates, bool (all gates,), stay closed, in training and in :meth:`finalize`: their units have left the model."""
-        self._gone = gone.clone() if self._gone is None else self._gone | gone
-        if self.controller is not None:
-            self.controller.gone = self._gone
-
     def _matched(self, globs: list[str]) -> list[list[int]]:
         """Which gates have to be as many as each other, by their places in :func:`_gates`."""
         layers, places = gated_layers(self.model), {id(gate): place for place, gate in enumerate(_gates(self.model))}
@@ -366,7 +359,6 @@ class Budget:
         Snapshots are not in it.
         """
         owned = {} if self.controller is None else {"controller": self.controller.state_dict()}
-        owned |= {} if self._gone is None else {"gone": self._gone.clone()}
         return {"steps": self.steps, "multiplier": float(self.multiplier), **owned}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -375,8 +367,6 @@ class Budget:
             raise ValueError("state: of a budget that owns the gates and of one that does not; expected the same `steps=` as then")
         if self.controller is not None:
             self.controller.load_state_dict(state["controller"])
-        if "gone" in state:
-            self.keep_closed(state["gone"])
         steps, multiplier = int(state["steps"]), float(state["multiplier"])
         self.steps = steps
         self.multiplier = torch.full_like(self.multiplier, multiplier)
@@ -400,7 +390,7 @@ class Budget:
         left, opened = float(self.cost(self.cost.decision())), torch.cat([gate.is_open() for gate in gates]).cpu()
         order = self._order(gates)
         for _ in range(8):
-            chosen = _choose(self.cost, gates, order, aim, round_to, min_width, same, self._gone)
+            chosen = _choose(self.cost, gates, order, aim, round_to, min_width, same)
             fixed = _fixed(gates, chosen)
             trial = inputs.copied(model, self._inputs)
             inputs.replace(trial, dict(zip(_gates(trial), fixed, strict=True)))
@@ -438,17 +428,10 @@ def _gates(model: nn.Module) -> list[Gate]:
 
 @torch.no_grad()
 def _choose(
-    cost: Cost,
-    gates: Sequence[Gate],
-    order: Tensor,
-    target: float,
-    round_to: int,
-    min_width: int,
-    same: list[list[int]],
-    gone: Tensor | None = None,
+    cost: Cost, gates: Sequence[Gate], order: Tensor, target: float, round_to: int, min_width: int, same: list[list[int]]
 ) -> Tensor:
-    """The gates to open, none that are ``gone``: bool, (all gates,). By bisection over their order, then whatever else still fits."""
-    chosen, increments = _increments(cost, gates, order, round_to, min_width, same, gone)
+    """The gates to open: bool, (all gates,). By bisection over their order, then whatever else still fits."""
+    chosen, increments = _increments(cost, gates, order, round_to, min_width, same)
     if float(cost(chosen)) > target:
         raise BudgetError(
             f"target of {target:,} {cost.metric}: expected at least {int(cost(chosen)):,}, which remain with {min_width} "
@@ -458,13 +441,7 @@ def _choose(
 
 
 def _increments(
-    cost: Cost,
-    gates: Sequence[Gate],
-    tied: Tensor | None,
-    round_to: int,
-    min_width: int,
-    same: list[list[int]],
-    gone: Tensor | None = None,
+    cost: Cost, gates: Sequence[Gate], tied: Tensor | None, round_to: int, min_width: int, same: list[list[int]]
 ) -> tuple[Tensor, list[Increment]]:
     """What is open in any case, bool (all gates,), and in the order of opening the increments: of which width, and which of all gates.
 
@@ -482,7 +459,7 @@ def _increments(
             of_gates[-1].append(number)
             free = [i for i in mine if not cost.prunable[i]]
             base[free] = opened[[i - start for i in free]]
-            order = sorted((i for i in mine if cost.prunable[i] and (gone is None or not gone[i])), key=lambda i: ranks[i - start], reverse=True)
+            order = sorted((i for i in mine if cost.prunable[i]), key=lambda i: ranks[i - start], reverse=True)
             least = 0 if mine.start in cost.whole else min(len(order), -(-min_width // round_to) * round_to)
             base[order[:least]] = True
             for first in range(least, len(order), round_to):

@@ -29,6 +29,7 @@ MEASURE, LAG, RAMP = 0.1, 0.15, 0.75  # shares of the steps of a budget: gates a
 ARRIVED = 0.9  # the share of the ramp after which the goal is the target
 MEMORY = 0.95  # of the running means
 HYSTERESIS = 4.0  # a gate on its way down comes back only if its score is that many times better
+GOALS = 12  # to come that a gate has to be useless at before it is given up
 FLOOR = 0.5  # the least share of a width that stays, relative to that of a network which is as small and evenly narrow
 KEPT = 0.1  # the least level of a learned gate that is kept
 EDGE = 0.01  # where one that comes back begins
@@ -79,7 +80,6 @@ class Controller:
         self.squares = torch.zeros(size, dtype=torch.float64)
         self.measured = 0  # steps that are in the running mean
         self.due = torch.full((size,), math.inf, dtype=torch.float64)  # the step at which a gate has to be closed
-        self.gone = torch.zeros(size, dtype=torch.bool)  # gates whose units have left the model: they stay closed
         self._number = 0  # the last step
         self._moments: dict[str, list[Tensor]] = {}
 
@@ -134,19 +134,26 @@ class Controller:
 
     @torch.no_grad()
     def given_up(self) -> Tensor:
-        """The gates that have had to close by now, and that would not be kept even without hysteresis: bool, (all gates,).
+        """The gates that have had to close by now, and that are not worth keeping at any goal to come: bool, (all gates,).
 
-        What is measured of a closed gate only falls, so these do not come back.
+        By what is measured now, without the hysteresis. What is measured of a closed gate only falls, so these come back seldom.
         """
         down = ~self.keep & (self.due <= self._number)
-        return down & ~self.choose(self._scores(1.0), self.ramp.goal(self._number + self.ramp.lag - 1)) if bool(down.any()) else down
+        if bool(down.any()):
+            scores = self._scores(1.0)
+            for goal in self._goals_to_come():
+                down &= ~self.choose(scores, goal)
+        return down
+
+    def _goals_to_come(self) -> list[float]:
+        """The goal of the last decision and some of those of the next ones, different ones only."""
+        first = self._number + self.ramp.lag - 1
+        ahead = torch.linspace(first, max(first, self.ramp.settled), GOALS).round().int().tolist()
+        return list(dict.fromkeys(self.ramp.goal(step) for step in ahead))
 
     def _round_to_nearest(self, scores: Tensor, goal: float) -> None:
         """Keep one more gate, the best of the others, where that is nearer to the goal."""
-        left = torch.where(self.keep | self.gone, -math.inf, scores)
-        best = int(left.argmax())
-        if left[best] == -math.inf:
-            return
+        best = int(torch.where(self.keep, -math.inf, scores).argmax())
         more = self.keep.clone()
         more[best] = True
         if float(self.cost(more)) - goal < goal - float(self.cost(self.keep)):
@@ -262,7 +269,7 @@ class Controller:
 
     def choose(self, scores: Tensor, share: float) -> Tensor:
         """The gates to keep, bool: the best by ``scores``, those that no width can do without first, that cost at most a share."""
-        base, increments = increments_by(scores, self.cost.prunable, self._widths, self._least, self.gone)
+        base, increments = increments_by(scores, self.cost.prunable, self._widths, self._least)
         return longest(self.cost, base, increments, share * self.cost.total)
 
     def state_dict(self) -> dict[str, Any]:
@@ -271,7 +278,6 @@ class Controller:
             "squares": self.squares.clone(),
             "due": self.due.clone(),
             "measured": self.measured,
-            "gone": self.gone.clone(),
             "held": [gate.held for gate in self.gates if isinstance(gate, OwnedGate)],
             "moments": {kind: [t.clone() for t in state] for kind, state in self._moments.items()},
         }
@@ -279,7 +285,6 @@ class Controller:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.keep, self.squares, self.due = (state[name].clone() for name in ("keep", "squares", "due"))
         self.measured = int(state["measured"])
-        self.gone = state.get("gone", self.gone).clone()
         for gate, held in zip((gate for gate in self.gates if isinstance(gate, OwnedGate)), state["held"], strict=True):
             gate.held = held
         self._moments = {kind: [t.clone() for t in kept] for kind, kept in state["moments"].items()}
@@ -323,24 +328,16 @@ def owned(gate: Gate, score: str) -> Owned:
     return SteppedGate(gate) if score == "importance" else OwnedGate(gate)
 
 
-def increments_by(
-    scores: Tensor, prunable: Tensor, widths: Sequence[range], least: Sequence[int], gone: Tensor | None = None
-) -> tuple[Tensor, list[Increment]]:
-    """What stays open in any case, bool (all gates,), and the other gates in the order of opening, by ``scores`` from the largest on.
-
-    What is ``gone`` is in neither.
-    """
-    gone = torch.zeros_like(prunable) if gone is None else gone
-    scores = torch.where(gone, -math.inf, scores)
+def increments_by(scores: Tensor, prunable: Tensor, widths: Sequence[range], least: Sequence[int]) -> tuple[Tensor, list[Increment]]:
+    """What stays open in any case, bool (all gates,), and the other gates in the order of opening, by ``scores`` from the largest on."""
     base = ~prunable
     width_of = torch.zeros(len(scores), dtype=torch.int64)
     for number, (row, count) in enumerate(zip(widths, least, strict=True)):
         width_of[row.start : row.stop] = number
         own = torch.where(prunable[row.start : row.stop], scores[row.start : row.stop], -math.inf)
         base[own.topk(min(count, len(row))).indices + row.start] = True
-    base &= ~gone
     order = scores.argsort(descending=True, stable=True)
-    order = order[~(base | gone)[order]]
+    order = order[~base[order]]
     return base, [(number, [gate]) for number, gate in zip(width_of[order].tolist(), order.tolist(), strict=True)]
 
 

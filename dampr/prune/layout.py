@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -46,10 +46,17 @@ class Layout:
 WHOLE = Layout()
 
 
-def moved(model: nn.Module, before: Layout, after: Layout) -> dict[str, tuple[list[Places], list[Places]]]:
+Shelf = dict[str, Tensor]  # what has left each tensor, in one dimension, on the host
+
+
+def moved(model: nn.Module, before: Layout, after: Layout, shelf: Shelf | None = None) -> dict[str, tuple[list[Places], list[Places]]]:
     """Bring a model from one layout to another, in place: parameters stay the same objects, with other data and gradient.
 
-    What comes back is 0 (1 in variances). Returns the layouts, before and after, of each tensor that changed.
+    Args:
+        shelf: of this model; what goes is put there, and what comes back is taken from there. None: what goes is lost, and what comes back
+            is 0 (1 in variances).
+
+    Returns the layouts, before and after, of each tensor that changed.
     """
     changed = _changed(before, after)
     seen: set[int] = set()
@@ -58,24 +65,62 @@ def moved(model: nn.Module, before: Layout, after: Layout) -> dict[str, tuple[li
         owner, _, own = name.rpartition(".")
         module = model.get_submodule(owner)
         modules[module] = None
-        held = module._parameters.get(own)
+        held: Any = module._parameters.get(own)
+        if id(held) in seen:
+            continue
+        fill = float(own in FILLED_WITH_ONE)
         if held is None:
-            module._buffers[own] = resized(module._buffers[own], old, new, fill=own in FILLED_WITH_ONE)  # type: ignore[arg-type]
-        elif id(held) not in seen:
-            seen.add(id(held))
-            gradient, held.grad = held.grad, None
-            give_data(held, resized(held.detach(), old, new, fill=own in FILLED_WITH_ONE))
-            held.grad = None if gradient is None else resized(gradient, old, new)
-    for name in {*before.sizes, *after.sizes}:
-        for attribute, size in (before.sizes.get(name, {}) | after.sizes.get(name, {})).items():
-            now = after.sizes.get(name, {}).get(attribute)
-            setattr(model.get_submodule(name), attribute, size.whole if now is None else now.now)
+            module._buffers[own] = exchanged(module._buffers[own], old, new, shelf, name, fill)  # type: ignore[arg-type]
+            continue
+        seen.add(id(held))
+        gradient, held.grad = held.grad, None
+        give_data(held, exchanged(held.detach(), old, new, shelf, name, fill))
+        held.grad = None if gradient is None else resized(gradient, old, new)
+    _set_sizes(model, before, after, indices=True)
     _select(model, before, after)
     with inputs.same_noise(model):
         for module in modules:
             if not isinstance(module, nn.RNNBase):  # the sizes of these are in the layout
                 follow_parameters(module)
+    _set_sizes(model, before, after, indices=False)
     return changed
+
+
+def exchanged(t: Tensor, before: list[Places], after: list[Places], shelf: Shelf | None, key: str, fill: float = 0.0) -> Tensor:
+    """:func:`resized` that puts what goes on a shelf, and takes from there what comes back."""
+    if shelf is None:
+        return resized(t, before, after, fill)
+    every: list[Places] = [None] * len(before)
+    whole_t = resized(t, before, every, fill)
+    stored = shelf.pop(key, None)
+    if stored is not None:
+        whole_t[~_inside(whole_t.shape, before, t.device)] = stored.to(whole_t)
+    outside = ~_inside(whole_t.shape, after, t.device)
+    if bool(outside.any()):
+        shelf[key] = whole_t[outside].cpu()
+    return resized(whole_t, every, after, fill)
+
+
+def _inside(shape: Sequence[int], places: list[Places], device: torch.device) -> Tensor:
+    """Which elements of a whole tensor are in a layout: bool, of its shape."""
+    inside = torch.ones(tuple(shape), dtype=torch.bool, device=device)
+    for dim, place in enumerate(places):
+        if place is not None:
+            gone = torch.ones(place[0], dtype=torch.bool, device=device)
+            gone[place[1].to(device)] = False
+            inside.index_fill_(dim, gone.nonzero().flatten(), False)
+    return inside
+
+
+def _set_sizes(model: nn.Module, before: Layout, after: Layout, indices: bool) -> None:
+    """Set what modules keep beside their parameters: indices of gates, or all else."""
+    for name in {*before.sizes, *after.sizes}:
+        for attribute, size in (before.sizes.get(name, {}) | after.sizes.get(name, {})).items():
+            now = after.sizes.get(name, {}).get(attribute)
+            value = size.whole if now is None else now.now
+            module = model.get_submodule(name)
+            if isinstance(value, Tensor) == indices:
+                setattr(module, attribute, value.to(getattr(module, attribute).device) if indices else value)
 
 
 def _changed(before: Layout, after: Layout) -> dict[str, tuple[list[Places], list[Places]]]:
@@ -145,10 +190,11 @@ def give_data(parameter: Tensor, data: Tensor) -> None:
 
 
 def move_state(
-    optimizers: Iterable[torch.optim.Optimizer],
+    optimizer: torch.optim.Optimizer,
     model: nn.Module,
     changed: Mapping[str, tuple[list[Places], list[Places]]],
     shapes: Mapping[str, Sequence[int]],
+    shelf: Shelf,
 ) -> None:
     """Bring the state of parameters that have changed their layout to the new one; ``shapes``: what they had before."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -158,12 +204,13 @@ def move_state(
         if held is None or id(held) in done:
             continue
         done.add(id(held))
-        for optimizer in optimizers:
-            for key, value in optimizer.state.get(held, {}).items():
-                dims = kept_dims(value.shape, shapes[name]) if isinstance(value, Tensor) and value.numel() > 1 else None
-                if dims is not None:
-                    places = [[None if d is None or d >= len(side) else side[d] for d in dims] for side in (old, new)]
-                    optimizer.state[held][key] = resized(value, *places)
+        for key, value in optimizer.state.get(held, {}).items():
+            dims = kept_dims(value.shape, shapes[name]) if isinstance(value, Tensor) and value.numel() > 1 else None
+            if dims is None and isinstance(value, Tensor) and tuple(value.shape) == tuple(shapes[name]):
+                dims = list(range(value.dim()))  # of one element that may become more
+            if dims is not None:
+                sides = [[None if d is None or d >= len(side) else side[d] for d in dims] for side in (old, new)]
+                optimizer.state[held][key] = exchanged(value, *sides, shelf, f"{name}:{key}")
 
 
 def same_layout(kept: Mapping[str, dict[int, tuple[int, Tensor]]]) -> dict[str, list[Places]]:

@@ -58,6 +58,10 @@ class UnitLayouts:
             kept = layout.tensors.get(f"{name}.weight_hh_l0".lstrip("."), [])
             if isinstance(module, nn.RNNBase) and kept:
                 layout.sizes[name] = dict(_recurrent_sizes(module, name, layout))
+            groups = getattr(module, "groups", 1)
+            first = next(iter(layout.tensors.get(f"{name}.weight".lstrip("."), [])), None)
+            if isinstance(groups, int) and groups > 1 and first is not None:
+                layout.sizes.setdefault(name, {})["groups"] = Sized(groups, groups * len(first[1]) // first[0])
         return layout, closed
 
 
@@ -110,7 +114,9 @@ class LayerLayouts:
     def _can_lose_units(self, name: str) -> bool:
         plain = self._structure.plain.get_submodule(name)
         readers = self._structure.units.get(plain)
-        fits = readers is not None and all(isinstance(reader, (nn.Linear, nn.RNNBase)) and self._has_tensors(reader, {}) for reader in readers)
+        fits = readers is not None and all(
+            isinstance(reader, (nn.Linear, nn.RNNBase)) and self._has_tensors(reader, {}) for reader in readers
+        )
         return fits and isinstance(plain, nn.RNNBase) and self._has_tensors(plain, {})
 
     def _resizes(self, side: Side) -> bool:

@@ -10,16 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
+from torch.utils import _pytree as pytree
 
 from dampr import _checks
-from dampr.gates import Gate, OwnedGate, SteppedGate
+from dampr.gates import Fixed, Gate, OwnedGate, SteppedGate
 from dampr.gates.selected import SelectedGate
+from dampr.nn.gate import FLAT_AT_ZERO
 
 from . import inputs
 from .budget import Budget
 from .cost import Cost
 from .expand import check_state
-from .layout import WHOLE, Layout, give_data, move_state, moved, shapes_of
+from .layout import WHOLE, Layout, Shelf, move_state, moved, shapes_of
 from .layouts import layouts_of, vectors
 from .summary import gated_layers
 
@@ -29,7 +31,10 @@ Copies = nn.Module | Sequence[nn.Module]
 
 @dataclass(frozen=True)
 class Shrink:
-    """What one removal did: at which call of ``step``, how many units went, the share of the cost before and after, and its seconds."""
+    """What one removal did: at which call of ``step``, how many units went, the share of the cost before and after, and its seconds.
+
+    ``units`` is below 0 where they came back.
+    """
 
     step: int
     units: int
@@ -38,7 +43,8 @@ class Shrink:
     seconds: float
 
     def __str__(self) -> str:
-        went = f"{self.units} unit{'s' * (self.units != 1)} left"
+        units = f"{abs(self.units)} unit{'s' * (abs(self.units) != 1)}"
+        went = f"{units} left" if self.units > 0 else f"{units} came back"
         return f"step {self.step}: {went}, {self.before:.1%} to {self.after:.1%} of the cost, in {self.seconds * 1e3:.0f} ms"
 
 
@@ -51,10 +57,11 @@ class Shrinker:
     whole vectors (:class:`dampr.gates.SelectedGate`), so a budget counts and draws as if nothing had gone. Every removal is run on the
     example inputs before and after; units whose absence changes the outputs stay, and :attr:`notes` says so.
 
-    A unit is taken where nothing can open it again: under a :class:`dampr.Budget` with ``steps`` where the budget has closed it and would
-    not choose it even without its hysteresis; else where it was closed in ``patience`` calls of :meth:`step`. Gates that are drawn count as
-    closed where evaluation closes them and the probability of being drawn open is at most ``probability``; with 0 training is the same to
-    rounding. What :func:`dampr.expand` or :meth:`expand` bring back has weights of 0 and stays closed.
+    A unit is taken under a :class:`dampr.Budget` with ``steps`` where the budget has closed it and would not choose it at any goal to come;
+    else where it was closed in ``patience`` calls of :meth:`step`. Gates that are drawn count as closed where evaluation closes them and
+    the probability of being drawn open is at most ``probability``; with 0 training is the same to rounding. What has left waits in the
+    memory of the host, and is in the model again as it was when the budget wants it after all, or on :meth:`expand`.
+    (:func:`dampr.expand` gives a copy with zeros in its place.)
 
     Args:
         model: with gated layers, or gates on parameters; changed in place.
@@ -112,6 +119,7 @@ class Shrinker:
         self._closed_for = torch.zeros(self.cost.structure.size, dtype=torch.int64)
         self.steps = 0
         self.events: list[Shrink] = []
+        self._shelves: dict[str, Shelf] = {}  # of the model, of each optimizer and of each copy
         if budget is None:
             self._stay_where_draws_are_per_sample()
 
@@ -151,16 +159,29 @@ class Shrinker:
     def step(self, optimizer: Optimizers = None, *, ema: Copies = ()) -> bool:
         """Call it after ``optimizer.step()``, and after ``budget.step()``: takes out what can go where that saves enough.
 
-        Args: as of :meth:`shrink`. Returns whether the model has become smaller.
+        Args: as of :meth:`shrink`. Returns whether parameters have other shapes now.
         """
         self.steps += 1
         if self._budget is None:
             closed = torch.cat([closed_for_good(gate, self.probability).cpu() for gate in self.cost.structure.gates])
             self._closed_for = torch.where(closed, self._closed_for + 1, 0)
+        grown = self.bring_back(optimizer, ema=ema) > 0
         wanted = self.candidates()
         if not bool((wanted & ~self.removed).any()) or self.saving(wanted) < max(self.least_saving, 1e-12):
-            return False
-        return self.shrink(optimizer, ema=ema) > 0
+            return grown
+        return self.shrink(optimizer, ema=ema) > 0 or grown
+
+    def bring_back(self, optimizer: Optimizers = None, *, ema: Copies = ()) -> int:
+        """Put units that the budget wants back into the model, as they were; returns how many."""
+        if self._budget is None or self._budget.controller is None:
+            return 0
+        wanted = self.removed & self._budget.controller.keep
+        count = int(wanted.sum())
+        if count:
+            before, began = self.left, time.perf_counter()
+            self._to(self.removed & ~wanted, optimizer, ema, prove=False)
+            self.events.append(Shrink(self.steps, -count, before, self.left, time.perf_counter() - began))
+        return count
 
     def shrink(self, optimizer: Optimizers = None, *, ema: Copies = ()) -> int:
         """Take the units of the candidates out of the model, whatever it saves; returns how many went.
@@ -179,7 +200,7 @@ class Shrinker:
         return count
 
     def expand(self, optimizer: Optimizers = None, *, ema: Copies = ()) -> None:
-        """Bring all units back, as zeros whose gates are closed: before ``budget.finalize()`` and :func:`dampr.compact`."""
+        """Bring all units back as they were when they left: before ``budget.finalize()`` and :func:`dampr.compact`."""
         self._to(torch.zeros_like(self.removed), optimizer, ema, prove=False)
 
     def _to(self, wanted: Tensor, optimizer: Optimizers, ema: Copies, prove: bool) -> None:
@@ -191,54 +212,52 @@ class Shrinker:
         shapes = shapes_of(self.model)
         if prove:
             layout, gone = self._proved(layout, gone)
-        changed = moved(self.model, self._layout, layout)
-        for copy in copies:
-            moved(copy, self._layout, layout)
-        move_state(optimizers, self.model, changed, shapes)
+        changed = moved(self.model, self._layout, layout, self._shelf("model"))
+        for number, copy in enumerate(copies):
+            moved(copy, self._layout, layout, self._shelf(f"copy {number}"))
+        for number, one in enumerate(optimizers):
+            move_state(one, self.model, changed, shapes, self._shelf(f"optimizer {number}"))
         self._layout, self.removed = layout, gone
-        self.model.dampr_layout = layout  # type: ignore[assignment]
-        if not layout:
-            del self.model.dampr_layout
-        if self._budget is not None and gone.any():
-            self._budget.keep_closed(gone)
+        for module in (self.model, *copies):
+            module.dampr_layout = layout  # type: ignore[assignment]
+            if not layout:
+                del module.dampr_layout
+
+    def _shelf(self, name: str) -> Shelf:
+        return self._shelves.setdefault(name, {})
 
     def _proved(self, layout: Layout, gone: Tensor) -> tuple[Layout, Tensor]:
         """The layout, or without those gate vectors whose units the outputs still depend on."""
-        samples = [self._inputs, inputs.perturbed(self._inputs)]
-        with inputs.unfused():
-            expected = [self._run(sample) for sample in samples]
-            if self._agrees(layout, samples, expected):
-                return layout, gone
-            kept = self.removed.clone()
-            for own in vectors(self.cost.structure, gone & ~self.removed):
-                trial, reached = self._layouts.of(kept | own)
-                if self._agrees(trial, samples, expected):
-                    kept = reached
-                else:
-                    self._refused |= own
-                    self._note(own, "without its closed units the outputs are others")
+        if not layout or self._agrees(layout):
+            return layout, gone
+        kept = self.removed.clone()
+        for own in vectors(self.cost.structure, gone & ~self.removed):
+            trial, reached = self._layouts.of(kept | own)
+            if self._agrees(trial):
+                kept = reached
+            else:
+                self._refused |= own
+                self._note(own, "without its closed units the outputs are others, so these stay until the model is compacted")
         return self._layouts.of(kept)
 
-    def _run(self, sample: Any) -> list[Tensor]:
-        with inputs.same_noise(self.model):
-            return inputs.evaluate(self.model, sample)
-
-    def _agrees(self, layout: Layout, samples: list[Any], expected: list[list[Tensor]]) -> bool:
-        """Whether the model computes the same in this layout; it is as it was afterwards, to the bit."""
-        kept = _Contents(self.model)
-        try:
-            moved(self.model, self._layout, layout)
-            for sample, before in zip(samples, expected, strict=True):
-                after = self._run(sample)
-                bound = _tolerance(before)
-                if inputs.differ(before, after, bound, bound * max(inputs.size(before), 1e-30)):
-                    return False
-        except (RuntimeError, ValueError, IndexError):
-            return False
-        finally:
-            moved(self.model, layout, self._layout)
-            kept.restore()
-        return True
+    def _agrees(self, layout: Layout) -> bool:
+        """Whether a copy of the model computes the same in this layout: in double precision, where it runs in that, else in its own."""
+        for kind in (torch.float64, None):
+            samples = [self._inputs, inputs.perturbed(self._inputs)]
+            trial = inputs.copied(self.model)
+            if kind is not None:
+                trial, samples = trial.to(kind), pytree.tree_map(_doubled, samples)
+            try:
+                expected = [_run(trial, sample) for sample in samples]
+            except (RuntimeError, TypeError, ValueError):
+                continue  # its code names another precision
+            try:
+                moved(trial, self._layout, layout)
+                pairs = [(before, _run(trial, sample)) for sample, before in zip(samples, expected, strict=True)]
+            except (RuntimeError, ValueError, IndexError):
+                return False
+            return not any(inputs.differ(a, b, bound := _tolerance(a), bound * max(inputs.size(a), 1e-30)) for a, b in pairs)
+        return False
 
     def _note(self, own: Tensor, why: str) -> None:
         for name in self.cost.structure.gated:
@@ -259,6 +278,7 @@ class Shrinker:
             "closed_for": self._closed_for.clone(),
             "steps": self.steps,
             "events": [asdict(event) for event in self.events],
+            "shelves": {name: dict(shelf) for name, shelf in self._shelves.items()},
         }
 
     def load_state_dict(self, state: dict[str, Any], optimizer: Optimizers = None, *, ema: Copies = ()) -> None:
@@ -276,41 +296,40 @@ class Shrinker:
         self._refused, self._closed_for = state["refused"].clone(), state["closed_for"].clone()
         self.steps = int(state["steps"])
         self.events = [Shrink(**event) for event in state["events"]]
+        self._shelves = {name: {key: t.clone() for key, t in shelf.items()} for name, shelf in state["shelves"].items()}
 
 
-class _Contents:
-    """The very tensors of a model, to be put back."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._parameters = [(p, p.data, p.grad) for p in model.parameters()]
-        self._buffers = [(module, dict(module._buffers)) for module in model.modules()]
-
-    def restore(self) -> None:
-        for p, data, gradient in self._parameters:
-            if p.data_ptr() != data.data_ptr() or p.shape != data.shape:
-                p.grad = None
-                give_data(p, data)
-            p.grad = gradient
-        for module, buffers in self._buffers:
-            module._buffers.update(buffers)
+def _run(model: nn.Module, sample: Any) -> list[Tensor]:
+    with inputs.unfused(), inputs.same_noise(model):
+        return inputs.evaluate(model, sample)
 
 
-_TOLERANCE = 10.0  # times that of another order of operations
+def _doubled(value: Any) -> Any:
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def _tolerance(outputs: list[Tensor]) -> float:
-    kinds = [inputs.TOLERANCE[t.dtype] for t in outputs if t.dtype in inputs.TOLERANCE]
-    return _TOLERANCE * max(kinds, default=inputs.TOLERANCE[torch.float32])
+    return max((inputs.TOLERANCE[t.dtype] for t in outputs if t.dtype in inputs.TOLERANCE), default=inputs.TOLERANCE[torch.float32])
 
 
 @torch.no_grad()
 def closed_for_good(gate: Gate, probability: float) -> Tensor:
-    """Which gates of a whole vector are closed in evaluation, and drawn open in training with at most this probability: bool."""
+    """Which gates of a whole vector are closed in evaluation, drawn open in training with at most this probability, and learn nothing.
+
+    bool. A family may send a gradient to closed gates (a straight-through estimator does), and then training may want them back.
+    """
     if isinstance(gate, SteppedGate):
         return ~gate.is_open()
     family = gate.family if isinstance(gate, OwnedGate) else gate
+    training, family.training = family.training, True
+    try:
+        flat, draws = family.spec.family in FLAT_AT_ZERO, family.draws
+    finally:
+        family.training = training
     closed = ~family.is_open()
-    return closed & (family.open_probability() <= probability) if family.draws_in_training else closed
+    if not (flat or isinstance(family, Fixed)):
+        return torch.zeros_like(closed)
+    return closed & (family.open_probability() <= probability) if draws else closed
 
 
 def is_shrunk(model: nn.Module) -> bool:
