@@ -209,8 +209,8 @@ def move_state(
             if dims is None and isinstance(value, Tensor) and tuple(value.shape) == tuple(shapes[name]):
                 dims = list(range(value.dim()))  # of one element that may become more
             if dims is not None:
-                sides = [[None if d is None or d >= len(side) else side[d] for d in dims] for side in (old, new)]
-                optimizer.state[held][key] = exchanged(value, *sides, shelf, f"{name}:{key}")
+                sides: list[list[Places]] = [[None if d is None or d >= len(side) else side[d] for d in dims] for side in (old, new)]
+                optimizer.state[held][key] = exchanged(value, sides[0], sides[1], shelf, f"{name}:{key}")
 
 
 def same_layout(kept: Mapping[str, dict[int, tuple[int, Tensor]]]) -> dict[str, list[Places]]:

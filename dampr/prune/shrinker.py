@@ -338,7 +338,7 @@ def is_shrunk(model: nn.Module) -> bool:
 
 
 def _optimizers(given: Optimizers) -> list[torch.optim.Optimizer]:
-    found = [] if given is None else [given] if isinstance(given, torch.optim.Optimizer) else list(given)
+    found: list[Any] = [] if given is None else _listed(given)
     for one in found:
         if not isinstance(one, torch.optim.Optimizer):
             raise TypeError(f"optimizer={one!r:.80}: expected a torch.optim.Optimizer, or a sequence of them")
@@ -347,11 +347,15 @@ def _optimizers(given: Optimizers) -> list[torch.optim.Optimizer]:
 
 def copies_of(given: Copies) -> list[nn.Module]:
     """The modules that average a model, without what wraps them. Raises TypeError for anything else."""
-    found = [given] if isinstance(given, nn.Module) else list(given)
+    found: list[Any] = _listed(given)
     for one in found:
         if not isinstance(one, nn.Module):
             raise TypeError(f"ema={one!r:.80}: expected an AveragedModel or another copy of the model, or a sequence of them")
     return [one.module if isinstance(one, AveragedModel) else one for one in found]
+
+
+def _listed(given: Any) -> list[Any]:
+    return list(given) if isinstance(given, (list, tuple)) else [given]
 
 
 def _copies(given: Copies, model: nn.Module) -> list[nn.Module]:
