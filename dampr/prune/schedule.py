@@ -66,7 +66,7 @@ class ShrinkSchedule:
         saving = shrinker.saving(wanted) if bool((wanted & ~shrinker.removed).any()) else 0.0
         if saving < LEAST_SAVING or not self._pays(number, saving):
             return grown
-        went = shrinker.shrink(optimizer, ema=ema)
+        went = shrinker.take(wanted, optimizer, ema=ema)
         if went:
             self.decisions.append(str(shrinker.events[-1]))
             step = self._step_seconds()

@@ -169,7 +169,7 @@ class Shrinker:
         wanted = self.candidates()
         if not bool((wanted & ~self.removed).any()) or self.saving(wanted) < max(self.least_saving, 1e-12):
             return grown
-        return self.shrink(optimizer, ema=ema) > 0 or grown
+        return self.take(wanted, optimizer, ema=ema) > 0 or grown
 
     def bring_back(self, optimizer: Optimizers = None, *, ema: Copies = ()) -> int:
         """Put units that the budget wants back into the model, as they were; returns how many."""
@@ -192,8 +192,12 @@ class Shrinker:
 
         Raises: ValueError for an optimizer whose state cannot be cut, and for copies of another structure, before anything is changed.
         """
+        return self.take(self.candidates(), optimizer, ema=ema)
+
+    def take(self, wanted: Tensor, optimizer: Optimizers = None, *, ema: Copies = ()) -> int:
+        """:meth:`shrink` with what :meth:`candidates` gave at this step."""
         began, before, removed = time.perf_counter(), self.left, self.removed
-        self._to(self.candidates(), optimizer, ema, prove=True)
+        self._to(wanted, optimizer, ema, prove=True)
         count = int((self.removed & ~removed).sum())
         if count:
             self.events.append(Shrink(self.steps, count, before, self.left, time.perf_counter() - began))
