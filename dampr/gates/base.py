@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from dampr import _checks, functional, philox
-from dampr.spec import SAMPLE, GateSpec, value
+from dampr.spec import SAMPLE, GateSpec, ramp, value
 
 from . import ranks
 from .draws import Stream, share_generator
 
 VALUE_SPEC = value()
+BANKED = ramp("clip")  # of values that were drawn already, in [0, 1]: itself, with the gradient 0 where it is 0 or 1, as the draw's is
 
 
 class GateModule(nn.Module):
@@ -94,6 +95,7 @@ class Gate(GateModule):
     in_optimizer: bool = False  # whether :func:`dampr.param_groups` gave it a learning rate of its own
     level_parameters: tuple[str, ...] = ()  # the beginnings of the names of the parameters that :meth:`set_levels_` moves
     open_slice: Callable[[], tuple[int, int]] | None = None  # (start, stop) of the open gates, where a family keeps these side by side
+    _banked: Tensor | None = None  # the values of every call in training, within a dampr.GateBank
     _held: Tensor | None = None  # the seed of every call, within dampr.hold_draws
     _stream: Stream | None = None  # of dampr.gate_generator; None: seeds come from torch's generator
     next_seed: Tensor
@@ -203,6 +205,8 @@ class Gate(GateModule):
 
     def call(self) -> tuple[Tensor, Tensor | None, GateSpec]:
         """What a fused op takes for one call in the present mode: the parameters, a fresh seed or None, and the spec."""
+        if self._banked is not None and self.training:
+            return self._banked, None, BANKED
         parameter, spec = self.parameter, self.spec
         if torch.compiler.is_compiling():
             _read(spec)
@@ -259,7 +263,7 @@ class Gate(GateModule):
         return 0 if self._stream is None else self._stream.part() * rows
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_held"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_held", "_banked")}
 
     def extra_repr(self) -> str:
         return f"num_gates={self.num_gates}"

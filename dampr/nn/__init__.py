@@ -1,6 +1,7 @@
 """Drop-in gated layers. Each takes the arguments of the ``torch.nn`` layer it replaces, in its order, then gate keywords."""
 
 from .attention import GatedMultiheadAttention
+from .bank import GateBank
 from .base import GatedLayer
 from .conv import GatedConv1d, GatedConv2d
 from .gate import Gate, GatedEmbedding, GatedResidual, Residual, Scale
@@ -17,6 +18,7 @@ from .transformer import GatedTransformerDecoderLayer, GatedTransformerEncoderLa
 
 __all__ = [
     "Gate",
+    "GateBank",
     "GatedBatchNorm1d",
     "GatedBatchNorm2d",
     "GatedConv1d",

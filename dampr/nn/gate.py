@@ -22,7 +22,7 @@ from .computed import check_dense, computed, copied, refresh, settled
 
 VALUE = value()
 _SCALABLE = (nn.Linear, _ConvNd, _BatchNorm, nn.LayerNorm, nn.GroupNorm)
-_FLAT_AT_ZERO = (HARD_CONCRETE, RAMP)  # families whose derivative is 0 where the gate is
+FLAT_AT_ZERO = (HARD_CONCRETE, RAMP)  # families whose derivative is 0 where the gate is
 
 
 class Scale(nn.Module):
@@ -289,7 +289,7 @@ def gated_sum(
         z = gate(x.shape[sample_dim]).view([-1 if i == sample_dim else 1 for i in range(x.dim())])
     else:
         z = gate()
-    may_skip = seen and gate.spec.family in _FLAT_AT_ZERO and x.device.type == "cpu"
+    may_skip = seen and gate.spec.family in FLAT_AT_ZERO and x.device.type == "cpu"
     reduced = ranks.wrapper() is not None
     may_skip = may_skip and (reduced or sample_dim is None or not ranks.several())
     if training and may_skip and not bool(z.detach().any()):

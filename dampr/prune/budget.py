@@ -324,8 +324,11 @@ class Budget:
 
         Returns: a :class:`BudgetReport`, of counts taken from a compacted copy.
 
-        Raises: BudgetError where the target is out of reach; the model is then as it was.
+        Raises: BudgetError where the target is out of reach, or where units have left the model (:class:`dampr.Shrinker`) and are not back;
+        the model is then as it was.
         """
+        if hasattr(self.model, "dampr_layout"):
+            raise BudgetError("finalize: closed units have left the model; expected shrinker.expand(optimizer) before")
         _checks.positive_int("round_to", round_to)
         _checks.positive_int("min_width", min_width)
         globs = [same] if isinstance(same, str) else list(same)

@@ -15,7 +15,7 @@ from dampr.nn.computed import settled, wake
 from dampr.nn.rnn import _GatedRecurrent
 
 from . import cutting, graph, heads, inputs, recurrent, streams, transformer, unit_compact
-from .expand import carry_over, check_state
+from .expand import carry_over, check_state, expand
 from .unit_structure import has_unit_gates
 from .wrapped import check_gates, sees_through
 
@@ -75,6 +75,10 @@ def compact(
     if not gated:
         raise ValueError(f"model={type(model).__name__}: expected gated layers in it (dampr.convert puts them there)")
     check_gates(model)
+    if hasattr(model, "dampr_layout"):
+        if optimizer is not None:
+            raise ValueError("model: closed units have left it; expected shrinker.expand(optimizer) before")
+        model = expand(model)
     if "" in gated:
         raise ValueError("model is a gated layer itself: nothing around it could be cut; use its to_dense()")
     for name, bound in (("atol", atol), ("rtol", rtol)):

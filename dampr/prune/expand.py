@@ -21,7 +21,11 @@ from .units.proof import follow_parameters
 from .wrapped import sees_through
 
 _NORMS = nn.modules.batchnorm._NormBase
-_ONES = ("running_var", "weight_v", "original1")  # of these zeros make NaN: a variance, and the direction of a weight under weight_norm
+FILLED_WITH_ONE = (
+    "running_var",
+    "weight_v",
+    "original1",
+)  # of these zeros make NaN: a variance, and the direction of a weight under weight_norm
 MOST_GROWTH, SMALL = 10_000, 2**24  # how many times larger a tensor may become, unless it stays small
 Places = tuple[int, Tensor] | None  # of one dimension: its size before, and which of it are left; None where nothing was cut
 
@@ -35,7 +39,8 @@ def expand(model: nn.Module) -> nn.Module:
     constants stay; branches and sublayers that were removed do not come back, and gates that became plain factors stay factors.
 
     Args:
-        model: what :func:`dampr.compact` or :func:`dampr.load` returned, with its ``dampr_manifest``; it is not changed.
+        model: what :func:`dampr.compact` or :func:`dampr.load` returned, with its ``dampr_manifest``; or a model with gates that a
+            :class:`dampr.Shrinker` has taken units out of. It is not changed.
 
     Returns: a new model in the same training mode, without a manifest.
 
@@ -53,6 +58,8 @@ def expand(model: nn.Module) -> nn.Module:
       (2): Linear(in_features=6, out_features=2, bias=True)
     )
     """
+    if hasattr(model, "dampr_layout"):
+        return _with_its_units(model)
     manifest = getattr(model, "dampr_manifest", None)
     if not isinstance(manifest, dict) or not isinstance(manifest.get("layers"), dict):
         raise ValueError(f"model={type(model).__name__}: expected the dampr_manifest that dampr.compact leaves")
@@ -86,7 +93,7 @@ def expand(model: nn.Module) -> nn.Module:
         if isinstance(layer, StackedRNN):
             inputs.replace(large, {layer: _joined(layer, entry)})
             continue
-        for attribute, size in _sizes(layer, entry).items():
+        for attribute, size in sizes_in(layer, entry).items():
             setattr(layer, attribute, size)
         if isinstance(layer, nn.RNNBase):
             layer._init_flat_weights()
@@ -101,6 +108,17 @@ def expand(model: nn.Module) -> nn.Module:
             layer.__class__ = dense
     transposed.back(large, conv1d)
     return large
+
+
+def _with_its_units(model: nn.Module) -> nn.Module:
+    """A copy of a gated model that has lost closed units, with these as zeros."""
+    from .layout import WHOLE, moved
+
+    large: Any = inputs.copied(model)
+    moved(large, large.dampr_layout, WHOLE)
+    del large.dampr_layout
+    whole: nn.Module = large
+    return whole
 
 
 def _widened(large: nn.Module, manifest: dict[str, Any]) -> nn.Module:
@@ -119,7 +137,7 @@ def _widened(large: nn.Module, manifest: dict[str, Any]) -> nn.Module:
     for name, small, places in checked:
         owner, _, own = name.rpartition(".")
         if id(small) not in grown:
-            wide = _grow(small.detach(), places, fill=own in _ONES)
+            wide = _grow(small.detach(), places, fill=own in FILLED_WITH_ONE)
             grown[id(small)] = nn.Parameter(wide, requires_grad=small.requires_grad) if isinstance(small, nn.Parameter) else wide
         setattr(large.get_submodule(owner), own, grown[id(small)])
     for module in dict.fromkeys(large.get_submodule(name.rpartition(".")[0]) for name, _, _ in checked):
@@ -141,7 +159,7 @@ def _whole(grown: PrunedMultiheadAttention) -> nn.MultiheadAttention:
 def _joined(grown: StackedRNN, entry: dict[str, Any]) -> nn.RNNBase:
     """The one recurrent layer with the parameters of parts that have grown to equal widths."""
     first: Any = grown.rows()[0]
-    sizes = {**_sizes(first, entry), "num_layers": len(grown.layers), "bidirectional": grown.bidirectional}
+    sizes = {**sizes_in(first, entry), "num_layers": len(grown.layers), "bidirectional": grown.bidirectional}
     whole: nn.RNNBase = type(first)(**arguments_of(first) | sizes, device="meta")
     whole.dropout = grown.dropout
     own = dict(grown.named_parameters())
@@ -269,7 +287,7 @@ def shrink(large: Tensor, places: list[Places]) -> Tensor:
     return large
 
 
-def _sizes(layer: Any, entry: dict[str, Any]) -> dict[str, int]:
+def sizes_in(layer: Any, entry: dict[str, Any]) -> dict[str, int]:
     written, read = (entry[side]["before"] if side in entry else None for side in ("out", "in"))
     if "heads" in entry:
         return {}
@@ -304,7 +322,7 @@ def check_state(optimizer: torch.optim.Optimizer) -> None:
         for p in group["params"]:
             for key, value in optimizer.state.get(p, {}).items():
                 held = [t for t in pytree.tree_leaves(value) if isinstance(t, Tensor) and t.numel() > 1]
-                if held and (not isinstance(value, Tensor) or _kept_dims(value.shape, p.shape) is None):
+                if held and (not isinstance(value, Tensor) or kept_dims(value.shape, p.shape) is None):
                     shapes = [tuple(t.shape) for t in held]
                     raise ValueError(
                         f"optimizer: {type(optimizer).__name__} keeps {key!r} of shape {shapes[0]} for a parameter of shape "
@@ -312,7 +330,7 @@ def check_state(optimizer: torch.optim.Optimizer) -> None:
                     )
 
 
-def _kept_dims(state: Sequence[int], shape: Sequence[int]) -> list[int | None] | None:
+def kept_dims(state: Sequence[int], shape: Sequence[int]) -> list[int | None] | None:
     """Of each dimension of a state tensor the one of the parameter that it runs along, None for a size of 1; None if there is no telling.
 
     Factored second moments (Adafactor) have a dimension less, or one of size 1 in its place.
@@ -330,7 +348,7 @@ def _cut_state(value: Any, shape: Sequence[int], places: list[Places]) -> Any:
     """What is left of a value in the state of a parameter of that shape."""
     if not isinstance(value, Tensor) or value.numel() <= 1:
         return value
-    dims = _kept_dims(value.shape, shape)
+    dims = kept_dims(value.shape, shape)
     return value if dims is None else shrink(value, [None if d is None or d >= len(places) else places[d] for d in dims])
 
 

@@ -55,8 +55,8 @@ class Structure(GateVector[GatedLayer]):
     def rows(self, name: str) -> list[range]:
         """The gates of layer ``name`` in the vector of all gates; of a recurrent layer by layer and direction."""
         layer, start = self.gated[name], self.start(name)
-        count = len(layer.closed_units()) if isinstance(layer, _GatedRecurrent) else 1
-        size = layer.gate.num_gates // count
+        count = layer.num_layers * (1 + layer.bidirectional) if isinstance(layer, _GatedRecurrent) else 1
+        size = self.count(name) // count
         return [range(start + i * size, start + (i + 1) * size) for i in range(count)]
 
     def branches(self, name: str) -> list[int]:
