@@ -116,7 +116,7 @@ def gathered(model: nn.Module, *, rank: int | None = None) -> Any:
 
 def check_gates(model: nn.Module) -> None:
     """Raise ValueError where gates belong to no gated layer, which would neither be counted nor cut, and TypeError for sharded ones."""
-    owned = {module.gate for module in model.modules() if isinstance(module, GatedLayer)}
+    owned = {inner for module in model.modules() if isinstance(module, GatedLayer) for inner in module.gate.modules()}
     for name, module in model.named_modules():
         if isinstance(module, Gate) and module not in owned:
             owner = type(model.get_submodule(name.rpartition(".")[0])).__name__
