@@ -14,7 +14,7 @@ from torch import Tensor, distributed, nn
 PATIENCE = timedelta(seconds=120)  # for rank 0 to publish the seed
 _KEY = "dampr/seed"
 _agreed: tuple[Any, int] | None = None  # the store of the process group, and the seed that is in it
-_checked: weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref[Any], bool]] = weakref.WeakKeyDictionary()
+_checked: weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref[Any], bool | None]] = weakref.WeakKeyDictionary()
 
 
 def several() -> bool:
@@ -125,9 +125,10 @@ def wrapper() -> Any:
 def watch(model: nn.Module) -> None:
     """``model`` has other parameters from now on: a DistributedDataParallel that still reduces the former ones is an error when called."""
     if several():
-        known = _checked.pop(model, None)
-        stale = None if known is None else known[0]()
-        if stale is not None:
+        last = _checked.get(model, (None, None))[0]
+        stale = None if last is None else last()
+        if last is not None and stale is not None:
+            _checked[model] = last, None
             stale._assign_modules_buffers()  # or it would stumble over those that are gone, before it comes to the check
         if _check_wrapper not in model._forward_pre_hooks.values():
             model.register_forward_pre_hook(_check_wrapper)
@@ -148,10 +149,10 @@ def _check_wrapper(module: nn.Module, args: Any) -> None:
     if found is None:
         return
     joins = found._join_config.enable
-    known = _checked.get(module)
-    if known is None or known[0]() is not found:
+    last, joined = _checked.get(module, (None, None))
+    if last is None or last() is not found or joined is None:
         _check_parameters(found)
-    elif known[1] == joins:
+    elif joined == joins:
         return
     _count_alone(found, not joins)
     _checked[module] = weakref.ref(found), joins

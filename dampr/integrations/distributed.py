@@ -5,11 +5,11 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import distributed, nn
-from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 from torch.nn.utils import parametrize
 
@@ -71,7 +71,7 @@ def parallelize_module(model: nn.Module, device_mesh: Any = None, parallelize_pl
 
     ``ColwiseParallel``, ``RowwiseParallel`` and ``SequenceParallel`` of gated linear layers (the last projection of attention, with gates
     for its heads, among them), embeddings and LayerNorms, and of layers with gates on their parameters. All ranks draw one vector of gates,
-    of which each multiplies the part that its shard has: per batch in the weight, so that no other message is sent than of a dense layer.
+    of which each multiplies the part that its shard has: per batch in the weight, so that the forward sends what a dense layer sends.
     The gradient of a gate is whole on each rank of the mesh; together with data parallelism call :func:`replicate_gates` with the group of
     that before. :func:`gathered` and :func:`dampr.compact` make a whole model again.
 
@@ -87,13 +87,13 @@ def parallelize_module(model: nn.Module, device_mesh: Any = None, parallelize_pl
 
     check_bare(model, "gates are left out of what is sharded", sharded=True)
     layers = gated_layers(model)
+    patterns = list(parallelize_plan) if isinstance(parallelize_plan, dict) else [""]
+    for name, layer in layers.items():
+        if not isinstance(layer, _ON_SHARDS) and any(fnmatchcase(name, pattern) for pattern in patterns):
+            raise TypeError(f"{name}: {type(layer).__name__} does not compute on shards; expected it left out of the plan")
     share_generator(model)
     with _aside(model, list(layers.values())):
         shard(model, device_mesh, parallelize_plan, **how)
-    for name, layer in layers.items():
-        own: Any = layer
-        if not isinstance(layer, _ON_SHARDS) and any(isinstance(p, DTensor) for p in own.parameters()):
-            raise TypeError(f"{name}: {type(layer).__name__} does not compute on shards; expected it left out of the plan")
     return model
 
 

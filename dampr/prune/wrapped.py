@@ -111,7 +111,10 @@ def gathered(model: nn.Module, *, rank: int | None = None) -> Any:
     if not kept:
         return None
     with _bare(model):
-        return copy.deepcopy(model, memo)
+        plain = copy.deepcopy(model, memo)
+    for module in plain.modules():
+        module.__dict__.pop("sharded", None)
+    return plain
 
 
 def check_gates(model: nn.Module) -> None:

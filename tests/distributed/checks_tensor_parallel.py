@@ -192,6 +192,9 @@ def check_torchs_own_function_is_refused_by_name(folder: Path) -> None:
         model = nn.Sequential(dampr.nn.GatedLinear(8, 12), nn.Tanh())
         refused(lambda model=model, style=style: tp.parallelize_module(model, mesh(), {"0": style}), r"dampr\.integrations\.distributed")
     refused(lambda: parallelize_module(nn.parallel.DistributedDataParallel(net()), mesh(), {}), r"model\.module")
+    conv = nn.Sequential(dampr.nn.GatedConv2d(3, 4, 3), nn.Flatten())
+    refused(lambda: parallelize_module(conv, mesh(), {"0": tp.ColwiseParallel()}), "0: GatedConv2d does not compute on shards")
+    assert not isinstance(conv[0].weight, DTensor)
 
 
 def check_data_and_tensor_parallelism(folder: Path) -> None:

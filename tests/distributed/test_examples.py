@@ -39,10 +39,11 @@ def test_two_ranks_end_as_one_process_does(script) -> None:
     assert two["accuracy"] > 0.7
 
 
-SLOW = [(script, stop) for script in ("train_ddp", "train_fsdp", "train_tp") for stop in (2, 4) if (script, stop) != ("train_fsdp", 2)]
+CASES = [(script, stop) for script in ("train_ddp", "train_fsdp", "train_tp") for stop in (2, 4)]
 
 
-@pytest.mark.parametrize(("script", "stop"), [("train_fsdp", 2), *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("script", "stop"), CASES)
 def test_a_killed_run_goes_on(script, stop, tmp_path) -> None:
     """From before the ramp has ended, and from behind it."""
     how = ("--checkpoint", str(tmp_path / "run.pt"))
