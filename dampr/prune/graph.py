@@ -239,12 +239,14 @@ class Widths:
         return found if layer in found else [layer]
 
     def why_not(self, layer: nn.Module) -> str | None:
-        """Why no channel that ``layer`` writes can be cut; None where they can."""
+        """Why no channel that ``layer`` writes can be cut, or only together with others' that no gates are shared with; None where they can."""
         try:
-            self.members(layer, True)
+            members = self.members(layer, True)
         except CannotCutError as error:
             return str(error)
-        return None
+        own = self.classes(layer, True)
+        other = next((m.module for m in members if m.writes and not m.passes and self.classes(*m.side) != own), None)
+        return None if other is None else f"its channels and those of {self._names[other]!r} go together, but not one to one"
 
     def members(self, layer: nn.Module, writes: bool) -> list[Member]:
         """Every side of a layer that has some of these channels. Raises CannotCutError where one is of a kind that cannot be cut."""
