@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,17 +22,20 @@ class SelectedGate(Gate):
         source: the whole vector, of any family.
         kept: which of its gates are left, int64, (num_gates,), increasing.
 
-    Attributes: ``source``; ``kept``, a buffer that is in no ``state_dict``.
+    Attributes: ``source``; ``kept``, no buffer, because whoever averages buffers would average indices.
     """
-
-    kept: Tensor
 
     def __init__(self, source: Gate, kept: Tensor) -> None:
         super().__init__(len(kept))
         self.source = source
-        self.register_buffer("kept", kept.to(source.device), persistent=False)
+        self.kept = kept.to(source.device, copy=True)
         self.training = source.training
         self.draws_once = source.draws_once
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SelectedGate:
+        super()._apply(fn, recurse)
+        self.kept = self.kept.to(self.source.device)
+        return self
 
     def forward(self, rows: int | None = None) -> Tensor:
         return self.source.forward(rows)[..., self.kept]

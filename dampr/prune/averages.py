@@ -25,6 +25,15 @@ def convert_copies(ema: Copies, model: nn.Module, convert: Callable[[nn.Module],
             take_gates(one, model)
 
 
+def resemble(ema: Copies, model: nn.Module) -> None:
+    """Make copies of what ``model`` is now: its gates, its widths and, until a state is loaded, its values."""
+    for one in copies_of(ema):
+        twin = copy.deepcopy(model).train(one.training)
+        vars(one).clear()
+        vars(one).update(vars(twin))
+        one.__class__ = type(twin)
+
+
 def take_gates(one: nn.Module, model: nn.Module) -> None:
     """Copies of the gates of ``model``, which has gated layers of the same names, for ``one``."""
     layers = gated_layers(one)

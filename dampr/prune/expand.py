@@ -21,11 +21,8 @@ from .units.proof import follow_parameters
 from .wrapped import sees_through
 
 _NORMS = nn.modules.batchnorm._NormBase
-FILLED_WITH_ONE = (
-    "running_var",
-    "weight_v",
-    "original1",
-)  # of these zeros make NaN: a variance, and the direction of a weight under weight_norm
+# Of these zeros make NaN: a variance, and the direction of a weight under weight_norm.
+FILLED_WITH_ONE = ("running_var", "weight_v", "original1")
 MOST_GROWTH, SMALL = 10_000, 2**24  # how many times larger a tensor may become, unless it stays small
 Places = tuple[int, Tensor] | None  # of one dimension: its size before, and which of it are left; None where nothing was cut
 
@@ -288,6 +285,7 @@ def shrink(large: Tensor, places: list[Places]) -> Tensor:
 
 
 def sizes_in(layer: Any, entry: dict[str, Any]) -> dict[str, int]:
+    """The attributes of a layer that say its widths, with what an entry of a manifest has as "before"."""
     written, read = (entry[side]["before"] if side in entry else None for side in ("out", "in"))
     if "heads" in entry:
         return {}

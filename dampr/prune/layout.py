@@ -120,7 +120,7 @@ def _set_sizes(model: nn.Module, before: Layout, after: Layout, indices: bool) -
             value = size.whole if now is None else now.now
             module = model.get_submodule(name)
             if isinstance(value, Tensor) == indices:
-                setattr(module, attribute, value.to(getattr(module, attribute).device) if indices else value)
+                setattr(module, attribute, value.to(getattr(module, attribute).device, copy=True) if indices else value)
 
 
 def _changed(before: Layout, after: Layout) -> dict[str, tuple[list[Places], list[Places]]]:

@@ -16,7 +16,7 @@ from dampr import _checks
 from dampr.gates import Fixed, ranks
 
 from . import inputs
-from .averages import become, compact_copies, convert_copies
+from .averages import become, compact_copies, convert_copies, resemble
 from .budget import Budget, BudgetReport
 from .compact import compact
 from .controller import RAMP, Ramp
@@ -26,7 +26,7 @@ from .plan_hooks import check_model, divergence, is_trained, uncompiled
 from .recalibrate import recalibrate, share_statistics
 from .reports import Report
 from .schedule import WHEN, ShrinkSchedule
-from .shrinker import Copies
+from .shrinker import Copies, check_copies, copies_of
 from .summary import distinct_gates, gated_layers
 from .wrapped import is_fsdp
 
@@ -266,6 +266,7 @@ class Plan:
             )
         if optimizer is not None:
             self._check_optimizer(optimizer)
+        copies_of(ema)
         self.steps_taken += 1
         smaller = False
         if self.report is None:
@@ -344,10 +345,11 @@ class Plan:
             "teacher": None if self._teacher is None else self._teacher.state_dict(),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any], optimizer: torch.optim.Optimizer | None = None) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], optimizer: torch.optim.Optimizer | None = None, *, ema: Copies = ()) -> None:
         """Bring a new plan, of the same model and arguments, to where the other was. *Then* load the states of model and optimizer.
 
-        The model gets the gates, or the smaller layers, that it had. ``optimizer`` is what was made of the model's parameters.
+        The model gets the gates, or the smaller layers, that it had. ``optimizer`` is what was made of the model's parameters; ``ema`` are
+        copies with averaged weights, which get them too, and whose states are loaded after this.
 
         Raises PlanError where this plan has begun already, ValueError where it is of another number of steps.
         """
@@ -371,6 +373,7 @@ class Plan:
                 self._budget.load_state_dict(state["budget"])
         if "shrink" in state:
             self._schedule.load_state_dict(state["shrink"], self._budget, self.model, self._inputs, optimizer)
+        resemble(ema, self._frozen_copy())
         self._batches.extend(state["batches"])
         self.steps_taken, self._rates, self._silent = int(state["steps_taken"]), state["rates"], int(state["silent"])
         self._look_at_inputs()
@@ -394,6 +397,8 @@ class Plan:
         if bad:
             self.steps_taken -= 1
             raise PlanError(f"step {self.steps_taken + 1}: {bad[0]} has values that are not finite; expected a loss that is")
+        if any(not gated_layers(one) for one in copies_of(ema)):
+            check_copies(ema, self.model)
         if self._distill:
             self._teach(self._frozen_copy())
         with inputs.same_noise(self.model):
@@ -427,6 +432,7 @@ class Plan:
     def _compact(self, budget: Budget, optimizer: torch.optim.Optimizer | None, ema: Copies) -> None:
         if optimizer is not None:
             check_state(optimizer)
+        check_copies(ema, self.model)
         self._schedule.expand(optimizer, ema)
         decided = budget.finalize(round_to=self._round_to, min_width=self._min_width)
         gates = list(distinct_gates(self.model).values())

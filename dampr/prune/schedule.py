@@ -17,7 +17,7 @@ from .shrinker import Shrinker
 
 WHEN = ("auto", True, False)
 FIRST_REBUILD = 5.0  # what a rebuild is taken to cost, in steps, before one was timed: it runs the example inputs a few times
-WORTH = 2.0  # it pays where it saves that many times what it costs
+WORTH = 6.0  # it pays where it saves that many times what it costs, of the cost: a step loses half that share of its time, or less
 LEAST_SAVING = 0.05  # of the present cost
 LATER = 0.5  # from one possible removal to the next, as a share of the steps in which a unit closes
 

@@ -209,7 +209,7 @@ class Shrinker:
 
     def _to(self, wanted: Tensor, optimizer: Optimizers, ema: Copies, prove: bool) -> None:
         optimizers = _optimizers(optimizer)
-        copies = _copies(ema, self.model)
+        copies = check_copies(ema, self.model)
         for one in optimizers:
             check_state(one)
         layout, gone = self._layouts.of(wanted)
@@ -362,14 +362,24 @@ def _listed(given: Any) -> list[Any]:
     return list(given) if isinstance(given, (list, tuple)) else [given]
 
 
-def _copies(given: Copies, model: nn.Module) -> list[nn.Module]:
+def check_copies(given: Copies, model: nn.Module) -> list[nn.Module]:
+    """:func:`copies_of`, with the whole numbers of the model in the place of their averages.
+
+    Raises ValueError, by the name of a tensor, for a copy that is not of the model as it is now.
+    """
     found = copies_of(given)
     shapes = shapes_of(model)
     for one in found:
         own = shapes_of(one)
         if own != shapes:
             wrong = next((name for name in {**shapes, **own} if shapes.get(name) != own.get(name)), "")
-            raise ValueError(f"ema: {wrong!r} is {own.get(wrong)}, expected {shapes.get(wrong)} as in the model, gates included")
+            raise ValueError(
+                f"ema: {wrong!r} is {own.get(wrong)}, expected {shapes.get(wrong)} as in the model, gates included (hand it to every step)"
+            )
+        whole_numbers = {name: t for name, t in model.named_buffers(remove_duplicate=False) if not t.is_floating_point()}
+        for name, t in one.named_buffers(remove_duplicate=False):
+            if name in whole_numbers:  # indices and counts, which an average rounds down
+                t.copy_(whole_numbers[name])
     return found
 
 

@@ -6,8 +6,10 @@ import json
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import dampr
+from dampr import cli
 from dampr.bench import tune
 from dampr.nn import GatedLinear
 from dampr.ops import thresholds
@@ -103,3 +105,16 @@ def test_tuning_measures_both_sides_and_keeps_what_it_finds(cache):
     assert found == thresholds.skip()
     assert "as dampr tune found on" in found.source
     assert len(list(cache.iterdir())) == 1
+
+
+@needs_extension
+def test_the_command_prints_and_writes_what_it_found(cache, monkeypatch, tmp_path):
+    monkeypatch.setattr(tune, "run", lambda: [tune.Timing(side, 0.5, 0.9) for side in ("inputs", "outputs")])
+    done = CliRunner().invoke(cli.app, ["tune", "--json", str(tmp_path / "found.json")])
+    assert done.exit_code == 0, done.output
+    assert "from 50% of the inputs' gates on, from 50% of the outputs' gates on" in done.output
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found.keys() == {"environment", "timings", "thresholds"}
+    assert found["timings"][0].keys() == {"side", "closed", "ratio"}
+    assert found["thresholds"]["inputs"] == 0.5
+    assert "from 50%" in CliRunner().invoke(cli.app, ["info"]).output

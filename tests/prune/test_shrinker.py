@@ -340,6 +340,41 @@ def test_averaged_copies_get_gates_lose_units_and_end_small(tmp_path):
     assert not torch.equal(ema.module.eval()(x), small.eval()(x))
 
 
+@pytest.mark.parametrize("name", ["resnet18", "transposed"])
+def test_an_average_of_the_buffers_too_leaves_the_run_as_it_is(name):
+    found = []
+    for averaged in (False, True):
+        model, x = made(name)
+        plan = dampr.Plan(model, x, macs=0.6, steps=100, shrink=True)
+        ema = [AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)] if averaged else []
+        run(model, x, True, plan=plan, ema=ema)
+        assert "left" in plan.explain()
+        found.append(plan.finish().state_dict())
+    assert all(torch.equal(value, found[1][key]) for key, value in found[0].items())
+
+
+@pytest.mark.parametrize("stop", [20, 48, 60])
+def test_a_run_with_an_average_goes_on_to_the_same_bits(stop):
+    def fresh():
+        model, x = made("resnet18")
+        plan = dampr.Plan(model, x, macs=0.6, steps=100, shrink=True)
+        ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
+        return model, x, plan, torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.5), ema
+
+    model, x, whole, optimizer, average = fresh()
+    run(model, x, True, plan=whole, optimizer=optimizer, ema=average)
+    model, x, first, optimizer, ema = fresh()
+    run(model, x, True, stop, plan=first, optimizer=optimizer, ema=ema)
+    saved = copy.deepcopy((first.state_dict(), model.state_dict(), optimizer.state_dict(), ema.state_dict()))
+    model, x, again, optimizer, ema = fresh()
+    again.load_state_dict(saved[0], optimizer, ema=ema)
+    for one, state in zip((model, optimizer, ema), saved[1:], strict=True):
+        one.load_state_dict(state)
+    run(model, x, True, 100 - stop, stop, plan=again, optimizer=optimizer, ema=ema)
+    for (key, a), (_, b) in zip(average.state_dict().items(), ema.state_dict().items(), strict=True):
+        assert torch.equal(a, b), key
+
+
 def test_an_average_is_that_of_the_same_run_without_shrinking():
     found = []
     for shrink in (False, True):
