@@ -239,7 +239,7 @@ class Widths:
         return found if layer in found else [layer]
 
     def why_not(self, layer: nn.Module) -> str | None:
-        """Why no channel that ``layer`` writes can be cut, or only with those of layers that cannot share its gates; None where they can."""
+        """Why no channel that ``layer`` writes can be cut, or only with those of layers that cannot share its gates; else None."""
         try:
             members = self.members(layer, True)
         except CannotCutError as error:

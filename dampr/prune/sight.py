@@ -25,7 +25,8 @@ class Sight:
     def why_not(self, layer: nn.Module, name: str) -> str | None:
         """Why what a layer writes cannot be cut, "" where that was tried and it can, None where it was not tried."""
         units, placement = self.units, self.placement
-        classes = set(units.classes(f"{name}.weight".lstrip("."), int(isinstance(layer, nn.Embedding))))
+        written = units.classes(f"{name}.weight".lstrip("."), int(isinstance(layer, nn.Embedding)))
+        classes = set(written)
         refused = next((reason for one, reason in placement.refused.items() if one in classes), None)
         if refused is not None:
             return refused
@@ -38,7 +39,11 @@ class Sight:
             return f"several modules have {tied!r}, which has its width"
         places = {(m.name, m.dim) for one in classes for m in units.members[one]}
         code = next((size for size in placement.read if (units.alias[size.parameter], size.dim) in places), None)
-        return f"something beside its layers has that width ({f'{code.module}.{code.attribute}'.lstrip('.')})" if code else ""
+        if code is not None:
+            return f"something beside its layers has that width ({f'{code.module}.{code.attribute}'.lstrip('.')})"
+        if len(classes) < len(written):
+            return f"its {len(written)} channels can only go in {len(classes)} sets, as heads do, which have no gates in layers"
+        return ""
 
 
 def look(model: nn.Module, example_inputs: Any) -> Sight | None:
