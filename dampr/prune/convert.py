@@ -34,7 +34,7 @@ from dampr.nn import (
 from dampr.nn.base import VECTOR_GRANULARITIES, Granularity
 from dampr.nn.computed import computed, settled
 
-from . import filters, graph, heads, inputs, rectified, recurrent, second_opinion, streams, transformer, unit_gates, wrapped
+from . import filters, graph, heads, inputs, rectified, recurrent, second_opinion, streams, transformer, transposed, unit_gates, wrapped
 from .compact import compact
 from .cost import Cost
 from .filters import Filter
@@ -199,9 +199,9 @@ def _with_gates(
     if residual:
         _place_streams(plan, model, gate, include, exclude, example_inputs)
     if not plan.layers:
-        raise ConversionError(
-            f"include={include!r}, exclude={exclude!r}: no layer of {type(model).__name__} is left to convert {plan.skipped or ''}".rstrip()
-        )
+        known = "; its Conv1D layers are known to dampr.integrations.huggingface" if transposed.find(model) else ""
+        reasons = f"no layer of {type(model).__name__} is left to convert {plan.skipped or ''}".rstrip()
+        raise ConversionError(f"include={include!r}, exclude={exclude!r}: {reasons}{known}")
     try:
         return _convert_by_layers(model, plan, gate, granularity, each, before, example_inputs, prove=by_units is not None)
     except _UnprovenError:
