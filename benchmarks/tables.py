@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import emulated, predictions, scale
-from dampr import demo, report
 from dampr.bench import linear, records
+from dampr.cli import demo, report
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = (

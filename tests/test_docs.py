@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from dampr import demo, report
 from dampr.bench import linear
+from dampr.cli import demo, report
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

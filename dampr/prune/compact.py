@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from dampr.nn.rnn import _GatedRecurrent
 
 from . import cutting, graph, heads, inputs, recurrent, streams, transformer, unit_compact
 from .expand import carry_over, check_state, expand
+from .inputs import Model
 from .unit_structure import has_unit_gates
 from .wrapped import check_gates, sees_through
 
@@ -27,14 +28,14 @@ class CompactionError(RuntimeError):
 @sees_through
 @settled
 def compact(
-    model: nn.Module,
-    *,
+    model: Model,
     example_inputs: Any,
+    *,
     optimizer: torch.optim.Optimizer | None = None,
     round_to: int = 1,
     atol: float | None = None,
     rtol: float | None = None,
-) -> nn.Module:
+) -> Model:
     """A smaller plain model without gates that computes what ``model`` computes in evaluation mode.
 
     Gate values are folded into the weights, closed units are cut out with everything that depends on them, and what
@@ -95,8 +96,8 @@ def compact(
         whole.dampr_manifest = manifest | {"max_abs_difference": difference}  # type: ignore[assignment]
         if optimizer is not None:
             carry_over(optimizer, model, whole)
-        return whole
-    small = inputs.copied(model, example_inputs)
+        return cast(Model, whole)
+    small: nn.Module = inputs.copied(model, example_inputs)
     open_branches(small)
     small, neurons, left, notes = transformer.make_plain(small, samples, atol, rtol)
     closed: graph.Closed = {True: {}, False: {}}
@@ -149,7 +150,7 @@ def compact(
     ranks.unwatch(small)
     if optimizer is not None:
         carry_over(optimizer, model, small)
-    return small
+    return cast(Model, small)
 
 
 Kept = dict[tuple[nn.Module, bool], Tensor]  # (layer, writes) -> kept channels, by their indices in the original layer

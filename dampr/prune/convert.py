@@ -6,7 +6,7 @@ import functools
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -38,6 +38,7 @@ from . import filters, graph, heads, inputs, rectified, recurrent, second_opinio
 from .compact import compact
 from .cost import Cost
 from .filters import Filter
+from .inputs import Model
 from .measure import count_macs
 from .sight import Sight, look
 from .structure import plain_copy
@@ -73,17 +74,17 @@ class _UnprovenError(ConversionError):
 
 @settled
 def convert(
-    model: nn.Module,
+    model: Model,
+    example_inputs: Any = None,
     *,
     gate: str | type[Gate] | Callable[..., Any] = "hard_concrete",
     granularity: Granularity = "output",
     per_sample: bool | None = None,
     include: Filter = None,
     exclude: Filter = None,
-    example_inputs: Any = None,
     tie: bool = True,
     residual: bool = False,
-) -> nn.Module:
+) -> Model:
     """Replace dense layers of ``model`` by gated ones, in place, keeping their parameters (and any optimizer that holds them) valid.
 
     Args:
@@ -157,7 +158,7 @@ def convert(
     if example_inputs is not None:
         inputs.check(example_inputs)
     with inputs.unsynced(model):
-        return _ready(_with_gates(model, gate, granularity, per_sample, include, exclude, example_inputs, tie, residual))
+        return cast(Model, _ready(_with_gates(model, gate, granularity, per_sample, include, exclude, example_inputs, tie, residual)))
 
 
 def _with_gates(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from dampr.nn.pruned_transformer import _Pruned
 from dampr.nn.stacked_rnn import arguments_of
 
 from . import graph, heads, inputs, transposed
+from .inputs import Model
 from .unit_compact import places_of, restore_sizes
 from .units.proof import follow_parameters
 from .wrapped import sees_through
@@ -28,7 +29,7 @@ Places = tuple[int, Tensor] | None  # of one dimension: its size before, and whi
 
 
 @sees_through
-def expand(model: nn.Module) -> nn.Module:
+def expand(model: Model) -> Model:
     """A compacted model with the widths that it had before: cut channels come back with weights of 0.
 
     What it computes stays the same, because nothing reads the channels that come back (weights that read them are 0 too); its parameters
@@ -56,14 +57,14 @@ def expand(model: nn.Module) -> nn.Module:
     )
     """
     if hasattr(model, "dampr_layout"):
-        return _with_its_units(model)
+        return cast(Model, _with_its_units(model))
     manifest = getattr(model, "dampr_manifest", None)
     if not isinstance(manifest, dict) or not isinstance(manifest.get("layers"), dict):
         raise ValueError(f"model={type(model).__name__}: expected the dampr_manifest that dampr.compact leaves")
     large: Any = inputs.copied(model)
     del large.dampr_manifest
     if "tensors" in manifest:
-        return _widened(large, manifest)
+        return cast(Model, _widened(large, manifest))
     for name, entry in manifest["layers"].items():
         if isinstance(_layer(large, name), nn.LayerNorm):
             raise ValueError(

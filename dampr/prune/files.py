@@ -14,7 +14,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from dampr._version import __version__
 from dampr.nn import GatedLayer
 
 from . import composites, inputs
+from .inputs import Model
 from .unit_compact import sizes_of
 from .wrapped import check_bare, sees_through
 
@@ -141,6 +142,10 @@ def _umask() -> int:
     return mask
 
 
+@overload
+def load(path: str | os.PathLike[str], model: Model) -> Model: ...
+@overload
+def load(path: str | os.PathLike[str], model: None = None) -> nn.Module: ...
 def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Module:
     """Read what :func:`save` wrote.
 

@@ -7,7 +7,7 @@ import functools
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from torch.utils.hooks import RemovableHandle
 
 from dampr.gates.ranks import groups_in
 from dampr.nn import GatedSyncBatchNorm
+
+Model = TypeVar("Model", bound=nn.Module)
+"""What keeps the type of the model that it is given."""
 
 
 def call(model: nn.Module, example_inputs: Any) -> Any:

@@ -143,7 +143,7 @@ class Summary(Report):
 
 
 @sees_through
-def summary(model: nn.Module, *, example_inputs: Any = None) -> Summary:
+def summary(model: nn.Module, example_inputs: Any = None) -> Summary:
     """Open gates per layer and, with example inputs, parameters and MACs before and after compaction (by compacting a copy, so the numbers
     are exact).
 

@@ -9,9 +9,10 @@ import typer
 from rich.console import Console
 
 import dampr
-from dampr import demo as demo_job
-from dampr import model_report, prune, report
+from dampr import prune
 from dampr.bench import linear, records, tune, verify
+from dampr.cli import demo as demo_job
+from dampr.cli import model_report, report
 from dampr.ops import thresholds
 
 HELP = """Learned gates that prune networks while they train.
@@ -180,9 +181,10 @@ def bench_command(
 
 @app.command("tune")
 def tune_command(json: Json = None) -> None:
-    """Measure from which share of closed gates on it pays to leave them out, on this CPU with this number of threads; some seconds.
+    """Measure from which share of closed gates on this CPU gains by leaving them out.
 
-    What it finds is kept in the user's cache folder and holds from then on; without it the thresholds are safe ones.
+    With this number of threads, in some seconds. What it finds is kept in the user's cache folder and holds from then on; without it the
+    thresholds are safe ones.
     """
     if dampr.backend_info()["cpp"].startswith("missing"):
         raise dampr.BackendUnavailableError(f"cpp {dampr.backend_info()['cpp']}; expected the extension, whose routes are tuned")
@@ -198,7 +200,7 @@ def tune_command(json: Json = None) -> None:
 
 @app.command()
 def info(json: Json = None) -> None:
-    """Say which backends are here, why one is missing, and from where on closed gates are left out on the CPU."""
+    """Say which backends are here, why one is missing, and what dampr tune has found."""
     skip = thresholds.skip()
     if json is not None:
         content = {"environment": records.environment(), "backends": dampr.backend_info(), "thresholds": skip._asdict()}
