@@ -200,9 +200,9 @@ def _with_gates(
     if residual:
         _place_streams(plan, model, gate, include, exclude, example_inputs)
     if not plan.layers:
-        known = "; its Conv1D layers are known to dampr.integrations.huggingface" if transposed.find(model) else ""
+        who = "; its Conv1D layers are known to dampr.integrations.huggingface" if transposed.find(model) else ""
         reasons = f"no layer of {type(model).__name__} is left to convert {plan.skipped or ''}".rstrip()
-        raise ConversionError(f"include={include!r}, exclude={exclude!r}: {reasons}{known}")
+        raise ConversionError(f"include={include!r}, exclude={exclude!r}: {reasons}{who}")
     try:
         return _convert_by_layers(model, plan, gate, granularity, each, before, example_inputs, prove=by_units is not None)
     except _UnprovenError:
