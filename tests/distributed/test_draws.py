@@ -9,7 +9,7 @@ from tests.distributed import checks_draws
 from tests.distributed.launch import launch, names
 
 
-@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.long)])
 def ran(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("draws")
     return launch("checks_draws", request.param, folder), folder, request.param

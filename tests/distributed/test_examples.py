@@ -29,7 +29,7 @@ def ran(script: str, ranks: int, *arguments: str) -> dict[str, Any]:
     return json.loads(done.stdout[done.stdout.index("{\n") :]) if "{\n" in done.stdout else {}
 
 
-@pytest.mark.parametrize("script", ["train_ddp", *(pytest.param(script, marks=pytest.mark.slow) for script in ("train_fsdp", "train_tp"))])
+@pytest.mark.parametrize("script", ["train_ddp", *(pytest.param(script, marks=pytest.mark.long) for script in ("train_fsdp", "train_tp"))])
 def test_two_ranks_end_as_one_process_does(script) -> None:
     two, one = ran(script, 2), ran(script, 1)
     assert (two["ranks"], one["ranks"]) == (2, 1)
@@ -42,7 +42,7 @@ def test_two_ranks_end_as_one_process_does(script) -> None:
 CASES = [(script, stop) for script in ("train_ddp", "train_fsdp", "train_tp") for stop in (2, 4)]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("script", "stop"), CASES)
 def test_a_killed_run_goes_on(script, stop, tmp_path) -> None:
     """From before the ramp has ended, and from behind it."""

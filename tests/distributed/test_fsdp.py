@@ -22,7 +22,7 @@ def test_every_rank_says_ok(said, check) -> None:
     assert said[check] == ["ok", "ok"], "\n".join(said[check])
 
 
-@pytest.mark.parametrize("world", [1, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("world", [1, pytest.param(4, marks=pytest.mark.long)])
 def test_a_checkpoint_is_resumed_on_another_number_of_ranks(said, folder, world) -> None:
     assert said["check_a_checkpoint_is_written"] == ["ok", "ok"]
     resumed = launch("checks_fsdp", world, folder, "check_a_checkpoint_is_resumed")

@@ -7,7 +7,7 @@ import pytest
 from tests.distributed.launch import launch, names
 
 
-@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.long)])
 def said(request, tmp_path_factory):
     return launch("checks_tensor_parallel", request.param, tmp_path_factory.mktemp("tensor_parallel")), request.param
 
