@@ -7,11 +7,11 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 CONSTRAINTS ?= constraints.txt
 MINUTES ?= 60
 STEPS ?= 10000
-FAST := -m "not slow" -q
+FAST := -m "not slow and not long" -q
 BEHIND := tests/nn tests/ops tests/gates
 
-.PHONY: help install demo test verify emulate bench gpu examples plots lint format fuzz sanitize soak clean \
-	test-fast test-latest test-floor test-no-extension test-no-triton packaging sdist wheels
+.PHONY: help install demo test verify emulate bench gpu examples plots docs lint format fuzz sanitize soak clean \
+	test-fast test-long test-latest test-floor test-no-extension test-no-triton packaging sdist wheels
 
 help:
 	@echo "make demo     train, prune, compact and report on real data (a minute or two)"
@@ -21,9 +21,11 @@ help:
 	@echo "make bench    the benchmark suite on this machine        make gpu   the same and the GPU tests, on a machine with a GPU"
 	@echo "make examples one script for each published experiment"
 	@echo "make plots    the charts and tables of the documentation, from the results files"
+	@echo "make docs     the documentation as a site, in build/site"
 	@echo "make fuzz     random and hostile calls of everything public, an hour; MINUTES=5 in CI"
 	@echo "make sanitize the extension under AddressSanitizer and UBSan: kernels, operators, the fuzzer, every instruction set"
 	@echo "make soak     a plan of 10,000 steps, killed and resumed, against one that is not; STEPS=2000 in CI"
+	@echo "make test-long   what takes minutes: four processes, killed runs   (make test leaves it out)"
 	@echo "make test-latest, test-floor, test-no-extension, test-no-triton   the fast tests with the newest and the oldest torch, and with parts missing"
 	@echo "make packaging sdist, wheel and installations in environments of their own   make sdist, wheels   what is published"
 	@echo "make lint     ruff, mypy, import-linter                  make format   ruff's formatter"
@@ -70,11 +72,17 @@ plots: $(STAMP)
 	$(BIN)/python -m benchmarks.plots
 	$(BIN)/python -m benchmarks.tables
 
+docs: $(STAMP)
+	$(BIN)/mkdocs build
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+test-long: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long
 
 test-fast: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(FAST)

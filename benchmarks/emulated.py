@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dampr import report
 from dampr.bench import records
+from dampr.cli import report
 
 RESULTS = Path(__file__).resolve().parent / "results" / "emulated"
 COLUMNS = ("op", "route", "dtype", "architecture", "cases", "error", "bound", "races", "shared memory", "")

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import dampr
-from dampr import datasets, demo
+from dampr import datasets
 from dampr.bench import records
+from dampr.cli import demo
 
 RESULTS = Path(__file__).parent / "results" / "cpu"
 MNIST = Path("/tmp/dampr-data/mnist/package/data")

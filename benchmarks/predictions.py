@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from dampr import report
+from dampr.cli import report
 
 COUNTS = Path(__file__).resolve().parent.parent / "tests" / "data" / "emulated_counts.json"
 COPY = 4.3e12  # bytes a second, read and written, measured

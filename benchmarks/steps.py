@@ -9,7 +9,9 @@ value (``nonzero`` and its kin) is listed. Writes benchmarks/results/emulated/st
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
+import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -39,14 +41,15 @@ FREE = {f"aten::{name}" for name in _FREE}
 Step = Callable[[nn.Module], torch.Tensor]
 
 
-def count(model: nn.Module, loss_of: Step, capability: int = 90) -> dict[str, Any]:
+def count(model: nn.Module, loss_of: Step, capability: int = 90, bank: dampr.GateBank | None = None) -> dict[str, Any]:
     """Launches of one step after one that warms up: draws, forward, penalty, backward; not the optimizer's, which has fused ways."""
     gated = any(isinstance(module, dampr.gates.Gate) for module in model.modules())
 
     def step() -> None:
-        loss = loss_of(model)
-        if gated:
-            loss = loss + 1e-6 * dampr.penalty(model)
+        with contextlib.nullcontext() if bank is None else bank.draw():
+            loss = loss_of(model)
+            if gated:
+                loss = loss + 1e-6 * (dampr.penalty(model) if bank is None else bank.penalty())
         loss.backward()
         model.zero_grad()
 
@@ -111,16 +114,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="*", default=list(MODELS))
     torch.set_num_threads(1)
-    path, models = RESULTS / "steps.json", {}
+    path = RESULTS / "steps.json"
+    models = json.loads(path.read_text())["models"] if path.exists() else {}
     for name in parser.parse_args().model:
         torch.manual_seed(0)
         model, inputs, loss_of = MODELS[name]()
         dense = count(model.train(), loss_of)
-        for per_sample in (False, True):
-            gated = dampr.convert(MODELS[name]()[0], example_inputs=inputs, per_sample=per_sample).train()
-            title = f"{name}, per {'sample' if per_sample else 'batch'}"
+        for kind in ("per batch", "per batch, GateBank", "per sample"):
+            gated = dampr.convert(MODELS[name]()[0], example_inputs=inputs, per_sample=kind == "per sample").train()
+            bank = dampr.GateBank(gated) if "GateBank" in kind else None
+            title = f"{name}, {kind}"
             layers = sum(isinstance(getattr(module, "gate", None), dampr.gates.Gate) for module in gated.modules())
-            models[title] = {"layers": layers, "dense": dense, "gated": count(gated, loss_of)}
+            models[title] = {"layers": layers, "dense": dense, "gated": count(gated, loss_of, bank=bank)}
             records.write_json(path, {"environment": records.environment(), "models": models})
             print(title, models[title], flush=True)
 

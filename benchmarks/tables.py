@@ -13,12 +13,15 @@ from math import nan
 from pathlib import Path
 from typing import Any
 
-from benchmarks import emulated, predictions
-from dampr import demo, report
+from benchmarks import emulated, predictions, scale
 from dampr.bench import linear, records
+from dampr.cli import demo, report
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("results", "performance", "methods", "choosing", "emulated")))
+DOCUMENTS = (
+    ROOT / "README.md",
+    *(ROOT / "docs" / f"{name}.md" for name in ("results", "performance", "methods", "choosing", "emulated", "scale", "distributed")),
+)
 PLACE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -196,6 +199,16 @@ def _compare() -> str:
     return report.markdown(("family", "mean accuracy", "each seed", "MACs left", "open gates"), rows) + "\n"
 
 
+def _many() -> str:
+    rows = []
+    for name in ("train_ddp", "train_fsdp", "train_tp"):
+        found = _example(name)
+        for r in found["runs"].values():
+            size = f"{r['macs'] / r['macs_dense']:.1%}", f"{r['params'] / 1e3:.1f}k"
+            rows.append((_link(name), found["data"], str(r["ranks"]), f"{r['accuracy']:.2%}", r["open"], *size))
+    return report.markdown(("script", "data", "ranks", "accuracy", "widths", "MACs left", "params"), rows) + "\n"
+
+
 STRUCTURES = ("lstm_language_model", "gru_digits", "transformer_digits", "dam_recommender", "dam_graph")
 
 
@@ -218,6 +231,11 @@ EXAMPLES = {
     "examples-structures": _structures,
     "emulated": emulated.table,
     "emulated-steps": emulated.steps,
+    "examples-many": _many,
+    "scale-counts": scale.counts,
+    "scale-host": scale.host,
+    "scale-many": scale.many,
+    "scale-tokens": scale.tokens,
     "predicted-kernels": predictions.kernels,
     "predicted-routes": predictions.routes,
 }

@@ -202,30 +202,38 @@ void philox_uniform(Address seed_ptr, int64_t start, int64_t count, Address out,
   philox<float>(seed_ptr, start, count, "out_f32_ptr", out, threads, kernels().philox_uniform);
 }
 
+// Indices of gates stay within int64.
+void check_start(int64_t start, int64_t count) {
+  if (start < 0 || start > std::numeric_limits<int64_t>::max() - count)
+    reject("start", std::to_string(start), "an index of 0 or more, in int64 with all behind it");
+}
+
 void rows_forward(const py::tuple& spec, DType from, DType to, Address x, int64_t rows, int64_t n, Address log_alpha, Address seed_ptr,
-                  const char* out_name, Address out, int64_t threads) {
+                  const char* out_name, Address out, int64_t threads, int64_t start = 0) {
   const Kernels& k = kernels();
   const GateSpec s = check_spec(spec);
   check_sizes("rows", rows, "n", n);
+  check_start(start, rows * n);
   const int team = check_threads(threads);
   RowsForward a{};
   a.x = pointer<const void>(x), a.log_alpha = required<const void>("log_alpha", log_alpha, n);
   required<void>(out_name, out, rows * n);
   a.out = output(out, rows * n, to, team);
-  a.rows = rows, a.n = n, a.seed = s.rule == kSample ? read_seed(seed_ptr) : 0;
+  a.rows = rows, a.n = n, a.seed = s.rule == kSample ? read_seed(seed_ptr) : 0, a.start = start;
   without_gil([&] { return k.rows_forward(s, from, to, a, team), true; });
 }
 
 void rows_backward(const py::tuple& spec, DType from, DType to, Address x, const char* g_name, Address g, int64_t rows, int64_t n, Address log_alpha,
-                   Address seed_ptr, Address dx, Address xz, Address dlog_alpha, int64_t threads) {
+                   Address seed_ptr, Address dx, Address xz, Address dlog_alpha, int64_t threads, int64_t start = 0) {
   const Kernels& k = kernels();
   const GateSpec s = check_spec(spec);
   check_sizes("rows", rows, "n", n);
+  check_start(start, rows * n);
   const int team = check_threads(threads);
   RowsBackward a{};
   a.x = pointer<const void>(x), a.g = required<const void>(g_name, g, rows * n), a.log_alpha = required<const void>("log_alpha", log_alpha, n);
   a.dx = output(dx, rows * n, to, team), a.xz = output(xz, rows * n, to, team), a.dlog_alpha = output(dlog_alpha, n, to == kFloat64 ? kFloat64 : kFloat32, team);
-  a.rows = rows, a.n = n, a.seed = s.rule == kSample ? read_seed(seed_ptr) : 0;
+  a.rows = rows, a.n = n, a.seed = s.rule == kSample ? read_seed(seed_ptr) : 0, a.start = start;
   without_gil([&] { return k.rows_backward(s, from, to, a, team); });
 }
 
@@ -250,16 +258,17 @@ int64_t open_gates(const py::tuple& spec, int dtype, Address log_alpha, Address 
   return open;
 }
 
-void gates_fwd(const py::tuple& spec, int dtype, Address log_alpha, Address seed_ptr, int64_t rows, int64_t n, Address z, int64_t threads) {
+void gates_fwd(const py::tuple& spec, int dtype, Address log_alpha, Address seed_ptr, int64_t rows, int64_t n, Address z, int64_t threads,
+               int64_t start) {
   const DType checked = check_dtype("dtype", dtype, true);
-  rows_forward(spec, checked, checked, 0, rows, n, log_alpha, seed_ptr, "z", z, threads);
+  rows_forward(spec, checked, checked, 0, rows, n, log_alpha, seed_ptr, "z", z, threads, start);
 }
 
 void gates_bwd(const py::tuple& spec, int dtype, Address log_alpha, Address seed_ptr, int64_t rows, int64_t n, Address dz, Address dlog_alpha,
-               int64_t threads) {
+               int64_t threads, int64_t start) {
   const DType checked = check_dtype("dtype", dtype, true);
   required<void>("dlog_alpha", dlog_alpha, n);
-  rows_backward(spec, checked, checked, 0, "dz", dz, rows, n, log_alpha, seed_ptr, 0, 0, dlog_alpha, threads);
+  rows_backward(spec, checked, checked, 0, "dz", dz, rows, n, log_alpha, seed_ptr, 0, 0, dlog_alpha, threads, start);
 }
 
 void gate_rows_fwd(const py::tuple& spec, int dtype, Address x, int64_t rows, int64_t n, Address log_alpha, Address seed_ptr, Address out,
@@ -718,9 +727,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("philox_uniform", &dampr::philox_uniform, "Uniform noise (float32) of gates start .. start + count - 1.", "seed_ptr"_a, "start"_a,
         "count"_a, "out_f32_ptr"_a, "threads"_a);
   m.def("gates_fwd", &dampr::gates_fwd, "z (rows, n): gates drawn for each row, or deterministic.", "spec"_a, "dtype"_a, "log_alpha"_a,
-        "seed_ptr"_a, "rows"_a, "n"_a, "z"_a, "threads"_a);
+        "seed_ptr"_a, "rows"_a, "n"_a, "z"_a, "threads"_a, "start"_a = 0);
   m.def("gates_bwd", &dampr::gates_bwd, "dlog_alpha (n,) = sum over rows of dz * dz/dlog_alpha.", "spec"_a, "dtype"_a, "log_alpha"_a,
-        "seed_ptr"_a, "rows"_a, "n"_a, "dz"_a, "dlog_alpha"_a, "threads"_a);
+        "seed_ptr"_a, "rows"_a, "n"_a, "dz"_a, "dlog_alpha"_a, "threads"_a, "start"_a = 0);
   m.def("fold_gates_fwd", &dampr::fold_gates_fwd, "The gates drawn, and out = w * z_out[:, None] * z_in, b_out = b * z_out; b is of the gates' dtype.", "spec"_a, "w_dtype"_a,
         "out_dtype"_a, "w"_a, "b"_a, "n_out"_a, "n_in"_a, "out_log_alpha"_a, "in_log_alpha"_a, "out_seed_ptr"_a, "in_seed_ptr"_a, "out"_a, "b_out"_a,
         "threads"_a);

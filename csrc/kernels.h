@@ -21,12 +21,13 @@ struct GateSpec {
   double beta, gamma, zeta, c0, c1, lo, hi;
 };
 
-// out = x * z (out = z without x), one draw per row; gate (m, i) has the index m * n + i. x, out: (rows, n); log_alpha: (n,).
+// out = x * z (out = z without x), one draw per row; gate (m, i) has the index start + m * n + i. x, out: (rows, n); log_alpha: (n,).
 struct RowsForward {
   const void *x, *log_alpha;
   void* out;
   int64_t rows, n;
   uint64_t seed;
+  int64_t start = 0;
 };
 
 // The same draw again: dx = g z, xz = x z, dlog_alpha[i] = sum_m x g dz/dlog_alpha (x = 1 if absent). Absent outputs are null; dx, xz are like x.
@@ -35,6 +36,7 @@ struct RowsBackward {
   void *dx, *xz, *dlog_alpha;
   int64_t rows, n;
   uint64_t seed;
+  int64_t start = 0;
 };
 
 // out = w * z_out[:, None] * z_in; an absent gate is one. w, out: (n_out, n_in).

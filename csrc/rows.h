@@ -32,7 +32,7 @@ void rows_forward(const Gate& gate, const RowsForward& a, int threads) {
     alignas(64) G x_buffer[kChunk];
     alignas(64) G out_buffer[kChunk];
     columns.prepare(gate, static_cast<const G*>(a.log_alpha) + item.column, item.width);
-    sweep<Gate::kDrawn>(grid, item, a.seed, [&](int64_t first, int count, int column, const float* u) {
+    sweep<Gate::kDrawn>(grid, item, a.seed, a.start, [&](int64_t first, int count, int column, const float* u) {
       const G* xs = kTimesX ? Storage<X>::read(x + first, x_buffer, count) : x_buffer;
       G* target = Storage<T>::stage(out + first, out_buffer);
       forward_chunk<Gate, G, kTimesX>(gate, columns.p + column, columns.q + column, u, xs, target, count);
@@ -88,7 +88,7 @@ bool rows_backward(const Gate& gate, const RowsBackward& a, int threads) {
     columns.prepare(gate, static_cast<const G*>(a.log_alpha) + item.column, item.width);
     if (summed)
       for (int j = 0; j < item.width; ++j) sums[j] = 0;
-    sweep<Gate::kDrawn>(grid, item, a.seed, [&](int64_t first, int count, int column, const float* u) {
+    sweep<Gate::kDrawn>(grid, item, a.seed, a.start, [&](int64_t first, int count, int column, const float* u) {
       const G* xs = kTimesX ? Storage<X>::read(x + first, x_buffer, count) : x_buffer;
       const G* gs = Storage<T>::read(g + first, g_buffer, count);
       G* dx_target = dx ? Storage<X>::stage(dx + first, dx_buffer) : dx_buffer;

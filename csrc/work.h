@@ -72,9 +72,10 @@ struct Columns {
   }
 };
 
-// Calls f(first gate index, count, column in the tile, noise) for runs of at most kChunk consecutive gates, which cover the item.
+// Calls f(first gate index, count, column in the tile, noise) for runs of at most kChunk consecutive gates, which cover the item. The noise of
+// gate i is that of the index start + i.
 template <bool kDrawn, class F>
-void sweep(const Grid& grid, const Item& item, uint64_t seed, F&& f) {
+void sweep(const Grid& grid, const Item& item, uint64_t seed, int64_t start, F&& f) {
   alignas(64) uint32_t words[kWordBuffer];
   alignas(64) float u[kChunk];
   const bool whole_rows = item.width == grid.n;
@@ -83,8 +84,8 @@ void sweep(const Grid& grid, const Item& item, uint64_t seed, F&& f) {
     int64_t first = (item.row + run) * grid.n + item.column;
     const int64_t end = whole_rows ? item.row_end * grid.n : first + item.width;
     for (int column = 0; first < end;) {
-      const int count = static_cast<int>(least(end, first / 4 * 4 + kChunk) - first);
-      if constexpr (kDrawn) words_to_uniform(draw_words(seed, first, count, words), count, u);
+      const int count = static_cast<int>(least(end, (start + first) / 4 * 4 + kChunk - start) - first);
+      if constexpr (kDrawn) words_to_uniform(draw_words(seed, start + first, count, words), count, u);
       f(first, count, column, static_cast<const float*>(u));
       first += count;
       column = (column + count) % item.width;

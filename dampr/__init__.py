@@ -10,6 +10,7 @@
 from dampr import functional, gates, integrations, nn
 from dampr._version import __version__
 from dampr.gates import gate_generator, hold_draws
+from dampr.nn.bank import GateBank
 from dampr.nn.explain import explain
 from dampr.ops import BackendUnavailableError, backend, backend_info
 from dampr.prune import (
@@ -24,6 +25,7 @@ from dampr.prune import (
     Plan,
     PlanError,
     PlanReport,
+    Shrinker,
     Summary,
     Verification,
     compact,
@@ -47,10 +49,12 @@ __all__ = [
     "CompactionError",
     "ConversionError",
     "FileError",
+    "GateBank",
     "History",
     "Plan",
     "PlanError",
     "PlanReport",
+    "Shrinker",
     "Summary",
     "Verification",
     "__version__",

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import dampr
-from dampr import demo
+from dampr.cli import demo
 from dampr.prune.measure import count_macs
 from examples import common
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import dampr
-from dampr import demo
+from dampr.cli import demo
 from examples import common
 
 

@@ -7,7 +7,7 @@ import functools
 import torch
 
 import dampr
-from dampr import demo
+from dampr.cli import demo
 from examples import common
 
 

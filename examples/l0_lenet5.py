@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import dampr
-from dampr import demo
+from dampr.cli import demo
 from examples import common
 
 LAMBDAS = (10.0, 0.5, 0.1, 10.0)  # per weight, over N: the defaults of the L0-ARM code, which compares with the published row

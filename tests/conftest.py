@@ -1,10 +1,14 @@
 import json
+import os
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 
 import dampr
+
+os.environ["DAMPR_CACHE"] = str(Path(tempfile.gettempdir()) / "dampr-tests" / "empty")  # whatever dampr tune found here
 
 
 @pytest.fixture(scope="session")

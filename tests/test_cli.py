@@ -12,8 +12,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import dampr
-from dampr import cli, demo
 from dampr.bench import linear, timing, verify
+from dampr.cli import commands as cli
+from dampr.cli import demo
 from dampr.testing import Comparison
 
 runner = CliRunner()

@@ -178,6 +178,21 @@ def test_gates_match_the_reference(rule: spec.GateSpec, dtype: torch.dtype, shap
     assert_as_good("dlog_alpha", grad, grad_same, grad_wide)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_rows_from_a_start_are_those_of_the_whole_to_the_bit(dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    (rows, n), seed = shape, random_seed()
+    log_alpha, code = random_log_alpha(n, dtype), CODES[dtype]
+    whole = gates_fwd(RULE, log_alpha, seed, rows + 3)
+    part = poisoned(rows, n, dtype=dtype)
+    _C.gates_fwd(RULE, code, ptr(log_alpha), ptr(seed), rows, n, ptr(part), 2, start=3 * n)
+    assert torch.equal(part, whole[3:])
+    dz, grad = torch.randn(rows, n, dtype=dtype), poisoned(n, dtype=dtype)
+    padded = torch.cat([torch.zeros(3, n, dtype=dtype), dz])
+    _C.gates_bwd(RULE, code, ptr(log_alpha), ptr(seed), rows, n, ptr(dz), ptr(grad), 2, start=3 * n)
+    torch.testing.assert_close(grad, gates_bwd(RULE, log_alpha, seed, padded))
+
+
 def test_a_million_patterns_are_exact() -> None:
     log_alpha, seed = 4 * torch.randn(1_000_003), random_seed()
     for rule in (SPECS["two_thirds"], SPECS["beta_0.5"]):
@@ -675,6 +690,8 @@ WRONG = {
     r"dtype=4: expected": lambda a: _C.gate_rows_fwd(RULE, 4, a, 1, 1, a, a, a, 1),
     r"dtype=2: expected 0 \(float32\) or 1": lambda a: _C.gates_fwd(RULE, 2, a, a, 1, 1, a, 1),
     r"rows=-1: expected": lambda a: _C.gates_fwd(RULE, 0, a, a, -1, 1, a, 1),
+    r"start=-1: expected an index of 0 or more": lambda a: _C.gates_fwd(RULE, 0, a, a, 1, 1, a, 1, -1),
+    r"start=9223372036854775807: expected": lambda a: _C.gates_bwd(RULE, 0, a, a, 1, 1, a, a, 1, 2**63 - 1),
     r"n=-3: expected": lambda a: _C.gates_bwd(RULE, 0, a, a, 1, -3, a, a, 1),
     r"n_out=-1: expected": lambda a: _C.fold_gates_fwd(RULE, 0, 0, a, 0, -1, 1, a, a, a, a, a, 0, 1),
     r"n_in=-2: expected": lambda a: _C.fold_gates_bwd(RULE, 0, 0, a, 0, a, 0, 1, -2, a, a, a, a, a, 0, a, a, 0, 1),

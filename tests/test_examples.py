@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import sys
 from pathlib import Path
 
 import pytest
+
+from examples import notebooks
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted(path.stem for path in (ROOT / "examples").glob("*_*.py"))
@@ -19,7 +22,7 @@ OTHERS = {  # that do not train one image classifier, and how to make them short
     "dam_recommender": ["--epochs", "2"],
     "dam_graph": ["--epochs", "20", "--seeds", "1"],
 }
-PLANNED = ("diffprune_lenet5", "gru_digits", "transformer_digits")  # a plan takes 40 steps at least
+PLANNED = ("diffprune_lenet5", "gru_digits", "transformer_digits", "train_ddp", "train_fsdp", "train_tp")  # a plan takes 40 steps at least
 
 
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], script: str, *arguments: str) -> dict:
@@ -68,3 +71,14 @@ def test_sizes_quality_and_speed_stand_side_by_side(monkeypatch, capsys, script)
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_script_has_a_committed_result(script) -> None:
     assert json.loads((ROOT / "examples" / "results" / f"{script}.json").read_text())["environment"]["torch"]
+
+
+@pytest.mark.parametrize("path", notebooks.NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_runs_and_shows_what_it_printed(path: Path) -> None:
+    """Numbers depend on the machine; their places do not."""
+    shape = re.compile(r"\([\d, ]*\)|-?\d+(\.\d+)?(e-?\d+)?|\s+")
+    cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+    shown = ["".join(line for output in cell["outputs"] for line in output["text"]) for cell in cells]
+    printed = notebooks.run(path)
+    assert [len(text.splitlines()) for text in printed] == [len(text.splitlines()) for text in shown]
+    assert [shape.sub("#", text) for text in printed] == [shape.sub("#", text) for text in shown]

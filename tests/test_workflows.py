@@ -24,8 +24,8 @@ def commands(path: Path) -> list[str]:
     return [step["run"] for job in jobs(path).values() for step in job["steps"] if "run" in step]
 
 
-def test_there_are_workflows_for_checks_and_for_wheels() -> None:
-    assert [path.name for path in WORKFLOWS] == ["ci.yml", "wheels.yml"]
+def test_there_are_workflows_for_checks_for_the_site_and_for_wheels() -> None:
+    assert [path.name for path in WORKFLOWS] == ["ci.yml", "docs.yml", "wheels.yml"]
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
@@ -47,7 +47,8 @@ def test_every_job_checks_out_ends_in_time_and_runs_something(path: Path) -> Non
 
 
 def test_every_check_and_every_python_is_in_ci() -> None:
-    ci, wheels = WORKFLOWS
+    ci, docs, wheels = WORKFLOWS
+    assert commands(docs) == ["make docs"]
     assert {command.split()[1] for command in commands(ci)} == IN_CI
     assert jobs(ci)["python"]["strategy"]["matrix"]["python"] == ["3.10", "3.11", "3.12", "3.13", "3.14"]
     machines = jobs(wheels)["wheels"]["strategy"]["matrix"]["machine"]

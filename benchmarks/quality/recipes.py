@@ -28,6 +28,8 @@ VARIANTS: dict[str, dict[str, Any] | None] = {
     "warmup 0.2, ramp 0.3": {"warmup": 0.2, "ramp": 0.3},
     "warmup 0.1, ramp 0.3": {"warmup": 0.1, "ramp": 0.3},
     "warmup 0.1, ramp 0.4": {"warmup": 0.1, "ramp": 0.4},
+    "warmup 0.15, ramp 0.1": {"warmup": 0.15, "ramp": 0.1},
+    "warmup 0.05, ramp 0.1": {"warmup": 0.05, "ramp": 0.1},
     "no floor": {"min_share": 0.0},
     "distilled, weight 1": {"distill": 1.0},
     "hard concrete, learned, noise in the ramp": {"gate": "hard_concrete", "score": "learned"},

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.tables import PLACE, ROOT
-from dampr import report
+from dampr.cli import report
 
 from . import anchors, recipes, results
 from .methods import METHODS, PEERS, TITLES, why_not

@@ -109,7 +109,7 @@ def test_shares_count_the_work_that_has_to_be_done():
 def test_the_committed_charts_are_those_of_the_committed_results(tmp_path):
     drawn = {path.name: "performance.md" for path in plots.write_all(plots.RESULTS, tmp_path)}
     drawn |= {path.name: "methods.md" for path in plots.write_methods(tmp_path)}
-    drawn |= {"plan-run.png": "choosing.md", "quality.png": "quality.md"}
+    drawn |= {"plan-run.png": "choosing.md", "quality.png": "quality.md", "training-time.png": "training_time.md"}
     committed = sorted(plots.PLOTS.glob("*.png"))
     assert {path.name for path in committed} == set(drawn), "run python -m benchmarks.plots"
     for path in committed:

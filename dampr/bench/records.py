@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from dampr import _version, ops
+from dampr.ops.thresholds import processor
 
 
 def environment() -> dict[str, Any]:
@@ -31,7 +32,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": triton_version,
-        "cpu": _cpu_name(),
+        "cpu": processor(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "driver": _driver(),
@@ -77,11 +78,3 @@ def _commit() -> str | None:
 
 def _driver() -> str | None:
     return _run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if torch.cuda.is_available() else None
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

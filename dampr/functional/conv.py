@@ -18,7 +18,7 @@ from dampr.ops.library import watched
 from dampr.ops.routes import ConvProblem
 from dampr.spec import SAMPLE, GateSpec
 
-from .gates import DRAWN
+from .gates import DRAWN, drawn_rows, offset_of, times_rows
 from .inputs import Maybe, cast, gate_of, gates_of
 
 Size = int | Sequence[int]
@@ -40,10 +40,11 @@ def gated_conv1d(
     seed: int | Tensor | None = None,
     per_sample: bool = False,
     spec: GateSpec = DRAWN,
+    index_offset: int = 0,
 ) -> Tensor:
     """:func:`gated_conv2d` in one dimension: x (B, C, L) or (C, L), weight (N, C / groups, R)."""
     how = F.conv1d, stride, padding, dilation, groups
-    return _gated_conv(1, x, weight, bias, how, input_gate, output_gate, weight_gate, block, seed, per_sample, spec)
+    return _gated_conv(1, x, weight, bias, how, input_gate, output_gate, weight_gate, block, seed, per_sample, spec, index_offset)
 
 
 def gated_conv2d(
@@ -62,6 +63,7 @@ def gated_conv2d(
     seed: int | Tensor | None = None,
     per_sample: bool = False,
     spec: GateSpec = DRAWN,
+    index_offset: int = 0,
 ) -> Tensor:
     """y = z_out * (conv(x * z_in, weight) + bias): gates on channels, on filters, on both; or gates on the weights.
 
@@ -79,13 +81,14 @@ def gated_conv2d(
             output gates use a second stream of the same seed.
         per_sample: one draw per image instead of one per call; channel and filter gates only.
         spec: the gate function, from :func:`dampr.spec.hard_concrete`; drawn by default.
+        index_offset: with ``per_sample``, the number of the first image, as of :func:`sample_gates`; not fused unless it is 0.
 
     Returns: (B, N, H', W') or (N, H', W') in the dtype of ``x``. Differentiable in ``x``, ``weight``, ``bias`` and the gate parameters.
 
     Raises: TypeError or ValueError that names the argument, before any work is done.
     """
     how = F.conv2d, stride, padding, dilation, groups
-    return _gated_conv(2, x, weight, bias, how, input_gate, output_gate, weight_gate, block, seed, per_sample, spec)
+    return _gated_conv(2, x, weight, bias, how, input_gate, output_gate, weight_gate, block, seed, per_sample, spec, index_offset)
 
 
 def _gated_conv(
@@ -101,6 +104,7 @@ def _gated_conv(
     seed: int | Tensor | None,
     per_sample: bool,
     spec: GateSpec,
+    index_offset: int,
 ) -> Tensor:
     convolve, arguments, groups = how[0], how[1:], how[-1]
     where = "weight" if weight_gate is not None else "input" if output_gate is None else "output" if input_gate is None else "both"
@@ -117,6 +121,14 @@ def _gated_conv(
     gates = gates_of(input_gate, n_in, "input channel", output_gate, n_out, "filter", x, seed, spec, per_sample)
     if input_gate is None and output_gate is None:
         return convolve(x, weight, bias, *arguments)
+    if offset_of(index_offset, per_sample) and gates.per_sample:
+        batch = x if x.dim() == dims + 2 else x[None]
+        if gates.input is not None:
+            batch = times_rows(batch, drawn_rows(gates.input, batch.shape[0], index_offset), 1)
+        y = convolve(batch, weight, bias, *arguments)
+        if gates.output is not None:
+            y = times_rows(y, drawn_rows(gates.output, batch.shape[0], index_offset), 1)
+        return y if x.dim() == dims + 2 else y[0]
     problem = problem_of(layout, x, weight, groups, where, gates.per_sample, spec.rule == SAMPLE)
     backend = ops.select(x.device, x.dtype)
     route, _ = backend.conv_route(problem)

@@ -16,7 +16,14 @@ from .inputs import gate_of
 DRAWN = hard_concrete()
 
 
-def sample_gates(log_alpha: Tensor, *, seed: int | Tensor | None = None, rows: int | None = None, spec: GateSpec = DRAWN) -> Tensor:
+def sample_gates(
+    log_alpha: Tensor,
+    *,
+    seed: int | Tensor | None = None,
+    rows: int | None = None,
+    spec: GateSpec = DRAWN,
+    index_offset: int = 0,
+) -> Tensor:
     """Gate values of hard concrete gates (Louizos et al. 2018, eq. 10-12).
 
     Args:
@@ -25,6 +32,8 @@ def sample_gates(log_alpha: Tensor, *, seed: int | Tensor | None = None, rows: i
             every backend, to the bit in which gates are 0 and which are 1. Not needed by a deterministic ``spec``.
         rows: None for one draw, or the number of independent draws.
         spec: the gate function, from :func:`dampr.spec.hard_concrete`; drawn by default.
+        index_offset: with ``rows``, the number of the first one. ``rows=2, index_offset=4`` gives the last two of ``rows=6``, to the bit:
+            processes that share a batch draw their own rows of it.
 
     Returns: (n,), or (rows, n); dtype and device of ``log_alpha``; values in [0, 1], many of them exactly 0 or 1. Differentiable in
     ``log_alpha``.
@@ -38,8 +47,10 @@ def sample_gates(log_alpha: Tensor, *, seed: int | Tensor | None = None, rows: i
     _gate_vector(log_alpha)
     _checks.gate_spec("spec", spec)
     rows = _checks.rows(rows)
+    index_offset = offset_of(index_offset, rows is not None)
     noise = _checks.seed_tensor("seed", seed, log_alpha.device) if spec.rule == SAMPLE else None
-    return ops.sample_gates(GateArgs(log_alpha, noise, spec), rows)
+    start = index_offset * log_alpha.shape[0] if spec.rule == SAMPLE else 0
+    return ops.sample_gates(GateArgs(log_alpha, noise, spec), rows, start)
 
 
 def open_probability(log_alpha: Tensor, *, spec: GateSpec = DRAWN) -> Tensor:
@@ -90,7 +101,14 @@ def expected_l0(
 
 
 def gate_activations(
-    x: Tensor, gate: Tensor, *, dim: int = 1, seed: int | Tensor | None = None, per_sample: bool = False, spec: GateSpec = DRAWN
+    x: Tensor,
+    gate: Tensor,
+    *,
+    dim: int = 1,
+    seed: int | Tensor | None = None,
+    per_sample: bool = False,
+    spec: GateSpec = DRAWN,
+    index_offset: int = 0,
 ) -> Tensor:
     """x * z along one dimension: a gate for each channel, feature or position.
 
@@ -101,6 +119,7 @@ def gate_activations(
         seed: the noise, an int in [0, 2^63) or an int64 tensor of shape (1,); not needed by a deterministic ``spec``.
         per_sample: one draw for each index of the first dimension instead of one per call; not for ``dim`` 0.
         spec: the gate function, from :func:`dampr.spec.hard_concrete`; drawn by default.
+        index_offset: with ``per_sample``, the number of the first sample, as of :func:`sample_gates`; not fused unless it is 0.
 
     Returns: like ``x``, contiguous or channels last. Differentiable in ``x`` and ``gate``.
 
@@ -113,7 +132,23 @@ def gate_activations(
     """
     dim = gated_dimension(x, dim, per_sample)
     gates = gate_of("gate", gate, x.shape[dim], f"index of dimension {dim} of x", x, seed, spec, per_sample)
+    if offset_of(index_offset, per_sample) and gates.per_sample:
+        return times_rows(x, drawn_rows(gates, x.shape[0], index_offset), dim)
     return ops.gate_activations(x, gates, dim)
+
+
+def offset_of(index_offset: int, per_row: bool) -> int:
+    """A checked ``index_offset``. Raises ValueError where there are no rows to count, or it is negative."""
+    if not index_offset:
+        return 0
+    if not per_row:
+        raise ValueError(f"index_offset={index_offset!r}: expected 0, because all rows have one draw")
+    return index_offset if isinstance(index_offset, torch.SymInt) else _checks.positive_int("index_offset", index_offset, least=0)
+
+
+def drawn_rows(gates: GateArgs, rows: int, index_offset: int) -> Tensor:
+    """The gates of rows ``index_offset`` and on, (rows, n)."""
+    return ops.sample_gates(gates._replace(per_sample=False), rows, index_offset * gates.log_alpha.shape[0])
 
 
 def times_rows(x: Tensor, z: Tensor, dim: int) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 from dampr import _checks, ops
 from dampr.spec import GateSpec
 
-from .gates import DRAWN
+from .gates import DRAWN, drawn_rows, offset_of
 from .inputs import cast, gate_of, gates_of
 
 
@@ -23,6 +23,7 @@ def gated_linear(
     seed: int | Tensor | None = None,
     per_sample: bool = False,
     spec: GateSpec = DRAWN,
+    index_offset: int = 0,
 ) -> Tensor:
     """y = z_out * ((x * z_in) weight^T + bias) with gates on the inputs, on the outputs, on both, or on neither; or gates on the weights.
 
@@ -38,6 +39,7 @@ def gated_linear(
             output gates use a second stream of the same seed.
         per_sample: one draw per row of ``x`` flattened to (M, K) instead of one per call; vector gates only.
         spec: the gate function, from :func:`dampr.spec.hard_concrete`; drawn by default.
+        index_offset: with ``per_sample``, the number of the first row, as of :func:`sample_gates`; not fused unless it is 0.
 
     Returns: (..., N) in the dtype of ``x``. Differentiable in ``x``, ``weight``, ``bias`` and the gate parameters.
 
@@ -58,4 +60,12 @@ def gated_linear(
         gate = gate_of("weight_gate", weight_gate, count, f"{block[0]} x {block[1]} block of weight", x, seed, spec)
         return ops.weight_gated_linear(x, weight, bias, gate, (int(block[0]), int(block[1])))
     gates = gates_of(input_gate, n_in, "input feature", output_gate, n_out, "output feature", x, seed, spec, per_sample)
-    return ops.gated_linear(x, weight, bias, gates)
+    if not (offset_of(index_offset, per_sample) and gates.per_sample):
+        return ops.gated_linear(x, weight, bias, gates)
+    rows = x.shape[:-1].numel()
+    if gates.input is not None:
+        x = (x * drawn_rows(gates.input, rows, index_offset).view(x.shape)).to(x.dtype)
+    y = ops.gated_linear(x, weight, bias, gates._replace(input_log_alpha=None, output_log_alpha=None))
+    if gates.output is None:
+        return y
+    return (y * drawn_rows(gates.output, rows, index_offset).view(y.shape)).to(y.dtype)

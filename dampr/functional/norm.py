@@ -7,9 +7,9 @@ from torch import Tensor
 
 from dampr import _checks, ops
 from dampr.ops.norm_gate import Norm, Running
-from dampr.spec import GateSpec
+from dampr.spec import GateSpec, value
 
-from .gates import DRAWN
+from .gates import DRAWN, drawn_rows, offset_of, times_rows
 from .inputs import gate_of
 
 ACTIVATIONS = (None, "relu")
@@ -59,6 +59,7 @@ def gated_batch_norm(
     per_sample: bool = False,
     activation: str | None = None,
     spec: GateSpec = DRAWN,
+    index_offset: int = 0,
 ) -> Tensor:
     """act(z batch_norm(x)): a gate for each channel behind a batch norm, in one pass with it and with the ReLU that follows.
 
@@ -76,6 +77,8 @@ def gated_batch_norm(
         per_sample: one draw for each index of the first dimension instead of one per call.
         activation: "relu", or None for z batch_norm(x) itself.
         spec: the gate function, from :func:`dampr.spec.hard_concrete`; drawn by default.
+        index_offset: with ``per_sample``, the number of the first sample, as of :func:`sample_gates`; then norm and gates are two passes
+            unless it is 0.
 
     Returns: like ``x``, contiguous or channels last. Differentiable in ``x``, ``gate``, ``weight`` and ``bias``.
 
@@ -102,6 +105,12 @@ def gated_batch_norm(
     count = x.numel() // max(1, channels)
     if training and count == 1:
         raise ValueError(f"x.shape={tuple(x.shape)}: expected more than one value per channel in training")
+    if offset_of(index_offset, per_sample) and gates.per_sample:
+        ungated = gates._replace(log_alpha=torch.ones_like(gates.log_alpha), seed=None, spec=value(), per_sample=False)
+        given = None if training or mean is None or var is None else (mean, var)
+        y = ops.norm_gate(x, Norm(gain, shift, float(eps), False), ungated, given, Running(running_mean, running_var, None, momentum))
+        y = times_rows(y, drawn_rows(gates, x.shape[0], index_offset), 1)
+        return y if activation is None else torch.relu(y)
     if torch.compiler.is_compiling() and count > x.shape[0] and _goes_with(x, weight, bias, running_mean, running_var):
         # What the compiler sees it fuses, with what comes before and after as well; gates, of which there are fewer, are drawn beside it.
         norm = ops.BatchNorm(running_mean, running_var, training, momentum, float(eps))

@@ -10,6 +10,7 @@ from .fixed import Fixed
 from .hard_concrete import PRESETS, PUBLISHED, HardConcrete
 from .owned import OwnedGate, SteppedGate
 from .polyak import PolyakAverage
+from .selected import SelectedGate
 
 __all__ = [
     "PRESETS",
@@ -24,6 +25,7 @@ __all__ = [
     "HardConcrete",
     "OwnedGate",
     "PolyakAverage",
+    "SelectedGate",
     "SteppedGate",
     "dam_penalty",
     "foothill",

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from dampr import _checks, functional, philox
-from dampr.spec import SAMPLE, GateSpec, value
+from dampr.spec import SAMPLE, GateSpec, ramp, value
 
-from .draws import Stream
+from . import ranks
+from .draws import Stream, share_generator
 
 VALUE_SPEC = value()
+BANKED = ramp("clip")  # of values that were drawn already, in [0, 1]: itself, with the gradient 0 where it is 0 or 1, as the draw's is
 
 
 class GateModule(nn.Module):
@@ -93,6 +95,7 @@ class Gate(GateModule):
     in_optimizer: bool = False  # whether :func:`dampr.param_groups` gave it a learning rate of its own
     level_parameters: tuple[str, ...] = ()  # the beginnings of the names of the parameters that :meth:`set_levels_` moves
     open_slice: Callable[[], tuple[int, int]] | None = None  # (start, stop) of the open gates, where a family keeps these side by side
+    _banked: Tensor | None = None  # the values of every call in training, within a dampr.GateBank
     _held: Tensor | None = None  # the seed of every call, within dampr.hold_draws
     _stream: Stream | None = None  # of dampr.gate_generator; None: seeds come from torch's generator
     next_seed: Tensor
@@ -107,7 +110,7 @@ class Gate(GateModule):
         A family of your own overrides it, calls this one and fills its parameters; NotImplementedError says where it does not.
         """
         if self._stream is not None:
-            self._stream = Stream(self._stream.first)
+            self._stream = Stream(self._stream.first, self._stream.group)
             self.next_seed.fill_(self._stream.first)
         if type(self).reset_parameters is Gate.reset_parameters and next(self.parameters(), None) is not None:
             raise NotImplementedError(f"{type(self).__name__} has no reset_parameters(), which fills its parameters with fresh values")
@@ -202,6 +205,8 @@ class Gate(GateModule):
 
     def call(self) -> tuple[Tensor, Tensor | None, GateSpec]:
         """What a fused op takes for one call in the present mode: the parameters, a fresh seed or None, and the spec."""
+        if self._banked is not None and self.training:
+            return self._banked, None, BANKED
         parameter, spec = self.parameter, self.spec
         if torch.compiler.is_compiling():
             _read(spec)
@@ -215,19 +220,50 @@ class Gate(GateModule):
         """
         if self._held is not None:
             return self._held if self._held.device == device else self._held.to(device)
+        if self._stream is None and ranks.several():
+            self._agree()
         if self._stream is None:
             return philox.draw_seed(device)
         return self._stream.draw(self.next_seed)
 
-    def _follow(self, stream: Stream | None) -> None:
-        """Take seeds from this stream from now on."""
+    def _agree(self) -> None:
+        """Under DistributedDataParallel, give all gates of its module a generator that the other ranks have too."""
+        if torch.compiler.is_compiling():
+            raise RuntimeError(
+                "gates of a compiled model draw in a process group without a generator that all ranks have: call "
+                "dampr.gate_generator(model) before torch.compile"
+            )
+        found = ranks.wrapper()
+        if found is not None:
+            share_generator(found.module)
+
+    def _follow(self, stream: Stream | None, persistent: bool = True) -> None:
+        """Take seeds from this stream from now on; ``persistent``: how far it has come is part of the state dict."""
         self._buffers.pop("next_seed", None)
         self._stream = stream
         if stream is not None:
-            self.register_buffer("next_seed", torch.tensor([stream.first], device=self.device))
+            self.register_buffer("next_seed", torch.tensor([stream.first], device=self.device), persistent=persistent)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Gate:
+        """The next seed outlives ``to_empty`` and the meta device, because ranks have to go on alike."""
+        before = self._buffers.get("next_seed")
+        super()._apply(fn, recurse)
+        if before is not None and self._stream is not None and not self.next_seed.is_meta:
+            if before.is_meta:
+                self.next_seed.fill_(self._stream.first)
+            else:
+                self.next_seed.copy_(before)
+        return self
+
+    def index_offset(self, rows: int) -> int:
+        """The number of the first of ``rows`` rows of this process in the batch that several processes share; 0 where there is one.
+
+        Each rank of the group that :func:`dampr.gate_generator` was given has as many rows, in the order of the ranks.
+        """
+        return 0 if self._stream is None else self._stream.part() * rows
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_held"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_held", "_banked")}
 
     def extra_repr(self) -> str:
         return f"num_gates={self.num_gates}"
@@ -238,7 +274,8 @@ class KernelGate(Gate):
 
     def forward(self, rows: int | None = None) -> Tensor:
         parameter, seed, spec = self.call()
-        return functional.sample_gates(parameter, seed=seed, rows=rows, spec=spec)
+        offset = 0 if rows is None or seed is None else self.index_offset(rows)
+        return functional.sample_gates(parameter, seed=seed, rows=rows, spec=spec, index_offset=offset)
 
 
 def place_gate(gate: str | type[Gate] | Gate | Callable[..., Any], num_gates: int, device: Any, per_sample: bool) -> Gate:

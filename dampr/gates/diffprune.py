@@ -144,7 +144,8 @@ class DiffPrune(KernelGate):
         if not self.training or not (self.stochastic or self.revive == "noise"):
             return self.phi
         shape = (self.num_gates,) if rows is None else (rows, self.num_gates)
-        u = philox.uniform(self.draw_seed(self.phi.device), math.prod(shape)).view(shape)
+        start = 0 if rows is None else self.index_offset(rows) * self.num_gates
+        u = philox.uniform(self.draw_seed(self.phi.device), math.prod(shape), start).view(shape)
         xi = torch.special.ndtri(u.to(self.phi.dtype))
         return self.phi + (self.log_sigma.exp() if self.stochastic else self.init_sigma) * xi
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -14,7 +14,7 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from dampr import philox
 
-from . import recomputed
+from . import ranks, recomputed
 
 REENTRANT_KEPT = 256  # calls of a gate without gradients that a reentrant checkpoint can still ask for
 
@@ -26,9 +26,13 @@ class Stream:
     what a checkpointed region needs to draw again what it drew: of each call its number.
     """
 
-    def __init__(self, first: int) -> None:
-        self.first = first
+    def __init__(self, first: int, group: Sequence[int] | None = None) -> None:
+        self.first, self.group = first, group  # ``group``: the ranks that share a batch; None: all
         self._forget()
+
+    def part(self) -> int:
+        """Which part of the batch this process has."""
+        return ranks.part_of(self.group)
 
     def _forget(self) -> None:
         self._calls = 0
@@ -38,10 +42,10 @@ class Stream:
         self._replayed_reentrant: tuple[Any, int] = (None, 0)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"first": self.first}  # a copy has had no calls: graphs belong to the original
+        return {"first": self.first, "group": self.group}  # a copy has had no calls: graphs belong to the original
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.first = state["first"]
+        self.first, self.group = state["first"], state.get("group")
         self._forget()
 
     def draw(self, following: Tensor) -> Tensor:
@@ -142,7 +146,7 @@ def hold_draws(model: nn.Module) -> Iterator[None]:
             gate._held = None
 
 
-def gate_generator(model: nn.Module, seed: int | None = 0) -> nn.Module:
+def gate_generator(model: nn.Module, seed: int | None = 0, *, group: Any = None) -> nn.Module:
     """Give the gates of ``model`` a generator of their own, so that nothing else that draws random numbers changes them.
 
     Without it each call of a gate takes its seed from torch's global generator: data augmentation, dropout or a second model then change
@@ -153,9 +157,16 @@ def gate_generator(model: nn.Module, seed: int | None = 0) -> nn.Module:
 
     Args:
         model: a module with gates, converted before. Gates that are added later have no generator; call this again, it starts over.
-        seed: an integer in [0, 2**63); None: back to torch's generator.
+        seed: an integer in [0, 2**63); None: back to torch's generator, or, in a process group, to the seed that its ranks agree on.
+        group: a ``torch.distributed`` process group of the ranks that each have as large a part of the batch, such as
+            ``mesh["dp"].get_group()``; None: all ranks. Gates per sample are numbered by the rows of the whole batch
+            (:meth:`dampr.gates.Gate.index_offset`). Ranks that are not in it, but share the rows of one that is (tensor parallelism), have
+            a group of their own.
 
-    Call it before loading a checkpoint that was made with it, and for each process with the same seed to have the same masks on all ranks.
+    Call it before loading a checkpoint that was made with it. With the same seed every process has the same masks. In a process group of
+    several ranks :func:`dampr.convert` does so with the seed that rank 0 gave to ``torch.manual_seed``, and a model under
+    DistributedDataParallel that has no generator gets one with the first draw; these two are in no state dict, and begin anew in a run that
+    resumes.
 
     Returns: ``model``.
 
@@ -173,6 +184,23 @@ def gate_generator(model: nn.Module, seed: int | None = 0) -> nn.Module:
     gates = drawing_gates(model)
     if not gates:
         raise ValueError(f"model={type(model).__name__}: it has no gates that draw, expected some (dampr.convert makes them)")
+    model = ranks.unwrapped(model)
+    members = None if group is None else tuple(torch.distributed.get_process_group_ranks(group))
+    if seed is None and ranks.several():
+        seed = ranks.seed_of(gates)
     for number, gate in enumerate(gates):
-        gate._follow(None if seed is None else Stream(first_seed(seed, number)))
+        gate._follow(None if seed is None else Stream(first_seed(seed, number), members))
+    ranks.watch(model)
     return model
+
+
+def share_generator(model: nn.Module) -> None:
+    """In a process group of several ranks, give gates of ``model`` that have no generator one that all ranks have."""
+    if ranks.several():
+        gates = drawing_gates(model)
+        if any(gate._stream is None for gate in gates):
+            seed = ranks.seed_of(gates)
+            for number, gate in enumerate(gates):
+                if gate._stream is None:
+                    gate._follow(Stream(first_seed(seed, number)), persistent=False)
+        ranks.watch(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,14 @@ from . import _budget
 
 _KEY = "dampr.Budget"  # no class of that name, or a Trainer that restores callbacks would try to make one
 _REMEDY = f"pass optimizers=(AdamW({_budget.UNDECAYED}), None) to the Trainer"
+
+
+def _check_launched(what: str, instead: str) -> None:
+    """Raise ValueError where ``accelerate launch`` or its configuration chose what keeps gradients elsewhere."""
+    state = sys.modules.get("accelerate.state")
+    chosen = "" if state is None else getattr(state.AcceleratorState._shared_state.get("distributed_type"), "name", "")
+    if chosen in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):
+        raise ValueError(f"accelerate: distributed_type={chosen}: not supported with {what}; {instead}")
 
 
 class DamprCallback(TrainerCallback):
@@ -44,6 +53,7 @@ class DamprCallback(TrainerCallback):
         for option in ("fp16", "deepspeed", "fsdp"):
             if getattr(args, option, None):
                 raise ValueError(f"TrainingArguments({option}={getattr(args, option)!r}): not supported with a budget; bf16 and DDP are")
+        _check_launched("a budget", "bf16 and DDP are")
         if optimizer is not None:
             _budget.check_decay(self.budget, [optimizer], _REMEDY)
         if state.global_step and _KEY in state.stateful_callbacks:
@@ -100,6 +110,7 @@ class PlanCallback(TrainerCallback):
         for option in ("deepspeed", "fsdp"):
             if getattr(args, option, None):
                 raise ValueError(f"TrainingArguments({option}={getattr(args, option)!r}): not supported with a plan; one device is")
+        _check_launched("a plan", "one device is")
         if args.world_size > 1 or args.n_gpu > 1:
             raise ValueError(f"world_size={args.world_size}, n_gpu={args.n_gpu}: expected one of each with a plan")
         _budget.check_begun(self.plan, state.global_step, "call callback.resume(folder)")

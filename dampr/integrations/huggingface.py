@@ -40,8 +40,8 @@ __all__ = ["DamprCallback", "PlanCallback", "compact", "convert", "expand", "fro
 
 def convert(
     model: PreTrainedModel,
-    *,
     example_inputs: Any,
+    *,
     gate: Any = "hard_concrete",
     heads: bool = True,
     neurons: bool = True,
@@ -88,8 +88,8 @@ def convert(
 
 def compact(
     model: PreTrainedModel,
-    *,
     example_inputs: Any,
+    *,
     uniform: bool = False,
     round_to: int = 1,
     atol: float | None = None,

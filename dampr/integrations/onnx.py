@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 from dampr.prune import inputs
 from dampr.prune.files import check_plain
+from dampr.prune.wrapped import sees_through
 
 __all__ = ["ExportError", "export"]
 
@@ -30,6 +31,7 @@ class ExportError(RuntimeError):
     """The ONNX file does not run, or does not compute what the model computes; nothing was written."""
 
 
+@sees_through
 def export(
     model: nn.Module, path: str | os.PathLike[str], *, example_inputs: Any, atol: float = 1e-5, rtol: float = 1e-5, **how: Any
 ) -> None:

@@ -1,6 +1,7 @@
 """Drop-in gated layers. Each takes the arguments of the ``torch.nn`` layer it replaces, in its order, then gate keywords."""
 
 from .attention import GatedMultiheadAttention
+from .bank import GateBank
 from .base import GatedLayer
 from .conv import GatedConv1d, GatedConv2d
 from .gate import Gate, GatedEmbedding, GatedResidual, Residual, Scale
@@ -12,10 +13,12 @@ from .pruned_attention import PrunedMultiheadAttention
 from .pruned_transformer import PrunedTransformerDecoderLayer, PrunedTransformerEncoderLayer
 from .rnn import GatedGRU, GatedLSTM, GatedRNN, ScaledRNN
 from .stacked_rnn import StackedRNN
+from .sync_norm import GatedSyncBatchNorm
 from .transformer import GatedTransformerDecoderLayer, GatedTransformerEncoderLayer
 
 __all__ = [
     "Gate",
+    "GateBank",
     "GatedBatchNorm1d",
     "GatedBatchNorm2d",
     "GatedConv1d",
@@ -31,6 +34,7 @@ __all__ = [
     "GatedParameter",
     "GatedRNN",
     "GatedResidual",
+    "GatedSyncBatchNorm",
     "GatedTransformerDecoderLayer",
     "GatedTransformerEncoderLayer",
     "PrunedMultiheadAttention",

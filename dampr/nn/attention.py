@@ -141,7 +141,8 @@ class GatedMultiheadAttention(GatedLayer, nn.MultiheadAttention):
             query, key, value, padding = _as_batch(query, key, value, padding)
         heads, weights = _attend(self, range(self.num_heads), query, key, value, padding, need, mask, causal)
         parameter, seed, spec = self.gate.call()
-        heads = functional.gate_activations(heads, parameter, dim=1, seed=seed, per_sample=True, spec=spec)
+        how: dict[str, Any] = {"per_sample": True, "spec": spec, "index_offset": self.gate.index_offset(heads.shape[0])}
+        heads = functional.gate_activations(heads, parameter, dim=1, seed=seed, **how)
         return _joined(self.out_proj, heads, weights, average, batched)
 
     @classmethod

@@ -28,6 +28,7 @@ class GatedLayer:
     gate: Gate
     granularity: Granularity
     per_sample: bool
+    sharded: bool = False  # whether DTensors may come here (dampr.integrations.distributed.parallelize_module)
 
     def reset_parameters(self) -> None:
         """Fresh parameters as in ``torch.nn``, and fresh gates."""
@@ -50,6 +51,15 @@ class GatedLayer:
             if moved.is_meta or not torch.equal(moved.cpu(), index.cpu()):
                 self.__dict__["_buffers"]["index"] = index if moved.is_meta else index.to(moved.device)
         return applied
+
+    def register_parameter(self, name: str, param: Any) -> None:
+        """As in ``torch.nn``; tensor parallelism, which knows no gates, is refused by the name of what does."""
+        if param is not None and not self.sharded and type(param).__name__ == "DTensor":
+            raise TypeError(
+                f"{type(self).__name__}.{name}: parallelize_module of torch would shard gates too; expected "
+                "dampr.integrations.distributed.parallelize_module, of the same arguments"
+            )
+        super().register_parameter(name, param)  # type: ignore[misc]
 
     def penalty(self, lam: float = 1.0, prior_precision: float = 0.0) -> Tensor:
         """The layer's expected L0 penalty, a scalar; Louizos et al. 2018, eq. 9 and appendix A. See :func:`dampr.penalty`."""
@@ -272,5 +282,7 @@ def fresh_values(gate: Gate) -> Tensor:
 
 
 def _wide(t: Tensor) -> Tensor:
-    """At least float32, so that sums of squares of half-precision weights do not overflow."""
+    """At least float32, so that sums of squares of half-precision weights do not overflow; the whole of a sharded one."""
+    if hasattr(t, "full_tensor"):
+        t = t.full_tensor()
     return t.to(torch.promote_types(t.dtype, torch.float32))

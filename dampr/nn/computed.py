@@ -14,6 +14,8 @@ from torch.nn.utils import parametrize, prune
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from dampr.gates.ranks import groups_in
+
 _WEIGHTS = ("weight", "bias", "in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias", "bias_k", "bias_v")
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -95,7 +97,7 @@ def wake(module: nn.Module) -> None:
 def copied(module: Any) -> Any:
     """A deep copy, also of modules that keep tensors with a graph, which torch does not copy; these are detached."""
     kept = [t for part in module.modules() for t in vars(part).values() if isinstance(t, Tensor) and not t.is_leaf]
-    return copy.deepcopy(module, {id(t): t.detach().clone() for t in kept})
+    return copy.deepcopy(module, {id(t): t.detach().clone() for t in kept} | groups_in(module))
 
 
 def unwrap(module: nn.Module) -> None:

@@ -74,12 +74,16 @@ class _GatedConv(GatedWeight, _ConvNd):
             if opened is not None:
                 return self._on_slice(x, padding, parameter[opened], spec, opened)
         function, shape = self._function, (self.stride, padding, self.dilation, self.groups)
+        how: dict[str, Any] = {"seed": seed, "spec": spec}
+        if self.per_sample and seed is not None:
+            batched = x.dim() == self.weight.dim()
+            how |= {"per_sample": True, "index_offset": gate.index_offset(x.shape[0]) if batched else 0}
         if granularity == "output":
-            return function(x, self.weight, self.bias, *shape, output_gate=parameter, seed=seed, per_sample=self.per_sample, spec=spec)
+            return function(x, self.weight, self.bias, *shape, output_gate=parameter, **how)
         if granularity == "input":
-            return function(x, self.weight, self.bias, *shape, input_gate=parameter, seed=seed, per_sample=self.per_sample, spec=spec)
+            return function(x, self.weight, self.bias, *shape, input_gate=parameter, **how)
         block = granularity if isinstance(granularity, tuple) else None
-        return function(x, self.weight, self.bias, *shape, weight_gate=parameter, block=block, seed=seed, spec=spec)
+        return function(x, self.weight, self.bias, *shape, weight_gate=parameter, block=block, **how)
 
     def _on_slice(self, x: Tensor, padding: Any, parameter: Tensor, spec: GateSpec, opened: slice) -> Tensor:
         """The layer on the filters, or on the channels, whose gates are open."""

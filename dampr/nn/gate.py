@@ -13,7 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 from dampr import _checks, functional, reference
 from dampr.functional.gates import gated_dimension, times_rows
 from dampr.gates import Gate as Family
-from dampr.gates import make_gate, place_gate
+from dampr.gates import make_gate, place_gate, ranks
 from dampr.ops import is_transformed
 from dampr.spec import HARD_CONCRETE, RAMP, value
 
@@ -22,7 +22,7 @@ from .computed import check_dense, computed, copied, refresh, settled
 
 VALUE = value()
 _SCALABLE = (nn.Linear, _ConvNd, _BatchNorm, nn.LayerNorm, nn.GroupNorm)
-_FLAT_AT_ZERO = (HARD_CONCRETE, RAMP)  # families whose derivative is 0 where the gate is
+FLAT_AT_ZERO = (HARD_CONCRETE, RAMP)  # families whose derivative is 0 where the gate is
 
 
 class Scale(nn.Module):
@@ -104,9 +104,17 @@ class Gate(GatedLayer, nn.Module):
         self.gate = place_gate(gate, num_gates, where, self.per_sample and index is None)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.sharded:
+            from . import sharded  # loads torch.distributed.tensor
+
+            each = self.gate(x.shape[0]) if self.per_sample and self.gate.draws else self.gate()
+            each = each if self.index is None else each[..., self.index]
+            return sharded.times(x, reference.along(each, x, self.dim % x.dim()))
         if self.index is None:
             parameter, seed, spec = self.gate.call()
-            return functional.gate_activations(x, parameter, dim=self.dim, seed=seed, per_sample=self.per_sample, spec=spec)
+            offset = self.gate.index_offset(x.shape[0]) if self.per_sample and seed is not None else 0
+            how: dict[str, Any] = {"seed": seed, "per_sample": self.per_sample, "spec": spec, "index_offset": offset}
+            return functional.gate_activations(x, parameter, dim=self.dim, **how)
         if not (self.per_sample and self.gate.draws):
             return functional.gate_activations(x, self.gate()[self.index], dim=self.dim, spec=VALUE)
         dim = gated_dimension(x, self.dim, per_sample=True)
@@ -175,8 +183,10 @@ class GatedResidual(GatedLayer, nn.Module):
         device: where the gate lives; None: where the parameters of ``branch`` do.
 
     A closed branch is not run: in evaluation never (the output is then ``x`` itself), and in training, on the CPU, when the draw is 0 and
-    the family's gradient there is 0 too (hard concrete, ramps). Parameters of a branch that was not run get no gradient in that step, and
-    its BatchNorms see no batch. On a GPU the draw is not waited for, and under ``torch.compile`` and ``torch.func`` no branch is left out.
+    the family's gradient there is 0 too (hard concrete, ramps). Parameters of a branch that was not run get no gradient in that step (under
+    DistributedDataParallel, which waits for one, zeros), and its BatchNorms see no batch. Where several ranks draw per sample outside of
+    such a wrapper, every branch is run, because the ranks have to agree. On a GPU the draw is not waited for, and under ``torch.compile``
+    and ``torch.func`` no branch is left out.
 
     The penalty counts the parameters of the branch (those of gates inside excepted).
 
@@ -203,7 +213,13 @@ class GatedResidual(GatedLayer, nn.Module):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         sample_dim = 0 if self.per_sample else None
-        return gated_sum(x, lambda: self.branch(x, *args, **kwargs), self.gate, self.training, sample_dim)
+        if self.sharded:
+            from . import sharded  # loads torch.distributed.tensor
+
+            z = self.gate(x.shape[0]) if self.per_sample and self.gate.draws else self.gate()
+            branch = self.branch(x, *args, **kwargs)
+            return x + sharded.times(branch, z.view(-1, *[1] * (branch.dim() - 1)))
+        return gated_sum(x, lambda: self.branch(x, *args, **kwargs), self.gate, self.training, sample_dim, self.branch)
 
     def _weights(self) -> list[Tensor]:
         gates = {id(p) for module in self.branch.modules() if isinstance(module, Family) for p in module.parameters()}
@@ -253,10 +269,18 @@ class GatedResidual(GatedLayer, nn.Module):
         return f"per_sample={self.per_sample}"
 
 
-def gated_sum(x: Tensor, branch: Callable[[], Tensor], gate: Family, training: bool, sample_dim: int | None = None) -> Tensor:
+def gated_sum(
+    x: Tensor,
+    branch: Callable[[], Tensor],
+    gate: Family,
+    training: bool,
+    sample_dim: int | None = None,
+    owner: nn.Module | None = None,
+) -> Tensor:
     """x + z branch(), of which :class:`GatedResidual` says when the branch is not run.
 
     ``gate`` holds one gate. In training, each index of dimension ``sample_dim`` of ``x`` has a draw of its own; None: there is one draw.
+    ``owner`` has the parameters of the branch.
     """
     seen = not torch.compiler.is_compiling() and not is_transformed()  # whether Python may look at a value
     if not training and seen and not bool(gate.is_open()):
@@ -265,10 +289,27 @@ def gated_sum(x: Tensor, branch: Callable[[], Tensor], gate: Family, training: b
         z = gate(x.shape[sample_dim]).view([-1 if i == sample_dim else 1 for i in range(x.dim())])
     else:
         z = gate()
-    may_skip = seen and gate.spec.family in _FLAT_AT_ZERO and x.device.type == "cpu"
+    may_skip = seen and gate.spec.family in FLAT_AT_ZERO and x.device.type == "cpu"
+    reduced = ranks.wrapper() is not None
+    may_skip = may_skip and (reduced or sample_dim is None or not ranks.several())
     if training and may_skip and not bool(z.detach().any()):
-        return (x + z).to(x.dtype)  # z is 0: a tensor of its own, and the graph of the gate stays connected
+        y = (x + z).to(x.dtype)  # z is 0: a tensor of its own, and the graph of the gate stays connected
+        idle = [p for p in owner.parameters() if p.requires_grad] if reduced and owner is not None and y.requires_grad else []
+        return _WithIdle.apply(y, *idle) if idle else y
     return _add(x, branch(), z)
+
+
+class _WithIdle(torch.autograd.Function):
+    """``y`` itself, with a gradient of zeros for parameters that had no part in it."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, *idle: Tensor) -> Tensor:
+        ctx.save_for_backward(*idle)
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return (*grads, *(torch.zeros_like(p) for p in ctx.saved_tensors))
 
 
 def _add(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
@@ -338,9 +379,13 @@ class GatedEmbedding(GatedLayer, nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         rows = super().forward(input)
+        if self.sharded:
+            return self._on_shards(rows, input)
         if self.granularity == "output":
             parameter, seed, spec = self.gate.call()
-            return functional.gate_activations(rows, parameter, dim=-1, seed=seed, per_sample=self.per_sample, spec=spec)
+            offset = self.gate.index_offset(rows.shape[0]) if self.per_sample and seed is not None else 0
+            how: dict[str, Any] = {"seed": seed, "per_sample": self.per_sample, "spec": spec, "index_offset": offset}
+            return functional.gate_activations(rows, parameter, dim=-1, **how)
         if self.per_sample and self.gate.draws:
             words = input.shape[0]
             z = self.gate(words).gather(1, input.reshape(words, -1).long()).flatten()
@@ -348,6 +393,17 @@ class GatedEmbedding(GatedLayer, nn.Embedding):
             z = self.gate()[input.flatten()]
         flat = rows.reshape(-1, self.embedding_dim)
         return functional.gate_activations(flat, z, dim=0, spec=VALUE).view(rows.shape)
+
+    def _on_shards(self, rows: Tensor, input: Tensor) -> Tensor:
+        from . import sharded  # loads torch.distributed.tensor
+
+        drawn = self.per_sample and self.gate.draws
+        z = self.gate(input.shape[0]) if drawn else self.gate()
+        if self.granularity == "output":
+            return sharded.times(rows, z.view(-1, *[1] * (rows.dim() - 2), z.shape[-1]) if drawn else z)
+        words = sharded.whole(input)
+        z = z.gather(1, words.reshape(len(words), -1).long()).view(words.shape) if drawn else z[words]
+        return sharded.times(rows, z.unsqueeze(-1))
 
     @classmethod
     def gates_for(cls, layer: nn.Embedding, granularity: str = "output") -> int:

@@ -57,17 +57,27 @@ class GatedLinear(GatedWeight, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         x = input
+        if self.sharded:
+            return self._on_shards(x)
         gate, granularity, each = self.gate, self.granularity, self.per_sample
         parameter, seed, spec = gate.call() if granularity != "index" else self._gates_by_index()
+        how: dict[str, Any] = {"seed": seed, "spec": spec}
+        if each and seed is not None:
+            how |= {"per_sample": True, "index_offset": gate.index_offset(x.shape[:-1].numel())}
         opened = self._open_range() if gate.open_slice is not None and granularity in VECTOR_GRANULARITIES else None
         if opened is not None:
             return self._on_slice(x, parameter[opened], spec, opened)
         if granularity == "output":
-            return functional.gated_linear(x, self.weight, self.bias, output_gate=parameter, seed=seed, per_sample=each, spec=spec)
+            return functional.gated_linear(x, self.weight, self.bias, output_gate=parameter, **how)
         if granularity == "input":
-            return functional.gated_linear(x, self.weight, self.bias, input_gate=parameter, seed=seed, per_sample=each, spec=spec)
+            return functional.gated_linear(x, self.weight, self.bias, input_gate=parameter, **how)
         block = granularity if isinstance(granularity, tuple) else (1, 1)
-        return functional.gated_linear(x, self.weight, self.bias, weight_gate=parameter, block=block, seed=seed, spec=spec)
+        return functional.gated_linear(x, self.weight, self.bias, weight_gate=parameter, block=block, **how)
+
+    def _on_shards(self, x: Tensor) -> Tensor:
+        from . import sharded  # loads torch.distributed.tensor
+
+        return sharded.linear(self, x)
 
     def _on_slice(self, x: Tensor, parameter: Tensor, spec: GateSpec, opened: slice) -> Tensor:
         """The layer on the rows, or on the columns, of the weight whose gates are open."""

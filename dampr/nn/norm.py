@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from typing import Any, cast
 
 import torch
@@ -18,8 +19,20 @@ from dampr.ops.gate_args import GateArgs, gate_dtype
 from dampr.ops.norm_gate import Norm, Running
 from dampr.spec import SAMPLE, GateSpec
 
-from .base import GatedLayer, fresh_values
+from .base import GatedLayer, _wide, fresh_values
 from .computed import check_dense, refresh, settled
+
+_made: weakref.WeakSet[Any] = weakref.WeakSet()  # every gated norm there is
+
+
+def remember(norm: Any) -> None:
+    """Have :func:`norms_with` know a gated norm."""
+    _made.add(norm)
+
+
+def norms_with(gate: Gate) -> list[Any]:
+    """The gated norms that have this very gate."""
+    return [norm for norm in _made if getattr(norm, "gate", None) is gate]
 
 
 class _GatedNorm(GatedLayer):
@@ -40,7 +53,12 @@ class _GatedNorm(GatedLayer):
         self.granularity = "output"
         self.per_sample = _checks.flag("per_sample", per_sample)
         self.gate = place_gate(gate, count, device, self.per_sample)
+        remember(self)
         self._count_weights()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[misc]
+        remember(self)
 
     def _count_weights(self) -> None:
         self.weights_per_gate = float((self.weight is not None) + (self.bias is not None))
@@ -135,7 +153,7 @@ class _GatedNorm(GatedLayer):
             refresh(cast(nn.Module, self))
         for t in (self.weight, self.bias) if prior_precision else ():
             if t is not None:
-                cost = cost + 0.5 * prior_precision * t.to(torch.promote_types(t.dtype, torch.float32)).square().view(-1)
+                cost = cost + 0.5 * prior_precision * _wide(t).square().view(-1)
         total: Tensor = (self.gate.open_probability() * cost).sum()
         return total
 
@@ -157,7 +175,7 @@ class TakenReLU(nn.ReLU):
 class _GatedBatchNorm(_GatedNorm, _BatchNorm):
     activation: str | None
     followed: bool = False  # whether the activation is that of a TakenReLU behind
-    _arguments = ("num_features", "eps", "momentum", "affine", "track_running_stats")
+    _arguments: tuple[str, ...] = ("num_features", "eps", "momentum", "affine", "track_running_stats")
 
     def __init__(
         self,
@@ -214,16 +232,20 @@ class _GatedBatchNorm(_GatedNorm, _BatchNorm):
         # To the ReLU behind: a compiler fuses it as well, and a transform has tensors that cannot be marked.
         left = self.followed and (torch.compiler.is_compiling() or ops.is_transformed())
         activation = None if left else self.activation
-        y = None
-        if self.training and self._fits(x, parameter):
-            norm = Norm(self.weight, self.bias, self.eps, activation is not None)
-            gates = GateArgs(parameter, seed, spec, self.per_sample and spec.rule == SAMPLE)
-            y = ops.whole_norm_gate(x, norm, gates, Running(*self._kept(), self.momentum))  # type: ignore[arg-type]
-        if y is None:
-            y = self._step_by_step(x, parameter, seed, spec, activation)
+        y = self._gated(x, parameter, seed, spec, activation)
         if self.followed and not left and not y.is_inference():
             y._dampr_rectified = y._version  # type: ignore[attr-defined]  # as it is now: what is changed in place is rectified again
         return y
+
+    def _gated(self, x: Tensor, parameter: Tensor, seed: Tensor | None, spec: GateSpec, activation: str | None) -> Tensor:
+        """act(z batch_norm(x)), in one pass where that is to be had."""
+        offset = self.gate.index_offset(x.shape[0]) if self.per_sample and seed is not None else 0
+        y = None
+        if self.training and not offset and self._fits(x, parameter):
+            norm = Norm(self.weight, self.bias, self.eps, activation is not None)
+            gates = GateArgs(parameter, seed, spec, self.per_sample and spec.rule == SAMPLE)
+            y = ops.whole_norm_gate(x, norm, gates, Running(*self._kept(), self.momentum))  # type: ignore[arg-type]
+        return self._step_by_step(x, parameter, seed, spec, activation, offset) if y is None else y
 
     def _kept(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Running mean and variance and how many updates they have seen, those that this call moves."""
@@ -245,7 +267,9 @@ class _GatedBatchNorm(_GatedNorm, _BatchNorm):
             and self.eps > 0  # 0 where nothing varies: torch's kernel has its own way
         )
 
-    def _step_by_step(self, x: Tensor, parameter: Tensor, seed: Tensor | None, spec: GateSpec, activation: str | None) -> Tensor:
+    def _step_by_step(
+        self, x: Tensor, parameter: Tensor, seed: Tensor | None, spec: GateSpec, activation: str | None, index_offset: int
+    ) -> Tensor:
         momentum = 0.0 if self.momentum is None else self.momentum
         if self.training and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
@@ -270,6 +294,7 @@ class _GatedBatchNorm(_GatedNorm, _BatchNorm):
             per_sample=True,
             activation=activation,
             spec=spec,
+            index_offset=index_offset,
         )
 
     def extra_repr(self) -> str:
@@ -408,6 +433,8 @@ class GatedLayerNorm(_GatedNorm, nn.LayerNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         x, shape = _checks.tensor("input", input), list(self.normalized_shape)
+        if self.sharded:
+            return self._on_shards(x, shape)
         if self.statistics == "open":
             z = self.gate().view(shape)
             spread, factor = _of_open(x, z.detach() != 0)
@@ -419,7 +446,21 @@ class GatedLayerNorm(_GatedNorm, nn.LayerNorm):
         y = F.layer_norm(x, shape, self.weight, self.bias, self.eps)
         parameter, seed, spec = self.gate.call()
         flat = y.flatten(y.dim() - len(shape))
-        return functional.gate_activations(flat, parameter, dim=-1, seed=seed, per_sample=True, spec=spec).view(y.shape)
+        how: dict[str, Any] = {"per_sample": True, "spec": spec, "index_offset": self.gate.index_offset(flat.shape[0])}
+        return functional.gate_activations(flat, parameter, dim=-1, seed=seed, **how).view(y.shape)
+
+    def _on_shards(self, x: Tensor, shape: list[int]) -> Tensor:
+        from . import sharded  # loads torch.distributed.tensor
+
+        if self.statistics == "open":
+            raise ValueError(
+                "statistics='open' of a GatedLayerNorm under tensor parallelism: expected 'all', or the norm left out of the plan"
+            )
+        if self._draws_per_sample():
+            z = self.gate(x.shape[0]).view(x.shape[0], *[1] * (x.dim() - 1 - len(shape)), *shape)
+        else:
+            z = self.gate().view(shape)
+        return sharded.times(F.layer_norm(x, shape, self.weight, self.bias, self.eps), z)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self._describe_gates()}"

@@ -56,6 +56,10 @@ class GatedParameter(GatedLayer, nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         """The parameter, of any shape whose dimension ``dim`` has the length of ``index``, times its gates; its dtype stays."""
         self._size = weight.numel() // weight.shape[self.dim]
+        if self.sharded:
+            from . import sharded  # loads torch.distributed.tensor
+
+            return sharded.times(weight, self._along(self.gate(), weight.dim()))
         return (weight * self._along(self.gate(), weight.dim())).to(weight.dtype)
 
     def right_inverse(self, weight: Tensor) -> Tensor:

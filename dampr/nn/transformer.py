@@ -94,7 +94,7 @@ class _Gated(_Layer):
         if own is None:
             return x + branch()
         batch = 0 if getattr(self, self._attentions[0]).batch_first else 1
-        return gated_sum(x, branch, own.gate, self.training, batch if own.per_sample and x.dim() == 3 else None)
+        return gated_sum(x, branch, own.gate, self.training, batch if own.per_sample and x.dim() == 3 else None, self)
 
     @classmethod
     def from_dense(

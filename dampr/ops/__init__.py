@@ -11,6 +11,7 @@ from .fold_conv import fold_channels, fold_filters
 from .fold_weight import fold_blocks, fold_weight
 from .gate_activations import gate_activations
 from .gate_args import GateArgs, GatePair
+from .gate_bank import gate_bank, joined
 from .gated_conv2d import gated_conv2d
 from .gated_linear import gated_linear
 from .live import on_open_gates
@@ -41,10 +42,12 @@ __all__ = [
     "fold_weight",
     "forced_route",
     "gate_activations",
+    "gate_bank",
     "gated_conv2d",
     "gated_linear",
     "has_whole_norms",
     "is_transformed",
+    "joined",
     "norm_gate",
     "on_open_gates",
     "sample_gates",

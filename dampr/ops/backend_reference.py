@@ -47,13 +47,13 @@ def _values(gate: GateArgs, rows: int | None = None) -> Tensor:
     return reference.gate_values(gate.log_alpha, gate.spec, gate.seed, rows)
 
 
-def sample_gates_fwd(gate: GateArgs, rows: int | None) -> Tensor:
-    return _values(gate, rows).clone()
+def sample_gates_fwd(gate: GateArgs, rows: int | None, start: int = 0) -> Tensor:
+    return reference.gate_values(gate.log_alpha, gate.spec, gate.seed, rows, start).clone()
 
 
-def sample_gates_bwd(dz: Tensor, gate: GateArgs, rows: int | None) -> Tensor:
+def sample_gates_bwd(dz: Tensor, gate: GateArgs, rows: int | None, start: int = 0) -> Tensor:
     log_alpha, seed, spec, _ = gate
-    grad = dz * reference.gate_derivative(log_alpha, spec, reference.noise(log_alpha, spec, seed, rows))
+    grad = dz * reference.gate_derivative(log_alpha, spec, reference.noise(log_alpha, spec, seed, rows, start))
     return grad if rows is None else grad.sum(0)
 
 

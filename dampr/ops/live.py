@@ -15,7 +15,7 @@ from torch import Tensor
 from dampr import reference
 from dampr.spec import HARD_CONCRETE, RAMP
 
-from . import routes
+from . import routes, thresholds
 from .backends import select
 from .fold_conv import channels_innermost
 from .gate_args import GateArgs, GatePair, Maybe
@@ -24,8 +24,8 @@ from .node import Node, differentiate_layer
 
 # From so many multiply-adds on it is worth looking at the draw. Lists are filled up to a multiple that suits the blocks of channels of
 # vendors' kernels. What is left out has to be worth moving the rest: so many multiply-adds for each weight, and twice as many for each
-# activation, whose memory is fresh; at least an eighth of the gates.
-WORK, MULTIPLE, MOVE, LEAST = 2**24, 16, 20, 1 / 8
+# activation, whose memory is fresh. How large a share of the gates it has to be besides depends on the processor (:mod:`.thresholds`).
+WORK, MULTIPLE, MOVE = 2**24, 16, 20
 
 
 class _Live(Node):
@@ -78,8 +78,9 @@ def on_open_gates(x: Tensor, weight: Tensor, bias: Maybe, gates: GatePair, work:
         if forced is not None:
             raise ValueError(f"route 'live' cannot serve {obstacle}")
         return None
-    ins = _open(gates.input, x.numel(), weight, work, forced, backend)
-    outs = _open(gates.output, work * weight.shape[0] // max(1, weight.numel()), weight, work, forced, backend)
+    least = thresholds.skip()
+    ins = _open(gates.input, least.inputs, x.numel(), weight, work, forced, backend)
+    outs = _open(gates.output, least.outputs, work * weight.shape[0] // max(1, weight.numel()), weight, work, forced, backend)
     if ins is None and outs is None:
         return None
     y: Tensor = _apply(x, weight, bias, *gates, ins, outs, window, whole, backend)
@@ -97,11 +98,16 @@ def _obstacle(weight: Tensor, gates: GatePair, window: Any) -> str | None:
     return None
 
 
-def _open(gate: GateArgs | None, activations: int, weight: Tensor, work: int, forced: str | None, backend: Any) -> Tensor | None:
-    """The list of open gates, if it is short enough; ``activations``: how many elements of x or y these gates are on."""
+def _open(
+    gate: GateArgs | None, least: float, activations: int, weight: Tensor, work: int, forced: str | None, backend: Any
+) -> Tensor | None:
+    """The list of open gates, if it is short enough.
+
+    ``least``: the share of the gates that have to be closed; ``activations``: how many elements of x or y these gates are on.
+    """
     if gate is None:
         return None
     if forced is not None:
         return backend.open_gates(gate, 1, 1.0)  # type: ignore[no-any-return]
-    closed = max(LEAST, MOVE * (2 * activations + weight.numel()) / work)
+    closed = max(least, MOVE * (2 * activations + weight.numel()) / work)
     return backend.open_gates(gate, MULTIPLE, 1 - closed) if closed < 1 else None

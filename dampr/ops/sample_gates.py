@@ -1,4 +1,4 @@
-"""z = gate(log_alpha, U(seed, index)): (n,) or (rows, n); the backward draws the same noise again."""
+"""z = gate(log_alpha, U(seed, start + index)): (n,) or (rows, n); the backward draws the same noise again."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from .library import define
 from .node import Node, apply
 
 
-def _fwd(log_alpha: Tensor, seed: Maybe, rows: int | None, spec: Sequence[float]) -> Tensor:
-    z: Tensor = select(log_alpha.device, log_alpha.dtype).sample_gates_fwd(GateArgs(log_alpha, seed, unpack(spec)), rows)
+def _fwd(log_alpha: Tensor, seed: Maybe, rows: int | None, spec: Sequence[float], start: int = 0) -> Tensor:
+    z: Tensor = select(log_alpha.device, log_alpha.dtype).sample_gates_fwd(GateArgs(log_alpha, seed, unpack(spec)), rows, start)
     return z
 
 
-def _fwd_fake(log_alpha: Tensor, seed: Maybe, rows: int | None, spec: Sequence[float]) -> Tensor:
+def _fwd_fake(log_alpha: Tensor, seed: Maybe, rows: int | None, spec: Sequence[float], start: int = 0) -> Tensor:
     n = log_alpha.shape[0]
     return log_alpha.new_empty((n,) if rows is None else (rows, n))
 
 
-def _bwd(dz: Tensor, log_alpha: Tensor, seed: Maybe, rows: int | None, spec: Sequence[float]) -> Tensor:
-    grad: Tensor = select(log_alpha.device, log_alpha.dtype).sample_gates_bwd(dz, GateArgs(log_alpha, seed, unpack(spec)), rows)
+def _bwd(dz: Tensor, log_alpha: Tensor, seed: Maybe, rows: int | None, spec: Sequence[float], start: int = 0) -> Tensor:
+    grad: Tensor = select(log_alpha.device, log_alpha.dtype).sample_gates_bwd(dz, GateArgs(log_alpha, seed, unpack(spec)), rows, start)
     return grad
 
 
@@ -34,16 +34,18 @@ def _bwd_fake(dz: Tensor, log_alpha: Tensor, *_: Any) -> Tensor:
     return log_alpha.new_empty(log_alpha.shape)
 
 
-fwd = define("sample_gates_fwd(Tensor log_alpha, Tensor? seed, SymInt? rows, float[] spec) -> Tensor", _fwd, _fwd_fake)
-bwd = define("sample_gates_bwd(Tensor dz, Tensor log_alpha, Tensor? seed, SymInt? rows, float[] spec) -> Tensor", _bwd, _bwd_fake)
+fwd = define("sample_gates_fwd(Tensor log_alpha, Tensor? seed, SymInt? rows, float[] spec, SymInt start=0) -> Tensor", _fwd, _fwd_fake)
+bwd = define(
+    "sample_gates_bwd(Tensor dz, Tensor log_alpha, Tensor? seed, SymInt? rows, float[] spec, SymInt start=0) -> Tensor", _bwd, _bwd_fake
+)
 
 
 class _SampleGates(Node):
     tensors = 2
 
     @staticmethod
-    def plain(log_alpha: Tensor, seed: Maybe, rows: int | None, spec: Any) -> Tensor:
-        return reference.gate_values(log_alpha, spec, seed, rows)
+    def plain(log_alpha: Tensor, seed: Maybe, rows: int | None, spec: Any, start: int) -> Tensor:
+        return reference.gate_values(log_alpha, spec, seed, rows, start)
 
     @staticmethod
     def forward(*inputs: Any) -> Any:
@@ -56,10 +58,12 @@ class _SampleGates(Node):
 
     @staticmethod
     def fused(ctx: Any, dz: Tensor) -> Any:
-        return bwd(dz, *ctx.saved_tensors, *ctx.constants), None, None, None
+        return bwd(dz, *ctx.saved_tensors, *ctx.constants), None, None, None, None
 
 
-def sample_gates(gate: GateArgs, rows: int | None) -> Tensor:
-    """Differentiable gate values; arguments are taken as checked (:func:`dampr.functional.sample_gates` checks)."""
-    z: Tensor = apply(_SampleGates, gate.log_alpha, gate.seed, rows, gate.spec)
+def sample_gates(gate: GateArgs, rows: int | None, start: int = 0) -> Tensor:
+    """Differentiable gate values, whose first has the index ``start``; arguments are taken as checked
+    (:func:`dampr.functional.sample_gates` checks).
+    """
+    z: Tensor = apply(_SampleGates, gate.log_alpha, gate.seed, rows, gate.spec, start)
     return z

@@ -12,6 +12,7 @@ from .latency import Latency
 from .once import prune_once
 from .plan import Plan, PlanError, PlanReport
 from .recalibrate import recalibrate
+from .shrinker import Shrink, Shrinker
 from .summary import Summary, distinct_gates, gated_layers, param_groups, penalty, summary
 from .times import LayerTime, layer_times
 from .verify import GateCheck, Verification, verify_model
@@ -33,6 +34,8 @@ __all__ = [
     "Plan",
     "PlanError",
     "PlanReport",
+    "Shrink",
+    "Shrinker",
     "Summary",
     "Verification",
     "calibrate",

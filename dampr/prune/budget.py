@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dampr import _checks
-from dampr.gates import Fixed, Gate, OwnedGate, SteppedGate
+from dampr.gates import Fixed, Gate, OwnedGate, SteppedGate, ranks
 
 from . import inputs
 from .compact import compact
@@ -25,6 +25,7 @@ from .latency import Latency
 from .measure import count_macs, count_params
 from .reports import Report
 from .summary import distinct_gates, gated_layers
+from .wrapped import check_bare, check_gates, gathered, unwrapped
 
 Target = float | int
 Schedule = int | Callable[[int], float] | None
@@ -157,8 +158,10 @@ class Budget:
         given = {name: value for name, value in wishes.items() if value is not None}
         if len(given) != 1:
             raise ValueError(f"macs={macs!r}, params={params!r}, latency={latency!r}: expected exactly one of them")
+        model = _reachable(model, steps)
         if not gated_layers(model):
             raise ValueError(f"model={type(model).__name__}: expected gated layers in it (dampr.convert puts them there)")
+        check_gates(model)
         ((metric, wanted),) = given.items()
         self.metric = metric
         inputs.check(example_inputs)
@@ -174,6 +177,10 @@ class Budget:
             _check_target(metric, value)
         self.model, self._inputs = model, example_inputs
         self.cost = Latency(model, example_inputs) if metric == "latency" else Cost(model, example_inputs, metric)
+        if steps is not None or metric == "latency":  # what takes means over the ranks
+            ranks.check_alike(_gates(model), self.cost.device)
+        if isinstance(self.cost, Latency):
+            self.cost.share()
         if not bool(self.cost.prunable.any()):
             raise ValueError(f"model={type(model).__name__}: no gate of it cuts anything {self.cost.structure.notes or ''}")
         self.targets = sorted({self._absolute(value): value for value in listed}.items(), reverse=True)
@@ -227,6 +234,7 @@ class Budget:
         for gate in controller.gates:
             if isinstance(gate, OwnedGate):
                 gate.held = True
+        ranks.watch(self.model)
         return controller
 
     @property
@@ -316,13 +324,17 @@ class Budget:
 
         Returns: a :class:`BudgetReport`, of counts taken from a compacted copy.
 
-        Raises: BudgetError where the target is out of reach; the model is then as it was.
+        Raises: BudgetError where the target is out of reach, or where units have left the model (:class:`dampr.Shrinker`) and are not back;
+        the model is then as it was.
         """
+        if hasattr(self.model, "dampr_layout"):
+            raise BudgetError("finalize: closed units have left the model; expected shrinker.expand(optimizer) before")
         _checks.positive_int("round_to", round_to)
         _checks.positive_int("min_width", min_width)
         globs = [same] if isinstance(same, str) else list(same)
         report = self._fit(self.model, self.target, round_to, min_width, self._matched(globs))
         self.controller = None
+        ranks.watch(self.model)
         if report.changed > RISK:
             left = amount(self.metric, report.before or 0)
             advice = "train for more steps" if report.before and report.before > report.target else "close gates more slowly"
@@ -385,11 +397,12 @@ class Budget:
         gates = _gates(model)
         aim, reached = target, target + 1
         left, opened = float(self.cost(self.cost.decision())), torch.cat([gate.is_open() for gate in gates]).cpu()
-        order = self._order(gates)
+        whole = gathered(model)
+        order = self._order(gates, gathered(self.model))
         for _ in range(8):
             chosen = _choose(self.cost, gates, order, aim, round_to, min_width, same)
             fixed = _fixed(gates, chosen)
-            trial = inputs.copied(model, self._inputs)
+            trial = inputs.copied(whole, self._inputs)
             inputs.replace(trial, dict(zip(_gates(trial), fixed, strict=True)))
             small = compact(trial, example_inputs=self._inputs)
             reached = _COUNT[self.metric](small, self._inputs) if self.metric in _COUNT else float(self.cost(chosen))
@@ -411,11 +424,20 @@ class Budget:
         notes = dict(self.cost.structure.notes)
         return BudgetReport(self.metric, target, reached, self.total, widths, notes, left, closed, reopened)
 
-    def _order(self, gates: Sequence[Gate]) -> Tensor:
+    def _order(self, gates: Sequence[Gate], whole: nn.Module) -> Tensor:
         """What decides between gates that training left alike, (all gates,): their importance if it was measured, else their norms."""
         if self.controller is not None and self.controller.measured:
             return self.controller.importance() / self.controller.marginal_cost()
-        return evenly(magnitudes(self.cost.structure, self.model), [gate.num_gates for gate in gates])
+        return evenly(magnitudes(self.cost.structure, whole), [gate.num_gates for gate in gates])
+
+
+def _reachable(model: Any, steps: int | None) -> nn.Module:
+    """The module that a budget works on. Raises TypeError where it could not put its own gates into it, or not follow it."""
+    if isinstance(model, nn.Module) and "_orig_mod" in model._modules:
+        model = model._orig_mod
+    bare: nn.Module = model if steps is not None else unwrapped(model)
+    check_bare(bare, "a budget with steps takes the gates out of its parameters" if steps is not None else "a budget follows its operators")
+    return bare
 
 
 def _gates(model: nn.Module) -> list[Gate]:

@@ -2,39 +2,43 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from dampr import _checks, _progress
+from dampr import _checks
 from dampr._version import __version__
+from dampr.gates import ranks
 from dampr.nn import GatedLayer, GatedLayerNorm, GatedResidual, Scale, ScaledRNN, TakenReLU
 from dampr.nn.computed import settled, wake
 from dampr.nn.rnn import _GatedRecurrent
 
-from . import graph, heads, inputs, recurrent, streams, transformer, unit_compact
-from .expand import carry_over, check_state
+from . import cutting, graph, heads, inputs, recurrent, streams, transformer, unit_compact
+from .expand import carry_over, check_state, expand
+from .inputs import Model
 from .unit_structure import has_unit_gates
+from .wrapped import check_gates, sees_through
 
 
 class CompactionError(RuntimeError):
     """The compacted model does not compute what the gated one computes; nothing was changed."""
 
 
+@sees_through
 @settled
 def compact(
-    model: nn.Module,
-    *,
+    model: Model,
     example_inputs: Any,
+    *,
     optimizer: torch.optim.Optimizer | None = None,
     round_to: int = 1,
     atol: float | None = None,
     rtol: float | None = None,
-) -> nn.Module:
+) -> Model:
     """A smaller plain model without gates that computes what ``model`` computes in evaluation mode.
 
-    Gate values are folded into the weights, closed units are cut out with everything that depends on them (torch-pruning slices), and what
+    Gate values are folded into the weights, closed units are cut out with everything that depends on them, and what
     a closed unit still contributes as a constant (the half of a sigmoid, the shift of a BatchNorm) moves into the bias of the layer that
     reads it. A recurrent layer becomes the smaller one of its ``compacted()`` where linear and recurrent layers alone read it (with
     ``widths="own"`` a :class:`dampr.nn.StackedRNN`, where the model takes its states as lists), attention and transformer layers do so
@@ -71,6 +75,11 @@ def compact(
     gated = {name: module for name, module in model.named_modules() if isinstance(module, GatedLayer)}
     if not gated:
         raise ValueError(f"model={type(model).__name__}: expected gated layers in it (dampr.convert puts them there)")
+    check_gates(model)
+    if hasattr(model, "dampr_layout"):
+        if optimizer is not None:
+            raise ValueError("model: closed units have left it; expected shrinker.expand(optimizer) before")
+        model = expand(model)
     if "" in gated:
         raise ValueError("model is a gated layer itself: nothing around it could be cut; use its to_dense()")
     for name, bound in (("atol", atol), ("rtol", rtol)):
@@ -83,11 +92,12 @@ def compact(
         whole, kept, manifest = unit_compact.compacted(model, example_inputs, round_to)
         difference = max(_prove(model, whole, kept, sample, atol, rtol) for sample in samples)
         wake(whole)
+        ranks.unwatch(whole)
         whole.dampr_manifest = manifest | {"max_abs_difference": difference}  # type: ignore[assignment]
         if optimizer is not None:
             carry_over(optimizer, model, whole)
-        return whole
-    small = inputs.copied(model, example_inputs)
+        return cast(Model, whole)
+    small: nn.Module = inputs.copied(model, example_inputs)
     open_branches(small)
     small, neurons, left, notes = transformer.make_plain(small, samples, atol, rtol)
     closed: graph.Closed = {True: {}, False: {}}
@@ -121,8 +131,11 @@ def compact(
     kept, units, recurrent_notes = recurrent.make_plain(small, samples, atol, rtol)
     kept, notes = neurons | in_heads | kept, notes | head_notes | recurrent_notes
     if norms or closed[True] or closed[False]:
-        _cut(small, closed, norms, samples, kept, notes, round_to)
-    try:  # last, because torch-pruning has no node for a parameter with one channel left
+        try:
+            cutting.cut_closed(small, closed, norms, samples, kept, notes, round_to)
+        except cutting.UnableError as error:
+            raise CompactionError(str(error)) from error
+    try:
         in_streams, parameters = streams.cut_closed(small, opened, samples[0], round_to, notes)
     except graph.CannotCutError as error:
         raise CompactionError(str(error)) from error
@@ -134,9 +147,10 @@ def compact(
     manifest = _manifest(model, small, kept, left | cut_heads, units, notes, difference)
     small.dampr_manifest = manifest | ({"parameters": parameters} if parameters else {})  # type: ignore[assignment]
     wake(small)
+    ranks.unwatch(small)
     if optimizer is not None:
         carry_over(optimizer, model, small)
-    return small
+    return cast(Model, small)
 
 
 Kept = dict[tuple[nn.Module, bool], Tensor]  # (layer, writes) -> kept channels, by their indices in the original layer
@@ -157,126 +171,6 @@ def _match_dtype(small: nn.Module, norms: list[nn.Module], sample: Any) -> None:
     if norms:
         with inputs.removing([norm.register_forward_pre_hook(match) for norm in norms]):
             inputs.evaluate(small, sample)
-
-
-def _cut(
-    small: nn.Module,
-    closed: graph.Closed,
-    norms: dict[nn.Module, set[int]],
-    samples: list[Any],
-    kept: Kept,
-    notes: dict[str, str],
-    round_to: int,
-) -> None:
-    """Slice ``small``; adds what is left of each layer to ``kept``, and to ``notes`` why closed channels of a layer stay."""
-    names = {module: name for name, module in small.named_modules()}
-    widths = graph.Widths(small, samples[0])
-    for norm, channels in norms.items():
-        around = widths.around(norm)
-        for layer, writes in around:
-            closed[writes][layer] = closed[writes].get(layer, set()) | channels
-        if not around:
-            notes[names[norm]] = f"{len(channels)} closed channels stay: no layer alone writes or reads what this norm gates"
-    for layer, factor in widths.multiplied.items():
-        if layer in closed[True]:
-            closed[True][factor] = closed[True].get(factor, set()) | closed[True][layer]
-    sides = [(writes, layer, channels) for writes, layers in closed.items() for layer, channels in layers.items()]
-    for writes, layer, channels in _progress.track(sides, "cutting"):
-        if (layer, writes) in kept:
-            continue  # another layer of the same width came first
-        dead: set[int] = set()
-        reason = "other layers of its width still use them"
-        try:
-            if layer not in widths:
-                raise graph.CannotCutError(widths.why_absent(layer))
-            dead = widths.removable(layer, writes, closed)
-            count = _rounded(len(dead), graph.channel_count(layer, True), round_to) if writes else len(dead)
-            if count < len(dead):
-                dead = set(sorted(dead)[:count])
-                reason = f"the width is a multiple of {round_to}"
-        except graph.CannotCutError as error:
-            reason = str(error)
-        if len(dead) < len(channels):
-            notes[names[layer]] = f"{len(channels - dead)} closed channels stay: {reason}"
-        try:
-            if dead:
-                _cut_width(small, widths, layer, writes, dead, kept, names, samples)
-        except graph.CannotCutError as error:
-            notes[names[layer]] = f"{len(channels)} closed channels stay: {error}"
-
-
-def _rounded(count: int, size: int, round_to: int) -> int:
-    """How many of ``count`` channels to cut of ``size``, so that what is left is a multiple of ``round_to``, or all."""
-    left = -(-(size - count) // round_to) * round_to
-    return max(0, size - left)
-
-
-def _cut_width(
-    small: nn.Module,
-    widths: graph.Widths,
-    layer: nn.Module,
-    writes: bool,
-    dead: set[int],
-    kept: Kept,
-    names: dict[nn.Module, str],
-    samples: list[Any],
-) -> None:
-    group = widths.group(layer, writes, dead)
-    members = widths.members(group)
-    _fold_constants(small, [m for m in members if not m.writes], names, samples)
-    cut = {side: (size, channels) for side, size, channels, _ in widths.sides(group)}  # a side may be in the group twice
-    for side, (size, channels) in cut.items():
-        left = torch.ones(size, dtype=torch.bool)
-        left[channels] = False
-        kept[side] = kept.get(side, torch.arange(size))[left]
-    frozen = {name for name, p in small.named_parameters() if not p.requires_grad}
-    group.prune(record_history=False)
-    for name, p in small.named_parameters():
-        p.requires_grad_(name not in frozen)
-    try:
-        inputs.evaluate(small, samples[0])
-    except RuntimeError as error:
-        raise CompactionError(
-            f"{names[layer]}: without its closed channels the model does not run, so something beside its layers has that width ({error}); "
-            "exclude the layer"
-        ) from error
-
-
-def _fold_constants(small: nn.Module, readers: list[graph.Member], names: dict[nn.Module, str], samples: list[Any]) -> None:
-    """Move what the channels about to be cut contribute to their readers into the readers' biases; it has to be the same for every row."""
-    seen: dict[nn.Module, list[Tensor]] = {m.module: [] for m in readers}
-    hooks = [m.module.register_forward_pre_hook(lambda layer, args: seen[layer].append(args[0].data)) for m in readers]
-    with inputs.removing(hooks):
-        for sample in samples:
-            inputs.evaluate(small, sample)
-    constants: list[tuple[Any, Tensor]] = []
-    for member in readers:
-        layer, channels = member.module, member.channels
-        if isinstance(layer, nn.RNNBase):
-            if any(x[..., channels].any() for x in seen[layer]):
-                raise graph.CannotCutError(f"they reach {names[layer]!r} as constants other than 0")
-            continue
-        assert isinstance(layer.weight, Tensor)
-        wide = torch.promote_types(layer.weight.dtype, torch.float32)
-        along = -1 if isinstance(layer, nn.Linear) else -(layer.weight.dim() - 1)
-        read = torch.cat([x.movedim(along, -1)[..., channels].reshape(-1, len(channels)) for x in seen[layer]]).to(wide)
-        weight = layer.weight.detach()[:, channels].flatten(2).sum(2) if layer.weight.dim() > 2 else layer.weight.detach()[:, channels]
-        rows = read @ weight.t().to(wide)
-        if not rows.any() and not (layer.weight.dim() > 2 and read.any()):
-            continue
-        if graph.pads_with_zeros(layer):
-            raise graph.CannotCutError(
-                f"they reach {names[layer]!r} as constants other than 0, which a bias cannot make up for at its padded border; "
-                "gates after a norm (where dampr.convert puts them) leave no such constants"
-            )
-        if not torch.allclose(rows, rows[0].expand_as(rows), rtol=1e-5, atol=1e-6) or len(read.unique(dim=0)) == len(rows) == 1:
-            raise CompactionError(f"{names[layer]}: closed units reach it with values that differ between rows, so they cannot be cut")
-        constants.append((layer, rows[0]))
-    for layer, constant in constants:
-        if layer.bias is None:
-            layer.bias = nn.Parameter(layer.weight.new_zeros(layer.weight.shape[0]), requires_grad=layer.weight.requires_grad)
-        with torch.no_grad():
-            layer.bias.add_(constant.to(layer.bias.dtype))
 
 
 def _prove(model: nn.Module, small: nn.Module, kept: Kept, sample: Any, atol: float, rtol: float) -> float:

@@ -18,9 +18,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 
 from dampr.gates import Gate, OwnedGate, SteppedGate
+from dampr.gates.ranks import over_ranks
 
 from .cost import Cost
 
@@ -29,6 +30,7 @@ MEASURE, LAG, RAMP = 0.1, 0.15, 0.75  # shares of the steps of a budget: gates a
 ARRIVED = 0.9  # the share of the ramp after which the goal is the target
 MEMORY = 0.95  # of the running means
 HYSTERESIS = 4.0  # a gate on its way down comes back only if its score is that many times better
+GOALS = 12  # to come that a gate has to be useless at before it is given up
 FLOOR = 0.5  # the least share of a width that stays, relative to that of a network which is as small and evenly narrow
 KEPT = 0.1  # the least level of a learned gate that is kept
 EDGE = 0.01  # where one that comes back begins
@@ -79,11 +81,13 @@ class Controller:
         self.squares = torch.zeros(size, dtype=torch.float64)
         self.measured = 0  # steps that are in the running mean
         self.due = torch.full((size,), math.inf, dtype=torch.float64)  # the step at which a gate has to be closed
+        self._number = 0  # the last step
         self._moments: dict[str, list[Tensor]] = {}
 
     def step(self, number: int) -> None:
         """Take in the gradients of one training step, the ``number``-th, from 1 on (0 and less: before the ramp), and move the gates."""
         self._measure()
+        self._number = number
         if number < self.ramp.measured:
             return
         if number % self.every == 0 and number <= self.ramp.decided:
@@ -109,20 +113,44 @@ class Controller:
 
     @torch.no_grad()
     def _decide(self, number: int) -> None:
-        scores = self.importance() / self.marginal_cost()
-        if self.score == "learned":
-            scores = scores * self._levels().clamp(min=KEPT).square()
-        scores = torch.where(self.keep, scores, scores / HYSTERESIS)
-        for gate, row in zip(self.gates, self.cost.structure.widths(), strict=True):
-            if isinstance(gate, OwnedGate) and gate.family.open_slice is not None:  # its gates can only close one after the other
-                own = slice(row[0].start, row[-1].stop)
-                scores[own] = scores[own].cummax(0).values
+        scores = self._scores(HYSTERESIS)
         due = number + self.ramp.lag - 1
         goal = self.ramp.goal(due)
         self.keep = self.choose(scores, goal)
         if goal > self.ramp.share:
             self._round_to_nearest(scores, goal * self.cost.total)
         self.due = torch.where(self.keep, math.inf, self.due.clamp(max=due))
+
+    def _scores(self, hysteresis: float) -> Tensor:
+        """What gates are kept by, those that are on their way down ``hysteresis`` times worse."""
+        scores = self.importance() / self.marginal_cost()
+        if self.score == "learned":
+            scores = scores * self._levels().clamp(min=KEPT).square()
+        scores = torch.where(self.keep, scores, scores / hysteresis)
+        for gate, row in zip(self.gates, self.cost.structure.widths(), strict=True):
+            if isinstance(gate, OwnedGate) and gate.family.open_slice is not None:  # its gates can only close one after the other
+                own = slice(row[0].start, row[-1].stop)
+                scores[own] = scores[own].cummax(0).values
+        return scores
+
+    @torch.no_grad()
+    def given_up(self) -> Tensor:
+        """The gates that have had to close by now, and that are not worth keeping at any goal to come: bool, (all gates,).
+
+        By what is measured now, without the hysteresis. What is measured of a closed gate only falls, so these come back seldom.
+        """
+        down = ~self.keep & (self.due <= self._number)
+        if bool(down.any()):
+            scores = self._scores(1.0)
+            for goal in self._goals_to_come():
+                down &= ~self.choose(scores, goal)
+        return down
+
+    def _goals_to_come(self) -> list[float]:
+        """The goal of the last decision and some of those of the next ones, different ones only."""
+        first = self._number + self.ramp.lag - 1
+        ahead = torch.linspace(first, max(first, self.ramp.settled), GOALS).round().int().tolist()
+        return list(dict.fromkeys(self.ramp.goal(step) for step in ahead))
 
     def _round_to_nearest(self, scores: Tensor, goal: float) -> None:
         """Keep one more gate, the best of the others, where that is nearer to the goal."""
@@ -285,15 +313,6 @@ def even_share(cost: Cost, target: float) -> float:
         middle = (low + high) / 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low
-
-
-def over_ranks(t: Tensor) -> Tensor:
-    """The mean of ``t`` over all processes of torch.distributed, as data parallelism takes it of gradients; ``t`` where there is one."""
-    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
-        return t
-    total = t.contiguous().clone()
-    distributed.all_reduce(total)
-    return total / distributed.get_world_size()
 
 
 def owned(gate: Gate, score: str) -> Owned:

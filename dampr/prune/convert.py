@@ -6,7 +6,7 @@ import functools
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 
 from dampr import _checks
 from dampr.gates import DependencyGenerator, Fixed, Gate, make_gate
+from dampr.gates.draws import share_generator
 from dampr.nn import (
     GatedBatchNorm1d,
     GatedBatchNorm2d,
@@ -28,14 +29,16 @@ from dampr.nn import (
     GatedLSTM,
     GatedMultiheadAttention,
     GatedRNN,
+    GatedSyncBatchNorm,
 )
 from dampr.nn.base import VECTOR_GRANULARITIES, Granularity
 from dampr.nn.computed import computed, settled
 
-from . import filters, graph, heads, inputs, rectified, recurrent, second_opinion, streams, transformer, trial, unit_gates
+from . import filters, graph, heads, inputs, rectified, recurrent, second_opinion, streams, transformer, transposed, unit_gates, wrapped
 from .compact import compact
 from .cost import Cost
 from .filters import Filter
+from .inputs import Model
 from .measure import count_macs
 from .sight import Sight, look
 from .structure import plain_copy
@@ -54,7 +57,7 @@ _REPLACEMENT: dict[type, Any] = {
     nn.RNN: GatedRNN,
 }
 _OUTPUT_ONLY = {nn.MultiheadAttention: "heads", nn.Embedding: "columns", nn.LSTM: "units", nn.GRU: "units", nn.RNN: "units"}
-_NORMS: dict[type, Any] = {nn.BatchNorm1d: GatedBatchNorm1d, nn.BatchNorm2d: GatedBatchNorm2d}
+_NORMS: dict[type, Any] = {nn.BatchNorm1d: GatedBatchNorm1d, nn.BatchNorm2d: GatedBatchNorm2d, nn.SyncBatchNorm: GatedSyncBatchNorm}
 _GATED: dict[type, Any] = {**_REPLACEMENT, **_NORMS, nn.LayerNorm: GatedLayerNorm}
 
 
@@ -71,17 +74,17 @@ class _UnprovenError(ConversionError):
 
 @settled
 def convert(
-    model: nn.Module,
+    model: Model,
+    example_inputs: Any = None,
     *,
     gate: str | type[Gate] | Callable[..., Any] = "hard_concrete",
     granularity: Granularity = "output",
     per_sample: bool | None = None,
     include: Filter = None,
     exclude: Filter = None,
-    example_inputs: Any = None,
     tie: bool = True,
     residual: bool = False,
-) -> nn.Module:
+) -> Model:
     """Replace dense layers of ``model`` by gated ones, in place, keeping their parameters (and any optimizer that holds them) valid.
 
     Args:
@@ -117,15 +120,20 @@ def convert(
     the multiply-accumulates than gated layers would, or gated layers would not compact as foretold, the model gets those instead, whatever
     its layers are; numbers that code keeps beside parameters and that follow a width are then in its attribute ``dampr_sizes``.
 
+    In a process group of several ranks the gates get a generator that all ranks have (:func:`dampr.gate_generator`), so that they draw the
+    same gates. Convert before the model is wrapped (DistributedDataParallel) or sharded (``fully_shard``).
+
     Returns: ``model``. Its attribute ``dampr_skipped`` says of each layer that was left out why.
 
-    Raises: ConversionError when nothing matches, outputs changed, a layer is bypassed or torch-pruning cannot follow the model; ValueError
+    Raises: ConversionError when nothing matches, outputs changed, a layer is bypassed or the model cannot be traced; ValueError
     or TypeError that names the argument; what the model itself raises on the example inputs. Whatever is raised, the model is as it was.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model={model!r:.80}: expected a torch.nn.Module")
     if example_inputs is not None and "_orig_mod" in model._modules:
         raise TypeError("model is what torch.compile returned: expected the module itself; convert it, then compile")
+    if "_orig_mod" not in model._modules:
+        wrapped.check_bare(model, "gates are new parameters of it")
     if isinstance(gate, Gate):
         raise TypeError(
             f"gate={type(gate).__name__} instance: expected a family's name or a class, because each layer gets a gate of its own"
@@ -147,10 +155,27 @@ def convert(
         raise ConversionError(
             "model is on the meta device, so it has no outputs on example_inputs: expected a model with values, or example_inputs=None"
         )
+    if example_inputs is not None:
+        inputs.check(example_inputs)
+    with inputs.unsynced(model):
+        return cast(Model, _ready(_with_gates(model, gate, granularity, per_sample, include, exclude, example_inputs, tie, residual)))
+
+
+def _with_gates(
+    model: nn.Module,
+    gate: Any,
+    granularity: Granularity,
+    per_sample: bool | None,
+    include: Filter,
+    exclude: Filter,
+    example_inputs: Any,
+    tie: bool,
+    residual: bool,
+) -> nn.Module:
+    """:func:`convert` of arguments that are checked."""
     each = _draws_each(gate, granularity, residual) if per_sample is None else per_sample
     before = None
     if example_inputs is not None:
-        inputs.check(example_inputs)
         with inputs.same_noise(model), inputs.unfused():
             before = inputs.comparable(model, example_inputs)
     chosen, skipped = _choose(model, gate, granularity, bool(per_sample), include, exclude)
@@ -175,15 +200,21 @@ def convert(
     if residual:
         _place_streams(plan, model, gate, include, exclude, example_inputs)
     if not plan.layers:
-        raise ConversionError(
-            f"include={include!r}, exclude={exclude!r}: no layer of {type(model).__name__} is left to convert {plan.skipped or ''}".rstrip()
-        )
+        who = "; its Conv1D layers are known to dampr.integrations.huggingface" if transposed.find(model) else ""
+        reasons = f"no layer of {type(model).__name__} is left to convert {plan.skipped or ''}".rstrip()
+        raise ConversionError(f"include={include!r}, exclude={exclude!r}: {reasons}{who}")
     try:
         return _convert_by_layers(model, plan, gate, granularity, each, before, example_inputs, prove=by_units is not None)
     except _UnprovenError:
         if by_units is None:
             raise
     return by_units()
+
+
+def _ready(model: nn.Module) -> nn.Module:
+    """A converted model, whose gates draw alike on all ranks."""
+    share_generator(model)
+    return model
 
 
 def _convert_by_layers(
@@ -307,7 +338,8 @@ def _place(
                 f"example_inputs=None: expected them, to find the BatchNorm that the gates of layer {convolution!r} belong after"
             )
         return plan
-    widths = graph.Widths(model, example_inputs)
+    plain = plain_copy(model, example_inputs) if any(isinstance(m, GatedLayer) for m in model.modules()) else None
+    widths = graph.Widths(model, example_inputs, sight.units if sight is not None else None, plain)
     names = {module: name for name, module in reversed(list(model.named_modules(remove_duplicate=False)))}
     plan.layers, plan.order, plan.widths = {}, [names[module] for module in widths.called()], widths
     gates: dict[nn.Module, str] = {}  # whose outputs are gated, and the name of the layer that holds the gate
@@ -315,14 +347,12 @@ def _place(
     wanted = {n: layer for n, layer in chosen.items() if not isinstance(layer, nn.MultiheadAttention) and n not in plan.heads}
     reasons = {n: factors.get(n) or _why_not(layer, widths, tie, model, example_inputs) for n, layer in wanted.items()}
     free = [n for n, reason in reasons.items() if reason is None and _has_channels(chosen[n], widths)]
-    found = {n: sight.why_not(chosen[n], n, widths, names) for n in free} if sight is not None else {}
-    tried = {n: reason for n, reason in found.items() if reason}
-    tried |= trial.stuck(model, [n for n in free if found.get(n) is None], example_inputs)
-    plan.skipped = {n: reason for n, reason in reasons.items() if reason is not None} | tried
+    found = {n: sight.why_not(chosen[n], n) for n in free} if sight is not None else {}
+    plan.skipped = {n: reason for n, reason in (reasons | found).items() if reason}
     judged = {n: layer for n, layer in chosen.items() if n not in plan.skipped or n in factors}
     whole = [n for n in judged if n not in wanted or isinstance(judged[n], nn.RNNBase)]
     known = {n for n, reason in found.items() if reason == ""}
-    plan.skipped |= second_opinion.refused(model, judged, example_inputs, whole, sight.units if sight is not None else None, known)
+    plan.skipped |= second_opinion.refused(model, judged, example_inputs, whole, widths.units, known)
     for name, layer in chosen.items():
         if name in plan.skipped:
             continue
@@ -405,7 +435,7 @@ def _factors(chosen: dict[str, nn.Module], widths: graph.Widths) -> dict[str, st
 
 
 def _has_channels(layer: nn.Module, widths: graph.Widths) -> bool:
-    """Whether torch-pruning slices what the layer writes."""
+    """Whether the channels that a layer writes are those of its weight."""
     return layer in widths and not isinstance(layer, nn.RNNBase)
 
 

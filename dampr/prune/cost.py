@@ -27,6 +27,7 @@ from . import graph, inputs
 from .measure import count_call, count_macs, count_params, macs_beside_layers
 from .structure import Structure
 from .unit_structure import Counts, UnitStructure, has_unit_gates
+from .wrapped import unwrapped
 
 _PER_CHANNEL = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm)
 
@@ -65,7 +66,7 @@ class Cost:
     total: float
 
     def __init__(self, model: nn.Module, example_inputs: Any, metric: str) -> None:
-        self.structure: Structure | UnitStructure = structure_of(model, example_inputs)
+        self.structure: Structure | UnitStructure = structure_of(unwrapped(model), example_inputs)
         self.metric = metric
         self.device = self.structure.gates[0].deterministic().device
         self._variables: _Variables | Counts = (

@@ -19,6 +19,7 @@ from .plan import Plan
 from .structure import Structure
 from .summary import gated_layers, penalty
 from .verify import verify_model
+from .wrapped import sees_through
 
 WEAK = 1e-3  # a penalty whose gradient on the gates is below this share of the task's will not close any
 LATE = 0.1  # a cost that is that share above the goal is behind it
@@ -44,6 +45,7 @@ class Finding:
         return asdict(self)
 
 
+@sees_through
 def doctor(
     model: nn.Module,
     example_inputs: Any,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,16 +16,20 @@ from dampr.nn.pruned_transformer import _Pruned
 from dampr.nn.stacked_rnn import arguments_of
 
 from . import graph, heads, inputs, transposed
+from .inputs import Model
 from .unit_compact import places_of, restore_sizes
 from .units.proof import follow_parameters
+from .wrapped import sees_through
 
 _NORMS = nn.modules.batchnorm._NormBase
-_ONES = ("running_var", "weight_v", "original1")  # of these zeros make NaN: a variance, and the direction of a weight under weight_norm
+# Of these zeros make NaN: a variance, and the direction of a weight under weight_norm.
+FILLED_WITH_ONE = ("running_var", "weight_v", "original1")
 MOST_GROWTH, SMALL = 10_000, 2**24  # how many times larger a tensor may become, unless it stays small
 Places = tuple[int, Tensor] | None  # of one dimension: its size before, and which of it are left; None where nothing was cut
 
 
-def expand(model: nn.Module) -> nn.Module:
+@sees_through
+def expand(model: Model) -> Model:
     """A compacted model with the widths that it had before: cut channels come back with weights of 0.
 
     What it computes stays the same, because nothing reads the channels that come back (weights that read them are 0 too); its parameters
@@ -33,7 +37,8 @@ def expand(model: nn.Module) -> nn.Module:
     constants stay; branches and sublayers that were removed do not come back, and gates that became plain factors stay factors.
 
     Args:
-        model: what :func:`dampr.compact` or :func:`dampr.load` returned, with its ``dampr_manifest``; it is not changed.
+        model: what :func:`dampr.compact` or :func:`dampr.load` returned, with its ``dampr_manifest``; or a model with gates that a
+            :class:`dampr.Shrinker` has taken units out of. It is not changed.
 
     Returns: a new model in the same training mode, without a manifest.
 
@@ -51,13 +56,15 @@ def expand(model: nn.Module) -> nn.Module:
       (2): Linear(in_features=6, out_features=2, bias=True)
     )
     """
+    if hasattr(model, "dampr_layout"):
+        return cast(Model, _with_its_units(model))
     manifest = getattr(model, "dampr_manifest", None)
     if not isinstance(manifest, dict) or not isinstance(manifest.get("layers"), dict):
         raise ValueError(f"model={type(model).__name__}: expected the dampr_manifest that dampr.compact leaves")
     large: Any = inputs.copied(model)
     del large.dampr_manifest
     if "tensors" in manifest:
-        return _widened(large, manifest)
+        return cast(Model, _widened(large, manifest))
     for name, entry in manifest["layers"].items():
         if isinstance(_layer(large, name), nn.LayerNorm):
             raise ValueError(
@@ -84,7 +91,7 @@ def expand(model: nn.Module) -> nn.Module:
         if isinstance(layer, StackedRNN):
             inputs.replace(large, {layer: _joined(layer, entry)})
             continue
-        for attribute, size in _sizes(layer, entry).items():
+        for attribute, size in sizes_in(layer, entry).items():
             setattr(layer, attribute, size)
         if isinstance(layer, nn.RNNBase):
             layer._init_flat_weights()
@@ -99,6 +106,17 @@ def expand(model: nn.Module) -> nn.Module:
             layer.__class__ = dense
     transposed.back(large, conv1d)
     return large
+
+
+def _with_its_units(model: nn.Module) -> nn.Module:
+    """A copy of a gated model that has lost closed units, with these as zeros."""
+    from .layout import WHOLE, moved
+
+    large: Any = inputs.copied(model)
+    moved(large, large.dampr_layout, WHOLE)
+    del large.dampr_layout
+    whole: nn.Module = large
+    return whole
 
 
 def _widened(large: nn.Module, manifest: dict[str, Any]) -> nn.Module:
@@ -117,7 +135,7 @@ def _widened(large: nn.Module, manifest: dict[str, Any]) -> nn.Module:
     for name, small, places in checked:
         owner, _, own = name.rpartition(".")
         if id(small) not in grown:
-            wide = _grow(small.detach(), places, fill=own in _ONES)
+            wide = _grow(small.detach(), places, fill=own in FILLED_WITH_ONE)
             grown[id(small)] = nn.Parameter(wide, requires_grad=small.requires_grad) if isinstance(small, nn.Parameter) else wide
         setattr(large.get_submodule(owner), own, grown[id(small)])
     for module in dict.fromkeys(large.get_submodule(name.rpartition(".")[0]) for name, _, _ in checked):
@@ -139,7 +157,7 @@ def _whole(grown: PrunedMultiheadAttention) -> nn.MultiheadAttention:
 def _joined(grown: StackedRNN, entry: dict[str, Any]) -> nn.RNNBase:
     """The one recurrent layer with the parameters of parts that have grown to equal widths."""
     first: Any = grown.rows()[0]
-    sizes = {**_sizes(first, entry), "num_layers": len(grown.layers), "bidirectional": grown.bidirectional}
+    sizes = {**sizes_in(first, entry), "num_layers": len(grown.layers), "bidirectional": grown.bidirectional}
     whole: nn.RNNBase = type(first)(**arguments_of(first) | sizes, device="meta")
     whole.dropout = grown.dropout
     own = dict(grown.named_parameters())
@@ -267,7 +285,8 @@ def shrink(large: Tensor, places: list[Places]) -> Tensor:
     return large
 
 
-def _sizes(layer: Any, entry: dict[str, Any]) -> dict[str, int]:
+def sizes_in(layer: Any, entry: dict[str, Any]) -> dict[str, int]:
+    """The attributes of a layer that say its widths, with what an entry of a manifest has as "before"."""
     written, read = (entry[side]["before"] if side in entry else None for side in ("out", "in"))
     if "heads" in entry:
         return {}
@@ -291,13 +310,18 @@ def _sizes(layer: Any, entry: dict[str, Any]) -> dict[str, int]:
 
 def check_state(optimizer: torch.optim.Optimizer) -> None:
     """Raise ValueError where the state of a parameter holds what cannot be cut with it: tensors that are neither of its shape, nor of one
-    that a dimension or two of it have been summed out of, nor of one element.
+    that a dimension or two of it have been summed out of, nor of one element; or where it lies on other ranks.
     """
+    if any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(optimizer).__mro__):
+        raise ValueError(
+            "optimizer: ZeroRedundancyOptimizer keeps its state on several ranks, where it cannot be cut; expected None, and a new one "
+            "after compaction"
+        )
     for group in optimizer.param_groups:
         for p in group["params"]:
             for key, value in optimizer.state.get(p, {}).items():
                 held = [t for t in pytree.tree_leaves(value) if isinstance(t, Tensor) and t.numel() > 1]
-                if held and (not isinstance(value, Tensor) or _kept_dims(value.shape, p.shape) is None):
+                if held and (not isinstance(value, Tensor) or kept_dims(value.shape, p.shape) is None):
                     shapes = [tuple(t.shape) for t in held]
                     raise ValueError(
                         f"optimizer: {type(optimizer).__name__} keeps {key!r} of shape {shapes[0]} for a parameter of shape "
@@ -305,7 +329,7 @@ def check_state(optimizer: torch.optim.Optimizer) -> None:
                     )
 
 
-def _kept_dims(state: Sequence[int], shape: Sequence[int]) -> list[int | None] | None:
+def kept_dims(state: Sequence[int], shape: Sequence[int]) -> list[int | None] | None:
     """Of each dimension of a state tensor the one of the parameter that it runs along, None for a size of 1; None if there is no telling.
 
     Factored second moments (Adafactor) have a dimension less, or one of size 1 in its place.
@@ -323,7 +347,7 @@ def _cut_state(value: Any, shape: Sequence[int], places: list[Places]) -> Any:
     """What is left of a value in the state of a parameter of that shape."""
     if not isinstance(value, Tensor) or value.numel() <= 1:
         return value
-    dims = _kept_dims(value.shape, shape)
+    dims = kept_dims(value.shape, shape)
     return value if dims is None else shrink(value, [None if d is None or d >= len(places) else places[d] for d in dims])
 
 

@@ -14,7 +14,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,9 @@ from dampr._version import __version__
 from dampr.nn import GatedLayer
 
 from . import composites, inputs
+from .inputs import Model
 from .unit_compact import sizes_of
+from .wrapped import check_bare, sees_through
 
 _FORMAT = 1
 _KEY = "dampr"
@@ -63,6 +65,7 @@ class _Content:
     compaction: dict[str, Any] | None
 
 
+@sees_through
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write a plain (compacted) model: one safetensors file whose header holds the manifest.
 
@@ -139,6 +142,10 @@ def _umask() -> int:
     return mask
 
 
+@overload
+def load(path: str | os.PathLike[str], model: Model) -> Model: ...
+@overload
+def load(path: str | os.PathLike[str], model: None = None) -> nn.Module: ...
 def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Module:
     """Read what :func:`save` wrote.
 
@@ -155,7 +162,7 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
     which then is as it was. (The digest finds accidents; whoever changes a file on purpose can recompute it, so all else is checked too.)
     """
     if model is not None:
-        _checks.module("model", model)
+        check_bare(_checks.module("model", model), "its layers become narrower")
     content = _read(_checks.path("path", path))
     exact = model is None
     if model is None:
@@ -422,7 +429,7 @@ def _parameters(kind: type[Any]) -> dict[str, Any]:
     named = {n: p.default for n, p in signature.parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
     if recurrent:
         named = {k: v for k, v in named.items() if k != "mode"} | ({"nonlinearity": "tanh"} if kind is nn.RNN else {})
-    return {name: default for name, default in named.items() if name not in ("device", "dtype")}
+    return {name: default for name, default in named.items() if name not in ("device", "dtype", "process_group")}
 
 
 def _arguments(module: nn.Module, kind: type[Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Generic, TypeVar
 
 from dampr.gates import Gate
+from dampr.gates.selected import whole
 from dampr.nn import GatedLayer
 
 Layer = TypeVar("Layer", bound=GatedLayer)
@@ -24,6 +25,7 @@ class GateVector(Generic[Layer]):
         self.gated = dict(gated)
         self.size = 0
         self._starts: dict[str, int] = {}
+        self._counts = {name: layer.gate.num_gates for name, layer in self.gated.items()}
         first: dict[Gate, str] = {}
         for name, layer in self.gated.items():
             self._starts[name] = self._starts.get(first.setdefault(layer.gate, name), self.size)
@@ -32,16 +34,20 @@ class GateVector(Generic[Layer]):
 
     @property
     def gates(self) -> list[Gate]:
-        """Every gate once, as the layers have them now. The vector of all gates has them one after the other."""
-        return [self.gated[name].gate for name in self.holders]
+        """Every gate once, as the layers have them now, whole where units have left them. The vector of all gates has them in a row."""
+        return [whole(self.gated[name].gate) for name in self.holders]
 
     def start(self, name: str) -> int:
         """Where the gates of layer ``name`` begin in the vector of all gates."""
         return self._starts[name]
 
+    def count(self, name: str) -> int:
+        """How many gates the layer ``name`` had when this was made."""
+        return self._counts[name]
+
     def rows(self, name: str) -> list[range]:
         """The gates of layer ``name`` in the vector of all gates."""
-        return [range(self.start(name), self.start(name) + self.gated[name].gate.num_gates)]
+        return [range(self.start(name), self.start(name) + self.count(name))]
 
     def widths(self) -> list[list[range]]:
         """The same for each of :attr:`gates`."""

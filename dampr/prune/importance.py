@@ -22,12 +22,13 @@ def magnitudes(structure: Structure | UnitStructure, model: nn.Module) -> Tensor
     """
     if isinstance(structure, UnitStructure):
         return structure.norms(model)
+    gated: dict[str, Any] = {name: model.get_submodule(name) for name in structure.gated}
     squares = torch.zeros(structure.size, dtype=torch.float64)
     for (layer, writes), atoms in structure.atoms.items():
         weight: Any = getattr(layer, "weight", None)
         if not writes or not isinstance(weight, Tensor) or weight.dim() < 2:
             continue
-        own: Any = _as_it_is(structure, structure.names.get(layer, ""), weight)
+        own: Any = _as_it_is(gated.get(structure.names.get(layer, "")), weight)
         rows = own.transpose(0, 1) if type(layer).__name__.startswith("ConvTranspose") else own
         rows = rows.T if type(layer).__name__ == "Embedding" else rows
         each = rows.detach().double().flatten(1).square().sum(1).cpu()
@@ -35,7 +36,6 @@ def magnitudes(structure: Structure | UnitStructure, model: nn.Module) -> Tensor
             for gates in structure.owners[True][atom] if atom >= 0 and channel < len(each) else ():
                 for gate in gates:
                     squares[gate] += each[channel]
-    gated: dict[str, Any] = dict(structure.gated)
     for name, layer in gated.items():
         if isinstance(layer, _GatedRecurrent):
             for row, names in zip(structure.rows(name), layer._all_weights, strict=True):
@@ -44,9 +44,8 @@ def magnitudes(structure: Structure | UnitStructure, model: nn.Module) -> Tensor
     return squares.sqrt()
 
 
-def _as_it_is(structure: Structure, name: str, weight: Tensor) -> Tensor:
+def _as_it_is(found: Any, weight: Tensor) -> Tensor:
     """The weight of the layer in the model as it is now; ``structure.plain`` has that of the moment when it was made."""
-    found: Any = structure.gated.get(name)
     now = getattr(found, "weight", None)
     return now if isinstance(now, Tensor) and now.shape == weight.shape else weight
 

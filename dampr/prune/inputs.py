@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,12 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
+
+from dampr.gates.ranks import groups_in
+from dampr.nn import GatedSyncBatchNorm
+
+Model = TypeVar("Model", bound=nn.Module)
+"""What keeps the type of the model that it is given."""
 
 
 def call(model: nn.Module, example_inputs: Any) -> Any:
@@ -39,8 +46,17 @@ def copied(model: nn.Module, example_inputs: Any = None) -> nn.Module:
     if example_inputs is not None:
         with same_noise(model):
             evaluate(model, example_inputs)
+    return copy.deepcopy(model, _detached(model))
+
+
+def twin(model: nn.Module) -> nn.Module:
+    """Like :func:`copied`, but with the parameters themselves, so it is cheap, and nothing may write into them."""
+    return copy.deepcopy(model, _detached(model) | {id(p): p for p in model.parameters()})
+
+
+def _detached(model: nn.Module) -> dict[int, Any]:
     kept = pytree.tree_leaves([list(vars(module).values()) for module in model.modules()])
-    return copy.deepcopy(model, {id(t): t.detach().clone() for t in kept if isinstance(t, Tensor) and not t.is_leaf})
+    return {id(t): t.detach().clone() for t in kept if isinstance(t, Tensor) and not t.is_leaf} | groups_in(model)
 
 
 def check(example_inputs: Any) -> None:
@@ -195,6 +211,24 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def unsynced(model: nn.Module) -> Iterator[None]:
+    """In the block synchronised batch norms take the statistics of this process alone: no message, on any device. Copies stay that way."""
+    plain = [module for module in model.modules() if type(module) is nn.SyncBatchNorm]
+    gated = [module for module in model.modules() if isinstance(module, GatedSyncBatchNorm) and not module.alone]
+    for norm in plain:
+        norm.forward = functools.partial(nn.BatchNorm2d.forward, norm)  # type: ignore[method-assign, arg-type]
+    for own in gated:
+        own.alone = True
+    try:
+        yield
+    finally:
+        for norm in plain:
+            norm.__dict__.pop("forward", None)
+        for own in gated:
+            own.alone = False
+
+
+@contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """No parameter asks for a gradient in the block: torch's counter follows those of a module's inputs, and readers are found by them."""
     asking = [p for p in model.parameters() if p.requires_grad]
@@ -215,6 +249,19 @@ def removing(hooks: Iterable[RemovableHandle]) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@contextmanager
+def without_hooks(model: nn.Module) -> Iterator[None]:
+    """No forward hooks for the block: they look on."""
+    held = [(m._forward_hooks, dict(m._forward_hooks)) for m in model.modules() if m._forward_hooks]
+    try:
+        for hooks, _ in held:
+            hooks.clear()
+        yield
+    finally:
+        for hooks, before in held:
+            hooks.update(before)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 from dampr import _progress
+from dampr.gates.ranks import over_ranks
 from dampr.nn import PrunedMultiheadAttention
 
 from . import graph, inputs
@@ -77,6 +78,13 @@ class Latency(Cost):
         self._reads, self._writes, self._seconds = (torch.stack(list(t)).to(self.device) for t in (reads, writes, seconds))
         self._seconds *= min(1.0, total / max(float(self._seconds[:, -1, -1].sum()), 1e-12))  # layers alone may take longer than the whole
         return total
+
+    def share(self) -> None:
+        """Take the mean times of all ranks, which would otherwise decide by their own."""
+        self._seconds = over_ranks(self._seconds)
+        self.total = float(over_ranks(torch.tensor(self.total, dtype=torch.float64, device=self.device)))
+        self._fixed = 0.0
+        self._fixed = self.total - float(self(torch.ones(self.structure.size)))
 
     def _each(self, read: Tensor, written: Tensor) -> Tensor:
         (i, u), (j, v) = _between(self._reads, read), _between(self._writes, written)

@@ -10,18 +10,21 @@ from torch import Tensor, nn
 
 from dampr import _checks
 from dampr.gates import SteppedGate
+from dampr.gates.ranks import over_ranks
 
 from . import inputs
 from .budget import Budget
 from .compact import compact
 from .convert import convert as put_gates_in
 from .importance import evenly, magnitudes
-from .recalibrate import recalibrate
+from .recalibrate import recalibrate, share_statistics
 from .summary import gated_layers
+from .wrapped import sees_through
 
 CRITERIA = ("taylor", "magnitude", "random")
 
 
+@sees_through
 def prune_once(
     model: nn.Module,
     batches: Iterable[tuple[Any, Any]] | None = None,
@@ -46,7 +49,8 @@ def prune_once(
     Args:
         model: dense and trained, or with gates; it is not changed.
         batches: pairs of inputs (a tensor, a tuple of positional or a dict of keyword arguments) and targets. A few hundred examples do.
-            Statistics of BatchNorms are taken again on them. Criteria other than ``"taylor"`` need none.
+            Statistics of BatchNorms are taken again on them. Criteria other than ``"taylor"`` need none. In a process group of several
+            ranks each has batches of its own; importance and statistics are means over the ranks, so every rank has to call this.
         loss: called with output and targets; a scalar.
         macs, params, latency: exactly one, as for :class:`dampr.Budget`.
         rounds: in how many steps of equal ratio the cost comes down; importance is measured anew in each.
@@ -85,6 +89,7 @@ def prune_once(
         report = budget.finalize(round_to=round_to, min_width=min_width)
         small: Any = compact(gated, example_inputs=example)
     recalibrate(small, (given for given, _ in data))
+    share_statistics(small)
     small.dampr_budget = report
     plain: nn.Module = small
     return plain
@@ -108,6 +113,7 @@ def _close(budget: Budget, share: float, criterion: str, data: list[tuple[Any, A
     else:
         structure = budget.cost.structure
         values = magnitudes(structure, budget.model) if criterion == "magnitude" else torch.rand(structure.size, dtype=torch.float64)
+        values = over_ranks(values.to(gates[0].device)).cpu()
         scores = evenly(values, [gate.num_gates for gate in gates])
         controller.squares = scores * controller.marginal_cost()
     controller.measured = 10_000  # as if measured for long: the running mean is the value
@@ -129,4 +135,4 @@ def taylor(model: nn.Module, gates: list[SteppedGate], data: list[tuple[Any, Any
             if not bool(row.isfinite().all()):
                 raise ValueError("loss: its gradient is not finite; expected a model and a loss that are")
             total += row.double().cpu().square() / len(data)
-    return total
+    return over_ranks(total.to(probes[0].device)).cpu()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -11,24 +10,27 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from dampr import _checks
-from dampr.gates import Fixed
+from dampr.gates import Fixed, ranks
 
 from . import inputs
+from .averages import become, compact_copies, convert_copies, resemble
 from .budget import Budget, BudgetReport
 from .compact import compact
 from .controller import RAMP, Ramp
 from .convert import convert
 from .expand import check_state
-from .recalibrate import recalibrate
+from .plan_hooks import check_model, divergence, is_trained, uncompiled
+from .recalibrate import recalibrate, share_statistics
 from .reports import Report
+from .schedule import WHEN, ShrinkSchedule
+from .shrinker import Copies, check_copies, copies_of
 from .summary import distinct_gates, gated_layers
+from .wrapped import is_fsdp
 
 WARMUP, TRAINED_WARMUP, SHRINKING = 0.3, 0.05, 0.2  # shares of the steps: dense from scratch, dense from a checkpoint, the ramp
-SEEN = 100  # a norm that has seen that many batches was trained
 LEAST_STEPS = 40
 SILENT = 50  # steps without a gradient on any gate after which a plan gives up
 
@@ -42,8 +44,8 @@ class PlanReport(Report):
     """What a plan did, and when: ``steps`` in all, of which all units were open up to ``dense``, and the model compacted at ``compacted``.
 
     ``budget``: what was decided at that moment; ``difference``: the largest between the outputs of the masked and the compacted model.
-    ``added``: biases that compaction added, which have no state in the optimizer. ``recalibrated``: on how many batches statistics of
-    norms were taken again.
+    ``recalibrated``: on how many batches statistics of norms were taken again. ``shrunk``: which removals of closed units there were
+    before, and which did not pay.
     """
 
     steps: int
@@ -56,6 +58,7 @@ class PlanReport(Report):
     difference: float
     recalibrated: int
     notes: dict[str, str] = field(default_factory=dict)
+    shrunk: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -98,6 +101,8 @@ class Plan:
         distill_loss: called with the outputs of the trained and of the dense model, a scalar. None: the Kullback-Leibler divergence of
             logits (rows, classes) at a temperature of 2, times 4 (Hinton et al. 2015).
         recalibrate: the number of training batches on which statistics of norms are taken again; 0: none.
+        shrink: whether units that are closed for good leave the model during the ramp already (:class:`dampr.Shrinker`), which changes
+            nothing but the time that a step takes. ``"auto"``: where it pays, by the clock; True: whenever it saves 5 %; False: never.
         on_compact: called with the plan right after the model became smaller.
         on_finish: called with the small model by :meth:`finish`.
         convert: more keyword arguments for :func:`dampr.convert`, such as ``{"exclude": "head"}``.
@@ -143,11 +148,12 @@ class Plan:
         distill: float = 0.0,
         distill_loss: Callable[[Any, Any], Tensor] | None = None,
         recalibrate: int = 8,
+        shrink: bool | str = "auto",
         on_compact: Callable[[Plan], Any] | None = None,
         on_finish: Callable[[nn.Module], Any] | None = None,
         convert: Mapping[str, Any] | None = None,
     ) -> None:
-        _check_model(model)
+        check_model(model)
         inputs.check(example_inputs)
         _checks.positive_int("steps", steps, least=LEAST_STEPS)
         for name, share in (("warmup", warmup), ("ramp", ramp)):
@@ -158,10 +164,12 @@ class Plan:
                 _checks.number(name, number, 0)
         for name, count, least in (("recalibrate", recalibrate, 0), ("round_to", round_to, 1), ("min_width", min_width, 1)):
             _checks.positive_int(name, count, least=least)
+        if not any(shrink is when or (isinstance(shrink, str) and shrink == when) for when in WHEN):
+            raise ValueError(f"shrink={shrink!r}: expected one of {list(WHEN)}")
         self.model, self.steps, self.steps_taken = model, steps, 0
         self.report: PlanReport | None = None
         self._inputs, self._gate, self._score = example_inputs, gate, score
-        self._trained = _is_trained(model) if trained is None else _checks.flag("trained", trained)
+        self._trained = is_trained(model) if trained is None else _checks.flag("trained", trained)
         share = (TRAINED_WARMUP if self._trained else WARMUP) if warmup is None else warmup
         self._end = round((share + ramp) * steps)
         if self._end >= steps or round(ramp * steps) < 8:
@@ -185,6 +193,7 @@ class Plan:
         self._output: Any = None
         self._looks: RemovableHandle | None = None
         self._finished = False
+        self._schedule = ShrinkSchedule(shrink, Ramp(0.5, self._length), self._end - self._length, self._end)
         if gated_layers(model):
             found = self._budget = self._make_budget(model, warmup=self._end - self._length)
         else:
@@ -237,29 +246,40 @@ class Plan:
             taught = self._teacher(*args, **kwargs)
         return self._distill * (self._distill_loss or divergence)(output, taught)
 
-    def step(self, optimizer: torch.optim.Optimizer | None = None) -> bool:
-        """Call it after ``optimizer.step()``; True once, when the model has become smaller.
+    def step(self, optimizer: torch.optim.Optimizer | None = None, *, ema: Copies = ()) -> bool:
+        """Call it after ``optimizer.step()``; True when its parameters have other shapes, during and after the ramp.
 
         Args:
             optimizer: of the weights; what is left of its state stays. None: make a new one when this returns True.
+            ema: copies of :attr:`model` with averaged weights (``torch.optim.swa_utils.AveragedModel``), one or several: they get gates and
+                lose units when the model does.
 
         Raises: PlanError after :meth:`finish`, where no gate has had a finite gradient for 50 steps, or where weights are not finite when
-        the ramp begins; ValueError where the optimizer holds parameters of gates or none of the model; BudgetError, CompactionError.
+        the ramp begins; ValueError where the optimizer holds parameters of gates, none of the model, or state that cannot be cut;
+        BudgetError, CompactionError.
         """
         self._check_alive()
+        if any(is_fsdp(module) for module in self.model.modules()):
+            raise PlanError(
+                "plan.model was given to fully_shard, and a plan makes it smaller in place: expected DistributedDataParallel, or a budget "
+                "(dampr.Budget) made before fully_shard, which compacts behind the training"
+            )
         if optimizer is not None:
             self._check_optimizer(optimizer)
+        copies_of(ema)
         self.steps_taken += 1
         smaller = False
         if self.report is None:
             if self._budget is None and self.steps_taken == self._end - self._length:
-                self._begin()
+                self._begin(ema)
             elif self._budget is not None:
                 self._step_budget(self._budget)
                 self._look_at_inputs()
                 if self.steps_taken == self._end:
-                    self._compact(self._budget, optimizer)
+                    self._compact(self._budget, optimizer, ema)
                     smaller = True
+                else:
+                    smaller = self._schedule.step(self.steps_taken, self._budget, self.model, self._inputs, optimizer, ema)
         if optimizer is not None and self._restart is not None:
             self._set_rates(optimizer, self._restart)
         return smaller
@@ -278,6 +298,7 @@ class Plan:
         if self._on_finish is not None:
             self._on_finish(self.model)
         self._remove_hooks()
+        ranks.unwatch(self.model)
         self._finished = True
         return self.model
 
@@ -290,6 +311,10 @@ class Plan:
         else:
             left, goal = self._budget.left(), self._budget.goal
         return {f"{self.metric}_left": left, f"{self.metric}_goal": goal}
+
+    def explain(self) -> str:
+        """Which units left the model before it was compacted, when, and what that took; what did not pay; and what had to stay, and why."""
+        return self._schedule.explain()
 
     def __repr__(self) -> str:
         target = ", ".join(f"{name}={value!r}" for name, value in self._targets.items())
@@ -315,14 +340,16 @@ class Plan:
             "report": None if self.report is None else self.report.as_dict(),
             "rates": self._rates,
             "silent": self._silent,
+            "shrink": self._schedule.state_dict(),
             "batches": list(self._batches),
             "teacher": None if self._teacher is None else self._teacher.state_dict(),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any], optimizer: torch.optim.Optimizer | None = None) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], optimizer: torch.optim.Optimizer | None = None, *, ema: Copies = ()) -> None:
         """Bring a new plan, of the same model and arguments, to where the other was. *Then* load the states of model and optimizer.
 
-        The model gets the gates, or the smaller layers, that it had. ``optimizer`` is what was made of the model's parameters.
+        The model gets the gates, or the smaller layers, that it had. ``optimizer`` is what was made of the model's parameters; ``ema`` are
+        copies with averaged weights, which get them too, and whose states are loaded after this.
 
         Raises PlanError where this plan has begun already, ValueError where it is of another number of steps.
         """
@@ -340,10 +367,13 @@ class Plan:
             if state["kept"] is not None:
                 gates = list(distinct_gates(self.model).values())
                 inputs.replace(self.model, dict(zip(gates, map(Fixed, state["kept"]), strict=True)))
-                self._become(compact(self.model, example_inputs=self._inputs, optimizer=optimizer))
+                become(self.model, compact(self.model, example_inputs=self._inputs, optimizer=optimizer))
                 self._budget, self._kept = None, [values.clone() for values in state["kept"]]
             elif self._budget is not None:
                 self._budget.load_state_dict(state["budget"])
+        if "shrink" in state:
+            self._schedule.load_state_dict(state["shrink"], self._budget, self.model, self._inputs, optimizer)
+        resemble(ema, self._frozen_copy())
         self._batches.extend(state["batches"])
         self.steps_taken, self._rates, self._silent = int(state["steps_taken"]), state["rates"], int(state["silent"])
         self._look_at_inputs()
@@ -361,20 +391,23 @@ class Plan:
         how: dict[str, Any] = {"steps": steps, "score": self._score, "min_share": self._min_share, "warmup": warmup}
         return Budget(model, self._inputs, **self._targets, **how)
 
-    def _begin(self) -> None:
+    def _begin(self, ema: Copies) -> None:
         """Put gates in, which a budget owns."""
         bad = [name for name, p in self.model.named_parameters() if not bool(p.isfinite().all())]
         if bad:
             self.steps_taken -= 1
             raise PlanError(f"step {self.steps_taken + 1}: {bad[0]} has values that are not finite; expected a loss that is")
+        if any(not gated_layers(one) for one in copies_of(ema)):
+            check_copies(ema, self.model)
         if self._distill:
             self._teach(self._frozen_copy())
         with inputs.same_noise(self.model):
             self._budget = self._make_budget(self._with_gates(self.model))
+        convert_copies(ema, self.model, self._with_gates)
 
     def _teach(self, teacher: nn.Module) -> None:
         self._teacher = teacher
-        self._hooks.append(self.model.register_forward_hook(_uncompiled(self._see_outputs), with_kwargs=True))
+        self._hooks.append(self.model.register_forward_hook(uncompiled(self._see_outputs), with_kwargs=True))
 
     def _frozen_copy(self) -> nn.Module:
         hooks = [(hooks, dict(hooks)) for hooks in (self.model._forward_pre_hooks, self.model._forward_hooks)]
@@ -396,17 +429,21 @@ class Plan:
                 "training mode, and a loss that is finite"
             )
 
-    def _compact(self, budget: Budget, optimizer: torch.optim.Optimizer | None) -> None:
+    def _compact(self, budget: Budget, optimizer: torch.optim.Optimizer | None, ema: Copies) -> None:
         if optimizer is not None:
             check_state(optimizer)
+        check_copies(ema, self.model)
+        self._schedule.expand(optimizer, ema)
         decided = budget.finalize(round_to=self._round_to, min_width=self._min_width)
         gates = list(distinct_gates(self.model).values())
         small: Any = compact(self.model, example_inputs=self._inputs, optimizer=optimizer, round_to=1)
+        compact_copies(ema, self.model, self._inputs)
         self._kept = [gate.deterministic().clone() for gate in gates]
-        self._become(small)
+        become(self.model, small)
         self._budget = None
         batches = [args if not kwargs else (args, kwargs) for args, kwargs in self._batches]
         seen = recalibrate(self.model, batches) if self._recalibrate and batches else 0
+        share_statistics(self.model)
         self._batches.clear()
         if self._looks is not None:
             self._looks.remove()
@@ -423,20 +460,10 @@ class Plan:
             manifest["max_abs_difference"],
             seen,
             dict(manifest["closed_but_kept"]),
+            list(self._schedule.decisions),
         )
         if self._on_compact is not None:
             self._on_compact(self)
-
-    def _become(self, small: Any) -> None:
-        """Make the model, the object that others hold, out of what ``small`` is made of."""
-        for kind in ("_modules", "_parameters", "_buffers"):
-            held = getattr(self.model, kind)
-            held.clear()
-            held.update(getattr(small, kind))
-        self.model.__class__ = type(small)  # without the properties that gates on its own parameters are
-        for attribute in small.dampr_manifest.get("sizes", {}).get("", {}):
-            setattr(self.model, attribute, getattr(small, attribute))
-        self.model.dampr_manifest = small.dampr_manifest
 
     def _set_rates(self, optimizer: torch.optim.Optimizer, times: float) -> None:
         if self._rates is None:
@@ -452,7 +479,7 @@ class Plan:
     def _look_at_inputs(self) -> None:
         """Keep the batches of the last steps of the ramp, and of these alone: a hook has a compiled model compiled again."""
         if self._looks is None and self._recalibrate and 0 < self._end - self.steps_taken <= self._recalibrate:
-            self._looks = self.model.register_forward_pre_hook(_uncompiled(self._see_inputs), with_kwargs=True)
+            self._looks = self.model.register_forward_pre_hook(uncompiled(self._see_inputs), with_kwargs=True)
 
     def _see_inputs(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if module.training:
@@ -476,51 +503,10 @@ class Plan:
             raise TypeError(f"optimizer={optimizer!r:.80}: expected a torch.optim.Optimizer")
         if self.steps_taken:
             return
+        check_state(optimizer)
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         gates = {id(p) for p in (self._budget.replaced if self._budget is not None else [])}
         if not held & {id(p) for p in self.model.parameters()}:
             raise ValueError("optimizer: it holds no parameter of plan.model; expected the one that trains it")
         if held & gates:
             raise ValueError("optimizer: it holds parameters of gates, which the plan steps; make it of model.parameters() after the plan")
-
-
-class _Uncompiled:
-    """A hook that a compiler calls and does not look into; unlike what torch makes for that it pickles."""
-
-    def __init__(self, hook: Callable[..., None]) -> None:
-        self.hook, self._called = hook, torch.compiler.disable(hook)
-
-    def __call__(self, *args: Any) -> None:
-        self._called(*args)
-
-    def __reduce__(self) -> Any:
-        return _Uncompiled, (self.hook,)
-
-
-def _uncompiled(hook: Callable[..., None]) -> Callable[..., None]:
-    """``hook``, hidden from torch.compile if the process has loaded it, which takes seconds and is not done here."""
-    return _Uncompiled(hook) if "torch._dynamo" in sys.modules else hook
-
-
-def divergence(output: Any, taught: Any, temperature: float = 2.0) -> Tensor:
-    """T^2 KL(softmax(taught / T) | softmax(output / T)), the mean over rows, of logits (rows, classes); a scalar (Hinton et al. 2015)."""
-    output, taught = (getattr(value, "logits", value) for value in (output, taught))
-    if not isinstance(output, Tensor) or output.dim() != 2:
-        shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        raise ValueError(f"distill: the model's output is {shape}, expected logits (rows, classes); pass distill_loss for another")
-    student, teacher = (F.log_softmax(t.float() / temperature, 1) for t in (output, taught))
-    return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
-
-
-def _check_model(model: Any) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model={model!r:.80}: expected a torch.nn.Module")
-    for attribute, wrapper in (("_orig_mod", "torch.compile"), ("reducer", "DistributedDataParallel")):
-        if attribute in vars(model) or attribute in model._modules:
-            inner = "_orig_mod" if attribute == "_orig_mod" else "module"
-            raise TypeError(f"model: what {wrapper} returned, expected the module itself (model.{inner}); wrap it after that")
-
-
-def _is_trained(model: nn.Module) -> bool:
-    seen = [count for m in model.modules() if isinstance(count := getattr(m, "num_batches_tracked", None), Tensor)]
-    return any(not count.is_meta and int(count) >= SEEN for count in seen)

@@ -8,9 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from dampr.gates.ranks import over_ranks
+
 from . import inputs
+from .wrapped import sees_through
 
 
+@sees_through
 @torch.no_grad()
 def recalibrate(model: nn.Module, batches: Iterable[Any]) -> int:
     """Set the running statistics of every BatchNorm in ``model`` to the mean over ``batches``; returns how many there were.
@@ -25,7 +29,7 @@ def recalibrate(model: nn.Module, batches: Iterable[Any]) -> int:
     if not norms:
         return 0
     momenta, count = [norm.momentum for norm in norms], 0
-    with inputs.evaluating(model), inputs.same_noise(model):
+    with inputs.evaluating(model), inputs.same_noise(model), inputs.unsynced(model):
         try:
             for batch in batches:
                 if not count:
@@ -39,6 +43,16 @@ def recalibrate(model: nn.Module, batches: Iterable[Any]) -> int:
             for norm, momentum in zip(norms, momenta, strict=True):
                 norm.momentum = momentum
     return count
+
+
+@torch.no_grad()
+def share_statistics(model: nn.Module) -> None:
+    """Let every rank have the mean of the running statistics that the ranks took on batches of their own."""
+    for norm in model.modules():
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+            for t in (norm.running_mean, norm.running_var):
+                if t is not None:
+                    t.copy_(over_ranks(t))
 
 
 def _call(model: nn.Module, batch: Any) -> None:

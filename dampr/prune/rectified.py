@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -51,7 +50,7 @@ def _followers(model: nn.Module, norms: Iterable[str], example_inputs: Any) -> d
     for training in (False, True):
         try:
             with inputs.same_noise(model), torch.no_grad():
-                found.append(_alone(copy.deepcopy(tried).train(training), norms, example_inputs))
+                found.append(_alone(inputs.copied(tried).train(training), norms, example_inputs))
         except Exception:  # what does not train on the example inputs (too few of them for a norm, say) has nothing to gain
             return {}
     evaluated, trained = found

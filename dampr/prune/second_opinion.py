@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 
 from dampr.nn import GatedLayer
 
+from . import inputs
 from .structure import plain_copy
 from .units import Units, trace_units
-from .units.partition import NOTHING_TO_CHOOSE
 from .units.proof import retrace
 
 
@@ -27,15 +25,14 @@ def refused(
 ) -> dict[str, str]:
     """Of these layers of ``model``, by name, those that must not lose a channel that they write, and why.
 
-    Left out is a layer whose channels an operator mixes, fixes or computes a statistic of, one that the example inputs do not reach in
-    evaluation, one whose channels something reads that only training reaches, and one whose width the code takes a number from. What is
-    said of the layers ``whole`` (recurrent ones, attention) is only whether they are reached: others know how these are cut.
+    Left out is a layer that the example inputs do not reach in evaluation, one whose channels something reads that only training
+    reaches, and one whose width the code takes a number from. What is said of the layers ``whole`` (recurrent ones, attention) is only
+    whether they are reached: others know how these are cut.
 
-    What training alone mixes or averages, such as an auxiliary loss over all channels, is defined for fewer of them too. Forward hooks look
-    on, and are not traced. A model that cannot be traced is not judged: the result is empty. ``units`` of the model, where they are known;
-    ``known``: layers that were cut in a copy already.
+    Forward hooks look on, and are not traced. A model that cannot be traced is not judged: the result is empty. ``units`` of the model,
+    where they are known; ``known``: layers that were cut in a copy already.
     """
-    with without_hooks(model):
+    with inputs.without_hooks(model):
         return _judged(model, layers, example_inputs, set(whole), units, set(known))
 
 
@@ -45,7 +42,6 @@ def _judged(
     try:
         plain = plain_copy(model, example_inputs) if any(isinstance(m, GatedLayer) for m in model.modules()) else model
         units = trace_units(plain, example_inputs) if seen is None else seen
-        evaluated = functools.cache(lambda: trace_units(plain, example_inputs, training=(False,)))
     except Exception:  # whatever a model does that the tracer cannot follow; convert has other eyes
         return {}
     found = {name: reason for name in whole if (reason := unreached(name, layers[name], units)) is not None}
@@ -54,7 +50,7 @@ def _judged(
     for name, side in sides.items():
         reason = unreached(name, layers[name], units)
         if reason is None and side is not None and side[0] in units.alias:
-            reason = _fixed(units, evaluated, *side) or next((protected[c] for c in units.classes(*side) if c in protected), None)
+            reason = next((protected[c] for c in units.classes(*side) if c in protected), None)
         if reason is not None:
             found[name] = reason
     free = {n: side for n, side in sides.items() if side is not None and side[0] in units.alias and n not in found and n not in known}
@@ -83,26 +79,6 @@ def unreached(name: str, layer: nn.Module, units: Units) -> str | None:
     return f"example_inputs do not reach the layer, in evaluation or in training{untraced}"
 
 
-@contextmanager
-def without_hooks(model: nn.Module) -> Iterator[None]:
-    """No forward hooks for the block."""
-    held = [(m._forward_hooks, dict(m._forward_hooks)) for m in model.modules() if m._forward_hooks]
-    try:
-        for hooks, _ in held:
-            hooks.clear()
-        yield
-    finally:
-        for hooks, before in held:
-            hooks.update(before)
-
-
-def _fixed(units: Units, evaluated: Callable[[], Units], name: str, dim: int) -> str | None:
-    reason = units.why_not(name, dim)
-    if reason is not None and reason.kind in ("mixed", "statistic"):
-        reason = evaluated().why_not(name, dim)
-    return None if reason is None or reason.kind in NOTHING_TO_CHOOSE else str(reason)
-
-
 def _read_in_training_only(units: Units) -> dict[int, str]:
     """The classes that have a member in what evaluation does not reach, and its name: compact would not cut it."""
     found: dict[int, str] = {}
@@ -114,7 +90,7 @@ def _read_in_training_only(units: Units) -> dict[int, str]:
 
 
 def _followed(model: nn.Module, units: Units, free: dict[str, tuple[str, int]], example_inputs: Any) -> dict[str, str]:
-    """Layers without half of whose channels the model computes another function, though it runs."""
+    """Layers without half of whose channels the model does not run, or computes another function."""
     wanted = {one for side in free.values() for one in units.classes(*side)}
     families = [family for family in units.families if wanted & set(family)]
     try:
@@ -123,7 +99,7 @@ def _followed(model: nn.Module, units: Units, free: dict[str, tuple[str, int]], 
         return {}
     found = {}
     for name, side in free.items():
-        reason = next((differs[one].text for one in units.classes(*side) if one in differs and differs[one].runs), None)
+        reason = next((differs[one].text for one in units.classes(*side) if one in differs), None)
         if reason is not None:
             found[name] = reason
     return found

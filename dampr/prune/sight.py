@@ -9,7 +9,7 @@ from torch import nn
 
 from dampr.nn import GatedLayer
 
-from . import graph, second_opinion, unit_gates
+from . import inputs, unit_gates
 from .unit_gates import Placement
 from .units import Units, trace_units
 
@@ -22,10 +22,11 @@ class Sight:
     placement: Placement
     tied: set[str]
 
-    def why_not(self, layer: nn.Module, name: str, widths: graph.Widths, names: dict[nn.Module, str]) -> str | None:
+    def why_not(self, layer: nn.Module, name: str) -> str | None:
         """Why what a layer writes cannot be cut, "" where that was tried and it can, None where it was not tried."""
         units, placement = self.units, self.placement
-        classes = set(units.classes(f"{name}.weight".lstrip("."), int(isinstance(layer, nn.Embedding))))
+        written = units.classes(f"{name}.weight".lstrip("."), int(isinstance(layer, nn.Embedding)))
+        classes = set(written)
         refused = next((reason for one, reason in placement.refused.items() if one in classes), None)
         if refused is not None:
             return refused
@@ -36,17 +37,13 @@ class Sight:
         tied = next((m.name for one in classes for m in units.members[one] if m.name in self.tied), None)
         if tied is not None:
             return f"several modules have {tied!r}, which has its width"
-        owners = {m.name.rpartition(".")[0] for one in classes for m in units.members[one]}
         places = {(m.name, m.dim) for one in classes for m in units.members[one]}
-        code = [size for size in placement.sizes if (units.alias[size.parameter], size.dim) in places]
-        heads_of = next((size for size in code if "head" in size.attribute and size.module), None)
-        if heads_of is not None:
-            return f"something beside its layers has that width ({heads_of.module}.{heads_of.attribute})"
-        if code:  # many of these are never read
-            return None
-        sides = widths.sides(widths.group(layer, True, range(graph.channel_count(layer, True))))
-        beside = sorted(owners - {names[side] for (side, _), *_ in sides if side in names})
-        return f"torch-pruning does not see that {beside[0]!r} has its width too" if beside else ""
+        code = next((size for size in placement.read if (units.alias[size.parameter], size.dim) in places), None)
+        if code is not None:
+            return f"something beside its layers has that width ({f'{code.module}.{code.attribute}'.lstrip('.')})"
+        if len(classes) < len(written):
+            return f"its {len(written)} channels can only go in {len(classes)} sets, as heads do, which have no gates in layers"
+        return ""
 
 
 def look(model: nn.Module, example_inputs: Any) -> Sight | None:
@@ -54,7 +51,7 @@ def look(model: nn.Module, example_inputs: Any) -> Sight | None:
     if any(isinstance(module, GatedLayer) for module in model.modules()):
         return None
     try:
-        with second_opinion.without_hooks(model):
+        with inputs.without_hooks(model):
             units = trace_units(model, example_inputs)
             return Sight(units, unit_gates.place(model, units, example_inputs), _tied(model, units))
     except Exception:  # whatever a model does that the tracer cannot follow; others look too

@@ -24,8 +24,8 @@ from .graph import Side
 class Structure(GateVector[GatedLayer]):
     """What gates of ``model`` cut. The model is left as it was; what its forward raises is raised.
 
-    Channels that go together, by torch-pruning's groups, are one *atom*; an atom goes when every layer that writes it has closed its gates,
-    or every layer that reads it.
+    Channels that go together, one class of units, are one *atom*; an atom goes when every layer that writes it has closed its gates, or
+    every layer that reads it.
 
     Attributes:
         plain: a dense copy of the model with the same names.
@@ -55,8 +55,8 @@ class Structure(GateVector[GatedLayer]):
     def rows(self, name: str) -> list[range]:
         """The gates of layer ``name`` in the vector of all gates; of a recurrent layer by layer and direction."""
         layer, start = self.gated[name], self.start(name)
-        count = len(layer.closed_units()) if isinstance(layer, _GatedRecurrent) else 1
-        size = layer.gate.num_gates // count
+        count = layer.num_layers * (1 + layer.bidirectional) if isinstance(layer, _GatedRecurrent) else 1
+        size = self.count(name) // count
         return [range(start + i * size, start + (i + 1) * size) for i in range(count)]
 
     def branches(self, name: str) -> list[int]:
@@ -87,25 +87,23 @@ class Structure(GateVector[GatedLayer]):
     def _find_atoms(self, widths: graph.Widths) -> None:
         anchors = self._anchors(widths)
         members: set[Side] = set()
-        count = 0
+        atoms: dict[int, int] = {}  # by class
         for layer, writes in anchors:
             if (layer, writes) in self.atoms:
                 continue
             try:
                 if layer not in widths:
                     raise graph.CannotCutError(widths.why_absent(layer))
-                groups = widths.whole_width(layer, writes)
-                members |= {(m.module, m.writes) for group in groups for m in widths.members(group)}
+                sides = widths.members(layer, writes)
             except graph.CannotCutError as error:
                 self.notes[self.names[layer]] = str(error)
                 continue
-            for group in groups:
-                first = count
-                for side, size, channels, roots in widths.sides(group):
-                    atoms = self.atoms.setdefault(side, [-1] * size)
-                    for channel, root in zip(channels, roots, strict=True):
-                        atoms[channel] = first + root
-                        count = max(count, first + root + 1)
+            for member in sides:
+                own = self.atoms.setdefault(member.side, [-1] * graph.channel_count(*member.side))
+                for channel, one in zip(member.channels, member.classes, strict=True):
+                    own[channel] = atoms.setdefault(one, len(atoms))
+            members |= {member.side for member in sides if not member.passes}
+        count = len(atoms)
         self.owners = {writes: [set[frozenset[int]]() for _ in range(count)] for writes in (True, False)}
         for side in members:
             for channel, atom in enumerate(self.atoms[side]):

@@ -17,11 +17,12 @@ from dampr.nn import GatedLayer
 from .compact import compact
 from .measure import count_macs, count_params
 from .reports import Report
+from .wrapped import check_gates, sees_through, unwrapped
 
 
 def gated_layers(model: nn.Module) -> dict[str, GatedLayer]:
-    """Every gated layer of ``model`` by name, in order."""
-    _checks.module("model", model)
+    """Every gated layer of ``model`` by name, in order; of a wrapped model, the names are those of the module inside."""
+    model = unwrapped(_checks.module("model", model))
     return {name: module for name, module in model.named_modules() if isinstance(module, GatedLayer)}
 
 
@@ -54,6 +55,7 @@ def penalty(model: nn.Module, *, lam: Cost = 1.0, prior_precision: Cost = 0.0) -
     layers = gated_layers(model)
     if not layers:
         raise ValueError(f"model={type(model).__name__}: expected gated layers in it (dampr.convert puts them there)")
+    check_gates(unwrapped(model))
     costs = [
         [_cost_of(name, argument, value) for argument, value in (("lam", lam), ("prior_precision", prior_precision))] for name in layers
     ]
@@ -140,7 +142,8 @@ class Summary(Report):
         return "\n".join(lines)
 
 
-def summary(model: nn.Module, *, example_inputs: Any = None) -> Summary:
+@sees_through
+def summary(model: nn.Module, example_inputs: Any = None) -> Summary:
     """Open gates per layer and, with example inputs, parameters and MACs before and after compaction (by compacting a copy, so the numbers
     are exact).
 

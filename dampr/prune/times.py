@@ -14,6 +14,7 @@ from dampr.nn import PrunedMultiheadAttention, ScaledRNN, StackedRNN
 
 from . import graph, inputs
 from .latency import calls_of, seconds_of
+from .wrapped import sees_through
 
 _TIMED = (*graph.GEMMS, nn.RNNBase, nn.MultiheadAttention, PrunedMultiheadAttention)
 GAIN = 0.95  # a layer that takes more than this share of its time before has gained nothing
@@ -32,6 +33,7 @@ class LayerTime:
         return asdict(self)
 
 
+@sees_through
 def layer_times(model: nn.Module, small: nn.Module, example_inputs: Any) -> list[LayerTime]:
     """Time the layers of ``small``, which ``model`` was compacted to, beside those that they were.
 

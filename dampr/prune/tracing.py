@@ -1,4 +1,4 @@
-"""The model as torch-pruning's tracer has to see it: what its layers are, which count as one node, and how odd ones are sliced."""
+"""What the layers of a model are, and which of them count as one node of autograd's graph."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 from dampr.nn import Gate, PrunedMultiheadAttention, Scale, StackedRNN
-
-from . import inputs
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 GEMMS = (nn.Linear, *CONVOLUTIONS)
@@ -49,8 +47,10 @@ def pads_with_zeros(layer: nn.Module) -> bool:
 
 
 def is_leaf(module: nn.Module) -> bool:
-    """Whether a module is one layer: it has no others in it, or is attention, whose last projection is never called."""
-    return isinstance(module, ATTENTION) or not list(module.children())
+    """Whether a module is one layer: it has no others in it but what computes its weights, or is attention, whose last projection is never
+    called.
+    """
+    return isinstance(module, ATTENTION) or all(name == "parametrizations" for name, _ in module.named_children())
 
 
 @contextlib.contextmanager
@@ -86,19 +86,19 @@ def one_node(model: nn.Module, cores: set[nn.Module]) -> Iterator[None]:
 
 
 def _call_as_one_node(layer: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    read = [t for t in pytree.tree_leaves((args, kwargs), is_leaf=_is_packed) if isinstance(t, (Tensor, PackedSequence))]
+    read = [t for t in pytree.tree_leaves((args, kwargs), is_leaf=is_packed) if isinstance(t, (Tensor, PackedSequence))]
     with torch.no_grad():
         made = forward(*args, **kwargs)
-    packed = made[0] if isinstance(made, tuple) and _is_packed(made[0]) else None
+    packed = made[0] if isinstance(made, tuple) and is_packed(made[0]) else None
     results, structure = pytree.tree_flatten(made if packed is None else (packed.data, *made[1:]))
     computed = [t for t in results if isinstance(t, Tensor)]  # attention weights may be None
-    before = [t.data if _is_packed(t) else t for t in read]
+    before = [t.data if is_packed(t) else t for t in read]
     nodes = iter(_OneNode.apply(len(computed), *computed, *before, *layer.parameters()))
     made = pytree.tree_unflatten([next(nodes) if isinstance(t, Tensor) else t for t in results], structure)
     return made if packed is None else (packed._replace(data=made[0]), *made[1:])
 
 
-def _is_packed(value: Any) -> bool:
+def is_packed(value: Any) -> bool:
     return isinstance(value, PackedSequence)
 
 
@@ -117,94 +117,3 @@ def input_columns(layer: nn.Module) -> list[tuple[nn.Module, str]]:
     if isinstance(layer, nn.RNNBase):
         return [(layer, name) for name in ["weight_ih_l0", *["weight_ih_l0_reverse"] * layer.bidirectional]]
     return [(layer, "weight")]
-
-
-def recurrent_pruner() -> Any:
-    """A recurrent layer as one node of torch-pruning's graph, which has no such node for some, and for others one that slices wrongly."""
-    import torch_pruning
-
-    class Recurrent(torch_pruning.BasePruningFunc):  # type: ignore[misc]
-        def get_out_channels(self, layer: nn.RNNBase) -> int:
-            return channel_count(layer, True)
-
-        def get_in_channels(self, layer: nn.RNNBase) -> int:
-            return layer.input_size
-
-        def prune_out_channels(self, layer: nn.RNNBase, idxs: Any) -> nn.Module:
-            raise NotImplementedError  # Widths.members refuses it
-
-        def prune_in_channels(self, layer: nn.RNNBase, idxs: Any) -> nn.Module:
-            left = sorted(set(range(layer.input_size)) - set(idxs))
-            for _, name in input_columns(layer):
-                weight = getattr(layer, name)
-                setattr(layer, name, nn.Parameter(weight.detach()[:, left], requires_grad=weight.requires_grad))
-            layer.input_size = len(left)
-            return layer
-
-    return Recurrent()
-
-
-def attention_pruner() -> Any:
-    """What is left of attention as one node of torch-pruning's graph, which knows only the whole of it."""
-    import torch_pruning
-
-    class Attention(torch_pruning.BasePruningFunc):  # type: ignore[misc]
-        def get_out_channels(self, layer: Any) -> int | None:
-            return getattr(layer, "embed_dim", None)
-
-        def prune_out_channels(self, layer: nn.Module, idxs: Any) -> nn.Module:
-            raise NotImplementedError  # Widths.members refuses it
-
-        get_in_channels = get_out_channels
-        prune_in_channels = prune_out_channels
-
-    return Attention()
-
-
-def scale_pruner(channelwise: set[nn.Module]) -> Any:
-    """Factors of channels are sliced with the channels; those of another dimension stay."""
-    import torch_pruning
-
-    class Factors(torch_pruning.BasePruningFunc):  # type: ignore[misc]
-        def get_out_channels(self, layer: Scale) -> int | None:
-            return layer.num_features if layer in channelwise else None
-
-        def prune_out_channels(self, layer: Scale, idxs: Any) -> nn.Module:
-            if layer in channelwise:
-                layer.scale = layer.scale[sorted(set(range(layer.num_features)) - set(idxs))]
-            return layer
-
-        get_in_channels = get_out_channels
-        prune_in_channels = prune_out_channels
-
-    return Factors()
-
-
-def norm_pruner() -> Any:
-    """Batch norms without a bias, torch 2.13's, which torch-pruning would slice."""
-    import torch_pruning
-
-    class Norm(torch_pruning.pruner.function.BatchnormPruner):  # type: ignore[misc]
-        def prune_out_channels(self, layer: Any, idxs: Any) -> nn.Module:
-            if layer.bias is not None or not layer.affine:
-                return super().prune_out_channels(layer, idxs)  # type: ignore[no-any-return]
-            left = sorted(set(range(layer.num_features)) - set(idxs))
-            layer.affine = False  # the statistics alone
-            super().prune_out_channels(layer, idxs)
-            layer.affine, layer.weight = True, self._prune_parameter_and_grad(layer.weight, left, 0)
-            return layer  # type: ignore[no-any-return]
-
-        prune_in_channels = prune_out_channels
-
-    return Norm()
-
-
-def channelwise_factors(model: nn.Module, example_inputs: Any) -> set[nn.Module]:
-    """The :class:`Scale` modules whose dimension is that of channels: 1 where convolutions read or write, else the last."""
-    dims: dict[nn.Module, int] = {}
-    hooks = [m.register_forward_pre_hook(lambda m, args: dims.update({m: args[0].dim()})) for m in model.modules() if isinstance(m, Scale)]
-    if hooks:
-        with inputs.removing(hooks):
-            inputs.evaluate(model, example_inputs)
-    spatial = {2 + len(m.kernel_size) for m in model.modules() if isinstance(m, CONVOLUTIONS)}
-    return {m for m, dim in dims.items() if isinstance(m, Scale) and m.dim % dim == (1 if dim in spatial else dim - 1)}

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dampr._version import __version__
 
+from .cutting import follow_inputs
 from .unit_structure import UnitStructure, without_gates
 from .units.proof import cut
 from .units.sizes import Size, follow
@@ -34,6 +35,7 @@ def compacted(model: nn.Module, example_inputs: Any, round_to: int) -> tuple[nn.
     before = {name: tuple(t.shape) for name, t in _tensors(small).items()}
     cut(small, structure.units, classes)
     made = follow(small, sizes)
+    follow_inputs(small, example_inputs)
     left = _left(structure, classes, before)
     kept = _sides(small, left)
     names = {module: name for name, module in small.named_modules()}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import itertools
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,10 +21,9 @@ from . import filters, inputs, second_opinion
 from .filters import Filter
 from .units import Units
 from .units.groups import Group, groups, readable
-from .units.proof import cut, differs, half
+from .units.proof import cut, differs, half, substitute
 from .units.sizes import Size, followers
 
-_TRIES = 8  # of families of one kind (the attentions of a model, say); if that many fail to tell good from bad, none of the rest has gates
 _SCALES = (10.0, 100.0)  # of the example inputs on which masked and cut models are compared too
 
 
@@ -36,11 +34,13 @@ class Placement:
     Attributes:
         groups: vectors of gates to be.
         sizes: the numbers beside parameters that follow when these are cut.
+        read: those of them without which the cut model does not compute the same.
         refused: class -> why it gets no gate though the trace calls it free.
     """
 
     groups: list[Group]
     sizes: list[Size] = field(default_factory=list)
+    read: set[Size] = field(default_factory=set)
     refused: dict[int, str] = field(default_factory=dict)
 
     def classes(self) -> list[int]:
@@ -57,41 +57,63 @@ def place(model: nn.Module, units: Units, example_inputs: Any) -> Placement:
     families = _families(units, [one for group in found for one in group.classes])
     kind = functools.partial(_kind, units)
     good: list[tuple[list[list[int]], list[Size]]] = []
-    tries, todo = Counter[str](), [families] if families else []
-    while todo:
-        some = todo.pop()
-        tries[kind(some[0])] += 1
-        reason, follow = _try(model, units, example_inputs, some)
+    todo = [families] if families else []
+    read: set[Size] = set()
+
+    def passes(some: list[list[int]]) -> bool:
+        reason, follow, needed = _try(model, units, example_inputs, some)
         if reason is None:
             good.append((some, follow))
-        elif len({kind(family) for family in some}) > 1:
+            read.update(follow if needed else ())
+        elif len(some) == 1:
+            refused.update(dict.fromkeys(some[0], reason))
+        return reason is None
+
+    while todo:
+        some = todo.pop()
+        if passes(some) or len(some) == 1:
+            continue
+        if len({kind(family) for family in some}) > 1:
             todo += [list(alike) for _, alike in itertools.groupby(sorted(some, key=kind), key=kind)]
-        elif len(some) == 1 or tries[kind(some[0])] > _TRIES:
-            refused |= dict.fromkeys((one for family in some for one in family), reason)
-        else:
-            todo += [some[: len(some) // 2], some[len(some) // 2 :]]
+            continue
+        first, *others, last = some
+        if not passes([first]) | passes([last]):  # what is alike fails alike
+            refused |= dict.fromkeys((one for family in others for one in family), refused[last[0]])
+        elif others:
+            middle = len(others) // 2
+            todo += [half for half in (others[:middle], others[middle:]) if half]
     kept, sizes = _together(model, units, example_inputs, good, refused)
-    return Placement([group for group in found if kept.issuperset(group.classes)], sizes, refused)
+    return Placement([group for group in found if kept.issuperset(group.classes)], sizes, read, refused)
 
 
 def _together(
     model: nn.Module, units: Units, example_inputs: Any, good: list[tuple[list[list[int]], list[Size]]], refused: dict[int, str]
 ) -> tuple[set[int], list[Size]]:
-    """Of sets of families that passed one by one, the classes of those that pass together, and the sizes that follow; adds to ``refused``.
+    """Of sets of families that computed the same one by one, the classes of those that do together, and whose trace is that of the model
+    without them; and the sizes that follow. Adds to ``refused``.
 
     All at once in most cases, else one after the other, the largest first.
     """
+
+    def fault(families: list[list[int]], sizes: list[Size]) -> str:
+        classes = half(units, families)
+        reason = _Masked(model, units, example_inputs, classes).differs(sizes) if len(good) > 1 else ""
+        found = None if reason else differs(model, units, [example_inputs], classes, sizes)
+        return reason if found is None else found.text
+
     kept: list[list[int]] = [family for families, _ in good for family in families]
     sizes = list(dict.fromkeys(size for _, follow in good for size in follow))
-    if len(good) > 1 and _computes_something_else(model, units, example_inputs, half(units, kept), sizes):
-        kept, sizes = [], []
-        for families, follow in sorted(good, key=lambda one: -sum(map(len, one[0]))):
-            more = list(dict.fromkeys([*sizes, *follow]))
-            reason = _computes_something_else(model, units, example_inputs, half(units, [*kept, *families]), more)
-            if reason:
-                refused |= dict.fromkeys((one for family in families for one in family), reason)
-            else:
-                kept, sizes = [*kept, *families], more
+    if not kept or not fault(kept, sizes):
+        return {one for family in kept for one in family}, sizes
+    kept, sizes = [], []
+    todo = [([family], follow) for families, follow in good for family in families] if len(good) == 1 else good
+    for families, follow in sorted(todo, key=lambda one: -sum(map(len, one[0]))):
+        more = list(dict.fromkeys([*sizes, *follow]))
+        reason = fault([*kept, *families], more)
+        if reason:
+            refused |= dict.fromkeys((one for family in families for one in family), reason)
+        else:
+            kept, sizes = [*kept, *families], more
     return {one for family in kept for one in family}, sizes
 
 
@@ -104,7 +126,7 @@ def _kind(units: Units, family: list[int]) -> str:
 def only(model: nn.Module, units: Units, placement: Placement, include: Filter, exclude: Filter) -> Placement:
     """Of a placement the vectors of which all layers that write them are included and not excluded."""
     wanted = set(_wanted(model, units, placement.classes(), include, exclude))
-    return Placement([g for g in placement.groups if wanted.issuperset(g.classes)], placement.sizes, placement.refused)
+    return Placement([g for g in placement.groups if wanted.issuperset(g.classes)], placement.sizes, placement.read, placement.refused)
 
 
 def _owner(model: nn.Module, name: str) -> nn.Module | None:
@@ -130,46 +152,61 @@ def _families(units: Units, classes: Iterable[int]) -> list[list[int]]:
     return [family for family in found if family]
 
 
-def _try(model: nn.Module, units: Units, example_inputs: Any, families: list[list[int]]) -> tuple[str | None, list[Size]]:
-    """Why half of these families cannot be cut, and the numbers that have to follow where it can."""
+def _try(model: nn.Module, units: Units, example_inputs: Any, families: list[list[int]]) -> tuple[str | None, list[Size], bool]:
+    """Why half of these families cannot be cut; where it can, the numbers that follow, and whether the model needs that."""
     classes = half(units, families)
     if not classes:
-        return "every dimension keeps one channel at least", []
+        return "every dimension keeps one channel at least", [], False
     sizes = followers(model, units, [one for family in families for one in family])
     kinds = [sizes, []] if sizes else [[]]
     if len({_kind(units, family) for family in families}) == 1 and sizes:
         kinds[1:1] = [[size for size in sizes if "head" in size.attribute], [size for size in sizes if "head" not in size.attribute]]
-    reason = ""
-    for chosen in kinds:
-        reason = _computes_something_else(model, units, example_inputs, classes, chosen)  # running it is cheaper than tracing it
-        fault = None if reason else differs(model, units, [example_inputs], classes, chosen)
-        reason = reason if fault is None else fault.text
+    masked, reason = _Masked(model, units, example_inputs, classes), ""
+    for number, chosen in enumerate(kinds):
+        if chosen in kinds[:number]:
+            continue
+        reason = masked.differs(chosen)
         if not reason:
-            return None, chosen
-    return reason, []
+            return None, chosen, bool(chosen) and bool(masked.differs([]))
+    return reason, [], False
 
 
-def _computes_something_else(model: nn.Module, units: Units, example_inputs: Any, classes: list[int], sizes: list[Size]) -> str:
-    """Compare a copy in which nothing reads these classes with one that has lost them, also on larger inputs."""
-    masked, small = inputs.copied(model), cut(inputs.copied(model), units, classes, sizes)
-    if any(p.is_meta for p in model.parameters()):
+class _Masked:
+    """A copy of a model in which nothing reads some classes, to be compared with copies that have lost them, also on larger inputs."""
+
+    def __init__(self, model: nn.Module, units: Units, example_inputs: Any, classes: list[int]) -> None:
+        self._model, self._units, self._classes = model, units, classes
+        self._samples = [example_inputs]
+        if any(t.is_floating_point() for t in torch.utils._pytree.tree_leaves(example_inputs) if isinstance(t, Tensor)):
+            small, large = _SCALES
+            self._samples += [_scaled(inputs.perturbed(example_inputs), small), _scaled(example_inputs, large)]
+        self._expected: list[list[Tensor]] = []
+
+    def _outputs(self, number: int) -> list[Tensor]:
+        if number == len(self._expected):
+            masked = inputs.twin(self._model)
+            mask_columns(masked, self._units, self._classes)
+            with inputs.same_noise(masked):
+                self._expected.append(inputs.evaluate(masked, self._samples[number]))
+        return self._expected[number]
+
+    def differs(self, sizes: list[Size]) -> str:
+        """What a copy without the classes does that the masked one does not, with these numbers following; "" for nothing."""
+        if any(p.is_meta for p in self._model.parameters()):
+            return ""
+        small = cut(inputs.twin(self._model), self._units, self._classes, sizes)
+        with inputs.unfused():
+            for number, sample in enumerate(self._samples):
+                try:
+                    with inputs.same_noise(small):
+                        found = inputs.evaluate(small, sample)
+                except Exception as error:
+                    return f"without half of its channels the model does not run, so something beside its layers has that width ({error})"
+                expected = self._outputs(number)
+                tolerance = 30 * inputs.TOLERANCE[_precision(expected)]
+                if inputs.differ(expected, found, tolerance, tolerance * inputs.size(expected)):
+                    return "without half of its channels the model computes something else, so these are mixed or rearranged on the way"
         return ""
-    mask_columns(masked, units, classes)
-    samples = [example_inputs]
-    if any(t.is_floating_point() for t in torch.utils._pytree.tree_leaves(example_inputs) if isinstance(t, Tensor)):
-        samples += [inputs.perturbed(example_inputs), *(_scaled(example_inputs, scale) for scale in _SCALES)]
-    for sample in samples:
-        with inputs.unfused(), inputs.same_noise(masked):
-            expected = inputs.evaluate(masked, sample)
-            try:
-                with inputs.same_noise(small):
-                    found = inputs.evaluate(small, sample)
-            except Exception as error:
-                return f"without half of its channels the model does not run, so something beside its layers has that width ({error})"
-        tolerance = 30 * inputs.TOLERANCE[_precision(expected)]
-        if inputs.differ(expected, found, tolerance, tolerance * inputs.size(expected)):
-            return "without half of its channels the model computes something else, so these are mixed or rearranged on the way"
-    return ""
 
 
 def _precision(outputs: list[Tensor]) -> torch.dtype:
@@ -184,16 +221,23 @@ def _scaled(example_inputs: Any, scale: float) -> Any:
 
 
 def mask_columns(model: nn.Module, units: Units, classes: Iterable[int]) -> None:
-    """Set to 0, in place, the columns of weights that read these classes."""
+    """Set to 0 the columns of weights that read these classes; ``model`` gets parameters of its own there."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     read = np.zeros(len(units.label), bool)
     read[units.columns] = True
-    with torch.no_grad():
-        for one in classes:
-            for name, dim, indices in units.members[one]:
-                here = indices[read[units.first_unit(name, dim) + indices]]
-                if len(here) and name in parameters:
-                    parameters[name].index_fill_(dim, torch.from_numpy(here).to(parameters[name].device), 0.0)
+    closed: dict[str, list[tuple[int, Any]]] = {}
+    for one in classes:
+        for name, dim, indices in units.members[one]:
+            here = indices[read[units.first_unit(name, dim) + indices]]
+            if len(here) and name in parameters:
+                closed.setdefault(name, []).append((dim, here))
+    new: dict[int, Tensor] = {}
+    for name, places in closed.items():
+        values = parameters[name].detach().clone()
+        for dim, here in places:
+            values.index_fill_(dim, torch.from_numpy(here).to(values.device), 0.0)
+        new[id(parameters[name])] = nn.Parameter(values, requires_grad=parameters[name].requires_grad)
+    substitute(model, new)
 
 
 def _wanted(model: nn.Module, units: Units, classes: list[int], include: Filter, exclude: Filter) -> list[int]:
@@ -260,17 +304,18 @@ def left_out(model: nn.Module, units: Units, placement: Placement) -> dict[str, 
     """Why what a layer writes has no gates, for every layer with a matrix of weights of its own."""
     gated = set(placement.classes())
     found: dict[str, str] = {}
-    for name in units.origin:
-        path = name.rpartition(".")[0]
-        absent = second_opinion.unreached(path, model.get_submodule(path), units) if len(units.origin[name]) > 1 else None
+    for name, dims in units.origin.items():
+        if len(dims) < 2:
+            continue
+        path = name.partition(".parametrizations.")[0] if ".parametrizations." in name else name.rpartition(".")[0]
+        absent = second_opinion.unreached(name.rpartition(".")[0], model.get_submodule(name.rpartition(".")[0]), units)
+        written = [units.classes(name, dim) for dim, first, size in dims if _is_written(units, first, size)]
         if absent is not None:
             found[path] = absent
-        dims = [dim for dim, first, size in units.origin[name] if _is_written(units, first, size)]
-        for dim in dims if len(units.origin[name]) > 1 and path not in found else []:
-            classes = units.classes(name, dim)
-            if gated.isdisjoint(classes):
-                reason = next((placement.refused[one] for one in classes if one in placement.refused), None) or units.why_not(name, dim)
-                found[path] = str(reason or "include or exclude leaves it out, or a sum reads it that no weight is in")
+        elif written and all(gated.isdisjoint(classes) for classes in written):
+            reasons = [placement.refused.get(one) or units.reason(one) for one in written[0]]
+            known = next((reason for reason in reasons if reason is not None), None)
+            found[path] = str(known or "include or exclude leaves it out, or a sum reads it that no weight is in")
     return found
 
 

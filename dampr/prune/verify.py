@@ -17,6 +17,7 @@ from dampr.nn import GatedLayer
 from . import inputs
 from .reports import Report
 from .summary import gated_layers
+from .wrapped import sees_through
 
 
 @dataclass
@@ -65,6 +66,7 @@ class Verification(Report):
         return "\n".join([*lines, "ok" if self.ok else "not ok"])
 
 
+@sees_through
 def verify_model(
     model: nn.Module, example_inputs: Any, *, optimizer: torch.optim.Optimizer | None = None, gates_per_layer: int = 64
 ) -> Verification:
@@ -100,7 +102,7 @@ def verify_model(
         return Verification(  # no layer computes with such gates
             [GateCheck(n, type(layer).__name__, layer.gate.num_gates, 0, [], [], problems[n]) for n, layer in gated_layers(model).items()]
         )
-    with inputs.same_noise(model):
+    with inputs.same_noise(model), inputs.unsynced(model):
         for name, found in _unconnected(inputs.copied(model, example_inputs), example_inputs).items():
             problems[name] += found
         return Verification(_try(model, example_inputs, problems, gates_per_layer))

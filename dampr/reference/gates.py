@@ -199,18 +199,22 @@ def _masked_derivative(alpha: torch.Tensor, spec: GateSpec) -> torch.Tensor:
     return m + size.clamp(max=RAMP_LIMIT) * spec.beta * steep
 
 
-def noise(log_alpha: torch.Tensor, spec: GateSpec, seed: torch.Tensor | None, rows: int | None) -> torch.Tensor | None:
-    """The uniforms of ``seed``, (n,) or (rows, n); None for a deterministic gate."""
+def noise(log_alpha: torch.Tensor, spec: GateSpec, seed: torch.Tensor | None, rows: int | None, start: int = 0) -> torch.Tensor | None:
+    """The uniforms of ``seed`` from index ``start`` on, (n,) or (rows, n); None for a deterministic gate."""
     if spec.rule != SAMPLE:
         return None
     assert seed is not None, "a drawn gate needs a seed"
     n = log_alpha.numel()
-    return philox.uniform(seed, n) if rows is None else philox.uniform(seed, rows * n).view(rows, n)
+    return philox.uniform(seed, n, start) if rows is None else philox.uniform(seed, rows * n, start).view(rows, n)
 
 
-def gate_values(log_alpha: torch.Tensor, spec: GateSpec, seed: torch.Tensor | None = None, rows: int | None = None) -> torch.Tensor:
-    """Gates with the noise of ``seed``: (n,), or (rows, n) with a draw per row. ``log_alpha``: (n,); differentiable in it."""
-    z = gate(log_alpha, spec, noise(log_alpha, spec, seed, rows))
+def gate_values(
+    log_alpha: torch.Tensor, spec: GateSpec, seed: torch.Tensor | None = None, rows: int | None = None, start: int = 0
+) -> torch.Tensor:
+    """Gates with the noise of ``seed`` from index ``start`` on: (n,), or (rows, n) with a draw per row. ``log_alpha``: (n,); differentiable
+    in it.
+    """
+    z = gate(log_alpha, spec, noise(log_alpha, spec, seed, rows, start))
     return z if rows is None else z.expand(rows, log_alpha.numel())
 
 

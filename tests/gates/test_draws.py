@@ -245,3 +245,25 @@ def test_a_compiled_layer_draws_what_an_eager_one_does() -> None:
         torch.testing.assert_close(compiled(X), twin(X))
     with dampr.hold_draws(model):
         assert torch.equal(compiled(X), compiled(X))
+
+
+def test_the_next_seed_outlives_to_empty_and_the_meta_device() -> None:
+    layer = dampr.gate_generator(dampr.nn.GatedLinear(4, 4), seed=3)
+    first = int(layer.gate.next_seed)
+    layer.gate()
+    assert int(layer.to_empty(device="cpu").gate.next_seed) == first + 1
+    meta = dampr.gate_generator(dampr.nn.GatedLinear(4, 4, device="meta"), seed=3)
+    assert int(meta.to_empty(device="cpu").gate.next_seed) == first
+
+
+def test_rows_from_an_offset_are_those_of_the_whole() -> None:
+    gate = dampr.gates.HardConcrete(5, init_log_alpha=0.0)
+    whole = dampr.functional.sample_gates(gate.log_alpha, seed=3, rows=9)
+    for backend in ("reference", "auto"):
+        with dampr.backend(backend):
+            part = dampr.functional.sample_gates(gate.log_alpha, seed=3, rows=4, index_offset=5)
+        torch.testing.assert_close(part, whole[5:])
+    with pytest.raises(ValueError, match="index_offset=5: expected 0, because all rows have one draw"):
+        dampr.functional.sample_gates(gate.log_alpha, seed=3, index_offset=5)
+    with pytest.raises(ValueError, match="index_offset=-1: expected an integer of at least 0"):
+        dampr.functional.sample_gates(gate.log_alpha, seed=3, rows=2, index_offset=-1)

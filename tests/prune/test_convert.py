@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import dampr
-from dampr.nn import GatedLinear, GatedParameter
+from dampr.nn import GatedLinear
 
 
 class Plain(nn.Module):
@@ -363,13 +363,16 @@ def test_a_model_that_cannot_be_copied_is_converted():
     assert list(dampr.prune.gated_layers(model)) == ["up"]
 
 
-def test_what_a_parametrized_layer_reads_is_left_out():
+def test_what_a_layer_under_spectral_norm_reads_has_gates_in_front_of_the_norm():
     model = nn.Sequential(nn.Linear(10, 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.utils.parametrizations.spectral_norm(nn.Linear(6, 3)))
     dampr.convert(model, example_inputs=X)
-    assert list(dampr.prune.gated_layers(model)) == ["0"]
-    assert model.dampr_skipped["2"] == "the weight of ParametrizedLinear '4' is computed from other tensors"
-    model[0].gate.log_alpha.data[2] = -9
-    assert dampr.compact(model, example_inputs=X)[0].out_features == 7
+    assert list(dampr.prune.gated_layers(model)) == ["2.weight_gates.0", "4.parametrizations.weight.original_gates.0"]
+    for gates in dampr.prune.gated_layers(model).values():
+        gates.gate.log_alpha.data[2] = -9
+    small = dampr.compact(model, example_inputs=X)
+    assert [small[i].out_features for i in (0, 2, 4)] == [7, 5, 3]
+    assert small[4].in_features == 5
+    torch.testing.assert_close(small.eval()(X), model.eval()(X))
 
 
 def test_a_compiled_model_is_refused():
@@ -378,13 +381,11 @@ def test_a_compiled_model_is_refused():
         dampr.convert(model, example_inputs=torch.randn(3, 4))
 
 
-def test_a_model_that_torch_pruning_cannot_follow_is_converted_by_its_units(monkeypatch):
-    def fail(graph, model, example_inputs, forward_fn, **how):
-        forward_fn(model, example_inputs)
-        raise IndexError("no such node")
+def test_a_model_that_cannot_be_traced_is_refused_in_words(monkeypatch):
+    def fail(*args, **how):
+        raise IndexError("no such operator")
 
-    monkeypatch.setattr("torch_pruning.DependencyGraph.build_dependency", fail)
-    model = dampr.convert(mlp(), example_inputs=X)
-    assert all(type(layer) is GatedParameter for layer in dampr.prune.gated_layers(model).values())
-    with pytest.raises(dampr.ConversionError, match=r"torch-pruning cannot follow Sequential \(IndexError: no such node\)$"):
-        dampr.convert(mlp(), example_inputs=X, per_sample=True)
+    for module in ("graph", "sight"):
+        monkeypatch.setattr(f"dampr.prune.{module}.trace_units", fail)
+    with pytest.raises(dampr.ConversionError, match=r"^the operators of Sequential cannot be followed \(IndexError: no such operator\)$"):
+        dampr.convert(mlp(), example_inputs=X)

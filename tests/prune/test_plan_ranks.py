@@ -24,7 +24,7 @@ torch.manual_seed(0)
 model = nn.Sequential(nn.Linear(12, 40), nn.ReLU(), nn.Linear(40, 30), nn.ReLU(), nn.Linear(30, 4))
 x, w = torch.randn(512, 12), torch.randn(12, 4)
 y = (x @ w).argmax(1)
-plan = dampr.Plan(model, x[:8], macs=0.3, steps=60, score=score)
+plan = dampr.Plan(model, x[:8], macs=0.3, steps=60, score=score, shrink=True)
 wrapped = DistributedDataParallel(plan.model)
 optimizer = torch.optim.Adam(plan.model.parameters(), lr=1e-2)
 torch.manual_seed(7)  # the same draws of gates on both ranks

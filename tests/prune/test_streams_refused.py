@@ -98,7 +98,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "softmax": (odd("softmax"), "computes something else, so these are mixed or rearranged on the way"),
     "shared": (odd("shared"), "Embedding 'embedding' shares a weight with Linear 'other', which has another width"),
     "groups": (odd("groups"), "Conv1d 'grouped' (with groups shares its width|reads Embedding 'embedding' without)"),
-    "another norm": (odd("rms"), "does not run, so something beside its layers has that width .*normalized_shape"),
+    "another norm": (odd("rms"), "RMSNorm 'rms' shares its width, and cannot be cut yet"),
     "recurrent": (odd("recurrent"), "LSTM 'lstm' shares its width, and cannot be cut yet"),
 }
 

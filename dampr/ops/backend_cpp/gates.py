@@ -14,19 +14,20 @@ from .fold_weight import fold_into, unfold
 from .host import CODES, new, ptr
 
 
-def sample_gates_fwd(gate: GateArgs, rows: int | None) -> Tensor:
+def sample_gates_fwd(gate: GateArgs, rows: int | None, start: int = 0) -> Tensor:
     log_alpha = gate.log_alpha.contiguous()
     n = log_alpha.numel()
     z = log_alpha.new_empty(n if rows is None else (rows, n))
-    _C.gates_fwd(gate.spec, CODES[z.dtype], ptr(log_alpha), ptr(gate.seed), 1 if rows is None else rows, n, ptr(z), torch.get_num_threads())
+    sizes = 1 if rows is None else rows, n
+    _C.gates_fwd(gate.spec, CODES[z.dtype], ptr(log_alpha), ptr(gate.seed), *sizes, ptr(z), torch.get_num_threads(), start)
     return z
 
 
-def sample_gates_bwd(dz: Tensor, gate: GateArgs, rows: int | None) -> Tensor:
+def sample_gates_bwd(dz: Tensor, gate: GateArgs, rows: int | None, start: int = 0) -> Tensor:
     log_alpha = gate.log_alpha.contiguous()
     dz, out = dz.to(log_alpha.dtype).contiguous(), torch.empty_like(log_alpha)
     sizes = 1 if rows is None else rows, log_alpha.numel()
-    _C.gates_bwd(gate.spec, CODES[out.dtype], ptr(log_alpha), ptr(gate.seed), *sizes, ptr(dz), ptr(out), torch.get_num_threads())
+    _C.gates_bwd(gate.spec, CODES[out.dtype], ptr(log_alpha), ptr(gate.seed), *sizes, ptr(dz), ptr(out), torch.get_num_threads(), start)
     return out
 
 

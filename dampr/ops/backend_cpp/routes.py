@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from dampr.ops import routes
+from dampr.ops import routes, thresholds
 from dampr.ops.library import choose_activations
 from dampr.ops.live import WORK
 
@@ -57,7 +57,7 @@ def route(
 
 
 def _or_live(work: int) -> str:
-    return "; on the open gates alone where a call finds enough of them closed" if work >= WORK else ""
+    return f"; on the open gates alone where a call finds enough closed: {thresholds.described()}" if work >= WORK else ""
 
 
 def conv_route(problem: routes.ConvProblem) -> tuple[str, str]:

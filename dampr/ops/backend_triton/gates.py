@@ -7,13 +7,19 @@ import triton
 
 from dampr.kernels import configs
 from dampr.kernels import gates as gate_kernels
+from dampr.ops import backend_reference
 from dampr.ops.gate_args import GateArgs
 
 from . import host
 
 
-def sample_gates_fwd(gate: GateArgs, rows: int | None) -> torch.Tensor:
-    """Gates of ``log_alpha`` (n,): float32 of shape (n,), or (rows, n) with a draw per row."""
+def sample_gates_fwd(gate: GateArgs, rows: int | None, start: int = 0) -> torch.Tensor:
+    """Gates of ``log_alpha`` (n,): float32 of shape (n,), or (rows, n) with a draw per row.
+
+    From another index than 0 on (rows of a batch that several processes share) they are drawn in plain PyTorch.
+    """
+    if start:
+        return backend_reference.sample_gates_fwd(gate, rows, start)
     log_alpha = gate.log_alpha.contiguous()
     n, height = log_alpha.numel(), 1 if rows is None else rows
     z = host.empty(log_alpha, (height, n), torch.float32)
@@ -24,8 +30,10 @@ def sample_gates_fwd(gate: GateArgs, rows: int | None) -> torch.Tensor:
     return z.view(n) if rows is None else z
 
 
-def sample_gates_bwd(dz: torch.Tensor, gate: GateArgs, rows: int | None) -> torch.Tensor:
+def sample_gates_bwd(dz: torch.Tensor, gate: GateArgs, rows: int | None, start: int = 0) -> torch.Tensor:
     """Gradient (n,) of ``log_alpha`` for that of its gates, ``dz``: (n,) or (rows, n), float32."""
+    if start:
+        return backend_reference.sample_gates_bwd(dz, gate, rows, start)
     log_alpha = gate.log_alpha.contiguous()
     n, height = log_alpha.numel(), 1 if rows is None else rows
     block_m, block_n = configs.GATE_VECTOR if height == 1 else configs.COLUMN_SUM_TILE

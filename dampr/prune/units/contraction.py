@@ -29,19 +29,23 @@ def product(call: Call, a: Tensor, b: Tensor, letters: tuple[str, str], result: 
     order = result + "".join(sorted(set("".join(letters)) - set(result)))
     sizes = {letter: n for tensor, own in ((a, letters[0]), (b, letters[1])) for letter, n in zip(own, tensor.shape, strict=True)}
     operands = []
+    both = call.is_weight(a) and call.is_weight(b)  # a vector that a weight is multiplied with is not what reads its units
     for tensor, own in ((a, letters[0]), (b, letters[1])):
         marks = call.of(tensor)
         if marks is not None:
             axes = [_in_order(axis, own, order) for axis in marks.axes]
-            if marks.weight:
+            if marks.weight and not (both and tensor.dim() == 1):
                 _note_sides(call, axes, len(result))
             operands.append((Marks(axes), [sizes[letter] if letter in own else 1 for letter in order]))
     met = call.ledger.meet([sizes[letter] for letter in order], operands, call)
     zero = any(call.of(t) is None and call.tracer.is_zero(t) for t in (a, b))
     weighed = any((marks := call.of(t)) is not None and marks.weight for t in (a, b))
-    kind = "statistic" if call.is_weight(a) and call.is_weight(b) and not zero else "weighed" if weighed else "sum"
+    kind = "noted" if both and not zero else "weighed" if weighed else "sum"
+    contracted = set(range(len(result), len(order)))
+    if kind == "noted":
+        call.ledger.norm_of([marks.axes for marks, _ in operands], contracted, call)
     call.count(math.prod(sizes.values()), met)
-    return call.ledger.reduce(met, set(range(len(result), len(order))), False, kind, call)
+    return call.ledger.reduce(met, contracted, False, kind, call)
 
 
 def _in_order(axis: Tensor, own: str, order: str) -> Tensor:

@@ -92,6 +92,8 @@ class Ledger:
         reached: name -> the modes (training or not) in which an operator read it.
         numbers: (operator, what it was given beside tensors) of every elementwise call, in order.
         columns: units of the contracted dimensions of weights themselves, also in ``read``.
+        normalised: sums over weights alone, each the units of its factors in the same places, and the reason: harmless where gates are on a
+            factor that also reads these units, for zeros there count as if they were not there.
         summed: units of activations that are added up by no weight (a sum over channels, a product of two activations).
         products: every product that a FLOP counter counts.
     """
@@ -104,6 +106,7 @@ class Ledger:
     fixed: list[tuple[Ints, Reason]] = field(default_factory=list)
     statistics: list[tuple[Ints, Reason]] = field(default_factory=list)
     splits: list[Split] = field(default_factory=list)
+    normalised: list[tuple[list[Ints], Reason]] = field(default_factory=list)
     read: list[Ints] = field(default_factory=list)
     written: list[Ints] = field(default_factory=list)
     reached: dict[str, set[bool]] = field(default_factory=dict)
@@ -151,7 +154,7 @@ class Ledger:
 
     def _parts(self) -> list[list[Any]]:
         own = self.unions, self.blocks, self.fixed, self.statistics, self.splits, self.read, self.written
-        return [*own, self.numbers, self.columns, self.summed, self.products]
+        return [*own, self.normalised, self.numbers, self.columns, self.summed, self.products]
 
     # what rules say ---------------------------------------------------------------------------------------------------------------------
     def unite(self, a: Tensor, b: Tensor, call: Where) -> None:
@@ -213,11 +216,18 @@ class Ledger:
                 self.fix([own, other], call.why("mixed", "two families of channels share part of a dimension"))
         return axis, rest
 
+    def norm_of(self, factors: Iterable[Axes], dims: set[int], call: Where) -> None:
+        """Weights alone are added up over ``dims``, each product of the elements of ``factors`` at one place."""
+        lines: dict[frozenset[int], list[Ints]] = {}
+        for axis in (axis for axes in factors for axis in axes if varying(axis) and varying(axis) <= dims):
+            lines.setdefault(frozenset(varying(axis)), []).append(line(axis))
+        self.normalised += [(own, call.why("statistic", "a norm of the weight counts its channels")) for own in lines.values()]
+
     def reduce(self, axes: Axes, dims: set[int], keepdim: bool, kind: str, call: Where) -> Axes:
         """The axes after a reduction over ``dims``.
 
-        ``kind``: "weighed", a sum to which each unit adds what a weight makes of it; "sum", to which units of zeros add nothing;
-        "statistic", such as a mean; "mixed", everything else.
+        ``kind``: "weighed", a sum to which each unit adds what a weight makes of it; "sum", to which units of zeros add nothing; "noted",
+        a sum that :meth:`norm_of` has noted; "statistic", such as a mean; "mixed", everything else.
         """
         out = []
         for axis in axes:
@@ -229,7 +239,7 @@ class Ledger:
                     self.fix(axis, call.why("mixed", "its channels are mixed"))
                 elif kind == "weighed":
                     self.read.append(line(axis))
-                else:
+                elif kind == "sum":
                     self.read.append(line(axis))
                     self.summed.append(line(axis))
                 continue

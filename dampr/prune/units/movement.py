@@ -59,6 +59,20 @@ def _move(call: Call) -> Axes:
     return out
 
 
+@rules.rule("_pack_padded_sequence _pad_packed_sequence")
+def _pack(call: Call) -> tuple[Axes, ...]:
+    """Steps and sequences become rows, or rows steps and sequences; features stay."""
+    tensor, rank = call.args[0], call.first.dim()
+    rows = tensor.dim() - (rank - (1 if call.name == "_pack_padded_sequence" else 2))
+    out = []
+    for axis in call.axes(tensor):
+        if any(dim < rows for dim in varying(axis)):
+            call.ledger.fix(axis, call.why("picked", "its channels are steps or sequences"))
+        else:
+            out.append(axis.reshape([1] * (rank - tensor.dim() + rows) + list(axis.shape[rows:])))
+    return out, []
+
+
 @rules.rule("view_as_complex")
 def _pairs_as_complex(call: Call) -> Axes | tuple[Axes, ...]:
     axes = call.axes(call.args[0])

@@ -39,6 +39,7 @@ class Units:
         free: classes that may be cut, in order.
         fixed: class -> why it stays.
         statistics: class -> what is computed over it; it may be cut where that counts open units.
+        normalised: free class -> the norm of a weight that reads it, which counts it; it may be cut where gates are on that weight.
         families: free classes of dimensions that have classes in common.
         read, written: the units that weights read, and those that they write.
         reached: name -> the modes (``training``) in which an operator read the parameter.
@@ -59,6 +60,7 @@ class Units:
     read: Ints
     written: Ints
     reached: dict[str, set[bool]]
+    normalised: dict[int, Reason] = field(default_factory=dict)
     modes: tuple[bool, ...] = (False,)
     failed: dict[bool, str] = field(default_factory=dict)
     numbers: list[tuple[Any, ...]] = field(default_factory=list)
@@ -99,13 +101,16 @@ class Units:
         return any(bool(np.isin(np.arange(first, first + size), self.columns).any()) for first, size in found)
 
     def why_not(self, name: str, dim: int) -> Reason | None:
-        """Why an index of this dimension must not be cut, or only where statistics count open units; None where all are free.
+        """Why an index of this dimension must not be cut, or only under conditions (:attr:`statistics`, :attr:`normalised`); else None.
 
         Of several reasons the one of the lowest index, but what is mixed or fixed before that nothing is left to choose.
         """
-        found = [self.fixed.get(c) or self.statistics.get(c) for c in self.classes(name, dim)]
-        reasons = [reason for reason in found if reason is not None]
+        reasons = [reason for one in self.classes(name, dim) if (reason := self.reason(one)) is not None]
         return next((reason for reason in reasons if reason.kind not in NOTHING_TO_CHOOSE), reasons[0] if reasons else None)
+
+    def reason(self, one: int) -> Reason | None:
+        """Why a class must not be cut, or only under conditions."""
+        return self.fixed.get(one) or self.statistics.get(one) or self.normalised.get(one)
 
     def indices(self, classes: Iterable[int]) -> dict[str, dict[int, list[int]]]:
         """What goes with these classes: name -> dimension -> indices in order."""
@@ -122,7 +127,10 @@ def solve(ledger: Ledger, modes: tuple[bool, ...] = (False,), failed: dict[bool,
     labels.settle()
     label = labels.label
     fixed = _of_classes(label, [*ledger.fixed, *labels.conflicts(), *_unlabelled(ledger), *_left_alone(ledger, label)])
-    statistics = _of_classes(label, ledger.statistics)
+    columns = _united(ledger.columns)
+    sums = [(lines[0], np.any([np.isin(units, columns) for units in lines], 0), why) for lines, why in ledger.normalised]
+    statistics = _of_classes(label, [*ledger.statistics, *((units[~read], why) for units, read, why in sums)])
+    normalised = _of_classes(label, [(units[read], why) for units, read, why in sums])
     classes = np.unique(np.concatenate([np.zeros(0, np.int64), *(label[first : first + size] for *_, first, size in _dimensions(ledger))]))
     read, written = _united(ledger.read), _united(ledger.written)
     unread = Reason("unread", "no weight reads it")
@@ -140,11 +148,12 @@ def solve(ledger: Ledger, modes: tuple[bool, ...] = (False,), failed: dict[bool,
         families=_families(ledger, label, free),
         read=read,
         written=written,
+        normalised={one: normalised[one] for one in free if one in normalised},
         reached=ledger.reached,
         modes=modes,
         failed=failed or {},
         numbers=ledger.numbers,
-        columns=_united(ledger.columns),
+        columns=columns,
         summed=_united(ledger.summed),
         products=ledger.products,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,18 +36,25 @@ def cut(model: nn.Module, units: Units, classes: Iterable[int], sizes: Iterable[
             left = left.index_select(dim, torch.from_numpy(keep).to(left.device))
         parameter = isinstance(old[name], nn.Parameter)
         new[id(old[name])] = nn.Parameter(left, requires_grad=old[name].requires_grad) if parameter else left
-    changed: dict[nn.Module, None] = {}
+    changed = substitute(model, new)
+    with inputs.evaluating(model):  # a weight that is computed anew, by a spectral norm in training, would move its buffers
+        for module in model.modules():
+            if module in changed or parametrize.is_parametrized(module):
+                follow_parameters(module)
+    follow(model, sizes)
+    return model
+
+
+def substitute(model: nn.Module, new: Mapping[int, Tensor]) -> set[nn.Module]:
+    """Put tensors in the place of parameters and buffers, by the ids of these, under every name. Returns the modules that have some."""
+    changed: set[nn.Module] = set()
     for module in model.modules():
         tables: tuple[dict[str, Any], dict[str, Any]] = module._parameters, module._buffers
         for table in tables:
             found = {name: new[id(t)] for name, t in table.items() if t is not None and id(t) in new}
             table.update(found)
-            changed |= dict.fromkeys([module] if found else [])
-    for module in model.modules():
-        if module in changed or parametrize.is_parametrized(module):
-            follow_parameters(module)
-    follow(model, sizes)
-    return model
+            changed.update([module] if found else [])
+    return changed
 
 
 def follow_parameters(module: Any) -> None:
@@ -56,8 +63,12 @@ def follow_parameters(module: Any) -> None:
     if weight is None:
         weight = getattr(module, "running_mean", None)
     if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
-        read, kept = [p for name, p in module.named_parameters() if "weight" in name][:2]
-        module.input_size, module.hidden_size = read.shape[1], kept.shape[1]
+        read, recurrent = [p for name, p in module.named_parameters() if "weight" in name][:2]
+        module.input_size = read.shape[1]
+        if getattr(module, "proj_size", 0):
+            module.hidden_size, module.proj_size = read.shape[0] // 4, recurrent.shape[1]
+        else:
+            module.hidden_size = recurrent.shape[1]
         if isinstance(module, nn.RNNBase):
             module._flat_weights = [getattr(module, name, None) for name in module._flat_weights_names]
     if not isinstance(weight, Tensor):
@@ -134,7 +145,7 @@ def retrace(
 
 def differs(model: nn.Module, units: Units, samples: list[Any], classes: list[int], sizes: Iterable[Size] = ()) -> Differs | None:
     """What a copy of ``model`` without these classes does that the whole does not, by a trace of it; None where nothing differs."""
-    small = cut(inputs.copied(model), units, classes, sizes)
+    small = cut(inputs.twin(model), units, classes, sizes)
     ledger = Ledger.of(small)
     try:
         for mode in units.modes:
@@ -219,4 +230,4 @@ def mask(model: nn.Module, units: Units, classes: Iterable[int]) -> nn.Module:
     return model
 
 
-__all__ = ["Differs", "cut", "differs", "follow_parameters", "half", "mask", "probe", "retrace"]
+__all__ = ["Differs", "cut", "differs", "follow_parameters", "half", "mask", "probe", "retrace", "substitute"]

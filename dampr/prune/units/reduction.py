@@ -73,7 +73,8 @@ def _group_norm(call: Call) -> Axes | tuple[Axes, ...]:
 def _weight_norm(call: Call) -> tuple[Axes, ...]:
     direction, length = call.args[:2]
     over = {d for d in range(direction.dim()) if length.shape[d] == 1}
-    call.ledger.reduce(call.axes(direction), over, True, "statistic", call)
+    call.ledger.norm_of([call.axes(direction)], over, call)
+    call.ledger.reduce(call.axes(direction), over, True, "noted", call)
     operands = [rules.operand(call, t) for t in (direction, length)]
     return call.ledger.meet(list(direction.shape), list(filter(None, operands)), call), []
 
@@ -91,9 +92,10 @@ def _reduction(kind: str) -> Rule:
             return rules.elementwise(call)
         tensor, marks = call.args[0], call.of(call.args[0])
         keepdim = call.first.dim() == tensor.dim() > 0
-        # A closed unit is 0 where it is computed, not in the weight that reads it, so a sum over a weight is a statistic.
-        how = "statistic" if kind == "sum" and marks is not None and marks.weight else kind
-        dims = _dims(call, tensor.dim())
+        dims, how = _dims(call, tensor.dim()), kind
+        if kind == "sum" and marks is not None and marks.weight:
+            call.ledger.norm_of([marks.axes], dims, call)
+            how = "noted"
         if how == "sum" and len(dims) == 1:
             call.probe(tensor, call.axes(tensor), min(dims))
         axes = call.ledger.reduce(call.axes(tensor), dims, keepdim, how, call)

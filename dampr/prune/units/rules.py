@@ -44,9 +44,9 @@ def of(func: Any, name: str) -> Rule | None:
 
 
 def operand(call: Call, tensor: Tensor) -> tuple[Marks, list[int]] | None:
-    """What :meth:`~.ledger.Ledger.meet` takes, of one tensor."""
+    """What :meth:`~.ledger.Ledger.meet` takes, of one tensor; where it was expanded it is broadcast."""
     marks = call.of(tensor)
-    return None if marks is None else (marks, list(tensor.shape))
+    return None if marks is None else (marks, [size if stride else 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)])
 
 
 def write(call: Call, tensors: Iterable[Any]) -> None:
@@ -64,7 +64,7 @@ def write(call: Call, tensors: Iterable[Any]) -> None:
 def elementwise(call: Call) -> Axes:
     """Units that meet are one unit; constants have to be the same along the units."""
     ledger, shape = call.ledger, list(call.first.shape)
-    operands = [(marks, list(t.shape)) for t, marks in zip(call.given, call.marks, strict=True) if marks is not None]
+    operands = list(filter(None, (operand(call, t) for t in call.given)))
     if not all(marks.weight for marks, _ in operands):
         write(call, call.given)
     axes = ledger.meet(shape, operands, call)

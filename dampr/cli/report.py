@@ -11,7 +11,7 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from dampr.bench.verify import Row
-from dampr.demo import Report
+from dampr.cli.demo import Report
 
 DEMO_COLUMNS = ("model", "accuracy", "open units", "params", "MACs", "of dense", "ms", "KB")
 

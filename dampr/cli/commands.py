@@ -9,9 +9,11 @@ import typer
 from rich.console import Console
 
 import dampr
-from dampr import demo as demo_job
-from dampr import model_report, prune, report
-from dampr.bench import linear, records, verify
+from dampr import prune
+from dampr.bench import linear, records, tune, verify
+from dampr.cli import demo as demo_job
+from dampr.cli import model_report, report
+from dampr.ops import thresholds
 
 HELP = """Learned gates that prune networks while they train.
 
@@ -177,13 +179,35 @@ def bench_command(
     raise typer.Exit(0 if verified else 1)
 
 
+@app.command("tune")
+def tune_command(json: Json = None) -> None:
+    """Measure from which share of closed gates on this CPU gains by leaving them out.
+
+    With this number of threads, in some seconds. What it finds is kept in the user's cache folder and holds from then on; without it the
+    thresholds are safe ones.
+    """
+    if dampr.backend_info()["cpp"].startswith("missing"):
+        raise dampr.BackendUnavailableError(f"cpp {dampr.backend_info()['cpp']}; expected the extension, whose routes are tuned")
+    timings = tune.run()
+    columns = ("gates of", "closed", "time, of not leaving out")
+    report.print_table(console, "closed gates left out", columns, [(t.side, f"{t.closed:.1%}", f"{t.ratio:.2f}") for t in timings])
+    found = tune.keep(timings)
+    console.print(f"left out {thresholds.described(found)}: {thresholds.path()}", highlight=False, soft_wrap=True)
+    if json is not None:
+        rows = [t._asdict() for t in timings]
+        records.write_json(json, {"environment": records.environment(), "timings": rows, "thresholds": found._asdict()})
+
+
 @app.command()
 def info(json: Json = None) -> None:
-    """Say which backends are here, and why one is missing."""
+    """Say which backends are here, why one is missing, and what dampr tune has found."""
+    skip = thresholds.skip()
     if json is not None:
-        records.write_json(json, {"environment": records.environment(), "backends": dampr.backend_info()})
+        content = {"environment": records.environment(), "backends": dampr.backend_info(), "thresholds": skip._asdict()}
+        records.write_json(json, content)
     for name, state in dampr.backend_info().items():
         console.print(f"{name:10} {state}", highlight=False, soft_wrap=True)
+    console.print(f"{'skip':10} {thresholds.described(skip)}", highlight=False, soft_wrap=True)
 
 
 CLEAR = (

@@ -1,0 +1,249 @@
+"""How long whole runs take: dense, narrow from scratch, a plan that keeps closed units to the end of its ramp, and one that shrinks.
+
+``python -m benchmarks.training run | table``. Tasks, recipe and batches are those of :mod:`benchmarks.quality`; CPU seconds, one thread.
+One JSON line a run under ``benchmarks/results/training/TASK.jsonl``: a run that is there is not done again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from benchmarks.quality import data
+from benchmarks.quality.methods import METHODS as QUALITY
+from benchmarks.quality.methods import Planned, Setup
+from benchmarks.quality.tables import paired_interval
+from benchmarks.quality.tasks import TASKS, Task
+from benchmarks.quality.training import Method, accuracy, train
+from benchmarks.quality.widths import macs
+from benchmarks.tables import PLACE, ROOT
+from dampr.bench import records
+from dampr.cli import report
+from dampr.prune.measure import count_macs
+
+RESULTS = ROOT / "benchmarks" / "results" / "training"
+DOCUMENT, CHART = ROOT / "docs" / "training_time.md", ROOT / "docs" / "plots" / "training-time.png"
+SHARES = {"lenet5": 0.15, "vgg": 0.25, "resnet20": 0.25, "gru": 0.25, "transformer": 0.5}
+METHODS: dict[str, Callable[[Setup], Method]] = {
+    "dense": QUALITY["dense"],
+    "narrow": QUALITY["narrow"],
+    "plan": lambda setup: Planned(setup, shrink=False),
+    "plan, shrinking": lambda setup: Planned(setup, shrink="auto"),
+}
+TITLES = {
+    "dense": "dense",
+    "narrow": "narrow from scratch",
+    "plan": "dampr.Plan, shrink=False",
+    "plan, shrinking": "dampr.Plan",
+}
+RAMP, COMPACTED = 0.3, 0.5  # of the steps: where a plan from scratch begins its ramp, and where it ends
+_loaded = functools.lru_cache(maxsize=1)(data.load)
+Record = dict[str, Any]
+
+
+class Run(NamedTuple):
+    """What tells a run from the others."""
+
+    task: str
+    method: str
+    seed: int
+    steps: int
+
+
+def wanted(seeds: list[int], scale: float, tasks: list[str]) -> Iterator[Run]:
+    """Every run, seed by seed."""
+    for seed in seeds:
+        for task in tasks:
+            for method in METHODS:
+                yield Run(task, method, seed, round(scale * TASKS[task].steps))
+
+
+def read(folder: Path = RESULTS) -> dict[Run, Record]:
+    """Every whole line; one that a crash cut short is left out."""
+    found: dict[Run, Record] = {}
+    for path in sorted(folder.glob("*.jsonl")):
+        for line in path.read_text().splitlines():
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            found[Run(*(record[name] for name in Run._fields))] = record
+    return found
+
+
+def append(record: Record, folder: Path = RESULTS) -> None:
+    """One line more, on the disk when this returns."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{record['task']}.jsonl"
+    cut_short = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
+    with path.open("a") as file:
+        file.write("\n" * cut_short + json.dumps(record) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def timed(method: Method, steps: int) -> list[float]:
+    """The CPU clock at the beginning of the ramp and at its end, filled while ``method`` is trained."""
+    marks: list[float] = []
+    inner, at = method.step, {round(RAMP * steps), round(COMPACTED * steps)}
+
+    def step(done: int, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        left = inner(done, optimizer)
+        if done in at:
+            marks.append(time.process_time())
+        return left
+
+    method.step = step  # type: ignore[method-assign]
+    return marks
+
+
+def execute(run: Run, task: Task, images: data.Data) -> Record:
+    """The record of a run."""
+    torch.set_num_threads(1)
+    torch.manual_seed(run.seed)
+    share = SHARES[run.task]
+    batches = data.batches(images, task.batch, run.seed, task.augment)
+    method = METHODS[run.method](Setup(task, share, run.steps, batches, "default"))
+    marks = timed(method, run.steps)
+    began = time.process_time()
+    model, seconds = train(method, task, batches, run.steps)
+    plan = getattr(method, "plan", None)
+    where = records.environment()
+    return {
+        **run._asdict(),
+        "share": share,
+        "test_accuracy": accuracy(model, images.x_test, images.y_test),
+        "macs_left": count_macs(model, task.example()) / macs(task, task.widths),
+        "cpu_seconds": round(seconds, 2),
+        "to_ramp": round(marks[0] - began, 2),
+        "ramp": round(marks[1] - marks[0], 2),
+        "after_ramp": round(seconds - (marks[1] - began), 2),
+        "shrunk": [] if plan is None else plan.report.shrunk,
+        **{name: where[name] for name in ("torch", "cpu", "commit", "date")},
+    }
+
+
+def run_missing(runs: list[Run], hours: float, root: Path, folder: Path = RESULTS) -> None:
+    """One run after the other until all are done or the time is up."""
+    ends, longest = time.monotonic() + 3600 * hours, 0.0
+    for run in runs:
+        if run in read(folder):
+            continue
+        started = time.monotonic()
+        if started + longest > ends:
+            print("the time is up", flush=True)
+            return
+        task = TASKS[run.task]
+        record = execute(run, task, _loaded(task.data, root))
+        append(record, folder)
+        longest = max(longest, time.monotonic() - started)
+        print(f"{run}: {record['cpu_seconds']} s, {record['test_accuracy']:.2%}", flush=True)
+
+
+def table(found: dict[Run, Record] | None = None) -> str:
+    """The means over seeds for each task and method, and each plan beside dense and narrow."""
+    found = read() if found is None else found
+    columns = ("task", "run", "MACs left", "steps", "CPU s", "of dense", "ramp", "after the ramp, of narrow", "test accuracy", "each seed")
+    rows = []
+    for task in TASKS:
+        by_method = {method: _of(found, task, method) for method in METHODS}
+        for method, mine in by_method.items():
+            if mine:
+                rows.append((task, TITLES[method], *_row(mine, by_method["dense"], by_method["narrow"])))
+    if not rows:
+        return "No runs yet.\n"
+    where = sorted({f"{r['cpu']}, torch {r['torch']}, commit {r['commit']}" for r in found.values()})
+    return f"{report.markdown(columns, rows)}\n\n{'; '.join(where)}; one thread.\n"
+
+
+def _of(found: dict[Run, Record], task: str, method: str) -> list[Record]:
+    """By seed, the records of the longest runs."""
+    mine = [r for run, r in found.items() if (run.task, run.method) == (task, method)]
+    longest = max((r["steps"] for r in mine), default=0)
+    return sorted((r for r in mine if r["steps"] == longest), key=lambda r: r["seed"])
+
+
+def _row(mine: list[Record], dense: list[Record], narrow: list[Record]) -> tuple[str, ...]:
+    accuracies = [r["test_accuracy"] for r in mine]
+    return (
+        f"{statistics.mean(r['macs_left'] for r in mine):.1%}",
+        str(mine[0]["steps"]),
+        f"{statistics.mean(r['cpu_seconds'] for r in mine):.1f}",
+        ratio(mine, dense, "cpu_seconds"),
+        f"{statistics.mean(r['ramp'] for r in mine):.1f} s",
+        ratio(mine, narrow, "after_ramp"),
+        f"{statistics.mean(accuracies):.2%}",
+        ", ".join(f"{a:.2%}" for a in accuracies),
+    )
+
+
+def ratio(ours: list[Record], theirs: list[Record], name: str) -> str:
+    """The mean ratio of pairs of the same seed, and its 95 % interval where there are several."""
+    a, b = ({r["seed"]: r[name] for r in records} for records in (ours, theirs))
+    found = [a[seed] / b[seed] for seed in sorted(a.keys() & b.keys()) if b[seed] > 0]
+    if not found:
+        return ""
+    mean, half = paired_interval(found, [0.0] * len(found))
+    return f"{mean:.2f}" if math.isinf(half) else f"{mean:.2f} ± {half:.2f}"
+
+
+def draw(found: dict[Run, Record] | None = None, path: Path = CHART) -> None:
+    """Time against accuracy: a panel for each task, a mark for each seed, time in units of the dense run."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    found = read() if found is None else found
+    begun = [task for task in TASKS if _of(found, task, "dense")]
+    figure, axes = plt.subplots(1, max(1, len(begun)), figsize=(3.2 * max(1, len(begun)), 3.2), layout="constrained", squeeze=False)
+    marks = dict(zip(METHODS, (("#999999", "o"), ("#000000", "s"), ("#E69F00", "^"), ("#0072B2", "D")), strict=True))
+    for ax, task in zip(axes.flat, begun, strict=False):
+        dense = statistics.mean(r["cpu_seconds"] for r in _of(found, task, "dense"))
+        for method, (color, marker) in marks.items():
+            mine = _of(found, task, method)
+            x, y = [r["cpu_seconds"] / dense for r in mine], [100 * r["test_accuracy"] for r in mine]
+            ax.plot(x, y, marker, color=color, label=TITLES[method])
+        ax.set_title(f"{task} at {SHARES[task]:.0%} of the MACs", fontsize=9)
+        ax.set_xlabel("CPU time, of dense")
+        ax.set_xlim(left=0)
+    axes.flat[0].set_ylabel("test accuracy, %")
+    axes.flat[0].legend(fontsize=7)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def write(document: Path = DOCUMENT) -> None:
+    """Fill the table of the page."""
+    document.write_text(PLACE.sub(lambda m: m[1] + table() + m[3] if m[2] == "training/time" else m[0], document.read_text()))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.training", description="CPU time of whole training runs.")
+    parser.add_argument("do", choices=("run", "table"))
+    parser.add_argument("--task", choices=TASKS, action="append", help="may be given several times; all of them by default")
+    parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[0, 1, 2])
+    parser.add_argument("--scale", type=float, default=1.0, help="share of the steps of the quality benchmark")
+    parser.add_argument("--hours", type=float, default=math.inf, help="start no run that would end later")
+    parser.add_argument("--root", type=Path, default=data.DEFAULT_ROOT, help="folder of the data")
+    args = parser.parse_args()
+    if args.do == "run":
+        run_missing(list(wanted(args.seeds, args.scale, args.task or list(TASKS))), args.hours, args.root)
+    else:
+        write()
+        draw()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""``dampr tune``: from which share of closed gates on leaving them out pays on this machine."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+
+from dampr import functional
+from dampr.ops import forced_route, thresholds
+
+from . import records
+
+SHAPE = (256, 1024, 1024)  # rows, inputs, outputs
+SHARES = (0.125, 0.1875, 0.25, 0.3125, 0.375, 0.4375, 0.5, 0.625, 0.75)
+PAYS = 0.98  # of the time without leaving out, which is what noise may hide
+
+
+class Timing(NamedTuple):
+    """How long a step takes that leaves closed gates out, relative to one that does not."""
+
+    side: str
+    closed: float
+    ratio: float
+
+
+def run(shape: tuple[int, int, int] = SHAPE, shares: Sequence[float] = SHARES, rounds: int = 7) -> list[Timing]:
+    """A step, forward and backward, at each share, both ways in turn; medians. Some seconds.
+
+    With one thread the process's own CPU time counts, which other processes change least.
+    """
+    return [Timing(side, share, _ratio(shape, side, share, rounds)) for side in ("inputs", "outputs") for share in shares]
+
+
+def _ratio(shape: tuple[int, int, int], side: str, share: float, rounds: int) -> float:
+    m, k, n = shape
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(m, k, generator=generator, requires_grad=True), torch.randn(n, k, generator=generator, requires_grad=True)
+    size = k if side == "inputs" else n
+    gate = torch.full((size,), 9.0)
+    gate[torch.randperm(size, generator=generator)[: round(share * size)]] = -9.0
+    gate.requires_grad_()
+    upstream = torch.randn(m, n, generator=generator)
+
+    def step(route: str) -> Callable[[], None]:
+        def once() -> None:
+            with forced_route(route):
+                ins, outs = (gate, None) if side == "inputs" else (None, gate)
+                functional.gated_linear(x, weight, input_gate=ins, output_gate=outs, seed=1).backward(upstream)
+            x.grad = weight.grad = gate.grad = None
+
+        return once
+
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    ways = step("live"), step("fold" if m >= min(k, n) else "activations")
+    seconds: tuple[list[float], list[float]] = [], []
+    for number in range(rounds + 1):
+        for way, times in zip(ways, seconds, strict=True):
+            began = clock()
+            way()
+            if number:  # the first warms up
+                times.append(clock() - began)
+    return statistics.median(seconds[0]) / statistics.median(seconds[1])
+
+
+def least(timings: Sequence[Timing], side: str) -> float:
+    """The least share from which on it pays at every larger share too; :data:`dampr.ops.thresholds.NEVER` where there is none."""
+    found = thresholds.NEVER
+    for timing in sorted((t for t in timings if t.side == side), key=lambda t: t.closed, reverse=True):
+        if timing.ratio > PAYS:
+            break
+        found = timing.closed
+    return found
+
+
+def keep(timings: Sequence[Timing]) -> thresholds.Skip:
+    """Write what was measured to the user's cache, and return it as it holds now."""
+    thresholds.write(least(timings, "inputs"), least(timings, "outputs"), date=records.environment()["date"][:10], torch=torch.__version__)
+    return thresholds.skip()

@@ -1,0 +1,163 @@
+"""Gates beside sharded parameters: whole on every rank, in full precision, their gradients reduced once."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import distributed, nn
+from torch.nn import Parameter
+from torch.nn.utils import parametrize
+
+from dampr.gates import Gate, gate_generator
+from dampr.gates.draws import drawing_gates, share_generator
+from dampr.nn import Gate as GateLayer
+from dampr.nn import GatedEmbedding, GatedLayer, GatedLayerNorm, GatedLinear, GatedParameter, GatedResidual
+from dampr.prune.summary import gated_layers
+from dampr.prune.wrapped import check_bare, gathered
+
+__all__ = ["gathered", "parallelize_module", "replicate_gates"]
+
+_ON_SHARDS = (GatedLinear, GatedEmbedding, GatedLayerNorm, GateLayer, GatedResidual, GatedParameter)
+
+
+def replicate_gates(model: nn.Module, *, group: Any = None) -> set[Parameter]:
+    """The parameters of all gates of ``model``, for ``fully_shard(..., ignored_params=)``; their gradients are averaged over the ranks.
+
+    Gates are a few numbers a layer: sharded they would cost a message each, and in bf16 they would not learn. So they stay whole and in
+    float32 on each rank. At the end of each backward, their gradients go through one all-reduce together, whatever the number of layers
+    (also of a gate that several sharded blocks share, and also while ``set_requires_gradient_sync(False)`` accumulates the others). Every
+    rank draws the same gates, from a generator that they agree on if :func:`dampr.gate_generator` has not been called.
+
+    Args:
+        model: converted, not yet sharded.
+        group: the process group of the ranks that have parts of the batch; None: all ranks.
+
+    Returns: a set of parameters, to be given to each call of ``fully_shard``.
+
+    Raises: TypeError for a model that is wrapped or sharded; ValueError where it has no gates, or where there is no process group.
+
+    >>> from torch.distributed.fsdp import fully_shard
+    >>> def shard(model):
+    ...     gates = replicate_gates(model)
+    ...     for block in model.children():
+    ...         fully_shard(block, ignored_params=gates)
+    ...     return fully_shard(model, ignored_params=gates)
+    """
+    check_bare(model, "gates are left out of what is sharded")
+    if not gated_layers(model):
+        raise ValueError(f"model={type(model).__name__}: expected gated layers in it (dampr.convert puts them there)")
+    if not (distributed.is_available() and distributed.is_initialized()):
+        raise ValueError("group=None: expected a process group (torch.distributed.init_process_group)")
+    if group is not None and any(gate._stream is None for gate in drawing_gates(model)):
+        gate_generator(model, None, group=group)
+    share_generator(model)
+    ordered = [p for module in model.modules() if isinstance(module, Gate) for p in module.parameters()]
+    gates = dict.fromkeys(ordered)
+    reducer = _Reducer(list(gates), group)
+    for p in gates:
+        if p in _reduced:
+            _reduced.pop(p).remove()
+        _reduced[p] = p.register_post_accumulate_grad_hook(reducer)
+    return set(gates)
+
+
+def parallelize_module(model: nn.Module, device_mesh: Any = None, parallelize_plan: Any = None, **how: Any) -> nn.Module:
+    """``torch.distributed.tensor.parallel.parallelize_module`` of a model with gates, which stay whole on every rank.
+
+    ``ColwiseParallel``, ``RowwiseParallel`` and ``SequenceParallel`` of gated linear layers (the last projection of attention, with gates
+    for its heads, among them), embeddings and LayerNorms, and of layers with gates on their parameters. All ranks draw one vector of gates,
+    of which each multiplies the part that its shard has: per batch in the weight, so that the forward sends what a dense layer sends.
+    The gradient of a gate is whole on each rank of the mesh; together with data parallelism call :func:`replicate_gates` with the group of
+    that before. :func:`gathered` and :func:`dampr.compact` make a whole model again.
+
+    Args:
+        model: converted, not yet sharded.
+        device_mesh, parallelize_plan, how: as torch's function takes them.
+
+    Returns: ``model``.
+
+    Raises: TypeError for a gated layer in the plan that is none of those, or for a model that is wrapped; what torch's function raises.
+    """
+    from torch.distributed.tensor.parallel import parallelize_module as shard
+
+    check_bare(model, "gates are left out of what is sharded", sharded=True)
+    layers = gated_layers(model)
+    patterns = list(parallelize_plan) if isinstance(parallelize_plan, dict) else [""]
+    for name, layer in layers.items():
+        if not isinstance(layer, _ON_SHARDS) and any(fnmatchcase(name, pattern) for pattern in patterns):
+            raise TypeError(f"{name}: {type(layer).__name__} does not compute on shards; expected it left out of the plan")
+    share_generator(model)
+    with _aside(model, list(layers.values())):
+        shard(model, device_mesh, parallelize_plan, **how)
+    return model
+
+
+@contextmanager
+def _aside(model: nn.Module, layers: list[GatedLayer]) -> Iterator[None]:
+    """Gates, their indices and what computes weights of them, out of the way of what walks over a model."""
+    taken: list[tuple[nn.Module, str, str, Any]] = []
+    kinds: list[tuple[nn.Module, type, Any]] = []
+    for module in list(model.modules()):
+        if parametrize.is_parametrized(module) and all(isinstance(p, GatedParameter) for p in _gates_on(module)):
+            parts: Any = module._modules.pop("parametrizations")
+            kinds.append((module, type(module), parts))
+            module.__class__ = type(module).__bases__[0]
+            for name, part in parts.named_children():
+                module.register_parameter(name, part._parameters.pop("original"))
+    for layer in layers:
+        layer.sharded = True
+        owner: Any = layer
+        for kind, name in (("_modules", "gate"), ("_buffers", "index")):
+            if getattr(owner, kind).get(name) is not None:
+                taken.append((owner, kind, name, getattr(owner, kind).pop(name)))
+    try:
+        yield
+    finally:
+        for owner, kind, name, value in taken:
+            getattr(owner, kind)[name] = value
+        for module, former, parts in kinds:
+            for name, part in parts.named_children():
+                part.register_parameter("original", module._parameters.pop(name))
+            module.__class__ = former
+            module._modules["parametrizations"] = parts
+
+
+def _gates_on(module: nn.Module) -> list[nn.Module]:
+    """What computes the parameters of a parametrized module."""
+    parts: Any = module.parametrizations
+    return [step for part in parts.values() for step in part]
+
+
+_reduced: weakref.WeakKeyDictionary[torch.Tensor, Any] = weakref.WeakKeyDictionary()
+
+
+class _Reducer:
+    """Called when a parameter has its gradient; averages the gradients of all of them when the backward is through.
+
+    All go each time, in one order, so that ranks on which a gate had no part send zeros for it.
+    """
+
+    def __init__(self, gates: list[Parameter], group: Any) -> None:
+        self.gates, self.group = gates, group
+        self.queued = False
+
+    def __call__(self, p: torch.Tensor) -> None:
+        if not self.queued:
+            self.queued = True
+            torch.autograd.Variable._execution_engine.queue_callback(self.reduce)  # type: ignore[attr-defined]
+
+    @torch.no_grad()
+    def reduce(self) -> None:
+        self.queued = False
+        flat = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in self.gates])
+        distributed.all_reduce(flat, group=self.group)
+        flat /= distributed.get_world_size(self.group)
+        for p, mean in zip(self.gates, flat.split([p.numel() for p in self.gates]), strict=True):
+            if p.grad is None:
+                p.grad = torch.empty_like(p)
+            p.grad.copy_(mean.view(p.shape))

@@ -1,0 +1,142 @@
+"""GateBank: all gates of a model drawn, penalised and differentiated together."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dampr import _checks, ops, philox
+from dampr.gates import Gate, HardConcrete
+from dampr.spec import GateSpec
+
+from .base import GatedLayer
+
+
+class GateBank:
+    """Draws the gates of a whole model in one launch, and sends them one gradient back in one launch; so does the penalty.
+
+    Without it each gated layer draws its own gates, from a seed of its own. In a step of a deep network these are hundreds of launches of
+    kernels that do next to nothing. In the block of :meth:`draw` all hard concrete gates of one set of constants are one vector with one
+    seed: gate i of the vector has the noise (seed, i), so the values are those of :func:`dampr.functional.sample_gates` on that vector, to
+    the bit, and layers get views of it. Parameters become views of one block of memory, in which optimizers, state dicts and whoever else
+    holds them do not see a difference.
+
+    Gates of other families, and those of layers that draw for each sample, are drawn by their layers as always, and :meth:`penalty` asks
+    these layers. Make a new bank after units have left the model (:class:`dampr.Shrinker`): what a gate saves has changed.
+
+    Args:
+        model: with gated layers; converted before, and on its device.
+
+    Attributes: ``model``; ``gates``, those that are drawn together, in their order in the vectors.
+
+    Raises: TypeError unless ``model`` is a module, ValueError where it has no gates that can be drawn together.
+
+    >>> import dampr
+    >>> model = dampr.convert(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2)), example_inputs=torch.randn(2, 8))
+    >>> bank = GateBank(model)
+    >>> with bank.draw():
+    ...     loss = model(torch.randn(4, 8)).square().mean() + 1e-3 * bank.penalty()
+    >>> loss.backward()
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        _checks.module("model", model)
+        self.model = model
+        layers = [module for module in model.modules() if isinstance(module, GatedLayer)]
+        alone = {layer.gate for layer in layers if layer.per_sample}
+        together = dict.fromkeys(layer.gate for layer in layers if type(layer.gate) is HardConcrete and layer.gate not in alone)
+        if not together:
+            raise ValueError(f"model={type(model).__name__}: it has no hard concrete gates that are drawn once per call; expected some")
+        self.gates: list[Gate] = list(together)
+        self._others = [layer for layer in layers if layer.gate not in together]
+        costs = _costs([layer for layer in layers if layer.gate in together], self.gates)
+        groups: dict[Any, list[HardConcrete]] = defaultdict(list)
+        for gate in together:
+            assert isinstance(gate, HardConcrete)
+            groups[gate._drawn, gate.log_alpha.device, gate.log_alpha.dtype].append(gate)
+        self._groups = [_Group(spec, found, [costs[gate] for gate in found]) for (spec, _, _), found in groups.items()]
+
+    @contextmanager
+    def draw(self) -> Iterator[None]:
+        """One draw of all gates for every call of the model in the block, and the penalty that goes with it; in training mode."""
+        if self.gates[0]._banked is not None:
+            raise RuntimeError("draw() inside of draw(): expected one block for each step")
+        try:
+            for group in self._groups:
+                group.draw()
+            yield
+        finally:
+            for group in self._groups:
+                group.let_go()
+
+    def penalty(self, lam: float | Tensor = 1.0) -> Tensor:
+        """:func:`dampr.penalty` of the model, a scalar: the expected number of parameters that are left, times ``lam``.
+
+        Raises RuntimeError outside of a block of :meth:`draw`.
+        """
+        found = [group.penalty for group in self._groups]
+        if any(part is None for part in found):
+            raise RuntimeError("penalty() outside of draw(): expected it in the block, beside the call of the model")
+        parts: list[Any] = [*found, *(layer.penalty(1.0) for layer in self._others)]
+        total: Tensor = lam * (parts[0] if len(parts) == 1 else torch.stack(parts).sum())
+        return total
+
+
+class _Group:
+    """Gates of the same constants, whose parameters lie one after the other in memory."""
+
+    def __init__(self, spec: GateSpec, gates: list[HardConcrete], costs: list[Tensor]) -> None:
+        self._spec, self._gates = spec, gates
+        self._sizes = [gate.num_gates for gate in gates]
+        self._cost = torch.cat(costs).to(gates[0].log_alpha)
+        self._flat = self._joined()
+        self.penalty: Tensor | None = None
+
+    @torch.no_grad()
+    def _joined(self) -> Tensor:
+        flat = torch.cat([gate.log_alpha.detach() for gate in self._gates])
+        for gate, part in zip(self._gates, flat.split(self._sizes), strict=True):
+            gate.log_alpha.data = part
+        return flat
+
+    def _is_joined(self) -> bool:
+        """Whether every parameter is where it was put: not after a move to another device, or a load with ``assign=True``."""
+        at, step = self._flat.data_ptr(), self._flat.element_size()
+        for gate, size in zip(self._gates, self._sizes, strict=True):
+            if gate.log_alpha.data_ptr() != at:
+                return False
+            at += size * step
+        return True
+
+    def draw(self) -> None:
+        if not self._is_joined():
+            self._flat = self._joined()
+            self._cost = self._cost.to(self._flat)
+        log_alpha = ops.joined(self._flat, [gate.log_alpha for gate in self._gates])
+        z, self.penalty = ops.gate_bank(log_alpha, philox.draw_seed(self._flat.device), self._cost, self._spec)
+        for gate, own in zip(self._gates, z.split(self._sizes), strict=True):
+            gate._banked = own
+
+    def let_go(self) -> None:
+        self.penalty = None
+        for gate in self._gates:
+            gate._banked = None
+
+
+def _costs(layers: list[GatedLayer], gates: list[Gate]) -> dict[Gate, Tensor]:
+    """How many parameters each gate switches off, (num_gates,): the gradient of the penalty, which is linear, by P(z != 0)."""
+    leaves = {gate: torch.ones(gate.num_gates, device=gate.device, requires_grad=True) for gate in gates}
+    for gate, leaf in leaves.items():
+        vars(gate)["open_probability"] = lambda leaf=leaf: leaf
+    try:
+        total = torch.stack([layer.penalty(1.0) for layer in layers]).sum()
+    finally:
+        for gate in gates:
+            del vars(gate)["open_probability"]
+    found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+    return {gate: torch.zeros_like(leaf) if c is None else c for (gate, leaf), c in zip(leaves.items(), found, strict=True)}

@@ -1,0 +1,91 @@
+"""From which share of closed gates on the CPU leaves them out: safe for every processor measured, or what ``dampr tune`` found on this one.
+
+Nothing is measured here. ``dampr tune`` writes a file in the user's cache folder, one for each processor, with an entry for each number of
+threads; it is read once, the first time that a layer is large enough to ask.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import platform
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+
+class Skip(NamedTuple):
+    """The least closed share of a layer's input gates, and of its output gates, that is left out; ``source`` says who says so."""
+
+    inputs: float
+    outputs: float
+    source: str
+
+
+DEFAULT = Skip(0.5, 0.375, "by default; dampr tune measures this machine")
+NEVER = 2.0  # a share that no draw closes
+
+
+def processor() -> str:
+    """The name of this machine's processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def path() -> Path:
+    """Where the thresholds of this processor are, or would be: in ``$DAMPR_CACHE``, or in ``dampr`` in the user's cache folder."""
+    cache = os.environ.get("DAMPR_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dampr"
+    return Path(cache) / f"thresholds-{re.sub(r'[^a-z0-9]+', '-', processor().lower()).strip('-')}.json"
+
+
+def skip() -> Skip:
+    """The thresholds for the present number of threads."""
+    return _of(torch.get_num_threads(), path())
+
+
+@functools.cache
+def _of(threads: int, file: Path) -> Skip:
+    try:
+        entry = json.loads(file.read_text())["threads"][str(threads)]
+        inputs, outputs = float(entry["inputs"]), float(entry["outputs"])
+        if not (0 < inputs <= NEVER and 0 < outputs <= NEVER):
+            raise ValueError(f"{inputs}, {outputs}")
+    except (FileNotFoundError, KeyError):
+        return DEFAULT
+    except (OSError, ValueError, TypeError) as error:
+        return DEFAULT._replace(source=f"by default, because {file} cannot be read ({type(error).__name__})")
+    return Skip(inputs, outputs, f"as dampr tune found on {entry.get('date', 'this machine')}")
+
+
+def described(found: Skip | None = None) -> str:
+    """In words: from where on they are left out, and who says so."""
+    found = skip() if found is None else found
+    sides = [_from(found.inputs, "inputs"), _from(found.outputs, "outputs")]
+    return f"{sides[0]}, {sides[1]}, {found.source}"
+
+
+def _from(share: float, side: str) -> str:
+    return f"from {share:.0%} of the {side}' gates on" if share <= 1 else f"never for {side}"
+
+
+def write(inputs: float, outputs: float, **more: Any) -> Path:
+    """Keep the thresholds for the present number of threads beside those for others; returns the file."""
+    file = path()
+    try:
+        known = json.loads(file.read_text())
+        threads = dict(known["threads"])
+    except (OSError, ValueError, KeyError, TypeError):
+        threads = {}
+    threads[str(torch.get_num_threads())] = {"inputs": inputs, "outputs": outputs, **more}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(f".{os.getpid()}.partial")
+    partial.write_text(json.dumps({"processor": processor(), "threads": threads}, indent=1) + "\n")
+    partial.replace(file)
+    _of.cache_clear()
+    return file

@@ -1,0 +1,322 @@
+"""From closed gates to the layout of a model without their units, for gates in layers and for gates on parameters."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dampr.nn import Gate as GateLayer
+from dampr.nn import GatedHeads, Scale
+from dampr.nn.base import GatedWeight
+from dampr.nn.rnn import _GatedRecurrent
+
+from . import graph, heads
+from .expand import sizes_in, tensors_of
+from .graph import Side
+from .layout import Layout, Sized, left_of, shapes_of
+from .structure import Structure
+from .unit_structure import UnitStructure, parameter_name
+from .units.sizes import Size
+
+_CUT = (nn.Linear, nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.PReLU, nn.Embedding, Scale, nn.RNNBase)
+Entry = dict[str, Any]
+
+
+class UnitLayouts:
+    """Of a model whose gates are on parameters; ``model`` is as the structure found it."""
+
+    def __init__(self, model: nn.Module, structure: UnitStructure) -> None:
+        self._structure = structure
+        self._shapes = shapes_of(model)
+        self._sizes = [Size(*entry) for entry in getattr(model, "dampr_sizes", [])]
+        self._indices = {name: layer.index.cpu() for name, layer in structure.gated.items()}
+        self.can_go = torch.zeros(structure.size, dtype=torch.bool)
+        self.can_go[sorted(set(structure.gate_of.values()))] = True
+        self.notes = dict(structure.notes)
+
+    def of(self, closed: Tensor) -> tuple[Layout, Tensor]:
+        """The layout without the units of these gates, bool (all gates,), and which of them are gone."""
+        closed = closed & self.can_go
+        units = self._structure.units
+        gone = units.indices(self._structure.classes_of(closed))
+        layout = Layout(left_of({alias: gone[name] for alias, name in units.alias.items() if name in gone}, self._shapes))
+        for name, index in self._indices.items():
+            layer = self._structure.gated[name]
+            places = layout.tensors.get(parameter_name(name), [])
+            if layer.dim < len(places) and (place := places[layer.dim]) is not None:
+                layout.sizes[name] = {"index": Sized(index, index[place[1]])}
+        for size in self._sizes:
+            places = layout.tensors.get(size.parameter, [])
+            if size.dim < len(places) and (place := places[size.dim]) is not None:
+                now = size.before * len(place[1]) // size.width
+                layout.sizes.setdefault(size.module, {})[size.attribute] = Sized(size.before, now)
+        for name, module in self._structure.plain.named_modules():
+            kept = layout.tensors.get(f"{name}.weight_hh_l0".lstrip("."), [])
+            if isinstance(module, nn.RNNBase) and kept:
+                layout.sizes[name] = dict(_recurrent_sizes(module, name, layout))
+            groups = getattr(module, "groups", 1)
+            first = next(iter(layout.tensors.get(f"{name}.weight".lstrip("."), [])), None)
+            if isinstance(groups, int) and groups > 1 and first is not None:
+                layout.sizes.setdefault(name, {})["groups"] = Sized(groups, groups * len(first[1]) // first[0])
+        return layout, closed
+
+
+def _recurrent_sizes(module: nn.RNNBase, name: str, layout: Layout) -> Iterator[tuple[str, Sized]]:
+    """Sizes of a plain recurrent layer in a model with gates on parameters."""
+    weights = (("input_size", "weight_ih_l0", 1), ("proj_size" if module.proj_size else "hidden_size", "weight_hh_l0", 1))
+    for attribute, weight, dim in weights:
+        places = layout.tensors.get(f"{name}.{weight}".lstrip("."), [])
+        if dim < len(places) and (place := places[dim]) is not None:
+            yield attribute, Sized(place[0], len(place[1]))
+
+
+class LayerLayouts:
+    """Of a model with gated layers; ``model`` is as the structure found it.
+
+    A channel goes where every layer that writes it has closed its gates, or every layer that reads it; with it goes its gate in every
+    layer. Layers of other kinds than convolutions, linear and recurrent layers, norms over the batch and embeddings keep their widths,
+    and so does whatever has to be as wide as one of them.
+    """
+
+    def __init__(self, model: nn.Module, structure: Structure) -> None:
+        self._structure = structure
+        self._shapes = shapes_of(model)
+        self.notes = dict(structure.notes)
+        self._names = self._gated_names()
+        there = dict(model.named_modules(remove_duplicate=False))
+        self._model_layers: dict[nn.Module, Any] = {layer: there.get(name) for layer, name in self._names.items()}
+        self._attentions = {a.written_name: (a.name, a.heads, a.kind.scaled) for a in heads.find(model)}
+        self._recurrent = {n: g for n, g in structure.gated.items() if isinstance(g, _GatedRecurrent) and self._can_lose_units(n)}
+        rigid = [side for side in structure.atoms if not self._resizes(side)]
+        self._stuck = {atom for side in rigid for atom in structure.atoms[side]}
+        self._held: dict[str, tuple[Tensor, Side]] = {}  # gated layer -> the gate of each of its channels, and which side has these
+        for name, layer in structure.gated.items():
+            owners = layer.channel_gates()
+            place = self._place(name)
+            side = place, layer.granularity == "output" or graph.is_depthwise(place)
+            if owners is not None and side in structure.atoms:
+                self._held[name] = owners, side
+        self.can_go = self._can_go()
+
+    def _place(self, name: str) -> nn.Module:
+        place = self._structure.plain.get_submodule(name)
+        return place[0] if isinstance(place, nn.Sequential) else place  # a norm that took in its activation
+
+    def _gated_names(self) -> dict[nn.Module, str]:
+        """The name in the gated model of every layer of the plain one."""
+        places = {self._place(name): name for name in self._structure.gated}
+        return {module: places.get(module, name) for module, name in self._structure.names.items()}
+
+    def _can_lose_units(self, name: str) -> bool:
+        plain = self._structure.plain.get_submodule(name)
+        readers = self._structure.units.get(plain)
+        fits = readers is not None and all(
+            isinstance(reader, (nn.Linear, nn.RNNBase)) and self._has_tensors(reader, {}) for reader in readers
+        )
+        return fits and isinstance(plain, nn.RNNBase) and self._has_tensors(plain, {})
+
+    def _resizes(self, side: Side) -> bool:
+        """Whether a side of a layer can lose channels while its layer has gates."""
+        plain, _ = side
+        if plain not in self._names or not isinstance(plain, _CUT) or isinstance(plain, nn.modules.conv._ConvTransposeNd):
+            return False
+        if getattr(plain, "groups", 1) != 1 and not graph.is_depthwise(plain):
+            return False
+        layer = self._model_layers[plain]
+        if layer is None:
+            return False
+        of_weights = isinstance(layer, GatedWeight) and layer.granularity not in ("output", "input", "index")
+        if of_weights and not isinstance(layer, GatedHeads):
+            return False
+        return self._has_tensors(plain, {})
+
+    def _has_tensors(self, plain: nn.Module, entry: Entry) -> bool:
+        """Whether what would be cut are tensors of the gated model with the shapes of the plain one."""
+        if isinstance(plain, Scale):
+            return True
+        name = self._names[plain]
+        found = [(f"{name}.{own}".lstrip("."), t) for own in tensors_of(plain, entry) if isinstance(t := _tensor(plain, own), Tensor)]
+        return bool(found) and all(self._shapes.get(full) == tuple(t.shape) for full, t in found)
+
+    def _can_go(self) -> Tensor:
+        found = torch.zeros(self._structure.size, dtype=torch.bool)
+        for name, (owners, side) in self._held.items():
+            free = torch.tensor([atom >= 0 and atom not in self._stuck for atom in self._structure.atoms[side]])
+            found[(owners + self._structure.start(name))[free]] = True
+        for attention in self._structure.attentions:
+            name = attention.written_name
+            first = self._structure.start(name)
+            found[first : first + attention.heads] = not self._stuck_heads(attention)
+        for name in self._recurrent:
+            for row in self._structure.rows(name):
+                found[row.start : row.stop] = True
+        for name in self._structure.gated:
+            rows = self._structure.rows(name)
+            if name not in self.notes and not bool(found[rows[0].start : rows[-1].stop].any()):
+                self.notes[name] = "its kind of layer keeps its width until the model is compacted"
+        return found
+
+    def _stuck_heads(self, attention: Any) -> bool:
+        return any(atom in self._stuck for side, _ in attention.sides() for atom in self._structure.atoms[side])
+
+    def of(self, closed: Tensor) -> tuple[Layout, Tensor]:
+        """The layout without the units of these gates, bool (all gates,), and which of them are gone."""
+        closed = closed & self.can_go
+        for _ in range(8):
+            entries, kept = self._entries(closed)
+            back = self._disagreeing(kept, closed)
+            if not bool(back.any()):
+                break
+            closed = closed & ~back
+        else:
+            return Layout(), torch.zeros_like(closed)
+        layout = self._layout(entries)
+        gone = torch.zeros_like(closed)
+        for name, left in kept.items():
+            rows = self._structure.rows(name)
+            own = torch.ones(rows[-1].stop - rows[0].start, dtype=torch.bool)
+            own[left] = False
+            gone[rows[0].start : rows[-1].stop] |= own
+            if len(left) < len(own) and self._selects(name):
+                layout.gates[name] = left
+        return layout, gone & closed
+
+    def _selects(self, name: str) -> bool:
+        """Whether a layer has one gate for each channel and no index of gates."""
+        return getattr(self._structure.gated[name], "index", None) is None
+
+    def _entries(self, closed: Tensor) -> tuple[dict[nn.Module, Entry], dict[str, Tensor]]:
+        """Plain layer -> what a manifest would say of it; gated layer -> which of its gates are left, where some are gone."""
+        structure = self._structure
+        dead = self._dead_atoms(closed)
+        entries: dict[nn.Module, Entry] = defaultdict(dict)
+        for (plain, writes), atoms in structure.atoms.items():
+            left = [i for i, atom in enumerate(atoms) if atom not in dead]
+            if len(left) < len(atoms):
+                entries[plain]["out" if writes else "in"] = {"before": len(atoms), "kept": left}
+        kept: dict[str, Tensor] = {}
+        for name, (owners, side) in self._held.items():
+            there = torch.tensor([atom not in dead for atom in structure.atoms[side]])
+            if not bool(there.all()):
+                kept[name] = owners[there].unique()
+        for attention in structure.attentions:
+            first = structure.start(attention.written_name)
+            lost = closed[first : first + attention.heads]
+            if bool(lost.any()):
+                kept[attention.written_name] = (~lost).nonzero().flatten()
+        for name in self._recurrent:
+            kept |= self._recurrent_entries(name, closed, entries)
+        return entries, kept
+
+    def _dead_atoms(self, closed: Tensor) -> set[int]:
+        shut = closed.tolist()
+        dead = set()
+        for owners in self._structure.owners.values():
+            for atom, layers in enumerate(owners):
+                if layers and atom not in self._stuck and all(gates and any(shut[g] for g in gates) for gates in layers):
+                    dead.add(atom)
+        return dead
+
+    def _recurrent_entries(self, name: str, closed: Tensor, entries: dict[nn.Module, Entry]) -> dict[str, Tensor]:
+        """A recurrent layer loses as many units in each layer and direction, because all of these have one width."""
+        rows = self._structure.rows(name)
+        lost = [[i - row.start for i in row if closed[i]] for row in rows]
+        count = min(map(len, lost))
+        if not count:
+            return {}
+        width = len(rows[0])
+        left = [[i for i in range(width) if i not in set(own[:count])] for own in lost]
+        plain: Any = self._structure.plain.get_submodule(name)
+        entries[plain]["units"] = {"before": width, "kept": left}
+        each = 1 + plain.bidirectional
+        features = [i + d * width for d, own in enumerate(left[-each:]) for i in own]
+        for reader in self._structure.units[plain]:
+            entries[reader]["in"] = {"before": each * width, "kept": features}
+        return {name: torch.tensor([i + row.start - rows[0].start for row, own in zip(rows, left, strict=True) for i in own])}
+
+    def _disagreeing(self, kept: dict[str, Tensor], closed: Tensor) -> Tensor:
+        """Closed gates that one layer has lost and another of the same vector has not; and all of a vector that would be empty."""
+        structure = self._structure
+        by_vector: dict[int, list[str]] = defaultdict(list)
+        for name in structure.gated:
+            if name in self._held or name in kept:
+                by_vector[structure.start(name)].append(name)
+        back = torch.zeros_like(closed)
+        for start, names in by_vector.items():
+            count = structure.rows(names[0])[-1].stop - start
+            left = torch.zeros(len(names), count, dtype=torch.bool)
+            for row, name in enumerate(names):
+                left[row, kept.get(name, torch.arange(count))] = True
+            wrong = (left.any(0) & ~left.all(0)) | (~left.any() & torch.ones(count, dtype=torch.bool))
+            back[start : start + count] = wrong & closed[start : start + count]
+        return back
+
+    def _layout(self, entries: dict[nn.Module, Entry]) -> Layout:
+        layout = Layout()
+        for plain, entry in entries.items():
+            name = self._names[plain]
+            layer = self._model_layers[plain]
+            for own, places in tensors_of(plain, entry).items():
+                full = f"{name}.{own}".lstrip(".")
+                if full in self._shapes and any(place is not None for place in places):
+                    layout.tensors[full] = places
+            own_sizes = layout.sizes.setdefault(name, {})
+            if not isinstance(plain, Scale):
+                now = {side: {"before": _count(found)} for side, found in entry.items()}
+                own_sizes |= {attribute: Sized(getattr(plain, attribute), n) for attribute, n in sizes_in(plain, now).items()}
+            index = getattr(layer, "index", None)
+            if isinstance(index, Tensor):
+                own_sizes["index"] = Sized(index.cpu(), _cut_index(layer, index.cpu(), entry))
+            if isinstance(layer, GatedHeads):
+                own_sizes |= self._heads(name, layer, entry, layout)
+        return layout
+
+    def _heads(self, name: str, layer: GatedHeads, entry: Entry, layout: Layout) -> dict[str, Sized]:
+        """Of the last projection of an attention its blocks; and adds what the module around it keeps of the number of heads."""
+        written = _count(entry["out"]) if "out" in entry else layer.out_features
+        columns = layer.in_features // layer.gate.num_gates
+        around, before, scaled = self._attentions[name]
+        if "in" in entry:
+            left = _count(entry["in"]) // columns
+            for path in scaled:
+                owner, _, attribute = path.rpartition(".")
+                where = f"{around}.{owner}".strip(".")
+                value = getattr(self._model_layers[self._structure.plain.get_submodule(where)], attribute)
+                layout.sizes.setdefault(where, {})[attribute] = Sized(value, value // before * left)
+        return {"granularity": Sized(layer.granularity, (written, columns))}
+
+
+def _cut_index(layer: Any, index: Tensor, entry: Entry) -> Tensor:
+    """What is left of the index of gates of a layer: of its channels, or of each of its weights."""
+    for side, dim in (("out", 0), ("in", 1)):
+        if side in entry and dim < index.dim() and (index.dim() > 1 or isinstance(layer, GateLayer)):
+            index = index.index_select(dim, torch.tensor(entry[side]["kept"]))
+    return index
+
+
+def _count(found: Entry) -> int:
+    kept = found["kept"]
+    return len(kept[0]) if kept and isinstance(kept[0], list) else len(kept)
+
+
+def _tensor(layer: nn.Module, path: str) -> Any:
+    owner, _, own = path.rpartition(".")
+    return getattr(layer.get_submodule(owner), own, None)
+
+
+def layouts_of(model: nn.Module, structure: Structure | UnitStructure) -> LayerLayouts | UnitLayouts:
+    """Of a model that has all its units still."""
+    return UnitLayouts(model, structure) if isinstance(structure, UnitStructure) else LayerLayouts(model, structure)
+
+
+def vectors(structure: Structure | UnitStructure, gates: Tensor) -> Iterable[Tensor]:
+    """These gates, bool, by the vector that they are in."""
+    for rows in structure.widths():
+        own = torch.zeros_like(gates)
+        own[rows[0].start : rows[-1].stop] = gates[rows[0].start : rows[-1].stop]
+        if bool(own.any()):
+            yield own

@@ -1,0 +1,394 @@
+"""Shrinker: units whose gates stay closed leave the model while it trains, and come back as zeros when they are asked for."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+from torch.utils import _pytree as pytree
+
+from dampr import _checks
+from dampr.gates import Fixed, Gate, OwnedGate, SteppedGate
+from dampr.gates.selected import SelectedGate
+from dampr.nn.gate import FLAT_AT_ZERO
+
+from . import inputs
+from .budget import Budget
+from .cost import Cost
+from .expand import check_state
+from .layout import WHOLE, Layout, Shelf, move_state, moved, shapes_of
+from .layouts import layouts_of, vectors
+from .summary import gated_layers
+
+Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None
+Copies = nn.Module | Sequence[nn.Module]
+
+
+@dataclass(frozen=True)
+class Shrink:
+    """What one removal did: at which call of ``step``, how many units went, the share of the cost before and after, and its seconds.
+
+    ``units`` is below 0 where they came back.
+    """
+
+    step: int
+    units: int
+    before: float
+    after: float
+    seconds: float
+
+    def __str__(self) -> str:
+        units = f"{abs(self.units)} unit{'s' * (abs(self.units) != 1)}"
+        went = f"{units} left" if self.units > 0 else f"{units} came back"
+        return f"step {self.step}: {went}, {self.before:.1%} to {self.after:.1%} of the cost, in {self.seconds * 1e3:.0f} ms"
+
+
+class Shrinker:
+    """Takes units whose gates stay closed out of a gated model, physically and in place, while it trains.
+
+    A unit that is closed has a gradient of 0 everywhere, so the model without it computes the same outputs and the same gradients, to
+    rounding, in less time. Parameters stay the same objects with smaller data, so optimizers, schedulers, gradient scalers and whoever
+    else holds them go on; what an optimizer keeps of a parameter, its gradient and copies of the model become smaller with it. Gates stay
+    whole vectors (:class:`dampr.gates.SelectedGate`), so a budget counts and draws as if nothing had gone. Every removal is run on the
+    example inputs before and after; units whose absence changes the outputs stay, and :attr:`notes` says so.
+
+    A unit is taken under a :class:`dampr.Budget` with ``steps`` where the budget has closed it and would not choose it at any goal to come;
+    else where it was closed in ``patience`` calls of :meth:`step`. Gates that are drawn count as closed where evaluation closes them and
+    the probability of being drawn open is at most ``probability``; with 0 training is the same to rounding. What has left waits in the
+    memory of the host, and is in the model again as it was when the budget wants it after all, or on :meth:`expand`.
+    (:func:`dampr.expand` gives a copy with zeros in its place.)
+
+    Args:
+        model: with gated layers, or gates on parameters; changed in place.
+        example_inputs: as for :func:`dampr.compact`.
+        budget: what owns the gates of ``model``, if one does; made before this.
+        patience: without a budget, in how many calls of :meth:`step` in a row a gate was closed.
+        probability: of being drawn open, above which a gate counts as open in training.
+        least_saving: the least share of the present cost that has to go at once, in [0, 1).
+
+    Attributes: ``model``; ``removed``, bool, (all gates,), in the order of :class:`dampr.prune.Cost`; ``events``, a list of
+    :class:`Shrink`; ``notes``, of gated layers whose units stay, why.
+
+    Raises: ValueError or TypeError that names the argument; what the model raises on the example inputs.
+
+    >>> import dampr
+    >>> x = torch.randn(8, 4)
+    >>> model = dampr.convert(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)), example_inputs=x)
+    >>> model[0].gate.log_alpha.data[:3] = -30
+    >>> shrinker = Shrinker(model, x, patience=1)
+    >>> shrinker.step()
+    True
+    >>> model[0].weight.shape
+    torch.Size([3, 4])
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example_inputs: Any,
+        *,
+        budget: Budget | None = None,
+        patience: int = 100,
+        probability: float = 1e-3,
+        least_saving: float = 0.05,
+    ) -> None:
+        _checks.module("model", model)
+        inputs.check(example_inputs)
+        _checks.positive_int("patience", patience)
+        for name, share in (("probability", probability), ("least_saving", least_saving)):
+            if not 0 <= _checks.number(name, share) < 1:
+                raise ValueError(f"{name}={share!r}: expected a number in [0, 1)")
+        layers = gated_layers(model)
+        if not layers:
+            raise ValueError(f"model={type(model).__name__}: expected gated layers in it (dampr.convert puts them there)")
+        if is_shrunk(model):
+            raise ValueError(f"model={type(model).__name__}: units have left it already; expected one Shrinker for each model")
+        _check_budget(budget, model)
+        self.model, self.patience, self.probability, self.least_saving = model, patience, probability, least_saving
+        self._budget, self._inputs = budget, example_inputs
+        self.cost = Cost(model, example_inputs, "macs") if budget is None else budget.cost
+        self._layouts = layouts_of(model, self.cost.structure)
+        self._layout = WHOLE
+        self.removed = torch.zeros(self.cost.structure.size, dtype=torch.bool)
+        self._refused = torch.zeros_like(self.removed)  # whose absence changed the outputs
+        self._closed_for = torch.zeros(self.cost.structure.size, dtype=torch.int64)
+        self.steps = 0
+        self.events: list[Shrink] = []
+        self._shelves: dict[str, Shelf] = {}  # of the model, of each optimizer and of each copy
+        if budget is None:
+            self._stay_where_draws_are_per_sample()
+
+    def _stay_where_draws_are_per_sample(self) -> None:
+        for name, layer in self.cost.structure.gated.items():
+            if layer.per_sample:
+                rows = self.cost.structure.rows(name)
+                self._refused[rows[0].start : rows[-1].stop] = True
+                self._layouts.notes[name] = "per_sample=True: its draws are made with the product, for all gates of the layer"
+
+    @property
+    def notes(self) -> dict[str, str]:
+        """Of gated layers whose units stay until the model is compacted, why."""
+        return dict(self._layouts.notes)
+
+    @property
+    def left(self) -> float:
+        """The share of the cost of the units that are still in the model."""
+        return float(self.cost((~self.removed).double())) / self.cost.total
+
+    def candidates(self) -> Tensor:
+        """The gates whose units could go now, those that are gone included: bool, (all gates,), on the host."""
+        closed = torch.cat([closed_for_good(gate, self.probability).cpu() for gate in self.cost.structure.gates])
+        if self._budget is not None and self._budget.controller is not None:
+            closed &= self._budget.controller.given_up()
+        elif self._budget is None:
+            closed &= self._closed_for >= self.patience
+        return (closed & ~self._refused) | self.removed
+
+    def saving(self, wanted: Tensor | None = None) -> float:
+        """The share of the present cost that would go with the candidates, or with these gates."""
+        wanted = self.candidates() if wanted is None else wanted
+        _, gone = self._layouts.of(wanted)
+        now = self.left * self.cost.total
+        return (now - float(self.cost((~gone).double()))) / max(now, 1e-30)
+
+    def step(self, optimizer: Optimizers = None, *, ema: Copies = ()) -> bool:
+        """Call it after ``optimizer.step()``, and after ``budget.step()``: takes out what can go where that saves enough.
+
+        Args: as of :meth:`shrink`. Returns whether parameters have other shapes now.
+        """
+        self.steps += 1
+        if self._budget is None:
+            closed = torch.cat([closed_for_good(gate, self.probability).cpu() for gate in self.cost.structure.gates])
+            self._closed_for = torch.where(closed, self._closed_for + 1, 0)
+        grown = self.bring_back(optimizer, ema=ema) > 0
+        wanted = self.candidates()
+        if not bool((wanted & ~self.removed).any()) or self.saving(wanted) < max(self.least_saving, 1e-12):
+            return grown
+        return self.take(wanted, optimizer, ema=ema) > 0 or grown
+
+    def bring_back(self, optimizer: Optimizers = None, *, ema: Copies = ()) -> int:
+        """Put units that the budget wants back into the model, as they were; returns how many."""
+        if self._budget is None or self._budget.controller is None:
+            return 0
+        wanted = self.removed & self._budget.controller.keep
+        count = int(wanted.sum())
+        if count:
+            before, began = self.left, time.perf_counter()
+            self._to(self.removed & ~wanted, optimizer, ema, prove=False)
+            self.events.append(Shrink(self.steps, -count, before, self.left, time.perf_counter() - began))
+        return count
+
+    def shrink(self, optimizer: Optimizers = None, *, ema: Copies = ()) -> int:
+        """Take the units of the candidates out of the model, whatever it saves; returns how many went.
+
+        Args:
+            optimizer: of the weights, one or several; what is left of its state stays. None: make a new one if anything went.
+            ema: copies of the model, as :class:`torch.optim.swa_utils.AveragedModel` makes them, which lose the same units.
+
+        Raises: ValueError for an optimizer whose state cannot be cut, and for copies of another structure, before anything is changed.
+        """
+        return self.take(self.candidates(), optimizer, ema=ema)
+
+    def take(self, wanted: Tensor, optimizer: Optimizers = None, *, ema: Copies = ()) -> int:
+        """:meth:`shrink` with what :meth:`candidates` gave at this step."""
+        began, before, removed = time.perf_counter(), self.left, self.removed
+        self._to(wanted, optimizer, ema, prove=True)
+        count = int((self.removed & ~removed).sum())
+        if count:
+            self.events.append(Shrink(self.steps, count, before, self.left, time.perf_counter() - began))
+        return count
+
+    def expand(self, optimizer: Optimizers = None, *, ema: Copies = ()) -> None:
+        """Bring all units back as they were when they left: before ``budget.finalize()`` and :func:`dampr.compact`."""
+        self._to(torch.zeros_like(self.removed), optimizer, ema, prove=False)
+
+    def _to(self, wanted: Tensor, optimizer: Optimizers, ema: Copies, prove: bool) -> None:
+        optimizers = _optimizers(optimizer)
+        copies = check_copies(ema, self.model)
+        for one in optimizers:
+            check_state(one)
+        layout, gone = self._layouts.of(wanted)
+        shapes = shapes_of(self.model)
+        if prove:
+            layout, gone = self._proved(layout, gone)
+        changed = moved(self.model, self._layout, layout, self._shelf("model"))
+        for number, copy in enumerate(copies):
+            moved(copy, self._layout, layout, self._shelf(f"copy {number}"))
+        for number, one in enumerate(optimizers):
+            move_state(one, self.model, changed, shapes, self._shelf(f"optimizer {number}"))
+        self._layout, self.removed = layout, gone
+        for module in (self.model, *copies):
+            module.dampr_layout = layout  # type: ignore[assignment]
+            if not layout:
+                del module.dampr_layout
+
+    def _shelf(self, name: str) -> Shelf:
+        return self._shelves.setdefault(name, {})
+
+    def _proved(self, layout: Layout, gone: Tensor) -> tuple[Layout, Tensor]:
+        """The layout, or without those gate vectors whose units the outputs still depend on."""
+        if not layout or self._agrees(layout):
+            return layout, gone
+        kept = self.removed.clone()
+        for own in vectors(self.cost.structure, gone & ~self.removed):
+            trial, reached = self._layouts.of(kept | own)
+            if self._agrees(trial):
+                kept = reached
+            else:
+                self._refused |= own
+                self._note(own, "without its closed units the outputs are others, so these stay until the model is compacted")
+        return self._layouts.of(kept)
+
+    def _agrees(self, layout: Layout) -> bool:
+        """Whether a copy of the model computes the same in this layout: in double precision, where it runs in that, else in its own."""
+        for kind in (torch.float64, None):
+            samples = [self._inputs, inputs.perturbed(self._inputs)]
+            trial = inputs.copied(self.model)
+            if kind is not None:
+                trial, samples = trial.to(kind), pytree.tree_map(_doubled, samples)
+            try:
+                expected = [_run(trial, sample) for sample in samples]
+            except (RuntimeError, TypeError, ValueError):
+                continue  # its code names another precision
+            try:
+                moved(trial, self._layout, layout)
+                pairs = [(before, _run(trial, sample)) for sample, before in zip(samples, expected, strict=True)]
+            except (RuntimeError, ValueError, IndexError):
+                return False
+            return not any(inputs.differ(a, b, bound := _tolerance(a), bound * max(inputs.size(a), 1e-30)) for a, b in pairs)
+        return False
+
+    def _note(self, own: Tensor, why: str) -> None:
+        for name in self.cost.structure.gated:
+            rows = self.cost.structure.rows(name)
+            if bool(own[rows[0].start : rows[-1].stop].any()):
+                self._layouts.notes[name] = why
+
+    def explain(self) -> str:
+        """What has gone, when, what it took, and what stays and why."""
+        lines = [str(event) for event in self.events] or ["no unit has left the model yet"]
+        return "\n".join(lines + [f"{name}: {note}" for name, note in self.notes.items()])
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was removed and when, for a checkpoint beside those of model, optimizer and budget."""
+        return {
+            "removed": self.removed.clone(),
+            "refused": self._refused.clone(),
+            "closed_for": self._closed_for.clone(),
+            "steps": self.steps,
+            "events": [asdict(event) for event in self.events],
+            "shelves": {name: dict(shelf) for name, shelf in self._shelves.items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any], optimizer: Optimizers = None, *, ema: Copies = ()) -> None:
+        """Give the model of a new Shrinker the widths that it had. *Then* load the states of model and optimizer.
+
+        Raises ValueError for the state of another model.
+        """
+        removed = state["removed"]
+        if removed.shape != self.removed.shape:
+            raise ValueError(f"state: of a model with {len(removed)} gates, expected {len(self.removed)}")
+        _, gone = self._layouts.of(removed)
+        if not torch.equal(gone, removed):
+            raise ValueError("state: it removes units that this model cannot lose; expected the state of the same model")
+        self._to(removed, optimizer, ema, prove=False)
+        self._refused, self._closed_for = state["refused"].clone(), state["closed_for"].clone()
+        self.steps = int(state["steps"])
+        self.events = [Shrink(**event) for event in state["events"]]
+        self._shelves = {name: {key: t.clone() for key, t in shelf.items()} for name, shelf in state["shelves"].items()}
+
+
+def _run(model: nn.Module, sample: Any) -> list[Tensor]:
+    with inputs.unfused(), inputs.same_noise(model):
+        return inputs.evaluate(model, sample)
+
+
+def _doubled(value: Any) -> Any:
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _tolerance(outputs: list[Tensor]) -> float:
+    return max((inputs.TOLERANCE[t.dtype] for t in outputs if t.dtype in inputs.TOLERANCE), default=inputs.TOLERANCE[torch.float32])
+
+
+@torch.no_grad()
+def closed_for_good(gate: Gate, probability: float) -> Tensor:
+    """Which gates of a whole vector are closed in evaluation, drawn open in training with at most this probability, and learn nothing.
+
+    bool. A family may send a gradient to closed gates (a straight-through estimator does), and then training may want them back.
+    """
+    if isinstance(gate, SteppedGate):
+        return ~gate.is_open()
+    family = gate.family if isinstance(gate, OwnedGate) else gate
+    training, family.training = family.training, True
+    try:
+        flat, draws = family.spec.family in FLAT_AT_ZERO, family.draws
+    finally:
+        family.training = training
+    closed = ~family.is_open()
+    if not (flat or isinstance(family, Fixed)):
+        return torch.zeros_like(closed)
+    return closed & (family.open_probability() <= probability) if draws else closed
+
+
+def is_shrunk(model: nn.Module) -> bool:
+    """Whether units have left a gated model."""
+    return hasattr(model, "dampr_layout") or any(isinstance(module, SelectedGate) for module in model.modules())
+
+
+def _optimizers(given: Optimizers) -> list[torch.optim.Optimizer]:
+    found: list[Any] = [] if given is None else _listed(given)
+    for one in found:
+        if not isinstance(one, torch.optim.Optimizer):
+            raise TypeError(f"optimizer={one!r:.80}: expected a torch.optim.Optimizer, or a sequence of them")
+    return found
+
+
+def copies_of(given: Copies) -> list[nn.Module]:
+    """The modules that average a model, without what wraps them. Raises TypeError for anything else."""
+    found: list[Any] = _listed(given)
+    for one in found:
+        if not isinstance(one, nn.Module):
+            raise TypeError(f"ema={one!r:.80}: expected an AveragedModel or another copy of the model, or a sequence of them")
+    return [one.module if isinstance(one, AveragedModel) else one for one in found]
+
+
+def _listed(given: Any) -> list[Any]:
+    return list(given) if isinstance(given, (list, tuple)) else [given]
+
+
+def check_copies(given: Copies, model: nn.Module) -> list[nn.Module]:
+    """:func:`copies_of`, with the whole numbers of the model in the place of their averages.
+
+    Raises ValueError, by the name of a tensor, for a copy that is not of the model as it is now.
+    """
+    found = copies_of(given)
+    shapes = shapes_of(model)
+    for one in found:
+        own = shapes_of(one)
+        if own != shapes:
+            wrong = next((name for name in {**shapes, **own} if shapes.get(name) != own.get(name)), "")
+            raise ValueError(
+                f"ema: {wrong!r} is {own.get(wrong)}, expected {shapes.get(wrong)} as in the model, gates included (hand it to every step)"
+            )
+        whole_numbers = {name: t for name, t in model.named_buffers(remove_duplicate=False) if not t.is_floating_point()}
+        for name, t in one.named_buffers(remove_duplicate=False):
+            if name in whole_numbers:  # indices and counts, which an average rounds down
+                t.copy_(whole_numbers[name])
+    return found
+
+
+def _check_budget(budget: Any, model: nn.Module) -> None:
+    if budget is None:
+        return
+    if not isinstance(budget, Budget):
+        raise TypeError(f"budget={budget!r:.80}: expected a dampr.Budget or None")
+    if budget.model is not model:
+        raise ValueError("budget: it is of another model; expected the one of this model")
+    if budget.controller is None:
+        raise ValueError("budget: its gates are parameters in an optimizer; expected one with steps=, which owns them, or None")
