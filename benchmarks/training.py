@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import math
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.quality import data
+from benchmarks.quality import data, results
 from benchmarks.quality.methods import METHODS as QUALITY
 from benchmarks.quality.methods import Planned, Setup
 from benchmarks.quality.tables import paired_interval
@@ -69,27 +67,13 @@ def wanted(seeds: list[int], scale: float, tasks: list[str]) -> Iterator[Run]:
 
 
 def read(folder: Path = RESULTS) -> dict[Run, Record]:
-    """Every whole line; one that a crash cut short is left out."""
-    found: dict[Run, Record] = {}
-    for path in sorted(folder.glob("*.jsonl")):
-        for line in path.read_text().splitlines():
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            found[Run(*(record[name] for name in Run._fields))] = record
-    return found
+    """The records of runs; of several of one run the last."""
+    return {Run(*(record[name] for name in Run._fields)): record for record in results.records_in(folder)}
 
 
 def append(record: Record, folder: Path = RESULTS) -> None:
     """One line more, on the disk when this returns."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{record['task']}.jsonl"
-    cut_short = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
-    with path.open("a") as file:
-        file.write("\n" * cut_short + json.dumps(record) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    results.append(record, folder)
 
 
 def timed(method: Method, steps: int) -> list[float]:

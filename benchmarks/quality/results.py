@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import statistics
@@ -55,17 +56,20 @@ class Results(dict[Run, Record]):
         return sorted(found, key=lambda r: r["seed"])
 
 
-def read(folder: Path = RESULTS) -> Results:
-    """Every whole line of every task's file; a last line that a crash cut short is left out."""
-    found = Results()
+def records_in(folder: Path) -> Iterator[Record]:
+    """Every whole line of every file; one that a crash cut short is left out."""
     for path in sorted(folder.glob("*.jsonl")):
         for line in path.read_text().splitlines():
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            if "comparison" in record:
-                found[key(record)] = record
+            with contextlib.suppress(json.JSONDecodeError):
+                yield json.loads(line)
+
+
+def read(folder: Path = RESULTS) -> Results:
+    """The records of runs; of several of one run the last."""
+    found = Results()
+    for record in records_in(folder):
+        if "comparison" in record:
+            found[key(record)] = record
     return found
 
 
