@@ -124,10 +124,11 @@ class _Constant:
         recurrent = isinstance(layer, nn.RNNBase)
         along = -1 if recurrent or isinstance(layer, nn.Linear) else -(self.layer.weight.dim() - 1)
         read = x.movedim(along, -1)[..., channels].reshape(-1, len(channels))
-        self._reads |= bool(read.any())
         if recurrent or not len(read):
+            self._reads |= bool(read.any())
             return
         weight = self.layer.weight.detach()
+        self._reads |= bool(read[:, weight[:, channels].transpose(0, 1).flatten(1).any(1)].any())
         wide = torch.promote_types(weight.dtype, torch.float32)
         columns = weight[:, channels].flatten(2).sum(2) if weight.dim() > 2 else weight[:, channels]
         rows = read.to(wide) @ columns.t().to(wide)

@@ -22,6 +22,7 @@ from dampr.nn import (
 from dampr.prune.cost import Cost
 from dampr.prune.measure import count_macs, count_params
 from tests.prune.test_models import close_at_random
+from tests.prune.test_unit_gates import shaken
 
 COUNT = {"macs": count_macs, "params": lambda model, _: count_params(model)}
 
@@ -52,6 +53,17 @@ class Branches(nn.Module):
         return self.head(self.gate(self.outer(self.stem(x))))
 
 
+class GatedReader(nn.Module):
+    """What reads the recurrent layer has gates too, and is read by a plain layer."""
+
+    def __init__(self, recurrent):
+        super().__init__()
+        self.recurrent, self.middle, self.head = recurrent, GatedLinear(recurrent._width, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.middle(self.recurrent(x)[0]).relu())
+
+
 class Transformer(nn.Module):
     def __init__(self, **how):
         super().__init__()
@@ -76,6 +88,8 @@ CASES = {
     "own widths": lambda: (Tagger(GatedLSTM(12, 10, 2, batch_first=True, bidirectional=True, widths="own")), words()),
     "own projections": lambda: (Tagger(GatedLSTM(12, 10, 2, proj_size=5, batch_first=True, widths="own")), words()),
     "projection": lambda: (Tagger(GatedLSTM(12, 10, proj_size=5, bias=False, batch_first=True)), words()),
+    "gated reader": lambda: (GatedReader(GatedGRU(6, 10, batch_first=True)), torch.randn(3, 5, 6)),
+    "gated reader of projections": lambda: (GatedReader(GatedLSTM(6, 10, proj_size=7, batch_first=True)), torch.randn(3, 5, 6)),
     "branches": lambda: (Branches(), torch.randn(4, 6)),
     "transformer": lambda: (Transformer(), torch.randn(2, 5, 6)),
     "sublayers": lambda: (Transformer(parts=("heads", "neurons", "sublayers")), torch.randn(2, 5, 6)),
@@ -114,6 +128,20 @@ def test_input_gates_of_a_flattened_convolution():
     assert cost.structure.notes == {"0": "its width is the model's own input"}
     assert cost.prunable[3:].all()
     assert not cost.prunable[:3].any()
+
+
+@pytest.mark.parametrize("act", [nn.Sigmoid, nn.Softplus, nn.ReLU])
+def test_input_gates_do_not_see_what_a_closed_channel_would_have_been(act):
+    """A convolution that pads with zeros reads nothing of a channel whose input gate is closed, whatever the channel holds."""
+    layers = [nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), act(), nn.Conv2d(8, 6, 3, padding=1), act(), nn.Conv2d(6, 2, 3, padding=1)]
+    model, x = shaken(nn.Sequential(*layers)), torch.randn(2, 3, 8, 8)
+    dampr.convert(model, granularity="input", example_inputs=x)
+    cost = Cost(model, x, "macs")
+    close_at_random(model)
+    model[0].gate.log_alpha.data.fill_(3.0)
+    small = dampr.compact(model, example_inputs=x)
+    assert int(cost(cost.decision())) == count_macs(small, x)
+    assert not small.dampr_manifest["closed_but_kept"]
 
 
 @pytest.mark.parametrize("case", ["branches", "lstm"])
