@@ -190,8 +190,10 @@ def _with_gates(
         if placement.groups:
             by_units = functools.partial(_convert_by_units, model, seen.units, placement, gate, before or [], example_inputs)
             known = plan is not None and bool(heads.find(model))  # models of transformers, whose folders and configs follow gated layers
-            reached = 0.0 if plan is None else _reached(seen.units, plan, model) + WORTH
-            if share_of_macs(seen.units, placement.classes()) > reached and not known:
+            share = share_of_macs(seen.units, placement.classes())
+            reached = 0.0 if plan is None else _reached(seen.units, plan)
+            exact = plan is None or share < reached - WORTH or not _multiplies_beside(seen.units, plan, model)
+            if not known and (share > reached + WORTH * (plan is not None) or not exact):
                 return by_units()
     if plan is None:
         raise ConversionError(str(untraced)) from untraced
@@ -227,7 +229,7 @@ def _convert_by_layers(
     prove: bool = False,
 ) -> nn.Module:
     """Put gated layers in; whatever is raised, the model is as it was. ``prove``: raise where half of them cannot be cut as foretold."""
-    gates = _generated(gate, plan, model, granularity)
+    gates, in_its_precision = _generated(gate, plan, model, granularity), _precise(gate, model)
     values = {p: p.data for name in plan.layers for p in model.get_submodule(name).parameters()}
     gated: dict[str, Any] = {}
     adopted: dict[nn.Module, Any] = {}
@@ -235,7 +237,7 @@ def _convert_by_layers(
     try:
         for name, layer in plan.layers.items():
             shared = gated.get(plan.shared_with.get(name, ""))
-            own = gates.get(name, gate) if shared is None else shared.gate
+            own = gates.get(name, in_its_precision) if shared is None else shared.gate
             if not isinstance(own, Gate) and next(itertools.chain(layer.parameters(), layer.buffers()), None) is None:
                 own = make_gate(own, _gate_count(layer, granularity), _device(model))  # a norm without gain does not know where it is
             gated[name] = _gated(name, layer, own, granularity, each, plan.heads.get(name))
@@ -264,8 +266,8 @@ def _convert_by_layers(
     return model
 
 
-def _reached(units: Units, plan: _Plan, model: nn.Module) -> float:
-    """The share of the multiply-accumulates that gated layers can bring down."""
+def _gated_classes(units: Units, plan: _Plan) -> tuple[set[int], list[str]]:
+    """The classes that gated layers close, and the names of what loses whole heads or units of a state."""
     classes: set[int] = set()
     whole: list[str] = []
     for name, layer in plan.layers.items():
@@ -277,9 +279,27 @@ def _reached(units: Units, plan: _Plan, model: nn.Module) -> float:
             own = next((own for own in ("weight", "running_mean") if f"{name}.{own}".lstrip(".") in units.alias), None)
             if own is not None:
                 classes |= set(units.classes(f"{name}.{own}".lstrip("."), int(isinstance(layer, nn.Embedding))))
+    return classes, whole
+
+
+def _reached(units: Units, plan: _Plan) -> float:
+    """The share of the multiply-accumulates that gated layers can bring down."""
+    classes, whole = _gated_classes(units, plan)
     total = sum(product.macs for product in units.products)
-    inside = sum(p.macs for p in units.products if any(p.module == name or p.module.startswith(f"{name}.") for name in whole))
+    inside = sum(p.macs for p in units.products if _is_inside(p.module, whole))
     return share_of_macs(units, classes) + (inside / total if total else 0.0)
+
+
+def _is_inside(name: str, names: list[str]) -> bool:
+    return any(name == one or name.startswith(f"{one}.") for one in names)
+
+
+def _multiplies_beside(units: Units, plan: _Plan, model: nn.Module) -> bool:
+    """Whether code beside layers multiplies what gated layers close: the cost of gated layers is read off layers."""
+    classes, whole = _gated_classes(units, plan)
+    layers = (*graph.GEMMS, nn.RNNBase, nn.MultiheadAttention)
+    beside = [p for p in units.products if not _is_inside(p.module, whole) and not isinstance(model.get_submodule(p.module), layers)]
+    return any(not classes.isdisjoint(units.label[line].tolist()) for p in beside for line in p.factors)
 
 
 def _convert_by_units(
@@ -513,7 +533,18 @@ def _generated(gate: Any, plan: _Plan, model: nn.Module, granularity: Granularit
     names = sorted((name for name in plan.layers if name not in plan.shared_with), key=plan.order.index)
     counts = [plan.heads[name].heads if name in plan.heads else _gate_count(plan.layers[name], granularity) for name in names]
     generator = DependencyGenerator(counts, device=_device(model), **options)
+    if _is_double(model):
+        generator.double()
     return dict(zip(names, generator.gates(), strict=True))
+
+
+def _precise(gate: Any, model: nn.Module) -> Any:
+    """``gate`` in float64 where the model is, because float32 is less exact than compaction is."""
+    return (lambda count, device=None: make_gate(gate, count, device).double()) if _is_double(model) else gate
+
+
+def _is_double(model: nn.Module) -> bool:
+    return any(p.dtype == torch.float64 for p in model.parameters())
 
 
 def _device(model: nn.Module) -> torch.device | None:

@@ -180,3 +180,55 @@ def test_macs_of_a_learned_token_that_is_handed_on_are_counted():
     assert all(p.requires_grad for p in model.parameters())
     dampr.convert(model, example_inputs=x)
     assert dampr.Budget(model, x, macs=0.5, steps=8).finalize().reached <= macs / 2
+
+
+class Graph(nn.Module):
+    """A product beside its layers, with what no layer has: a matrix of neighbours."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.second, self.head = nn.Linear(6, 16), nn.BatchNorm1d(16), nn.Linear(16, 8), nn.Linear(8, 3)
+
+    def forward(self, x, neighbours):
+        return self.head((neighbours @ self.second((neighbours @ self.first(x)).relu())).relu())
+
+
+def test_products_beside_layers_are_counted():
+    model, x = shaken(Graph()), (torch.randn(5, 6), torch.rand(5, 5))
+    total = count_macs(model, x)
+    dampr.convert(model, example_inputs=x)
+    cost = Cost(model, x, "macs")
+    close_at_random(model)
+    assert cost.total == total
+    assert int(cost(cost.decision())) == count_macs(dampr.compact(model, example_inputs=x), x)
+
+
+@pytest.mark.parametrize("case", ["linear", "conv", "norm", "no gain", "lstm", "attention"])
+@pytest.mark.parametrize("family", ["hard_concrete", "dep_l0", "dam", "diffprune", "diffmask"])
+def test_gates_of_a_model_in_double_precision_are_as_exact_as_it_is(case, family):
+    """A gate between 0 and 1 in float32 would be as far off as compaction does not let pass."""
+    torch.manual_seed(0)
+    words, image = torch.randn(3, 5, 6, dtype=torch.float64), torch.randn(3, 3, 6, 6, dtype=torch.float64)
+    model, x = {
+        "linear": lambda: (nn.Sequential(nn.Linear(6, 12), nn.GELU(), nn.Linear(12, 3)), words),
+        "conv": lambda: (nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 1)), image),
+        "norm": lambda: (nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 2, 1)), image),
+        "no gain": lambda: (nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, affine=False), nn.ReLU(), nn.Conv2d(8, 2, 1)), image),
+        "lstm": lambda: (nn.Sequential(nn.LSTM(6, 10, proj_size=8, batch_first=True), First(), nn.Linear(8, 3)), words),
+        "attention": lambda: (nn.Sequential(nn.TransformerEncoderLayer(6, 2, 12, 0.0, batch_first=True), nn.Linear(6, 3)), words),
+    }[case]()
+    model = (model if case == "no gain" else shaken(model)).double().eval()
+    if case == "no gain" and family in ("dam", "diffprune"):
+        pytest.skip("nothing in the norm could make up for fresh gates that are not 1")
+    dampr.convert(model, example_inputs=x, gate=family)
+    for gate in dict.fromkeys(layer.gate for layer in dampr.prune.gated_layers(model).values()):
+        gate.set_levels_(torch.linspace(-0.3, 0.9, gate.num_gates, dtype=torch.float64))
+        assert gate.deterministic().dtype == torch.float64
+    cost, small = Cost(model, x, "macs"), dampr.compact(model, example_inputs=x)
+    torch.testing.assert_close(small(x), model(x), rtol=1e-12, atol=1e-12)
+    assert count_macs(small, x) == int(cost(cost.decision())) < cost.total
+
+
+class First(nn.Module):
+    def forward(self, outputs):
+        return outputs[0]
