@@ -35,8 +35,9 @@ from dampr.nn.base import VECTOR_GRANULARITIES, Granularity
 from dampr.nn.computed import computed, settled
 
 from . import filters, graph, heads, inputs, rectified, recurrent, second_opinion, streams, transformer, unit_gates, wrapped
-from .compact import compact
+from .compact import CompactionError, compact
 from .cost import Cost
+from .cutting import AT_BORDER
 from .filters import Filter
 from .measure import count_macs
 from .sight import Sight, look
@@ -69,6 +70,14 @@ class ConversionError(RuntimeError):
 
 class _UnprovenError(ConversionError):
     """Gated layers do not do for a model, which gates on its parameters may."""
+
+
+class _StuckError(ConversionError):
+    """Closed channels of some layers cannot go: ``reasons``, by the names of these."""
+
+    def __init__(self, reasons: dict[str, str]) -> None:
+        super().__init__(str(reasons))
+        self.reasons = reasons
 
 
 @settled
@@ -179,13 +188,13 @@ def _with_gates(
             before = inputs.comparable(model, example_inputs)
     chosen, skipped = _choose(model, gate, granularity, bool(per_sample), include, exclude)
     plan, untraced = None, None
-    seen = look(model, example_inputs) if granularity == "output" and example_inputs is not None else None
+    seen = look(model, example_inputs) if granularity in VECTOR_GRANULARITIES and example_inputs is not None else None
     try:
         plan = _place(model, chosen, granularity, example_inputs, tie, seen)
     except graph.TracingError as error:
         untraced = error
     by_units = None
-    if seen is not None and tie and not per_sample and not residual:
+    if seen is not None and granularity == "output" and tie and not per_sample and not residual:
         placement = unit_gates.only(model, seen.units, seen.placement, include, exclude)
         if placement.groups:
             by_units = functools.partial(_convert_by_units, model, seen.units, placement, gate, before or [], example_inputs)
@@ -200,16 +209,39 @@ def _with_gates(
     plan.skipped |= skipped
     if residual:
         _place_streams(plan, model, gate, include, exclude, example_inputs)
-    if not plan.layers:
-        raise ConversionError(
-            f"include={include!r}, exclude={exclude!r}: no layer of {type(model).__name__} is left to convert {plan.skipped or ''}".rstrip()
-        )
+    _check_left(plan, model, include, exclude)
     try:
         return _convert_by_layers(model, plan, gate, granularity, each, before, example_inputs, prove=by_units is not None)
     except _UnprovenError:
         if by_units is None:
             raise
+    except _StuckError as error:
+        _leave_out(plan, model, error.reasons)
+        _check_left(plan, model, include, exclude)
+        return _convert_by_layers(model, plan, gate, granularity, each, before, example_inputs, look_for_stuck=False)
     return by_units()
+
+
+def _check_left(plan: _Plan, model: nn.Module, include: Filter, exclude: Filter) -> None:
+    if not plan.layers:
+        raise ConversionError(
+            f"include={include!r}, exclude={exclude!r}: no layer of {type(model).__name__} is left to convert {plan.skipped or ''}".rstrip()
+        )
+
+
+def _leave_out(plan: _Plan, model: nn.Module, reasons: dict[str, str]) -> None:
+    """Take layers, and all that are added to them, out of a plan."""
+    assert plan.widths is not None
+    for name, reason in reasons.items():
+        together = plan.widths.written_together(model.get_submodule(name))
+        for place, own in list(plan.layers.items()):
+            norm = isinstance(own, nn.modules.batchnorm._BatchNorm)
+            if (plan.widths.layer_before(own) if norm else own) in together:
+                del plan.layers[place]
+                plan.shared_with.pop(place, None)
+                plan.weights_per_gate.pop(place, None)
+        names = {layer: name for name, layer in model.named_modules()}
+        plan.skipped |= {names[layer]: reason for layer in together}
 
 
 def _ready(model: nn.Module) -> nn.Module:
@@ -227,8 +259,12 @@ def _convert_by_layers(
     before: list[torch.Tensor] | None,
     example_inputs: Any,
     prove: bool = False,
+    look_for_stuck: bool = True,
 ) -> nn.Module:
-    """Put gated layers in; whatever is raised, the model is as it was. ``prove``: raise where half of them cannot be cut as foretold."""
+    """Put gated layers in; whatever is raised, the model is as it was.
+
+    ``prove``: raise where half of them cannot be cut as foretold; ``look_for_stuck``: where closed channels of some could never go.
+    """
     gates, in_its_precision = _generated(gate, plan, model, granularity), _precise(gate, model)
     values = {p: p.data for name in plan.layers for p in model.get_submodule(name).parameters()}
     gated: dict[str, Any] = {}
@@ -253,8 +289,11 @@ def _convert_by_layers(
         if before is not None:
             _check_unchanged(model, gated, before, example_inputs)
             _check_called(model, gated, example_inputs)
-        if prove and any(_may_leave_constants(module) for module in model.modules()):
-            _check_half(model, example_inputs)
+        if before is not None and granularity == "output" and any(_may_leave_constants(module) for module in model.modules()):
+            if prove:
+                _check_half(model, example_inputs)
+            elif look_for_stuck:
+                _check_none_stuck(model, example_inputs)
     except BaseException:
         for layer, kind in adopted.items():
             layer.__class__ = kind
@@ -346,6 +385,9 @@ def _place(
     sight: Sight | None,
 ) -> _Plan:
     plan = _Plan(dict(chosen), {}, {}, {}, list(chosen))
+    if granularity == "input" and sight is not None:
+        plan.skipped = {name: reason for name, layer in chosen.items() if (reason := sight.why_not_read(layer, name)) is not None}
+        plan.layers = {name: layer for name, layer in chosen.items() if name not in plan.skipped}
     if granularity != "output":
         return plan
     attentions = heads.parts(model)
@@ -599,14 +641,7 @@ def _check_half(model: nn.Module, example_inputs: Any) -> None:
     Models can fail it that have gates in convolutions, or norms without gates: what is constant behind a closed channel (the half of a
     sigmoid, the shift of a norm) no bias makes up for at a padded border. Raises _UnprovenError.
     """
-    trial = inputs.copied(model, example_inputs)
-    closed: dict[nn.Module, nn.Module] = {}
-    for gate in trial.modules():
-        if isinstance(gate, Gate):
-            values = gate.deterministic().detach().clone()
-            values[: len(values) // 2] = 0
-            closed[gate] = Fixed(values)
-    inputs.replace(trial, closed)
+    trial = _half_closed(model, example_inputs)
     with inputs.same_noise(model):
         try:
             cost = Cost(trial, example_inputs, "macs")
@@ -615,6 +650,32 @@ def _check_half(model: nn.Module, example_inputs: Any) -> None:
             raise _UnprovenError(f"half of its gates cannot be cut ({error})") from error
         if round(float(cost(cost.decision()))) != count_macs(small, example_inputs):
             raise _UnprovenError("with half of its gates closed the model does not cost what was foretold")
+
+
+def _half_closed(model: nn.Module, example_inputs: Any) -> nn.Module:
+    """A copy with half of the gates of each vector closed."""
+    trial = inputs.copied(model, example_inputs)
+    closed: dict[nn.Module, nn.Module] = {}
+    for gate in trial.modules():
+        if isinstance(gate, Gate):
+            values = gate.deterministic().detach().clone()
+            values[: len(values) // 2] = 0
+            closed[gate] = Fixed(values)
+    inputs.replace(trial, closed)
+    return trial
+
+
+def _check_none_stuck(model: nn.Module, example_inputs: Any) -> None:
+    """Raise _StuckError where closed channels of layers are constants at a padded border, so that they would stay."""
+    with inputs.same_noise(model):
+        try:
+            manifest: Any = compact(_half_closed(model, example_inputs), example_inputs=example_inputs).dampr_manifest
+        except CompactionError:
+            return
+    notes = {name: note for name, note in manifest["closed_but_kept"].items() if AT_BORDER in note}
+    if notes:
+        why = {name: note.partition("stay: ")[2].partition(";")[0] for name, note in notes.items()}
+        raise _StuckError({name: f"its closed channels would stay: {reason}" for name, reason in why.items()})
 
 
 def _check_called(model: nn.Module, gated: dict[str, Any], example_inputs: Any) -> None:

@@ -12,6 +12,7 @@ from . import inputs
 from .graph import CannotCutError, Closed, Member, Side, Widths, channel_count, pads_with_zeros
 from .units.proof import cut
 
+AT_BORDER = "as constants other than 0, which a bias cannot make up for at its padded border"
 Kept = dict[Side, Tensor]  # a side of a layer -> the channels that are left, by their indices in the original layer
 
 
@@ -82,6 +83,7 @@ def _decide(widths: Widths, closed: Closed, notes: dict[str, str], names: dict[n
     for writes, layer, channels in [(w, layer, channels) for w, layers in closed.items() for layer, channels in layers.items()]:
         dead: set[int] = set()
         labels = widths.classes(layer, writes)
+        labels = labels if max(channels) < len(labels) else []  # a weight with groups has fewer columns than its layer reads
         if labels and decided.issuperset(labels):
             continue  # another layer of the same width came first
         reason = "other layers of its width still use them"
@@ -148,8 +150,7 @@ class _Constant:
             return False
         if pads_with_zeros(self.layer):
             raise CannotCutError(
-                f"they reach {name!r} as constants other than 0, which a bias cannot make up for at its padded border; "
-                "gates after a norm (where dampr.convert puts them) leave no such constants"
+                f"they reach {name!r} {AT_BORDER}; gates after a norm (where dampr.convert puts them) leave no such constants"
             )
         if self._varies or self._rows == 1:
             raise UnableError(f"{name}: closed units reach it with values that differ between rows, so they cannot be cut")

@@ -8,6 +8,8 @@ from torch import nn
 
 import dampr
 from dampr.nn import GatedLinear
+from dampr.prune.cost import Cost
+from dampr.prune.measure import count_macs
 
 
 class Plain(nn.Module):
@@ -166,7 +168,7 @@ class Fails(nn.Module):
 @pytest.mark.parametrize(
     ("build", "arguments", "error", "message"),
     [
-        (Bypass, {"example_inputs": X}, dampr.ConversionError, "outputs changed"),
+        (Bypass, {"example_inputs": X, "tie": False}, dampr.ConversionError, "outputs changed"),
         (
             Reader,
             {"example_inputs": X, "granularity": "input"},
@@ -195,6 +197,21 @@ def test_a_failed_conversion_leaves_the_model_as_it_was(build, arguments, error,
         dampr.convert(model, **arguments)
     assert _snapshot(model) == before
     assert [p.requires_grad for p in model.parameters()] == frozen
+
+
+def test_a_layer_that_is_not_called_has_gates_on_what_reads_it():
+    """A model that looks at the types of its layers keeps them where gates are on parameters."""
+    model = Bypass().eval()
+    expected = model(X).detach()
+    dampr.convert(model, example_inputs=X)
+    torch.testing.assert_close(model(X), expected)
+    cost = Cost(model, X, "macs")
+    (gate,) = {layer.gate for layer in dampr.prune.gated_layers(model).values()}
+    gate.set_levels_(torch.where(torch.arange(10) < 6, -1.0, 1.0))
+    small = dampr.compact(model, example_inputs=X)
+    torch.testing.assert_close(small(X), model(X))
+    assert small.fc.out_features == 4
+    assert count_macs(small, X) == int(cost(cost.decision()))
 
 
 def test_the_fast_path_of_a_transformer_layer_does_not_bypass_gates_unnoticed():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from torch import nn
@@ -203,6 +205,33 @@ def test_products_beside_layers_are_counted():
     assert int(cost(cost.decision())) == count_macs(dampr.compact(model, example_inputs=x), x)
 
 
+@pytest.mark.parametrize("how", [{"per_sample": True}, {"tie": False}, {"include": nn.Conv2d, "per_sample": True}])
+@pytest.mark.parametrize("case", ["instance norm", "sigmoid", "two norms", "prelu"])
+def test_layers_whose_closed_channels_would_stay_have_no_gates(case, how):
+    """Constants at a padded border: convert leaves these layers out where no gates on parameters may take their place."""
+    first = {
+        "instance norm": lambda: [nn.InstanceNorm2d(8, affine=True, track_running_stats=True), nn.SiLU()],
+        "sigmoid": lambda: [nn.Sigmoid()],
+        "two norms": lambda: [nn.BatchNorm2d(8), nn.ReLU(), nn.BatchNorm2d(8)],
+        "prelu": lambda: [nn.PReLU(8)],
+    }[case]()
+    layers = [nn.Conv2d(3, 8, 3, padding=1), *first, nn.Conv2d(8, 6, 3, padding=1), nn.PReLU(6), nn.Conv2d(6, 2, 3, padding=1)]
+    model, x = shaken(nn.Sequential(*layers)), torch.randn(2, 3, 8, 8)
+    for norm in (part for part in model if isinstance(part, nn.InstanceNorm2d)):
+        nn.init.uniform_(norm.bias, 0.5, 1.0)
+    dampr.convert(model, example_inputs=x, **how)
+    stays = case != "prelu"
+    assert ("padded border" in model.dampr_skipped.get("0", "")) == stays
+    costs = {metric: Cost(model, x, metric) for metric in COUNT}
+    assert costs["macs"].prunable.all()
+    close_at_random(model)
+    small = dampr.compact(model, example_inputs=x)
+    assert (small[0].out_channels == 8) == stays
+    assert small[-1].in_channels < 6
+    assert not small.dampr_manifest["closed_but_kept"]
+    assert {metric: int(cost(cost.decision())) for metric, cost in costs.items()} == {metric: COUNT[metric](small, x) for metric in COUNT}
+
+
 @pytest.mark.parametrize("case", ["linear", "conv", "norm", "no gain", "lstm", "attention"])
 @pytest.mark.parametrize("family", ["hard_concrete", "dep_l0", "dam", "diffprune", "diffmask"])
 def test_gates_of_a_model_in_double_precision_are_as_exact_as_it_is(case, family):
@@ -232,3 +261,39 @@ def test_gates_of_a_model_in_double_precision_are_as_exact_as_it_is(case, family
 class First(nn.Module):
     def forward(self, outputs):
         return outputs[0]
+
+
+class LiteralHeads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.out, self.head = nn.Linear(12, 36), nn.Linear(12, 12), nn.Linear(12, 3)
+
+    def forward(self, x):
+        q, k, v = (part.view(len(x), -1, 3, 4).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
+        return self.head(self.out(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(*x.shape[:2], 12)).relu())
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("case", ["literal heads", "statistics without gains", "groups"])
+def test_input_gates_are_cut_or_left_out_before_training(case, seed):
+    """What cannot go without its columns has no gates, or stays with a note: nothing fails after training."""
+    conv = functools.partial(nn.Conv2d, kernel_size=3, padding=1)
+    model, x = {
+        "literal heads": lambda: (LiteralHeads(), torch.randn(2, 5, 12)),
+        "statistics without gains": lambda: (
+            nn.Sequential(conv(3, 8), nn.GroupNorm(2, 8, affine=False), nn.ReLU(), conv(8, 6), nn.ReLU(), conv(6, 2)),
+            torch.randn(2, 3, 8, 8),
+        ),
+        "groups": lambda: (
+            nn.Sequential(conv(3, 8), nn.ReLU(), conv(8, 12, groups=4), nn.ReLU(), conv(12, 6, groups=2), nn.ReLU(), conv(6, 2)),
+            torch.randn(2, 3, 8, 8),
+        ),
+    }[case]()
+    dampr.convert(model.double().eval(), granularity="input", example_inputs=(x := x.double()))
+    cost = Cost(model, x, "macs")
+    torch.manual_seed(seed)
+    for layer in dampr.prune.gated_layers(model).values():
+        layer.gate.set_levels_(torch.where(torch.rand(layer.gate.num_gates) < 0.5, -1.0, torch.rand(layer.gate.num_gates)))
+    small = dampr.compact(model, example_inputs=x)
+    torch.testing.assert_close(small(x), model(x), rtol=1e-9, atol=1e-9)
+    assert count_macs(small, x) == int(cost(cost.decision()))
