@@ -64,6 +64,10 @@ _GATED: dict[type, Any] = {**_REPLACEMENT, **_NORMS, nn.LayerNorm: GatedLayerNor
 WORTH = 0.001  # of a model's multiply-accumulates: gated layers, which have fused kernels, are taken unless others reach that much more
 
 
+# Reasons against gates in layers that are none against gates on parameters.
+_OF_LAYERS = ("cannot be cut yet", "a bare nn.Parameter", "is computed from other tensors", " is called ")
+
+
 class ConversionError(RuntimeError):
     """A model could not be converted; it is as it was."""
 
@@ -209,6 +213,9 @@ def _with_gates(
     plan.skipped |= skipped
     if residual:
         _place_streams(plan, model, gate, include, exclude, example_inputs)
+    if not plan.layers and seen is not None and by_units is None and granularity == "output" and tie and not per_sample and not residual:
+        why = unit_gates.left_out(model, seen.units, placement)
+        plan.skipped |= {n: why[n] for n, reason in plan.skipped.items() if n in why and any(own in reason for own in _OF_LAYERS)}
     _check_left(plan, model, include, exclude)
     try:
         return _convert_by_layers(model, plan, gate, granularity, each, before, example_inputs, prove=by_units is not None)

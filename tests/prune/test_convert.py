@@ -406,3 +406,16 @@ def test_a_model_that_cannot_be_traced_is_refused_in_words(monkeypatch):
         monkeypatch.setattr(f"dampr.prune.{module}.trace_units", fail)
     with pytest.raises(dampr.ConversionError, match=r"^the operators of Sequential cannot be followed \(IndexError: no such operator\)$"):
         dampr.convert(mlp(), example_inputs=X)
+
+
+@pytest.mark.parametrize(
+    ("layers", "reason"),
+    [
+        ((nn.utils.parametrizations.weight_norm(nn.Linear(10, 8), dim=1), nn.ReLU()), "a norm of the weight counts its channels"),
+        ((nn.Linear(10, 8), nn.Softmax(-1), nn.utils.parametrizations.weight_norm(nn.Linear(8, 8), dim=1)), "its channels are mixed"),
+    ],
+)
+def test_a_refusal_names_what_stands_against_gates_on_parameters_too(layers, reason):
+    """Not that a layer of that class has no gates: it could have some on its parameters."""
+    with pytest.raises(dampr.ConversionError, match=f"'0': [\"']{reason}"):
+        dampr.convert(nn.Sequential(*layers, nn.Linear(8, 2)), example_inputs=X)
