@@ -129,7 +129,8 @@ class _GatedNorm(GatedLayer):
         dense: Any = self._dense(**arguments, device="meta", dtype=None if like is None else like.dtype)
         z = self.gate.deterministic().view(self._gain_shape())
         wants_grad = self.weight is None or self.weight.requires_grad
-        gain = z.clone() if self.weight is None else (self.weight * z).to(self.weight.dtype)
+        gain = z.clone() if self.weight is None else self.weight * z
+        gain = gain if like is None else gain.to(like.dtype)
         dense.weight = nn.Parameter(gain, requires_grad=wants_grad)
         if dense.bias is not None:
             shift = torch.zeros_like(gain) if self.bias is None else (self.bias * z).to(self.bias.dtype)

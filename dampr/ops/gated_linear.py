@@ -32,8 +32,8 @@ def _fwd(
     keep_pre: bool,
 ) -> tuple[Tensor, Tensor]:
     gates = GatePair.of(in_la, out_la, in_seed, out_seed, spec, per_sample)
-    result: tuple[Tensor, Tensor] = select(x.device, x.dtype).gated_linear_fwd(x, weight, bias, gates, keep_pre)
-    return result
+    y, pre = select(x.device, x.dtype).gated_linear_fwd(x, weight, bias, gates, keep_pre)
+    return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y, pre  # autograd lets nobody change a view in place
 
 
 def _fwd_fake(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:

@@ -242,7 +242,10 @@ def _manifest(
         if module not in names:
             continue  # a factor that was 1 everywhere
         before = graph.channel_count(_counterpart(model, names[module]), writes)
-        layers.setdefault(names[module], {})["out" if writes else "in"] = {"before": before, "kept": indices.tolist()}
+        entry = layers.setdefault(names[module], {})
+        entry["out" if writes else "in"] = {"before": before, "kept": indices.tolist()}
+        if (groups := getattr(_counterpart(model, names[module]), "groups", 1)) != getattr(module, "groups", 1):
+            entry["groups"] = groups  # a depthwise convolution of one channel looks like any other
     for name, found in units.items():
         layers[name]["units"] = {"before": _counterpart(model, name)._width, "kept": [row.tolist() for row in found.kept]}
     return {"dampr": __version__, "torch": torch.__version__, "layers": layers, "closed_but_kept": notes, "max_abs_difference": difference}

@@ -35,8 +35,9 @@ from dampr.nn.base import VECTOR_GRANULARITIES, Granularity
 from dampr.nn.computed import computed, settled
 
 from . import filters, graph, heads, inputs, rectified, recurrent, second_opinion, streams, transformer, transposed, unit_gates, wrapped
-from .compact import compact
+from .compact import CompactionError, compact
 from .cost import Cost
+from .cutting import AT_BORDER
 from .filters import Filter
 from .inputs import Model
 from .measure import count_macs
@@ -64,12 +65,24 @@ _GATED: dict[type, Any] = {**_REPLACEMENT, **_NORMS, nn.LayerNorm: GatedLayerNor
 WORTH = 0.001  # of a model's multiply-accumulates: gated layers, which have fused kernels, are taken unless others reach that much more
 
 
+# Reasons against gates in layers that are none against gates on parameters.
+_OF_LAYERS = ("cannot be cut yet", "a bare nn.Parameter", "is computed from other tensors", " is called ")
+
+
 class ConversionError(RuntimeError):
     """A model could not be converted; it is as it was."""
 
 
 class _UnprovenError(ConversionError):
     """Gated layers do not do for a model, which gates on its parameters may."""
+
+
+class _StuckError(ConversionError):
+    """Closed channels of some layers cannot go: ``reasons``, by the names of these."""
+
+    def __init__(self, reasons: dict[str, str]) -> None:
+        super().__init__(str(reasons))
+        self.reasons = reasons
 
 
 @settled
@@ -180,35 +193,63 @@ def _with_gates(
             before = inputs.comparable(model, example_inputs)
     chosen, skipped = _choose(model, gate, granularity, bool(per_sample), include, exclude)
     plan, untraced = None, None
-    seen = look(model, example_inputs) if granularity == "output" and example_inputs is not None else None
+    seen = look(model, example_inputs) if granularity in VECTOR_GRANULARITIES and example_inputs is not None else None
     try:
         plan = _place(model, chosen, granularity, example_inputs, tie, seen)
     except graph.TracingError as error:
         untraced = error
     by_units = None
-    if seen is not None and tie and not per_sample and not residual:
+    if seen is not None and granularity == "output" and tie and not per_sample and not residual:
         placement = unit_gates.only(model, seen.units, seen.placement, include, exclude)
         if placement.groups:
             by_units = functools.partial(_convert_by_units, model, seen.units, placement, gate, before or [], example_inputs)
             known = plan is not None and bool(heads.find(model))  # models of transformers, whose folders and configs follow gated layers
-            reached = 0.0 if plan is None else _reached(seen.units, plan, model) + WORTH
-            if share_of_macs(seen.units, placement.classes()) > reached and not known:
+            share = share_of_macs(seen.units, placement.classes())
+            reached = 0.0 if plan is None else _reached(seen.units, plan)
+            exact = plan is None or share < reached - WORTH or not _multiplies_beside(seen.units, plan, model)
+            if not known and (share > reached + WORTH * (plan is not None) or not exact):
                 return by_units()
     if plan is None:
         raise ConversionError(str(untraced)) from untraced
     plan.skipped |= skipped
     if residual:
         _place_streams(plan, model, gate, include, exclude, example_inputs)
-    if not plan.layers:
-        who = "; its Conv1D layers are known to dampr.integrations.huggingface" if transposed.find(model) else ""
-        reasons = f"no layer of {type(model).__name__} is left to convert {plan.skipped or ''}".rstrip()
-        raise ConversionError(f"include={include!r}, exclude={exclude!r}: {reasons}{who}")
+    if not plan.layers and seen is not None and by_units is None and granularity == "output" and tie and not per_sample and not residual:
+        why = unit_gates.left_out(model, seen.units, placement)
+        plan.skipped |= {n: why[n] for n, reason in plan.skipped.items() if n in why and any(own in reason for own in _OF_LAYERS)}
+    _check_left(plan, model, include, exclude)
     try:
         return _convert_by_layers(model, plan, gate, granularity, each, before, example_inputs, prove=by_units is not None)
     except _UnprovenError:
         if by_units is None:
             raise
+    except _StuckError as error:
+        _leave_out(plan, model, error.reasons)
+        _check_left(plan, model, include, exclude)
+        return _convert_by_layers(model, plan, gate, granularity, each, before, example_inputs, look_for_stuck=False)
     return by_units()
+
+
+def _check_left(plan: _Plan, model: nn.Module, include: Filter, exclude: Filter) -> None:
+    if not plan.layers:
+        who = "; its Conv1D layers are known to dampr.integrations.huggingface" if transposed.find(model) else ""
+        reasons = f"no layer of {type(model).__name__} is left to convert {plan.skipped or ''}".rstrip()
+        raise ConversionError(f"include={include!r}, exclude={exclude!r}: {reasons}{who}")
+
+
+def _leave_out(plan: _Plan, model: nn.Module, reasons: dict[str, str]) -> None:
+    """Take layers, and all that are added to them, out of a plan."""
+    assert plan.widths is not None
+    for name, reason in reasons.items():
+        together = plan.widths.written_together(model.get_submodule(name))
+        for place, own in list(plan.layers.items()):
+            norm = isinstance(own, nn.modules.batchnorm._BatchNorm)
+            if (plan.widths.layer_before(own) if norm else own) in together:
+                del plan.layers[place]
+                plan.shared_with.pop(place, None)
+                plan.weights_per_gate.pop(place, None)
+        names = {layer: name for name, layer in model.named_modules()}
+        plan.skipped |= {names[layer]: reason for layer in together}
 
 
 def _ready(model: nn.Module) -> nn.Module:
@@ -226,9 +267,13 @@ def _convert_by_layers(
     before: list[torch.Tensor] | None,
     example_inputs: Any,
     prove: bool = False,
+    look_for_stuck: bool = True,
 ) -> nn.Module:
-    """Put gated layers in; whatever is raised, the model is as it was. ``prove``: raise where half of them cannot be cut as foretold."""
-    gates = _generated(gate, plan, model, granularity)
+    """Put gated layers in; whatever is raised, the model is as it was.
+
+    ``prove``: raise where half of them cannot be cut as foretold; ``look_for_stuck``: where closed channels of some could never go.
+    """
+    gates, in_its_precision = _generated(gate, plan, model, granularity), _precise(gate, model)
     values = {p: p.data for name in plan.layers for p in model.get_submodule(name).parameters()}
     gated: dict[str, Any] = {}
     adopted: dict[nn.Module, Any] = {}
@@ -236,7 +281,7 @@ def _convert_by_layers(
     try:
         for name, layer in plan.layers.items():
             shared = gated.get(plan.shared_with.get(name, ""))
-            own = gates.get(name, gate) if shared is None else shared.gate
+            own = gates.get(name, in_its_precision) if shared is None else shared.gate
             if not isinstance(own, Gate) and next(itertools.chain(layer.parameters(), layer.buffers()), None) is None:
                 own = make_gate(own, _gate_count(layer, granularity), _device(model))  # a norm without gain does not know where it is
             gated[name] = _gated(name, layer, own, granularity, each, plan.heads.get(name))
@@ -252,8 +297,11 @@ def _convert_by_layers(
         if before is not None:
             _check_unchanged(model, gated, before, example_inputs)
             _check_called(model, gated, example_inputs)
-        if prove and any(_may_leave_constants(module) for module in model.modules()):
-            _check_half(model, example_inputs)
+        if before is not None and granularity == "output" and any(_may_leave_constants(module) for module in model.modules()):
+            if prove:
+                _check_half(model, example_inputs)
+            elif look_for_stuck:
+                _check_none_stuck(model, example_inputs)
     except BaseException:
         for layer, kind in adopted.items():
             layer.__class__ = kind
@@ -265,8 +313,8 @@ def _convert_by_layers(
     return model
 
 
-def _reached(units: Units, plan: _Plan, model: nn.Module) -> float:
-    """The share of the multiply-accumulates that gated layers can bring down."""
+def _gated_classes(units: Units, plan: _Plan) -> tuple[set[int], list[str]]:
+    """The classes that gated layers close, and the names of what loses whole heads or units of a state."""
     classes: set[int] = set()
     whole: list[str] = []
     for name, layer in plan.layers.items():
@@ -278,9 +326,27 @@ def _reached(units: Units, plan: _Plan, model: nn.Module) -> float:
             own = next((own for own in ("weight", "running_mean") if f"{name}.{own}".lstrip(".") in units.alias), None)
             if own is not None:
                 classes |= set(units.classes(f"{name}.{own}".lstrip("."), int(isinstance(layer, nn.Embedding))))
+    return classes, whole
+
+
+def _reached(units: Units, plan: _Plan) -> float:
+    """The share of the multiply-accumulates that gated layers can bring down."""
+    classes, whole = _gated_classes(units, plan)
     total = sum(product.macs for product in units.products)
-    inside = sum(p.macs for p in units.products if any(p.module == name or p.module.startswith(f"{name}.") for name in whole))
+    inside = sum(p.macs for p in units.products if _is_inside(p.module, whole))
     return share_of_macs(units, classes) + (inside / total if total else 0.0)
+
+
+def _is_inside(name: str, names: list[str]) -> bool:
+    return any(name == one or name.startswith(f"{one}.") for one in names)
+
+
+def _multiplies_beside(units: Units, plan: _Plan, model: nn.Module) -> bool:
+    """Whether code beside layers multiplies what gated layers close: the cost of gated layers is read off layers."""
+    classes, whole = _gated_classes(units, plan)
+    layers = (*graph.GEMMS, nn.RNNBase, nn.MultiheadAttention)
+    beside = [p for p in units.products if not _is_inside(p.module, whole) and not isinstance(model.get_submodule(p.module), layers)]
+    return any(not classes.isdisjoint(units.label[line].tolist()) for p in beside for line in p.factors)
 
 
 def _convert_by_units(
@@ -327,6 +393,9 @@ def _place(
     sight: Sight | None,
 ) -> _Plan:
     plan = _Plan(dict(chosen), {}, {}, {}, list(chosen))
+    if granularity == "input" and sight is not None:
+        plan.skipped = {name: reason for name, layer in chosen.items() if (reason := sight.why_not_read(layer, name)) is not None}
+        plan.layers = {name: layer for name, layer in chosen.items() if name not in plan.skipped}
     if granularity != "output":
         return plan
     attentions = heads.parts(model)
@@ -514,7 +583,18 @@ def _generated(gate: Any, plan: _Plan, model: nn.Module, granularity: Granularit
     names = sorted((name for name in plan.layers if name not in plan.shared_with), key=plan.order.index)
     counts = [plan.heads[name].heads if name in plan.heads else _gate_count(plan.layers[name], granularity) for name in names]
     generator = DependencyGenerator(counts, device=_device(model), **options)
+    if _is_double(model):
+        generator.double()
     return dict(zip(names, generator.gates(), strict=True))
+
+
+def _precise(gate: Any, model: nn.Module) -> Any:
+    """``gate`` in float64 where the model is, because float32 is less exact than compaction is."""
+    return (lambda count, device=None: make_gate(gate, count, device).double()) if _is_double(model) else gate
+
+
+def _is_double(model: nn.Module) -> bool:
+    return any(p.dtype == torch.float64 for p in model.parameters())
 
 
 def _device(model: nn.Module) -> torch.device | None:
@@ -569,14 +649,7 @@ def _check_half(model: nn.Module, example_inputs: Any) -> None:
     Models can fail it that have gates in convolutions, or norms without gates: what is constant behind a closed channel (the half of a
     sigmoid, the shift of a norm) no bias makes up for at a padded border. Raises _UnprovenError.
     """
-    trial = inputs.copied(model, example_inputs)
-    closed: dict[nn.Module, nn.Module] = {}
-    for gate in trial.modules():
-        if isinstance(gate, Gate):
-            values = gate.deterministic().detach().clone()
-            values[: len(values) // 2] = 0
-            closed[gate] = Fixed(values)
-    inputs.replace(trial, closed)
+    trial = _half_closed(model, example_inputs)
     with inputs.same_noise(model):
         try:
             cost = Cost(trial, example_inputs, "macs")
@@ -585,6 +658,32 @@ def _check_half(model: nn.Module, example_inputs: Any) -> None:
             raise _UnprovenError(f"half of its gates cannot be cut ({error})") from error
         if round(float(cost(cost.decision()))) != count_macs(small, example_inputs):
             raise _UnprovenError("with half of its gates closed the model does not cost what was foretold")
+
+
+def _half_closed(model: nn.Module, example_inputs: Any) -> nn.Module:
+    """A copy with half of the gates of each vector closed."""
+    trial = inputs.copied(model, example_inputs)
+    closed: dict[nn.Module, nn.Module] = {}
+    for gate in trial.modules():
+        if isinstance(gate, Gate):
+            values = gate.deterministic().detach().clone()
+            values[: len(values) // 2] = 0
+            closed[gate] = Fixed(values)
+    inputs.replace(trial, closed)
+    return trial
+
+
+def _check_none_stuck(model: nn.Module, example_inputs: Any) -> None:
+    """Raise _StuckError where closed channels of layers are constants at a padded border, so that they would stay."""
+    with inputs.same_noise(model):
+        try:
+            manifest: Any = compact(_half_closed(model, example_inputs), example_inputs=example_inputs).dampr_manifest
+        except CompactionError:
+            return
+    notes = {name: note for name, note in manifest["closed_but_kept"].items() if AT_BORDER in note}
+    if notes:
+        why = {name: note.partition("stay: ")[2].partition(";")[0] for name, note in notes.items()}
+        raise _StuckError({name: f"its closed channels would stay: {reason}" for name, reason in why.items()})
 
 
 def _check_called(model: nn.Module, gated: dict[str, Any], example_inputs: Any) -> None:

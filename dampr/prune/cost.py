@@ -29,7 +29,7 @@ from .structure import Structure
 from .unit_structure import Counts, UnitStructure, has_unit_gates
 from .wrapped import unwrapped
 
-_PER_CHANNEL = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm)
+_PER_CHANNEL = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.PReLU)
 
 
 class Width(NamedTuple):

@@ -12,6 +12,7 @@ from . import inputs
 from .graph import CannotCutError, Closed, Member, Side, Widths, channel_count, pads_with_zeros
 from .units.proof import cut
 
+AT_BORDER = "as constants other than 0, which a bias cannot make up for at its padded border"
 Kept = dict[Side, Tensor]  # a side of a layer -> the channels that are left, by their indices in the original layer
 
 
@@ -82,6 +83,7 @@ def _decide(widths: Widths, closed: Closed, notes: dict[str, str], names: dict[n
     for writes, layer, channels in [(w, layer, channels) for w, layers in closed.items() for layer, channels in layers.items()]:
         dead: set[int] = set()
         labels = widths.classes(layer, writes)
+        labels = labels if max(channels) < len(labels) else []  # a weight with groups has fewer columns than its layer reads
         if labels and decided.issuperset(labels):
             continue  # another layer of the same width came first
         reason = "other layers of its width still use them"
@@ -124,10 +126,11 @@ class _Constant:
         recurrent = isinstance(layer, nn.RNNBase)
         along = -1 if recurrent or isinstance(layer, nn.Linear) else -(self.layer.weight.dim() - 1)
         read = x.movedim(along, -1)[..., channels].reshape(-1, len(channels))
-        self._reads |= bool(read.any())
         if recurrent or not len(read):
+            self._reads |= bool(read.any())
             return
         weight = self.layer.weight.detach()
+        self._reads |= bool(read[:, weight[:, channels].transpose(0, 1).flatten(1).any(1)].any())
         wide = torch.promote_types(weight.dtype, torch.float32)
         columns = weight[:, channels].flatten(2).sum(2) if weight.dim() > 2 else weight[:, channels]
         rows = read.to(wide) @ columns.t().to(wide)
@@ -147,8 +150,7 @@ class _Constant:
             return False
         if pads_with_zeros(self.layer):
             raise CannotCutError(
-                f"they reach {name!r} as constants other than 0, which a bias cannot make up for at its padded border; "
-                "gates after a norm (where dampr.convert puts them) leave no such constants"
+                f"they reach {name!r} {AT_BORDER}; gates after a norm (where dampr.convert puts them) leave no such constants"
             )
         if self._varies or self._rows == 1:
             raise UnableError(f"{name}: closed units reach it with values that differ between rows, so they cannot be cut")

@@ -18,12 +18,13 @@ from dampr.nn.stacked_rnn import arguments_of
 from . import graph, heads, inputs, transposed
 from .inputs import Model
 from .unit_compact import places_of, restore_sizes
-from .units.proof import follow_parameters
+from .units.proof import follow_all
 from .wrapped import sees_through
 
 _NORMS = nn.modules.batchnorm._NormBase
-# Of these zeros make NaN: a variance, and the direction of a weight under weight_norm.
+# Of these zeros make NaN: a variance, and the direction of a weight under weight_norm where its length has come back too, as 0.
 FILLED_WITH_ONE = ("running_var", "weight_v", "original1")
+_LENGTHS = {"weight_v": "weight_g", "original1": "original0"}
 MOST_GROWTH, SMALL = 10_000, 2**24  # how many times larger a tensor may become, unless it stays small
 Places = tuple[int, Tensor] | None  # of one dimension: its size before, and which of it are left; None where nothing was cut
 
@@ -83,7 +84,7 @@ def expand(model: Model) -> Model:
             small = getattr(holder, own)
             if small is not None:
                 _check_fits(f"{name}.{attribute}", small, places)
-                grown = _grow(small.detach(), places, fill=attribute == "running_var")
+                grown = _grow(small.detach(), places, [float(attribute == "running_var")] * len(places))
                 if isinstance(small, nn.Parameter):
                     setattr(holder, own, nn.Parameter(grown, requires_grad=small.requires_grad))
                 else:
@@ -135,11 +136,11 @@ def _widened(large: nn.Module, manifest: dict[str, Any]) -> nn.Module:
     for name, small, places in checked:
         owner, _, own = name.rpartition(".")
         if id(small) not in grown:
-            wide = _grow(small.detach(), places, fill=own in FILLED_WITH_ONE)
+            length = places_of(manifest, ".".join(filter(None, (owner, _LENGTHS[own])))) if own in _LENGTHS else places
+            wide = _grow(small.detach(), places, [float(own in FILLED_WITH_ONE and one is not None) for one in length])
             grown[id(small)] = nn.Parameter(wide, requires_grad=small.requires_grad) if isinstance(small, nn.Parameter) else wide
         setattr(large.get_submodule(owner), own, grown[id(small)])
-    for module in dict.fromkeys(large.get_submodule(name.rpartition(".")[0]) for name, _, _ in checked):
-        follow_parameters(module)
+    follow_all(large, {large.get_submodule(name.rpartition(".")[0]) for name, _, _ in checked})
     restore_sizes(large, manifest)
     return large
 
@@ -188,9 +189,14 @@ def tensors_of(layer: nn.Module, entry: dict[str, Any]) -> dict[str, list[Places
         return {"weight": [None, written]}
     if isinstance(layer, Scale):
         return {"scale": [written]}
-    if isinstance(layer, (_NORMS, nn.LayerNorm, nn.PReLU)) or graph.is_depthwise(layer):
+    if isinstance(layer, (_NORMS, nn.LayerNorm, nn.PReLU)) or _was_depthwise(layer, entry):
         return {name: [written] for name in ("weight", "bias", "running_mean", "running_var") if hasattr(layer, name)}
     return {"weight": [written, read], "bias": [written]}
+
+
+def _was_depthwise(layer: nn.Module, entry: dict[str, Any]) -> bool:
+    """Whether a layer is a depthwise convolution, or the one channel that is left of one."""
+    return graph.is_depthwise(layer) or (isinstance(layer, nn.modules.conv._ConvNd) and "groups" in entry)
 
 
 def _of_attention(layer: PrunedMultiheadAttention, heads: dict[str, Any] | None, written: Places, read: Places) -> dict[str, list[Places]]:
@@ -268,12 +274,13 @@ def _check_fits(name: str, small: Tensor, places: list[Places]) -> None:
         )
 
 
-def _grow(small: Tensor, places: list[Places], fill: float) -> Tensor:
+def _grow(small: Tensor, places: list[Places], fills: Sequence[float]) -> Tensor:
+    """``small`` with what was cut of each dimension filled with the number of that dimension."""
     for dim, place in enumerate(places):
         if place is not None:
             size, kept = place
             shape = [*small.shape[:dim], size, *small.shape[dim + 1 :]]
-            small = small.new_full(shape, fill).index_copy(dim, kept.to(small.device), small)
+            small = small.new_full(shape, fills[dim]).index_copy(dim, kept.to(small.device), small)
     return small
 
 
@@ -295,7 +302,7 @@ def sizes_in(layer: Any, entry: dict[str, Any]) -> dict[str, int]:
         found = {"input_size": read, "proj_size" if layer.proj_size else "hidden_size": units}
     elif isinstance(layer, nn.Linear):
         found = {"out_features": written, "in_features": read}
-    elif graph.is_depthwise(layer):
+    elif _was_depthwise(layer, entry):
         found = dict.fromkeys(("out_channels", "in_channels", "groups"), written)
     elif isinstance(layer, nn.modules.conv._ConvNd):
         found = {"out_channels": written, "in_channels": read}

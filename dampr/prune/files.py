@@ -46,6 +46,7 @@ _WIDTHS = (
 )
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _MAY_GAIN_BIAS = (nn.Linear, nn.modules.conv._ConvNd)
+_AFFINE = {nn.modules.batchnorm._NormBase: "affine", nn.LayerNorm: "elementwise_affine"}  # what a norm says of its gain
 _SIZED = (*_MAY_GAIN_BIAS, nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.PReLU, nn.Embedding, nn.MultiheadAttention, nn.RNNBase)
 
 
@@ -152,9 +153,9 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
     Args:
         path: the file.
         model: the dense original, as it was before ``convert`` (its weights do not matter), in the dtypes of the file; it is narrowed in
-            place and returned. A bias that compaction gave to a linear or conv layer is added, and a layer of ``dampr.nn`` that it put in
-            the place of another one is put there. None: the model is built from the file, in its dtypes, which works for containers and
-            layers of ``torch.nn`` and those of ``dampr.nn``.
+            place and returned. A bias that compaction gave to a linear or conv layer is added, and the gain of a norm that had none; a
+            layer of ``dampr.nn`` that it put in the place of another one is put there. None: the model is built from the file, in its
+            dtypes, which works for containers and layers of ``torch.nn`` and those of ``dampr.nn``.
 
     Returns: the model in evaluation mode, on the CPU when built from the file.
 
@@ -190,6 +191,8 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
     for module in model.modules():
         if isinstance(module, nn.RNNBase):
             module.flatten_parameters()
+        if (affine := _affine(module)) is not None and module.weight is not None:
+            setattr(module, affine, True)
     model.dampr_manifest = content.compaction  # type: ignore[assignment]
     return model.eval()
 
@@ -320,6 +323,9 @@ def _fit(model: nn.Module, content: _Content, exact: bool = False) -> list[tuple
         layer = modules.get(name.rpartition(".")[0])
         if name.endswith("bias") and isinstance(layer, _MAY_GAIN_BIAS) and layer.bias is None:
             like[name] = layer.weight
+        elif name.endswith(("weight", "bias")) and _affine(layer) is not None and getattr(layer, "weight", None) is None:
+            known = next((t for t in layer.buffers() if t.is_floating_point()), None)  # type: ignore[union-attr]
+            like[name] = nn.Parameter(torch.empty_like(state[name] if known is None else known))
     source = {n: n if n in state else stored.get(id(t), "") for n, t in like.items()}
     absent, missing = sorted(set(state) - set(like)), [n for n, found in source.items() if not found]
     if absent or missing:
@@ -333,6 +339,11 @@ def _fit(model: nn.Module, content: _Content, exact: bool = False) -> list[tuple
             raise FileError(f"{where}: tensor {name!r} has shape {tuple(new.shape)}, which cannot come from {tuple(old.shape)} in model")
     _check_widths(modules, content, {name: tuple(state[found].shape) for name, found in source.items()})
     return [(modules[n.rpartition(".")[0]], n.rpartition(".")[2], found, like[n]) for n, found in source.items()]
+
+
+def _affine(module: nn.Module | None) -> str | None:
+    """The attribute of a norm that says whether it has a gain; None of other layers."""
+    return next((attribute for kind, attribute in _AFFINE.items() if isinstance(module, kind)), None)
 
 
 def _check_widths(modules: dict[str, nn.Module], content: _Content, shapes: dict[str, tuple[int, ...]]) -> None:
@@ -352,6 +363,8 @@ def _check_widths(modules: dict[str, nn.Module], content: _Content, shapes: dict
         arguments = _arguments(module, kind) | {k: v for k, v in widths.items() if k in _parameters(kind)}
         if f"{prefix}bias" in shapes:
             arguments.pop("bias", None)
+        if f"{prefix}weight" in shapes and (affine := _affine(module)) is not None:
+            arguments[affine] = True
         twin = _construct(kind, arguments, f"{content.where}: layer {name!r}")
         expected = {k: tuple(t.shape) for k, t in twin.state_dict(prefix=prefix).items()}
         wrong = [k for k in expected if shapes.get(k, expected[k]) != expected[k]] + [k for k, v in widths.items() if _width(twin, k) != v]

@@ -15,7 +15,7 @@ from dampr.gates.selected import SelectedGate, whole
 
 from . import inputs
 from .expand import FILLED_WITH_ONE, Places, kept_dims
-from .units.proof import follow_parameters
+from .units.proof import follow_all
 
 
 class Sized(NamedTuple):
@@ -79,9 +79,7 @@ def moved(model: nn.Module, before: Layout, after: Layout, shelf: Shelf | None =
     _set_sizes(model, before, after, indices=True)
     _select(model, before, after)
     with inputs.same_noise(model):
-        for module in modules:
-            if not isinstance(module, nn.RNNBase):  # the sizes of these are in the layout
-                follow_parameters(module)
+        follow_all(model, [module for module in modules if not isinstance(module, nn.RNNBase)])  # the sizes of these are in the layout
     _set_sizes(model, before, after, indices=False)
     return changed
 

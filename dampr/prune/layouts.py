@@ -59,7 +59,8 @@ class UnitLayouts:
             if isinstance(module, nn.RNNBase) and kept:
                 layout.sizes[name] = dict(_recurrent_sizes(module, name, layout))
             groups = getattr(module, "groups", 1)
-            first = next(iter(layout.tensors.get(f"{name}.weight".lstrip("."), [])), None)
+            weights = (layout.tensors.get(f"{name}.{own}".lstrip(".")) for own in _WEIGHTS)
+            first = next((places[0] for places in weights if places), None)
             if isinstance(groups, int) and groups > 1 and first is not None:
                 layout.sizes.setdefault(name, {})["groups"] = Sized(groups, groups * len(first[1]) // first[0])
         return layout, closed
@@ -72,6 +73,9 @@ def _recurrent_sizes(module: nn.RNNBase, name: str, layout: Layout) -> Iterator[
         places = layout.tensors.get(f"{name}.{weight}".lstrip("."), [])
         if dim < len(places) and (place := places[dim]) is not None:
             yield attribute, Sized(place[0], len(place[1]))
+
+
+_WEIGHTS = ("weight", "weight_v", "parametrizations.weight.original1", "parametrizations.weight.original", "weight_orig")
 
 
 class LayerLayouts:

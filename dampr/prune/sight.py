@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +28,7 @@ class Sight:
         units, placement = self.units, self.placement
         written = units.classes(f"{name}.weight".lstrip("."), int(isinstance(layer, nn.Embedding)))
         classes = set(written)
-        refused = next((reason for one, reason in placement.refused.items() if one in classes), None)
+        refused = self._refused(classes)
         if refused is not None:
             return refused
         if not classes or not classes.issubset(placement.classes()):
@@ -44,6 +45,13 @@ class Sight:
         if len(classes) < len(written):
             return f"its {len(written)} channels can only go in {len(classes)} sets, as heads do, which have no gates in layers"
         return ""
+
+    def why_not_read(self, layer: nn.Module, name: str) -> str | None:
+        """Why what a layer reads cannot be cut, though its trace says that it could; None where it can, or its trace says so already."""
+        return self._refused(self.units.classes(f"{name}.weight".lstrip("."), int(not isinstance(layer, nn.Embedding))))
+
+    def _refused(self, classes: Iterable[int]) -> str | None:
+        return next((self.placement.refused[one] for one in classes if one in self.placement.refused), None)
 
 
 def look(model: nn.Module, example_inputs: Any) -> Sight | None:

@@ -69,6 +69,7 @@ class Structure(GateVector[GatedLayer]):
 
     def _plain_copy(self, model: nn.Module, example_inputs: Any) -> nn.Module:
         plain = _opened(model, example_inputs)
+        _make_dense(plain, but=_GatedRecurrent)
         readers: dict[str, list[str]] = {}
         for name, layer in plain.named_modules():
             if isinstance(layer, _GatedRecurrent):
@@ -198,8 +199,9 @@ def _opened(model: nn.Module, example_inputs: Any) -> nn.Module:
     return plain
 
 
-def _make_dense(model: nn.Module) -> None:
-    inputs.replace(model, {layer: _dense(layer) for layer in model.modules() if isinstance(layer, GatedLayer)})
+def _make_dense(model: nn.Module, but: type | tuple[type, ...] = ()) -> None:
+    gated = [layer for layer in model.modules() if isinstance(layer, GatedLayer) and not isinstance(layer, but)]
+    inputs.replace(model, {layer: _dense(layer) for layer in gated})
 
 
 def _dense(layer: GatedLayer) -> nn.Module:

@@ -35,6 +35,9 @@ def compacted(model: nn.Module, example_inputs: Any, round_to: int) -> tuple[nn.
     before = {name: tuple(t.shape) for name, t in _tensors(small).items()}
     cut(small, structure.units, classes)
     made = follow(small, sizes)
+    for name, module in small.named_modules():
+        if isinstance(module, nn.modules.conv._ConvNd) and module.groups != model.get_submodule(name).groups:
+            made[name] = {own: getattr(module, own) for own in ("groups", "in_channels", "out_channels")}
     follow_inputs(small, example_inputs)
     left = _left(structure, classes, before)
     kept = _sides(small, left)

@@ -374,3 +374,18 @@ def test_convert_leaves_a_wrapped_layer_and_its_buffers_as_they_are(name: str) -
     assert model.training
     for key, value in before.items():
         assert torch.equal(model.state_dict()[key], value), key
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("per_sample", [True, False])
+@pytest.mark.parametrize("rows", [(0,), (1,), (5,), (2, 0), (2, 3), (40,)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_output_may_be_changed_in_place(dtype: Any, rows: Any, per_sample: bool, training: bool) -> None:
+    layer = PAIRS[nn.Linear](10, 14, per_sample=per_sample, dtype=dtype).train(training)
+    layer.gate.log_alpha.data[:3] = -9
+    x = torch.randn(*rows, 10, dtype=dtype, requires_grad=True)
+    grads = []
+    for activation in (torch.relu, torch.relu_):
+        torch.manual_seed(0)
+        grads.append(torch.autograd.grad(activation(layer(x)).square().sum(), [x, *layer.parameters()]))
+    assert all(torch.equal(one, other) for one, other in zip(*grads, strict=True))

@@ -8,6 +8,8 @@ from torch import nn
 
 import dampr
 from dampr.nn import GatedLinear
+from dampr.prune.cost import Cost
+from dampr.prune.measure import count_macs
 
 
 class Plain(nn.Module):
@@ -166,7 +168,7 @@ class Fails(nn.Module):
 @pytest.mark.parametrize(
     ("build", "arguments", "error", "message"),
     [
-        (Bypass, {"example_inputs": X}, dampr.ConversionError, "outputs changed"),
+        (Bypass, {"example_inputs": X, "tie": False}, dampr.ConversionError, "outputs changed"),
         (
             Reader,
             {"example_inputs": X, "granularity": "input"},
@@ -195,6 +197,21 @@ def test_a_failed_conversion_leaves_the_model_as_it_was(build, arguments, error,
         dampr.convert(model, **arguments)
     assert _snapshot(model) == before
     assert [p.requires_grad for p in model.parameters()] == frozen
+
+
+def test_a_layer_that_is_not_called_has_gates_on_what_reads_it():
+    """A model that looks at the types of its layers keeps them where gates are on parameters."""
+    model = Bypass().eval()
+    expected = model(X).detach()
+    dampr.convert(model, example_inputs=X)
+    torch.testing.assert_close(model(X), expected)
+    cost = Cost(model, X, "macs")
+    (gate,) = {layer.gate for layer in dampr.prune.gated_layers(model).values()}
+    gate.set_levels_(torch.where(torch.arange(10) < 6, -1.0, 1.0))
+    small = dampr.compact(model, example_inputs=X)
+    torch.testing.assert_close(small(X), model(X))
+    assert small.fc.out_features == 4
+    assert count_macs(small, X) == int(cost(cost.decision()))
 
 
 def test_the_fast_path_of_a_transformer_layer_does_not_bypass_gates_unnoticed():
@@ -389,3 +406,16 @@ def test_a_model_that_cannot_be_traced_is_refused_in_words(monkeypatch):
         monkeypatch.setattr(f"dampr.prune.{module}.trace_units", fail)
     with pytest.raises(dampr.ConversionError, match=r"^the operators of Sequential cannot be followed \(IndexError: no such operator\)$"):
         dampr.convert(mlp(), example_inputs=X)
+
+
+@pytest.mark.parametrize(
+    ("layers", "reason"),
+    [
+        ((nn.utils.parametrizations.weight_norm(nn.Linear(10, 8), dim=1), nn.ReLU()), "a norm of the weight counts its channels"),
+        ((nn.Linear(10, 8), nn.Softmax(-1), nn.utils.parametrizations.weight_norm(nn.Linear(8, 8), dim=1)), "its channels are mixed"),
+    ],
+)
+def test_a_refusal_names_what_stands_against_gates_on_parameters_too(layers, reason):
+    """Not that a layer of that class has no gates: it could have some on its parameters."""
+    with pytest.raises(dampr.ConversionError, match=f"'0': [\"']{reason}"):
+        dampr.convert(nn.Sequential(*layers, nn.Linear(8, 2)), example_inputs=X)

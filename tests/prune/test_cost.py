@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from torch import nn
@@ -22,6 +24,7 @@ from dampr.nn import (
 from dampr.prune.cost import Cost
 from dampr.prune.measure import count_macs, count_params
 from tests.prune.test_models import close_at_random
+from tests.prune.test_unit_gates import shaken
 
 COUNT = {"macs": count_macs, "params": lambda model, _: count_params(model)}
 
@@ -52,6 +55,17 @@ class Branches(nn.Module):
         return self.head(self.gate(self.outer(self.stem(x))))
 
 
+class GatedReader(nn.Module):
+    """What reads the recurrent layer has gates too, and is read by a plain layer."""
+
+    def __init__(self, recurrent):
+        super().__init__()
+        self.recurrent, self.middle, self.head = recurrent, GatedLinear(recurrent._width, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.middle(self.recurrent(x)[0]).relu())
+
+
 class Transformer(nn.Module):
     def __init__(self, **how):
         super().__init__()
@@ -76,6 +90,8 @@ CASES = {
     "own widths": lambda: (Tagger(GatedLSTM(12, 10, 2, batch_first=True, bidirectional=True, widths="own")), words()),
     "own projections": lambda: (Tagger(GatedLSTM(12, 10, 2, proj_size=5, batch_first=True, widths="own")), words()),
     "projection": lambda: (Tagger(GatedLSTM(12, 10, proj_size=5, bias=False, batch_first=True)), words()),
+    "gated reader": lambda: (GatedReader(GatedGRU(6, 10, batch_first=True)), torch.randn(3, 5, 6)),
+    "gated reader of projections": lambda: (GatedReader(GatedLSTM(6, 10, proj_size=7, batch_first=True)), torch.randn(3, 5, 6)),
     "branches": lambda: (Branches(), torch.randn(4, 6)),
     "transformer": lambda: (Transformer(), torch.randn(2, 5, 6)),
     "sublayers": lambda: (Transformer(parts=("heads", "neurons", "sublayers")), torch.randn(2, 5, 6)),
@@ -116,6 +132,20 @@ def test_input_gates_of_a_flattened_convolution():
     assert not cost.prunable[:3].any()
 
 
+@pytest.mark.parametrize("act", [nn.Sigmoid, nn.Softplus, nn.ReLU])
+def test_input_gates_do_not_see_what_a_closed_channel_would_have_been(act):
+    """A convolution that pads with zeros reads nothing of a channel whose input gate is closed, whatever the channel holds."""
+    layers = [nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), act(), nn.Conv2d(8, 6, 3, padding=1), act(), nn.Conv2d(6, 2, 3, padding=1)]
+    model, x = shaken(nn.Sequential(*layers)), torch.randn(2, 3, 8, 8)
+    dampr.convert(model, granularity="input", example_inputs=x)
+    cost = Cost(model, x, "macs")
+    close_at_random(model)
+    model[0].gate.log_alpha.data.fill_(3.0)
+    small = dampr.compact(model, example_inputs=x)
+    assert int(cost(cost.decision())) == count_macs(small, x)
+    assert not small.dampr_manifest["closed_but_kept"]
+
+
 @pytest.mark.parametrize("case", ["branches", "lstm"])
 def test_the_gradient_is_the_difference_that_a_gate_makes(case):
     model, x = CASES[case]()
@@ -152,3 +182,118 @@ def test_macs_of_a_learned_token_that_is_handed_on_are_counted():
     assert all(p.requires_grad for p in model.parameters())
     dampr.convert(model, example_inputs=x)
     assert dampr.Budget(model, x, macs=0.5, steps=8).finalize().reached <= macs / 2
+
+
+class Graph(nn.Module):
+    """A product beside its layers, with what no layer has: a matrix of neighbours."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.second, self.head = nn.Linear(6, 16), nn.BatchNorm1d(16), nn.Linear(16, 8), nn.Linear(8, 3)
+
+    def forward(self, x, neighbours):
+        return self.head((neighbours @ self.second((neighbours @ self.first(x)).relu())).relu())
+
+
+def test_products_beside_layers_are_counted():
+    model, x = shaken(Graph()), (torch.randn(5, 6), torch.rand(5, 5))
+    total = count_macs(model, x)
+    dampr.convert(model, example_inputs=x)
+    cost = Cost(model, x, "macs")
+    close_at_random(model)
+    assert cost.total == total
+    assert int(cost(cost.decision())) == count_macs(dampr.compact(model, example_inputs=x), x)
+
+
+@pytest.mark.parametrize("how", [{"per_sample": True}, {"tie": False}, {"include": nn.Conv2d, "per_sample": True}])
+@pytest.mark.parametrize("case", ["instance norm", "sigmoid", "two norms", "prelu"])
+def test_layers_whose_closed_channels_would_stay_have_no_gates(case, how):
+    """Constants at a padded border: convert leaves these layers out where no gates on parameters may take their place."""
+    first = {
+        "instance norm": lambda: [nn.InstanceNorm2d(8, affine=True, track_running_stats=True), nn.SiLU()],
+        "sigmoid": lambda: [nn.Sigmoid()],
+        "two norms": lambda: [nn.BatchNorm2d(8), nn.ReLU(), nn.BatchNorm2d(8)],
+        "prelu": lambda: [nn.PReLU(8)],
+    }[case]()
+    layers = [nn.Conv2d(3, 8, 3, padding=1), *first, nn.Conv2d(8, 6, 3, padding=1), nn.PReLU(6), nn.Conv2d(6, 2, 3, padding=1)]
+    model, x = shaken(nn.Sequential(*layers)), torch.randn(2, 3, 8, 8)
+    for norm in (part for part in model if isinstance(part, nn.InstanceNorm2d)):
+        nn.init.uniform_(norm.bias, 0.5, 1.0)
+    dampr.convert(model, example_inputs=x, **how)
+    stays = case != "prelu"
+    assert ("padded border" in model.dampr_skipped.get("0", "")) == stays
+    costs = {metric: Cost(model, x, metric) for metric in COUNT}
+    assert costs["macs"].prunable.all()
+    close_at_random(model)
+    small = dampr.compact(model, example_inputs=x)
+    assert (small[0].out_channels == 8) == stays
+    assert small[-1].in_channels < 6
+    assert not small.dampr_manifest["closed_but_kept"]
+    assert {metric: int(cost(cost.decision())) for metric, cost in costs.items()} == {metric: COUNT[metric](small, x) for metric in COUNT}
+
+
+@pytest.mark.parametrize("case", ["linear", "conv", "norm", "no gain", "lstm", "attention"])
+@pytest.mark.parametrize("family", ["hard_concrete", "dep_l0", "dam", "diffprune", "diffmask"])
+def test_gates_of_a_model_in_double_precision_are_as_exact_as_it_is(case, family):
+    """A gate between 0 and 1 in float32 would be as far off as compaction does not let pass."""
+    torch.manual_seed(0)
+    words, image = torch.randn(3, 5, 6, dtype=torch.float64), torch.randn(3, 3, 6, 6, dtype=torch.float64)
+    model, x = {
+        "linear": lambda: (nn.Sequential(nn.Linear(6, 12), nn.GELU(), nn.Linear(12, 3)), words),
+        "conv": lambda: (nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 1)), image),
+        "norm": lambda: (nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 2, 1)), image),
+        "no gain": lambda: (nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, affine=False), nn.ReLU(), nn.Conv2d(8, 2, 1)), image),
+        "lstm": lambda: (nn.Sequential(nn.LSTM(6, 10, proj_size=8, batch_first=True), First(), nn.Linear(8, 3)), words),
+        "attention": lambda: (nn.Sequential(nn.TransformerEncoderLayer(6, 2, 12, 0.0, batch_first=True), nn.Linear(6, 3)), words),
+    }[case]()
+    model = (model if case == "no gain" else shaken(model)).double().eval()
+    if case == "no gain" and family in ("dam", "diffprune"):
+        pytest.skip("nothing in the norm could make up for fresh gates that are not 1")
+    dampr.convert(model, example_inputs=x, gate=family)
+    for gate in dict.fromkeys(layer.gate for layer in dampr.prune.gated_layers(model).values()):
+        gate.set_levels_(torch.linspace(-0.3, 0.9, gate.num_gates, dtype=torch.float64))
+        assert gate.deterministic().dtype == torch.float64
+    cost, small = Cost(model, x, "macs"), dampr.compact(model, example_inputs=x)
+    torch.testing.assert_close(small(x), model(x), rtol=1e-12, atol=1e-12)
+    assert count_macs(small, x) == int(cost(cost.decision())) < cost.total
+
+
+class First(nn.Module):
+    def forward(self, outputs):
+        return outputs[0]
+
+
+class LiteralHeads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.out, self.head = nn.Linear(12, 36), nn.Linear(12, 12), nn.Linear(12, 3)
+
+    def forward(self, x):
+        q, k, v = (part.view(len(x), -1, 3, 4).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
+        return self.head(self.out(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(*x.shape[:2], 12)).relu())
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("case", ["literal heads", "statistics without gains", "groups"])
+def test_input_gates_are_cut_or_left_out_before_training(case, seed):
+    """What cannot go without its columns has no gates, or stays with a note: nothing fails after training."""
+    conv = functools.partial(nn.Conv2d, kernel_size=3, padding=1)
+    model, x = {
+        "literal heads": lambda: (LiteralHeads(), torch.randn(2, 5, 12)),
+        "statistics without gains": lambda: (
+            nn.Sequential(conv(3, 8), nn.GroupNorm(2, 8, affine=False), nn.ReLU(), conv(8, 6), nn.ReLU(), conv(6, 2)),
+            torch.randn(2, 3, 8, 8),
+        ),
+        "groups": lambda: (
+            nn.Sequential(conv(3, 8), nn.ReLU(), conv(8, 12, groups=4), nn.ReLU(), conv(12, 6, groups=2), nn.ReLU(), conv(6, 2)),
+            torch.randn(2, 3, 8, 8),
+        ),
+    }[case]()
+    dampr.convert(model.double().eval(), granularity="input", example_inputs=(x := x.double()))
+    cost = Cost(model, x, "macs")
+    torch.manual_seed(seed)
+    for layer in dampr.prune.gated_layers(model).values():
+        layer.gate.set_levels_(torch.where(torch.rand(layer.gate.num_gates) < 0.5, -1.0, torch.rand(layer.gate.num_gates)))
+    small = dampr.compact(model, example_inputs=x)
+    torch.testing.assert_close(small(x), model(x), rtol=1e-9, atol=1e-9)
+    assert count_macs(small, x) == int(cost(cost.decision()))

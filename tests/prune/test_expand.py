@@ -11,6 +11,7 @@ from torch import nn
 
 import dampr
 from dampr.nn import GatedEmbedding, GatedGRU, GatedLSTM, GatedMultiheadAttention, GatedRNN, GatedTransformerEncoderLayer
+from dampr.nn.computed import copied
 from tests import models
 from tests.prune.test_models import close_at_random, trained
 
@@ -33,6 +34,58 @@ def test_expanded_networks_have_the_dense_shapes_and_the_same_outputs(name, tmp_
     dampr.save(small, tmp_path / "small.safetensors")
     again = dampr.expand(dampr.load(tmp_path / "small.safetensors", copy.deepcopy(dense)))
     assert all(torch.equal(v, large.state_dict()[k]) for k, v in again.state_dict().items())
+
+
+def normed(norm):
+    """Each kind of layer under a norm of its weight, read by another."""
+    layers = [nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 12, 3, padding=1), nn.ConvTranspose2d(12, 8, 2, 2), nn.Conv2d(8, 8, 3, groups=8)]
+    acts = [part for layer in layers for part in (norm(layer), nn.ReLU())]
+    return nn.Sequential(*acts, nn.AdaptiveAvgPool2d(1), nn.Flatten(), norm(nn.Linear(8, 6)), nn.Tanh(), nn.Linear(6, 3))
+
+
+def groups_of(channels, times=1):
+    last = nn.Conv2d(channels * times, 3, 1)
+    deep = nn.Conv2d(channels, channels * times, 3, padding=1, groups=channels)
+    return nn.Sequential(nn.Conv2d(3, channels, 3, padding=1), nn.BatchNorm2d(channels), nn.ReLU(), deep, nn.ReLU(), last)
+
+
+def transposed_groups():
+    up = nn.ConvTranspose2d(12, 12, 2, 2, groups=3)
+    return nn.Sequential(nn.Conv2d(3, 12, 3), nn.ReLU(), up, nn.BatchNorm2d(12), nn.ReLU(), nn.Conv2d(12, 3, 1))
+
+
+SHAPED = {
+    "weight_norm": lambda: normed(nn.utils.parametrizations.weight_norm),
+    "weight_norm by hooks": lambda: normed(nn.utils.weight_norm),
+    "spectral_norm": lambda: normed(nn.utils.parametrizations.spectral_norm),
+    "spectral_norm by hooks": lambda: normed(nn.utils.spectral_norm),
+    "depthwise": lambda: groups_of(8),
+    "depthwise, two of each": lambda: groups_of(6, 2),
+    "transposed groups": transposed_groups,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+@pytest.mark.parametrize("left", ["some", "one"])
+@pytest.mark.parametrize("name", SHAPED)
+def test_norms_of_weights_and_groups_come_back(name, left, tmp_path):
+    torch.manual_seed(0)
+    model, x = trained(SHAPED[name]()).double().eval(), torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    dense = copied(model)
+    dampr.convert(model, example_inputs=x)
+    for gate in dict.fromkeys(layer.gate for layer in dampr.prune.gated_layers(model).values()):
+        closed = torch.arange(gate.num_gates) > (0 if left == "one" else gate.num_gates // 2)
+        gate.set_levels_(torch.where(closed, -3.0, 1.0))
+    small = dampr.compact(model, example_inputs=x)
+    torch.testing.assert_close(small(x), model(x), rtol=1e-9, atol=1e-9)
+    large = dampr.expand(small)
+    torch.testing.assert_close(large(x), small(x), rtol=1e-9, atol=1e-9)
+    assert [(p.shape, name) for name, p in large.named_parameters()] == [(p.shape, name) for name, p in dense.named_parameters()]
+    assert str(large) == str(dense)
+    dampr.save(small, tmp_path / "small.safetensors")
+    loaded = dampr.load(tmp_path / "small.safetensors", dense)
+    torch.testing.assert_close(loaded(x), small(x), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(dampr.expand(loaded)(x), small(x), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from torch import nn
 
 import dampr
 from dampr.prune import files, inputs
+from dampr.prune.measure import count_macs
 
 X = torch.randn(9, 20, generator=torch.Generator().manual_seed(3))
 
@@ -638,3 +639,22 @@ def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkey
     assert [file.name for file in tmp_path.iterdir()] == ["model.safetensors"]
     with pytest.raises(FileNotFoundError, match="expected it in a folder that exists"):
         dampr.save(nn.Linear(4, 2), tmp_path / "nowhere" / "model.safetensors")
+
+
+def test_gains_that_gates_made_are_loaded_into_the_dense_original(tmp_path):
+    """A norm without gain has one after compaction, where gates are not 1; of the dtype of the model."""
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 8, 8, dtype=torch.float64)
+    for how in ({"affine": False}, {"affine": False, "track_running_stats": False}):
+        dense = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, **how), nn.ReLU(), nn.Conv2d(8, 2, 1)).double().eval()
+        gated = dampr.convert(copy.deepcopy(dense), example_inputs=x)
+        assert dampr.Budget(gated, x, macs=0.9).total == count_macs(dense, x)
+        (gate,) = {layer.gate for layer in dampr.prune.gated_layers(gated).values()}
+        gate.set_levels_(torch.where(torch.arange(8) < 3, -1.0, torch.rand(8)))
+        small = dampr.compact(gated, example_inputs=x)
+        assert small[0].out_channels < 8
+        torch.testing.assert_close(small(x), gated(x), rtol=1e-9, atol=1e-9)
+        dampr.save(small, tmp_path / "small.safetensors")
+        for loaded in (dampr.load(tmp_path / "small.safetensors", dense), dampr.load(tmp_path / "small.safetensors")):
+            torch.testing.assert_close(loaded(x), small(x), rtol=1e-12, atol=1e-12)
+            assert loaded[1].affine == (loaded[1].weight is not None) == (how == {"affine": False})

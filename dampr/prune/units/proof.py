@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+
+from dampr.nn.computed import at_rest
 
 from .. import inputs
 from . import tracer
@@ -36,13 +38,17 @@ def cut(model: nn.Module, units: Units, classes: Iterable[int], sizes: Iterable[
             left = left.index_select(dim, torch.from_numpy(keep).to(left.device))
         parameter = isinstance(old[name], nn.Parameter)
         new[id(old[name])] = nn.Parameter(left, requires_grad=old[name].requires_grad) if parameter else left
-    changed = substitute(model, new)
-    with inputs.evaluating(model):  # a weight that is computed anew, by a spectral norm in training, would move its buffers
+    follow_all(model, substitute(model, new))
+    follow(model, sizes)
+    return model
+
+
+def follow_all(model: nn.Module, changed: Collection[nn.Module]) -> None:
+    """:func:`follow_parameters` of the modules of ``model`` that have ``changed``, and of those whose weights are computed."""
+    with at_rest(model):
         for module in model.modules():
             if module in changed or parametrize.is_parametrized(module):
                 follow_parameters(module)
-    follow(model, sizes)
-    return model
 
 
 def substitute(model: nn.Module, new: Mapping[int, Tensor]) -> set[nn.Module]:
@@ -230,4 +236,4 @@ def mask(model: nn.Module, units: Units, classes: Iterable[int]) -> nn.Module:
     return model
 
 
-__all__ = ["Differs", "cut", "differs", "follow_parameters", "half", "mask", "probe", "retrace", "substitute"]
+__all__ = ["Differs", "cut", "differs", "follow_all", "follow_parameters", "half", "mask", "probe", "retrace", "substitute"]
