@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dampr import _checks
 from dampr.gates import Gate, make_gate
-from dampr.ops.library import traced
+from dampr.ops.node import traced
 from dampr.reference import expand_blocks
 from dampr.spec import SAMPLE, GateSpec, value
 

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 
 ROUTES = ("small", "fold", "activations", "live", "linear", "small_m", "one_pass", "passes")
-_forced: list[list[str | None]] = []  # process-wide on purpose: the backward of CUDA ops runs in threads of its own
+stack: list[list[str | None]] = []  # process-wide on purpose: the backward of CUDA ops runs in threads of its own
 
 
 class ConvProblem(NamedTuple):
@@ -51,11 +51,11 @@ def forced_route(name: str | None) -> Iterator[None]:
     if name is not None and name not in ROUTES:
         raise ValueError(f"name={name!r}: expected None or one of {ROUTES}")
     forced = [name]
-    _forced.append(forced)
+    stack.append(forced)
     try:
         yield
     finally:
-        _forced[:] = [other for other in _forced if other is not forced]  # blocks of several threads may overlap
+        stack[:] = [other for other in stack if other is not forced]  # blocks of several threads may overlap
 
 
 def known(condition: bool) -> bool:
@@ -70,15 +70,26 @@ def known(condition: bool) -> bool:
 
 def forced_name() -> str | None:
     """The name given to the innermost block, or None."""
-    return _forced[-1][0] if _forced else None
+    return stack[-1][0] if stack else None
+
+
+def check(name: str, possible: tuple[str, ...], granularity: str | tuple[int, int], per_sample: bool) -> None:
+    """Raise ValueError unless the route ``name`` is among those that can serve a call."""
+    if name not in possible:
+        raise ValueError(f"route {name!r} cannot serve granularity={granularity!r}, per_sample={per_sample}: one of {possible} can")
 
 
 def forced(possible: tuple[str, ...], granularity: str | tuple[int, int], per_sample: bool) -> str | None:
     """The forced route, checked against those that can serve a call; None when the choice is free."""
     name = forced_name()
-    if name is not None and name not in possible:
-        raise ValueError(f"route {name!r} cannot serve granularity={granularity!r}, per_sample={per_sample}: one of {possible} can")
+    if name is not None:
+        check(name, possible, granularity, per_sample)
     return name
+
+
+def are_smaller(M: int, N: int, K: int) -> bool:
+    """Whether x (M, K) and y (M, N) are both smaller than the weight (N, K)."""
+    return min(N, K) > M
 
 
 def forced_linear(possible: tuple[str, ...], granularity: str | tuple[int, int], per_sample: bool) -> str | None:
