@@ -163,10 +163,8 @@ def gated_linear(x: Tensor, weight: Tensor, bias: Maybe, gates: GatePair) -> Ten
 
 def whole_linear(x: Tensor, weight: Tensor, bias: Maybe, gates: GatePair) -> Tensor:
     """The same in one operator each way, whatever is closed."""
-    keep_pre = _learns(gates.output_log_alpha) and (gates.per_sample or gates_activations(x, weight))
+    out_la = gates.output_log_alpha
+    learns = out_la is not None and out_la.requires_grad and torch.is_grad_enabled()
+    keep_pre = learns and (gates.per_sample or gates_activations(x, weight))
     y: Tensor = apply(_GatedLinear, x, weight, bias, *gates, keep_pre)[0]
     return y
-
-
-def _learns(log_alpha: Maybe) -> bool:
-    return log_alpha is not None and log_alpha.requires_grad and torch.is_grad_enabled()

@@ -38,8 +38,8 @@ def route(
     """
     forced = routes.forced_name()
     name = decide(forced, M, N, K, dtype, granularity, per_sample, drawn)
-    whose = products.described(M, N, K, dtype, drawn)
-    if name == forced and granularity in ("input", "output"):
+    whose, weights = products.described(M, N, K, dtype, drawn), granularity == "weight" or isinstance(granularity, tuple)
+    if name == forced and not weights:
         return name, "forced by forced_route"
     if name == "small":
         return name, f"{M * N * K} multiply-adds: one call that does all is faster than several"
@@ -48,7 +48,7 @@ def route(
     if name == "activations":
         why = f"{M} rows are fewer than the {min(N, K)} of the weight's smaller side, so activations are smaller"
         return name, f"{why}; {whose}{_or_live(M * N * K)}"
-    if granularity == "weight" or isinstance(granularity, tuple):
+    if weights:
         return name, f"one pass multiplies the gates into the weight; {whose}"
     return name, f"{M} rows: the weight is the smaller operand, and one pass multiplies the gates into it; {whose}{_or_live(M * N * K)}"
 
