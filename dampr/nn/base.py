@@ -195,8 +195,8 @@ class GatedWeight(GatedLayer):
     def _open_range(self) -> slice | None:
         """The open gates of a family that keeps them side by side (DAM), so that a view of the weight is all there is to multiply.
 
-        None where gates are no vector or a convolution has several groups, where all are open or none is, on a GPU, where asking would
-        wait for the device, and where operators are counted, traced or transformed: what counts is the whole layer.
+        None where gates are no vector or a convolution has several groups, where all are open or none is, on a GPU, where
+        asking would wait for the device, and where operators are counted, traced or transformed: what counts is the whole layer.
         """
         find = self.gate.open_slice
         if find is None or self.granularity not in VECTOR_GRANULARITIES or self.groups != 1:

@@ -80,10 +80,10 @@ class Node(torch.autograd.Function):
 
 
 class Planned(Node):
-    """Base of the nodes that go straight into the backend, by the :class:`.plan.Plan` that is the last input of ``forward``.
+    """Base of the nodes that go straight into the backend, by the :class:`.plan.Plan` that ``forward`` is given last.
 
-    A subclass has ``by_operators`` in the place of ``fused``: the backward for whoever looks on. What the forward kept is the last of the
-    saved tensors, the plan the one constant.
+    A subclass has ``by_operators`` in the place of ``fused``: the backward for whoever looks on. What the forward kept is the
+    last of the saved tensors, and the plan is the one constant.
     """
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""How one call of a gated linear map is computed: decided once, before the forward, and kept by autograd's node for the backward."""
+"""How one call of a gated linear map is computed: decided once, in the forward, and kept by autograd's node."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from dampr.spec import GateSpec
 class Plan(NamedTuple):
     """The route of a call, the backend's functions for it, and what these need to know besides tensors.
 
-    ``forward(plan, *tensors)`` returns the output and a tensor that is kept, or None; ``backward(plan, dy, tensors, needs)``, of these
-    tensors and the one that was kept, returns the gradients of those that have one, None where ``needs`` does not ask for it.
+    ``forward(plan, *tensors)`` returns the output, and a tensor that is kept or None. ``backward(plan, dy, tensors, needs)`` is
+    given these tensors and the one that was kept. It returns the gradients of those that have one, None where ``needs`` does not
+    ask for it.
     """
 
     route: str  # one of dampr.ops.routes, as dampr.explain prints it

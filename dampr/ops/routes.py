@@ -5,8 +5,8 @@ fold         per batch: gates multiplied into the weight by one pass, then the v
 activations  per batch, gates of features or channels: multiplied into activations that are smaller than the weight (CPU)
 live         per batch, gates of features or channels: the product over open gates alone; Triton: in a GEMM or a convolution of its own,
              over blocks of features that have one; CPU: what is open is picked out, where a draw leaves few enough open
-slice        per batch, gates of a family that keeps the open ones side by side (DAM): the layer on a view of its weight, by another
-             of these routes (CPU); :func:`dampr.explain` says so, nothing forces it
+slice        per batch, gates of a family that keeps the open ones side by side (DAM): the layer on a view of its weight,
+             by another of these routes (CPU); :func:`dampr.explain` says so, nothing forces it
 small_m      per batch, a gate for each weight: a GEMM that draws the gates of its weights (Triton)
 linear       per batch, a 1 x 1 convolution on channels last: the linear map that it is (its own route then decides)
 one_pass     per sample: GEMMs with the gates inside (Triton)
@@ -45,7 +45,7 @@ class ConvProblem(NamedTuple):
 
 @contextmanager
 def forced_route(name: str | None) -> Iterator[None]:
-    """Send every call of the block, and its backward wherever that is, down one route; None leaves the choice to the backend.
+    """Send every call of the block, and its backward wherever that is, down one route; None leaves the choice free.
 
     Raises ValueError for an unknown name; a call that the route cannot serve raises ValueError. On the CPU, who traces, counts
     or transforms sees operators, which have no "small" and no "live". Each of these goes the way of the block that it runs in.

@@ -35,7 +35,10 @@ def place(x: Tensor, places: Tensor, size: int, dim: int, channels_last: bool = 
 
 
 def transpose(x: Tensor, passing: bool = False) -> Tensor:
-    """x (rows, n) as a contiguous (n, rows), many times as fast as torch's own copy; ``passing``: one of :data:`.host.scratch`."""
+    """x (rows, n) as a contiguous (n, rows), many times as fast as torch's own copy.
+
+    ``passing``: it is one of :data:`.host.scratch`.
+    """
     x = x.contiguous()
     rows, n = x.shape
     shape = torch.Size((n, rows))

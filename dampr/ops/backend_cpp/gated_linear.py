@@ -30,7 +30,10 @@ def plan_linear(
     per_sample: bool,
     learns: bool,
 ) -> Plan:
-    """How the layer is computed; ``learns``: whether the output gates need a gradient. Raises ValueError where a forced route cannot."""
+    """How the layer is computed; ``learns``: whether the output gates need a gradient.
+
+    Raises ValueError where a forced route cannot serve the call.
+    """
     N, K = weight.shape
     M = x.numel() // K if K else x.shape[:-1].numel()
     dtype, drawn = x.dtype, spec.rule == SAMPLE

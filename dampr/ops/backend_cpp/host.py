@@ -20,10 +20,11 @@ def ptr(t: Maybe) -> int:
 
 
 class _Views(dict[tuple[torch.Size, tuple[int, ...] | None, torch.dtype], Tensor]):
-    """Tensors by shape, stride (of a dense one; None: contiguous) and dtype, all on one piece of memory; made where they are missing.
+    """Tensors by shape, stride (of a dense one; None: contiguous) and dtype, all on one piece of memory.
 
-    A large allocation is fresh memory, which is cleared page by page when it is first written: 4 MB take longer than multiplying as much.
-    The tensors of that memory stay too: making one takes four operators, 50 us beside a cold cache.
+    One that is missing is made. A large allocation is fresh memory, which is cleared page by page when it is first written: 4 MB
+    take longer than multiplying as much. The tensors of that memory stay too: making one takes four operators, 50 us beside a
+    cold cache.
     """
 
     memory: Maybe = None
@@ -42,7 +43,7 @@ class _Views(dict[tuple[torch.Size, tuple[int, ...] | None, torch.dtype], Tensor
 
 
 class _Scratch(threading.local):
-    """``scratch.views[shape, stride, dtype]``: an empty tensor that no caller will see, used up before the thread's next such."""
+    """``scratch.views[shape, stride, dtype]``: an empty tensor, valid until this thread asks for another one."""
 
     def __init__(self) -> None:
         self.views = _Views()

@@ -56,9 +56,9 @@ def to_inputs(dy: Tensor, weight: Tensor, onednn: bool) -> Tensor:
 
 
 def to_weight(dy: Tensor, x: Tensor, onednn: bool, passing: bool) -> Tensor:
-    """dy^T x, the gradient of the weight; dy: (M, N), x: (M, K). ``passing``: nobody needs what is in :data:`.host.scratch`.
+    """dy^T x, the gradient of the weight; dy: (M, N), x: (M, K).
 
-    oneDNN wants what it multiplies from the left to lie in rows.
+    ``passing``: nobody needs what is in :data:`.host.scratch`. oneDNN wants what it multiplies from the left to lie in rows.
     """
     if not onednn:
         return dy.t() @ x

@@ -64,7 +64,7 @@ def decide(
     per_sample: bool,
     drawn: bool,
 ) -> str:
-    """The name of :func:`route`, a function of its arguments alone; ``forced``: by :func:`dampr.ops.forced_route`, or None."""
+    """The name of :func:`route`, a function of its arguments alone; ``forced``: what a block forces, or None."""
     weights = granularity == "weight" or isinstance(granularity, tuple)
     small = drawn and not weights and dtype in (torch.float32, torch.float64)
     possible = ("fold",) if weights else (*["small"] * small, *(("passes",) if per_sample else ("fold", "activations", "live")))

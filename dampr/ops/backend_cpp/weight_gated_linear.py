@@ -37,13 +37,17 @@ def fold_blocks_fwd(weight: Tensor, gate: GateArgs, block: Block, dtype: torch.d
     return out
 
 
-def fold_blocks_bwd(
-    raw: Tensor, weight: Tensor, gate: GateArgs, block: Block, needs: Sequence[bool], *, fold: bool = False, in_place: bool = False
-) -> tuple[Maybe, ...]:
-    """Gradients of weight and log_alpha from that of the folded weight, ``raw`` (N, K).
+def fold_blocks_bwd(raw: Tensor, weight: Tensor, gate: GateArgs, block: Block, needs: Sequence[bool]) -> tuple[Maybe, ...]:
+    """Gradients of weight and log_alpha from that of the folded weight, ``raw`` (N, K)."""
+    return _ungate(raw, weight, gate, block, needs)[:2]
 
-    If asked to ``fold``, weight * Z comes with them, from the same pass where dtypes allow. ``in_place``: the weight's gradient may take
-    the place of ``raw``.
+
+def _ungate(
+    raw: Tensor, weight: Tensor, gate: GateArgs, block: Block, needs: Sequence[bool], *, fold: bool = False, in_place: bool = False
+) -> tuple[Maybe, Maybe, Maybe]:
+    """:func:`fold_blocks_bwd` and, if asked to ``fold``, weight * Z from the same pass where dtypes allow.
+
+    ``in_place``: the weight's gradient may take the place of ``raw``.
     """
     raw, weight, log_alpha = raw.contiguous(), weight.contiguous(), gate.log_alpha.contiguous()
     dw = folded = grad = None
@@ -61,11 +65,11 @@ def fold_blocks_bwd(
         _C.gate_weights_bwd(*args, weight.numel(), *gates, threads, to_folded)
     else:
         _C.fold_blocks_bwd(*args, *weight.shape, *block, *gates, to_folded, threads)
-    return (dw, grad, folded) if fold else (dw, grad)
+    return dw, grad, folded
 
 
 def plan_weights(x: Tensor, weight: Tensor, spec: GateSpec, block: Block) -> Plan:
-    """How the layer is computed. Raises ValueError where a forced route cannot."""
+    """How the layer is computed. Raises ValueError where a forced route cannot serve the call."""
     N, K = weight.shape
     M, drawn = x.numel() // K if K else x.shape[:-1].numel(), spec.rule == SAMPLE
     route = decide(routes.stack[-1][0] if routes.stack else None, M, N, K, x.dtype, block, False, drawn)
@@ -100,8 +104,7 @@ def bwd(plan: Plan, dy: Tensor, tensors: Sequence[Maybe], needs: Sequence[bool])
     dw = grad = folded = None
     if need_w or need_gate:
         raw = products.to_weight(dy, rows, plan.onednn, passing=True)  # (N, K): the weight gradient of the dense layer
-        dw, grad, *again = fold_blocks_bwd(raw, weight, gate, plan.block, (need_w, need_gate), fold=need_x, in_place=True)
-        folded = again[0] if again else None
+        dw, grad, folded = _ungate(raw, weight, gate, plan.block, (need_w, need_gate), fold=need_x, in_place=True)
     if need_x and folded is None:
         folded = fold_blocks_fwd(weight, gate, plan.block, x.dtype, passing=True)
     db = dy.sum(0).to(bias.dtype) if need_b and bias is not None else None

@@ -39,7 +39,10 @@ def plan_linear(
     per_sample: bool,
     learns: bool,
 ) -> Plan:
-    """How the layer is computed; ``learns``: whether the output gates need a gradient. Raises ValueError where a forced route cannot."""
+    """How the layer is computed; ``learns``: whether the output gates need a gradient.
+
+    Raises ValueError where a forced route cannot serve the call.
+    """
     gates = GatePair(in_la, out_la, in_seed, out_seed, spec, per_sample)
     return Plan(_route(x, weight, gates), _fwd, _bwd, spec, x.shape[:-1].numel(), per_sample, keep=learns and per_sample)
 

@@ -23,7 +23,7 @@ from .routes import route
 
 
 def plan_weights(x: torch.Tensor, weight: torch.Tensor, spec: GateSpec, block: tuple[int, int]) -> Plan:
-    """How the layer is computed. Raises ValueError where a forced route cannot."""
+    """How the layer is computed. Raises ValueError where a forced route cannot serve the call."""
     M, (N, K) = x.shape[:-1].numel(), weight.shape
     return Plan(route(M, N, K, x.dtype, block, False, x.device)[0], _fwd, _bwd, spec, M, block=block)
 
