@@ -32,7 +32,10 @@ def measure() -> dict[str, Any]:
 def _products(a: torch.Tensor, b: torch.Tensor) -> list[Callable[[], torch.Tensor]]:
     """a b^T by each library that dampr takes products from here."""
     products = getattr(dampr.ops.select(a.device, a.dtype), "products", None)
-    return [lambda: a @ b.t(), *([lambda: products.linear(a, b, None, True)] if products else [])]
+    ways: list[Callable[[], torch.Tensor]] = [lambda: a @ b.t()]
+    if products is not None and products.by_onednn(len(a), len(b), a.shape[1], a.dtype):
+        ways.append(lambda: products.linear(a, b, None, True))
+    return ways
 
 
 def _median(function: Any, cuda: bool) -> float:

@@ -50,14 +50,16 @@ def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> Non
 
 def gate_parameter(name: str, value: Tensor, count: int, what: str, like: Tensor) -> Tensor:
     """``count`` gate parameters, fp32 (or fp64 next to fp64 tensors), on the device of ``like``; returned in the dtype to compute in."""
-    tensor(name, value)
+    if not isinstance(value, Tensor) or value.layout != torch.strided:
+        tensor(name, value)
     if value.dtype not in GATE_DTYPES:
         raise TypeError(
             f"{name}.dtype={value.dtype}: expected torch.float32 or torch.float64 (gate arithmetic is never done in half precision)"
         )
     if value.shape != (count,):
         raise ValueError(f"{name}.shape={tuple(value.shape)}: expected ({count},), one gate per {what}")
-    same_device(name, value, "x", like)
+    if value.device != like.device:
+        same_device(name, value, "x", like)
     if like.dtype == torch.float64:
         return value.double()
     if value.dtype == torch.float64:
@@ -141,9 +143,10 @@ def items(name: str, value: Any) -> list[Any]:
 
 def block_count(name: str, block: Any, rows: int, cols: int) -> int:
     """How many blocks of this size a (rows, cols) matrix has, partial ones at its edges included."""
-    if not (isinstance(block, tuple) and len(block) == 2 and all(isinstance(b, int) and not isinstance(b, bool) and b > 0 for b in block)):
+    r, c = block if isinstance(block, tuple) and len(block) == 2 else (None, None)
+    if not isinstance(r, int) or not isinstance(c, int) or isinstance(r, bool) or isinstance(c, bool) or r <= 0 or c <= 0:
         raise ValueError(f"{name}={block!r:.80}: expected a tuple of two positive integers, (rows, cols)")
-    return -(rows // -block[0]) * -(cols // -block[1])
+    return -(rows // -r) * -(cols // -c)
 
 
 def gate_index(name: str, index: Any, shape: Sequence[int]) -> int:

@@ -15,6 +15,7 @@ ROUNDS = 10
 UNIFORM_SCALE = 4.6566127342e-10  # just under 2^-31: the largest word still maps below 1 (Triton's constant)
 UNIFORM_MIN, UNIFORM_MAX = 2.0**-24, 1.0 - 2.0**-24
 SECOND_STREAM = 0x5851F42D4C957F2D  # flips key bits where one seed has to serve the input and the output gates of one layer
+SEEDS = 0, 2**63 - 1, (1,)  # from, below, and the shape of one
 _LOW = 0xFFFFFFFF
 
 
@@ -48,4 +49,4 @@ def uniform(seed: torch.Tensor, count: int, start: int = 0) -> torch.Tensor:
 
 def draw_seed(device: torch.device | str | None = None) -> torch.Tensor:
     """A fresh seed: int64 of shape (1,) on ``device``, from torch's own generator, so it obeys ``torch.manual_seed`` and CUDA graphs."""
-    return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device)
+    return torch.randint(*SEEDS, dtype=torch.int64, device=device)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from dampr import _checks, ops
 from dampr.ops import Window
 from dampr.ops.fold_conv import channels_innermost
-from dampr.ops.library import watched
+from dampr.ops.node import watched
 from dampr.ops.routes import ConvProblem
 from dampr.spec import SAMPLE, GateSpec
 

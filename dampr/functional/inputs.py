@@ -12,7 +12,8 @@ from dampr.spec import SAMPLE, GateSpec
 
 def cast(x: Tensor, weight: Tensor, bias: Maybe) -> Tensor:
     """``x`` as autocast would have it, once it is known to go with ``weight`` and ``bias``. Raises TypeError or ValueError."""
-    if bias is not None and _checks.tensor("bias", bias).shape != weight.shape[:1]:
+    if bias is not None and (not isinstance(bias, Tensor) or bias.layout != torch.strided or bias.shape != weight.shape[:1]):
+        _checks.tensor("bias", bias)
         raise ValueError(f"bias.shape={tuple(bias.shape)}: expected ({weight.shape[0]},), the rows of weight")
     device, dtype = x.device, x.dtype
     autocast = not x.is_meta and dtype != torch.float64 and torch.is_autocast_enabled(device.type)
@@ -35,8 +36,9 @@ def gate_of(
     name: str, gate: Tensor, count: int, one: str, x: Tensor, seed: int | Tensor | None, spec: GateSpec, per_sample: bool = False
 ) -> GateArgs:
     """Parameters of ``count`` gates, one for each ``one`` beside ``x``, and their seed, checked."""
-    _checks.gate_spec("spec", spec)
-    per_sample = _checks.flag("per_sample", per_sample)
+    if not isinstance(spec, GateSpec) or not isinstance(per_sample, bool):
+        _checks.gate_spec("spec", spec)
+        per_sample = _checks.flag("per_sample", per_sample)
     log_alpha = _checks.gate_parameter(name, gate, count, one, x)
     return GateArgs(
         log_alpha, _checks.seed_tensor("seed", seed, x.device) if spec.rule == SAMPLE else None, spec, per_sample and spec.rule == SAMPLE
@@ -56,13 +58,18 @@ def gates_of(
     per_sample: bool,
 ) -> GatePair:
     """Gate parameters of inputs and outputs, checked, and a seed for each: with both, the outputs use a second stream of the same seed."""
-    _checks.gate_spec("spec", spec)
-    per_sample = _checks.flag("per_sample", per_sample)
-    in_la = None if input_gate is None else _checks.gate_parameter("input_gate", input_gate, n_in, one_input, x)
-    out_la = None if output_gate is None else _checks.gate_parameter("output_gate", output_gate, n_out, one_output, x)
+    if not isinstance(spec, GateSpec) or not isinstance(per_sample, bool):
+        _checks.gate_spec("spec", spec)
+        per_sample = _checks.flag("per_sample", per_sample)
+    dtype, device, found = torch.float64 if x.dtype == torch.float64 else torch.float32, x.device, []
+    for name, t, count, one in ("input_gate", input_gate, n_in, one_input), ("output_gate", output_gate, n_out, one_output):
+        plain = isinstance(t, Tensor) and t.layout == torch.strided and t.dtype == dtype and t.shape == (count,) and t.device == device
+        found.append(t if plain or t is None else _checks.gate_parameter(name, t, count, one, x))
+    in_la, out_la = found
     in_seed = out_seed = None
     if spec.rule == SAMPLE and (in_la is not None or out_la is not None):
-        noise = _checks.seed_tensor("seed", seed, x.device)
+        right = isinstance(seed, Tensor) and seed.dtype == torch.int64 and seed.shape == (1,) and seed.device == device
+        noise = seed if right and isinstance(seed, Tensor) else _checks.seed_tensor("seed", seed, device)
         in_seed = None if in_la is None else noise
         if out_la is not None:
             out_seed = noise if in_la is None else noise ^ philox.SECOND_STREAM

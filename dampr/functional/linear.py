@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from dampr import _checks, ops
@@ -45,8 +46,9 @@ def gated_linear(
 
     Raises: TypeError or ValueError that names the argument, before any work is done.
     """
-    _checks.floating("x", _checks.tensor("x", x))
-    _checks.floating("weight", _checks.tensor("weight", weight))
+    for name, t in (("x", x), ("weight", weight)):
+        if not isinstance(t, Tensor) or t.layout != torch.strided or not t.is_floating_point():
+            _checks.floating(name, _checks.tensor(name, t))
     if weight.dim() != 2:
         raise ValueError(f"weight.shape={tuple(weight.shape)}: expected two dimensions, (out_features, in_features)")
     n_out, n_in = weight.shape
@@ -54,13 +56,13 @@ def gated_linear(
         raise ValueError(f"x.shape={tuple(x.shape)}: expected (..., {n_in}), because weight has shape {tuple(weight.shape)}")
     x = cast(x, weight, bias)
     if weight_gate is not None:
-        if _checks.flag("per_sample", per_sample) or input_gate is not None or output_gate is not None:
+        if (per_sample is not False and _checks.flag("per_sample", per_sample)) or input_gate is not None or output_gate is not None:
             raise ValueError("weight_gate: expected no input_gate, no output_gate and per_sample=False beside it")
         count = _checks.block_count("block", block, n_out, n_in)
         gate = gate_of("weight_gate", weight_gate, count, f"{block[0]} x {block[1]} block of weight", x, seed, spec)
         return ops.weight_gated_linear(x, weight, bias, gate, (int(block[0]), int(block[1])))
     gates = gates_of(input_gate, n_in, "input feature", output_gate, n_out, "output feature", x, seed, spec, per_sample)
-    if not (offset_of(index_offset, per_sample) and gates.per_sample):
+    if not (index_offset and offset_of(index_offset, per_sample) and gates.per_sample):
         return ops.gated_linear(x, weight, bias, gates)
     rows = x.shape[:-1].numel()
     if gates.input is not None:

@@ -17,6 +17,7 @@ from dampr.spec import SAMPLE, GateSpec, ramp, value
 from . import ranks
 from .draws import Stream, share_generator
 
+_Wrapper = nn.parallel.DistributedDataParallel
 VALUE_SPEC = value()
 BANKED = ramp("clip")  # of values that were drawn already, in [0, 1]: itself, with the gradient 0 where it is 0 or 1, as the draw's is
 
@@ -94,11 +95,17 @@ class Gate(GateModule):
     draws_once: bool = False  # whether it draws beside the kernels, so that what these multiply by is one draw per call
     in_optimizer: bool = False  # whether :func:`dampr.param_groups` gave it a learning rate of its own
     level_parameters: tuple[str, ...] = ()  # the beginnings of the names of the parameters that :meth:`set_levels_` moves
+    parameter_name: str = "parameter"  # the attribute that :attr:`parameter` is, where it is one
     open_slice: Callable[[], tuple[int, int]] | None = None  # (start, stop) of the open gates, where a family keeps these side by side
     _banked: Tensor | None = None  # the values of every call in training, within a dampr.GateBank
     _held: Tensor | None = None  # the seed of every call, within dampr.hold_draws
     _stream: Stream | None = None  # of dampr.gate_generator; None: seeds come from torch's generator
     next_seed: Tensor
+
+    def __init_subclass__(cls, **how: Any) -> None:
+        super().__init_subclass__(**how)
+        if "parameter" in vars(cls) and "parameter_name" not in vars(cls):
+            cls.parameter_name = "parameter"
 
     def __init__(self, num_gates: int) -> None:
         super().__init__()
@@ -207,7 +214,7 @@ class Gate(GateModule):
         """What a fused op takes for one call in the present mode: the parameters, a fresh seed or None, and the spec."""
         if self._banked is not None and self.training:
             return self._banked, None, BANKED
-        parameter, spec = self.parameter, self.spec
+        parameter, spec = getattr(self, self.parameter_name), self.spec
         if torch.compiler.is_compiling():
             _read(spec)
         return parameter, self.draw_seed(parameter.device) if spec.rule == SAMPLE else None, spec
@@ -220,10 +227,10 @@ class Gate(GateModule):
         """
         if self._held is not None:
             return self._held if self._held.device == device else self._held.to(device)
-        if self._stream is None and ranks.several():
+        if self._stream is None and (torch.compiler.is_compiling() or _Wrapper._active_ddp_module is not None) and ranks.several():
             self._agree()
         if self._stream is None:
-            return philox.draw_seed(device)
+            return torch.randint(*philox.SEEDS, dtype=torch.int64, device=device)
         return self._stream.draw(self.next_seed)
 
     def _agree(self) -> None:

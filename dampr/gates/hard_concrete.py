@@ -29,6 +29,7 @@ class ConcreteGate(KernelGate):
 
     log_alpha: Tensor
     level_parameters = ("log_alpha",)
+    parameter_name = "log_alpha"
 
     def __init__(self, num_gates: int, *, beta: float, gamma: float, zeta: float, preset: str) -> None:
         super().__init__(num_gates)

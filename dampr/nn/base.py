@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dampr import _checks
 from dampr.gates import Gate, make_gate
-from dampr.ops.library import traced
+from dampr.ops.node import traced
 from dampr.reference import expand_blocks
 from dampr.spec import SAMPLE, GateSpec, value
 
@@ -195,11 +195,13 @@ class GatedWeight(GatedLayer):
     def _open_range(self) -> slice | None:
         """The open gates of a family that keeps them side by side (DAM), so that a view of the weight is all there is to multiply.
 
-        None where all are open or none is, on a GPU, where asking would wait for the device, and where operators are counted, traced or
-        transformed: what counts is the whole layer.
+        None where gates are no vector or a convolution has several groups, where all are open or none is, on a GPU, where
+        asking would wait for the device, and where operators are counted, traced or transformed: what counts is the whole layer.
         """
         find = self.gate.open_slice
-        if find is None or traced(()) or self.weight.device.type != "cpu":
+        if find is None or self.granularity not in VECTOR_GRANULARITIES or self.groups != 1:
+            return None
+        if traced(()) or self.weight.device.type != "cpu":
             return None
         start, stop = find()
         return slice(start, stop) if 0 < stop - start < self.gate.num_gates else None

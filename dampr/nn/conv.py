@@ -14,7 +14,7 @@ from dampr import _checks, functional
 from dampr.gates import Gate, place_gate
 from dampr.spec import GateSpec
 
-from .base import VECTOR_GRANULARITIES, GatedWeight, Granularity
+from .base import GatedWeight, Granularity
 
 
 class _GatedConv(GatedWeight, _ConvNd):
@@ -69,10 +69,9 @@ class _GatedConv(GatedWeight, _ConvNd):
             x, padding = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0
         gate, granularity = self.gate, self.granularity
         parameter, seed, spec = gate.call() if granularity != "index" else self._gates_by_index()
-        if gate.open_slice is not None and granularity in VECTOR_GRANULARITIES and self.groups == 1:
-            opened = self._open_range()
-            if opened is not None:
-                return self._on_slice(x, padding, parameter[opened], spec, opened)
+        opened = self._open_range() if gate.open_slice is not None else None
+        if opened is not None:
+            return self._on_slice(x, padding, parameter[opened], spec, opened)
         function, shape = self._function, (self.stride, padding, self.dilation, self.groups)
         how: dict[str, Any] = {"seed": seed, "spec": spec}
         if self.per_sample and seed is not None:

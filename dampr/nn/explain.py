@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -44,9 +44,7 @@ def explain(layer: GatedLayer, x: Tensor) -> Explanation:
     if not x.is_meta and torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
     if isinstance(layer, GatedLinear):
-        drawn = layer.gate.spec.rule == SAMPLE
-        shape = (x.shape[:-1].numel(), layer.in_features, layer.out_features)
-        found = route_of(shape, _granularity(layer), layer.per_sample and drawn, x.device, dtype, drawn)
+        found = _of_linear(layer, x, dtype)
     elif isinstance(layer, (GatedConv1d, GatedConv2d)):
         found = _of_convolution(layer, x, dtype)
     elif isinstance(layer, _GatedNorm):
@@ -65,13 +63,34 @@ def _granularity(layer: GatedLayer) -> Granularity:
     return "weight" if layer.granularity == "index" else layer.granularity
 
 
+def _of_linear(layer: GatedLinear, x: Tensor, dtype: torch.dtype) -> Explanation:
+    drawn, weight, opened = layer.gate.spec.rule == SAMPLE, layer.weight, layer._open_range()
+    if opened is not None:
+        weight = weight[:, opened] if layer.granularity == "input" else weight[opened]
+    (n, k), per_sample = weight.shape, layer.per_sample and drawn
+    found = route_of((x.shape[:-1].numel(), k, n), _granularity(layer), per_sample, x.device, dtype, drawn)
+    return found if opened is None else _of_slice(layer, opened, found)
+
+
+def _of_slice(layer: GatedLinear | GatedConv1d | GatedConv2d, opened: slice, part: Explanation) -> Explanation:
+    """``part``: what the layer is on a view of its weight, the part whose gates are open."""
+    count = f"{opened.stop - opened.start} of {layer.gate.num_gates} gates are open, side by side"
+    reason = f"{count}: the layer is computed on their part of the weight, by route {part.route}: {part.route_reason}"
+    return replace(part, route="slice", route_reason=reason)
+
+
 def _of_convolution(layer: GatedConv1d | GatedConv2d, x: Tensor, dtype: torch.dtype) -> Explanation:
-    drawn, granularity = layer.gate.spec.rule == SAMPLE, _granularity(layer)
+    drawn, granularity, weight, opened = layer.gate.spec.rule == SAMPLE, _granularity(layer), layer.weight, layer._open_range()
+    if opened is not None and granularity == "input":
+        x, weight = x.narrow(1 - weight.dim(), opened.start, opened.stop - opened.start), weight[:, opened]
+    elif opened is not None:
+        weight = weight[opened]
     arguments = layer.stride, layer.padding if layer.padding_mode == "zeros" else 0, layer.dilation, layer.groups
-    layout = layout_of(layer.weight.dim() - 2, x, layer.weight, *arguments, granularity)
-    problem = problem_of(layout, x, layer.weight, layer.groups, granularity, layer.per_sample and drawn, drawn)
+    layout = layout_of(weight.dim() - 2, x, weight, *arguments, granularity)
+    problem = problem_of(layout, x, weight, layer.groups, granularity, layer.per_sample and drawn, drawn)
     backend, reason = ops.choose(x.device, dtype)
-    return Explanation(backend, reason, *ops.select(x.device, dtype).conv_route(problem))
+    found = Explanation(backend, reason, *ops.select(x.device, dtype).conv_route(problem))
+    return found if opened is None else _of_slice(layer, opened, found)
 
 
 def _of_others(layer: _GatedRecurrent | Gate | GatedEmbedding | GatedMultiheadAttention | GatedResidual) -> tuple[str, str]:

@@ -11,7 +11,7 @@ from dampr import _checks, functional
 from dampr.gates import Gate, place_gate
 from dampr.spec import GateSpec
 
-from .base import VECTOR_GRANULARITIES, GatedWeight, Granularity
+from .base import GatedWeight, Granularity
 
 
 class GatedLinear(GatedWeight, nn.Linear):
@@ -64,7 +64,7 @@ class GatedLinear(GatedWeight, nn.Linear):
         how: dict[str, Any] = {"seed": seed, "spec": spec}
         if each and seed is not None:
             how |= {"per_sample": True, "index_offset": gate.index_offset(x.shape[:-1].numel())}
-        opened = self._open_range() if gate.open_slice is not None and granularity in VECTOR_GRANULARITIES else None
+        opened = self._open_range() if gate.open_slice is not None else None
         if opened is not None:
             return self._on_slice(x, parameter[opened], spec, opened)
         if granularity == "output":

@@ -14,8 +14,8 @@ from torch import Tensor
 from dampr import reference
 
 from .backends import select
-from .library import PLAIN, define, wanted
-from .node import Node, apply
+from .library import define, wanted
+from .node import PLAIN, Node, apply
 
 
 def _fwd(parameters: Sequence[Tensor], limit: float) -> Tensor:

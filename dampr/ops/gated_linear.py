@@ -14,9 +14,9 @@ from dampr import reference
 
 from .backends import select
 from .gate_args import PAIR, GatePair, Maybe
-from .library import define, gates_activations, or_empty, wanted, watched
-from .live import on_open_gates
-from .node import Node, apply
+from .library import define, gates_activations, or_empty, wanted
+from .live import among_open, on_open_gates
+from .node import Node, Planned, apply, watched
 
 
 def _fwd(
@@ -118,55 +118,53 @@ class _GatedLinear(Node):
         return (*wanted(grads, needs), None, None, None, None, None)
 
 
-class _SmallLinear(Node):
-    """A tiny layer, of which calls take the time: straight into the backend, and no more of them than will do."""
-
+class _PlannedLinear(Planned):
     tensors = 7
 
     @staticmethod
     def plain(*inputs: Any) -> Tensor:
-        return _GatedLinear.plain(*inputs)[0]
+        *given, plan = inputs
+        return reference.gated_linear(*(*given, plan.spec, plan.per_sample))
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Maybe, *gates: Any) -> Tensor:  # type: ignore[override]
-        ctx.backend = select(x.device, x.dtype).small_linear
-        y, pre = ctx.backend.fwd(x, weight, bias, *gates)
-        ctx.save_for_backward(x, weight, bias, *gates[:4], pre)
-        ctx.constants = gates[4:]
-        return y  # type: ignore[no-any-return]
-
-    @staticmethod
-    def fused(ctx: Any, dy: Tensor) -> Any:
-        tensors, needs, (spec, per_sample, _) = ctx.saved_tensors, ctx.needs_input_grad, ctx.constants
-        if watched((dy,)):
-            *inputs, pre = tensors
-            pre = dy.new_empty(0) if pre is None else pre
-            grads = wanted(bwd(dy, *inputs, pre, spec, per_sample, needs[:5]), needs[:5])
-        else:
-            grads = ctx.backend.bwd(dy, *tensors, spec, per_sample, needs)
-        return (*grads, None, None, None, None, None)
+    def by_operators(ctx: Any, dy: Tensor) -> Any:
+        (*inputs, pre), needs, plan = ctx.saved_tensors, ctx.needs_input_grad[:5], ctx.constants[0]
+        pre = dy.new_empty(0) if pre is None else pre
+        return (*wanted(bwd(dy, *inputs, pre, plan.spec, plan.per_sample, needs), needs), None, None, None)
 
 
+class _SmallLinear(_PlannedLinear):
+    """A tiny layer, of which calls take the time."""
+
+
+_apply_planned = super(torch.autograd.Function, _PlannedLinear).apply  # type: ignore[misc]
 _apply_small = super(torch.autograd.Function, _SmallLinear).apply  # type: ignore[misc]
 
 
 def gated_linear(x: Tensor, weight: Tensor, bias: Maybe, gates: GatePair) -> Tensor:
     """Differentiable gated linear map; arguments are taken as checked (:func:`dampr.functional.gated_linear` checks)."""
-    in_la, out_la, _, _, spec, per_sample = gates
-    small = None if torch.compiler.is_compiling() else getattr(select(x.device, x.dtype), "small_linear", None)
-    if small is not None and small.takes(x, weight, in_la, out_la, spec) and not watched((x, weight, bias, in_la, out_la)):
-        quick: Tensor = _apply_small(x, weight, bias, *gates, per_sample and _learns(out_la))
-        return quick
+    in_la, out_la, in_seed, out_seed, spec, per_sample = gates
+    if not watched((x, weight, bias, in_la, out_la)):
+        backend = select(x.device, x.dtype)
+        if hasattr(backend, "plan_linear"):
+            learns = out_la is not None and out_la.requires_grad and torch.is_grad_enabled()
+            plan = backend.plan_linear(x, weight, in_la, out_la, in_seed, out_seed, spec, per_sample, learns)
+            if plan.looks:
+                work, forced = x.numel() * weight.shape[0], plan.route == "live"
+                part = among_open(x, weight, bias, gates, work, whole_linear, None, forced, backend.live)
+                if part is not None:
+                    return part
+            node = _apply_small if plan.route == "small" else _apply_planned
+            y: Tensor = node(x, weight, bias, in_la, out_la, in_seed, out_seed, plan)
+            return y
     part = on_open_gates(x, weight, bias, gates, x.numel() * weight.shape[0], whole_linear)
     return whole_linear(x, weight, bias, gates) if part is None else part
 
 
 def whole_linear(x: Tensor, weight: Tensor, bias: Maybe, gates: GatePair) -> Tensor:
     """The same in one operator each way, whatever is closed."""
-    keep_pre = _learns(gates.output_log_alpha) and (gates.per_sample or gates_activations(x, weight))
+    out_la = gates.output_log_alpha
+    learns = out_la is not None and out_la.requires_grad and torch.is_grad_enabled()
+    keep_pre = learns and (gates.per_sample or gates_activations(x, weight))
     y: Tensor = apply(_GatedLinear, x, weight, bias, *gates, keep_pre)[0]
     return y
-
-
-def _learns(log_alpha: Maybe) -> bool:
-    return log_alpha is not None and log_alpha.requires_grad and torch.is_grad_enabled()

@@ -7,10 +7,8 @@ from typing import Any
 
 import torch
 
-from dampr.spec import GateSpec
-
 from . import routes
-from .node import is_transformed
+from .node import watched
 
 LIBRARY = torch.library.Library("dampr", "DEF")
 
@@ -41,24 +39,6 @@ def define(
     return call
 
 
-PLAIN = {torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, list, tuple, GateSpec, torch.dtype}
-
-
-def watched(args: Sequence[Any]) -> bool:
-    """Whether a compiler, a dispatch mode, a transform, the profiler or an argument of another kind wants to see operators."""
-    return torch.autograd.profiler._is_profiler_enabled or traced(args)
-
-
-def traced(args: Sequence[Any]) -> bool:
-    """:func:`watched` by more than the profiler, which is served by what really runs."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or is_transformed()
-        or not PLAIN.issuperset(map(type, args))
-    )
-
-
 def or_empty(grads: Sequence[torch.Tensor | None], like: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """What a backward operator returns: operators have no None, so an empty tensor stands for a gradient that nobody needs."""
     return tuple(like.new_empty(0) if g is None else g for g in grads)
@@ -77,7 +57,7 @@ def rows_of(x: torch.Tensor) -> torch.Tensor:
 def choose_activations(M: int, N: int, K: int) -> bool:
     """Whether x (M, K) and y (M, N) are both smaller than the weight (N, K), unless a route is forced; not where a size is dynamic."""
     forced = routes.forced_name()
-    return routes.known(min(N, K) > M) if forced is None or forced not in ("fold", "activations") else forced == "activations"
+    return routes.known(routes.are_smaller(M, N, K)) if forced is None or forced not in ("fold", "activations") else forced == "activations"
 
 
 def gates_activations(x: torch.Tensor, weight: torch.Tensor) -> bool:

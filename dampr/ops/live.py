@@ -19,8 +19,7 @@ from . import routes, thresholds
 from .backends import select
 from .fold_conv import channels_innermost
 from .gate_args import GateArgs, GatePair, Maybe
-from .library import traced
-from .node import Node, differentiate_layer
+from .node import Node, differentiate_layer, traced
 
 # From so many multiply-adds on it is worth looking at the draw. Lists are filled up to a multiple that suits the blocks of channels of
 # vendors' kernels. What is left out has to be worth moving the rest: so many multiply-adds for each weight, and twice as many for each
@@ -73,17 +72,30 @@ def on_open_gates(x: Tensor, weight: Tensor, bias: Maybe, gates: GatePair, work:
     backend = getattr(select(x.device, x.dtype), "live", None)
     if backend is None or traced((x, weight, bias, *gates[:2])):
         return None
-    obstacle = _obstacle(weight, gates, window)
-    if obstacle is not None:
-        if forced is not None:
+    return among_open(x, weight, bias, gates, work, whole, window, forced is not None, backend)
+
+
+def among_open(
+    x: Tensor, weight: Tensor, bias: Maybe, gates: GatePair, work: int, whole: Any, window: Any, forced: bool, backend: Any
+) -> Tensor | None:
+    """:func:`on_open_gates` for who knows that the layer is large enough, or forced to it, and that nobody traces."""
+    in_la, out_la, in_seed, out_seed, spec, _ = gates
+    if window is not None or spec.family not in (HARD_CONCRETE, RAMP):
+        obstacle = _obstacle(weight, gates, window)
+        if obstacle is not None and forced:
             raise ValueError(f"route 'live' cannot serve {obstacle}")
+        if obstacle is not None:
+            return None
+    least, size = thresholds.skip(), weight.numel()
+    sides = (in_la, in_seed, least.inputs, x.numel()), (out_la, out_seed, least.outputs, work * weight.shape[0] // max(1, size))
+    lists: list[Maybe] = [None, None]  # of the open gates of inputs and outputs, where they are short enough
+    for side, (log_alpha, seed, share, activations) in enumerate(sides):
+        closed = 0.0 if forced else max(share, MOVE * (2 * activations + size) / work)
+        if log_alpha is not None and closed < 1:
+            lists[side] = backend.open_gates(GateArgs(log_alpha, seed, spec), 1 if forced else MULTIPLE, 1 - closed)
+    if lists[0] is None and lists[1] is None:
         return None
-    least = thresholds.skip()
-    ins = _open(gates.input, least.inputs, x.numel(), weight, work, forced, backend)
-    outs = _open(gates.output, least.outputs, work * weight.shape[0] // max(1, weight.numel()), weight, work, forced, backend)
-    if ins is None and outs is None:
-        return None
-    y: Tensor = _apply(x, weight, bias, *gates, ins, outs, window, whole, backend)
+    y: Tensor = _apply(x, weight, bias, *gates, *lists, window, whole, backend)
     return y
 
 
@@ -96,18 +108,3 @@ def _obstacle(weight: Tensor, gates: GatePair, window: Any) -> str | None:
     if window is not None and gates.input is not None and (gates.output is not None or not channels_innermost(weight)):
         return "gates on channels of a convolution whose weight is not channels last, or together with gates on filters"
     return None
-
-
-def _open(
-    gate: GateArgs | None, least: float, activations: int, weight: Tensor, work: int, forced: str | None, backend: Any
-) -> Tensor | None:
-    """The list of open gates, if it is short enough.
-
-    ``least``: the share of the gates that have to be closed; ``activations``: how many elements of x or y these gates are on.
-    """
-    if gate is None:
-        return None
-    if forced is not None:
-        return backend.open_gates(gate, 1, 1.0)  # type: ignore[no-any-return]
-    closed = max(least, MOVE * (2 * activations + weight.numel()) / work)
-    return backend.open_gates(gate, MULTIPLE, 1 - closed) if closed < 1 else None

@@ -12,12 +12,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
+from torch.autograd import forward_ad, profiler
+
+from dampr.spec import GateSpec
 
 from .gate_args import GatePair, Maybe
 
 # Looked up once: every backward asks these, and beside a tiny layer an attribute of an attribute counts.
 _grad_enabled, _compiling = torch.is_grad_enabled, torch.compiler.is_compiling
+_dispatch_modes = torch._C._len_torch_dispatch_stack
 _in_func, _in_batch = torch._C._are_functorch_transforms_active, torch._C._functorch.is_legacy_batchedtensor
 
 
@@ -25,6 +28,26 @@ def is_transformed() -> bool:
     """Whether torch.func or forward mode is at work: they need operators that torch knows."""
     transformed: bool = _in_func() or forward_ad._current_level >= 0
     return transformed
+
+
+PLAIN = {torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, list, tuple, GateSpec, torch.dtype}
+
+
+def watched(args: Sequence[Any], by_profiler: bool = True) -> bool:
+    """Whether a compiler, a dispatch mode, a transform, the profiler or an argument of another kind wants to see operators."""
+    return (
+        (by_profiler and profiler._is_profiler_enabled)
+        or _compiling()
+        or _dispatch_modes() > 0
+        or _in_func()
+        or forward_ad._current_level >= 0
+        or not PLAIN.issuperset(map(type, args))
+    )
+
+
+def traced(args: Sequence[Any]) -> bool:
+    """:func:`watched` by more than the profiler, which is served by what really runs."""
+    return watched(args, by_profiler=False)
 
 
 class Node(torch.autograd.Function):
@@ -36,18 +59,40 @@ class Node(torch.autograd.Function):
 
     tensors: int
     plain: Callable[..., Any]
-    fused: Callable[..., Any]
+    fused: Callable[..., Any] | None = None
+    by_operators: Callable[..., Any] | None = None
 
     def __init_subclass__(cls) -> None:
-        fused = cls.fused
+        planned, fused = cls.fused is None, cls.fused or cls.by_operators
 
         def backward(ctx: Any, *grads: Tensor) -> Any:
             # Differentiated again, or one of a batch. What is compiled is neither: torch refuses a second derivative of it by name.
-            if not _compiling() and (_grad_enabled() or _in_batch(grads[0]) or _in_func() or forward_ad._current_level >= 0):
+            compiling = _compiling()
+            if not compiling and (_grad_enabled() or _in_batch(grads[0]) or _in_func() or forward_ad._current_level >= 0):
                 return _by_plain(cls, ctx, grads)
-            return fused(ctx, *grads)
+            if not planned or compiling or profiler._is_profiler_enabled or _dispatch_modes() > 0 or type(grads[0]) not in PLAIN:
+                return fused(ctx, *grads)  # type: ignore[misc]
+            plan, needs = ctx.constants[0], ctx.needs_input_grad
+            found = plan.backward(plan, *grads, ctx.saved_tensors, needs)
+            return (*found, *[None] * (len(needs) - len(found)))
 
         cls.backward = staticmethod(backward)  # type: ignore[method-assign, assignment]
+
+
+class Planned(Node):
+    """Base of the nodes that go straight into the backend, by the :class:`.plan.Plan` that ``forward`` is given last.
+
+    A subclass has ``by_operators`` in the place of ``fused``: the backward for whoever looks on. What the forward kept is the
+    last of the saved tensors, and the plan is the one constant.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:  # type: ignore[override]
+        plan, tensors = inputs[-1], inputs[:-1]
+        y, kept = plan.forward(plan, *tensors)
+        ctx.save_for_backward(*tensors, kept)
+        ctx.constants = (plan,)
+        return y  # type: ignore[no-any-return]
 
 
 def _by_plain(node: type[Node], ctx: Any, grads: Sequence[Tensor]) -> tuple[Maybe, ...]:

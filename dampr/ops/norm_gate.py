@@ -16,8 +16,8 @@ from dampr import reference
 from .backends import select
 from .gate_activations import dense_format
 from .gate_args import GateArgs, Maybe
-from .library import define, or_empty, traced, wanted, watched
-from .node import Node, apply
+from .library import define, or_empty, wanted
+from .node import Node, apply, traced, watched
 
 Statistics = tuple[Tensor, Tensor]
 

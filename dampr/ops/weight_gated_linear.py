@@ -15,7 +15,7 @@ from dampr import reference
 from .backends import select
 from .gate_args import GateArgs, Maybe, unpack
 from .library import define, or_empty, wanted
-from .node import Node, apply
+from .node import Node, Planned, apply, watched
 
 
 def _fwd(x: Tensor, weight: Tensor, bias: Maybe, log_alpha: Tensor, seed: Maybe, spec: Sequence[float], block: Sequence[int]) -> Tensor:
@@ -91,7 +91,30 @@ class _WeightGatedLinear(Node):
         return (*wanted(grads, needs), None, None, None)
 
 
+class _PlannedWeightGated(Planned):
+    tensors = 5
+
+    @staticmethod
+    def plain(*inputs: Any) -> Tensor:
+        *given, plan = inputs
+        return reference.weight_gated_linear(*(*given, plan.spec, plan.block))
+
+    @staticmethod
+    def by_operators(ctx: Any, dy: Tensor) -> Any:
+        inputs, needs, plan = ctx.saved_tensors[:5], ctx.needs_input_grad[:4], ctx.constants[0]
+        return (*wanted(bwd(dy, *inputs, plan.spec, plan.block, needs), needs), None, None)
+
+
+_apply_planned = super(torch.autograd.Function, _PlannedWeightGated).apply  # type: ignore[misc]
+
+
 def weight_gated_linear(x: Tensor, weight: Tensor, bias: Maybe, gate: GateArgs, block: tuple[int, int]) -> Tensor:
     """Differentiable; arguments are taken as checked (:func:`dampr.functional.gated_linear` checks)."""
-    y: Tensor = apply(_WeightGatedLinear, x, weight, bias, gate.log_alpha, gate.seed, gate.spec, block)
+    log_alpha, seed, spec, _ = gate
+    if not watched((x, weight, bias, log_alpha)):
+        backend = select(x.device, x.dtype)
+        if hasattr(backend, "plan_weights"):
+            planned: Tensor = _apply_planned(x, weight, bias, log_alpha, seed, backend.plan_weights(x, weight, spec, block))
+            return planned
+    y: Tensor = apply(_WeightGatedLinear, x, weight, bias, log_alpha, seed, spec, block)
     return y

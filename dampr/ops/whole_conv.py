@@ -20,8 +20,7 @@ from .backends import select
 from .fold_conv import channels_innermost, fold_channels, fold_filters
 from .gate_activations import gate_activations
 from .gate_args import GatePair, Maybe
-from .library import watched
-from .node import Node, differentiate_layer
+from .node import Node, differentiate_layer, watched
 
 Sizes = tuple[int, ...]
 

@@ -19,8 +19,7 @@ from dampr.spec import GateSpec
 from .backends import select
 from .fold_weight import fold_weight
 from .gate_args import GateArgs, GatePair, Maybe
-from .library import watched
-from .node import Node, differentiate_layer
+from .node import Node, differentiate_layer, watched
 from .sample_gates import sample_gates
 
 

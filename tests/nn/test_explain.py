@@ -1,10 +1,13 @@
 """explain says what happens, and a forced route does."""
 
+from functools import partial
+
 import pytest
 import torch
 
 import dampr
-from dampr.nn import Gate, GatedEmbedding, GatedLinear, GatedLSTM, GatedResidual
+from dampr import functional
+from dampr.nn import Gate, GatedConv1d, GatedConv2d, GatedEmbedding, GatedLinear, GatedLSTM, GatedResidual
 from dampr.ops import forced_route
 
 needs_cpp = pytest.mark.skipif(dampr.backend_info()["cpp"].startswith("missing"), reason=dampr.backend_info()["cpp"])
@@ -42,6 +45,26 @@ def test_fewer_rows_than_features_gate_activations():
     assert found.route == "activations"
     assert "open gates alone" in found.route_reason
     assert "open gates alone" not in dampr.explain(GatedLinear(512, 512), torch.randn(16, 512)).route_reason
+
+
+@pytest.mark.parametrize("granularity", ["output", "input"])
+@pytest.mark.parametrize(
+    ("kind", "shape"), [("linear", (4, 3, 48)), ("conv1d", (2, 48, 9)), ("conv2d", (2, 48, 5, 5)), ("conv2d", (48, 5, 5))]
+)
+def test_a_slice_of_the_weight_is_told(monkeypatch, kind, shape, granularity):
+    build = {"linear": GatedLinear, "conv1d": partial(GatedConv1d, kernel_size=3), "conv2d": partial(GatedConv2d, kernel_size=3)}[kind]
+    layer, handed = build(48, 40, gate="dam", granularity=granularity), []
+    name = f"gated_{kind}"
+    inner = getattr(functional, name)
+    monkeypatch.setattr(functional, name, lambda x, weight, *rest, **how: (handed.append(weight), inner(x, weight, *rest, **how))[1])
+    monkeypatch.setattr(type(layer), "_function", staticmethod(getattr(functional, name)), raising=False)
+    for beta, sliced in ((-2.5, True), (1.0, False), (-9.0, False)):  # some are open, all, none
+        layer.gate.beta.data.fill_(beta)
+        found = dampr.explain(layer, torch.randn(shape))
+        layer(torch.randn(shape))
+        count = handed[-1].shape[0 if granularity == "output" else 1]
+        assert (found.route == "slice") == sliced == (count < layer.gate.num_gates)
+        assert (f"{count} of {layer.gate.num_gates} gates are open" in found.route_reason) == sliced
 
 
 @needs_cpp

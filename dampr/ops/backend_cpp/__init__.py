@@ -14,12 +14,12 @@ from . import live, products, small_linear, whole_conv, whole_norm
 from .dependency_generator import GENERATOR_PARAMETERS, dependency_generator_bwd, dependency_generator_fwd
 from .fold_weight import fold_weight_bwd, fold_weight_fwd
 from .gate_activations import gate_activations_bwd, gate_activations_fwd
-from .gated_linear import gated_linear_bwd, gated_linear_fwd
+from .gated_linear import gated_linear_bwd, gated_linear_fwd, plan_linear
 from .gates import sample_gates_bwd, sample_gates_fwd
 from .host import CODES
 from .norm_gate import norm_gate_bwd, norm_gate_fwd
 from .routes import conv_route, route
-from .weight_gated_linear import fold_blocks_bwd, fold_blocks_fwd, weight_gated_linear_bwd, weight_gated_linear_fwd
+from .weight_gated_linear import fold_blocks_bwd, fold_blocks_fwd, plan_weights, weight_gated_linear_bwd, weight_gated_linear_fwd
 from .whole_conv import gated_conv2d_fwd
 
 __all__ = [
@@ -40,6 +40,8 @@ __all__ = [
     "live",
     "norm_gate_bwd",
     "norm_gate_fwd",
+    "plan_linear",
+    "plan_weights",
     "products",
     "route",
     "sample_gates_bwd",

@@ -8,18 +8,19 @@ from torch import Tensor
 from dampr import _C  # type: ignore[attr-defined]
 from dampr.ops.gate_args import GateArgs
 
-from .host import CODES, new, ptr
+from .host import CODES, scratch
 
 
 def open_gates(gate: GateArgs, multiple: int, share: float) -> Tensor | None:
     """The numbers of the open gates in order, int32, filled up with closed ones to a ``multiple``; None if more than ``share`` of all."""
     log_alpha = gate.log_alpha.contiguous()
-    n, args = log_alpha.numel(), (gate.spec, CODES[log_alpha.dtype], ptr(log_alpha), ptr(gate.seed))
+    seed = 0 if gate.seed is None else gate.seed.data_ptr()
+    n, args = log_alpha.numel(), (gate.spec, CODES[log_alpha.dtype], log_alpha.data_ptr(), seed)
     length = min(n, -(max(1, _C.open_gates(*args, n)) // -multiple) * multiple)
     if length > share * n:
         return None
     places = torch.empty(length, dtype=torch.int32)
-    _C.open_gates(*args, n, ptr(places), length)
+    _C.open_gates(*args, n, places.data_ptr(), length)
     return places
 
 
@@ -34,11 +35,15 @@ def place(x: Tensor, places: Tensor, size: int, dim: int, channels_last: bool = 
 
 
 def transpose(x: Tensor, passing: bool = False) -> Tensor:
-    """x (rows, n) as a contiguous (n, rows), many times as fast as torch's own copy; ``passing`` as in :func:`.host.new`."""
+    """x (rows, n) as a contiguous (n, rows), many times as fast as torch's own copy.
+
+    ``passing``: it is one of :data:`.host.scratch`.
+    """
     x = x.contiguous()
     rows, n = x.shape
-    out = new(torch.Size((n, rows)), x.dtype, passing)
-    _C.transpose(CODES[x.dtype], ptr(x), rows, n, ptr(out), torch.get_num_threads())
+    shape = torch.Size((n, rows))
+    out = scratch.views[shape, None, x.dtype] if passing else torch.empty(shape, dtype=x.dtype)
+    _C.transpose(CODES[x.dtype], x.data_ptr(), rows, n, out.data_ptr(), torch.get_num_threads())
     return out
 
 
@@ -49,6 +54,6 @@ def _move(how: object, x: Tensor, size: int, places: Tensor, left: int, dim: int
     x = x.contiguous()
     before, after = x.shape[:dim], x.shape[dim + 1 :]
     out = x.new_empty((*before, left, *after))
-    args = CODES[x.dtype], ptr(x), before.numel(), size, after.numel(), ptr(places), places.numel(), ptr(out)
+    args = CODES[x.dtype], x.data_ptr(), before.numel(), size, after.numel(), places.data_ptr(), places.numel(), out.data_ptr()
     how(*args, torch.get_num_threads())  # type: ignore[operator]
     return out.permute(0, 3, 1, 2) if channels_last else out

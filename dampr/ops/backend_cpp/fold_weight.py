@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from dampr import _C  # type: ignore[attr-defined]
-from dampr.ops.gate_args import GatePair, Maybe, gate_dtype
+from dampr.ops.gate_args import GatePair, Maybe
 
 from . import host
-from .host import CODES
+from .host import CODES, WIDE
 
 
 def fold_weight_fwd(weight: Tensor, bias: Maybe, gates: GatePair, dtype: torch.dtype, passing: bool = False) -> tuple[Tensor, Maybe]:
-    """(z_out W z_in, z_out b) in ``dtype``; ``passing`` as in :func:`.host.new`."""
+    """(z_out W z_in, z_out b) in ``dtype``; ``passing``: the weight is one of :data:`.host.scratch`."""
     if gates.input_log_alpha is None and gates.output_log_alpha is None:
         return weight.to(dtype), None if bias is None else bias.to(dtype)
     weight = weight.contiguous()
@@ -32,7 +32,7 @@ def fold_into(out: Tensor, weight: Tensor, bias: Maybe, gates: GatePair, n_out: 
     if bias is not None and out_la is None:
         gated = bias.to(out.dtype)
     elif bias is not None:
-        own = bias.to(gate_dtype(weight)).contiguous()
+        own = bias.to(WIDE[weight.dtype]).contiguous()
         gated = torch.empty_like(own, dtype=out.dtype)
     _C.fold_gates_fwd(
         spec,
@@ -55,32 +55,13 @@ def fold_into(out: Tensor, weight: Tensor, bias: Maybe, gates: GatePair, n_out: 
 
 def fold_weight_bwd(raw: Tensor, raw_bias: Maybe, weight: Tensor, bias: Maybe, gates: GatePair, needs: Sequence[bool]) -> tuple[Maybe, ...]:
     """Gradients of weight, bias and both log-alphas from those of the folded weight and bias, ``raw`` (N, K) and ``raw_bias`` (N,)."""
-    return ungate(raw, raw_bias, weight, bias, gates, needs)[:4]
-
-
-def ungate(
-    raw: Tensor,
-    raw_bias: Maybe,
-    weight: Tensor,
-    bias: Maybe,
-    gates: GatePair,
-    needs: Sequence[bool],
-    *,
-    fold: bool = False,
-    in_place: bool = False,
-) -> tuple[Maybe, ...]:
-    """:func:`fold_weight_bwd` in one pass over raw and W and, if asked to ``fold``, z_out W z_in from the same pass where dtypes allow.
-
-    ``in_place``: the weight's gradient may take the place of ``raw``.
-    """
     if gates.input_log_alpha is None and gates.output_log_alpha is None:
         db = raw_bias.to(bias.dtype) if needs[1] and bias is not None and raw_bias is not None else None
-        return raw.to(weight.dtype), db, None, None, weight.to(raw.dtype)
+        return raw.to(weight.dtype), db, None, None
     raw, weight = raw.contiguous(), weight.contiguous()
-    dw = host.product(raw, weight, in_place) if needs[0] else None
-    folded = host.new(weight.shape, weight.dtype, passing=True) if fold and raw.dtype == weight.dtype else None
+    dw = torch.empty_like(weight) if needs[0] else None
     n_out, n_in = weight.shape
-    return dw, *unfold(raw, raw_bias, weight, bias, gates, n_out, n_in, needs, dw, folded), folded
+    return dw, *unfold(raw, raw_bias, weight, bias, gates, n_out, n_in, needs, dw)
 
 
 def unfold(
@@ -106,7 +87,7 @@ def unfold(
     if bias is not None and raw_bias is not None and out_la is None:
         db = raw_bias if needs[1] else None
     elif bias is not None and raw_bias is not None:
-        wide = gate_dtype(weight)
+        wide = WIDE[weight.dtype]
         own, raw_own = bias.to(wide).contiguous(), raw_bias.to(wide).contiguous()
         db = torch.empty_like(own) if needs[1] else None
     din = torch.empty_like(in_la) if needs[2] and in_la is not None else None

@@ -10,24 +10,25 @@ from torch import Tensor
 from dampr import _C  # type: ignore[attr-defined]
 from dampr.ops.gate_args import GateArgs, Maybe
 
-from .fold_weight import fold_into, unfold
-from .host import CODES, new, ptr
+from .host import CODES, scratch
 
 
 def sample_gates_fwd(gate: GateArgs, rows: int | None, start: int = 0) -> Tensor:
     log_alpha = gate.log_alpha.contiguous()
     n = log_alpha.numel()
     z = log_alpha.new_empty(n if rows is None else (rows, n))
-    sizes = 1 if rows is None else rows, n
-    _C.gates_fwd(gate.spec, CODES[z.dtype], ptr(log_alpha), ptr(gate.seed), *sizes, ptr(z), torch.get_num_threads(), start)
+    seed, sizes = 0 if gate.seed is None else gate.seed.data_ptr(), (1 if rows is None else rows, n)
+    args = log_alpha.data_ptr(), seed, *sizes, z.data_ptr(), torch.get_num_threads(), start
+    _C.gates_fwd(gate.spec, CODES[z.dtype], *args)
     return z
 
 
 def sample_gates_bwd(dz: Tensor, gate: GateArgs, rows: int | None, start: int = 0) -> Tensor:
     log_alpha = gate.log_alpha.contiguous()
     dz, out = dz.to(log_alpha.dtype).contiguous(), torch.empty_like(log_alpha)
-    sizes = 1 if rows is None else rows, log_alpha.numel()
-    _C.gates_bwd(gate.spec, CODES[out.dtype], ptr(log_alpha), ptr(gate.seed), *sizes, ptr(dz), ptr(out), torch.get_num_threads(), start)
+    seed, sizes = 0 if gate.seed is None else gate.seed.data_ptr(), (1 if rows is None else rows, log_alpha.numel())
+    args = log_alpha.data_ptr(), seed, *sizes, dz.data_ptr(), out.data_ptr(), torch.get_num_threads(), start
+    _C.gates_bwd(gate.spec, CODES[out.dtype], *args)
     return out
 
 
@@ -38,15 +39,18 @@ def draw(gate: GateArgs | None) -> Maybe:
 
 def gate_rows(x: Tensor, gate: GateArgs) -> Tensor:
     """x * z; x: (M, n)."""
+    log_alpha, seed, code = gate.log_alpha.contiguous(), 0 if gate.seed is None else gate.seed.data_ptr(), CODES[x.dtype]
     if not gate.per_sample:
         if not x.is_contiguous():  # a product with the strides of x keeps the path of the GEMM, and so its rounding, as in the dense layer
             return (x * sample_gates_fwd(gate, None)).to(x.dtype)
-        (rows, n), out = x.shape, torch.empty_like(x)
-        fold_into(out, x, None, gate.on_columns(), rows, n)
+        out = torch.empty_like(x)
+        args = code, code, x.data_ptr(), 0, *x.shape, 0, log_alpha.data_ptr(), 0, seed, out.data_ptr(), 0
+        _C.fold_gates_fwd(gate.spec, *args, torch.get_num_threads())
         return out
-    x, log_alpha = x.contiguous(), gate.log_alpha.contiguous()
+    x = x.contiguous()
     out = torch.empty_like(x)
-    _C.gate_rows_fwd(gate.spec, CODES[x.dtype], ptr(x), *x.shape, ptr(log_alpha), ptr(gate.seed), ptr(out), torch.get_num_threads())
+    args = x.data_ptr(), *x.shape, log_alpha.data_ptr(), seed, out.data_ptr()
+    _C.gate_rows_fwd(gate.spec, code, *args, torch.get_num_threads())
     return out
 
 
@@ -63,17 +67,24 @@ def gate_rows_bwd(
 ) -> RowGrads:
     """For the gradient g of x * z, both (M, n): whichever is asked for, from one redraw.
 
-    ``in_place``: dx may take the place of g; ``passing``: dx is used up before the next such (:func:`.host.new`).
+    ``in_place``: dx may take the place of g; ``passing``: it is one of :data:`.host.scratch`.
     """
     x, g, log_alpha = x.contiguous(), g.contiguous(), gate.log_alpha.contiguous()
-    threads, gated = torch.get_num_threads(), (g if in_place else new(x.shape, x.dtype, passing)) if dx else None
+    gated = product = grad = None
+    if dx:
+        gated = g if in_place else scratch.views[x.shape, None, x.dtype] if passing else torch.empty_like(x)
+    if xz:
+        product = torch.empty_like(x)
+    if dlog_alpha:
+        grad = torch.empty_like(log_alpha)
+    out = RowGrads(gated, product, grad)
+    to_dx, to_xz = 0 if gated is None else gated.data_ptr(), 0 if product is None else product.data_ptr()
+    to_grad, seed = 0 if grad is None else grad.data_ptr(), 0 if gate.seed is None else gate.seed.data_ptr()
+    code, at, g_at = CODES[x.dtype], x.data_ptr(), g.data_ptr()
+    (rows, n), la, threads = x.shape, log_alpha.data_ptr(), torch.get_num_threads()
     if gate.per_sample:
-        out = RowGrads(gated, torch.empty_like(x) if xz else None, torch.empty_like(log_alpha) if dlog_alpha else None)
-        _C.gate_rows_bwd(gate.spec, CODES[x.dtype], ptr(x), ptr(g), *x.shape, ptr(log_alpha), ptr(gate.seed), *map(ptr, out), threads)
-        return out
-    product = torch.empty_like(x) if xz else None
-    if gated is None and product is None and not dlog_alpha:
-        return RowGrads(None, None, None)
-    rows, n = x.shape
-    _, grad, _ = unfold(g, None, x, None, gate.on_columns(), rows, n, (False, False, dlog_alpha, False), gated, product)
-    return RowGrads(gated, product, grad)
+        _C.gate_rows_bwd(gate.spec, code, at, g_at, rows, n, la, seed, to_dx, to_xz, to_grad, threads)
+    elif dx or xz or dlog_alpha:
+        args = code, code, g_at, 0, at, 0, rows, n, 0, la, 0, seed, to_dx, 0, 0, to_grad, to_xz
+        _C.fold_gates_bwd(gate.spec, *args, threads)
+    return out

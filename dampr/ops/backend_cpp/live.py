@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 
 from dampr.ops.gate_args import GateArgs, GatePair, Maybe
-from dampr.ops.library import rows_of
-from dampr.spec import SAMPLE, value
+from dampr.ops.plan import Plan
+from dampr.spec import SAMPLE, GateSpec, value
 
 from . import products, whole_conv
 from .axis import open_gates, pick, place
-from .fold_weight import fold_weight_fwd
-from .gated_linear import bwd_fold
+from .gated_linear import bwd_fold, fwd_fold
 from .gates import sample_gates_bwd, sample_gates_fwd
 
 if TYPE_CHECKING:
@@ -29,13 +28,12 @@ def fwd(x: Tensor, weight: Tensor, bias: Maybe, gates: GatePair, ins: Maybe, out
     """y; ``ins`` and ``outs`` list the open gates of inputs and outputs, None: all are taken."""
     part, own = _part(x, weight, bias, gates, ins, outs, window)
     if window is None:
-        narrow, w, b = part
-        y = products.linear(narrow, *fold_weight_fwd(w, b, own, x.dtype, passing=True), gates.spec.rule == SAMPLE)
-    else:
-        y, _ = whole_conv.fwd(*part, own, window, False, False)
-    last = _writes_last(x, weight, window)
+        y, _ = fwd_fold(_plan_of(*part[:2], gates.spec), *part, *own[:4])
+        return y if outs is None else place(y, outs, weight.shape[0], y.dim() - 1)
+    y, _ = whole_conv.fwd(*part, own, window, False, False)
+    last = _is_last(x) or _is_last(weight)  # so torch's convolution writes y, and its backward dx
     if outs is not None:
-        return place(y, outs, weight.shape[0], _channels(y, window), last)
+        return place(y, outs, weight.shape[0], 1, last)
     return y.contiguous(memory_format=torch.channels_last) if last else y  # a single open channel does not show how it lies
 
 
@@ -52,57 +50,54 @@ def bwd(
 ) -> tuple[Maybe, ...]:
     """Gradients of x, weight, bias and both log-alphas, those that are needed."""
     part, own = _part(x, weight, bias, gates, ins, outs, window)
+    flat, channels = window is None, x.dim() - 1 if window is None else 1
     if outs is not None:
-        dy = pick(dy, outs, _channels(dy, window), _is_last(dy, window))
+        dy = pick(dy, outs, channels, not flat and _is_last(dy))
     if window is None:
-        narrow, w, b = part
-        dx, dw, db, dz_in, dz_out = bwd_fold(rows_of(dy), rows_of(narrow), w, b, own, needs)
-        dx = None if dx is None else dx.view(narrow.shape)
+        dx, dw, db, dz_in, dz_out = bwd_fold(_plan_of(*part[:2], gates.spec), dy, (*part, *own[:4]), needs)
     else:
         dx, dw, db, dz_in, dz_out = whole_conv.bwd(dy, *part, own, None, window, False, needs, False)
-    last = _is_last(weight, window)
+    last = not flat and _is_last(weight)
     if ins is not None:
-        channels = _channels(x, window)
-        dx = None if dx is None else place(dx, ins, x.shape[channels], channels, _writes_last(x, weight, window))
+        dx = None if dx is None else place(dx, ins, x.shape[channels], channels, last or (not flat and _is_last(x)))
         dw = None if dw is None else place(dw, ins, weight.shape[1], 1, last)
     if outs is not None:
         dw = None if dw is None else place(dw, outs, weight.shape[0], 0, last)
         db = None if db is None else place(db, outs, weight.shape[0], 0)
-    return dx, dw, db, _gate_gradient(dz_in, gates.input, ins), _gate_gradient(dz_out, gates.output, outs)
+    din = None if dz_in is None else _gate_gradient(dz_in, gates.input, ins)
+    return dx, dw, db, din, None if dz_out is None else _gate_gradient(dz_out, gates.output, outs)
 
 
 def _part(
     x: Tensor, weight: Tensor, bias: Maybe, gates: GatePair, ins: Maybe, outs: Maybe, window: Window | None
 ) -> tuple[tuple[Tensor, Tensor, Maybe], GatePair]:
     """x, weight and bias as far as gates are open, and the values of these gates."""
-    z_in = None if gates.input is None else sample_gates_fwd(gates.input, None)
-    z_out = None if gates.output is None else sample_gates_fwd(gates.output, None)
+    in_la, out_la, in_seed, out_seed, spec, _ = gates
+    z_in = None if in_la is None else sample_gates_fwd(GateArgs(in_la, in_seed, spec), None)
+    z_out = None if out_la is None else sample_gates_fwd(GateArgs(out_la, out_seed, spec), None)
+    last = window is not None and _is_last(weight)
     if outs is not None and z_out is not None:
-        weight, bias, z_out = (
-            pick(weight, outs, 0, _is_last(weight, window)),
-            None if bias is None else pick(bias, outs, 0),
-            pick(z_out, outs, 0),
-        )
+        weight, z_out = pick(weight, outs, 0, last), pick(z_out, outs, 0)
+        bias = None if bias is None else pick(bias, outs, 0)
     if ins is not None and z_in is not None:
-        x, weight = pick(x, ins, _channels(x, window), _is_last(x, window)), pick(weight, ins, 1, _is_last(weight, window))
+        channels = x.dim() - 1 if window is None else 1
+        x, weight = pick(x, ins, channels, window is not None and _is_last(x)), pick(weight, ins, 1, last)
         z_in = pick(z_in, ins, 0)
     return (x, weight, bias), GatePair(z_in, z_out, None, None, VALUE)
 
 
-def _is_last(t: Tensor, window: Window | None) -> bool:
+def _plan_of(x: Tensor, weight: Tensor, spec: GateSpec) -> Plan:
+    """How what is open of a linear map is computed; ``spec``: of the gates, whose values are drawn already."""
+    (n, k), rows = weight.shape, x.shape[:-1].numel()
+    onednn = products.by_onednn(rows, n, k, x.dtype)
+    return Plan("live", fwd_fold, bwd_fold, VALUE, rows, onednn=onednn, drawn=spec.rule == SAMPLE)
+
+
+def _is_last(t: Tensor) -> bool:
     """Whether images, or the weight of a convolution, lie channels last; by their strides where one pixel is contiguous as well."""
-    if window is None or t.dim() != 4 or not t.is_contiguous(memory_format=torch.channels_last):
+    if t.dim() != 4 or not t.is_contiguous(memory_format=torch.channels_last):
         return False
     return not t.is_contiguous() or t.stride(3) == t.shape[1] > 1
-
-
-def _writes_last(x: Tensor, weight: Tensor, window: Window | None) -> bool:
-    """Whether torch's convolution writes y, and its backward dx, channels last."""
-    return _is_last(x, window) or _is_last(weight, window)
-
-
-def _channels(t: Tensor, window: Window | None) -> int:
-    return t.dim() - 1 if window is None else 1
 
 
 def _gate_gradient(dz: Maybe, gate: GateArgs | None, places: Maybe) -> Maybe:

@@ -6,6 +6,9 @@ torch's products" in docs/performance.md). Evaluation stays on torch's path, so 
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -17,11 +20,13 @@ from .axis import transpose
 
 # With fewer multiply-adds, or fewer rows of x for each weight, what oneDNN does before it multiplies takes longer than it saves.
 WORK, ROWS = 2**24, 32
+_product = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+_onednn: Any = None if _product is None else partial(_product, attr="none", scalars=[], algorithm="")  # of x, weight and bias
 FASTER = (
     _C.vendor() == "amd"
     and torch.backends.cpu.get_cpu_capability() == "AVX512"
     and torch.backends.mkl.is_available()
-    and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    and _onednn is not None
 )
 
 
@@ -38,34 +43,24 @@ def described(M: int, N: int, K: int, dtype: torch.dtype, drawn: bool) -> str:
     return "oneDNN's products, faster here than MKL's" if drawn else "torch's product, oneDNN's in the backward"
 
 
-def linear(x: Tensor, weight: Tensor, bias: Maybe, drawn: bool) -> Tensor:
-    """x W^T + b; x: (..., K), weight: (N, K). ``drawn``: whether gates are, which they are in training alone."""
-    n, k = weight.shape
-    if drawn and by_onednn(x.numel() // max(1, k), n, k, x.dtype):
-        return _onednn(x, weight, bias)
+def linear(x: Tensor, weight: Tensor, bias: Maybe, onednn: bool) -> Tensor:
+    """x W^T + b, by oneDNN or by torch; x: (..., K), weight: (N, K)."""
+    if onednn:
+        return _onednn(x, weight, None if bias is None else bias.contiguous())  # it is read as if it were
     return F.linear(x, weight, bias)
 
 
-def to_inputs(dy: Tensor, weight: Tensor) -> Tensor:
+def to_inputs(dy: Tensor, weight: Tensor, onednn: bool) -> Tensor:
     """dy W, the gradient of x; dy: (M, N), weight: (N, K)."""
-    n, k = weight.shape
-    if by_onednn(dy.shape[0], n, k, dy.dtype):
-        return _onednn(dy, weight.t(), None)
-    return dy @ weight
+    return _onednn(dy, weight.t(), None) if onednn else dy @ weight
 
 
-def to_weight(dy: Tensor, x: Tensor, passing: bool) -> Tensor:
-    """dy^T x, the gradient of the weight; dy: (M, N), x: (M, K). ``passing``: nobody needs what is in the memory of :func:`.host.new`.
+def to_weight(dy: Tensor, x: Tensor, onednn: bool, passing: bool) -> Tensor:
+    """dy^T x, the gradient of the weight; dy: (M, N), x: (M, K).
 
-    oneDNN wants what it multiplies from the left to lie in rows.
+    ``passing``: nobody needs what is in :data:`.host.scratch`. oneDNN wants what it multiplies from the left to lie in rows.
     """
-    m, n = dy.shape
-    if not by_onednn(m, n, x.shape[1], dy.dtype):
+    if not onednn:
         return dy.t() @ x
-    return _onednn(transpose(dy, passing and m <= 2 * x.shape[1]), x.t(), None)  # memory that stays is about as large as the weight
-
-
-def _onednn(x: Tensor, weight: Tensor, bias: Maybe) -> Tensor:
-    bias = None if bias is None else bias.contiguous()  # it is read as if it were
-    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return y
+    passing = passing and dy.shape[0] <= 2 * x.shape[1]  # memory that stays is about as large as the weight
+    return _onednn(transpose(dy, passing), x.t(), None)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
 
 from dampr.ops import routes, thresholds
-from dampr.ops.library import choose_activations
 from dampr.ops.live import WORK
 
 from . import products
@@ -36,24 +36,46 @@ def route(
 
     ``drawn``: whether gates are drawn. Deterministic ones never go the small route: a fresh layer equals the dense one to the bit there.
     """
-    if granularity == "weight" or isinstance(granularity, tuple):
-        routes.forced_linear(("fold",), granularity, per_sample)
-        return "fold", f"one pass multiplies the gates into the weight; {products.described(M, N, K, dtype, drawn)}"
-    small = ("small",) if drawn and dtype in (torch.float32, torch.float64) else ()
-    if (
-        routes.forced_linear((*small, *(("passes",) if per_sample else ("fold", "activations", "live"))), granularity, per_sample)
-        is not None
-    ):
-        return str(routes.forced_name()), "forced by forced_route"
-    if small and is_small(M, N, K):
-        return "small", f"{M * N * K} multiply-adds: one call that does all is faster than several"
-    whose = products.described(M, N, K, dtype, drawn)
-    if per_sample:
-        return "passes", f"every row has gates of its own: they are drawn while the activations are multiplied; {whose}"
-    if choose_activations(M, N, K):
+    forced = routes.forced_name()
+    name = decide(forced, M, N, K, dtype, granularity, per_sample, drawn)
+    whose, weights = products.described(M, N, K, dtype, drawn), granularity == "weight" or isinstance(granularity, tuple)
+    if name == forced and not weights:
+        return name, "forced by forced_route"
+    if name == "small":
+        return name, f"{M * N * K} multiply-adds: one call that does all is faster than several"
+    if name == "passes":
+        return name, f"every row has gates of its own: they are drawn while the activations are multiplied; {whose}"
+    if name == "activations":
         why = f"{M} rows are fewer than the {min(N, K)} of the weight's smaller side, so activations are smaller"
-        return "activations", f"{why}; {whose}{_or_live(M * N * K)}"
-    return "fold", f"{M} rows: the weight is the smaller operand, and one pass multiplies the gates into it; {whose}{_or_live(M * N * K)}"
+        return name, f"{why}; {whose}{_or_live(M * N * K)}"
+    if weights:
+        return name, f"one pass multiplies the gates into the weight; {whose}"
+    return name, f"{M} rows: the weight is the smaller operand, and one pass multiplies the gates into it; {whose}{_or_live(M * N * K)}"
+
+
+@functools.lru_cache(maxsize=4096)
+def decide(
+    forced: str | None,
+    M: int,
+    N: int,
+    K: int,
+    dtype: torch.dtype,
+    granularity: str | tuple[int, int],
+    per_sample: bool,
+    drawn: bool,
+) -> str:
+    """The name of :func:`route`, a function of its arguments alone; ``forced``: what a block forces, or None."""
+    weights = granularity == "weight" or isinstance(granularity, tuple)
+    small = drawn and not weights and dtype in (torch.float32, torch.float64)
+    possible = ("fold",) if weights else (*["small"] * small, *(("passes",) if per_sample else ("fold", "activations", "live")))
+    if forced is not None and forced != "linear":  # a linear map is free to choose where a convolution was told to be one
+        routes.check(forced, possible, granularity, per_sample)
+        return forced
+    if small and is_small(M, N, K):
+        return "small"
+    if per_sample:
+        return "passes"
+    return "activations" if not weights and routes.are_smaller(M, N, K) else "fold"
 
 
 def _or_live(work: int) -> str:

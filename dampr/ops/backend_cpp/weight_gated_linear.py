@@ -10,12 +10,12 @@ from torch import Tensor
 from dampr import _C  # type: ignore[attr-defined]
 from dampr.ops import routes
 from dampr.ops.gate_args import GateArgs, Maybe
-from dampr.ops.library import rows_of
-from dampr.spec import SAMPLE
+from dampr.ops.plan import Plan
+from dampr.spec import SAMPLE, GateSpec
 
 from . import host, products
-from .host import CODES, ptr
-from .routes import route
+from .host import CODES
+from .routes import decide
 
 Block = tuple[int, int]
 
@@ -23,15 +23,17 @@ Block = tuple[int, int]
 def fold_blocks_fwd(weight: Tensor, gate: GateArgs, block: Block, dtype: torch.dtype, passing: bool = False) -> Tensor:
     """weight * Z, rounded once to ``dtype``: drawn while it is multiplied where each weight has a gate, else drawn first and spread.
 
-    ``passing`` as in :func:`.host.new`.
+    ``passing``: it is one of :data:`.host.scratch`.
     """
     weight, log_alpha = weight.contiguous(), gate.log_alpha.contiguous()
-    out = host.new(weight.shape, dtype, passing)
-    codes, threads = (CODES[weight.dtype], CODES[dtype]), torch.get_num_threads()
+    out = host.scratch.views[weight.shape, None, dtype] if passing else torch.empty(weight.shape, dtype=dtype)
+    args = gate.spec, CODES[weight.dtype], CODES[dtype], weight.data_ptr()
+    seed = 0 if gate.seed is None else gate.seed.data_ptr()
+    gates = log_alpha.data_ptr(), seed, out.data_ptr(), torch.get_num_threads()
     if block == (1, 1):
-        _C.gate_weights_fwd(gate.spec, *codes, ptr(weight), weight.numel(), ptr(log_alpha), ptr(gate.seed), ptr(out), threads)
-        return out
-    _C.fold_blocks_fwd(gate.spec, *codes, ptr(weight), *weight.shape, *block, ptr(log_alpha), ptr(gate.seed), ptr(out), threads)
+        _C.gate_weights_fwd(*args, weight.numel(), *gates)
+    else:
+        _C.fold_blocks_fwd(*args, *weight.shape, *block, *gates)
     return out
 
 
@@ -43,38 +45,67 @@ def fold_blocks_bwd(raw: Tensor, weight: Tensor, gate: GateArgs, block: Block, n
 def _ungate(
     raw: Tensor, weight: Tensor, gate: GateArgs, block: Block, needs: Sequence[bool], *, fold: bool = False, in_place: bool = False
 ) -> tuple[Maybe, Maybe, Maybe]:
-    """:func:`fold_blocks_bwd` and weight * Z, as :func:`.fold_weight.ungate` does it for gates on features."""
+    """:func:`fold_blocks_bwd` and, if asked to ``fold``, weight * Z from the same pass where dtypes allow.
+
+    ``in_place``: the weight's gradient may take the place of ``raw``.
+    """
     raw, weight, log_alpha = raw.contiguous(), weight.contiguous(), gate.log_alpha.contiguous()
-    dw = host.product(raw, weight, in_place) if needs[0] else None
-    folded = host.new(weight.shape, weight.dtype, passing=True) if fold and raw.dtype == weight.dtype else None
-    grad = torch.empty_like(log_alpha) if needs[1] else None
-    codes, threads = (CODES[raw.dtype], CODES[weight.dtype]), torch.get_num_threads()
+    dw = folded = grad = None
+    if needs[0]:
+        dw = raw if in_place and raw.dtype == weight.dtype else torch.empty_like(weight)
+    if fold and raw.dtype == weight.dtype:
+        folded = host.scratch.views[weight.shape, None, weight.dtype]
+    if needs[1]:
+        grad = torch.empty_like(log_alpha)
+    args = gate.spec, CODES[raw.dtype], CODES[weight.dtype], raw.data_ptr(), weight.data_ptr()
+    seed, to_dw = 0 if gate.seed is None else gate.seed.data_ptr(), 0 if dw is None else dw.data_ptr()
+    gates = log_alpha.data_ptr(), seed, to_dw, 0 if grad is None else grad.data_ptr()
+    to_folded, threads = 0 if folded is None else folded.data_ptr(), torch.get_num_threads()
     if block == (1, 1):
-        args = ptr(raw), ptr(weight), weight.numel(), *map(ptr, (log_alpha, gate.seed, dw, grad))
-        _C.gate_weights_bwd(gate.spec, *codes, *args, threads, ptr(folded))
-        return dw, grad, folded
-    args = ptr(raw), ptr(weight), *weight.shape, *block, *map(ptr, (log_alpha, gate.seed, dw, grad, folded))
-    _C.fold_blocks_bwd(gate.spec, *codes, *args, threads)
+        _C.gate_weights_bwd(*args, weight.numel(), *gates, threads, to_folded)
+    else:
+        _C.fold_blocks_bwd(*args, *weight.shape, *block, *gates, to_folded, threads)
     return dw, grad, folded
 
 
+def plan_weights(x: Tensor, weight: Tensor, spec: GateSpec, block: Block) -> Plan:
+    """How the layer is computed. Raises ValueError where a forced route cannot serve the call."""
+    N, K = weight.shape
+    M, drawn = x.numel() // K if K else x.shape[:-1].numel(), spec.rule == SAMPLE
+    route = decide(routes.stack[-1][0] if routes.stack else None, M, N, K, x.dtype, block, False, drawn)
+    return Plan(route, fwd, bwd, spec, M, onednn=products.by_onednn(M, N, K, x.dtype), drawn=drawn, block=block)
+
+
 def weight_gated_linear_fwd(x: Tensor, weight: Tensor, bias: Maybe, gate: GateArgs, block: Block) -> Tensor:
-    if routes.forced_name() is not None:
-        route(x.shape[:-1].numel(), weight.shape[0], weight.shape[1], x.dtype, block, False)
-    folded = fold_blocks_fwd(weight, gate, block, x.dtype, passing=True)
-    return products.linear(x, folded, None if bias is None else bias.to(x.dtype), gate.spec.rule == SAMPLE)
+    """The operator."""
+    return fwd(plan_weights(x, weight, gate.spec, block), x, weight, bias, *gate[:2])[0]
 
 
 def weight_gated_linear_bwd(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Maybe, gate: GateArgs, block: Block, needs: Sequence[bool]
 ) -> tuple[Maybe, ...]:
-    need_x, need_w, need_b, need_gate = needs
-    rows, dy = rows_of(x), rows_of(dy)
+    """The operator's gradients of x, weight, bias and log_alpha."""
+    return bwd(plan_weights(x, weight, gate.spec, block), dy, (x, weight, bias, *gate[:2]), needs)
+
+
+def fwd(plan: Plan, x: Tensor, weight: Tensor, bias: Maybe, log_alpha: Tensor, seed: Maybe) -> tuple[Tensor, None]:
+    folded = fold_blocks_fwd(weight, GateArgs(log_alpha, seed, plan.spec), plan.block, x.dtype, passing=True)
+    return products.linear(x, folded, None if bias is None else bias.to(x.dtype), plan.onednn and plan.drawn), None
+
+
+def bwd(plan: Plan, dy: Tensor, tensors: Sequence[Maybe], needs: Sequence[bool]) -> tuple[Maybe, ...]:
+    x, weight, bias, log_alpha, seed, *_ = tensors
+    assert x is not None
+    assert weight is not None
+    assert log_alpha is not None
+    need_x, need_w, need_b, need_gate = needs[:4]
+    gate, (n_out, n_in) = GateArgs(log_alpha, seed, plan.spec), weight.shape
+    rows, dy = (x, dy) if x.dim() == 2 else (x.reshape(plan.rows, n_in), dy.reshape(plan.rows, n_out))
     dw = grad = folded = None
     if need_w or need_gate:
-        raw = products.to_weight(dy, rows, passing=True)  # (N, K): the weight gradient of the dense layer
-        dw, grad, folded = _ungate(raw, weight, gate, block, (need_w, need_gate), fold=need_x, in_place=True)
+        raw = products.to_weight(dy, rows, plan.onednn, passing=True)  # (N, K): the weight gradient of the dense layer
+        dw, grad, folded = _ungate(raw, weight, gate, plan.block, (need_w, need_gate), fold=need_x, in_place=True)
     if need_x and folded is None:
-        folded = fold_blocks_fwd(weight, gate, block, x.dtype, passing=True)
+        folded = fold_blocks_fwd(weight, gate, plan.block, x.dtype, passing=True)
     db = dy.sum(0).to(bias.dtype) if need_b and bias is not None else None
-    return None if folded is None else products.to_inputs(dy, folded).view(x.shape), dw, db, grad
+    return None if folded is None else products.to_inputs(dy, folded, plan.onednn).view(x.shape), dw, db, grad

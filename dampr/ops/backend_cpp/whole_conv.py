@@ -92,9 +92,9 @@ def _convolution_backward(
 
 
 def _folded(weight: Tensor, bias: Maybe, gates: GatePair, dtype: torch.dtype) -> tuple[Tensor, Maybe]:
-    """Weight and bias with their gates; the weight is used up before the next such (:func:`.host.new`)."""
+    """Weight and bias with their gates; the weight is one of :data:`.host.scratch`."""
     weight = _dense(weight)
-    out = host.new(weight.shape, dtype, True, weight.stride())
+    out = host.scratch.views[weight.shape, weight.stride(), dtype]
     return out, fold_into(out, weight, bias, gates, *_matrix(weight, gates))
 
 

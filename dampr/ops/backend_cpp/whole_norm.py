@@ -9,7 +9,6 @@ from torch import Tensor
 
 from dampr.ops.gate_args import GateArgs, Maybe
 
-from . import host
 from .fold_weight import fold_into
 from .fold_weight import unfold as unfold_weight
 
@@ -24,7 +23,7 @@ def unfold(dgain: Tensor, dshift: Maybe, weight: Tensor, bias: Maybe, gate: Gate
     """Gradients of weight, bias and log_alpha, those that are needed; that of the weight may take the place of ``dgain``."""
     need_w, need_b, need_gate = needs
     dgain = dgain.contiguous()
-    dw = host.product(dgain, weight, in_place=True) if need_w else None
+    dw = None if not need_w else dgain if dgain.dtype == weight.dtype else torch.empty_like(weight)
     raw_bias = None if bias is None else dshift
     db, _, dgate = unfold_weight(dgain, raw_bias, weight, bias, gate.on_rows(), weight.numel(), 1, (need_w, need_b, False, need_gate), dw)
     return dw, db, dgate

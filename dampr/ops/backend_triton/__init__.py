@@ -15,11 +15,11 @@ from . import host
 from .dependency_generator import GENERATOR_PARAMETERS, dependency_generator_bwd, dependency_generator_fwd
 from .gate_activations import gate_activations_bwd, gate_activations_fwd
 from .gated_conv2d import gated_conv2d_fwd
-from .gated_linear import fold_weight_bwd, fold_weight_fwd, gated_linear_bwd, gated_linear_fwd, gated_linear_live_fwd
+from .gated_linear import fold_weight_bwd, fold_weight_fwd, gated_linear_bwd, gated_linear_fwd, gated_linear_live_fwd, plan_linear
 from .gates import sample_gates_bwd, sample_gates_fwd
 from .norm_gate import norm_gate_bwd, norm_gate_fwd
 from .routes import conv_route, route
-from .weight_gated_linear import fold_blocks_bwd, fold_blocks_fwd, weight_gated_linear_bwd, weight_gated_linear_fwd
+from .weight_gated_linear import fold_blocks_bwd, fold_blocks_fwd, plan_weights, weight_gated_linear_bwd, weight_gated_linear_fwd
 
 __all__ = [
     "GENERATOR_PARAMETERS",
@@ -39,6 +39,8 @@ __all__ = [
     "gated_linear_live_fwd",
     "norm_gate_bwd",
     "norm_gate_fwd",
+    "plan_linear",
+    "plan_weights",
     "route",
     "sample_gates_bwd",
     "sample_gates_fwd",

@@ -6,6 +6,7 @@ and dy around the vendor GEMM. Gates without noise are the same for every sample
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,27 +17,73 @@ from dampr.kernels import gated_linear as linear_kernels
 from dampr.kernels import gated_linear_live as live_kernels
 from dampr.ops.gate_args import GateArgs, GatePair
 from dampr.ops.library import rows_of
+from dampr.ops.plan import Plan
+from dampr.spec import GateSpec
 
 from . import host
 from .host import Maybe, Needs
 from .routes import route
 
+PER_SAMPLE = "one_pass", "passes"
 Grads = tuple[Maybe, Maybe, Maybe, Maybe, Maybe]  # of x, weight, bias, input_log_alpha, output_log_alpha
 
 
+def plan_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    in_la: Maybe,
+    out_la: Maybe,
+    in_seed: Maybe,
+    out_seed: Maybe,
+    spec: GateSpec,
+    per_sample: bool,
+    learns: bool,
+) -> Plan:
+    """How the layer is computed; ``learns``: whether the output gates need a gradient.
+
+    Raises ValueError where a forced route cannot serve the call.
+    """
+    gates = GatePair(in_la, out_la, in_seed, out_seed, spec, per_sample)
+    return Plan(_route(x, weight, gates), _fwd, _bwd, spec, x.shape[:-1].numel(), per_sample, keep=learns and per_sample)
+
+
+def _fwd(
+    plan: Plan,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: Maybe,
+    in_la: Maybe,
+    out_la: Maybe,
+    in_seed: Maybe,
+    out_seed: Maybe,
+) -> tuple[torch.Tensor, Maybe]:
+    gates = GatePair(in_la, out_la, in_seed, out_seed, plan.spec, plan.per_sample)
+    y, pre = gated_linear_fwd(x, weight, bias, gates, plan.keep, plan.route)
+    return y, pre if plan.keep else None
+
+
+def _bwd(plan: Plan, dy: torch.Tensor, tensors: Sequence[Maybe], needs: Needs) -> tuple[Maybe, ...]:
+    x, weight, bias, in_la, out_la, in_seed, out_seed, pre = tensors
+    assert x is not None
+    assert weight is not None
+    gates = GatePair(in_la, out_la, in_seed, out_seed, plan.spec, plan.per_sample)
+    return gated_linear_bwd(dy, x, weight, bias, gates, x.new_empty(0) if pre is None else pre, needs[:5], plan.route)
+
+
 def gated_linear_fwd(
-    x: torch.Tensor, weight: torch.Tensor, bias: Maybe, gates: GatePair, keep_pre: bool
+    x: torch.Tensor, weight: torch.Tensor, bias: Maybe, gates: GatePair, keep_pre: bool, name: str | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(y, pre): y = z_out * ((x * z_in) W^T + b), (..., N) in the dtype of x; pre is y before the output gate if ``keep_pre``, else empty.
 
     x: (..., K); weight: (N, K) and bias: (N,), in any floating dtype (float32 under autocast); log-alphas: float32, (K,) and (N,).
+    ``name``: the route, where it is decided.
     """
-    if gates.per_sample and _any(gates):
-        y, pre = _per_sample_fwd(rows_of(x), weight, bias, gates, keep_pre)
+    name = _route(x, weight, gates) if name is None else name
+    if name in PER_SAMPLE:
+        y, pre = _per_sample_fwd(rows_of(x), weight, bias, gates, keep_pre, name)
         shape = *x.shape[:-1], weight.shape[0]
         return y.view(shape), pre.view(shape) if keep_pre else pre
-    M, (N, K) = x.shape[:-1].numel(), weight.shape
-    if _any(gates) and _route(M, N, K, x.dtype, False, x.device) == "live":
+    if name == "live":
         y = gated_linear_live_fwd(x, weight, bias, gates)
     else:
         y = torch.nn.functional.linear(x, *fold_weight_fwd(weight, bias, gates, x.dtype))
@@ -46,15 +93,22 @@ def gated_linear_fwd(
 
 
 def gated_linear_bwd(
-    dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: Maybe, gates: GatePair, pre: torch.Tensor, needs: Needs
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: Maybe,
+    gates: GatePair,
+    pre: torch.Tensor,
+    needs: Needs,
+    name: str | None = None,
 ) -> tuple[Maybe, ...]:
     """Gradients of x, weight, bias, input_log_alpha, output_log_alpha; None for one that ``needs`` does not ask for."""
-    shape = x.shape
+    shape, name = x.shape, _route(x, weight, gates) if name is None else name
     dy, x = rows_of(dy), rows_of(x)
-    if gates.per_sample and _any(gates):
+    if name in PER_SAMPLE:
         # Without a gradient of its own the output gate needs no activation; dy stands in for it, unread.
         pre = pre.reshape(dy.shape) if pre.numel() == dy.numel() else dy
-        dx, *others = _per_sample_bwd(dy, x, weight, bias, gates, pre, needs)
+        dx, *others = _per_sample_bwd(dy, x, weight, bias, gates, pre, needs, name)
     else:
         dx, *others = _fold_bwd(dy, x, weight, bias, gates, needs)
     return None if dx is None else dx.view(shape), *others
@@ -64,8 +118,12 @@ def _any(gates: GatePair) -> bool:
     return gates.input_log_alpha is not None or gates.output_log_alpha is not None
 
 
-def _route(M: int, N: int, K: int, dtype: torch.dtype, per_sample: bool, device: torch.device) -> str:
-    return route(M, N, K, dtype, "features", per_sample, device)[0]
+def _route(x: torch.Tensor, weight: torch.Tensor, gates: GatePair) -> str:
+    if not _any(gates):
+        return "fold"
+    N, K = weight.shape
+    granularity = "input" if gates.output_log_alpha is None else "output"
+    return route(x.shape[:-1].numel(), N, K, x.dtype, granularity, gates.per_sample, x.device)[0]
 
 
 # ---- per batch: gates folded into the weight ---------------------------------------------------------------------------------------------
@@ -178,10 +236,10 @@ def _live_gemm(x: torch.Tensor, weight: torch.Tensor, bias: Maybe, gates: GatePa
 
 
 def _per_sample_fwd(
-    x: torch.Tensor, weight: torch.Tensor, bias: Maybe, gates: GatePair, keep_pre: bool
+    x: torch.Tensor, weight: torch.Tensor, bias: Maybe, gates: GatePair, keep_pre: bool, name: str | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     (M, K), N, nothing = x.shape, weight.shape[0], x.new_empty(0)
-    if _route(M, N, K, x.dtype, True, x.device) == "passes":
+    if (_route(x, weight, gates) if name is None else name) == "passes":
         x = x if gates.input is None else _gate_rows(x, gates.input)
         pre = torch.nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
         return pre if gates.output is None else _gate_rows(pre, gates.output), pre if keep_pre else nothing
@@ -203,10 +261,16 @@ def _per_sample_fwd(
 
 
 def _per_sample_bwd(
-    dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: Maybe, gates: GatePair, pre: torch.Tensor, needs: Needs
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: Maybe,
+    gates: GatePair,
+    pre: torch.Tensor,
+    needs: Needs,
+    name: str,
 ) -> Grads:
-    (M, K), N = x.shape, weight.shape[0]
-    one_pass = _route(M, N, K, x.dtype, True, x.device) == "one_pass"
+    one_pass = name == "one_pass"
     doutput = db = None
     gated_dy: Maybe = dy
     if gates.output is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from dampr.kernels import configs
 from dampr.kernels import weight_gated_linear as weight_kernels
 from dampr.ops.gate_args import GateArgs
 from dampr.ops.library import rows_of
+from dampr.ops.plan import Plan
+from dampr.spec import GateSpec
 
 from . import host
 from .gated_linear import fold_gate_bwd
@@ -19,14 +22,34 @@ from .host import Maybe, Needs
 from .routes import route
 
 
-def weight_gated_linear_fwd(x: torch.Tensor, weight: torch.Tensor, bias: Maybe, gate: GateArgs, block: tuple[int, int]) -> torch.Tensor:
+def plan_weights(x: torch.Tensor, weight: torch.Tensor, spec: GateSpec, block: tuple[int, int]) -> Plan:
+    """How the layer is computed. Raises ValueError where a forced route cannot serve the call."""
+    M, (N, K) = x.shape[:-1].numel(), weight.shape
+    return Plan(route(M, N, K, x.dtype, block, False, x.device)[0], _fwd, _bwd, spec, M, block=block)
+
+
+def _fwd(plan: Plan, x: torch.Tensor, weight: torch.Tensor, bias: Maybe, log_alpha: torch.Tensor, seed: Maybe) -> tuple[torch.Tensor, None]:
+    return weight_gated_linear_fwd(x, weight, bias, GateArgs(log_alpha, seed, plan.spec), plan.block, plan.route), None
+
+
+def _bwd(plan: Plan, dy: torch.Tensor, tensors: Sequence[Maybe], needs: Needs) -> tuple[Maybe, ...]:
+    x, weight, bias, log_alpha, seed, *_ = tensors
+    assert x is not None
+    assert weight is not None
+    assert log_alpha is not None
+    return weight_gated_linear_bwd(dy, x, weight, bias, GateArgs(log_alpha, seed, plan.spec), plan.block, needs[:4])
+
+
+def weight_gated_linear_fwd(
+    x: torch.Tensor, weight: torch.Tensor, bias: Maybe, gate: GateArgs, block: tuple[int, int], name: str | None = None
+) -> torch.Tensor:
     """y = x (W * Z)^T + b, (..., N) in the dtype of x, with a gate for each ``block`` = (R, C) of weights.
 
     x: (..., K); weight: (N, K) and bias: (N,), in any floating dtype (float32 under autocast); log_alpha: float32,
-    (ceil(N / R) ceil(K / C),), row by row.
+    (ceil(N / R) ceil(K / C),), row by row. ``name``: the route, where it is decided.
     """
-    (N, K), rows = weight.shape, rows_of(x)
-    if route(rows.shape[0], N, K, x.dtype, block, False, x.device)[0] == "small_m":
+    if (plan_weights(x, weight, gate.spec, block).route if name is None else name) == "small_m":
+        N, rows = weight.shape[0], rows_of(x)
         return _small_m_fwd(rows, weight, bias, gate).view(*x.shape[:-1], N)
     folded = fold_blocks_fwd(weight, gate, block, x.dtype)
     return torch.nn.functional.linear(x, folded, None if bias is None else bias.to(x.dtype))
