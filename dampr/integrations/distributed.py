@@ -17,6 +17,7 @@ from dampr.gates import Gate, gate_generator
 from dampr.gates.draws import drawing_gates, share_generator
 from dampr.nn import Gate as GateLayer
 from dampr.nn import GatedEmbedding, GatedLayer, GatedLayerNorm, GatedLinear, GatedParameter, GatedResidual
+from dampr.nn.parameter import off
 from dampr.prune.summary import gated_layers
 from dampr.prune.wrapped import check_bare, gathered
 
@@ -92,7 +93,7 @@ def parallelize_module(model: nn.Module, device_mesh: Any = None, parallelize_pl
         if not isinstance(layer, _ON_SHARDS) and any(fnmatchcase(name, pattern) for pattern in patterns):
             raise TypeError(f"{name}: {type(layer).__name__} does not compute on shards; expected it left out of the plan")
     share_generator(model)
-    with _aside(model, list(layers.values())):
+    with _aside(model, list(layers.values())), off(model):
         shard(model, device_mesh, parallelize_plan, **how)
     return model
 

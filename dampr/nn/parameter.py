@@ -141,6 +141,23 @@ def take_off(module: nn.Module, name: str, *, folded: bool) -> None:
     _give_class(module, _plain_class(module), [own for own in _gated_names(module) if own != name])
 
 
+@contextlib.contextmanager
+def off(model: nn.Module) -> Iterator[None]:
+    """No gates on the parameters in ``model`` for the block, in which these may be replaced; the same gates are on them behind it."""
+    taken: list[tuple[nn.Module, tuple[str, ...], list[nn.Module | None]]] = []
+    for module in list(model.modules()):
+        names = _gated_names(module)
+        if names:
+            taken.append((module, names, [module._modules.pop(name + _GATES) for name in names]))
+            _give_class(module, _plain_class(module), ())
+    try:
+        yield
+    finally:
+        for module, names, chains in taken:
+            module._modules.update(zip((name + _GATES for name in names), chains, strict=True))
+            _give_class(module, type(module), names)
+
+
 def is_on(module: nn.Module, name: str) -> bool:
     """Whether a parameter of a module has gates."""
     return name in _gated_names(module)
