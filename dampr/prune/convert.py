@@ -216,7 +216,8 @@ def _with_gates(
         _place_streams(plan, model, gate, include, exclude, example_inputs)
     if not plan.layers and seen is not None and by_units is None and granularity == "output" and tie and not per_sample and not residual:
         why = unit_gates.left_out(model, seen.units, placement)
-        plan.skipped |= {n: why[n] for n, reason in plan.skipped.items() if n in why and any(own in reason for own in _OF_LAYERS)}
+        both = {n: r for n, r in plan.skipped.items() if why.get(n, unit_gates.UNSAID) != unit_gates.UNSAID}
+        plan.skipped |= {n: f"{why[n]}; as a layer, {r}" for n, r in both.items() if any(own in r for own in _OF_LAYERS)}
     _check_left(plan, model, include, exclude)
     try:
         return _convert_by_layers(model, plan, gate, granularity, each, before, example_inputs, prove=by_units is not None)

@@ -24,6 +24,7 @@ from .units.groups import Group, groups, readable
 from .units.proof import cut, differs, half, substitute
 from .units.sizes import Size, followers
 
+UNSAID = "include or exclude leaves it out, or a sum reads it that no weight is in"
 _SCALES = (10.0, 100.0)  # of the example inputs on which masked and cut models are compared too
 
 
@@ -315,7 +316,7 @@ def left_out(model: nn.Module, units: Units, placement: Placement) -> dict[str, 
         elif written and all(gated.isdisjoint(classes) for classes in written):
             reasons = [placement.refused.get(one) or units.reason(one) for one in written[0]]
             known = next((reason for reason in reasons if reason is not None), None)
-            found[path] = str(known or "include or exclude leaves it out, or a sum reads it that no weight is in")
+            found[path] = str(known or UNSAID)
     return found
 
 
