@@ -92,7 +92,8 @@ class Planned(Node):
         y, kept = plan.forward(plan, *tensors)
         ctx.save_for_backward(*tensors, kept)
         ctx.constants = (plan,)
-        return y  # type: ignore[no-any-return]
+        changeable = torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y  # autograd lets nobody change a view in place
+        return changeable  # type: ignore[no-any-return]
 
 
 def _by_plain(node: type[Node], ctx: Any, grads: Sequence[Tensor]) -> tuple[Maybe, ...]:

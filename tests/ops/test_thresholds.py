@@ -9,8 +9,8 @@ import torch
 from typer.testing import CliRunner
 
 import dampr
-from dampr import cli
 from dampr.bench import tune
+from dampr.cli import commands as cli
 from dampr.nn import GatedLinear
 from dampr.ops import thresholds
 
