@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from dampr import _checks
-from dampr.gates import DependencyGenerator, Fixed, Gate, make_gate
+from dampr.gates import DependencyGenerator, Gate, make_gate
 from dampr.gates.draws import share_generator
 from dampr.nn import (
     GatedBatchNorm1d,
@@ -35,12 +35,18 @@ from dampr.nn.base import VECTOR_GRANULARITIES, Granularity
 from dampr.nn.computed import computed, settled
 
 from . import filters, graph, heads, inputs, rectified, recurrent, second_opinion, streams, transformer, transposed, unit_gates, wrapped
-from .compact import CompactionError, compact
-from .cost import Cost
-from .cutting import AT_BORDER
+from .convert_checks import (
+    ConversionError,
+    StuckError,
+    UnprovenError,
+    check_called,
+    check_half,
+    check_none_stuck,
+    check_unchanged,
+    may_leave_constants,
+)
 from .filters import Filter
 from .inputs import Model
-from .measure import count_macs
 from .sight import Sight, look
 from .structure import plain_copy
 from .unit_gates import Placement
@@ -67,22 +73,6 @@ WORTH = 0.001  # of a model's multiply-accumulates: gated layers, which have fus
 
 # Reasons against gates in layers that are none against gates on parameters.
 _OF_LAYERS = ("cannot be cut yet", "a bare nn.Parameter", "is computed from other tensors", " is called ")
-
-
-class ConversionError(RuntimeError):
-    """A model could not be converted; it is as it was."""
-
-
-class _UnprovenError(ConversionError):
-    """Gated layers do not do for a model, which gates on its parameters may."""
-
-
-class _StuckError(ConversionError):
-    """Closed channels of some layers cannot go: ``reasons``, by the names of these."""
-
-    def __init__(self, reasons: dict[str, str]) -> None:
-        super().__init__(str(reasons))
-        self.reasons = reasons
 
 
 @settled
@@ -221,10 +211,10 @@ def _with_gates(
     _check_left(plan, model, include, exclude)
     try:
         return _convert_by_layers(model, plan, gate, granularity, each, before, example_inputs, prove=by_units is not None)
-    except _UnprovenError:
+    except UnprovenError:
         if by_units is None:
             raise
-    except _StuckError as error:
+    except StuckError as error:
         _leave_out(plan, model, error.reasons)
         _check_left(plan, model, include, exclude)
         return _convert_by_layers(model, plan, gate, granularity, each, before, example_inputs, look_for_stuck=False)
@@ -296,13 +286,13 @@ def _convert_by_layers(
         inputs.replace(model, relus | {plan.layers[name]: gated[name] for name in gated})
         adopted = transformer.adopt(model)
         if before is not None:
-            _check_unchanged(model, gated, before, example_inputs)
-            _check_called(model, gated, example_inputs)
-        if before is not None and granularity == "output" and any(_may_leave_constants(module) for module in model.modules()):
+            check_unchanged(model, gated, before, example_inputs)
+            check_called(model, gated, example_inputs)
+        if before is not None and granularity == "output" and any(may_leave_constants(module) for module in model.modules()):
             if prove:
-                _check_half(model, example_inputs)
+                check_half(model, example_inputs)
             elif look_for_stuck:
-                _check_none_stuck(model, example_inputs)
+                check_none_stuck(model, example_inputs)
     except BaseException:
         for layer, kind in adopted.items():
             layer.__class__ = kind
@@ -363,7 +353,7 @@ def _convert_by_units(
         return next(vectors) if vectors is not None else make_gate(gate, count, _device(model))
 
     with unit_gates.put_in(model, units, placement, make) as gated:
-        _check_unchanged(model, gated, before, example_inputs)
+        check_unchanged(model, gated, before, example_inputs)
     model.dampr_sizes = [list(size) for size in placement.sizes]  # type: ignore[assignment]
     model.dampr_skipped = unit_gates.left_out(model, units, placement)  # type: ignore[assignment]
     return model
@@ -623,102 +613,3 @@ def _gated(
     gated: nn.Module = kind.from_dense(layer, **how)
     inputs.keep_hooks(layer, gated)
     return gated
-
-
-def _check_unchanged(model: nn.Module, gated: dict[str, Any], before: list[torch.Tensor], example_inputs: Any) -> None:
-    """A fresh gate of one leaves a product as it is, to the bit; a GEMM may still take another path for an input that is not contiguous."""
-    with inputs.same_noise(model), inputs.unfused():
-        after = inputs.evaluate(model, example_inputs)
-    exact = all(bool((layer.gate.deterministic() == 1).all()) for layer in gated.values())
-    eps = max((torch.finfo(t.dtype).eps for t in before if t.is_floating_point()), default=0.0)
-    tolerance = (16 if exact else 1024) * eps
-    if inputs.differ(before, after, rtol=tolerance, atol=tolerance * inputs.size(before)):
-        raise ConversionError(
-            "evaluation outputs changed on example_inputs: the model looks at its layers' types, or draws in evaluation mode"
-        )
-
-
-def _may_leave_constants(module: nn.Module) -> bool:
-    """Whether a closed channel may be a constant other than 0 behind this module."""
-    norm = isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, GatedLayer)
-    return norm or isinstance(module, (GatedConv1d, GatedConv2d))
-
-
-def _check_half(model: nn.Module, example_inputs: Any) -> None:
-    """Close half of the gates of a copy: what is left has to compute the same and to cost what was foretold.
-
-    Models can fail it that have gates in convolutions, or norms without gates: what is constant behind a closed channel (the half of a
-    sigmoid, the shift of a norm) no bias makes up for at a padded border. Raises _UnprovenError.
-    """
-    trial = _half_closed(model, example_inputs)
-    with inputs.same_noise(model):
-        try:
-            cost = Cost(trial, example_inputs, "macs")
-            small = compact(trial, example_inputs=example_inputs)
-        except Exception as error:
-            raise _UnprovenError(f"half of its gates cannot be cut ({error})") from error
-        if round(float(cost(cost.decision()))) != count_macs(small, example_inputs):
-            raise _UnprovenError("with half of its gates closed the model does not cost what was foretold")
-
-
-def _half_closed(model: nn.Module, example_inputs: Any) -> nn.Module:
-    """A copy with half of the gates of each vector closed."""
-    trial = inputs.copied(model, example_inputs)
-    closed: dict[nn.Module, nn.Module] = {}
-    for gate in trial.modules():
-        if isinstance(gate, Gate):
-            values = gate.deterministic().detach().clone()
-            values[: len(values) // 2] = 0
-            closed[gate] = Fixed(values)
-    inputs.replace(trial, closed)
-    return trial
-
-
-def _check_none_stuck(model: nn.Module, example_inputs: Any) -> None:
-    """Raise _StuckError where closed channels of layers are constants at a padded border, so that they would stay."""
-    with inputs.same_noise(model):
-        try:
-            manifest: Any = compact(_half_closed(model, example_inputs), example_inputs=example_inputs).dampr_manifest
-        except CompactionError:
-            return
-    notes = {name: note for name, note in manifest["closed_but_kept"].items() if AT_BORDER in note}
-    if notes:
-        why = {name: note.partition("stay: ")[2].partition(";")[0] for name, note in notes.items()}
-        raise _StuckError({name: f"its closed channels would stay: {reason}" for name, reason in why.items()})
-
-
-def _check_called(model: nn.Module, gated: dict[str, Any], example_inputs: Any) -> None:
-    """A layer whose weight is read but whose call is bypassed (subclasses of nn.TransformerEncoderLayer do so) would ignore its gates."""
-    called: set[str] = set()
-    for name, layer in gated.items():  # not with hooks, which switch such fast paths off
-        layer.forward = _recording(name, layer.forward, called)
-    try:
-        with inputs.same_noise(model):
-            before = inputs.evaluate(model, example_inputs)
-    finally:
-        for layer in gated.values():
-            del layer.forward
-    for name in gated.keys() - called:
-        layer = gated[name]
-        weight = next((p for n, p in layer.named_parameters() if "weight" in n), None)
-        if weight is None:
-            continue
-        own = weight.detach().clone()
-        try:
-            with torch.no_grad():
-                weight.zero_()
-            with inputs.same_noise(model):
-                read = inputs.differ(before, inputs.evaluate(model, example_inputs), rtol=0, atol=0)
-        finally:
-            with torch.no_grad():
-                weight.copy_(own)
-        if read:
-            raise _UnprovenError(f"layer {name!r}: the model reads its weight without calling it, so gates would do nothing; exclude it")
-
-
-def _recording(name: str, forward: Callable[..., Any], called: set[str]) -> Callable[..., Any]:
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        called.add(name)
-        return forward(*args, **kwargs)
-
-    return wrapper

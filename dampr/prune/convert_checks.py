@@ -1,0 +1,133 @@
+"""What convert makes sure of, before it gives a model back: the same outputs, gates that count, and closed channels that can go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from dampr.gates import Fixed, Gate
+from dampr.nn import GatedConv1d, GatedConv2d, GatedLayer
+
+from . import inputs
+from .compact import CompactionError, compact
+from .cost import Cost
+from .cutting import AT_BORDER
+from .measure import count_macs
+
+
+class ConversionError(RuntimeError):
+    """A model could not be converted; it is as it was."""
+
+
+class UnprovenError(ConversionError):
+    """Gated layers do not do for a model, which gates on its parameters may."""
+
+
+class StuckError(ConversionError):
+    """Closed channels of some layers cannot go: ``reasons``, by the names of these."""
+
+    def __init__(self, reasons: dict[str, str]) -> None:
+        super().__init__(str(reasons))
+        self.reasons = reasons
+
+
+def check_unchanged(model: nn.Module, gated: dict[str, Any], before: list[torch.Tensor], example_inputs: Any) -> None:
+    """A fresh gate of one leaves a product as it is, to the bit; a GEMM may still take another path for an input that is not contiguous."""
+    with inputs.same_noise(model), inputs.unfused():
+        after = inputs.evaluate(model, example_inputs)
+    exact = all(bool((layer.gate.deterministic() == 1).all()) for layer in gated.values())
+    eps = max((torch.finfo(t.dtype).eps for t in before if t.is_floating_point()), default=0.0)
+    tolerance = (16 if exact else 1024) * eps
+    if inputs.differ(before, after, rtol=tolerance, atol=tolerance * inputs.size(before)):
+        raise ConversionError(
+            "evaluation outputs changed on example_inputs: the model looks at its layers' types, or draws in evaluation mode"
+        )
+
+
+def may_leave_constants(module: nn.Module) -> bool:
+    """Whether a closed channel may be a constant other than 0 behind this module."""
+    norm = isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, GatedLayer)
+    return norm or isinstance(module, (GatedConv1d, GatedConv2d))
+
+
+def check_half(model: nn.Module, example_inputs: Any) -> None:
+    """Close half of the gates of a copy: what is left has to compute the same and to cost what was foretold.
+
+    Models can fail it that have gates in convolutions, or norms without gates: what is constant behind a closed channel (the half of a
+    sigmoid, the shift of a norm) no bias makes up for at a padded border. Raises UnprovenError.
+    """
+    trial = half_closed(model, example_inputs)
+    with inputs.same_noise(model):
+        try:
+            cost = Cost(trial, example_inputs, "macs")
+            small = compact(trial, example_inputs=example_inputs)
+        except Exception as error:
+            raise UnprovenError(f"half of its gates cannot be cut ({error})") from error
+        if round(float(cost(cost.decision()))) != count_macs(small, example_inputs):
+            raise UnprovenError("with half of its gates closed the model does not cost what was foretold")
+
+
+def half_closed(model: nn.Module, example_inputs: Any) -> nn.Module:
+    """A copy with half of the gates of each vector closed."""
+    trial = inputs.copied(model, example_inputs)
+    closed: dict[nn.Module, nn.Module] = {}
+    for gate in trial.modules():
+        if isinstance(gate, Gate):
+            values = gate.deterministic().detach().clone()
+            values[: len(values) // 2] = 0
+            closed[gate] = Fixed(values)
+    inputs.replace(trial, closed)
+    return trial
+
+
+def check_none_stuck(model: nn.Module, example_inputs: Any) -> None:
+    """Raise StuckError where closed channels of layers are constants at a padded border, so that they would stay."""
+    with inputs.same_noise(model):
+        try:
+            manifest: Any = compact(half_closed(model, example_inputs), example_inputs=example_inputs).dampr_manifest
+        except CompactionError:
+            return
+    notes = {name: note for name, note in manifest["closed_but_kept"].items() if AT_BORDER in note}
+    if notes:
+        why = {name: note.partition("stay: ")[2].partition(";")[0] for name, note in notes.items()}
+        raise StuckError({name: f"its closed channels would stay: {reason}" for name, reason in why.items()})
+
+
+def check_called(model: nn.Module, gated: dict[str, Any], example_inputs: Any) -> None:
+    """A layer whose weight is read but whose call is bypassed (subclasses of nn.TransformerEncoderLayer do so) would ignore its gates."""
+    called: set[str] = set()
+    for name, layer in gated.items():  # not with hooks, which switch such fast paths off
+        layer.forward = recording(name, layer.forward, called)
+    try:
+        with inputs.same_noise(model):
+            before = inputs.evaluate(model, example_inputs)
+    finally:
+        for layer in gated.values():
+            del layer.forward
+    for name in gated.keys() - called:
+        layer = gated[name]
+        weight = next((p for n, p in layer.named_parameters() if "weight" in n), None)
+        if weight is None:
+            continue
+        own = weight.detach().clone()
+        try:
+            with torch.no_grad():
+                weight.zero_()
+            with inputs.same_noise(model):
+                read = inputs.differ(before, inputs.evaluate(model, example_inputs), rtol=0, atol=0)
+        finally:
+            with torch.no_grad():
+                weight.copy_(own)
+        if read:
+            raise UnprovenError(f"layer {name!r}: the model reads its weight without calling it, so gates would do nothing; exclude it")
+
+
+def recording(name: str, forward: Callable[..., Any], called: set[str]) -> Callable[..., Any]:
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        called.add(name)
+        return forward(*args, **kwargs)
+
+    return wrapper
