@@ -269,7 +269,7 @@ def test_a_failed_conversion_puts_weights_and_layers_back(monkeypatch) -> None:
     def fail(*_: object) -> None:
         raise convert.ConversionError("made up")
 
-    monkeypatch.setattr(convert, "_check_called", fail)
+    monkeypatch.setattr(convert, "check_called", fail)
     with pytest.raises(convert.ConversionError, match="made up"):
         dampr.convert(model, example_inputs=IMAGES)
     assert {n: id(m) for n, m in model.named_modules()} == before
