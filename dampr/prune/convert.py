@@ -410,9 +410,9 @@ def _place(
     found = {n: sight.why_not(chosen[n], n) for n in free} if sight is not None else {}
     plan.skipped = {n: reason for n, reason in (reasons | found).items() if reason}
     judged = {n: layer for n, layer in chosen.items() if n not in plan.skipped or n in factors}
-    whole = [n for n in judged if n not in wanted or isinstance(judged[n], nn.RNNBase)]
+    whole = {n for n in judged if n not in wanted or isinstance(judged[n], nn.RNNBase)}
     known = {n for n, reason in found.items() if reason == ""}
-    plan.skipped |= second_opinion.refused(model, judged, example_inputs, whole, widths.units, known)
+    plan.skipped |= second_opinion.refused(widths.traced, widths.units, judged, example_inputs, whole, known)
     for name, layer in chosen.items():
         if name in plan.skipped:
             continue
@@ -471,7 +471,7 @@ def _why_not(layer: nn.Module, widths: graph.Widths, tie: bool, model: nn.Module
     if graph.is_depthwise(layer):
         return "a depthwise convolution has the channels of the layer before it"
     if layer not in widths:
-        return None
+        return widths.why_absent(layer) if layer in widths.called() else None  # what is not called is judged later
     if widths.reaches_output(layer):
         return "its outputs are the model's own"
     norms, alone = widths.norms_reading(layer)

@@ -68,7 +68,7 @@ class Widths:
     """The widths of a model, traced in evaluation and in training mode; the model is left as it was.
 
     ``units``: of the model, where they are known. A model with gates is seen as ``plain`` is, a copy without gates in which layers have
-    their names.
+    their names; ``traced`` is what was seen.
 
     Raises: TracingError; what the model's forward raises.
     """
@@ -77,10 +77,10 @@ class Widths:
         self._cores = {attention.core for attention in heads.find(model)}
         self._names = {module: name for name, module in model.named_modules()}
         self._flow = Flow(model, example_inputs, self._cores)
-        self._traced, self._inputs = plain or model, example_inputs
+        self.traced, self._inputs = plain or model, example_inputs
         try:
-            with inputs.without_hooks(self._traced):
-                self.units = trace_units(self._traced, example_inputs) if units is None else units
+            with inputs.without_hooks(self.traced):
+                self.units = trace_units(self.traced, example_inputs) if units is None else units
         except Exception as error:
             raise TracingError(f"the operators of {type(model).__name__} cannot be followed ({type(error).__name__}: {error})") from error
         self._owners: dict[str, list[tuple[nn.Module, str]]] = defaultdict(list)
@@ -108,6 +108,8 @@ class Widths:
         """Why a layer is not in the graph."""
         if any(layer in core.modules() for core in self._cores):
             return "it is inside of an attention, of which only whole heads are cut"
+        if layer in self._flow.calls:
+            return "its outputs are detached (torch.no_grad, detach), so what reads them is not known"
         return "example_inputs do not reach the layer"
 
     # ---- what comes after what
@@ -223,11 +225,13 @@ class Widths:
 
     def classes(self, layer: nn.Module, writes: bool) -> list[int]:
         """The class of each channel that a layer writes, or reads; empty where its weight is no parameter, or has one channel there."""
-        for own, dim in _weights(layer, writes):
-            name = self._paths.get(layer, "") + own
-            if name in self.units.alias and (found := self.units.classes(name, dim)):
-                return found
-        return []
+        place = self._place(layer, writes)
+        return [] if place is None else self.units.classes(*place)
+
+    def _place(self, layer: nn.Module, writes: bool) -> tuple[str, int] | None:
+        """The parameter, and its dimension, with an index for each channel that a layer writes, or reads."""
+        places = ((self._paths.get(layer, "") + own, dim) for own, dim in _weights(layer, writes))
+        return next((place for place in places if place[0] in self.units.alias and self.units.classes(*place)), None)
 
     def written_together(self, layer: nn.Module) -> list[nn.Module]:
         """The layers whose output channels are added to those of ``layer``, one to one, itself included, in the order of the model."""
@@ -281,19 +285,16 @@ class Widths:
 
         What training alone mixes or averages, such as an auxiliary loss over all channels, is defined for fewer of them too.
         """
-        for own, dim in _weights(layer, writes):
-            name = self._paths.get(layer, "") + own
-            if name in self.units.alias and self.units.classes(name, dim):
-                reason = self.units.why_not(name, dim)
-                if reason is not None and reason.kind in ("mixed", "statistic") and True in self.units.modes:
-                    reason = self._evaluated.why_not(name, dim)
-                return None if reason is None else str(reason)
-        return None
+        place = self._place(layer, writes)
+        reason = None if place is None else self.units.why_not(*place)
+        if place is not None and reason is not None and reason.kind in ("mixed", "statistic") and True in self.units.modes:
+            reason = self._evaluated.why_not(*place)
+        return None if reason is None else str(reason)
 
     @functools.cached_property
     def _evaluated(self) -> Units:
-        with inputs.without_hooks(self._traced):
-            return trace_units(self._traced, self._inputs, training=(False,))
+        with inputs.without_hooks(self.traced):
+            return trace_units(self.traced, self._inputs, training=(False,))
 
     def _passes(self, module: nn.Module) -> bool:
         return isinstance(module, _PASSES_THROUGH) or is_depthwise(module)

@@ -102,7 +102,7 @@ class Plan:
             logits (rows, classes) at a temperature of 2, times 4 (Hinton et al. 2015).
         recalibrate: the number of training batches on which statistics of norms are taken again; 0: none.
         shrink: whether units that are closed for good leave the model during the ramp already (:class:`dampr.Shrinker`), which changes
-            nothing but the time that a step takes. ``"auto"``: where it pays, by the clock; True: whenever it saves 5 %; False: never.
+            nothing but the time that a step takes. ``"auto"``: where it pays; True: whenever it saves 5 %; False: never.
         on_compact: called with the plan right after the model became smaller.
         on_finish: called with the small model by :meth:`finish`.
         convert: more keyword arguments for :func:`dampr.convert`, such as ``{"exclude": "head"}``.

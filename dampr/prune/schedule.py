@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
 from .budget import Budget
-from .controller import Ramp, over_ranks
+from .controller import Ramp
 from .shrinker import Shrinker
 
 WHEN = ("auto", True, False)
-FIRST_REBUILD = 5.0  # what a rebuild is taken to cost, in steps, before one was timed: it runs the example inputs a few times
+REBUILD = 3.0  # what a removal is taken to cost, in steps: it runs the example inputs a few times, and took two to five
 WORTH = 6.0  # it pays where it saves that many times what it costs, of the cost: a step loses half that share of its time, or less
 LEAST_SAVING = 0.05  # of the present cost
 LATER = 0.5  # from one possible removal to the next, as a share of the steps in which a unit closes
@@ -31,9 +27,8 @@ class ShrinkSchedule:
         start: the step of the plan at which that ramp's count is 0.
         end: the step at which the plan compacts.
 
-    ``"auto"`` compares seconds: the median step since the last removal, times the steps up to ``end``, times the share of the cost that
-    would go, with what the last removal took (at first five steps). Under ``torch.use_deterministic_algorithms(True)`` it goes on with five
-    steps, so that no clock decides.
+    ``"auto"`` compares the steps up to ``end``, times the share of the cost that would go, with what a removal costs in steps. No clock
+    decides, so that a run that is resumed does the same to the bit.
     """
 
     def __init__(self, when: bool | str, ramp: Ramp, start: int, end: int) -> None:
@@ -43,20 +38,9 @@ class ShrinkSchedule:
         self.steps: Sequence[int] = [] if when is False else range(first, end - 1, every)
         self.shrinker: Shrinker | None = None
         self.decisions: list[str] = []
-        self._durations: deque[float] = deque(maxlen=20)
-        self._last: float | None = None
-        self._rebuild = FIRST_REBUILD
-
-    def tick(self) -> None:
-        """Note the time of a step of the ramp."""
-        now = time.perf_counter()
-        if self._last is not None:
-            self._durations.append(now - self._last)
-        self._last = now
 
     def step(self, number: int, budget: Budget, model: nn.Module, example_inputs: Any, optimizer: Any, ema: Any) -> bool:
         """Take out what can go if this step comes into question and it pays. Returns whether the model has become smaller."""
-        self.tick()
         grown = self._bring_back(number, optimizer, ema)
         if number not in self.steps:
             return grown
@@ -69,11 +53,6 @@ class ShrinkSchedule:
         went = shrinker.take(wanted, optimizer, ema=ema)
         if went:
             self.decisions.append(str(shrinker.events[-1]))
-            step = self._step_seconds()
-            if step and not torch.are_deterministic_algorithms_enabled():
-                self._rebuild = shrinker.events[-1].seconds / step
-        self._durations.clear()
-        self._last = None
         return went > 0 or grown
 
     def _bring_back(self, number: int, optimizer: Any, ema: Any) -> bool:
@@ -90,17 +69,11 @@ class ShrinkSchedule:
             self.shrinker = Shrinker(model, example_inputs, budget=budget, probability=0.0, least_saving=LEAST_SAVING)
         return self.shrinker
 
-    def _step_seconds(self) -> float:
-        return statistics.median(self._durations) if self._durations else 0.0
-
     def _pays(self, number: int, saving: float) -> bool:
-        if self.when is True:
-            return True
         left = self.end - number
-        worth = saving * left >= WORTH * self._rebuild
-        if bool(over_ranks(torch.tensor(float(worth))) > 0.5):
+        if self.when is True or saving * left >= WORTH * REBUILD:
             return True
-        self.decisions.append(f"step {number}: {saving:.1%} less for {left} steps would not pay for a rebuild of {self._rebuild:.1f} steps")
+        self.decisions.append(f"step {number}: {saving:.1%} less for {left} steps would not pay for a rebuild of {REBUILD:.0f} steps")
         return False
 
     def expand(self, optimizer: Any, ema: Any) -> None:
@@ -118,10 +91,10 @@ class ShrinkSchedule:
 
     def state_dict(self) -> dict[str, Any]:
         shrinker = None if self.shrinker is None else self.shrinker.state_dict()
-        return {"shrinker": shrinker, "decisions": list(self.decisions), "rebuild": self._rebuild}
+        return {"shrinker": shrinker, "decisions": list(self.decisions)}
 
     def load_state_dict(self, state: dict[str, Any], budget: Budget | None, model: nn.Module, example_inputs: Any, optimizer: Any) -> None:
         """Give ``model``, which has all its units, the widths that it had; not without a budget, for then it is compacted."""
-        self.decisions, self._rebuild = list(state["decisions"]), float(state["rebuild"])
+        self.decisions = list(state["decisions"])
         if state["shrinker"] is not None and budget is not None:
             self._shrinker_of(budget, model, example_inputs).load_state_dict(state["shrinker"], optimizer)

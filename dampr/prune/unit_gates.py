@@ -53,7 +53,7 @@ def place(model: nn.Module, units: Units, example_inputs: Any) -> Placement:
     """The vectors of gates that a plain model may have, each tried in a copy: half of it closed, cut and compared."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     owned = [name for name in parameters if _owner(model, name) is not None]
-    refused = _in_training_alone(units)
+    refused = units.in_training_alone()
     found = groups(units, [one for one in readable(units, owned) if one not in refused])
     families = _families(units, [one for group in found for one in group.classes])
     kind = functools.partial(_kind, units)
@@ -134,17 +134,6 @@ def _owner(model: nn.Module, name: str) -> nn.Module | None:
     """The module that has a parameter, where it can be parametrized: recurrent layers keep lists of theirs."""
     owner = model.get_submodule(name.rpartition(".")[0])
     return None if isinstance(owner, (nn.RNNBase, nn.ParameterList, nn.ParameterDict)) else owner
-
-
-def _in_training_alone(units: Units) -> dict[int, str]:
-    """Classes that have something in what evaluation does not reach, which no proof could compare, and why they stay."""
-    return {
-        one: f"{name!r}, which only training reaches, shares its width"
-        for name, modes in units.reached.items()
-        if modes == {True}
-        for dim, _, _ in units.origin[name]
-        for one in units.classes(name, dim)
-    }
 
 
 def _families(units: Units, classes: Iterable[int]) -> list[list[int]]:

@@ -6,7 +6,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import dampr
-from dampr.prune import gated_layers
+from dampr.prune import Cost, gated_layers
+from dampr.prune.measure import count_macs
 
 
 def close(model, share=0.5):
@@ -183,15 +184,6 @@ def test_what_no_mode_reaches_gets_no_gates():
         assert model.dampr_skipped[name] == "example_inputs do not reach the layer, in evaluation or in training"
 
 
-def test_a_model_that_cannot_be_traced_is_converted_as_before(monkeypatch):
-    def fail(*_, **__):
-        raise NotImplementedError("no such operator")
-
-    monkeypatch.setattr("dampr.prune.second_opinion.trace_units", fail)
-    model = dampr.convert(Between(nn.Identity()), example_inputs=IMAGE)
-    assert sorted(gated_layers(model)) == ["first", "second", "third"]
-
-
 def test_a_model_with_gates_is_judged_without_them():
     model = dampr.convert(Between(nn.LocalResponseNorm(3)), example_inputs=IMAGE, include="third")
     dampr.convert(model, example_inputs=IMAGE)
@@ -240,3 +232,46 @@ def test_a_transformer_whose_query_heads_share_keys_is_converted():
     dampr.convert(model, example_inputs=x)
     assert all(name.startswith("model.layers.0.mlp.") for name in gated_layers(model))
     assert all(model.dampr_skipped[f"model.layers.0.self_attn.{name}_proj"] for name in "qkvo")
+
+
+def detached(h):
+    return h.detach()
+
+
+def without_graph(h):
+    with torch.no_grad():
+        return h * 1
+
+
+class Frozen(nn.Module):
+    """A stem whose outputs leave autograd's graph, as a frozen backbone's do."""
+
+    def __init__(self, cut):
+        super().__init__()
+        self.stem, self.norm, self.mid = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Conv2d(8, 12, 3)
+        self.head, self.cut = nn.Linear(12, 4), cut
+
+    def forward(self, x):
+        if self.cut is None:
+            with torch.no_grad():
+                h = self.norm(self.stem(x))
+        else:
+            h = self.cut(self.norm(self.stem(x)))
+        return self.head(self.mid(h.relu()).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize("cut", [None, detached, without_graph, lambda h: h.data], ids=["no_grad", "detach", "in between", "data"])
+@pytest.mark.parametrize("layers", [False, True])
+def test_what_autograd_does_not_see_has_gates_that_cut_or_a_true_reason(cut, layers):
+    torch.manual_seed(0)
+    model, x = Frozen(cut).double(), torch.randn(4, 3, 8, 8, dtype=torch.float64)
+    dampr.convert(model, x, per_sample=layers)
+    if layers:  # not seen by what places gated layers
+        assert model.dampr_skipped["stem"] == "its outputs are detached (torch.no_grad, detach), so what reads them is not known"
+    else:
+        assert "mid.weight_gates.0" in gated_layers(model)
+    y, foretold = close(model).eval()(x), Cost(model, x, "macs")
+    small = dampr.compact(model, x)
+    assert not small.dampr_manifest["closed_but_kept"]
+    assert count_macs(small, x) == int(foretold(foretold.decision()))
+    torch.testing.assert_close(small(x), y, rtol=1e-9, atol=1e-9)

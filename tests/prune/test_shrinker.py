@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 
 import pytest
 import torch
@@ -412,12 +413,10 @@ def test_auto_leaves_what_does_not_pay_and_says_so():
     plan = run(*made("mlp"), "auto")
     assert "would not pay" in plan.explain() or "left" in plan.explain()
     with torch.random.fork_rng():
-        torch.use_deterministic_algorithms(True)
-        try:
-            first, second = (run(*made("mlp"), "auto").finish().state_dict() for _ in range(2))
-        finally:
-            torch.use_deterministic_algorithms(False)
-    assert all(torch.equal(value, second[key]) for key, value in first.items())
+        first, second = (run(*made("mlp"), "auto") for _ in range(2))
+    assert re.sub(r"in \d+ ms", "", first.explain()) == re.sub(r"in \d+ ms", "", second.explain()), "no clock decides"
+    ended, again = first.finish().state_dict(), second.finish().state_dict()
+    assert all(torch.equal(value, again[key]) for key, value in ended.items())
 
 
 def test_what_the_budget_wants_back_is_back_before_the_next_step():

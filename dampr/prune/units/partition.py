@@ -112,6 +112,16 @@ class Units:
         """Why a class must not be cut, or only under conditions."""
         return self.fixed.get(one) or self.statistics.get(one) or self.normalised.get(one)
 
+    def in_training_alone(self) -> dict[int, str]:
+        """Classes that have something in what evaluation does not reach, where results could be compared, and why they stay."""
+        return {
+            one: f"{name!r}, which only training reaches, shares its width"
+            for name, modes in self.reached.items()
+            if modes == {True}
+            for dim, _, _ in self.origin[name]
+            for one in self.classes(name, dim)
+        }
+
     def indices(self, classes: Iterable[int]) -> dict[str, dict[int, list[int]]]:
         """What goes with these classes: name -> dimension -> indices in order."""
         gone: dict[str, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
