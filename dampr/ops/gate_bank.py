@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,7 +26,7 @@ class _Bank(Node):
     @staticmethod
     def forward(ctx: Any, log_alpha: Tensor, seed: Tensor, cost: Tensor, spec: Any) -> Any:  # type: ignore[override]
         z = fwd(log_alpha, seed, None, spec)
-        p = torch.sigmoid(log_alpha - spec.beta * math.log(-spec.gamma / spec.zeta))
+        p = reference.open_probability(log_alpha, spec)
         ctx.save_for_backward(log_alpha, seed, cost, p)
         ctx.constants = (spec,)
         return z, torch.dot(p, cost)

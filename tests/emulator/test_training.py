@@ -85,6 +85,27 @@ def test_a_network_trains_as_on_the_reference_and_compacts(make: Any, per_sample
     torch.testing.assert_close(small(x), masked, rtol=1e-4, atol=1e-5)
 
 
+def test_a_bank_draws_all_gates_in_one_launch_each_way() -> None:
+    def step(backend: str) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        net, x = cnn()
+        with dampr.backend("reference"):
+            model = dampr.convert(net, example_inputs=x).train()
+        bank = dampr.GateBank(model)
+        with dampr.backend(backend), bank.draw():
+            (model(x).square().mean() + 1e-3 * bank.penalty()).backward()
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
+    with driver.emulated(90) as emulation:
+        on_triton = step("triton")
+    assert emulation.log.faults == []
+    assert {name: n for name, n in emulation.log.launches.items() if "sample" in name} == {
+        "_sample_gates_fwd_kernel": 1,
+        "_sample_gates_bwd_kernel": 1,
+    }
+    alike(on_triton, step("reference"))
+
+
 def test_a_budget_ends_where_it_should() -> None:
     torch.manual_seed(0)
     net, x = mlp()
