@@ -19,10 +19,10 @@ from dampr.nn.gate import FLAT_AT_ZERO
 
 from . import inputs
 from .budget import Budget
+from .closed_layout import layouts_of, vectors
 from .cost import Cost
 from .expand import check_state
 from .layout import WHOLE, Layout, Shelf, move_state, moved, shapes_of
-from .layouts import layouts_of, vectors
 from .summary import gated_layers
 
 Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None
