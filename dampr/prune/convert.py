@@ -71,10 +71,6 @@ _GATED: dict[type, Any] = {**_REPLACEMENT, **_NORMS, nn.LayerNorm: GatedLayerNor
 WORTH = 0.001  # of a model's multiply-accumulates: gated layers, which have fused kernels, are taken unless others reach that much more
 
 
-# Reasons against gates in layers that are none against gates on parameters.
-_OF_LAYERS = ("cannot be cut yet", "a bare nn.Parameter", "is computed from other tensors", " is called ")
-
-
 @settled
 def convert(
     model: Model,
@@ -189,7 +185,8 @@ def _with_gates(
     except graph.TracingError as error:
         untraced = error
     by_units = None
-    if seen is not None and granularity == "output" and tie and not per_sample and not residual:
+    may_have_units = seen is not None and granularity == "output" and tie and not per_sample and not residual
+    if seen is not None and may_have_units:
         placement = unit_gates.only(model, seen.units, seen.placement, include, exclude)
         if placement.groups:
             by_units = functools.partial(_convert_by_units, model, seen.units, placement, gate, before or [], example_inputs)
@@ -204,10 +201,11 @@ def _with_gates(
     plan.skipped |= skipped
     if residual:
         _place_streams(plan, model, gate, include, exclude, example_inputs)
-    if not plan.layers and seen is not None and by_units is None and granularity == "output" and tie and not per_sample and not residual:
+    if not plan.layers and seen is not None and may_have_units and by_units is None:
         why = unit_gates.left_out(model, seen.units, placement)
-        both = {n: r for n, r in plan.skipped.items() if why.get(n, unit_gates.UNSAID) != unit_gates.UNSAID}
-        plan.skipped |= {n: f"{why[n]}; as a layer, {r}" for n, r in both.items() if any(own in r for own in _OF_LAYERS)}
+        plan.skipped |= {
+            n: f"{why[n]}; as a layer, {r}" for n, r in plan.skipped.items() if why.get(n, unit_gates.UNSAID) not in (r, unit_gates.UNSAID)
+        }
     _check_left(plan, model, include, exclude)
     try:
         return _convert_by_layers(model, plan, gate, granularity, each, before, example_inputs, prove=by_units is not None)
