@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # Verification, GPU tests and benchmarks on a CUDA machine, from a source tree; needs python3 with torch, triton, numpy and pytest, no network.
 #
-#   bash benchmarks/gpu.sh [verify] [tests] [roofline] [pass] [vectors] [weights] [small] [tiny] [crossover] [recurrent] [closing] [conv] [layers] [resnet50] [vgg16]
+#   bash benchmarks/gpu.sh [verify] [tests] [warm] [roofline] [kernels] [vectors] [weights] [pass] [small] [tiny] [crossover] [closing] [conv]
+#                          [vgg16] [resnet50] [recurrent] [layers]
 #
-# Default: all of them, one by one. With a quarter of an hour and calls of ten minutes: verify pass vectors weights, then tests small crossover, then what is left.
+# Default: all of them, the most worth knowing first. verify, tests and warm (which compiles what the timed stages will time) run side by side,
+# for they wait for compilers; what is timed runs alone. SECONDS_LEFT=500 begins no stage later than that and stops one that would last longer.
 #
 # Results go to $OUT if it is set, else to benchmarks/results/<gpu>/. A stage that fails does not stop the next one; the exit code tells.
-# A stage is stopped at its limit, none of which is above ten minutes: verify and tests compile every kernel, closing, layers, resnet50 and
-# vgg16 every competitor, so each of these six deserves a call of its own where calls are short. Set NO_COMPILE=1 to leave the compiled competitors out.
+# Set NO_COMPILE=1 to leave the compiled competitors out.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-$( [ -x .venv/bin/python ] && .venv/bin/python -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' 2>/dev/null && echo .venv/bin/python || echo python3 )}
@@ -16,29 +17,56 @@ name=$("$PYTHON" -c 'import torch; print(torch.cuda.get_device_name().lower().re
   echo "error: $PYTHON sees no CUDA device; expected a machine with one" >&2; exit 2; }
 out=${OUT:-benchmarks/results/$name}
 mkdir -p "$out"
-stages=${*:-verify tests roofline pass vectors weights small tiny crossover recurrent closing conv layers resnet50 vgg16}
+timed="roofline kernels vectors weights pass small tiny crossover closing conv vgg16 resnet50 recurrent layers"
+stages=${*:-verify tests warm $timed}
+limit=${SECONDS_LEFT:-36000}
+cores=$(nproc)
 status=0
 
 run() {  # name, seconds, command...
-  local stage=$1 limit=$2; shift 2
+  local stage=$1 most=$2; shift 2
+  local start=$SECONDS left=$((limit - SECONDS))
+  [ "$left" -gt 5 ] || { echo "== $stage: left out, no time"; return 1; }
   echo "== $stage: $*"
-  local start=$SECONDS
-  timeout "$limit" "$@" 2>&1 | tee -a "$out/gpu.log"
-  local code=${PIPESTATUS[0]}
+  timeout "$((most < left ? most : left))" "$@" > "$out/$stage.log" 2>&1
+  local code=$?
+  tail -n 60 "$out/$stage.log"
   echo "== $stage: exit $code after $((SECONDS - start)) s"
-  [ "$code" -eq 0 ] || status=1
+  return $code
 }
 
+bench() {  # stage, seconds, arguments...
+  local stage=$1 most=$2; shift 2
+  run "$stage" "$most" "$PYTHON" -m benchmarks.run "$stage" --out "$out" ${NO_COMPILE:+--no-compile} "$@"
+}
+
+beside=()
 for stage in $stages; do
   case $stage in
-    verify)   run verify 420 "$PYTHON" -m dampr.bench.verify --json "$out/verify.json" ;;
-    tests)    run tests 420 "$PYTHON" -m pytest -q -p no:cacheprovider -o filterwarnings=default -m gpu tests/gpu ;;
-    roofline) run roofline 60 "$PYTHON" -m benchmarks.roofline --json "$out/roofline.json" ;;
-    closing | layers | resnet50 | vgg16)  # compiling the competitors takes most of it: one stage of these per call where calls are short
-      run "$stage" 560 "$PYTHON" -m benchmarks.run "$stage" --out "$out" --rounds 10 ${NO_COMPILE:+--no-compile} ;;
-    pass | vectors | weights | small | tiny | crossover | recurrent | conv)
-      run "$stage" 240 "$PYTHON" -m benchmarks.run "$stage" --out "$out" ${NO_COMPILE:+--no-compile} ;;
-    *) echo "error: stage '$stage': expected verify, tests, roofline, pass, vectors, weights, small, tiny, crossover, recurrent, closing, conv, layers, resnet50 or vgg16" >&2; status=2 ;;
+    verify) run verify 560 "$PYTHON" -m dampr.bench.verify --processes $((cores / 2 + 1)) --json "$out/verify.json" & beside+=($!) ;;
+    tests)
+      many=$("$PYTHON" -c 'import xdist' 2>/dev/null && echo "-n $((cores / 4 + 1))")
+      run tests 560 "$PYTHON" -m pytest -q -p no:cacheprovider -o filterwarnings=default -m gpu $many tests/gpu & beside+=($!) ;;
+    warm)  # each competitor is compiled once, into caches that the timed run finds
+      for each in "vectors weights pass" "closing conv" "vgg16" "resnet50" "crossover"; do
+        TORCHINDUCTOR_COMPILE_THREADS=3 run "warm-${each// /-}" 240 "$PYTHON" -m benchmarks.run $each --unverified --rounds 1 --out "$out/warm" \
+          ${NO_COMPILE:+--no-compile} & beside+=($!)
+      done ;;
   esac
+done
+for job in ${beside[@]+"${beside[@]}"}; do wait "$job" || status=1; done
+rm -rf "$out/warm"
+
+verified=()
+[ -f "$out/verify.json" ] && verified=(--verified "$out/verify.json")
+for stage in $stages; do
+  case $stage in
+    verify | tests | warm) ;;
+    roofline) run roofline 60 "$PYTHON" -m benchmarks.roofline --json "$out/roofline.json" ;;
+    kernels) run kernels 120 "$PYTHON" -m benchmarks.kernels --json "$out/kernels.json" ;;
+    closing | layers | resnet50 | vgg16) bench "$stage" 560 --rounds 10 ${verified[@]+"${verified[@]}"} ;;
+    pass | vectors | weights | small | tiny | crossover | recurrent | conv) bench "$stage" 240 ${verified[@]+"${verified[@]}"} ;;
+    *) echo "error: stage '$stage': expected verify, tests, warm or one of: $timed" >&2; (exit 2) ;;
+  esac || status=1
 done
 exit $status

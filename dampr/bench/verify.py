@@ -8,8 +8,10 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
+import multiprocessing
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -17,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dampr import _progress, functional, ops, philox, reference
+from dampr import _checks, _progress, functional, ops, philox, reference
 from dampr.bench import records, verify_conv
 from dampr.spec import SHAPES, VARIANTS, GateSpec, hard_concrete, mask, ramp, value
 from dampr.testing import HARD_SHAPES, TILED_SHAPES, Comparison, as_tf32, compare, layouts
@@ -95,11 +97,19 @@ def targets() -> list[tuple[str, str, torch.dtype]]:
     return found
 
 
-def run(only_op: str | None = None) -> list[Row]:
-    """Verify everything that can run here; a row per op, backend, device and dtype, and one for TF32 where our kernels have it."""
+def run(only_op: str | None = None, *, processes: int = 1) -> list[Row]:
+    """Verify everything that can run here; a row per op, backend, device and dtype, and one for TF32 where our kernels have it.
+
+    Where kernels have to be compiled, several ``processes`` do so at once, each a row at a time.
+    """
+    _checks.positive_int("processes", processes)
     jobs = [(op, *target, False) for target in targets() for op in _OPS if only_op in (None, op) and _applies(op, *target)]
     jobs += [(op, "triton", "cuda", torch.float32, True) for op in _PRODUCTS if only_op in (None, op) and has_tf32()]
-    return [verify_op(*job) for job in _progress.track(jobs, "verify", delay=0)]
+    if processes == 1:
+        return [verify_op(*job) for job in _progress.track(jobs, "verify", delay=0)]
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        rows = [pool.submit(verify_op, *job) for job in jobs]
+        return [row.result() for row in _progress.track(rows, "verify", delay=0)]
 
 
 def verify_op(op: str, backend: str, device: str, dtype: torch.dtype, tf32: bool = False, row: type[Row] = Row) -> Row:
@@ -561,8 +571,9 @@ def main(argv: list[str] | None = None) -> int:
     """Print the plain table; 0 when everything passes, 1 otherwise."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", help="write rows and environment to this file")
+    parser.add_argument("--processes", type=int, default=1, help="rows that are verified at once")
     arguments = parser.parse_args(argv)
-    rows = run()
+    rows = run(processes=arguments.processes)
     for row in rows:
         worst = "" if row.worst is None else f"worst {row.worst.share:6.1%} of bound: {row.worst_case}"
         print(f"{'ok' if row.ok else 'FAILED':7} {row.op:20} {row.backend:10} {row.device:5} {row.dtype:9} {row.cases:4} cases  {worst}")
