@@ -5,7 +5,8 @@
 #                          [vgg16] [resnet50] [recurrent] [layers]
 #
 # Default: all of them, the most worth knowing first. verify, tests and warm (which compiles what the timed stages will time) run side by side,
-# for they wait for compilers; what is timed runs alone. SECONDS_LEFT=500 begins no stage later than that and stops one that would last longer.
+# for they wait for compilers; what is timed runs alone. SECONDS_LEFT=500 begins no stage later than that and stops one that would last longer;
+# BESIDE_SECONDS=200 stops what runs side by side after that long.
 #
 # Results go to $OUT if it is set, else to benchmarks/results/<gpu>/. A stage that fails does not stop the next one; the exit code tells.
 # Set NO_COMPILE=1 to leave the compiled competitors out.
@@ -41,20 +42,26 @@ bench() {  # stage, seconds, arguments...
 }
 
 beside=()
+most=${BESIDE_SECONDS:-560}
+export OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=2  # many processes: threads that wait for each other would take many times as long
 for stage in $stages; do
   case $stage in
-    verify) run verify 560 "$PYTHON" -m dampr.bench.verify --processes $((cores / 2 + 1)) --json "$out/verify.json" & beside+=($!) ;;
+    verify) run verify "$most" "$PYTHON" -m dampr.bench.verify --backend triton --processes $((cores / 2 + 2)) --json "$out/verify.json" & beside+=($!) ;;
     tests)
       many=$("$PYTHON" -c 'import xdist' 2>/dev/null && echo "-n $((cores / 4 + 1))")
-      run tests 560 "$PYTHON" -m pytest -q -p no:cacheprovider -o filterwarnings=default -m gpu $many tests/gpu & beside+=($!) ;;
+      run tests "$most" "$PYTHON" -m pytest -q -p no:cacheprovider -o filterwarnings=default -m gpu $many tests/gpu & beside+=($!) ;;
     warm)  # each competitor is compiled once, into caches that the timed run finds
-      for each in "vectors weights pass" "closing conv" "vgg16" "resnet50" "crossover"; do
-        TORCHINDUCTOR_COMPILE_THREADS=3 run "warm-${each// /-}" 240 "$PYTHON" -m benchmarks.run $each --unverified --rounds 1 --out "$out/warm" \
-          ${NO_COMPILE:+--no-compile} & beside+=($!)
+      for each in $stages; do
+        case $each in
+          verify | tests | warm | roofline | recurrent | layers) ;;
+          kernels) run warm-kernels "$most" "$PYTHON" -m benchmarks.kernels --rounds 1 & beside+=($!) ;;
+          *) run "warm-$each" "$most" "$PYTHON" -m benchmarks.run "$each" --unverified --rounds 1 --out "$out/warm" ${NO_COMPILE:+--no-compile} & beside+=($!) ;;
+        esac
       done ;;
   esac
 done
 for job in ${beside[@]+"${beside[@]}"}; do wait "$job" || status=1; done
+unset OMP_NUM_THREADS TORCHINDUCTOR_COMPILE_THREADS
 rm -rf "$out/warm"
 
 verified=()

@@ -10,7 +10,7 @@ import functools
 import itertools
 import multiprocessing
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -51,6 +51,7 @@ _DTYPES = {
 TF32 = "tf32"  # as a row's dtype: tensors of float32, their products in TF32
 _PRODUCTS = ("gated_linear", "weight_gated_linear", "gated_conv2d")
 _REDRAWN = 3  # how often signs are drawn again to learn the size of what is added up
+PARTS = 6  # into which a row is cut where several processes verify
 _SMALL = 2**16  # in problems of more elements than this not everything cancels
 
 
@@ -66,6 +67,7 @@ class Row:
     worst: Comparison | None = None
     worst_case: str = ""
     failures: list[str] = field(default_factory=list)
+    part: tuple[int, int] = (0, 1)  # which of how many: every so many-th case
 
     @property
     def ok(self) -> bool:
@@ -82,8 +84,20 @@ class Row:
         if self.worst is None or result.share > self.worst.share:
             self.worst, self.worst_case = result, case
 
+    def has(self, index: int) -> bool:
+        """Whether a case belongs to this part of a row."""
+        return index % self.part[1] == self.part[0]
+
+    def join(self, other: Row) -> None:
+        """Add another part of the same row."""
+        self.cases += other.cases
+        self.failures += other.failures
+        if self.worst is None or (other.worst is not None and other.worst.share > self.worst.share):
+            self.worst, self.worst_case = other.worst, other.worst_case
+        self.part = (0, 1)
+
     def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "ok": self.ok}
+        return {**{key: value for key, value in asdict(self).items() if key != "part"}, "ok": self.ok}
 
 
 def targets() -> list[tuple[str, str, torch.dtype]]:
@@ -97,25 +111,48 @@ def targets() -> list[tuple[str, str, torch.dtype]]:
     return found
 
 
-def run(only_op: str | None = None, *, processes: int = 1) -> list[Row]:
-    """Verify everything that can run here; a row per op, backend, device and dtype, and one for TF32 where our kernels have it.
+Job = tuple[str, str, str, torch.dtype, bool]  # op, backend, device, dtype, whether products are in TF32
 
-    Where kernels have to be compiled, several ``processes`` do so at once, each a row at a time.
+
+def jobs(only_op: str | None = None, only_backend: str | None = None) -> list[Job]:
+    """What can be verified here: an op on a backend, a device and in a dtype, and once more in TF32 where our kernels have it."""
+    found = [(op, *target, False) for target in targets() for op in _OPS if only_op in (None, op) and _applies(op, *target)]
+    found += [(op, "triton", "cuda", torch.float32, True) for op in _PRODUCTS if only_op in (None, op) and has_tf32()]
+    return [job for job in found if only_backend in (None, job[1])]
+
+
+def run(only_op: str | None = None) -> list[Row]:
+    """Verify everything that can run here; a row per job."""
+    return [verify_op(*job) for job in _progress.track(jobs(only_op), "verify", delay=0)]
+
+
+def run_side_by_side(wanted: list[Job], processes: int, parts: int = PARTS) -> Iterator[Row]:
+    """The rows of these jobs as they are done, worked at in parts by several processes: for a machine whose kernels are yet to be compiled.
+
+    The processes have one thread each: threads of several that wait for each other on the same cores take many times as long.
     """
     _checks.positive_int("processes", processes)
-    jobs = [(op, *target, False) for target in targets() for op in _OPS if only_op in (None, op) and _applies(op, *target)]
-    jobs += [(op, "triton", "cuda", torch.float32, True) for op in _PRODUCTS if only_op in (None, op) and has_tf32()]
-    if processes == 1:
-        return [verify_op(*job) for job in _progress.track(jobs, "verify", delay=0)]
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-        rows = [pool.submit(verify_op, *job) for job in jobs]
-        return [row.result() for row in _progress.track(rows, "verify", delay=0)]
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        rows = [[pool.submit(verify_op, *job, part=(part, parts)) for part in range(parts)] for job in wanted]
+        for first, *others in rows:
+            row = first.result()
+            for other in others:
+                row.join(other.result())
+            yield row
 
 
-def verify_op(op: str, backend: str, device: str, dtype: torch.dtype, tf32: bool = False, row: type[Row] = Row) -> Row:
-    """One row. Products of float32 are in IEEE arithmetic whatever torch's switches say, or in TF32, which has bounds of its own."""
+def verify_op(
+    op: str,
+    backend: str,
+    device: str,
+    dtype: torch.dtype,
+    tf32: bool = False,
+    row: type[Row] = Row,
+    part: tuple[int, int] = (0, 1),
+) -> Row:
+    """One row, or a part of it. Products of float32 are in IEEE arithmetic whatever torch's switches say, or in TF32, with its own bounds."""
     with float32_products(TF32 if tf32 else "ieee"):
-        return _OPS[op](row(op, backend, device, TF32 if tf32 else str(dtype).removeprefix("torch.")), dtype)
+        return _OPS[op](row(op, backend, device, TF32 if tf32 else str(dtype).removeprefix("torch."), part=part), dtype)
 
 
 def has_tf32() -> bool:
@@ -167,9 +204,11 @@ def _specs() -> list[tuple[str, GateSpec]]:
 def _verify_noise(row: Row, dtype: torch.dtype) -> Row:
     """Drawn gates are 0 and 1 exactly where the reference says, for random seeds and row starts that are no multiple of four."""
     generator = torch.Generator().manual_seed(0)
-    for rows, n in ((None, 4096), (3, 1001), (257, 64), (5, 7), (1, 1), (0, 5)):
+    for index, (rows, n) in enumerate(((None, 4096), (3, 1001), (257, 64), (5, 7), (1, 1), (0, 5))):
         seed = torch.randint(0, 2**63 - 1, (1,), generator=generator)
         log_alpha = torch.randn(n, generator=generator) * 3
+        if not row.has(index):
+            continue
         truth = reference.gate_values(log_alpha, hard_concrete(), seed, rows)
         with ops.backend(row.backend):
             z = functional.sample_gates(log_alpha.to(row.device), seed=seed.to(row.device), rows=rows)
@@ -180,12 +219,14 @@ def _verify_noise(row: Row, dtype: torch.dtype) -> Row:
 
 def _verify_gates(row: Row, dtype: torch.dtype) -> Row:
     generator = torch.Generator().manual_seed(1)
-    for (label, spec), (rows, n) in itertools.product(_specs(), ((None, 1), (None, 1003), (0, 5), (7, 13), (130, 64))):
+    problems = itertools.product(_specs(), ((None, 1), (None, 1003), (0, 5), (7, 13), (130, 64)))
+    for index, ((label, spec), (rows, n)) in enumerate(problems):
         seed = torch.randint(0, 2**63 - 1, (1,), generator=generator)
         log_alpha = (torch.randn(n, generator=generator) * 3).to(dtype)
         shape = (n,) if rows is None else (rows, n)
         dz = torch.randn(shape, generator=generator).to(dtype)
-
+        if not row.has(index):
+            continue
         args = (log_alpha, seed, dz, rows, spec)
         out, truth, baseline = (
             gates_once(row.backend, dtype, row.device, *args),
@@ -320,10 +361,10 @@ def linear_data(case: LinearCase, dtype: torch.dtype, generator: torch.Generator
 
 def _verify_linear(row: Row, dtype: torch.dtype) -> Row:
     generator = torch.Generator().manual_seed(2)
-    for case in linear_cases(row.device):
-        if case.op != row.op:
-            continue
+    for index, case in enumerate(case for case in linear_cases(row.device) if case.op == row.op):
         data, dy, seed = linear_data(case, dtype, generator)
+        if not row.has(index):
+            continue
         truth = linear_once(None, torch.float64, "cpu", case, data, dy, seed)
         baseline = linear_once(None, dtype, "cpu", case, *_rounded(row, data, dy), seed)
 
@@ -357,8 +398,10 @@ def _compare(
 
 def _verify_conv(row: Row, dtype: torch.dtype) -> Row:
     generator = torch.Generator().manual_seed(3)
-    for case in verify_conv.cases(row.backend, row.device):
+    for index, case in enumerate(verify_conv.cases(row.backend, row.device)):
         data, dy, seed = verify_conv.make(case, dtype, generator)
+        if not row.has(index):
+            continue
         out = verify_conv.once(row.backend, dtype, row.device, case, data, dy, seed)
         truth = verify_conv.once(None, torch.float64, "cpu", case, data, dy, seed)
         baseline = verify_conv.once(None, dtype, "cpu", case, *_rounded(row, data, dy), seed)
@@ -474,8 +517,10 @@ def norm_data(case: NormCase, dtype: torch.dtype, generator: torch.Generator) ->
 
 def _verify_norm(row: Row, dtype: torch.dtype) -> Row:
     generator = torch.Generator().manual_seed(3)
-    for case in norm_cases():
-        verify_norm_case(row, case, dtype, norm_data(case, dtype, generator))
+    for index, case in enumerate(norm_cases()):
+        given = norm_data(case, dtype, generator)
+        if row.has(index):
+            verify_norm_case(row, case, dtype, given)
     return row
 
 
@@ -531,10 +576,12 @@ def norm_once(
 def _verify_generator(row: Row, dtype: torch.dtype) -> Row:
     """Chains of hard widths. Weights are small enough that a deep one does not multiply its rounding errors from layer to layer."""
     generator = torch.Generator().manual_seed(4)
-    for widths in ((1, 1), (5, 7, 3), (65, 1, 129, 63), (16,) * 12, (20, 20, 50, 500), (64, 64, 128, 256)):
+    for index, widths in enumerate(((1, 1), (5, 7, 3), (65, 1, 129, 63), (16,) * 12, (20, 20, 50, 500), (64, 64, 128, 256))):
         shapes = [shape for before, after in itertools.pairwise(widths) for shape in ((after, before), (after,))]
         data = [torch.randn(shape, generator=generator) / (25 * shape[-1]) ** (len(shape) / 2 - 0.5) for shape in shapes]
         upstream = torch.randn(sum(widths[1:]), generator=generator)
+        if not row.has(index):
+            continue
         out = generator_once(row.backend, dtype, row.device, data, upstream)
         truth, baseline = (generator_once(None, kind, "cpu", data, upstream) for kind in (torch.float64, dtype))
         for name, o, t, b in zip(("values", "gradients"), out, truth, baseline, strict=True):
@@ -571,16 +618,25 @@ def main(argv: list[str] | None = None) -> int:
     """Print the plain table; 0 when everything passes, 1 otherwise."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", help="write rows and environment to this file")
-    parser.add_argument("--processes", type=int, default=1, help="rows that are verified at once")
+    parser.add_argument("--processes", type=int, default=1, help="how many work at once")
+    parser.add_argument("--backend", choices=("reference", "cpp", "triton"), help="only this one")
     arguments = parser.parse_args(argv)
-    rows = run(processes=arguments.processes)
-    for row in rows:
+    wanted, rows = jobs(only_backend=arguments.backend), []
+    if arguments.processes > 1:
+        found: Iterable[Row] = run_side_by_side(wanted, arguments.processes)
+    else:
+        found = (verify_op(*job) for job in _progress.track(wanted, "verify", delay=0))
+    for row in found:
         worst = "" if row.worst is None else f"worst {row.worst.share:6.1%} of bound: {row.worst_case}"
-        print(f"{'ok' if row.ok else 'FAILED':7} {row.op:20} {row.backend:10} {row.device:5} {row.dtype:9} {row.cases:4} cases  {worst}")
+        print(
+            f"{'ok' if row.ok else 'FAILED':7} {row.op:20} {row.backend:10} {row.device:5} {row.dtype:9} {row.cases:4} cases  {worst}",
+            flush=True,
+        )
         for failure in row.failures[:5]:
             print(f"        {failure}")
-    if arguments.json:
-        records.write_json(arguments.json, {"environment": records.environment(), "rows": [row.as_dict() for row in rows]})
+        rows.append(row)
+        if arguments.json:  # row by row: a run that is stopped keeps what it has
+            records.write_json(arguments.json, {"environment": records.environment(), "rows": [row.as_dict() for row in rows]})
     return 0 if rows and all(row.ok for row in rows) else 1
 
 
