@@ -43,6 +43,7 @@ from .convert_checks import (
     check_half,
     check_none_stuck,
     check_unchanged,
+    leaves_constants,
     may_leave_constants,
 )
 from .filters import Filter
@@ -207,8 +208,9 @@ def _with_gates(
             n: f"{why[n]}; as a layer, {r}" for n, r in plan.skipped.items() if why.get(n, unit_gates.UNSAID) not in (r, unit_gates.UNSAID)
         }
     _check_left(plan, model, include, exclude)
+    units = seen.units if seen is not None else None
     try:
-        return _convert_by_layers(model, plan, gate, granularity, each, before, example_inputs, prove=by_units is not None)
+        return _convert_by_layers(model, plan, gate, granularity, each, before, example_inputs, by_units is not None, units=units)
     except UnprovenError:
         if by_units is None:
             raise
@@ -257,10 +259,12 @@ def _convert_by_layers(
     example_inputs: Any,
     prove: bool = False,
     look_for_stuck: bool = True,
+    units: Units | None = None,
 ) -> nn.Module:
     """Put gated layers in; whatever is raised, the model is as it was.
 
     ``prove``: raise where half of them cannot be cut as foretold; ``look_for_stuck``: where closed channels of some could never go.
+    ``units``: of the model, where they are known.
     """
     gates, in_its_precision = _generated(gate, plan, model, granularity), _precise(gate, model)
     values = {p: p.data for name in plan.layers for p in model.get_submodule(name).parameters()}
@@ -286,7 +290,10 @@ def _convert_by_layers(
         if before is not None:
             check_unchanged(model, gated, before, example_inputs)
             check_called(model, gated, example_inputs)
-        if before is not None and granularity == "output" and any(may_leave_constants(module) for module in model.modules()):
+        constants = before is not None and granularity == "output" and any(may_leave_constants(module) for module in model.modules())
+        if before is not None and granularity == "output" and units is not None and not constants:
+            constants = leaves_constants(model, units, _gated_classes(units, plan)[0], example_inputs)
+        if constants:
             if prove:
                 check_half(model, example_inputs)
             elif look_for_stuck:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -14,8 +15,9 @@ from dampr.nn import GatedConv1d, GatedConv2d, GatedLayer
 from . import inputs
 from .compact import CompactionError, compact
 from .cost import Cost
-from .cutting import AT_BORDER
+from .cutting import CONSTANTS
 from .measure import count_macs
+from .units import Units
 
 
 class ConversionError(RuntimeError):
@@ -53,6 +55,38 @@ def may_leave_constants(module: nn.Module) -> bool:
     return norm or isinstance(module, (GatedConv1d, GatedConv2d))
 
 
+def leaves_constants(model: nn.Module, units: Units, classes: set[int], example_inputs: Any) -> bool:
+    """Whether a layer of a gated model reads something else than 0 where some of these classes are closed, by one run with all gates 0.
+
+    ``units``: of the model without gates. A norm or an activation in front of the layer may do that (the half of a sigmoid).
+    """
+    trial: Any = inputs.copied(model, example_inputs)
+    gates = [gate for gate in trial.modules() if isinstance(gate, Gate)]
+    inputs.replace(trial, {gate: Fixed(torch.zeros_like(gate.deterministic())) for gate in gates})
+    found: list[bool] = []
+
+    def look(channels: list[int], along: int) -> Any:
+        def hook(module: nn.Module, args: Any) -> None:
+            x = args[0].data if args else None
+            if isinstance(x, torch.Tensor) and x.dim() >= -along and max(channels) < x.shape[along]:
+                found.append(bool(x.movedim(along, -1)[..., channels].any()))
+
+        return hook
+
+    hooks = []
+    for name, module in trial.named_modules():
+        for own in ("weight", "weight_ih_l0"):
+            full = f"{name}.{own}".lstrip(".")
+            if full in units.alias and units.is_column(full, 1):
+                channels = [i for i, one in enumerate(units.classes(full, 1)) if one in classes]
+                along = -max(getattr(module, own).dim() - 1, 1)
+                hooks += [module.register_forward_pre_hook(look(channels, along))] if channels else []
+    without_values = contextlib.suppress(RuntimeError)  # of a model that needs some of its values, which no budget closes all at once
+    with inputs.removing(hooks), inputs.same_noise(model), without_values:
+        inputs.evaluate(trial, example_inputs)
+    return any(found)
+
+
 def check_half(model: nn.Module, example_inputs: Any) -> None:
     """Close half of the gates of a copy: what is left has to compute the same and to cost what was foretold.
 
@@ -84,13 +118,13 @@ def half_closed(model: nn.Module, example_inputs: Any) -> nn.Module:
 
 
 def check_none_stuck(model: nn.Module, example_inputs: Any) -> None:
-    """Raise StuckError where closed channels of layers are constants at a padded border, so that they would stay."""
+    """Raise StuckError where closed channels of layers are constants that no bias makes up for, so that they would stay."""
     with inputs.same_noise(model):
         try:
             manifest: Any = compact(half_closed(model, example_inputs), example_inputs=example_inputs).dampr_manifest
         except CompactionError:
             return
-    notes = {name: note for name, note in manifest["closed_but_kept"].items() if AT_BORDER in note}
+    notes = {name: note for name, note in manifest["closed_but_kept"].items() if CONSTANTS in note}
     if notes:
         why = {name: note.partition("stay: ")[2].partition(";")[0] for name, note in notes.items()}
         raise StuckError({name: f"its closed channels would stay: {reason}" for name, reason in why.items()})

@@ -23,7 +23,7 @@ from dampr.nn import GatedMultiheadAttention
 from dampr.nn.rnn import _GatedRecurrent
 from dampr.nn.stacked_rnn import width_of
 
-from . import graph, inputs
+from . import graph, inputs, new_biases
 from .measure import count_call, count_macs, count_params, macs_beside_layers
 from .structure import Structure
 from .unit_structure import Counts, UnitStructure, has_unit_gates
@@ -53,8 +53,8 @@ class Site(NamedTuple):
 class Cost:
     """MACs or parameters of the compacted model, as a function of the vector of all gates: 1 open, 0 closed, or probabilities.
 
-    Attributes: ``structure``; ``total``, of the model as it is. A width of which every gate is closed counts 0 here, and keeps one channel
-    when it is compacted; what a closed residual branch read counts as if it were read still, and may go too.
+    Attributes: ``structure``; ``total``, of the model as it is. A width of which every gate is closed counts as the one channel that it
+    keeps; what a closed residual branch read counts as if it were read still, and may go too.
 
     >>> import dampr
     >>> model = nn.Sequential(dampr.nn.GatedLinear(4, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -69,9 +69,12 @@ class Cost:
         self.structure: Structure | UnitStructure = structure_of(unwrapped(model), example_inputs)
         self.metric = metric
         self.device = self.structure.gates[0].deterministic().device
-        self._variables: _Variables | Counts = (
-            _Variables(self.structure, self.device) if isinstance(self.structure, Structure) else Counts(self.structure, self.device)
-        )
+        self._variables: _Variables | Counts
+        if isinstance(self.structure, UnitStructure):
+            self._variables = Counts(self.structure, self.device)
+        else:
+            folds = new_biases.find(unwrapped(model), self.structure, example_inputs) if metric == "params" else {}
+            self._variables = _Variables(self.structure, self.device, folds)
         self.sites = self._find_sites(self.structure.plain, example_inputs)
         self._read, self._written = (
             _Affine([getattr(site, side) for site in self.sites], self._variables.count, self.device) for side in ("read", "written")
@@ -169,10 +172,11 @@ class _Variables:
     """From gates to what widths are made of.
 
     These are the sums over atoms that count alike everywhere, then the width of each recurrent layer, which is that of its widest row, or,
-    where these have widths of their own, the width of each row, and the heads of each attention; of all these at least one stays.
+    where these have widths of their own, the width of each row, and the heads of each attention; of all these at least one stays. Last, for
+    each layer in ``folds``, whether one of its atoms has gone, so that it gets a bias.
     """
 
-    def __init__(self, structure: Structure, device: torch.device) -> None:
+    def __init__(self, structure: Structure, device: torch.device, folds: Mapping[nn.Module, set[int]]) -> None:
         self._structure = structure
         counts: list[Counter[graph.Side]] = [Counter() for _ in structure.owners[True]]
         for side, atoms in structure.atoms.items():
@@ -212,17 +216,22 @@ class _Variables:
             output = Width(0, dict(Counter(numbers[-1 - getattr(plain, "bidirectional", False) :])))
             sides = [(plain, True), *((reader, False) for reader in structure.units.get(plain, []))]
             self._units |= dict.fromkeys(sides, output)
+        self._emptiable = _Emptiable([(place[last], [place[atom] for atom in side]) for last, side in structure.emptiable()], device)
         self.gates = {gate for found in closable for sets in found.values() for gates in sets for gate in gates}
         self.gates |= {first + i for first, rows, size in self._rows for i in range(rows * size)}
-        self.count = len(kinds) + len(self._rows)
+        self.count = len(kinds) + len(self._rows) + len(folds)
+        first_fold = self.count - len(folds)
+        self.biases = {layer: Width(0, {first_fold + number: 1}) for number, layer in enumerate(folds)}
+        self._folds = _Products([[place[atom] for atom in atoms if atom in place] for atoms in folds.values()], device)
 
     def __call__(self, gates: Tensor) -> Tensor:
         atoms = gates.new_ones(len(self._kind_of))
         for where, of_layer, of_atom in self._sides:
             atoms = atoms.index_copy(0, where, atoms[where] * (1 - of_atom(1 - of_layer(gates))))
+        atoms = self._emptiable(atoms)
         sums = atoms.new_zeros(len(self._kinds)).index_add(0, self._kind_of, atoms)
         units = [gates[first : first + rows * size].view(rows, size).sum(1).max().clamp(min=1) for first, rows, size in self._rows]
-        return torch.cat([sums, torch.stack(units)]) if units else sums
+        return torch.cat([sums, *([torch.stack(units)] if units else []), *([1 - self._folds(atoms)] if self.biases else [])])
 
     def width(self, layer: nn.Module, writes: bool) -> Width:
         """Of the channels that ``layer`` writes, or reads, how many are left."""
@@ -265,6 +274,21 @@ class _Products:
     def __call__(self, values: Tensor) -> Tensor:
         chosen = values[self._index]
         return chosen if self._single else values.new_ones(self._groups).scatter_reduce(0, self._group, chosen, "prod")
+
+
+class _Emptiable:
+    """Sides of layers of which every atom is closed keep one all the same, as compaction does."""
+
+    def __init__(self, sides: Sequence[tuple[int, Sequence[int]]], device: torch.device) -> None:
+        self._last = torch.tensor([last for last, _ in sides], dtype=torch.int64, device=device)
+        self._index = torch.tensor([i for _, side in sides for i in side], dtype=torch.int64, device=device)
+        self._side = torch.tensor([n for n, (_, side) in enumerate(sides) for _ in side], dtype=torch.int64, device=device)
+
+    def __call__(self, atoms: Tensor) -> Tensor:
+        """The atoms, with those that stay. Where all are 0 there is nothing to differentiate, and no probability is 0."""
+        left = torch.zeros_like(self._last, dtype=atoms.dtype).index_add(0, self._side, atoms.detach()[self._index])
+        stay = torch.zeros_like(atoms).index_add(0, self._last, (left == 0).to(atoms.dtype))
+        return atoms + stay.clamp(max=1)
 
 
 class _Affine:
@@ -322,6 +346,8 @@ def _params(structure: Structure, variables: _Variables) -> Iterator[Site]:
             counted.add(layer.weight)
         elif isinstance(layer, graph.GEMMS):
             yield _weight_site(name, layer, variables, layer.weight not in counted, bias=layer.bias is not None)
+            if layer in variables.biases:
+                yield Site(name, variables.biases[layer], variables.width(layer, True), 1)
             counted.add(layer.weight)
         elif own:
             yield Site(name, Width(1), Width(1), own)

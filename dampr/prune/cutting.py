@@ -12,7 +12,7 @@ from . import inputs
 from .graph import CannotCutError, Closed, Member, Side, Widths, channel_count, pads_with_zeros
 from .units.proof import cut
 
-AT_BORDER = "as constants other than 0, which a bias cannot make up for at its padded border"
+CONSTANTS = "as constants other than 0"
 Kept = dict[Side, Tensor]  # a side of a layer -> the channels that are left, by their indices in the original layer
 
 
@@ -80,29 +80,50 @@ def _decide(widths: Widths, closed: Closed, notes: dict[str, str], names: dict[n
     """What goes with the closed channels of each layer; adds to ``notes`` why others stay."""
     going: list[_Going] = []
     decided: set[int] = set()
-    for writes, layer, channels in [(w, layer, channels) for w, layers in closed.items() for layer, channels in layers.items()]:
-        dead: set[int] = set()
+    gone = _gone(widths, closed)
+    for writes, layer, channels in _asked(closed):
         labels = widths.classes(layer, writes)
         labels = labels if max(channels) < len(labels) else []  # a weight with groups has fewer columns than its layer reads
         if labels and decided.issuperset(labels):
             continue  # another layer of the same width came first
-        reason = "other layers of its width still use them"
-        try:
-            if layer not in widths:
-                raise CannotCutError(widths.why_absent(layer))
-            members = widths.members(layer, writes)
-            dead = widths.removable(layer, writes, closed)
+        found = gone[layer, writes]
+        reason, dead = str(found), set[int]()
+        if isinstance(found, set):
+            reason, dead = "other layers of its width still use them", found
             if writes and len(dead) > (most := _most(labels, dead, round_to)):
                 dead = set([one for one in labels if one in dead][:most])
                 reason = f"the width is a multiple of {round_to}"
-            going.append(_Going(layer, len(channels), dead - decided, members))
+            going.append(_Going(layer, len(channels), dead - decided, widths.members(layer, writes)))
             decided.update(labels)
-        except CannotCutError as error:
-            reason = str(error)
         staying = sum(labels[channel] not in dead for channel in channels) if labels else len(channels)
         if staying:
             notes[names[layer]] = f"{staying} closed channels stay: {reason}"
     return [width for width in going if width.classes]
+
+
+def _asked(closed: Closed) -> list[tuple[bool, nn.Module, set[int]]]:
+    return [(writes, layer, channels) for writes, layers in closed.items() for layer, channels in layers.items()]
+
+
+def _gone(widths: Widths, closed: Closed) -> dict[Side, set[int] | CannotCutError]:
+    """Of each side with closed channels the classes that nobody writes or nobody reads, or why none of its width can go.
+
+    Every side of a layer keeps a channel: where several widths are read side by side, the gates of the reader may close one of them.
+    """
+    found: dict[Side, set[int] | CannotCutError] = {}
+    every: set[int] = set()
+    sides: dict[Side, None] = {}
+    for writes, layer, _ in _asked(closed):
+        try:
+            if layer not in widths:
+                raise CannotCutError(widths.why_absent(layer))
+            found[layer, writes] = own = widths.removable(layer, writes, closed)
+            every |= own
+            sides |= dict.fromkeys(member.side for member in widths.members(layer, writes))
+        except CannotCutError as error:
+            found[layer, writes] = error
+    stay = widths.last(sides, every)
+    return {side: own - stay if isinstance(own, set) else own for side, own in found.items()}
 
 
 def _most(labels: list[int], dead: set[int], round_to: int) -> int:
@@ -144,13 +165,14 @@ class _Constant:
         name = names[self.layer]
         if isinstance(self.layer, nn.RNNBase):
             if self._reads:
-                raise CannotCutError(f"they reach {name!r} as constants other than 0")
+                raise CannotCutError(f"they reach {name!r} {CONSTANTS}")
             return False
         if not self._contributes and not (self.layer.weight.dim() > 2 and self._reads):
             return False
         if pads_with_zeros(self.layer):
             raise CannotCutError(
-                f"they reach {name!r} {AT_BORDER}; gates after a norm (where dampr.convert puts them) leave no such constants"
+                f"they reach {name!r} {CONSTANTS}, which a bias cannot make up for at its padded border; gates after a norm "
+                "(where dampr.convert puts them) leave no such constants"
             )
         if self._varies or self._rows == 1:
             raise UnableError(f"{name}: closed units reach it with values that differ between rows, so they cannot be cut")

@@ -330,23 +330,21 @@ class Widths:
             raise CannotCutError(f"the {weight} of {type(module).__name__} {self._names[module]!r} is computed from other tensors")
 
     def removable(self, layer: nn.Module, writes: bool, closed: Closed) -> set[int]:
-        """Of the closed channels of ``layer``, the classes that nobody writes (all producers closed) or nobody reads.
+        """Of the channels of ``layer``, the classes that nobody writes (all producers closed) or nobody reads.
 
-        At least one channel stays in every layer. Raises CannotCutError where the width cannot be cut at all.
+        Raises CannotCutError where the width cannot be cut at all.
         """
-        sides = self.members(layer, writes)
         shut: dict[bool, dict[int, bool]] = {True: {}, False: {}}
-        for m in sides:
+        for m in self.members(layer, writes):
             own = closed[m.writes].get(m.module, set())
             for channel, one in zip(m.channels, m.classes, strict=True) if not m.passes else ():
                 shut[m.writes][one] = shut[m.writes].get(one, True) and channel in own
-        classes = self.classes(layer, writes)
-        wanted = {classes[channel] for channel in closed[writes][layer]}
-        dead = {one for one in wanted if shut[True].get(one, False) or shut[False].get(one, False)}
-        for m in sides:
-            if dead and channel_count(m.module, m.writes) == len(m.of(dead)):
-                dead.discard(next(one for one in m.classes if one in dead))
-        return dead
+        return {one for one in self.classes(layer, writes) if shut[True].get(one, False) or shut[False].get(one, False)}
+
+    def last(self, sides: Iterable[Side], gone: set[int]) -> set[int]:
+        """The classes that stay so that each of these sides keeps a channel though all of its classes are ``gone``: the lowest of each."""
+        found = (set(self.classes(*side)) for side in sides)
+        return {min(own) for own in found if own and own <= gone}
 
 
 def _weights(layer: nn.Module, writes: bool) -> Iterable[tuple[str, int]]:

@@ -44,6 +44,7 @@ class Structure(GateVector[GatedLayer]):
         self.notes: dict[str, str] = {}
         self.units: dict[nn.Module, list[nn.Module]] = {}
         self.atoms: dict[Side, list[int]] = {}
+        self._classes: dict[int, int] = {}
         with at_rest(model):
             self.plain = self._plain_copy(model, example_inputs)
         self.names = {module: name for name, module in self.plain.named_modules()}
@@ -58,6 +59,19 @@ class Structure(GateVector[GatedLayer]):
         count = layer.num_layers * (1 + layer.bidirectional) if isinstance(layer, _GatedRecurrent) else 1
         size = self.count(name) // count
         return [range(start + i * size, start + (i + 1) * size) for i in range(count)]
+
+    def emptiable(self) -> list[tuple[int, frozenset[int]]]:
+        """The sides that gates can close altogether, as sets of atoms, each after the atom that stays then: that of the lowest class."""
+        closable = {a for owners in self.owners.values() for a, sets in enumerate(owners) if sets and all(sets)}
+        sides = dict.fromkeys(frozenset(atoms) for atoms in self.atoms.values())
+        return [(min(side, key=self._rank), side) for side in sides if side and closable.issuperset(side)]
+
+    def _rank(self, atom: int) -> tuple[bool, int]:
+        return (atom not in self._classes, self._classes.get(atom, atom))
+
+    def branch_gates(self) -> list[str]:
+        """The layers whose gate opens or closes a whole residual branch, by name."""
+        return list(self._branch_parts)
 
     def branches(self, name: str) -> list[int]:
         """The gates of the residual branches that the layer ``name`` is in."""
@@ -90,7 +104,7 @@ class Structure(GateVector[GatedLayer]):
         members: set[Side] = set()
         atoms: dict[int, int] = {}  # by class
         for layer, writes in anchors:
-            if (layer, writes) in self.atoms:
+            if -1 not in self.atoms.get((layer, writes), [-1]):  # of what several layers write side by side only a part may be known
                 continue
             try:
                 if layer not in widths:
@@ -105,6 +119,7 @@ class Structure(GateVector[GatedLayer]):
                     own[channel] = atoms.setdefault(one, len(atoms))
             members |= {member.side for member in sides if not member.passes}
         count = len(atoms)
+        self._classes = {atom: one for one, atom in atoms.items()}
         self.owners = {writes: [set[frozenset[int]]() for _ in range(count)] for writes in (True, False)}
         for side in members:
             for channel, atom in enumerate(self.atoms[side]):

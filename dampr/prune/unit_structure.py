@@ -136,12 +136,16 @@ class Counts:
         self.count = len(structure.gates)
         self._size = Counter(owner[gate] for gate in self.gates)
         self._useful = torch.tensor([gate in self.gates for gate in range(structure.size)], device=device)
+        self._emptiable = torch.zeros(self.count, dtype=torch.bool, device=device)  # vectors of which one gate stays, as compaction does
+        for number, (row,) in enumerate(structure.widths()):
+            self._emptiable[number] = self.gates.issuperset(row)
         self._number = np.full(len(structure.units.label), -1)
         for one, gate in structure.gate_of.items():
             self._number[one] = owner[gate]
 
     def __call__(self, gates: Tensor) -> Tensor:
-        return gates.new_zeros(self.count).index_add(0, self._vector, torch.where(self._useful, gates, gates.new_zeros(())))
+        left = gates.new_zeros(self.count).index_add(0, self._vector, torch.where(self._useful, gates, gates.new_zeros(())))
+        return left + ((left == 0) & self._emptiable).to(left.dtype)
 
     def of(self, line: Any) -> tuple[float, Mapping[int, float]]:
         """Of units in a row how many stay always, and how many of the rest go with each variable, as a share of it."""
