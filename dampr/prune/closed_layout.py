@@ -59,6 +59,9 @@ class UnitLayouts:
             if isinstance(module, nn.RNNBase) and kept:
                 layout.sizes[name] = dict(_recurrent_sizes(module, name, layout))
             groups = getattr(module, "groups", 1)
+            if f"{name}.weight".lstrip(".") in units.within:
+                layout.sizes[name] = dict(_within_sizes(module, layout.tensors.get(f"{name}.weight".lstrip("."), [])))
+                continue
             weights = (layout.tensors.get(f"{name}.{own}".lstrip(".")) for own in _WEIGHTS)
             first = next((places[0] for places in weights if places), None)
             if isinstance(groups, int) and groups > 1 and first is not None:
@@ -73,6 +76,17 @@ def _recurrent_sizes(module: nn.RNNBase, name: str, layout: Layout) -> Iterator[
         places = layout.tensors.get(f"{name}.{weight}".lstrip("."), [])
         if dim < len(places) and (place := places[dim]) is not None:
             yield attribute, Sized(place[0], len(place[1]))
+
+
+def _within_sizes(module: Any, places: list[Any]) -> Iterator[tuple[str, Sized]]:
+    """Sizes of a convolution of which every group has lost as many channels."""
+    if places:
+        whole, now = module.weight.shape, [len(p[1]) if p is not None else module.weight.shape[dim] for dim, p in enumerate(places)]
+        now += whole[len(now) :]
+        across, inside = ("in_channels", "out_channels") if module.transposed else ("out_channels", "in_channels")
+        yield "groups", Sized(module.groups, module.groups)
+        yield across, Sized(whole[0], now[0])
+        yield inside, Sized(whole[1] * module.groups, now[1] * module.groups)
 
 
 _WEIGHTS = ("weight", "weight_v", "parametrizations.weight.original1", "parametrizations.weight.original", "weight_orig")

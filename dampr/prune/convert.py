@@ -360,6 +360,7 @@ def _convert_by_units(
     with unit_gates.put_in(model, units, placement, make) as gated:
         check_unchanged(model, gated, before, example_inputs)
     model.dampr_sizes = [list(size) for size in placement.sizes]  # type: ignore[assignment]
+    model.dampr_within = sorted(units.within)  # type: ignore[assignment]
     model.dampr_skipped = unit_gates.left_out(model, units, placement)  # type: ignore[assignment]
     return model
 

@@ -13,6 +13,7 @@ from dampr.nn import GatedLayer
 from . import inputs, unit_gates
 from .unit_gates import Placement
 from .units import Units, trace_units
+from .units.groups import share_of_macs
 
 
 @dataclass
@@ -60,10 +61,27 @@ def look(model: nn.Module, example_inputs: Any) -> Sight | None:
         return None
     try:
         with inputs.without_hooks(model):
-            units = trace_units(model, example_inputs)
-            return Sight(units, unit_gates.place(model, units, example_inputs), _tied(model, units))
+            units, placement = _placed(model, example_inputs)
+            return Sight(units, placement, _tied(model, units))
     except Exception:  # whatever a model does that the tracer cannot follow; others look too
         return None
+
+
+def _placed(model: nn.Module, example_inputs: Any) -> tuple[Units, Placement]:
+    """The units of a model, and which of them may have gates.
+
+    Where no whole group of some convolution can go, as around a shuffle of channels, the channels in the same place of every group may.
+    """
+    units = trace_units(model, example_inputs)
+    placement = unit_gates.place(model, units, example_inputs)
+    gated = set(placement.classes())
+    within = [name for name in sorted(units.in_groups) if gated.isdisjoint(units.classes(name, 0))]
+    if within:
+        other = trace_units(model, example_inputs, within=within)
+        others = unit_gates.place(model, other, example_inputs)
+        if share_of_macs(other, others.classes()) > share_of_macs(units, placement.classes()):
+            return other, others
+    return units, placement
 
 
 def _tied(model: nn.Module, units: Units) -> set[str]:

@@ -36,7 +36,8 @@ def compacted(model: nn.Module, example_inputs: Any, round_to: int) -> tuple[nn.
     cut(small, structure.units, classes)
     made = follow(small, sizes)
     for name, module in small.named_modules():
-        if isinstance(module, nn.modules.conv._ConvNd) and module.groups != model.get_submodule(name).groups:
+        had: Any = model.get_submodule(name)
+        if isinstance(module, nn.modules.conv._ConvNd) and (module.groups != had.groups or f"{name}.weight" in structure.units.within):
             made[name] = {own: getattr(module, own) for own in ("groups", "in_channels", "out_channels")}
     follow_inputs(small, example_inputs)
     left = _left(structure, classes, before)

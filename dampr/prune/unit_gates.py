@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -185,7 +186,8 @@ class _Masked:
         if any(p.is_meta for p in self._model.parameters()):
             return ""
         small = cut(inputs.twin(self._model), self._units, self._classes, sizes)
-        with inputs.unfused():
+        with inputs.unfused(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a norm without gain whose width is not that of its input
             for number, sample in enumerate(self._samples):
                 try:
                     with inputs.same_noise(small):

@@ -53,7 +53,7 @@ class UnitStructure(GateVector[GatedParameter]):
         super().__init__({n: m for n, m in model.named_modules() if isinstance(m, GatedParameter)})
         self.plain = without_gates(model, example_inputs)
         self.names = {module: name for name, module in self.plain.named_modules()}
-        self.units: Units = trace_units(self.plain, example_inputs)
+        self.units: Units = trace_units(self.plain, example_inputs, within=getattr(model, "dampr_within", []))
         self.notes: dict[str, str] = {}
         self.gate_of = self._gates_of_classes()
 

@@ -143,6 +143,79 @@ def grouped():
     return nn.Sequential(conv(3, 12), conv(12, 12, groups=3), conv(12, 8), nn.Conv2d(8, 2, 1))
 
 
+class Shuffle(nn.Module):
+    """A shuffle of channels as ShuffleNets write it."""
+
+    def forward(self, x):
+        batch, channels, height, width = x.shape
+        return x.view(batch, 2, channels // 2, height, width).transpose(1, 2).reshape(batch, channels, height, width)
+
+
+class ShuffleUnit(nn.Module):
+    """A unit of the first ShuffleNet, around which the stream goes on."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.depthwise, self.last = conv(12, 12, groups=2), conv(12, 12, groups=12), conv(12, 12, groups=2)
+        self.shuffle = nn.ChannelShuffle(2)
+
+    def forward(self, x):
+        return x + self.last(self.depthwise(self.shuffle(self.first(x))))
+
+
+def shuffled():
+    return nn.Sequential(conv(3, 12), conv(12, 16, groups=2), Shuffle(), conv(16, 12, groups=2), conv(12, 8), nn.Conv2d(8, 2, 1))
+
+
+def shuffle_units():
+    return nn.Sequential(conv(3, 12), ShuffleUnit(), ShuffleUnit(), nn.Conv2d(12, 2, 1))
+
+
+def shuffled_up():
+    up = [nn.ConvTranspose2d(12, 16, 2, 2, groups=2), nn.ReLU(), nn.ChannelShuffle(2), nn.ConvTranspose2d(16, 12, 3, groups=2), nn.ReLU()]
+    return nn.Sequential(conv(3, 12), *up, nn.Conv2d(12, 2, 1))
+
+
+class Gainless(nn.Module):
+    """Norms over groups that have no gain, one of two widths side by side."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(12, 8, 3, padding=1)
+        self.joined, self.norm, self.head = nn.GroupNorm(6, 12, affine=False), nn.GroupNorm(8, 8, affine=False), nn.Conv2d(8, 2, 1)
+
+    def forward(self, x):
+        return self.head(self.norm(self.c(self.joined(torch.cat([self.a(x), self.b(x)], 1)).relu())).relu())
+
+
+def gainless_of_instances():
+    layers = [nn.ConvTranspose2d(3, 8, 3), nn.InstanceNorm2d(8), nn.SiLU(), nn.ConvTranspose2d(8, 12, 3), nn.BatchNorm2d(12, affine=False)]
+    return nn.Sequential(*layers, nn.ReLU(), nn.InstanceNorm2d(12, track_running_stats=True), nn.Conv2d(12, 2, 1))
+
+
+def padded(*modes):
+    layers = [
+        [nn.Conv2d(8 if i else 3, 8, 3, padding=(1, 2), padding_mode=mode), nn.BatchNorm2d(8), nn.ReLU()] for i, mode in enumerate(modes)
+    ]
+    return nn.Sequential(*[layer for three in layers for layer in three], nn.Conv2d(8, 2, 1))
+
+
+class Wrapped(nn.Module):
+    """A border written by hand into memory that has no values yet."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.head = nn.ConvTranspose2d(3, 8, 3), nn.Conv2d(8, 6, 3), nn.Conv2d(6, 2, 1)
+
+    def forward(self, x):
+        x = self.first(x).relu()
+        wide = x.new_empty(*x.shape[:2], x.shape[2] + 2, x.shape[3])
+        wide[:, :, 1:-1] = x
+        wide[:, :, 0] = x[:, :, -1]
+        wide[:, :, -1] = 0.5
+        return self.head(self.second(wide).relu())
+
+
 NETS = {
     "norms of a class of their own": (own_norms, IMAGE),
     "layers of a class of their own": (own_layers, IMAGE),
@@ -154,6 +227,14 @@ NETS = {
     "weight norm": (Normed, WORDS),
     "volume": (Volume, torch.randn(1, 3, 4, 4, 4)),
     "experts": (Experts, WORDS),
+    "shuffle": (shuffled, IMAGE),
+    "shuffle units": (shuffle_units, IMAGE),
+    "shuffle, transposed": (shuffled_up, IMAGE),
+    "groups without gain": (Gainless, IMAGE),
+    "instances without gain": (gainless_of_instances, IMAGE),
+    "circular": (lambda: padded("circular", "circular", "circular"), IMAGE),
+    "other borders": (lambda: padded("reflect", "replicate", "circular"), IMAGE),
+    "border by hand": (Wrapped, IMAGE),
 }
 
 
@@ -166,7 +247,7 @@ def by_units(monkeypatch):
 def shaken(model):
     """Norms that are not the identity, so that a channel that is cut would be missed."""
     for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.affine:
             for t, low, high in ((module.weight, 0.5, 1), (module.bias, -1, 1), (module.running_mean, -1, 1), (module.running_var, 0.5, 2)):
                 nn.init.uniform_(t, low, high)
     return model
@@ -226,7 +307,7 @@ def test_a_budget_is_met_and_everything_else_works_too(name, tmp_path):
     assert dampr.expand(loaded).state_dict().keys() == large.state_dict().keys()
 
 
-@pytest.mark.parametrize("name", ["densenet", "attention", "bare"])
+@pytest.mark.parametrize("name", ["densenet", "attention", "bare", "shuffle", "shuffle units", "groups without gain", "circular"])
 def test_a_plan_trains_compacts_and_keeps_the_optimizer(name):
     model, x, y, _ = converted(name)
     plan = dampr.Plan(model, x, macs=0.6, steps=40)
@@ -267,6 +348,25 @@ def test_gates_keep_parameters_and_their_names_and_learn():
     close_some(model)
     again.load_state_dict(model.state_dict())
     assert torch.equal(again.eval()(IMAGE), model.eval()(IMAGE))
+
+
+def test_every_group_of_a_convolution_around_a_shuffle_loses_as_many_channels():
+    model, x, _, _ = converted("shuffle")
+    close_some(model)
+    small = dampr.compact(model, example_inputs=x)
+    assert small[1][0].groups == small[3][0].groups == 2
+    assert small[1][0].out_channels < 16
+    assert small[3][0].in_channels == small[1][0].out_channels
+    assert dampr.expand(small)[1][0].out_channels == 16
+
+
+def test_a_norm_without_gain_that_norms_two_widths_is_left_alone():
+    model = Gainless()
+    model.joined, model.norm = nn.GroupNorm(2, 12, affine=False), nn.GroupNorm(2, 12, affine=False)
+    model.c, model.head = nn.Conv2d(12, 12, 3, padding=1), nn.Conv2d(12, 2, 1)
+    model.norm = model.joined
+    with pytest.raises(dampr.prune.ConversionError, match="computes something else"):
+        dampr.convert(model, example_inputs=IMAGE)
 
 
 def test_include_and_exclude_are_of_the_layers_that_write():

@@ -28,6 +28,7 @@ def trace_units(
     training: Iterable[bool] = (False, True),
     more_inputs: Iterable[Any] = (),
     fake: bool | None = None,
+    within: Iterable[str] = (),
 ) -> Units:
     """The units of a model's parameters and buffers, and which of them may be cut.
 
@@ -40,6 +41,7 @@ def trace_units(
         training: the modes to run it in. What only training reaches is traced too, so that nothing is cut that a branch of training reads.
         more_inputs: further example inputs, for models that take another path on these; all paths are united.
         fake: True: on meta tensors or not at all; False: on real ones.
+        within: the weights of convolutions in groups, by name, of which every group loses the same channels; of others whole groups go.
 
     Returns: a :class:`Units`. Its ``failed`` says of a mode other than the first why the model does not run in it.
 
@@ -49,7 +51,7 @@ def trace_units(
     samples = [example_inputs, *more_inputs]
     for sample in samples:
         inputs.check(sample)
-    ledger, failed = Ledger.of(model), dict[bool, str]()
+    ledger, failed = Ledger.of(model, within), dict[bool, str]()
     for mode in modes:
         mark = ledger.checkpoint()
         try:

@@ -122,17 +122,19 @@ def _convolution(call: Call) -> Axes:
     batch, channels = _image_axes(call, tensor)
     if call.of(tensor) is None and not call.even(tensor, {1}):
         call.ledger.fix(read, call.why("constants", "it reads constants"))
-    marks = call.of(weight)
+    marks, within = call.of(weight), groups > 1 and _within(call, weight)
     if marks is not None and marks.weight:
         call.probe(tensor, channels, 1)
-        columns = [units.numpy() for units in read] if groups == 1 or transposed else []
+        columns = [units.numpy() for units in read] if groups == 1 or transposed or within else []
         call.ledger.read += columns
         call.ledger.columns += columns
-        call.ledger.written += [units.numpy() for units in made] if groups == 1 or not transposed else []
-    of_sides = [*read, *made] if groups == 1 else read if transposed else made
+        call.ledger.written += [units.numpy() for units in made] if groups == 1 or not transposed or within else []
+    of_sides = [*read, *made] if groups == 1 or within else read if transposed else made
     call.count((tensor if transposed else call.out)[:, 0].numel() * weight.numel(), of_sides)
     if groups == 1:
         _read_all(call, tensor, channels, read)
+    elif within:
+        made = _read_within_groups(call, tensor, channels, read, made, groups, transposed)
     else:
         made = _read_in_groups(call, tensor, channels, read, made, groups, transposed)
     axes = moving([along(units, 1, rank) for units in made])
@@ -179,6 +181,32 @@ def _read_all(call: Call, tensor: Tensor, channels: Axes, read: Axes) -> None:
     for axis in call.ledger.meet(list(tensor.shape), operands, call):
         if varying(axis) - {1}:
             call.ledger.unite(axis, first_along(axis, varying(axis) - {1}), call)
+
+
+def _within(call: Call, weight: Tensor) -> bool:
+    """Whether each group of a convolution loses the same channels; notes the weights that may."""
+    name = call.tracer.name_of(weight)
+    if name is not None and weight.shape[1] > 1:
+        call.ledger.in_groups.add(name)
+    return name in call.ledger.within
+
+
+def _read_within_groups(call: Call, tensor: Tensor, channels: Axes, read: Axes, made: Axes, groups: int, transposed: bool) -> Axes:
+    """Channels in the same place of every group are one unit, where they are read and where they are written. Returns the lines written."""
+    ledger, width, rank = call.ledger, tensor.shape[1], tensor.dim()
+    first, last = (read, made) if transposed else (made, read)  # of the dimension over all groups, and of that within one
+    for units in first:
+        rows = units.reshape(groups, -1)
+        ledger.unite(rows, rows[:1], call)
+    lines = read if transposed else [units.repeat(groups) for units in last]
+    for units in lines:
+        for axis in channels:
+            ledger.unite(along(units, 1, rank), axis.expand([axis.shape[0], width, *axis.shape[2:]]), call)
+        if not channels:
+            ledger.fix(units, call.why("constants", "its groups read data that has no channels of its own"))
+    for axis in channels if not lines else ():
+        ledger.fix(axis, call.why("mixed", "it lies within a group of a convolution"))
+    return [units.repeat(groups) for units in made] if transposed else made
 
 
 def _read_in_groups(call: Call, tensor: Tensor, channels: Axes, read: Axes, made: Axes, groups: int, transposed: bool) -> Axes:

@@ -96,6 +96,9 @@ class Ledger:
             factor that also reads these units, for zeros there count as if they were not there.
         summed: units of activations that are added up by no weight (a sum over channels, a product of two activations).
         products: every product that a FLOP counter counts.
+        within: weights of convolutions in groups, by name, of which every group loses as many channels and none goes as a whole.
+        in_groups: the weights of convolutions in groups of several channels.
+        normed: of every norm over groups of channels, or with each for itself, the name of its module, the units of all, how many groups.
     """
 
     origin: dict[str, list[tuple[int, int, int]]] = field(default_factory=dict)
@@ -114,12 +117,15 @@ class Ledger:
     columns: list[Ints] = field(default_factory=list)
     summed: list[Ints] = field(default_factory=list)
     products: list[Product] = field(default_factory=list)
+    normed: list[tuple[str, Ints, int]] = field(default_factory=list)
+    within: frozenset[str] = frozenset()
+    in_groups: set[str] = field(default_factory=set)
     count: int = 1
 
     @classmethod
-    def of(cls, model: nn.Module) -> Ledger:
+    def of(cls, model: nn.Module, within: Iterable[str] = ()) -> Ledger:
         """Fresh units for every parameter and buffer of ``model``."""
-        ledger = cls()
+        ledger = cls(within=frozenset(within))
         named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
         for name, tensor in named:
             if id(tensor) in ledger.known:
@@ -154,7 +160,7 @@ class Ledger:
 
     def _parts(self) -> list[list[Any]]:
         own = self.unions, self.blocks, self.fixed, self.statistics, self.splits, self.read, self.written
-        return [*own, self.normalised, self.numbers, self.columns, self.summed, self.products]
+        return [*own, self.normalised, self.numbers, self.columns, self.summed, self.products, self.normed]
 
     # what rules say ---------------------------------------------------------------------------------------------------------------------
     def unite(self, a: Tensor, b: Tensor, call: Where) -> None:

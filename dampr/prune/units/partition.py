@@ -48,6 +48,7 @@ class Units:
         columns: the units of the contracted dimensions of weights.
         summed: the units that are added up by no weight.
         products: the products of the first example inputs in evaluation, where that was traced.
+        normed, within, in_groups: as in the ledger.
     """
 
     label: Ints
@@ -67,6 +68,9 @@ class Units:
     columns: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
     summed: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
     products: list[Product] = field(default_factory=list)
+    normed: list[tuple[str, Ints, int]] = field(default_factory=list)
+    within: frozenset[str] = frozenset()
+    in_groups: set[str] = field(default_factory=set)
 
     @functools.cached_property
     def members(self) -> dict[int, list[Member]]:
@@ -166,6 +170,9 @@ def solve(ledger: Ledger, modes: tuple[bool, ...] = (False,), failed: dict[bool,
         columns=columns,
         summed=_united(ledger.summed),
         products=ledger.products,
+        normed=ledger.normed,
+        within=ledger.within,
+        in_groups=ledger.in_groups,
     )
 
 

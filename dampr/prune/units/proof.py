@@ -38,17 +38,21 @@ def cut(model: nn.Module, units: Units, classes: Iterable[int], sizes: Iterable[
             left = left.index_select(dim, torch.from_numpy(keep).to(left.device))
         parameter = isinstance(old[name], nn.Parameter)
         new[id(old[name])] = nn.Parameter(left, requires_grad=old[name].requires_grad) if parameter else left
-    follow_all(model, substitute(model, new))
+    follow_all(model, substitute(model, new), units.within)
     follow(model, sizes)
     return model
 
 
-def follow_all(model: nn.Module, changed: Collection[nn.Module]) -> None:
-    """:func:`follow_parameters` of the modules of ``model`` that have ``changed``, and of those whose weights are computed."""
+def follow_all(model: nn.Module, changed: Collection[nn.Module], within: Iterable[str] = ()) -> None:
+    """:func:`follow_parameters` of the modules of ``model`` that have ``changed``, and of those whose weights are computed.
+
+    ``within``: the weights of convolutions that keep the number of their groups.
+    """
+    owners = {model.get_submodule(name.rpartition(".")[0]) for name in within}
     with at_rest(model):
         for module in model.modules():
             if module in changed or parametrize.is_parametrized(module):
-                follow_parameters(module)
+                follow_parameters(module, module in owners)
 
 
 def substitute(model: nn.Module, new: Mapping[int, Tensor]) -> set[nn.Module]:
@@ -63,7 +67,7 @@ def substitute(model: nn.Module, new: Mapping[int, Tensor]) -> set[nn.Module]:
     return changed
 
 
-def follow_parameters(module: Any) -> None:
+def follow_parameters(module: Any, keeps_groups: bool = False) -> None:
     """Set the sizes that a module of torch.nn keeps to those of its parameters."""
     weight = getattr(module, "weight", None)
     if weight is None:
@@ -81,7 +85,7 @@ def follow_parameters(module: Any) -> None:
         return
     if isinstance(module, nn.modules.conv._ConvNd):
         into, out = (0, 1) if module.transposed else (1, 0)
-        if module.groups > 1:
+        if module.groups > 1 and not keeps_groups:
             module.groups = weight.shape[0] * module.groups // (module.in_channels if module.transposed else module.out_channels)
         sizes = {into: "in_channels", out: "out_channels"}
         for dim, name in sizes.items():
@@ -152,7 +156,7 @@ def retrace(
 def differs(model: nn.Module, units: Units, samples: list[Any], classes: list[int], sizes: Iterable[Size] = ()) -> Differs | None:
     """What a copy of ``model`` without these classes does that the whole does not, by a trace of it; None where nothing differs."""
     small = cut(inputs.twin(model), units, classes, sizes)
-    ledger = Ledger.of(small)
+    ledger = Ledger.of(small, units.within)
     try:
         for mode in units.modes:
             for sample in samples:
@@ -208,7 +212,7 @@ def probe(masked: nn.Module, units: Units, classes: Iterable[int], example_input
     """
     gone = np.zeros(len(units.label), bool)
     gone[list(classes)] = True
-    ledger = Ledger.of(masked)
+    ledger = Ledger.of(masked, units.within)
     alive: dict[int, tuple[float, float]] = {}
     tracer.run(ledger, masked, example_inputs, training=False, fake=False, closed=torch.from_numpy(gone[units.label]), alive=alive)
     found: dict[int, str] = {}

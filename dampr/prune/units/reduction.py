@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import rules
 from .axes import Axes, along, first_along, narrow, varying
-from .ledger import Marks
+from .ledger import Marks, line
 
 if TYPE_CHECKING:
     from .call import Call, Rule
@@ -37,6 +37,7 @@ def _batch_norm(call: Call) -> tuple[Axes, ...]:
     running = any(isinstance(a, Tensor) and a.dim() == 1 for a in call.args[3:5])
     if training or not running:
         call.ledger.reduce(call.axes(tensor), set(range(tensor.dim())) - {1}, True, "statistic", call)
+    call.ledger.normed += [(call.tracer.module_name(), line(axis), axis.shape[1]) for axis in call.axes(tensor) if varying(axis) == {1}]
     others = [a for a in call.args[1:5] if isinstance(a, Tensor)]
     return (_per_channel(call, tensor, others, call.axes(tensor)), *([[]] * (len(call.out) - 1)))
 
@@ -63,6 +64,7 @@ def _group_norm(call: Call) -> Axes | tuple[Axes, ...]:
             call.ledger.statistic(axis, call.why("statistic", "a statistic is computed over its channels"))
         else:
             split = axis.reshape([axis.shape[0], groups, -1, *axis.shape[2:]])
+            call.ledger.normed.append((call.tracer.module_name(), line(axis), groups))
             call.ledger.unite(split, first_along(split, set(range(split.dim())) - {1}), call)
     gains = [a for a in (call.arg("weight"), call.arg("bias")) if isinstance(a, Tensor)]
     met = _per_channel(call, tensor, gains, call.axes(tensor))
@@ -132,10 +134,10 @@ def _spatial(dims: int) -> Callable[[Call], Axes | tuple[Axes, ...]]:
             if varying(axis) & over and not varying(axis) - over:
                 call.ledger.fix(axis, call.why("mixed", "its channels are mixed"))
                 continue
-            line = first_along(axis, varying(axis) & over)
+            first = first_along(axis, varying(axis) & over)
             if varying(axis) & over:
-                call.ledger.unite(axis, line, call)
-            out.append(line)
+                call.ledger.unite(axis, first, call)
+            out.append(first)
         return out if isinstance(call.out, Tensor) else tuple(out for _ in call.out)
 
     return pool

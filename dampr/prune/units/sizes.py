@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -53,7 +54,33 @@ def followers(model: nn.Module, units: Units, classes: Iterable[int]) -> list[Si
             place = next(_matches(value, near, sizes, counts), None)
             if place is not None:
                 found.append(Size(name, attribute, *place, value, sizes[place]))
-    return found
+    return found + list(_of_norms(model, units, sizes))
+
+
+def _of_norms(model: nn.Module, units: Units, sizes: dict[tuple[str, int], int]) -> Iterator[Size]:
+    """What norms without a parameter of their own keep of their channels, and of groups of these.
+
+    None of one that norms several widths, which may lose different numbers of channels.
+    """
+    seen: dict[str, list[tuple[list[int], int]]] = {}
+    for name, line, groups in units.normed:
+        said = units.label[line].tolist(), groups
+        if said not in seen.setdefault(name, []):
+            seen[name].append(said)
+    places = {tuple(units.classes(*place)): place for place in reversed(sizes)}
+    for name, every in seen.items():
+        module, (labels, groups) = model.get_submodule(name), every[0]
+        if len(every) > 1 or any(True for _ in itertools.chain(module.parameters(recurse=False), module.buffers(recurse=False))):
+            continue
+        for attribute, value in vars(module).items():
+            if type(value) is not int or value < 2:
+                continue
+            of_all = labels[:value] * (
+                len(labels) // value
+            )  # instances are normed side by side, the channels of one after those of another
+            own = labels[:value] if of_all == labels else labels if value == groups else []
+            if (place := places.get(tuple(own))) is not None:
+                yield Size(name, attribute, *place, value, len(own))
 
 
 def _matches(

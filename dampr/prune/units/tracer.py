@@ -22,6 +22,7 @@ from .call import Call
 from .ledger import Ledger, Marks, Reason
 
 _UNIFORM = "zeros ones full new_zeros new_ones new_full zeros_like ones_like full_like"
+_EMPTY = "empty new_empty empty_strided new_empty_strided"
 _KEEPS_UNIFORM = (
     "view _unsafe_view expand select slice unbind unsqueeze squeeze permute transpose t clone _to_copy detach alias split cat stack repeat"
 )
@@ -136,6 +137,7 @@ class Tracer(TorchDispatchMode):
         self.closed: Tensor | None = None
         self.alive: dict[int, tuple[float, float]] = {}
         self.uniform: dict[int, tuple[Tensor, bool]] = {}
+        self._unwritten: set[int] = set()  # tensors without values yet, by their ids
         self._names = names
         self._stack: list[nn.Module] = []
         self._marks: dict[int, tuple[Tensor, Marks | None]] = {}
@@ -176,6 +178,11 @@ class Tracer(TorchDispatchMode):
     def owned(self, tensor: Tensor) -> bool:
         """Whether a tensor is a parameter or buffer with units, or stands in the place of one."""
         return self._twins.get(id(tensor), id(tensor)) in self.ledger.known
+
+    def name_of(self, tensor: Tensor) -> str | None:
+        """The name of a parameter or buffer with units, or of the one whose place a tensor is in."""
+        own = self._twins.get(id(tensor), id(tensor))
+        return self.ledger.known[own][1] if own in self.ledger.known else None
 
     def mark(self, tensor: Tensor, marks: Marks | None) -> None:
         """Remember a tensor, which stays alive so that its id stays its own."""
@@ -235,6 +242,10 @@ class Tracer(TorchDispatchMode):
         """What no parameter and no input takes part in: whether it is the same everywhere, and what it is a view of."""
         if func._schema.is_mutable:
             self._no_longer_uniform(args[0])
+            self._unwritten.discard(id(self._root(args[0])))
+        if name in _EMPTY.split():
+            self._unwritten.add(id(out))
+            self.mark(out, None)
         kept = given and name in _KEEPS_UNIFORM.split() and all(id(t) in self.uniform for t in given)
         if name in _UNIFORM.split() or (kept and not func._schema.is_mutable):
             zero = self.is_zero(given[0]) if kept else "zeros" in name
@@ -246,6 +257,12 @@ class Tracer(TorchDispatchMode):
     def is_zero(self, tensor: Tensor) -> bool:
         """Whether a tensor of constants is known to be zero everywhere."""
         return self.uniform.get(id(tensor), (tensor, False))[1]
+
+    def _root(self, tensor: Tensor) -> Tensor:
+        """What a tensor is a view of, or itself."""
+        while id(tensor) in self._views and self._views[id(tensor)][0] is not tensor:
+            tensor = self._views[id(tensor)][0]
+        return tensor
 
     def _no_longer_uniform(self, written: Any) -> None:
         while self.uniform.pop(id(written), None) is not None and id(written) in self._views:
@@ -271,6 +288,8 @@ class Tracer(TorchDispatchMode):
 
     def _write_through(self, child: Tensor, call: Call) -> None:
         """What is written in place into a view is in the base of the view too."""
+        first = id(self._root(child)) in self._unwritten
+        self._unwritten.discard(id(self._root(child)))
         while id(child) in self._views:
             base, func, args, kwargs = self._views[id(child)]
             axes = call.axes(child)
@@ -283,9 +302,23 @@ class Tracer(TorchDispatchMode):
                 self.ledger.fix(axes + old, call.why("mixed", "its channels are written in place into a view"))
                 return
             flat = torch.zeros(base.numel(), dtype=torch.int64) if not old else old[0].expand(base.shape).reshape(-1).clone()
+            if first:
+                flat.fill_(-1)
             flat[places.reshape(-1)] = axes[0].expand(child.shape).reshape(-1)
-            self.mark(base, Marks(moving([narrow(flat.reshape(base.shape))])))
+            self.mark(base, Marks(moving([narrow(_filled(flat.reshape(base.shape)))])))
             child = base
+
+
+def _filled(axis: Tensor) -> Tensor:
+    """An axis in which -1, what has no value yet, takes on what is the same all along a dimension; else 0.
+
+    Nothing can read what has no value, so it may as well belong to the unit that is written beside it.
+    """
+    for dim in range(axis.dim()):
+        most = axis.amax(dim, keepdim=True)
+        if bool(((axis == most) | (axis < 0)).all()):
+            axis = most.expand(axis.shape)
+    return axis.clamp(min=0)
 
 
 def _checked(name: str, axes: Axes, out: Tensor) -> Axes:
