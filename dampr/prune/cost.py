@@ -39,6 +39,9 @@ class Width(NamedTuple):
     weights: Mapping[int, float] = {}
 
 
+_Line = graph.Side | tuple[int, ...]  # channels in a row: a side of a layer, or their atoms
+
+
 class Site(NamedTuple):
     """What costs ``bilinear`` In Out + ``linear`` Out: a layer, or one weight of a recurrent layer. ``more``: further factors."""
 
@@ -160,12 +163,16 @@ def _unit_sites(structure: UnitStructure, counts: Counts, metric: str) -> Iterat
         key = name, tuple(line.tobytes() for line in factors)
         alike[key] = name, amount + alike.get(key, ("", 0))[1], factors
     for name, amount, factors in alike.values():
-        widths = [(Width(*counts.of(line)), len(line)) for line in factors]
-        narrow = [(width, size) for width, size in widths if width.weights]
-        scale = amount / math.prod(size for _, size in narrow)
-        first, second, *more = [width for width, _ in narrow] + [Width(1)] * (2 - len(narrow))
-        if narrow:
-            yield Site(name, first, second, scale, 0.0, tuple(more))
+        yield from _in_proportion(name, amount, [(Width(*counts.of(line)), len(line)) for line in factors])
+
+
+def _in_proportion(name: str, amount: int, widths: list[tuple[Width, int]]) -> Iterator[Site]:
+    """What costs ``amount`` with widths of these sizes, in proportion to what is left of each; nothing where none of them changes."""
+    narrow = [(width, size) for width, size in widths if width.weights]
+    scale = amount / math.prod(size for _, size in narrow)
+    first, second, *more = [width for width, _ in narrow] + [Width(1)] * (2 - len(narrow))
+    if narrow:
+        yield Site(name, first, second, scale, 0.0, tuple(more))
 
 
 class _Variables:
@@ -178,11 +185,13 @@ class _Variables:
 
     def __init__(self, structure: Structure, device: torch.device, folds: Mapping[nn.Module, set[int]]) -> None:
         self._structure = structure
-        counts: list[Counter[graph.Side]] = [Counter() for _ in structure.owners[True]]
-        for side, atoms in structure.atoms.items():
-            for atom in atoms:
+        counts: list[Counter[_Line]] = [Counter() for _ in structure.owners[True]]
+        self.products = structure.products()
+        lines: dict[_Line, Sequence[int]] = {line: line for *_, factors in self.products for line in factors}
+        for key, line in (lines | structure.atoms).items():
+            for atom in line:
                 if atom >= 0:
-                    counts[atom][side] += 1
+                    counts[atom][key] += 1
         closable = [{atom: list(sets) for atom, sets in enumerate(structure.owners[w]) if sets and all(sets)} for w in (True, False)]
         kinds: dict[frozenset[Any], int] = {}
         kind_of = {atom: kinds.setdefault(frozenset(counts[atom].items()), len(kinds)) for atom in sorted({*closable[0], *closable[1]})}
@@ -219,6 +228,7 @@ class _Variables:
         self._emptiable = _Emptiable([(place[last], [place[atom] for atom in side]) for last, side in structure.emptiable()], device)
         self.gates = {gate for found in closable for sets in found.values() for gates in sets for gate in gates}
         self.gates |= {first + i for first, rows, size in self._rows for i in range(rows * size)}
+        self.attentions = [attention.name for attention in structure.attentions]
         self.count = len(kinds) + len(self._rows) + len(folds)
         first_fold = self.count - len(folds)
         self.biases = {layer: Width(0, {first_fold + number: 1}) for number, layer in enumerate(folds)}
@@ -242,9 +252,22 @@ class _Variables:
         total = graph.channel_count(layer, writes)
         if atoms is None:
             return Width(total)
-        weights = {number: kind[layer, writes] for number, kind in enumerate(self._kinds) if (layer, writes) in kind}
+        return self.of((layer, writes), total)
+
+    def of(self, key: _Line, total: int) -> Width:
+        """Of so many channels, those of a side of a layer or of atoms in a row, how many are left."""
+        weights = {number: kind[key] for number, kind in enumerate(self._kinds) if key in kind}
         sizes = torch.bincount(self._kind_of, minlength=len(self._kinds)).tolist()
         return Width(total - sum(count * sizes[number] for number, count in weights.items()), weights)
+
+    def of_product(self, name: str, macs: int, factors: list[tuple[int, ...]]) -> Iterator[Site]:
+        """The site of a product, in proportion to what is left of its factors."""
+        yield from _in_proportion(name, macs, [(self.of(line, len(line)), len(line)) for line in factors])
+
+    def has_more(self, layer: nn.Module, factors: list[tuple[int, ...]]) -> bool:
+        """Whether a product of a layer depends on other channels than those that the layer reads and writes, as one over tokens does."""
+        own = [tuple(self._structure.atoms.get((layer, writes), [])) for writes in (True, False)]
+        return any(line not in own for line in factors)
 
     def units(self, layer: nn.Module, writes: bool) -> Width | None:
         """The same where it is the output of a recurrent layer whose units can be cut, or the heads of an attention; else None."""
@@ -307,20 +330,41 @@ class _Affine:
 
 
 def _macs(plain: nn.Module, variables: _Variables, example_inputs: Any) -> Iterator[Site]:
-    """The multiply-accumulates of linear, convolution and recurrent layers and of attentions."""
+    """The multiply-accumulates of linear, convolution and recurrent layers and of attentions, and of products beside them."""
     uses, projections = _uses(plain, example_inputs)
+    more = _products_apart(plain, variables)
+    for product in more.values():
+        for name, macs, factors in product:
+            yield from variables.of_product(name, macs, factors)
     for name, layer in plain.named_modules():
-        times = uses.get(layer, 0)
+        times = 0 if name in more else uses.get(layer, 0)
         if isinstance(layer, nn.MultiheadAttention):
             heads, projected = variables.heads(layer), projections[layer]
             yield Site(name, variables.width(layer, False), heads, projected / (layer.num_heads * layer.embed_dim))
             yield Site(name, Width(1), heads, (times - projected) / layer.num_heads)
         elif isinstance(layer, nn.RNNBase):
             yield from _recurrent_sites(name, layer, variables, times, biases=False)
-        elif graph.is_depthwise(layer):
+        elif graph.is_depthwise(layer) and times:
             yield Site(name, Width(1), variables.width(layer, True), times * layer.weight[0].numel())
         elif times:
             yield _weight_site(name, layer, variables, times)
+
+
+def _products_apart(plain: nn.Module, variables: _Variables) -> dict[str, list[tuple[str, int, list[tuple[int, ...]]]]]:
+    """The products, by module, of code beside the layers, and of layers that depend on more than they read and write."""
+    found: dict[str, list[tuple[str, int, list[tuple[int, ...]]]]] = defaultdict(list)
+    for product in variables.products:
+        found[product[0]].append(product)
+    whole = [f"{name}." for name in variables.attentions]
+    whole += [f"{name}." for name, layer in plain.named_modules() if isinstance(layer, (nn.RNNBase, nn.MultiheadAttention))]
+
+    def apart(name: str, own: list[tuple[str, int, list[tuple[int, ...]]]]) -> bool:
+        layer = plain.get_submodule(name)
+        if isinstance(layer, graph.GEMMS):
+            return any(variables.has_more(layer, factors) for *_, factors in own)
+        return not f"{name}.".startswith(tuple(whole))
+
+    return {name: own for name, own in found.items() if apart(name, own)}
 
 
 def _params(structure: Structure, variables: _Variables) -> Iterator[Site]:

@@ -8,7 +8,7 @@ from torch import nn
 
 from . import inputs
 from .units import Units
-from .units.proof import retrace
+from .units.proof import added, retrace
 
 
 def refused(
@@ -17,7 +17,8 @@ def refused(
     """Of these layers, by name, those that must not lose a channel that they write, and why.
 
     Left out is a layer that the example inputs do not reach in evaluation, one whose channels something reads that only training
-    reaches, and one whose width the code takes a number from. Forward hooks look on, and are not traced.
+    reaches, one whose width the code takes a number from, and one whose closed channels something adds up where they are not 0. Forward
+    hooks look on, and are not traced.
 
     Args:
         model, units: the model without gates, and its trace.
@@ -26,18 +27,35 @@ def refused(
     """
     found: dict[str, str] = {}
     free: dict[str, tuple[str, int]] = {}
+    written: dict[str, set[int]] = {}
     protected = units.in_training_alone()
     for name, layer in layers.items():
         reason = unreached(name, layer, units)
         side = None if name in whole else _written(name, layer)
         if reason is None and side is not None and side[0] in units.alias:
+            written[name] = set(units.classes(*side))
             reason = next((protected[c] for c in units.classes(*side) if c in protected), None)
             if reason is None and name not in known:
                 free[name] = side
         if reason is not None:
             found[name] = reason
     with inputs.without_hooks(model):
-        return found | _followed(model, units, free, example_inputs)
+        left = {name: classes for name, classes in written.items() if name not in found}
+        return found | _followed(model, units, free, example_inputs) | _added(model, units, left, example_inputs)
+
+
+def _added(model: nn.Module, units: Units, written: dict[str, set[int]], example_inputs: Any) -> dict[str, str]:
+    """Layers whose closed channels would still count where activations are added up or multiplied with each other, as behind an exp."""
+    summed = set(units.label[units.summed].tolist())
+    classes = {one for own in written.values() for one in own if one in summed}
+    if not classes:
+        return {}
+    try:
+        found = added(model, units, classes, example_inputs)
+    except Exception:  # a model that cannot be copied, or that needs some of its values
+        return {}
+    reason = "its closed channels would not be 0 where activations are added up or multiplied with each other"
+    return {name: reason for name, own in written.items() if not own.isdisjoint(found)}
 
 
 def _written(name: str, layer: nn.Module) -> tuple[str, int] | None:

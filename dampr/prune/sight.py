@@ -39,17 +39,27 @@ class Sight:
         tied = next((m.name for one in classes for m in units.members[one] if m.name in self.tied), None)
         if tied is not None:
             return f"several modules have {tied!r}, which has its width"
-        places = {(m.name, m.dim) for one in classes for m in units.members[one]}
-        code = next((size for size in placement.read if (units.alias[size.parameter], size.dim) in places), None)
-        if code is not None:
-            return f"something beside its layers has that width ({f'{code.module}.{code.attribute}'.lstrip('.')})"
+        if (counted := self._counted(classes)) is not None:
+            return counted
         if len(classes) < len(written):
             return f"its {len(written)} channels can only go in {len(classes)} sets, as heads do, which have no gates in layers"
         return ""
 
     def why_not_read(self, layer: nn.Module, name: str) -> str | None:
         """Why what a layer reads cannot be cut, though its trace says that it could; None where it can, or its trace says so already."""
-        return self._refused(self.units.classes(f"{name}.weight".lstrip("."), int(not isinstance(layer, nn.Embedding))))
+        weight, dim = f"{name}.weight".lstrip("."), int(not isinstance(layer, nn.Embedding))
+        classes = set(self.units.classes(weight, dim))
+        if self.units.is_row(weight, dim):
+            return "other code reads its weight too, so gates on its inputs would not reach that"
+        if not classes.isdisjoint(self.units.label[self.units.summed].tolist()):
+            return "a sum reads what it reads too, and no weight is in that"
+        return self._refused(classes) or self._counted(classes)
+
+    def _counted(self, classes: set[int]) -> str | None:
+        """What code beside the layers keeps of a width and needs."""
+        places = {(m.name, m.dim) for one in classes for m in self.units.members[one]}
+        code = next((size for size in self.placement.read if (self.units.alias[size.parameter], size.dim) in places), None)
+        return None if code is None else f"something beside its layers has that width ({f'{code.module}.{code.attribute}'.lstrip('.')})"
 
     def _refused(self, classes: Iterable[int]) -> str | None:
         return next((self.placement.refused[one] for one in classes if one in self.placement.refused), None)

@@ -44,11 +44,12 @@ class Structure(GateVector[GatedLayer]):
         self.notes: dict[str, str] = {}
         self.units: dict[nn.Module, list[nn.Module]] = {}
         self.atoms: dict[Side, list[int]] = {}
-        self._classes: dict[int, int] = {}
+        self._atom_of: dict[int, int] = {}
         with at_rest(model):
             self.plain = self._plain_copy(model, example_inputs)
         self.names = {module: name for name, module in self.plain.named_modules()}
         widths = graph.Widths(self.plain, example_inputs)
+        self._units = widths.units
         self._find_atoms(widths)
         self._add_heads()
         self._add_streams(widths)
@@ -64,10 +65,19 @@ class Structure(GateVector[GatedLayer]):
         """The sides that gates can close altogether, as sets of atoms, each after the atom that stays then: that of the lowest class."""
         closable = {a for owners in self.owners.values() for a, sets in enumerate(owners) if sets and all(sets)}
         sides = dict.fromkeys(frozenset(atoms) for atoms in self.atoms.values())
-        return [(min(side, key=self._rank), side) for side in sides if side and closable.issuperset(side)]
+        classes = {atom: one for one, atom in self._atom_of.items()}
+        last = max(classes.values(), default=0)
+        return [
+            (min(side, key=lambda atom: classes.get(atom, last + atom + 1)), side) for side in sides if side and closable.issuperset(side)
+        ]
 
-    def _rank(self, atom: int) -> tuple[bool, int]:
-        return (atom not in self._classes, self._classes.get(atom, atom))
+    def products(self) -> list[tuple[str, int, list[tuple[int, ...]]]]:
+        """Of every product its module, its multiply-accumulates, and for each factor with atoms these in order, -1 for what stays."""
+        found = []
+        for product in self._units.products:
+            lines = [tuple(self._atom_of.get(one, -1) for one in self._units.label[line].tolist()) for line in product.factors]
+            found.append((product.module, product.macs, [line for line in lines if max(line, default=-1) >= 0]))
+        return found
 
     def branch_gates(self) -> list[str]:
         """The layers whose gate opens or closes a whole residual branch, by name."""
@@ -102,7 +112,7 @@ class Structure(GateVector[GatedLayer]):
     def _find_atoms(self, widths: graph.Widths) -> None:
         anchors = self._anchors(widths)
         members: set[Side] = set()
-        atoms: dict[int, int] = {}  # by class
+        atoms = self._atom_of
         for layer, writes in anchors:
             if -1 not in self.atoms.get((layer, writes), [-1]):  # of what several layers write side by side only a part may be known
                 continue
@@ -119,7 +129,6 @@ class Structure(GateVector[GatedLayer]):
                     own[channel] = atoms.setdefault(one, len(atoms))
             members |= {member.side for member in sides if not member.passes}
         count = len(atoms)
-        self._classes = {atom: one for one, atom in atoms.items()}
         self.owners = {writes: [set[frozenset[int]]() for _ in range(count)] for writes in (True, False)}
         for side in members:
             for channel, atom in enumerate(self.atoms[side]):
@@ -169,6 +178,7 @@ class Structure(GateVector[GatedLayer]):
             self.streams.append((stream, start))
             first = self._new_atoms(start, stream.width)
             self.atoms |= {side: list(range(first, first + stream.width)) for side in stream.sides()}
+            self._atom_of |= {one: first + i for i, one in enumerate(widths.classes(stream.norms[0], True))}
         self.notes |= {self.names[norm]: why[norm] for norm in starts if norm in why}
 
     def _new_atoms(self, start: int, count: int) -> int:

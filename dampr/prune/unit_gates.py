@@ -25,7 +25,7 @@ from .units.groups import Group, groups, readable
 from .units.proof import cut, differs, half, substitute
 from .units.sizes import Size, followers
 
-UNSAID = "include or exclude leaves it out, or a sum reads it that no weight is in"
+UNSAID = "include or exclude leaves it out, or it is alone in its width"
 _SCALES = (10.0, 100.0)  # of the example inputs on which masked and cut models are compared too
 
 
@@ -307,8 +307,21 @@ def left_out(model: nn.Module, units: Units, placement: Placement) -> dict[str, 
         elif written and all(gated.isdisjoint(classes) for classes in written):
             reasons = [placement.refused.get(one) or units.reason(one) for one in written[0]]
             known = next((reason for reason in reasons if reason is not None), None)
-            found[path] = str(known or UNSAID)
+            found[path] = str(known or _unreadable(model, units, written[0]) or UNSAID)
     return found
+
+
+def _unreadable(model: nn.Module, units: Units, classes: list[int]) -> str | None:
+    """What reads free classes so that no gate on a parameter could close them."""
+    summed, columns = set(units.label[units.summed].tolist()), np.zeros(len(units.label), bool)
+    columns[units.columns] = True
+    if not summed.isdisjoint(classes):
+        return "a sum reads it that no weight is in"
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, dim, indices in (m for one in classes for m in units.members[one]):
+        if columns[units.first_unit(name, dim) + indices].any() and (name not in parameters or _owner(model, name) is None):
+            return f"{name!r} reads it, which can have no gates"
+    return None
 
 
 def _is_written(units: Units, first: int, size: int) -> bool:

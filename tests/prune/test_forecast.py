@@ -107,6 +107,53 @@ def test_a_width_whose_gates_are_all_closed_counts_as_the_channel_that_stays(fir
     check(model, x)
 
 
+class Neighbours(nn.Module):
+    """A graph network: code beside the layers multiplies what they write by a matrix of neighbours."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("near", torch.softmax(torch.randn(6, 6), -1))
+        self.a, self.b, self.head = nn.Linear(5, 10), nn.Linear(10, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head((self.near @ self.b((self.near @ self.a(x)).relu())).relu().mean(1))
+
+
+class OverTokens(nn.Module):
+    """A layer over tokens, which costs as much as there are channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.tokens, self.b, self.head = nn.Linear(5, 12), nn.Linear(6, 6), nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        u, v = nn.functional.gelu(self.a(x)).chunk(2, -1)
+        return self.head(self.b(u * self.tokens(v.transpose(1, 2)).transpose(1, 2)).relu())
+
+
+class Scores(nn.Module):
+    """Products of activations: a matrix of likenesses of what a layer writes."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(5, 12), nn.Linear(12, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        h = self.a(x).relu()
+        return self.head((h @ h.transpose(1, 2) @ self.b(h)).relu())
+
+
+@pytest.mark.parametrize("granularity", ["output", "input"])
+@pytest.mark.parametrize("net", [Neighbours, OverTokens, Scores])
+def test_products_that_depend_on_more_than_a_layer_reads_and_writes_are_counted(net, granularity):
+    x = torch.randn(2, 6, 5, dtype=torch.float64)
+    model = dampr.convert(net().double(), x, granularity=granularity)
+    assert granularity == "output" or net is not Scores or set(gated_layers(model)) == {"a", "head"}
+    for _ in range(3):
+        close_half(model)
+        check(model, x)
+
+
 class Function(nn.Module):
     def __init__(self, function):
         super().__init__()

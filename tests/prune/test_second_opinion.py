@@ -97,6 +97,88 @@ def test_the_reason_names_the_operator_the_module_and_the_line(between):
     assert ("LocalResponseNorm 'between" in model.dampr_skipped["first"]) == isinstance(between, nn.Module)
 
 
+class Added(nn.Module):
+    """A product of activations over the channels of ``first``, beside a layer that reads them."""
+
+    def __init__(self, act, add):
+        super().__init__()
+        self.first, self.second, self.third, self.head = nn.Linear(6, 10), nn.Linear(10, 8), nn.Linear(8, 9), nn.Linear(9, 3)
+        self.act, self.add = act, add
+
+    def forward(self, x):
+        h = self.act(self.first(x))
+        return self.head(self.third((self.second(h) * self.add(h)).relu()).relu())
+
+
+SUMS = {
+    "sum": lambda h: h.sum(-1, keepdim=True),
+    "product": lambda h: (h[:, None] @ h[:, :, None])[:, 0],
+    "einsum": lambda h: torch.einsum("bi,bi->b", h, h.flip(0))[:, None],
+    "norm": lambda h: h.norm(dim=-1, keepdim=True),
+    "cosine": lambda h: F.cosine_similarity(h, h.roll(1, 0))[:, None],
+    "distance": lambda h: torch.cdist(h, h[:1]),
+}
+
+
+@pytest.mark.parametrize("add", SUMS.values(), ids=SUMS)
+@pytest.mark.parametrize("act", [torch.sigmoid, torch.exp, torch.relu, torch.tanh])
+def test_what_is_not_0_when_it_is_closed_and_is_added_up_by_no_weight_gets_no_gates(act, add):
+    """A closed channel of an exp is 1, which a sum over channels would miss; one of a ReLU is 0, and may go."""
+    x = torch.randn(5, 6, dtype=torch.float64)
+    model = dampr.convert(Added(act, add).double(), x)
+    assert ("first" in gated_layers(model)) == (act in (torch.relu, torch.tanh))
+    if act in (torch.sigmoid, torch.exp):
+        assert "added up or multiplied with each other" in model.dampr_skipped["first"]
+    y = close(model).eval()(x)
+    small = dampr.compact(model, x)
+    assert small.third.out_features == 5
+    torch.testing.assert_close(small(x), y, rtol=1e-9, atol=1e-9)
+
+
+class Kernel(nn.Module):
+    """Attention without a softmax, as products of features that are not 0 where what is under them is."""
+
+    def __init__(self, feature):
+        super().__init__()
+        self.q, self.k, self.v, self.o, self.feature = nn.Linear(6, 8), nn.Linear(6, 8), nn.Linear(6, 10), nn.Linear(10, 3), feature
+
+    def forward(self, x):
+        q, k = self.feature(self.q(x)), self.feature(self.k(x))
+        return self.o(q @ (k.transpose(1, 2) @ self.v(x)) / (q * k.sum(1, keepdim=True)).sum(-1, keepdim=True))
+
+
+def test_linear_attention_keeps_its_features_and_loses_its_values():
+    x = torch.randn(2, 5, 6, dtype=torch.float64)
+    model = dampr.convert(Kernel(lambda h: F.elu(h) + 1).double(), x)
+    assert "sum" in model.dampr_skipped["q"]
+    y = close(model).eval()(x)
+    small = dampr.compact(model, x)
+    assert (small.q.out_features, small.v.out_features) == (8, 5)
+    torch.testing.assert_close(small(x), y, rtol=1e-9, atol=1e-9)
+
+
+class Tied(nn.Module):
+    """An autoencoder whose decoder reads the weights of the encoder."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 10), nn.Linear(10, 8)
+        self.other = nn.Linear(8, 8)
+
+    def forward(self, x):
+        h = self.other(self.b(self.a(x).relu()).relu()).relu()
+        return F.linear(F.linear(h, self.b.weight.t()).relu(), self.a.weight.t())
+
+
+def test_input_gates_leave_out_weights_that_other_code_reads():
+    x = torch.randn(5, 6, dtype=torch.float64)
+    model = dampr.convert(Tied().double(), x, granularity="input")
+    assert set(gated_layers(model)) == {"other"}
+    assert model.dampr_skipped["b"].startswith("other code reads its weight too")
+    y = close(model).eval()(x)
+    torch.testing.assert_close(dampr.compact(model, x)(x), y, rtol=1e-9, atol=1e-9)
+
+
 class Auxiliary(nn.Module):
     """A head that training alone reaches, behind ``depth`` layers of its own."""
 

@@ -216,6 +216,32 @@ class Wrapped(nn.Module):
         return self.head(self.second(wide).relu())
 
 
+class Masked(nn.Conv2d):
+    """A convolution whose weight a buffer masks, as those of autoregressive models."""
+
+    def __init__(self, read, written):
+        super().__init__(read, written, 3, padding=1)
+        self.register_buffer("mask", torch.ones_like(self.weight))
+        self.mask[:, :, 1, 2:], self.mask[:, :, 2] = 0, 0
+
+    def forward(self, x):
+        return F.conv2d(x, self.mask * self.weight, self.bias, padding=1)
+
+
+class Merged(nn.Module):
+    """A weight that is made of several: added up, scaled, and divided by its norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.weight, self.gain = nn.Linear(12, 16), nn.Parameter(torch.randn(8, 16) * 0.3), nn.Parameter(torch.rand(16) + 0.5)
+        self.up, self.down = nn.Parameter(torch.randn(8, 4) * 0.3), nn.Parameter(torch.randn(4, 16) * 0.3)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x):
+        weight = self.weight * self.gain + 2 * (self.up @ self.down)
+        return self.head(F.linear(self.first(x).sigmoid(), weight / weight.norm(dim=1, keepdim=True).clamp(min=1e-6)).relu())
+
+
 NETS = {
     "norms of a class of their own": (own_norms, IMAGE),
     "layers of a class of their own": (own_layers, IMAGE),
@@ -227,6 +253,8 @@ NETS = {
     "weight norm": (Normed, WORDS),
     "volume": (Volume, torch.randn(1, 3, 4, 4, 4)),
     "experts": (Experts, WORDS),
+    "masked": (lambda: nn.Sequential(Masked(3, 8), nn.BatchNorm2d(8), nn.ReLU(), Masked(8, 10), nn.ReLU(), nn.Conv2d(10, 2, 1)), IMAGE),
+    "merged": (Merged, WORDS),
     "shuffle": (shuffled, IMAGE),
     "shuffle units": (shuffle_units, IMAGE),
     "shuffle, transposed": (shuffled_up, IMAGE),
@@ -367,6 +395,24 @@ def test_a_norm_without_gain_that_norms_two_widths_is_left_alone():
     model.norm = model.joined
     with pytest.raises(dampr.prune.ConversionError, match="computes something else"):
         dampr.convert(model, example_inputs=IMAGE)
+
+
+class Counted(nn.Module):
+    """One number for two widths, which lose different numbers of channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.width, self.a, self.b, self.c, self.head = 12, nn.Linear(6, 12), nn.Linear(12, 12), nn.Linear(12, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        h = self.a(x).relu().view(-1, 1, self.width).flatten(1)
+        return self.head(self.c(self.b(h).relu().reshape(-1, self.width)).relu())
+
+
+def test_widths_that_share_a_number_in_code_stay_as_they_are():
+    model = dampr.convert(Counted(), example_inputs=torch.randn(5, 6))
+    assert {name.partition(".")[0] for name in gated_layers(model)} == {"head"}
+    assert "something beside its layers has that width" in model.dampr_skipped["a"]
 
 
 def test_include_and_exclude_are_of_the_layers_that_write():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -106,19 +106,33 @@ class Call:
             self._place = self.name, self.tracer.module(), _user_line(sys._getframe(1))
         return Reason(kind, text, *self._place)
 
-    def probe(self, tensor: Tensor, axes: Axes, dim: int) -> None:
-        """Note the values that closed units have along ``dim`` where a weight or a sum reads them."""
+    def probe(self, tensor: Tensor, axes: Axes, dim: int, added: bool = False) -> None:
+        """Note the values that closed units have along ``dim`` where a weight or a sum (``added``) reads them."""
+        for unit, values in self._closed(tensor, axes, dim):
+            low, high = float(values.min()), float(values.max())
+            had = self.tracer.alive.get(unit, (low, high))
+            if low or high or had != (low, high):
+                self.tracer.alive[unit] = min(low, had[0]), max(high, had[1])
+                self.tracer.added.update([unit] if added else [])
+
+    def probe_pair(self, pair: list[tuple[Tensor, Axes, int]]) -> None:
+        """Note the closed units that add something to a product of two activations: (tensor, axes, contracted dimension) of each."""
+        if self.tracer.closed is None:
+            return
+        a, b = (tensor.movedim(dim, -1).flatten(0, -2).any(0) for tensor, _, dim in pair)
+        for tensor, axes, dim in pair:
+            there = (a & b).reshape([-1 if at == dim else 1 for at in range(tensor.dim())])
+            self.tracer.added.update(unit for unit, values in self._closed(there, axes, dim) if bool(values))
+
+    def _closed(self, tensor: Tensor, axes: Axes, dim: int) -> Iterator[tuple[int, Tensor]]:
+        """The closed units along ``dim``, with their values."""
         closed = self.tracer.closed
         for axis in axes if closed is not None else []:
             if closed is None or varying(axis) != {dim}:
                 continue
             ids = axis.reshape(-1)
             here = torch.nonzero((ids < len(closed)) & closed[ids.clamp(max=len(closed) - 1)]).reshape(-1)
-            for unit, values in zip(ids[here].tolist(), tensor.index_select(dim, here).unbind(dim), strict=True):
-                low, high = float(values.min()), float(values.max())
-                had = self.tracer.alive.get(unit, (low, high))
-                if low or high or had != (low, high):
-                    self.tracer.alive[unit] = min(low, had[0]), max(high, had[1])
+            yield from zip(ids[here].tolist(), tensor.index_select(dim, here).unbind(dim), strict=True)
 
 
 def _user_line(frame: FrameType | None) -> str:

@@ -26,6 +26,8 @@ def product(call: Call, a: Tensor, b: Tensor, letters: tuple[str, str], result: 
         if marks is not None and factor is None and not call.even(other, {others.index("k")}):
             lost = [axis for axis in marks.axes if axis.shape[own.index("k")] > 1]
             call.ledger.fix(lost, call.why("constants", "its channels meet constants that are no parameter and no buffer"))
+    if "k" in letters[0] and "k" in letters[1] and not any((m := call.of(t)) is None or m.weight for t in (a, b)):
+        call.probe_pair([(t, call.axes(t), own.index("k")) for t, own in ((a, letters[0]), (b, letters[1]))])
     order = result + "".join(sorted(set("".join(letters)) - set(result)))
     sizes = {letter: n for tensor, own in ((a, letters[0]), (b, letters[1])) for letter, n in zip(own, tensor.shape, strict=True)}
     operands = []

@@ -92,6 +92,7 @@ class Ledger:
         reached: name -> the modes (training or not) in which an operator read it.
         numbers: (operator, what it was given beside tensors) of every elementwise call, in order.
         columns: units of the contracted dimensions of weights themselves, also in ``read``.
+        beside: pairs of units of weights that are added up, or the like, before a product reads them: where one is a column both are.
         normalised: sums over weights alone, each the units of its factors in the same places, and the reason: harmless where gates are on a
             factor that also reads these units, for zeros there count as if they were not there.
         summed: units of activations that are added up by no weight (a sum over channels, a product of two activations).
@@ -118,6 +119,7 @@ class Ledger:
     summed: list[Ints] = field(default_factory=list)
     products: list[Product] = field(default_factory=list)
     normed: list[tuple[str, Ints, int]] = field(default_factory=list)
+    beside: list[Ints] = field(default_factory=list)
     within: frozenset[str] = frozenset()
     in_groups: set[str] = field(default_factory=set)
     count: int = 1
@@ -160,7 +162,7 @@ class Ledger:
 
     def _parts(self) -> list[list[Any]]:
         own = self.unions, self.blocks, self.fixed, self.statistics, self.splits, self.read, self.written
-        return [*own, self.normalised, self.numbers, self.columns, self.summed, self.products, self.normed]
+        return [*own, self.normalised, self.numbers, self.columns, self.summed, self.products, self.normed, self.beside]
 
     # what rules say ---------------------------------------------------------------------------------------------------------------------
     def unite(self, a: Tensor, b: Tensor, call: Where) -> None:
@@ -221,6 +223,11 @@ class Ledger:
             else:
                 self.fix([own, other], call.why("mixed", "two families of channels share part of a dimension"))
         return axis, rest
+
+    def lie_beside(self, operands: Sequence[Axes]) -> None:
+        """Elements of weights at one place make one element of a weight, which is 0 where all of them are."""
+        for i, axes in enumerate(operands):
+            self.beside += [_pairs(a, b) for other in operands[:i] for a in axes for b in other if varying(a) == varying(b)]
 
     def norm_of(self, factors: Iterable[Axes], dims: set[int], call: Where) -> None:
         """Weights alone are added up over ``dims``, each product of the elements of ``factors`` at one place."""

@@ -101,8 +101,15 @@ class Units:
 
     def is_column(self, name: str, dim: int) -> bool:
         """Whether a product sums over this dimension of a parameter."""
+        return self._some(name, dim, self.columns)
+
+    def is_row(self, name: str, dim: int) -> bool:
+        """Whether a product has this dimension of a parameter in its result."""
+        return self._some(name, dim, self.written)
+
+    def _some(self, name: str, dim: int, units: Ints) -> bool:
         found = [(first, size) for at, first, size in self.origin[self.alias[name]] if at == dim]
-        return any(bool(np.isin(np.arange(first, first + size), self.columns).any()) for first, size in found)
+        return any(bool(np.isin(np.arange(first, first + size), units).any()) for first, size in found)
 
     def why_not(self, name: str, dim: int) -> Reason | None:
         """Why an index of this dimension must not be cut, or only under conditions (:attr:`statistics`, :attr:`normalised`); else None.
@@ -141,7 +148,7 @@ def solve(ledger: Ledger, modes: tuple[bool, ...] = (False,), failed: dict[bool,
     labels.settle()
     label = labels.label
     fixed = _of_classes(label, [*ledger.fixed, *labels.conflicts(), *_unlabelled(ledger), *_left_alone(ledger, label)])
-    columns = _united(ledger.columns)
+    columns = _with_beside(_united(ledger.columns), _concatenated(ledger.beside))
     sums = [(lines[0], np.any([np.isin(units, columns) for units in lines], 0), why) for lines, why in ledger.normalised]
     statistics = _of_classes(label, [*ledger.statistics, *((units[~read], why) for units, read, why in sums)])
     normalised = _of_classes(label, [(units[read], why) for units, read, why in sums])
@@ -275,6 +282,15 @@ def _concatenated(parts: list[Ints]) -> Ints:
 def _united(parts: list[Ints]) -> Ints:
     units = np.unique(np.concatenate(parts)) if parts else np.zeros(0, np.int64)
     return units[units > 0]
+
+
+def _with_beside(columns: Ints, pairs: Ints) -> Ints:
+    """The columns, with those of weights that are added to weights that have them."""
+    count = -1
+    while len(columns) != count:
+        count = len(columns)
+        columns = _united([columns, pairs[:, np.isin(pairs, columns).any(0)].reshape(-1)])
+    return columns
 
 
 def _unlabelled(ledger: Ledger) -> list[tuple[Ints, Reason]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -106,12 +106,18 @@ def follow_parameters(module: Any, keeps_groups: bool = False) -> None:
 
 
 def half(units: Units, families: Sequence[Sequence[int]], seed: int = 0) -> list[int]:
-    """A random half of the classes of each family, but of every dimension at least one class stays."""
-    generator = random.Random(seed)
+    """A random half of the classes of each family, but of every dimension at least one class stays.
+
+    Of several families with as many classes one loses half, the next one less: what code keeps for all of them in one number is found so.
+    """
+    generator, before = random.Random(seed), Counter[int]()
     left = {(name, dim): len(set(units.classes(name, dim))) for name, dims in units.origin.items() for dim, _, _ in dims}
     chosen = []
     for family in families:
-        for one in generator.sample(list(family), len(family) // 2):
+        most = len(family) // 2
+        count = most - before[len(family)] % max(1, (most + 1) // 2)
+        before[len(family)] += 1
+        for one in generator.sample(list(family), count):
             places = {(member.name, member.dim) for member in units.members[one]}
             if all(left[place] > 1 for place in places):
                 chosen.append(one)
@@ -222,6 +228,23 @@ def probe(masked: nn.Module, units: Units, classes: Iterable[int], example_input
     return found
 
 
+def added(model: nn.Module, units: Units, classes: Iterable[int], example_inputs: Any) -> set[int]:
+    """Of these classes those that, closed where they are written, are not 0 where activations are added up or multiplied with each other.
+
+    No weight stands there that could leave them out, and no bias that could take them in. Raises what the model raises.
+    """
+    chosen = set(classes)
+    families = [[one for one in family if one in chosen] for family in units.families]
+    closed = half(units, [family for family in families if family])
+    gone = np.zeros(len(units.label), bool)
+    gone[closed] = True
+    masked = mask(inputs.copied(model), units, closed)
+    found: set[int] = set()
+    ledger = Ledger.of(masked, units.within)
+    tracer.run(ledger, masked, example_inputs, training=False, fake=False, closed=torch.from_numpy(gone[units.label]), added=found)
+    return {int(units.label[unit]) for unit in found}
+
+
 def mask(model: nn.Module, units: Units, classes: Iterable[int]) -> nn.Module:
     """Set to 0, in place, what writes these classes (what reads them, where nothing writes them); returns ``model``."""
     tensors = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
@@ -240,4 +263,4 @@ def mask(model: nn.Module, units: Units, classes: Iterable[int]) -> nn.Module:
     return model
 
 
-__all__ = ["Differs", "cut", "differs", "follow_all", "follow_parameters", "half", "mask", "probe", "retrace", "substitute"]
+__all__ = ["Differs", "added", "cut", "differs", "follow_all", "follow_parameters", "half", "mask", "probe", "retrace", "substitute"]

@@ -99,7 +99,7 @@ def _reduction(kind: str) -> Rule:
             call.ledger.norm_of([marks.axes], dims, call)
             how = "noted"
         if how == "sum" and len(dims) == 1:
-            call.probe(tensor, call.axes(tensor), min(dims))
+            call.probe(tensor, call.axes(tensor), min(dims), added=True)
         axes = call.ledger.reduce(call.axes(tensor), dims, keepdim, how, call)
         return axes if isinstance(call.out, Tensor) else tuple(axes for _ in call.out)
 

@@ -49,6 +49,16 @@ def operand(call: Call, tensor: Tensor) -> tuple[Marks, list[int]] | None:
     return None if marks is None else (marks, [size if stride else 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)])
 
 
+_FACTORS = ("mul", "div", "true_divide")  # 0 in one factor of a weight is 0 in the weight
+
+
+def _by_rank(call: Call) -> list[Tensor]:
+    """The weights that make one weight; last what its columns are to be those of: a parameter that a buffer masks, a numerator."""
+    last = [t for t in call.given if not call.tracer.owned(t) or isinstance(t, torch.nn.Parameter)]
+    last = last[::-1] if call.name in _FACTORS[1:] else last
+    return [t for t in call.given if not any(t is other for other in last)] + last
+
+
 def write(call: Call, tensors: Iterable[Any]) -> None:
     """Note that these parameters write the units that they have."""
     for tensor in tensors:
@@ -64,9 +74,12 @@ def write(call: Call, tensors: Iterable[Any]) -> None:
 def elementwise(call: Call) -> Axes:
     """Units that meet are one unit; constants have to be the same along the units."""
     ledger, shape = call.ledger, list(call.first.shape)
-    operands = list(filter(None, (operand(call, t) for t in call.given)))
-    if not all(marks.weight for marks, _ in operands):
+    weights = all(marks is None or marks.weight for marks in call.marks)
+    operands = list(filter(None, (operand(call, t) for t in (_by_rank(call) if weights else call.given))))
+    if not weights:
         write(call, call.given)
+    elif call.name not in _FACTORS:
+        ledger.lie_beside([[at_rank(axis, len(shape)) for axis in marks.axes] for marks, _ in operands])
     axes = ledger.meet(shape, operands, call)
     for tensor, marks in zip(call.given, call.marks, strict=True):
         if marks is None and tensor.dim() and (tensor.is_floating_point() or tensor.is_complex()):

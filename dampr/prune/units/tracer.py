@@ -37,16 +37,19 @@ def run(
     fake: bool,
     closed: Tensor | None = None,
     alive: dict[int, tuple[float, float]] | None = None,
+    added: set[int] | None = None,
     counts: bool = False,
 ) -> None:
     """Run ``model`` once, write what its operators say into ``ledger``, and leave the model as it was, whatever is raised.
 
     ``fake``: operators get meta tensors, which have shapes and no values, and compute nothing. ``closed``: which units are; ``alive`` gets
-    those that are not 0 where something reads them, each with its values' (least, largest). ``counts``: whether products are
-    noted. Raises what the model raises.
+    those that are not 0 where something reads them, each with its values' (least, largest); ``added`` those of them that no weight reads
+    there, which are added up as they are or multiplied with each other. ``counts``: whether products are noted. Raises what the model
+    raises.
     """
     tracer = Tracer(ledger, {module: name for name, module in model.named_modules()}, training)
     tracer.fake, tracer.closed, tracer.alive, tracer.counts = fake, closed, {} if alive is None else alive, counts
+    tracer.added = set() if added is None else added
     with ExitStack() as stack:
         stack.enter_context(as_it_was(model, parameters=training and not fake))
         stack.enter_context(_plain_operators())
@@ -127,7 +130,7 @@ class Tracer(TorchDispatchMode):
     """Calls the rule of every operator that reads something with units, and remembers which tensor has which axes.
 
     Attributes:
-        closed, alive, counts: as in :func:`run`.
+        closed, alive, added, counts: as in :func:`run`.
     """
 
     def __init__(self, ledger: Ledger, names: dict[nn.Module, str], training: bool) -> None:
@@ -136,6 +139,7 @@ class Tracer(TorchDispatchMode):
         self.fake = self.counts = False
         self.closed: Tensor | None = None
         self.alive: dict[int, tuple[float, float]] = {}
+        self.added: set[int] = set()
         self.uniform: dict[int, tuple[Tensor, bool]] = {}
         self._unwritten: set[int] = set()  # tensors without values yet, by their ids
         self._names = names
