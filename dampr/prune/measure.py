@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from dampr.gates import Gate
@@ -35,7 +37,7 @@ def count_macs(model: nn.Module, example_inputs: Any) -> int:
     """Multiply-accumulates of one evaluation pass over the example inputs, as ``torch.utils.flop_counter`` counts them (two FLOPs each).
 
     A gated layer counts as its dense counterpart does. Attention is counted in its parts: the counter knows none of its fused kernels on a
-    CPU, nor those of a whole encoder layer.
+    CPU, nor those of a whole encoder layer. An einsum that sums over one element, which torch multiplies without a product, counts as one.
     """
     with inputs.evaluating(model), inputs.frozen(model), torch.no_grad():
         return count_call(inputs.call, model, example_inputs)
@@ -43,13 +45,46 @@ def count_macs(model: nn.Module, example_inputs: Any) -> int:
 
 def count_call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
     """Multiply-accumulates of one call, counted like :func:`count_macs`."""
-    return _counted(function, *args, **kwargs).get_total_flops() // 2
+    counter = FlopCounterMode(display=False, custom_mapping=_RECURRENT)
+    with _Einsums(counter) as einsums:
+        _count(counter, function, *args, **kwargs)
+    return counter.get_total_flops() // 2 + einsums.macs
+
+
+class _Einsums(TorchFunctionMode):
+    """Counts the einsums of two operands that torch computes elementwise, because what they sum over has one element left."""
+
+    def __init__(self, counter: FlopCounterMode) -> None:
+        super().__init__()
+        self.counter, self.macs = counter, 0
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        before = self.counter.get_total_flops()
+        result = func(*args, **(kwargs or {}))
+        if func is torch.functional.einsum and self.counter.get_total_flops() == before and isinstance(args[0], str):
+            self.macs += _einsum_macs(args[0], [list(t.shape) for t in pytree.tree_leaves(args[1:])])
+        return result
+
+
+def _einsum_macs(equation: str, shapes: list[list[int]]) -> int:
+    """The product of the sizes of all letters where two operands have one that the result does not; 0 of what has dots, or no such."""
+    operands, arrow, result = equation.replace(" ", "").partition("->")
+    letters = operands.split(",")
+    if not arrow or "." in equation or len(letters) != 2 or not (set(letters[0]) & set(letters[1])) - set(result):
+        return 0
+    sizes: dict[str, int] = {}
+    for own, shape in zip(letters, shapes, strict=True):
+        for letter, size in zip(own, shape, strict=True):
+            sizes[letter] = max(size, sizes.get(letter, 1))
+    return math.prod(sizes.values())
 
 
 def macs_beside_layers(model: nn.Module, example_inputs: Any, names: Iterable[str]) -> dict[str, int]:
     """The same for each of the modules ``names``, without what the layers inside of it count: of attention its scores and their use."""
     with inputs.evaluating(model), inputs.frozen(model), torch.no_grad():
-        counts = _counted(inputs.call, model, example_inputs).get_flop_counts()
+        counter = FlopCounterMode(display=False, custom_mapping=_RECURRENT)
+        _count(counter, inputs.call, model, example_inputs)
+    counts = counter.get_flop_counts()
     root = type(model).__name__
     flops = {name: sum(by_operator.values()) for name, by_operator in counts.items()}
     found = {}
@@ -59,8 +94,6 @@ def macs_beside_layers(model: nn.Module, example_inputs: Any, names: Iterable[st
     return found
 
 
-def _counted(function: Callable[..., Any], *args: Any, **kwargs: Any) -> FlopCounterMode:
-    counter = FlopCounterMode(display=False, custom_mapping=_RECURRENT)
+def _count(counter: FlopCounterMode, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
     with inputs.unfused(), sdpa_kernel(SDPBackend.MATH), counter:
         function(*args, **kwargs)
-    return counter

@@ -154,6 +154,28 @@ def test_products_that_depend_on_more_than_a_layer_reads_and_writes_are_counted(
         check(model, x)
 
 
+class Einsums(nn.Module):
+    """Products that torch computes elementwise where one channel is left to sum over."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.head = nn.Linear(5, 6), nn.Linear(7, 3)
+        self.up, self.down = nn.Parameter(torch.randn(2, 6, 8) * 0.3), nn.Parameter(torch.randn(2, 8, 7) * 0.3)
+
+    def forward(self, x):
+        h = torch.einsum("btd,hdk->bthk", self.first(x).relu(), self.up).relu()
+        return self.head(torch.einsum("bthk, hko -> bto", h, self.down).relu())
+
+
+@pytest.mark.parametrize("left", [1, 2])
+def test_einsums_over_one_channel_are_counted_as_those_over_more(left):
+    x = torch.randn(2, 6, 5, dtype=torch.float64)
+    model = dampr.convert(Einsums().double(), x)
+    for layer in gated_layers(model).values():
+        layer.gate.log_alpha.data[left:] = -9.0
+    check(model, x)
+
+
 class Function(nn.Module):
     def __init__(self, function):
         super().__init__()
