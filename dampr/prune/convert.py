@@ -232,7 +232,9 @@ def _leave_out(plan: _Plan, model: nn.Module, reasons: dict[str, str]) -> None:
     """Take layers, and all that are added to them, out of a plan."""
     assert plan.widths is not None
     for name, reason in reasons.items():
-        together = plan.widths.written_together(model.get_submodule(name))
+        gated = model.get_submodule(name)
+        before = plan.widths.layer_before(gated) if isinstance(gated, nn.modules.batchnorm._BatchNorm) else gated
+        together = plan.widths.written_together(before or gated)
         for place, own in list(plan.layers.items()):
             norm = isinstance(own, nn.modules.batchnorm._BatchNorm)
             if (plan.widths.layer_before(own) if norm else own) in together:

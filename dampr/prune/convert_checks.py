@@ -17,6 +17,7 @@ from .compact import CompactionError, compact
 from .cost import Cost
 from .cutting import CONSTANTS
 from .measure import count_macs
+from .summary import distinct_gates
 from .units import Units
 
 
@@ -104,12 +105,12 @@ def check_half(model: nn.Module, example_inputs: Any) -> None:
             raise UnprovenError("with half of its gates closed the model does not cost what was foretold")
 
 
-def half_closed(model: nn.Module, example_inputs: Any) -> nn.Module:
-    """A copy with half of the gates of each vector closed."""
+def half_closed(model: nn.Module, example_inputs: Any, only: Gate | None = None) -> nn.Module:
+    """A copy with half of the gates of each vector closed, or of one of them."""
     trial = inputs.copied(model, example_inputs)
     closed: dict[nn.Module, nn.Module] = {}
-    for gate in trial.modules():
-        if isinstance(gate, Gate):
+    for own, gate in zip(model.modules(), trial.modules(), strict=True):
+        if isinstance(gate, Gate) and only in (None, own):
             values = gate.deterministic().detach().clone()
             values[: len(values) // 2] = 0
             closed[gate] = Fixed(values)
@@ -123,11 +124,25 @@ def check_none_stuck(model: nn.Module, example_inputs: Any) -> None:
         try:
             manifest: Any = compact(half_closed(model, example_inputs), example_inputs=example_inputs).dampr_manifest
         except CompactionError:
+            uncut = _uncut(model, example_inputs)
+            if uncut:
+                raise StuckError(uncut) from None
             return
     notes = {name: note for name, note in manifest["closed_but_kept"].items() if CONSTANTS in note}
     if notes:
         why = {name: note.partition("stay: ")[2].partition(";")[0] for name, note in notes.items()}
         raise StuckError({name: f"its closed channels would stay: {reason}" for name, reason in why.items()})
+
+
+def _uncut(model: nn.Module, example_inputs: Any) -> dict[str, str]:
+    """Of layers with gates, the first of each vector, those whose closed channels compaction can neither cut nor leave, and why."""
+    found = {}
+    for name, gate in distinct_gates(model).items():
+        try:
+            compact(half_closed(model, example_inputs, gate), example_inputs=example_inputs)
+        except CompactionError as error:
+            found[name] = f"its closed channels could not be cut: {error}"
+    return found
 
 
 def check_called(model: nn.Module, gated: dict[str, Any], example_inputs: Any) -> None:

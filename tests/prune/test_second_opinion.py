@@ -157,6 +157,31 @@ def test_linear_attention_keeps_its_features_and_loses_its_values():
     torch.testing.assert_close(small(x), y, rtol=1e-9, atol=1e-9)
 
 
+class Bordered(nn.Module):
+    """A border of constants around what a layer, with or without a norm, writes."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.a, self.n, self.b = nn.Conv2d(3, 8, 3), norm, nn.Conv2d(8, 6, 3)
+        self.c, self.o = nn.Conv2d(6, 5, 1), nn.Conv2d(5, 2, 1)
+
+    def forward(self, x):
+        return self.o(self.c(self.b(F.pad(self.n(self.a(x)).relu(), (1, 1), value=0.3)).relu()).relu())
+
+
+@pytest.mark.parametrize("how", [{"tie": False}, {"residual": True}, {}], ids=["untied", "residual", "by units"])
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d(8), nn.Identity()], ids=["norm", "none"])
+def test_constants_at_a_border_that_code_writes_are_seen_before_training(norm, how):
+    """They are no constant where the layer reads them, so closed channels can neither be cut nor stay: no gates in the layer in front."""
+    x = torch.randn(2, 3, 9, 9, dtype=torch.float64)
+    model = dampr.convert(Bordered(norm).double(), x, **how)
+    assert ("values that differ between rows" in model.dampr_skipped.get("a", "")) == bool(how)
+    y = close(model).eval()(x)
+    small = dampr.compact(model, x)
+    assert small.c.in_channels == 3
+    torch.testing.assert_close(small(x), y, rtol=1e-9, atol=1e-9)
+
+
 class Tied(nn.Module):
     """An autoencoder whose decoder reads the weights of the encoder."""
 
