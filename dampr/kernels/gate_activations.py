@@ -33,10 +33,13 @@ def _gate_columns_kernel(
         mask = (row < middle)[:, None] & (col < n)[None, :]
         offsets = (outer * middle + row)[:, None] * n + col[None, :]
         t = tl.load(t_ptr + offsets, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_N]
+        other = t
+        if partial_ptr is not None:  # before the store, behind which it would wait for memory once more
+            other = tl.load(other_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         if out_ptr is not None:
             tl.store(out_ptr + offsets, (t * z).to(out_ptr.dtype.element_ty), mask=mask)
         if partial_ptr is not None:
-            total += t * tl.load(other_ptr + offsets, mask=mask, other=0.0)
+            total += t * other
     if partial_ptr is not None:
         tl.store(partial_ptr + part * n + col, tl.sum(total, axis=0), mask=col < n)
 
@@ -61,9 +64,12 @@ def _gate_rows_of_planes_kernel(
         mask = (row < rows)[:, None] & (col < inner)[None, :]
         offsets = row[:, None] * inner + col[None, :]
         t = tl.load(t_ptr + offsets, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_N]
+        other = t
+        if partial_ptr is not None:  # before the store, behind which it would wait for memory once more
+            other = tl.load(other_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         if out_ptr is not None:
             tl.store(out_ptr + offsets, (t * z).to(out_ptr.dtype.element_ty), mask=mask)
         if partial_ptr is not None:
-            total += tl.sum(t * tl.load(other_ptr + offsets, mask=mask, other=0.0), axis=1)
+            total += tl.sum(t * other, axis=1)
     if partial_ptr is not None:
         tl.store(partial_ptr + row, total, mask=row < rows)

@@ -92,7 +92,9 @@ def _fold_bwd_kernel(
     n0, k0 = tile_n * BLOCK_N, tile_k * BLOCK_K
     row, col = n0 + tl.arange(0, BLOCK_N), k0 + tl.arange(0, BLOCK_K)
     mask = (row < N)[:, None] & (col < K)[None, :]
+    # Both are asked for before anything is stored: behind a store the second would wait for memory once more.
     g = tl.load(g_ptr + row[:, None] * K + col[None, :], mask=mask, other=0.0).to(tl.float32)  # [BLOCK_N, BLOCK_K]
+    w = tl.load(w_ptr + row[:, None] * stride_wn + col[None, :], mask=mask, other=0.0).to(tl.float32)
     g_in, g_out = g, g  # G with the input gates, and with the output gates
     if in_log_alpha_ptr is not None:
         z_in, _ = draw_gate_vector(in_log_alpha_ptr, in_seed_ptr, k0, K, BLOCK_K, GATE)
@@ -104,7 +106,6 @@ def _fold_bwd_kernel(
         dw = g_in * z_out[:, None]
     if dw_ptr is not None:
         tl.store(dw_ptr + row[:, None] * K + col[None, :], dw.to(dw_ptr.dtype.element_ty), mask=mask)
-    w = tl.load(w_ptr + row[:, None] * stride_wn + col[None, :], mask=mask, other=0.0).to(tl.float32)
     if in_partial_ptr is not None:
         tl.store(in_partial_ptr + tile_n * K + col, tl.sum(w * g_out, axis=0), mask=col < K)
     if out_partial_ptr is not None:
@@ -168,11 +169,13 @@ def _gate_rows_bwd_kernel(
         row = split * rows_per_split + first + tl.arange(0, BLOCK_M)
         mask = (row < M)[:, None] & (col < n)[None, :]
         g = tl.load(g_ptr + row[:, None] * stride_gm + col[None, :], mask=mask, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_N]
+        t = g
+        if gate_partial_ptr is not None:  # before the store, behind which it would wait for memory once more
+            t = tl.load(t_ptr + row[:, None] * stride_tm + col[None, :], mask=mask, other=0.0).to(tl.float32)
         z, slope = draw_gate(log_alpha, seed, (row * n + start)[:, None], BLOCK_N, GROUPED, GATE)
         if gated_ptr is not None:
             tl.store(gated_ptr + row[:, None] * n + col[None, :], (g * z).to(gated_ptr.dtype.element_ty), mask=mask)
         if gate_partial_ptr is not None:
-            t = tl.load(t_ptr + row[:, None] * stride_tm + col[None, :], mask=mask, other=0.0)
             dlog_alpha += g * t * slope
         if sum_partial_ptr is not None:
             dsum += g * z

@@ -54,21 +54,26 @@ def _norm_stats_columns_kernel(x_ptr, mean_ptr, spread_ptr, rows, n, rows_per_sp
     blocks = tl.cdiv(n, BLOCK_N)
     pid = tl.program_id(0)
     split, col = (pid // blocks).to(tl.int64), (pid % blocks).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    # Distances from an element of each column are summed, not elements: a large mean would cost the digits of the spread.
-    near = tl.load(x_ptr + split * rows_per_split * n + col, mask=(col < n) & (split * rows_per_split < rows), other=0.0).to(tl.float32)
+    start, end = split * rows_per_split, tl.minimum((split + 1) * rows_per_split, rows)
+    # Distances from the mean of the first tile are summed, not elements: a large mean would cost the digits of the spread. Each place of
+    # the tile has sums of its own, in registers, so that a program goes through shared memory at its ends and nowhere else.
+    row = start + tl.arange(0, BLOCK_M)
+    x = tl.load(x_ptr + row[:, None] * n + col[None, :], mask=(row < end)[:, None] & (col < n)[None, :], other=0.0).to(tl.float32)
+    near = tl.div_rn(tl.sum(x, axis=0), tl.maximum(tl.minimum(end - start, BLOCK_M), 1).to(tl.float32))
     near = tl.where(tl.abs(near) < float("inf"), near, 0.0)
-    mean, spread = tl.zeros((BLOCK_N,), tl.float32), tl.zeros((BLOCK_N,), tl.float32)
+    moved, spread = tl.zeros((BLOCK_M, BLOCK_N), tl.float32), tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for first in range(0, rows_per_split, BLOCK_M):
-        row = split * rows_per_split + first + tl.arange(0, BLOCK_M)
-        count = tl.maximum(tl.minimum(rows - (split * rows_per_split + first), BLOCK_M), 0)
-        mask = (row < rows)[:, None] & (col < n)[None, :]
+        row = start + first + tl.arange(0, BLOCK_M)
+        mask = (row < end)[:, None] & (col < n)[None, :]
         x = tl.load(x_ptr + row[:, None] * n + col[None, :], mask=mask, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_N]
-        x = tl.where(mask, x - near[None, :], 0.0)
-        centre = tl.div_rn(tl.sum(x, axis=0), tl.maximum(count, 1).to(tl.float32))
-        distance = tl.where(mask, x - centre[None, :], 0.0)
-        mean, spread = _join(mean, spread, first, centre, tl.sum(distance * distance, axis=0), count)
+        distance = tl.where(mask, x - near[None, :], 0.0)
+        moved += distance
+        spread += distance * distance
+    total = tl.sum(moved, axis=0)
+    mean = tl.div_rn(total, tl.maximum(end - start, 1).to(tl.float32))
     tl.store(mean_ptr + split * n + col, near + mean, mask=col < n)
-    tl.store(spread_ptr + split * n + col, spread, mask=col < n)
+    squares = tl.sum(spread, axis=0) - total * mean
+    tl.store(spread_ptr + split * n + col, tl.where(squares < 0.0, 0.0, squares), mask=col < n)  # not a number stays visible
 
 
 @triton.jit

@@ -26,11 +26,14 @@ def _gate_weights_kernel(
     start = tl.program_id(0).to(tl.int64) * BLOCK
     offs = start + tl.arange(0, BLOCK)
     t = load_columns(t_ptr, start, size, BLOCK)
+    w = t
+    if dlog_alpha_ptr is not None:  # before the store, behind which it would wait for memory once more
+        w = load_columns(w_ptr, start, size, BLOCK)
     z, slope = draw_gate_vector(log_alpha_ptr, seed_ptr, start, size, BLOCK, GATE)
     if gated_ptr is not None:
         tl.store(gated_ptr + offs, (t * z).to(gated_ptr.dtype.element_ty), mask=offs < size)
     if dlog_alpha_ptr is not None:
-        tl.store(dlog_alpha_ptr + offs, load_columns(w_ptr, start, size, BLOCK) * t * slope, mask=offs < size)
+        tl.store(dlog_alpha_ptr + offs, w * t * slope, mask=offs < size)
 
 
 @triton.jit
@@ -58,10 +61,13 @@ def _gate_blocks_kernel(
             mask = row_mask & ((c < C) & (col < K))[None, :, :]
             col = col[None, :, :]
             t = tl.load(t_ptr + row * stride_tn + col, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_R, BLOCK_G, BLOCK_C]
+            w = t
+            if partial_ptr is not None:
+                w = tl.load(w_ptr + row * stride_wn + col, mask=mask, other=0.0).to(tl.float32)
             if gated_ptr is not None:
                 tl.store(gated_ptr + row * K + col, (t * z).to(gated_ptr.dtype.element_ty), mask=mask)
             if partial_ptr is not None:
-                total += tl.load(w_ptr + row * stride_wn + col, mask=mask, other=0.0).to(tl.float32) * t
+                total += w * t
     if partial_ptr is not None:
         tl.store(partial_ptr + split * tl.cdiv(N, R) * across + index, tl.sum(tl.sum(total, axis=2), axis=0), mask=gate < across)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import triton
 
 from dampr.kernels import configs
 from dampr.kernels import gated_conv2d as conv_kernels
@@ -61,7 +60,7 @@ def _tile(x: torch.Tensor, weight: torch.Tensor, z_in: Maybe, z_out: Maybe, wind
 def _list_live(z: torch.Tensor, groups: int, depth: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(live, count), int32: of each image (or of all) and group its blocks of ``depth`` channels with an open gate, and how many."""
     rows, C = z.shape[:-1].numel() * groups, z.shape[-1] // groups
-    live, count = (host.empty(z, (rows, size), torch.int32) for size in (triton.cdiv(C, depth), 1))
+    live, count = (host.empty(z, (rows, size), torch.int32) for size in (configs.cdiv(C, depth), 1))
     host.launch(conv_kernels._list_live_kernel, (rows,), z.contiguous(), live, count, C, BLOCKS=configs.LIVE_BLOCKS, BLOCK_C=depth)
     return live, count
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
 
 from dampr.kernels import configs
 from dampr.kernels import norm_gate as kernels
@@ -79,12 +78,12 @@ def _cut(shape: Planes, columns: tuple[int, int] = configs.COLUMN_SUM_TILE) -> _
     most = configs.NORM_MAX_PARTS if shape.per_outer else configs.NORM_MAX_SPLITS
     if shape.inner == 1:
         block_m, block_n = block = columns
-        blocks = triton.cdiv(shape.n, block_n)
-        pieces, step = configs.split_rows(shape.middle, block_m, blocks * shape.outer, configs.NORM_PROGRAMS, most)
+        blocks = configs.cdiv(shape.n, block_n)
+        pieces, step = configs.split_rows(shape.middle, block_m, blocks * shape.outer, configs.PASS_PROGRAMS, most)
         return _Cut(True, block, shape.outer * pieces * blocks, shape.outer, shape.middle, pieces, step)
     block_m, block_n = block = configs.PLANE_TILE
-    blocks = triton.cdiv(shape.outer * shape.middle * shape.n, block_m)
-    pieces, step = configs.split_rows(shape.inner, block_n, blocks, configs.NORM_PROGRAMS, most)
+    blocks = configs.cdiv(shape.outer * shape.middle * shape.n, block_m)
+    pieces, step = configs.split_rows(shape.inner, block_n, blocks, configs.PASS_PROGRAMS, most)
     return _Cut(False, block, blocks * pieces, shape.outer * shape.middle, shape.inner, pieces, step)
 
 
@@ -105,7 +104,7 @@ def _statistics(x: torch.Tensor, shape: Planes) -> tuple[torch.Tensor, torch.Ten
     mean, var = (host.empty(x, (shape.n,), torch.float32) for _ in range(2))
     block_s, block_n = configs.NORM_JOIN_TILE
     args = means, spreads, mean, var, parts, shape.n, cut.length, cut.step, cut.pieces, x.numel() // shape.n
-    host.launch(kernels._norm_stats_join_kernel, (triton.cdiv(shape.n, block_n),), *args, BLOCK_S=block_s, BLOCK_N=block_n)
+    host.launch(kernels._norm_stats_join_kernel, (configs.cdiv(shape.n, block_n),), *args, BLOCK_S=block_s, BLOCK_N=block_n)
     return mean, var
 
 
@@ -138,7 +137,7 @@ def _finish(partial: torch.Tensor, z: torch.Tensor, vectors: tuple[Maybe, ...], 
     if not shape.per_outer:
         partial = host.reduce(partial, (1, 2 * shape.n), torch.float32)
     block_s, block_n = configs.NORM_FINISH_TILE
-    blocks = triton.cdiv(shape.n, block_n)
+    blocks = configs.cdiv(shape.n, block_n)
     splits, step = configs.split_rows(shape.outer, block_s, blocks)
     shares = host.empty(partial, (splits, 2 * shape.n), torch.float32)
     args = partial, z, *vectors[:2], dz, shares, shape.outer, partial.shape[0] // max(1, shape.outer), shape.n, step
