@@ -39,7 +39,7 @@ class Width(NamedTuple):
     weights: Mapping[int, float] = {}
 
 
-_Line = graph.Side | tuple[int, ...]  # channels in a row: a side of a layer, or their atoms
+_Line = graph.Side | int  # channels in a row: a side of a layer, or the number of a factor of products
 
 
 class Site(NamedTuple):
@@ -187,8 +187,9 @@ class _Variables:
         self._structure = structure
         counts: list[Counter[_Line]] = [Counter() for _ in structure.owners[True]]
         self.products = structure.products()
-        lines: dict[_Line, Sequence[int]] = {line: line for *_, factors in self.products for line in factors}
-        for key, line in (lines | structure.atoms).items():
+        self._lines = {line: n for n, line in enumerate(dict.fromkeys(line for *_, factors in self.products for line in factors))}
+        keyed: list[tuple[_Line, Sequence[int]]] = [*structure.atoms.items(), *((n, line) for line, n in self._lines.items())]
+        for key, line in keyed:
             for atom in line:
                 if atom >= 0:
                     counts[atom][key] += 1
@@ -262,7 +263,7 @@ class _Variables:
 
     def of_product(self, name: str, macs: int, factors: list[tuple[int, ...]]) -> Iterator[Site]:
         """The site of a product, in proportion to what is left of its factors."""
-        yield from _in_proportion(name, macs, [(self.of(line, len(line)), len(line)) for line in factors])
+        yield from _in_proportion(name, macs, [(self.of(self._lines[line], len(line)), len(line)) for line in factors])
 
     def has_more(self, layer: nn.Module, factors: list[tuple[int, ...]]) -> bool:
         """Whether a product of a layer depends on other channels than those that the layer reads and writes, as one over tokens does."""
