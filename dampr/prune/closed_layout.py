@@ -237,7 +237,7 @@ class LayerLayouts:
             for atom, layers in enumerate(owners):
                 if layers and atom not in self._stuck and all(gates and any(shut[g] for g in gates) for gates in layers):
                     dead.add(atom)
-        return dead - {last for last, side in self._structure.emptiable() if side <= dead}
+        return dead - {last for last, side in self._structure.emptiable if side <= dead}
 
     def _recurrent_entries(self, name: str, closed: Tensor, entries: dict[nn.Module, Entry]) -> dict[str, Tensor]:
         """A recurrent layer loses as many units in each layer and direction, because all of these have one width."""

@@ -226,7 +226,7 @@ class _Variables:
             output = Width(0, dict(Counter(numbers[-1 - getattr(plain, "bidirectional", False) :])))
             sides = [(plain, True), *((reader, False) for reader in structure.units.get(plain, []))]
             self._units |= dict.fromkeys(sides, output)
-        self._emptiable = _Emptiable([(place[last], [place[atom] for atom in side]) for last, side in structure.emptiable()], device)
+        self._emptiable = _Emptiable([(place[last], [place[atom] for atom in side]) for last, side in structure.emptiable], device)
         self.gates = {gate for found in closable for sets in found.values() for gates in sets for gate in gates}
         self.gates |= {first + i for first, rows, size in self._rows for i in range(rows * size)}
         self.attentions = [attention.name for attention in structure.attentions]

@@ -117,8 +117,8 @@ def _table(layer: nn.Module, calls: list[Call], site: Site, device: torch.device
         for j, written in enumerate(writes.tolist()):
             size = min(int(read), full[0]), min(int(written), full[1])
             if size not in found:
-                narrow = _narrow(layer, *size).to(device=device, dtype=next(layer.parameters()).dtype).eval()
-                args = [_narrow_call(layer, call, size[1] if graph.is_depthwise(layer) else size[0]) for call in calls]
+                narrow: Any = _narrow(layer, *size, bool(site.read.weights)).to(device, next(layer.parameters()).dtype).eval()
+                args = [_narrow_call(layer, call, getattr(narrow, "in_channels", size[0])) for call in calls]
                 found[size] = sum(seconds_of(functools.partial(narrow, *a, **kw), device) for a, kw in args)
             seconds[i, j] = found[size]
     return reads, writes, seconds.cummax(0).values.cummax(1).values
@@ -140,8 +140,11 @@ def _full(layer: Any, writes: bool) -> int:
     return graph.channel_count(layer, writes)
 
 
-def _narrow(layer: Any, read: int, written: int) -> nn.Module:
-    """A layer like this one that reads and writes so many channels, with random weights."""
+def _narrow(layer: Any, read: int, written: int, within: bool = False) -> nn.Module:
+    """A layer like this one that reads and writes so many channels, with random weights.
+
+    Of a convolution in groups ``read`` are those of one group; ``within``: every group loses some, and none goes as a whole.
+    """
     if isinstance(layer, nn.Linear):
         return nn.Linear(read, written, layer.bias is not None)
     if isinstance(layer, nn.MultiheadAttention):
@@ -158,9 +161,12 @@ def _narrow(layer: Any, read: int, written: int) -> nn.Module:
         recurrent: Any = type(layer)
         narrow: nn.Module = recurrent(read, **sizes, **same)
         return narrow
-    depthwise = graph.is_depthwise(layer)
-    how = layer.kernel_size, layer.stride, layer.padding, layer.dilation, written if depthwise else layer.groups, layer.bias is not None
-    convolution: nn.Module = type(layer)(written if depthwise else read, written, *how, layer.padding_mode)
+    groups = layer.groups
+    if groups > 1 and not within:
+        groups = max(1, round(groups * written / layer.out_channels))
+    each = layer.out_channels // layer.groups if not within else max(1, round(written / groups))
+    how = layer.kernel_size, layer.stride, layer.padding, layer.dilation, groups, layer.bias is not None
+    convolution: nn.Module = type(layer)(read * groups, written if layer.groups == 1 else each * groups, *how, layer.padding_mode)
     return convolution
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from typing import Any
 
@@ -61,6 +62,7 @@ class Structure(GateVector[GatedLayer]):
         size = self.count(name) // count
         return [range(start + i * size, start + (i + 1) * size) for i in range(count)]
 
+    @functools.cached_property
     def emptiable(self) -> list[tuple[int, frozenset[int]]]:
         """The sides that gates can close altogether, as sets of atoms, each after the atom that stays then: that of the lowest class."""
         closable = {a for owners in self.owners.values() for a, sets in enumerate(owners) if sets and all(sets)}

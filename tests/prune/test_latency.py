@@ -77,6 +77,25 @@ def test_a_budget_of_time(counted, name):
     dampr.compact(model, example_inputs=x)
 
 
+def conv(read, written, groups=1):
+    return nn.Sequential(nn.Conv2d(read, written, 3, padding=1, groups=groups), nn.BatchNorm2d(written), nn.ReLU())
+
+
+@pytest.mark.parametrize("between", [nn.Identity(), nn.ChannelShuffle(4)], ids=["whole groups", "within groups"])
+def test_convolutions_in_groups_are_timed(counted, between):
+    """Of the first whole groups go; around a shuffle every group loses channels."""
+    x = torch.randn(1, 3, 6, 6)
+    model = nn.Sequential(conv(3, 16), conv(16, 32, 4), between, conv(32, 16, 4), conv(16, 8), nn.Conv2d(8, 2, 1))
+    times = Latency(dampr.convert(model, x), x)
+    macs = Cost(model, x, "macs")
+    every, half = torch.ones(times.structure.size), torch.ones(times.structure.size)
+    for name in times.structure.gated:
+        start, count = times.structure.start(name), times.structure.count(name)
+        half[start : start + count // 2] = 0
+    assert times.total == macs.total == pytest.approx(float(times(every)))
+    assert float(times(half)) == pytest.approx(float(macs(half)))
+
+
 def test_the_clock_of_this_machine():
     """Timed for real: only what holds whatever anything takes."""
     model, x = models.vgg()

@@ -53,8 +53,11 @@ _FACTORS = ("mul", "div", "true_divide")  # 0 in one factor of a weight is 0 in 
 
 
 def _by_rank(call: Call) -> list[Tensor]:
-    """The weights that make one weight; last what its columns are to be those of: a parameter that a buffer masks, a numerator."""
-    last = [t for t in call.given if not call.tracer.owned(t) or isinstance(t, torch.nn.Parameter)]
+    """The weights that make one weight; last what its columns are to be those of: a parameter that a buffer masks, a numerator.
+
+    Conditions, which pick between weights, come first.
+    """
+    last = [t for t in call.given if t.dtype.is_floating_point and (not call.tracer.owned(t) or isinstance(t, torch.nn.Parameter))]
     last = last[::-1] if call.name in _FACTORS[1:] else last
     return [t for t in call.given if not any(t is other for other in last)] + last
 
@@ -79,7 +82,7 @@ def elementwise(call: Call) -> Axes:
     if not weights:
         write(call, call.given)
     elif call.name not in _FACTORS:
-        ledger.lie_beside([[at_rank(axis, len(shape)) for axis in marks.axes] for marks, _ in operands])
+        ledger.lie_beside([[at_rank(axis, len(shape)) for axis in call.axes(t)] for t in call.given if t.dtype.is_floating_point])
     axes = ledger.meet(shape, operands, call)
     for tensor, marks in zip(call.given, call.marks, strict=True):
         if marks is None and tensor.dim() and (tensor.is_floating_point() or tensor.is_complex()):
