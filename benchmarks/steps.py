@@ -23,7 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 import dampr
 from benchmarks import models as networks
 from benchmarks.emulated import RESULTS
-from dampr.bench import records
+from dampr import records
 from tests.emulator import driver
 
 WAITS = {"aten::item", "aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal"}

@@ -18,8 +18,8 @@ import torch
 import triton
 
 from dampr import ops
-from dampr.bench import verify, verify_conv
 from dampr.kernels import configs
+from dampr.testing import verify_conv, verify_linear, verify_norm
 from tests.emulator import driver
 from tests.emulator.meter import Meter
 
@@ -37,22 +37,22 @@ class Job(NamedTuple):
 
 
 def _linear(shape: tuple[int, int, int], gates: Any, per_sample: bool, route: str | None, *kernels: str, over: str = "weight") -> Job:
-    case = verify.LinearCase(shape, gates, per_sample)
+    case = verify_linear.LinearCase(shape, gates, per_sample)
 
     def call() -> None:
         with ops.forced_route(route):
-            verify.linear_once("triton", HALF, "cpu", case, *verify.linear_data(case, HALF, torch.Generator().manual_seed(7)))
+            verify_linear.linear_once("triton", HALF, "cpu", case, *verify_linear.linear_data(case, HALF, torch.Generator().manual_seed(7)))
 
     m, k, n = shape
     return Job(call, dict.fromkeys(kernels, {"weight": n * k, "x": m * k, "products": m * n * k}[over]))
 
 
 def _norm(shape: tuple[int, ...], layout: str, *kernels: str) -> Job:
-    case = verify.NormCase(shape, layout=layout)
+    case = verify_norm.NormCase(shape, layout=layout)
 
     def call() -> None:
-        data, running, dy, seed = verify.norm_data(case, HALF, torch.Generator().manual_seed(7))
-        verify.norm_once("triton", HALF, "cpu", case, data, running, dy, seed)
+        data, running, dy, seed = verify_norm.norm_data(case, HALF, torch.Generator().manual_seed(7))
+        verify_norm.norm_once("triton", HALF, "cpu", case, data, running, dy, seed)
 
     return Job(call, dict.fromkeys(kernels, torch.Size(shape).numel()))
 

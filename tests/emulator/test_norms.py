@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from dampr.bench import verify
+from dampr.testing import verify, verify_norm
 from tests.emulator import driver
 
 
@@ -15,10 +15,10 @@ def verified(wanted: str, capability: int, approximate: int | None) -> verify.Ro
     """The cases whose names hold ``wanted``, with the draws that they have in the list of all."""
     row, generator = verify.Row("norm_gate", "triton", "cpu", "float32"), torch.Generator().manual_seed(3)
     with driver.emulated(capability, approximate=approximate) as emulation:
-        for case in verify.norm_cases():
-            given = verify.norm_data(case, torch.float32, generator)
+        for case in verify_norm.norm_cases():
+            given = verify_norm.norm_data(case, torch.float32, generator)
             if wanted in str(case):
-                verify.verify_norm_case(row, case, torch.float32, given)
+                verify_norm.verify_case(row, case, torch.float32, given)
     assert not emulation.log.faults
     return row
 

@@ -14,13 +14,13 @@ triton = pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
 
-from dampr.bench import verify  # noqa: E402
 from dampr.kernels import gated_linear, gates  # noqa: E402
 from dampr.ops.backend_triton import host  # noqa: E402
 from dampr.spec import hard_concrete  # noqa: E402
+from dampr.testing import verify, verify_linear  # noqa: E402
 from tests.emulator import driver, memory  # noqa: E402
 
-CASE = verify.LinearCase((70, 80, 112), "both", True)
+CASE = verify_linear.LinearCase((70, 80, 112), "both", True)
 BARRIER = r"bar\.sync\s+0;"
 Edit = Callable[[str], str]
 
@@ -47,7 +47,7 @@ def outcome(edit: Edit, capability: int) -> str:
         driver.emulated(capability, edit=forward_only) as emulation,
     ):
         try:
-            verify._verify_linear(row, torch.bfloat16)
+            verify_linear.verify(row, torch.bfloat16)
         except memory.Trap as trap:
             return f"trap: {trap}"
     if emulation.log.faults:

@@ -9,10 +9,10 @@ import torch
 
 pytest.importorskip("triton")
 
-from dampr.bench import verify, verify_conv
+from dampr.testing import verify, verify_conv, verify_linear
 from tests.emulator import cases, driver
 
-LINEAR = verify.LinearCase
+LINEAR = verify_linear.LinearCase
 # Route -> op, case, dtype, architectures: sm_120 multiplies as sm_80 does.
 SELECTED = {
     "one_pass": ("gated_linear", LINEAR((70, 80, 112), "both", True), "bfloat16", (80, 90, 100)),

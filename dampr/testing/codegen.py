@@ -1,7 +1,7 @@
 """What the compiler made of the Triton kernels, compiled ahead of time for a GPU that need not be there and read in the machine code.
 
 ``cases()`` lists every kernel with every tile that ships and every architecture it ships for; ``inspect(case)`` compiles one and counts.
-tests/test_codegen.py holds the counts to limits, ``python -m benchmarks.codegen`` prints them. Imports no torch.
+tests/testing/test_codegen.py holds the counts to limits, ``python -m benchmarks.codegen`` prints them. Imports no torch.
 """
 
 from __future__ import annotations
