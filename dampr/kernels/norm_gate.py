@@ -49,7 +49,7 @@ def _join(mean, spread, seen, tile_mean, tile_spread, count):
 
 
 @triton.jit
-def _norm_stats_columns_kernel(x_ptr, mean_ptr, spread_ptr, rows, n, rows_per_split, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def norm_stats_columns_kernel(x_ptr, mean_ptr, spread_ptr, rows, n, rows_per_split, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """(splits, n) means and sums of squared distances from them, of x (rows, n); grid: (splits * column blocks,), column blocks first."""
     blocks = tl.cdiv(n, BLOCK_N)
     pid = tl.program_id(0)
@@ -77,7 +77,7 @@ def _norm_stats_columns_kernel(x_ptr, mean_ptr, spread_ptr, rows, n, rows_per_sp
 
 
 @triton.jit
-def _norm_stats_rows_kernel(x_ptr, mean_ptr, spread_ptr, rows, n, inner, per_piece, pieces, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def norm_stats_rows_kernel(x_ptr, mean_ptr, spread_ptr, rows, n, inner, per_piece, pieces, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """The same of x (rows, inner), rows = (B, n), each row in pieces: (B, pieces, n); grid: (row blocks * pieces,), pieces first."""
     pid = tl.program_id(0)
     row, piece = (pid // pieces).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M), (pid % pieces).to(tl.int64)
@@ -96,7 +96,7 @@ def _norm_stats_rows_kernel(x_ptr, mean_ptr, spread_ptr, rows, n, inner, per_pie
 
 
 @triton.jit
-def _norm_stats_join_kernel(
+def norm_stats_join_kernel(
     part_mean_ptr, part_spread_ptr, mean_ptr, var_ptr, parts, n, length, per_piece, pieces, count,
     BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -129,7 +129,7 @@ def _norm_stats_join_kernel(
 
 
 @triton.jit
-def _norm_gate_columns_kernel(
+def norm_gate_columns_kernel(
     x_ptr, dy_ptr, z_ptr, gain_ptr, bias_ptr, mean_ptr, var_ptr, sums_ptr, out_ptr, partial_ptr, middle, n, rows_per_split, count,
     EPS: tl.constexpr, RELU: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PER_OUTER: tl.constexpr,
 ):  # fmt: skip
@@ -175,7 +175,7 @@ def _norm_gate_columns_kernel(
 
 
 @triton.jit
-def _norm_gate_rows_kernel(
+def norm_gate_rows_kernel(
     x_ptr, dy_ptr, z_ptr, gain_ptr, bias_ptr, mean_ptr, var_ptr, sums_ptr, out_ptr, partial_ptr,
     rows, middle, n, inner, per_piece, pieces, count,
     EPS: tl.constexpr, RELU: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PER_OUTER: tl.constexpr,
@@ -223,7 +223,7 @@ def _norm_gate_rows_kernel(
 
 
 @triton.jit
-def _norm_gate_finish_kernel(
+def norm_gate_finish_kernel(
     sums_ptr, z_ptr, gain_ptr, bias_ptr, dz_ptr, partial_ptr, outer, parts, n, outer_per_split,
     BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip

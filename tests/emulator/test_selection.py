@@ -46,7 +46,7 @@ def test_a_gated_convolution_is_right_when_it_is_compiled(dtype: str, capability
         row = verify.verify_op("gated_conv2d", "triton", "cpu", given, dtype == verify.TF32)
     assert row.failures == []
     assert emulation.log.faults == []
-    assert emulation.log.launches["_gated_conv2d_fwd_kernel"] == 1
+    assert emulation.log.launches["gated_conv2d_fwd_kernel"] == 1
 
 
 @pytest.mark.parametrize("op", ["noise", "dependency_generator"])

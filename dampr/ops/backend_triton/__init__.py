@@ -54,7 +54,7 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     """The reason why the kernels cannot run tensors of this device and dtype, or None."""
     if dtype not in host.DTYPE_NAMES:
         return f"it takes float32, bfloat16 and float16, not {dtype}"
-    interpreted = not isinstance(gate_kernels._reduce_kernel, triton.JITFunction)
+    interpreted = not isinstance(gate_kernels.reduce_kernel, triton.JITFunction)
     if device.type == "cuda" or interpreted:
         return None
     return f"its kernels need a CUDA device, not {device} (TRITON_INTERPRET=1, set before triton is imported, runs them on the CPU)"

@@ -97,14 +97,14 @@ def _statistics(x: torch.Tensor, shape: Planes) -> tuple[torch.Tensor, torch.Ten
     means, spreads = (host.empty(x, (parts, shape.n), torch.float32) for _ in range(2))
     sizes = dict(zip(("BLOCK_M", "BLOCK_N"), cut.block, strict=True))
     if cut.columns:
-        host.launch(kernels._norm_stats_columns_kernel, (cut.programs,), x, means, spreads, cut.length, shape.n, cut.step, **sizes)
+        host.launch(kernels.norm_stats_columns_kernel, (cut.programs,), x, means, spreads, cut.length, shape.n, cut.step, **sizes)
     else:
         numbers = together.middle * shape.n, shape.n, shape.inner, cut.step, cut.pieces
-        host.launch(kernels._norm_stats_rows_kernel, (cut.programs,), x, means, spreads, *numbers, **sizes)
+        host.launch(kernels.norm_stats_rows_kernel, (cut.programs,), x, means, spreads, *numbers, **sizes)
     mean, var = (host.empty(x, (shape.n,), torch.float32) for _ in range(2))
     block_s, block_n = configs.NORM_JOIN_TILE
     args = means, spreads, mean, var, parts, shape.n, cut.length, cut.step, cut.pieces, x.numel() // shape.n
-    host.launch(kernels._norm_stats_join_kernel, (configs.cdiv(shape.n, block_n),), *args, BLOCK_S=block_s, BLOCK_N=block_n)
+    host.launch(kernels.norm_stats_join_kernel, (configs.cdiv(shape.n, block_n),), *args, BLOCK_S=block_s, BLOCK_N=block_n)
     return mean, var
 
 
@@ -126,10 +126,10 @@ def _pass(
     sizes = dict(zip(("BLOCK_M", "BLOCK_N"), cut.block, strict=True)) | {"EPS": norm.eps, "RELU": norm.relu, "PER_OUTER": shape.per_outer}
     tensors, count = (x, dy, z, *vectors, sums, out, partial), shape.outer * shape.middle * shape.inner
     if cut.columns:
-        host.launch(kernels._norm_gate_columns_kernel, (cut.programs,), *tensors, shape.middle, shape.n, cut.step, count, **sizes)
+        host.launch(kernels.norm_gate_columns_kernel, (cut.programs,), *tensors, shape.middle, shape.n, cut.step, count, **sizes)
     else:
         numbers = shape.outer * shape.middle * shape.n, shape.middle, shape.n, shape.inner, cut.step, cut.pieces, count
-        host.launch(kernels._norm_gate_rows_kernel, (cut.programs,), *tensors, *numbers, **sizes)
+        host.launch(kernels.norm_gate_rows_kernel, (cut.programs,), *tensors, *numbers, **sizes)
 
 
 def _finish(partial: torch.Tensor, z: torch.Tensor, vectors: tuple[Maybe, ...], dz: Maybe, shape: Planes) -> torch.Tensor:
@@ -141,5 +141,5 @@ def _finish(partial: torch.Tensor, z: torch.Tensor, vectors: tuple[Maybe, ...], 
     splits, step = configs.split_rows(shape.outer, block_s, blocks)
     shares = host.empty(partial, (splits, 2 * shape.n), torch.float32)
     args = partial, z, *vectors[:2], dz, shares, shape.outer, partial.shape[0] // max(1, shape.outer), shape.n, step
-    host.launch(kernels._norm_gate_finish_kernel, (splits * blocks,), *args, BLOCK_S=block_s, BLOCK_N=block_n)
+    host.launch(kernels.norm_gate_finish_kernel, (splits * blocks,), *args, BLOCK_S=block_s, BLOCK_N=block_n)
     return host.reduce(shares, (2, shape.n), torch.float32)
