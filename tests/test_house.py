@@ -33,7 +33,7 @@ def crossing(path: Path) -> Iterator[str]:
     for node in ast.walk(tree):
         if not isinstance(node, ast.Attribute) or not isinstance(node.value, ast.Name) or node.value.id not in known:
             continue
-        if node.attr.startswith("_") and node.attr not in SHARED:
+        if node.attr.startswith("_") and not node.attr.startswith("__") and node.attr not in SHARED:
             yield f"{path.relative_to(ROOT)}:{node.lineno}: {known[node.value.id]}.{node.attr}"
 
 
