@@ -97,12 +97,13 @@ def norm_stats_rows_kernel(x_ptr, mean_ptr, spread_ptr, rows, n, inner, per_piec
 
 @triton.jit
 def norm_stats_join_kernel(
-    part_mean_ptr, part_spread_ptr, mean_ptr, var_ptr, parts, n, length, per_piece, pieces, count,
-    BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr,
+    part_mean_ptr, part_spread_ptr, mean_ptr, var_ptr, running_mean_ptr, running_var_ptr, updates_ptr,
+    parts, n, length, per_piece, pieces, count, stays, mean_share, var_share, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """mean and biased variance (n,), of ``count`` elements each, from (parts, n); part i begins at i % pieces * per_piece of ``length``.
 
-    Grid: (column blocks,). Means are added up as distances from the first one, then squared distances from their mean are.
+    Grid: (column blocks,). Means are added up as distances from the first one, then squared distances from their mean are. Running
+    statistics, where there are some, become ``stays`` of themselves plus a share of the new ones; ``updates`` is one more.
     """
     col = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     whole = tl.zeros((BLOCK_N,), tl.float32) + count
@@ -124,8 +125,18 @@ def norm_stats_join_kernel(
         gap = tl.load(part_mean_ptr + place, mask=mask, other=0.0) - mean[None, :]
         within = tl.load(part_spread_ptr + place, mask=mask, other=0.0)
         spread += tl.sum(tl.where(mask, within + gap * gap * size, 0.0), axis=0)
+    var = tl.div_rn(spread, whole)
     tl.store(mean_ptr + col, mean, mask=col < n)
-    tl.store(var_ptr + col, tl.div_rn(spread, whole), mask=col < n)
+    tl.store(var_ptr + col, var, mask=col < n)
+    if running_mean_ptr is not None:
+        moved = tl.load(running_mean_ptr + col, mask=col < n, other=0.0) * stays + mean * mean_share
+        tl.store(running_mean_ptr + col, moved, mask=col < n)
+    if running_var_ptr is not None:
+        moved = tl.load(running_var_ptr + col, mask=col < n, other=0.0) * stays + var * var_share
+        tl.store(running_var_ptr + col, moved, mask=col < n)
+    if updates_ptr is not None:  # noqa: SIM102 (the outer condition is static, the inner one is not)
+        if tl.program_id(0) == 0:
+            tl.store(updates_ptr, tl.load(updates_ptr) + 1)
 
 
 @triton.jit

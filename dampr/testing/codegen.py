@@ -51,6 +51,7 @@ GATE_BLOCKS = {
 }
 # Float32 whatever the case's dtype, like log-alphas and workspaces.
 _VECTORS = ("gain_ptr", "mean_ptr", "var_ptr", "sums_ptr", "spread_ptr", "part_mean_ptr", "part_spread_ptr")
+_REAL = ("stays", "mean_share", "var_share")  # numbers that are no sizes
 _EXACT = ("z_ptr", "z_in_ptr", "z_out_ptr", "dz_ptr", "dy_sum_ptr", *_VECTORS)
 _INTEGER = ("live_ptr", "count_ptr")
 _ODD = (
@@ -272,11 +273,11 @@ def _generator_cases() -> list[Case]:
 
 def _element(name: str, case: Case) -> str:
     """The element type of a pointer argument."""
-    if "seed" in name or name == "table_ptr":
+    if "seed" in name or name in ("table_ptr", "updates_ptr"):
         return "i64"
     if name in _INTEGER:
         return "i32"
-    if "log_alpha" in name or "partial" in name or name in _EXACT:
+    if "log_alpha" in name or "partial" in name or "running" in name or name in _EXACT:
         return "fp32"
     return case.parameter_dtype if case.parameter_dtype and name in ("w_ptr", "bias_ptr") else case.dtype
 
@@ -290,6 +291,8 @@ def compile_case(case: Case, target: GPUTarget) -> Any:
         elif name.endswith("_ptr"):
             signature[name] = f"*{_element(name, case)}"
             divisible.append(i)
+        elif name in _REAL:
+            signature[name] = "fp32"
         else:
             signature[name] = "i32"
             if case.aligned and name not in _ODD:

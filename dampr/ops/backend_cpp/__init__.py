@@ -22,6 +22,8 @@ from .routes import conv_route, route
 from .weight_gated_linear import fold_blocks_bwd, fold_blocks_fwd, plan_weights, weight_gated_linear_bwd, weight_gated_linear_fwd
 from .whole_conv import gated_conv2d_fwd
 
+moves_running = True  # norm_gate_fwd takes the running statistics
+
 __all__ = [
     "GENERATOR_PARAMETERS",
     "conv_route",
@@ -38,6 +40,7 @@ __all__ = [
     "gated_linear_bwd",
     "gated_linear_fwd",
     "live",
+    "moves_running",
     "norm_gate_bwd",
     "norm_gate_fwd",
     "plan_linear",
