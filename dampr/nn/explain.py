@@ -118,7 +118,7 @@ def _of_norm(layer: GatedNorm, x: Tensor, dtype: torch.dtype) -> Explanation:
     if (
         isinstance(layer, GatedBatchNorm)
         and layer.training
-        and ops.has_whole_norms(x.device, dtype, activation is not None)
+        and ops.has_whole_norms(x.device, dtype, False)
         and layer._fits(x, layer.gate.parameter)
     ):
         return Explanation(backend, reason, "passes", f"norm, gates{behind} in one pass each way, faster here than torch's own")

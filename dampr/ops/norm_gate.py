@@ -192,20 +192,16 @@ class _WholeNormGate(Node):
 _whole = super(torch.autograd.Function, _WholeNormGate).apply  # type: ignore[misc]
 
 
-def has_whole_norms(device: torch.device, dtype: torch.dtype, saves: bool) -> bool:
-    """Whether norms of such tensors are one pass with their gates; ``saves``: a pass of a ReLU, or one over gates of each sample.
-
-    The backend has to move running statistics in the call that makes new ones: C++ and Triton do.
-    """
-    return (saves or device.type == "cpu") and hasattr(select(device, dtype), "moves_running")
+def has_whole_norms(device: torch.device, dtype: torch.dtype, per_sample: bool) -> bool:
+    """Whether the backend for such tensors has norm, gates and running statistics in one call: C++ always, Triton per sample."""
+    return per_sample in getattr(select(device, dtype), "own_norms", ())
 
 
 def whole_norm_gate(x: Tensor, norm: Norm, gate: GateArgs, running: Running) -> Maybe:
     """:func:`norm_gate` by the statistics of x, without operators in between. None where that is not to be had.
 
-    In C++ it is faster than torch's norm, and a ReLU, even with one draw for all samples. On a GPU it reads and writes as often as torch's
-    norm alone, so with one draw for all it is for norms with a ReLU, whose passes it saves. Not where somebody traces, who fuses or
-    transforms the smaller ops.
+    In C++ it is faster than torch's norm, and a ReLU, even with one draw for all samples. On a GPU nobody has measured that: gates per batch
+    are folded into gain and bias there. Not where somebody traces, who fuses or transforms the smaller ops.
     """
     (gain, bias, _, _), log_alpha, (mean, var, updates, _) = norm, gate.log_alpha, running
     if traced((x, gain, bias, log_alpha)):
@@ -217,7 +213,7 @@ def whole_norm_gate(x: Tensor, norm: Norm, gate: GateArgs, running: Running) -> 
         return None
     if updates is not None and not (updates.dtype == torch.int64 and updates.device == device and _moves(updates)):
         return None
-    if not has_whole_norms(device, x.dtype, gate.per_sample or norm.relu):
+    if not has_whole_norms(device, x.dtype, gate.per_sample):
         return None
     learns = (
         x.requires_grad or log_alpha.requires_grad or (gain is not None and gain.requires_grad) or (bias is not None and bias.requires_grad)

@@ -68,4 +68,4 @@ def test_running_statistics_are_moved_by_the_kernel_that_joins_the_new_ones(chan
     (found, launches), (expected, _) = trained("triton"), trained("reference")
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
-    assert launches["norm_stats_join_kernel"] == 2
+    assert launches.get("norm_stats_join_kernel", 0) == 2 * per_sample  # one draw for all is folded into gain and bias

@@ -21,7 +21,7 @@ from .norm_gate import norm_gate_bwd, norm_gate_fwd
 from .routes import conv_route, route
 from .weight_gated_linear import fold_blocks_bwd, fold_blocks_fwd, plan_weights, weight_gated_linear_bwd, weight_gated_linear_fwd
 
-moves_running = True  # norm_gate_fwd takes the running statistics
+own_norms = (True,)  # per sample: norm, gates and running statistics in one call
 
 __all__ = [
     "GENERATOR_PARAMETERS",
@@ -39,9 +39,9 @@ __all__ = [
     "gated_linear_bwd",
     "gated_linear_fwd",
     "gated_linear_live_fwd",
-    "moves_running",
     "norm_gate_bwd",
     "norm_gate_fwd",
+    "own_norms",
     "plan_linear",
     "plan_weights",
     "route",
