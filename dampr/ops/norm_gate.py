@@ -200,7 +200,7 @@ def has_whole_norms(device: torch.device, dtype: torch.dtype, per_sample: bool) 
 def whole_norm_gate(x: Tensor, norm: Norm, gate: GateArgs, running: Running) -> Maybe:
     """:func:`norm_gate` by the statistics of x, without operators in between. None where that is not to be had.
 
-    In C++ it is faster than torch's norm, and a ReLU, even with one draw for all samples. On a GPU nobody has measured that: gates per batch
+    In C++ it is faster than torch's norm, and a ReLU, even with one draw for all samples. On a GPU nobody has measured it: gates per batch
     are folded into gain and bias there. Not where somebody traces, who fuses or transforms the smaller ops.
     """
     (gain, bias, _, _), log_alpha, (mean, var, updates, _) = norm, gate.log_alpha, running
