@@ -18,8 +18,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import predictions
-from dampr import functional
-from dampr.bench import records
+from dampr import functional, records
 from dampr.ops.routes import forced_route
 
 HALF = torch.bfloat16

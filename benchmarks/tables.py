@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import emulated, predictions, scale
-from dampr.bench import linear, records
+from dampr import records
+from dampr.bench import linear
 from dampr.cli import demo, report
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -16,7 +16,8 @@ from torch import nn
 
 import dampr
 from dampr import _progress
-from dampr.bench import linear, verify
+from dampr.bench import linear
+from dampr.testing import verify
 
 ROOT = Path(__file__).parent.parent
 CONTROL = {chr(i) for i in range(32)} - {"\n"}

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from dampr.bench import records
+from dampr import records
 
 from . import data
 from .methods import METHODS, Planned, Setup

@@ -1,6 +1,6 @@
 """Tile sizes as a pure function of (sizes, dtype, compute capability): nothing is tuned at run time, so nothing looks like a hang.
 
-The tables are the whole list of what ships; tests/test_codegen.py compiles every entry and reads the machine code.
+The tables are the whole list of what ships; tests/testing/test_codegen.py compiles every entry and reads the machine code.
 """
 
 from __future__ import annotations

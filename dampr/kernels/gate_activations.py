@@ -3,8 +3,8 @@
     dx = dy z      dz[n] (or [outer, n]) = sum of x dy over all that shares the gate
 
 An activation is read once forward and twice (x and dy) backward, so these are bound by memory; z is small beside it and drawn before
-(``_sample_gates_fwd_kernel``). Channels last is (B, H W, C, 1): ``_gate_columns_kernel``, gates along the lanes. Contiguous images are
-(B, 1, C, H W): ``_gate_rows_of_planes_kernel``, a gate for each row of H W elements. Both serve both directions: what is None is not there.
+(``sample_gates_fwd_kernel``). Channels last is (B, H W, C, 1): ``gate_columns_kernel``, gates along the lanes. Contiguous images are
+(B, 1, C, H W): ``gate_rows_of_planes_kernel``, a gate for each row of H W elements. Both serve both directions: what is None is not there.
 Sums go through a workspace in a fixed order, without atomics.
 """
 
@@ -13,7 +13,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _gate_columns_kernel(
+def gate_columns_kernel(
     t_ptr, other_ptr, z_ptr, out_ptr, partial_ptr, middle, n, rows_per_split,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PER_OUTER: tl.constexpr,
 ):  # fmt: skip
@@ -45,7 +45,7 @@ def _gate_columns_kernel(
 
 
 @triton.jit
-def _gate_rows_of_planes_kernel(
+def gate_rows_of_planes_kernel(
     t_ptr, other_ptr, z_ptr, out_ptr, partial_ptr, rows, middle, n, inner,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PER_OUTER: tl.constexpr,
 ):  # fmt: skip

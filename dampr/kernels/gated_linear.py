@@ -12,7 +12,7 @@ Every output tile draws them again, so a large one gates x, y and dy in passes o
     dlog_alpha_out = sum_m dy pre z_out',  pre = (x z_in) W^T + b    dlog_alpha_in = sum_m x ((dy z_out) W) z_in'
 
 Gates are drawn again wherever they are needed and never stored. Products with a gate are formed in float32 and rounded once. Column sums go
-through a (splits, n) workspace and ``_reduce_kernel``: always the same order, no atomics. Innermost strides are 1. A missing gate, bias or
+through a (splits, n) workspace and ``reduce_kernel``: always the same order, no atomics. Innermost strides are 1. A missing gate, bias or
 output is a pointer that is None.
 """
 
@@ -56,7 +56,7 @@ def weight_tile(K, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
-def _fold_fwd_kernel(
+def fold_fwd_kernel(
     w_ptr, bias_ptr, in_log_alpha_ptr, out_log_alpha_ptr, in_seed_ptr, out_seed_ptr, folded_ptr, folded_bias_ptr,
     N, K, stride_wn, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GATE: tl.constexpr,
 ):  # fmt: skip
@@ -80,7 +80,7 @@ def _fold_fwd_kernel(
 
 
 @triton.jit
-def _fold_bwd_kernel(
+def fold_bwd_kernel(
     g_ptr, w_ptr, in_log_alpha_ptr, out_log_alpha_ptr, in_seed_ptr, out_seed_ptr, dw_ptr, in_partial_ptr, out_partial_ptr,
     N, K, stride_wn, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GATE: tl.constexpr,
 ):  # fmt: skip
@@ -113,7 +113,7 @@ def _fold_bwd_kernel(
 
 
 @triton.jit
-def _fold_gate_bwd_kernel(
+def fold_gate_bwd_kernel(
     partial_ptr, bias_ptr, dy_sum_ptr, log_alpha_ptr, seed_ptr, dlog_alpha_ptr, dbias_ptr,
     splits, n, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr, GATE: tl.constexpr,
 ):  # fmt: skip
@@ -136,7 +136,7 @@ def _fold_gate_bwd_kernel(
 
 
 @triton.jit
-def _gate_rows_fwd_kernel(
+def gate_rows_fwd_kernel(
     t_ptr, log_alpha_ptr, seed_ptr, gated_ptr, M, n, stride_tm,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUPED: tl.constexpr, GATE: tl.constexpr,
 ):  # fmt: skip
@@ -151,7 +151,7 @@ def _gate_rows_fwd_kernel(
 
 
 @triton.jit
-def _gate_rows_bwd_kernel(
+def gate_rows_bwd_kernel(
     g_ptr, t_ptr, log_alpha_ptr, seed_ptr, gated_ptr, gate_partial_ptr, sum_partial_ptr,
     M, n, stride_gm, stride_tm, rows_per_split, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUPED: tl.constexpr, GATE: tl.constexpr,
 ):  # fmt: skip
@@ -186,7 +186,7 @@ def _gate_rows_bwd_kernel(
 
 
 @triton.jit
-def _gated_linear_fwd_kernel(
+def gated_linear_fwd_kernel(
     x_ptr, w_ptr, bias_ptr, in_log_alpha_ptr, out_log_alpha_ptr, in_seed_ptr, out_seed_ptr, y_ptr, pre_ptr,
     M, N, K, stride_xm, stride_wn,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,
@@ -227,7 +227,7 @@ def _gated_linear_fwd_kernel(
 
 
 @triton.jit
-def _gated_linear_bwd_dx_kernel(
+def gated_linear_bwd_dx_kernel(
     dy_ptr, x_ptr, w_ptr, in_log_alpha_ptr, out_log_alpha_ptr, in_seed_ptr, out_seed_ptr, dx_ptr, partial_ptr,
     M, N, K, stride_dym, stride_xm, stride_wn,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,
@@ -269,7 +269,7 @@ def _gated_linear_bwd_dx_kernel(
 
 
 @triton.jit
-def _gated_linear_bwd_dw_kernel(
+def gated_linear_bwd_dw_kernel(
     dy_ptr, x_ptr, in_log_alpha_ptr, out_log_alpha_ptr, in_seed_ptr, out_seed_ptr, dw_ptr,
     M, N, K, stride_dym, stride_xm, rows_per_split,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,

@@ -19,7 +19,7 @@ from .gates import draw_gate, draw_gate_vector, load_columns, load_seed
 
 
 @triton.jit
-def _gate_weights_kernel(
+def gate_weights_kernel(
     t_ptr, w_ptr, log_alpha_ptr, seed_ptr, gated_ptr, dlog_alpha_ptr, size, BLOCK: tl.constexpr, GATE: tl.constexpr
 ):  # fmt: skip
     """gated (size,) = t z and dlog_alpha (size,) = w t z', all flat, one gate for each element; grid: (cdiv(size, BLOCK),)."""
@@ -37,7 +37,7 @@ def _gate_weights_kernel(
 
 
 @triton.jit
-def _gate_blocks_kernel(
+def gate_blocks_kernel(
     t_ptr, w_ptr, z_ptr, gated_ptr, partial_ptr, N, K, stride_tn, stride_wn, rows_per_split,
     R: tl.constexpr, C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -73,7 +73,7 @@ def _gate_blocks_kernel(
 
 
 @triton.jit
-def _weight_gated_linear_fwd_kernel(
+def weight_gated_linear_fwd_kernel(
     x_ptr, w_ptr, bias_ptr, log_alpha_ptr, seed_ptr, y_ptr, M, N, K, stride_xm, k_per_split,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,
     GROUPED: tl.constexpr, PRECISION: tl.constexpr, GATE: tl.constexpr,

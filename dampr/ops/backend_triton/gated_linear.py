@@ -148,7 +148,7 @@ def fold_weight_fwd(weight: torch.Tensor, bias: Maybe, gates: GatePair, dtype: t
     # One column of tiles even for K = 0: it writes the bias.
     grid = (max(1, configs.cdiv(K, block_k)) * configs.cdiv(N, block_n),)
     args = (w, *host.vectors(bias, *gates[:4]), folded, folded_bias, N, K, w.stride(0))
-    host.launch(linear_kernels._fold_fwd_kernel, grid, *args, BLOCK_N=block_n, BLOCK_K=block_k, GATE=gates.spec)
+    host.launch(linear_kernels.fold_fwd_kernel, grid, *args, BLOCK_N=block_n, BLOCK_K=block_k, GATE=gates.spec)
     return folded, folded_bias
 
 
@@ -182,7 +182,7 @@ def fold_weight_bwd(
     if raw is not None:
         w = host.rows(weight)
         args = (raw.contiguous(), w, *host.vectors(*gates[:4]), dweight, in_partial, out_partial, N, K, w.stride(0))
-        host.launch(linear_kernels._fold_bwd_kernel, (tiles_k * tiles_n,), *args, BLOCK_N=block_n, BLOCK_K=block_k, GATE=gates.spec)
+        host.launch(linear_kernels.fold_bwd_kernel, (tiles_k * tiles_n,), *args, BLOCK_N=block_n, BLOCK_K=block_k, GATE=gates.spec)
     dinput = fold_gate_bwd(in_partial, gates.input)
     if gates.output is None:
         return dweight, dbias, dinput, None
@@ -200,7 +200,7 @@ def fold_gate_bwd(partial: Maybe, gate: GateArgs | None, bias: Maybe = None, dy_
     dlog_alpha, splits = (None, 0) if partial is None else (host.empty(partial, (n,), torch.float32), partial.shape[0])
     args = partial, *host.vectors(bias, dy_sum, gate.log_alpha), gate.seed, dlog_alpha, dbias, splits, n
     grid = (configs.cdiv(n, block_n),)
-    host.launch(linear_kernels._fold_gate_bwd_kernel, grid, *args, BLOCK_S=block_s, BLOCK_N=block_n, GATE=gate.spec)
+    host.launch(linear_kernels.fold_gate_bwd_kernel, grid, *args, BLOCK_S=block_s, BLOCK_N=block_n, GATE=gate.spec)
     return dlog_alpha
 
 
@@ -228,7 +228,7 @@ def _live_blocks(x: torch.Tensor, gates: GatePair, K: int, depth: int) -> Live:
     live, count = (host.empty(x, (size,), torch.int32) for size in (configs.cdiv(K, depth), 1))
     log_alpha, _, seed, _ = host.vectors(*gates[:4])
     sizes = {"BLOCKS": configs.LIVE_BLOCKS, "BLOCK_K": depth, "GATE": gates.spec}
-    host.launch(live_kernels._live_blocks_kernel, (1,), log_alpha, seed, z, live, count, K, **sizes)
+    host.launch(live_kernels.live_blocks_kernel, (1,), log_alpha, seed, z, live, count, K, **sizes)
     return Live(z, live, count)
 
 
@@ -240,7 +240,7 @@ def _live_gemm(x: torch.Tensor, weight: torch.Tensor, bias: Maybe, gates: GatePa
     bias, _, log_alpha, _, seed = host.vectors(bias, *gates[:4])
     args = (x, w, bias, live.z, log_alpha, seed, live.blocks, live.number, y, M, N, K, x.stride(0), w.stride(0))
     sizes = host.gemm_options(tile, x, gates.spec)
-    host.launch(live_kernels._gated_linear_live_fwd_kernel, (host.tiles(M, N, tile),), *args, **blocks, **sizes)
+    host.launch(live_kernels.gated_linear_live_fwd_kernel, (host.tiles(M, N, tile),), *args, **blocks, **sizes)
     return y
 
 
@@ -262,7 +262,7 @@ def _per_sample_fwd(
     blocks = {"BLOCK_M": tile.rows, "BLOCK_N": tile.cols, "BLOCK_K": tile.depth, "EVEN": K % tile.depth == 0}
     args = (x, w, *host.vectors(bias, *gates[:4]), y, kept, M, N, K, x.stride(0), w.stride(0))
     host.launch(
-        linear_kernels._gated_linear_fwd_kernel,
+        linear_kernels.gated_linear_fwd_kernel,
         (host.tiles(M, N, tile),),
         *args,
         **blocks,
@@ -319,7 +319,7 @@ def _gate_rows(t: torch.Tensor, gate: GateArgs) -> torch.Tensor:
     sizes = {"BLOCK_M": block_m, "BLOCK_N": block_n, "GROUPED": n % 4 == 0, "GATE": gate.spec}
     grid = (configs.cdiv(n, block_n) * configs.cdiv(M, block_m),)
     args = t, gate.log_alpha.contiguous(), gate.seed, gated, M, n, t.stride(0)
-    host.launch(linear_kernels._gate_rows_fwd_kernel, grid, *args, **sizes)
+    host.launch(linear_kernels.gate_rows_fwd_kernel, grid, *args, **sizes)
     return gated
 
 
@@ -334,7 +334,7 @@ def _gate_rows_bwd(g: torch.Tensor, t: torch.Tensor, gate: GateArgs, wanted: tup
     gate_partial, sum_partial = (host.empty(g, (splits, n), torch.float32) if want else None for want in wanted[1:])
     args = (g, t, gate.log_alpha.contiguous(), gate.seed, gated, gate_partial, sum_partial, M, n, g.stride(0), t.stride(0), per_split)
     sizes = {"BLOCK_M": block_m, "BLOCK_N": block_n, "GROUPED": n % 4 == 0, "GATE": gate.spec}
-    host.launch(linear_kernels._gate_rows_bwd_kernel, (configs.cdiv(n, block_n), splits), *args, **sizes)
+    host.launch(linear_kernels.gate_rows_bwd_kernel, (configs.cdiv(n, block_n), splits), *args, **sizes)
     dlog_alpha, total = (None if partial is None else host.reduce(partial, (n,), torch.float32) for partial in (gate_partial, sum_partial))
     return gated, dlog_alpha, total
 
@@ -350,7 +350,7 @@ def _one_pass_bwd_dx(dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, ga
     blocks = {"BLOCK_M": tile.rows, "BLOCK_K": tile.cols, "BLOCK_N": tile.depth, "EVEN": N % tile.depth == 0}
     args = (dy, x, w, *host.vectors(*gates[:4]), dx, partial, M, N, K, dy.stride(0), x.stride(0), w.stride(0))
     host.launch(
-        linear_kernels._gated_linear_bwd_dx_kernel,
+        linear_kernels.gated_linear_bwd_dx_kernel,
         (host.tiles(M, K, tile),),
         *args,
         **blocks,
@@ -370,7 +370,7 @@ def _one_pass_bwd_dw(dy: torch.Tensor, x: torch.Tensor, dtype: torch.dtype, gate
     blocks = {"BLOCK_N": tile.rows, "BLOCK_K": tile.cols, "BLOCK_M": tile.depth, "EVEN": splits * per_split == M}
     args = (dy, x, *host.vectors(*gates[:4]), partial, M, N, K, dy.stride(0), x.stride(0), per_split)
     host.launch(
-        linear_kernels._gated_linear_bwd_dw_kernel,
+        linear_kernels.gated_linear_bwd_dw_kernel,
         (tiles, splits),
         *args,
         **blocks,

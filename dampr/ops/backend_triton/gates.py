@@ -25,7 +25,7 @@ def sample_gates_fwd(gate: GateArgs, rows: int | None, start: int = 0) -> torch.
     block_m, block_n = configs.GATE_VECTOR if height == 1 else configs.GATE_TILE
     grid = (configs.cdiv(n, block_n) * configs.cdiv(height, block_m),)
     sizes = {"BLOCK_M": block_m, "BLOCK_N": block_n, "GROUPED": n % 4 == 0 or height == 1, "GATE": gate.spec}
-    host.launch(gate_kernels._sample_gates_fwd_kernel, grid, log_alpha, gate.seed, z, height, n, **sizes)
+    host.launch(gate_kernels.sample_gates_fwd_kernel, grid, log_alpha, gate.seed, z, height, n, **sizes)
     return z.view(n) if rows is None else z
 
 
@@ -40,5 +40,5 @@ def sample_gates_bwd(dz: torch.Tensor, gate: GateArgs, rows: int | None, start: 
     partial = host.empty(dz, (splits, n), torch.float32)
     sizes = {"BLOCK_M": block_m, "BLOCK_N": block_n, "GROUPED": n % 4 == 0 or height == 1, "GATE": gate.spec}
     args = dz.contiguous(), log_alpha, gate.seed, partial, height, n, per_split
-    host.launch(gate_kernels._sample_gates_bwd_kernel, (configs.cdiv(n, block_n), splits), *args, **sizes)
+    host.launch(gate_kernels.sample_gates_bwd_kernel, (configs.cdiv(n, block_n), splits), *args, **sizes)
     return host.reduce(partial, (n,), torch.float32)

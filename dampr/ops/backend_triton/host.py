@@ -79,7 +79,7 @@ def reduce(partial: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) ->
     out = empty(partial, shape, dtype)
     block_s, block_n = configs.REDUCE_TILE
     grid = (configs.cdiv(out.numel(), block_n),)
-    launch(gate_kernels._reduce_kernel, grid, partial, out, partial.shape[0], out.numel(), BLOCK_S=block_s, BLOCK_N=block_n)
+    launch(gate_kernels.reduce_kernel, grid, partial, out, partial.shape[0], out.numel(), BLOCK_S=block_s, BLOCK_N=block_n)
     return out
 
 

@@ -102,7 +102,7 @@ def _gate_weight(t: torch.Tensor, dtype: torch.dtype | None, weight: Maybe, gate
     dlog_alpha = None if weight is None else host.empty(t, gate.log_alpha.shape, torch.float32)
     args = *host.vectors(t, weight, gate.log_alpha), gate.seed, gated, dlog_alpha, t.numel()
     grid = (configs.cdiv(t.numel(), configs.WEIGHT_BLOCK),)
-    host.launch(weight_kernels._gate_weights_kernel, grid, *args, BLOCK=configs.WEIGHT_BLOCK, GATE=gate.spec)
+    host.launch(weight_kernels.gate_weights_kernel, grid, *args, BLOCK=configs.WEIGHT_BLOCK, GATE=gate.spec)
     return gated, dlog_alpha
 
 
@@ -118,7 +118,7 @@ def _gate_blocks(t: torch.Tensor, gated: Maybe, weight: Maybe, gate: GateArgs, b
     partial = None if w is None else host.empty(t, (splits, gate.log_alpha.numel()), torch.float32)
     args = t, w, sample_gates_fwd(gate, None), gated, partial, N, K, t.stride(0), 0 if w is None else w.stride(0), per_split
     sizes = {"R": R, "C": C, "BLOCK_R": block_r, "BLOCK_G": block_g, "BLOCK_C": block_c}
-    host.launch(weight_kernels._gate_blocks_kernel, (groups, splits), *args, **sizes)
+    host.launch(weight_kernels.gate_blocks_kernel, (groups, splits), *args, **sizes)
     return fold_gate_bwd(partial, gate)
 
 
@@ -132,5 +132,5 @@ def _small_m_fwd(x: torch.Tensor, weight: torch.Tensor, bias: Maybe, gate: GateA
     blocks = {"BLOCK_N": tile.rows, "BLOCK_M": tile.cols, "BLOCK_K": tile.depth, "EVEN": splits * per_split == K, "GROUPED": K % 4 == 0}
     args = x, *host.vectors(weight, bias, gate.log_alpha), gate.seed, partial, M, N, K, x.stride(0), per_split
     sizes = host.gemm_options(tile, x, gate.spec)
-    host.launch(weight_kernels._weight_gated_linear_fwd_kernel, (tiles, splits), *args, **blocks, **sizes)
+    host.launch(weight_kernels.weight_gated_linear_fwd_kernel, (tiles, splits), *args, **blocks, **sizes)
     return host.reduce(partial, (M, N), x.dtype)
