@@ -150,7 +150,7 @@ def verify_op(
     row: type[Row] = Row,
     part: tuple[int, int] = (0, 1),
 ) -> Row:
-    """One row, or a part of it. Products of float32 are in IEEE arithmetic whatever torch's switches say, or in TF32, with its own bounds."""
+    """One row, or a part of it. Products of float32 are in IEEE arithmetic whatever torch's switches say, or in TF32 and its bounds."""
     with float32_products(TF32 if tf32 else "ieee"):
         return _OPS[op](row(op, backend, device, TF32 if tf32 else str(dtype).removeprefix("torch."), part=part), dtype)
 
