@@ -16,6 +16,7 @@ from dampr.bench import linear, timing, verify
 from dampr.cli import commands as cli
 from dampr.cli import demo
 from dampr.testing import Comparison
+from tests.limits import HANG
 
 runner = CliRunner()
 ROOT = Path(__file__).parent.parent
@@ -69,14 +70,14 @@ def test_demo_prunes_without_losing_the_digits():
     ],
 )
 def test_bad_arguments_end_with_one_line_and_code_2(arguments, message):
-    done = subprocess.run([sys.executable, "-m", "dampr", *arguments], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-m", "dampr", *arguments], capture_output=True, text=True, timeout=HANG)
     assert done.returncode == 2, done.stderr
     assert message in done.stderr.replace("\n", " ")
     assert "Traceback" not in done.stderr
 
 
 def test_python_m_dampr_says_which_parts_are_there(monkeypatch):
-    done = subprocess.run([sys.executable, "-m", "dampr"], capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run([sys.executable, "-m", "dampr"], capture_output=True, text=True, timeout=HANG, check=True)
     for name in ("dampr", "reference", "cpp", "triton", "torch", "cuda"):
         assert any(line.startswith(name) for line in done.stdout.splitlines()), done.stdout
 
@@ -161,7 +162,7 @@ assert verify.main(["--json", r"{tmp_path}/v.json"]) == 0
 linear.QUICK["cpu"] = [linear.Case((4, 8, 8), "output"), linear.Case((4, 8, 8), "weight")]
 assert linear.main(["--no-compile", "--rounds", "2", "--json", r"{tmp_path}/b.json"]) == 0
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=HANG)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "b.json").read_text())["verified"] is True
     assert "gated_linear" in done.stdout
@@ -347,7 +348,7 @@ def test_report_says_what_is_wrong_with_a_history(factory, arguments, message):
     recorded("good.jsonl", 1, loss=[1.0])
     (factory / "bad.jsonl").write_text('{"dampr_history": 1}\n{"loss": 1}\n')
     command = [sys.executable, "-m", "dampr", "report", "my_factory:make", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=factory)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG, cwd=factory)
     assert done.returncode == 2, done.stderr
     assert message in done.stderr
     assert "Traceback" not in done.stderr
@@ -381,6 +382,6 @@ def test_doctor_finds_a_dead_layer_and_exits_with_1(factory):
     ],
 )
 def test_report_refuses_what_is_no_target(factory, target, message):
-    done = subprocess.run([sys.executable, "-m", "dampr", "report", target], capture_output=True, text=True, timeout=120, cwd=factory)
+    done = subprocess.run([sys.executable, "-m", "dampr", "report", target], capture_output=True, text=True, timeout=HANG, cwd=factory)
     assert done.returncode == 2, done.stderr
     assert message in done.stderr.replace("\n", " ")

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from dampr import philox, reference, spec
+from tests.limits import HANG
 
 _C = pytest.importorskip("dampr._C", reason="dampr was built without its C++ extension", exc_type=ImportError)
 
@@ -653,7 +654,7 @@ def digest() -> str:
 
 def run_with_isa(isa: str, code: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"DAMPR_CPU_ISA": isa, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
-    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=HANG, check=False)
 
 
 @pytest.mark.parametrize("isa", _C.build_info()["isas"])

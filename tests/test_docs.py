@@ -12,6 +12,7 @@ import pytest
 
 from dampr.bench import linear
 from dampr.cli import demo, report
+from tests.limits import HANG
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -22,7 +23,7 @@ def python_of(document):
 
 
 def ran(code, folder):
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, cwd=folder, timeout=300)
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, cwd=folder, timeout=HANG)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -97,7 +98,7 @@ def test_the_code_of_the_page_on_many_processes_runs_on_two(tmp_path):
         port = str(free.getsockname()[1])
     command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port, "page.py"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=240, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=HANG, env=environment)
     assert done.stdout.count("through") == 2, done.stderr
 
 
@@ -140,7 +141,7 @@ def test_make_targets_of_the_readme_exist():
 def test_the_site_builds_without_a_warning(tmp_path):
     pytest.importorskip("mkdocs")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=HANG)
     assert done.returncode == 0, done.stderr
     assert "Learned gates that prune" in (tmp_path / "index.html").read_text()
     assert "GatedLinear" in (tmp_path / "api" / "nn" / "index.html").read_text()

@@ -14,10 +14,12 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from tests.limits import HANG
+
 ROOT = Path(__file__).parents[2]
 
 
-def launch(module: str, world: int, folder: Path, *arguments: str, limit: int = 240) -> dict[str, list[str]]:
+def launch(module: str, world: int, folder: Path, *arguments: str) -> dict[str, list[str]]:
     """Of each check of ``tests.distributed.<module>`` what each rank says: "ok" or a traceback. ``folder`` is for what checks write."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -31,7 +33,7 @@ def launch(module: str, world: int, folder: Path, *arguments: str, limit: int = 
             runs.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT))
     try:
         for run in runs:
-            run.wait(timeout=limit)
+            run.wait(timeout=HANG)
     finally:
         for run in runs:
             run.kill()
@@ -54,7 +56,7 @@ def main(module: str, folder: str, *arguments: str) -> None:
     from torch import distributed
 
     warnings.simplefilter("ignore")
-    distributed.init_process_group("gloo", timeout=timedelta(seconds=60))
+    distributed.init_process_group("gloo", timeout=timedelta(seconds=HANG))
     rank = distributed.get_rank()
     checks: Any = importlib.import_module(f"tests.distributed.{module}")
     said: dict[str, str] = {}

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from tests.limits import HANG
+
 ROOT = Path(__file__).parents[2]
 SAME = ("accuracy", "open", "macs", "params")
 
@@ -24,7 +26,7 @@ def ran(script: str, ranks: int, *arguments: str) -> dict[str, Any]:
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", port] if ranks > 1 else []
     command = [sys.executable, *launcher, "-m", f"examples.{script}", "--root", "digits", "--no-write", "--epochs", "6", *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=240)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=HANG)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout[done.stdout.index("{\n") :]) if "{\n" in done.stdout else {}
 
