@@ -1,9 +1,7 @@
 """Documents keep their word: code runs, tables come from results files, named files and commands exist."""
 
 import json
-import os
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +10,7 @@ import pytest
 
 from dampr.bench import linear
 from dampr.cli import demo, report
+from tests.distributed.launch import run_script
 from tests.limits import HANG
 
 ROOT = Path(__file__).parent.parent
@@ -93,13 +92,7 @@ def test_the_code_of_the_page_on_many_processes_runs_on_two(tmp_path):
     blocks = python_of("docs/distributed.md")
     assert len(blocks) == 3
     (tmp_path / "page.py").write_text("\n".join(blocks) + "\nprint('through', flush=True)\ndistributed.destroy_process_group()\n")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port, "page.py"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=HANG, env=environment)
-    assert done.stdout.count("through") == 2, done.stderr
+    assert run_script("page.py", ranks=2, cwd=tmp_path).count("through") == 2
 
 
 @pytest.mark.parametrize("name", ["cpu/demo-digits", "cpu/demo-fashion-mnist"])

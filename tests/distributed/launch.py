@@ -17,6 +17,8 @@ from typing import Any
 from tests.limits import HANG
 
 ROOT = Path(__file__).parents[2]
+# Ranks of one machine find each other without its name, which may be unknown or slow to look up, and without its network.
+LOCAL = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
 
 
 def launch(module: str, world: int, folder: Path, *arguments: str) -> dict[str, list[str]]:
@@ -24,7 +26,8 @@ def launch(module: str, world: int, folder: Path, *arguments: str) -> dict[str, 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    shared = LOCAL | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1"}
+    shared["PYTHONPATH"] = str(ROOT)
     command = [sys.executable, "-m", "tests.distributed.launch", module, str(folder), *arguments]
     runs = []
     for rank in range(world):
@@ -44,6 +47,22 @@ def launch(module: str, world: int, folder: Path, *arguments: str) -> dict[str, 
         for name in names(module):
             said.setdefault(name, []).append(found.get(name) or (folder / f"log{rank}.txt").read_text()[-4000:] or "did not run")
     return said
+
+
+def run_script(*script: str | Path, ranks: int, cwd: Path) -> str:
+    """What a script prints that ``torchrun`` starts, or Python alone where there is one rank; an error where it fails or hangs."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    how = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--local-addr", "127.0.0.1", "--master-port", port]
+    command = [sys.executable, "-W", "ignore", *(how if ranks > 1 else []), *map(str, script)]
+    environment = os.environ | LOCAL | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, timeout=HANG)
+    except subprocess.TimeoutExpired as hung:
+        raise AssertionError(f"does not end within {HANG} s:\n{hung.stdout!r}\n{hung.stderr!r}") from None
+    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done.stdout
 
 
 def names(module: str) -> list[str]:
