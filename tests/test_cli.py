@@ -210,6 +210,7 @@ def test_each_command_writes_the_json_that_is_documented(command, factory, monke
     row.add("case", Comparison("y", 0.5, 1.0, 0.0, 1.0))
     monkeypatch.setattr(verify, "run", lambda *a: [row])
     monkeypatch.setattr(linear, "run", lambda *a, **k: _points())
+    monkeypatch.setenv("DAMPR_CACHE", str(factory))  # what tune finds is for no other test
     recorded("run.jsonl", 1, accuracy=[0.5])
     arguments = {"demo": ["--epochs", "2"], "report": ["my_factory:make", "--history", "run.jsonl"], "doctor": ["my_factory:dead"]}
     result = runner.invoke(cli.app, [command, *arguments.get(command, []), "--json", "new/out.json"])
