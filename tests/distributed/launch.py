@@ -57,12 +57,14 @@ def run_script(*script: str | Path, ranks: int, cwd: Path) -> str:
     how = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--local-addr", "127.0.0.1", "--master-port", port]
     command = [sys.executable, "-W", "ignore", *(how if ranks > 1 else []), *map(str, script)]
     environment = os.environ | LOCAL | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd, env=environment)
     try:
-        done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, timeout=HANG)
-    except subprocess.TimeoutExpired as hung:
-        raise AssertionError(f"does not end within {HANG} s:\n{hung.stdout!r}\n{hung.stderr!r}") from None
-    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-    return done.stdout
+        printed, errors = run.communicate(timeout=HANG)
+    except subprocess.TimeoutExpired:
+        run.terminate()  # and torchrun ends the ranks
+        printed, errors = run.communicate()
+    assert run.returncode == 0, f"ended with {run.returncode}:\n{printed[-3000:]}\n{errors[-3000:]}"
+    return printed
 
 
 def names(module: str) -> list[str]:
