@@ -98,7 +98,7 @@ test-no-extension: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.without dampr._C $(FAST) --ignore=tests/test_csrc.py --ignore=tests/test_csrc_axis.py
 
 test-no-triton: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.without triton $(FAST) --ignore=tests/kernels --ignore=tests/test_codegen.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.without triton $(FAST) --ignore=tests/kernels --ignore=tests/testing/test_codegen.py
 
 packaging: $(STAMP)
 	$(BIN)/python -m pytest tests/test_packaging.py

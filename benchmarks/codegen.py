@@ -8,7 +8,7 @@ from pathlib import Path
 
 import triton
 
-from dampr.bench import codegen
+from dampr.testing import codegen
 
 BUDGETS = Path(__file__).parent.parent / "tests" / "data" / "codegen_budgets.json"
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dampr.bench import records
+from dampr import records
 from dampr.cli import report
 
 RESULTS = Path(__file__).resolve().parent / "results" / "emulated"

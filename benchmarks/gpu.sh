@@ -46,7 +46,7 @@ most=${BESIDE_SECONDS:-560}
 export OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=2  # many processes: threads that wait for each other would take many times as long
 for stage in $stages; do
   case $stage in
-    verify) run verify "$most" "$PYTHON" -m dampr.bench.verify --backend triton --processes $((cores / 2 + 2)) --json "$out/verify.json" & beside+=($!) ;;
+    verify) run verify "$most" "$PYTHON" -m dampr.testing.verify --backend triton --processes $((cores / 2 + 2)) --json "$out/verify.json" & beside+=($!) ;;
     tests)
       many=$("$PYTHON" -c 'import xdist' 2>/dev/null && echo "-n $((cores / 4 + 1))")
       run tests "$most" "$PYTHON" -m pytest -q -p no:cacheprovider -o filterwarnings=default -m gpu $many tests/gpu & beside+=($!) ;;

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from dampr import functional
-from dampr.bench import records
+from benchmarks import predictions
+from dampr import functional, records
 from dampr.ops.routes import forced_route
 
 HALF = torch.bfloat16
@@ -147,7 +147,9 @@ def measure(name: str, rounds: int) -> list[dict[str, Any]]:
     for kernel, samples in times.items():
         low, median, high = statistics.quantiles(samples, n=4) if len(samples) > 1 else samples * 3
         found = {"job": name, "shape": job.shape, "elements": job.elements, "kernel": short(kernel), "launches": launches[kernel]}
-        rows.append({**found, "median": median, "low": low, "high": high})
+        each = predictions.seconds(name, short(kernel))
+        predicted = None if each is None else each * job.elements
+        rows.append({**found, "median": median, "low": low, "high": high, "predicted": predicted})
     return rows
 
 

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import dampr
-from dampr import datasets
-from dampr.bench import records
+from dampr import datasets, records
 from dampr.cli import demo
 
 RESULTS = Path(__file__).parent / "results" / "cpu"

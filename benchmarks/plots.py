@@ -21,8 +21,8 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dampr import functional, gates, spec
-from dampr.bench import linear, records
+from dampr import functional, gates, records, spec
+from dampr.bench import linear
 from dampr.bench.linear import Point, size_text
 
 ROOT = Path(__file__).resolve().parent.parent

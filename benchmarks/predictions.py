@@ -42,6 +42,16 @@ def parts(found: Counts) -> dict[str, float]:
     }
 
 
+def seconds(job: str, kernel: str) -> float | None:
+    """How long a kernel should take for an element of what its pass goes over, None for a product and for what has no counts."""
+    found = counts().get(f"{job}: {kernel}")
+    return None if found is None or _is_product(kernel) else max(parts(found).values())
+
+
+def _is_product(name: str) -> bool:
+    return "linear" in name or "conv" in name
+
+
 def kernels() -> str:
     """A row for each kernel: what it was counted to do, and what of it should take longest."""
     columns = ("kernel", "instructions", "bytes moved", "bytes asked for", "shared memory", "conflicts", "parted", "predicted", "bound by")
@@ -49,7 +59,7 @@ def kernels() -> str:
     for name, found in sorted(counts().items()):
         seconds = parts(found)
         longest = max(seconds, key=lambda part: seconds[part])
-        product = "linear" in name or "conv" in name
+        product = _is_product(name)
         numbers = (32 * found["instructions"], found["fetched"] + found["kept"], found["read"] + found["written"])
         rest = (found["shared"], found["conflicts"], found["parted"])
         ending = ("", "the tensor cores") if product else (f"{1e12 * seconds[longest]:.2f} ps", longest)

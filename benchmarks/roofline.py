@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 import dampr
-from dampr.bench import records, timing
+from dampr import records
+from dampr.bench import timing
 
 
 def measure() -> dict[str, Any]:

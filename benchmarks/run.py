@@ -18,8 +18,10 @@ import torch
 
 from benchmarks import closing, conv, crossover, recurrent
 from benchmarks.suite import SUITE
-from dampr.bench import linear, records, verify
+from dampr import records
+from dampr.bench import linear
 from dampr.kernels.dispatch import table_name
+from dampr.testing import verify
 
 RESULTS = Path(__file__).parent / "results"
 OPS = ("gated_linear", "weight_gated_linear")  # no ratio is printed of what fails in verification
@@ -55,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=RESULTS / device_name())
     parser.add_argument("--rounds", type=int, default=20)
     evidence = parser.add_mutually_exclusive_group()
-    evidence.add_argument("--verified", type=Path, help="what python -m dampr.bench.verify --json wrote here; else ops are verified first")
+    evidence.add_argument("--verified", type=Path, help="what python -m dampr.testing.verify --json wrote here, else ops are verified")
     evidence.add_argument("--unverified", action="store_true", help="verify nothing and print no ratio: to compile what a later run times")
     parser.add_argument("--no-compile", action="store_true", help="leave the compiled competitor out")
     arguments = parser.parse_args(argv)

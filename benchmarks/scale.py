@@ -30,7 +30,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dampr
-from dampr.bench import records
+from dampr import records
 from dampr.cli import report
 from dampr.integrations.distributed import parallelize_module, replicate_gates
 

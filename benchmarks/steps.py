@@ -23,7 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 import dampr
 from benchmarks import models as networks
 from benchmarks.emulated import RESULTS
-from dampr.bench import records
+from dampr import records
 from tests.emulator import driver
 
 WAITS = {"aten::item", "aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal"}
@@ -69,7 +69,7 @@ def count(model: nn.Module, loss_of: Step, capability: int = 90, bank: dampr.Gat
 
 
 @functools.cache
-def _has_kernel(name: str) -> bool:
+def has_kernel(name: str) -> bool:
     """Whether an operator is computed by a kernel of its own, on the device and with what it calls there for itself."""
     if name in ("aten::convolution", "aten::convolution_backward"):  # which choose a library
         return True
@@ -80,7 +80,7 @@ def _has_kernel(name: str) -> bool:
 def _computing(event: Any) -> Iterator[str]:
     """Names of the operators in a tree of events that compute: the outermost with a kernel, or leaves."""
     name, within = event.name, [name for child in event.cpu_children for name in _computing(child)]
-    counts = name.startswith("aten::") and name not in FREE and (_has_kernel(name) or not within)
+    counts = name.startswith("aten::") and name not in FREE and (has_kernel(name) or not within)
     yield from [name] if counts else within
 
 

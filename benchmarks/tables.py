@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import emulated, predictions, scale
-from dampr.bench import linear, records
+from dampr import records
+from dampr.bench import linear
 from dampr.cli import demo, report
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,6 +51,8 @@ def _table(lines: list[dict[str, Any]]) -> str:
         return _plan_families(head)
     if "rows" in head:
         return report.markdown(("op", "backend", "dtype", "cases", "error", "bound", ""), [_verified(row) for row in head["rows"]]) + "\n\n"
+    if "kernels" in head:
+        return _kernels(head["kernels"])
     if "points" in head:
         points = head["points"]
     if "ceilings" in head:
@@ -96,6 +99,30 @@ def _plan_families(found: dict[str, Any]) -> str:
         rows.append((name, f"{statistics.mean(accuracy):.1%}", each, "; ".join(widths), f"{max(run['left'] for run in mine):.2%}"))
     table = report.markdown(("score and family", "mean accuracy", "each seed", "units left", "MACs left"), rows)
     return f"{table}\n\nLeNet-300-100, digits, {found['epochs']} epochs, macs={found['macs']:g}."
+
+
+def _kernels(rows: list[dict[str, Any]]) -> str:
+    """Kernels of ours that were predicted, and the vendor's products of the same step."""
+    cells = []
+    for job in dict.fromkeys(row["job"] for row in rows):
+        mine = [row for row in rows if row["job"] == job]
+        for row in mine:
+            if row["kernel"].startswith(PROFILED):
+                predicted = row["predicted"]
+                beside = ("", "") if predicted is None else (f"{1e6 * predicted:.0f}", f"{row['median'] / predicted:.2f}")
+                spread = f"{(row['high'] - row['low']) / row['median']:.0%}"
+                cells.append((job, row["kernel"], str(row["launches"]), f"{1e6 * row['median']:.0f}", spread, *beside))
+        products = sum(row["median"] for row in mine if row["kernel"].startswith(VENDORS))
+        if products:
+            cells.append((job, "the vendor's products", "", f"{1e6 * products:.0f}", "", "", ""))
+    columns = ("job", "kernel", "launches", "us", "spread", "predicted us", "measured / predicted")
+    shapes = {row["job"]: row["shape"] for row in rows}
+    sizes = "; ".join(f"{job} {tuple(shape)}" for job, shape in shapes.items())
+    return report.markdown(columns, cells) + f"\n\nSizes: {sizes}.\n\n"
+
+
+PROFILED = ("fold_", "gate_", "gated_", "norm_", "weight_gated", "live_", "list_live", "sample_gates")
+VENDORS = ("nvjet", "cutlass", "sm90_xmma")
 
 
 def _side_by_side(points: list[linear.Point], verified: bool) -> str:

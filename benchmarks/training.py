@@ -25,7 +25,7 @@ from benchmarks.quality.tasks import TASKS, Task
 from benchmarks.quality.training import Method, accuracy, train
 from benchmarks.quality.widths import macs
 from benchmarks.tables import PLACE, ROOT
-from dampr.bench import records
+from dampr import records
 from dampr.cli import report
 from dampr.prune.measure import count_macs
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import dampr
-from dampr import datasets
-from dampr.bench import records, timing
+from dampr import datasets, records
+from dampr.bench import timing
 from dampr.prune import inputs
 from dampr.prune.measure import count_macs, count_params
 

@@ -12,10 +12,10 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import dampr
-from dampr.bench import linear, timing, verify
+from dampr.bench import linear, timing
 from dampr.cli import commands as cli
 from dampr.cli import demo
-from dampr.testing import Comparison
+from dampr.testing import Comparison, verify
 from tests.limits import HANG
 
 runner = CliRunner()
@@ -177,7 +177,8 @@ class Block:
         if name.split(".")[0] in {blocked!r}:
             raise ImportError(name)
 sys.meta_path.insert(0, Block())
-from dampr.bench import linear, verify
+from dampr.bench import linear
+from dampr.testing import verify
 assert verify.main(["--json", r"{tmp_path}/v.json"]) == 0
 linear.QUICK["cpu"] = [linear.Case((4, 8, 8), "output"), linear.Case((4, 8, 8), "weight")]
 assert linear.main(["--no-compile", "--rounds", "2", "--json", r"{tmp_path}/b.json"]) == 0

@@ -16,7 +16,8 @@ from torch import nn
 
 import dampr
 from dampr import _progress
-from dampr.bench import linear, verify
+from dampr.bench import linear
+from dampr.testing import verify
 from tests.limits import HANG
 
 ROOT = Path(__file__).parent.parent

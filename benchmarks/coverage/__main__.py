@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from dampr.bench import records
+from dampr import records
 
 from . import measure, networks, operators
 

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import dampr
-from dampr.bench import records
+from dampr import records
 from dampr.prune.measure import count_macs, count_params
 
 from . import data, networks

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from dampr.bench import records
+from dampr import records
 
 from . import data
 from .methods import METHODS, Planned, Setup
@@ -36,6 +36,8 @@ VARIANTS: dict[str, dict[str, Any] | None] = {
     "differentiable mask, learned, no noise": {"gate": "diffmask", "score": "learned"},
     "Dep-L0, learned": {"gate": "dep_l0", "score": "learned"},
     "learning rate starts again at half": {"restart": 0.5},
+    "the residual stream too": {"convert": {"residual": True}},
+    "the residual stream too, warmup 0.1, ramp 0.3": {"convert": {"residual": True}, "warmup": 0.1, "ramp": 0.3},
 }
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dampr.bench.records import write_jsonl
+from dampr.records import write_jsonl
 
 from .methods import FAMILIES, METHODS, PEERS, settings, why_not
 from .tasks import TASKS, Task

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from dampr.bench import records
+from dampr import records
 from dampr.prune.measure import count_macs, count_params
 
 from . import data, results

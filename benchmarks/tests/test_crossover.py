@@ -7,9 +7,9 @@ import torch
 
 import dampr
 from benchmarks import crossover, run
-from dampr.bench import verify
 from dampr.bench.linear import Case, Point
 from dampr.kernels import configs, dispatch
+from dampr.testing import verify
 
 needs_cpp = pytest.mark.skipif(dampr.backend_info()["cpp"].startswith("missing"), reason=dampr.backend_info()["cpp"])
 

@@ -32,7 +32,7 @@ def test_every_job_has_a_count_and_every_count_a_job() -> None:
 
 
 def test_kernels_are_named_as_the_counts_are() -> None:
-    assert kernels.short("_fold_fwd_kernel") == "fold_fwd"
+    assert kernels.short("fold_fwd_kernel") == "fold_fwd"
     assert len(kernels.short("void cutlass::" + "x" * 200)) == 80
     assert "fold: fold_fwd" in json.loads(predictions.COUNTS.read_text())["3.7.1"]
 

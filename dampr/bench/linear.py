@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 
 import dampr
-from dampr import _checks, _progress
-from dampr.bench import records, timing, verify
+from dampr import _checks, _progress, records
+from dampr.bench import timing
 from dampr.bench.competitors import CaptumLinear, UnfusedLinear, unfused_gate
 from dampr.nn.explain import route_of
+from dampr.testing import verify
 
 
 @dataclass(frozen=True)

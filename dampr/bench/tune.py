@@ -9,10 +9,8 @@ from typing import NamedTuple
 
 import torch
 
-from dampr import functional
+from dampr import functional, records
 from dampr.ops import forced_route, thresholds
-
-from . import records
 
 SHAPE = (256, 1024, 1024)  # rows, inputs, outputs
 SHARES = (0.125, 0.1875, 0.25, 0.3125, 0.375, 0.4375, 0.5, 0.625, 0.75)

@@ -9,11 +9,12 @@ import typer
 from rich.console import Console
 
 import dampr
-from dampr import prune
-from dampr.bench import linear, records, tune, verify
+from dampr import prune, records
+from dampr.bench import linear, tune
 from dampr.cli import demo as demo_job
 from dampr.cli import model_report, report
 from dampr.ops import thresholds
+from dampr.testing import verify
 
 HELP = """Learned gates that prune networks while they train.
 

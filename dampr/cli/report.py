@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
-from dampr.bench.verify import Row
 from dampr.cli.demo import Report
+from dampr.testing.verify import Row
 
 DEMO_COLUMNS = ("model", "accuracy", "open units", "params", "MACs", "of dense", "ms", "KB")
 

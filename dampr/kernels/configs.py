@@ -1,6 +1,6 @@
 """Tile sizes as a pure function of (sizes, dtype, compute capability): nothing is tuned at run time, so nothing looks like a hang.
 
-The tables are the whole list of what ships; tests/test_codegen.py compiles every entry and reads the machine code.
+The tables are the whole list of what ships; tests/testing/test_codegen.py compiles every entry and reads the machine code.
 """
 
 from __future__ import annotations
@@ -8,6 +8,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from .dispatch import Thresholds
+
+
+def cdiv(count: int, size: int) -> int:
+    """How many pieces of ``size`` it takes; that of Triton goes through its compiler's types, which a launcher feels."""
+    return -(count // -size)
 
 
 class Tile(NamedTuple):
@@ -41,7 +46,7 @@ COLUMN_MEAN_TILE = (64, 64)  # of one whose rows have a mean each tile, which go
 GENERATOR_TILE, GENERATOR_WARPS = (64, 64), 16  # of a layer of Dep-L0's generator, in one program
 TARGET_PROGRAMS = 256  # work is split over rows until about this many programs run: two for each SM of a large GPU
 MAX_SPLITS = 32
-NORM_PROGRAMS = 2048  # a pass that only moves memory keeps a large GPU busy with about this many tiles under way [estimate]
+PASS_PROGRAMS = 2048  # a pass that only moves memory keeps a large GPU busy with about this many; 256 took 2.5 times as long (H200)
 NORM_MAX_SPLITS, NORM_MAX_PARTS = 512, 16  # of the whole tensor, of one sample: sums of the latter are added up one by one
 NORM_JOIN_TILE, NORM_FINISH_TILE = (128, 32), (8, 64)  # of the (splits, n) statistics, of the (draws, n) sums
 

@@ -33,7 +33,7 @@ def load_layer(table_ptr, layer):
 
 
 @triton.jit
-def _dependency_generator_fwd_kernel(table_ptr, values_ptr, layers, LIMIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+def dependency_generator_fwd_kernel(table_ptr, values_ptr, layers, LIMIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
     """values: a_1, a_2, ... one behind the other; grid: (1,)."""
     start = tl.zeros((), tl.int64)  # of a_l in values
     for layer in range(layers):
@@ -53,7 +53,7 @@ def _dependency_generator_fwd_kernel(table_ptr, values_ptr, layers, LIMIT: tl.co
 
 
 @triton.jit
-def _dependency_generator_bwd_kernel(
+def dependency_generator_bwd_kernel(
     table_ptr, values_ptr, dvalues_ptr, back_ptr, grads_ptr, layers, total, count,
     LIMIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip

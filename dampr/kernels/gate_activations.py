@@ -3,8 +3,8 @@
     dx = dy z      dz[n] (or [outer, n]) = sum of x dy over all that shares the gate
 
 An activation is read once forward and twice (x and dy) backward, so these are bound by memory; z is small beside it and drawn before
-(``_sample_gates_fwd_kernel``). Channels last is (B, H W, C, 1): ``_gate_columns_kernel``, gates along the lanes. Contiguous images are
-(B, 1, C, H W): ``_gate_rows_of_planes_kernel``, a gate for each row of H W elements. Both serve both directions: what is None is not there.
+(``sample_gates_fwd_kernel``). Channels last is (B, H W, C, 1): ``gate_columns_kernel``, gates along the lanes. Contiguous images are
+(B, 1, C, H W): ``gate_rows_of_planes_kernel``, a gate for each row of H W elements. Both serve both directions: what is None is not there.
 Sums go through a workspace in a fixed order, without atomics.
 """
 
@@ -13,7 +13,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _gate_columns_kernel(
+def gate_columns_kernel(
     t_ptr, other_ptr, z_ptr, out_ptr, partial_ptr, middle, n, rows_per_split,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PER_OUTER: tl.constexpr,
 ):  # fmt: skip
@@ -33,16 +33,19 @@ def _gate_columns_kernel(
         mask = (row < middle)[:, None] & (col < n)[None, :]
         offsets = (outer * middle + row)[:, None] * n + col[None, :]
         t = tl.load(t_ptr + offsets, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_N]
+        other = t
+        if partial_ptr is not None:  # before the store, behind which it would wait for memory once more
+            other = tl.load(other_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         if out_ptr is not None:
             tl.store(out_ptr + offsets, (t * z).to(out_ptr.dtype.element_ty), mask=mask)
         if partial_ptr is not None:
-            total += t * tl.load(other_ptr + offsets, mask=mask, other=0.0)
+            total += t * other
     if partial_ptr is not None:
         tl.store(partial_ptr + part * n + col, tl.sum(total, axis=0), mask=col < n)
 
 
 @triton.jit
-def _gate_rows_of_planes_kernel(
+def gate_rows_of_planes_kernel(
     t_ptr, other_ptr, z_ptr, out_ptr, partial_ptr, rows, middle, n, inner,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PER_OUTER: tl.constexpr,
 ):  # fmt: skip
@@ -61,9 +64,12 @@ def _gate_rows_of_planes_kernel(
         mask = (row < rows)[:, None] & (col < inner)[None, :]
         offsets = row[:, None] * inner + col[None, :]
         t = tl.load(t_ptr + offsets, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_N]
+        other = t
+        if partial_ptr is not None:  # before the store, behind which it would wait for memory once more
+            other = tl.load(other_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         if out_ptr is not None:
             tl.store(out_ptr + offsets, (t * z).to(out_ptr.dtype.element_ty), mask=mask)
         if partial_ptr is not None:
-            total += tl.sum(t * tl.load(other_ptr + offsets, mask=mask, other=0.0), axis=1)
+            total += tl.sum(t * other, axis=1)
     if partial_ptr is not None:
         tl.store(partial_ptr + row, total, mask=row < rows)

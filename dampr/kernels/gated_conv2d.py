@@ -21,7 +21,7 @@ from .gates import load_columns
 
 
 @triton.jit
-def _list_live_kernel(z_ptr, live_ptr, count_ptr, C, BLOCKS: tl.constexpr, BLOCK_C: tl.constexpr):
+def list_live_kernel(z_ptr, live_ptr, count_ptr, C, BLOCKS: tl.constexpr, BLOCK_C: tl.constexpr):
     """Of each row of z (rows, C): live (rows, blocks), its blocks with an open gate, ascending, and count (rows,). Grid: (rows,)."""
     row, count = tl.program_id(0).to(tl.int64), 0
     blocks = tl.cdiv(C, BLOCK_C)
@@ -34,7 +34,7 @@ def _list_live_kernel(z_ptr, live_ptr, count_ptr, C, BLOCKS: tl.constexpr, BLOCK
 
 
 @triton.jit
-def _gated_conv2d_fwd_kernel(
+def gated_conv2d_fwd_kernel(
     x_ptr, w_ptr, bias_ptr, z_in_ptr, z_out_ptr, live_ptr, count_ptr, y_ptr,
     slabs, P, H, W, OH, OW, groups, C, N,
     R: tl.constexpr, S: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,

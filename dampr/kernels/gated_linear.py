@@ -12,7 +12,7 @@ Every output tile draws them again, so a large one gates x, y and dy in passes o
     dlog_alpha_out = sum_m dy pre z_out',  pre = (x z_in) W^T + b    dlog_alpha_in = sum_m x ((dy z_out) W) z_in'
 
 Gates are drawn again wherever they are needed and never stored. Products with a gate are formed in float32 and rounded once. Column sums go
-through a (splits, n) workspace and ``_reduce_kernel``: always the same order, no atomics. Innermost strides are 1. A missing gate, bias or
+through a (splits, n) workspace and ``reduce_kernel``: always the same order, no atomics. Innermost strides are 1. A missing gate, bias or
 output is a pointer that is None.
 """
 
@@ -56,7 +56,7 @@ def weight_tile(K, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
-def _fold_fwd_kernel(
+def fold_fwd_kernel(
     w_ptr, bias_ptr, in_log_alpha_ptr, out_log_alpha_ptr, in_seed_ptr, out_seed_ptr, folded_ptr, folded_bias_ptr,
     N, K, stride_wn, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GATE: tl.constexpr,
 ):  # fmt: skip
@@ -80,7 +80,7 @@ def _fold_fwd_kernel(
 
 
 @triton.jit
-def _fold_bwd_kernel(
+def fold_bwd_kernel(
     g_ptr, w_ptr, in_log_alpha_ptr, out_log_alpha_ptr, in_seed_ptr, out_seed_ptr, dw_ptr, in_partial_ptr, out_partial_ptr,
     N, K, stride_wn, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GATE: tl.constexpr,
 ):  # fmt: skip
@@ -92,7 +92,9 @@ def _fold_bwd_kernel(
     n0, k0 = tile_n * BLOCK_N, tile_k * BLOCK_K
     row, col = n0 + tl.arange(0, BLOCK_N), k0 + tl.arange(0, BLOCK_K)
     mask = (row < N)[:, None] & (col < K)[None, :]
+    # Both are asked for before anything is stored: behind a store the second would wait for memory once more.
     g = tl.load(g_ptr + row[:, None] * K + col[None, :], mask=mask, other=0.0).to(tl.float32)  # [BLOCK_N, BLOCK_K]
+    w = tl.load(w_ptr + row[:, None] * stride_wn + col[None, :], mask=mask, other=0.0).to(tl.float32)
     g_in, g_out = g, g  # G with the input gates, and with the output gates
     if in_log_alpha_ptr is not None:
         z_in, _ = draw_gate_vector(in_log_alpha_ptr, in_seed_ptr, k0, K, BLOCK_K, GATE)
@@ -104,7 +106,6 @@ def _fold_bwd_kernel(
         dw = g_in * z_out[:, None]
     if dw_ptr is not None:
         tl.store(dw_ptr + row[:, None] * K + col[None, :], dw.to(dw_ptr.dtype.element_ty), mask=mask)
-    w = tl.load(w_ptr + row[:, None] * stride_wn + col[None, :], mask=mask, other=0.0).to(tl.float32)
     if in_partial_ptr is not None:
         tl.store(in_partial_ptr + tile_n * K + col, tl.sum(w * g_out, axis=0), mask=col < K)
     if out_partial_ptr is not None:
@@ -112,7 +113,7 @@ def _fold_bwd_kernel(
 
 
 @triton.jit
-def _fold_gate_bwd_kernel(
+def fold_gate_bwd_kernel(
     partial_ptr, bias_ptr, dy_sum_ptr, log_alpha_ptr, seed_ptr, dlog_alpha_ptr, dbias_ptr,
     splits, n, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr, GATE: tl.constexpr,
 ):  # fmt: skip
@@ -135,7 +136,7 @@ def _fold_gate_bwd_kernel(
 
 
 @triton.jit
-def _gate_rows_fwd_kernel(
+def gate_rows_fwd_kernel(
     t_ptr, log_alpha_ptr, seed_ptr, gated_ptr, M, n, stride_tm,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUPED: tl.constexpr, GATE: tl.constexpr,
 ):  # fmt: skip
@@ -150,7 +151,7 @@ def _gate_rows_fwd_kernel(
 
 
 @triton.jit
-def _gate_rows_bwd_kernel(
+def gate_rows_bwd_kernel(
     g_ptr, t_ptr, log_alpha_ptr, seed_ptr, gated_ptr, gate_partial_ptr, sum_partial_ptr,
     M, n, stride_gm, stride_tm, rows_per_split, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUPED: tl.constexpr, GATE: tl.constexpr,
 ):  # fmt: skip
@@ -168,11 +169,13 @@ def _gate_rows_bwd_kernel(
         row = split * rows_per_split + first + tl.arange(0, BLOCK_M)
         mask = (row < M)[:, None] & (col < n)[None, :]
         g = tl.load(g_ptr + row[:, None] * stride_gm + col[None, :], mask=mask, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_N]
+        t = g
+        if gate_partial_ptr is not None:  # before the store, behind which it would wait for memory once more
+            t = tl.load(t_ptr + row[:, None] * stride_tm + col[None, :], mask=mask, other=0.0).to(tl.float32)
         z, slope = draw_gate(log_alpha, seed, (row * n + start)[:, None], BLOCK_N, GROUPED, GATE)
         if gated_ptr is not None:
             tl.store(gated_ptr + row[:, None] * n + col[None, :], (g * z).to(gated_ptr.dtype.element_ty), mask=mask)
         if gate_partial_ptr is not None:
-            t = tl.load(t_ptr + row[:, None] * stride_tm + col[None, :], mask=mask, other=0.0)
             dlog_alpha += g * t * slope
         if sum_partial_ptr is not None:
             dsum += g * z
@@ -183,7 +186,7 @@ def _gate_rows_bwd_kernel(
 
 
 @triton.jit
-def _gated_linear_fwd_kernel(
+def gated_linear_fwd_kernel(
     x_ptr, w_ptr, bias_ptr, in_log_alpha_ptr, out_log_alpha_ptr, in_seed_ptr, out_seed_ptr, y_ptr, pre_ptr,
     M, N, K, stride_xm, stride_wn,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,
@@ -224,7 +227,7 @@ def _gated_linear_fwd_kernel(
 
 
 @triton.jit
-def _gated_linear_bwd_dx_kernel(
+def gated_linear_bwd_dx_kernel(
     dy_ptr, x_ptr, w_ptr, in_log_alpha_ptr, out_log_alpha_ptr, in_seed_ptr, out_seed_ptr, dx_ptr, partial_ptr,
     M, N, K, stride_dym, stride_xm, stride_wn,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,
@@ -266,7 +269,7 @@ def _gated_linear_bwd_dx_kernel(
 
 
 @triton.jit
-def _gated_linear_bwd_dw_kernel(
+def gated_linear_bwd_dw_kernel(
     dy_ptr, x_ptr, in_log_alpha_ptr, out_log_alpha_ptr, in_seed_ptr, out_seed_ptr, dw_ptr,
     M, N, K, stride_dym, stride_xm, rows_per_split,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,

@@ -1,6 +1,6 @@
 """y = z_out * ((x * z_in) W^T + b), gates per batch, where most gates are closed: what is dead is neither read nor multiplied.
 
-x: (M, K), W: (N, K), y: (M, N). ``_live_blocks_kernel`` draws z_in and lists, in ascending order, the blocks of BLOCK_K input features with
+x: (M, K), W: (N, K), y: (M, N). ``live_blocks_kernel`` draws z_in and lists, in ascending order, the blocks of BLOCK_K input features with
 an open gate. The GEMM walks that list: its trip count and the number of each block are loaded from memory, so the host never waits, and
 there is no branch around the multiplication, which would take the asynchronous copies out of the loop. An output tile whose gates are all
 closed takes no step and stores zeros. A dead block adds products with 0, so for finite x and W the result is that of the full list.
@@ -20,7 +20,7 @@ def any_open(z, axis: tl.constexpr):
 
 
 @triton.jit
-def _live_blocks_kernel(
+def live_blocks_kernel(
     log_alpha_ptr, seed_ptr, z_ptr, live_ptr, count_ptr, K, BLOCKS: tl.constexpr, BLOCK_K: tl.constexpr, GATE: tl.constexpr
 ):  # fmt: skip
     """z (K,): the gates, 1 without log-alphas; live: the blocks of BLOCK_K with an open gate; count (1,): how many. Grid: one program."""
@@ -41,7 +41,7 @@ def _live_blocks_kernel(
 
 
 @triton.jit
-def _gated_linear_live_fwd_kernel(
+def gated_linear_live_fwd_kernel(
     x_ptr, w_ptr, bias_ptr, z_ptr, out_log_alpha_ptr, out_seed_ptr, live_ptr, count_ptr, y_ptr,
     M, N, K, stride_xm, stride_wn,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,

@@ -212,7 +212,7 @@ def draw_gate_vector(log_alpha_ptr, seed_ptr, start, n, BLOCK: tl.constexpr, GAT
 
 
 @triton.jit
-def _sample_gates_fwd_kernel(
+def sample_gates_fwd_kernel(
     log_alpha_ptr, seed_ptr, z_ptr, rows, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUPED: tl.constexpr, GATE: tl.constexpr
 ):
     """z (rows, n) of log_alpha (n,); grid: (row blocks * column blocks,), because a second axis ends at 65535."""
@@ -226,7 +226,7 @@ def _sample_gates_fwd_kernel(
 
 
 @triton.jit
-def _sample_gates_bwd_kernel(
+def sample_gates_bwd_kernel(
     dz_ptr, log_alpha_ptr, seed_ptr, partial_ptr, rows, n, rows_per_split,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUPED: tl.constexpr, GATE: tl.constexpr,
 ):  # fmt: skip
@@ -248,7 +248,7 @@ def _sample_gates_bwd_kernel(
 
 
 @triton.jit
-def _reduce_kernel(partial_ptr, out_ptr, splits, n, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr):
+def reduce_kernel(partial_ptr, out_ptr, splits, n, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr):
     """out (n,) = sum over splits of partial (splits, n), in float32 and always in the same order; grid: (column blocks,)."""
     cols = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     total = tl.zeros((BLOCK_N,), tl.float32)

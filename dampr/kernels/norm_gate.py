@@ -49,30 +49,35 @@ def _join(mean, spread, seen, tile_mean, tile_spread, count):
 
 
 @triton.jit
-def _norm_stats_columns_kernel(x_ptr, mean_ptr, spread_ptr, rows, n, rows_per_split, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def norm_stats_columns_kernel(x_ptr, mean_ptr, spread_ptr, rows, n, rows_per_split, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """(splits, n) means and sums of squared distances from them, of x (rows, n); grid: (splits * column blocks,), column blocks first."""
     blocks = tl.cdiv(n, BLOCK_N)
     pid = tl.program_id(0)
     split, col = (pid // blocks).to(tl.int64), (pid % blocks).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    # Distances from an element of each column are summed, not elements: a large mean would cost the digits of the spread.
-    near = tl.load(x_ptr + split * rows_per_split * n + col, mask=(col < n) & (split * rows_per_split < rows), other=0.0).to(tl.float32)
+    start, end = split * rows_per_split, tl.minimum((split + 1) * rows_per_split, rows)
+    # Distances from the mean of the first tile are summed, not elements: a large mean would cost the digits of the spread. Each place of
+    # the tile has sums of its own, in registers, so that a program goes through shared memory at its ends and nowhere else.
+    row = start + tl.arange(0, BLOCK_M)
+    x = tl.load(x_ptr + row[:, None] * n + col[None, :], mask=(row < end)[:, None] & (col < n)[None, :], other=0.0).to(tl.float32)
+    near = tl.div_rn(tl.sum(x, axis=0), tl.maximum(tl.minimum(end - start, BLOCK_M), 1).to(tl.float32))
     near = tl.where(tl.abs(near) < float("inf"), near, 0.0)
-    mean, spread = tl.zeros((BLOCK_N,), tl.float32), tl.zeros((BLOCK_N,), tl.float32)
+    moved, spread = tl.zeros((BLOCK_M, BLOCK_N), tl.float32), tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for first in range(0, rows_per_split, BLOCK_M):
-        row = split * rows_per_split + first + tl.arange(0, BLOCK_M)
-        count = tl.maximum(tl.minimum(rows - (split * rows_per_split + first), BLOCK_M), 0)
-        mask = (row < rows)[:, None] & (col < n)[None, :]
+        row = start + first + tl.arange(0, BLOCK_M)
+        mask = (row < end)[:, None] & (col < n)[None, :]
         x = tl.load(x_ptr + row[:, None] * n + col[None, :], mask=mask, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_N]
-        x = tl.where(mask, x - near[None, :], 0.0)
-        centre = tl.div_rn(tl.sum(x, axis=0), tl.maximum(count, 1).to(tl.float32))
-        distance = tl.where(mask, x - centre[None, :], 0.0)
-        mean, spread = _join(mean, spread, first, centre, tl.sum(distance * distance, axis=0), count)
+        distance = tl.where(mask, x - near[None, :], 0.0)
+        moved += distance
+        spread += distance * distance
+    total = tl.sum(moved, axis=0)
+    mean = tl.div_rn(total, tl.maximum(end - start, 1).to(tl.float32))
     tl.store(mean_ptr + split * n + col, near + mean, mask=col < n)
-    tl.store(spread_ptr + split * n + col, spread, mask=col < n)
+    squares = tl.sum(spread, axis=0) - total * mean
+    tl.store(spread_ptr + split * n + col, tl.where(squares < 0.0, 0.0, squares), mask=col < n)  # not a number stays visible
 
 
 @triton.jit
-def _norm_stats_rows_kernel(x_ptr, mean_ptr, spread_ptr, rows, n, inner, per_piece, pieces, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def norm_stats_rows_kernel(x_ptr, mean_ptr, spread_ptr, rows, n, inner, per_piece, pieces, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """The same of x (rows, inner), rows = (B, n), each row in pieces: (B, pieces, n); grid: (row blocks * pieces,), pieces first."""
     pid = tl.program_id(0)
     row, piece = (pid // pieces).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M), (pid % pieces).to(tl.int64)
@@ -91,13 +96,14 @@ def _norm_stats_rows_kernel(x_ptr, mean_ptr, spread_ptr, rows, n, inner, per_pie
 
 
 @triton.jit
-def _norm_stats_join_kernel(
-    part_mean_ptr, part_spread_ptr, mean_ptr, var_ptr, parts, n, length, per_piece, pieces, count,
-    BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr,
+def norm_stats_join_kernel(
+    part_mean_ptr, part_spread_ptr, mean_ptr, var_ptr, running_mean_ptr, running_var_ptr, updates_ptr,
+    parts, n, length, per_piece, pieces, count, stays, mean_share, var_share, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """mean and biased variance (n,), of ``count`` elements each, from (parts, n); part i begins at i % pieces * per_piece of ``length``.
 
-    Grid: (column blocks,). Means are added up as distances from the first one, then squared distances from their mean are.
+    Grid: (column blocks,). Means are added up as distances from the first one, then squared distances from their mean are. Running
+    statistics, where there are some, become ``stays`` of themselves plus a share of the new ones; ``updates`` is one more.
     """
     col = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     whole = tl.zeros((BLOCK_N,), tl.float32) + count
@@ -119,12 +125,22 @@ def _norm_stats_join_kernel(
         gap = tl.load(part_mean_ptr + place, mask=mask, other=0.0) - mean[None, :]
         within = tl.load(part_spread_ptr + place, mask=mask, other=0.0)
         spread += tl.sum(tl.where(mask, within + gap * gap * size, 0.0), axis=0)
+    var = tl.div_rn(spread, whole)
     tl.store(mean_ptr + col, mean, mask=col < n)
-    tl.store(var_ptr + col, tl.div_rn(spread, whole), mask=col < n)
+    tl.store(var_ptr + col, var, mask=col < n)
+    if running_mean_ptr is not None:
+        moved = tl.load(running_mean_ptr + col, mask=col < n, other=0.0) * stays + mean * mean_share
+        tl.store(running_mean_ptr + col, moved, mask=col < n)
+    if running_var_ptr is not None:
+        moved = tl.load(running_var_ptr + col, mask=col < n, other=0.0) * stays + var * var_share
+        tl.store(running_var_ptr + col, moved, mask=col < n)
+    if updates_ptr is not None:  # noqa: SIM102 (the outer condition is static, the inner one is not)
+        if tl.program_id(0) == 0:
+            tl.store(updates_ptr, tl.load(updates_ptr) + 1)
 
 
 @triton.jit
-def _norm_gate_columns_kernel(
+def norm_gate_columns_kernel(
     x_ptr, dy_ptr, z_ptr, gain_ptr, bias_ptr, mean_ptr, var_ptr, sums_ptr, out_ptr, partial_ptr, middle, n, rows_per_split, count,
     EPS: tl.constexpr, RELU: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PER_OUTER: tl.constexpr,
 ):  # fmt: skip
@@ -170,7 +186,7 @@ def _norm_gate_columns_kernel(
 
 
 @triton.jit
-def _norm_gate_rows_kernel(
+def norm_gate_rows_kernel(
     x_ptr, dy_ptr, z_ptr, gain_ptr, bias_ptr, mean_ptr, var_ptr, sums_ptr, out_ptr, partial_ptr,
     rows, middle, n, inner, per_piece, pieces, count,
     EPS: tl.constexpr, RELU: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PER_OUTER: tl.constexpr,
@@ -218,7 +234,7 @@ def _norm_gate_rows_kernel(
 
 
 @triton.jit
-def _norm_gate_finish_kernel(
+def norm_gate_finish_kernel(
     sums_ptr, z_ptr, gain_ptr, bias_ptr, dz_ptr, partial_ptr, outer, parts, n, outer_per_split,
     BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip

@@ -19,22 +19,25 @@ from .gates import draw_gate, draw_gate_vector, load_columns, load_seed
 
 
 @triton.jit
-def _gate_weights_kernel(
+def gate_weights_kernel(
     t_ptr, w_ptr, log_alpha_ptr, seed_ptr, gated_ptr, dlog_alpha_ptr, size, BLOCK: tl.constexpr, GATE: tl.constexpr
 ):  # fmt: skip
     """gated (size,) = t z and dlog_alpha (size,) = w t z', all flat, one gate for each element; grid: (cdiv(size, BLOCK),)."""
     start = tl.program_id(0).to(tl.int64) * BLOCK
     offs = start + tl.arange(0, BLOCK)
     t = load_columns(t_ptr, start, size, BLOCK)
+    w = t
+    if dlog_alpha_ptr is not None:  # before the store, behind which it would wait for memory once more
+        w = load_columns(w_ptr, start, size, BLOCK)
     z, slope = draw_gate_vector(log_alpha_ptr, seed_ptr, start, size, BLOCK, GATE)
     if gated_ptr is not None:
         tl.store(gated_ptr + offs, (t * z).to(gated_ptr.dtype.element_ty), mask=offs < size)
     if dlog_alpha_ptr is not None:
-        tl.store(dlog_alpha_ptr + offs, load_columns(w_ptr, start, size, BLOCK) * t * slope, mask=offs < size)
+        tl.store(dlog_alpha_ptr + offs, w * t * slope, mask=offs < size)
 
 
 @triton.jit
-def _gate_blocks_kernel(
+def gate_blocks_kernel(
     t_ptr, w_ptr, z_ptr, gated_ptr, partial_ptr, N, K, stride_tn, stride_wn, rows_per_split,
     R: tl.constexpr, C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -58,16 +61,19 @@ def _gate_blocks_kernel(
             mask = row_mask & ((c < C) & (col < K))[None, :, :]
             col = col[None, :, :]
             t = tl.load(t_ptr + row * stride_tn + col, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_R, BLOCK_G, BLOCK_C]
+            w = t
+            if partial_ptr is not None:
+                w = tl.load(w_ptr + row * stride_wn + col, mask=mask, other=0.0).to(tl.float32)
             if gated_ptr is not None:
                 tl.store(gated_ptr + row * K + col, (t * z).to(gated_ptr.dtype.element_ty), mask=mask)
             if partial_ptr is not None:
-                total += tl.load(w_ptr + row * stride_wn + col, mask=mask, other=0.0).to(tl.float32) * t
+                total += w * t
     if partial_ptr is not None:
         tl.store(partial_ptr + split * tl.cdiv(N, R) * across + index, tl.sum(tl.sum(total, axis=2), axis=0), mask=gate < across)
 
 
 @triton.jit
-def _weight_gated_linear_fwd_kernel(
+def weight_gated_linear_fwd_kernel(
     x_ptr, w_ptr, bias_ptr, log_alpha_ptr, seed_ptr, y_ptr, M, N, K, stride_xm, k_per_split,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,
     GROUPED: tl.constexpr, PRECISION: tl.constexpr, GATE: tl.constexpr,

@@ -13,9 +13,9 @@ from dampr import _checks, functional, ops
 from dampr.gates import Gate, make_gate, place_gate
 from dampr.spec import SAMPLE
 
-from .base import GatedLayer, _wide, fresh_values
+from .base import GatedLayer, fresh_values, wide_dtype
 from .computed import check_dense, refresh, settled
-from .pruned_attention import Maybe, PrunedMultiheadAttention, _arguments, _as_batch, _attend, _joined, _sequence_first
+from .pruned_attention import Maybe, PrunedMultiheadAttention, as_batch, attend, attention_arguments, joined, sequence_first
 
 _PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias", "bias_k", "bias_v")
 _IN_ROWS = _PROJECTIONS[:-2]  # whose rows belong to heads, once in each of q, k and v where they are packed
@@ -90,7 +90,7 @@ class GatedMultiheadAttention(GatedLayer, nn.MultiheadAttention):
                 hook(self.out_proj, ())
         call = self._each_sample if self.per_sample and self.gate.spec.rule == SAMPLE else self._folded
         how = key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
-        return _sequence_first(call, self.batch_first, query, key, value, *how)
+        return sequence_first(call, self.batch_first, query, key, value, *how)
 
     def _folded(
         self, query: Tensor, key: Tensor, value: Tensor, padding: Maybe, need: bool, mask: Maybe, average: bool, causal: bool
@@ -138,12 +138,12 @@ class GatedMultiheadAttention(GatedLayer, nn.MultiheadAttention):
     ) -> Any:
         batched = query.dim() == 3
         if not batched:
-            query, key, value, padding = _as_batch(query, key, value, padding)
-        heads, weights = _attend(self, range(self.num_heads), query, key, value, padding, need, mask, causal)
+            query, key, value, padding = as_batch(query, key, value, padding)
+        heads, weights = attend(self, range(self.num_heads), query, key, value, padding, need, mask, causal)
         parameter, seed, spec = self.gate.call()
         how: dict[str, Any] = {"per_sample": True, "spec": spec, "index_offset": self.gate.index_offset(heads.shape[0])}
         heads = functional.gate_activations(heads, parameter, dim=1, seed=seed, **how)
-        return _joined(self.out_proj, heads, weights, average, batched)
+        return joined(self.out_proj, heads, weights, average, batched)
 
     @classmethod
     def gates_for(cls, layer: nn.MultiheadAttention, granularity: str = "output") -> int:
@@ -177,7 +177,7 @@ class GatedMultiheadAttention(GatedLayer, nn.MultiheadAttention):
         """:meth:`from_dense` that leaves the weights as they are."""
         check_dense(layer, nn.MultiheadAttention)
         own = make_gate(gate, layer.num_heads, layer.out_proj.weight.device)
-        gated = cls(**_arguments(layer), device="meta", dtype=layer.out_proj.weight.dtype, gate=own, per_sample=per_sample)
+        gated = cls(**attention_arguments(layer), device="meta", dtype=layer.out_proj.weight.dtype, gate=own, per_sample=per_sample)
         for name in _PROJECTIONS:
             setattr(gated, name, getattr(layer, name))
         gated.out_proj.weight, gated.out_proj.bias = layer.out_proj.weight, layer.out_proj.bias
@@ -187,7 +187,7 @@ class GatedMultiheadAttention(GatedLayer, nn.MultiheadAttention):
     @settled
     def to_dense(self) -> nn.MultiheadAttention:
         """The ``nn.MultiheadAttention`` that computes what this layer computes in evaluation mode; parameters are copies."""
-        plain = nn.MultiheadAttention(**_arguments(self), device="meta", dtype=self.out_proj.weight.dtype)
+        plain = nn.MultiheadAttention(**attention_arguments(self), device="meta", dtype=self.out_proj.weight.dtype)
         self._copy_into(plain, range(self.num_heads))
         return plain.train(self.training)
 
@@ -201,7 +201,7 @@ class GatedMultiheadAttention(GatedLayer, nn.MultiheadAttention):
         heads = self.gate.is_open().nonzero().flatten().tolist() or [0]
         if len(heads) == self.num_heads:
             return self.to_dense(), heads
-        plain = PrunedMultiheadAttention(**_arguments(self), device="meta", dtype=self.out_proj.weight.dtype, heads=heads)
+        plain = PrunedMultiheadAttention(**attention_arguments(self), device="meta", dtype=self.out_proj.weight.dtype, heads=heads)
         self._copy_into(plain, heads)
         return plain.train(self.training), heads
 
@@ -253,9 +253,9 @@ class GatedMultiheadAttention(GatedLayer, nn.MultiheadAttention):
         ungated: float | Tensor = 0.0
         if prior_precision:
             refresh(self)
-            cost = cost + 0.5 * prior_precision * self._of_heads(lambda p: _wide(p).square())
+            cost = cost + 0.5 * prior_precision * self._of_heads(lambda p: wide_dtype(p).square())
             if self.out_proj.bias is not None:
-                ungated = 0.5 * prior_precision * _wide(self.out_proj.bias).square().sum()
+                ungated = 0.5 * prior_precision * wide_dtype(self.out_proj.bias).square().sum()
         total: Tensor = (self.gate.open_probability() * cost).sum() + ungated
         return total
 

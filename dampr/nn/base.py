@@ -261,8 +261,8 @@ class GatedWeight(GatedLayer):
         ungated: float | Tensor = 0.0
         if prior_precision:
             refresh(cast(nn.Module, self))
-            squares = self._collect(_wide(self.weight).square())
-            bias = None if self.bias is None else _wide(self.bias).square()
+            squares = self._collect(wide_dtype(self.weight).square())
+            bias = None if self.bias is None else wide_dtype(self.bias).square()
             if bias is not None and self.granularity == "output":
                 squares = squares + bias
             elif bias is not None:
@@ -283,7 +283,7 @@ def fresh_values(gate: Gate) -> Tensor:
     return z
 
 
-def _wide(t: Tensor) -> Tensor:
+def wide_dtype(t: Tensor) -> Tensor:
     """At least float32, so that sums of squares of half-precision weights do not overflow; the whole of a sharded one."""
     if hasattr(t, "full_tensor"):
         t = t.full_tensor()

@@ -16,8 +16,8 @@ from .base import GatedLayer, Granularity
 from .conv import GatedConv1d, GatedConv2d
 from .gate import Gate, GatedEmbedding, GatedResidual
 from .linear import GatedLinear
-from .norm import GatedLayerNorm, _GatedBatchNorm, _GatedNorm
-from .rnn import _GatedRecurrent
+from .norm import GatedBatchNorm, GatedLayerNorm, GatedNorm
+from .rnn import GatedRecurrent
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,9 @@ def explain(layer: GatedLayer, x: Tensor) -> Explanation:
         found = _of_linear(layer, x, dtype)
     elif isinstance(layer, (GatedConv1d, GatedConv2d)):
         found = _of_convolution(layer, x, dtype)
-    elif isinstance(layer, _GatedNorm):
+    elif isinstance(layer, GatedNorm):
         found = _of_norm(layer, x, dtype)
-    elif isinstance(layer, (_GatedRecurrent, Gate, GatedEmbedding, GatedMultiheadAttention, GatedResidual)):
+    elif isinstance(layer, (GatedRecurrent, Gate, GatedEmbedding, GatedMultiheadAttention, GatedResidual)):
         dtype = layer.weight.dtype if isinstance(layer, GatedEmbedding) else dtype
         found = Explanation(*ops.choose(x.device, dtype), *_of_others(layer))
     else:
@@ -93,8 +93,8 @@ def _of_convolution(layer: GatedConv1d | GatedConv2d, x: Tensor, dtype: torch.dt
     return found if opened is None else _of_slice(layer, opened, found)
 
 
-def _of_others(layer: _GatedRecurrent | Gate | GatedEmbedding | GatedMultiheadAttention | GatedResidual) -> tuple[str, str]:
-    if isinstance(layer, _GatedRecurrent):
+def _of_others(layer: GatedRecurrent | Gate | GatedEmbedding | GatedMultiheadAttention | GatedResidual) -> tuple[str, str]:
+    if isinstance(layer, GatedRecurrent):
         where = "rows of the projection" if layer.proj_size else "columns that read the state, and into the output"
         return "fold", f"gates are drawn once and multiplied into the {where}; the vendor's recurrent kernel runs"
     if isinstance(layer, GatedMultiheadAttention):
@@ -108,7 +108,7 @@ def _of_others(layer: _GatedRecurrent | Gate | GatedEmbedding | GatedMultiheadAt
     return "passes", "gates are drawn in the pass that multiplies" if layer.index is None else "a gate is looked up for each element"
 
 
-def _of_norm(layer: _GatedNorm, x: Tensor, dtype: torch.dtype) -> Explanation:
+def _of_norm(layer: GatedNorm, x: Tensor, dtype: torch.dtype) -> Explanation:
     backend, reason = ops.choose(x.device, dtype)
     activation = getattr(layer, "activation", None)
     behind = " and the ReLU" if activation else ""
@@ -116,9 +116,9 @@ def _of_norm(layer: _GatedNorm, x: Tensor, dtype: torch.dtype) -> Explanation:
         how = "a pass over the activations after the norm" if isinstance(layer, GatedLayerNorm) else f"one pass with the norm{behind}"
         return Explanation(backend, reason, "passes", f"every sample has gates of its own: {how}")
     if (
-        isinstance(layer, _GatedBatchNorm)
+        isinstance(layer, GatedBatchNorm)
         and layer.training
-        and ops.has_whole_norms(x.device, dtype)
+        and ops.has_whole_norms(x.device, dtype, False)
         and layer._fits(x, layer.gate.parameter)
     ):
         return Explanation(backend, reason, "passes", f"norm, gates{behind} in one pass each way, faster here than torch's own")

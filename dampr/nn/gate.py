@@ -17,7 +17,7 @@ from dampr.gates import make_gate, place_gate, ranks
 from dampr.ops import is_transformed
 from dampr.spec import HARD_CONCRETE, RAMP, value
 
-from .base import VECTOR_GRANULARITIES, GatedLayer, _wide, fresh_values
+from .base import VECTOR_GRANULARITIES, GatedLayer, fresh_values, wide_dtype
 from .computed import check_dense, computed, copied, refresh, settled
 
 VALUE = value()
@@ -229,7 +229,7 @@ class GatedResidual(GatedLayer, nn.Module):
         weights = self._weights()
         cost: float | Tensor = lam * sum(p.numel() for p in weights)
         for p in weights if prior_precision else ():
-            cost = cost + 0.5 * prior_precision * _wide(p).square().sum()
+            cost = cost + 0.5 * prior_precision * wide_dtype(p).square().sum()
         total: Tensor = (self.gate.open_probability() * cost).sum()
         return total
 
@@ -459,7 +459,7 @@ class GatedEmbedding(GatedLayer, nn.Embedding):
         cost: float | Tensor = lam * self.weight.shape[along]
         if prior_precision:
             refresh(self)
-            cost = cost + 0.5 * prior_precision * _wide(self.weight).square().sum(along)
+            cost = cost + 0.5 * prior_precision * wide_dtype(self.weight).square().sum(along)
         total: Tensor = (self.gate.open_probability() * cost).sum()
         return total
 

@@ -19,7 +19,7 @@ from dampr.ops.gate_args import GateArgs, gate_dtype
 from dampr.ops.norm_gate import Norm, Running
 from dampr.spec import SAMPLE, GateSpec
 
-from .base import GatedLayer, _wide, fresh_values
+from .base import GatedLayer, fresh_values, wide_dtype
 from .computed import check_dense, refresh, settled
 
 _made: weakref.WeakSet[Any] = weakref.WeakSet()  # every gated norm there is
@@ -35,7 +35,7 @@ def norms_with(gate: Gate) -> list[Any]:
     return [norm for norm in _made if getattr(norm, "gate", None) is gate]
 
 
-class _GatedNorm(GatedLayer):
+class GatedNorm(GatedLayer):
     """A norm with a gate for each channel, mixed in before the ``torch.nn`` layer in ``_dense``: y = z * norm(x).
 
     ``weights_per_gate`` is what closing a gate saves, for the penalty: its own gain and bias and, where :func:`dampr.convert` moved the
@@ -154,7 +154,7 @@ class _GatedNorm(GatedLayer):
             refresh(cast(nn.Module, self))
         for t in (self.weight, self.bias) if prior_precision else ():
             if t is not None:
-                cost = cost + 0.5 * prior_precision * _wide(t).square().view(-1)
+                cost = cost + 0.5 * prior_precision * wide_dtype(t).square().view(-1)
         total: Tensor = (self.gate.open_probability() * cost).sum()
         return total
 
@@ -173,7 +173,7 @@ class TakenReLU(nn.ReLU):
         return input if type(version) is int and version == input._version else super().forward(input)
 
 
-class _GatedBatchNorm(_GatedNorm, _BatchNorm):
+class GatedBatchNorm(GatedNorm, _BatchNorm):
     activation: str | None
     followed: bool = False  # whether the activation is that of a TakenReLU behind
     _arguments: tuple[str, ...] = ("num_features", "eps", "momentum", "affine", "track_running_stats")
@@ -308,7 +308,7 @@ class _GatedBatchNorm(_GatedNorm, _BatchNorm):
         return f"{described}, activation={self.activation!r}{' of the layer behind' if self.followed else ''}"
 
 
-class GatedBatchNorm2d(_GatedBatchNorm, nn.BatchNorm2d):
+class GatedBatchNorm2d(GatedBatchNorm, nn.BatchNorm2d):
     """``nn.BatchNorm2d`` with learned gates on its output channels: y = z * batch_norm(x), the gates folded into gain and bias.
 
     This is where the gates of a convolution's filters belong: a channel closed here is exactly zero for whatever reads it, and can be cut
@@ -330,13 +330,13 @@ class GatedBatchNorm2d(_GatedBatchNorm, nn.BatchNorm2d):
     _dense = nn.BatchNorm2d
 
 
-class GatedBatchNorm1d(_GatedBatchNorm, nn.BatchNorm1d):
+class GatedBatchNorm1d(GatedBatchNorm, nn.BatchNorm1d):
     """``nn.BatchNorm1d`` with learned gates on its output channels; everything as in :class:`GatedBatchNorm2d`, for (B, C) or (B, C, L)."""
 
     _dense = nn.BatchNorm1d
 
 
-class GatedLayerNorm(_GatedNorm, nn.LayerNorm):
+class GatedLayerNorm(GatedNorm, nn.LayerNorm):
     """``nn.LayerNorm`` with a learned gate on each of the elements it normalises: y = z * layer_norm(x).
 
     Args:

@@ -98,7 +98,7 @@ class PrunedMultiheadAttention(nn.Module):
 
     def arguments(self) -> dict[str, Any]:
         """What its constructor takes for such a layer, as plain data."""
-        return {**_arguments(self), "heads": self.heads, "head_dim": self.head_dim}
+        return {**attention_arguments(self), "heads": self.heads, "head_dim": self.head_dim}
 
     def forward(
         self,
@@ -112,28 +112,28 @@ class PrunedMultiheadAttention(nn.Module):
         is_causal: bool = False,
     ) -> tuple[Tensor, Maybe]:
         how = key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
-        return _sequence_first(self._call, self.batch_first, query, key, value, *how)
+        return sequence_first(self._call, self.batch_first, query, key, value, *how)
 
     def _call(self, query: Tensor, key: Tensor, value: Tensor, padding: Maybe, need: bool, mask: Maybe, average: bool, causal: bool) -> Any:
         batched = query.dim() == 3
         if not batched:
-            query, key, value, padding = _as_batch(query, key, value, padding)
-        heads, weights = _attend(self, self.heads, query, key, value, padding, need, mask, causal)
-        return _joined(self.out_proj, heads, weights, average, batched)
+            query, key, value, padding = as_batch(query, key, value, padding)
+        heads, weights = attend(self, self.heads, query, key, value, padding, need, mask, causal)
+        return joined(self.out_proj, heads, weights, average, batched)
 
     def extra_repr(self) -> str:
         own = "" if self.embed_dim == self.num_heads * self.head_dim else f", head_dim={self.head_dim}"
         return f"{self.embed_dim}, num_heads={self.num_heads}, heads={self.heads}{own}"
 
 
-def _arguments(layer: Any) -> dict[str, Any]:
+def attention_arguments(layer: Any) -> dict[str, Any]:
     """What the constructor of ``layer``, an ``nn.MultiheadAttention`` or what gates made of it, was given of what they share."""
     names = "embed_dim", "num_heads", "dropout", "add_zero_attn", "kdim", "vdim", "batch_first"
     given = {name: getattr(layer, name) for name in names}
     return given | {"bias": layer.in_proj_bias is not None, "add_bias_kv": layer.bias_k is not None}
 
 
-def _sequence_first(call: Callable[..., Any], batch_first: bool, query: Tensor, key: Tensor, value: Tensor, *how: Any) -> Any:
+def sequence_first(call: Callable[..., Any], batch_first: bool, query: Tensor, key: Tensor, value: Tensor, *how: Any) -> Any:
     """``call`` on tensors whose first dimension is the sequence; the same tensor three times stays one tensor."""
     if query.is_nested or key.is_nested or value.is_nested:
         raise TypeError("query: got a nested tensor, expected padded ones and a key_padding_mask (gates rule out torch's fused path)")
@@ -146,13 +146,13 @@ def _sequence_first(call: Callable[..., Any], batch_first: bool, query: Tensor, 
     return output.transpose(0, 1), weights
 
 
-def _as_batch(query: Tensor, key: Tensor, value: Tensor, padding: Maybe) -> tuple[Tensor, Tensor, Tensor, Maybe]:
+def as_batch(query: Tensor, key: Tensor, value: Tensor, padding: Maybe) -> tuple[Tensor, Tensor, Tensor, Maybe]:
     q = query.unsqueeze(1)
     k = q if key is query else key.unsqueeze(1)
     return q, k, k if value is key else value.unsqueeze(1), None if padding is None else padding.unsqueeze(0)
 
 
-def _attend(
+def attend(
     layer: Any,
     heads: Sequence[int],
     query: Tensor,
@@ -229,7 +229,7 @@ def _mask(
     return F.pad(mask, (0, more)) if more else mask
 
 
-def _joined(out_proj: nn.Linear, heads: Tensor, weights: Maybe, average: bool, batched: bool) -> tuple[Tensor, Maybe]:
+def joined(out_proj: nn.Linear, heads: Tensor, weights: Maybe, average: bool, batched: bool) -> tuple[Tensor, Maybe]:
     """The last projection of (N, heads, L, head_dim), on sequences first, and the attention weights as the caller wants them."""
     output = F.linear(heads.permute(2, 0, 1, 3).flatten(2), out_proj.weight, out_proj.bias)
     if weights is not None and average:

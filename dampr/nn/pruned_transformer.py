@@ -16,7 +16,7 @@ from .pruned_attention import Maybe, PrunedMultiheadAttention
 _ACTIVATIONS = {F.relu: "relu", F.gelu: "gelu"}
 
 
-class _Layer(nn.Module):
+class BySublayers(nn.Module):
     """torch's transformer layers in Python alone, sublayer by sublayer, mixed in before one of them.
 
     Their own ``forward`` has a fused path that reads the weights of all parts without calling any of them.
@@ -43,7 +43,7 @@ class _Layer(nn.Module):
         return out
 
 
-class _EncoderLayer(_Layer, nn.TransformerEncoderLayer):
+class EncoderBySublayers(BySublayers, nn.TransformerEncoderLayer):
     _attentions = ("self_attn",)
 
     def forward(self, src: Tensor, src_mask: Maybe = None, src_key_padding_mask: Maybe = None, is_causal: bool = False) -> Tensor:
@@ -63,7 +63,7 @@ class _EncoderLayer(_Layer, nn.TransformerEncoderLayer):
         return torch.nested.as_nested_tensor([t[:n] for t, n in zip(y, lengths, strict=True)], layout=src.layout)
 
 
-class _DecoderLayer(_Layer, nn.TransformerDecoderLayer):
+class DecoderBySublayers(BySublayers, nn.TransformerDecoderLayer):
     _attentions = ("self_attn", "multihead_attn")
 
     def forward(
@@ -89,8 +89,8 @@ class _DecoderLayer(_Layer, nn.TransformerDecoderLayer):
             super().__setstate__(state)
 
 
-class _Pruned(_Layer):
-    """What both pruned layers share, mixed in before :class:`_EncoderLayer` or :class:`_DecoderLayer`."""
+class PrunedLayer(BySublayers):
+    """What both pruned layers share, mixed in before :class:`EncoderBySublayers` or :class:`DecoderBySublayers`."""
 
     def _keep(self, d_model: int, nhead: int, dim_feedforward: int, heads: Sequence[Sequence[int] | None], how: dict[str, Any]) -> None:
         """Replace what the dense constructor made by what is left of it."""
@@ -98,29 +98,29 @@ class _Pruned(_Layer):
         self.d_model, self.nhead = d_model, nhead
         for index, (name, left) in enumerate(zip(self._attentions, heads, strict=True)):
             if left is not None and not left:
-                _remove(self, index, name)
+                remove_sublayer(self, index, name)
             elif left is not None or how["head_dim"] is not None:
                 there = range(nhead) if left is None else left
                 setattr(self, name, PrunedMultiheadAttention(d_model, nhead, **how, heads=there))
         if dim_feedforward == 0:
-            _remove(self, len(self._attentions), "linear1")
+            remove_sublayer(self, len(self._attentions), "linear1")
 
     def _sum(self, index: int, x: Tensor, branch: Callable[[], Tensor]) -> Tensor:
-        return x if isinstance(getattr(self, self._sublayers[index]), _Removed) else x + branch()
+        return x if isinstance(getattr(self, self._sublayers[index]), RemovedPart) else x + branch()
 
     def is_whole(self) -> bool:
         """Whether every head and sublayer is there, as after :func:`dampr.expand`, so that torch's own layer would do."""
-        return not any(isinstance(part, (_Removed, PrunedMultiheadAttention)) for part in self.children())
+        return not any(isinstance(part, (RemovedPart, PrunedMultiheadAttention)) for part in self.children())
 
     def arguments(self) -> dict[str, Any]:
         """What its constructor takes for such a layer: plain data, and an activation that is a module. Raises TypeError for a function."""
         attentions = [getattr(self, name) for name in self._attentions]
         widths = [a.head_dim for a in attentions if isinstance(a, PrunedMultiheadAttention) and a.head_dim * self.nhead != self.d_model]
         own = dict(zip(("heads", "memory_heads"), map(_heads_of, attentions), strict=False))
-        return _arguments(self, self.d_model, self.nhead) | own | ({"head_dim": widths[0]} if widths else {})
+        return layer_arguments(self, self.d_model, self.nhead) | own | ({"head_dim": widths[0]} if widths else {})
 
 
-class PrunedTransformerEncoderLayer(_Pruned, _EncoderLayer):
+class PrunedTransformerEncoderLayer(PrunedLayer, EncoderBySublayers):
     """An ``nn.TransformerEncoderLayer`` of which only some heads, or only some sublayers, are there: what is left of a gated one.
 
     Args:
@@ -157,7 +157,7 @@ class PrunedTransformerEncoderLayer(_Pruned, _EncoderLayer):
         self._keep(d_model, nhead, dim_feedforward, [heads], how)
 
 
-class PrunedTransformerDecoderLayer(_Pruned, _DecoderLayer):
+class PrunedTransformerDecoderLayer(PrunedLayer, DecoderBySublayers):
     """An ``nn.TransformerDecoderLayer`` of which only some heads, or only some sublayers, are there.
 
     Everything as in :class:`PrunedTransformerEncoderLayer`; ``memory_heads`` are those of the attention to the encoder's output.
@@ -188,7 +188,7 @@ class PrunedTransformerDecoderLayer(_Pruned, _DecoderLayer):
         self._keep(d_model, nhead, dim_feedforward, [heads, memory_heads], how)
 
 
-class _Removed(nn.Module):
+class RemovedPart(nn.Module):
     """In the place of a part of a sublayer that is gone, with the attributes that nn.TransformerEncoder looks at."""
 
     in_proj_weight = in_proj_bias = weight = bias = torch.empty(0)
@@ -198,19 +198,22 @@ class _Removed(nn.Module):
         self.batch_first = batch_first
 
     @property
-    def out_proj(self) -> _Removed:
+    def out_proj(self) -> RemovedPart:
         return self
 
 
-def _remove(layer: Any, index: int, name: str) -> None:
+_Removed = RemovedPart  # as pickles of compacted models know it
+
+
+def remove_sublayer(layer: Any, index: int, name: str) -> None:
     """Leave nothing of a sublayer of ``layer`` but a norm that comes after the sum."""
     for part in ("linear1", "linear2") if name == "linear1" else (name,):
-        setattr(layer, part, _Removed(getattr(getattr(layer, part), "batch_first", False)))
+        setattr(layer, part, RemovedPart(getattr(getattr(layer, part), "batch_first", False)))
     if layer.norm_first:
-        setattr(layer, f"norm{index + 1}", _Removed())
+        setattr(layer, f"norm{index + 1}", RemovedPart())
 
 
-def _arguments(layer: Any, d_model: int, nhead: int) -> dict[str, Any]:
+def layer_arguments(layer: Any, d_model: int, nhead: int) -> dict[str, Any]:
     """What the constructor of ``layer``, one of ``torch.nn`` or what gates left of it, was given of what they share."""
     norm = next((m for m in layer.modules() if isinstance(m, nn.LayerNorm)), None)
     activation = layer.activation if isinstance(layer.activation, nn.Module) else _ACTIVATIONS.get(layer.activation)
@@ -230,6 +233,6 @@ def _arguments(layer: Any, d_model: int, nhead: int) -> dict[str, Any]:
 
 
 def _heads_of(attention: nn.Module) -> tuple[int, ...] | None:
-    if isinstance(attention, _Removed):
+    if isinstance(attention, RemovedPart):
         return ()
     return attention.heads if isinstance(attention, PrunedMultiheadAttention) else None

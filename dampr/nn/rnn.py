@@ -14,7 +14,7 @@ from dampr import _checks, functional, ops
 from dampr.gates import Gate, make_gate
 from dampr.spec import value
 
-from .base import GatedLayer, _wide, fresh_values
+from .base import GatedLayer, fresh_values, wide_dtype
 from .computed import check_dense, refresh, settled
 from .stacked_rnn import arguments_of, narrowed, plain_rnn, width_of
 
@@ -23,7 +23,7 @@ WIDTHS = ("equal", "own")
 _BY_TORCH = 2**21  # elements up to which torch's own products are faster on a CPU, amid the memory that the vendor's kernel takes and gives
 
 
-class _GatedRecurrent(GatedLayer, nn.RNNBase):
+class GatedRecurrent(GatedLayer, nn.RNNBase):
     """A recurrent layer with a gate for each unit that it hands on, mixed in before the ``torch.nn`` layer in ``_dense``.
 
     Gates are rows of (layers * directions, P), P the hidden units, or the projected ones where there is a projection. The state h is read
@@ -261,7 +261,7 @@ class _GatedRecurrent(GatedLayer, nn.RNNBase):
         cost = lam * self.group_size()
         if prior_precision:
             refresh(self)
-            cost = cost + 0.5 * prior_precision * self._of_units(lambda weight: _wide(weight).square())
+            cost = cost + 0.5 * prior_precision * self._of_units(lambda weight: wide_dtype(weight).square())
         total: Tensor = (self.gate.open_probability() * cost).sum()
         return total
 
@@ -284,7 +284,7 @@ class ScaledRNN(nn.Module):
         return _gated_call(self.rnn, self.scale.unbind(0), 2 if self.rnn.bidirectional else 1, input, hx, _scale_units)
 
 
-class GatedLSTM(_GatedRecurrent, nn.LSTM):
+class GatedLSTM(GatedRecurrent, nn.LSTM):
     """``nn.LSTM`` with a learned gate for each hidden unit (each projected one with ``proj_size``) of each direction and layer.
 
     Args:
@@ -313,7 +313,7 @@ class GatedLSTM(_GatedRecurrent, nn.LSTM):
     _dense = nn.LSTM
 
 
-class GatedGRU(_GatedRecurrent, nn.GRU):
+class GatedGRU(GatedRecurrent, nn.GRU):
     """``nn.GRU`` with a learned gate for each hidden unit of each direction and layer; everything as in :class:`GatedLSTM`.
 
     What is not gated is a unit's memory of itself: h' = (1 - u) n + u h. A state that was computed with other gates than those of the call
@@ -324,7 +324,7 @@ class GatedGRU(_GatedRecurrent, nn.GRU):
     _dense = nn.GRU
 
 
-class GatedRNN(_GatedRecurrent, nn.RNN):
+class GatedRNN(GatedRecurrent, nn.RNN):
     """``nn.RNN`` with a learned gate for each hidden unit of each direction and layer; everything as in :class:`GatedLSTM`."""
 
     _dense = nn.RNN

@@ -13,10 +13,10 @@ from dampr.gates import Gate
 from dampr.ops.gate_args import gate_dtype
 from dampr.spec import SAMPLE, GateSpec
 
-from .norm import _GatedBatchNorm, norms_with, remember
+from .norm import GatedBatchNorm, norms_with, remember
 
 
-class GatedSyncBatchNorm(_GatedBatchNorm):
+class GatedSyncBatchNorm(GatedBatchNorm):
     """``nn.SyncBatchNorm`` with learned gates on its output channels: y = z * sync_batch_norm(x), with the ReLU that follows in one pass.
 
     In training, mean and variance are those of the rows of all ranks of the group: one message of 2 C + 1 numbers in the forward and one of
@@ -33,7 +33,7 @@ class GatedSyncBatchNorm(_GatedBatchNorm):
 
     alone: bool = False  # whether to take the statistics of this process, as where one looks at a model
     _dense = nn.SyncBatchNorm
-    _arguments = (*_GatedBatchNorm._arguments, "process_group")
+    _arguments = (*GatedBatchNorm._arguments, "process_group")
 
     def __init__(
         self,
@@ -151,7 +151,7 @@ def _keep_gates(module: nn.Module, name: str, gate: nn.Module | None) -> None:
     if type(module) is not nn.SyncBatchNorm or name != "gate" or not isinstance(gate, Gate):
         return
     for norm in norms_with(gate):
-        if isinstance(norm, _GatedBatchNorm) and norm.weight is module.weight and norm.running_mean is module.running_mean:
+        if isinstance(norm, GatedBatchNorm) and norm.weight is module.weight and norm.running_mean is module.running_mean:
             module.__class__ = GatedSyncBatchNorm  # type: ignore[assignment]
             for attribute in ("granularity", "per_sample", "weights_per_gate", "activation", "followed"):
                 setattr(module, attribute, getattr(norm, attribute))

@@ -21,20 +21,20 @@ from .linear import GatedLinear
 from .norm import GatedLayerNorm
 from .pruned_attention import Maybe, PrunedMultiheadAttention
 from .pruned_transformer import (
+    BySublayers,
+    DecoderBySublayers,
+    EncoderBySublayers,
     PrunedTransformerDecoderLayer,
     PrunedTransformerEncoderLayer,
-    _DecoderLayer,
-    _EncoderLayer,
-    _Layer,
-    _remove,
-    _Removed,
+    RemovedPart,
+    remove_sublayer,
 )
 
 PARTS = ("heads", "neurons", "sublayers")
 
 
-class _Gated(_Layer):
-    """What both gated layers share, mixed in before :class:`_EncoderLayer` or :class:`_DecoderLayer`."""
+class GatedTransformer(BySublayers):
+    """What both gated layers share, mixed in before :class:`EncoderBySublayers` or :class:`DecoderBySublayers`."""
 
     _dense: Any
     _pruned: Any
@@ -167,7 +167,7 @@ class _Gated(_Layer):
             z = self._value(index)
             if cut and z is not None and not bool(z):
                 kept[name] = []
-                _remove(plain, index, name)
+                remove_sublayer(plain, index, name)
                 continue
             if name == "linear1":
                 plain.linear1, plain.linear2, kept[name] = self._plain_feed_forward(cut)
@@ -182,7 +182,7 @@ class _Gated(_Layer):
         for name, norm in plain.named_children():
             if not cut and isinstance(norm, GatedLayerNorm):
                 setattr(plain, name, norm.to_dense())
-        pruned = any(isinstance(part, (_Removed, PrunedMultiheadAttention)) for part in plain.children())
+        pruned = any(isinstance(part, (RemovedPart, PrunedMultiheadAttention)) for part in plain.children())
         plain.__class__ = self._pruned if pruned else self._dense
         if pruned:
             plain.d_model, plain.nhead = self.linear1.in_features, getattr(self, self._attentions[0]).num_heads
@@ -218,7 +218,7 @@ class _Gated(_Layer):
         return written | read
 
 
-class GatedTransformerEncoderLayer(_Gated, _EncoderLayer):
+class GatedTransformerEncoderLayer(GatedTransformer, EncoderBySublayers):
     """``nn.TransformerEncoderLayer`` with learned gates for its heads, its feed-forward neurons and its sublayers.
 
     Args:
@@ -245,7 +245,7 @@ class GatedTransformerEncoderLayer(_Gated, _EncoderLayer):
     _pruned = PrunedTransformerEncoderLayer
 
 
-class GatedTransformerDecoderLayer(_Gated, _DecoderLayer):
+class GatedTransformerDecoderLayer(GatedTransformer, DecoderBySublayers):
     """``nn.TransformerDecoderLayer`` with learned gates for the heads of both attentions, its feed-forward neurons and its three sublayers.
 
     Everything as in :class:`GatedTransformerEncoderLayer`.

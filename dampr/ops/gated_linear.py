@@ -129,7 +129,7 @@ class _PlannedLinear(Planned):
     @staticmethod
     def by_operators(ctx: Any, dy: Tensor) -> Any:
         (*inputs, pre), needs, plan = ctx.saved_tensors, ctx.needs_input_grad[:5], ctx.constants[0]
-        pre = dy.new_empty(0) if pre is None else pre
+        pre = dy.new_empty(0) if pre is None or plan.route == "fold" else pre
         return (*wanted(bwd(dy, *inputs, pre, plan.spec, plan.per_sample, needs), needs), None, None, None)
 
 

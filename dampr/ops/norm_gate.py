@@ -192,25 +192,28 @@ class _WholeNormGate(Node):
 _whole = super(torch.autograd.Function, _WholeNormGate).apply  # type: ignore[misc]
 
 
-def has_whole_norms(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the backend for such tensors takes a norm, its gates and what they move in one call: C++ does."""
-    return hasattr(select(device, dtype), "whole_norm")
+def has_whole_norms(device: torch.device, dtype: torch.dtype, per_sample: bool) -> bool:
+    """Whether the backend for such tensors has norm, gates and running statistics in one call: C++ always, Triton per sample."""
+    return per_sample in getattr(select(device, dtype), "own_norms", ())
 
 
 def whole_norm_gate(x: Tensor, norm: Norm, gate: GateArgs, running: Running) -> Maybe:
-    """:func:`norm_gate` by the statistics of x, as one call each way: in C++. None where that is not to be had.
+    """:func:`norm_gate` by the statistics of x, without operators in between. None where that is not to be had.
 
-    It is faster than torch's norm, and a ReLU, even with one draw for all samples; on a GPU nobody has measured it. Not where somebody
-    traces, who fuses or transforms the smaller ops.
+    In C++ it is faster than torch's norm, and a ReLU, even with one draw for all samples. On a GPU nobody has measured it: gates per batch
+    are folded into gain and bias there. Not where somebody traces, who fuses or transforms the smaller ops.
     """
     (gain, bias, _, _), log_alpha, (mean, var, updates, _) = norm, gate.log_alpha, running
     if traced((x, gain, bias, log_alpha)):
         return None
-    if not (x.is_cpu and log_alpha.is_cpu and (gain is None or gain.is_cpu) and (bias is None or bias.is_cpu)):
+    device = x.device
+    if log_alpha.device != device or (gain is not None and gain.device != device) or (bias is not None and bias.device != device):
         return None
-    if not (_moves(mean, log_alpha) and _moves(var, log_alpha) and (updates is None or (updates.dtype == torch.int64 and _moves(updates)))):
+    if not (_moves(mean, log_alpha) and _moves(var, log_alpha)):
         return None
-    if not has_whole_norms(x.device, x.dtype):
+    if updates is not None and not (updates.dtype == torch.int64 and updates.device == device and _moves(updates)):
+        return None
+    if not has_whole_norms(device, x.dtype, gate.per_sample):
         return None
     learns = (
         x.requires_grad or log_alpha.requires_grad or (gain is not None and gain.requires_grad) or (bias is not None and bias.requires_grad)
@@ -228,8 +231,8 @@ def _moves(kept: Maybe, like: Maybe = None) -> bool:
     """Whether a call may write to what a norm keeps, if it does, by its address: a vector ``like`` another, or a number."""
     if kept is None:
         return True
-    fits = kept.dim() == 0 if like is None else kept.dtype == like.dtype and kept.shape == like.shape
-    return fits and kept.is_cpu and kept.is_contiguous() and not kept.is_inference()
+    fits = kept.dim() == 0 if like is None else kept.dtype == like.dtype and kept.shape == like.shape and kept.device == like.device
+    return fits and kept.is_contiguous() and not kept.is_inference()
 
 
 def norm_gate(x: Tensor, norm: Norm, gate: GateArgs, statistics: Statistics | None, running: Running) -> Tensor:

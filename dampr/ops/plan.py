@@ -22,7 +22,7 @@ class Plan(NamedTuple):
     spec: GateSpec
     rows: int  # x is (rows, in_features)
     per_sample: bool = False
-    keep: bool = False  # y before the output gates, for their gradient
+    keep: bool = False  # y before the output gates, for their gradient; on the route "fold" the folded weight, for that of x
     onednn: bool = False  # whose products: oneDNN's, or torch's
     drawn: bool = True  # whether gates are, as in training; in evaluation the forward has torch's product
     looks: bool = False  # at the draw, for closed gates to leave out

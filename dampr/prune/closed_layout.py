@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dampr.nn import Gate as GateLayer
 from dampr.nn import GatedHeads, Scale
 from dampr.nn.base import GatedWeight
-from dampr.nn.rnn import _GatedRecurrent
+from dampr.nn.rnn import GatedRecurrent
 
 from . import graph, heads
 from .expand import sizes_in, tensors_of
@@ -94,7 +94,7 @@ class LayerLayouts:
         there = dict(model.named_modules(remove_duplicate=False))
         self._model_layers: dict[nn.Module, Any] = {layer: there.get(name) for layer, name in self._names.items()}
         self._attentions = {a.written_name: (a.name, a.heads, a.kind.scaled) for a in heads.find(model)}
-        self._recurrent = {n: g for n, g in structure.gated.items() if isinstance(g, _GatedRecurrent) and self._can_lose_units(n)}
+        self._recurrent = {n: g for n, g in structure.gated.items() if isinstance(g, GatedRecurrent) and self._can_lose_units(n)}
         rigid = [side for side in structure.atoms if not self._resizes(side)]
         self._stuck = {atom for side in rigid for atom in structure.atoms[side]}
         self._held: dict[str, tuple[Tensor, Side]] = {}  # gated layer -> the gate of each of its channels, and which side has these

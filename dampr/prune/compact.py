@@ -12,7 +12,7 @@ from dampr._version import __version__
 from dampr.gates import ranks
 from dampr.nn import GatedLayer, GatedLayerNorm, GatedResidual, Scale, ScaledRNN, TakenReLU
 from dampr.nn.computed import settled, wake
-from dampr.nn.rnn import _GatedRecurrent
+from dampr.nn.rnn import GatedRecurrent
 
 from . import cutting, graph, heads, inputs, recurrent, streams, transformer, unit_compact
 from .expand import carry_over, check_state, expand
@@ -105,7 +105,7 @@ def compact(
     dense: dict[Any, nn.Module] = {}
     opened: dict[nn.Module, Tensor] = {}
     for name, layer in small.named_modules():
-        if not isinstance(layer, GatedLayer) or isinstance(layer, _GatedRecurrent):
+        if not isinstance(layer, GatedLayer) or isinstance(layer, GatedRecurrent):
             continue
         if isinstance(layer, GatedLayerNorm) and layer.statistics == "open":
             plain = dense[layer] = layer._whole()

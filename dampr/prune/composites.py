@@ -56,7 +56,7 @@ def _transformer_layer(kind: Callable[..., nn.Module]) -> Callable[..., nn.Modul
 
 
 def _layer_arguments(layer: Any) -> dict[str, Any]:
-    return pruned_transformer._arguments(layer, layer.linear1.in_features, layer.self_attn.num_heads)
+    return pruned_transformer.layer_arguments(layer, layer.linear1.in_features, layer.self_attn.num_heads)
 
 
 def _encoder(layers: Any, norm: Any, enable_nested_tensor: bool, use_nested_tensor: bool, mask_check: bool) -> nn.Module:
@@ -101,7 +101,7 @@ _OWN: dict[type[nn.Module], _Kind] = {
 }
 _KINDS: dict[type[nn.Module], _Kind] = {
     **_OWN,
-    nn.MultiheadAttention: (pruned_attention._arguments, nn.MultiheadAttention),
+    nn.MultiheadAttention: (pruned_attention.attention_arguments, nn.MultiheadAttention),
     nn.TransformerEncoderLayer: (_layer_arguments, _transformer_layer(nn.TransformerEncoderLayer)),
     nn.TransformerDecoderLayer: (_layer_arguments, _transformer_layer(nn.TransformerDecoderLayer)),
     nn.TransformerEncoder: (lambda m: {name: getattr(m, name) for name in _ENCODER}, _encoder),

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from dampr.nn import GatedMultiheadAttention
-from dampr.nn.rnn import _GatedRecurrent
+from dampr.nn.rnn import GatedRecurrent
 from dampr.nn.stacked_rnn import width_of
 
 from . import graph, inputs
@@ -196,10 +196,10 @@ class _Variables:
         self._units: dict[graph.Side, Width] = {}
         self._in_rows: dict[nn.Module, list[int]] = {}  # of a recurrent layer the variable of each layer and direction
         for name, layer in structure.gated.items():
-            if not isinstance(layer, (GatedMultiheadAttention, _GatedRecurrent)):
+            if not isinstance(layer, (GatedMultiheadAttention, GatedRecurrent)):
                 continue
             plain = structure.plain.get_submodule(name)
-            if isinstance(layer, _GatedRecurrent) and plain not in structure.units:
+            if isinstance(layer, GatedRecurrent) and plain not in structure.units:
                 continue
             rows, number = structure.rows(name), len(kinds) + len(self._rows)
             if plain in structure.split:

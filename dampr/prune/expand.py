@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from dampr.nn import PrunedMultiheadAttention, Scale, ScaledRNN, StackedRNN
-from dampr.nn.pruned_transformer import _Pruned
+from dampr.nn.pruned_transformer import PrunedLayer
 from dampr.nn.stacked_rnn import arguments_of
 
 from . import graph, heads, inputs, transposed
@@ -102,7 +102,7 @@ def expand(model: Model) -> Model:
         if name in manifest["layers"]:
             attention.resize(len(manifest["layers"][name]["heads"]["kept"]), manifest["layers"][name]["heads"]["before"])
     for layer in large.modules():
-        if isinstance(layer, _Pruned) and layer.is_whole():
+        if isinstance(layer, PrunedLayer) and layer.is_whole():
             dense: Any = nn.TransformerEncoderLayer if isinstance(layer, nn.TransformerEncoderLayer) else nn.TransformerDecoderLayer
             layer.__class__ = dense
     transposed.back(large, conv1d)

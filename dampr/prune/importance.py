@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dampr.nn.rnn import _GatedRecurrent
+from dampr.nn.rnn import GatedRecurrent
 
 from .structure import Structure
 from .unit_structure import UnitStructure
@@ -37,7 +37,7 @@ def magnitudes(structure: Structure | UnitStructure, model: nn.Module) -> Tensor
                 for gate in gates:
                     squares[gate] += each[channel]
     for name, layer in gated.items():
-        if isinstance(layer, _GatedRecurrent):
+        if isinstance(layer, GatedRecurrent):
             for row, names in zip(structure.rows(name), layer._all_weights, strict=True):
                 weight = getattr(layer, names[1]).detach().double().cpu()
                 squares[row.start : row.stop] += weight.unflatten(0, (-1, len(row))).square().sum((0, 2))

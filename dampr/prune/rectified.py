@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from dampr.nn import TakenReLU
-from dampr.nn.norm import _GatedBatchNorm
+from dampr.nn.norm import GatedBatchNorm
 
 from . import inputs
 
@@ -25,7 +25,7 @@ def take_in(model: nn.Module, gated: Mapping[nn.Module, Any], example_inputs: An
     out, and a norm with hooks, which would see other values, keeps its output.
     """
     names = {module: name for name, module in model.named_modules()}
-    norms = {names[plain]: layer for plain, layer in gated.items() if isinstance(layer, _GatedBatchNorm) and not _is_hooked(plain)}
+    norms = {names[plain]: layer for plain, layer in gated.items() if isinstance(layer, GatedBatchNorm) and not _is_hooked(plain)}
     found = _followers(model, norms, example_inputs) if norms else {}
     for norm in found:
         norms[norm].activation, norms[norm].followed = "relu", True

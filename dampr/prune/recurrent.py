@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from dampr.nn import ScaledRNN
 from dampr.nn.computed import computed
-from dampr.nn.rnn import _GatedRecurrent
+from dampr.nn.rnn import GatedRecurrent
 from dampr.nn.stacked_rnn import in_parts, narrowed
 
 from . import inputs
@@ -49,7 +49,7 @@ def make_plain(model: nn.Module, samples: list[Any], atol: float, rtol: float) -
     kept: dict[tuple[str, bool], Tensor] = {}
     units: dict[str, Units] = {}
     notes: dict[str, str] = {}
-    for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, _GatedRecurrent)]:
+    for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, GatedRecurrent)]:
         plain = layer.to_dense()
         if isinstance(plain, nn.RNNBase) and not any(layer.closed_units()):
             inputs.replace(model, {layer: plain})
@@ -72,7 +72,7 @@ def _inside(layer: nn.Module) -> nn.Module:
     return layer.rnn if isinstance(layer, ScaledRNN) else layer
 
 
-def _shrink(model: nn.Module, layer: _GatedRecurrent, samples: list[Any], atol: float, rtol: float) -> tuple[Tensor, list[str]]:
+def _shrink(model: nn.Module, layer: GatedRecurrent, samples: list[Any], atol: float, rtol: float) -> tuple[Tensor, list[str]]:
     """The features of ``layer`` that are left, and the names of the layers that read them."""
     reading = readers(model, layer, samples[0])
     unchanged = _proof(model, samples, atol, rtol)

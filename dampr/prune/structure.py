@@ -12,8 +12,8 @@ from dampr.gates import Fixed, Gate
 from dampr.nn import Gate as GateLayer
 from dampr.nn import GatedHeads, GatedLayer, GatedLayerNorm, GatedResidual, Scale
 from dampr.nn.computed import at_rest
-from dampr.nn.rnn import _GatedRecurrent
-from dampr.nn.transformer import _Gated
+from dampr.nn.rnn import GatedRecurrent
+from dampr.nn.transformer import GatedTransformer
 
 from . import graph, heads, inputs, recurrent, streams
 from .compact import open_branches
@@ -55,7 +55,7 @@ class Structure(GateVector[GatedLayer]):
     def rows(self, name: str) -> list[range]:
         """The gates of layer ``name`` in the vector of all gates; of a recurrent layer by layer and direction."""
         layer, start = self.gated[name], self.start(name)
-        count = layer.num_layers * (1 + layer.bidirectional) if isinstance(layer, _GatedRecurrent) else 1
+        count = layer.num_layers * (1 + layer.bidirectional) if isinstance(layer, GatedRecurrent) else 1
         size = self.count(name) // count
         return [range(start + i * size, start + (i + 1) * size) for i in range(count)]
 
@@ -69,10 +69,10 @@ class Structure(GateVector[GatedLayer]):
 
     def _plain_copy(self, model: nn.Module, example_inputs: Any) -> nn.Module:
         plain = _opened(model, example_inputs)
-        _make_dense(plain, but=_GatedRecurrent)
+        _make_dense(plain, but=GatedRecurrent)
         readers: dict[str, list[str]] = {}
         for name, layer in plain.named_modules():
-            if isinstance(layer, _GatedRecurrent):
+            if isinstance(layer, GatedRecurrent):
                 try:
                     found = recurrent.readers(plain, layer, example_inputs)
                     readers[name] = [reader for reader, module in plain.named_modules() if module in found]
@@ -80,7 +80,7 @@ class Structure(GateVector[GatedLayer]):
                     self.notes[name] = str(error)
         _make_dense(plain)
         self.units = {plain.get_submodule(name): [plain.get_submodule(r) for r in found] for name, found in readers.items()}
-        own = {name for name, layer in self.gated.items() if isinstance(layer, _GatedRecurrent) and layer.widths == "own"}
+        own = {name for name, layer in self.gated.items() if isinstance(layer, GatedRecurrent) and layer.widths == "own"}
         asked = [layer for name, layer in plain.named_modules() if name in own & readers.keys() and isinstance(layer, nn.RNNBase)]
         self.split: set[nn.Module] = {layer for layer in asked if recurrent.takes_parts(plain, layer, example_inputs)}
         return plain
@@ -175,7 +175,7 @@ def _branch_parts(model: nn.Module) -> dict[str, list[str]]:
         prefix = f"{name}." if name else ""
         if isinstance(layer, GatedResidual):
             found[name] = [f"{prefix}branch"]
-        elif isinstance(layer, _Gated) and "sublayer_gates" in layer._modules:
+        elif isinstance(layer, GatedTransformer) and "sublayer_gates" in layer._modules:
             for index, first in enumerate(layer._sublayers):
                 parts = ["linear1", "linear2"] if first == "linear1" else [first]
                 parts += [f"norm{index + 1}"] if layer.norm_first else []
@@ -195,7 +195,7 @@ def _opened(model: nn.Module, example_inputs: Any) -> nn.Module:
     plain = inputs.copied(model, example_inputs)
     inputs.replace(plain, {gate: Fixed(torch.ones_like(gate.deterministic())) for gate in plain.modules() if isinstance(gate, Gate)})
     open_branches(plain)
-    inputs.replace(plain, {layer: layer.to_dense() for layer in plain.modules() if isinstance(layer, _Gated)})
+    inputs.replace(plain, {layer: layer.to_dense() for layer in plain.modules() if isinstance(layer, GatedTransformer)})
     return plain
 
 

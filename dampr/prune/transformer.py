@@ -17,9 +17,9 @@ from dampr.nn import (
     PrunedTransformerEncoderLayer,
 )
 from dampr.nn.base import Granularity
-from dampr.nn.pruned_attention import _arguments
-from dampr.nn.pruned_transformer import _Pruned
-from dampr.nn.transformer import _Gated
+from dampr.nn.pruned_attention import attention_arguments
+from dampr.nn.pruned_transformer import PrunedLayer
+from dampr.nn.transformer import GatedTransformer
 
 from . import inputs
 
@@ -42,7 +42,7 @@ def owners(model: nn.Module) -> dict[nn.Module, list[tuple[str, nn.Module]]]:
     """The parts of torch's own and of gated transformer layers, each with the layers that it is a part of, by all their names."""
     found: dict[nn.Module, list[tuple[str, nn.Module]]] = {}
     for name, layer in model.named_modules(remove_duplicate=False):
-        if type(layer) in _LAYERS or isinstance(layer, _Gated):
+        if type(layer) in _LAYERS or isinstance(layer, GatedTransformer):
             for part in _PARTS:
                 if part in layer._modules:
                     found.setdefault(getattr(layer, part), []).append((name, layer))
@@ -80,7 +80,7 @@ def make_plain(
     kept: Kept = {}
     heads: dict[str, tuple[int, list[int]]] = {}
     notes: dict[str, str] = {}
-    for name, layer in [(n, m) for n, m in small.named_modules() if isinstance(m, _Gated)]:
+    for name, layer in [(n, m) for n, m in small.named_modules() if isinstance(m, GatedTransformer)]:
         plain, left = layer.compacted()
         inputs.replace(small, {layer: plain})
         small = plain if layer is small else small
@@ -130,7 +130,7 @@ def _record(
 
 def narrow(attention: Any, left: Tensor) -> PrunedMultiheadAttention:
     """What is left of an attention that reads and writes these channels alone; its heads stay as wide as they are."""
-    how = _arguments(attention) | dict.fromkeys(("embed_dim", "kdim", "vdim"), len(left))
+    how = attention_arguments(attention) | dict.fromkeys(("embed_dim", "kdim", "vdim"), len(left))
     heads, dtype = getattr(attention, "heads", range(attention.num_heads)), attention.out_proj.weight.dtype
     plain = PrunedMultiheadAttention(**how, heads=heads, head_dim=attention.head_dim, device="meta", dtype=dtype)
     dims = {"in_proj_weight": 1, "out_proj.weight": 0, "out_proj.bias": 0}
@@ -143,7 +143,7 @@ def narrow(attention: Any, left: Tensor) -> PrunedMultiheadAttention:
 
 def resize(model: nn.Module, norms: list[nn.Module], size: int) -> None:
     """Set what follows from the width of a residual stream, by its norms, in the transformers and their layers that it runs through."""
-    layers: list[Any] = [m for m in model.modules() if isinstance(m, (nn.Transformer, _Pruned, *_PRUNED))]
+    layers: list[Any] = [m for m in model.modules() if isinstance(m, (nn.Transformer, PrunedLayer, *_PRUNED))]
     for layer in layers:
         if any(part in norms for part in (layer.modules() if isinstance(layer, nn.Transformer) else layer.children())):
             layer.d_model = size

@@ -20,7 +20,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
-from dampr.bench import records
+from dampr import records
 from tests.emulator import cases, driver
 
 RESULTS = Path(__file__).resolve().parent.parent.parent / "benchmarks" / "results" / "emulated"

@@ -16,8 +16,7 @@ from unittest import mock
 import torch
 
 from dampr import functional, ops
-from dampr.bench import verify, verify_conv
-from dampr.testing import Comparison, compare, poisoned_empty
+from dampr.testing import Comparison, compare, poisoned_empty, verify, verify_conv, verify_linear, verify_norm
 from tests.emulator import driver
 
 ARCHITECTURES = (80, 90, 100, 120)
@@ -98,16 +97,16 @@ def run(unit: Unit) -> ByRoute:
 
 def _as_on_a_gpu() -> list[Any]:
     """The tensors are on the CPU, the cases are those of CUDA."""
-    linear, conv = verify.linear_cases, verify_conv.cases
+    linear, conv = verify_linear.linear_cases, verify_conv.cases
     return [
         mock.patch.object(verify, "linear_cases", return_value=linear("cuda")),
         mock.patch.object(verify_conv, "cases", return_value=list(conv("triton", "cuda"))),
     ]
 
 
-def linear_cases(op: str) -> list[verify.LinearCase]:
+def linear_cases(op: str) -> list[verify_linear.LinearCase]:
     """The core set of linear maps: edges, tiles, blocks, views, splits of a long K."""
-    case = verify.LinearCase
+    case = verify_linear.LinearCase
     found = [case(shape, gates, each) for shape in CORE_SHAPES for gates, each in (("both", True), ("both", False), ("weight", False))]
     found += [case((70, 80, 112), gates, each) for gates in ("input", "output") for each in (False, True)]
     found += [case((37, 24, 20), block) for block in ((4, 4), (3, 5), (64, 1))]
@@ -118,15 +117,15 @@ def linear_cases(op: str) -> list[verify.LinearCase]:
     return [c for c in found if c.op == op]
 
 
-def linear_routes(case: verify.LinearCase) -> tuple[str | None, ...]:
+def linear_routes(case: verify_linear.LinearCase) -> tuple[str | None, ...]:
     """Every route that can serve a case."""
     if case.gates == "weight":
         return ROUTED["weight"]
     return ROUTED[case.per_sample] if case.op == "gated_linear" else (None,)
 
 
-def norm_cases() -> list[verify.NormCase]:
-    every = verify.norm_cases()
+def norm_cases() -> list[verify_norm.NormCase]:
+    every = verify_norm.norm_cases()
     return [c for c in every if c.shape in NORM_SHAPES and c.training] + [c for c in every if c.shape == (3, 20, 5, 7)][::3]
 
 
@@ -160,7 +159,7 @@ _CORE: dict[str, Callable[[Unit], list[Any]]] = {
 
 def _autocast_cases() -> Iterator[tuple[tuple[int, int, int], str, bool, str]]:
     for gates, each in (("input", False), ("output", True), ("both", False), ("both", True), ("weight", False)):
-        case = verify.LinearCase((37, 48, 33), gates, each)
+        case = verify_linear.LinearCase((37, 48, 33), gates, each)
         for route in linear_routes(case):
             yield case.shape, gates, each, str(route)
 
@@ -169,7 +168,7 @@ def _autocast(row: ByRoute, dtype: torch.dtype) -> ByRoute:
     """Float32 layers that compute in half precision: values and gradients against the float64 reference, by the bounds of the latter."""
     generator = torch.Generator().manual_seed(6)
     for shape, gates, each, route in _autocast_cases():
-        case = verify.LinearCase(shape, gates, each)
+        case = verify_linear.LinearCase(shape, gates, each)
         m, k, n = shape
         sizes = {"x": (m, k), "weight": (n, k), "bias": (n,)}
         sizes |= {f"{end}_gate": (size,) for end, size in (("input", k), ("output", n)) if gates in (end, "both")}
@@ -177,8 +176,8 @@ def _autocast(row: ByRoute, dtype: torch.dtype) -> ByRoute:
         data = {name: torch.randn(size, generator=generator) for name, size in sizes.items()}
         data["weight"] /= k**0.5
         dy, seed = torch.randn(m, n, generator=generator).to(dtype), torch.randint(0, 2**62, (1,), generator=generator)
-        truth = verify.linear_once(None, torch.float64, "cpu", case, data, dy, seed)
-        baseline = verify.linear_once(None, dtype, "cpu", case, data, dy, seed)
+        truth = verify_linear.linear_once(None, torch.float64, "cpu", case, data, dy, seed)
+        baseline = verify_linear.linear_once(None, dtype, "cpu", case, data, dy, seed)
         leaves = {name: t.clone().requires_grad_() for name, t in data.items()}
         with ops.backend("triton"), ops.forced_route(route), torch.autocast("cpu", dtype):
             y = functional.gated_linear(**leaves, seed=seed, per_sample=each)  # type: ignore[arg-type]

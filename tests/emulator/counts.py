@@ -18,8 +18,8 @@ import torch
 import triton
 
 from dampr import ops
-from dampr.bench import verify, verify_conv
 from dampr.kernels import configs
+from dampr.testing import verify_conv, verify_linear, verify_norm
 from tests.emulator import driver
 from tests.emulator.meter import Meter
 
@@ -37,22 +37,22 @@ class Job(NamedTuple):
 
 
 def _linear(shape: tuple[int, int, int], gates: Any, per_sample: bool, route: str | None, *kernels: str, over: str = "weight") -> Job:
-    case = verify.LinearCase(shape, gates, per_sample)
+    case = verify_linear.LinearCase(shape, gates, per_sample)
 
     def call() -> None:
         with ops.forced_route(route):
-            verify.linear_once("triton", HALF, "cpu", case, *verify.linear_data(case, HALF, torch.Generator().manual_seed(7)))
+            verify_linear.linear_once("triton", HALF, "cpu", case, *verify_linear.linear_data(case, HALF, torch.Generator().manual_seed(7)))
 
     m, k, n = shape
     return Job(call, dict.fromkeys(kernels, {"weight": n * k, "x": m * k, "products": m * n * k}[over]))
 
 
 def _norm(shape: tuple[int, ...], layout: str, *kernels: str) -> Job:
-    case = verify.NormCase(shape, layout=layout)
+    case = verify_norm.NormCase(shape, layout=layout)
 
     def call() -> None:
-        data, running, dy, seed = verify.norm_data(case, HALF, torch.Generator().manual_seed(7))
-        verify.norm_once("triton", HALF, "cpu", case, data, running, dy, seed)
+        data, running, dy, seed = verify_norm.norm_data(case, HALF, torch.Generator().manual_seed(7))
+        verify_norm.norm_once("triton", HALF, "cpu", case, data, running, dy, seed)
 
     return Job(call, dict.fromkeys(kernels, torch.Size(shape).numel()))
 
@@ -63,22 +63,22 @@ def _conv() -> Job:
     def call() -> None:
         verify_conv.once("triton", HALF, "cpu", case, *verify_conv.make(case, HALF, torch.Generator().manual_seed(7)))
 
-    return Job(call, {"_gated_conv2d_fwd_kernel": 16 * 16 * 64 * 64 * 9})
+    return Job(call, {"gated_conv2d_fwd_kernel": 16 * 16 * 64 * 64 * 9})
 
 
-_GEMMS = ("_gated_linear_fwd_kernel", "_gated_linear_bwd_dx_kernel", "_gated_linear_bwd_dw_kernel")
-_LIVE, _DRAWN = "_gated_linear_live_fwd_kernel", "_weight_gated_linear_fwd_kernel"
+_GEMMS = ("gated_linear_fwd_kernel", "gated_linear_bwd_dx_kernel", "gated_linear_bwd_dw_kernel")
+_LIVE, _DRAWN = "gated_linear_live_fwd_kernel", "weight_gated_linear_fwd_kernel"
 JOBS: dict[str, Job] = {
-    "fold": _linear((64, 512, 512), "both", False, "fold", "_fold_fwd_kernel", "_fold_bwd_kernel"),
-    "passes": _linear((512, 512, 64), "input", True, "passes", "_gate_rows_fwd_kernel", "_gate_rows_bwd_kernel", over="x"),
-    "weights": _linear((64, 256, 256), "weight", False, "fold", "_gate_weights_kernel"),
-    "blocks of 4 x 4": _linear((64, 256, 256), (4, 4), False, "fold", "_gate_blocks_kernel"),
+    "fold": _linear((64, 512, 512), "both", False, "fold", "fold_fwd_kernel", "fold_bwd_kernel"),
+    "passes": _linear((512, 512, 64), "input", True, "passes", "gate_rows_fwd_kernel", "gate_rows_bwd_kernel", over="x"),
+    "weights": _linear((64, 256, 256), "weight", False, "fold", "gate_weights_kernel"),
+    "blocks of 4 x 4": _linear((64, 256, 256), (4, 4), False, "fold", "gate_blocks_kernel"),
     "one_pass, small": _linear((128, 128, 128), "both", True, "one_pass", *_GEMMS, over="products"),
     "one_pass, odd": _linear((99, 99, 99), "both", True, "one_pass", *_GEMMS, over="products"),
     "live, small": _linear((128, 128, 128), "both", False, "live", _LIVE, over="products"),
     "small_m": _linear((16, 128, 128), "weight", False, "small_m", _DRAWN, over="products"),
-    "norm, channels last": _norm((2, 128, 16, 16), "channels_last", "_norm_stats_columns_kernel", "_norm_gate_columns_kernel"),
-    "norm, contiguous": _norm((4, 32, 32, 32), "contiguous", "_norm_stats_rows_kernel", "_norm_gate_rows_kernel"),
+    "norm, channels last": _norm((2, 128, 16, 16), "channels_last", "norm_stats_columns_kernel", "norm_gate_columns_kernel"),
+    "norm, contiguous": _norm((4, 32, 32, 32), "contiguous", "norm_stats_rows_kernel", "norm_gate_rows_kernel"),
     "convolution, live": _conv(),
 }
 

@@ -14,13 +14,13 @@ triton = pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
 
-from dampr.bench import verify  # noqa: E402
 from dampr.kernels import gated_linear, gates  # noqa: E402
 from dampr.ops.backend_triton import host  # noqa: E402
 from dampr.spec import hard_concrete  # noqa: E402
+from dampr.testing import verify, verify_linear  # noqa: E402
 from tests.emulator import driver, memory  # noqa: E402
 
-CASE = verify.LinearCase((70, 80, 112), "both", True)
+CASE = verify_linear.LinearCase((70, 80, 112), "both", True)
 BARRIER = r"bar\.sync\s+0;"
 Edit = Callable[[str], str]
 
@@ -28,7 +28,7 @@ Edit = Callable[[str], str]
 @pytest.fixture
 def fresh_kernel() -> Iterator[None]:
     """The compiled forms of the edited kernel are forgotten before and after."""
-    caches = gated_linear._gated_linear_fwd_kernel.device_caches
+    caches = gated_linear.gated_linear_fwd_kernel.device_caches
     caches.clear()
     yield
     caches.clear()
@@ -38,7 +38,7 @@ def outcome(edit: Edit, capability: int) -> str:
     """Forward and backward of a GEMM with gates, the PTX of its forward edited: what was noticed."""
 
     def forward_only(text: str) -> str:
-        return edit(text) if "_gated_linear_fwd_kernel" in text else text
+        return edit(text) if "gated_linear_fwd_kernel" in text else text
 
     row = verify.Row("gated_linear", "triton", "cpu", "bfloat16")
     with (
@@ -47,7 +47,7 @@ def outcome(edit: Edit, capability: int) -> str:
         driver.emulated(capability, edit=forward_only) as emulation,
     ):
         try:
-            verify._verify_linear(row, torch.bfloat16)
+            verify_linear.verify(row, torch.bfloat16)
         except memory.Trap as trap:
             return f"trap: {trap}"
     if emulation.log.faults:
@@ -87,7 +87,7 @@ def test_a_right_kernel_passes(capability: int, fresh_kernel: None) -> None:
     ],
 )
 def test_what_is_missing_between_warps_is_a_race(capability: int, edit: Edit, fresh_kernel: None) -> None:
-    assert outcome(edit, capability).startswith("race: _gated_linear_fwd_kernel: RACE")
+    assert outcome(edit, capability).startswith("race: gated_linear_fwd_kernel: RACE")
 
 
 @triton.jit
@@ -116,5 +116,5 @@ def test_a_row_index_of_32_bits_is_too_short_beyond_two_to_the_thirty_first_elem
 def test_a_row_too_many_is_a_store_outside_of_the_tensor() -> None:
     sizes = {"BLOCK_M": 16, "BLOCK_N": 128, "GROUPED": True, "GATE": hard_concrete()}
     args = torch.randn(64), torch.tensor([1]), torch.empty(3, 64), 4, 64
-    with driver.emulated(90), pytest.raises(memory.Trap, match="_sample_gates_fwd_kernel: store of 16 bytes outside of every storage"):
-        host.launch(gates._sample_gates_fwd_kernel, (1,), *args, **sizes)
+    with driver.emulated(90), pytest.raises(memory.Trap, match="sample_gates_fwd_kernel: store of 16 bytes outside of every storage"):
+        host.launch(gates.sample_gates_fwd_kernel, (1,), *args, **sizes)

@@ -9,10 +9,10 @@ import torch
 
 pytest.importorskip("triton")
 
-from dampr.bench import verify, verify_conv
+from dampr.testing import verify, verify_conv, verify_linear
 from tests.emulator import cases, driver
 
-LINEAR = verify.LinearCase
+LINEAR = verify_linear.LinearCase
 # Route -> op, case, dtype, architectures: sm_120 multiplies as sm_80 does.
 SELECTED = {
     "one_pass": ("gated_linear", LINEAR((70, 80, 112), "both", True), "bfloat16", (80, 90, 100)),
@@ -46,7 +46,7 @@ def test_a_gated_convolution_is_right_when_it_is_compiled(dtype: str, capability
         row = verify.verify_op("gated_conv2d", "triton", "cpu", given, dtype == verify.TF32)
     assert row.failures == []
     assert emulation.log.faults == []
-    assert emulation.log.launches["_gated_conv2d_fwd_kernel"] == 1
+    assert emulation.log.launches["gated_conv2d_fwd_kernel"] == 1
 
 
 @pytest.mark.parametrize("op", ["noise", "dependency_generator"])

@@ -100,8 +100,8 @@ def test_a_bank_draws_all_gates_in_one_launch_each_way() -> None:
         on_triton = step("triton")
     assert emulation.log.faults == []
     assert {name: n for name, n in emulation.log.launches.items() if "sample" in name} == {
-        "_sample_gates_fwd_kernel": 1,
-        "_sample_gates_bwd_kernel": 1,
+        "sample_gates_fwd_kernel": 1,
+        "sample_gates_bwd_kernel": 1,
     }
     alike(on_triton, step("reference"))
 

@@ -6,9 +6,9 @@ from dampr import spec
 
 triton = pytest.importorskip("triton")
 
-from dampr.bench import codegen  # noqa: E402
+from dampr.testing import codegen  # noqa: E402
 
-if not isinstance(codegen.gates._reduce_kernel, triton.JITFunction):
+if not isinstance(codegen.gates.reduce_kernel, triton.JITFunction):
     pytest.skip("TRITON_INTERPRET=1: nothing is compiled in this process", allow_module_level=True)
 
 SPECS = {

@@ -7,7 +7,7 @@ import torch
 
 import dampr
 from dampr import functional, philox, testing
-from dampr.bench import verify
+from dampr.testing import verify
 
 pytestmark = [
     pytest.mark.gpu,

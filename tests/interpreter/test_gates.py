@@ -16,7 +16,7 @@ from dampr.spec import RULES, hard_concrete
 
 
 @triton.jit
-def _noise_kernel(seed_ptr, start_ptr, word_ptr, u_ptr, BLOCK: tl.constexpr, GROUPED: tl.constexpr):
+def noise_kernel(seed_ptr, start_ptr, word_ptr, u_ptr, BLOCK: tl.constexpr, GROUPED: tl.constexpr):
     word = kernels.draw_words(tl.load(seed_ptr), tl.load(start_ptr), BLOCK, GROUPED)
     tl.store(word_ptr + tl.arange(0, BLOCK), word.to(tl.int64))
     tl.store(u_ptr + tl.arange(0, BLOCK), kernels.uniform(word))
@@ -29,7 +29,7 @@ def test_noise_is_philox_to_the_bit(start: int, grouped: bool) -> None:
     for seed in (0, 1, 2**32, 2**63 - 1, *torch.randint(0, 2**63 - 1, (4,)).tolist()):
         s, block = torch.tensor([seed]), 128
         word, u = torch.zeros(block, dtype=torch.int64), torch.zeros(block)
-        _noise_kernel[(1,)](s, torch.tensor([start]), word, u, BLOCK=block, GROUPED=grouped)
+        noise_kernel[(1,)](s, torch.tensor([start]), word, u, BLOCK=block, GROUPED=grouped)
         assert torch.equal(word & 0xFFFFFFFF, philox.words(s, block, start))
         assert torch.equal(u, philox.uniform(s, block, start))
 
@@ -91,6 +91,6 @@ def test_unavailable_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda", 0)
     assert backend.unavailable(cpu, torch.float32) is None
     assert "float64" in (backend.unavailable(cuda, torch.float64) or "")
-    monkeypatch.setattr(backend.gate_kernels, "_reduce_kernel", triton.JITFunction.__new__(triton.JITFunction))
+    monkeypatch.setattr(backend.gate_kernels, "reduce_kernel", triton.JITFunction.__new__(triton.JITFunction))
     assert backend.unavailable(cuda, torch.bfloat16) is None
     assert "TRITON_INTERPRET" in (backend.unavailable(cpu, torch.float32) or "")

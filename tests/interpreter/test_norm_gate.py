@@ -9,9 +9,9 @@ import torch
 
 import dampr
 from dampr import functional, testing
-from dampr.bench import verify
-from dampr.bench.verify import NormCase
 from dampr.kernels import configs
+from dampr.testing import verify, verify_norm
+from dampr.testing.verify_norm import NormCase
 
 CASES = [
     NormCase((3, 20, 5, 7), training, per_sample, layout=layout)
@@ -21,7 +21,7 @@ CASES = [
 
 def _failures(cases: list[NormCase], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(verify, "norm_cases", lambda: cases)
-    row = verify._verify_norm(verify.Row("norm_gate", "triton", "cpu", str(dtype)), dtype)
+    row = verify_norm.verify(verify.Row("norm_gate", "triton", "cpu", str(dtype)), dtype)
     assert row.cases >= 7 * len(cases)
     return row.failures
 

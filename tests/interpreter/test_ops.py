@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import dampr
-from dampr.bench import verify
+from dampr.testing import verify
 
 
 def test_verification_of_the_triton_backend():

@@ -183,4 +183,4 @@ def test_launches_of_gates_do_not_grow_with_the_number_of_layers(layers):
                 loss = model(x).square().mean() + bank.penalty(1e-3)
             loss.backward()
     launches = emulation.log.launches
-    assert launches["_sample_gates_fwd_kernel"] == launches["_sample_gates_bwd_kernel"] == 1
+    assert launches["sample_gates_fwd_kernel"] == launches["sample_gates_bwd_kernel"] == 1

@@ -9,9 +9,9 @@ from torch.nn import functional as F
 
 import dampr
 from dampr import functional, testing
-from dampr.bench import verify
 from dampr.ops import GateArgs
 from dampr.spec import hard_concrete
+from dampr.testing import verify, verify_linear
 
 PLACEMENTS = {"none": (False, False), "input": (True, False), "output": (False, True), "both": (True, True)}
 
@@ -42,7 +42,7 @@ def test_verification_on_a_gpu_reaches_every_tile_and_route():
     from dampr.kernels.dispatch import thresholds
 
     reached = set()
-    for case in verify.linear_cases("cuda"):
+    for case in verify_linear.linear_cases("cuda"):
         m, k, n = case.shape
         for dtype in ("fp32", "bf16"):
             reached.add(configs.gemm_kind(m, n, k, dtype, 90))
@@ -57,7 +57,7 @@ def test_verification_can_fail(monkeypatch):
     wrong.gated_linear_fwd = lambda *a: tuple(t * (1 + 1e-4) for t in right.gated_linear_fwd(*a))
     monkeypatch.setitem(dampr.ops.backends._modules, "cpp", (wrong, ""))
     monkeypatch.setattr(dampr.ops.backends, "_selected", {})
-    row = verify._verify_linear(verify.Row("gated_linear", "cpp", "cpu", "float32"), torch.float32)
+    row = verify_linear.verify(verify.Row("gated_linear", "cpp", "cpu", "float32"), torch.float32)
     assert not row.ok
     assert all(": y: max error" in failure for failure in row.failures)
 

@@ -11,8 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dampr
 from dampr import functional, reference, testing
-from dampr.bench import verify
 from dampr.spec import hard_concrete
+from dampr.testing import verify
 
 C = 6
 SHAPES = [(9, C), (4, C, 5), (4, C, 3, 5)]

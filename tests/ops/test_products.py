@@ -11,8 +11,8 @@ import torch
 
 import dampr
 from dampr import functional
-from dampr.bench import verify
 from dampr.nn import GatedLinear
+from dampr.testing import verify
 
 pytest.importorskip("dampr._C", reason="dampr was built without its C++ extension", exc_type=ImportError)
 

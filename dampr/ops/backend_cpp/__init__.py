@@ -22,6 +22,8 @@ from .routes import conv_route, route
 from .weight_gated_linear import fold_blocks_bwd, fold_blocks_fwd, plan_weights, weight_gated_linear_bwd, weight_gated_linear_fwd
 from .whole_conv import gated_conv2d_fwd
 
+own_norms = (True, False)  # per sample, per batch: where norm, gates and running statistics are one call
+
 __all__ = [
     "GENERATOR_PARAMETERS",
     "conv_route",
@@ -40,6 +42,7 @@ __all__ = [
     "live",
     "norm_gate_bwd",
     "norm_gate_fwd",
+    "own_norms",
     "plan_linear",
     "plan_weights",
     "products",

@@ -21,6 +21,8 @@ from .norm_gate import norm_gate_bwd, norm_gate_fwd
 from .routes import conv_route, route
 from .weight_gated_linear import fold_blocks_bwd, fold_blocks_fwd, plan_weights, weight_gated_linear_bwd, weight_gated_linear_fwd
 
+own_norms = (True,)  # per sample: norm, gates and running statistics in one call
+
 __all__ = [
     "GENERATOR_PARAMETERS",
     "conv_route",
@@ -39,6 +41,7 @@ __all__ = [
     "gated_linear_live_fwd",
     "norm_gate_bwd",
     "norm_gate_fwd",
+    "own_norms",
     "plan_linear",
     "plan_weights",
     "route",
@@ -54,7 +57,7 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     """The reason why the kernels cannot run tensors of this device and dtype, or None."""
     if dtype not in host.DTYPE_NAMES:
         return f"it takes float32, bfloat16 and float16, not {dtype}"
-    interpreted = not isinstance(gate_kernels._reduce_kernel, triton.JITFunction)
+    interpreted = not isinstance(gate_kernels.reduce_kernel, triton.JITFunction)
     if device.type == "cuda" or interpreted:
         return None
     return f"its kernels need a CUDA device, not {device} (TRITON_INTERPRET=1, set before triton is imported, runs them on the CPU)"

@@ -21,7 +21,7 @@ def dependency_generator_fwd(parameters: Sequence[torch.Tensor], limit: float) -
     """a_1, a_2, ... one behind the other, float32."""
     held = [p.contiguous() for p in parameters]
     values = host.empty(held[0], (sum(bias.numel() for bias in held[1::2]),), torch.float32)
-    host.launch(kernels._dependency_generator_fwd_kernel, (1,), _table(held), values, len(held) // 2, **_sizes(limit))
+    host.launch(kernels.dependency_generator_fwd_kernel, (1,), _table(held), values, len(held) // 2, **_sizes(limit))
     return values
 
 
@@ -32,7 +32,7 @@ def dependency_generator_bwd(
     held, values, dvalues = [p.contiguous() for p in parameters], values.contiguous(), dvalues.contiguous()
     grads = host.empty(values, (sum(p.numel() for p in held),), torch.float32)
     args = _table(held), values, dvalues, torch.empty_like(values), grads, len(held) // 2, values.numel(), grads.numel()
-    host.launch(kernels._dependency_generator_bwd_kernel, (1,), *args, **_sizes(limit))
+    host.launch(kernels.dependency_generator_bwd_kernel, (1,), *args, **_sizes(limit))
     pieces = grads.split([p.numel() for p in held])
     return [piece.view(p.shape) for piece, p in zip(pieces, held, strict=True)]
 

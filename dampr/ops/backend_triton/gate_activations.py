@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import triton
 
 from dampr.kernels import configs
 from dampr.kernels import gate_activations as kernels
@@ -37,19 +36,19 @@ def _gate(t: torch.Tensor, other: Maybe, z: torch.Tensor, out: Maybe, shape: Pla
     """Fills ``out`` with t z; returns the sums of t * other, in the shape of z, where there is another."""
     if shape.inner == 1:
         block_m, block_n = configs.COLUMN_SUM_TILE
-        blocks = triton.cdiv(shape.n, block_n)
-        splits, per_split = configs.split_rows(max(1, shape.middle), block_m, blocks * shape.outer)
+        blocks = configs.cdiv(shape.n, block_n)
+        splits, per_split = configs.split_rows(max(1, shape.middle), block_m, blocks * shape.outer, configs.PASS_PROGRAMS)
         partial = None if other is None else host.empty(t, (shape.outer * splits, shape.n), torch.float32)
         grid = (shape.outer * splits * blocks,)
         sizes = {"BLOCK_M": block_m, "BLOCK_N": block_n, "PER_OUTER": shape.per_outer}
-        host.launch(kernels._gate_columns_kernel, grid, t, other, z, out, partial, shape.middle, shape.n, per_split, **sizes)
+        host.launch(kernels.gate_columns_kernel, grid, t, other, z, out, partial, shape.middle, shape.n, per_split, **sizes)
     else:
         rows, (block_m, block_n) = shape.outer * shape.middle * shape.n, configs.PLANE_TILE
         splits = shape.middle
         partial = None if other is None else host.empty(t, (shape.outer * splits, shape.n), torch.float32)
         sizes = {"BLOCK_M": block_m, "BLOCK_N": block_n, "PER_OUTER": shape.per_outer}
         args = t, other, z, out, partial, rows, shape.middle, shape.n, shape.inner
-        host.launch(kernels._gate_rows_of_planes_kernel, (triton.cdiv(rows, block_m),), *args, **sizes)
+        host.launch(kernels.gate_rows_of_planes_kernel, (configs.cdiv(rows, block_m),), *args, **sizes)
     if partial is None:
         return None
     if not shape.per_outer:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import triton
 
 from dampr.kernels import configs
 from dampr.kernels import gated_conv2d as conv_kernels
@@ -61,8 +60,8 @@ def _tile(x: torch.Tensor, weight: torch.Tensor, z_in: Maybe, z_out: Maybe, wind
 def _list_live(z: torch.Tensor, groups: int, depth: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(live, count), int32: of each image (or of all) and group its blocks of ``depth`` channels with an open gate, and how many."""
     rows, C = z.shape[:-1].numel() * groups, z.shape[-1] // groups
-    live, count = (host.empty(z, (rows, size), torch.int32) for size in (triton.cdiv(C, depth), 1))
-    host.launch(conv_kernels._list_live_kernel, (rows,), z.contiguous(), live, count, C, BLOCKS=configs.LIVE_BLOCKS, BLOCK_C=depth)
+    live, count = (host.empty(z, (rows, size), torch.int32) for size in (configs.cdiv(C, depth), 1))
+    host.launch(conv_kernels.list_live_kernel, (rows,), z.contiguous(), live, count, C, BLOCKS=configs.LIVE_BLOCKS, BLOCK_C=depth)
     return live, count
 
 
@@ -80,5 +79,5 @@ def _conv(
     blocks = {"BLOCK_M": tile.rows, "BLOCK_N": tile.cols, "BLOCK_C": tile.depth, "GROUP": tile.group, "EVEN": C % tile.depth == 0}
     options = {"PRECISION": "tf32" if _dtype(x) == "tf32" else "ieee", "num_warps": tile.num_warps, "num_stages": tile.num_stages}
     grid = (slabs * host.tiles(rows, N // groups, tile) * groups,)
-    host.launch(conv_kernels._gated_conv2d_fwd_kernel, grid, *args, **taps, **gates, **blocks, **options)
+    host.launch(conv_kernels.gated_conv2d_fwd_kernel, grid, *args, **taps, **gates, **blocks, **options)
     return y.permute(0, 3, 1, 2)

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import triton
 
 from dampr.kernels import configs
 from dampr.kernels import gated_linear as linear_kernels
@@ -44,7 +43,9 @@ def plan_linear(
     Raises ValueError where a forced route cannot serve the call.
     """
     gates = GatePair(in_la, out_la, in_seed, out_seed, spec, per_sample)
-    return Plan(_route(x, weight, gates), _fwd, _bwd, spec, x.shape[:-1].numel(), per_sample, keep=learns and per_sample)
+    name = _route(x, weight, gates)
+    keep = learns if per_sample else name == "fold" and host.keeps_cast(x, weight)
+    return Plan(name, _fwd, _bwd, spec, x.shape[:-1].numel(), per_sample, keep)
 
 
 def _fwd(
@@ -58,16 +59,22 @@ def _fwd(
     out_seed: Maybe,
 ) -> tuple[torch.Tensor, Maybe]:
     gates = GatePair(in_la, out_la, in_seed, out_seed, plan.spec, plan.per_sample)
+    if plan.route == "fold":
+        folded, folded_bias = fold_weight_fwd(weight, bias, gates, x.dtype)
+        return torch.nn.functional.linear(x, folded, folded_bias), folded if plan.keep else None
     y, pre = gated_linear_fwd(x, weight, bias, gates, plan.keep, plan.route)
     return y, pre if plan.keep else None
 
 
 def _bwd(plan: Plan, dy: torch.Tensor, tensors: Sequence[Maybe], needs: Needs) -> tuple[Maybe, ...]:
-    x, weight, bias, in_la, out_la, in_seed, out_seed, pre = tensors
+    x, weight, bias, in_la, out_la, in_seed, out_seed, kept = tensors
     assert x is not None
     assert weight is not None
     gates = GatePair(in_la, out_la, in_seed, out_seed, plan.spec, plan.per_sample)
-    return gated_linear_bwd(dy, x, weight, bias, gates, x.new_empty(0) if pre is None else pre, needs[:5], plan.route)
+    if plan.route == "fold":
+        dx, *others = _fold_bwd(rows_of(dy), rows_of(x), weight, bias, gates, needs[:5], kept)
+        return None if dx is None else dx.view(x.shape), *others
+    return gated_linear_bwd(dy, x, weight, bias, gates, x.new_empty(0) if kept is None else kept, needs[:5], plan.route)
 
 
 def gated_linear_fwd(
@@ -139,14 +146,19 @@ def fold_weight_fwd(weight: torch.Tensor, bias: Maybe, gates: GatePair, dtype: t
     if bias is not None:
         folded_bias = bias.to(dtype) if gates.output is None else host.empty(bias, (N,), dtype)
     # One column of tiles even for K = 0: it writes the bias.
-    grid = (max(1, triton.cdiv(K, block_k)) * triton.cdiv(N, block_n),)
+    grid = (max(1, configs.cdiv(K, block_k)) * configs.cdiv(N, block_n),)
     args = (w, *host.vectors(bias, *gates[:4]), folded, folded_bias, N, K, w.stride(0))
-    host.launch(linear_kernels._fold_fwd_kernel, grid, *args, BLOCK_N=block_n, BLOCK_K=block_k, GATE=gates.spec)
+    host.launch(linear_kernels.fold_fwd_kernel, grid, *args, BLOCK_N=block_n, BLOCK_K=block_k, GATE=gates.spec)
     return folded, folded_bias
 
 
-def _fold_bwd(dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: Maybe, gates: GatePair, needs: Needs) -> Grads:
-    dx = dy @ fold_weight_fwd(weight, None, gates, x.dtype)[0] if needs[0] else None
+def _fold_bwd(
+    dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: Maybe, gates: GatePair, needs: Needs, folded: Maybe = None
+) -> Grads:
+    """Gradients of rows; ``folded``: the weight with its gates, if the forward kept it."""
+    if needs[0] and folded is None:
+        folded = fold_weight_fwd(weight, None, gates, x.dtype)[0]
+    dx = dy @ folded if needs[0] and folded is not None else None
     dy_sum = dy.sum(0, dtype=torch.float32) if bias is not None and (needs[2] or needs[4]) else None
     raw = dy.t() @ x if needs[1] or needs[3] or needs[4] else None
     return dx, *fold_weight_bwd(raw, dy_sum, weight, bias, gates, needs[1:])
@@ -163,14 +175,14 @@ def fold_weight_bwd(
     dbias = raw_bias.to(bias.dtype) if bias is not None and raw_bias is not None and needs[1] else None
     if not _any(gates):
         return None if raw is None else raw.to(weight.dtype), dbias, None, None
-    tiles_n, tiles_k = triton.cdiv(N, block_n), triton.cdiv(K, block_k)
+    tiles_n, tiles_k = configs.cdiv(N, block_n), configs.cdiv(K, block_k)
     dweight = host.empty(weight, (N, K), weight.dtype) if needs[0] else None
     in_partial = host.empty(weight, (tiles_n, K), torch.float32) if needs[2] else None
     out_partial = host.empty(weight, (tiles_k, N), torch.float32) if needs[3] else None
     if raw is not None:
         w = host.rows(weight)
         args = (raw.contiguous(), w, *host.vectors(*gates[:4]), dweight, in_partial, out_partial, N, K, w.stride(0))
-        host.launch(linear_kernels._fold_bwd_kernel, (tiles_k * tiles_n,), *args, BLOCK_N=block_n, BLOCK_K=block_k, GATE=gates.spec)
+        host.launch(linear_kernels.fold_bwd_kernel, (tiles_k * tiles_n,), *args, BLOCK_N=block_n, BLOCK_K=block_k, GATE=gates.spec)
     dinput = fold_gate_bwd(in_partial, gates.input)
     if gates.output is None:
         return dweight, dbias, dinput, None
@@ -187,8 +199,8 @@ def fold_gate_bwd(partial: Maybe, gate: GateArgs | None, bias: Maybe = None, dy_
     n, (block_s, block_n) = gate.log_alpha.numel(), configs.REDUCE_TILE
     dlog_alpha, splits = (None, 0) if partial is None else (host.empty(partial, (n,), torch.float32), partial.shape[0])
     args = partial, *host.vectors(bias, dy_sum, gate.log_alpha), gate.seed, dlog_alpha, dbias, splits, n
-    grid = (triton.cdiv(n, block_n),)
-    host.launch(linear_kernels._fold_gate_bwd_kernel, grid, *args, BLOCK_S=block_s, BLOCK_N=block_n, GATE=gate.spec)
+    grid = (configs.cdiv(n, block_n),)
+    host.launch(linear_kernels.fold_gate_bwd_kernel, grid, *args, BLOCK_S=block_s, BLOCK_N=block_n, GATE=gate.spec)
     return dlog_alpha
 
 
@@ -213,10 +225,10 @@ class Live(NamedTuple):
 
 def _live_blocks(x: torch.Tensor, gates: GatePair, K: int, depth: int) -> Live:
     z = host.empty(x, (K,), torch.float32)
-    live, count = (host.empty(x, (size,), torch.int32) for size in (triton.cdiv(K, depth), 1))
+    live, count = (host.empty(x, (size,), torch.int32) for size in (configs.cdiv(K, depth), 1))
     log_alpha, _, seed, _ = host.vectors(*gates[:4])
     sizes = {"BLOCKS": configs.LIVE_BLOCKS, "BLOCK_K": depth, "GATE": gates.spec}
-    host.launch(live_kernels._live_blocks_kernel, (1,), log_alpha, seed, z, live, count, K, **sizes)
+    host.launch(live_kernels.live_blocks_kernel, (1,), log_alpha, seed, z, live, count, K, **sizes)
     return Live(z, live, count)
 
 
@@ -228,7 +240,7 @@ def _live_gemm(x: torch.Tensor, weight: torch.Tensor, bias: Maybe, gates: GatePa
     bias, _, log_alpha, _, seed = host.vectors(bias, *gates[:4])
     args = (x, w, bias, live.z, log_alpha, seed, live.blocks, live.number, y, M, N, K, x.stride(0), w.stride(0))
     sizes = host.gemm_options(tile, x, gates.spec)
-    host.launch(live_kernels._gated_linear_live_fwd_kernel, (host.tiles(M, N, tile),), *args, **blocks, **sizes)
+    host.launch(live_kernels.gated_linear_live_fwd_kernel, (host.tiles(M, N, tile),), *args, **blocks, **sizes)
     return y
 
 
@@ -250,7 +262,7 @@ def _per_sample_fwd(
     blocks = {"BLOCK_M": tile.rows, "BLOCK_N": tile.cols, "BLOCK_K": tile.depth, "EVEN": K % tile.depth == 0}
     args = (x, w, *host.vectors(bias, *gates[:4]), y, kept, M, N, K, x.stride(0), w.stride(0))
     host.launch(
-        linear_kernels._gated_linear_fwd_kernel,
+        linear_kernels.gated_linear_fwd_kernel,
         (host.tiles(M, N, tile),),
         *args,
         **blocks,
@@ -305,9 +317,9 @@ def _gate_rows(t: torch.Tensor, gate: GateArgs) -> torch.Tensor:
     (M, n), (block_m, block_n) = t.shape, configs.GATE_TILE
     t, gated = host.rows(t), host.empty(t, (M, n), t.dtype)
     sizes = {"BLOCK_M": block_m, "BLOCK_N": block_n, "GROUPED": n % 4 == 0, "GATE": gate.spec}
-    grid = (triton.cdiv(n, block_n) * triton.cdiv(M, block_m),)
+    grid = (configs.cdiv(n, block_n) * configs.cdiv(M, block_m),)
     args = t, gate.log_alpha.contiguous(), gate.seed, gated, M, n, t.stride(0)
-    host.launch(linear_kernels._gate_rows_fwd_kernel, grid, *args, **sizes)
+    host.launch(linear_kernels.gate_rows_fwd_kernel, grid, *args, **sizes)
     return gated
 
 
@@ -317,12 +329,12 @@ def _gate_rows_bwd(g: torch.Tensor, t: torch.Tensor, gate: GateArgs, wanted: tup
         return None, None, None
     (M, n), (block_m, block_n) = g.shape, configs.COLUMN_SUM_TILE
     g, t = host.rows(g), host.rows(t) if wanted[1] else g
-    splits, per_split = configs.split_rows(M, block_m, triton.cdiv(n, block_n))
+    splits, per_split = configs.split_rows(M, block_m, configs.cdiv(n, block_n), configs.PASS_PROGRAMS)
     gated = host.empty(g, (M, n), g.dtype) if wanted[0] else None
     gate_partial, sum_partial = (host.empty(g, (splits, n), torch.float32) if want else None for want in wanted[1:])
     args = (g, t, gate.log_alpha.contiguous(), gate.seed, gated, gate_partial, sum_partial, M, n, g.stride(0), t.stride(0), per_split)
     sizes = {"BLOCK_M": block_m, "BLOCK_N": block_n, "GROUPED": n % 4 == 0, "GATE": gate.spec}
-    host.launch(linear_kernels._gate_rows_bwd_kernel, (triton.cdiv(n, block_n), splits), *args, **sizes)
+    host.launch(linear_kernels.gate_rows_bwd_kernel, (configs.cdiv(n, block_n), splits), *args, **sizes)
     dlog_alpha, total = (None if partial is None else host.reduce(partial, (n,), torch.float32) for partial in (gate_partial, sum_partial))
     return gated, dlog_alpha, total
 
@@ -334,11 +346,11 @@ def _one_pass_bwd_dx(dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, ga
     dy, x, w = host.rows(dy), host.rows(x), host.rows(weight.to(x.dtype))
     tile = configs.gemm_tile(M, N, K, *host.machine(x))
     dx = host.empty(x, (M, K), x.dtype) if needs[0] else None
-    partial = host.empty(x, (triton.cdiv(M, tile.rows), K), torch.float32) if needs[3] else None
+    partial = host.empty(x, (configs.cdiv(M, tile.rows), K), torch.float32) if needs[3] else None
     blocks = {"BLOCK_M": tile.rows, "BLOCK_K": tile.cols, "BLOCK_N": tile.depth, "EVEN": N % tile.depth == 0}
     args = (dy, x, w, *host.vectors(*gates[:4]), dx, partial, M, N, K, dy.stride(0), x.stride(0), w.stride(0))
     host.launch(
-        linear_kernels._gated_linear_bwd_dx_kernel,
+        linear_kernels.gated_linear_bwd_dx_kernel,
         (host.tiles(M, K, tile),),
         *args,
         **blocks,
@@ -358,7 +370,7 @@ def _one_pass_bwd_dw(dy: torch.Tensor, x: torch.Tensor, dtype: torch.dtype, gate
     blocks = {"BLOCK_N": tile.rows, "BLOCK_K": tile.cols, "BLOCK_M": tile.depth, "EVEN": splits * per_split == M}
     args = (dy, x, *host.vectors(*gates[:4]), partial, M, N, K, dy.stride(0), x.stride(0), per_split)
     host.launch(
-        linear_kernels._gated_linear_bwd_dw_kernel,
+        linear_kernels.gated_linear_bwd_dw_kernel,
         (tiles, splits),
         *args,
         **blocks,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import triton
 
 from dampr.kernels import configs
 from dampr.kernels import gates as gate_kernels
@@ -24,9 +23,9 @@ def sample_gates_fwd(gate: GateArgs, rows: int | None, start: int = 0) -> torch.
     n, height = log_alpha.numel(), 1 if rows is None else rows
     z = host.empty(log_alpha, (height, n), torch.float32)
     block_m, block_n = configs.GATE_VECTOR if height == 1 else configs.GATE_TILE
-    grid = (triton.cdiv(n, block_n) * triton.cdiv(height, block_m),)
+    grid = (configs.cdiv(n, block_n) * configs.cdiv(height, block_m),)
     sizes = {"BLOCK_M": block_m, "BLOCK_N": block_n, "GROUPED": n % 4 == 0 or height == 1, "GATE": gate.spec}
-    host.launch(gate_kernels._sample_gates_fwd_kernel, grid, log_alpha, gate.seed, z, height, n, **sizes)
+    host.launch(gate_kernels.sample_gates_fwd_kernel, grid, log_alpha, gate.seed, z, height, n, **sizes)
     return z.view(n) if rows is None else z
 
 
@@ -37,9 +36,9 @@ def sample_gates_bwd(dz: torch.Tensor, gate: GateArgs, rows: int | None, start: 
     log_alpha = gate.log_alpha.contiguous()
     n, height = log_alpha.numel(), 1 if rows is None else rows
     block_m, block_n = configs.GATE_VECTOR if height == 1 else configs.COLUMN_SUM_TILE
-    splits, per_split = configs.split_rows(height, block_m, triton.cdiv(n, block_n))
+    splits, per_split = configs.split_rows(height, block_m, configs.cdiv(n, block_n), configs.PASS_PROGRAMS)
     partial = host.empty(dz, (splits, n), torch.float32)
     sizes = {"BLOCK_M": block_m, "BLOCK_N": block_n, "GROUPED": n % 4 == 0 or height == 1, "GATE": gate.spec}
     args = dz.contiguous(), log_alpha, gate.seed, partial, height, n, per_split
-    host.launch(gate_kernels._sample_gates_bwd_kernel, (triton.cdiv(n, block_n), splits), *args, **sizes)
+    host.launch(gate_kernels.sample_gates_bwd_kernel, (configs.cdiv(n, block_n), splits), *args, **sizes)
     return host.reduce(partial, (n,), torch.float32)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-import triton
 
 from dampr.kernels import configs
 from dampr.kernels import gates as gate_kernels
@@ -26,7 +24,10 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **sizes: Any) -> None
     if 0 in grid:
         return
     device = next(arg.device for arg in args if isinstance(arg, torch.Tensor))
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            kernel[grid](*args, enable_fp_fusion=False, **sizes)
+    else:
         kernel[grid](*args, enable_fp_fusion=False, **sizes)
 
 
@@ -59,8 +60,16 @@ def device_name(device: torch.device | None) -> str:
     return torch.cuda.get_device_name(device)
 
 
+def keeps_cast(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether the backward is to have the folded weight that the forward made: under autocast the dense layer keeps a copy of that size.
+
+    Where the weight has the dtype of x the dense layer keeps none, and the fold is made again.
+    """
+    return weight.dtype != x.dtype and x.requires_grad
+
+
 def tiles(rows: int, cols: int, tile: configs.Tile) -> int:
-    return triton.cdiv(rows, tile.rows) * triton.cdiv(cols, tile.cols)
+    return configs.cdiv(rows, tile.rows) * configs.cdiv(cols, tile.cols)
 
 
 def reduce(partial: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -69,8 +78,8 @@ def reduce(partial: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) ->
         return partial.view(shape)
     out = empty(partial, shape, dtype)
     block_s, block_n = configs.REDUCE_TILE
-    grid = (triton.cdiv(out.numel(), block_n),)
-    launch(gate_kernels._reduce_kernel, grid, partial, out, partial.shape[0], out.numel(), BLOCK_S=block_s, BLOCK_N=block_n)
+    grid = (configs.cdiv(out.numel(), block_n),)
+    launch(gate_kernels.reduce_kernel, grid, partial, out, partial.shape[0], out.numel(), BLOCK_S=block_s, BLOCK_N=block_n)
     return out
 
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
 
 from dampr.kernels import configs
 from dampr.kernels import norm_gate as kernels
 from dampr.ops.gate_activations import Planes, planes
 from dampr.ops.gate_args import GateArgs
-from dampr.ops.norm_gate import Norm
+from dampr.ops.norm_gate import Norm, Running
 
 from . import host
 from .gates import sample_gates_bwd, sample_gates_fwd
@@ -32,12 +31,17 @@ class _Cut(NamedTuple):
     step: int
 
 
-def norm_gate_fwd(x: torch.Tensor, norm: Norm, gate: GateArgs, mean: Maybe, var: Maybe) -> tuple[torch.Tensor, Maybe, Maybe]:
-    """y in the dtype and the (dense) memory format of x, and the statistics of x where none are given."""
+def norm_gate_fwd(
+    x: torch.Tensor, norm: Norm, gate: GateArgs, mean: Maybe, var: Maybe, running: Running | None = None
+) -> tuple[torch.Tensor, Maybe, Maybe]:
+    """y in the dtype and the (dense) memory format of x, and the statistics of x where none are given.
+
+    ``running`` ones, float32 and contiguous, are moved by the kernel that joins the new ones.
+    """
     x, shape, _ = planes(x, 1, gate.per_sample)
     batch = mean is None or var is None
     if mean is None or var is None:
-        mean, var = _statistics(x, shape)
+        mean, var = _statistics(x, shape, running)
     y, z = torch.empty_like(x), sample_gates_fwd(gate, gate.rows(shape.outer))
     _pass(x, None, z, host.vectors(norm.gain, norm.bias, mean, var), None, y, None, shape, norm)
     return (y, mean, var) if batch else (y, None, None)
@@ -79,16 +83,16 @@ def _cut(shape: Planes, columns: tuple[int, int] = configs.COLUMN_SUM_TILE) -> _
     most = configs.NORM_MAX_PARTS if shape.per_outer else configs.NORM_MAX_SPLITS
     if shape.inner == 1:
         block_m, block_n = block = columns
-        blocks = triton.cdiv(shape.n, block_n)
-        pieces, step = configs.split_rows(shape.middle, block_m, blocks * shape.outer, configs.NORM_PROGRAMS, most)
+        blocks = configs.cdiv(shape.n, block_n)
+        pieces, step = configs.split_rows(shape.middle, block_m, blocks * shape.outer, configs.PASS_PROGRAMS, most)
         return _Cut(True, block, shape.outer * pieces * blocks, shape.outer, shape.middle, pieces, step)
     block_m, block_n = block = configs.PLANE_TILE
-    blocks = triton.cdiv(shape.outer * shape.middle * shape.n, block_m)
-    pieces, step = configs.split_rows(shape.inner, block_n, blocks, configs.NORM_PROGRAMS, most)
+    blocks = configs.cdiv(shape.outer * shape.middle * shape.n, block_m)
+    pieces, step = configs.split_rows(shape.inner, block_n, blocks, configs.PASS_PROGRAMS, most)
     return _Cut(False, block, blocks * pieces, shape.outer * shape.middle, shape.inner, pieces, step)
 
 
-def _statistics(x: torch.Tensor, shape: Planes) -> tuple[torch.Tensor, torch.Tensor]:
+def _statistics(x: torch.Tensor, shape: Planes, running: Running | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and biased variance of each channel, (n,); zeros of no elements."""
     if not x.numel():
         return host.empty(x, (shape.n,), torch.float32).zero_(), host.empty(x, (shape.n,), torch.float32).zero_()
@@ -98,14 +102,17 @@ def _statistics(x: torch.Tensor, shape: Planes) -> tuple[torch.Tensor, torch.Ten
     means, spreads = (host.empty(x, (parts, shape.n), torch.float32) for _ in range(2))
     sizes = dict(zip(("BLOCK_M", "BLOCK_N"), cut.block, strict=True))
     if cut.columns:
-        host.launch(kernels._norm_stats_columns_kernel, (cut.programs,), x, means, spreads, cut.length, shape.n, cut.step, **sizes)
+        host.launch(kernels.norm_stats_columns_kernel, (cut.programs,), x, means, spreads, cut.length, shape.n, cut.step, **sizes)
     else:
         numbers = together.middle * shape.n, shape.n, shape.inner, cut.step, cut.pieces
-        host.launch(kernels._norm_stats_rows_kernel, (cut.programs,), x, means, spreads, *numbers, **sizes)
+        host.launch(kernels.norm_stats_rows_kernel, (cut.programs,), x, means, spreads, *numbers, **sizes)
     mean, var = (host.empty(x, (shape.n,), torch.float32) for _ in range(2))
     block_s, block_n = configs.NORM_JOIN_TILE
-    args = means, spreads, mean, var, parts, shape.n, cut.length, cut.step, cut.pieces, x.numel() // shape.n
-    host.launch(kernels._norm_stats_join_kernel, (triton.cdiv(shape.n, block_n),), *args, BLOCK_S=block_s, BLOCK_N=block_n)
+    count = x.numel() // shape.n
+    kept, momentum = ((None, None, None), 0.0) if running is None else (running[:3], running.momentum)
+    shares = 1.0 - momentum, momentum, momentum * count / max(1, count - 1)  # of what was, of the mean, of the biased variance
+    args = means, spreads, mean, var, *kept, parts, shape.n, cut.length, cut.step, cut.pieces, count, *map(float, shares)
+    host.launch(kernels.norm_stats_join_kernel, (configs.cdiv(shape.n, block_n),), *args, BLOCK_S=block_s, BLOCK_N=block_n)
     return mean, var
 
 
@@ -127,10 +134,10 @@ def _pass(
     sizes = dict(zip(("BLOCK_M", "BLOCK_N"), cut.block, strict=True)) | {"EPS": norm.eps, "RELU": norm.relu, "PER_OUTER": shape.per_outer}
     tensors, count = (x, dy, z, *vectors, sums, out, partial), shape.outer * shape.middle * shape.inner
     if cut.columns:
-        host.launch(kernels._norm_gate_columns_kernel, (cut.programs,), *tensors, shape.middle, shape.n, cut.step, count, **sizes)
+        host.launch(kernels.norm_gate_columns_kernel, (cut.programs,), *tensors, shape.middle, shape.n, cut.step, count, **sizes)
     else:
         numbers = shape.outer * shape.middle * shape.n, shape.middle, shape.n, shape.inner, cut.step, cut.pieces, count
-        host.launch(kernels._norm_gate_rows_kernel, (cut.programs,), *tensors, *numbers, **sizes)
+        host.launch(kernels.norm_gate_rows_kernel, (cut.programs,), *tensors, *numbers, **sizes)
 
 
 def _finish(partial: torch.Tensor, z: torch.Tensor, vectors: tuple[Maybe, ...], dz: Maybe, shape: Planes) -> torch.Tensor:
@@ -138,9 +145,9 @@ def _finish(partial: torch.Tensor, z: torch.Tensor, vectors: tuple[Maybe, ...], 
     if not shape.per_outer:
         partial = host.reduce(partial, (1, 2 * shape.n), torch.float32)
     block_s, block_n = configs.NORM_FINISH_TILE
-    blocks = triton.cdiv(shape.n, block_n)
+    blocks = configs.cdiv(shape.n, block_n)
     splits, step = configs.split_rows(shape.outer, block_s, blocks)
     shares = host.empty(partial, (splits, 2 * shape.n), torch.float32)
     args = partial, z, *vectors[:2], dz, shares, shape.outer, partial.shape[0] // max(1, shape.outer), shape.n, step
-    host.launch(kernels._norm_gate_finish_kernel, (splits * blocks,), *args, BLOCK_S=block_s, BLOCK_N=block_n)
+    host.launch(kernels.norm_gate_finish_kernel, (splits * blocks,), *args, BLOCK_S=block_s, BLOCK_N=block_n)
     return host.reduce(shares, (2, shape.n), torch.float32)

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import triton
 
 from dampr.kernels import configs
 from dampr.kernels import weight_gated_linear as weight_kernels
@@ -25,19 +24,26 @@ from .routes import route
 def plan_weights(x: torch.Tensor, weight: torch.Tensor, spec: GateSpec, block: tuple[int, int]) -> Plan:
     """How the layer is computed. Raises ValueError where a forced route cannot serve the call."""
     M, (N, K) = x.shape[:-1].numel(), weight.shape
-    return Plan(route(M, N, K, x.dtype, block, False, x.device)[0], _fwd, _bwd, spec, M, block=block)
+    name = route(M, N, K, x.dtype, block, False, x.device)[0]
+    return Plan(name, _fwd, _bwd, spec, M, keep=name == "fold" and host.keeps_cast(x, weight), block=block)
 
 
-def _fwd(plan: Plan, x: torch.Tensor, weight: torch.Tensor, bias: Maybe, log_alpha: torch.Tensor, seed: Maybe) -> tuple[torch.Tensor, None]:
-    return weight_gated_linear_fwd(x, weight, bias, GateArgs(log_alpha, seed, plan.spec), plan.block, plan.route), None
+def _fwd(
+    plan: Plan, x: torch.Tensor, weight: torch.Tensor, bias: Maybe, log_alpha: torch.Tensor, seed: Maybe
+) -> tuple[torch.Tensor, Maybe]:
+    gate = GateArgs(log_alpha, seed, plan.spec)
+    if not plan.keep:
+        return weight_gated_linear_fwd(x, weight, bias, gate, plan.block, plan.route), None
+    folded = fold_blocks_fwd(weight, gate, plan.block, x.dtype)
+    return torch.nn.functional.linear(x, folded, None if bias is None else bias.to(x.dtype)), folded
 
 
 def _bwd(plan: Plan, dy: torch.Tensor, tensors: Sequence[Maybe], needs: Needs) -> tuple[Maybe, ...]:
-    x, weight, bias, log_alpha, seed, *_ = tensors
+    x, weight, bias, log_alpha, seed, folded = tensors
     assert x is not None
     assert weight is not None
     assert log_alpha is not None
-    return weight_gated_linear_bwd(dy, x, weight, bias, GateArgs(log_alpha, seed, plan.spec), plan.block, needs[:4])
+    return weight_gated_linear_bwd(dy, x, weight, bias, GateArgs(log_alpha, seed, plan.spec), plan.block, needs[:4], folded)
 
 
 def weight_gated_linear_fwd(
@@ -63,12 +69,13 @@ def weight_gated_linear_bwd(
     gate: GateArgs,
     block: tuple[int, int],
     needs: Needs,
+    folded: Maybe = None,
 ) -> tuple[Maybe, Maybe, Maybe, Maybe]:
-    """Gradients of x, weight, bias, log_alpha; None for one that ``needs`` does not ask for."""
+    """Gradients of x, weight, bias, log_alpha; None for one that ``needs`` does not ask for. ``folded``: W * Z, if the forward kept it."""
     shape, dy, x = x.shape, rows_of(dy), rows_of(x)
     dx = dbias = dweight = dlog_alpha = None
     if needs[0]:
-        dx = (dy @ fold_blocks_fwd(weight, gate, block, x.dtype)).view(shape)
+        dx = (dy @ (fold_blocks_fwd(weight, gate, block, x.dtype) if folded is None else folded)).view(shape)
     if needs[1] or needs[3]:
         dweight, dlog_alpha = fold_blocks_bwd(dy.t() @ x, weight, gate, block, (needs[1], needs[3]))
     if needs[2] and bias is not None:
@@ -94,8 +101,8 @@ def _gate_weight(t: torch.Tensor, dtype: torch.dtype | None, weight: Maybe, gate
         return gated, _gate_blocks(t, gated, weight, gate, block)
     dlog_alpha = None if weight is None else host.empty(t, gate.log_alpha.shape, torch.float32)
     args = *host.vectors(t, weight, gate.log_alpha), gate.seed, gated, dlog_alpha, t.numel()
-    grid = (triton.cdiv(t.numel(), configs.WEIGHT_BLOCK),)
-    host.launch(weight_kernels._gate_weights_kernel, grid, *args, BLOCK=configs.WEIGHT_BLOCK, GATE=gate.spec)
+    grid = (configs.cdiv(t.numel(), configs.WEIGHT_BLOCK),)
+    host.launch(weight_kernels.gate_weights_kernel, grid, *args, BLOCK=configs.WEIGHT_BLOCK, GATE=gate.spec)
     return gated, dlog_alpha
 
 
@@ -103,15 +110,15 @@ def _gate_blocks(t: torch.Tensor, gated: Maybe, weight: Maybe, gate: GateArgs, b
     """Fills ``gated`` with t Z; returns dlog_alpha where there is a ``weight``."""
     N, K = t.shape
     R, C = max(1, min(block[0], N)), max(1, min(block[1], K))  # a block larger than the matrix is one of its size
-    across = triton.cdiv(K, C)
+    across = configs.cdiv(K, C)
     block_r, block_g, block_c = configs.block_tile(R, C, max(1, across))
-    groups = triton.cdiv(N, R) * triton.cdiv(across, block_g)
+    groups = configs.cdiv(N, R) * configs.cdiv(across, block_g)
     splits, per_split = configs.split_rows(R, block_r, groups)
     t, w = host.rows(t), None if weight is None else host.rows(weight)
     partial = None if w is None else host.empty(t, (splits, gate.log_alpha.numel()), torch.float32)
     args = t, w, sample_gates_fwd(gate, None), gated, partial, N, K, t.stride(0), 0 if w is None else w.stride(0), per_split
     sizes = {"R": R, "C": C, "BLOCK_R": block_r, "BLOCK_G": block_g, "BLOCK_C": block_c}
-    host.launch(weight_kernels._gate_blocks_kernel, (groups, splits), *args, **sizes)
+    host.launch(weight_kernels.gate_blocks_kernel, (groups, splits), *args, **sizes)
     return fold_gate_bwd(partial, gate)
 
 
@@ -119,11 +126,11 @@ def _small_m_fwd(x: torch.Tensor, weight: torch.Tensor, bias: Maybe, gate: GateA
     (M, K), N = x.shape, weight.shape[0]
     x = host.rows(x)
     tile = configs.small_m_tile(M, N, K, *host.machine(x))
-    tiles = triton.cdiv(N, tile.rows) * triton.cdiv(M, tile.cols)
+    tiles = configs.cdiv(N, tile.rows) * configs.cdiv(M, tile.cols)
     splits, per_split = configs.split_rows(K, tile.depth, tiles)
     partial = host.empty(x, (splits, M, N), torch.float32 if splits > 1 else x.dtype)
     blocks = {"BLOCK_N": tile.rows, "BLOCK_M": tile.cols, "BLOCK_K": tile.depth, "EVEN": splits * per_split == K, "GROUPED": K % 4 == 0}
     args = x, *host.vectors(weight, bias, gate.log_alpha), gate.seed, partial, M, N, K, x.stride(0), per_split
     sizes = host.gemm_options(tile, x, gate.spec)
-    host.launch(weight_kernels._weight_gated_linear_fwd_kernel, (tiles, splits), *args, **blocks, **sizes)
+    host.launch(weight_kernels.weight_gated_linear_fwd_kernel, (tiles, splits), *args, **blocks, **sizes)
     return host.reduce(partial, (M, N), x.dtype)

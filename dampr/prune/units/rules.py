@@ -58,7 +58,7 @@ def write(call: Call, tensors: Iterable[Any]) -> None:
 
 
 @rule(
-    "_prelu_kernel prelu native_dropout bernoulli rrelu_with_noise gelu _fused_dropout masked_fill where hardswish hardsigmoid nan_to_num "
+    "prelu_kernel prelu native_dropout bernoulli rrelu_with_noise gelu _fused_dropout masked_fill where hardswish hardsigmoid nan_to_num "
     "feature_dropout isnan isinf"
 )
 def elementwise(call: Call) -> Axes:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dampr.bench import verify
-from dampr.testing import as_tf32, compare
+from dampr.testing import as_tf32, compare, rows, verify
 
 SWITCHES = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn)
 
@@ -79,10 +78,10 @@ def test_a_sum_that_cancels_is_held_to_the_size_of_what_was_added():
 
 def test_other_signs_leave_gates_and_large_problems_alone():
     data = {"x": torch.ones(8, 8), "input_gate": torch.ones(8)}
-    for signed, dy in verify._other_signs(data, torch.ones(8, 8)):
+    for signed, dy in rows.other_signs(data, torch.ones(8, 8)):
         assert torch.equal(signed["input_gate"], data["input_gate"])
         assert set(signed["x"].unique().tolist()) == set(dy.unique().tolist()) == {-1.0, 1.0}
-    assert not list(verify._other_signs({"x": torch.ones(300, 300)}, torch.ones(300, 300)))
+    assert not list(rows.other_signs({"x": torch.ones(300, 300)}, torch.ones(300, 300)))
 
 
 def test_a_bound_is_never_zero():

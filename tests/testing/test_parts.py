@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from dampr.bench import verify
+from dampr.testing import verify
 
 
 def test_parts_are_the_whole() -> None:

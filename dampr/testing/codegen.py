@@ -1,7 +1,7 @@
 """What the compiler made of the Triton kernels, compiled ahead of time for a GPU that need not be there and read in the machine code.
 
 ``cases()`` lists every kernel with every tile that ships and every architecture it ships for; ``inspect(case)`` compiles one and counts.
-tests/test_codegen.py holds the counts to limits, ``python -m benchmarks.codegen`` prints them. Imports no torch.
+tests/testing/test_codegen.py holds the counts to limits, ``python -m benchmarks.codegen`` prints them. Imports no torch.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from dampr.spec import hard_concrete
 ARCHITECTURES = (80, 90, 100, 120)
 SHARED_LIMIT_KB = {80: 163, 90: 227, 100: 227, 120: 99}
 GEMM_KERNELS = {
-    "fwd": gated_linear._gated_linear_fwd_kernel,
-    "dx": gated_linear._gated_linear_bwd_dx_kernel,
-    "dw": gated_linear._gated_linear_bwd_dw_kernel,
+    "fwd": gated_linear.gated_linear_fwd_kernel,
+    "dx": gated_linear.gated_linear_bwd_dx_kernel,
+    "dw": gated_linear.gated_linear_bwd_dw_kernel,
 }
 # The blocks of each GEMM kernel in the order rows, cols, depth of its output tile.
 GEMM_BLOCKS = {"fwd": ("BLOCK_M", "BLOCK_N", "BLOCK_K"), "dx": ("BLOCK_M", "BLOCK_K", "BLOCK_N"), "dw": ("BLOCK_N", "BLOCK_K", "BLOCK_M")}
@@ -51,6 +51,7 @@ GATE_BLOCKS = {
 }
 # Float32 whatever the case's dtype, like log-alphas and workspaces.
 _VECTORS = ("gain_ptr", "mean_ptr", "var_ptr", "sums_ptr", "spread_ptr", "part_mean_ptr", "part_spread_ptr")
+_REAL = ("stays", "mean_share", "var_share")  # numbers that are no sizes
 _EXACT = ("z_ptr", "z_in_ptr", "z_out_ptr", "dz_ptr", "dy_sum_ptr", *_VECTORS)
 _INTEGER = ("live_ptr", "count_ptr")
 _ODD = (
@@ -148,9 +149,9 @@ def _live_cases(capability: int) -> list[Case]:
         constants = {**blocks, "GROUP": tile.group, "EVEN": aligned, "PRECISION": "ieee", "GATE": _SPEC}
         name = f"live-{configs.gemm_kind(size, size, size, dtype, capability)}"
         launch = tile.num_warps, tile.num_stages, True
-        found[name] = Case(name, gated_linear_live._gated_linear_live_fwd_kernel, constants, dtype, aligned, *launch)
+        found[name] = Case(name, gated_linear_live.gated_linear_live_fwd_kernel, constants, dtype, aligned, *launch)
         listing, name = {"BLOCKS": configs.LIVE_BLOCKS, "BLOCK_K": tile.depth, "GATE": _SPEC}, f"live_blocks-{tile.depth}"
-        found[name] = Case(name, gated_linear_live._live_blocks_kernel, listing, dtype, True)
+        found[name] = Case(name, gated_linear_live.live_blocks_kernel, listing, dtype, True)
     return list(found.values())
 
 
@@ -174,9 +175,9 @@ def _conv_cases(capability: int) -> list[Case]:
             sizes = {"GROUP": tile.group, "EVEN": aligned, "PRECISION": "tf32" if dtype == "tf32" else "ieee"}
             name = f"conv-{'' if aligned else 'odd-'}{'' if dtype == 'bf16' else dtype + '-'}{tile.rows}x{tile.cols}{variant}"
             launch = "fp32" if dtype == "tf32" else dtype, aligned, tile.num_warps, tile.num_stages, True
-            found[name] = Case(name, gated_conv2d._gated_conv2d_fwd_kernel, {**taps, **gates_of, **blocks, **sizes}, *launch)
+            found[name] = Case(name, gated_conv2d.gated_conv2d_fwd_kernel, {**taps, **gates_of, **blocks, **sizes}, *launch)
             listing, name = {"BLOCKS": configs.LIVE_BLOCKS, "BLOCK_C": tile.depth}, f"list_live-{tile.depth}"
-            found[name] = Case(name, gated_conv2d._list_live_kernel, listing, "bf16", True)
+            found[name] = Case(name, gated_conv2d.list_live_kernel, listing, "bf16", True)
     return list(found.values())
 
 
@@ -190,18 +191,16 @@ def _weight_gemm_cases(capability: int) -> list[Case]:
             constants = {**blocks, "GROUP": tile.group, "EVEN": aligned, "GROUPED": aligned, "PRECISION": "ieee", "GATE": _SPEC}
             name = f"small_m-{configs.gemm_kind(M, size, size, dtype, capability)}-{tile.cols}{'-autocast' if parameter_dtype else ''}"
             launch = tile.num_warps, tile.num_stages, True, parameter_dtype
-            found[name] = Case(name, weight_gated_linear._weight_gated_linear_fwd_kernel, constants, dtype, aligned, *launch)
+            found[name] = Case(name, weight_gated_linear.weight_gated_linear_fwd_kernel, constants, dtype, aligned, *launch)
     return list(found.values())
 
 
 def _weight_pass_cases() -> list[Case]:
     weights = {"BLOCK": configs.WEIGHT_BLOCK, "GATE": _SPEC}
     found = [
-        Case(
-            "gate_weights_fwd", weight_gated_linear._gate_weights_kernel, {**weights, "w_ptr": None, "dlog_alpha_ptr": None}, "bf16", True
-        ),
-        Case("gate_weights_bwd", weight_gated_linear._gate_weights_kernel, weights, "bf16", True),
-        Case("gate_weights_bwd-odd", weight_gated_linear._gate_weights_kernel, weights, "bf16", False),
+        Case("gate_weights_fwd", weight_gated_linear.gate_weights_kernel, {**weights, "w_ptr": None, "dlog_alpha_ptr": None}, "bf16", True),
+        Case("gate_weights_bwd", weight_gated_linear.gate_weights_kernel, weights, "bf16", True),
+        Case("gate_weights_bwd-odd", weight_gated_linear.gate_weights_kernel, weights, "bf16", False),
     ]
     for name, (R, C, across) in GATE_BLOCKS.items():
         blocks = dict(zip(("BLOCK_R", "BLOCK_G", "BLOCK_C"), configs.block_tile(R, C, across), strict=True))
@@ -209,12 +208,12 @@ def _weight_pass_cases() -> list[Case]:
         found += [
             Case(
                 f"blocks_fwd-{name}",
-                weight_gated_linear._gate_blocks_kernel,
+                weight_gated_linear.gate_blocks_kernel,
                 {**constants, "w_ptr": None, "partial_ptr": None},
                 "bf16",
                 True,
             ),
-            Case(f"blocks_bwd-{name}", weight_gated_linear._gate_blocks_kernel, constants, "bf16", True),
+            Case(f"blocks_bwd-{name}", weight_gated_linear.gate_blocks_kernel, constants, "bf16", True),
         ]
     return found
 
@@ -223,17 +222,17 @@ def _pass_cases() -> list[Case]:
     folds = [{"BLOCK_N": n, "BLOCK_K": k, "GATE": _SPEC} for n, k in (configs.FOLD_FWD_TILE, configs.FOLD_BWD_TILE)]
     reduce = dict(zip(("BLOCK_S", "BLOCK_N"), configs.REDUCE_TILE, strict=True))
     found = [
-        Case("fold_fwd", gated_linear._fold_fwd_kernel, folds[0], "bf16", True),
-        Case("fold_bwd", gated_linear._fold_bwd_kernel, folds[1], "bf16", True),
-        Case("fold_gate_bwd", gated_linear._fold_gate_bwd_kernel, {**reduce, "GATE": _SPEC}, "bf16", True),
-        Case("reduce", gates._reduce_kernel, reduce, "bf16", True),
+        Case("fold_fwd", gated_linear.fold_fwd_kernel, folds[0], "bf16", True),
+        Case("fold_bwd", gated_linear.fold_bwd_kernel, folds[1], "bf16", True),
+        Case("fold_gate_bwd", gated_linear.fold_gate_bwd_kernel, {**reduce, "GATE": _SPEC}, "bf16", True),
+        Case("reduce", gates.reduce_kernel, reduce, "bf16", True),
     ]
     for kind, grouped in (("grouped", True), ("odd", False)):
         for name, kernel, (block_m, block_n) in (
-            ("sample_fwd", gates._sample_gates_fwd_kernel, configs.GATE_TILE),
-            ("sample_bwd", gates._sample_gates_bwd_kernel, configs.COLUMN_SUM_TILE),
-            ("gate_rows_fwd", gated_linear._gate_rows_fwd_kernel, configs.GATE_TILE),
-            ("gate_rows_bwd", gated_linear._gate_rows_bwd_kernel, configs.COLUMN_SUM_TILE),
+            ("sample_fwd", gates.sample_gates_fwd_kernel, configs.GATE_TILE),
+            ("sample_bwd", gates.sample_gates_bwd_kernel, configs.COLUMN_SUM_TILE),
+            ("gate_rows_fwd", gated_linear.gate_rows_fwd_kernel, configs.GATE_TILE),
+            ("gate_rows_bwd", gated_linear.gate_rows_bwd_kernel, configs.COLUMN_SUM_TILE),
         ):
             constants = {"BLOCK_M": block_m, "BLOCK_N": block_n, "GROUPED": grouped, "GATE": _SPEC}
             found.append(Case(f"{name}-{kind}", kernel, constants, "bf16", grouped))
@@ -249,13 +248,13 @@ def _norm_cases() -> list[Case]:
         "dx": {"partial_ptr": None},
     }
     found = [
-        Case("norm_join", norm_gate._norm_stats_join_kernel, join, "bf16", True),
-        Case("norm_finish", norm_gate._norm_gate_finish_kernel, finish, "bf16", True, parameter_dtype="fp32"),
+        Case("norm_join", norm_gate.norm_stats_join_kernel, join, "bf16", True),
+        Case("norm_finish", norm_gate.norm_gate_finish_kernel, finish, "bf16", True, parameter_dtype="fp32"),
     ]
     rows, columns = (configs.PLANE_TILE, configs.PLANE_TILE), (configs.COLUMN_MEAN_TILE, configs.COLUMN_SUM_TILE)
     for layout, stats, kernel, tiles in (
-        ("columns", norm_gate._norm_stats_columns_kernel, norm_gate._norm_gate_columns_kernel, columns),
-        ("rows", norm_gate._norm_stats_rows_kernel, norm_gate._norm_gate_rows_kernel, rows),
+        ("columns", norm_gate.norm_stats_columns_kernel, norm_gate.norm_gate_columns_kernel, columns),
+        ("rows", norm_gate.norm_stats_rows_kernel, norm_gate.norm_gate_rows_kernel, rows),
     ):
         means, blocks = (dict(zip(("BLOCK_M", "BLOCK_N"), tile, strict=True)) for tile in tiles)
         for kind, aligned in (("", True), ("-odd", False)):
@@ -268,17 +267,17 @@ def _norm_cases() -> list[Case]:
 
 def _generator_cases() -> list[Case]:
     sizes = {"LIMIT": math.log(100.0), **dict(zip(("BLOCK_N", "BLOCK_K"), configs.GENERATOR_TILE, strict=True))}
-    kernels = {"fwd": dependency_generator._dependency_generator_fwd_kernel, "bwd": dependency_generator._dependency_generator_bwd_kernel}
+    kernels = {"fwd": dependency_generator.dependency_generator_fwd_kernel, "bwd": dependency_generator.dependency_generator_bwd_kernel}
     return [Case(f"generator_{name}", kernel, sizes, "fp32", True, configs.GENERATOR_WARPS, 1) for name, kernel in kernels.items()]
 
 
 def _element(name: str, case: Case) -> str:
     """The element type of a pointer argument."""
-    if "seed" in name or name == "table_ptr":
+    if "seed" in name or name in ("table_ptr", "updates_ptr"):
         return "i64"
     if name in _INTEGER:
         return "i32"
-    if "log_alpha" in name or "partial" in name or name in _EXACT:
+    if "log_alpha" in name or "partial" in name or "running" in name or name in _EXACT:
         return "fp32"
     return case.parameter_dtype if case.parameter_dtype and name in ("w_ptr", "bias_ptr") else case.dtype
 
@@ -292,6 +291,8 @@ def compile_case(case: Case, target: GPUTarget) -> Any:
         elif name.endswith("_ptr"):
             signature[name] = f"*{_element(name, case)}"
             divisible.append(i)
+        elif name in _REAL:
+            signature[name] = "fp32"
         else:
             signature[name] = "i32"
             if case.aligned and name not in _ODD:

@@ -14,6 +14,8 @@ from torch import Tensor
 from dampr import functional, ops, philox, reference
 from dampr.spec import hard_concrete
 
+from .rows import Alike, Row, compare_all, rounded
+
 Shape = tuple[int, int, int, int, int, int]
 
 
@@ -116,3 +118,22 @@ def make(case: ConvCase, dtype: torch.dtype, generator: torch.Generator) -> tupl
     data = {name: t if name.endswith("_gate") else t.to(dtype) for name, t in data.items()}
     size = torch.nn.functional.conv2d(data["x"].float(), data["weight"].float(), **case.arguments).shape
     return data, torch.randn(size, generator=generator).to(dtype), torch.randint(0, 2**63 - 1, (1,), generator=generator)
+
+
+def verify(row: Row, dtype: torch.dtype) -> Row:
+    """Add every case to a row."""
+    generator = torch.Generator().manual_seed(3)
+    for index, case in enumerate(cases(row.backend, row.device)):
+        data, dy, seed = make(case, dtype, generator)
+        if not row.has(index):
+            continue
+        out = once(row.backend, dtype, row.device, case, data, dy, seed)
+        truth = once(None, torch.float64, "cpu", case, data, dy, seed)
+        baseline = once(None, dtype, "cpu", case, *rounded(row, data, dy), seed)
+
+        def signed(x: dict[str, Tensor], upstream: Tensor, case: ConvCase = case, seed: Tensor = seed) -> dict[str, Tensor]:
+            return once(None, torch.float64, "cpu", case, x, upstream, seed)
+
+        alike = Alike(signed, data, dy)
+        compare_all(row, str(case), out, truth, baseline, alike, dtype)
+    return row

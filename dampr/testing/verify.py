@@ -1,0 +1,161 @@
+"""Every op on every backend that is present, against the float64 reference: values, every gradient, noise, and which gates are 0 or 1.
+
+``python -m dampr.testing.verify`` needs torch and numpy, and triton where there is a GPU; ``dampr verify`` prints the same as a table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from dampr import _checks, _progress, ops, records
+
+from . import verify_conv, verify_gates, verify_linear, verify_norm
+from .rows import TF32, Row
+
+_DTYPES = {
+    ("cpp", "cpu"): (torch.float64, torch.float32, torch.bfloat16, torch.float16),
+    ("reference", "cpu"): (torch.float32,),
+    ("triton", "cuda"): (torch.float32, torch.bfloat16, torch.float16),
+    ("triton", "cpu"): (torch.float32,),  # through the interpreter, whose bf16 dot is not to be trusted
+    ("reference", "cuda"): (torch.float32, torch.bfloat16),
+}
+
+
+_PRODUCTS = ("gated_linear", "weight_gated_linear", "gated_conv2d")
+PARTS = 6  # into which a row is cut where several processes verify
+
+Job = tuple[str, str, str, torch.dtype, bool]  # op, backend, device, dtype, whether products are in TF32
+
+
+def targets() -> list[tuple[str, str, torch.dtype]]:
+    """(backend, device, dtype) of everything that can run here."""
+    found = []
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        for backend in ("reference", "cpp", "triton"):
+            for dtype in _DTYPES.get((backend, device), ()):
+                if ops.backends.why_not(backend, torch.device(device), dtype) is None:
+                    found.append((backend, device, dtype))
+    return found
+
+
+def jobs(only_op: str | None = None, only_backend: str | None = None) -> list[Job]:
+    """What can be verified here: an op on a backend, a device and in a dtype, and once more in TF32 where our kernels have it."""
+    found = [(op, *target, False) for target in targets() for op in _OPS if only_op in (None, op) and _applies(op, *target)]
+    found += [(op, "triton", "cuda", torch.float32, True) for op in _PRODUCTS if only_op in (None, op) and has_tf32()]
+    return [job for job in found if only_backend in (None, job[1])]
+
+
+def run(only_op: str | None = None) -> list[Row]:
+    """Verify everything that can run here; a row per job."""
+    return [verify_op(*job) for job in _progress.track(jobs(only_op), "verify", delay=0)]
+
+
+def run_side_by_side(wanted: list[Job], processes: int, parts: int = PARTS) -> Iterator[Row]:
+    """The rows of these jobs as they are done, worked at in parts by several processes: for a machine whose kernels are yet to be compiled.
+
+    The processes have one thread each: threads of several that wait for each other on the same cores take many times as long.
+    """
+    _checks.positive_int("processes", processes)
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        rows = [[pool.submit(verify_op, *job, part=(part, parts)) for part in range(parts)] for job in wanted]
+        for first, *others in rows:
+            row = first.result()
+            for other in others:
+                row.join(other.result())
+            yield row
+
+
+def verify_op(
+    op: str,
+    backend: str,
+    device: str,
+    dtype: torch.dtype,
+    tf32: bool = False,
+    row: type[Row] = Row,
+    part: tuple[int, int] = (0, 1),
+) -> Row:
+    """One row, or a part of it. Products of float32 are in IEEE arithmetic whatever torch's switches say, or in TF32, with bounds of it."""
+    with float32_products(TF32 if tf32 else "ieee"):
+        return _OPS[op](row(op, backend, device, TF32 if tf32 else str(dtype).removeprefix("torch."), part=part), dtype)
+
+
+def has_tf32() -> bool:
+    """Whether there is a GPU whose Triton kernels can multiply in TF32."""
+    if ("triton", "cuda", torch.float32) not in targets() or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability() >= (8, 0)
+
+
+@contextmanager
+def float32_products(precision: str) -> Iterator[None]:
+    """Products of float32 matrices and convolutions on CUDA are "ieee" or "tf32" in the block. torch's default differs between the two."""
+    switches: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn)  # type: ignore[attr-defined]
+    kept = [switch.fp32_precision for switch in switches]
+    try:
+        for switch in switches:
+            switch.fp32_precision = precision
+        yield
+    finally:
+        for switch, value in zip(switches, kept, strict=True):
+            switch.fp32_precision = value
+
+
+def _applies(op: str, backend: str, device: str, dtype: torch.dtype) -> bool:
+    """Whether the op takes the dtype; the noise of the reference is the definition."""
+    if op == "noise":
+        return dtype == torch.float32 and backend != "reference"
+    return op not in ("sample_gates", "dependency_generator") or dtype in (torch.float32, torch.float64)
+
+
+def passes(*names: str) -> bool:
+    """Whether every backend present passes the verification of these ops."""
+    return all(row.ok for name in names for row in run(name))
+
+
+_OPS: dict[str, Callable[[Row, torch.dtype], Row]] = {
+    "noise": verify_gates.verify_noise,
+    "sample_gates": verify_gates.verify_values,
+    "gated_linear": verify_linear.verify,
+    "weight_gated_linear": verify_linear.verify,
+    "gated_conv2d": verify_conv.verify,
+    "norm_gate": verify_norm.verify,
+    "dependency_generator": verify_gates.verify_generator,
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the plain table; 0 when everything passes, 1 otherwise."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", help="write rows and environment to this file")
+    parser.add_argument("--processes", type=int, default=1, help="how many work at once")
+    parser.add_argument("--backend", choices=("reference", "cpp", "triton"), help="only this one")
+    arguments = parser.parse_args(argv)
+    wanted, rows = jobs(only_backend=arguments.backend), []
+    if arguments.processes > 1:
+        found: Iterable[Row] = run_side_by_side(wanted, arguments.processes)
+    else:
+        found = (verify_op(*job) for job in _progress.track(wanted, "verify", delay=0))
+    for row in found:
+        worst = "" if row.worst is None else f"worst {row.worst.share:6.1%} of bound: {row.worst_case}"
+        print(
+            f"{'ok' if row.ok else 'FAILED':7} {row.op:20} {row.backend:10} {row.device:5} {row.dtype:9} {row.cases:4} cases  {worst}",
+            flush=True,
+        )
+        for failure in row.failures[:5]:
+            print(f"        {failure}")
+        rows.append(row)
+        if arguments.json:  # row by row: a run that is stopped keeps what it has
+            records.write_json(arguments.json, {"environment": records.environment(), "rows": [row.as_dict() for row in rows]})
+    return 0 if rows and all(row.ok for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,152 @@
+"""Gated batch norms held to autograd on the float64 reference: modes, layouts, rules; part of ``dampr verify``."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from dampr import functional, reference
+from dampr.spec import hard_concrete
+
+from .rows import Alike, Row, compare_all, on_backend
+
+# (B, C, ...) of a norm: nothing, vectors, sequences, images of one pixel, of primes, of whole tiles, of more channels than a tile. Never of
+# two values per channel: those are always +1 and -1, and the gradient is zero but for eps.
+NORM_SHAPES = (
+    (0, 3, 4, 4),
+    (5, 1),
+    (5, 7),
+    (130, 65),
+    (3, 5, 17),
+    (7, 3, 1, 1),
+    (3, 7, 5, 3),
+    (2, 64, 16, 16),
+    (2, 130, 3, 5),
+    (1, 3, 33, 29),
+)
+
+
+@dataclass(frozen=True)
+class NormCase:
+    """One gated batch norm of x (B, C, ...): which statistics, how many draws, what follows, what its memory looks like."""
+
+    shape: tuple[int, ...]
+    training: bool = True
+    per_sample: bool = True
+    relu: bool = True
+    rule: str = "sample"
+    layout: str = "contiguous"  # "channels_last", or "sliced": every second index of the last dimension of a wider tensor
+    affine: bool = True
+    expanded_dy: bool = False
+    mean: float = 0.0
+
+    def __str__(self) -> str:
+        how = [
+            f"{self.shape}, {'training' if self.training else 'evaluation'}, per {'sample' if self.per_sample else 'batch'}",
+            "ReLU" if self.relu else "",
+            self.rule if self.rule != "sample" else "",
+            self.layout if self.layout != "contiguous" else "",
+            "" if self.affine else "no gain and bias",
+            "expanded gradient" if self.expanded_dy else "",
+            f"mean {self.mean}" if self.mean else "",
+        ]
+        return ", ".join(part for part in how if part)
+
+
+def norm_cases() -> list[NormCase]:
+    """Hard shapes in both modes with either draw; then layouts, rules and gradients on one shape of each kind."""
+    both = (False, True)
+    cases = [NormCase(shape, training, per_sample) for shape in NORM_SHAPES for training in both for per_sample in both]
+    for shape in NORM_SHAPES:
+        if len(shape) == 4:
+            cases += [NormCase(shape, training, per_sample, layout="channels_last") for training in both for per_sample in both]
+    images, vectors = (3, 20, 5, 7), (33, 20)
+    for training, per_sample in itertools.product(both, both):
+        for layout in ("contiguous", "channels_last", "sliced"):
+            cases.append(NormCase(images, training, per_sample, layout=layout, expanded_dy=True))
+            cases.append(NormCase(images, training, per_sample, relu=False, layout=layout))
+        cases.append(NormCase(images, training, per_sample, affine=False))
+        cases.append(NormCase(vectors, training, per_sample, relu=False))
+    cases += [NormCase(images, training, True, rule=rule) for training in both for rule in ("paper", "median", "binary")]
+    cases += [NormCase(images, relu=False, layout=layout, mean=100.0) for layout in ("contiguous", "channels_last")]
+    return cases
+
+
+NormData = tuple[dict[str, Tensor], tuple[Tensor, Tensor], Tensor, Tensor]
+
+
+def norm_data(case: NormCase, dtype: torch.dtype, generator: torch.Generator) -> NormData:
+    """(data, running mean and variance, dy, seed) of a case; x and dy are rounded to ``dtype``."""
+    seed = torch.randint(0, 2**63 - 1, (1,), generator=generator)
+    channels = case.shape[1]
+    data = {
+        "x": (torch.randn(case.shape, generator=generator) + case.mean).to(dtype),
+        "gate": torch.randn(channels, generator=generator),
+    }
+    if case.affine:
+        data |= {name: torch.randn(channels, generator=generator) for name in ("weight", "bias")}
+    running = torch.randn(channels, generator=generator), torch.rand(channels, generator=generator) + 0.5
+    dy = torch.ones((), dtype=dtype).expand(case.shape) if case.expanded_dy else torch.randn(case.shape, generator=generator).to(dtype)
+    return data, running, dy, seed
+
+
+def verify(row: Row, dtype: torch.dtype) -> Row:
+    """Add every case to a row."""
+    generator = torch.Generator().manual_seed(3)
+    for index, case in enumerate(norm_cases()):
+        given = norm_data(case, dtype, generator)
+        if row.has(index):
+            verify_case(row, case, dtype, given)
+    return row
+
+
+def verify_case(row: Row, case: NormCase, dtype: torch.dtype, given: NormData) -> None:
+    """Add one case to a row."""
+    data, running, dy, seed = given
+    truth, baseline = (norm_once(None, kind, "cpu", case, data, running, dy, seed) for kind in (torch.float64, dtype))
+
+    def signed(affine: dict[str, Tensor], upstream: Tensor) -> dict[str, Tensor]:
+        return norm_once(None, torch.float64, "cpu", replace(case, expanded_dy=False), affine, running, upstream, seed)
+
+    alike = Alike(signed, data, dy, keep=("x",))
+    out = norm_once(row.backend, dtype, row.device, case, data, running, dy, seed)
+    compare_all(row, str(case), out, truth, baseline, alike, dtype)
+
+
+def norm_once(
+    backend: str | None,
+    dtype: torch.dtype,
+    device: str,
+    case: NormCase,
+    data: dict[str, Tensor],
+    running: tuple[Tensor, Tensor],
+    dy: Tensor,
+    seed: Tensor,
+) -> dict[str, Tensor]:
+    """y, every gradient and the running statistics of one gated batch norm; None: autograd through the reference."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    leaves = {name: t.to(device, dtype if name == "x" else wide).detach().clone().requires_grad_() for name, t in data.items()}
+    running = tuple(t.to(device, wide, copy=True) for t in running)  # type: ignore[assignment]
+    x, seed, spec = leaves["x"], seed.to(device), hard_concrete(case.rule)
+    if case.layout == "channels_last":
+        x = x.contiguous(memory_format=torch.channels_last)
+    elif case.layout == "sliced":
+        x = x.repeat_interleave(2, -1)[..., ::2]
+    with on_backend(backend):
+        if backend is not None:
+            how = {"training": case.training, "per_sample": case.per_sample, "activation": "relu" if case.relu else None}
+            affine = leaves.get("weight"), leaves.get("bias")
+            y = functional.gated_batch_norm(x, leaves["gate"], *affine, *running, **how, seed=seed, spec=spec)  # type: ignore[arg-type]
+        else:
+            affine = leaves.get("weight"), leaves.get("bias")
+            statistics = None if case.training else running
+            per_sample = case.per_sample and case.rule == "sample"
+            y = reference.norm_gate(x, *affine, leaves["gate"], seed, statistics, 1e-5, spec, per_sample, case.relu)
+            if case.training:
+                torch.nn.functional.batch_norm(x.detach(), *running, training=True)
+        y.backward(torch.ones((), dtype=dtype, device=device).expand(dy.shape) if case.expanded_dy else dy.to(device, dtype))
+    grads = {f"d{name}": torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for name, leaf in leaves.items()}
+    return {"y": y.detach(), **grads, "running_mean": running[0], "running_var": running[1]}
