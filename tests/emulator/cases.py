@@ -99,7 +99,7 @@ def _as_on_a_gpu() -> list[Any]:
     """The tensors are on the CPU, the cases are those of CUDA."""
     linear, conv = verify_linear.linear_cases, verify_conv.cases
     return [
-        mock.patch.object(verify, "linear_cases", return_value=linear("cuda")),
+        mock.patch.object(verify_linear, "linear_cases", return_value=linear("cuda")),
         mock.patch.object(verify_conv, "cases", return_value=list(conv("triton", "cuda"))),
     ]
 
@@ -143,15 +143,15 @@ def conv_cases() -> list[verify_conv.ConvCase]:
 
 def _core_linear(unit: Unit) -> list[Any]:
     return [
-        mock.patch.object(verify, "linear_cases", return_value=linear_cases(unit.op)),
-        mock.patch.object(verify, "_routes", side_effect=lambda backend, case: linear_routes(case)),
+        mock.patch.object(verify_linear, "linear_cases", return_value=linear_cases(unit.op)),
+        mock.patch.object(verify_linear, "_routes", side_effect=lambda backend, case: linear_routes(case)),
     ]
 
 
 _CORE: dict[str, Callable[[Unit], list[Any]]] = {
     "gated_linear": _core_linear,
     "weight_gated_linear": _core_linear,
-    "norm_gate": lambda unit: [mock.patch.object(verify, "norm_cases", return_value=norm_cases())],
+    "norm_gate": lambda unit: [mock.patch.object(verify_norm, "norm_cases", return_value=norm_cases())],
     "gated_conv2d": lambda unit: [mock.patch.object(verify_conv, "cases", return_value=conv_cases())],
     "autocast": lambda unit: [],
 }

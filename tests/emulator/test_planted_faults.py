@@ -42,8 +42,8 @@ def outcome(edit: Edit, capability: int) -> str:
 
     row = verify.Row("gated_linear", "triton", "cpu", "bfloat16")
     with (
-        mock.patch.object(verify, "linear_cases", return_value=[CASE]),
-        mock.patch.object(verify, "_routes", return_value=("one_pass",)),
+        mock.patch.object(verify_linear, "linear_cases", return_value=[CASE]),
+        mock.patch.object(verify_linear, "_routes", return_value=("one_pass",)),
         driver.emulated(capability, edit=forward_only) as emulation,
     ):
         try:

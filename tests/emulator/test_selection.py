@@ -27,8 +27,8 @@ def test_a_gated_product_is_right_when_it_is_compiled(name: str, capability: int
     (op, case, dtype, _), route = SELECTED[name], name.partition(",")[0]
     given = torch.float32 if dtype == verify.TF32 else getattr(torch, dtype)
     with (
-        mock.patch.object(verify, "linear_cases", return_value=[case]),
-        mock.patch.object(verify, "_routes", return_value=(route,)),
+        mock.patch.object(verify_linear, "linear_cases", return_value=[case]),
+        mock.patch.object(verify_linear, "_routes", return_value=(route,)),
         driver.emulated(capability) as emulation,
     ):
         row = verify.verify_op(op, "triton", "cpu", given, dtype == verify.TF32)

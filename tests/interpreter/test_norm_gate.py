@@ -20,7 +20,7 @@ CASES = [
 
 
 def _failures(cases: list[NormCase], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    monkeypatch.setattr(verify, "norm_cases", lambda: cases)
+    monkeypatch.setattr(verify_norm, "norm_cases", lambda: cases)
     row = verify_norm.verify(verify.Row("norm_gate", "triton", "cpu", str(dtype)), dtype)
     assert row.cases >= 7 * len(cases)
     return row.failures
