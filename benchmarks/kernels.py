@@ -7,6 +7,7 @@ caches are overwritten before each. ``benchmarks/predictions.py`` predicts the s
 from __future__ import annotations
 
 import argparse
+import re
 import statistics
 import sys
 from collections.abc import Callable
@@ -155,7 +156,7 @@ def measure(name: str, rounds: int) -> list[dict[str, Any]]:
 
 def short(kernel: str) -> str:
     """The name under which counts have a kernel of ours; of other kernels the first 80 letters."""
-    return kernel.strip("_").removesuffix("_kernel") if kernel.startswith("_") and kernel.endswith("_kernel") else kernel[:80]
+    return kernel.removesuffix("_kernel") if re.fullmatch(r"[a-z0-9_]+_kernel", kernel) else kernel[:80]
 
 
 def main(argv: list[str] | None = None) -> int:

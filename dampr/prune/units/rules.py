@@ -71,7 +71,7 @@ def write(call: Call, tensors: Iterable[Any]) -> None:
 
 
 @rule(
-    "prelu_kernel prelu native_dropout bernoulli rrelu_with_noise gelu _fused_dropout masked_fill where hardswish hardsigmoid nan_to_num "
+    "_prelu_kernel prelu native_dropout bernoulli rrelu_with_noise gelu _fused_dropout masked_fill where hardswish hardsigmoid nan_to_num "
     "feature_dropout isnan isinf"
 )
 def elementwise(call: Call) -> Axes:
