@@ -8,7 +8,7 @@ CONSTRAINTS ?= constraints.txt
 MINUTES ?= 60
 STEPS ?= 10000
 FAST := -m "not slow and not long" -q
-BEHIND := tests/nn tests/ops tests/gates
+BEHIND := tests/nn tests/ops tests/gates tests/testing
 
 .PHONY: help install demo test verify emulate bench gpu examples plots docs lint format fuzz sanitize soak clean \
 	test-fast test-long test-latest test-floor test-no-extension test-no-triton packaging sdist wheels
@@ -25,7 +25,7 @@ help:
 	@echo "make fuzz     random and hostile calls of everything public, an hour; MINUTES=5 in CI"
 	@echo "make sanitize the extension under AddressSanitizer and UBSan: kernels, operators, the fuzzer, every instruction set"
 	@echo "make soak     a plan of 10,000 steps, killed and resumed, against one that is not; STEPS=2000 in CI"
-	@echo "make test-long   what takes minutes: four processes, killed runs   (make test leaves it out)"
+	@echo "make test-long   what takes minutes: four processes, killed runs, every pair   (make test leaves it out)"
 	@echo "make test-latest, test-floor, test-no-extension, test-no-triton   the fast tests with the newest and the oldest torch, and with parts missing"
 	@echo "make packaging sdist, wheel and installations in environments of their own   make sdist, wheels   what is published"
 	@echo "make lint     ruff, mypy, import-linter                  make format   ruff's formatter"
@@ -44,8 +44,8 @@ $(STAMP): constraints.txt pyproject.toml setup.py $(wildcard csrc/*)
 demo: $(STAMP)
 	$(BIN)/dampr demo
 
-# Triton's interpreter and then the emulator of compiled kernels keep one core busy for minutes, so all other tests run beside them; what these
-# print comes after their summaries.
+# Two processes for two cores, each about half of the work: Triton's interpreter, the emulator of compiled kernels and then $(BEHIND) in one,
+# all other tests in the other; what those print comes after the summaries of these.
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(BEHIND:%=--ignore=%) > $(VENV)/.test.log 2>&1 & others=$$!; \
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/interpreter; interpreter=$$?; \

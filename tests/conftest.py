@@ -8,7 +8,9 @@ import torch
 
 import dampr
 
-os.environ["DAMPR_CACHE"] = str(Path(tempfile.gettempdir()) / "dampr-tests" / "empty")  # whatever dampr tune found here
+# Whatever dampr tune found here, and whatever other tests find that run at the same time.
+_EMPTY = tempfile.TemporaryDirectory(prefix="dampr-tests-")
+os.environ["DAMPR_CACHE"] = _EMPTY.name
 
 
 @pytest.fixture(scope="session")

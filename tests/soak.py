@@ -24,9 +24,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import dampr
+from tests.limits import HANG
 
 GROWTH = 16 * 2**20  # bytes: what the allocator may keep beside what is needed
-EVERY = 40  # steps between checkpoints
+EVERY, FEWEST = 40, 12  # steps between checkpoints, and how many checkpoints a short run has
 
 
 def network() -> nn.Module:
@@ -42,18 +43,25 @@ def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def memory() -> int:
-    """Bytes of this process that are in memory."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    """Bytes that this process has allocated and touched.
+
+    Pages of files, such as torch's libraries, do not count: the system drops them where memory is short and reads them again.
+    """
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return sum(1024 * int(status[name].split()[0]) for name in ("RssAnon", "VmSwap"))
 
 
-def train(steps: int, folder: Path, checkpoints: bool) -> None:
-    """Run the plan to its end, from the last checkpoint if there is one."""
+def train(steps: int, folder: Path, checkpoints: bool, doomed: bool) -> None:
+    """Run the plan to its end, from the last checkpoint if there is one.
+
+    ``doomed``: the kill is on its way, so wait for it where the steps are over; a slow or busy machine may send it late.
+    """
     torch.set_num_threads(1)
     example = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(1))
     model = network()
     optimizer = torch.optim.Adam(model.parameters(), 1e-3)
     plan = dampr.Plan(model, example, macs=0.4, steps=steps)
-    path = folder / "checkpoint.pt"
+    path, every = folder / "checkpoint.pt", min(EVERY, max(1, steps // FEWEST))
     if path.exists():
         state = torch.load(path, weights_only=True)
         plan.load_state_dict(state["plan"], optimizer)
@@ -61,6 +69,7 @@ def train(steps: int, folder: Path, checkpoints: bool) -> None:
         optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["random"])
     with open(folder / "losses.jsonl", "a") as log:
+        log.write("\n")  # ends what a kill may have cut off
         for step in range(plan.steps_taken, steps):
             x, y = batch(step)
             loss = F.cross_entropy(model(x), y)
@@ -71,40 +80,40 @@ def train(steps: int, folder: Path, checkpoints: bool) -> None:
             plan.step(optimizer)
             row = {"step": step, "loss": loss.detach().double().item(), "phase": plan.phase}
             log.write(json.dumps(row | ({"memory": memory()} if step % max(1, steps // 100) == 0 else {})) + "\n")
-            if checkpoints and (step + 1) % EVERY == 0:
+            if checkpoints and (step + 1) % every == 0:
                 log.flush()
                 state = {"plan": plan.state_dict(), "model": model.state_dict(), "optimizer": optimizer.state_dict()}
                 torch.save(state | {"random": torch.get_rng_state()}, folder / "partial.pt")
                 os.replace(folder / "partial.pt", path)
+    if doomed:
+        time.sleep(HANG)
+        raise SystemExit("soak: no kill came")
     small = plan.finish()
     torch.save(small.state_dict(), folder / "end.pt")
 
 
-def start(steps: int, folder: Path, checkpoints: bool) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "tests.soak", "--child", str(folder), "--steps", str(steps)]
-    return subprocess.Popen([*command, "--checkpoints"] if checkpoints else command)
+def start(steps: int, folder: Path, *switches: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, "-m", "tests.soak", "--child", str(folder), "--steps", str(steps), *switches])
 
 
 def killed(steps: int, folder: Path, kills: int, seed: int) -> int:
     """The second run; returns how often it was killed."""
     draw, done = random.Random(seed), 0
-    while True:
-        process = start(steps, folder, checkpoints=True)
+    while done < kills:
         reached = progress(folder)
         # A little after the next share of the steps, so that every phase and some checkpoint that is being written is hit.
-        goal = reached + draw.randint(1, max(2, 2 * (steps - reached) // (kills - done + 1))) if done < kills else None
-        while process.poll() is None:
-            if goal is not None and progress(folder) >= goal:
-                time.sleep(draw.random() / 20)
-                process.send_signal(signal.SIGKILL)
-                process.wait()
-                done += 1
-                break
+        goal = min(steps, reached + draw.randint(1, max(2, 2 * (steps - reached) // (kills - done + 1))))
+        process = start(steps, folder, "--checkpoints", "--doomed")
+        while process.poll() is None and progress(folder) < goal:
             time.sleep(0.02)
-        else:
-            if process.returncode:
-                raise SystemExit(f"soak: a resumed run ended with {process.returncode}")
-            return done
+        time.sleep(draw.random() / 20)
+        process.kill()
+        if process.wait() != -signal.SIGKILL:
+            raise SystemExit(f"soak: a run ended with {process.returncode} before it was killed")
+        done += 1
+    if start(steps, folder, "--checkpoints").wait():
+        raise SystemExit("soak: the last run failed")
+    return done
 
 
 def progress(folder: Path) -> int:
@@ -151,15 +160,16 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--checkpoints", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--doomed", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.child is not None:
-        train(given.steps, given.child, given.checkpoints)
+        train(given.steps, given.child, given.checkpoints, given.doomed)
         return 0
     with tempfile.TemporaryDirectory() as name:
         straight, broken = Path(name, "straight"), Path(name, "broken")
         for folder in (straight, broken):
             folder.mkdir()
-        if start(given.steps, straight, checkpoints=False).wait():
+        if start(given.steps, straight).wait():
             raise SystemExit("soak: the undisturbed run failed")
         kills = killed(given.steps, broken, given.kills, given.seed)
         whole, pieces = rows(straight), rows(broken)

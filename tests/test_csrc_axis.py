@@ -13,6 +13,7 @@ import torch
 
 from dampr import reference, spec
 from dampr.ops.gate_args import GateArgs
+from tests.limits import HANG
 
 _C = pytest.importorskip("dampr._C", reason="dampr was built without its C++ extension", exc_type=ImportError)
 
@@ -250,7 +251,7 @@ def moved() -> list[int]:
 def test_every_instruction_set_moves_the_same(isa: str) -> None:
     environment = os.environ | {"DAMPR_CPU_ISA": isa, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
     command = [sys.executable, "-c", "import test_csrc_axis as t; print(t._C.isa()); print(t.moved())"]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HANG, check=False)
     if "this processor offers" in run.stderr:
         pytest.skip(f"this processor has no {isa}")
     assert run.stdout.split("\n")[:2] == [isa, str(moved())], run.stderr

@@ -1,9 +1,7 @@
 """Documents keep their word: code runs, tables come from results files, named files and commands exist."""
 
 import json
-import os
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +10,8 @@ import pytest
 
 from dampr.bench import linear
 from dampr.cli import demo, report
+from tests.distributed.launch import run_script
+from tests.limits import HANG
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -22,7 +22,7 @@ def python_of(document):
 
 
 def ran(code, folder):
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, cwd=folder, timeout=300)
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, cwd=folder, timeout=HANG)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -92,13 +92,7 @@ def test_the_code_of_the_page_on_many_processes_runs_on_two(tmp_path):
     blocks = python_of("docs/distributed.md")
     assert len(blocks) == 3
     (tmp_path / "page.py").write_text("\n".join(blocks) + "\nprint('through', flush=True)\ndistributed.destroy_process_group()\n")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port, "page.py"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=240, env=environment)
-    assert done.stdout.count("through") == 2, done.stderr
+    assert run_script("page.py", ranks=2, cwd=tmp_path).count("through") == 2
 
 
 @pytest.mark.parametrize("name", ["cpu/demo-digits", "cpu/demo-fashion-mnist"])
@@ -140,7 +134,7 @@ def test_make_targets_of_the_readme_exist():
 def test_the_site_builds_without_a_warning(tmp_path):
     pytest.importorskip("mkdocs")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=HANG)
     assert done.returncode == 0, done.stderr
     assert "Learned gates that prune" in (tmp_path / "index.html").read_text()
     assert "GatedLinear" in (tmp_path / "api" / "nn" / "index.html").read_text()

@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.limits import HANG
+
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,7 +40,7 @@ def run(*command: str | Path, cwd: Path, ok: bool = True, **environment: str) ->
         env=clean | environment,
         capture_output=True,
         text=True,
-        timeout=170,
+        timeout=HANG,
         stdin=subprocess.DEVNULL,
         check=False,
     )

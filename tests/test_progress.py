@@ -18,6 +18,7 @@ import dampr
 from dampr import _progress
 from dampr.bench import linear
 from dampr.testing import verify
+from tests.limits import HANG
 
 ROOT = Path(__file__).parent.parent
 CONTROL = {chr(i) for i in range(32)} - {"\n"}
@@ -95,10 +96,10 @@ DEMO = [sys.executable, "-m", "dampr", "demo", "--epochs", "2"]
 
 def test_a_demo_that_is_piped_is_quiet(tmp_path):
     environment = os.environ | {"FORCE_COLOR": "1"}  # set where CI runs: it asks for colours, not for bars
-    done = subprocess.run([*DEMO, "--out", tmp_path], capture_output=True, text=True, timeout=240, cwd=ROOT, env=environment, check=True)
+    done = subprocess.run([*DEMO, "--out", tmp_path], capture_output=True, text=True, timeout=HANG, cwd=ROOT, env=environment, check=True)
     assert done.stderr == ""
     environment.pop("FORCE_COLOR")
-    done = subprocess.run([*DEMO, "--out", tmp_path], capture_output=True, text=True, timeout=240, cwd=ROOT, env=environment, check=True)
+    done = subprocess.run([*DEMO, "--out", tmp_path], capture_output=True, text=True, timeout=HANG, cwd=ROOT, env=environment, check=True)
     assert done.stderr == ""
     assert not CONTROL & set(done.stdout)
 

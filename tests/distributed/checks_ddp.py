@@ -77,6 +77,29 @@ def check_training_stays_alike(folder: Path) -> None:
         alike(flat(model), str(how))
 
 
+def check_plans_end_with_the_same_model(folder: Path) -> None:
+    for score in ("importance", "learned"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(12, 40), nn.ReLU(), nn.Linear(40, 30), nn.ReLU(), nn.Linear(30, 4))
+        x, w = torch.randn(512, 12), torch.randn(12, 4)
+        y = (x @ w).argmax(1)
+        plan = dampr.Plan(model, x[:8], macs=0.3, steps=60, score=score, shrink=True)
+        wrapped = DDP(plan.model)
+        optimizer = torch.optim.Adam(plan.model.parameters(), lr=1e-2)
+        torch.manual_seed(7)  # the same draws of gates on both ranks
+        for step in range(60):
+            rows = torch.arange(16) + 16 * ((2 * step + rank()) % 32)
+            loss = nn.functional.cross_entropy(wrapped(x[rows]), y[rows]) + plan.penalty()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if plan.step(optimizer):
+                wrapped = DDP(plan.model)
+        small = plan.finish()
+        alike(torch.cat([p.detach().flatten() for p in small.parameters()]), score)
+        assert plan.report.budget.reached <= plan.report.budget.target
+
+
 def check_gradients_are_those_of_the_whole_batch(folder: Path) -> None:
     """Two ranks with halves of a batch end with what one model has of the whole batch and the same draws."""
     world = distributed.get_world_size()

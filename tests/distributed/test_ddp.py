@@ -9,7 +9,7 @@ from tests.distributed.launch import launch, names
 
 @pytest.fixture(scope="module")
 def said(tmp_path_factory):
-    return launch("checks_ddp", 2, tmp_path_factory.mktemp("ddp"), limit=400)
+    return launch("checks_ddp", 2, tmp_path_factory.mktemp("ddp"))
 
 
 @pytest.mark.parametrize("check", names("checks_ddp"))

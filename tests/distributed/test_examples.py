@@ -3,30 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.distributed.launch import ROOT, run_script
+
 SAME = ("accuracy", "open", "macs", "params")
 
 
 def ran(script: str, ranks: int, *arguments: str) -> dict[str, Any]:
     """What a script prints in the end; nothing where it was stopped."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", port] if ranks > 1 else []
-    command = [sys.executable, *launcher, "-m", f"examples.{script}", "--root", "digits", "--no-write", "--epochs", "6", *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout[done.stdout.index("{\n") :]) if "{\n" in done.stdout else {}
+    how = ("--root", "digits", "--no-write", "--epochs", "6", *arguments)
+    printed = run_script("-m", f"examples.{script}", *how, ranks=ranks, cwd=ROOT)
+    return json.loads(printed[printed.index("{\n") :]) if "{\n" in printed else {}
 
 
 @pytest.mark.parametrize("script", ["train_ddp", *(pytest.param(script, marks=pytest.mark.long) for script in ("train_fsdp", "train_tp"))])

@@ -12,7 +12,7 @@ pytest.importorskip("transformers")
 
 @pytest.fixture(scope="module")
 def said(tmp_path_factory):
-    return launch("checks_integrations", 2, tmp_path_factory.mktemp("integrations"), limit=400)
+    return launch("checks_integrations", 2, tmp_path_factory.mktemp("integrations"))
 
 
 @pytest.mark.parametrize("check", names("checks_integrations"))

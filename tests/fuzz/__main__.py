@@ -18,7 +18,7 @@ import sys
 import time
 import traceback
 
-HANG_S = 120
+HANG_S = 240
 SAME = 3  # findings of one kind that are shown in full
 
 

@@ -15,6 +15,7 @@ from torch import nn
 import dampr
 from dampr import functional, gates, spec
 from dampr import nn as gated
+from tests.limits import HANG
 
 from tests.fuzz.cases import Case, judge  # isort: skip
 from tests.fuzz.targets import TARGETS  # isort: skip
@@ -26,7 +27,7 @@ X, WEIGHT, GATE = torch.randn(3, 4), torch.randn(2, 4), torch.randn(2)
 
 def fuzz(*arguments: str, plant: str = "") -> subprocess.CompletedProcess[str]:
     code = f"import sys, runpy\n{plant}\nsys.argv = ['fuzz', *{arguments!r}]\nrunpy.run_module('tests.fuzz', run_name='__main__')"
-    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False, timeout=170)
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False, timeout=HANG)
 
 
 @pytest.mark.skipif(dampr.backend_info()["cpp"].startswith("missing"), reason="needs the extension")

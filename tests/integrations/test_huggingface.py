@@ -24,6 +24,7 @@ transformers = pytest.importorskip("transformers")
 from transformers.pytorch_utils import Conv1D  # noqa: E402
 
 from dampr.integrations import huggingface  # noqa: E402
+from tests.limits import HANG  # noqa: E402
 
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
@@ -442,7 +443,7 @@ def test_dampr_alone_finds_the_heads() -> None:
 def test_the_documented_example_runs_as_printed(tmp_path: Any) -> None:
     pytest.importorskip("accelerate")
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "huggingface.md").read_text(), re.DOTALL)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=HANG)
     assert done.returncode == 0, done.stderr
     assert re.search(r"macs: [\d,]+ of [\d,]+ \((49|50)\.\d+%\)", done.stdout), done.stdout
     assert (tmp_path / "small" / "model.safetensors").exists()
@@ -455,7 +456,7 @@ assert "transformers" not in sys.modules
 sys.modules["transformers"] = None
 import dampr.integrations.huggingface
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=HANG)
     assert "ImportError: dampr.integrations.huggingface needs transformers: pip install dampr-torch[huggingface]" in done.stderr
 
 

@@ -21,6 +21,7 @@ from dampr.prune.measure import count_macs
 pl = pytest.importorskip("pytorch_lightning")
 
 from dampr.integrations.lightning import DamprCallback  # noqa: E402
+from tests.limits import HANG  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:::pytorch_lightning", "ignore:.*isinstance.*LeafSpec.*is deprecated")
 ROOT = Path(__file__).parent.parent.parent
@@ -289,5 +290,5 @@ if "lightning.pytorch" in sys.modules:
 from dampr.integrations.lightning import Callback, DamprCallback
 assert issubclass(DamprCallback, Callback) and Callback is sys.modules["lightning"].Callback
 """
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=240, cwd=ROOT)
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=HANG, cwd=ROOT)
     assert (error in done.stderr) if error else (done.returncode == 0), done.stderr

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from dampr import nn as gated
+from tests.limits import HANG
 
 IMAGES, ROWS = torch.randn(4, 8, 5, 5), torch.randn(4, 8)
 LAYERS: dict[str, tuple[Callable[[], nn.Module], torch.Tensor]] = {
@@ -69,7 +70,7 @@ print("compiled", *sorted(name for name in vars(dampr.ops) if name.startswith("b
 
 def test_the_first_call_of_a_process_may_be_a_compiled_one() -> None:
     """Backends are imported when they are first asked for, which dynamo cannot trace."""
-    done = subprocess.run([sys.executable, "-c", FIRST], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", FIRST], capture_output=True, text=True, timeout=HANG)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.startswith("compiled ")
     assert "backend_reference" in done.stdout

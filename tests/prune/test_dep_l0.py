@@ -27,9 +27,13 @@ def generator_of(model: nn.Module) -> DependencyGenerator:
     return found
 
 
-def published(name: str, gate: Any = "dep_l0") -> tuple[nn.Module, DependencyGenerator]:
+@functools.cache
+def published(name: str, **how: Any) -> tuple[nn.Module, DependencyGenerator]:
+    """The network with gates, whose generator takes ``how``. Tests share it, so they leave it as it is."""
     model, x = models.FULL[name]()
-    dampr.convert(model, gate=gate, include=PUBLISHED[name][1], example_inputs=x)
+    dampr.convert(
+        model, gate=functools.partial(DependencyGenerator, **how) if how else "dep_l0", include=PUBLISHED[name][1], example_inputs=x
+    )
     return model, generator_of(model)
 
 
@@ -50,8 +54,13 @@ def test_golden_generators_of_the_published_networks_are_found_by_convert(golden
 @pytest.mark.parametrize(("name", "width"), [("vgg16-bn", 64), ("resnet56", None), ("resnet50", None)])
 def test_golden_generators_run_backward_with_the_published_input(golden: dict[str, Any], name: str, width: int | None) -> None:
     case = golden["dep_l0"]["untrained_generator_statistics"][f"{PUBLISHED[name][3]}_backward"]
-    options = {} if width is None else {"input_width": width}
-    model, generator = published(name, functools.partial(DependencyGenerator, direction="backward", **options))
+    generator = DependencyGenerator(published(name)[1].sizes, direction="backward", input_width=width)
+    assert sum(p.numel() for p in generator.parameters()) == case["gen_params"]
+
+
+def test_convert_takes_a_generator_that_runs_backward(golden: dict[str, Any]) -> None:
+    case = golden["dep_l0"]["untrained_generator_statistics"]["vgg16_backward"]
+    model, generator = published("vgg16-bn", direction="backward", input_width=64)
     assert sum(p.numel() for p in generator.parameters()) == case["gen_params"]
     assert generator.direction == "backward"
     assert all(layer.per_sample for layer in model.modules() if isinstance(layer, GatedLayer))
@@ -62,7 +71,7 @@ def test_golden_penalties_with_every_gate_open(golden: dict[str, Any], name: str
     """Where ln 100 leaves a gate, at pi = 0.998, the product of two counts is pi^2 of the golden sum."""
     numbers, _, areas, _ = PUBLISHED[name]
     case = golden["reference_networks"][numbers]
-    generator = published(name, functools.partial(DependencyGenerator, bias_init=100.0))[1].double()
+    generator = DependencyGenerator(published(name)[1].sizes, bias_init=100.0).double()
     pi = generator.gates()[0].open_probability()[0].item()
     if name == "resnet50":
         inputs = [3, 64, 64, *[256, 64] * 2, 256, 128, *[512, 128] * 3, 512, 256, *[1024, 256] * 5, 1024, 512, *[2048, 512] * 2]

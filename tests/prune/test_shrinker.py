@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import itertools
 import pickle
 import re
 
@@ -301,27 +303,70 @@ def test_during_the_ramp_the_model_and_the_state_of_its_optimizer_are_smaller():
     assert plan.readings()["macs_left"] <= 0.6, "in units of the whole model"
 
 
-@pytest.mark.parametrize("stop", [42, 47, 49, 50, 60])
-@pytest.mark.parametrize("name", ["resnet18", "gru", "vit"])
-def test_a_run_that_was_killed_goes_on_to_the_same_bits(name, stop):
-    def fresh():
-        model, x = made(name)
-        plan = dampr.Plan(model, x, macs=0.7, steps=100, shrink=True)
-        return model, x, plan, torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.5)
+def fresh(name, averaged):
+    model, x = made(name)
+    plan = dampr.Plan(model, x, macs=0.6 if averaged else 0.7, steps=100, shrink=True)
+    ema = [AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)] if averaged else []
+    return model, x, plan, torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.5), ema
 
-    model, x, whole, optimizer = fresh()
-    run(model, x, True, plan=whole, optimizer=optimizer)
-    model, x, first, optimizer = fresh()
-    run(model, x, True, stop, plan=first, optimizer=optimizer)
-    saved = copy.deepcopy((first.state_dict(), first.model.state_dict(), optimizer.state_dict()))
-    model, x, again, optimizer = fresh()
-    again.load_state_dict(saved[0], optimizer)
-    again.model.load_state_dict(saved[1])
-    optimizer.load_state_dict(saved[2])
-    run(model, x, True, 100 - stop, stop, plan=again, optimizer=optimizer)
-    for (key, a), (_, b) in zip(whole.finish().state_dict().items(), again.finish().state_dict().items(), strict=True):
+
+def ends(plan, ema):
+    """The small model, what is said of it, and the averages."""
+    small = {**plan.finish().state_dict(), **{f"average {key}": value for each in ema for key, value in each.state_dict().items()}}
+    return small, str(plan.report)
+
+
+@functools.cache
+def left_alone(name, averaged=False):
+    """How a run ends that nothing disturbs."""
+    model, x, plan, optimizer, ema = fresh(name, averaged)
+    run(model, x, True, plan=plan, optimizer=optimizer, ema=ema)
+    return ends(plan, ema)
+
+
+@functools.cache
+def checkpoints(name, averaged=False):
+    """The states of a run at its stops, and how it ends."""
+    model, x, plan, optimizer, ema = fresh(name, averaged)
+    found, stops = {}, AVERAGED_STOPS if averaged else STOPS
+    for first, stop in itertools.pairwise([0, *stops, 100]):
+        run(model, x, True, stop - first, first, plan=plan, optimizer=optimizer, ema=ema)
+        if stop < 100:
+            states = plan.state_dict(), plan.model.state_dict(), optimizer.state_dict(), *(each.state_dict() for each in ema)
+            found[stop] = copy.deepcopy(states)
+    return found, ends(plan, ema)
+
+
+def assert_ends_alike(one, other):
+    for (key, a), (_, b) in zip(one[0].items(), other[0].items(), strict=True):
         assert torch.equal(a, b), key
-    assert str(whole.report) == str(again.report)
+    assert one[1] == other[1]
+
+
+def resumed(name, stop, averaged=False):
+    """How a run ends that goes on from a state of another."""
+    model, x, plan, optimizer, ema = fresh(name, averaged)
+    saved = copy.deepcopy(checkpoints(name, averaged)[0][stop])
+    plan.load_state_dict(saved[0], optimizer, ema=ema)
+    for one, state in zip((plan.model, optimizer, *ema), saved[1:], strict=True):
+        one.load_state_dict(state)
+    run(model, x, True, 100 - stop, stop, plan=plan, optimizer=optimizer, ema=ema)
+    return ends(plan, ema)
+
+
+STOPS, AVERAGED_STOPS = (42, 47, 49, 50, 60), (20, 48, 60)
+KILLED = ["resnet18", "gru", "vit"]
+
+
+@pytest.mark.parametrize("stop", STOPS)
+@pytest.mark.parametrize("name", KILLED)
+def test_a_run_that_was_killed_goes_on_to_the_same_bits(name, stop):
+    assert_ends_alike(resumed(name, stop), left_alone(name))
+
+
+@pytest.mark.parametrize(("name", "averaged"), [*((name, False) for name in KILLED), ("resnet18", True)])
+def test_a_checkpoint_leaves_the_run_as_it_is(name, averaged):
+    assert_ends_alike(checkpoints(name, averaged)[1], left_alone(name, averaged))
 
 
 def test_averaged_copies_get_gates_lose_units_and_end_small(tmp_path):
@@ -354,26 +399,9 @@ def test_an_average_of_the_buffers_too_leaves_the_run_as_it_is(name):
     assert all(torch.equal(value, found[1][key]) for key, value in found[0].items())
 
 
-@pytest.mark.parametrize("stop", [20, 48, 60])
+@pytest.mark.parametrize("stop", AVERAGED_STOPS)
 def test_a_run_with_an_average_goes_on_to_the_same_bits(stop):
-    def fresh():
-        model, x = made("resnet18")
-        plan = dampr.Plan(model, x, macs=0.6, steps=100, shrink=True)
-        ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
-        return model, x, plan, torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.5), ema
-
-    model, x, whole, optimizer, average = fresh()
-    run(model, x, True, plan=whole, optimizer=optimizer, ema=average)
-    model, x, first, optimizer, ema = fresh()
-    run(model, x, True, stop, plan=first, optimizer=optimizer, ema=ema)
-    saved = copy.deepcopy((first.state_dict(), model.state_dict(), optimizer.state_dict(), ema.state_dict()))
-    model, x, again, optimizer, ema = fresh()
-    again.load_state_dict(saved[0], optimizer, ema=ema)
-    for one, state in zip((model, optimizer, ema), saved[1:], strict=True):
-        one.load_state_dict(state)
-    run(model, x, True, 100 - stop, stop, plan=again, optimizer=optimizer, ema=ema)
-    for (key, a), (_, b) in zip(average.state_dict().items(), ema.state_dict().items(), strict=True):
-        assert torch.equal(a, b), key
+    assert_ends_alike(resumed("resnet18", stop, averaged=True), left_alone("resnet18", averaged=True))
 
 
 def test_an_average_is_that_of_the_same_run_without_shrinking():
