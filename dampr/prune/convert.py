@@ -205,6 +205,9 @@ def _with_gates(
     if not plan.layers and seen is not None and may_have_units and by_units is None:
         why = unit_gates.left_out(model, seen.units, placement)
         plan.skipped |= {
+            n: r for n, r in why.items() if n not in plan.skipped and r != unit_gates.UNSAID
+        }  # of classes that convert does not know
+        plan.skipped |= {
             n: f"{why[n]}; as a layer, {r}" for n, r in plan.skipped.items() if why.get(n, unit_gates.UNSAID) not in (r, unit_gates.UNSAID)
         }
     _check_left(plan, model, include, exclude)

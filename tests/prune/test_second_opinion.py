@@ -204,6 +204,28 @@ def test_input_gates_leave_out_weights_that_other_code_reads():
     torch.testing.assert_close(dampr.compact(model, x)(x), y, rtol=1e-9, atol=1e-9)
 
 
+class StandardisedConv(nn.Conv2d):
+    """A convolution that standardises its weight over what it reads."""
+
+    def forward(self, x):
+        mean, std = self.weight.mean((1, 2, 3), keepdim=True), self.weight.std((1, 2, 3), keepdim=True)
+        return F.conv2d(x, (self.weight - mean) / std, self.bias, padding=1)
+
+
+def test_layers_of_other_classes_have_a_reason_too():
+    """Where no layer is left: what standardised weights read counts in their statistics; what they write may go where others read it."""
+    net = nn.Sequential(StandardisedConv(3, 8, 3), nn.ReLU(), StandardisedConv(8, 6, 3))
+    with pytest.raises(
+        dampr.prune.ConversionError, match="'0': \"a statistic is computed over its channels|'0': 'a statistic is computed over"
+    ):
+        dampr.convert(net, IMAGE)
+    model = dampr.convert(nn.Sequential(StandardisedConv(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 6, 3)).double(), IMAGE.double())
+    close(model)
+    y, small = model.eval()(IMAGE.double()), dampr.compact(model, IMAGE.double())
+    assert small[0].out_channels == 4
+    torch.testing.assert_close(small(IMAGE.double()), y, rtol=1e-9, atol=1e-9)
+
+
 class Auxiliary(nn.Module):
     """A head that training alone reaches, behind ``depth`` layers of its own."""
 
