@@ -12,7 +12,19 @@ yaml = pytest.importorskip("yaml")
 ROOT = Path(__file__).resolve().parents[1]
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 TARGETS = set(re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(), re.M))
-IN_CI = {"lint", "test", "test-latest", "test-floor", "test-no-extension", "test-no-triton", "packaging", "fuzz", "soak", "sanitize"}
+IN_CI = {
+    "lint",
+    "test",
+    "test-long",
+    "test-latest",
+    "test-floor",
+    "test-no-extension",
+    "test-no-triton",
+    "packaging",
+    "fuzz",
+    "soak",
+    "sanitize",
+}
 
 
 def jobs(path: Path) -> dict[str, Any]:
