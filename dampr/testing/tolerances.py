@@ -23,18 +23,6 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-__all__ = [
-    "HARD_SHAPES",
-    "RMS_BOUND",
-    "TILED_SHAPES",
-    "Comparison",
-    "as_tf32",
-    "assert_close",
-    "compare",
-    "layouts",
-    "poisoned_empty",
-]
-
 # (M, K, N) of a linear map: nothing, one, primes, one past and one short of a tile, K below a tile.
 HARD_SHAPES = ((0, 5, 3), (1, 1, 1), (5, 7, 3), (1, 129, 65), (33, 8, 16), (127, 257, 63))
 
