@@ -91,33 +91,44 @@ def other_signs(data: dict[str, Tensor], dy: Tensor, keep: tuple[str, ...] = ())
         yield {name: t if name in keep or name.endswith("gate") else signed(t) for name, t in data.items()}, signed(dy)
 
 
-class Alike:
-    """The truths of a problem with signs drawn again, computed when they are asked for."""
+class Expected:
+    """What the reference gives for a problem: in float64, in the dtype of a row and, when it is asked for, in float64 with other signs.
 
-    def __init__(self, once: Callable[..., dict[str, Tensor]], data: dict[str, Tensor], dy: Tensor, keep: tuple[str, ...] = ()) -> None:
-        self.once, self.problem = once, (data, dy, keep)
+    ``once(dtype, data, dy)`` computes outputs and gradients by name.
+    """
+
+    def __init__(
+        self,
+        row: Row,
+        dtype: torch.dtype,
+        once: Callable[[torch.dtype, dict[str, Tensor], Tensor], dict[str, Tensor]],
+        data: dict[str, Tensor],
+        dy: Tensor,
+        keep: tuple[str, ...] = (),
+    ) -> None:
+        self.truth, self.baseline = once(torch.float64, data, dy), once(dtype, *rounded(row, data, dy))
+        self._once, self._problem = once, (data, dy, keep)
 
     @functools.cached_property
-    def truths(self) -> list[dict[str, Tensor]]:
-        return [self.once(*other) for other in other_signs(*self.problem)]
+    def alike(self) -> list[dict[str, Tensor]]:
+        return [self._once(torch.float64, *other) for other in other_signs(*self._problem)]
+
+
+def upstream(dy: Tensor, dtype: torch.dtype, device: str) -> Tensor:
+    """The gradient of an output for a backward; one that is a single 1, expanded, stays that. (Converting would make it dense.)"""
+    expanded = dy.numel() > 0 and not any(dy.stride())
+    return torch.ones((), dtype=dtype, device=device).expand(dy.shape) if expanded else dy.to(device, dtype)
 
 
 def on_backend(backend: str | None) -> AbstractContextManager[None]:
     return nullcontext() if backend is None else ops.backend(backend)
 
 
-def compare_all(
-    row: Row,
-    case: str,
-    out: dict[str, Tensor],
-    truth: dict[str, Tensor],
-    baseline: dict[str, Tensor],
-    alike: Alike,
-    dtype: torch.dtype,
-) -> None:
+def compare_all(row: Row, case: str, out: dict[str, Tensor], expected: Expected, dtype: torch.dtype) -> None:
     """Add every tensor of a case to its row. What else the signs could give is looked at where a bound is passed: it only raises bounds."""
     for name, o in out.items():
-        result = compare(name, o, truth[name], baseline[name], dtype, tf32=row.tf32)
+        against = expected.truth[name], expected.baseline[name], dtype
+        result = compare(name, o, *against, tf32=row.tf32)
         if not result.ok:
-            result = compare(name, o, truth[name], baseline[name], dtype, alike=[other[name] for other in alike.truths], tf32=row.tf32)
+            result = compare(name, o, *against, alike=[other[name] for other in expected.alike], tf32=row.tf32)
         row.add(f"{case}: {name}", result)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from dampr import functional, ops, philox, reference
 from dampr.spec import hard_concrete, mask, ramp, value
 
-from .rows import Alike, Row, compare_all, on_backend, rounded
+from .rows import Expected, Row, compare_all, on_backend, upstream
 from .tolerances import HARD_SHAPES, TILED_SHAPES, layouts
 
 
@@ -92,18 +93,16 @@ def verify(row: Row, dtype: torch.dtype) -> Row:
         data, dy, seed = linear_data(case, dtype, generator)
         if not row.has(index):
             continue
-        truth = linear_once(None, torch.float64, "cpu", case, data, dy, seed)
-        baseline = linear_once(None, dtype, "cpu", case, *rounded(row, data, dy), seed)
-
-        def signed(x: dict[str, Tensor], upstream: Tensor, case: LinearCase = case, seed: Tensor = seed) -> dict[str, Tensor]:
-            return linear_once(None, torch.float64, "cpu", replace(case, expanded_dy=False), x, upstream, seed)
-
-        alike = Alike(signed, data, dy)
+        expected = Expected(row, dtype, partial(_reference, case, seed), data, dy)
         for route in _routes(row.backend, case):
             with ops.forced_route(route):
                 out = linear_once(row.backend, dtype, row.device, case, data, dy, seed)
-            compare_all(row, str(case) if route is None else f"{case}, route {route}", out, truth, baseline, alike, dtype)
+            compare_all(row, str(case) if route is None else f"{case}, route {route}", out, expected, dtype)
     return row
+
+
+def _reference(case: LinearCase, seed: Tensor, dtype: torch.dtype, data: dict[str, Tensor], dy: Tensor) -> dict[str, Tensor]:
+    return linear_once(None, dtype, "cpu", case, data, dy, seed)
 
 
 def _routes(backend: str, case: LinearCase) -> tuple[str | None, ...]:
@@ -137,7 +136,6 @@ def linear_once(
             gates = leaves.get("input_gate"), leaves.get("output_gate")
             second = seed if gates[0] is None else seed ^ philox.SECOND_STREAM
             y = reference.gated_linear(leaves["x"], leaves["weight"], leaves.get("bias"), *gates, seed, second, spec, case.per_sample)
-        # Converting an expanded gradient would make it dense.
-        y.backward(torch.ones((), dtype=dtype, device=device).expand(dy.shape) if case.expanded_dy else dy.to(device, dtype))
+        y.backward(upstream(dy, dtype, device))
     # A binary gate has no derivative.
     return {"y": y.detach(), **{f"d{name}": torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for name, leaf in leaves.items()}}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from dampr import functional, reference
 from dampr.spec import hard_concrete
 
-from .rows import Alike, Row, compare_all, on_backend
+from .rows import Expected, Row, compare_all, on_backend, upstream
 
 # (B, C, ...) of a norm: nothing, vectors, sequences, images of one pixel, of primes, of whole tiles, of more channels than a tile. Never of
 # two values per channel: those are always +1 and -1, and the gradient is zero but for eps.
@@ -106,14 +106,12 @@ def verify(row: Row, dtype: torch.dtype) -> Row:
 def verify_case(row: Row, case: NormCase, dtype: torch.dtype, given: NormData) -> None:
     """Add one case to a row."""
     data, running, dy, seed = given
-    truth, baseline = (norm_once(None, kind, "cpu", case, data, running, dy, seed) for kind in (torch.float64, dtype))
 
-    def signed(affine: dict[str, Tensor], upstream: Tensor) -> dict[str, Tensor]:
-        return norm_once(None, torch.float64, "cpu", replace(case, expanded_dy=False), affine, running, upstream, seed)
+    def once(kind: torch.dtype, affine: dict[str, Tensor], gradient: Tensor) -> dict[str, Tensor]:
+        return norm_once(None, kind, "cpu", case, affine, running, gradient, seed)
 
-    alike = Alike(signed, data, dy, keep=("x",))
     out = norm_once(row.backend, dtype, row.device, case, data, running, dy, seed)
-    compare_all(row, str(case), out, truth, baseline, alike, dtype)
+    compare_all(row, str(case), out, Expected(row, dtype, once, data, dy, keep=("x",)), dtype)
 
 
 def norm_once(
@@ -147,6 +145,6 @@ def norm_once(
             y = reference.norm_gate(x, *affine, leaves["gate"], seed, statistics, 1e-5, spec, per_sample, case.relu)
             if case.training:
                 torch.nn.functional.batch_norm(x.detach(), *running, training=True)
-        y.backward(torch.ones((), dtype=dtype, device=device).expand(dy.shape) if case.expanded_dy else dy.to(device, dtype))
+        y.backward(upstream(dy, dtype, device))
     grads = {f"d{name}": torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for name, leaf in leaves.items()}
     return {"y": y.detach(), **grads, "running_mean": running[0], "running_var": running[1]}
