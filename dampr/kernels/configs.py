@@ -46,9 +46,7 @@ COLUMN_MEAN_TILE = (64, 64)  # of one whose columns get a mean and a spread
 GENERATOR_TILE, GENERATOR_WARPS = (64, 64), 16  # of a layer of Dep-L0's generator, in one program
 TARGET_PROGRAMS = 256  # work is split over rows until about this many programs run: two for each SM of a large GPU
 MAX_SPLITS = 32
-PASS_PROGRAMS = (
-    2048  # of a pass that only moves memory; with 256 one took 2.5 times its prediction (H200)
-)
+PASS_PROGRAMS = 2048  # of a pass that only moves memory; with 256 one took 2.5 times its prediction (H200)
 NORM_MAX_SPLITS, NORM_MAX_PARTS = 512, 16  # of the whole tensor, of one sample: sums of the latter are added up one by one
 NORM_JOIN_TILE, NORM_FINISH_TILE = (128, 32), (8, 64)  # of the (splits, n) statistics, of the (draws, n) sums
 
