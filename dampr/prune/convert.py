@@ -43,7 +43,7 @@ from .convert_checks import (
     check_half,
     check_none_stuck,
     check_unchanged,
-    leaves_constants,
+    constants_left,
     may_leave_constants,
 )
 from .filters import Filter
@@ -51,7 +51,7 @@ from .inputs import Model
 from .sight import Sight, look
 from .structure import plain_copy
 from .unit_gates import Placement
-from .units import Units
+from .units import Units, remembering
 from .units.groups import share_of_macs
 
 _REPLACEMENT: dict[type, Any] = {
@@ -157,7 +157,7 @@ def convert(
         )
     if example_inputs is not None:
         inputs.check(example_inputs)
-    with inputs.unsynced(model):
+    with inputs.unsynced(model), remembering():
         return cast(Model, _ready(_with_gates(model, gate, granularity, per_sample, include, exclude, example_inputs, tie, residual)))
 
 
@@ -295,13 +295,15 @@ def _convert_by_layers(
         if before is not None:
             check_unchanged(model, gated, before, example_inputs)
             check_called(model, gated, example_inputs)
-        constants = before is not None and granularity == "output" and any(may_leave_constants(module) for module in model.modules())
-        if before is not None and granularity == "output" and units is not None and not constants:
-            constants = leaves_constants(model, units, _gated_classes(units, plan)[0], example_inputs)
-        if constants:
-            if prove:
+        if before is not None and granularity == "output":
+            constants = "some" if any(may_leave_constants(module) for module in model.modules()) else "none"
+            if units is not None:
+                constants = constants_left(model, units, list(_gated_classes(units, plan)[0].values()), example_inputs)
+            if constants == "stuck" and prove:
+                raise UnprovenError("closed channels would be more than constants where layers read them")
+            if constants != "none" and prove:
                 check_half(model, example_inputs)
-            elif look_for_stuck:
+            elif constants != "none" and look_for_stuck:
                 check_none_stuck(model, example_inputs)
     except BaseException:
         for layer, kind in adopted.items():
@@ -314,9 +316,9 @@ def _convert_by_layers(
     return model
 
 
-def _gated_classes(units: Units, plan: _Plan) -> tuple[set[int], list[str]]:
-    """The classes that gated layers close, and the names of what loses whole heads or units of a state."""
-    classes: set[int] = set()
+def _gated_classes(units: Units, plan: _Plan) -> tuple[dict[str, list[int]], list[str]]:
+    """Of each gated layer the class that each gate closes, and the names of what loses whole heads or units of a state."""
+    classes: dict[str, list[int]] = {}
     whole: list[str] = []
     for name, layer in plan.layers.items():
         if name in plan.heads:
@@ -324,18 +326,20 @@ def _gated_classes(units: Units, plan: _Plan) -> tuple[set[int], list[str]]:
         elif isinstance(layer, (nn.MultiheadAttention, nn.RNNBase)):
             whole.append(name)
         else:
-            own = next((own for own in ("weight", "running_mean") if f"{name}.{own}".lstrip(".") in units.alias), None)
-            if own is not None:
-                classes |= set(units.classes(f"{name}.{own}".lstrip("."), int(isinstance(layer, nn.Embedding))))
+            named = [f"{name}.{own}".lstrip(".") for own in ("weight", "running_mean")]
+            weight = next((own for own in named if own in units.alias), None)
+            if weight is not None:
+                classes[name] = units.classes(weight, int(isinstance(layer, nn.Embedding)))
     return classes, whole
 
 
 def _reached(units: Units, plan: _Plan) -> float:
     """The share of the multiply-accumulates that gated layers can bring down."""
     classes, whole = _gated_classes(units, plan)
+    closed = itertools.chain.from_iterable(classes.values())
     total = sum(product.macs for product in units.products)
     inside = sum(p.macs for p in units.products if _is_inside(p.module, whole))
-    return share_of_macs(units, classes) + (inside / total if total else 0.0)
+    return share_of_macs(units, closed) + (inside / total if total else 0.0)
 
 
 def _is_inside(name: str, names: list[str]) -> bool:
@@ -344,7 +348,8 @@ def _is_inside(name: str, names: list[str]) -> bool:
 
 def _multiplies_beside(units: Units, plan: _Plan, model: nn.Module) -> bool:
     """Whether code beside layers multiplies what gated layers close: the cost of gated layers is read off layers."""
-    classes, whole = _gated_classes(units, plan)
+    gated, whole = _gated_classes(units, plan)
+    classes = set(itertools.chain.from_iterable(gated.values()))
     layers = (*graph.GEMMS, nn.RNNBase, nn.MultiheadAttention)
     beside = [p for p in units.products if not _is_inside(p.module, whole) and not isinstance(model.get_submodule(p.module), layers)]
     return any(not classes.isdisjoint(units.label[line].tolist()) for p in beside for line in p.factors)
@@ -417,7 +422,7 @@ def _place(
     factors = _factors(chosen, widths)
     wanted = {n: layer for n, layer in chosen.items() if not isinstance(layer, nn.MultiheadAttention) and n not in plan.heads}
     reasons = {n: factors.get(n) or _why_not(layer, widths, tie, model, example_inputs) for n, layer in wanted.items()}
-    free = [n for n, reason in reasons.items() if reason is None and _has_channels(chosen[n], widths)]
+    free = [n for n, reason in reasons.items() if reason is None and not isinstance(chosen[n], nn.RNNBase)]
     found = {n: sight.why_not(chosen[n], n) for n in free} if sight is not None else {}
     plan.skipped = {n: reason for n, reason in (reasons | found).items() if reason}
     judged = {n: layer for n, layer in chosen.items() if n not in plan.skipped or n in factors}

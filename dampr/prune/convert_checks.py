@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +15,7 @@ from . import inputs
 from .compact import CompactionError, compact
 from .cost import Cost
 from .cutting import CONSTANTS
+from .graph import pads_with_zeros
 from .measure import count_macs
 from .summary import distinct_gates
 from .units import Units
@@ -56,21 +56,39 @@ def may_leave_constants(module: nn.Module) -> bool:
     return norm or isinstance(module, (GatedConv1d, GatedConv2d))
 
 
-def leaves_constants(model: nn.Module, units: Units, classes: set[int], example_inputs: Any) -> bool:
-    """Whether a layer of a gated model reads something else than 0 where some of these classes are closed, by one run with all gates 0.
+def constants_left(model: nn.Module, units: Units, vectors: list[list[int]], example_inputs: Any) -> str:
+    """What layers of a gated model read where units are closed, by a run with all gates 0 and one with half of each vector.
 
-    ``units``: of the model without gates. A norm or an activation in front of the layer may do that (the half of a sigmoid).
+    Args:
+        units: of the model without gates.
+        vectors: of each gated layer the class of each of its gates.
+
+    Returns: "none": only zeros. "some": constants, as behind a norm without gates, or the half of a sigmoid; a bias may
+    make up for them. "stuck": what no bias makes up for, because it varies, or is read with a border of zeros.
     """
-    trial: Any = inputs.copied(model, example_inputs)
-    gates = [gate for gate in trial.modules() if isinstance(gate, Gate)]
-    inputs.replace(trial, {gate: Fixed(torch.zeros_like(gate.deterministic())) for gate in gates})
-    found: list[bool] = []
+    every, first = ({one for vector in vectors for one in vector[: len(vector) // parts]} for parts in (1, 2))
+    if not _read_where_closed(with_gates_at(model, 1.0), units, every, example_inputs):
+        return "none"
+    half = _read_where_closed(with_gates_at(model), units, first, example_inputs)
+    return "stuck" if "stuck" in half else "some"
 
-    def look(channels: list[int], along: int) -> Any:
+
+def _read_where_closed(trial: Any, units: Units, classes: set[int], example_inputs: Any) -> set[str]:
+    """The same of each reader of closed classes that reads something; {"some"} where a model does not run so."""
+    found: set[str] = set()
+
+    def look(weight: torch.Tensor, channels: list[int], along: int) -> Any:
         def hook(module: nn.Module, args: Any) -> None:
             x = args[0].data if args else None
-            if isinstance(x, torch.Tensor) and x.dim() >= -along and max(channels) < x.shape[along]:
-                found.append(bool(x.movedim(along, -1)[..., channels].any()))
+            if not isinstance(x, torch.Tensor) or x.dim() < -along or max(channels) >= x.shape[along]:
+                return
+            read = x.movedim(along, -1)[..., channels].reshape(-1, len(channels))
+            if bool(read.any()):
+                read = read[:, weight.detach()[:, channels].transpose(0, 1).flatten(1).any(1)]  # what is times 0 does not count
+            largest = float(read.abs().max()) if read.numel() else 0.0
+            if largest:
+                same = len(read) > 1 and torch.allclose(read, read[:1].expand_as(read), rtol=1e-3, atol=1e-3 * largest)
+                found.add("some" if same and not pads_with_zeros(module) else "stuck")
 
         return hook
 
@@ -79,13 +97,16 @@ def leaves_constants(model: nn.Module, units: Units, classes: set[int], example_
         for own in ("weight", "weight_ih_l0"):
             full = f"{name}.{own}".lstrip(".")
             if full in units.alias and units.is_column(full, 1):
+                weight = getattr(module, own)
                 channels = [i for i, one in enumerate(units.classes(full, 1)) if one in classes]
-                along = -max(getattr(module, own).dim() - 1, 1)
-                hooks += [module.register_forward_pre_hook(look(channels, along))] if channels else []
-    without_values = contextlib.suppress(RuntimeError)  # of a model that needs some of its values, which no budget closes all at once
-    with inputs.removing(hooks), inputs.same_noise(model), without_values:
-        inputs.evaluate(trial, example_inputs)
-    return any(found)
+                along = -max(weight.dim() - 1, 1)
+                hooks += [module.register_forward_pre_hook(look(weight, channels, along))] if channels else []
+    with inputs.removing(hooks), inputs.same_noise(trial):
+        try:
+            inputs.evaluate(trial, example_inputs)
+        except RuntimeError:  # of a model that needs some of its values, which no budget closes all at once
+            found.add("some")
+    return found
 
 
 def check_half(model: nn.Module, example_inputs: Any) -> None:
@@ -94,7 +115,7 @@ def check_half(model: nn.Module, example_inputs: Any) -> None:
     Models can fail it that have gates in convolutions, or norms without gates: what is constant behind a closed channel (the half of a
     sigmoid, the shift of a norm) no bias makes up for at a padded border. Raises UnprovenError.
     """
-    trial = half_closed(model, example_inputs)
+    trial = with_gates_at(model)
     with inputs.same_noise(model):
         try:
             cost = Cost(trial, example_inputs, "macs")
@@ -105,16 +126,16 @@ def check_half(model: nn.Module, example_inputs: Any) -> None:
             raise UnprovenError("with half of its gates closed the model does not cost what was foretold")
 
 
-def half_closed(model: nn.Module, example_inputs: Any, only: Gate | None = None) -> nn.Module:
-    """A copy with half of the gates of each vector closed, or of one of them."""
-    trial = inputs.copied(model, example_inputs)
-    closed: dict[nn.Module, nn.Module] = {}
+def with_gates_at(model: nn.Module, closed: float = 0.5, only: Gate | None = None) -> nn.Module:
+    """A copy, with the same parameters, that has this share of the gates of each vector closed, or of one of them."""
+    trial = inputs.twin(model)
+    fixed: dict[nn.Module, nn.Module] = {}
     for own, gate in zip(model.modules(), trial.modules(), strict=True):
         if isinstance(gate, Gate) and only in (None, own):
             values = gate.deterministic().detach().clone()
-            values[: len(values) // 2] = 0
-            closed[gate] = Fixed(values)
-    inputs.replace(trial, closed)
+            values[: int(len(values) * closed)] = 0
+            fixed[gate] = Fixed(values)
+    inputs.replace(trial, fixed)
     return trial
 
 
@@ -122,7 +143,7 @@ def check_none_stuck(model: nn.Module, example_inputs: Any) -> None:
     """Raise StuckError where closed channels of layers are constants that no bias makes up for, so that they would stay."""
     with inputs.same_noise(model):
         try:
-            manifest: Any = compact(half_closed(model, example_inputs), example_inputs=example_inputs).dampr_manifest
+            manifest: Any = compact(with_gates_at(model), example_inputs=example_inputs).dampr_manifest
         except CompactionError:
             uncut = _uncut(model, example_inputs)
             if uncut:
@@ -139,7 +160,7 @@ def _uncut(model: nn.Module, example_inputs: Any) -> dict[str, str]:
     found = {}
     for name, gate in distinct_gates(model).items():
         try:
-            compact(half_closed(model, example_inputs, gate), example_inputs=example_inputs)
+            compact(with_gates_at(model, only=gate), example_inputs=example_inputs)
         except CompactionError as error:
             found[name] = f"its closed channels could not be cut: {error}"
     return found

@@ -85,6 +85,7 @@ class Widths:
             raise TracingError(f"the operators of {type(model).__name__} cannot be followed ({type(error).__name__}: {error})") from error
         self._owners: dict[str, list[tuple[nn.Module, str]]] = defaultdict(list)
         self._paths: dict[nn.Module, str] = {}
+        self._sides: dict[frozenset[int], list[Member]] = {}
         twins = dict(plain.named_modules()) if plain is not None else {}
         for module, name in self._names.items():
             two = isinstance(module, GatedLayer) and isinstance(twins.get(name), nn.Sequential)  # a norm that took in its activation
@@ -256,19 +257,7 @@ class Widths:
         """Every side of a layer that has some of these channels. Raises CannotCutError where one is of a kind that cannot be cut."""
         self._check_weights(layer)
         classes = self.classes(layer, writes)
-        found: dict[tuple[nn.Module, bool], Member] = {}
-        wanted = set(classes)
-        for name, dim in dict.fromkeys((m.name, m.dim) for one in wanted for m in self.units.members[one]):
-            if name not in self._owners:
-                raise CannotCutError(f"{name!r} shares its width, and cannot be cut yet")
-            for module, own in self._owners[name]:
-                writes_there = self._side(module, own, dim)
-                if writes_there is not None and (module, writes_there) not in found:
-                    labels = self.units.classes(name, dim)
-                    channels = [i for i, one in enumerate(labels) if one in wanted]
-                    own_classes = [labels[i] for i in channels]
-                    found[module, writes_there] = Member(module, writes_there, channels, own_classes, self._passes(module))
-        sides = list(found.values())
+        sides = list(self._with_some_of(frozenset(classes)))
         producers = [m for m in sides if m.writes and not m.passes]
         if not producers:
             raise CannotCutError("its width is the model's own input")
@@ -279,6 +268,23 @@ class Widths:
         if not classes:
             raise CannotCutError("it has one channel")
         return sides
+
+    def _with_some_of(self, wanted: frozenset[int]) -> list[Member]:
+        """Every side of a layer that has some of these classes. Raises CannotCutError for a parameter that no layer has."""
+        if wanted not in self._sides:
+            found: dict[tuple[nn.Module, bool], Member] = {}
+            for name, dim in dict.fromkeys((m.name, m.dim) for one in wanted for m in self.units.members[one]):
+                if name not in self._owners:
+                    raise CannotCutError(f"{name!r} shares its width, and cannot be cut yet")
+                for module, own in self._owners[name]:
+                    side = self._side(module, own, dim)
+                    if side is not None and (module, side) not in found:
+                        labels = self.units.classes(name, dim)
+                        channels = [i for i, one in enumerate(labels) if one in wanted]
+                        own_classes = [labels[i] for i in channels]
+                        found[module, side] = Member(module, side, channels, own_classes, self._passes(module))
+            self._sides[wanted] = list(found.values())
+        return self._sides[wanted]
 
     def _reason(self, layer: nn.Module, writes: bool) -> str | None:
         """Why some of these channels stay.

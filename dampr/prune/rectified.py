@@ -45,12 +45,11 @@ def _followers(model: nn.Module, norms: Iterable[str], example_inputs: Any) -> d
     """The ReLU behind each norm that nothing else reads, in evaluation and in training, by their names; tried in a copy."""
     if not any(type(m) in (nn.ReLU, TakenReLU) for m in model.modules()):
         return {}
-    tried = inputs.copied(model, example_inputs)
     found = []
     for training in (False, True):
         try:
             with inputs.same_noise(model), torch.no_grad():
-                found.append(_alone(inputs.copied(tried).train(training), norms, example_inputs))
+                found.append(_alone(inputs.twin(model).train(training), norms, example_inputs))
         except Exception:  # what does not train on the example inputs (too few of them for a norm, say) has nothing to gain
             return {}
     evaluated, trained = found

@@ -6,6 +6,7 @@ import functools
 from collections import defaultdict
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -75,9 +76,12 @@ class Structure(GateVector[GatedLayer]):
 
     def products(self) -> list[tuple[str, int, list[tuple[int, ...]]]]:
         """Of every product its module, its multiply-accumulates, and for each factor with atoms these in order, -1 for what stays."""
+        label = self._units.label
+        atom = np.full(len(label), -1)
+        atom[list(self._atom_of)] = list(self._atom_of.values())
         found = []
         for product in self._units.products:
-            lines = [tuple(self._atom_of.get(one, -1) for one in self._units.label[line].tolist()) for line in product.factors]
+            lines = [tuple(atom[label[line]].tolist()) for line in product.factors]
             found.append((product.module, product.macs, [line for line in lines if max(line, default=-1) >= 0]))
         return found
 

@@ -63,7 +63,7 @@ def place(model: nn.Module, units: Units, example_inputs: Any) -> Placement:
     read: set[Size] = set()
 
     def passes(some: list[list[int]]) -> bool:
-        reason, follow, needed = _try(model, units, example_inputs, some)
+        reason, follow, needed = _try(model, units, example_inputs, some, quick=len(some) < len(families))
         if reason is None:
             good.append((some, follow))
             read.update(follow if needed else ())
@@ -84,22 +84,28 @@ def place(model: nn.Module, units: Units, example_inputs: Any) -> Placement:
         elif others:
             middle = len(others) // 2
             todo += [half for half in (others[:middle], others[middle:]) if half]
-    kept, sizes = _together(model, units, example_inputs, good, refused)
+    tried = len(good) == 1 and len(good[0][0]) == len(families)
+    kept, sizes = _together(model, units, example_inputs, good, refused, tried)
     return Placement([group for group in found if kept.issuperset(group.classes)], sizes, read, refused)
 
 
 def _together(
-    model: nn.Module, units: Units, example_inputs: Any, good: list[tuple[list[list[int]], list[Size]]], refused: dict[int, str]
+    model: nn.Module,
+    units: Units,
+    example_inputs: Any,
+    good: list[tuple[list[list[int]], list[Size]]],
+    refused: dict[int, str],
+    tried: bool,
 ) -> tuple[set[int], list[Size]]:
-    """Of sets of families that computed the same one by one, the classes of those that do together, and whose trace is that of the model
-    without them; and the sizes that follow. Adds to ``refused``.
+    """Of sets of families that computed the same one by one, the classes of those that do together, and whose trace is that
+    of the model without them; and the sizes that follow. Adds to ``refused``.
 
-    All at once in most cases, else one after the other, the largest first.
+    All at once in most cases, else one after the other, the largest first. ``tried``: all were compared at once before.
     """
 
     def fault(families: list[list[int]], sizes: list[Size]) -> str:
         classes = half(units, families)
-        reason = _Masked(model, units, example_inputs, classes).differs(sizes) if len(good) > 1 else ""
+        reason = "" if tried else _Masked(model, units, example_inputs, classes).differs(sizes)
         found = None if reason else differs(model, units, [example_inputs], classes, sizes)
         return reason if found is None else found.text
 
@@ -143,8 +149,13 @@ def _families(units: Units, classes: Iterable[int]) -> list[list[int]]:
     return [family for family in found if family]
 
 
-def _try(model: nn.Module, units: Units, example_inputs: Any, families: list[list[int]]) -> tuple[str | None, list[Size], bool]:
-    """Why half of these families cannot be cut; where it can, the numbers that follow, and whether the model needs that."""
+def _try(
+    model: nn.Module, units: Units, example_inputs: Any, families: list[list[int]], quick: bool
+) -> tuple[str | None, list[Size], bool]:
+    """Why half of these families cannot be cut; where it can, the numbers that follow, and whether the model needs that.
+
+    ``quick``: on the example inputs alone, for what is compared again with all others.
+    """
     classes = half(units, families)
     if not classes:
         return "every dimension keeps one channel at least", [], False
@@ -152,7 +163,7 @@ def _try(model: nn.Module, units: Units, example_inputs: Any, families: list[lis
     kinds = [sizes, []] if sizes else [[]]
     if len({_kind(units, family) for family in families}) == 1 and sizes:
         kinds[1:1] = [[size for size in sizes if "head" in size.attribute], [size for size in sizes if "head" not in size.attribute]]
-    masked, reason = _Masked(model, units, example_inputs, classes), ""
+    masked, reason = _Masked(model, units, example_inputs, classes, scales=() if quick else _SCALES), ""
     for number, chosen in enumerate(kinds):
         if chosen in kinds[:number]:
             continue
@@ -165,20 +176,26 @@ def _try(model: nn.Module, units: Units, example_inputs: Any, families: list[lis
 class _Masked:
     """A copy of a model in which nothing reads some classes, to be compared with copies that have lost them, also on larger inputs."""
 
-    def __init__(self, model: nn.Module, units: Units, example_inputs: Any, classes: list[int]) -> None:
+    def __init__(
+        self, model: nn.Module, units: Units, example_inputs: Any, classes: list[int], scales: tuple[float, ...] = _SCALES
+    ) -> None:
         self._model, self._units, self._classes = model, units, classes
         self._samples = [example_inputs]
-        if any(t.is_floating_point() for t in torch.utils._pytree.tree_leaves(example_inputs) if isinstance(t, Tensor)):
-            small, large = _SCALES
-            self._samples += [_scaled(inputs.perturbed(example_inputs), small), _scaled(example_inputs, large)]
+        if any(t.is_floating_point() for t in inputs.tensors(example_inputs)):
+            given = (inputs.perturbed(example_inputs), example_inputs)
+            self._samples += [_scaled(sample, scale) for sample, scale in zip(given, scales, strict=False)]
         self._expected: list[list[Tensor]] = []
+
+    @functools.cached_property
+    def _masked(self) -> nn.Module:
+        masked = inputs.twin(self._model)
+        mask_columns(masked, self._units, self._classes)
+        return masked
 
     def _outputs(self, number: int) -> list[Tensor]:
         if number == len(self._expected):
-            masked = inputs.twin(self._model)
-            mask_columns(masked, self._units, self._classes)
-            with inputs.same_noise(masked):
-                self._expected.append(inputs.evaluate(masked, self._samples[number]))
+            with inputs.same_noise(self._masked):
+                self._expected.append(inputs.evaluate(self._masked, self._samples[number]))
         return self._expected[number]
 
     def differs(self, sizes: list[Size]) -> str:
@@ -218,10 +235,11 @@ def mask_columns(model: nn.Module, units: Units, classes: Iterable[int]) -> None
     read = np.zeros(len(units.label), bool)
     read[units.columns] = True
     closed: dict[str, list[tuple[int, Any]]] = {}
-    for one in classes:
-        for name, dim, indices in units.members[one]:
-            here = indices[read[units.first_unit(name, dim) + indices]]
-            if len(here) and name in parameters:
+    for name, dims in units.indices(classes).items():
+        for dim, indices in dims.items() if name in parameters else ():
+            own = np.array(indices)
+            here = own[read[units.first_unit(name, dim) + own]]
+            if len(here):
                 closed.setdefault(name, []).append((dim, here))
     new: dict[int, Tensor] = {}
     for name, places in closed.items():

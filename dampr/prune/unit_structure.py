@@ -72,7 +72,7 @@ class UnitStructure(GateVector[GatedParameter]):
             index = layer.index.cpu().numpy()
             try:
                 first = units.first_unit(parameter, layer.dim)
-            except StopIteration:  # a dimension of size 1
+            except KeyError:  # a dimension of size 1
                 continue
             own = number[first : first + len(index)]
             own[index >= 0] = index[index >= 0] + self.start(name)

@@ -8,7 +8,9 @@ no proof, so a cut model is traced again, and a masked one is looked at where cl
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from torch import nn
@@ -18,7 +20,7 @@ from . import tracer
 from .ledger import Ledger, Reason
 from .partition import Member, Units, solve
 
-__all__ = ["Member", "Reason", "Units", "trace_units"]
+__all__ = ["Member", "Reason", "Units", "remembering", "trace_units"]
 
 
 def trace_units(
@@ -51,12 +53,51 @@ def trace_units(
     samples = [example_inputs, *more_inputs]
     for sample in samples:
         inputs.check(sample)
+    found, key = _known.get(), None
+    if found is not None:
+        key = _likeness(model), tuple(modes), tuple(map(id, samples)), fake, frozenset(within)
+        if key in found:
+            return found[key]
+    units = _traced(model, samples, modes, fake, within)
+    if found is not None:
+        found[key] = units
+    return units
+
+
+_known: ContextVar[dict[Any, Units] | None] = ContextVar("known", default=None)
+
+
+@contextmanager
+def remembering() -> Iterator[None]:
+    """In this block copies of a model are traced once: modules of the same names and types with tensors of the same shapes.
+
+    For a block in which no module gets another forward, and example inputs stay the objects that they are.
+    """
+    token = _known.set({})
+    try:
+        yield
+    finally:
+        _known.reset(token)
+
+
+def _likeness(model: nn.Module) -> tuple[Any, ...]:
+    """What copies of a model have in common, numbers beside parameters included."""
+    modules = [
+        (name, type(module), *((key, value) for key, value in vars(module).items() if type(value) in (int, bool, str)))
+        for name, module in model.named_modules(remove_duplicate=False)
+    ]
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    first: dict[int, str] = {}
+    return tuple(modules), tuple((name, t.shape, t.dtype, first.setdefault(id(t), name)) for name, t in tensors)
+
+
+def _traced(model: nn.Module, samples: list[Any], modes: list[bool], fake: bool | None, within: Iterable[str]) -> Units:
     ledger, failed = Ledger.of(model, within), dict[bool, str]()
     for mode in modes:
         mark = ledger.checkpoint()
         try:
             for sample in samples:
-                counts = not mode and sample is example_inputs
+                counts = not mode and sample is samples[0]
                 tracer.run_as_fits(ledger, model, sample, training=mode, fake=fake, counts=counts)
         except Exception as error:
             if mode == modes[0]:

@@ -30,17 +30,15 @@ class Group:
 def readable(units: Units, parameters: Iterable[str]) -> list[int]:
     """The free classes that nothing reads but dimensions of these parameters: without these a class has no effect on anything."""
     known = set(parameters)
-    summed = set(np.unique(units.label[units.summed]).tolist())
-    read = np.zeros(len(units.label), bool)
-    read[units.columns] = True
-    found = []
-    for one in units.free:
-        if one in summed:
-            continue
-        names = [m.name for m in units.members[one] if read[units.first_unit(m.name, m.dim) + m.indices].any()]
-        if names and known.issuperset(names):
-            found.append(one)
-    return found
+    elsewhere = np.zeros(len(units.label), bool)  # classes that something else reads too
+    elsewhere[units.label[units.summed]] = True
+    read, column = np.zeros(len(units.label), bool), np.zeros(len(units.label), bool)
+    column[units.columns] = True
+    for name, dims in units.origin.items():
+        for _, first, size in dims:
+            line = slice(first, first + size)
+            (read if name in known else elsewhere)[units.label[line][column[line]]] = True
+    return [one for one in units.free if read[one] and not elsewhere[one]]
 
 
 def groups(units: Units, classes: Iterable[int]) -> list[Group]:
@@ -50,6 +48,7 @@ def groups(units: Units, classes: Iterable[int]) -> list[Group]:
         alike[frozenset((m.name, m.dim, len(m.indices)) for m in units.members[one])].append(one)
     read = np.zeros(len(units.label), bool)
     read[units.columns] = True
+    sizes = {(name, dim): size for name, dims in units.origin.items() for dim, _, size in dims}
     found = []
     for places, own in alike.items():
         if len(own) < 2:
@@ -58,11 +57,13 @@ def groups(units: Units, classes: Iterable[int]) -> list[Group]:
         number = np.full(len(units.label), -1)
         number[own] = np.arange(len(own))
         columns: dict[Place, Ints] = {}
-        for name, dims in units.origin.items():
-            for dim, first, size in dims:
-                here = slice(first, first + size)
-                if any(place[:2] == (name, dim) for place in places) and (read[here] & (number[units.label[here]] >= 0)).any():
-                    columns[name, dim] = np.where(read[here], number[units.label[here]], -1)
+        here = {place[:2] for place in places}
+        for name, dim in ((name, dim) for name, dims in units.origin.items() for dim, _, _ in dims if (name, dim) in here):
+            first = units.first_unit(name, dim)
+            line = slice(first, first + sizes[name, dim])
+            gates = np.where(read[line], number[units.label[line]], -1)
+            if (gates >= 0).any():
+                columns[name, dim] = gates
         found.append(Group(own, columns))
     return found
 

@@ -80,9 +80,10 @@ class Units:
             for dim, first, size in dims:
                 labels = self.label[first : first + size]
                 order = np.argsort(labels, kind="stable")
-                starts = np.flatnonzero(np.r_[True, np.diff(labels[order]) > 0])
-                for one, indices in zip(labels[order[starts]].tolist(), np.split(order, starts[1:]), strict=True):
-                    found[one].append(Member(name, dim, indices))
+                ordered = labels[order]
+                starts = np.flatnonzero(np.r_[True, ordered[1:] > ordered[:-1]]).tolist()
+                for one, start, end in zip(ordered[starts].tolist(), starts, [*starts[1:], size], strict=True):
+                    found[one].append(Member(name, dim, order[start:end]))
         return dict(found)
 
     def classes(self, name: str, dim: int) -> list[int]:
@@ -92,12 +93,16 @@ class Units:
         """
         for at, first, size in self.origin[self.alias[name]]:
             if at == dim:
-                return [int(c) for c in self.label[first : first + size]]
+                found: list[int] = self.label[first : first + size].tolist()
+                return found
         return []
 
     def first_unit(self, name: str, dim: int) -> int:
-        """The first unit of a dimension, whose units are consecutive."""
-        return next(first for at, first, _ in self.origin[self.alias[name]] if at == dim)
+        """The first unit of a dimension, whose units are consecutive. KeyError for a dimension of size 1, which has none."""
+        for at, first, _ in self.origin[self.alias[name]]:
+            if at == dim:
+                return first
+        raise KeyError(f"dimension {dim} of {name!r} has one index, which is no unit")
 
     def is_column(self, name: str, dim: int) -> bool:
         """Whether a product sums over this dimension of a parameter."""
@@ -135,11 +140,15 @@ class Units:
 
     def indices(self, classes: Iterable[int]) -> dict[str, dict[int, list[int]]]:
         """What goes with these classes: name -> dimension -> indices in order."""
-        gone: dict[str, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
-        for one in classes:
-            for name, dim, indices in self.members[one]:
-                gone[name][dim].extend(indices.tolist())
-        return {name: {dim: sorted(found) for dim, found in dims.items()} for name, dims in gone.items()}
+        cut = np.zeros(len(self.label), bool)
+        cut[list(classes)] = True
+        gone: dict[str, dict[int, list[int]]] = defaultdict(dict)
+        for name, dims in self.origin.items():
+            for dim, first, size in dims:
+                found = np.flatnonzero(cut[self.label[first : first + size]])
+                if len(found):
+                    gone[name][dim] = found.tolist()
+        return dict(gone)
 
 
 def solve(ledger: Ledger, modes: tuple[bool, ...] = (False,), failed: dict[bool, str] | None = None) -> Units:
