@@ -8,6 +8,7 @@ from .gate import Gate, GatedEmbedding, GatedResidual, Residual, Scale
 from .heads import GatedHeads
 from .linear import GatedLinear
 from .norm import GatedBatchNorm1d, GatedBatchNorm2d, GatedLayerNorm, TakenReLU
+from .open_statistics import OpenStatistics
 from .parameter import GatedParameter
 from .pruned_attention import PrunedMultiheadAttention
 from .pruned_transformer import PrunedTransformerDecoderLayer, PrunedTransformerEncoderLayer
@@ -37,6 +38,7 @@ __all__ = [
     "GatedSyncBatchNorm",
     "GatedTransformerDecoderLayer",
     "GatedTransformerEncoderLayer",
+    "OpenStatistics",
     "PrunedMultiheadAttention",
     "PrunedTransformerDecoderLayer",
     "PrunedTransformerEncoderLayer",

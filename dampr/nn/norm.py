@@ -21,6 +21,7 @@ from dampr.spec import SAMPLE, GateSpec
 
 from .base import GatedLayer, fresh_values, wide_dtype
 from .computed import check_dense, refresh, settled
+from .open_statistics import of_open
 
 _made: weakref.WeakSet[Any] = weakref.WeakSet()  # every gated norm there is
 
@@ -438,7 +439,7 @@ class GatedLayerNorm(GatedNorm, nn.LayerNorm):
             return self._on_shards(x, shape)
         if self.statistics == "open":
             z = self.gate().view(shape)
-            spread, factor = _of_open(x, z.detach() != 0)
+            spread, factor = of_open(x, z.detach() != 0, tuple(range(-len(shape), 0)))
             gain = (z.to(torch.promote_types(z.dtype, x.dtype)) if self.weight is None else self.weight * z) / factor
             shift = None if self.bias is None else (self.bias * z).to(self.bias.dtype)
             return F.layer_norm(spread, shape, gain.to(x.dtype if self.weight is None else self.weight.dtype), shift, self.eps)
@@ -475,19 +476,3 @@ def _check_statistics(statistics: str, per_sample: bool) -> None:
     _checks.one_of("statistics", statistics, ("all", "open"))
     if _checks.flag("per_sample", per_sample) and statistics == "open":
         raise ValueError("per_sample=True with statistics='open': expected False, because all samples share the elements that count")
-
-
-def _of_open(x: Tensor, is_open: Tensor) -> tuple[Tensor, Tensor]:
-    """What to normalise in the place of x, so that its open elements alone count, and the factor by which the result is then too large.
-
-    ``is_open``: bool, of the shape that is normalised. With k of D open, closed elements that hold the mean of the others keep it and make
-    the variance k / D of theirs. The factor sqrt(D / k) makes it theirs, so that eps counts as in a norm of k; a gain divided by it undoes
-    it. Where all are open this is x, to the bit, and 1.
-    """
-    wide = torch.promote_types(x.dtype, torch.float32)
-    dims = tuple(range(-is_open.dim(), 0))
-    opened, k = is_open.to(x.dtype), is_open.sum().clamp(min=1).to(wide)
-    factor = (is_open.numel() / k).sqrt().to(x.dtype)
-    spread = x * (opened * factor)
-    mean = (spread.sum(dims, keepdim=True, dtype=wide) / k).to(x.dtype)
-    return torch.addcmul(spread, mean, 1 - opened), factor  # torch.where would be slower on a CPU

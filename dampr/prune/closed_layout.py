@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dampr.nn import Gate as GateLayer
 from dampr.nn import GatedHeads, Scale
 from dampr.nn.base import GatedWeight
+from dampr.nn.open_statistics import CHILD
 from dampr.nn.rnn import GatedRecurrent
 
 from . import graph, heads
@@ -34,6 +35,7 @@ class UnitLayouts:
         self._shapes = shapes_of(model)
         self._sizes = [Size(*entry) for entry in getattr(model, "dampr_sizes", [])]
         self._indices = {name: layer.index.cpu() for name, layer in structure.gated.items()}
+        self._counting = {name: own.index.cpu() for name, own in structure.counting.items()}
         self.can_go = torch.zeros(structure.size, dtype=torch.bool)
         self.can_go[sorted(set(structure.gate_of.values()))] = True
         self.notes = dict(structure.notes)
@@ -49,6 +51,12 @@ class UnitLayouts:
             places = layout.tensors.get(parameter_name(name), [])
             if layer.dim < len(places) and (place := places[layer.dim]) is not None:
                 layout.sizes[name] = {"index": Sized(index, index[place[1]])}
+        classes = set(self._structure.classes_of(closed))
+        for name, labels in self._structure.counted.items():
+            left = torch.tensor([at for at, one in enumerate(labels) if one not in classes])
+            if len(left) < len(labels):
+                index = self._counting[name]
+                layout.sizes[f"{name}.{CHILD}".lstrip(".")] = {"index": Sized(index, index[left])}
         for size in self._sizes:
             places = layout.tensors.get(size.parameter, [])
             if size.dim < len(places) and (place := places[size.dim]) is not None:

@@ -48,7 +48,7 @@ from .convert_checks import (
 )
 from .filters import Filter
 from .inputs import Model
-from .sight import Sight, look
+from .sight import Sight, look, with_open_norms
 from .structure import plain_copy
 from .unit_gates import Placement
 from .units import Units, remembering
@@ -70,6 +70,8 @@ _GATED: dict[type, Any] = {**_REPLACEMENT, **_NORMS, nn.LayerNorm: GatedLayerNor
 
 
 WORTH = 0.001  # of a model's multiply-accumulates: gated layers, which have fused kernels, are taken unless others reach that much more
+
+_NO_GATES = "no gates for its width: "
 
 
 @settled
@@ -110,10 +112,11 @@ def convert(
             calling the layer. Needed by models that have both convolutions and BatchNorms, for output gates.
         tie: with example inputs, layers whose outputs are added up share one gate vector, because a channel of the sum can be cut only
             where all of them close it. False: each has gates of its own.
-        residual: with example inputs, output gates also for widths that are read through LayerNorms alone, above all the residual stream of
-            a transformer: one gate vector in all norms of the stream (``GatedLayerNorm(statistics="open")``), drawn once per call of each.
-            Streams that something reads without a norm (norms after the sums right on embeddings), that are the model's input or output,
-            or that a buffer is added to are left out. Half of a stream's channels are cut in a copy to see that it can be.
+        residual: with example inputs, output gates also for widths that norms count, above all the residual stream of a
+            transformer: one gate vector for all norms of the stream, drawn once per call of each. Where LayerNorms alone
+            read it, the gates are in these (``GatedLayerNorm(statistics="open")``). Else they are on the parameters that
+            read the stream, and norms of any type count open units only (:class:`dampr.nn.OpenStatistics`). A stream that
+            is the model's input or output is left out. Half of its channels are cut in a copy to see that they can be.
 
     With example inputs, output gates, one draw per call and ties, the model's operators are traced too
     (:func:`dampr.prune.units.trace_units`). Where gates on the parameters that read units (:class:`dampr.nn.GatedParameter`) reach more of
@@ -125,7 +128,7 @@ def convert(
 
     Returns: ``model``. Its attribute ``dampr_skipped`` says of each layer that was left out why.
 
-    Raises: ConversionError when nothing matches, outputs changed, a layer is bypassed or the model cannot be traced; ValueError
+    Raises: ConversionError when nothing matches, ``residual=True`` finds no such width, outputs changed, a layer is bypassed or the model cannot be traced; ValueError
     or TypeError that names the argument; what the model itself raises on the example inputs. Whatever is raised, the model is as it was.
     """
     if not isinstance(model, nn.Module):
@@ -202,14 +205,15 @@ def _with_gates(
     plan.skipped |= skipped
     if residual:
         _place_streams(plan, model, gate, include, exclude, example_inputs)
+        by_norms = None if seen is None or not tie else _streams_by_units(seen.units, plan, model, include, exclude, example_inputs)
+        if by_norms is not None:
+            return _convert_by_units(model, *by_norms, gate, before or [], example_inputs)
+        _check_streams(plan, model)
     if not plan.layers and seen is not None and may_have_units and by_units is None:
-        why = unit_gates.left_out(model, seen.units, placement)
-        plan.skipped |= {
-            n: r for n, r in why.items() if n not in plan.skipped and r != unit_gates.UNSAID
-        }  # of classes that convert does not know
-        plan.skipped |= {
-            n: f"{why[n]}; as a layer, {r}" for n, r in plan.skipped.items() if why.get(n, unit_gates.UNSAID) not in (r, unit_gates.UNSAID)
-        }
+        by_norms = _streams_by_units(seen.units, plan, model, include, exclude, example_inputs)
+        if by_norms is not None:  # widths that nothing but norms stand in the way of
+            return _convert_by_units(model, *by_norms, gate, before or [], example_inputs)
+        _say_why(plan, unit_gates.left_out(model, seen.units, placement))
     _check_left(plan, model, include, exclude)
     units = seen.units if seen is not None else None
     try:
@@ -222,6 +226,32 @@ def _with_gates(
         _check_left(plan, model, include, exclude)
         return _convert_by_layers(model, plan, gate, granularity, each, before, example_inputs, look_for_stuck=False)
     return by_units()
+
+
+def _streams_by_units(
+    units: Units, plan: _Plan, model: nn.Module, include: Filter, exclude: Filter, example_inputs: Any
+) -> tuple[Units, Placement] | None:
+    """Gates on the parameters that read units, where these and norms of open units reach more residual widths than a plan of layers."""
+    opened, placement = with_open_norms(model, units, example_inputs)
+    placement = unit_gates.only(model, opened, placement, include, exclude)
+    by_layers = {one for classes in _gated_classes(units, plan)[0].values() for one in classes if one in units.statistics}
+    by_units = [one for one in placement.classes() if one in units.statistics]
+    return (opened, placement) if len(by_units) > len(by_layers) else None
+
+
+def _say_why(plan: _Plan, why: dict[str, str]) -> None:
+    """Add what the units of a model say of layers to what a plan says of them."""
+    said = {name: reason for name, reason in why.items() if reason != unit_gates.UNSAID}  # of classes that convert does not know
+    both = {name: f"{said[name]}; as a layer, {r}" for name, r in plan.skipped.items() if said.get(name, r) != r}
+    plan.skipped |= said | {name: r for name, r in plan.skipped.items() if name in said} | both
+
+
+def _check_streams(plan: _Plan, model: nn.Module) -> None:
+    """Raise where no norm of a plan, or of the model, counts open elements only."""
+    planned = any(type(layer) is nn.LayerNorm for layer in plan.layers.values())
+    if not planned and not any(getattr(module, "statistics", None) == "open" for module in model.modules()):
+        reasons = {name: reason for name, reason in plan.skipped.items() if _NO_GATES in reason}
+        raise ConversionError(f"residual=True: no width that norms read can have gates {reasons or ''}".rstrip())
 
 
 def _check_left(plan: _Plan, model: nn.Module, include: Filter, exclude: Filter) -> None:
@@ -477,7 +507,7 @@ def _place_streams(plan: _Plan, model: nn.Module, gate: Any, include: Filter, ex
         plan.weights_per_gate[first] = stream.weights_per_channel(plain) - in_others
         written = {names[layer] for layer in stream.writers} & plan.skipped.keys()
         plan.skipped |= dict.fromkeys(written, f"its outputs are the residual stream, whose gates are in {first!r} and its other norms")
-    plan.skipped |= {names[norm]: f"no gates for its width: {reason}" for norm, reason in why.items()}
+    plan.skipped |= {names[norm]: f"{_NO_GATES}{reason}" for norm, reason in why.items()}
 
 
 def _why_not(layer: nn.Module, widths: graph.Widths, tie: bool, model: nn.Module, example_inputs: Any) -> str | None:

@@ -27,6 +27,7 @@ from dampr.nn import GatedLayer
 from . import composites, inputs
 from .inputs import Model
 from .unit_compact import sizes_of
+from .units.sizes import number_of, set_number
 from .wrapped import check_bare, sees_through
 
 _FORMAT = 1
@@ -187,7 +188,7 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
         setattr(module, attribute, tensor)
     for name, attributes in content.widths.items():
         for attribute, value in attributes.items():
-            setattr(model.get_submodule(name), attribute, (value,) if attribute == "normalized_shape" else value)
+            set_number(model.get_submodule(name), attribute, (value,) if attribute == "normalized_shape" else value)
     for module in model.modules():
         if isinstance(module, nn.RNNBase):
             module.flatten_parameters()
@@ -281,11 +282,13 @@ def _is_size(value: Any) -> bool:
 
 def _is_width(module: nn.Module, attribute: str) -> bool:
     """Whether a layer has its size in this attribute, and not one that follows from others."""
-    return not isinstance(getattr(type(module), attribute, None), property) and _is_size(_width(module, attribute))
+    return not isinstance(getattr(type(module), attribute.partition(".")[0], None), property) and _is_size(_width(module, attribute))
 
 
 def _width(module: nn.Module | None, attribute: str) -> Any:
-    """What a layer has in this attribute; of a norm of one dimension its size."""
+    """What a layer has in this attribute; of a norm of one dimension its size. "shape.0" is a number in a tuple."""
+    if "." in attribute:
+        return None if module is None else number_of(module, attribute)
     value = getattr(module, attribute, None)
     return value[0] if attribute == "normalized_shape" and isinstance(value, tuple) and len(value) == 1 else value
 

@@ -16,6 +16,7 @@ from dampr.gates.selected import SelectedGate, whole
 from . import inputs
 from .expand import FILLED_WITH_ONE, Places, kept_dims
 from .units.proof import follow_all
+from .units.sizes import set_number
 
 
 class Sized(NamedTuple):
@@ -118,7 +119,7 @@ def _set_sizes(model: nn.Module, before: Layout, after: Layout, indices: bool) -
             value = size.whole if now is None else now.now
             module = model.get_submodule(name)
             if isinstance(value, Tensor) == indices:
-                setattr(module, attribute, value.to(getattr(module, attribute).device, copy=True) if indices else value)
+                set_number(module, attribute, value.to(getattr(module, attribute).device, copy=True) if indices else value)
 
 
 def _changed(before: Layout, after: Layout) -> dict[str, tuple[list[Places], list[Places]]]:

@@ -10,7 +10,7 @@ from torch import nn
 
 from dampr.nn import GatedLayer
 
-from . import inputs, unit_gates
+from . import inputs, open_norms, unit_gates
 from .unit_gates import Placement
 from .units import Units, trace_units
 from .units.groups import share_of_macs
@@ -92,6 +92,17 @@ def _placed(model: nn.Module, example_inputs: Any) -> tuple[Units, Placement]:
         if share_of_macs(other, others.classes()) > share_of_macs(units, placement.classes()):
             return other, others
     return units, placement
+
+
+def with_open_norms(model: nn.Module, units: Units, example_inputs: Any) -> tuple[Units, Placement]:
+    """The same where norms may count open units only, so that widths that they normalise may have gates too."""
+    try:
+        with inputs.without_hooks(model):
+            norms = open_norms.find(model, units, example_inputs)
+            opened = units.with_open_statistics(norms)
+            return opened, unit_gates.place(model, opened, example_inputs, norms)
+    except Exception:  # whatever a model does that the tracer cannot follow; others look too
+        return units, Placement([])
 
 
 def _tied(model: nn.Module, units: Units) -> set[str]:

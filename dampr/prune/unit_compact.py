@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from typing import Any
 
@@ -13,7 +14,7 @@ from dampr._version import __version__
 from .cutting import follow_inputs
 from .unit_structure import UnitStructure, without_gates
 from .units.proof import cut
-from .units.sizes import Size, follow
+from .units.sizes import Size, follow, number_of, set_number
 
 _MOST_DIMS = 8  # of a tensor with units: a weight of a 3-d convolution has 5
 Kept = dict[tuple[nn.Module, bool], Tensor]
@@ -53,7 +54,9 @@ def compacted(model: nn.Module, example_inputs: Any, round_to: int) -> tuple[nn.
         "layers": layers,
         "tensors": {name: {str(dim): entry for dim, entry in dims.items()} for name, dims in left.items()},
         "sizes": {
-            name: {attribute: {"before": getattr(model.get_submodule(name), attribute), "kept": value} for attribute, value in own.items()}
+            name: {
+                attribute: {"before": number_of(model.get_submodule(name), attribute), "kept": value} for attribute, value in own.items()
+            }
             for name, own in made.items()
         },
         "closed_but_kept": notes,
@@ -143,7 +146,7 @@ def sizes_of(manifest: Any) -> dict[str, dict[str, int]]:
     found = {name: {attribute: entry.get("before") for attribute, entry in own.items()} for name, own in sizes.items()}
     for own in found.values():
         for attribute, value in own.items():
-            if type(value) is not int or not 0 < value < 2**31 or not attribute.isidentifier() or attribute.startswith("_"):
+            if type(value) is not int or not 0 < value < 2**31 or not re.fullmatch(r"[^\W\d_]\w*(\.\d)?", attribute):
                 raise ValueError(f"manifest: sizes: {attribute!r}={value!r:.40}, expected a number of channels before")
     return found
 
@@ -156,6 +159,6 @@ def restore_sizes(model: nn.Module, manifest: dict[str, Any]) -> None:
                 module = model.get_submodule(name)
             except AttributeError:
                 raise ValueError(f"model={type(model).__name__}: its manifest names a module {name!r} that is not there") from None
-            if type(vars(module).get(attribute)) is not int:
+            if number_of(module, attribute) is None:
                 raise ValueError(f"manifest: sizes: {name!r} has no number {attribute!r}")
-            setattr(module, attribute, value)
+            set_number(module, attribute, value)

@@ -6,9 +6,9 @@ import functools
 import itertools
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -16,10 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from dampr.gates import Gate
+from dampr.nn import open_statistics
 from dampr.nn.parameter import GatedParameter, is_on, put_on, take_off
 
 from . import filters, inputs, second_opinion
 from .filters import Filter
+from .open_norms import OpenNorm, close, in_one_vector
 from .units import Units
 from .units.groups import Group, groups, readable
 from .units.proof import cut, differs, half, substitute
@@ -38,32 +40,51 @@ class Placement:
         sizes: the numbers beside parameters that follow when these are cut.
         read: those of them without which the cut model does not compute the same.
         refused: class -> why it gets no gate though the trace calls it free.
+        norms: those that are to count open units only.
     """
 
     groups: list[Group]
     sizes: list[Size] = field(default_factory=list)
     read: set[Size] = field(default_factory=set)
     refused: dict[int, str] = field(default_factory=dict)
+    norms: dict[str, OpenNorm] = field(default_factory=dict)
 
     def classes(self) -> list[int]:
         """All classes with a gate."""
         return [one for group in self.groups for one in group.classes]
 
 
-def place(model: nn.Module, units: Units, example_inputs: Any) -> Placement:
-    """The vectors of gates that a plain model may have, each tried in a copy: half of it closed, cut and compared."""
+@dataclass(frozen=True)
+class _Subject:
+    """A plain model, its units, inputs to try it on, and the norms that are to count open units only."""
+
+    model: nn.Module
+    units: Units
+    example_inputs: Any
+    norms: Mapping[str, OpenNorm]
+
+
+_Good = list[tuple[list[list[int]], list[Size]]]  # families that may go together, and the numbers that follow
+
+
+def place(model: nn.Module, units: Units, example_inputs: Any, norms: Mapping[str, OpenNorm] | None = None) -> Placement:
+    """The vectors of gates that a plain model may have, each tried in a copy: half of it closed, cut and compared.
+
+    ``norms``: that count open units only, of ``units`` that know it (:meth:`.Units.with_open_statistics`).
+    """
+    subject = _Subject(model, units, example_inputs, norms or {})
     parameters = dict(model.named_parameters(remove_duplicate=False))
     owned = [name for name in parameters if _owner(model, name) is not None]
     refused = units.in_training_alone()
     found = groups(units, [one for one in readable(units, owned) if one not in refused])
     families = _families(units, [one for group in found for one in group.classes])
     kind = functools.partial(_kind, units)
-    good: list[tuple[list[list[int]], list[Size]]] = []
+    good: _Good = []
     todo = [families] if families else []
     read: set[Size] = set()
 
     def passes(some: list[list[int]]) -> bool:
-        reason, follow, needed = _try(model, units, example_inputs, some, quick=len(some) < len(families))
+        reason, follow, needed = _try(subject, some, quick=len(some) < len(families))
         if reason is None:
             good.append((some, follow))
             read.update(follow if needed else ())
@@ -85,18 +106,16 @@ def place(model: nn.Module, units: Units, example_inputs: Any) -> Placement:
             middle = len(others) // 2
             todo += [half for half in (others[:middle], others[middle:]) if half]
     tried = len(good) == 1 and len(good[0][0]) == len(families)
-    kept, sizes = _together(model, units, example_inputs, good, refused, tried)
-    return Placement([group for group in found if kept.issuperset(group.classes)], sizes, read, refused)
+    kept, sizes = _together(subject, good, refused, tried)
+    vectors = [group for group in found if kept.issuperset(group.classes)]
+    usable = in_one_vector(subject.norms, (group.classes for group in vectors))
+    bad = {one for name, norm in subject.norms.items() if name not in usable for one in norm.classes if one in kept}
+    refused |= dict.fromkeys(bad, "one norm counts it together with units of other widths")
+    vectors = [group for group in vectors if bad.isdisjoint(group.classes)]
+    return Placement(vectors, sizes, read, refused, in_one_vector(usable, (group.classes for group in vectors)))
 
 
-def _together(
-    model: nn.Module,
-    units: Units,
-    example_inputs: Any,
-    good: list[tuple[list[list[int]], list[Size]]],
-    refused: dict[int, str],
-    tried: bool,
-) -> tuple[set[int], list[Size]]:
+def _together(subject: _Subject, good: _Good, refused: dict[int, str], tried: bool) -> tuple[set[int], list[Size]]:
     """Of sets of families that computed the same one by one, the classes of those that do together, and whose trace is that
     of the model without them; and the sizes that follow. Adds to ``refused``.
 
@@ -104,9 +123,9 @@ def _together(
     """
 
     def fault(families: list[list[int]], sizes: list[Size]) -> str:
-        classes = half(units, families)
-        reason = "" if tried else _Masked(model, units, example_inputs, classes).differs(sizes)
-        found = None if reason else differs(model, units, [example_inputs], classes, sizes)
+        classes = half(subject.units, families)
+        reason = "" if tried else _Masked(subject, classes).differs(sizes)
+        found = None if reason else differs(subject.model, subject.units, [subject.example_inputs], classes, sizes)
         return reason if found is None else found.text
 
     kept: list[list[int]] = [family for families, _ in good for family in families]
@@ -134,7 +153,12 @@ def _kind(units: Units, family: list[int]) -> str:
 def only(model: nn.Module, units: Units, placement: Placement, include: Filter, exclude: Filter) -> Placement:
     """Of a placement the vectors of which all layers that write them are included and not excluded."""
     wanted = set(_wanted(model, units, placement.classes(), include, exclude))
-    return Placement([g for g in placement.groups if wanted.issuperset(g.classes)], placement.sizes, placement.read, placement.refused)
+    for name, norm in placement.norms.items():
+        if not filters.wanted(_above(model, name), include, exclude):
+            wanted.difference_update(norm.classes)
+    vectors = [group for group in placement.groups if wanted.issuperset(group.classes)]
+    norms = in_one_vector(placement.norms, (group.classes for group in vectors))
+    return replace(placement, groups=vectors, norms=norms)
 
 
 def _owner(model: nn.Module, name: str) -> nn.Module | None:
@@ -149,21 +173,20 @@ def _families(units: Units, classes: Iterable[int]) -> list[list[int]]:
     return [family for family in found if family]
 
 
-def _try(
-    model: nn.Module, units: Units, example_inputs: Any, families: list[list[int]], quick: bool
-) -> tuple[str | None, list[Size], bool]:
+def _try(subject: _Subject, families: list[list[int]], quick: bool) -> tuple[str | None, list[Size], bool]:
     """Why half of these families cannot be cut; where it can, the numbers that follow, and whether the model needs that.
 
     ``quick``: on the example inputs alone, for what is compared again with all others.
     """
+    units = subject.units
     classes = half(units, families)
     if not classes:
         return "every dimension keeps one channel at least", [], False
-    sizes = followers(model, units, [one for family in families for one in family])
+    sizes = followers(subject.model, units, [one for family in families for one in family])
     kinds = [sizes, []] if sizes else [[]]
     if len({_kind(units, family) for family in families}) == 1 and sizes:
         kinds[1:1] = [[size for size in sizes if "head" in size.attribute], [size for size in sizes if "head" not in size.attribute]]
-    masked, reason = _Masked(model, units, example_inputs, classes, scales=() if quick else _SCALES), ""
+    masked, reason = _Masked(subject, classes, scales=() if quick else _SCALES), ""
     for number, chosen in enumerate(kinds):
         if chosen in kinds[:number]:
             continue
@@ -176,13 +199,11 @@ def _try(
 class _Masked:
     """A copy of a model in which nothing reads some classes, to be compared with copies that have lost them, also on larger inputs."""
 
-    def __init__(
-        self, model: nn.Module, units: Units, example_inputs: Any, classes: list[int], scales: tuple[float, ...] = _SCALES
-    ) -> None:
-        self._model, self._units, self._classes = model, units, classes
-        self._samples = [example_inputs]
-        if any(t.is_floating_point() for t in inputs.tensors(example_inputs)):
-            given = (inputs.perturbed(example_inputs), example_inputs)
+    def __init__(self, subject: _Subject, classes: list[int], scales: tuple[float, ...] = _SCALES) -> None:
+        self._subject, self._model, self._units, self._classes = subject, subject.model, subject.units, classes
+        self._samples = [subject.example_inputs]
+        if any(t.is_floating_point() for t in inputs.tensors(subject.example_inputs)):
+            given = (inputs.perturbed(subject.example_inputs), subject.example_inputs)
             self._samples += [_scaled(sample, scale) for sample, scale in zip(given, scales, strict=False)]
         self._expected: list[list[Tensor]] = []
 
@@ -190,6 +211,7 @@ class _Masked:
     def _masked(self) -> nn.Module:
         masked = inputs.twin(self._model)
         mask_columns(masked, self._units, self._classes)
+        close(masked, self._subject.norms, self._classes)
         return masked
 
     def _outputs(self, number: int) -> list[Tensor]:
@@ -250,6 +272,13 @@ def mask_columns(model: nn.Module, units: Units, classes: Iterable[int]) -> None
     substitute(model, new)
 
 
+def _above(model: nn.Module, name: str) -> list[tuple[str, nn.Module]]:
+    """A module and those that it is a part of, by name, but for the model itself."""
+    parts = name.split(".") if name else []
+    above = [".".join(parts[:count]) for count in range(len(parts), 0, -1)] or [""]
+    return [(one, model.get_submodule(one)) for one in above]
+
+
 def _wanted(model: nn.Module, units: Units, classes: list[int], include: Filter, exclude: Filter) -> list[int]:
     """The classes of which a layer that writes them (or reads them, where none does) is included and none is excluded."""
     if include is None and exclude is None:
@@ -260,9 +289,7 @@ def _wanted(model: nn.Module, units: Units, classes: list[int], include: Filter,
     @functools.cache
     def judged(name: str) -> tuple[bool, bool]:
         """Whether the module of a parameter is included, and not excluded."""
-        parts = name.split(".")[:-1]
-        above = [".".join(parts[:count]) for count in range(len(parts), 0, -1)] or [""]
-        modules = [(one, model.get_submodule(one)) for one in above]
+        modules = _above(model, name.rpartition(".")[0])
         return filters.wanted(modules, include, None), filters.wanted(modules, None, exclude)
 
     found = []
@@ -287,6 +314,7 @@ def put_in(model: nn.Module, units: Units, placement: Placement, make: Callable[
         tied.setdefault(id(p), []).append(name)
     values = {p: p.data for p in parameters.values()}
     done: dict[tuple[nn.Module, str], None] = {}
+    counting: list[nn.Module] = []
     try:
         for group in placement.groups:
             gate = make(len(group.classes))
@@ -300,8 +328,17 @@ def put_in(model: nn.Module, units: Units, placement: Placement, make: Callable[
                     module = model.get_submodule(path)
                     done[module, own] = None
                     put_on(module, own, gates.train(module.training))
+            number = {one: at for at, one in enumerate(group.classes)}
+            for name, norm in placement.norms.items():
+                index = torch.tensor([number.get(one, -1) for one in norm.classes], device=next(model.parameters()).device)
+                if int(index.max()) >= 0:
+                    module = model.get_submodule(name)
+                    open_statistics.put_on(module, norm.statistics(gate, index))
+                    counting.append(module)
         yield {name: module for name, module in model.named_modules() if isinstance(module, GatedParameter)}
     except BaseException:
+        for norm_module in counting:
+            open_statistics.take_off(norm_module)
         for module, own in done:
             if is_on(module, own):
                 take_off(module, own, folded=False)

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dampr.nn import GatedLayer
+from dampr.nn import GatedLayer, open_statistics
+from dampr.nn.open_statistics import norms_with_open_statistics
 from dampr.nn.parameter import GatedParameter, gated_parameters, take_off
 
 from . import inputs
@@ -36,6 +37,8 @@ def without_gates(model: nn.Module, example_inputs: Any = None, *, folded: bool 
         take_off(owner, name, folded=folded)
         after: Any = owner._parameters[name]
         owner._parameters[name] = made.setdefault(before, after)
+    for _, norm, _ in norms_with_open_statistics(plain):
+        open_statistics.take_off(norm)
     return plain
 
 
@@ -46,6 +49,8 @@ class UnitStructure(GateVector[GatedParameter]):
         plain: a copy without gates.
         units: of ``plain``.
         gate_of: class -> its gate in the vector of all gates.
+        counting: name -> the statistics of each norm that counts open units only.
+        counted: name -> the class of each element that it normalises.
         notes: of gates that cut nothing, why.
     """
 
@@ -54,6 +59,9 @@ class UnitStructure(GateVector[GatedParameter]):
         self.plain = without_gates(model, example_inputs)
         self.names = {module: name for name, module in self.plain.named_modules()}
         self.units: Units = trace_units(self.plain, example_inputs, within=getattr(model, "dampr_within", []))
+        self.counting = {name: own for name, _, own in norms_with_open_statistics(model)}
+        self.units = self.units.with_open_statistics(self.counting)
+        self.counted = {name: self.units.label[line].tolist() for name, line in self.units.counted if name in self.counting}
         self.notes: dict[str, str] = {}
         self.gate_of = self._gates_of_classes()
 
@@ -85,6 +93,12 @@ class UnitStructure(GateVector[GatedParameter]):
         for one, gates in by_class.items():
             if len(gates) == 1 and (gate := next(iter(gates))) >= 0 and one in free:
                 found[one] = gate
+        for name, classes in self.counted.items():
+            norm = self.counting[name]
+            start = next((self.start(holder) for holder in self.holders if self.gated[holder].gate is norm.gate), None)
+            for one, gate in zip(classes, norm.index.tolist(), strict=True):
+                if one in found and (start is None or gate < 0 or found[one] != start + gate):
+                    del found[one]
         useful = set(found.values())
         for name in self.holders:
             if useful.isdisjoint(self.rows(name)[0]):

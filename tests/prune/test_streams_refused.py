@@ -72,11 +72,6 @@ def odd(what: str) -> Any:
 
 
 REFUSED: dict[str, tuple[Any, str]] = {
-    "post-norm on embeddings": (
-        lambda: (Classifier(encoder(False)), words),
-        "reads Embedding 'embedding' without a LayerNorm between|reads Parameter 'position' without a LayerNorm between",
-    ),
-    "no final norm": (lambda: (Classifier(encoder()), words), "Linear 'head' reads .* without a LayerNorm between"),
     "the input": (lambda: (nn.Sequential(nn.LayerNorm(E), nn.Linear(E, 3)), torch.randn(2, E)), "its width is the model's own input"),
     "memory is an input": (
         lambda: (Reading(), (words, torch.randn(3, 4, E))),
@@ -90,15 +85,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
         "its width is the model's own output",
     ),
     "the output": (odd("output"), "its width is the model's own output"),
-    "a buffer": (odd("buffer"), "without half of its channels the model does not run, so something beside its layers has that width"),
-    "read before": (odd("read before"), "Linear 'up' reads Embedding 'embedding' without a LayerNorm between"),
-    "both": (odd("both"), "Linear 'head' reads Embedding 'embedding' without a LayerNorm between"),
-    "flattened": (odd("flattened"), "its channels are rearranged on the way to 'scores'"),
-    "shuffled": (odd("shuffled"), "computes something else, so these are mixed or rearranged on the way"),
     "softmax": (odd("softmax"), "computes something else, so these are mixed or rearranged on the way"),
-    "shared": (odd("shared"), "Embedding 'embedding' shares a weight with Linear 'other', which has another width"),
-    "groups": (odd("groups"), "Conv1d 'grouped' (with groups shares its width|reads Embedding 'embedding' without)"),
-    "another norm": (odd("rms"), "RMSNorm 'rms' shares its width, and cannot be cut yet"),
     "recurrent": (odd("recurrent"), "LSTM 'lstm' shares its width, and cannot be cut yet"),
 }
 
@@ -110,29 +97,18 @@ def test_what_cannot_be_cut_has_no_gates_and_says_why(case: str) -> None:
     model, x = build()
     before = call(model.eval(), x)
     places = [name for name, m in model.named_modules() if isinstance(m, nn.LayerNorm)]
-    try:
+    with pytest.raises(dampr.ConversionError, match="^residual=True: no width that norms read can have gates ") as raised:
         dampr.convert(model, example_inputs=x, residual=True)
-        why = {name: model.dampr_skipped[name] for name in places}
-    except dampr.ConversionError as error:  # nothing else to convert either
-        why = dict.fromkeys(places, str(error))
     assert not norms(model)
     assert torch.equal(call(model, x), before)
-    assert all("no gates for its width: " in text for text in why.values())
-    assert any(re.search(reason, text) for text in why.values()), why
-
-
-def test_half_precision_sees_channels_that_are_rearranged_too() -> None:
-    torch.manual_seed(0)
-    model = Odd("shuffled").bfloat16()
-    with pytest.raises(dampr.ConversionError, match="'norm': .*mixed or rearranged"):
-        dampr.convert(model, example_inputs=words, residual=True, include=[nn.LayerNorm, "up"])
+    assert all(f"{name!r}: " in str(raised.value) for name in places)
+    assert re.search(f"no gates for its width: .*({reason})", str(raised.value))
 
 
 def test_norms_that_are_left_out_leave_out_their_stream() -> None:
     for how in ({"exclude": "layers.1.norm2"}, {"include": ["*.norm1", nn.Linear]}, {"exclude": nn.LayerNorm}):
-        model, _ = built("blocks", **how)
-        assert not norms(model)
-        assert " is left out" in model.dampr_skipped["norm"]
+        with pytest.raises(dampr.ConversionError, match=" is left out"):
+            built("blocks", **how)
     model, _ = built("blocks", include=[nn.LayerNorm])
     assert norms(model).keys() == dampr.prune.gated_layers(model).keys()
 

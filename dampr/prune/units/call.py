@@ -98,7 +98,11 @@ class Call:
     def count(self, macs: int, factors: Axes) -> None:
         """Note a product of so many multiply-accumulates, if evaluation's are asked for and a FLOP counter counts this operator."""
         if self.tracer.counts and self.name in _COUNTED:
-            self.ledger.products.append(Product(self.tracer.module_name(), macs, [line(axis) for axis in moving(factors)]))
+            self.ledger.products.append(Product(self.module_name(), macs, [line(axis) for axis in moving(factors)]))
+
+    def module_name(self) -> str:
+        """The name of the module that runs this call."""
+        return self.tracer.module_name()
 
     def why(self, kind: str, text: str) -> Reason:
         """A reason with the place of this call."""

@@ -56,6 +56,9 @@ class Where(Protocol):
     def why(self, kind: str, text: str) -> Reason:
         """A reason that names the operator, its module and the line that ran it."""
 
+    def module_name(self) -> str:
+        """The name of the module that runs it."""
+
 
 @dataclass(frozen=True)
 class Split:
@@ -99,6 +102,7 @@ class Ledger:
         products: every product that a FLOP counter counts.
         within: weights of convolutions in groups, by name, of which every group loses as many channels and none goes as a whole.
         in_groups: the weights of convolutions in groups of several channels.
+        counted: of every statistic over units the name of the module that computes it, and the units in order.
         normed: of every norm over groups of channels, or with each for itself, the name of its module, the units of all, how many groups.
     """
 
@@ -119,6 +123,7 @@ class Ledger:
     summed: list[Ints] = field(default_factory=list)
     products: list[Product] = field(default_factory=list)
     normed: list[tuple[str, Ints, int]] = field(default_factory=list)
+    counted: list[tuple[str, Ints]] = field(default_factory=list)
     beside: list[Ints] = field(default_factory=list)
     within: frozenset[str] = frozenset()
     in_groups: set[str] = field(default_factory=set)
@@ -162,7 +167,7 @@ class Ledger:
 
     def _parts(self) -> list[list[Any]]:
         own = self.unions, self.blocks, self.fixed, self.statistics, self.splits, self.read, self.written
-        return [*own, self.normalised, self.numbers, self.columns, self.summed, self.products, self.normed, self.beside]
+        return [*own, self.normalised, self.numbers, self.columns, self.summed, self.products, self.normed, self.counted, self.beside]
 
     # what rules say ---------------------------------------------------------------------------------------------------------------------
     def unite(self, a: Tensor, b: Tensor, call: Where) -> None:
@@ -178,9 +183,10 @@ class Ledger:
         for axis in [axes] if isinstance(axes, Tensor) else axes:
             self.fixed.append((line(axis), why))
 
-    def statistic(self, axis: Tensor, why: Reason) -> None:
+    def statistic(self, axis: Tensor, call: Where) -> None:
         """These may go only where what computes the statistic counts open units."""
-        self.statistics.append((line(axis), why))
+        self.statistics.append((line(axis), call.why("statistic", "a statistic is computed over its channels")))
+        self.counted.append((call.module_name(), line(axis)))
 
     # what rules have in common ----------------------------------------------------------------------------------------------------------
     def meet(self, shape: Sequence[int], operands: Sequence[tuple[Marks, Sequence[int]]], call: Where) -> Axes:
@@ -247,7 +253,7 @@ class Ledger:
             gone, stay = varying(axis) & dims, varying(axis) - dims
             if gone and not stay:
                 if kind == "statistic":
-                    self.statistic(axis, call.why("statistic", "a statistic is computed over its channels"))
+                    self.statistic(axis, call)
                 elif kind == "mixed":
                     self.fix(axis, call.why("mixed", "its channels are mixed"))
                 elif kind == "weighed":

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +18,9 @@ _PASSES = 20  # over the constraints; each pass joins classes, and networks seen
 
 NOTHING_TO_CHOOSE = ("only", "unread")
 """Kinds of reasons for which a class stays though nothing would go wrong without it."""
+
+
+Origin = dict[str, list[tuple[int, int, int]]]  # tensor -> (dimension, first unit, size) of each dimension with units
 
 
 class Member(NamedTuple):
@@ -48,11 +51,11 @@ class Units:
         columns: the units of the contracted dimensions of weights.
         summed: the units that are added up by no weight.
         products: the products of the first example inputs in evaluation, where that was traced.
-        normed, within, in_groups: as in the ledger.
+        counted, normed, within, in_groups: as in the ledger; what norms of weights count has no module.
     """
 
     label: Ints
-    origin: dict[str, list[tuple[int, int, int]]]
+    origin: Origin
     alias: dict[str, str]
     free: list[int]
     fixed: dict[int, Reason]
@@ -68,6 +71,7 @@ class Units:
     columns: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
     summed: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
     products: list[Product] = field(default_factory=list)
+    counted: list[tuple[str, Ints]] = field(default_factory=list)
     normed: list[tuple[str, Ints, int]] = field(default_factory=list)
     within: frozenset[str] = frozenset()
     in_groups: set[str] = field(default_factory=set)
@@ -128,6 +132,16 @@ class Units:
         """Why a class must not be cut, or only under conditions."""
         return self.fixed.get(one) or self.statistics.get(one) or self.normalised.get(one)
 
+    def with_open_statistics(self, norms: Collection[str]) -> Units:
+        """The same with those classes free whose every statistic is computed by one of these modules, which count open units."""
+        own, other = set[int](), set[int]()
+        for name, units in self.counted:
+            (own if name and name in norms else other).update(self.label[units].tolist())
+        opened = {one for one in self.statistics if one in own and one not in other}
+        free = sorted({*self.free, *opened})
+        left = {one: why for one, why in self.statistics.items() if one not in opened}
+        return replace(self, free=free, statistics=left, families=_families(self.origin, self.label, free))
+
     def in_training_alone(self) -> dict[int, str]:
         """Classes that have something in what evaluation does not reach, where results could be compared, and why they stay."""
         return {
@@ -161,7 +175,8 @@ def solve(ledger: Ledger, modes: tuple[bool, ...] = (False,), failed: dict[bool,
     sums = [(lines[0], np.any([np.isin(units, columns) for units in lines], 0), why) for lines, why in ledger.normalised]
     statistics = _of_classes(label, [*ledger.statistics, *((units[~read], why) for units, read, why in sums)])
     normalised = _of_classes(label, [(units[read], why) for units, read, why in sums])
-    classes = np.unique(np.concatenate([np.zeros(0, np.int64), *(label[first : first + size] for *_, first, size in _dimensions(ledger))]))
+    lines = [label[first : first + size] for *_, first, size in _dimensions(ledger.origin)]
+    classes = np.unique(np.concatenate([np.zeros(0, np.int64), *lines]))
     read, written = _united(ledger.read), _united(ledger.written)
     unread = Reason("unread", "no weight reads it")
     for one in np.setdiff1d(classes, label[read]).tolist():
@@ -175,7 +190,7 @@ def solve(ledger: Ledger, modes: tuple[bool, ...] = (False,), failed: dict[bool,
         free=free,
         fixed={one: fixed[one] for one in every if one in fixed},
         statistics={one: statistics[one] for one in every if one in statistics and one not in fixed},
-        families=_families(ledger, label, free),
+        families=_families(ledger.origin, label, free),
         read=read,
         written=written,
         normalised={one: normalised[one] for one in free if one in normalised},
@@ -186,6 +201,7 @@ def solve(ledger: Ledger, modes: tuple[bool, ...] = (False,), failed: dict[bool,
         columns=columns,
         summed=_united(ledger.summed),
         products=ledger.products,
+        counted=[*ledger.counted, *(("", units[~read]) for units, read, _ in sums)],
         normed=ledger.normed,
         within=ledger.within,
         in_groups=ledger.in_groups,
@@ -322,14 +338,14 @@ def _of_classes(label: Ints, said: Iterable[tuple[Ints, Reason]]) -> dict[int, R
     return found
 
 
-def _dimensions(ledger: Ledger) -> list[tuple[str, int, int, int]]:
+def _dimensions(origin: Origin) -> list[tuple[str, int, int, int]]:
     """(name, dimension, first unit, size) of every dimension with units."""
-    return [(name, *dims) for name, found in ledger.origin.items() for dims in found]
+    return [(name, *dims) for name, found in origin.items() for dims in found]
 
 
 def _left_alone(ledger: Ledger, label: Ints) -> Iterator[tuple[Ints, Reason]]:
     """Units of what no run reached, and of dimensions that are one unit."""
-    for name, dim, first, size in _dimensions(ledger):
+    for name, dim, first, size in _dimensions(ledger.origin):
         units = np.arange(first, first + size)
         if name not in ledger.reached:
             yield units, Reason("unreached", f"the example inputs do not reach {name!r}, in evaluation or in training")
@@ -337,10 +353,10 @@ def _left_alone(ledger: Ledger, label: Ints) -> Iterator[tuple[Ints, Reason]]:
             yield units, Reason("only", f"dimension {dim} of {name!r} is one unit")
 
 
-def _families(ledger: Ledger, label: Ints, free: list[int]) -> list[list[int]]:
+def _families(origin: Origin, label: Ints, free: list[int]) -> list[list[int]]:
     """Free classes by the dimensions that they share, directly or over others."""
     parent: Ints = np.arange(len(label))
-    chains = [np.unique(label[first : first + size]) for *_, first, size in _dimensions(ledger)]
+    chains = [np.unique(label[first : first + size]) for *_, first, size in _dimensions(origin)]
     pairs = [np.stack((chain[1:], chain[:-1])) for chain in chains]
     parent = joined(parent, np.concatenate(pairs, 1)) if pairs else parent
     together: dict[int, list[int]] = defaultdict(list)

@@ -97,7 +97,7 @@ def follow_parameters(module: Any, keeps_groups: bool = False) -> None:
     elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
         module.normalized_shape = tuple(weight.shape)
     elif isinstance(module, nn.GroupNorm):
-        module.num_groups = weight.shape[0] * module.num_groups // module.num_channels
+        module.num_groups = max(1, weight.shape[0] * module.num_groups // module.num_channels)  # one group has them all
         module.num_channels = weight.shape[0]
     elif isinstance(module, nn.Embedding):
         module.num_embeddings, module.embedding_dim = weight.shape

@@ -37,7 +37,7 @@ def _batch_norm(call: Call) -> tuple[Axes, ...]:
     running = any(isinstance(a, Tensor) and a.dim() == 1 for a in call.args[3:5])
     if training or not running:
         call.ledger.reduce(call.axes(tensor), set(range(tensor.dim())) - {1}, True, "statistic", call)
-    call.ledger.normed += [(call.tracer.module_name(), line(axis), axis.shape[1]) for axis in call.axes(tensor) if varying(axis) == {1}]
+    call.ledger.normed += [(call.module_name(), line(axis), axis.shape[1]) for axis in call.axes(tensor) if varying(axis) == {1}]
     others = [a for a in call.args[1:5] if isinstance(a, Tensor)]
     return (_per_channel(call, tensor, others, call.axes(tensor)), *([[]] * (len(call.out) - 1)))
 
@@ -61,10 +61,10 @@ def _group_norm(call: Call) -> Axes | tuple[Axes, ...]:
         if 1 not in varying(axis):
             call.ledger.fix(axis, call.why("mixed", "its channels are mixed"))
         elif groups == 1:
-            call.ledger.statistic(axis, call.why("statistic", "a statistic is computed over its channels"))
+            call.ledger.statistic(axis, call)
         else:
             split = axis.reshape([axis.shape[0], groups, -1, *axis.shape[2:]])
-            call.ledger.normed.append((call.tracer.module_name(), line(axis), groups))
+            call.ledger.normed.append((call.module_name(), line(axis), groups))
             call.ledger.unite(split, first_along(split, set(range(split.dim())) - {1}), call)
     gains = [a for a in (call.arg("weight"), call.arg("bias")) if isinstance(a, Tensor)]
     met = _per_channel(call, tensor, gains, call.axes(tensor))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -22,7 +22,10 @@ _FOLLOW_ANYWAY = (
 
 
 class Size(NamedTuple):
-    """An attribute of a module that is in proportion to a dimension of a parameter: both were ``before`` and ``width``."""
+    """An attribute of a module that is in proportion to a dimension of a parameter: both were ``before`` and ``width``.
+
+    "shape.0" is the first number of the tuple ``shape``.
+    """
 
     module: str
     attribute: str
@@ -48,8 +51,8 @@ def followers(model: nn.Module, units: Units, classes: Iterable[int]) -> list[Si
             continue
         prefix = f"{name}." if name else ""
         near = sorted((place for place in sizes if place[0].startswith(prefix)), key=lambda place: place[0].count("."))
-        for attribute, value in vars(module).items():
-            if type(value) is not int or value < 2 or any(word in attribute for word in _NO_WIDTHS):
+        for attribute, value in _numbers(module):
+            if value < 2 or any(word in attribute for word in _NO_WIDTHS):
                 continue
             place = next(_matches(value, near, sizes, counts), None)
             if place is not None:
@@ -63,7 +66,7 @@ def _of_norms(model: nn.Module, units: Units, sizes: dict[tuple[str, int], int])
     None of one that norms several widths, which may lose different numbers of channels.
     """
     seen: dict[str, list[tuple[list[int], int]]] = {}
-    for name, line, groups in units.normed:
+    for name, line, groups in (*units.normed, *((name, line, 0) for name, line in units.counted if name)):
         said = units.label[line].tolist(), groups
         if said not in seen.setdefault(name, []):
             seen[name].append(said)
@@ -72,8 +75,8 @@ def _of_norms(model: nn.Module, units: Units, sizes: dict[tuple[str, int], int])
         module, (labels, groups) = model.get_submodule(name), every[0]
         if len(every) > 1 or any(True for _ in itertools.chain(module.parameters(recurse=False), module.buffers(recurse=False))):
             continue
-        for attribute, value in vars(module).items():
-            if type(value) is not int or value < 2:
+        for attribute, value in _numbers(module):
+            if value < 2:
                 continue
             of_all = labels[:value] * (
                 len(labels) // value
@@ -100,6 +103,31 @@ def follow(model: nn.Module, sizes: Iterable[Size]) -> dict[str, dict[str, int]]
     for size in sizes:
         now = size.before * parameters[size.parameter].shape[size.dim] // size.width
         if now != size.before:
-            setattr(model.get_submodule(size.module), size.attribute, now)
+            set_number(model.get_submodule(size.module), size.attribute, now)
             made.setdefault(size.module, {})[size.attribute] = now
     return made
+
+
+def _numbers(module: nn.Module) -> Iterator[tuple[str, int]]:
+    """The whole numbers that a module keeps, and those in tuples beside nothing but 1, such as a shape to broadcast with."""
+    for attribute, value in vars(module).items():
+        if type(value) is int:
+            yield attribute, value
+        elif isinstance(value, tuple) and all(type(number) is int for number in value) and sum(number != 1 for number in value) == 1:
+            yield from ((f"{attribute}.{at}", number) for at, number in enumerate(value) if number != 1)
+
+
+def number_of(module: nn.Module, attribute: str) -> int | None:
+    """A whole number that a module keeps, as :class:`Size` names it; None where there is none."""
+    name, _, at = attribute.partition(".")
+    value = vars(module).get(name)
+    if at:
+        value = value[int(at)] if type(value) is tuple and int(at) < len(value) else None
+    return value if type(value) is int else None
+
+
+def set_number(module: nn.Module, attribute: str, number: Any) -> None:
+    """Set what :func:`number_of` gives."""
+    name, _, at = attribute.partition(".")
+    whole = vars(module).get(name)
+    setattr(module, name, number if not at else (*whole[: int(at)], number, *whole[int(at) + 1 :]))  # type: ignore[index]
