@@ -41,12 +41,25 @@ def row(library: str, name: str) -> dict[str, Any]:
     return found
 
 
-def _of_dampr(model: nn.Module, x: Any, found: dict[str, Any]) -> dict[str, Any]:
+def with_residual(library: str, name: str) -> dict[str, Any]:
+    """What goes into a line of the results under "residual": the same with ``convert(residual=True)``, or why there is nothing."""
+    model, x = networks.build(library, name)
+    found: dict[str, Any] = {}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            _of_dampr(model, x, found, residual=True)
+    except Exception as error:
+        found["error"] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:300]
+    return found
+
+
+def _of_dampr(model: nn.Module, x: Any, found: dict[str, Any], residual: bool = False) -> dict[str, Any]:
     with inputs.same_noise(model):
         before = inputs.evaluate(model, x)
     found["forward_s"] = _seconds(lambda: inputs.evaluate(model, x), 3)
     start = time.process_time()
-    dampr.convert(model, example_inputs=x)
+    dampr.convert(model, example_inputs=x, residual=residual)
     found["convert_s"] = round(time.process_time() - start, 3)
     found["gates_on"] = "parameters" if any(isinstance(m, GatedParameter) for m in gated_layers(model).values()) else "layers"
     with inputs.same_noise(model):

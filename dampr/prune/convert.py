@@ -128,8 +128,9 @@ def convert(
 
     Returns: ``model``. Its attribute ``dampr_skipped`` says of each layer that was left out why.
 
-    Raises: ConversionError when nothing matches, ``residual=True`` finds no such width, outputs changed, a layer is bypassed or the model cannot be traced; ValueError
-    or TypeError that names the argument; what the model itself raises on the example inputs. Whatever is raised, the model is as it was.
+    Raises: ConversionError when nothing matches, ``residual=True`` finds no such width, outputs changed, a layer is bypassed or
+    the model cannot be traced; ValueError or TypeError that names the argument; what the model itself raises on the example
+    inputs. Whatever is raised, the model is as it was.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model={model!r:.80}: expected a torch.nn.Module")
