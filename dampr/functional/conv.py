@@ -91,6 +91,29 @@ def gated_conv2d(
     return _gated_conv(2, x, weight, bias, how, input_gate, output_gate, weight_gate, block, seed, per_sample, spec, index_offset)
 
 
+def gated_conv3d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Size = 1,
+    padding: Size | str = 0,
+    dilation: Size = 1,
+    groups: int = 1,
+    *,
+    input_gate: Tensor | None = None,
+    output_gate: Tensor | None = None,
+    weight_gate: Tensor | None = None,
+    block: tuple[int, int] | None = None,
+    seed: int | Tensor | None = None,
+    per_sample: bool = False,
+    spec: GateSpec = DRAWN,
+    index_offset: int = 0,
+) -> Tensor:
+    """:func:`gated_conv2d` in three dimensions: x (B, C, D, H, W) or (C, D, H, W), weight (N, C / groups, T, R, S)."""
+    how = F.conv3d, stride, padding, dilation, groups
+    return _gated_conv(3, x, weight, bias, how, input_gate, output_gate, weight_gate, block, seed, per_sample, spec, index_offset)
+
+
 def _gated_conv(
     dims: int,
     x: Tensor,
@@ -199,7 +222,7 @@ def _layout(
         raise ValueError(f"groups={groups}: expected a divisor of the {weight[0]} filters of weight")
     channels = weight[1] * groups
     if len(x) not in (dims + 1, dims + 2) or x[-dims - 1] != channels:
-        image = f"{channels}, L" if dims == 1 else f"{channels}, H, W"
+        image = f"{channels}, {('L', 'H, W', 'D, H, W')[dims - 1]}"
         why = f"because weight has shape {tuple(weight)} and groups={groups}"
         raise ValueError(f"x.shape={tuple(x)}: expected (B, {image}) or ({image}), {why}")
     _check_sizes(dims, stride, padding, dilation)

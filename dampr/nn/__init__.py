@@ -3,11 +3,12 @@
 from .attention import GatedMultiheadAttention
 from .bank import GateBank
 from .base import GatedLayer
-from .conv import GatedConv1d, GatedConv2d
+from .conv import GatedConv, GatedConv1d, GatedConv2d, GatedConv3d
+from .conv_transpose import GatedConvTranspose1d, GatedConvTranspose2d, GatedConvTranspose3d
 from .gate import Gate, GatedEmbedding, GatedResidual, Residual, Scale
 from .heads import GatedHeads
 from .linear import GatedLinear
-from .norm import GatedBatchNorm1d, GatedBatchNorm2d, GatedLayerNorm, TakenReLU
+from .norm import GatedBatchNorm1d, GatedBatchNorm2d, GatedBatchNorm3d, GatedLayerNorm, TakenReLU
 from .open_statistics import OpenStatistics
 from .parameter import GatedParameter
 from .pruned_attention import PrunedMultiheadAttention
@@ -22,8 +23,14 @@ __all__ = [
     "GateBank",
     "GatedBatchNorm1d",
     "GatedBatchNorm2d",
+    "GatedBatchNorm3d",
+    "GatedConv",
     "GatedConv1d",
     "GatedConv2d",
+    "GatedConv3d",
+    "GatedConvTranspose1d",
+    "GatedConvTranspose2d",
+    "GatedConvTranspose3d",
     "GatedEmbedding",
     "GatedGRU",
     "GatedHeads",

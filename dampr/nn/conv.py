@@ -1,4 +1,4 @@
-"""GatedConv1d and GatedConv2d, drop-ins for ``nn.Conv1d`` and ``nn.Conv2d``."""
+"""GatedConv1d, GatedConv2d and GatedConv3d, drop-ins for the convolutions of ``torch.nn``."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from dampr.spec import GateSpec
 from .base import GatedWeight, Granularity
 
 
-class _GatedConv(GatedWeight, _ConvNd):
-    """What both have in common; see :class:`GatedConv2d`."""
+class GatedConv(GatedWeight, _ConvNd):
+    """What all have in common; see :class:`GatedConv2d`."""
 
     _arguments = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
     _function: Callable[..., Tensor]
@@ -114,7 +114,7 @@ class _GatedConv(GatedWeight, _ConvNd):
         return f"{super().extra_repr()}, {self._describe_gates()}"
 
 
-class GatedConv2d(_GatedConv, nn.Conv2d):
+class GatedConv2d(GatedConv, nn.Conv2d):
     """``nn.Conv2d`` with learned gates: y = z * (conv(x, W) + b), y = conv(x * z, W) + b, or y = conv(x, Z * W) + b.
 
     Args:
@@ -137,8 +137,15 @@ class GatedConv2d(_GatedConv, nn.Conv2d):
     _function = staticmethod(functional.gated_conv2d)
 
 
-class GatedConv1d(_GatedConv, nn.Conv1d):
+class GatedConv1d(GatedConv, nn.Conv1d):
     """``nn.Conv1d`` with learned gates; everything as in :class:`GatedConv2d`, in one dimension: (B, C, L) or (C, L)."""
 
     _dense = nn.Conv1d
     _function = staticmethod(functional.gated_conv1d)
+
+
+class GatedConv3d(GatedConv, nn.Conv3d):
+    """``nn.Conv3d`` with learned gates; everything as in :class:`GatedConv2d`, in three dimensions: (B, C, D, H, W) or (C, D, H, W)."""
+
+    _dense = nn.Conv3d
+    _function = staticmethod(functional.gated_conv3d)

@@ -13,7 +13,7 @@ from dampr.spec import SAMPLE
 
 from .attention import GatedMultiheadAttention
 from .base import GatedLayer, Granularity
-from .conv import GatedConv1d, GatedConv2d
+from .conv import GatedConv
 from .gate import Gate, GatedEmbedding, GatedResidual
 from .linear import GatedLinear
 from .norm import GatedBatchNorm, GatedLayerNorm, GatedNorm
@@ -45,7 +45,7 @@ def explain(layer: GatedLayer, x: Tensor) -> Explanation:
         dtype = torch.get_autocast_dtype(x.device.type)
     if isinstance(layer, GatedLinear):
         found = _of_linear(layer, x, dtype)
-    elif isinstance(layer, (GatedConv1d, GatedConv2d)):
+    elif isinstance(layer, GatedConv):
         found = _of_convolution(layer, x, dtype)
     elif isinstance(layer, GatedNorm):
         found = _of_norm(layer, x, dtype)
@@ -72,14 +72,14 @@ def _of_linear(layer: GatedLinear, x: Tensor, dtype: torch.dtype) -> Explanation
     return found if opened is None else _of_slice(layer, opened, found)
 
 
-def _of_slice(layer: GatedLinear | GatedConv1d | GatedConv2d, opened: slice, part: Explanation) -> Explanation:
+def _of_slice(layer: GatedLinear | GatedConv, opened: slice, part: Explanation) -> Explanation:
     """``part``: what the layer is on a view of its weight, the part whose gates are open."""
     count = f"{opened.stop - opened.start} of {layer.gate.num_gates} gates are open, side by side"
     reason = f"{count}: the layer is computed on their part of the weight, by route {part.route}: {part.route_reason}"
     return replace(part, route="slice", route_reason=reason)
 
 
-def _of_convolution(layer: GatedConv1d | GatedConv2d, x: Tensor, dtype: torch.dtype) -> Explanation:
+def _of_convolution(layer: GatedConv, x: Tensor, dtype: torch.dtype) -> Explanation:
     drawn, granularity, weight, opened = layer.gate.spec.rule == SAMPLE, _granularity(layer), layer.weight, layer._open_range()
     if opened is not None and granularity == "input":
         x, weight = x.narrow(1 - weight.dim(), opened.start, opened.stop - opened.start), weight[:, opened]

@@ -1,4 +1,4 @@
-"""GatedBatchNorm1d, GatedBatchNorm2d and GatedLayerNorm: gates after a norm, in its gain and bias or, per sample, in one pass with it."""
+"""GatedBatchNorm1d to 3d and GatedLayerNorm: gates after a norm, in its gain and bias or, per sample, in one pass with it."""
 
 from __future__ import annotations
 
@@ -335,6 +335,12 @@ class GatedBatchNorm1d(GatedBatchNorm, nn.BatchNorm1d):
     """``nn.BatchNorm1d`` with learned gates on its output channels; everything as in :class:`GatedBatchNorm2d`, for (B, C) or (B, C, L)."""
 
     _dense = nn.BatchNorm1d
+
+
+class GatedBatchNorm3d(GatedBatchNorm, nn.BatchNorm3d):
+    """``nn.BatchNorm3d`` with learned gates on its output channels; everything as in :class:`GatedBatchNorm2d`, for (B, C, D, H, W)."""
+
+    _dense = nn.BatchNorm3d
 
 
 class GatedLayerNorm(GatedNorm, nn.LayerNorm):

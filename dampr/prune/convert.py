@@ -18,8 +18,10 @@ from dampr.gates.draws import share_generator
 from dampr.nn import (
     GatedBatchNorm1d,
     GatedBatchNorm2d,
+    GatedBatchNorm3d,
     GatedConv1d,
     GatedConv2d,
+    GatedConv3d,
     GatedEmbedding,
     GatedGRU,
     GatedHeads,
@@ -58,6 +60,7 @@ _REPLACEMENT: dict[type, Any] = {
     nn.Linear: GatedLinear,
     nn.Conv1d: GatedConv1d,
     nn.Conv2d: GatedConv2d,
+    nn.Conv3d: GatedConv3d,
     nn.MultiheadAttention: GatedMultiheadAttention,
     nn.Embedding: GatedEmbedding,
     nn.LSTM: GatedLSTM,
@@ -65,7 +68,12 @@ _REPLACEMENT: dict[type, Any] = {
     nn.RNN: GatedRNN,
 }
 _OUTPUT_ONLY = {nn.MultiheadAttention: "heads", nn.Embedding: "columns", nn.LSTM: "units", nn.GRU: "units", nn.RNN: "units"}
-_NORMS: dict[type, Any] = {nn.BatchNorm1d: GatedBatchNorm1d, nn.BatchNorm2d: GatedBatchNorm2d, nn.SyncBatchNorm: GatedSyncBatchNorm}
+_NORMS: dict[type, Any] = {
+    nn.BatchNorm1d: GatedBatchNorm1d,
+    nn.BatchNorm2d: GatedBatchNorm2d,
+    nn.BatchNorm3d: GatedBatchNorm3d,
+    nn.SyncBatchNorm: GatedSyncBatchNorm,
+}
 _GATED: dict[type, Any] = {**_REPLACEMENT, **_NORMS, nn.LayerNorm: GatedLayerNorm}
 
 
@@ -90,7 +98,7 @@ def convert(
     """Replace dense layers of ``model`` by gated ones, in place, keeping their parameters (and any optimizer that holds them) valid.
 
     Args:
-        model: any module; layers whose type is exactly ``nn.Linear``, ``nn.Conv1d`` or ``nn.Conv2d`` are replaced, and for output gates
+        model: any module; layers whose type is exactly ``nn.Linear`` or ``nn.Conv1d`` to 3d are replaced, and for output gates
             ``nn.Embedding`` (its columns), ``nn.LSTM``, ``nn.GRU``, ``nn.RNN`` (their units) and ``nn.MultiheadAttention`` (its heads);
             of recurrent layers those whose outputs linear and recurrent layers alone read. (A bare layer cannot change in place: use what
             is returned.) An
@@ -235,7 +243,7 @@ def _streams_by_units(
     """Gates on the parameters that read units, where these and norms of open units reach more residual widths than a plan of layers."""
     opened, placement = with_open_norms(model, units, example_inputs)
     placement = unit_gates.only(model, opened, placement, include, exclude)
-    by_layers = {one for classes in _gated_classes(units, plan)[0].values() for one in classes if one in units.statistics}
+    by_layers = {one for name, line in units.counted if name in plan.layers for one in units.label[line].tolist()}
     by_units = [one for one in placement.classes() if one in units.statistics]
     return (opened, placement) if len(by_units) > len(by_layers) else None
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from dampr.gates import Fixed, Gate
-from dampr.nn import GatedConv1d, GatedConv2d, GatedLayer
+from dampr.nn import GatedConv, GatedLayer
 
 from . import inputs
 from .compact import CompactionError, compact
@@ -53,7 +53,7 @@ def check_unchanged(model: nn.Module, gated: dict[str, Any], before: list[torch.
 def may_leave_constants(module: nn.Module) -> bool:
     """Whether a closed channel may be a constant other than 0 behind this module."""
     norm = isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, GatedLayer)
-    return norm or isinstance(module, (GatedConv1d, GatedConv2d))
+    return norm or isinstance(module, GatedConv)
 
 
 def constants_left(model: nn.Module, units: Units, vectors: list[list[int]], example_inputs: Any) -> str:

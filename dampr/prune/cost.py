@@ -389,7 +389,7 @@ def _params(structure: Structure, variables: _Variables) -> Iterator[Site]:
         elif isinstance(layer, nn.Embedding):
             yield Site(name, Width(layer.num_embeddings), variables.width(layer, True), layer.weight not in counted)
             counted.add(layer.weight)
-        elif isinstance(layer, graph.GEMMS):
+        elif isinstance(layer, graph.GEMMS) or (graph.is_transposed(layer) and layer.groups == 1):
             yield _weight_site(name, layer, variables, layer.weight not in counted, bias=layer.bias is not None)
             if layer in variables.biases:
                 yield Site(name, variables.biases[layer], variables.width(layer, True), 1)

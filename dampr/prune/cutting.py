@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import inputs
-from .graph import CannotCutError, Closed, Member, Side, Widths, channel_count, pads_with_zeros
+from .graph import CannotCutError, Closed, Member, Side, Widths, channel_count, is_transposed, pads_with_zeros
 from .units.proof import cut
 
 CONSTANTS = "as constants other than 0"
@@ -147,7 +147,7 @@ class _Constant:
         recurrent = isinstance(layer, nn.RNNBase)
         along = -1 if recurrent or isinstance(layer, nn.Linear) else -(self.layer.weight.dim() - 1)
         read = x.movedim(along, -1)[..., channels].reshape(-1, len(channels))
-        if recurrent or not len(read):
+        if recurrent or is_transposed(layer) or not len(read):
             self._reads |= bool(read.any())
             return
         weight = self.layer.weight.detach()
@@ -163,7 +163,7 @@ class _Constant:
     def is_constant(self, names: dict[nn.Module, str]) -> bool:
         """Whether there is something to fold. Raises CannotCutError where that cannot be, UnableError where it is no constant."""
         name = names[self.layer]
-        if isinstance(self.layer, nn.RNNBase):
+        if isinstance(self.layer, nn.RNNBase) or is_transposed(self.layer):  # a kernel that moves apart adds up differently at each place
             if self._reads:
                 raise CannotCutError(f"they reach {name!r} {CONSTANTS}")
             return False

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dampr.nn import Gate as GateLayer
-from dampr.nn import GatedConv1d, GatedConv2d, GatedLinear
+from dampr.nn import GatedConv, GatedLinear
 
 from . import graph
 from .budget import Budget
@@ -144,7 +144,7 @@ def _misplaced(model: nn.Module, example_inputs: Any) -> list[Finding]:
         return findings
     widths = graph.Widths(structure.plain, example_inputs)
     for name, layer in structure.gated.items():
-        if isinstance(layer, (GatedLinear, GatedConv1d, GatedConv2d, GateLayer)) and layer.granularity == "output":
+        if isinstance(layer, (GatedLinear, GatedConv, GateLayer)) and layer.granularity == "output":
             plain = structure.plain.get_submodule(name)
             if plain in widths and name not in structure.notes and widths.norms_reading(plain)[0]:
                 why = "a BatchNorm makes constants of its closed channels, which a padded convolution cannot take into a bias"

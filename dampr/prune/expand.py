@@ -191,7 +191,7 @@ def tensors_of(layer: nn.Module, entry: dict[str, Any]) -> dict[str, list[Places
         return {"scale": [written]}
     if isinstance(layer, (_NORMS, nn.LayerNorm, nn.PReLU)) or _was_depthwise(layer, entry):
         return {name: [written] for name in ("weight", "bias", "running_mean", "running_var") if hasattr(layer, name)}
-    return {"weight": [written, read], "bias": [written]}
+    return {"weight": [read, written] if graph.is_transposed(layer) else [written, read], "bias": [written]}
 
 
 def _was_depthwise(layer: nn.Module, entry: dict[str, Any]) -> bool:

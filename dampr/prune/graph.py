@@ -20,10 +20,21 @@ from dampr.nn.computed import computed
 
 from . import heads, inputs
 from .flow import Flow, Node
-from .tracing import ATTENTION, GEMMS, channel_count, is_depthwise, pads_with_zeros
+from .tracing import ATTENTION, GEMMS, channel_count, is_depthwise, is_transposed, pads_with_zeros
 from .units import Units, trace_units
 
-__all__ = ["GEMMS", "NORMS", "CannotCutError", "Closed", "Side", "Widths", "channel_count", "is_depthwise", "pads_with_zeros"]
+__all__ = [
+    "GEMMS",
+    "NORMS",
+    "CannotCutError",
+    "Closed",
+    "Side",
+    "Widths",
+    "channel_count",
+    "is_depthwise",
+    "is_transposed",
+    "pads_with_zeros",
+]
 
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm)
 _PASSES_THROUGH = (Scale, nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.PReLU)
@@ -322,6 +333,8 @@ class Widths:
             writes = True
         elif isinstance(module, GEMMS) and getattr(module, "groups", 1) == 1:
             writes = (None if own != "weight" else True) if dim == 0 else False
+        elif is_transposed(module) and module.groups == 1:
+            writes = (dim == 1) if own == "weight" else None
         elif isinstance(module, (*_READERS, nn.RNNCellBase, nn.Embedding)) or module in self._cores or own in ("weight", "bias"):
             how = " with groups" if getattr(module, "groups", 1) > 1 else ""
             raise CannotCutError(f"{kind} {called!r}{how} shares its width, and cannot be cut yet")
@@ -359,7 +372,7 @@ def _weights(layer: nn.Module, writes: bool) -> Iterable[tuple[str, int]]:
         return [] if writes else [("weight_ih_l0", 1)]
     if isinstance(layer, Scale):
         return [("scale", 0)]
-    if isinstance(layer, (nn.Embedding, nn.modules.conv._ConvTransposeNd)):
+    if isinstance(layer, nn.Embedding) or is_transposed(layer):
         return [("weight", int(writes))]
     if isinstance(layer, _PASSES_THROUGH) or is_depthwise(layer):
         return [("weight", 0), ("running_mean", 0)]

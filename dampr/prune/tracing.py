@@ -33,7 +33,12 @@ def channel_count(layer: nn.Module, writes: bool) -> int:
         return layer.normalized_shape[-1] if isinstance(layer, nn.LayerNorm) else layer.embed_dim
     weight = layer.weight
     assert isinstance(weight, Tensor)
-    return int(weight.shape[0 if writes else 1])
+    return int(weight.shape[int(writes) if is_transposed(layer) else int(not writes)])
+
+
+def is_transposed(layer: nn.Module) -> bool:
+    """Whether the weight of a layer has what it reads first: (read, written, *kernel)."""
+    return isinstance(layer, nn.modules.conv._ConvTransposeNd)
 
 
 def is_depthwise(layer: nn.Module) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.nn import functional
 
 from dampr.spec import GateSpec
 
@@ -55,5 +56,6 @@ def weight_gated_conv(
 
 
 def _convolve(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, arguments: dict[str, Any]) -> torch.Tensor:
-    convolve = torch.nn.functional.conv1d if x.dim() == 3 else torch.nn.functional.conv2d
-    return convolve(x, weight, None if bias is None else bias.to(x.dtype), **arguments)
+    convolve: Any = {3: functional.conv1d, 4: functional.conv2d, 5: functional.conv3d}[x.dim()]
+    y: torch.Tensor = convolve(x, weight, None if bias is None else bias.to(x.dtype), **arguments)
+    return y

@@ -57,7 +57,7 @@ def batch_norm(dims: int) -> Callable[[Draw], tuple[dict[str, Any], tuple[int, .
     def make(draw: Draw) -> tuple[dict[str, Any], tuple[int, ...]]:
         own = sizes(draw, num_features=1) | {"eps": 10 ** -draw.uniform(2, 6), "momentum": draw.choice((None, 0.1, 1.0, 0.0))}
         own |= {"affine": draw.chance(0.7), "track_running_stats": draw.chance(0.7)}
-        space = [draw.choice((1, 2, 5)) for _ in range(dims)] if dims == 2 or draw.chance(0.5) else []
+        space = [draw.choice((1, 2, 5)) for _ in range(dims)] if dims > 1 or draw.chance(0.5) else []
         return own, (draw.choice((2, 3, 5)), own["num_features"], *space)
 
     return make
@@ -85,8 +85,10 @@ KINDS: dict[str, tuple[Any, Any, Callable[[Draw], tuple[dict[str, Any], tuple[in
     "GatedLinear": (gated.GatedLinear, nn.Linear, linear),
     "GatedConv1d": (gated.GatedConv1d, nn.Conv1d, convolution(1)),
     "GatedConv2d": (gated.GatedConv2d, nn.Conv2d, convolution(2)),
+    "GatedConv3d": (gated.GatedConv3d, nn.Conv3d, convolution(3)),
     "GatedBatchNorm1d": (gated.GatedBatchNorm1d, nn.BatchNorm1d, batch_norm(1)),
     "GatedBatchNorm2d": (gated.GatedBatchNorm2d, nn.BatchNorm2d, batch_norm(2)),
+    "GatedBatchNorm3d": (gated.GatedBatchNorm3d, nn.BatchNorm3d, batch_norm(3)),
     "GatedLayerNorm": (gated.GatedLayerNorm, nn.LayerNorm, layer_norm),
     "GatedRNN": (gated.GatedRNN, nn.RNN, recurrent),
     "GatedGRU": (gated.GatedGRU, nn.GRU, recurrent),

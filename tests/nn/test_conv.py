@@ -13,7 +13,7 @@ from torch import nn
 
 import dampr
 from dampr import functional, philox, reference
-from dampr.nn import GatedConv1d, GatedConv2d
+from dampr.nn import GatedConv1d, GatedConv2d, GatedConv3d
 from dampr.spec import hard_concrete, value
 from dampr.testing import compare
 
@@ -91,14 +91,14 @@ def test_values_and_every_gradient_match_float64(backend: str, dtype: torch.dtyp
             assert result.ok, f"{gates}, channels last {last}: {result}"
 
 
-@pytest.mark.parametrize("kind", [GatedConv1d, GatedConv2d])
+@pytest.mark.parametrize("kind", [GatedConv1d, GatedConv2d, GatedConv3d])
 @pytest.mark.parametrize("granularity", ["output", "input", "weight", (2, 2)])
 @pytest.mark.parametrize("padding_mode", ["zeros", "reflect", "circular"])
 def test_a_fresh_layer_equals_the_dense_one_to_the_bit(kind: Any, granularity: Any, padding_mode: str) -> None:
-    plain = nn.Conv1d if kind is GatedConv1d else nn.Conv2d
+    plain, size = {GatedConv1d: (nn.Conv1d, (9,)), GatedConv2d: (nn.Conv2d, (9, 5)), GatedConv3d: (nn.Conv3d, (9, 5, 3))}[kind]
     dense = plain(4, 8, 3, padding=1, groups=2, padding_mode=padding_mode).eval()
     gated = kind.from_dense(dense, granularity=granularity).eval()
-    x = torch.randn(2, 4, 9) if kind is GatedConv1d else torch.randn(2, 4, 9, 5)
+    x = torch.randn(2, 4, *size)
     assert torch.equal(gated(x), dense(x))
     assert torch.equal(gated(x[0]), dense(x[0]))
     assert gated.weight is dense.weight
