@@ -228,6 +228,7 @@ class Budget:
                 f"min_share={share:.3g}: {minimum / self.total:.1%} of {self.metric} remain with that share of every width, expected at "
                 f"most the target of {self.target / self.total:.1%}"
             )
+        ranks.make_alike(gates)
         self.replaced = [p for gate in gates for p in gate.parameters()]
         inputs.replace(self.model, {gate: owned(gate, score) for gate in gates})
         controller.gates = [gate for gate in _gates(self.model) if isinstance(gate, (OwnedGate, SteppedGate))]
