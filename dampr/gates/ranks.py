@@ -83,17 +83,17 @@ def over_ranks(t: Tensor) -> Tensor:
     return total / distributed.get_world_size()
 
 
-def check_alike(gates: Sequence[Any], device: Any) -> None:
-    """Raise ValueError on every rank unless all of them have as many gates of the same sizes: means over ranks are taken gate by gate."""
+def check_alike(model: nn.Module, device: Any) -> None:
+    """Raise ValueError on every rank unless all have parameters of the same names and sizes, as means over ranks need."""
     if several():
-        own = zlib.crc32(repr([gate.num_gates for gate in gates]).encode())
+        own = zlib.crc32(repr([(name, tuple(t.shape)) for name, t in model.state_dict().items()]).encode())
         least, most = (torch.tensor(sign * own, device=device) for sign in (1, -1))
         distributed.all_reduce(least, distributed.ReduceOp.MIN)
         distributed.all_reduce(most, distributed.ReduceOp.MIN)
         if int(least) != -int(most):
             raise ValueError(
-                f"rank {distributed.get_rank()} has {len(gates)} gate vectors, and other ranks have others: expected the same model on all "
-                "of them; stages of a pipeline are pruned with dampr.penalty, one by one"
+                f"model on rank {distributed.get_rank()}: its parameters have other names or sizes than those of other "
+                "ranks, expected the same model on all; stages of a pipeline are pruned with dampr.penalty, one by one"
             )
 
 

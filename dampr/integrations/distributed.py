@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from dampr.gates import Gate, gate_generator, ranks
+from dampr.gates.base import GateModule
 from dampr.gates.draws import drawing_gates, share_generator
 from dampr.nn import Gate as GateLayer
 from dampr.nn import GatedEmbedding, GatedLayer, GatedLayerNorm, GatedLinear, GatedParameter, GatedResidual
@@ -94,7 +95,12 @@ def parallelize_module(model: nn.Module, device_mesh: Any = None, parallelize_pl
     layers = gated_layers(model)
     patterns = list(parallelize_plan) if isinstance(parallelize_plan, dict) else [""]
     for name, layer in layers.items():
-        if not isinstance(layer, _ON_SHARDS) and any(fnmatchcase(name, pattern) for pattern in patterns):
+        if isinstance(layer, _ON_SHARDS):
+            continue
+        parts: Any = layer
+        held = [inner for inner, part in parts.named_modules() if not isinstance(part, GateModule)]
+        own = [".".join(filter(None, (name, inner))) for inner in held]
+        if any(fnmatchcase(one, pattern) for one in own for pattern in patterns):
             raise TypeError(f"{name}: {type(layer).__name__} does not compute on shards; expected it left out of the plan")
     share_generator(model)
     with _aside(model, list(layers.values())), off(model):

@@ -178,7 +178,7 @@ class Budget:
         self.model, self._inputs = model, example_inputs
         self.cost = Latency(model, example_inputs) if metric == "latency" else Cost(model, example_inputs, metric)
         if steps is not None or metric == "latency":  # what takes means over the ranks
-            ranks.check_alike(_gates(model), self.cost.device)
+            ranks.check_alike(model, self.cost.device)
         if isinstance(self.cost, Latency):
             self.cost.share()
         if not bool(self.cost.prunable.any()):

@@ -254,6 +254,20 @@ def check_functions_on_one_rank_leave_the_count(folder: Path) -> None:
     alike(flat(model))
 
 
+def check_held_draws_of_layers_by_hand(folder: Path) -> None:
+    model = nn.Sequential(dampr.nn.GatedLinear(6, 8, gate=random_start), nn.Tanh(), nn.Linear(8, 3))
+    wrapped = DDP(model)
+    with dampr.hold_draws(wrapped):
+        alike(wrapped(X).detach())
+
+
+def check_budgets_refuse_stages_whose_gates_have_the_same_sizes(folder: Path) -> None:
+    stage = gated() if rank() else nn.Sequential(*gated(), nn.Linear(3, 2))
+    before = of_gates(stage)
+    refused(lambda: dampr.Budget(stage, X, macs=0.5, steps=10), "stages of a pipeline", f"rank {rank()}")
+    assert torch.equal(of_gates(stage), before)
+
+
 def check_a_bank(folder: Path) -> None:
     model = nn.Sequential(dampr.nn.GatedLinear(6, 8), nn.Tanh(), dampr.nn.GatedLinear(8, 3))
     wrapped, bank = DDP(model), dampr.nn.GateBank(model)

@@ -232,6 +232,14 @@ def check_torchs_own_function_is_refused_by_name(folder: Path) -> None:
     assert not isinstance(conv[0].weight, DTensor)
 
 
+def check_parts_of_what_cannot_be_sharded_are_refused(folder: Path) -> None:
+    for pattern in ("0", "*", "0.*", "0.out_proj"):
+        model = nn.Sequential(dampr.nn.GatedMultiheadAttention(8, 4))
+        plan = {pattern: tp.ColwiseParallel()}
+        refused(lambda model=model, plan=plan: parallelize_module(model, mesh(), plan), "0: GatedMultihead")
+        assert not any(isinstance(p, DTensor) for p in model.parameters())
+
+
 def check_data_and_tensor_parallelism(folder: Path) -> None:
     """On four ranks, two by two; on two, one by two and two by one."""
     world = distributed.get_world_size()
@@ -280,6 +288,38 @@ def check_shards_of_shards(folder: Path) -> None:
                 optimizer.step()
                 optimizer.zero_grad()
         torch.testing.assert_close(flat(gathered(model)), flat(one), rtol=1e-4, atol=1e-5)
+
+
+def check_torchs_pipeline_of_a_converted_model(folder: Path) -> None:
+    """Traced and split by torch, it has the gradients that it has in one process."""
+    from torch.distributed.pipelining import ScheduleGPipe, SplitPoint, pipeline
+
+    world = distributed.get_world_size()
+
+    def build() -> nn.Module:
+        torch.manual_seed(3)
+        parts = [(dampr.nn.GatedLinear(6, 8), nn.LayerNorm(8), nn.Tanh(), nn.Linear(8, 6)) for _ in range(world)]
+        model = nn.Sequential(*(layer for part in parts for layer in part))
+        return settle(dampr.convert(model, example_inputs=torch.ones(2, 6))).train()
+
+    one, model = build(), build()
+    x = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
+    starts = {f"{4 * stage}": SplitPoint.BEGINNING for stage in range(1, world)}
+    split = pipeline(model, mb_args=(x[:2],), split_spec=starts)
+    stage = split.build_stage(rank(), torch.device("cpu"), distributed.group.WORLD)
+    schedule = ScheduleGPipe(stage, 4, loss_fn=lambda y, target: (y - target).square().mean())
+    for _ in range(2):  # with other draws in the second step
+        one.zero_grad()
+        stage.submod.zero_grad()  # or torch would divide by the number of parts again
+        for rows in x.split(2):
+            (one(rows).square().mean() / 4).backward()
+        if rank() == 0:
+            schedule.step(x)
+        else:
+            schedule.step(**({"target": torch.zeros(8, 6)} if rank() == world - 1 else {}))
+    for name, p in stage.submod.named_parameters():
+        torch.testing.assert_close(p.grad, one.get_parameter(name).grad, rtol=1e-4, atol=1e-6, msg=name)
+    assert any("log_alpha" in name for name, _ in stage.submod.named_parameters())
 
 
 def check_stages_of_a_pipeline(folder: Path) -> None:
