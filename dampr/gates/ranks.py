@@ -48,16 +48,17 @@ part_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def agreed_seed() -> int:
-    """A seed that all ranks have: what rank 0 gave to ``torch.manual_seed``.
+    """A seed that all ranks have: what rank 0 gave to ``torch.manual_seed`` before it was first asked for.
 
-    It goes through the store of the process group, once: no rank waits for another one to call a collective. Raises RuntimeError where
-    rank 0 has not asked for it within two minutes.
+    A store may outlive a process group, and then its seed holds for the next one too. It goes through the store of the
+    process group, once: no rank waits for another one to call a collective. Raises RuntimeError where rank 0 has not
+    asked for it within two minutes.
     """
     global _agreed
     store = distributed.distributed_c10d._get_default_store()
     if _agreed is None or _agreed[0] is not store:
         if distributed.get_rank() == 0:
-            store.set(_KEY, str(torch.initial_seed() % 2**63))
+            store.compare_set(_KEY, "", str(torch.initial_seed() % 2**63))  # other ranks may have read what is there
         try:
             store.wait([_KEY], PATIENCE)
         except RuntimeError as error:
