@@ -368,6 +368,25 @@ def check_a_closed_branch(folder: Path) -> None:
             alike(flat(model), f"{how}, per_sample={per_sample}")
 
 
+def check_a_closed_branch_that_is_checkpointed(folder: Path) -> None:
+    class Net(nn.Module):
+        def __init__(self, reentrant: bool) -> None:
+            super().__init__()
+            branch = nn.Sequential(dampr.nn.GatedLinear(6, 6), nn.Tanh(), nn.Linear(6, 6))
+            self.first, self.second, self.reentrant = nn.Linear(6, 6), dampr.nn.GatedResidual(branch), reentrant
+            nn.init.constant_(self.second.gate.log_alpha, -0.5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return checkpoint(self.second, self.first(x), use_reentrant=self.reentrant)
+
+    for reentrant in (False, True):
+        for how in ({}, {"static_graph": True}):
+            torch.manual_seed(3)
+            model = Net(reentrant)
+            train(DDP(model, **how), model, steps=12)
+            alike(flat(model), f"use_reentrant={reentrant}, {how}")
+
+
 def check_a_closed_branch_has_gradients_of_zero(folder: Path) -> None:
     model = dampr.nn.GatedResidual(nn.Linear(6, 6))
     with torch.no_grad():

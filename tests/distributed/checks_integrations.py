@@ -169,3 +169,38 @@ def check_lightning(folder: Path) -> None:
     plan = dampr.Plan(dense, X, macs=0.5, steps=40)
     with pytest.raises(ValueError, match="strategy=DDPStrategy: not supported with a plan"):
         fit(Module(dense), PlanCallback(plan))
+
+
+def check_lightning_resumes_a_budget_that_owns_its_gates(folder: Path) -> None:
+    pl = pytest.importorskip("pytorch_lightning")
+    from dampr.integrations.lightning import DamprCallback
+
+    local = {"TORCHELASTIC_RUN_ID": "test", "GROUP_RANK": "0", "LOCAL_WORLD_SIZE": os.environ["WORLD_SIZE"]}
+    os.environ |= local
+
+    class Module(pl.LightningModule):
+        def __init__(self, body: nn.Module) -> None:
+            super().__init__()
+            self.body = body
+
+        def training_step(self, batch: Any, _: int) -> torch.Tensor:
+            return nn.functional.cross_entropy(self.body(batch[0]), batch[1])
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.Adam(self.parameters(), lr=1e-2)
+
+    def fit(epochs: int, resume: Path | None) -> tuple[Any, nn.Module, dampr.Budget]:
+        body = gated()
+        budget = dampr.Budget(body, X, macs=0.5, steps=12)
+        how: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+        how |= {"accelerator": "cpu", "devices": distributed.get_world_size(), "strategy": "ddp"}
+        loop = pl.Trainer(max_epochs=epochs, callbacks=[DamprCallback(budget)], default_root_dir=str(folder), **how)
+        loop.fit(Module(body), DataLoader(TensorDataset(Rows().x, Rows().y), batch_size=8), ckpt_path=resume)
+        return loop, body, budget
+
+    fit(1, None)[0].save_checkpoint(folder / "lightning.ckpt")
+    _, body, budget = fit(2, folder / "lightning.ckpt")
+    assert (budget.steps, budget.measured) == (16, 16)
+    report = budget.finalize()
+    assert report.reached <= report.target
+    alike(flat(dampr.compact(body, example_inputs=X)))
