@@ -40,6 +40,7 @@ WIDTHS, LAYERS, RANKS = (32, 128), 3, (1, 2, 4)
 GATES = (4_096, 16_384, 65_536)  # of which a budget's step is timed
 LATENCY, BANDWIDTH = 5e-6, 25e9  # of a message between two ranks, seconds; of a rank, bytes per second
 LLAMA = {"layers": 80, "width": 8192, "neurons": 28672, "heads": 64, "groups": 8, "words": 128256}
+HOST, SECOND = 2e12, 1.0  # memory of a host, bytes; what a step may wait for a decision, seconds
 MANY = (8, 64, 256, 1024)
 
 
@@ -305,6 +306,25 @@ def tokens() -> str:
     return report.markdown(("tokens in a step", "GB of activations", "MB of gates", "share"), rows) + "\n"
 
 
+def limits() -> str:
+    """Where each part becomes too much for the configuration of 70 billion parameters, or for one of its kind."""
+    data = _found()
+    model, last = data["model"], data["host"][-1]
+    rate = last["deciding"] / (last["gates"] * math.log2(last["gates"]))  # seconds of a decision, which sorts
+    slow = next(gates for gates in range(1_000, 10**9, 1_000) if rate * gates * math.log2(gates) >= SECOND)
+    crowded = math.ceil(0.1 * 16 * model["parameters"] / (33 * model["gates"]))
+    most = 2 / (3 * (model["layers"] + 1))  # of hops, which are all that grows with the ranks
+    tokens = math.floor(8 * model["gates"] / (0.01 * 4 * 2 * LLAMA["width"] * model["layers"]))
+    rows = [
+        ("a whole copy in float32 on each of 8 ranks of a host", f"{HOST / 1e12:.0f} TB", f"{HOST / (8 * 4) / 1e9:.1f} billion parameters"),
+        ("a decision of a budget on the host", f"{SECOND:.0f} s", f"{slow:,} gates"),
+        ("memory of the gates of a rank", "a tenth of its weights", f"{crowded:,} ranks"),
+        ("messages of gates, tensor parallelism", "1 % of those of activations", f"fewer than {tokens:,} tokens in a step"),
+        ("messages of gates, `fully_shard`", "1 % of those of weights", f"no number of ranks (at most {most:.2%})"),
+    ]
+    return report.markdown(("what", "limit", "reached at"), rows) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
@@ -313,7 +333,7 @@ def main() -> None:
         worker(args.worker)
     else:
         records.write_json(FILE, measure())
-        print(counts(), host(), many(), tokens(), sep="\n")
+        print(counts(), host(), many(), tokens(), limits(), sep="\n")
 
 
 if __name__ == "__main__":

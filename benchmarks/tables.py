@@ -262,6 +262,7 @@ EXAMPLES = {
     "scale-counts": scale.counts,
     "scale-host": scale.host,
     "scale-many": scale.many,
+    "scale-limits": scale.limits,
     "scale-tokens": scale.tokens,
     "predicted-kernels": predictions.kernels,
     "predicted-routes": predictions.routes,

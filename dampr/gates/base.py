@@ -100,6 +100,7 @@ class Gate(GateModule):
     _banked: Tensor | None = None  # the values of every call in training, within a dampr.GateBank
     _held: Tensor | None = None  # the seed of every call, within dampr.hold_draws
     _stream: Stream | None = None  # of dampr.gate_generator; None: seeds come from torch's generator
+    _reducer: Any = None  # of dampr.integrations.distributed.replicate_gates
     next_seed: Tensor
 
     def __init_subclass__(cls, **how: Any) -> None:
@@ -254,7 +255,11 @@ class Gate(GateModule):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Gate:
         """The next seed outlives ``to_empty`` and the meta device, because ranks have to go on alike."""
         before = self._buffers.get("next_seed")
+        was_meta = self.device.type == "meta"
         super()._apply(fn, recurse)
+        if self._reducer is not None:
+            self._reducer.attach()
+            self._reducer.materialized |= was_meta and self.device.type != "meta"
         if before is not None and self._stream is not None and not self.next_seed.is_meta:
             if before.is_meta:
                 self.next_seed.fill_(self._stream.first)
@@ -270,7 +275,12 @@ class Gate(GateModule):
         return 0 if self._stream is None else self._stream.part() * rows
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_held", "_banked")}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_held", "_banked", "_reducer")}
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        if self._reducer is not None:  # torch may have replaced parameters (assign=True)
+            self._reducer.attach()
 
     def extra_repr(self) -> str:
         return f"num_gates={self.num_gates}"

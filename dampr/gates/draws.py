@@ -137,6 +137,8 @@ def hold_draws(model: nn.Module) -> Iterator[None]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model={model!r:.80}: expected a torch.nn.Module")
     free = [gate for gate in drawing_gates(model) if gate._held is None]
+    if free:
+        share_generator(ranks.unwrapped(model))
     try:
         for gate in free:
             gate._held = gate.draw_seed(gate.device)

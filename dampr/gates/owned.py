@@ -117,6 +117,14 @@ class OwnedGate(Gate):
         self.probe = torch.zeros_like(self.family.deterministic().detach(), requires_grad=True)
         return self
 
+    def __getattr__(self, name: str) -> Any:
+        """What a ``state_dict`` names, for ``torch.distributed.checkpoint``, which looks it up in the module."""
+        for module in self.__dict__.get("_hidden", ()):
+            for kind in ("_parameters", "_buffers", "_modules"):
+                if name in module.__dict__[kind]:
+                    return module.__dict__[kind][name]
+        return super().__getattr__(name)
+
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         self.family.state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
 

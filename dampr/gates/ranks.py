@@ -14,6 +14,8 @@ from torch import Tensor, distributed, nn
 PATIENCE = timedelta(seconds=120)  # for rank 0 to publish the seed
 _KEY = "dampr/seed"
 _agreed: tuple[Any, int] | None = None  # the store of the process group, and the seed that is in it
+_changes = ""  # as many letters as models have changed; dynamo compares strings, so that it traces a check again
+_resized: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # whose parameters have had other sizes
 _checked: weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref[Any], bool | None]] = weakref.WeakKeyDictionary()
 
 
@@ -46,16 +48,17 @@ part_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def agreed_seed() -> int:
-    """A seed that all ranks have: what rank 0 gave to ``torch.manual_seed``.
+    """A seed that all ranks have: what rank 0 gave to ``torch.manual_seed`` before it was first asked for.
 
-    It goes through the store of the process group, once: no rank waits for another one to call a collective. Raises RuntimeError where
-    rank 0 has not asked for it within two minutes.
+    A store may outlive a process group, and then its seed holds for the next one too. It goes through the store of the
+    process group, once: no rank waits for another one to call a collective. Raises RuntimeError where rank 0 has not
+    asked for it within two minutes.
     """
     global _agreed
     store = distributed.distributed_c10d._get_default_store()
     if _agreed is None or _agreed[0] is not store:
         if distributed.get_rank() == 0:
-            store.set(_KEY, str(torch.initial_seed() % 2**63))
+            store.compare_set(_KEY, "", str(torch.initial_seed() % 2**63))  # other ranks may have read what is there
         try:
             store.wait([_KEY], PATIENCE)
         except RuntimeError as error:
@@ -81,18 +84,43 @@ def over_ranks(t: Tensor) -> Tensor:
     return total / distributed.get_world_size()
 
 
-def check_alike(gates: Sequence[Any], device: Any) -> None:
-    """Raise ValueError on every rank unless all of them have as many gates of the same sizes: means over ranks are taken gate by gate."""
+def check_alike(model: nn.Module, device: Any) -> None:
+    """Raise ValueError on every rank unless all have parameters of the same names and sizes, as means over ranks need."""
     if several():
-        own = zlib.crc32(repr([gate.num_gates for gate in gates]).encode())
+        own = zlib.crc32(repr([(name, tuple(t.shape)) for name, t in model.state_dict().items()]).encode())
         least, most = (torch.tensor(sign * own, device=device) for sign in (1, -1))
         distributed.all_reduce(least, distributed.ReduceOp.MIN)
         distributed.all_reduce(most, distributed.ReduceOp.MIN)
         if int(least) != -int(most):
             raise ValueError(
-                f"rank {distributed.get_rank()} has {len(gates)} gate vectors, and other ranks have others: expected the same model on all "
-                "of them; stages of a pipeline are pruned with dampr.penalty, one by one"
+                f"model on rank {distributed.get_rank()}: its parameters have other names or sizes than those of other "
+                "ranks, expected the same model on all; stages of a pipeline are pruned with dampr.penalty, one by one"
             )
+
+
+def make_alike(gates: Sequence[Any], group: Any = None) -> None:
+    """Give ``gates`` on every rank what they are on the first rank of ``group`` (None: of all): values and next seeds.
+
+    Ranks whose random states differ make other values of gates that start at random. Wrappers send no gates that are
+    left out of sharding, nor those that a budget owns. Gates on the meta device have nothing to send.
+    """
+    if not several() or distributed.get_world_size(group) == 1:
+        return
+    found = [t for gate in gates for t in (*gate.state_dict().values(), *_counters(gate))]
+    sent = [None if t.is_meta else t.detach().cpu() for t in found]
+    if sent:
+        first = 0 if group is None else distributed.get_global_rank(group, 0)
+        distributed.broadcast_object_list(sent, src=first, group=group)
+    with torch.no_grad():
+        for t, value in zip(found, sent, strict=True):
+            if value is not None and not t.is_meta:
+                t.copy_(value)
+
+
+def _counters(gate: Any) -> list[Tensor]:
+    """The next seed of a gate, which may be in no state dict; of an owned one, that of the family behind it."""
+    family = getattr(gate, "family", gate)
+    return [] if family._stream is None else [family.next_seed]
 
 
 def groups_in(model: nn.Module) -> dict[int, Any]:
@@ -122,9 +150,16 @@ def wrapper() -> Any:
     return nn.parallel.DistributedDataParallel._active_ddp_module if distributed.is_available() else None
 
 
-def watch(model: nn.Module) -> None:
-    """``model`` has other parameters from now on: a DistributedDataParallel that still reduces the former ones is an error when called."""
+def watch(model: nn.Module, *, resized: bool = False) -> None:
+    """``model`` has other parameters from now on: a DistributedDataParallel of before is an error when called.
+
+    ``resized``: they may be the same objects, of other sizes.
+    """
+    global _changes
     if several():
+        _changes += "."
+        if resized:
+            _resized.add(model)
         last = _checked.get(model, (None, None))[0]
         stale = None if last is None else last()
         if last is not None and stale is not None:
@@ -144,6 +179,7 @@ def unwatch(model: nn.Module) -> None:
 def _check_wrapper(module: nn.Module, args: Any) -> None:
     """In a wrapper that is new to the module: raise RuntimeError unless it reduces exactly the parameters that the model has."""
     if torch.compiler.is_compiling():
+        _check_while_tracing(_changes)
         return
     found = wrapper()
     if found is None:
@@ -152,10 +188,35 @@ def _check_wrapper(module: nn.Module, args: Any) -> None:
     last, joined = _checked.get(module, (None, None))
     if last is None or last() is not found or joined is None:
         _check_parameters(found)
+        if module in _resized:
+            _check_sizes(found)
     elif joined == joins:
         return
     _count_alone(found, not joins)
     _checked[module] = weakref.ref(found), joins
+
+
+def _check_while_tracing(changes: str) -> None:
+    """As :func:`_check_wrapper`, where a model is traced, which it is again when ``changes`` is another."""
+    found = wrapper()
+    if found is not None:
+        _check_parameters(found)
+        if any(module in _resized for module in found.module.modules()):
+            _check_sizes(found)
+
+
+_check_while_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _check_sizes(found: Any) -> None:
+    """Raise RuntimeError unless a DistributedDataParallel has room for exactly the gradients of its parameters."""
+    room = sum(bucket.buffer().numel() for bucket in found.reducer._get_zeros_like_grad_buckets())
+    needed = sum(p.numel() for p in found._module_parameters)
+    if room != needed:
+        raise RuntimeError(
+            f"DistributedDataParallel was made before the model changed: it reduces {room} numbers, and its "
+            f"parameters have {needed}; wrap the module again"
+        )
 
 
 def _check_parameters(found: Any) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import os
 import sys
 from pathlib import Path
@@ -24,6 +26,22 @@ def _check_launched(what: str, instead: str) -> None:
     chosen = "" if state is None else getattr(state.AcceleratorState._shared_state.get("distributed_type"), "name", "")
     if chosen in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):
         raise ValueError(f"accelerate: distributed_type={chosen}: not supported with {what}; {instead}")
+
+
+def _packed(state: dict[str, Any]) -> dict[str, str]:
+    """A state, with tensors in it, as something that JSON knows."""
+    written = io.BytesIO()
+    torch.save(state, written)
+    return {"packed": base64.b64encode(written.getvalue()).decode()}
+
+
+def _unpacked(state: dict[str, Any]) -> dict[str, Any]:
+    """What :func:`_packed` was given; a state of before it existed as it is."""
+    if "packed" not in state:
+        return state
+    written = io.BytesIO(base64.b64decode(state["packed"]))
+    read: dict[str, Any] = torch.load(written, map_location="cpu", weights_only=True)
+    return read
 
 
 class DamprCallback(TrainerCallback):
@@ -57,14 +75,30 @@ class DamprCallback(TrainerCallback):
         if optimizer is not None:
             _budget.check_decay(self.budget, [optimizer], _REMEDY)
         if state.global_step and _KEY in state.stateful_callbacks:
-            self.budget.load_state_dict(state.stateful_callbacks[_KEY])
+            self.budget.load_state_dict(_unpacked(state.stateful_callbacks[_KEY]))
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         _budget.add_gradient(self.budget)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.budget.step()
-        state.stateful_callbacks[_KEY] = self.budget.state_dict()  # goes into trainer_state.json
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if control.should_save:
+            self._keep(state)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if control.should_save:
+            self._keep(state)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._keep(state)  # the Trainer saves what is the best so far
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._keep(state)
+
+    def _keep(self, state: Any) -> None:
+        state.stateful_callbacks[_KEY] = _packed(self.budget.state_dict())  # goes into trainer_state.json
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if logs is None:

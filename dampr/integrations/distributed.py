@@ -6,14 +6,17 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 import torch
-from torch import distributed, nn
+from torch import Tensor, distributed, nn
 from torch.nn import Parameter
 from torch.nn.utils import parametrize
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from dampr.gates import Gate, gate_generator
+from dampr.gates import Gate, gate_generator, ranks
+from dampr.gates.base import GateModule
 from dampr.gates.draws import drawing_gates, share_generator
 from dampr.nn import Gate as GateLayer
 from dampr.nn import GatedEmbedding, GatedLayer, GatedLayerNorm, GatedLinear, GatedParameter, GatedResidual
@@ -32,7 +35,8 @@ def replicate_gates(model: nn.Module, *, group: Any = None) -> set[Parameter]:
     Gates are a few numbers a layer: sharded they would cost a message each, and in bf16 they would not learn. So they stay whole and in
     float32 on each rank. At the end of each backward, their gradients go through one all-reduce together, whatever the number of layers
     (also of a gate that several sharded blocks share, and also while ``set_requires_gradient_sync(False)`` accumulates the others). Every
-    rank draws the same gates, from a generator that they agree on if :func:`dampr.gate_generator` has not been called.
+    rank starts with the gates of the first one and draws the same, from a generator that they agree on if
+    :func:`dampr.gate_generator` has not been called.
 
     Args:
         model: converted, not yet sharded.
@@ -57,14 +61,13 @@ def replicate_gates(model: nn.Module, *, group: Any = None) -> set[Parameter]:
     if group is not None and any(gate._stream is None for gate in drawing_gates(model)):
         gate_generator(model, None, group=group)
     share_generator(model)
-    ordered = [p for module in model.modules() if isinstance(module, Gate) for p in module.parameters()]
-    gates = dict.fromkeys(ordered)
-    reducer = _Reducer(list(gates), group)
-    for p in gates:
-        if p in _reduced:
-            _reduced.pop(p).remove()
-        _reduced[p] = p.register_post_accumulate_grad_hook(reducer)
-    return set(gates)
+    gates = [module for module in model.modules() if isinstance(module, Gate)]
+    ranks.make_alike(gates, group)
+    reducer = _Reducer(gates, group)
+    for gate in gates:
+        gate._reducer = reducer
+    reducer.attach()
+    return set(reducer.parameters())
 
 
 def parallelize_module(model: nn.Module, device_mesh: Any = None, parallelize_plan: Any = None, **how: Any) -> nn.Module:
@@ -73,8 +76,9 @@ def parallelize_module(model: nn.Module, device_mesh: Any = None, parallelize_pl
     ``ColwiseParallel``, ``RowwiseParallel`` and ``SequenceParallel`` of gated linear layers (the last projection of attention, with gates
     for its heads, among them), embeddings and LayerNorms, and of layers with gates on their parameters. All ranks draw one vector of gates,
     of which each multiplies the part that its shard has: per batch in the weight, so that the forward sends what a dense layer sends.
-    The gradient of a gate is whole on each rank of the mesh; together with data parallelism call :func:`replicate_gates` with the group of
-    that before. :func:`gathered` and :func:`dampr.compact` make a whole model again.
+    Every rank starts with the gates of the first one of the mesh, and the gradient of a gate is whole on each;
+    together with data parallelism call :func:`replicate_gates` with the group of that before. :func:`gathered` and
+    :func:`dampr.compact` make a whole model again.
 
     Args:
         model: converted, not yet sharded.
@@ -84,17 +88,26 @@ def parallelize_module(model: nn.Module, device_mesh: Any = None, parallelize_pl
 
     Raises: TypeError for a gated layer in the plan that is none of those, or for a model that is wrapped; what torch's function raises.
     """
+    from torch.distributed.tensor import DTensor
     from torch.distributed.tensor.parallel import parallelize_module as shard
 
     check_bare(model, "gates are left out of what is sharded", sharded=True)
     layers = gated_layers(model)
     patterns = list(parallelize_plan) if isinstance(parallelize_plan, dict) else [""]
     for name, layer in layers.items():
-        if not isinstance(layer, _ON_SHARDS) and any(fnmatchcase(name, pattern) for pattern in patterns):
+        if isinstance(layer, _ON_SHARDS):
+            continue
+        parts: Any = layer
+        held = [inner for inner, part in parts.named_modules() if not isinstance(part, GateModule)]
+        own = [".".join(filter(None, (name, inner))) for inner in held]
+        if any(fnmatchcase(one, pattern) for one in own for pattern in patterns):
             raise TypeError(f"{name}: {type(layer).__name__} does not compute on shards; expected it left out of the plan")
     share_generator(model)
     with _aside(model, list(layers.values())), off(model):
         shard(model, device_mesh, parallelize_plan, **how)
+    gates = [module for module in model.modules() if isinstance(module, Gate)]
+    for mesh in dict.fromkeys(p.device_mesh for p in model.parameters() if isinstance(p, DTensor)):
+        ranks.make_alike(gates, mesh.get_group())
     return model
 
 
@@ -134,7 +147,7 @@ def _gates_on(module: nn.Module) -> list[nn.Module]:
     return [step for part in parts.values() for step in part]
 
 
-_reduced: weakref.WeakKeyDictionary[torch.Tensor, Any] = weakref.WeakKeyDictionary()
+_hooks: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # of each parameter, the hook that a reducer has on it
 
 
 class _Reducer:
@@ -143,22 +156,45 @@ class _Reducer:
     All go each time, in one order, so that ranks on which a gate had no part send zeros for it.
     """
 
-    def __init__(self, gates: list[Parameter], group: Any) -> None:
+    def __init__(self, gates: list[Gate], group: Any) -> None:
         self.gates, self.group = gates, group
-        self.queued = False
+        self.queued: set[int] = set()  # backwards that end with a reduction; one that raises does not come to its end
+        self.materialized = False  # whether gates have come from the meta device since they were made alike
 
-    def __call__(self, p: torch.Tensor) -> None:
-        if not self.queued:
-            self.queued = True
-            torch.autograd.Variable._execution_engine.queue_callback(self.reduce)  # type: ignore[attr-defined]
+    def parameters(self) -> list[Parameter]:
+        return list(dict.fromkeys(p for gate in self.gates for p in gate.parameters()))
+
+    def attach(self) -> None:
+        """Watch the parameters of the gates: ``to_empty`` and ``load_state_dict(assign=True)`` make others."""
+        for p in self.parameters():
+            owner, former = _hooks.get(p, (None, None))
+            if owner is not None and owner() is self:
+                continue
+            if former is not None:
+                former.remove()
+            learns = p.requires_grad  # a gate may be frozen only for now
+            hook = p.requires_grad_().register_post_accumulate_grad_hook(self)
+            p.requires_grad_(learns)
+            _hooks[p] = weakref.ref(self), hook
+
+    def __call__(self, p: Tensor) -> None:
+        task = torch._C._current_graph_task_id()
+        if task not in self.queued:
+            self.queued.add(task)
+            engine: Any = torch.autograd.Variable._execution_engine  # type: ignore[attr-defined]
+            engine.queue_callback(partial(self.reduce, task))
 
     @torch.no_grad()
-    def reduce(self) -> None:
-        self.queued = False
-        flat = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in self.gates])
+    def reduce(self, task: int) -> None:
+        self.queued.discard(task)
+        if self.materialized:
+            ranks.make_alike(self.gates, self.group)
+            self.materialized = False
+        gates = [p for p in self.parameters() if p.requires_grad]
+        flat = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in gates])
         distributed.all_reduce(flat, group=self.group)
         flat /= distributed.get_world_size(self.group)
-        for p, mean in zip(self.gates, flat.split([p.numel() for p in self.gates]), strict=True):
+        for p, mean in zip(gates, flat.split([p.numel() for p in gates]), strict=True):
             if p.grad is None:
                 p.grad = torch.empty_like(p)
             p.grad.copy_(mean.view(p.shape))

@@ -69,8 +69,9 @@ class DamprCallback(_Recording):
         budget: of the module that is trained, or of a model in it.
         history: a file for what is logged by the end of each epoch and each validation (:class:`dampr.History`); the main process writes.
 
-    Raises, when training begins: ValueError for weight decay on gates, for gates in no optimizer or in several, for fp16 with a scaler,
-    and for strategies other than a single device and DDP, which keep gradients elsewhere.
+    Raises, when training begins: ValueError for weight decay on gates, for gates (of a budget that owns them: weights)
+    in no optimizer or in several, for fp16 with a scaler, and for strategies other than a single device and DDP, which
+    keep gradients elsewhere.
     """
 
     def __init__(self, budget: Budget, history: str | os.PathLike[str] | None = None) -> None:
@@ -84,10 +85,14 @@ class DamprCallback(_Recording):
         if getattr(trainer.precision_plugin, "scaler", None) is not None:
             raise ValueError(f"precision={trainer.precision!r}: not supported with a budget, for gradients are scaled; 'bf16-mixed' is")
         _budget.check_decay(self.budget, trainer.optimizers, _REMEDY)
-        gates = _budget.gate_parameters(self.budget)
-        holders = [o for o in trainer.optimizers if any(id(p) in gates for group in o.param_groups for p in group["params"])]
+        what, wanted = "gates", _budget.gate_parameters(self.budget)
+        if self.budget.controller is not None:  # it owns the gates
+            what, wanted = "weights", {id(p) for p in self.budget.model.parameters()}
+        held = [(o, {id(p) for group in o.param_groups for p in group["params"]}) for o in trainer.optimizers]
+        holders = [o for o, ids in held if ids & wanted]
         if len(holders) != 1:
-            raise ValueError(f"configure_optimizers: {len(holders)} optimizers have gates of the budget's model; expected one that has all")
+            count = len(holders)
+            raise ValueError(f"configure_optimizers: {count} optimizers have {what} of the budget's model; expected one")
         (self._optimizer,) = holders
         self._hook = self._optimizer.register_step_post_hook(lambda *_: self.budget.step())
 

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dampr import _checks, ops, philox
-from dampr.gates import Gate, HardConcrete
+from dampr import _checks, ops
+from dampr.gates import Gate, HardConcrete, ranks
+from dampr.gates.draws import share_generator
 from dampr.spec import GateSpec
 
 from .base import GatedLayer
@@ -24,7 +25,8 @@ class GateBank:
     kernels that do next to nothing. In the block of :meth:`draw` all hard concrete gates of one set of constants are one vector with one
     seed: gate i of the vector has the noise (seed, i), so the values are those of :func:`dampr.functional.sample_gates` on that vector, to
     the bit, and layers get views of it. Parameters become views of one block of memory, in which optimizers, state dicts and whoever else
-    holds them do not see a difference.
+    holds them do not see a difference. The seed is what the first of the gates would have drawn with, so
+    :func:`dampr.gate_generator` and :func:`dampr.hold_draws` count here too, and all ranks draw alike.
 
     Gates of other families, and those of layers that draw for each sample, are drawn by their layers as always, and :meth:`penalty` asks
     these layers. Make a new bank after units have left the model (:class:`dampr.Shrinker`): what a gate saves has changed.
@@ -52,6 +54,7 @@ class GateBank:
         together = dict.fromkeys(layer.gate for layer in layers if type(layer.gate) is HardConcrete and layer.gate not in alone)
         if not together:
             raise ValueError(f"model={type(model).__name__}: it has no hard concrete gates that are drawn once per call; expected some")
+        share_generator(ranks.unwrapped(model))
         self.gates: list[Gate] = list(together)
         self._others = [layer for layer in layers if layer.gate not in together]
         costs = _costs([layer for layer in layers if layer.gate in together], self.gates)
@@ -118,7 +121,7 @@ class _Group:
             self._flat = self._joined()
             self._cost = self._cost.to(self._flat)
         log_alpha = ops.joined(self._flat, [gate.log_alpha for gate in self._gates])
-        z, self.penalty = ops.gate_bank(log_alpha, philox.draw_seed(self._flat.device), self._cost, self._spec)
+        z, self.penalty = ops.gate_bank(log_alpha, self._gates[0].draw_seed(self._flat.device), self._cost, self._spec)
         for gate, own in zip(self._gates, z.split(self._sizes), strict=True):
             gate._banked = own
 

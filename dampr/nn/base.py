@@ -53,8 +53,14 @@ class GatedLayer:
         return applied
 
     def register_parameter(self, name: str, param: Any) -> None:
-        """As in ``torch.nn``; tensor parallelism, which knows no gates, is refused by the name of what does."""
-        if param is not None and not self.sharded and type(param).__name__ == "DTensor":
+        """As in ``torch.nn``; tensor parallelism, which knows no gates, is refused by the name of what does.
+
+        Where a parameter is sharded already, another one comes of a state dict. Those of recurrent layers are set in
+        this way by ``fully_shard``.
+        """
+        former: Any = self.__dict__["_parameters"].get(name)
+        sharded = self.sharded or type(former).__name__ == "DTensor" or isinstance(self, nn.RNNBase)
+        if not sharded and type(param).__name__ == "DTensor":
             raise TypeError(
                 f"{type(self).__name__}.{name}: parallelize_module of torch would shard gates too; expected "
                 "dampr.integrations.distributed.parallelize_module, of the same arguments"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -290,13 +291,28 @@ def gated_sum(
     else:
         z = gate()
     may_skip = seen and gate.spec.family in FLAT_AT_ZERO and x.device.type == "cpu"
-    reduced = ranks.wrapper() is not None
+    reduced = seen and _is_reduced(owner)
     may_skip = may_skip and (reduced or sample_dim is None or not ranks.several())
     if training and may_skip and not bool(z.detach().any()):
         y = (x + z).to(x.dtype)  # z is 0: a tensor of its own, and the graph of the gate stays connected
         idle = [p for p in owner.parameters() if p.requires_grad] if reduced and owner is not None and y.requires_grad else []
         return _WithIdle.apply(y, *idle) if idle else y
     return _add(x, branch(), z)
+
+
+_reduced: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # modules that have run within a DistributedDataParallel
+
+
+def _is_reduced(owner: nn.Module | None) -> bool:
+    """Whether a DistributedDataParallel waits for the gradients of ``owner``.
+
+    A checkpointed region runs a second time outside of the wrapper, and has to do then what it did within.
+    """
+    if ranks.wrapper() is None:
+        return owner in _reduced
+    if owner is not None:
+        _reduced.add(owner)
+    return True
 
 
 class _WithIdle(torch.autograd.Function):

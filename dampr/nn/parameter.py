@@ -198,7 +198,10 @@ def _give_class(module: nn.Module, kind: type[nn.Module], names: Iterable[str]) 
 
 def _product(name: str, module: nn.Module) -> Any:
     value: Any = module._parameters[name]
-    for gates in module._modules[name + _GATES]:  # type: ignore[union-attr]
+    chain: Any = module._modules[name + _GATES]
+    if type(value).__name__ == "DTensor" and (value.device_mesh.ndim > 1 or not chain[0].sharded):
+        return value  # the part that fully_shard looks at; a forward has no DTensor, or one of tensor parallelism
+    for gates in chain:
         value = gates(value)
     return value
 

@@ -142,11 +142,14 @@ def apply(node: type[Node], *args: Any) -> Any:
 
     ``Function.apply`` binds the arguments to a signature for functions with a ``setup_context`` before it hands over to its base class,
     which alone costs as much as a small layer (60 us). Under torch.compile it has more to do, and is called itself. What is compiled
-    without a gradient is the forward: dynamo does not know the ``apply`` of such a function there.
+    without a gradient is the forward: dynamo does not know the ``apply`` of such a function there. What is exported
+    with one (a stage of ``torch.distributed.pipelining``) keeps operators alone, not the backward of a function.
     """
     if is_transformed():
         return node.plain(*args)
     if not torch.compiler.is_compiling():
         return super(torch.autograd.Function, node).apply(*args)  # type: ignore[misc]
     learns = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
+    if learns and torch.compiler.is_exporting():
+        return node.plain(*args)
     return node.apply(*args) if learns else node.forward(*args)

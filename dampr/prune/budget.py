@@ -178,7 +178,7 @@ class Budget:
         self.model, self._inputs = model, example_inputs
         self.cost = Latency(model, example_inputs) if metric == "latency" else Cost(model, example_inputs, metric)
         if steps is not None or metric == "latency":  # what takes means over the ranks
-            ranks.check_alike(_gates(model), self.cost.device)
+            ranks.check_alike(model, self.cost.device)
         if isinstance(self.cost, Latency):
             self.cost.share()
         if not bool(self.cost.prunable.any()):
@@ -228,6 +228,7 @@ class Budget:
                 f"min_share={share:.3g}: {minimum / self.total:.1%} of {self.metric} remain with that share of every width, expected at "
                 f"most the target of {self.target / self.total:.1%}"
             )
+        ranks.make_alike(gates)
         self.replaced = [p for gate in gates for p in gate.parameters()]
         inputs.replace(self.model, {gate: owned(gate, score) for gate in gates})
         controller.gates = [gate for gate in _gates(self.model) if isinstance(gate, (OwnedGate, SteppedGate))]

@@ -220,25 +220,30 @@ class Controller:
         """Of each gate the running mean of -dL/dlevel, (all gates,), in units of the root mean square over all gates."""
         found = over_ranks(torch.cat([gate.family.pull() for gate in self.gates if isinstance(gate, OwnedGate)])).double().cpu()
         pull = self._normalised("level", [found])[0]
-        others: dict[int, Tensor] = {}
+        others = self._others()
+        grads = [_taken(p) for p in others]
         for gate in self.gates:
             assert isinstance(gate, OwnedGate)
-            for name, p in gate.family.named_parameters():
-                if not name.startswith(gate.family.level_parameters):
-                    others[id(p)] = p
-                else:
-                    p.grad = None
-        moves = self._normalised("other", [-over_ranks(_taken(p)) for p in others.values()])
-        for other, move in zip(others.values(), moves, strict=True):
+            gate.family.zero_grad()  # of what moves the levels
+        moves = self._normalised("other", [-over_ranks(g) for g in grads])
+        for other, move in zip(others, moves, strict=True):
             span = 1 / math.sqrt(other.shape[-1]) if other.dim() > 1 else 1.0
             other.add_(move.to(other).clamp(-1, 1), alpha=span / self.ramp.lag)
         return pull
+
+    def _others(self) -> list[Tensor]:
+        """What the families learn beside the levels of their gates, each once."""
+        found: dict[int, Tensor] = {}
+        for family in (gate.family for gate in self.gates if isinstance(gate, OwnedGate)):
+            named = family.named_parameters()
+            found |= {id(p): p for name, p in named if not name.startswith(family.level_parameters)}
+        return list(found.values())
 
     def _normalised(self, kind: str, found: list[Tensor]) -> list[Tensor]:
         """Running means of gradients over the running root mean square of all of them together; one that is not finite is left out."""
         if not found:
             return []
-        state = self._moments.setdefault(kind, [*(torch.zeros_like(g) for g in found), found[0].new_zeros(2)])
+        state = self._moments.setdefault(kind, _no_moments(found))
         square = torch.cat([g.flatten() for g in found]).square().mean()
         if bool(square.isfinite()):
             state[-1].add_(torch.stack([(1 - MEMORY) * (square - state[-1][0]), torch.ones_like(square)]))
@@ -274,13 +279,19 @@ class Controller:
         return longest(self.cost, base, increments, share * self.cost.total)
 
     def state_dict(self) -> dict[str, Any]:
+        """Of one structure before the first step and after it: ``torch.distributed.checkpoint`` loads into that."""
+        moments = self._moments
+        if self.score == "learned":
+            others = self._others()
+            fresh = {"level": _no_moments([self.squares]), **({"other": _no_moments(others)} if others else {})}
+            moments = fresh | moments
         return {
             "keep": self.keep.clone(),
             "squares": self.squares.clone(),
             "due": self.due.clone(),
             "measured": self.measured,
             "held": [gate.held for gate in self.gates if isinstance(gate, OwnedGate)],
-            "moments": {kind: [t.clone() for t in state] for kind, state in self._moments.items()},
+            "moments": {kind: [t.clone() for t in state] for kind, state in moments.items()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -289,6 +300,11 @@ class Controller:
         for gate, held in zip((gate for gate in self.gates if isinstance(gate, OwnedGate)), state["held"], strict=True):
             gate.held = held
         self._moments = {kind: [t.clone() for t in kept] for kind, kept in state["moments"].items()}
+
+
+def _no_moments(like: Sequence[Tensor]) -> list[Tensor]:
+    """Of each tensor a running mean, and of all the running mean square and how many were taken in."""
+    return [*(torch.zeros_like(t) for t in like), like[0].new_zeros(2)]
 
 
 def _taken(leaf: Tensor) -> Tensor:

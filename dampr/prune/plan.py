@@ -28,7 +28,7 @@ from .reports import Report
 from .schedule import WHEN, ShrinkSchedule
 from .shrinker import Copies, check_copies, copies_of
 from .summary import distinct_gates, gated_layers
-from .wrapped import is_fsdp
+from .wrapped import is_any_sharded
 
 WARMUP, TRAINED_WARMUP, SHRINKING = 0.3, 0.05, 0.2  # shares of the steps: dense from scratch, dense from a checkpoint, the ramp
 LEAST_STEPS = 40
@@ -259,10 +259,11 @@ class Plan:
         BudgetError, CompactionError.
         """
         self._check_alive()
-        if any(is_fsdp(module) for module in self.model.modules()):
+        if is_any_sharded(self.model):
             raise PlanError(
-                "plan.model was given to fully_shard, and a plan makes it smaller in place: expected DistributedDataParallel, or a budget "
-                "(dampr.Budget) made before fully_shard, which compacts behind the training"
+                "plan.model was given to fully_shard or parallelize_module, and a plan makes it smaller in place: "
+                "expected DistributedDataParallel, or a budget (dampr.Budget) made before it was sharded, which "
+                "compacts behind the training"
             )
         if optimizer is not None:
             self._check_optimizer(optimizer)

@@ -13,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils import _pytree as pytree
 
 from dampr import _checks
-from dampr.gates import Fixed, Gate, OwnedGate, SteppedGate
+from dampr.gates import Fixed, Gate, OwnedGate, SteppedGate, ranks
 from dampr.gates.selected import SelectedGate
 from dampr.nn.gate import FLAT_AT_ZERO
 
@@ -24,7 +24,9 @@ from .cost import Cost
 from .expand import check_state
 from .layout import WHOLE, Layout, Shelf, move_state, moved, shapes_of
 from .summary import gated_layers
+from .wrapped import check_bare
 
+_IN_PLACE = "it becomes smaller in place"
 Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None
 Copies = nn.Module | Sequence[nn.Module]
 
@@ -75,6 +77,8 @@ class Shrinker:
     :class:`Shrink`; ``notes``, of gated layers whose units stay, why.
 
     Raises: ValueError or TypeError that names the argument; what the model raises on the example inputs.
+    DistributedDataParallel has to be made again each time that parameters have other shapes; the former one raises in
+    its next step.
 
     >>> import dampr
     >>> x = torch.randn(8, 4)
@@ -98,6 +102,7 @@ class Shrinker:
         least_saving: float = 0.05,
     ) -> None:
         _checks.module("model", model)
+        check_bare(model, _IN_PLACE)
         inputs.check(example_inputs)
         _checks.positive_int("patience", patience)
         for name, share in (("probability", probability), ("least_saving", least_saving)):
@@ -208,6 +213,7 @@ class Shrinker:
         self._to(torch.zeros_like(self.removed), optimizer, ema, prove=False)
 
     def _to(self, wanted: Tensor, optimizer: Optimizers, ema: Copies, prove: bool) -> None:
+        check_bare(self.model, _IN_PLACE)
         optimizers = _optimizers(optimizer)
         copies = check_copies(ema, self.model)
         for one in optimizers:
@@ -221,6 +227,8 @@ class Shrinker:
             moved(copy, self._layout, layout, self._shelf(f"copy {number}"))
         for number, one in enumerate(optimizers):
             move_state(one, self.model, changed, shapes, self._shelf(f"optimizer {number}"))
+        if not torch.equal(self.removed, gone):
+            ranks.watch(self.model, resized=True)
         self._layout, self.removed = layout, gone
         for module in (self.model, *copies):
             module.dampr_layout = layout  # type: ignore[assignment]

@@ -8,6 +8,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from enum import Enum
 from typing import Any, TypeVar, cast
 
 from torch import Tensor, distributed, nn
@@ -36,7 +37,7 @@ def check_bare(model: Any, what: str, name: str = "model", *, sharded: bool = Fa
         if inside(module) is not None and isinstance(module, nn.parallel.DistributedDataParallel):
             raise TypeError(f"{name}.{path} is wrapped in {_called(module)}: expected it bare, because {what}; wrap it after that")
     first = next((key for key, p in model.named_parameters() if is_sharded(p)), None)
-    if not sharded and (first is not None or any(is_fsdp(module) for module in model.modules())):
+    if not sharded and is_any_sharded(model):
         raise TypeError(f"{name} is sharded ({first or type(model).__name__}): expected it whole, because {what}; shard it after that")
 
 
@@ -96,7 +97,7 @@ def gathered(model: nn.Module, *, rank: int | None = None) -> Any:
         if any(isinstance(module, former) for module in model.modules()):
             raise TypeError("model is wrapped in FullyShardedDataParallel: expected torch.distributed.fsdp.fully_shard, or the bare module")
     kept = rank is None or not distributed.is_initialized() or distributed.get_rank() == rank
-    if not _is_any_sharded(model):
+    if not is_any_sharded(model):
         return model if kept else None
     check_gates_whole(model)
     for module in model.modules():
@@ -137,7 +138,8 @@ def check_gates_whole(model: nn.Module) -> None:
             )
 
 
-def _is_any_sharded(model: nn.Module) -> bool:
+def is_any_sharded(model: nn.Module) -> bool:
+    """Whether ``fully_shard`` or tensor parallelism has been anywhere in ``model``."""
     return any(is_fsdp(module) for module in model.modules()) or any(is_sharded(t) for t in (*model.parameters(), *model.buffers()))
 
 
@@ -168,4 +170,4 @@ def _is_of_torch(value: Any) -> bool:
     if isinstance(value, functools.partial):
         return _is_of_torch(value.func)
     where = getattr(value, "__module__", None) or getattr(type(value), "__module__", "")
-    return str(where).startswith("torch.distributed") and not isinstance(value, (Tensor, nn.Module))
+    return str(where).startswith("torch.distributed") and not isinstance(value, (Tensor, nn.Module, Enum))

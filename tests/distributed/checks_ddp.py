@@ -69,6 +69,27 @@ def refused(call: Callable[[], Any], *words: str) -> None:
         assert re.search(word, str(error.value)), f"{word!r} is not in {error.value}"
 
 
+def unlike(gate: Any = "dep_l0") -> nn.Module:
+    """Gates that start at other random values on each rank."""
+    model = net()
+    torch.manual_seed(500 + rank())
+    return dampr.convert(model, gate=gate, example_inputs=X)
+
+
+def random_start(num_gates: int, device: Any = None) -> dampr.gates.Gate:
+    return dampr.gates.HardConcrete(num_gates, droprate=0.5, device=device)
+
+
+def of_gates(model: nn.Module) -> torch.Tensor:
+    """Everything that the gates keep, owned ones too."""
+    gates = [module for module in model.modules() if isinstance(module, dampr.gates.Gate)]
+    return torch.cat([t.detach().flatten().double() for gate in gates for t in gate.state_dict().values()])
+
+
+def draws(model: nn.Module) -> torch.Tensor:
+    return torch.cat([gate().detach() for gate in drawing_gates(model.train())])
+
+
 def check_training_stays_alike(folder: Path) -> None:
     for how in ({}, {"per_sample": True}, {"granularity": "weight"}, {"gate": "dep_l0"}, {"gate": "dam"}, {"gate": "diffprune"}):
         model = gated(**how)
@@ -204,6 +225,75 @@ def check_owned_gates(folder: Path) -> None:
         alike(flat(dampr.compact(model, example_inputs=X)), score)
 
 
+def check_owned_gates_begin_alike(folder: Path) -> None:
+    """No wrapper sends them."""
+    for gate in ("dep_l0", random_start):
+        model = unlike(gate)
+        budget = dampr.Budget(dampr.gate_generator(model, seed=rank()), X, macs=0.5, steps=40, score="learned")
+        alike(of_gates(model), str(gate))
+        wrapped, optimizer = DDP(model), torch.optim.SGD(model.parameters(), lr=0.1)
+        for _ in range(10):
+            wrapped(batch()).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            budget.step()
+        alike(of_gates(model), str(gate))
+        alike(draws(model), str(gate))
+
+
+def check_functions_on_one_rank_leave_the_count(folder: Path) -> None:
+    model = gated()
+    wrapped = DDP(model)
+    train(wrapped, model)
+    if rank() == 0:
+        for function in (dampr.summary, dampr.verify_model, dampr.compact, dampr.prune.doctor):
+            function(wrapped, X)
+        model.eval()(X)
+    train(wrapped, model)
+    alike(draws(model))
+    alike(flat(model))
+
+
+def check_held_draws_of_layers_by_hand(folder: Path) -> None:
+    model = nn.Sequential(dampr.nn.GatedLinear(6, 8, gate=random_start), nn.Tanh(), nn.Linear(8, 3))
+    wrapped = DDP(model)
+    with dampr.hold_draws(wrapped):
+        alike(wrapped(X).detach())
+
+
+def check_budgets_refuse_stages_whose_gates_have_the_same_sizes(folder: Path) -> None:
+    stage = gated() if rank() else nn.Sequential(*gated(), nn.Linear(3, 2))
+    before = of_gates(stage)
+    refused(lambda: dampr.Budget(stage, X, macs=0.5, steps=10), "stages of a pipeline", f"rank {rank()}")
+    assert torch.equal(of_gates(stage), before)
+
+
+def check_a_bank(folder: Path) -> None:
+    model = nn.Sequential(dampr.nn.GatedLinear(6, 8), nn.Tanh(), dampr.nn.GatedLinear(8, 3))
+    wrapped, bank = DDP(model), dampr.nn.GateBank(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    for _ in range(3):
+        with bank.draw():
+            alike(torch.cat([model[0].gate().detach(), model[2].gate().detach()]))
+            (wrapped(batch()).square().mean() + 1e-3 * bank.penalty()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    alike(flat(model))
+
+
+def check_a_shrinker(folder: Path) -> None:
+    model = gated()
+    refused(lambda: dampr.Shrinker(DDP(model), X), r"model\.module", "smaller in place")
+    stale = DDP(model)
+    train(stale, model)
+    with torch.no_grad():
+        model[0].gate.log_alpha[:7] = -30.0
+    assert dampr.Shrinker(model, X, patience=1).step()
+    refused(lambda: stale(batch()), "wrap the module again")
+    train(DDP(model), model)
+    alike(flat(model))
+
+
 def check_converting_under_a_live_wrapper_is_an_error_in_its_next_step(folder: Path) -> None:
     model = net()
     wrapped = DDP(model)
@@ -276,6 +366,25 @@ def check_a_closed_branch(folder: Path) -> None:
             wrapped = DDP(model, **how)
             train(wrapped, model, steps=12, cost=lambda model=model: 1e-3 * dampr.penalty(model))
             alike(flat(model), f"{how}, per_sample={per_sample}")
+
+
+def check_a_closed_branch_that_is_checkpointed(folder: Path) -> None:
+    class Net(nn.Module):
+        def __init__(self, reentrant: bool) -> None:
+            super().__init__()
+            branch = nn.Sequential(dampr.nn.GatedLinear(6, 6), nn.Tanh(), nn.Linear(6, 6))
+            self.first, self.second, self.reentrant = nn.Linear(6, 6), dampr.nn.GatedResidual(branch), reentrant
+            nn.init.constant_(self.second.gate.log_alpha, -0.5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return checkpoint(self.second, self.first(x), use_reentrant=self.reentrant)
+
+    for reentrant in (False, True):
+        for how in ({}, {"static_graph": True}):
+            torch.manual_seed(3)
+            model = Net(reentrant)
+            train(DDP(model, **how), model, steps=12)
+            alike(flat(model), f"use_reentrant={reentrant}, {how}")
 
 
 def check_a_closed_branch_has_gradients_of_zero(folder: Path) -> None:
@@ -370,3 +479,25 @@ def check_compiled(folder: Path) -> None:
     train(wrapped, by_hand, steps=3)
     alike(flat(by_hand), "by hand")
     alike(torch.cat([wrapped(X).detach() for _ in range(3)]), "draws of layers by hand")
+
+
+def check_a_compiled_wrapper_of_before(folder: Path) -> None:
+    def compiled_inside(model: nn.Module) -> nn.Module:
+        model.compile(backend="aot_eager")
+        return DDP(model)
+
+    for wrap in (
+        lambda model: torch.compile(DDP(model), backend="aot_eager"),
+        lambda model: DDP(torch.compile(model, backend="aot_eager")),
+        compiled_inside,
+    ):
+        model = net()
+        stale = wrap(model)
+        stale(batch()).sum().backward()
+        dampr.convert(model, example_inputs=X)
+        refused(lambda stale=stale: stale(batch()), "wrap the module again")
+        budget = dampr.Budget(model, X, macs=0.5)
+        stale = wrap(model)
+        stale(batch()).sum().backward()
+        budget.finalize()
+        refused(lambda stale=stale: stale(batch()), "wrap the module again")

@@ -141,6 +141,19 @@ def check_the_seed_follows_rank_0(folder: Path) -> None:
     assert ranks.agreed_seed() == 1234  # agreed once
 
 
+def check_a_store_of_before_has_one_seed(folder: Path) -> None:
+    """As after ``destroy_process_group`` and ``init_process_group`` under torchrun, whose store goes on."""
+    from dampr.gates import ranks
+
+    before = ranks.agreed_seed()
+    torch.manual_seed(4321)
+    ranks._agreed = None
+    if rank() != 0:
+        assert ranks.agreed_seed() == before  # read before rank 0 comes
+    distributed.barrier()
+    assert ranks.agreed_seed() == before
+
+
 def check_a_group_of_its_own_counts_its_own_parts(folder: Path) -> None:
     alone = [distributed.new_group([r]) for r in range(world())][rank()]
     layer = dampr.gate_generator(dampr.nn.GatedLinear(6, 8, per_sample=True), seed=3, group=alone)

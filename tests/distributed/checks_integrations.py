@@ -57,19 +57,12 @@ def check_accelerate(folder: Path) -> None:
     assert type(dampr.compact(wrapped, example_inputs=X)) is nn.Sequential
 
 
-def trainer(model: nn.Module, folder: Path, callback: Any, optimizer: Any) -> Any:
+def trainer(model: nn.Module, folder: Path, callback: Any, optimizer: Any, **how: Any) -> Any:
     from transformers import Trainer, TrainingArguments
 
-    arguments = TrainingArguments(
-        str(folder / f"trainer{rank()}"),
-        per_device_train_batch_size=8,
-        num_train_epochs=2,
-        use_cpu=True,
-        report_to=[],
-        save_strategy="no",
-        logging_steps=4,
-        disable_tqdm=True,
-    )
+    options = {"output_dir": str(folder / f"trainer{rank()}"), "num_train_epochs": 2, "save_strategy": "no"}
+    options |= {"per_device_train_batch_size": 8, "logging_steps": 4, "use_cpu": True, "report_to": [], "disable_tqdm": True}
+    arguments = TrainingArguments(**(options | how))
     assert arguments.world_size == distributed.get_world_size()
     return Trainer(model, arguments, train_dataset=Rows(), callbacks=[callback], optimizers=(optimizer, None))
 
@@ -88,6 +81,26 @@ def check_a_trainer_keeps_a_budget(folder: Path) -> None:
         report = budget.finalize()
         assert report.reached <= report.target
         alike(flat(dampr.compact(body, example_inputs=X)), str(how))
+
+
+def check_a_trainer_resumes_what_rank_0_has_saved(folder: Path) -> None:
+    from dampr.integrations.huggingface import DamprCallback
+
+    def train(steps: int, resume: str | None) -> tuple[nn.Module, dampr.Budget]:
+        body = gated()
+        budget = dampr.Budget(body, X, macs=0.5, steps=12)
+        model = Classifier(body)
+        how = {"max_steps": steps, "save_strategy": "steps", "save_steps": 6, "output_dir": str(folder / "resumed")}
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        trainer(model, folder, DamprCallback(budget), optimizer, **how).train(resume_from_checkpoint=resume)
+        return body, budget
+
+    assert train(6, None)[1].steps == 6
+    body, budget = train(14, str(folder / "resumed" / "checkpoint-6"))
+    assert (budget.steps, budget.measured) == (14, 14)
+    report = budget.finalize()
+    assert report.reached <= report.target
+    alike(flat(dampr.compact(body, example_inputs=X)))
 
 
 def check_a_trainer_refuses_a_plan(folder: Path) -> None:
@@ -156,3 +169,38 @@ def check_lightning(folder: Path) -> None:
     plan = dampr.Plan(dense, X, macs=0.5, steps=40)
     with pytest.raises(ValueError, match="strategy=DDPStrategy: not supported with a plan"):
         fit(Module(dense), PlanCallback(plan))
+
+
+def check_lightning_resumes_a_budget_that_owns_its_gates(folder: Path) -> None:
+    pl = pytest.importorskip("pytorch_lightning")
+    from dampr.integrations.lightning import DamprCallback
+
+    local = {"TORCHELASTIC_RUN_ID": "test", "GROUP_RANK": "0", "LOCAL_WORLD_SIZE": os.environ["WORLD_SIZE"]}
+    os.environ |= local
+
+    class Module(pl.LightningModule):
+        def __init__(self, body: nn.Module) -> None:
+            super().__init__()
+            self.body = body
+
+        def training_step(self, batch: Any, _: int) -> torch.Tensor:
+            return nn.functional.cross_entropy(self.body(batch[0]), batch[1])
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.Adam(self.parameters(), lr=1e-2)
+
+    def fit(epochs: int, resume: Path | None) -> tuple[Any, nn.Module, dampr.Budget]:
+        body = gated()
+        budget = dampr.Budget(body, X, macs=0.5, steps=12)
+        how: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+        how |= {"accelerator": "cpu", "devices": distributed.get_world_size(), "strategy": "ddp"}
+        loop = pl.Trainer(max_epochs=epochs, callbacks=[DamprCallback(budget)], default_root_dir=str(folder), **how)
+        loop.fit(Module(body), DataLoader(TensorDataset(Rows().x, Rows().y), batch_size=8), ckpt_path=resume)
+        return loop, body, budget
+
+    fit(1, None)[0].save_checkpoint(folder / "lightning.ckpt")
+    _, body, budget = fit(2, folder / "lightning.ckpt")
+    assert (budget.steps, budget.measured) == (16, 16)
+    report = budget.finalize()
+    assert report.reached <= report.target
+    alike(flat(dampr.compact(body, example_inputs=X)))

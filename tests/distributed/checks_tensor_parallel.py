@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor import parallel as tp
 from torch.nn import functional as F
 
 import dampr
 from dampr.integrations.distributed import gathered, parallelize_module, replicate_gates
-from tests.distributed.checks_ddp import alike, flat, net, rank, refused
+from tests.distributed.checks_ddp import alike, draws, flat, net, of_gates, random_start, rank, refused, unlike
 
 
 class Block(nn.Module):
@@ -114,6 +115,39 @@ def check_linear_layers(folder: Path) -> None:
             compare(build, plans[style], torch.randn(5, 6, generator=torch.Generator().manual_seed(1)))
 
 
+def check_families(folder: Path) -> None:
+    for gate in ("dep_l0", "dam", "diffprune", "diffmask"):
+
+        def build(gate: str = gate) -> nn.Module:
+            torch.manual_seed(3)
+            model = nn.Sequential(nn.Linear(6, 8), dampr.nn.GatedLinear(8, 12, gate=gate), nn.Tanh(), nn.Linear(12, 4))
+            return settle(model) if gate == "dep_l0" else model
+
+        plan = {"1": tp.ColwiseParallel(), "3": tp.RowwiseParallel()}
+        compare(build, plan, torch.randn(5, 6, generator=torch.Generator().manual_seed(1)))
+
+
+def check_gates_are_those_of_the_first_rank(folder: Path) -> None:
+    for gate in ("dep_l0", random_start):
+        model = dampr.gate_generator(unlike(gate), seed=rank())
+        parallelize_module(model, mesh(), {"0": tp.ColwiseParallel(), "2": tp.RowwiseParallel()})
+        alike(of_gates(model), str(gate))
+        alike(draws(model), str(gate))
+
+
+def check_plans_refuse_shards(folder: Path) -> None:
+    for convert in (False, True):
+        model, x = net(), torch.linspace(-1, 1, 8 * 6).reshape(8, 6)
+        if convert:
+            dampr.convert(model, example_inputs=x)
+        plan = dampr.Plan(model, x, macs=0.5, steps=40)
+        shard = parallelize_module if convert else tp.parallelize_module
+        shard(model, mesh(), {"0": tp.ColwiseParallel(), "2": tp.RowwiseParallel()})
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        refused(lambda plan=plan, optimizer=optimizer: plan.step(optimizer), "parallelize_module", "budget")
+        assert plan.steps_taken == 0
+
+
 def check_a_transformer_block(folder: Path) -> None:
     def build() -> nn.Module:
         torch.manual_seed(3)
@@ -198,6 +232,14 @@ def check_torchs_own_function_is_refused_by_name(folder: Path) -> None:
     assert not isinstance(conv[0].weight, DTensor)
 
 
+def check_parts_of_what_cannot_be_sharded_are_refused(folder: Path) -> None:
+    for pattern in ("0", "*", "0.*", "0.out_proj"):
+        model = nn.Sequential(dampr.nn.GatedMultiheadAttention(8, 4))
+        plan = {pattern: tp.ColwiseParallel()}
+        refused(lambda model=model, plan=plan: parallelize_module(model, mesh(), plan), "0: GatedMultihead")
+        assert not any(isinstance(p, DTensor) for p in model.parameters())
+
+
 def check_data_and_tensor_parallelism(folder: Path) -> None:
     """On four ranks, two by two; on two, one by two and two by one."""
     world = distributed.get_world_size()
@@ -220,6 +262,64 @@ def check_data_and_tensor_parallelism(folder: Path) -> None:
         sharded.train()(x[each * place : each * (place + 1)]).square().mean().backward()
         torch.testing.assert_close(sharded[1].gate.log_alpha.grad, one[1].gate.log_alpha.grad, rtol=1e-4, atol=1e-6)
         alike(sharded[1].gate.log_alpha.grad)
+
+
+def check_shards_of_shards(folder: Path) -> None:
+    """fully_shard over tensor parallelism."""
+    world = distributed.get_world_size()
+    x = torch.randn(8, 3, 16, generator=torch.Generator().manual_seed(1))
+    for shape in ((2, 2),) if world == 4 else ((1, 2), (2, 1)):
+        both = init_device_mesh("cpu", shape, mesh_dim_names=("dp", "tp"))
+
+        def build() -> nn.Module:
+            torch.manual_seed(3)
+            return settle(dampr.convert(Block(), example_inputs=x, exclude="head"))
+
+        one, model = build(), build()
+        dampr.gate_generator(model, seed=5, group=both["dp"].get_group())
+        gates = replicate_gates(model, group=both["dp"].get_group())
+        parallelize_module(model, both["tp"], PLAN)
+        fully_shard(model, mesh=both["dp"], ignored_params=gates)
+        each, place = 8 // shape[0], both["dp"].get_local_rank()
+        for m, part in ((one, x), (model, x[each * place : each * (place + 1)])):
+            optimizer = torch.optim.SGD(m.parameters(), lr=0.05)
+            for _ in range(3):
+                (m.train()(part).square().mean() + 1e-3 * dampr.penalty(m)).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        torch.testing.assert_close(flat(gathered(model)), flat(one), rtol=1e-4, atol=1e-5)
+
+
+def check_torchs_pipeline_of_a_converted_model(folder: Path) -> None:
+    """Traced and split by torch, it has the gradients that it has in one process."""
+    from torch.distributed.pipelining import ScheduleGPipe, SplitPoint, pipeline
+
+    world = distributed.get_world_size()
+
+    def build() -> nn.Module:
+        torch.manual_seed(3)
+        parts = [(dampr.nn.GatedLinear(6, 8), nn.LayerNorm(8), nn.Tanh(), nn.Linear(8, 6)) for _ in range(world)]
+        model = nn.Sequential(*(layer for part in parts for layer in part))
+        return settle(dampr.convert(model, example_inputs=torch.ones(2, 6))).train()
+
+    one, model = build(), build()
+    x = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
+    starts = {f"{4 * stage}": SplitPoint.BEGINNING for stage in range(1, world)}
+    split = pipeline(model, mb_args=(x[:2],), split_spec=starts)
+    stage = split.build_stage(rank(), torch.device("cpu"), distributed.group.WORLD)
+    schedule = ScheduleGPipe(stage, 4, loss_fn=lambda y, target: (y - target).square().mean())
+    for _ in range(2):  # with other draws in the second step
+        one.zero_grad()
+        stage.submod.zero_grad()  # or torch would divide by the number of parts again
+        for rows in x.split(2):
+            (one(rows).square().mean() / 4).backward()
+        if rank() == 0:
+            schedule.step(x)
+        else:
+            schedule.step(**({"target": torch.zeros(8, 6)} if rank() == world - 1 else {}))
+    for name, p in stage.submod.named_parameters():
+        torch.testing.assert_close(p.grad, one.get_parameter(name).grad, rtol=1e-4, atol=1e-6, msg=name)
+    assert any("log_alpha" in name for name, _ in stage.submod.named_parameters())
 
 
 def check_stages_of_a_pipeline(folder: Path) -> None:

@@ -33,7 +33,8 @@ def built() -> tuple[Any, dampr.Budget]:
 
 
 def trainer(model: Any, budget: dampr.Budget, folder: Any, history: Any = None, **how: Any) -> Any:
-    groups = dampr.param_groups(model, lr=1e-3, gate_lr=2.0, weight_decay=0.01)
+    gate_lr = 2.0 if budget.controller is None else None
+    groups = dampr.param_groups(model, lr=1e-3, gate_lr=gate_lr, weight_decay=0.01)
     options = {"max_steps": 6, "per_device_train_batch_size": 4, "logging_steps": 1, "save_steps": 4, "use_cpu": True, "report_to": "none"}
     return transformers.Trainer(
         model,
@@ -101,6 +102,32 @@ def test_a_training_that_resumes_goes_on_with_the_budget(restore: bool, tmp_path
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     assert other.steps == 6
     assert float(other.multiplier) == pytest.approx(float(budget.multiplier), rel=1e-3)
+
+
+@pytest.mark.parametrize("when", ["steps", "epoch", "best"])
+@pytest.mark.parametrize("score", ["importance", "learned"])
+def test_checkpoints_hold_a_budget_that_owns_its_gates(score: str, when: str, tmp_path: Any) -> None:
+    def made() -> tuple[dampr.Budget, Any]:
+        torch.manual_seed(0)
+        model, x = llama()
+        huggingface.convert(model, example_inputs=x)
+        budget = dampr.Budget(dampr.gate_generator(model, seed=1), x, macs=0.6, steps=16, score=score)
+        how: dict[str, Any] = {"max_steps": 16, "save_steps": 8, "save_strategy": when}
+        if when == "best":
+            how |= {"metric_for_best_model": "loss", "eval_strategy": "steps", "eval_steps": 8, "save_total_limit": 5}
+        return budget, trainer(model, budget, tmp_path, **how)
+
+    def kept(budget: dampr.Budget) -> torch.Tensor:
+        assert budget.controller is not None
+        return torch.cat([gate.deterministic().detach() for gate in budget.controller.gates])
+
+    budget, run = made()
+    run.train()
+    other, resumed = made()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+    assert (other.steps, other.measured) == (budget.steps, budget.measured) == (16, 16)
+    torch.testing.assert_close(kept(other), kept(budget))
+    assert other.finalize().reached == budget.finalize().reached
 
 
 @pytest.mark.parametrize("option", ["weight_decay", "fp16"])

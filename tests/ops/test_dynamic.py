@@ -100,6 +100,34 @@ def test_export_keeps_a_dynamic_batch(compacted: bool, strict: bool) -> None:
         torch.testing.assert_close(exported.module()(x), model(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda: dampr.nn.GatedLinear(6, 8),
+        lambda: dampr.nn.GatedLinear(6, 8, granularity="input", per_sample=True),
+        lambda: dampr.nn.GatedLinear(6, 8, granularity="weight"),
+        lambda: dampr.nn.GatedLayerNorm(6),
+        lambda: dampr.nn.GatedBatchNorm1d(6, activation="relu"),
+        lambda: dampr.nn.Gate(6, dim=-1),
+        lambda: nn.Sequential(nn.Unflatten(1, (2, 3)), dampr.nn.GatedConv1d(2, 4, 2)),
+    ],
+)
+def test_what_is_exported_in_training_learns(layer: Any, strict: bool) -> None:
+    """As torch.distributed.pipelining trains the parts of a model."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model, x = dampr.gate_generator(nn.Sequential(nn.Linear(6, 6), layer()), seed=1), torch.randn(4, 6)
+    for gate in dampr.gates.draws.drawing_gates(model):
+        nn.init.normal_(gate.log_alpha)
+    exported = torch.export.export(model, (x,), strict=strict).module()
+    for run in (exported, model):
+        run(x).square().sum().backward()
+    found = dict(exported.named_parameters())
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(found[name].grad, p.grad, rtol=1e-4, atol=1e-5, msg=name)
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")  # torch's own
 def test_a_compacted_model_is_compiled_ahead_of_time(tmp_path: Any) -> None:
