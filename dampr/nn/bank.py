@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dampr import _checks, ops, philox
+from dampr import _checks, ops
 from dampr.gates import Gate, HardConcrete
 from dampr.spec import GateSpec
 
@@ -24,7 +24,8 @@ class GateBank:
     kernels that do next to nothing. In the block of :meth:`draw` all hard concrete gates of one set of constants are one vector with one
     seed: gate i of the vector has the noise (seed, i), so the values are those of :func:`dampr.functional.sample_gates` on that vector, to
     the bit, and layers get views of it. Parameters become views of one block of memory, in which optimizers, state dicts and whoever else
-    holds them do not see a difference.
+    holds them do not see a difference. The seed is that of the first of these gates, so :func:`dampr.hold_draws` holds it, and it follows
+    :func:`dampr.gate_generator`. Checkpointed regions need ``use_reentrant=False``.
 
     Gates of other families, and those of layers that draw for each sample, are drawn by their layers as always, and :meth:`penalty` asks
     these layers. Make a new bank after units have left the model (:class:`dampr.Shrinker`): what a gate saves has changed.
@@ -64,7 +65,7 @@ class GateBank:
     @contextmanager
     def draw(self) -> Iterator[None]:
         """One draw of all gates for every call of the model in the block, and the penalty that goes with it; in training mode."""
-        if self.gates[0]._banked is not None:
+        if any(gate._banked is not None and gate._banked.value is not None for gate in self.gates):
             raise RuntimeError("draw() inside of draw(): expected one block for each step")
         try:
             for group in self._groups:
@@ -118,14 +119,15 @@ class _Group:
             self._flat = self._joined()
             self._cost = self._cost.to(self._flat)
         log_alpha = ops.joined(self._flat, [gate.log_alpha for gate in self._gates])
-        z, self.penalty = ops.gate_bank(log_alpha, philox.draw_seed(self._flat.device), self._cost, self._spec)
+        z, self.penalty = ops.gate_bank(log_alpha, self._gates[0].draw_seed(self._flat.device), self._cost, self._spec)
         for gate, own in zip(self._gates, z.split(self._sizes), strict=True):
-            gate._banked = own
+            gate._begin("_banked", own)
 
     def let_go(self) -> None:
+        if self.penalty is not None:
+            for gate in self._gates:
+                gate._end("_banked")
         self.penalty = None
-        for gate in self._gates:
-            gate._banked = None
 
 
 def _costs(layers: list[GatedLayer], gates: list[Gate]) -> dict[Gate, Tensor]:
