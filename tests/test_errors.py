@@ -53,6 +53,19 @@ X, W = torch.zeros(2, 4), torch.zeros(3, 4)
         (lambda: hard_concrete(beta=float("nan")), ValueError, "beta=nan: expected a finite number above 0"),
         (lambda: gates.HardConcrete(0), ValueError, "num_gates=0: expected an integer of at least 1"),
         (lambda: gates.HardConcrete(2.5), ValueError, "num_gates=2.5"),
+        *[
+            (lambda make=make: make(device=2**63), ValueError, r"device=9223372036854775808: expected None or a device \(")
+            for make in (
+                lambda **how: gates.HardConcrete(2, **how),
+                lambda **how: gates.DiscriminativeMask(2, **how),
+                lambda **how: gates.DiffPrune(2, **how),
+                lambda **how: gates.DifferentiableMask(2, **how),
+                lambda **how: gates.DependencyGenerator([2], **how),
+                lambda **how: gates.place_gate("dep_l0", 2, per_sample=False, **how),
+            )
+        ],
+        (lambda: gates.HardConcrete(2, device="tpu9"), ValueError, "device='tpu9': expected None or a device"),
+        (lambda: gates.HardConcrete(2, device=1.5), TypeError, "device=1.5: expected None or a device"),
         (lambda: gates.HardConcrete(2, preset="mode"), ValueError, r"preset='mode': expected one of \['paper', 'median', 'binary'\]"),
         (
             lambda: dampr.nn.GatedLinear(4, 3, granularity="column"),

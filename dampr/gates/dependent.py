@@ -77,6 +77,7 @@ class DependencyGenerator(GateModule):
         self.input_width = self.sizes[self._order[0]] if input_width is None else _checks.positive_int("input_width", input_width)
         self.init_scale, self.bias_init = _checks.number("init_scale", init_scale), _checks.number("bias_init", bias_init)
         self._last: _Evaluation | None = None
+        device = _checks.device("device", device)
         width = self.input_width
         for index in self._order:
             weight = torch.empty(self.sizes[index], width, dtype=torch.float32, device=device)

@@ -71,6 +71,7 @@ class DifferentiableMask(KernelGate):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__(num_gates)
+        device = _checks.device("device", device)
         _checks.one_of("variant", variant, sorted(VARIANTS))
         _checks.number("threshold", threshold, 0)
         _checks.number("slope", slope, 0, above=True)

@@ -15,7 +15,7 @@ from dampr import gates
 from dampr import nn as gated
 
 from .cases import Case, judge
-from .functional import corrupted
+from .functional import corrupted, values
 from .values import Draw, nonsense
 
 FAMILIES: tuple[Any, ...] = ("hard_concrete", "dam", "diffprune", "diffmask", gates.HardConcrete)
@@ -129,9 +129,16 @@ def of(kind: str) -> Callable[[Draw], str | None]:
         elif "hidden_size" in arguments and len(shape) == 3 and draw.chance(0.4):
             lengths = torch.full((shape[0 if arguments["batch_first"] else 1],), shape[1 if arguments["batch_first"] else 0])
             given["input"] = pack_padded_sequence(x, lengths, batch_first=arguments["batch_first"])
+        if training and overflows(given["input"]):
+            return judge(Case(layer, (), given, valid=True, truth=lambda: values(plain(**given))))
         return judge(Case(layer, (), given, names=("input", "x", "weight", "gate"), like=lambda: plain(**given)))
 
     return target
+
+
+def overflows(x: Any) -> bool:
+    """Whether squares of numbers in x do, so that a norm of torch gives another result for another layout of x."""
+    return isinstance(x, Tensor) and x.is_floating_point() and bool((x.abs() > torch.finfo(x.dtype).max ** 0.5).any())
 
 
 def embedding(draw: Draw) -> str | None:
