@@ -191,7 +191,7 @@ def _layout(
     groups: int,
     where: str | Any,
 ) -> Layout:
-    _checks.positive_int("groups", groups)
+    groups = _checks.positive_int("groups", groups)
     if len(weight) != dims + 2:
         raise ValueError(f"weight.shape={tuple(weight)}: expected {dims + 2} dimensions, (filters, channels / groups, kernel size)")
     if min(weight[2:]) < 1:

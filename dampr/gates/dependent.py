@@ -234,7 +234,7 @@ class DependentHardConcrete(ConcreteGate):
     ) -> None:
         if not isinstance(generator, DependencyGenerator):
             raise TypeError(f"generator={generator!r}: expected a DependencyGenerator")
-        _checks.positive_int("index", index, least=0)
+        index = _checks.positive_int("index", index, least=0)
         if index >= len(generator.sizes):
             raise ValueError(f"index={index}: expected one below {len(generator.sizes)}, the layers of the generator")
         super().__init__(generator.sizes[index], beta=beta, gamma=gamma, zeta=zeta, preset=preset)

@@ -179,7 +179,7 @@ def geometric_slope(step: int, steps: int, start: float = 1.0, end: float = 50.0
     """start (end / start)^(step / steps), and ``end`` from ``steps`` on: the slope of an annealed smooth mask after ``step`` steps."""
     for name, bound in (("start", start), ("end", end)):
         _checks.number(name, bound, 0, above=True)
-    _checks.positive_int("steps", steps)
+    steps = _checks.positive_int("steps", steps)
     _checks.number("step", step, 0)
     return start * (end / start) ** min(step / steps, 1.0)
 

@@ -74,7 +74,7 @@ def prune_once(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model={model!r:.80}: expected a torch.nn.Module")
     _checks.one_of("criterion", criterion, CRITERIA)
-    _checks.positive_int("rounds", rounds)
+    rounds = _checks.positive_int("rounds", rounds)
     data = _checks.items("batches", batches) if batches is not None else []
     _check_data(data, loss, criterion)
     example = data[0][0] if example_inputs is None and data else example_inputs

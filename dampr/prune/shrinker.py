@@ -99,7 +99,7 @@ class Shrinker:
     ) -> None:
         _checks.module("model", model)
         inputs.check(example_inputs)
-        _checks.positive_int("patience", patience)
+        patience = _checks.positive_int("patience", patience)
         for name, share in (("probability", probability), ("least_saving", least_saving)):
             if not 0 <= _checks.number(name, share) < 1:
                 raise ValueError(f"{name}={share!r}: expected a number in [0, 1)")
