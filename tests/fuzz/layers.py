@@ -113,8 +113,9 @@ def of(kind: str) -> Callable[[Draw], str | None]:
             return judge(Case(build, (), arguments | how, names=own_names))
         if draw.chance(0.35):
             corrupted(draw, arguments)
-            if isinstance(arguments.get("num_layers"), int) and arguments["num_layers"] > 9:
-                arguments["num_layers"] = 0  # torch itself would make names for all of them
+            layers = arguments.get("num_layers")
+            if isinstance(layers, int) or (isinstance(layers, Tensor) and layers.numel() == 1 and not layers.is_meta):
+                arguments["num_layers"] = 0 if float(layers.real) > 9 else layers  # torch itself would make names for all of them
             return judge(Case(build, (), arguments, names=own_names, like=lambda: dense(**arguments)))
         plain = dense(**arguments)
         layer = opened(build(**arguments))
@@ -138,7 +139,8 @@ def of(kind: str) -> Callable[[Draw], str | None]:
 
 def overflows(x: Any) -> bool:
     """Whether squares of numbers in x do, so that a norm of torch gives another result for another layout of x."""
-    return isinstance(x, Tensor) and x.is_floating_point() and bool((x.abs() > torch.finfo(x.dtype).max ** 0.5).any())
+    known = isinstance(x, Tensor) and x.layout == torch.strided and not x.is_meta and x.is_floating_point()
+    return known and bool((x.abs() > torch.finfo(x.dtype).max ** 0.5).any())
 
 
 def embedding(draw: Draw) -> str | None:
