@@ -56,7 +56,7 @@ X, W = torch.zeros(2, 4), torch.zeros(3, 4)
         (lambda: gates.HardConcrete(0), ValueError, "num_gates=0: expected an integer of at least 1"),
         (lambda: gates.HardConcrete(2.5), ValueError, "num_gates=2.5"),
         *[
-            (lambda make=make: make(device=2**63), ValueError, r"device=9223372036854775808: expected None or a device \(")
+            (lambda make=make: make(device=2**63), ValueError, r"device=9223372036854775808: expected None or a")
             for make in (
                 lambda **how: gates.HardConcrete(2, **how),
                 lambda **how: gates.DiscriminativeMask(2, **how),
@@ -112,7 +112,7 @@ def test_error_names_argument_value_and_expectation(call, error, message):
         call()
 
 
-@pytest.mark.parametrize("made", [lambda n: torch.tensor(n), lambda n: torch.tensor([n]).numpy()[0]], ids=["tensor", "numpy"])
+@pytest.mark.parametrize("made", [torch.tensor, lambda n: torch.tensor([n]).numpy()[0]], ids=["tensor", "numpy"])
 def test_whole_numbers_may_be_numpys_or_in_a_tensor(made, tmp_path):
     x = torch.randn(4, 6)
     model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))

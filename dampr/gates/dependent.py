@@ -20,9 +20,9 @@ DIRECTIONS = ("forward", "backward")
 
 
 class _Evaluation(NamedTuple):
-    """What the generator produced for which parameters, and whether a backward has been through it (then the list is not empty).
+    """What the generator produced for which parameters.
 
-    ``served``: the layers that have asked for it.
+    ``consumed`` is not empty once a backward has been through it; ``served`` has the layers that asked for it.
     """
 
     key: tuple[Any, ...]
@@ -46,9 +46,9 @@ class DependencyGenerator(GateModule):
         bias_init: mean of the initial biases, N(bias_init, 0.01).
         device: where the parameters live. They are float32 and stay so under autocast and ``.half()``.
 
-    The network has no noise and no input, so it is evaluated once for all gates of a step: the values are kept until a parameter changes
-    or a backward has gone through them. Without gradients they serve each layer once, one pass of the model: averages of weights are
-    often copied in through ``p.data``, which PyTorch's version counters do not tell.
+    The network has no noise and no input, so it is evaluated once for all gates of a step: the values are kept until
+    a parameter changes or a backward has gone through them. Without gradients they serve each layer once, one pass of
+    the model: averages of weights are often copied in through ``p.data``, which PyTorch's version counters do not tell.
 
     Raises: ValueError or TypeError that names the argument.
 
@@ -111,7 +111,7 @@ class DependencyGenerator(GateModule):
         return self._run(upto=index)[-1] if kept is None else kept[index]
 
     def _kept(self, layers: list[int]) -> list[Tensor] | None:
-        """The log_alphas of this step in the order of the network, for these ``layers``; None where nothing may be kept."""
+        """The log_alphas of this step by layer, asked for by ``layers``; None where nothing may be kept."""
         if not self._may_keep():
             return None
         key = self._key()
@@ -122,10 +122,11 @@ class DependencyGenerator(GateModule):
         return last.values
 
     def _is_over(self, last: _Evaluation, layers: list[int]) -> bool:
-        """Whether ``layers`` ask in another step than the one that ``last`` was evaluated for, though no parameter seems changed."""
+        """Whether ``layers`` ask in another step than that of ``last``, though no parameter seems changed."""
         if last.values[0].grad_fn is None:
             return not last.served.isdisjoint(layers)
-        # Within a backward (activation checkpointing computes the forward again there) the values serve on; no one goes back through them.
+        # Within a backward, where activation checkpointing computes the forward again, the values serve on: no one
+        # goes back through them.
         return bool(last.consumed) and torch._C._current_graph_task_id() == -1
 
     def _in_order(self, values: list[Tensor]) -> list[Tensor]:

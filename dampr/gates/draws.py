@@ -122,8 +122,8 @@ def hold_draws(model: nn.Module) -> Iterator[None]:
     For micro-batches that are to train one network, for several losses of one draw, for looking at what a draw does. With ``per_sample``
     each row has the same gates in calls of as many rows. Evaluation mode has no noise and is what it always is. Inside another block of the
     same model the draw is the outer block's. Gates that are made within the block are not held. Checkpointed regions
-    (``torch.utils.checkpoint``) of the block have its draw again, also where their backward comes later; only reentrant regions inside of
-    reentrant regions need their backward in the block.
+    (``torch.utils.checkpoint``) of the block have its draw again, also where their backward comes later; only
+    reentrant regions inside of reentrant regions need their backward in the block.
 
     A family of your own is held if it asks :meth:`dampr.gates.Gate.draw_seed` for its noise.
 

@@ -1,4 +1,4 @@
-"""What a gate has for all calls of a block, and has again where a checkpointed region of the block runs a second time after its end."""
+"""What a gate has for all calls of a block, and again where a checkpointed region of it runs after its end."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ class _Block:
 
     def __init__(self, value: Tensor) -> None:
         self.value = value
-        self.first, self.last = torch._C._autograd._get_sequence_nr(), math.inf  # its place in the order of autograd's nodes
+        self.first: float = torch._C._autograd._get_sequence_nr()  # its place in the order of autograd's nodes
+        self.last = math.inf
         self.around = WeakSet(region for region, _ in recomputed.regions())
         self.within: WeakSet[Any] = WeakSet()
         self.may_reenter = False
@@ -37,10 +38,10 @@ class _Block:
 
 
 class Held:
-    """The value of one gate in the block that is open, if one is, and in those of before whose checkpointed regions may run again.
+    """The value of one gate in the open block, if there is one, and in those before it whose regions may run again.
 
-    Which block a repeated call belongs to follows from its region, so a backward may come when the block is over, or in another block.
-    Not known are reentrant regions inside of reentrant regions: their backward has to be in the block.
+    Which block a repeated call belongs to follows from its region, so a backward may come when the block is over, or in
+    another block. Not known are reentrant regions inside of reentrant regions: their backward has to be in the block.
     """
 
     value: Tensor | None = None
@@ -81,6 +82,6 @@ class Held:
         if key is None:
             return self._open
         found = next((block for block in blocks if block.first <= key[0] < block.last), None)
-        if found is not None and found.value.requires_grad:  # whose graph a second backward, that of the region, would go through
+        if found is not None and found.value.requires_grad:  # the region's backward would go through its graph, again
             raise RuntimeError("a reentrant checkpoint repeats a draw of a GateBank: expected use_reentrant=False")
         return found

@@ -24,8 +24,8 @@ class GateBank:
     kernels that do next to nothing. In the block of :meth:`draw` all hard concrete gates of one set of constants are one vector with one
     seed: gate i of the vector has the noise (seed, i), so the values are those of :func:`dampr.functional.sample_gates` on that vector, to
     the bit, and layers get views of it. Parameters become views of one block of memory, in which optimizers, state dicts and whoever else
-    holds them do not see a difference. The seed is that of the first of these gates, so :func:`dampr.hold_draws` holds it, and it follows
-    :func:`dampr.gate_generator`. Checkpointed regions need ``use_reentrant=False``.
+    holds them do not see a difference. The seed is that of the first of these gates, so :func:`dampr.hold_draws` holds
+    it, and it follows :func:`dampr.gate_generator`. Checkpointed regions need ``use_reentrant=False``.
 
     Gates of other families, and those of layers that draw for each sample, are drawn by their layers as always, and :meth:`penalty` asks
     these layers. Make a new bank after units have left the model (:class:`dampr.Shrinker`): what a gate saves has changed.

@@ -51,7 +51,7 @@ def wanted(grads: Sequence[torch.Tensor | None], needs: Sequence[bool]) -> list[
 
 
 def rows_of(x: torch.Tensor) -> torch.Tensor:
-    """``x`` (..., n) as a matrix (rows, n), also where a size is 0 or a symbol, which ``torch.Size.numel`` would make a number of."""
+    """``x`` (..., n) as a matrix (rows, n), also where a size is 0, or a symbol, which numel makes a number."""
     return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 

@@ -115,7 +115,8 @@ def of(kind: str) -> Callable[[Draw], str | None]:
             corrupted(draw, arguments)
             layers = arguments.get("num_layers")
             if isinstance(layers, int) or (isinstance(layers, Tensor) and layers.numel() == 1 and not layers.is_meta):
-                arguments["num_layers"] = 0 if float(layers.real) > 9 else layers  # torch itself would make names for all of them
+                # Or torch itself would make names for all of them.
+                arguments["num_layers"] = 0 if float(layers.real) > 9 else layers
             return judge(Case(build, (), arguments, names=own_names, like=lambda: dense(**arguments)))
         plain = dense(**arguments)
         layer = opened(build(**arguments))
