@@ -11,9 +11,7 @@ import inspect
 import json
 import math
 import os
-import tempfile
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, overload
 
@@ -24,6 +22,7 @@ from torch.nn.parameter import is_lazy
 from dampr import _checks
 from dampr import nn as dampr_nn
 from dampr._version import __version__
+from dampr._writing import whole_or_nothing
 from dampr.nn import GatedLayer
 
 from . import composites, inputs
@@ -110,48 +109,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         "compaction": content.compaction,
     }
     manifest["sha256"] = _digest(manifest, content.state)
-    with _whole_or_nothing(path) as partial:
+    with whole_or_nothing(path) as partial:
         save_file(content.state, partial, metadata={_KEY: json.dumps(manifest)})
-
-
-@contextlib.contextmanager
-def _whole_or_nothing(path: str | os.PathLike[str]) -> Iterator[str]:
-    """A file of a name of its own to write, which then takes the place of ``path`` at once, and is on the disk when it does.
-
-    Processes that write to one path at a time do not write into each other; the last one stays. Raises FileNotFoundError for a folder that
-    is not there.
-    """
-    target = os.path.abspath(os.fspath(path))
-    folder = os.path.dirname(target)
-    if not os.path.isdir(folder):
-        raise FileNotFoundError(f"path={os.fspath(path)!r}: expected it in a folder that exists")
-    handle, partial = tempfile.mkstemp(prefix=f".{os.path.basename(target)}.", suffix=".partial", dir=folder)
-    os.close(handle)
-    try:
-        yield partial
-        mode = os.stat(target).st_mode & 0o777 if os.path.exists(target) else 0o666 & ~_umask()
-        os.chmod(partial, mode)
-        _to_disk(partial)
-        os.replace(partial, target)
-        if os.name == "posix":
-            _to_disk(folder)
-    finally:
-        if os.path.exists(partial):
-            os.remove(partial)
-
-
-def _to_disk(path: str) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 @overload
