@@ -131,9 +131,9 @@ def of(kind: str) -> Callable[[Draw], str | None]:
         elif "hidden_size" in arguments and len(shape) == 3 and draw.chance(0.4):
             lengths = torch.full((shape[0 if arguments["batch_first"] else 1],), shape[1 if arguments["batch_first"] else 0])
             given["input"] = pack_padded_sequence(x, lengths, batch_first=arguments["batch_first"])
-        if training and overflows(given["input"]):
-            return judge(Case(layer, (), given, valid=True, truth=lambda: values(plain(**given))))
-        return judge(Case(layer, (), given, names=("input", "x", "weight", "gate"), like=lambda: plain(**given)))
+        case = Case(layer, (), given, names=("input", "x", "weight", "gate"), like=lambda: plain(**given))
+        case.truth = (lambda: values(plain(**given))) if training and overflows(given["input"]) else None
+        return judge(case)
 
     return target
 
