@@ -43,6 +43,17 @@ def floating(name: str, value: Tensor) -> None:
         raise TypeError(f"{name}.dtype={value.dtype}: expected a floating-point tensor")
 
 
+def device(name: str, value: Any) -> torch.device | None:
+    """Where tensors are to be made: None for the device of the context, or what ``torch.device`` takes."""
+    if value is None or isinstance(value, torch.device):
+        return value
+    try:
+        return torch.device(value)
+    except (RuntimeError, TypeError, ValueError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{name}={value!r:.80}: expected None or a device ({str(error).splitlines()[0]:.120})") from error
+
+
 def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
     if value.device != other.device:
         raise ValueError(f"{name}.device={value.device}: expected {other.device}, the device of {other_name}")

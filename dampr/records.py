@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from dampr import _version, ops
+from dampr._writing import whole_or_nothing
 from dampr.ops.thresholds import processor
 
 
@@ -57,9 +58,8 @@ def write_jsonl(path: str | os.PathLike[str], rows: Iterable[dict[str, Any]]) ->
 
 def _replace(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    partial.replace(path)
+    with whole_or_nothing(path) as partial:
+        Path(partial).write_text(text)
 
 
 def _run(*command: str) -> str | None:

@@ -56,7 +56,9 @@ def runtime(name: str) -> str:
 def environment(isa: str) -> dict[str, str]:
     own = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "CXXFLAGS", "LDFLAGS")}
     own |= {"LD_PRELOAD": f"{runtime('libasan.so')}:{runtime('libubsan.so')}", "DAMPR_CPU_ISA": isa, "OMP_NUM_THREADS": "2"}
-    own |= {"ASAN_OPTIONS": "detect_leaks=0:abort_on_error=1", "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1"}
+    # Sizes without sense are for torch to refuse, which sees that there is no memory for them.
+    own |= {"ASAN_OPTIONS": "detect_leaks=0:abort_on_error=1:allocator_may_return_null=1"}
+    own |= {"UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1"}
     return own | {"PYTHONDONTWRITEBYTECODE": "1"}
 
 

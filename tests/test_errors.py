@@ -1,5 +1,7 @@
 """Bad input gets one error that names the argument, its value and what was expected."""
 
+import pickle
+
 import pytest
 import torch
 
@@ -53,6 +55,19 @@ X, W = torch.zeros(2, 4), torch.zeros(3, 4)
         (lambda: hard_concrete(beta=float("nan")), ValueError, "beta=nan: expected a finite number above 0"),
         (lambda: gates.HardConcrete(0), ValueError, "num_gates=0: expected an integer of at least 1"),
         (lambda: gates.HardConcrete(2.5), ValueError, "num_gates=2.5"),
+        *[
+            (lambda make=make: make(device=2**63), ValueError, r"device=9223372036854775808: expected None or a")
+            for make in (
+                lambda **how: gates.HardConcrete(2, **how),
+                lambda **how: gates.DiscriminativeMask(2, **how),
+                lambda **how: gates.DiffPrune(2, **how),
+                lambda **how: gates.DifferentiableMask(2, **how),
+                lambda **how: gates.DependencyGenerator([2], **how),
+                lambda **how: gates.place_gate("dep_l0", 2, per_sample=False, **how),
+            )
+        ],
+        (lambda: gates.HardConcrete(2, device="tpu9"), ValueError, "device='tpu9': expected None or a device"),
+        (lambda: gates.HardConcrete(2, device=1.5), TypeError, "device=1.5: expected None or a device"),
         (lambda: gates.HardConcrete(2, preset="mode"), ValueError, r"preset='mode': expected one of \['paper', 'median', 'binary'\]"),
         (
             lambda: dampr.nn.GatedLinear(4, 3, granularity="column"),
@@ -95,3 +110,19 @@ X, W = torch.zeros(2, 4), torch.zeros(3, 4)
 def test_error_names_argument_value_and_expectation(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("made", [torch.tensor, lambda n: torch.tensor([n]).numpy()[0]], ids=["tensor", "numpy"])
+def test_whole_numbers_may_be_numpys_or_in_a_tensor(made, tmp_path):
+    x = torch.randn(4, 6)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+    plan = dampr.Plan(model, x, macs=0.7, steps=made(50), recalibrate=made(0), round_to=made(2), min_width=made(1))
+    twin = pickle.loads(pickle.dumps(plan))
+    assert (type(plan.steps), twin.steps) == (int, 50)
+    gated = dampr.convert(torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3)), x)
+    dampr.Budget(gated, x, macs=0.7, steps=made(50), warmup=made(0)).finalize(round_to=made(2), min_width=made(1))
+    dampr.compact(gated, x, round_to=made(2))
+    history = dampr.History(tmp_path / "history.jsonl", plan)
+    history.record(step=made(3))
+    assert [row["step"] for row in history.rows()] == [3]
+    assert type(gates.DependentHardConcrete(gates.DependencyGenerator([made(3)]), made(0)).index) is int

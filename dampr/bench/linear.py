@@ -88,7 +88,7 @@ def run(cases: Iterable[Case] | None = None, *, compiled: bool = True, rounds: i
 
     Raises ValueError unless ``rounds`` is a positive integer.
     """
-    _checks.positive_int("rounds", rounds)
+    rounds = _checks.positive_int("rounds", rounds)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     chosen = QUICK[device] if cases is None else list(cases)
     return [point for case in _progress.track(chosen, "bench", delay=0) for point in measure(case, device, compiled, rounds)]

@@ -129,7 +129,8 @@ def _gated_conv(
     spec: GateSpec,
     index_offset: int,
 ) -> Tensor:
-    convolve, arguments, groups = how[0], how[1:], how[-1]
+    convolve, groups = how[0], how[-1] if type(how[-1]) is int else _checks.positive_int("groups", how[-1])
+    arguments = *how[1:-1], groups
     where = "weight" if weight_gate is not None else "input" if output_gate is None else "output" if input_gate is None else "both"
     layout = layout_of(dims, x, weight, *arguments, where)
     n_out, n_in = weight.shape[0], weight.shape[1] * groups
@@ -213,7 +214,7 @@ def _layout(
     groups: int,
     where: str | Any,
 ) -> Layout:
-    _checks.positive_int("groups", groups)
+    groups = _checks.positive_int("groups", groups)
     if len(weight) != dims + 2:
         raise ValueError(f"weight.shape={tuple(weight)}: expected {dims + 2} dimensions, (filters, channels / groups, kernel size)")
     if min(weight[2:]) < 1:

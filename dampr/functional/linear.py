@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -64,7 +66,7 @@ def gated_linear(
     gates = gates_of(input_gate, n_in, "input feature", output_gate, n_out, "output feature", x, seed, spec, per_sample)
     if not (index_offset and offset_of(index_offset, per_sample) and gates.per_sample):
         return ops.gated_linear(x, weight, bias, gates)
-    rows = x.shape[:-1].numel()
+    rows = math.prod(x.shape[:-1])
     if gates.input is not None:
         x = (x * drawn_rows(gates.input, rows, index_offset).view(x.shape)).to(x.dtype)
     y = ops.gated_linear(x, weight, bias, gates._replace(input_log_alpha=None, output_log_alpha=None))

@@ -16,6 +16,7 @@ from dampr.spec import SAMPLE, GateSpec, ramp, value
 
 from . import ranks
 from .draws import Stream, share_generator
+from .held import Held
 
 _Wrapper = nn.parallel.DistributedDataParallel
 VALUE_SPEC = value()
@@ -97,8 +98,8 @@ class Gate(GateModule):
     level_parameters: tuple[str, ...] = ()  # the beginnings of the names of the parameters that :meth:`set_levels_` moves
     parameter_name: str = "parameter"  # the attribute that :attr:`parameter` is, where it is one
     open_slice: Callable[[], tuple[int, int]] | None = None  # (start, stop) of the open gates, where a family keeps these side by side
-    _banked: Tensor | None = None  # the values of every call in training, within a dampr.GateBank
-    _held: Tensor | None = None  # the seed of every call, within dampr.hold_draws
+    _banked: Held | None = None  # the values of every call in training, within a dampr.GateBank
+    _held: Held | None = None  # the seed of every call, within dampr.hold_draws
     _stream: Stream | None = None  # of dampr.gate_generator; None: seeds come from torch's generator
     _reducer: Any = None  # of dampr.integrations.distributed.replicate_gates
     next_seed: Tensor
@@ -213,8 +214,8 @@ class Gate(GateModule):
 
     def call(self) -> tuple[Tensor, Tensor | None, GateSpec]:
         """What a fused op takes for one call in the present mode: the parameters, a fresh seed or None, and the spec."""
-        if self._banked is not None and self.training:
-            return self._banked, None, BANKED
+        if self._banked is not None and self.training and (banked := self._banked.get()) is not None:
+            return banked, None, BANKED
         parameter, spec = getattr(self, self.parameter_name), self.spec
         if torch.compiler.is_compiling():
             _read(spec)
@@ -226,8 +227,8 @@ class Gate(GateModule):
         All noise of a gate comes from here, so a family of your own whose noise does too is held by :func:`dampr.hold_draws` and follows
         :func:`dampr.gate_generator`; :func:`dampr.philox.uniform` makes numbers of it. Such a family sets ``draws_once``.
         """
-        if self._held is not None:
-            return self._held if self._held.device == device else self._held.to(device)
+        if self._held is not None and (held := self._held.get()) is not None:
+            return held if held.device == device else held.to(device)
         if self._stream is None and (torch.compiler.is_compiling() or _Wrapper._active_ddp_module is not None) and ranks.several():
             self._agree()
         if self._stream is None:
@@ -273,6 +274,16 @@ class Gate(GateModule):
         Each rank of the group that :func:`dampr.gate_generator` was given has as many rows, in the order of the ranks.
         """
         return 0 if self._stream is None else self._stream.part() * rows
+
+    def _begin(self, what: str, value: Tensor) -> None:
+        """Have ``value`` in ``what``, ``"_held"`` or ``"_banked"``, for the calls of a block."""
+        held = getattr(self, what) or Held()
+        held.begin(value)
+        setattr(self, what, held)
+
+    def _end(self, what: str) -> None:
+        if getattr(self, what).end():
+            setattr(self, what, None)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in ("_held", "_banked", "_reducer")}

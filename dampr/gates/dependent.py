@@ -20,11 +20,15 @@ DIRECTIONS = ("forward", "backward")
 
 
 class _Evaluation(NamedTuple):
-    """What the generator produced for which parameters, and whether a backward has been through it (then the list is not empty)."""
+    """What the generator produced for which parameters.
+
+    ``consumed`` is not empty once a backward has been through it; ``served`` has the layers that asked for it.
+    """
 
     key: tuple[Any, ...]
     values: list[Tensor]
     consumed: list[bool]
+    served: set[int]
 
 
 class DependencyGenerator(GateModule):
@@ -42,8 +46,9 @@ class DependencyGenerator(GateModule):
         bias_init: mean of the initial biases, N(bias_init, 0.01).
         device: where the parameters live. They are float32 and stay so under autocast and ``.half()``.
 
-    The network has no noise and no input, so it is evaluated once for all gates of a step: the values are kept until a parameter changes
-    (as PyTorch's version counters tell: writing through ``p.data`` does not count) or a backward has gone through them.
+    The network has no noise and no input, so it is evaluated once for all gates of a step: the values are kept until
+    a parameter changes or a backward has gone through them. Without gradients they serve each layer once, one pass of
+    the model: averages of weights are often copied in through ``p.data``, which PyTorch's version counters do not tell.
 
     Raises: ValueError or TypeError that names the argument.
 
@@ -72,6 +77,7 @@ class DependencyGenerator(GateModule):
         self.input_width = self.sizes[self._order[0]] if input_width is None else _checks.positive_int("input_width", input_width)
         self.init_scale, self.bias_init = _checks.number("init_scale", init_scale), _checks.number("bias_init", bias_init)
         self._last: _Evaluation | None = None
+        device = _checks.device("device", device)
         width = self.input_width
         for index in self._order:
             weight = torch.empty(self.sizes[index], width, dtype=torch.float32, device=device)
@@ -96,24 +102,32 @@ class DependencyGenerator(GateModule):
 
     def forward(self) -> list[Tensor]:
         """The log_alpha of every layer, in the order of the network: (sizes[l],) each."""
-        kept = self._kept()
+        kept = self._kept(self._order)
         return self._in_order(self._run(upto=self._order[-1])) if kept is None else list(kept)
 
     def log_alpha(self, index: int) -> Tensor:
         """The log_alpha of layer ``index``, (sizes[index],)."""
-        kept = self._kept()
+        kept = self._kept([index])
         return self._run(upto=index)[-1] if kept is None else kept[index]
 
-    def _kept(self) -> list[Tensor] | None:
-        """The log_alphas of this step in the order of the network, evaluated if need be; None where nothing may be kept."""
+    def _kept(self, layers: list[int]) -> list[Tensor] | None:
+        """The log_alphas of this step by layer, asked for by ``layers``; None where nothing may be kept."""
         if not self._may_keep():
             return None
         key = self._key()
         last = self._last
-        # Within a backward (activation checkpointing computes the forward again there) the values serve on; no one goes back through them.
-        if last is None or last.key != key or (last.consumed and torch._C._current_graph_task_id() == -1):
+        if last is None or last.key != key or self._is_over(last, layers):
             last = self._last = self._evaluate(key)
+        last.served.update(layers)
         return last.values
+
+    def _is_over(self, last: _Evaluation, layers: list[int]) -> bool:
+        """Whether ``layers`` ask in another step than that of ``last``, though no parameter seems changed."""
+        if last.values[0].grad_fn is None:
+            return not last.served.isdisjoint(layers)
+        # Within a backward, where activation checkpointing computes the forward again, the values serve on: no one
+        # goes back through them.
+        return bool(last.consumed) and torch._C._current_graph_task_id() == -1
 
     def _in_order(self, values: list[Tensor]) -> list[Tensor]:
         """Values in the order of the network."""
@@ -168,7 +182,7 @@ class DependencyGenerator(GateModule):
         consumed: list[bool] = []
         for node in {a.grad_fn for a in values if a.grad_fn is not None}:
             node.register_prehook(lambda _: consumed.append(True))
-        return _Evaluation(key, self._in_order(values), consumed)
+        return _Evaluation(key, self._in_order(values), consumed, set())
 
     def _key(self) -> tuple[Any, ...]:
         """Equal as long as the same evaluation, with the same graph, would come out."""
@@ -221,7 +235,7 @@ class DependentHardConcrete(ConcreteGate):
     ) -> None:
         if not isinstance(generator, DependencyGenerator):
             raise TypeError(f"generator={generator!r}: expected a DependencyGenerator")
-        _checks.positive_int("index", index, least=0)
+        index = _checks.positive_int("index", index, least=0)
         if index >= len(generator.sizes):
             raise ValueError(f"index={index}: expected one below {len(generator.sizes)}, the layers of the generator")
         super().__init__(generator.sizes[index], beta=beta, gamma=gamma, zeta=zeta, preset=preset)

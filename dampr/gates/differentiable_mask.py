@@ -71,6 +71,7 @@ class DifferentiableMask(KernelGate):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__(num_gates)
+        device = _checks.device("device", device)
         _checks.one_of("variant", variant, sorted(VARIANTS))
         _checks.number("threshold", threshold, 0)
         _checks.number("slope", slope, 0, above=True)
@@ -178,7 +179,7 @@ def geometric_slope(step: int, steps: int, start: float = 1.0, end: float = 50.0
     """start (end / start)^(step / steps), and ``end`` from ``steps`` on: the slope of an annealed smooth mask after ``step`` steps."""
     for name, bound in (("start", start), ("end", end)):
         _checks.number(name, bound, 0, above=True)
-    _checks.positive_int("steps", steps)
+    steps = _checks.positive_int("steps", steps)
     _checks.number("step", step, 0)
     return start * (end / start) ** min(step / steps, 1.0)
 

@@ -68,6 +68,7 @@ class DiffPrune(KernelGate):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__(num_gates)
+        device = _checks.device("device", device)
         _checks.one_of("shape", shape, sorted(SHAPES))
         _checks.one_of("revive", revive, REVIVALS)
         if _checks.flag("stochastic", stochastic) and revive is not None:

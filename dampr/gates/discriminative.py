@@ -63,6 +63,7 @@ class DiscriminativeMask(KernelGate):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__(num_gates)
+        device = _checks.device("device", device)
         for name, constant in (("k", k), ("alpha", alpha)):
             _checks.number(name, constant, 0, above=True)
         if init_beta is not None:

@@ -121,7 +121,9 @@ def hold_draws(model: nn.Module) -> Iterator[None]:
 
     For micro-batches that are to train one network, for several losses of one draw, for looking at what a draw does. With ``per_sample``
     each row has the same gates in calls of as many rows. Evaluation mode has no noise and is what it always is. Inside another block of the
-    same model the draw is the outer block's. Gates that are made within the block are not held.
+    same model the draw is the outer block's. Gates that are made within the block are not held. Checkpointed regions
+    (``torch.utils.checkpoint``) of the block have its draw again, also where their backward comes later; only
+    reentrant regions inside of reentrant regions need their backward in the block.
 
     A family of your own is held if it asks :meth:`dampr.gates.Gate.draw_seed` for its noise.
 
@@ -136,16 +138,18 @@ def hold_draws(model: nn.Module) -> Iterator[None]:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model={model!r:.80}: expected a torch.nn.Module")
-    free = [gate for gate in drawing_gates(model) if gate._held is None]
+    free = [gate for gate in drawing_gates(model) if gate._held is None or gate._held.value is None]
+    begun = []
     if free:
         share_generator(ranks.unwrapped(model))
     try:
         for gate in free:
-            gate._held = gate.draw_seed(gate.device)
+            gate._begin("_held", gate.draw_seed(gate.device))
+            begun.append(gate)
         yield
     finally:
-        for gate in free:
-            gate._held = None
+        for gate in begun:
+            gate._end("_held")
 
 
 def gate_generator(model: nn.Module, seed: int | None = 0, *, group: Any = None) -> nn.Module:

@@ -116,6 +116,7 @@ class HardConcrete(ConcreteGate):
         if droprate is not None and init_log_alpha is not None:
             raise ValueError(f"droprate={droprate!r} with init_log_alpha={init_log_alpha!r}: expected one, each says where gates start")
         self.init_log_alpha, self.droprate = init_log_alpha, droprate
+        device = _checks.device("device", device)
         self.log_alpha = nn.Parameter(torch.empty(self.num_gates, dtype=torch.float32, device=device))
         self.reset_parameters()
 

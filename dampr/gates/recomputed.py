@@ -28,6 +28,11 @@ def regions() -> Iterator[tuple[Any, Any]]:
             yield target(), pack
 
 
+def any_region() -> bool:
+    """Whether this code may be in a checkpointed region, or in one that runs again."""
+    return _top(False) is not None or torch._C._current_autograd_node() is not None
+
+
 def region_by_node() -> tuple[int, int] | None:
     """The number of the reentrant region that runs again here, and the backward in which it does; None where there is none."""
     node = torch._C._current_autograd_node()

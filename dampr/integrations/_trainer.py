@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from dampr._writing import whole_or_nothing
 from dampr.prune import Budget, History, Plan
 
 from . import _budget
@@ -156,7 +157,8 @@ class PlanCallback(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.is_world_process_zero:
-            torch.save(self.plan.state_dict(), Path(args.output_dir) / f"checkpoint-{state.global_step}" / self.FILE)
+            with whole_or_nothing(Path(args.output_dir) / f"checkpoint-{state.global_step}" / self.FILE) as partial:
+                torch.save(self.plan.state_dict(), partial)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if logs is None:

@@ -111,7 +111,7 @@ def compact(
     Raises: CompactionError; TypeError or ValueError that names the argument, or what a config cannot say.
     """
     _check_model(model)
-    _checks.positive_int("round_to", round_to)
+    round_to = _checks.positive_int("round_to", round_to)
     if round_to > 1 and not uniform:
         raise ValueError(f"round_to={round_to}: expected uniform=True with it")
     atol, rtol = inputs.tolerances(model, [example_inputs], atol, rtol)

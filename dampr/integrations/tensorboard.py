@@ -32,7 +32,7 @@ def log_gates(writer: Any, model: nn.Module, step: int, budget: Budget | None = 
     for method in ("add_histogram", "add_scalar"):
         if not callable(getattr(writer, method, None)):
             raise TypeError(f"writer={writer!r:.80}: expected one with {method}, such as torch.utils.tensorboard.SummaryWriter")
-    _checks.positive_int("step", step, least=0)
+    step = _checks.positive_int("step", step, least=0)
     if budget is not None:
         _budget.check(budget)
     gates = distinct_gates(model)

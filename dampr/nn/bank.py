@@ -27,6 +27,7 @@ class GateBank:
     the bit, and layers get views of it. Parameters become views of one block of memory, in which optimizers, state dicts and whoever else
     holds them do not see a difference. The seed is what the first of the gates would have drawn with, so
     :func:`dampr.gate_generator` and :func:`dampr.hold_draws` count here too, and all ranks draw alike.
+    Checkpointed regions need ``use_reentrant=False``.
 
     Gates of other families, and those of layers that draw for each sample, are drawn by their layers as always, and :meth:`penalty` asks
     these layers. Make a new bank after units have left the model (:class:`dampr.Shrinker`): what a gate saves has changed.
@@ -67,7 +68,7 @@ class GateBank:
     @contextmanager
     def draw(self) -> Iterator[None]:
         """One draw of all gates for every call of the model in the block, and the penalty that goes with it; in training mode."""
-        if self.gates[0]._banked is not None:
+        if any(gate._banked is not None and gate._banked.value is not None for gate in self.gates):
             raise RuntimeError("draw() inside of draw(): expected one block for each step")
         try:
             for group in self._groups:
@@ -123,12 +124,13 @@ class _Group:
         log_alpha = ops.joined(self._flat, [gate.log_alpha for gate in self._gates])
         z, self.penalty = ops.gate_bank(log_alpha, self._gates[0].draw_seed(self._flat.device), self._cost, self._spec)
         for gate, own in zip(self._gates, z.split(self._sizes), strict=True):
-            gate._banked = own
+            gate._begin("_banked", own)
 
     def let_go(self) -> None:
+        if self.penalty is not None:
+            for gate in self._gates:
+                gate._end("_banked")
         self.penalty = None
-        for gate in self._gates:
-            gate._banked = None
 
 
 def _costs(layers: list[GatedLayer], gates: list[Gate]) -> dict[Gate, Tensor]:

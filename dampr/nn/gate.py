@@ -88,7 +88,7 @@ class Gate(GatedLayer, nn.Module):
         device: Any = None,
     ) -> None:
         super().__init__()
-        _checks.positive_int("num_gates", num_gates)
+        num_gates = _checks.positive_int("num_gates", num_gates)
         if isinstance(dim, bool) or not isinstance(dim, int):
             raise TypeError(f"dim={dim!r}: expected an integer")
         if _checks.flag("per_sample", per_sample) and dim == 0:

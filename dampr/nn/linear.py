@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -63,7 +64,7 @@ class GatedLinear(GatedWeight, nn.Linear):
         parameter, seed, spec = gate.call() if granularity != "index" else self._gates_by_index()
         how: dict[str, Any] = {"seed": seed, "spec": spec}
         if each and seed is not None:
-            how |= {"per_sample": True, "index_offset": gate.index_offset(x.shape[:-1].numel())}
+            how |= {"per_sample": True, "index_offset": gate.index_offset(math.prod(x.shape[:-1]))}
         opened = self._open_range() if gate.open_slice is not None else None
         if opened is not None:
             return self._on_slice(x, parameter[opened], spec, opened)

@@ -54,7 +54,7 @@ class PrunedMultiheadAttention(nn.Module):
             raise ValueError(f"heads={heads!r:.80}: expected increasing integers in [0, {num_heads}), at least one")
         if head_dim is None and embed_dim % num_heads:
             raise ValueError(f"num_heads={num_heads}: expected a divisor of embed_dim={embed_dim}, or a head_dim")
-        _checks.positive_int("head_dim", 1 if head_dim is None else head_dim)
+        head_dim = None if head_dim is None else _checks.positive_int("head_dim", head_dim)
         self.embed_dim, self.num_heads, self.head_dim = embed_dim, num_heads, head_dim or embed_dim // num_heads
         self.kdim, self.vdim = embed_dim if kdim is None else kdim, embed_dim if vdim is None else vdim
         self.dropout, self.batch_first, self.add_zero_attn = dropout, batch_first, add_zero_attn

@@ -94,7 +94,7 @@ class PrunedLayer(BySublayers):
 
     def _keep(self, d_model: int, nhead: int, dim_feedforward: int, heads: Sequence[Sequence[int] | None], how: dict[str, Any]) -> None:
         """Replace what the dense constructor made by what is left of it."""
-        _checks.positive_int("dim_feedforward", dim_feedforward, least=0)
+        dim_feedforward = _checks.positive_int("dim_feedforward", dim_feedforward, least=0)
         self.d_model, self.nhead = d_model, nhead
         for index, (name, left) in enumerate(zip(self._attentions, heads, strict=True)):
             if left is not None and not left:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import Tensor
@@ -29,7 +30,7 @@ def linear(layer: Any, x: Tensor) -> Tensor:
     """What a :class:`dampr.nn.GatedLinear` computes of a weight that is sharded. Gates per batch go into the shards of the weight."""
     gate: Gate = layer.gate
     if layer.per_sample and gate.draws:
-        rows = x.shape[:-1].numel()
+        rows = math.prod(x.shape[:-1])
         z = gate(rows).view(*x.shape[:-1], -1)
         if layer.granularity == "input":
             return F.linear(times(x, z), layer.weight, layer.bias)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -38,7 +39,7 @@ def planes(x: Tensor, dim: int, per_sample: bool) -> tuple[Tensor, Planes, torch
     """``x`` in a dense layout, that layout as :class:`Planes`, and as a memory format."""
     layout = dense_format(x, dim)
     x = x.contiguous(memory_format=layout)
-    outer, middle, n, inner = 1, x.shape[:dim].numel(), x.shape[dim], x.shape[dim + 1 :].numel()
+    outer, middle, n, inner = 1, math.prod(x.shape[:dim]), x.shape[dim], math.prod(x.shape[dim + 1 :])
     if layout != torch.contiguous_format:
         middle, inner = middle * inner, 1
     if per_sample:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -50,8 +51,8 @@ def wanted(grads: Sequence[torch.Tensor | None], needs: Sequence[bool]) -> list[
 
 
 def rows_of(x: torch.Tensor) -> torch.Tensor:
-    """``x`` (..., n) as a matrix (rows, n), also where a size is 0."""
-    return x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    """``x`` (..., n) as a matrix (rows, n), also where a size is 0, or a symbol, which numel makes a number."""
+    return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def choose_activations(M: int, N: int, K: int) -> bool:

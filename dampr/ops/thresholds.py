@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from dampr._writing import whole_or_nothing
+
 
 class Skip(NamedTuple):
     """The least closed share of a layer's input gates, and of its output gates, that is left out; ``source`` says who says so."""
@@ -86,8 +88,7 @@ def write(inputs: float, outputs: float, **more: Any) -> Path:
         threads = {}
     threads[str(torch.get_num_threads())] = {"inputs": inputs, "outputs": outputs, **more}
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text(json.dumps({"processor": processor(), "threads": threads}, indent=1) + "\n")
-    partial.replace(file)
+    with whole_or_nothing(file) as partial:
+        Path(partial).write_text(json.dumps({"processor": processor(), "threads": threads}, indent=1) + "\n")
     _of.cache_clear()
     return file

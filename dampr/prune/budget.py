@@ -167,8 +167,8 @@ class Budget:
         inputs.check(example_inputs)
         for name, number in (("strength", strength), ("rate", rate)):
             _checks.number(name, number, 0)
-        _checks.positive_int("warmup", warmup, least=0)
-        _check_steps(steps, schedule, score, min_share)
+        warmup = _checks.positive_int("warmup", warmup, least=0)
+        steps = _checked_steps(steps, schedule, score, min_share)
         self._progress = _progress(schedule)
         listed: list[Target] = [wanted] if isinstance(wanted, (int, float)) else _checks.items(metric, wanted)
         if not listed:
@@ -330,8 +330,8 @@ class Budget:
         """
         if hasattr(self.model, "dampr_layout"):
             raise BudgetError("finalize: closed units have left the model; expected shrinker.expand(optimizer) before")
-        _checks.positive_int("round_to", round_to)
-        _checks.positive_int("min_width", min_width)
+        round_to = _checks.positive_int("round_to", round_to)
+        min_width = _checks.positive_int("min_width", min_width)
         globs = [same] if isinstance(same, str) else list(same)
         report = self._fit(self.model, self.target, round_to, min_width, self._matched(globs))
         self.controller = None
@@ -541,15 +541,16 @@ def _fixed(gates: Sequence[Gate], chosen: Tensor) -> list[Fixed]:
     return fixed
 
 
-def _check_steps(steps: Any, schedule: Schedule, score: Any, min_share: Any) -> None:
+def _checked_steps(steps: Any, schedule: Schedule, score: Any, min_share: Any) -> int | None:
     _checks.one_of("score", score, SCORES)
     if min_share is not None:
         _checks.number("min_share", min_share, 0, 1)
     if steps is None:
-        return
-    _checks.positive_int("steps", steps, least=8)
+        return None
+    steps = _checks.positive_int("steps", steps, least=8)
     if schedule is not None:
         raise ValueError(f"steps={steps!r} with schedule={schedule!r}: expected one, with steps the budget has a schedule of its own")
+    return steps
 
 
 def _progress(schedule: Schedule) -> Callable[[int], float]:
@@ -557,7 +558,7 @@ def _progress(schedule: Schedule) -> Callable[[int], float]:
         return _at_once
     if callable(schedule):
         return schedule
-    _checks.positive_int("schedule", schedule)
+    schedule = _checks.positive_int("schedule", schedule)
     return functools.partial(_cubic, schedule)
 
 

@@ -71,7 +71,7 @@ def compact(
         raise TypeError(f"optimizer={optimizer!r:.80}: expected a torch.optim.Optimizer")
     if optimizer is not None:
         check_state(optimizer)
-    _checks.positive_int("round_to", round_to)
+    round_to = _checks.positive_int("round_to", round_to)
     gated = {name: module for name, module in model.named_modules() if isinstance(module, GatedLayer)}
     if not gated:
         raise ValueError(f"model={type(model).__name__}: expected gated layers in it (dampr.convert puts them there)")

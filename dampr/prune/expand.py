@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
@@ -17,6 +16,7 @@ from dampr.nn.stacked_rnn import arguments_of
 
 from . import graph, heads, inputs, transposed
 from .inputs import Model
+from .manifest import Places, check, places_in
 from .unit_compact import places_of, restore_sizes
 from .units.proof import follow_all
 from .wrapped import sees_through
@@ -26,7 +26,6 @@ _NORMS = nn.modules.batchnorm._NormBase
 FILLED_WITH_ONE = ("running_var", "weight_v", "original1")
 _LENGTHS = {"weight_v": "weight_g", "original1": "original0"}
 MOST_GROWTH, SMALL = 10_000, 2**24  # how many times larger a tensor may become, unless it stays small
-Places = tuple[int, Tensor] | None  # of one dimension: its size before, and which of it are left; None where nothing was cut
 
 
 @sees_through
@@ -62,29 +61,36 @@ def expand(model: Model) -> Model:
     manifest = getattr(model, "dampr_manifest", None)
     if not isinstance(manifest, dict) or not isinstance(manifest.get("layers"), dict):
         raise ValueError(f"model={type(model).__name__}: expected the dampr_manifest that dampr.compact leaves")
+    check(manifest)
     large: Any = inputs.copied(model)
     del large.dampr_manifest
     if "tensors" in manifest:
         return cast(Model, _widened(large, manifest))
     for name, entry in manifest["layers"].items():
         if isinstance(_layer(large, name), nn.LayerNorm):
+            before = entry.get("out", {}).get("before")
             raise ValueError(
-                f"{name}: channels in front of this LayerNorm were cut ({entry['out']['before']} before), and a wider one would count "
-                "those that come back; expected a model whose residual stream has kept its width"
+                f"{name}: channels in front of this LayerNorm were cut ({before} before), and a wider one would "
+                "count those that come back; expected a model whose residual stream has kept its width"
             )
     conv1d = transposed.to_linear(large)
     attentions = {attention.name: attention for attention in heads.find(large)}
     for name, entry in manifest["layers"].items():
         if name in attentions:
+            if "heads" not in entry:
+                raise ValueError(f"manifest: layers: {name!r}: {list(entry)}, expected heads of an attention")
             continue  # its layers have entries of their own
         layer = _layer(large, name)
-        for attribute, places in tensors_of(layer, entry).items():
+        for attribute, left in tensors_of(layer, entry).items():
             parent, _, own = attribute.rpartition(".")
             holder = layer.get_submodule(parent)
-            small = getattr(holder, own)
+            small = getattr(holder, own, layer)
             if small is not None:
-                _check_fits(f"{name}.{attribute}", small, places)
-                grown = _grow(small.detach(), places, [float(attribute == "running_var")] * len(places))
+                if not isinstance(small, Tensor):
+                    found = type(layer).__name__
+                    raise ValueError(f"manifest: layers: {name!r} names a {found}, expected a layer with a {own}")
+                _check_fits(f"{name}.{attribute}", small, left)
+                grown = _grow(small.detach(), left, [float(attribute == "running_var")] * len(left))
                 if isinstance(small, nn.Parameter):
                     setattr(holder, own, nn.Parameter(grown, requires_grad=small.requires_grad))
                 else:
@@ -129,15 +135,17 @@ def _widened(large: nn.Module, manifest: dict[str, Any]) -> nn.Module:
         try:
             small = getattr(large.get_submodule(owner), own)
         except AttributeError:
-            raise ValueError(f"model={type(large).__name__}: its manifest names a tensor {name!r} that is not there") from None
-        places = [_places(entry) for entry in places_of(manifest, name)]
-        _check_fits(name, small, places)
-        checked.append((name, small, places))
-    for name, small, places in checked:
+            small = None
+        if not isinstance(small, Tensor):
+            raise ValueError(f"model={type(large).__name__}: its manifest names a tensor {name!r} that is not there")
+        left = [places_in(entry) for entry in places_of(manifest, name)]
+        _check_fits(name, small, left)
+        checked.append((name, small, left))
+    for name, small, left in checked:
         owner, _, own = name.rpartition(".")
         if id(small) not in grown:
-            length = places_of(manifest, ".".join(filter(None, (owner, _LENGTHS[own])))) if own in _LENGTHS else places
-            wide = _grow(small.detach(), places, [float(own in FILLED_WITH_ONE and one is not None) for one in length])
+            length = places_of(manifest, ".".join(filter(None, (owner, _LENGTHS[own])))) if own in _LENGTHS else left
+            wide = _grow(small.detach(), left, [float(own in FILLED_WITH_ONE and one is not None) for one in length])
             grown[id(small)] = nn.Parameter(wide, requires_grad=small.requires_grad) if isinstance(small, nn.Parameter) else wide
         setattr(large.get_submodule(owner), own, grown[id(small)])
     follow_all(large, {large.get_submodule(name.rpartition(".")[0]) for name, _, _ in checked})
@@ -178,7 +186,7 @@ def _layer(model: nn.Module, name: str) -> Any:
 
 def tensors_of(layer: nn.Module, entry: dict[str, Any]) -> dict[str, list[Places]]:
     """Of each tensor of a layer, what is left of its dimensions, from the entry of the manifest."""
-    written, read = (_places(entry.get(side)) for side in ("out", "in"))
+    written, read = (places_in(entry.get(side)) for side in ("out", "in"))
     if isinstance(layer, (nn.RNNBase, StackedRNN)):
         return dict(_of_recurrent(layer, entry.get("units"), read))
     if isinstance(layer, PrunedMultiheadAttention):
@@ -203,6 +211,9 @@ def _of_attention(layer: PrunedMultiheadAttention, heads: dict[str, Any] | None,
     one: Places = None
     three: Places = None
     if heads is not None:
+        if (heads["before"], len(heads["kept"])) != (layer.num_heads, len(layer.heads)):
+            own = f"{len(layer.heads)} of {layer.num_heads}"
+            raise ValueError(f"manifest: heads={heads!r:.80}, expected {own}, those of the layer")
         size = layer.num_heads * layer.head_dim
         rows = torch.arange(size).view(int(heads["before"]), -1)[heads["kept"]].flatten()
         one, three = (size, rows), (3 * size, torch.cat([rows + i * size for i in range(3)]))
@@ -218,11 +229,14 @@ def _of_attention(layer: PrunedMultiheadAttention, heads: dict[str, Any] | None,
 
 def _of_recurrent(layer: nn.RNNBase | StackedRNN, units: dict[str, Any] | None, read: Places) -> Iterator[tuple[str, list[Places]]]:
     each = 1 + layer.bidirectional
+    if units is not None and len(units["kept"]) != len(_rows(layer)):
+        found = f"{len(units['kept'])} lists of those that are kept"
+        raise ValueError(f"manifest: units: {found}, expected {len(_rows(layer))}, one for each layer")
     for row, (part, names) in enumerate(_rows(layer)):
         own = below = gates = None
         if units is not None:
             size = units["before"]
-            rows = [place[1] for r in units["kept"] if (place := _places({"before": size, "kept": r})) is not None]
+            rows = [place[1] for r in units["kept"] if (place := places_in({"before": size, "kept": r})) is not None]
             own = size, rows[row]
             weight = part.get_parameter(names[0].rpartition(".")[2])
             count = weight.shape[0] // part.hidden_size
@@ -249,18 +263,6 @@ def _rows(layer: nn.RNNBase | StackedRNN) -> list[tuple[nn.RNNBase, list[str]]]:
     names = list(layer.former_names())
     count = len(names) // len(layer.rows())
     return [(part, names[row * count : (row + 1) * count]) for row, part in enumerate(layer.rows())]
-
-
-def _places(side: Any) -> Places:
-    """(size before, kept indices) of an entry of a manifest. Raises ValueError for one that compaction cannot have written."""
-    if side is None:
-        return None
-    before, kept = (side.get(key) if isinstance(side, dict) else None for key in ("before", "kept"))
-    if not isinstance(kept, list) or not all(type(i) is int for i in (before, *kept)):
-        raise ValueError(f"manifest: {side!r:.80}, expected a number of channels before and a list of those that are kept")
-    if any(a >= b for a, b in itertools.pairwise(kept)) or (kept and not 0 <= kept[0] <= kept[-1] < before):
-        raise ValueError(f"manifest: kept={kept!r:.80} of {before}, expected rising indices below that")
-    return int(before or 0), torch.tensor(kept, dtype=torch.int64)
 
 
 def _check_fits(name: str, small: Tensor, places: list[Places]) -> None:
@@ -370,9 +372,9 @@ def carry_over(optimizer: torch.optim.Optimizer, model: nn.Module, small: Any) -
         for attribute, each in tensors_of(_layer(small, name), entry).items():
             places[f"{name}.{attribute}"] = each
     for name in small.dampr_manifest.get("tensors", {}):
-        places[name] = [_places(entry) for entry in places_of(small.dampr_manifest, name)]
+        places[name] = [places_in(entry) for entry in places_of(small.dampr_manifest, name)]
     for name, entry in small.dampr_manifest.get("parameters", {}).items():
-        places[name] = [*[None] * entry["dim"], _places(entry)]
+        places[name] = [*[None] * entry["dim"], places_in(entry)]
     old = dict(model.named_parameters(remove_duplicate=False))
     new = dict(small.named_parameters(remove_duplicate=False))
     former = {name: name for name in new} | _renamed(small)

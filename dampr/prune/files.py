@@ -9,10 +9,9 @@ import contextlib
 import hashlib
 import inspect
 import json
+import math
 import os
-import tempfile
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, overload
 
@@ -21,7 +20,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from dampr import _checks
+from dampr import nn as dampr_nn
 from dampr._version import __version__
+from dampr._writing import whole_or_nothing
 from dampr.nn import GatedLayer
 
 from . import composites, inputs
@@ -48,7 +49,16 @@ _WIDTHS = (
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _MAY_GAIN_BIAS = (nn.Linear, nn.modules.conv._ConvNd)
 _AFFINE = {nn.modules.batchnorm._NormBase: "affine", nn.LayerNorm: "elementwise_affine"}  # what a norm says of its gain
-_SIZED = (*_MAY_GAIN_BIAS, nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.PReLU, nn.Embedding, nn.MultiheadAttention, nn.RNNBase)
+_SIZED = (
+    *_MAY_GAIN_BIAS,
+    nn.modules.batchnorm._NormBase,
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.PReLU,
+    nn.Embedding,
+    nn.MultiheadAttention,
+    nn.RNNBase,
+)
 
 
 class FileError(RuntimeError):
@@ -100,48 +110,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         "compaction": content.compaction,
     }
     manifest["sha256"] = _digest(manifest, content.state)
-    with _whole_or_nothing(path) as partial:
+    with whole_or_nothing(path) as partial:
         save_file(content.state, partial, metadata={_KEY: json.dumps(manifest)})
-
-
-@contextlib.contextmanager
-def _whole_or_nothing(path: str | os.PathLike[str]) -> Iterator[str]:
-    """A file of a name of its own to write, which then takes the place of ``path`` at once, and is on the disk when it does.
-
-    Processes that write to one path at a time do not write into each other; the last one stays. Raises FileNotFoundError for a folder that
-    is not there.
-    """
-    target = os.path.abspath(os.fspath(path))
-    folder = os.path.dirname(target)
-    if not os.path.isdir(folder):
-        raise FileNotFoundError(f"path={os.fspath(path)!r}: expected it in a folder that exists")
-    handle, partial = tempfile.mkstemp(prefix=f".{os.path.basename(target)}.", suffix=".partial", dir=folder)
-    os.close(handle)
-    try:
-        yield partial
-        mode = os.stat(target).st_mode & 0o777 if os.path.exists(target) else 0o666 & ~_umask()
-        os.chmod(partial, mode)
-        _to_disk(partial)
-        os.replace(partial, target)
-        if os.name == "posix":
-            _to_disk(folder)
-    finally:
-        if os.path.exists(partial):
-            os.remove(partial)
-
-
-def _to_disk(path: str) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 @overload
@@ -340,7 +310,7 @@ def _fit(model: nn.Module, content: _Content, exact: bool = False) -> list[tuple
         smaller = new.dim() == old.dim() and all(a <= b for a, b in zip(new.shape, old.shape, strict=True))
         if name in own and not (new.shape == old.shape if exact else smaller):
             raise FileError(f"{where}: tensor {name!r} has shape {tuple(new.shape)}, which cannot come from {tuple(old.shape)} in model")
-    _check_widths(modules, content, {name: tuple(state[found].shape) for name, found in source.items()})
+    _check_widths(modules, content, {name: tuple(state[found].shape) for name, found in source.items()}, exact)
     return [(modules[n.rpartition(".")[0]], n.rpartition(".")[2], found, like[n]) for n, found in source.items()]
 
 
@@ -349,13 +319,24 @@ def _affine(module: nn.Module | None) -> str | None:
     return next((attribute for kind, attribute in _AFFINE.items() if isinstance(module, kind)), None)
 
 
-def _check_widths(modules: dict[str, nn.Module], content: _Content, shapes: dict[str, tuple[int, ...]]) -> None:
-    """The widths name attributes that are there, and a layer built with them has tensors of the file's shapes."""
+_Shapes = dict[str, tuple[int, ...]]
+
+
+def _check_widths(modules: dict[str, nn.Module], content: _Content, shapes: _Shapes, exact: bool) -> None:
+    """The widths name attributes that are there, and a layer built with them has tensors of the file's shapes.
+
+    What was built from the file (``exact``: all of it) has these widths already.
+    """
     for name, attributes in content.widths.items():
-        for attribute in attributes:
+        for attribute, value in attributes.items():
             known = attribute in _WIDTHS or attribute in sizes_of(content.compaction).get(name, {})
-            if not known or not _is_size(_width(modules.get(name), attribute)):
+            size = _width(modules.get(name), attribute)
+            if not known or not _is_size(size):
                 raise FileError(f"{content.where}: manifest: widths: model has no size {name}.{attribute}")
+            built = not isinstance(modules[name], _SIZED) and (exact or composites.is_own(modules[name]))
+            if size != value and built:
+                what = f"{name}.{attribute}={value}, expected {size}, what the layer is built with"
+                raise FileError(f"{content.where}: manifest: widths: {what}")
     names = {module: name for name, module in reversed(modules.items())}
     for module, name in names.items():
         if not isinstance(module, _SIZED):
@@ -369,6 +350,11 @@ def _check_widths(modules: dict[str, nn.Module], content: _Content, shapes: dict
         if f"{prefix}weight" in shapes and (affine := _affine(module)) is not None:
             arguments[affine] = True
         twin = _construct(kind, arguments, f"{content.where}: layer {name!r}")
+        if isinstance(twin, nn.modules.conv._ConvNd):
+            dims = len(twin.kernel_size)
+            several = (twin.stride, twin.padding, twin.dilation, twin.output_padding)
+            if any(not isinstance(own, str) and len(own) != dims for own in several):
+                raise FileError(f"{content.where}: layer {name!r}: {twin}, expected {dims} numbers of each argument")
         expected = {k: tuple(t.shape) for k, t in twin.state_dict(prefix=prefix).items()}
         wrong = [k for k in expected if shapes.get(k, expected[k]) != expected[k]] + [k for k, v in widths.items() if _width(twin, k) != v]
         if wrong:
@@ -483,7 +469,34 @@ def _build(description: Any, content: _Content, depth: int = 0) -> nn.Module:
     layers = [value for name, value in parts.items() if name.endswith("_layers")]  # a count that takes time even without memory
     if set(parts) - set(_parameters(kind)) or not all(_is_size(n) and n <= len(content.state) for n in layers):
         raise FileError(f"{where}: torch.nn.{kind.__name__} does not take {parts}")
-    return _construct(kind, {k: tuple(v) if isinstance(v, list) else v for k, v in parts.items()}, where)
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in parts.items()}
+    _check_kinds(_parameters(kind), given, f"{where}: torch.nn.{kind.__name__}")
+    return _construct(kind, given, where)
+
+
+def _check_kinds(parameters: dict[str, Any], given: dict[str, Any], where: str) -> None:
+    """Raise FileError for what is not of the kind of a constructor's default; those of torch look at few arguments."""
+    for name, value in given.items():
+        default = parameters.get(name)
+        if isinstance(default, bool):
+            fits = isinstance(value, bool)
+        elif isinstance(default, float):
+            fits = _is_number(value) or (value is None and name == "momentum")
+        elif isinstance(default, int):
+            whole = all(map(_is_whole, value)) if isinstance(value, tuple) else _is_whole(value)
+            fits = whole or (isinstance(value, str) and name == "padding")
+        else:
+            fits = not isinstance(value, float) or _is_number(value)
+        if not fits:
+            raise FileError(f"{where} does not take {name}={value!r:.80}, expected something like {default!r}")
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
 
 
 def _build_composite(description: dict[str, Any], content: _Content, depth: int) -> nn.Module:
@@ -491,8 +504,10 @@ def _build_composite(description: dict[str, Any], content: _Content, depth: int)
     if not isinstance(arguments, dict) or not isinstance(children, dict) or depth > 100 or {"device", "dtype", *children} & set(arguments):
         raise FileError(f"{content.where}: architecture: {description['type']} comes without arguments and children of its own")
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()}
-    parts = given | {name: _build(child, content, depth + 1) for name, child in children.items()}
     build = composites.BUILDERS[description["type"]]
+    layer: type[Any] = getattr(nn, description["type"], None) or getattr(dampr_nn, description["type"])
+    _check_kinds(_parameters(layer), given, f"{content.where}: architecture: {description['type']}")
+    parts = given | {name: _build(child, content, depth + 1) for name, child in children.items()}
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")

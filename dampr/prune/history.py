@@ -69,7 +69,7 @@ class History:
 
         Raises TypeError or ValueError that names the argument.
         """
-        _checks.positive_int("step", step, least=0)
+        step = _checks.positive_int("step", step, least=0)
         if "dampr_history" in numbers:
             raise ValueError("dampr_history: expected another name, because it marks the first line of a run")
         row = {"step": step} | self._measured() | {name: _finite(name, value) for name, value in numbers.items()}

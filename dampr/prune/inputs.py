@@ -128,7 +128,9 @@ def perturbed(example_inputs: Any) -> Any:
     generator = torch.Generator().manual_seed(0)
 
     def shake(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or not leaf.is_floating_point() or not leaf.numel():
+        if not isinstance(leaf, Tensor) or leaf.layout != torch.strided:
+            return leaf
+        if not leaf.is_floating_point() or not leaf.numel():
             return leaf
         noise = torch.randn(leaf.shape, generator=generator).to(leaf.device, leaf.dtype)
         return leaf.detach() + noise * (0.1 * leaf.detach().abs().mean() + 1e-3)

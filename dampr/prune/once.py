@@ -74,7 +74,7 @@ def prune_once(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model={model!r:.80}: expected a torch.nn.Module")
     _checks.one_of("criterion", criterion, CRITERIA)
-    _checks.positive_int("rounds", rounds)
+    rounds = _checks.positive_int("rounds", rounds)
     data = _checks.items("batches", batches) if batches is not None else []
     _check_data(data, loss, criterion)
     example = data[0][0] if example_inputs is None and data else example_inputs
@@ -122,6 +122,16 @@ def _close(budget: Budget, share: float, criterion: str, data: list[tuple[Any, A
         gate.level.copy_(keep)
 
 
+def _value(loss: Callable[[Any, Any], Tensor], output: Any, target: Any) -> Tensor:
+    try:
+        value = loss(output, target)
+    except TypeError as error:
+        raise TypeError(f"loss={loss!r:.80}: expected a function of (output, target), and it raises {error}") from error
+    if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
+        raise TypeError(f"loss={loss!r:.80}: expected one number with a gradient from it, and it gives {value!r:.80}")
+    return value
+
+
 def taylor(model: nn.Module, gates: list[SteppedGate], data: list[tuple[Any, Any]], loss: Callable[[Any, Any], Tensor]) -> Tensor:
     """The mean over batches of (z dL/dz)^2 of every gate, (all gates,), float64 on the host, in evaluation mode."""
     total = torch.zeros(sum(gate.num_gates for gate in gates), dtype=torch.float64)
@@ -130,7 +140,7 @@ def taylor(model: nn.Module, gates: list[SteppedGate], data: list[tuple[Any, Any
         for gate in gates:
             gate.training = True  # evaluation, but with the factor whose gradient is wanted
         for given, target in data:
-            found = torch.autograd.grad(loss(inputs.call(model, given), target), probes, allow_unused=True)
+            found = torch.autograd.grad(_value(loss, inputs.call(model, given), target), probes, allow_unused=True)
             row = torch.cat([torch.zeros_like(probe) if g is None else g for probe, g in zip(probes, found, strict=True)])
             if not bool(row.isfinite().all()):
                 raise ValueError("loss: its gradient is not finite; expected a model and a loss that are")

@@ -155,15 +155,15 @@ class Plan:
     ) -> None:
         check_model(model)
         inputs.check(example_inputs)
-        _checks.positive_int("steps", steps, least=LEAST_STEPS)
+        steps = _checks.positive_int("steps", steps, least=LEAST_STEPS)
         for name, share in (("warmup", warmup), ("ramp", ramp)):
             if (share is not None or name == "ramp") and not 0 <= _checks.number(name, share) < 1:
                 raise ValueError(f"{name}={share!r}: expected a share of the steps in [0, 1)")
         for name, number in (("restart", restart), ("distill", distill)):
             if number is not None:
                 _checks.number(name, number, 0)
-        for name, count, least in (("recalibrate", recalibrate, 0), ("round_to", round_to, 1), ("min_width", min_width, 1)):
-            _checks.positive_int(name, count, least=least)
+        recalibrate = _checks.positive_int("recalibrate", recalibrate, least=0)
+        round_to, min_width = _checks.positive_int("round_to", round_to), _checks.positive_int("min_width", min_width)
         if not any(shrink is when or (isinstance(shrink, str) and shrink == when) for when in WHEN):
             raise ValueError(f"shrink={shrink!r}: expected one of {list(WHEN)}")
         self.model, self.steps, self.steps_taken = model, steps, 0

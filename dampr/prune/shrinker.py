@@ -104,7 +104,7 @@ class Shrinker:
         _checks.module("model", model)
         check_bare(model, _IN_PLACE)
         inputs.check(example_inputs)
-        _checks.positive_int("patience", patience)
+        patience = _checks.positive_int("patience", patience)
         for name, share in (("probability", probability), ("least_saving", least_saving)):
             if not 0 <= _checks.number(name, share) < 1:
                 raise ValueError(f"{name}={share!r}: expected a number in [0, 1)")

@@ -92,7 +92,7 @@ def verify_model(
     ok
     """
     inputs.check(example_inputs)
-    _checks.positive_int("gates_per_layer", gates_per_layer)
+    gates_per_layer = _checks.positive_int("gates_per_layer", gates_per_layer)
     if not gated_layers(model):
         raise ValueError(f"model={type(model).__name__}: expected gated layers in it (dampr.convert puts them there)")
     if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):

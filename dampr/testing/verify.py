@@ -63,7 +63,7 @@ def run_side_by_side(wanted: list[Job], processes: int, parts: int = PARTS) -> I
 
     The processes have one thread each: threads of several that wait for each other on the same cores take many times as long.
     """
-    _checks.positive_int("processes", processes)
+    processes = _checks.positive_int("processes", processes)
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)) as pool:
         rows = [[pool.submit(verify_op, *job, part=(part, parts)) for part in range(parts)] for job in wanted]
         for first, *others in rows:

@@ -98,14 +98,14 @@ def of(name: str, make: Callable[[Draw], dict[str, Any]]) -> Callable[[Draw], st
         call.__qualname__ = f"{name} and its gradients on {backend}"
         truth = lambda: with_gradients(function, kwargs, seed, "reference", double=True)  # noqa: E731
         if any(isinstance(v, Tensor) and v.is_floating_point() and not bool((v.double().abs() < 1e4).all()) for v in kwargs.values()):
-            return judge(Case(call, (), kwargs, names=names, valid=True, truth=lambda: _values(truth())))
+            return judge(Case(call, (), kwargs, names=names, valid=True, truth=lambda: values(truth())))
         baseline = lambda: with_gradients(function, kwargs, seed, "reference")  # noqa: E731
         return judge(Case(call, (), kwargs, names=names, valid=True, truth=truth, baseline=baseline))
 
     return target
 
 
-def _values(found: Any) -> Any:
+def values(found: Any) -> Any:
     """Of a result that infinities reach, nothing is compared but its places: how 0 times infinity is taken is up to the route."""
     return torch.utils._pytree.tree_map_only(Tensor, lambda t: torch.full_like(t, float("nan")), found)
 

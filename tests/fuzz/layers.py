@@ -15,7 +15,7 @@ from dampr import gates
 from dampr import nn as gated
 
 from .cases import Case, judge
-from .functional import corrupted
+from .functional import corrupted, values
 from .values import Draw, nonsense
 
 FAMILIES: tuple[Any, ...] = ("hard_concrete", "dam", "diffprune", "diffmask", gates.HardConcrete)
@@ -115,8 +115,10 @@ def of(kind: str) -> Callable[[Draw], str | None]:
             return judge(Case(build, (), arguments | how, names=own_names))
         if draw.chance(0.35):
             corrupted(draw, arguments)
-            if isinstance(arguments.get("num_layers"), int) and arguments["num_layers"] > 9:
-                arguments["num_layers"] = 0  # torch itself would make names for all of them
+            layers = arguments.get("num_layers")
+            if isinstance(layers, int) or (isinstance(layers, Tensor) and layers.numel() == 1 and not layers.is_meta):
+                # Or torch itself would make names for all of them.
+                arguments["num_layers"] = 0 if float(layers.real) > 9 else layers
             return judge(Case(build, (), arguments, names=own_names, like=lambda: dense(**arguments)))
         plain = dense(**arguments)
         layer = opened(build(**arguments))
@@ -131,9 +133,17 @@ def of(kind: str) -> Callable[[Draw], str | None]:
         elif "hidden_size" in arguments and len(shape) == 3 and draw.chance(0.4):
             lengths = torch.full((shape[0 if arguments["batch_first"] else 1],), shape[1 if arguments["batch_first"] else 0])
             given["input"] = pack_padded_sequence(x, lengths, batch_first=arguments["batch_first"])
-        return judge(Case(layer, (), given, names=("input", "x", "weight", "gate"), like=lambda: plain(**given)))
+        case = Case(layer, (), given, names=("input", "x", "weight", "gate"), like=lambda: plain(**given))
+        case.truth = (lambda: values(plain(**given))) if training and overflows(given["input"]) else None
+        return judge(case)
 
     return target
+
+
+def overflows(x: Any) -> bool:
+    """Whether squares of numbers in x do, so that a norm of torch gives another result for another layout of x."""
+    known = isinstance(x, Tensor) and x.layout == torch.strided and not x.is_meta and x.is_floating_point()
+    return known and bool((x.abs() > torch.finfo(x.dtype).max ** 0.5).any())
 
 
 def embedding(draw: Draw) -> str | None:

@@ -180,8 +180,28 @@ def test_one_evaluation_serves_a_step_and_no_longer():
         optimizer.step()
         assert generator.runs == step
     with torch.no_grad():
-        model.eval()(x), model(x)
-    assert generator.runs == 4, "evaluation without gradients is a graph of its own, and one is enough"
+        model.eval()(x)
+        assert generator.runs == 4, "evaluation without gradients is a graph of its own"
+        model(x)
+    assert generator.runs == 5, "which serves each layer once"
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_an_evaluation_sees_what_was_written_through_data(frozen):
+    """As averages of weights are swapped in and out; version counters do not tell of it."""
+    generator, model = network()
+    model.eval()
+    x = torch.randn(4, 6)
+    for p in generator.parameters():
+        p.requires_grad_(not frozen)
+    with torch.enable_grad() if frozen else torch.no_grad():
+        before = model(x)
+        for p in generator.parameters():
+            p.data.mul_(-0.5)
+        after = model(x)
+    generator._may_keep = lambda: False
+    assert not torch.allclose(after, before, atol=1e-3)
+    torch.testing.assert_close(after, model(x))
 
 
 def test_gradients_are_those_of_separate_evaluations():

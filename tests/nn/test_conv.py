@@ -55,6 +55,14 @@ def truth(made: dict[str, torch.Tensor], gates: dict[str, Any], arguments: dict[
     return gradients(y, leaves, 7)
 
 
+@pytest.mark.parametrize("groups", [torch.tensor(2), torch.tensor([2]), torch.tensor([2]).numpy()[0]])
+def test_groups_are_a_number_also_in_a_tensor(groups: Any) -> None:
+    x, weight, gate = torch.randn(SHAPE), torch.randn(8, 2, 3, 3), torch.randn(8)
+    given = {"output_gate": gate, "seed": 3}
+    found = functional.gated_conv2d(x, weight, groups=groups, **given)
+    assert torch.equal(found, functional.gated_conv2d(x, weight, groups=2, **given))
+
+
 def placements(groups: int) -> list[dict[str, Any]]:
     ends = {"input": {"input_gate": torch.randn(4)}, "output": {"output_gate": torch.randn(8)}}
     ends["both"] = ends["input"] | ends["output"]

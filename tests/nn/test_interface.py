@@ -45,7 +45,6 @@ PAIRS: dict[type[nn.Module], Any] = {
     nn.TransformerDecoderLayer: gated.GatedTransformerDecoderLayer,
 }
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
-EVERY = 5  # of the dozens of inputs of recurrent and transformer layers one in so many is taken
 
 
 def module_db() -> list[Any]:
@@ -67,8 +66,7 @@ def cases(training: bool) -> Iterator[Any]:
         torch.manual_seed(0)
         inputs = info.module_inputs_func(info, device="cpu", dtype=torch.float32, requires_grad=True, training=training)
         for number, case in enumerate(inputs):
-            if len(inputs) < 10 or number % EVERY == 0:
-                yield pytest.param(info.module_cls, case, id=f"{info.module_cls.__name__}-{number}")
+            yield pytest.param(info.module_cls, case, id=f"{info.module_cls.__name__}-{number}")
 
 
 def pair(kind: Any, case: Any, training: bool = False) -> tuple[nn.Module, nn.Module]:

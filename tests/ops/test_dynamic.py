@@ -128,6 +128,51 @@ def test_what_is_exported_in_training_learns(layer: Any, strict: bool) -> None:
         torch.testing.assert_close(found[name].grad, p.grad, rtol=1e-4, atol=1e-5, msg=name)
 
 
+class First(nn.Module):
+    """The first output of a layer."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, *x: torch.Tensor) -> Any:
+        y = self.layer(*x)
+        return y[0] if isinstance(y, tuple) else y
+
+
+TOKENS = (3, 5, 8)
+EXPORTED: dict[str, tuple[Any, tuple[int, ...], tuple[int, ...]]] = {
+    "linear of tokens": (lambda: gated.GatedLinear(8, 4), TOKENS, (0, 1)),
+    "linear of grids": (lambda: gated.GatedLinear(8, 4, granularity="input"), (2, 3, 5, 8), (0, 1, 2)),
+    "linear, per sample": (lambda: gated.GatedLinear(8, 4, per_sample=True), TOKENS, (0, 1)),
+    "linear, blocks": (lambda: gated.GatedLinear(8, 4, granularity=(2, 2)), TOKENS, (0, 1)),
+    "linear, dam": (lambda: gated.GatedLinear(8, 4, gate="dam"), TOKENS, (0, 1)),
+    "conv1d": (lambda: gated.GatedConv1d(5, 4, 1), TOKENS, (0, 2)),
+    "conv2d, per sample": (lambda: gated.GatedConv2d(3, 4, 1, per_sample=True), (2, 3, 5, 8), (0, 2, 3)),
+    "layer norm": (lambda: gated.GatedLayerNorm(8), TOKENS, (0, 1)),
+    "batch norm": (lambda: gated.GatedBatchNorm1d(5), TOKENS, (0, 2)),
+    "gate": (lambda: gated.Gate(8, dim=-1, per_sample=True), TOKENS, (0, 1)),
+    "residual": (lambda: gated.GatedResidual(nn.Linear(8, 8), per_sample=True), TOKENS, (0, 1)),
+    "encoder": (lambda: gated.GatedTransformerEncoderLayer(8, 2, 6, 0.0), TOKENS, (0, 1)),
+    "gru": (lambda: gated.GatedGRU(8, 4), TOKENS, (1,)),
+}
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", EXPORTED)
+def test_export_keeps_every_dynamic_size(name: str, training: bool) -> None:
+    build, shape, free = EXPORTED[name]
+    layer = First(build().train(training))
+    sizes = {dim: torch.export.Dim(f"size_{dim}", min=1, max=4096) for dim in free}
+    exported = torch.export.export(layer, (torch.randn(shape),), dynamic_shapes=((sizes,),))
+    for factor in (1, 7):
+        x = torch.randn([n * factor if dim in free else n for dim, n in enumerate(shape)])
+        y = exported.module()(x)
+        assert y.shape == layer(x).shape
+        if not training:
+            torch.testing.assert_close(y, layer(x), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")  # torch's own
 def test_a_compacted_model_is_compiled_ahead_of_time(tmp_path: Any) -> None:

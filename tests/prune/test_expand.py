@@ -244,7 +244,10 @@ def small_of(kept):
         ({"before": 10, "kept": [-1, 0, 1, 2]}, "expected rising indices below that"),
         ({"before": 3, "kept": [0, 1, 2, 3]}, "expected rising indices below that"),
         ({"before": 10, "kept": [0, 1, 2]}, "4 channels, but its manifest keeps 3 of 10"),
-        ({"before": 10**12, "kept": [0, 1, 2, 3]}, "expected at most 10000 times as many"),
+        ({"before": 2**30, "kept": [0, 1, 2, 3]}, "expected at most 10000 times as many"),
+        ({"before": 10**12, "kept": [0, 1, 2, 3]}, "1000000000000 channels before, expected 1 to 2147483647"),
+        ({"before": 0, "kept": []}, "0 channels before, expected 1 to"),
+        (None, "'0': out=None, expected what was cut of it"),
         ({"before": True, "kept": [0]}, "expected a number of channels before and a list"),
         ({"before": 10, "kept": [0.0, 1.0, 2.0, 3.0]}, "expected a number of channels before and a list"),
         ({"kept": [0, 1, 2, 3]}, "expected a number of channels before and a list"),
@@ -254,6 +257,67 @@ def small_of(kept):
 def test_a_manifest_is_not_believed(entry, match):
     small = small_of(4)
     small.dampr_manifest["layers"]["0"]["out"] = entry
+    with pytest.raises(ValueError, match=match):
+        dampr.expand(small)
+
+
+def change(*path, to):
+    """A change of a manifest: what lies at ``path`` becomes ``to``."""
+
+    def make(manifest):
+        for key in path[:-1]:
+            manifest = manifest[key]
+        manifest[path[-1]] = to
+
+    return make
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rnn, self.head = nn.GRU(6, 8, batch_first=True), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.rnn(x)[0][:, -1])
+
+
+def transformer():
+    return nn.Sequential(nn.Linear(6, 8), nn.TransformerEncoderLayer(8, 4, 12, 0.0, batch_first=True), nn.Linear(8, 3))
+
+
+def groups():
+    return nn.Sequential(nn.Linear(6, 16), nn.GroupNorm(4, 16), nn.ReLU(), nn.Linear(16, 3))
+
+
+@pytest.mark.parametrize(
+    ("build", "shape", "made", "match"),
+    [
+        (Recurrent, (2, 5, 6), change("layers", "rnn", "units", to=3), "'rnn': units=3, expected a list"),
+        (Recurrent, (2, 5, 6), change("layers", "rnn", "units", "kept", to=[]), "expected a list of those"),
+        (Recurrent, (2, 5, 6), change("layers", "rnn", "units", "kept", to=[[0]] * 2), "units: 2 lists .* expected 1"),
+        (Recurrent, (2, 5, 6), change("layers", "rnn", to=7), "'rnn': 7, expected an entry for each side"),
+        (Recurrent, (2, 5, 6), change("layers", "", to={"out": {"before": 9, "kept": [1]}}), "'' names a Recurrent"),
+        (Recurrent, (2, 5, 6), change("layers", 3, to={}), "layers=.*, expected entries by name"),
+        (transformer, (2, 5, 6), change("layers", "1.self_attn", "heads", to=None), "heads=None, expected"),
+        (
+            transformer,
+            (2, 5, 6),
+            change("layers", "1.self_attn", "heads", "before", to=5),
+            r"heads=.*, expected 2 of 4, those of the layer",
+        ),
+        (groups, (4, 6), change("tensors", to=[1]), "tensors=.*, expected entries by name"),
+        (groups, (4, 6), change("tensors", "0", to={}), "names a tensor '0' that is not there"),
+        (groups, (4, 6), change("tensors", "0.weight", "0", to=4), "4, expected a number of channels"),
+    ],
+)
+def test_manifests_of_other_kinds_of_layers_are_not_believed_either(build, shape, made, match):
+    torch.manual_seed(0)
+    x = torch.randn(shape)
+    model = dampr.convert(build(), example_inputs=x)
+    for gate in dampr.prune.distinct_gates(model).values():
+        gate.log_alpha.data[: gate.num_gates // 2] = -9
+    small = dampr.compact(model, example_inputs=x)
+    made(small.dampr_manifest)
     with pytest.raises(ValueError, match=match):
         dampr.expand(small)
 

@@ -197,6 +197,7 @@ def linear(**arguments):
     return child("0", arguments={"in_features": 20, "out_features": 20, **arguments})
 
 
+SQUARE = {"in_channels": 2, "out_channels": 2, "kernel_size": 1}
 FORGED = [
     (lambda m: m.pop("widths"), "widths has to map"),
     (lambda m: m.update(widths=[1]), "widths has to map"),
@@ -233,6 +234,10 @@ FORGED = [
     (linear(out_features=[20]), "Linear does not take"),
     (linear(out_features=10**30), "Linear does not take"),
     (linear(device="cpu"), "Linear does not take"),
+    (child("1", arguments={"num_features": 20, "eps": "x"}), "BatchNorm1d does not take eps='x', expected"),
+    (child("1", arguments={"num_features": 20, "eps": float("nan")}), "BatchNorm1d does not take eps=nan"),
+    (child("1", arguments={"num_features": 20, "affine": 1}), "BatchNorm1d does not take affine=1, expected"),
+    (child("1", type="ConvTranspose2d", arguments=SQUARE | {"output_padding": "x"}), "output_padding='x'"),
     (child("0", type="LSTM", arguments={"input_size": 3, "hidden_size": 3, "num_layers": 10**9}), "LSTM does not take"),
 ]
 
@@ -243,6 +248,25 @@ def test_a_manifest_with_a_good_digest_is_still_not_believed(saved, change, mess
     forge(path, change)
     with pytest.raises(dampr.FileError, match=message):
         dampr.load(path)
+
+
+def test_widths_of_layers_that_a_file_builds_are_those_they_were_built_with(tmp_path):
+    model = nn.Sequential(dampr.nn.PrunedMultiheadAttention(8, 4, heads=(0, 3)))
+    dampr.save(model, tmp_path / "attention.safetensors")
+    forge(tmp_path / "attention.safetensors", lambda m: m["widths"]["0"].update(head_dim=2**62))
+    for original in (None, nn.Sequential(nn.MultiheadAttention(8, 4))):
+        with pytest.raises(dampr.FileError, match=r"widths: 0.head_dim=4611686018427387904, expected 2,"):
+            dampr.load(tmp_path / "attention.safetensors", original)
+    model = nn.Sequential(nn.Conv2d(4, 8, 1), nn.GroupNorm(2, 8), nn.ConvTranspose2d(8, 2, 1))
+    dampr.save(model, tmp_path / "groups.safetensors")
+    forge(tmp_path / "groups.safetensors", lambda m: m["widths"]["1"].update(num_groups=3))
+    with pytest.raises(dampr.FileError, match=r"GroupNorm does not take .*'num_groups': 3"):
+        dampr.load(tmp_path / "groups.safetensors", copy.deepcopy(model))
+    dampr.save(model, tmp_path / "groups.safetensors")
+    how = {"in_channels": 8, "out_channels": 2, "kernel_size": 1, "padding": [0, 0, 0]}
+    forge(tmp_path / "groups.safetensors", child("2", arguments=how))
+    with pytest.raises(dampr.FileError, match=r"layer '2': ConvTranspose2d.*expected 2 numbers of each argument"):
+        dampr.load(tmp_path / "groups.safetensors")
 
 
 @pytest.mark.parametrize(("change", "message"), FORGED[11:17], ids=[message for _, message in FORGED[11:17]])
@@ -639,6 +663,59 @@ def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkey
     assert [file.name for file in tmp_path.iterdir()] == ["model.safetensors"]
     with pytest.raises(FileNotFoundError, match="expected it in a folder that exists"):
         dampr.save(nn.Linear(4, 2), tmp_path / "nowhere" / "model.safetensors")
+
+
+def writers(folder):
+    """What writes files that others read, each twice in one place: (path, how)."""
+    from dampr import records
+    from dampr.ops import thresholds
+
+    def plan(folder):
+        transformers = pytest.importorskip("transformers")
+        from dampr.integrations import huggingface
+
+        (folder / "checkpoint-3").mkdir(exist_ok=True)
+        made = dampr.Plan(sequential(), torch.randn(4, 20), macs=0.7, steps=50)
+        state = transformers.TrainerState(global_step=3, is_world_process_zero=True)
+        huggingface.PlanCallback(made).on_save(type("Arguments", (), {"output_dir": str(folder)}), state, None)
+
+    return {
+        "model": ("m", lambda: dampr.save(nn.Linear(4, 2), folder / "m")),
+        "json": ("r.json", lambda: records.write_json(folder / "r.json", [1])),
+        "rows": ("r.jsonl", lambda: records.write_jsonl(folder / "r.jsonl", [{"a": 1}])),
+        "thresholds": (thresholds.path(), lambda: thresholds.write(0.5, 0.4)),
+        "plan": ("checkpoint-3/dampr_plan.pt", lambda: plan(folder)),
+    }
+
+
+@pytest.mark.parametrize("name", ["model", "json", "rows", "thresholds", "plan"])
+def test_whatever_is_written_appears_whole_and_is_on_the_disk_before(tmp_path, monkeypatch, name):
+    monkeypatch.setenv("DAMPR_CACHE", str(tmp_path / "cache"))
+    path, write = writers(tmp_path)[name]
+    write()
+    file, seen, replace = tmp_path / path, [], os.replace
+    monkeypatch.setattr(os, "fsync", lambda handle: seen.append("fsync"))
+    monkeypatch.setattr(os, "replace", lambda a, b: (seen.append((str(a), str(b))), replace(a, b)))
+    write()
+    assert seen[0] == "fsync"
+    partial, target = seen[1]
+    assert target == str(file)
+    assert partial not in (f"{file}.partial", str(file))
+    before = file.read_bytes()
+    monkeypatch.setattr(os, "fsync", lambda handle: (_ for _ in ()).throw(OSError("no space left")))
+    with pytest.raises(OSError, match="no space left"):
+        write()
+    assert file.read_bytes() == before
+    assert not list(file.parent.glob("*.partial")) + list(file.parent.glob(".*.partial"))
+
+
+def test_a_link_stays_a_link_and_a_folder_is_no_file(tmp_path):
+    (tmp_path / "latest").symlink_to(tmp_path / "model")
+    dampr.save(nn.Linear(4, 2), tmp_path / "latest")
+    assert (tmp_path / "latest").is_symlink()
+    assert dampr.load(tmp_path / "model").in_features == 4
+    with pytest.raises(IsADirectoryError, match=r"^path=.*: expected a file, it is a folder"):
+        dampr.save(nn.Linear(4, 2), tmp_path)
 
 
 def test_gains_that_gates_made_are_loaded_into_the_dense_original(tmp_path):

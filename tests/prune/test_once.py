@@ -117,6 +117,9 @@ def test_dicts_and_tuples_of_inputs_and_recurrent_models():
         ((mlp(), BATCHES, F.cross_entropy), {"macs": None}, ValueError, "expected exactly one"),
         ((mlp(), BATCHES, F.cross_entropy), {"macs": 1e-9}, dampr.BudgetError, "expected at least"),
         ((mlp(), BATCHES, lambda out, y: out.sum() * float("nan")), {}, ValueError, "loss: its gradient is not finite"),
+        ((mlp(), BATCHES, nn.Sequential()), {}, TypeError, r"^loss=Sequential\(\): expected a function of"),
+        ((mlp(), BATCHES, lambda out, y: 0.5), {}, TypeError, "^loss=.*: expected one number with .* gives 0.5"),
+        ((mlp(), BATCHES, lambda out, y: out), {}, TypeError, "^loss=.*: expected one number with a gradient"),
     ],
 )
 def test_bad_arguments(arguments, how, error, match):

@@ -146,6 +146,28 @@ def test_the_size_of_the_outputs_sets_the_scale(scale: float) -> None:
     dampr.compact(model, example_inputs=X)
 
 
+class Graph(nn.Module):
+    """A layer beside a sparse matrix of neighbours."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(5, 16), nn.Linear(16, 3)
+
+    def forward(self, x: torch.Tensor, neighbours: torch.Tensor) -> torch.Tensor:
+        return torch.sparse.mm(neighbours, self.last(torch.relu(self.first(x))))
+
+
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
+def test_sparse_example_inputs_stay_what_they_are(layout: Any) -> None:
+    x = torch.randn(4, 5), torch.eye(4).flip(0).to_sparse(layout=layout)
+    model: Any = dampr.convert(Graph(), example_inputs=x, include="first")
+    model.first.gate.log_alpha.data[:5] = -9
+    small = dampr.compact(model, example_inputs=x)
+    assert small.first.out_features == 11
+    torch.testing.assert_close(small.eval()(*x), model.eval()(*x))
+
+
 def test_tolerances_follow_precision_and_can_be_given() -> None:
     model = nn.Linear(12, 5)
     x = torch.ones(2, 12)
