@@ -245,7 +245,10 @@ def _streams_by_units(
     placement = unit_gates.only(model, opened, placement, include, exclude)
     by_layers = {one for name, line in units.counted if name in plan.layers for one in units.label[line].tolist()}
     by_units = [one for one in placement.classes() if one in units.statistics]
-    return (opened, placement) if len(by_units) > len(by_layers) else None
+    more = len(by_units) - len(by_layers)
+    if not more and by_units and not heads.find(model):  # attention that gated layers do not know, say
+        more = int(share_of_macs(opened, placement.classes()) > _reached(opened, plan) + WORTH)
+    return (opened, placement) if more > 0 else None
 
 
 def _say_why(plan: _Plan, why: dict[str, str]) -> None:

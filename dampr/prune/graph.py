@@ -90,8 +90,7 @@ class Widths:
         self._flow = Flow(model, example_inputs, self._cores)
         self.traced, self._inputs = plain or model, example_inputs
         try:
-            with inputs.without_hooks(self.traced):
-                self.units = trace_units(self.traced, example_inputs) if units is None else units
+            self.units = units or inputs.looked_at(self.traced, lambda: trace_units(self.traced, example_inputs))
         except Exception as error:
             raise TracingError(f"the operators of {type(model).__name__} cannot be followed ({type(error).__name__}: {error})") from error
         self._owners: dict[str, list[tuple[nn.Module, str]]] = defaultdict(list)
@@ -310,8 +309,7 @@ class Widths:
 
     @functools.cached_property
     def _evaluated(self) -> Units:
-        with inputs.without_hooks(self.traced):
-            return trace_units(self.traced, self._inputs, training=(False,))
+        return inputs.looked_at(self.traced, lambda: trace_units(self.traced, self._inputs, training=(False,)))
 
     def _passes(self, module: nn.Module) -> bool:
         return isinstance(module, _PASSES_THROUGH) or is_depthwise(module)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
@@ -21,6 +21,7 @@ from dampr.nn import GatedSyncBatchNorm
 
 Model = TypeVar("Model", bound=nn.Module)
 """What keeps the type of the model that it is given."""
+Found = TypeVar("Found")
 
 
 def call(model: nn.Module, example_inputs: Any) -> Any:
@@ -264,6 +265,17 @@ def without_hooks(model: nn.Module) -> Iterator[None]:
     finally:
         for hooks, before in held:
             hooks.update(before)
+
+
+def looked_at(model: nn.Module, look: Callable[[], Found]) -> Found:
+    """What ``look`` gives without forward hooks, or with them where the model does not run without (some collect what it returns)."""
+    try:
+        with without_hooks(model):
+            return look()
+    except Exception:
+        if not any(module._forward_hooks for module in model.modules()):
+            raise
+        return look()
 
 
 @contextmanager

@@ -70,9 +70,8 @@ def look(model: nn.Module, example_inputs: Any) -> Sight | None:
     if any(isinstance(module, GatedLayer) for module in model.modules()):
         return None
     try:
-        with inputs.without_hooks(model):
-            units, placement = _placed(model, example_inputs)
-            return Sight(units, placement, _tied(model, units))
+        units, placement = inputs.looked_at(model, lambda: _placed(model, example_inputs))
+        return Sight(units, placement, _tied(model, units))
     except Exception:  # whatever a model does that the tracer cannot follow; others look too
         return None
 
@@ -97,12 +96,15 @@ def _placed(model: nn.Module, example_inputs: Any) -> tuple[Units, Placement]:
 def with_open_norms(model: nn.Module, units: Units, example_inputs: Any) -> tuple[Units, Placement]:
     """The same where norms may count open units only, so that widths that they normalise may have gates too."""
     try:
-        with inputs.without_hooks(model):
-            norms = open_norms.find(model, units, example_inputs)
-            opened = units.with_open_statistics(norms)
-            return opened, unit_gates.place(model, opened, example_inputs, norms)
+        return inputs.looked_at(model, lambda: _placed_with_open_norms(model, units, example_inputs))
     except Exception:  # whatever a model does that the tracer cannot follow; others look too
         return units, Placement([])
+
+
+def _placed_with_open_norms(model: nn.Module, units: Units, example_inputs: Any) -> tuple[Units, Placement]:
+    norms = open_norms.find(model, units, example_inputs)
+    opened = units.with_open_statistics(norms)
+    return opened, unit_gates.place(model, opened, example_inputs, norms)
 
 
 def _tied(model: nn.Module, units: Units) -> set[str]:

@@ -17,7 +17,12 @@ _CONV1D = "transformers.pytorch_utils.Conv1D"
 
 def find(model: nn.Module) -> dict[str, Any]:
     """Every such layer by its name."""
-    return {name: layer for name, layer in model.named_modules() if f"{type(layer).__module__}.{type(layer).__qualname__}" == _CONV1D}
+    return {name: layer for name, layer in model.named_modules() if is_conv1d(layer)}
+
+
+def is_conv1d(layer: nn.Module) -> bool:
+    """Whether a layer is such a one; a class of its own with gates on its weight is a subclass."""
+    return any(f"{kind.__module__}.{kind.__qualname__}" == _CONV1D for kind in type(layer).__mro__[:3])
 
 
 def to_linear(model: nn.Module) -> dict[str, Any]:

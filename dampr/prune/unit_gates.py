@@ -186,14 +186,29 @@ def _try(subject: _Subject, families: list[list[int]], quick: bool) -> tuple[str
     kinds = [sizes, []] if sizes else [[]]
     if len({_kind(units, family) for family in families}) == 1 and sizes:
         kinds[1:1] = [[size for size in sizes if "head" in size.attribute], [size for size in sizes if "head" not in size.attribute]]
+        attributes = dict.fromkeys(size.attribute for size in sizes)  # one of which may be of another width that has the same size
+        kinds += [[size for size in sizes if size.attribute != own] for own in attributes]
     masked, reason = _Masked(subject, classes, scales=() if quick else _SCALES), ""
     for number, chosen in enumerate(kinds):
         if chosen in kinds[:number]:
             continue
         reason = masked.differs(chosen)
         if not reason:
-            return None, chosen, bool(chosen) and bool(masked.differs([]))
+            needed = bool(chosen) and bool(masked.differs([]))
+            return None, _needed(masked, chosen), needed
     return reason, [], False
+
+
+def _needed(masked: _Masked, sizes: list[Size]) -> list[Size]:
+    """Of numbers that may follow those without which the model computes something else, and those that count heads by their names.
+
+    A number that only happens to be as large as a width, such as a stride, must not follow it.
+    """
+    for attribute in dict.fromkeys(size.attribute for size in sizes if "head" not in size.attribute):
+        others = [size for size in sizes if size.attribute != attribute]
+        if not masked.differs(others):
+            sizes = others
+    return sizes
 
 
 class _Masked:

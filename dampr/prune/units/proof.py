@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 
 from dampr.nn.computed import at_rest
 
-from .. import inputs
+from .. import inputs, transposed
 from . import tracer
 from .ledger import Ledger
 from .partition import NOTHING_TO_CHOOSE, Units, solve
@@ -92,6 +92,8 @@ def follow_parameters(module: Any, keeps_groups: bool = False) -> None:
             setattr(module, name, weight.shape[dim] * (module.groups if dim == 1 else 1))
     elif isinstance(module, nn.Linear):
         module.out_features, module.in_features = weight.shape
+    elif transposed.is_conv1d(module):
+        module.nx, module.nf = weight.shape
     elif isinstance(module, nn.modules.batchnorm._NormBase):
         module.num_features = weight.shape[0]
     elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
@@ -108,15 +110,14 @@ def follow_parameters(module: Any, keeps_groups: bool = False) -> None:
 def half(units: Units, families: Sequence[Sequence[int]], seed: int = 0) -> list[int]:
     """A random half of the classes of each family, but of every dimension at least one class stays.
 
-    Of several families with as many classes one loses half, the next one less: what code keeps for all of them in one number is found so.
+    Of several families one loses half, the next one less: what code keeps for several of them in one number is found so.
     """
-    generator, before = random.Random(seed), Counter[int]()
+    generator = random.Random(seed)
     left = {(name, dim): len(set(units.classes(name, dim))) for name, dims in units.origin.items() for dim, _, _ in dims}
     chosen = []
-    for family in families:
+    for number, family in enumerate(families):
         most = len(family) // 2
-        count = most - before[len(family)] % max(1, (most + 1) // 2)
-        before[len(family)] += 1
+        count = most - number % (most // 2 + 1)
         for one in generator.sample(list(family), count):
             places = {(member.name, member.dim) for member in units.members[one]}
             if all(left[place] > 1 for place in places):
@@ -175,6 +176,9 @@ def differs(model: nn.Module, units: Units, samples: list[Any], classes: list[in
         pairs = zip(units.numbers, ledger.numbers, strict=False)
         a, b = next(((a, b) for a, b in pairs if a != b), (("more", "operators"), ("or", "fewer")))
         return Differs(f"a number that the code computes follows its width ({a[0]} with {a[1]}, without half of its channels {b[1]})", True)
+    other = next((name for name, modes in units.reached.items() if ledger.reached.get(name) != modes), None)
+    if other is not None:
+        return Differs(f"without half of its channels the model takes another way, on which it does not read {other!r}", True)
     return _regrouped(units, solve(ledger, units.modes), set(classes))
 
 

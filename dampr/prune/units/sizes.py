@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from ..transposed import is_conv1d
 from .partition import Units
 
 _NO_WIDTHS = ("stride", "kernel", "depth", "layers", "blocks", "padding", "dilation", "window", "patch", "steps", "in_chans")
@@ -47,7 +48,7 @@ def followers(model: nn.Module, units: Units, classes: Iterable[int]) -> list[Si
     counts = {place: len(set(units.classes(*place))) for place in sizes}
     found = []
     for name, module in model.named_modules():
-        if isinstance(module, _FOLLOW_ANYWAY):
+        if isinstance(module, _FOLLOW_ANYWAY) or is_conv1d(module):
             continue
         prefix = f"{name}." if name else ""
         near = sorted((place for place in sizes if place[0].startswith(prefix)), key=lambda place: place[0].count("."))
@@ -90,9 +91,9 @@ def _matches(
     value: int, places: list[tuple[str, int]], sizes: dict[tuple[str, int], int], counts: dict[tuple[str, int], int]
 ) -> Iterator[tuple[str, int]]:
     yield from (place for place in places if sizes[place] == value)
-    each = {place for place in places if sizes[place] == value * counts[place]}  # the width of a head does not change with their number
-    for parts in _PARTS:
-        yield from (place for place in places if sizes[place] == value * parts and place not in each)
+    if not any(sizes[place] == value * counts[place] for place in places):  # the width of a head does not change with their number
+        for parts in _PARTS:
+            yield from (place for place in places if sizes[place] == value * parts)
     yield from (place for place in places if counts[place] == value and sizes[place] % value == 0)
 
 
