@@ -17,6 +17,7 @@ from dampr.nn.rnn import GatedRecurrent
 from . import cutting, graph, heads, inputs, recurrent, streams, transformer, unit_compact
 from .expand import carry_over, check_state, expand
 from .inputs import Model
+from .modules import by_name, of_kind
 from .unit_structure import has_unit_gates
 from .wrapped import check_gates, sees_through
 
@@ -72,7 +73,7 @@ def compact(
     if optimizer is not None:
         check_state(optimizer)
     round_to = _checks.positive_int("round_to", round_to)
-    gated = {name: module for name, module in model.named_modules() if isinstance(module, GatedLayer)}
+    gated = by_name(model, GatedLayer)
     if not gated:
         raise ValueError(f"model={type(model).__name__}: expected gated layers in it (dampr.convert puts them there)")
     check_gates(model)
@@ -122,7 +123,7 @@ def compact(
             elif channels:
                 closed[writes][plain] = channels
     open_heads, head_notes = heads.open_heads(small)
-    for taken in [m for m in small.modules() if isinstance(m, TakenReLU)]:
+    for taken in of_kind(small, TakenReLU):
         dense[taken] = nn.ReLU(taken.inplace).train(taken.training)
         inputs.keep_hooks(taken, dense[taken])
     inputs.replace(small, dense)
@@ -141,7 +142,7 @@ def compact(
         raise CompactionError(str(error)) from error
     units, kept, unequal_notes = recurrent.split(small, units, kept | in_streams, samples, atol, rtol)
     notes |= unequal_notes
-    ones = [m for m in small.modules() if isinstance(m, Scale) and bool((m.scale == 1).all())]
+    ones = [m for m in of_kind(small, Scale) if bool((m.scale == 1).all())]
     inputs.replace(small, {module: nn.Identity().train(module.training) for module in ones})
     difference = max(_prove(model, small, kept, sample, atol, rtol) for sample in samples)
     manifest = _manifest(model, small, kept, left | cut_heads, units, notes, difference)
@@ -158,7 +159,7 @@ Kept = dict[tuple[nn.Module, bool], Tensor]  # (layer, writes) -> kept channels,
 
 def open_branches(small: nn.Module) -> None:
     """Put plain residual sums in the place of gated ones, the outer before the inner; what they contain stays gated."""
-    while (residual := next((module for module in small.modules() if isinstance(module, GatedResidual)), None)) is not None:
+    while (residual := next(iter(of_kind(small, GatedResidual)), None)) is not None:
         inputs.replace(small, {residual: residual.without_gate()})
 
 

@@ -25,6 +25,7 @@ from dampr.nn.stacked_rnn import width_of
 
 from . import graph, inputs, new_biases
 from .measure import count_call, count_macs, count_params, macs_beside_layers
+from .modules import by_name, of_kind
 from .structure import Structure
 from .unit_structure import Counts, UnitStructure, has_unit_gates
 from .wrapped import unwrapped
@@ -357,7 +358,7 @@ def _products_apart(plain: nn.Module, variables: _Variables) -> dict[str, list[t
     for product in variables.products:
         found[product[0]].append(product)
     whole = [f"{name}." for name in variables.attentions]
-    whole += [f"{name}." for name, layer in plain.named_modules() if isinstance(layer, (nn.RNNBase, nn.MultiheadAttention))]
+    whole += [f"{name}." for name, layer in by_name(plain, (nn.RNNBase, nn.MultiheadAttention)).items()]
 
     def apart(name: str, own: list[tuple[str, int, list[tuple[int, ...]]]]) -> bool:
         layer = plain.get_submodule(name)
@@ -371,7 +372,7 @@ def _products_apart(plain: nn.Module, variables: _Variables) -> dict[str, list[t
 def _params(structure: Structure, variables: _Variables) -> Iterator[Site]:
     """The parameters of every layer: of its channels, its heads, or fixed in number; and those that are in no layer."""
     plain = structure.plain
-    inside = {layer.out_proj for layer in plain.modules() if isinstance(layer, nn.MultiheadAttention)}
+    inside = {layer.out_proj for layer in of_kind(plain, nn.MultiheadAttention)}
     bare = {plain.get_parameter(name): (name, stream) for stream, _ in structure.streams for name in stream.parameters}
     for p, (name, stream) in bare.items():
         yield Site(name, Width(1), variables.width(stream.norms[0], True), p.numel() / stream.width)
@@ -467,7 +468,7 @@ def _uses(plain: nn.Module, example_inputs: Any) -> tuple[dict[nn.Module, int], 
         else:
             found[layer] += output.numel() // graph.channel_count(layer, True)
 
-    layers = [layer for layer in plain.modules() if isinstance(layer, (*graph.GEMMS, nn.RNNBase, nn.MultiheadAttention))]
+    layers = of_kind(plain, (*graph.GEMMS, nn.RNNBase, nn.MultiheadAttention))
     hooks = [layer.register_forward_hook(count, with_kwargs=True) for layer in layers]
     with inputs.removing(hooks):
         inputs.evaluate(plain, example_inputs)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from . import inputs
 from .graph import CannotCutError, Closed, Member, Side, Widths, channel_count, is_transposed, pads_with_zeros
+from .modules import of_kind
 from .units.proof import cut
 
 CONSTANTS = "as constants other than 0"
@@ -240,6 +241,6 @@ def follow_inputs(model: nn.Module, sample: Any) -> None:
         unbatched = isinstance(norm, nn.modules.instancenorm._InstanceNorm) and x.dim() == norm._get_no_batch_dim()
         norm.num_features = x.shape[0 if unbatched else 1]
 
-    bare = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase) and m.weight is None and m.running_mean is None]
+    bare = [m for m in of_kind(model, nn.modules.batchnorm._NormBase) if m.weight is None and m.running_mean is None]
     with inputs.removing([norm.register_forward_pre_hook(resize) for norm in bare]):
         inputs.evaluate(model, sample)

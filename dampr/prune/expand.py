@@ -17,6 +17,7 @@ from dampr.nn.stacked_rnn import arguments_of
 from . import graph, heads, inputs, transposed
 from .inputs import Model
 from .manifest import Places, check, places_in
+from .modules import by_name
 from .unit_compact import places_of, restore_sizes
 from .units.proof import follow_all
 from .wrapped import sees_through
@@ -398,5 +399,5 @@ def carry_over(optimizer: torch.optim.Optimizer, model: nn.Module, small: Any) -
 
 def _renamed(small: nn.Module) -> dict[str, str]:
     """Of each parameter in a :class:`StackedRNN` the name that it had in the recurrent layer in its place."""
-    stacked = [(f"{prefix}." if prefix else "", m) for prefix, m in small.named_modules() if isinstance(m, StackedRNN)]
+    stacked = [(f"{prefix}." if prefix else "", m) for prefix, m in by_name(small, StackedRNN).items()]
     return {prefix + name: prefix + before for prefix, m in stacked for name, before in m.former_names().items()}

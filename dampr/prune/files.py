@@ -27,6 +27,7 @@ from dampr.nn import GatedLayer
 
 from . import composites, inputs
 from .inputs import Model
+from .modules import by_name
 from .unit_compact import sizes_of
 from .units.sizes import number_of, set_number
 from .wrapped import check_bare, sees_through
@@ -171,7 +172,7 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
 def check_plain(model: nn.Module, by: str = "dampr.compact") -> None:
     """Raise TypeError that names the first layer with gates, and ``by`` which function they go."""
     _checks.module("model", model)
-    gated = [name for name, module in model.named_modules() if isinstance(module, GatedLayer)]
+    gated = [name for name, module in by_name(model, GatedLayer).items()]
     if gated:
         raise TypeError(f"model: layer {gated[0]!r} still has gates; expected a compacted model ({by}); for checkpoints use state_dict()")
 

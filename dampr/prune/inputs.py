@@ -19,6 +19,8 @@ from torch.utils.hooks import RemovableHandle
 from dampr.gates.ranks import groups_in
 from dampr.nn import GatedSyncBatchNorm
 
+from .modules import of_kind
+
 Model = TypeVar("Model", bound=nn.Module)
 """What keeps the type of the model that it is given."""
 Found = TypeVar("Found")
@@ -217,7 +219,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def unsynced(model: nn.Module) -> Iterator[None]:
     """In the block synchronised batch norms take the statistics of this process alone: no message, on any device. Copies stay that way."""
     plain = [module for module in model.modules() if type(module) is nn.SyncBatchNorm]
-    gated = [module for module in model.modules() if isinstance(module, GatedSyncBatchNorm) and not module.alone]
+    gated = [module for module in of_kind(model, GatedSyncBatchNorm) if not module.alone]
     for norm in plain:
         norm.forward = functools.partial(nn.BatchNorm2d.forward, norm)  # type: ignore[method-assign, arg-type]
     for own in gated:

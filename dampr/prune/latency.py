@@ -20,6 +20,7 @@ from dampr.nn import PrunedMultiheadAttention
 
 from . import graph, inputs
 from .cost import Cost, Site, Width, sum_of
+from .modules import by_name
 from .unit_structure import Counts
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of a width, at least one channel, where layers are timed
@@ -44,7 +45,7 @@ class Latency(Cost):
 
     def _find_sites(self, plain: nn.Module, example_inputs: Any) -> list[Site]:
         """One for each layer that has a width that gates can change."""
-        layers = [(n, m) for n, m in plain.named_modules() if isinstance(m, (*graph.GEMMS, nn.RNNBase, nn.MultiheadAttention))]
+        layers = list(by_name(plain, (*graph.GEMMS, nn.RNNBase, nn.MultiheadAttention)).items())
         sites = []
         for name, layer in layers:
             if isinstance(self._variables, Counts):

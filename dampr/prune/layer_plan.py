@@ -17,6 +17,7 @@ from . import filters, graph, heads, recurrent, second_opinion, streams, transfo
 from .convert_checks import ConversionError
 from .filters import Filter
 from .layer_gates import NORMS, OUTPUT_ONLY, REPLACEMENT, starts_at_one
+from .modules import of_kind
 from .sight import Sight
 from .structure import plain_copy
 from .units import Units
@@ -111,7 +112,7 @@ def place(
                 f"example_inputs=None: expected them, to find the BatchNorm that the gates of layer {convolution!r} belong after"
             )
         return plan
-    plain = plain_copy(model, example_inputs) if any(isinstance(m, GatedLayer) for m in model.modules()) else None
+    plain = plain_copy(model, example_inputs) if any(of_kind(model, GatedLayer)) else None
     widths = graph.Widths(model, example_inputs, sight.units if sight is not None else None, plain)
     names = {module: name for name, module in reversed(list(model.named_modules(remove_duplicate=False)))}
     plan.layers, plan.order, plan.widths = {}, [names[module] for module in widths.called()], widths
@@ -151,7 +152,7 @@ def place(
 
 def place_streams(plan: LayerPlan, model: nn.Module, gate: Any, include: Filter, exclude: Filter, example_inputs: Any) -> None:
     """Add the norms of residual streams, the first of each with the gate, and say what the layers that write these have to do with it."""
-    plain = plain_copy(model, example_inputs) if any(isinstance(m, GatedLayer) for m in model.modules()) else model
+    plain = plain_copy(model, example_inputs) if any(of_kind(model, GatedLayer)) else model
     names = {module: name for name, module in reversed(list(plain.named_modules(remove_duplicate=False)))}
     owners = transformer.owners(model)
     found, why = streams.find(plain, plan.widths if plain is model and plan.widths else graph.Widths(plain, example_inputs))

@@ -13,9 +13,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
-from dampr.gates import Gate
-
 from . import inputs
+from .modules import gates_of
 
 
 def _recurrent_flops(x: torch.Size, *weights: Any, **_: Any) -> int:
@@ -29,7 +28,7 @@ _RECURRENT = {torch.ops.aten.mkldnn_rnn_layer: _recurrent_flops, torch.ops.aten.
 
 def count_params(model: nn.Module) -> int:
     """Parameters without those of gates; a shared parameter counts once."""
-    gates = {id(p) for module in model.modules() if isinstance(module, Gate) for p in module.parameters()}
+    gates = {id(p) for module in gates_of(model) for p in module.parameters()}
     return sum(p.numel() for p in model.parameters() if id(p) not in gates)
 
 

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from dampr.gates import Fixed, Gate
+from dampr.gates import Fixed
 from dampr.nn import GatedHeads
 
 from . import graph, inputs
 from .compact import open_branches
+from .modules import gates_of
 from .structure import Structure
 
 
@@ -28,7 +29,7 @@ def find(model: nn.Module, structure: Structure, example_inputs: Any) -> dict[nn
         return {}
     trial: Any = inputs.copied(model, example_inputs)
     branches = {trial.get_submodule(name).gate for name in structure.branch_gates()}
-    gates = [gate for gate in trial.modules() if isinstance(gate, Gate)]
+    gates = gates_of(trial)
     inputs.replace(trial, {g: Fixed((torch.ones_like if g in branches else torch.zeros_like)(g.deterministic())) for g in gates})
     open_branches(trial)
     found: dict[nn.Module, set[int]] = {}

@@ -11,6 +11,7 @@ from torch import nn
 from dampr.gates.ranks import over_ranks
 
 from . import inputs
+from .modules import of_kind
 from .wrapped import sees_through
 
 
@@ -25,7 +26,7 @@ def recalibrate(model: nn.Module, batches: Iterable[Any]) -> int:
     Args:
         batches: inputs of the model: tensors, tuples of positional or dicts of keyword arguments, or pairs of the two.
     """
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None]
+    norms = [m for m in of_kind(model, nn.modules.batchnorm._BatchNorm) if m.running_mean is not None]
     if not norms:
         return 0
     momenta, count = [norm.momentum for norm in norms], 0

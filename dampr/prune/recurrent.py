@@ -19,6 +19,7 @@ from dampr.nn.stacked_rnn import in_parts, narrowed
 
 from . import inputs
 from .graph import CannotCutError
+from .modules import by_name
 from .tracing import channel_count, input_columns
 
 Kept = dict[tuple[nn.Module, bool], Tensor]
@@ -49,7 +50,7 @@ def make_plain(model: nn.Module, samples: list[Any], atol: float, rtol: float) -
     kept: dict[tuple[str, bool], Tensor] = {}
     units: dict[str, Units] = {}
     notes: dict[str, str] = {}
-    for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, GatedRecurrent)]:
+    for name, layer in list(by_name(model, GatedRecurrent).items()):
         plain = layer.to_dense()
         if isinstance(plain, nn.RNNBase) and not any(layer.closed_units()):
             inputs.replace(model, {layer: plain})

@@ -23,6 +23,7 @@ from .closed_layout import layouts_of, vectors
 from .cost import Cost
 from .expand import check_state
 from .layout import WHOLE, Layout, Shelf, move_state, moved, shapes_of
+from .modules import of_kind
 from .summary import gated_layers
 from .wrapped import check_bare
 
@@ -346,7 +347,7 @@ def closed_for_good(gate: Gate, probability: float) -> Tensor:
 
 def is_shrunk(model: nn.Module) -> bool:
     """Whether units have left a gated model."""
-    return hasattr(model, "dampr_layout") or any(isinstance(module, SelectedGate) for module in model.modules())
+    return hasattr(model, "dampr_layout") or any(of_kind(model, SelectedGate))
 
 
 def _optimizers(given: Optimizers) -> list[torch.optim.Optimizer]:

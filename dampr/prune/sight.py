@@ -11,6 +11,7 @@ from torch import nn
 from dampr.nn import GatedLayer
 
 from . import inputs, open_norms, unit_gates
+from .modules import of_kind
 from .unit_gates import Placement
 from .units import Units, trace_units
 from .units.groups import share_of_macs
@@ -67,7 +68,7 @@ class Sight:
 
 def look(model: nn.Module, example_inputs: Any) -> Sight | None:
     """None of a model with gates, or one that the tracer cannot follow."""
-    if any(isinstance(module, GatedLayer) for module in model.modules()):
+    if any(of_kind(model, GatedLayer)):
         return None
     try:
         units, placement = inputs.looked_at(model, lambda: _placed(model, example_inputs))

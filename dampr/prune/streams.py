@@ -19,6 +19,7 @@ from dampr.nn import GatedLayerNorm
 
 from . import heads, inputs, transformer
 from .graph import GEMMS, CannotCutError, Widths, channel_count
+from .modules import of_kind
 from .tracing import ATTENTION
 
 Kept = dict[tuple[nn.Module, bool], Tensor]
@@ -112,7 +113,7 @@ def find(model: nn.Module, widths: Widths) -> tuple[list[Stream], dict[nn.Module
     why: dict[nn.Module, str] = {}
     names: dict[Any, str] = {module: name for name, module in model.named_modules()} | {p: name for name, p in model.named_parameters()}
     attentions = {attention.core: attention for attention in heads.find(model)}
-    for norm in (m for m in model.modules() if isinstance(m, nn.LayerNorm)):
+    for norm in of_kind(model, nn.LayerNorm):
         if not any(norm in stream.norms for stream in streams):
             try:
                 streams.append(_around(norm, widths, names, attentions))

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from dampr.gates import Fixed, Gate
+from dampr.gates import Fixed
 from dampr.nn import Gate as GateLayer
 from dampr.nn import GatedHeads, GatedLayer, GatedLayerNorm, GatedResidual, Scale
 from dampr.nn.computed import at_rest
@@ -21,6 +21,7 @@ from . import graph, heads, inputs, recurrent, streams
 from .compact import open_branches
 from .gate_vector import GateVector
 from .graph import Side
+from .modules import by_name, gates_of, of_kind
 
 
 class Structure(GateVector[GatedLayer]):
@@ -41,7 +42,7 @@ class Structure(GateVector[GatedLayer]):
     """
 
     def __init__(self, model: nn.Module, example_inputs: Any) -> None:
-        super().__init__({name: module for name, module in model.named_modules() if isinstance(module, GatedLayer)})
+        super().__init__(by_name(model, GatedLayer))
         self._branch_parts = _branch_parts(model)
         self.notes: dict[str, str] = {}
         self.units: dict[nn.Module, list[nn.Module]] = {}
@@ -224,14 +225,14 @@ def plain_copy(model: nn.Module, example_inputs: Any) -> nn.Module:
 def _opened(model: nn.Module, example_inputs: Any) -> nn.Module:
     """A copy with every gate 1, in which residual branches and transformer layers are plain."""
     plain = inputs.copied(model, example_inputs)
-    inputs.replace(plain, {gate: Fixed(torch.ones_like(gate.deterministic())) for gate in plain.modules() if isinstance(gate, Gate)})
+    inputs.replace(plain, {gate: Fixed(torch.ones_like(gate.deterministic())) for gate in gates_of(plain)})
     open_branches(plain)
-    inputs.replace(plain, {layer: layer.to_dense() for layer in plain.modules() if isinstance(layer, GatedTransformer)})
+    inputs.replace(plain, {layer: layer.to_dense() for layer in of_kind(plain, GatedTransformer)})
     return plain
 
 
 def _make_dense(model: nn.Module, but: type | tuple[type, ...] = ()) -> None:
-    gated = [layer for layer in model.modules() if isinstance(layer, GatedLayer) and not isinstance(layer, but)]
+    gated: list[Any] = [layer for layer in of_kind(model, GatedLayer) if not isinstance(layer, but)]
     inputs.replace(model, {layer: _dense(layer) for layer in gated})
 
 

@@ -16,6 +16,7 @@ from dampr.nn import GatedLayer
 
 from .compact import compact
 from .measure import count_macs, count_params
+from .modules import by_name, gates_of
 from .reports import Report
 from .wrapped import check_gates, sees_through, unwrapped
 
@@ -23,7 +24,7 @@ from .wrapped import check_gates, sees_through, unwrapped
 def gated_layers(model: nn.Module) -> dict[str, GatedLayer]:
     """Every gated layer of ``model`` by name, in order; of a wrapped model, the names are those of the module inside."""
     model = unwrapped(_checks.module("model", model))
-    return {name: module for name, module in model.named_modules() if isinstance(module, GatedLayer)}
+    return by_name(model, GatedLayer)
 
 
 def distinct_gates(model: nn.Module) -> dict[str, Gate]:
@@ -86,7 +87,7 @@ def param_groups(model: nn.Module, *, lr: float, gate_lr: float | None = None, w
     for name, value in (("lr", lr), ("gate_lr", lr if gate_lr is None else gate_lr), ("weight_decay", weight_decay)):
         _checks.number(name, value, 0)
     _checks.module("model", model)
-    found = [module for module in model.modules() if isinstance(module, Gate)]
+    found = gates_of(model)
     if gate_lr is not None and any(isinstance(gate, (OwnedGate, SteppedGate)) for gate in found):
         raise ValueError(
             f"gate_lr={gate_lr!r}: a budget owns the gates of this model and steps them; expected None, or a budget without steps"

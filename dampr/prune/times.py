@@ -14,6 +14,7 @@ from dampr.nn import PrunedMultiheadAttention, ScaledRNN, StackedRNN
 
 from . import graph, inputs
 from .latency import calls_of, seconds_of
+from .modules import by_name, of_kind
 from .wrapped import sees_through
 
 _TIMED = (*graph.GEMMS, nn.RNNBase, nn.MultiheadAttention, PrunedMultiheadAttention)
@@ -53,8 +54,8 @@ def layer_times(model: nn.Module, small: nn.Module, example_inputs: Any) -> list
     if not isinstance(manifest, dict):
         raise ValueError(f"small={type(small).__name__}: expected the dampr_manifest that dampr.compact leaves")
     whole = (nn.MultiheadAttention, PrunedMultiheadAttention, ScaledRNN, StackedRNN)
-    inside = {part for layer in small.modules() if isinstance(layer, whole) for part in layer.modules() if part is not layer}
-    names = [name for name, layer in small.named_modules() if isinstance(layer, (*_TIMED, *whole)) and layer not in inside]
+    inside = {part for layer in of_kind(small, whole) for part in layer.modules() if part is not layer}
+    names = [name for name, layer in by_name(small, (*_TIMED, *whole)).items() if layer not in inside]
     pairs = {name: (_counterpart(model, name), small.get_submodule(name)) for name in names}
     pairs = {name: pair for name, pair in pairs.items() if pair[0] is not None}
     times = [_times(net, [pair[side] for pair in pairs.values()], example_inputs) for side, net in enumerate((model, small))]

@@ -22,6 +22,7 @@ from dampr.nn.pruned_transformer import PrunedLayer
 from dampr.nn.transformer import GatedTransformer
 
 from . import inputs
+from .modules import by_name, of_kind
 
 _LAYERS: dict[type, Any] = {
     nn.TransformerEncoderLayer: GatedTransformerEncoderLayer,
@@ -80,12 +81,12 @@ def make_plain(
     kept: Kept = {}
     heads: dict[str, tuple[int, list[int]]] = {}
     notes: dict[str, str] = {}
-    for name, layer in [(n, m) for n, m in small.named_modules() if isinstance(m, GatedTransformer)]:
+    for name, layer in list(by_name(small, GatedTransformer).items()):
         plain, left = layer.compacted()
         inputs.replace(small, {layer: plain})
         small = plain if layer is small else small
         _record(f"{name}." if name else "", layer, plain, left, kept, heads, notes)
-    alone = [(n, m) for n, m in small.named_modules() if isinstance(m, GatedMultiheadAttention)]
+    alone = list(by_name(small, GatedMultiheadAttention).items())
     expected = [inputs.evaluate(small, sample) for sample in samples] if any(m.closed_heads() for _, m in alone) else []
     for name, attention in alone:
         pruned, there = attention.compacted()
@@ -143,7 +144,7 @@ def narrow(attention: Any, left: Tensor) -> PrunedMultiheadAttention:
 
 def resize(model: nn.Module, norms: list[nn.Module], size: int) -> None:
     """Set what follows from the width of a residual stream, by its norms, in the transformers and their layers that it runs through."""
-    layers: list[Any] = [m for m in model.modules() if isinstance(m, (nn.Transformer, PrunedLayer, *_PRUNED))]
+    layers: list[Any] = of_kind(model, (nn.Transformer, PrunedLayer, *_PRUNED))
     for layer in layers:
         if any(part in norms for part in (layer.modules() if isinstance(layer, nn.Transformer) else layer.children())):
             layer.d_model = size

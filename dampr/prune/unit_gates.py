@@ -21,6 +21,7 @@ from dampr.nn.parameter import GatedParameter, is_on, put_on, take_off
 
 from . import filters, inputs, second_opinion
 from .filters import Filter
+from .modules import by_name
 from .open_norms import OpenNorm, close, in_one_vector
 from .units import Units
 from .units.groups import Group, groups, readable
@@ -350,7 +351,7 @@ def put_in(model: nn.Module, units: Units, placement: Placement, make: Callable[
                     module = model.get_submodule(name)
                     open_statistics.put_on(module, norm.statistics(gate, index))
                     counting.append(module)
-        yield {name: module for name, module in model.named_modules() if isinstance(module, GatedParameter)}
+        yield by_name(model, GatedParameter)
     except BaseException:
         for norm_module in counting:
             open_statistics.take_off(norm_module)

@@ -16,13 +16,14 @@ from dampr.nn.parameter import GatedParameter, gated_parameters, take_off
 
 from . import inputs
 from .gate_vector import GateVector
+from .modules import by_name, of_kind
 from .units import Units, trace_units
 from .units.groups import readable
 
 
 def has_unit_gates(model: nn.Module) -> bool:
     """Whether gates of ``model`` are on parameters. ValueError where it has gated layers of both kinds."""
-    found = {isinstance(module, GatedParameter) for module in model.modules() if isinstance(module, GatedLayer)}
+    found = {isinstance(module, GatedParameter) for module in of_kind(model, GatedLayer)}
     if len(found) == 2:
         raise ValueError(f"model={type(model).__name__}: gates on parameters and gated layers, expected one kind (convert it once)")
     return found == {True}
@@ -55,7 +56,7 @@ class UnitStructure(GateVector[GatedParameter]):
     """
 
     def __init__(self, model: nn.Module, example_inputs: Any) -> None:
-        super().__init__({n: m for n, m in model.named_modules() if isinstance(m, GatedParameter)})
+        super().__init__(by_name(model, GatedParameter))
         self.plain = without_gates(model, example_inputs)
         self.names = {module: name for name, module in self.plain.named_modules()}
         self.units: Units = trace_units(self.plain, example_inputs, within=getattr(model, "dampr_within", []))

@@ -15,6 +15,7 @@ from dampr.gates import Fixed, Gate
 from dampr.nn import GatedLayer
 
 from . import inputs
+from .modules import gates_of
 from .reports import Report
 from .summary import gated_layers
 from .wrapped import sees_through
@@ -112,7 +113,7 @@ def _try(model: nn.Module, example_inputs: Any, problems: dict[str, list[str]], 
     """Close the gates of a copy whose gates are all open."""
     trial = inputs.copied(model, example_inputs)
     open_gates: dict[nn.Module, nn.Module] = {
-        gate: Fixed(torch.where(gate.deterministic() == 0, 1.0, gate.deterministic())) for gate in trial.modules() if isinstance(gate, Gate)
+        gate: Fixed(torch.where(gate.deterministic() == 0, 1.0, gate.deterministic())) for gate in gates_of(trial)
     }
     inputs.replace(trial, open_gates)
     gradients = _gradients(trial, example_inputs)

@@ -17,6 +17,8 @@ from dampr.gates import Gate
 from dampr.gates.ranks import groups_in, inside, unwrapped
 from dampr.nn import GatedLayer
 
+from .modules import of_kind
+
 _MARKS = "_is_fsdp_managed_module", "_fsdp_use_orig_params"  # attributes that fully_shard leaves
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -94,7 +96,7 @@ def gathered(model: nn.Module, *, rank: int | None = None) -> Any:
     model = unwrapped(model)
     if "torch.distributed.fsdp" in sys.modules:
         former = sys.modules["torch.distributed.fsdp"].FullyShardedDataParallel
-        if any(isinstance(module, former) for module in model.modules()):
+        if any(of_kind(model, former)):
             raise TypeError("model is wrapped in FullyShardedDataParallel: expected torch.distributed.fsdp.fully_shard, or the bare module")
     kept = rank is None or not distributed.is_initialized() or distributed.get_rank() == rank
     if not is_any_sharded(model):
@@ -120,7 +122,7 @@ def gathered(model: nn.Module, *, rank: int | None = None) -> Any:
 
 def check_gates(model: nn.Module) -> None:
     """Raise ValueError where gates belong to no gated layer, which would neither be counted nor cut, and TypeError for sharded ones."""
-    owned = {inner for module in model.modules() if isinstance(module, GatedLayer) for inner in module.gate.modules()}
+    owned = {inner for module in of_kind(model, GatedLayer) for inner in module.gate.modules()}
     for name, module in model.named_modules():
         if isinstance(module, Gate) and module not in owned:
             owner = type(model.get_submodule(name.rpartition(".")[0])).__name__
