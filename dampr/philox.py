@@ -33,11 +33,19 @@ def philox4x32(c0: torch.Tensor, c1: torch.Tensor, c2: torch.Tensor, c3: torch.T
 
 def words(seed: torch.Tensor, count: int, start: int = 0) -> torch.Tensor:
     """The uint32 words of gates ``start .. start + count - 1`` as an int64 tensor of shape (count,) on the seed's device."""
+    if torch.compiler.is_exporting():  # a group for each word: the length of a slice would be a guard on a dynamic count
+        index = torch.arange(count, dtype=torch.int64, device=seed.device) + start
+        drawn = torch.stack(_groups(index >> 2, seed), dim=1)
+        return drawn.gather(1, (index & 3)[:, None])[:, 0]
     first, last = start // 4, -((start + count) // -4)
     group = torch.arange(first, last, dtype=torch.int64, device=seed.device)
+    return torch.stack(_groups(group, seed), dim=1).flatten()[start - 4 * first :][:count]
+
+
+def _groups(group: torch.Tensor, seed: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The four words of each group."""
     zero = torch.zeros_like(group)
-    drawn = torch.stack(philox4x32(group & _LOW, (group >> 32) & _LOW, zero, zero, seed), dim=1)
-    return drawn.flatten()[start - 4 * first :][:count]
+    return philox4x32(group & _LOW, (group >> 32) & _LOW, zero, zero, seed)
 
 
 def uniform(seed: torch.Tensor, count: int, start: int = 0) -> torch.Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from dampr.spec import GateSpec
@@ -28,9 +30,9 @@ def gated_linear(
     The output gate multiplies the bias too, in training as in evaluation. (The published L0 convolution drops the bias in training.)
     """
     leading = x.shape[:-1]
-    rows = leading.numel() if per_sample else None
-    if per_sample:
-        x = x.reshape(leading.numel(), x.shape[-1])
+    rows = math.prod(leading) if per_sample else None  # numel() would be a number of its own under export
+    if rows is not None:
+        x = x.reshape(rows, x.shape[-1])
     if input_log_alpha is not None:
         x = x * gate_values(input_log_alpha, spec, input_seed, rows).to(x.dtype)
     y = torch.nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))

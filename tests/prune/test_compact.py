@@ -302,10 +302,13 @@ def test_weight_gates_cut_the_units_whose_weights_are_all_closed(granularity):
     assert small[3].out_features <= 20
 
 
-def test_layernorm_blocks_the_cut_and_says_so():
+def test_layernorm_counts_open_units_or_blocks_the_cut_and_says_so():
     model = nn.Sequential(nn.Linear(20, 30), nn.LayerNorm(30), nn.ReLU(), nn.Linear(30, 5))
-    with pytest.raises(dampr.ConversionError, match="LayerNorm '1' computes statistics over its channels"):
-        dampr.convert(model, example_inputs=X)
+    dampr.convert(model, example_inputs=X)
+    assert isinstance(model[1].open_statistics, dampr.nn.OpenStatistics)
+    close_at_random(model, 0.5)
+    assert prove(model)[0].out_features < 30
+    model = nn.Sequential(nn.Linear(20, 30), nn.LayerNorm(30), nn.ReLU(), nn.Linear(30, 5))
     dampr.convert(model, exclude=["3"])
     close_at_random(model, 0.5)
     small = prove(model)

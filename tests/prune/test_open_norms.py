@@ -22,7 +22,7 @@ from dampr.prune import inputs
 from dampr.prune.cost import Cost
 from dampr.prune.measure import count_macs, count_params
 from tests.prune.test_streams_refused import Odd
-from tests.residual import Classifier, encoder, words
+from tests.residual import words
 
 FAMILIES = ["hard_concrete", "dep_l0", "dam", "diffprune", "diffmask"]
 
@@ -111,8 +111,6 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Any]] = {
     "own LayerNorm": (lambda: Blocks(lambda n: OwnLayerNorm(n, False)), words),
     "own LayerNorm of channels": (lambda: Images(lambda n: OwnLayerNorm(n, True)), pictures),
     "GroupNorm of one group": (lambda: Images(lambda n: nn.GroupNorm(1, n)), pictures),
-    "norms behind sums": (lambda: Classifier(encoder(False)), words),
-    "no norm at the end": (lambda: Classifier(encoder()), words),
     **{
         what: (lambda what=what: Odd(what), words)
         for what in ("buffer", "read before", "both", "flattened", "shuffled", "shared", "groups", "rms")

@@ -72,6 +72,11 @@ def odd(what: str) -> Any:
 
 
 REFUSED: dict[str, tuple[Any, str]] = {
+    "attention that reads it without a norm": (  # torch's own wants as many channels as its heads have
+        lambda: (Classifier(encoder(False)), words),
+        "reads Embedding 'embedding' without a LayerNorm between|reads Parameter 'position' without a LayerNorm between",
+    ),
+    "attention, and no final norm": (lambda: (Classifier(encoder()), words), "Linear 'head' reads .* without a LayerNorm between"),
     "the input": (lambda: (nn.Sequential(nn.LayerNorm(E), nn.Linear(E, 3)), torch.randn(2, E)), "its width is the model's own input"),
     "memory is an input": (
         lambda: (Reading(), (words, torch.randn(3, 4, E))),
