@@ -120,8 +120,10 @@ def place(
     factors = _factors(chosen, widths)
     wanted = {n: layer for n, layer in chosen.items() if not isinstance(layer, nn.MultiheadAttention) and n not in plan.heads}
     reasons = {n: factors.get(n) or _why_not(layer, widths, tie, model, example_inputs) for n, layer in wanted.items()}
-    free = [n for n, reason in reasons.items() if reason is None and not isinstance(chosen[n], nn.RNNBase)]
-    found = {n: sight.why_not(chosen[n], n) for n in free} if sight is not None else {}
+    free = {n: chosen[n] for n, reason in reasons.items() if reason is None and not isinstance(chosen[n], nn.RNNBase)}
+    found: dict[str, str | None] = {}
+    if sight is not None:
+        found = {n: sight.why_not(m, n) for n, m in free.items() if second_opinion.unreached(n, m, sight.units) is None}
     plan.skipped = {n: reason for n, reason in (reasons | found).items() if reason}
     judged = {n: layer for n, layer in chosen.items() if n not in plan.skipped or n in factors}
     whole = {n for n in judged if n not in wanted or isinstance(judged[n], nn.RNNBase)}
