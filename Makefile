@@ -23,7 +23,7 @@ help:
 	@echo "make plots    the charts and tables of the documentation, from the results files"
 	@echo "make docs     the documentation as a site, in build/site"
 	@echo "make fuzz     random and hostile calls of everything public, an hour; MINUTES=5 in CI"
-	@echo "make sanitize the extension under AddressSanitizer and UBSan: kernels, operators, the fuzzer, every instruction set"
+	@echo "make sanitize the extension under AddressSanitizer and UBSan: kernels, operators, the fuzzer, every instruction set (or ISA=avx2)"
 	@echo "make soak     a plan of 10,000 steps, killed and resumed, against one that is not; STEPS=2000 in CI"
 	@echo "make test-long   what takes minutes: four processes, killed runs, every pair   (make test leaves it out)"
 	@echo "make test-latest, test-floor, test-no-extension, test-no-triton   the fast tests with the newest and the oldest torch, and with parts missing"
@@ -118,7 +118,7 @@ fuzz: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --minutes $(MINUTES)
 
 sanitize: $(STAMP)
-	$(BIN)/python -m tests.sanitize
+	$(BIN)/python -m tests.sanitize $(ISA:%=--isa %)
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

@@ -83,8 +83,11 @@ def main() -> int:
     parser.add_argument("tests", nargs="*", default=TESTS, help="pytest's arguments instead of the tests of kernels and operators")
     given = parser.parse_args()
     build()
-    failed = 0
-    for isa in [given.isa] if given.isa else usable():
+    failed, isas = 0, usable()
+    if given.isa and given.isa not in isas:
+        print(f"--isa {given.isa}: this machine has {', '.join(isas)}; nothing was run")
+        return 0
+    for isa in [given.isa] if given.isa else isas:
         skipped = [f"--ignore={path}" for path in COMPILED]
         failed |= run(isa, "-m", "pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider", *skipped, *given.tests)
         if given.fuzz_minutes:
