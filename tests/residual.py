@@ -12,7 +12,6 @@ from torch.nn import functional as F
 
 import dampr
 from dampr.nn import GatedLayerNorm, GatedResidual, GatedTransformerEncoderLayer
-from tests import models
 
 E, H, D = 8, 4, 12
 words = torch.randint(20, (3, 5), generator=torch.Generator().manual_seed(0))
@@ -129,7 +128,6 @@ CASES: dict[str, Any] = {
         words,
     ),
     "post-norm behind a norm": lambda: (Classifier(encoder(False), first=nn.LayerNorm(E)), words),
-    "a block used twice": lambda: (Classifier(nn.Sequential(*[Block()] * 2), nn.LayerNorm(E)), words),
     "attention": lambda: (Classifier(nn.Sequential(Attending(), Attending()), nn.LayerNorm(E)), words),
     "branches": lambda: (Classifier(branches()), words),
     "sequence": lambda: (nn.Sequential(nn.Embedding(20, E), *encoder().layers, nn.LayerNorm(E), nn.Linear(E, 3)), words),
@@ -137,7 +135,6 @@ CASES: dict[str, Any] = {
     "sublayers": lambda: (Classifier(gated_encoder(), nn.LayerNorm(E)), words),
     "translator": lambda: (Translator(), (words, others)),
     "language": lambda: (Language(), words),
-    "vit": models.ALL["vit"],
     "mlp": lambda: (nn.Sequential(nn.Linear(6, 10), nn.LayerNorm(10), nn.ReLU(), nn.Linear(10, 3)), torch.randn(4, 6)),
 }
 GATED = {  # the dense counterparts of those that have gates before

@@ -47,9 +47,11 @@ from .layer_plan import (
 from .sight import look, with_open_norms
 from .unit_gates import Placement
 from .units import Units, remembering
-from .units.groups import share_of_macs
+from .units.groups import left_at_half, share_of_macs
 
 WORTH = 0.001  # of a model's multiply-accumulates: gated layers, which have fused kernels, are taken unless others reach that much more
+
+WORTH_HALF = 0.05  # the same of what half of every width leaves, where both reach the same residual widths
 
 
 @settled
@@ -216,8 +218,10 @@ def _streams_by_units(
     by_layers = {one for name, line in units.counted if name in plan.layers for one in units.label[line].tolist()}
     by_units = [one for one in placement.classes() if one in units.statistics]
     more = len(by_units) - len(by_layers)
-    if not more and by_units and not heads.find(model):  # attention that gated layers do not know, say
-        more = int(share_of_macs(opened, placement.classes()) > share_of_layers(opened, plan) + WORTH)
+    in_layers, whole = gated_classes(opened, plan)
+    if not more and by_units and not whole:  # attention that gated layers do not know, say
+        closed = itertools.chain(by_layers, *in_layers.values())
+        more = int(left_at_half(opened, placement.classes()) < left_at_half(opened, closed) - WORTH_HALF)
     return (opened, placement) if more > 0 else None
 
 

@@ -21,8 +21,9 @@ from dampr.nn.open_statistics import put_on, take_off
 from dampr.prune import inputs
 from dampr.prune.cost import Cost
 from dampr.prune.measure import count_macs, count_params
+from tests import models
 from tests.prune.test_streams_refused import Odd
-from tests.residual import words
+from tests.residual import Block, Classifier, E, words
 
 FAMILIES = ["hard_concrete", "dep_l0", "dam", "diffprune", "diffmask"]
 
@@ -53,6 +54,17 @@ class OwnLayerNorm(nn.Module):
         mean = x.mean(1, keepdim=True)
         variance = (x - mean).pow(2).mean(1, keepdim=True)
         return self.weight[:, None, None] * ((x - mean) / torch.sqrt(variance + 1e-6)) + self.bias[:, None, None]
+
+
+class Bare(nn.Module):
+    """Without parameters."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.shape = (width,)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.shape)
 
 
 class Blocks(nn.Module):
@@ -103,14 +115,17 @@ class Gating(nn.Module):
         return self.head(self.norm(u) * v)
 
 
+images = models.ALL["vit"]()[1]
 pictures = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], Any]] = {
     "own RMSNorm": (lambda: Blocks(OwnRMSNorm), words),
     "RMSNorm": (lambda: Blocks(nn.RMSNorm), words),
-    "LayerNorm without gain": (lambda: Blocks(lambda n: nn.LayerNorm(n, elementwise_affine=False)), words),
+    "LayerNorm without gain": (lambda: Blocks(Bare), words),
+    "a block used twice": (lambda: Classifier(nn.Sequential(*[Block()] * 2), nn.LayerNorm(E)), words),  # which gated layers are not
     "own LayerNorm": (lambda: Blocks(lambda n: OwnLayerNorm(n, False)), words),
     "own LayerNorm of channels": (lambda: Images(lambda n: OwnLayerNorm(n, True)), pictures),
     "GroupNorm of one group": (lambda: Images(lambda n: nn.GroupNorm(1, n)), pictures),
+    "vit": (lambda: models.ALL["vit"]()[0], images),  # whose LayerNorms would do, but for its heads
     **{
         what: (lambda what=what: Odd(what), words)
         for what in ("buffer", "read before", "both", "flattened", "shuffled", "shared", "groups", "rms")

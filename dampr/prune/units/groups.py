@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -75,3 +76,12 @@ def share_of_macs(units: Units, classes: Iterable[int]) -> float:
     total = sum(product.macs for product in units.products)
     reached = sum(p.macs for p in units.products if any(cut[units.label[factor]].any() for factor in p.factors))
     return reached / total if total else 0.0
+
+
+def left_at_half(units: Units, classes: Iterable[int]) -> float:
+    """The share of the multiply-accumulates of all products that is left where half of ``classes`` have gone."""
+    cut = np.zeros(len(units.label), bool)
+    cut[list(classes)] = True
+    total = sum(product.macs for product in units.products)
+    left = sum(p.macs * math.prod(1 - float(cut[units.label[line]].mean()) / 2 for line in p.factors) for p in units.products)
+    return left / total if total else 1.0
