@@ -205,7 +205,7 @@ def _needed(masked: _Masked, sizes: list[Size]) -> list[Size]:
 
     A number that only happens to be as large as a width, such as a stride, must not follow it.
     """
-    for attribute in dict.fromkeys(size.attribute for size in sizes if "head" not in size.attribute):
+    for attribute in dict.fromkeys(size.attribute for size in sizes if not re.search("heads$|n_?head$", size.attribute)):
         others = [size for size in sizes if size.attribute != attribute]
         if not masked.differs(others):
             sizes = others

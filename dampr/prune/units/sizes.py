@@ -95,6 +95,8 @@ def _matches(
         for parts in _PARTS:
             yield from (place for place in places if sizes[place] == value * parts)
     yield from (place for place in places if counts[place] == value and sizes[place] % value == 0)
+    for parts in _PARTS:  # what is read in halves, by weights of half the width
+        yield from (place for place in places if sizes[place] * parts == value)
 
 
 def follow(model: nn.Module, sizes: Iterable[Size]) -> dict[str, dict[str, int]]:
