@@ -201,12 +201,15 @@ def _try(subject: _Subject, families: list[list[int]], quick: bool) -> tuple[str
 
 
 def _needed(masked: _Masked, sizes: list[Size]) -> list[Size]:
-    """Of numbers that may follow those without which the model computes something else, and those that count heads by their names.
+    """Of numbers that may follow those without which the model computes something else, those that count heads by their names,
+    and those of layers of torch.nn.
 
-    A number that only happens to be as large as a width, such as a stride, must not follow it.
+    A number of other code that only happens to be as large as a width, such as a stride, must not follow it.
     """
-    for attribute in dict.fromkeys(size.attribute for size in sizes if not re.search("heads$|n_?head$", size.attribute)):
-        others = [size for size in sizes if size.attribute != attribute]
+    known = {size.module for size in sizes if type(masked.model.get_submodule(size.module)).__module__.startswith("torch.nn.")}
+    doubtful = [size for size in sizes if size.module not in known and not re.search("heads$|n_?head$", size.attribute)]
+    for attribute in dict.fromkeys(size.attribute for size in doubtful):
+        others = [size for size in sizes if size.attribute != attribute or size.module in known]
         if not masked.differs(others):
             sizes = others
     return sizes
@@ -216,7 +219,7 @@ class _Masked:
     """A copy of a model in which nothing reads some classes, to be compared with copies that have lost them, also on larger inputs."""
 
     def __init__(self, subject: _Subject, classes: list[int], scales: tuple[float, ...] = _SCALES) -> None:
-        self._subject, self._model, self._units, self._classes = subject, subject.model, subject.units, classes
+        self._subject, self.model, self._units, self._classes = subject, subject.model, subject.units, classes
         self._samples = [subject.example_inputs]
         if any(t.is_floating_point() for t in inputs.tensors(subject.example_inputs)):
             given = (inputs.perturbed(subject.example_inputs), subject.example_inputs)
@@ -225,7 +228,7 @@ class _Masked:
 
     @functools.cached_property
     def _masked(self) -> nn.Module:
-        masked = inputs.twin(self._model)
+        masked = inputs.twin(self.model)
         mask_columns(masked, self._units, self._classes)
         close(masked, self._subject.norms, self._classes)
         return masked
@@ -238,9 +241,9 @@ class _Masked:
 
     def differs(self, sizes: list[Size]) -> str:
         """What a copy without the classes does that the masked one does not, with these numbers following; "" for nothing."""
-        if any(p.is_meta for p in self._model.parameters()):
+        if any(p.is_meta for p in self.model.parameters()):
             return ""
-        small = cut(inputs.twin(self._model), self._units, self._classes, sizes)
+        small = cut(inputs.twin(self.model), self._units, self._classes, sizes)
         with inputs.unfused(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a norm without gain whose width is not that of its input
             for number, sample in enumerate(self._samples):
