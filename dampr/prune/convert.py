@@ -213,12 +213,14 @@ def _streams_by_units(
     units: Units, plan: LayerPlan, model: nn.Module, include: Filter, exclude: Filter, example_inputs: Any
 ) -> tuple[Units, Placement] | None:
     """Gates on the parameters that read units, where these and norms of open units reach more residual widths than a plan of layers."""
+    by_layers = {one for name, line in units.counted if name in plan.layers for one in units.label[line].tolist()}
+    in_layers, whole = gated_classes(units, plan)
+    if whole and by_layers.issuperset(units.statistics):
+        return None
     opened, placement = with_open_norms(model, units, example_inputs)
     placement = unit_gates.only(model, opened, placement, include, exclude)
-    by_layers = {one for name, line in units.counted if name in plan.layers for one in units.label[line].tolist()}
     by_units = [one for one in placement.classes() if one in units.statistics]
     more = len(by_units) - len(by_layers)
-    in_layers, whole = gated_classes(opened, plan)
     if not more and by_units and not whole:  # attention that gated layers do not know, say
         closed = itertools.chain(by_layers, *in_layers.values())
         more = int(left_at_half(opened, placement.classes()) < left_at_half(opened, closed) - WORTH_HALF)
