@@ -44,8 +44,7 @@ class OpenStatistics(nn.Module):
 
     def before(self, norm: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """A forward pre-hook: what to normalise in the place of the first argument."""
-        with torch.no_grad():
-            z = self.gate()
+        z = self.gate().detach()
         opened = reference.along(torch.cat([z, z.new_ones(1)])[self.index] != 0, args[0], self.dim)
         dims = tuple(range(1, args[0].dim())) if self.whole else (self.dim,)
         spread, self._factor = of_open(args[0], opened, dims, centred=self.centred)

@@ -66,6 +66,7 @@ def constants_left(model: nn.Module, units: Units, vectors: list[list[int]], exa
     Returns: "none": only zeros. "some": constants, as behind a norm without gates, or the half of a sigmoid; a bias may
     make up for them. "stuck": what no bias makes up for, because it varies, or is read with a border of zeros.
     """
+    model = inputs.as_trained(model, example_inputs)
     every, first = ({one for vector in vectors for one in vector[: len(vector) // parts]} for parts in (1, 2))
     if not _read_where_closed(with_gates_at(model, 1.0), units, every, example_inputs):
         return "none"
@@ -115,7 +116,7 @@ def check_half(model: nn.Module, example_inputs: Any) -> None:
     Models can fail it that have gates in convolutions, or norms without gates: what is constant behind a closed channel (the half of a
     sigmoid, the shift of a norm) no bias makes up for at a padded border. Raises UnprovenError.
     """
-    trial = with_gates_at(model)
+    trial = with_gates_at(inputs.as_trained(model, example_inputs))
     with inputs.same_noise(model):
         try:
             cost = Cost(trial, example_inputs, "macs")
@@ -141,6 +142,7 @@ def with_gates_at(model: nn.Module, closed: float = 0.5, only: Gate | None = Non
 
 def check_none_stuck(model: nn.Module, example_inputs: Any) -> None:
     """Raise StuckError where closed channels of layers are constants that no bias makes up for, so that they would stay."""
+    model = inputs.as_trained(model, example_inputs)
     with inputs.same_noise(model):
         try:
             manifest: Any = compact(with_gates_at(model), example_inputs=example_inputs).dampr_manifest

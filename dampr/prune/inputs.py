@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 
+from dampr.gates.base import GateModule
 from dampr.gates.ranks import groups_in
 from dampr.nn import GatedSyncBatchNorm
 
@@ -55,6 +56,35 @@ def copied(model: nn.Module, example_inputs: Any = None) -> nn.Module:
 def twin(model: nn.Module) -> nn.Module:
     """Like :func:`copied`, but with the parameters themselves, so it is cheap, and nothing may write into them."""
     return copy.deepcopy(model, _detached(model) | {id(p): p for p in model.parameters()})
+
+
+def as_trained(model: nn.Module, example_inputs: Any) -> nn.Module:
+    """A :func:`twin` with values such as training leaves, on which to try what is to hold then.
+
+    A fresh norm shifts by 0, and a fresh branch may end in zeros: what they will add is not to be seen yet. Parameters of
+    one dimension, those that are 0 and running statistics get fixed noise; gates stay. The plain twin where the model has
+    values that are not finite then.
+    """
+    plain, moved = twin(model), twin(model)
+    generator, made = torch.Generator().manual_seed(0), dict[int, nn.Parameter]()
+
+    def noise(t: Tensor) -> Tensor:
+        return 0.1 * torch.randn(t.shape, generator=generator).to(t.device, t.dtype)
+
+    with torch.no_grad():
+        for module in (module for module in moved.modules() if not isinstance(module, GateModule)):
+            for name, p in module._parameters.items():
+                if p is not None and p.is_floating_point() and not p.is_meta and (p.dim() < 2 or not bool(p.any())):
+                    if id(p) not in made:
+                        made[id(p)] = nn.Parameter(p + noise(p), requires_grad=p.requires_grad)
+                    module._parameters[name] = made[id(p)]
+            for name, t in module._buffers.items():
+                if name in ("running_mean", "running_var") and t is not None and not t.is_meta:
+                    t.mul_(1 + noise(t).abs()) if name == "running_var" else t.add_(noise(t))
+    with same_noise(model):
+        before, after = evaluate(plain, example_inputs), evaluate(moved, example_inputs)
+    finite = all(bool(torch.equal(a.isfinite(), b.isfinite())) for a, b in zip(before, after, strict=True))
+    return moved if finite else plain
 
 
 def _detached(model: nn.Module) -> dict[int, Any]:

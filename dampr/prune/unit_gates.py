@@ -73,7 +73,7 @@ def place(model: nn.Module, units: Units, example_inputs: Any, norms: Mapping[st
 
     ``norms``: that count open units only, of ``units`` that know it (:meth:`.Units.with_open_statistics`).
     """
-    subject = _Subject(model, units, example_inputs, norms or {})
+    subject = _Subject(model if _is_meta(model) else inputs.as_trained(model, example_inputs), units, example_inputs, norms or {})
     parameters = dict(model.named_parameters(remove_duplicate=False))
     owned = [name for name in parameters if _owner(model, name) is not None]
     refused = units.in_training_alone()
@@ -241,7 +241,7 @@ class _Masked:
 
     def differs(self, sizes: list[Size]) -> str:
         """What a copy without the classes does that the masked one does not, with these numbers following; "" for nothing."""
-        if any(p.is_meta for p in self.model.parameters()):
+        if _is_meta(self.model):
             return ""
         small = cut(inputs.twin(self.model), self._units, self._classes, sizes)
         with inputs.unfused(), warnings.catch_warnings():
@@ -257,6 +257,10 @@ class _Masked:
                 if inputs.differ(expected, found, tolerance, tolerance * inputs.size(expected)):
                     return "without half of its channels the model computes something else, so these are mixed or rearranged on the way"
         return ""
+
+
+def _is_meta(model: nn.Module) -> bool:
+    return any(p.is_meta for p in model.parameters())
 
 
 def _precision(outputs: list[Tensor]) -> torch.dtype:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import pickle
@@ -13,9 +14,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import dampr
-from dampr.gates import Fixed
+from dampr.gates import Fixed, HardConcrete
 from dampr.nn import GatedParameter, OpenStatistics
 from dampr.nn.open_statistics import put_on, take_off
 from dampr.prune import inputs
@@ -300,3 +302,36 @@ def test_a_converted_model_compiles_without_a_graph_break() -> None:
     expected = model(x)
     found = torch.compile(model, fullgraph=True, backend="aot_eager")(x)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_checkpointed_regions_draw_again_what_they_drew(held: bool) -> None:
+    class Checkpointed(Blocks):
+        reentrant: bool | None = None
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.embedding(x)
+            for norm, up, down in zip(self.norms, self.up, self.down, strict=True):
+
+                def block(x: Tensor, norm: Any = norm, up: Any = up, down: Any = down) -> Tensor:
+                    return x + down(F.gelu(up(norm(x))))
+
+                x = block(x) if self.reentrant is None else checkpoint(block, x, use_reentrant=self.reentrant)
+            return self.head(self.norm(x).mean(1))
+
+    torch.manual_seed(0)
+    first = dampr.convert(Checkpointed(OwnRMSNorm).eval(), words, residual=True)
+    for gate in first.modules():
+        if isinstance(gate, HardConcrete):
+            nn.init.normal_(gate.log_alpha)
+    found = []
+    for reentrant in (None, False, True):
+        model = dampr.gate_generator(copy.deepcopy(first).train(), seed=5)
+        model.reentrant = reentrant
+        with dampr.hold_draws(model) if held else contextlib.nullcontext():
+            loss = model(words).square().sum()
+        loss.backward()
+        found.append([p.grad for p in model.parameters()])
+    assert any(bool(g.any()) for g in found[0])
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))

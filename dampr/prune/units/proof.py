@@ -242,7 +242,7 @@ def added(model: nn.Module, units: Units, classes: Iterable[int], example_inputs
     closed = half(units, [family for family in families if family])
     gone = np.zeros(len(units.label), bool)
     gone[closed] = True
-    masked = mask(inputs.copied(model), units, closed)
+    masked = mask(inputs.copied(inputs.as_trained(model, example_inputs)), units, closed)
     found: set[int] = set()
     ledger = Ledger.of(masked, units.within)
     tracer.run(ledger, masked, example_inputs, training=False, fake=False, closed=torch.from_numpy(gone[units.label]), added=found)
