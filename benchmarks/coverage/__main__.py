@@ -93,8 +93,8 @@ def page() -> str:
 
 Written by `python -m benchmarks.coverage table` from [coverage.jsonl](../benchmarks/results/coverage.jsonl) ({where}).
 
-Each network has random weights and shaken norms.
-It is converted with the defaults, half of every width is closed, and the masked model is compared with the compacted one on fresh inputs.
+Each network is converted fresh, with the defaults. Then its norms, biases and gains get other values, as training would give them.
+Half of every width is closed, and the masked model is compared with the compacted one on new inputs.
 
 - {len(rows)} networks, of which {len(rows) - len(good)} have no result.
 - {len(enough)} have at least {measure.SHARE:.0%} of their multiply-accumulates (MACs) within reach.

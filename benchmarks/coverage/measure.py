@@ -37,7 +37,7 @@ def row(library: str, name: str) -> dict[str, Any]:
     model, x = networks.build(library, name)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found["torch_pruning"] = torch_pruning_left(model, x)
+        found["torch_pruning"] = torch_pruning_left(networks.shaken(model), x)
     return found
 
 
@@ -65,6 +65,7 @@ def _of_dampr(model: nn.Module, x: Any, found: dict[str, Any], residual: bool = 
     with inputs.same_noise(model):
         after = inputs.evaluate(model, x)
     found["same_after_convert"] = "bits" if _equal(before, after) else _relative(before, after)
+    networks.shaken(model)
     cost = Cost(model, x, "macs")
     found["macs"] = int(cost.total)
     found["prunable"] = round(1 - float(cost(_kept(cost, 0.0))) / cost.total, 4)

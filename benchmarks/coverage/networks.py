@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from dampr.prune.modules import gates_of
+
 from . import by_hand
 
 Made = tuple[nn.Module, Any]
@@ -105,18 +107,22 @@ def names() -> list[tuple[str, str]]:
 
 
 def build(library: str, name: str) -> Made:
-    """A network with random weights, norms away from the identity, in evaluation mode, and its inputs. ImportError without the library."""
+    """A fresh network in evaluation mode, and its inputs. ImportError without the library."""
     torch.manual_seed(0)
     model, x = _BUILDERS[library](name)
-    return shaken(model.eval()), x
+    return model.eval(), x
 
 
 def shaken(model: nn.Module) -> nn.Module:
-    """Constants in the parameters drawn anew (fresh norms, zero gains of residual branches) and statistics, so that nothing hides a cut."""
+    """Constants in the parameters drawn anew (fresh norms, zero gains of residual branches) and statistics, as training leaves none.
+
+    In place, but for gates: what hides behind a fresh norm when a network is converted is there now.
+    """
     generator = torch.Generator().manual_seed(3)
+    gates = {id(p) for gate in gates_of(model) for p in gate.parameters()}
     with torch.no_grad():
         for p in model.parameters():
-            if p.is_floating_point() and p.numel() and bool((p == p.flatten()[0]).all()):
+            if id(p) not in gates and p.is_floating_point() and p.numel() and bool((p == p.flatten()[0]).all()):
                 p.copy_(0.3 + 0.4 * torch.rand(p.shape, generator=generator))
         for module in model.modules():
             if isinstance(module, nn.modules.batchnorm._NormBase) and module.running_mean is not None and module.running_var is not None:
