@@ -3,7 +3,7 @@
 from .attention import GatedMultiheadAttention
 from .bank import GateBank
 from .base import GatedLayer
-from .conv import GatedConv, GatedConv1d, GatedConv2d, GatedConv3d
+from .conv import GatedConv1d, GatedConv2d, GatedConv3d
 from .conv_transpose import GatedConvTranspose1d, GatedConvTranspose2d, GatedConvTranspose3d
 from .gate import Gate, GatedEmbedding, GatedResidual, Residual, Scale
 from .heads import GatedHeads
@@ -24,7 +24,6 @@ __all__ = [
     "GatedBatchNorm1d",
     "GatedBatchNorm2d",
     "GatedBatchNorm3d",
-    "GatedConv",
     "GatedConv1d",
     "GatedConv2d",
     "GatedConv3d",

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from dampr.gates import Fixed, Gate
-from dampr.nn import GatedConv, GatedLayer
+from dampr.nn import GatedLayer
+from dampr.nn.conv import GatedConv
 
 from . import inputs
 from .compact import CompactionError, compact

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from dampr.nn import Gate as GateLayer
-from dampr.nn import GatedConv, GatedLinear
+from dampr.nn import GatedLinear
+from dampr.nn.conv import GatedConv
 
 from . import graph
 from .budget import Budget

@@ -45,9 +45,9 @@ class Latency(Cost):
 
     def _find_sites(self, plain: nn.Module, example_inputs: Any) -> list[Site]:
         """One for each layer that has a width that gates can change."""
-        layers = list(by_name(plain, (*graph.GEMMS, nn.RNNBase, nn.MultiheadAttention)).items())
+        layers = by_name(plain, (*graph.GEMMS, nn.RNNBase, nn.MultiheadAttention))
         sites = []
-        for name, layer in layers:
+        for name, layer in layers.items():
             if isinstance(self._variables, Counts):
                 found = [self._variables.width(layer, writes) for writes in (False, True)]
                 read, written = (Width(1) if own is None else Width(*own) for own in found)

@@ -50,7 +50,7 @@ def make_plain(model: nn.Module, samples: list[Any], atol: float, rtol: float) -
     kept: dict[tuple[str, bool], Tensor] = {}
     units: dict[str, Units] = {}
     notes: dict[str, str] = {}
-    for name, layer in list(by_name(model, GatedRecurrent).items()):
+    for name, layer in by_name(model, GatedRecurrent).items():
         plain = layer.to_dense()
         if isinstance(plain, nn.RNNBase) and not any(layer.closed_units()):
             inputs.replace(model, {layer: plain})

@@ -81,14 +81,14 @@ def make_plain(
     kept: Kept = {}
     heads: dict[str, tuple[int, list[int]]] = {}
     notes: dict[str, str] = {}
-    for name, layer in list(by_name(small, GatedTransformer).items()):
+    for name, layer in by_name(small, GatedTransformer).items():
         plain, left = layer.compacted()
         inputs.replace(small, {layer: plain})
         small = plain if layer is small else small
         _record(f"{name}." if name else "", layer, plain, left, kept, heads, notes)
-    alone = list(by_name(small, GatedMultiheadAttention).items())
-    expected = [inputs.evaluate(small, sample) for sample in samples] if any(m.closed_heads() for _, m in alone) else []
-    for name, attention in alone:
+    alone = by_name(small, GatedMultiheadAttention)
+    expected = [inputs.evaluate(small, sample) for sample in samples] if any(m.closed_heads() for m in alone.values()) else []
+    for name, attention in alone.items():
         pruned, there = attention.compacted()
         inputs.replace(small, {attention: pruned})
         if len(there) < attention.num_heads and not _same(small, samples, expected, atol, rtol):
