@@ -28,12 +28,13 @@ help:
 	@echo "make test-long   what takes minutes: four processes, killed runs, every pair   (make test leaves it out)"
 	@echo "make test-latest, test-floor, test-no-extension, test-no-triton   the fast tests with the newest and the oldest torch, and with parts missing"
 	@echo "make packaging sdist, wheel and installations in environments of their own   make sdist, wheels   what is published"
-	@echo "make lint     ruff, mypy, import-linter                  make format   ruff's formatter"
+	@echo "make lint     ruff, clang-format, mypy, import-linter    make format   formatters"
 	@echo "make install  only the environment                       make clean    remove what was built; the environment stays"
 
 install: $(STAMP)
 
-# Reinstalls when a version, the build or the C++ sources change; Python sources are read in place. torch comes first, alone, so that it is the
+# Reinstalls when a version, the build or the C++ sources change; Python sources are read in place.
+# torch comes first, alone, so that it is the
 # pinned one that everything else is resolved against. The build is isolated and never sees torch.
 $(STAMP): constraints.txt pyproject.toml setup.py $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -78,6 +79,7 @@ docs: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.cpp
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
@@ -123,6 +125,7 @@ sanitize: $(STAMP)
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i csrc/*.h csrc/*.cpp
 
 clean:
 	rm -rf build dist *.egg-info dampr/_C*.so $(STAMP) .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks .import_linter_cache

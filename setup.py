@@ -1,7 +1,9 @@
-"""Builds dampr._C, the C++ kernels, with ninja and without torch. Everything else about the package is in pyproject.toml.
+"""Builds dampr._C, the C++ kernels, with ninja and without torch.
+Everything else about the package is in pyproject.toml.
 
-The extension is optional: without a working C++ compiler the result is a pure Python package, and the build says so. The kernels are
-compiled once per instruction set, each with flags of its own; which one runs is decided when it is loaded, so a wheel fits every processor.
+The extension is optional: without a working C++ compiler the result is a pure Python package, and the build says so.
+The kernels are compiled once per instruction set, each with flags of its own; which one runs is decided when it is
+loaded, so a wheel fits every processor.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ FAMILIES = "rows", "folds", "blocks", "planes", "axis", "norms", "small", "gener
 HEADERS = [f"csrc/{name}.h" for name in ("kernels", "philox", "storage", "gate_families", "work", *FAMILIES)]
 
 COMMON_FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
-# Every product and sum is rounded on its own, or zero patterns would differ from the reference; the other two let loops become vector code.
+# Every product and sum is rounded on its own, or zero patterns would differ from the reference;
+# the other two let loops become vector code.
 KERNEL_FLAGS = ["-O3", "-fno-exceptions", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c"]
 ISA_FLAGS = {
@@ -46,7 +49,10 @@ def first_error(text: str) -> str:
 
 
 class Toolchain:
-    """The C++ compiler and the flags it was seen to accept. Raises CompilerMissingError unless it builds a small extension module."""
+    """The C++ compiler and the flags it was seen to accept.
+
+    Raises CompilerMissingError unless it builds a small extension module.
+    """
 
     def __init__(self) -> None:
         import pybind11
@@ -65,7 +71,9 @@ class Toolchain:
     @staticmethod
     def find_compiler() -> list[str]:
         if os.name == "nt":
-            raise CompilerMissingError("the C++ kernels are written for gcc and clang, which are not looked for on Windows")
+            raise CompilerMissingError(
+                "the C++ kernels are written for gcc and clang, which are not looked for on Windows"
+            )
         if os.environ.get("CXX"):
             return shlex.split(os.environ["CXX"])
         for command in (sysconfig.get_config_var("CXX") or "", "c++", "g++", "clang++"):
@@ -79,7 +87,16 @@ class Toolchain:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "probe.cpp")
             path.write_text(source)
-            command = [*self.compiler, "-std=c++17", "-fPIC", *flags, *self.link_flags, str(path), "-o", str(path.with_suffix(".so"))]
+            command = [
+                *self.compiler,
+                "-std=c++17",
+                "-fPIC",
+                *flags,
+                *self.link_flags,
+                str(path),
+                "-o",
+                str(path.with_suffix(".so")),
+            ]
             try:
                 run = subprocess.run(command, capture_output=True, text=True, check=False)
             except OSError as error:
@@ -93,7 +110,9 @@ class Toolchain:
         steps = [(folder / "bindings.o", ROOT / BINDINGS, [*common, "-O2", *have, *self.includes])]
         for isa in self.isas:
             define = [f"-DDAMPR_ISA={isa}", f"-DDAMPR_{isa.upper()}"]
-            steps.append((folder / f"kernels_{isa}.o", ROOT / KERNELS, [*common, *KERNEL_FLAGS, *define, *ISA_FLAGS[isa]]))
+            steps.append(
+                (folder / f"kernels_{isa}.o", ROOT / KERNELS, [*common, *KERNEL_FLAGS, *define, *ISA_FLAGS[isa]])
+            )
         return steps
 
     def link_command(self, objects: list[Path], target: Path) -> list[str]:
@@ -126,7 +145,12 @@ class Toolchain:
         for output, source, flags in steps:
             depfile = output.with_suffix(".d")
             words = [*self.compiler, "-MMD", "-MF", str(depfile), *flags, "-c", str(source), "-o", str(output)]
-            lines += [f"rule compile_{output.stem}", f"  command = {command(words)}", f"  depfile = {quoted(depfile)}", "  deps = gcc"]
+            lines += [
+                f"rule compile_{output.stem}",
+                f"  command = {command(words)}",
+                f"  depfile = {quoted(depfile)}",
+                "  deps = gcc",
+            ]
             lines += [f"build {quoted(output)}: compile_{output.stem} {quoted(source)} | {headers}"]
         objects = [output for output, _, _ in steps]
         lines += ["rule link", f"  command = {command(self.link_command(objects, target))}"]
@@ -148,7 +172,8 @@ def warn_pure(reason: str) -> None:
     line = "*" * 100
     print(
         f"{line}\nWARNING: dampr is built WITHOUT its C++ kernels: {reason}.\n"
-        "The package works; on the CPU it uses plain PyTorch, which is slower. dampr.backend_info() says so too.\n" + line,
+        "The package works; on the CPU it uses plain PyTorch, which is slower. dampr.backend_info() says so too.\n"
+        + line,
         file=sys.stderr,
     )
 

@@ -1,7 +1,8 @@
 """What a training step costs as gates close: a linear layer and a convolution with more and more of their gates shut.
 
-The stage ``closing`` of ``python -m benchmarks.run``. The other gates stay open; which ones are closed is drawn once, gate by gate, not in
-blocks. Competitors as everywhere, with as many gates closed: they compute what they multiply by zero.
+The stage ``closing`` of ``python -m benchmarks.run``. The other gates stay open; which ones are closed is drawn once,
+gate by gate, not in blocks. Competitors as everywhere, with as many gates closed:
+they compute what they multiply by zero.
 """
 
 from __future__ import annotations
@@ -54,9 +55,20 @@ def closed_name(case: str, share: float) -> str:
 def _problem(kind: str, granularity: str, device: str) -> tuple[str, tuple[int, ...], torch.Tensor, dict[str, Any]]:
     if kind == "linear":
         m, k, n = LINEAR[device]
-        return f"linear, {Case((m, k, n), granularity)}", (m, k, n), torch.randn(m, k), {"in_features": k, "out_features": n}
+        return (
+            f"linear, {Case((m, k, n), granularity)}",
+            (m, k, n),
+            torch.randn(m, k),
+            {"in_features": k, "out_features": n},
+        )
     c = CONV[device]
-    sizes = {"in_channels": c.channels, "out_channels": c.filters, "kernel_size": c.kernel, "padding": c.kernel // 2, "bias": False}
+    sizes = {
+        "in_channels": c.channels,
+        "out_channels": c.filters,
+        "kernel_size": c.kernel,
+        "padding": c.kernel // 2,
+        "bias": False,
+    }
     where = {"output": "filter", "input": "channel"}[granularity]
     name = f"{c.name}, {c.kernel} x {c.kernel}, per batch, {where} gates"
     return name, c.shape, torch.randn(c.batch, c.channels, c.size, c.size), sizes

@@ -1,4 +1,6 @@
-"""``python -m benchmarks.codegen [--write] [--arch 90] [--only fwd]``: what every Triton kernel uses, read in its machine code."""
+"""``python -m benchmarks.codegen [--write] [--arch 90] [--only fwd]``: what every Triton kernel uses,
+read in its machine code.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +17,20 @@ BUDGETS = Path(__file__).parent.parent / "tests" / "data" / "codegen_budgets.jso
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--write", action="store_true", help=f"record the hot-loop counts in {BUDGETS.name} under this Triton version")
+    parser.add_argument(
+        "--write", action="store_true", help=f"record the hot-loop counts in {BUDGETS.name} under this Triton version"
+    )
     parser.add_argument("--only", default="", help="kernels whose name contains this")
-    parser.add_argument("--arch", type=int, nargs="+", default=list(codegen.ARCHITECTURES), help="compute capabilities, 90 for sm_90")
+    parser.add_argument(
+        "--arch", type=int, nargs="+", default=list(codegen.ARCHITECTURES), help="compute capabilities, 90 for sm_90"
+    )
     args = parser.parse_args()
 
     counts = {}
     print(f"triton {triton.__version__}")
-    print(f"{'kernel':<32}{'regs':>6}{'shared':>8}{'spills':>8}{'hot loop':>10}{'wgmma':>7}{'A in regs':>11}{'copies':>8}")
+    print(
+        f"{'kernel':<32}{'regs':>6}{'shared':>8}{'spills':>8}{'hot loop':>10}{'wgmma':>7}{'A in regs':>11}{'copies':>8}"
+    )
     for arch in args.arch:
         for case in (case for case in codegen.cases(arch) if args.only in case.name):
             report, key = codegen.inspect(case, arch), f"sm_{arch}/{case.name}"

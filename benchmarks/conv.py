@@ -1,8 +1,10 @@
-"""Gated convolutions against dense, eager unfused and compiled unfused ones: layers, a residual block, whole networks; channels last.
+"""Gated convolutions against dense, eager unfused and compiled unfused ones: layers, a residual block, whole networks;
+channels last.
 
-Stages of ``python -m benchmarks.run``: ``conv`` (a few layers and a block), ``layers`` (every distinct 3 x 3 and 1 x 1 layer of ResNet-50
-at 224 and of VGG16 at 32), ``resnet50`` and ``vgg16`` (whole training steps, dampr's both eagerly and compiled). A network is gated where
-:func:`dampr.convert` puts its gates, after the norms; the unfused one has a gate behind every norm that the converted one gates.
+Stages of ``python -m benchmarks.run``: ``conv`` (a few layers and a block), ``layers`` (every distinct 3 x 3 and 1 x 1
+layer of ResNet-50 at 224 and of VGG16 at 32), ``resnet50`` and ``vgg16`` (whole training steps, dampr's both eagerly
+and compiled). A network is gated where :func:`dampr.convert` puts its gates, after the norms; the unfused one has a
+gate behind every norm that the converted one gates.
 """
 
 from __future__ import annotations
@@ -46,7 +48,9 @@ def distinct(model: nn.Module, size: int, batch: int, name: str) -> list[Conv]:
     found: dict[tuple[int, ...], Conv] = {}
 
     def note(layer: nn.Conv2d, args: tuple[Tensor, ...], out: Tensor) -> None:
-        conv = Conv(name, batch, layer.in_channels, args[0].shape[2], layer.out_channels, layer.kernel_size[0], layer.stride[0])
+        conv = Conv(
+            name, batch, layer.in_channels, args[0].shape[2], layer.out_channels, layer.kernel_size[0], layer.stride[0]
+        )
         if conv.kernel in (1, 3):
             found.setdefault(conv.shape, conv)
 
@@ -64,7 +68,11 @@ def convolutions(stage: str, device: str) -> list[Conv]:
     if stage == "layers":
         return distinct(models.resnet50(), 224, large, "ResNet-50") + distinct(models.vgg16(), 32, small, "VGG16")
     if stage == "conv":
-        return [Conv("ResNet-50", large, 64, 56, 64, 3), Conv("ResNet-50", large, 256, 56, 64, 1), Conv("VGG16", small, 256, 8, 256, 3)]
+        return [
+            Conv("ResNet-50", large, 64, 56, 64, 3),
+            Conv("ResNet-50", large, 256, 56, 64, 1),
+            Conv("VGG16", small, 256, 8, 256, 3),
+        ]
     return []
 
 
@@ -111,11 +119,19 @@ def _measure_layer(conv: Conv, per_sample: bool, device: str, compiled: bool, ro
 
 
 def _measure_network(
-    name: str, build: Callable[[], nn.Module], shape: tuple[int, ...], per_sample: bool, device: str, compiled: bool, rounds: int
+    name: str,
+    build: Callable[[], nn.Module],
+    shape: tuple[int, ...],
+    per_sample: bool,
+    device: str,
+    compiled: bool,
+    rounds: int,
 ) -> list[linear.Point]:
     dense = build()
     example = torch.randn(2, *shape[1:])
-    gated = dampr.convert(copy.deepcopy(dense), per_sample=per_sample, example_inputs=example, exclude=[nn.Linear]).train()
+    gated = dampr.convert(
+        copy.deepcopy(dense), per_sample=per_sample, example_inputs=example, exclude=[nn.Linear]
+    ).train()
     norms = [name for name, layer in dampr.prune.gated_layers(gated).items() if isinstance(layer, nn.BatchNorm2d)]
 
     def unfused() -> nn.Module:
@@ -134,12 +150,17 @@ def _measure_network(
     return measure(case, shape, layers, torch.randn(shape), device, compiled, rounds)
 
 
-def measure(case: str, shape: tuple[int, ...], layers: Layers, x: Tensor, device: str, compiled: bool, rounds: int) -> list[linear.Point]:
+def measure(
+    case: str, shape: tuple[int, ...], layers: Layers, x: Tensor, device: str, compiled: bool, rounds: int
+) -> list[linear.Point]:
     """The points of competing layers on x, images among them channels last; those of one case."""
     torch.manual_seed(0)
     if compiled:
         torch._dynamo.reset()
-        layers = {**layers, "compiled unfused": lambda: cast(nn.Module, torch.compile(layers["eager unfused"](), dynamic=False))}
+        layers = {
+            **layers,
+            "compiled unfused": lambda: cast(nn.Module, torch.compile(layers["eager unfused"](), dynamic=False)),
+        }
     layout = torch.channels_last if x.dim() == 4 else torch.contiguous_format
     x = x.to(device).contiguous(memory_format=layout)
     steps: dict[str, linear.Step] = {}

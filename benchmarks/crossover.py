@@ -1,7 +1,8 @@
-"""Where one route overtakes another: every route of a gated layer, forced, against the rows of x; and the thresholds that follow.
+"""Where one route overtakes another: every route of a gated layer, forced, against the rows of x;
+and the thresholds that follow.
 
-The stage ``crossover`` of ``python -m benchmarks.run``. The weight is fixed; dense runs next to the routes of each case. On CUDA also what
-skipping is worth: gates closed in whole blocks, at :data:`SHARES` of them.
+The stage ``crossover`` of ``python -m benchmarks.run``. The weight is fixed; dense runs next to the routes of each
+case. On CUDA also what skipping is worth: gates closed in whole blocks, at :data:`SHARES` of them.
 """
 
 from __future__ import annotations
@@ -21,7 +22,11 @@ from dampr.ops.routes import ROUTES, forced_route
 
 SIZE = {"cpu": 1024, "cuda": 4096}  # K and N of the weight
 ROWS = {"cpu": [2**i for i in range(3, 12)], "cuda": [2**i for i in range(2, 14)]}
-PER_BATCH, PER_SAMPLE, WEIGHT = (("output", False), ("input", False)), (("output", True), ("input", True)), ("weight", False)
+PER_BATCH, PER_SAMPLE, WEIGHT = (
+    (("output", False), ("input", False)),
+    (("output", True), ("input", True)),
+    ("weight", False),
+)
 CLOSED_BLOCK = 128  # features with gates that are closed together: whole tiles, whatever their size
 COMPARED = tuple(route for route in ROUTES if route != "small")  # which is for weights hundreds of times smaller
 SHARES = (0.0, 0.5, 0.75, 0.9)
@@ -68,7 +73,9 @@ def _serves(name: str, case: Case, device: str) -> bool:
 
 
 def run(device: str, *, rounds: int = 20) -> list[Point]:
-    """The points of every case and number of rows; on CUDA, then those with closed blocks at the largest number of rows."""
+    """The points of every case and number of rows; on CUDA,
+    then those with closed blocks at the largest number of rows.
+    """
     size = SIZE[device]
     cases = [Case((m, size, size), *how) for how in (*PER_BATCH, *PER_SAMPLE, WEIGHT) for m in ROWS[device]]
     points = [point for case in cases for point in measure(case, device, rounds)]
@@ -98,7 +105,9 @@ def closed_name(case: Case, share: float) -> str:
 
 
 def tuned(points: Iterable[Point], source: str) -> Thresholds:
-    """The thresholds under which the routes chosen over the whole sweep are fastest; the live route only where it never loses to fold."""
+    """The thresholds under which the routes chosen over the whole sweep are fastest;
+    the live route only where it never loses to fold.
+    """
     points = list(points)
     _, K, N = points[0].shape
 
@@ -121,9 +130,12 @@ def _pairs(points: Iterable[Point], case: str, one: str, other: str) -> dict[int
 
 
 def best_limit(sweeps: Iterable[dict[int, tuple[float, float]]]) -> int:
-    """The rows of x up to which the first of two routes should be taken, 0 for never: where the product of all times is smallest.
+    """The rows of x up to which the first of two routes should be taken, 0 for never:
+    where the product of all times is smallest.
 
     A product, so that every size has the same say; over the whole sweep, so that one noisy point moves nothing.
     """
     pairs = [(m, one / other) for sweep in sweeps for m, (one, other) in sweep.items()]
-    return min({0, *(m for m, _ in pairs)}, key=lambda limit: (sum(math.log(ratio) for m, ratio in pairs if m <= limit), limit))
+    return min(
+        {0, *(m for m, _ in pairs)}, key=lambda limit: (sum(math.log(ratio) for m, ratio in pairs if m <= limit), limit)
+    )

@@ -1,4 +1,6 @@
-"""The tables of docs/emulated.md, from what ``make emulate`` and ``benchmarks.steps`` wrote under benchmarks/results/emulated."""
+"""The tables of docs/emulated.md, from what ``make emulate`` and ``benchmarks.steps``
+wrote under benchmarks/results/emulated.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +16,20 @@ COLUMNS = ("op", "route", "dtype", "architecture", "cases", "error", "bound", "r
 
 
 def table() -> str:
-    """A row for each op, route, dtype and architecture; of its cases the one that came closest to its bound. Where it is from, below."""
+    """A row for each op, route, dtype and architecture; of its cases the one that came closest to its bound.
+
+    Where it is from, below.
+    """
     paths = sorted(RESULTS.glob("sm_*.json"), key=lambda path: int(path.stem.removeprefix("sm_")))
     files = {path: json.loads(path.read_text()) for path in paths}
     rows = [row for path, found in files.items() for row in _rows(path.stem, found["units"])]
     where = files[paths[0]]["environment"]
     names = ", ".join(f"[{path.name}](../benchmarks/results/emulated/{path.name})" for path in paths)
     commits = ", ".join(sorted({unit["commit"] for found in files.values() for unit in found["units"].values()}))
-    run = f"{records.device_of(where)}, torch {where['torch']}, triton {where['triton']}, {where['date'][:10]}, commits {commits}"
+    run = (
+        f"{records.device_of(where)}, torch {where['torch']}, triton {where['triton']}, {where['date'][:10]}, commits "
+        f"{commits}"
+    )
     order = sorted(rows, key=lambda row: (row[0], row[1], row[2], int(row[3][3:])))
     return f"{report.markdown(COLUMNS, order)}\n\n{names}: emulated on {run}.\n"
 
@@ -32,7 +40,9 @@ def _rows(architecture: str, units: dict[str, Any]) -> list[tuple[str, ...]]:
     for name, unit in units.items():
         _, op, dtype = name.split("/")
         if unit["stopped"]:
-            merged.setdefault((op, "", dtype), []).append({"cases": 0, "failures": [unit["stopped"]], "faults": [], "shared": 0})
+            merged.setdefault((op, "", dtype), []).append(
+                {"cases": 0, "failures": [unit["stopped"]], "faults": [], "shared": 0}
+            )
         for row in unit["rows"]:
             merged.setdefault((op, row["route"], dtype), []).append(row)
     return [(op, route, dtype, architecture, *_cells(rows)) for (op, route, dtype), rows in merged.items()]
@@ -44,7 +54,13 @@ def _cells(rows: list[dict[str, Any]]) -> tuple[str, ...]:
     races, shared = sum(len(row["faults"]) for row in rows), max(row["shared"] for row in rows)
     bad = sum(len(row["failures"]) for row in rows)
     state = "ok" if not bad and not races else f"FAILED ({bad})" if bad else "FAILED"
-    return str(sum(row["cases"] for row in rows)), *numbers, str(races), f"{shared / 1024:.1f} KB" if shared else "none", state
+    return (
+        str(sum(row["cases"] for row in rows)),
+        *numbers,
+        str(races),
+        f"{shared / 1024:.1f} KB" if shared else "none",
+        state,
+    )
 
 
 def _share(row: dict[str, Any]) -> float:

@@ -1,7 +1,9 @@
-"""``python -m benchmarks.kernels [--json FILE]``: how long each Triton kernel runs on this GPU, by the profiler, beside what was predicted.
+"""``python -m benchmarks.kernels [--json FILE]``: how long each Triton kernel runs on this GPU, by the profiler,
+beside what was predicted.
 
-Every route is forced at a size that fills the device; a kernel's time is summed over its launches in a forward and a backward, and the
-caches are overwritten before each. ``benchmarks/predictions.py`` predicts the same numbers from counts of the emulator.
+Every route is forced at a size that fills the device; a kernel's time is summed over its launches in a forward and a
+backward, and the caches are overwritten before each. ``benchmarks/predictions.py`` predicts the
+same numbers from counts of the emulator.
 """
 
 from __future__ import annotations
@@ -122,7 +124,9 @@ JOBS = {
 
 
 def measure(name: str, rounds: int) -> list[dict[str, Any]]:
-    """A row for each kernel of a job, of ours and of libraries: seconds of a step, median and quartiles over the rounds."""
+    """A row for each kernel of a job, of ours and of libraries: seconds of a step,
+    median and quartiles over the rounds.
+    """
     torch.manual_seed(0)
     job, flush = JOBS[name], torch.empty(FLUSHED, device="cuda")
     step = job.make()
@@ -147,7 +151,13 @@ def measure(name: str, rounds: int) -> list[dict[str, Any]]:
     rows = []
     for kernel, samples in times.items():
         low, median, high = statistics.quantiles(samples, n=4) if len(samples) > 1 else samples * 3
-        found = {"job": name, "shape": job.shape, "elements": job.elements, "kernel": short(kernel), "launches": launches[kernel]}
+        found = {
+            "job": name,
+            "shape": job.shape,
+            "elements": job.elements,
+            "kernel": short(kernel),
+            "launches": launches[kernel],
+        }
         each = predictions.seconds(name, short(kernel))
         predicted = None if each is None else each * job.elements
         rows.append({**found, "median": median, "low": low, "high": high, "predicted": predicted})

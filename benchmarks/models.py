@@ -1,4 +1,6 @@
-"""ResNet-50 and VGG16 with batch norm, as their papers have them, and one residual block: what the convolution benchmarks train."""
+"""ResNet-50 and VGG16 with batch norm, as their papers have them, and one residual block:
+what the convolution benchmarks train.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""``python -m benchmarks.plan_run``: runs of a :class:`dampr.Plan`, in numbers, for the picture and the tables of docs/choosing.md.
+"""``python -m benchmarks.plan_run``: runs of a :class:`dampr.Plan`, in numbers,
+for the picture and the tables of docs/choosing.md.
 
-One run of LeNet-5 on 10,000 images of MNIST where the idx files are in ``--root``, else of LeNet-300-100 on the bundled digits. With
-``--families``: short runs of LeNet-300-100 on the digits, by importance and by the gates of each family.
+One run of LeNet-5 on 10,000 images of MNIST where the idx files are in ``--root``, else of LeNet-300-100 on the bundled
+digits. With ``--families``: short runs of LeNet-300-100 on the digits, by importance and by the gates of each family.
 """
 
 from __future__ import annotations
@@ -72,12 +73,22 @@ def run(root: Path = MNIST, *, epochs: int = EPOCHS, seed: int = 0) -> dict[str,
                 rows.append({"step": plan.steps_taken, "phase": plan.phase, **plan.readings(), **numbers})
     plan.finish()
     assert plan.report is not None
-    found = {"task": name, "seed": seed, "macs": MACS, "batch": BATCH, "lr": LR, "images": len(data.x), "validated_on": len(data.x_test)}
+    found = {
+        "task": name,
+        "seed": seed,
+        "macs": MACS,
+        "batch": BATCH,
+        "lr": LR,
+        "images": len(data.x),
+        "validated_on": len(data.x_test),
+    }
     return {**found, "seconds": time.perf_counter() - started, "report": plan.report.as_dict(), "rows": rows}
 
 
 def compare(*, epochs: int = 20, seeds: int = 5) -> list[dict[str, Any]]:
-    """The digits at :data:`SMALL` of the MACs: not pruned, by importance, by learned gates of each family; test accuracy of each seed."""
+    """The digits at :data:`SMALL` of the MACs: not pruned, by importance, by learned gates of each family;
+    test accuracy of each seed.
+    """
     data, runs = datasets.digits(), []
     steps = epochs * -(-len(data.x) // 64)
     ways: dict[str, dict[str, Any] | None] = {"dense": None, "importance": {}}
@@ -102,7 +113,12 @@ def compare(*, epochs: int = 20, seeds: int = 5) -> list[dict[str, Any]]:
             widths = [300, 100] if report is None else [left for _, left in report.budget.widths.values()]
             left = 1.0 if report is None else report.budget.reached / report.budget.total
             changed = None if report is None else report.budget.changed
-            found = {"accuracy": accuracy(model, data.x_test, data.y_test), "left": left, "widths": widths, "changed": changed}
+            found = {
+                "accuracy": accuracy(model, data.x_test, data.y_test),
+                "left": left,
+                "widths": widths,
+                "changed": changed,
+            }
             runs.append({"way": way, "seed": seed, **found})
     return runs
 
@@ -115,7 +131,9 @@ def main() -> None:
     arguments = parser.parse_args()
     environment = {"environment": records.environment()}
     if arguments.families:
-        records.write_json(arguments.out / "plan-families.json", {**environment, "macs": SMALL, "epochs": 20, "runs": compare()})
+        records.write_json(
+            arguments.out / "plan-families.json", {**environment, "macs": SMALL, "epochs": 20, "runs": compare()}
+        )
     else:
         records.write_json(arguments.out / "plan-run.json", {**environment, **run(arguments.root)})
 

@@ -1,6 +1,8 @@
-"""``python -m benchmarks.plots``: draw the charts of docs from results files. Needs matplotlib (``pip install .[plot]``).
+"""``python -m benchmarks.plots``: draw the charts of docs from results files.
+Needs matplotlib (``pip install .[plot]``).
 
-A folder of results, benchmarks/results/DEVICE, gives docs/plots/DEVICE-CHART.png for every chart of :data:`CHARTS` whose files it holds.
+A folder of results, benchmarks/results/DEVICE, gives docs/plots/DEVICE-CHART.png for every chart
+of :data:`CHARTS` whose files it holds.
 """
 
 from __future__ import annotations
@@ -52,7 +54,10 @@ Environment = dict[str, Any]
 
 
 def load(*paths: Path) -> tuple[Environment, list[Point]]:
-    """(environment of the first, points that ran) of results files. Raises ValueError for one whose ops failed verification."""
+    """(environment of the first, points that ran) of results files.
+
+    Raises ValueError for one whose ops failed verification.
+    """
     environments, points = [], []
     for path in paths:
         head, *found = map(json.loads, path.read_text().splitlines())
@@ -64,7 +69,9 @@ def load(*paths: Path) -> tuple[Environment, list[Point]]:
 
 
 def draw_crossover(crossover: Path) -> Figure:
-    """Time of every route relative to dense, a panel for each kind of gates: against rows of x, or against the share of closed blocks."""
+    """Time of every route relative to dense, a panel for each kind of gates: against rows of x,
+    or against the share of closed blocks.
+    """
     environment, points = load(crossover)
     dense = {(p.case, p.shape): p.median for p in points if p.provider == "dense"}
     panels: dict[tuple[str, str], dict[str, list[tuple[int, float]]]] = {}
@@ -76,7 +83,9 @@ def draw_crossover(crossover: Path) -> Figure:
             panel.setdefault(p.route, []).append((x, p.median / dense[p.case, p.shape]))
     columns = 3 if len(panels) <= 6 else 4
     lines = -(len(panels) // -columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(3.5 * columns, 2.9 * lines), sharey=True, layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(
+        lines, columns, figsize=(3.5 * columns, 2.9 * lines), sharey=True, layout="constrained", squeeze=False
+    )
     for ax, ((title, xlabel), routes) in zip(axes.flat, panels.items(), strict=False):
         _draw_routes(ax, routes, rows=xlabel == "rows of x")
         ax.set(title=title, xlabel=xlabel)
@@ -86,7 +95,9 @@ def draw_crossover(crossover: Path) -> Figure:
     for ax in axes[:, 0]:
         ax.set_ylabel("time / time of dense")
     _, k, n = points[0].shape
-    figure.suptitle(f"Routes, forward + backward, weight {n} x {k}. {records.device_of(environment)}, {points[0].dtype}")
+    figure.suptitle(
+        f"Routes, forward + backward, weight {n} x {k}. {records.device_of(environment)}, {points[0].dtype}"
+    )
     return figure
 
 
@@ -105,7 +116,9 @@ def _draw_routes(ax: Axes, routes: dict[str, list[tuple[int, float]]], rows: boo
 
 
 def draw_closing(closing: Path) -> Figure:
-    """Time of every provider relative to dense against the share of closed gates, a panel for each layer and kind of gates."""
+    """Time of every provider relative to dense against the share of closed gates,
+    a panel for each layer and kind of gates.
+    """
     environment, points = load(closing)
     dense = {(p.case, p.shape): p.median for p in points if p.provider == "dense"}
     panels: dict[str, dict[str, list[tuple[int, float]]]] = {}
@@ -114,14 +127,18 @@ def draw_closing(closing: Path) -> Figure:
         if found and p.provider != "dense":
             lines = panels.setdefault(f"{found[1]}\n{p.shape}", {})
             lines.setdefault(p.provider, []).append((int(found[2]), p.median / dense[p.case, p.shape]))
-    figure, axes = plt.subplots(1, len(panels), figsize=(3.5 * len(panels), 3.2), sharey=True, layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(3.5 * len(panels), 3.2), sharey=True, layout="constrained", squeeze=False
+    )
     for ax, (title, lines) in zip(axes.flat, panels.items(), strict=True):
         _draw_routes(ax, lines, rows=False)
         ax.set(title=title, xlabel="gates closed (%)")
         ax.title.set_fontsize(8)
     axes[0, 0].set_ylim(0, None)
     axes[0, 0].set_ylabel("time / time of dense")
-    figure.suptitle(f"A training step as gates close, forward + backward. {records.device_of(environment)}, {points[0].dtype}")
+    figure.suptitle(
+        f"A training step as gates close, forward + backward. {records.device_of(environment)}, {points[0].dtype}"
+    )
     return figure
 
 
@@ -141,7 +158,9 @@ def draw_roofline(roofline: Path, *stages: Path) -> Figure:
         ax.scatter(xs, ys, color=color, marker=marker, s=140 if names == floors else 20, label=label, zorder=3)
     ax.set_yticks(range(len(rows)), [f"{case}  {shape}" for shape, case in rows])
     ax.set(xlim=(0, None), xlabel="share of the measured GEMM rate (draw and multiply: of the copy bandwidth) (%)")
-    ax.set_title(f"Share of the roofline, by case and (M, K, N). {records.device_of(environment)}, {points[0].dtype}", loc="left")
+    ax.set_title(
+        f"Share of the roofline, by case and (M, K, N). {records.device_of(environment)}, {points[0].dtype}", loc="left"
+    )
     _finish_rows(ax)
     figure.legend(loc="outside lower center", ncols=1 + len(others), frameon=False)
     return figure
@@ -150,8 +169,9 @@ def draw_roofline(roofline: Path, *stages: Path) -> Figure:
 def attained(point: Point, ceilings: dict[str, float]) -> float:
     """The share of its ceiling that a point attains by the work that has to be done, whoever does more.
 
-    A layer computes y, dx and dW, 2 M K N operations each; gates are not counted. Drawing and multiplying reads a float32 weight and a
-    log_alpha for each of its elements, a copy only the weight; both write the dtype of the product.
+    A layer computes y, dx and dW, 2 M K N operations each; gates are not counted. Drawing and multiplying reads a
+    float32 weight and a log_alpha for each of its elements, a copy only the weight;
+    both write the dtype of the product.
     """
     m, k, n = point.shape
     dtype = point.dtype.split()[0]
@@ -164,7 +184,8 @@ def attained(point: Point, ceilings: dict[str, float]) -> float:
 def draw_memory(*stages: Path) -> Figure:
     """What each provider keeps from the forward to the backward, in the largest shape."""
     environment, points = load(*stages)
-    points = [p for p in points if p.kept_bytes is not None and p.provider != linear.TORCH_PRODUCTS]  # which keeps what dampr keeps
+    # which keeps what dampr keeps
+    points = [p for p in points if p.kept_bytes is not None and p.provider != linear.TORCH_PRODUCTS]
     largest = max((p.shape for p in points), key=lambda shape: (shape[0] * shape[1] * shape[2], shape))
     points = [p for p in points if p.shape == largest]
     figure, ax = plt.subplots(figsize=(9, 1.6 + 0.19 * len(points)), layout="constrained")
@@ -182,7 +203,10 @@ def draw_memory(*stages: Path) -> Figure:
     ax.set_yticks(list(ticks.values()), list(ticks))
     ax.margins(x=0.25)  # room for the names
     ax.set(xlim=(0, None), xlabel="kept for the backward beyond parameters and input (MB)")
-    ax.set_title(f"Memory kept by one layer, (M, K, N) = {largest}. {records.device_of(environment)}, {points[0].dtype}", loc="left")
+    ax.set_title(
+        f"Memory kept by one layer, (M, K, N) = {largest}. {records.device_of(environment)}, {points[0].dtype}",
+        loc="left",
+    )
     _finish_rows(ax)
     return figure
 
@@ -204,7 +228,9 @@ class Chart(NamedTuple):
 CHARTS = {
     "closing": Chart(draw_closing, ("closing.jsonl",)),
     "crossover": Chart(draw_crossover, ("linear-crossover.jsonl",)),
-    "roofline": Chart(draw_roofline, ("roofline.json", "linear-pass.jsonl", "linear-vectors.jsonl", "linear-weights.jsonl")),
+    "roofline": Chart(
+        draw_roofline, ("roofline.json", "linear-pass.jsonl", "linear-vectors.jsonl", "linear-weights.jsonl")
+    ),
     "memory": Chart(draw_memory, ("linear-vectors.jsonl", "linear-weights.jsonl")),
 }
 
@@ -220,12 +246,19 @@ FAMILIES = {
 
 
 def draw_gates() -> Figure:
-    """The evaluation gate against the parameter for each family, and for those that draw the quartiles of 4,000 draws."""
+    """The evaluation gate against the parameter for each family,
+    and for those that draw the quartiles of 4,000 draws.
+    """
     figure, axes = plt.subplots(1, 5, figsize=(14, 2.9), layout="constrained")
     concrete = gates.HardConcrete(241)
     panels = [
         ("hard_concrete", concrete, "log_alpha", torch.linspace(-6, 6, 241)),
-        ("dep_l0", gates.HardConcrete(241), "log_alpha, from the generator", 4.605 * torch.tanh(torch.linspace(-6, 6, 241))),
+        (
+            "dep_l0",
+            gates.HardConcrete(241),
+            "log_alpha, from the generator",
+            4.605 * torch.tanh(torch.linspace(-6, 6, 241)),
+        ),
         ("dam", None, "beta + 5 j / n", torch.linspace(-2, 4, 241)),
         ("diffprune", gates.DiffPrune(241, stochastic=True), "phi", torch.linspace(-0.4, 1, 241)),
         ("diffmask", gates.DifferentiableMask(241), "alpha", torch.linspace(-0.6, 0.6, 241)),
@@ -249,18 +282,30 @@ def draw_gates() -> Figure:
 
 
 def draw_families(results: Path) -> Figure:
-    """Test accuracy against the MACs that are left, every run of every family; the dense network beside them, on an axis of its own."""
+    """Test accuracy against the MACs that are left, every run of every family; the dense network beside them,
+    on an axis of its own.
+    """
     found = json.loads(results.read_text())
     figure, (left, right) = plt.subplots(1, 2, figsize=(7.5, 4), sharey=True, width_ratios=(5, 1), layout="constrained")
     for name, (colour, marker) in FAMILIES.items():
         runs = [r for r in found["runs"] if r["family"] == name]
         style = {"c": colour} if name == "dense" else {"edgecolors": colour, "facecolors": "none", "linewidths": 1.3}
         ax = right if name == "dense" else left
-        ax.scatter([r["macs"] / 1e3 for r in runs], [100 * r["accuracy"] for r in runs], s=45, marker=marker, label=name, **style)
+        ax.scatter(
+            [r["macs"] / 1e3 for r in runs],
+            [100 * r["accuracy"] for r in runs],
+            s=45,
+            marker=marker,
+            label=name,
+            **style,
+        )
     left.set(xlabel="multiply-accumulates of the compacted model (thousands)", ylabel="test accuracy (%)")
     (dense,) = {r["macs"] / 1e3 for r in found["runs"] if r["family"] == "dense"}
     right.set(xticks=[dense], xlim=(dense - 1, dense + 1))
-    figure.suptitle(f"LeNet-5-Caffe, {found['data']}, {found['epochs']} epochs, target {found['target']:.0%} of the MACs", fontsize=10)
+    figure.suptitle(
+        f"LeNet-5-Caffe, {found['data']}, {found['epochs']} epochs, target {found['target']:.0%} of the MACs",
+        fontsize=10,
+    )
     figure.legend(
         *(a + b for a, b in zip(left.get_legend_handles_labels(), right.get_legend_handles_labels(), strict=True)),
         loc="outside right center",
@@ -273,11 +318,15 @@ PHASES = {"dense": "0.97", "ramp": "#FDE9C9", "fine-tuning": "#DCEEF8"}
 
 
 def draw_plan(results: Path) -> Figure:
-    """Over the steps of one run of a plan: the share of the MACs that is left, and should be; below it the validation accuracy."""
+    """Over the steps of one run of a plan: the share of the MACs that is left, and should be;
+    below it the validation accuracy.
+    """
     found = json.loads(results.read_text())
     report, rows = found["report"], found["rows"]
     steps = [row["step"] for row in rows]
-    figure, (above, below) = plt.subplots(2, 1, figsize=(7.5, 4.6), sharex=True, height_ratios=(3, 2), layout="constrained")
+    figure, (above, below) = plt.subplots(
+        2, 1, figsize=(7.5, 4.6), sharex=True, height_ratios=(3, 2), layout="constrained"
+    )
     ends = (0, report["dense"], report["compacted"], report["steps"])
     for name, start, end in zip(PHASES, ends, ends[1:], strict=False):
         for ax in (above, below):
@@ -287,11 +336,14 @@ def draw_plan(results: Path) -> Figure:
     above.plot(steps, [100 * row["macs_left"] for row in rows], color="#56B4E9", linewidth=3, label="left")
     below.plot(steps, [100 * row["accuracy"] for row in rows], color="#D55E00", marker=".", markersize=4)
     lowest = min(row["accuracy"] for row in rows if row["step"] > report["dense"])
-    below.set(xlabel="step", ylabel="validation accuracy (%)", ylim=(100 * lowest - 1, 100.2), xlim=(0, report["steps"]))
+    below.set(
+        xlabel="step", ylabel="validation accuracy (%)", ylim=(100 * lowest - 1, 100.2), xlim=(0, report["steps"])
+    )
     above.set(ylabel="multiply-accumulates (%)", ylim=(0, 118))
     above.legend(frameon=False, loc="center right")
     figure.suptitle(
-        f"A plan to {found['macs']:.0%} of the MACs: {found['task']}, {found['images']:,} images, seed {found['seed']}", fontsize=10
+        f"A plan to {found['macs']:.0%} of the MACs: {found['task']}, {found['images']:,} images, seed {found['seed']}",
+        fontsize=10,
     )
     return figure
 
@@ -309,7 +361,9 @@ def write_all(results: Path, target: Path) -> list[Path]:
     for path in (target / f"{folder.name}-{name}.png" for folder in sorted(results.iterdir()) for name in CHARTS):
         files = sources(path, results)
         if all(file.exists() for file in files):
-            with plt.rc_context({"font.size": 9, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False}):
+            with plt.rc_context(
+                {"font.size": 9, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False}
+            ):
                 figure = CHARTS[path.stem.rpartition("-")[2]].draw(*files)
                 figure.savefig(path, dpi=110, metadata={"Software": None})
             plt.close(figure)
@@ -325,7 +379,9 @@ def write_methods(target: Path) -> list[Path]:
     charts |= {name: partial(draw, path) for name, (draw, path) in drawn.items() if path.exists()}
     torch.manual_seed(0)
     for name, draw in charts.items():
-        with plt.rc_context({"font.size": 9, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False}):
+        with plt.rc_context(
+            {"font.size": 9, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False}
+        ):
             figure = draw()
             figure.savefig(target / name, dpi=110, metadata={"Software": None})
         plt.close(figure)

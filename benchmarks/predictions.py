@@ -1,7 +1,8 @@
-"""What an H200 should take, predicted from what kernels were counted to do when emulated (tests/data/emulated_counts.json).
+"""What an H200 should take, predicted from what kernels were counted to do when emulated
+(tests/data/emulated_counts.json).
 
-A pass takes as long as the slowest of three: memory, instructions, shared memory. Instructions are those of PTX, of which ptxas makes more
-or fewer of its own; nothing here was measured on that device but the two ceilings.
+A pass takes as long as the slowest of three: memory, instructions, shared memory. Instructions are those of PTX, of
+which ptxas makes more or fewer of its own; nothing here was measured on that device but the two ceilings.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ SMS, CLOCK, ISSUED = 132, 1.7e9, 4  # instructions of warps a cycle and SM; a pa
 M, K, N = 8192, 4096, 4096
 Counts = dict[str, float]
 
-# Passes that a route adds to the dense layer: kernels by the names of their counts, which are sums over a forward and a backward; elements.
+# Passes that a route adds to the dense layer: kernels by the names of their counts,
+# which are sums over a forward and a backward; elements.
 ROUTES = {
     "fold, gates on inputs and outputs": (("fold: fold_fwd", "fold: fold_bwd"), N * K),
     "fold, gates on weights": (("weights: gate_weights",), N * K),
@@ -43,7 +45,9 @@ def parts(found: Counts) -> dict[str, float]:
 
 
 def seconds(job: str, kernel: str) -> float | None:
-    """How long a kernel should take for an element of what its pass goes over, None for a product and for what has no counts."""
+    """How long a kernel should take for an element of what its pass goes over,
+    None for a product and for what has no counts.
+    """
     found = counts().get(f"{job}: {kernel}")
     return None if found is None or _is_product(kernel) else max(parts(found).values())
 
@@ -54,7 +58,17 @@ def _is_product(name: str) -> bool:
 
 def kernels() -> str:
     """A row for each kernel: what it was counted to do, and what of it should take longest."""
-    columns = ("kernel", "instructions", "bytes moved", "bytes asked for", "shared memory", "conflicts", "parted", "predicted", "bound by")
+    columns = (
+        "kernel",
+        "instructions",
+        "bytes moved",
+        "bytes asked for",
+        "shared memory",
+        "conflicts",
+        "parted",
+        "predicted",
+        "bound by",
+    )
     rows = []
     for name, found in sorted(counts().items()):
         seconds = parts(found)
@@ -77,6 +91,14 @@ def routes() -> str:
         bound = {max(parts(found[kernel]).items(), key=lambda part: part[1])[0] for kernel in passes}
         relative = f"{1 + sum(seconds) / PRODUCTS:.2f}"
         rows.append(
-            (name, relative, f"{1e6 * sum(seconds):.0f} us in {launches} passes", f"{moved / 2**20:.0f} MB", ", ".join(sorted(bound)))
+            (
+                name,
+                relative,
+                f"{1e6 * sum(seconds):.0f} us in {launches} passes",
+                f"{moved / 2**20:.0f} MB",
+                ", ".join(sorted(bound)),
+            )
         )
-    return report.markdown(("route", "predicted, relative to dense", "passes take", "they move", "bound by"), rows) + "\n"
+    return (
+        report.markdown(("route", "predicted, relative to dense", "passes take", "they move", "bound by"), rows) + "\n"
+    )

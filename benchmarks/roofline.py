@@ -1,4 +1,6 @@
-"""``python -m benchmarks.roofline``: the ceilings of this machine, measured: a large copy, a large matrix product of random numbers."""
+"""``python -m benchmarks.roofline``: the ceilings of this machine, measured: a large copy,
+a large matrix product of random numbers.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ def measure() -> dict[str, Any]:
     count, size = (2**30, 8192) if cuda else (2**26, 2048)
     source = torch.randn(count, device=device)
     target = torch.empty_like(source)
-    ceilings: dict[str, Any] = {"copy_bytes_per_second": 2 * source.nbytes / _median(lambda: target.copy_(source), cuda)}
+    ceilings: dict[str, Any] = {
+        "copy_bytes_per_second": 2 * source.nbytes / _median(lambda: target.copy_(source), cuda)
+    }
     for dtype in (torch.bfloat16, torch.float32) if cuda else (torch.float32,):
         a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
         best = min(_median(way, cuda) for way in _products(a, b))

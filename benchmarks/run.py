@@ -1,10 +1,11 @@
 """``python -m benchmarks.run [STAGE ...]``: time the suite on this machine, one JSON line a point.
 
-Needs torch (and triton where there is a GPU). Each stage of :mod:`benchmarks.suite`, and ``crossover`` of :mod:`benchmarks.crossover`,
-becomes OUT/linear-STAGE.jsonl, each stage of :mod:`benchmarks.conv` OUT/conv-STAGE.jsonl, ``recurrent`` of :mod:`benchmarks.recurrent`
-and ``closing`` of :mod:`benchmarks.closing` OUT/STAGE.jsonl. The first line is the environment and whether the ops passed verification in
-this run; no ratio is printed when they did not. On a GPU, ``crossover`` also writes the thresholds that suit it best,
-OUT/dispatch-DEVICE.json: copied to dampr/kernels/dispatch/DEVICE.json, they decide the routes on that device.
+Needs torch (and triton where there is a GPU). Each stage of :mod:`benchmarks.suite`, and ``crossover`` of
+:mod:`benchmarks.crossover`, becomes OUT/linear-STAGE.jsonl, each stage of :mod:`benchmarks.conv` OUT/conv-STAGE.jsonl,
+``recurrent`` of :mod:`benchmarks.recurrent` and ``closing`` of :mod:`benchmarks.closing` OUT/STAGE.jsonl. The first
+line is the environment and whether the ops passed verification in this run; no ratio is printed when they did not. On a
+GPU, ``crossover`` also writes the thresholds that suit it best, OUT/dispatch-DEVICE.json: copied to
+dampr/kernels/dispatch/DEVICE.json, they decide the routes on that device.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ def passed(path: Path) -> bool:
     found, here = json.loads(path.read_text()), records.environment()
     for key in ("commit", "gpu", "torch", "triton"):
         if found["environment"][key] != here[key]:
-            raise ValueError(f"verified={path}: {key} is {found['environment'][key]!r}: expected {here[key]!r}, that of this run")
+            raise ValueError(
+                f"verified={path}: {key} is {found['environment'][key]!r}: expected {here[key]!r}, that of this run"
+            )
     rows = [row for row in found["rows"] if row["op"] in OPS]
     seen = {row["op"] for row in rows if (row["device"] == "cuda") == (here["gpu"] is not None)}
     return seen == set(OPS) and all(row["ok"] for row in rows)
@@ -57,14 +60,20 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=RESULTS / device_name())
     parser.add_argument("--rounds", type=int, default=20)
     evidence = parser.add_mutually_exclusive_group()
-    evidence.add_argument("--verified", type=Path, help="what python -m dampr.testing.verify --json wrote here, else ops are verified")
-    evidence.add_argument("--unverified", action="store_true", help="verify nothing and print no ratio: to compile what a later run times")
+    evidence.add_argument(
+        "--verified", type=Path, help="what python -m dampr.testing.verify --json wrote here, else ops are verified"
+    )
+    evidence.add_argument(
+        "--unverified", action="store_true", help="verify nothing and print no ratio: to compile what a later run times"
+    )
     parser.add_argument("--no-compile", action="store_true", help="leave the compiled competitor out")
     arguments = parser.parse_args(argv)
     unknown = set(arguments.stages) - set(stages)
     if unknown:
         parser.error(f"stages={sorted(unknown)}: expected some of {sorted(stages)}")
-    verified = not arguments.unverified and (verify.passes(*OPS) if arguments.verified is None else passed(arguments.verified))
+    verified = not arguments.unverified and (
+        verify.passes(*OPS) if arguments.verified is None else passed(arguments.verified)
+    )
     header = {"environment": records.environment(), "verified": verified}
     for stage in arguments.stages or default:
         if stage == "crossover":
@@ -79,8 +88,12 @@ def main(argv: list[str] | None = None) -> int:
         name = f"conv-{stage}" if stage in conv.STAGES else stage if stage in WHOLE else f"linear-{stage}"
         records.write_jsonl(arguments.out / f"{name}.jsonl", [header, *(p.as_dict() for p in points)])
         if stage == "crossover" and device == "cuda" and verified:
-            source = f"benchmarks/results/{device_name()}/linear-crossover.jsonl, commit {header['environment']['commit']}"
-            records.write_json(arguments.out / f"dispatch-{device_name()}.json", crossover.tuned(points, source)._asdict())
+            source = (
+                f"benchmarks/results/{device_name()}/linear-crossover.jsonl, commit {header['environment']['commit']}"
+            )
+            records.write_json(
+                arguments.out / f"dispatch-{device_name()}.json", crossover.tuned(points, source)._asdict()
+            )
     return 0 if verified or arguments.unverified else 1
 
 

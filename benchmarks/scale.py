@@ -1,8 +1,10 @@
-"""``python -m benchmarks.scale``: what gates cost on several ranks, counted on 1, 2 and 4 of them, and what that makes of 1,024.
+"""``python -m benchmarks.scale``: what gates cost on several ranks, counted on 1, 2 and 4 of them,
+and what that makes of 1,024.
 
-A step of a small MLP is counted on processes over gloo: messages and bytes of collectives, operators, bytes that a rank keeps. The time
-that a budget takes on the host is measured for growing numbers of gates. A configuration of 70 billion parameters is built on the meta
-device, and a ring of ranks with a latency and a bandwidth says what a step would send. ``--worker`` is what a rank runs.
+A step of a small MLP is counted on processes over gloo: messages and bytes of collectives, operators, bytes that a rank
+keeps. The time that a budget takes on the host is measured for growing numbers of gates. A configuration of 70 billion
+parameters is built on the meta device, and a ring of ranks with a latency and a bandwidth says what a step would send.
+``--worker`` is what a rank runs.
 """
 
 from __future__ import annotations
@@ -56,14 +58,19 @@ class Count(TorchDispatchMode):
         if name.startswith(("c10d::", "_c10d_functional::")) and "wait" not in name and "barrier" not in name:
             self.messages += 1
             sizes = [_bytes(t) for t in pytree.tree_leaves(args) if isinstance(t, Tensor)]
-            self.bytes += min(sizes) if "gather" in name else sizes[-1]  # of what is gathered into and what is sent the smaller
+            # of what is gathered into and what is sent the smaller
+            self.bytes += min(sizes) if "gather" in name else sizes[-1]
         else:
             self.operators += 1
         return func(*args, **(kwargs or {}))
 
 
 def mlp(width: int) -> nn.Sequential:
-    blocks = [layer for _ in range(LAYERS) for layer in (nn.Linear(width, 4 * width), nn.ReLU(), nn.Linear(4 * width, width), nn.Tanh())]
+    blocks = [
+        layer
+        for _ in range(LAYERS)
+        for layer in (nn.Linear(width, 4 * width), nn.ReLU(), nn.Linear(4 * width, width), nn.Tanh())
+    ]
     return nn.Sequential(*blocks, nn.Linear(width, 8))
 
 
@@ -146,7 +153,9 @@ def launch(ranks: int) -> list[dict[str, Any]]:
         path = Path(folder, "found.json")
         shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-W", "ignore", "-m", "benchmarks.scale", "--worker", str(path)]
-        runs = [subprocess.Popen(command, env=os.environ | shared | {"RANK": str(rank)}, cwd=ROOT) for rank in range(ranks)]
+        runs = [
+            subprocess.Popen(command, env=os.environ | shared | {"RANK": str(rank)}, cwd=ROOT) for rank in range(ranks)
+        ]
         codes = [run.wait() for run in runs]
         if any(codes):
             raise RuntimeError(f"a rank of {ranks} failed")
@@ -160,7 +169,9 @@ def host_seconds(gates: int) -> dict[str, Any]:
     neurons = gates // layers
     blocks = [part for _ in range(layers) for part in (nn.Linear(16, neurons), nn.ReLU(), nn.Linear(neurons, 16))]
     x = torch.randn(2, 16)
-    budget = dampr.Budget(dampr.convert(nn.Sequential(*blocks, nn.Linear(16, 2)), example_inputs=x), x, macs=0.5, steps=400)
+    budget = dampr.Budget(
+        dampr.convert(nn.Sequential(*blocks, nn.Linear(16, 2)), example_inputs=x), x, macs=0.5, steps=400
+    )
     controller = budget.controller
     assert controller is not None
     deciding, between = [], []
@@ -171,7 +182,12 @@ def host_seconds(gates: int) -> dict[str, Any]:
         budget.step()
         decides = budget.steps >= controller.ramp.measured and budget.steps % controller.every == 0
         (deciding if decides else between).append(time.perf_counter() - began)
-    return {"gates": controller.cost.structure.size, "deciding": min(deciding), "between": min(between), "every": controller.every}
+    return {
+        "gates": controller.cost.structure.size,
+        "deciding": min(deciding),
+        "between": min(between),
+        "every": controller.every,
+    }
 
 
 def llama() -> dict[str, int]:
@@ -181,10 +197,20 @@ def llama() -> dict[str, int]:
 
     def layer() -> nn.ModuleList:
         up = dampr.nn.GatedLinear(c["width"], c["neurons"], **meta)
-        heads = dampr.nn.GatedLinear(c["width"], c["width"], granularity=(c["width"], c["width"] // c["groups"]), **meta)
+        heads = dampr.nn.GatedLinear(
+            c["width"], c["width"], granularity=(c["width"], c["width"] // c["groups"]), **meta
+        )
         square, key, value = (nn.Linear(c["width"], size, **meta) for size in (c["width"], narrow, narrow))
         return nn.ModuleList(
-            [up, nn.Linear(c["width"], c["neurons"], **meta), nn.Linear(c["neurons"], c["width"], **meta), heads, square, key, value]
+            [
+                up,
+                nn.Linear(c["width"], c["neurons"], **meta),
+                nn.Linear(c["neurons"], c["width"], **meta),
+                heads,
+                square,
+                key,
+                value,
+            ]
         )
 
     model = nn.ModuleList([layer() for _ in range(c["layers"])])
@@ -199,7 +225,9 @@ def llama() -> dict[str, int]:
 
 
 def simulated(model: dict[str, int], ranks: int) -> dict[str, Any]:
-    """A step of ``fully_shard`` on a ring: what a rank sends in bf16, and the one all-reduce of the gates in float32; what it keeps."""
+    """A step of ``fully_shard`` on a ring: what a rank sends in bf16, and the one all-reduce of the gates in float32;
+    what it keeps.
+    """
     around = (ranks - 1) / ranks
     shards = 3 * 2 * model["parameters"] * around  # gathered for the forward and the backward, gradients scattered
     gates = 2 * 4 * model["gates"] * around
@@ -253,7 +281,15 @@ def counts() -> str:
                     " / ".join(f"{r['kept'] / 1e3:.0f}" for r in each),
                 )
             )
-    head = ("ranks", "parameters", "gate vectors, gates", "messages", "KB sent by a rank", "operators", "KB kept by a rank")
+    head = (
+        "ranks",
+        "parameters",
+        "gate vectors, gates",
+        "messages",
+        "KB sent by a rank",
+        "operators",
+        "KB kept by a rank",
+    )
     return report.markdown(head, rows) + "\n"
 
 
@@ -298,7 +334,9 @@ def many() -> str:
 
 
 def tokens() -> str:
-    """The same configuration under tensor parallelism: what the gates of a layer add to its four all-reduces of activations, by tokens."""
+    """The same configuration under tensor parallelism: what the gates of a layer add to its four
+    all-reduces of activations, by tokens.
+    """
     model, rows = _found()["model"], []
     for count in (512, 4096, 32768):
         activations, gates = 4 * 2 * count * LLAMA["width"] * model["layers"], 8 * model["gates"]
@@ -316,10 +354,18 @@ def limits() -> str:
     most = 2 / (3 * (model["layers"] + 1))  # of hops, which are all that grows with the ranks
     tokens = math.floor(8 * model["gates"] / (0.01 * 4 * 2 * LLAMA["width"] * model["layers"]))
     rows = [
-        ("a whole copy in float32 on each of 8 ranks of a host", f"{HOST / 1e12:.0f} TB", f"{HOST / (8 * 4) / 1e9:.1f} billion parameters"),
+        (
+            "a whole copy in float32 on each of 8 ranks of a host",
+            f"{HOST / 1e12:.0f} TB",
+            f"{HOST / (8 * 4) / 1e9:.1f} billion parameters",
+        ),
         ("a decision of a budget on the host", f"{SECOND:.0f} s", f"{slow:,} gates"),
         ("memory of the gates of a rank", "a tenth of its weights", f"{crowded:,} ranks"),
-        ("messages of gates, tensor parallelism", "1 % of those of activations", f"fewer than {tokens:,} tokens in a step"),
+        (
+            "messages of gates, tensor parallelism",
+            "1 % of those of activations",
+            f"fewer than {tokens:,} tokens in a step",
+        ),
         ("messages of gates, `fully_shard`", "1 % of those of weights", f"no number of ranks (at most {most:.2%})"),
     ]
     return report.markdown(("what", "limit", "reached at"), rows) + "\n"

@@ -1,9 +1,10 @@
 """``python -m benchmarks.steps``: what a training step launches, dense and with gates, on the recording driver.
 
-Kernels of ours are launched by Triton on a driver that logs and runs nothing; operators of torch are counted in the profiler's tree: those
-that have a kernel, not what is composed of them, nor views. That is done on CPU tensors, so one operator counts once, however many kernels
-cuDNN or cuBLAS make of it; dense and gated models are counted alike. What waits for a GPU (``item`` and its kin) and what allocates by
-value (``nonzero`` and its kin) is listed. Writes benchmarks/results/emulated/steps.json; docs/emulated.md shows it.
+Kernels of ours are launched by Triton on a driver that logs and runs nothing; operators of torch are counted in the
+profiler's tree: those that have a kernel, not what is composed of them, nor views. That is done on CPU tensors, so one
+operator counts once, however many kernels cuDNN or cuBLAS make of it; dense and gated models are counted alike. What
+waits for a GPU (``item`` and its kin) and what allocates by value (``nonzero`` and its kin) is listed. Writes
+benchmarks/results/emulated/steps.json; docs/emulated.md shows it.
 """
 
 from __future__ import annotations
@@ -27,13 +28,24 @@ from dampr import records
 from tests.emulator import driver
 
 WAITS = {"aten::item", "aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal"}
-BY_VALUE = {"aten::nonzero", "aten::masked_select", "aten::unique", "aten::_unique2", "aten::unique_dim", "aten::bincount"}
+BY_VALUE = {
+    "aten::nonzero",
+    "aten::masked_select",
+    "aten::unique",
+    "aten::_unique2",
+    "aten::unique_dim",
+    "aten::bincount",
+}
 # Views, sizes and memory: no kernel.
 _FREE = (
-    "view", "_unsafe_view", "as_strided", "t", "transpose", "permute", "expand", "expand_as", "slice", "select", "unsqueeze", "squeeze",
-    "detach", "detach_", "alias", "split", "split_with_sizes", "chunk", "narrow", "unbind", "unfold", "flatten", "reshape", "view_as",
-    "_reshape_alias", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "resize_", "set_", "result_type",
-    "lift_fresh", "is_same_size", "contiguous", "to", "requires_grad_", "numpy_T", "mT", "diagonal", "movedim", "as_strided_",
+    "view", "_unsafe_view", "as_strided", "t", "transpose", "permute", "expand", "expand_as", "slice", "select",
+    "unsqueeze", "squeeze",
+    "detach", "detach_", "alias", "split", "split_with_sizes", "chunk", "narrow", "unbind", "unfold", "flatten",
+    "reshape", "view_as",
+    "_reshape_alias", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "resize_", "set_",
+    "result_type",
+    "lift_fresh", "is_same_size", "contiguous", "to", "requires_grad_", "numpy_T", "mT", "diagonal", "movedim",
+    "as_strided_",
     "resolve_conj", "resolve_neg", "empty_permuted", "unsqueeze_", "squeeze_", "transpose_", "unflatten",
 )  # fmt: skip
 FREE = {f"aten::{name}" for name in _FREE}
@@ -42,7 +54,9 @@ Step = Callable[[nn.Module], torch.Tensor]
 
 
 def count(model: nn.Module, loss_of: Step, capability: int = 90, bank: dampr.GateBank | None = None) -> dict[str, Any]:
-    """Launches of one step after one that warms up: draws, forward, penalty, backward; not the optimizer's, which has fused ways."""
+    """Launches of one step after one that warms up: draws, forward, penalty, backward; not the optimizer's,
+    which has fused ways.
+    """
     gated = any(isinstance(module, dampr.gates.Gate) for module in model.modules())
 
     def step() -> None:
@@ -101,10 +115,16 @@ def _bert() -> tuple[nn.Module, Any, Step]:
     """12 layers of 12 heads at a third of the width, which the number of launches does not depend on."""
     from transformers import BertConfig, BertForSequenceClassification
 
-    config = BertConfig(vocab_size=1000, hidden_size=192, intermediate_size=768, num_hidden_layers=12, num_attention_heads=12)
+    config = BertConfig(
+        vocab_size=1000, hidden_size=192, intermediate_size=768, num_hidden_layers=12, num_attention_heads=12
+    )
     inputs = {"input_ids": torch.randint(1000, (2, 32)), "attention_mask": torch.ones(2, 32, dtype=torch.long)}
     labels = torch.randint(2, (2,))
-    return BertForSequenceClassification(config), inputs, lambda model: nn.functional.cross_entropy(model(**inputs).logits, labels)
+    return (
+        BertForSequenceClassification(config),
+        inputs,
+        lambda model: nn.functional.cross_entropy(model(**inputs).logits, labels),
+    )
 
 
 MODELS = {"ResNet-50": _resnet50, "VGG16": _vgg16, "BERT, 12 layers": _bert}

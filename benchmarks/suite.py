@@ -1,4 +1,6 @@
-"""The registry of cases: what `python -m benchmarks.run` times on the CPU and on a GPU, in stages of a few minutes each."""
+"""The registry of cases: what `python -m benchmarks.run` times on the CPU and on a GPU,
+in stages of a few minutes each.
+"""
 
 from __future__ import annotations
 

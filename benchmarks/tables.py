@@ -1,7 +1,8 @@
-"""``python -m benchmarks.tables``: write the tables of README.md and docs from the results files; none is typed by hand.
+"""``python -m benchmarks.tables``: write the tables of README.md and docs from the results files;
+none is typed by hand.
 
-A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``; NAME is a file under benchmarks/results without its ending, or
-one of :data:`EXAMPLES`, made of the files in examples/results, of emulated runs and of counts.
+A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``; NAME is a file under benchmarks/results without
+its ending, or one of :data:`EXAMPLES`, made of the files in examples/results, of emulated runs and of counts.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ from dampr.cli import demo, report
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = (
     ROOT / "README.md",
-    *(ROOT / "docs" / f"{name}.md" for name in ("results", "performance", "methods", "choosing", "emulated", "scale", "distributed")),
+    *(
+        ROOT / "docs" / f"{name}.md"
+        for name in ("results", "performance", "methods", "choosing", "emulated", "scale", "distributed")
+    ),
 )
 PLACE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -30,8 +34,14 @@ def render(name: str, document: Path) -> str:
     """The table of one results file and, below it, where its numbers come from."""
     if name in EXAMPLES:
         return EXAMPLES[name]()
-    path = next(p for ending in ("json", "jsonl") if (p := ROOT / "benchmarks" / "results" / f"{name}.{ending}").exists())
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.suffix == ".jsonl" else [json.loads(path.read_text())]
+    path = next(
+        p for ending in ("json", "jsonl") if (p := ROOT / "benchmarks" / "results" / f"{name}.{ending}").exists()
+    )
+    lines = (
+        [json.loads(line) for line in path.read_text().splitlines()]
+        if path.suffix == ".jsonl"
+        else [json.loads(path.read_text())]
+    )
     where = lines[0]["environment"]
     up = "../" * (len(document.relative_to(ROOT).parts) - 1)
     run = f"{records.device_of(where)}, torch {where['torch']}, {where['date'][:10]}, commit {where['commit']}"
@@ -50,7 +60,12 @@ def _table(lines: list[dict[str, Any]]) -> str:
     if "runs" in head:
         return _plan_families(head)
     if "rows" in head:
-        return report.markdown(("op", "backend", "dtype", "cases", "error", "bound", ""), [_verified(row) for row in head["rows"]]) + "\n\n"
+        return (
+            report.markdown(
+                ("op", "backend", "dtype", "cases", "error", "bound", ""), [_verified(row) for row in head["rows"]]
+            )
+            + "\n\n"
+        )
     if "kernels" in head:
         return _kernels(head["kernels"])
     if "points" in head:
@@ -79,12 +94,20 @@ def _plan_parts(found: dict[str, Any]) -> str:
         ("fine-tuning", plan["compacted"] + 1, plan["steps"]),
     ):
         end = max((row for row in rows if row["step"] <= last), key=lambda row: row["step"])
-        cells.append((name, f"{first} to {last}", f"{end['macs_left']:.2%}", f"{end['macs_goal']:.2%}", f"{end['accuracy']:.1%}"))
+        cells.append(
+            (name, f"{first} to {last}", f"{end['macs_left']:.2%}", f"{end['macs_goal']:.2%}", f"{end['accuracy']:.1%}")
+        )
     table = report.markdown(("part", "steps", "MACs left at its end", "goal", "validation accuracy"), cells)
     widths = ", ".join(f"{left} of {count}" for count, left in plan["budget"]["widths"].values())
     changed = sum(plan["budget"]["closed"].values()) + sum(plan["budget"]["opened"].values())
-    what = f"{found['task']}, {found['images']:,} images to train on, {found['validated_on']:,} to validate; units left: {widths}"
-    return f"{table}\n\n{what}; gates that `finalize` had to change: {changed}; masked and compacted differ by {plan['difference']:.1e}."
+    what = (
+        f"{found['task']}, {found['images']:,} images to train on, {found['validated_on']:,} to validate; units left: "
+        f"{widths}"
+    )
+    return (
+        f"{table}\n\n{what}; gates that `finalize` had to change: {changed}; masked and compacted differ by "
+        f"{plan['difference']:.1e}."
+    )
 
 
 def _plan_families(found: dict[str, Any]) -> str:
@@ -93,10 +116,21 @@ def _plan_families(found: dict[str, Any]) -> str:
         runs.setdefault(run["way"], []).append(run)
     rows = []
     for way, mine in runs.items():
-        accuracy, widths = [run["accuracy"] for run in mine], sorted({"-".join(map(str, run["widths"])) for run in mine})
+        accuracy, widths = (
+            [run["accuracy"] for run in mine],
+            sorted({"-".join(map(str, run["widths"])) for run in mine}),
+        )
         each = ", ".join(f"{a:.1%}" for a in accuracy)
         name = way if way in ("dense", "importance") else f"learned, {way}"
-        rows.append((name, f"{statistics.mean(accuracy):.1%}", each, "; ".join(widths), f"{max(run['left'] for run in mine):.2%}"))
+        rows.append(
+            (
+                name,
+                f"{statistics.mean(accuracy):.1%}",
+                each,
+                "; ".join(widths),
+                f"{max(run['left'] for run in mine):.2%}",
+            )
+        )
     table = report.markdown(("score and family", "mean accuracy", "each seed", "units left", "MACs left"), rows)
     return f"{table}\n\nLeNet-300-100, digits, {found['epochs']} epochs, macs={found['macs']:g}."
 
@@ -109,7 +143,9 @@ def _kernels(rows: list[dict[str, Any]]) -> str:
         for row in mine:
             if row["kernel"].startswith(PROFILED):
                 predicted = row["predicted"]
-                beside = ("", "") if predicted is None else (f"{1e6 * predicted:.0f}", f"{row['median'] / predicted:.2f}")
+                beside = (
+                    ("", "") if predicted is None else (f"{1e6 * predicted:.0f}", f"{row['median'] / predicted:.2f}")
+                )
                 spread = f"{(row['high'] - row['low']) / row['median']:.0%}"
                 cells.append((job, row["kernel"], str(row["launches"]), f"{1e6 * row['median']:.0f}", spread, *beside))
         products = sum(row["median"] for row in mine if row["kernel"].startswith(VENDORS))
@@ -134,9 +170,20 @@ def _side_by_side(points: list[linear.Point], verified: bool) -> str:
     rows = []
     for (shape, case), by in cases.items():
         dense = by["dense"].median
-        times = [f"{by[name].median / dense:.2f}" if verified and name in by and not by[name].error else "" for name in others]
+        times = [
+            f"{by[name].median / dense:.2f}" if verified and name in by and not by[name].error else ""
+            for name in others
+        ]
         middle, low, high = (by["dampr"].ratios or {}).get(COMPILED, (nan, nan, nan))
-        rows.append((str(shape), case, f"{dense * 1e3:.2f}", *times, f"{middle:.3f} ({low:.3f} to {high:.3f})" if verified else ""))
+        rows.append(
+            (
+                str(shape),
+                case,
+                f"{dense * 1e3:.2f}",
+                *times,
+                f"{middle:.3f} ({low:.3f} to {high:.3f})" if verified else "",
+            )
+        )
     return report.markdown(("shape", "case", "dense ms", *others, "dampr / compiled (95 %)"), rows) + "\n\n"
 
 
@@ -144,17 +191,27 @@ COMPILED = "compiled unfused"
 
 
 def _against_compiled(points: list[linear.Point], verified: bool) -> str:
-    """How many cases dampr is faster in than what is compiled, by the intervals of the ratios; each that it is slower in, by name."""
+    """How many cases dampr is faster in than what is compiled, by the intervals of the ratios;
+    each that it is slower in, by name.
+    """
     counts = []
     for provider in linear.RATED:
-        found = [(p, p.ratios[COMPILED]) for p in points if p.provider == provider and p.ratios and COMPILED in p.ratios]
+        found = [
+            (p, p.ratios[COMPILED]) for p in points if p.provider == provider and p.ratios and COMPILED in p.ratios
+        ]
         if not found or not verified:
             continue
-        behind = [f"{p.case} at {p.shape}: {middle:.3f} ({low:.3f} to {high:.3f})" for p, (middle, low, high) in found if low > 1]
+        behind = [
+            f"{p.case} at {p.shape}: {middle:.3f} ({low:.3f} to {high:.3f})"
+            for p, (middle, low, high) in found
+            if low > 1
+        ]
         faster = sum(high < 1 for _, (_, _, high) in found)
         ending = f": {'; '.join(behind)}" if behind else ""
         level = len(found) - faster - len(behind)
-        counts.append(f"{provider} is faster in {faster}, level in {level}, slower in {len(behind)} of {len(found)} cases{ending}")
+        counts.append(
+            f"{provider} is faster in {faster}, level in {level}, slower in {len(behind)} of {len(found)} cases{ending}"
+        )
     return f"Against {COMPILED} (median ratio of the rounds, 95 % interval): {'; '.join(counts)}.\n\n" if counts else ""
 
 
@@ -175,7 +232,10 @@ def _singles() -> str:
         r = _example(name)
         share = f"{r['macs'] / r['macs_dense']:.0%} ({r['macs'] / 1e3:.0f}k)"
         threads = r["environment"]["threads"]
-        run = f"{r['epochs']} epochs of {r['data']}, seed {r['seed']}, {r['seconds']:.0f} s on {threads} thread{'s' * (threads > 1)}"
+        run = (
+            f"{r['epochs']} epochs of {r['data']}, seed {r['seed']}, {r['seconds']:.0f} s on {threads} "
+            f"thread{'s' * (threads > 1)}"
+        )
         rows.append((_link(name), r["method"], f"accuracy {r['accuracy']:.2%}", r["open"], share, run, r["published"]))
     rank, images = _example("dam_rank"), _example("dam_autoencoder")
     linear_runs = [r for r in rank["runs"] if r["kernel"] == "linear"]
@@ -187,7 +247,9 @@ def _singles() -> str:
     middle = others[len(others) // 2]
     quality = f"test error {middle['error']:.3f} (all codes: {whole['error']:.3f})"
     run = f"{images['epochs']} epochs of {images['data']}, seed {images['seed']}, {middle['seconds']:.0f} s"
-    rows.append((_link("dam_autoencoder"), images["method"], quality, f"{middle['open']}/50", "", run, images["published"]))
+    rows.append(
+        (_link("dam_autoencoder"), images["method"], quality, f"{middle['open']}/50", "", run, images["published"])
+    )
     columns = ("script", "family", "quality", "open gates", "MACs left", "run", "published")
     return report.markdown(columns, rows) + "\n"
 
@@ -201,7 +263,13 @@ def _dam_rank() -> str:
     for r in _example("dam_rank")["runs"]:
         runs.setdefault((r["kernel"], r["true"]), []).append(r)
     rows = [
-        (kernel, str(true), ", ".join(str(r["found"]) for r in found), ", ".join(f"{r['beta']:.3f}" for r in found), str(len(found)))
+        (
+            kernel,
+            str(true),
+            ", ".join(str(r["found"]) for r in found),
+            ", ".join(f"{r['beta']:.3f}" for r in found),
+            str(len(found)),
+        )
         for (kernel, true), found in runs.items()
     ]
     return report.markdown(("data", "true dimension", "open codes", "beta", "seeds"), rows) + "\n"
@@ -221,7 +289,13 @@ def _compare() -> str:
         accuracy, share = [r["accuracy"] for r in found], [r["macs"] / r["macs_dense"] for r in found]
         each = ", ".join(f"{a:.2%}" for a in accuracy)
         rows.append(
-            (family, f"{statistics.mean(accuracy):.2%}", each, ", ".join(f"{s:.0%}" for s in share), "; ".join(r["open"] for r in found))
+            (
+                family,
+                f"{statistics.mean(accuracy):.2%}",
+                each,
+                ", ".join(f"{s:.0%}" for s in share),
+                "; ".join(r["open"] for r in found),
+            )
         )
     return report.markdown(("family", "mean accuracy", "each seed", "MACs left", "open gates"), rows) + "\n"
 

@@ -1,4 +1,7 @@
-"""pytest-benchmark cases of the linear layers on the CPU: ``make bench``. Each group holds a gated layer next to its competitors."""
+"""pytest-benchmark cases of the linear layers on the CPU: ``make bench``.
+
+Each group holds a gated layer next to its competitors.
+"""
 
 import pytest
 import torch

@@ -1,7 +1,9 @@
-"""How long whole runs take: dense, narrow from scratch, a plan that keeps closed units to the end of its ramp, and one that shrinks.
+"""How long whole runs take: dense, narrow from scratch, a plan that keeps closed units to the end of its ramp,
+and one that shrinks.
 
-``python -m benchmarks.training run | table``. Tasks, recipe and batches are those of :mod:`benchmarks.quality`; CPU seconds, one thread.
-One JSON line a run under ``benchmarks/results/training/TASK.jsonl``: a run that is there is not done again.
+``python -m benchmarks.training run | table``. Tasks, recipe and batches are those of :mod:`benchmarks.quality`; CPU
+seconds, one thread. One JSON line a run under ``benchmarks/results/training/TASK.jsonl``:
+a run that is there is not done again.
 """
 
 from __future__ import annotations
@@ -137,7 +139,18 @@ def run_missing(runs: list[Run], hours: float, root: Path, folder: Path = RESULT
 def table(found: dict[Run, Record] | None = None) -> str:
     """The means over seeds for each task and method, and each plan beside dense and narrow."""
     found = read() if found is None else found
-    columns = ("task", "run", "MACs left", "steps", "CPU s", "of dense", "ramp", "after the ramp, of narrow", "test accuracy", "each seed")
+    columns = (
+        "task",
+        "run",
+        "MACs left",
+        "steps",
+        "CPU s",
+        "of dense",
+        "ramp",
+        "after the ramp, of narrow",
+        "test accuracy",
+        "each seed",
+    )
     rows = []
     for task in TASKS:
         by_method = {method: _of(found, task, method) for method in METHODS}
@@ -190,7 +203,9 @@ def draw(found: dict[Run, Record] | None = None, path: Path = CHART) -> None:
 
     found = read() if found is None else found
     begun = [task for task in TASKS if _of(found, task, "dense")]
-    figure, axes = plt.subplots(1, max(1, len(begun)), figsize=(3.2 * max(1, len(begun)), 3.2), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(
+        1, max(1, len(begun)), figsize=(3.2 * max(1, len(begun)), 3.2), layout="constrained", squeeze=False
+    )
     marks = dict(zip(METHODS, (("#999999", "o"), ("#000000", "s"), ("#E69F00", "^"), ("#0072B2", "D")), strict=True))
     for ax, task in zip(axes.flat, begun, strict=False):
         dense = statistics.mean(r["cpu_seconds"] for r in _of(found, task, "dense"))
@@ -210,13 +225,19 @@ def draw(found: dict[Run, Record] | None = None, path: Path = CHART) -> None:
 
 def write(document: Path = DOCUMENT) -> None:
     """Fill the table of the page."""
-    document.write_text(PLACE.sub(lambda m: m[1] + table() + m[3] if m[2] == "training/time" else m[0], document.read_text()))
+    document.write_text(
+        PLACE.sub(lambda m: m[1] + table() + m[3] if m[2] == "training/time" else m[0], document.read_text())
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.training", description="CPU time of whole training runs.")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.training", description="CPU time of whole training runs."
+    )
     parser.add_argument("do", choices=("run", "table"))
-    parser.add_argument("--task", choices=TASKS, action="append", help="may be given several times; all of them by default")
+    parser.add_argument(
+        "--task", choices=TASKS, action="append", help="may be given several times; all of them by default"
+    )
     parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[0, 1, 2])
     parser.add_argument("--scale", type=float, default=1.0, help="share of the steps of the quality benchmark")
     parser.add_argument("--hours", type=float, default=math.inf, help="start no run that would end later")

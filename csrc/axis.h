@@ -1,5 +1,5 @@
-// Values that are moved, never computed, so that a type is a size: some entries of one axis of a tensor (outer, n, inner), picked out or put back among
-// zeros, and a matrix transposed.
+// Values that are moved, never computed, so that a type is a size: some entries of one axis of a tensor (outer, n,
+// inner), picked out or put back among zeros, and a matrix transposed.
 #pragma once
 
 #include <cstdint>
@@ -12,11 +12,13 @@
 namespace dampr {
 namespace {
 
-// Calls f(first, end) for the lines of each item: `lines` lines of `length` elements, cut so that an item has about kItem of these.
+// Calls f(first, end) for the lines of each item: `lines` lines of `length` elements, cut so that an item has about
+// kItem of these.
 template <class F>
 void each_lines(int64_t lines, int64_t length, int threads, F&& f) {
   const int64_t block = length < kItem ? kItem / (length > 0 ? length : 1) : 1;
-  parallel(divide_up(lines, block), lines * length, threads, [&](int64_t item) { f(item * block, least(lines, (item + 1) * block)); });
+  parallel(divide_up(lines, block), lines * length, threads,
+           [&](int64_t item) { f(item * block, least(lines, (item + 1) * block)); });
 }
 
 // out (outer, count, inner) = x[:, places]
@@ -43,7 +45,8 @@ void pick(const Axis& a, int threads) {
     });
 }
 
-// out (outer, n, inner): x (outer, count, inner) at places, zeros elsewhere. Written in order, whatever the places: source[j] is what comes to j.
+// out (outer, n, inner): x (outer, count, inner) at places, zeros elsewhere. Written in order, whatever the places:
+// source[j] is what comes to j.
 template <class T>
 bool place(const Axis& a, int threads) {
   const T* x = static_cast<const T*>(a.x);
@@ -88,14 +91,16 @@ inline void transpose_tile(const T* from, int64_t from_stride, T* to, int64_t to
   }
 }
 
-// out (n, rows) = x^T of x (rows, n). A tile is as high and as wide as a line of the cache is long: each line is read once and written once, in one go. Where
-// sizes are powers of two the lines of a column share a set of the cache, and those that are only half done with would drive each other out.
+// out (n, rows) = x^T of x (rows, n). A tile is as high and as wide as a line of the cache is long: each line is read
+// once and written once, in one go. Where sizes are powers of two the lines of a column share a set of the cache, and
+// those that are only half done with would drive each other out.
 template <class T>
 void transpose(const T* x, T* out, int64_t rows, int64_t n, int threads) {
   constexpr int64_t kLine = 64 / sizeof(T), kStrip = 4 * kLine, kHigh = 16 * kLine;
   const int64_t strips = divide_up(n, kStrip);
   parallel(strips * divide_up(rows, kHigh), rows * n, threads, [&](int64_t item) {
-    const int64_t left = item % strips * kStrip, right = least(n, left + kStrip), top = item / strips * kHigh, bottom = least(rows, top + kHigh);
+    const int64_t left = item % strips * kStrip, right = least(n, left + kStrip), top = item / strips * kHigh,
+                  bottom = least(rows, top + kHigh);
     for (int64_t row = top; row < bottom; row += kLine)
       for (int64_t column = left; column < right; column += kLine) {
         const int64_t high = least(kLine, bottom - row), wide = least(kLine, right - column);

@@ -23,7 +23,8 @@ struct Spans {
 };
 
 struct Span {
-  int64_t begin, end, block, blocks, piece;  // the elements begin .. end - 1, of `blocks` blocks; none, if the last block has fewer pieces
+  // the elements begin .. end - 1, of `blocks` blocks; none, if the last block has fewer pieces
+  int64_t begin, end, block, blocks, piece;
 
   Span(const Spans& s, int64_t index) {
     piece = s.pieces > 1 ? index % s.pieces : 0;
@@ -40,7 +41,8 @@ struct BlockGrid {
   Spans columns, rows;
 
   BlockGrid(int64_t n_out, int64_t n_in, int64_t block_rows, int64_t block_cols)
-      : columns(n_in, block_cols, kTile), rows(n_out, block_rows, most_rows(columns.pieces > 1 ? columns.step : least(columns.step, n_in))) {}
+      : columns(n_in, block_cols, kTile),
+        rows(n_out, block_rows, most_rows(columns.pieces > 1 ? columns.step : least(columns.step, n_in))) {}
   static int64_t most_rows(int64_t width) { return width && kItem / width > kBlock ? kItem / width : kBlock; }
   int64_t items() const { return rows.count() * columns.count(); }
   int64_t blocks() const { return rows.blocks * columns.blocks; }
@@ -145,7 +147,9 @@ bool fold_blocks_backward(const FoldBlocksBackward& a, int threads) {
     alignas(64) G z_buffer[kTile], g_buffer[kTile], w_buffer[kTile], dw_buffer[kTile];
     each_block_row(grid.rows, rows, [&](int64_t block_row, int64_t row, int64_t row_end) {
       const int64_t block = block_row * grid.columns.blocks + columns.block;
-      const G* __restrict zs = dw || folded ? gate_per_column(static_cast<const G*>(a.z) + block, columns, grid.columns.block, z_buffer) : z_buffer;
+      const G* __restrict zs =
+          dw || folded ? gate_per_column(static_cast<const G*>(a.z) + block, columns, grid.columns.block, z_buffer)
+                       : z_buffer;
       for (int j = 0; j < width; ++j) sums[j] = 0;
       for (; row < row_end; ++row) {
         const int64_t first = row * a.n_in + columns.begin;

@@ -29,7 +29,8 @@ inline double sum_products(const G* __restrict w, const G* __restrict g, const G
   int j = 0;
   for (; j + kLanes <= count; j += kLanes)
 #pragma omp simd
-    for (int lane = 0; lane < kLanes; ++lane) lanes[lane] += static_cast<double>(w[j + lane] * g[j + lane] * z[j + lane]);
+    for (int lane = 0; lane < kLanes; ++lane)
+      lanes[lane] += static_cast<double>(w[j + lane] * g[j + lane] * z[j + lane]);
   for (; j < count; ++j) lanes[j % kLanes] += static_cast<double>(w[j] * g[j] * z[j]);
   return sum_row(lanes, kLanes);
 }
@@ -75,7 +76,8 @@ bool fold_backward(const FoldBackward& a, int threads) {
       const int64_t first = row * grid.n + item.column;
       const G z_out = gate_or_one<G>(a.z_out, row);
       const G* gs = Storage<T>::read(g + first, g_buffer, item.width);
-      const G* __restrict ws = a.dz_out || a.dz_in || folded ? Storage<W>::read(w + first, w_buffer, item.width) : nullptr;
+      const G* __restrict ws =
+          a.dz_out || a.dz_in || folded ? Storage<W>::read(w + first, w_buffer, item.width) : nullptr;
       if (a.dz_in)
 #pragma omp simd
         for (int j = 0; j < item.width; ++j) sums[j] += static_cast<double>(ws[j] * gs[j] * z_out);

@@ -1,9 +1,10 @@
-// The gate functions: a type for those that are drawn and one for all that are not; with_gate() at the end picks one. A new family without noise is
-// one more prepare_ function and its case in Fixed. Equations and constants: dampr/spec.py.
+// The gate functions: a type for those that are drawn and one for all that are not; with_gate() at the end picks one. A
+// new family without noise is one more prepare_ function and its case in Fixed. Equations and constants: dampr/spec.py.
 //
-// A gate type has: Value (float or double); kDrawn (does it take noise); prepare(), which turns log_alpha into up to two numbers per gate that do
-// not depend on the noise; and at(), which gives the value z and the slope dz/dlog_alpha from these and the noise u.
-// Every product and sum is rounded on its own (-ffp-contract=off), so zero and one patterns equal those of dampr/reference to the bit.
+// A gate type has: Value (float or double); kDrawn (does it take noise); prepare(), which turns log_alpha into up to
+// two numbers per gate that do not depend on the noise; and at(), which gives the value z and the slope dz/dlog_alpha
+// from these and the noise u. Every product and sum is rounded on its own (-ffp-contract=off), so zero and one patterns
+// equal those of dampr/reference to the bit.
 #pragma once
 
 #include <cstdint>
@@ -37,7 +38,8 @@ inline float exp_portable(float x) {
 inline float exponential(float x) { return exp_portable(x); }
 inline double exponential(double x) { return __builtin_exp(x); }
 
-// ln t of a normal t > 0 to about one rounding, without a branch or a call, so that loops over it become vector code; a NaN stays one.
+// ln t of a normal t > 0 to about one rounding, without a branch or a call, so that loops over it become vector code; a
+// NaN stays one.
 inline float logarithm(float t) {
   constexpr uint32_t kSqrtHalf = 0x3F3504F3u;
   // t = m 2^n with m in [sqrt(1/2), sqrt(2)), and ln m = 2 artanh((m - 1) / (m + 1)), of which five terms are enough.
@@ -77,7 +79,10 @@ struct HardConcreteDrawn {
   G gamma, range, inverse_beta;
 
   explicit HardConcreteDrawn(const GateSpec& s)
-      : c0(static_cast<float>(s.c0)), c1(static_cast<float>(s.c1)), gamma(static_cast<G>(s.gamma)), range(static_cast<G>(s.zeta - s.gamma)),
+      : c0(static_cast<float>(s.c0)),
+        c1(static_cast<float>(s.c1)),
+        gamma(static_cast<G>(s.gamma)),
+        range(static_cast<G>(s.zeta - s.gamma)),
         inverse_beta(static_cast<G>(1.0 / s.beta)) {}
 
   // p: a = exp(-log_alpha) in float, which decides; q: the same in the precision of the value.
@@ -110,10 +115,12 @@ struct HardConcreteDrawn {
 
 // The evaluation rules of hard concrete gates.
 template <class G>
-void prepare_hard_concrete(const GateSpec& s, const G* __restrict log_alpha, G* __restrict z, G* __restrict slope, int count) {
+void prepare_hard_concrete(const GateSpec& s, const G* __restrict log_alpha, G* __restrict z, G* __restrict slope,
+                           int count) {
   const bool binary = s.rule == kBinary;
   const float lo = static_cast<float>(s.lo), hi = static_cast<float>(s.hi);
-  const G gamma = static_cast<G>(s.gamma), range = static_cast<G>(s.zeta - s.gamma), beta = static_cast<G>(s.rule == kMedian ? s.beta : 1.0);
+  const G gamma = static_cast<G>(s.gamma), range = static_cast<G>(s.zeta - s.gamma),
+          beta = static_cast<G>(s.rule == kMedian ? s.beta : 1.0);
 #pragma omp simd
   for (int j = 0; j < count; ++j) {
     const float decides = static_cast<float>(log_alpha[j]);
@@ -131,7 +138,8 @@ void prepare_value(const G* __restrict p, G* __restrict z, G* __restrict slope, 
   for (int j = 0; j < count; ++j) z[j] = p[j], slope[j] = 1;
 }
 
-// tanh(y), y >= 0; in float without a branch or a call, precise also where it is small (constants: dampr/spec.py). e: exp(-2 y).
+// tanh(y), y >= 0; in float without a branch or a call, precise also where it is small (constants: dampr/spec.py). e:
+// exp(-2 y).
 inline float tanh_positive(float y, float e) {
   const float yy = y * y;
   float p = -5.717043105e-03f;
@@ -225,19 +233,32 @@ struct Fixed {
 
   void prepare(const G* parameter, G* z, G* slope, int count) const {
     switch (spec.rule) {
-      case kIdentity: return prepare_value(parameter, z, slope, count);
-      case kTanh: return prepare_ramp<G, kTanh>(spec, parameter, z, slope, count);
-      case kRatio: return prepare_ramp<G, kRatio>(spec, parameter, z, slope, count);
-      case kSquareRatio: return prepare_ramp<G, kSquareRatio>(spec, parameter, z, slope, count);
-      case kExponential: return prepare_ramp<G, kExponential>(spec, parameter, z, slope, count);
-      case kClip: return prepare_ramp<G, kClip>(spec, parameter, z, slope, count);
-      case kLinear: return prepare_ramp<G, kLinear>(spec, parameter, z, slope, count);
-      case kHard: return prepare_mask<G, kHard>(spec, parameter, z, slope, count);
-      case kHardConstant: return prepare_mask<G, kHardConstant>(spec, parameter, z, slope, count);
-      case kSmooth: return prepare_mask<G, kSmooth>(spec, parameter, z, slope, count);
-      case kExactZero: return prepare_mask<G, kExactZero>(spec, parameter, z, slope, count);
-      case kLogistic: return prepare_mask<G, kLogistic>(spec, parameter, z, slope, count);
-      default: return prepare_hard_concrete(spec, parameter, z, slope, count);
+      case kIdentity:
+        return prepare_value(parameter, z, slope, count);
+      case kTanh:
+        return prepare_ramp<G, kTanh>(spec, parameter, z, slope, count);
+      case kRatio:
+        return prepare_ramp<G, kRatio>(spec, parameter, z, slope, count);
+      case kSquareRatio:
+        return prepare_ramp<G, kSquareRatio>(spec, parameter, z, slope, count);
+      case kExponential:
+        return prepare_ramp<G, kExponential>(spec, parameter, z, slope, count);
+      case kClip:
+        return prepare_ramp<G, kClip>(spec, parameter, z, slope, count);
+      case kLinear:
+        return prepare_ramp<G, kLinear>(spec, parameter, z, slope, count);
+      case kHard:
+        return prepare_mask<G, kHard>(spec, parameter, z, slope, count);
+      case kHardConstant:
+        return prepare_mask<G, kHardConstant>(spec, parameter, z, slope, count);
+      case kSmooth:
+        return prepare_mask<G, kSmooth>(spec, parameter, z, slope, count);
+      case kExactZero:
+        return prepare_mask<G, kExactZero>(spec, parameter, z, slope, count);
+      case kLogistic:
+        return prepare_mask<G, kLogistic>(spec, parameter, z, slope, count);
+      default:
+        return prepare_hard_concrete(spec, parameter, z, slope, count);
     }
   }
 

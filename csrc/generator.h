@@ -1,7 +1,9 @@
-// The generator of Dep-L0 in one call: a_l = limit tanh(w_l a_(l-1) + b_l) with a_0 = 1, layer after layer, on one thread.
+// The generator of Dep-L0 in one call: a_l = limit tanh(w_l a_(l-1) + b_l) with a_0 = 1, layer after layer, on one
+// thread.
 //
-// Backward, from the last layer to the first: g_l = (da_l + back_l) (limit - a_l) (limit + a_l) / limit, dw_l = g_l a_(l-1)^T, db_l = g_l,
-// back_(l-1) = w_l^T g_l. A layer's row of w is read once, for its product or for back, while its row of dw is written.
+// Backward, from the last layer to the first: g_l = (da_l + back_l) (limit - a_l) (limit + a_l) / limit, dw_l = g_l
+// a_(l-1)^T, db_l = g_l, back_(l-1) = w_l^T g_l. A layer's row of w is read once, for its product or for back, while
+// its row of dw is written.
 #pragma once
 
 #include <cstdint>
@@ -13,11 +15,13 @@
 namespace dampr {
 namespace {
 
-constexpr int kRows = 4, kSums = 16;  // rows at a time, and running sums of each: as many registers as hide the latency of a multiply-add
+// rows at a time, and running sums of each: as many registers as hide the latency of a multiply-add
+constexpr int kRows = 4, kSums = 16;
 
 // out[i] = sum over j of w[i * stride + j] a[j], for kRows rows or one; without an a it is the sum of the row.
 template <class T, int kHeight>
-inline void product_rows(const T* __restrict w, int64_t stride, const T* __restrict a, int64_t count, T* __restrict out) {
+inline void product_rows(const T* __restrict w, int64_t stride, const T* __restrict a, int64_t count,
+                         T* __restrict out) {
   alignas(64) T sums[kHeight][kSums] = {};
   alignas(64) T ones[kSums];
   for (int s = 0; s < kSums; ++s) ones[s] = 1;
@@ -70,14 +74,16 @@ bool generator_backward(const Generator& a) {
   Scratch<T> scratch(2 * widest);
   if (!scratch.memory) return false;
   T *back = scratch.take(widest), *next = scratch.take(widest);
-  const T limit = static_cast<T>(a.limit), *values = static_cast<const T*>(a.values) + total, *upstream = static_cast<const T*>(a.dvalues) + total;
+  const T limit = static_cast<T>(a.limit), *values = static_cast<const T*>(a.values) + total,
+          *upstream = static_cast<const T*>(a.dvalues) + total;
   for (int64_t j = 0; j < widest; ++j) back[j] = 0;
   for (int64_t l = a.layers - 1; l >= 0; --l) {
     const T* __restrict w = static_cast<const T*>(a.parameters[2 * l]);
     const int64_t in = a.widths[l], out = a.widths[l + 1];
     values -= out, upstream -= out;
     const T* __restrict before = values - in;  // read where there is a layer before
-    T *__restrict db = static_cast<T*>(a.grads[2 * l + 1]), *__restrict sums = next;
+    T* __restrict db = static_cast<T*>(a.grads[2 * l + 1]);
+    T* __restrict sums = next;
     for (int64_t k = 0; k < in; ++k) sums[k] = 0;
     for (int64_t n = 0; n < out; ++n) {
       const T g = (upstream[n] + back[n]) * ((limit - values[n]) * (limit + values[n]) / limit);

@@ -1,6 +1,8 @@
-// The CPU kernels. Compiled once per instruction set, with DAMPR_ISA (and DAMPR_AVX2 or DAMPR_AVX512) defined by the build.
+// The CPU kernels. Compiled once per instruction set, with DAMPR_ISA (and DAMPR_AVX2 or DAMPR_AVX512) defined by the
+// build.
 //
-// rows.h, folds.h, blocks.h, planes.h, axis.h, norms.h, small.h and generator.h hold the loops; here dtypes and gate families are picked, and the table of functions is filled.
+// rows.h, folds.h, blocks.h, planes.h, axis.h, norms.h, small.h and generator.h hold the loops; here dtypes and gate
+// families are picked, and the table of functions is filled.
 #if defined(DAMPR_AVX512) && defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // gcc's own AVX-512 header, bug 105593
 #endif
@@ -40,10 +42,14 @@ struct Tag<const T&> {
 template <class F>
 inline void with_dtype(DType dtype, F&& f) {
   switch (dtype) {
-    case kFloat32: return f(Tag<float>());
-    case kFloat64: return f(Tag<double>());
-    case kBFloat16: return f(Tag<BFloat16>());
-    case kFloat16: return f(Tag<Float16>());
+    case kFloat32:
+      return f(Tag<float>());
+    case kFloat64:
+      return f(Tag<double>());
+    case kBFloat16:
+      return f(Tag<BFloat16>());
+    case kFloat16:
+      return f(Tag<Float16>());
   }
 }
 
@@ -100,30 +106,38 @@ bool rows_backward_entry(const GateSpec& spec, DType g, DType x, const RowsBackw
     with_gate<typename Storage<T>::Gate>(spec, [&](const auto& gate) {
       using Gate = typename Tag<decltype(gate)>::Type;
       using G = typename Gate::Value;
-      done = a.x ? rows_backward<T, X, Gate, true>(gate, a, threads) : rows_backward<G, G, Gate, false>(gate, a, threads);
+      done =
+          a.x ? rows_backward<T, X, Gate, true>(gate, a, threads) : rows_backward<G, G, Gate, false>(gate, a, threads);
     });
   });
   return done;
 }
 
 void fold_forward_entry(DType w, DType out, const FoldForward& a, int threads) {
-  with_dtypes(w, out, [&](auto from, auto to) { fold_forward<typename decltype(from)::Type, typename decltype(to)::Type>(a, threads); });
+  with_dtypes(w, out, [&](auto from, auto to) {
+    fold_forward<typename decltype(from)::Type, typename decltype(to)::Type>(a, threads);
+  });
 }
 
 bool fold_backward_entry(DType g, DType w, const FoldBackward& a, int threads) {
   bool done = false;
-  with_dtypes(g, w, [&](auto from, auto to) { done = fold_backward<typename decltype(from)::Type, typename decltype(to)::Type>(a, threads); });
+  with_dtypes(g, w, [&](auto from, auto to) {
+    done = fold_backward<typename decltype(from)::Type, typename decltype(to)::Type>(a, threads);
+  });
   return done;
 }
 
 void fold_blocks_forward_entry(DType w, DType out, const FoldBlocksForward& a, int threads) {
-  with_dtypes(w, out, [&](auto from, auto to) { fold_blocks_forward<typename decltype(from)::Type, typename decltype(to)::Type>(a, threads); });
+  with_dtypes(w, out, [&](auto from, auto to) {
+    fold_blocks_forward<typename decltype(from)::Type, typename decltype(to)::Type>(a, threads);
+  });
 }
 
 bool fold_blocks_backward_entry(DType g, DType w, const FoldBlocksBackward& a, int threads) {
   bool done = false;
-  with_dtypes(g, w,
-              [&](auto from, auto to) { done = fold_blocks_backward<typename decltype(from)::Type, typename decltype(to)::Type>(a, threads); });
+  with_dtypes(g, w, [&](auto from, auto to) {
+    done = fold_blocks_backward<typename decltype(from)::Type, typename decltype(to)::Type>(a, threads);
+  });
   return done;
 }
 
@@ -198,11 +212,14 @@ bool with_small_gate(const GateSpec& spec, DType dtype, F&& f) {
 }
 
 bool small_forward_entry(const GateSpec& spec, DType dtype, const SmallLinear& a) {
-  return with_small_gate(spec, dtype, [&](const auto& gate) { return small_forward<typename Tag<decltype(gate)>::Type::Value>(gate, a); });
+  return with_small_gate(
+      spec, dtype, [&](const auto& gate) { return small_forward<typename Tag<decltype(gate)>::Type::Value>(gate, a); });
 }
 
 bool small_backward_entry(const GateSpec& spec, DType dtype, const SmallLinear& a) {
-  return with_small_gate(spec, dtype, [&](const auto& gate) { return small_backward<typename Tag<decltype(gate)>::Type::Value>(gate, a); });
+  return with_small_gate(spec, dtype, [&](const auto& gate) {
+    return small_backward<typename Tag<decltype(gate)>::Type::Value>(gate, a);
+  });
 }
 
 void generator_forward_entry(DType dtype, const Generator& a) {
@@ -213,11 +230,26 @@ bool generator_backward_entry(DType dtype, const Generator& a) {
   return dtype == kFloat64 ? generator_backward<double>(a) : generator_backward<float>(a);
 }
 
-constexpr Kernels kKernels = {DAMPR_TEXT(DAMPR_ISA), philox_words_entry, philox_uniform_entry, rows_forward_entry,
-                              rows_backward_entry, fold_forward_entry, fold_backward_entry, fold_blocks_forward_entry,
-                              fold_blocks_backward_entry, planes_forward_entry, planes_backward_entry, pick_entry,
-                              place_entry, transpose_entry, norm_stats_entry, norm_gate_forward_entry,
-                              norm_gate_backward_entry, small_forward_entry, small_backward_entry, generator_forward_entry,
+constexpr Kernels kKernels = {DAMPR_TEXT(DAMPR_ISA),
+                              philox_words_entry,
+                              philox_uniform_entry,
+                              rows_forward_entry,
+                              rows_backward_entry,
+                              fold_forward_entry,
+                              fold_backward_entry,
+                              fold_blocks_forward_entry,
+                              fold_blocks_backward_entry,
+                              planes_forward_entry,
+                              planes_backward_entry,
+                              pick_entry,
+                              place_entry,
+                              transpose_entry,
+                              norm_stats_entry,
+                              norm_gate_forward_entry,
+                              norm_gate_backward_entry,
+                              small_forward_entry,
+                              small_backward_entry,
+                              generator_forward_entry,
                               generator_backward_entry};
 
 }  // namespace

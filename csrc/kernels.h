@@ -1,6 +1,7 @@
-// What the bindings and the kernels know of each other: one table of functions per instruction set. Equations: dampr/spec.py.
-// The kernels are compiled once per instruction set, so this header and all they include keep clear of inline code from the standard library:
-// the linker would keep one copy of it for the whole module, possibly one the processor at hand cannot run.
+// What the bindings and the kernels know of each other: one table of functions per instruction set. Equations:
+// dampr/spec.py. The kernels are compiled once per instruction set, so this header and all they include keep clear of
+// inline code from the standard library: the linker would keep one copy of it for the whole module, possibly one the
+// processor at hand cannot run.
 #pragma once
 
 #include <cstdint>
@@ -10,10 +11,22 @@ namespace dampr {
 enum DType : int { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
 enum Family : int { kHardConcrete = 0, kValue = 1, kRamp = 2, kMask = 3 };
 enum Rule : int {
-  kSample = 0, kPaper = 1, kMedian = 2, kBinary = 3,                                           // hard concrete
-  kIdentity = 4,                                                                               // value
-  kTanh = 5, kRatio = 6, kSquareRatio = 7, kExponential = 8, kClip = 9, kLinear = 10,          // ramp
-  kHard = 11, kHardConstant = 12, kSmooth = 13, kExactZero = 14, kLogistic = 15                // mask
+  kSample = 0,
+  kPaper = 1,
+  kMedian = 2,
+  kBinary = 3,    // hard concrete
+  kIdentity = 4,  // value
+  kTanh = 5,
+  kRatio = 6,
+  kSquareRatio = 7,
+  kExponential = 8,
+  kClip = 9,
+  kLinear = 10,  // ramp
+  kHard = 11,
+  kHardConstant = 12,
+  kSmooth = 13,
+  kExactZero = 14,
+  kLogistic = 15  // mask
 };
 
 struct GateSpec {
@@ -21,7 +34,8 @@ struct GateSpec {
   double beta, gamma, zeta, c0, c1, lo, hi;
 };
 
-// out = x * z (out = z without x), one draw per row; gate (m, i) has the index start + m * n + i. x, out: (rows, n); log_alpha: (n,).
+// out = x * z (out = z without x), one draw per row; gate (m, i) has the index start + m * n + i. x, out: (rows, n);
+// log_alpha: (n,).
 struct RowsForward {
   const void *x, *log_alpha;
   void* out;
@@ -30,7 +44,8 @@ struct RowsForward {
   int64_t start = 0;
 };
 
-// The same draw again: dx = g z, xz = x z, dlog_alpha[i] = sum_m x g dz/dlog_alpha (x = 1 if absent). Absent outputs are null; dx, xz are like x.
+// The same draw again: dx = g z, xz = x z, dlog_alpha[i] = sum_m x g dz/dlog_alpha (x = 1 if absent). Absent outputs
+// are null; dx, xz are like x.
 struct RowsBackward {
   const void *x, *g, *log_alpha;
   void *dx, *xz, *dlog_alpha;
@@ -46,7 +61,8 @@ struct FoldForward {
   int64_t n_out, n_in;
 };
 
-// dw = z_out z_in g; folded = z_out z_in w; dz_out = sum over columns of z_in w g; dz_in = sum over rows of z_out w g. Absent outputs are null.
+// dw = z_out z_in g; folded = z_out z_in w; dz_out = sum over columns of z_in w g; dz_in = sum over rows of z_out w g.
+// Absent outputs are null.
 struct FoldBackward {
   const void *g, *w, *z_out, *z_in;
   void *dw, *folded, *dz_out, *dz_in;
@@ -68,8 +84,8 @@ struct FoldBlocksBackward {
   int64_t n_out, n_in, block_rows, block_cols;
 };
 
-// Gates of the axis n of a tensor (outer, middle, n, inner), z: (n,) or, per_outer, (outer, n). Forward: out = x z. Backward: out = g z, dz = the
-// sums of x g, like z. Absent outputs are null.
+// Gates of the axis n of a tensor (outer, middle, n, inner), z: (n,) or, per_outer, (outer, n). Forward: out = x z.
+// Backward: out = g z, dz = the sums of x g, like z. Absent outputs are null.
 struct Planes {
   const void *x, *g, *z;
   void *out, *dz;
@@ -77,8 +93,8 @@ struct Planes {
   bool per_outer;
 };
 
-// Entries of the axis n of a tensor (outer, n, inner): places[count] says which, each at most once. Pick: x (outer, n, inner), out (outer, count,
-// inner) has those only. Place: the other way round, with zeros between them.
+// Entries of the axis n of a tensor (outer, n, inner): places[count] says which, each at most once. Pick: x (outer, n,
+// inner), out (outer, count, inner) has those only. Place: the other way round, with zeros between them.
 struct Axis {
   const void* x;
   void* out;
@@ -86,8 +102,9 @@ struct Axis {
   int64_t outer, n, count, inner;
 };
 
-// A batch norm and the gates behind it: y = act(z (gain (x - mean) / sqrt(var + eps) + bias)), act = ReLU if relu. Null gain: 1, null bias: 0.
-// Backward: planes.out = dx, planes.dz, dgain, dbias, absent ones null; training: mean and var are those of x itself. Derivation: docs/kernels.md.
+// A batch norm and the gates behind it: y = act(z (gain (x - mean) / sqrt(var + eps) + bias)), act = ReLU if relu. Null
+// gain: 1, null bias: 0. Backward: planes.out = dx, planes.dz, dgain, dbias, absent ones null; training: mean and var
+// are those of x itself. Derivation: docs/kernels.md.
 struct NormGate {
   Planes planes;
   const void *gain, *bias, *mean, *var;
@@ -96,9 +113,9 @@ struct NormGate {
   bool relu, training;
 };
 
-// A whole gated linear layer (small.h says what each is); x, dy: (m, k), (m, n); w, dw: (n, k). Without a gate its log_alpha is null, absent outputs
-// are null. pre is y before the output gate: written by the forward if not null; the backward needs it for dout if gates are per sample, and where it
-// is null computes it again.
+// A whole gated linear layer (small.h says what each is); x, dy: (m, k), (m, n); w, dw: (n, k). Without a gate its
+// log_alpha is null, absent outputs are null. pre is y before the output gate: written by the forward if not null; the
+// backward needs it for dout if gates are per sample, and where it is null computes it again.
 struct SmallLinear {
   const void *x, *w, *b, *in_log_alpha, *out_log_alpha, *dy;
   void *y, *pre, *dx, *dw, *db, *din, *dout;
@@ -107,8 +124,8 @@ struct SmallLinear {
   bool per_sample;
 };
 
-// The generator of Dep-L0 (generator.h): parameters are w_1, b_1, w_2, ... with w_l (widths[l], widths[l - 1]), grads the same; values, dvalues: a_1,
-// a_2, ... one behind the other. All float or all double.
+// The generator of Dep-L0 (generator.h): parameters are w_1, b_1, w_2, ... with w_l (widths[l], widths[l - 1]), grads
+// the same; values, dvalues: a_1, a_2, ... one behind the other. All float or all double.
 struct Generator {
   const void* const* parameters;
   const int64_t* widths;
@@ -120,7 +137,8 @@ struct Generator {
 };
 
 // A product (dx, dw) may be written over the gradient g that it is made of, where their dtypes are equal.
-// Functions that need a workspace return false when there is no memory for it. Gates are double beside float64 tensors, else float.
+// Functions that need a workspace return false when there is no memory for it. Gates are double beside float64 tensors,
+// else float.
 struct Kernels {
   const char* isa;
   void (*philox_words)(uint64_t seed, int64_t start, int64_t count, uint32_t* out, int threads);
@@ -139,7 +157,7 @@ struct Kernels {
   bool (*norm_stats)(DType dtype, const Planes&, void* mean, void* var, int threads);  // of planes.x, var biased
   bool (*norm_gate_forward)(DType dtype, const NormGate&, int threads);
   bool (*norm_gate_backward)(DType dtype, const NormGate&, int threads);
-  bool (*small_forward)(const GateSpec&, DType dtype, const SmallLinear&);   // float32 and float64 only
+  bool (*small_forward)(const GateSpec&, DType dtype, const SmallLinear&);  // float32 and float64 only
   bool (*small_backward)(const GateSpec&, DType dtype, const SmallLinear&);
   void (*generator_forward)(DType dtype, const Generator&);  // float32 and float64 only
   bool (*generator_backward)(DType dtype, const Generator&);

@@ -1,9 +1,10 @@
-// A batch norm with gates behind it, and its gradients: y = act(z (gain (x - mean) rstd + bias)), rstd = 1 / sqrt(var + eps), act = ReLU or nothing,
-// for a tensor (outer, middle, n, inner) with channels on n, as in kernels.h. Everything but x is constant along middle and inner, so a pass computes
+// A batch norm with gates behind it, and its gradients: y = act(z (gain (x - mean) rstd + bias)),
+// rstd = 1 / sqrt(var + eps), act = ReLU or nothing, for a tensor (outer, middle, n, inner) with channels on n, as in
+// kernels.h. Everything but x is constant along middle and inner, so a pass computes
 //   v = (x - mean) a + b        a = z gain rstd, b = z bias        dp = dy where v is let through
 //   dx = a dp + c0 + c1 (x - mean)        of S0 = sum dp, S1 = sum dp (x - mean), for each gate:  docs/kernels.md
-// from a handful of numbers per channel (inner > 1) or vectors of them (inner = 1). The second of two passes goes backwards: what the first read last
-// is still in the cache.
+// from a handful of numbers per channel (inner > 1) or vectors of them (inner = 1). The second of two passes goes
+// backwards: what the first read last is still in the cache.
 #pragma once
 
 #include <cstdint>
@@ -24,33 +25,45 @@ struct Same {
   G operator[](int64_t) const { return value; }
 };
 
-constexpr int kNarrow = 512;  // columns of an item: a few vectors of as many numbers stay in the nearest cache while rows go by
-constexpr int kFew = 4;       // rows that are read together, so that sums are loaded and stored once for all of them
+// columns of an item: a few vectors of as many numbers stay in the nearest cache while rows go by
+constexpr int kNarrow = 512;
+constexpr int kFew = 4;  // rows that are read together, so that sums are loaded and stored once for all of them
 
-// How the tensor is cut. inner = 1: blocks of rows of an outer index, times tiles of columns. Else: groups of whole runs of inner elements.
-// Sums of an item go to its part, which has a place for each of the n; an outer index has `parts` of them.
+// How the tensor is cut. inner = 1: blocks of rows of an outer index, times tiles of columns. Else: groups of whole
+// runs of inner elements. Sums of an item go to its part, which has a place for each of the n; an outer index has
+// `parts` of them.
 struct NormGrid {
   int64_t outer, middle, n, inner, group, parts;
   Grid columns;
 
   explicit NormGrid(const Planes& a)
-      : outer(a.per_outer ? a.outer : 1), middle(a.per_outer ? a.middle : a.outer * a.middle), n(a.n), inner(a.inner), columns(middle, n, kNarrow) {
+      : outer(a.per_outer ? a.outer : 1),
+        middle(a.per_outer ? a.middle : a.outer * a.middle),
+        n(a.n),
+        inner(a.inner),
+        columns(middle, n, kNarrow) {
     group = inner > 0 && inner < kItem ? kItem / inner : 1;
     parts = inner == 1 ? columns.blocks : middle;
   }
   int64_t elements() const { return outer * middle * n * inner; }
-  int64_t items() const { return elements() == 0 ? 0 : inner == 1 ? outer * columns.items() : divide_up(outer * middle * n, group); }
+  int64_t items() const {
+    return elements() == 0 ? 0 : inner == 1 ? outer * columns.items() : divide_up(outer * middle * n, group);
+  }
   int64_t per_channel() const { return outer * middle * inner; }
-  int64_t in_part(int64_t part) const { return inner == 1 ? least(columns.block, middle - part % parts * columns.block) : inner; }
+  int64_t in_part(int64_t part) const {
+    return inner == 1 ? least(columns.block, middle - part % parts * columns.block) : inner;
+  }
 };
 
-// Calls rows(part, outer, first row, end, first column, width) or, where inner > 1, run(part, outer, channel, first element) for what is in an item.
+// Calls rows(part, outer, first row, end, first column, width) or, where inner > 1, run(part, outer, channel, first
+// element) for what is in an item.
 template <class Rows, class Run>
 void each_part(const NormGrid& grid, int64_t index, Rows&& rows, Run&& run) {
   if (grid.inner == 1) {
     const int64_t outer = index / grid.columns.items();
     const Item item(grid.columns, index % grid.columns.items());
-    rows(outer * grid.parts + item.block_index, outer, outer * grid.middle + item.row, outer * grid.middle + item.row_end, item.column, item.width);
+    rows(outer * grid.parts + item.block_index, outer, outer * grid.middle + item.row,
+         outer * grid.middle + item.row_end, item.column, item.width);
     return;
   }
   const int64_t begin = index * grid.group, end = least(begin + grid.group, grid.outer * grid.middle * grid.n);
@@ -82,7 +95,8 @@ struct NormSums {
 
 // The sums of d and d d, d = value - shift, in kLanes lanes each.
 template <class G>
-void add_shifted(const G* __restrict values, int count, double shift, double* __restrict lanes, double* __restrict squares) {
+void add_shifted(const G* __restrict values, int count, double shift, double* __restrict lanes,
+                 double* __restrict squares) {
   int j = 0;
   for (; j + kLanes <= count; j += kLanes)
 #pragma omp simd
@@ -98,7 +112,8 @@ void add_shifted(const G* __restrict values, int count, double shift, double* __
 
 // The same of R rows, a sum for each column.
 template <int R, class G>
-void add_rows(const G* const* xs, const double* __restrict shift, double* __restrict total, double* __restrict squares, int width) {
+void add_rows(const G* const* xs, const double* __restrict shift, double* __restrict total, double* __restrict squares,
+              int width) {
 #pragma omp simd
   for (int j = 0; j < width; ++j) {
     double sum = 0, square = 0;
@@ -110,8 +125,9 @@ void add_rows(const G* const* xs, const double* __restrict shift, double* __rest
   }
 }
 
-// Mean and (biased) variance of each channel. A part keeps its mean and its sum of squared distances from it, both from sums of distances from one
-// of its own elements: that element is as far from the mean as it may be, it counts among the distances, so little is lost by cancellation.
+// Mean and (biased) variance of each channel. A part keeps its mean and its sum of squared distances from it, both from
+// sums of distances from one of its own elements: that element is as far from the mean as it may be, it counts among
+// the distances, so little is lost by cancellation.
 template <class X>
 bool norm_stats(const Planes& a, void* mean_, void* var_, int threads) {
   using G = typename Storage<X>::Gate;
@@ -133,7 +149,8 @@ bool norm_stats(const Planes& a, void* mean_, void* var_, int threads) {
           const G* xs[kFew];
           int64_t r = row;
           for (; r + kFew <= end; r += kFew) {
-            for (int k = 0; k < kFew; ++k) xs[k] = Storage<X>::read(x + (r + k) * n + column, buffer + k * kNarrow, width);
+            for (int k = 0; k < kFew; ++k)
+              xs[k] = Storage<X>::read(x + (r + k) * n + column, buffer + k * kNarrow, width);
             add_rows<kFew>(xs, shift, total, squares, width);
           }
           for (; r < end; ++r) {
@@ -147,8 +164,11 @@ bool norm_stats(const Planes& a, void* mean_, void* var_, int threads) {
         },
         [&](int64_t part, int64_t, int64_t channel, int64_t first) {
           alignas(64) double lanes[kLanes] = {}, squares[kLanes] = {};
-          const double shift = static_cast<double>(Storage<X>::read(x + first, buffer, 1)[0]), count = static_cast<double>(grid.inner);
-          each_tile(grid.inner, [&](int64_t j, int width) { add_shifted(Storage<X>::read(x + first + j, buffer, width), width, shift, lanes, squares); });
+          const double shift = static_cast<double>(Storage<X>::read(x + first, buffer, 1)[0]),
+                       count = static_cast<double>(grid.inner);
+          each_tile(grid.inner, [&](int64_t j, int width) {
+            add_shifted(Storage<X>::read(x + first + j, buffer, width), width, shift, lanes, squares);
+          });
           const double total = sum_row(lanes, kLanes);
           sums.first[part * n + channel] = shift + total / count;
           sums.second[part * n + channel] = sum_row(squares, kLanes) - total * (total / count);
@@ -194,7 +214,8 @@ inline G let_through(G g, G x, const V& mean, const V& a, const V& b, int j, G& 
 }
 
 template <bool kRelu, class G, class V>
-inline void input_gradient(const G* __restrict g, const G* __restrict x, V mean, V a, V b, V c0, V c1, G* __restrict out, int width) {
+inline void input_gradient(const G* __restrict g, const G* __restrict x, V mean, V a, V b, V c0, V c1,
+                           G* __restrict out, int width) {
 #pragma omp simd
   for (int j = 0; j < width; ++j) {
     G distance;
@@ -214,7 +235,8 @@ struct NormColumns {
     scale = static_cast<G*>(calloc(static_cast<size_t>(3 * n + 1), sizeof(G)));
     c0 = scale + n, c1 = c0 + n;
     if (scale)
-      for (int64_t j = 0; j < n; ++j) scale[j] = (gain ? gain[j] : G(1)) * (G(1) / square_root(var[j] + static_cast<G>(a.eps)));
+      for (int64_t j = 0; j < n; ++j)
+        scale[j] = (gain ? gain[j] : G(1)) * (G(1) / square_root(var[j] + static_cast<G>(a.eps)));
   }
   ~NormColumns() { free(scale); }
   NormColumns(const NormColumns&) = delete;
@@ -227,7 +249,8 @@ bool norm_gate_forward(const NormGate& args, int threads) {
   const Planes& a = args.planes;
   const X* x = static_cast<const X*>(a.x);
   X* out = static_cast<X*>(a.out);
-  const G *z = static_cast<const G*>(a.z), *mean = static_cast<const G*>(args.mean), *bias = static_cast<const G*>(args.bias);
+  const G *z = static_cast<const G*>(a.z), *mean = static_cast<const G*>(args.mean),
+          *bias = static_cast<const G*>(args.bias);
   const NormGrid grid(a);
   const NormColumns<G> columns(args);
   if (!columns.scale) return false;
@@ -239,18 +262,21 @@ bool norm_gate_forward(const NormGate& args, int threads) {
         [&](int64_t, int64_t outer, int64_t row, int64_t end, int64_t column, int width) {
           alignas(64) G slope[kNarrow], shift[kNarrow];
           const G* gates = z + outer * n + column;
-          for (int j = 0; j < width; ++j) slope[j] = gates[j] * columns.scale[column + j], shift[j] = bias ? gates[j] * bias[column + j] : G(0);
+          for (int j = 0; j < width; ++j)
+            slope[j] = gates[j] * columns.scale[column + j], shift[j] = bias ? gates[j] * bias[column + j] : G(0);
           const G *centre = mean + column, *slopes = slope, *shifts = shift;
           for (int64_t r = row; r < end; ++r) {
             X* to = out + r * n + column;
             G* target = Storage<X>::stage(to, out_buffer);
-            normalise<kRelu>(Storage<X>::read(x + r * n + column, x_buffer, width), centre, slopes, shifts, target, width);
+            normalise<kRelu>(Storage<X>::read(x + r * n + column, x_buffer, width), centre, slopes, shifts, target,
+                             width);
             Storage<X>::commit(target, to, width);
           }
         },
         [&](int64_t, int64_t outer, int64_t channel, int64_t first) {
           const G gate = z[outer * n + channel];
-          const Same<G> centre{mean[channel]}, slope{gate * columns.scale[channel]}, shift{bias ? gate * bias[channel] : G(0)};
+          const Same<G> centre{mean[channel]}, slope{gate * columns.scale[channel]},
+              shift{bias ? gate * bias[channel] : G(0)};
           each_tile(grid.inner, [&](int64_t j, int width) {
             X* to = out + first + j;
             G* target = Storage<X>::stage(to, out_buffer);
@@ -264,8 +290,8 @@ bool norm_gate_forward(const NormGate& args, int threads) {
 
 // What R rows add to S0 and S1, a sum for each column.
 template <bool kRelu, int R, class G>
-void add_products(const G* const* gs, const G* const* xs, const G* centre, const G* slope, const G* shift, double* __restrict first,
-                  double* __restrict second, int width) {
+void add_products(const G* const* gs, const G* const* xs, const G* centre, const G* slope, const G* shift,
+                  double* __restrict first, double* __restrict second, int width) {
 #pragma omp simd
   for (int j = 0; j < width; ++j) {
     G total = 0, product = 0;
@@ -283,7 +309,8 @@ template <bool kRelu, class X, class G>
 void norm_gate_sums(const NormGate& args, const NormGrid& grid, const G* scale, const NormSums& sums, int threads) {
   const Planes& a = args.planes;
   const X *x = static_cast<const X*>(a.x), *g = static_cast<const X*>(a.g);
-  const G *z = static_cast<const G*>(a.z), *mean = static_cast<const G*>(args.mean), *bias = static_cast<const G*>(args.bias);
+  const G *z = static_cast<const G*>(a.z), *mean = static_cast<const G*>(args.mean),
+          *bias = static_cast<const G*>(args.bias);
   const int64_t n = grid.n;
   parallel(grid.items(), grid.elements(), threads, [&](int64_t index) {
     alignas(64) G x_buffer[kTile], g_buffer[kTile];
@@ -292,7 +319,8 @@ void norm_gate_sums(const NormGate& args, const NormGrid& grid, const G* scale, 
         [&](int64_t part, int64_t outer, int64_t row, int64_t end, int64_t column, int width) {
           alignas(64) G slope[kNarrow], shift[kNarrow];
           const G *gates = z + outer * n + column, *centre = mean + column;
-          double *__restrict first = sums.first + part * n + column, *__restrict second = sums.second + part * n + column;
+          double* __restrict first = sums.first + part * n + column;
+          double* __restrict second = sums.second + part * n + column;
           for (int j = 0; j < width; ++j) {
             slope[j] = gates[j] * scale[column + j], shift[j] = bias ? gates[j] * bias[column + j] : G(0);
             first[j] = second[j] = 0;
@@ -308,7 +336,8 @@ void norm_gate_sums(const NormGate& args, const NormGrid& grid, const G* scale, 
             add_products<kRelu, kFew>(gs, xs, centre, slopes, shifts, first, second, width);
           }
           for (; r < end; ++r) {
-            xs[0] = Storage<X>::read(x + r * n + column, x_buffer, width), gs[0] = Storage<X>::read(g + r * n + column, g_buffer, width);
+            xs[0] = Storage<X>::read(x + r * n + column, x_buffer, width),
+            gs[0] = Storage<X>::read(g + r * n + column, g_buffer, width);
             add_products<kRelu, 1>(gs, xs, centre, slopes, shifts, first, second, width);
           }
         },
@@ -335,9 +364,11 @@ void norm_gate_sums(const NormGate& args, const NormGrid& grid, const G* scale, 
 
 // From S0 and S1: the gradients of gates, gain and bias and, for batch statistics, what their own gradients add to dx.
 template <class G>
-void norm_gate_finish(const NormGate& args, const NormGrid& grid, const NormColumns<G>& columns, const NormSums& sums, int threads) {
+void norm_gate_finish(const NormGate& args, const NormGrid& grid, const NormColumns<G>& columns, const NormSums& sums,
+                      int threads) {
   const Planes& a = args.planes;
-  const G *z = static_cast<const G*>(a.z), *var = static_cast<const G*>(args.var), *bias = static_cast<const G*>(args.bias);
+  const G *z = static_cast<const G*>(a.z), *var = static_cast<const G*>(args.var),
+          *bias = static_cast<const G*>(args.bias);
   G *dz = static_cast<G*>(a.dz), *dgain = static_cast<G*>(args.dgain), *dbias = static_cast<G*>(args.dbias);
   const int64_t n = grid.n, parts = grid.items() ? grid.parts : 0;
   const double count = static_cast<double>(grid.per_channel());
@@ -347,17 +378,21 @@ void norm_gate_finish(const NormGate& args, const NormGrid& grid, const NormColu
     for (int64_t outer = 0; outer < grid.outer; ++outer) {
       alignas(64) double s0[kChunk] = {}, s1[kChunk] = {};
       for (int64_t part = outer * parts; part < (outer + 1) * parts; ++part)
-        for (int64_t j = 0; j < width; ++j) s0[j] += sums.first[part * n + column + j], s1[j] += sums.second[part * n + column + j];
+        for (int64_t j = 0; j < width; ++j)
+          s0[j] += sums.first[part * n + column + j], s1[j] += sums.second[part * n + column + j];
       for (int64_t j = 0; j < width; ++j) {
         const int64_t i = column + j;
         const double gate = static_cast<double>(z[outer * n + i]);
         total[j] += gate * s0[j], product[j] += gate * s1[j];
-        if (dz) dz[outer * n + i] = static_cast<G>(static_cast<double>(columns.scale[i]) * s1[j] + (bias ? static_cast<double>(bias[i]) * s0[j] : 0.0));
+        if (dz)
+          dz[outer * n + i] = static_cast<G>(static_cast<double>(columns.scale[i]) * s1[j] +
+                                             (bias ? static_cast<double>(bias[i]) * s0[j] : 0.0));
       }
     }
     for (int64_t j = 0; j < width; ++j) {
       const int64_t i = column + j;
-      const double rstd = static_cast<double>(G(1) / square_root(var[i] + static_cast<G>(args.eps))), scale = static_cast<double>(columns.scale[i]);
+      const double rstd = static_cast<double>(G(1) / square_root(var[i] + static_cast<G>(args.eps))),
+                   scale = static_cast<double>(columns.scale[i]);
       if (dbias) dbias[i] = static_cast<G>(total[j]);
       if (dgain) dgain[i] = static_cast<G>(product[j] * rstd);
       if (args.training && count > 0) {
@@ -385,7 +420,8 @@ bool norm_gate_backward(const NormGate& args, int threads) {
   if (!a.out) return true;
   const X *x = static_cast<const X*>(a.x), *g = static_cast<const X*>(a.g);
   X* out = static_cast<X*>(a.out);
-  const G *z = static_cast<const G*>(a.z), *mean = static_cast<const G*>(args.mean), *bias = static_cast<const G*>(args.bias);
+  const G *z = static_cast<const G*>(a.z), *mean = static_cast<const G*>(args.mean),
+          *bias = static_cast<const G*>(args.bias);
   parallel<true>(items, grid.elements(), threads, [&](int64_t index) {
     alignas(64) G x_buffer[kTile], g_buffer[kTile], out_buffer[kTile];
     each_part(
@@ -393,25 +429,30 @@ bool norm_gate_backward(const NormGate& args, int threads) {
         [&](int64_t, int64_t outer, int64_t row, int64_t end, int64_t column, int width) {
           alignas(64) G slope[kNarrow], shift[kNarrow];
           const G* gates = z + outer * n + column;
-          for (int j = 0; j < width; ++j) slope[j] = gates[j] * columns.scale[column + j], shift[j] = bias ? gates[j] * bias[column + j] : G(0);
-          const G *centre = mean + column, *slopes = slope, *shifts = shift, *c0 = columns.c0 + column, *c1 = columns.c1 + column;
+          for (int j = 0; j < width; ++j)
+            slope[j] = gates[j] * columns.scale[column + j], shift[j] = bias ? gates[j] * bias[column + j] : G(0);
+          const G *centre = mean + column, *slopes = slope, *shifts = shift, *c0 = columns.c0 + column,
+                  *c1 = columns.c1 + column;
           for (int64_t r = row; r < end; ++r) {
             X* to = out + r * n + column;
             G* target = Storage<X>::stage(to, out_buffer);
             const G* xs = Storage<X>::read(x + r * n + column, x_buffer, width);
-            input_gradient<kRelu>(Storage<X>::read(g + r * n + column, g_buffer, width), xs, centre, slopes, shifts, c0, c1, target, width);
+            input_gradient<kRelu>(Storage<X>::read(g + r * n + column, g_buffer, width), xs, centre, slopes, shifts, c0,
+                                  c1, target, width);
             Storage<X>::commit(target, to, width);
           }
         },
         [&](int64_t, int64_t outer, int64_t channel, int64_t first) {
           const G gate = z[outer * n + channel];
-          const Same<G> centre{mean[channel]}, slope{gate * columns.scale[channel]}, shift{bias ? gate * bias[channel] : G(0)};
+          const Same<G> centre{mean[channel]}, slope{gate * columns.scale[channel]},
+              shift{bias ? gate * bias[channel] : G(0)};
           const Same<G> c0{columns.c0[channel]}, c1{columns.c1[channel]};
           each_tile(grid.inner, [&](int64_t j, int width) {
             X* to = out + first + j;
             G* target = Storage<X>::stage(to, out_buffer);
             const G* xs = Storage<X>::read(x + first + j, x_buffer, width);
-            input_gradient<kRelu>(Storage<X>::read(g + first + j, g_buffer, width), xs, centre, slope, shift, c0, c1, target, width);
+            input_gradient<kRelu>(Storage<X>::read(g + first + j, g_buffer, width), xs, centre, slope, shift, c0, c1,
+                                  target, width);
             Storage<X>::commit(target, to, width);
           });
         });

@@ -1,5 +1,6 @@
-// Philox4x32-10 noise, equal to dampr/philox.py to the bit. Groups lie side by side in 64-bit lanes: the low half of a lane is the word, and the
-// high half may hold anything, because the 32 x 32 -> 64 bit multiply reads low halves only and results are masked once at the end.
+// Philox4x32-10 noise, equal to dampr/philox.py to the bit. Groups lie side by side in 64-bit lanes: the low half of a
+// lane is the word, and the high half may hold anything, because the 32 x 32 -> 64 bit multiply reads low halves only
+// and results are masked once at the end.
 #pragma once
 
 #include <cstdint>
@@ -78,10 +79,13 @@ struct Lanes {
 };
 #endif
 
-constexpr int kChunk = 512;                       // gates handled at a time; noise, gates and staged tensors of a chunk stay in the L1 cache
-constexpr int kWordBuffer = kChunk + 8 * 4 + 16;  // a chunk, plus the rest of a vector of groups, plus up to three gates before the first
+// gates handled at a time; noise, gates and staged tensors of a chunk stay in the L1 cache
+constexpr int kChunk = 512;
+// a chunk, plus the rest of a vector of groups, plus up to three gates before the first
+constexpr int kWordBuffer = kChunk + 8 * 4 + 16;
 
-// Draws the words of gates start .. start + count - 1 (count <= kChunk) into the buffer; returns where the first one is.
+// Draws the words of gates start .. start + count - 1 (count <= kChunk) into the buffer; returns where the first one
+// is.
 inline const uint32_t* draw_words(uint64_t seed, int64_t start, int count, uint32_t (&buffer)[kWordBuffer]) {
   constexpr uint64_t kMultiplyA = 0xD2511F53u, kMultiplyB = 0xCD9E8D57u;
   constexpr uint32_t kKeyA = 0x9E3779B9u, kKeyB = 0xBB67AE85u;
@@ -94,7 +98,8 @@ inline const uint32_t* draw_words(uint64_t seed, int64_t start, int count, uint3
     uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
 #pragma GCC unroll 10
     for (int round = 0; round < 10; ++round, k0 += kKeyA, k1 += kKeyB) {
-      const Lanes::Vector product_a = Lanes::multiply_low(c0, multiply_a), product_b = Lanes::multiply_low(c2, multiply_b);
+      const Lanes::Vector product_a = Lanes::multiply_low(c0, multiply_a),
+                          product_b = Lanes::multiply_low(c2, multiply_b);
       c0 = Lanes::xor3(Lanes::high(product_b), c1, Lanes::all(k0)), c1 = product_b;
       c2 = Lanes::xor3(Lanes::high(product_a), c3, Lanes::all(k1)), c3 = product_a;
     }
@@ -103,7 +108,8 @@ inline const uint32_t* draw_words(uint64_t seed, int64_t start, int count, uint3
   return buffer + skip;
 }
 
-// A word as Triton turns it into a uniform number: x < 0 ? -x - 1 : x of the word read as int32, times just under 2^-31.
+// A word as Triton turns it into a uniform number: x < 0 ? -x - 1 : x of the word read as int32, times just under
+// 2^-31.
 inline void words_to_uniform(const uint32_t* __restrict words, int count, float* __restrict u) {
   constexpr float kScale = 4.6566127342e-10f, kMin = 0x1p-24f, kMax = 1.0f - 0x1p-24f;
 #pragma omp simd

@@ -1,5 +1,5 @@
-// Gates of one axis of a tensor (outer, middle, n, inner): values and gradients. z: a gate for each of the n, or such a row for each outer index.
-// An image batch is (B, 1, C, H W) or, channels last, (B, H W, C, 1).
+// Gates of one axis of a tensor (outer, middle, n, inner): values and gradients. z: a gate for each of the n, or such a
+// row for each outer index. An image batch is (B, 1, C, H W) or, channels last, (B, H W, C, 1).
 #pragma once
 
 #include <cstdint>
@@ -12,8 +12,9 @@
 namespace dampr {
 namespace {
 
-// How the tensor is cut: runs of `width` contiguous elements that lie in one row of n * inner elements, of which each has one gate (inner > 1) or a
-// gate for each element (inner = 1). An item is `rows` rows (or part of one) of one outer index.
+// How the tensor is cut: runs of `width` contiguous elements that lie in one row of n * inner elements, of which each
+// has one gate (inner > 1) or a gate for each element (inner = 1). An item is `rows` rows (or part of one) of one outer
+// index.
 struct PlaneGrid {
   int64_t outer, middle, n, inner, rows, pieces;
 
@@ -30,14 +31,16 @@ struct PlaneGrid {
 // Calls f(first element, width, first gate) for the runs of an item.
 template <class F>
 void each_run(const PlaneGrid& grid, int64_t item, F&& f) {
-  const int64_t outer = item / grid.pieces, begin = item % grid.pieces * grid.rows, end = least(begin + grid.rows, grid.middle);
+  const int64_t outer = item / grid.pieces, begin = item % grid.pieces * grid.rows,
+                end = least(begin + grid.rows, grid.middle);
   for (int64_t middle = begin; middle < end; ++middle) {
     const int64_t row = (outer * grid.middle + middle) * grid.n * grid.inner;
     if (grid.inner == 1)
       for (int64_t j = 0; j < grid.n; j += kTile) f(row + j, static_cast<int>(least(kTile, grid.n - j)), j);
     else
       for (int64_t gate = 0; gate < grid.n; ++gate)
-        for (int64_t j = 0; j < grid.inner; j += kTile) f(row + gate * grid.inner + j, static_cast<int>(least(kTile, grid.inner - j)), gate);
+        for (int64_t j = 0; j < grid.inner; j += kTile)
+          f(row + gate * grid.inner + j, static_cast<int>(least(kTile, grid.inner - j)), gate);
   }
 }
 
@@ -114,7 +117,8 @@ bool planes_backward(const Planes& a, int threads) {
   if (!sums) return true;
   G* dz = static_cast<G*>(a.dz);
   if (a.per_outer)
-    for (int64_t outer = 0; outer < grid.outer; ++outer) add_parts(sums + outer * grid.pieces * grid.n, grid.pieces, grid.n, dz + outer * grid.n, 1);
+    for (int64_t outer = 0; outer < grid.outer; ++outer)
+      add_parts(sums + outer * grid.pieces * grid.n, grid.pieces, grid.n, dz + outer * grid.n, 1);
   else
     add_parts(sums, grid.items(), grid.n, dz, threads);
   free(sums);

@@ -1,4 +1,5 @@
-// A draw per row of a matrix (or one for each element of a vector, which is a single row): values, products and their gradients.
+// A draw per row of a matrix (or one for each element of a vector, which is a single row): values, products and their
+// gradients.
 #pragma once
 
 #include <cstdint>
@@ -11,8 +12,8 @@ namespace dampr {
 namespace {
 
 template <class Gate, class G, bool kTimesX>
-inline void forward_chunk(const Gate& gate, const G* __restrict p, const G* __restrict q, const float* __restrict u, const G* __restrict x,
-                          G* __restrict out, int count) {
+inline void forward_chunk(const Gate& gate, const G* __restrict p, const G* __restrict q, const float* __restrict u,
+                          const G* __restrict x, G* __restrict out, int count) {
 #pragma omp simd
   for (int j = 0; j < count; ++j) {
     const G z = gate.at(p[j], q[j], u[j]).z;
@@ -42,8 +43,9 @@ void rows_forward(const Gate& gate, const RowsForward& a, int threads) {
 }
 
 template <class Gate, class G, bool kTimesX>
-inline void backward_chunk(const Gate& gate, const G* __restrict p, const G* __restrict q, const float* __restrict u, const G* __restrict x,
-                           const G* g, G* dx, G* __restrict xz, G* __restrict dlog_alpha, int count) {  // dx may be g
+inline void backward_chunk(const Gate& gate, const G* __restrict p, const G* __restrict q, const float* __restrict u,
+                           const G* __restrict x, const G* g, G* dx, G* __restrict xz, G* __restrict dlog_alpha,
+                           int count) {  // dx may be g
 #pragma omp simd
   for (int j = 0; j < count; ++j) {
     const auto point = gate.at(p[j], q[j], u[j]);
@@ -94,7 +96,8 @@ bool rows_backward(const Gate& gate, const RowsBackward& a, int threads) {
       G* dx_target = dx ? Storage<X>::stage(dx + first, dx_buffer) : dx_buffer;
       G* xz_target = xz ? Storage<X>::stage(xz + first, xz_buffer) : xz_buffer;
       G* target = single ? single + first : slopes;
-      backward_chunk<Gate, G, kTimesX>(gate, columns.p + column, columns.q + column, u, xs, gs, dx_target, xz_target, target, count);
+      backward_chunk<Gate, G, kTimesX>(gate, columns.p + column, columns.q + column, u, xs, gs, dx_target, xz_target,
+                                       target, count);
       if (dx) Storage<X>::commit(dx_target, dx + first, count);
       if (xz) Storage<X>::commit(xz_target, xz + first, count);
       if (summed) add_to_columns(slopes, count, column, item.width, sums);

@@ -1,8 +1,9 @@
-// A whole gated linear layer in one call, for problems so small that calls cost more than arithmetic: products and gates on one thread.
+// A whole gated linear layer in one call, for problems so small that calls cost more than arithmetic: products and
+// gates on one thread.
 //
-// y = z_out * pre, pre = xz w^T + b, xz = x * z_in; with g = dy * z_out and r = g w:  dx = r * z_in, dw = g^T xz, db = sum_m g,
-// dlog_alpha_in = sum_m x r z_in', dlog_alpha_out = sum_m pre dy z_out', of gates that all rows share without pre (shared_gates_backward).
-// x: (m, k), w: (n, k), y: (m, n), all float or all double.
+// y = z_out * pre, pre = xz w^T + b, xz = x * z_in; with g = dy * z_out and r = g w:  dx = r * z_in, dw = g^T xz,
+// db = sum_m g, dlog_alpha_in = sum_m x r z_in', dlog_alpha_out = sum_m pre dy z_out', of gates that all rows share
+// without pre (shared_gates_backward). x: (m, k), w: (n, k), y: (m, n), all float or all double.
 #pragma once
 
 #include <cstdint>
@@ -32,12 +33,14 @@ inline double multiply_add(double a, double b, double c) {
 }
 
 constexpr int kBand = 4, kStrip = 32;  // an output block whose running sums stay in registers
-constexpr int64_t kRun = 256;            // terms that are added up by themselves, so that the error of a long sum grows with its runs
+// terms that are added up by themselves, so that the error of a long sum grows with its runs
+constexpr int64_t kRun = 256;
 
-// A block of c += a b, its rows c_step apart, those of b b_step; the first operand by two strides: a(i, s) = a[i * row_step + s * sum_step].
+// A block of c += a b, its rows c_step apart, those of b b_step; the first operand by two strides: a(i,
+// s) = a[i * row_step + s * sum_step].
 template <class T, bool kWhole>
-inline void product_block(const T* a, int64_t row_step, int64_t sum_step, const T* b, int64_t b_step, T* c, int64_t c_step, int64_t sums, int height,
-                          int width) {
+inline void product_block(const T* a, int64_t row_step, int64_t sum_step, const T* b, int64_t b_step, T* c,
+                          int64_t c_step, int64_t sums, int height, int width) {
   const int band = kWhole ? kBand : height, strip = kWhole ? kStrip : width;
   alignas(64) T acc[kBand][kStrip];
   for (int i = 0; i < band; ++i)
@@ -54,23 +57,27 @@ inline void product_block(const T* a, int64_t row_step, int64_t sum_step, const 
 
 // A strip of `width` columns of c (rows, ...) += a b.
 template <class T>
-void add_strip(const T* a, int64_t row_step, int64_t sum_step, const T* b, int64_t b_step, T* c, int64_t c_step, int64_t rows, int64_t sums, int width) {
+void add_strip(const T* a, int64_t row_step, int64_t sum_step, const T* b, int64_t b_step, T* c, int64_t c_step,
+               int64_t rows, int64_t sums, int width) {
   for (int64_t s = 0; s < sums; s += kRun) {
     const int64_t run = least(kRun, sums - s);
     for (int64_t i = 0; i < rows; i += kBand) {
       const int height = static_cast<int>(least(kBand, rows - i));
       const T* first = a + i * row_step + s * sum_step;
       if (height == kBand && width == kStrip)
-        product_block<T, true>(first, row_step, sum_step, b + s * b_step, b_step, c + i * c_step, c_step, run, kBand, kStrip);
+        product_block<T, true>(first, row_step, sum_step, b + s * b_step, b_step, c + i * c_step, c_step, run, kBand,
+                               kStrip);
       else
-        product_block<T, false>(first, row_step, sum_step, b + s * b_step, b_step, c + i * c_step, c_step, run, height, width);
+        product_block<T, false>(first, row_step, sum_step, b + s * b_step, b_step, c + i * c_step, c_step, run, height,
+                                width);
     }
   }
 }
 
 // c (rows, cols) += a b, b (sums, cols).
 template <class T>
-void add_product(const T* a, int64_t row_step, int64_t sum_step, const T* b, T* c, int64_t rows, int64_t sums, int64_t cols) {
+void add_product(const T* a, int64_t row_step, int64_t sum_step, const T* b, T* c, int64_t rows, int64_t sums,
+                 int64_t cols) {
   for (int64_t j = 0; j < cols; j += kStrip)
     add_strip(a, row_step, sum_step, b + j, cols, c + j, cols, rows, sums, static_cast<int>(least(kStrip, cols - j)));
 }
@@ -96,8 +103,9 @@ void add_rows(const T* g, int64_t rows, int64_t cols, T* out) {
   }
 }
 
-// c (rows, cols) += a b^T for a (rows, sums), b (cols, sums); panel: room for sums * kStrip values. A strip of b is turned into the panel, which stays in
-// the nearest cache; turning costs as much as the products of three rows of a, so of fewer each is a row of dot products.
+// c (rows, cols) += a b^T for a (rows, sums), b (cols, sums); panel: room for sums * kStrip values. A strip of b is
+// turned into the panel, which stays in the nearest cache; turning costs as much as the products of three rows of a, so
+// of fewer each is a row of dot products.
 template <class T>
 void add_product_transposed(const T* a, const T* b, T* c, int64_t rows, int64_t sums, int64_t cols, T* panel) {
   constexpr int64_t kDeep = 16;
@@ -139,26 +147,29 @@ struct Scratch {
 
 // out = t z for t (m, n), a draw per row or one for all; z: room for n values.
 template <class T, class Gate>
-void gate_matrix(const Gate& gate, const SmallLinear& a, const T* t, const void* log_alpha, uint64_t seed, int64_t n, T* z, T* out) {
+void gate_matrix(const Gate& gate, const SmallLinear& a, const T* t, const void* log_alpha, uint64_t seed, int64_t n,
+                 T* z, T* out) {
   if (a.per_sample) return rows_forward<T, T, Gate, true>(gate, {t, log_alpha, out, a.m, n, seed}, 1);
   rows_forward<T, T, Gate, false>(gate, {nullptr, log_alpha, z, 1, n, seed}, 1);
   fold_forward<T, T>({t, nullptr, z, out, a.m, n}, 1);
 }
 
-// For the gradient g of t z: product = g z, gated = t z and dlog_alpha = sum over rows of t g z'; absent ones are null. z, dz: room for n values.
+// For the gradient g of t z: product = g z, gated = t z and dlog_alpha = sum over rows of t g z'; absent ones are null.
+// z, dz: room for n values.
 template <class T, class Gate>
-bool gate_matrix_backward(const Gate& gate, const SmallLinear& a, const T* t, const T* g, const void* log_alpha, uint64_t seed, int64_t n, T* z,
-                          T* dz, T* product, T* gated, void* dlog_alpha) {
-  if (a.per_sample) return rows_backward<T, T, Gate, true>(gate, {t, g, log_alpha, product, gated, dlog_alpha, a.m, n, seed}, 1);
+bool gate_matrix_backward(const Gate& gate, const SmallLinear& a, const T* t, const T* g, const void* log_alpha,
+                          uint64_t seed, int64_t n, T* z, T* dz, T* product, T* gated, void* dlog_alpha) {
+  if (a.per_sample)
+    return rows_backward<T, T, Gate, true>(gate, {t, g, log_alpha, product, gated, dlog_alpha, a.m, n, seed}, 1);
   rows_forward<T, T, Gate, false>(gate, {nullptr, log_alpha, z, 1, n, seed}, 1);
   if (gated) fold_forward<T, T>({t, nullptr, z, gated, a.m, n}, 1);
-  if (!fold_backward<T, T>({g, t, nullptr, z, product, nullptr, nullptr, dlog_alpha ? dz : nullptr, a.m, n}, 1)) return false;
-  return !dlog_alpha || rows_backward<T, T, Gate, false>(gate, {nullptr, dz, log_alpha, nullptr, nullptr, dlog_alpha, 1, n, seed}, 1);
+  if (!fold_backward<T, T>({g, t, nullptr, z, product, nullptr, nullptr, dlog_alpha ? dz : nullptr, a.m, n}, 1))
+    return false;
+  return !dlog_alpha ||
+         rows_backward<T, T, Gate, false>(gate, {nullptr, dz, log_alpha, nullptr, nullptr, dlog_alpha, 1, n, seed}, 1);
 }
 
-inline int64_t pre_scratch(const SmallLinear& a) {
-  return a.m * a.k + a.k * kStrip + a.k;
-}
+inline int64_t pre_scratch(const SmallLinear& a) { return a.m * a.k + a.k * kStrip + a.k; }
 
 // pre = (x * z_in) w^T + b.
 template <class T, class Gate>
@@ -184,14 +195,15 @@ bool small_forward(const Gate& gate, const SmallLinear& a) {
   return true;
 }
 
-// Of output gates that all rows share, with raw (n, k) = dy^T xz: dlog_alpha = z' (sum_k w raw + b sum_m dy), no activation needed; then raw becomes dw.
-// sum_dy: room for n values.
+// Of output gates that all rows share, with raw (n, k) = dy^T xz: dlog_alpha = z' (sum_k w raw + b sum_m dy), no
+// activation needed; then raw becomes dw. sum_dy: room for n values.
 template <class T>
 void shared_gates_backward(const SmallLinear& a, const T* z, const T* slope, T* raw, T* sum_dy) {
   const T *w = static_cast<const T*>(a.w), *b = static_cast<const T*>(a.b);
   if (a.dout && b) add_rows(static_cast<const T*>(a.dy), a.m, a.n, sum_dy);
   for (int64_t n = 0; n < a.n && a.dout; ++n) {
-    const double sum = dot(w + n * a.k, raw + n * a.k, a.k) + (b ? static_cast<double>(b[n]) * static_cast<double>(sum_dy[n]) : 0);
+    const double sum =
+        dot(w + n * a.k, raw + n * a.k, a.k) + (b ? static_cast<double>(b[n]) * static_cast<double>(sum_dy[n]) : 0);
     static_cast<T*>(a.dout)[n] = static_cast<T>(sum) * slope[n];
   }
   for (int64_t n = 0; n < a.n && a.dw; ++n)
@@ -200,8 +212,10 @@ void shared_gates_backward(const SmallLinear& a, const T* z, const T* slope, T* 
 
 template <class T, class Gate>
 bool small_backward(const Gate& gate, const SmallLinear& a) {
-  const bool shared = a.out_log_alpha && !a.per_sample, recompute = a.dout && !shared && !a.pre, need_raw = a.dw || (shared && a.dout);
-  Scratch<T> scratch(2 * (a.n + a.k) + 2 * a.n + 2 * a.m * (a.n + a.k) + (recompute ? pre_scratch(a) : 0) + (need_raw && !a.dw ? a.n * a.k : 0));
+  const bool shared = a.out_log_alpha && !a.per_sample, recompute = a.dout && !shared && !a.pre,
+             need_raw = a.dw || (shared && a.dout);
+  Scratch<T> scratch(2 * (a.n + a.k) + 2 * a.n + 2 * a.m * (a.n + a.k) + (recompute ? pre_scratch(a) : 0) +
+                     (need_raw && !a.dw ? a.n * a.k : 0));
   if (!scratch.memory) return false;
   const T *x = static_cast<const T*>(a.x), *w = static_cast<const T*>(a.w), *g = static_cast<const T*>(a.dy);
   T *spare = scratch.take(2 * (a.n + a.k)), *z_out = scratch.take(a.n), *slope = scratch.take(a.n);
@@ -209,7 +223,9 @@ bool small_backward(const Gate& gate, const SmallLinear& a) {
     T* gated = scratch.take(a.m * a.n);
     if (shared) {
       for (int64_t n = 0; n < a.n; ++n) spare[n] = 1;
-      if (!rows_backward<T, T, Gate, true>(gate, {spare, spare, a.out_log_alpha, z_out, nullptr, slope, 1, a.n, a.out_seed}, 1)) return false;
+      if (!rows_backward<T, T, Gate, true>(
+              gate, {spare, spare, a.out_log_alpha, z_out, nullptr, slope, 1, a.n, a.out_seed}, 1))
+        return false;
       fold_forward<T, T>({g, nullptr, z_out, gated, a.m, a.n}, 1);
     } else {
       const T* pre = a.pre ? static_cast<const T*>(a.pre) : g;  // unread without dout
@@ -218,7 +234,9 @@ bool small_backward(const Gate& gate, const SmallLinear& a) {
         compute_pre(gate, a, scratch, again);
         pre = again;
       }
-      if (!gate_matrix_backward<T>(gate, a, pre, g, a.out_log_alpha, a.out_seed, a.n, spare, spare + a.n, gated, nullptr, a.dout)) return false;
+      if (!gate_matrix_backward<T>(gate, a, pre, g, a.out_log_alpha, a.out_seed, a.n, spare, spare + a.n, gated,
+                                   nullptr, a.dout))
+        return false;
     }
     g = gated;
   }
@@ -233,7 +251,8 @@ bool small_backward(const Gate& gate, const SmallLinear& a) {
     T* dx = static_cast<T*>(a.dx);
     if (!dx && !a.din) {
       if (xz) gate_matrix(gate, a, x, a.in_log_alpha, a.in_seed, a.k, spare, xz);
-    } else if (!gate_matrix_backward<T>(gate, a, x, back, a.in_log_alpha, a.in_seed, a.k, spare, spare + a.k, dx, xz, a.din)) {
+    } else if (!gate_matrix_backward<T>(gate, a, x, back, a.in_log_alpha, a.in_seed, a.k, spare, spare + a.k, dx, xz,
+                                        a.din)) {
       return false;
     }
     x = xz;

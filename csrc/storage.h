@@ -1,4 +1,5 @@
-// Tensors of any supported dtype seen as float (or double): a chunk at a time through a small buffer, or in place where no conversion is needed.
+// Tensors of any supported dtype seen as float (or double): a chunk at a time through a small buffer, or in place where
+// no conversion is needed.
 #pragma once
 
 #include <cstdint>
@@ -37,7 +38,8 @@ inline void narrow(float x, BFloat16& out) {
 }
 
 inline float widen(Float16 x) {
-  // Exponent and mantissa in float's places are the value times 2^-112, subnormal numbers included; exponent 31 is infinity or not a number.
+  // Exponent and mantissa in float's places are the value times 2^-112, subnormal numbers included; exponent 31 is
+  // infinity or not a number.
   const float magnitude = float_of((x.bits & 0x7FFFu) << 13) * 0x1p112f;
   const uint32_t bits = bits_of(magnitude) | (magnitude >= 65536.0f ? 0x7F800000u : 0u);
   return float_of(bits | static_cast<uint32_t>(x.bits & 0x8000u) << 16);
@@ -49,7 +51,9 @@ inline void narrow(float x, Float16& out) {
   const uint32_t normal = rounded < 0x7C00u ? rounded : 0x7C00u;
   // Below 2^-14 the last place is 2^-24, which is that of a float just above one half: an addition rounds to it.
   const uint32_t subnormal = bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f);
-  const uint32_t value = magnitude > 0x7F800000u ? 0x7E00u | ((magnitude >> 13) & 0x3FFu) : magnitude >= 0x38800000u ? normal : subnormal;
+  const uint32_t value = magnitude > 0x7F800000u    ? 0x7E00u | ((magnitude >> 13) & 0x3FFu)
+                         : magnitude >= 0x38800000u ? normal
+                                                    : subnormal;
   out.bits = static_cast<uint16_t>(value | (sign >> 16));
 }
 
@@ -87,7 +91,8 @@ struct Storage<Float16> {
   using Gate = float;
   static const float* read(const Float16* source, float* buffer, int count) {
     int j = 0;
-    for (; j + 8 <= count; j += 8) _mm256_storeu_ps(buffer + j, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source + j))));
+    for (; j + 8 <= count; j += 8)
+      _mm256_storeu_ps(buffer + j, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source + j))));
     for (; j < count; ++j) buffer[j] = widen(source[j]);
     return buffer;
   }
@@ -95,7 +100,8 @@ struct Storage<Float16> {
   static void commit(const float* buffer, Float16* target, int count) {
     int j = 0;
     for (; j + 8 <= count; j += 8)
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(target + j), _mm256_cvtps_ph(_mm256_loadu_ps(buffer + j), _MM_FROUND_TO_NEAREST_INT));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(target + j),
+                       _mm256_cvtps_ph(_mm256_loadu_ps(buffer + j), _MM_FROUND_TO_NEAREST_INT));
     for (; j < count; ++j) narrow(buffer[j], target[j]);
   }
 };

@@ -1,6 +1,7 @@
-// How work is shared: a matrix is cut into items of some rows times some columns whose sizes follow from the shape alone. Each thread takes a run of items; sums
-// over rows are formed in double per item (of four rows at a time in their own type, in norms.h) and added up in the order of the items, so results do not
-// depend on the number of threads.
+// How work is shared: a matrix is cut into items of some rows times some columns whose sizes follow from the shape
+// alone. Each thread takes a run of items; sums over rows are formed in double per item (of four rows at a time in
+// their own type, in norms.h) and added up in the order of the items, so results do not depend on the number of
+// threads.
 #pragma once
 
 #include <cstdint>
@@ -12,21 +13,26 @@
 namespace dampr {
 namespace {
 
-constexpr int kTile = 2048;            // most columns of an item: what is kept per column has to stay in the caches (and on a small stack)
-constexpr int kBlock = 32;             // fewest rows of an item: what is prepared per column is used at least this often
-constexpr int64_t kItem = 32768;       // elements of an item, about, where columns are few
-constexpr int64_t kSerial = 16384;     // below this many elements, waking threads costs more than it saves
+// most columns of an item: what is kept per column has to stay in the caches (and on a small stack)
+constexpr int kTile = 2048;
+// fewest rows of an item: what is prepared per column is used at least this often
+constexpr int kBlock = 32;
+constexpr int64_t kItem = 32768;    // elements of an item, about, where columns are few
+constexpr int64_t kSerial = 16384;  // below this many elements, waking threads costs more than it saves
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Calls f(0) .. f(items - 1), each once, on up to `threads` threads: each takes a run of them, or, backwards, the same run from its end.
+// Calls f(0) .. f(items - 1), each once, on up to `threads` threads: each takes a run of them, or, backwards, the same
+// run from its end.
 template <bool kBackwards = false, class F>
 void parallel(int64_t items, int64_t elements, int threads, F&& f) {
   (void)elements;
-  const int team = items > 1 && elements >= kSerial ? threads : 1;  // never fewer than there are: libgomp ends those that a smaller team leaves over
+  // never fewer than there are: libgomp ends those that a smaller team leaves over
+  const int team = items > 1 && elements >= kSerial ? threads : 1;
 #if defined(_OPENMP)
-  // In as many runs as there are threads, like torch's own loops: what a thread wrote in one pass it finds in its part of the cache in the next.
+  // In as many runs as there are threads, like torch's own loops: what a thread wrote in one pass it finds in its part
+  // of the cache in the next.
 #pragma omp parallel for num_threads(team) if (team > 1) schedule(static)
 #endif
   for (int run = 0; run < team; ++run) {
@@ -55,11 +61,16 @@ struct Item {
   int width;
 
   Item(const Grid& g, int64_t index)
-      : tile_index(index % g.tiles), block_index(index / g.tiles), row(block_index * g.block), row_end(least(row + g.block, g.rows)),
-        column(tile_index * g.tile), width(static_cast<int>(least(g.tile, g.n - column))) {}
+      : tile_index(index % g.tiles),
+        block_index(index / g.tiles),
+        row(block_index * g.block),
+        row_end(least(row + g.block, g.rows)),
+        column(tile_index * g.tile),
+        width(static_cast<int>(least(g.tile, g.n - column))) {}
 };
 
-// What a gate keeps per column. A chunk may run over the ends of whole rows, hence the repetition of the first columns behind the last.
+// What a gate keeps per column. A chunk may run over the ends of whole rows, hence the repetition of the first columns
+// behind the last.
 template <class Gate>
 struct Columns {
   using G = typename Gate::Value;
@@ -72,8 +83,8 @@ struct Columns {
   }
 };
 
-// Calls f(first gate index, count, column in the tile, noise) for runs of at most kChunk consecutive gates, which cover the item. The noise of
-// gate i is that of the index start + i.
+// Calls f(first gate index, count, column in the tile, noise) for runs of at most kChunk consecutive gates, which cover
+// the item. The noise of gate i is that of the index start + i.
 template <bool kDrawn, class F>
 void sweep(const Grid& grid, const Item& item, uint64_t seed, int64_t start, F&& f) {
   alignas(64) uint32_t words[kWordBuffer];
@@ -111,7 +122,8 @@ void add_parts(const double* parts, int64_t count, int64_t n, G* out, int thread
   });
 }
 
-// Sums over one side of a grid: an item stores its own, finish() adds them up. With a single part nothing is kept in between.
+// Sums over one side of a grid: an item stores its own, finish() adds them up. With a single part nothing is kept in
+// between.
 template <class G>
 struct Partial {
   G* out;

@@ -1,4 +1,6 @@
-"""``python -m dampr``: without arguments which parts are there; with arguments the ``dampr`` command, if its packages are installed."""
+"""``python -m dampr``: without arguments which parts are there; with arguments the ``dampr`` command,
+if its packages are installed.
+"""
 
 from __future__ import annotations
 

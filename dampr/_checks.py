@@ -1,4 +1,6 @@
-"""Argument checks shared by functions and layers: one clear error that names the argument, its value and what was expected."""
+"""Argument checks shared by functions and layers: one clear error that names the argument,
+its value and what was expected.
+"""
 
 from __future__ import annotations
 
@@ -60,12 +62,15 @@ def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> Non
 
 
 def gate_parameter(name: str, value: Tensor, count: int, what: str, like: Tensor) -> Tensor:
-    """``count`` gate parameters, fp32 (or fp64 next to fp64 tensors), on the device of ``like``; returned in the dtype to compute in."""
+    """``count`` gate parameters, fp32 (or fp64 next to fp64 tensors), on the device of ``like``;
+    returned in the dtype to compute in.
+    """
     if not isinstance(value, Tensor) or value.layout != torch.strided:
         tensor(name, value)
     if value.dtype not in GATE_DTYPES:
         raise TypeError(
-            f"{name}.dtype={value.dtype}: expected torch.float32 or torch.float64 (gate arithmetic is never done in half precision)"
+            f"{name}.dtype={value.dtype}: expected torch.float32 or torch.float64 (gate arithmetic is never done in "
+            "half precision)"
         )
     if value.shape != (count,):
         raise ValueError(f"{name}.shape={tuple(value.shape)}: expected ({count},), one gate per {what}")
@@ -75,7 +80,8 @@ def gate_parameter(name: str, value: Tensor, count: int, what: str, like: Tensor
         return value.double()
     if value.dtype == torch.float64:
         raise TypeError(
-            f"{name}.dtype={value.dtype}: expected torch.float32 next to x of dtype {like.dtype} (gate parameters are never cast down)"
+            f"{name}.dtype={value.dtype}: expected torch.float32 next to x of dtype {like.dtype} (gate parameters are "
+            "never cast down)"
         )
     return value
 
@@ -83,10 +89,14 @@ def gate_parameter(name: str, value: Tensor, count: int, what: str, like: Tensor
 def seed_tensor(name: str, value: int | Tensor | None, device: torch.device) -> Tensor:
     """A seed as an int64 tensor of shape (1,) on ``device``."""
     if value is None:
-        raise ValueError(f"{name}=None: expected an int or an int64 tensor of shape (1,), because these gates are drawn")
+        raise ValueError(
+            f"{name}=None: expected an int or an int64 tensor of shape (1,), because these gates are drawn"
+        )
     if isinstance(value, Tensor):
         if value.dtype != torch.int64 or value.shape != (1,):
-            raise ValueError(f"{name}: got {value.dtype} of shape {tuple(value.shape)}, expected an int64 tensor of shape (1,)")
+            raise ValueError(
+                f"{name}: got {value.dtype} of shape {tuple(value.shape)}, expected an int64 tensor of shape (1,)"
+            )
         if value.device != device:
             raise ValueError(f"{name}.device={value.device}: expected {device}, the device of the gates")
         return value
@@ -101,7 +111,10 @@ def one_of(name: str, value: Any, allowed: Sequence[Any]) -> None:
 
 
 def flag(name: str, value: Any) -> bool:
-    """A switch, also as 0 or 1. Anything else, whose truth might be the opposite of what was meant, raises TypeError."""
+    """A switch, also as 0 or 1.
+
+    Anything else, whose truth might be the opposite of what was meant, raises TypeError.
+    """
     if isinstance(value, int) and value in (0, 1):
         return bool(value)
     raise TypeError(f"{name}={value!r:.80}: expected True or False")
@@ -113,14 +126,18 @@ def number(name: str, value: Any, least: float = -math.inf, most: float = math.i
     if not real or not abs(value) <= sys.float_info.max or not least <= value <= most or (above and value == least):
         if -math.inf < least and most < math.inf and not above:
             raise ValueError(f"{name}={value!r:.80}: expected a number in [{least:g}, {most:g}]")
-        bounds = f" {'above' if above else 'of at least'} {least:g}" * (least > -math.inf) + f" and at most {most:g}" * (most < math.inf)
+        bounds = f" {'above' if above else 'of at least'} {least:g}" * (
+            least > -math.inf
+        ) + f" and at most {most:g}" * (most < math.inf)
         raise ValueError(f"{name}={value!r:.80}: expected a finite number{bounds}")
     return float(value)
 
 
 def gate_spec(name: str, value: Any) -> GateSpec:
     if not isinstance(value, GateSpec):
-        raise TypeError(f"{name}={value!r:.80}: expected a gate function of dampr.spec, such as dampr.spec.hard_concrete()")
+        raise TypeError(
+            f"{name}={value!r:.80}: expected a gate function of dampr.spec, such as dampr.spec.hard_concrete()"
+        )
     return value
 
 
@@ -133,7 +150,9 @@ def positive_int(name: str, value: Any, least: int = 1) -> int:
 
 
 def rows(value: Any) -> Any:
-    """The number of draws that a gate is asked for: None for a single one, or an integer, also one that a compiler leaves open."""
+    """The number of draws that a gate is asked for: None for a single one, or an integer,
+    also one that a compiler leaves open.
+    """
     return value if value is None or isinstance(value, torch.SymInt) else positive_int("rows", value, least=0)
 
 
@@ -155,7 +174,14 @@ def items(name: str, value: Any) -> list[Any]:
 def block_count(name: str, block: Any, rows: int, cols: int) -> int:
     """How many blocks of this size a (rows, cols) matrix has, partial ones at its edges included."""
     r, c = block if isinstance(block, tuple) and len(block) == 2 else (None, None)
-    if not isinstance(r, int) or not isinstance(c, int) or isinstance(r, bool) or isinstance(c, bool) or r <= 0 or c <= 0:
+    if (
+        not isinstance(r, int)
+        or not isinstance(c, int)
+        or isinstance(r, bool)
+        or isinstance(c, bool)
+        or r <= 0
+        or c <= 0
+    ):
         raise ValueError(f"{name}={block!r:.80}: expected a tuple of two positive integers, (rows, cols)")
     return -(rows // -r) * -(cols // -c)
 
@@ -163,7 +189,9 @@ def block_count(name: str, block: Any, rows: int, cols: int) -> int:
 def gate_index(name: str, index: Any, shape: Sequence[int]) -> int:
     """How many gates an int64 tensor of this shape, the gate of each element, asks for: its largest value and one."""
     if tensor(name, index).dtype != torch.int64 or index.shape != tuple(shape):
-        raise ValueError(f"{name}: got {index.dtype} of shape {tuple(index.shape)}, expected int64 of shape {tuple(shape)}")
+        raise ValueError(
+            f"{name}: got {index.dtype} of shape {tuple(index.shape)}, expected int64 of shape {tuple(shape)}"
+        )
     if index.numel() and int(index.min()) < 0:
         raise ValueError(f"{name}: its smallest value is {int(index.min())}, expected 0 or more, the number of a gate")
     return int(index.max()) + 1 if index.numel() else 0

@@ -26,7 +26,9 @@ def track(items: Collection[T], what: str, *, delay: float | None = None) -> Ite
 
 @contextmanager
 def bar(what: str, total: int, *, delay: float | None = None) -> Iterator[Callable[..., None]]:
-    """A bar for the length of a block; what it gives is called after each of ``total`` parts, with a note to show if there is one."""
+    """A bar for the length of a block; what it gives is called after each of ``total`` parts,
+    with a note to show if there is one.
+    """
     console = terminal()
     if console is None:
         yield lambda note="": None
@@ -39,7 +41,9 @@ def bar(what: str, total: int, *, delay: float | None = None) -> Iterator[Callab
 
 
 def terminal() -> Any:
-    """A rich console on stderr; None where that is no terminal, in all processes of torchrun but the first, and without rich."""
+    """A rich console on stderr; None where that is no terminal, in all processes of torchrun but the first,
+    and without rich.
+    """
     if sys.stderr is None or not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0":
         return None
     try:
@@ -51,7 +55,10 @@ def terminal() -> Any:
 
 
 class _Bar:
-    """A line on the screen. It is drawn when it advances and at no other time: no thread disturbs what is being timed."""
+    """A line on the screen.
+
+    It is drawn when it advances and at no other time: no thread disturbs what is being timed.
+    """
 
     def __init__(self, console: Any, what: str, total: int, delay: float) -> None:
         self._console, self._what, self._total = console, what, total

@@ -1,8 +1,8 @@
 """Counter-based noise: (seed, index) -> uint32 word -> uniform, the same to the bit in torch, C++ and Triton.
 
-Philox4x32-10 (Salmon et al., SC 2011): key = the 64-bit seed, counter = (group lo, group hi, 0, 0); gate ``i`` takes word ``i % 4`` of
-group ``i // 4``. Nothing is stored: the backward draws again. The index is the *logical* gate index, so no tile, thread, split or device
-changes it.
+Philox4x32-10 (Salmon et al., SC 2011): key = the 64-bit seed, counter = (group lo, group hi, 0, 0); gate ``i`` takes
+word ``i % 4`` of group ``i // 4``. Nothing is stored: the backward draws again. The index is the *logical* gate index,
+so no tile, thread, split or device changes it.
 """
 
 from __future__ import annotations
@@ -14,13 +14,19 @@ KEY_A, KEY_B = 0x9E3779B9, 0xBB67AE85
 ROUNDS = 10
 UNIFORM_SCALE = 4.6566127342e-10  # just under 2^-31: the largest word still maps below 1 (Triton's constant)
 UNIFORM_MIN, UNIFORM_MAX = 2.0**-24, 1.0 - 2.0**-24
-SECOND_STREAM = 0x5851F42D4C957F2D  # flips key bits where one seed has to serve the input and the output gates of one layer
+# flips key bits where one seed has to serve the input and the output gates of one layer
+SECOND_STREAM = 0x5851F42D4C957F2D
 SEEDS = 0, 2**63 - 1, (1,)  # from, below, and the shape of one
 _LOW = 0xFFFFFFFF
 
 
-def philox4x32(c0: torch.Tensor, c1: torch.Tensor, c2: torch.Tensor, c3: torch.Tensor, seed: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Ten rounds of Philox4x32 on int64 tensors that hold uint32 values; ``seed``: int64, broadcastable. Returns four such tensors."""
+def philox4x32(
+    c0: torch.Tensor, c1: torch.Tensor, c2: torch.Tensor, c3: torch.Tensor, seed: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """Ten rounds of Philox4x32 on int64 tensors that hold uint32 values; ``seed``: int64, broadcastable.
+
+    Returns four such tensors.
+    """
     k0, k1 = seed & _LOW, (seed >> 32) & _LOW
     for _ in range(ROUNDS):
         # An int64 product wraps modulo 2^64, so its two halves are the ones of the unsigned product.
@@ -32,8 +38,11 @@ def philox4x32(c0: torch.Tensor, c1: torch.Tensor, c2: torch.Tensor, c3: torch.T
 
 
 def words(seed: torch.Tensor, count: int, start: int = 0) -> torch.Tensor:
-    """The uint32 words of gates ``start .. start + count - 1`` as an int64 tensor of shape (count,) on the seed's device."""
-    if torch.compiler.is_exporting():  # a group for each word: the length of a slice would be a guard on a dynamic count
+    """The uint32 words of gates ``start .. start + count - 1`` as an int64 tensor of
+    shape (count,) on the seed's device.
+    """
+    # a group for each word: the length of a slice would be a guard on a dynamic count
+    if torch.compiler.is_exporting():
         index = torch.arange(count, dtype=torch.int64, device=seed.device) + start
         drawn = torch.stack(_groups(index >> 2, seed), dim=1)
         return drawn.gather(1, (index & 3)[:, None])[:, 0]
@@ -49,12 +58,17 @@ def _groups(group: torch.Tensor, seed: torch.Tensor) -> tuple[torch.Tensor, ...]
 
 
 def uniform(seed: torch.Tensor, count: int, start: int = 0) -> torch.Tensor:
-    """Uniform float32 noise in [2^-24, 1 - 2^-24] of gates ``start .. start + count - 1``; ``seed``: int64 of shape (1,)."""
+    """Uniform float32 noise in [2^-24, 1 - 2^-24] of gates ``start .. start + count - 1``;
+    ``seed``: int64 of shape (1,).
+    """
     word = words(seed, count, start)
-    signed = torch.where(word > 0x7FFFFFFF, _LOW - word, word)  # what Triton does with a word read as int32: x < 0 ? -x - 1 : x
+    # what Triton does with a word read as int32: x < 0 ? -x - 1 : x
+    signed = torch.where(word > 0x7FFFFFFF, _LOW - word, word)
     return (signed.to(torch.float32) * UNIFORM_SCALE).clamp(UNIFORM_MIN, UNIFORM_MAX)
 
 
 def draw_seed(device: torch.device | str | None = None) -> torch.Tensor:
-    """A fresh seed: int64 of shape (1,) on ``device``, from torch's own generator, so it obeys ``torch.manual_seed`` and CUDA graphs."""
+    """A fresh seed: int64 of shape (1,) on ``device``, from torch's own generator,
+    so it obeys ``torch.manual_seed`` and CUDA graphs.
+    """
     return torch.randint(*SEEDS, dtype=torch.int64, device=device)

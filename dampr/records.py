@@ -65,7 +65,9 @@ def _replace(path: Path, text: str) -> None:
 def _run(*command: str) -> str | None:
     try:
         return (
-            subprocess.run(command, capture_output=True, text=True, check=True, timeout=20, cwd=Path(__file__).parent).stdout.strip()
+            subprocess.run(
+                command, capture_output=True, text=True, check=True, timeout=20, cwd=Path(__file__).parent
+            ).stdout.strip()
             or None
         )
     except (OSError, subprocess.SubprocessError):
@@ -77,4 +79,6 @@ def _commit() -> str | None:
 
 
 def _driver() -> str | None:
-    return _run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if torch.cuda.is_available() else None
+    return (
+        _run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if torch.cuda.is_available() else None
+    )

@@ -48,4 +48,6 @@ class FencedExamples(griffe.Extension):
     def on_instance(self, *, obj: griffe.Object, **_: Any) -> None:
         """Called by griffe for every object that it has read."""
         if obj.docstring is not None:
-            obj.docstring.value = re.sub(r"(?m)((?:^ *>>> .*\n?)(?:^.+\n?)*)", r"```python\n\1\n```\n", obj.docstring.value)
+            obj.docstring.value = re.sub(
+                r"(?m)((?:^ *>>> .*\n?)(?:^.+\n?)*)", r"```python\n\1\n```\n", obj.docstring.value
+            )

@@ -1,4 +1,6 @@
-"""What the examples share: image data, the small networks of the papers, one training loop, and results as JSON beside the scripts."""
+"""What the examples share: image data, the small networks of the papers, one training loop,
+and results as JSON beside the scripts.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,11 @@ Penalty = Callable[[nn.Module], Tensor]
 def arguments(description: str | None, **defaults: Any) -> argparse.Namespace:
     """``--root``, ``--seed``, ``--no-write`` and one option for each default."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--root", type=Path, help="folder of MNIST-like idx files, or digits; default: Debian's Fashion-MNIST, else digits")
+    parser.add_argument(
+        "--root",
+        type=Path,
+        help="folder of MNIST-like idx files, or digits; default: Debian's Fashion-MNIST, else digits",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-write", action="store_true", help="leave examples/results alone")
     for name, value in defaults.items():
@@ -37,7 +43,9 @@ def arguments(description: str | None, **defaults: Any) -> argparse.Namespace:
 
 
 def images(root: Path | None, count: int | None = None) -> tuple[str, datasets.Split]:
-    """(name, images) from ``root``, from Debian's package, or the bundled digits enlarged to 24 x 24; the first ``count`` to train on."""
+    """(name, images) from ``root``, from Debian's package, or the bundled digits enlarged to 24 x 24;
+    the first ``count`` to train on.
+    """
     folder = None if str(root) == "digits" else root or next((f for f in FOLDERS if f.is_dir()), None)
     if folder is None:
         name, data = "digits", datasets.digits()
@@ -65,7 +73,8 @@ def train(
     settle: int = 0,
     plan: dampr.Plan | None = None,
 ) -> float:
-    """Adam on cross-entropy + penalty with a cosine schedule; gates are deterministic and free in the last ``settle`` epochs.
+    """Adam on cross-entropy + penalty with a cosine schedule;
+    gates are deterministic and free in the last ``settle`` epochs.
 
     Or, with a plan for the model, it prunes and needs neither.
 
@@ -97,7 +106,8 @@ def train(
 def to_budget(
     model: nn.Module, data: datasets.Split, *, macs: float, epochs: int, lr: float = 2e-3, **how: Any
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """Train with a :class:`dampr.Plan` down to a share of the MACs (or their number, of :data:`EXAMPLES` images); ``how``: as for it.
+    """Train with a :class:`dampr.Plan` down to a share of the MACs (or their number, of :data:`EXAMPLES` images);
+    ``how``: as for it.
 
     Returns the compacted model, and seconds, sizes and accuracy.
     """
@@ -127,7 +137,9 @@ def widths(model: nn.Module) -> str:
 def accuracy(model: nn.Module, data: datasets.Split) -> float:
     """Share of test images that are classified rightly, in evaluation mode."""
     model.eval()
-    right = [(model(x).argmax(1) == y).sum() for x, y in zip(data.x_test.split(1000), data.y_test.split(1000), strict=True)]
+    right = [
+        (model(x).argmax(1) == y).sum() for x, y in zip(data.x_test.split(1000), data.y_test.split(1000), strict=True)
+    ]
     return float(sum(right)) / len(data.y_test)
 
 
@@ -145,12 +157,16 @@ def compacted(model: nn.Module, data: datasets.Split) -> dict[str, Any]:
 
 
 def side_by_side(models: dict[str, nn.Module], example: Any, quality: dict[str, float]) -> list[dict[str, Any]]:
-    """Of each model its size, its quality, and the milliseconds of an evaluation pass over the example inputs, timed in turns."""
+    """Of each model its size, its quality, and the milliseconds of an evaluation pass over the example inputs,
+    timed in turns.
+    """
 
     def call(model: nn.Module) -> Callable[[], object]:
         return torch.inference_mode()(lambda: inputs.call(model, example))
 
-    times = timing.interleaved({name: call(model.eval()) for name, model in models.items()}, rounds=20, min_seconds=0.02)
+    times = timing.interleaved(
+        {name: call(model.eval()) for name, model in models.items()}, rounds=20, min_seconds=0.02
+    )
     return [
         {
             "model": name,

@@ -1,4 +1,5 @@
-"""Five gate families on one task at one target size: LeNet-5-Caffe, the same epochs and the same target of MACs, several seeds.
+"""Five gate families on one task at one target size: LeNet-5-Caffe, the same epochs and the same target of MACs,
+several seeds.
 
 Every family gets the same :class:`dampr.Plan` with ``score="learned"``, which ends exactly at the target.
 """
@@ -38,11 +39,21 @@ def main() -> None:
                 macs = count_macs(model, data.x[:1])
                 found = {"accuracy": common.accuracy(model, data), "open": "", "macs": macs, "macs_dense": macs}
             else:
-                how = {"gate": FAMILIES[family], "score": "learned", "convert": {"per_sample": False}}  # one draw per step for all
+                # one draw per step for all
+                how = {"gate": FAMILIES[family], "score": "learned", "convert": {"per_sample": False}}
                 _, found = common.to_budget(model, data, macs=args.target, epochs=args.epochs, **how)
             runs.append({"family": family, "seed": seed, **found, "seconds": time.perf_counter() - start})
-            print(family, seed, f"{found['accuracy']:.4f}", f"{found['macs'] / found['macs_dense']:.1%}", found["open"], flush=True)
-    common.finish(__file__, {"data": name, "epochs": args.epochs, "target": args.target, "runs": runs}, not args.no_write)
+            print(
+                family,
+                seed,
+                f"{found['accuracy']:.4f}",
+                f"{found['macs'] / found['macs_dense']:.1%}",
+                found["open"],
+                flush=True,
+            )
+    common.finish(
+        __file__, {"data": name, "epochs": args.epochs, "target": args.target, "runs": runs}, not args.no_write
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""An image auto-encoder with a DAM bottleneck: 784-128-64-32-50 (gates) -32-64-128-784 (Bu et al. 2021, MNIST; tables not available).
+"""An image auto-encoder with a DAM bottleneck: 784-128-64-32-50 (gates) -32-64-128-784 (Bu et al. 2021, MNIST;
+tables not available).
 
 A larger lambda leaves a smaller code. One network per lambda; ``--root`` takes MNIST.
 """
@@ -35,7 +36,8 @@ class AutoEncoder(nn.Module):
 def run(x: Tensor, x_test: Tensor, lam: float, epochs: int, seed: int) -> dict[str, Any]:
     torch.manual_seed(seed)
     model, start = AutoEncoder(x.shape[1]), time.perf_counter()
-    optimizer = torch.optim.Adam(dampr.param_groups(model, lr=1e-3, gate_lr=2e-2))  # a short run: beta moves faster than published
+    # a short run: beta moves faster than published
+    optimizer = torch.optim.Adam(dampr.param_groups(model, lr=1e-3, gate_lr=2e-2))
     for _ in range(epochs):
         for index in torch.randperm(len(x)).split(512):
             loss = (model(x[index]) - x[index]).square().mean() + dampr.gates.dam_penalty([model.gate], lam)
@@ -54,7 +56,14 @@ def main() -> None:
     name, data = common.images(args.root, args.count)
     x, x_test = data.x * 2 - 1, data.x_test * 2 - 1
     runs = [run(x, x_test, lam, args.epochs, args.seed) for lam in (0.0, 0.003, 0.01, 0.03)]
-    result = {"method": "dam", "data": name, "seed": args.seed, "epochs": args.epochs, "runs": runs, "published": "tables not available"}
+    result = {
+        "method": "dam",
+        "data": name,
+        "seed": args.seed,
+        "epochs": args.epochs,
+        "runs": runs,
+        "published": "tables not available",
+    }
     common.finish(__file__, result, not args.no_write)
 
 

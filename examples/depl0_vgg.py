@@ -1,7 +1,8 @@
-"""Dep-L0 on a small VGG with batch norm: one generator makes the gates of all layers, which sit between norm and ReLU, drawn per image.
+"""Dep-L0 on a small VGG with batch norm: one generator makes the gates of all layers, which sit between norm and ReLU,
+drawn per image.
 
-Li and Ji 2021 train VGG16 on CIFAR-10 for 299 epochs with the same penalty; their tables were not available. Here: six convolutions of a
-quarter of the width, Fashion-MNIST padded to 32 x 32.
+Li and Ji 2021 train VGG16 on CIFAR-10 for 299 epochs with the same penalty; their tables were not available. Here: six
+convolutions of a quarter of the width, Fashion-MNIST padded to 32 x 32.
 """
 
 from __future__ import annotations

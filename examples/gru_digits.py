@@ -1,4 +1,6 @@
-"""A GRU that reads images row by row, pruned to half its units by a plan, against dense and against narrow from scratch."""
+"""A GRU that reads images row by row, pruned to half its units by a plan,
+against dense and against narrow from scratch.
+"""
 
 from __future__ import annotations
 
@@ -39,8 +41,17 @@ def main() -> None:
     models["pruned"], _ = common.to_budget(RowReader(side, HIDDEN), data, macs=half, epochs=args.epochs)
 
     seconds = time.perf_counter() - start
-    rows = common.side_by_side(models, data.x_test[:64], {kind: common.accuracy(model, data) for kind, model in models.items()})
-    result = {"data": name, "seed": args.seed, "epochs": args.epochs, "seconds": seconds, "metric": "accuracy", "models": rows}
+    rows = common.side_by_side(
+        models, data.x_test[:64], {kind: common.accuracy(model, data) for kind, model in models.items()}
+    )
+    result = {
+        "data": name,
+        "seed": args.seed,
+        "epochs": args.epochs,
+        "seconds": seconds,
+        "metric": "accuracy",
+        "models": rows,
+    }
     common.finish(__file__, {**result, "published": "recurrent nodes: tables not available"}, not args.no_write)
 
 

@@ -1,7 +1,8 @@
-"""L0 / hard concrete on LeNet-5-Caffe: gates on 20 and 50 filters and on the 800 and 500 inputs of the linear layers (Louizos et al. 2018).
+"""L0 / hard concrete on LeNet-5-Caffe: gates on 20 and 50 filters and on the 800 and 500 inputs of
+the linear layers (Louizos et al. 2018).
 
-Published after 200 epochs of MNIST: 20-25-45-462 at 0.9 % error with lambda 0.1 / N, 9-18-65-25 at 1.0 % with a lambda for each layer,
-which is what this script has. ``--root`` takes MNIST.
+Published after 200 epochs of MNIST: 20-25-45-462 at 0.9 % error with lambda 0.1 / N, 9-18-65-25 at 1.0 % with a lambda
+for each layer, which is what this script has. ``--root`` takes MNIST.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import dampr
 from dampr.cli import demo
 from examples import common
 
-LAMBDAS = (10.0, 0.5, 0.1, 10.0)  # per weight, over N: the defaults of the L0-ARM code, which compares with the published row
+# per weight, over N: the defaults of the L0-ARM code, which compares with the published row
+LAMBDAS = (10.0, 0.5, 0.1, 10.0)
 
 
 def main() -> None:
@@ -38,7 +40,11 @@ def main() -> None:
         "seconds": seconds,
         **common.compacted(model, data),
     }
-    common.finish(__file__, {**result, "published": "MNIST, 200 epochs: 9-18-65-25 of 20-50-800-500, error 1.0 %"}, not args.no_write)
+    common.finish(
+        __file__,
+        {**result, "published": "MNIST, 200 epochs: 9-18-65-25 of 20-50-800-500, error 1.0 %"},
+        not args.no_write,
+    )
 
 
 if __name__ == "__main__":

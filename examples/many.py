@@ -1,4 +1,6 @@
-"""What the examples for several processes share: ranks, parts of batches, checkpoints, and a run with a budget on sharded layers."""
+"""What the examples for several processes share: ranks, parts of batches, checkpoints,
+and a run with a budget on sharded layers.
+"""
 
 from __future__ import annotations
 
@@ -40,8 +42,12 @@ def start() -> tuple[int, int]:
     return distributed.get_rank(), distributed.get_world_size()
 
 
-def batches(data: datasets.Split, epoch: int, seed: int, part: int = 0, parts: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of an epoch in an order that all ranks know, of each this rank's ``part``; the last, smaller one is left out."""
+def batches(
+    data: datasets.Split, epoch: int, seed: int, part: int = 0, parts: int = 1
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of an epoch in an order that all ranks know, of each this rank's ``part``; the last,
+    smaller one is left out.
+    """
     order = torch.randperm(len(data.x), generator=torch.Generator().manual_seed(1000 * seed + epoch))
     for rows in order[: steps_of(data, 1) * common.BATCH].split(common.BATCH):
         mine = rows.chunk(parts)[part]
@@ -68,12 +74,17 @@ def kept(path: str) -> dict[str, Any] | None:
 
 
 def with_budget(
-    args: argparse.Namespace, data: datasets.Split, rank: int, world: int, shard: Callable[[nn.Module], nn.Module], parts: int
+    args: argparse.Namespace,
+    data: datasets.Split,
+    rank: int,
+    world: int,
+    shard: Callable[[nn.Module], nn.Module],
+    parts: int,
 ) -> tuple[nn.Module, dict[str, Any]] | None:
     """Train dense, down to the budget, compact, and train on, on layers that ``shard`` spreads over the ranks.
 
-    ``parts``: in how many a batch is divided, 1 where all ranks see all of it. Returns the small model and what became of it; None where
-    ``args.stop`` ends the run before.
+    ``parts``: in how many a batch is divided, 1 where all ranks see all of it. Returns the small model and what became
+    of it; None where ``args.stop`` ends the run before.
     """
     began, example = time.perf_counter(), data.x_test[: common.EXAMPLES]
     torch.manual_seed(args.seed)
@@ -92,7 +103,9 @@ def with_budget(
         model = shard(model)
     optimizer = torch.optim.Adam(model.parameters(), lr=LR)
     if state is not None:
-        set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=FULL)
+        set_state_dict(
+            model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=FULL
+        )
         if budget is not None:
             budget.load_state_dict(state["budget"])
     for epoch in range(0 if state is None else state["epoch"], epochs):
@@ -132,7 +145,16 @@ def say(rank: int, text: str) -> None:
         print(text, flush=True)
 
 
-def finish(script: str, args: argparse.Namespace, rank: int, world: int, name: str, data: datasets.Split, small: Any, found: Any) -> None:
+def finish(
+    script: str,
+    args: argparse.Namespace,
+    rank: int,
+    world: int,
+    name: str,
+    data: datasets.Split,
+    small: Any,
+    found: Any,
+) -> None:
     """Print the run, and keep it beside those on other numbers of ranks."""
     small.eval()
     run = {
@@ -152,4 +174,6 @@ def finish(script: str, args: argparse.Namespace, rank: int, world: int, name: s
     before = json.loads(path.read_text()).get("runs", {}) if path.exists() and not args.no_write else {}
     runs = {**before, str(world): run}
     head = {"data": name, "seed": args.seed, "epochs": args.epochs, "images": len(data.x)}
-    common.finish(script, {**head, **run, "runs": runs, "published": "none: one process is what it is held to"}, not args.no_write)
+    common.finish(
+        script, {**head, **run, "runs": runs, "published": "none: one process is what it is held to"}, not args.no_write
+    )

@@ -1,7 +1,7 @@
 """LeNet-300-100 pruned by a plan under DistributedDataParallel: ``torchrun --nproc-per-node 2 -m examples.train_ddp``.
 
-Every rank has its part of each batch. ``--checkpoint FILE`` keeps the run after each epoch and goes on from there; ``--stop N`` ends it
-after N epochs, as if it were killed.
+Every rank has its part of each batch. ``--checkpoint FILE`` keeps the run after each epoch and goes on from there;
+``--stop N`` ends it after N epochs, as if it were killed.
 """
 
 from __future__ import annotations

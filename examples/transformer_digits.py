@@ -1,4 +1,6 @@
-"""A small transformer that reads images row by row; a plan prunes heads and feed-forward neurons to half its multiply-accumulates."""
+"""A small transformer that reads images row by row; a plan prunes heads and feed-forward
+neurons to half its multiply-accumulates.
+"""
 
 from __future__ import annotations
 
@@ -38,9 +40,20 @@ def main() -> None:
     models["pruned"], found = common.to_budget(RowTransformer(side), data, macs=args.macs, epochs=args.epochs, lr=1e-3)
 
     seconds = time.perf_counter() - start
-    rows = common.side_by_side(models, data.x_test[:64], {kind: common.accuracy(model, data) for kind, model in models.items()})
-    result = {"data": name, "seed": args.seed, "epochs": args.epochs, "seconds": seconds, "metric": "accuracy", "open": found["open"]}
-    common.finish(__file__, {**result, "models": rows, "published": "none: no paper of the five prunes heads"}, not args.no_write)
+    rows = common.side_by_side(
+        models, data.x_test[:64], {kind: common.accuracy(model, data) for kind, model in models.items()}
+    )
+    result = {
+        "data": name,
+        "seed": args.seed,
+        "epochs": args.epochs,
+        "seconds": seconds,
+        "metric": "accuracy",
+        "open": found["open"],
+    }
+    common.finish(
+        __file__, {**result, "models": rows, "published": "none: no paper of the five prunes heads"}, not args.no_write
+    )
 
 
 if __name__ == "__main__":

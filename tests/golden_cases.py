@@ -1,7 +1,8 @@
-"""Golden numbers that are asked of every backend: ``CASES`` has checks (golden, dtype, tolerance) that run on the backend in force.
+"""Golden numbers that are asked of every backend: ``CASES`` has checks (golden, dtype,
+tolerance) that run on the backend in force.
 
-A hard concrete gate depends on noise and parameter through logit u + log_alpha alone. So the published u is had on any backend, whatever
-it draws: :func:`moved` puts the difference of the logits into log_alpha.
+A hard concrete gate depends on noise and parameter through logit u + log_alpha alone. So the published u is had on any
+backend, whatever it draws: :func:`moved` puts the difference of the logits into log_alpha.
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ def drawn_next(seed: int, count: int) -> Tensor:
 def hard_concrete_samples(golden: dict[str, Any], dtype: torch.dtype, tolerance: float) -> None:
     rows = golden["l0_hc"]["samples"]
     noise = philox.uniform(torch.tensor([SEED]), len(rows))
-    leaf = moved(double([r["log_alpha"] for r in rows]), double([r["u"] for r in rows]), noise).to(dtype).requires_grad_()
+    leaf = (
+        moved(double([r["log_alpha"] for r in rows]), double([r["u"] for r in rows]), noise).to(dtype).requires_grad_()
+    )
     z = functional.sample_gates(leaf, seed=SEED)
     expected = double([r["z"] for r in rows])
     assert torch.equal(z == 0, expected == 0)
@@ -189,7 +192,11 @@ def dam_layer(golden: dict[str, Any], dtype: torch.dtype, tolerance: float) -> N
     close(gate.beta.grad, [case["dL_dbeta_total"]], tolerance)
     for key, shape in (("linear_gate", "linear"), ("piecewise_linear_gate", "piecewise_linear")):
         wide = golden["dam"][key]
-        close(gates.DiscriminativeMask(wide["n"], shape=shape, init_beta=wide["beta"]).to(dtype)(), wide["gate"], tolerance)
+        close(
+            gates.DiscriminativeMask(wide["n"], shape=shape, init_beta=wide["beta"]).to(dtype)(),
+            wide["gate"],
+            tolerance,
+        )
 
 
 def diffprune_groups(golden: dict[str, Any], dtype: torch.dtype, tolerance: float) -> None:
@@ -210,7 +217,9 @@ def diffprune_groups(golden: dict[str, Any], dtype: torch.dtype, tolerance: floa
 
 
 class PassThrough(gates.Gate):
-    """A family of a user's own: the hard mask with the derivative 1 everywhere (Bengio et al. 2013), which dampr does not have."""
+    """A family of a user's own: the hard mask with the derivative 1 everywhere (Bengio et al. 2013),
+    which dampr does not have.
+    """
 
     def __init__(self, values: Tensor) -> None:
         super().__init__(values.numel())

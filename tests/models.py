@@ -1,5 +1,5 @@
-"""Networks with the structures that pruning has to get right: ``ALL`` has a function that makes (model, example inputs) for each small one,
-``FULL`` for the published ones as deep and wide as they are.
+"""Networks with the structures that pruning has to get right: ``ALL`` has a function that makes (model, example inputs)
+for each small one, ``FULL`` for the published ones as deep and wide as they are.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from torch.nn import functional as F
 
 def conv_norm(read: int, written: int, kernel: int = 3, stride: int = 1, groups: int = 1) -> nn.Sequential:
     return nn.Sequential(
-        nn.Conv2d(read, written, kernel, stride, kernel // 2, groups=groups, bias=False), nn.BatchNorm2d(written), nn.ReLU()
+        nn.Conv2d(read, written, kernel, stride, kernel // 2, groups=groups, bias=False),
+        nn.BatchNorm2d(written),
+        nn.ReLU(),
     )
 
 
@@ -26,7 +28,11 @@ class BasicBlock(nn.Module):
         self.first = conv_norm(read, width, stride=stride)
         self.conv, self.norm = nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
         same = read == width and stride == 1
-        self.shortcut = nn.Identity() if same else nn.Sequential(nn.Conv2d(read, width, 1, stride, bias=False), nn.BatchNorm2d(width))
+        self.shortcut = (
+            nn.Identity()
+            if same
+            else nn.Sequential(nn.Conv2d(read, width, 1, stride, bias=False), nn.BatchNorm2d(width))
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.norm(self.conv(self.first(x))) + self.shortcut(x))
@@ -41,7 +47,9 @@ class Bottleneck(nn.Module):
         self.expand, self.norm = nn.Conv2d(width, 4 * width, 1, bias=False), nn.BatchNorm2d(4 * width)
         same = read == 4 * width and stride == 1
         self.shortcut = (
-            nn.Identity() if same else nn.Sequential(nn.Conv2d(read, 4 * width, 1, stride, bias=False), nn.BatchNorm2d(4 * width))
+            nn.Identity()
+            if same
+            else nn.Sequential(nn.Conv2d(read, 4 * width, 1, stride, bias=False), nn.BatchNorm2d(4 * width))
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -81,7 +89,13 @@ class InvertedResidual(nn.Module):
         self.expand, self.depthwise = conv_norm(width, inner, 1), conv_norm(inner, inner, 3, groups=inner)
         self.project, self.norm = nn.Conv2d(inner, width, 1, bias=False), nn.BatchNorm2d(width)
         self.squeeze = (
-            nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(inner, squeeze, 1), nn.ReLU(), nn.Conv2d(squeeze, inner, 1), nn.Hardsigmoid())
+            nn.Sequential(
+                nn.AdaptiveAvgPool2d(1),
+                nn.Conv2d(inner, squeeze, 1),
+                nn.ReLU(),
+                nn.Conv2d(squeeze, inner, 1),
+                nn.Hardsigmoid(),
+            )
             if squeeze
             else None
         )
@@ -180,7 +194,9 @@ def _image(side: int = 8) -> Tensor:
 
 
 def mlp() -> tuple[nn.Module, Any]:
-    return nn.Sequential(nn.Linear(12, 20), nn.ReLU(), nn.Linear(20, 16), nn.Tanh(), nn.Linear(16, 5)), torch.randn(4, 12)
+    return nn.Sequential(nn.Linear(12, 20), nn.ReLU(), nn.Linear(20, 16), nn.Tanh(), nn.Linear(16, 5)), torch.randn(
+        4, 12
+    )
 
 
 def lenet5() -> tuple[nn.Module, Any]:
@@ -190,7 +206,9 @@ def lenet5() -> tuple[nn.Module, Any]:
 
 def vgg() -> tuple[nn.Module, Any]:
     layers = [conv_norm(8, 12), nn.MaxPool2d(2), conv_norm(12, 16), conv_norm(16, 16), nn.MaxPool2d(2)]
-    return nn.Sequential(conv_norm(3, 8), *layers, nn.Flatten(), nn.Linear(64, 24), nn.ReLU(), nn.Dropout(), nn.Linear(24, 5)), _image()
+    return nn.Sequential(
+        conv_norm(3, 8), *layers, nn.Flatten(), nn.Linear(64, 24), nn.ReLU(), nn.Dropout(), nn.Linear(24, 5)
+    ), _image()
 
 
 ALL: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
@@ -250,5 +268,8 @@ FULL: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
     "vgg16-bn": lambda: (vgg16(), _image(32)),
     "resnet18": lambda: (_resnet(BasicBlock, [2, 2, 2, 2], 1), _image(64)),
     "resnet50": lambda: (_resnet(Bottleneck, [3, 4, 6, 3], 4), _image(64)),
-    "resnet56": lambda: (nn.Sequential(conv_norm(3, 16), *_stages(BasicBlock, 16, [(16, 9), (32, 9), (64, 9)])), _image(32)),
+    "resnet56": lambda: (
+        nn.Sequential(conv_norm(3, 16), *_stages(BasicBlock, 16, [(16, 9), (32, 9), (64, 9)])),
+        _image(32),
+    ),
 }

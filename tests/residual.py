@@ -19,7 +19,9 @@ others = torch.randint(20, (3, 4), generator=torch.Generator().manual_seed(1))
 
 
 class Block(nn.Module):
-    """Pre-norm, every projection a linear layer of its own, a learned factor for each channel behind the feed-forward (CaiT)."""
+    """Pre-norm, every projection a linear layer of its own,
+    a learned factor for each channel behind the feed-forward (CaiT).
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,7 +39,13 @@ class Block(nn.Module):
 class Classifier(nn.Module):
     """Words with learned positions in, one score for each class out; ``class_token``: read off a learned first word."""
 
-    def __init__(self, layers: nn.Module, norm: nn.Module | None = None, first: nn.Module | None = None, class_token: bool = False) -> None:
+    def __init__(
+        self,
+        layers: nn.Module,
+        norm: nn.Module | None = None,
+        first: nn.Module | None = None,
+        class_token: bool = False,
+    ) -> None:
         super().__init__()
         self.embedding, self.position = nn.Embedding(20, E), nn.Parameter(torch.randn(1, 5, E) / 2)
         self.token = nn.Parameter(torch.randn(1, 1, E)) if class_token else None
@@ -70,7 +78,10 @@ class Attending(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.norm, self.attention = nn.LayerNorm(E), nn.MultiheadAttention(E, H, add_bias_kv=True, add_zero_attn=True, batch_first=True)
+        self.norm, self.attention = (
+            nn.LayerNorm(E),
+            nn.MultiheadAttention(E, H, add_bias_kv=True, add_zero_attn=True, batch_first=True),
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         n = self.norm(x)
@@ -114,7 +125,8 @@ def frozen(model: Classifier) -> Classifier:
 def branches() -> nn.Module:
     """Feed-forward branches that may close as a whole."""
     return nn.Sequential(
-        *(GatedResidual(nn.Sequential(nn.LayerNorm(E), nn.Linear(E, D), nn.GELU(), nn.Linear(D, E))) for _ in range(3)), nn.LayerNorm(E)
+        *(GatedResidual(nn.Sequential(nn.LayerNorm(E), nn.Linear(E, D), nn.GELU(), nn.Linear(D, E))) for _ in range(3)),
+        nn.LayerNorm(E),
     )
 
 
@@ -130,7 +142,10 @@ CASES: dict[str, Any] = {
     "post-norm behind a norm": lambda: (Classifier(encoder(False), first=nn.LayerNorm(E)), words),
     "attention": lambda: (Classifier(nn.Sequential(Attending(), Attending()), nn.LayerNorm(E)), words),
     "branches": lambda: (Classifier(branches()), words),
-    "sequence": lambda: (nn.Sequential(nn.Embedding(20, E), *encoder().layers, nn.LayerNorm(E), nn.Linear(E, 3)), words),
+    "sequence": lambda: (
+        nn.Sequential(nn.Embedding(20, E), *encoder().layers, nn.LayerNorm(E), nn.Linear(E, 3)),
+        words,
+    ),
     "stack": lambda: (nn.Sequential(nn.Embedding(20, E), encoder(norm=nn.LayerNorm(E)), nn.Linear(E, 3)), words),
     "sublayers": lambda: (Classifier(gated_encoder(), nn.LayerNorm(E)), words),
     "translator": lambda: (Translator(), (words, others)),
@@ -139,7 +154,9 @@ CASES: dict[str, Any] = {
 }
 GATED = {  # the dense counterparts of those that have gates before
     "sublayers": lambda: Classifier(nn.Sequential(*encoder().layers), nn.LayerNorm(E)),
-    "branches": lambda: Classifier(nn.Sequential(*(dampr.nn.Residual(m.branch) for m in list(branches())[:-1]), nn.LayerNorm(E))),
+    "branches": lambda: Classifier(
+        nn.Sequential(*(dampr.nn.Residual(m.branch) for m in list(branches())[:-1]), nn.LayerNorm(E))
+    ),
 }
 PROJECTED = ["*.q", "*.k", "*.v"]  # their own gates would have to keep the width of heads
 every_case = pytest.mark.parametrize("case", CASES)
@@ -152,7 +169,10 @@ def built(case: str, seed: int = 1, **how: Any) -> tuple[Any, Any]:
     for p in model.parameters():
         if p.dim() == 1 and p.numel() > 1:
             p.data.add_(0.3 * torch.randn_like(p))
-    how["exclude"] = [*PROJECTED, *(how["exclude"] if isinstance(how.get("exclude"), list) else filter(None, [how.get("exclude")]))]
+    how["exclude"] = [
+        *PROJECTED,
+        *(how["exclude"] if isinstance(how.get("exclude"), list) else filter(None, [how.get("exclude")])),
+    ]
     return dampr.convert(model.eval(), example_inputs=x, residual=True, **how), x
 
 

@@ -1,7 +1,8 @@
 """The C++ extension under AddressSanitizer and UBSan: ``python -m tests.sanitize``, or ``make sanitize``.
 
-Builds it into ``build/sanitize``, beside links to the sources, so that the extension in ``dampr`` stays as it is, and runs the tests of
-kernels and operators, and the fuzzer for the rest of the time, once with each instruction set that this machine has. Any report ends it.
+Builds it into ``build/sanitize``, beside links to the sources, so that the extension in ``dampr`` stays as it is, and
+runs the tests of kernels and operators, and the fuzzer for the rest of the time, once with each instruction set that
+this machine has. Any report ends it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "build" / "sanitize"
 FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g"
 TESTS = ["tests/test_csrc.py", "tests/test_csrc_axis.py", "tests/ops"]
-COMPILED = ["tests/ops/test_compile.py", "tests/ops/test_dynamic.py"]  # what torch.compile makes is no part of the extension
+# what torch.compile makes is no part of the extension
+COMPILED = ["tests/ops/test_compile.py", "tests/ops/test_dynamic.py"]
 
 
 def build() -> None:
@@ -50,12 +52,18 @@ def link(source: Path, target: Path) -> None:
 def runtime(name: str) -> str:
     """The sanitizer's library of the compiler, which has to be there before Python is."""
     compiler = os.environ.get("CXX") or shutil.which("c++") or "g++"
-    return subprocess.run([*compiler.split(), f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+    return subprocess.run(
+        [*compiler.split(), f"-print-file-name={name}"], capture_output=True, text=True, check=True
+    ).stdout.strip()
 
 
 def environment(isa: str) -> dict[str, str]:
     own = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "CXXFLAGS", "LDFLAGS")}
-    own |= {"LD_PRELOAD": f"{runtime('libasan.so')}:{runtime('libubsan.so')}", "DAMPR_CPU_ISA": isa, "OMP_NUM_THREADS": "2"}
+    own |= {
+        "LD_PRELOAD": f"{runtime('libasan.so')}:{runtime('libubsan.so')}",
+        "DAMPR_CPU_ISA": isa,
+        "OMP_NUM_THREADS": "2",
+    }
     # Sizes without sense are for torch to refuse, which sees that there is no memory for them.
     own |= {"ASAN_OPTIONS": "detect_leaks=0:abort_on_error=1:allocator_may_return_null=1"}
     own |= {"UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1"}
@@ -64,7 +72,9 @@ def environment(isa: str) -> dict[str, str]:
 
 def usable() -> list[str]:
     """The instruction sets that the extension has and this machine too, the widest first."""
-    look = "from dampr import _C; assert 'sanitize' in _C.__file__, _C.__file__; print(_C.isa(), *_C.build_info()['isas'])"
+    look = (
+        "from dampr import _C; assert 'sanitize' in _C.__file__, _C.__file__; print(_C.isa(), *_C.build_info()['isas'])"
+    )
     best, *isas = subprocess.run(
         [sys.executable, "-c", look], cwd=FOLDER, env=environment(""), capture_output=True, text=True, check=True
     ).stdout.split()
@@ -77,10 +87,16 @@ def run(isa: str, *command: str) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.sanitize", description="The C++ extension under AddressSanitizer and UBSan.")
-    parser.add_argument("--fuzz-minutes", type=float, default=2.0, help="of the fuzzer for each instruction set (default: 2)")
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.sanitize", description="The C++ extension under AddressSanitizer and UBSan."
+    )
+    parser.add_argument(
+        "--fuzz-minutes", type=float, default=2.0, help="of the fuzzer for each instruction set (default: 2)"
+    )
     parser.add_argument("--isa", help="this instruction set alone")
-    parser.add_argument("tests", nargs="*", default=TESTS, help="pytest's arguments instead of the tests of kernels and operators")
+    parser.add_argument(
+        "tests", nargs="*", default=TESTS, help="pytest's arguments instead of the tests of kernels and operators"
+    )
     given = parser.parse_args()
     build()
     failed, isas = 0, usable()

@@ -1,8 +1,9 @@
 """A plan that is killed again and again: ``python -m tests.soak``, or ``make soak`` (``STEPS=2000`` in CI).
 
-One process runs a plan of 10,000 steps from a dense network to a small one, undisturbed. Another does the same, writes checkpoints, and is
-killed (SIGKILL) at random moments, also while it writes; the next goes on from the last checkpoint. Held to: every loss of the second run
-is that of the first, to the bit; so are the parameters at the end; and memory does not grow while neither phase nor model change.
+One process runs a plan of 10,000 steps from a dense network to a small one, undisturbed. Another does the same, writes
+checkpoints, and is killed (SIGKILL) at random moments, also while it writes; the next goes on from the last checkpoint.
+Held to: every loss of the second run is that of the first, to the bit; so are the parameters at the end; and memory
+does not grow while neither phase nor model change.
 """
 
 from __future__ import annotations
@@ -32,7 +33,14 @@ EVERY, FEWEST = 40, 12  # steps between checkpoints, and how many checkpoints a 
 
 def network() -> nn.Module:
     torch.manual_seed(0)
-    first = nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 3, stride=2), nn.BatchNorm2d(16), nn.ReLU()
+    first = (
+        nn.Conv2d(1, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 16, 3, stride=2),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+    )
     return nn.Sequential(*first, nn.Flatten(), nn.Linear(144, 32), nn.Dropout(0.1), nn.ReLU(), nn.Linear(32, 4))
 
 
@@ -45,7 +53,8 @@ def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
 def memory() -> int:
     """Bytes that this process has allocated and touched.
 
-    Pages of files, such as torch's libraries, do not count: the system drops them where memory is short and reads them again.
+    Pages of files, such as torch's libraries, do not count:
+    the system drops them where memory is short and reads them again.
     """
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return sum(1024 * int(status[name].split()[0]) for name in ("RssAnon", "VmSwap"))
@@ -54,7 +63,8 @@ def memory() -> int:
 def train(steps: int, folder: Path, checkpoints: bool, doomed: bool) -> None:
     """Run the plan to its end, from the last checkpoint if there is one.
 
-    ``doomed``: the kill is on its way, so wait for it where the steps are over; a slow or busy machine may send it late.
+    ``doomed``: the kill is on its way, so wait for it where the steps are over;
+    a slow or busy machine may send it late.
     """
     torch.set_num_threads(1)
     example = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -93,7 +103,9 @@ def train(steps: int, folder: Path, checkpoints: bool, doomed: bool) -> None:
 
 
 def start(steps: int, folder: Path, *switches: str) -> subprocess.Popen[bytes]:
-    return subprocess.Popen([sys.executable, "-m", "tests.soak", "--child", str(folder), "--steps", str(steps), *switches])
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.soak", "--child", str(folder), "--steps", str(steps), *switches]
+    )
 
 
 def killed(steps: int, folder: Path, kills: int, seed: int) -> int:
@@ -101,7 +113,8 @@ def killed(steps: int, folder: Path, kills: int, seed: int) -> int:
     draw, done = random.Random(seed), 0
     while done < kills:
         reached = progress(folder)
-        # A little after the next share of the steps, so that every phase and some checkpoint that is being written is hit.
+        # A little after the next share of the steps, so that every phase and some
+        # checkpoint that is being written is hit.
         goal = min(steps, reached + draw.randint(1, max(2, 2 * (steps - reached) // (kills - done + 1))))
         process = start(steps, folder, "--checkpoints", "--doomed")
         while process.poll() is None and progress(folder) < goal:
@@ -128,7 +141,10 @@ def progress(folder: Path) -> int:
 
 
 def rows(folder: Path) -> dict[int, dict[str, Any]]:
-    """The last row of each step: what followed a checkpoint before a kill was run again. A row that was cut off by a kill is no row."""
+    """The last row of each step: what followed a checkpoint before a kill was run again.
+
+    A row that was cut off by a kill is no row.
+    """
     found: dict[int, dict[str, Any]] = {}
     for line in (folder / "losses.jsonl").read_text().splitlines():
         try:
@@ -137,7 +153,8 @@ def rows(folder: Path) -> dict[int, dict[str, Any]]:
             continue
         if row["step"] in found and row["loss"] != found[row["step"]]["loss"]:
             raise SystemExit(
-                f"soak: step {row['step']} has loss {row['loss']!r} when it is run again, {found[row['step']]['loss']!r} before"
+                f"soak: step {row['step']} has loss {row['loss']!r} when it is run again, "
+                f"{found[row['step']]['loss']!r} before"
             )
         found[row["step"]] = row
     return found
@@ -178,7 +195,10 @@ def main() -> int:
         same = all(torch.equal(value, ends[1][key]) for key, value in ends[0].items())
         grown = growth(whole)
     phases = list(dict.fromkeys(row["phase"] for row in whole.values()))
-    print(f"{len(whole)} steps, phases {phases}, {kills} kills; memory grew by { ({k: f'{v / 2**20:.1f} MB' for k, v in grown.items()}) }")
+    print(
+        f"{len(whole)} steps, phases {phases}, {kills} kills; memory grew by "
+        f"{ ({k: f'{v / 2**20:.1f} MB' for k, v in grown.items()}) }"
+    )
     if wrong:
         print(f"losses differ from step {wrong[0]} on: {whole[wrong[0]]} and {pieces.get(wrong[0])}")
     if not same:

@@ -79,7 +79,10 @@ def test_demo_prunes_without_losing_the_digits():
         (["demo", "--data", "mnist"], "with model='mlp'; model='cnn' has it"),
         (["bench", "--rounds", "0"], "rounds=0: expected"),
         (["demo", "--data", "fashion-mnist"], "root=None: expected the folder"),
-        (["demo", "--data", "fashion-mnist", "--root", "/nonexistent"], "root='/nonexistent': expected train-images-idx3-ubyte"),
+        (
+            ["demo", "--data", "fashion-mnist", "--root", "/nonexistent"],
+            "root='/nonexistent': expected train-images-idx3-ubyte",
+        ),
         (["demo", "--epochs", "0"], "epochs=0: expected at least 2"),
         (["demo", "--epochs", "1"], "epochs=1: expected at least 2, because a plan takes 40 steps and an epoch has 23"),
     ],
@@ -118,7 +121,9 @@ def _points():
     return [
         linear.Point(*case, "dense", 1.234e-3, 1.1e-3, 1.3e-3, None),
         linear.Point(*case, "dampr", 2.5e-3, 2.4e-3, 2.6e-3, None),
-        linear.Point(*case, "compiled unfused", float("nan"), float("nan"), float("nan"), None, error="RuntimeError: no compiler"),
+        linear.Point(
+            *case, "compiled unfused", float("nan"), float("nan"), float("nan"), None, error="RuntimeError: no compiler"
+        ),
     ]
 
 
@@ -162,7 +167,9 @@ def test_ratios_are_those_of_rounds():
     slowness = [1.0, 10.0, 1.0, 1.0, 10.0, 3.0, 1.0, 1.0, 1.0]
     noise = [1.00, 1.02, 0.98, 1.01, 0.99, 1.03, 0.97, 1.00, 1.04]
     other = timing._summarise(slowness)
-    middle, low, high = timing._summarise([1.5 * a * b for a, b in zip(slowness, noise, strict=True)]).relative_to(other)
+    middle, low, high = timing._summarise([1.5 * a * b for a, b in zip(slowness, noise, strict=True)]).relative_to(
+        other
+    )
     assert (middle, low, high) == pytest.approx((1.5, 1.5 * 0.98, 1.5 * 1.03))
     assert timing._summarise([2.0]).relative_to(timing._summarise([1.0])) == (2.0, 2.0, 2.0)
 
@@ -190,7 +197,9 @@ assert linear.main(["--no-compile", "--rounds", "2", "--json", r"{tmp_path}/b.js
 
 
 def documented():
-    """Of each place in the JSON of a command, the keys that docs/commands.md lists; what is in brackets explains them."""
+    """Of each place in the JSON of a command, the keys that docs/commands.md lists;
+    what is in brackets explains them.
+    """
     rows = re.findall(r"^\| `([^`]+)` \| (.+) \|$", (ROOT / "docs" / "commands.md").read_text(), re.MULTILINE)
     return {place: set(re.findall(r"`(\w+)`", re.sub(r"\([^()]*\)", "", keys))) for place, keys in rows}
 
@@ -213,7 +222,11 @@ def test_each_command_writes_the_json_that_is_documented(command, factory, monke
     monkeypatch.setattr(linear, "run", lambda *a, **k: _points())
     monkeypatch.setenv("DAMPR_CACHE", str(factory))  # what tune finds is for no other test
     recorded("run.jsonl", 1, accuracy=[0.5])
-    arguments = {"demo": ["--epochs", "2"], "report": ["my_factory:make", "--history", "run.jsonl"], "doctor": ["my_factory:dead"]}
+    arguments = {
+        "demo": ["--epochs", "2"],
+        "report": ["my_factory:make", "--history", "run.jsonl"],
+        "doctor": ["my_factory:dead"],
+    }
     result = runner.invoke(cli.app, [command, *arguments.get(command, []), "--json", "new/out.json"])
     assert result.exit_code == (command == "doctor"), result.output
     written = json.loads((factory / "new" / "out.json").read_text())
@@ -225,7 +238,9 @@ def test_each_command_writes_the_json_that_is_documented(command, factory, monke
 
 
 def test_help_has_a_line_for_each_command_and_the_readme_too():
-    lines = [line.strip("│ ") for line in runner.invoke(cli.app, ["--help"], env={"COLUMNS": "100"}).output.splitlines()]
+    lines = [
+        line.strip("│ ") for line in runner.invoke(cli.app, ["--help"], env={"COLUMNS": "100"}).output.splitlines()
+    ]
     readme = (ROOT / "README.md").read_text()
     for command in COMMANDS:
         (line,) = [line for line in lines if line.split(" ")[0] == command]
@@ -344,16 +359,21 @@ def test_report_shows_the_run_that_a_history_holds(factory):
     assert "<td>27.5%</td>" in (factory / "a.html").read_text()
     runner.invoke(cli.app, ["report", "my_factory:make", "--png", "b.png"])
     assert shapes("a.png")[1] > shapes("b.png")[1], "another row of charts"
-    result = runner.invoke(cli.app, ["report", "my_factory:make", "--history", "run.jsonl", "--score", "f1", "--json", "c.json"])
+    result = runner.invoke(
+        cli.app, ["report", "my_factory:make", "--history", "run.jsonl", "--score", "f1", "--json", "c.json"]
+    )
     assert json.loads((factory / "c.json").read_text())["training"]["score"] == "f1"
 
 
 @pytest.mark.parametrize(
-    "numbers", [{}, {"loss": [2.0]}, {"accuracy": [0.5]}, {"penalty": [0.5]}, {"penalty": [float("nan")], "accuracy": [0.5]}]
+    "numbers",
+    [{}, {"loss": [2.0]}, {"accuracy": [0.5]}, {"penalty": [0.5]}, {"penalty": [float("nan")], "accuracy": [0.5]}],
 )
 def test_a_history_may_lack_any_number(factory, numbers):
     recorded("run.jsonl", 1, **numbers)
-    result = runner.invoke(cli.app, ["report", "my_factory:make", "--history", "run.jsonl", "--png", "a.png", "--html", "a.html"])
+    result = runner.invoke(
+        cli.app, ["report", "my_factory:make", "--history", "run.jsonl", "--png", "a.png", "--html", "a.html"]
+    )
     assert result.exit_code == 0, result.output
 
 

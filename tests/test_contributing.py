@@ -9,7 +9,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = {  # what stands in each file of a recipe, as a pattern
-    "A gate family inside the kernels": r"MASK|kMask|kExactZero|EXACT_ZERO|\bmask\b|[Dd]ifferentiable_?[Mm]ask|diffmask",
+    "A gate family inside the kernels": (
+        r"MASK|kMask|kExactZero|EXACT_ZERO|\bmask\b|[Dd]ifferentiable_?[Mm]ask|diffmask"
+    ),
     "A layer": r"GatedLayerNorm",
     "A kind of network that can be pruned": r"pack_padded_sequence",
     "An operator": r"weight_gated_linear",
@@ -20,8 +22,13 @@ EXAMPLES = {  # what stands in each file of a recipe, as a pattern
 
 def recipes() -> dict[str, list[str]]:
     text = (ROOT / "CONTRIBUTING.md").read_text()
-    parts = re.split(r"^### (.+)$", text[text.index("## How to add") : text.index("## How to run what")], flags=re.MULTILINE)
-    lists = {title: re.findall(r"^- (.+?): ", body, re.MULTILINE) for title, body in zip(parts[1::2], parts[2::2], strict=True)}
+    parts = re.split(
+        r"^### (.+)$", text[text.index("## How to add") : text.index("## How to run what")], flags=re.MULTILINE
+    )
+    lists = {
+        title: re.findall(r"^- (.+?): ", body, re.MULTILINE)
+        for title, body in zip(parts[1::2], parts[2::2], strict=True)
+    }
     return {title: re.findall(r"`([^`]+/[^`]+)`", " ".join(entries)) for title, entries in lists.items()}
 
 
@@ -42,7 +49,15 @@ def test_no_source_file_that_a_family_is_in_is_missing_from_its_recipe() -> None
     """Files that loop over all families name none of them."""
     found = {
         str(path.relative_to(ROOT))
-        for folder in ("dampr/kernels", "dampr/ops", "dampr/functional", "dampr/nn", "dampr/reference", "dampr/gates", "csrc")
+        for folder in (
+            "dampr/kernels",
+            "dampr/ops",
+            "dampr/functional",
+            "dampr/nn",
+            "dampr/reference",
+            "dampr/gates",
+            "csrc",
+        )
         for path in (ROOT / folder).rglob("*")
         if path.suffix in (".py", ".h", ".cpp") and re.search(r"\bMASK\b|\bkMask\b", path.read_text())
     }

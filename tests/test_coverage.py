@@ -10,7 +10,8 @@ from dampr.prune import inputs
 from dampr.prune.cost import Cost
 from dampr.prune.measure import count_macs
 
-NORMALISED = ("tcn", "discriminator")  # their weights are divided by norms over what they read, so only a layer behind these can be cut
+# their weights are divided by norms over what they read, so only a layer behind these can be cut
+NORMALISED = ("tcn", "discriminator")
 
 
 @pytest.mark.parametrize(("library", "name"), networks.CI)
@@ -54,4 +55,6 @@ def test_widths_that_lose_different_shares_are_right_too(name: str, residual: bo
     assert count_macs(small, x) == int(cost(cost.decision()))
     a, b = inputs.evaluate(model, x), inputs.evaluate(small, x)
     assert inputs.gap(a, b) < 1e-5 * inputs.size(a)
-    assert own == {n: v for n, m in small.named_modules() for key, v in vars(m).items() if key == "sequence_reduction_ratio"}
+    assert own == {
+        n: v for n, m in small.named_modules() for key, v in vars(m).items() if key == "sequence_reduction_ratio"
+    }

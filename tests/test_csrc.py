@@ -1,6 +1,7 @@
 """The C++ kernels against dampr.reference and dampr.philox.
 
-Noise and the patterns of zeros and ones are equal to the bit; values obey the tolerance rule; neither threads nor instruction sets matter.
+Noise and the patterns of zeros and ones are equal to the bit; values obey the tolerance rule;
+neither threads nor instruction sets matter.
 """
 
 from __future__ import annotations
@@ -61,11 +62,14 @@ def random_log_alpha(n: int, dtype: torch.dtype = torch.float32) -> torch.Tensor
     return log_alpha.to(dtype)
 
 
-def assert_as_good(name: str, actual: torch.Tensor, same_dtype: torch.Tensor, truth: torch.Tensor, terms: float = 0.0) -> None:
-    """At most twice the error of PyTorch in the same dtype, against float64, plus a rounding error of the largest value.
+def assert_as_good(
+    name: str, actual: torch.Tensor, same_dtype: torch.Tensor, truth: torch.Tensor, terms: float = 0.0
+) -> None:
+    """At most twice the error of PyTorch in the same dtype, against float64,
+    plus a rounding error of the largest value.
 
-    ``terms``: the sizes of what is added up for one number, summed. Where terms cancel, a truth in float64 is no better than their
-    rounding.
+    ``terms``: the sizes of what is added up for one number, summed. Where terms cancel, a truth in float64 is no better
+    than their rounding.
     """
     assert actual.shape == truth.shape
     if not truth.numel():
@@ -100,15 +104,23 @@ def gate_rows_fwd(rule, x, log_alpha, seed, threads=2):
 
 
 def gate_rows_bwd(rule, x, g, log_alpha, seed, threads=2, wanted=(True, True, True)):
-    made = (poisoned(*x.shape, dtype=x.dtype), poisoned(*x.shape, dtype=x.dtype), poisoned(log_alpha.numel(), dtype=log_alpha.dtype))
+    made = (
+        poisoned(*x.shape, dtype=x.dtype),
+        poisoned(*x.shape, dtype=x.dtype),
+        poisoned(log_alpha.numel(), dtype=log_alpha.dtype),
+    )
     dx, xz, grad = (t if w else None for t, w in zip(made, wanted, strict=True))
-    _C.gate_rows_bwd(rule, CODES[x.dtype], ptr(x), ptr(g), *x.shape, ptr(log_alpha), ptr(seed), ptr(dx), ptr(xz), ptr(grad), threads)
+    _C.gate_rows_bwd(
+        rule, CODES[x.dtype], ptr(x), ptr(g), *x.shape, ptr(log_alpha), ptr(seed), ptr(dx), ptr(xz), ptr(grad), threads
+    )
     return dx, xz, grad
 
 
 def fold_fwd(w, z_out, z_in, dtype, threads=2):
     out = poisoned(*w.shape, dtype=dtype)
-    _C.fold_gates_fwd(VALUE, CODES[w.dtype], CODES[dtype], ptr(w), 0, *w.shape, ptr(z_out), ptr(z_in), 0, 0, ptr(out), 0, threads)
+    _C.fold_gates_fwd(
+        VALUE, CODES[w.dtype], CODES[dtype], ptr(w), 0, *w.shape, ptr(z_out), ptr(z_in), 0, 0, ptr(out), 0, threads
+    )
     return out
 
 
@@ -138,7 +150,8 @@ def uniform(seed: torch.Tensor, count: int, start: int, threads: int = 2) -> tor
 
 
 def test_words_match_the_published_known_answers() -> None:
-    # Random123 kat_vectors, philox 4x32 10: counter 0, key 0. The other vectors have counter words 2 and 3 that our layout keeps at zero.
+    # Random123 kat_vectors, philox 4x32 10: counter 0, key 0.
+    # The other vectors have counter words 2 and 3 that our layout keeps at zero.
     expected = [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
     assert words(torch.zeros(1, dtype=torch.int64), 4, 0).tolist() == expected
 
@@ -289,14 +302,23 @@ def test_fold_matches_pytorch(sides: str, first: torch.dtype, second: torch.dtyp
 def test_a_backward_pass_can_fold_the_weight_as_well(dtype) -> None:
     g, w = torch.randn(70, 33).to(dtype), torch.randn(70, 33).to(dtype)
     gates = torch.float64 if dtype == torch.float64 else torch.float32
-    z_out, z_in, z, folded = torch.rand(70, dtype=gates), torch.rand(33, dtype=gates), torch.rand(18 * 9, dtype=gates), torch.empty_like(w)
+    z_out, z_in, z, folded = (
+        torch.rand(70, dtype=gates),
+        torch.rand(33, dtype=gates),
+        torch.rand(18 * 9, dtype=gates),
+        torch.empty_like(w),
+    )
     code, dw = CODES[dtype], torch.empty_like(w)
-    _C.fold_gates_bwd(VALUE, code, code, ptr(g), 0, ptr(w), 0, 70, 33, ptr(z_out), ptr(z_in), 0, 0, ptr(dw), 0, 0, 0, ptr(folded), 2)
+    _C.fold_gates_bwd(
+        VALUE, code, code, ptr(g), 0, ptr(w), 0, 70, 33, ptr(z_out), ptr(z_in), 0, 0, ptr(dw), 0, 0, 0, ptr(folded), 2
+    )
     torch.testing.assert_close(folded, (w.to(gates) * z_out[:, None] * z_in).to(dtype))
     _C.fold_blocks_bwd(VALUE, code, code, ptr(g), ptr(w), 70, 33, 4, 4, ptr(z), 0, ptr(dw), 0, ptr(folded), 2)
     assert torch.equal(folded, (w.to(gates) * reference.expand_blocks(z, (70, 33), (4, 4))).to(dtype))
     log_alpha, seed = torch.randn(70 * 33, dtype=gates), torch.tensor([3])
-    _C.gate_weights_bwd(RULE, code, code, ptr(g), ptr(w), w.numel(), ptr(log_alpha), ptr(seed), ptr(dw), 0, 2, ptr(folded))
+    _C.gate_weights_bwd(
+        RULE, code, code, ptr(g), ptr(w), w.numel(), ptr(log_alpha), ptr(seed), ptr(dw), 0, 2, ptr(folded)
+    )
     again = torch.empty_like(w)
     _C.gate_weights_fwd(RULE, code, code, ptr(w), w.numel(), ptr(log_alpha), ptr(seed), ptr(again), 2)
     assert torch.equal(folded, again)
@@ -329,7 +351,10 @@ def test_drawing_and_folding_at_once_is_the_one_after_the_other(
     if rows:
         assert torch.equal(b_out, (b * z[0]).to(out_dtype))
     dw, folded = torch.empty_like(w), torch.empty_like(w)
-    db, dout, din = (None if not there else torch.empty(n, dtype=gate) for n, there in ((n_out, rows), (n_out, rows), (n_in, columns)))
+    db, dout, din = (
+        None if not there else torch.empty(n, dtype=gate)
+        for n, there in ((n_out, rows), (n_out, rows), (n_in, columns))
+    )
     grads = *map(ptr, (dw, db, dout, din)), ptr(folded)
     _C.fold_gates_bwd(rule, CODES[out_dtype], CODES[dtype], ptr(g), ptr(own[1]), ptr(w), ptr(own[0]), *sizes, *grads, 2)
     expected, *dz = fold_bwd(g, w, *z)
@@ -355,9 +380,16 @@ def test_drawing_and_folding_blocks_at_once_is_the_one_after_the_other(
     log_alpha = torch.randn(-(n_out // -block[0]) * -(n_in // -block[1])).to(gate)
     z, out = torch.empty_like(log_alpha), torch.empty(n_out, n_in, dtype=out_dtype)
     _C.gates_fwd(rule, CODES[gate], ptr(log_alpha), ptr(seed), 1, len(log_alpha), ptr(z), 1)
-    _C.fold_blocks_fwd(rule, CODES[dtype], CODES[out_dtype], ptr(w), n_out, n_in, *block, ptr(log_alpha), ptr(seed), ptr(out), 2)
+    _C.fold_blocks_fwd(
+        rule, CODES[dtype], CODES[out_dtype], ptr(w), n_out, n_in, *block, ptr(log_alpha), ptr(seed), ptr(out), 2
+    )
     assert torch.equal(out, fold_blocks_fwd(w, block, z, out_dtype))
-    dw, folded, grad, right = torch.empty_like(w), torch.empty_like(w), torch.empty_like(log_alpha), torch.empty_like(log_alpha)
+    dw, folded, grad, right = (
+        torch.empty_like(w),
+        torch.empty_like(w),
+        torch.empty_like(log_alpha),
+        torch.empty_like(log_alpha),
+    )
     made = ptr(log_alpha), ptr(seed), ptr(dw), ptr(grad), ptr(folded)
     _C.fold_blocks_bwd(rule, CODES[out_dtype], CODES[dtype], ptr(g), ptr(w), n_out, n_in, *block, *made, 2)
     expected, dz = fold_blocks_bwd(g, w, block, z)
@@ -390,7 +422,9 @@ def test_every_narrow_number_survives_and_rounding_is_to_nearest_even(dtype: tor
 
 def gate_weights_fwd(rule, w, log_alpha, seed, dtype, threads=2):
     out = poisoned(*w.shape, dtype=dtype)
-    _C.gate_weights_fwd(rule, CODES[w.dtype], CODES[dtype], ptr(w), w.numel(), ptr(log_alpha), ptr(seed), ptr(out), threads)
+    _C.gate_weights_fwd(
+        rule, CODES[w.dtype], CODES[dtype], ptr(w), w.numel(), ptr(log_alpha), ptr(seed), ptr(out), threads
+    )
     return out
 
 
@@ -398,14 +432,18 @@ def gate_weights_bwd(rule, g, w, log_alpha, seed, threads=2, wanted=(True, True)
     made = poisoned(*w.shape, dtype=w.dtype), poisoned(*w.shape, dtype=log_alpha.dtype)
     dw, grad = (t if asked else None for t, asked in zip(made, wanted, strict=True))
     dtypes = CODES[g.dtype], CODES[w.dtype]
-    _C.gate_weights_bwd(rule, *dtypes, ptr(g), ptr(w), w.numel(), ptr(log_alpha), ptr(seed), ptr(dw), ptr(grad), threads)
+    _C.gate_weights_bwd(
+        rule, *dtypes, ptr(g), ptr(w), w.numel(), ptr(log_alpha), ptr(seed), ptr(dw), ptr(grad), threads
+    )
     return dw, grad
 
 
 @pytest.mark.parametrize("rule", SPECS.values(), ids=SPECS)
 @pytest.mark.parametrize(("first", "second"), pairs(), ids=str)
 @pytest.mark.parametrize("count", [0, 1, 5, 513, 2053, 40_003])
-def test_gate_weights_match_the_reference(rule: spec.GateSpec, first: torch.dtype, second: torch.dtype, count: int) -> None:
+def test_gate_weights_match_the_reference(
+    rule: spec.GateSpec, first: torch.dtype, second: torch.dtype, count: int
+) -> None:
     wide_dtype = gate_dtype(first)
     log_alpha, seed = random_log_alpha(count, wide_dtype), random_seed()
     same, wide = log_alpha.clone().requires_grad_(), log_alpha.double().requires_grad_()
@@ -465,11 +503,27 @@ def fold_blocks_fwd(w, block, z, dtype, threads=2):
 def fold_blocks_bwd(g, w, block, z, threads=2, wanted=(True, True)):
     made = poisoned(*w.shape, dtype=w.dtype), poisoned(block_count(w.shape, block), dtype=gate_dtype(w.dtype))
     dw, dz = (t if asked else None for t, asked in zip(made, wanted, strict=True))
-    _C.fold_blocks_bwd(VALUE, CODES[g.dtype], CODES[w.dtype], ptr(g), ptr(w), *w.shape, *block, ptr(z), 0, ptr(dw), ptr(dz), 0, threads)
+    _C.fold_blocks_bwd(
+        VALUE, CODES[g.dtype], CODES[w.dtype], ptr(g), ptr(w), *w.shape, *block, ptr(z), 0, ptr(dw), ptr(dz), 0, threads
+    )
     return dw, dz
 
 
-BLOCKS = [(1, 1), (4, 4), (2, 8), (3, 2), (3, 5), (1, 7), (16, 16), (64, 64), (1, 4000), (4000, 1), (33, 2049), (700, 2500), (2**62, 2**62)]
+BLOCKS = [
+    (1, 1),
+    (4, 4),
+    (2, 8),
+    (3, 2),
+    (3, 5),
+    (1, 7),
+    (16, 16),
+    (64, 64),
+    (1, 4000),
+    (4000, 1),
+    (33, 2049),
+    (700, 2500),
+    (2**62, 2**62),
+]
 
 
 @pytest.mark.parametrize(("first", "second"), pairs(), ids=str)
@@ -487,7 +541,9 @@ def test_fold_blocks_match_pytorch(block: tuple[int, int], first: torch.dtype, s
         assert torch.equal(dw, (g.to(z.dtype) * z[index]).to(second))
         product = g.to(z.dtype) * w.to(z.dtype)
         dz_same = torch.zeros_like(z).index_add(0, index.flatten(), product.flatten())
-        truth = torch.zeros_like(z, dtype=torch.float64).index_add(0, index.flatten(), (g.double() * w.double()).flatten())
+        truth = torch.zeros_like(z, dtype=torch.float64).index_add(
+            0, index.flatten(), (g.double() * w.double()).flatten()
+        )
         sizes = torch.zeros_like(truth).index_add(0, index.flatten(), product.double().abs().flatten())
         assert_as_good(f"dz {shape}", dz, dz_same, truth, terms=float(sizes.max()) if len(sizes) else 0.0)
 
@@ -531,9 +587,34 @@ def test_a_product_may_be_written_over_the_gradient_it_is_made_of(dtype: torch.d
                 made = ptr(z), 0, ptr(dw), ptr(sums[2]), 0
                 _C.fold_blocks_bwd(VALUE, code, code, ptr(given), ptr(w), n_out, n_in, *block, *made, threads)
             elif kernel == "rows":
-                _C.gate_rows_bwd(rule, code, ptr(w), ptr(given), n_out, n_in, ptr(log_alpha), ptr(seed), ptr(dw), 0, ptr(sums[1]), threads)
+                _C.gate_rows_bwd(
+                    rule,
+                    code,
+                    ptr(w),
+                    ptr(given),
+                    n_out,
+                    n_in,
+                    ptr(log_alpha),
+                    ptr(seed),
+                    ptr(dw),
+                    0,
+                    ptr(sums[1]),
+                    threads,
+                )
             else:
-                _C.gate_weights_bwd(rule, code, code, ptr(given), ptr(w), w.numel(), ptr(each), ptr(seed), ptr(dw), ptr(sums[3]), threads)
+                _C.gate_weights_bwd(
+                    rule,
+                    code,
+                    code,
+                    ptr(given),
+                    ptr(w),
+                    w.numel(),
+                    ptr(each),
+                    ptr(seed),
+                    ptr(dw),
+                    ptr(sums[3]),
+                    threads,
+                )
             results += [dw, *(s for s in sums if not s.isnan().all())]
         return results
 
@@ -575,27 +656,43 @@ def every_result(threads: int) -> dict[str, torch.Tensor]:
             results |= {f"{block} {first} {second} backward {i}": t for i, t in enumerate(made)}
     for dtype in DTYPES:
         for inner in (1, 7):
-            results |= norm_results(dtype, x[:, : 2503 // 7 * 7].to(dtype), g[:, : 2503 // 7 * 7].to(dtype), inner, threads)
+            results |= norm_results(
+                dtype, x[:, : 2503 // 7 * 7].to(dtype), g[:, : 2503 // 7 * 7].to(dtype), inner, threads
+            )
     return results
 
 
-def norm_results(dtype: torch.dtype, x: torch.Tensor, g: torch.Tensor, inner: int, threads: int) -> dict[str, torch.Tensor]:
-    """Statistics, y with ReLU and every gradient of a norm of 70 rows, 35 samples of two, whose columns are channels times ``inner``."""
+def norm_results(
+    dtype: torch.dtype, x: torch.Tensor, g: torch.Tensor, inner: int, threads: int
+) -> dict[str, torch.Tensor]:
+    """Statistics, y with ReLU and every gradient of a norm of 70 rows, 35 samples of two,
+    whose columns are channels times ``inner``.
+    """
     n, wide = x.shape[1] // inner, gate_dtype(dtype)
     x, g, generator = x.contiguous(), g.contiguous(), torch.Generator().manual_seed(8)
     log_alpha, gain, bias = torch.randn(3, n, generator=generator).to(wide)
     seed, updates, running = torch.tensor([3]), torch.tensor(4), torch.ones(2, n, dtype=wide)
     mean, var, dgain, dbias, dlog_alpha = poisoned(5, n, dtype=wide)
     y, dx = poisoned(*x.shape, dtype=dtype), poisoned(*x.shape, dtype=dtype)
-    gates, moved = (35, 2, n, inner, ptr(log_alpha), ptr(seed), True), (ptr(running[0]), ptr(running[1]), ptr(updates), 0.25)
-    vectors, how, outputs = (ptr(gain), ptr(bias), True, ptr(mean), ptr(var)), (1e-5, True), map(ptr, (dx, dgain, dbias, dlog_alpha))
+    gates, moved = (
+        (35, 2, n, inner, ptr(log_alpha), ptr(seed), True),
+        (ptr(running[0]), ptr(running[1]), ptr(updates), 0.25),
+    )
+    vectors, how, outputs = (
+        (ptr(gain), ptr(bias), True, ptr(mean), ptr(var)),
+        (1e-5, True),
+        map(ptr, (dx, dgain, dbias, dlog_alpha)),
+    )
     _C.norm_gate_fwd(RULE, CODES[dtype], ptr(x), *gates, *vectors, *moved, *how, ptr(y), threads)
     _C.norm_gate_bwd(RULE, CODES[dtype], ptr(g), ptr(x), *gates, *vectors, *how, *outputs, threads)
     assert int(updates) == 5
     unbiased = var * (x.numel() // n / (x.numel() // n - 1))
     torch.testing.assert_close(running, torch.stack([mean, unbiased]) * 0.25 + 0.75)
     names = ("mean", "var", "y", "dx", "dgain", "dbias", "dlog_alpha")
-    return {f"norm {dtype} {inner} {name}": t for name, t in zip(names, (mean, var, y, dx, dgain, dbias, dlog_alpha), strict=True)}
+    return {
+        f"norm {dtype} {inner} {name}": t
+        for name, t in zip(names, (mean, var, y, dx, dgain, dbias, dlog_alpha), strict=True)
+    }
 
 
 @pytest.mark.parametrize("isa", _C.build_info()["isas"])
@@ -604,17 +701,25 @@ def test_the_generator_matches_float64_with_every_instruction_set(isa: str) -> N
 
 
 def check_generators() -> None:
-    """Holds 16 draws of each network together to twice PyTorch's error: on two numbers alone it is exact by luck now and then."""
+    """Holds 16 draws of each network together to twice PyTorch's error:
+    on two numbers alone it is exact by luck now and then.
+    """
     torch.manual_seed(0)
-    for widths, dtype in itertools.product([(1, 1), (5, 7, 3), (16, 20, 33, 4), (100, 67, 129)], [torch.float32, torch.float64]):
+    for widths, dtype in itertools.product(
+        [(1, 1), (5, 7, 3), (16, 20, 33, 4), (100, 67, 129)], [torch.float32, torch.float64]
+    ):
         draws = [generator_results(widths, dtype) for _ in range(16)]
         for name in draws[0]:
             got, plain, truth = (torch.cat(pieces) for pieces in zip(*(draw[name] for draw in draws), strict=True))
             assert_as_good(f"{name} {widths} {dtype}", got, plain, truth)
 
 
-def generator_results(widths: tuple[int, ...], dtype: torch.dtype) -> dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Values and gradients of a random generator by the extension, by PyTorch in the same dtype, and by PyTorch in float64."""
+def generator_results(
+    widths: tuple[int, ...], dtype: torch.dtype
+) -> dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Values and gradients of a random generator by the extension, by PyTorch in the same dtype,
+    and by PyTorch in float64.
+    """
     tensors = []
     for before, after in itertools.pairwise(widths):
         tensors += [torch.randn(after, before, dtype=dtype) / (2 * before**0.5), torch.randn(after, dtype=dtype)]
@@ -653,8 +758,13 @@ def digest() -> str:
 
 
 def run_with_isa(isa: str, code: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"DAMPR_CPU_ISA": isa, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
-    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=HANG, check=False)
+    environment = os.environ | {
+        "DAMPR_CPU_ISA": isa,
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]),
+    }
+    return subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=HANG, check=False
+    )
 
 
 @functools.cache
@@ -693,15 +803,35 @@ def test_an_unknown_instruction_set_is_refused_by_name() -> None:
 
 def norm_fwd(a: int, **how: Any) -> None:
     """A norm of one channel and two values, all its tensors at one address."""
-    tensors = ("x", "log_alpha", "seed_ptr", "gain", "bias", "mean", "var", "running_mean", "running_var", "updates", "out")
+    tensors = (
+        "x",
+        "log_alpha",
+        "seed_ptr",
+        "gain",
+        "bias",
+        "mean",
+        "var",
+        "running_mean",
+        "running_var",
+        "updates",
+        "out",
+    )
     sizes = {"outer": 1, "middle": 2, "n": 1, "inner": 1, "per_outer": True, "momentum": 0.5}
-    _C.norm_gate_fwd(RULE, 0, **(dict.fromkeys(tensors, a) | sizes | {"training": True, "eps": 0.0, "relu": True, "threads": 1} | how))
+    _C.norm_gate_fwd(
+        RULE,
+        0,
+        **(dict.fromkeys(tensors, a) | sizes | {"training": True, "eps": 0.0, "relu": True, "threads": 1} | how),
+    )
 
 
 def norm_bwd(a: int, **how: Any) -> None:
     tensors = ("g", "x", "log_alpha", "seed_ptr", "gain", "bias", "mean", "var", "dx", "dgain", "dbias", "dlog_alpha")
     sizes = {"outer": 1, "middle": 2, "n": 1, "inner": 1, "per_outer": True}
-    _C.norm_gate_bwd(RULE, 0, **(dict.fromkeys(tensors, a) | sizes | {"training": True, "eps": 0.0, "relu": True, "threads": 1} | how))
+    _C.norm_gate_bwd(
+        RULE,
+        0,
+        **(dict.fromkeys(tensors, a) | sizes | {"training": True, "eps": 0.0, "relu": True, "threads": 1} | how),
+    )
 
 
 WRONG = {
@@ -739,12 +869,20 @@ WRONG = {
     r"dtype=3: expected 0 \(float32\) or 1": lambda a: _C.small_fwd(RULE, 3, 1, 1, 1, a, a, a, a, a, a, a, True, a, a),
     r"y=0: expected": lambda a: _C.small_fwd(RULE, 0, 1, 1, 1, a, a, a, a, a, a, a, True, 0, a),
     r"dy=0: expected": lambda a: _C.small_bwd(RULE, 0, 1, 1, 1, 0, a, a, a, a, a, a, a, True, a, a, a, a, a, a),
-    r"w=0: expected an address, as there are 4": lambda a: _C.small_bwd(RULE, 0, 1, 2, 2, a, a, 0, a, a, a, a, a, True, a, a, a, a, a, a),
-    r"b=\d+: expected 0, as rows have no gates": lambda a: _C.fold_gates_fwd(RULE, 0, 0, a, a, 1, 1, 0, a, 0, a, a, a, 1),
-    r"log_alpha=0: expected an address, as there are 2": lambda a: _C.fold_blocks_fwd(RULE, 0, 0, a, 2, 1, 1, 1, 0, a, a, 1),
+    r"w=0: expected an address, as there are 4": lambda a: _C.small_bwd(
+        RULE, 0, 1, 2, 2, a, a, 0, a, a, a, a, a, True, a, a, a, a, a, a
+    ),
+    r"b=\d+: expected 0, as rows have no gates": lambda a: _C.fold_gates_fwd(
+        RULE, 0, 0, a, a, 1, 1, 0, a, 0, a, a, a, 1
+    ),
+    r"log_alpha=0: expected an address, as there are 2": lambda a: _C.fold_blocks_fwd(
+        RULE, 0, 0, a, 2, 1, 1, 1, 0, a, a, 1
+    ),
     r"block_cols=0: expected": lambda a: _C.fold_blocks_bwd(RULE, 0, 0, a, a, 1, 1, 1, 0, a, a, a, a, a, 1),
     r"b_out=0: expected": lambda a: _C.fold_gates_fwd(RULE, 0, 0, a, a, 1, 1, a, 0, a, 0, a, 0, 1),
-    r"w=0: expected an address, as there are 6": lambda a: _C.fold_gates_bwd(RULE, 0, 0, a, 0, 0, 0, 2, 3, a, 0, a, 0, a, 0, 0, 0, 0, 1),
+    r"w=0: expected an address, as there are 6": lambda a: _C.fold_gates_bwd(
+        RULE, 0, 0, a, 0, 0, 0, 2, 3, a, 0, a, 0, a, 0, 0, 0, 0, 1
+    ),
     r"middle=-1: expected": lambda a: norm_fwd(a, middle=-1),
     r"var=0: expected an address, as there are 1": lambda a: norm_fwd(a, var=0),
     r"eps=-1.*: expected a number": lambda a: norm_fwd(a, eps=-1.0),
@@ -779,7 +917,8 @@ def test_torch_and_the_extension_share_one_openmp() -> None:
     if not sys.platform.startswith("linux") or not _C.build_info()["openmp"]:
         pytest.skip("no OpenMP, or no /proc to look at")
     code = (
-        "import os, torch; from dampr import _C; import test_csrc; torch.set_num_threads(3); a = torch.randn(2000, 2000); (a * a).sum()\n"
+        "import os, torch; from dampr import _C; import test_csrc; torch.set_num_threads(3); a = torch.randn(2000, "
+        "2000); (a * a).sum()\n"
         "before = len(os.listdir('/proc/self/task')); test_csrc.uniform(test_csrc.random_seed(), 10**6, 0, 3)\n"
         "maps = {line.split()[-1] for line in open('/proc/self/maps') if 'libgomp' in line or 'libiomp' in line}\n"
         "print(len(maps), len(os.listdir('/proc/self/task')) - before)"

@@ -1,4 +1,6 @@
-"""Entries of an axis and matrices that csrc/axis.h moves, and the list of open gates, against torch and dampr.reference, to the bit."""
+"""Entries of an axis and matrices that csrc/axis.h moves, and the list of open gates,
+against torch and dampr.reference, to the bit.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +65,9 @@ def random_bits(*shape: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     bits = BITS[a.dtype.itemsize]
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.contiguous().view(bits), b.contiguous().view(bits))
+    return (
+        a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.contiguous().view(bits), b.contiguous().view(bits))
+    )
 
 
 def some_places(n: int, count: int) -> torch.Tensor:
@@ -108,7 +112,9 @@ def placed(x: torch.Tensor, places: torch.Tensor, n: int, dim: int = 1) -> torch
 
 def list_open(rule: Any, log_alpha: torch.Tensor, seed: torch.Tensor | None, length: int) -> tuple[int, list[int]]:
     places = filled((length,), torch.int32)
-    open_ = _C.open_gates(rule, CODES[log_alpha.dtype], ptr(log_alpha), ptr(seed), log_alpha.numel(), ptr(places), length)
+    open_ = _C.open_gates(
+        rule, CODES[log_alpha.dtype], ptr(log_alpha), ptr(seed), log_alpha.numel(), ptr(places), length
+    )
     return open_, left_alone(places, (length,)).tolist()
 
 
@@ -126,7 +132,9 @@ def gates(n: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("n", [0, 1, 17, 1000, 5003])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
-def test_open_gates_are_those_of_the_reference_and_filled_up_in_order(rule: spec.GateSpec, dtype: torch.dtype, n: int) -> None:
+def test_open_gates_are_those_of_the_reference_and_filled_up_in_order(
+    rule: spec.GateSpec, dtype: torch.dtype, n: int
+) -> None:
     log_alpha, seed = gates(n, dtype), torch.tensor([2**63 - 1])
     is_open = reference.gate_values(log_alpha, rule, seed) != 0
     expected, closed = is_open.nonzero().flatten().tolist(), (~is_open).nonzero().flatten().tolist()
@@ -157,7 +165,14 @@ def test_a_list_is_no_shorter_than_the_open_gates_and_no_longer_than_all(length:
 
 @pytest.mark.parametrize(
     ("multiple", "share", "expected"),
-    [(1, 1.0, [2, 5]), (4, 1.0, [0, 1, 2, 5]), (16, 1.0, [*range(11)]), (4, 4 / 11, [0, 1, 2, 5]), (4, 0.36, None), (1, 0.0, None)],
+    [
+        (1, 1.0, [2, 5]),
+        (4, 1.0, [0, 1, 2, 5]),
+        (16, 1.0, [*range(11)]),
+        (4, 4 / 11, [0, 1, 2, 5]),
+        (4, 0.36, None),
+        (1, 0.0, None),
+    ],
 )
 def test_a_list_has_a_multiple_or_all_or_there_is_none(multiple: int, share: float, expected: list[int] | None) -> None:
     z = torch.zeros(11)
@@ -240,7 +255,11 @@ def moved() -> list[int]:
     for shape in SHAPES:
         for dtype in DTYPES:
             x, places = random_bits(*shape, dtype=dtype), some_places(shape[1], shape[1] // 2)
-            for result in (pick(x, places), place(pick(x, places), places, shape[1]), transpose(x.reshape(shape[0] * shape[1], shape[2]))):
+            for result in (
+                pick(x, places),
+                place(pick(x, places), places, shape[1]),
+                transpose(x.reshape(shape[0] * shape[1], shape[2])),
+            ):
                 bits = result.contiguous().view(BITS[dtype.itemsize]).flatten().long()
                 sums.append(int((bits * torch.arange(1, bits.numel() + 1)).sum()))
     log_alpha, seed = gates(1000, torch.float32), torch.tensor([5])
@@ -249,7 +268,10 @@ def moved() -> list[int]:
 
 @pytest.mark.parametrize("isa", _C.build_info()["isas"])
 def test_every_instruction_set_moves_the_same(isa: str) -> None:
-    environment = os.environ | {"DAMPR_CPU_ISA": isa, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    environment = os.environ | {
+        "DAMPR_CPU_ISA": isa,
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]),
+    }
     command = [sys.executable, "-c", "import test_csrc_axis as t; print(t._C.isa()); print(t.moved())"]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HANG, check=False)
     if "this processor offers" in run.stderr:
@@ -273,7 +295,9 @@ def layouts() -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize(("dim", "channels_last"), [(0, False), (1, False), (2, False), (3, False), (0, True), (1, True)])
+@pytest.mark.parametrize(
+    ("dim", "channels_last"), [(0, False), (1, False), (2, False), (3, False), (0, True), (1, True)]
+)
 @pytest.mark.parametrize("layout", layouts())
 def test_tensors_of_any_layout_keep_what_is_asked_for(layout: str, dim: int, channels_last: bool) -> None:
     x = layouts()[layout]
@@ -285,9 +309,13 @@ def test_tensors_of_any_layout_keep_what_is_asked_for(layout: str, dim: int, cha
         assert torch.equal(out, x.index_select(dim, places.long()))
         assert torch.equal(back, placed(out, places, n, dim))
         assert torch.equal(axis.pick(back, places, dim, channels_last), out)
-        assert torch.equal(axis.place(out.transpose(0, 1).contiguous().transpose(0, 1), places, n, dim, channels_last), back)
+        assert torch.equal(
+            axis.place(out.transpose(0, 1).contiguous().transpose(0, 1), places, n, dim, channels_last), back
+        )
         for t in (out, back):
-            assert not t.numel() or t.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+            assert not t.numel() or t.is_contiguous(
+                memory_format=torch.channels_last if channels_last else torch.contiguous_format
+            )
 
 
 def test_vectors_and_matrices_move_along_each_dimension() -> None:
@@ -327,7 +355,16 @@ WRONG = {
 def test_wrong_arguments_are_named(name: str, message: str) -> None:
     memory = torch.zeros(64, dtype=torch.float64)
     listed = torch.tensor(WRONG[message].get("places") or [0, 2], dtype=torch.int32)
-    right = {"dtype": 1, "x": ptr(memory), "outer": 2, "n": 3, "inner": 2, "count": 2, "out": ptr(memory[32:]), "threads": 1}
+    right = {
+        "dtype": 1,
+        "x": ptr(memory),
+        "outer": 2,
+        "n": 3,
+        "inner": 2,
+        "count": 2,
+        "out": ptr(memory[32:]),
+        "threads": 1,
+    }
     given = right | WRONG[message] | {"places": 0 if WRONG[message].get("places") == 0 else ptr(listed)}
     with pytest.raises(ValueError, match=message):
         getattr(_C, name)(**given)
@@ -349,7 +386,9 @@ def test_wrong_arguments_are_named(name: str, message: str) -> None:
 def test_wrong_matrices_are_named(message: str, wrong: dict[str, int]) -> None:
     memory = torch.zeros(16, dtype=torch.float64)
     with pytest.raises(ValueError, match=message):
-        _C.transpose(**({"dtype": 1, "x": ptr(memory), "rows": 2, "n": 3, "out": ptr(memory[8:]), "threads": 1} | wrong))
+        _C.transpose(
+            **({"dtype": 1, "x": ptr(memory), "rows": 2, "n": 3, "out": ptr(memory[8:]), "threads": 1} | wrong)
+        )
     assert not memory.any()
 
 
@@ -367,4 +406,6 @@ WRONG_GATES = {
 def test_wrong_gates_are_named(message: str) -> None:
     z = torch.ones(4)
     with pytest.raises(ValueError, match=message):
-        _C.open_gates(**({"spec": spec.value(), "dtype": 0, "log_alpha": ptr(z), "seed_ptr": 0, "n": 4} | WRONG_GATES[message]))
+        _C.open_gates(
+            **({"spec": spec.value(), "dtype": 0, "log_alpha": ptr(z), "seed_ptr": 0, "n": 4} | WRONG_GATES[message])
+        )

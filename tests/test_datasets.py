@@ -18,7 +18,9 @@ def folder(tmp_path):
     for name, count in (("train", 20), ("t10k", 6)):
         images = torch.randint(0, 256, (count, 4, 5), dtype=torch.uint8)
         (tmp_path / f"{name}-images-idx3-ubyte").write_bytes(_idx(images))
-        (tmp_path / f"{name}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(_idx((torch.arange(count) % 10).to(torch.uint8))))
+        (tmp_path / f"{name}-labels-idx1-ubyte.gz").write_bytes(
+            gzip.compress(_idx((torch.arange(count) % 10).to(torch.uint8)))
+        )
     return tmp_path
 
 

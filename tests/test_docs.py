@@ -22,14 +22,17 @@ def python_of(document):
 
 
 def ran(code, folder):
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, cwd=folder, timeout=HANG)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, cwd=folder, timeout=HANG
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 PRINTED = re.compile(
     r"460 steps from scratch: dense for (\d+), ramp to 230, fine-tuned for 230\n0: \d+ of 300\n2: \d+ of 100\n"
-    r"macs: [\d,]+ of 1,606,400 \((\d+\.\d\d)%\), target [\d,]+\nlargest difference of outputs, masked and compacted: \S+\n"
+    r"macs: [\d,]+ of 1,606,400 \((\d+\.\d\d)%\), target [\d,]+\n"
+    r"largest difference of outputs, masked and compacted: \S+\n"
     r"accuracy (\d+\.\d)%\n"
 )
 
@@ -91,7 +94,9 @@ def test_the_code_of_the_page_on_many_processes_runs_on_two(tmp_path):
     """Each rank proves its own result; masked and compacted models are compared in dampr.compact."""
     blocks = python_of("docs/distributed.md")
     assert len(blocks) == 3
-    (tmp_path / "page.py").write_text("\n".join(blocks) + "\nprint('through', flush=True)\ndistributed.destroy_process_group()\n")
+    (tmp_path / "page.py").write_text(
+        "\n".join(blocks) + "\nprint('through', flush=True)\ndistributed.destroy_process_group()\n"
+    )
     assert run_script("page.py", ranks=2, cwd=tmp_path).count("through") == 2
 
 
@@ -104,10 +109,14 @@ def test_tables_are_those_of_the_results_files(name):
 
 @pytest.mark.parametrize("stage", ["pass", "vectors", "weights"])
 def test_the_performance_page_shows_what_the_results_files_hold(stage):
-    head, *points = map(json.loads, (ROOT / "benchmarks" / "results" / "cpu" / f"linear-{stage}.jsonl").read_text().splitlines())
+    head, *points = map(
+        json.loads, (ROOT / "benchmarks" / "results" / "cpu" / f"linear-{stage}.jsonl").read_text().splitlines()
+    )
     assert head["verified"]
     columns, *rows = linear.table([linear.Point(**{**p, "shape": tuple(p["shape"])}) for p in points], True)
-    assert report.markdown(columns, rows) in (ROOT / "docs" / "performance.md").read_text(), "run python -m benchmarks.tables"
+    assert report.markdown(columns, rows) in (ROOT / "docs" / "performance.md").read_text(), (
+        "run python -m benchmarks.tables"
+    )
     assert {"dampr", "eager unfused", "compiled unfused"} <= {p["provider"] for p in points}
 
 
@@ -119,7 +128,9 @@ def test_published_results_meet_what_the_demo_promises():
     assert data["max_abs_difference"] <= 1e-5
 
 
-@pytest.mark.parametrize("document", sorted(p.relative_to(ROOT).as_posix() for p in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]))
+@pytest.mark.parametrize(
+    "document", sorted(p.relative_to(ROOT).as_posix() for p in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+)
 def test_links_lead_somewhere(document):
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / document).read_text()):
         assert ((ROOT / document).parent / target).exists(), target

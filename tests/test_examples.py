@@ -1,4 +1,6 @@
-"""Every example runs from its command line; short here, on the bundled digits, and leaving the committed results alone."""
+"""Every example runs from its command line; short here, on the bundled digits,
+and leaving the committed results alone.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ OTHERS = {  # that do not train one image classifier, and how to make them short
     "dam_recommender": ["--epochs", "2"],
     "dam_graph": ["--epochs", "20", "--seeds", "1"],
 }
-PLANNED = ("diffprune_lenet5", "gru_digits", "transformer_digits", "train_ddp", "train_fsdp", "train_tp")  # a plan takes 40 steps at least
+# a plan takes 40 steps at least
+PLANNED = ("diffprune_lenet5", "gru_digits", "transformer_digits", "train_ddp", "train_fsdp", "train_tp")
 
 
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], script: str, *arguments: str) -> dict:

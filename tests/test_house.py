@@ -11,7 +11,8 @@ import dampr
 ROOT = Path(dampr.__file__).parents[1]
 SOURCES = sorted((ROOT / "dampr").rglob("*.py"))
 MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in SOURCES}
-SHARED = {"_checks", "_progress", "_version", "__version__", "_C"}  # modules that are private to the package, not to a file
+# modules that are private to the package, not to a file
+SHARED = {"_checks", "_progress", "_version", "__version__", "_C"}
 
 
 def crossing(path: Path) -> Iterator[str]:

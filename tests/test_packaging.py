@@ -1,4 +1,6 @@
-"""Builds under pip's default isolation and without torch, installs, and imports with parts missing, each in environments of their own."""
+"""Builds under pip's default isolation and without torch, installs, and imports with parts missing,
+each in environments of their own.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,17 @@ from tests.limits import HANG
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ["csrc", "dampr", "setup.py", "pyproject.toml", "MANIFEST.in", "constraints.txt", "LICENSE", "README.md", "CONTRIBUTING.md"]
+SOURCES = [
+    "csrc",
+    "dampr",
+    "setup.py",
+    "pyproject.toml",
+    "MANIFEST.in",
+    "constraints.txt",
+    "LICENSE",
+    "README.md",
+    "CONTRIBUTING.md",
+]
 BLOCK_TRITON = """
 import sys
 class Block:
@@ -29,11 +41,16 @@ class Block:
             raise ModuleNotFoundError(f"No module named {name!r} (blocked)", name=name)
 sys.meta_path.insert(0, Block())
 """
-REPORT = "import json, dampr; print(json.dumps({k: str(v) for k, v in dict(dampr.backend_info()).items()}), dampr.__file__, sep='\\n')"
+REPORT = (
+    "import json, dampr; print(json.dumps({k: str(v) for k, v in dict(dampr.backend_info()).items()}), "
+    "dampr.__file__, sep='\\n')"
+)
 
 
 def run(*command: str | Path, cwd: Path, ok: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
-    clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "CXX", "CC", "DAMPR_CPU_ISA", "DAMPR_BACKEND")}
+    clean = {
+        k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "CXX", "CC", "DAMPR_CPU_ISA", "DAMPR_BACKEND")
+    }
     result = subprocess.run(
         [str(c) for c in command],
         cwd=cwd,
@@ -49,11 +66,15 @@ def run(*command: str | Path, cwd: Path, ok: bool = True, **environment: str) ->
 
 
 def make_venv(folder: Path, borrow: bool) -> Path:
-    """The interpreter of a fresh environment; ``borrow``: it sees the packages of the one that runs the tests, but not its dampr."""
+    """The interpreter of a fresh environment; ``borrow``: it sees the packages of the one that runs the tests,
+    but not its dampr.
+    """
     venv.create(folder, with_pip=False, symlinks=True)
     python = folder / "bin" / "python"
     if borrow:
-        site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=folder).stdout.strip())
+        site = Path(
+            run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=folder).stdout.strip()
+        )
         # A plain path, so .pth files over there (an editable dampr among them) are not read.
         (site / "borrowed.pth").write_text(str(Path(torch.__file__).resolve().parent.parent) + "\n")
     return python
@@ -61,7 +82,9 @@ def make_venv(folder: Path, borrow: bool) -> Path:
 
 def pip(python: Path | str, *arguments: str | Path, cwd: Path, **kwargs: str) -> str:
     """Runs this environment's pip for another interpreter; returns all it printed."""
-    result = run(sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", python, *arguments, cwd=cwd, **kwargs)
+    result = run(
+        sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", python, *arguments, cwd=cwd, **kwargs
+    )
     return result.stdout + result.stderr
 
 
@@ -77,7 +100,9 @@ def copy_sources(target: Path) -> Path:
 
 
 def build_wheel(python: Path | str, source: Path, target: Path, **environment: str) -> tuple[Path, str]:
-    output = pip(python, "wheel", "--no-deps", "--no-cache-dir", "-v", "-w", target, source, cwd=target.parent, **environment)
+    output = pip(
+        python, "wheel", "--no-deps", "--no-cache-dir", "-v", "-w", target, source, cwd=target.parent, **environment
+    )
     (wheel,) = target.glob("*.whl")
     return wheel, output
 
@@ -169,7 +194,9 @@ def test_without_the_extension_it_imports_and_says_what_is_missing(installed_pur
     assert "missing" in backend_info(installed_pure, tmp_path)["cpp"]
 
 
-def test_without_triton_it_imports_and_says_what_is_missing(installed: Path, installed_pure: Path, tmp_path: Path) -> None:
+def test_without_triton_it_imports_and_says_what_is_missing(
+    installed: Path, installed_pure: Path, tmp_path: Path
+) -> None:
     for python in (installed, installed_pure):
         assert "missing" in backend_info(python, tmp_path, BLOCK_TRITON)["triton"]
 
@@ -202,5 +229,7 @@ def test_without_ninja_and_with_a_compiler_that_knows_no_avx_the_baseline_is_bui
     )
     run(sys.executable, "-c", code, cwd=source, CXX=str(compiler))
     assert not list(source.rglob("build.ninja"))
-    isas = run(sys.executable, "-c", "import torch; from dampr import _C; print(_C.build_info()['isas'], _C.isa())", cwd=source)
+    isas = run(
+        sys.executable, "-c", "import torch; from dampr import _C; print(_C.build_info()['isas'], _C.isa())", cwd=source
+    )
     assert isas.stdout.strip() == "['baseline'] baseline"

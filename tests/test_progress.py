@@ -96,10 +96,14 @@ DEMO = [sys.executable, "-m", "dampr", "demo", "--epochs", "2"]
 
 def test_a_demo_that_is_piped_is_quiet(tmp_path):
     environment = os.environ | {"FORCE_COLOR": "1"}  # set where CI runs: it asks for colours, not for bars
-    done = subprocess.run([*DEMO, "--out", tmp_path], capture_output=True, text=True, timeout=HANG, cwd=ROOT, env=environment, check=True)
+    done = subprocess.run(
+        [*DEMO, "--out", tmp_path], capture_output=True, text=True, timeout=HANG, cwd=ROOT, env=environment, check=True
+    )
     assert done.stderr == ""
     environment.pop("FORCE_COLOR")
-    done = subprocess.run([*DEMO, "--out", tmp_path], capture_output=True, text=True, timeout=HANG, cwd=ROOT, env=environment, check=True)
+    done = subprocess.run(
+        [*DEMO, "--out", tmp_path], capture_output=True, text=True, timeout=HANG, cwd=ROOT, env=environment, check=True
+    )
     assert done.stderr == ""
     assert not CONTROL & set(done.stdout)
 
@@ -107,7 +111,9 @@ def test_a_demo_that_is_piped_is_quiet(tmp_path):
 def test_a_demo_in_a_terminal_draws_on_stderr_and_prints_on_stdout(tmp_path):
     ours, theirs = pty.openpty()
     environment = os.environ | {"TERM": "xterm", "COLUMNS": "100"}
-    with subprocess.Popen([*DEMO, "--out", tmp_path], stdout=subprocess.PIPE, stderr=theirs, text=True, cwd=ROOT, env=environment) as run:
+    with subprocess.Popen(
+        [*DEMO, "--out", tmp_path], stdout=subprocess.PIPE, stderr=theirs, text=True, cwd=ROOT, env=environment
+    ) as run:
         os.close(theirs)
         sent = bytearray()
         try:

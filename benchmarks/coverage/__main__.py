@@ -23,9 +23,13 @@ LIMIT = 300  # seconds for a network
 
 
 def fetch() -> None:
-    """Put the libraries of models into a folder of their own, without their dependencies: these would bring another torch."""
+    """Put the libraries of models into a folder of their own, without their dependencies:
+    these would bring another torch.
+    """
     PACKAGES.mkdir(parents=True, exist_ok=True)
-    subprocess.run([sys.executable, "-m", "pip", "install", "--no-deps", "--target", str(PACKAGES), *FETCHED], check=True)
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "--no-deps", "--target", str(PACKAGES), *FETCHED], check=True
+    )
 
 
 def results() -> dict[tuple[str, str], dict[str, Any]]:
@@ -35,7 +39,9 @@ def results() -> dict[tuple[str, str], dict[str, Any]]:
 
 
 def run(wanted: list[tuple[str, str]], again: bool, residual: bool) -> None:
-    """Measure what is missing, each in a process that may take :data:`LIMIT` seconds; ``residual``: with ``convert(residual=True)``."""
+    """Measure what is missing, each in a process that may take :data:`LIMIT` seconds;
+    ``residual``: with ``convert(residual=True)``.
+    """
     for library, name in wanted:
         had = results().get((library, name), {})
         if (not residual or "residual" in had) and had and not again:
@@ -46,7 +52,9 @@ def run(wanted: list[tuple[str, str]], again: bool, residual: bool) -> None:
             command += ["--residual"] if residual else []
             done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, cwd=ROOT)
             row = (
-                json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {"error": done.stderr.strip().splitlines()[-1][:300]}
+                json.loads(done.stdout.splitlines()[-1])
+                if done.returncode == 0
+                else {"error": done.stderr.strip().splitlines()[-1][:300]}
             )
         except subprocess.TimeoutExpired:
             row = {"error": f"no end within {LIMIT} s"}
@@ -80,10 +88,17 @@ def page() -> str:
     exact = [row for row in good if row["left"] == row["foretold"]]
     wrong = [row for row in good if not isinstance(row["float64"], float) or row["float64"] > 1e-9]
     beside = [row for row in rows if isinstance(row.get("torch_pruning"), float)]
-    level = [row for row in beside if row.get("left") is not None and row["left"] / row["macs"] <= row["torch_pruning"] + 0.01]
+    level = [
+        row
+        for row in beside
+        if row.get("left") is not None and row["left"] / row["macs"] <= row["torch_pruning"] + 0.01
+    ]
     streams = [row["residual"] for row in rows if "left" in row.get("residual", {})]
     same = [row for row in streams if isinstance(row["float64"], float) and row["float64"] <= 1e-9]
-    least = [min((r["left"] / r["macs"] for r in (row, row.get("residual", {})) if "left" in r), default=1.0) for row in beside]
+    least = [
+        min((r["left"] / r["macs"] for r in (row, row.get("residual", {})) if "left" in r), default=1.0)
+        for row in beside
+    ]
     below = sum(share <= row["torch_pruning"] + 0.01 for share, row in zip(least, beside, strict=True))
     dates = sorted({row["environment"]["date"][:10] for row in rows})
     where = f"{records.device_of(rows[0]['environment'])}, torch {rows[0]['environment']['torch']}, " + " to ".join(
@@ -93,7 +108,8 @@ def page() -> str:
 
 Written by `python -m benchmarks.coverage table` from [coverage.jsonl](../benchmarks/results/coverage.jsonl) ({where}).
 
-Each network is converted fresh, with the defaults. Then its norms, biases and gains get other values, as training would give them.
+Each network is converted fresh, with the defaults.
+Then its norms, biases and gains get other values, as training would give them.
 Half of every width is closed, and the masked model is compared with the compacted one on new inputs.
 
 - {len(rows)} networks, of which {len(rows) - len(good)} have no result.
@@ -101,21 +117,26 @@ Half of every width is closed, and the masked model is compared with the compact
 - {len(good) - len(wrong)} of {len(good)} compute the same masked and compacted, to 1e-9 in float64.
 - {len(exact)} of {len(good)} cost exactly what was foretold.
 - Torch-Pruning 1.6.1 gives a model that runs for {len(beside)}.
-  With half of every width cut by both, dampr leaves as few MACs or fewer on {len(level)} of these, with `residual=True` on {below}.
+  With half of every width cut by both, dampr leaves as few MACs or fewer on {len(level)} of these,
+  with `residual=True` on {below}.
 - With `residual=True` {len(streams)} have a width that norms count and that may go;
-  {len(same)} of them compute the same masked and compacted, to 1e-9 in float64 (norms of `transformers` compute in float32),
+  {len(same)} of them compute the same masked and compacted, to 1e-9 in float64
+  (norms of `transformers` compute in float32),
   {sum(row["left"] == row["foretold"] for row in streams)} cost exactly what was foretold.
 
 **Within reach**: the share of the MACs that goes when every width keeps one unit.
 **Half**: the MACs that are left with half of every width, and whether that was foretold.
 **Residual**: the MACs that are left with half of every width by `convert(residual=True)`, where it finds one.
 **Gates on**: layers (fused kernels), or parameters (whatever reads a unit).
-**Same**: the largest difference of masked and compacted model over the largest output; and of the model before and after `convert`.
+**Same**: the largest difference of masked and compacted model over the largest output.
+**After convert**: the same of the model before and after `convert`.
 **Convert**: seconds of one core, and how many forward passes take as long.
 
-| network | gates on | within reach | half | foretold | residual | same, float32 | float64 | after convert | convert | Torch-Pruning |
-|---|---|---:|---:|---|---:|---:|---:|---|---:|---|
 """
+    columns = (
+        "network|gates on|within reach|half|foretold|residual|same, float32|float64|after convert|convert|Torch-Pruning"
+    )
+    head += f"| {' | '.join(columns.split('|'))} |\n|---|---|---:|---:|---|---:|---:|---:|---|---:|---|\n"
     return head + "".join(_line(row) for row in rows) + _faults(rows)
 
 
@@ -130,26 +151,40 @@ def _line(row: dict[str, Any]) -> str:
     exact = "exact" if row["left"] == row["foretold"] else f"{row['foretold'] / row['macs']:.1%}"
     forwards = row["convert_s"] / max(row["forward_s"], 1e-4)
     cells = [name, row["gates_on"], f"{row['prunable']:.0%}", f"{row['left'] / row['macs']:.1%}", exact, residual]
-    cells += [row["float32"], row["float64"], row["same_after_convert"], f"{row['convert_s']:.1f} s ({forwards:.0f})", beside]
+    cells += [
+        row["float32"],
+        row["float64"],
+        row["same_after_convert"],
+        f"{row['convert_s']:.1f} s ({forwards:.0f})",
+        beside,
+    ]
     return "| " + " | ".join(map(str, cells)) + " |\n"
 
 
 def _faults(rows: list[dict[str, Any]]) -> str:
     lines = [f"- {row['library']} {row['name']}: `{row['error']}`\n" for row in rows if "error" in row]
-    beside = [f"- {r['library']} {r['name']}: `{r['torch_pruning']}`\n" for r in rows if isinstance(r.get("torch_pruning"), str)]
+    beside = [
+        f"- {r['library']} {r['name']}: `{r['torch_pruning']}`\n"
+        for r in rows
+        if isinstance(r.get("torch_pruning"), str)
+    ]
     found = "\n## No result\n\n" + "".join(lines) if lines else ""
     return found + ("\n## No result of Torch-Pruning\n\n" + "".join(beside) if beside else "")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.coverage", description=sys.modules["benchmarks.coverage"].__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.coverage", description=sys.modules["benchmarks.coverage"].__doc__
+    )
     parser.add_argument("command", choices=["fetch", "run", "one", "table"])
     parser.add_argument("--library", choices=["timm", "torchvision", "smp", "transformers", "by hand"])
     parser.add_argument("--name")
     parser.add_argument("--again", action="store_true", help="measure what has a result too")
     parser.add_argument("--residual", action="store_true", help="with the residual width too")
     given = parser.parse_args()
-    wanted = [(lib, name) for lib, name in networks.names() if given.library in (None, lib) and given.name in (None, name)]
+    wanted = [
+        (lib, name) for lib, name in networks.names() if given.library in (None, lib) and given.name in (None, name)
+    ]
     if not wanted:
         parser.error(f"--name {given.name}: expected one of {sorted({name for _, name in networks.names()})}")
     if given.command == "fetch":

@@ -91,7 +91,9 @@ class NanoGPT(nn.Module):
         self.words, self.places = nn.Embedding(50, width), nn.Embedding(16, width)
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(5))
         self.attentions = nn.ModuleList(SelfAttention(width, 4) for _ in range(2))
-        self.mlps = nn.ModuleList(nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)) for _ in range(2))
+        self.mlps = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)) for _ in range(2)
+        )
         self.head = nn.Linear(width, 50, bias=False)
         self.head.weight = self.words.weight
 
@@ -109,7 +111,10 @@ class CBAM(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.first, self.second, self.head = conv(3, 32), conv(32, 48), nn.Linear(48, 5)
-        self.mlp, self.place = nn.Sequential(nn.Linear(32, 8), nn.ReLU(), nn.Linear(8, 32)), nn.Conv2d(2, 1, 7, padding=3)
+        self.mlp, self.place = (
+            nn.Sequential(nn.Linear(32, 8), nn.ReLU(), nn.Linear(8, 32)),
+            nn.Conv2d(2, 1, 7, padding=3),
+        )
         self.third = conv(48, 48)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -122,7 +127,12 @@ class CBAM(nn.Module):
 class AttentionPooling(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.score, self.second, self.head = nn.Linear(12, 48), nn.Linear(48, 1), nn.Linear(48, 32), nn.Linear(32, 4)
+        self.first, self.score, self.second, self.head = (
+            nn.Linear(12, 48),
+            nn.Linear(48, 1),
+            nn.Linear(48, 32),
+            nn.Linear(32, 4),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.first(x).relu()
@@ -147,7 +157,9 @@ class Experts(nn.Module):
 class Siamese(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.trunk = nn.Sequential(conv(3, 16), conv(16, 32, 3, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 24))
+        self.trunk = nn.Sequential(
+            conv(3, 16), conv(16, 32, 3, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 24)
+        )
         self.head = nn.Linear(24, 1)
 
     def forward(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -178,7 +190,8 @@ class TCN(nn.Module):
         norm = nn.utils.parametrizations.weight_norm
         widths = [6, 24, 24, 24]
         self.convs = nn.ModuleList(
-            norm(nn.Conv1d(read, written, 3, dilation=2**i)) for i, (read, written) in enumerate(itertools.pairwise(widths))
+            norm(nn.Conv1d(read, written, 3, dilation=2**i))
+            for i, (read, written) in enumerate(itertools.pairwise(widths))
         )
         self.mix, self.head = nn.Conv1d(24, 32, 1), nn.Linear(32, 4)
 
@@ -195,7 +208,9 @@ class Discriminator(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         norm = nn.utils.parametrizations.spectral_norm
-        self.convs = nn.ModuleList(norm(nn.Conv2d(read, written, 4, 2, 1)) for read, written in ((3, 16), (16, 32), (32, 48)))
+        self.convs = nn.ModuleList(
+            norm(nn.Conv2d(read, written, 4, 2, 1)) for read, written in ((3, 16), (16, 32), (32, 48))
+        )
         self.mix, self.head = nn.Conv2d(48, 48, 1), nn.Linear(48, 1)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,4 +1,6 @@
-"""What one network gives: how much of it can go, whether what is left computes the same, and Torch-Pruning at half of every width."""
+"""What one network gives: how much of it can go, whether what is left computes the same,
+and Torch-Pruning at half of every width.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ def row(library: str, name: str) -> dict[str, Any]:
 
 
 def with_residual(library: str, name: str) -> dict[str, Any]:
-    """What goes into a line of the results under "residual": the same with ``convert(residual=True)``, or why there is nothing."""
+    """What goes into a line of the results under "residual": the same with ``convert(residual=True)``,
+    or why there is nothing.
+    """
     model, x = networks.build(library, name)
     found: dict[str, Any] = {}
     try:
@@ -61,7 +65,9 @@ def _of_dampr(model: nn.Module, x: Any, found: dict[str, Any], residual: bool = 
     start = time.process_time()
     dampr.convert(model, example_inputs=x, residual=residual)
     found["convert_s"] = round(time.process_time() - start, 3)
-    found["gates_on"] = "parameters" if any(isinstance(m, GatedParameter) for m in gated_layers(model).values()) else "layers"
+    found["gates_on"] = (
+        "parameters" if any(isinstance(m, GatedParameter) for m in gated_layers(model).values()) else "layers"
+    )
     with inputs.same_noise(model):
         after = inputs.evaluate(model, x)
     found["same_after_convert"] = "bits" if _equal(before, after) else _relative(before, after)
@@ -71,7 +77,9 @@ def _of_dampr(model: nn.Module, x: Any, found: dict[str, Any], residual: bool = 
     found["prunable"] = round(1 - float(cost(_kept(cost, 0.0))) / cost.total, 4)
     half = _kept(cost, 0.5)
     found["foretold"] = int(cost(half))
-    for gate, own in zip(cost.structure.gates, half.split([gate.num_gates for gate in cost.structure.gates]), strict=True):
+    for gate, own in zip(
+        cost.structure.gates, half.split([gate.num_gates for gate in cost.structure.gates]), strict=True
+    ):
         gate.set_levels_(torch.where(own, gate.levels(), -3.0))
     small = dampr.compact(model, example_inputs=x)
     found["left"] = count_macs(small, x)
@@ -84,7 +92,9 @@ def _of_dampr(model: nn.Module, x: Any, found: dict[str, Any], residual: bool = 
 
 
 def _kept(cost: Cost, share: float) -> Tensor:
-    """The gates that stay: of each width this share, and one at least; the first ones, which every family can leave open."""
+    """The gates that stay: of each width this share, and one at least; the first ones,
+    which every family can leave open.
+    """
     keep = torch.zeros(cost.structure.size, dtype=torch.bool)
     for rows in cost.structure.widths():
         for own in rows:
@@ -116,7 +126,9 @@ def _as_double(x: Any) -> Any:
 
 
 def _equal(a: list[Tensor], b: list[Tensor]) -> bool:
-    return len(a) == len(b) and all(torch.equal(s, t) or bool(((s == t) | (s != s) & (t != t)).all()) for s, t in zip(a, b, strict=True))
+    return len(a) == len(b) and all(
+        torch.equal(s, t) or bool(((s == t) | (s != s) & (t != t)).all()) for s, t in zip(a, b, strict=True)
+    )
 
 
 def _relative(a: list[Tensor], b: list[Tensor]) -> float | str:
@@ -128,7 +140,9 @@ def _relative(a: list[Tensor], b: list[Tensor]) -> float | str:
 
 
 def torch_pruning_left(model: nn.Module, x: Any) -> float | str:
-    """The share of multiply-accumulates that Torch-Pruning leaves at half of every width, by magnitude; or why it has no result."""
+    """The share of multiply-accumulates that Torch-Pruning leaves at half of every width, by magnitude;
+    or why it has no result.
+    """
     import torch_pruning
 
     def stop(*_: Any) -> None:

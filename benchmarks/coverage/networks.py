@@ -37,20 +37,36 @@ TORCHVISION = {
 _SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 _DECODER = _SIZES | {"vocab_size": 99, "max_position_embeddings": 64}
 _IMAGE = {"image_size": 32, "patch_size": 8, "num_channels": 3}
-_SIDES = {f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in (("layers", 2), ("attention_heads", 4), ("ffn_dim", 64))}
+_SIDES = {
+    f"{side}_{what}": n
+    for side in ("encoder", "decoder")
+    for what, n in (("layers", 2), ("attention_heads", 4), ("ffn_dim", 64))
+}
 TRANSFORMERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "bert": ("BertConfig", "BertModel", _DECODER),
     "roberta": ("RobertaConfig", "RobertaModel", _DECODER),
-    "distilbert": ("DistilBertConfig", "DistilBertModel", {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64, "vocab_size": 99}),
+    "distilbert": (
+        "DistilBertConfig",
+        "DistilBertModel",
+        {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64, "vocab_size": 99},
+    ),
     "albert": ("AlbertConfig", "AlbertModel", _DECODER | {"embedding_size": 16}),
     "electra": ("ElectraConfig", "ElectraModel", _DECODER | {"embedding_size": 16}),
-    "gpt2": ("GPT2Config", "GPT2LMHeadModel", {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 99, "n_positions": 64}),
+    "gpt2": (
+        "GPT2Config",
+        "GPT2LMHeadModel",
+        {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 99, "n_positions": 64},
+    ),
     "opt": ("OPTConfig", "OPTForCausalLM", _DECODER | {"ffn_dim": 64, "word_embed_proj_dim": 32}),
     "llama": ("LlamaConfig", "LlamaForCausalLM", _DECODER | {"num_key_value_heads": 2}),
     "mistral": ("MistralConfig", "MistralForCausalLM", _DECODER | {"num_key_value_heads": 2}),
     "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", _DECODER | {"num_key_value_heads": 2, "head_dim": 8}),
     "gemma": ("GemmaConfig", "GemmaForCausalLM", _DECODER | {"num_key_value_heads": 2, "head_dim": 8}),
-    "t5": ("T5Config", "T5Model", {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "vocab_size": 99}),
+    "t5": (
+        "T5Config",
+        "T5Model",
+        {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "vocab_size": 99},
+    ),
     "bart": (
         "BartConfig",
         "BartModel",
@@ -61,7 +77,11 @@ TRANSFORMERS: dict[str, tuple[str, str, dict[str, Any]]] = {
             **_SIDES,
         },
     ),
-    "clip": ("CLIPConfig", "CLIPModel", {"text_config": _DECODER, "vision_config": _SIZES | _IMAGE, "projection_dim": 16}),
+    "clip": (
+        "CLIPConfig",
+        "CLIPModel",
+        {"text_config": _DECODER, "vision_config": _SIZES | _IMAGE, "projection_dim": 16},
+    ),
     "vit": ("ViTConfig", "ViTModel", _SIZES | _IMAGE),
     "swin": (
         "SwinConfig",
@@ -71,12 +91,23 @@ TRANSFORMERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "segformer": (
         "SegformerConfig",
         "SegformerForSemanticSegmentation",
-        {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 2, 2, 4], "decoder_hidden_size": 32},
+        {
+            "hidden_sizes": [8, 16, 24, 32],
+            "depths": [1, 1, 1, 1],
+            "num_attention_heads": [1, 2, 2, 4],
+            "decoder_hidden_size": 32,
+        },
     ),
     "wav2vec2": (
         "Wav2Vec2Config",
         "Wav2Vec2Model",
-        _SIZES | {"conv_dim": (32,) * 3, "conv_kernel": (10, 3, 3), "conv_stride": (5, 2, 2), "num_conv_pos_embedding_groups": 4},
+        _SIZES
+        | {
+            "conv_dim": (32,) * 3,
+            "conv_kernel": (10, 3, 3),
+            "conv_stride": (5, 2, 2),
+            "num_conv_pos_embedding_groups": 4,
+        },
     ),
     "whisper": (
         "WhisperConfig",
@@ -96,13 +127,17 @@ TRANSFORMERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
 }
 
-CI = tuple(("by hand", name) for name in by_hand.NETWORKS) + tuple(("transformers", name) for name in ("gemma", "gpt2", "qwen3", "t5"))
+CI = tuple(("by hand", name) for name in by_hand.NETWORKS) + tuple(
+    ("transformers", name) for name in ("gemma", "gpt2", "qwen3", "t5")
+)
 """Networks that CI runs."""
 
 
 def names() -> list[tuple[str, str]]:
     """Every network, (library, name)."""
-    found = [("timm", name) for name in TIMM] + [("torchvision", name) for name in TORCHVISION] + [("smp", "unet_resnet18")]
+    found = (
+        [("timm", name) for name in TIMM] + [("torchvision", name) for name in TORCHVISION] + [("smp", "unet_resnet18")]
+    )
     return found + [("transformers", name) for name in TRANSFORMERS] + [("by hand", name) for name in by_hand.NETWORKS]
 
 
@@ -114,7 +149,8 @@ def build(library: str, name: str) -> Made:
 
 
 def shaken(model: nn.Module) -> nn.Module:
-    """Constants in the parameters drawn anew (fresh norms, zero gains of residual branches) and statistics, as training leaves none.
+    """Constants in the parameters drawn anew (fresh norms, zero gains of residual branches) and statistics,
+    as training leaves none.
 
     In place, but for gates: what hides behind a fresh norm when a network is converted is there now.
     """
@@ -125,7 +161,11 @@ def shaken(model: nn.Module) -> nn.Module:
             if id(p) not in gates and p.is_floating_point() and p.numel() and bool((p == p.flatten()[0]).all()):
                 p.copy_(0.3 + 0.4 * torch.rand(p.shape, generator=generator))
         for module in model.modules():
-            if isinstance(module, nn.modules.batchnorm._NormBase) and module.running_mean is not None and module.running_var is not None:
+            if (
+                isinstance(module, nn.modules.batchnorm._NormBase)
+                and module.running_mean is not None
+                and module.running_var is not None
+            ):
                 module.running_mean.copy_(0.2 * torch.randn(module.running_mean.shape, generator=generator))
                 module.running_var.copy_(0.5 + torch.rand(module.running_var.shape, generator=generator))
     return model
@@ -169,10 +209,16 @@ def _transformers(name: str) -> Made:
     if name == "wav2vec2":
         return model, {"input_values": torch.randn(2, 800)}
     if name == "whisper":
-        return model, {"input_features": torch.randn(2, 16, 60), "decoder_input_ids": words["input_ids"], "use_cache": False}
+        return model, {
+            "input_features": torch.randn(2, 16, 60),
+            "decoder_input_ids": words["input_ids"],
+            "use_cache": False,
+        }
     if name in ("t5", "bart"):
         return model, words | {"decoder_input_ids": words["input_ids"], "use_cache": False}
-    return model, words | ({} if name in ("bert", "roberta", "distilbert", "albert", "electra") else {"use_cache": False})
+    return model, words | (
+        {} if name in ("bert", "roberta", "distilbert", "albert", "electra") else {"use_cache": False}
+    )
 
 
 def _by_hand(name: str) -> Made:

@@ -21,10 +21,14 @@ def main() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description="Test accuracy of pruned networks at equal cost.")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.quality", description="Test accuracy of pruned networks at equal cost."
+    )
     commands = parser.add_subparsers(required=True)
 
-    def command(name: str, do: Callable[[argparse.Namespace], None], words: str, filters: bool = False) -> argparse.ArgumentParser:
+    def command(
+        name: str, do: Callable[[argparse.Namespace], None], words: str, filters: bool = False
+    ) -> argparse.ArgumentParser:
         found = commands.add_parser(name, help=words, description=words)
         found.set_defaults(do=do)
         if filters:
@@ -37,11 +41,20 @@ def _parser() -> argparse.ArgumentParser:
     _add_root(runs)
     command("list", _list, "say what is done and what is missing", filters=True)
     command("table", _table, "write docs/quality.md and its chart")
-    tune = command("tune", _tune, "validation accuracy of the dense network at learning rates, in a third of the steps; nothing is written")
+    tune = command(
+        "tune",
+        _tune,
+        "validation accuracy of the dense network at learning rates, in a third of the steps; nothing is written",
+    )
     tune.add_argument("--task", choices=TASKS, required=True)
     tune.add_argument("--lr", type=float, nargs="+", required=True)
     _add_root(tune)
-    command("forget", _forget, "drop the records of the filtered runs, which need a filter, so that they are run again", filters=True)
+    command(
+        "forget",
+        _forget,
+        "drop the records of the filtered runs, which need a filter, so that they are run again",
+        filters=True,
+    )
     return parser
 
 
@@ -50,16 +63,25 @@ def _add_root(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_filters(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--task", choices=TASKS, action="append", help="may be given several times; all of them by default")
+    parser.add_argument(
+        "--task", choices=TASKS, action="append", help="may be given several times; all of them by default"
+    )
     parser.add_argument("--share", type=float, action="append", help="the same")
     parser.add_argument("--method", choices=METHODS, action="append", help="the same")
     parser.add_argument("--comparison", choices=results.COMPARISONS, action="append", help="the same")
-    parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[0, 1, 2], help="by default 0,1,2")
+    parser.add_argument(
+        "--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[0, 1, 2], help="by default 0,1,2"
+    )
 
 
 def _filter(args: argparse.Namespace) -> Callable[[Run], bool]:
     def keep(found: Run) -> bool:
-        pairs = ((args.task, found.task), (args.share, found.share), (args.method, found.method), (args.comparison, found.comparison))
+        pairs = (
+            (args.task, found.task),
+            (args.share, found.share),
+            (args.method, found.method),
+            (args.comparison, found.comparison),
+        )
         return all(allowed is None or value in allowed for allowed, value in pairs) and found.seed in args.seeds
 
     return keep
@@ -100,7 +122,10 @@ def _tune(args: argparse.Namespace) -> None:
     for lr in args.lr:
         task = dataclasses.replace(TASKS[args.task], lr=lr)
         record = run.execute(Run(task.name, 1.0, "dense", "default", 0, "steps"), task, images, task.steps // 3)
-        print(f"{task.name}, lr {lr:g}: validation {record['validation_accuracy']:.2%}, {record['cpu_seconds']:.0f} s", flush=True)
+        print(
+            f"{task.name}, lr {lr:g}: validation {record['validation_accuracy']:.2%}, {record['cpu_seconds']:.0f} s",
+            flush=True,
+        )
 
 
 def _forget(args: argparse.Namespace) -> None:

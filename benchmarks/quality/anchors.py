@@ -1,7 +1,8 @@
-"""Published points on full MNIST, reproduced: ``python -m benchmarks.quality.anchors``; one JSON line a run, done ones are skipped.
+"""Published points on full MNIST, reproduced: ``python -m benchmarks.quality.anchors``; one JSON line a run,
+done ones are skipped.
 
-Every run is one plan with the defaults, Adam at 2e-3 with half a cosine and batches of 64, images shifted by up to two pixels. Only what is
-published is the target: which parameters are left at which error.
+Every run is one plan with the defaults, Adam at 2e-3 with half a cosine and batches of 64, images shifted by up to two
+pixels. Only what is published is the target: which parameters are left at which error.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ LR, BATCH = 2e-3, 64
 
 
 class Anchor(NamedTuple):
-    """A published point: at most ``error`` with at most ``params`` of the parameters, by whom; and how it is run here."""
+    """A published point: at most ``error`` with at most ``params`` of the parameters, by whom;
+    and how it is run here.
+    """
 
     name: str
     error: float
@@ -47,13 +50,22 @@ ANCHORS = (
     Anchor("lenet5-hard_concrete", 0.009, 0.023, LENET5, 12, {"gate": "hard_concrete", "score": "learned"}),
     Anchor("mlp", 0.018, 0.26, MLP, 12, {}),
     Anchor("mlp-hard_concrete", 0.018, 0.26, MLP, 12, {"gate": "hard_concrete", "score": "learned"}),
-    Anchor("lenet5-diffprune", 0.006, 0.25, "LeNet-5, size not published (Shulman 2020)", 12, {"gate": "diffprune", "score": "learned"}),
+    Anchor(
+        "lenet5-diffprune",
+        0.006,
+        0.25,
+        "LeNet-5, size not published (Shulman 2020)",
+        12,
+        {"gate": "diffprune", "score": "learned"},
+    ),
 )
 
 
 def mlp() -> nn.Module:
     """LeNet-300-100."""
-    return nn.Sequential(nn.Flatten(), nn.Linear(784, 300), nn.ReLU(), nn.Linear(300, 100), nn.ReLU(), nn.Linear(100, 10))
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(784, 300), nn.ReLU(), nn.Linear(300, 100), nn.ReLU(), nn.Linear(100, 10)
+    )
 
 
 def shifted(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -125,7 +137,9 @@ def main() -> None:
                 file.flush()
                 os.fsync(file.fileno())
             print(
-                f"{anchor.name}, seed {seed}: error {record['error']:.2%} with {record['params_share']:.2%} of the parameters", flush=True
+                f"{anchor.name}, seed {seed}: error {record['error']:.2%} with {record['params_share']:.2%} of the "
+                "parameters",
+                flush=True,
             )
 
 

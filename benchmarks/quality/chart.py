@@ -40,7 +40,9 @@ STYLES = {
 
 
 def draw(found: Results) -> Figure:
-    """The runs at equal steps: lines through the means, a small mark for each seed, the dense network as a dotted line."""
+    """The runs at equal steps: lines through the means, a small mark for each seed,
+    the dense network as a dotted line.
+    """
     figure, axes = plt.subplots(2, 3, figsize=(12, 7), layout="constrained", squeeze=False)
     begun = [task for task in TASKS.values() if any(run.task == task.name for run in found)]
     for ax, task in zip(axes.flat, begun, strict=False):
@@ -62,7 +64,14 @@ def _draw_task(ax: Axes, found: Results, task: Task) -> None:
             color, marker = STYLES[method]
             means = [100 * results.over_seeds(records) for records in by_share.values()]
             ours = method.startswith(("plan", "prune_once"))
-            ax.plot([100 * s for s in by_share], means, color=color, marker=marker, linestyle="-" if ours else "--", label=TITLES[method])
+            ax.plot(
+                [100 * s for s in by_share],
+                means,
+                color=color,
+                marker=marker,
+                linestyle="-" if ours else "--",
+                label=TITLES[method],
+            )
             for share, records in by_share.items():
                 each = [100 * r["test_accuracy"] for r in records]
                 ax.scatter([100 * share] * len(each), each, color=color, marker=marker, s=8, alpha=0.5)

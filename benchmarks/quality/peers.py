@@ -1,4 +1,6 @@
-"""Torch-Pruning's pruners, cut to the same multiply-accumulates: a unit at a time, with the floor that dampr has, too."""
+"""Torch-Pruning's pruners, cut to the same multiply-accumulates: a unit at a time, with the floor that dampr has,
+too.
+"""
 
 from __future__ import annotations
 
@@ -76,7 +78,9 @@ class TorchPruning(Cut):
             F.cross_entropy(self.model(x), y).backward()
 
     def _attempt(self, goal: float, fineness: int) -> tuple[int, nn.Module]:
-        """(cost, model) of a copy of the model that is pruned until it is no dearer than the goal, and hardly cheaper where that can be."""
+        """(cost, model) of a copy of the model that is pruned until it is no dearer than the goal,
+        and hardly cheaper where that can be.
+        """
         model, left = _copy(self.model), count_macs(self.model, self.setup.task.example())
         barred: set[str] = set()
         cheaper: list[tuple[int, nn.Module]] = []
@@ -87,16 +91,25 @@ class TorchPruning(Cut):
             if left <= goal:
                 return left, model
         if not cheaper:
-            raise RuntimeError(f"{self.kind}, {self.setup.setting}: {left} multiply-accumulates are left, expected {goal:.0f}")
+            raise RuntimeError(
+                f"{self.kind}, {self.setup.setting}: {left} multiply-accumulates are left, expected {goal:.0f}"
+            )
         return max(cheaper, key=lambda attempt: attempt[0])
 
     def _descend(
-        self, model: nn.Module, left: int, goal: float, fineness: int, barred: set[str], cheaper: list[tuple[int, nn.Module]]
+        self,
+        model: nn.Module,
+        left: int,
+        goal: float,
+        fineness: int,
+        barred: set[str],
+        cheaper: list[tuple[int, nn.Module]],
     ) -> tuple[nn.Module, int]:
-        """Prune in small steps, group by group, down to the goal; or to where a group would go too far, which is barred from then on.
+        """Prune in small steps, group by group, down to the goal; or to where a group would go too far,
+        which is barred from then on.
 
-        A group is left alone where it is at its floor. (Torch-Pruning's own, max_pruning_ratio, ends global pruning early: what is at its
-        floor is taken out of the ranking, but not out of the number that has to stay.)
+        A group is left alone where it is at its floor. (Torch-Pruning's own, max_pruning_ratio, ends global pruning
+        early: what is at its floor is taken out of the ranking, but not out of the number that has to stay.)
         """
         pruner, names = self._pruner(model, fineness), {module: name for name, module in model.named_modules()}
         for _ in range(fineness):
@@ -118,7 +131,8 @@ class TorchPruning(Cut):
 
     def _pruner(self, model: nn.Module, steps: int) -> Any:
         options: dict[str, Any] = {"reg": PENALTIES[self.kind][self.number]} if self.kind in PENALTIES else {}
-        heads = {m: m.num_heads for m in model.modules() if isinstance(m, nn.MultiheadAttention)}  # each keeps as many channels
+        # each keeps as many channels
+        heads = {m: m.num_heads for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return PRUNERS[self.kind](
@@ -136,7 +150,9 @@ class TorchPruning(Cut):
 
 
 def _widths(model: nn.Module) -> dict[str, int]:
-    return {name: layer.weight.shape[0] for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d | nn.Linear)}
+    return {
+        name: layer.weight.shape[0] for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d | nn.Linear)
+    }
 
 
 def _copy(model: nn.Module) -> nn.Module:

@@ -1,6 +1,7 @@
 """The plan's settings, tried on validation images alone: ``python -m benchmarks.quality.recipes vgg 0.1 --steps 1000``.
 
-One JSON line a run under ``benchmarks/results/quality/recipes.jsonl``; the defaults of :class:`dampr.Plan` were chosen by these.
+One JSON line a run under ``benchmarks/results/quality/recipes.jsonl``;
+the defaults of :class:`dampr.Plan` were chosen by these.
 """
 
 from __future__ import annotations
@@ -49,7 +50,9 @@ def execute(task_name: str, share: float, steps: int, seed: int, variant: str, r
     torch.manual_seed(seed)
     batches = data.batches(images, task.batch, seed, task.augment)
     setup, options = Setup(task, share, steps, batches, "default"), VARIANTS[variant]
-    model, seconds = train(METHODS["narrow"](setup) if options is None else Planned(setup, **options), task, batches, steps)
+    model, seconds = train(
+        METHODS["narrow"](setup) if options is None else Planned(setup, **options), task, batches, steps
+    )
     where = records.environment()
     return {
         "task": task_name,
@@ -85,7 +88,10 @@ def main() -> None:
             PATH.parent.mkdir(parents=True, exist_ok=True)
             with PATH.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
-            print(f"{variant}, seed {seed}: {record['validation_accuracy']:.2%} in {record['cpu_seconds']:.0f} s", flush=True)
+            print(
+                f"{variant}, seed {seed}: {record['validation_accuracy']:.2%} in {record['cpu_seconds']:.0f} s",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -51,7 +51,9 @@ class Results(dict[Run, Record]):
         """Those of one method, by seed."""
         wanted = (task, share, method, comparison)
         found = [
-            r for run, r in self.items() if (run.task, run.share, run.method, run.comparison) == wanted and setting in (None, run.setting)
+            r
+            for run, r in self.items()
+            if (run.task, run.share, run.method, run.comparison) == wanted and setting in (None, run.setting)
         ]
         return sorted(found, key=lambda r: r["seed"])
 
@@ -88,12 +90,17 @@ def forget(runs: Iterable[Run], folder: Path = RESULTS) -> int:
     """Drop the records of these runs, so that they are run again; returns how many there were."""
     dropped, found = set(runs), read(folder)
     for task in {run.task for run in dropped}:
-        write_jsonl(folder / f"{task}.jsonl", [r for run, r in found.items() if run.task == task and run not in dropped])
+        write_jsonl(
+            folder / f"{task}.jsonl", [r for run, r in found.items() if run.task == task and run not in dropped]
+        )
     return len(dropped & found.keys())
 
 
 def chosen_setting(results: Results, task: str, share: float, method: str) -> str | None:
-    """The setting of best validation accuracy at :data:`SEARCH_SEED`; None until all have been run. Test accuracy is not looked at."""
+    """The setting of best validation accuracy at :data:`SEARCH_SEED`; None until all have been run.
+
+    Test accuracy is not looked at.
+    """
     accuracy = {}
     for setting in settings(method):
         record = results.get(Run(task, share, method, setting, SEARCH_SEED, "steps"))
@@ -106,8 +113,8 @@ def chosen_setting(results: Results, task: str, share: float, method: str) -> st
 def wanted(results: Results, seeds: Sequence[int], tasks: Iterable[Task] | None = None) -> list[Run]:
     """All runs of these seeds that can be told already, in the order in which they are worth doing.
 
-    Broad first: of each seed narrow and plan of every task, then the other methods, then the comparisons at equal time. Runs that wait for
-    the choice of a setting, or for the time of the plan, are not among them yet.
+    Broad first: of each seed narrow and plan of every task, then the other methods, then the comparisons at equal time.
+    Runs that wait for the choice of a setting, or for the time of the plan, are not among them yet.
     """
     runs = [run for task in tasks or TASKS.values() for seed in seeds for run in _of_task(results, task, seed)]
     order = list(TASKS)

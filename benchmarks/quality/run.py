@@ -25,7 +25,9 @@ _loaded = functools.lru_cache(maxsize=2)(data.load)
 
 
 def steps_of(run: Run, task: Task, found: Results) -> int:
-    """The task's steps or, at equal time, as many as fit in the plan's CPU seconds at the pace of the method's own run of equal steps."""
+    """The task's steps or, at equal time, as many as fit in the plan's CPU seconds at the pace of
+    the method's own run of equal steps.
+    """
     if run.comparison == "steps":
         return task.steps
     own = found[run._replace(comparison="steps")]
@@ -61,8 +63,13 @@ def missing(seeds: list[int], keep: Callable[[Run], bool], folder: Path = result
     return [run for run in results.wanted(found, seeds) if run not in found and keep(run)]
 
 
-def run_missing(seeds: list[int], keep: Callable[[Run], bool], hours: float, root: Path, folder: Path = results.RESULTS) -> None:
-    """One run after the other until none is missing or the time is up: none is started that would not fit. A failed one is not repeated."""
+def run_missing(
+    seeds: list[int], keep: Callable[[Run], bool], hours: float, root: Path, folder: Path = results.RESULTS
+) -> None:
+    """One run after the other until none is missing or the time is up: none is started that would not fit.
+
+    A failed one is not repeated.
+    """
     ends, longest, failed = time.monotonic() + 3600 * hours, 0.0, set[Run]()
     while todo := [run for run in missing(seeds, keep, folder) if run not in failed]:
         started, run = time.monotonic(), todo[0]

@@ -28,9 +28,31 @@ COLUMNS = (
     "steps",
     "CPU s",
 )
-WORDS = {"steps": "At equal steps", "time": "At equal time: as many steps as fit in the time of dampr.Plan at equal steps"}
+WORDS = {
+    "steps": "At equal steps",
+    "time": "At equal time: as many steps as fit in the time of dampr.Plan at equal steps",
+}
 # Student's t, 97.5 %, by degrees of freedom from 1; beyond them the normal distribution's.
-STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101)
+STUDENT = (
+    12.706,
+    4.303,
+    3.182,
+    2.776,
+    2.571,
+    2.447,
+    2.365,
+    2.306,
+    2.262,
+    2.228,
+    2.201,
+    2.179,
+    2.160,
+    2.145,
+    2.131,
+    2.120,
+    2.110,
+    2.101,
+)
 
 
 def paired_interval(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float]:
@@ -75,7 +97,11 @@ def _anchors() -> str:
             errors = [record["error"] for record in mine]
             widths = "-".join(map(str, mine[0]["widths"]))
             wanted = (f"{anchor.error:.1%}", f"{anchor.params:.1%}")
-            shown = (f"{statistics.mean(errors):.2%}", ", ".join(f"{e:.2%}" for e in errors), f"{mine[0]['params_share']:.2%}")
+            shown = (
+                f"{statistics.mean(errors):.2%}",
+                ", ".join(f"{e:.2%}" for e in errors),
+                f"{mine[0]['params_share']:.2%}",
+            )
             rows.append((anchor.name, *wanted, *shown, widths, anchor.source))
     return f"{report.markdown(columns, rows)}\n" if rows else "No runs yet.\n"
 
@@ -86,7 +112,10 @@ def _recipes() -> str:
     for r in recipes.read():
         key = (r["task"], f"{r['share']:.0%}", str(r["steps"]), r["variant"])
         groups.setdefault(key, []).append(r["validation_accuracy"])
-    rows = [(*key, f"{statistics.mean(found):.2%}", ", ".join(f"{a:.2%}" for a in found)) for key, found in sorted(groups.items())]
+    rows = [
+        (*key, f"{statistics.mean(found):.2%}", ", ".join(f"{a:.2%}" for a in found))
+        for key, found in sorted(groups.items())
+    ]
     return f"{report.markdown(columns, rows)}\n" if rows else "No runs yet.\n"
 
 
@@ -94,7 +123,10 @@ def _source(task: Task, mine: list[Record]) -> str:
     def several(name: str) -> str:
         return ", ".join(sorted({r[name] for r in mine}))
 
-    where = f"{several('cpu')}, one thread, torch {several('torch')}, {max(r['date'] for r in mine)[:10]}, commits {several('commit')}"
+    where = (
+        f"{several('cpu')}, one thread, torch {several('torch')}, {max(r['date'] for r in mine)[:10]}, commits "
+        f"{several('commit')}"
+    )
     left_out = [f"{TITLES[method]}: {reason}" for method in METHODS if (reason := why_not(method, task))]
     ending = f" Left out: {'; '.join(left_out)}." * bool(left_out)
     return f"[{task.name}.jsonl](../benchmarks/results/quality/{task.name}.jsonl): {where}.{ending}\n"
@@ -128,7 +160,9 @@ def _row(found: Results, task: Task, share: float, method: str, mine: list[Recor
         ", ".join(f"{r['test_accuracy']:.2%}" for r in mine),
         _difference(mine, narrow),
         _difference(plan, mine),
-        " to ".join(sorted({f"{r['macs'] / r['macs_dense']:.2%}" for r in (min(mine, key=_left), max(mine, key=_left))})),
+        " to ".join(
+            sorted({f"{r['macs'] / r['macs_dense']:.2%}" for r in (min(mine, key=_left), max(mine, key=_left))})
+        ),
         f"{statistics.mean(r['params'] for r in mine) / 1e3:.1f}k",
         f"{statistics.mean(r['steps'] for r in mine):.0f}",
         f"{statistics.mean(r['cpu_seconds'] for r in mine):.0f}",
@@ -153,21 +187,26 @@ def _difference(ours: list[Record], theirs: list[Record]) -> str:
 def write(document: Path = DOCUMENT, found: Results | None = None) -> None:
     """Fill the places of the tables; a document that does not exist is started with one for each task."""
     text = document.read_text() if document.exists() else skeleton()
-    document.write_text(PLACE.sub(lambda m: m[1] + render(m[2], found) + m[3] if m[2].startswith("quality/") else m[0], text))
+    document.write_text(
+        PLACE.sub(lambda m: m[1] + render(m[2], found) + m[3] if m[2].startswith("quality/") else m[0], text)
+    )
 
 
 INTRODUCTION = """# Quality at equal cost
 
 What test accuracy each way to prune leaves, at the same multiply-accumulates.
-`python -m benchmarks.quality run` does the runs, `python -m benchmarks.quality table` writes this page from their records.
+`python -m benchmarks.quality run` does the runs.
+`python -m benchmarks.quality table` writes this page from their records.
 
-- A tenth of the training images, the same in every run, validates. The learning rate of a task (by the dense network) and the setting of a
-  Torch-Pruning pruner (the best of three at seed 0) are chosen on it; nothing is chosen on test images.
-- All methods of a task share one loop: Adam (AdamW for the transformer), a cosine to zero over the whole run, the same batches for a seed.
+- A tenth of the training images, the same in every run, validates.
+  The learning rate of a task (by the dense network) and the setting of a Torch-Pruning pruner (the best of three
+  at seed 0) are chosen on it; nothing is chosen on test images.
+- All methods of a task share one loop: Adam (AdamW for the transformer), a cosine to zero over the whole run,
+  the same batches for a seed.
 - Methods that cut train the dense network for 40 % of the steps, are cut, and go on with a new optimizer.
 - dampr.Plan has one recipe, its defaults, on every task.
-- "Over narrow" and "dampr.Plan over it": the mean difference of pairs of the same seed, in percentage points, and its 95 % interval by
-  Student's t; without an interval where there is one pair.
+- "Over narrow" and "dampr.Plan over it": the mean difference of pairs of the same seed, in percentage points,
+  and its 95 % interval by Student's t; without an interval where there is one pair.
 - CPU seconds are those of the training process on one thread, without evaluation.
 
 ![Test accuracy against the share of the multiply-accumulates](plots/quality.png)
@@ -183,8 +222,9 @@ One plan with the defaults, 12 epochs, images shifted by up to two pixels: `pyth
 
 ## What was tried
 
-Settings of the plan by accuracy on validation images, in shorter runs: `python -m benchmarks.quality.recipes TASK SHARE --steps N`. The
-defaults were chosen by these; one seed says little, so no setting was chosen for a lead of less than a point.
+Settings of the plan by accuracy on validation images, in shorter runs:
+`python -m benchmarks.quality.recipes TASK SHARE --steps N`.
+The defaults were chosen by these; one seed says little, so no setting was chosen for a lead of less than a point.
 
 <!-- table: quality/recipes -->
 <!-- end -->
@@ -192,5 +232,7 @@ defaults were chosen by these; one seed says little, so no setting was chosen fo
 
 
 def skeleton() -> str:
-    places = "\n".join(f"## {task.title}\n\n<!-- table: quality/{name} -->\n<!-- end -->\n" for name, task in TASKS.items())
+    places = "\n".join(
+        f"## {task.title}\n\n<!-- table: quality/{name} -->\n<!-- end -->\n" for name, task in TASKS.items()
+    )
     return f"{INTRODUCTION}\n{places}\n{ENDING}"

@@ -1,7 +1,7 @@
 """What is trained: every network, its data, and the one optimizer recipe that all methods share.
 
-The steps make a run of the dense network take about two minutes on one core. The learning rate is the one of 1e-3, 2e-3 and 5e-3 with
-which the dense network validates best (``python -m benchmarks.quality tune``).
+The steps make a run of the dense network take about two minutes on one core. The learning rate is the one of 1e-3, 2e-3
+and 5e-3 with which the dense network validates best (``python -m benchmarks.quality tune``).
 """
 
 from __future__ import annotations

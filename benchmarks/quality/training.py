@@ -16,7 +16,9 @@ Batches = Iterator[tuple[Tensor, Tensor]]
 
 
 class Method:
-    """What a way to prune does in the loop; as it stands, nothing: the network as it was built is trained to the end."""
+    """What a way to prune does in the loop; as it stands, nothing:
+    the network as it was built is trained to the end.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model

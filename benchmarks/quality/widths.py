@@ -1,4 +1,6 @@
-"""A network's widths at a target: for one that is narrow from the start, and for one that is cut to the same widths by L1 norm."""
+"""A network's widths at a target: for one that is narrow from the start,
+and for one that is cut to the same widths by L1 norm.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,10 @@ Widths = tuple[int, ...]
 TOLERANCE = 0.01
 """How far below its target a network may be."""
 _IN_BLOCKS = (nn.GRU, nn.MultiheadAttention)
-"""Layers that stack a weight for each of their parts: a dimension is (parts, width). Elsewhere it is (width, pixels), as Flatten has it."""
+"""Layers that stack a weight for each of their parts: a dimension is (parts, width).
+
+Elsewhere it is (width, pixels), as Flatten has it.
+"""
 
 
 def macs(task: Task, widths: Widths) -> int:
@@ -32,7 +37,8 @@ def _macs(name: str, task: Task, widths: Widths) -> int:
 
 
 def narrow_widths(task: Task, share: float) -> Widths:
-    """Widths of about one scale whose cost is within 1 % below the target: all are scaled alike, then one at a time takes up the rest.
+    """Widths of about one scale whose cost is within 1 % below the target: all are scaled alike,
+    then one at a time takes up the rest.
 
     Of those that fit, the most uniform. Raises ValueError where none fits.
     """
@@ -43,7 +49,10 @@ def narrow_widths(task: Task, share: float) -> Widths:
     found = {widths for near in _near(scale) for widths in _adjusted(task, _scaled(task, near), target)}
     fitting = [w for w in found if (1 - TOLERANCE) * target <= macs(task, w) <= target]
     if not fitting:
-        raise ValueError(f"task={task.name!r}, share={share}: no widths within {TOLERANCE:.0%} below {target:.0f} multiply-accumulates")
+        raise ValueError(
+            f"task={task.name!r}, share={share}: no widths within {TOLERANCE:.0%} below {target:.0f} "
+            "multiply-accumulates"
+        )
     return min(fitting, key=lambda w: (_unevenness(task, w, scale), w))
 
 
@@ -52,7 +61,9 @@ def _near(scale: float) -> list[float]:
 
 
 def _scaled(task: Task, scale: float) -> Widths:
-    return tuple(max(1, round(scale * width / unit)) * unit for width, unit in zip(task.widths, task.multiples, strict=True))
+    return tuple(
+        max(1, round(scale * width / unit)) * unit for width, unit in zip(task.widths, task.multiples, strict=True)
+    )
 
 
 def _scale(task: Task, target: float) -> float:
@@ -83,15 +94,16 @@ def _with(widths: Widths, place: int, value: int) -> Widths:
 def _unevenness(task: Task, widths: Widths, scale: float) -> float:
     """The largest factor by which a width is off the scale, beyond what rounding one unit explains."""
     return max(
-        abs(math.log(w / (scale * full))) - unit / (scale * full) for w, full, unit in zip(widths, task.widths, task.multiples, strict=True)
+        abs(math.log(w / (scale * full))) - unit / (scale * full)
+        for w, full, unit in zip(widths, task.widths, task.multiples, strict=True)
     )
 
 
 def cut_by_l1(model: nn.Module, task: Task, widths: Widths) -> nn.Module:
     """A network of these widths with the units of ``model`` whose weights have the largest L1 norms, and their weights.
 
-    A unit's weights are all rows that compute it; channels of a residual stream count in every layer that writes them. Where a width is a
-    multiple of heads, each head keeps as many.
+    A unit's weights are all rows that compute it; channels of a residual stream count in every layer that writes them.
+    Where a width is a multiple of heads, each head keeps as many.
     """
     owners = _owners(task)
     kept = [
@@ -110,7 +122,9 @@ def cut_by_l1(model: nn.Module, task: Task, widths: Widths) -> nn.Module:
 
 
 def _owners(task: Task) -> dict[str, list[int | None]]:
-    """Of each tensor of the network the width that each of its dimensions grows with, found by building it a little wider."""
+    """Of each tensor of the network the width that each of its dimensions grows with,
+    found by building it a little wider.
+    """
     with torch.random.fork_rng(devices=[]):
         dense = {name: value.shape for name, value in task.build(task.widths).state_dict().items()}
         owners: dict[str, list[int | None]] = {name: [None] * len(shape) for name, shape in dense.items()}

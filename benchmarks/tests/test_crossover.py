@@ -61,14 +61,25 @@ def test_whole_blocks_are_closed(share):
 
 
 def _sweep(faster):
-    """Points of every case over 4 to 64 rows: ``faster`` gives, by route, up to how many rows it takes half of the time of the others."""
+    """Points of every case over 4 to 64 rows: ``faster`` gives, by route,
+    up to how many rows it takes half of the time of the others.
+    """
     points = []
     pairs = [("live", "fold"), ("live", "fold"), ("one_pass", "passes"), ("one_pass", "passes"), ("small_m", "fold")]
     for how, routes in zip((*crossover.PER_BATCH, *crossover.PER_SAMPLE, crossover.WEIGHT), pairs, strict=True):
         for m in (4, 8, 16, 32, 64):
             case = Case((m, 256, 256), *how)
-            seconds = {None: 1.0, **{route: 1.0 if route in ("fold", "passes") else 0.5 if m <= faster[route] else 1.5 for route in routes}}
-            points += [Point(str(case), case.shape, "", "cuda", "dampr" if r else "dense", t, t, t, None, r) for r, t in seconds.items()]
+            seconds = {
+                None: 1.0,
+                **{
+                    route: 1.0 if route in ("fold", "passes") else 0.5 if m <= faster[route] else 1.5
+                    for route in routes
+                },
+            }
+            points += [
+                Point(str(case), case.shape, "", "cuda", "dampr" if r else "dense", t, t, t, None, r)
+                for r, t in seconds.items()
+            ]
     return points
 
 

@@ -54,4 +54,6 @@ def test_a_network_trains_with_gates_in_every_norm() -> None:
     gates = [m for m in model.modules() if isinstance(m, dampr.gates.Gate)]
     assert gates
     assert all(p.grad is not None for gate in gates for p in gate.parameters())
-    assert not any(isinstance(m, nn.BatchNorm2d) and not isinstance(m, dampr.nn.GatedLayer) for m in model.first.modules())
+    assert not any(
+        isinstance(m, nn.BatchNorm2d) and not isinstance(m, dampr.nn.GatedLayer) for m in model.first.modules()
+    )

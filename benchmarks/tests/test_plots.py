@@ -16,7 +16,19 @@ SHAPE = (64, 32, 16)
 
 
 def _point(case, provider, seconds, route=None, kept=8):
-    return Point(str(case), case.shape, "bfloat16 autocast", "cuda", provider, seconds, seconds, seconds, 100, route, kept_bytes=kept)
+    return Point(
+        str(case),
+        case.shape,
+        "bfloat16 autocast",
+        "cuda",
+        provider,
+        seconds,
+        seconds,
+        seconds,
+        100,
+        route,
+        kept_bytes=kept,
+    )
 
 
 def _write(path, points, head=HEAD):
@@ -31,21 +43,36 @@ def results(tmp_path):
     sweep = []
     for m in (4, 8, 16):
         case = Case((m, 32, 32), "input")
-        sweep += [_point(case, "dense", 1.0), _point(case, "dampr", 1.1, "fold"), _point(case, "dampr", 1.5 - m / 20, "live")]
+        sweep += [
+            _point(case, "dense", 1.0),
+            _point(case, "dampr", 1.1, "fold"),
+            _point(case, "dampr", 1.5 - m / 20, "live"),
+        ]
     for share in (0.0, 0.9):  # slower than anything in the first panel
-        sweep += [replace(p, case=crossover.closed_name(case, share), median=p.median * (3 if p.route else 1)) for p in sweep[-3:]]
+        sweep += [
+            replace(p, case=crossover.closed_name(case, share), median=p.median * (3 if p.route else 1))
+            for p in sweep[-3:]
+        ]
     _write(folder / "linear-crossover.jsonl", sweep)
     shut = [(closing.closed_name("linear", share), 1.1 - share) for share in closing.SHARES]
     steps = [
-        replace(_point(Case(SHAPE, "input"), who, t), case=name) for name, time in shut for who, t in (("dense", 1.0), ("dampr", time))
+        replace(_point(Case(SHAPE, "input"), who, t), case=name)
+        for name, time in shut
+        for who, t in (("dense", 1.0), ("dampr", time))
     ]
     _write(folder / "closing.jsonl", steps)
     weight_pass = Case((0, 32, 32), "weight", weight_pass=True)
-    _write(folder / "linear-pass.jsonl", [_point(weight_pass, "copy", 1e-6, kept=None), _point(weight_pass, "dampr", 2e-6, "fold", None)])
+    _write(
+        folder / "linear-pass.jsonl",
+        [_point(weight_pass, "copy", 1e-6, kept=None), _point(weight_pass, "dampr", 2e-6, "fold", None)],
+    )
     missing = replace(_point(Case(SHAPE, "output"), "captum", float("nan")), error="ImportError: captum")
     for stage, granularity in (("vectors", "output"), ("weights", (4, 4))):
         case = Case(SHAPE, granularity)
-        _write(folder / f"linear-{stage}.jsonl", [_point(case, "dense", 1e-6, kept=0), _point(case, "dampr", 2e-6, "fold"), missing])
+        _write(
+            folder / f"linear-{stage}.jsonl",
+            [_point(case, "dense", 1e-6, kept=0), _point(case, "dampr", 2e-6, "fold"), missing],
+        )
     ceilings = {"copy_bytes_per_second": 1e12, "gemm_flops_per_second_bfloat16": 1e12}
     (folder / "roofline.json").write_text(json.dumps({**HEAD, "ceilings": ceilings}))
     return folder.parent
@@ -75,7 +102,10 @@ def test_panels_are_titled_and_hold_a_line_for_each_route(results):
     figure = plots.draw_crossover(results / "abacus-1" / "linear-crossover.jsonl")
     rows, closed = figure.axes[:2]
     assert (rows.get_title(), rows.get_xlabel()) == ("per batch, input gates", "rows of x")
-    assert (closed.get_title(), closed.get_xlabel()) == ("per batch, input gates, 16 rows", "blocks of features closed (%)")
+    assert (closed.get_title(), closed.get_xlabel()) == (
+        "per batch, input gates, 16 rows",
+        "blocks of features closed (%)",
+    )
     for ax in (rows, closed):
         assert [text.get_text() for text in ax.get_legend().get_texts()] == ["dense", "fold", "live"]
     assert list(closed.get_lines()[1].get_xdata()) == [0, 90]

@@ -25,7 +25,9 @@ SMALL = ("lenet5", "vgg", "gru", "transformer")
 
 def mlp(widths) -> nn.Module:
     first, second = widths
-    return nn.Sequential(nn.Flatten(), nn.Linear(16, first), nn.ReLU(), nn.Linear(first, second), nn.ReLU(), nn.Linear(second, 10))
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(16, first), nn.ReLU(), nn.Linear(first, second), nn.ReLU(), nn.Linear(second, 10)
+    )
 
 
 TASK = Task("vgg", "made up", "none", (1, 4, 4), mlp, (60, 40), (0.5,), steps=30, lr=1e-2, batch=16)
@@ -48,8 +50,22 @@ def only(monkeypatch, images) -> None:
 
 
 def record(method="narrow", seed=0, comparison="steps", setting="default", test=0.5, validation=0.5, share=0.5, **more):
-    measured = {"steps": 100, "test_accuracy": test, "validation_accuracy": validation, "macs": 49, "macs_dense": 100, "params": 1000}
-    where = {"cpu_seconds": 10.0, "torch": "2", "cpu": "some", "commit": "abc", "date": "2030-01-01T00:00:00", "dampr": "1"}
+    measured = {
+        "steps": 100,
+        "test_accuracy": test,
+        "validation_accuracy": validation,
+        "macs": 49,
+        "macs_dense": 100,
+        "params": 1000,
+    }
+    where = {
+        "cpu_seconds": 10.0,
+        "torch": "2",
+        "cpu": "some",
+        "commit": "abc",
+        "date": "2030-01-01T00:00:00",
+        "dampr": "1",
+    }
     run = {"task": "vgg", "share": share, "method": method, "setting": setting, "seed": seed, "comparison": comparison}
     return {**run, **measured, **where, **more}
 
@@ -154,7 +170,10 @@ def test_forgotten_runs_are_missing_again(tmp_path) -> None:
 
 def test_the_setting_is_chosen_by_validation_whatever_the_test_accuracy() -> None:
     validation, test = (0.5, 0.7, 0.6), (0.9, 0.1, 0.8)
-    lines = [record("tp_taylor", setting=s, validation=v, test=t) for s, v, t in zip(PEER_SETTINGS, validation, test, strict=True)]
+    lines = [
+        record("tp_taylor", setting=s, validation=v, test=t)
+        for s, v, t in zip(PEER_SETTINGS, validation, test, strict=True)
+    ]
     assert results.chosen_setting(found(*lines), "vgg", 0.5, "tp_taylor") == PEER_SETTINGS[1]
     assert results.chosen_setting(found(*lines[:2]), "vgg", 0.5, "tp_taylor") is None
 
@@ -278,5 +297,11 @@ def test_methods_that_cannot_run_say_why() -> None:
 def test_the_page_shows_what_the_results_files_hold():
     text = tables.DOCUMENT.read_text()
     places = PLACE.findall(text)
-    assert {name for _, name, _ in places} == {*(f"quality/{task}" for task in TASKS), "quality/anchors", "quality/recipes"}
-    assert PLACE.sub(lambda m: m[1] + tables.render(m[2]) + m[3], text) == text, "run python -m benchmarks.quality table"
+    assert {name for _, name, _ in places} == {
+        *(f"quality/{task}" for task in TASKS),
+        "quality/anchors",
+        "quality/recipes",
+    }
+    assert PLACE.sub(lambda m: m[1] + tables.render(m[2]) + m[3], text) == text, (
+        "run python -m benchmarks.quality table"
+    )

@@ -13,7 +13,14 @@ from benchmarks import steps
 
 
 def net() -> nn.Sequential:
-    layers = nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 6, 3, bias=False), nn.BatchNorm2d(6), nn.ReLU()
+    layers = (
+        nn.Conv2d(3, 8, 3, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 6, 3, bias=False),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+    )
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4))
 
 
@@ -22,7 +29,10 @@ def test_operators_of_a_dense_step_are_counted_once() -> None:
     found = steps.count(net().train(), lambda model: model(x).sum())
     operators = found["operators"]
     assert found["kernels"] == {}
-    assert {name: operators[f"aten::{name}"] for name in ("convolution", "native_batch_norm", "convolution_backward", "addmm")} == {
+    assert {
+        name: operators[f"aten::{name}"]
+        for name in ("convolution", "native_batch_norm", "convolution_backward", "addmm")
+    } == {
         "convolution": 2,
         "native_batch_norm": 2,
         "convolution_backward": 2,

@@ -6,7 +6,11 @@ import pytest
 
 from benchmarks import tables
 
-PLACES = [(document, match[2], match[0]) for document in tables.DOCUMENTS for match in tables.PLACE.finditer(document.read_text())]
+PLACES = [
+    (document, match[2], match[0])
+    for document in tables.DOCUMENTS
+    for match in tables.PLACE.finditer(document.read_text())
+]
 
 
 @pytest.mark.parametrize(("document", "name", "text"), PLACES, ids=[name for _, name, _ in PLACES])

@@ -25,7 +25,9 @@ def found(*records):
     return {training.Run(*(r[name] for name in training.Run._fields)): r for r in records}
 
 
-def test_a_run_is_recorded_with_its_parts_and_is_not_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_a_run_is_recorded_with_its_parts_and_is_not_done_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
     images = data.Data(*[t for _ in range(3) for t in (torch.randn(500, 1, 28, 28), torch.randint(10, (500,)))])
     monkeypatch.setattr(training, "_loaded", lambda name, root: images)
     runs = [training.Run("lenet5", method, 0, 60) for method in training.METHODS]

@@ -1,4 +1,6 @@
-"""What a gated layer is compared with: hard concrete gates written the way the published code writes them, op by op, and captum's."""
+"""What a gated layer is compared with: hard concrete gates written the way the published code writes them, op by op,
+and captum's.
+"""
 
 from __future__ import annotations
 
@@ -21,19 +23,30 @@ def unfused_gate(log_alpha: Tensor, rows: int | None = None) -> Tensor:
 
 
 class UnfusedLinear(nn.Linear):
-    """L0 linear layer, unfused. Per batch the gate multiplies the weight, per sample the activations, as in the published layers."""
+    """L0 linear layer, unfused.
 
-    def __init__(self, in_features: int, out_features: int, *, granularity: Granularity = "output", per_sample: bool = False) -> None:
+    Per batch the gate multiplies the weight, per sample the activations, as in the published layers.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, *, granularity: Granularity = "output", per_sample: bool = False
+    ) -> None:
         super().__init__(in_features, out_features)
         self.granularity, self.per_sample = granularity, per_sample
         rows, cols = (1, 1) if isinstance(granularity, str) else granularity
         shapes: dict[Granularity, tuple[int, ...]] = {"output": (out_features,), "input": (in_features,)}
-        self.log_alpha = nn.Parameter(torch.full(shapes.get(granularity, (out_features // rows, in_features // cols)), 3.0))
+        self.log_alpha = nn.Parameter(
+            torch.full(shapes.get(granularity, (out_features // rows, in_features // cols)), 3.0)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         if self.per_sample:
             z = unfused_gate(self.log_alpha, x.shape[0]).to(x.dtype)
-            return F.linear(x, self.weight, self.bias) * z if self.granularity == "output" else F.linear(x * z, self.weight, self.bias)
+            return (
+                F.linear(x, self.weight, self.bias) * z
+                if self.granularity == "output"
+                else F.linear(x * z, self.weight, self.bias)
+            )
         z = unfused_gate(self.log_alpha)
         if self.granularity == "output":
             return F.linear(x, self.weight * z[:, None], self.bias * z)
@@ -43,7 +56,10 @@ class UnfusedLinear(nn.Linear):
 
 
 class CaptumLinear(nn.Linear):
-    """captum's stochastic gates (the same distribution, a draw per row) in front of a dense layer. Raises ImportError without captum."""
+    """captum's stochastic gates (the same distribution, a draw per row) in front of a dense layer.
+
+    Raises ImportError without captum.
+    """
 
     def __init__(self, in_features: int, out_features: int) -> None:
         from captum.module import BinaryConcreteStochasticGates
@@ -57,12 +73,18 @@ class CaptumLinear(nn.Linear):
 
 
 class UnfusedConv2d(nn.Conv2d):
-    """L0 convolution with filter or channel gates, unfused: per batch on the weight, per sample on the activations, as published."""
+    """L0 convolution with filter or channel gates, unfused: per batch on the weight, per sample on the activations,
+    as published.
+    """
 
-    def __init__(self, *args: Any, granularity: Granularity = "output", per_sample: bool = False, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, granularity: Granularity = "output", per_sample: bool = False, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.granularity, self.per_sample = granularity, per_sample
-        self.log_alpha = nn.Parameter(torch.full((self.out_channels if granularity == "output" else self.in_channels,), 3.0))
+        self.log_alpha = nn.Parameter(
+            torch.full((self.out_channels if granularity == "output" else self.in_channels,), 3.0)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         if self.per_sample:
@@ -72,12 +94,16 @@ class UnfusedConv2d(nn.Conv2d):
             return self._conv_forward(x * z, self.weight, self.bias)
         z = unfused_gate(self.log_alpha)
         if self.granularity == "output":
-            return self._conv_forward(x, self.weight * z[:, None, None, None], None if self.bias is None else self.bias * z)
+            return self._conv_forward(
+                x, self.weight * z[:, None, None, None], None if self.bias is None else self.bias * z
+            )
         return self._conv_forward(x, self.weight * z[:, None, None], self.bias)
 
 
 class UnfusedGate(nn.Module):
-    """Gates on the channels of an activation, unfused, as Dep-L0's code has them behind its norms; per batch or per sample."""
+    """Gates on the channels of an activation, unfused, as Dep-L0's code has them behind its norms;
+    per batch or per sample.
+    """
 
     def __init__(self, channels: int, per_sample: bool) -> None:
         super().__init__()

@@ -1,7 +1,8 @@
-"""GatedLinear against dense, eager unfused, torch.compile'd unfused and captum's layers, interleaved, forward + backward.
+"""GatedLinear against dense, eager unfused, torch.compile'd unfused and captum's layers, interleaved,
+forward + backward.
 
-``python -m dampr.bench.linear`` needs torch only (and triton where there is a GPU); ``dampr bench`` prints the same as a table, and
-``python -m benchmarks.run`` runs the full suite.
+``python -m dampr.bench.linear`` needs torch only (and triton where there is a GPU); ``dampr bench`` prints the same as
+a table, and ``python -m benchmarks.run`` runs the full suite.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ from dampr.testing import verify
 
 @dataclass(frozen=True)
 class Case:
-    """What is timed: a layer with gates of one granularity on x (M, K) and weight (N, K), or only the pass that gates its weight."""
+    """What is timed: a layer with gates of one granularity on x (M, K) and weight (N, K),
+    or only the pass that gates its weight.
+    """
 
     shape: tuple[int, int, int]  # (M, K, N)
     granularity: str | tuple[int, int]
@@ -43,7 +46,11 @@ def _vectors(*shapes: tuple[int, int, int]) -> list[Case]:
 
 
 QUICK = {
-    "cpu": [*_vectors((16, 64, 64), (256, 1024, 1024)), Case((64, 1024, 1024), "weight"), Case((64, 1024, 1024), (16, 16))],
+    "cpu": [
+        *_vectors((16, 64, 64), (256, 1024, 1024)),
+        Case((64, 1024, 1024), "weight"),
+        Case((64, 1024, 1024), (16, 16)),
+    ],
     "cuda": [*_vectors((8192, 4096, 4096)), Case((8192, 4096, 4096), "weight"), Case((8192, 4096, 4096), (16, 16))],
 }
 
@@ -58,11 +65,13 @@ Step = Callable[[], object]
 class Point:
     """One measured point; times in seconds per call, memory in bytes.
 
-    ``shape``: (M, K, N) of a linear layer, (B, C, H, W, N, kernel, stride) of a convolution, that of the input of a network.
+    ``shape``: (M, K, N) of a linear layer, (B, C, H, W, N, kernel, stride) of a convolution,
+    that of the input of a network.
 
-    ``peak_bytes``: of one step, beyond what was allocated before it (CUDA only). ``kept_bytes``: what the forward keeps for the backward,
-    beyond parameters and the input (None where there is no backward). ``ratios``, of dampr's points: (median, low, high) of the time
-    relative to each other provider, round by round, with its 95 % interval (:meth:`dampr.bench.timing.Timing.relative_to`).
+    ``peak_bytes``: of one step, beyond what was allocated before it (CUDA only). ``kept_bytes``: what the forward keeps
+    for the backward, beyond parameters and the input (None where there is no backward). ``ratios``, of dampr's points:
+    (median, low, high) of the time relative to each other provider, round by round, with its 95 % interval
+    (:meth:`dampr.bench.timing.Timing.relative_to`).
     """
 
     case: str
@@ -91,11 +100,15 @@ def run(cases: Iterable[Case] | None = None, *, compiled: bool = True, rounds: i
     rounds = _checks.positive_int("rounds", rounds)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     chosen = QUICK[device] if cases is None else list(cases)
-    return [point for case in _progress.track(chosen, "bench", delay=0) for point in measure(case, device, compiled, rounds)]
+    return [
+        point for case in _progress.track(chosen, "bench", delay=0) for point in measure(case, device, compiled, rounds)
+    ]
 
 
 def measure(case: Case, device: str, compiled: bool, rounds: int) -> list[Point]:
-    """The points of one case, one for each competitor; one that cannot run here is reported with its error, not hidden."""
+    """The points of one case, one for each competitor; one that cannot run here is reported with its error,
+    not hidden.
+    """
     torch.manual_seed(0)
     if compiled:
         torch._dynamo.reset()  # else the competitor is traced with dynamic sizes from the second shape on
@@ -183,7 +196,9 @@ class TrainingStep:
         return y
 
     def kept_bytes(self) -> int:
-        """Bytes of memory that the forward keeps for the backward: each piece once, parameters, buffers and x left out."""
+        """Bytes of memory that the forward keeps for the backward: each piece once, parameters,
+        buffers and x left out.
+        """
         there_anyway = {t.untyped_storage().data_ptr() for t in (*self.leaves, *self.layer.buffers())}
         kept: dict[int, int] = {}
 
@@ -200,7 +215,9 @@ class TrainingStep:
 
 
 class TorchProducts(TrainingStep):
-    """The same without oneDNN: matrix products that dampr would have it compute are torch's, as those of every other contender are."""
+    """The same without oneDNN: matrix products that dampr would have it compute are torch's,
+    as those of every other contender are.
+    """
 
     def __call__(self) -> None:
         torch._C._set_mkldnn_enabled(False)  # type: ignore[attr-defined]  # torch.backends.mkldnn.flags, which warns of other things
@@ -222,7 +239,11 @@ def _weight_pass(case: Case, device: str, compiled: bool) -> dict[str, Callable[
         return (weight * unfused_gate(log_alpha)).to(dtype)
 
     def gated() -> Tensor:
-        with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=device == "cuda"), dampr.ops.forced_route("fold"):
+        with (
+            torch.no_grad(),
+            torch.autocast(device, torch.bfloat16, enabled=device == "cuda"),
+            dampr.ops.forced_route("fold"),
+        ):
             result: Tensor = layer(empty)
             return result
 
@@ -256,13 +277,24 @@ MEMORY_COLUMNS = {"kept for backward": "kept_bytes", "peak": "peak_bytes"}
 
 
 def table(points: list[Point], verified: bool) -> list[tuple[str, ...]]:
-    """Rows of text, a header first: medians, spreads, ratios to the floor of the case, which are withheld unless ``verified``, and memory.
+    """Rows of text, a header first: medians, spreads, ratios to the floor of the case,
+    which are withheld unless ``verified``, and memory.
 
     A column of memory that no point has a number for is left out.
     """
-    memory = {column: field for column, field in MEMORY_COLUMNS.items() if any(getattr(p, field) is not None for p in points)}
+    memory = {
+        column: field for column, field in MEMORY_COLUMNS.items() if any(getattr(p, field) is not None for p in points)
+    }
     rows: list[tuple[str, ...]] = [
-        ("M, K, N" if all(len(p.shape) == 3 for p in points) else "shape", "case", "provider", "median ms", "spread", "x floor", *memory)
+        (
+            "M, K, N" if all(len(p.shape) == 3 for p in points) else "shape",
+            "case",
+            "provider",
+            "median ms",
+            "spread",
+            "x floor",
+            *memory,
+        )
     ]
     floor = {(p.shape, p.case): p.median for p in points if p.provider in ("dense", "copy")}
     for p in points:
@@ -272,7 +304,9 @@ def table(points: list[Point], verified: bool) -> list[tuple[str, ...]]:
             rows.append((str(p.shape), p.case, name, "did not run", "", p.error, *sizes))
             continue
         ratio = f"{p.median / floor[p.shape, p.case]:.2f}" if verified else "withheld: verification failed"
-        rows.append((str(p.shape), p.case, name, f"{p.median * 1e3:.3f}", f"{(p.high - p.low) / p.median:.0%}", ratio, *sizes))
+        rows.append(
+            (str(p.shape), p.case, name, f"{p.median * 1e3:.3f}", f"{(p.high - p.low) / p.median:.0%}", ratio, *sizes)
+        )
     return rows
 
 
@@ -280,7 +314,9 @@ def size_text(size: int | None) -> str:
     """4194304 -> "4.19 MB", in powers of ten and three digits; nothing for None."""
     if size is None:
         return ""
-    scale, unit = next((s, unit) for s, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "KB"), (1, "B")) if size >= 0.9995 * s or s == 1)
+    scale, unit = next(
+        (s, unit) for s, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "KB"), (1, "B")) if size >= 0.9995 * s or s == 1
+    )
     return f"{size / scale:.3g} {unit}"
 
 

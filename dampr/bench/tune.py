@@ -30,13 +30,18 @@ def run(shape: tuple[int, int, int] = SHAPE, shares: Sequence[float] = SHARES, r
 
     With one thread the process's own CPU time counts, which other processes change least.
     """
-    return [Timing(side, share, _ratio(shape, side, share, rounds)) for side in ("inputs", "outputs") for share in shares]
+    return [
+        Timing(side, share, _ratio(shape, side, share, rounds)) for side in ("inputs", "outputs") for share in shares
+    ]
 
 
 def _ratio(shape: tuple[int, int, int], side: str, share: float, rounds: int) -> float:
     m, k, n = shape
     generator = torch.Generator().manual_seed(0)
-    x, weight = torch.randn(m, k, generator=generator, requires_grad=True), torch.randn(n, k, generator=generator, requires_grad=True)
+    x, weight = (
+        torch.randn(m, k, generator=generator, requires_grad=True),
+        torch.randn(n, k, generator=generator, requires_grad=True),
+    )
     size = k if side == "inputs" else n
     gate = torch.full((size,), 9.0)
     gate[torch.randperm(size, generator=generator)[: round(share * size)]] = -9.0
@@ -65,7 +70,9 @@ def _ratio(shape: tuple[int, int, int], side: str, share: float, rounds: int) ->
 
 
 def least(timings: Sequence[Timing], side: str) -> float:
-    """The least share from which on it pays at every larger share too; :data:`dampr.ops.thresholds.NEVER` where there is none."""
+    """The least share from which on it pays at every larger share too;
+    :data:`dampr.ops.thresholds.NEVER` where there is none.
+    """
     found = thresholds.NEVER
     for timing in sorted((t for t in timings if t.side == side), key=lambda t: t.closed, reverse=True):
         if timing.ratio > PAYS:
@@ -76,5 +83,10 @@ def least(timings: Sequence[Timing], side: str) -> float:
 
 def keep(timings: Sequence[Timing]) -> thresholds.Skip:
     """Write what was measured to the user's cache, and return it as it holds now."""
-    thresholds.write(least(timings, "inputs"), least(timings, "outputs"), date=records.environment()["date"][:10], torch=torch.__version__)
+    thresholds.write(
+        least(timings, "inputs"),
+        least(timings, "outputs"),
+        date=records.environment()["date"][:10],
+        torch=torch.__version__,
+    )
     return thresholds.skip()

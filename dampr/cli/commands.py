@@ -18,10 +18,12 @@ from dampr.testing import verify
 
 HELP = """Learned gates that prune networks while they train.
 
-In Python: dampr.Plan prunes a model while it trains and ends with a smaller plain one; dampr.convert, dampr.Budget and dampr.compact are
-its parts. The commands try that on real data, look at models, and check and time this machine. Start with dampr demo.
+In Python: dampr.Plan prunes a model while it trains and ends with a smaller plain one; dampr.convert, dampr.Budget and
+dampr.compact are its parts. The commands try that on real data, look at models, and check and time this
+machine. Start with dampr demo.
 
-Each takes --json FILE; docs/commands.md in the repository says what is in it. Exit codes: 0, 1 when a check fails, 2 for wrong arguments.
+Each takes --json FILE; docs/commands.md in the repository says what is in it.
+Exit codes: 0, 1 when a check fails, 2 for wrong arguments.
 """
 NO_PLOT = "matplotlib is not installed (pip install 'dampr-torch[plot]')"
 
@@ -34,7 +36,10 @@ app = typer.Typer(
 )
 console = Console()
 
-File = Optional[Path]  # noqa: UP045 - typer reads it
+# typer reads Optional, on every Python
+File = Optional[Path]  # noqa: UP045
+Count = Optional[int]  # noqa: UP045
+Name = Optional[str]  # noqa: UP045
 Json = Annotated[File, typer.Option("--json", metavar="FILE", help="write the result to FILE as JSON")]
 
 
@@ -54,17 +59,24 @@ def options(version: Version = False) -> None:
 
 @app.command()
 def demo(
-    data: Annotated[str, typer.Option(metavar="NAME", help="digits (with scikit-learn), fashion-mnist or mnist (idx files)")] = "digits",
+    data: Annotated[
+        str, typer.Option(metavar="NAME", help="digits (with scikit-learn), fashion-mnist or mnist (idx files)")
+    ] = "digits",
     root: Annotated[File, typer.Option(metavar="FOLDER", help="where the idx files are")] = None,
-    model: Annotated[str, typer.Option(metavar="NAME", help="mlp (LeNet-300-100) or cnn (LeNet-5-Caffe; idx files only)")] = "mlp",
-    epochs: Annotated[Optional[int], typer.Option(help="how many to train each network for; by default the recipe's")] = None,  # noqa: UP045
+    model: Annotated[
+        str, typer.Option(metavar="NAME", help="mlp (LeNet-300-100) or cnn (LeNet-5-Caffe; idx files only)")
+    ] = "mlp",
+    epochs: Annotated[Count, typer.Option(help="how many to train each network for; by default the recipe's")] = None,
     seed: Annotated[int, typer.Option(help="of initialisation and batches")] = 0,
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="for all that is written")] = Path("dampr-demo"),
-    json: Annotated[File, typer.Option("--json", metavar="FILE", help="write the result there instead of to demo.json")] = None,
+    json: Annotated[
+        File, typer.Option("--json", metavar="FILE", help="write the result there instead of to demo.json")
+    ] = None,
 ) -> None:
     """Train a network dense, and with a plan that prunes it; compare both.
 
-    Writes demo.json, demo.png, history.jsonl and compacted.safetensors, and says how to look at the last two with dampr report.
+    Writes demo.json, demo.png, history.jsonl and compacted.safetensors,
+    and says how to look at the last two with dampr report.
     """
     result = demo_job.run(data, None if root is None else str(root), model=model, epochs=epochs, seed=seed, folder=out)
     report.print_table(console, f"{data}: {demo_job.TITLES[model]}", report.DEMO_COLUMNS, report.demo_rows(result))
@@ -88,14 +100,17 @@ def report_command(
     json: Json = None,
     png: Annotated[File, typer.Option(metavar="FILE", help="draw charts into FILE")] = None,
     html: Annotated[File, typer.Option(metavar="FILE", help="write one page with tables and charts to FILE")] = None,
-    history: Annotated[File, typer.Option(metavar="FILE", help="what a dampr.History wrote: show how training went too")] = None,
-    score: Annotated[Optional[str], typer.Option(metavar="NAME", help="the number of the history to show as the score")] = None,  # noqa: UP045
+    history: Annotated[
+        File, typer.Option(metavar="FILE", help="what a dampr.History wrote: show how training went too")
+    ] = None,
+    score: Annotated[Name, typer.Option(metavar="NAME", help="the number of the history to show as the score")] = None,
 ) -> None:
     """Show how wide a model is before and after compaction, and how its training went.
 
-    TARGET is a file that dampr.save wrote, or module:function, which is imported from the working directory and returns (gated model,
-    example inputs). Shown are widths, parameters and MACs, of a gated model a histogram of its gates; with a history penalty and score over
-    the steps, and score against the MACs that are left. The score is an accuracy unless --score names another number.
+    TARGET is a file that dampr.save wrote, or module:function, which is imported from the working directory and returns
+    (gated model, example inputs). Shown are widths, parameters and MACs, of a gated model a histogram of its gates;
+    with a history penalty and score over the steps, and score against the MACs that are left. The score is an accuracy
+    unless --score names another number.
     """
     if score is not None and history is None:
         raise ValueError(f"score={score!r}: expected --history with it")
@@ -127,8 +142,8 @@ def doctor(
 ) -> None:
     """Find out why nothing is pruning, or why a layer is about to die.
 
-    Prints what is wrong and what to do; exit code 1 if there is anything. MODULE is imported from the working directory. In Python
-    dampr.prune.doctor looks at your optimizer, loss and penalty too.
+    Prints what is wrong and what to do; exit code 1 if there is anything. MODULE is imported from the working
+    directory. In Python dampr.prune.doctor looks at your optimizer, loss and penalty too.
     """
     findings = prune.doctor(*model_report.made_by(target))
     for finding in findings:
@@ -136,7 +151,9 @@ def doctor(
     if not findings:
         console.print("nothing found")
     if json is not None:
-        records.write_json(json, {"environment": records.environment(), "findings": [finding.as_dict() for finding in findings]})
+        records.write_json(
+            json, {"environment": records.environment(), "findings": [finding.as_dict() for finding in findings]}
+        )
     raise typer.Exit(1 if findings else 0)
 
 
@@ -144,8 +161,8 @@ def doctor(
 def verify_command(json: Json = None) -> None:
     """Hold every kernel that runs on this machine against the float64 reference.
 
-    Values, gradients, noise, and which gates are 0 or 1, on hard shapes, for each op, backend and dtype; a minute or two. Exit code 1 if
-    one is off by more than its bound.
+    Values, gradients, noise, and which gates are 0 or 1, on hard shapes, for each op, backend and dtype; a minute or
+    two. Exit code 1 if one is off by more than its bound.
     """
     rows = verify.run()
     columns = ("op", "backend", "device", "dtype", "cases", "worst error", "its bound", "where", "")
@@ -162,12 +179,14 @@ def verify_command(json: Json = None) -> None:
 def bench_command(
     json: Json = None,
     rounds: Annotated[int, typer.Option(help="how often each competitor takes its turn")] = 20,
-    compiled: Annotated[bool, typer.Option(help="time gates by hand under torch.compile too, which takes longest")] = True,
+    compiled: Annotated[
+        bool, typer.Option(help="time gates by hand under torch.compile too, which takes longest")
+    ] = True,
 ) -> None:
     """Time gated layers on this machine, against dense ones and against gates by hand.
 
-    A step is forward and backward; competitors take turns and medians are compared. The linear ops are verified first: where they fail
-    no ratio is printed, and the exit code is 1.
+    A step is forward and backward; competitors take turns and medians are compared. The linear ops are verified first:
+    where they fail no ratio is printed, and the exit code is 1.
     """
     verified = verify.passes("gated_linear", "weight_gated_linear")
     points = linear.run(compiled=compiled, rounds=rounds)
@@ -184,14 +203,18 @@ def bench_command(
 def tune_command(json: Json = None) -> None:
     """Measure from which share of closed gates on this CPU gains by leaving them out.
 
-    With this number of threads, in some seconds. What it finds is kept in the user's cache folder and holds from then on; without it the
-    thresholds are safe ones.
+    With this number of threads, in some seconds. What it finds is kept in the user's cache folder and holds from then
+    on; without it the thresholds are safe ones.
     """
     if dampr.backend_info()["cpp"].startswith("missing"):
-        raise dampr.BackendUnavailableError(f"cpp {dampr.backend_info()['cpp']}; expected the extension, whose routes are tuned")
+        raise dampr.BackendUnavailableError(
+            f"cpp {dampr.backend_info()['cpp']}; expected the extension, whose routes are tuned"
+        )
     timings = tune.run()
     columns = ("gates of", "closed", "time, of not leaving out")
-    report.print_table(console, "closed gates left out", columns, [(t.side, f"{t.closed:.1%}", f"{t.ratio:.2f}") for t in timings])
+    report.print_table(
+        console, "closed gates left out", columns, [(t.side, f"{t.closed:.1%}", f"{t.ratio:.2f}") for t in timings]
+    )
     found = tune.keep(timings)
     console.print(f"left out {thresholds.described(found)}: {thresholds.path()}", highlight=False, soft_wrap=True)
     if json is not None:

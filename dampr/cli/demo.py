@@ -1,4 +1,5 @@
-"""The main job on real data: train a network as it is, and once more with a plan that prunes it on the way; report both side by side.
+"""The main job on real data: train a network as it is, and once more with a plan that prunes it on the way;
+report both side by side.
 
 Two networks of the papers: LeNet-300-100 (``mlp``) and LeNet-5-Caffe, 20-50-500 (``cnn``).
 """
@@ -23,7 +24,8 @@ from dampr.prune.plan import LEAST_STEPS
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a network is trained on a data set; ``macs`` is the share of the multiply-accumulates that a :class:`dampr.Plan` leaves.
+    """How a network is trained on a data set; ``macs`` is the share of the
+    multiply-accumulates that a :class:`dampr.Plan` leaves.
 
     The plan takes its parts as shares of the steps, so that any number of epochs is the same recipe, shorter or longer.
     """
@@ -59,8 +61,9 @@ class ModelReport:
 class Report:
     """What the demo measured.
 
-    ``history`` holds of each epoch of the pruned run the training loss, the test accuracy, the share of the MACs that is left, and the open
-    units of each layer. ``max_abs_difference``: between the outputs of the masked and the compacted model, where the plan compacted it.
+    ``history`` holds of each epoch of the pruned run the training loss, the test accuracy, the share of the MACs that
+    is left, and the open units of each layer. ``max_abs_difference``: between the outputs of the masked and the
+    compacted model, where the plan compacted it.
     """
 
     data: str
@@ -118,10 +121,11 @@ def run(
         model: ``"mlp"`` (LeNet-300-100) or ``"cnn"`` (LeNet-5-Caffe; not for the 8 x 8 digits).
         epochs: None for the recipe's.
         seed: of initialisation and batches.
-        folder: where the pruned run writes :data:`HISTORY` and the compacted model goes to :data:`COMPACTED`; None: nowhere.
+        folder: where the pruned run writes :data:`HISTORY` and the compacted model goes to :data:`COMPACTED`; None:
+            nowhere.
 
-    Raises: ValueError for an unknown data set, a missing root or too few epochs, FileNotFoundError or ValueError for files that are not
-    there or not whole.
+    Raises: ValueError for an unknown data set, a missing root or too few epochs, FileNotFoundError or ValueError for
+    files that are not there or not whole.
     """
     if model not in MODELS:
         raise ValueError(f"model={model!r}: expected one of {sorted(MODELS)}")
@@ -145,7 +149,9 @@ def run(
         folder.mkdir(parents=True, exist_ok=True)
         (folder / HISTORY).unlink(missing_ok=True)
     _train(dense, split, recipe, "dense")
-    history = _train(pruned, split, recipe, "pruned", plan, None if folder is None else dampr.History(folder / HISTORY, plan))
+    history = _train(
+        pruned, split, recipe, "pruned", plan, None if folder is None else dampr.History(folder / HISTORY, plan)
+    )
     compacted = plan.finish()
     if folder is not None:
         dampr.save(compacted, folder / COMPACTED)
@@ -174,7 +180,8 @@ def _plan(model: nn.Module, example: Tensor, recipe: Recipe, batches: int) -> da
     least = -(-LEAST_STEPS // batches)
     if recipe.epochs < least:
         raise ValueError(
-            f"epochs={recipe.epochs}: expected at least {least}, because a plan takes {LEAST_STEPS} steps and an epoch has {batches}"
+            f"epochs={recipe.epochs}: expected at least {least}, because a plan takes {LEAST_STEPS} steps and an "
+            f"epoch has {batches}"
         )
     return dampr.Plan(model, example, macs=recipe.macs, steps=recipe.epochs * batches)
 
@@ -210,7 +217,9 @@ def _train(
                 with torch.no_grad():
                     accuracy = _accuracy(model.eval(), split)
                 widths = _widths(model)
-                epochs.append({"epoch": epoch, "loss": loss_of_epoch, "accuracy": accuracy, **plan.readings(), "open": widths})
+                epochs.append(
+                    {"epoch": epoch, "loss": loss_of_epoch, "accuracy": accuracy, **plan.readings(), "open": widths}
+                )
                 if written is not None:
                     written.record(step=plan.steps_taken, loss=loss_of_epoch, accuracy=accuracy)
                 note += f", {plan.phase}, open {'-'.join(map(str, widths.values()))}"
@@ -219,7 +228,9 @@ def _train(
 
 
 def _accuracy(model: nn.Module, split: datasets.Split) -> float:
-    right = [(model(x).argmax(1) == y).sum() for x, y in zip(split.x_test.split(1000), split.y_test.split(1000), strict=True)]
+    right = [
+        (model(x).argmax(1) == y).sum() for x, y in zip(split.x_test.split(1000), split.y_test.split(1000), strict=True)
+    ]
     return float(sum(right)) / len(split.y_test)
 
 
@@ -227,7 +238,10 @@ def _widths(model: nn.Module) -> dict[str, int]:
     """Of each layer its open gates where it has gates, else its width."""
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, (nn.Linear, nn.Conv2d))}
     gated = dampr.prune.gated_layers(model)
-    return {name: int(gated[name].gate.is_open().sum()) if name in gated else layer.weight.shape[0] for name, layer in layers.items()}
+    return {
+        name: int(gated[name].gate.is_open().sum()) if name in gated else layer.weight.shape[0]
+        for name, layer in layers.items()
+    }
 
 
 def _file_bytes(model: nn.Module) -> int:

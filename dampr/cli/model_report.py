@@ -1,4 +1,6 @@
-"""What ``dampr report`` and ``dampr doctor`` look at: a gated model that a function makes, or a file of a compacted one; its training."""
+"""What ``dampr report`` and ``dampr doctor`` look at: a gated model that a function makes,
+or a file of a compacted one; its training.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ class LayerWidths:
 
 @dataclass
 class Training:
-    """How a model came about: a run, and which of its numbers are the score, the penalty and what is left of the cost, if any are."""
+    """How a model came about: a run, and which of its numbers are the score, the penalty and what is left of the cost,
+    if any are.
+    """
 
     run: history.Run
     score: str | None
@@ -49,7 +53,9 @@ class Training:
         shown = sorted({round(last * i / (TRAINING_ROWS - 1)) for i in range(TRAINING_ROWS)}) if last >= 0 else []
         rows = [self.run.rows[i] for i in shown]
         shares = {"gates_open", self.left}
-        return ("step", *names), [(f"{row['step']:,}", *(_cell(row.get(name), name in shares) for name in names)) for row in rows]
+        return ("step", *names), [
+            (f"{row['step']:,}", *(_cell(row.get(name), name in shares) for name in names)) for row in rows
+        ]
 
     def points(self, x: str, y: str) -> tuple[list[float], list[float]]:
         """Two numbers of each row that has both."""
@@ -74,22 +80,34 @@ class ModelWidths:
 
     def rows(self) -> list[tuple[str, ...]]:
         """The table as text."""
-        rows: list[tuple[str, ...]] = [(r.name, str(r.before), str(r.left), f"{r.left / r.before:.0%}") for r in self.layers]
+        rows: list[tuple[str, ...]] = [
+            (r.name, str(r.before), str(r.left), f"{r.left / r.before:.0%}") for r in self.layers
+        ]
         for name, pair in (("params", self.params), ("MACs", self.macs)):
             if pair is not None:
                 before, left = pair
-                rows.append((name, "" if before is None else f"{before:,}", f"{left:,}", "" if not before else f"{left / before:.0%}"))
+                rows.append(
+                    (
+                        name,
+                        "" if before is None else f"{before:,}",
+                        f"{left:,}",
+                        "" if not before else f"{left / before:.0%}",
+                    )
+                )
         return rows
 
 
 def made_by(target: str) -> tuple[nn.Module, Any]:
     """(model, example inputs) from ``"module:function"``, looked for in the working directory first.
 
-    Raises ValueError for a target that is no such name or makes something else, ImportError where the module is not there.
+    Raises ValueError for a target that is no such name or makes something else,
+    ImportError where the module is not there.
     """
     module, _, function = target.partition(":")
     if not module or not function:
-        raise ValueError(f"target={target!r}: expected a file of dampr.save, or module:function that returns (model, example inputs)")
+        raise ValueError(
+            f"target={target!r}: expected a file of dampr.save, or module:function that returns (model, example inputs)"
+        )
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     make = getattr(importlib.import_module(module), function, None)
@@ -143,14 +161,18 @@ def _of_file(path: str) -> ModelWidths:
         for side in ("out", "heads"):
             if side in entry:
                 layers.append(
-                    LayerWidths(f"{name}{' (heads)' if side == 'heads' else ''}", entry[side]["before"], len(entry[side]["kept"]))
+                    LayerWidths(
+                        f"{name}{' (heads)' if side == 'heads' else ''}",
+                        entry[side]["before"],
+                        len(entry[side]["kept"]),
+                    )
                 )
     return ModelWidths(path, layers, (None, tensors), None, compaction.get("closed_but_kept", {}))
 
 
 def plot(found: ModelWidths, path: Path | io.BytesIO) -> None:
-    """Widths before and after as bars, where there are gates a histogram of their values, and where there is a run penalty and score over
-    its steps, and score against what is left. Raises ImportError without matplotlib."""
+    """Widths before and after as bars, where there are gates a histogram of their values, and where there is a run
+    penalty and score over its steps, and score against what is left. Raises ImportError without matplotlib."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -230,7 +252,8 @@ def as_html(found: ModelWidths) -> str:
     style = "body{font-family:sans-serif;margin:2em}td,th{padding:.2em 1em;text-align:left}"
     title = html.escape(f"dampr report: {found.target}")
     return (
-        f"<!doctype html><html><head><meta charset='utf-8'><title>{title}</title><style>{style}</style></head><body><h1>{title}</h1>\n"
+        "<!doctype html><html><head><meta "
+        f"charset='utf-8'><title>{title}</title><style>{style}</style></head><body><h1>{title}</h1>\n"
         f"{_html_table(COLUMNS, found.rows())}{training}{image}\n{f'<ul>{notes}</ul>' if notes else ''}</body></html>\n"
     )
 

@@ -57,13 +57,24 @@ def verify_rows(rows: Sequence[Row]) -> list[tuple[str, ...]]:
         worst = row.worst
         numbers = ("", "", "") if worst is None else (f"{worst.error:.2e}", f"{worst.bound:.2e}", row.worst_case)
         result.append(
-            (row.op, row.backend, row.device, row.dtype, str(row.cases), *numbers, "ok" if row.ok else f"FAILED ({len(row.failures)})")
+            (
+                row.op,
+                row.backend,
+                row.device,
+                row.dtype,
+                str(row.cases),
+                *numbers,
+                "ok" if row.ok else f"FAILED ({len(row.failures)})",
+            )
         )
     return result
 
 
 def plot_demo(report: Report, path: Path) -> None:
-    """Open units of each layer over the epochs, and MACs left beside test accuracy, as a PNG. Raises ImportError without matplotlib."""
+    """Open units of each layer over the epochs, and MACs left beside test accuracy, as a PNG.
+
+    Raises ImportError without matplotlib.
+    """
     import matplotlib
 
     matplotlib.use("Agg")

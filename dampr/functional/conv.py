@@ -1,4 +1,6 @@
-"""Gated convolutions: the gates go into the weight or onto the activations, and torch's own convolution does the rest."""
+"""Gated convolutions: the gates go into the weight or onto the activations,
+and torch's own convolution does the rest.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,9 @@ def gated_conv1d(
 ) -> Tensor:
     """:func:`gated_conv2d` in one dimension: x (B, C, L) or (C, L), weight (N, C / groups, R)."""
     how = F.conv1d, stride, padding, dilation, groups
-    return _gated_conv(1, x, weight, bias, how, input_gate, output_gate, weight_gate, block, seed, per_sample, spec, index_offset)
+    return _gated_conv(
+        1, x, weight, bias, how, input_gate, output_gate, weight_gate, block, seed, per_sample, spec, index_offset
+    )
 
 
 def gated_conv2d(
@@ -68,27 +72,34 @@ def gated_conv2d(
     """y = z_out * (conv(x * z_in, weight) + bias): gates on channels, on filters, on both; or gates on the weights.
 
     Args:
-        x: (B, C, H, W) or (C, H, W), any floating dtype; under autocast it is cast as ``nn.Conv2d`` would cast it. Channels last in,
-            channels last out.
+        x: (B, C, H, W) or (C, H, W), any floating dtype; under autocast it is cast as ``nn.Conv2d`` would cast it.
+            Channels last in, channels last out.
         weight: (N, C / groups, R, S), the dtype of ``x`` or, under autocast, float32.
-        bias: (N,) or None. The output gate multiplies it too, in training as in evaluation (the published L0 code drops it in training).
+        bias: (N,) or None. The output gate multiplies it too,
+            in training as in evaluation (the published L0 code drops it in training).
         stride, padding, dilation, groups: as in ``torch.nn.functional.conv2d``.
-        input_gate, output_gate: gate parameters of the channels (C,) and of the filters (N,), float32 (float64 next to float64 ``x``).
-        weight_gate: parameters of a gate for each weight, flat, in the order of a contiguous weight; or, with a ``block`` (Q, P), for each
-            Q filters times P input channels of a group with all their kernel positions, (ceil(N / Q) * ceil(C / groups / P),) row by row;
-            (1, 1) is a gate for each kernel. The bias is not gated. Not together with other gates.
-        seed: the noise, an int in [0, 2^63) or an int64 tensor of shape (1,); not needed by a deterministic ``spec``. With both gates, the
-            output gates use a second stream of the same seed.
+        input_gate, output_gate: gate parameters of the channels (C,) and of the filters (N,),
+            float32 (float64 next to float64 ``x``).
+        weight_gate: parameters of a gate for each weight, flat, in the order of a contiguous weight; or, with a
+            ``block`` (Q, P), for each Q filters times P input channels of a group with all their kernel positions,
+            (ceil(N / Q) * ceil(C / groups / P),) row by row; (1, 1) is a gate for each kernel. The bias is not gated.
+            Not together with other gates.
+        seed: the noise, an int in [0, 2^63) or an int64 tensor of shape (1,); not needed by a deterministic ``spec``.
+            With both gates, the output gates use a second stream of the same seed.
         per_sample: one draw per image instead of one per call; channel and filter gates only.
         spec: the gate function, from :func:`dampr.spec.hard_concrete`; drawn by default.
-        index_offset: with ``per_sample``, the number of the first image, as of :func:`sample_gates`; not fused unless it is 0.
+        index_offset: with ``per_sample``, the number of the first image, as of :func:`sample_gates`;
+            not fused unless it is 0.
 
-    Returns: (B, N, H', W') or (N, H', W') in the dtype of ``x``. Differentiable in ``x``, ``weight``, ``bias`` and the gate parameters.
+    Returns: (B, N, H', W') or (N, H', W') in the dtype of ``x``. Differentiable in ``x``, ``weight``,
+    ``bias`` and the gate parameters.
 
     Raises: TypeError or ValueError that names the argument, before any work is done.
     """
     how = F.conv2d, stride, padding, dilation, groups
-    return _gated_conv(2, x, weight, bias, how, input_gate, output_gate, weight_gate, block, seed, per_sample, spec, index_offset)
+    return _gated_conv(
+        2, x, weight, bias, how, input_gate, output_gate, weight_gate, block, seed, per_sample, spec, index_offset
+    )
 
 
 def gated_conv3d(
@@ -111,7 +122,9 @@ def gated_conv3d(
 ) -> Tensor:
     """:func:`gated_conv2d` in three dimensions: x (B, C, D, H, W) or (C, D, H, W), weight (N, C / groups, T, R, S)."""
     how = F.conv3d, stride, padding, dilation, groups
-    return _gated_conv(3, x, weight, bias, how, input_gate, output_gate, weight_gate, block, seed, per_sample, spec, index_offset)
+    return _gated_conv(
+        3, x, weight, bias, how, input_gate, output_gate, weight_gate, block, seed, per_sample, spec, index_offset
+    )
 
 
 def _gated_conv(
@@ -131,7 +144,15 @@ def _gated_conv(
 ) -> Tensor:
     convolve, groups = how[0], how[-1] if type(how[-1]) is int else _checks.positive_int("groups", how[-1])
     arguments = *how[1:-1], groups
-    where = "weight" if weight_gate is not None else "input" if output_gate is None else "output" if input_gate is None else "both"
+    where = (
+        "weight"
+        if weight_gate is not None
+        else "input"
+        if output_gate is None
+        else "output"
+        if input_gate is None
+        else "both"
+    )
     layout = layout_of(dims, x, weight, *arguments, where)
     n_out, n_in = weight.shape[0], weight.shape[1] * groups
     x = cast(x, weight, bias)
@@ -163,7 +184,9 @@ def _gated_conv(
     batch = x if x.dim() == dims + 2 else x[None]
     on_activations = route in ("activations", "passes")
     if window is None:
-        y = ops.composed_conv(batch, weight, bias, gates, lambda *given: convolve(*given, *arguments), groups, on_activations)
+        y = ops.composed_conv(
+            batch, weight, bias, gates, lambda *given: convolve(*given, *arguments), groups, on_activations
+        )
     elif route == "live" and not hasattr(backend, "live"):
         y = ops.gated_conv2d(batch, weight, bias, gates, window)
     else:
@@ -176,8 +199,8 @@ def _gated_conv(
 class Layout(NamedTuple):
     """What shapes and arguments make of a convolution.
 
-    ``window``: its arguments, a number for each dimension, or None where that is not what torch takes. ``pointwise``, ``activations``: as
-    in :class:`dampr.ops.routes.ConvProblem`. ``work``: multiply-adds.
+    ``window``: its arguments, a number for each dimension, or None where that is not what torch takes. ``pointwise``,
+    ``activations``: as in :class:`dampr.ops.routes.ConvProblem`. ``work``: multiply-adds.
     """
 
     window: Window | None
@@ -186,10 +209,14 @@ class Layout(NamedTuple):
     work: int
 
 
-def layout_of(dims: int, x: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: int, where: str | Any) -> Layout:
-    """The layout for gates on the ``where`` ("input", "output", "both", or in the weight). Raises TypeError or ValueError for shapes.
+def layout_of(
+    dims: int, x: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: int, where: str | Any
+) -> Layout:
+    """The layout for gates on the ``where`` ("input", "output", "both", or in the weight).
+    Raises TypeError or ValueError for shapes.
 
-    It is remembered: next to a convolution, which leaves no line of Python in a cache, finding it takes longer than drawing the gates.
+    It is remembered: next to a convolution, which leaves no line of Python in a cache,
+    finding it takes longer than drawing the gates.
     """
     _checks.floating("x", _checks.tensor("x", x))
     _checks.floating("weight", _checks.tensor("weight", weight))
@@ -216,7 +243,9 @@ def _layout(
 ) -> Layout:
     groups = _checks.positive_int("groups", groups)
     if len(weight) != dims + 2:
-        raise ValueError(f"weight.shape={tuple(weight)}: expected {dims + 2} dimensions, (filters, channels / groups, kernel size)")
+        raise ValueError(
+            f"weight.shape={tuple(weight)}: expected {dims + 2} dimensions, (filters, channels / groups, kernel size)"
+        )
     if min(weight[2:]) < 1:
         raise ValueError(f"weight.shape={tuple(weight)}: expected a kernel of at least one position in each dimension")
     if weight[0] % groups:
@@ -230,7 +259,10 @@ def _layout(
     window = _window(weight, stride, padding, dilation, groups)
     known = window is not None and all(isinstance(n, int) for n in x[-dims:])
     if known and window is not None and (min(window.size(x, weight)) < 1 or min(x[-dims:]) < 1):
-        raise ValueError(f"x.shape={tuple(x)}: expected images that the kernel of weight, {tuple(weight[2:])}, fits into with its dilation")
+        raise ValueError(
+            f"x.shape={tuple(x)}: expected images that the kernel of weight, {tuple(weight[2:])}, fits into with its "
+            "dilation"
+        )
     pointwise = side_by_side and window is not None and window[:2] == ((1, 1), (0, 0)) and groups == 1
     size = x[-dims:] if window is None else window.size(x, weight)
     written = (1 if len(x) == dims + 1 else x[0]) * weight[0] * math.prod(size)
@@ -238,17 +270,24 @@ def _layout(
     return Layout(window, pointwise, activations, written * math.prod(weight[1:]))
 
 
-_remembered_layout = functools.lru_cache(maxsize=1024, typed=True)(_layout)  # typed: groups=True is refused though 1 is not
+# typed: groups=True is refused though 1 is not
+_remembered_layout = functools.lru_cache(maxsize=1024, typed=True)(_layout)
 
 
-def problem_of(layout: Layout, x: Tensor, weight: Tensor, groups: int, where: Any, per_sample: bool, drawn: bool) -> ConvProblem:
+def problem_of(
+    layout: Layout, x: Tensor, weight: Tensor, groups: int, where: Any, per_sample: bool, drawn: bool
+) -> ConvProblem:
     """What a backend chooses the route by. Only gates that are drawn let a convolution become a linear map."""
     pointwise = layout.pointwise and drawn
-    return ConvProblem(tuple(weight.shape), groups, where, per_sample, pointwise, layout.activations, layout.work, x.device)
+    return ConvProblem(
+        tuple(weight.shape), groups, where, per_sample, pointwise, layout.activations, layout.work, x.device
+    )
 
 
 def _window(weight: torch.Size, stride: Any, padding: Any, dilation: Any, groups: int) -> Window | None:
-    """A number for each dimension; None where that is not what torch takes: "same" that pads one side more, or what it refuses."""
+    """A number for each dimension; None where that is not what torch takes: "same" that pads one side more,
+    or what it refuses.
+    """
     dims = len(weight) - 2
     steps, spread = _each(stride, dims), _each(dilation, dims)
     if steps is None or spread is None or min(*steps, *spread) < 1:
@@ -269,7 +308,9 @@ def _check_sizes(dims: int, stride: Any, padding: Any, dilation: Any) -> None:
     for name, value, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
         if name == "padding" and isinstance(value, str):
             if value not in ("same", "valid"):
-                raise ValueError(f"padding={value!r:.80}: expected 'same', 'valid', an integer or one for each dimension")
+                raise ValueError(
+                    f"padding={value!r:.80}: expected 'same', 'valid', an integer or one for each dimension"
+                )
             if value == "same" and max(_each(stride, dims) or (1,)) > 1:
                 raise ValueError(f"padding='same' with stride={stride!r:.80}: expected a stride of 1 with it")
             continue
@@ -296,5 +337,8 @@ def _gate_blocks(
         size, what, count = (1, 1), "weight", weight.numel()
     else:
         count = _checks.block_count("block", block, weight.shape[0], weight.shape[1])
-        size, what = (block[0], block[1] * max(1, weight.shape[2:].numel())), f"{block[0]} x {block[1]} block of filters and channels"
+        size, what = (
+            (block[0], block[1] * max(1, weight.shape[2:].numel())),
+            f"{block[0]} x {block[1]} block of filters and channels",
+        )
     return ops.fold_blocks(weight, gate_of("weight_gate", gate, count, what, x, seed, spec), size, x.dtype)

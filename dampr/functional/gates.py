@@ -28,15 +28,16 @@ def sample_gates(
 
     Args:
         log_alpha: gate parameters, (n,), float32 or float64.
-        seed: the noise: an int in [0, 2^63) or an int64 tensor of shape (1,) on the same device. The same seed gives the same gates on
-            every backend, to the bit in which gates are 0 and which are 1. Not needed by a deterministic ``spec``.
+        seed: the noise: an int in [0, 2^63) or an int64 tensor of shape (1,) on the same device. The same seed gives
+            the same gates on every backend, to the bit in which gates are 0 and which are 1.
+            Not needed by a deterministic ``spec``.
         rows: None for one draw, or the number of independent draws.
         spec: the gate function, from :func:`dampr.spec.hard_concrete`; drawn by default.
-        index_offset: with ``rows``, the number of the first one. ``rows=2, index_offset=4`` gives the last two of ``rows=6``, to the bit:
-            processes that share a batch draw their own rows of it.
+        index_offset: with ``rows``, the number of the first one. ``rows=2, index_offset=4`` gives the last two of
+            ``rows=6``, to the bit: processes that share a batch draw their own rows of it.
 
-    Returns: (n,), or (rows, n); dtype and device of ``log_alpha``; values in [0, 1], many of them exactly 0 or 1. Differentiable in
-    ``log_alpha``.
+    Returns: (n,), or (rows, n); dtype and device of ``log_alpha``; values in [0, 1], many of them exactly 0 or 1.
+    Differentiable in ``log_alpha``.
 
     Raises: TypeError or ValueError that names the argument.
 
@@ -54,7 +55,9 @@ def sample_gates(
 
 
 def open_probability(log_alpha: Tensor, *, spec: GateSpec = DRAWN) -> Tensor:
-    """P(z != 0) of a drawn gate, Louizos et al. 2018 eq. 12; shape and dtype of ``log_alpha`` (float32 or float64); differentiable."""
+    """P(z != 0) of a drawn gate, Louizos et al. 2018 eq. 12; shape and dtype of ``log_alpha`` (float32 or float64);
+    differentiable.
+    """
     _checks.floating("log_alpha", _checks.tensor("log_alpha", log_alpha))
     _checks.gate_spec("spec", spec)
     return reference.open_probability(log_alpha, spec)
@@ -69,13 +72,14 @@ def expected_l0(
     prior_precision: float | Tensor = 0.0,
     spec: GateSpec = DRAWN,
 ) -> Tensor:
-    """Expected L0 penalty sum_g pi_g (lam |g| + prior_precision / 2 ||w_g||^2) of Louizos et al. 2018 (eq. 9 and appendix A).
+    """Expected L0 penalty sum_g pi_g (lam |g| + prior_precision / 2 ||w_g||^2) of Louizos et al. 2018 (eq.
+    9 and appendix A).
 
     Args:
         log_alpha: gate parameters, (n,), float32 or float64.
         group_size: |g|, how many weights a gate holds: a number, or (n,).
-        lam: cost of one weight (the paper's lambda; divide by the number of training examples where the loss is a mean): a number, or (n,),
-            one for each group.
+        lam: cost of one weight (the paper's lambda; divide by the number of training examples where the loss is a
+            mean): a number, or (n,), one for each group.
         group_sq_norm: ||w_g||^2, (n,); needed for the second term.
         prior_precision: rho, the strength of the L2 term: a number, or (n,), one for each group.
 
@@ -85,8 +89,15 @@ def expected_l0(
     """
     _gate_vector(log_alpha)
     if group_sq_norm is None and (isinstance(prior_precision, Tensor) or prior_precision):
-        raise ValueError(f"group_sq_norm=None: expected ||w_g||^2 of each group with prior_precision={prior_precision!r:.40}")
-    each: dict[str, Any] = {"group_size": group_size, "lam": lam, "group_sq_norm": group_sq_norm, "prior_precision": prior_precision}
+        raise ValueError(
+            f"group_sq_norm=None: expected ||w_g||^2 of each group with prior_precision={prior_precision!r:.40}"
+        )
+    each: dict[str, Any] = {
+        "group_size": group_size,
+        "lam": lam,
+        "group_sq_norm": group_sq_norm,
+        "prior_precision": prior_precision,
+    }
     _checks.gate_spec("spec", spec)
     for name, value in each.items():
         if isinstance(value, Tensor):
@@ -96,7 +107,9 @@ def expected_l0(
         if isinstance(value, Tensor) and (value.is_complex() or value.dtype == torch.bool):
             raise TypeError(f"{name}.dtype={value.dtype}: expected real numbers")
         if isinstance(value, Tensor) and value.shape not in ((), log_alpha.shape):
-            raise ValueError(f"{name}.shape={tuple(value.shape)}: expected {tuple(log_alpha.shape)}, one entry per gate")
+            raise ValueError(
+                f"{name}.shape={tuple(value.shape)}: expected {tuple(log_alpha.shape)}, one entry per gate"
+            )
     return reference.expected_l0(log_alpha, spec, **each)
 
 
@@ -119,7 +132,8 @@ def gate_activations(
         seed: the noise, an int in [0, 2^63) or an int64 tensor of shape (1,); not needed by a deterministic ``spec``.
         per_sample: one draw for each index of the first dimension instead of one per call; not for ``dim`` 0.
         spec: the gate function, from :func:`dampr.spec.hard_concrete`; drawn by default.
-        index_offset: with ``per_sample``, the number of the first sample, as of :func:`sample_gates`; not fused unless it is 0.
+        index_offset: with ``per_sample``, the number of the first sample, as of :func:`sample_gates`;
+            not fused unless it is 0.
 
     Returns: like ``x``, contiguous or channels last. Differentiable in ``x`` and ``gate``.
 
@@ -143,7 +157,11 @@ def offset_of(index_offset: int, per_row: bool) -> int:
         return 0
     if not per_row:
         raise ValueError(f"index_offset={index_offset!r}: expected 0, because all rows have one draw")
-    return index_offset if isinstance(index_offset, torch.SymInt) else _checks.positive_int("index_offset", index_offset, least=0)
+    return (
+        index_offset
+        if isinstance(index_offset, torch.SymInt)
+        else _checks.positive_int("index_offset", index_offset, least=0)
+    )
 
 
 def drawn_rows(gates: GateArgs, rows: int, index_offset: int) -> Tensor:
@@ -152,7 +170,9 @@ def drawn_rows(gates: GateArgs, rows: int, index_offset: int) -> Tensor:
 
 
 def times_rows(x: Tensor, z: Tensor, dim: int) -> Tensor:
-    """x * z along dimension ``dim`` > 0 with gates (x.shape[0], x.shape[dim]), drawn already; raises as :func:`gate_activations`."""
+    """x * z along dimension ``dim`` > 0 with gates (x.shape[0], x.shape[dim]), drawn already;
+    raises as :func:`gate_activations`.
+    """
     _checks.gate_parameter("gate", z.new_empty(z.shape[1:]), x.shape[dim], f"index of dimension {dim} of x", x)
     return (x * reference.along(z, x, dim)).to(x.dtype)
 

@@ -11,13 +11,22 @@ from dampr.spec import SAMPLE, GateSpec
 
 
 def cast(x: Tensor, weight: Tensor, bias: Maybe) -> Tensor:
-    """``x`` as autocast would have it, once it is known to go with ``weight`` and ``bias``. Raises TypeError or ValueError."""
-    if bias is not None and (not isinstance(bias, Tensor) or bias.layout != torch.strided or bias.shape != weight.shape[:1]):
+    """``x`` as autocast would have it, once it is known to go with ``weight`` and ``bias``.
+
+    Raises TypeError or ValueError.
+    """
+    if bias is not None and (
+        not isinstance(bias, Tensor) or bias.layout != torch.strided or bias.shape != weight.shape[:1]
+    ):
         _checks.tensor("bias", bias)
         raise ValueError(f"bias.shape={tuple(bias.shape)}: expected ({weight.shape[0]},), the rows of weight")
     device, dtype = x.device, x.dtype
     autocast = not x.is_meta and dtype != torch.float64 and torch.is_autocast_enabled(device.type)
-    same = weight.dtype == dtype and weight.device == device and (bias is None or (bias.dtype == dtype and bias.device == device))
+    same = (
+        weight.dtype == dtype
+        and weight.device == device
+        and (bias is None or (bias.dtype == dtype and bias.device == device))
+    )
     if same and not autocast:
         return x
     _checks.same_device("weight", weight, "x", x)
@@ -25,7 +34,11 @@ def cast(x: Tensor, weight: Tensor, bias: Maybe) -> Tensor:
         x = x.to(torch.get_autocast_dtype(device.type))
     for name, t in (("weight", weight), ("bias", bias)):
         if t is not None and t.dtype != x.dtype and not (autocast and t.dtype == torch.float32):
-            expected = f"{x.dtype} or torch.float32" if autocast else f"{x.dtype}, the dtype of x (mixed dtypes are for autocast)"
+            expected = (
+                f"{x.dtype} or torch.float32"
+                if autocast
+                else f"{x.dtype}, the dtype of x (mixed dtypes are for autocast)"
+            )
             raise TypeError(f"{name}.dtype={t.dtype}: expected {expected}")
     if bias is not None:
         _checks.same_device("bias", bias, "x", x)
@@ -33,7 +46,14 @@ def cast(x: Tensor, weight: Tensor, bias: Maybe) -> Tensor:
 
 
 def gate_of(
-    name: str, gate: Tensor, count: int, one: str, x: Tensor, seed: int | Tensor | None, spec: GateSpec, per_sample: bool = False
+    name: str,
+    gate: Tensor,
+    count: int,
+    one: str,
+    x: Tensor,
+    seed: int | Tensor | None,
+    spec: GateSpec,
+    per_sample: bool = False,
 ) -> GateArgs:
     """Parameters of ``count`` gates, one for each ``one`` beside ``x``, and their seed, checked."""
     if not isinstance(spec, GateSpec) or not isinstance(per_sample, bool):
@@ -41,7 +61,10 @@ def gate_of(
         per_sample = _checks.flag("per_sample", per_sample)
     log_alpha = _checks.gate_parameter(name, gate, count, one, x)
     return GateArgs(
-        log_alpha, _checks.seed_tensor("seed", seed, x.device) if spec.rule == SAMPLE else None, spec, per_sample and spec.rule == SAMPLE
+        log_alpha,
+        _checks.seed_tensor("seed", seed, x.device) if spec.rule == SAMPLE else None,
+        spec,
+        per_sample and spec.rule == SAMPLE,
     )
 
 
@@ -57,13 +80,24 @@ def gates_of(
     spec: GateSpec,
     per_sample: bool,
 ) -> GatePair:
-    """Gate parameters of inputs and outputs, checked, and a seed for each: with both, the outputs use a second stream of the same seed."""
+    """Gate parameters of inputs and outputs, checked, and a seed for each: with both,
+    the outputs use a second stream of the same seed.
+    """
     if not isinstance(spec, GateSpec) or not isinstance(per_sample, bool):
         _checks.gate_spec("spec", spec)
         per_sample = _checks.flag("per_sample", per_sample)
     dtype, device, found = torch.float64 if x.dtype == torch.float64 else torch.float32, x.device, []
-    for name, t, count, one in ("input_gate", input_gate, n_in, one_input), ("output_gate", output_gate, n_out, one_output):
-        plain = isinstance(t, Tensor) and t.layout == torch.strided and t.dtype == dtype and t.shape == (count,) and t.device == device
+    for name, t, count, one in (
+        ("input_gate", input_gate, n_in, one_input),
+        ("output_gate", output_gate, n_out, one_output),
+    ):
+        plain = (
+            isinstance(t, Tensor)
+            and t.layout == torch.strided
+            and t.dtype == dtype
+            and t.shape == (count,)
+            and t.device == device
+        )
         found.append(t if plain or t is None else _checks.gate_parameter(name, t, count, one, x))
     in_la, out_la = found
     in_seed = out_seed = None

@@ -1,4 +1,6 @@
-"""Norms with gates: in gain and bias, where no activation is touched, or, drawn per sample, in one pass with norm and activation."""
+"""Norms with gates: in gain and bias, where no activation is touched, or, drawn per sample,
+in one pass with norm and activation.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +18,15 @@ ACTIVATIONS = (None, "relu")
 
 
 def gated_affine(
-    gate: Tensor, weight: Tensor | None, bias: Tensor | None, *, seed: int | Tensor | None = None, spec: GateSpec = DRAWN
+    gate: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    seed: int | Tensor | None = None,
+    spec: GateSpec = DRAWN,
 ) -> tuple[Tensor, Tensor | None]:
-    """(z weight, z bias): the gain and bias of a norm with a gate for each channel, to be given to ``batch_norm`` or ``layer_norm``.
+    """(z weight, z bias): the gain and bias of a norm with a gate for each channel,
+    to be given to ``batch_norm`` or ``layer_norm``.
 
     Args:
         gate: gate parameters, (C,), float32 or float64.
@@ -61,7 +69,8 @@ def gated_batch_norm(
     spec: GateSpec = DRAWN,
     index_offset: int = 0,
 ) -> Tensor:
-    """act(z batch_norm(x)): a gate for each channel behind a batch norm, in one pass with it and with the ReLU that follows.
+    """act(z batch_norm(x)): a gate for each channel behind a batch norm,
+    in one pass with it and with the ReLU that follows.
 
     Keeps x for the backward and nothing else of that size. Convolution, norm, gate, ReLU is the placement of Dep-L0.
 
@@ -69,7 +78,8 @@ def gated_batch_norm(
         x: (B, C), (B, C, L), (B, C, H, W) or (B, C, D, H, W), any floating dtype; contiguous or channels last.
         gate: gate parameters, (C,), float32 (float64 next to float64 ``x``).
         weight, bias: gain and bias, (C,), any floating dtype, or None: a gain of 1, no bias.
-        running_mean, running_var: (C,), or None; used in evaluation, updated in place in training as by ``F.batch_norm``.
+        running_mean, running_var: (C,), or None; used in evaluation,
+            updated in place in training as by ``F.batch_norm``.
         training: normalise by the statistics of ``x`` instead of the running ones.
         momentum: what the new statistics weigh in the update, in [0, 1].
         eps: added to the variance, above 0 in training, else 0 or more.
@@ -77,15 +87,16 @@ def gated_batch_norm(
         per_sample: one draw for each index of the first dimension instead of one per call.
         activation: "relu", or None for z batch_norm(x) itself.
         spec: the gate function, from :func:`dampr.spec.hard_concrete`; drawn by default.
-        index_offset: with ``per_sample``, the number of the first sample, as of :func:`sample_gates`; then norm and gates are two passes
-            unless it is 0.
+        index_offset: with ``per_sample``, the number of the first sample, as of :func:`sample_gates`; then norm and
+            gates are two passes unless it is 0.
 
     Returns: like ``x``, contiguous or channels last. Differentiable in ``x``, ``gate``, ``weight`` and ``bias``.
 
     Raises: TypeError or ValueError that names the argument.
 
     >>> import torch
-    >>> gated_batch_norm(torch.tensor([[1.0, 1.0], [3.0, 3.0]]), torch.tensor([-9.0, 9.0]), training=True, eps=1e-12, seed=1)
+    >>> x, log_alpha = torch.tensor([[1.0, 1.0], [3.0, 3.0]]), torch.tensor([-9.0, 9.0])
+    >>> gated_batch_norm(x, log_alpha, training=True, eps=1e-12, seed=1)
     tensor([[ 0., -1.],
             [ 0.,  1.]])
     """
@@ -95,24 +106,32 @@ def gated_batch_norm(
     channels = x.shape[1]
     gates = gate_of("gate", gate, channels, "channel", x, seed, spec, per_sample)
     gain, shift = (_vector(name, t, x, gates.log_alpha) for name, t in (("weight", weight), ("bias", bias)))
-    mean, var = (_vector(name, t, x, gates.log_alpha) for name, t in (("running_mean", running_mean), ("running_var", running_var)))
+    mean, var = (
+        _vector(name, t, x, gates.log_alpha)
+        for name, t in (("running_mean", running_mean), ("running_var", running_var))
+    )
     _checks.one_of("activation", activation, ACTIVATIONS)
     training = _checks.flag("training", training)
     _checks.number("momentum", momentum, 0, 1)
     _checks.number("eps", eps, 0, above=training)
     if not training and (mean is None or var is None):
-        raise ValueError("training=False without running_mean and running_var: expected both, the statistics to normalise by")
+        raise ValueError(
+            "training=False without running_mean and running_var: expected both, the statistics to normalise by"
+        )
     count = x.numel() // max(1, channels)
     if training and count == 1:
         raise ValueError(f"x.shape={tuple(x.shape)}: expected more than one value per channel in training")
     if offset_of(index_offset, per_sample) and gates.per_sample:
         ungated = gates._replace(log_alpha=torch.ones_like(gates.log_alpha), seed=None, spec=value(), per_sample=False)
         given = None if training or mean is None or var is None else (mean, var)
-        y = ops.norm_gate(x, Norm(gain, shift, float(eps), False), ungated, given, Running(running_mean, running_var, None, momentum))
+        y = ops.norm_gate(
+            x, Norm(gain, shift, float(eps), False), ungated, given, Running(running_mean, running_var, None, momentum)
+        )
         y = times_rows(y, drawn_rows(gates, x.shape[0], index_offset), 1)
         return y if activation is None else torch.relu(y)
     if torch.compiler.is_compiling() and count > x.shape[0] and _goes_with(x, weight, bias, running_mean, running_var):
-        # What the compiler sees it fuses, with what comes before and after as well; gates, of which there are fewer, are drawn beside it.
+        # What the compiler sees it fuses, with what comes before and after as well; gates, of which there are fewer,
+        # are drawn beside it.
         norm = ops.BatchNorm(running_mean, running_var, training, momentum, float(eps))
         y = norm(x, weight, bias)
         z = ops.sample_gates(gates._replace(per_sample=False), x.shape[0] if gates.per_sample else None)
@@ -132,7 +151,10 @@ def _goes_with(x: Tensor, *vectors: Tensor | None) -> bool:
 def _vector(name: str, value: Tensor | None, x: Tensor, log_alpha: Tensor) -> Tensor | None:
     """A checked (C,), in the dtype to compute in."""
     if value is None or (
-        isinstance(value, Tensor) and value.dtype == log_alpha.dtype and value.shape == log_alpha.shape and value.device == x.device
+        isinstance(value, Tensor)
+        and value.dtype == log_alpha.dtype
+        and value.shape == log_alpha.shape
+        and value.device == x.device
     ):
         return value
     _checks.floating(name, _checks.tensor(name, value))

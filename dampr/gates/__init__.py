@@ -1,4 +1,7 @@
-"""Gate families: small modules that own the gate parameters and say when a gate is open. Equations: :mod:`dampr.spec`."""
+"""Gate families: small modules that own the gate parameters and say when a gate is open.
+
+Equations: :mod:`dampr.spec`.
+"""
 
 from .base import Gate
 from .dependent import DependencyGenerator, DependentHardConcrete

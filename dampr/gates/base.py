@@ -20,23 +20,33 @@ from .held import Held
 
 _Wrapper = nn.parallel.DistributedDataParallel
 VALUE_SPEC = value()
-BANKED = ramp("clip")  # of values that were drawn already, in [0, 1]: itself, with the gradient 0 where it is 0 or 1, as the draw's is
+# of values that were drawn already, in [0, 1]: itself, with the gradient 0 where it is 0 or 1, as the draw's is
+BANKED = ramp("clip")
 
 
 class GateModule(nn.Module):
-    """Gate parameters: they stay in float32 (or float64) when a model is cast to half precision, and no dense checkpoint touches them."""
+    """Gate parameters: they stay in float32 (or float64) when a model is cast to half precision,
+    and no dense checkpoint touches them.
+    """
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GateModule:
         def keep_precision(t: Tensor) -> Tensor:
             out = fn(t)
-            return t.to(out.device, torch.float32) if out.is_floating_point() and out.dtype not in _checks.GATE_DTYPES else out
+            return (
+                t.to(out.device, torch.float32)
+                if out.is_floating_point() and out.dtype not in _checks.GATE_DTYPES
+                else out
+            )
 
         super()._apply(keep_precision, recurse)
         return self
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any) -> None:
-        # A dense checkpoint of the layer around it has no gates: they stay as they are. One that was made with them, as its metadata tells,
-        # and has lost their values, does not load. Where parameters are replaced (assign=True) torch says so in the metadata too.
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
+    ) -> None:
+        # A dense checkpoint of the layer around it has no gates: they stay as they are. One that was made with them, as
+        # its metadata tells, and has lost their values, does not load. Where parameters are replaced (assign=True)
+        # torch says so in the metadata too.
         own = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
         if not prefix or local_metadata.keys() - {"assign_to_params_buffers"} or own:
             super()._load_from_state_dict(state_dict | _precise(own), prefix, local_metadata, *args)
@@ -55,8 +65,8 @@ def _precise(state: dict[str, Any]) -> dict[str, Any]:
 def _read(spec: GateSpec) -> bool:
     """Look at every constant, outside of the autograd function that takes them.
 
-    With ``dynamic=True`` dynamo makes symbols of them where it first reads them. A second call cannot see those of within such a function,
-    so a gate that two layers share did not compile.
+    With ``dynamic=True`` dynamo makes symbols of them where it first reads them. A second call cannot see those of
+    within such a function, so a gate that two layers share did not compile.
     """
     return any(constant != constant for constant in spec)
 
@@ -71,11 +81,11 @@ class Gate(GateModule):
 
     In training mode gates may be drawn, in evaluation mode they are deterministic.
 
-    A family of your own is a subclass whose constructor takes ``(num_gates, *, device=None)`` and hands ``num_gates`` on, and which
-    overrides :meth:`forward` and :meth:`open_probability`. Everything else follows: the fused ops are given the values of ``forward()``
-    and multiply by them, and their gradients come back into it. Layers take the class, or an instance: ``GatedLinear(8, 4,
-    gate=SigmoidGate)``. Such values are computed once per call, so ``per_sample=True`` of a layer changes nothing, as for every family but
-    the hard concrete ones.
+    A family of your own is a subclass whose constructor takes ``(num_gates, *, device=None)`` and hands ``num_gates``
+    on, and which overrides :meth:`forward` and :meth:`open_probability`. Everything else follows: the fused ops are
+    given the values of ``forward()`` and multiply by them, and their gradients come back into it. Layers take the
+    class, or an instance: ``GatedLinear(8, 4, gate=SigmoidGate)``. Such values are computed once per call, so
+    ``per_sample=True`` of a layer changes nothing, as for every family but the hard concrete ones.
 
     >>> class SigmoidGate(Gate):
     ...     def __init__(self, num_gates, *, device=None):
@@ -95,9 +105,11 @@ class Gate(GateModule):
     num_gates: int
     draws_once: bool = False  # whether it draws beside the kernels, so that what these multiply by is one draw per call
     in_optimizer: bool = False  # whether :func:`dampr.param_groups` gave it a learning rate of its own
-    level_parameters: tuple[str, ...] = ()  # the beginnings of the names of the parameters that :meth:`set_levels_` moves
+    # the beginnings of the names of the parameters that :meth:`set_levels_` moves
+    level_parameters: tuple[str, ...] = ()
     parameter_name: str = "parameter"  # the attribute that :attr:`parameter` is, where it is one
-    open_slice: Callable[[], tuple[int, int]] | None = None  # (start, stop) of the open gates, where a family keeps these side by side
+    # (start, stop) of the open gates, where a family keeps these side by side
+    open_slice: Callable[[], tuple[int, int]] | None = None
     _banked: Held | None = None  # the values of every call in training, within a dampr.GateBank
     _held: Held | None = None  # the seed of every call, within dampr.hold_draws
     _stream: Stream | None = None  # of dampr.gate_generator; None: seeds come from torch's generator
@@ -114,15 +126,19 @@ class Gate(GateModule):
         self.num_gates = _checks.positive_int("num_gates", num_gates)
 
     def reset_parameters(self) -> None:
-        """Fresh values in every parameter, as the constructor leaves them, and the first seed of a generator of its own.
+        """Fresh values in every parameter, as the constructor leaves them,
+        and the first seed of a generator of its own.
 
-        A family of your own overrides it, calls this one and fills its parameters; NotImplementedError says where it does not.
+        A family of your own overrides it, calls this one and fills its parameters;
+        NotImplementedError says where it does not.
         """
         if self._stream is not None:
             self._stream = Stream(self._stream.first, self._stream.group)
             self.next_seed.fill_(self._stream.first)
         if type(self).reset_parameters is Gate.reset_parameters and next(self.parameters(), None) is not None:
-            raise NotImplementedError(f"{type(self).__name__} has no reset_parameters(), which fills its parameters with fresh values")
+            raise NotImplementedError(
+                f"{type(self).__name__} has no reset_parameters(), which fills its parameters with fresh values"
+            )
 
     def starts_at_one(self) -> bool:
         """Whether every gate is 1 in evaluation; of gates on the meta device, whether fresh ones are."""
@@ -165,12 +181,16 @@ class Gate(GateModule):
 
     @property
     def parameter(self) -> Tensor:
-        """What the fused ops take, (num_gates,): parameters of the family in ``spec``, by default the values of :meth:`forward`."""
+        """What the fused ops take, (num_gates,): parameters of the family in ``spec``,
+        by default the values of :meth:`forward`.
+        """
         return self.forward()
 
     @abstractmethod
     def forward(self, rows: int | None = None) -> Tensor:
-        """Gate values: (num_gates,), or (rows, num_gates) with one draw per row; drawn in training, deterministic in evaluation."""
+        """Gate values: (num_gates,), or (rows, num_gates) with one draw per row; drawn in training,
+        deterministic in evaluation.
+        """
 
     def deterministic(self) -> Tensor:
         """The evaluation values in either mode, (num_gates,)."""
@@ -183,7 +203,9 @@ class Gate(GateModule):
 
     @abstractmethod
     def open_probability(self) -> Tensor:
-        """The differentiable surrogate count of each gate, (num_gates,): the probability of being open where the family draws."""
+        """The differentiable surrogate count of each gate, (num_gates,):
+        the probability of being open where the family draws.
+        """
 
     def is_open(self) -> Tensor:
         """The evaluation decision: bool, (num_gates,)."""
@@ -191,29 +213,37 @@ class Gate(GateModule):
             return self.deterministic() != 0
 
     def levels(self) -> Tensor:
-        """Where each gate stands, (num_gates,) without a graph: 1 is where a fresh gate is, and at 0 and below evaluation closes it.
+        """Where each gate stands, (num_gates,) without a graph: 1 is where a fresh gate is,
+        and at 0 and below evaluation closes it.
 
-        With :meth:`set_levels_` this is how a budget moves learned gates. A family without the two cannot be learned under a budget that
-        owns its gates; NotImplementedError says so.
+        With :meth:`set_levels_` this is how a budget moves learned gates. A family without the two cannot be learned
+        under a budget that owns its gates; NotImplementedError says so.
         """
         raise NotImplementedError(
-            f"{type(self).__name__} has no levels: expected levels() and set_levels_(levels) for a budget that learns it"
+            f"{type(self).__name__} has no levels: expected levels() and set_levels_(levels) for a budget that learns "
+            "it"
         )
 
     def set_levels_(self, levels: Tensor) -> None:
         """Move each gate to where ``levels``, (num_gates,), wants it, as far as the family can."""
         raise NotImplementedError(
-            f"{type(self).__name__} has no levels: expected levels() and set_levels_(levels) for a budget that learns it"
+            f"{type(self).__name__} has no levels: expected levels() and set_levels_(levels) for a budget that learns "
+            "it"
         )
 
     def pull(self) -> Tensor:
-        """-dL/dlevel of each gate, (num_gates,), from the gradients that its parameters hold now; zeros where there are none."""
+        """-dL/dlevel of each gate, (num_gates,), from the gradients that its parameters hold now;
+        zeros where there are none.
+        """
         raise NotImplementedError(
-            f"{type(self).__name__} has no levels: expected levels(), set_levels_(levels) and pull() for a budget that learns it"
+            f"{type(self).__name__} has no levels: expected levels(), set_levels_(levels) and pull() for a budget "
+            "that learns it"
         )
 
     def call(self) -> tuple[Tensor, Tensor | None, GateSpec]:
-        """What a fused op takes for one call in the present mode: the parameters, a fresh seed or None, and the spec."""
+        """What a fused op takes for one call in the present mode: the parameters, a fresh seed or None,
+        and the spec.
+        """
         if self._banked is not None and self.training and (banked := self._banked.get()) is not None:
             return banked, None, BANKED
         parameter, spec = getattr(self, self.parameter_name), self.spec
@@ -222,14 +252,20 @@ class Gate(GateModule):
         return parameter, self.draw_seed(parameter.device) if spec.rule == SAMPLE else None, spec
 
     def draw_seed(self, device: torch.device | None = None) -> Tensor:
-        """The seed of one call, int64 of shape (1,): a held one, the next one of the gate's generator, or one of torch's generator.
+        """The seed of one call, int64 of shape (1,): a held one, the next one of the gate's generator,
+        or one of torch's generator.
 
-        All noise of a gate comes from here, so a family of your own whose noise does too is held by :func:`dampr.hold_draws` and follows
-        :func:`dampr.gate_generator`; :func:`dampr.philox.uniform` makes numbers of it. Such a family sets ``draws_once``.
+        All noise of a gate comes from here, so a family of your own whose noise does too is held by
+        :func:`dampr.hold_draws` and follows :func:`dampr.gate_generator`; :func:`dampr.philox.uniform` makes numbers of
+        it. Such a family sets ``draws_once``.
         """
         if self._held is not None and (held := self._held.get()) is not None:
             return held if held.device == device else held.to(device)
-        if self._stream is None and (torch.compiler.is_compiling() or _Wrapper._active_ddp_module is not None) and ranks.several():
+        if (
+            self._stream is None
+            and (torch.compiler.is_compiling() or _Wrapper._active_ddp_module is not None)
+            and ranks.several()
+        ):
             self._agree()
         if self._stream is None:
             return torch.randint(*philox.SEEDS, dtype=torch.int64, device=device)
@@ -269,7 +305,8 @@ class Gate(GateModule):
         return self
 
     def index_offset(self, rows: int) -> int:
-        """The number of the first of ``rows`` rows of this process in the batch that several processes share; 0 where there is one.
+        """The number of the first of ``rows`` rows of this process in the batch that several processes share;
+        0 where there is one.
 
         Each rank of the group that :func:`dampr.gate_generator` was given has as many rows, in the order of the ranks.
         """

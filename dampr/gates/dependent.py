@@ -1,4 +1,6 @@
-"""Dep-L0: one small network produces the log_alpha of every gate of a model, so that gates of different layers depend on each other."""
+"""Dep-L0: one small network produces the log_alpha of every gate of a model,
+so that gates of different layers depend on each other.
+"""
 
 from __future__ import annotations
 
@@ -34,15 +36,16 @@ class _Evaluation(NamedTuple):
 class DependencyGenerator(GateModule):
     """The gate generator of Dep-L0 (Li and Ji, ECML PKDD 2021, arXiv 2107.00070), as in the authors' code.
 
-    a_l = ln 100 tanh(W_l a_{l-1} + b_l) with a_0 = 1, and log_alpha of layer l is a_l; ln 100 takes the place of Louizos et al.'s clamp.
+    a_l = ln 100 tanh(W_l a_{l-1} + b_l) with a_0 = 1, and log_alpha of layer l is a_l;
+    ln 100 takes the place of Louizos et al.'s clamp.
 
     Args:
         sizes: the number of gates of each gated layer, in the order of the network.
         direction: ``"forward"`` runs from the first layer to the last, ``"backward"`` from the last to the first.
-        input_width: how many ones a_0 has; None: as many as the layer that comes first in that direction has gates. That is what the
-            published networks have, except VGG16 backward (64 for a layer of 512).
-        init_scale: factor on the initial weights, U(-1, 1) / sqrt(in). At 1, as published, about 7 % of the gates of a deep network are
-            closed before training starts; at 0 every gate starts fully open.
+        input_width: how many ones a_0 has; None: as many as the layer that comes first in that direction has gates.
+            That is what the published networks have, except VGG16 backward (64 for a layer of 512).
+        init_scale: factor on the initial weights, U(-1, 1) / sqrt(in). At 1, as published, about 7 % of the gates of a
+            deep network are closed before training starts; at 0 every gate starts fully open.
         bias_init: mean of the initial biases, N(bias_init, 0.01).
         device: where the parameters live. They are float32 and stay so under autocast and ``.half()``.
 
@@ -74,8 +77,13 @@ class DependencyGenerator(GateModule):
         _checks.one_of("direction", direction, DIRECTIONS)
         self.direction = direction
         self._order = list(range(len(self.sizes))) if direction == "forward" else list(reversed(range(len(self.sizes))))
-        self.input_width = self.sizes[self._order[0]] if input_width is None else _checks.positive_int("input_width", input_width)
-        self.init_scale, self.bias_init = _checks.number("init_scale", init_scale), _checks.number("bias_init", bias_init)
+        self.input_width = (
+            self.sizes[self._order[0]] if input_width is None else _checks.positive_int("input_width", input_width)
+        )
+        self.init_scale, self.bias_init = (
+            _checks.number("init_scale", init_scale),
+            _checks.number("bias_init", bias_init),
+        )
         self._last: _Evaluation | None = None
         device = _checks.device("device", device)
         width = self.input_width
@@ -138,10 +146,12 @@ class DependencyGenerator(GateModule):
         return [DependentHardConcrete(self, index, **options) for index in range(len(self.sizes))]
 
     def penalty(self, kernel_areas: Sequence[float], lam: float, first: float = 3.0) -> Tensor:
-        """lam sum_l k_l^2 P_{l-1} P_l with P_l the expected open gates of layer l and P_0 = ``first``, the image's channels; a scalar.
+        """lam sum_l k_l^2 P_{l-1} P_l with P_l the expected open gates of layer l and P_0 = ``first``,
+        the image's channels; a scalar.
 
-        ``kernel_areas``: k_l^2 of each gated convolution, in the order of the network. Added as it is to a mean cross-entropy; lam is 1e-6
-        (VGG16) or 5e-7 (ResNet56) in the published runs. Each layer counts as if it read the gated layer before it, as published.
+        ``kernel_areas``: k_l^2 of each gated convolution, in the order of the network. Added as it is to a mean
+        cross-entropy; lam is 1e-6 (VGG16) or 5e-7 (ResNet56) in the published runs. Each layer counts as if it read the
+        gated layer before it, as published.
         """
         opened = self._expected_open(kernel_areas)
         total = opened[0] * (kernel_areas[0] * first)
@@ -149,7 +159,9 @@ class DependencyGenerator(GateModule):
             total = total + area * before * after
         return lam * total
 
-    def filter_penalty(self, kernel_areas: Sequence[float], in_channels: Sequence[int], lam: float, as_published: bool = False) -> Tensor:
+    def filter_penalty(
+        self, kernel_areas: Sequence[float], in_channels: Sequence[int], lam: float, as_published: bool = False
+    ) -> Tensor:
         """lam sum_l P_l c_l k_l^2, the form for ImageNet (lam 5e-9), with ``in_channels`` c_l dense; a scalar.
 
         ``as_published``: the authors' code has k_l^2 in it twice, so that a 7 x 7 stem costs 49 times too much.
@@ -166,17 +178,20 @@ class DependencyGenerator(GateModule):
         return [functional.open_probability(log_alpha, spec=hard_concrete()).sum() for log_alpha in self()]
 
     def _run(self, upto: int | None = None) -> list[Tensor]:
-        """Every a_l in the order in which they follow from each other, or, in plain PyTorch, those as far as layer ``upto``."""
+        """Every a_l in the order in which they follow from each other, or, in plain PyTorch,
+        those as far as layer ``upto``.
+        """
         order = self._order if upto is None else self._order[: self._order.index(upto) + 1]
         parameters: list[Tensor] = [getattr(self, f"{kind}_{index}") for index in order for kind in ("weight", "bias")]
         evaluate = ops.dependency_generator if upto is None else reference.dependency_generator
         where = parameters[0].device.type
-        with torch.autocast(where, enabled=False) if where != "meta" else nullcontext():  # meta has no autocast to leave
+        # meta has no autocast to leave
+        with torch.autocast(where, enabled=False) if where != "meta" else nullcontext():
             return evaluate(parameters, LOGIT_LIMIT)
 
     def _evaluate(self, key: tuple[Any, ...]) -> _Evaluation:
-        # What this graph keeps for its backward is its own: the hooks of activation checkpointing do not see it. They count what each layer
-        # keeps, and would find the generator in the layer that happened to come first.
+        # What this graph keeps for its backward is its own: the hooks of activation checkpointing do not see it. They
+        # count what each layer keeps, and would find the generator in the layer that happened to come first.
         with torch.autograd.graph.saved_tensors_hooks(torch.Tensor.detach, lambda t: t):
             values = self._run()
         consumed: list[bool] = []
@@ -186,7 +201,9 @@ class DependencyGenerator(GateModule):
 
     def _key(self) -> tuple[Any, ...]:
         """Equal as long as the same evaluation, with the same graph, would come out."""
-        tensors = [(id(p), p._version, p.data_ptr(), p.requires_grad) for p in self._parameters.values() if p is not None]
+        tensors = [
+            (id(p), p._version, p.data_ptr(), p.requires_grad) for p in self._parameters.values() if p is not None
+        ]
         return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), tensors
 
     def _may_keep(self) -> bool:
@@ -206,17 +223,19 @@ class DependencyGenerator(GateModule):
 
 
 class DependentHardConcrete(ConcreteGate):
-    """The hard concrete gates of one layer under Dep-L0 (Li and Ji 2021): their log_alpha comes out of a generator shared by the model.
+    """The hard concrete gates of one layer under Dep-L0 (Li and Ji 2021):
+    their log_alpha comes out of a generator shared by the model.
 
     Args:
-        generator: the :class:`DependencyGenerator` of the whole model. It is part of every gate that uses it, and ``model.parameters()``
-            lists its parameters once; a ``state_dict`` names them once per gate, as with all shared modules.
+        generator: the :class:`DependencyGenerator` of the whole model. It is part of every gate that uses it, and
+            ``model.parameters()`` lists its parameters once; a ``state_dict`` names them once per gate,
+            as with all shared modules.
         index: which of its layers this is.
         beta, gamma, zeta, preset: as for :class:`dampr.gates.HardConcrete`; the published code has the same constants.
 
-    Published are a draw per example (``per_sample=True`` of the layer, the default of :func:`dampr.convert` for this family) and gates
-    after the norm. A layer that is given the class or the name ``"dep_l0"`` gets a generator of its own, whose gates start open; gates of
-    one model share one through ``generator.gates()``.
+    Published are a draw per example (``per_sample=True`` of the layer, the default of :func:`dampr.convert` for this
+    family) and gates after the norm. A layer that is given the class or the name ``"dep_l0"`` gets a generator of its
+    own, whose gates start open; gates of one model share one through ``generator.gates()``.
 
     Raises: ValueError or TypeError that names the argument.
     """
@@ -257,7 +276,9 @@ class DependentHardConcrete(ConcreteGate):
 
     @torch.no_grad()
     def set_levels_(self, levels: Tensor) -> None:
-        """By the biases of its layer of the generator, each of which moves one gate, and with it the gates of later layers."""
+        """By the biases of its layer of the generator, each of which moves one gate,
+        and with it the gates of later layers.
+        """
         bias: Tensor = getattr(self.generator, f"bias_{self.index}")
         wanted, now = (torch.atanh(a / LOGIT_LIMIT * (1 - 1e-4)) for a in (self._log_alpha_at(levels), self.log_alpha))
         bias.add_(wanted - now)

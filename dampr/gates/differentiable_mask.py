@@ -19,33 +19,37 @@ REGULARISERS = ("l1", "foothill")
 
 
 class DifferentiableMask(KernelGate):
-    """z = alpha M(|alpha| - t): a scale per gate, and a mask (after Ramakrishnan, Sari, Partovi Nia 2020, arXiv 1909.04567).
+    """z = alpha M(|alpha| - t): a scale per gate, and a mask (after Ramakrishnan, Sari, Partovi Nia 2020,
+    arXiv 1909.04567).
 
-    Confirmed, by the abstract, the introduction and the abstract and claims of the same authors' patent US 12,039,448: after the
-    non-linearity each filter's output is multiplied by a scaling factor and by a mask function of it; the factor is learned under a
-    regulariser of its own, next to two more with weights of their own; filters are pruned iff |factor| <= threshold. The formula of the
-    mask was not available: the variants below are a reconstruction around the SignSwish that the same group published (arXiv 1812.11800).
+    Confirmed, by the abstract, the introduction and the abstract and claims of the same authors' patent US 12,039,448:
+    after the non-linearity each filter's output is multiplied by a scaling factor and by a mask function of it; the
+    factor is learned under a regulariser of its own, next to two more with weights of their own; filters are pruned iff
+    |factor| <= threshold. The formula of the mask was not available: the variants below are a reconstruction around the
+    SignSwish that the same group published (arXiv 1812.11800).
 
     Args:
         num_gates: how many gates.
         variant: the mask in training; b is the slope, SS the SignSwish. ``"hard"``: [|alpha| > t], differentiated as
-            (1 + SS_b(|alpha| - t)) / 2, so that gates just below the threshold feel the task. ``"hard_constant"``: the same, differentiated
-            as a constant: a closed gate never opens again, and strong regularisation closes all. ``"smooth"``: (1 + SS_b(|alpha| - t)) / 2
-            itself. ``"exact_zero"``: max(tanh(b (|alpha| - t)), 0), constant where closed. ``"logistic"``: sigmoid(b (|alpha| - t)).
-            In evaluation ``"smooth"`` and ``"logistic"``, which never close a gate, are replaced by ``"hard"``.
+            (1 + SS_b(|alpha| - t)) / 2, so that gates just below the threshold feel the task. ``"hard_constant"``: the
+            same, differentiated as a constant: a closed gate never opens again, and strong regularisation closes all.
+            ``"smooth"``: (1 + SS_b(|alpha| - t)) / 2 itself. ``"exact_zero"``: max(tanh(b (|alpha| - t)), 0), constant
+            where closed. ``"logistic"``: sigmoid(b (|alpha| - t)). In evaluation ``"smooth"`` and ``"logistic"``, which
+            never close a gate, are replaced by ``"hard"``.
         threshold: t, at least 0; where it starts if it is trained.
-        threshold_mode: ``"fixed"``; ``"trainable"``: the exponential of a parameter ``log_threshold``, (1,), in training and in evaluation.
-            It moves by the slope of the mask, hence not with ``"hard_constant"``, and what the task alone asks for is an open gate: a
-            threshold that should rise needs a term of your own, such as ``-lam * gate.log_threshold.exp()``.
+        threshold_mode: ``"fixed"``; ``"trainable"``: the exponential of a parameter ``log_threshold``, (1,), in
+            training and in evaluation. It moves by the slope of the mask, hence not with ``"hard_constant"``, and what
+            the task alone asks for is an open gate: a threshold that should rise needs a term of your own, such as
+            ``-lam * gate.log_threshold.exp()``.
         slope: b, above 0.
-        slope_mode: ``"fixed"``; ``"scheduled"``: :meth:`set_slope` changes it (:func:`geometric_slope` says to what); ``"trainable"``: the
-            exponential of a parameter ``log_slope``, (1,). Only a fixed slope and a fixed threshold are built into the kernels; masks of
-            the others are computed beside them.
+        slope_mode: ``"fixed"``; ``"scheduled"``: :meth:`set_slope` changes it (:func:`geometric_slope` says to what);
+            ``"trainable"``: the exponential of a parameter ``log_slope``, (1,). Only a fixed slope and a fixed
+            threshold are built into the kernels; masks of the others are computed beside them.
         init_alpha: where every alpha starts; at 1 fresh evaluation gates are exactly 1 (but those of ``"exact_zero"``).
         device: where the parameters live. They are float32 and stay so under autocast and ``.half()``.
 
-    The published loss is task + lam1 sum R(alpha) + lam2 ||W||^2 + lam3 ||b||^2 with regularisers not known: :func:`scale_penalty`,
-    :func:`square_penalty`.
+    The published loss is task + lam1 sum R(alpha) + lam2 ||W||^2 + lam3 ||b||^2 with regularisers not known:
+    :func:`scale_penalty`, :func:`square_penalty`.
 
     Raises: ValueError or TypeError that names the argument.
 
@@ -80,7 +84,8 @@ class DifferentiableMask(KernelGate):
         _checks.one_of("threshold_mode", threshold_mode, THRESHOLDS)
         if threshold_mode == "trainable" and (variant == "hard_constant" or threshold == 0):
             raise ValueError(
-                f"threshold_mode='trainable' with variant={variant!r}, threshold={threshold!r}: expected a mask that has a slope"
+                f"threshold_mode='trainable' with variant={variant!r}, threshold={threshold!r}: expected a mask that "
+                "has a slope"
                 " and a threshold above 0"
             )
         self._fixed = mask(variant, slope, threshold)
@@ -154,20 +159,28 @@ class DifferentiableMask(KernelGate):
         self.alpha.copy_(torch.copysign((low + levels * span).clamp(min=0), self.alpha))
 
     def pull(self) -> Tensor:
-        return -gradient(self.alpha) * torch.copysign(torch.ones_like(self.alpha), self.alpha.detach()) * self._ends()[1]
+        return (
+            -gradient(self.alpha) * torch.copysign(torch.ones_like(self.alpha), self.alpha.detach()) * self._ends()[1]
+        )
 
     def _ends(self) -> tuple[float, float]:
         low = float(self.threshold)
         return low, 1 - low if low < 1 else 1.0
 
     def _beside(self, held: GateSpec) -> bool:
-        """Whether the values, not alpha, go to the kernels. The evaluation gate of a hard mask does not depend on the slope."""
-        return self.threshold_mode != "fixed" or (self.slope_mode != "fixed" and (self.training or held.rule == EXACT_ZERO))
+        """Whether the values, not alpha, go to the kernels.
+
+        The evaluation gate of a hard mask does not depend on the slope.
+        """
+        return self.threshold_mode != "fixed" or (
+            self.slope_mode != "fixed" and (self.training or held.rule == EXACT_ZERO)
+        )
 
     def _masked(self, held: GateSpec) -> Tensor:
         slope: float | Tensor = held.beta
         if self.slope_mode != "fixed":
-            slope = self.slope.clone() if self.slope_mode == "scheduled" else self.log_slope.exp()  # set_slope may come before the backward
+            # set_slope may come before the backward
+            slope = self.slope.clone() if self.slope_mode == "scheduled" else self.log_slope.exp()
         return self.alpha * reference.mask(self.alpha, held.rule, slope, self.threshold)
 
     def extra_repr(self) -> str:
@@ -176,7 +189,9 @@ class DifferentiableMask(KernelGate):
 
 
 def geometric_slope(step: int, steps: int, start: float = 1.0, end: float = 50.0) -> float:
-    """start (end / start)^(step / steps), and ``end`` from ``steps`` on: the slope of an annealed smooth mask after ``step`` steps."""
+    """start (end / start)^(step / steps), and ``end`` from ``steps`` on:
+    the slope of an annealed smooth mask after ``step`` steps.
+    """
     for name, bound in (("start", start), ("end", end)):
         _checks.number(name, bound, 0, above=True)
     steps = _checks.positive_int("steps", steps)
@@ -185,14 +200,18 @@ def geometric_slope(step: int, steps: int, start: float = 1.0, end: float = 50.0
 
 
 def foothill(x: Tensor, a: float = 1.0, b: float = 1.0) -> Tensor:
-    """a x tanh(b x / 2), element by element: between L1 (large b) and L2; the form of arXiv 1901.06414 as recalled, not confirmed."""
+    """a x tanh(b x / 2), element by element: between L1 (large b) and L2; the form of arXiv 1901.06414 as recalled,
+    not confirmed.
+    """
     _checks.floating("x", _checks.tensor("x", x))
     _checks.number("a", a)
     _checks.number("b", b)
     return a * x * torch.tanh(b * x / 2)
 
 
-def scale_penalty(gates: Iterable[DifferentiableMask], lam: float, regulariser: str = "l1", *, a: float = 1.0, b: float = 1.0) -> Tensor:
+def scale_penalty(
+    gates: Iterable[DifferentiableMask], lam: float, regulariser: str = "l1", *, a: float = 1.0, b: float = 1.0
+) -> Tensor:
     """lam sum R(alpha) over all gates, a scalar; R is |alpha|, or :func:`foothill` with its ``a`` and ``b``."""
     _checks.one_of("regulariser", regulariser, REGULARISERS)
     found = _checks.items("gates", gates)

@@ -28,23 +28,25 @@ FRESH_PHI = 0.5
 class DiffPrune(KernelGate):
     """z = h(x), exactly 0 for x <= 0, with x = phi or x = phi + sigma xi (after Shulman 2020, arXiv 2012.03653).
 
-    Confirmed, by the abstract alone: gates multiply parameters or activations element by element, take exact zero values, are computed
-    deterministically or stochastically, as a differentiable transformation of a real random vector that approximates a multivariate
-    Bernoulli one; a surrogate of the L0 loss makes them sparse. The equations were not available: shapes, constants, surrogates and
-    everything below are a reconstruction that is consistent with that.
+    Confirmed, by the abstract alone: gates multiply parameters or activations element by element, take exact zero
+    values, are computed deterministically or stochastically, as a differentiable transformation of a real random vector
+    that approximates a multivariate Bernoulli one; a surrogate of the L0 loss makes them sparse. The equations were not
+    available: shapes, constants, surrogates and everything below are a reconstruction that is consistent with that.
 
     Args:
         num_gates: how many gates.
-        shape: h(x) for x > 0. ``"A"``: tanh(kappa x); ``"B"``: x / (x + eps); ``"C"``: x^2 / (x^2 + eps^2); ``"D"``: 1 - exp(-kappa x);
-            ``"E"``: min(kappa x, 1).
+        shape: h(x) for x > 0. ``"A"``: tanh(kappa x); ``"B"``: x / (x + eps); ``"C"``: x^2 / (x^2 + eps^2); ``"D"``: 1
+            - exp(-kappa x); ``"E"``: min(kappa x, 1).
         sharpness: kappa, for B and C 1 / eps; None: 5, for B and C 10.
         init_phi: where every phi starts.
-        stochastic: in training x = phi + sigma xi with xi ~ N(0, 1), one draw per call, and sigma learned; in evaluation x = phi. The draw
-            is made beside the kernels, so layers that draw inside them refuse ``per_sample=True`` (docs/methods.md says why); a residual
-            branch, rows of an embedding and activations grouped by an index do draw per sample.
+        stochastic: in training x = phi + sigma xi with xi ~ N(0, 1), one draw per call, and sigma learned; in
+            evaluation x = phi. The draw is made beside the kernels, so layers that draw inside them refuse
+            ``per_sample=True`` (docs/methods.md says why); a residual branch, rows of an embedding and activations
+            grouped by an index do draw per sample.
         init_sigma: where sigma starts; with ``revive="noise"``, what it is.
-        revive: what a closed gate of the deterministic kind, which has no gradient, gets to open again by. ``"noise"``: noise of a constant
-            sigma in training; ``"straight_through"``: in the backward of training the slope 0.1 kappa for x <= 0; None: nothing.
+        revive: what a closed gate of the deterministic kind, which has no gradient, gets to open again by. ``"noise"``:
+            noise of a constant sigma in training; ``"straight_through"``: in the backward of training the slope 0.1
+            kappa for x <= 0; None: nothing.
         device: where the parameters live. They are float32 and stay so under autocast and ``.half()``.
 
     Raises: ValueError or TypeError that names the argument.
@@ -72,7 +74,9 @@ class DiffPrune(KernelGate):
         _checks.one_of("shape", shape, sorted(SHAPES))
         _checks.one_of("revive", revive, REVIVALS)
         if _checks.flag("stochastic", stochastic) and revive is not None:
-            raise ValueError(f"revive={revive!r} with stochastic=True: expected None, the noise already opens closed gates")
+            raise ValueError(
+                f"revive={revive!r} with stochastic=True: expected None, the noise already opens closed gates"
+            )
         _checks.number("init_sigma", init_sigma, 0, above=True)
         _checks.number("init_phi", init_phi)
         name, usual = SHAPES[shape]
@@ -99,7 +103,9 @@ class DiffPrune(KernelGate):
 
     @property
     def parameter(self) -> Tensor:
-        """x, (num_gates,), drawn anew each time in training where there is noise; with ``revive="straight_through"`` z itself."""
+        """x, (num_gates,), drawn anew each time in training where there is noise;
+        with ``revive="straight_through"`` z itself.
+        """
         x = self._drawn(None)
         return self._leaky(x) if self._leaks() else x
 
@@ -113,7 +119,9 @@ class DiffPrune(KernelGate):
         return functional.sample_gates(self.phi, spec=self._ramp)
 
     def open_probability(self) -> Tensor:
-        """Phi(phi / sigma), the probability that x > 0, of stochastic gates; else h(phi), which has no gradient where a gate is closed."""
+        """Phi(phi / sigma), the probability that x > 0, of stochastic gates; else h(phi),
+        which has no gradient where a gate is closed.
+        """
         if self.stochastic:
             return torch.special.ndtr(self.phi / self.log_sigma.exp())
         return functional.sample_gates(self.phi, spec=self._ramp)

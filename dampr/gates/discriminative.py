@@ -18,22 +18,27 @@ SHAPES = {"tanh": "tanh", "linear": "linear", "piecewise_linear": "clip"}
 
 
 class DiscriminativeMask(KernelGate):
-    """Ordered gates that one ``beta`` opens from the last to the first (Bu, Daw, Maruf, Karpatne, NeurIPS 2021, arXiv 2110.00684).
+    """Ordered gates that one ``beta`` opens from the last to the first (Bu, Daw, Maruf, Karpatne, NeurIPS 2021,
+    arXiv 2110.00684).
 
-    z_j = ReLU(tanh(alpha^2 (mu_j + beta))) with mu_j = (j / n) k. Gate j is closed iff beta <= -mu_j: open gates are always a suffix, and
-    because beta is shared a closed gate opens again when the gates at the edge want it. The same in training and in evaluation.
+    z_j = ReLU(tanh(alpha^2 (mu_j + beta))) with mu_j = (j / n) k. Gate j is closed iff beta <= -mu_j: open gates are
+    always a suffix, and because beta is shared a closed gate opens again when the gates at the edge want it.
+    The same in training and in evaluation.
 
     Args:
         num_gates: how many gates, n.
         k: the range of the offsets mu.
-        alpha: the steepness, a constant (the authors' code squares it, the paper's appendix does not; they keep it at 1).
+        alpha: the steepness, a constant (the authors' code squares it, the paper's appendix does not;
+            they keep it at 1).
         order: ``"zero"``: j = 0 ... n - 1, as in the code; ``"one"``: j = 1 ... n, as the paper can be read.
-        shape: ``"tanh"``, or the variants in the code, ``"linear"``: alpha^2 (mu_j + beta), and ``"piecewise_linear"``: at most 1.
+        shape: ``"tanh"``, or the variants in the code, ``"linear"``: alpha^2 (mu_j + beta),
+            and ``"piecewise_linear"``: at most 1.
         init_beta: where beta starts; None: 1, and 0.1 for the linear shapes, as published.
-        min_open: the last ``min_open`` gates never close, however low beta gets; its gradient stays as it is. The published code has no
-            such guard, and closes a layer altogether at beta <= -k (n - 1) / n.
-        weight_decay_on_beta: whether :func:`dampr.param_groups` lets the optimizer decay beta with the weights. The published code does
-            (1e-3), and this sets the sparsity: where the data leaves beta alone it settles at -lam / (layers * decay).
+        min_open: the last ``min_open`` gates never close, however low beta gets; its gradient stays as it is. The
+            published code has no such guard, and closes a layer altogether at beta <= -k (n - 1) / n.
+        weight_decay_on_beta: whether :func:`dampr.param_groups` lets the optimizer decay beta with the weights. The
+            published code does (1e-3), and this sets the sparsity:
+            where the data leaves beta alone it settles at -lam / (layers * decay).
         frozen: beta does not learn until ``gate.frozen = False``; the published cold start lasts 20 of 200 epochs.
         device: where beta lives. It is float32 and stays so under autocast and ``.half()``.
 
@@ -112,7 +117,11 @@ class DiscriminativeMask(KernelGate):
     def _mu(self) -> Tensor:
         first = ORDERS.index(self.order)
         # In this order the published counts of open gates hold in float32 too.
-        return torch.arange(first, first + self.num_gates, dtype=self.beta.dtype, device=self.beta.device) / self.num_gates * self.k
+        return (
+            torch.arange(first, first + self.num_gates, dtype=self.beta.dtype, device=self.beta.device)
+            / self.num_gates
+            * self.k
+        )
 
     def _lowest(self) -> float:
         """In the middle of the betas that leave exactly ``min_open`` gates open."""
@@ -124,8 +133,8 @@ class DiscriminativeMask(KernelGate):
     def open_probability(self) -> Tensor:
         """1 + beta / k for every gate, kept in [0, 1]: together n + n beta / k, the number of open gates to within one.
 
-        Linear in beta like the published penalty, with the gradient of the uncapped line above beta = 0, where beta starts, and none below
-        -k.
+        Linear in beta like the published penalty, with the gradient of the uncapped line above beta = 0, where beta
+        starts, and none below -k.
         """
         share = 1 + self.beta.clamp(min=-self.k) / self.k
         return (share - (share - 1).clamp(min=0).detach()).expand(self.num_gates)
@@ -143,7 +152,9 @@ class DiscriminativeMask(KernelGate):
 
     @torch.no_grad()
     def set_levels_(self, levels: Tensor) -> None:
-        """Move beta by the mean of what the gates are to be moved, but so that as many stay open as ``levels`` has above 0."""
+        """Move beta by the mean of what the gates are to be moved,
+        but so that as many stay open as ``levels`` has above 0.
+        """
         mu, opened = self._mu(), int((levels > 0).sum())
         beta = self.beta + (levels - mu - self.beta).mean()
         step = self.k / self.num_gates
@@ -157,13 +168,18 @@ class DiscriminativeMask(KernelGate):
         return (-gradient(self.beta) / self.num_gates).expand(self.num_gates)
 
     def extra_repr(self) -> str:
-        return f"{self.num_gates}, k={self.k:g}, alpha={self.alpha:g}, order={self.order!r}, shape={self.shape!r}, min_open={self.min_open}"
+        return (
+            f"{self.num_gates}, k={self.k:g}, alpha={self.alpha:g}, order={self.order!r}, shape={self.shape!r}, "
+            f"min_open={self.min_open}"
+        )
 
 
 def dam_penalty(gates: Iterable[DiscriminativeMask], lam: float, floor: float = -5.0) -> Tensor:
-    """lam mean_l max(beta_l, floor) over the masked layers, a scalar, negative where betas are (Bu et al. 2021, the authors' code).
+    """lam mean_l max(beta_l, floor) over the masked layers, a scalar, negative where betas are (Bu et al. 2021,
+    the authors' code).
 
-    Published: lam 0.1 or 0.2 for a network of 163 masks; for a single layer lam beta without a floor, with lam 0.01 to 0.1.
+    Published: lam 0.1 or 0.2 for a network of 163 masks; for a single layer lam beta without a floor,
+    with lam 0.01 to 0.1.
     """
     found = _checks.items("gates", gates)
     if not found or not all(isinstance(gate, DiscriminativeMask) for gate in found):

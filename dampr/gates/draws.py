@@ -22,8 +22,8 @@ REENTRANT_KEPT = 256  # calls of a gate without gradients that a reentrant check
 class Stream:
     """The seeds of one gate: ``first``, ``first + 1``, ... Philox makes independent noise of neighbouring keys.
 
-    The next seed is a buffer of the gate, so a state dict holds it, it moves with the model, and a CUDA graph advances it. Here is only
-    what a checkpointed region needs to draw again what it drew: of each call its number.
+    The next seed is a buffer of the gate, so a state dict holds it, it moves with the model, and a CUDA graph advances
+    it. Here is only what a checkpointed region needs to draw again what it drew: of each call its number.
     """
 
     def __init__(self, first: int, group: Sequence[int] | None = None) -> None:
@@ -37,7 +37,8 @@ class Stream:
     def _forget(self) -> None:
         self._calls = 0
         self._drawn: WeakKeyDictionary[Any, list[int]] = WeakKeyDictionary()  # by checkpointed region
-        self._reentrant: deque[tuple[int, int]] = deque(maxlen=REENTRANT_KEPT)  # (place in the order of autograd, call) without gradients
+        # (place in the order of autograd, call) without gradients
+        self._reentrant: deque[tuple[int, int]] = deque(maxlen=REENTRANT_KEPT)
         self._replayed: WeakKeyDictionary[Any, int] = WeakKeyDictionary()  # how far a second run has come
         self._replayed_reentrant: tuple[Any, int] = (None, 0)
 
@@ -49,7 +50,9 @@ class Stream:
         self._forget()
 
     def draw(self, following: Tensor) -> Tensor:
-        """The seed of this call, of shape (1,); ``following``, the next seed, moves on unless the call is a repeated one."""
+        """The seed of this call, of shape (1,); ``following``, the next seed,
+        moves on unless the call is a repeated one.
+        """
         if torch.compiler.is_compiling():
             return _advance(following)
         number = self._repeated()
@@ -57,7 +60,8 @@ class Stream:
         if number is None:
             number, self._calls = self._calls, self._calls + 1
         self._remember(number)
-        with temporarily_clear_interpreter_stack(), torch.no_grad():  # no transform of torch.func may see a counter that moves
+        # no transform of torch.func may see a counter that moves
+        with temporarily_clear_interpreter_stack(), torch.no_grad():
             return following - (self._calls - number) if again else _advance(following)
 
     def _remember(self, number: int) -> None:
@@ -107,7 +111,9 @@ def first_seed(seed: int, number: int) -> int:
 
 
 def drawing_gates(model: nn.Module) -> list[Any]:
-    """The gates of ``model`` that draw in training, each once, in the order of its modules; owned ones are the families behind them."""
+    """The gates of ``model`` that draw in training, each once, in the order of its modules;
+    owned ones are the families behind them.
+    """
     from .base import Gate
     from .owned import OwnedGate
 
@@ -119,11 +125,11 @@ def drawing_gates(model: nn.Module) -> list[Any]:
 def hold_draws(model: nn.Module) -> Iterator[None]:
     """Every gate of ``model`` draws once, at the beginning of the block, and has that draw in each call within it.
 
-    For micro-batches that are to train one network, for several losses of one draw, for looking at what a draw does. With ``per_sample``
-    each row has the same gates in calls of as many rows. Evaluation mode has no noise and is what it always is. Inside another block of the
-    same model the draw is the outer block's. Gates that are made within the block are not held. Checkpointed regions
-    (``torch.utils.checkpoint``) of the block have its draw again, also where their backward comes later; only
-    reentrant regions inside of reentrant regions need their backward in the block.
+    For micro-batches that are to train one network, for several losses of one draw, for looking at what a draw does.
+    With ``per_sample`` each row has the same gates in calls of as many rows. Evaluation mode has no noise and is what
+    it always is. Inside another block of the same model the draw is the outer block's. Gates that are made within the
+    block are not held. Checkpointed regions (``torch.utils.checkpoint``) of the block have its draw again, also where
+    their backward comes later; only reentrant regions inside of reentrant regions need their backward in the block.
 
     A family of your own is held if it asks :meth:`dampr.gates.Gate.draw_seed` for its noise.
 
@@ -153,26 +159,30 @@ def hold_draws(model: nn.Module) -> Iterator[None]:
 
 
 def gate_generator(model: nn.Module, seed: int | None = 0, *, group: Any = None) -> nn.Module:
-    """Give the gates of ``model`` a generator of their own, so that nothing else that draws random numbers changes them.
+    """Give the gates of ``model`` a generator of their own,
+    so that nothing else that draws random numbers changes them.
 
-    Without it each call of a gate takes its seed from torch's global generator: data augmentation, dropout or a second model then change
-    the masks. With it the seed follows from ``seed``, the number of the gate in the model and how many draws it has had. The last two are
-    one buffer of each gate, ``next_seed``: it is part of the state dict, so that a run resumes to the bit, it moves with the model, and
-    copies go on where the original was. No call waits for the device, and CUDA graphs advance it as they are replayed. Checkpointed
-    regions (``torch.utils.checkpoint``) draw again what they drew.
+    Without it each call of a gate takes its seed from torch's global generator: data augmentation, dropout or a second
+    model then change the masks. With it the seed follows from ``seed``, the number of the gate in the model and how
+    many draws it has had. The last two are one buffer of each gate, ``next_seed``: it is part of the state dict, so
+    that a run resumes to the bit, it moves with the model, and copies go on where the original was. No call waits for
+    the device, and CUDA graphs advance it as they are replayed.
+    Checkpointed regions (``torch.utils.checkpoint``) draw again what they drew.
 
     Args:
-        model: a module with gates, converted before. Gates that are added later have no generator; call this again, it starts over.
-        seed: an integer in [0, 2**63); None: back to torch's generator, or, in a process group, to the seed that its ranks agree on.
+        model: a module with gates, converted before. Gates that are added later have no generator; call this again,
+            it starts over.
+        seed: an integer in [0, 2**63); None: back to torch's generator, or, in a process group,
+            to the seed that its ranks agree on.
         group: a ``torch.distributed`` process group of the ranks that each have as large a part of the batch, such as
             ``mesh["dp"].get_group()``; None: all ranks. Gates per sample are numbered by the rows of the whole batch
-            (:meth:`dampr.gates.Gate.index_offset`). Ranks that are not in it, but share the rows of one that is (tensor parallelism), have
-            a group of their own.
+            (:meth:`dampr.gates.Gate.index_offset`). Ranks that are not in it, but share the rows of one that is (tensor
+            parallelism), have a group of their own.
 
-    Call it before loading a checkpoint that was made with it. With the same seed every process has the same masks. In a process group of
-    several ranks :func:`dampr.convert` does so with the seed that rank 0 gave to ``torch.manual_seed``, and a model under
-    DistributedDataParallel that has no generator gets one with the first draw; these two are in no state dict, and begin anew in a run that
-    resumes.
+    Call it before loading a checkpoint that was made with it. With the same seed every process has the same masks. In a
+    process group of several ranks :func:`dampr.convert` does so with the seed that rank 0 gave to
+    ``torch.manual_seed``, and a model under DistributedDataParallel that has no generator gets one with the first draw;
+    these two are in no state dict, and begin anew in a run that resumes.
 
     Returns: ``model``.
 
@@ -189,7 +199,9 @@ def gate_generator(model: nn.Module, seed: int | None = 0, *, group: Any = None)
         raise ValueError(f"seed={seed!r}: expected None or an int in [0, 2**63)")
     gates = drawing_gates(model)
     if not gates:
-        raise ValueError(f"model={type(model).__name__}: it has no gates that draw, expected some (dampr.convert makes them)")
+        raise ValueError(
+            f"model={type(model).__name__}: it has no gates that draw, expected some (dampr.convert makes them)"
+        )
     model = ranks.unwrapped(model)
     members = None if group is None else tuple(torch.distributed.get_process_group_ranks(group))
     if seed is None and ranks.several():

@@ -26,7 +26,9 @@ FAMILIES: dict[str, type[Gate]] = {
 }
 
 
-def place_gate(gate: str | type[Gate] | Gate | Callable[..., Any], num_gates: int, device: Any, per_sample: bool) -> Gate:
+def place_gate(
+    gate: str | type[Gate] | Gate | Callable[..., Any], num_gates: int, device: Any, per_sample: bool
+) -> Gate:
     """:func:`make_gate` for a layer. Raises ValueError where it should draw per sample and the family cannot."""
     made = make_gate(gate, num_gates, device)
     if _checks.flag("per_sample", per_sample) and made.draws_once:
@@ -34,15 +36,20 @@ def place_gate(gate: str | type[Gate] | Gate | Callable[..., Any], num_gates: in
     return made
 
 
-def make_gate(gate: str | type[Gate] | Gate | Callable[..., Any], num_gates: int, device: torch.device | str | None = None) -> Gate:
-    """A gate of ``num_gates`` from a family's name, a class, an instance to share, or a function of (num_gates, device=...) that makes one.
+def make_gate(
+    gate: str | type[Gate] | Gate | Callable[..., Any], num_gates: int, device: torch.device | str | None = None
+) -> Gate:
+    """A gate of ``num_gates`` from a family's name, a class, an instance to share, or a function of (num_gates,
+    device=...) that makes one.
 
     Raises ValueError for an unknown name or an instance with another count, TypeError for anything else.
     """
     num_gates = _checks.positive_int("num_gates", num_gates)
     if isinstance(gate, Gate):
         if gate.num_gates != num_gates:
-            raise ValueError(f"gate.num_gates={gate.num_gates}: expected {num_gates}, one per prunable unit of the layer")
+            raise ValueError(
+                f"gate.num_gates={gate.num_gates}: expected {num_gates}, one per prunable unit of the layer"
+            )
         return gate
     if isinstance(gate, str):
         _checks.one_of("gate", gate, sorted(FAMILIES))
@@ -54,11 +61,14 @@ def make_gate(gate: str | type[Gate] | Gate | Callable[..., Any], num_gates: int
         try:
             made = build(num_gates, device=device)
         except TypeError as error:
-            raise TypeError(f"gate={gate!r:.80}: expected a function of (num_gates, device=...), and it raises {error}") from error
+            raise TypeError(
+                f"gate={gate!r:.80}: expected a function of (num_gates, device=...), and it raises {error}"
+            ) from error
         if not isinstance(made, Gate) or made.num_gates != num_gates:
             raise TypeError(f"gate={gate!r}: made {made!r:.80}, expected a dampr.gates.Gate of {num_gates}")
         return made
     raise TypeError(
-        f"gate={gate!r:.80}: expected a family's name {sorted(FAMILIES)}, a subclass of dampr.gates.Gate, an instance to share, or a "
+        f"gate={gate!r:.80}: expected a family's name {sorted(FAMILIES)}, a subclass of dampr.gates.Gate, an instance "
+        "to share, or a "
         "function"
     )

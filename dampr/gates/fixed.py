@@ -11,7 +11,8 @@ from .base import Gate
 
 
 class Fixed(Gate):
-    """Gates with constant values, the same in training and in evaluation: what :meth:`dampr.Budget.finalize` leaves of any family.
+    """Gates with constant values, the same in training and in evaluation:
+    what :meth:`dampr.Budget.finalize` leaves of any family.
 
     Args:
         values: (num_gates,), floating point; 0 is closed. Kept as a buffer in float32 (float64 stays).
@@ -26,7 +27,10 @@ class Fixed(Gate):
 
     def __init__(self, values: Tensor) -> None:
         if _checks.tensor("values", values).dim() != 1 or not values.is_floating_point():
-            raise ValueError(f"values: got {values.dtype} of shape {tuple(values.shape)}, expected floating point of shape (num_gates,)")
+            raise ValueError(
+                f"values: got {values.dtype} of shape {tuple(values.shape)}, expected floating point of shape "
+                "(num_gates,)"
+            )
         super().__init__(values.numel())
         self.register_buffer("values", values.detach().to(torch.promote_types(values.dtype, torch.float32), copy=True))
 

@@ -1,4 +1,6 @@
-"""Gates while a budget owns them: no parameter of theirs is a parameter of the model, so no optimizer, decay or clipping reaches them."""
+"""Gates while a budget owns them: no parameter of theirs is a parameter of the model, so no optimizer,
+decay or clipping reaches them.
+"""
 
 from __future__ import annotations
 
@@ -14,16 +16,18 @@ from .base import Gate
 
 
 class SteppedGate(Gate):
-    """z = value s(level) with s(l) = l^2 (3 - 2 l): a gate that is closed in steps, for a unit that is chosen by its importance.
+    """z = value s(level) with s(l) = l^2 (3 - 2 l): a gate that is closed in steps,
+    for a unit that is chosen by its importance.
 
-    In training z is multiplied by (1 + probe) with probe = 0, so that ``probe.grad`` is z dL/dz summed over all calls since it was cleared:
-    the first-order Taylor importance of each unit, for any layer (Molchanov et al. 2017, eq. 8, before the absolute value is taken).
+    In training z is multiplied by (1 + probe) with probe = 0, so that ``probe.grad`` is z dL/dz summed over all calls
+    since it was cleared: the first-order Taylor importance of each unit, for any layer (Molchanov et al. 2017, eq. 8,
+    before the absolute value is taken).
 
     Args:
         former: the gate in whose place it stands. ``value`` is its evaluation gate.
 
-    Attributes: ``value``, (num_gates,), buffer; ``level``, (num_gates,), buffer in [0, 1], 1 open and 0 closed; ``probe``, (num_gates,), a
-    leaf that is no parameter of the model and in no ``state_dict``.
+    Attributes: ``value``, (num_gates,), buffer; ``level``, (num_gates,), buffer in [0, 1], 1 open and 0 closed;
+    ``probe``, (num_gates,), a leaf that is no parameter of the model and in no ``state_dict``.
     """
 
     value: Tensor
@@ -66,14 +70,16 @@ class SteppedGate(Gate):
 
 
 class OwnedGate(Gate):
-    """A gate of any family with its parameters out of sight of ``model.parameters()``; it computes what the family computes.
+    """A gate of any family with its parameters out of sight of ``model.parameters()``;
+    it computes what the family computes.
 
     A ``state_dict`` holds those parameters under the names that they have without an owner.
 
     Args:
         family: the gate that is owned.
 
-    Attributes: ``family``; ``held``, whether gates stay at their evaluation values without noise or gradient, as in a warm-up.
+    Attributes: ``family``; ``held``, whether gates stay at their evaluation values without noise or gradient,
+    as in a warm-up.
     """
 
     probe: Tensor
@@ -128,7 +134,9 @@ class OwnedGate(Gate):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         self.family.state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
+    ) -> None:
         parts: list[tuple[str, nn.Module]] = list(self.family.named_modules(remove_duplicate=False))
         for name, module in parts:
             module._load_from_state_dict(state_dict, prefix + f"{name}." if name else prefix, local_metadata, *args)

@@ -1,4 +1,6 @@
-"""Polyak averaging of parameters for evaluation (Louizos et al. 2018, section 4), started at zero so that its bias correction is exact."""
+"""Polyak averaging of parameters for evaluation (Louizos et al. 2018, section 4),
+started at zero so that its bias correction is exact.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +16,13 @@ from dampr import _checks
 class PolyakAverage:
     """avg <- decay avg + (1 - decay) p after each step; evaluation uses avg / (1 - decay^t).
 
-    (The published code starts the average at the initial parameters and still divides by 1 - decay^t, which over-weights them early on.)
+    (The published code starts the average at the initial parameters and still divides by 1 - decay^t,
+    which over-weights them early on.)
 
     Args: ``decay``: in [0, 1); the paper's runs use 0.999 (LeNet, MLP) and 0.99 (wide residual networks).
 
-    Call :meth:`update` after every optimizer step, with the same parameters in the same order, and evaluate inside :meth:`applied`.
+    Call :meth:`update` after every optimizer step, with the same parameters in the same order,
+    and evaluate inside :meth:`applied`.
     """
 
     def __init__(self, decay: float = 0.999) -> None:
@@ -41,7 +45,9 @@ class PolyakAverage:
 
     @contextmanager
     def applied(self, parameters: Iterable[Tensor]) -> Iterator[None]:
-        """The parameters hold their averages for the block, and their own values again after it, whatever happens inside."""
+        """The parameters hold their averages for the block, and their own values again after it,
+        whatever happens inside.
+        """
         held = list(parameters)
         self._match(held)
         if not self.steps:
@@ -61,5 +67,6 @@ class PolyakAverage:
         expected = [tuple(a.shape) for a in self.averages]
         if [tuple(p.shape) for p in parameters] != expected:
             raise ValueError(
-                f"parameters: got {len(parameters)} tensors, expected the {len(expected)} of the first update, in its order and shapes"
+                f"parameters: got {len(parameters)} tensors, expected the {len(expected)} of the first update, in its "
+                "order and shapes"
             )

@@ -1,4 +1,6 @@
-"""The processes of torch.distributed that train one model: one seed for all of them, each one's part of the batch, stale wrappers."""
+"""The processes of torch.distributed that train one model: one seed for all of them, each one's part of the batch,
+stale wrappers.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,8 @@ several._dynamo_marked_constant = True  # type: ignore[attr-defined]  # a proces
 
 
 def part_of(ranks: Sequence[int] | None) -> int:
-    """Which part of the batch this process has: its place among ``ranks``, or its rank where these are None; 0 in a single process.
+    """Which part of the batch this process has: its place among ``ranks``, or its rank where these are None;
+    0 in a single process.
 
     Raises RuntimeError where it is not among them.
     """
@@ -39,7 +42,8 @@ def part_of(ranks: Sequence[int] | None) -> int:
         return rank
     if rank not in ranks:
         raise RuntimeError(
-            f"rank {rank} draws gates per sample, which dampr.gate_generator gave to ranks {list(ranks)}; call it on each rank"
+            f"rank {rank} draws gates per sample, which dampr.gate_generator gave to ranks {list(ranks)}; call it on "
+            "each rank"
         )
     return ranks.index(rank)
 
@@ -63,8 +67,10 @@ def agreed_seed() -> int:
             store.wait([_KEY], PATIENCE)
         except RuntimeError as error:
             raise RuntimeError(
-                f"rank {distributed.get_rank()} has waited {PATIENCE.seconds} s for rank 0 to publish the seed of the gates; "
-                "expected every rank to convert its model, or dampr.gate_generator(model, seed=...) with the same seed on each"
+                f"rank {distributed.get_rank()} has waited {PATIENCE.seconds} s for rank 0 to publish the seed of the "
+                "gates; "
+                "expected every rank to convert its model, or dampr.gate_generator(model, seed=...) with the same "
+                "seed on each"
             ) from error
         _agreed = store, int(store.get(_KEY))
     return _agreed[1]
@@ -76,7 +82,9 @@ def seed_of(gates: Sequence[Any]) -> int:
 
 
 def over_ranks(t: Tensor) -> Tensor:
-    """The mean of ``t`` over all processes of torch.distributed, as data parallelism takes it of gradients; ``t`` where there is one."""
+    """The mean of ``t`` over all processes of torch.distributed, as data parallelism takes it of gradients;
+    ``t`` where there is one.
+    """
     if not several():
         return t
     total = t.contiguous().clone()
@@ -85,7 +93,9 @@ def over_ranks(t: Tensor) -> Tensor:
 
 
 def check_alike(model: nn.Module, device: Any) -> None:
-    """Raise ValueError on every rank unless all have parameters of the same names and sizes, as means over ranks need."""
+    """Raise ValueError on every rank unless all have parameters of the same names and sizes,
+    as means over ranks need.
+    """
     if several():
         own = zlib.crc32(repr([(name, tuple(t.shape)) for name, t in model.state_dict().items()]).encode())
         least, most = (torch.tensor(sign * own, device=device) for sign in (1, -1))
@@ -164,7 +174,8 @@ def watch(model: nn.Module, *, resized: bool = False) -> None:
         stale = None if last is None else last()
         if last is not None and stale is not None:
             _checked[model] = last, None
-            stale._assign_modules_buffers()  # or it would stumble over those that are gone, before it comes to the check
+            # or it would stumble over those that are gone, before it comes to the check
+            stale._assign_modules_buffers()
         if _check_wrapper not in model._forward_pre_hooks.values():
             model.register_forward_pre_hook(_check_wrapper)
 
@@ -177,7 +188,9 @@ def unwatch(model: nn.Module) -> None:
 
 
 def _check_wrapper(module: nn.Module, args: Any) -> None:
-    """In a wrapper that is new to the module: raise RuntimeError unless it reduces exactly the parameters that the model has."""
+    """In a wrapper that is new to the module: raise RuntimeError unless it reduces exactly
+    the parameters that the model has.
+    """
     if torch.compiler.is_compiling():
         _check_while_tracing(_changes)
         return
@@ -227,16 +240,18 @@ def _check_parameters(found: Any) -> None:
     gone = sum(p.requires_grad and id(p) not in every for p in found._module_parameters)
     if missing or gone:
         raise RuntimeError(
-            f"DistributedDataParallel was made before the model changed: it does not reduce {len(missing)} of its parameters "
-            f"({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}) and waits for {gone} that are gone; wrap the module again"
+            f"DistributedDataParallel was made before the model changed: it does not reduce {len(missing)} of its "
+            "parameters "
+            f"({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}) and waits for {gone} that are gone; "
+            "wrap the module again"
         )
 
 
 def _count_alone(found: Any, alone: bool) -> None:
     """Whether buffers of gates are left out of what DistributedDataParallel broadcasts: every rank counts the same.
 
-    Not so under ``Join``, where a rank that is through stops counting, and gets the counts of the last one in the end. Raises RuntimeError
-    there where a budget owns gates, because its step is a message of its own.
+    Not so under ``Join``, where a rank that is through stops counting, and gets the counts of the last one in the end.
+    Raises RuntimeError there where a budget owns gates, because its step is a message of its own.
     """
     from .base import Gate
     from .owned import OwnedGate, SteppedGate
@@ -246,7 +261,8 @@ def _count_alone(found: Any, alone: bool) -> None:
             continue
         if not alone and isinstance(module, (OwnedGate, SteppedGate)):
             raise RuntimeError(
-                f"{name}: a budget with steps owns its gates, and torch.distributed.algorithms.Join does not wait for what a budget sends; "
+                f"{name}: a budget with steps owns its gates, and torch.distributed.algorithms.Join does not wait for "
+                "what a budget sends; "
                 "expected as many batches on every rank, or a budget without steps"
             )
         own = {f"{name}.{buffer}".lstrip(".") for buffer in module._buffers}

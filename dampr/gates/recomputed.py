@@ -1,9 +1,10 @@
 """Which checkpointed regions of torch.utils.checkpoint are at work, by what torch itself keeps of them.
 
-A region runs twice, in the forward and again in the backward, and has to draw the same gates both times. torch has no public name for "this
-code runs again", so the two places that know it are read here: the hooks on saved tensors that ``use_reentrant=False`` installs, and the
-node of autograd that ``use_reentrant=True`` makes. Where a later torch has neither, every call counts as a first one, and a checkpointed
-layer whose seeds come from a gate generator draws anew; tests/gates/test_draws.py would fail.
+A region runs twice, in the forward and again in the backward, and has to draw the same gates both times. torch has no
+public name for "this code runs again", so the two places that know it are read here: the hooks on saved tensors that
+``use_reentrant=False`` installs, and the node of autograd that ``use_reentrant=True`` makes. Where a later torch has
+neither, every call counts as a first one, and a checkpointed layer whose seeds come from a gate generator draws anew;
+tests/gates/test_draws.py would fail.
 """
 
 from __future__ import annotations
@@ -14,14 +15,21 @@ from typing import Any
 
 import torch
 
-_top, _push, _pop = (getattr(torch._C._autograd, f"_{name}_saved_tensors_default_hooks") for name in ("top", "push", "pop"))
+_top, _push, _pop = (
+    getattr(torch._C._autograd, f"_{name}_saved_tensors_default_hooks") for name in ("top", "push", "pop")
+)
 
 
 def regions() -> Iterator[tuple[Any, Any]]:
-    """Of each checkpointed region around this code, the innermost first: what names it, and what names this second run of it (or None)."""
+    """Of each checkpointed region around this code, the innermost first: what names it,
+    and what names this second run of it (or None).
+    """
     for pack in _hooks():
         kept = inspect.unwrap(pack)
-        frame, target = _enclosed(kept, "_checkpoint_hook.", "frame"), _enclosed(kept, "_recomputation_hook.", "target_frame_ref")
+        frame, target = (
+            _enclosed(kept, "_checkpoint_hook.", "frame"),
+            _enclosed(kept, "_recomputation_hook.", "target_frame_ref"),
+        )
         if frame is not None:
             yield frame, None
         elif target is not None and target() is not None:
@@ -34,7 +42,9 @@ def any_region() -> bool:
 
 
 def region_by_node() -> tuple[int, int] | None:
-    """The number of the reentrant region that runs again here, and the backward in which it does; None where there is none."""
+    """The number of the reentrant region that runs again here, and the backward in which it does;
+    None where there is none.
+    """
     node = torch._C._current_autograd_node()
     if node is None or not node.name().startswith("CheckpointFunction"):
         return None
@@ -42,7 +52,8 @@ def region_by_node() -> tuple[int, int] | None:
 
 
 def region_by_order() -> int | None:
-    """Where this code is in the order of autograd's nodes, None where gradients are enabled: reentrant regions run first without.
+    """Where this code is in the order of autograd's nodes, None where gradients are enabled:
+    reentrant regions run first without.
 
     What runs in a region comes after its number, and before the numbers of all that follows.
     """
@@ -64,7 +75,9 @@ def _hooks() -> list[Callable[..., Any]]:
 
 
 def _enclosed(function: Any, owner: str, name: str) -> Any:
-    """A variable that a function of torch's class ``owner`` has from where it was defined; None where it is another function."""
+    """A variable that a function of torch's class ``owner`` has from where it was defined;
+    None where it is another function.
+    """
     if not getattr(function, "__qualname__", "").startswith(owner) or name not in function.__code__.co_freevars:
         return None
     return function.__closure__[function.__code__.co_freevars.index(name)].cell_contents

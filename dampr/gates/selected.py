@@ -14,9 +14,9 @@ from .base import Gate
 class SelectedGate(Gate):
     """The gates ``kept`` of another vector: z = source(...)[..., kept].
 
-    :class:`dampr.Shrinker` puts it in the place of a gate whose closed units have left the layers. The whole vector stays, so a family
-    computes and draws what it would without this, and a budget goes on with gates that have the numbers they had.
-    A ``state_dict`` holds the whole vector under the names that it has without this.
+    :class:`dampr.Shrinker` puts it in the place of a gate whose closed units have left the layers. The whole vector
+    stays, so a family computes and draws what it would without this, and a budget goes on with gates that have the
+    numbers they had. A ``state_dict`` holds the whole vector under the names that it has without this.
 
     Args:
         source: the whole vector, of any family.
@@ -56,7 +56,9 @@ class SelectedGate(Gate):
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
         return self.source.state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
+    ) -> None:
         for name, module in list(self.source.named_modules()):
             module._load_from_state_dict(state_dict, prefix + f"{name}." if name else prefix, local_metadata, *args)  # type: ignore[arg-type]
 

@@ -50,11 +50,17 @@ def check_decay(budget: Budget, optimizers: Iterable[torch.optim.Optimizer], rem
 
 def gate_parameters(budget: Budget, *, decayed: bool = True) -> set[int]:
     """The ids of the gate parameters of its model; ``decayed=False``: of gates that weight decay pulls wrongly."""
-    gates = [m for m in budget.model.modules() if isinstance(m, Gate) and (decayed or not getattr(m, "weight_decay_on_beta", False))]
+    gates = [
+        m
+        for m in budget.model.modules()
+        if isinstance(m, Gate) and (decayed or not getattr(m, "weight_decay_on_beta", False))
+    ]
     return {id(p) for gate in gates for p in gate.parameters()}
 
 
 def numbers(logged: Mapping[str, Any]) -> dict[str, float]:
     """What a history takes of a log."""
-    scalars = {name: value for name, value in logged.items() if isinstance(value, (int, float, Tensor)) and name != "step"}
+    scalars = {
+        name: value for name, value in logged.items() if isinstance(value, (int, float, Tensor)) and name != "step"
+    }
     return {name: float(value) for name, value in scalars.items()}

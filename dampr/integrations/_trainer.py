@@ -48,19 +48,22 @@ def _unpacked(state: dict[str, Any]) -> dict[str, Any]:
 class DamprCallback(TrainerCallback):
     """Adds the penalty of a :class:`dampr.Budget` to what a ``Trainer`` minimises, and steps the budget.
 
-    The penalty does not depend on data, so its gradient is added once for each step of the optimizer, right before it, and not to the
-    loss: the same sum, whatever the Trainer makes of losses (gradient accumulation, label smoothing, a ``compute_loss_func``), and the
-    losses in its log stay those of the task. Gradients are clipped before that.
+    The penalty does not depend on data, so its gradient is added once for each step of the optimizer, right before it,
+    and not to the
+    loss: the same sum, whatever the Trainer makes of losses (gradient accumulation, label smoothing, a
+    ``compute_loss_func``), and the losses in its log stay those of the task. Gradients are clipped before that.
 
-    In the log: what :meth:`dampr.Budget.readings` gives. Checkpoints hold the state of the budget, and a training that resumes goes on
-    with it. Call ``budget.finalize()`` and :func:`dampr.integrations.huggingface.compact` when training is done.
+    In the log: what :meth:`dampr.Budget.readings` gives. Checkpoints hold the state of the budget, and a training that
+    resumes goes on with it. Call ``budget.finalize()`` and
+    :func:`dampr.integrations.huggingface.compact` when training is done.
 
     Args:
         budget: of the model that is trained.
         history: a file for what is logged, evaluations included (:class:`dampr.History`); the main process writes it.
 
-    Raises, when training begins: ValueError for weight decay on gates (pass ``optimizers=`` with :func:`dampr.param_groups`), for fp16,
-    whose scaled gradients have another size, and for DeepSpeed or FSDP, which keep gradients elsewhere.
+    Raises, when training begins: ValueError for weight decay on gates (pass ``optimizers=`` with
+    :func:`dampr.param_groups`), for fp16, whose scaled gradients have another size, and for DeepSpeed or FSDP,
+    which keep gradients elsewhere.
     """
 
     def __init__(self, budget: Budget, history: str | os.PathLike[str] | None = None) -> None:
@@ -71,7 +74,10 @@ class DamprCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
         for option in ("fp16", "deepspeed", "fsdp"):
             if getattr(args, option, None):
-                raise ValueError(f"TrainingArguments({option}={getattr(args, option)!r}): not supported with a budget; bf16 and DDP are")
+                raise ValueError(
+                    f"TrainingArguments({option}={getattr(args, option)!r}): not supported with a budget; bf16 and "
+                    "DDP are"
+                )
         _check_launched("a budget", "bf16 and DDP are")
         if optimizer is not None:
             _budget.check_decay(self.budget, [optimizer], _REMEDY)
@@ -113,19 +119,21 @@ class DamprCallback(TrainerCallback):
 
 
 class PlanCallback(TrainerCallback):
-    """Steps a :class:`dampr.Plan` under a ``Trainer``, after each step of the optimizer; the Trainer's own optimizer does.
+    """Steps a :class:`dampr.Plan` under a ``Trainer``, after each step of the optimizer;
+    the Trainer's own optimizer does.
 
     In the log: what :meth:`dampr.Plan.readings` gives. ``plan.finish()`` is yours to call when training is done.
 
-    Each checkpoint folder gets a file ``dampr_plan.pt``. The model of a checkpoint may be smaller than the one it was made of, so that has
-    to be known before ``trainer.train(resume_from_checkpoint=folder)``: call ``callback.resume(folder)`` first.
+    Each checkpoint folder gets a file ``dampr_plan.pt``. The model of a checkpoint may be smaller than the one it was
+    made of, so that has to be known before ``trainer.train(resume_from_checkpoint=folder)``: call
+    ``callback.resume(folder)`` first.
 
     Args:
         plan: of the model that is trained, without ``distill``, because a Trainer's loss has no place for it.
         history: a file for what is logged, evaluations included (:class:`dampr.History`); the main process writes it.
 
-    Raises, when training begins: ValueError for several processes or devices, DeepSpeed and FSDP, where a model that becomes smaller has to
-    be wrapped again, for a plan that was not resumed, and for a plan of another number of steps.
+    Raises, when training begins: ValueError for several processes or devices, DeepSpeed and FSDP, where a model that
+    becomes smaller has to be wrapped again, for a plan that was not resumed, and for a plan of another number of steps.
     """
 
     FILE = "dampr_plan.pt"
@@ -133,24 +141,33 @@ class PlanCallback(TrainerCallback):
     def __init__(self, plan: Plan, history: str | os.PathLike[str] | None = None) -> None:
         _budget.check_plan(plan)
         if plan.distills:
-            raise ValueError("plan: it distills, expected distill=0 under a Trainer, whose loss has no place for a penalty")
+            raise ValueError(
+                "plan: it distills, expected distill=0 under a Trainer, whose loss has no place for a penalty"
+            )
         self.plan = plan
         self._history = None if history is None else History(history)
 
     def resume(self, folder: str | os.PathLike[str]) -> None:
-        """Bring plan and model to where they were in the checkpoint ``folder``. Raises FileNotFoundError where no plan is in it."""
+        """Bring plan and model to where they were in the checkpoint ``folder``.
+
+        Raises FileNotFoundError where no plan is in it.
+        """
         self.plan.load_state_dict(torch.load(Path(folder) / self.FILE, map_location="cpu", weights_only=True))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         for option in ("deepspeed", "fsdp"):
             if getattr(args, option, None):
-                raise ValueError(f"TrainingArguments({option}={getattr(args, option)!r}): not supported with a plan; one device is")
+                raise ValueError(
+                    f"TrainingArguments({option}={getattr(args, option)!r}): not supported with a plan; one device is"
+                )
         _check_launched("a plan", "one device is")
         if args.world_size > 1 or args.n_gpu > 1:
             raise ValueError(f"world_size={args.world_size}, n_gpu={args.n_gpu}: expected one of each with a plan")
         _budget.check_begun(self.plan, state.global_step, "call callback.resume(folder)")
         if state.max_steps != self.plan.steps:
-            raise ValueError(f"the Trainer takes {state.max_steps} steps, the plan was made for {self.plan.steps}: expected the same")
+            raise ValueError(
+                f"the Trainer takes {state.max_steps} steps, the plan was made for {self.plan.steps}: expected the same"
+            )
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
         self.plan.step(getattr(optimizer, "optimizer", optimizer))  # accelerate wraps it

@@ -22,8 +22,9 @@ from dampr.prune import gated_layers, heads, inputs
 class Family:
     """What the config of a model can say.
 
-    Attributes: ``layers``, a glob for the layers whose outputs are neurons; ``neurons``, the entry with their number; ``heads``, the
-    entries in proportion to the number of heads; empty where the width of a head follows from their number, so that heads stay whole.
+    Attributes: ``layers``, a glob for the layers whose outputs are neurons; ``neurons``, the entry with their number;
+    ``heads``, the entries in proportion to the number of heads; empty where the width of a head follows from their
+    number, so that heads stay whole.
     """
 
     layers: str
@@ -44,23 +45,33 @@ FAMILIES = {
 
 
 def level(model: PreTrainedModel, round_to: int) -> tuple[PreTrainedModel, dict[str, str]]:
-    """A copy that computes the same, with as many open gates in every layer as its widest has, rounded up; and why closed ones stay.
+    """A copy that computes the same, with as many open gates in every layer as its widest has, rounded up;
+    and why closed ones stay.
 
     Raises: ValueError for a model whose config is not known.
     """
     kind = model.config.model_type
     if kind not in FAMILIES:
-        raise ValueError(f"uniform=True: the config of model_type {kind!r} is not known, expected one of {sorted(FAMILIES)}")
+        raise ValueError(
+            f"uniform=True: the config of model_type {kind!r} is not known, expected one of {sorted(FAMILIES)}"
+        )
     family, trial = FAMILIES[kind], inputs.copied(model)
     gated = gated_layers(trial)
-    neurons = [name for name, layer in trial.named_modules() if isinstance(layer, nn.Linear) and fnmatchcase(name, family.layers)]
+    neurons = [
+        name
+        for name, layer in trial.named_modules()
+        if isinstance(layer, nn.Linear) and fnmatchcase(name, family.layers)
+    ]
     attentions = [attention.written_name for attention in heads.find(trial)]
     together = {name: attentions if family.heads else [] for name in attentions} | dict.fromkeys(neurons, neurons)
     notes = {}
     masks = {name: layer.gate.is_open() for name, layer in gated.items()}
     for name, layer in gated.items():
         if not isinstance(layer, (GatedLinear, GatedHeads)):
-            raise ValueError(f"uniform=True: layer {name!r} is a {type(layer).__name__}, expected gates of heads and linear layers alone")
+            raise ValueError(
+                f"uniform=True: layer {name!r} is a {type(layer).__name__}, expected gates of heads and linear layers "
+                "alone"
+            )
         others = together.get(name, [])
         whole = layer.gate.num_gates
         known = bool(others) and all(other in masks for other in others)
@@ -76,7 +87,10 @@ def level(model: PreTrainedModel, round_to: int) -> tuple[PreTrainedModel, dict[
 def _why_whole(layer: GatedLinear, config: Any) -> str:
     said = type(config).__name__
     if isinstance(layer, GatedHeads) and not FAMILIES[config.model_type].heads:
-        return f"{said} has no width of a head but hidden_size / num_attention_heads, so none for fewer heads; uniform=False cuts them"
+        return (
+            f"{said} has no width of a head but hidden_size / num_attention_heads, so none for fewer heads; "
+            "uniform=False cuts them"
+        )
     return f"{said} has no entry for this width; uniform=False cuts them"
 
 

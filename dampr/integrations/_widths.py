@@ -1,9 +1,15 @@
 """The widths of a pruned transformers model as data in its config, and the stock model narrowed to them.
 
-    config.dampr = {"format": 1, "heads": {"model.layers.0.self_attn": 3}, "linear": {"model.layers.0.mlp.up_proj": [64, 17]}, "biases": []}
+    config.dampr = {
+        "format": 1,
+        "heads": {"model.layers.0.self_attn": 3},
+        "linear": {"model.layers.0.mlp.up_proj": [64, 17]},
+        "biases": [],
+    }
 
-``heads``: of each attention how many are left (sets of query heads, where they share a key); ``linear``: [in, out] of other layers;
-``biases``: layers to which compaction gave one. What is not named there is as the rest of the config says.
+``heads``: of each attention how many are left (sets of query heads, where they share a key); ``linear``: [in, out] of
+other layers; ``biases``: layers to which compaction gave one.
+What is not named there is as the rest of the config says.
 """
 
 from __future__ import annotations
@@ -38,7 +44,9 @@ def describe(model: PreTrainedModel) -> dict[str, Any]:
     whole = stock(model)
     transposed.to_linear(whole)
     before = {attention.name: attention.heads for attention in heads.find(whole)}
-    own = {attention.name: attention.heads for attention in heads.find(model) if attention.heads != before[attention.name]}
+    own = {
+        attention.name: attention.heads for attention in heads.find(model) if attention.heads != before[attention.name]
+    }
     spec: dict[str, Any] = {"format": FORMAT, "heads": own, "linear": {}, "biases": []}
     of_heads = {layer for layer, attention in heads.parts(model).items() if attention.name in own}
     layers = dict(whole.named_modules())
@@ -50,7 +58,9 @@ def describe(model: PreTrainedModel) -> dict[str, Any]:
             if layer.weight.shape != other.weight.shape and layer not in of_heads:
                 spec["linear"][name] = [layer.in_features, layer.out_features]
         elif _shapes(layer) != _shapes(other):
-            raise TypeError(f"layer {name!r}, {type(layer).__name__}: expected that only linear layers and heads became smaller")
+            raise TypeError(
+                f"layer {name!r}, {type(layer).__name__}: expected that only linear layers and heads became smaller"
+            )
     return spec
 
 
@@ -60,7 +70,8 @@ def _shapes(layer: nn.Module | None) -> dict[str, Any] | None:
 
 
 def narrow(model: nn.Module, spec: Any) -> None:
-    """Make a stock model as narrow as :func:`describe` found it; values of its tensors are what the first rows and columns were.
+    """Make a stock model as narrow as :func:`describe` found it;
+    values of its tensors are what the first rows and columns were.
 
     Raises: FileError where ``spec`` is not of the right form or does not fit the model.
     """
@@ -90,7 +101,9 @@ def _check_fit(model: nn.Module, spec: dict[str, Any]) -> None:
     for name, sizes in spec["linear"].items():
         layer = layers.get(name)
         if not isinstance(layer, nn.Linear) or layer in of_heads:
-            raise FileError(f"config.{KEY}: linear {name!r}: expected a linear layer of {kind} beside its pruned attention")
+            raise FileError(
+                f"config.{KEY}: linear {name!r}: expected a linear layer of {kind} beside its pruned attention"
+            )
         whole = [layer.in_features, layer.out_features]
         if any(size > most for size, most in zip(sizes, whole, strict=True)):
             raise FileError(f"config.{KEY}: linear {name!r}: {sizes}, expected at most {whole}")
@@ -103,11 +116,15 @@ def _check_fit(model: nn.Module, spec: dict[str, Any]) -> None:
 def check(spec: Any) -> None:
     """Raise FileError unless ``spec`` has the form of what :func:`describe` returns."""
     if not isinstance(spec, dict) or spec.get("format") != FORMAT:
-        raise FileError(f"config.{KEY}: {spec!r:.80}, expected widths in format {FORMAT}; a newer dampr may have written it")
+        raise FileError(
+            f"config.{KEY}: {spec!r:.80}, expected widths in format {FORMAT}; a newer dampr may have written it"
+        )
     counts, linear, biases = (spec.get(key) for key in ("heads", "linear", "biases"))
     if not isinstance(counts, dict) or not all(_is_size(n) for n in counts.values()):
         raise FileError(f"config.{KEY}: heads has to map names of attentions to numbers of heads")
-    if not isinstance(linear, dict) or not all(isinstance(s, list) and len(s) == 2 and all(map(_is_size, s)) for s in linear.values()):
+    if not isinstance(linear, dict) or not all(
+        isinstance(s, list) and len(s) == 2 and all(map(_is_size, s)) for s in linear.values()
+    ):
         raise FileError(f"config.{KEY}: linear has to map names of layers to [in, out]")
     if not isinstance(biases, list) or not all(isinstance(name, str) for name in biases):
         raise FileError(f"config.{KEY}: biases has to be a list of names of layers")

@@ -1,4 +1,7 @@
-"""How the attention of Hugging Face's transformers is made, so that convert, Budget and compact find its heads. It is not imported."""
+"""How the attention of Hugging Face's transformers is made, so that convert, Budget and compact find its heads.
+
+It is not imported.
+"""
 
 from __future__ import annotations
 

@@ -30,13 +30,14 @@ _ON_SHARDS = (GatedLinear, GatedEmbedding, GatedLayerNorm, GateLayer, GatedResid
 
 
 def replicate_gates(model: nn.Module, *, group: Any = None) -> set[Parameter]:
-    """The parameters of all gates of ``model``, for ``fully_shard(..., ignored_params=)``; their gradients are averaged over the ranks.
+    """The parameters of all gates of ``model``, for ``fully_shard(..., ignored_params=)``;
+    their gradients are averaged over the ranks.
 
-    Gates are a few numbers a layer: sharded they would cost a message each, and in bf16 they would not learn. So they stay whole and in
-    float32 on each rank. At the end of each backward, their gradients go through one all-reduce together, whatever the number of layers
-    (also of a gate that several sharded blocks share, and also while ``set_requires_gradient_sync(False)`` accumulates the others). Every
-    rank starts with the gates of the first one and draws the same, from a generator that they agree on if
-    :func:`dampr.gate_generator` has not been called.
+    Gates are a few numbers a layer: sharded they would cost a message each, and in bf16 they would not learn. So they
+    stay whole and in float32 on each rank. At the end of each backward, their gradients go through one all-reduce
+    together, whatever the number of layers (also of a gate that several sharded blocks share, and also while
+    ``set_requires_gradient_sync(False)`` accumulates the others). Every rank starts with the gates of the first one and
+    draws the same, from a generator that they agree on if :func:`dampr.gate_generator` has not been called.
 
     Args:
         model: converted, not yet sharded.
@@ -44,7 +45,8 @@ def replicate_gates(model: nn.Module, *, group: Any = None) -> set[Parameter]:
 
     Returns: a set of parameters, to be given to each call of ``fully_shard``.
 
-    Raises: TypeError for a model that is wrapped or sharded; ValueError where it has no gates, or where there is no process group.
+    Raises: TypeError for a model that is wrapped or sharded; ValueError where it has no gates,
+    or where there is no process group.
 
     >>> from torch.distributed.fsdp import fully_shard
     >>> def shard(model):
@@ -70,15 +72,17 @@ def replicate_gates(model: nn.Module, *, group: Any = None) -> set[Parameter]:
     return set(reducer.parameters())
 
 
-def parallelize_module(model: nn.Module, device_mesh: Any = None, parallelize_plan: Any = None, **how: Any) -> nn.Module:
+def parallelize_module(
+    model: nn.Module, device_mesh: Any = None, parallelize_plan: Any = None, **how: Any
+) -> nn.Module:
     """``torch.distributed.tensor.parallel.parallelize_module`` of a model with gates, which stay whole on every rank.
 
-    ``ColwiseParallel``, ``RowwiseParallel`` and ``SequenceParallel`` of gated linear layers (the last projection of attention, with gates
-    for its heads, among them), embeddings and LayerNorms, and of layers with gates on their parameters. All ranks draw one vector of gates,
-    of which each multiplies the part that its shard has: per batch in the weight, so that the forward sends what a dense layer sends.
-    Every rank starts with the gates of the first one of the mesh, and the gradient of a gate is whole on each;
-    together with data parallelism call :func:`replicate_gates` with the group of that before. :func:`gathered` and
-    :func:`dampr.compact` make a whole model again.
+    ``ColwiseParallel``, ``RowwiseParallel`` and ``SequenceParallel`` of gated linear layers (the last projection of
+    attention, with gates for its heads, among them), embeddings and LayerNorms, and of layers with gates on their
+    parameters. All ranks draw one vector of gates, of which each multiplies the part that its shard has: per batch in
+    the weight, so that the forward sends what a dense layer sends. Every rank starts with the gates of the first one of
+    the mesh, and the gradient of a gate is whole on each; together with data parallelism call :func:`replicate_gates`
+    with the group of that before. :func:`gathered` and :func:`dampr.compact` make a whole model again.
 
     Args:
         model: converted, not yet sharded.
@@ -86,7 +90,8 @@ def parallelize_module(model: nn.Module, device_mesh: Any = None, parallelize_pl
 
     Returns: ``model``.
 
-    Raises: TypeError for a gated layer in the plan that is none of those, or for a model that is wrapped; what torch's function raises.
+    Raises: TypeError for a gated layer in the plan that is none of those, or for a model that is wrapped;
+    what torch's function raises.
     """
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor.parallel import parallelize_module as shard
@@ -101,7 +106,9 @@ def parallelize_module(model: nn.Module, device_mesh: Any = None, parallelize_pl
         held = [inner for inner, part in parts.named_modules() if not isinstance(part, GateModule)]
         own = [".".join(filter(None, (name, inner))) for inner in held]
         if any(fnmatchcase(one, pattern) for one in own for pattern in patterns):
-            raise TypeError(f"{name}: {type(layer).__name__} does not compute on shards; expected it left out of the plan")
+            raise TypeError(
+                f"{name}: {type(layer).__name__} does not compute on shards; expected it left out of the plan"
+            )
     share_generator(model)
     with _aside(model, list(layers.values())), off(model):
         shard(model, device_mesh, parallelize_plan, **how)

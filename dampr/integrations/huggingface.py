@@ -1,9 +1,11 @@
-"""Hugging Face's transformers: gates on heads and feed-forward neurons, and pruned models in folders that come back whole.
+"""Hugging Face's transformers: gates on heads and feed-forward neurons,
+and pruned models in folders that come back whole.
 
 >>> import torch
 >>> from transformers import LlamaConfig, LlamaForCausalLM
 >>> from dampr.integrations import huggingface
->>> config = LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=4)
+>>> sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=4)
+>>> config = LlamaConfig(vocab_size=50, **sizes)
 >>> words = {"input_ids": torch.randint(50, (2, 5)), "use_cache": False}
 >>> model = huggingface.convert(LlamaForCausalLM(config), example_inputs=words)
 >>> model.model.layers[0].mlp.up_proj.gate.log_alpha.data[:10] = -9
@@ -21,7 +23,9 @@ from typing import Any
 try:
     import transformers
 except ImportError as error:
-    raise ImportError("dampr.integrations.huggingface needs transformers: pip install dampr-torch[huggingface]") from error
+    raise ImportError(
+        "dampr.integrations.huggingface needs transformers: pip install dampr-torch[huggingface]"
+    ) from error
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -35,7 +39,16 @@ from dampr.prune.files import check_plain
 from . import _uniform, _widths
 from ._trainer import DamprCallback, PlanCallback
 
-__all__ = ["DamprCallback", "PlanCallback", "compact", "convert", "expand", "from_pretrained", "plan", "save_pretrained"]
+__all__ = [
+    "DamprCallback",
+    "PlanCallback",
+    "compact",
+    "convert",
+    "expand",
+    "from_pretrained",
+    "plan",
+    "save_pretrained",
+]
 
 
 def convert(
@@ -49,21 +62,24 @@ def convert(
 ) -> PreTrainedModel:
     """Put gates on the heads and on the feed-forward neurons of ``model``, in place, keeping its parameters.
 
-    A gate of a head is on the columns of the last projection of its attention (:class:`dampr.nn.GatedHeads`); query heads that share a key
-    and a value share a gate. Where a layer multiplies the neurons of another (Llama's ``gate_proj``), that other alone has gates. The
-    ``Conv1D`` layers of GPT-2 are ``nn.Linear`` layers until :func:`compact`, around the same parameters, which are transposed: make
-    optimizers afterwards. Evaluation outputs stay, which is proven on the example inputs.
+    A gate of a head is on the columns of the last projection of its attention (:class:`dampr.nn.GatedHeads`); query
+    heads that share a key and a value share a gate. Where a layer multiplies the neurons of another (Llama's
+    ``gate_proj``), that other alone has gates. The ``Conv1D`` layers of GPT-2 are ``nn.Linear`` layers until
+    :func:`compact`, around the same parameters, which are transposed: make optimizers afterwards. Evaluation outputs
+    stay, which is proven on the example inputs.
 
     Args:
         model: an attention that is not known (BERT, GPT-2, Llama, Mistral, Qwen2, RoBERTa, ViT are) has no gates.
-        example_inputs: as for :func:`dampr.convert`, best a dict with ``"use_cache": False`` for a model that generates.
+        example_inputs: as for :func:`dampr.convert`,
+            best a dict with ``"use_cache": False`` for a model that generates.
         gate: as for :func:`dampr.convert`.
         heads, neurons: what has gates; neurons are those of every linear layer that can be cut, a pooler's too.
         exclude: name globs and types, as for :func:`dampr.convert`.
 
     Returns: ``model``. Its attribute ``dampr_skipped`` says of layers that were left out why.
 
-    Raises: what :func:`dampr.convert` raises; TypeError or ValueError that names the argument. The model is then as it was.
+    Raises: what :func:`dampr.convert` raises; TypeError or ValueError that names the argument.
+    The model is then as it was.
     """
     _check_model(model)
     if not (heads or neurons):
@@ -97,15 +113,15 @@ def compact(
 ) -> PreTrainedModel:
     """:func:`dampr.compact` to a model of the stock class, whose config says how wide every layer is.
 
-    The pruned widths are in ``config.dampr``, for :func:`from_pretrained`; transformers alone refuses the folder of such a model, because
-    its tensors do not have the shapes that the rest of the config says.
+    The pruned widths are in ``config.dampr``, for :func:`from_pretrained`; transformers alone refuses the folder of
+    such a model, because its tensors do not have the shapes that the rest of the config says.
 
     Args:
         model: with gates from :func:`convert`; it is not changed.
         example_inputs, atol, rtol: as for :func:`dampr.compact`.
-        uniform: keep as many heads and neurons in every layer as the widest has, so that entries such as ``intermediate_size`` say it all
-            and transformers alone loads the model. Closed ones that stay have weights of 0. Heads stay where their width follows from
-            their number (BERT, RoBERTa, GPT-2).
+        uniform: keep as many heads and neurons in every layer as the widest has, so that entries such as
+            ``intermediate_size`` say it all and transformers alone loads the model. Closed ones that stay have weights
+            of 0. Heads stay where their width follows from their number (BERT, RoBERTa, GPT-2).
         round_to: with ``uniform``, neurons are a multiple of it, or all.
 
     Raises: CompactionError; TypeError or ValueError that names the argument, or what a config cannot say.
@@ -141,11 +157,13 @@ def plan(
     exclude: Sequence[str | type] | str | type = (),
     **how: Any,
 ) -> dampr.Plan:
-    """A :class:`dampr.Plan` for ``model``: gates come in at once, from :func:`convert`, and the finished model's config says its widths.
+    """A :class:`dampr.Plan` for ``model``: gates come in at once, from :func:`convert`,
+    and the finished model's config says its widths.
 
     Args:
         model, example_inputs, gate, heads, neurons, exclude: as for :func:`convert`.
-        steps, how: as for :class:`dampr.Plan`. ``trained`` is True unless given: such models mostly start from a checkpoint.
+        steps, how: as for :class:`dampr.Plan`. ``trained`` is True unless given:
+            such models mostly start from a checkpoint.
 
     Raises: what those two raise; the model then has its gates, where the plan was refused.
     """
@@ -165,7 +183,8 @@ def _as_stock(small: Any) -> None:
 
 
 def expand(model: PreTrainedModel) -> PreTrainedModel:
-    """:func:`dampr.expand`, and the config says the old widths, so that transformers alone loads the folder of the new model.
+    """:func:`dampr.expand`, and the config says the old widths,
+    so that transformers alone loads the folder of the new model.
 
     A bias that compaction added stays, and is all that ``config.dampr`` then names.
 
@@ -190,7 +209,8 @@ def expand(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def save_pretrained(model: PreTrainedModel, folder: str | os.PathLike[str], **how: Any) -> None:
-    """Write a compacted model as ``model.save_pretrained`` does, after a check that :func:`from_pretrained` can read it.
+    """Write a compacted model as ``model.save_pretrained`` does,
+    after a check that :func:`from_pretrained` can read it.
 
     Raises: TypeError for a model with gates; ValueError where its config does not say its widths.
     """
@@ -200,10 +220,13 @@ def save_pretrained(model: PreTrainedModel, folder: str | os.PathLike[str], **ho
     model.save_pretrained(folder, **how)
 
 
-def from_pretrained(folder: str | os.PathLike[str], *, model_class: type[PreTrainedModel] | None = None, **how: Any) -> PreTrainedModel:
+def from_pretrained(
+    folder: str | os.PathLike[str], *, model_class: type[PreTrainedModel] | None = None, **how: Any
+) -> PreTrainedModel:
     """Read what :func:`save_pretrained` wrote, or any other model of transformers.
 
-    The stock class is built from the config and narrowed to the widths in it before weights are loaded, by transformers itself.
+    The stock class is built from the config and narrowed to the widths in it before weights are loaded,
+    by transformers itself.
 
     Args:
         folder: as for ``from_pretrained`` of transformers.
@@ -212,7 +235,8 @@ def from_pretrained(folder: str | os.PathLike[str], *, model_class: type[PreTrai
 
     Returns: a model of that class, in evaluation mode.
 
-    Raises: FileError where the widths are not of the right form, or do not go with the class or the weights; what transformers raises.
+    Raises: FileError where the widths are not of the right form, or do not go with the class or the weights;
+    what transformers raises.
     """
     config = transformers.AutoConfig.from_pretrained(folder)
     where = f"folder={os.fspath(folder)!r}"
@@ -226,7 +250,9 @@ def from_pretrained(folder: str | os.PathLike[str], *, model_class: type[PreTrai
     except RuntimeError as error:
         if isinstance(error, FileError):
             raise
-        raise FileError(f"{where}: its weights do not fit {kind.__name__} with the widths of its config ({error})") from error
+        raise FileError(
+            f"{where}: its weights do not fit {kind.__name__} with the widths of its config ({error})"
+        ) from error
     wrong = {what: sorted(map(str, names))[:3] for what, names in found.items() if names}
     if wrong:
         raise FileError(f"{where}: its weights do not fit {kind.__name__} with the widths of its config: {wrong}")
@@ -235,7 +261,9 @@ def from_pretrained(folder: str | os.PathLike[str], *, model_class: type[PreTrai
 
 
 def _narrowed(kind: type[PreTrainedModel], spec: dict[str, Any]) -> Any:
-    """A class of the same name whose instances are narrow from the start, so that transformers has nothing to refuse."""
+    """A class of the same name whose instances are narrow from the start,
+    so that transformers has nothing to refuse.
+    """
 
     def build(self: Any, config: Any, *args: Any, **how: Any) -> None:
         kind.__init__(self, config, *args, **how)
@@ -265,7 +293,9 @@ def _check_config(model: PreTrainedModel) -> None:
     own, said = ({name: tuple(t.shape) for name, t in m.state_dict().items()} for m in (model, whole))
     wrong = next((name for name in sorted(own.keys() | said.keys()) if own.get(name) != said.get(name)), None)
     if wrong is not None:
-        raise ValueError(f"config of {type(model).__name__}: it says {said.get(wrong)} for {wrong!r}, which is {own.get(wrong)}")
+        raise ValueError(
+            f"config of {type(model).__name__}: it says {said.get(wrong)} for {wrong!r}, which is {own.get(wrong)}"
+        )
 
 
 def _in_unknown_attention(model: nn.Module) -> dict[str, str]:

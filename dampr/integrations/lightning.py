@@ -26,7 +26,9 @@ _REMEDY = f"return AdamW({_budget.UNDECAYED}) from configure_optimizers"
 
 
 class _Recording(Callback):
-    """Writes a history at the end of epochs and validations, and lets go of the optimizer when training ends or fails."""
+    """Writes a history at the end of epochs and validations,
+    and lets go of the optimizer when training ends or fails.
+    """
 
     _history: History | None = None
     _optimizer: torch.optim.Optimizer | None = None
@@ -58,16 +60,18 @@ class _Recording(Callback):
 class DamprCallback(_Recording):
     """Adds the penalty of a :class:`dampr.Budget` to what a Lightning ``Trainer`` minimises, and steps the budget.
 
-    The penalty does not depend on data, so its gradient is added once for each step of the optimizer that has the gates, right before it,
-    and not to the loss: the same sum under gradient accumulation, automatic and manual optimization, and losses in the log stay those of
-    the task. Lightning clips gradients after that, as in a loop that adds the penalty to the loss.
+    The penalty does not depend on data, so its gradient is added once for each step of the optimizer that has the
+    gates, right before it, and not to the loss: the same sum under gradient accumulation, automatic and manual
+    optimization, and losses in the log stay those of the task. Lightning clips gradients after that,
+    as in a loop that adds the penalty to the loss.
 
-    In the log of each batch: what :meth:`dampr.Budget.readings` gives. Checkpoints hold the state of the budget, and a training that
-    resumes goes on with it. Call ``budget.finalize()`` and :func:`dampr.compact` when training is done.
+    In the log of each batch: what :meth:`dampr.Budget.readings` gives. Checkpoints hold the state of the budget, and a
+    training that resumes goes on with it. Call ``budget.finalize()`` and :func:`dampr.compact` when training is done.
 
     Args:
         budget: of the module that is trained, or of a model in it.
-        history: a file for what is logged by the end of each epoch and each validation (:class:`dampr.History`); the main process writes.
+        history: a file for what is logged by the end of each epoch and each validation (:class:`dampr.History`);
+            the main process writes.
 
     Raises, when training begins: ValueError for weight decay on gates, for gates (of a budget that owns them: weights)
     in no optimizer or in several, for fp16 with a scaler, and for strategies other than a single device and DDP, which
@@ -81,9 +85,14 @@ class DamprCallback(_Recording):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         if not _STRATEGIES & {kind.__name__ for kind in type(trainer.strategy).__mro__}:
-            raise ValueError(f"strategy={type(trainer.strategy).__name__}: not supported with a budget; a single device and DDP are")
+            raise ValueError(
+                f"strategy={type(trainer.strategy).__name__}: not supported with a budget; a single device and DDP are"
+            )
         if getattr(trainer.precision_plugin, "scaler", None) is not None:
-            raise ValueError(f"precision={trainer.precision!r}: not supported with a budget, for gradients are scaled; 'bf16-mixed' is")
+            raise ValueError(
+                f"precision={trainer.precision!r}: not supported with a budget, for gradients are scaled; "
+                "'bf16-mixed' is"
+            )
         _budget.check_decay(self.budget, trainer.optimizers, _REMEDY)
         what, wanted = "gates", _budget.gate_parameters(self.budget)
         if self.budget.controller is not None:  # it owns the gates
@@ -92,7 +101,9 @@ class DamprCallback(_Recording):
         holders = [o for o, ids in held if ids & wanted]
         if len(holders) != 1:
             count = len(holders)
-            raise ValueError(f"configure_optimizers: {count} optimizers have {what} of the budget's model; expected one")
+            raise ValueError(
+                f"configure_optimizers: {count} optimizers have {what} of the budget's model; expected one"
+            )
         (self._optimizer,) = holders
         self._hook = self._optimizer.register_step_post_hook(lambda *_: self.budget.step())
 
@@ -111,21 +122,24 @@ class DamprCallback(_Recording):
 
 
 class PlanCallback(_Recording):
-    """Steps a :class:`dampr.Plan` under a Lightning ``Trainer``, after each step of the optimizer that has the model's weights.
+    """Steps a :class:`dampr.Plan` under a Lightning ``Trainer``,
+    after each step of the optimizer that has the model's weights.
 
-    Gradient accumulation, clipping, mixed precision with or without a scaler and schedulers are Lightning's as always; steps that a scaler
-    leaves out do not count. In the log of each batch: what :meth:`dampr.Plan.readings` gives. ``plan.finish()`` is yours to call when
-    training is done.
+    Gradient accumulation, clipping, mixed precision with or without a scaler and schedulers are Lightning's as always;
+    steps that a scaler leaves out do not count. In the log of each batch: what :meth:`dampr.Plan.readings` gives.
+    ``plan.finish()`` is yours to call when training is done.
 
-    Checkpoints hold the state of the plan. The model of a checkpoint may be smaller than the one it was made of, so that has to be known
-    before ``fit(..., ckpt_path=path)``: call ``callback.resume(path)`` first.
+    Checkpoints hold the state of the plan. The model of a checkpoint may be smaller than the one it was made of, so
+    that has to be known before ``fit(..., ckpt_path=path)``: call ``callback.resume(path)`` first.
 
     Args:
         plan: of the module that is trained, or of a model in it.
-        history: a file for what is logged by the end of each epoch and each validation (:class:`dampr.History`); the main process writes.
+        history: a file for what is logged by the end of each epoch and each validation (:class:`dampr.History`);
+            the main process writes.
 
-    Raises, when training begins: ValueError for weights in no optimizer or in several, for a plan that was not resumed, and for strategies
-    other than a single device: a model that becomes smaller has to be wrapped again, in a loop of your own.
+    Raises, when training begins: ValueError for weights in no optimizer or in several, for a plan that was not resumed,
+    and for strategies other than a single device: a model that becomes smaller has to be wrapped again,
+    in a loop of your own.
     """
 
     def __init__(self, plan: Plan, history: str | os.PathLike[str] | None = None) -> None:
@@ -134,23 +148,34 @@ class PlanCallback(_Recording):
         self._history = None if history is None else History(history)
 
     def resume(self, path: str | os.PathLike[str]) -> None:
-        """Bring plan and model to where they were in the checkpoint ``path``. Raises KeyError where no plan is in it."""
+        """Bring plan and model to where they were in the checkpoint ``path``.
+
+        Raises KeyError where no plan is in it.
+        """
         callbacks = torch.load(path, map_location="cpu", weights_only=True)["callbacks"]
         if self.state_key not in callbacks:
-            raise KeyError(f"path={os.fspath(path)!r}: no {self.state_key} in it, expected a checkpoint of a training with this callback")
+            raise KeyError(
+                f"path={os.fspath(path)!r}: no {self.state_key} in it, expected a checkpoint of a training with this "
+                "callback"
+            )
         self.plan.load_state_dict(callbacks[self.state_key])
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         if "SingleDeviceStrategy" not in {kind.__name__ for kind in type(trainer.strategy).__mro__}:
             raise ValueError(
-                f"strategy={type(trainer.strategy).__name__}: not supported with a plan, expected a single device (a loop of your own can "
+                f"strategy={type(trainer.strategy).__name__}: not supported with a plan, expected a single device (a "
+                "loop of your own can "
                 "wrap the model again when plan.step returns True)"
             )
         _budget.check_begun(self.plan, trainer.global_step, "call callback.resume(ckpt_path)")
         weights = {id(p) for p in self.plan.model.parameters()}
-        holders = [o for o in trainer.optimizers if any(id(p) in weights for group in o.param_groups for p in group["params"])]
+        holders = [
+            o for o in trainer.optimizers if any(id(p) in weights for group in o.param_groups for p in group["params"])
+        ]
         if len(holders) != 1:
-            raise ValueError(f"configure_optimizers: {len(holders)} optimizers have weights of the plan's model; expected one")
+            raise ValueError(
+                f"configure_optimizers: {len(holders)} optimizers have weights of the plan's model; expected one"
+            )
         (optimizer,) = holders
         self._hook = optimizer.register_step_post_hook(lambda *_: self._step(optimizer))
 

@@ -14,7 +14,9 @@ try:
     import onnxruntime
     import onnxscript  # noqa: F401
 except ImportError as error:
-    raise ImportError("dampr.integrations.onnx needs onnx, onnxscript and onnxruntime: pip install dampr-torch[onnx]") from error
+    raise ImportError(
+        "dampr.integrations.onnx needs onnx, onnxscript and onnxruntime: pip install dampr-torch[onnx]"
+    ) from error
 
 import torch
 from torch import Tensor, nn
@@ -33,25 +35,32 @@ class ExportError(RuntimeError):
 
 @sees_through
 def export(
-    model: nn.Module, path: str | os.PathLike[str], *, example_inputs: Any, atol: float = 1e-5, rtol: float = 1e-5, **how: Any
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    example_inputs: Any,
+    atol: float = 1e-5,
+    rtol: float = 1e-5,
+    **how: Any,
 ) -> None:
-    """Write a plain (compacted) model with ``torch.onnx.export``, and prove that onnxruntime computes the same from the file.
+    """Write a plain (compacted) model with ``torch.onnx.export``,
+    and prove that onnxruntime computes the same from the file.
 
-    The file is run on the CPU on the example inputs and on the same with a little noise, so that a value that was taken for a constant is
-    found out. It appears whole or not at all; weights that are too many for one file (torch draws the line at 1.5 GiB) come in a second
-    one, ``path`` + ".data".
+    The file is run on the CPU on the example inputs and on the same with a little noise, so that a value that was taken
+    for a constant is found out. It appears whole or not at all; weights that are too many for one file (torch draws the
+    line at 1.5 GiB) come in a second one, ``path`` + ".data".
 
     Args:
-        model: exported in evaluation mode; it is not changed. Of transformer layers without torch's fused inference path, which writes
-            zeros over padding.
+        model: exported in evaluation mode; it is not changed. Of transformer layers without torch's fused inference
+            path, which writes zeros over padding.
         path: the file.
-        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments; their shapes are those of the file, as far as
-            ``dynamic_shapes`` does not say otherwise.
+        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments; their shapes are those of the
+            file, as far as ``dynamic_shapes`` does not say otherwise.
         atol, rtol: how far outputs may differ: |model - onnxruntime| <= atol + rtol |model|.
         how: what else ``torch.onnx.export`` takes: ``dynamic_shapes``, ``input_names``, ``opset_version``, ...
 
-    Raises: TypeError for a model that still has gates (compact it first), or that names the argument; FileNotFoundError where ``path`` has
-    no folder; ExportError; what ``torch.onnx.export`` raises of a model that it cannot export.
+    Raises: TypeError for a model that still has gates (compact it first), or that names the argument; FileNotFoundError
+    where ``path`` has no folder; ExportError; what ``torch.onnx.export`` raises of a model that it cannot export.
     """
     check_plain(model)
     inputs.check(example_inputs)
@@ -63,9 +72,14 @@ def export(
         partial = Path(folder, target.name)
         with inputs.evaluating(model), inputs.unfused(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch about itself; what came out is checked
-            torch.onnx.export(model, args, partial, kwargs=kwargs, dynamo=True, **{"external_data": False, "verbose": False} | how)
-        _prove(model, partial, (example_inputs, inputs.perturbed(example_inputs)), f"path={os.fspath(path)!r}", atol, rtol)
-        for written in sorted(Path(folder).iterdir(), key=lambda file: file == partial):  # the model comes last, when its weights are there
+            torch.onnx.export(
+                model, args, partial, kwargs=kwargs, dynamo=True, **{"external_data": False, "verbose": False} | how
+            )
+        _prove(
+            model, partial, (example_inputs, inputs.perturbed(example_inputs)), f"path={os.fspath(path)!r}", atol, rtol
+        )
+        # the model comes last, when its weights are there
+        for written in sorted(Path(folder).iterdir(), key=lambda file: file == partial):
             os.replace(written, target.parent / written.name)
 
 
@@ -81,14 +95,18 @@ def _prove(model: nn.Module, file: Path, samples: tuple[Any, ...], where: str, a
             expected = [t.cpu() for t in inputs.evaluate(model, sample)]
         try:
             found = _run(file, sample)
-        except Exception as error:  # onnxruntime's own classes, and whatever numpy makes of a dtype that it does not have
+        except Exception as error:
+            # onnxruntime's own classes, and whatever numpy makes of a dtype that it does not have
             raise ExportError(f"{where}: onnxruntime does not run it ({error})") from error
         shapes = [tuple(t.shape) for t in expected], [tuple(t.shape) for t in found]
         if shapes[0] != shapes[1]:
             raise ExportError(f"{where}: onnxruntime gives outputs of shapes {shapes[1]}, the model of {shapes[0]}")
         if inputs.differ(expected, found, rtol, atol):
             gap = inputs.gap(expected, found)
-            raise ExportError(f"{where}: onnxruntime's outputs differ from the model's by up to {gap:.3g} (atol={atol:g}, rtol={rtol:g})")
+            raise ExportError(
+                f"{where}: onnxruntime's outputs differ from the model's by up to {gap:.3g} (atol={atol:g}, "
+                f"rtol={rtol:g})"
+            )
 
 
 def _run(file: Path, sample: Any) -> list[Tensor]:

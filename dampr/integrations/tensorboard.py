@@ -17,12 +17,13 @@ from . import _budget
 def log_gates(writer: Any, model: nn.Module, step: int, budget: Budget | None = None) -> None:
     """Write what the gates of ``model`` are at ``step``; gates that layers share once, under the name of the first.
 
-    For each layer: histograms ``gates/LAYER`` (values in evaluation) and ``open_probability/LAYER``, one of each parameter that a gate has
-    for itself (``log_alpha/LAYER``), and a scalar ``gates_open/LAYER``, the share of open gates. With a budget its readings too:
-    ``budget/macs_left``, ...
+    For each layer: histograms ``gates/LAYER`` (values in evaluation) and ``open_probability/LAYER``, one of each
+    parameter that a gate has for itself (``log_alpha/LAYER``), and a scalar ``gates_open/LAYER``, the share of open
+    gates. With a budget its readings too: ``budget/macs_left``, ...
 
     Args:
-        writer: a ``torch.utils.tensorboard.SummaryWriter``, or anything else with its ``add_histogram`` and ``add_scalar``.
+        writer: a ``torch.utils.tensorboard.SummaryWriter``,
+            or anything else with its ``add_histogram`` and ``add_scalar``.
         model: with gated layers.
         step: at least 0.
         budget: of the model.
@@ -31,7 +32,9 @@ def log_gates(writer: Any, model: nn.Module, step: int, budget: Budget | None = 
     """
     for method in ("add_histogram", "add_scalar"):
         if not callable(getattr(writer, method, None)):
-            raise TypeError(f"writer={writer!r:.80}: expected one with {method}, such as torch.utils.tensorboard.SummaryWriter")
+            raise TypeError(
+                f"writer={writer!r:.80}: expected one with {method}, such as torch.utils.tensorboard.SummaryWriter"
+            )
     step = _checks.positive_int("step", step, least=0)
     if budget is not None:
         _budget.check(budget)

@@ -1,1 +1,4 @@
-"""Device code: ``@triton.jit`` functions and the tiles they are launched with. Imports no torch: it compiles ahead of time anywhere."""
+"""Device code: ``@triton.jit`` functions and the tiles they are launched with.
+
+Imports no torch: it compiles ahead of time anywhere.
+"""

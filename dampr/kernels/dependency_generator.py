@@ -1,11 +1,12 @@
 """The generator of Dep-L0 in one launch: a_l = limit tanh(W_l a_{l-1} + b_l) with a_0 = 1, and its gradients.
 
-    g_l = (da_l + back_l) (limit - a_l) (limit + a_l) / limit    dW_l = g_l a_{l-1}^T    db_l = g_l    back_{l-1} = W_l^T g_l
+    g_l = (da_l + back_l) (limit - a_l) (limit + a_l) / limit
+    dW_l = g_l a_{l-1}^T    db_l = g_l    back_{l-1} = W_l^T g_l
 
-A layer needs all of the one before, so one program walks through all of them; a barrier makes what its threads wrote to global memory
-visible to each other. That is as fast as one multiprocessor reads its weights: for generators of some hundred thousand parameters, whose
-layers would each cost several launches. ``table_ptr`` holds for each layer the addresses of W_l and b_l and the widths of a_{l-1} and a_l:
-one compiled kernel serves every depth and every width.
+A layer needs all of the one before, so one program walks through all of them; a barrier makes what its threads wrote to
+global memory visible to each other. That is as fast as one multiprocessor reads its weights: for generators of some
+hundred thousand parameters, whose layers would each cost several launches. ``table_ptr`` holds for each layer the
+addresses of W_l and b_l and the widths of a_{l-1} and a_l: one compiled kernel serves every depth and every width.
 """
 
 import triton
@@ -28,12 +29,17 @@ def signed_tanh(x):
 def load_layer(table_ptr, layer):
     """(pointer to W_l, pointer to b_l, width of a_{l-1}, width of a_l)."""
     row = table_ptr + layer * COLUMNS
-    weight_ptr, bias_ptr = tl.load(row).to(tl.pointer_type(tl.float32)), tl.load(row + 1).to(tl.pointer_type(tl.float32))
+    weight_ptr, bias_ptr = (
+        tl.load(row).to(tl.pointer_type(tl.float32)),
+        tl.load(row + 1).to(tl.pointer_type(tl.float32)),
+    )
     return weight_ptr, bias_ptr, tl.load(row + 2), tl.load(row + 3)
 
 
 @triton.jit
-def dependency_generator_fwd_kernel(table_ptr, values_ptr, layers, LIMIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+def dependency_generator_fwd_kernel(
+    table_ptr, values_ptr, layers, LIMIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
+):
     """values: a_1, a_2, ... one behind the other; grid: (1,)."""
     start = tl.zeros((), tl.int64)  # of a_l in values
     for layer in range(layers):
@@ -45,7 +51,8 @@ def dependency_generator_fwd_kernel(table_ptr, values_ptr, layers, LIMIT: tl.con
                 cols = col + tl.arange(0, BLOCK_K)
                 a = tl.load(values_ptr + start - K + cols, mask=(cols < K) & (layer > 0), other=1.0)
                 inside = (rows < N)[:, None] & (cols < K)[None, :]
-                weight = tl.load(weight_ptr + rows[:, None] * K + cols[None, :], mask=inside, other=0.0)  # [BLOCK_N, BLOCK_K]
+                # [BLOCK_N, BLOCK_K]
+                weight = tl.load(weight_ptr + rows[:, None] * K + cols[None, :], mask=inside, other=0.0)
                 total += tl.sum(weight * a[None, :], axis=1)
             tl.store(values_ptr + start + rows, LIMIT * signed_tanh(total), mask=rows < N)
         tl.debug_barrier()
@@ -57,7 +64,9 @@ def dependency_generator_bwd_kernel(
     table_ptr, values_ptr, dvalues_ptr, back_ptr, grads_ptr, layers, total, count,
     LIMIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """grads: dW_1, db_1, dW_2, ... one behind the other, ``count`` elements; back: room for ``total`` values; grid: (1,)."""
+    """grads: dW_1, db_1, dW_2, ... one behind the other, ``count`` elements; back: room for ``total`` values; grid:
+    (1,).
+    """
     end = tl.zeros((), tl.int64) + total  # of a_l in values
     grads_end = tl.zeros((), tl.int64) + count  # of db_l in grads
     for step in range(layers):

@@ -1,6 +1,7 @@
 """Where one route ends and the next begins: a JSON table per device, in the folder dispatch/. Imports no torch.
 
-Nothing is tuned at run time. ``python -m benchmarks.run crossover`` writes the table of the device it runs on, to be copied here.
+Nothing is tuned at run time. ``python -m benchmarks.run crossover`` writes the table of the device it runs on,
+to be copied here.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ class Thresholds(NamedTuple):
     """One table; the fields are the keys of the JSON object.
 
     source          the results file that the numbers come from, or what they were estimated from
-    one_pass_gates  draws, those that are repeated included, up to which the GEMMs of a layer draw the gates of their activations themselves
+    one_pass_gates  draws, repeated ones included, up to which the GEMMs of a layer draw the gates of activations
     small_m         rows of x up to which the GEMM draws the gates of its own weights
-    skip_dead       whether per-batch gates of features take the GEMM over live blocks: nobody knows on the host how many gates are closed
+    skip_dead       whether per-batch gates of features take the GEMM over live blocks; the host does not know how many
     """
 
     source: str
@@ -47,7 +48,8 @@ def table_name(device_name: str) -> str:
 
 @functools.cache
 def thresholds(device_name: str = DEFAULT) -> Thresholds:
-    """The table of a device, as its driver names it: that of the longest name ("h100-80gb-hbm3", "h100-80gb", "h100"), else the default.
+    """The table of a device, as its driver names it: that of the longest name ("h100-80gb-hbm3", "h100-80gb", "h100"),
+    else the default.
 
     Raises ValueError for a malformed table.
     """
@@ -65,7 +67,11 @@ def read(path: Path) -> Thresholds:
     if not isinstance(table, dict):
         raise ValueError(f"{path}: {table!r:.80}: expected a JSON object with the keys {Thresholds._fields}")
     for key in sorted(set(table) ^ set(_EXPECTED)):
-        state = f"missing: expected {_EXPECTED[key][0]}" if key in _EXPECTED else f"unknown: expected one of {Thresholds._fields}"
+        state = (
+            f"missing: expected {_EXPECTED[key][0]}"
+            if key in _EXPECTED
+            else f"unknown: expected one of {Thresholds._fields}"
+        )
         raise ValueError(f"{path}: {key} is {state}")
     for key, value in table.items():
         expected, fits = _EXPECTED[key]

@@ -1,11 +1,12 @@
-"""y = x * z along one dimension, and its gradients: x (outer, middle, n, inner) in the order of memory, z (n,) or a row per outer index.
+"""y = x * z along one dimension, and its gradients: x (outer, middle, n, inner) in the order of memory,
+z (n,) or a row per outer index.
 
     dx = dy z      dz[n] (or [outer, n]) = sum of x dy over all that shares the gate
 
-An activation is read once forward and twice (x and dy) backward, so these are bound by memory; z is small beside it and drawn before
-(``sample_gates_fwd_kernel``). Channels last is (B, H W, C, 1): ``gate_columns_kernel``, gates along the lanes. Contiguous images are
-(B, 1, C, H W): ``gate_rows_of_planes_kernel``, a gate for each row of H W elements. Both serve both directions: what is None is not there.
-Sums go through a workspace in a fixed order, without atomics.
+An activation is read once forward and twice (x and dy) backward, so these are bound by memory; z is small beside it and
+drawn before (``sample_gates_fwd_kernel``). Channels last is (B, H W, C, 1): ``gate_columns_kernel``, gates along the
+lanes. Contiguous images are (B, 1, C, H W): ``gate_rows_of_planes_kernel``, a gate for each row of H W elements. Both
+serve both directions: what is None is not there. Sums go through a workspace in a fixed order, without atomics.
 """
 
 import triton
@@ -17,7 +18,8 @@ def gate_columns_kernel(
     t_ptr, other_ptr, z_ptr, out_ptr, partial_ptr, middle, n, rows_per_split,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PER_OUTER: tl.constexpr,
 ):  # fmt: skip
-    """out = t z and partial (outer, splits, n) = sum over one split's rows, in order, of t * other; t, other: (outer, middle, n).
+    """out = t z and partial (outer, splits, n) = sum over one split's rows, in order, of t * other; t, other: (outer,
+    middle, n).
 
     Grid: (outer * splits * column blocks,), column blocks first.
     """
@@ -27,7 +29,8 @@ def gate_columns_kernel(
     outer, split = part // splits, part % splits
     col = pid % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
     z = tl.load(z_ptr + (outer * n if PER_OUTER else 0) + col, mask=col < n, other=0.0)[None, :]
-    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)  # summed once: over rows of a tile it would go through shared memory each time
+    # summed once: over rows of a tile it would go through shared memory each time
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for first in range(0, rows_per_split, BLOCK_M):
         row = split * rows_per_split + first + tl.arange(0, BLOCK_M)
         mask = (row < middle)[:, None] & (col < n)[None, :]

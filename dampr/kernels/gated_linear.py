@@ -1,19 +1,23 @@
-"""y = z_out * ((x * z_in) W^T + b) and its gradients, x: (M, K), W: (N, K), b: (N,), z_in: K gates, z_out: N gates, y: (M, N).
+"""y = z_out * ((x * z_in) W^T + b) and its gradients, x: (M, K), W: (N, K), b: (N,), z_in: K gates, z_out: N gates, y:
+(M, N).
 
-Per batch a gate scales a row or a column of W, the smaller operand: one pass folds the gates into W~ and the vendor GEMM does the rest.
-With the raw G = dy^T x (vendor GEMM) one more pass over G and W gives every gradient, because gates commute with the sum over the batch:
+Per batch a gate scales a row or a column of W, the smaller operand: one pass folds the gates into W~ and the vendor
+GEMM does the rest. With the raw G = dy^T x (vendor GEMM) one more pass over G and W gives every gradient, because gates
+commute with the sum over the batch:
 
-    W~ = z_out[n] z_in[k] W     dW = z_out[n] z_in[k] G     dz_out[n] = sum_k z_in[k] W G + b[n] sum_m dy     dz_in[k] = sum_n z_out[n] W G
+    W~ = z_out[n] z_in[k] W                              dW = z_out[n] z_in[k] G
+    dz_out[n] = sum_k z_in[k] W G + b[n] sum_m dy        dz_in[k] = sum_n z_out[n] W G
 
-Per sample every row has gates of its own. In a small problem they ride inside the GEMM: on the A tile, in registers, and in the epilogue.
-Every output tile draws them again, so a large one gates x, y and dy in passes of their own (``_gate_rows_*``) around the vendor GEMM.
+Per sample every row has gates of its own. In a small problem they ride inside the GEMM: on the A tile, in registers,
+and in the epilogue. Every output tile draws them again, so a large one gates x, y and dy in passes of their own
+(``_gate_rows_*``) around the vendor GEMM.
 
     dx = ((dy z_out) W) z_in    dW = (dy z_out)^T (x z_in)    db = sum_m dy z_out
     dlog_alpha_out = sum_m dy pre z_out',  pre = (x z_in) W^T + b    dlog_alpha_in = sum_m x ((dy z_out) W) z_in'
 
-Gates are drawn again wherever they are needed and never stored. Products with a gate are formed in float32 and rounded once. Column sums go
-through a (splits, n) workspace and ``reduce_kernel``: always the same order, no atomics. Innermost strides are 1. A missing gate, bias or
-output is a pointer that is None.
+Gates are drawn again wherever they are needed and never stored. Products with a gate are formed in float32 and rounded
+once. Column sums go through a (splits, n) workspace and ``reduce_kernel``: always the same order, no atomics. Innermost
+strides are 1. A missing gate, bias or output is a pointer that is None.
 """
 
 import triton
@@ -24,7 +28,9 @@ from .gates import draw_gate, draw_gate_vector, load_columns, load_seed
 
 @triton.jit
 def tile_of(pid, num_rows, num_cols, GROUP: tl.constexpr):
-    """(row, column) of output tile ``pid``; GROUP tile rows advance together, so that their operands are still in L2."""
+    """(row, column) of output tile ``pid``; GROUP tile rows advance together,
+    so that their operands are still in L2.
+    """
     width = GROUP * num_cols
     first = pid // width * GROUP
     height = tl.minimum(num_rows - first, GROUP)
@@ -32,8 +38,12 @@ def tile_of(pid, num_rows, num_cols, GROUP: tl.constexpr):
 
 
 @triton.jit
-def gate_tile(tile, log_alpha_ptr, seed_ptr, row, col, n, BLOCK: tl.constexpr, GROUPED: tl.constexpr, GATE: tl.constexpr):
-    """tile * z of rows ``row`` [BLOCK_M] and columns col .. col + BLOCK - 1 of n; float32 product, rounded once to the tile's dtype."""
+def gate_tile(
+    tile, log_alpha_ptr, seed_ptr, row, col, n, BLOCK: tl.constexpr, GROUPED: tl.constexpr, GATE: tl.constexpr
+):
+    """tile * z of rows ``row`` [BLOCK_M] and columns col .. col + BLOCK - 1 of n; float32 product,
+    rounded once to the tile's dtype.
+    """
     log_alpha = load_columns(log_alpha_ptr, col, n, BLOCK)[None, :]
     z, _ = draw_gate(log_alpha, load_seed(seed_ptr, GATE), (row * n + col)[:, None], BLOCK, GROUPED, GATE)
     return (tile * z).to(tile.dtype)  # [BLOCK_M, BLOCK]
@@ -41,7 +51,9 @@ def gate_tile(tile, log_alpha_ptr, seed_ptr, row, col, n, BLOCK: tl.constexpr, G
 
 @triton.jit
 def quarters(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The four column blocks of a tile, [BLOCK_M, BLOCK_N / 4] each: drawing gates for all of an accumulator at once spills registers."""
+    """The four column blocks of a tile, [BLOCK_M, BLOCK_N / 4] each:
+    drawing gates for all of an accumulator at once spills registers.
+    """
     left, right = tl.split(tl.permute(tl.reshape(tile, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
     q0, q1 = tl.split(tl.permute(tl.reshape(left, (BLOCK_M, 2, BLOCK_N // 4)), (0, 2, 1)))
     q2, q3 = tl.split(tl.permute(tl.reshape(right, (BLOCK_M, 2, BLOCK_N // 4)), (0, 2, 1)))
@@ -50,7 +62,10 @@ def quarters(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def weight_tile(K, BLOCK_K: tl.constexpr):
-    """(row, column) of this program's tile of a weight with K columns. One axis of the grid, because others end at 65,535 tiles."""
+    """(row, column) of this program's tile of a weight with K columns.
+
+    One axis of the grid, because others end at 65,535 tiles.
+    """
     pid, width = tl.program_id(0), tl.maximum(tl.cdiv(K, BLOCK_K), 1)
     return (pid // width).to(tl.int64), (pid % width).to(tl.int64)
 
@@ -60,12 +75,15 @@ def fold_fwd_kernel(
     w_ptr, bias_ptr, in_log_alpha_ptr, out_log_alpha_ptr, in_seed_ptr, out_seed_ptr, folded_ptr, folded_bias_ptr,
     N, K, stride_wn, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GATE: tl.constexpr,
 ):  # fmt: skip
-    """folded (N, K) = W z_out[n] z_in[k] and folded_bias (N,) = b z_out, in the dtype of the outputs; grid: (tiles,)."""
+    """folded (N, K) = W z_out[n] z_in[k] and folded_bias (N,) = b z_out, in the dtype of the outputs; grid:
+    (tiles,).
+    """
     tile_n, tile_k = weight_tile(K, BLOCK_K)
     n0, k0 = tile_n * BLOCK_N, tile_k * BLOCK_K
     row, col = n0 + tl.arange(0, BLOCK_N), k0 + tl.arange(0, BLOCK_K)
     mask = (row < N)[:, None] & (col < K)[None, :]
-    w = tl.load(w_ptr + row[:, None] * stride_wn + col[None, :], mask=mask, other=0.0).to(tl.float32)  # [BLOCK_N, BLOCK_K]
+    # [BLOCK_N, BLOCK_K]
+    w = tl.load(w_ptr + row[:, None] * stride_wn + col[None, :], mask=mask, other=0.0).to(tl.float32)
     if out_log_alpha_ptr is not None:
         z_out, _ = draw_gate_vector(out_log_alpha_ptr, out_seed_ptr, n0, N, BLOCK_N, GATE)
         w *= z_out[:, None]
@@ -81,12 +99,14 @@ def fold_fwd_kernel(
 
 @triton.jit
 def fold_bwd_kernel(
-    g_ptr, w_ptr, in_log_alpha_ptr, out_log_alpha_ptr, in_seed_ptr, out_seed_ptr, dw_ptr, in_partial_ptr, out_partial_ptr,
+    g_ptr, w_ptr, in_log_alpha_ptr, out_log_alpha_ptr, in_seed_ptr, out_seed_ptr,
+    dw_ptr, in_partial_ptr, out_partial_ptr,
     N, K, stride_wn, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GATE: tl.constexpr,
 ):  # fmt: skip
     """One pass over G = dy^T x and W, both (N, K); grid: (tiles,).
 
-    dw (N, K) = z_out z_in G; in_partial (N tiles, K): this tile's sum over n of z_out W G; out_partial (K tiles, N): over k of z_in W G.
+    dw (N, K) = z_out z_in G; in_partial (N tiles, K): this tile's sum over n of z_out W G; out_partial (K tiles, N):
+    over k of z_in W G.
     """
     tile_n, tile_k = weight_tile(K, BLOCK_K)
     n0, k0 = tile_n * BLOCK_N, tile_k * BLOCK_K
@@ -117,7 +137,9 @@ def fold_gate_bwd_kernel(
     partial_ptr, bias_ptr, dy_sum_ptr, log_alpha_ptr, seed_ptr, dlog_alpha_ptr, dbias_ptr,
     splits, n, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr, GATE: tl.constexpr,
 ):  # fmt: skip
-    """dlog_alpha (n,) = (sum of partial (splits, n) + b sum_m dy) z' and dbias (n,) = z sum_m dy; grid: (column blocks,)."""
+    """dlog_alpha (n,) = (sum of partial (splits, n) + b sum_m dy) z' and dbias (n,) = z sum_m dy; grid:
+    (column blocks,).
+    """
     start = tl.program_id(0).to(tl.int64) * BLOCK_N
     cols = start + tl.arange(0, BLOCK_N)
     z, slope = draw_gate_vector(log_alpha_ptr, seed_ptr, start, n, BLOCK_N, GATE)
@@ -153,9 +175,11 @@ def gate_rows_fwd_kernel(
 @triton.jit
 def gate_rows_bwd_kernel(
     g_ptr, t_ptr, log_alpha_ptr, seed_ptr, gated_ptr, gate_partial_ptr, sum_partial_ptr,
-    M, n, stride_gm, stride_tm, rows_per_split, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUPED: tl.constexpr, GATE: tl.constexpr,
+    M, n, stride_gm, stride_tm, rows_per_split,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUPED: tl.constexpr, GATE: tl.constexpr,
 ):  # fmt: skip
-    """For the gradient g (M, n) of t z: gated (M, n) = g z and, over one split's rows in order, the column sums of g t z' and of g z.
+    """For the gradient g (M, n) of t z: gated (M, n) = g z and, over one split's rows in order,
+    the column sums of g t z' and of g z.
 
     The partial sums are (splits, n); grid: (column blocks, splits).
     """
@@ -168,7 +192,8 @@ def gate_rows_bwd_kernel(
     for first in range(0, rows_per_split, BLOCK_M):
         row = split * rows_per_split + first + tl.arange(0, BLOCK_M)
         mask = (row < M)[:, None] & (col < n)[None, :]
-        g = tl.load(g_ptr + row[:, None] * stride_gm + col[None, :], mask=mask, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_N]
+        # [BLOCK_M, BLOCK_N]
+        g = tl.load(g_ptr + row[:, None] * stride_gm + col[None, :], mask=mask, other=0.0).to(tl.float32)
         t = g
         if gate_partial_ptr is not None:  # before the store, behind which it would wait for memory once more
             t = tl.load(t_ptr + row[:, None] * stride_tm + col[None, :], mask=mask, other=0.0).to(tl.float32)
@@ -192,7 +217,10 @@ def gated_linear_fwd_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,
     IN_GROUPED: tl.constexpr, OUT_GROUPED: tl.constexpr, PRECISION: tl.constexpr, GATE: tl.constexpr,
 ):  # fmt: skip
-    """y (M, N), a draw per row; pre (M, N): (x z_in) W^T + b before the output gate, for the backward. EVEN: K is a multiple of BLOCK_K."""
+    """y (M, N), a draw per row; pre (M, N): (x z_in) W^T + b before the output gate, for the backward.
+
+    EVEN: K is a multiple of BLOCK_K.
+    """
     tile_m, tile_n = tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP)
     row, col = tile_m * BLOCK_M + tl.arange(0, BLOCK_M), tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
@@ -233,7 +261,10 @@ def gated_linear_bwd_dx_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,
     IN_GROUPED: tl.constexpr, OUT_GROUPED: tl.constexpr, PRECISION: tl.constexpr, GATE: tl.constexpr,
 ):  # fmt: skip
-    """dx (M, K) and partial (M tiles, K), this tile's sum over m of x ((dy z_out) W) z_in'. EVEN: N is a multiple of BLOCK_N."""
+    """dx (M, K) and partial (M tiles, K), this tile's sum over m of x ((dy z_out) W) z_in'.
+
+    EVEN: N is a multiple of BLOCK_N.
+    """
     tile_m, tile_k = tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_K), GROUP)
     row, col = tile_m * BLOCK_M + tl.arange(0, BLOCK_M), tile_k * BLOCK_K + tl.arange(0, BLOCK_K)
     n = tl.arange(0, BLOCK_N)
@@ -259,7 +290,9 @@ def gated_linear_bwd_dx_kernel(
         mask = (row < M)[:, None] & (col < K)[None, :]
         if in_log_alpha_ptr is not None:
             log_alpha = load_columns(in_log_alpha_ptr, start, K, WIDTH)[None, :]
-            z, slope = draw_gate(log_alpha, load_seed(in_seed_ptr, GATE), (row * K + start)[:, None], WIDTH, IN_GROUPED, GATE)
+            z, slope = draw_gate(
+                log_alpha, load_seed(in_seed_ptr, GATE), (row * K + start)[:, None], WIDTH, IN_GROUPED, GATE
+            )
             if partial_ptr is not None:
                 x = tl.load(x_ptr + row[:, None] * stride_xm + col[None, :], mask=mask, other=0.0)
                 tl.store(partial_ptr + tile_m * K + col, tl.sum(x * dx * slope, axis=0), mask=col < K)
@@ -275,7 +308,10 @@ def gated_linear_bwd_dw_kernel(
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,
     IN_GROUPED: tl.constexpr, OUT_GROUPED: tl.constexpr, PRECISION: tl.constexpr, GATE: tl.constexpr,
 ):  # fmt: skip
-    """dw (splits, N, K): (dy z_out)^T (x z_in) over one split's rows; grid: (tiles, splits). EVEN: M is splits * rows_per_split."""
+    """dw (splits, N, K): (dy z_out)^T (x z_in) over one split's rows; grid: (tiles, splits).
+
+    EVEN: M is splits * rows_per_split.
+    """
     tile_n, tile_k = tile_of(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.cdiv(K, BLOCK_K), GROUP)
     split = tl.program_id(1).to(tl.int64)
     row, col = tile_n * BLOCK_N + tl.arange(0, BLOCK_N), tile_k * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -291,7 +327,9 @@ def gated_linear_bwd_dw_kernel(
             m_mask = (m + first < M)[:, None]
             dy, x = tl.load(dy_ptrs, mask=dy_mask & m_mask, other=0.0), tl.load(x_ptrs, mask=x_mask & m_mask, other=0.0)
         if out_log_alpha_ptr is not None:
-            dy = gate_tile(dy, out_log_alpha_ptr, out_seed_ptr, m + first, tile_n * BLOCK_N, N, BLOCK_N, OUT_GROUPED, GATE)
+            dy = gate_tile(
+                dy, out_log_alpha_ptr, out_seed_ptr, m + first, tile_n * BLOCK_N, N, BLOCK_N, OUT_GROUPED, GATE
+            )
         if in_log_alpha_ptr is not None:
             x = gate_tile(x, in_log_alpha_ptr, in_seed_ptr, m + first, tile_k * BLOCK_K, K, BLOCK_K, IN_GROUPED, GATE)
         acc = tl.dot(tl.trans(dy), x, acc, input_precision=PRECISION)

@@ -1,9 +1,11 @@
-"""y = z_out * ((x * z_in) W^T + b), gates per batch, where most gates are closed: what is dead is neither read nor multiplied.
+"""y = z_out * ((x * z_in) W^T + b), gates per batch, where most gates are closed:
+what is dead is neither read nor multiplied.
 
-x: (M, K), W: (N, K), y: (M, N). ``live_blocks_kernel`` draws z_in and lists, in ascending order, the blocks of BLOCK_K input features with
-an open gate. The GEMM walks that list: its trip count and the number of each block are loaded from memory, so the host never waits, and
-there is no branch around the multiplication, which would take the asynchronous copies out of the loop. An output tile whose gates are all
-closed takes no step and stores zeros. A dead block adds products with 0, so for finite x and W the result is that of the full list.
+x: (M, K), W: (N, K), y: (M, N). ``live_blocks_kernel`` draws z_in and lists, in ascending order, the blocks of BLOCK_K
+input features with an open gate. The GEMM walks that list: its trip count and the number of each block are loaded from
+memory, so the host never waits, and there is no branch around the multiplication, which would take the asynchronous
+copies out of the loop. An output tile whose gates are all closed takes no step and stores zeros. A dead block adds
+products with 0, so for finite x and W the result is that of the full list.
 """
 
 import triton
@@ -21,9 +23,13 @@ def any_open(z, axis: tl.constexpr):
 
 @triton.jit
 def live_blocks_kernel(
-    log_alpha_ptr, seed_ptr, z_ptr, live_ptr, count_ptr, K, BLOCKS: tl.constexpr, BLOCK_K: tl.constexpr, GATE: tl.constexpr
+    log_alpha_ptr, seed_ptr, z_ptr, live_ptr, count_ptr, K,
+    BLOCKS: tl.constexpr, BLOCK_K: tl.constexpr, GATE: tl.constexpr,
 ):  # fmt: skip
-    """z (K,): the gates, 1 without log-alphas; live: the blocks of BLOCK_K with an open gate; count (1,): how many. Grid: one program."""
+    """z (K,): the gates, 1 without log-alphas; live: the blocks of BLOCK_K with an open gate; count (1,): how many.
+
+    Grid: one program.
+    """
     count = 0
     for first in range(0, tl.cdiv(K, BLOCK_K), BLOCKS):
         block = first + tl.arange(0, BLOCKS)
@@ -62,7 +68,8 @@ def gated_linear_live_fwd_kernel(
     for i in range(0, count):
         k = tl.load(live_ptr + i) * BLOCK_K + tl.arange(0, BLOCK_K)
         if EVEN:
-            x, w, z = tl.load(x_rows + k[None, :]), tl.load(w_rows + k[:, None]), tl.load(z_ptr + k)  # [M, K], [K, N] and [K] of a block
+            # [M, K], [K, N] and [K] of a block
+            x, w, z = tl.load(x_rows + k[None, :]), tl.load(w_rows + k[:, None]), tl.load(z_ptr + k)
         else:
             x = tl.load(x_rows + k[None, :], mask=(k < K)[None, :], other=0.0)
             w = tl.load(w_rows + k[:, None], mask=(k < K)[:, None], other=0.0)
@@ -72,4 +79,8 @@ def gated_linear_live_fwd_kernel(
         acc += load_columns(bias_ptr, tile_n * BLOCK_N, N, BLOCK_N)[None, :]
     if out_log_alpha_ptr is not None:
         acc = tl.where((z_out == 0.0)[None, :], 0.0, acc * z_out[None, :])  # +0, whether the tile was skipped or not
-    tl.store(y_ptr + row[:, None] * N + col[None, :], acc.to(y_ptr.dtype.element_ty), mask=(row < M)[:, None] & (col < N)[None, :])
+    tl.store(
+        y_ptr + row[:, None] * N + col[None, :],
+        acc.to(y_ptr.dtype.element_ty),
+        mask=(row < M)[:, None] & (col < N)[None, :],
+    )

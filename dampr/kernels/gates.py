@@ -1,12 +1,15 @@
 """Drawing gates: z = clip(s (zeta - gamma) + gamma, 0, 1), its derivative, and the kernels that do nothing else.
 
-    a = exp(-log_alpha)    t = a (1 - u) / u    s = 1 / (1 + t ** (1 / beta))    dz/dlog_alpha = (zeta - gamma) / beta s (1 - s) inside
-    z = 0 <=> u (a + c0) <= a      z = 1 <=> u (a + c1) >= a      (equations, constants, evaluation rules, other families: dampr/spec.py)
+    a = exp(-log_alpha)    t = a (1 - u) / u    s = 1 / (1 + t ** (1 / beta))
+    dz/dlog_alpha = (zeta - gamma) / beta s (1 - s) inside
+    z = 0 <=> u (a + c0) <= a      z = 1 <=> u (a + c1) >= a
 
-``draw_gate`` is the one function every kernel calls, on a vector of gates or on a tile with a draw per row; a family is a branch in it,
-taken when the kernel is compiled. Whether a gate is 0 or 1 is decided by single IEEE operations, so kernels that draw are launched with
-``enable_fp_fusion=False``; only the value in between uses the hardware's approximate division and square root. ``GATE`` is a whole
-``dampr.spec.GateSpec``.
+Equations, constants, evaluation rules and the other families: dampr/spec.py.
+
+``draw_gate`` is the one function every kernel calls, on a vector of gates or on a tile with a draw per row; a family is
+a branch in it, taken when the kernel is compiled. Whether a gate is 0 or 1 is decided by single IEEE operations, so
+kernels that draw are launched with ``enable_fp_fusion=False``; only the value in between uses the hardware's
+approximate division and square root. ``GATE`` is a whole ``dampr.spec.GateSpec``.
 """
 
 import triton
@@ -25,7 +28,11 @@ NOT_ONE = tl.constexpr(1.0 - spec.EDGE)
 EXP_LIMIT = tl.constexpr(spec.EXP_LIMIT)
 EXP_LOG2E, EXP_ROUND = tl.constexpr(spec.EXP_LOG2E), tl.constexpr(spec.EXP_ROUND)
 EXP_LN2_HI, EXP_LN2_LO = tl.constexpr(spec.EXP_LN2_HI), tl.constexpr(spec.EXP_LN2_LO)
-EXP_HIGHEST, EXP_POLY, EXP_DEGREE = tl.constexpr(spec.EXP_POLY[0]), tl.constexpr(spec.EXP_POLY[1:]), tl.constexpr(len(spec.EXP_POLY) - 1)
+EXP_HIGHEST, EXP_POLY, EXP_DEGREE = (
+    tl.constexpr(spec.EXP_POLY[0]),
+    tl.constexpr(spec.EXP_POLY[1:]),
+    tl.constexpr(len(spec.EXP_POLY) - 1),
+)
 TANH_SMALL, TANH_HIGHEST = tl.constexpr(spec.TANH_SMALL), tl.constexpr(spec.TANH_POLY[0])
 TANH_POLY, TANH_DEGREE = tl.constexpr(spec.TANH_POLY[1:]), tl.constexpr(len(spec.TANH_POLY) - 1)
 RAMP_LIMIT, MASK_LIMIT = tl.constexpr(spec.RAMP_LIMIT), tl.constexpr(spec.MASK_LIMIT)
@@ -48,9 +55,11 @@ def exp_portable(x):
 
 @triton.jit
 def draw_words(seed, start, BLOCK: tl.constexpr, GROUPED: tl.constexpr):
-    """Philox words of gates start .. start + BLOCK - 1; ``start``: int64, a scalar -> [BLOCK] or [BLOCK_M, 1] -> [BLOCK_M, BLOCK].
+    """Philox words of gates start .. start + BLOCK - 1; ``start``: int64, a scalar -> [BLOCK] or [BLOCK_M,
+    1] -> [BLOCK_M, BLOCK].
 
-    GROUPED promises that ``start`` is a multiple of 4, so that all words of a Philox group are used; else each gate draws its own group.
+    GROUPED promises that ``start`` is a multiple of 4, so that all words of a Philox group are used;
+    else each gate draws its own group.
     """
     if GROUPED:
         group = (start >> 2) + tl.arange(0, BLOCK // 4)
@@ -172,10 +181,11 @@ def masked_gate(alpha, GATE: tl.constexpr):
 
 @triton.jit
 def draw_gate(log_alpha, seed, start, BLOCK: tl.constexpr, GROUPED: tl.constexpr, GATE: tl.constexpr):
-    """Gates start .. start + BLOCK - 1 and their derivatives: (z, dz/dlog_alpha), float32; what a caller does not use is not computed.
+    """Gates start .. start + BLOCK - 1 and their derivatives: (z, dz/dlog_alpha), float32;
+    what a caller does not use is not computed.
 
-    ``log_alpha``: the parameters of any family, float32 of the BLOCK columns, [BLOCK] or [1, BLOCK], also the shape of gates without noise;
-    ``start`` as in draw_words.
+    ``log_alpha``: the parameters of any family, float32 of the BLOCK columns, [BLOCK] or [1, BLOCK], also the shape of
+    gates without noise; ``start`` as in draw_words.
     """
     if GATE.family == HARD_CONCRETE:
         z, slope = draw_hard_concrete(log_alpha, seed, start, BLOCK, GROUPED, GATE)
@@ -207,13 +217,23 @@ def load_columns(ptr, start, n, BLOCK: tl.constexpr):
 
 @triton.jit
 def draw_gate_vector(log_alpha_ptr, seed_ptr, start, n, BLOCK: tl.constexpr, GATE: tl.constexpr):
-    """Gates start .. start + BLOCK - 1 of one vector of n (a draw per batch): (z, slope), each [BLOCK]; BLOCK and start: multiples of 4."""
+    """Gates start .. start + BLOCK - 1 of one vector of n (a draw per batch): (z, slope), each [BLOCK];
+    BLOCK and start: multiples of 4.
+    """
     return draw_gate(load_columns(log_alpha_ptr, start, n, BLOCK), load_seed(seed_ptr, GATE), start, BLOCK, True, GATE)
 
 
 @triton.jit
 def sample_gates_fwd_kernel(
-    log_alpha_ptr, seed_ptr, z_ptr, rows, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUPED: tl.constexpr, GATE: tl.constexpr
+    log_alpha_ptr,
+    seed_ptr,
+    z_ptr,
+    rows,
+    n,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    GROUPED: tl.constexpr,
+    GATE: tl.constexpr,
 ):
     """z (rows, n) of log_alpha (n,); grid: (row blocks * column blocks,), because a second axis ends at 65535."""
     pid, blocks = tl.program_id(0).to(tl.int64), tl.cdiv(n, BLOCK_N)
@@ -222,7 +242,9 @@ def sample_gates_fwd_kernel(
     log_alpha = load_columns(log_alpha_ptr, col, n, BLOCK_N)[None, :]
     z, _ = draw_gate(log_alpha, load_seed(seed_ptr, GATE), start, BLOCK_N, GROUPED, GATE)
     cols = tl.arange(0, BLOCK_N)[None, :]
-    tl.store(z_ptr + start + cols, tl.broadcast_to(z, (BLOCK_M, BLOCK_N)), mask=(row < rows)[:, None] & (col + cols < n))
+    tl.store(
+        z_ptr + start + cols, tl.broadcast_to(z, (BLOCK_M, BLOCK_N)), mask=(row < rows)[:, None] & (col + cols < n)
+    )
 
 
 @triton.jit
@@ -236,7 +258,8 @@ def sample_gates_bwd_kernel(
     cols = col + tl.arange(0, BLOCK_N)
     seed = load_seed(seed_ptr, GATE)
     log_alpha = load_columns(log_alpha_ptr, col, n, BLOCK_N)[None, :]
-    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)  # summed once: over rows of a tile it would go through shared memory each time
+    # summed once: over rows of a tile it would go through shared memory each time
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for first in range(0, rows_per_split, BLOCK_M):
         row = split * rows_per_split + first + tl.arange(0, BLOCK_M)
         start = (row * n + col)[:, None]
@@ -249,7 +272,9 @@ def sample_gates_bwd_kernel(
 
 @triton.jit
 def reduce_kernel(partial_ptr, out_ptr, splits, n, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr):
-    """out (n,) = sum over splits of partial (splits, n), in float32 and always in the same order; grid: (column blocks,)."""
+    """out (n,) = sum over splits of partial (splits, n), in float32 and always in the same order; grid:
+    (column blocks,).
+    """
     cols = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     total = tl.zeros((BLOCK_N,), tl.float32)
     for first in range(0, splits, BLOCK_S):

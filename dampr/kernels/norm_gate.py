@@ -1,14 +1,18 @@
-"""y = act(z (gain (x - mean) rstd + bias)), its statistics, its gradients: x (outer, middle, n, inner) in memory order, channels on n.
+"""y = act(z (gain (x - mean) rstd + bias)), its statistics, its gradients: x (outer, middle, n,
+inner) in memory order, channels on n.
 
-    h = (x - mean) rstd    v = z (gain h + bias)    y = act(v)    dp = dy where act has a slope at v    S0 = sum dp, S1 = sum dp h, per gate
+    h = (x - mean) rstd    v = z (gain h + bias)    y = act(v)
+    dp = dy where act has a slope at v    S0 = sum dp, S1 = sum dp h, per gate
     dz = gain S1 + bias S0    dgain = sum over draws of z S1    dbias = sum over draws of z S0
-    dx = gain rstd (z dp - dbias / N - h dgain / N) with N elements per channel; without the last two terms for running statistics
+    dx = gain rstd (z dp - dbias / N - h dgain / N) with N elements per channel;
+    without the last two terms for running statistics
 
-Bound by memory: x is read twice and y written, then x and dy are read twice and dx written, and nothing else has their size. Layouts are
-those of gate_activations.py: gates along the lanes where inner = 1 (channels last), a gate for each row of inner elements else. A program
-sums over one axis of its tile; parts are joined in a fixed order, without atomics, and those of the variance have means of their own
-(Chan, Golub, LeVeque 1983), so that a large mean costs few digits. Statistics divide by tl.div_rn, which rounds: `/` is off by up to two
-units in the last place on a GPU, and of a mean of 100 these are six times what y may be wrong by.
+Bound by memory: x is read twice and y written, then x and dy are read twice and dx written, and nothing else has their
+size. Layouts are those of gate_activations.py: gates along the lanes where inner = 1 (channels last), a gate for each
+row of inner elements else. A program sums over one axis of its tile; parts are joined in a fixed order, without
+atomics, and those of the variance have means of their own (Chan, Golub, LeVeque 1983), so that a large mean costs few
+digits. Statistics divide by tl.div_rn, which rounds: `/` is off by up to two units in the last place on a GPU, and of a
+mean of 100 these are six times what y may be wrong by.
 """
 
 import triton
@@ -49,16 +53,23 @@ def _join(mean, spread, seen, tile_mean, tile_spread, count):
 
 
 @triton.jit
-def norm_stats_columns_kernel(x_ptr, mean_ptr, spread_ptr, rows, n, rows_per_split, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """(splits, n) means and sums of squared distances from them, of x (rows, n); grid: (splits * column blocks,), column blocks first."""
+def norm_stats_columns_kernel(
+    x_ptr, mean_ptr, spread_ptr, rows, n, rows_per_split, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """(splits, n) means and sums of squared distances from them, of x (rows, n); grid: (splits * column blocks,),
+    column blocks first.
+    """
     blocks = tl.cdiv(n, BLOCK_N)
     pid = tl.program_id(0)
     split, col = (pid // blocks).to(tl.int64), (pid % blocks).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     start, end = split * rows_per_split, tl.minimum((split + 1) * rows_per_split, rows)
-    # Distances from the mean of the first tile are summed, not elements: a large mean would cost the digits of the spread. Each place of
-    # the tile has sums of its own, in registers, so that a program goes through shared memory at its ends and nowhere else.
+    # Distances from the mean of the first tile are summed, not elements: a large mean would cost the digits of the
+    # spread. Each place of the tile has sums of its own, in registers, so that a program goes through shared
+    # memory at its ends and nowhere else.
     row = start + tl.arange(0, BLOCK_M)
-    x = tl.load(x_ptr + row[:, None] * n + col[None, :], mask=(row < end)[:, None] & (col < n)[None, :], other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + row[:, None] * n + col[None, :], mask=(row < end)[:, None] & (col < n)[None, :], other=0.0).to(
+        tl.float32
+    )
     near = tl.div_rn(tl.sum(x, axis=0), tl.maximum(tl.minimum(end - start, BLOCK_M), 1).to(tl.float32))
     near = tl.where(tl.abs(near) < float("inf"), near, 0.0)
     moved, spread = tl.zeros((BLOCK_M, BLOCK_N), tl.float32), tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -73,12 +84,17 @@ def norm_stats_columns_kernel(x_ptr, mean_ptr, spread_ptr, rows, n, rows_per_spl
     mean = tl.div_rn(total, tl.maximum(end - start, 1).to(tl.float32))
     tl.store(mean_ptr + split * n + col, near + mean, mask=col < n)
     squares = tl.sum(spread, axis=0) - total * mean
-    tl.store(spread_ptr + split * n + col, tl.where(squares < 0.0, 0.0, squares), mask=col < n)  # not a number stays visible
+    # not a number stays visible
+    tl.store(spread_ptr + split * n + col, tl.where(squares < 0.0, 0.0, squares), mask=col < n)
 
 
 @triton.jit
-def norm_stats_rows_kernel(x_ptr, mean_ptr, spread_ptr, rows, n, inner, per_piece, pieces, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The same of x (rows, inner), rows = (B, n), each row in pieces: (B, pieces, n); grid: (row blocks * pieces,), pieces first."""
+def norm_stats_rows_kernel(
+    x_ptr, mean_ptr, spread_ptr, rows, n, inner, per_piece, pieces, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """The same of x (rows, inner), rows = (B, n), each row in pieces: (B, pieces, n); grid: (row blocks * pieces,),
+    pieces first.
+    """
     pid = tl.program_id(0)
     row, piece = (pid // pieces).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M), (pid % pieces).to(tl.int64)
     mean, spread = tl.zeros((BLOCK_M,), tl.float32), tl.zeros((BLOCK_M,), tl.float32)
@@ -86,7 +102,8 @@ def norm_stats_rows_kernel(x_ptr, mean_ptr, spread_ptr, rows, n, inner, per_piec
         col = piece * per_piece + first + tl.arange(0, BLOCK_N)
         count = tl.maximum(tl.minimum(inner - (piece * per_piece + first), BLOCK_N), 0)
         mask = (row < rows)[:, None] & (col < inner)[None, :]
-        x = tl.load(x_ptr + row[:, None] * inner + col[None, :], mask=mask, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_N]
+        # [BLOCK_M, BLOCK_N]
+        x = tl.load(x_ptr + row[:, None] * inner + col[None, :], mask=mask, other=0.0).to(tl.float32)
         centre = tl.div_rn(tl.sum(x, axis=1), tl.maximum(count, 1).to(tl.float32))
         distance = tl.where(mask, x - centre[:, None], 0.0)
         mean, spread = _join(mean, spread, first, centre, tl.sum(distance * distance, axis=1), count)
@@ -98,12 +115,15 @@ def norm_stats_rows_kernel(x_ptr, mean_ptr, spread_ptr, rows, n, inner, per_piec
 @triton.jit
 def norm_stats_join_kernel(
     part_mean_ptr, part_spread_ptr, mean_ptr, var_ptr, running_mean_ptr, running_var_ptr, updates_ptr,
-    parts, n, length, per_piece, pieces, count, stays, mean_share, var_share, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr,
+    parts, n, length, per_piece, pieces, count, stays, mean_share, var_share,
+    BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """mean and biased variance (n,), of ``count`` elements each, from (parts, n); part i begins at i % pieces * per_piece of ``length``.
+    """mean and biased variance (n,), of ``count`` elements each, from (parts, n);
+    part i begins at i % pieces * per_piece of ``length``.
 
-    Grid: (column blocks,). Means are added up as distances from the first one, then squared distances from their mean are. Running
-    statistics, where there are some, become ``stays`` of themselves plus a share of the new ones; ``updates`` is one more.
+    Grid: (column blocks,). Means are added up as distances from the first one, then squared distances from their mean
+    are. Running statistics, where there are some, become ``stays`` of themselves plus a share of the new ones;
+    ``updates`` is one more.
     """
     col = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     whole = tl.zeros((BLOCK_N,), tl.float32) + count
@@ -141,11 +161,13 @@ def norm_stats_join_kernel(
 
 @triton.jit
 def norm_gate_columns_kernel(
-    x_ptr, dy_ptr, z_ptr, gain_ptr, bias_ptr, mean_ptr, var_ptr, sums_ptr, out_ptr, partial_ptr, middle, n, rows_per_split, count,
+    x_ptr, dy_ptr, z_ptr, gain_ptr, bias_ptr, mean_ptr, var_ptr, sums_ptr, out_ptr, partial_ptr,
+    middle, n, rows_per_split, count,
     EPS: tl.constexpr, RELU: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PER_OUTER: tl.constexpr,
 ):  # fmt: skip
-    """One of three passes over (outer, middle, n); what is None is not there. Without dy: out = y. With it, partial (outer, splits, 2, n) =
-    S0 and S1 of one split's rows, in order, or out = dx, where sums (2, n) are dbias and dgain, None for running statistics.
+    """One of three passes over (outer, middle, n); what is None is not there. Without dy: out = y. With it, partial
+    (outer, splits, 2, n) = S0 and S1 of one split's rows, in order, or out = dx, where sums (2,
+    n) are dbias and dgain, None for running statistics.
 
     Grid: (outer * splits * column blocks,), column blocks first.
     """
@@ -157,9 +179,15 @@ def norm_gate_columns_kernel(
     inside = col < n
     z = tl.load(z_ptr + (outer * n if PER_OUTER else 0) + col, mask=inside, other=0.0)[None, :]
     gain, bias = _channel(gain_ptr, col, inside, 1.0)[None, :], _channel(bias_ptr, col, inside, 0.0)[None, :]
-    mean, rstd = _channel(mean_ptr, col, inside, 0.0)[None, :], (1.0 / tl.sqrt_rn(_channel(var_ptr, col, inside, 1.0) + EPS))[None, :]
+    mean, rstd = (
+        _channel(mean_ptr, col, inside, 0.0)[None, :],
+        (1.0 / tl.sqrt_rn(_channel(var_ptr, col, inside, 1.0) + EPS))[None, :],
+    )
     if sums_ptr is not None:
-        by_bias, by_gain = _channel(sums_ptr, col, inside, 0.0)[None, :] / count, _channel(sums_ptr + n, col, inside, 0.0)[None, :] / count
+        by_bias, by_gain = (
+            _channel(sums_ptr, col, inside, 0.0)[None, :] / count,
+            _channel(sums_ptr + n, col, inside, 0.0)[None, :] / count,
+        )
     # Summed once: over the rows of a tile they would go through shared memory each time.
     total, product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32), tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for first in range(0, rows_per_split, BLOCK_M):
@@ -191,7 +219,8 @@ def norm_gate_rows_kernel(
     rows, middle, n, inner, per_piece, pieces, count,
     EPS: tl.constexpr, RELU: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PER_OUTER: tl.constexpr,
 ):  # fmt: skip
-    """The same three passes over (rows, inner), rows = (outer, middle, n), each row in pieces; partial (outer, middle, pieces, 2, n).
+    """The same three passes over (rows, inner), rows = (outer, middle, n), each row in pieces; partial (outer, middle,
+    pieces, 2, n).
 
     Grid: (row blocks * pieces,), pieces first.
     """
@@ -238,7 +267,8 @@ def norm_gate_finish_kernel(
     sums_ptr, z_ptr, gain_ptr, bias_ptr, dz_ptr, partial_ptr, outer, parts, n, outer_per_split,
     BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """From S0 and S1, sums (outer, parts, 2, n): dz (outer, n) and partial (splits, 2, n), one split's share of dbias and dgain.
+    """From S0 and S1, sums (outer, parts, 2, n): dz (outer, n) and partial (splits, 2, n),
+    one split's share of dbias and dgain.
 
     Grid: (splits * column blocks,), column blocks first.
     """

@@ -1,14 +1,19 @@
-"""y = x (W * Z)^T + b, a gate for each weight or for each block of R x C weights, drawn per batch. x: (M, K), W: (N, K), y: (M, N).
+"""y = x (W * Z)^T + b, a gate for each weight or for each block of R x C weights, drawn per batch. x: (M, K), W: (N,
+K), y: (M, N).
 
-Weight (n, k) has gate n K + k, or (n // R) ceil(K / C) + k // C where blocks share one; blocks at the edges may be partial.
+Weight (n, k) has gate n K + k, or (n // R) ceil(K / C) + k // C where blocks share one;
+blocks at the edges may be partial.
 
-    dW = Z G,  G = dy^T x (vendor GEMM)    dlog_alpha = z' sum of W G over the gate's weights    dx = dy (W * Z)    db = sum_m dy
+    dW = Z G,  G = dy^T x (vendor GEMM)    dlog_alpha = z' sum of W G over the gate's weights
+    dx = dy (W * Z)    db = sum_m dy
 
-Both directions are one pass over the weight, t * Z with t = W or t = G, and the backward takes W t along: one kernel each for weights and
-for blocks serves both. Passes go over the flat weight in multiples of four, so that no Philox word is thrown away.
+Both directions are one pass over the weight, t * Z with t = W or t = G, and the backward takes W t along: one kernel
+each for weights and for blocks serves both. Passes go over the flat weight in multiples of four,
+so that no Philox word is thrown away.
 
-For a small M there is no pass: the GEMM draws the gates of its W tile. It computes y^T = W~ x^T, because the A operand of an MMA may come
-from registers, where a gated tile is. Every tile of rows of x draws again, so it is for an M of one tile.
+For a small M there is no pass: the GEMM draws the gates of its W tile. It computes y^T = W~ x^T, because the A operand
+of an MMA may come from registers, where a gated tile is. Every tile of rows of x draws again,
+so it is for an M of one tile.
 """
 
 import triton
@@ -22,7 +27,9 @@ from .gates import draw_gate, draw_gate_vector, load_columns, load_seed
 def gate_weights_kernel(
     t_ptr, w_ptr, log_alpha_ptr, seed_ptr, gated_ptr, dlog_alpha_ptr, size, BLOCK: tl.constexpr, GATE: tl.constexpr
 ):  # fmt: skip
-    """gated (size,) = t z and dlog_alpha (size,) = w t z', all flat, one gate for each element; grid: (cdiv(size, BLOCK),)."""
+    """gated (size,) = t z and dlog_alpha (size,) = w t z', all flat, one gate for each element; grid: (cdiv(size,
+    BLOCK),).
+    """
     start = tl.program_id(0).to(tl.int64) * BLOCK
     offs = start + tl.arange(0, BLOCK)
     t = load_columns(t_ptr, start, size, BLOCK)
@@ -41,9 +48,11 @@ def gate_blocks_kernel(
     t_ptr, w_ptr, z_ptr, gated_ptr, partial_ptr, N, K, stride_tn, stride_wn, rows_per_split,
     R: tl.constexpr, C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """gated (N, K) = t z of the block and partial (splits, gates) = sum of w t over one split's rows of each block, always in one order.
+    """gated (N, K) = t z of the block and partial (splits, gates) = sum of w t over one split's rows of each block,
+    always in one order.
 
-    z: (gates,), float32. A program owns BLOCK_G neighbouring blocks, whole but for their split; grid: (block rows * block groups, splits).
+    z: (gates,), float32. A program owns BLOCK_G neighbouring blocks, whole but for their split; grid:
+    (block rows * block groups, splits).
     """
     across = tl.cdiv(K, C)
     groups = tl.cdiv(across, BLOCK_G)
@@ -60,7 +69,8 @@ def gate_blocks_kernel(
             col = gate[:, None] * C + c
             mask = row_mask & ((c < C) & (col < K))[None, :, :]
             col = col[None, :, :]
-            t = tl.load(t_ptr + row * stride_tn + col, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_R, BLOCK_G, BLOCK_C]
+            # [BLOCK_R, BLOCK_G, BLOCK_C]
+            t = tl.load(t_ptr + row * stride_tn + col, mask=mask, other=0.0).to(tl.float32)
             w = t
             if partial_ptr is not None:
                 w = tl.load(w_ptr + row * stride_wn + col, mask=mask, other=0.0).to(tl.float32)
@@ -69,7 +79,11 @@ def gate_blocks_kernel(
             if partial_ptr is not None:
                 total += w * t
     if partial_ptr is not None:
-        tl.store(partial_ptr + split * tl.cdiv(N, R) * across + index, tl.sum(tl.sum(total, axis=2), axis=0), mask=gate < across)
+        tl.store(
+            partial_ptr + split * tl.cdiv(N, R) * across + index,
+            tl.sum(tl.sum(total, axis=2), axis=0),
+            mask=gate < across,
+        )
 
 
 @triton.jit
@@ -78,7 +92,8 @@ def weight_gated_linear_fwd_kernel(
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,
     GROUPED: tl.constexpr, PRECISION: tl.constexpr, GATE: tl.constexpr,
 ):  # fmt: skip
-    """y (splits, M, N): x W~^T over one split of K, the first with the bias; grid: (tiles, splits). W is contiguous, like its log-alphas.
+    """y (splits, M, N): x W~^T over one split of K, the first with the bias; grid: (tiles, splits). W is contiguous,
+    like its log-alphas.
 
     EVEN: K is splits * k_per_split.
     """
@@ -95,7 +110,8 @@ def weight_gated_linear_fwd_kernel(
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for first in range(0, k_per_split, BLOCK_K):
         if EVEN:
-            w, log_alpha, x = tl.load(w_ptrs), tl.load(log_alpha_ptrs), tl.load(x_ptrs)  # [BLOCK_N, BLOCK_K] twice, [BLOCK_K, BLOCK_M]
+            # [BLOCK_N, BLOCK_K] twice, [BLOCK_K, BLOCK_M]
+            w, log_alpha, x = tl.load(w_ptrs), tl.load(log_alpha_ptrs), tl.load(x_ptrs)
         else:
             mask = k + first < K
             w = tl.load(w_ptrs, mask=mask[None, :], other=0.0)

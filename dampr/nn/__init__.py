@@ -1,4 +1,7 @@
-"""Drop-in gated layers. Each takes the arguments of the ``torch.nn`` layer it replaces, in its order, then gate keywords."""
+"""Drop-in gated layers.
+
+Each takes the arguments of the ``torch.nn`` layer it replaces, in its order, then gate keywords.
+"""
 
 from .attention import GatedMultiheadAttention
 from .bank import GateBank

@@ -15,7 +15,15 @@ from dampr.spec import SAMPLE
 
 from .base import GatedLayer, fresh_values, wide_dtype
 from .computed import check_dense, refresh, settled
-from .pruned_attention import Maybe, PrunedMultiheadAttention, as_batch, attend, attention_arguments, joined, sequence_first
+from .pruned_attention import (
+    Maybe,
+    PrunedMultiheadAttention,
+    as_batch,
+    attend,
+    attention_arguments,
+    joined,
+    sequence_first,
+)
 
 _PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias", "bias_k", "bias_v")
 _IN_ROWS = _PROJECTIONS[:-2]  # whose rows belong to heads, once in each of q, k and v where they are packed
@@ -29,13 +37,15 @@ class GatedMultiheadAttention(GatedLayer, nn.MultiheadAttention):
         gate: a family's name, a :class:`dampr.gates.Gate` subclass, or an instance with ``num_heads`` gates to share.
         per_sample: in training, one draw for each sample of the batch instead of one per call.
 
-    Called as ``nn.MultiheadAttention`` is, with the same results; the attention weights that it returns are those of all heads, closed
-    ones too. A gate is folded into the columns of ``out_proj.weight`` that read its head, a pass over one weight, and torch's own attention
-    (``scaled_dot_product_attention`` with ``need_weights=False``) runs on that. Only draws per sample multiply activations.
+    Called as ``nn.MultiheadAttention`` is, with the same results; the attention weights that it returns are those of
+    all heads, closed ones too. A gate is folded into the columns of ``out_proj.weight`` that read its head, a pass over
+    one weight, and torch's own attention (``scaled_dot_product_attention`` with ``need_weights=False``) runs on that.
+    Only draws per sample multiply activations.
 
-    Parameters come first in ``parameters()`` with the names of ``nn.MultiheadAttention``; a dense ``state_dict`` loads and leaves the gates
-    as they are. A fresh layer in evaluation mode equals torch's attention in Python to the bit, and its fused inference path to rounding.
-    That path reads weights without asking their layers, so it is never taken here, nor by an ``nn.TransformerEncoderLayer`` around this.
+    Parameters come first in ``parameters()`` with the names of ``nn.MultiheadAttention``; a dense ``state_dict`` loads
+    and leaves the gates as they are. A fresh layer in evaluation mode equals torch's attention in Python to the bit,
+    and its fused inference path to rounding. That path reads weights without asking their layers, so it is never taken
+    here, nor by an ``nn.TransformerEncoderLayer`` around this.
 
     Raises: ValueError or TypeError that names the argument, and what ``nn.MultiheadAttention`` raises.
     """
@@ -57,7 +67,9 @@ class GatedMultiheadAttention(GatedLayer, nn.MultiheadAttention):
         gate: str | type[Gate] | Gate = "hard_concrete",
         per_sample: bool = False,
     ) -> None:
-        super().__init__(embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype)
+        super().__init__(
+            embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
+        )
         self.granularity = "head"
         self.per_sample = _checks.flag("per_sample", per_sample)
         self.gate = place_gate(gate, num_heads, self.out_proj.weight.device, self.per_sample)
@@ -72,7 +84,8 @@ class GatedMultiheadAttention(GatedLayer, nn.MultiheadAttention):
         self._qkv_same_embed_dim = self.in_proj_weight is not None
         super()._reset_parameters()
         self._reset_gate()
-        self._qkv_same_embed_dim = False  # the condition on which every fused path of torch.nn gives up, that of an encoder layer too
+        # the condition on which every fused path of torch.nn gives up, that of an encoder layer too
+        self._qkv_same_embed_dim = False
 
     def forward(
         self,
@@ -85,7 +98,8 @@ class GatedMultiheadAttention(GatedLayer, nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Maybe]:
-        if self.out_proj._forward_pre_hooks:  # torch computes weights there before a call, and this layer is never called
+        # torch computes weights there before a call, and this layer is never called
+        if self.out_proj._forward_pre_hooks:
             for hook in self.out_proj._forward_pre_hooks.values():
                 hook(self.out_proj, ())
         call = self._each_sample if self.per_sample and self.gate.spec.rule == SAMPLE else self._folded
@@ -93,7 +107,15 @@ class GatedMultiheadAttention(GatedLayer, nn.MultiheadAttention):
         return sequence_first(call, self.batch_first, query, key, value, *how)
 
     def _folded(
-        self, query: Tensor, key: Tensor, value: Tensor, padding: Maybe, need: bool, mask: Maybe, average: bool, causal: bool
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        padding: Maybe,
+        need: bool,
+        mask: Maybe,
+        average: bool,
+        causal: bool,
     ) -> Any:
         """torch's own attention on sequences first, with the gates in the weight of its last projection."""
         return F.multi_head_attention_forward(
@@ -123,7 +145,9 @@ class GatedMultiheadAttention(GatedLayer, nn.MultiheadAttention):
         )
 
     def _gated_out_weight(self) -> Tensor:
-        """out_proj.weight with each head's gate in its columns; under autocast in its dtype, into which it would be cast in any case."""
+        """out_proj.weight with each head's gate in its columns; under autocast in its dtype,
+        into which it would be cast in any case.
+        """
         weight = self.out_proj.weight
         parameter, seed, spec = self.gate.call()
         dtype = weight.dtype
@@ -134,7 +158,15 @@ class GatedMultiheadAttention(GatedLayer, nn.MultiheadAttention):
         return ops.fold_blocks(weight, ops.GateArgs(parameter, seed, spec), (self.embed_dim, self.head_dim), dtype)
 
     def _each_sample(
-        self, query: Tensor, key: Tensor, value: Tensor, padding: Maybe, need: bool, mask: Maybe, average: bool, causal: bool
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        padding: Maybe,
+        need: bool,
+        mask: Maybe,
+        average: bool,
+        causal: bool,
     ) -> Any:
         batched = query.dim() == 3
         if not batched:
@@ -154,9 +186,11 @@ class GatedMultiheadAttention(GatedLayer, nn.MultiheadAttention):
     def from_dense(
         cls, layer: nn.MultiheadAttention, *, gate: str | type[Gate] | Gate = "hard_concrete", per_sample: bool = False
     ) -> GatedMultiheadAttention:
-        """A gated layer with the very parameters of ``layer``, not copies. Raises TypeError unless its type is exactly the dense one.
+        """A gated layer with the very parameters of ``layer``, not copies.
+        Raises TypeError unless its type is exactly the dense one.
 
-        Where fresh gates are not 1, ``out_proj.weight`` is divided by them, so that the layer computes the same; ValueError where one is 0.
+        Where fresh gates are not 1, ``out_proj.weight`` is divided by them, so that the layer computes the same;
+        ValueError where one is 0.
         """
         gated = cls._around(layer, gate, per_sample)
         gated._undo_fresh_gates()
@@ -168,16 +202,27 @@ class GatedMultiheadAttention(GatedLayer, nn.MultiheadAttention):
             return
         z = fresh_values(self.gate)
         if not bool((z != 0).all()):
-            raise ValueError(f"gate={type(self.gate).__name__}: a fresh gate of it is 0, so what the layer computes could not be kept")
+            raise ValueError(
+                f"gate={type(self.gate).__name__}: a fresh gate of it is 0, so what the layer computes could not be "
+                "kept"
+            )
         weight = self.out_proj.weight
         weight.data = (weight / z.repeat_interleave(self.head_dim)).to(weight.dtype)
 
     @classmethod
-    def _around(cls, layer: nn.MultiheadAttention, gate: str | type[Gate] | Gate, per_sample: bool) -> GatedMultiheadAttention:
+    def _around(
+        cls, layer: nn.MultiheadAttention, gate: str | type[Gate] | Gate, per_sample: bool
+    ) -> GatedMultiheadAttention:
         """:meth:`from_dense` that leaves the weights as they are."""
         check_dense(layer, nn.MultiheadAttention)
         own = make_gate(gate, layer.num_heads, layer.out_proj.weight.device)
-        gated = cls(**attention_arguments(layer), device="meta", dtype=layer.out_proj.weight.dtype, gate=own, per_sample=per_sample)
+        gated = cls(
+            **attention_arguments(layer),
+            device="meta",
+            dtype=layer.out_proj.weight.dtype,
+            gate=own,
+            per_sample=per_sample,
+        )
         for name in _PROJECTIONS:
             setattr(gated, name, getattr(layer, name))
         gated.out_proj.weight, gated.out_proj.bias = layer.out_proj.weight, layer.out_proj.bias
@@ -186,7 +231,9 @@ class GatedMultiheadAttention(GatedLayer, nn.MultiheadAttention):
     @torch.no_grad()
     @settled
     def to_dense(self) -> nn.MultiheadAttention:
-        """The ``nn.MultiheadAttention`` that computes what this layer computes in evaluation mode; parameters are copies."""
+        """The ``nn.MultiheadAttention`` that computes what this layer computes in evaluation mode;
+        parameters are copies.
+        """
         plain = nn.MultiheadAttention(**attention_arguments(self), device="meta", dtype=self.out_proj.weight.dtype)
         self._copy_into(plain, range(self.num_heads))
         return plain.train(self.training)
@@ -196,12 +243,15 @@ class GatedMultiheadAttention(GatedLayer, nn.MultiheadAttention):
     def compacted(self) -> tuple[nn.MultiheadAttention | PrunedMultiheadAttention, list[int]]:
         """The smallest plain layer that computes what this one computes in evaluation mode, and the heads that it has.
 
-        :meth:`to_dense` where no head is closed. One head at least is left. Only the attention weights differ: closed heads have none.
+        :meth:`to_dense` where no head is closed. One head at least is left. Only the attention weights differ:
+        closed heads have none.
         """
         heads = self.gate.is_open().nonzero().flatten().tolist() or [0]
         if len(heads) == self.num_heads:
             return self.to_dense(), heads
-        plain = PrunedMultiheadAttention(**attention_arguments(self), device="meta", dtype=self.out_proj.weight.dtype, heads=heads)
+        plain = PrunedMultiheadAttention(
+            **attention_arguments(self), device="meta", dtype=self.out_proj.weight.dtype, heads=heads
+        )
         self._copy_into(plain, heads)
         return plain.train(self.training), heads
 
@@ -233,7 +283,9 @@ class GatedMultiheadAttention(GatedLayer, nn.MultiheadAttention):
         return set(), set()
 
     def _of_heads(self, of: Callable[[Tensor], Tensor]) -> Tensor:
-        """For each head the sum of ``of(parameter)``, of a parameter's shape, over its rows of q, k, v and columns of out_proj."""
+        """For each head the sum of ``of(parameter)``, of a parameter's shape, over its rows of q, k,
+        v and columns of out_proj.
+        """
         total = of(self.out_proj.weight).sum(0)
         for name in _PROJECTIONS:
             parameter = getattr(self, name)
@@ -244,7 +296,9 @@ class GatedMultiheadAttention(GatedLayer, nn.MultiheadAttention):
         return total.view(self.num_heads, self.head_dim).sum(1)
 
     def group_size(self) -> int:
-        """|g|: how many parameters a head has: its rows of q, k, v with their biases, and its columns of ``out_proj``."""
+        """|g|: how many parameters a head has: its rows of q, k, v with their biases,
+        and its columns of ``out_proj``.
+        """
         projections = [p for p in (getattr(self, name) for name in _PROJECTIONS) if p is not None]
         return sum(p.numel() for p in (*projections, self.out_proj.weight)) // self.num_heads
 

@@ -19,18 +19,21 @@ from .base import GatedLayer
 
 
 class GateBank:
-    """Draws the gates of a whole model in one launch, and sends them one gradient back in one launch; so does the penalty.
+    """Draws the gates of a whole model in one launch, and sends them one gradient back in one launch;
+    so does the penalty.
 
-    Without it each gated layer draws its own gates, from a seed of its own. In a step of a deep network these are hundreds of launches of
-    kernels that do next to nothing. In the block of :meth:`draw` all hard concrete gates of one set of constants are one vector with one
-    seed: gate i of the vector has the noise (seed, i), so the values are those of :func:`dampr.functional.sample_gates` on that vector, to
-    the bit, and layers get views of it. Parameters become views of one block of memory, in which optimizers, state dicts and whoever else
-    holds them do not see a difference. The seed is what the first of the gates would have drawn with, so
-    :func:`dampr.gate_generator` and :func:`dampr.hold_draws` count here too, and all ranks draw alike.
-    Checkpointed regions need ``use_reentrant=False``.
+    Without it each gated layer draws its own gates, from a seed of its own. In a step of a deep network these are
+    hundreds of launches of kernels that do next to nothing. In the block of :meth:`draw` all hard concrete gates of one
+    set of constants are one vector with one
+    seed: gate i of the vector has the noise (seed, i), so the values are those of :func:`dampr.functional.sample_gates`
+    on that vector, to the bit, and layers get views of it. Parameters become views of one block of memory, in which
+    optimizers, state dicts and whoever else holds them do not see a difference. The seed is what the first of the gates
+    would have drawn with, so :func:`dampr.gate_generator` and :func:`dampr.hold_draws` count here too, and all ranks
+    draw alike. Checkpointed regions need ``use_reentrant=False``.
 
-    Gates of other families, and those of layers that draw for each sample, are drawn by their layers as always, and :meth:`penalty` asks
-    these layers. Make a new bank after units have left the model (:class:`dampr.Shrinker`): what a gate saves has changed.
+    Gates of other families, and those of layers that draw for each sample, are drawn by their layers as always, and
+    :meth:`penalty` asks these layers. Make a new bank after units have left the model (:class:`dampr.Shrinker`):
+    what a gate saves has changed.
 
     Args:
         model: with gated layers; converted before, and on its device.
@@ -40,7 +43,7 @@ class GateBank:
     Raises: TypeError unless ``model`` is a module, ValueError where it has no gates that can be drawn together.
 
     >>> import dampr
-    >>> model = dampr.convert(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2)), example_inputs=torch.randn(2, 8))
+    >>> model = dampr.convert(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2)), torch.randn(2, 8))
     >>> bank = GateBank(model)
     >>> with bank.draw():
     ...     loss = model(torch.randn(4, 8)).square().mean() + 1e-3 * bank.penalty()
@@ -52,9 +55,14 @@ class GateBank:
         self.model = model
         layers = [module for module in model.modules() if isinstance(module, GatedLayer)]
         alone = {layer.gate for layer in layers if layer.per_sample}
-        together = dict.fromkeys(layer.gate for layer in layers if type(layer.gate) is HardConcrete and layer.gate not in alone)
+        together = dict.fromkeys(
+            layer.gate for layer in layers if type(layer.gate) is HardConcrete and layer.gate not in alone
+        )
         if not together:
-            raise ValueError(f"model={type(model).__name__}: it has no hard concrete gates that are drawn once per call; expected some")
+            raise ValueError(
+                f"model={type(model).__name__}: it has no hard concrete gates that are drawn once per call; expected "
+                "some"
+            )
         share_generator(ranks.unwrapped(model))
         self.gates: list[Gate] = list(together)
         self._others = [layer for layer in layers if layer.gate not in together]
@@ -67,7 +75,9 @@ class GateBank:
 
     @contextmanager
     def draw(self) -> Iterator[None]:
-        """One draw of all gates for every call of the model in the block, and the penalty that goes with it; in training mode."""
+        """One draw of all gates for every call of the model in the block, and the penalty that goes with it;
+        in training mode.
+        """
         if any(gate._banked is not None and gate._banked.value is not None for gate in self.gates):
             raise RuntimeError("draw() inside of draw(): expected one block for each step")
         try:
@@ -109,7 +119,9 @@ class _Group:
         return flat
 
     def _is_joined(self) -> bool:
-        """Whether every parameter is where it was put: not after a move to another device, or a load with ``assign=True``."""
+        """Whether every parameter is where it was put: not after a move to another device,
+        or a load with ``assign=True``.
+        """
         at, step = self._flat.data_ptr(), self._flat.element_size()
         for gate, size in zip(self._gates, self._sizes, strict=True):
             if gate.log_alpha.data_ptr() != at:
@@ -134,7 +146,9 @@ class _Group:
 
 
 def _costs(layers: list[GatedLayer], gates: list[Gate]) -> dict[Gate, Tensor]:
-    """How many parameters each gate switches off, (num_gates,): the gradient of the penalty, which is linear, by P(z != 0)."""
+    """How many parameters each gate switches off, (num_gates,): the gradient of the penalty, which is linear,
+    by P(z != 0).
+    """
     leaves = {gate: torch.ones(gate.num_gates, device=gate.device, requires_grad=True) for gate in gates}
     for gate, leaf in leaves.items():
         vars(gate)["open_probability"] = lambda leaf=leaf: leaf
@@ -144,4 +158,6 @@ def _costs(layers: list[GatedLayer], gates: list[Gate]) -> dict[Gate, Tensor]:
         for gate in gates:
             del vars(gate)["open_probability"]
     found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
-    return {gate: torch.zeros_like(leaf) if c is None else c for (gate, leaf), c in zip(leaves.items(), found, strict=True)}
+    return {
+        gate: torch.zeros_like(leaf) if c is None else c for (gate, leaf), c in zip(leaves.items(), found, strict=True)
+    }

@@ -1,4 +1,6 @@
-"""What every gated layer offers to penalties, summaries and compaction, and what all layers with a gated weight share."""
+"""What every gated layer offers to penalties, summaries and compaction,
+and what all layers with a gated weight share.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +70,10 @@ class GatedLayer:
         super().register_parameter(name, param)  # type: ignore[misc]
 
     def penalty(self, lam: float = 1.0, prior_precision: float = 0.0) -> Tensor:
-        """The layer's expected L0 penalty, a scalar; Louizos et al. 2018, eq. 9 and appendix A. See :func:`dampr.penalty`."""
+        """The layer's expected L0 penalty, a scalar; Louizos et al. 2018, eq. 9 and appendix A.
+
+        See :func:`dampr.penalty`.
+        """
         raise NotImplementedError
 
     def closed_channels(self) -> tuple[set[int], set[int]]:
@@ -76,7 +81,9 @@ class GatedLayer:
         raise NotImplementedError
 
     def channel_gates(self) -> Tensor | None:
-        """The gate of each output channel (of each input channel with granularity ``"input"``), int64; None where channels have none."""
+        """The gate of each output channel (of each input channel with granularity ``"input"``), int64;
+        None where channels have none.
+        """
         return torch.arange(self.gate.num_gates) if self.granularity in VECTOR_GRANULARITIES else None
 
     def to_dense(self) -> nn.Module:
@@ -85,9 +92,11 @@ class GatedLayer:
 
 
 class GatedWeight(GatedLayer):
-    """A layer with one weight (written, read / groups, *kernel) that is gated, and a bias: linear maps and convolutions.
+    """A layer with one weight (written, read / groups, *kernel) that is gated, and a bias:
+    linear maps and convolutions.
 
-    Mixed in before the ``torch.nn`` layer in ``_dense``. ``_arguments`` names what that layer's constructor takes and its instances keep.
+    Mixed in before the ``torch.nn`` layer in ``_dense``.
+    ``_arguments`` names what that layer's constructor takes and its instances keep.
     ``index``: of granularity ``"index"`` the gate of each weight, else None; it is no part of the ``state_dict``.
     """
 
@@ -101,7 +110,14 @@ class GatedWeight(GatedLayer):
 
     @classmethod
     def _gate_count(
-        cls, granularity: Any, per_sample: bool, written: int, read: int, groups: int = 1, kernel: Sequence[int] = (), gate: Any = None
+        cls,
+        granularity: Any,
+        per_sample: bool,
+        written: int,
+        read: int,
+        groups: int = 1,
+        kernel: Sequence[int] = (),
+        gate: Any = None,
     ) -> int:
         """How many gates a layer of these sizes has. Raises ValueError for a granularity that does not exist.
 
@@ -109,16 +125,24 @@ class GatedWeight(GatedLayer):
         """
         if isinstance(granularity, Tensor):
             if per_sample:
-                raise ValueError(f"per_sample=True with an index of gates: expected granularity {list(VECTOR_GRANULARITIES)} with it")
+                raise ValueError(
+                    f"per_sample=True with an index of gates: expected granularity {list(VECTOR_GRANULARITIES)} with it"
+                )
             least = gate.num_gates if isinstance(gate, Gate) else 0
             return max(least, _checks.gate_index("granularity", granularity, (written, read // groups, *kernel)))
         if per_sample and granularity not in VECTOR_GRANULARITIES:
-            raise ValueError(f"per_sample=True with granularity={granularity!r}: expected one of {list(VECTOR_GRANULARITIES)} with it")
+            raise ValueError(
+                f"per_sample=True with granularity={granularity!r}: expected one of {list(VECTOR_GRANULARITIES)} with "
+                "it"
+            )
         if isinstance(granularity, tuple):
             return _checks.block_count("granularity", granularity, written, read // groups)
         counts = {"output": written, "input": read, "weight": written * (read // groups) * math.prod(kernel)}
         if not isinstance(granularity, str) or granularity not in counts:
-            raise ValueError(f"granularity={granularity!r}: expected 'output', 'input', 'weight', a tuple (rows, cols) or an int64 tensor")
+            raise ValueError(
+                f"granularity={granularity!r}: expected 'output', 'input', 'weight', a tuple (rows, cols) or an int64 "
+                "tensor"
+            )
         return counts[granularity]
 
     def _set_granularity(self, granularity: Granularity | Tensor) -> None:
@@ -130,7 +154,9 @@ class GatedWeight(GatedLayer):
         nn.Module.register_buffer(cast(nn.Module, self), "index", index, persistent=False)
 
     def _gates_by_index(self) -> tuple[Tensor, Tensor | None, GateSpec]:
-        """What a fused op takes of gates by an index: for each weight the parameter or, where a draw is shared, the value."""
+        """What a fused op takes of gates by an index: for each weight the parameter or, where a draw is shared,
+        the value.
+        """
         assert self.index is not None
         if self.gate.spec.rule == SAMPLE:
             return self.gate()[self.index.flatten()], None, VALUE
@@ -138,14 +164,19 @@ class GatedWeight(GatedLayer):
         return parameter[self.index.flatten()], seed, spec
 
     @classmethod
-    def gates_for(cls, layer: Any, granularity: Granularity | Tensor, per_sample: bool = False, gate: Any = None) -> int:
+    def gates_for(
+        cls, layer: Any, granularity: Granularity | Tensor, per_sample: bool = False, gate: Any = None
+    ) -> int:
         """How many gates a dense ``layer`` would have. Raises ValueError for a granularity that does not exist."""
         groups, (written, read, *kernel) = getattr(layer, "groups", 1), layer.weight.shape
         return cls._gate_count(granularity, per_sample, written, read * groups, groups, kernel, gate)
 
     @classmethod
-    def _from_dense(cls, layer: nn.Module, gate: str | type[Gate] | Gate, granularity: Granularity | Tensor, per_sample: bool) -> Any:
-        """A gated layer with the very parameters of ``layer``; they are divided by fresh gates that are not 1, so what it computes stays.
+    def _from_dense(
+        cls, layer: nn.Module, gate: str | type[Gate] | Gate, granularity: Granularity | Tensor, per_sample: bool
+    ) -> Any:
+        """A gated layer with the very parameters of ``layer``; they are divided by fresh gates that are not 1,
+        so what it computes stays.
 
         Raises ValueError where one is 0.
         """
@@ -154,7 +185,9 @@ class GatedWeight(GatedLayer):
         return gated
 
     @classmethod
-    def _around(cls, layer: nn.Module, gate: str | type[Gate] | Gate, granularity: Granularity | Tensor, per_sample: bool) -> Any:
+    def _around(
+        cls, layer: nn.Module, gate: str | type[Gate] | Gate, granularity: Granularity | Tensor, per_sample: bool
+    ) -> Any:
         """:meth:`_from_dense` that leaves the parameters as they are.
 
         Built on the meta device: no second weight is allocated, and no random number is drawn.
@@ -166,7 +199,11 @@ class GatedWeight(GatedLayer):
         bias: Any = layer.bias
         count = cls.gates_for(layer, granularity, per_sample, gate)
         granularity = granularity.to(weight.device) if isinstance(granularity, Tensor) else granularity
-        how: dict[str, Any] = {"gate": make_gate(gate, count, weight.device), "granularity": granularity, "per_sample": per_sample}
+        how: dict[str, Any] = {
+            "gate": make_gate(gate, count, weight.device),
+            "granularity": granularity,
+            "per_sample": per_sample,
+        }
         build: Any = cls
         gated = build(**arguments, bias=bias is not None, device="meta", dtype=weight.dtype, **how)
         gated.weight, gated.bias = weight, bias
@@ -178,7 +215,10 @@ class GatedWeight(GatedLayer):
             return
         z = fresh_values(self.gate)
         if not bool((z != 0).all()):
-            raise ValueError(f"gate={type(self.gate).__name__}: a fresh gate of it is 0, so what the layer computes could not be kept")
+            raise ValueError(
+                f"gate={type(self.gate).__name__}: a fresh gate of it is 0, so what the layer computes could not be "
+                "kept"
+            )
         self.weight.data = (self.weight / self._spread(z)).to(self.weight.dtype)
         if self.bias is not None and self.granularity == "output":
             self.bias.data = (self.bias / z).to(self.bias.dtype)
@@ -199,10 +239,12 @@ class GatedWeight(GatedLayer):
         return plain
 
     def _open_range(self) -> slice | None:
-        """The open gates of a family that keeps them side by side (DAM), so that a view of the weight is all there is to multiply.
+        """The open gates of a family that keeps them side by side (DAM),
+        so that a view of the weight is all there is to multiply.
 
-        None where gates are no vector or a convolution has several groups, where all are open or none is, on a GPU, where
-        asking would wait for the device, and where operators are counted, traced or transformed: what counts is the whole layer.
+        None where gates are no vector or a convolution has several groups, where all are open or none is, on a GPU,
+        where asking would wait for the device, and where operators are counted, traced or transformed:
+        what counts is the whole layer.
         """
         find = self.gate.open_slice
         if find is None or self.granularity not in VECTOR_GRANULARITIES or self.groups != 1:
@@ -223,7 +265,11 @@ class GatedWeight(GatedLayer):
         if self.granularity == "weight":
             return values.view(self.weight.shape)
         if self.granularity == "input":
-            return values.view(self.groups, 1, read).expand(self.groups, written // self.groups, read).reshape(written, read, *ones)
+            return (
+                values.view(self.groups, 1, read)
+                .expand(self.groups, written // self.groups, read)
+                .reshape(written, read, *ones)
+            )
         assert isinstance(self.granularity, tuple)
         return expand_blocks(values, (written, read), self.granularity).reshape(written, read, *ones)
 
@@ -240,12 +286,20 @@ class GatedWeight(GatedLayer):
             return set(shut.nonzero().flatten().tolist()), set()
         if self.granularity == "input":
             return set(), set(shut.nonzero().flatten().tolist())
-        grid = self._spread(shut).expand(self.weight.shape).flatten(2).all(2) if self.weight.dim() > 2 else self._spread(shut)
+        grid = (
+            self._spread(shut).expand(self.weight.shape).flatten(2).all(2)
+            if self.weight.dim() > 2
+            else self._spread(shut)
+        )
         by_group = grid.view(self.groups, -1, grid.shape[1])  # (groups, written / groups, read / groups)
-        return set(grid.all(1).nonzero().flatten().tolist()), set(by_group.all(1).flatten().nonzero().flatten().tolist())
+        return set(grid.all(1).nonzero().flatten().tolist()), set(
+            by_group.all(1).flatten().nonzero().flatten().tolist()
+        )
 
     def group_size(self) -> float | Tensor:
-        """|g|: how many parameters a gate switches off, its bias included where the gate reaches it; (num_gates,) for blocks, an index."""
+        """|g|: how many parameters a gate switches off, its bias included where the gate reaches it;
+        (num_gates,) for blocks, an index.
+        """
         if self.index is not None:
             return torch.bincount(self.index.flatten(), minlength=self.gate.num_gates)
         written, read = self.weight.shape[:2]
@@ -282,15 +336,22 @@ class GatedWeight(GatedLayer):
 
 
 def fresh_values(gate: Gate) -> Tensor:
-    """The evaluation values of fresh gates by which parameters are to be divided; ValueError on the meta device, which has none."""
+    """The evaluation values of fresh gates by which parameters are to be divided; ValueError on the meta device,
+    which has none.
+    """
     z = gate.deterministic()
     if z.is_meta:
-        raise ValueError(f"gate={type(gate).__name__}: fresh gates are not 1, and parameters on the meta device cannot make up for them")
+        raise ValueError(
+            f"gate={type(gate).__name__}: fresh gates are not 1, and parameters on the meta device cannot make up for "
+            "them"
+        )
     return z
 
 
 def wide_dtype(t: Tensor) -> Tensor:
-    """At least float32, so that sums of squares of half-precision weights do not overflow; the whole of a sharded one."""
+    """At least float32, so that sums of squares of half-precision weights do not overflow;
+    the whole of a sharded one.
+    """
     if hasattr(t, "full_tensor"):
         t = t.full_tensor()
     return t.to(torch.promote_types(t.dtype, torch.float32))

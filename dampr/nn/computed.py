@@ -1,4 +1,6 @@
-"""Weights that are no parameters but computed from some: ``torch.nn.utils.parametrize``, ``weight_norm``, ``spectral_norm``, ``prune``."""
+"""Weights that are no parameters but computed from some: ``torch.nn.utils.parametrize``, ``weight_norm``,
+``spectral_norm``, ``prune``.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +18,26 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from dampr.gates.ranks import groups_in
 
-_WEIGHTS = ("weight", "bias", "in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias", "bias_k", "bias_v")
+_WEIGHTS = (
+    "weight",
+    "bias",
+    "in_proj_weight",
+    "q_proj_weight",
+    "k_proj_weight",
+    "v_proj_weight",
+    "in_proj_bias",
+    "bias_k",
+    "bias_v",
+)
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def computed(layer: nn.Module) -> str | None:
-    """The name of a weight of ``layer`` that is computed from other tensors, by a parametrization or before each call; None without one.
+    """The name of a weight of ``layer`` that is computed from other tensors, by a parametrization or before each call;
+    None without one.
 
-    The last projection counts as a part of its attention. No weight is read, which would move the vectors of a spectral norm.
+    The last projection counts as a part of its attention. No weight is read,
+    which would move the vectors of a spectral norm.
     """
     if parametrize.is_parametrized(layer):
         return next(iter(layer.parametrizations))  # type: ignore[arg-type, return-value]
@@ -40,7 +54,8 @@ def check_dense(layer: Any, kind: type[nn.Module]) -> None:
     name = computed(layer) if isinstance(layer, kind) else None
     if name is not None:
         raise TypeError(
-            f"layer={type(layer).__name__}: its {name} is computed from other tensors (parametrize, weight_norm, spectral_norm or prune), "
+            f"layer={type(layer).__name__}: its {name} is computed from other tensors (parametrize, weight_norm, "
+            "spectral_norm or prune), "
             "expected a plain nn.Parameter; make the gated layer, then wrap it"
         )
     if type(layer) is not kind:
@@ -48,7 +63,8 @@ def check_dense(layer: Any, kind: type[nn.Module]) -> None:
 
 
 def refresh(module: nn.Module) -> None:
-    """Compute again what hooks compute before a call, as it is after the last step or load, of ``module`` and all in it.
+    """Compute again what hooks compute before a call, as it is after the last step or load,
+    of ``module`` and all in it.
 
     A spectral norm's vectors stay as they are.
     """
@@ -62,8 +78,15 @@ def refresh(module: nn.Module) -> None:
 
 @contextmanager
 def at_rest(module: nn.Module) -> Iterator[None]:
-    """Computed weights are up to date, and to read one does not move the vectors of a spectral norm, in training neither."""
-    asleep = [part for layer in module.modules() if parametrize.is_parametrized(layer) for part in _parametrizations(layer).modules()]
+    """Computed weights are up to date, and to read one does not move the vectors of a spectral norm,
+    in training neither.
+    """
+    asleep = [
+        part
+        for layer in module.modules()
+        if parametrize.is_parametrized(layer)
+        for part in _parametrizations(layer).modules()
+    ]
     modes = [part.training for part in asleep]
     for part in asleep:
         part.training = False
@@ -101,7 +124,9 @@ def copied(module: Any) -> Any:
 
 
 def unwrap(module: nn.Module) -> None:
-    """Make plain parameters of the computed weights of ``module`` and all in it, in place, with the values that they have."""
+    """Make plain parameters of the computed weights of ``module`` and all in it, in place,
+    with the values that they have.
+    """
     with at_rest(module):
         for layer in module.modules():
             if parametrize.is_parametrized(layer):
@@ -117,9 +142,14 @@ def unwrap(module: nn.Module) -> None:
 
 @torch.no_grad()
 def _remove_parametrizations(layer: nn.Module) -> None:
-    """Unlike torch's own, which takes the weight from every copy of the layer too: the copies share the class that is changed."""
+    """Unlike torch's own, which takes the weight from every copy of the layer too:
+    the copies share the class that is changed.
+    """
     found = _parametrizations(layer)
-    values = {name: nn.Parameter(getattr(layer, name), any(p.requires_grad for p in own.parameters())) for name, own in found.items()}
+    values = {
+        name: nn.Parameter(getattr(layer, name), any(p.requires_grad for p in own.parameters()))
+        for name, own in found.items()
+    }
     del layer.parametrizations
     layer.__class__ = type(layer).__bases__[0]
     for name, value in values.items():

@@ -20,7 +20,16 @@ from .base import GatedWeight, Granularity
 class GatedConv(GatedWeight, _ConvNd):
     """What all have in common; see :class:`GatedConv2d`."""
 
-    _arguments = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+    _arguments = (
+        "in_channels",
+        "out_channels",
+        "kernel_size",
+        "stride",
+        "padding",
+        "dilation",
+        "groups",
+        "padding_mode",
+    )
     _function: Callable[..., Tensor]
 
     def __init__(
@@ -57,7 +66,9 @@ class GatedConv(GatedWeight, _ConvNd):
             dtype,
         )
         _checks.flag("per_sample", per_sample)
-        count = self._gate_count(granularity, per_sample, out_channels, in_channels, groups, self.weight.shape[2:], gate)
+        count = self._gate_count(
+            granularity, per_sample, out_channels, in_channels, groups, self.weight.shape[2:], gate
+        )
         self._set_granularity(granularity)
         self.per_sample = _checks.flag("per_sample", per_sample)
         self.gate = place_gate(gate, count, device, self.per_sample)
@@ -90,7 +101,9 @@ class GatedConv(GatedWeight, _ConvNd):
         if self.granularity == "input":
             x = x.narrow(-1 - dims, opened.start, opened.stop - opened.start)
             weight = self.weight[:, opened]
-            return self._function(x, weight, self.bias, self.stride, padding, self.dilation, input_gate=parameter, spec=spec)
+            return self._function(
+                x, weight, self.bias, self.stride, padding, self.dilation, input_gate=parameter, spec=spec
+            )
         weight, bias = self.weight[opened], None if self.bias is None else self.bias[opened]
         y = self._function(x, weight, bias, self.stride, padding, self.dilation, output_gate=parameter, spec=spec)
         return F.pad(y, (*[0] * (2 * dims), opened.start, self.out_channels - opened.stop))
@@ -104,7 +117,8 @@ class GatedConv(GatedWeight, _ConvNd):
         granularity: Granularity | Tensor = "output",
         per_sample: bool = False,
     ) -> Any:
-        """A gated layer with the very parameters of ``layer``, not copies. Raises TypeError unless its type is exactly the dense one.
+        """A gated layer with the very parameters of ``layer``, not copies.
+        Raises TypeError unless its type is exactly the dense one.
 
         Where fresh gates are not 1, the parameters are divided by them, so that the layer computes the same.
         """
@@ -120,15 +134,18 @@ class GatedConv2d(GatedConv, nn.Conv2d):
     Args:
         in_channels ... dtype: as in ``nn.Conv2d``, all of them, ``padding="same"`` and every ``padding_mode`` included.
         gate: a family's name, a :class:`dampr.gates.Gate` subclass, or an instance to share.
-        granularity: ``"output"`` (a gate per filter, its bias included), ``"input"`` (a gate per channel), ``"weight"`` (a gate per weight)
-            or ``(rows, cols)``: a gate for each ``rows`` filters times ``cols`` channels of a group, with all their kernel positions;
-            (1, 1) is a gate per kernel. Any other grouping: an int64 tensor of the shape of ``weight``, which gate each weight has.
+        granularity: ``"output"`` (a gate per filter, its bias included), ``"input"`` (a gate per channel), ``"weight"``
+            (a gate per weight) or ``(rows, cols)``: a gate for each ``rows`` filters times ``cols`` channels of a
+            group, with all their kernel positions; (1, 1) is a gate per kernel. Any other grouping: an int64 tensor of
+            the shape of ``weight``, which gate each weight has.
         per_sample: in training, one draw per image instead of one per call; ``"output"`` and ``"input"`` only.
 
-    Input (B, C, H, W) or (C, H, W); channels last in, channels last out. ``weight`` and ``bias`` come first in ``parameters()``; a dense
-    ``state_dict`` loads and leaves the gates as they are. A fresh layer equals the dense one in evaluation mode, to the bit.
+    Input (B, C, H, W) or (C, H, W); channels last in, channels last out. ``weight`` and ``bias`` come first in
+    ``parameters()``; a dense ``state_dict`` loads and leaves the gates as they are.
+    A fresh layer equals the dense one in evaluation mode, to the bit.
 
-    Put gates after a BatchNorm that follows (``dampr.convert`` does): a channel closed before it is not zero but a constant after it.
+    Put gates after a BatchNorm that follows (``dampr.convert`` does):
+    a channel closed before it is not zero but a constant after it.
 
     Raises: ValueError or TypeError that names the argument.
     """
@@ -138,14 +155,18 @@ class GatedConv2d(GatedConv, nn.Conv2d):
 
 
 class GatedConv1d(GatedConv, nn.Conv1d):
-    """``nn.Conv1d`` with learned gates; everything as in :class:`GatedConv2d`, in one dimension: (B, C, L) or (C, L)."""
+    """``nn.Conv1d`` with learned gates; everything as in :class:`GatedConv2d`, in one dimension: (B, C, L) or (C,
+    L).
+    """
 
     _dense = nn.Conv1d
     _function = staticmethod(functional.gated_conv1d)
 
 
 class GatedConv3d(GatedConv, nn.Conv3d):
-    """``nn.Conv3d`` with learned gates; everything as in :class:`GatedConv2d`, in three dimensions: (B, C, D, H, W) or (C, D, H, W)."""
+    """``nn.Conv3d`` with learned gates; everything as in :class:`GatedConv2d`, in three dimensions: (B, C, D, H,
+    W) or (C, D, H, W).
+    """
 
     _dense = nn.Conv3d
     _function = staticmethod(functional.gated_conv3d)

@@ -64,16 +64,25 @@ class GatedConvTranspose(GatedWeight, _ConvTransposeNd):
 
     @classmethod
     def gates_for(cls, layer: Any, granularity: Any, per_sample: bool = False, gate: Any = None) -> int:
-        """How many gates a dense ``layer`` would have. Raises ValueError for another granularity than "output" and "input"."""
+        """How many gates a dense ``layer`` would have.
+
+        Raises ValueError for another granularity than "output" and "input".
+        """
         _checks.one_of("granularity", granularity, VECTOR_GRANULARITIES)
         count: int = layer.out_channels if granularity == "output" else layer.in_channels
         return count
 
     @classmethod
     def from_dense(
-        cls, layer: Any, *, gate: str | type[Gate] | Gate = "hard_concrete", granularity: str = "output", per_sample: bool = False
+        cls,
+        layer: Any,
+        *,
+        gate: str | type[Gate] | Gate = "hard_concrete",
+        granularity: str = "output",
+        per_sample: bool = False,
     ) -> Any:
-        """A gated layer with the very parameters of ``layer``, not copies. Raises TypeError unless its type is exactly the dense one.
+        """A gated layer with the very parameters of ``layer``, not copies.
+        Raises TypeError unless its type is exactly the dense one.
 
         Where fresh gates are not 1, the parameters are divided by them, so that the layer computes the same.
         """
@@ -83,7 +92,9 @@ class GatedConvTranspose(GatedWeight, _ConvTransposeNd):
         dims = self.weight.dim() - 2
         x = _checks.tensor("input", input)
         if x.dim() not in (dims + 1, dims + 2):
-            raise ValueError(f"input.shape={tuple(x.shape)}: expected {dims + 2} dimensions, or {dims + 1} of one sample")
+            raise ValueError(
+                f"input.shape={tuple(x.shape)}: expected {dims + 2} dimensions, or {dims + 1} of one sample"
+            )
         x = self._gated(x) if self.granularity == "input" else x
         y: Tensor = self._dense.forward(self, x, output_size)
         return self._gated(y) if self.granularity == "output" else y
@@ -94,7 +105,9 @@ class GatedConvTranspose(GatedWeight, _ConvTransposeNd):
         batch = x if x.dim() == self.weight.dim() else x[None]
         per_sample = self.per_sample and seed is not None
         offset = self.gate.index_offset(batch.shape[0]) if per_sample and batch is x else 0
-        y = functional.gate_activations(batch, parameter, dim=1, seed=seed, per_sample=per_sample, spec=spec, index_offset=offset)
+        y = functional.gate_activations(
+            batch, parameter, dim=1, seed=seed, per_sample=per_sample, spec=spec, index_offset=offset
+        )
         return y if batch is x else y[0]
 
     def _spread(self, values: Tensor) -> Tensor:
@@ -103,7 +116,11 @@ class GatedConvTranspose(GatedWeight, _ConvTransposeNd):
         ones = [1] * len(kernel)
         if self.granularity == "input":
             return values.view(read, 1, *ones)
-        return values.view(self.groups, 1, written).expand(self.groups, read // self.groups, written).reshape(read, written, *ones)
+        return (
+            values.view(self.groups, 1, written)
+            .expand(self.groups, read // self.groups, written)
+            .reshape(read, written, *ones)
+        )
 
     def _collect(self, t: Tensor) -> Tensor:
         owner = self._spread(torch.arange(self.gate.num_gates, device=t.device)).expand(t.shape)
@@ -122,17 +139,19 @@ class GatedConvTranspose(GatedWeight, _ConvTransposeNd):
 
 
 class GatedConvTranspose2d(GatedConvTranspose, nn.ConvTranspose2d):
-    """``nn.ConvTranspose2d`` with learned gates: y = z * (conv_transpose(x, W) + b), or y = conv_transpose(x * z, W) + b.
+    """``nn.ConvTranspose2d`` with learned gates: y = z * (conv_transpose(x, W) + b), or y = conv_transpose(x * z,
+    W) + b.
 
     Args:
         in_channels ... dtype: as in ``nn.ConvTranspose2d``, all of them.
         gate: a family's name, a :class:`dampr.gates.Gate` subclass, or an instance to share.
-        granularity: ``"output"`` (a gate per written channel, its bias included) or ``"input"`` (a gate per read channel).
+        granularity: ``"output"`` (a gate per written channel,
+            its bias included) or ``"input"`` (a gate per read channel).
         per_sample: in training, one draw per image instead of one per call.
 
     Input (B, C, H, W) or (C, H, W). Gates are multiplied in one fused pass over the activations that have them.
-    ``weight`` and ``bias`` come first in ``parameters()``; a dense ``state_dict`` loads and leaves the gates as they are.
-    A fresh layer equals the dense one in evaluation mode, to the bit.
+    ``weight`` and ``bias`` come first in ``parameters()``; a dense ``state_dict`` loads and leaves the gates as they
+    are. A fresh layer equals the dense one in evaluation mode, to the bit.
 
     Raises: ValueError or TypeError that names the argument.
     """
@@ -141,12 +160,16 @@ class GatedConvTranspose2d(GatedConvTranspose, nn.ConvTranspose2d):
 
 
 class GatedConvTranspose1d(GatedConvTranspose, nn.ConvTranspose1d):
-    """``nn.ConvTranspose1d`` with learned gates; everything as in :class:`GatedConvTranspose2d`, in one dimension: (B, C, L) or (C, L)."""
+    """``nn.ConvTranspose1d`` with learned gates; everything as in :class:`GatedConvTranspose2d`, in one dimension: (B,
+    C, L) or (C, L).
+    """
 
     _dense = nn.ConvTranspose1d
 
 
 class GatedConvTranspose3d(GatedConvTranspose, nn.ConvTranspose3d):
-    """``nn.ConvTranspose3d`` with learned gates; everything as in :class:`GatedConvTranspose2d`, in three dimensions: (B, C, D, H, W)."""
+    """``nn.ConvTranspose3d`` with learned gates; everything as in :class:`GatedConvTranspose2d`, in three dimensions:
+    (B, C, D, H, W).
+    """
 
     _dense = nn.ConvTranspose3d

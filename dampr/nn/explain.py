@@ -22,7 +22,9 @@ from .rnn import GatedRecurrent
 
 @dataclass(frozen=True)
 class Explanation:
-    """The backend, the route through it (:mod:`dampr.ops.routes` says what each does), and the reason for each choice."""
+    """The backend, the route through it (:mod:`dampr.ops.routes` says what each does),
+    and the reason for each choice.
+    """
 
     backend: str
     backend_reason: str
@@ -80,7 +82,12 @@ def _of_slice(layer: GatedLinear | GatedConv, opened: slice, part: Explanation) 
 
 
 def _of_convolution(layer: GatedConv, x: Tensor, dtype: torch.dtype) -> Explanation:
-    drawn, granularity, weight, opened = layer.gate.spec.rule == SAMPLE, _granularity(layer), layer.weight, layer._open_range()
+    drawn, granularity, weight, opened = (
+        layer.gate.spec.rule == SAMPLE,
+        _granularity(layer),
+        layer.weight,
+        layer._open_range(),
+    )
     if opened is not None and granularity == "input":
         x, weight = x.narrow(1 - weight.dim(), opened.start, opened.stop - opened.start), weight[:, opened]
     elif opened is not None:
@@ -93,19 +100,36 @@ def _of_convolution(layer: GatedConv, x: Tensor, dtype: torch.dtype) -> Explanat
     return found if opened is None else _of_slice(layer, opened, found)
 
 
-def _of_others(layer: GatedRecurrent | Gate | GatedEmbedding | GatedMultiheadAttention | GatedResidual) -> tuple[str, str]:
+def _of_others(
+    layer: GatedRecurrent | Gate | GatedEmbedding | GatedMultiheadAttention | GatedResidual,
+) -> tuple[str, str]:
     if isinstance(layer, GatedRecurrent):
         where = "rows of the projection" if layer.proj_size else "columns that read the state, and into the output"
         return "fold", f"gates are drawn once and multiplied into the {where}; the vendor's recurrent kernel runs"
     if isinstance(layer, GatedMultiheadAttention):
         if layer.per_sample and layer.gate.spec.rule == SAMPLE:
-            return "passes", "every sample has gates of its own, which multiply what its heads say before the last projection"
-        return "fold", "gates are multiplied into the columns of out_proj that read their heads; torch's own attention runs"
+            return (
+                "passes",
+                "every sample has gates of its own, which multiply what its heads say before the last projection",
+            )
+        return (
+            "fold",
+            "gates are multiplied into the columns of out_proj that read their heads; torch's own attention runs",
+        )
     if isinstance(layer, GatedResidual):
-        return "branch", "one multiply-add with the branch, or no branch where the gate is closed and known to be without waiting for it"
+        return (
+            "branch",
+            "one multiply-add with the branch, or no branch where the gate is closed and known to be without waiting "
+            "for it",
+        )
     if isinstance(layer, GatedEmbedding):
         return "passes", "gates multiply the rows that were looked up"
-    return "passes", "gates are drawn in the pass that multiplies" if layer.index is None else "a gate is looked up for each element"
+    return (
+        "passes",
+        "gates are drawn in the pass that multiplies"
+        if layer.index is None
+        else "a gate is looked up for each element",
+    )
 
 
 def _of_norm(layer: GatedNorm, x: Tensor, dtype: torch.dtype) -> Explanation:
@@ -113,7 +137,11 @@ def _of_norm(layer: GatedNorm, x: Tensor, dtype: torch.dtype) -> Explanation:
     activation = getattr(layer, "activation", None)
     behind = " and the ReLU" if activation else ""
     if layer.per_sample and layer.gate.spec.rule == SAMPLE:
-        how = "a pass over the activations after the norm" if isinstance(layer, GatedLayerNorm) else f"one pass with the norm{behind}"
+        how = (
+            "a pass over the activations after the norm"
+            if isinstance(layer, GatedLayerNorm)
+            else f"one pass with the norm{behind}"
+        )
         return Explanation(backend, reason, "passes", f"every sample has gates of its own: {how}")
     if (
         isinstance(layer, GatedBatchNorm)
@@ -121,9 +149,17 @@ def _of_norm(layer: GatedNorm, x: Tensor, dtype: torch.dtype) -> Explanation:
         and ops.has_whole_norms(x.device, dtype, False)
         and layer._fits(x, layer.gate.parameter)
     ):
-        return Explanation(backend, reason, "passes", f"norm, gates{behind} in one pass each way, faster here than torch's own")
-    counted = ", on an input in which closed elements hold the mean of the open ones" if getattr(layer, "statistics", "") == "open" else ""
-    return Explanation(backend, reason, "fold", f"gates are multiplied into gain and bias, and the vendor norm runs{counted}")
+        return Explanation(
+            backend, reason, "passes", f"norm, gates{behind} in one pass each way, faster here than torch's own"
+        )
+    counted = (
+        ", on an input in which closed elements hold the mean of the open ones"
+        if getattr(layer, "statistics", "") == "open"
+        else ""
+    )
+    return Explanation(
+        backend, reason, "fold", f"gates are multiplied into gain and bias, and the vendor norm runs{counted}"
+    )
 
 
 def route_of(
@@ -137,4 +173,6 @@ def route_of(
     """The same for x (M, K) and a weight (N, K), ``shape`` = (M, K, N), without a layer."""
     m, k, n = shape
     backend, reason = ops.choose(device, dtype)
-    return Explanation(backend, reason, *ops.select(device, dtype).route(m, n, k, dtype, granularity, per_sample, device, drawn))
+    return Explanation(
+        backend, reason, *ops.select(device, dtype).route(m, n, k, dtype, granularity, per_sample, device, drawn)
+    )

@@ -1,4 +1,6 @@
-"""Gate, GatedResidual and GatedEmbedding: gates on any dimension of an activation, on a whole branch, on a table of embeddings."""
+"""Gate, GatedResidual and GatedEmbedding: gates on any dimension of an activation, on a whole branch,
+on a table of embeddings.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,8 @@ FLAT_AT_ZERO = (HARD_CONCRETE, RAMP)  # families whose derivative is 0 where the
 
 
 class Scale(nn.Module):
-    """y = x * scale along dimension ``dim``: what is left of a :class:`Gate` when it is compacted and its values are not all 1.
+    """y = x * scale along dimension ``dim``: what is left of a :class:`Gate` when it is
+    compacted and its values are not all 1.
 
     ``scale`` is a buffer, (x.shape[dim],).
     """
@@ -59,13 +62,15 @@ class Gate(GatedLayer, nn.Module):
         dim: the dimension of the input that has the gates; negative counts from the end.
         gate: a family's name, a :class:`dampr.gates.Gate` subclass, or an instance to share.
         per_sample: in training, one draw for each index of the first dimension of the input instead of one per call.
-        index: which gate each element of the dimension has, int64, (x.shape[dim],), values in [0, num_gates): any grouping. None: its own.
+        index: which gate each element of the dimension has, int64, (x.shape[dim],), values in [0, num_gates):
+            any grouping. None: its own.
         device: where the gates live.
 
-    ``weights_per_gate`` is what closing one element of the dimension saves, for the penalty; 1 unless set. A gate of several elements
-    counts for all of them.
+    ``weights_per_gate`` is what closing one element of the dimension saves, for the penalty; 1 unless set. A gate of
+    several elements counts for all of them.
 
-    Not to be confused with :class:`dampr.gates.Gate`, the interface of the families: an instance of that is this layer's ``gate``.
+    Not to be confused with :class:`dampr.gates.Gate`, the interface of the families:
+    an instance of that is this layer's ``gate``.
 
     Raises: ValueError or TypeError that names the argument.
 
@@ -154,13 +159,19 @@ class Gate(GatedLayer, nn.Module):
 
 def _check_index(index: Any, num_gates: int) -> None:
     if _checks.tensor("index", index).dtype != torch.int64 or index.dim() != 1:
-        raise ValueError(f"index: got {index.dtype} of shape {tuple(index.shape)}, expected int64 of shape (x.shape[dim],)")
+        raise ValueError(
+            f"index: got {index.dtype} of shape {tuple(index.shape)}, expected int64 of shape (x.shape[dim],)"
+        )
     if index.numel() and not index.is_meta and not 0 <= int(index.min()) <= int(index.max()) < num_gates:
-        raise ValueError(f"index: its values are in [{int(index.min())}, {int(index.max())}], expected [0, {num_gates}), the gates")
+        raise ValueError(
+            f"index: its values are in [{int(index.min())}, {int(index.max())}], expected [0, {num_gates}), the gates"
+        )
 
 
 class Residual(nn.Module):
-    """y = x + scale * branch(x), the plain form of :class:`GatedResidual`; ``scale`` is a buffer of one element, or None for 1."""
+    """y = x + scale * branch(x), the plain form of :class:`GatedResidual`; ``scale`` is a buffer of one element,
+    or None for 1.
+    """
 
     scale: Tensor | None
 
@@ -183,11 +194,11 @@ class GatedResidual(GatedLayer, nn.Module):
         per_sample: in training, one draw for each index of the first dimension of the input instead of one per call.
         device: where the gate lives; None: where the parameters of ``branch`` do.
 
-    A closed branch is not run: in evaluation never (the output is then ``x`` itself), and in training, on the CPU, when the draw is 0 and
-    the family's gradient there is 0 too (hard concrete, ramps). Parameters of a branch that was not run get no gradient in that step (under
-    DistributedDataParallel, which waits for one, zeros), and its BatchNorms see no batch. Where several ranks draw per sample outside of
-    such a wrapper, every branch is run, because the ranks have to agree. On a GPU the draw is not waited for, and under ``torch.compile``
-    and ``torch.func`` no branch is left out.
+    A closed branch is not run: in evaluation never (the output is then ``x`` itself), and in training, on the CPU, when
+    the draw is 0 and the family's gradient there is 0 too (hard concrete, ramps). Parameters of a branch that was not
+    run get no gradient in that step (under DistributedDataParallel, which waits for one, zeros), and its BatchNorms see
+    no batch. Where several ranks draw per sample outside of such a wrapper, every branch is run, because the ranks have
+    to agree. On a GPU the draw is not waited for, and under ``torch.compile`` and ``torch.func`` no branch is left out.
 
     The penalty counts the parameters of the branch (those of gates inside excepted).
 
@@ -245,9 +256,9 @@ class GatedResidual(GatedLayer, nn.Module):
     def to_dense(self) -> nn.Module:
         """``nn.Identity`` when the branch is closed, else :class:`Residual`: x + F(x), with a copy of the branch.
 
-        A gate that is not 1 goes into the weight and bias of the linear, convolution or norm layer that ends the branch (the last of a
-        ``Sequential``, or the branch itself); where there is none, it stays as the constant ``scale``. Gated layers inside the branch
-        become plain as well.
+        A gate that is not 1 goes into the weight and bias of the linear, convolution or norm layer that ends the branch
+        (the last of a ``Sequential``, or the branch itself); where there is none, it stays as the constant ``scale``.
+        Gated layers inside the branch become plain as well.
         """
         plain = self.without_gate()
         for name, module in reversed(list(plain.named_modules())):
@@ -280,8 +291,8 @@ def gated_sum(
 ) -> Tensor:
     """x + z branch(), of which :class:`GatedResidual` says when the branch is not run.
 
-    ``gate`` holds one gate. In training, each index of dimension ``sample_dim`` of ``x`` has a draw of its own; None: there is one draw.
-    ``owner`` has the parameters of the branch.
+    ``gate`` holds one gate. In training, each index of dimension ``sample_dim`` of ``x`` has a draw of its own; None:
+    there is one draw. ``owner`` has the parameters of the branch.
     """
     seen = not torch.compiler.is_compiling() and not is_transformed()  # whether Python may look at a value
     if not training and seen and not bool(gate.is_open()):
@@ -295,7 +306,11 @@ def gated_sum(
     may_skip = may_skip and (reduced or sample_dim is None or not ranks.several())
     if training and may_skip and not bool(z.detach().any()):
         y = (x + z).to(x.dtype)  # z is 0: a tensor of its own, and the graph of the gate stays connected
-        idle = [p for p in owner.parameters() if p.requires_grad] if reduced and owner is not None and y.requires_grad else []
+        idle = (
+            [p for p in owner.parameters() if p.requires_grad]
+            if reduced and owner is not None and y.requires_grad
+            else []
+        )
         return _WithIdle.apply(y, *idle) if idle else y
     return _add(x, branch(), z)
 
@@ -334,7 +349,9 @@ def _add(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
 
 
 def _scale_last(branch: nn.Module, z: Tensor) -> bool:
-    """Multiply the layer that ends ``branch`` by ``z``; False, and nothing changed, where it ends in none or that one is used twice."""
+    """Multiply the layer that ends ``branch`` by ``z``; False, and nothing changed,
+    where it ends in none or that one is used twice.
+    """
     last = branch
     while isinstance(last, nn.Sequential) and len(last):
         last = last[-1]
@@ -355,12 +372,13 @@ class GatedEmbedding(GatedLayer, nn.Embedding):
     Args:
         num_embeddings ... dtype: as in ``nn.Embedding``.
         gate: a family's name, a :class:`dampr.gates.Gate` subclass, or an instance to share.
-        granularity: ``"output"``, a gate per column of the table, or ``"input"``, a gate per row: a closed row makes zeros of its word.
+        granularity: ``"output"``, a gate per column of the table, or ``"input"``, a gate per row:
+            a closed row makes zeros of its word.
         per_sample: in training, one draw for each index of the first dimension of the input instead of one per call.
 
-    Gates multiply the rows that were looked up, never the table, so that a step costs what its words cost and ``sparse=True`` works.
-    ``weight`` comes first in ``parameters()``; a dense ``state_dict`` loads and leaves the gates as they are. A fresh layer equals the
-    dense one in evaluation mode, to the bit.
+    Gates multiply the rows that were looked up, never the table, so that a step costs what its words cost and
+    ``sparse=True`` works. ``weight`` comes first in ``parameters()``; a dense ``state_dict`` loads and leaves the gates
+    as they are. A fresh layer equals the dense one in evaluation mode, to the bit.
 
     Raises: ValueError or TypeError that names the argument.
     """
@@ -435,10 +453,11 @@ class GatedEmbedding(GatedLayer, nn.Embedding):
         granularity: str = "output",
         per_sample: bool = False,
     ) -> GatedEmbedding:
-        """A gated layer with the very parameter of ``layer``, not a copy. Raises TypeError unless its type is exactly ``nn.Embedding``.
+        """A gated layer with the very parameter of ``layer``, not a copy.
+        Raises TypeError unless its type is exactly ``nn.Embedding``.
 
-        Where fresh gates are not 1, the table is divided by them, so that the layer computes the same; ValueError where one is 0, or where
-        ``max_norm`` would undo it.
+        Where fresh gates are not 1, the table is divided by them, so that the layer computes the same; ValueError where
+        one is 0, or where ``max_norm`` would undo it.
         """
         check_dense(layer, nn.Embedding)
         _checks.one_of("granularity", granularity, VECTOR_GRANULARITIES)
@@ -451,7 +470,10 @@ class GatedEmbedding(GatedLayer, nn.Embedding):
             z = fresh_values(own).detach()
             if layer.max_norm is not None or not bool((z != 0).all()):
                 why = "max_norm would undo it" if layer.max_norm is not None else "some are 0"
-                raise ValueError(f"gate={type(own).__name__}: fresh gates are not 1, and the table cannot make up for it, because {why}")
+                raise ValueError(
+                    f"gate={type(own).__name__}: fresh gates are not 1, and the table cannot make up for it, because "
+                    f"{why}"
+                )
             gated.weight.data = (gated.weight.detach() / gated._spread(z)).to(gated.weight.dtype)
         return gated
 

@@ -21,15 +21,18 @@ class GatedLinear(GatedWeight, nn.Linear):
     Args:
         in_features, out_features, bias, device, dtype: as in ``nn.Linear``.
         gate: a family's name, a :class:`dampr.gates.Gate` subclass, or an instance to share.
-        granularity: ``"output"`` (a gate per row of ``weight``, its bias included), ``"input"`` (a gate per column), ``"weight"`` (a gate
-            per weight) or ``(rows, cols)`` (a gate per block, in row-major order; partial blocks at the edges have gates too). Any other
-            grouping: an int64 tensor of the shape of ``weight``, which gate each weight has; the attribute is then ``"index"``.
-        per_sample: in training, one draw per row of the input flattened to (rows, in_features) instead of one per call; ``"output"`` and
-            ``"input"`` only.
+        granularity: ``"output"`` (a gate per row of ``weight``, its bias included), ``"input"`` (a gate per column),
+            ``"weight"`` (a gate per weight) or ``(rows, cols)`` (a gate per block, in row-major order; partial blocks
+            at the edges have gates too). Any other
+            grouping: an int64 tensor of the shape of ``weight``, which gate each weight has;
+                the attribute is then ``"index"``.
+        per_sample: in training, one draw per row of the input flattened to (rows, in_features) instead of one per call;
+            ``"output"`` and ``"input"`` only.
 
-    Input (..., in_features), output (..., out_features). ``weight`` and ``bias`` come first in ``parameters()``; a dense ``state_dict``
-    loads and leaves the gates as they are. A fresh layer equals the dense one in evaluation mode, to the bit (for an input of three or
-    more dimensions that is not contiguous: to rounding, because ``nn.Linear`` then adds the bias in a step of its own).
+    Input (..., in_features), output (..., out_features). ``weight`` and ``bias`` come first in ``parameters()``; a
+    dense ``state_dict`` loads and leaves the gates as they are. A fresh layer equals the dense one in evaluation mode,
+    to the bit (for an input of three or more dimensions that is not contiguous: to rounding, because ``nn.Linear`` then
+    adds the bias in a step of its own).
 
     Raises: ValueError or TypeError that names the argument.
     """
@@ -83,7 +86,9 @@ class GatedLinear(GatedWeight, nn.Linear):
     def _on_slice(self, x: Tensor, parameter: Tensor, spec: GateSpec, opened: slice) -> Tensor:
         """The layer on the rows, or on the columns, of the weight whose gates are open."""
         if self.granularity == "input":
-            return functional.gated_linear(x[..., opened], self.weight[:, opened], self.bias, input_gate=parameter, spec=spec)
+            return functional.gated_linear(
+                x[..., opened], self.weight[:, opened], self.bias, input_gate=parameter, spec=spec
+            )
         bias = None if self.bias is None else self.bias[opened]
         y = functional.gated_linear(x, self.weight[opened], bias, output_gate=parameter, spec=spec)
         return nn.functional.pad(y, (opened.start, self.out_features - opened.stop))
@@ -97,7 +102,8 @@ class GatedLinear(GatedWeight, nn.Linear):
         granularity: Granularity | Tensor = "output",
         per_sample: bool = False,
     ) -> GatedLinear:
-        """A gated layer with the very parameters of ``layer``, not copies. Raises TypeError unless its type is exactly ``nn.Linear``.
+        """A gated layer with the very parameters of ``layer``, not copies.
+        Raises TypeError unless its type is exactly ``nn.Linear``.
 
         Where fresh gates are not 1, the parameters are divided by them, so that the layer computes the same.
         """

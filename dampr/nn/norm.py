@@ -1,4 +1,6 @@
-"""GatedBatchNorm1d to 3d and GatedLayerNorm: gates after a norm, in its gain and bias or, per sample, in one pass with it."""
+"""GatedBatchNorm1d to 3d and GatedLayerNorm: gates after a norm, in its gain and bias or, per sample,
+in one pass with it.
+"""
 
 from __future__ import annotations
 
@@ -39,8 +41,8 @@ def norms_with(gate: Gate) -> list[Any]:
 class GatedNorm(GatedLayer):
     """A norm with a gate for each channel, mixed in before the ``torch.nn`` layer in ``_dense``: y = z * norm(x).
 
-    ``weights_per_gate`` is what closing a gate saves, for the penalty: its own gain and bias and, where :func:`dampr.convert` moved the
-    gate of a layer in front into the norm, the parameters of that layer's channel.
+    ``weights_per_gate`` is what closing a gate saves, for the penalty: its own gain and bias and, where
+    :func:`dampr.convert` moved the gate of a layer in front into the norm, the parameters of that layer's channel.
     """
 
     weight: Any
@@ -64,7 +66,9 @@ class GatedNorm(GatedLayer):
     def _count_weights(self) -> None:
         self.weights_per_gate = float((self.weight is not None) + (self.bias is not None))
 
-    def _normed(self, x: Tensor, norm: ops.BatchNorm | ops.LayerNorm, parameter: Tensor, seed: Tensor | None, spec: GateSpec) -> Tensor:
+    def _normed(
+        self, x: Tensor, norm: ops.BatchNorm | ops.LayerNorm, parameter: Tensor, seed: Tensor | None, spec: GateSpec
+    ) -> Tensor:
         """norm(x) with these gates, one draw for all samples, in gain and bias."""
         weight = self.weight
         if weight is None:
@@ -85,12 +89,14 @@ class GatedNorm(GatedLayer):
         return count
 
     @classmethod
-    def from_dense(cls, layer: Any, *, gate: str | type[Gate] | Gate = "hard_concrete", per_sample: bool = False) -> Any:
-        """A gated norm with the very parameters and statistics of ``layer``, not copies. Raises TypeError unless its type is exactly the
-        dense one.
+    def from_dense(
+        cls, layer: Any, *, gate: str | type[Gate] | Gate = "hard_concrete", per_sample: bool = False
+    ) -> Any:
+        """A gated norm with the very parameters and statistics of ``layer``, not copies. Raises TypeError unless its
+        type is exactly the dense one.
 
-        Where fresh gates are not 1, gain and bias are divided by them, so that the layer computes the same; a norm without gain and bias
-        has nothing to divide, and ValueError is raised.
+        Where fresh gates are not 1, gain and bias are divided by them, so that the layer computes the same; a norm
+        without gain and bias has nothing to divide, and ValueError is raised.
         """
         check_dense(layer, cls._dense)
         build: Any = cls
@@ -98,7 +104,9 @@ class GatedNorm(GatedLayer):
         if not isinstance(gate, Gate):
             count = math.prod(getattr(layer, "normalized_shape", None) or (layer.num_features,))
             gate = make_gate(gate, count, device)
-        gated = build(**{name: getattr(layer, name) for name in cls._arguments}, device="meta", gate=gate, per_sample=per_sample)
+        gated = build(
+            **{name: getattr(layer, name) for name in cls._arguments}, device="meta", gate=gate, per_sample=per_sample
+        )
         gated._parameters.update(layer._parameters)
         gated._buffers.update(layer._buffers)
         gated._count_weights()  # a LayerNorm may have a gain and no bias
@@ -112,7 +120,9 @@ class GatedNorm(GatedLayer):
             return
         z = fresh_values(self.gate)
         if self.weight is None or not bool((z != 0).all()):
-            raise ValueError(f"gate={type(self.gate).__name__}: fresh gates are not 1, and this norm has no gain to make up for it")
+            raise ValueError(
+                f"gate={type(self.gate).__name__}: fresh gates are not 1, and this norm has no gain to make up for it"
+            )
         self.weight.data = (self.weight / z.view(self.weight.shape)).to(self.weight.dtype)
         if self.bias is not None:
             self.bias.data = (self.bias / z.view(self.bias.shape)).to(self.bias.dtype)
@@ -120,13 +130,16 @@ class GatedNorm(GatedLayer):
     @torch.no_grad()
     @settled
     def to_dense(self) -> nn.Module:
-        """The plain norm that computes what this one computes in evaluation mode, with copies of its parameters and statistics.
+        """The plain norm that computes what this one computes in evaluation mode,
+        with copies of its parameters and statistics.
 
         A norm without gain gets one, for the gates to be in.
         """
         arguments = {name: getattr(self, name) for name in self._arguments}
         arguments |= {name: True for name in ("affine", "elementwise_affine") if name in arguments}
-        like = next((t for t in (self.weight, *self._own_buffers().values()) if t is not None and t.is_floating_point()), None)
+        like = next(
+            (t for t in (self.weight, *self._own_buffers().values()) if t is not None and t.is_floating_point()), None
+        )
         dense: Any = self._dense(**arguments, device="meta", dtype=None if like is None else like.dtype)
         z = self.gate.deterministic().view(self._gain_shape())
         wants_grad = self.weight is None or self.weight.requires_grad
@@ -164,7 +177,8 @@ class GatedNorm(GatedLayer):
 
 
 class TakenReLU(nn.ReLU):
-    """``nn.ReLU`` behind a batch norm that has taken it in: hands on what the norm has rectified, and rectifies everything else.
+    """``nn.ReLU`` behind a batch norm that has taken it in: hands on what the norm has rectified,
+    and rectifies everything else.
 
     :func:`dampr.convert` puts it in the place of an ``nn.ReLU``, :func:`dampr.compact` takes it out again.
     """
@@ -209,20 +223,25 @@ class GatedBatchNorm(GatedNorm, _BatchNorm):
         per_sample: bool = False,
         activation: str | None = None,
     ) -> Any:
-        """As for every gated norm; ``activation="relu"`` takes in the ReLU that follows ``layer``, which the caller then leaves out."""
+        """As for every gated norm; ``activation="relu"`` takes in the ReLU that follows ``layer``,
+        which the caller then leaves out.
+        """
         _checks.one_of("activation", activation, ACTIVATIONS)
         gated = super().from_dense(layer, gate=gate, per_sample=per_sample)
         gated.activation = activation
         return gated
 
     def to_dense(self) -> nn.Module:
-        """The plain norm that computes what this one computes in evaluation mode, with copies of its parameters and statistics.
+        """The plain norm that computes what this one computes in evaluation mode,
+        with copies of its parameters and statistics.
 
-        A norm without gain gets one, for the gates to be in. With an activation of its own: ``nn.Sequential`` of the plain norm and
-        ``nn.ReLU``.
+        A norm without gain gets one, for the gates to be in. With an activation of its own: ``nn.Sequential`` of the
+        plain norm and ``nn.ReLU``.
         """
         dense = super().to_dense()
-        return dense if self.activation is None or self.followed else nn.Sequential(dense, nn.ReLU()).train(self.training)
+        return (
+            dense if self.activation is None or self.followed else nn.Sequential(dense, nn.ReLU()).train(self.training)
+        )
 
     def _gain_shape(self) -> tuple[int, ...]:
         return (self.num_features,)
@@ -239,7 +258,9 @@ class GatedBatchNorm(GatedNorm, _BatchNorm):
             y._dampr_rectified = y._version  # type: ignore[attr-defined]  # as it is now: what is changed in place is rectified again
         return y
 
-    def _gated(self, x: Tensor, parameter: Tensor, seed: Tensor | None, spec: GateSpec, activation: str | None) -> Tensor:
+    def _gated(
+        self, x: Tensor, parameter: Tensor, seed: Tensor | None, spec: GateSpec, activation: str | None
+    ) -> Tensor:
         """act(z batch_norm(x)), in one pass where that is to be had."""
         offset = self.gate.index_offset(x.shape[0]) if self.per_sample and seed is not None else 0
         y = None
@@ -256,7 +277,9 @@ class GatedBatchNorm(GatedNorm, _BatchNorm):
         return None, None, self.num_batches_tracked
 
     def _fits(self, x: Tensor, parameter: Tensor) -> bool:
-        """Whether torch's own function would have nothing to refuse or to convert, so that a call may go straight to the pass."""
+        """Whether torch's own function would have nothing to refuse or to convert,
+        so that a call may go straight to the pass.
+        """
         weight, bias = self.weight, self.bias
         shape, wide, momentum = parameter.shape, parameter.dtype, self.momentum
         return (
@@ -270,7 +293,13 @@ class GatedBatchNorm(GatedNorm, _BatchNorm):
         )
 
     def _step_by_step(
-        self, x: Tensor, parameter: Tensor, seed: Tensor | None, spec: GateSpec, activation: str | None, index_offset: int
+        self,
+        x: Tensor,
+        parameter: Tensor,
+        seed: Tensor | None,
+        spec: GateSpec,
+        activation: str | None,
+        index_offset: int,
     ) -> Tensor:
         momentum = 0.0 if self.momentum is None else self.momentum
         if self.training and self.num_batches_tracked is not None:
@@ -310,20 +339,23 @@ class GatedBatchNorm(GatedNorm, _BatchNorm):
 
 
 class GatedBatchNorm2d(GatedBatchNorm, nn.BatchNorm2d):
-    """``nn.BatchNorm2d`` with learned gates on its output channels: y = z * batch_norm(x), the gates folded into gain and bias.
+    """``nn.BatchNorm2d`` with learned gates on its output channels: y = z * batch_norm(x),
+    the gates folded into gain and bias.
 
-    This is where the gates of a convolution's filters belong: a channel closed here is exactly zero for whatever reads it, and can be cut
-    out together with the filter in front. Closed before the norm, it would be a constant that differs at padded borders.
+    This is where the gates of a convolution's filters belong: a channel closed here is exactly zero for whatever reads
+    it, and can be cut out together with the filter in front. Closed before the norm,
+    it would be a constant that differs at padded borders.
 
     Args:
         num_features ... dtype: as in ``nn.BatchNorm2d``.
         gate: a family's name, a :class:`dampr.gates.Gate` subclass, or an instance to share.
-        per_sample: in training, one draw per image instead of one per call (the placement of Dep-L0: convolution, norm, gate, ReLU).
-            Norm, gates and activation are then one pass, and nothing of the size of the input is kept but the input.
+        per_sample: in training, one draw per image instead of one per call (the placement of Dep-L0: convolution, norm,
+            gate, ReLU). Norm, gates and activation are then one pass,
+            and nothing of the size of the input is kept but the input.
         activation: "relu" to take in the ReLU that follows, or None.
 
-    ``weight`` and ``bias`` come first in ``parameters()``; a dense ``state_dict`` loads and leaves the gates as they are. A fresh layer
-    equals the dense one in evaluation mode, to the bit.
+    ``weight`` and ``bias`` come first in ``parameters()``; a dense ``state_dict`` loads and leaves the gates as they
+    are. A fresh layer equals the dense one in evaluation mode, to the bit.
 
     Raises: ValueError or TypeError that names the argument.
     """
@@ -332,13 +364,17 @@ class GatedBatchNorm2d(GatedBatchNorm, nn.BatchNorm2d):
 
 
 class GatedBatchNorm1d(GatedBatchNorm, nn.BatchNorm1d):
-    """``nn.BatchNorm1d`` with learned gates on its output channels; everything as in :class:`GatedBatchNorm2d`, for (B, C) or (B, C, L)."""
+    """``nn.BatchNorm1d`` with learned gates on its output channels; everything as in :class:`GatedBatchNorm2d`,
+    for (B, C) or (B, C, L).
+    """
 
     _dense = nn.BatchNorm1d
 
 
 class GatedBatchNorm3d(GatedBatchNorm, nn.BatchNorm3d):
-    """``nn.BatchNorm3d`` with learned gates on its output channels; everything as in :class:`GatedBatchNorm2d`, for (B, C, D, H, W)."""
+    """``nn.BatchNorm3d`` with learned gates on its output channels; everything as in :class:`GatedBatchNorm2d`,
+    for (B, C, D, H, W).
+    """
 
     _dense = nn.BatchNorm3d
 
@@ -351,14 +387,15 @@ class GatedLayerNorm(GatedNorm, nn.LayerNorm):
         gate: a family's name, a :class:`dampr.gates.Gate` subclass, or an instance to share; a gate for each element of
             ``normalized_shape``.
         per_sample: in training, one draw for each index of the first dimension of the input instead of one per call.
-        statistics: "all": mean and variance see every element that comes in. "open": only those whose gate of this call is not exactly 0,
-            so that the layer computes what a plain ``nn.LayerNorm`` of these alone computes, and closed elements can be cut. Not with
-            ``per_sample``.
+        statistics: "all": mean and variance see every element that comes in. "open": only those whose gate of this call
+            is not exactly 0, so that the layer computes what a plain ``nn.LayerNorm`` of these alone computes, and
+            closed elements can be cut. Not with ``per_sample``.
 
-    Closed gates make zeros of what comes after; with statistics of the open ones nothing depends on what comes in there, as long as it is
-    finite. Gates get their gradient through gain and bias; which elements count is a step of the gates, whose gradient is 0. "open" takes
-    three more passes over the input, waits for no device, and keeps for the backward what it hands to ``F.layer_norm`` where the plain
-    layer keeps its input. Equal to the plain layer to the bit while every gate is 1.
+    Closed gates make zeros of what comes after; with statistics of the open ones nothing depends on what comes in
+    there, as long as it is finite. Gates get their gradient through gain and bias; which elements count is a step of
+    the gates, whose gradient is 0. "open" takes three more passes over the input, waits for no device, and keeps for
+    the backward what it hands to ``F.layer_norm`` where the plain layer keeps its input.
+    Equal to the plain layer to the bit while every gate is 1.
 
     Raises: ValueError or TypeError that names the argument.
     """
@@ -386,7 +423,12 @@ class GatedLayerNorm(GatedNorm, nn.LayerNorm):
 
     @classmethod
     def from_dense(
-        cls, layer: Any, *, gate: str | type[Gate] | Gate = "hard_concrete", per_sample: bool = False, statistics: str = "all"
+        cls,
+        layer: Any,
+        *,
+        gate: str | type[Gate] | Gate = "hard_concrete",
+        per_sample: bool = False,
+        statistics: str = "all",
     ) -> Any:
         """As for every gated norm."""
         _check_statistics(statistics, per_sample)
@@ -397,19 +439,22 @@ class GatedLayerNorm(GatedNorm, nn.LayerNorm):
     def to_dense(self) -> nn.Module:
         """The plain norm that computes what this one computes in evaluation mode, with copies of its parameters.
 
-        A norm without gain gets one, for gates that are not 1 to be in. Raises ValueError where ``statistics="open"`` leaves elements out,
-        which a plain norm of the same size would count: see :meth:`compacted`.
+        A norm without gain gets one, for gates that are not 1 to be in. Raises ValueError where ``statistics="open"``
+        leaves elements out, which a plain norm of the same size would count: see :meth:`compacted`.
         """
         closed = self.closed_channels()[0] if self.statistics == "open" else set()
         if closed:
             raise ValueError(
-                f"statistics='open' with {len(closed)} of {self.gate.num_gates} gates closed: expected all open, because a plain norm of "
+                f"statistics='open' with {len(closed)} of {self.gate.num_gates} gates closed: expected all open, "
+                "because a plain norm of "
                 "the same size counts every element; compacted() gives that of the open ones"
             )
         return self._whole()
 
     def _whole(self) -> nn.Module:
-        """The plain norm of the same size with the gates in gain and bias; elements that do not count are there to be cut."""
+        """The plain norm of the same size with the gates in gain and bias;
+        elements that do not count are there to be cut.
+        """
         plain: Any = super().to_dense()
         z = self.gate.deterministic()
         left = z[z != 0] if self.statistics == "open" else z
@@ -423,11 +468,14 @@ class GatedLayerNorm(GatedNorm, nn.LayerNorm):
     def compacted(self) -> tuple[nn.LayerNorm, Tensor]:
         """The plain norm of the open elements alone, of one dimension, and which these are, int64.
 
-        ``plain(x.flatten(-n)[..., kept])`` for the n dimensions of ``normalized_shape``; what is left out is 0. One element at least is
-        left, with a gain and bias of 0 where its gate was closed too. Raises ValueError with ``statistics="all"``, which counts the others.
+        ``plain(x.flatten(-n)[..., kept])`` for the n dimensions of ``normalized_shape``; what is left out is 0. One
+        element at least is left, with a gain and bias of 0 where its gate was closed too. Raises ValueError with
+        ``statistics="all"``, which counts the others.
         """
         if self.statistics != "open":
-            raise ValueError(f"statistics={self.statistics!r}: expected 'open', because the closed elements count in the statistics")
+            raise ValueError(
+                f"statistics={self.statistics!r}: expected 'open', because the closed elements count in the statistics"
+            )
         kept = self.gate.is_open().nonzero().flatten()
         kept = kept if len(kept) else kept.new_zeros(1)
         plain: Any = self._whole()
@@ -448,7 +496,9 @@ class GatedLayerNorm(GatedNorm, nn.LayerNorm):
             spread, factor = of_open(x, z.detach() != 0, tuple(range(-len(shape), 0)))
             gain = (z.to(torch.promote_types(z.dtype, x.dtype)) if self.weight is None else self.weight * z) / factor
             shift = None if self.bias is None else (self.bias * z).to(self.bias.dtype)
-            return F.layer_norm(spread, shape, gain.to(x.dtype if self.weight is None else self.weight.dtype), shift, self.eps)
+            return F.layer_norm(
+                spread, shape, gain.to(x.dtype if self.weight is None else self.weight.dtype), shift, self.eps
+            )
         if not self._draws_per_sample():
             return self._normed(x, ops.LayerNorm(shape, self.eps), *self.gate.call())
         y = F.layer_norm(x, shape, self.weight, self.bias, self.eps)
@@ -462,7 +512,8 @@ class GatedLayerNorm(GatedNorm, nn.LayerNorm):
 
         if self.statistics == "open":
             raise ValueError(
-                "statistics='open' of a GatedLayerNorm under tensor parallelism: expected 'all', or the norm left out of the plan"
+                "statistics='open' of a GatedLayerNorm under tensor parallelism: expected 'all', or the norm left out "
+                "of the plan"
             )
         if self._draws_per_sample():
             z = self.gate(x.shape[0]).view(x.shape[0], *[1] * (x.dim() - 1 - len(shape)), *shape)
@@ -481,4 +532,6 @@ class GatedLayerNorm(GatedNorm, nn.LayerNorm):
 def _check_statistics(statistics: str, per_sample: bool) -> None:
     _checks.one_of("statistics", statistics, ("all", "open"))
     if _checks.flag("per_sample", per_sample) and statistics == "open":
-        raise ValueError("per_sample=True with statistics='open': expected False, because all samples share the elements that count")
+        raise ValueError(
+            "per_sample=True with statistics='open': expected False, because all samples share the elements that count"
+        )

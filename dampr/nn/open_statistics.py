@@ -60,20 +60,24 @@ class OpenStatistics(nn.Module):
         return y / factor + reference.along(bias * (1 - 1 / factor), y, self.dim).to(y.dtype)
 
     def extra_repr(self) -> str:
-        return f"dim={self.dim}, centred={self.centred}, whole={self.whole}, gated={int((self.index >= 0).sum())} of {len(self.index)}"
+        return (
+            f"dim={self.dim}, centred={self.centred}, whole={self.whole}, gated={int((self.index >= 0).sum())} of "
+            f"{len(self.index)}"
+        )
 
 
 def of_open(x: Tensor, is_open: Tensor, dims: tuple[int, ...], *, centred: bool = True) -> tuple[Tensor, Tensor]:
-    """What to normalise in the place of x, so that its open elements alone count, and the factor by which the result is too large.
+    """What to normalise in the place of x, so that its open elements alone count,
+    and the factor by which the result is too large.
 
     Args:
         is_open: bool; broadcasts to ``x``, and varies along dimensions among ``dims`` alone.
         dims: the normalised dimensions.
         centred: whether the norm subtracts the mean.
 
-    With k of D open, closed elements are 0, or hold the mean of the others where a mean is subtracted: they make the mean
-    of squares k / D of theirs. The factor sqrt(D / k) makes it theirs, so that eps counts as in a norm of k; a gain
-    divided by it undoes it. Where all are open this is x, to the bit, and 1.
+    With k of D open, closed elements are 0, or hold the mean of the others where a mean is subtracted: they make the
+    mean of squares k / D of theirs. The factor sqrt(D / k) makes it theirs, so that eps counts as in a norm of k; a
+    gain divided by it undoes it. Where all are open this is x, to the bit, and 1.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     opened, k = is_open.to(x.dtype), is_open.sum().clamp(min=1).to(wide)

@@ -19,16 +19,19 @@ from .base import GatedLayer, fresh_values
 class GatedParameter(GatedLayer, nn.Module):
     """Multiplies the indices of one dimension of a parameter by gates.
 
-    :func:`dampr.convert` puts it on the weights that read a unit, where the layers around are of no kind that has a gated one: a closed
-    gate makes zeros of everything that these weights would read of its units, so nothing behind them depends on what writes these.
+    :func:`dampr.convert` puts it on the weights that read a unit, where the layers around are of no kind that has a
+    gated one: a closed gate makes zeros of everything that these weights would read of its units, so nothing behind
+    them depends on what writes these.
 
     Args:
         gate: the gates; other parameters may share them.
         dim: the dimension of the parameter.
         index: int64, of the length of that dimension: the gate of each of its indices, or -1 for one that has none.
-        weights_per_gate: what closing a gate saves, (gates,), for the penalty; None: the elements of the parameter that it multiplies.
+        weights_per_gate: what closing a gate saves, (gates,), for the penalty; None:
+            the elements of the parameter that it multiplies.
 
-    It is a module whose forward takes the parameter, and works as a parametrization of ``torch.nn.utils.parametrize`` too.
+    It is a module whose forward takes the parameter,
+    and works as a parametrization of ``torch.nn.utils.parametrize`` too.
 
     >>> gated = GatedParameter("hard_concrete", 0, torch.tensor([0, 0, 1, -1])).eval()
     >>> gated.gate.log_alpha.data[0] = -9
@@ -40,11 +43,26 @@ class GatedParameter(GatedLayer, nn.Module):
     index: Tensor
 
     def __init__(
-        self, gate: str | type[Gate] | Gate, dim: int, index: Tensor, *, weights_per_gate: Tensor | None = None, device: Any = None
+        self,
+        gate: str | type[Gate] | Gate,
+        dim: int,
+        index: Tensor,
+        *,
+        weights_per_gate: Tensor | None = None,
+        device: Any = None,
     ) -> None:
         super().__init__()
-        if not isinstance(index, Tensor) or index.dtype != torch.int64 or index.dim() != 1 or not index.numel() or int(index.min()) < -1:
-            raise ValueError(f"index={index!r:.80}: expected int64 of one dimension, with the number of a gate or -1 for each element")
+        if (
+            not isinstance(index, Tensor)
+            or index.dtype != torch.int64
+            or index.dim() != 1
+            or not index.numel()
+            or int(index.min()) < -1
+        ):
+            raise ValueError(
+                f"index={index!r:.80}: expected int64 of one dimension, with the number of a gate or -1 for each "
+                "element"
+            )
         count = int(index.max()) + 1
         _checks.positive_int("index.max() + 1", count)
         self.gate = make_gate(gate, count, device)
@@ -54,7 +72,9 @@ class GatedParameter(GatedLayer, nn.Module):
         self._size = 1  # elements at one index of the dimension, as the last call had them
 
     def forward(self, weight: Tensor) -> Tensor:
-        """The parameter, of any shape whose dimension ``dim`` has the length of ``index``, times its gates; its dtype stays."""
+        """The parameter, of any shape whose dimension ``dim`` has the length of ``index``, times its gates;
+        its dtype stays.
+        """
         self._size = weight.numel() // weight.shape[self.dim]
         if self.sharded:
             from . import sharded  # loads torch.distributed.tensor
@@ -70,7 +90,10 @@ class GatedParameter(GatedLayer, nn.Module):
         with torch.no_grad():
             z = fresh_values(self.gate)
             if not bool((z != 0).all()):
-                raise ValueError(f"gate={type(self.gate).__name__}: a fresh gate of it is 0, so what the layer computes could not be kept")
+                raise ValueError(
+                    f"gate={type(self.gate).__name__}: a fresh gate of it is 0, so what the layer computes could not "
+                    "be kept"
+                )
             return (weight / self._along(z, weight.dim())).to(weight.dtype)
 
     def _along(self, values: Tensor, rank: int) -> Tensor:
@@ -85,9 +108,14 @@ class GatedParameter(GatedLayer, nn.Module):
         return torch.bincount(self.index[self.index >= 0], minlength=self.gate.num_gates) * self._size
 
     def penalty(self, lam: float = 1.0, prior_precision: float = 0.0) -> Tensor:
-        """The expected L0 penalty of the gates, a scalar. ValueError for a ``prior_precision``: the weights are another module's."""
+        """The expected L0 penalty of the gates, a scalar.
+
+        ValueError for a ``prior_precision``: the weights are another module's.
+        """
         if prior_precision:
-            raise ValueError(f"prior_precision={prior_precision!r}: expected 0, because gates on parameters do not know these")
+            raise ValueError(
+                f"prior_precision={prior_precision!r}: expected 0, because gates on parameters do not know these"
+            )
         return (self.gate.open_probability() * (lam * self.group_size())).sum()
 
     def closed_channels(self) -> tuple[set[int], set[int]]:
@@ -102,7 +130,9 @@ class GatedParameter(GatedLayer, nn.Module):
 
 
 def gated_parameters(model: nn.Module) -> Iterator[tuple[nn.Module, str, GatedParameter]]:
-    """(owner, name of the parameter, gates) of every :class:`GatedParameter` that was put on a parameter in ``model``."""
+    """(owner, name of the parameter, gates) of every :class:`GatedParameter` that was
+    put on a parameter in ``model``.
+    """
     for module in model.modules():
         for name in _gated_names(module):
             chain: Any = module._modules[name + _GATES]
@@ -111,10 +141,11 @@ def gated_parameters(model: nn.Module) -> Iterator[tuple[nn.Module, str, GatedPa
 
 
 def put_on(module: nn.Module, name: str, gates: GatedParameter) -> None:
-    """Put gates on a parameter: whoever reads the attribute gets the product, also of several such gates; the parameter keeps its name.
+    """Put gates on a parameter: whoever reads the attribute gets the product, also of several such gates;
+    the parameter keeps its name.
 
-    The module gets a class of its own, in which the parameter is a property, and the gates as children: "weight" has them in
-    "weight_gates". Its values are divided by fresh gates that are not 1.
+    The module gets a class of its own, in which the parameter is a property, and the gates as children: "weight" has
+    them in "weight_gates". Its values are divided by fresh gates that are not 1.
     """
     parameter = module._parameters[name]
     assert parameter is not None
@@ -129,7 +160,9 @@ def put_on(module: nn.Module, name: str, gates: GatedParameter) -> None:
 
 
 def take_off(module: nn.Module, name: str, *, folded: bool) -> None:
-    """Leave a plain parameter: a new one, times its gates as evaluation has them (``folded``), or the one that is there."""
+    """Leave a plain parameter: a new one, times its gates as evaluation has them (``folded``),
+    or the one that is there.
+    """
     parameter, chain = module._parameters[name], module._modules[name + _GATES]
     assert parameter is not None
     assert chain is not None
@@ -143,7 +176,9 @@ def take_off(module: nn.Module, name: str, *, folded: bool) -> None:
 
 @contextlib.contextmanager
 def off(model: nn.Module) -> Iterator[None]:
-    """No gates on the parameters in ``model`` for the block, in which these may be replaced; the same gates are on them behind it."""
+    """No gates on the parameters in ``model`` for the block, in which these may be replaced;
+    the same gates are on them behind it.
+    """
     taken: list[tuple[nn.Module, tuple[str, ...], list[nn.Module | None]]] = []
     for module in list(model.modules()):
         names = _gated_names(module)
@@ -193,7 +228,9 @@ def _rebuilt(kind: type[nn.Module], names: list[str]) -> nn.Module:
 def _give_class(module: nn.Module, kind: type[nn.Module], names: Iterable[str]) -> None:
     """``kind``, or one of its own in which the parameters of these names are products with gates."""
     content: dict[str, Any] = {name: property(functools.partial(_product, name)) for name in names}
-    module.__class__ = type(kind.__name__, (_WithGates, kind), content | {"_gated_names": tuple(names)}) if content else kind
+    module.__class__ = (
+        type(kind.__name__, (_WithGates, kind), content | {"_gated_names": tuple(names)}) if content else kind
+    )
 
 
 def _product(name: str, module: nn.Module) -> Any:

@@ -15,15 +15,18 @@ Maybe = Tensor | None
 
 
 class PrunedMultiheadAttention(nn.Module):
-    """An ``nn.MultiheadAttention(embed_dim, num_heads)`` of which only some heads are there: what is left of a gated one.
+    """An ``nn.MultiheadAttention(embed_dim, num_heads)`` of which only some heads are there:
+    what is left of a gated one.
 
     Args:
         embed_dim ... dtype: those of the whole layer.
         heads: which of its heads are there, increasing, at least one.
-        head_dim: how wide a head is; None: embed_dim / num_heads. Another where channels of what it reads and writes were cut.
+        head_dim: how wide a head is; None: embed_dim / num_heads.
+            Another where channels of what it reads and writes were cut.
 
-    Called as the whole layer is. A mask for each head has all of the whole layer's heads; attention weights are those of the heads that are
-    there, and their mean. Parameters have the names of ``nn.MultiheadAttention``, and the rows and columns of these heads alone.
+    Called as the whole layer is. A mask for each head has all of the whole layer's heads; attention weights are those
+    of the heads that are there, and their mean. Parameters have the names of ``nn.MultiheadAttention``, and the rows
+    and columns of these heads alone.
 
     Raises: ValueError that names the argument.
     """
@@ -49,8 +52,15 @@ class PrunedMultiheadAttention(nn.Module):
     ) -> None:
         super().__init__()
         self.heads = tuple(_checks.positive_int("heads", head, least=0) for head in _checks.items("heads", heads))
-        embed_dim, num_heads = _checks.positive_int("embed_dim", embed_dim), _checks.positive_int("num_heads", num_heads)
-        if not self.heads or list(self.heads) != sorted(set(self.heads)) or not 0 <= self.heads[0] <= self.heads[-1] < num_heads:
+        embed_dim, num_heads = (
+            _checks.positive_int("embed_dim", embed_dim),
+            _checks.positive_int("num_heads", num_heads),
+        )
+        if (
+            not self.heads
+            or list(self.heads) != sorted(set(self.heads))
+            or not 0 <= self.heads[0] <= self.heads[-1] < num_heads
+        ):
             raise ValueError(f"heads={heads!r:.80}: expected increasing integers in [0, {num_heads}), at least one")
         if head_dim is None and embed_dim % num_heads:
             raise ValueError(f"num_heads={num_heads}: expected a divisor of embed_dim={embed_dim}, or a head_dim")
@@ -114,7 +124,17 @@ class PrunedMultiheadAttention(nn.Module):
         how = key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
         return sequence_first(self._call, self.batch_first, query, key, value, *how)
 
-    def _call(self, query: Tensor, key: Tensor, value: Tensor, padding: Maybe, need: bool, mask: Maybe, average: bool, causal: bool) -> Any:
+    def _call(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        padding: Maybe,
+        need: bool,
+        mask: Maybe,
+        average: bool,
+        causal: bool,
+    ) -> Any:
         batched = query.dim() == 3
         if not batched:
             query, key, value, padding = as_batch(query, key, value, padding)
@@ -127,16 +147,23 @@ class PrunedMultiheadAttention(nn.Module):
 
 
 def attention_arguments(layer: Any) -> dict[str, Any]:
-    """What the constructor of ``layer``, an ``nn.MultiheadAttention`` or what gates made of it, was given of what they share."""
+    """What the constructor of ``layer``, an ``nn.MultiheadAttention`` or what gates made of it,
+    was given of what they share.
+    """
     names = "embed_dim", "num_heads", "dropout", "add_zero_attn", "kdim", "vdim", "batch_first"
     given = {name: getattr(layer, name) for name in names}
     return given | {"bias": layer.in_proj_bias is not None, "add_bias_kv": layer.bias_k is not None}
 
 
-def sequence_first(call: Callable[..., Any], batch_first: bool, query: Tensor, key: Tensor, value: Tensor, *how: Any) -> Any:
+def sequence_first(
+    call: Callable[..., Any], batch_first: bool, query: Tensor, key: Tensor, value: Tensor, *how: Any
+) -> Any:
     """``call`` on tensors whose first dimension is the sequence; the same tensor three times stays one tensor."""
     if query.is_nested or key.is_nested or value.is_nested:
-        raise TypeError("query: got a nested tensor, expected padded ones and a key_padding_mask (gates rule out torch's fused path)")
+        raise TypeError(
+            "query: got a nested tensor, expected padded ones and a key_padding_mask (gates rule out torch's fused "
+            "path)"
+        )
     if not batch_first or query.dim() != 3:
         return call(query, key, value, *how)
     q = query.transpose(0, 1)
@@ -163,18 +190,26 @@ def attend(
     attn_mask: Maybe,
     is_causal: bool,
 ) -> tuple[Tensor, Maybe]:
-    """What ``torch.nn.functional.multi_head_attention_forward`` does before the last projection, for ``heads`` of ``layer.num_heads``.
+    """What ``torch.nn.functional.multi_head_attention_forward`` does before the last projection,
+    for ``heads`` of ``layer.num_heads``.
 
-    Inputs are (L, N, E), (S, N, kdim) and (S, N, vdim), with the masks of ``nn.MultiheadAttention``. Returns what the heads say,
-    (N, heads, L, head_dim), and their attention weights, (N, heads, L, S), or None where they are not needed.
+    Inputs are (L, N, E), (S, N, kdim) and (S, N, vdim), with the masks of ``nn.MultiheadAttention``. Returns what the
+    heads say, (N, heads, L, head_dim), and their attention weights, (N, heads, L, S),
+    or None where they are not needed.
     """
     if is_causal and attn_mask is None:
-        raise RuntimeError("is_causal=True with attn_mask=None: expected the causal mask as well, of which is_causal is only a hint")
+        raise RuntimeError(
+            "is_causal=True with attn_mask=None: expected the causal mask as well, of which is_causal is only a hint"
+        )
     causal = is_causal and key_padding_mask is None and not need_weights
     q, k, v = _project(layer, query, key, value)
     samples, more = query.shape[1], 0
     if layer.bias_k is not None and layer.bias_v is not None:
-        k, v, more = torch.cat([k, layer.bias_k.expand(1, samples, -1)]), torch.cat([v, layer.bias_v.expand(1, samples, -1)]), more + 1
+        k, v, more = (
+            torch.cat([k, layer.bias_k.expand(1, samples, -1)]),
+            torch.cat([v, layer.bias_v.expand(1, samples, -1)]),
+            more + 1,
+        )
     if layer.add_zero_attn:
         k, v, more = F.pad(k, (0, 0, 0, 0, 0, 1)), F.pad(v, (0, 0, 0, 0, 0, 1)), more + 1
     sizes = samples, layer.num_heads, query.shape[0], key.shape[0]
@@ -204,11 +239,17 @@ def _project(layer: Any, query: Tensor, key: Tensor, value: Tensor) -> tuple[Ten
 
 
 def _mask(
-    attn_mask: Maybe, key_padding_mask: Maybe, heads: Sequence[int], sizes: tuple[int, int, int, int], more: int, dtype: torch.dtype
+    attn_mask: Maybe,
+    key_padding_mask: Maybe,
+    heads: Sequence[int],
+    sizes: tuple[int, int, int, int],
+    more: int,
+    dtype: torch.dtype,
 ) -> Maybe:
     """Both masks as one that is added to scores, (N or 1, heads or 1, L or 1, S + more); None without any.
 
-    Args: the masks of ``nn.MultiheadAttention``; ``sizes`` = (N, num_heads, L, S); ``more`` keys at the end, which no mask hides.
+    Args: the masks of ``nn.MultiheadAttention``; ``sizes`` = (N, num_heads, L, S); ``more`` keys at the end,
+    which no mask hides.
     """
     samples, num_heads, queries, keys = sizes
     found = []
@@ -222,7 +263,10 @@ def _mask(
         if key_padding_mask.shape != (samples, keys):
             raise RuntimeError(f"key_padding_mask.shape={tuple(key_padding_mask.shape)}: expected ({samples}, {keys})")
         found.append(key_padding_mask.view(samples, 1, 1, keys))
-    added = [torch.zeros_like(m, dtype=dtype).masked_fill(m, float("-inf")) if m.dtype == torch.bool else m.to(dtype) for m in found]
+    added = [
+        torch.zeros_like(m, dtype=dtype).masked_fill(m, float("-inf")) if m.dtype == torch.bool else m.to(dtype)
+        for m in found
+    ]
     if not added:
         return None
     mask = added[0] if len(added) == 1 else added[0] + added[1]
@@ -230,7 +274,9 @@ def _mask(
 
 
 def joined(out_proj: nn.Linear, heads: Tensor, weights: Maybe, average: bool, batched: bool) -> tuple[Tensor, Maybe]:
-    """The last projection of (N, heads, L, head_dim), on sequences first, and the attention weights as the caller wants them."""
+    """The last projection of (N, heads, L, head_dim), on sequences first,
+    and the attention weights as the caller wants them.
+    """
     output = F.linear(heads.permute(2, 0, 1, 3).flatten(2), out_proj.weight, out_proj.bias)
     if weights is not None and average:
         weights = weights.mean(1)

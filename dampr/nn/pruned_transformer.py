@@ -1,4 +1,6 @@
-"""PrunedTransformerEncoderLayer and PrunedTransformerDecoderLayer, what is left of gated ones, and how both run their sublayers."""
+"""PrunedTransformerEncoderLayer and PrunedTransformerDecoderLayer, what is left of gated ones,
+and how both run their sublayers.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,9 @@ class BySublayers(nn.Module):
 class EncoderBySublayers(BySublayers, nn.TransformerEncoderLayer):
     _attentions = ("self_attn",)
 
-    def forward(self, src: Tensor, src_mask: Maybe = None, src_key_padding_mask: Maybe = None, is_causal: bool = False) -> Tensor:
+    def forward(
+        self, src: Tensor, src_mask: Maybe = None, src_key_padding_mask: Maybe = None, is_causal: bool = False
+    ) -> Tensor:
         if src.is_nested:
             return self._on_padded(src, src_mask, src_key_padding_mask)
         x = self._sublayer(0, self.norm1, src, lambda x: self._sa_block(x, src_mask, src_key_padding_mask, is_causal))
@@ -55,7 +59,9 @@ class EncoderBySublayers(BySublayers, nn.TransformerEncoderLayer):
     def _on_padded(self, src: Tensor, src_mask: Maybe, src_key_padding_mask: Maybe) -> Tensor:
         """A nested tensor, which nn.TransformerEncoder makes of a padded batch for the fused path, through this one."""
         if src_mask is not None or src_key_padding_mask is not None:
-            raise TypeError("src: got a nested tensor and a mask, expected a padded tensor with masks or a nested one without")
+            raise TypeError(
+                "src: got a nested tensor and a mask, expected a padded tensor with masks or a nested one without"
+            )
         lengths = [len(t) for t in src.unbind()]
         x = src.to_padded_tensor(0.0)
         padding = torch.arange(x.shape[1], device=x.device) >= torch.tensor(lengths, device=x.device).unsqueeze(1)
@@ -77,14 +83,17 @@ class DecoderBySublayers(BySublayers, nn.TransformerDecoderLayer):
         tgt_is_causal: bool = False,
         memory_is_causal: bool = False,
     ) -> Tensor:
-        x = self._sublayer(0, self.norm1, tgt, lambda x: self._sa_block(x, tgt_mask, tgt_key_padding_mask, tgt_is_causal))
+        x = self._sublayer(
+            0, self.norm1, tgt, lambda x: self._sa_block(x, tgt_mask, tgt_key_padding_mask, tgt_is_causal)
+        )
         how = memory_mask, memory_key_padding_mask, memory_is_causal
         x = self._sublayer(1, self.norm2, x, lambda x: self._mha_block(x, memory, *how))
         return self._sublayer(2, self.norm3, x, self._ff_block)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "activation" in state["_modules"]:
-            nn.Module.__setstate__(self, state)  # torch's would make F.relu of an activation that is a module, in every copy
+            # torch's would make F.relu of an activation that is a module, in every copy
+            nn.Module.__setstate__(self, state)
         else:
             super().__setstate__(state)
 
@@ -92,7 +101,9 @@ class DecoderBySublayers(BySublayers, nn.TransformerDecoderLayer):
 class PrunedLayer(BySublayers):
     """What both pruned layers share, mixed in before :class:`EncoderBySublayers` or :class:`DecoderBySublayers`."""
 
-    def _keep(self, d_model: int, nhead: int, dim_feedforward: int, heads: Sequence[Sequence[int] | None], how: dict[str, Any]) -> None:
+    def _keep(
+        self, d_model: int, nhead: int, dim_feedforward: int, heads: Sequence[Sequence[int] | None], how: dict[str, Any]
+    ) -> None:
         """Replace what the dense constructor made by what is left of it."""
         dim_feedforward = _checks.positive_int("dim_feedforward", dim_feedforward, least=0)
         self.d_model, self.nhead = d_model, nhead
@@ -109,26 +120,38 @@ class PrunedLayer(BySublayers):
         return x if isinstance(getattr(self, self._sublayers[index]), RemovedPart) else x + branch()
 
     def is_whole(self) -> bool:
-        """Whether every head and sublayer is there, as after :func:`dampr.expand`, so that torch's own layer would do."""
+        """Whether every head and sublayer is there, as after :func:`dampr.expand`,
+        so that torch's own layer would do.
+        """
         return not any(isinstance(part, (RemovedPart, PrunedMultiheadAttention)) for part in self.children())
 
     def arguments(self) -> dict[str, Any]:
-        """What its constructor takes for such a layer: plain data, and an activation that is a module. Raises TypeError for a function."""
+        """What its constructor takes for such a layer: plain data, and an activation that is a module.
+
+        Raises TypeError for a function.
+        """
         attentions = [getattr(self, name) for name in self._attentions]
-        widths = [a.head_dim for a in attentions if isinstance(a, PrunedMultiheadAttention) and a.head_dim * self.nhead != self.d_model]
+        widths = [
+            a.head_dim
+            for a in attentions
+            if isinstance(a, PrunedMultiheadAttention) and a.head_dim * self.nhead != self.d_model
+        ]
         own = dict(zip(("heads", "memory_heads"), map(_heads_of, attentions), strict=False))
         return layer_arguments(self, self.d_model, self.nhead) | own | ({"head_dim": widths[0]} if widths else {})
 
 
 class PrunedTransformerEncoderLayer(PrunedLayer, EncoderBySublayers):
-    """An ``nn.TransformerEncoderLayer`` of which only some heads, or only some sublayers, are there: what is left of a gated one.
+    """An ``nn.TransformerEncoderLayer`` of which only some heads, or only some sublayers, are there:
+    what is left of a gated one.
 
     Args:
-        d_model ... dtype: as in ``nn.TransformerEncoderLayer``; ``dim_feedforward=0`` for a layer without the feed-forward sublayer.
+        d_model ... dtype: as in ``nn.TransformerEncoderLayer``;
+        ``dim_feedforward=0`` for a layer without the feed-forward sublayer.
         heads: which of the ``nhead`` heads are there; () for a layer without attention, None for all.
         head_dim: how wide a head is; None: d_model / nhead. Another where channels of the residual stream were cut.
 
-    Called as ``nn.TransformerEncoderLayer`` is. The norm of a sublayer that is not there stays where it comes after the sum.
+    Called as ``nn.TransformerEncoderLayer`` is. The norm of a sublayer that is not there
+    stays where it comes after the sum.
 
     Raises: ValueError that names the argument, and what ``nn.TransformerEncoderLayer`` raises.
     """
@@ -151,16 +174,25 @@ class PrunedTransformerEncoderLayer(PrunedLayer, EncoderBySublayers):
         head_dim: int | None = None,
     ) -> None:
         arguments = dropout, activation, layer_norm_eps, batch_first, norm_first, bias, device, dtype
-        whole = heads is None and head_dim is None  # else torch's attention, which wants a divisor, is replaced in any case
+        # else torch's attention, which wants a divisor, is replaced in any case
+        whole = heads is None and head_dim is None
         super().__init__(d_model, nhead if whole else 1, max(dim_feedforward, 1), *arguments)
-        how = {"dropout": dropout, "bias": bias, "batch_first": batch_first, "head_dim": head_dim, "device": device, "dtype": dtype}
+        how = {
+            "dropout": dropout,
+            "bias": bias,
+            "batch_first": batch_first,
+            "head_dim": head_dim,
+            "device": device,
+            "dtype": dtype,
+        }
         self._keep(d_model, nhead, dim_feedforward, [heads], how)
 
 
 class PrunedTransformerDecoderLayer(PrunedLayer, DecoderBySublayers):
     """An ``nn.TransformerDecoderLayer`` of which only some heads, or only some sublayers, are there.
 
-    Everything as in :class:`PrunedTransformerEncoderLayer`; ``memory_heads`` are those of the attention to the encoder's output.
+    Everything as in :class:`PrunedTransformerEncoderLayer`;
+    ``memory_heads`` are those of the attention to the encoder's output.
     """
 
     def __init__(
@@ -184,7 +216,14 @@ class PrunedTransformerDecoderLayer(PrunedLayer, DecoderBySublayers):
         arguments = dropout, activation, layer_norm_eps, batch_first, norm_first, bias, device, dtype
         whole = None in (heads, memory_heads) and head_dim is None
         super().__init__(d_model, nhead if whole else 1, max(dim_feedforward, 1), *arguments)
-        how = {"dropout": dropout, "bias": bias, "batch_first": batch_first, "head_dim": head_dim, "device": device, "dtype": dtype}
+        how = {
+            "dropout": dropout,
+            "bias": bias,
+            "batch_first": batch_first,
+            "head_dim": head_dim,
+            "device": device,
+            "dtype": dtype,
+        }
         self._keep(d_model, nhead, dim_feedforward, [heads, memory_heads], how)
 
 

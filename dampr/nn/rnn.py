@@ -1,4 +1,6 @@
-"""GatedLSTM, GatedGRU and GatedRNN: recurrent layers with a gate for each hidden unit, which run the vendor's kernel on folded weights."""
+"""GatedLSTM, GatedGRU and GatedRNN: recurrent layers with a gate for each hidden unit,
+which run the vendor's kernel on folded weights.
+"""
 
 from __future__ import annotations
 
@@ -20,21 +22,27 @@ from .stacked_rnn import arguments_of, narrowed, plain_rnn, width_of
 
 VALUE = value()
 WIDTHS = ("equal", "own")
-_BY_TORCH = 2**21  # elements up to which torch's own products are faster on a CPU, amid the memory that the vendor's kernel takes and gives
+# elements up to which torch's own products are faster on a CPU,
+# amid the memory that the vendor's kernel takes and gives
+_BY_TORCH = 2**21
 
 
 class GatedRecurrent(GatedLayer, nn.RNNBase):
-    """A recurrent layer with a gate for each unit that it hands on, mixed in before the ``torch.nn`` layer in ``_dense``.
+    """A recurrent layer with a gate for each unit that it hands on,
+    mixed in before the ``torch.nn`` layer in ``_dense``.
 
-    Gates are rows of (layers * directions, P), P the hidden units, or the projected ones where there is a projection. The state h is read
-    by W_hh, by W_ih of the next layer and by the caller, so there the gates are: in columns of those weights (dropout between layers
-    commutes with them), in the output and in h_n. A projection writes everything that is read, so there they are in its rows, and nothing
-    else is touched. Equations: :mod:`dampr.reference.gated_rnn`.
+    Gates are rows of (layers * directions, P), P the hidden units, or the projected ones where there is a projection.
+    The state h is read by W_hh, by W_ih of the next layer and by the caller, so there the gates are: in columns of
+    those weights (dropout between layers commutes with them), in the output and in h_n. A projection writes everything
+    that is read, so there they are in its rows, and nothing else is touched. Equations:
+    :mod:`dampr.reference.gated_rnn`.
     """
 
     _dense: Any
 
-    def __init__(self, *args: Any, gate: str | type[Gate] | Gate = "hard_concrete", widths: str = "equal", **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, gate: str | type[Gate] | Gate = "hard_concrete", widths: str = "equal", **kwargs: Any
+    ) -> None:
         _checks.one_of("widths", widths, WIDTHS)
         super().__init__(*args, **kwargs)
         self.granularity = "output"
@@ -75,10 +83,12 @@ class GatedRecurrent(GatedLayer, nn.RNNBase):
 
     def forward(self, input: Any, hx: Any = None) -> Any:
         z = self._rows(self.gate())
-        plain = self._dense.__new__(self._dense)  # a shell around this layer's attributes: nothing of self changes during a call
+        # a shell around this layer's attributes: nothing of self changes during a call
+        plain = self._dense.__new__(self._dense)
         weights = self._folded(z)
         plain.__dict__.update(self.__dict__, _flat_weights=weights, _flat_weight_refs=[None] * len(weights))
-        run = functools.partial(self._dense.forward, plain)  # whoever replaced self.forward meant this layer, not the shell
+        # whoever replaced self.forward meant this layer, not the shell
+        run = functools.partial(self._dense.forward, plain)
         if self.proj_size:
             return run(input, _times(hx, z, lambda row: (row != 0).to(row.dtype)))
         return _gated_call(run, z, self._directions, input, hx, _gate_units)
@@ -88,7 +98,9 @@ class GatedRecurrent(GatedLayer, nn.RNNBase):
         return (z,) if len(z) == self._width else z.view(-1, self._width).unbind(0)
 
     def _folded(self, gates: tuple[Tensor, ...]) -> list[Tensor]:
-        """Every weight in the order of the vendor's kernel, with the gates (P,) of each layer and direction in those that they reach."""
+        """Every weight in the order of the vendor's kernel,
+        with the gates (P,) of each layer and direction in those that they reach.
+        """
         each = self._directions
         folded = []
         for row, names in enumerate(self._all_weights):
@@ -107,15 +119,18 @@ class GatedRecurrent(GatedLayer, nn.RNNBase):
 
     @classmethod
     def gates_for(cls, layer: nn.RNNBase, granularity: str = "output") -> int:
-        """How many gates a dense ``layer`` would have, one for each unit (each projected one) of each layer and direction."""
+        """How many gates a dense ``layer`` would have,
+        one for each unit (each projected one) of each layer and direction.
+        """
         return layer.num_layers * (1 + layer.bidirectional) * width_of(layer)
 
     @classmethod
     def from_dense(cls, layer: Any, *, gate: str | type[Gate] | Gate = "hard_concrete", widths: str = "equal") -> Any:
-        """A gated layer with the very parameters of ``layer``, not copies. Raises TypeError unless its type is exactly the dense one.
+        """A gated layer with the very parameters of ``layer``, not copies.
+        Raises TypeError unless its type is exactly the dense one.
 
-        Where fresh gates are not 1, a projection is divided by them, so that the layer computes the same; a layer without one has nothing
-        that could make up for them in its output, and ValueError is raised.
+        Where fresh gates are not 1, a projection is divided by them, so that the layer computes the same; a layer
+        without one has nothing that could make up for them in its output, and ValueError is raised.
         """
         check_dense(layer, cls._dense)
         own = make_gate(gate, cls.gates_for(layer), layer.weight_ih_l0.device)
@@ -135,7 +150,8 @@ class GatedRecurrent(GatedLayer, nn.RNNBase):
         z = fresh_values(self.gate).view(-1, self._width)
         if not self.proj_size or not bool((z != 0).all()):
             raise ValueError(
-                f"gate={type(self.gate).__name__}: fresh gates are not 1, and nothing in {self._dense.__name__} can make up for them; "
+                f"gate={type(self.gate).__name__}: fresh gates are not 1, and nothing in {self._dense.__name__} can "
+                "make up for them; "
                 "expected a family or an instance whose fresh gates are 1"
             )
         for row, names in enumerate(self._all_weights):
@@ -145,10 +161,11 @@ class GatedRecurrent(GatedLayer, nn.RNNBase):
     @torch.no_grad()
     @settled
     def to_dense(self) -> nn.Module:
-        """The plain recurrent layer of the same size that computes what this one computes in evaluation mode; parameters are copies.
+        """The plain recurrent layer of the same size that computes what this one computes in evaluation mode;
+        parameters are copies.
 
-        Without a projection no such layer has outputs that are scaled: where gates are not all 1 it comes in a :class:`ScaledRNN`. With
-        one, h_0 has to be 0 where gates are, as every h_n of this layer is.
+        Without a projection no such layer has outputs that are scaled: where gates are not all 1 it comes in a
+        :class:`ScaledRNN`. With one, h_0 has to be 0 where gates are, as every h_n of this layer is.
         :meth:`compacted` gives a smaller one.
         """
         z = self.gate.deterministic().view(-1, self._width)
@@ -160,22 +177,27 @@ class GatedRecurrent(GatedLayer, nn.RNNBase):
 
     @torch.no_grad()
     def compacted(self) -> tuple[Any, Tensor, Tensor]:
-        """The smallest plain layer that computes what this one computes in evaluation mode, but for a factor on its output.
+        """The smallest plain layer that computes what this one computes in evaluation mode,
+        but for a factor on its output.
 
-        Returns ``(layer, kept, scale)``: an ``nn.LSTM``, ``nn.GRU`` or ``nn.RNN``, or a :class:`StackedRNN` of them; the output features of
-        this layer that are left, int64, increasing in each direction; and their gates, of the same shape, so that::
+        Returns ``(layer, kept, scale)``: an ``nn.LSTM``, ``nn.GRU`` or ``nn.RNN``, or a :class:`StackedRNN` of them;
+        the output features of this layer that are left, int64, increasing in each direction; and their gates,
+        of the same shape, so that::
 
             self.eval()(x)[0][..., kept] == layer.eval()(x)[0] * scale          and every other feature is 0
 
-        The factor belongs into the columns of whatever reads the output. With a projection it is in the layer, and ``scale`` is 1.
+        The factor belongs into the columns of whatever reads the output. With a projection it is in the layer,
+        and ``scale`` is 1.
 
-        Closed units are cut out of all gate matrices, of the columns of W_hh and of the next layer, or, with a projection, out of its
-        rows. All layers and directions of an ``nn`` layer have one width. With ``widths="equal"`` it is that of the widest here, at least
-        1: where fewer units are open, the first closed ones fill up, and nothing reads them (their columns are 0, and in the last layer
-        their ``scale``). With ``widths="own"`` each keeps its open units, at least one, and where these are not equally many, the result
-        is a :class:`StackedRNN`.
+        Closed units are cut out of all gate matrices, of the columns of W_hh and of the next layer, or, with a
+        projection, out of its rows. All layers and directions of an ``nn`` layer have one width. With
+        ``widths="equal"`` it is that of the widest here, at least
+        1: where fewer units are open, the first closed ones fill up, and nothing reads them (their columns are 0, and
+        in the last layer their ``scale``). With ``widths="own"`` each keeps its open units, at least one, and where
+        these are not equally many, the result is a :class:`StackedRNN`.
 
-        A state that is given to the small layer has its units and is not gated: h_0[..., kept] / scale for the last layer.
+        A state that is given to the small layer has its units and is not gated: h_0[...,
+        kept] / scale for the last layer.
         """
         return self._compacted(self.kept_units())
 
@@ -225,7 +247,10 @@ class GatedRecurrent(GatedLayer, nn.RNNBase):
             if self.proj_size:
                 own = self.hidden_size
             else:
-                own = sum(self._weight(name).numel() for name in names) // self.hidden_size - gate_rows // self.hidden_size
+                own = (
+                    sum(self._weight(name).numel() for name in names) // self.hidden_size
+                    - gate_rows // self.hidden_size
+                )
             sizes.append(own + gate_rows * (1 + len(self._readers(row))))
         device = self._weight("weight_ih_l0").device
         return torch.tensor(sizes, dtype=torch.float32, device=device).repeat_interleave(self._width)
@@ -238,8 +263,8 @@ class GatedRecurrent(GatedLayer, nn.RNNBase):
     def _of_units(self, of: Callable[[Tensor], Tensor]) -> Tensor:
         """For each gate the sum of ``of(weight)``, of a weight's shape, over what its unit switches off, (num_gates,).
 
-        A unit's own rows (of all gate matrices with their biases, or of the projection), its columns of W_hh, where its own rows do not
-        count twice, and its columns of W_ih in the next layer.
+        A unit's own rows (of all gate matrices with their biases, or of the projection), its columns of W_hh, where its
+        own rows do not count twice, and its columns of W_ih in the next layer.
         """
         each, found = self._directions, []
         for row, names in enumerate(self._all_weights):
@@ -249,7 +274,9 @@ class GatedRecurrent(GatedLayer, nn.RNNBase):
                 total = total + of(self._weight(names[-1])).sum(1)
             else:
                 for name in names:
-                    total = total + of(self._weight(name)).reshape(-1, self.hidden_size, self._weight(name).shape[1:].numel()).sum((0, 2))
+                    total = total + of(self._weight(name)).reshape(
+                        -1, self.hidden_size, self._weight(name).shape[1:].numel()
+                    ).sum((0, 2))
                 own = recurrent.reshape(-1, self.hidden_size, self.hidden_size)
                 total = total - own.diagonal(dim1=1, dim2=2).sum(0)
             for reader in self._readers(row):
@@ -267,10 +294,12 @@ class GatedRecurrent(GatedLayer, nn.RNNBase):
 
 
 class ScaledRNN(nn.Module):
-    """A plain recurrent layer whose state is read through constant factors: what :meth:`GatedLSTM.to_dense` gives where gates are not 1.
+    """A plain recurrent layer whose state is read through constant factors:
+    what :meth:`GatedLSTM.to_dense` gives where gates are not 1.
 
-    ``rnn`` has the factors in its weights already; the buffer ``scale``, (layers * directions, H), is that of its output and states.
-    Arguments and results are those of ``rnn``. It runs in torch alone, with no operator of dampr, so that it can be exported.
+    ``rnn`` has the factors in its weights already; the buffer ``scale``, (layers * directions, H), is that of its
+    output and states. Arguments and results are those of ``rnn``. It runs in torch alone, with no operator of dampr,
+    so that it can be exported.
     """
 
     scale: Tensor
@@ -285,27 +314,30 @@ class ScaledRNN(nn.Module):
 
 
 class GatedLSTM(GatedRecurrent, nn.LSTM):
-    """``nn.LSTM`` with a learned gate for each hidden unit (each projected one with ``proj_size``) of each direction and layer.
+    """``nn.LSTM`` with a learned gate for each hidden unit (each projected one with
+    ``proj_size``) of each direction and layer.
 
     Args:
         input_size ... dtype: as in ``nn.LSTM``, by position or name.
-        gate: a family's name, a :class:`dampr.gates.Gate` subclass, or an instance to share, with layers * directions * units gates in the
-            order of h_n.
-        widths: what compaction leaves where layers or directions have unequally many open units: ``"equal"``, one ``nn`` module as wide
-            everywhere as the widest; ``"own"``, a :class:`StackedRNN`, each layer and direction as wide as its own open units. It can be
-            set at any time; budgets count by it.
+        gate: a family's name, a :class:`dampr.gates.Gate` subclass, or an instance to share, with layers * directions *
+            units gates in the order of h_n.
+        widths: what compaction leaves where layers or directions have unequally many open units: ``"equal"``, one
+            ``nn`` module as wide everywhere as the widest; ``"own"``, a :class:`StackedRNN`, each layer and direction
+            as wide as its own open units. It can be set at any time; budgets count by it.
 
-    Called as ``nn.LSTM`` is, with the same results: batched or not, packed or not, with or without a state. The gates are drawn once per
-    call. They multiply h wherever a weight or the caller reads it, as if W_hh, W_ih of the next layer and the caller had z h in the place
-    of h; c, which no weight reads, is not gated. They are folded into the weights, and the vendor's kernel runs as it is.
+    Called as ``nn.LSTM`` is, with the same results: batched or not, packed or not, with or without a state. The gates
+    are drawn once per call. They multiply h wherever a weight or the caller reads it, as if W_hh, W_ih of the next
+    layer and the caller had z h in the place of h; c, which no weight reads, is not gated. They are folded into the
+    weights, and the vendor's kernel runs as it is.
 
-    h_n is gated, and h_0 is taken to be (it counts as h_0 / z, and as 0 where z is 0), so with the same gates two halves of a sequence
-    give what the whole one does.
+    h_n is gated, and h_0 is taken to be (it counts as h_0 / z, and as 0 where z is 0), so with the same gates two
+    halves of a sequence give what the whole one does.
 
-    Under ``torch.compile`` it is one graph where torch compiles recurrent layers at all (``torch._dynamo.config.allow_rnn``).
+    Under ``torch.compile`` it is one graph where torch compiles recurrent layers at all
+    (``torch._dynamo.config.allow_rnn``).
 
-    Parameters come first in ``parameters()`` with the names of ``nn.LSTM``; a dense ``state_dict`` loads and leaves the gates as they are.
-    A fresh layer equals the dense one in evaluation mode, to the bit.
+    Parameters come first in ``parameters()`` with the names of ``nn.LSTM``; a dense ``state_dict`` loads and leaves the
+    gates as they are. A fresh layer equals the dense one in evaluation mode, to the bit.
 
     Raises: ValueError or TypeError that names the argument, and what ``nn.LSTM`` raises.
     """
@@ -314,18 +346,21 @@ class GatedLSTM(GatedRecurrent, nn.LSTM):
 
 
 class GatedGRU(GatedRecurrent, nn.GRU):
-    """``nn.GRU`` with a learned gate for each hidden unit of each direction and layer; everything as in :class:`GatedLSTM`.
+    """``nn.GRU`` with a learned gate for each hidden unit of each direction and layer;
+    everything as in :class:`GatedLSTM`.
 
-    What is not gated is a unit's memory of itself: h' = (1 - u) n + u h. A state that was computed with other gates than those of the call
-    (h_0 of the step before, in training) enters it as h_0 / z, which a small z makes large; start such a step without a state, or with
-    the gates in evaluation mode.
+    What is not gated is a unit's memory of itself: h' = (1 - u) n + u h. A state that was computed with other gates
+    than those of the call (h_0 of the step before, in training) enters it as h_0 / z, which a small z makes large;
+    start such a step without a state, or with the gates in evaluation mode.
     """
 
     _dense = nn.GRU
 
 
 class GatedRNN(GatedRecurrent, nn.RNN):
-    """``nn.RNN`` with a learned gate for each hidden unit of each direction and layer; everything as in :class:`GatedLSTM`."""
+    """``nn.RNN`` with a learned gate for each hidden unit of each direction and layer;
+    everything as in :class:`GatedLSTM`.
+    """
 
     _dense = nn.RNN
 
@@ -346,7 +381,9 @@ def _gated_call(
     hx: Any,
     multiply: Callable[[Tensor, Tensor], Tensor],
 ) -> Any:
-    """Run a recurrent layer whose weights have gates z in their columns on a state that is gated, and gate what it gives."""
+    """Run a recurrent layer whose weights have gates z in their columns on a state that is gated,
+    and gate what it gives.
+    """
     output, state = run(input, _times(hx, z, _inverse))
     last = z[-1] if directions == 1 else torch.cat(z[-directions:])
     if isinstance(output, PackedSequence):
@@ -374,7 +411,8 @@ def _times(state: Any, z: tuple[Tensor, ...], factor: Callable[[Tensor], Tensor]
         return None
     h, *rest = state if isinstance(state, tuple) else (state,)
     if h.dim() > 1 and (h.shape[0], h.shape[-1]) == (len(z), len(z[0])):
-        rows = factor(z[0] if len(z) == 1 else torch.stack(z))  # (P,), which goes with every shape, or (layers * directions, P)
+        # (P,), which goes with every shape, or (layers * directions, P)
+        rows = factor(z[0] if len(z) == 1 else torch.stack(z))
         h = (h * (rows.unsqueeze(1) if h.dim() == 3 and len(z) > 1 else rows)).to(h.dtype)
     return (h, *rest) if isinstance(state, tuple) else h
 
@@ -389,7 +427,9 @@ def _fold(weight: Tensor, columns: Tensor | None, rows: Tensor | None) -> Tensor
 
 
 def _one_buffer(weights: list[Tensor]) -> list[Tensor]:
-    """The same weights as views of one buffer, matrices before biases, which is where cuDNN looks for them; else it copies, and warns."""
+    """The same weights as views of one buffer, matrices before biases, which is where cuDNN looks for them;
+    else it copies, and warns.
+    """
     order = sorted(range(len(weights)), key=lambda i: weights[i].dim() == 1)
     buffer = torch.cat([weights[i].reshape(-1) for i in order])
     views = buffer.split([weights[i].numel() for i in order])

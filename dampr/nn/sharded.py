@@ -1,4 +1,6 @@
-"""Gated layers on DTensors: gates are whole on every rank, and operators of torch, which know how tensors are sharded, multiply them."""
+"""Gated layers on DTensors: gates are whole on every rank, and operators of torch, which know how tensors are sharded,
+multiply them.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,10 @@ from dampr.gates import Gate
 
 
 def beside(z: Tensor, like: Any) -> Tensor:
-    """Gates as a tensor that every rank of the mesh of ``like`` has whole; their gradient is whole too. ``z`` where that is no DTensor."""
+    """Gates as a tensor that every rank of the mesh of ``like`` has whole; their gradient is whole too.
+
+    ``z`` where that is no DTensor.
+    """
     if not isinstance(like, DTensor) or isinstance(z, DTensor):
         return z
     return DTensor.from_local(z, like.device_mesh, [Replicate()] * like.device_mesh.ndim, run_check=False)
@@ -27,7 +32,10 @@ def times(t: Tensor, z: Tensor) -> Tensor:
 
 
 def linear(layer: Any, x: Tensor) -> Tensor:
-    """What a :class:`dampr.nn.GatedLinear` computes of a weight that is sharded. Gates per batch go into the shards of the weight."""
+    """What a :class:`dampr.nn.GatedLinear` computes of a weight that is sharded.
+
+    Gates per batch go into the shards of the weight.
+    """
     gate: Gate = layer.gate
     if layer.per_sample and gate.draws:
         rows = math.prod(x.shape[:-1])
@@ -43,7 +51,9 @@ def linear(layer: Any, x: Tensor) -> Tensor:
 
 
 def spread(layer: Any, z: Tensor) -> Tensor:
-    """One value per gate as something that broadcasts to the weight; a gate of whole columns, as heads have it, is not written out."""
+    """One value per gate as something that broadcasts to the weight; a gate of whole columns, as heads have it,
+    is not written out.
+    """
     if isinstance(layer.granularity, tuple) and layer.granularity[0] >= layer.weight.shape[0]:
         return z.repeat_interleave(layer.granularity[1])[: layer.weight.shape[1]].view(1, -1)
     values: Tensor = layer._spread(z)

@@ -1,4 +1,6 @@
-"""Plain recurrent layers that compaction leaves: with the weights of some units alone, and StackedRNN where widths differ."""
+"""Plain recurrent layers that compaction leaves: with the weights of some units alone,
+and StackedRNN where widths differ.
+"""
 
 from __future__ import annotations
 
@@ -13,23 +15,25 @@ KINDS = (nn.LSTM, nn.GRU, nn.RNN)
 
 
 class StackedRNN(nn.Module):
-    """One-layer recurrent modules, run as the layers and directions of one ``nn.LSTM``, ``nn.GRU`` or ``nn.RNN`` are, of any widths.
+    """One-layer recurrent modules, run as the layers and directions of one ``nn.LSTM``, ``nn.GRU`` or ``nn.RNN`` are,
+    of any widths.
 
-    What :meth:`dampr.nn.GatedLSTM.compacted` gives with ``widths="own"`` where pruning has left layers or directions unequal, which no
-    single ``nn`` module can be. Every part is a plain ``torch.nn`` module and runs the vendor's kernel; what is lost is how that kernel
-    may run several layers or directions at once.
+    What :meth:`dampr.nn.GatedLSTM.compacted` gives with ``widths="own"`` where pruning has left layers or directions
+    unequal, which no single ``nn`` module can be. Every part is a plain ``torch.nn`` module and runs the vendor's
+    kernel; what is lost is how that kernel may run several layers or directions at once.
 
     Args:
-        layers: of each layer its directions, one (forward) or two (forward, backward): modules of one and the same class of the three, with
-            ``num_layers=1``, ``bidirectional=False`` and the same ``batch_first``; both directions of a layer read all that the layer
-            below hands on.
+        layers: of each layer its directions, one (forward) or two (forward, backward): modules of one and the same
+            class of the three, with ``num_layers=1``, ``bidirectional=False`` and the same ``batch_first``; both
+            directions of a layer read all that the layer below hands on.
         dropout: as in ``nn.LSTM``, between the layers, in training.
 
-    Called with what the ``nn`` modules are called with: x (T, B, F), (B, T, F) with ``batch_first``, (T, F), or a packed sequence, and
-    optionally the state. Returns the output, whose features are those of all directions of the last layer, one after the other, and the
-    state: h_n, or (h_n, c_n) for LSTMs. As widths differ, h_n and c_n are *lists* of one tensor for each layer and direction, (B, width) or
-    (width,), in the order of ``nn``'s h_n, and the state given may be such lists (or stacked tensors where widths agree): ``h_n[-1]`` is
-    the same in both.
+    Called with what the ``nn`` modules are called with: x (T, B, F), (B, T, F) with ``batch_first``, (T, F), or a
+    packed sequence, and optionally the state. Returns the output, whose features are those of all directions of the
+    last layer, one after the other, and the
+    state: h_n, or (h_n, c_n) for LSTMs. As widths differ, h_n and c_n are *lists* of one tensor for each layer and
+    direction, (B, width) or (width,), in the order of ``nn``'s h_n, and the state given may be such lists (or stacked
+    tensors where widths agree): ``h_n[-1]`` is the same in both.
 
     Raises: TypeError or ValueError that names the argument, and what the ``nn`` modules raise.
     """
@@ -104,7 +108,9 @@ class StackedRNN(nn.Module):
         for name, each in zip(("h_0", "c_0"), both, strict=False):
             if not isinstance(each, (Tensor, list, tuple)) or len(each) != count:
                 size = f" of {len(each)}" if hasattr(each, "__len__") else ""
-                raise ValueError(f"{name}={type(each).__name__}{size}: expected one state for each of {count} layers and directions")
+                raise ValueError(
+                    f"{name}={type(each).__name__}{size}: expected one state for each of {count} layers and directions"
+                )
         states = zip(*([state.unsqueeze(0) for state in each] for each in both), strict=True)
         return list(states) if of_lstm else [state for (state,) in states]
 
@@ -118,16 +124,22 @@ def _checked(layers: Any) -> list[list[Any]]:
         raise TypeError(f"layers={layers!r:.80}: expected a sequence of layers, each a sequence of its directions")
     found: list[list[Any]] = [list(layer) for layer in layers]
     if not found or {len(layer) for layer in found} not in ({1}, {2}):
-        raise ValueError(f"layers: of {[len(layer) for layer in found]} directions; expected one everywhere, or two everywhere")
+        raise ValueError(
+            f"layers: of {[len(layer) for layer in found]} directions; expected one everywhere, or two everywhere"
+        )
     first = found[0][0]
     read = getattr(first, "input_size", 0)
     for i, layer in enumerate(found):
         for direction, part in enumerate(layer):
             where = f"layers[{i}][{direction}]"
             if type(part) not in KINDS or type(part) is not type(first):
-                raise TypeError(f"{where}={type(part).__name__}: expected an nn.LSTM, nn.GRU or nn.RNN, the same everywhere")
+                raise TypeError(
+                    f"{where}={type(part).__name__}: expected an nn.LSTM, nn.GRU or nn.RNN, the same everywhere"
+                )
             if part.num_layers != 1 or part.bidirectional or part.batch_first != first.batch_first:
-                how = f"num_layers={part.num_layers}, bidirectional={part.bidirectional}, batch_first={part.batch_first}"
+                how = (
+                    f"num_layers={part.num_layers}, bidirectional={part.bidirectional}, batch_first={part.batch_first}"
+                )
                 raise ValueError(f"{where} with {how}: expected 1, False, and the same batch_first everywhere")
             if part.input_size != read:
                 raise ValueError(f"{where} with input_size={part.input_size}: expected {read}, which it is given")
@@ -186,10 +198,11 @@ def plain_rnn(like: nn.RNNBase, weights: Mapping[str, Tensor], **others: Any) ->
 
 
 def narrowed(rnn: nn.RNNBase, units: Sequence[Tensor]) -> Any:
-    """A plain recurrent layer with these units of each layer and direction alone, int64 (width,) each; parameters are copies.
+    """A plain recurrent layer with these units of each layer and direction alone, int64 (width,) each;
+    parameters are copies.
 
-    Of the class of ``rnn`` where all have one width, else a :class:`StackedRNN`. Units are cut out of all gate matrices, or, with a
-    projection, out of its rows, and out of the columns of W_hh and of the next layer.
+    Of the class of ``rnn`` where all have one width, else a :class:`StackedRNN`. Units are cut out of all gate
+    matrices, or, with a projection, out of its rows, and out of the columns of W_hh and of the next layer.
     """
     if len({len(own) for own in units}) > 1:
         return in_parts(rnn, units)

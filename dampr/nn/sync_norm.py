@@ -17,12 +17,14 @@ from .norm import GatedBatchNorm, norms_with, remember
 
 
 class GatedSyncBatchNorm(GatedBatchNorm):
-    """``nn.SyncBatchNorm`` with learned gates on its output channels: y = z * sync_batch_norm(x), with the ReLU that follows in one pass.
+    """``nn.SyncBatchNorm`` with learned gates on its output channels: y = z * sync_batch_norm(x),
+    with the ReLU that follows in one pass.
 
-    In training, mean and variance are those of the rows of all ranks of the group: one message of 2 C + 1 numbers in the forward and one of
-    2 C in the backward, as torch has them. Ranks may have batches of different sizes. It runs on CPUs too, where ``nn.SyncBatchNorm`` does
-    not train, and is therefore no subclass of that, which DistributedDataParallel would refuse there.
-    ``nn.SyncBatchNorm.convert_sync_batchnorm(model)`` makes it of the gated batch norms of a model.
+    In training, mean and variance are those of the rows of all ranks of the group: one message of 2 C + 1 numbers in
+    the forward and one of 2 C in the backward, as torch has them. Ranks may have batches of different sizes. It runs on
+    CPUs too, where ``nn.SyncBatchNorm`` does not train, and is therefore no subclass of that, which
+    DistributedDataParallel would refuse there. ``nn.SyncBatchNorm.convert_sync_batchnorm(model)``
+    makes it of the gated batch norms of a model.
 
     Args:
         num_features ... dtype: as in ``nn.SyncBatchNorm``.
@@ -59,7 +61,9 @@ class GatedSyncBatchNorm(GatedBatchNorm):
         if input.dim() < 2:
             raise ValueError(f"x.shape={tuple(input.shape)}: expected (B, C) or more dimensions")
 
-    def _gated(self, x: Tensor, parameter: Tensor, seed: Tensor | None, spec: GateSpec, activation: str | None) -> Tensor:
+    def _gated(
+        self, x: Tensor, parameter: Tensor, seed: Tensor | None, spec: GateSpec, activation: str | None
+    ) -> Tensor:
         group = self._group() if self.training else None
         if group is None:
             return super()._gated(x, parameter, seed, spec, activation)
@@ -105,7 +109,9 @@ class GatedSyncBatchNorm(GatedBatchNorm):
 
 @torch.no_grad()
 def _statistics(x: Tensor, group: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean and biased variance, (C,), of the channels of x on all ranks, and how many values there are of each, a scalar."""
+    """Mean and biased variance, (C,), of the channels of x on all ranks, and how many values there are of each,
+    a scalar.
+    """
     wide, dims = x.to(gate_dtype(x)), [d for d in range(x.dim()) if d != 1]
     count = wide.new_tensor(float(x.numel() // max(1, x.shape[1])))
     if x.numel():
@@ -118,14 +124,19 @@ def _statistics(x: Tensor, group: Any) -> tuple[Tensor, Tensor, Tensor]:
     means, squares, counts = torch.stack(every).split([x.shape[1], x.shape[1], 1], 1)
     total = counts.sum()
     if float(total) == 1:
-        raise ValueError(f"x.shape={tuple(x.shape)}: expected more than one value per channel on all ranks together in training")
+        raise ValueError(
+            f"x.shape={tuple(x.shape)}: expected more than one value per channel on all ranks together in training"
+        )
     together = (means * counts).sum(0) / total
     spread = squares.sum(0) + (counts * (means - together).square()).sum(0)
     return together, spread / total, total
 
 
 class _ThroughStatistics(torch.autograd.Function):
-    """``x`` itself. Its gradient with mean and variance taken as constants becomes the one in which they follow the x of all ranks."""
+    """``x`` itself.
+
+    Its gradient with mean and variance taken as constants becomes the one in which they follow the x of all ranks.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, mean: Tensor, rstd: Tensor, count: Tensor, group: Any) -> Tensor:
@@ -147,11 +158,17 @@ class _ThroughStatistics(torch.autograd.Function):
 
 
 def _keep_gates(module: nn.Module, name: str, gate: nn.Module | None) -> None:
-    """``nn.SyncBatchNorm.convert_sync_batchnorm`` hands the gate of a gated norm on to the plain one that it makes: that gets gates too."""
+    """``nn.SyncBatchNorm.convert_sync_batchnorm`` hands the gate of a gated norm on to the plain one that it makes:
+    that gets gates too.
+    """
     if type(module) is not nn.SyncBatchNorm or name != "gate" or not isinstance(gate, Gate):
         return
     for norm in norms_with(gate):
-        if isinstance(norm, GatedBatchNorm) and norm.weight is module.weight and norm.running_mean is module.running_mean:
+        if (
+            isinstance(norm, GatedBatchNorm)
+            and norm.weight is module.weight
+            and norm.running_mean is module.running_mean
+        ):
             module.__class__ = GatedSyncBatchNorm  # type: ignore[assignment]
             for attribute in ("granularity", "per_sample", "weights_per_gate", "activation", "followed"):
                 setattr(module, attribute, getattr(norm, attribute))

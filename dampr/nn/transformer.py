@@ -57,13 +57,28 @@ class GatedTransformer(BySublayers):
         parts: Sequence[str] = ("heads", "neurons"),
         per_sample: bool = False,
     ) -> None:
-        arguments = d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first, bias, device, dtype
+        arguments = (
+            d_model,
+            nhead,
+            dim_feedforward,
+            dropout,
+            activation,
+            layer_norm_eps,
+            batch_first,
+            norm_first,
+            bias,
+            device,
+            dtype,
+        )
         super().__init__(*arguments)
         self._put_gates(gate, parts, per_sample)
 
     def _put_gates(self, gate: Any, parts: Sequence[str], per_sample: bool) -> None:
         if isinstance(gate, Family):
-            raise TypeError(f"gate={type(gate).__name__} instance: expected a family's name or a class, because each part gets its own")
+            raise TypeError(
+                f"gate={type(gate).__name__} instance: expected a family's name or a class, because each part gets "
+                "its own"
+            )
         parts = _checked_parts(parts)
         _checks.flag("per_sample", per_sample)
         counts = [_parameter_count(modules) for modules in self._by_sublayer()]
@@ -105,10 +120,11 @@ class GatedTransformer(BySublayers):
         parts: Sequence[str] = ("heads", "neurons"),
         per_sample: bool = False,
     ) -> Any:
-        """A gated layer with the very parameters of ``layer``, not copies. Raises TypeError unless its type is exactly the dense one.
+        """A gated layer with the very parameters of ``layer``, not copies.
+        Raises TypeError unless its type is exactly the dense one.
 
-        Where fresh gates are not 1, the weights that they reach are divided by them, so that the layer computes the same; ValueError where
-        one is 0.
+        Where fresh gates are not 1, the weights that they reach are divided by them, so that the layer computes the
+        same; ValueError where one is 0.
         """
         if type(layer) is not cls._dense:
             raise TypeError(f"layer={type(layer).__name__}: expected exactly nn.{cls._dense.__name__}")
@@ -123,7 +139,9 @@ class GatedTransformer(BySublayers):
     def _undo_fresh_gates(self) -> None:
         fresh = [part.gate for part in self.modules() if isinstance(part, (GatedMultiheadAttention, GatedWeight, Gate))]
         if not all(gate.starts_at_one() or bool((fresh_values(gate) != 0).all()) for gate in fresh):
-            raise ValueError(f"gate={type(fresh[0]).__name__}: a fresh gate of it is 0, so what the layer computes could not be kept")
+            raise ValueError(
+                f"gate={type(fresh[0]).__name__}: a fresh gate of it is 0, so what the layer computes could not be kept"
+            )
         for part in self.modules():
             if isinstance(part, (GatedMultiheadAttention, GatedWeight)):
                 part._undo_fresh_gates()
@@ -142,18 +160,22 @@ class GatedTransformer(BySublayers):
         return None if own is None else own.gate.deterministic()
 
     def to_dense(self) -> Any:
-        """The layer of ``torch.nn`` of the same size that computes what this one computes in evaluation mode; parameters are copies."""
+        """The layer of ``torch.nn`` of the same size that computes what this one computes in evaluation mode;
+        parameters are copies.
+        """
         return self._plain(cut=False)[0]
 
     def compacted(self) -> tuple[Any, dict[str, list[int]]]:
         """The smallest plain layer that computes what this one computes in evaluation mode.
 
-        Returns ``(layer, kept)``: what is left of the heads of each attention and of the neurons of ``linear1``, by their names; nothing
-        where the gate of a sublayer was closed. One at least is left of each that was not. The layer is one of ``torch.nn`` where all
-        heads and sublayers are open, else a :class:`PrunedTransformerEncoderLayer` or :class:`PrunedTransformerDecoderLayer`.
+        Returns ``(layer, kept)``: what is left of the heads of each attention and of the neurons of ``linear1``, by
+        their names; nothing where the gate of a sublayer was closed. One at least is left of each that was not. The
+        layer is one of ``torch.nn`` where all heads and sublayers are open, else a
+        :class:`PrunedTransformerEncoderLayer` or :class:`PrunedTransformerDecoderLayer`.
 
-        What a closed neuron contributes as a constant, its activation at 0, goes into the bias of ``linear2``. Neurons stay where the
-        activation is not one of each neuron alone. Norms with gates keep them, for other layers have their width too.
+        What a closed neuron contributes as a constant, its activation at 0, goes into the bias of ``linear2``. Neurons
+        stay where the activation is not one of each neuron alone. Norms with gates keep them,
+        for other layers have their width too.
         """
         return self._plain(cut=True)
 
@@ -223,20 +245,22 @@ class GatedTransformerEncoderLayer(GatedTransformer, EncoderBySublayers):
 
     Args:
         d_model ... dtype: as in ``nn.TransformerEncoderLayer``.
-        gate: a family's name, a :class:`dampr.gates.Gate` subclass, or a function of (number of gates, device) that makes one: each part
-            gets gates of its own.
-        parts: some of ``"heads"`` (``self_attn`` is a :class:`GatedMultiheadAttention`), ``"neurons"`` (``linear1`` is a
-            :class:`GatedLinear` with gates on its outputs) and ``"sublayers"`` (x + z F(x), a gate for attention and one for feed-forward;
-            as in :class:`GatedResidual`, a closed one is not run).
-        per_sample: in training, draws for each sample of the batch (heads, sublayers) or each token (neurons) instead of one per call.
+        gate: a family's name, a :class:`dampr.gates.Gate` subclass, or a function of (number of gates, device) that
+            makes one: each part gets gates of its own.
+        parts: some of ``"heads"`` (``self_attn`` is a :class:`GatedMultiheadAttention`), ``"neurons"`` (``linear1`` is
+            a :class:`GatedLinear` with gates on its outputs) and ``"sublayers"`` (x + z F(x), a gate for attention and
+            one for feed-forward; as in :class:`GatedResidual`, a closed one is not run).
+        per_sample: in training, draws for each sample of the batch (heads,
+            sublayers) or each token (neurons) instead of one per call.
 
-    Called as ``nn.TransformerEncoderLayer`` is, also by ``nn.TransformerEncoder``, with the same results. Its fused path for inference
-    reads weights without asking their layers, so it is never taken; a nested tensor, which ``nn.TransformerEncoder`` makes of a padded
-    batch for that path, is run as a padded one. Parameters have the names of the dense layer, and a dense ``state_dict`` loads. A fresh
-    layer in evaluation mode equals torch's in Python to the bit, and its fused path to rounding.
+    Called as ``nn.TransformerEncoderLayer`` is, also by ``nn.TransformerEncoder``, with the same results. Its fused
+    path for inference reads weights without asking their layers, so it is never taken; a nested tensor, which
+    ``nn.TransformerEncoder`` makes of a padded batch for that path, is run as a padded one. Parameters have the names
+    of the dense layer, and a dense ``state_dict`` loads. A fresh layer in evaluation mode equals torch's in Python to
+    the bit, and its fused path to rounding.
 
-    The width of the residual stream belongs to the model around the layer: norms that are a :class:`GatedLayerNorm` with statistics of the
-    open channels, which :func:`dampr.convert` puts there on ``residual=True``, let it be cut.
+    The width of the residual stream belongs to the model around the layer: norms that are a :class:`GatedLayerNorm`
+    with statistics of the open channels, which :func:`dampr.convert` puts there on ``residual=True``, let it be cut.
 
     Raises: ValueError or TypeError that names the argument, and what ``nn.TransformerEncoderLayer`` raises.
     """
@@ -246,7 +270,8 @@ class GatedTransformerEncoderLayer(GatedTransformer, EncoderBySublayers):
 
 
 class GatedTransformerDecoderLayer(GatedTransformer, DecoderBySublayers):
-    """``nn.TransformerDecoderLayer`` with learned gates for the heads of both attentions, its feed-forward neurons and its three sublayers.
+    """``nn.TransformerDecoderLayer`` with learned gates for the heads of both attentions,
+    its feed-forward neurons and its three sublayers.
 
     Everything as in :class:`GatedTransformerEncoderLayer`.
     """
@@ -282,7 +307,9 @@ def _plain_attention(attention: Any, cut: bool) -> tuple[Any, list[int]]:
 def _twin(layer: nn.Module) -> Any:
     """Another module object with the very parameters, buffers and hooks of ``layer``."""
     twin = layer.__class__.__new__(layer.__class__)
-    twin.__dict__.update({name: value.copy() if isinstance(value, dict) else value for name, value in vars(layer).items()})
+    twin.__dict__.update(
+        {name: value.copy() if isinstance(value, dict) else value for name, value in vars(layer).items()}
+    )
     twin._modules = {name: None if child is None else _twin(child) for name, child in layer._modules.items()}
     return twin
 
@@ -306,7 +333,9 @@ def _evaluated(activation: Any, x: Tensor) -> Tensor:
 
 
 def _is_elementwise(activation: Any, weight: Tensor, kept: list[int]) -> bool:
-    """Whether the activation of those of the neurons with rows in ``weight`` that are ``kept`` is the same without the others."""
+    """Whether the activation of those of the neurons with rows in ``weight`` that are
+    ``kept`` is the same without the others.
+    """
     x = torch.randn(3, len(weight), generator=torch.Generator().manual_seed(0)).to(weight)
     try:
         return torch.allclose(_evaluated(activation, x)[:, kept], _evaluated(activation, x[:, kept]))

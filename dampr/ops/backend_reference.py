@@ -1,4 +1,6 @@
-"""The reference as a backend: values from :mod:`dampr.reference`, gradients written out in plain PyTorch (an op runs below autograd)."""
+"""The reference as a backend: values from :mod:`dampr.reference`,
+gradients written out in plain PyTorch (an op runs below autograd).
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ from .norm_gate import Norm
 from .routes import ConvProblem
 from .whole_conv import Window
 
-GENERATOR_PARAMETERS = 0  # up to so many, an op takes the place of torch's own products: here it is these that it is made of
+# up to so many, an op takes the place of torch's own products: here it is these that it is made of
+GENERATOR_PARAMETERS = 0
 
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -40,7 +43,9 @@ def route(
 
 def conv_route(problem: ConvProblem) -> tuple[str, str]:
     """Plain PyTorch has one way, whatever is forced."""
-    return ("passes" if problem.per_sample else "fold"), "plain PyTorch: every gate is drawn and multiplied as it is written"
+    return (
+        "passes" if problem.per_sample else "fold"
+    ), "plain PyTorch: every gate is drawn and multiplied as it is written"
 
 
 def _values(gate: GateArgs, rows: int | None = None) -> Tensor:
@@ -59,7 +64,9 @@ def sample_gates_bwd(dz: Tensor, gate: GateArgs, rows: int | None, start: int = 
 
 def gated_linear_fwd(x: Tensor, weight: Tensor, bias: Maybe, gates: GatePair, keep_pre: bool) -> tuple[Tensor, Tensor]:
     y = reference.gated_linear(x, weight, bias, *gates)
-    return y, reference.gated_linear(x, weight, bias, *gates._replace(output_log_alpha=None)) if keep_pre else x.new_empty(0)
+    return y, reference.gated_linear(
+        x, weight, bias, *gates._replace(output_log_alpha=None)
+    ) if keep_pre else x.new_empty(0)
 
 
 def gated_linear_bwd(
@@ -116,7 +123,9 @@ def fold_weight_fwd(weight: Tensor, bias: Maybe, gates: GatePair, dtype: torch.d
     return reference.fold_weight(weight, bias, *gates[:5], dtype)
 
 
-def fold_weight_bwd(raw: Tensor, raw_bias: Maybe, weight: Tensor, bias: Maybe, gates: GatePair, needs: Sequence[bool]) -> tuple[Maybe, ...]:
+def fold_weight_bwd(
+    raw: Tensor, raw_bias: Maybe, weight: Tensor, bias: Maybe, gates: GatePair, needs: Sequence[bool]
+) -> tuple[Maybe, ...]:
     need_w, need_b, need_in, need_out = needs
     z_in, z_out = _beside(weight, gates.input), _beside(weight, gates.output)
     raw = raw.to(z_in.dtype)
@@ -135,14 +144,18 @@ def fold_weight_bwd(raw: Tensor, raw_bias: Maybe, weight: Tensor, bias: Maybe, g
 
 def _beside(weight: Tensor, gate: GateArgs | None) -> Tensor:
     """Gates as they are, or a one in the dtype that gates have beside ``weight``."""
-    return weight.new_ones((), dtype=torch.promote_types(weight.dtype, torch.float32)) if gate is None else _values(gate)
+    return (
+        weight.new_ones((), dtype=torch.promote_types(weight.dtype, torch.float32)) if gate is None else _values(gate)
+    )
 
 
 def fold_blocks_fwd(weight: Tensor, gate: GateArgs, block: tuple[int, int], dtype: torch.dtype) -> Tensor:
     return reference.fold_blocks(weight, gate.log_alpha, gate.seed, gate.spec, block, dtype)
 
 
-def fold_blocks_bwd(raw: Tensor, weight: Tensor, gate: GateArgs, block: tuple[int, int], needs: Sequence[bool]) -> tuple[Maybe, Maybe]:
+def fold_blocks_bwd(
+    raw: Tensor, weight: Tensor, gate: GateArgs, block: tuple[int, int], needs: Sequence[bool]
+) -> tuple[Maybe, Maybe]:
     shape, log_alpha = (weight.shape[0], weight.shape[1]), gate.log_alpha
     raw = raw.to(log_alpha.dtype)
     dw = dlog_alpha = None
@@ -174,7 +187,9 @@ def dependency_generator_fwd(parameters: Sequence[Tensor], limit: float) -> Tens
     return torch.cat(reference.dependency_generator(parameters, limit))
 
 
-def dependency_generator_bwd(parameters: Sequence[Tensor], values: Tensor, dvalues: Tensor, limit: float) -> list[Tensor]:
+def dependency_generator_bwd(
+    parameters: Sequence[Tensor], values: Tensor, dvalues: Tensor, limit: float
+) -> list[Tensor]:
     sizes = [bias.numel() for bias in parameters[1::2]]
     a, upstream = values.split(sizes), list(dvalues.split(sizes))
     grads: list[Tensor] = []

@@ -1,5 +1,5 @@
-"""Which backend runs an op: triton on CUDA, cpp on the CPU, reference everywhere; by itself, by environment, or by ``with
-dampr.backend(...)``.
+"""Which backend runs an op: triton on CUDA, cpp on the CPU, reference everywhere; by itself, by environment, or by
+``with dampr.backend(...)``.
 
 Auto falls back only on absence, never after a failure. An explicit choice that cannot be honoured raises and says why.
 """
@@ -34,7 +34,8 @@ def _load(name: str) -> tuple[ModuleType | None, str]:
 
 _package = sys.modules[__package__ or ""]  # has every backend that was loaded as an attribute
 _modules: dict[str, tuple[ModuleType | None, str]] = {}
-_selected: dict[tuple[Any, torch.device, torch.dtype], ModuleType] = {}  # what select() found for (asked for, device, dtype)
+# what select() found for (asked for, device, dtype)
+_selected: dict[tuple[Any, torch.device, torch.dtype], ModuleType] = {}
 # The dictionary inside of os.environ: what is not set costs os.environ an exception, and a tiny layer 1 us a step.
 _environment = getattr(os.environ, "_data", os.environ)
 _key = os.environ.encodekey(ENVIRONMENT) if _environment is not os.environ else ENVIRONMENT
@@ -65,9 +66,9 @@ def why_not(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
 def backend(name: str) -> Iterator[None]:
     """Run every dampr op of the block on ``name``: ``"auto"``, ``"triton"``, ``"cpp"`` or ``"reference"``.
 
-    Raises ValueError for an unknown name and BackendUnavailableError for one that is not installed; an op whose tensors the backend cannot
-    take raises BackendUnavailableError when it is called. Without a block, the environment variable ``DAMPR_BACKEND`` decides, and then
-    ``"auto"``.
+    Raises ValueError for an unknown name and BackendUnavailableError for one that is not installed; an op whose tensors
+    the backend cannot take raises BackendUnavailableError when it is called. Without a block, the environment variable
+    ``DAMPR_BACKEND`` decides, and then ``"auto"``.
     """
     if _checked(name, "name") != "auto" and _module(name)[0] is None:
         raise BackendUnavailableError(f"backend {name!r} is not there: {_module(name)[1]}")
@@ -84,11 +85,16 @@ def choose(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     if _chosen:
         name, source = _chosen[-1][0], "dampr.backend(...)"
     else:
-        name, source = _checked(os.environ.get(ENVIRONMENT, "auto"), ENVIRONMENT), f"the environment variable {ENVIRONMENT}"
+        name, source = (
+            _checked(os.environ.get(ENVIRONMENT, "auto"), ENVIRONMENT),
+            f"the environment variable {ENVIRONMENT}",
+        )
     if name != "auto":
         reason = why_not(name, device, dtype)
         if reason is not None:
-            raise BackendUnavailableError(f"backend {name!r}, chosen by {source}, cannot run {dtype} on {device}: {reason}")
+            raise BackendUnavailableError(
+                f"backend {name!r}, chosen by {source}, cannot run {dtype} on {device}: {reason}"
+            )
         return name, f"chosen by {source}"
     preferred = "triton" if device.type == "cuda" else "cpp"
     reason = why_not(preferred, device, dtype)
@@ -112,7 +118,8 @@ def select(device: torch.device, dtype: torch.dtype) -> ModuleType:
 
 
 def _loaded_name(asked: str | None, device: torch.device, dtype: torch.dtype) -> str:
-    """What :func:`choose` names, loaded. Not traced: the first call of a process may be compiled, and this imports and asks drivers.
+    """What :func:`choose` names, loaded. Not traced: the first call of a process may be compiled,
+    and this imports and asks drivers.
 
     ``asked`` is what the answer depends on besides: dynamo guards what a constant was made of.
     """
@@ -125,7 +132,9 @@ _loaded_name._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as 
 
 
 def backend_info() -> dict[str, str]:
-    """What is there: for each backend ``"available"``, or the reason why it is missing; plus the versions that matter."""
+    """What is there: for each backend ``"available"``, or the reason why it is missing;
+    plus the versions that matter.
+    """
     info = {"reference": "available"}
     cpp, missing = _module("cpp")
     info["cpp"] = f"available ({cpp.describe()})" if cpp is not None else f"missing: {missing}"

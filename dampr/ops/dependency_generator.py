@@ -43,7 +43,8 @@ bwd = define(
     "dependency_generator_bwd(Tensor[] parameters, Tensor values, Tensor dvalues, float limit) -> Tensor[]",
     _bwd,
     _bwd_fake,
-    lambda grads, *_: [g.clone() for g in grads],  # they may be views of one tensor, which results of an operator must not be
+    # they may be views of one tensor, which results of an operator must not be
+    lambda grads, *_: [g.clone() for g in grads],
 )
 
 
@@ -72,7 +73,9 @@ class _DependencyGenerator(Node):
 
 
 def dependency_generator(parameters: Sequence[Tensor], limit: float) -> list[Tensor]:
-    """a_1, a_2, ..., (widths[l],) each, differentiable in ``parameters``: W_1, b_1, W_2, ...; by one op where :func:`fused` says so."""
+    """a_1, a_2, ..., (widths[l],) each, differentiable in ``parameters``: W_1, b_1, W_2, ...;
+    by one op where :func:`fused` says so.
+    """
     if not fused(parameters):
         return reference.dependency_generator(parameters, limit)
     values = apply(_DependencyGenerator, *parameters, limit)

@@ -1,4 +1,6 @@
-"""The weights of a convolution, (N, C / groups, *kernel), with their gates in them: views of it as a matrix, in either memory format."""
+"""The weights of a convolution, (N, C / groups, *kernel), with their gates in them: views of it as a matrix,
+in either memory format.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ from .node import is_transformed
 
 
 def channels_innermost(weight: Tensor) -> bool:
-    """Whether a (filter, position) is followed in memory by its channels; False under a transform, where memory is not to be seen."""
+    """Whether a (filter, position) is followed in memory by its channels; False under a transform,
+    where memory is not to be seen.
+    """
     return weight.dim() == 4 and not is_transformed() and weight.is_contiguous(memory_format=torch.channels_last)
 
 
@@ -37,7 +41,9 @@ def fold_filters(weight: Tensor, bias: Maybe, gate: GateArgs, dtype: torch.dtype
 
 
 def fold_channels(weight: Tensor, gate: GateArgs, groups: int, dtype: torch.dtype) -> Tensor:
-    """Weights times the gates of the channels they read: columns where channels are innermost, else blocks of the filters of a group."""
+    """Weights times the gates of the channels they read: columns where channels are innermost,
+    else blocks of the filters of a group.
+    """
     n_out, n_in = weight.shape[0], weight.shape[1]
     if groups == 1 and channels_innermost(weight):
         last = weight.permute(0, 2, 3, 1)

@@ -1,7 +1,9 @@
-"""W~ = W * Z, the weight with its gates in it, as an op: whatever reads a weight (a convolution, a norm, an RNN) then runs as it is.
+"""W~ = W * Z, the weight with its gates in it, as an op: whatever reads a weight (a convolution, a norm,
+an RNN) then runs as it is.
 
-``fold_weight`` takes gates of rows and columns and the bias along, ``fold_blocks`` a gate for each weight or block of weights. The gradient
-of a gate comes from that of the folded weight, dz = sum(W * dW~): nothing but the inputs and the seed is kept.
+``fold_weight`` takes gates of rows and columns and the bias along, ``fold_blocks`` a gate for each weight or block of
+weights. The gradient of a gate comes from that of the folded weight, dz = sum(W * dW~):
+nothing but the inputs and the seed is kept.
 """
 
 from __future__ import annotations
@@ -38,7 +40,9 @@ def _fwd(
 
 def _fwd_fake(weight: Tensor, bias: Maybe, *rest: Any) -> tuple[Tensor, Tensor]:
     dtype = rest[-1]
-    return weight.new_empty(weight.shape, dtype=dtype), weight.new_empty((0,) if bias is None else bias.shape, dtype=dtype)
+    return weight.new_empty(weight.shape, dtype=dtype), weight.new_empty(
+        (0,) if bias is None else bias.shape, dtype=dtype
+    )
 
 
 def _bwd(
@@ -63,7 +67,10 @@ def _bwd_fake(raw: Tensor, raw_bias: Maybe, *rest: Any) -> tuple[Tensor, ...]:
 
 
 def _like(inputs: tuple[Maybe, ...], needs: Sequence[bool], empty: Tensor) -> tuple[Tensor, ...]:
-    return tuple(t.new_empty(t.shape) if need and t is not None else empty.new_empty(0) for t, need in zip(inputs, needs, strict=True))
+    return tuple(
+        t.new_empty(t.shape) if need and t is not None else empty.new_empty(0)
+        for t, need in zip(inputs, needs, strict=True)
+    )
 
 
 fwd = define(
@@ -109,12 +116,16 @@ class _FoldWeight(Node):
 
 
 def fold_weight(weight: Tensor, bias: Maybe, gates: GatePair, dtype: torch.dtype) -> tuple[Tensor, Maybe]:
-    """(z_out W z_in, z_out b) in ``dtype``, differentiable; weight: (N, K), bias: (N,), gates: K and N of them; taken as checked."""
+    """(z_out W z_in, z_out b) in ``dtype``, differentiable; weight: (N, K), bias: (N,), gates: K and N of them;
+    taken as checked.
+    """
     folded, folded_bias = apply(_FoldWeight, weight, bias, *gates[:5], dtype)
     return folded, None if bias is None else folded_bias
 
 
-def _blocks_fwd(weight: Tensor, log_alpha: Tensor, seed: Maybe, spec: Sequence[float], block: Sequence[int], dtype: torch.dtype) -> Tensor:
+def _blocks_fwd(
+    weight: Tensor, log_alpha: Tensor, seed: Maybe, spec: Sequence[float], block: Sequence[int], dtype: torch.dtype
+) -> Tensor:
     gate = GateArgs(log_alpha, seed, unpack(spec))
     folded: Tensor = select(weight.device, dtype).fold_blocks_fwd(weight, gate, tuple(block), dtype)
     return folded
@@ -125,7 +136,13 @@ def _blocks_fwd_fake(weight: Tensor, *rest: Any) -> Tensor:
 
 
 def _blocks_bwd(
-    raw: Tensor, weight: Tensor, log_alpha: Tensor, seed: Maybe, spec: Sequence[float], block: Sequence[int], needs: Sequence[bool]
+    raw: Tensor,
+    weight: Tensor,
+    log_alpha: Tensor,
+    seed: Maybe,
+    spec: Sequence[float],
+    block: Sequence[int],
+    needs: Sequence[bool],
 ) -> tuple[Maybe, ...]:
     gate = GateArgs(log_alpha, seed, unpack(spec))
     grads: tuple[Maybe, ...] = select(raw.device, raw.dtype).fold_blocks_bwd(raw, weight, gate, tuple(block), needs)
@@ -162,7 +179,9 @@ class _FoldBlocks(Node):
     @staticmethod
     def fused(ctx: Any, raw: Tensor) -> Any:
         (weight, log_alpha, seed), needs = ctx.saved_tensors, list(ctx.needs_input_grad[:2])
-        dw, dlog_alpha = wanted(blocks_bwd(_rows(raw), _rows(weight), log_alpha, seed, *ctx.constants[:2], needs), needs)
+        dw, dlog_alpha = wanted(
+            blocks_bwd(_rows(raw), _rows(weight), log_alpha, seed, *ctx.constants[:2], needs), needs
+        )
         return None if dw is None else _laid_out(dw, weight), dlog_alpha, None, None, None, None
 
 
@@ -177,6 +196,8 @@ def _laid_out(matrix: Tensor, weight: Tensor) -> Tensor:
 
 
 def fold_blocks(weight: Tensor, gate: GateArgs, block: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """W * Z in ``dtype``, differentiable; weight: (N, ...), one gate for each block of it as a matrix, row by row; taken as checked."""
+    """W * Z in ``dtype``, differentiable; weight: (N, ...), one gate for each block of it as a matrix, row by row;
+    taken as checked.
+    """
     folded: Tensor = apply(_FoldBlocks, weight, gate.log_alpha, gate.seed, gate.spec, block, dtype)
     return folded

@@ -1,4 +1,6 @@
-"""x * z along one dimension, a draw per call or one per sample (index of the first dimension), as one op forward and one op backward."""
+"""x * z along one dimension, a draw per call or one per sample (index of the first dimension),
+as one op forward and one op backward.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ from .node import Node, apply
 
 
 class Planes(NamedTuple):
-    """A tensor seen as (outer, middle, n, inner), in the order of its memory; gates are on n, with a draw for each outer index, or one."""
+    """A tensor seen as (outer, middle, n, inner), in the order of its memory; gates are on n,
+    with a draw for each outer index, or one.
+    """
 
     outer: int
     middle: int

@@ -1,4 +1,7 @@
-"""The gates of one call, as ops and backends hand them on. Schemas list the same things one by one, because they know no tuples."""
+"""The gates of one call, as ops and backends hand them on.
+
+Schemas list the same things one by one, because they know no tuples.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,8 @@ from torch import Tensor
 from dampr.spec import SAMPLE, GateSpec
 
 Maybe = Tensor | None
-PAIR = "Tensor? input_log_alpha, Tensor? output_log_alpha, Tensor? input_seed, Tensor? output_seed"  # GatePair as schemas list it
+# GatePair as schemas list it
+PAIR = "Tensor? input_log_alpha, Tensor? output_log_alpha, Tensor? input_seed, Tensor? output_seed"
 
 
 def gate_dtype(like: Tensor) -> torch.dtype:
@@ -20,7 +24,9 @@ def gate_dtype(like: Tensor) -> torch.dtype:
 
 
 class GateArgs(NamedTuple):
-    """A vector of gates: parameters (n,) of the family in ``spec``, a seed if that draws, and whether each row has a draw of its own."""
+    """A vector of gates: parameters (n,) of the family in ``spec``, a seed if that draws,
+    and whether each row has a draw of its own.
+    """
 
     log_alpha: Tensor
     seed: Maybe
@@ -47,7 +53,9 @@ class GateArgs(NamedTuple):
 
 
 class GatePair(NamedTuple):
-    """The gates of a layer's inputs and outputs, whose parameters are None where there are none; flat, so that a call makes one tuple."""
+    """The gates of a layer's inputs and outputs, whose parameters are None where there are none; flat,
+    so that a call makes one tuple.
+    """
 
     input_log_alpha: Maybe
     output_log_alpha: Maybe
@@ -57,18 +65,28 @@ class GatePair(NamedTuple):
     per_sample: bool = False
 
     @classmethod
-    def of(cls, in_la: Maybe, out_la: Maybe, in_seed: Maybe, out_seed: Maybe, spec: Sequence[Any], per_sample: bool = False) -> GatePair:
+    def of(
+        cls, in_la: Maybe, out_la: Maybe, in_seed: Maybe, out_seed: Maybe, spec: Sequence[Any], per_sample: bool = False
+    ) -> GatePair:
         """Gates from what a schema lists; per sample only if they are drawn at all."""
         spec = unpack(spec)
         return cls(in_la, out_la, in_seed, out_seed, spec, per_sample and spec.rule == SAMPLE)
 
     @property
     def input(self) -> GateArgs | None:
-        return None if self.input_log_alpha is None else GateArgs(self.input_log_alpha, self.input_seed, self.spec, self.per_sample)
+        return (
+            None
+            if self.input_log_alpha is None
+            else GateArgs(self.input_log_alpha, self.input_seed, self.spec, self.per_sample)
+        )
 
     @property
     def output(self) -> GateArgs | None:
-        return None if self.output_log_alpha is None else GateArgs(self.output_log_alpha, self.output_seed, self.spec, self.per_sample)
+        return (
+            None
+            if self.output_log_alpha is None
+            else GateArgs(self.output_log_alpha, self.output_seed, self.spec, self.per_sample)
+        )
 
 
 def unpack(spec: Sequence[Any]) -> GateSpec:

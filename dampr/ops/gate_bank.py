@@ -1,4 +1,6 @@
-"""z = gate(log_alpha, U(seed, index)) of all gates of a model, and sum(cost P(z != 0)): one draw, one backward, for both."""
+"""z = gate(log_alpha, U(seed, index)) of all gates of a model, and sum(cost P(z != 0)): one draw, one backward,
+for both.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ class _Bank(Node):
 
 
 class _Joined(torch.autograd.Function):
-    """Parameters that lie one after the other in memory as the one vector that they are, and its gradient as theirs: views, no copies."""
+    """Parameters that lie one after the other in memory as the one vector that they are, and its gradient as theirs:
+    views, no copies.
+    """
 
     @staticmethod
     def forward(ctx: Any, flat: Tensor, sizes: Sequence[int], *parameters: Tensor) -> Tensor:  # type: ignore[override]
@@ -58,6 +62,8 @@ def joined(flat: Tensor, parameters: Sequence[Tensor]) -> Tensor:
 
 
 def gate_bank(log_alpha: Tensor, seed: Tensor, cost: Tensor, spec: GateSpec) -> tuple[Tensor, Tensor]:
-    """(z, (n,); the expected cost, a scalar) of drawn hard concrete gates; differentiable in ``log_alpha``; arguments are not checked."""
+    """(z, (n,); the expected cost, a scalar) of drawn hard concrete gates; differentiable in ``log_alpha``;
+    arguments are not checked.
+    """
     z, penalty = apply(_Bank, log_alpha, seed, cost, spec)
     return z, penalty

@@ -1,7 +1,8 @@
-"""y = z_out * (conv2d(x * z_in, W) + b) in one pass over live blocks of channels, as an op; the other routes are made of smaller ops.
+"""y = z_out * (conv2d(x * z_in, W) + b) in one pass over live blocks of channels, as an op;
+the other routes are made of smaller ops.
 
-The op has a forward only: its backward folds the gates into the weight, lets torch differentiate the convolution, and turns the gradient of
-the folded weight into those of the weight and the gates, as the fold route does.
+The op has a forward only: its backward folds the gates into the weight, lets torch differentiate the convolution, and
+turns the gradient of the folded weight into those of the weight and the gates, as the fold route does.
 """
 
 from __future__ import annotations
@@ -77,7 +78,8 @@ class _GatedConv2d(Node):
         x, weight, bias, in_la, out_la, in_seed, out_seed = ctx.saved_tensors
         (spec, stride, padding, dilation, groups), needs = ctx.constants, list(ctx.needs_input_grad[:5])
         leaves = [
-            None if t is None else t.detach().requires_grad_(need) for t, need in zip((weight, bias, in_la, out_la), needs[1:], strict=True)
+            None if t is None else t.detach().requires_grad_(need)
+            for t, need in zip((weight, bias, in_la, out_la), needs[1:], strict=True)
         ]
         with torch.enable_grad():
             folded, shift = leaves[0], leaves[1]
@@ -92,16 +94,24 @@ class _GatedConv2d(Node):
         sizes = None if shift is None else list(shift.shape)
         args = stride, padding, dilation, False, [0, 0], groups, mask
         dx, *raw = torch.ops.aten.convolution_backward(dy, x, folded.detach().to(x.dtype), sizes, *args)
-        ends = [(t, g) for t, g in zip((folded, shift), raw, strict=True) if t is not None and g is not None and t.requires_grad]
+        ends = [
+            (t, g)
+            for t, g in zip((folded, shift), raw, strict=True)
+            if t is not None and g is not None and t.requires_grad
+        ]
         found: dict[int, Maybe] = {}
         if ends and learns:
             outputs, upstream = zip(*((t, g.to(t.dtype)) for t, g in ends), strict=True)
-            found = dict(zip(map(id, learns), torch.autograd.grad(outputs, learns, upstream, allow_unused=True), strict=True))
+            found = dict(
+                zip(map(id, learns), torch.autograd.grad(outputs, learns, upstream, allow_unused=True), strict=True)
+            )
         grads = [dx, *(None if t is None else found.get(id(t)) for t in leaves)]
         return (*wanted(grads, needs), *[None] * 7)
 
 
 def gated_conv2d(x: Tensor, weight: Tensor, bias: Maybe, gates: GatePair, window: Window) -> Tensor:
-    """Differentiable, gates per batch; x: (B, C, H, W); arguments are taken as checked (:func:`dampr.functional.gated_conv2d` checks)."""
+    """Differentiable, gates per batch; x: (B, C, H, W); arguments are taken as checked
+    (:func:`dampr.functional.gated_conv2d` checks).
+    """
     y: Tensor = apply(_GatedConv2d, x, weight, bias, *gates[:5], *window)
     return y

@@ -33,7 +33,8 @@ def _fwd(
 ) -> tuple[Tensor, Tensor]:
     gates = GatePair.of(in_la, out_la, in_seed, out_seed, spec, per_sample)
     y, pre = select(x.device, x.dtype).gated_linear_fwd(x, weight, bias, gates, keep_pre)
-    return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y, pre  # autograd lets nobody change a view in place
+    # autograd lets nobody change a view in place
+    return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y, pre
 
 
 def _fwd_fake(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -62,11 +63,18 @@ def _bwd(
 
 def _bwd_fake(dy: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     inputs, needs = (x, *rest[:4]), rest[-1]
-    return tuple(t.new_empty(t.shape) if need and t is not None else x.new_empty(0) for t, need in zip(inputs, needs, strict=True))
+    return tuple(
+        t.new_empty(t.shape) if need and t is not None else x.new_empty(0)
+        for t, need in zip(inputs, needs, strict=True)
+    )
 
 
 _HOW = "float[] spec, bool per_sample"
-fwd = define(f"gated_linear_fwd(Tensor x, Tensor weight, Tensor? bias, {PAIR}, {_HOW}, bool keep_pre) -> (Tensor, Tensor)", _fwd, _fwd_fake)
+fwd = define(
+    f"gated_linear_fwd(Tensor x, Tensor weight, Tensor? bias, {PAIR}, {_HOW}, bool keep_pre) -> (Tensor, Tensor)",
+    _fwd,
+    _fwd_fake,
+)
 bwd = define(
     f"gated_linear_bwd(Tensor dy, Tensor x, Tensor weight, Tensor? bias, {PAIR}, Tensor pre, {_HOW}, bool[] needs)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -113,7 +121,10 @@ class _GatedLinear(Node):
         x, weight, pre = tensors[0], tensors[1], tensors[-1]
         needs = list(ctx.needs_input_grad[:5])
         if needs[4] and pre.numel() != dy.numel() and (per_sample or gates_activations(x, weight)):
-            raise RuntimeError("the activation before the output gate was not kept: requires_grad of output_gate changed since the forward")
+            raise RuntimeError(
+                "the activation before the output gate was not kept: requires_grad of output_gate changed since the "
+                "forward"
+            )
         grads = bwd(dy, *tensors, spec, per_sample, needs)
         return (*wanted(grads, needs), None, None, None, None, None)
 
@@ -142,7 +153,9 @@ _apply_small = super(torch.autograd.Function, _SmallLinear).apply  # type: ignor
 
 
 def gated_linear(x: Tensor, weight: Tensor, bias: Maybe, gates: GatePair) -> Tensor:
-    """Differentiable gated linear map; arguments are taken as checked (:func:`dampr.functional.gated_linear` checks)."""
+    """Differentiable gated linear map; arguments are taken as checked
+    (:func:`dampr.functional.gated_linear` checks).
+    """
     in_la, out_la, in_seed, out_seed, spec, per_sample = gates
     if not watched((x, weight, bias, in_la, out_la)):
         backend = select(x.device, x.dtype)

@@ -1,8 +1,10 @@
-"""y = z_out * (f(x * z_in, W) + b), f a linear map or a convolution, on the rows and columns of W whose gates are open, if these are few.
+"""y = z_out * (f(x * z_in, W) + b), f a linear map or a convolution,
+on the rows and columns of W whose gates are open, if these are few.
 
-Per batch, on the CPU, where looking at a draw waits for nobody: the open part of the weight and of the activations is picked out, the
-product is as much smaller, and the rest of y, and of the gradients, is 0. Forward and backward both; the result is that of the whole layer
-to rounding. Only where closed gates have no gradient (or none is asked for). Nothing is kept but the inputs and the list of open gates.
+Per batch, on the CPU, where looking at a draw waits for nobody: the open part of the weight and of the activations is
+picked out, the product is as much smaller, and the rest of y, and of the gradients, is 0. Forward and backward both;
+the result is that of the whole layer to rounding. Only where closed gates have no gradient (or none is asked for).
+Nothing is kept but the inputs and the list of open gates.
 """
 
 from __future__ import annotations
@@ -21,9 +23,10 @@ from .fold_conv import channels_innermost
 from .gate_args import GateArgs, GatePair, Maybe
 from .node import Node, differentiate_layer, traced
 
-# From so many multiply-adds on it is worth looking at the draw. Lists are filled up to a multiple that suits the blocks of channels of
-# vendors' kernels. What is left out has to be worth moving the rest: so many multiply-adds for each weight, and twice as many for each
-# activation, whose memory is fresh. How large a share of the gates it has to be besides depends on the processor (:mod:`.thresholds`).
+# From so many multiply-adds on it is worth looking at the draw. Lists are filled up to a multiple that suits the blocks
+# of channels of vendors' kernels. What is left out has to be worth moving the rest: so many multiply-adds for each
+# weight, and twice as many for each activation, whose memory is fresh. How large a share of the gates it has to be
+# besides depends on the processor (:mod:`.thresholds`).
 WORK, MULTIPLE, MOVE = 2**24, 16, 20
 
 
@@ -58,11 +61,13 @@ class _Live(Node):
 _apply = super(torch.autograd.Function, _Live).apply  # type: ignore[misc]
 
 
-def on_open_gates(x: Tensor, weight: Tensor, bias: Maybe, gates: GatePair, work: int, whole: Any, window: Any = None) -> Tensor | None:
+def on_open_gates(
+    x: Tensor, weight: Tensor, bias: Maybe, gates: GatePair, work: int, whole: Any, window: Any = None
+) -> Tensor | None:
     """The layer on its open gates, or None where that would not be faster, or where somebody traces.
 
-    x (..., K) for a linear map, (B, C, *size) with a ``window``; ``work``: multiply-adds of the whole; ``whole(x, weight, bias, gates)``:
-    the layer itself, differentiable.
+    x (..., K) for a linear map, (B, C, *size) with a ``window``; ``work``: multiply-adds of the whole; ``whole(x,
+    weight, bias, gates)``: the layer itself, differentiable.
     """
     if torch.compiler.is_compiling() or gates.per_sample:
         return None
@@ -76,7 +81,15 @@ def on_open_gates(x: Tensor, weight: Tensor, bias: Maybe, gates: GatePair, work:
 
 
 def among_open(
-    x: Tensor, weight: Tensor, bias: Maybe, gates: GatePair, work: int, whole: Any, window: Any, forced: bool, backend: Any
+    x: Tensor,
+    weight: Tensor,
+    bias: Maybe,
+    gates: GatePair,
+    work: int,
+    whole: Any,
+    window: Any,
+    forced: bool,
+    backend: Any,
 ) -> Tensor | None:
     """:func:`on_open_gates` for who knows that the layer is large enough, or forced to it, and that nobody traces."""
     in_la, out_la, in_seed, out_seed, spec, _ = gates
@@ -87,7 +100,10 @@ def among_open(
         if obstacle is not None:
             return None
     least, size = thresholds.skip(), weight.numel()
-    sides = (in_la, in_seed, least.inputs, x.numel()), (out_la, out_seed, least.outputs, work * weight.shape[0] // max(1, size))
+    sides = (
+        (in_la, in_seed, least.inputs, x.numel()),
+        (out_la, out_seed, least.outputs, work * weight.shape[0] // max(1, size)),
+    )
     lists: list[Maybe] = [None, None]  # of the open gates of inputs and outputs, where they are short enough
     for side, (log_alpha, seed, share, activations) in enumerate(sides):
         closed = 0.0 if forced else max(share, MOVE * (2 * activations + size) / work)

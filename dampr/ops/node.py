@@ -1,8 +1,9 @@
 """The nodes of autograd: fused for a forward and its backward, plain PyTorch for every other derivative.
 
-A kernel has no derivative of its own. So every op has a ``plain`` form beside it, which computes the same from the same inputs, gates
-redrawn from their seed included, and which torch differentiates as often as it is asked to. It serves a backward that is itself
-differentiated (``create_graph=True``), a backward of a batch of gradients (``is_grads_batched=True``), torch.func and forward mode.
+A kernel has no derivative of its own. So every op has a ``plain`` form beside it, which computes the same from the same
+inputs, gates redrawn from their seed included, and which torch differentiates as often as it is asked to. It serves a
+backward that is itself differentiated (``create_graph=True``), a backward of a batch of gradients
+(``is_grads_batched=True``), torch.func and forward mode.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ PLAIN = {torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, list, t
 
 
 def watched(args: Sequence[Any], by_profiler: bool = True) -> bool:
-    """Whether a compiler, a dispatch mode, a transform, the profiler or an argument of another kind wants to see operators."""
+    """Whether a compiler, a dispatch mode, a transform,
+    the profiler or an argument of another kind wants to see operators.
+    """
     return (
         (by_profiler and profiler._is_profiler_enabled)
         or _compiling()
@@ -53,8 +56,8 @@ def traced(args: Sequence[Any]) -> bool:
 class Node(torch.autograd.Function):
     """Base of the nodes. A subclass has ``forward``, ``fused`` in the place of ``backward``, and ``plain``.
 
-    The context of a call keeps what :meth:`plain` takes: the first ``tensors`` of the saved tensors, which are the first inputs of
-    ``forward``, and after them ``constants``.
+    The context of a call keeps what :meth:`plain` takes: the first ``tensors`` of the saved tensors, which are the
+    first inputs of ``forward``, and after them ``constants``.
     """
 
     tensors: int
@@ -66,11 +69,20 @@ class Node(torch.autograd.Function):
         planned, fused = cls.fused is None, cls.fused or cls.by_operators
 
         def backward(ctx: Any, *grads: Tensor) -> Any:
-            # Differentiated again, or one of a batch. What is compiled is neither: torch refuses a second derivative of it by name.
+            # Differentiated again, or one of a batch. What is compiled is neither:
+            # torch refuses a second derivative of it by name.
             compiling = _compiling()
-            if not compiling and (_grad_enabled() or _in_batch(grads[0]) or _in_func() or forward_ad._current_level >= 0):
+            if not compiling and (
+                _grad_enabled() or _in_batch(grads[0]) or _in_func() or forward_ad._current_level >= 0
+            ):
                 return _by_plain(cls, ctx, grads)
-            if not planned or compiling or profiler._is_profiler_enabled or _dispatch_modes() > 0 or type(grads[0]) not in PLAIN:
+            if (
+                not planned
+                or compiling
+                or profiler._is_profiler_enabled
+                or _dispatch_modes() > 0
+                or type(grads[0]) not in PLAIN
+            ):
                 return fused(ctx, *grads)  # type: ignore[misc]
             plan, needs = ctx.constants[0], ctx.needs_input_grad
             found = plan.backward(plan, *grads, ctx.saved_tensors, needs)
@@ -82,8 +94,8 @@ class Node(torch.autograd.Function):
 class Planned(Node):
     """Base of the nodes that go straight into the backend, by the :class:`.plan.Plan` that ``forward`` is given last.
 
-    A subclass has ``by_operators`` in the place of ``fused``: the backward for whoever looks on. What the forward kept is the
-    last of the saved tensors, and the plan is the one constant.
+    A subclass has ``by_operators`` in the place of ``fused``: the backward for whoever looks on. What the forward kept
+    is the last of the saved tensors, and the plan is the one constant.
     """
 
     @staticmethod
@@ -92,7 +104,8 @@ class Planned(Node):
         y, kept = plan.forward(plan, *tensors)
         ctx.save_for_backward(*tensors, kept)
         ctx.constants = (plan,)
-        changeable = torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y  # autograd lets nobody change a view in place
+        # autograd lets nobody change a view in place
+        changeable = torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
         return changeable  # type: ignore[no-any-return]
 
 
@@ -104,8 +117,12 @@ def _by_plain(node: type[Node], ctx: Any, grads: Sequence[Tensor]) -> tuple[Mayb
     return (*found, *[None] * (len(needs) - len(inputs)))
 
 
-def differentiate(function: Callable[..., Any], grads: Sequence[Tensor], inputs: Sequence[Maybe], needs: Sequence[bool]) -> list[Maybe]:
-    """Gradients of the ``inputs`` that need one from ``grads``, those of the outputs; differentiable where gradients are enabled."""
+def differentiate(
+    function: Callable[..., Any], grads: Sequence[Tensor], inputs: Sequence[Maybe], needs: Sequence[bool]
+) -> list[Maybe]:
+    """Gradients of the ``inputs`` that need one from ``grads``, those of the outputs;
+    differentiable where gradients are enabled.
+    """
     again = torch.is_grad_enabled()
     with torch.enable_grad():
         given = [_stand_in(t) if need and t is not None else t for t, need in zip(inputs, needs, strict=True)]
@@ -129,7 +146,9 @@ def _stand_in(t: Tensor) -> Tensor:
 def differentiate_layer(
     layer: Callable[..., Tensor], dy: Tensor, tensors: Sequence[Maybe], gates: GatePair, needs: Sequence[bool]
 ) -> list[Maybe]:
-    """Gradients of x, weight, bias and both log-alphas by way of ``layer(x, weight, bias, gates)``, of operators, for whoever looks on."""
+    """Gradients of x, weight, bias and both log-alphas by way of ``layer(x, weight, bias, gates)``, of operators,
+    for whoever looks on.
+    """
 
     def whole(x: Tensor, weight: Tensor, bias: Maybe, in_la: Maybe, out_la: Maybe) -> Tensor:
         return layer(x, weight, bias, gates._replace(input_log_alpha=in_la, output_log_alpha=out_la))
@@ -140,10 +159,11 @@ def differentiate_layer(
 def apply(node: type[Node], *args: Any) -> Any:
     """``node.apply(*args)``, or its plain form where somebody transforms.
 
-    ``Function.apply`` binds the arguments to a signature for functions with a ``setup_context`` before it hands over to its base class,
-    which alone costs as much as a small layer (60 us). Under torch.compile it has more to do, and is called itself. What is compiled
-    without a gradient is the forward: dynamo does not know the ``apply`` of such a function there. What is exported
-    with one (a stage of ``torch.distributed.pipelining``) keeps operators alone, not the backward of a function.
+    ``Function.apply`` binds the arguments to a signature for functions with a ``setup_context`` before it hands over to
+    its base class, which alone costs as much as a small layer (60 us). Under torch.compile it has more to do, and is
+    called itself. What is compiled without a gradient is the forward: dynamo does not know the ``apply`` of such a
+    function there. What is exported with one (a stage of ``torch.distributed.pipelining``) keeps operators alone,
+    not the backward of a function.
     """
     if is_transformed():
         return node.plain(*args)

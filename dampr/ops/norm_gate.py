@@ -1,6 +1,8 @@
-"""y = act(z batch_norm(x)): statistics, normalisation, gates and ReLU as one op forward and one op backward. docs/kernels.md derives it.
+"""y = act(z batch_norm(x)): statistics, normalisation, gates and ReLU as one op forward and one op backward.
+docs/kernels.md derives it.
 
-Nothing of the size of x is kept but x: the norm before the gates, and where the ReLU let it through, are computed again.
+Nothing of the size of x is kept but x: the norm before the gates, and where the ReLU let it through,
+are computed again.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ Statistics = tuple[Tensor, Tensor]
 
 
 class Norm(NamedTuple):
-    """gain (x - mean) / sqrt(var + eps) + bias, and a ReLU behind the gates or none; vectors (C,), None: a gain of 1, no bias."""
+    """gain (x - mean) / sqrt(var + eps) + bias, and a ReLU behind the gates or none; vectors (C,), None: a gain of 1,
+    no bias.
+    """
 
     gain: Maybe
     bias: Maybe
@@ -32,7 +36,9 @@ class Norm(NamedTuple):
 
 
 class Running(NamedTuple):
-    """What a norm keeps of the batches it has seen: mean and variance, (C,), how many these were, int64, and what a new one weighs."""
+    """What a norm keeps of the batches it has seen: mean and variance, (C,), how many these were, int64,
+    and what a new one weighs.
+    """
 
     mean: Maybe
     var: Maybe
@@ -71,7 +77,9 @@ def _fwd(
     return made
 
 
-def _fwd_fake(x: Tensor, gain: Maybe, bias: Maybe, log_alpha: Tensor, seed: Maybe, mean: Maybe, *_: Any) -> tuple[Tensor, ...]:
+def _fwd_fake(
+    x: Tensor, gain: Maybe, bias: Maybe, log_alpha: Tensor, seed: Maybe, mean: Maybe, *_: Any
+) -> tuple[Tensor, ...]:
     y = torch.empty_like(x, memory_format=dense_format(x, 1))
     return y, *(torch.empty_like(log_alpha) if mean is None else x.new_empty(0) for _ in range(2))
 
@@ -158,7 +166,9 @@ def _statistics(x: Tensor, like: Tensor) -> Statistics:
 
 
 class _WholeNormGate(Node):
-    """The same by batch statistics where nobody looks on: no operators, and running statistics moved by whoever makes the new ones."""
+    """The same by batch statistics where nobody looks on: no operators,
+    and running statistics moved by whoever makes the new ones.
+    """
 
     tensors = 5  # with the seed, which takes the place of the norm among the inputs
 
@@ -193,21 +203,28 @@ _whole = super(torch.autograd.Function, _WholeNormGate).apply  # type: ignore[mi
 
 
 def has_whole_norms(device: torch.device, dtype: torch.dtype, per_sample: bool) -> bool:
-    """Whether the backend for such tensors has norm, gates and running statistics in one call: C++ always, Triton per sample."""
+    """Whether the backend for such tensors has norm, gates and running statistics in one call: C++ always,
+    Triton per sample.
+    """
     return per_sample in getattr(select(device, dtype), "own_norms", ())
 
 
 def whole_norm_gate(x: Tensor, norm: Norm, gate: GateArgs, running: Running) -> Maybe:
     """:func:`norm_gate` by the statistics of x, without operators in between. None where that is not to be had.
 
-    In C++ it is faster than torch's norm, and a ReLU, even with one draw for all samples. On a GPU nobody has measured it: gates per batch
-    are folded into gain and bias there. Not where somebody traces, who fuses or transforms the smaller ops.
+    In C++ it is faster than torch's norm, and a ReLU, even with one draw for all samples. On a GPU nobody has measured
+    it: gates per batch are folded into gain and bias there. Not where somebody traces,
+    who fuses or transforms the smaller ops.
     """
     (gain, bias, _, _), log_alpha, (mean, var, updates, _) = norm, gate.log_alpha, running
     if traced((x, gain, bias, log_alpha)):
         return None
     device = x.device
-    if log_alpha.device != device or (gain is not None and gain.device != device) or (bias is not None and bias.device != device):
+    if (
+        log_alpha.device != device
+        or (gain is not None and gain.device != device)
+        or (bias is not None and bias.device != device)
+    ):
         return None
     if not (_moves(mean, log_alpha) and _moves(var, log_alpha)):
         return None
@@ -216,37 +233,51 @@ def whole_norm_gate(x: Tensor, norm: Norm, gate: GateArgs, running: Running) -> 
     if not has_whole_norms(device, x.dtype, gate.per_sample):
         return None
     learns = (
-        x.requires_grad or log_alpha.requires_grad or (gain is not None and gain.requires_grad) or (bias is not None and bias.requires_grad)
+        x.requires_grad
+        or log_alpha.requires_grad
+        or (gain is not None and gain.requires_grad)
+        or (bias is not None and bias.requires_grad)
     )
     if learns and torch.is_grad_enabled():
         y: Tensor = _whole(x, gain, bias, log_alpha, norm, gate, running)
     else:
         y = select(x.device, x.dtype).norm_gate_fwd(x, norm, gate, None, None, running)[0]
     if x.numel():
-        torch._C._increment_version([t for t in (mean, var, updates) if t is not None])  # were written to by their addresses
+        # were written to by their addresses
+        torch._C._increment_version([t for t in (mean, var, updates) if t is not None])
     return y
 
 
 def _moves(kept: Maybe, like: Maybe = None) -> bool:
-    """Whether a call may write to what a norm keeps, if it does, by its address: a vector ``like`` another, or a number."""
+    """Whether a call may write to what a norm keeps, if it does, by its address: a vector ``like`` another,
+    or a number.
+    """
     if kept is None:
         return True
-    fits = kept.dim() == 0 if like is None else kept.dtype == like.dtype and kept.shape == like.shape and kept.device == like.device
+    fits = (
+        kept.dim() == 0
+        if like is None
+        else kept.dtype == like.dtype and kept.shape == like.shape and kept.device == like.device
+    )
     return fits and kept.is_contiguous() and not kept.is_inference()
 
 
 def norm_gate(x: Tensor, norm: Norm, gate: GateArgs, statistics: Statistics | None, running: Running) -> Tensor:
-    """Differentiable in x, gain, bias and log_alpha; with the mean and variance in ``statistics`` or, where these are None, of x, towards
-    which the ``running`` ones are moved.
+    """Differentiable in x, gain, bias and log_alpha; with the mean and variance in ``statistics`` or, where these are
+    None, of x, towards which the ``running`` ones are moved.
 
-    x: (B, C, ...); everything else (C,), in the dtype of ``log_alpha``: float64 beside a float64 x, else float32; running statistics may
-    have another. Arguments are taken as checked (:func:`dampr.functional.gated_batch_norm` checks).
+    x: (B, C, ...); everything else (C,), in the dtype of ``log_alpha``: float64 beside a float64 x, else float32;
+    running statistics may have another. Arguments are taken as checked
+    (:func:`dampr.functional.gated_batch_norm` checks).
     """
     whole = whole_norm_gate(x, norm, gate, running) if statistics is None else None
     if whole is not None:
         return whole
     given = (None, None) if statistics is None else statistics
-    tensors, how = (x, norm.gain, norm.bias, gate.log_alpha, gate.seed), (norm.eps, gate.spec, gate.per_sample, norm.relu)
+    tensors, how = (
+        (x, norm.gain, norm.bias, gate.log_alpha, gate.seed),
+        (norm.eps, gate.spec, gate.per_sample, norm.relu),
+    )
     y: Tensor
     y, mean, var = apply(_NormGate, *tensors, *given, *how)
     if statistics is None and x.numel():

@@ -16,7 +16,9 @@ from .node import Node, apply
 
 
 def _fwd(log_alpha: Tensor, seed: Maybe, rows: int | None, spec: Sequence[float], start: int = 0) -> Tensor:
-    z: Tensor = select(log_alpha.device, log_alpha.dtype).sample_gates_fwd(GateArgs(log_alpha, seed, unpack(spec)), rows, start)
+    z: Tensor = select(log_alpha.device, log_alpha.dtype).sample_gates_fwd(
+        GateArgs(log_alpha, seed, unpack(spec)), rows, start
+    )
     return z
 
 
@@ -26,7 +28,9 @@ def _fwd_fake(log_alpha: Tensor, seed: Maybe, rows: int | None, spec: Sequence[f
 
 
 def _bwd(dz: Tensor, log_alpha: Tensor, seed: Maybe, rows: int | None, spec: Sequence[float], start: int = 0) -> Tensor:
-    grad: Tensor = select(log_alpha.device, log_alpha.dtype).sample_gates_bwd(dz, GateArgs(log_alpha, seed, unpack(spec)), rows, start)
+    grad: Tensor = select(log_alpha.device, log_alpha.dtype).sample_gates_bwd(
+        dz, GateArgs(log_alpha, seed, unpack(spec)), rows, start
+    )
     return grad
 
 
@@ -34,9 +38,15 @@ def _bwd_fake(dz: Tensor, log_alpha: Tensor, *_: Any) -> Tensor:
     return log_alpha.new_empty(log_alpha.shape)
 
 
-fwd = define("sample_gates_fwd(Tensor log_alpha, Tensor? seed, SymInt? rows, float[] spec, SymInt start=0) -> Tensor", _fwd, _fwd_fake)
+fwd = define(
+    "sample_gates_fwd(Tensor log_alpha, Tensor? seed, SymInt? rows, float[] spec, SymInt start=0) -> Tensor",
+    _fwd,
+    _fwd_fake,
+)
 bwd = define(
-    "sample_gates_bwd(Tensor dz, Tensor log_alpha, Tensor? seed, SymInt? rows, float[] spec, SymInt start=0) -> Tensor", _bwd, _bwd_fake
+    "sample_gates_bwd(Tensor dz, Tensor log_alpha, Tensor? seed, SymInt? rows, float[] spec, SymInt start=0) -> Tensor",
+    _bwd,
+    _bwd_fake,
 )
 
 

@@ -1,7 +1,8 @@
-"""From which share of closed gates on the CPU leaves them out: safe for every processor measured, or what ``dampr tune`` found on this one.
+"""From which share of closed gates on the CPU leaves them out: safe for every processor measured,
+or what ``dampr tune`` found on this one.
 
-Nothing is measured here. ``dampr tune`` writes a file in the user's cache folder, one for each processor, with an entry for each number of
-threads; it is read once, the first time that a layer is large enough to ask.
+Nothing is measured here. ``dampr tune`` writes a file in the user's cache folder, one for each processor, with an entry
+for each number of threads; it is read once, the first time that a layer is large enough to ask.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from dampr._writing import whole_or_nothing
 
 
 class Skip(NamedTuple):
-    """The least closed share of a layer's input gates, and of its output gates, that is left out; ``source`` says who says so."""
+    """The least closed share of a layer's input gates, and of its output gates, that is left out;
+    ``source`` says who says so.
+    """
 
     inputs: float
     outputs: float
@@ -41,7 +44,9 @@ def processor() -> str:
 
 
 def path() -> Path:
-    """Where the thresholds of this processor are, or would be: in ``$DAMPR_CACHE``, or in ``dampr`` in the user's cache folder."""
+    """Where the thresholds of this processor are, or would be: in ``$DAMPR_CACHE``,
+    or in ``dampr`` in the user's cache folder.
+    """
     cache = os.environ.get("DAMPR_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dampr"
     return Path(cache) / f"thresholds-{re.sub(r'[^a-z0-9]+', '-', processor().lower()).strip('-')}.json"
 

@@ -18,7 +18,9 @@ from .library import define, or_empty, wanted
 from .node import Node, Planned, apply, watched
 
 
-def _fwd(x: Tensor, weight: Tensor, bias: Maybe, log_alpha: Tensor, seed: Maybe, spec: Sequence[float], block: Sequence[int]) -> Tensor:
+def _fwd(
+    x: Tensor, weight: Tensor, bias: Maybe, log_alpha: Tensor, seed: Maybe, spec: Sequence[float], block: Sequence[int]
+) -> Tensor:
     gate = GateArgs(log_alpha, seed, unpack(spec))
     y: Tensor = select(x.device, x.dtype).weight_gated_linear_fwd(x, weight, bias, gate, tuple(block))
     return y
@@ -40,13 +42,18 @@ def _bwd(
     needs: Sequence[bool],
 ) -> tuple[Maybe, ...]:
     gate = GateArgs(log_alpha, seed, unpack(spec))
-    grads: tuple[Maybe, ...] = select(x.device, x.dtype).weight_gated_linear_bwd(dy, x, weight, bias, gate, tuple(block), needs)
+    grads: tuple[Maybe, ...] = select(x.device, x.dtype).weight_gated_linear_bwd(
+        dy, x, weight, bias, gate, tuple(block), needs
+    )
     return grads
 
 
 def _bwd_fake(dy: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     inputs, needs = (x, *rest[:3]), rest[-1]
-    return tuple(t.new_empty(t.shape) if need and t is not None else x.new_empty(0) for t, need in zip(inputs, needs, strict=True))
+    return tuple(
+        t.new_empty(t.shape) if need and t is not None else x.new_empty(0)
+        for t, need in zip(inputs, needs, strict=True)
+    )
 
 
 _INPUTS = "Tensor x, Tensor weight, Tensor? bias, Tensor log_alpha, Tensor? seed, float[] spec, int[2] block"
@@ -68,7 +75,12 @@ def _fwd_flops(x_shape: Any, weight_shape: Any, *_: Any, out_shape: Any = None, 
 @register_flop_formula(torch.ops.dampr.weight_gated_linear_bwd)
 def _bwd_flops(dy_shape: Any, x_shape: Any, weight_shape: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
     """Two products where both gradients are wanted; the shapes of unwanted ones are empty."""
-    return 2 * math.prod(x_shape) * int(weight_shape[0]) * sum(math.prod(shape) > 0 for shape in (out_shape[0], out_shape[1]))
+    return (
+        2
+        * math.prod(x_shape)
+        * int(weight_shape[0])
+        * sum(math.prod(shape) > 0 for shape in (out_shape[0], out_shape[1]))
+    )
 
 
 class _WeightGatedLinear(Node):
@@ -114,7 +126,9 @@ def weight_gated_linear(x: Tensor, weight: Tensor, bias: Maybe, gate: GateArgs, 
     if not watched((x, weight, bias, log_alpha)):
         backend = select(x.device, x.dtype)
         if hasattr(backend, "plan_weights"):
-            planned: Tensor = _apply_planned(x, weight, bias, log_alpha, seed, backend.plan_weights(x, weight, spec, block))
+            planned: Tensor = _apply_planned(
+                x, weight, bias, log_alpha, seed, backend.plan_weights(x, weight, spec, block)
+            )
             return planned
     y: Tensor = apply(_WeightGatedLinear, x, weight, bias, log_alpha, seed, spec, block)
     return y

@@ -1,8 +1,9 @@
-"""y = z_out * (conv(x * z_in, W) + b) around torch's own convolution: gates in the weight, or on the activations (``on_activations``).
+"""y = z_out * (conv(x * z_in, W) + b) around torch's own convolution: gates in the weight,
+or on the activations (``on_activations``).
 
-Made of smaller ops; on the CPU one node of autograd instead, where nobody traces. That leaves out views and nodes, which beside the cold
-cache that a convolution leaves behind are slow; and as convolution and gates then share a backward, the folded weight is not kept but
-folded again, and gradients are written over what nobody else can see.
+Made of smaller ops; on the CPU one node of autograd instead, where nobody traces. That leaves out views and nodes,
+which beside the cold cache that a convolution leaves behind are slow; and as convolution and gates then share a
+backward, the folded weight is not kept but folded again, and gradients are written over what nobody else can see.
 """
 
 from __future__ import annotations
@@ -57,9 +58,12 @@ class _WholeConv(Node):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Maybe, *rest: Any) -> Tensor:  # type: ignore[override]
         *gates, window, on_activations, ctx.backend = rest
         ctx.constants = *gates[4:], window, on_activations
-        y, pre = ctx.backend.fwd(x, weight, bias, GatePair(*gates), window, on_activations, keep_pre=ctx.needs_input_grad[4])
+        y, pre = ctx.backend.fwd(
+            x, weight, bias, GatePair(*gates), window, on_activations, keep_pre=ctx.needs_input_grad[4]
+        )
         ctx.save_for_backward(x, weight, bias, *gates[:4], pre)
-        ctx.hooked = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None  # a hook may keep what is saved
+        # a hook may keep what is saved
+        ctx.hooked = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
         return y  # type: ignore[no-any-return]
 
     @staticmethod
@@ -69,7 +73,9 @@ class _WholeConv(Node):
         gates = GatePair(in_la, out_la, in_seed, out_seed, spec, per_sample)
         needs = ctx.needs_input_grad[:5]
         if watched((dy,)):
-            whole = partial(composed_conv, convolve=window.convolve, groups=window.groups, on_activations=on_activations)
+            whole = partial(
+                composed_conv, convolve=window.convolve, groups=window.groups, on_activations=on_activations
+            )
             grads = differentiate_layer(whole, dy, (x, weight, bias), gates, needs)
         else:
             last = not ctx.hooked and not torch._C._autograd._get_current_graph_task_keep_graph()
@@ -78,7 +84,13 @@ class _WholeConv(Node):
 
 
 def composed_conv(
-    x: Tensor, weight: Tensor, bias: Maybe, gates: GatePair, convolve: Callable[..., Tensor], groups: int, on_activations: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Maybe,
+    gates: GatePair,
+    convolve: Callable[..., Tensor],
+    groups: int,
+    on_activations: bool,
 ) -> Tensor:
     """The same of smaller ops, with any ``convolve(x, weight, bias)``."""
     dtype = x.dtype
@@ -95,7 +107,9 @@ def composed_conv(
 
 
 def whole_conv(x: Tensor, weight: Tensor, bias: Maybe, gates: GatePair, window: Window, on_activations: bool) -> Tensor:
-    """Differentiable gated convolution of x (B, C, *size); arguments are taken as checked (:mod:`dampr.functional.conv` checks)."""
+    """Differentiable gated convolution of x (B, C, *size);
+    arguments are taken as checked (:mod:`dampr.functional.conv` checks).
+    """
     tensors = x, weight, bias, gates.input_log_alpha, gates.output_log_alpha
     one_fold = gates.input is None or (gates.output is None and window.groups == 1 and channels_innermost(weight))
     backend = getattr(select(x.device, x.dtype), "whole_conv", None)

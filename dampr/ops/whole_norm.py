@@ -1,7 +1,9 @@
-"""y = norm(x) with gain z * weight and bias z * bias, around torch's own norm: the gates are folded into vectors, no activation is touched.
+"""y = norm(x) with gain z * weight and bias z * bias, around torch's own norm: the gates are folded into vectors,
+no activation is touched.
 
-Made of smaller ops; while torch.compile traces, of gates by themselves and products that it fuses into the norm. On the CPU, where nobody
-looks on, it is one node of autograd instead, because beside a cold cache each view, node and line of Python costs as much as the fold.
+Made of smaller ops; while torch.compile traces, of gates by themselves and products that it fuses into the norm. On the
+CPU, where nobody looks on, it is one node of autograd instead, because beside a cold cache each view, node and line of
+Python costs as much as the fold.
 """
 
 from __future__ import annotations
@@ -39,7 +41,9 @@ class BatchNorm(NamedTuple):
         """y, and mean and 1 / standard deviation for :meth:`bwd`."""
         return torch.native_batch_norm(x, gain, shift, *self)
 
-    def bwd(self, dy: Tensor, x: Tensor, gain: Tensor, shift: Maybe, mean: Tensor, rstd: Tensor, needs: list[bool]) -> Sequence[Maybe]:
+    def bwd(
+        self, dy: Tensor, x: Tensor, gain: Tensor, shift: Maybe, mean: Tensor, rstd: Tensor, needs: list[bool]
+    ) -> Sequence[Maybe]:
         running = self.running_mean, self.running_var
         grads: Sequence[Maybe] = torch.ops.aten.native_batch_norm_backward(
             dy, x, gain, *running, mean, rstd, self.training, self.eps, needs
@@ -51,9 +55,16 @@ class BatchNorm(NamedTuple):
         return self._replace(running_mean=None, running_var=None) if self.training else self
 
     def refuses(self, x: Tensor, gain: Tensor, shift: Maybe) -> bool:
-        """Whether torch's own function has something to say about x, or does something else where there is so little of it."""
+        """Whether torch's own function has something to say about x,
+        or does something else where there is so little of it.
+        """
         vectors = gain, shift, self.running_mean, self.running_var
-        return x.dim() < 2 or x.numel() <= x.shape[1] or self.eps <= 0 or any(t is not None and t.numel() != x.shape[1] for t in vectors)
+        return (
+            x.dim() < 2
+            or x.numel() <= x.shape[1]
+            or self.eps <= 0
+            or any(t is not None and t.numel() != x.shape[1] for t in vectors)
+        )
 
     def gain_dtype(self, x: Tensor) -> torch.dtype:
         """The dtype of a gain that stands for none: vendors take one that is wider than x, like their statistics."""
@@ -72,8 +83,12 @@ class LayerNorm(NamedTuple):
     def fwd(self, x: Tensor, gain: Tensor, shift: Maybe) -> tuple[Tensor, Tensor, Tensor]:
         return torch.native_layer_norm(x, self.shape, gain, shift, self.eps)
 
-    def bwd(self, dy: Tensor, x: Tensor, gain: Tensor, shift: Maybe, mean: Tensor, rstd: Tensor, needs: list[bool]) -> Sequence[Maybe]:
-        grads: Sequence[Maybe] = torch.ops.aten.native_layer_norm_backward(dy, x, self.shape, mean, rstd, gain, shift, needs)
+    def bwd(
+        self, dy: Tensor, x: Tensor, gain: Tensor, shift: Maybe, mean: Tensor, rstd: Tensor, needs: list[bool]
+    ) -> Sequence[Maybe]:
+        grads: Sequence[Maybe] = torch.ops.aten.native_layer_norm_backward(
+            dy, x, self.shape, mean, rstd, gain, shift, needs
+        )
         return grads
 
     def again(self) -> LayerNorm:
@@ -93,7 +108,9 @@ class _WholeNorm(Node):
     tensors = 5  # with the seed, which takes the place of the gate among the inputs
 
     @staticmethod
-    def plain(x: Tensor, weight: Tensor, bias: Maybe, log_alpha: Tensor, seed: Maybe, spec: GateSpec, norm: Norm) -> Tensor:
+    def plain(
+        x: Tensor, weight: Tensor, bias: Maybe, log_alpha: Tensor, seed: Maybe, spec: GateSpec, norm: Norm
+    ) -> Tensor:
         return _composed(x, weight, bias, GateArgs(log_alpha, seed, spec).on_rows(), norm.again())
 
     @staticmethod
@@ -114,7 +131,9 @@ class _WholeNorm(Node):
         gate = GateArgs(log_alpha, seed, spec)
         if watched((dy,)):
             whole = partial(_composed, norm=norm.again())
-            dx, dw, db, _, dgate = differentiate_layer(whole, dy, (x, weight, bias), gate.on_rows(), (*needs[:3], False, need_gate))
+            dx, dw, db, _, dgate = differentiate_layer(
+                whole, dy, (x, weight, bias), gate.on_rows(), (*needs[:3], False, need_gate)
+            )
             return dx, dw, db, dgate, None, None, None
         vectors = need_w or need_gate, bias is not None and (need_b or need_gate)
         dx, dgain, dshift = norm.bwd(dy, x, gain, shift, mean, rstd, [need_x, *vectors])
@@ -128,7 +147,9 @@ _apply = super(torch.autograd.Function, _WholeNorm).apply  # type: ignore[misc]
 
 
 def whole_norm(x: Tensor, weight: Tensor, bias: Maybe, gate: GateArgs, norm: Norm) -> Tensor:
-    """Differentiable; weight, bias: the shape that ``norm`` normalises, a gate for each element; arguments are taken as checked."""
+    """Differentiable; weight, bias: the shape that ``norm`` normalises, a gate for each element;
+    arguments are taken as checked.
+    """
     backend = getattr(select(x.device, weight.dtype), "whole_norm", None)
     tensors = x, weight, bias, gate.log_alpha
     if (
@@ -146,7 +167,9 @@ def whole_norm(x: Tensor, weight: Tensor, bias: Maybe, gate: GateArgs, norm: Nor
 
 
 def affine(weight: Tensor, bias: Maybe, gate: GateArgs) -> tuple[Tensor, Maybe]:
-    """(z weight, z bias) in the dtype of ``weight``, differentiable; any shape, a gate for each element; arguments are taken as checked."""
+    """(z weight, z bias) in the dtype of ``weight``, differentiable; any shape, a gate for each element;
+    arguments are taken as checked.
+    """
     return _affine(weight, bias, gate.on_rows())
 
 

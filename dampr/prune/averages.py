@@ -1,4 +1,6 @@
-"""Copies of a model that average its weights (``torch.optim.swa_utils.AveragedModel``), through a plan's changes of the model."""
+"""Copies of a model that average its weights (``torch.optim.swa_utils.AveragedModel``),
+through a plan's changes of the model.
+"""
 
 from __future__ import annotations
 

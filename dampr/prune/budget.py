@@ -29,7 +29,10 @@ from .wrapped import check_bare, check_gates, gathered, unwrapped
 
 Target = float | int
 Schedule = int | Callable[[int], float] | None
-_COUNT: dict[str, Callable[[nn.Module, Any], int]] = {"macs": count_macs, "params": lambda model, _: count_params(model)}
+_COUNT: dict[str, Callable[[nn.Module, Any], int]] = {
+    "macs": count_macs,
+    "params": lambda model, _: count_params(model),
+}
 
 
 class BudgetError(RuntimeError):
@@ -50,10 +53,12 @@ RISK = 0.1  # the share of the gates above which a budget warns of what it decid
 
 @dataclass(frozen=True)
 class BudgetReport(Report):
-    """What :meth:`Budget.finalize` did: ``reached`` of ``total``, counted after compaction (seconds: by the table); gates, all and open.
+    """What :meth:`Budget.finalize` did: ``reached`` of ``total``, counted after compaction (seconds: by the table);
+    gates, all and open.
 
-    ``before``: the cost that the gates left in evaluation before. ``closed``, ``opened``: of each layer, how many gates were closed though
-    evaluation had them open, and opened though it had them closed: what was decided without training.
+    ``before``: the cost that the gates left in evaluation before. ``closed``, ``opened``: of each layer, how many gates
+    were closed though evaluation had them open, and opened though it had them closed:
+    what was decided without training.
     """
 
     metric: str
@@ -80,46 +85,59 @@ class BudgetReport(Report):
         reached, total, target = (amount(self.metric, n) for n in (self.reached, self.total, self.target))
         lines.append(f"{self.metric}: {reached} of {total} ({self.reached / self.total:.2%}), target {target}")
         if self.before is not None and self.changed:
-            lines.append(f"before: {self.before / self.total:.2%} of {self.metric}; {self.changed:.1%} of the gates changed here")
+            lines.append(
+                f"before: {self.before / self.total:.2%} of {self.metric}; {self.changed:.1%} of the gates changed here"
+            )
         return "\n".join(lines + [f"{name}: {note}" for name, note in self.notes.items()])
 
     def _decided(self, name: str) -> str:
-        found = [f"{counts[name]} {what}" for what, counts in (("closed", self.closed), ("opened", self.opened)) if counts.get(name)]
+        found = [
+            f"{counts[name]} {what}"
+            for what, counts in (("closed", self.closed), ("opened", self.opened))
+            if counts.get(name)
+        ]
         return f" ({', '.join(found)} here)" if found else ""
 
 
 class Budget:
     """Half the MACs, exactly: a penalty that steers to a target while the model trains, and a last step that hits it.
 
-    The constraint is on the compacted model: a layer costs what is left of its inputs times what is left of its outputs (:class:`Cost`).
-    With ``steps`` the budget owns the gates and steps them (:mod:`dampr.prune.controller`): ``model.parameters()`` no longer lists them, no
-    learning rate of gates is to be chosen, and any optimizer does. The goal sinks in equal ratios over the steps, the cost of the gates
-    follows it, and :meth:`penalty` is 0.
+    The constraint is on the compacted model: a layer costs what is left of its inputs times what is left of its outputs
+    (:class:`Cost`). With ``steps`` the budget owns the gates and steps them (:mod:`dampr.prune.controller`):
+    ``model.parameters()`` no longer lists them, no learning rate of gates is to be chosen, and any optimizer does. The
+    goal sinks in equal ratios over the steps, the cost of the gates follows it, and :meth:`penalty` is 0.
 
     Without ``steps``, gates are parameters like others (:func:`dampr.param_groups` gives them a learning rate):
-    :meth:`penalty` is w c with c the expected share of the cost and w = max(0, multiplier + strength gap), the gradient of an augmented
-    Lagrangian; the gap is that of the *evaluated* gates to the goal of the moment, so that families whose surrogate is no probability
-    end at the target too. :meth:`step` moves the multiplier by ``rate`` times the gap. Neither waits for the device.
+    :meth:`penalty` is w c with c the expected share of the cost and w = max(0, multiplier + strength gap), the gradient
+    of an augmented Lagrangian; the gap is that of the *evaluated* gates to the goal of the moment, so that families
+    whose surrogate is no probability end at the target too. :meth:`step` moves the multiplier by ``rate`` times the
+    gap. Neither waits for the device.
 
     Args:
-        model: with gated layers; gates of all families, tied ones, of norms, recurrent layers, residual branches. Gates on single weights
-            or blocks cut no channels of their own and are left alone.
+        model: with gated layers; gates of all families, tied ones, of norms, recurrent layers, residual branches. Gates
+            on single weights or blocks cut no channels of their own and are left alone.
         example_inputs: as for :func:`dampr.compact`; MACs are those of one pass over them.
-        macs, params, latency: exactly one of them: a share of the model as it is, in (0, 1), or (not for latency) a count, an int above
-            1. Latency is that of a table of this device's times, measured here and now (:class:`Latency`). Several in a sequence give a
-            :attr:`snapshots` entry each when the cost of the evaluated gates first comes down to them; the lowest is the target.
-        schedule: how the goal sinks from 1 to the target. An int: in that many steps, cubically (Zhu and Gupta 2017), fast at first. A
-            function from steps to the share of the way, in [0, 1]. None: it is the target from the start.
+        macs, params, latency: exactly one of them: a share of the model as it is, in (0, 1),
+            or (not for latency) a count, an int above
+            1. Latency is that of a table of this device's times, measured here and now (:class:`Latency`).
+               Several in a sequence give a
+            :attr:`snapshots` entry each when the cost of the evaluated gates first comes down to them;
+            the lowest is the target.
+        schedule: how the goal sinks from 1 to the target. An int: in that many steps, cubically (Zhu and Gupta 2017),
+            fast at first. A function from steps to the share of the way, in [0, 1]. None:
+            it is the target from the start.
         warmup: steps before that, in which the penalty is 0.
         strength, rate: how hard the gap pulls at once, and how fast the multiplier follows it.
         steps: in how many steps the owned gates come down to the target; not together with ``schedule``.
-        score: with ``steps``, what decides. ``"importance"``: the first-order Taylor importance of each unit over its marginal cost; the
-            family of the gates does not matter. ``"learned"``: the gates of the family, which learn from the gradient of the task.
-        min_share: with ``steps``, the least share of each width that stays; None: half the share of a network that is as small and evenly
-            narrow.
+        score: with ``steps``, what decides. ``"importance"``: the first-order Taylor importance of each unit over its
+            marginal cost; the family of the gates does not matter. ``"learned"``: the gates of the family,
+            which learn from the gradient of the task.
+        min_share: with ``steps``, the least share of each width that stays; None: half the share of a network that is
+            as small and evenly narrow.
 
-    Attributes: ``model``; ``metric``, its name; ``cost``, a :class:`Cost`; ``steps`` taken; ``multiplier``; ``targets``, costs with the
-    values they were given as; ``controller``, what steps the gates, None where an optimizer does.
+    Attributes: ``model``; ``metric``, its name; ``cost``, a :class:`Cost`; ``steps`` taken; ``multiplier``;
+    ``targets``, costs with the values they were given as; ``controller``, what steps the gates,
+    None where an optimizer does.
 
     Raises: ValueError or TypeError that names the argument; what the model raises on the example inputs.
 
@@ -160,7 +178,9 @@ class Budget:
             raise ValueError(f"macs={macs!r}, params={params!r}, latency={latency!r}: expected exactly one of them")
         model = _reachable(model, steps)
         if not gated_layers(model):
-            raise ValueError(f"model={type(model).__name__}: expected gated layers in it (dampr.convert puts them there)")
+            raise ValueError(
+                f"model={type(model).__name__}: expected gated layers in it (dampr.convert puts them there)"
+            )
         check_gates(model)
         ((metric, wanted),) = given.items()
         self.metric = metric
@@ -182,7 +202,9 @@ class Budget:
         if isinstance(self.cost, Latency):
             self.cost.share()
         if not bool(self.cost.prunable.any()):
-            raise ValueError(f"model={type(model).__name__}: no gate of it cuts anything {self.cost.structure.notes or ''}")
+            raise ValueError(
+                f"model={type(model).__name__}: no gate of it cuts anything {self.cost.structure.notes or ''}"
+            )
         self.targets = sorted({self._absolute(value): value for value in listed}.items(), reverse=True)
         self.warmup, self.strength, self.rate, self.schedule = warmup, strength, rate, schedule
         self.snapshots: dict[Target, nn.Module] = {}
@@ -214,7 +236,9 @@ class Budget:
         gates = _gates(self.model)
         rated = [type(gate).__name__ for gate in gates if getattr(gate, "in_optimizer", False)]
         if rated:
-            raise ValueError(f"steps={steps!r}: param_groups(gate_lr=) has given the gates to an optimizer; expected one of the two")
+            raise ValueError(
+                f"steps={steps!r}: param_groups(gate_lr=) has given the gates to an optimizer; expected one of the two"
+            )
         if score == "learned":
             for gate in gates:
                 gate.levels()  # refuses families that a budget cannot move
@@ -225,7 +249,8 @@ class Budget:
         minimum = float(self.cost(controller.choose(torch.ones(self.cost.structure.size, dtype=torch.float64), 0.0)))
         if minimum > self.target:
             raise BudgetError(
-                f"min_share={share:.3g}: {minimum / self.total:.1%} of {self.metric} remain with that share of every width, expected at "
+                f"min_share={share:.3g}: {minimum / self.total:.1%} of {self.metric} remain with that share of every "
+                "width, expected at "
                 f"most the target of {self.target / self.total:.1%}"
             )
         ranks.make_alike(gates)
@@ -257,7 +282,11 @@ class Budget:
         return 1 - way * (1 - self.target / self.total)
 
     def __repr__(self) -> str:
-        how = f"strength={self.strength:g}, multiplier={float(self.multiplier):.3g}" if self.controller is None else self.controller.score
+        how = (
+            f"strength={self.strength:g}, multiplier={float(self.multiplier):.3g}"
+            if self.controller is None
+            else self.controller.score
+        )
         target = f"{self.metric}: target {self.target / self.total:.2%} of {amount(self.metric, self.total)}"
         return f"Budget({target}; {how}; step {self.steps}, goal {self.goal:.2%}, left {float(self._left):.2%})"
 
@@ -284,7 +313,9 @@ class Budget:
         return penalty
 
     def step(self) -> None:
-        """Call it after ``optimizer.step()``: moves goal and multiplier, and takes the snapshots of targets that have been reached."""
+        """Call it after ``optimizer.step()``: moves goal and multiplier,
+        and takes the snapshots of targets that have been reached.
+        """
         self.steps += 1
         if self.controller is not None:
             self.controller.step(self.steps - self.warmup)
@@ -300,7 +331,8 @@ class Budget:
                 self.snapshots[value] = snapshot
 
     def readings(self) -> dict[str, Tensor]:
-        """What to log, float32 scalars that wait for no device: the gates as the last :meth:`step` found them, the last penalty.
+        """What to log, float32 scalars that wait for no device: the gates as the last :meth:`step` found them,
+        the last penalty.
 
         ``gates_open``, the share of open gates; ``<metric>_left``, the share of the cost that they leave in evaluation;
         ``budget_multiplier``; ``budget_penalty``.
@@ -310,23 +342,25 @@ class Budget:
         return {name: value.float() for name, value in zip(names, found, strict=True)}
 
     def finalize(self, *, round_to: int = 1, min_width: int = 1, same: str | Sequence[str] = ()) -> BudgetReport:
-        """Decide every gate, so that the compacted model costs the target or less by under one unit: nothing closed could open.
+        """Decide every gate, so that the compacted model costs the target or less by under one unit:
+        nothing closed could open.
 
-        The gates that evaluation closes go first, then the smallest. Where the gates have closed more than they had to, the largest of
-        these open again, with the value of the weakest open gate of their layer, or their open probability if that is less. All gates of
-        the model become :class:`dampr.gates.Fixed`, the same in training and in evaluation; compact, and train the small model on.
+        The gates that evaluation closes go first, then the smallest. Where the gates have closed more than they had to,
+        the largest of these open again, with the value of the weakest open gate of their layer, or their open
+        probability if that is less. All gates of the model become :class:`dampr.gates.Fixed`, the same in training and
+        in evaluation; compact, and train the small model on.
 
         Args:
-            round_to: open gates of a layer (of a recurrent one, in each layer and direction) are a multiple of it (or all), as tensor cores
-                like them.
+            round_to: open gates of a layer (of a recurrent one, in each layer and direction) are a multiple of it (or
+                all), as tensor cores like them.
             min_width: the fewest gates that stay open there; residual branches may close altogether.
-            same: name globs; the gated layers that one of them matches keep the same number of gates, each its own best ones. For models
-                that have one number for all layers.
+            same: name globs; the gated layers that one of them matches keep the same number of gates, each its own best
+                ones. For models that have one number for all layers.
 
         Returns: a :class:`BudgetReport`, of counts taken from a compacted copy.
 
-        Raises: BudgetError where the target is out of reach, or where units have left the model (:class:`dampr.Shrinker`) and are not back;
-        the model is then as it was.
+        Raises: BudgetError where the target is out of reach, or where units have left the model
+        (:class:`dampr.Shrinker`) and are not back; the model is then as it was.
         """
         if hasattr(self.model, "dampr_layout"):
             raise BudgetError("finalize: closed units have left the model; expected shrinker.expand(optimizer) before")
@@ -338,10 +372,13 @@ class Budget:
         ranks.watch(self.model)
         if report.changed > RISK:
             left = amount(self.metric, report.before or 0)
-            advice = "train for more steps" if report.before and report.before > report.target else "close gates more slowly"
+            advice = (
+                "train for more steps" if report.before and report.before > report.target else "close gates more slowly"
+            )
             warnings.warn(
                 f"finalize changed {report.changed:.0%} of the gates: {left} of {self.metric} were left, "
-                f"the target is {amount(self.metric, report.target)}; {advice}, or train on after it (dampr.Plan does both)",
+                f"the target is {amount(self.metric, report.target)}; {advice}, or train on after it (dampr.Plan does "
+                "both)",
                 BudgetWarning,
                 stacklevel=2,
             )
@@ -364,7 +401,8 @@ class Budget:
         return found
 
     def state_dict(self) -> dict[str, Any]:
-        """Steps, multiplier and what the budget knows of the gates that it owns, for a checkpoint beside those of model and optimizer.
+        """Steps, multiplier and what the budget knows of the gates that it owns,
+        for a checkpoint beside those of model and optimizer.
 
         Snapshots are not in it.
         """
@@ -374,7 +412,9 @@ class Budget:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what :meth:`state_dict` gave; the gap is that of the gates as they are."""
         if ("controller" in state) != (self.controller is not None):
-            raise ValueError("state: of a budget that owns the gates and of one that does not; expected the same `steps=` as then")
+            raise ValueError(
+                "state: of a budget that owns the gates and of one that does not; expected the same `steps=` as then"
+            )
         if self.controller is not None:
             self.controller.load_state_dict(state["controller"])
         steps, multiplier = int(state["steps"]), float(state["multiplier"])
@@ -393,7 +433,9 @@ class Budget:
             return value if isinstance(value, int) else value * self.total
         return math.floor(value * self.total)
 
-    def _fit(self, model: nn.Module, target: float, round_to: int, min_width: int, same: list[list[int]]) -> BudgetReport:
+    def _fit(
+        self, model: nn.Module, target: float, round_to: int, min_width: int, same: list[list[int]]
+    ) -> BudgetReport:
         """Fix the gates of ``model``, which has the structure of the budget's own, at ``target``."""
         gates = _gates(model)
         aim, reached = target, target + 1
@@ -412,32 +454,47 @@ class Budget:
             aim -= reached - target
         else:
             raise BudgetError(
-                f"{self.metric}: the compacted model has {reached:,}, above the target of {target:,} {self.cost.structure.notes}"
+                f"{self.metric}: the compacted model has {reached:,}, above the target of {target:,} "
+                f"{self.cost.structure.notes}"
             )
         before = gated_layers(model)
         inputs.replace(model, dict(zip(gates, fixed, strict=True)))
         widths = {name: (layer.gate.num_gates, int(layer.gate.is_open().sum())) for name, layer in before.items()}
         counts = [gate.num_gates for gate in gates]
         closed, reopened = (
-            {name: int(part.sum()) for name, part in zip(distinct_gates(model), found.split(counts), strict=True) if part.any()}
+            {
+                name: int(part.sum())
+                for name, part in zip(distinct_gates(model), found.split(counts), strict=True)
+                if part.any()
+            }
             for found in (opened & ~chosen, chosen & ~opened)
         )
         notes = dict(self.cost.structure.notes)
         return BudgetReport(self.metric, target, reached, self.total, widths, notes, left, closed, reopened)
 
     def _order(self, gates: Sequence[Gate], whole: nn.Module) -> Tensor:
-        """What decides between gates that training left alike, (all gates,): their importance if it was measured, else their norms."""
+        """What decides between gates that training left alike, (all gates,): their importance if it was measured,
+        else their norms.
+        """
         if self.controller is not None and self.controller.measured:
             return self.controller.importance() / self.controller.marginal_cost()
         return evenly(magnitudes(self.cost.structure, whole), [gate.num_gates for gate in gates])
 
 
 def _reachable(model: Any, steps: int | None) -> nn.Module:
-    """The module that a budget works on. Raises TypeError where it could not put its own gates into it, or not follow it."""
+    """The module that a budget works on.
+
+    Raises TypeError where it could not put its own gates into it, or not follow it.
+    """
     if isinstance(model, nn.Module) and "_orig_mod" in model._modules:
         model = model._orig_mod
     bare: nn.Module = model if steps is not None else unwrapped(model)
-    check_bare(bare, "a budget with steps takes the gates out of its parameters" if steps is not None else "a budget follows its operators")
+    check_bare(
+        bare,
+        "a budget with steps takes the gates out of its parameters"
+        if steps is not None
+        else "a budget follows its operators",
+    )
     return bare
 
 
@@ -448,13 +505,20 @@ def _gates(model: nn.Module) -> list[Gate]:
 
 @torch.no_grad()
 def _choose(
-    cost: Cost, gates: Sequence[Gate], order: Tensor, target: float, round_to: int, min_width: int, same: list[list[int]]
+    cost: Cost,
+    gates: Sequence[Gate],
+    order: Tensor,
+    target: float,
+    round_to: int,
+    min_width: int,
+    same: list[list[int]],
 ) -> Tensor:
     """The gates to open: bool, (all gates,). By bisection over their order, then whatever else still fits."""
     chosen, increments = _increments(cost, gates, order, round_to, min_width, same)
     if float(cost(chosen)) > target:
         raise BudgetError(
-            f"target of {target:,} {cost.metric}: expected at least {int(cost(chosen)):,}, which remain with {min_width} "
+            f"target of {target:,} {cost.metric}: expected at least {int(cost(chosen)):,}, which remain with "
+            f"{min_width} "
             f"(a multiple of {round_to}) open in every layer"
         )
     return longest(cost, chosen, increments, target)
@@ -463,7 +527,8 @@ def _choose(
 def _increments(
     cost: Cost, gates: Sequence[Gate], tied: Tensor | None, round_to: int, min_width: int, same: list[list[int]]
 ) -> tuple[Tensor, list[Increment]]:
-    """What is open in any case, bool (all gates,), and in the order of opening the increments: of which width, and which of all gates.
+    """What is open in any case, bool (all gates,), and in the order of opening the increments: of which width,
+    and which of all gates.
 
     A width is a gate vector, or, of a recurrent layer, what belongs to one layer and direction.
     """
@@ -472,7 +537,10 @@ def _increments(
     of_gates: list[list[int]] = []  # the widths of each gate vector
     for gate, rows in zip(gates, cost.structure.widths(), strict=True):
         start = rows[0].start
-        ranks, opened = _ranks(gate, None if tied is None else tied[start : start + gate.num_gates]), gate.is_open().cpu()
+        ranks, opened = (
+            _ranks(gate, None if tied is None else tied[start : start + gate.num_gates]),
+            gate.is_open().cpu(),
+        )
         of_gates.append([])
         for mine in rows:
             number = sum(map(len, of_gates))
@@ -499,19 +567,32 @@ Ranked = tuple[tuple[float, ...], int, list[int]]  # its rank, of which width, a
 
 
 def _joined(found: list[Ranked], group: list[int]) -> list[Ranked]:
-    """The increments of several widths as one series, in which the first of all open together, then the second, with their mean rank."""
+    """The increments of several widths as one series, in which the first of all open together, then the second,
+    with their mean rank.
+    """
     series = [[increment for increment in found if increment[1] == number] for number in group]
     if len({len(own) for own in series}) != 1:
-        raise BudgetError(f"same: layers with {sorted({len(own) for own in series})} gates that can be cut cannot keep the same number")
+        raise BudgetError(
+            f"same: layers with {sorted({len(own) for own in series})} gates that can be cut cannot keep the same "
+            "number"
+        )
     joined: list[Ranked] = []
     for each in zip(*series, strict=True):
         columns = zip(*(rank for rank, _, _ in each), strict=True)
-        joined.append((tuple(sum(column) / len(each) for column in columns), group[0], [i for _, _, members in each for i in members]))
+        joined.append(
+            (
+                tuple(sum(column) / len(each) for column in columns),
+                group[0],
+                [i for _, _, members in each for i in members],
+            )
+        )
     return [increment for increment in found if increment[1] not in group] + joined
 
 
 def _ranks(gate: Gate, tied: Tensor | None) -> list[tuple[float, ...]]:
-    """What gates are ordered by: open in evaluation, how far, how probably, where the family's parameter stands, and ``tied``."""
+    """What gates are ordered by: open in evaluation, how far, how probably, where the family's parameter stands,
+    and ``tied``.
+    """
     columns = [gate.is_open(), gate.deterministic().abs(), gate.open_probability(), _evaluated_parameter(gate)]
     columns += [] if tied is None else [tied]
     return list(zip(*(column.detach().double().cpu().tolist() for column in columns), strict=True))
@@ -536,7 +617,9 @@ def _fixed(gates: Sequence[Gate], chosen: Tensor) -> list[Fixed]:
         keep = chosen[start : start + gate.num_gates].to(z.device)
         start += gate.num_gates
         opened = z.abs()[z != 0]
-        weakest = torch.minimum(opened.min() if len(opened) else z.new_ones(()), gate.open_probability().clamp(min=1e-3))
+        weakest = torch.minimum(
+            opened.min() if len(opened) else z.new_ones(()), gate.open_probability().clamp(min=1e-3)
+        )
         fixed.append(Fixed(torch.where(keep, torch.where(z != 0, z, weakest), 0.0)))
     return fixed
 
@@ -549,7 +632,9 @@ def _checked_steps(steps: Any, schedule: Schedule, score: Any, min_share: Any) -
         return None
     steps = _checks.positive_int("steps", steps, least=8)
     if schedule is not None:
-        raise ValueError(f"steps={steps!r} with schedule={schedule!r}: expected one, with steps the budget has a schedule of its own")
+        raise ValueError(
+            f"steps={steps!r} with schedule={schedule!r}: expected one, with steps the budget has a schedule of its own"
+        )
     return steps
 
 
@@ -574,4 +659,7 @@ def _check_target(name: str, value: Any) -> None:
     count = isinstance(value, int) and not isinstance(value, bool) and value > 1 and name != "latency"
     share = isinstance(value, float) and 0 < value < 1
     if not (count or share):
-        raise ValueError(f"{name}={value!r:.80}: expected a share in (0, 1){'' if name == 'latency' else ', or a count, an int above 1'}")
+        raise ValueError(
+            f"{name}={value!r:.80}: expected a share in (0, "
+            f"1){'' if name == 'latency' else ', or a count, an int above 1'}"
+        )

@@ -45,7 +45,9 @@ class UnitLayouts:
         closed = closed & self.can_go
         units = self._structure.units
         gone = units.indices(self._structure.classes_of(closed))
-        layout = Layout(left_of({alias: gone[name] for alias, name in units.alias.items() if name in gone}, self._shapes))
+        layout = Layout(
+            left_of({alias: gone[name] for alias, name in units.alias.items() if name in gone}, self._shapes)
+        )
         for name, index in self._indices.items():
             layer = self._structure.gated[name]
             places = layout.tensors.get(parameter_name(name), [])
@@ -79,7 +81,10 @@ class UnitLayouts:
 
 def _recurrent_sizes(module: nn.RNNBase, name: str, layout: Layout) -> Iterator[tuple[str, Sized]]:
     """Sizes of a plain recurrent layer in a model with gates on parameters."""
-    weights = (("input_size", "weight_ih_l0", 1), ("proj_size" if module.proj_size else "hidden_size", "weight_hh_l0", 1))
+    weights = (
+        ("input_size", "weight_ih_l0", 1),
+        ("proj_size" if module.proj_size else "hidden_size", "weight_hh_l0", 1),
+    )
     for attribute, weight, dim in weights:
         places = layout.tensors.get(f"{name}.{weight}".lstrip("."), [])
         if dim < len(places) and (place := places[dim]) is not None:
@@ -89,7 +94,10 @@ def _recurrent_sizes(module: nn.RNNBase, name: str, layout: Layout) -> Iterator[
 def _within_sizes(module: Any, places: list[Any]) -> Iterator[tuple[str, Sized]]:
     """Sizes of a convolution of which every group has lost as many channels."""
     if places:
-        whole, now = module.weight.shape, [len(p[1]) if p is not None else module.weight.shape[dim] for dim, p in enumerate(places)]
+        whole, now = (
+            module.weight.shape,
+            [len(p[1]) if p is not None else module.weight.shape[dim] for dim, p in enumerate(places)],
+        )
         now += whole[len(now) :]
         across, inside = ("in_channels", "out_channels") if module.transposed else ("out_channels", "in_channels")
         yield "groups", Sized(module.groups, module.groups)
@@ -97,15 +105,21 @@ def _within_sizes(module: Any, places: list[Any]) -> Iterator[tuple[str, Sized]]
         yield inside, Sized(whole[1] * module.groups, now[1] * module.groups)
 
 
-_WEIGHTS = ("weight", "weight_v", "parametrizations.weight.original1", "parametrizations.weight.original", "weight_orig")
+_WEIGHTS = (
+    "weight",
+    "weight_v",
+    "parametrizations.weight.original1",
+    "parametrizations.weight.original",
+    "weight_orig",
+)
 
 
 class LayerLayouts:
     """Of a model with gated layers; ``model`` is as the structure found it.
 
-    A channel goes where every layer that writes it has closed its gates, or every layer that reads it; with it goes its gate in every
-    layer. Layers of other kinds than convolutions, linear and recurrent layers, norms over the batch and embeddings keep their widths,
-    and so does whatever has to be as wide as one of them.
+    A channel goes where every layer that writes it has closed its gates, or every layer that reads it; with it goes its
+    gate in every layer. Layers of other kinds than convolutions, linear and recurrent layers, norms over the batch and
+    embeddings keep their widths, and so does whatever has to be as wide as one of them.
     """
 
     def __init__(self, model: nn.Module, structure: Structure) -> None:
@@ -116,10 +130,13 @@ class LayerLayouts:
         there = dict(model.named_modules(remove_duplicate=False))
         self._model_layers: dict[nn.Module, Any] = {layer: there.get(name) for layer, name in self._names.items()}
         self._attentions = {a.written_name: (a.name, a.heads, a.kind.scaled) for a in heads.find(model)}
-        self._recurrent = {n: g for n, g in structure.gated.items() if isinstance(g, GatedRecurrent) and self._can_lose_units(n)}
+        self._recurrent = {
+            n: g for n, g in structure.gated.items() if isinstance(g, GatedRecurrent) and self._can_lose_units(n)
+        }
         rigid = [side for side in structure.atoms if not self._resizes(side)]
         self._stuck = {atom for side in rigid for atom in structure.atoms[side]}
-        self._held: dict[str, tuple[Tensor, Side]] = {}  # gated layer -> the gate of each of its channels, and which side has these
+        # gated layer -> the gate of each of its channels, and which side has these
+        self._held: dict[str, tuple[Tensor, Side]] = {}
         for name, layer in structure.gated.items():
             owners = layer.channel_gates()
             place = self._place(name)
@@ -148,7 +165,11 @@ class LayerLayouts:
     def _resizes(self, side: Side) -> bool:
         """Whether a side of a layer can lose channels while its layer has gates."""
         plain, _ = side
-        if plain not in self._names or not isinstance(plain, _CUT) or isinstance(plain, nn.modules.conv._ConvTransposeNd):
+        if (
+            plain not in self._names
+            or not isinstance(plain, _CUT)
+            or isinstance(plain, nn.modules.conv._ConvTransposeNd)
+        ):
             return False
         if getattr(plain, "groups", 1) != 1 and not graph.is_depthwise(plain):
             return False
@@ -165,7 +186,11 @@ class LayerLayouts:
         if isinstance(plain, Scale):
             return True
         name = self._names[plain]
-        found = [(f"{name}.{own}".lstrip("."), t) for own in tensors_of(plain, entry) if isinstance(t := _tensor(plain, own), Tensor)]
+        found = [
+            (f"{name}.{own}".lstrip("."), t)
+            for own in tensors_of(plain, entry)
+            if isinstance(t := _tensor(plain, own), Tensor)
+        ]
         return bool(found) and all(self._shapes.get(full) == tuple(t.shape) for full, t in found)
 
     def _can_go(self) -> Tensor:
@@ -216,7 +241,9 @@ class LayerLayouts:
         return getattr(self._structure.gated[name], "index", None) is None
 
     def _entries(self, closed: Tensor) -> tuple[dict[nn.Module, Entry], dict[str, Tensor]]:
-        """Plain layer -> what a manifest would say of it; gated layer -> which of its gates are left, where some are gone."""
+        """Plain layer -> what a manifest would say of it; gated layer -> which of its gates are left,
+        where some are gone.
+        """
         structure = self._structure
         dead = self._dead_atoms(closed)
         entries: dict[nn.Module, Entry] = defaultdict(dict)
@@ -243,7 +270,11 @@ class LayerLayouts:
         dead = set()
         for owners in self._structure.owners.values():
             for atom, layers in enumerate(owners):
-                if layers and atom not in self._stuck and all(gates and any(shut[g] for g in gates) for gates in layers):
+                if (
+                    layers
+                    and atom not in self._stuck
+                    and all(gates and any(shut[g] for g in gates) for gates in layers)
+                ):
                     dead.add(atom)
         return dead - {last for last, side in self._structure.emptiable if side <= dead}
 
@@ -262,10 +293,16 @@ class LayerLayouts:
         features = [i + d * width for d, own in enumerate(left[-each:]) for i in own]
         for reader in self._structure.units[plain]:
             entries[reader]["in"] = {"before": each * width, "kept": features}
-        return {name: torch.tensor([i + row.start - rows[0].start for row, own in zip(rows, left, strict=True) for i in own])}
+        return {
+            name: torch.tensor(
+                [i + row.start - rows[0].start for row, own in zip(rows, left, strict=True) for i in own]
+            )
+        }
 
     def _disagreeing(self, kept: dict[str, Tensor], closed: Tensor) -> Tensor:
-        """Closed gates that one layer has lost and another of the same vector has not; and all of a vector that would be empty."""
+        """Closed gates that one layer has lost and another of the same vector has not;
+        and all of a vector that would be empty.
+        """
         structure = self._structure
         by_vector: dict[int, list[str]] = defaultdict(list)
         for name in structure.gated:
@@ -293,7 +330,9 @@ class LayerLayouts:
             own_sizes = layout.sizes.setdefault(name, {})
             if not isinstance(plain, Scale):
                 now = {side: {"before": _count(found)} for side, found in entry.items()}
-                own_sizes |= {attribute: Sized(getattr(plain, attribute), n) for attribute, n in sizes_in(plain, now).items()}
+                own_sizes |= {
+                    attribute: Sized(getattr(plain, attribute), n) for attribute, n in sizes_in(plain, now).items()
+                }
             index = getattr(layer, "index", None)
             if isinstance(index, Tensor):
                 own_sizes["index"] = Sized(index.cpu(), _cut_index(layer, index.cpu(), entry))
@@ -302,7 +341,9 @@ class LayerLayouts:
         return layout
 
     def _heads(self, name: str, layer: GatedHeads, entry: Entry, layout: Layout) -> dict[str, Sized]:
-        """Of the last projection of an attention its blocks; and adds what the module around it keeps of the number of heads."""
+        """Of the last projection of an attention its blocks;
+        and adds what the module around it keeps of the number of heads.
+        """
         written = _count(entry["out"]) if "out" in entry else layer.out_features
         columns = layer.in_features // layer.gate.num_gates
         around, before, scaled = self._attentions[name]

@@ -40,31 +40,33 @@ def compact(
     """A smaller plain model without gates that computes what ``model`` computes in evaluation mode.
 
     Gate values are folded into the weights, closed units are cut out with everything that depends on them, and what
-    a closed unit still contributes as a constant (the half of a sigmoid, the shift of a BatchNorm) moves into the bias of the layer that
-    reads it. A recurrent layer becomes the smaller one of its ``compacted()`` where linear and recurrent layers alone read it (with
-    ``widths="own"`` a :class:`dampr.nn.StackedRNN`, where the model takes its states as lists), attention and transformer layers do so
-    anywhere. A weight of a gated layer that is computed from other tensors (``torch.nn.utils.parametrize``, ``weight_norm``,
-    ``spectral_norm``, ``prune``) becomes a parameter with the value that it has; other layers keep what computes their weights, and their
-    width. Then both models run on the example inputs, and on the same inputs with a little noise, and their
-    outputs are compared.
+    a closed unit still contributes as a constant (the half of a sigmoid, the shift of a BatchNorm) moves into the bias
+    of the layer that reads it. A recurrent layer becomes the smaller one of its ``compacted()`` where linear and
+    recurrent layers alone read it (with ``widths="own"`` a :class:`dampr.nn.StackedRNN`, where the model takes its
+    states as lists), attention and transformer layers do so anywhere. A weight of a gated layer that is computed from
+    other tensors (``torch.nn.utils.parametrize``, ``weight_norm``, ``spectral_norm``, ``prune``) becomes a parameter
+    with the value that it has; other layers keep what computes their weights, and their width. Then both models run on
+    the example inputs, and on the same inputs with a little noise, and their outputs are compared.
 
     Args:
         model: a model with gated layers; it is not changed.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments.
-        optimizer: what trains ``model``; afterwards it trains the new model, with what is left of its state, in the same groups. Gates that
-            were not 1 are in the new weights and not in the state.
-        round_to: widths are multiples of it (tensor cores like 8 or 16), as far as closed channels last to fill them up; they stay zero.
-            Not so a residual stream, for its LayerNorms would count what fills it up: there ``Budget.finalize(round_to=8)`` rounds.
-        atol, rtol: how far outputs may differ: |masked - compacted| <= atol + rtol |masked|; infinities and NaN have to be in the same
-            places. None: by the lowest precision in which the model computes (float32 1e-5, float64 1e-9, float16 4e-3, bfloat16 3e-2),
-            and for ``atol`` that times the largest output.
+        optimizer: what trains ``model``; afterwards it trains the new model, with what is left of its state, in the
+            same groups. Gates that were not 1 are in the new weights and not in the state.
+        round_to: widths are multiples of it (tensor cores like 8 or 16), as far as closed channels last to fill them
+            up; they stay zero. Not so a residual stream, for its LayerNorms would count what fills it up: there
+            ``Budget.finalize(round_to=8)`` rounds.
+        atol, rtol: how far outputs may differ: |masked - compacted| <= atol + rtol |masked|; infinities and NaN have to
+            be in the same places. None: by the lowest precision in which the model computes (float32 1e-5, float64
+            1e-9, float16 4e-3, bfloat16 3e-2), and for ``atol`` that times the largest output.
 
-    Returns: a new model of plain ``torch.nn`` layers (where these have no form for what is left, of the plain ones of ``dampr.nn``, such as
-    :class:`dampr.nn.PrunedMultiheadAttention`), in the training mode of ``model``. Its attribute ``dampr_manifest`` (plain data)
-    lists the kept indices of each layer and bare parameter, and why a closed unit could not be cut.
+    Returns: a new model of plain ``torch.nn`` layers (where these have no form for what is left, of the plain ones of
+    ``dampr.nn``, such as :class:`dampr.nn.PrunedMultiheadAttention`), in the training mode of ``model``. Its attribute
+    ``dampr_manifest`` (plain data) lists the kept indices of each layer and bare parameter,
+    and why a closed unit could not be cut.
 
-    Raises: CompactionError naming the first layer that differs; ValueError for an optimizer whose state cannot be cut; TypeError or
-    ValueError that names the argument.
+    Raises: CompactionError naming the first layer that differs; ValueError for an optimizer whose state cannot be cut;
+    TypeError or ValueError that names the argument.
     """
     _checks.module("model", model)
     inputs.check(example_inputs)
@@ -127,7 +129,11 @@ def compact(
         dense[taken] = nn.ReLU(taken.inplace).train(taken.training)
         inputs.keep_hooks(taken, dense[taken])
     inputs.replace(small, dense)
-    _match_dtype(small, [p for layer, p in dense.items() if isinstance(layer, GatedLayerNorm) and layer.weight is None], samples[0])
+    _match_dtype(
+        small,
+        [p for layer, p in dense.items() if isinstance(layer, GatedLayerNorm) and layer.weight is None],
+        samples[0],
+    )
     in_heads, cut_heads = heads.cut(small, open_heads)
     kept, units, recurrent_notes = recurrent.make_plain(small, samples, atol, rtol)
     kept, notes = neurons | in_heads | kept, notes | head_notes | recurrent_notes
@@ -175,7 +181,9 @@ def _match_dtype(small: nn.Module, norms: list[nn.Module], sample: Any) -> None:
 
 
 def _prove(model: nn.Module, small: nn.Module, kept: Kept, sample: Any, atol: float, rtol: float) -> float:
-    """The largest difference of outputs, run as users run them, without hooks; raises CompactionError where it is beyond tolerance."""
+    """The largest difference of outputs, run as users run them, without hooks;
+    raises CompactionError where it is beyond tolerance.
+    """
     masked = inputs.evaluate(model, sample)
     try:
         compacted = inputs.evaluate(small, sample)
@@ -188,11 +196,17 @@ def _prove(model: nn.Module, small: nn.Module, kept: Kept, sample: Any, atol: fl
     if not inputs.differ(masked, compacted, rtol, atol):
         return difference
     first = _first_difference(model, small, kept, sample, atol, rtol)
-    where = f"layer {first!r} is the first whose output differs" if first is not None else "no single layer's output does"
-    raise CompactionError(f"{where}; the model's outputs differ by up to {difference:.3g} (atol={atol:g}, rtol={rtol:g})")
+    where = (
+        f"layer {first!r} is the first whose output differs" if first is not None else "no single layer's output does"
+    )
+    raise CompactionError(
+        f"{where}; the model's outputs differ by up to {difference:.3g} (atol={atol:g}, rtol={rtol:g})"
+    )
 
 
-def _first_difference(model: nn.Module, small: nn.Module, kept: Kept, sample: Any, atol: float, rtol: float) -> str | None:
+def _first_difference(
+    model: nn.Module, small: nn.Module, kept: Kept, sample: Any, atol: float, rtol: float
+) -> str | None:
     before, after = _layer_outputs(model, sample), _layer_outputs(small, sample)
     for name, out in after.items():
         layer, expected = small.get_submodule(name), before.get(name)
@@ -218,7 +232,9 @@ def _layer_outputs(model: nn.Module, sample: Any) -> dict[str, Tensor]:
 
         return hook
 
-    hooks = [module.register_forward_hook(keep(name)) for name, module in model.named_modules() if hasattr(module, "weight")]
+    hooks = [
+        module.register_forward_hook(keep(name)) for name, module in model.named_modules() if hasattr(module, "weight")
+    ]
     with inputs.removing(hooks):
         inputs.evaluate(model, sample)
     return layers
@@ -248,12 +264,23 @@ def _manifest(
         if (groups := getattr(_counterpart(model, names[module]), "groups", 1)) != getattr(module, "groups", 1):
             entry["groups"] = groups  # a depthwise convolution of one channel looks like any other
     for name, found in units.items():
-        layers[name]["units"] = {"before": _counterpart(model, name)._width, "kept": [row.tolist() for row in found.kept]}
-    return {"dampr": __version__, "torch": torch.__version__, "layers": layers, "closed_but_kept": notes, "max_abs_difference": difference}
+        layers[name]["units"] = {
+            "before": _counterpart(model, name)._width,
+            "kept": [row.tolist() for row in found.kept],
+        }
+    return {
+        "dampr": __version__,
+        "torch": torch.__version__,
+        "layers": layers,
+        "closed_but_kept": notes,
+        "max_abs_difference": difference,
+    }
 
 
 def _counterpart(model: nn.Module, name: str) -> Any:
-    """The layer of the gated ``model`` that became the layer ``name``; a norm that took in its activation became two."""
+    """The layer of the gated ``model`` that became the layer ``name``;
+    a norm that took in its activation became two.
+    """
     try:
         return model.get_submodule(name)
     except AttributeError:

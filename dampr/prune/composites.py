@@ -1,7 +1,8 @@
-"""Layers that a class of torch.nn and its arguments do not tell, as data: how files describe them, and how they are built anew.
+"""Layers that a class of torch.nn and its arguments do not tell, as data: how files describe them,
+and how they are built anew.
 
-Of torch those that are made of others (attention, transformer layers and their stacks), of dampr the plain ones that compact leaves where
-torch.nn has none.
+Of torch those that are made of others (attention, transformer layers and their stacks), of dampr the plain ones that
+compact leaves where torch.nn has none.
 """
 
 from __future__ import annotations
@@ -59,8 +60,12 @@ def _layer_arguments(layer: Any) -> dict[str, Any]:
     return pruned_transformer.layer_arguments(layer, layer.linear1.in_features, layer.self_attn.num_heads)
 
 
-def _encoder(layers: Any, norm: Any, enable_nested_tensor: bool, use_nested_tensor: bool, mask_check: bool) -> nn.Module:
-    """torch's constructor looks at a layer for whether nested tensors are used; here this is known, and layers may differ."""
+def _encoder(
+    layers: Any, norm: Any, enable_nested_tensor: bool, use_nested_tensor: bool, mask_check: bool
+) -> nn.Module:
+    """torch's constructor looks at a layer for whether nested tensors are used; here this is known,
+    and layers may differ.
+    """
     made = nn.TransformerEncoder(nn.Identity(), 0, _norm(norm), False, _expect("mask_check", mask_check, bool))  # type: ignore[arg-type]
     made.enable_nested_tensor = _expect("enable_nested_tensor", enable_nested_tensor, bool)
     made.use_nested_tensor = _expect("use_nested_tensor", use_nested_tensor, bool)
@@ -107,7 +112,10 @@ _KINDS: dict[type[nn.Module], _Kind] = {
     nn.TransformerEncoder: (lambda m: {name: getattr(m, name) for name in _ENCODER}, _encoder),
     nn.TransformerDecoder: (lambda m: {"layers": m.layers, "norm": m.norm}, _decoder),
     nn.Transformer: (
-        lambda m: {name: getattr(m, name) for name in _TRANSFORMER} | {"custom_encoder": m.encoder, "custom_decoder": m.decoder},
+        lambda m: (
+            {name: getattr(m, name) for name in _TRANSFORMER}
+            | {"custom_encoder": m.encoder, "custom_decoder": m.decoder}
+        ),
         _transformer,
     ),
 }
@@ -120,7 +128,10 @@ def is_own(module: nn.Module) -> bool:
 
 
 def parts_of(module: nn.Module) -> tuple[dict[str, Any], dict[str, nn.Module]] | None:
-    """The arguments and the child modules that a layer is built from; None for one of another kind. Raises TypeError for no data."""
+    """The arguments and the child modules that a layer is built from; None for one of another kind.
+
+    Raises TypeError for no data.
+    """
     if type(module) not in _KINDS:
         return None
     parts = _KINDS[type(module)][0](module)

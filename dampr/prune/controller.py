@@ -1,14 +1,17 @@
-"""How a budget moves the gates it owns: the goal sinks, and at every moment the gates that are kept cost exactly the goal.
+"""How a budget moves the gates it owns: the goal sinks,
+and at every moment the gates that are kept cost exactly the goal.
 
-There is no multiplier that is integrated, and so nothing that winds up or oscillates. S_i is a running mean of (z_i dL/dz_i)^2, the squared
-first-order Taylor importance of unit i (Molchanov et al. 2017), and k_i = dCost / dz_i at the set that is kept now. That set is the longest
-prefix of the gates by their score whose *exact* cost is at most the goal of ``lag`` steps ahead, and what still fits beside it. All others
-go down and have closed ``lag`` steps later, when the goal is there.
+There is no multiplier that is integrated, and so nothing that winds up or oscillates. S_i is a running mean of (z_i
+dL/dz_i)^2, the squared first-order Taylor importance of unit i (Molchanov et al. 2017), and k_i = dCost / dz_i at the
+set that is kept now. That set is the longest prefix of the gates by their score whose *exact* cost is at most the goal
+of ``lag`` steps ahead, and what still fits beside it. All others go down and have closed ``lag`` steps later,
+when the goal is there.
 
 ``score="importance"``: the score is S_i / k_i; a gate is a number that the budget alone moves, between 0 and 1.
 
-``score="learned"``: the gates are those of a family, noise included. A gate that is kept learns from the gradient of the task, in
-normalised steps of its *level* (1 where a fresh gate is, 0 where evaluation closes it), and its score is l_i^2 S_i / k_i, l_i its level.
+``score="learned"``: the gates are those of a family, noise included. A gate that is kept learns from the gradient of
+the task, in normalised steps of its *level* (1 where a fresh gate is, 0 where evaluation closes it),
+and its score is l_i^2 S_i / k_i, l_i its level.
 """
 
 from __future__ import annotations
@@ -26,7 +29,8 @@ from dampr.gates.ranks import over_ranks
 from .cost import Cost
 
 SCORES = ("importance", "learned")
-MEASURE, LAG, RAMP = 0.1, 0.15, 0.75  # shares of the steps of a budget: gates are measured, the first ones go down, the goal sinks
+# shares of the steps of a budget: gates are measured, the first ones go down, the goal sinks
+MEASURE, LAG, RAMP = 0.1, 0.15, 0.75
 ARRIVED = 0.9  # the share of the ramp after which the goal is the target
 MEMORY = 0.95  # of the running means
 HYSTERESIS = 4.0  # a gate on its way down comes back only if its score is that many times better
@@ -41,7 +45,9 @@ Increment = tuple[int, list[int]]  # of which width, and which of all gates
 
 
 class Ramp:
-    """The goal as a share of the total cost, by the steps taken: 1, then falling in equal ratios to ``share``, where it stays."""
+    """The goal as a share of the total cost, by the steps taken: 1, then falling in equal ratios to ``share``,
+    where it stays.
+    """
 
     def __init__(self, share: float, steps: int) -> None:
         self.share, self.steps = share, steps
@@ -49,7 +55,8 @@ class Ramp:
         self.length = max(4, round(RAMP * steps))
         self.measured = max(1, steps - self.lag - self.length)  # decisions begin behind these
         self.settled = self.measured + self.lag + round(ARRIVED * self.length)  # the goal is the target from here on
-        self.decided = self.settled - self.lag + round((1 - ARRIVED) / 2 * self.length)  # the last decision is not behind it
+        # the last decision is not behind it
+        self.decided = self.settled - self.lag + round((1 - ARRIVED) / 2 * self.length)
 
     def goal(self, step: int) -> float:
         begun = self.measured + self.lag
@@ -69,7 +76,9 @@ class Controller:
         least: of each width (a gate vector, or a layer and direction of a recurrent one), how many gates stay.
     """
 
-    def __init__(self, gates: Sequence[Owned], cost: Cost, target: float, steps: int, score: str, least: Sequence[int]) -> None:
+    def __init__(
+        self, gates: Sequence[Owned], cost: Cost, target: float, steps: int, score: str, least: Sequence[int]
+    ) -> None:
         self.gates, self.cost, self.score = list(gates), cost, score
         self.ramp = Ramp(target / cost.total, steps)
         self.target = target
@@ -85,7 +94,9 @@ class Controller:
         self._moments: dict[str, list[Tensor]] = {}
 
     def step(self, number: int) -> None:
-        """Take in the gradients of one training step, the ``number``-th, from 1 on (0 and less: before the ramp), and move the gates."""
+        """Take in the gradients of one training step, the ``number``-th, from 1 on (0 and less: before the ramp),
+        and move the gates.
+        """
         self._measure()
         self._number = number
         if number < self.ramp.measured:
@@ -108,7 +119,9 @@ class Controller:
         self.measured += 1
 
     def importance(self) -> Tensor:
-        """The running mean of squared importance, (all gates,), in units of its mean over the gates; ones before anything was measured."""
+        """The running mean of squared importance, (all gates,), in units of its mean over the gates;
+        ones before anything was measured.
+        """
         return self.squares / (1 - MEMORY**self.measured) if self.measured else torch.ones_like(self.squares)
 
     @torch.no_grad()
@@ -128,16 +141,19 @@ class Controller:
             scores = scores * self._levels().clamp(min=KEPT).square()
         scores = torch.where(self.keep, scores, scores / hysteresis)
         for gate, row in zip(self.gates, self.cost.structure.widths(), strict=True):
-            if isinstance(gate, OwnedGate) and gate.family.open_slice is not None:  # its gates can only close one after the other
+            # its gates can only close one after the other
+            if isinstance(gate, OwnedGate) and gate.family.open_slice is not None:
                 own = slice(row[0].start, row[-1].stop)
                 scores[own] = scores[own].cummax(0).values
         return scores
 
     @torch.no_grad()
     def given_up(self) -> Tensor:
-        """The gates that have had to close by now, and that are not worth keeping at any goal to come: bool, (all gates,).
+        """The gates that have had to close by now, and that are not worth keeping at any goal to come: bool,
+        (all gates,).
 
-        By what is measured now, without the hysteresis. What is measured of a closed gate only falls, so these come back seldom.
+        By what is measured now, without the hysteresis. What is measured of a closed gate only falls,
+        so these come back seldom.
         """
         down = ~self.keep & (self.due <= self._number)
         if bool(down.any()):
@@ -172,7 +188,9 @@ class Controller:
 
     @torch.no_grad()
     def _catch_up(self, goal: float) -> None:
-        """Where gates that came back left the cost above the goal, close some of those that are going down now, the soonest due first."""
+        """Where gates that came back left the cost above the goal, close some of those that are going down now,
+        the soonest due first.
+        """
         opened = self.cost.decision().cpu()
         going = (opened & ~self.keep).nonzero().flatten()
         if float(self.cost(opened)) <= goal or not len(going):
@@ -188,7 +206,9 @@ class Controller:
         while low < high:  # the fewest whose closing is enough
             middle = (low + high) // 2
             low, high = (low, middle) if float(self.cost(without(middle))) <= goal else (middle + 1, high)
-        shut = opened & ~min((without(low), without(max(0, low - 1))), key=lambda kept: abs(float(self.cost(kept)) - goal))
+        shut = opened & ~min(
+            (without(low), without(max(0, low - 1))), key=lambda kept: abs(float(self.cost(kept)) - goal)
+        )
         if not shut.any():
             return
         if self.score == "learned":
@@ -202,7 +222,9 @@ class Controller:
 
     @torch.no_grad()
     def _learn(self, number: int) -> None:
-        """Kept gates follow the pull of the task, in the end all of them up; the level of the others is what is left of their time."""
+        """Kept gates follow the pull of the task, in the end all of them up;
+        the level of the others is what is left of their time.
+        """
         for gate in self.gates:
             assert isinstance(gate, OwnedGate)
             gate.held = False
@@ -217,8 +239,14 @@ class Controller:
         self._set_levels(torch.where(self.cost.prunable, moved, levels))
 
     def _pull(self) -> Tensor:
-        """Of each gate the running mean of -dL/dlevel, (all gates,), in units of the root mean square over all gates."""
-        found = over_ranks(torch.cat([gate.family.pull() for gate in self.gates if isinstance(gate, OwnedGate)])).double().cpu()
+        """Of each gate the running mean of -dL/dlevel, (all gates,),
+        in units of the root mean square over all gates.
+        """
+        found = (
+            over_ranks(torch.cat([gate.family.pull() for gate in self.gates if isinstance(gate, OwnedGate)]))
+            .double()
+            .cpu()
+        )
         pull = self._normalised("level", [found])[0]
         others = self._others()
         grads = [_taken(p) for p in others]
@@ -240,7 +268,9 @@ class Controller:
         return list(found.values())
 
     def _normalised(self, kind: str, found: list[Tensor]) -> list[Tensor]:
-        """Running means of gradients over the running root mean square of all of them together; one that is not finite is left out."""
+        """Running means of gradients over the running root mean square of all of them together;
+        one that is not finite is left out.
+        """
         if not found:
             return []
         state = self._moments.setdefault(kind, _no_moments(found))
@@ -250,7 +280,8 @@ class Controller:
             for mean, g in zip(state[:-1], found, strict=True):
                 mean.lerp_(g, 1 - MEMORY)
         bias = 1 - MEMORY ** float(state[-1][1])
-        scale = math.sqrt(float(state[-1][0]) * max(bias, 1e-30))  # of the means, which are too small by the bias, as their square is
+        # of the means, which are too small by the bias, as their square is
+        scale = math.sqrt(float(state[-1][0]) * max(bias, 1e-30))
         return [mean / max(scale, 1e-30) for mean in state[:-1]]
 
     def _levels(self) -> Tensor:
@@ -274,7 +305,9 @@ class Controller:
         return k.cpu().clamp(min=1e-9)
 
     def choose(self, scores: Tensor, share: float) -> Tensor:
-        """The gates to keep, bool: the best by ``scores``, those that no width can do without first, that cost at most a share."""
+        """The gates to keep, bool: the best by ``scores``, those that no width can do without first,
+        that cost at most a share.
+        """
         base, increments = increments_by(scores, self.cost.prunable, self._widths, self._least)
         return longest(self.cost, base, increments, share * self.cost.total)
 
@@ -315,7 +348,9 @@ def _taken(leaf: Tensor) -> Tensor:
 
 @torch.no_grad()
 def even_share(cost: Cost, target: float) -> float:
-    """The largest share of every width that costs at most ``target`` if every width keeps as large a share, at least one unit."""
+    """The largest share of every width that costs at most ``target`` if every width keeps as large a share,
+    at least one unit.
+    """
     widths = [row for rows in cost.structure.widths() for row in rows]
 
     def fits(share: float) -> bool:
@@ -336,8 +371,12 @@ def owned(gate: Gate, score: str) -> Owned:
     return SteppedGate(gate) if score == "importance" else OwnedGate(gate)
 
 
-def increments_by(scores: Tensor, prunable: Tensor, widths: Sequence[range], least: Sequence[int]) -> tuple[Tensor, list[Increment]]:
-    """What stays open in any case, bool (all gates,), and the other gates in the order of opening, by ``scores`` from the largest on."""
+def increments_by(
+    scores: Tensor, prunable: Tensor, widths: Sequence[range], least: Sequence[int]
+) -> tuple[Tensor, list[Increment]]:
+    """What stays open in any case, bool (all gates,), and the other gates in the order of opening,
+    by ``scores`` from the largest on.
+    """
     base = ~prunable
     width_of = torch.zeros(len(scores), dtype=torch.int64)
     for number, (row, count) in enumerate(zip(widths, least, strict=True)):
@@ -351,7 +390,8 @@ def increments_by(scores: Tensor, prunable: Tensor, widths: Sequence[range], lea
 
 @torch.no_grad()
 def longest(cost: Cost, base: Tensor, increments: Sequence[Increment], target: float) -> Tensor:
-    """``base`` and the longest run of increments from the first on that costs at most ``target``, then whatever else still fits.
+    """``base`` and the longest run of increments from the first on that costs at most ``target``,
+    then whatever else still fits.
 
     One increment that does not fit closes its width, because the next one of it costs the same.
     """

@@ -49,7 +49,9 @@ from .unit_gates import Placement
 from .units import Units, remembering
 from .units.groups import left_at_half, share_of_macs
 
-WORTH = 0.001  # of a model's multiply-accumulates: gated layers, which have fused kernels, are taken unless others reach that much more
+# of a model's multiply-accumulates: gated layers, which have fused kernels,
+# are taken unless others reach that much more
+WORTH = 0.001
 
 WORTH_HALF = 0.05  # the same of what half of every width leaves, where both reach the same residual widths
 
@@ -67,50 +69,58 @@ def convert(
     tie: bool = True,
     residual: bool = False,
 ) -> Model:
-    """Replace dense layers of ``model`` by gated ones, in place, keeping their parameters (and any optimizer that holds them) valid.
+    """Replace dense layers of ``model`` by gated ones, in place,
+    keeping their parameters (and any optimizer that holds them) valid.
 
     Args:
-        model: any module; layers whose type is exactly ``nn.Linear`` or ``nn.Conv1d`` to 3d are replaced, and for output gates
-            ``nn.Embedding`` (its columns), ``nn.LSTM``, ``nn.GRU``, ``nn.RNN`` (their units) and ``nn.MultiheadAttention`` (its heads);
-            of recurrent layers those whose outputs linear and recurrent layers alone read. (A bare layer cannot change in place: use what
-            is returned.) An
-            ``nn.TransformerEncoderLayer`` or ``nn.TransformerDecoderLayer`` around such layers becomes the gated one of :mod:`dampr.nn`,
-            which has no fused path; output gates are then on its heads and on its feed-forward neurons.
-        gate, granularity, per_sample: as in :class:`dampr.nn.GatedLinear` and :class:`dampr.nn.GatedConv2d`. Also a function of
-            (number of gates, device), such as ``functools.partial(HardConcrete, preset="median")``. ``"dep_l0"`` makes one generator for
-            all layers, in the order in which the example inputs reach them, with ``init_scale=0``, so that every gate starts open;
-            ``functools.partial(DependencyGenerator, direction="backward")`` makes another. Published is ``init_scale=1``, which would
-            close 7 % of the gates at once. ``per_sample=None``: as the family was published, which is a draw per sample for ``"dep_l0"``
-            (in the layers that can: not recurrent ones, not heads of linear layers, not with ``residual=True``), else one per call.
-        include, exclude: name globs ("encoder.*") and types; None includes everything and excludes nothing. What hits a transformer layer
-            hits its parts.
-        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments. With them, output gates go into the BatchNorm that
-            follows a layer (in all that read a residual stream), which takes in the ``nn.ReLU`` that alone reads it, if there is one (a
-            :class:`dampr.nn.TakenReLU` then stands there), leave out layers whose channels nothing can cut (the classifier, what a
-            LayerNorm reads, a layer that is called twice, one whose outputs are viewed as heads: tried in a copy), and before the function
-            returns it is proven that evaluation outputs are unchanged (to rounding) and that no gated layer's weight is read without
-            calling the layer. Needed by models that have both convolutions and BatchNorms, for output gates.
-        tie: with example inputs, layers whose outputs are added up share one gate vector, because a channel of the sum can be cut only
-            where all of them close it. False: each has gates of its own.
+        model: any module; layers whose type is exactly ``nn.Linear`` or ``nn.Conv1d`` to 3d are replaced, and for
+            output gates ``nn.Embedding`` (its columns), ``nn.LSTM``, ``nn.GRU``, ``nn.RNN`` (their units) and
+            ``nn.MultiheadAttention`` (its heads); of recurrent layers those whose outputs linear and recurrent layers
+            alone read. (A bare layer cannot change in place: use what is returned.) An
+            ``nn.TransformerEncoderLayer`` or ``nn.TransformerDecoderLayer`` around such layers becomes the gated one of
+            :mod:`dampr.nn`, which has no fused path; output gates are then on its heads
+            and on its feed-forward neurons.
+        gate, granularity, per_sample: as in :class:`dampr.nn.GatedLinear` and :class:`dampr.nn.GatedConv2d`. Also a
+            function of (number of gates, device), such as ``functools.partial(HardConcrete, preset="median")``.
+            ``"dep_l0"`` makes one generator for all layers, in the order in which the example inputs reach them, with
+            ``init_scale=0``, so that every gate starts open; ``functools.partial(DependencyGenerator,
+            direction="backward")`` makes another. Published is ``init_scale=1``, which would close 7 % of the gates at
+            once. ``per_sample=None``: as the family was published, which is a draw per sample for ``"dep_l0"`` (in the
+            layers that can: not recurrent ones, not heads of linear layers, not with ``residual=True``), else one per
+            call.
+        include, exclude: name globs ("encoder.*") and types; None includes everything and excludes nothing. What hits a
+            transformer layer hits its parts.
+        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments. With them, output gates go into
+            the BatchNorm that follows a layer (in all that read a residual stream), which takes in the ``nn.ReLU`` that
+            alone reads it, if there is one (a :class:`dampr.nn.TakenReLU` then stands there), leave out layers whose
+            channels nothing can cut (the classifier, what a LayerNorm reads, a layer that is called twice, one whose
+            outputs are viewed as heads: tried in a copy), and before the function returns it is proven that evaluation
+            outputs are unchanged (to rounding) and that no gated layer's weight is read without calling the layer.
+            Needed by models that have both convolutions and BatchNorms, for output gates.
+        tie: with example inputs, layers whose outputs are added up share one gate vector, because a channel of the sum
+            can be cut only where all of them close it. False: each has gates of its own.
         residual: with example inputs, output gates also for widths that norms count, above all the residual stream of a
-            transformer: one gate vector for all norms of the stream, drawn once per call of each. Where LayerNorms alone
-            read it, the gates are in these (``GatedLayerNorm(statistics="open")``). Else they are on the parameters that
-            read the stream, and norms of any type count open units only (:class:`dampr.nn.OpenStatistics`). A stream that
-            is the model's input or output is left out. Half of its channels are cut in a copy to see that they can be.
+            transformer: one gate vector for all norms of the stream, drawn once per call of each. Where LayerNorms
+            alone read it, the gates are in these (``GatedLayerNorm(statistics="open")``). Else they are on the
+            parameters that read the stream, and norms of any type count open units only
+            (:class:`dampr.nn.OpenStatistics`). A stream that is the model's input or output is left out. Half of its
+            channels are cut in a copy to see that they can be.
 
     With example inputs, output gates, one draw per call and ties, the model's operators are traced too
-    (:func:`dampr.prune.units.trace_units`). Where gates on the parameters that read units (:class:`dampr.nn.GatedParameter`) reach more of
-    the multiply-accumulates than gated layers would, or gated layers would not compact as foretold, the model gets those instead, whatever
-    its layers are; numbers that code keeps beside parameters and that follow a width are then in its attribute ``dampr_sizes``.
+    (:func:`dampr.prune.units.trace_units`). Where gates on the parameters that read units
+    (:class:`dampr.nn.GatedParameter`) reach more of the multiply-accumulates than gated layers would, or gated layers
+    would not compact as foretold, the model gets those instead, whatever its layers are; numbers that code keeps beside
+    parameters and that follow a width are then in its attribute ``dampr_sizes``.
 
-    In a process group of several ranks the gates get a generator that all ranks have (:func:`dampr.gate_generator`), so that they draw the
-    same gates. Convert before the model is wrapped (DistributedDataParallel) or sharded (``fully_shard``).
+    In a process group of several ranks the gates get a generator that all ranks have (:func:`dampr.gate_generator`), so
+    that they draw the same gates. Convert before the model is wrapped
+    (DistributedDataParallel) or sharded (``fully_shard``).
 
     Returns: ``model``. Its attribute ``dampr_skipped`` says of each layer that was left out why.
 
-    Raises: ConversionError when nothing matches, ``residual=True`` finds no such width, outputs changed, a layer is bypassed or
-    the model cannot be traced; ValueError or TypeError that names the argument; what the model itself raises on the example
-    inputs. Whatever is raised, the model is as it was.
+    Raises: ConversionError when nothing matches, ``residual=True`` finds no such width, outputs changed, a layer is
+    bypassed or the model cannot be traced; ValueError or TypeError that names the argument; what the model itself
+    raises on the example inputs. Whatever is raised, the model is as it was.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model={model!r:.80}: expected a torch.nn.Module")
@@ -120,29 +130,47 @@ def convert(
         wrapped.check_bare(model, "gates are new parameters of it")
     if isinstance(gate, Gate):
         raise TypeError(
-            f"gate={type(gate).__name__} instance: expected a family's name or a class, because each layer gets a gate of its own"
+            f"gate={type(gate).__name__} instance: expected a family's name or a class, because each layer gets a "
+            "gate of its own"
         )
     if isinstance(granularity, torch.Tensor):
-        raise TypeError("granularity: got a tensor, which is of one weight (from_dense takes it); expected a name or (rows, cols)")
+        raise TypeError(
+            "granularity: got a tensor, which is of one weight (from_dense takes it); expected a name or (rows, cols)"
+        )
     if not isinstance(gate, str) and not callable(gate):
-        raise TypeError(f"gate={gate!r:.80}: expected a family's name, a subclass of dampr.gates.Gate or a function that makes one")
+        raise TypeError(
+            f"gate={gate!r:.80}: expected a family's name, a subclass of dampr.gates.Gate or a function that makes one"
+        )
     if isinstance(granularity, tuple):
         _checks.block_count("granularity", granularity, 1, 1)
     else:
         _checks.one_of("granularity", granularity, ("output", "input", "weight"))
-    for name, switch in (("tie", tie), ("residual", residual), ("per_sample", False if per_sample is None else per_sample)):
+    for name, switch in (
+        ("tie", tie),
+        ("residual", residual),
+        ("per_sample", False if per_sample is None else per_sample),
+    ):
         _checks.flag(name, switch)
     if residual and (granularity != "output" or per_sample or example_inputs is None):
-        given = f"granularity={granularity!r}, per_sample={per_sample}, example_inputs{'=None' if example_inputs is None else ' given'}"
-        raise ValueError(f"residual=True with {given}: expected granularity 'output', one draw per call, and example inputs")
+        given = (
+            f"granularity={granularity!r}, per_sample={per_sample}, "
+            f"example_inputs{'=None' if example_inputs is None else ' given'}"
+        )
+        raise ValueError(
+            f"residual=True with {given}: expected granularity 'output', one draw per call, and example inputs"
+        )
     if example_inputs is not None and any(t.is_meta for t in itertools.chain(model.parameters(), model.buffers())):
         raise ConversionError(
-            "model is on the meta device, so it has no outputs on example_inputs: expected a model with values, or example_inputs=None"
+            "model is on the meta device, so it has no outputs on example_inputs: expected a model with values, or "
+            "example_inputs=None"
         )
     if example_inputs is not None:
         inputs.check(example_inputs)
     with inputs.unsynced(model), remembering():
-        return cast(Model, _ready(_with_gates(model, gate, granularity, per_sample, include, exclude, example_inputs, tie, residual)))
+        return cast(
+            Model,
+            _ready(_with_gates(model, gate, granularity, per_sample, include, exclude, example_inputs, tie, residual)),
+        )
 
 
 def _with_gates(
@@ -174,8 +202,11 @@ def _with_gates(
     if seen is not None and may_have_units:
         placement = unit_gates.only(model, seen.units, seen.placement, include, exclude)
         if placement.groups:
-            by_units = functools.partial(_convert_by_units, model, seen.units, placement, gate, before or [], example_inputs)
-            known = plan is not None and bool(heads.find(model))  # models of transformers, whose folders and configs follow gated layers
+            by_units = functools.partial(
+                _convert_by_units, model, seen.units, placement, gate, before or [], example_inputs
+            )
+            # models of transformers, whose folders and configs follow gated layers
+            known = plan is not None and bool(heads.find(model))
             share = share_of_macs(seen.units, placement.classes())
             reached = 0.0 if plan is None else share_of_layers(seen.units, plan)
             exact = plan is None or share < reached - WORTH or not multiplies_beside(seen.units, plan, model)
@@ -186,7 +217,11 @@ def _with_gates(
     plan.skipped |= skipped
     if residual:
         place_streams(plan, model, gate, include, exclude, example_inputs)
-        by_norms = None if seen is None or not tie else _streams_by_units(seen.units, plan, model, include, exclude, example_inputs)
+        by_norms = (
+            None
+            if seen is None or not tie
+            else _streams_by_units(seen.units, plan, model, include, exclude, example_inputs)
+        )
         if by_norms is not None:
             return _convert_by_units(model, *by_norms, gate, before or [], example_inputs)
         check_streams(plan, model)
@@ -212,7 +247,9 @@ def _with_gates(
 def _streams_by_units(
     units: Units, plan: LayerPlan, model: nn.Module, include: Filter, exclude: Filter, example_inputs: Any
 ) -> tuple[Units, Placement] | None:
-    """Gates on the parameters that read units, where these and norms of open units reach more residual widths than a plan of layers."""
+    """Gates on the parameters that read units, where these and norms of open units reach more
+    residual widths than a plan of layers.
+    """
     by_layers = {one for name, line in units.counted if name in plan.layers for one in units.label[line].tolist()}
     in_layers, whole = gated_classes(units, plan)
     if whole and by_layers.issuperset(units.statistics):
@@ -247,7 +284,8 @@ def put_in(
 ) -> nn.Module:
     """Put gated layers in; whatever is raised, the model is as it was.
 
-    ``prove``: raise where half of them cannot be cut as foretold; ``look_for_stuck``: where closed channels of some could never go.
+    ``prove``: raise where half of them cannot be cut as foretold;
+    ``look_for_stuck``: where closed channels of some could never go.
     ``units``: of the model, where they are known.
     """
     gates, in_its_precision = _generated(gate, plan, model, granularity), precise(gate, model)
@@ -260,7 +298,8 @@ def put_in(
             shared = gated.get(plan.shared_with.get(name, ""))
             own = gates.get(name, in_its_precision) if shared is None else shared.gate
             if not isinstance(own, Gate) and next(itertools.chain(layer.parameters(), layer.buffers()), None) is None:
-                own = make_gate(own, gate_count(layer, granularity), device_of(model))  # a norm without gain does not know where it is
+                # a norm without gain does not know where it is
+                own = make_gate(own, gate_count(layer, granularity), device_of(model))
             gated[name] = gated_layer(name, layer, own, granularity, each, plan.heads.get(name))
             if name in plan.weights_per_gate:
                 gated[name].weights_per_gate = plan.weights_per_gate[name]
@@ -287,7 +326,9 @@ def put_in(
     except BaseException:
         for layer, kind in adopted.items():
             layer.__class__ = kind
-        inputs.replace(model, {new: old for old, new in relus.items()} | {gated[name]: plan.layers[name] for name in gated})
+        inputs.replace(
+            model, {new: old for old, new in relus.items()} | {gated[name]: plan.layers[name] for name in gated}
+        )
         for parameter, value in values.items():
             parameter.data = value
         raise
@@ -301,7 +342,9 @@ def _generated(gate: Any, plan: LayerPlan, model: nn.Module, granularity: Granul
         return {}
     options = {"init_scale": 0.0, **getattr(gate, "keywords", {})}
     names = sorted((name for name in plan.layers if name not in plan.shared_with), key=plan.order.index)
-    counts = [plan.heads[name].heads if name in plan.heads else gate_count(plan.layers[name], granularity) for name in names]
+    counts = [
+        plan.heads[name].heads if name in plan.heads else gate_count(plan.layers[name], granularity) for name in names
+    ]
     generator = DependencyGenerator(counts, device=device_of(model), **options)
     if is_double(model):
         generator.double()
@@ -315,7 +358,9 @@ def _convert_by_units(
     vectors: Iterator[Gate] | None = None
     if is_generator(gate):
         options = {"init_scale": 0.0, **getattr(gate, "keywords", {})}
-        vectors = iter(DependencyGenerator([len(g.classes) for g in placement.groups], device=device_of(model), **options).gates())
+        vectors = iter(
+            DependencyGenerator([len(g.classes) for g in placement.groups], device=device_of(model), **options).gates()
+        )
 
     def make(count: int) -> Gate:
         return next(vectors) if vectors is not None else make_gate(gate, count, device_of(model))

@@ -1,4 +1,6 @@
-"""What convert makes sure of, before it gives a model back: the same outputs, gates that count, and closed channels that can go."""
+"""What convert makes sure of, before it gives a model back: the same outputs, gates that count,
+and closed channels that can go.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ class StuckError(ConversionError):
 
 
 def check_unchanged(model: nn.Module, gated: dict[str, Any], before: list[torch.Tensor], example_inputs: Any) -> None:
-    """A fresh gate of one leaves a product as it is, to the bit; a GEMM may still take another path for an input that is not contiguous."""
+    """A fresh gate of one leaves a product as it is, to the bit;
+    a GEMM may still take another path for an input that is not contiguous.
+    """
     with inputs.same_noise(model), inputs.unfused():
         after = inputs.evaluate(model, example_inputs)
     exact = all(bool((layer.gate.deterministic() == 1).all()) for layer in gated.values())
@@ -47,7 +51,8 @@ def check_unchanged(model: nn.Module, gated: dict[str, Any], before: list[torch.
     tolerance = (16 if exact else 1024) * eps
     if inputs.differ(before, after, rtol=tolerance, atol=tolerance * inputs.size(before)):
         raise ConversionError(
-            "evaluation outputs changed on example_inputs: the model looks at its layers' types, or draws in evaluation mode"
+            "evaluation outputs changed on example_inputs: the model looks at its layers' types, or draws in "
+            "evaluation mode"
         )
 
 
@@ -58,7 +63,8 @@ def may_leave_constants(module: nn.Module) -> bool:
 
 
 def constants_left(model: nn.Module, units: Units, vectors: list[list[int]], example_inputs: Any) -> str:
-    """What layers of a gated model read where units are closed, by a run with all gates 0 and one with half of each vector.
+    """What layers of a gated model read where units are closed,
+    by a run with all gates 0 and one with half of each vector.
 
     Args:
         units: of the model without gates.
@@ -86,7 +92,8 @@ def _read_where_closed(trial: Any, units: Units, classes: set[int], example_inpu
                 return
             read = x.movedim(along, -1)[..., channels].reshape(-1, len(channels))
             if bool(read.any()):
-                read = read[:, weight.detach()[:, channels].transpose(0, 1).flatten(1).any(1)]  # what is times 0 does not count
+                # what is times 0 does not count
+                read = read[:, weight.detach()[:, channels].transpose(0, 1).flatten(1).any(1)]
             largest = float(read.abs().max()) if read.numel() else 0.0
             if largest:
                 same = len(read) > 1 and torch.allclose(read, read[:1].expand_as(read), rtol=1e-3, atol=1e-3 * largest)
@@ -114,8 +121,8 @@ def _read_where_closed(trial: Any, units: Units, classes: set[int], example_inpu
 def check_half(model: nn.Module, example_inputs: Any) -> None:
     """Close half of the gates of a copy: what is left has to compute the same and to cost what was foretold.
 
-    Models can fail it that have gates in convolutions, or norms without gates: what is constant behind a closed channel (the half of a
-    sigmoid, the shift of a norm) no bias makes up for at a padded border. Raises UnprovenError.
+    Models can fail it that have gates in convolutions, or norms without gates: what is constant behind a closed channel
+    (the half of a sigmoid, the shift of a norm) no bias makes up for at a padded border. Raises UnprovenError.
     """
     trial = with_gates_at(inputs.as_trained(model, example_inputs))
     with inputs.same_noise(model):
@@ -142,7 +149,9 @@ def with_gates_at(model: nn.Module, closed: float = 0.5, only: Gate | None = Non
 
 
 def check_none_stuck(model: nn.Module, example_inputs: Any) -> None:
-    """Raise StuckError where closed channels of layers are constants that no bias makes up for, so that they would stay."""
+    """Raise StuckError where closed channels of layers are constants that no bias makes up for,
+    so that they would stay.
+    """
     model = inputs.as_trained(model, example_inputs)
     with inputs.same_noise(model):
         try:
@@ -159,7 +168,9 @@ def check_none_stuck(model: nn.Module, example_inputs: Any) -> None:
 
 
 def _uncut(model: nn.Module, example_inputs: Any) -> dict[str, str]:
-    """Of layers with gates, the first of each vector, those whose closed channels compaction can neither cut nor leave, and why."""
+    """Of layers with gates, the first of each vector, those whose closed channels compaction
+    can neither cut nor leave, and why.
+    """
     found = {}
     for name, gate in distinct_gates(model).items():
         try:
@@ -170,7 +181,9 @@ def _uncut(model: nn.Module, example_inputs: Any) -> dict[str, str]:
 
 
 def check_called(model: nn.Module, gated: dict[str, Any], example_inputs: Any) -> None:
-    """A layer whose weight is read but whose call is bypassed (subclasses of nn.TransformerEncoderLayer do so) would ignore its gates."""
+    """A layer whose weight is read but whose call is bypassed (subclasses of
+    nn.TransformerEncoderLayer do so) would ignore its gates.
+    """
     called: set[str] = set()
     for name, layer in gated.items():  # not with hooks, which switch such fast paths off
         layer.forward = recording(name, layer.forward, called)
@@ -195,7 +208,9 @@ def check_called(model: nn.Module, gated: dict[str, Any], example_inputs: Any) -
             with torch.no_grad():
                 weight.copy_(own)
         if read:
-            raise UnprovenError(f"layer {name!r}: the model reads its weight without calling it, so gates would do nothing; exclude it")
+            raise UnprovenError(
+                f"layer {name!r}: the model reads its weight without calling it, so gates would do nothing; exclude it"
+            )
 
 
 def recording(name: str, forward: Callable[..., Any], called: set[str]) -> Callable[..., Any]:

@@ -1,9 +1,9 @@
 """What a gated model costs after compaction, as a function of which gates are open.
 
-A linear or convolution layer costs a In Out + b Out, with In and Out the channels that are left: bilinear in the widths, because a channel
-that is cut thins the layer that writes it and those that read it. In and Out are linear in the atoms of :class:`Structure`, so the count of
-a decision is exact, and with probabilities of being open in the place of a decision the same form is the expected cost, but for
-correlations, and has a gradient.
+A linear or convolution layer costs a In Out + b Out, with In and Out the channels that are left: bilinear in the
+widths, because a channel that is cut thins the layer that writes it and those that read it. In and Out are linear in
+the atoms of :class:`Structure`, so the count of a decision is exact, and with probabilities of being open in the place
+of a decision the same form is the expected cost, but for correlations, and has a gradient.
 """
 
 from __future__ import annotations
@@ -44,7 +44,10 @@ _Line = graph.Side | int  # channels in a row: a side of a layer, or the number 
 
 
 class Site(NamedTuple):
-    """What costs ``bilinear`` In Out + ``linear`` Out: a layer, or one weight of a recurrent layer. ``more``: further factors."""
+    """What costs ``bilinear`` In Out + ``linear`` Out: a layer, or one weight of a recurrent layer.
+
+    ``more``: further factors.
+    """
 
     name: str
     read: Width
@@ -55,10 +58,11 @@ class Site(NamedTuple):
 
 
 class Cost:
-    """MACs or parameters of the compacted model, as a function of the vector of all gates: 1 open, 0 closed, or probabilities.
+    """MACs or parameters of the compacted model, as a function of the vector of all gates: 1 open, 0 closed,
+    or probabilities.
 
-    Attributes: ``structure``; ``total``, of the model as it is. A width of which every gate is closed counts as the one channel that it
-    keeps; what a closed residual branch read counts as if it were read still, and may go too.
+    Attributes: ``structure``; ``total``, of the model as it is. A width of which every gate is closed counts as the one
+    channel that it keeps; what a closed residual branch read counts as if it were read still, and may go too.
 
     >>> import dampr
     >>> model = nn.Sequential(dampr.nn.GatedLinear(4, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -81,11 +85,16 @@ class Cost:
             self._variables = _Variables(self.structure, self.device, folds)
         self.sites = self._find_sites(self.structure.plain, example_inputs)
         self._read, self._written = (
-            _Affine([getattr(site, side) for site in self.sites], self._variables.count, self.device) for side in ("read", "written")
+            _Affine([getattr(site, side) for site in self.sites], self._variables.count, self.device)
+            for side in ("read", "written")
         )
         depth = max((len(site.more) for site in self.sites), default=0)
         self._more = [
-            _Affine([site.more[i] if i < len(site.more) else Width(1) for site in self.sites], self._variables.count, self.device)
+            _Affine(
+                [site.more[i] if i < len(site.more) else Width(1) for site in self.sites],
+                self._variables.count,
+                self.device,
+            )
             for i in range(depth)
         ]
         branches = [self.structure.branches(site.name) for site in self.sites]
@@ -95,7 +104,9 @@ class Cost:
         self._fixed = self.total - float(self(torch.ones(self.structure.size)))
 
     def __call__(self, gates: Tensor) -> Tensor:
-        """The cost, a float64 scalar; ``gates`` is (structure.size,) of any dtype, and gets a gradient where it asks for one."""
+        """The cost, a float64 scalar; ``gates`` is (structure.size,) of any dtype,
+        and gets a gradient where it asks for one.
+        """
         gates = gates.to(self.device, torch.float64)
         variables = self._variables(gates)
         each = self._each(self._read(variables), self._written(variables))
@@ -110,7 +121,10 @@ class Cost:
         assert isinstance(self._variables, _Variables)
         if self.metric != "macs":
             return list(_params(self.structure, self._variables))
-        return [*_macs(plain, self._variables, example_inputs), *_attention_sites(self.structure, self._variables, example_inputs)]
+        return [
+            *_macs(plain, self._variables, example_inputs),
+            *_attention_sites(self.structure, self._variables, example_inputs),
+        ]
 
     def _measure(self, plain: nn.Module, example_inputs: Any) -> float:
         """The cost of the whole model; and what :meth:`_each` needs."""
@@ -149,7 +163,9 @@ def structure_of(model: nn.Module, example_inputs: Any) -> Structure | UnitStruc
 
 
 def _unit_sites(structure: UnitStructure, counts: Counts, metric: str) -> Iterator[Site]:
-    """Of a model with gates on parameters its products, or its parameters, each a product of what is left along its dimensions."""
+    """Of a model with gates on parameters its products, or its parameters,
+    each a product of what is left along its dimensions.
+    """
     if metric == "macs":
         products = [(p.module, p.macs, p.factors) for p in structure.units.products]
     else:
@@ -168,7 +184,9 @@ def _unit_sites(structure: UnitStructure, counts: Counts, metric: str) -> Iterat
 
 
 def _in_proportion(name: str, amount: int, widths: list[tuple[Width, int]]) -> Iterator[Site]:
-    """What costs ``amount`` with widths of these sizes, in proportion to what is left of each; nothing where none of them changes."""
+    """What costs ``amount`` with widths of these sizes, in proportion to what is left of each;
+    nothing where none of them changes.
+    """
     narrow = [(width, size) for width, size in widths if width.weights]
     scale = amount / math.prod(size for _, size in narrow)
     first, second, *more = [width for width, _ in narrow] + [Width(1)] * (2 - len(narrow))
@@ -179,24 +197,36 @@ def _in_proportion(name: str, amount: int, widths: list[tuple[Width, int]]) -> I
 class _Variables:
     """From gates to what widths are made of.
 
-    These are the sums over atoms that count alike everywhere, then the width of each recurrent layer, which is that of its widest row, or,
-    where these have widths of their own, the width of each row, and the heads of each attention; of all these at least one stays. Last, for
-    each layer in ``folds``, whether one of its atoms has gone, so that it gets a bias.
+    These are the sums over atoms that count alike everywhere, then the width of each recurrent layer, which is that of
+    its widest row, or, where these have widths of their own, the width of each row, and the heads of each attention; of
+    all these at least one stays. Last, for each layer in ``folds``, whether one of its atoms has gone,
+    so that it gets a bias.
     """
 
     def __init__(self, structure: Structure, device: torch.device, folds: Mapping[nn.Module, set[int]]) -> None:
         self._structure = structure
         counts: list[Counter[_Line]] = [Counter() for _ in structure.owners[True]]
         self.products = structure.products()
-        self._lines = {line: n for n, line in enumerate(dict.fromkeys(line for *_, factors in self.products for line in factors))}
-        keyed: list[tuple[_Line, Sequence[int]]] = [*structure.atoms.items(), *((n, line) for line, n in self._lines.items())]
+        self._lines = {
+            line: n for n, line in enumerate(dict.fromkeys(line for *_, factors in self.products for line in factors))
+        }
+        keyed: list[tuple[_Line, Sequence[int]]] = [
+            *structure.atoms.items(),
+            *((n, line) for line, n in self._lines.items()),
+        ]
         for key, line in keyed:
             for atom in line:
                 if atom >= 0:
                     counts[atom][key] += 1
-        closable = [{atom: list(sets) for atom, sets in enumerate(structure.owners[w]) if sets and all(sets)} for w in (True, False)]
+        closable = [
+            {atom: list(sets) for atom, sets in enumerate(structure.owners[w]) if sets and all(sets)}
+            for w in (True, False)
+        ]
         kinds: dict[frozenset[Any], int] = {}
-        kind_of = {atom: kinds.setdefault(frozenset(counts[atom].items()), len(kinds)) for atom in sorted({*closable[0], *closable[1]})}
+        kind_of = {
+            atom: kinds.setdefault(frozenset(counts[atom].items()), len(kinds))
+            for atom in sorted({*closable[0], *closable[1]})
+        }
         place = {atom: i for i, atom in enumerate(kind_of)}
         self._kind_of = torch.tensor(list(kind_of.values()), dtype=torch.int64, device=device)
         self._kinds = [dict(kind) for kind in kinds]
@@ -227,7 +257,9 @@ class _Variables:
             output = Width(0, dict(Counter(numbers[-1 - getattr(plain, "bidirectional", False) :])))
             sides = [(plain, True), *((reader, False) for reader in structure.units.get(plain, []))]
             self._units |= dict.fromkeys(sides, output)
-        self._emptiable = _Emptiable([(place[last], [place[atom] for atom in side]) for last, side in structure.emptiable], device)
+        self._emptiable = _Emptiable(
+            [(place[last], [place[atom] for atom in side]) for last, side in structure.emptiable], device
+        )
         self.gates = {gate for found in closable for sets in found.values() for gates in sets for gate in gates}
         self.gates |= {first + i for first, rows, size in self._rows for i in range(rows * size)}
         self.attentions = [attention.name for attention in structure.attentions]
@@ -242,8 +274,13 @@ class _Variables:
             atoms = atoms.index_copy(0, where, atoms[where] * (1 - of_atom(1 - of_layer(gates))))
         atoms = self._emptiable(atoms)
         sums = atoms.new_zeros(len(self._kinds)).index_add(0, self._kind_of, atoms)
-        units = [gates[first : first + rows * size].view(rows, size).sum(1).max().clamp(min=1) for first, rows, size in self._rows]
-        return torch.cat([sums, *([torch.stack(units)] if units else []), *([1 - self._folds(atoms)] if self.biases else [])])
+        units = [
+            gates[first : first + rows * size].view(rows, size).sum(1).max().clamp(min=1)
+            for first, rows, size in self._rows
+        ]
+        return torch.cat(
+            [sums, *([torch.stack(units)] if units else []), *([1 - self._folds(atoms)] if self.biases else [])]
+        )
 
     def width(self, layer: nn.Module, writes: bool) -> Width:
         """Of the channels that ``layer`` writes, or reads, how many are left."""
@@ -267,12 +304,16 @@ class _Variables:
         yield from _in_proportion(name, macs, [(self.of(self._lines[line], len(line)), len(line)) for line in factors])
 
     def has_more(self, layer: nn.Module, factors: list[tuple[int, ...]]) -> bool:
-        """Whether a product of a layer depends on other channels than those that the layer reads and writes, as one over tokens does."""
+        """Whether a product of a layer depends on other channels than those that the layer reads and writes,
+        as one over tokens does.
+        """
         own = [tuple(self._structure.atoms.get((layer, writes), [])) for writes in (True, False)]
         return any(line not in own for line in factors)
 
     def units(self, layer: nn.Module, writes: bool) -> Width | None:
-        """The same where it is the output of a recurrent layer whose units can be cut, or the heads of an attention; else None."""
+        """The same where it is the output of a recurrent layer whose units can be cut, or the heads of an attention;
+        else None.
+        """
         return self._units.get((layer, writes))
 
     def rows(self, layer: nn.RNNBase) -> list[Width]:
@@ -293,7 +334,9 @@ class _Products:
     def __init__(self, groups: Sequence[Collection[int]], device: torch.device) -> None:
         self._groups = len(groups)
         self._index = torch.tensor([i for group in groups for i in group], dtype=torch.int64, device=device)
-        self._group = torch.tensor([n for n, group in enumerate(groups) for _ in group], dtype=torch.int64, device=device)
+        self._group = torch.tensor(
+            [n for n, group in enumerate(groups) for _ in group], dtype=torch.int64, device=device
+        )
         self._single = all(len(group) == 1 for group in groups)
 
     def __call__(self, values: Tensor) -> Tensor:
@@ -307,10 +350,15 @@ class _Emptiable:
     def __init__(self, sides: Sequence[tuple[int, Sequence[int]]], device: torch.device) -> None:
         self._last = torch.tensor([last for last, _ in sides], dtype=torch.int64, device=device)
         self._index = torch.tensor([i for _, side in sides for i in side], dtype=torch.int64, device=device)
-        self._side = torch.tensor([n for n, (_, side) in enumerate(sides) for _ in side], dtype=torch.int64, device=device)
+        self._side = torch.tensor(
+            [n for n, (_, side) in enumerate(sides) for _ in side], dtype=torch.int64, device=device
+        )
 
     def __call__(self, atoms: Tensor) -> Tensor:
-        """The atoms, with those that stay. Where all are 0 there is nothing to differentiate, and no probability is 0."""
+        """The atoms, with those that stay.
+
+        Where all are 0 there is nothing to differentiate, and no probability is 0.
+        """
         left = torch.zeros_like(self._last, dtype=atoms.dtype).index_add(0, self._side, atoms.detach()[self._index])
         stay = torch.zeros_like(atoms).index_add(0, self._last, (left == 0).to(atoms.dtype))
         return atoms + stay.clamp(max=1)
@@ -332,7 +380,9 @@ class _Affine:
 
 
 def _macs(plain: nn.Module, variables: _Variables, example_inputs: Any) -> Iterator[Site]:
-    """The multiply-accumulates of linear, convolution and recurrent layers and of attentions, and of products beside them."""
+    """The multiply-accumulates of linear, convolution and recurrent layers and of attentions,
+    and of products beside them.
+    """
     uses, projections = _uses(plain, example_inputs)
     more = _products_apart(plain, variables)
     for product in more.values():
@@ -353,7 +403,9 @@ def _macs(plain: nn.Module, variables: _Variables, example_inputs: Any) -> Itera
 
 
 def _products_apart(plain: nn.Module, variables: _Variables) -> dict[str, list[tuple[str, int, list[tuple[int, ...]]]]]:
-    """The products, by module, of code beside the layers, and of layers that depend on more than they read and write."""
+    """The products, by module, of code beside the layers,
+    and of layers that depend on more than they read and write.
+    """
     found: dict[str, list[tuple[str, int, list[tuple[int, ...]]]]] = defaultdict(list)
     for product in variables.products:
         found[product[0]].append(product)
@@ -400,7 +452,9 @@ def _params(structure: Structure, variables: _Variables) -> Iterator[Site]:
 
 
 def _attention_params(name: str, layer: nn.MultiheadAttention, variables: _Variables) -> Iterator[Site]:
-    """Its projections have rows, or columns, for each head and columns, or rows, for each channel of the width around."""
+    """Its projections have rows, or columns, for each head and columns, or rows,
+    for each channel of the width around.
+    """
     heads, width = variables.heads(layer), variables.width(layer, False)
     in_weights = layer.in_proj_weight, layer.q_proj_weight, layer.k_proj_weight, layer.v_proj_weight
     weights, biases = (
@@ -415,7 +469,11 @@ def _attention_params(name: str, layer: nn.MultiheadAttention, variables: _Varia
 def _weight_site(name: str, layer: Any, variables: _Variables, times: float, bias: bool = False) -> Site:
     written, read = layer.weight.shape[:2]
     return Site(
-        name, variables.width(layer, False), variables.width(layer, True), times * layer.weight.numel() / (written * read), float(bias)
+        name,
+        variables.width(layer, False),
+        variables.width(layer, True),
+        times * layer.weight.numel() / (written * read),
+        float(bias),
     )
 
 
@@ -443,14 +501,17 @@ def sum_of(widths: Sequence[Width]) -> Width:
 def _attention_sites(structure: Structure, variables: _Variables, example_inputs: Any) -> Iterator[Site]:
     """The scores of each attention and what they weigh, in proportion to the heads that are left."""
     if structure.attentions:
-        beside = macs_beside_layers(structure.plain, example_inputs, [attention.name for attention in structure.attentions])
+        beside = macs_beside_layers(
+            structure.plain, example_inputs, [attention.name for attention in structure.attentions]
+        )
         for attention in structure.attentions:
             columns = variables.width(attention.written, False)
             yield Site(attention.name, Width(1), columns, beside[attention.name] / attention.written.in_features)
 
 
 def _uses(plain: nn.Module, example_inputs: Any) -> tuple[dict[nn.Module, int], dict[nn.Module, int]]:
-    """How often the example inputs use each element of the weight of a layer: positions of its output, or steps of a sequence.
+    """How often the example inputs use each element of the weight of a layer: positions of its output,
+    or steps of a sequence.
 
     Of an attention the multiply-accumulates of all its heads, projections included; and those of its projections alone.
     """

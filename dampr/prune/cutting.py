@@ -1,4 +1,6 @@
-"""Closed channels leave a plain model, and what they still contribute as constants moves into the biases of what reads them."""
+"""Closed channels leave a plain model, and what they still contribute as constants moves
+into the biases of what reads them.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,8 @@ def cut_closed(
         notes: gets why closed channels of a layer stay, by its name.
         round_to: what the widths that layers write are multiples of, as far as closed channels last.
 
-    Raises: UnableError where closed channels reach a layer with values that differ between rows, or the model does not run without them.
+    Raises: UnableError where closed channels reach a layer with values that differ between rows,
+    or the model does not run without them.
     """
     names = {module: name for name, module in small.named_modules()}
     widths = Widths(small, samples[0])
@@ -49,7 +52,9 @@ def cut_closed(
         for layer, writes in around:
             closed[writes][layer] = closed[writes].get(layer, set()) | channels
         if not around:
-            notes[names[norm]] = f"{len(channels)} closed channels stay: no layer alone writes or reads what this norm gates"
+            notes[names[norm]] = (
+                f"{len(channels)} closed channels stay: no layer alone writes or reads what this norm gates"
+            )
     for layer, factor in widths.multiplied.items():
         if layer in closed[True]:
             closed[True][factor] = closed[True].get(factor, set()) | closed[True][layer]
@@ -77,14 +82,17 @@ class _Going:
     members: list[Member]
 
 
-def _decide(widths: Widths, closed: Closed, notes: dict[str, str], names: dict[nn.Module, str], round_to: int) -> list[_Going]:
+def _decide(
+    widths: Widths, closed: Closed, notes: dict[str, str], names: dict[nn.Module, str], round_to: int
+) -> list[_Going]:
     """What goes with the closed channels of each layer; adds to ``notes`` why others stay."""
     going: list[_Going] = []
     decided: set[int] = set()
     gone = _gone(widths, closed)
     for writes, layer, channels in _asked(closed):
         labels = widths.classes(layer, writes)
-        labels = labels if max(channels) < len(labels) else []  # a weight with groups has fewer columns than its layer reads
+        # a weight with groups has fewer columns than its layer reads
+        labels = labels if max(channels) < len(labels) else []
         if labels and decided.issuperset(labels):
             continue  # another layer of the same width came first
         found = gone[layer, writes]
@@ -107,9 +115,11 @@ def _asked(closed: Closed) -> list[tuple[bool, nn.Module, set[int]]]:
 
 
 def _gone(widths: Widths, closed: Closed) -> dict[Side, set[int] | CannotCutError]:
-    """Of each side with closed channels the classes that nobody writes or nobody reads, or why none of its width can go.
+    """Of each side with closed channels the classes that nobody writes or nobody reads,
+    or why none of its width can go.
 
-    Every side of a layer keeps a channel: where several widths are read side by side, the gates of the reader may close one of them.
+    Every side of a layer keeps a channel: where several widths are read side by side,
+    the gates of the reader may close one of them.
     """
     found: dict[Side, set[int] | CannotCutError] = {}
     every: set[int] = set()
@@ -162,9 +172,13 @@ class _Constant:
         self._varies |= not torch.allclose(rows, self._first.expand_as(rows), rtol=1e-5, atol=1e-6)
 
     def is_constant(self, names: dict[nn.Module, str]) -> bool:
-        """Whether there is something to fold. Raises CannotCutError where that cannot be, UnableError where it is no constant."""
+        """Whether there is something to fold.
+
+        Raises CannotCutError where that cannot be, UnableError where it is no constant.
+        """
         name = names[self.layer]
-        if isinstance(self.layer, nn.RNNBase) or is_transposed(self.layer):  # a kernel that moves apart adds up differently at each place
+        # a kernel that moves apart adds up differently at each place
+        if isinstance(self.layer, nn.RNNBase) or is_transposed(self.layer):
             if self._reads:
                 raise CannotCutError(f"they reach {name!r} {CONSTANTS}")
             return False
@@ -172,18 +186,23 @@ class _Constant:
             return False
         if pads_with_zeros(self.layer):
             raise CannotCutError(
-                f"they reach {name!r} {CONSTANTS}, which a bias cannot make up for at its padded border; gates after a norm "
+                f"they reach {name!r} {CONSTANTS}, which a bias cannot make up for at its padded border; gates after "
+                "a norm "
                 "(where dampr.convert puts them) leave no such constants"
             )
         if self._varies or self._rows == 1:
-            raise UnableError(f"{name}: closed units reach it with values that differ between rows, so they cannot be cut")
+            raise UnableError(
+                f"{name}: closed units reach it with values that differ between rows, so they cannot be cut"
+            )
         return True
 
     def fold(self, left: Tensor) -> None:
         """Add it to the bias of the layer, of which these written channels are left."""
         layer = self.layer
         if layer.bias is None:
-            layer.bias = nn.Parameter(layer.weight.new_zeros(layer.weight.shape[0]), requires_grad=layer.weight.requires_grad)
+            layer.bias = nn.Parameter(
+                layer.weight.new_zeros(layer.weight.shape[0]), requires_grad=layer.weight.requires_grad
+            )
         assert self._first is not None
         with torch.no_grad():
             layer.bias.add_(self._first[left.to(self._first.device)].to(layer.bias.dtype))
@@ -228,7 +247,8 @@ def _cut(
     except RuntimeError as error:
         layers = ", ".join(names[width.layer] for width in going)
         raise UnableError(
-            f"{layers}: without its closed channels the model does not run, so something beside its layers has that width ({error}); "
+            f"{layers}: without its closed channels the model does not run, so something beside its layers has that "
+            f"width ({error}); "
             "exclude the layer"
         ) from error
 

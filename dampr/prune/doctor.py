@@ -1,4 +1,6 @@
-"""doctor: why nothing is pruning, or why a layer is about to die; calibrate: a lambda that the task's gradient does not drown."""
+"""doctor: why nothing is pruning, or why a layer is about to die; calibrate:
+a lambda that the task's gradient does not drown.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ NEARLY_CLOSED = 0.05  # of a layer's gates expected open
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that keeps gates from working: where (a layer's name, or "" for the whole model), what, and what to do."""
+    """Something that keeps gates from working: where (a layer's name, or "" for the whole model), what,
+    and what to do.
+    """
 
     where: str
     problem: str
@@ -59,21 +63,23 @@ def doctor(
 ) -> list[Finding]:
     """Look for the usual reasons why a gated model does not prune, or prunes too much. Nothing is changed.
 
-    Found are gates that do nothing, get no gradient, are frozen, in half precision, or under weight decay (:func:`dampr.verify_model`);
-    layers about to die, or closed altogether; gates in front of a BatchNorm, which makes constants of closed channels; gates whose closing
-    cuts nothing; with a loss, a penalty too weak to close any gate; with a budget, a multiplier that has wound up and gates that their
-    optimizer cannot close in time; with a plan, too few steps for it.
+    Found are gates that do nothing, get no gradient, are frozen, in half precision, or under weight decay
+    (:func:`dampr.verify_model`); layers about to die, or closed altogether; gates in front of a BatchNorm, which makes
+    constants of closed channels; gates whose closing cuts nothing; with a loss, a penalty too weak to close any gate;
+    with a budget, a multiplier that has wound up and gates that their optimizer cannot close in time; with a plan,
+    too few steps for it.
 
     Args:
         model, example_inputs, optimizer: as for :func:`dampr.verify_model`.
-        loss: called without arguments, the loss of the task on a typical batch, a scalar with a graph, without the penalty.
+        loss: called without arguments, the loss of the task on a typical batch, a scalar with a graph,
+            without the penalty.
         penalty: called without arguments, what is added to it, with its lambda.
         budget, plan: what closes the gates. Of a plan whose model has no gates yet, the plan alone is looked at.
 
     Raises: TypeError or ValueError that names the argument; what the model raises on the example inputs.
 
     >>> import dampr
-    >>> model = dampr.convert(nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2)), example_inputs=torch.randn(8, 4))
+    >>> model = dampr.convert(nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2)), torch.randn(8, 4))
     >>> optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
     >>> print(doctor(model, torch.randn(8, 4), optimizer=optimizer)[0])
     0: log_alpha is under weight decay 0.01, expected 0 (dampr.param_groups) -> see dampr.verify_model
@@ -83,7 +89,9 @@ def doctor(
         if not gated_layers(model):
             return _short(plan)
     checked = verify_model(model, example_inputs, optimizer=optimizer, gates_per_layer=8)
-    findings = [Finding(row.name, problem, "see dampr.verify_model") for row in checked.layers for problem in row.problems]
+    findings = [
+        Finding(row.name, problem, "see dampr.verify_model") for row in checked.layers for problem in row.problems
+    ]
     if all(row.tried for row in checked.layers):
         findings += _dying(model) + _misplaced(model, example_inputs)
     if loss is not None and penalty is not None:
@@ -94,10 +102,11 @@ def doctor(
 
 
 def calibrate(model: nn.Module, loss: Tensor, cost: Tensor | None = None, *, ratio: float = 1.0) -> float:
-    """The lambda at which the penalty pulls on the gates ``ratio`` times as hard as the task: |lambda d cost| = ratio |d loss|.
+    """The lambda at which the penalty pulls on the gates ``ratio`` times as hard as the task:
+    |lambda d cost| = ratio |d loss|.
 
-    Both norms are over all gate parameters. A lambda for the start of training: later the task pulls harder on the gates that matter, and
-    no longer on the others.
+    Both norms are over all gate parameters. A lambda for the start of training: later the task pulls harder on the
+    gates that matter, and no longer on the others.
 
     Args:
         model: with gated layers, in training mode.
@@ -109,7 +118,10 @@ def calibrate(model: nn.Module, loss: Tensor, cost: Tensor | None = None, *, rat
     """
     if not ratio > 0:
         raise ValueError(f"ratio={ratio!r}: expected a number above 0")
-    sizes = {name: _pull(model, scalar) for name, scalar in (("loss", loss), ("cost", penalty(model) if cost is None else cost))}
+    sizes = {
+        name: _pull(model, scalar)
+        for name, scalar in (("loss", loss), ("cost", penalty(model) if cost is None else cost))
+    }
     for name, size in sizes.items():
         if not size > 0:
             raise ValueError(f"{name}: it has no gradient on any gate of {type(model).__name__} (its norm is {size:g})")
@@ -118,7 +130,11 @@ def calibrate(model: nn.Module, loss: Tensor, cost: Tensor | None = None, *, rat
 
 def _pull(model: nn.Module, scalar: Tensor) -> float:
     """The norm of the gradient of ``scalar`` on all gate parameters."""
-    parameters = list({id(p): p for layer in gated_layers(model).values() for p in layer.gate.parameters() if p.requires_grad}.values())
+    parameters = list(
+        {
+            id(p): p for layer in gated_layers(model).values() for p in layer.gate.parameters() if p.requires_grad
+        }.values()
+    )
     if not parameters or not scalar.requires_grad:
         return 0.0
     found = torch.autograd.grad(scalar, parameters, retain_graph=True, allow_unused=True)
@@ -132,15 +148,24 @@ def _dying(model: nn.Module) -> list[Finding]:
         if count == 1:
             continue  # a residual branch may close
         if not bool(layer.gate.is_open().any()):
-            findings.append(Finding(name, f"all {count} gates are closed", "lower its lambda, or finalize a Budget with min_width"))
+            findings.append(
+                Finding(name, f"all {count} gates are closed", "lower its lambda, or finalize a Budget with min_width")
+            )
         elif expected < max(1.5, NEARLY_CLOSED * count):
-            findings.append(Finding(name, f"{expected:.1f} of {count} gates expected open", "lower its lambda before the layer is gone"))
+            findings.append(
+                Finding(
+                    name, f"{expected:.1f} of {count} gates expected open", "lower its lambda before the layer is gone"
+                )
+            )
     return findings
 
 
 def _misplaced(model: nn.Module, example_inputs: Any) -> list[Finding]:
     structure = structure_of(model, example_inputs)
-    findings = [Finding(name, f"closing its gates cuts nothing: {why}", "exclude it from convert") for name, why in structure.notes.items()]
+    findings = [
+        Finding(name, f"closing its gates cuts nothing: {why}", "exclude it from convert")
+        for name, why in structure.notes.items()
+    ]
     if not isinstance(structure, Structure):
         return findings
     widths = graph.Widths(structure.plain, example_inputs)
@@ -148,8 +173,13 @@ def _misplaced(model: nn.Module, example_inputs: Any) -> list[Finding]:
         if isinstance(layer, (GatedLinear, GatedConv, GateLayer)) and layer.granularity == "output":
             plain = structure.plain.get_submodule(name)
             if plain in widths and name not in structure.notes and widths.norms_reading(plain)[0]:
-                why = "a BatchNorm makes constants of its closed channels, which a padded convolution cannot take into a bias"
-                findings.append(Finding(name, why, "put the gates into the norm (dampr.convert with example_inputs does)"))
+                why = (
+                    "a BatchNorm makes constants of its closed channels, which a padded convolution cannot take into "
+                    "a bias"
+                )
+                findings.append(
+                    Finding(name, why, "put the gates into the norm (dampr.convert with example_inputs does)")
+                )
     return findings
 
 
@@ -157,7 +187,10 @@ def _wound_up(budget: Budget) -> list[Finding]:
     left, goal, multiplier = budget.left(), budget.goal, float(budget.multiplier)
     if budget.controller is not None or multiplier <= budget.strength or left <= (1 + LATE) * goal:
         return []
-    why = f"the multiplier has wound up to {multiplier:.3g} while {left:.1%} of {budget.metric} is left for a goal of {goal:.1%}"
+    why = (
+        f"the multiplier has wound up to {multiplier:.3g} while {left:.1%} of {budget.metric} is left for a goal of "
+        f"{goal:.1%}"
+    )
     return [Finding("", why, f"{OWN}, or give the gates a larger gate_lr")]
 
 
@@ -179,7 +212,9 @@ def _too_slow(model: nn.Module, budget: Budget, optimizer: torch.optim.Optimizer
             pace = rates[id(p)] * (1.0 if adaptive else grad)  # of one step, at most
             if pace * steps < TRAVEL.get(own, 1.0):
                 why = f"{own} moves by at most {pace:.2g} a step, and {steps} steps of that do not close a gate"
-                findings.append(Finding(name, why, f"{OWN}, or give the gates an adaptive optimizer and a larger gate_lr"))
+                findings.append(
+                    Finding(name, why, f"{OWN}, or give the gates an adaptive optimizer and a larger gate_lr")
+                )
     return findings
 
 
@@ -198,8 +233,18 @@ def _short(plan: Plan) -> list[Finding]:
 def _weak(model: nn.Module, loss: Callable[[], Tensor], cost: Callable[[], Tensor]) -> list[Finding]:
     task, pull = _pull(model, loss()), _pull(model, cost())
     if pull == 0:
-        return [Finding("", "the penalty has no gradient on any gate", "is the goal of the budget met already, or lambda 0?")]
+        return [
+            Finding(
+                "", "the penalty has no gradient on any gate", "is the goal of the budget met already, or lambda 0?"
+            )
+        ]
     if pull < WEAK * task:
         remedy = f"multiply lambda by about {task / pull:.2g} (dampr.prune.calibrate)"
-        return [Finding("", f"the penalty pulls on the gates {pull / task:.1e} times as hard as the task: nothing will close", remedy)]
+        return [
+            Finding(
+                "",
+                f"the penalty pulls on the gates {pull / task:.1e} times as hard as the task: nothing will close",
+                remedy,
+            )
+        ]
     return []

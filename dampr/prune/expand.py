@@ -1,4 +1,6 @@
-"""expand: a compacted model at its old size again, with zeros where channels were cut; and what an optimizer knows, cut with the model."""
+"""expand: a compacted model at its old size again, with zeros where channels were cut; and what an optimizer knows,
+cut with the model.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,8 @@ from .units.proof import follow_all
 from .wrapped import sees_through
 
 _NORMS = nn.modules.batchnorm._NormBase
-# Of these zeros make NaN: a variance, and the direction of a weight under weight_norm where its length has come back too, as 0.
+# Of these zeros make NaN: a variance, and the direction of a weight under weight_norm
+# where its length has come back too, as 0.
 FILLED_WITH_ONE = ("running_var", "weight_v", "original1")
 _LENGTHS = {"weight_v": "weight_g", "original1": "original0"}
 MOST_GROWTH, SMALL = 10_000, 2**24  # how many times larger a tensor may become, unless it stays small
@@ -33,18 +36,20 @@ MOST_GROWTH, SMALL = 10_000, 2**24  # how many times larger a tensor may become,
 def expand(model: Model) -> Model:
     """A compacted model with the widths that it had before: cut channels come back with weights of 0.
 
-    What it computes stays the same, because nothing reads the channels that come back (weights that read them are 0 too); its parameters
-    have the shapes of the dense original, for surgery, for comparison, or to load them there. Biases that compaction added to make up for
-    constants stay; branches and sublayers that were removed do not come back, and gates that became plain factors stay factors.
+    What it computes stays the same, because nothing reads the channels that come back (weights that read them are 0
+    too); its parameters have the shapes of the dense original, for surgery, for comparison, or to load them there.
+    Biases that compaction added to make up for constants stay; branches and sublayers that were removed do not come
+    back, and gates that became plain factors stay factors.
 
     Args:
-        model: what :func:`dampr.compact` or :func:`dampr.load` returned, with its ``dampr_manifest``; or a model with gates that a
-            :class:`dampr.Shrinker` has taken units out of. It is not changed.
+        model: what :func:`dampr.compact` or :func:`dampr.load` returned, with its ``dampr_manifest``; or a model with
+            gates that a :class:`dampr.Shrinker` has taken units out of. It is not changed.
 
     Returns: a new model in the same training mode, without a manifest.
 
-    Raises: ValueError where the manifest is missing or does not fit the model, or where channels were cut in front of a LayerNorm: a wider
-    one would count those that come back, zeros or not, so no plain model of the old widths computes the same.
+    Raises: ValueError where the manifest is missing or does not fit the model, or where channels were cut in front of a
+    LayerNorm: a wider one would count those that come back, zeros or not,
+    so no plain model of the old widths computes the same.
 
     >>> import dampr
     >>> x = torch.randn(8, 4)
@@ -107,10 +112,16 @@ def expand(model: Model) -> Model:
             inputs.replace(large, {layer: _whole(layer)})
     for name, attention in attentions.items():
         if name in manifest["layers"]:
-            attention.resize(len(manifest["layers"][name]["heads"]["kept"]), manifest["layers"][name]["heads"]["before"])
+            attention.resize(
+                len(manifest["layers"][name]["heads"]["kept"]), manifest["layers"][name]["heads"]["before"]
+            )
     for layer in large.modules():
         if isinstance(layer, PrunedLayer) and layer.is_whole():
-            dense: Any = nn.TransformerEncoderLayer if isinstance(layer, nn.TransformerEncoderLayer) else nn.TransformerDecoderLayer
+            dense: Any = (
+                nn.TransformerEncoderLayer
+                if isinstance(layer, nn.TransformerEncoderLayer)
+                else nn.TransformerDecoderLayer
+            )
             layer.__class__ = dense
     transposed.back(large, conv1d)
     return large
@@ -128,7 +139,10 @@ def _with_its_units(model: nn.Module) -> nn.Module:
 
 
 def _widened(large: nn.Module, manifest: dict[str, Any]) -> nn.Module:
-    """The same of a model whose units were cut out of its tensors, whatever layers have them. Raises ValueError as :func:`expand` does."""
+    """The same of a model whose units were cut out of its tensors, whatever layers have them.
+
+    Raises ValueError as :func:`expand` does.
+    """
     grown: dict[int, Tensor] = {}
     checked = []
     for name in manifest["tensors"]:
@@ -147,7 +161,9 @@ def _widened(large: nn.Module, manifest: dict[str, Any]) -> nn.Module:
         if id(small) not in grown:
             length = places_of(manifest, ".".join(filter(None, (owner, _LENGTHS[own])))) if own in _LENGTHS else left
             wide = _grow(small.detach(), left, [float(own in FILLED_WITH_ONE and one is not None) for one in length])
-            grown[id(small)] = nn.Parameter(wide, requires_grad=small.requires_grad) if isinstance(small, nn.Parameter) else wide
+            grown[id(small)] = (
+                nn.Parameter(wide, requires_grad=small.requires_grad) if isinstance(small, nn.Parameter) else wide
+            )
         setattr(large.get_submodule(owner), own, grown[id(small)])
     follow_all(large, {large.get_submodule(name.rpartition(".")[0]) for name, _, _ in checked})
     restore_sizes(large, manifest)
@@ -181,7 +197,9 @@ def _layer(model: nn.Module, name: str) -> Any:
     try:
         layer = model.get_submodule(name)
     except AttributeError:
-        raise ValueError(f"model={type(model).__name__}: its manifest names a layer {name!r} that is not there") from None
+        raise ValueError(
+            f"model={type(model).__name__}: its manifest names a layer {name!r} that is not there"
+        ) from None
     return layer.rnn if isinstance(layer, ScaledRNN) else layer
 
 
@@ -208,7 +226,9 @@ def _was_depthwise(layer: nn.Module, entry: dict[str, Any]) -> bool:
     return graph.is_depthwise(layer) or (isinstance(layer, nn.modules.conv._ConvNd) and "groups" in entry)
 
 
-def _of_attention(layer: PrunedMultiheadAttention, heads: dict[str, Any] | None, written: Places, read: Places) -> dict[str, list[Places]]:
+def _of_attention(
+    layer: PrunedMultiheadAttention, heads: dict[str, Any] | None, written: Places, read: Places
+) -> dict[str, list[Places]]:
     one: Places = None
     three: Places = None
     if heads is not None:
@@ -228,7 +248,9 @@ def _of_attention(layer: PrunedMultiheadAttention, heads: dict[str, Any] | None,
     }
 
 
-def _of_recurrent(layer: nn.RNNBase | StackedRNN, units: dict[str, Any] | None, read: Places) -> Iterator[tuple[str, list[Places]]]:
+def _of_recurrent(
+    layer: nn.RNNBase | StackedRNN, units: dict[str, Any] | None, read: Places
+) -> Iterator[tuple[str, list[Places]]]:
     each = 1 + layer.bidirectional
     if units is not None and len(units["kept"]) != len(_rows(layer)):
         found = f"{len(units['kept'])} lists of those that are kept"
@@ -273,7 +295,8 @@ def _check_fits(name: str, small: Tensor, places: list[Places]) -> None:
     grown = math.prod(size if place is None else place[0] for size, place in zip(small.shape, places, strict=False))
     if grown > max(SMALL, MOST_GROWTH * small.numel()):
         raise ValueError(
-            f"{name}: its manifest makes {grown:,} elements of {small.numel():,}, expected at most {MOST_GROWTH} times as many"
+            f"{name}: its manifest makes {grown:,} elements of {small.numel():,}, expected at most {MOST_GROWTH} "
+            "times as many"
         )
 
 
@@ -319,12 +342,14 @@ def sizes_in(layer: Any, entry: dict[str, Any]) -> dict[str, int]:
 
 
 def check_state(optimizer: torch.optim.Optimizer) -> None:
-    """Raise ValueError where the state of a parameter holds what cannot be cut with it: tensors that are neither of its shape, nor of one
-    that a dimension or two of it have been summed out of, nor of one element; or where it lies on other ranks.
+    """Raise ValueError where the state of a parameter holds what cannot be cut with it: tensors that are neither of its
+    shape, nor of one that a dimension or two of it have been summed out of, nor of one element;
+    or where it lies on other ranks.
     """
     if any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(optimizer).__mro__):
         raise ValueError(
-            "optimizer: ZeroRedundancyOptimizer keeps its state on several ranks, where it cannot be cut; expected None, and a new one "
+            "optimizer: ZeroRedundancyOptimizer keeps its state on several ranks, where it cannot be cut; expected "
+            "None, and a new one "
             "after compaction"
         )
     for group in optimizer.param_groups:
@@ -334,13 +359,15 @@ def check_state(optimizer: torch.optim.Optimizer) -> None:
                 if held and (not isinstance(value, Tensor) or kept_dims(value.shape, p.shape) is None):
                     shapes = [tuple(t.shape) for t in held]
                     raise ValueError(
-                        f"optimizer: {type(optimizer).__name__} keeps {key!r} of shape {shapes[0]} for a parameter of shape "
+                        f"optimizer: {type(optimizer).__name__} keeps {key!r} of shape {shapes[0]} for a parameter of "
+                        "shape "
                         f"{tuple(p.shape)}, which cannot be cut with it; make a new optimizer after compaction"
                     )
 
 
 def kept_dims(state: Sequence[int], shape: Sequence[int]) -> list[int | None] | None:
-    """Of each dimension of a state tensor the one of the parameter that it runs along, None for a size of 1; None if there is no telling.
+    """Of each dimension of a state tensor the one of the parameter that it runs along, None for a size of 1;
+    None if there is no telling.
 
     Factored second moments (Adafactor) have a dimension less, or one of size 1 in its place.
     """
@@ -358,14 +385,18 @@ def _cut_state(value: Any, shape: Sequence[int], places: list[Places]) -> Any:
     if not isinstance(value, Tensor) or value.numel() <= 1:
         return value
     dims = kept_dims(value.shape, shape)
-    return value if dims is None else shrink(value, [None if d is None or d >= len(places) else places[d] for d in dims])
+    return (
+        value if dims is None else shrink(value, [None if d is None or d >= len(places) else places[d] for d in dims])
+    )
 
 
 def carry_over(optimizer: torch.optim.Optimizer, model: nn.Module, small: Any) -> None:
-    """Let ``optimizer``, which trained ``model``, train ``small``: its parameters in the same groups, with their state cut likewise.
+    """Let ``optimizer``, which trained ``model``, train ``small``: its parameters in the same groups,
+    with their state cut likewise.
 
-    Parameters that are gone leave their group (an empty group stays, for schedulers count them); biases that compaction added come to the
-    weight of their layer, with no state. Raises ValueError, before anything is changed, for state that cannot be cut.
+    Parameters that are gone leave their group (an empty group stays, for schedulers count them); biases that compaction
+    added come to the weight of their layer, with no state. Raises ValueError, before anything is changed,
+    for state that cannot be cut.
     """
     check_state(optimizer)
     places: dict[str, list[Places]] = {}

@@ -1,6 +1,7 @@
 """save and load: tensors in safetensors, everything else as JSON in its header. No pickle is written or read.
 
-A file is not believed: its digest, the form of its manifest and the fit of every tensor are checked before a model is touched.
+A file is not believed: its digest, the form of its manifest and the fit of every tensor
+are checked before a model is touched.
 """
 
 from __future__ import annotations
@@ -35,8 +36,28 @@ from .wrapped import check_bare, sees_through
 _FORMAT = 1
 _KEY = "dampr"
 _WIDTHS = (
-    *("in_features", "out_features", "in_channels", "out_channels", "groups", "num_features", "num_parameters", "embedding_dim"),
-    *("input_size", "hidden_size", "proj_size", "embed_dim", "num_heads", "head_dim", "kdim", "vdim", "d_model", "normalized_shape"),
+    *(
+        "in_features",
+        "out_features",
+        "in_channels",
+        "out_channels",
+        "groups",
+        "num_features",
+        "num_parameters",
+        "embedding_dim",
+    ),
+    *(
+        "input_size",
+        "hidden_size",
+        "proj_size",
+        "embed_dim",
+        "num_heads",
+        "head_dim",
+        "kdim",
+        "vdim",
+        "d_model",
+        "normalized_shape",
+    ),
     *(
         "num_groups",
         "num_channels",
@@ -82,24 +103,29 @@ class _Content:
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write a plain (compacted) model: one safetensors file whose header holds the manifest.
 
-    Models made of ``nn.Sequential``, ``nn.ModuleList``, ``nn.ModuleDict``, ``torch.nn`` layers (attention, transformer layers and stacks of
-    them too) and the plain ones of ``dampr.nn`` can be loaded by the path alone, if building them anew from what the manifest says of them
-    gives the same (tried here); any other needs its dense original at loading time. The file appears whole or not at all.
+    Models made of ``nn.Sequential``, ``nn.ModuleList``, ``nn.ModuleDict``, ``torch.nn`` layers (attention, transformer
+    layers and stacks of them too) and the plain ones of ``dampr.nn`` can be loaded by the path alone, if building them
+    anew from what the manifest says of them gives the same (tried here); any other needs its dense original at loading
+    time. The file appears whole or not at all.
 
-    Raises: TypeError for a model that still has gates (compact it first); FileError for a layer whose tensors are not of the size that its
-    attributes (``in_features``, ...) say.
+    Raises: TypeError for a model that still has gates (compact it first); FileError for a layer whose tensors are not
+    of the size that its attributes (``in_features``, ...) say.
     """
     from safetensors.torch import save_file
 
     check_plain(model)
     _checks.path("path", path)
     own = sizes_of(getattr(model, "dampr_manifest", None))
-    widths = {n: {a: _width(m, a) for a in (*_WIDTHS, *own.get(n, {})) if _is_width(m, a)} for n, m in model.named_modules()}
+    widths = {
+        n: {a: _width(m, a) for a in (*_WIDTHS, *own.get(n, {})) if _is_width(m, a)} for n, m in model.named_modules()
+    }
     for name, module in model.named_modules():
         if isinstance(module, nn.RNNBase) and not module.proj_size:
             del widths[name]["proj_size"]  # no argument of nn.GRU and nn.RNN
     compaction = getattr(model, "dampr_manifest", None)
-    content = _Content("model", _unshared(model), {n: a for n, a in widths.items() if a}, None, _describe_leftovers(model), compaction)
+    content = _Content(
+        "model", _unshared(model), {n: a for n, a in widths.items() if a}, None, _describe_leftovers(model), compaction
+    )
     _fit(model, content)
     manifest = {
         "format": _FORMAT,
@@ -124,15 +150,17 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
 
     Args:
         path: the file.
-        model: the dense original, as it was before ``convert`` (its weights do not matter), in the dtypes of the file; it is narrowed in
-            place and returned. A bias that compaction gave to a linear or conv layer is added, and the gain of a norm that had none; a
-            layer of ``dampr.nn`` that it put in the place of another one is put there. None: the model is built from the file, in its
-            dtypes, which works for containers and layers of ``torch.nn`` and those of ``dampr.nn``.
+        model: the dense original, as it was before ``convert`` (its weights do not matter), in the dtypes of the file;
+            it is narrowed in place and returned. A bias that compaction gave to a linear or conv layer is added, and
+            the gain of a norm that had none; a layer of ``dampr.nn`` that it put in the place of another one is put
+            there. None: the model is built from the file, in its dtypes, which works for containers and layers of
+            ``torch.nn`` and those of ``dampr.nn``.
 
     Returns: the model in evaluation mode, on the CPU when built from the file.
 
-    Raises: FileNotFoundError; FileError for a file that is truncated, damaged, changed, not from here, or that does not fit ``model``,
-    which then is as it was. (The digest finds accidents; whoever changes a file on purpose can recompute it, so all else is checked too.)
+    Raises: FileNotFoundError; FileError for a file that is truncated, damaged, changed, not from here, or that does not
+    fit ``model``, which then is as it was. (The digest finds accidents; whoever changes a file on purpose can recompute
+    it, so all else is checked too.)
     """
     if model is not None:
         check_bare(_checks.module("model", model), "its layers become narrower")
@@ -140,7 +168,10 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
     exact = model is None
     if model is None:
         if content.architecture is None:
-            raise FileError(f"{content.where}: it holds layers that only their own code can build; pass the dense original as model=")
+            raise FileError(
+                f"{content.where}: it holds layers that only their own code can build; pass the dense original as "
+                "model="
+            )
         model = _build(content.architecture, content)
     replaced = {} if exact else _put_leftovers(model, content)
     try:
@@ -174,11 +205,15 @@ def check_plain(model: nn.Module, by: str = "dampr.compact") -> None:
     _checks.module("model", model)
     gated = [name for name, module in by_name(model, GatedLayer).items()]
     if gated:
-        raise TypeError(f"model: layer {gated[0]!r} still has gates; expected a compacted model ({by}); for checkpoints use state_dict()")
+        raise TypeError(
+            f"model: layer {gated[0]!r} still has gates; expected a compacted model ({by}); for checkpoints use "
+            "state_dict()"
+        )
 
 
 def read_manifest(path: str | os.PathLike[str]) -> tuple[dict[str, Any], int]:
-    """What compaction recorded in a file of :func:`save` ({} where it did not), and how many parameters and buffers the file holds.
+    """What compaction recorded in a file of :func:`save` ({} where it did not),
+    and how many parameters and buffers the file holds.
 
     Raises FileNotFoundError and FileError like :func:`load`.
     """
@@ -189,8 +224,8 @@ def read_manifest(path: str | os.PathLike[str]) -> tuple[dict[str, Any], int]:
 def _read(path: str | os.PathLike[str]) -> _Content:
     """The content of a file: unchanged since it was written, and of the right form.
 
-    safetensors opens a file by its name twice, for the header and for the tensors. Where another one took its place in between, that one
-    is read.
+    safetensors opens a file by its name twice, for the header and for the tensors. Where another one took its place in
+    between, that one is read.
     """
     where = f"path={os.fspath(path)!r}"
     while True:
@@ -230,9 +265,14 @@ def _read_once(path: str | os.PathLike[str], where: str) -> _Content:
         found = manifest.get("format") if digest else manifest
         raise FileError(f"{where}: format {found!r}, expected {_FORMAT}; a newer dampr may have written it")
     if manifest.get("sha256") != digest:
-        raise FileError(f"{where}: tensors and manifest do not match the recorded SHA-256; the file was changed after it was written")
+        raise FileError(
+            f"{where}: tensors and manifest do not match the recorded SHA-256; the file was changed after it was "
+            "written"
+        )
     widths, architecture, compaction = (manifest.get(key) for key in ("widths", "architecture", "compaction"))
-    if not isinstance(widths, dict) or not all(isinstance(w, dict) and all(map(_is_size, w.values())) for w in widths.values()):
+    if not isinstance(widths, dict) or not all(
+        isinstance(w, dict) and all(map(_is_size, w.values())) for w in widths.values()
+    ):
         raise FileError(f"{where}: manifest: widths has to map names of layers to their sizes")
     for key, value in (("architecture", architecture), ("compaction", compaction)):
         if key not in manifest or not isinstance(value, dict | None):
@@ -253,7 +293,9 @@ def _is_size(value: Any) -> bool:
 
 def _is_width(module: nn.Module, attribute: str) -> bool:
     """Whether a layer has its size in this attribute, and not one that follows from others."""
-    return not isinstance(getattr(type(module), attribute.partition(".")[0], None), property) and _is_size(_width(module, attribute))
+    return not isinstance(getattr(type(module), attribute.partition(".")[0], None), property) and _is_size(
+        _width(module, attribute)
+    )
 
 
 def _width(module: nn.Module | None, attribute: str) -> Any:
@@ -273,7 +315,8 @@ def _unshared(model: nn.Module) -> dict[str, Tensor]:
 
 def _digest(manifest: dict[str, Any], state: dict[str, Tensor]) -> str:
     """SHA-256 over the manifest without its digest, and the names, dtypes, shapes and values of all tensors."""
-    rest = json.loads(json.dumps({key: value for key, value in manifest.items() if key != "sha256"}))  # keys as they come back
+    # keys as they come back
+    rest = json.loads(json.dumps({key: value for key, value in manifest.items() if key != "sha256"}))
     total = hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode())
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()
@@ -283,34 +326,47 @@ def _digest(manifest: dict[str, Any], state: dict[str, Tensor]) -> str:
 
 
 def _fit(model: nn.Module, content: _Content, exact: bool = False) -> list[tuple[nn.Module, str, str, Tensor]]:
-    """What goes where in a model, as (layer, attribute, name in the file, tensor it is to be like), after all checks; changes nothing.
+    """What goes where in a model, as (layer, attribute, name in the file, tensor it is to be like), after all checks;
+    changes nothing.
 
-    A tensor takes the place of one no smaller and of the same dtype, or, if the model was built for the file (``exact``), of one of the
-    same shape; that model takes on the file's floating dtypes.
+    A tensor takes the place of one no smaller and of the same dtype, or, if the model was built for the file
+    (``exact``), of one of the same shape; that model takes on the file's floating dtypes.
     """
     where, state = content.where, content.state
     modules = dict(model.named_modules(remove_duplicate=False))
     own: dict[str, Tensor] = dict(model.state_dict(keep_vars=True))
-    stored = {id(own[name]): name for name in reversed(own) if name in state}  # a shared tensor is in the file once, under its first name
+    # a shared tensor is in the file once, under its first name
+    stored = {id(own[name]): name for name in reversed(own) if name in state}
     like = dict(own)
     for name in set(state) - set(own):
         layer = modules.get(name.rpartition(".")[0])
         if name.endswith("bias") and isinstance(layer, _MAY_GAIN_BIAS) and layer.bias is None:
             like[name] = layer.weight
-        elif name.endswith(("weight", "bias")) and _affine(layer) is not None and getattr(layer, "weight", None) is None:
+        elif (
+            name.endswith(("weight", "bias")) and _affine(layer) is not None and getattr(layer, "weight", None) is None
+        ):
             known = next((t for t in layer.buffers() if t.is_floating_point()), None)  # type: ignore[union-attr]
             like[name] = nn.Parameter(torch.empty_like(state[name] if known is None else known))
     source = {n: n if n in state else stored.get(id(t), "") for n, t in like.items()}
     absent, missing = sorted(set(state) - set(like)), [n for n, found in source.items() if not found]
     if absent or missing:
-        raise FileError(f"{where}: does not fit model; only in the file: {absent[:3]}, only in the model: {missing[:3]}")
+        raise FileError(
+            f"{where}: does not fit model; only in the file: {absent[:3]}, only in the model: {missing[:3]}"
+        )
     for name, old in like.items():
         new = state[source[name]]
-        if is_lazy(old) or (new.dtype != old.dtype and not (exact and new.is_floating_point() and old.is_floating_point())):
-            raise FileError(f"{where}: tensor {name!r} is {new.dtype}, but {old.dtype} in model; model.to(dtype) may help")
+        if is_lazy(old) or (
+            new.dtype != old.dtype and not (exact and new.is_floating_point() and old.is_floating_point())
+        ):
+            raise FileError(
+                f"{where}: tensor {name!r} is {new.dtype}, but {old.dtype} in model; model.to(dtype) may help"
+            )
         smaller = new.dim() == old.dim() and all(a <= b for a, b in zip(new.shape, old.shape, strict=True))
         if name in own and not (new.shape == old.shape if exact else smaller):
-            raise FileError(f"{where}: tensor {name!r} has shape {tuple(new.shape)}, which cannot come from {tuple(old.shape)} in model")
+            raise FileError(
+                f"{where}: tensor {name!r} has shape {tuple(new.shape)}, which cannot come from {tuple(old.shape)} in "
+                "model"
+            )
     _check_widths(modules, content, {name: tuple(state[found].shape) for name, found in source.items()}, exact)
     return [(modules[n.rpartition(".")[0]], n.rpartition(".")[2], found, like[n]) for n, found in source.items()]
 
@@ -357,13 +413,20 @@ def _check_widths(modules: dict[str, nn.Module], content: _Content, shapes: _Sha
             if any(not isinstance(own, str) and len(own) != dims for own in several):
                 raise FileError(f"{content.where}: layer {name!r}: {twin}, expected {dims} numbers of each argument")
         expected = {k: tuple(t.shape) for k, t in twin.state_dict(prefix=prefix).items()}
-        wrong = [k for k in expected if shapes.get(k, expected[k]) != expected[k]] + [k for k, v in widths.items() if _width(twin, k) != v]
+        wrong = [k for k in expected if shapes.get(k, expected[k]) != expected[k]] + [
+            k for k, v in widths.items() if _width(twin, k) != v
+        ]
         if wrong:
-            raise FileError(f"{content.where}: layer {name!r}: its widths {widths} do not go with {wrong[0]} {shapes.get(wrong[0], '')}")
+            raise FileError(
+                f"{content.where}: layer {name!r}: its widths {widths} do not go with {wrong[0]} "
+                f"{shapes.get(wrong[0], '')}"
+            )
 
 
 def _describe_whole(model: nn.Module, content: _Content) -> dict[str, Any] | None:
-    """A model as data, or None if that does not lead back to the same: in text, in the attributes that constructors set, in its tensors."""
+    """A model as data, or None if that does not lead back to the same: in text,
+    in the attributes that constructors set, in its tensors.
+    """
     try:
         description = _describe(model)
         twin = _build(json.loads(json.dumps(description)), content)
@@ -374,7 +437,12 @@ def _describe_whole(model: nn.Module, content: _Content) -> dict[str, Any] | Non
     plain = (bool, int, float, str, tuple, list, type(None))
     for name, module in twin.named_modules(remove_duplicate=False):
         for attribute, value in vars(module).items():
-            if attribute[0] != "_" and attribute != "training" and isinstance(value, plain) and vars(modules[name]).get(attribute) != value:
+            if (
+                attribute[0] != "_"
+                and attribute != "training"
+                and isinstance(value, plain)
+                and vars(modules[name]).get(attribute) != value
+            ):
                 return None
     return description if str(twin) == str(model) else None
 
@@ -383,7 +451,11 @@ def _describe(module: nn.Module) -> dict[str, Any]:
     kind = type(module)
     parts = composites.parts_of(module)
     if parts is not None:
-        return {"type": kind.__name__, "arguments": parts[0], "children": {name: _describe(child) for name, child in parts[1].items()}}
+        return {
+            "type": kind.__name__,
+            "arguments": parts[0],
+            "children": {name: _describe(child) for name, child in parts[1].items()},
+        }
     if getattr(nn, kind.__name__, None) is not kind:
         raise TypeError(f"{kind.__name__} is not a class of torch.nn")
     if isinstance(module, _CONTAINERS):
@@ -394,7 +466,9 @@ def _describe(module: nn.Module) -> dict[str, Any]:
 
 
 def _describe_leftovers(model: nn.Module) -> dict[str, Any]:
-    """The outermost layers of dampr.nn in a model by name, as far as data can tell what they are, and what stands for nothing at all."""
+    """The outermost layers of dampr.nn in a model by name, as far as data can tell what they are,
+    and what stands for nothing at all.
+    """
     found: dict[str, Any] = {}
     for name, module in model.named_modules():
         if not name or any(name.startswith(f"{outer}.") for outer in found):
@@ -406,7 +480,10 @@ def _describe_leftovers(model: nn.Module) -> dict[str, Any]:
 
 
 def _put_leftovers(model: nn.Module, content: _Content) -> dict[nn.Module, nn.Module]:
-    """Put the layers of dampr.nn that a file has into its dense original, empty; returns old and new ones. Or FileError, and no change."""
+    """Put the layers of dampr.nn that a file has into its dense original, empty; returns old and new ones.
+
+    Or FileError, and no change.
+    """
     modules = dict(model.named_modules())
     replaced: dict[nn.Module, nn.Module] = {}
     for name, description in content.leftovers.items():
@@ -436,7 +513,9 @@ def _parameters(kind: type[Any]) -> dict[str, Any]:
 
 
 def _arguments(module: nn.Module, kind: type[Any]) -> dict[str, Any]:
-    """The constructor's arguments, from the attributes of the same names, as far as there are any and they are not the defaults."""
+    """The constructor's arguments, from the attributes of the same names,
+    as far as there are any and they are not the defaults.
+    """
     arguments: dict[str, Any] = {}
     for name, default in _parameters(kind).items():
         if hasattr(module, name):
@@ -467,7 +546,8 @@ def _build(description: Any, content: _Content, depth: int = 0) -> nn.Module:
                 raise FileError(f"{where}: {name!r} cannot be in torch.nn.{kind.__name__}")
             container.add_module(name, _build(child, content, depth + 1))
         return container
-    layers = [value for name, value in parts.items() if name.endswith("_layers")]  # a count that takes time even without memory
+    # a count that takes time even without memory
+    layers = [value for name, value in parts.items() if name.endswith("_layers")]
     if set(parts) - set(_parameters(kind)) or not all(_is_size(n) and n <= len(content.state) for n in layers):
         raise FileError(f"{where}: torch.nn.{kind.__name__} does not take {parts}")
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in parts.items()}
@@ -502,8 +582,15 @@ def _is_number(value: Any) -> bool:
 
 def _build_composite(description: dict[str, Any], content: _Content, depth: int) -> nn.Module:
     arguments, children = description.get("arguments"), description.get("children")
-    if not isinstance(arguments, dict) or not isinstance(children, dict) or depth > 100 or {"device", "dtype", *children} & set(arguments):
-        raise FileError(f"{content.where}: architecture: {description['type']} comes without arguments and children of its own")
+    if (
+        not isinstance(arguments, dict)
+        or not isinstance(children, dict)
+        or depth > 100
+        or {"device", "dtype", *children} & set(arguments)
+    ):
+        raise FileError(
+            f"{content.where}: architecture: {description['type']} comes without arguments and children of its own"
+        )
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()}
     build = composites.BUILDERS[description["type"]]
     layer: type[Any] = getattr(nn, description["type"], None) or getattr(dampr_nn, description["type"])
@@ -514,7 +601,9 @@ def _build_composite(description: dict[str, Any], content: _Content, depth: int)
             warnings.simplefilter("ignore")
             return build(**parts)
     except Exception as error:
-        raise FileError(f"{content.where}: architecture: {description['type']} does not take {arguments} ({error})") from error
+        raise FileError(
+            f"{content.where}: architecture: {description['type']} does not take {arguments} ({error})"
+        ) from error
 
 
 def _construct(kind: type[Any], arguments: dict[str, Any], where: str) -> nn.Module:

@@ -14,7 +14,8 @@ from torch.utils.hooks import RemovableHandle
 
 from . import inputs, tracing
 
-_NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)  # layers even where they have no parameters
+# layers even where they have no parameters
+_NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
 
 
 @dataclass(eq=False)
@@ -37,8 +38,8 @@ class Node:
 class Flow:
     """The graph of a model in evaluation mode; the model is left as it was.
 
-    ``whole``: modules that are one node though they have others in them, beside attention and recurrent layers. What the model's forward
-    raises is raised.
+    ``whole``: modules that are one node though they have others in them, beside attention and recurrent layers. What
+    the model's forward raises is raised.
 
     Attributes:
         calls: the layers that ran, in the order of their first calls, and how often.
@@ -46,7 +47,8 @@ class Flow:
 
     def __init__(self, model: nn.Module, example_inputs: Any, whole: set[nn.Module]) -> None:
         self.calls: dict[nn.Module, int] = {}
-        self._made: dict[Any, tuple[nn.Module, list[Any]]] = {}  # by what a layer returned -> the layer, and what it was given
+        # by what a layer returned -> the layer, and what it was given
+        self._made: dict[Any, tuple[nn.Module, list[Any]]] = {}
         self._given: dict[nn.Module, list[list[Any]]] = {}
         self._nodes: dict[Any, Node] = {}
         layers = [m for m in model.modules() if tracing.is_leaf(m) or m in whole]
@@ -94,7 +96,9 @@ class Flow:
                 reader.inputs.append(node)
             if made not in seen:
                 seen.add(made)
-                before = self._made[made][1] if made in self._made else [f for f, _ in made.next_functions if f is not None]
+                before = (
+                    self._made[made][1] if made in self._made else [f for f, _ in made.next_functions if f is not None]
+                )
                 todo += [(one, node) for one in before]
         for node in self._nodes.values():
             node.inputs.reverse()  # a stack gives the last first
@@ -124,4 +128,8 @@ class Flow:
 def _graph_nodes(values: Any) -> list[Any]:
     """Autograd's nodes of the tensors in any containers, packed sequences included."""
     leaves = pytree.tree_leaves(values, is_leaf=tracing.is_packed)
-    return [t.grad_fn for t in (v.data if tracing.is_packed(v) else v for v in leaves) if isinstance(t, Tensor) and t.grad_fn is not None]
+    return [
+        t.grad_fn
+        for t in (v.data if tracing.is_packed(v) else v for v in leaves)
+        if isinstance(t, Tensor) and t.grad_fn is not None
+    ]

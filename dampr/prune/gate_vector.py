@@ -34,7 +34,10 @@ class GateVector(Generic[Layer]):
 
     @property
     def gates(self) -> list[Gate]:
-        """Every gate once, as the layers have them now, whole where units have left them. The vector of all gates has them in a row."""
+        """Every gate once, as the layers have them now, whole where units have left them.
+
+        The vector of all gates has them in a row.
+        """
         return [whole(self.gated[name].gate) for name in self.holders]
 
     def start(self, name: str) -> int:

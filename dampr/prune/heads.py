@@ -1,8 +1,10 @@
-"""Attention made of linear layers, as libraries of models have it: where its heads are, and how those that are closed are cut.
+"""Attention made of linear layers, as libraries of models have it: where its heads are,
+and how those that are closed are cut.
 
-``nn.MultiheadAttention`` is one layer. Others are modules of their own around ``nn.Linear`` layers, which compute query, key and value and
-project the heads back. The last projection has a gate for each head (:class:`dampr.nn.GatedHeads`); closed heads leave all of them.
-``KINDS`` says how such modules are made, by the full names of their types, so that none of these libraries is imported here.
+``nn.MultiheadAttention`` is one layer. Others are modules of their own around ``nn.Linear`` layers, which compute
+query, key and value and project the heads back. The last projection has a gate for each head
+(:class:`dampr.nn.GatedHeads`); closed heads leave all of them. ``KINDS`` says how such modules are made, by the full
+names of their types, so that none of these libraries is imported here.
 """
 
 from __future__ import annotations
@@ -24,11 +26,13 @@ class Kind:
     """How a kind of attention is made; names are those of modules and attributes in it.
 
     Attributes:
-        read: the linear layers whose rows are heads, and how often each has all of them (3: query, key and value one after the other).
+        read: the linear layers whose rows are heads, and how often each has all of them (3: query,
+            key and value one after the other).
         written: the linear layer whose columns are heads.
         head_dim: the attribute with the width of one head.
         core: the module that computes the heads, which is one step for whoever traces the model; "": all of it.
-        sharing: the attribute with the number of query heads that share a key and a value, and so a gate; "": each has its own.
+        sharing: the attribute with the number of query heads that share a key and a value, and so a gate;
+            "": each has its own.
         scaled: attributes in proportion to the number of heads, which change with it.
     """
 
@@ -81,7 +85,10 @@ class Attention:
         heads = self.heads
         yield (self.written, False), torch.arange(heads).repeat_interleave(self.written.in_features // heads)
         for layer, times in self.read():
-            yield (layer, True), torch.arange(heads).repeat_interleave(layer.out_features // (times * heads)).repeat(times)
+            yield (
+                (layer, True),
+                torch.arange(heads).repeat_interleave(layer.out_features // (times * heads)).repeat(times),
+            )
 
     def weights_per_head(self) -> float:
         """The parameters that go with a head, biases of query, key and value included."""
@@ -95,7 +102,9 @@ class Attention:
             heads = self.heads if isinstance(self.written, nn.Linear) else 0
         except AttributeError:
             return False
-        return heads > 0 and all(isinstance(layer, nn.Linear) and layer.out_features % (times * heads) == 0 for layer, times in read)
+        return heads > 0 and all(
+            isinstance(layer, nn.Linear) and layer.out_features % (times * heads) == 0 for layer, times in read
+        )
 
     def resize(self, before: int, heads: int) -> None:
         """Set the attributes that follow from the number of heads, which was ``before``; layers stay as they are."""
@@ -121,7 +130,11 @@ def find(model: nn.Module) -> list[Attention]:
 
 def parts(model: nn.Module) -> dict[nn.Module, Attention]:
     """The layers of each attention, and the attention."""
-    return {layer: attention for attention in find(model) for layer in (attention.written, *(m for m, _ in attention.read()))}
+    return {
+        layer: attention
+        for attention in find(model)
+        for layer in (attention.written, *(m for m, _ in attention.read()))
+    }
 
 
 def left_out(layer: nn.Module, attention: Attention | None, granularity: Any, per_sample: bool) -> str | None:
@@ -134,7 +147,9 @@ def left_out(layer: nn.Module, attention: Attention | None, granularity: Any, pe
 
 
 def open_heads(model: nn.Module) -> tuple[dict[str, list[int]], dict[str, str]]:
-    """The heads that are open in each attention that has gates, by its name, and where all are closed the first, with a note."""
+    """The heads that are open in each attention that has gates, by its name, and where all are closed the first,
+    with a note.
+    """
     found = {a.name: a.written.open_heads() for a in find(model) if isinstance(a.written, GatedHeads)}
     notes = {name: "1 closed head stays: every layer keeps one at least" for name, heads in found.items() if not heads}
     return {name: heads or [0] for name, heads in found.items()}, notes

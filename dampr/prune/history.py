@@ -29,14 +29,16 @@ class History:
 
     Args:
         path: of the file; where it is there already the run goes on in it. Folders are made.
-        source: a :class:`dampr.Budget` or a :class:`dampr.Plan`: each record has its ``readings()``. A gated model: ``penalty``
-            (:func:`dampr.penalty`), ``gates_open`` and, with example inputs, ``macs_left``. None: what is recorded, and nothing else.
+        source: a :class:`dampr.Budget` or a :class:`dampr.Plan`: each record has its ``readings()``. A gated model:
+            ``penalty`` (:func:`dampr.penalty`), ``gates_open`` and, with example inputs, ``macs_left``. None:
+            what is recorded, and nothing else.
         example_inputs: as for :func:`dampr.compact`.
 
-    Raises: TypeError or ValueError that names the argument; FileError where the file is no history, with the number of the line.
+    Raises: TypeError or ValueError that names the argument; FileError where the file is no history,
+    with the number of the line.
 
     >>> import tempfile, dampr
-    >>> model = dampr.convert(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)), example_inputs=torch.randn(8, 4))
+    >>> model = dampr.convert(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)), torch.randn(8, 4))
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     history = History(f"{folder}/run.jsonl", dampr.Budget(model, torch.randn(8, 4), macs=0.5))
     ...     history.record(step=1, accuracy=0.75)
@@ -45,18 +47,28 @@ class History:
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], source: Budget | Plan | nn.Module | None = None, *, example_inputs: Any = None
+        self,
+        path: str | os.PathLike[str],
+        source: Budget | Plan | nn.Module | None = None,
+        *,
+        example_inputs: Any = None,
     ) -> None:
         if not (source is None or isinstance(source, (Budget, Plan, nn.Module))):
             raise TypeError(f"source={source!r:.80}: expected a dampr.Budget, a dampr.Plan, a gated model or None")
         if isinstance(source, nn.Module) and not distinct_gates(source):
-            raise ValueError(f"source={type(source).__name__}: expected gated layers in it (dampr.convert puts them there)")
+            raise ValueError(
+                f"source={type(source).__name__}: expected gated layers in it (dampr.convert puts them there)"
+            )
         if example_inputs is not None:
             if not isinstance(source, nn.Module):
                 raise ValueError("example_inputs: expected a gated model as source with them; a budget has its own")
             inputs.check(example_inputs)
         self.path, self._source = _checks.path("path", path), source
-        self._cost = None if example_inputs is None or not isinstance(source, nn.Module) else Cost(source, example_inputs, "macs")
+        self._cost = (
+            None
+            if example_inputs is None or not isinstance(source, nn.Module)
+            else Cost(source, example_inputs, "macs")
+        )
         self._begun = False
         if self.path.exists():
             read(self.path)
@@ -64,8 +76,8 @@ class History:
     def record(self, *, step: int, **numbers: Any) -> None:
         """Append the numbers of a step (tensors of one element will do), with what the source has to say.
 
-        Several records of one step are one row. A step that is lower than the last one was: training went back to it, and what followed it
-        before counts no more.
+        Several records of one step are one row. A step that is lower than the last one was: training went back to it,
+        and what followed it before counts no more.
 
         Raises TypeError or ValueError that names the argument.
         """
@@ -91,7 +103,11 @@ class History:
             return {name: _finite(name, value) for name, value in self._source.readings().items()}
         decisions = torch.cat([gate.is_open() for gate in distinct_gates(self._source).values()])
         found = {"penalty": _finite("penalty", penalty(self._source)), "gates_open": float(decisions.float().mean())}
-        return found if self._cost is None else found | {"macs_left": float(self._cost(self._cost.decision())) / self._cost.total}
+        return (
+            found
+            if self._cost is None
+            else found | {"macs_left": float(self._cost(self._cost.decision())) / self._cost.total}
+        )
 
     def _head(self) -> dict[str, Any]:
         if isinstance(self._source, (Budget, Plan)):
@@ -105,7 +121,9 @@ class History:
 
 @dataclass
 class Run:
-    """What a history holds: a row for each step, in order; ``metric``, its total and the target, where a budget or a cost was recorded."""
+    """What a history holds: a row for each step, in order; ``metric``, its total and the target,
+    where a budget or a cost was recorded.
+    """
 
     rows: list[Row] = field(default_factory=list)
     metric: str | None = None
@@ -154,7 +172,9 @@ def _take(run: Run, line: str, first: bool) -> None:
 
 def _take_head(run: Run, head: dict[str, Any]) -> None:
     if head["dampr_history"] != FORMAT:
-        raise ValueError(f"dampr_history={head['dampr_history']!r}, expected {FORMAT}; a newer dampr may have written it")
+        raise ValueError(
+            f"dampr_history={head['dampr_history']!r}, expected {FORMAT}; a newer dampr may have written it"
+        )
     if not isinstance(head.get("metric"), str | None):
         raise ValueError(f"metric={head['metric']!r}, expected a name")
     for name in ("total", "target"):
@@ -183,7 +203,9 @@ def _is_number(value: Any) -> bool:
 
 
 def _finite(name: str, value: Any) -> float | None:
-    """A number, a tensor of one element or a scalar of numpy as a float; None where it is not finite, or as good as that."""
+    """A number, a tensor of one element or a scalar of numpy as a float; None where it is not finite,
+    or as good as that.
+    """
     try:
         if isinstance(value, (str, bool)):
             raise TypeError

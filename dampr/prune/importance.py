@@ -16,7 +16,8 @@ from .unit_structure import UnitStructure
 
 @torch.no_grad()
 def magnitudes(structure: Structure | UnitStructure, model: nn.Module) -> Tensor:
-    """The L2 norm of the weights that compute what each gate switches off, (all gates,), float64 on the host; 0 where there are none.
+    """The L2 norm of the weights that compute what each gate switches off, (all gates,), float64 on the host;
+    0 where there are none.
 
     Of several layers that share a gate the squares add up.
     """
@@ -45,12 +46,16 @@ def magnitudes(structure: Structure | UnitStructure, model: nn.Module) -> Tensor
 
 
 def _as_it_is(found: Any, weight: Tensor) -> Tensor:
-    """The weight of the layer in the model as it is now; ``structure.plain`` has that of the moment when it was made."""
+    """The weight of the layer in the model as it is now;
+    ``structure.plain`` has that of the moment when it was made.
+    """
     now = getattr(found, "weight", None)
     return now if isinstance(now, Tensor) and now.shape == weight.shape else weight
 
 
 def evenly(values: Tensor, counts: Sequence[int]) -> Tensor:
-    """The place of each value among those of its layer, from 0 for the least to 1, so that layers of all scales are thinned alike."""
+    """The place of each value among those of its layer, from 0 for the least to 1,
+    so that layers of all scales are thinned alike.
+    """
     parts = [own.argsort().argsort().double().add(1) / len(own) for own in values.split(list(counts))]
     return torch.cat(parts)

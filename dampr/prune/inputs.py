@@ -1,4 +1,6 @@
-"""Example inputs: a tensor, a tuple or list of positional arguments, or a dict of keyword arguments; run and compared."""
+"""Example inputs: a tensor, a tuple or list of positional arguments, or a dict of keyword arguments;
+run and compared.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,8 @@ def evaluate(model: nn.Module, example_inputs: Any) -> list[Tensor]:
 
 
 def copied(model: nn.Module, example_inputs: Any = None) -> nn.Module:
-    """A deep copy of a model, also of one that keeps what it computed: torch copies no tensor that has a graph, and such are detached.
+    """A deep copy of a model, also of one that keeps what it computed: torch copies no tensor that has a graph,
+    and such are detached.
 
     With example inputs the model is run without gradients first, which renews what it keeps wherever it keeps it.
     """
@@ -61,9 +64,9 @@ def twin(model: nn.Module) -> nn.Module:
 def as_trained(model: nn.Module, example_inputs: Any) -> nn.Module:
     """A :func:`twin` with values such as training leaves, on which to try what is to hold then.
 
-    A fresh norm shifts by 0, and a fresh branch may end in zeros: what they will add is not to be seen yet. Parameters of
-    one dimension, those that are 0 and running statistics get fixed noise; gates stay. The plain twin where the model has
-    values that are not finite then.
+    A fresh norm shifts by 0, and a fresh branch may end in zeros: what they will add is not to be seen yet. Parameters
+    of one dimension, those that are 0 and running statistics get fixed noise; gates stay. The plain twin where the
+    model has values that are not finite then.
     """
     plain, moved = twin(model), twin(model)
     generator, made = torch.Generator().manual_seed(0), dict[int, nn.Parameter]()
@@ -96,12 +99,15 @@ def check(example_inputs: Any) -> None:
     """Raise TypeError unless there is at least one tensor in the example inputs."""
     if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(example_inputs)):
         raise TypeError(
-            f"example_inputs={example_inputs!r:.80}: expected a tensor, a tuple of positional or a dict of keyword arguments that holds one"
+            f"example_inputs={example_inputs!r:.80}: expected a tensor, a tuple of positional or a dict of keyword "
+            "arguments that holds one"
         )
 
 
 def tensors(output: Any) -> list[Tensor]:
-    """Every tensor of a model's output, in order, whatever holds it: containers, dataclasses, distributions, objects with attributes."""
+    """Every tensor of a model's output, in order, whatever holds it: containers, dataclasses, distributions,
+    objects with attributes.
+    """
     found: list[Tensor] = []
     seen: set[int] = set()
 
@@ -138,7 +144,9 @@ def _inside(value: Any) -> Iterable[Any]:
     if isinstance(value, (tuple, list, set, frozenset)):
         return list(value)
     slots = [name for kind in type(value).__mro__ for name in _slots(kind)]
-    return list(getattr(value, "__dict__", {}).values()) + [getattr(value, name) for name in slots if hasattr(value, name)]
+    return list(getattr(value, "__dict__", {}).values()) + [
+        getattr(value, name) for name in slots if hasattr(value, name)
+    ]
 
 
 def _slots(kind: type) -> tuple[str, ...]:
@@ -152,12 +160,17 @@ def comparable(model: nn.Module, example_inputs: Any) -> list[Tensor]:
         output = call(model, example_inputs)
     found = tensors(output)
     if not found:
-        raise TypeError(f"output of {type(model).__name__}: {type(output).__name__} without a tensor, expected one that can be compared")
+        raise TypeError(
+            f"output of {type(model).__name__}: {type(output).__name__} without a tensor, expected one that can be "
+            "compared"
+        )
     return found
 
 
 def perturbed(example_inputs: Any) -> Any:
-    """The same inputs with a little fixed noise on every floating-point tensor, so that a constant can be told from one row's value."""
+    """The same inputs with a little fixed noise on every floating-point tensor,
+    so that a constant can be told from one row's value.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def shake(leaf: Any) -> Any:
@@ -180,8 +193,8 @@ def differ(a: list[Tensor], b: list[Tensor], rtol: float, atol: float) -> bool:
 
 
 def gap(a: list[Tensor], b: list[Tensor]) -> float:
-    """The largest absolute difference between two lists of tensors of the same shapes; places where both are the same infinity, or NaN,
-    do not differ.
+    """The largest absolute difference between two lists of tensors of the same shapes; places where both are the same
+    infinity, or NaN, do not differ.
     """
     largest = 0.0
     for s, t in zip(a, b, strict=True):
@@ -204,18 +217,24 @@ def size(outputs: list[Tensor]) -> float:
 
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-"""How far outputs may be from those of the same function in another order of operations, relative to their size, by precision."""
+"""How far outputs may be from those of the same function in another order of operations, relative to their size,
+by precision.
+"""
 
 
 def tolerances(model: nn.Module, samples: Iterable[Any], atol: float | None, rtol: float | None) -> tuple[float, float]:
-    """(atol, rtol) as given or, where None, by the lowest precision in which the model computes and by the size of its outputs."""
+    """(atol, rtol) as given or, where None, by the lowest precision in which the model
+    computes and by the size of its outputs.
+    """
     lowest, largest = torch.float64, 0.0
     for sample in samples:
         with _Precision() as seen:
             outputs = evaluate(model, sample)
         lowest, largest = max(lowest, seen.lowest, key=lambda kind: TOLERANCE[kind]), max(largest, size(outputs))
     relative = TOLERANCE[lowest]
-    return relative * max(largest, 1.0 if lowest is torch.float32 else 0.0) if atol is None else atol, relative if rtol is None else rtol
+    return relative * max(
+        largest, 1.0 if lowest is torch.float32 else 0.0
+    ) if atol is None else atol, relative if rtol is None else rtol
 
 
 class _Precision(TorchDispatchMode):
@@ -247,7 +266,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def unsynced(model: nn.Module) -> Iterator[None]:
-    """In the block synchronised batch norms take the statistics of this process alone: no message, on any device. Copies stay that way."""
+    """In the block synchronised batch norms take the statistics of this process alone: no message, on any device.
+
+    Copies stay that way.
+    """
     plain = [module for module in model.modules() if type(module) is nn.SyncBatchNorm]
     gated = [module for module in of_kind(model, GatedSyncBatchNorm) if not module.alone]
     for norm in plain:
@@ -265,7 +287,9 @@ def unsynced(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter asks for a gradient in the block: torch's counter follows those of a module's inputs, and readers are found by them."""
+    """No parameter asks for a gradient in the block: torch's counter follows those of a module's inputs,
+    and readers are found by them.
+    """
     asking = [p for p in model.parameters() if p.requires_grad]
     for p in asking:
         p.requires_grad_(False)
@@ -300,7 +324,9 @@ def without_hooks(model: nn.Module) -> Iterator[None]:
 
 
 def looked_at(model: nn.Module, look: Callable[[], Found]) -> Found:
-    """What ``look`` gives without forward hooks, or with them where the model does not run without (some collect what it returns)."""
+    """What ``look`` gives without forward hooks, or with them where the model does not run
+    without (some collect what it returns).
+    """
     try:
         with without_hooks(model):
             return look()
@@ -339,5 +365,7 @@ def keep_hooks(old: nn.Module, new: nn.Module) -> None:
 
 
 def same_noise(model: nn.Module) -> AbstractContextManager[None]:
-    """Whatever a model draws in evaluation mode, it draws the same in every such block, and the caller's random state is untouched."""
+    """Whatever a model draws in evaluation mode, it draws the same in every such block,
+    and the caller's random state is untouched.
+    """
     return torch.random.fork_rng(sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"}))

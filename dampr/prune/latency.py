@@ -31,13 +31,15 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 class Latency(Cost):
     """Seconds of an evaluation pass, as a function of the vector of all gates, like :class:`Cost`.
 
-    Every layer that gates can narrow is timed on its own at five widths of what it reads and five of what it writes, and between these its
-    time is interpolated; more channels never count as less time. What the layers do not account for (what is between them, and that they
-    run one after the other) is fixed. ``total`` is the median time of the model as it is.
+    Every layer that gates can narrow is timed on its own at five widths of what it reads and five of what it writes,
+    and between these its time is interpolated; more channels never count as less time. What the layers do not account
+    for (what is between them, and that they run one after the other) is fixed.
+    ``total`` is the median time of the model as it is.
 
     Of a model with gates on parameters the products of activations (the scores of attention) count as fixed.
-    Layers that are called several times count as often; recurrent layers and attention with whole sequences as in the example inputs. A
-    recurrent layer whose layers and directions have widths of their own counts as one of their mean width.
+    Layers that are called several times count as often; recurrent layers and attention with whole sequences as in the
+    example inputs. A recurrent layer whose layers and directions have widths of their own
+    counts as one of their mean width.
     """
 
     def __init__(self, model: nn.Module, example_inputs: Any) -> None:
@@ -69,15 +71,23 @@ class Latency(Cost):
         with inputs.evaluating(plain), torch.no_grad():
             for site in _progress.track(self.sites, "timing layers"):
                 layer = plain.get_submodule(site.name)
-                key = repr(layer), bool(site.read.weights), bool(site.written.weights), repr([_shapes(call) for call in calls[layer]])
+                key = (
+                    repr(layer),
+                    bool(site.read.weights),
+                    bool(site.written.weights),
+                    repr([_shapes(call) for call in calls[layer]]),
+                )
                 if key not in known:
                     known[key] = _table(layer, calls[layer], site, self.device)
                 tables.append(known[key])
             total = seconds_of(lambda: inputs.call(plain, example_inputs), self.device)
         empty = torch.zeros(0, len(SHARES), dtype=torch.float64)
         reads, writes, seconds = zip(*tables, strict=True) if tables else ([empty], [empty], [empty])
-        self._reads, self._writes, self._seconds = (torch.stack(list(t)).to(self.device) for t in (reads, writes, seconds))
-        self._seconds *= min(1.0, total / max(float(self._seconds[:, -1, -1].sum()), 1e-12))  # layers alone may take longer than the whole
+        self._reads, self._writes, self._seconds = (
+            torch.stack(list(t)).to(self.device) for t in (reads, writes, seconds)
+        )
+        # layers alone may take longer than the whole
+        self._seconds *= min(1.0, total / max(float(self._seconds[:, -1, -1].sum()), 1e-12))
         return total
 
     def share(self) -> None:
@@ -109,7 +119,9 @@ def _between(knots: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _table(layer: nn.Module, calls: list[Call], site: Site, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Widths read, (k,), widths written, (k,), and seconds at each pair, (k, k); an axis that gates leave alone has one time."""
+    """Widths read, (k,), widths written, (k,), and seconds at each pair, (k, k);
+    an axis that gates leave alone has one time.
+    """
     reads, writes = _knots(layer, False, bool(site.read.weights)), _knots(layer, True, bool(site.written.weights))
     full = _full(layer, False), _full(layer, True)
     found: dict[tuple[int, int], float] = {}
@@ -118,7 +130,9 @@ def _table(layer: nn.Module, calls: list[Call], site: Site, device: torch.device
         for j, written in enumerate(writes.tolist()):
             size = min(int(read), full[0]), min(int(written), full[1])
             if size not in found:
-                narrow: Any = _narrow(layer, *size, bool(site.read.weights)).to(device, next(layer.parameters()).dtype).eval()
+                narrow: Any = (
+                    _narrow(layer, *size, bool(site.read.weights)).to(device, next(layer.parameters()).dtype).eval()
+                )
                 args = [_narrow_call(layer, call, getattr(narrow, "in_channels", size[0])) for call in calls]
                 found[size] = sum(seconds_of(functools.partial(narrow, *a, **kw), device) for a, kw in args)
             seconds[i, j] = found[size]
@@ -126,7 +140,9 @@ def _table(layer: nn.Module, calls: list[Call], site: Site, device: torch.device
 
 
 def _knots(layer: Any, writes: bool, varies: bool) -> Tensor:
-    """Increasing widths up to the full one, (k,); where these are fewer than k, or do not vary, others beyond it, which count as full."""
+    """Increasing widths up to the full one, (k,); where these are fewer than k, or do not vary, others beyond it,
+    which count as full.
+    """
     size = _full(layer, writes)
     widths = sorted({max(1, round(share * size)) for share in SHARES}) if varies else [size]
     return torch.tensor([*widths, *range(size + 1, size + 1 + len(SHARES) - len(widths))], dtype=torch.float64)
@@ -144,13 +160,21 @@ def _full(layer: Any, writes: bool) -> int:
 def _narrow(layer: Any, read: int, written: int, within: bool = False) -> nn.Module:
     """A layer like this one that reads and writes so many channels, with random weights.
 
-    Of a convolution in groups ``read`` are those of one group; ``within``: every group loses some, and none goes as a whole.
+    Of a convolution in groups ``read`` are those of one group; ``within``: every group loses some,
+    and none goes as a whole.
     """
     if isinstance(layer, nn.Linear):
         return nn.Linear(read, written, layer.bias is not None)
     if isinstance(layer, nn.MultiheadAttention):
         others = [read if size == layer.embed_dim else size for size in (layer.kdim, layer.vdim)]
-        how = layer.dropout, layer.in_proj_bias is not None, layer.bias_k is not None, layer.add_zero_attn, *others, layer.batch_first
+        how = (
+            layer.dropout,
+            layer.in_proj_bias is not None,
+            layer.bias_k is not None,
+            layer.add_zero_attn,
+            *others,
+            layer.batch_first,
+        )
         return PrunedMultiheadAttention(read, layer.num_heads, *how, heads=range(written), head_dim=layer.head_dim)
     if isinstance(layer, nn.RNNBase):
         same = {
@@ -158,7 +182,9 @@ def _narrow(layer: Any, read: int, written: int, within: bool = False) -> nn.Mod
             for name in ("num_layers", "bias", "batch_first", "bidirectional", "nonlinearity")
             if hasattr(layer, name)
         }
-        sizes = {"hidden_size": layer.hidden_size, "proj_size": written} if layer.proj_size else {"hidden_size": written}
+        sizes = (
+            {"hidden_size": layer.hidden_size, "proj_size": written} if layer.proj_size else {"hidden_size": written}
+        )
         recurrent: Any = type(layer)
         narrow: nn.Module = recurrent(read, **sizes, **same)
         return narrow
@@ -167,7 +193,9 @@ def _narrow(layer: Any, read: int, written: int, within: bool = False) -> nn.Mod
         groups = max(1, round(groups * written / layer.out_channels))
     each = layer.out_channels // layer.groups if not within else max(1, round(written / groups))
     how = layer.kernel_size, layer.stride, layer.padding, layer.dilation, groups, layer.bias is not None
-    convolution: nn.Module = type(layer)(read * groups, written if layer.groups == 1 else each * groups, *how, layer.padding_mode)
+    convolution: nn.Module = type(layer)(
+        read * groups, written if layer.groups == 1 else each * groups, *how, layer.padding_mode
+    )
     return convolution
 
 
@@ -175,7 +203,9 @@ def calls_of(layers: list[nn.Module], plain: nn.Module, example_inputs: Any) -> 
     """What each layer is called with."""
     found: dict[nn.Module, list[Call]] = {layer: [] for layer in layers}
     hooks = [
-        layer.register_forward_pre_hook(lambda layer, args, kwargs: found[layer].append((args, kwargs)), with_kwargs=True)
+        layer.register_forward_pre_hook(
+            lambda layer, args, kwargs: found[layer].append((args, kwargs)), with_kwargs=True
+        )
         for layer in layers
     ]
     with inputs.removing(hooks):
@@ -188,8 +218,11 @@ def _narrow_call(layer: nn.Module, call: Call, read: int) -> Call:
     args, kwargs = call
     if isinstance(layer, nn.MultiheadAttention):
         given = [args[i] if i < len(args) else kwargs[name] for i, name in enumerate(_ATTENDED)]
-        narrow = {id(t): t[..., :read].contiguous() if t.shape[-1] == layer.embed_dim else t for t in given}  # one tensor stays one
-        return (*(narrow[id(t)] for t in given), *args[3:]), {name: value for name, value in kwargs.items() if name not in _ATTENDED}
+        # one tensor stays one
+        narrow = {id(t): t[..., :read].contiguous() if t.shape[-1] == layer.embed_dim else t for t in given}
+        return (*(narrow[id(t)] for t in given), *args[3:]), {
+            name: value for name, value in kwargs.items() if name not in _ATTENDED
+        }
     x, *_ = (*args, *kwargs.values())
     if isinstance(x, PackedSequence):
         return (x._replace(data=x.data[:, :read].contiguous()),), {}

@@ -40,7 +40,13 @@ REPLACEMENT: dict[type, Any] = {
     nn.GRU: GatedGRU,
     nn.RNN: GatedRNN,
 }
-OUTPUT_ONLY = {nn.MultiheadAttention: "heads", nn.Embedding: "columns", nn.LSTM: "units", nn.GRU: "units", nn.RNN: "units"}
+OUTPUT_ONLY = {
+    nn.MultiheadAttention: "heads",
+    nn.Embedding: "columns",
+    nn.LSTM: "units",
+    nn.GRU: "units",
+    nn.RNN: "units",
+}
 NORMS: dict[type, Any] = {
     nn.BatchNorm1d: GatedBatchNorm1d,
     nn.BatchNorm2d: GatedBatchNorm2d,

@@ -28,9 +28,11 @@ NO_GATES = "no gates for its width: "
 
 @dataclass
 class LayerPlan:
-    """What is replaced, by name; which of these share the gate of which; what a gate in a norm saves; what is left out, and why.
+    """What is replaced, by name; which of these share the gate of which; what a gate in a norm saves;
+    what is left out, and why.
 
-    ``order``: names in the order of calls, from the graph ``widths``. ``heads``: which of these layers project the heads of an attention.
+    ``order``: names in the order of calls, from the graph ``widths``.
+    ``heads``: which of these layers project the heads of an attention.
     """
 
     layers: dict[str, nn.Module]
@@ -59,7 +61,9 @@ def choose(
         above = owners.get(layer, []) + ([(attention.name, attention.module)] if attention else [])
         if not filters.wanted(aliases + above, include, exclude):
             continue
-        reason = _unfit(layer, gate, granularity, per_sample) or transformer.left_out(layer, owners.get(layer, []), granularity)
+        reason = _unfit(layer, gate, granularity, per_sample) or transformer.left_out(
+            layer, owners.get(layer, []), granularity
+        )
         reason = reason or heads.left_out(layer, attention, granularity, per_sample)
         if reason is None:
             chosen[aliases[0][0]] = layer
@@ -71,7 +75,11 @@ def choose(
 def _unfit(layer: nn.Module, gate: Any, granularity: Granularity, per_sample: bool) -> str | None:
     """Why a layer cannot have such gates; None where it can."""
     if (name := computed(layer)) is not None:
-        how = "torch.nn.utils.parametrize" if parametrize.is_parametrized(layer) else "weight_norm, spectral_norm or prune"
+        how = (
+            "torch.nn.utils.parametrize"
+            if parametrize.is_parametrized(layer)
+            else "weight_norm, spectral_norm or prune"
+        )
         return f"its {name} is computed from other tensors ({how}); wrap the gated layer instead"
     if granularity != "output" and type(layer) in OUTPUT_ONLY:
         return f"{type(layer).__name__} has gates on its {OUTPUT_ONLY[type(layer)]}, with granularity='output'"
@@ -99,7 +107,9 @@ def place(
 ) -> LayerPlan:
     plan = LayerPlan(dict(chosen), {}, {}, {}, list(chosen))
     if granularity == "input" and sight is not None:
-        plan.skipped = {name: reason for name, layer in chosen.items() if (reason := sight.why_not_read(layer, name)) is not None}
+        plan.skipped = {
+            name: reason for name, layer in chosen.items() if (reason := sight.why_not_read(layer, name)) is not None
+        }
         plan.layers = {name: layer for name, layer in chosen.items() if name not in plan.skipped}
     if granularity != "output":
         return plan
@@ -109,7 +119,8 @@ def place(
         convolution = next((name for name, layer in chosen.items() if isinstance(layer, nn.modules.conv._ConvNd)), None)
         if convolution and any(type(m) in NORMS for m in model.modules()):
             raise ValueError(
-                f"example_inputs=None: expected them, to find the BatchNorm that the gates of layer {convolution!r} belong after"
+                f"example_inputs=None: expected them, to find the BatchNorm that the gates of layer {convolution!r} "
+                "belong after"
             )
         return plan
     plain = plain_copy(model, example_inputs) if any(of_kind(model, GatedLayer)) else None
@@ -118,7 +129,9 @@ def place(
     plan.layers, plan.order, plan.widths = {}, [names[module] for module in widths.called()], widths
     gates: dict[nn.Module, str] = {}  # whose outputs are gated, and the name of the layer that holds the gate
     factors = _factors(chosen, widths)
-    wanted = {n: layer for n, layer in chosen.items() if not isinstance(layer, nn.MultiheadAttention) and n not in plan.heads}
+    wanted = {
+        n: layer for n, layer in chosen.items() if not isinstance(layer, nn.MultiheadAttention) and n not in plan.heads
+    }
     reasons = {n: factors.get(n) or _why_not(layer, widths, tie, model, example_inputs) for n, layer in wanted.items()}
     free = {n: chosen[n] for n, reason in reasons.items() if reason is None and not isinstance(chosen[n], nn.RNNBase)}
     found: dict[str, str | None] = {}
@@ -146,37 +159,56 @@ def place(
             plan.weights_per_gate[places[0]] = own + 2
     if tie:
         for layer, place in gates.items():
-            together = [gates[other] for other in widths.written_together(layer) if other in gates] if _has_channels(layer, widths) else []
+            together = (
+                [gates[other] for other in widths.written_together(layer) if other in gates]
+                if _has_channels(layer, widths)
+                else []
+            )
             if together and together[0] != place:
                 plan.shared_with[place] = together[0]
     return plan
 
 
-def place_streams(plan: LayerPlan, model: nn.Module, gate: Any, include: Filter, exclude: Filter, example_inputs: Any) -> None:
-    """Add the norms of residual streams, the first of each with the gate, and say what the layers that write these have to do with it."""
+def place_streams(
+    plan: LayerPlan, model: nn.Module, gate: Any, include: Filter, exclude: Filter, example_inputs: Any
+) -> None:
+    """Add the norms of residual streams, the first of each with the gate,
+    and say what the layers that write these have to do with it.
+    """
     plain = plain_copy(model, example_inputs) if any(of_kind(model, GatedLayer)) else model
     names = {module: name for name, module in reversed(list(plain.named_modules(remove_duplicate=False)))}
     owners = transformer.owners(model)
-    found, why = streams.find(plain, plan.widths if plain is model and plan.widths else graph.Widths(plain, example_inputs))
+    found, why = streams.find(
+        plain, plan.widths if plain is model and plan.widths else graph.Widths(plain, example_inputs)
+    )
     for stream in found:
         places = {names[norm]: model.get_submodule(names[norm]) for norm in stream.norms}
         first, *others = places
         gated = [name for name, norm in places.items() if isinstance(norm, GatedLayer)]
-        left_out = [name for name, norm in places.items() if not filters.wanted([(name, norm), *owners.get(norm, [])], include, exclude)]
+        left_out = [
+            name
+            for name, norm in places.items()
+            if not filters.wanted([(name, norm), *owners.get(norm, [])], include, exclude)
+        ]
         reason = f"{gated[0]!r} has gates already" if gated else f"{left_out[0]!r} is left out" if left_out else None
         bare = next((name for name, norm in places.items() if norm.weight is None), None)
         if bare is not None and not starts_at_one(gate):
-            reason = reason or f"fresh gates of {gate!r} are not 1, and {bare!r} has no gain that could make up for them"
+            reason = (
+                reason or f"fresh gates of {gate!r} are not 1, and {bare!r} has no gain that could make up for them"
+            )
         reason = reason or streams.why_not(plain, stream, example_inputs)
         if reason is not None:
             why |= dict.fromkeys(stream.norms, reason)
             continue
         plan.layers |= places
         plan.shared_with |= dict.fromkeys(others, first)
-        in_others = sum(p.numel() for norm in stream.norms[1:] for p in norm.parameters()) / stream.width  # these count for themselves
+        # these count for themselves
+        in_others = sum(p.numel() for norm in stream.norms[1:] for p in norm.parameters()) / stream.width
         plan.weights_per_gate[first] = stream.weights_per_channel(plain) - in_others
         written = {names[layer] for layer in stream.writers} & plan.skipped.keys()
-        plan.skipped |= dict.fromkeys(written, f"its outputs are the residual stream, whose gates are in {first!r} and its other norms")
+        plan.skipped |= dict.fromkeys(
+            written, f"its outputs are the residual stream, whose gates are in {first!r} and its other norms"
+        )
     plan.skipped |= {names[norm]: f"{NO_GATES}{reason}" for norm, reason in why.items()}
 
 
@@ -216,7 +248,9 @@ def _has_channels(layer: nn.Module, widths: graph.Widths) -> bool:
 
 
 def _norms_after(layer: nn.Module, widths: graph.Widths) -> list[nn.Module]:
-    """The norms whose gates switch the outputs of ``layer`` off; none where they are better switched off in the layer."""
+    """The norms whose gates switch the outputs of ``layer`` off;
+    none where they are better switched off in the layer.
+    """
     norms = widths.norms_reading(layer)[0] if _has_channels(layer, widths) else []
     return norms if all(type(norm) in NORMS and computed(norm) is None for norm in norms) else []
 
@@ -239,7 +273,9 @@ def leave_out(plan: LayerPlan, model: nn.Module, reasons: dict[str, str]) -> Non
 
 
 def gated_classes(units: Units, plan: LayerPlan) -> tuple[dict[str, list[int]], list[str]]:
-    """Of each gated layer the class that each gate closes, and the names of what loses whole heads or units of a state."""
+    """Of each gated layer the class that each gate closes,
+    and the names of what loses whole heads or units of a state.
+    """
     classes: dict[str, list[int]] = {}
     whole: list[str] = []
     for name, layer in plan.layers.items():
@@ -273,13 +309,18 @@ def multiplies_beside(units: Units, plan: LayerPlan, model: nn.Module) -> bool:
     gated, whole = gated_classes(units, plan)
     classes = set(itertools.chain.from_iterable(gated.values()))
     layers = (*graph.GEMMS, nn.RNNBase, nn.MultiheadAttention)
-    beside = [p for p in units.products if not _is_inside(p.module, whole) and not isinstance(model.get_submodule(p.module), layers)]
+    beside = [
+        p
+        for p in units.products
+        if not _is_inside(p.module, whole) and not isinstance(model.get_submodule(p.module), layers)
+    ]
     return any(not classes.isdisjoint(units.label[line].tolist()) for p in beside for line in p.factors)
 
 
 def say_why(plan: LayerPlan, why: dict[str, str]) -> None:
     """Add what the units of a model say of layers to what a plan says of them."""
-    said = {name: reason for name, reason in why.items() if reason != unit_gates.UNSAID}  # of classes that convert does not know
+    # of classes that convert does not know
+    said = {name: reason for name, reason in why.items() if reason != unit_gates.UNSAID}
     both = {name: f"{said[name]}; as a layer, {r}" for name, r in plan.skipped.items() if said.get(name, r) != r}
     plan.skipped |= said | {name: r for name, r in plan.skipped.items() if name in said} | both
 

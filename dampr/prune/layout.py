@@ -1,4 +1,6 @@
-"""Which indices of which tensors of a gated model are left when closed units go: a layout, and moving a model from one to another."""
+"""Which indices of which tensors of a gated model are left when closed units go: a layout,
+and moving a model from one to another.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,8 @@ class Layout:
     """What is left of a model; every index is one of the whole model.
 
     Attributes:
-        tensors: parameter or buffer -> of each dimension its size in the whole model and the indices that are left, None for all.
+        tensors: parameter or buffer -> of each dimension its size in the whole model and the indices that are left,
+            None for all.
         gates: gated layer -> the gates that are left in its vector, where the layer has one for each channel.
         sizes: module -> attribute -> its numbers.
     """
@@ -50,12 +53,15 @@ WHOLE = Layout()
 Shelf = dict[str, Tensor]  # what has left each tensor, in one dimension, on the host
 
 
-def moved(model: nn.Module, before: Layout, after: Layout, shelf: Shelf | None = None) -> dict[str, tuple[list[Places], list[Places]]]:
-    """Bring a model from one layout to another, in place: parameters stay the same objects, with other data and gradient.
+def moved(
+    model: nn.Module, before: Layout, after: Layout, shelf: Shelf | None = None
+) -> dict[str, tuple[list[Places], list[Places]]]:
+    """Bring a model from one layout to another, in place: parameters stay the same objects,
+    with other data and gradient.
 
     Args:
-        shelf: of this model; what goes is put there, and what comes back is taken from there. None: what goes is lost, and what comes back
-            is 0 (1 in variances).
+        shelf: of this model; what goes is put there, and what comes back is taken from there. None: what goes is lost,
+            and what comes back is 0 (1 in variances).
 
     Returns the layouts, before and after, of each tensor that changed.
     """
@@ -80,12 +86,15 @@ def moved(model: nn.Module, before: Layout, after: Layout, shelf: Shelf | None =
     _set_sizes(model, before, after, indices=True)
     _select(model, before, after)
     with inputs.same_noise(model):
-        follow_all(model, [module for module in modules if not isinstance(module, nn.RNNBase)])  # the sizes of these are in the layout
+        # the sizes of these are in the layout
+        follow_all(model, [module for module in modules if not isinstance(module, nn.RNNBase)])
     _set_sizes(model, before, after, indices=False)
     return changed
 
 
-def exchanged(t: Tensor, before: list[Places], after: list[Places], shelf: Shelf | None, key: str, fill: float = 0.0) -> Tensor:
+def exchanged(
+    t: Tensor, before: list[Places], after: list[Places], shelf: Shelf | None, key: str, fill: float = 0.0
+) -> Tensor:
     """:func:`resized` that puts what goes on a shelf, and takes from there what comes back."""
     if shelf is None:
         return resized(t, before, after, fill)
@@ -119,7 +128,9 @@ def _set_sizes(model: nn.Module, before: Layout, after: Layout, indices: bool) -
             value = size.whole if now is None else now.now
             module = model.get_submodule(name)
             if isinstance(value, Tensor) == indices:
-                set_number(module, attribute, value.to(getattr(module, attribute).device, copy=True) if indices else value)
+                set_number(
+                    module, attribute, value.to(getattr(module, attribute).device, copy=True) if indices else value
+                )
 
 
 def _changed(before: Layout, after: Layout) -> dict[str, tuple[list[Places], list[Places]]]:
@@ -180,8 +191,8 @@ def _along(t: Tensor, dim: int, old: Places, new: Places, fill: float) -> Tensor
 def give_data(parameter: Tensor, data: Tensor) -> None:
     """Other data, of any shape, for a parameter that stays the same object.
 
-    Its node in a graph that somebody still holds (a loss, say) knows the old shape, and the next graph would take that node. torch makes a
-    new one where the data type changes, so it does for a moment.
+    Its node in a graph that somebody still holds (a loss, say) knows the old shape, and the next graph would take that
+    node. torch makes a new one where the data type changes, so it does for a moment.
     """
     other = torch.float64 if data.dtype != torch.float64 else torch.float32
     parameter.data = data.new_empty(0, dtype=other)
@@ -208,7 +219,9 @@ def move_state(
             if dims is None and isinstance(value, Tensor) and tuple(value.shape) == tuple(shapes[name]):
                 dims = list(range(value.dim()))  # of one element that may become more
             if dims is not None:
-                sides: list[list[Places]] = [[None if d is None or d >= len(side) else side[d] for d in dims] for side in (old, new)]
+                sides: list[list[Places]] = [
+                    [None if d is None or d >= len(side) else side[d] for d in dims] for side in (old, new)
+                ]
                 optimizer.state[held][key] = exchanged(value, sides[0], sides[1], shelf, f"{name}:{key}")
 
 
@@ -217,7 +230,9 @@ def same_layout(kept: Mapping[str, dict[int, tuple[int, Tensor]]]) -> dict[str, 
     return {name: [dims.get(d) for d in range(max(dims) + 1)] for name, dims in kept.items() if dims}
 
 
-def left_of(gone: Mapping[str, Mapping[int, Sequence[int]]], shapes: Mapping[str, Sequence[int]]) -> dict[str, list[Places]]:
+def left_of(
+    gone: Mapping[str, Mapping[int, Sequence[int]]], shapes: Mapping[str, Sequence[int]]
+) -> dict[str, list[Places]]:
     """The same from what is gone, by the shapes of the whole."""
     kept: dict[str, dict[int, tuple[int, Tensor]]] = defaultdict(dict)
     for name, dims in gone.items():

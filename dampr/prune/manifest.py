@@ -11,17 +11,23 @@ from torch import Tensor
 from .unit_compact import places_of, sizes_of
 
 MOST = 2**31  # channels of one dimension
-Places = tuple[int, Tensor] | None  # of one dimension: its size before, and which of it are left; None where nothing was cut
+# of one dimension: its size before, and which of it are left; None where nothing was cut
+Places = tuple[int, Tensor] | None
 
 
 def places_in(side: Any) -> Places:
-    """(size before, kept indices) of an entry of a manifest. Raises ValueError for one that compaction cannot have written."""
+    """(size before, kept indices) of an entry of a manifest.
+
+    Raises ValueError for one that compaction cannot have written.
+    """
     if side is None:
         return None
     before: Any = side.get("before") if isinstance(side, dict) else None
     kept = side.get("kept") if isinstance(side, dict) else None
     if not isinstance(kept, list) or not all(type(i) is int for i in (before, *kept)):
-        raise ValueError(f"manifest: {side!r:.80}, expected a number of channels before and a list of those that are kept")
+        raise ValueError(
+            f"manifest: {side!r:.80}, expected a number of channels before and a list of those that are kept"
+        )
     if any(a >= b for a, b in itertools.pairwise(kept)) or (kept and not 0 <= kept[0] <= kept[-1] < before):
         raise ValueError(f"manifest: kept={kept!r:.80} of {before}, expected rising indices below that")
     if not 0 < before < MOST:
@@ -39,7 +45,9 @@ def check(manifest: Any) -> None:
             raise ValueError(f"manifest: {what}={entries!r:.80}, expected entries by name")
     for name, entry in layers.items():
         if not isinstance(entry, dict):
-            raise ValueError(f"manifest: layers: {name!r:.80}: {entry!r:.80}, expected an entry for each side that was cut")
+            raise ValueError(
+                f"manifest: layers: {name!r:.80}: {entry!r:.80}, expected an entry for each side that was cut"
+            )
         for side in entry.keys() & {"out", "in", "heads"}:
             if places_in(entry[side]) is None:
                 raise ValueError(f"manifest: layers: {name!r:.80}: {side}=None, expected what was cut of it")
@@ -54,6 +62,9 @@ def check(manifest: Any) -> None:
 def _check_units(name: str, units: Any) -> None:
     rows = units.get("kept") if isinstance(units, dict) else None
     if not isinstance(rows, list) or not rows:
-        raise ValueError(f"manifest: layers: {name!r:.80}: units={units!r:.80}, expected a list of those that are kept for each layer")
+        raise ValueError(
+            f"manifest: layers: {name!r:.80}: units={units!r:.80}, expected a list of those that are kept for each "
+            "layer"
+        )
     for row in rows:
         places_in({"before": units.get("before"), "kept": row})

@@ -33,10 +33,12 @@ def count_params(model: nn.Module) -> int:
 
 
 def count_macs(model: nn.Module, example_inputs: Any) -> int:
-    """Multiply-accumulates of one evaluation pass over the example inputs, as ``torch.utils.flop_counter`` counts them (two FLOPs each).
+    """Multiply-accumulates of one evaluation pass over the example inputs,
+    as ``torch.utils.flop_counter`` counts them (two FLOPs each).
 
-    A gated layer counts as its dense counterpart does. Attention is counted in its parts: the counter knows none of its fused kernels on a
-    CPU, nor those of a whole encoder layer. An einsum that sums over one element, which torch multiplies without a product, counts as one.
+    A gated layer counts as its dense counterpart does. Attention is counted in its parts: the counter knows none of its
+    fused kernels on a CPU, nor those of a whole encoder layer. An einsum that sums over one element, which torch
+    multiplies without a product, counts as one.
     """
     with inputs.evaluating(model), inputs.frozen(model), torch.no_grad():
         return count_call(inputs.call, model, example_inputs)
@@ -51,13 +53,17 @@ def count_call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
 
 
 class _Einsums(TorchFunctionMode):
-    """Counts the einsums of two operands that torch computes elementwise, because what they sum over has one element left."""
+    """Counts the einsums of two operands that torch computes elementwise,
+    because what they sum over has one element left.
+    """
 
     def __init__(self, counter: FlopCounterMode) -> None:
         super().__init__()
         self.counter, self.macs = counter, 0
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         before = self.counter.get_total_flops()
         result = func(*args, **(kwargs or {}))
         if func is torch.functional.einsum and self.counter.get_total_flops() == before and isinstance(args[0], str):
@@ -66,7 +72,9 @@ class _Einsums(TorchFunctionMode):
 
 
 def _einsum_macs(equation: str, shapes: list[list[int]]) -> int:
-    """The product of the sizes of all letters where two operands have one that the result does not; 0 of what has dots, or no such."""
+    """The product of the sizes of all letters where two operands have one that the result does not;
+    0 of what has dots, or no such.
+    """
     operands, arrow, result = equation.replace(" ", "").partition("->")
     letters = operands.split(",")
     if not arrow or "." in equation or len(letters) != 2 or not (set(letters[0]) & set(letters[1])) - set(result):
@@ -79,7 +87,9 @@ def _einsum_macs(equation: str, shapes: list[list[int]]) -> int:
 
 
 def macs_beside_layers(model: nn.Module, example_inputs: Any, names: Iterable[str]) -> dict[str, int]:
-    """The same for each of the modules ``names``, without what the layers inside of it count: of attention its scores and their use."""
+    """The same for each of the modules ``names``, without what the layers inside of it count:
+    of attention its scores and their use.
+    """
     with inputs.evaluating(model), inputs.frozen(model), torch.no_grad():
         counter = FlopCounterMode(display=False, custom_mapping=_RECURRENT)
         _count(counter, inputs.call, model, example_inputs)
@@ -88,7 +98,11 @@ def macs_beside_layers(model: nn.Module, example_inputs: Any, names: Iterable[st
     flops = {name: sum(by_operator.values()) for name, by_operator in counts.items()}
     found = {}
     for name in names:
-        layers = [f"{root}.{name}.{inner}" for inner, m in model.get_submodule(name).named_modules() if inner and hasattr(m, "weight")]
+        layers = [
+            f"{root}.{name}.{inner}"
+            for inner, m in model.get_submodule(name).named_modules()
+            if inner and hasattr(m, "weight")
+        ]
         found[name] = (flops.get(f"{root}.{name}", 0) - sum(flops.get(layer, 0) for layer in layers)) // 2
     return found
 

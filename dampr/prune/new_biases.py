@@ -1,4 +1,6 @@
-"""Which layers get a bias when a model is compacted: what a closed unit still contributes as a constant moves into that of its reader."""
+"""Which layers get a bias when a model is compacted: what a closed unit still contributes as a
+constant moves into that of its reader.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +21,11 @@ from .structure import Structure
 
 
 def find(model: nn.Module, structure: Structure, example_inputs: Any) -> dict[nn.Module, set[int]]:
-    """Of each layer in ``structure.plain`` without a bias that would get one, the atoms of which any one that goes is enough.
+    """Of each layer in ``structure.plain`` without a bias that would get one,
+    the atoms of which any one that goes is enough.
 
-    By the values that ``model``, which ``structure`` is of, has now: a copy runs with the gates of all units closed, and what is not 0
-    there where a layer reads it is a constant.
+    By the values that ``model``, which ``structure`` is of, has now: a copy runs with the gates of all units closed,
+    and what is not 0 there where a layer reads it is a constant.
     """
     readers = dict(_readers(structure))
     if not readers:
@@ -30,7 +33,9 @@ def find(model: nn.Module, structure: Structure, example_inputs: Any) -> dict[nn
     trial: Any = inputs.copied(model, example_inputs)
     branches = {trial.get_submodule(name).gate for name in structure.branch_gates()}
     gates = gates_of(trial)
-    inputs.replace(trial, {g: Fixed((torch.ones_like if g in branches else torch.zeros_like)(g.deterministic())) for g in gates})
+    inputs.replace(
+        trial, {g: Fixed((torch.ones_like if g in branches else torch.zeros_like)(g.deterministic())) for g in gates}
+    )
     open_branches(trial)
     found: dict[nn.Module, set[int]] = {}
 
@@ -47,14 +52,17 @@ def find(model: nn.Module, structure: Structure, example_inputs: Any) -> dict[nn
         return hook
 
     hooks = [trial.get_submodule(name).register_forward_pre_hook(look(*reader)) for name, reader in readers.items()]
-    without_values = contextlib.suppress(RuntimeError)  # of a model that needs some of its values, which no budget closes all at once
+    # of a model that needs some of its values, which no budget closes all at once
+    without_values = contextlib.suppress(RuntimeError)
     with inputs.removing(hooks), without_values:
         inputs.evaluate(trial, example_inputs)
     return found
 
 
 def _readers(structure: Structure) -> Iterator[tuple[str, tuple[nn.Module, list[int]]]]:
-    """Layers without a bias that can have one, and whose columns no gates close, by name, with the atoms of what they read."""
+    """Layers without a bias that can have one, and whose columns no gates close, by name,
+    with the atoms of what they read.
+    """
     for name, layer in structure.plain.named_modules():
         gated = structure.gated.get(name)
         closes_columns = gated is not None and (isinstance(gated, GatedHeads) or gated.granularity == "input")

@@ -43,27 +43,31 @@ def prune_once(
 ) -> nn.Module:
     """A smaller plain copy of a trained ``model`` that costs exactly a share of it; fine-tune it.
 
-    Units are cut in the order of a criterion, whatever kind of structure :func:`dampr.convert` finds them in, by the exact cost of what is
-    left, and :func:`dampr.compact` proves that the result computes what the masked model computes.
+    Units are cut in the order of a criterion, whatever kind of structure :func:`dampr.convert` finds them in, by the
+    exact cost of what is left, and :func:`dampr.compact` proves that the result
+    computes what the masked model computes.
 
     Args:
         model: dense and trained, or with gates; it is not changed.
-        batches: pairs of inputs (a tensor, a tuple of positional or a dict of keyword arguments) and targets. A few hundred examples do.
-            Statistics of BatchNorms are taken again on them. Criteria other than ``"taylor"`` need none. In a process group of several
-            ranks each has batches of its own; importance and statistics are means over the ranks, so every rank has to call this.
+        batches: pairs of inputs (a tensor, a tuple of positional or a dict of keyword arguments) and targets. A few
+            hundred examples do. Statistics of BatchNorms are taken again on them. Criteria other than ``"taylor"`` need
+            none. In a process group of several ranks each has batches of its own; importance and statistics are means
+            over the ranks, so every rank has to call this.
         loss: called with output and targets; a scalar.
         macs, params, latency: exactly one, as for :class:`dampr.Budget`.
         rounds: in how many steps of equal ratio the cost comes down; importance is measured anew in each.
-        criterion: ``"taylor"``: the mean over batches of (z dL/dz)^2 at z = 1 (Molchanov et al. 2017) over the marginal cost of the unit.
-            ``"magnitude"``: the L2 norm of the unit's weights, every layer thinned by the same share. ``"random"``: that share, drawn.
+        criterion: ``"taylor"``: the mean over batches of (z dL/dz)^2 at z = 1 (Molchanov et al. 2017) over the marginal
+            cost of the unit. ``"magnitude"``: the L2 norm of the unit's weights, every layer thinned by the same share.
+            ``"random"``: that share, drawn.
         example_inputs: to trace and to prove with; None: the inputs of the first batch.
         min_share, round_to, min_width: as for :class:`dampr.Budget` and :meth:`dampr.Budget.finalize`.
         convert: more keyword arguments for :func:`dampr.convert`.
 
-    Returns: a new plain model in the training mode of ``model``; ``dampr_manifest`` is as of :func:`dampr.compact`, ``dampr_budget`` the
-    :class:`dampr.BudgetReport`.
+    Returns: a new plain model in the training mode of ``model``; ``dampr_manifest`` is as of :func:`dampr.compact`,
+    ``dampr_budget`` the :class:`dampr.BudgetReport`.
 
-    Raises: ValueError or TypeError that names the argument; ConversionError, BudgetError, CompactionError as those functions do.
+    Raises: ValueError or TypeError that names the argument; ConversionError, BudgetError,
+    CompactionError as those functions do.
 
     >>> import dampr
     >>> x, y = torch.randn(64, 20), torch.randint(5, (64,))
@@ -99,7 +103,10 @@ def _check_data(data: list[Any], loss: Any, criterion: str) -> None:
     if not all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in data):
         raise TypeError("batches: expected pairs of inputs and targets")
     if criterion == "taylor" and (not data or not callable(loss)):
-        raise ValueError(f"batches of {len(data)}, loss={loss!r:.80}: expected at least one batch and a function, with criterion='taylor'")
+        raise ValueError(
+            f"batches of {len(data)}, loss={loss!r:.80}: expected at least one batch and a function, with "
+            "criterion='taylor'"
+        )
 
 
 def _close(budget: Budget, share: float, criterion: str, data: list[tuple[Any, Any]], loss: Any) -> None:
@@ -112,7 +119,11 @@ def _close(budget: Budget, share: float, criterion: str, data: list[tuple[Any, A
         scores = controller.squares / controller.marginal_cost()
     else:
         structure = budget.cost.structure
-        values = magnitudes(structure, budget.model) if criterion == "magnitude" else torch.rand(structure.size, dtype=torch.float64)
+        values = (
+            magnitudes(structure, budget.model)
+            if criterion == "magnitude"
+            else torch.rand(structure.size, dtype=torch.float64)
+        )
         values = over_ranks(values.to(gates[0].device)).cpu()
         scores = evenly(values, [gate.num_gates for gate in gates])
         controller.squares = scores * controller.marginal_cost()
@@ -132,7 +143,9 @@ def _value(loss: Callable[[Any, Any], Tensor], output: Any, target: Any) -> Tens
     return value
 
 
-def taylor(model: nn.Module, gates: list[SteppedGate], data: list[tuple[Any, Any]], loss: Callable[[Any, Any], Tensor]) -> Tensor:
+def taylor(
+    model: nn.Module, gates: list[SteppedGate], data: list[tuple[Any, Any]], loss: Callable[[Any, Any], Tensor]
+) -> Tensor:
     """The mean over batches of (z dL/dz)^2 of every gate, (all gates,), float64 on the host, in evaluation mode."""
     total = torch.zeros(sum(gate.num_gates for gate in gates), dtype=torch.float64)
     probes = [gate.probe for gate in gates]
@@ -141,7 +154,9 @@ def taylor(model: nn.Module, gates: list[SteppedGate], data: list[tuple[Any, Any
             gate.training = True  # evaluation, but with the factor whose gradient is wanted
         for given, target in data:
             found = torch.autograd.grad(_value(loss, inputs.call(model, given), target), probes, allow_unused=True)
-            row = torch.cat([torch.zeros_like(probe) if g is None else g for probe, g in zip(probes, found, strict=True)])
+            row = torch.cat(
+                [torch.zeros_like(probe) if g is None else g for probe, g in zip(probes, found, strict=True)]
+            )
             if not bool(row.isfinite().all()):
                 raise ValueError("loss: its gradient is not finite; expected a model and a loss that are")
             total += row.double().cpu().square() / len(data)

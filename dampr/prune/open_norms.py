@@ -37,7 +37,9 @@ class OpenNorm:
 
 
 def find(model: nn.Module, units: Units, example_inputs: Any) -> dict[str, OpenNorm]:
-    """The norms of a plain model, by name: modules without children whose every statistic is over one width of their only input."""
+    """The norms of a plain model, by name: modules without children whose every statistic is
+    over one width of their only input.
+    """
     lines: dict[str, set[tuple[int, ...]]] = defaultdict(set)
     for name, line in units.counted:
         lines[name].add(tuple(units.label[line].tolist()))
@@ -48,7 +50,10 @@ def find(model: nn.Module, units: Units, example_inputs: Any) -> dict[str, OpenN
     def note(name: str) -> Any:
         return lambda norm, args, output: calls[name].append((args, output))
 
-    with inputs.removing([norm.register_forward_hook(note(name)) for name, norm in modules.items()]), inputs.same_noise(model):
+    with (
+        inputs.removing([norm.register_forward_hook(note(name)) for name, norm in modules.items()]),
+        inputs.same_noise(model),
+    ):
         inputs.evaluate(model, example_inputs)
     found = {}
     for name, norm in modules.items():
@@ -61,7 +66,12 @@ def find(model: nn.Module, units: Units, example_inputs: Any) -> dict[str, OpenN
 
 def _dim(args: Any, output: Any, size: int) -> int | None:
     """The dimension of so many elements: the last one, or that of channels; None where a call is not that of a norm."""
-    if len(args) != 1 or not isinstance(args[0], Tensor) or not isinstance(output, Tensor) or output.shape != args[0].shape:
+    if (
+        len(args) != 1
+        or not isinstance(args[0], Tensor)
+        or not isinstance(output, Tensor)
+        or output.shape != args[0].shape
+    ):
         return None
     shape = args[0].shape
     return next((dim for dim in (-1, 1) if len(shape) > 1 and shape[dim] == size), None)
@@ -69,7 +79,9 @@ def _dim(args: Any, output: Any, size: int) -> int | None:
 
 @torch.no_grad()
 def _statistics_of(norm: nn.Module, args: Any, output: Tensor, dim: int) -> tuple[bool, bool]:
-    """Whether a norm subtracts a mean, and whether that is one of a whole sample, by what constants change that are added to its input."""
+    """Whether a norm subtracts a mean, and whether that is one of a whole sample,
+    by what constants change that are added to its input.
+    """
     (x,) = args
     generator = torch.Generator().manual_seed(0)
 
@@ -96,4 +108,6 @@ def close(model: nn.Module, norms: Mapping[str, OpenNorm], classes: Collection[i
 def in_one_vector(norms: Mapping[str, OpenNorm], vectors: Iterable[Iterable[int]]) -> dict[str, OpenNorm]:
     """Those whose classes with gates are all in one vector of gates."""
     number = {one: at for at, vector in enumerate(vectors) for one in vector}
-    return {name: norm for name, norm in norms.items() if len({number[one] for one in norm.classes if one in number}) == 1}
+    return {
+        name: norm for name, norm in norms.items() if len({number[one] for one in norm.classes if one in number}) == 1
+    }

@@ -30,7 +30,8 @@ from .shrinker import Copies, check_copies, copies_of
 from .summary import distinct_gates, gated_layers
 from .wrapped import is_any_sharded
 
-WARMUP, TRAINED_WARMUP, SHRINKING = 0.3, 0.05, 0.2  # shares of the steps: dense from scratch, dense from a checkpoint, the ramp
+# shares of the steps: dense from scratch, dense from a checkpoint, the ramp
+WARMUP, TRAINED_WARMUP, SHRINKING = 0.3, 0.05, 0.2
 LEAST_STEPS = 40
 SILENT = 50  # steps without a gradient on any gate after which a plan gives up
 
@@ -41,11 +42,13 @@ class PlanError(RuntimeError):
 
 @dataclass(frozen=True)
 class PlanReport(Report):
-    """What a plan did, and when: ``steps`` in all, of which all units were open up to ``dense``, and the model compacted at ``compacted``.
+    """What a plan did, and when: ``steps`` in all, of which all units were open up to ``dense``,
+    and the model compacted at ``compacted``.
 
-    ``budget``: what was decided at that moment; ``difference``: the largest between the outputs of the masked and the compacted model.
-    ``recalibrated``: on how many batches statistics of norms were taken again. ``shrunk``: which removals of closed units there were
-    before, and which did not pay.
+    ``budget``: what was decided at that moment; ``difference``: the largest between the outputs
+    of the masked and the compacted model.
+    ``recalibrated``: on how many batches statistics of norms were taken again. ``shrunk``: which removals of closed
+    units there were before, and which did not pay.
     """
 
     steps: int
@@ -67,7 +70,8 @@ class PlanReport(Report):
         start = "a trained model" if self.trained else "scratch"
         tuned = self.steps - self.compacted
         lines = [
-            f"{self.steps} steps from {start}: dense for {self.dense}, ramp to {self.compacted}, fine-tuned for {tuned}",
+            f"{self.steps} steps from {start}: dense for {self.dense}, ramp to {self.compacted}, fine-tuned for "
+            f"{tuned}",
             str(self.budget),
             f"largest difference of outputs, masked and compacted: {self.difference:.2g}",
         ]
@@ -75,15 +79,17 @@ class PlanReport(Report):
 
 
 class Plan:
-    """Prune a model while it trains for ``steps`` steps, to exactly a share of its cost, and end with plain ``torch.nn`` layers.
+    """Prune a model while it trains for ``steps`` steps, to exactly a share of its cost,
+    and end with plain ``torch.nn`` layers.
 
-    The model trains dense for a while (30 % of the steps; 5 % where it is trained already), so that there is something to choose from. Then
-    gates come in (:func:`dampr.convert`), and a :class:`dampr.Budget` closes them over the next 20 %, the least important units per unit of
-    cost first. At the end of that ramp the model is compacted in place, the optimizer keeps its state, statistics of norms are taken again,
-    and for the rest of the steps the small model is fine-tuned. Gates are no parameters of the model and have no learning rate.
+    The model trains dense for a while (30 % of the steps; 5 % where it is trained already), so that there is something
+    to choose from. Then gates come in (:func:`dampr.convert`), and a :class:`dampr.Budget` closes them over the next 20
+    %, the least important units per unit of cost first. At the end of that ramp the model is compacted in place, the
+    optimizer keeps its state, statistics of norms are taken again, and for the rest of the steps the small model is
+    fine-tuned. Gates are no parameters of the model and have no learning rate.
 
-    ``model`` stays the same object; its children are others after the ramp. Use :attr:`model` in the loop, and make what wraps it (DDP,
-    ``torch.compile``) again when :meth:`step` returns True.
+    ``model`` stays the same object; its children are others after the ramp. Use :attr:`model` in the loop, and make
+    what wraps it (DDP, ``torch.compile``) again when :meth:`step` returns True.
 
     Args:
         model: dense, from scratch or trained; or with gates that :func:`dampr.convert` put in as you like them.
@@ -95,22 +101,26 @@ class Plan:
         warmup, ramp: shares of ``steps``; ``warmup=None`` takes the default for the kind of start.
         trained: whether the model is trained already. None: where a norm with running statistics has seen 100 batches.
         min_share, round_to, min_width: as for :class:`dampr.Budget` and :meth:`dampr.Budget.finalize`.
-        restart: of the learning rate. None: it stays the user's. A number: behind the ramp every group starts again at that many times its
-            first learning rate, and falls to 0 along a cosine; leave out a scheduler of your own then.
-        distill: the weight in :meth:`penalty` of a distance to the outputs of the dense model as it was when the ramp began.
-        distill_loss: called with the outputs of the trained and of the dense model, a scalar. None: the Kullback-Leibler divergence of
-            logits (rows, classes) at a temperature of 2, times 4 (Hinton et al. 2015).
+        restart: of the learning rate. None: it stays the user's. A number: behind the ramp every group starts again at
+            that many times its first learning rate, and falls to 0 along a cosine;
+            leave out a scheduler of your own then.
+        distill: the weight in :meth:`penalty` of a distance to the outputs of the dense
+            model as it was when the ramp began.
+        distill_loss: called with the outputs of the trained and of the dense model, a scalar. None: the
+            Kullback-Leibler divergence of logits (rows, classes) at a temperature of 2, times 4 (Hinton et al. 2015).
         recalibrate: the number of training batches on which statistics of norms are taken again; 0: none.
-        shrink: whether units that are closed for good leave the model during the ramp already (:class:`dampr.Shrinker`), which changes
-            nothing but the time that a step takes. ``"auto"``: where it pays; True: whenever it saves 5 %; False: never.
+        shrink: whether units that are closed for good leave the model during the ramp already
+            (:class:`dampr.Shrinker`), which changes nothing but the time that a step takes. ``"auto"``: where it pays;
+            True: whenever it saves 5 %; False: never.
         on_compact: called with the plan right after the model became smaller.
         on_finish: called with the small model by :meth:`finish`.
         convert: more keyword arguments for :func:`dampr.convert`, such as ``{"exclude": "head"}``.
 
-    Attributes: ``model``; ``report``, a :class:`PlanReport`, None before the end of the ramp; ``steps``, ``steps_taken``; ``metric``,
-    ``total``, ``target``, as of :class:`dampr.Budget`.
+    Attributes: ``model``; ``report``, a :class:`PlanReport`, None before the end of the ramp; ``steps``,
+    ``steps_taken``; ``metric``, ``total``, ``target``, as of :class:`dampr.Budget`.
 
-    Raises: ValueError or TypeError that names the argument; ConversionError, BudgetError as those two do, before anything is changed.
+    Raises: ValueError or TypeError that names the argument; ConversionError, BudgetError as those two do,
+    before anything is changed.
 
     >>> import dampr
     >>> x, y = torch.randn(64, 20), torch.randint(5, (64,))
@@ -174,12 +184,18 @@ class Plan:
         self._end = round((share + ramp) * steps)
         if self._end >= steps or round(ramp * steps) < 8:
             raise ValueError(
-                f"steps={steps}, warmup={share:g}, ramp={ramp:g}: expected a ramp of at least 8 steps (it has {round(ramp * steps)}) "
+                f"steps={steps}, warmup={share:g}, ramp={ramp:g}: expected a ramp of at least 8 steps (it has "
+                f"{round(ramp * steps)}) "
                 f"that ends before the last one (it ends at {self._end})"
             )
-        self._length = min(round(ramp * steps / RAMP), self._end - 1)  # of the budget: the ramp, and the steps in which it measures
+        # of the budget: the ramp, and the steps in which it measures
+        self._length = min(round(ramp * steps / RAMP), self._end - 1)
         self._begun = self._end - round(ramp * steps)  # all of the model is there up to here
-        self._targets = {name: value for name, value in (("macs", macs), ("params", params), ("latency", latency)) if value is not None}
+        self._targets = {
+            name: value
+            for name, value in (("macs", macs), ("params", params), ("latency", latency))
+            if value is not None
+        }
         self._min_share, self._round_to, self._min_width = min_share, round_to, min_width
         self._restart, self._distill, self._distill_loss = restart, distill, distill_loss
         self._recalibrate, self._on_compact, self._on_finish = recalibrate, on_compact, on_finish
@@ -251,12 +267,12 @@ class Plan:
 
         Args:
             optimizer: of the weights; what is left of its state stays. None: make a new one when this returns True.
-            ema: copies of :attr:`model` with averaged weights (``torch.optim.swa_utils.AveragedModel``), one or several: they get gates and
-                lose units when the model does.
+            ema: copies of :attr:`model` with averaged weights (``torch.optim.swa_utils.AveragedModel``), one or
+                several: they get gates and lose units when the model does.
 
-        Raises: PlanError after :meth:`finish`, where no gate has had a finite gradient for 50 steps, or where weights are not finite when
-        the ramp begins; ValueError where the optimizer holds parameters of gates, none of the model, or state that cannot be cut;
-        BudgetError, CompactionError.
+        Raises: PlanError after :meth:`finish`, where no gate has had a finite gradient for 50 steps, or where weights
+        are not finite when the ramp begins; ValueError where the optimizer holds parameters of gates, none of the
+        model, or state that cannot be cut; BudgetError, CompactionError.
         """
         self._check_alive()
         if is_any_sharded(self.model):
@@ -280,7 +296,9 @@ class Plan:
                     self._compact(self._budget, optimizer, ema)
                     smaller = True
                 else:
-                    smaller = self._schedule.step(self.steps_taken, self._budget, self.model, self._inputs, optimizer, ema)
+                    smaller = self._schedule.step(
+                        self.steps_taken, self._budget, self.model, self._inputs, optimizer, ema
+                    )
         if optimizer is not None and self._restart is not None:
             self._set_rates(optimizer, self._restart)
         return smaller
@@ -293,7 +311,8 @@ class Plan:
         self._check_alive()
         if self.report is None:
             raise PlanError(
-                f"finish() after {self.steps_taken} of {self.steps} steps: expected at least {self._end}, where the ramp ends; train on, "
+                f"finish() after {self.steps_taken} of {self.steps} steps: expected at least {self._end}, where the "
+                "ramp ends; train on, "
                 "or make a plan of fewer steps (epochs times len(loader))"
             )
         if self._on_finish is not None:
@@ -304,7 +323,9 @@ class Plan:
         return self.model
 
     def readings(self) -> dict[str, float]:
-        """What to log: ``<metric>_left``, the share of the cost that is left, and ``<metric>_goal``, where it should be now."""
+        """What to log: ``<metric>_left``, the share of the cost that is left, and ``<metric>_goal``,
+        where it should be now.
+        """
         if self.report is not None:
             left = goal = self.report.budget.reached / self.report.budget.total
         elif self._budget is None:
@@ -314,7 +335,9 @@ class Plan:
         return {f"{self.metric}_left": left, f"{self.metric}_goal": goal}
 
     def explain(self) -> str:
-        """Which units left the model before it was compacted, when, and what that took; what did not pay; and what had to stay, and why."""
+        """Which units left the model before it was compacted, when, and what that took; what did not pay;
+        and what had to stay, and why.
+        """
         return self._schedule.explain()
 
     def __repr__(self) -> str:
@@ -329,7 +352,8 @@ class Plan:
     def state_dict(self) -> dict[str, Any]:
         """All that a run needs to go on, beside the states of model and optimizer: tensors, numbers, lists.
 
-        Right before the end of the ramp the inputs of a few batches are in it, on which statistics of norms are to be taken again.
+        Right before the end of the ramp the inputs of a few batches are in it,
+        on which statistics of norms are to be taken again.
         """
         budget = self._budget
         return {
@@ -346,11 +370,15 @@ class Plan:
             "teacher": None if self._teacher is None else self._teacher.state_dict(),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any], optimizer: torch.optim.Optimizer | None = None, *, ema: Copies = ()) -> None:
-        """Bring a new plan, of the same model and arguments, to where the other was. *Then* load the states of model and optimizer.
+    def load_state_dict(
+        self, state: Mapping[str, Any], optimizer: torch.optim.Optimizer | None = None, *, ema: Copies = ()
+    ) -> None:
+        """Bring a new plan, of the same model and arguments, to where the other was.
+        *Then* load the states of model and optimizer.
 
-        The model gets the gates, or the smaller layers, that it had. ``optimizer`` is what was made of the model's parameters; ``ema`` are
-        copies with averaged weights, which get them too, and whose states are loaded after this.
+        The model gets the gates, or the smaller layers, that it had. ``optimizer`` is what was made of the model's
+        parameters; ``ema`` are copies with averaged weights, which get them too,
+        and whose states are loaded after this.
 
         Raises PlanError where this plan has begun already, ValueError where it is of another number of steps.
         """
@@ -397,7 +425,9 @@ class Plan:
         bad = [name for name, p in self.model.named_parameters() if not bool(p.isfinite().all())]
         if bad:
             self.steps_taken -= 1
-            raise PlanError(f"step {self.steps_taken + 1}: {bad[0]} has values that are not finite; expected a loss that is")
+            raise PlanError(
+                f"step {self.steps_taken + 1}: {bad[0]} has values that are not finite; expected a loss that is"
+            )
         if any(not gated_layers(one) for one in copies_of(ema)):
             check_copies(ema, self.model)
         if self._distill:
@@ -426,7 +456,8 @@ class Plan:
         self._silent = 0 if budget.measured > seen else self._silent + 1
         if self._silent >= SILENT:
             raise PlanError(
-                f"step {self.steps_taken}: no gate has had a finite gradient for {SILENT} steps; expected plan.model in the loss, in "
+                f"step {self.steps_taken}: no gate has had a finite gradient for {SILENT} steps; expected plan.model "
+                "in the loss, in "
                 "training mode, and a loss that is finite"
             )
 
@@ -478,7 +509,9 @@ class Plan:
     # ---- what the plan sees of the model's calls
 
     def _look_at_inputs(self) -> None:
-        """Keep the batches of the last steps of the ramp, and of these alone: a hook has a compiled model compiled again."""
+        """Keep the batches of the last steps of the ramp, and of these alone:
+        a hook has a compiled model compiled again.
+        """
         if self._looks is None and self._recalibrate and 0 < self._end - self.steps_taken <= self._recalibrate:
             self._looks = self.model.register_forward_pre_hook(uncompiled(self._see_inputs), with_kwargs=True)
 
@@ -510,4 +543,7 @@ class Plan:
         if not held & {id(p) for p in self.model.parameters()}:
             raise ValueError("optimizer: it holds no parameter of plan.model; expected the one that trains it")
         if held & gates:
-            raise ValueError("optimizer: it holds parameters of gates, which the plan steps; make it of model.parameters() after the plan")
+            raise ValueError(
+                "optimizer: it holds parameters of gates, which the plan steps; make it of model.parameters() after "
+                "the plan"
+            )

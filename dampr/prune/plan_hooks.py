@@ -1,4 +1,6 @@
-"""What a plan asks of the model that it is given, what it sees of the model's calls, and the distance of distillation."""
+"""What a plan asks of the model that it is given, what it sees of the model's calls,
+and the distance of distillation.
+"""
 
 from __future__ import annotations
 
@@ -34,11 +36,15 @@ def uncompiled(hook: Callable[..., None]) -> Callable[..., None]:
 
 
 def divergence(output: Any, taught: Any, temperature: float = 2.0) -> Tensor:
-    """T^2 KL(softmax(taught / T) | softmax(output / T)), the mean over rows, of logits (rows, classes); a scalar (Hinton et al. 2015)."""
+    """T^2 KL(softmax(taught / T) | softmax(output / T)), the mean over rows, of logits (rows, classes);
+    a scalar (Hinton et al. 2015).
+    """
     output, taught = (getattr(value, "logits", value) for value in (output, taught))
     if not isinstance(output, Tensor) or output.dim() != 2:
         shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        raise ValueError(f"distill: the model's output is {shape}, expected logits (rows, classes); pass distill_loss for another")
+        raise ValueError(
+            f"distill: the model's output is {shape}, expected logits (rows, classes); pass distill_loss for another"
+        )
     student, teacher = (F.log_softmax(t.float() / temperature, 1) for t in (output, taught))
     return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
 

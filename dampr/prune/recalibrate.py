@@ -18,10 +18,11 @@ from .wrapped import sees_through
 @sees_through
 @torch.no_grad()
 def recalibrate(model: nn.Module, batches: Iterable[Any]) -> int:
-    """Set the running statistics of every BatchNorm in ``model`` to the mean over ``batches``; returns how many there were.
+    """Set the running statistics of every BatchNorm in ``model`` to the mean over ``batches``;
+    returns how many there were.
 
-    Everything else is in evaluation mode, so dropout does not shift what norms see. Without a batch, or without such norms, nothing
-    changes.
+    Everything else is in evaluation mode, so dropout does not shift what norms see. Without a batch, or without such
+    norms, nothing changes.
 
     Args:
         batches: inputs of the model: tensors, tuples of positional or dicts of keyword arguments, or pairs of the two.

@@ -19,13 +19,18 @@ from . import inputs
 
 
 def take_in(model: nn.Module, gated: Mapping[nn.Module, Any], example_inputs: Any) -> dict[nn.Module, nn.Module]:
-    """Tell the batch norms among the ``gated`` layers, by the plain ones, that a ReLU alone reads them; what is to stand in its place.
+    """Tell the batch norms among the ``gated`` layers, by the plain ones, that a ReLU alone reads them;
+    what is to stand in its place.
 
-    Only an ``nn.ReLU`` of its own, or one that is called in several places: each call does what is left to do. A function cannot be left
-    out, and a norm with hooks, which would see other values, keeps its output.
+    Only an ``nn.ReLU`` of its own, or one that is called in several places: each call does what is left to do. A
+    function cannot be left out, and a norm with hooks, which would see other values, keeps its output.
     """
     names = {module: name for name, module in model.named_modules()}
-    norms = {names[plain]: layer for plain, layer in gated.items() if isinstance(layer, GatedBatchNorm) and not _is_hooked(plain)}
+    norms = {
+        names[plain]: layer
+        for plain, layer in gated.items()
+        if isinstance(layer, GatedBatchNorm) and not _is_hooked(plain)
+    }
     found = _followers(model, norms, example_inputs) if norms else {}
     for norm in found:
         norms[norm].activation, norms[norm].followed = "relu", True
@@ -42,7 +47,9 @@ def _is_hooked(norm: nn.Module) -> bool:
 
 
 def _followers(model: nn.Module, norms: Iterable[str], example_inputs: Any) -> dict[str, str]:
-    """The ReLU behind each norm that nothing else reads, in evaluation and in training, by their names; tried in a copy."""
+    """The ReLU behind each norm that nothing else reads, in evaluation and in training, by their names;
+    tried in a copy.
+    """
     if not any(type(m) in (nn.ReLU, TakenReLU) for m in model.modules()):
         return {}
     found = []
@@ -50,21 +57,28 @@ def _followers(model: nn.Module, norms: Iterable[str], example_inputs: Any) -> d
         try:
             with inputs.same_noise(model), torch.no_grad():
                 found.append(_alone(inputs.twin(model).train(training), norms, example_inputs))
-        except Exception:  # what does not train on the example inputs (too few of them for a norm, say) has nothing to gain
+        except Exception:
+            # what does not train on the example inputs (too few of them for a norm, say) has nothing to gain
             return {}
     evaluated, trained = found
     return {norm: relu for norm, relu in evaluated.items() if trained.get(norm) == relu}
 
 
 def _alone(model: nn.Module, norms: Iterable[str], example_inputs: Any) -> dict[str, str]:
-    """Of norms that are called once, and whose output one call of a ReLU module reads, and nobody keeps, that module."""
+    """Of norms that are called once, and whose output one call of a ReLU module reads, and nobody keeps,
+    that module.
+    """
     made: dict[str, list[weakref.ref[Tensor]]] = {}
     behind: dict[str, str] = {}
     reads: dict[str, list[Callable[..., Any]]] = {name: [] for name in norms}
 
     def whose(values: Any) -> list[str]:
         leaves = {id(leaf) for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor)}
-        return [name for name, outputs in made.items() if any(output() is not None and id(output()) in leaves for output in outputs)]
+        return [
+            name
+            for name, outputs in made.items()
+            if any(output() is not None and id(output()) in leaves for output in outputs)
+        ]
 
     class Reading(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -77,7 +91,8 @@ def _alone(model: nn.Module, norms: Iterable[str], example_inputs: Any) -> dict[
 
     def is_alone(norm: str) -> bool:
         (output,) = made[norm]
-        if model.get_submodule(behind[norm]).inplace:  # who comes after it reads what it has rectified, in the same memory
+        # who comes after it reads what it has rectified, in the same memory
+        if model.get_submodule(behind[norm]).inplace:
             return reads[norm][:1] == [F.relu]
         return reads[norm] == [F.relu] and output() is None
 

@@ -1,4 +1,6 @@
-"""Recurrent layers in compact: a smaller one in the place of a gated one, and the gates of its output in the weights that read it."""
+"""Recurrent layers in compact: a smaller one in the place of a gated one,
+and the gates of its output in the weights that read it.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +31,8 @@ Kept = dict[tuple[nn.Module, bool], Tensor]
 class Units:
     """What is left of a recurrent layer.
 
-    ``kept``: units by layer and direction; ``own``: which of these are no filling, where the widths are to be their own; ``readers``: the
-    names of the layers that read it.
+    ``kept``: units by layer and direction; ``own``: which of these are no filling, where the widths are to be their
+    own; ``readers``: the names of the layers that read it.
     """
 
     kept: list[Tensor]
@@ -38,14 +40,18 @@ class Units:
     readers: list[str]
 
 
-def make_plain(model: nn.Module, samples: list[Any], atol: float, rtol: float) -> tuple[Kept, dict[str, Units], dict[str, str]]:
+def make_plain(
+    model: nn.Module, samples: list[Any], atol: float, rtol: float
+) -> tuple[Kept, dict[str, Units], dict[str, str]]:
     """Replace every gated recurrent layer of ``model`` by a plain one of equal widths, in place.
 
-    A layer whose outputs are read by ``nn.Linear`` and recurrent layers alone becomes the smaller layer of ``compacted()``, and the columns
-    of its readers are sliced and multiplied by the gates. Whether the model computes the same is tried on ``samples``; where it does not (a
-    nonlinearity between them, a norm, a state from outside), the layer keeps its size.
+    A layer whose outputs are read by ``nn.Linear`` and recurrent layers alone becomes the smaller layer of
+    ``compacted()``, and the columns of its readers are sliced and multiplied by the gates. Whether the model computes
+    the same is tried on ``samples``; where it does not (a nonlinearity between them, a norm, a state from outside),
+    the layer keeps its size.
 
-    Returns what is left of each layer, of the smaller ones the units, and for layers with closed units that stay the reason.
+    Returns what is left of each layer, of the smaller ones the units,
+    and for layers with closed units that stay the reason.
     """
     kept: dict[tuple[str, bool], Tensor] = {}
     units: dict[str, Units] = {}
@@ -66,27 +72,36 @@ def make_plain(model: nn.Module, samples: list[Any], atol: float, rtol: float) -
             inputs.replace(model, {layer: plain})
             if any(layer.closed_units()):
                 notes[name] = f"{sum(map(len, layer.closed_units()))} closed units stay: {error}"
-    return {(_inside(model.get_submodule(name)), writes): features for (name, writes), features in kept.items()}, units, notes
+    return (
+        {(_inside(model.get_submodule(name)), writes): features for (name, writes), features in kept.items()},
+        units,
+        notes,
+    )
 
 
 def _inside(layer: nn.Module) -> nn.Module:
     return layer.rnn if isinstance(layer, ScaledRNN) else layer
 
 
-def _shrink(model: nn.Module, layer: GatedRecurrent, samples: list[Any], atol: float, rtol: float) -> tuple[Tensor, list[str]]:
+def _shrink(
+    model: nn.Module, layer: GatedRecurrent, samples: list[Any], atol: float, rtol: float
+) -> tuple[Tensor, list[str]]:
     """The features of ``layer`` that are left, and the names of the layers that read them."""
     reading = readers(model, layer, samples[0])
     unchanged = _proof(model, samples, atol, rtol)
     small, features, scale = layer._compacted(layer.equal_units())
     if not _put(model, layer, small, reading, features, scale, unchanged):
-        raise CannotCutError("something between it and the layers that read it is not only a choice of steps, or it is given a state")
+        raise CannotCutError(
+            "something between it and the layers that read it is not only a choice of steps, or it is given a state"
+        )
     return features, [name for name, module in model.named_modules() if module in reading]
 
 
 def split(
     model: nn.Module, units: dict[str, Units], kept: Kept, samples: list[Any], atol: float, rtol: float
 ) -> tuple[dict[str, Units], Kept, dict[str, str]]:
-    """Give every layer and direction the width of its own, in place, where that was asked for; the last step, for no tracer follows it.
+    """Give every layer and direction the width of its own, in place, where that was asked for; the last step,
+    for no tracer follows it.
 
     Returns what is left then, and for layers whose widths stay equal the reason.
     """
@@ -102,7 +117,9 @@ def split(
         features = torch.cat([row + i * size for i, row in enumerate(found.own[-(1 + layer.bidirectional) :])])
         if not _put(model, layer, stacked, reading, features, torch.ones(()), unchanged):
             filling = sum(len(row) - len(own) for row, own in zip(found.kept, found.own, strict=True))
-            notes[name] = f"{filling} closed units stay: the model does not take states of unequal widths, which are lists"
+            notes[name] = (
+                f"{filling} closed units stay: the model does not take states of unequal widths, which are lists"
+            )
             continue
         for side in [(layer, True), *((reader, False) for reader in reading)]:
             kept[side] = kept[side][features]
@@ -134,7 +151,9 @@ def _put(
     scale: Tensor,
     unchanged: Callable[[], bool],
 ) -> bool:
-    """Put ``small`` in the place of ``layer``, with its features alone, times ``scale``, in what reads it; and back if that changed it."""
+    """Put ``small`` in the place of ``layer``, with its features alone, times ``scale``, in what reads it;
+    and back if that changed it.
+    """
     whole = {(part, name): getattr(part, name) for reader in readers for part, name in input_columns(reader)}
     inputs.replace(model, {layer: small})
     for (part, name), weight in whole.items():
@@ -174,7 +193,8 @@ def why_not(model: nn.Module, layer: nn.RNNBase, sample: Any) -> str | None:
 
 
 def readers(model: nn.Module, layer: nn.RNNBase, sample: Any) -> list[nn.Module]:
-    """The layers that read what ``layer`` gives, wherever in the model. Raises CannotCutError unless all of it is read by such layers.
+    """The layers that read what ``layer`` gives, wherever in the model.
+    Raises CannotCutError unless all of it is read by such layers.
 
     Autograd follows it: only what ``layer`` gives requires a gradient, and every reader detaches its input.
     """
@@ -223,10 +243,14 @@ def _checked(found: dict[nn.Module, bool], layer: nn.RNNBase, names: dict[nn.Mod
     readers = [module for module, always in found.items() if always]
     for reader in readers:
         if (name := computed(reader)) is not None:
-            raise CannotCutError(f"the {name} of {type(reader).__name__} {names[reader]!r} is computed from other tensors")
+            raise CannotCutError(
+                f"the {name} of {type(reader).__name__} {names[reader]!r} is computed from other tensors"
+            )
         width = reader.input_size if isinstance(reader, nn.RNNBase) else reader.in_features
         if width != size:
-            raise CannotCutError(f"{type(reader).__name__} {names[reader]!r} reads {width} features, not the {size} of the layer alone")
+            raise CannotCutError(
+                f"{type(reader).__name__} {names[reader]!r} reads {width} features, not the {size} of the layer alone"
+            )
     return readers
 
 

@@ -1,4 +1,6 @@
-"""When a plan takes closed units out of its model: at steps that it knows, where what that saves pays for the rebuild."""
+"""When a plan takes closed units out of its model: at steps that it knows,
+where what that saves pays for the rebuild.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ from .shrinker import Shrinker
 
 WHEN = ("auto", True, False)
 REBUILD = 3.0  # what a removal is taken to cost, in steps: it runs the example inputs a few times, and took two to five
-WORTH = 6.0  # it pays where it saves that many times what it costs, of the cost: a step loses half that share of its time, or less
+# it pays where it saves that many times what it costs, of the cost: a step loses half that share of its time, or less
+WORTH = 6.0
 LEAST_SAVING = 0.05  # of the present cost
 LATER = 0.5  # from one possible removal to the next, as a share of the steps in which a unit closes
 
@@ -27,8 +30,8 @@ class ShrinkSchedule:
         start: the step of the plan at which that ramp's count is 0.
         end: the step at which the plan compacts.
 
-    ``"auto"`` compares the steps up to ``end``, times the share of the cost that would go, with what a removal costs in steps. No clock
-    decides, so that a run that is resumed does the same to the bit.
+    ``"auto"`` compares the steps up to ``end``, times the share of the cost that would go, with what a removal costs in
+    steps. No clock decides, so that a run that is resumed does the same to the bit.
     """
 
     def __init__(self, when: bool | str, ramp: Ramp, start: int, end: int) -> None:
@@ -39,8 +42,13 @@ class ShrinkSchedule:
         self.shrinker: Shrinker | None = None
         self.decisions: list[str] = []
 
-    def step(self, number: int, budget: Budget, model: nn.Module, example_inputs: Any, optimizer: Any, ema: Any) -> bool:
-        """Take out what can go if this step comes into question and it pays. Returns whether the model has become smaller."""
+    def step(
+        self, number: int, budget: Budget, model: nn.Module, example_inputs: Any, optimizer: Any, ema: Any
+    ) -> bool:
+        """Take out what can go if this step comes into question and it pays.
+
+        Returns whether the model has become smaller.
+        """
         grown = self._bring_back(number, optimizer, ema)
         if number not in self.steps:
             return grown
@@ -73,7 +81,9 @@ class ShrinkSchedule:
         left = self.end - number
         if self.when is True or saving * left >= WORTH * REBUILD:
             return True
-        self.decisions.append(f"step {number}: {saving:.1%} less for {left} steps would not pay for a rebuild of {REBUILD:.0f} steps")
+        self.decisions.append(
+            f"step {number}: {saving:.1%} less for {left} steps would not pay for a rebuild of {REBUILD:.0f} steps"
+        )
         return False
 
     def expand(self, optimizer: Any, ema: Any) -> None:
@@ -93,8 +103,12 @@ class ShrinkSchedule:
         shrinker = None if self.shrinker is None else self.shrinker.state_dict()
         return {"shrinker": shrinker, "decisions": list(self.decisions)}
 
-    def load_state_dict(self, state: dict[str, Any], budget: Budget | None, model: nn.Module, example_inputs: Any, optimizer: Any) -> None:
-        """Give ``model``, which has all its units, the widths that it had; not without a budget, for then it is compacted."""
+    def load_state_dict(
+        self, state: dict[str, Any], budget: Budget | None, model: nn.Module, example_inputs: Any, optimizer: Any
+    ) -> None:
+        """Give ``model``, which has all its units, the widths that it had; not without a budget,
+        for then it is compacted.
+        """
         self.decisions = list(state["decisions"])
         if state["shrinker"] is not None and budget is not None:
             self._shrinker_of(budget, model, example_inputs).load_state_dict(state["shrinker"], optimizer)

@@ -16,9 +16,9 @@ def refused(
 ) -> dict[str, str]:
     """Of these layers, by name, those that must not lose a channel that they write, and why.
 
-    Left out is a layer that the example inputs do not reach in evaluation, one whose channels something reads that only training
-    reaches, one whose width the code takes a number from, and one whose closed channels something adds up where they are not 0. Forward
-    hooks look on, and are not traced.
+    Left out is a layer that the example inputs do not reach in evaluation, one whose channels something reads that only
+    training reaches, one whose width the code takes a number from, and one whose closed channels something adds up
+    where they are not 0. Forward hooks look on, and are not traced.
 
     Args:
         model, units: the model without gates, and its trace.
@@ -45,7 +45,9 @@ def refused(
 
 
 def _added(model: nn.Module, units: Units, written: dict[str, set[int]], example_inputs: Any) -> dict[str, str]:
-    """Layers whose closed channels would still count where activations are added up or multiplied with each other, as behind an exp."""
+    """Layers whose closed channels would still count where activations are added up or multiplied with each other,
+    as behind an exp.
+    """
     summed = set(units.label[units.summed].tolist())
     classes = {one for own in written.values() for one in own if one in summed}
     if not classes:
@@ -59,7 +61,9 @@ def _added(model: nn.Module, units: Units, written: dict[str, set[int]], example
 
 
 def _written(name: str, layer: nn.Module) -> tuple[str, int] | None:
-    """The parameter, and its dimension, that a layer writes its channels with; None where its weight is no parameter."""
+    """The parameter, and its dimension, that a layer writes its channels with;
+    None where its weight is no parameter.
+    """
     if not isinstance(layer._parameters.get("weight"), nn.Parameter):
         return None
     transposed = isinstance(layer, nn.modules.conv._ConvTransposeNd)

@@ -1,4 +1,6 @@
-"""Shrinker: units whose gates stay closed leave the model while it trains, and come back as zeros when they are asked for."""
+"""Shrinker: units whose gates stay closed leave the model while it trains,
+and come back as zeros when they are asked for.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,8 @@ Copies = nn.Module | Sequence[nn.Module]
 
 @dataclass(frozen=True)
 class Shrink:
-    """What one removal did: at which call of ``step``, how many units went, the share of the cost before and after, and its seconds.
+    """What one removal did: at which call of ``step``, how many units went, the share of the cost before and after,
+    and its seconds.
 
     ``units`` is below 0 where they came back.
     """
@@ -48,22 +51,27 @@ class Shrink:
     def __str__(self) -> str:
         units = f"{abs(self.units)} unit{'s' * (abs(self.units) != 1)}"
         went = f"{units} left" if self.units > 0 else f"{units} came back"
-        return f"step {self.step}: {went}, {self.before:.1%} to {self.after:.1%} of the cost, in {self.seconds * 1e3:.0f} ms"
+        return (
+            f"step {self.step}: {went}, {self.before:.1%} to {self.after:.1%} of the cost, in "
+            f"{self.seconds * 1e3:.0f} ms"
+        )
 
 
 class Shrinker:
     """Takes units whose gates stay closed out of a gated model, physically and in place, while it trains.
 
-    A unit that is closed has a gradient of 0 everywhere, so the model without it computes the same outputs and the same gradients, to
-    rounding, in less time. Parameters stay the same objects with smaller data, so optimizers, schedulers, gradient scalers and whoever
-    else holds them go on; what an optimizer keeps of a parameter, its gradient and copies of the model become smaller with it. Gates stay
-    whole vectors (:class:`dampr.gates.SelectedGate`), so a budget counts and draws as if nothing had gone. Every removal is run on the
-    example inputs before and after; units whose absence changes the outputs stay, and :attr:`notes` says so.
+    A unit that is closed has a gradient of 0 everywhere, so the model without it computes the same outputs and the same
+    gradients, to rounding, in less time. Parameters stay the same objects with smaller data, so optimizers, schedulers,
+    gradient scalers and whoever else holds them go on; what an optimizer keeps of a parameter, its gradient and copies
+    of the model become smaller with it. Gates stay whole vectors (:class:`dampr.gates.SelectedGate`), so a budget
+    counts and draws as if nothing had gone. Every removal is run on the example inputs before and after; units whose
+    absence changes the outputs stay, and :attr:`notes` says so.
 
-    A unit is taken under a :class:`dampr.Budget` with ``steps`` where the budget has closed it and would not choose it at any goal to come;
-    else where it was closed in ``patience`` calls of :meth:`step`. Gates that are drawn count as closed where evaluation closes them and
-    the probability of being drawn open is at most ``probability``; with 0 training is the same to rounding. What has left waits in the
-    memory of the host, and is in the model again as it was when the budget wants it after all, or on :meth:`expand`.
+    A unit is taken under a :class:`dampr.Budget` with ``steps`` where the budget has closed it and would not choose it
+    at any goal to come; else where it was closed in ``patience`` calls of :meth:`step`. Gates that are drawn count as
+    closed where evaluation closes them and the probability of being drawn open is at most ``probability``; with 0
+    training is the same to rounding. What has left waits in the memory of the host, and is in the model again as it was
+    when the budget wants it after all, or on :meth:`expand`.
     (:func:`dampr.expand` gives a copy with zeros in its place.)
 
     Args:
@@ -74,8 +82,8 @@ class Shrinker:
         probability: of being drawn open, above which a gate counts as open in training.
         least_saving: the least share of the present cost that has to go at once, in [0, 1).
 
-    Attributes: ``model``; ``removed``, bool, (all gates,), in the order of :class:`dampr.prune.Cost`; ``events``, a list of
-    :class:`Shrink`; ``notes``, of gated layers whose units stay, why.
+    Attributes: ``model``; ``removed``, bool, (all gates,), in the order of :class:`dampr.prune.Cost`; ``events``, a
+    list of :class:`Shrink`; ``notes``, of gated layers whose units stay, why.
 
     Raises: ValueError or TypeError that names the argument; what the model raises on the example inputs.
     DistributedDataParallel has to be made again each time that parameters have other shapes; the former one raises in
@@ -111,9 +119,13 @@ class Shrinker:
                 raise ValueError(f"{name}={share!r}: expected a number in [0, 1)")
         layers = gated_layers(model)
         if not layers:
-            raise ValueError(f"model={type(model).__name__}: expected gated layers in it (dampr.convert puts them there)")
+            raise ValueError(
+                f"model={type(model).__name__}: expected gated layers in it (dampr.convert puts them there)"
+            )
         if is_shrunk(model):
-            raise ValueError(f"model={type(model).__name__}: units have left it already; expected one Shrinker for each model")
+            raise ValueError(
+                f"model={type(model).__name__}: units have left it already; expected one Shrinker for each model"
+            )
         _check_budget(budget, model)
         self.model, self.patience, self.probability, self.least_saving = model, patience, probability, least_saving
         self._budget, self._inputs = budget, example_inputs
@@ -134,7 +146,9 @@ class Shrinker:
             if layer.per_sample:
                 rows = self.cost.structure.rows(name)
                 self._refused[rows[0].start : rows[-1].stop] = True
-                self._layouts.notes[name] = "per_sample=True: its draws are made with the product, for all gates of the layer"
+                self._layouts.notes[name] = (
+                    "per_sample=True: its draws are made with the product, for all gates of the layer"
+                )
 
     @property
     def notes(self) -> dict[str, str]:
@@ -163,7 +177,8 @@ class Shrinker:
         return (now - float(self.cost((~gone).double()))) / max(now, 1e-30)
 
     def step(self, optimizer: Optimizers = None, *, ema: Copies = ()) -> bool:
-        """Call it after ``optimizer.step()``, and after ``budget.step()``: takes out what can go where that saves enough.
+        """Call it after ``optimizer.step()``, and after ``budget.step()``: takes out
+        what can go where that saves enough.
 
         Args: as of :meth:`shrink`. Returns whether parameters have other shapes now.
         """
@@ -193,10 +208,13 @@ class Shrinker:
         """Take the units of the candidates out of the model, whatever it saves; returns how many went.
 
         Args:
-            optimizer: of the weights, one or several; what is left of its state stays. None: make a new one if anything went.
-            ema: copies of the model, as :class:`torch.optim.swa_utils.AveragedModel` makes them, which lose the same units.
+            optimizer: of the weights, one or several; what is left of its state stays. None:
+                make a new one if anything went.
+            ema: copies of the model, as :class:`torch.optim.swa_utils.AveragedModel` makes them,
+                which lose the same units.
 
-        Raises: ValueError for an optimizer whose state cannot be cut, and for copies of another structure, before anything is changed.
+        Raises: ValueError for an optimizer whose state cannot be cut, and for copies of another structure,
+        before anything is changed.
         """
         return self.take(self.candidates(), optimizer, ema=ema)
 
@@ -250,11 +268,15 @@ class Shrinker:
                 kept = reached
             else:
                 self._refused |= own
-                self._note(own, "without its closed units the outputs are others, so these stay until the model is compacted")
+                self._note(
+                    own, "without its closed units the outputs are others, so these stay until the model is compacted"
+                )
         return self._layouts.of(kept)
 
     def _agrees(self, layout: Layout) -> bool:
-        """Whether a copy of the model computes the same in this layout: in double precision, where it runs in that, else in its own."""
+        """Whether a copy of the model computes the same in this layout: in double precision, where it runs in that,
+        else in its own.
+        """
         for kind in (torch.float64, None):
             samples = [self._inputs, inputs.perturbed(self._inputs)]
             trial = inputs.copied(self.model)
@@ -269,7 +291,9 @@ class Shrinker:
                 pairs = [(before, _run(trial, sample)) for sample, before in zip(samples, expected, strict=True)]
             except (RuntimeError, ValueError, IndexError):
                 return False
-            return not any(inputs.differ(a, b, bound := _tolerance(a), bound * max(inputs.size(a), 1e-30)) for a, b in pairs)
+            return not any(
+                inputs.differ(a, b, bound := _tolerance(a), bound * max(inputs.size(a), 1e-30)) for a, b in pairs
+            )
         return False
 
     def _note(self, own: Tensor, why: str) -> None:
@@ -304,7 +328,9 @@ class Shrinker:
             raise ValueError(f"state: of a model with {len(removed)} gates, expected {len(self.removed)}")
         _, gone = self._layouts.of(removed)
         if not torch.equal(gone, removed):
-            raise ValueError("state: it removes units that this model cannot lose; expected the state of the same model")
+            raise ValueError(
+                "state: it removes units that this model cannot lose; expected the state of the same model"
+            )
         self._to(removed, optimizer, ema, prove=False)
         self._refused, self._closed_for = state["refused"].clone(), state["closed_for"].clone()
         self.steps = int(state["steps"])
@@ -322,14 +348,19 @@ def _doubled(value: Any) -> Any:
 
 
 def _tolerance(outputs: list[Tensor]) -> float:
-    return max((inputs.TOLERANCE[t.dtype] for t in outputs if t.dtype in inputs.TOLERANCE), default=inputs.TOLERANCE[torch.float32])
+    return max(
+        (inputs.TOLERANCE[t.dtype] for t in outputs if t.dtype in inputs.TOLERANCE),
+        default=inputs.TOLERANCE[torch.float32],
+    )
 
 
 @torch.no_grad()
 def closed_for_good(gate: Gate, probability: float) -> Tensor:
-    """Which gates of a whole vector are closed in evaluation, drawn open in training with at most this probability, and learn nothing.
+    """Which gates of a whole vector are closed in evaluation, drawn open in training with at most this probability,
+    and learn nothing.
 
-    bool. A family may send a gradient to closed gates (a straight-through estimator does), and then training may want them back.
+    bool. A family may send a gradient to closed gates (a straight-through estimator does),
+    and then training may want them back.
     """
     if isinstance(gate, SteppedGate):
         return ~gate.is_open()
@@ -363,7 +394,9 @@ def copies_of(given: Copies) -> list[nn.Module]:
     found: list[Any] = _listed(given)
     for one in found:
         if not isinstance(one, nn.Module):
-            raise TypeError(f"ema={one!r:.80}: expected an AveragedModel or another copy of the model, or a sequence of them")
+            raise TypeError(
+                f"ema={one!r:.80}: expected an AveragedModel or another copy of the model, or a sequence of them"
+            )
     return [one.module if isinstance(one, AveragedModel) else one for one in found]
 
 
@@ -383,9 +416,12 @@ def check_copies(given: Copies, model: nn.Module) -> list[nn.Module]:
         if own != shapes:
             wrong = next((name for name in {**shapes, **own} if shapes.get(name) != own.get(name)), "")
             raise ValueError(
-                f"ema: {wrong!r} is {own.get(wrong)}, expected {shapes.get(wrong)} as in the model, gates included (hand it to every step)"
+                f"ema: {wrong!r} is {own.get(wrong)}, expected {shapes.get(wrong)} as in the model, gates included "
+                "(hand it to every step)"
             )
-        whole_numbers = {name: t for name, t in model.named_buffers(remove_duplicate=False) if not t.is_floating_point()}
+        whole_numbers = {
+            name: t for name, t in model.named_buffers(remove_duplicate=False) if not t.is_floating_point()
+        }
         for name, t in one.named_buffers(remove_duplicate=False):
             if name in whole_numbers:  # indices and counts, which an average rounds down
                 t.copy_(whole_numbers[name])
@@ -400,4 +436,6 @@ def _check_budget(budget: Any, model: nn.Module) -> None:
     if budget.model is not model:
         raise ValueError("budget: it is of another model; expected the one of this model")
     if budget.controller is None:
-        raise ValueError("budget: its gates are parameters in an optimizer; expected one with steps=, which owns them, or None")
+        raise ValueError(
+            "budget: its gates are parameters in an optimizer; expected one with steps=, which owns them, or None"
+        )

@@ -19,7 +19,9 @@ from .units.groups import share_of_macs
 
 @dataclass
 class Sight:
-    """What a model without gates computes: its units, which of them may have gates of their own, and what several modules have."""
+    """What a model without gates computes: its units, which of them may have gates of their own,
+    and what several modules have.
+    """
 
     units: Units
     placement: Placement
@@ -43,11 +45,16 @@ class Sight:
         if (counted := self._counted(classes)) is not None:
             return counted
         if len(classes) < len(written):
-            return f"its {len(written)} channels can only go in {len(classes)} sets, as heads do, which have no gates in layers"
+            return (
+                f"its {len(written)} channels can only go in {len(classes)} sets, as heads do, which have no gates in "
+                "layers"
+            )
         return ""
 
     def why_not_read(self, layer: nn.Module, name: str) -> str | None:
-        """Why what a layer reads cannot be cut, though its trace says that it could; None where it can, or its trace says so already."""
+        """Why what a layer reads cannot be cut, though its trace says that it could; None where it can,
+        or its trace says so already.
+        """
         weight, dim = f"{name}.weight".lstrip("."), int(not isinstance(layer, nn.Embedding))
         classes = set(self.units.classes(weight, dim))
         if self.units.is_row(weight, dim):
@@ -59,8 +66,14 @@ class Sight:
     def _counted(self, classes: set[int]) -> str | None:
         """What code beside the layers keeps of a width and needs."""
         places = {(m.name, m.dim) for one in classes for m in self.units.members[one]}
-        code = next((size for size in self.placement.read if (self.units.alias[size.parameter], size.dim) in places), None)
-        return None if code is None else f"something beside its layers has that width ({f'{code.module}.{code.attribute}'.lstrip('.')})"
+        code = next(
+            (size for size in self.placement.read if (self.units.alias[size.parameter], size.dim) in places), None
+        )
+        return (
+            None
+            if code is None
+            else f"something beside its layers has that width ({f'{code.module}.{code.attribute}'.lstrip('.')})"
+        )
 
     def _refused(self, classes: Iterable[int]) -> str | None:
         return next((self.placement.refused[one] for one in classes if one in self.placement.refused), None)
@@ -80,7 +93,8 @@ def look(model: nn.Module, example_inputs: Any) -> Sight | None:
 def _placed(model: nn.Module, example_inputs: Any) -> tuple[Units, Placement]:
     """The units of a model, and which of them may have gates.
 
-    Where no whole group of some convolution can go, as around a shuffle of channels, the channels in the same place of every group may.
+    Where no whole group of some convolution can go, as around a shuffle of channels,
+    the channels in the same place of every group may.
     """
     units = trace_units(model, example_inputs)
     placement = unit_gates.place(model, units, example_inputs)

@@ -1,8 +1,9 @@
 """Widths that are read through LayerNorms alone, such as the residual stream of a transformer, and how they are cut.
 
-A LayerNorm counts every channel, so a channel that is zero cannot be cut in front of it. Where all norms of a stream count the open
-channels only (:class:`dampr.nn.GatedLayerNorm` with ``statistics="open"``, one gate vector for all), nothing of what a closed channel
-holds gets to a layer that reads: it may go out of everything that writes it, out of the norms, and out of what reads them.
+A LayerNorm counts every channel, so a channel that is zero cannot be cut in front of it. Where all norms of a stream
+count the open channels only (:class:`dampr.nn.GatedLayerNorm` with ``statistics="open"``, one gate vector for all),
+nothing of what a closed channel holds gets to a layer that reads: it may go out of everything that writes it, out of
+the norms, and out of what reads them.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ _READERS = (*GEMMS, *ATTENTION)
 
 @dataclass
 class Stream:
-    """One such width: its norms, the layers that write it (with bare parameters, by name, and their dimension), those that read it."""
+    """One such width: its norms, the layers that write it (with bare parameters, by name, and their dimension),
+    those that read it.
+    """
 
     width: int
     norms: list[Any] = field(default_factory=list)
@@ -40,7 +43,9 @@ class Stream:
     def weights_per_channel(self, model: nn.Module) -> float:
         """The parameters that go with a channel, at the full width of everything else; those of its norms included."""
         weights = {p for layer in (*self.norms, *self.writers) for p in _own(layer, True)}
-        weights |= {p for layer in self.readers for p in _own(layer, False)} | {model.get_parameter(name) for name in self.parameters}
+        weights |= {p for layer in self.readers for p in _own(layer, False)} | {
+            model.get_parameter(name) for name in self.parameters
+        }
         return sum(p.numel() for p in weights) / self.width
 
     def sides(self) -> list[tuple[nn.Module, bool]]:
@@ -76,7 +81,9 @@ class Stream:
 
     def within(self, twin: nn.Module, names: dict[nn.Module, str]) -> Stream:
         """The same stream of a copy of the model, in which ``names`` has its layers."""
-        norms, writers, readers = ([twin.get_submodule(names[m]) for m in own] for own in (self.norms, self.writers, self.readers))
+        norms, writers, readers = (
+            [twin.get_submodule(names[m]) for m in own] for own in (self.norms, self.writers, self.readers)
+        )
         return Stream(self.width, norms, writers, self.parameters, readers)
 
 
@@ -108,10 +115,14 @@ def _own(layer: Any, writes: bool) -> Iterator[Any]:
 
 
 def find(model: nn.Module, widths: Widths) -> tuple[list[Stream], dict[nn.Module, str]]:
-    """Every stream of a model without gates, in the order of its norms; and of the other LayerNorms why theirs cannot be cut."""
+    """Every stream of a model without gates, in the order of its norms;
+    and of the other LayerNorms why theirs cannot be cut.
+    """
     streams: list[Stream] = []
     why: dict[nn.Module, str] = {}
-    names: dict[Any, str] = {module: name for name, module in model.named_modules()} | {p: name for name, p in model.named_parameters()}
+    names: dict[Any, str] = {module: name for name, module in model.named_modules()} | {
+        p: name for name, p in model.named_parameters()
+    }
     attentions = {attention.core: attention for attention in heads.find(model)}
     for norm in of_kind(model, nn.LayerNorm):
         if not any(norm in stream.norms for stream in streams):
@@ -122,8 +133,11 @@ def find(model: nn.Module, widths: Widths) -> tuple[list[Stream], dict[nn.Module
     return streams, why
 
 
-def _around(norm: nn.LayerNorm, widths: Widths, names: dict[Any, str], attentions: dict[Any, heads.Attention]) -> Stream:
-    """The stream that ``norm`` normalises. Raises CannotCutError where some of it is not written by layers or not read through norms.
+def _around(
+    norm: nn.LayerNorm, widths: Widths, names: dict[Any, str], attentions: dict[Any, heads.Attention]
+) -> Stream:
+    """The stream that ``norm`` normalises. Raises CannotCutError where some of it is not written
+    by layers or not read through norms.
 
     ``attentions``: those made of linear layers, by the module that is one node of the graph.
     """
@@ -139,34 +153,52 @@ def _around(norm: nn.LayerNorm, widths: Widths, names: dict[Any, str], attention
         found[kind][layer] = None
         for part in _parts(kind, layer, attentions):
             _check(kind, part, size, names)
-        sources = [] if kind == "writer" else [s for s in widths.sources(layer) if not isinstance(s, nn.Parameter) or size in s.shape]
+        sources = (
+            []
+            if kind == "writer"
+            else [s for s in widths.sources(layer) if not isinstance(s, nn.Parameter) or size in s.shape]
+        )
         targets = [] if kind == "reader" else widths.targets(layer)
         if kind == "norm" and not sources:
             raise CannotCutError("its width is the model's own input")
         for source in sources:
             if not isinstance(source, nn.LayerNorm) and kind == "reader":
-                raise CannotCutError(f"{_called(layer, names)} reads {_called(source, names)} without a LayerNorm between")
+                raise CannotCutError(
+                    f"{_called(layer, names)} reads {_called(source, names)} without a LayerNorm between"
+                )
             todo.append(("norm" if isinstance(source, nn.LayerNorm) else "writer", source))
         for target in targets:
             if target is None:
                 raise CannotCutError("its width is the model's own output")
             if not isinstance(target, nn.LayerNorm) and kind == "writer":
-                raise CannotCutError(f"{_called(target, names)} reads {_called(layer, names)} without a LayerNorm between")
+                raise CannotCutError(
+                    f"{_called(target, names)} reads {_called(layer, names)} without a LayerNorm between"
+                )
             todo.append(("norm" if isinstance(target, nn.LayerNorm) else "reader", target))
         if isinstance(layer, ATTENTION) or (layer in attentions and attentions[layer].written in set(layer.modules())):
             todo += [("writer", layer), ("reader", layer)]
     members = {kind: {part for layer in own for part in _parts(kind, layer, attentions)} for kind, own in found.items()}
-    norms, written, readers = ([layer for layer in names if layer in members[kind]] for kind in ("norm", "writer", "reader"))
-    parameters = {names[p]: max(d for d, n in enumerate(p.shape) if n == size) for p in written if isinstance(p, nn.Parameter)}
+    norms, written, readers = (
+        [layer for layer in names if layer in members[kind]] for kind in ("norm", "writer", "reader")
+    )
+    parameters = {
+        names[p]: max(d for d, n in enumerate(p.shape) if n == size) for p in written if isinstance(p, nn.Parameter)
+    }
     _check_shared({*norms, *written, *readers}, names)
     return Stream(size, norms, [layer for layer in written if isinstance(layer, nn.Module)], parameters, readers)
 
 
 def _parts(kind: str, layer: Any, attentions: dict[Any, heads.Attention]) -> list[Any]:
-    """What a node of the graph has on this side: itself, or of an attention the linear layers that read, or the one that writes."""
+    """What a node of the graph has on this side: itself, or of an attention the linear layers that read,
+    or the one that writes.
+    """
     if layer in attentions and kind == "reader":
         return [part for part, _ in attentions[layer].read()]
-    return [attentions[layer].written] if layer in attentions and attentions[layer].written in set(layer.modules()) else [layer]
+    return (
+        [attentions[layer].written]
+        if layer in attentions and attentions[layer].written in set(layer.modules())
+        else [layer]
+    )
 
 
 def _check_shared(members: set[Any], names: dict[Any, str]) -> None:
@@ -175,7 +207,9 @@ def _check_shared(members: set[Any], names: dict[Any, str]) -> None:
     for layer in (layer for layer in names if isinstance(layer, nn.Module) and layer not in members):
         for p in layer.parameters(recurse=False):
             if p in own:
-                raise CannotCutError(f"{_called(own[p], names)} shares a weight with {_called(layer, names)}, which has another width")
+                raise CannotCutError(
+                    f"{_called(own[p], names)} shares a weight with {_called(layer, names)}, which has another width"
+                )
 
 
 def _called(layer: Any, names: dict[Any, str]) -> str:
@@ -191,7 +225,9 @@ def _check(kind: str, layer: Any, size: int, names: dict[Any, str]) -> None:
         if type(layer) is not nn.LayerNorm or len(layer.normalized_shape) != 1:
             raise CannotCutError(f"{called} shares its width: expected exactly nn.LayerNorm of one dimension")
     elif not isinstance(layer, _WRITERS if kind == "writer" else _READERS) or getattr(layer, "groups", 1) != 1:
-        raise CannotCutError(f"{called}{' with groups' if hasattr(layer, 'groups') else ''} shares its width, and cannot be cut yet")
+        raise CannotCutError(
+            f"{called}{' with groups' if hasattr(layer, 'groups') else ''} shares its width, and cannot be cut yet"
+        )
     elif getattr(layer, "max_norm", None) is not None:
         raise CannotCutError(f"{called} limits the norm of its rows, all channels together")
     elif isinstance(layer, ATTENTION) and layer.in_proj_weight is None:
@@ -203,14 +239,18 @@ def _check(kind: str, layer: Any, size: int, names: dict[Any, str]) -> None:
 
 
 def why_not(model: nn.Module, stream: Stream, example_inputs: Any) -> str | None:
-    """Why the channels of a stream cannot be cut after all; None where they can, which is tried with half of them, in a copy."""
+    """Why the channels of a stream cannot be cut after all; None where they can, which is tried with half of them,
+    in a copy.
+    """
     if stream.width == 1:
         return "it has one channel"
     trial = inputs.copied(model, example_inputs)
     own = stream.within(trial, {module: name for name, module in model.named_modules()})
     closed = torch.randperm(stream.width, generator=torch.Generator().manual_seed(0)) < stream.width // 2
     gate = Fixed(torch.ones(stream.width, device=next(model.parameters()).device))
-    gated: dict[nn.Module, Any] = {norm: GatedLayerNorm.from_dense(norm, gate=gate, statistics="open") for norm in own.norms}
+    gated: dict[nn.Module, Any] = {
+        norm: GatedLayerNorm.from_dense(norm, gate=gate, statistics="open") for norm in own.norms
+    }
     gate.values[closed.to(gate.values.device)] = 0
     with inputs.unfused():
         inputs.replace(trial, gated)
@@ -222,21 +262,28 @@ def why_not(model: nn.Module, stream: Stream, example_inputs: Any) -> str | None
             with inputs.same_noise(trial):
                 compacted = inputs.evaluate(trial, example_inputs)
         except Exception as error:  # whatever the model makes of a width that it does not expect
-            return f"without half of its channels the model does not run, so something beside its layers has that width ({error})"
+            return (
+                "without half of its channels the model does not run, so something beside its layers has that width "
+                f"({error})"
+            )
     largest = max((float(t.abs().max()) for t in masked if t.numel()), default=0.0)
     tolerance = min(0.05, 1024 * max((torch.finfo(t.dtype).eps for t in masked if t.is_floating_point()), default=0.0))
     if inputs.differ(masked, compacted, tolerance, tolerance * largest):
-        return "without half of its channels the model computes something else, so these are mixed or rearranged on the way"
+        return (
+            "without half of its channels the model computes something else, so these are mixed or rearranged on the "
+            "way"
+        )
     return None
 
 
 def cut_closed(
     small: nn.Module, opened: dict[nn.Module, Tensor], sample: Any, round_to: int, notes: dict[str, str]
 ) -> tuple[Kept, dict[str, dict[str, Any]]]:
-    """Cut what the gates of open norms have closed; ``opened``: of each such norm, now plain, which channels are open, bool.
+    """Cut what the gates of open norms have closed; ``opened``: of each such norm, now plain, which channels are open,
+    bool.
 
-    Returns what is left of each side of a layer, and of bare parameters, by name, what the manifest says. Adds to ``notes``. Raises
-    CannotCutError where closed channels would have to stay, for a plain norm would count them.
+    Returns what is left of each side of a layer, and of bare parameters, by name, what the manifest says. Adds to
+    ``notes``. Raises CannotCutError where closed channels would have to stay, for a plain norm would count them.
     """
     kept: Kept = {}
     parameters: dict[str, dict[str, Any]] = {}
@@ -251,18 +298,23 @@ def cut_closed(
         reason = why.get(norm, "")
         if stream is not None and not all(torch.equal(opened.get(other, ~is_open), is_open) for other in stream.norms):
             reason = (
-                f"the norms of one stream, {[names[m] for m in stream.norms]}, have other gates: expected one for all, of open statistics"
+                f"the norms of one stream, {[names[m] for m in stream.norms]}, have other gates: expected one for "
+                "all, of open statistics"
             )
         if stream is None or reason:
             raise CannotCutError(
-                f"{names[norm]}: {int((~is_open).sum())} closed channels cannot stay, for its statistics leave them out: {reason}"
+                f"{names[norm]}: {int((~is_open).sum())} closed channels cannot stay, for its statistics leave them "
+                f"out: {reason}"
             )
         left = is_open.nonzero().flatten().cpu()
         if not len(left):
             left = torch.zeros(1, dtype=torch.int64)
             notes[names[norm]] = "1 closed channel stays: every layer keeps one at least"
         elif len(left) % round_to:
-            notes[names[norm]] = f"{len(left)} channels are left, no multiple of {round_to}: a LayerNorm counts whatever would fill them up"
+            notes[names[norm]] = (
+                f"{len(left)} channels are left, no multiple of {round_to}: a LayerNorm counts whatever would fill "
+                "them up"
+            )
         kept |= stream.cut(small, left)
         for name, dim in stream.parameters.items():
             parameters[name] = {"dim": dim, "before": stream.width, "kept": left.tolist()}

@@ -27,8 +27,8 @@ from .modules import by_name, gates_of, of_kind
 class Structure(GateVector[GatedLayer]):
     """What gates of ``model`` cut. The model is left as it was; what its forward raises is raised.
 
-    Channels that go together, one class of units, are one *atom*; an atom goes when every layer that writes it has closed its gates, or
-    every layer that reads it.
+    Channels that go together, one class of units, are one *atom*; an atom goes when every layer that writes it has
+    closed its gates, or every layer that reads it.
 
     Attributes:
         plain: a dense copy of the model with the same names.
@@ -66,17 +66,23 @@ class Structure(GateVector[GatedLayer]):
 
     @functools.cached_property
     def emptiable(self) -> list[tuple[int, frozenset[int]]]:
-        """The sides that gates can close altogether, as sets of atoms, each after the atom that stays then: that of the lowest class."""
+        """The sides that gates can close altogether, as sets of atoms, each after the atom that stays then:
+        that of the lowest class.
+        """
         closable = {a for owners in self.owners.values() for a, sets in enumerate(owners) if sets and all(sets)}
         sides = dict.fromkeys(frozenset(atoms) for atoms in self.atoms.values())
         classes = {atom: one for one, atom in self._atom_of.items()}
         last = max(classes.values(), default=0)
         return [
-            (min(side, key=lambda atom: classes.get(atom, last + atom + 1)), side) for side in sides if side and closable.issuperset(side)
+            (min(side, key=lambda atom: classes.get(atom, last + atom + 1)), side)
+            for side in sides
+            if side and closable.issuperset(side)
         ]
 
     def products(self) -> list[tuple[str, int, list[tuple[int, ...]]]]:
-        """Of every product its module, its multiply-accumulates, and for each factor with atoms these in order, -1 for what stays."""
+        """Of every product its module, its multiply-accumulates, and for each factor with atoms these in order,
+        -1 for what stays.
+        """
         label = self._units.label
         atom = np.full(len(label), -1)
         atom[list(self._atom_of)] = list(self._atom_of.values())
@@ -110,9 +116,17 @@ class Structure(GateVector[GatedLayer]):
                 except graph.CannotCutError as error:
                     self.notes[name] = str(error)
         _make_dense(plain)
-        self.units = {plain.get_submodule(name): [plain.get_submodule(r) for r in found] for name, found in readers.items()}
-        own = {name for name, layer in self.gated.items() if isinstance(layer, GatedRecurrent) and layer.widths == "own"}
-        asked = [layer for name, layer in plain.named_modules() if name in own & readers.keys() and isinstance(layer, nn.RNNBase)]
+        self.units = {
+            plain.get_submodule(name): [plain.get_submodule(r) for r in found] for name, found in readers.items()
+        }
+        own = {
+            name for name, layer in self.gated.items() if isinstance(layer, GatedRecurrent) and layer.widths == "own"
+        }
+        asked = [
+            layer
+            for name, layer in plain.named_modules()
+            if name in own & readers.keys() and isinstance(layer, nn.RNNBase)
+        ]
         self.split: set[nn.Module] = {layer for layer in asked if recurrent.takes_parts(plain, layer, example_inputs)}
         return plain
 
@@ -121,7 +135,8 @@ class Structure(GateVector[GatedLayer]):
         members: set[Side] = set()
         atoms = self._atom_of
         for layer, writes in anchors:
-            if -1 not in self.atoms.get((layer, writes), [-1]):  # of what several layers write side by side only a part may be known
+            # of what several layers write side by side only a part may be known
+            if -1 not in self.atoms.get((layer, writes), [-1]):
                 continue
             try:
                 if layer not in widths:
@@ -143,7 +158,9 @@ class Structure(GateVector[GatedLayer]):
                     self.owners[side[1]][atom].add(frozenset(gates[channel] for gates in anchors.get(side, [])))
 
     def _anchors(self, widths: graph.Widths) -> dict[Side, list[list[int]]]:
-        """Of each side that gates reach, the gate of each of its channels: a list of such lists, because several layers may reach it."""
+        """Of each side that gates reach, the gate of each of its channels: a list of such lists,
+        because several layers may reach it.
+        """
         anchors: dict[Side, list[list[int]]] = defaultdict(list)
         for name, layer in self.gated.items():
             owners = layer.channel_gates()
@@ -164,7 +181,9 @@ class Structure(GateVector[GatedLayer]):
         return anchors
 
     def _add_heads(self) -> None:
-        """An atom for each head with a gate: the rows that compute it and the columns that read it, on which the gate is."""
+        """An atom for each head with a gate: the rows that compute it and the columns that read it,
+        on which the gate is.
+        """
         self.attentions = [a for a in heads.find(self.plain) if isinstance(self.gated.get(a.written_name), GatedHeads)]
         for attention in self.attentions:
             first = self._new_atoms(self.start(attention.written_name), attention.heads)
@@ -173,14 +192,20 @@ class Structure(GateVector[GatedLayer]):
 
     def _add_streams(self, widths: graph.Widths) -> None:
         """An atom for each channel of a stream whose norms have one gate vector."""
-        starts = {self.plain.get_submodule(name): self.start(name) for name, layer in self.gated.items() if _counts_open(layer)}
+        starts = {
+            self.plain.get_submodule(name): self.start(name)
+            for name, layer in self.gated.items()
+            if _counts_open(layer)
+        }
         found, why = streams.find(self.plain, widths) if starts else ([], {})
         self.streams: list[tuple[streams.Stream, int]] = []
         for stream in found:
             own = {starts.get(norm) for norm in stream.norms}
             start = own.pop()
             if own or start is None:
-                why |= dict.fromkeys(stream.norms, "the norms of its stream have gates of their own, expected one for all")
+                why |= dict.fromkeys(
+                    stream.norms, "the norms of its stream have gates of their own, expected one for all"
+                )
                 continue
             self.streams.append((stream, start))
             first = self._new_atoms(start, stream.width)

@@ -22,7 +22,9 @@ from .wrapped import check_gates, sees_through, unwrapped
 
 
 def gated_layers(model: nn.Module) -> dict[str, GatedLayer]:
-    """Every gated layer of ``model`` by name, in order; of a wrapped model, the names are those of the module inside."""
+    """Every gated layer of ``model`` by name, in order; of a wrapped model,
+    the names are those of the module inside.
+    """
     model = unwrapped(_checks.module("model", model))
     return by_name(model, GatedLayer)
 
@@ -39,11 +41,13 @@ Cost = float | Mapping[str, float]
 
 
 def penalty(model: nn.Module, *, lam: Cost = 1.0, prior_precision: Cost = 0.0) -> Tensor:
-    """The expected L0 penalty of all gated layers, a scalar tensor to add to the loss (Louizos et al. 2018, eq. 9 and appendix A).
+    """The expected L0 penalty of all gated layers, a scalar tensor to add to the loss (Louizos et al. 2018, eq.
+    9 and appendix A).
 
-    sum over gates of pi (lam |g| + prior_precision / 2 ||w_g||^2), with pi the probability of being open and |g| the parameters a gate
-    switches off: with the defaults, the expected number of gated parameters that are left. Multiply it by lambda / N where the loss is a
-    mean over N training examples. Either number may be a mapping from name globs to numbers, of which the first that matches a layer
+    sum over gates of pi (lam |g| + prior_precision / 2 ||w_g||^2), with pi the probability of being open and |g| the
+    parameters a gate switches off: with the defaults, the expected number of gated parameters that are left. Multiply
+    it by lambda / N where the loss is a mean over N training examples. Either number may be a mapping from name globs
+    to numbers, of which the first that matches a layer
     counts: ``{"conv*": 10.0, "*": 0.1}``, the published "lambda sep.".
 
     Raises ValueError when ``model`` has no gated layer.
@@ -58,7 +62,8 @@ def penalty(model: nn.Module, *, lam: Cost = 1.0, prior_precision: Cost = 0.0) -
         raise ValueError(f"model={type(model).__name__}: expected gated layers in it (dampr.convert puts them there)")
     check_gates(unwrapped(model))
     costs = [
-        [_cost_of(name, argument, value) for argument, value in (("lam", lam), ("prior_precision", prior_precision))] for name in layers
+        [_cost_of(name, argument, value) for argument, value in (("lam", lam), ("prior_precision", prior_precision))]
+        for name in layers
     ]
     return torch.stack([layer.penalty(*cost) for layer, cost in zip(layers.values(), costs, strict=True)]).sum()
 
@@ -68,21 +73,26 @@ def _cost_of(name: str, argument: str, value: Cost) -> float:
         return value  # type: ignore[return-value]  # one that is learned, or scheduled on the device
     if not isinstance(value, Mapping):
         return _checks.number(argument, value)
-    found = next((number for pattern, number in value.items() if isinstance(pattern, str) and fnmatchcase(name, pattern)), None)
+    found = next(
+        (number for pattern, number in value.items() if isinstance(pattern, str) and fnmatchcase(name, pattern)), None
+    )
     if found is None:
         raise ValueError(
-            f"{argument}={dict(value)!r}: expected a glob that matches the gated layer {name!r} (a last one of '*' matches all)"
+            f"{argument}={dict(value)!r}: expected a glob that matches the gated layer {name!r} (a last one of '*' "
+            "matches all)"
         )
     return _checks.number(argument, found)
 
 
-def param_groups(model: nn.Module, *, lr: float, gate_lr: float | None = None, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+def param_groups(
+    model: nn.Module, *, lr: float, gate_lr: float | None = None, weight_decay: float = 0.0
+) -> list[dict[str, Any]]:
     """Two optimizer groups: weights, and gate parameters with a learning rate of their own and no weight decay.
 
     (Three where DAM gates were made with ``weight_decay_on_beta=True``: their betas are decayed like weights.)
 
-    Args: ``lr``, ``weight_decay`` for the weights; ``gate_lr`` for the gates, by default ``lr``. A parameter shared by several layers
-    appears once.
+    Args: ``lr``, ``weight_decay`` for the weights; ``gate_lr`` for the gates, by default ``lr``. A parameter shared by
+    several layers appears once.
     """
     for name, value in (("lr", lr), ("gate_lr", lr if gate_lr is None else gate_lr), ("weight_decay", weight_decay)):
         _checks.number(name, value, 0)
@@ -90,7 +100,8 @@ def param_groups(model: nn.Module, *, lr: float, gate_lr: float | None = None, w
     found = gates_of(model)
     if gate_lr is not None and any(isinstance(gate, (OwnedGate, SteppedGate)) for gate in found):
         raise ValueError(
-            f"gate_lr={gate_lr!r}: a budget owns the gates of this model and steps them; expected None, or a budget without steps"
+            f"gate_lr={gate_lr!r}: a budget owns the gates of this model and steps them; expected None, or a budget "
+            "without steps"
         )
     for gate in found:
         gate.in_optimizer = gate_lr is not None
@@ -103,13 +114,17 @@ def param_groups(model: nn.Module, *, lr: float, gate_lr: float | None = None, w
         {"params": [p for key, p in gates.items() if key not in decayed], "lr": rate, "weight_decay": 0.0},
     ]
     if decayed:
-        groups.append({"params": [p for key, p in gates.items() if key in decayed], "lr": rate, "weight_decay": weight_decay})
+        groups.append(
+            {"params": [p for key, p in gates.items() if key in decayed], "lr": rate, "weight_decay": weight_decay}
+        )
     return groups
 
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """One gated layer: its gates, how many are open in evaluation mode, and how many the next draw is expected to open."""
+    """One gated layer: its gates, how many are open in evaluation mode,
+    and how many the next draw is expected to open.
+    """
 
     name: str
     layer: str
@@ -121,7 +136,10 @@ class LayerSummary:
 
 @dataclass(frozen=True)
 class Summary(Report):
-    """What :func:`summary` found; ``str()`` gives a table, ``as_dict()`` plain data. Without example inputs only ``params`` is counted."""
+    """What :func:`summary` found; ``str()`` gives a table, ``as_dict()`` plain data.
+
+    Without example inputs only ``params`` is counted.
+    """
 
     layers: list[LayerSummary]
     params: int
@@ -134,19 +152,27 @@ class Summary(Report):
 
     def __str__(self) -> str:
         rows = [("layer", "type", "gates on", "open", "expected open")]
-        rows += [(r.name, r.layer, r.granularity, f"{r.open} / {r.gates}", f"{r.expected_open:.1f}") for r in self.layers]
+        rows += [
+            (r.name, r.layer, r.granularity, f"{r.open} / {r.gates}", f"{r.expected_open:.1f}") for r in self.layers
+        ]
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        for label, before, after in (("params", self.params, self.params_compacted), ("MACs", self.macs, self.macs_compacted)):
+        for label, before, after in (
+            ("params", self.params, self.params_compacted),
+            ("MACs", self.macs, self.macs_compacted),
+        ):
             if before is not None:
-                lines.append(f"{label}: {before:,}" + ("" if after is None else f" -> {after:,} compacted ({after / max(before, 1):.1%})"))
+                lines.append(
+                    f"{label}: {before:,}"
+                    + ("" if after is None else f" -> {after:,} compacted ({after / max(before, 1):.1%})")
+                )
         return "\n".join(lines)
 
 
 @sees_through
 def summary(model: nn.Module, example_inputs: Any = None) -> Summary:
-    """Open gates per layer and, with example inputs, parameters and MACs before and after compaction (by compacting a copy, so the numbers
-    are exact).
+    """Open gates per layer and, with example inputs, parameters and MACs before and after compaction (by compacting a
+    copy, so the numbers are exact).
 
     Parameters and MACs do not count gate parameters. Raises ValueError when ``model`` has no gated layer.
     """
@@ -167,4 +193,10 @@ def summary(model: nn.Module, example_inputs: Any = None) -> Summary:
     if example_inputs is None or (len(layers) == 1 and "" in layers):
         return Summary(rows, count_params(model))
     small = compact(model, example_inputs=example_inputs)
-    return Summary(rows, count_params(model), count_params(small), count_macs(model, example_inputs), count_macs(small, example_inputs))
+    return Summary(
+        rows,
+        count_params(model),
+        count_params(small),
+        count_macs(model, example_inputs),
+        count_macs(small, example_inputs),
+    )

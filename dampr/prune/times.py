@@ -23,7 +23,9 @@ GAIN = 0.95  # a layer that takes more than this share of its time before has ga
 
 @dataclass(frozen=True)
 class LayerTime:
-    """One layer: parameters and seconds of its calls in an evaluation pass, gated and compacted; ``note``: why it gained nothing."""
+    """One layer: parameters and seconds of its calls in an evaluation pass, gated and compacted;
+    ``note``: why it gained nothing.
+    """
 
     name: str
     params: tuple[int, int]
@@ -38,8 +40,9 @@ class LayerTime:
 def layer_times(model: nn.Module, small: nn.Module, example_inputs: Any) -> list[LayerTime]:
     """Time the layers of ``small``, which ``model`` was compacted to, beside those that they were.
 
-    Each is called with what it is called with on the example inputs, alone, in evaluation mode; a gated layer multiplies its gates each
-    time, as it does in training. On a GPU the calls are launched one after the other and waited for together.
+    Each is called with what it is called with on the example inputs, alone, in evaluation mode; a gated layer
+    multiplies its gates each time, as it does in training.
+    On a GPU the calls are launched one after the other and waited for together.
 
     Args:
         model: gated; not changed.
@@ -58,7 +61,9 @@ def layer_times(model: nn.Module, small: nn.Module, example_inputs: Any) -> list
     names = [name for name, layer in by_name(small, (*_TIMED, *whole)).items() if layer not in inside]
     pairs = {name: (_counterpart(model, name), small.get_submodule(name)) for name in names}
     pairs = {name: pair for name, pair in pairs.items() if pair[0] is not None}
-    times = [_times(net, [pair[side] for pair in pairs.values()], example_inputs) for side, net in enumerate((model, small))]
+    times = [
+        _times(net, [pair[side] for pair in pairs.values()], example_inputs) for side, net in enumerate((model, small))
+    ]
     kept = manifest.get("closed_but_kept", {})
     rows = []
     for (name, pair), before, after in zip(pairs.items(), *times, strict=True):

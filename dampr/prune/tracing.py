@@ -20,7 +20,9 @@ ATTENTION = (nn.MultiheadAttention, PrunedMultiheadAttention)
 
 
 def channel_count(layer: nn.Module, writes: bool) -> int:
-    """Channels that a linear, convolution, recurrent or embedding layer or attention writes, or reads, or a norm or activation has."""
+    """Channels that a linear, convolution, recurrent or embedding layer or attention writes, or reads,
+    or a norm or activation has.
+    """
     if isinstance(layer, StackedRNN):
         return sum(layer.widths[-len(layer.layers[0]) :]) if writes else layer.input_size
     if isinstance(layer, nn.RNNBase):
@@ -43,17 +45,23 @@ def is_transposed(layer: nn.Module) -> bool:
 
 def is_depthwise(layer: nn.Module) -> bool:
     """Whether each output channel is made of the input channel of the same number alone."""
-    return isinstance(layer, CONVOLUTIONS) and layer.groups > 1 and layer.groups == layer.in_channels == layer.out_channels
+    return (
+        isinstance(layer, CONVOLUTIONS) and layer.groups > 1 and layer.groups == layer.in_channels == layer.out_channels
+    )
 
 
 def pads_with_zeros(layer: nn.Module) -> bool:
     """Whether a convolution reads zeros beyond the border of its input."""
-    return isinstance(layer, CONVOLUTIONS) and layer.padding_mode == "zeros" and any(layer._reversed_padding_repeated_twice)
+    return (
+        isinstance(layer, CONVOLUTIONS)
+        and layer.padding_mode == "zeros"
+        and any(layer._reversed_padding_repeated_twice)
+    )
 
 
 def is_leaf(module: nn.Module) -> bool:
-    """Whether a module is one layer: it has no others in it but what computes its weights, or is attention, whose last projection is never
-    called.
+    """Whether a module is one layer: it has no others in it but what computes its weights, or is attention, whose last
+    projection is never called.
     """
     return isinstance(module, ATTENTION) or all(name == "parametrizations" for name, _ in module.named_children())
 
@@ -73,11 +81,16 @@ def all_trainable(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def one_node(model: nn.Module, cores: set[nn.Module]) -> Iterator[None]:
-    """Make each recurrent layer or cell, and attention, one node of autograd's graph, and not one for each product in each of its steps.
+    """Make each recurrent layer or cell, and attention, one node of autograd's graph,
+    and not one for each product in each of its steps.
 
     ``cores``: the attention of other libraries.
     """
-    layers = [module for module in model.modules() if isinstance(module, (nn.RNNBase, nn.RNNCellBase, *ATTENTION)) or module in cores]
+    layers = [
+        module
+        for module in model.modules()
+        if isinstance(module, (nn.RNNBase, nn.RNNCellBase, *ATTENTION)) or module in cores
+    ]
     own = {layer: vars(layer)["forward"] for layer in layers if "forward" in vars(layer)}  # of libraries that wrap it
     for layer in layers:
         layer.forward = functools.partial(_call_as_one_node, layer, layer.forward)  # type: ignore[method-assign]
@@ -116,7 +129,9 @@ class _OneNode(torch.autograd.Function):
 
 
 def input_columns(layer: nn.Module) -> list[tuple[nn.Module, str]]:
-    """The weights whose columns are the input of a linear, convolution or recurrent layer: the modules that have them, and their names."""
+    """The weights whose columns are the input of a linear, convolution or recurrent layer: the modules that have them,
+    and their names.
+    """
     if isinstance(layer, StackedRNN):
         return [(part, "weight_ih_l0") for part in layer.layers[0]]
     if isinstance(layer, nn.RNNBase):

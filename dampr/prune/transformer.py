@@ -1,4 +1,6 @@
-"""Attention and torch's transformer layers in convert and compact: what has gates, what is left out and why, and what is left of it."""
+"""Attention and torch's transformer layers in convert and compact: what has gates, what is left out and why,
+and what is left of it.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,9 @@ Kept = dict[tuple[nn.Module, bool], Tensor]
 
 
 def owners(model: nn.Module) -> dict[nn.Module, list[tuple[str, nn.Module]]]:
-    """The parts of torch's own and of gated transformer layers, each with the layers that it is a part of, by all their names."""
+    """The parts of torch's own and of gated transformer layers, each with the layers that it is a part of,
+    by all their names.
+    """
     found: dict[nn.Module, list[tuple[str, nn.Module]]] = {}
     for name, layer in model.named_modules(remove_duplicate=False):
         if type(layer) in _LAYERS or isinstance(layer, GatedTransformer):
@@ -73,10 +77,12 @@ def adopt(model: nn.Module) -> dict[nn.Module, Any]:
 def make_plain(
     small: nn.Module, samples: list[Any], atol: float, rtol: float
 ) -> tuple[nn.Module, Kept, dict[str, tuple[int, list[int]]], dict[str, str]]:
-    """Replace every gated transformer layer and attention of ``small`` by what is left of it without closed heads, neurons and sublayers.
+    """Replace every gated transformer layer and attention of ``small`` by what is left of it without closed heads,
+    neurons and sublayers.
 
-    Returns the model; what is left of the neurons; of each attention how many heads there were and which are left, by its name; and why
-    what is closed stays. An attention on its own keeps its heads where the model computes something of their weights, which is tried.
+    Returns the model; what is left of the neurons; of each attention how many heads there were and which are left, by
+    its name; and why what is closed stays. An attention on its own keeps its heads where the model computes something
+    of their weights, which is tried.
     """
     kept: Kept = {}
     heads: dict[str, tuple[int, list[int]]] = {}
@@ -87,7 +93,9 @@ def make_plain(
         small = plain if layer is small else small
         _record(f"{name}." if name else "", layer, plain, left, kept, heads, notes)
     alone = by_name(small, GatedMultiheadAttention)
-    expected = [inputs.evaluate(small, sample) for sample in samples] if any(m.closed_heads() for m in alone.values()) else []
+    expected = (
+        [inputs.evaluate(small, sample) for sample in samples] if any(m.closed_heads() for m in alone.values()) else []
+    )
     for name, attention in alone.items():
         pruned, there = attention.compacted()
         inputs.replace(small, {attention: pruned})
@@ -143,7 +151,9 @@ def narrow(attention: Any, left: Tensor) -> PrunedMultiheadAttention:
 
 
 def resize(model: nn.Module, norms: list[nn.Module], size: int) -> None:
-    """Set what follows from the width of a residual stream, by its norms, in the transformers and their layers that it runs through."""
+    """Set what follows from the width of a residual stream, by its norms,
+    in the transformers and their layers that it runs through.
+    """
     layers: list[Any] = of_kind(model, (nn.Transformer, PrunedLayer, *_PRUNED))
     for layer in layers:
         if any(part in norms for part in (layer.modules() if isinstance(layer, nn.Transformer) else layer.children())):
@@ -154,6 +164,9 @@ def resize(model: nn.Module, norms: list[nn.Module], size: int) -> None:
 
 def _same(model: nn.Module, samples: list[Any], expected: list[list[Tensor]], atol: float, rtol: float) -> bool:
     try:
-        return not any(inputs.differ(e, inputs.evaluate(model, sample), rtol, atol) for e, sample in zip(expected, samples, strict=True))
+        return not any(
+            inputs.differ(e, inputs.evaluate(model, sample), rtol, atol)
+            for e, sample in zip(expected, samples, strict=True)
+        )
     except RuntimeError:
         return False

@@ -1,4 +1,5 @@
-"""Linear layers that keep their weight transposed, as transformers' ``Conv1D`` of GPT-2 does: ``nn.Linear`` for a while, and back.
+"""Linear layers that keep their weight transposed, as transformers' ``Conv1D`` of GPT-2 does:
+``nn.Linear`` for a while, and back.
 
 The type goes by its full name, so that transformers is not imported here.
 """
@@ -42,7 +43,9 @@ def to_linear(model: nn.Module) -> dict[str, Any]:
 
 
 def back(model: nn.Module, layers: Mapping[str, Any]) -> None:
-    """Put ``layers`` in the place of the ``nn.Linear`` layers of these names, whose parameters and widths they take on."""
+    """Put ``layers`` in the place of the ``nn.Linear`` layers of these names,
+    whose parameters and widths they take on.
+    """
     transposed: dict[nn.Module, nn.Module] = {}
     for name, layer in layers.items():
         linear = model.get_submodule(name)

@@ -1,4 +1,6 @@
-"""Compaction of a model whose gates are on parameters: classes of units whose gates are closed leave every parameter at once."""
+"""Compaction of a model whose gates are on parameters:
+classes of units whose gates are closed leave every parameter at once.
+"""
 
 from __future__ import annotations
 
@@ -23,12 +25,15 @@ Kept = dict[tuple[nn.Module, bool], Tensor]
 def compacted(model: nn.Module, example_inputs: Any, round_to: int) -> tuple[nn.Module, Kept, dict[str, Any]]:
     """A plain copy of ``model`` without the units whose gates are closed.
 
-    Returns the copy, what is left of what its layers write and read, and the manifest, of which the caller knows the difference.
+    Returns the copy, what is left of what its layers write and read, and the manifest,
+    of which the caller knows the difference.
     """
     structure = UnitStructure(model, example_inputs)
     small = without_gates(model, folded=True)
     closed = torch.cat([~gate.is_open().cpu() for gate in structure.gates])
-    notes = {name: f"{_count(structure, closed, name)} closed units stay: {note}" for name, note in structure.notes.items()}
+    notes = {
+        name: f"{_count(structure, closed, name)} closed units stay: {note}" for name, note in structure.notes.items()
+    }
     notes = {name: note for name, note in notes.items() if not note.startswith("0 ")}
     gone = _rounded(structure, closed, round_to, notes)
     classes = structure.classes_of(gone)
@@ -38,7 +43,9 @@ def compacted(model: nn.Module, example_inputs: Any, round_to: int) -> tuple[nn.
     made = follow(small, sizes)
     for name, module in small.named_modules():
         had: Any = model.get_submodule(name)
-        if isinstance(module, nn.modules.conv._ConvNd) and (module.groups != had.groups or f"{name}.weight" in structure.units.within):
+        if isinstance(module, nn.modules.conv._ConvNd) and (
+            module.groups != had.groups or f"{name}.weight" in structure.units.within
+        ):
             made[name] = {own: getattr(module, own) for own in ("groups", "in_channels", "out_channels")}
     follow_inputs(small, example_inputs)
     left = _left(structure, classes, before)
@@ -47,7 +54,10 @@ def compacted(model: nn.Module, example_inputs: Any, round_to: int) -> tuple[nn.
     layers: dict[str, dict[str, Any]] = {}
     for (layer, writes), indices in kept.items():
         entry = left[f"{names[layer]}.weight".lstrip(".")][_dim(layer, writes)]
-        layers.setdefault(names[layer], {})["out" if writes else "in"] = {"before": entry["before"], "kept": indices.tolist()}
+        layers.setdefault(names[layer], {})["out" if writes else "in"] = {
+            "before": entry["before"],
+            "kept": indices.tolist(),
+        }
     manifest = {
         "dampr": __version__,
         "torch": torch.__version__,
@@ -55,7 +65,8 @@ def compacted(model: nn.Module, example_inputs: Any, round_to: int) -> tuple[nn.
         "tensors": {name: {str(dim): entry for dim, entry in dims.items()} for name, dims in left.items()},
         "sizes": {
             name: {
-                attribute: {"before": number_of(model.get_submodule(name), attribute), "kept": value} for attribute, value in own.items()
+                attribute: {"before": number_of(model.get_submodule(name), attribute), "kept": value}
+                for attribute, value in own.items()
             }
             for name, own in made.items()
         },
@@ -70,7 +81,9 @@ def _count(structure: UnitStructure, closed: Tensor, name: str) -> int:
 
 
 def _rounded(structure: UnitStructure, closed: Tensor, round_to: int, notes: dict[str, str]) -> Tensor:
-    """The gates whose units go: of every vector at least one stays, and where that can be a multiple of ``round_to``."""
+    """The gates whose units go: of every vector at least one stays,
+    and where that can be a multiple of ``round_to``.
+    """
     gone = closed.clone()
     useful = set(structure.gate_of.values())
     for gate, (row,) in zip(structure.holders, structure.widths(), strict=True):
@@ -89,8 +102,12 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
 
 
-def _left(structure: UnitStructure, classes: list[int], before: dict[str, tuple[int, ...]]) -> dict[str, dict[int, dict[str, Any]]]:
-    """Of every tensor that loses something, by each of its names: dimension -> its size before and the indices that are left."""
+def _left(
+    structure: UnitStructure, classes: list[int], before: dict[str, tuple[int, ...]]
+) -> dict[str, dict[int, dict[str, Any]]]:
+    """Of every tensor that loses something, by each of its names:
+    dimension -> its size before and the indices that are left.
+    """
     names: dict[str, list[str]] = defaultdict(list)
     for alias, name in structure.units.alias.items():
         names[name].append(alias)
@@ -130,7 +147,9 @@ def places_of(manifest: dict[str, Any], name: str) -> list[Any]:
     dims = tensors.get(name, {}) if isinstance(tensors, dict) else None
     known = [str(dim) for dim in range(_MOST_DIMS)]
     if not isinstance(dims, dict) or not dims.keys() <= set(known):
-        raise ValueError(f"manifest: tensors: {name!r:.80}: {dims!r:.80}, expected entries by the numbers of dimensions")
+        raise ValueError(
+            f"manifest: tensors: {name!r:.80}: {dims!r:.80}, expected entries by the numbers of dimensions"
+        )
     return [dims.get(dim) for dim in known]
 
 
@@ -142,7 +161,9 @@ def sizes_of(manifest: Any) -> dict[str, dict[str, int]]:
     sizes = manifest.get("sizes", {}) if isinstance(manifest, dict) else {}
     entries = list(sizes.values()) if isinstance(sizes, dict) else [None]
     if not all(isinstance(own, dict) and all(isinstance(entry, dict) for entry in own.values()) for own in entries):
-        raise ValueError(f"manifest: sizes={sizes!r:.80}, expected numbers by the names of modules and their attributes")
+        raise ValueError(
+            f"manifest: sizes={sizes!r:.80}, expected numbers by the names of modules and their attributes"
+        )
     found = {name: {attribute: entry.get("before") for attribute, entry in own.items()} for name, own in sizes.items()}
     for own in found.values():
         for attribute, value in own.items():
@@ -152,13 +173,18 @@ def sizes_of(manifest: Any) -> dict[str, dict[str, int]]:
 
 
 def restore_sizes(model: nn.Module, manifest: dict[str, Any]) -> None:
-    """Set the numbers that code keeps beside its parameters back to what they were before compaction. Raises ValueError as above."""
+    """Set the numbers that code keeps beside its parameters back to what they were before compaction.
+
+    Raises ValueError as above.
+    """
     for name, own in sizes_of(manifest).items():
         for attribute, value in own.items():
             try:
                 module = model.get_submodule(name)
             except AttributeError:
-                raise ValueError(f"model={type(model).__name__}: its manifest names a module {name!r} that is not there") from None
+                raise ValueError(
+                    f"model={type(model).__name__}: its manifest names a module {name!r} that is not there"
+                ) from None
             if number_of(module, attribute) is None:
                 raise ValueError(f"manifest: sizes: {name!r} has no number {attribute!r}")
             set_number(module, attribute, value)

@@ -1,4 +1,6 @@
-"""Gates on the weights that read a unit: how :func:`dampr.convert` prunes what no gated layer can, whatever modules a model is made of."""
+"""Gates on the weights that read a unit: how :func:`dampr.convert` prunes what no gated layer can,
+whatever modules a model is made of.
+"""
 
 from __future__ import annotations
 
@@ -68,12 +70,16 @@ class _Subject:
 _Good = list[tuple[list[list[int]], list[Size]]]  # families that may go together, and the numbers that follow
 
 
-def place(model: nn.Module, units: Units, example_inputs: Any, norms: Mapping[str, OpenNorm] | None = None) -> Placement:
+def place(
+    model: nn.Module, units: Units, example_inputs: Any, norms: Mapping[str, OpenNorm] | None = None
+) -> Placement:
     """The vectors of gates that a plain model may have, each tried in a copy: half of it closed, cut and compared.
 
     ``norms``: that count open units only, of ``units`` that know it (:meth:`.Units.with_open_statistics`).
     """
-    subject = _Subject(model if _is_meta(model) else inputs.as_trained(model, example_inputs), units, example_inputs, norms or {})
+    subject = _Subject(
+        model if _is_meta(model) else inputs.as_trained(model, example_inputs), units, example_inputs, norms or {}
+    )
     parameters = dict(model.named_parameters(remove_duplicate=False))
     owned = [name for name in parameters if _owner(model, name) is not None]
     refused = units.in_training_alone()
@@ -117,8 +123,8 @@ def place(model: nn.Module, units: Units, example_inputs: Any, norms: Mapping[st
 
 
 def _together(subject: _Subject, good: _Good, refused: dict[int, str], tried: bool) -> tuple[set[int], list[Size]]:
-    """Of sets of families that computed the same one by one, the classes of those that do together, and whose trace is that
-    of the model without them; and the sizes that follow. Adds to ``refused``.
+    """Of sets of families that computed the same one by one, the classes of those that do together, and whose trace is
+    that of the model without them; and the sizes that follow. Adds to ``refused``.
 
     All at once in most cases, else one after the other, the largest first. ``tried``: all were compared at once before.
     """
@@ -175,7 +181,8 @@ def _families(units: Units, classes: Iterable[int]) -> list[list[int]]:
 
 
 def _try(subject: _Subject, families: list[list[int]], quick: bool) -> tuple[str | None, list[Size], bool]:
-    """Why half of these families cannot be cut; where it can, the numbers that follow, and whether the model needs that.
+    """Why half of these families cannot be cut; where it can, the numbers that follow,
+    and whether the model needs that.
 
     ``quick``: on the example inputs alone, for what is compared again with all others.
     """
@@ -186,8 +193,12 @@ def _try(subject: _Subject, families: list[list[int]], quick: bool) -> tuple[str
     sizes = followers(subject.model, units, [one for family in families for one in family])
     kinds = [sizes, []] if sizes else [[]]
     if len({_kind(units, family) for family in families}) == 1 and sizes:
-        kinds[1:1] = [[size for size in sizes if "head" in size.attribute], [size for size in sizes if "head" not in size.attribute]]
-        attributes = dict.fromkeys(size.attribute for size in sizes)  # one of which may be of another width that has the same size
+        kinds[1:1] = [
+            [size for size in sizes if "head" in size.attribute],
+            [size for size in sizes if "head" not in size.attribute],
+        ]
+        # one of which may be of another width that has the same size
+        attributes = dict.fromkeys(size.attribute for size in sizes)
         kinds += [[size for size in sizes if size.attribute != own] for own in attributes]
     masked, reason = _Masked(subject, classes, scales=() if quick else _SCALES), ""
     for number, chosen in enumerate(kinds):
@@ -201,12 +212,16 @@ def _try(subject: _Subject, families: list[list[int]], quick: bool) -> tuple[str
 
 
 def _needed(masked: _Masked, sizes: list[Size]) -> list[Size]:
-    """Of numbers that may follow those without which the model computes something else, those that count heads by their names,
-    and those of layers of torch.nn.
+    """Of numbers that may follow those without which the model computes something else, those that count heads by their
+    names, and those of layers of torch.nn.
 
     A number of other code that only happens to be as large as a width, such as a stride, must not follow it.
     """
-    known = {size.module for size in sizes if type(masked.model.get_submodule(size.module)).__module__.startswith("torch.nn.")}
+    known = {
+        size.module
+        for size in sizes
+        if type(masked.model.get_submodule(size.module)).__module__.startswith("torch.nn.")
+    }
     doubtful = [size for size in sizes if size.module not in known and not re.search("heads$|n_?head$", size.attribute)]
     for attribute in dict.fromkeys(size.attribute for size in doubtful):
         others = [size for size in sizes if size.attribute != attribute or size.module in known]
@@ -216,7 +231,9 @@ def _needed(masked: _Masked, sizes: list[Size]) -> list[Size]:
 
 
 class _Masked:
-    """A copy of a model in which nothing reads some classes, to be compared with copies that have lost them, also on larger inputs."""
+    """A copy of a model in which nothing reads some classes, to be compared with copies that have lost them,
+    also on larger inputs.
+    """
 
     def __init__(self, subject: _Subject, classes: list[int], scales: tuple[float, ...] = _SCALES) -> None:
         self._subject, self.model, self._units, self._classes = subject, subject.model, subject.units, classes
@@ -240,7 +257,9 @@ class _Masked:
         return self._expected[number]
 
     def differs(self, sizes: list[Size]) -> str:
-        """What a copy without the classes does that the masked one does not, with these numbers following; "" for nothing."""
+        """What a copy without the classes does that the masked one does not, with these numbers following;
+        "" for nothing.
+        """
         if _is_meta(self.model):
             return ""
         small = cut(inputs.twin(self.model), self._units, self._classes, sizes)
@@ -251,11 +270,17 @@ class _Masked:
                     with inputs.same_noise(small):
                         found = inputs.evaluate(small, sample)
                 except Exception as error:
-                    return f"without half of its channels the model does not run, so something beside its layers has that width ({error})"
+                    return (
+                        "without half of its channels the model does not run, so something beside its layers has "
+                        f"that width ({error})"
+                    )
                 expected = self._outputs(number)
                 tolerance = 30 * inputs.TOLERANCE[_precision(expected)]
                 if inputs.differ(expected, found, tolerance, tolerance * inputs.size(expected)):
-                    return "without half of its channels the model computes something else, so these are mixed or rearranged on the way"
+                    return (
+                        "without half of its channels the model computes something else, so these are mixed or "
+                        "rearranged on the way"
+                    )
         return ""
 
 
@@ -264,7 +289,11 @@ def _is_meta(model: nn.Module) -> bool:
 
 
 def _precision(outputs: list[Tensor]) -> torch.dtype:
-    return max((t.dtype for t in outputs if t.dtype in inputs.TOLERANCE), key=lambda kind: inputs.TOLERANCE[kind], default=torch.float32)
+    return max(
+        (t.dtype for t in outputs if t.dtype in inputs.TOLERANCE),
+        key=lambda kind: inputs.TOLERANCE[kind],
+        default=torch.float32,
+    )
 
 
 def _scaled(example_inputs: Any, scale: float) -> Any:
@@ -303,7 +332,9 @@ def _above(model: nn.Module, name: str) -> list[tuple[str, nn.Module]]:
 
 
 def _wanted(model: nn.Module, units: Units, classes: list[int], include: Filter, exclude: Filter) -> list[int]:
-    """The classes of which a layer that writes them (or reads them, where none does) is included and none is excluded."""
+    """The classes of which a layer that writes them (or reads them,
+    where none does) is included and none is excluded.
+    """
     if include is None and exclude is None:
         return classes
     written = np.zeros(len(units.label), bool)
@@ -326,8 +357,11 @@ def _wanted(model: nn.Module, units: Units, classes: list[int], include: Filter,
 
 
 @contextmanager
-def put_in(model: nn.Module, units: Units, placement: Placement, make: Callable[[int], Gate]) -> Iterator[dict[str, GatedParameter]]:
-    """Register the gates of a placement; ``make`` gives a vector of so many. Gives them by the names that they have in the model.
+def put_in(
+    model: nn.Module, units: Units, placement: Placement, make: Callable[[int], Gate]
+) -> Iterator[dict[str, GatedParameter]]:
+    """Register the gates of a placement; ``make`` gives a vector of so many.
+    Gives them by the names that they have in the model.
 
     Whatever is raised here or in the block, the model is as it was.
     """
@@ -347,13 +381,16 @@ def put_in(model: nn.Module, units: Units, placement: Placement, make: Callable[
                     path, _, own = alias.rpartition(".")
                     index, device = torch.from_numpy(columns), parameters[name].device
                     gates = GatedParameter(gate, dim, index, weights_per_gate=saved, device=device)
-                    saved = torch.zeros_like(saved)  # of several parameters that share gates the first says what they save
+                    # of several parameters that share gates the first says what they save
+                    saved = torch.zeros_like(saved)
                     module = model.get_submodule(path)
                     done[module, own] = None
                     put_on(module, own, gates.train(module.training))
             number = {one: at for at, one in enumerate(group.classes)}
             for name, norm in placement.norms.items():
-                index = torch.tensor([number.get(one, -1) for one in norm.classes], device=next(model.parameters()).device)
+                index = torch.tensor(
+                    [number.get(one, -1) for one in norm.classes], device=next(model.parameters()).device
+                )
                 if int(index.max()) >= 0:
                     module = model.get_submodule(name)
                     open_statistics.put_on(module, norm.statistics(gate, index))
@@ -397,7 +434,9 @@ def _unreadable(model: nn.Module, units: Units, classes: list[int]) -> str | Non
         return "a sum reads it that no weight is in"
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, dim, indices in (m for one in classes for m in units.members[one]):
-        if columns[units.first_unit(name, dim) + indices].any() and (name not in parameters or _owner(model, name) is None):
+        if columns[units.first_unit(name, dim) + indices].any() and (
+            name not in parameters or _owner(model, name) is None
+        ):
             return f"{name!r} reads it, which can have no gates"
     return None
 

@@ -1,4 +1,6 @@
-"""What the gates on parameters of a model cut, by its units: the counterpart of :class:`.structure.Structure` for :mod:`.unit_gates`."""
+"""What the gates on parameters of a model cut, by its units:
+the counterpart of :class:`.structure.Structure` for :mod:`.unit_gates`.
+"""
 
 from __future__ import annotations
 
@@ -25,12 +27,16 @@ def has_unit_gates(model: nn.Module) -> bool:
     """Whether gates of ``model`` are on parameters. ValueError where it has gated layers of both kinds."""
     found = {isinstance(module, GatedParameter) for module in of_kind(model, GatedLayer)}
     if len(found) == 2:
-        raise ValueError(f"model={type(model).__name__}: gates on parameters and gated layers, expected one kind (convert it once)")
+        raise ValueError(
+            f"model={type(model).__name__}: gates on parameters and gated layers, expected one kind (convert it once)"
+        )
     return found == {True}
 
 
 def without_gates(model: nn.Module, example_inputs: Any = None, *, folded: bool = False) -> nn.Module:
-    """A copy of ``model`` with plain parameters: times their gates as evaluation has them (``folded``), or as they are."""
+    """A copy of ``model`` with plain parameters: times their gates as evaluation has them (``folded``),
+    or as they are.
+    """
     plain = inputs.copied(model, example_inputs)
     made: dict[nn.Parameter, nn.Parameter] = {}  # a tied parameter stays one: it has the same gates in all modules
     for owner, name in dict.fromkeys((owner, name) for owner, name, _ in gated_parameters(plain)):
@@ -62,7 +68,9 @@ class UnitStructure(GateVector[GatedParameter]):
         self.units: Units = trace_units(self.plain, example_inputs, within=getattr(model, "dampr_within", []))
         self.counting = {name: own for name, _, own in norms_with_open_statistics(model)}
         self.units = self.units.with_open_statistics(self.counting)
-        self.counted = {name: self.units.label[line].tolist() for name, line in self.units.counted if name in self.counting}
+        self.counted = {
+            name: self.units.label[line].tolist() for name, line in self.units.counted if name in self.counting
+        }
         self.notes: dict[str, str] = {}
         self.gate_of = self._gates_of_classes()
 
@@ -112,7 +120,9 @@ class UnitStructure(GateVector[GatedParameter]):
         return sorted(one for one, gate in self.gate_of.items() if shut[gate])
 
     def norms(self, model: nn.Module) -> Tensor:
-        """The L2 norm of the weights of ``model`` that write what each gate switches off, (size,), float64 on the host."""
+        """The L2 norm of the weights of ``model`` that write what each gate switches off, (size,),
+        float64 on the host.
+        """
         squares = torch.zeros(self.size, dtype=torch.float64)
         written = np.zeros(len(self.units.label), bool)
         written[self.units.written] = True
@@ -151,7 +161,8 @@ class Counts:
         self.count = len(structure.gates)
         self._size = Counter(owner[gate] for gate in self.gates)
         self._useful = torch.tensor([gate in self.gates for gate in range(structure.size)], device=device)
-        self._emptiable = torch.zeros(self.count, dtype=torch.bool, device=device)  # vectors of which one gate stays, as compaction does
+        # vectors of which one gate stays, as compaction does
+        self._emptiable = torch.zeros(self.count, dtype=torch.bool, device=device)
         for number, (row,) in enumerate(structure.widths()):
             self._emptiable[number] = self.gates.issuperset(row)
         self._number = np.full(len(structure.units.label), -1)
@@ -159,7 +170,9 @@ class Counts:
             self._number[one] = owner[gate]
 
     def __call__(self, gates: Tensor) -> Tensor:
-        left = gates.new_zeros(self.count).index_add(0, self._vector, torch.where(self._useful, gates, gates.new_zeros(())))
+        left = gates.new_zeros(self.count).index_add(
+            0, self._vector, torch.where(self._useful, gates, gates.new_zeros(()))
+        )
         return left + ((left == 0) & self._emptiable).to(left.dtype)
 
     def of(self, line: Any) -> tuple[float, Mapping[int, float]]:
@@ -169,7 +182,9 @@ class Counts:
         return float((numbers < 0).sum()), {n: times / self._size[n] for n, times in found.items()}
 
     def width(self, layer: nn.Module, writes: bool) -> tuple[float, Mapping[int, float]] | None:
-        """:meth:`of` the channels that a linear or convolution layer writes, or reads; None of one whose weight is no parameter."""
+        """:meth:`of` the channels that a linear or convolution layer writes, or reads;
+        None of one whose weight is no parameter.
+        """
         name = f"{self._structure.names[layer]}.weight".lstrip(".")
         transposed = isinstance(layer, nn.modules.conv._ConvTransposeNd)
         wanted = int(writes) if transposed else int(not writes)

@@ -27,8 +27,8 @@ class GateCheck:
 
     Attributes:
         gates: how many there are, and ``tried`` how many of them were closed one by one.
-        unreachable: those of ``tried`` whose closing left the output as it was, on these inputs (behind a ReLU that is never positive,
-            say), by their numbers.
+        unreachable: those of ``tried`` whose closing left the output as it was, on these inputs (behind a ReLU that is
+            never positive, say), by their numbers.
         without_gradient: those whose value the output does not depend on to first order, by their numbers.
         problems: why the layer does not pass; empty where it does.
     """
@@ -61,7 +61,8 @@ class Verification(Report):
         for row in self.layers:
             changing, moving = row.tried - len(row.unreachable), row.gates - len(row.without_gradient)
             lines.append(
-                f"{row.name} ({row.layer}, {row.gates} gates): {changing} of {row.tried} change the output, {moving} have a gradient"
+                f"{row.name} ({row.layer}, {row.gates} gates): {changing} of {row.tried} change the output, {moving} "
+                "have a gradient"
             )
             lines += [f"    problem: {problem}" for problem in row.problems]
         return "\n".join([*lines, "ok" if self.ok else "not ok"])
@@ -71,11 +72,13 @@ class Verification(Report):
 def verify_model(
     model: nn.Module, example_inputs: Any, *, optimizer: torch.optim.Optimizer | None = None, gates_per_layer: int = 64
 ) -> Verification:
-    """Prove that gates work: closing one changes what the model computes, the loss has a gradient on it, and the optimizer moves it.
+    """Prove that gates work: closing one changes what the model computes, the loss has a gradient on it,
+    and the optimizer moves it.
 
-    A layer has a problem when closing all its gates leaves the output as it is (something bypasses the layer), when a parameter of its
-    gates gets no gradient in training, is frozen or in half precision, or when the optimizer lacks it or decays it (weight decay pulls
-    log_alpha to 0, whatever the data says). Gates that are closed already count as open for the trial. The model is not changed.
+    A layer has a problem when closing all its gates leaves the output as it is (something bypasses the layer), when a
+    parameter of its gates gets no gradient in training, is frozen or in half precision, or when the optimizer lacks it
+    or decays it (weight decay pulls log_alpha to 0, whatever the data says). Gates that are closed already count as
+    open for the trial. The model is not changed.
 
     Args:
         model: with gated layers.
@@ -99,9 +102,14 @@ def verify_model(
     if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"optimizer={optimizer!r:.80}: expected a torch.optim.Optimizer")
     problems = {name: _parameter_problems(layer.gate, optimizer) for name, layer in gated_layers(model).items()}
-    if any(p.dtype not in _checks.GATE_DTYPES for layer in gated_layers(model).values() for p in layer.gate.parameters()):
+    if any(
+        p.dtype not in _checks.GATE_DTYPES for layer in gated_layers(model).values() for p in layer.gate.parameters()
+    ):
         return Verification(  # no layer computes with such gates
-            [GateCheck(n, type(layer).__name__, layer.gate.num_gates, 0, [], [], problems[n]) for n, layer in gated_layers(model).items()]
+            [
+                GateCheck(n, type(layer).__name__, layer.gate.num_gates, 0, [], [], problems[n])
+                for n, layer in gated_layers(model).items()
+            ]
         )
     with inputs.same_noise(model), inputs.unsynced(model):
         for name, found in _unconnected(inputs.copied(model, example_inputs), example_inputs).items():
@@ -121,9 +129,13 @@ def _try(model: nn.Module, example_inputs: Any, problems: dict[str, list[str]], 
     for name, layer in _progress.track(gated_layers(trial).items(), "closing gates"):
         tried, unreachable, bypassed = _close(trial, layer, example_inputs, limit)
         if bypassed:
-            problems[name].append("closing all its gates changes nothing: the model does not use this layer, or not its gates")
+            problems[name].append(
+                "closing all its gates changes nothing: the model does not use this layer, or not its gates"
+            )
         flat = (gradients[name] == 0).nonzero().flatten().tolist()
-        rows.append(GateCheck(name, type(layer).__name__, layer.gate.num_gates, tried, unreachable, flat, problems[name]))
+        rows.append(
+            GateCheck(name, type(layer).__name__, layer.gate.num_gates, tried, unreachable, flat, problems[name])
+        )
     return rows
 
 
@@ -139,7 +151,9 @@ def _parameter_problems(gate: Gate, optimizer: torch.optim.Optimizer | None) -> 
         elif optimizer is not None and id(p) not in groups:
             found.append(f"{name} is not in the optimizer")
         elif groups.get(id(p), {}).get("weight_decay", 0) and not may_decay:
-            found.append(f"{name} is under weight decay {groups[id(p)]['weight_decay']:g}, expected 0 (dampr.param_groups)")
+            found.append(
+                f"{name} is under weight decay {groups[id(p)]['weight_decay']:g}, expected 0 (dampr.param_groups)"
+            )
     return found
 
 
@@ -152,7 +166,11 @@ def _unconnected(model: nn.Module, example_inputs: Any) -> dict[str, list[str]]:
     if loss.requires_grad:
         loss.backward()
     return {
-        name: [f"{own} gets no gradient in training" for own, p in layer.gate.named_parameters() if p.requires_grad and p.grad is None]
+        name: [
+            f"{own} gets no gradient in training"
+            for own, p in layer.gate.named_parameters()
+            if p.requires_grad and p.grad is None
+        ]
         for name, layer in gated_layers(model).items()
     }
 
@@ -160,7 +178,9 @@ def _unconnected(model: nn.Module, example_inputs: Any) -> dict[str, list[str]]:
 def _gradients(trial: nn.Module, example_inputs: Any) -> dict[str, Tensor]:
     """The gradient of a random direction of the outputs with respect to the gates of each layer, in evaluation mode."""
     layers = gated_layers(trial)
-    values = {name: layer.gate.values.requires_grad_() for name, layer in layers.items() if isinstance(layer.gate, Fixed)}
+    values = {
+        name: layer.gate.values.requires_grad_() for name, layer in layers.items() if isinstance(layer.gate, Fixed)
+    }
     with inputs.evaluating(trial), torch.backends.cudnn.flags(enabled=False):
         loss = _any_loss(inputs.tensors(inputs.call(trial, example_inputs)))
     distinct = list({id(t): t for t in values.values()}.values())
@@ -176,7 +196,10 @@ def _any_loss(outputs: list[Tensor]) -> Tensor:
     total = torch.zeros((), dtype=torch.float64)
     for t in outputs:
         if t.is_floating_point():
-            total = total.to(t.device) + (t.double() * torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.device)).sum()
+            total = (
+                total.to(t.device)
+                + (t.double() * torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.device)).sum()
+            )
     return total
 
 
@@ -185,14 +208,18 @@ def _close(trial: nn.Module, layer: GatedLayer, example_inputs: Any, limit: int)
     gate = layer.gate
     assert isinstance(gate, Fixed)
     before = inputs.evaluate(trial, example_inputs)
-    numbers = sorted({i * gate.num_gates // limit for i in range(limit)}) if gate.num_gates > limit else range(gate.num_gates)
+    numbers = (
+        sorted({i * gate.num_gates // limit for i in range(limit)}) if gate.num_gates > limit else range(gate.num_gates)
+    )
     unreachable = []
     for number in numbers:
         with _closed(gate, [number]):
             if not inputs.differ(before, inputs.evaluate(trial, example_inputs), rtol=0, atol=0):
                 unreachable.append(number)
     with _closed(gate, list(range(gate.num_gates))):
-        bypassed = len(unreachable) == len(numbers) and not inputs.differ(before, inputs.evaluate(trial, example_inputs), rtol=0, atol=0)
+        bypassed = len(unreachable) == len(numbers) and not inputs.differ(
+            before, inputs.evaluate(trial, example_inputs), rtol=0, atol=0
+        )
     return len(numbers), unreachable, bypassed
 
 

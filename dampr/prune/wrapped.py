@@ -1,4 +1,6 @@
-"""Models inside of what torch.distributed and torch.compile make of them: seen through, put together again, or refused."""
+"""Models inside of what torch.distributed and torch.compile make of them: seen through, put together again,
+or refused.
+"""
 
 from __future__ import annotations
 
@@ -31,16 +33,22 @@ def check_bare(model: Any, what: str, name: str = "model", *, sharded: bool = Fa
     inner = inside(model)
     if inner is not None:
         raise TypeError(
-            f"{name}: what {_called(model)} returned, expected the module itself ({name}.{inner}), because {what}; wrap it after that"
+            f"{name}: what {_called(model)} returned, expected the module itself ({name}.{inner}), because {what}; "
+            "wrap it after that"
         )
     if not isinstance(model, nn.Module):
         return
     for path, module in model.named_modules():
         if inside(module) is not None and isinstance(module, nn.parallel.DistributedDataParallel):
-            raise TypeError(f"{name}.{path} is wrapped in {_called(module)}: expected it bare, because {what}; wrap it after that")
+            raise TypeError(
+                f"{name}.{path} is wrapped in {_called(module)}: expected it bare, because {what}; wrap it after that"
+            )
     first = next((key for key, p in model.named_parameters() if is_sharded(p)), None)
     if not sharded and is_any_sharded(model):
-        raise TypeError(f"{name} is sharded ({first or type(model).__name__}): expected it whole, because {what}; shard it after that")
+        raise TypeError(
+            f"{name} is sharded ({first or type(model).__name__}): expected it whole, because {what}; shard it after "
+            "that"
+        )
 
 
 def _called(model: nn.Module) -> str:
@@ -48,7 +56,8 @@ def _called(model: nn.Module) -> str:
 
 
 def sees_through(function: Function) -> Function:
-    """``function`` with the bare, whole module in the place of an argument ``model`` (and ``small``) that is wrapped or sharded.
+    """``function`` with the bare, whole module in the place of an argument ``model`` (and
+    ``small``) that is wrapped or sharded.
 
     Sharded parameters are gathered on every rank, so every rank has to call it.
     """
@@ -66,7 +75,9 @@ def sees_through(function: Function) -> Function:
             if isinstance(model, nn.Module):
                 whole = given.arguments[name] = gathered(model)
                 if whole is not unwrapped(model) and given.arguments.get("optimizer") is not None:
-                    raise ValueError("optimizer: it holds parts of sharded parameters, expected None with a sharded model")
+                    raise ValueError(
+                        "optimizer: it holds parts of sharded parameters, expected None with a sharded model"
+                    )
         return function(*given.args, **given.kwargs)
 
     return cast(Function, bare)
@@ -79,25 +90,33 @@ def is_sharded(t: Any) -> bool:
 
 def is_fsdp(module: nn.Module) -> bool:
     """Whether ``fully_shard`` has been here."""
-    return "torch.distributed.fsdp" in sys.modules and isinstance(module, sys.modules["torch.distributed.fsdp"].FSDPModule)
+    return "torch.distributed.fsdp" in sys.modules and isinstance(
+        module, sys.modules["torch.distributed.fsdp"].FSDPModule
+    )
 
 
 def gathered(model: nn.Module, *, rank: int | None = None) -> Any:
-    """The module inside of wrappers; where ``fully_shard`` or ``parallelize_module`` have sharded it, a plain copy with whole parameters.
+    """The module inside of wrappers; where ``fully_shard`` or ``parallelize_module`` have sharded it,
+    a plain copy with whole parameters.
 
     Args:
         model: wrapped, sharded or neither; a sharded one is not changed.
-        rank: the only rank that keeps the copy; None: every rank does. Sharded parameters are gathered one by one, on every rank.
+        rank: the only rank that keeps the copy; None: every rank does. Sharded parameters are gathered one by one,
+            on every rank.
 
     Returns: a module; None on the other ranks where ``rank`` is given.
 
-    Raises: TypeError for ``FullyShardedDataParallel``, the predecessor of ``fully_shard``, and for gates that are sharded.
+    Raises: TypeError for ``FullyShardedDataParallel``, the predecessor of ``fully_shard``,
+    and for gates that are sharded.
     """
     model = unwrapped(model)
     if "torch.distributed.fsdp" in sys.modules:
         former = sys.modules["torch.distributed.fsdp"].FullyShardedDataParallel
         if any(of_kind(model, former)):
-            raise TypeError("model is wrapped in FullyShardedDataParallel: expected torch.distributed.fsdp.fully_shard, or the bare module")
+            raise TypeError(
+                "model is wrapped in FullyShardedDataParallel: expected torch.distributed.fsdp.fully_shard, or the "
+                "bare module"
+            )
     kept = rank is None or not distributed.is_initialized() or distributed.get_rank() == rank
     if not is_any_sharded(model):
         return model if kept else None
@@ -110,7 +129,9 @@ def gathered(model: nn.Module, *, rank: int | None = None) -> Any:
         if is_sharded(t):
             whole = cast(Any, t).full_tensor().detach().clone()
             if kept:
-                memo[id(t)] = nn.Parameter(whole, requires_grad=t.requires_grad) if isinstance(t, nn.Parameter) else whole
+                memo[id(t)] = (
+                    nn.Parameter(whole, requires_grad=t.requires_grad) if isinstance(t, nn.Parameter) else whole
+                )
     if not kept:
         return None
     with _bare(model):
@@ -121,12 +142,17 @@ def gathered(model: nn.Module, *, rank: int | None = None) -> Any:
 
 
 def check_gates(model: nn.Module) -> None:
-    """Raise ValueError where gates belong to no gated layer, which would neither be counted nor cut, and TypeError for sharded ones."""
+    """Raise ValueError where gates belong to no gated layer, which would neither be counted nor cut,
+    and TypeError for sharded ones.
+    """
     owned = {inner for module in of_kind(model, GatedLayer) for inner in module.gate.modules()}
     for name, module in model.named_modules():
         if isinstance(module, Gate) and module not in owned:
             owner = type(model.get_submodule(name.rpartition(".")[0])).__name__
-            raise ValueError(f"{name}: gates in {owner}, which is no gated layer and does not use them; expected a layer of dampr.nn there")
+            raise ValueError(
+                f"{name}: gates in {owner}, which is no gated layer and does not use them; expected a layer of "
+                "dampr.nn there"
+            )
     check_gates_whole(model)
 
 
@@ -142,12 +168,16 @@ def check_gates_whole(model: nn.Module) -> None:
 
 def is_any_sharded(model: nn.Module) -> bool:
     """Whether ``fully_shard`` or tensor parallelism has been anywhere in ``model``."""
-    return any(is_fsdp(module) for module in model.modules()) or any(is_sharded(t) for t in (*model.parameters(), *model.buffers()))
+    return any(is_fsdp(module) for module in model.modules()) or any(
+        is_sharded(t) for t in (*model.parameters(), *model.buffers())
+    )
 
 
 @contextmanager
 def _bare(model: nn.Module) -> Iterator[None]:
-    """Every module without what torch.distributed has hung on it: its class, its hooks, its state; given back behind the block."""
+    """Every module without what torch.distributed has hung on it: its class, its hooks, its state;
+    given back behind the block.
+    """
     taken: list[tuple[nn.Module, type, dict[str, Any]]] = []
     try:
         for module in model.modules():
@@ -156,8 +186,14 @@ def _bare(model: nn.Module) -> Iterator[None]:
                 module.__class__ = type(module).__bases__[1]
             for name, value in list(module.__dict__.items()):
                 if "hook" in name and isinstance(value, dict):
-                    module.__dict__[name] = type(value)((key, hook) for key, hook in value.items() if not _is_of_torch(hook))
-                elif name in _MARKS or _is_of_torch(value) or (isinstance(value, dict) and any(map(_is_of_torch, value.values()))):
+                    module.__dict__[name] = type(value)(
+                        (key, hook) for key, hook in value.items() if not _is_of_torch(hook)
+                    )
+                elif (
+                    name in _MARKS
+                    or _is_of_torch(value)
+                    or (isinstance(value, dict) and any(map(_is_of_torch, value.values())))
+                ):
                     del module.__dict__[name]
         yield
     finally:

@@ -1,4 +1,7 @@
-"""Plain PyTorch, clean in float64: the definition of right. Every backend answers to this room; gradients come from autograd alone."""
+"""Plain PyTorch, clean in float64: the definition of right.
+
+Every backend answers to this room; gradients come from autograd alone.
+"""
 
 from .dependency_generator import dependency_generator
 from .fold_weight import fold_blocks, fold_weight
@@ -7,7 +10,18 @@ from .gated_attention import gated_attention
 from .gated_conv import gated_conv, weight_gated_conv
 from .gated_linear import expand_blocks, gated_linear, weight_gated_linear
 from .gated_rnn import gated_rnn
-from .gates import along, exp_portable, expected_l0, gate, gate_derivative, gate_values, mask, noise, open_probability, sign_swish
+from .gates import (
+    along,
+    exp_portable,
+    expected_l0,
+    gate,
+    gate_derivative,
+    gate_values,
+    mask,
+    noise,
+    open_probability,
+    sign_swish,
+)
 from .norm_gate import norm_gate
 
 __all__ = [

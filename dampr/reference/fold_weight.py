@@ -20,7 +20,9 @@ def fold_weight(
     spec: GateSpec,
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(z_out W z_in, z_out b) in ``dtype``, differentiable in every floating-point argument; weight: (N, K), bias: (N,)."""
+    """(z_out W z_in, z_out b) in ``dtype``, differentiable in every floating-point argument; weight: (N, K), bias:
+    (N,).
+    """
     # Where there are no gates, a one in the dtype that they have beside such a weight.
     none = weight.new_ones((), dtype=torch.promote_types(weight.dtype, torch.float32))
     z_in = none if input_log_alpha is None else gate_values(input_log_alpha, spec, input_seed)
@@ -37,6 +39,8 @@ def fold_blocks(
     block: tuple[int, int],
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """W * Z in ``dtype``, differentiable in every floating-point argument; weight: (N, ...), a gate for each block of it as a matrix."""
+    """W * Z in ``dtype``, differentiable in every floating-point argument; weight: (N, ...),
+    a gate for each block of it as a matrix.
+    """
     z = expand_blocks(gate_values(log_alpha, spec, seed), (weight.shape[0], weight.shape[1:].numel()), block)
     return (weight * z.reshape(weight.shape)).to(dtype)

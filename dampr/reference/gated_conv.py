@@ -25,7 +25,9 @@ def gated_conv(
     per_sample: bool,
     **arguments: Any,
 ) -> torch.Tensor:
-    """Differentiable in every floating-point argument. x: (B, C, ...), weight: (N, C / groups, ...); ``arguments``: those of ``conv2d``."""
+    """Differentiable in every floating-point argument. x: (B, C, ...), weight: (N, C / groups, ...);
+    ``arguments``: those of ``conv2d``.
+    """
     rows = x.shape[0] if per_sample else None
     if input_log_alpha is not None:
         x = x * along(gate_values(input_log_alpha, spec, input_seed, rows), x, 1).to(x.dtype)
@@ -45,17 +47,23 @@ def weight_gated_conv(
     block: tuple[int, int] | None,
     **arguments: Any,
 ) -> torch.Tensor:
-    """A gate on each weight, or on each ``block`` of filters and channels with all kernel positions; the bias is not gated."""
+    """A gate on each weight, or on each ``block`` of filters and channels with all kernel positions;
+    the bias is not gated.
+    """
     z = gate_values(log_alpha, spec, seed)
     if block is not None:
-        z = expand_blocks(z, (weight.shape[0], weight.shape[1]), block).reshape(*weight.shape[:2], *[1] * (weight.dim() - 2))
+        z = expand_blocks(z, (weight.shape[0], weight.shape[1]), block).reshape(
+            *weight.shape[:2], *[1] * (weight.dim() - 2)
+        )
         gated = weight * z
     else:
         gated = weight * z.view(weight.shape)
     return _convolve(x, gated.to(x.dtype), bias, arguments)
 
 
-def _convolve(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, arguments: dict[str, Any]) -> torch.Tensor:
+def _convolve(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, arguments: dict[str, Any]
+) -> torch.Tensor:
     convolve: Any = {3: functional.conv1d, 4: functional.conv2d, 5: functional.conv3d}[x.dim()]
     y: torch.Tensor = convolve(x, weight, None if bias is None else bias.to(x.dtype), **arguments)
     return y

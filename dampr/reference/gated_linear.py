@@ -1,4 +1,7 @@
-"""y = z_out * ((x * z_in) W^T + b), and y = x (Z * W)^T + b, with every gate written out. Equations of the gates: :mod:`dampr.spec`."""
+"""y = z_out * ((x * z_in) W^T + b), and y = x (Z * W)^T + b, with every gate written out.
+
+Equations of the gates: :mod:`dampr.spec`.
+"""
 
 from __future__ import annotations
 
@@ -22,12 +25,13 @@ def gated_linear(
     spec: GateSpec,
     per_sample: bool,
 ) -> torch.Tensor:
-    """Differentiable in every floating-point argument. x: (..., K), weight: (N, K), bias: (N,), log-alphas: (K,) and (N,); returns (...,
-    N).
+    """Differentiable in every floating-point argument. x: (..., K), weight: (N, K), bias: (N,), log-alphas: (K,) and
+    (N,); returns (..., N).
 
     Per sample, each row of ``x`` flattened to (M, K) has gates of its own.
 
-    The output gate multiplies the bias too, in training as in evaluation. (The published L0 convolution drops the bias in training.)
+    The output gate multiplies the bias too, in training as in evaluation.
+    (The published L0 convolution drops the bias in training.)
     """
     leading = x.shape[:-1]
     rows = math.prod(leading) if per_sample else None  # numel() would be a number of its own under export
@@ -42,7 +46,9 @@ def gated_linear(
 
 
 def expand_blocks(z: torch.Tensor, shape: tuple[int, int], block: tuple[int, int]) -> torch.Tensor:
-    """Block gates as a matrix of ``shape`` (N, K): entry (n, k) is gate (n // R) * ceil(K / C) + k // C for ``block`` (R, C); z: flat."""
+    """Block gates as a matrix of ``shape`` (N, K): entry (n,
+    k) is gate (n // R) * ceil(K / C) + k // C for ``block`` (R, C); z: flat.
+    """
     (n_out, n_in), (rows, cols) = shape, block
     grid = z.view(-(n_out // -rows), -(n_in // -cols))
     return grid.repeat_interleave(rows, 0)[:n_out].repeat_interleave(cols, 1)[:, :n_in]
@@ -57,7 +63,9 @@ def weight_gated_linear(
     spec: GateSpec,
     block: tuple[int, int],
 ) -> torch.Tensor:
-    """A gate on each block of ``weight`` (N, K), on each weight for block (1, 1); the bias is not gated. x: (..., K); returns (..., N)."""
+    """A gate on each block of ``weight`` (N, K), on each weight for block (1, 1); the bias is not gated. x: (..., K);
+    returns (..., N).
+    """
     z = expand_blocks(gate_values(log_alpha, spec, seed), (weight.shape[0], weight.shape[1]), block)
     gated = (weight * z).to(x.dtype)
     return torch.nn.functional.linear(x, gated, None if bias is None else bias.to(x.dtype))

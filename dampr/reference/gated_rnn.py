@@ -1,8 +1,10 @@
 """LSTM, GRU and Elman layers whose hidden units have gates, cell by cell and step by step.
 
-z multiplies the state h wherever a weight or the caller reads it; a unit's memory of itself (c of an LSTM, u h of a GRU) is not gated::
+z multiplies the state h wherever a weight or the caller reads it; a unit's memory of itself (c of an LSTM,
+u h of a GRU) is not gated::
 
-    LSTM   i, f, g, o = x W_ih^T + b_ih + (z h) W_hh^T + b_hh      c' = s(f) c + s(i) tanh(g)      h' = s(o) tanh(c')  [W_hr^T]
+    LSTM   i, f, g, o = x W_ih^T + b_ih + (z h) W_hh^T + b_hh
+           c' = s(f) c + s(i) tanh(g)      h' = s(o) tanh(c')  [W_hr^T]
     GRU    r, u = s(x W_ih^T + b_ih + (z h) W_hh^T + b_hh)         n = tanh(x W_in^T + b_in + r ((z h) W_hn^T + b_hn))
            h' = (1 - u) n + u h
     RNN    h' = tanh or relu (x W_ih^T + b_ih + (z h) W_hh^T + b_hh)
@@ -33,8 +35,8 @@ def gated_rnn(
     Args:
         mode: ``"LSTM"``, ``"GRU"``, ``"RNN_TANH"`` or ``"RNN_RELU"``.
         x: (T, B, I).
-        weights: of each layer, and in it each direction: w_ih (G H, ...), w_hh (G H, P), b_ih and b_hh (G H,) or None, w_hr (P, H) or None
-            (then P = H).
+        weights: of each layer, and in it each direction: w_ih (G H, ...), w_hh (G H, P), b_ih and b_hh (G H,) or None,
+            w_hr (P, H) or None (then P = H).
         z: gates, (layers, directions, P).
         h_0, c_0: (layers * directions, B, P) and (layers * directions, B, H); None: zeros.
 

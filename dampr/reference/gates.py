@@ -1,4 +1,7 @@
-"""Gate values of every family, open probability and the expected L0 penalty in plain PyTorch. Equations and notation: :mod:`dampr.spec`."""
+"""Gate values of every family, open probability and the expected L0 penalty in plain PyTorch.
+
+Equations and notation: :mod:`dampr.spec`.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +44,9 @@ from dampr.spec import (
 
 
 def exp_portable(x: torch.Tensor) -> torch.Tensor:
-    """exp(x) in float32 by single IEEE operations, the same bits as in C++ and Triton; ``x`` is clamped to [-80, 80]; no derivative."""
+    """exp(x) in float32 by single IEEE operations, the same bits as in C++ and Triton; ``x`` is clamped to [-80, 80];
+    no derivative.
+    """
     x = x.detach().to(torch.float32).clamp(-EXP_LIMIT, EXP_LIMIT)
     n = (x * EXP_LOG2E + EXP_ROUND) - EXP_ROUND
     f = (x - n * EXP_LN2_HI) - n * EXP_LN2_LO
@@ -53,7 +58,9 @@ def exp_portable(x: torch.Tensor) -> torch.Tensor:
 
 
 def _decide(log_alpha: torch.Tensor, spec: GateSpec, u: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which gates are exactly 0 and which exactly 1: taken in float32 whatever the dtype of the value, so that all backends agree."""
+    """Which gates are exactly 0 and which exactly 1: taken in float32 whatever the dtype of the value,
+    so that all backends agree.
+    """
     if spec.rule == SAMPLE:
         assert u is not None, "a drawn gate needs its noise"
         a, u32 = exp_portable(-log_alpha), u.to(torch.float32)
@@ -75,16 +82,23 @@ def _concrete(log_alpha: torch.Tensor, spec: GateSpec, u: torch.Tensor | None) -
 def gate(log_alpha: torch.Tensor, spec: GateSpec, u: torch.Tensor | None = None) -> torch.Tensor:
     """Gate values for given noise, differentiable in ``log_alpha``.
 
-    ``log_alpha``: the gate parameters of any family, (..., n), float32 or float64; ``u``: noise in (0, 1), broadcastable with them, needed
-    for a drawn gate.
+    ``log_alpha``: the gate parameters of any family, (..., n), float32 or float64; ``u``: noise in (0, 1),
+    broadcastable with them, needed for a drawn gate.
     """
     if spec.family != HARD_CONCRETE:
-        return _ramp(log_alpha, spec) if spec.family == RAMP else _masked(log_alpha, spec) if spec.family == MASK else log_alpha.clone()
+        return (
+            _ramp(log_alpha, spec)
+            if spec.family == RAMP
+            else _masked(log_alpha, spec)
+            if spec.family == MASK
+            else log_alpha.clone()
+        )
     zero, one = log_alpha.new_zeros(()), log_alpha.new_ones(())
     closed, full = _decide(log_alpha, spec, u)
     if spec.rule == BINARY:
         return torch.where(closed, zero, one)
-    # Zero in place of a log_alpha whose gate is clipped keeps the infinities of the branch not taken out of the derivative.
+    # Zero in place of a log_alpha whose gate is clipped keeps the infinities of the
+    # branch not taken out of the derivative.
     s = _concrete(torch.where(closed | full, zero, log_alpha), spec, u)
     z = s * (spec.zeta - spec.gamma) + spec.gamma
     inside = z + (z.clamp(EDGE, 1 - EDGE) - z).detach()
@@ -155,13 +169,17 @@ def _off_zero(z: torch.Tensor) -> torch.Tensor:
 
 
 def sign_swish(x: torch.Tensor, slope: float | torch.Tensor) -> torch.Tensor:
-    """SS_b(x) = 2 sigmoid(b x) (1 + b x (1 - sigmoid(b x))) - 1, Darabi et al. 2018 (arXiv 1812.11800); differentiable."""
+    """SS_b(x) = 2 sigmoid(b x) (1 + b x (1 - sigmoid(b x))) - 1, Darabi et al. 2018 (arXiv 1812.11800);
+    differentiable.
+    """
     y = slope * x
     return 2 * torch.sigmoid(y) * (1 + y * torch.sigmoid(-y)) - 1
 
 
 def mask(alpha: torch.Tensor, rule: int, slope: float | torch.Tensor, threshold: float | torch.Tensor) -> torch.Tensor:
-    """M of :mod:`dampr.spec` under one of its VARIANTS, in the shape of ``alpha``; differentiable in every tensor that it is given."""
+    """M of :mod:`dampr.spec` under one of its VARIANTS, in the shape of ``alpha``;
+    differentiable in every tensor that it is given.
+    """
     distance = alpha.abs() - threshold
     y = (slope * distance).clamp(-MASK_LIMIT, MASK_LIMIT)
     if rule == LOGISTIC:
@@ -199,7 +217,9 @@ def _masked_derivative(alpha: torch.Tensor, spec: GateSpec) -> torch.Tensor:
     return m + size.clamp(max=RAMP_LIMIT) * spec.beta * steep
 
 
-def noise(log_alpha: torch.Tensor, spec: GateSpec, seed: torch.Tensor | None, rows: int | None, start: int = 0) -> torch.Tensor | None:
+def noise(
+    log_alpha: torch.Tensor, spec: GateSpec, seed: torch.Tensor | None, rows: int | None, start: int = 0
+) -> torch.Tensor | None:
     """The uniforms of ``seed`` from index ``start`` on, (n,) or (rows, n); None for a deterministic gate."""
     if spec.rule != SAMPLE:
         return None
@@ -211,15 +231,17 @@ def noise(log_alpha: torch.Tensor, spec: GateSpec, seed: torch.Tensor | None, ro
 def gate_values(
     log_alpha: torch.Tensor, spec: GateSpec, seed: torch.Tensor | None = None, rows: int | None = None, start: int = 0
 ) -> torch.Tensor:
-    """Gates with the noise of ``seed`` from index ``start`` on: (n,), or (rows, n) with a draw per row. ``log_alpha``: (n,); differentiable
-    in it.
+    """Gates with the noise of ``seed`` from index ``start`` on: (n,), or (rows, n) with a draw per row. ``log_alpha``:
+    (n,); differentiable in it.
     """
     z = gate(log_alpha, spec, noise(log_alpha, spec, seed, rows, start))
     return z if rows is None else z.expand(rows, log_alpha.numel())
 
 
 def along(z: torch.Tensor, x: torch.Tensor, dim: int) -> torch.Tensor:
-    """Gates (n,) of dimension ``dim`` of ``x``, or (rows, n) with a row for each index of its first one, shaped to multiply ``x``."""
+    """Gates (n,) of dimension ``dim`` of ``x``, or (rows, n) with a row for each index of its first one,
+    shaped to multiply ``x``.
+    """
     shape = [1] * x.dim()
     shape[dim] = z.shape[-1]
     if z.dim() == 2 and dim != 0:
@@ -228,13 +250,16 @@ def along(z: torch.Tensor, x: torch.Tensor, dim: int) -> torch.Tensor:
 
 
 def open_probability(log_alpha: torch.Tensor, spec: GateSpec) -> torch.Tensor:
-    """P(z != 0) = sigmoid(log_alpha - beta log(-gamma / zeta)), Louizos et al. 2018 eq. 12; differentiable, shape of ``log_alpha``.
+    """P(z != 0) = sigmoid(log_alpha - beta log(-gamma / zeta)), Louizos et al. 2018 eq. 12; differentiable,
+    shape of ``log_alpha``.
 
-    Raises ValueError for a family without a distribution, whose surrogate count is that of its module in :mod:`dampr.gates`.
+    Raises ValueError for a family without a distribution,
+    whose surrogate count is that of its module in :mod:`dampr.gates`.
     """
     if spec.family != HARD_CONCRETE:
         raise ValueError(
-            f"spec.family={spec.family}: expected {HARD_CONCRETE} (hard concrete), the family that has a probability to be open"
+            f"spec.family={spec.family}: expected {HARD_CONCRETE} (hard concrete), the family that has a probability "
+            "to be open"
         )
     return torch.sigmoid(log_alpha - spec.beta * math.log(-spec.gamma / spec.zeta))
 
@@ -248,7 +273,9 @@ def expected_l0(
     group_sq_norm: torch.Tensor | None = None,
     prior_precision: float | torch.Tensor = 0.0,
 ) -> torch.Tensor:
-    """sum_g pi_g (rho / 2 ||w_g||^2 + lambda |g|), the expected penalty of Louizos et al. 2018 (eq. 9 and appendix A); a scalar tensor."""
+    """sum_g pi_g (rho / 2 ||w_g||^2 + lambda |g|), the expected penalty of Louizos et al. 2018 (eq. 9 and appendix A);
+    a scalar tensor.
+    """
     cost = group_size * lam
     if group_sq_norm is not None and (isinstance(prior_precision, torch.Tensor) or prior_precision):
         cost = cost + 0.5 * prior_precision * group_sq_norm

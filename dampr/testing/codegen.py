@@ -1,7 +1,9 @@
-"""What the compiler made of the Triton kernels, compiled ahead of time for a GPU that need not be there and read in the machine code.
+"""What the compiler made of the Triton kernels, compiled ahead of time for a GPU that need not
+be there and read in the machine code.
 
-``cases()`` lists every kernel with every tile that ships and every architecture it ships for; ``inspect(case)`` compiles one and counts.
-tests/testing/test_codegen.py holds the counts to limits, ``python -m benchmarks.codegen`` prints them. Imports no torch.
+``cases()`` lists every kernel with every tile that ships and every architecture it ships for; ``inspect(case)``
+compiles one and counts. tests/testing/test_codegen.py holds the counts to limits,
+``python -m benchmarks.codegen`` prints them. Imports no torch.
 """
 
 from __future__ import annotations
@@ -39,7 +41,11 @@ GEMM_KERNELS = {
     "dw": gated_linear.gated_linear_bwd_dw_kernel,
 }
 # The blocks of each GEMM kernel in the order rows, cols, depth of its output tile.
-GEMM_BLOCKS = {"fwd": ("BLOCK_M", "BLOCK_N", "BLOCK_K"), "dx": ("BLOCK_M", "BLOCK_K", "BLOCK_N"), "dw": ("BLOCK_N", "BLOCK_K", "BLOCK_M")}
+GEMM_BLOCKS = {
+    "fwd": ("BLOCK_M", "BLOCK_N", "BLOCK_K"),
+    "dx": ("BLOCK_M", "BLOCK_K", "BLOCK_N"),
+    "dw": ("BLOCK_N", "BLOCK_K", "BLOCK_M"),
+}
 # R x C and how many lie side by side: the common ones, one that is no power of two, one as large as the matrix.
 GATE_BLOCKS = {
     "4x4": (4, 4, 1024),
@@ -78,9 +84,11 @@ _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*?);", re.M)
 
 
 class Case(NamedTuple):
-    """One kernel with one set of constants; ``dtype`` of its tensors, ``aligned``: sizes and strides are multiples of 16.
+    """One kernel with one set of constants; ``dtype`` of its tensors,
+    ``aligned``: sizes and strides are multiples of 16.
 
-    ``parameter_dtype``: that of weight and bias where it is another one, as under autocast. ``gemm``: it multiplies matrices.
+    ``parameter_dtype``: that of weight and bias where it is another one, as under autocast.
+    ``gemm``: it multiplies matrices.
     """
 
     name: str
@@ -95,7 +103,10 @@ class Case(NamedTuple):
 
 
 class Report(NamedTuple):
-    """Counts read from the machine code. ``hot_loop``: instructions in the K loop, or the longest, or in the kernel where there is none."""
+    """Counts read from the machine code.
+
+    ``hot_loop``: instructions in the K loop, or the longest, or in the kernel where there is none.
+    """
 
     registers: int
     stack: int
@@ -133,10 +144,28 @@ def _gemm_cases(capability: int) -> list[Case]:
     found = []
     for kind in _kinds(capability):
         tile, aligned, dtype = configs.GEMM_TILES[kind], kind != "odd", "fp32" if kind.startswith("fp32") else "bf16"
-        flags = {"GROUP": tile.group, "EVEN": aligned, "IN_GROUPED": aligned, "OUT_GROUPED": aligned, "PRECISION": "ieee", "GATE": _SPEC}
+        flags = {
+            "GROUP": tile.group,
+            "EVEN": aligned,
+            "IN_GROUPED": aligned,
+            "OUT_GROUPED": aligned,
+            "PRECISION": "ieee",
+            "GATE": _SPEC,
+        }
         for op in GEMM_KERNELS:
             blocks = dict(zip(GEMM_BLOCKS[op], (tile.rows, tile.cols, tile.depth), strict=True))
-            found.append(Case(f"{op}-{kind}", GEMM_KERNELS[op], {**blocks, **flags}, dtype, aligned, tile.num_warps, tile.num_stages, True))
+            found.append(
+                Case(
+                    f"{op}-{kind}",
+                    GEMM_KERNELS[op],
+                    {**blocks, **flags},
+                    dtype,
+                    aligned,
+                    tile.num_warps,
+                    tile.num_stages,
+                    True,
+                )
+            )
     return found
 
 
@@ -150,18 +179,30 @@ def _live_cases(capability: int) -> list[Case]:
         name = f"live-{configs.gemm_kind(size, size, size, dtype, capability)}"
         launch = tile.num_warps, tile.num_stages, True
         found[name] = Case(name, gated_linear_live.gated_linear_live_fwd_kernel, constants, dtype, aligned, *launch)
-        listing, name = {"BLOCKS": configs.LIVE_BLOCKS, "BLOCK_K": tile.depth, "GATE": _SPEC}, f"live_blocks-{tile.depth}"
+        listing, name = (
+            {"BLOCKS": configs.LIVE_BLOCKS, "BLOCK_K": tile.depth, "GATE": _SPEC},
+            f"live_blocks-{tile.depth}",
+        )
         found[name] = Case(name, gated_linear_live.live_blocks_kernel, listing, dtype, True)
     return list(found.values())
 
 
 def _conv_cases(capability: int) -> list[Case]:
-    """The convolution, 3 x 3, gated per image on both sides or on the output alone, once per batch in groups; and the listing kernel."""
+    """The convolution, 3 x 3, gated per image on both sides or on the output alone, once per batch in groups;
+    and the listing kernel.
+    """
     found = {}
     taps = {"R": 3, "S": 3, "SH": 1, "SW": 1, "PH": 1, "PW": 1, "DH": 1, "DW": 1}
     variants: dict[str, dict[str, Any]] = {
         "": {"IN_PER_SLAB": True, "OUT_PER_SLAB": True, "groups": 1},
-        "-out": {"IN_PER_SLAB": False, "OUT_PER_SLAB": True, "groups": 1, "z_in_ptr": None, "live_ptr": None, "count_ptr": None},
+        "-out": {
+            "IN_PER_SLAB": False,
+            "OUT_PER_SLAB": True,
+            "groups": 1,
+            "z_in_ptr": None,
+            "live_ptr": None,
+            "count_ptr": None,
+        },
         "-groups": {"IN_PER_SLAB": False, "OUT_PER_SLAB": False, "slabs": 1},
     }
     rounded = ("bf16", "tf32") if capability >= 80 else ("bf16",)
@@ -173,32 +214,53 @@ def _conv_cases(capability: int) -> list[Case]:
             tile, aligned = configs.conv_tile(128, rows, N, N, variant != "-out", dtype, capability), N % 16 == 0
             blocks = dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_C"), tile[:3], strict=True))
             sizes = {"GROUP": tile.group, "EVEN": aligned, "PRECISION": "tf32" if dtype == "tf32" else "ieee"}
-            name = f"conv-{'' if aligned else 'odd-'}{'' if dtype == 'bf16' else dtype + '-'}{tile.rows}x{tile.cols}{variant}"
+            kind = ("" if aligned else "odd-") + ("" if dtype == "bf16" else f"{dtype}-")
+            name = f"conv-{kind}{tile.rows}x{tile.cols}{variant}"
             launch = "fp32" if dtype == "tf32" else dtype, aligned, tile.num_warps, tile.num_stages, True
-            found[name] = Case(name, gated_conv2d.gated_conv2d_fwd_kernel, {**taps, **gates_of, **blocks, **sizes}, *launch)
+            found[name] = Case(
+                name, gated_conv2d.gated_conv2d_fwd_kernel, {**taps, **gates_of, **blocks, **sizes}, *launch
+            )
             listing, name = {"BLOCKS": configs.LIVE_BLOCKS, "BLOCK_C": tile.depth}, f"list_live-{tile.depth}"
             found[name] = Case(name, gated_conv2d.list_live_kernel, listing, "bf16", True)
     return list(found.values())
 
 
 def _weight_gemm_cases(capability: int) -> list[Case]:
-    """The GEMM that draws the gates of its weights, for at most 16 rows of x and for more, and with float32 weights under autocast."""
+    """The GEMM that draws the gates of its weights, for at most 16 rows of x and for more,
+    and with float32 weights under autocast.
+    """
     found = {}
     for size, dtype, parameter_dtype in ((64, "bf16", ""), (64, "bf16", "fp32"), (64, "fp32", ""), (99, "bf16", "")):
         for M in (16, 64):
             tile, aligned = configs.small_m_tile(M, size, size, dtype, capability), size % 16 == 0
             blocks = dict(zip(("BLOCK_N", "BLOCK_M", "BLOCK_K"), tile[:3], strict=True))
-            constants = {**blocks, "GROUP": tile.group, "EVEN": aligned, "GROUPED": aligned, "PRECISION": "ieee", "GATE": _SPEC}
-            name = f"small_m-{configs.gemm_kind(M, size, size, dtype, capability)}-{tile.cols}{'-autocast' if parameter_dtype else ''}"
+            constants = {
+                **blocks,
+                "GROUP": tile.group,
+                "EVEN": aligned,
+                "GROUPED": aligned,
+                "PRECISION": "ieee",
+                "GATE": _SPEC,
+            }
+            kind, ending = configs.gemm_kind(M, size, size, dtype, capability), "-autocast" if parameter_dtype else ""
+            name = f"small_m-{kind}-{tile.cols}{ending}"
             launch = tile.num_warps, tile.num_stages, True, parameter_dtype
-            found[name] = Case(name, weight_gated_linear.weight_gated_linear_fwd_kernel, constants, dtype, aligned, *launch)
+            found[name] = Case(
+                name, weight_gated_linear.weight_gated_linear_fwd_kernel, constants, dtype, aligned, *launch
+            )
     return list(found.values())
 
 
 def _weight_pass_cases() -> list[Case]:
     weights = {"BLOCK": configs.WEIGHT_BLOCK, "GATE": _SPEC}
     found = [
-        Case("gate_weights_fwd", weight_gated_linear.gate_weights_kernel, {**weights, "w_ptr": None, "dlog_alpha_ptr": None}, "bf16", True),
+        Case(
+            "gate_weights_fwd",
+            weight_gated_linear.gate_weights_kernel,
+            {**weights, "w_ptr": None, "dlog_alpha_ptr": None},
+            "bf16",
+            True,
+        ),
         Case("gate_weights_bwd", weight_gated_linear.gate_weights_kernel, weights, "bf16", True),
         Case("gate_weights_bwd-odd", weight_gated_linear.gate_weights_kernel, weights, "bf16", False),
     ]
@@ -240,8 +302,13 @@ def _pass_cases() -> list[Case]:
 
 
 def _norm_cases() -> list[Case]:
-    """The passes of a gated batch norm with ReLU, per sample and in training, for both layouts, and what joins their sums."""
-    join, finish = (dict(zip(("BLOCK_S", "BLOCK_N"), tile, strict=True)) for tile in (configs.NORM_JOIN_TILE, configs.NORM_FINISH_TILE))
+    """The passes of a gated batch norm with ReLU, per sample and in training, for both layouts,
+    and what joins their sums.
+    """
+    join, finish = (
+        dict(zip(("BLOCK_S", "BLOCK_N"), tile, strict=True))
+        for tile in (configs.NORM_JOIN_TILE, configs.NORM_FINISH_TILE)
+    )
     passes: dict[str, dict[str, Any]] = {
         "fwd": {"dy_ptr": None, "sums_ptr": None, "partial_ptr": None},
         "sums": {"sums_ptr": None, "out_ptr": None},
@@ -261,14 +328,22 @@ def _norm_cases() -> list[Case]:
             found.append(Case(f"norm_stats-{layout}{kind}", stats, means, "bf16", aligned))
             for name, absent in passes.items():
                 constants = {**blocks, **absent, "EPS": 1e-5, "RELU": True, "PER_OUTER": True}
-                found.append(Case(f"norm_{name}-{layout}{kind}", kernel, constants, "bf16", aligned, parameter_dtype="fp32"))
+                found.append(
+                    Case(f"norm_{name}-{layout}{kind}", kernel, constants, "bf16", aligned, parameter_dtype="fp32")
+                )
     return found
 
 
 def _generator_cases() -> list[Case]:
     sizes = {"LIMIT": math.log(100.0), **dict(zip(("BLOCK_N", "BLOCK_K"), configs.GENERATOR_TILE, strict=True))}
-    kernels = {"fwd": dependency_generator.dependency_generator_fwd_kernel, "bwd": dependency_generator.dependency_generator_bwd_kernel}
-    return [Case(f"generator_{name}", kernel, sizes, "fp32", True, configs.GENERATOR_WARPS, 1) for name, kernel in kernels.items()]
+    kernels = {
+        "fwd": dependency_generator.dependency_generator_fwd_kernel,
+        "bwd": dependency_generator.dependency_generator_bwd_kernel,
+    }
+    return [
+        Case(f"generator_{name}", kernel, sizes, "fp32", True, configs.GENERATOR_WARPS, 1)
+        for name, kernel in kernels.items()
+    ]
 
 
 def _element(name: str, case: Case) -> str:
@@ -283,7 +358,9 @@ def _element(name: str, case: Case) -> str:
 
 
 def compile_case(case: Case, target: GPUTarget) -> Any:
-    """The compiled kernel: float32 log-alphas, gates and workspaces, int64 seeds, everything else in the case's dtype."""
+    """The compiled kernel: float32 log-alphas, gates and workspaces, int64 seeds,
+    everything else in the case's dtype.
+    """
     names, signature, divisible = case.kernel.arg_names, {}, []
     for i, name in enumerate(names):
         if name in case.constants:
@@ -314,13 +391,19 @@ def _tools() -> Path:
 
 
 def inspect(case: Case, capability: int) -> Report:
-    """Compile for sm_``capability`` and read registers, memory and instructions back with the disassembler of the triton wheel."""
+    """Compile for sm_``capability`` and read registers,
+    memory and instructions back with the disassembler of the triton wheel.
+    """
     compiled = compile_case(case, GPUTarget("cuda", capability, 32))
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
-        usage = subprocess.run([_tools() / "cuobjdump", "-res-usage", cubin.name], check=True, capture_output=True, text=True).stdout
-        sass = subprocess.run([_tools() / "nvdisasm", "-c", cubin.name], check=True, capture_output=True, text=True).stdout
+        usage = subprocess.run(
+            [_tools() / "cuobjdump", "-res-usage", cubin.name], check=True, capture_output=True, text=True
+        ).stdout
+        sass = subprocess.run(
+            [_tools() / "nvdisasm", "-c", cubin.name], check=True, capture_output=True, text=True
+        ).stdout
     resources = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert resources is not None, f"cuobjdump printed no register count:\n{usage}"
     loop = hot_loop(sass, case.gemm)
@@ -332,7 +415,8 @@ def inspect(case: Case, capability: int) -> Report:
         f64=len(re.findall(_F64, sass)),
         hot_loop=len(_INSTRUCTION.findall(loop)),
         wgmma=len(re.findall(r"\bHGMMA", sass)),
-        # PTX lists a register operand in braces, as the accumulator before it; from shared memory it is a single descriptor.
+        # PTX lists a register operand in braces, as the accumulator before it;
+        # from shared memory it is a single descriptor.
         register_a=bool(re.search(r"wgmma\.mma_async[^;]*\}\s*,\s*\{", compiled.asm["ptx"])),
         tf32="tf32" in compiled.asm["ptx"],
         copies_in_loop=len(re.findall(_COPY, loop)),
@@ -340,21 +424,27 @@ def inspect(case: Case, capability: int) -> Report:
 
 
 def hot_loop(sass: str, gemm: bool) -> str:
-    """The text from a label to the branch back to it: of a GEMM the shortest that multiplies matrices, else the longest loop.
+    """The text from a label to the branch back to it: of a GEMM the shortest that multiplies matrices,
+    else the longest loop.
 
-    A wait that was moved out of line branches back as well, without a condition, so a conditional branch comes first. All of the text if
-    the kernel has no loop.
+    A wait that was moved out of line branches back as well, without a condition, so a conditional branch comes first.
+    All of the text if the kernel has no loop.
     """
     labels = {match[1]: match.start() for match in re.finditer(r"^(\.L_x_\d+):", sass, re.M)}
     branches = re.finditer(r"(@!?P\d+ )?\bBRA(\.U !?UP\d+,)? .*?`\((\.L_x_\d+)\).*", sass)
-    loops = [(not (m[1] or m[2]), sass[labels[m[3]] : m.end()]) for m in branches if labels.get(m[3], len(sass)) < m.start()]
+    loops = [
+        (not (m[1] or m[2]), sass[labels[m[3]] : m.end()]) for m in branches if labels.get(m[3], len(sass)) < m.start()
+    ]
     if gemm:
         return min((unconditional, len(text), text) for unconditional, text in loops if re.search(_MATRIX, text))[2]
-    texts = [text for _, text in loops if len(_INSTRUCTION.findall(text)) > 1]  # every kernel ends in a branch to itself
+    # every kernel ends in a branch to itself
+    texts = [text for _, text in loops if len(_INSTRUCTION.findall(text)) > 1]
     return max(texts, key=len, default=sass)
 
 
 def read_budgets(path: Path) -> dict[str, int]:
-    """Recorded hot-loop counts of the running Triton version, {"sm_90/fwd-large": 1234}; empty for a version without a record."""
+    """Recorded hot-loop counts of the running Triton version, {"sm_90/fwd-large": 1234};
+    empty for a version without a record.
+    """
     budgets: dict[str, int] = json.loads(path.read_text()).get(triton.__version__, {})
     return budgets

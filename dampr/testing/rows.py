@@ -78,7 +78,9 @@ def rounded(row: Row, data: dict[str, Tensor], dy: Tensor) -> tuple[dict[str, Te
     return {name: as_tf32(t) if name in ("x", "weight") else t for name, t in data.items()}, as_tf32(dy)
 
 
-def other_signs(data: dict[str, Tensor], dy: Tensor, keep: tuple[str, ...] = ()) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+def other_signs(
+    data: dict[str, Tensor], dy: Tensor, keep: tuple[str, ...] = ()
+) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
     """The same problem a few times with signs drawn again, but for gates and what is named, if it is small."""
     if dy.numel() + sum(t.numel() for t in data.values()) > _SMALL:
         return
@@ -92,7 +94,8 @@ def other_signs(data: dict[str, Tensor], dy: Tensor, keep: tuple[str, ...] = ())
 
 
 class Expected:
-    """What the reference gives for a problem: in float64, in the dtype of a row and, when it is asked for, in float64 with other signs.
+    """What the reference gives for a problem: in float64, in the dtype of a row and, when it is asked for,
+    in float64 with other signs.
 
     ``once(dtype, data, dy)`` computes outputs and gradients by name.
     """
@@ -115,7 +118,10 @@ class Expected:
 
 
 def upstream(dy: Tensor, dtype: torch.dtype, device: str) -> Tensor:
-    """The gradient of an output for a backward; one that is a single 1, expanded, stays that. (Converting would make it dense.)"""
+    """The gradient of an output for a backward; one that is a single 1, expanded, stays that.
+
+    (Converting would make it dense.)
+    """
     expanded = dy.numel() > 0 and not any(dy.stride())
     return torch.ones((), dtype=dtype, device=device).expand(dy.shape) if expanded else dy.to(device, dtype)
 
@@ -125,7 +131,10 @@ def on_backend(backend: str | None) -> AbstractContextManager[None]:
 
 
 def compare_all(row: Row, case: str, out: dict[str, Tensor], expected: Expected, dtype: torch.dtype) -> None:
-    """Add every tensor of a case to its row. What else the signs could give is looked at where a bound is passed: it only raises bounds."""
+    """Add every tensor of a case to its row.
+
+    What else the signs could give is looked at where a bound is passed: it only raises bounds.
+    """
     for name, o in out.items():
         against = expected.truth[name], expected.baseline[name], dtype
         result = compare(name, o, *against, tf32=row.tf32)

@@ -1,15 +1,17 @@
 """The tolerance rules that dampr's own kernels are held to, as assertions for anybody's kernels.
 
-An output is right when, against a float64 truth, (1) its largest error is at most twice that of plain PyTorch in the same dtype plus 1e-6
-of the largest true value, and (2) its RMS error is below a fixed share of the true RMS for its dtype. Noise and masks are compared
-exactly, not by these rules.
+An output is right when, against a float64 truth, (1) its largest error is at most twice that of plain PyTorch in the
+same dtype plus 1e-6 of the largest true value, and (2) its RMS error is below a fixed share of the true RMS for its
+dtype. Noise and masks are compared exactly, not by these rules.
 
-In half precision 1e-6 is far below what one rounding does (2^-9 in bfloat16), results pass several, and on a handful of elements plain
-PyTorch may be exact by luck; there one unit in the last place, at the largest true value, takes its place. So it is for float32 whose
-products are in TF32, which has the 11 significant bits of float16; plain PyTorch is held to the same by giving it rounded data.
+In half precision 1e-6 is far below what one rounding does (2^-9 in bfloat16), results pass several, and on a handful of
+elements plain PyTorch may be exact by luck; there one unit in the last place, at the largest true value, takes its
+place. So it is for float32 whose products are in TF32, which has the 11 significant bits of float16; plain PyTorch is
+held to the same by giving it rounded data.
 
-A sum may cancel, and a tensor of few elements may hold nothing else: then its largest value says nothing about what was added up. ``alike``
-takes the truths of the same problem with other signs, and the largest value is looked for in all of them.
+A sum may cancel, and a tensor of few elements may hold nothing else: then its largest value says nothing about what was
+added up. ``alike`` takes the truths of the same problem with other signs,
+and the largest value is looked for in all of them.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ RMS_BOUND = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-3, tor
 
 @dataclass(frozen=True)
 class Comparison:
-    """One tensor against its truth: the largest error and its bound, the RMS ratio and its bound; ``ok`` when both hold, without NaN."""
+    """One tensor against its truth: the largest error and its bound, the RMS ratio and its bound;
+    ``ok`` when both hold, without NaN.
+    """
 
     name: str
     error: float
@@ -53,7 +57,10 @@ class Comparison:
         return max(parts) if all(p == p for p in parts) else float("inf")
 
     def __str__(self) -> str:
-        return f"{self.name}: max error {self.error:.3g} (bound {self.bound:.3g}), RMS ratio {self.rms:.3g} (bound {self.rms_bound:.3g})"
+        return (
+            f"{self.name}: max error {self.error:.3g} (bound {self.bound:.3g}), RMS ratio {self.rms:.3g} (bound "
+            f"{self.rms_bound:.3g})"
+        )
 
 
 def compare(
@@ -77,11 +84,13 @@ def compare(
         alike: float64, what the truth would be with other signs of the data; they stand for its size where it cancels.
         tf32: products of float32 were in TF32, and ``baseline`` comes from data that :func:`as_tf32` has rounded.
 
-    A baseline whose own RMS error passes the fixed bound (a long half-precision sum) moves that bound to twice its error. Differences
-    below the smallest normal float32 do not count.
+    A baseline whose own RMS error passes the fixed bound (a long half-precision sum) moves that bound to twice its
+    error. Differences below the smallest normal float32 do not count.
     """
     if out.shape != truth.shape or baseline.shape != truth.shape:
-        raise AssertionError(f"{name}: shape {tuple(out.shape)}, baseline {tuple(baseline.shape)}, truth {tuple(truth.shape)}")
+        raise AssertionError(
+            f"{name}: shape {tuple(out.shape)}, baseline {tuple(baseline.shape)}, truth {tuple(truth.shape)}"
+        )
     if not truth.numel():
         return Comparison(name, 0.0, 0.0, 0.0, 0.0)
     truth = truth.detach().double().cpu()
@@ -94,7 +103,9 @@ def compare(
     precise = torch.float16 if tf32 else dtype
     slack = 1e-13 if precise == torch.float64 else max(1e-6, torch.finfo(precise).eps if precise.itemsize == 2 else 0.0)
     bound = 2 * own.max() + slack * scale + torch.finfo(torch.float32).tiny
-    ratio, own_ratio = (float(e.square().mean().sqrt() / rms_truth) if rms_truth else float(e.max()) for e in (gap, own))
+    ratio, own_ratio = (
+        float(e.square().mean().sqrt() / rms_truth) if rms_truth else float(e.max()) for e in (gap, own)
+    )
     return Comparison(name, float(gap.max()), float(bound), ratio, max(RMS_BOUND[precise], 2 * own_ratio))
 
 
@@ -120,7 +131,9 @@ def assert_close(
 
 
 def layouts(t: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """``t`` in memory layouts that break kernels which trust strides: as it is, transposed, a slice of a wider matrix, an offset view."""
+    """``t`` in memory layouts that break kernels which trust strides: as it is, transposed, a slice of a wider matrix,
+    an offset view.
+    """
     yield "contiguous", t
     yield "transposed", t.t().contiguous().t()
     wide = torch.cat((t, torch.full_like(t, float("nan"))), dim=1)
@@ -131,7 +144,9 @@ def layouts(t: Tensor) -> Iterator[tuple[str, Tensor]]:
 
 @contextmanager
 def poisoned_empty() -> Iterator[None]:
-    """Fill what ``torch.empty``, ``torch.empty_like`` and ``Tensor.new_empty`` return with NaN, so that an unwritten element shows."""
+    """Fill what ``torch.empty``, ``torch.empty_like`` and ``Tensor.new_empty`` return with NaN,
+    so that an unwritten element shows.
+    """
 
     def poisoned(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def wrapper(*args: Any, **kwargs: Any) -> Tensor:

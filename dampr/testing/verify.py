@@ -1,6 +1,8 @@
-"""Every op on every backend that is present, against the float64 reference: values, every gradient, noise, and which gates are 0 or 1.
+"""Every op on every backend that is present, against the float64 reference: values, every gradient, noise,
+and which gates are 0 or 1.
 
-``python -m dampr.testing.verify`` needs torch and numpy, and triton where there is a GPU; ``dampr verify`` prints the same as a table.
+``python -m dampr.testing.verify`` needs torch and numpy, and triton where there is a GPU;
+``dampr verify`` prints the same as a table.
 """
 
 from __future__ import annotations
@@ -47,8 +49,12 @@ def targets() -> list[tuple[str, str, torch.dtype]]:
 
 
 def jobs(only_op: str | None = None, only_backend: str | None = None) -> list[Job]:
-    """What can be verified here: an op on a backend, a device and in a dtype, and once more in TF32 where our kernels have it."""
-    found = [(op, *target, False) for target in targets() for op in _OPS if only_op in (None, op) and _applies(op, *target)]
+    """What can be verified here: an op on a backend, a device and in a dtype,
+    and once more in TF32 where our kernels have it.
+    """
+    found = [
+        (op, *target, False) for target in targets() for op in _OPS if only_op in (None, op) and _applies(op, *target)
+    ]
     found += [(op, "triton", "cuda", torch.float32, True) for op in _PRODUCTS if only_op in (None, op) and has_tf32()]
     return [job for job in found if only_backend in (None, job[1])]
 
@@ -59,12 +65,16 @@ def run(only_op: str | None = None) -> list[Row]:
 
 
 def run_side_by_side(wanted: list[Job], processes: int, parts: int = PARTS) -> Iterator[Row]:
-    """The rows of these jobs as they are done, worked at in parts by several processes: for a machine whose kernels are yet to be compiled.
+    """The rows of these jobs as they are done, worked at in parts by several processes:
+    for a machine whose kernels are yet to be compiled.
 
-    The processes have one thread each: threads of several that wait for each other on the same cores take many times as long.
+    The processes have one thread each: threads of several that wait for each other on the
+    same cores take many times as long.
     """
     processes = _checks.positive_int("processes", processes)
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with ProcessPoolExecutor(
+        processes, multiprocessing.get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
+    ) as pool:
         rows = [[pool.submit(verify_op, *job, part=(part, parts)) for part in range(parts)] for job in wanted]
         for first, *others in rows:
             row = first.result()
@@ -82,7 +92,10 @@ def verify_op(
     row: type[Row] = Row,
     part: tuple[int, int] = (0, 1),
 ) -> Row:
-    """One row, or a part of it. Products of float32 are in IEEE arithmetic whatever torch's switches say, or in TF32, with bounds of it."""
+    """One row, or a part of it.
+
+    Products of float32 are in IEEE arithmetic whatever torch's switches say, or in TF32, with bounds of it.
+    """
     with float32_products(TF32 if tf32 else "ieee"):
         return _OPS[op](row(op, backend, device, TF32 if tf32 else str(dtype).removeprefix("torch."), part=part), dtype)
 
@@ -96,7 +109,9 @@ def has_tf32() -> bool:
 
 @contextmanager
 def float32_products(precision: str) -> Iterator[None]:
-    """Products of float32 matrices and convolutions on CUDA are "ieee" or "tf32" in the block. torch's default differs between the two."""
+    """Products of float32 matrices and convolutions on CUDA are "ieee" or "tf32" in the block.
+    torch's default differs between the two.
+    """
     switches: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn)  # type: ignore[attr-defined]
     kept = [switch.fp32_precision for switch in switches]
     try:
@@ -146,14 +161,17 @@ def main(argv: list[str] | None = None) -> int:
     for row in found:
         worst = "" if row.worst is None else f"worst {row.worst.share:6.1%} of bound: {row.worst_case}"
         print(
-            f"{'ok' if row.ok else 'FAILED':7} {row.op:20} {row.backend:10} {row.device:5} {row.dtype:9} {row.cases:4} cases  {worst}",
+            f"{'ok' if row.ok else 'FAILED':7} {row.op:20} {row.backend:10} {row.device:5} {row.dtype:9} "
+            f"{row.cases:4} cases  {worst}",
             flush=True,
         )
         for failure in row.failures[:5]:
             print(f"        {failure}")
         rows.append(row)
         if arguments.json:  # row by row: a run that is stopped keeps what it has
-            records.write_json(arguments.json, {"environment": records.environment(), "rows": [row.as_dict() for row in rows]})
+            records.write_json(
+                arguments.json, {"environment": records.environment(), "rows": [row.as_dict() for row in rows]}
+            )
     return 0 if rows and all(row.ok for row in rows) else 1
 
 

@@ -1,4 +1,6 @@
-"""Gated convolutions held to autograd on the float64 reference: every placement of gates, layout and route; part of ``dampr verify``."""
+"""Gated convolutions held to autograd on the float64 reference: every placement of gates, layout and route;
+part of ``dampr verify``.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ Shape = tuple[int, int, int, int, int, int]
 
 @dataclass(frozen=True)
 class ConvCase:
-    """One gated convolution: (B, C, H, W, N, kernel), where its gates are, its arguments, memory format and route (None: its own)."""
+    """One gated convolution: (B, C, H, W, N, kernel), where its gates are, its arguments,
+    memory format and route (None: its own).
+    """
 
     shape: Shape
     gates: str | tuple[int, int]  # "input", "output", "both", "weight", or the size of a block of filters and channels
@@ -57,13 +61,19 @@ class ConvCase:
 
 
 def cases(backend: str, device: str) -> Iterator[ConvCase]:
-    """Odd and even sizes, strides, padding, dilation, groups, depthwise, 1 x 1; the routes that the backend has beside its own choice.
+    """Odd and even sizes, strides, padding, dilation, groups, depthwise, 1 x 1;
+    the routes that the backend has beside its own choice.
 
     Fewer where Triton is interpreted: what is folded there are the kernels of the linear layer.
     """
     base: Shape = (3, 8, 7, 6, 12, 3)
     interpreted = backend == "triton" and device == "cpu"
-    ways: list[dict[str, Any]] = [{}, {"stride": 2, "padding": 1}, {"padding": "same", "dilation": 2}, {"groups": 2, "padding": (1, 0)}]
+    ways: list[dict[str, Any]] = [
+        {},
+        {"stride": 2, "padding": 1},
+        {"padding": "same", "dilation": 2},
+        {"groups": 2, "padding": (1, 0)},
+    ]
     for arguments, last in itertools.product(ways[-1:] if interpreted else ways, (False, True)):
         for gates, each in itertools.product(("input", "output", "both"), (False, True)):
             yield ConvCase(base, gates, each, last, arguments)
@@ -73,9 +83,13 @@ def cases(backend: str, device: str) -> Iterator[ConvCase]:
         for gates, each in itertools.product(("input", "output"), (False, True)):
             yield ConvCase(shape, gates, each, False, {"groups": groups})
     if backend != "reference":
-        yield from (ConvCase((2, 16, 5, 4, 32, 1), gates, False, True, {}, "linear") for gates in ("input", "output", "both"))
+        yield from (
+            ConvCase((2, 16, 5, 4, 32, 1), gates, False, True, {}, "linear") for gates in ("input", "output", "both")
+        )
     if backend == "cpp":
-        for arguments, (gates, last) in itertools.product(ways[:-1], (("input", True), ("output", True), ("output", False))):
+        for arguments, (gates, last) in itertools.product(
+            ways[:-1], (("input", True), ("output", True), ("output", False))
+        ):
             yield ConvCase((2, 20, 9, 7, 33, 3), gates, False, last, arguments, "live")
     if backend == "triton":
         for arguments, gates in itertools.product(ways, ("both",) if interpreted else ("input", "output", "both")):
@@ -83,7 +97,13 @@ def cases(backend: str, device: str) -> Iterator[ConvCase]:
 
 
 def once(
-    backend: str | None, dtype: torch.dtype, device: str, case: ConvCase, data: dict[str, Tensor], dy: Tensor, seed: Tensor
+    backend: str | None,
+    dtype: torch.dtype,
+    device: str,
+    case: ConvCase,
+    data: dict[str, Tensor],
+    dy: Tensor,
+    seed: Tensor,
 ) -> dict[str, Tensor]:
     """y and every gradient of one case, from the same data whatever the dtype; None: autograd on the reference."""
     leaves: dict[str, Tensor] = {}
@@ -109,7 +129,10 @@ def once(
             ends = gates.get("input_gate"), gates.get("output_gate")
             y = reference.gated_conv(*own, *ends, seed, second, spec, case.per_sample, **case.arguments)
         y.backward(dy.to(device, dtype))
-    return {"y": y.detach(), **{f"d{name}": torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for name, leaf in leaves.items()}}
+    return {
+        "y": y.detach(),
+        **{f"d{name}": torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for name, leaf in leaves.items()},
+    }
 
 
 def make(case: ConvCase, dtype: torch.dtype, generator: torch.Generator) -> tuple[dict[str, Tensor], Tensor, Tensor]:
@@ -118,7 +141,11 @@ def make(case: ConvCase, dtype: torch.dtype, generator: torch.Generator) -> tupl
     data["weight"] /= max(1, data["weight"][0].numel()) ** 0.5
     data = {name: t if name.endswith("_gate") else t.to(dtype) for name, t in data.items()}
     size = torch.nn.functional.conv2d(data["x"].float(), data["weight"].float(), **case.arguments).shape
-    return data, torch.randn(size, generator=generator).to(dtype), torch.randint(0, 2**63 - 1, (1,), generator=generator)
+    return (
+        data,
+        torch.randn(size, generator=generator).to(dtype),
+        torch.randint(0, 2**63 - 1, (1,), generator=generator),
+    )
 
 
 def verify(row: Row, dtype: torch.dtype) -> Row:
@@ -134,5 +161,7 @@ def verify(row: Row, dtype: torch.dtype) -> Row:
     return row
 
 
-def _reference(case: ConvCase, seed: Tensor, dtype: torch.dtype, data: dict[str, Tensor], dy: Tensor) -> dict[str, Tensor]:
+def _reference(
+    case: ConvCase, seed: Tensor, dtype: torch.dtype, data: dict[str, Tensor], dy: Tensor
+) -> dict[str, Tensor]:
     return once(None, dtype, "cpu", case, data, dy, seed)

@@ -22,7 +22,9 @@ def _specs() -> list[tuple[str, GateSpec]]:
 
 
 def verify_noise(row: Row, dtype: torch.dtype) -> Row:
-    """Drawn gates are 0 and 1 exactly where the reference says, for random seeds and row starts that are no multiple of four."""
+    """Drawn gates are 0 and 1 exactly where the reference says,
+    for random seeds and row starts that are no multiple of four.
+    """
     generator = torch.Generator().manual_seed(0)
     for index, (rows, n) in enumerate(((None, 4096), (3, 1001), (257, 64), (5, 7), (1, 1), (0, 5))):
         seed = torch.randint(0, 2**63 - 1, (1,), generator=generator)
@@ -61,9 +63,18 @@ def verify_values(row: Row, dtype: torch.dtype) -> Row:
 
 
 def gates_once(
-    backend: str | None, dtype: torch.dtype, device: str, log_alpha: Tensor, seed: Tensor, dz: Tensor, rows: int | None, spec: GateSpec
+    backend: str | None,
+    dtype: torch.dtype,
+    device: str,
+    log_alpha: Tensor,
+    seed: Tensor,
+    dz: Tensor,
+    rows: int | None,
+    spec: GateSpec,
 ) -> tuple[Tensor, Tensor]:
-    """Gate values and the gradient of log_alpha from one backend; None: from autograd on the reference, without any op of ours."""
+    """Gate values and the gradient of log_alpha from one backend; None: from autograd on the reference,
+    without any op of ours.
+    """
     leaf = log_alpha.to(device, dtype).detach().requires_grad_()
     with on_backend(backend):
         if backend is None:
@@ -76,11 +87,18 @@ def gates_once(
 
 
 def verify_generator(row: Row, dtype: torch.dtype) -> Row:
-    """Chains of hard widths. Weights are small enough that a deep one does not multiply its rounding errors from layer to layer."""
+    """Chains of hard widths.
+
+    Weights are small enough that a deep one does not multiply its rounding errors from layer to layer.
+    """
     generator = torch.Generator().manual_seed(4)
-    for index, widths in enumerate(((1, 1), (5, 7, 3), (65, 1, 129, 63), (16,) * 12, (20, 20, 50, 500), (64, 64, 128, 256))):
+    for index, widths in enumerate(
+        ((1, 1), (5, 7, 3), (65, 1, 129, 63), (16,) * 12, (20, 20, 50, 500), (64, 64, 128, 256))
+    ):
         shapes = [shape for before, after in itertools.pairwise(widths) for shape in ((after, before), (after,))]
-        data = [torch.randn(shape, generator=generator) / (25 * shape[-1]) ** (len(shape) / 2 - 0.5) for shape in shapes]
+        data = [
+            torch.randn(shape, generator=generator) / (25 * shape[-1]) ** (len(shape) / 2 - 0.5) for shape in shapes
+        ]
         upstream = torch.randn(sum(widths[1:]), generator=generator)
         if not row.has(index):
             continue
@@ -91,7 +109,9 @@ def verify_generator(row: Row, dtype: torch.dtype) -> Row:
     return row
 
 
-def generator_once(backend: str | None, dtype: torch.dtype, device: str, data: list[Tensor], upstream: Tensor) -> tuple[Tensor, Tensor]:
+def generator_once(
+    backend: str | None, dtype: torch.dtype, device: str, data: list[Tensor], upstream: Tensor
+) -> tuple[Tensor, Tensor]:
     """Values and the gradients of all parameters from one backend; None: from autograd on the reference."""
     leaves, upstream = [t.to(device, dtype).detach().requires_grad_() for t in data], upstream.to(device, dtype)
     with on_backend(backend):

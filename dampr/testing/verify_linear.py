@@ -1,4 +1,6 @@
-"""Gated linear maps held to autograd on the float64 reference: every placement of gates, layout, rule; part of ``dampr verify``."""
+"""Gated linear maps held to autograd on the float64 reference: every placement of gates, layout, rule;
+part of ``dampr verify``.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ from .tolerances import HARD_SHAPES, TILED_SHAPES, layouts
 
 @dataclass(frozen=True)
 class LinearCase:
-    """One gated linear map: x (M, K), weight (N, K); where its gates are, how many draws, what its memory looks like."""
+    """One gated linear map: x (M, K), weight (N, K); where its gates are, how many draws,
+    what its memory looks like.
+    """
 
     shape: tuple[int, int, int]  # (M, K, N)
     gates: str | tuple[int, int]  # "none", "input", "output", "both", "weight", or the size of a block of weights
@@ -47,13 +51,27 @@ class LinearCase:
 
 
 def linear_cases(device: str) -> list[LinearCase]:
-    """Hard shapes with every placement of gates, layouts and gradients on one shape, every rule; on CUDA also shapes of whole tiles."""
+    """Hard shapes with every placement of gates, layouts and gradients on one shape, every rule;
+    on CUDA also shapes of whole tiles.
+    """
     on_vectors, on_weights = ("input", "output", "both"), ("weight", (4, 4), (3, 5), (64, 1))
     cases = [LinearCase(shape, "none") for shape in HARD_SHAPES]
-    cases += [LinearCase(shape, gates, per_sample) for shape in HARD_SHAPES for gates in on_vectors for per_sample in (False, True)]
+    cases += [
+        LinearCase(shape, gates, per_sample)
+        for shape in HARD_SHAPES
+        for gates in on_vectors
+        for per_sample in (False, True)
+    ]
     cases += [LinearCase(shape, gates) for shape in HARD_SHAPES for gates in on_weights]
-    ways: list[tuple[str | tuple[int, int], bool]] = [("both", False), ("both", True), ("weight", False), ((4, 4), False)]
-    for layout, expanded, (gates, per_sample) in itertools.product(("transposed", "sliced", "offset"), (False, True), ways):
+    ways: list[tuple[str | tuple[int, int], bool]] = [
+        ("both", False),
+        ("both", True),
+        ("weight", False),
+        ((4, 4), False),
+    ]
+    for layout, expanded, (gates, per_sample) in itertools.product(
+        ("transposed", "sliced", "offset"), (False, True), ways
+    ):
         cases.append(LinearCase((37, 24, 20), gates, per_sample, layout=layout, expanded_dy=expanded))
     cases += [
         LinearCase((9, 20, 12), gates, rule=rule)
@@ -66,7 +84,9 @@ def linear_cases(device: str) -> list[LinearCase]:
     return cases
 
 
-def linear_data(case: LinearCase, dtype: torch.dtype, generator: torch.Generator) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+def linear_data(
+    case: LinearCase, dtype: torch.dtype, generator: torch.Generator
+) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     """(data, dy, seed) of a case; data is rounded to ``dtype`` but for the gates."""
     seed = torch.randint(0, 2**63 - 1, (1,), generator=generator)
     m, k, n = case.shape
@@ -82,7 +102,11 @@ def linear_data(case: LinearCase, dtype: torch.dtype, generator: torch.Generator
     data = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items() if shape is not None}
     data["weight"] /= max(k, 1) ** 0.5
     data = {name: t if name.endswith("_gate") else t.to(dtype) for name, t in data.items()}
-    dy = torch.ones((), dtype=dtype).expand(m, n) if case.expanded_dy else torch.randn(m, n, generator=generator).to(dtype)
+    dy = (
+        torch.ones((), dtype=dtype).expand(m, n)
+        if case.expanded_dy
+        else torch.randn(m, n, generator=generator).to(dtype)
+    )
     return data, dy, seed
 
 
@@ -101,23 +125,36 @@ def verify(row: Row, dtype: torch.dtype) -> Row:
     return row
 
 
-def _reference(case: LinearCase, seed: Tensor, dtype: torch.dtype, data: dict[str, Tensor], dy: Tensor) -> dict[str, Tensor]:
+def _reference(
+    case: LinearCase, seed: Tensor, dtype: torch.dtype, data: dict[str, Tensor], dy: Tensor
+) -> dict[str, Tensor]:
     return linear_once(None, dtype, "cpu", case, data, dy, seed)
 
 
 def _routes(backend: str, case: LinearCase) -> tuple[str | None, ...]:
-    """The route a case takes by itself and, in C++, where hard shapes are small layers, those of larger ones as well."""
+    """The route a case takes by itself and, in C++, where hard shapes are small layers,
+    those of larger ones as well.
+    """
     if backend != "cpp" or case.op != "gated_linear" or case.gates == "none":
         return (None,)
     if case.per_sample and case.rule == "sample":
         return None, "passes"
-    return None, "fold", "activations", *["live"] * (case.rule not in ("mask", "value"))  # of these, closed gates have a gradient
+    # of these, closed gates have a gradient
+    return None, "fold", "activations", *["live"] * (case.rule not in ("mask", "value"))
 
 
 def linear_once(
-    backend: str | None, dtype: torch.dtype, device: str, case: LinearCase, data: dict[str, Tensor], dy: Tensor, seed: Tensor
+    backend: str | None,
+    dtype: torch.dtype,
+    device: str,
+    case: LinearCase,
+    data: dict[str, Tensor],
+    dy: Tensor,
+    seed: Tensor,
 ) -> dict[str, Tensor]:
-    """y and every gradient of one gated linear map, from the same data whatever the dtype; None: autograd on the reference."""
+    """y and every gradient of one gated linear map, from the same data whatever the dtype; None:
+    autograd on the reference.
+    """
     leaves: dict[str, Tensor] = {}
     for name, t in data.items():
         t = t.to(device, dtype if dtype == torch.float64 or not name.endswith("_gate") else torch.float32)
@@ -135,7 +172,12 @@ def linear_once(
         else:
             gates = leaves.get("input_gate"), leaves.get("output_gate")
             second = seed if gates[0] is None else seed ^ philox.SECOND_STREAM
-            y = reference.gated_linear(leaves["x"], leaves["weight"], leaves.get("bias"), *gates, seed, second, spec, case.per_sample)
+            y = reference.gated_linear(
+                leaves["x"], leaves["weight"], leaves.get("bias"), *gates, seed, second, spec, case.per_sample
+            )
         y.backward(upstream(dy, dtype, device))
     # A binary gate has no derivative.
-    return {"y": y.detach(), **{f"d{name}": torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for name, leaf in leaves.items()}}
+    return {
+        "y": y.detach(),
+        **{f"d{name}": torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for name, leaf in leaves.items()},
+    }

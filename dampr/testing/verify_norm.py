@@ -13,8 +13,8 @@ from dampr.spec import hard_concrete
 
 from .rows import Expected, Row, compare_all, on_backend, upstream
 
-# (B, C, ...) of a norm: nothing, vectors, sequences, images of one pixel, of primes, of whole tiles, of more channels than a tile. Never of
-# two values per channel: those are always +1 and -1, and the gradient is zero but for eps.
+# (B, C, ...) of a norm: nothing, vectors, sequences, images of one pixel, of primes, of whole tiles, of more channels
+# than a tile. Never of two values per channel: those are always +1 and -1, and the gradient is zero but for eps.
 NORM_SHAPES = (
     (0, 3, 4, 4),
     (5, 1),
@@ -31,21 +31,25 @@ NORM_SHAPES = (
 
 @dataclass(frozen=True)
 class NormCase:
-    """One gated batch norm of x (B, C, ...): which statistics, how many draws, what follows, what its memory looks like."""
+    """One gated batch norm of x (B, C, ...): which statistics, how many draws, what follows,
+    what its memory looks like.
+    """
 
     shape: tuple[int, ...]
     training: bool = True
     per_sample: bool = True
     relu: bool = True
     rule: str = "sample"
-    layout: str = "contiguous"  # "channels_last", or "sliced": every second index of the last dimension of a wider tensor
+    # "channels_last", or "sliced": every second index of the last dimension of a wider tensor
+    layout: str = "contiguous"
     affine: bool = True
     expanded_dy: bool = False
     mean: float = 0.0
 
     def __str__(self) -> str:
         how = [
-            f"{self.shape}, {'training' if self.training else 'evaluation'}, per {'sample' if self.per_sample else 'batch'}",
+            f"{self.shape}, {'training' if self.training else 'evaluation'}, per "
+            f"{'sample' if self.per_sample else 'batch'}",
             "ReLU" if self.relu else "",
             self.rule if self.rule != "sample" else "",
             self.layout if self.layout != "contiguous" else "",
@@ -62,7 +66,11 @@ def norm_cases() -> list[NormCase]:
     cases = [NormCase(shape, training, per_sample) for shape in NORM_SHAPES for training in both for per_sample in both]
     for shape in NORM_SHAPES:
         if len(shape) == 4:
-            cases += [NormCase(shape, training, per_sample, layout="channels_last") for training in both for per_sample in both]
+            cases += [
+                NormCase(shape, training, per_sample, layout="channels_last")
+                for training in both
+                for per_sample in both
+            ]
     images, vectors = (3, 20, 5, 7), (33, 20)
     for training, per_sample in itertools.product(both, both):
         for layout in ("contiguous", "channels_last", "sliced"):
@@ -70,7 +78,9 @@ def norm_cases() -> list[NormCase]:
             cases.append(NormCase(images, training, per_sample, relu=False, layout=layout))
         cases.append(NormCase(images, training, per_sample, affine=False))
         cases.append(NormCase(vectors, training, per_sample, relu=False))
-    cases += [NormCase(images, training, True, rule=rule) for training in both for rule in ("paper", "median", "binary")]
+    cases += [
+        NormCase(images, training, True, rule=rule) for training in both for rule in ("paper", "median", "binary")
+    ]
     cases += [NormCase(images, relu=False, layout=layout, mean=100.0) for layout in ("contiguous", "channels_last")]
     return cases
 
@@ -89,7 +99,11 @@ def norm_data(case: NormCase, dtype: torch.dtype, generator: torch.Generator) ->
     if case.affine:
         data |= {name: torch.randn(channels, generator=generator) for name in ("weight", "bias")}
     running = torch.randn(channels, generator=generator), torch.rand(channels, generator=generator) + 0.5
-    dy = torch.ones((), dtype=dtype).expand(case.shape) if case.expanded_dy else torch.randn(case.shape, generator=generator).to(dtype)
+    dy = (
+        torch.ones((), dtype=dtype).expand(case.shape)
+        if case.expanded_dy
+        else torch.randn(case.shape, generator=generator).to(dtype)
+    )
     return data, running, dy, seed
 
 
@@ -126,7 +140,9 @@ def norm_once(
 ) -> dict[str, Tensor]:
     """y, every gradient and the running statistics of one gated batch norm; None: autograd through the reference."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    leaves = {name: t.to(device, dtype if name == "x" else wide).detach().clone().requires_grad_() for name, t in data.items()}
+    leaves = {
+        name: t.to(device, dtype if name == "x" else wide).detach().clone().requires_grad_() for name, t in data.items()
+    }
     running = tuple(t.to(device, wide, copy=True) for t in running)  # type: ignore[assignment]
     x, seed, spec = leaves["x"], seed.to(device), hard_concrete(case.rule)
     if case.layout == "channels_last":
@@ -135,7 +151,11 @@ def norm_once(
         x = x.repeat_interleave(2, -1)[..., ::2]
     with on_backend(backend):
         if backend is not None:
-            how = {"training": case.training, "per_sample": case.per_sample, "activation": "relu" if case.relu else None}
+            how = {
+                "training": case.training,
+                "per_sample": case.per_sample,
+                "activation": "relu" if case.relu else None,
+            }
             affine = leaves.get("weight"), leaves.get("bias")
             y = functional.gated_batch_norm(x, leaves["gate"], *affine, *running, **how, seed=seed, spec=spec)  # type: ignore[arg-type]
         else:

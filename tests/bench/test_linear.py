@@ -47,7 +47,8 @@ def test_memory_that_two_saved_tensors_share_counts_once():
 
 
 @pytest.mark.parametrize(
-    ("size", "text"), [(None, ""), (0, "0 B"), (8, "8 B"), (999_600, "1 MB"), (65_536, "65.5 KB"), (4_194_304, "4.19 MB")]
+    ("size", "text"),
+    [(None, ""), (0, "0 B"), (8, "8 B"), (999_600, "1 MB"), (65_536, "65.5 KB"), (4_194_304, "4.19 MB")],
 )
 def test_sizes_have_three_digits(size, text):
     assert linear.size_text(size) == text

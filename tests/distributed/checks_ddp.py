@@ -1,4 +1,6 @@
-"""DistributedDataParallel around gated models: what sees through it, what refuses, and what trains the same on every rank."""
+"""DistributedDataParallel around gated models: what sees through it, what refuses,
+and what trains the same on every rank.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,9 @@ def alike(t: torch.Tensor, what: str = "") -> None:
     assert all(torch.equal(found[0], other) for other in found[1:]), f"{what}: {(found[0] - found[-1]).abs().max()}"
 
 
-def train(wrapped: nn.Module, model: nn.Module, steps: int = 4, cost: Callable[[], Any] = lambda: 0.0) -> torch.optim.Optimizer:
+def train(
+    wrapped: nn.Module, model: nn.Module, steps: int = 4, cost: Callable[[], Any] = lambda: 0.0
+) -> torch.optim.Optimizer:
     optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
     model.train()
     for _ in range(steps):
@@ -91,7 +95,14 @@ def draws(model: nn.Module) -> torch.Tensor:
 
 
 def check_training_stays_alike(folder: Path) -> None:
-    for how in ({}, {"per_sample": True}, {"granularity": "weight"}, {"gate": "dep_l0"}, {"gate": "dam"}, {"gate": "diffprune"}):
+    for how in (
+        {},
+        {"per_sample": True},
+        {"granularity": "weight"},
+        {"gate": "dep_l0"},
+        {"gate": "dam"},
+        {"gate": "diffprune"},
+    ):
         model = gated(**how)
         wrapped = DDP(model)
         train(wrapped, model, cost=lambda model=model: 1e-3 * dampr.penalty(model))
@@ -195,7 +206,9 @@ def check_a_budget_of_a_wrapped_model(folder: Path) -> None:
         budget.step()
     report = budget.finalize()
     assert report.reached <= report.target
-    refused(lambda: wrapped(batch()), "DistributedDataParallel was made before the model changed", "wrap the module again")
+    refused(
+        lambda: wrapped(batch()), "DistributedDataParallel was made before the model changed", "wrap the module again"
+    )
     small = dampr.compact(wrapped, example_inputs=X)
     alike(flat(small))
     train(DDP(small), small)
@@ -360,7 +373,9 @@ def check_a_closed_branch(folder: Path) -> None:
         for per_sample in (False, True):
             torch.manual_seed(3)
             branch = nn.Sequential(dampr.nn.GatedLinear(6, 6), nn.Tanh(), nn.Linear(6, 6))
-            model = nn.Sequential(nn.Linear(6, 6), dampr.nn.GatedResidual(branch, per_sample=per_sample), nn.Linear(6, 3))
+            model = nn.Sequential(
+                nn.Linear(6, 6), dampr.nn.GatedResidual(branch, per_sample=per_sample), nn.Linear(6, 3)
+            )
             with torch.no_grad():
                 model[1].gate.log_alpha.fill_(-0.5)  # often closed, not always
             wrapped = DDP(model, **how)
@@ -424,7 +439,10 @@ def check_zero_1(folder: Path) -> None:
     refused(lambda: dampr.compact(model, example_inputs=X, optimizer=optimizer), "ZeroRedundancyOptimizer")
     dense = net()
     plan = dampr.Plan(dense, X, macs=0.5, steps=40)
-    refused(lambda: plan.step(ZeroRedundancyOptimizer(dense.parameters(), torch.optim.Adam, lr=0.05)), "ZeroRedundancyOptimizer")
+    refused(
+        lambda: plan.step(ZeroRedundancyOptimizer(dense.parameters(), torch.optim.Adam, lr=0.05)),
+        "ZeroRedundancyOptimizer",
+    )
     assert plan.steps_taken == 0
 
 

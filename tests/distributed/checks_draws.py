@@ -60,10 +60,16 @@ def layers() -> dict[str, tuple[nn.Module, torch.Tensor, int]]:
         "linear, input, sequences": (dampr.nn.GatedLinear(6, 9, granularity="input", **per), torch.randn(ROWS, 5, 6)),
         "conv, output": (dampr.nn.GatedConv2d(3, 5, 3, **per), torch.randn(ROWS, 3, 6, 6)),
         "conv, input": (dampr.nn.GatedConv1d(3, 5, 3, granularity="input", **per), torch.randn(ROWS, 3, 8)),
-        "batch norm": (dampr.nn.GatedBatchNorm2d(5, activation="relu", track_running_stats=False, **per), torch.randn(ROWS, 5, 4, 4)),
+        "batch norm": (
+            dampr.nn.GatedBatchNorm2d(5, activation="relu", track_running_stats=False, **per),
+            torch.randn(ROWS, 5, 4, 4),
+        ),
         "layer norm": (dampr.nn.GatedLayerNorm(7, **per), torch.randn(ROWS, 7)),
         "activations": (dampr.nn.Gate(7, dim=-1, **per), torch.randn(ROWS, 3, 7)),
-        "activations by an index": (dampr.nn.Gate(2, dim=-1, index=torch.tensor([0, 1, 0]), **per), torch.randn(ROWS, 3)),
+        "activations by an index": (
+            dampr.nn.Gate(2, dim=-1, index=torch.tensor([0, 1, 0]), **per),
+            torch.randn(ROWS, 3),
+        ),
         "embedding": (dampr.nn.GatedEmbedding(11, 6, **per), torch.randint(11, (ROWS, 4))),
         "embedding, rows": (dampr.nn.GatedEmbedding(11, 6, granularity="input", **per), torch.randint(11, (ROWS, 4))),
         "attention": (dampr.nn.GatedMultiheadAttention(8, 4, batch_first=True, **per), torch.randn(ROWS, 3, 8)),
@@ -171,7 +177,9 @@ def check_held_draws_are_alike(folder: Path) -> None:
 
 
 def check_no_message_in_a_step(folder: Path) -> None:
-    """Behind the first step DistributedDataParallel broadcasts no buffers of gates, and the ranks draw alike all the same."""
+    """Behind the first step DistributedDataParallel broadcasts no buffers of gates,
+    and the ranks draw alike all the same.
+    """
     model = dampr.convert(net(), example_inputs=torch.ones(4, 6))
     wrapped = DistributedDataParallel(model)
     assert wrapped.will_sync_module_buffers()

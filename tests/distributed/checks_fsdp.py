@@ -51,7 +51,9 @@ def shard(model: nn.Module, **how: Any) -> nn.Module:
     return fully_shard(model, mesh=mesh(), ignored_params=gates, **how)
 
 
-def steps(model: nn.Module, optimizer: torch.optim.Optimizer, number: int, rows: torch.Tensor, cost: Any = lambda: 0.0) -> None:
+def steps(
+    model: nn.Module, optimizer: torch.optim.Optimizer, number: int, rows: torch.Tensor, cost: Any = lambda: 0.0
+) -> None:
     model.train()
     for _ in range(number):
         (model(rows).square().mean() + cost()).backward()
@@ -92,7 +94,9 @@ def check_training_equals_one_process(folder: Path) -> None:
 def check_a_penalty_on_sharded_weights(folder: Path) -> None:
     def build() -> nn.Module:
         torch.manual_seed(3)
-        return dampr.gate_generator(nn.Sequential(dampr.nn.GatedLinear(6, 8), dampr.nn.GatedLayerNorm(8), nn.Linear(8, 3)), seed=5)
+        return dampr.gate_generator(
+            nn.Sequential(dampr.nn.GatedLinear(6, 8), dampr.nn.GatedLayerNorm(8), nn.Linear(8, 3)), seed=5
+        )
 
     same_as_one_process(build, prior=10.0)
 
@@ -110,7 +114,9 @@ def check_gates_shared_by_sharded_blocks(folder: Path) -> None:
 def check_gates_are_whole_and_in_full_precision(folder: Path) -> None:
     model = shard(gated(), mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32))
     seen: set[torch.dtype] = set()
-    model[0].register_forward_hook(lambda module, args, out: seen.update((module.gate.log_alpha.dtype, module.weight.dtype, out.dtype)))
+    model[0].register_forward_hook(
+        lambda module, args, out: seen.update((module.gate.log_alpha.dtype, module.weight.dtype, out.dtype))
+    )
     optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
     before = model[0].gate.log_alpha.detach().clone()
     steps(model, optimizer, 2, mine(), lambda: 1e-2 * dampr.penalty(model))
@@ -332,7 +338,9 @@ def check_functions_gather(folder: Path) -> None:
     model.train()(mine()).sum().backward()  # it goes on
     only = gathered(model, rank=0)
     assert (only is None) == (rank() != 0)
-    refused(lambda: dampr.compact(model, example_inputs=X, optimizer=torch.optim.SGD(model.parameters(), lr=0.1)), "sharded")
+    refused(
+        lambda: dampr.compact(model, example_inputs=X, optimizer=torch.optim.SGD(model.parameters(), lr=0.1)), "sharded"
+    )
 
 
 def check_owned_gates(folder: Path) -> None:

@@ -37,7 +37,11 @@ class Classifier(nn.Module):
 
     def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         logits = self.body(x)
-        return {"logits": logits} if labels is None else {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+        return (
+            {"logits": logits}
+            if labels is None
+            else {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+        )
 
 
 def check_accelerate(folder: Path) -> None:
@@ -61,7 +65,13 @@ def trainer(model: nn.Module, folder: Path, callback: Any, optimizer: Any, **how
     from transformers import Trainer, TrainingArguments
 
     options = {"output_dir": str(folder / f"trainer{rank()}"), "num_train_epochs": 2, "save_strategy": "no"}
-    options |= {"per_device_train_batch_size": 8, "logging_steps": 4, "use_cpu": True, "report_to": [], "disable_tqdm": True}
+    options |= {
+        "per_device_train_batch_size": 8,
+        "logging_steps": 4,
+        "use_cpu": True,
+        "report_to": [],
+        "disable_tqdm": True,
+    }
     arguments = TrainingArguments(**(options | how))
     assert arguments.world_size == distributed.get_world_size()
     return Trainer(model, arguments, train_dataset=Rows(), callbacks=[callback], optimizers=(optimizer, None))
@@ -77,7 +87,9 @@ def check_a_trainer_keeps_a_budget(folder: Path) -> None:
         optimizer = torch.optim.AdamW(dampr.param_groups(model, lr=1e-2), weight_decay=0.0)
         trainer(model, folder, DamprCallback(budget), optimizer).train()
         assert budget.steps == 16
-        alike(torch.cat([gate.deterministic().detach() for gate in dampr.prune.distinct_gates(body).values()]), str(how))
+        alike(
+            torch.cat([gate.deterministic().detach() for gate in dampr.prune.distinct_gates(body).values()]), str(how)
+        )
         report = budget.finalize()
         assert report.reached <= report.target
         alike(flat(dampr.compact(body, example_inputs=X)), str(how))
@@ -154,7 +166,12 @@ def check_lightning(folder: Path) -> None:
             return torch.optim.Adam(dampr.param_groups(self, lr=1e-2))
 
     def fit(module: Any, callback: Any) -> None:
-        silent = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+        silent = {
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+        }
         where = {"accelerator": "cpu", "devices": 2, "strategy": "ddp", "default_root_dir": str(folder)}
         loop = pl.Trainer(max_epochs=2, callbacks=[callback], **silent, **where)
         loop.fit(module, DataLoader(TensorDataset(Rows().x, Rows().y), batch_size=8))

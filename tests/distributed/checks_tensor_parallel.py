@@ -76,7 +76,8 @@ def compare(build: Any, plan: Any, x: torch.Tensor, steps: int = 3, tolerance: f
             optimizer.zero_grad()
             y = m.train()(x)
             y = y.full_tensor() if isinstance(y, DTensor) else y
-            prior = 0.0 if any(isinstance(part, dampr.nn.GatedParameter) for part in m.modules()) else 0.5  # these know no weights
+            # these know no weights
+            prior = 0.0 if any(isinstance(part, dampr.nn.GatedParameter) for part in m.modules()) else 0.5
             (y.square().mean() + 1e-3 * dampr.penalty(m, prior_precision=prior)).backward()
             outs.append(y.detach())
         torch.testing.assert_close(*outs, rtol=tolerance, atol=tolerance)
@@ -225,10 +226,16 @@ def check_embeddings_and_sequences(folder: Path) -> None:
 def check_torchs_own_function_is_refused_by_name(folder: Path) -> None:
     for style in (tp.ColwiseParallel(), tp.RowwiseParallel()):
         model = nn.Sequential(dampr.nn.GatedLinear(8, 12), nn.Tanh())
-        refused(lambda model=model, style=style: tp.parallelize_module(model, mesh(), {"0": style}), r"dampr\.integrations\.distributed")
+        refused(
+            lambda model=model, style=style: tp.parallelize_module(model, mesh(), {"0": style}),
+            r"dampr\.integrations\.distributed",
+        )
     refused(lambda: parallelize_module(nn.parallel.DistributedDataParallel(net()), mesh(), {}), r"model\.module")
     conv = nn.Sequential(dampr.nn.GatedConv2d(3, 4, 3), nn.Flatten())
-    refused(lambda: parallelize_module(conv, mesh(), {"0": tp.ColwiseParallel()}), "0: GatedConv2d does not compute on shards")
+    refused(
+        lambda: parallelize_module(conv, mesh(), {"0": tp.ColwiseParallel()}),
+        "0: GatedConv2d does not compute on shards",
+    )
     assert not isinstance(conv[0].weight, DTensor)
 
 

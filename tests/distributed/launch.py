@@ -17,12 +17,16 @@ from typing import Any
 from tests.limits import HANG
 
 ROOT = Path(__file__).parents[2]
-# Ranks of one machine find each other without its name, which may be unknown or slow to look up, and without its network.
+# Ranks of one machine find each other without its name, which may be unknown or slow to look up,
+# and without its network.
 LOCAL = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
 
 
 def launch(module: str, world: int, folder: Path, *arguments: str) -> dict[str, list[str]]:
-    """Of each check of ``tests.distributed.<module>`` what each rank says: "ok" or a traceback. ``folder`` is for what checks write."""
+    """Of each check of ``tests.distributed.<module>`` what each rank says: "ok" or a traceback.
+
+    ``folder`` is for what checks write.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -45,16 +49,29 @@ def launch(module: str, world: int, folder: Path, *arguments: str) -> dict[str, 
         path = folder / f"rank{rank}.json"
         found = json.loads(path.read_text()) if path.exists() else {}
         for name in names(module):
-            said.setdefault(name, []).append(found.get(name) or (folder / f"log{rank}.txt").read_text()[-4000:] or "did not run")
+            said.setdefault(name, []).append(
+                found.get(name) or (folder / f"log{rank}.txt").read_text()[-4000:] or "did not run"
+            )
     return said
 
 
 def run_script(*script: str | Path, ranks: int, cwd: Path) -> str:
-    """What a script prints that ``torchrun`` starts, or Python alone where there is one rank; an error where it fails or hangs."""
+    """What a script prints that ``torchrun`` starts, or Python alone where there is one rank;
+    an error where it fails or hangs.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    how = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--local-addr", "127.0.0.1", "--master-port", port]
+    how = [
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        str(ranks),
+        "--local-addr",
+        "127.0.0.1",
+        "--master-port",
+        port,
+    ]
     command = [sys.executable, "-W", "ignore", *(how if ranks > 1 else []), *map(str, script)]
     environment = os.environ | LOCAL | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
     run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd, env=environment)

@@ -42,4 +42,6 @@ def test_rows_of_the_ranks_together_are_those_of_the_whole_batch(ran) -> None:
             assert torch.equal(together, whole), name
             assert len(whole.unique(dim=0)) > len(whole) // 2, name
         else:
-            torch.testing.assert_close(together, whole, rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+            torch.testing.assert_close(
+                together, whole, rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
+            )

@@ -1,4 +1,6 @@
-"""The examples for several processes, as a user starts them: two ranks end as one process does, and a killed run goes on."""
+"""The examples for several processes, as a user starts them: two ranks end as one process does,
+and a killed run goes on.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ def ran(script: str, ranks: int, *arguments: str) -> dict[str, Any]:
     return json.loads(printed[printed.index("{\n") :]) if "{\n" in printed else {}
 
 
-@pytest.mark.parametrize("script", ["train_ddp", *(pytest.param(script, marks=pytest.mark.long) for script in ("train_fsdp", "train_tp"))])
+@pytest.mark.parametrize(
+    "script", ["train_ddp", *(pytest.param(script, marks=pytest.mark.long) for script in ("train_fsdp", "train_tp"))]
+)
 def test_two_ranks_end_as_one_process_does(script) -> None:
     two, one = ran(script, 2), ran(script, 1)
     assert (two["ranks"], one["ranks"]) == (2, 1)

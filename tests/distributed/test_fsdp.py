@@ -26,4 +26,6 @@ def test_every_rank_says_ok(said, check) -> None:
 def test_a_checkpoint_is_resumed_on_another_number_of_ranks(said, folder, world) -> None:
     assert said["check_a_checkpoint_is_written"] == ["ok", "ok"]
     resumed = launch("checks_fsdp", world, folder, "check_a_checkpoint_is_resumed")
-    assert resumed["check_a_checkpoint_is_resumed"] == ["ok"] * world, "\n".join(resumed["check_a_checkpoint_is_resumed"])
+    assert resumed["check_a_checkpoint_is_resumed"] == ["ok"] * world, "\n".join(
+        resumed["check_a_checkpoint_is_resumed"]
+    )

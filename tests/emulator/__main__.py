@@ -1,7 +1,8 @@
-"""``python -m tests.emulator``, or ``make emulate``: compiled kernels against the float64 reference on every architecture.
+"""``python -m tests.emulator``, or ``make emulate``: compiled kernels against the
+float64 reference on every architecture.
 
-Goes on where it stopped: a unit whose result is there is left out, unless ``--again``. Results: benchmarks/results/emulated/sm_<arch>.json;
-``python -m benchmarks.tables`` makes docs/emulated.md of them.
+Goes on where it stopped: a unit whose result is there is left out, unless ``--again``. Results:
+benchmarks/results/emulated/sm_<arch>.json; ``python -m benchmarks.tables`` makes docs/emulated.md of them.
 """
 
 from __future__ import annotations
@@ -28,11 +29,17 @@ RESULTS = Path(__file__).resolve().parent.parent.parent / "benchmarks" / "result
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", type=int, nargs="+", choices=cases.ARCHITECTURES, default=cases.ARCHITECTURES, help="90 for sm_90")
+    parser.add_argument(
+        "--arch", type=int, nargs="+", choices=cases.ARCHITECTURES, default=cases.ARCHITECTURES, help="90 for sm_90"
+    )
     parser.add_argument("--unit", default="", help="only those with this in their names: set/op/dtype")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin nothing after that")
     parser.add_argument("--again", action="store_true", help="run what has a result too")
-    parser.add_argument("--approximate", type=int, help="a seed: approximate instructions err by up to what is documented; writes nothing")
+    parser.add_argument(
+        "--approximate",
+        type=int,
+        help="a seed: approximate instructions err by up to what is documented; writes nothing",
+    )
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -76,8 +83,17 @@ def run(unit: cases.Unit, arch: int, approximate: int | None) -> dict[str, Any]:
 
 def _plain(route: str, row: cases.Route) -> dict[str, Any]:
     worst = row.worst
-    numbers = {} if worst is None else {name: float(f"{getattr(worst, name):.3g}") for name in ("error", "bound", "rms", "rms_bound")}
-    what = {"worst_case": row.worst_case, "failures": row.failures[:20], "faults": row.faults[:20], "shared": row.shared}
+    numbers = (
+        {}
+        if worst is None
+        else {name: float(f"{getattr(worst, name):.3g}") for name in ("error", "bound", "rms", "rms_bound")}
+    )
+    what = {
+        "worst_case": row.worst_case,
+        "failures": row.failures[:20],
+        "faults": row.faults[:20],
+        "shared": row.shared,
+    }
     return {"route": route, "cases": row.cases, **numbers, **what}
 
 
@@ -86,7 +102,10 @@ def report(unit: cases.Unit, arch: int, result: dict[str, Any]) -> bool:
     failures = [failure for row in result["rows"] for failure in (*row["failures"], *row["faults"])]
     failures += [result["stopped"]] if result["stopped"] else []
     compared = sum(row["cases"] for row in result["rows"])
-    print(f"{'FAILED' if failures else 'ok':7} sm_{arch} {unit!s:40} {compared:5} comparisons {result['seconds']:7.1f} s", flush=True)
+    print(
+        f"{'FAILED' if failures else 'ok':7} sm_{arch} {unit!s:40} {compared:5} comparisons {result['seconds']:7.1f} s",
+        flush=True,
+    )
     for failure in failures[:10]:
         print(f"        {failure}", flush=True)
     return bool(failures)

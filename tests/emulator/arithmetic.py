@@ -12,7 +12,8 @@ u1, u2, u4, u8, f2 = np.uint8, np.uint16, np.uint32, np.uint64, np.float16
 
 # An array of bfloat16 is one of its bits.
 DTYPES: dict[str, Any] = {
-    "b8": u1, "u8": u1, "s8": i1, "b16": u2, "u16": u2, "s16": i2, "b32": u4, "u32": u4, "s32": i4, "b64": u8, "u64": u8, "s64": i8,
+    "b8": u1, "u8": u1, "s8": i1, "b16": u2, "u16": u2, "s16": i2, "b32": u4, "u32": u4, "s32": i4, "b64": u8,
+    "u64": u8, "s64": i8,
     "f32": f4, "f64": f8, "f32x2": u8, "f16": f2, "bf16": u2, "f16x2": u4, "bf16x2": u4,
 }  # fmt: skip
 WIDTH = {name: np.dtype(kind).itemsize for name, kind in DTYPES.items()}
@@ -42,7 +43,9 @@ def to_integer(x: Any, kind: Any, how: str) -> Any:
     """float -> integer of ``kind``: rounded, clamped, NaN becomes 0."""
     x = {"rzi": np.trunc, "rni": np.rint, "rmi": np.floor, "rpi": np.ceil}[how](x.astype(f8))
     limits = np.iinfo(kind)
-    inside = np.where(np.isnan(x), 0.0, np.clip(x, float(limits.min), float(limits.max) if limits.max < 2**53 else 2.0**62))
+    inside = np.where(
+        np.isnan(x), 0.0, np.clip(x, float(limits.min), float(limits.max) if limits.max < 2**53 else 2.0**62)
+    )
     return inside.astype(kind)
 
 
@@ -80,9 +83,11 @@ def permute_bytes(a: Any, b: Any, selector: Any) -> Any:
 
 
 def inexact(x: Any, operation: str, seed: int | None) -> Any:
-    """float64 ``x``, the result of an approximate instruction, as float32: rounded, or off by up to the documented error.
+    """float64 ``x``, the result of an approximate instruction, as float32: rounded,
+    or off by up to the documented error.
 
-    With a seed the error is a function of seed and value: the same value is wrong in the same way. Zeros and infinities are exact.
+    With a seed the error is a function of seed and value: the same value is wrong in the same way.
+    Zeros and infinities are exact.
     """
     if seed is None:
         return x.astype(f4)

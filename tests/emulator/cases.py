@@ -1,7 +1,7 @@
 """What ``make emulate`` runs: units of work, each a set of cases of one op in one dtype.
 
-The set "verify" is what ``dampr verify`` runs on a GPU, with its draws. The set "core" forces every route, with edges that are no
-multiples of tiles, views, and inputs under autocast.
+The set "verify" is what ``dampr verify`` runs on a GPU, with its draws. The set "core" forces every route, with edges
+that are no multiples of tiles, views, and inputs under autocast.
 """
 
 from __future__ import annotations
@@ -59,7 +59,9 @@ def units() -> list[Unit]:
 
 @dataclasses.dataclass
 class Route(verify.Row):
-    """The cases of one route: faults that were noted in them, and the largest shared memory of a kernel of theirs in bytes."""
+    """The cases of one route: faults that were noted in them,
+    and the largest shared memory of a kernel of theirs in bytes.
+    """
 
     faults: list[str] = dataclasses.field(default_factory=list)
     shared: int = 0
@@ -67,7 +69,10 @@ class Route(verify.Row):
 
 @dataclasses.dataclass
 class ByRoute(verify.Row):
-    """A row that keeps one for each route. What was launched since the last comparison belongs to the case of the next one."""
+    """A row that keeps one for each route.
+
+    What was launched since the last comparison belongs to the case of the next one.
+    """
 
     routes: dict[str, Route] = dataclasses.field(default_factory=dict)
 
@@ -107,12 +112,18 @@ def _as_on_a_gpu() -> list[Any]:
 def linear_cases(op: str) -> list[verify_linear.LinearCase]:
     """The core set of linear maps: edges, tiles, blocks, views, splits of a long K."""
     case = verify_linear.LinearCase
-    found = [case(shape, gates, each) for shape in CORE_SHAPES for gates, each in (("both", True), ("both", False), ("weight", False))]
+    found = [
+        case(shape, gates, each)
+        for shape in CORE_SHAPES
+        for gates, each in (("both", True), ("both", False), ("weight", False))
+    ]
     found += [case((70, 80, 112), gates, each) for gates in ("input", "output") for each in (False, True)]
     found += [case((37, 24, 20), block) for block in ((4, 4), (3, 5), (64, 1))]
     for layout in ("transposed", "sliced", "offset"):
         ways = (("both", False), ("both", True), ("weight", False))
-        found += [case((37, 24, 20), gates, each, layout=layout, expanded_dy=layout == "sliced") for gates, each in ways]
+        found += [
+            case((37, 24, 20), gates, each, layout=layout, expanded_dy=layout == "sliced") for gates, each in ways
+        ]
     found += [case((16, 64, 48), "weight"), case((3, 640, 32), "weight")]
     return [c for c in found if c.op == op]
 
@@ -126,7 +137,9 @@ def linear_routes(case: verify_linear.LinearCase) -> tuple[str | None, ...]:
 
 def norm_cases() -> list[verify_norm.NormCase]:
     every = verify_norm.norm_cases()
-    return [c for c in every if c.shape in NORM_SHAPES and c.training] + [c for c in every if c.shape == (3, 20, 5, 7)][::3]
+    return [c for c in every if c.shape in NORM_SHAPES and c.training] + [c for c in every if c.shape == (3, 20, 5, 7)][
+        ::3
+    ]
 
 
 def conv_cases() -> list[verify_conv.ConvCase]:
@@ -135,9 +148,16 @@ def conv_cases() -> list[verify_conv.ConvCase]:
     case = verify_conv.ConvCase
     around, few = {"padding": 1}, shapes[2]
     found = [case(shape, gates, False, True, around, "live") for shape in shapes for gates in ("input", "both")]
-    found += [case(few, "both", False, False, around), case(few, "both", True, False, around), case(few, "weight", False, False, around)]
+    found += [
+        case(few, "both", False, False, around),
+        case(few, "both", True, False, around),
+        case(few, "weight", False, False, around),
+    ]
     found += [case(few, "both", False, last, around, "fold") for last in (False, True)]
-    found += [case(few, "both", True, True, around, "passes"), case((2, 16, 5, 4, 32, 1), "both", False, True, {}, "linear")]
+    found += [
+        case(few, "both", True, True, around, "passes"),
+        case((2, 16, 5, 4, 32, 1), "both", False, True, {}, "linear"),
+    ]
     return found
 
 
@@ -165,7 +185,9 @@ def _autocast_cases() -> Iterator[tuple[tuple[int, int, int], str, bool, str]]:
 
 
 def _autocast(row: ByRoute, dtype: torch.dtype) -> ByRoute:
-    """Float32 layers that compute in half precision: values and gradients against the float64 reference, by the bounds of the latter."""
+    """Float32 layers that compute in half precision: values and gradients against the float64 reference,
+    by the bounds of the latter.
+    """
     generator = torch.Generator().manual_seed(6)
     for shape, gates, each, route in _autocast_cases():
         case = verify_linear.LinearCase(shape, gates, each)

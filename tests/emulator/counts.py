@@ -1,8 +1,10 @@
-"""``python -m tests.emulator.counts [--write]``: what each kernel does to the machine, counted while it runs compiled for sm_90.
+"""``python -m tests.emulator.counts [--write]``: what each kernel does to the machine,
+counted while it runs compiled for sm_90.
 
-Per element of what it passes over (multiply-adds of a product): instructions of warps, PTX; bytes that memory has to move; bytes of the
-sectors that warps ask for, which a cache may serve; passes over shared memory and those that conflicts of banks cost; branches that part a
-warp. ``--write`` records them in tests/data/emulated_counts.json, which tests hold them to; docs/performance.md predicts from them.
+Per element of what it passes over (multiply-adds of a product): instructions of warps, PTX; bytes that memory has to
+move; bytes of the sectors that warps ask for, which a cache may serve; passes over shared memory and those that
+conflicts of banks cost; branches that part a warp. ``--write`` records them in tests/data/emulated_counts.json, which
+tests hold them to; docs/performance.md predicts from them.
 """
 
 from __future__ import annotations
@@ -36,12 +38,16 @@ class Job(NamedTuple):
     elements: dict[str, int]
 
 
-def _linear(shape: tuple[int, int, int], gates: Any, per_sample: bool, route: str | None, *kernels: str, over: str = "weight") -> Job:
+def _linear(
+    shape: tuple[int, int, int], gates: Any, per_sample: bool, route: str | None, *kernels: str, over: str = "weight"
+) -> Job:
     case = verify_linear.LinearCase(shape, gates, per_sample)
 
     def call() -> None:
         with ops.forced_route(route):
-            verify_linear.linear_once("triton", HALF, "cpu", case, *verify_linear.linear_data(case, HALF, torch.Generator().manual_seed(7)))
+            verify_linear.linear_once(
+                "triton", HALF, "cpu", case, *verify_linear.linear_data(case, HALF, torch.Generator().manual_seed(7))
+            )
 
     m, k, n = shape
     return Job(call, dict.fromkeys(kernels, {"weight": n * k, "x": m * k, "products": m * n * k}[over]))
@@ -70,14 +76,18 @@ _GEMMS = ("gated_linear_fwd_kernel", "gated_linear_bwd_dx_kernel", "gated_linear
 _LIVE, _DRAWN = "gated_linear_live_fwd_kernel", "weight_gated_linear_fwd_kernel"
 JOBS: dict[str, Job] = {
     "fold": _linear((64, 512, 512), "both", False, "fold", "fold_fwd_kernel", "fold_bwd_kernel"),
-    "passes": _linear((512, 512, 64), "input", True, "passes", "gate_rows_fwd_kernel", "gate_rows_bwd_kernel", over="x"),
+    "passes": _linear(
+        (512, 512, 64), "input", True, "passes", "gate_rows_fwd_kernel", "gate_rows_bwd_kernel", over="x"
+    ),
     "weights": _linear((64, 256, 256), "weight", False, "fold", "gate_weights_kernel"),
     "blocks of 4 x 4": _linear((64, 256, 256), (4, 4), False, "fold", "gate_blocks_kernel"),
     "one_pass, small": _linear((128, 128, 128), "both", True, "one_pass", *_GEMMS, over="products"),
     "one_pass, odd": _linear((99, 99, 99), "both", True, "one_pass", *_GEMMS, over="products"),
     "live, small": _linear((128, 128, 128), "both", False, "live", _LIVE, over="products"),
     "small_m": _linear((16, 128, 128), "weight", False, "small_m", _DRAWN, over="products"),
-    "norm, channels last": _norm((2, 128, 16, 16), "channels_last", "norm_stats_columns_kernel", "norm_gate_columns_kernel"),
+    "norm, channels last": _norm(
+        (2, 128, 16, 16), "channels_last", "norm_stats_columns_kernel", "norm_gate_columns_kernel"
+    ),
     "norm, contiguous": _norm((4, 32, 32, 32), "contiguous", "norm_stats_rows_kernel", "norm_gate_rows_kernel"),
     "convolution, live": _conv(),
 }
@@ -86,11 +96,14 @@ JOBS: dict[str, Job] = {
 def measure(name: str) -> dict[str, dict[str, float]]:
     """Counts per element of the kernels of a job, over all their launches; ``launches`` itself is a number.
 
-    The tensors are small, so work is split into as few programs as are needed for each to see many tiles, as it does of large ones.
+    The tensors are small, so work is split into as few programs as are needed for each to see many tiles,
+    as it does of large ones.
     """
     job, meter, split = JOBS[name], Meter(), configs.split_rows
     with (
-        mock.patch.object(configs, "split_rows", lambda rows, step, programs, *most: split(rows, step, programs, 4, *most[1:])),
+        mock.patch.object(
+            configs, "split_rows", lambda rows, step, programs, *most: split(rows, step, programs, 4, *most[1:])
+        ),
         driver.emulated(CAPABILITY, shuffled=False, meter=meter),
     ):
         job.call()
@@ -104,7 +117,9 @@ def measure(name: str) -> dict[str, dict[str, float]]:
 
 def recorded() -> dict[str, dict[str, float]]:
     """The counts of the running Triton version; empty without a record."""
-    counts: dict[str, dict[str, float]] = json.loads(COUNTS.read_text()).get(triton.__version__, {}) if COUNTS.exists() else {}
+    counts: dict[str, dict[str, float]] = (
+        json.loads(COUNTS.read_text()).get(triton.__version__, {}) if COUNTS.exists() else {}
+    )
     return counts
 
 

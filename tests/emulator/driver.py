@@ -1,4 +1,5 @@
-"""A Triton driver whose GPU is the emulator: compiled for a real target by the real compiler, launched by the real JITFunction.
+"""A Triton driver whose GPU is the emulator: compiled for a real target by the real compiler,
+launched by the real JITFunction.
 
 ``with emulated(80):`` makes dampr take CPU tensors for tensors on a GPU of that compute capability.
 """
@@ -28,7 +29,8 @@ from tests.emulator.arithmetic import RAW
 from tests.emulator.meter import Meter
 from tests.emulator.program import Program
 
-CACHE = Path(tempfile.gettempdir()) / f"dampr-emulator-cache-{os.getuid()}"  # not Triton's own: what is a cubin there is PTX here
+# not Triton's own: what is a cubin there is PTX here
+CACHE = Path(tempfile.gettempdir()) / f"dampr-emulator-cache-{os.getuid()}"
 SHARED_LIMIT = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KB that a CTA may have
 GRID_LIMIT = 2**31 - 1, 65535, 65535
 SCALARS = {
@@ -48,7 +50,9 @@ IN_PLACE = ("dependency_generator", "norm_stats_join")  # kernels that write wha
 
 @dataclass
 class Log:
-    """What happened: launches and largest shared memory by kernel, notes (races and the like) with the kernel's name."""
+    """What happened: launches and largest shared memory by kernel,
+    notes (races and the like) with the kernel's name.
+    """
 
     launches: Counter[str] = field(default_factory=Counter)
     shared: dict[str, int] = field(default_factory=dict)
@@ -56,14 +60,18 @@ class Log:
 
     @property
     def faults(self) -> list[str]:
-        """Notes of what is wrong whatever the numbers: races, loads from the gaps of a view, and memory that is both read and written.
+        """Notes of what is wrong whatever the numbers: races, loads from the gaps of a view,
+        and memory that is both read and written.
 
-        One kernel hands values from program to program behind a barrier of its own, another moves running statistics, each its own.
+        One kernel hands values from program to program behind a barrier of its own, another moves running statistics,
+        each its own.
         """
         return [
             note
             for note in self.notes
-            if "RACE" in note or "outside" in note or ("both read" in note and not any(kernel in note for kernel in IN_PLACE))
+            if "RACE" in note
+            or "outside" in note
+            or ("both read" in note and not any(kernel in note for kernel in IN_PLACE))
         ]
 
 
@@ -75,11 +83,13 @@ class Emulation:
     approximate: int | None = None  # seed of the errors of approximate instructions; None: they round correctly
     order: np.random.Generator | None = None  # of CTAs
     edit: Callable[[str], str] | None = None  # changes the PTX of a kernel before it runs
-    chosen: Callable[[str, execute.Grid], np.ndarray] | None = None  # (kernel, grid) -> CTAs to run, on paged memory; None: all, on a copy
+    # (kernel, grid) -> CTAs to run, on paged memory; None: all, on a copy
+    chosen: Callable[[str, execute.Grid], np.ndarray] | None = None
     observe: Callable[[Program, execute.Grid], None] | None = None  # called before each launch
     meter: Meter | None = None  # counts what launches do
     recording: bool = False  # launches are logged, and nothing runs
-    pointed: dict[int, list[torch.Tensor]] = field(default_factory=dict)  # address of a table of pointers -> what it points to
+    # address of a table of pointers -> what it points to
+    pointed: dict[int, list[torch.Tensor]] = field(default_factory=dict)
     log: Log = field(default_factory=Log)
 
     def take_log(self) -> Log:
@@ -136,7 +146,19 @@ class Launcher:
         if metadata.global_scratch_size or metadata.profile_scratch_size:
             raise memory.Trap("not emulated: scratch memory")
 
-    def __call__(self, x: int, y: int, z: int, stream: int, program: Program, packed: Any, launch: Any, enter: Any, leave: Any, *args: Any):  # type: ignore[no-untyped-def]
+    def __call__(
+        self,
+        x: int,
+        y: int,
+        z: int,
+        stream: int,
+        program: Program,
+        packed: Any,
+        launch: Any,
+        enter: Any,
+        leave: Any,
+        *args: Any,
+    ) -> None:
         grid = x, y, z
         if not all(0 < size <= limit for size, limit in zip(grid, GRID_LIMIT, strict=True)):
             raise memory.Trap(f"{program.function.name}: grid {grid}")
@@ -157,9 +179,15 @@ class Launcher:
         emulation.log.launches[name] += 1
         emulation.log.shared[name] = max(emulation.log.shared.get(name, 0), self.metadata.shared)
 
-    def _run(self, emulation: Emulation, program: Program, grid: execute.Grid, given: list[Any], tensors: list[torch.Tensor]) -> None:
+    def _run(
+        self, emulation: Emulation, program: Program, grid: execute.Grid, given: list[Any], tensors: list[torch.Tensor]
+    ) -> None:
         """Every CTA, on a copy of all memory that the launch was given."""
-        tables = {table.data_ptr(): emulation.pointed[table.data_ptr()] for table in tensors if table.data_ptr() in emulation.pointed}
+        tables = {
+            table.data_ptr(): emulation.pointed[table.data_ptr()]
+            for table in tensors
+            if table.data_ptr() in emulation.pointed
+        }
         storages = _storages([*tensors, *(t for pointed in tables.values() for t in pointed)])
         device = memory.Global(storages, grid[0] * grid[1] * grid[2], program.function.threads)
         for table in tensors:
@@ -169,7 +197,14 @@ class Launcher:
         if emulation.meter is not None:
             emulation.meter.begin(program.function.name)
         notes = execute.run(
-            program, grid, values, device, self.metadata.shared, emulation.approximate, emulation.order, meter=emulation.meter
+            program,
+            grid,
+            values,
+            device,
+            self.metadata.shared,
+            emulation.approximate,
+            emulation.order,
+            meter=emulation.meter,
         )
         device.note_both_ways()
         if emulation.meter is not None:
@@ -188,7 +223,9 @@ class Launcher:
         ranges = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
         device = memory.Paged(list(ranges.items()), grid[0] * grid[1] * grid[2], program.function.threads)
         ctas = emulation.chosen(program.function.name, grid)
-        notes = execute.run(program, grid, self._values(program, given, device), device, self.metadata.shared, ctas=ctas)
+        notes = execute.run(
+            program, grid, self._values(program, given, device), device, self.metadata.shared, ctas=ctas
+        )
         device.write_back()
         self._keep(emulation, program, notes + device.notes)
 
@@ -200,7 +237,8 @@ class Launcher:
             else:
                 number: Any = SCALARS[kind](arg)
                 values.append(number.view(RAW[number.itemsize]))
-        return values + [np.uint64(0)] * (len(program.function.params) - len(values))  # scratch that no kernel asked for
+        # scratch that no kernel asked for
+        return values + [np.uint64(0)] * (len(program.function.params) - len(values))
 
     @staticmethod
     def _keep(emulation: Emulation, program: Program, notes: Counter[str]) -> None:
@@ -306,9 +344,14 @@ def emulated(capability: int = 80, shuffled: bool = True, **options: Any) -> Ite
     kept_driver, kept = getattr(triton.runtime.driver, "_active", None), _current
     emulation = Emulation(capability, order=np.random.default_rng(1) if shuffled else None, **options)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.dict(os.environ, {"TRITON_CACHE_DIR": os.environ.get("DAMPR_EMULATOR_CACHE", str(CACHE))}))
-        stack.enter_context(mock.patch.object(dependency_generator, "_table", _remembering(dependency_generator._table, emulation)))
-        stack.enter_context(mock.patch.dict(backends._selected, clear=True))  # what is found in the block is not for outside of it
+        stack.enter_context(
+            mock.patch.dict(os.environ, {"TRITON_CACHE_DIR": os.environ.get("DAMPR_EMULATOR_CACHE", str(CACHE))})
+        )
+        stack.enter_context(
+            mock.patch.object(dependency_generator, "_table", _remembering(dependency_generator._table, emulation))
+        )
+        # what is found in the block is not for outside of it
+        stack.enter_context(mock.patch.dict(backends._selected, clear=True))
         stack.enter_context(mock.patch.object(CUDABackend, "make_cubin", _text_for_binary))
         stack.enter_context(mock.patch.object(backend_triton, "unavailable", _unavailable))
         stack.enter_context(mock.patch.object(host, "capability", return_value=capability))

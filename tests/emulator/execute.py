@@ -1,6 +1,7 @@
 """Runs a translated function over a grid of CTAs.
 
-Threads advance in lock step. Where they diverge, those that are furthest behind in the text go first, so that they meet again at joins.
+Threads advance in lock step. Where they diverge, those that are furthest behind in the text go first,
+so that they meet again at joins.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ def run(
 ) -> Counter[str]:
     """Run all CTAs, or ``ctas`` of them, some ``lanes`` threads at a time; returns notes.
 
-    ``values``: numpy scalars of the parameters, unsigned; ``shared``: bytes of each CTA; ``order`` shuffles CTAs; ``meter`` counts.
+    ``values``: numpy scalars of the parameters, unsigned; ``shared``: bytes of each CTA; ``order`` shuffles CTAs;
+    ``meter`` counts.
     """
     function = program.function
     parameters = {name: value for (name, _), value in zip(function.params, values, strict=True)}

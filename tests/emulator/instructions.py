@@ -1,4 +1,6 @@
-"""PTX instruction -> lines of Python, a function for each family; one that is not known raises :class:`NotEmulated` and says what it is."""
+"""PTX instruction -> lines of Python, a function for each family;
+one that is not known raises :class:`NotEmulated` and says what it is.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +12,20 @@ from tests.emulator.program import NotEmulated, Program, raw_kind
 from tests.emulator.ptx import Instruction, elements
 
 _BINARY = {"add": "+", "sub": "-", "and": "&", "or": "|", "xor": "^"}
-_COMPARE = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">=", "lo": "<", "ls": "<=", "hi": ">", "hs": ">="}
-_UNORDERED = {"equ": "!=", "neu": "==", "ltu": ">=", "leu": ">", "gtu": "<=", "geu": "<"}  # true where the opposite is not
+_COMPARE = {
+    "eq": "==",
+    "ne": "!=",
+    "lt": "<",
+    "le": "<=",
+    "gt": ">",
+    "ge": ">=",
+    "lo": "<",
+    "ls": "<=",
+    "hi": ">",
+    "hs": ">=",
+}
+# true where the opposite is not
+_UNORDERED = {"equ": "!=", "neu": "==", "ltu": ">=", "leu": ">", "gtu": "<=", "geu": "<"}
 _ROUNDED = {"rni": "rint", "rzi": "trunc", "rmi": "floor", "rpi": "ceil"}
 _HALVES = ("f16x2", "bf16x2", "bf16", "f16")
 _MATRIX_KINDS = ("bf16", "f16", "tf32")
@@ -106,7 +120,9 @@ def _move(c: Context) -> list[str]:
         parts = elements(c.o[0])
         width = WIDTH[c.kind] // len(parts)
         shifted = f"(t >> {full}({{}} * {8 * width})).astype({SHORT[DTYPES[BITS[width]]]})"
-        lines = [c.program.put(part, shifted.format(i), BITS[width], c.active) for i, part in enumerate(parts) if part != "_"]
+        lines = [
+            c.program.put(part, shifted.format(i), BITS[width], c.active) for i, part in enumerate(parts) if part != "_"
+        ]
         return [f" t = {c.get(1)}", *lines]
     sources = elements(c.o[-1])
     if len(sources) == 1:
@@ -172,7 +188,9 @@ def _mixed(c: Context) -> list[str] | None:
     last = c.program.get(c.o[-1], "f32")
     first = range(1, len(c.o) - 1)
     values = [f"bf16_to_f32({c.get(i, 'b16')})" if c.kind == "bf16" else f"{c.get(i, 'f16')}.astype(f4)" for i in first]
-    return c.put(f"fma32({', '.join(values)}, {last})" if c.op == "fma" else f"{values[0]} {_BINARY[c.op]} {last}", "f32")
+    return c.put(
+        f"fma32({', '.join(values)}, {last})" if c.op == "fma" else f"{values[0]} {_BINARY[c.op]} {last}", "f32"
+    )
 
 
 def _packed(c: Context, formula: str) -> list[str]:
@@ -245,7 +263,9 @@ def _fused(c: Context) -> list[str]:
 
 
 def _function(c: Context) -> list[str]:
-    """Quotients, roots, powers; of float32 exact where the instruction rounds, else as wrong as the machine is told to be."""
+    """Quotients, roots, powers; of float32 exact where the instruction rounds,
+    else as wrong as the machine is told to be.
+    """
     if c.op in ("div", "rem") and c.kind[0] in "su":
         name = "divide" if c.op == "div" else "np.fmod"
         return c.put(f"{name}({c.get(1)}, {c.get(2)})")
@@ -339,7 +359,10 @@ def _memory(c: Context) -> list[str]:
         return [f" {c.call(f'store_{space}', c.address(0, pointer), f'[{c.list_of(1, raw)}]', size)}"]
     found = f" t = {c.call(f'load_{space}', c.address(1, pointer), size, str(len(elements(c.o[0]))))}"
     signed = c.kind[0] == "s"
-    return [found, *c.put_each(c.kind if signed else raw, f"t[{{}}].view({SHORT[DTYPES[c.kind]]})" if signed else "t[{}]")]
+    return [
+        found,
+        *c.put_each(c.kind if signed else raw, f"t[{{}}].view({SHORT[DTYPES[c.kind]]})" if signed else "t[{}]"),
+    ]
 
 
 def _copy(c: Context) -> list[str]:

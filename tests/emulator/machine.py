@@ -1,6 +1,7 @@
 """What several warps do together: wgmma of sm_90; tensor memory, tcgen05 and mbarriers of sm_100.
 
-Operands in shared memory are given by 64 bit descriptors. Products are summed in float64 and rounded once per instruction.
+Operands in shared memory are given by 64 bit descriptors.
+Products are summed in float64 and rounded once per instruction.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ def numbers(raw: np.ndarray, kind: str) -> np.ndarray:
     return (raw.view(f2) if kind == "f16" else bf16_to_f32(raw)).astype(f8)
 
 
-def places(start: Any, leading: Any, stride: Any, width: int, rows: int, depth: int, size: int, transposed: bool) -> np.ndarray:
+def places(
+    start: Any, leading: Any, stride: Any, width: int, rows: int, depth: int, size: int, transposed: bool
+) -> np.ndarray:
     """(..., rows, depth) addresses of an operand's elements.
 
     ``width``: bytes of the swizzle, 16 for none; ``transposed``: rows, not depth, is the contiguous axis.
@@ -47,7 +50,9 @@ class Machine(Warps):
 
     # ---- wgmma: four warps ----
 
-    def _described(self, descriptor: Any, rows: int, depth: int, size: int, transposed: bool, mask: Any, at: str) -> np.ndarray:
+    def _described(
+        self, descriptor: Any, rows: int, depth: int, size: int, transposed: bool, mask: Any, at: str
+    ) -> np.ndarray:
         """(warp groups, rows, depth) raw elements."""
         each = self.full(descriptor).reshape(-1, 128)
         taking = np.asarray(self.taking(mask).reshape(-1, 128).all(1))
@@ -66,7 +71,9 @@ class Machine(Warps):
         self.shared.read_async(np.unique(flat[taking] // 16), at)
         return self.shared.data.view(RAW[size])[flat // size]
 
-    def wgmma(self, n: int, kind: str, a: Any, b: Any, scale: Any, transposed: tuple[bool, bool], c: Any, mask: Any, at: str) -> list[Any]:
+    def wgmma(
+        self, n: int, kind: str, a: Any, b: Any, scale: Any, transposed: tuple[bool, bool], c: Any, mask: Any, at: str
+    ) -> list[Any]:
         """wgmma.mma_async with float32 accumulators; ``a``: a tuple of registers or a descriptor."""
         self.require_whole(128, "wgmma is reached by a part of a warp group", mask, at)
         size = 4 if kind == "tf32" else 2
@@ -78,7 +85,12 @@ class Machine(Warps):
         right = numbers(self._described(b, n, depth, size, transposed[1], mask, at), kind)
         d = np.matmul(left, right.transpose(0, 2, 1))
         shape = len(d), 4, 8, 4, n // 8, 2, 2
-        before = np.stack([self.full(x).view(f4) for x in c], 1).reshape(shape).transpose(0, 1, 5, 2, 4, 3, 6).reshape(-1, 64, n)
+        before = (
+            np.stack([self.full(x).view(f4) for x in c], 1)
+            .reshape(shape)
+            .transpose(0, 1, 5, 2, 4, 3, 6)
+            .reshape(-1, 64, n)
+        )
         use = self.full(scale).reshape(-1, 128)[:, 0][:, None, None]
         d = (d + np.where(use, before, f4(0))).astype(f4)
         d = d.reshape(len(d), 4, 2, 8, n // 8, 4, 2).transpose(0, 1, 3, 5, 4, 2, 6).reshape(self.lanes, n // 2)
@@ -92,7 +104,9 @@ class Machine(Warps):
         self.phases: dict[tuple[int, int], list[int]] = {}  # (CTA, address of an mbarrier) -> [count, pending, phase]
         self.shared.store(address, [u4(0)], 4, mask, at)
 
-    def _tensor_places(self, address: Any, count: int, shape: str, split: int, mask: Any, verb: str, at: str) -> tuple[Any, ...]:
+    def _tensor_places(
+        self, address: Any, count: int, shape: str, split: int, mask: Any, verb: str, at: str
+    ) -> tuple[Any, ...]:
         """(CTA, row, column, lanes that take part) of what a tcgen05.ld or .st reaches."""
         self.whole_warps(mask, at)
         address = self.full(address).astype(i8)
@@ -127,7 +141,9 @@ class Machine(Warps):
             raise Trap(f"more than one thread of a CTA issues, {at}")
         return [int(lane) for lane in lanes]
 
-    def _described_in(self, lane: int, descriptor: int, rows: int, depth: int, size: int, transposed: bool, at: str) -> np.ndarray:
+    def _described_in(
+        self, lane: int, descriptor: int, rows: int, depth: int, size: int, transposed: bool, at: str
+    ) -> np.ndarray:
         """(rows, depth) raw elements of an operand of one CTA."""
         if descriptor >> 46 & 7 != 1 or descriptor >> 49 & 15 != 0:
             raise Trap(f"not emulated: tcgen05.mma with a descriptor of another version, or with a base offset, {at}")
@@ -139,18 +155,26 @@ class Machine(Warps):
         self.shared.read_async(np.unique(flat // 16), at)
         return self.shared.data.view(RAW[size])[flat // size]
 
-    def tensor_mma(self, d: Any, a: Any, b: Any, form: Any, use: Any, kind: str, a_in_tensor: bool, mask: Any, at: str) -> None:
+    def tensor_mma(
+        self, d: Any, a: Any, b: Any, form: Any, use: Any, kind: str, a_in_tensor: bool, mask: Any, at: str
+    ) -> None:
         """tcgen05.mma with float32 accumulators, of one CTA; ``form``: the instruction descriptor."""
         d, a, b, form, use = (self.full(v) for v in (d, a, b, form, use))
         for lane in self._issuers(mask, at):
-            self._tensor_mma_of(lane, int(d[lane]), int(a[lane]), int(b[lane]), int(form[lane]), int(use[lane]), kind, a_in_tensor, at)
+            self._tensor_mma_of(
+                lane, int(d[lane]), int(a[lane]), int(b[lane]), int(form[lane]), int(use[lane]), kind, a_in_tensor, at
+            )
 
-    def _tensor_mma_of(self, lane: int, d: int, a: int, b: int, form: int, use: int, kind: str, a_in_tensor: bool, at: str) -> None:
+    def _tensor_mma_of(
+        self, lane: int, d: int, a: int, b: int, form: int, use: int, kind: str, a_in_tensor: bool, at: str
+    ) -> None:
         cta, size = lane // self.threads, {"f16": 2, "tf32": 4}[kind]
         n, m, depth = (form >> 17 & 63) * 8, (form >> 24 & 31) * 16, 32 // size
         if form & 15 or form >> 4 & 3 != 1 or form >> 13 & 3 or m not in (64, 128) or n % 8:
             raise Trap(f"not emulated: tcgen05.mma with the instruction descriptor {form:#x}, {at}")
-        left_kind, right_kind = ("tf32" if kind == "tf32" else "bf16" if form >> shift & 7 == 1 else "f16" for shift in (7, 10))
+        left_kind, right_kind = (
+            "tf32" if kind == "tf32" else "bf16" if form >> shift & 7 == 1 else "f16" for shift in (7, 10)
+        )
         lanes = np.arange(m) if m == 128 else np.arange(64) // 16 * 32 + np.arange(64) % 16
         if a_in_tensor:
             column = a & 0xFFFF

@@ -1,7 +1,8 @@
 """Global memory of the emulated GPU: every access is checked for bounds, alignment and races.
 
-It holds a copy of each storage that a launch was given, with poisoned guards in between. Of each byte it knows whether it lies in a tensor
-that was passed (in, not merely near: the gaps of a strided view count as outside), which thread wrote it, whether it was read.
+It holds a copy of each storage that a launch was given, with poisoned guards in between. Of each byte it knows whether
+it lies in a tensor that was passed (in, not merely near: the gaps of a strided view count as outside),
+which thread wrote it, whether it was read.
 """
 
 from __future__ import annotations
@@ -94,8 +95,12 @@ class Global:
             raise Trap(f"{'store' if store else 'load'} of {size} bytes {kind}, lane {lane}, {at}")
         self.notes[f"load from a storage but outside of the tensor, {at}"] += 1
 
-    def load(self, address: Any, size: int, count: int, mask: np.ndarray | None, thread: np.ndarray, at: str) -> list[Any]:
-        """``count`` values of ``size`` bytes for each lane; one value for all where the address is one and no lane is off."""
+    def load(
+        self, address: Any, size: int, count: int, mask: np.ndarray | None, thread: np.ndarray, at: str
+    ) -> list[Any]:
+        """``count`` values of ``size`` bytes for each lane;
+        one value for all where the address is one and no lane is off.
+        """
         total, lanes = size * count, len(thread)
         uniform = mask is None and np.ndim(address) == 0
         rows = self._rows(address, total, mask, 1 if uniform else lanes, at)
@@ -106,18 +111,24 @@ class Global:
         return [found[0, i] if uniform else np.ascontiguousarray(found[:, i]) for i in range(count)]
 
     def _note_fresh(self, rows: np.ndarray, total: int, thread: np.ndarray, at: str) -> None:
-        """Note a load of what a thread of another CTA stored in this launch, or one of another warp since the last barrier."""
+        """Note a load of what a thread of another CTA stored in this launch,
+        or one of another warp since the last barrier.
+        """
         granule = rows[:, None] * total // 2 + np.arange(max(1, total // 2))
         owners = self.writer[granule]
         if not owners.any():
             return
         me = np.broadcast_to(thread, rows.shape)[:, None]
         cta, warp = (owners - 1) // self.threads, (owners - 1) // 32
-        fresh = (cta != me // self.threads) | ((warp != me // 32) & (self.stamp[granule] == self.epoch[me // self.threads]))
+        fresh = (cta != me // self.threads) | (
+            (warp != me // 32) & (self.stamp[granule] == self.epoch[me // self.threads])
+        )
         if ((owners != 0) & fresh).any():
             self.notes[f"RACE: load of what another thread stored without a barrier in between, {at}"] += 1
 
-    def store(self, address: Any, values: list[Any], size: int, mask: np.ndarray | None, thread: np.ndarray, at: str) -> None:
+    def store(
+        self, address: Any, values: list[Any], size: int, mask: np.ndarray | None, thread: np.ndarray, at: str
+    ) -> None:
         lanes, total = len(thread), size * len(values)
         rows = self._rows(address, total, mask, lanes, at)
         table = np.stack([np.broadcast_to(v, (lanes,)) for v in values], 1).astype(RAW[size], copy=False)
@@ -139,7 +150,9 @@ class Global:
             self._note_overlap(True, at)
 
     def _note_overlap(self, differs: bool, at: str) -> None:
-        self.notes["RACE: two threads store different values" if differs else f"two threads store the same value, {at}"] += 1
+        self.notes[
+            "RACE: two threads store different values" if differs else f"two threads store the same value, {at}"
+        ] += 1
 
     def note_both_ways(self) -> None:
         """Note bytes that were both read and written: the order of CTAs would matter."""
@@ -154,10 +167,11 @@ class Global:
 
 
 class Paged(Global):
-    """Global memory that is copied page by page as a kernel touches it: for tensors that are larger than this machine's memory can hold.
+    """Global memory that is copied page by page as a kernel touches it:
+    for tensors that are larger than this machine's memory can hold.
 
-    Such tensors come from ``torch.empty``, which takes no memory before it is written. Device addresses are host addresses. Strides are
-    not looked at: all of a storage counts as inside.
+    Such tensors come from ``torch.empty``, which takes no memory before it is written. Device addresses are host
+    addresses. Strides are not looked at: all of a storage counts as inside.
     """
 
     def __init__(self, ranges: list[tuple[int, int]], ctas: int, threads: int, frames: int = 1 << 14) -> None:
@@ -196,7 +210,9 @@ class Paged(Global):
         if not inside.all():
             raise Trap(f"address {int(taking[~inside][0]):#x} is outside of every storage, {at}")
         pages, back = np.unique(taking // np.uint64(PAGE), return_inverse=True)
-        found = np.array([self._frame(int(page)) for page in pages], np.int64)[back] * PAGE + (taking % np.uint64(PAGE)).astype(np.int64)
+        found = np.array([self._frame(int(page)) for page in pages], np.int64)[back] * PAGE + (
+            taking % np.uint64(PAGE)
+        ).astype(np.int64)
         index = np.zeros(lanes, np.int64)
         index[... if mask is None else mask] = found
         return index // size

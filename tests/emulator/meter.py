@@ -1,4 +1,6 @@
-"""Counts what a launch does: instructions of warps, sectors of global memory, conflicts in shared memory, branches that part a warp."""
+"""Counts what a launch does: instructions of warps, sectors of global memory, conflicts in shared memory,
+branches that part a warp.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +20,10 @@ _PARTS = {1: 1, 2: 1, 4: 1, 8: 2, 16: 4}  # into how many requests a warp's acce
 class Meter:
     """Sums over launches, by kernel.
 
-    ``instructions``: of warps, PTX; ``read`` and ``written``: bytes of the sectors that warps ask for; ``useful``: bytes that lanes use;
-    ``fetched`` and ``kept``: bytes of the different sectors that are read and written, which is what memory has to move;
-    ``shared`` and ``conflicts``: passes over shared memory and how many of them banks cost; ``parted``: branches that a warp takes and
-    does not take.
+    ``instructions``: of warps, PTX; ``read`` and ``written``: bytes of the sectors that warps ask for; ``useful``:
+    bytes that lanes use; ``fetched`` and ``kept``: bytes of the different sectors that are read and written, which is
+    what memory has to move; ``shared`` and ``conflicts``: passes over shared memory and how many of them banks cost;
+    ``parted``: branches that a warp takes and does not take.
     """
 
     counts: dict[str, Counter[str]] = field(default_factory=dict)
@@ -47,7 +49,9 @@ class Meter:
         """``what``: "read" or "written"; ``size``: bytes of a lane."""
         each = np.broadcast_to(address, (lanes,)).astype(np.int64).reshape(-1, 32)
         here = np.ones((lanes // 32, 32), bool) if mask is None else mask.reshape(-1, 32)
-        sectors = np.concatenate([(each + offset) // SECTOR for offset in range(0, size, SECTOR)] or [each // SECTOR], 1)
+        sectors = np.concatenate(
+            [(each + offset) // SECTOR for offset in range(0, size, SECTOR)] or [each // SECTOR], 1
+        )
         self.add(what, SECTOR * _distinct(sectors, np.tile(here, sectors.shape[1] // 32)))
         self.add("useful", size * int(here.sum()))
 

@@ -1,7 +1,8 @@
 """A PTX function as Python: each basic block becomes a function over the registers of a batch of CTAs.
 
-A register is an array of unsigned integers of its width with an element for each thread, or one number where all threads agree. In the
-code of a block ``r`` are the registers, ``M`` the machine, ``m`` the threads that are here (None: all), ``P`` the parameters.
+A register is an array of unsigned integers of its width with an element for each thread, or one number where all
+threads agree. In the code of a block ``r`` are the registers, ``M`` the machine,
+``m`` the threads that are here (None: all), ``P`` the parameters.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ class Program:
         self.function = function
         self.index = {name: i for i, name in enumerate(function.registers)}
         starts = {0, *function.labels.values()}
-        starts |= {i + 1 for i, ins in enumerate(function.instructions) if ins.operation in _ENDS_BLOCK or ins.is_barrier}
+        starts |= {
+            i + 1 for i, ins in enumerate(function.instructions) if ins.operation in _ENDS_BLOCK or ins.is_barrier
+        }
         self.starts = sorted(s for s in starts if s < len(function.instructions))
         self.ends = dict(zip(self.starts, [*self.starts[1:], len(function.instructions)], strict=True))
         self.code: dict[tuple[int, bool], Any] = {}

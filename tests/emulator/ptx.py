@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 _COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.S)
 _SPACE = re.compile(r"\s*")
 _LABEL = re.compile(r"\s*([$\w]+):(?!:)")
-_PARAM = re.compile(r"\.param\s+(?:\.align\s+\d+\s+)?\.(\w+)\s+(?:\.ptr\s*)?(?:\.\w+\s+)*?(?:\.align\s+\d+\s+)?([$\w]+)(\[\d+\])?\s*$")
+_PARAM = re.compile(
+    r"\.param\s+(?:\.align\s+\d+\s+)?\.(\w+)\s+(?:\.ptr\s*)?(?:\.\w+\s+)*?(?:\.align\s+\d+\s+)?([$\w]+)(\[\d+\])?\s*$"
+)
 _REG = re.compile(r"\.reg\s+\.(\w+)\s+(.*)", re.S)
 _NAME = re.compile(r"%?[A-Za-z_$][\w$]*")
 _SHARED = re.compile(r"\.shared\s+(?:\.align\s+\d+\s+)?\.b8\s+([$\w]+)\[")
@@ -42,7 +44,9 @@ class Instruction:
 
 @dataclass
 class Function:
-    """An entry: parameters (name, type) in order, threads of a CTA, register classes by name, instructions, labels -> index."""
+    """An entry: parameters (name, type) in order, threads of a CTA, register classes by name, instructions,
+    labels -> index.
+    """
 
     name: str
     params: list[tuple[str, str]]
@@ -95,7 +99,10 @@ def _operands(text: str) -> list[str]:
 
 
 class _Reader:
-    """Walks over the body of a function. Inline assembly opens scopes of its own, whose names are made unique by the scope's number."""
+    """Walks over the body of a function.
+
+    Inline assembly opens scopes of its own, whose names are made unique by the scope's number.
+    """
 
     def __init__(self, text: str, function: Function, files: dict[str, str]) -> None:
         self.text, self.function, self.files = text, function, files

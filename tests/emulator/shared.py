@@ -1,4 +1,7 @@
-"""Shared memory of the emulated GPU. Per byte, and since the last barrier, it knows which warp wrote and which warps read."""
+"""Shared memory of the emulated GPU.
+
+Per byte, and since the last barrier, it knows which warp wrote and which warps read.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +67,8 @@ class Shared:
         self.ctas = ctas
         self.groups: list[Group] = []
         self.open: list[Copy] = []  # issued since the last commit
-        self.reading: list[list[np.ndarray]] = [[]]  # rows of 16 bytes that wgmma reads: groups, the last one still open
+        # rows of 16 bytes that wgmma reads: groups, the last one still open
+        self.reading: list[list[np.ndarray]] = [[]]
         self.notes: Counter[str] = Counter()
 
     def _rows(self, address: Any, size: int, mask: np.ndarray | None, at: str) -> np.ndarray:

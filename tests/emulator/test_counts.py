@@ -18,9 +18,13 @@ def test_a_kernel_does_no_more_than_recorded(name: str) -> None:
         pytest.skip(f"no counts recorded for triton {triton.__version__} (python -m tests.emulator.counts --write)")
     for kernel, found in counts.measure(name).items():
         grown = {
-            what: (number, recorded[kernel][what]) for what, number in found.items() if number > ALLOWED_GROWTH * recorded[kernel][what]
+            what: (number, recorded[kernel][what])
+            for what, number in found.items()
+            if number > ALLOWED_GROWTH * recorded[kernel][what]
         }
-        assert not grown, f"{kernel}: {grown} (found, recorded); if the growth is wanted: python -m tests.emulator.counts --write"
+        assert not grown, (
+            f"{kernel}: {grown} (found, recorded); if the growth is wanted: python -m tests.emulator.counts --write"
+        )
 
 
 def test_no_branch_parts_a_warp_in_a_hot_kernel() -> None:

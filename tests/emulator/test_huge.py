@@ -1,4 +1,5 @@
-"""The first and the last programs of launches on tensors of more than 2^31 elements: an index of 32 bits would trap, or give other values.
+"""The first and the last programs of launches on tensors of more than 2^31 elements: an index of 32 bits would trap,
+or give other values.
 
 The tensors are ``torch.empty`` and zero where nobody wrote; what the chosen programs touch is paged in.
 """
@@ -79,7 +80,11 @@ def test_products_with_gates_of_rows(M: int, K: int, N: int) -> None:
 
 
 def test_a_product_over_live_blocks() -> None:
-    x, weight, log_alpha = torch.empty(ROWS, 2064, dtype=HALF), torch.randn(16, 2064, dtype=HALF) / 2064**0.5, torch.randn(2064)
+    x, weight, log_alpha = (
+        torch.empty(ROWS, 2064, dtype=HALF),
+        torch.randn(16, 2064, dtype=HALF) / 2064**0.5,
+        torch.randn(2064),
+    )
     x[-1] = torch.randn(2064)
     y = gated_linear.gated_linear_live_fwd(x, weight, None, GatePair(log_alpha, None, SEED, None, SPEC))
     assert_near(y[-1], (x[-1].double() * z_of(log_alpha, 0, 2064)) @ weight.double().t(), 2e-2)
@@ -117,7 +122,13 @@ def test_sums_of_a_workspace() -> None:
 def test_norms_and_activations(shape: tuple[int, ...]) -> None:
     n, x = shape[1], torch.empty(shape, dtype=HALF)
     x[-1] = torch.randn(shape[1:])
-    gain, bias, mean, var, log_alpha = torch.randn(n), torch.randn(n), torch.randn(n), torch.rand(n) + 0.5, torch.randn(n)
+    gain, bias, mean, var, log_alpha = (
+        torch.randn(n),
+        torch.randn(n),
+        torch.randn(n),
+        torch.rand(n) + 0.5,
+        torch.randn(n),
+    )
     z = z_of(log_alpha, (shape[0] - 1) * n, n)
 
     def spread(v: Tensor) -> Tensor:
@@ -136,5 +147,8 @@ def test_a_convolution() -> None:
     x[-1] = torch.randn(C, H, H)
     weight, z_in, z_out = torch.randn(N, C, 3, 3, dtype=HALF) / 24, torch.rand(C), torch.rand(N)
     y = gated_conv2d.gated_conv2d_one_pass(x, weight, None, z_in, z_out, Window((1, 1), (1, 1), (1, 1), 1))
-    truth = torch.nn.functional.conv2d(x[-1:].double() * z_in[:, None, None], weight.double(), padding=1)[0] * z_out[:, None, None]
+    truth = (
+        torch.nn.functional.conv2d(x[-1:].double() * z_in[:, None, None], weight.double(), padding=1)[0]
+        * z_out[:, None, None]
+    )
     assert_near(y[-1, :, -1, -32:], truth[:, -1, -32:], 2e-2)

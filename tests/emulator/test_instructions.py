@@ -64,7 +64,10 @@ COUNT = np.arange(32, dtype=np.uint32)
         ("{ .reg .b32 t; add.u32 t, %r2, 1; mov.b32 %r3, t; }", COUNT + 1),
         ("shfl.sync.bfly.b32 %r3, %r2, 1, 31, -1;", COUNT ^ 1),
         ("setp.lt.u32 %p1, %r2, 9; vote.sync.ballot.b32 %r3, %p1, -1;", COUNT * 0 + 511),
-        ("setp.lt.u32 %p1, %r2, 9; @%p1 bra $L1; mov.b32 %r3, 2; bra.uni $L2; $L1: mov.b32 %r3, 1; $L2:", np.where(COUNT < 9, 1, 2)),
+        (
+            "setp.lt.u32 %p1, %r2, 9; @%p1 bra $L1; mov.b32 %r3, 2; bra.uni $L2; $L1: mov.b32 %r3, 1; $L2:",
+            np.where(COUNT < 9, 1, 2),
+        ),
         ("mov.b32 %r4, 0f7FC00000; setp.equ.f32 %p1, %r4, %r4; selp.b32 %r3, 1, 0, %p1;", COUNT * 0 + 1),
         ("mov.b32 %r4, 0f7FC00000; setp.ne.f32 %p1, %r4, %r4; selp.b32 %r3, 1, 0, %p1;", COUNT * 0),
         ("mov.b16 %h1, 0x3F80; neg.bf16 %h2, %h1; mov.b32 %r3, {%h2, %h1};", COUNT * 0 + 0x3F80BF80),
@@ -76,7 +79,9 @@ def test_an_instruction_does_what_the_manual_says(body: str, expected: np.ndarra
     assert not notes
 
 
-@pytest.mark.parametrize("body", ["popc.b32 %r3, %r2;", "mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%r3}, {%r2}, {%r2}, {%r2};"])
+@pytest.mark.parametrize(
+    "body", ["popc.b32 %r3, %r2;", "mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%r3}, {%r2}, {%r2}, {%r2};"]
+)
 def test_what_is_not_emulated_is_named(body: str) -> None:
     with pytest.raises(memory.Trap, match=f"not emulated: {body.split()[0]}.*1:7"):
         run(body, COUNT)
@@ -94,7 +99,10 @@ def test_what_is_not_emulated_is_no_matter_where_it_is_not_reached() -> None:
         ("add.s64 %d5, %d5, 2; ld.global.b32 %r3, [%d5];", "misaligned"),
         ("mov.b32 %r4, 256; st.shared.b32 [%r4], %r2; mov.b32 %r3, 0;", "beyond its 256 bytes"),
         ("setp.lt.u32 %p1, %r2, 9; @%p1 bra $L1; bar.sync 0; $L1: mov.b32 %r3, 0;", "deadlock"),
-        ("setp.lt.u32 %p1, %r2, 9; @%p1 bra $L1; redux.sync.add.s32 %r4, %r2, -1; $L1: mov.b32 %r3, 0;", "by a part of a warp"),
+        (
+            "setp.lt.u32 %p1, %r2, 9; @%p1 bra $L1; redux.sync.add.s32 %r4, %r2, -1; $L1: mov.b32 %r3, 0;",
+            "by a part of a warp",
+        ),
         ("trap; mov.b32 %r3, 0;", "a trap instruction"),
     ],
 )

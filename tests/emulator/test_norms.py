@@ -29,7 +29,10 @@ def verified(wanted: str, capability: int, approximate: int | None) -> verify.Ro
 
 @pytest.mark.parametrize("seed", [1, 3])
 def test_statistics_of_a_large_mean_divide_with_rounding(seed: int) -> None:
-    """Every approximate instruction errs by up to what is documented. With the approximate division y was up to 5.9 times its bound."""
+    """Every approximate instruction errs by up to what is documented.
+
+    With the approximate division y was up to 5.9 times its bound.
+    """
     row = verified("mean 100.0", 90, seed)
     assert row.cases == 14
     assert row.failures == []
@@ -50,7 +53,9 @@ def test_a_single_element_is_within_its_bound() -> None:
 
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("per_sample", [False, True])
-def test_running_statistics_are_moved_by_the_kernel_that_joins_the_new_ones(channels_last: bool, per_sample: bool) -> None:
+def test_running_statistics_are_moved_by_the_kernel_that_joins_the_new_ones(
+    channels_last: bool, per_sample: bool
+) -> None:
     def trained(backend: str) -> tuple[list[Any], dict[str, int]]:
         torch.manual_seed(0)
         layer: Any = dampr.nn.GatedBatchNorm2d(20, per_sample=per_sample)
@@ -58,7 +63,10 @@ def test_running_statistics_are_moved_by_the_kernel_that_joins_the_new_ones(chan
         layer.gate.log_alpha.data.uniform_(-3, 3)
         x = torch.randn(4, 20, 7, 5) + 3
         x = (x.contiguous(memory_format=torch.channels_last) if channels_last else x).requires_grad_()
-        with driver.emulated(90) if backend == "triton" else contextlib.nullcontext() as emulation, dampr.backend(backend):
+        with (
+            driver.emulated(90) if backend == "triton" else contextlib.nullcontext() as emulation,
+            dampr.backend(backend),
+        ):
             for _ in range(2):
                 layer(x).square().sum().backward()
         found = [x.grad, *(p.grad for p in layer.parameters()), layer.running_mean, layer.running_var]

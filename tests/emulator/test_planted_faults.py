@@ -1,4 +1,7 @@
-"""Does the emulator see what it is there to see? Faults are put into compiled kernels of dampr; each has to be noticed."""
+"""Does the emulator see what it is there to see?
+
+Faults are put into compiled kernels of dampr; each has to be noticed.
+"""
 
 from __future__ import annotations
 
@@ -116,5 +119,8 @@ def test_a_row_index_of_32_bits_is_too_short_beyond_two_to_the_thirty_first_elem
 def test_a_row_too_many_is_a_store_outside_of_the_tensor() -> None:
     sizes = {"BLOCK_M": 16, "BLOCK_N": 128, "GROUPED": True, "GATE": hard_concrete()}
     args = torch.randn(64), torch.tensor([1]), torch.empty(3, 64), 4, 64
-    with driver.emulated(90), pytest.raises(memory.Trap, match="sample_gates_fwd_kernel: store of 16 bytes outside of every storage"):
+    with (
+        driver.emulated(90),
+        pytest.raises(memory.Trap, match="sample_gates_fwd_kernel: store of 16 bytes outside of every storage"),
+    ):
         host.launch(gates.sample_gates_fwd_kernel, (1,), *args, **sizes)

@@ -1,4 +1,6 @@
-"""A selection of what ``make emulate`` runs: each kernel that multiplies matrices, on each architecture, in a dtype it is made for."""
+"""A selection of what ``make emulate`` runs: each kernel that multiplies matrices, on each architecture,
+in a dtype it is made for.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +18,20 @@ LINEAR = verify_linear.LinearCase
 # Route -> op, case, dtype, architectures: sm_120 multiplies as sm_80 does.
 SELECTED = {
     "one_pass": ("gated_linear", LINEAR((70, 80, 112), "both", True), "bfloat16", (80, 90, 100)),
-    "one_pass, edges, sliced": ("gated_linear", LINEAR((37, 24, 20), "both", True, layout="sliced", expanded_dy=True), verify.TF32, (90,)),
+    "one_pass, edges, sliced": (
+        "gated_linear",
+        LINEAR((37, 24, 20), "both", True, layout="sliced", expanded_dy=True),
+        verify.TF32,
+        (90,),
+    ),
     "live": ("gated_linear", LINEAR((70, 80, 112), "both"), "float16", cases.ARCHITECTURES),
     "small_m": ("weight_gated_linear", LINEAR((33, 48, 32), "weight"), "bfloat16", cases.ARCHITECTURES),
 }
 
 
-@pytest.mark.parametrize(("name", "capability"), [(name, arch) for name, selected in SELECTED.items() for arch in selected[3]])
+@pytest.mark.parametrize(
+    ("name", "capability"), [(name, arch) for name, selected in SELECTED.items() for arch in selected[3]]
+)
 def test_a_gated_product_is_right_when_it_is_compiled(name: str, capability: int) -> None:
     (op, case, dtype, _), route = SELECTED[name], name.partition(",")[0]
     given = torch.float32 if dtype == verify.TF32 else getattr(torch, dtype)

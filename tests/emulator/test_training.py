@@ -19,19 +19,28 @@ Made = tuple[nn.Module, torch.Tensor]
 
 
 def mlp() -> Made:
-    return nn.Sequential(nn.Linear(20, 33), nn.ReLU(), nn.Linear(33, 16), nn.ReLU(), nn.Linear(16, 5)), torch.randn(12, 20)
+    return nn.Sequential(nn.Linear(20, 33), nn.ReLU(), nn.Linear(33, 16), nn.ReLU(), nn.Linear(16, 5)), torch.randn(
+        12, 20
+    )
 
 
 def cnn() -> Made:
-    layers = nn.Conv2d(3, 12, 3, bias=False), nn.BatchNorm2d(12), nn.ReLU(), nn.Conv2d(12, 8, 1), nn.BatchNorm2d(8), nn.ReLU()
+    layers = (
+        nn.Conv2d(3, 12, 3, bias=False),
+        nn.BatchNorm2d(12),
+        nn.ReLU(),
+        nn.Conv2d(12, 8, 1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+    )
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)), torch.randn(6, 3, 8, 8)
 
 
 def transformer() -> Made:
     layer = nn.TransformerEncoderLayer(16, 2, 24, dropout=0.0, batch_first=True)
-    return nn.Sequential(nn.Linear(7, 16), nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Linear(16, 5)), torch.randn(
-        4, 6, 7
-    )
+    return nn.Sequential(
+        nn.Linear(7, 16), nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Linear(16, 5)
+    ), torch.randn(4, 6, 7)
 
 
 def train(

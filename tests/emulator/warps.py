@@ -1,7 +1,7 @@
 """The threads of a batch of CTAs, as arrays with an element for each: memory, barriers, what a warp does together.
 
-``mask`` is None where every thread takes part; ``at`` says where in the source an instruction came from. A value is an array over all
-threads, or one number where they agree.
+``mask`` is None where every thread takes part; ``at`` says where in the source an instruction came from. A value is an
+array over all threads, or one number where they agree.
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ class Warps:
         approximate: int | None = None,
         meter: Meter | None = None,
     ) -> None:
-        """``ctas``: numbers of those that run; ``shared``: bytes for each; ``approximate``: see :func:`arithmetic.inexact`."""
+        """``ctas``: numbers of those that run; ``shared``: bytes for each;
+        ``approximate``: see :func:`arithmetic.inexact`.
+        """
         self.memory, self.approximate, self.meter, self.notes = memory, approximate, meter, Counter[str]()
         self.threads, self.lanes = threads, len(ctas) * threads
         flat = np.repeat(ctas.astype(u8), threads)
@@ -119,7 +121,12 @@ class Warps:
         x, b, c = (self.full(v).astype(i8) for v in (x, b, c))
         clamp, segment = c & 31, (c >> 8) & 31
         lowest, highest = self.lane & segment, (self.lane & segment) | (clamp & ~segment)
-        sources = {"bfly": self.lane ^ b, "idx": lowest | (b & ~segment & 31), "down": self.lane + b, "up": self.lane - b}
+        sources = {
+            "bfly": self.lane ^ b,
+            "idx": lowest | (b & ~segment & 31),
+            "down": self.lane + b,
+            "up": self.lane - b,
+        }
         source = sources[how]
         valid = source >= highest if how == "up" else source <= highest
         source = np.where(valid, source, self.lane)
@@ -188,7 +195,9 @@ class Warps:
                 found.append(bf16_to_f32(word.view(u2)).reshape(-1, 8, 8))
         return found
 
-    def mma(self, kind: str, a: Sequence[Any], b: Sequence[Any], c: Sequence[Any], mask: Any, at: str) -> list[np.ndarray]:
+    def mma(
+        self, kind: str, a: Sequence[Any], b: Sequence[Any], c: Sequence[Any], mask: Any, at: str
+    ) -> list[np.ndarray]:
         """mma.sync of 16 x 8 outputs with float32 accumulators; products are summed in float64 and rounded once."""
         self.whole_warps(mask, at)
         tiles = self.tiles(a, kind)
@@ -198,7 +207,9 @@ class Warps:
         before = np.concatenate([np.stack(sums[i : i + 2], -1).reshape(-1, 8, 8) for i in (0, 2)], 1)
         d = np.matmul(left.astype(f8), right.astype(f8).transpose(0, 2, 1))
         d = (d + before).astype(f4).reshape(-1, 2, 8, 4, 2)
-        return [np.ascontiguousarray(d[:, half, :, :, one]).reshape(-1).view(u4) for half in range(2) for one in range(2)]
+        return [
+            np.ascontiguousarray(d[:, half, :, :, one]).reshape(-1).view(u4) for half in range(2) for one in range(2)
+        ]
 
 
 def quarters(tiles: Sequence[np.ndarray]) -> np.ndarray:

@@ -3,8 +3,8 @@
     python -m tests.fuzz --minutes 5                    # the form of CI; --minutes 60 by hand
     python -m tests.fuzz --target gated_linear --seed 7  # one case again: what the report of a finding says
 
-What is run follows from ``--seed``: case number i has the seed ``seed + i`` and takes its target in turn. Cases run in a process of their
-own, so that a crash or a hang is a finding too. The exit status is 1 if there was any.
+What is run follows from ``--seed``: case number i has the seed ``seed + i`` and takes its target in turn. Cases run in
+a process of their own, so that a crash or a hang is a finding too. The exit status is 1 if there was any.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ SAME = 3  # findings of one kind that are shown in full
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description="Fuzz dampr's public functions and constructors.")
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.fuzz", description="Fuzz dampr's public functions and constructors."
+    )
     parser.add_argument("--minutes", type=float, default=60.0, help="how long (default: an hour)")
     parser.add_argument("--seed", type=int, default=0, help="of the first case")
     parser.add_argument("--target", help="this one alone, and without --minutes or --cases a single case of it")
@@ -83,7 +85,10 @@ def watch(
     ran: collections.Counter[str],
     findings: list[tuple[str, int, str]],
 ) -> tuple[bool, int]:
-    """One child until it ends, hangs or the time is over. Returns whether nothing is left to do, and the seed to go on with."""
+    """One child until it ends, hangs or the time is over.
+
+    Returns whether nothing is left to do, and the seed to go on with.
+    """
     command = [sys.executable, "-m", "tests.fuzz", "--child", "--seed", str(seed)]
     command += ["--target", target] if target else []
     command += ["--cases", str(cases)] if cases is not None else ["--minutes", "0"]

@@ -37,9 +37,10 @@ class Case:
         names: what an error may name.
         valid: whether it has to succeed.
         truth: the same call by other means, in float64; its result is compared place by place where it is finite.
-        baseline: the same by other means in the same precision; a result may be as far from the truth as a few times this one.
-        like: the call of torch that this one takes the place of; where that raises, an error of the same type will do, and success will
-            not.
+        baseline: the same by other means in the same precision;
+            a result may be as far from the truth as a few times this one.
+        like: the call of torch that this one takes the place of; where that raises, an error of the same type will do,
+            and success will not.
     """
 
     function: Callable[..., Any]
@@ -101,7 +102,11 @@ def _of_error(case: Case, error: Exception, dense: Any) -> str | None:
         return None
     if not isinstance(error, DOCUMENTED) or isinstance(error, UnicodeError):
         return f"raises {said}"
-    if error.__cause__ is None and error.__context__ is not None and not isinstance(error.__context__, (TypeError, ValueError, KeyError)):
+    if (
+        error.__cause__ is None
+        and error.__context__ is not None
+        and not isinstance(error.__context__, (TypeError, ValueError, KeyError))
+    ):
         return f"an error within an error: {said}"
     if not any(re.search(rf"(?<![A-Za-z_]){re.escape(name)}(?![A-Za-z_])", str(error)) for name in case.names):
         return f"names no argument: {said}"
@@ -113,7 +118,11 @@ def _snapshot(value: Any) -> list[Any]:
     for leaf in pytree.tree_leaves(value):
         if isinstance(leaf, nn.Module):
             found += [type(m).__name__ for m in leaf.modules()] + [m.training for m in leaf.modules()]
-            found += [leaf.state_dict(), *[p.grad is not None for p in leaf.parameters()], *[p.requires_grad for p in leaf.parameters()]]
+            found += [
+                leaf.state_dict(),
+                *[p.grad is not None for p in leaf.parameters()],
+                *[p.requires_grad for p in leaf.parameters()],
+            ]
         found.append(leaf)
     return [copy.deepcopy(x.detach()) if isinstance(x, Tensor) else x for x in pytree.tree_leaves(found)]
 
@@ -135,7 +144,8 @@ def _differs(found: Any, expected: Any, baseline: list[Tensor]) -> str | None:
     a, b = (_tensors(value) for value in (found, expected))
     if len(a) != len(b):
         return f"{len(a)} tensors came out, expected {len(b)}"
-    rounded = max((TOLERANCE.get(out.dtype, 0.0) for out in a), default=0.0)  # a gradient in float32 is of what was rounded before
+    # a gradient in float32 is of what was rounded before
+    rounded = max((TOLERANCE.get(out.dtype, 0.0) for out in a), default=0.0)
     for i, (out, truth) in enumerate(zip(a, b, strict=True)):
         if out.shape != truth.shape:
             return f"result {i} has shape {tuple(out.shape)}, expected {tuple(truth.shape)}"
@@ -162,10 +172,16 @@ def _short(value: Any) -> str:
     if isinstance(value, Tensor):
         content = (
             " with NaN or inf"
-            if value.is_floating_point() and not value.is_meta and not value.is_sparse and not bool(value.isfinite().all())
+            if value.is_floating_point()
+            and not value.is_meta
+            and not value.is_sparse
+            and not bool(value.isfinite().all())
             else ""
         )
-        how = f"{value.dtype}, {tuple(value.shape)}, strides {value.stride() if not value.is_sparse else 'sparse'}, {value.device}"
+        how = (
+            f"{value.dtype}, {tuple(value.shape)}, strides {value.stride() if not value.is_sparse else 'sparse'}, "
+            f"{value.device}"
+        )
         return f"<{how}{content}>"
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{k!r}: {_short(v)}" for k, v in value.items()) + "}"

@@ -97,7 +97,10 @@ def of(name: str, make: Callable[[Draw], dict[str, Any]]) -> Callable[[Draw], st
 
         call.__qualname__ = f"{name} and its gradients on {backend}"
         truth = lambda: with_gradients(function, kwargs, seed, "reference", double=True)  # noqa: E731
-        if any(isinstance(v, Tensor) and v.is_floating_point() and not bool((v.double().abs() < 1e4).all()) for v in kwargs.values()):
+        if any(
+            isinstance(v, Tensor) and v.is_floating_point() and not bool((v.double().abs() < 1e4).all())
+            for v in kwargs.values()
+        ):
             return judge(Case(call, (), kwargs, names=names, valid=True, truth=lambda: values(truth())))
         baseline = lambda: with_gradients(function, kwargs, seed, "reference")  # noqa: E731
         return judge(Case(call, (), kwargs, names=names, valid=True, truth=truth, baseline=baseline))
@@ -106,7 +109,9 @@ def of(name: str, make: Callable[[Draw], dict[str, Any]]) -> Callable[[Draw], st
 
 
 def values(found: Any) -> Any:
-    """Of a result that infinities reach, nothing is compared but its places: how 0 times infinity is taken is up to the route."""
+    """Of a result that infinities reach, nothing is compared but its places:
+    how 0 times infinity is taken is up to the route.
+    """
     return torch.utils._pytree.tree_map_only(Tensor, lambda t: torch.full_like(t, float("nan")), found)
 
 
@@ -158,7 +163,12 @@ def convolution(dims: int) -> Callable[[Draw], dict[str, Any]]:
         weight = draw.tensor((written, read // groups, *kernel), dtype)
         if dtype == torch.bfloat16:  # torch 2.13's own convolution ends in a segmentation fault for others, with groups
             weight = weight.contiguous()
-        kwargs = {"x": x, "weight": weight, "bias": maybe(draw, lambda: draw.tensor((written,), dtype)), "stride": stride}
+        kwargs = {
+            "x": x,
+            "weight": weight,
+            "bias": maybe(draw, lambda: draw.tensor((written,), dtype)),
+            "stride": stride,
+        }
         kwargs |= {"padding": padding, "dilation": dilation, "groups": groups}
         return kwargs | _gates(draw, weight, read, written, dtype, spatial=True)
 
@@ -177,7 +187,11 @@ def activations(draw: Draw) -> dict[str, Any]:
 def affine(draw: Draw) -> dict[str, Any]:
     n, dtype = draw.size(), draw.dtype()
     other = dtype if dtype == torch.float64 else draw.choice((dtype, torch.float32))
-    own = {"gate": gate(draw, n, dtype), "weight": draw.tensor((n,), dtype), "bias": maybe(draw, lambda: draw.tensor((n,), other))}
+    own = {
+        "gate": gate(draw, n, dtype),
+        "weight": draw.tensor((n,), dtype),
+        "bias": maybe(draw, lambda: draw.tensor((n,), other)),
+    }
     return own | {"seed": seeds(draw), "spec": a_spec(draw)}
 
 
@@ -185,7 +199,10 @@ def batch_norm(draw: Draw) -> dict[str, Any]:
     dtype, channels = draw.choice((torch.float32, torch.float64)), draw.size(1)
     space = tuple(draw.choice((1, 2, 3, 5)) for _ in range(draw.choice((0, 1, 2))))
     training = draw.chance(0.6)
-    kwargs: dict[str, Any] = {"x": draw.tensor((draw.choice((2, 3, 5, 8)), channels, *space), dtype), "gate": gate(draw, channels, dtype)}
+    kwargs: dict[str, Any] = {
+        "x": draw.tensor((draw.choice((2, 3, 5, 8)), channels, *space), dtype),
+        "gate": gate(draw, channels, dtype),
+    }
     for name in ("weight", "bias"):
         kwargs[name] = maybe(draw, lambda: draw.tensor((channels,), dtype))
     if not training or draw.chance(0.5):
@@ -201,14 +218,22 @@ def sampled(draw: Draw) -> dict[str, Any]:
 
 
 def probability(draw: Draw) -> dict[str, Any]:
-    return {"log_alpha": draw.tensor(tuple(draw.size() for _ in range(draw.randint(0, 3))), draw.choice((torch.float32, torch.float64)))}
+    return {
+        "log_alpha": draw.tensor(
+            tuple(draw.size() for _ in range(draw.randint(0, 3))), draw.choice((torch.float32, torch.float64))
+        )
+    }
 
 
 def l0(draw: Draw) -> dict[str, Any]:
     log_alpha = gate(draw, draw.size(1), draw.choice((torch.float32, torch.float64)))
     n, dtype = len(log_alpha), log_alpha.dtype
     sizes: Any = draw.choice((1.0, 7, torch.rand(n, generator=draw.torch).to(dtype)))
-    kwargs = {"log_alpha": log_alpha, "group_size": sizes, "lam": draw.choice((0.0, 1e-3, torch.rand(n, generator=draw.torch).to(dtype)))}
+    kwargs = {
+        "log_alpha": log_alpha,
+        "group_size": sizes,
+        "lam": draw.choice((0.0, 1e-3, torch.rand(n, generator=draw.torch).to(dtype))),
+    }
     if draw.chance(0.5):
         kwargs |= {"group_sq_norm": torch.rand(n, generator=draw.torch).to(dtype), "prior_precision": draw.random()}
     return kwargs

@@ -1,4 +1,6 @@
-"""Targets: constructors and calls of ``dampr.nn``, beside the layer of torch with the same arguments, and of ``dampr.gates``."""
+"""Targets: constructors and calls of ``dampr.nn``, beside the layer of torch with the same arguments,
+and of ``dampr.gates``.
+"""
 
 from __future__ import annotations
 
@@ -45,17 +47,31 @@ def linear(draw: Draw) -> tuple[dict[str, Any], tuple[int, ...]]:
 def convolution(dims: int) -> Callable[[Draw], tuple[dict[str, Any], tuple[int, ...]]]:
     def make(draw: Draw) -> tuple[dict[str, Any], tuple[int, ...]]:
         groups = draw.choice((1, 1, 2))
-        own: dict[str, Any] = {"in_channels": groups * draw.size(1), "out_channels": groups * draw.size(1), "groups": groups}
+        own: dict[str, Any] = {
+            "in_channels": groups * draw.size(1),
+            "out_channels": groups * draw.size(1),
+            "groups": groups,
+        }
         own |= {"kernel_size": draw.choice((1, 2, 3)), "stride": draw.choice((1, 2)), "bias": draw.chance(0.7)}
-        own |= {"padding": draw.choice((0, 1)), "padding_mode": draw.choice(("zeros", "zeros", "reflect", "replicate", "circular"))}
-        return own, (*[draw.choice((1, 2, 5))] * draw.chance(0.8), own["in_channels"], *[draw.choice((3, 4, 7)) for _ in range(dims)])
+        own |= {
+            "padding": draw.choice((0, 1)),
+            "padding_mode": draw.choice(("zeros", "zeros", "reflect", "replicate", "circular")),
+        }
+        return own, (
+            *[draw.choice((1, 2, 5))] * draw.chance(0.8),
+            own["in_channels"],
+            *[draw.choice((3, 4, 7)) for _ in range(dims)],
+        )
 
     return make
 
 
 def batch_norm(dims: int) -> Callable[[Draw], tuple[dict[str, Any], tuple[int, ...]]]:
     def make(draw: Draw) -> tuple[dict[str, Any], tuple[int, ...]]:
-        own = sizes(draw, num_features=1) | {"eps": 10 ** -draw.uniform(2, 6), "momentum": draw.choice((None, 0.1, 1.0, 0.0))}
+        own = sizes(draw, num_features=1) | {
+            "eps": 10 ** -draw.uniform(2, 6),
+            "momentum": draw.choice((None, 0.1, 1.0, 0.0)),
+        }
         own |= {"affine": draw.chance(0.7), "track_running_stats": draw.chance(0.7)}
         space = [draw.choice((1, 2, 5)) for _ in range(dims)] if dims > 1 or draw.chance(0.5) else []
         return own, (draw.choice((2, 3, 5)), own["num_features"], *space)
@@ -65,7 +81,12 @@ def batch_norm(dims: int) -> Callable[[Draw], tuple[dict[str, Any], tuple[int, .
 
 def layer_norm(draw: Draw) -> tuple[dict[str, Any], tuple[int, ...]]:
     shape = tuple(draw.size(1) for _ in range(draw.choice((1, 1, 2))))
-    own = {"normalized_shape": shape, "eps": 10 ** -draw.uniform(2, 6), "elementwise_affine": draw.chance(0.7), "bias": draw.chance(0.7)}
+    own = {
+        "normalized_shape": shape,
+        "eps": 10 ** -draw.uniform(2, 6),
+        "elementwise_affine": draw.chance(0.7),
+        "bias": draw.chance(0.7),
+    }
     return own, (*[draw.size() for _ in range(draw.choice((0, 1, 2)))], *shape)
 
 
@@ -131,7 +152,9 @@ def of(kind: str) -> Callable[[Draw], str | None]:
         if draw.chance(0.4):
             corrupted(draw, given)
         elif "hidden_size" in arguments and len(shape) == 3 and draw.chance(0.4):
-            lengths = torch.full((shape[0 if arguments["batch_first"] else 1],), shape[1 if arguments["batch_first"] else 0])
+            lengths = torch.full(
+                (shape[0 if arguments["batch_first"] else 1],), shape[1 if arguments["batch_first"] else 0]
+            )
             given["input"] = pack_padded_sequence(x, lengths, batch_first=arguments["batch_first"])
         case = Case(layer, (), given, names=("input", "x", "weight", "gate"), like=lambda: plain(**given))
         case.truth = (lambda: values(plain(**given))) if training and overflows(given["input"]) else None
@@ -147,16 +170,29 @@ def overflows(x: Any) -> bool:
 
 
 def embedding(draw: Draw) -> str | None:
-    arguments: dict[str, Any] = sizes(draw, num_embeddings=1, embedding_dim=1) | {"max_norm": draw.choice((None, None, 1.0))}
+    arguments: dict[str, Any] = sizes(draw, num_embeddings=1, embedding_dim=1) | {
+        "max_norm": draw.choice((None, None, 1.0))
+    }
     arguments["padding_idx"] = draw.choice((None, 0))
     if draw.chance(0.4):
         corrupted(draw, arguments)
         return judge(
-            Case(gated.GatedEmbedding, (), arguments, names=names_of(gated.GatedEmbedding), like=lambda: nn.Embedding(**arguments))
+            Case(
+                gated.GatedEmbedding,
+                (),
+                arguments,
+                names=names_of(gated.GatedEmbedding),
+                like=lambda: nn.Embedding(**arguments),
+            )
         )
-    plain, layer = nn.Embedding(**arguments), opened(gated.GatedEmbedding(**arguments, granularity=draw.choice(("output", "input"))))
+    plain, layer = (
+        nn.Embedding(**arguments),
+        opened(gated.GatedEmbedding(**arguments, granularity=draw.choice(("output", "input")))),
+    )
     layer.load_state_dict(copy.deepcopy(plain.state_dict()))
-    words = torch.randint(0, arguments["num_embeddings"], tuple(draw.size() for _ in range(draw.choice((0, 1, 2)))), generator=draw.torch)
+    words = torch.randint(
+        0, arguments["num_embeddings"], tuple(draw.size() for _ in range(draw.choice((0, 1, 2)))), generator=draw.torch
+    )
     given: dict[str, Any] = {"input": words}
     if draw.chance(0.4):
         corrupted(draw, given)
@@ -167,7 +203,11 @@ def embedding(draw: Draw) -> str | None:
 
 def attention(draw: Draw) -> str | None:
     heads = draw.choice((1, 2, 3))
-    arguments: dict[str, Any] = {"embed_dim": heads * draw.choice((1, 2, 5)), "num_heads": heads, "bias": draw.chance(0.7)}
+    arguments: dict[str, Any] = {
+        "embed_dim": heads * draw.choice((1, 2, 5)),
+        "num_heads": heads,
+        "bias": draw.chance(0.7),
+    }
     arguments |= {"add_bias_kv": draw.chance(0.2), "add_zero_attn": draw.chance(0.2), "batch_first": draw.chance(0.5)}
     if draw.chance(0.35):
         corrupted(draw, arguments)
@@ -196,7 +236,11 @@ def transformer(kind: str) -> Callable[[Draw], str | None]:
             "dim_feedforward": draw.size(1),
             "dropout": 0.0,
         }
-        arguments |= {"batch_first": draw.chance(0.5), "norm_first": draw.chance(0.5), "activation": draw.choice(("relu", "gelu"))}
+        arguments |= {
+            "batch_first": draw.chance(0.5),
+            "norm_first": draw.chance(0.5),
+            "activation": draw.choice(("relu", "gelu")),
+        }
         if draw.chance(0.4):
             corrupted(draw, arguments)
             own = (
@@ -208,7 +252,8 @@ def transformer(kind: str) -> Callable[[Draw], str | None]:
         plain, layer = dense(**arguments), opened(build(**arguments))
         layer.load_state_dict(copy.deepcopy(plain.state_dict()))
         given = {
-            name: draw.tensor((2, 3, arguments["d_model"]), hostile=0.0) for name in (["src"] if kind == "Encoder" else ["tgt", "memory"])
+            name: draw.tensor((2, 3, arguments["d_model"]), hostile=0.0)
+            for name in (["src"] if kind == "Encoder" else ["tgt", "memory"])
         }
         if draw.chance(0.4):
             corrupted(draw, given)
@@ -220,7 +265,11 @@ def transformer(kind: str) -> Callable[[Draw], str | None]:
 def gate_layer(draw: Draw) -> str | None:
     shape = tuple(draw.size(1) for _ in range(draw.choice((1, 2, 3))))
     dim = draw.randrange(-len(shape), len(shape))
-    arguments: dict[str, Any] = {"num_gates": shape[dim], "dim": dim, "per_sample": draw.chance(0.3) and dim % len(shape) != 0}
+    arguments: dict[str, Any] = {
+        "num_gates": shape[dim],
+        "dim": dim,
+        "per_sample": draw.chance(0.3) and dim % len(shape) != 0,
+    }
     if draw.chance(0.3):
         arguments["index"] = torch.randint(0, arguments["num_gates"], (shape[dim],), generator=draw.torch)
     if draw.chance(0.4):
@@ -246,13 +295,19 @@ def small_layers(draw: Draw) -> str | None:
         (gated.StackedRNN, {"layers": [[nn.LSTM(3, 4)], [nn.LSTM(4, 2)]], "dropout": 0.1}),
         (gated.PrunedMultiheadAttention, {"embed_dim": 8, "num_heads": 4, "heads": [0, 2], "head_dim": 2}),
         (gated.GatedHeads.from_dense, {"layer": linear, "heads": 2, "weights_per_gate": 3.0, "gate": "hard_concrete"}),
-        (gated.GatedLinear.from_dense, {"layer": linear, "gate": "hard_concrete", "granularity": "output", "per_sample": False}),
+        (
+            gated.GatedLinear.from_dense,
+            {"layer": linear, "gate": "hard_concrete", "granularity": "output", "per_sample": False},
+        ),
         (gated.GatedLSTM.from_dense, {"layer": rnn, "gate": "hard_concrete", "widths": "own"}),
         (gated.GatedLayerNorm.from_dense, {"layer": nn.LayerNorm(4), "statistics": "open", "per_sample": False}),
         (gated.GatedBatchNorm1d.from_dense, {"layer": nn.BatchNorm1d(4), "activation": "relu", "per_sample": False}),
         (gated.GatedEmbedding.from_dense, {"layer": nn.Embedding(4, 3), "granularity": "input", "per_sample": False}),
         (gated.GatedMultiheadAttention.from_dense, {"layer": nn.MultiheadAttention(4, 2), "per_sample": False}),
-        (gated.GatedTransformerEncoderLayer.from_dense, {"layer": nn.TransformerEncoderLayer(4, 2, 5), "parts": ("heads",)}),
+        (
+            gated.GatedTransformerEncoderLayer.from_dense,
+            {"layer": nn.TransformerEncoderLayer(4, 2, 5), "parts": ("heads",)},
+        ),
     )
     function, arguments = draw.choice(makers)
     if draw.chance(0.2):
@@ -264,19 +319,41 @@ def small_layers(draw: Draw) -> str | None:
 GATES: tuple[tuple[Any, dict[str, Any]], ...] = (
     (
         gates.HardConcrete,
-        {"num_gates": 3, "beta": 0.5, "gamma": -0.2, "zeta": 1.2, "preset": "median", "init_log_alpha": 1.0, "device": None},
+        {
+            "num_gates": 3,
+            "beta": 0.5,
+            "gamma": -0.2,
+            "zeta": 1.2,
+            "preset": "median",
+            "init_log_alpha": 1.0,
+            "device": None,
+        },
     ),
     (gates.HardConcrete, {"num_gates": 3, "droprate": 0.5}),
     (
         gates.DiffPrune,
-        {"num_gates": 3, "shape": "A", "sharpness": 2.0, "init_phi": 0.3, "stochastic": True, "init_sigma": 0.2, "revive": None},
+        {
+            "num_gates": 3,
+            "shape": "A",
+            "sharpness": 2.0,
+            "init_phi": 0.3,
+            "stochastic": True,
+            "init_sigma": 0.2,
+            "revive": None,
+        },
     ),
     (
         gates.DifferentiableMask,
         {"num_gates": 3, "variant": "hard", "threshold": 0.1, "slope": 3.0, "slope_mode": "fixed", "init_alpha": 1.0},
     ),
-    (gates.DiscriminativeMask, {"num_gates": 5, "k": 4.0, "alpha": 1.0, "order": "zero", "shape": "tanh", "init_beta": 1.0, "min_open": 1}),
-    (gates.DependencyGenerator, {"sizes": [3, 4], "direction": "forward", "input_width": 2, "init_scale": 0.5, "bias_init": 3.0}),
+    (
+        gates.DiscriminativeMask,
+        {"num_gates": 5, "k": 4.0, "alpha": 1.0, "order": "zero", "shape": "tanh", "init_beta": 1.0, "min_open": 1},
+    ),
+    (
+        gates.DependencyGenerator,
+        {"sizes": [3, 4], "direction": "forward", "input_width": 2, "init_scale": 0.5, "bias_init": 3.0},
+    ),
     (gates.Fixed, {"values": torch.ones(3)}),
     (gates.PolyakAverage, {"decay": 0.9}),
     (gates.make_gate, {"gate": "dam", "num_gates": 4, "device": "cpu"}),
@@ -307,7 +384,9 @@ def families(draw: Draw) -> str | None:
         values = made.train()(rows)
         assert values.shape == ((made.num_gates,) if rows is None else (rows, made.num_gates)), values.shape
         assert torch.equal(made.eval()() != 0, made.is_open()), "is_open is not what evaluation does"
-        assert bool(((made.open_probability() >= 0) & (made.open_probability() <= 1)).all()) or not isinstance(made, gates.HardConcrete)
+        assert bool(((made.open_probability() >= 0) & (made.open_probability() <= 1)).all()) or not isinstance(
+            made, gates.HardConcrete
+        )
         return values, made.deterministic()
 
     return judge(Case(every, (), given, names=("rows",), valid=True))

@@ -61,20 +61,47 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], Make]] = {
         dampr.compact,
         lambda: {"model": closed(), "example_inputs": X, "round_to": 2, "atol": 1e-4, "rtol": 1e-4, "optimizer": None},
     ),
-    "Budget": (dampr.Budget, lambda: {"model": converted(), "example_inputs": X, "macs": 0.7, "warmup": 2, "strength": 5.0, "rate": 0.1}),
-    "Budget_steps": (dampr.Budget, lambda: {"model": converted(), "example_inputs": X, "params": 0.7, "steps": 50, "score": "learned"}),
+    "Budget": (
+        dampr.Budget,
+        lambda: {"model": converted(), "example_inputs": X, "macs": 0.7, "warmup": 2, "strength": 5.0, "rate": 0.1},
+    ),
+    "Budget_steps": (
+        dampr.Budget,
+        lambda: {"model": converted(), "example_inputs": X, "params": 0.7, "steps": 50, "score": "learned"},
+    ),
     "Plan": (
         dampr.Plan,
-        lambda: {"model": dense(), "example_inputs": X, "macs": 0.7, "steps": 50, "ramp": 0.3, "round_to": 1, "min_width": 1},
+        lambda: {
+            "model": dense(),
+            "example_inputs": X,
+            "macs": 0.7,
+            "steps": 50,
+            "ramp": 0.3,
+            "round_to": 1,
+            "min_width": 1,
+        },
     ),
     "prune_once": (
         dampr.prune_once,
-        lambda: {"model": dense(), "batches": BATCH, "loss": nn.functional.mse_loss, "macs": 0.7, "rounds": 1, "criterion": "taylor"},
+        lambda: {
+            "model": dense(),
+            "batches": BATCH,
+            "loss": nn.functional.mse_loss,
+            "macs": 0.7,
+            "rounds": 1,
+            "criterion": "taylor",
+        },
     ),
     "penalty": (dampr.penalty, lambda: {"model": converted(), "lam": {"*": 0.1}, "prior_precision": 0.01}),
-    "param_groups": (dampr.param_groups, lambda: {"model": converted(), "lr": 0.1, "gate_lr": 0.2, "weight_decay": 1e-4}),
+    "param_groups": (
+        dampr.param_groups,
+        lambda: {"model": converted(), "lr": 0.1, "gate_lr": 0.2, "weight_decay": 1e-4},
+    ),
     "summary": (dampr.summary, lambda: {"model": converted(), "example_inputs": X}),
-    "verify_model": (dampr.verify_model, lambda: {"model": converted(), "example_inputs": X, "optimizer": None, "gates_per_layer": 2}),
+    "verify_model": (
+        dampr.verify_model,
+        lambda: {"model": converted(), "example_inputs": X, "optimizer": None, "gates_per_layer": 2},
+    ),
     "explain": (dampr.explain, lambda: {"layer": dampr.nn.GatedLinear(6, 3), "x": X}),
     "gate_generator": (dampr.gate_generator, lambda: {"model": converted(), "seed": 1}),
     "expand": (dampr.expand, lambda: {"model": dampr.compact(closed(), example_inputs=X)}),
@@ -90,7 +117,9 @@ def of(name: str) -> Callable[[Draw], str | None]:
         if draw.chance(0.1):
             return judge(Case(function, (), kwargs, names=names_of(function), valid=True))
         corrupted(draw, kwargs)
-        return judge(Case(function, (), kwargs, names=names_of(function), like=None if name == asked else lambda: runs(kwargs)))
+        return judge(
+            Case(function, (), kwargs, names=names_of(function), like=None if name == asked else lambda: runs(kwargs))
+        )
 
     return target
 
@@ -121,7 +150,11 @@ def contexts(draw: Draw) -> str | None:
 
 def history(draw: Draw) -> str | None:
     with tempfile.TemporaryDirectory() as folder:
-        kwargs: dict[str, Any] = {"path": str(Path(folder, "history.jsonl")), "source": converted(), "example_inputs": X}
+        kwargs: dict[str, Any] = {
+            "path": str(Path(folder, "history.jsonl")),
+            "source": converted(),
+            "example_inputs": X,
+        }
         if draw.chance(0.8):
             changed = draw.choice(sorted(kwargs))
             value = nonsense(draw)
@@ -158,9 +191,20 @@ def file_arguments(draw: Draw) -> str | None:
         dampr.save(small, path)
         if draw.chance(0.5):
             value = nonsense(draw)
-            return judge(Case(dampr.save, (), {"model": value, "path": Path(folder, "other.safetensors")}, names=("model", "path")))
+            return judge(
+                Case(
+                    dampr.save, (), {"model": value, "path": Path(folder, "other.safetensors")}, names=("model", "path")
+                )
+            )
         model = draw.choice((None, dense(), closed(), small, nn.Linear(2, 2), nonsense(draw)))
-        return judge(Case(dampr.load, (), {"path": path, "model": copy.deepcopy(model)}, names=("model", "path", "model.safetensors")))
+        return judge(
+            Case(
+                dampr.load,
+                (),
+                {"path": path, "model": copy.deepcopy(model)},
+                names=("model", "path", "model.safetensors"),
+            )
+        )
 
 
 TARGETS = {

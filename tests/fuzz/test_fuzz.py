@@ -1,4 +1,6 @@
-"""The fuzzer finds what is planted, says how to see it again, and every kind of fault that it has found stays mended."""
+"""The fuzzer finds what is planted, says how to see it again,
+and every kind of fault that it has found stays mended.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +28,13 @@ X, WEIGHT, GATE = torch.randn(3, 4), torch.randn(2, 4), torch.randn(2)
 
 
 def fuzz(*arguments: str, plant: str = "") -> subprocess.CompletedProcess[str]:
-    code = f"import sys, runpy\n{plant}\nsys.argv = ['fuzz', *{arguments!r}]\nrunpy.run_module('tests.fuzz', run_name='__main__')"
-    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False, timeout=HANG)
+    code = (
+        f"import sys, runpy\n{plant}\nsys.argv = ['fuzz', *{arguments!r}]\nrunpy.run_module('tests.fuzz', "
+        "run_name='__main__')"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False, timeout=HANG
+    )
 
 
 @pytest.mark.skipif(dampr.backend_info()["cpp"].startswith("missing"), reason="needs the extension")
@@ -47,7 +54,10 @@ def test_a_planted_fault_is_found_with_the_command_that_shows_it() -> None:
 def test_a_crash_is_a_finding_and_the_next_case_is_run() -> None:
     found = fuzz("--target", "planted_crash", "--cases", "2")
     assert found.returncode == 1
-    assert "FINDING planted_crash: the process died: SIGABRT\n    python -m tests.fuzz --target planted_crash --seed 1" in found.stdout
+    assert (
+        "FINDING planted_crash: the process died: SIGABRT\n    python -m tests.fuzz --target planted_crash --seed 1"
+        in found.stdout
+    )
     assert "2 cases of 1 targets, 2 findings" in found.stdout
 
 
@@ -114,18 +124,38 @@ REFUSED: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
         "^padding='same' with stride=2",
         lambda: functional.gated_conv1d(X.view(1, 3, 4), torch.randn(2, 3, 1), stride=2, padding="same"),
     ),
-    "a sparse tensor": (TypeError, "^log_alpha.layout=torch.sparse_coo", lambda: functional.open_probability(GATE.to_sparse())),
-    "a number that is a list": (ValueError, r"^lam=\[1\]: expected a finite number", lambda: functional.expected_l0(GATE, lam=[1])),
+    "a sparse tensor": (
+        TypeError,
+        "^log_alpha.layout=torch.sparse_coo",
+        lambda: functional.open_probability(GATE.to_sparse()),
+    ),
+    "a number that is a list": (
+        ValueError,
+        r"^lam=\[1\]: expected a finite number",
+        lambda: functional.expected_l0(GATE, lam=[1]),
+    ),
     "a momentum that is a word": (
         ValueError,
         "^momentum='a'",
         lambda: functional.gated_batch_norm(X, torch.randn(4), training=True, momentum="a", seed=1),
     ),
-    "a word in the place of a choice": (ValueError, "^order=tensor", lambda: gates.DiscriminativeMask(3, order=torch.ones(2))),
+    "a word in the place of a choice": (
+        ValueError,
+        "^order=tensor",
+        lambda: gates.DiscriminativeMask(3, order=torch.ones(2)),
+    ),
     "a constant that is complex": (ValueError, "^beta=1j", lambda: spec.hard_concrete(beta=1j)),
     "a gate that is a layer": (TypeError, r"^gate=Linear\(", lambda: gated.GatedLinear(2, 2, gate=nn.Linear(2, 2))),
-    "a function that makes no gate": (TypeError, "^gate=<built-in function print>", lambda: gated.GatedLinear(2, 2, gate=print)),
-    "a granularity that is a list": (ValueError, r"^granularity=\[1\]", lambda: gated.GatedLinear(2, 2, granularity=[1])),
+    "a function that makes no gate": (
+        TypeError,
+        "^gate=<built-in function print>",
+        lambda: gated.GatedLinear(2, 2, gate=print),
+    ),
+    "a granularity that is a list": (
+        ValueError,
+        r"^granularity=\[1\]",
+        lambda: gated.GatedLinear(2, 2, granularity=[1]),
+    ),
     "an input that is no tensor": (TypeError, "^input=3", lambda: gated.GatedLayerNorm(4)(3)),
     "parts that are a tensor": (
         ValueError,
@@ -136,14 +166,22 @@ REFUSED: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
     "heads of no layer": (TypeError, "^layer=complex", lambda: gated.GatedHeads.from_dense(1j, heads=2)),
     "penalties of no gates": (TypeError, "^tensors=1.0: expected an iterable", lambda: gates.square_penalty(1.0, 0.1)),
     "a model that is none": (TypeError, "^model=3: expected a torch.nn.Module", lambda: dampr.summary(3)),
-    "a learning rate that is a tensor": (ValueError, "^lr=tensor", lambda: dampr.param_groups(nn.Linear(2, 2), lr=torch.ones(2))),
+    "a learning rate that is a tensor": (
+        ValueError,
+        "^lr=tensor",
+        lambda: dampr.param_groups(nn.Linear(2, 2), lr=torch.ones(2)),
+    ),
     "batches that are a number": (
         TypeError,
         "^batches=1: expected an iterable",
         lambda: dampr.prune_once(nn.Linear(2, 2), 1, nn.functional.mse_loss, macs=0.5),
     ),
     "a path that is a tensor": (TypeError, "^path=tensor", lambda: dampr.History(torch.ones(1))),
-    "a layer for a number of draws": (ValueError, r"^rows=Linear\(", lambda: gates.DiffPrune(3, stochastic=True)(nn.Linear(2, 2))),
+    "a layer for a number of draws": (
+        ValueError,
+        r"^rows=Linear\(",
+        lambda: gates.DiffPrune(3, stochastic=True)(nn.Linear(2, 2)),
+    ),
     "a shape for a number of draws": (ValueError, "^rows=", lambda: gates.Fixed(GATE)(torch.ones(2, 2))),
     "more gates than there are numbers": (ValueError, "^num_gates=", lambda: gates.HardConcrete(2**70)),
 }

@@ -30,7 +30,9 @@ class Draw(random.Random):
         return self.choice((torch.float32, *FLOATS))
 
     def tensor(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32, hostile: float = 0.1) -> Tensor:
-        """Normal numbers in some memory layout; with the chance ``hostile``, NaN, infinities and very large numbers among them."""
+        """Normal numbers in some memory layout; with the chance ``hostile``, NaN,
+        infinities and very large numbers among them.
+        """
         t = torch.randn(shape, generator=self.torch).to(dtype)
         if t.numel() and self.chance(hostile):
             flat = t.reshape(-1)
@@ -62,8 +64,40 @@ class Anything:
 
 def nonsense(draw: Draw) -> Any:
     """A value that hardly any argument expects."""
-    plain = (None, -1, 0, 2**45, 2**63, 2**70, -(2**70), math.nan, math.inf, 1.5, True, False, "", "nonsense", b"x", [], (), {}, {1: 2})
-    plain += ([1, 2, 3], (1, -1), ("a", "b"), (0, 0), (2**62, 2**62), 1j, torch.float32, torch.device("meta"), Anything(), Anything, print)
+    plain = (
+        None,
+        -1,
+        0,
+        2**45,
+        2**63,
+        2**70,
+        -(2**70),
+        math.nan,
+        math.inf,
+        1.5,
+        True,
+        False,
+        "",
+        "nonsense",
+        b"x",
+        [],
+        (),
+        {},
+        {1: 2},
+    )
+    plain += (
+        [1, 2, 3],
+        (1, -1),
+        ("a", "b"),
+        (0, 0),
+        (2**62, 2**62),
+        1j,
+        torch.float32,
+        torch.device("meta"),
+        Anything(),
+        Anything,
+        print,
+    )
     made = (
         lambda: torch.randn(3),
         lambda: torch.randn(2, 3),

@@ -1,4 +1,6 @@
-"""The families without noise compile for NVIDIA and AMD, in one kernel of each kind, without spills or double precision."""
+"""The families without noise compile for NVIDIA and AMD, in one kernel of each kind,
+without spills or double precision.
+"""
 
 import pytest
 
@@ -16,7 +18,15 @@ SPECS = {
     **{shape: spec.ramp(shape, 5.0) for shape in spec.SHAPES},
     **{variant: spec.mask(variant) for variant in spec.VARIANTS},
 }
-KERNELS = ["sample_fwd-odd", "fold_fwd", "fold_bwd", "gate_weights_fwd", "gate_weights_bwd", "live_blocks-32", "small_m-small-16"]
+KERNELS = [
+    "sample_fwd-odd",
+    "fold_fwd",
+    "fold_bwd",
+    "gate_weights_fwd",
+    "gate_weights_bwd",
+    "live_blocks-32",
+    "small_m-small-16",
+]
 
 
 def with_gate(name, gate):
@@ -28,7 +38,10 @@ def with_gate(name, gate):
 
 @pytest.mark.parametrize(
     ("name", "gate"),
-    [*(("sample_bwd-grouped", gate) for gate in SPECS), *((name, gate) for name in KERNELS for gate in ("value", "tanh", "exact_zero"))],
+    [
+        *(("sample_bwd-grouped", gate) for gate in SPECS),
+        *((name, gate) for name in KERNELS for gate in ("value", "tanh", "exact_zero")),
+    ],
 )
 def test_families_compile(name, gate):
     case = with_gate(name, SPECS[gate])

@@ -127,7 +127,9 @@ def test_golden_steps_to_the_first_closed_gate(dam):
             optimizer.step()
             if 50 - int(gate.is_open().sum()) > len(closings):
                 closings.append(step + 1)
-        assert closings == pytest.approx([case["first"], case["first"] + case["every"], case["first"] + 2 * case["every"]], abs=1.5)
+        assert closings == pytest.approx(
+            [case["first"], case["first"] + case["every"], case["first"] + 2 * case["every"]], abs=1.5
+        )
 
 
 @pytest.mark.parametrize("where", ["out_gate_0", "out_gate_0_5", "out_gate_1"])
@@ -139,7 +141,9 @@ def test_golden_norm_after_a_gate_hides_it(dam, where):
         norm.weight.fill_(case["bn_weight"])
         norm.bias.fill_(case["bn_bias"])
     z = torch.tensor(float(where.removeprefix("out_gate_").replace("_", ".")), dtype=torch.float64)
-    np.testing.assert_allclose(norm(z * torch.tensor(case["x"], dtype=torch.float64)[:, None])[:, 0].detach(), case[where], atol=1e-12)
+    np.testing.assert_allclose(
+        norm(z * torch.tensor(case["x"], dtype=torch.float64)[:, None])[:, 0].detach(), case[where], atol=1e-12
+    )
 
 
 def test_surrogate_count_is_the_line_that_the_penalty_follows():
@@ -180,7 +184,10 @@ def test_a_frozen_beta_does_not_learn():
 
 @pytest.mark.parametrize("decayed", [False, True])
 def test_a_cold_start_holds_beta_and_its_optimizer_takes_it_up_afterwards(decayed):
-    """Published: beta does not learn in the first 20 of 200 epochs, and is decayed after them. The optimizer is made before the start."""
+    """Published: beta does not learn in the first 20 of 200 epochs, and is decayed after them.
+
+    The optimizer is made before the start.
+    """
     cold = functools.partial(gates.DiscriminativeMask, frozen=True, weight_decay_on_beta=decayed)
     model, x = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2)), torch.randn(16, 6)
     dampr.convert(model, gate=cold, example_inputs=x)
@@ -196,7 +203,9 @@ def test_a_cold_start_holds_beta_and_its_optimizer_takes_it_up_afterwards(decaye
         optimizer.step()
     assert not torch.equal(model[0].weight, first)
     assert gate.beta.item() < 1.0
-    plain = torch.optim.SGD([beta := torch.nn.Parameter(torch.ones(1))], lr=0.5, momentum=0.9, weight_decay=0.1 if decayed else 0.0)
+    plain = torch.optim.SGD(
+        [beta := torch.nn.Parameter(torch.ones(1))], lr=0.5, momentum=0.9, weight_decay=0.1 if decayed else 0.0
+    )
     for _ in range(3):
         beta.grad = torch.full((1,), 0.2)
         plain.step()

@@ -1,4 +1,6 @@
-"""Dep-L0: the generator against its golden numbers, what an untrained one closes, and one evaluation shared by all gates of a step."""
+"""Dep-L0: the generator against its golden numbers, what an untrained one closes,
+and one evaluation shared by all gates of a step.
+"""
 
 import copy
 import itertools
@@ -62,7 +64,9 @@ def test_golden_penalty_and_all_its_gradients(golden, dtype, tolerance):
     close(total, case["value"], tolerance)
     for name, expected in case["grads"].items():
         made = getattr(generator, f"{'weight' if name[0] == 'W' else 'bias'}_{int(name[1]) - 1}").grad
-        torch.testing.assert_close(made.double(), torch.tensor(expected, dtype=torch.float64), rtol=30 * tolerance, atol=1e-13)
+        torch.testing.assert_close(
+            made.double(), torch.tensor(expected, dtype=torch.float64), rtol=30 * tolerance, atol=1e-13
+        )
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), PRECISIONS)
@@ -291,10 +295,14 @@ def test_activation_checkpointing_gives_the_same_gradients(first_use_inside):
     def gradients(run):
         torch.manual_seed(2)
         start = 0.0 if first_use_inside else generator.penalty([1, 1, 1], 1e-2)
-        return torch.autograd.grad(start + run(model[2], run(model[1], run(model[0], x))).square().mean(), list(model.parameters()))
+        return torch.autograd.grad(
+            start + run(model[2], run(model[1], run(model[0], x))).square().mean(), list(model.parameters())
+        )
 
     plain = gradients(lambda layer, t: layer(t))
-    for made, expected in zip(gradients(lambda layer, t: checkpoint(layer, t, use_reentrant=False)), plain, strict=True):
+    for made, expected in zip(
+        gradients(lambda layer, t: checkpoint(layer, t, use_reentrant=False)), plain, strict=True
+    ):
         torch.testing.assert_close(made, expected)
 
 

@@ -1,4 +1,6 @@
-"""The reconstructed differentiable mask: SignSwish and foothill against golden numbers, slopes, and why the surrogate is needed."""
+"""The reconstructed differentiable mask: SignSwish and foothill against golden numbers, slopes,
+and why the surrogate is needed.
+"""
 
 import itertools
 import math
@@ -77,7 +79,9 @@ def test_a_trainable_threshold_gives_the_same_masks_and_learns(cpu_backend, vari
 @pytest.mark.parametrize("b", [2, 5, 10, 50])
 def test_golden_derivatives_by_threshold_and_slope(golden, b):
     case = golden["dmp_reconstruction"][f"M1_signswish_beta{b}_t0.1"]
-    gate = gates.DifferentiableMask(len(case["alpha"]), variant="smooth", slope=b, slope_mode="trainable", threshold_mode="trainable")
+    gate = gates.DifferentiableMask(
+        len(case["alpha"]), variant="smooth", slope=b, slope_mode="trainable", threshold_mode="trainable"
+    )
     gate.double()
     with torch.no_grad():
         gate.alpha.copy_(torch.tensor(case["alpha"], dtype=torch.float64))
@@ -87,7 +91,8 @@ def test_golden_derivatives_by_threshold_and_slope(golden, b):
         (by_log_t,) = torch.autograd.grad(gate()[i], gate.log_threshold)
         assert by_log_t.item() == pytest.approx(0.1 * alpha * by_t, rel=1e-9, abs=1e-15)
         (by_log_b,) = torch.autograd.grad(gate()[i], gate.log_slope)
-        assert by_log_b.item() == pytest.approx(b * alpha * by_b, abs=1e-9 * b * abs(alpha))  # the golden one is a central difference
+        # the golden one is a central difference
+        assert by_log_b.item() == pytest.approx(b * alpha * by_b, abs=1e-9 * b * abs(alpha))
 
 
 def test_a_threshold_that_is_paid_for_rises_and_closes_gates():
@@ -106,7 +111,9 @@ def test_a_threshold_that_is_paid_for_rises_and_closes_gates():
 
 
 def test_a_scheduled_slope_is_kept_in_the_checkpoint():
-    one, other = (gates.DifferentiableMask(4, variant="smooth", slope_mode="scheduled", init_alpha=0.3) for _ in range(2))
+    one, other = (
+        gates.DifferentiableMask(4, variant="smooth", slope_mode="scheduled", init_alpha=0.3) for _ in range(2)
+    )
     before = one().detach().clone()
     one.set_slope(20.0)
     assert not torch.equal(one(), before)
@@ -158,13 +165,21 @@ def test_penalties():
 @pytest.mark.parametrize("lam", [1e-2, 1e-3])
 def test_the_surrogate_settles_at_the_dimension_and_without_it_the_network_dies(toy, lam, seed):
     for variant, expected in (("hard", (9, 11)), ("hard_constant", (0, 0))):
-        gate = toy(gates.DifferentiableMask(50, variant=variant), lambda gate: gates.scale_penalty([gate], lam), 10, seed, samples=2000)
+        gate = toy(
+            gates.DifferentiableMask(50, variant=variant),
+            lambda gate: gates.scale_penalty([gate], lam),
+            10,
+            seed,
+            samples=2000,
+        )
         assert expected[0] <= int(gate.is_open().sum()) <= expected[1], variant
 
 
 @pytest.mark.parametrize(("lam", "opened"), [(1e-2, (0, 0)), (1e-3, (9, 13))])
 def test_an_annealed_mask_settles_where_scales_outlast_the_flat_slope_and_dies_where_they_do_not(toy, lam, opened):
-    """With b = 1 a smooth mask costs little wherever the scale is; a strong penalty has it under the threshold before b is large."""
+    """With b = 1 a smooth mask costs little wherever the scale is;
+    a strong penalty has it under the threshold before b is large.
+    """
     gate, steps = gates.DifferentiableMask(50, variant="smooth", slope=1.0, slope_mode="scheduled"), itertools.count(1)
 
     def penalty(gate):

@@ -120,7 +120,9 @@ def test_a_straight_through_slope_revives_and_changes_no_value():
 
 
 def test_the_toy_keeps_at_least_the_dimension(toy):
-    gate = toy(gates.DiffPrune(50, shape="B"), lambda gate: 1e-3 * gate.open_probability().sum(), 10, seed=0, samples=2000)
+    gate = toy(
+        gates.DiffPrune(50, shape="B"), lambda gate: 1e-3 * gate.open_probability().sum(), 10, seed=0, samples=2000
+    )
     assert 10 <= int(gate.is_open().sum()) <= 14
 
 
@@ -129,7 +131,11 @@ def test_a_draw_per_sample_is_refused_where_noise_is_one_draw_per_call(options) 
     import dampr.nn
 
     gate = gates.DiffPrune(4, **options)
-    for layer, arguments in ((dampr.nn.GatedLinear, (3, 4)), (dampr.nn.GatedConv2d, (3, 4, 1)), (dampr.nn.GatedBatchNorm2d, (4,))):
+    for layer, arguments in (
+        (dampr.nn.GatedLinear, (3, 4)),
+        (dampr.nn.GatedConv2d, (3, 4, 1)),
+        (dampr.nn.GatedBatchNorm2d, (4,)),
+    ):
         with pytest.raises(ValueError, match="per_sample=True with DiffPrune.*expected False"):
             layer(*arguments, gate=gate, per_sample=True)
         layer(*arguments, gate=gates.DiffPrune(4), per_sample=True)

@@ -35,7 +35,9 @@ def layer(gate: Any = "hard_concrete", **how: Any) -> gated.GatedLinear:
 
 def network(**how: Any) -> nn.Sequential:
     torch.manual_seed(0)
-    model = nn.Sequential(gated.GatedLinear(8, 16, **how), nn.ReLU(), gated.GatedLinear(16, 8, **how), nn.ReLU(), nn.Linear(8, 2))
+    model = nn.Sequential(
+        gated.GatedLinear(8, 16, **how), nn.ReLU(), gated.GatedLinear(16, 8, **how), nn.ReLU(), nn.Linear(8, 2)
+    )
     for module in model.modules():
         if isinstance(module, gates.HardConcrete):
             module.log_alpha.data.zero_()
@@ -57,7 +59,8 @@ def test_a_held_draw_is_the_same_in_every_call_and_gone_after_the_block(name: st
 
 
 @pytest.mark.parametrize(
-    "build", [layer, lambda **how: gated.Gate(8, per_sample=True), lambda **how: gated.GatedBatchNorm1d(8, per_sample=True)]
+    "build",
+    [layer, lambda **how: gated.Gate(8, per_sample=True), lambda **how: gated.GatedBatchNorm1d(8, per_sample=True)],
 )
 def test_rows_have_the_same_gates_in_calls_of_as_many_rows(build: Any) -> None:
     made = build(per_sample=True)
@@ -111,7 +114,9 @@ def test_a_budget_that_owns_the_gates_leaves_them_held_and_numbered() -> None:
 
 
 def run(model: nn.Module, steps: range, optimizer: torch.optim.Optimizer, noise: int = 0) -> list[float]:
-    """Training with ``noise`` random numbers of augmentation in each step that change nothing but the global generator."""
+    """Training with ``noise`` random numbers of augmentation in each step that change
+    nothing but the global generator.
+    """
     losses = []
     for step in steps:
         if noise:
@@ -181,7 +186,9 @@ def test_without_gates_that_draw_there_is_nothing_to_generate() -> None:
 
 
 class Checkpointed(nn.Module):
-    """One gated layer called twice in each of two regions, and once without, with another region inside of the second."""
+    """One gated layer called twice in each of two regions, and once without,
+    with another region inside of the second.
+    """
 
     def __init__(self, reentrant: bool | None) -> None:
         super().__init__()
@@ -196,7 +203,9 @@ class Checkpointed(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.maybe(lambda t: self.layer(self.layer(t).sin()).cos(), x)
         x = self.layer(x).tanh()
-        return self.maybe(lambda t: self.layer(self.maybe(lambda s: self.inner(self.inner(s).sin()).tanh(), t)).sin(), x)
+        return self.maybe(
+            lambda t: self.layer(self.maybe(lambda s: self.inner(self.inner(s).sin()).tanh(), t)).sin(), x
+        )
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -1,4 +1,6 @@
-"""All families through one interface: the gate functions against their golden numbers on every CPU backend, and layers that carry them."""
+"""All families through one interface: the gate functions against their golden numbers on every CPU backend,
+and layers that carry them.
+"""
 
 import copy
 
@@ -16,11 +18,16 @@ FAMILIES = {
     "dam": lambda n: gates.DiscriminativeMask(n),
     "dam-linear": lambda n: gates.DiscriminativeMask(n, shape="linear", order="one"),
     "dam-clip": lambda n: gates.DiscriminativeMask(n, shape="piecewise_linear", alpha=1.5, min_open=2),
-    **{f"diffprune-{shape}": lambda n, shape=shape: gates.DiffPrune(n, shape=shape, init_phi=0.15) for shape in "ABCDE"},
+    **{
+        f"diffprune-{shape}": lambda n, shape=shape: gates.DiffPrune(n, shape=shape, init_phi=0.15) for shape in "ABCDE"
+    },
     "diffprune-stochastic": lambda n: gates.DiffPrune(n, stochastic=True),
     "diffprune-noise": lambda n: gates.DiffPrune(n, revive="noise"),
     "diffprune-straight_through": lambda n: gates.DiffPrune(n, revive="straight_through"),
-    **{f"diffmask-{variant}": lambda n, variant=variant: gates.DifferentiableMask(n, variant=variant) for variant in spec.VARIANTS},
+    **{
+        f"diffmask-{variant}": lambda n, variant=variant: gates.DifferentiableMask(n, variant=variant)
+        for variant in spec.VARIANTS
+    },
     "diffmask-scheduled": lambda n: gates.DifferentiableMask(n, variant="exact_zero", slope_mode="scheduled"),
     "diffmask-trainable": lambda n: gates.DifferentiableMask(n, slope_mode="trainable"),
     "diffmask-threshold": lambda n: gates.DifferentiableMask(n, threshold_mode="trainable"),
@@ -52,7 +59,9 @@ def value_and_slope(parameter, gate):
 
 
 def assert_golden(actual, expected, tolerance):
-    torch.testing.assert_close(actual.double(), torch.tensor(expected, dtype=torch.float64), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(
+        actual.double(), torch.tensor(expected, dtype=torch.float64), rtol=tolerance, atol=tolerance
+    )
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), PRECISIONS)
@@ -68,7 +77,9 @@ def test_golden_ramps(golden, cpu_backend, name, dtype, tolerance):
 
 @pytest.mark.parametrize(("dtype", "tolerance"), PRECISIONS)
 @pytest.mark.parametrize("b", [2, 5, 10, 50])
-@pytest.mark.parametrize(("name", "variant"), [("M1_signswish", "smooth"), ("M2_relu_tanh", "exact_zero"), ("M3_logistic", "logistic")])
+@pytest.mark.parametrize(
+    ("name", "variant"), [("M1_signswish", "smooth"), ("M2_relu_tanh", "exact_zero"), ("M3_logistic", "logistic")]
+)
 def test_golden_smooth_masks(golden, cpu_backend, name, variant, b, dtype, tolerance):
     case = golden["dmp_reconstruction"][f"{name}_beta{b}_t0.1"]
     alpha = torch.tensor(case["alpha"], dtype=dtype)
@@ -79,7 +90,9 @@ def test_golden_smooth_masks(golden, cpu_backend, name, variant, b, dtype, toler
     if name == "M1_signswish":
         torch.testing.assert_close(expected, torch.tensor(case["dgate_dalpha"]))
     for made in (slope, derived):
-        torch.testing.assert_close(made.double(), expected.double(), rtol=max(tolerance, 1e-6), atol=max(tolerance, 1e-6))
+        torch.testing.assert_close(
+            made.double(), expected.double(), rtol=max(tolerance, 1e-6), atol=max(tolerance, 1e-6)
+        )
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), PRECISIONS)
@@ -87,12 +100,15 @@ def test_golden_mask_itself_and_its_derivatives_by_slope_and_threshold(golden, d
     for b in (2.0, 5.0, 10.0, 50.0):
         case = golden["dmp_reconstruction"][f"M1_signswish_beta{b:g}_t0.1"]
         alpha = torch.tensor(case["alpha"], dtype=dtype, requires_grad=True)
-        for i, column in enumerate(zip(case["mask"], case["dmask_dalpha"], case["dmask_dbeta"], case["dmask_dt"], strict=True)):
+        for i, column in enumerate(
+            zip(case["mask"], case["dmask_dalpha"], case["dmask_dbeta"], case["dmask_dt"], strict=True)
+        ):
             slope, threshold = (torch.tensor(v, dtype=dtype, requires_grad=True) for v in (b, 0.1))
             m = reference.mask(alpha, spec.SMOOTH, slope, threshold)[i]
             by_alpha, by_slope, by_threshold = torch.autograd.grad(m, (alpha, slope, threshold))
             made = torch.stack([m, by_alpha[i], by_slope, by_threshold])
-            assert_golden(made.detach(), list(column), max(tolerance * b, 1e-8))  # dmask_dbeta is recorded as a difference quotient
+            # dmask_dbeta is recorded as a difference quotient
+            assert_golden(made.detach(), list(column), max(tolerance * b, 1e-8))
     for variant, name in ((spec.EXACT_ZERO, "M2_relu_tanh"), (spec.LOGISTIC, "M3_logistic")):
         for b in (2.0, 5.0, 10.0, 50.0):
             case = golden["dmp_reconstruction"][f"{name}_beta{b:g}_t0.1"]
@@ -104,9 +120,12 @@ def test_golden_mask_itself_and_its_derivatives_by_slope_and_threshold(golden, d
 
 @pytest.mark.parametrize(("dtype", "tolerance"), PRECISIONS)
 @pytest.mark.parametrize(
-    ("variant", "key"), [("hard", "dgate_dalpha_signswish_surrogate_beta5"), ("hard_constant", "dgate_dalpha_mask_constant")]
+    ("variant", "key"),
+    [("hard", "dgate_dalpha_signswish_surrogate_beta5"), ("hard_constant", "dgate_dalpha_mask_constant")],
 )
-def test_golden_hard_mask_and_the_derivatives_that_stand_for_its_own(golden, cpu_backend, variant, key, dtype, tolerance):
+def test_golden_hard_mask_and_the_derivatives_that_stand_for_its_own(
+    golden, cpu_backend, variant, key, dtype, tolerance
+):
     case = golden["dmp_reconstruction"]["M0_hard_t0.1"]
     alpha = torch.tensor(case["alpha"], dtype=dtype)
     z, slope, derived = value_and_slope(alpha, spec.mask(variant, 5.0, 0.1))
@@ -162,7 +181,9 @@ def test_rows_of_a_gate_without_noise_are_all_the_same(cpu_backend, name):
     z = functional.sample_gates(parameter, rows=4, spec=SPECS[name])
     assert torch.equal(z, functional.sample_gates(parameter, spec=SPECS[name]).expand(4, 37))
     (four,) = torch.autograd.grad(z.sum(), parameter)
-    torch.testing.assert_close(four, 4 * reference.gate_derivative(parameter.detach(), SPECS[name]), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        four, 4 * reference.gate_derivative(parameter.detach(), SPECS[name]), rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("x", [torch.randn(6, 12), torch.randn(130, 12)], ids=["tiny", "tall"])
@@ -204,7 +225,10 @@ BUILDERS = [
         lambda: gates.DifferentiableMask(4, variant="hard_constant", threshold_mode="trainable"),
         r"threshold_mode='trainable' with variant='hard_constant'",
     ),
-    (lambda: gates.DifferentiableMask(4, threshold=0.0, threshold_mode="trainable"), r"threshold=0\.0: expected a mask that has a slope"),
+    (
+        lambda: gates.DifferentiableMask(4, threshold=0.0, threshold_mode="trainable"),
+        r"threshold=0\.0: expected a mask that has a slope",
+    ),
     (lambda: gates.DifferentiableMask(4).set_slope(2.0), r"slope_mode='fixed': expected 'scheduled'"),
     (lambda: gates.scale_penalty([], 1.0), r"expected at least one"),
     (lambda: gates.square_penalty([], 1.0), r"tensors: expected at least one"),
@@ -213,7 +237,10 @@ BUILDERS = [
     (lambda: gates.DependencyGenerator([4], "sideways"), r"direction='sideways': expected one of"),
     (lambda: gates.DependentHardConcrete(gates.DependencyGenerator([4]), 1), r"index=1: expected one below 1"),
     (lambda: gates.DependencyGenerator([4]).penalty([9, 9], 1.0), r"kernel_areas=\[9, 9\]: expected 1 numbers"),
-    (lambda: gates.DependencyGenerator([4]).filter_penalty([9], [3, 3], 1.0), r"in_channels=\[3, 3\]: expected 1 numbers"),
+    (
+        lambda: gates.DependencyGenerator([4]).filter_penalty([9], [3, 3], 1.0),
+        r"in_channels=\[3, 3\]: expected 1 numbers",
+    ),
     (lambda: gates.make_gate("l0", 3), r"gate='l0': expected one of"),
 ]
 
@@ -302,9 +329,13 @@ def test_the_gradient_of_a_layer_is_that_of_its_gates(cpu_backend, name):
 
 
 @pytest.mark.parametrize("name", ["dam", "diffprune", "diffmask", "hard_concrete"])
-@pytest.mark.parametrize("dense", [nn.Linear(12, 7), nn.Conv2d(6, 7, 3), nn.BatchNorm2d(7)], ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize(
+    "dense", [nn.Linear(12, 7), nn.Conv2d(6, 7, 3), nn.BatchNorm2d(7)], ids=lambda m: type(m).__name__
+)
 def test_fresh_gates_keep_what_a_dense_layer_computes(name, dense):
-    x = {nn.Linear: torch.randn(5, 12), nn.Conv2d: torch.randn(2, 6, 9, 9), nn.BatchNorm2d: torch.randn(4, 7, 3, 3)}[type(dense)]
+    x = {nn.Linear: torch.randn(5, 12), nn.Conv2d: torch.randn(2, 6, 9, 9), nn.BatchNorm2d: torch.randn(4, 7, 3, 3)}[
+        type(dense)
+    ]
     dense = copy.deepcopy(dense).eval()
     y = dense(x)
     gated = getattr(dampr.nn, f"Gated{type(dense).__name__}").from_dense(dense, gate=name).eval()
@@ -336,7 +367,9 @@ def test_half_leaves_gates_in_float32_and_double_is_clean(cpu_backend, name):
     assert all(t.dtype == torch.float32 and torch.equal(t, before[key]) for key, t in gate.state_dict().items())
     gate.double()
     assert gate().dtype == gate.open_probability().dtype == torch.float64
-    assert dampr.nn.GatedLinear(12, 7, gate=gate, dtype=torch.float64)(torch.randn(3, 12).double()).dtype == torch.float64
+    assert (
+        dampr.nn.GatedLinear(12, 7, gate=gate, dtype=torch.float64)(torch.randn(3, 12).double()).dtype == torch.float64
+    )
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -1,4 +1,6 @@
-"""Every golden number that can be asked of a backend, of each one here in both precisions; and those that no other test reads."""
+"""Every golden number that can be asked of a backend, of each one here in both precisions;
+and those that no other test reads.
+"""
 
 import itertools
 import math
@@ -89,7 +91,9 @@ NETWORKS = {
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_golden_shares_closed_in_the_first_and_the_last_layer(golden, name, direction):
-    """Counted along the generator: what it evaluates first is all open, what it evaluates last is as closed as anything."""
+    """Counted along the generator: what it evaluates first is all open,
+    what it evaluates last is as closed as anything.
+    """
     case, shares = golden["dep_l0"]["untrained_generator_statistics"][f"{name}_{direction}"], []
     width = 64 if (name, direction) == ("vgg16", "backward") else None
     seeds = 40 if name == "resnet56" else 8
@@ -134,14 +138,18 @@ def test_golden_norm_after_a_gate_hides_its_gradient(golden, dtype, tolerance):
     """The golden derivatives are difference quotients; in float32 the variance cancels them almost away."""
     case = golden["dam"]["bn_after_gate"]
     norm = nn.BatchNorm1d(1, eps=case["eps"], dtype=dtype)
-    norm.load_state_dict({"weight": torch.tensor([case["bn_weight"]]), "bias": torch.tensor([case["bn_bias"]])}, strict=False)
+    norm.load_state_dict(
+        {"weight": torch.tensor([case["bn_weight"]]), "bias": torch.tensor([case["bn_bias"]])}, strict=False
+    )
     x = torch.tensor(case["x"], dtype=dtype)
     for value in (0.5, 0.001):
         z = torch.tensor(value, dtype=dtype, requires_grad=True)
         y = norm((x * z)[:, None])[:, 0]
         made = [torch.autograd.grad(y[i], z, retain_graph=True)[0].item() for i in range(4)]
         expected = case[f"dout_dgate_at_{value:g}".replace(".", "_")]
-        np.testing.assert_allclose(made, expected, rtol=max(tolerance, 1e-5), atol=max(tolerance, 1e-9) * (1 if value == 0.5 else 100))
+        np.testing.assert_allclose(
+            made, expected, rtol=max(tolerance, 1e-5), atol=max(tolerance, 1e-9) * (1 if value == 0.5 else 100)
+        )
     for value, key in ((0.0, "out_gate_0"), (0.5, "out_gate_0_5"), (1.0, "out_gate_1")):
         np.testing.assert_allclose(norm((value * x)[:, None])[:, 0].detach(), case[key], atol=tolerance)
 
@@ -169,7 +177,9 @@ def preresnet164(classes):
         for index in range(18):
             layers.append(PreBottleneck(read, width, 1 if index else stage))
             read = 4 * width
-    return nn.Sequential(*layers, nn.BatchNorm2d(read), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(read, classes))
+    return nn.Sequential(
+        *layers, nn.BatchNorm2d(read), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(read, classes)
+    )
 
 
 def test_golden_preresnet164_and_its_masks(golden):
@@ -206,23 +216,32 @@ def test_golden_trace_of_dam_on_linear_data(golden, toy):
 
 @pytest.mark.parametrize(("row", "shape"), list(itertools.product(range(3), "ABC")))
 def test_golden_counts_of_diffprune_on_linear_data(golden, toy, row, shape):
-    """No further from the recorded runs than two gates, on either side: another data set of the same kind, and sums of another processor.
+    """No further from the recorded runs than two gates, on either side: another data set of the same kind,
+    and sums of another processor.
 
-    (At the strongest penalty a run of 2000 steps is chaotic enough for that: 8 for a dimension of 10 on one with AVX-512, 10 without.)
+    (At the strongest penalty a run of 2000 steps is chaotic enough for that:
+    8 for a dimension of 10 on one with AVX-512, 10 without.)
     """
     case = golden["measured_linear_autoencoder"]["diffprune_candidates_k10_N2000"]
     lam, recorded = case["lam"][row], case["active_at_2000"][shape][row]
     assert gates.DiffPrune(50, shape=shape).phi[0].item() == case["phi_init"]
-    made = [toy(gates.DiffPrune(50, shape=shape), lambda g: lam * g.open_probability().sum(), 10, s, samples=2000) for s in (0, 1)]
+    made = [
+        toy(gates.DiffPrune(50, shape=shape), lambda g: lam * g.open_probability().sum(), 10, s, samples=2000)
+        for s in (0, 1)
+    ]
     counts = [int(gate.is_open().sum()) for gate in made]
     assert min(counts) >= min(recorded) - 2, (counts, recorded)
     assert max(counts) <= max(recorded) + 2, (counts, recorded)
 
 
 @pytest.mark.parametrize("row", range(3))
-@pytest.mark.parametrize(("variant", "key"), [("hard_constant", "mask_treated_as_constant"), ("hard", "signswish_surrogate_beta5")])
+@pytest.mark.parametrize(
+    ("variant", "key"), [("hard_constant", "mask_treated_as_constant"), ("hard", "signswish_surrogate_beta5")]
+)
 def test_golden_counts_of_masks_on_linear_data(golden, toy, variant, key, row):
-    """Of a mask that is a constant gates never open again: at the weakest penalty one of these networks dies as those at the others do."""
+    """Of a mask that is a constant gates never open again:
+    at the weakest penalty one of these networks dies as those at the others do.
+    """
     case = golden["measured_linear_autoencoder"]["dmp_candidates_k10_N2000"]
     lam, recorded = case["lam"][row], case["active_at_2000"][key][row]
     fresh = gates.DifferentiableMask(50, variant=variant)

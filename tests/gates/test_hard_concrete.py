@@ -31,9 +31,13 @@ def test_golden_samples_and_derivatives(l0, dtype, tolerance):
     assert torch.equal(z == 0, expected == 0)
     assert torch.equal(z == 1, expected == 1)
     assert (z - expected).abs().max() <= tolerance
-    assert (log_alpha.grad - torch.tensor([r["dz_dlog_alpha"] for r in rows], dtype=torch.float64)).abs().max() <= tolerance
+    assert (
+        log_alpha.grad - torch.tensor([r["dz_dlog_alpha"] for r in rows], dtype=torch.float64)
+    ).abs().max() <= tolerance
     # s and s_bar, which the gate passes through, from their own equations
-    s = torch.sigmoid((torch.tensor([math.log(r["u"] / (1 - r["u"])) + r["log_alpha"] for r in rows], dtype=torch.float64)) * 1.5)
+    s = torch.sigmoid(
+        (torch.tensor([math.log(r["u"] / (1 - r["u"])) + r["log_alpha"] for r in rows], dtype=torch.float64)) * 1.5
+    )
     assert torch.allclose(s, torch.tensor([r["s"] for r in rows], dtype=torch.float64), rtol=1e-9, atol=0)
     assert torch.allclose(s * 1.2 - 0.1, torch.tensor([r["s_bar"] for r in rows], dtype=torch.float64), atol=1e-12)
 
@@ -102,7 +106,10 @@ def test_golden_dense_case_outputs(l0, cpu_backend):
     case, layer, x = _dense_case(l0)
     np.testing.assert_allclose(layer.eval()(x).detach(), case["eval_out"], atol=1e-12)
     np.testing.assert_allclose(layer.gate.deterministic().detach(), case["eval_z"], atol=1e-12)
-    for noise, gate, out in (("shared_u", "shared_z", "train_out_shared"), ("local_u", "local_z", "train_out_local_rep")):
+    for noise, gate, out in (
+        ("shared_u", "shared_z", "train_out_shared"),
+        ("local_u", "local_z", "train_out_local_rep"),
+    ):
         z = reference.gate(layer.gate.log_alpha, hard_concrete(), torch.tensor(case[noise], dtype=torch.float64))
         np.testing.assert_allclose(z.detach(), case[gate], atol=1e-12)
         np.testing.assert_allclose(F.linear(x * z, layer.weight, layer.bias).detach(), case[out], atol=1e-12)
@@ -113,7 +120,9 @@ def test_golden_dense_case_accounting(l0):
     case, layer, _ = _dense_case(l0)
     opened = layer.gate.open_probability().sum().item()
     assert layer.penalty().item() + layer.out_features == pytest.approx(case["expected_l0"], abs=1e-10)
-    assert (2 * opened - 1) * layer.out_features + layer.out_features == pytest.approx(case["expected_flops"], abs=1e-10)
+    assert (2 * opened - 1) * layer.out_features + layer.out_features == pytest.approx(
+        case["expected_flops"], abs=1e-10
+    )
 
 
 def test_golden_conv_case_multiplies_the_bias_too(l0):
@@ -126,15 +135,21 @@ def test_golden_conv_case_multiplies_the_bias_too(l0):
     np.testing.assert_allclose(z, case["z"], atol=1e-12)
     np.testing.assert_allclose(F.conv2d(x, w)[0], case["conv_no_bias"], atol=1e-12)
     np.testing.assert_allclose((z[:, None, None] * F.conv2d(x, w, b)[0]), case["corrected_train_shared"], atol=1e-12)
-    np.testing.assert_allclose((z[:, None, None] * F.conv2d(x, w)[0]), case["reference_train_shared_bias_dropped"], atol=1e-12)
+    np.testing.assert_allclose(
+        (z[:, None, None] * F.conv2d(x, w)[0]), case["reference_train_shared_bias_dropped"], atol=1e-12
+    )
     z_hat = functional.sample_gates(log_alpha, spec=hard_concrete("paper"))
     np.testing.assert_allclose(z_hat, case["eval_z"], atol=1e-12)
     np.testing.assert_allclose((z_hat[:, None, None] * F.conv2d(x, w, b)[0]), case["eval_out"], atol=1e-12)
     squares = w.flatten(1).square().sum(1) + b.square()
     n, lam, rho = case["N"], case["lam"], case["weight_decay"]
-    corrected = functional.expected_l0(log_alpha, w[0].numel() + 1, lam=lam, group_sq_norm=squares, prior_precision=rho) / n
+    corrected = (
+        functional.expected_l0(log_alpha, w[0].numel() + 1, lam=lam, group_sq_norm=squares, prior_precision=rho) / n
+    )
     assert corrected.item() == pytest.approx(case["reg_corrected_bias_sign"], abs=1e-12)
-    slipped = functional.expected_l0(log_alpha, w[0].numel() - 1, lam=lam, group_sq_norm=squares, prior_precision=rho) / n
+    slipped = (
+        functional.expected_l0(log_alpha, w[0].numel() - 1, lam=lam, group_sq_norm=squares, prior_precision=rho) / n
+    )
     assert slipped.item() == pytest.approx(case["reg_reference_bias_sign"], abs=1e-12)
 
 
@@ -144,7 +159,9 @@ def test_each_group_may_have_a_lambda_and_a_prior_precision_of_its_own(dtype):
     log_alpha.requires_grad_()
     made = functional.expected_l0(log_alpha, size, lam=lam, group_sq_norm=norm, prior_precision=rho)
     one_by_one = [
-        functional.expected_l0(log_alpha[g : g + 1], s.item(), lam=a.item(), group_sq_norm=w.view(1), prior_precision=r.item())
+        functional.expected_l0(
+            log_alpha[g : g + 1], s.item(), lam=a.item(), group_sq_norm=w.view(1), prior_precision=r.item()
+        )
         for g, (s, a, w, r) in enumerate(zip(size, lam, norm, rho, strict=True))
     ]
     torch.testing.assert_close(made, torch.stack(one_by_one).sum())
@@ -154,7 +171,9 @@ def test_each_group_may_have_a_lambda_and_a_prior_precision_of_its_own(dtype):
 
 
 def test_golden_lenet5_accounting(l0):
-    """Expected L0 and FLOPs of LeNet-5-Caffe with every log_alpha at 0, spatial sizes on the right axes (methods 1.7)."""
+    """Expected L0 and FLOPs of LeNet-5-Caffe with every log_alpha at 0,
+    spatial sizes on the right axes (methods 1.7).
+    """
     case = l0["lenet5_accounting_all_log_alpha_0"]
     layers = [(20, 25, 24 * 24, None), (50, 25 * 20, 8 * 8, None), (800, None, None, 500), (500, None, None, 10)]
     l0_counts, flops = [], []
@@ -195,7 +214,8 @@ def test_golden_polyak_average(l0, start):
     case = l0["ema_case"]
     average = gates.PolyakAverage(decay=case["beta"])
     parameter = torch.nn.Parameter(torch.tensor([case["init_param"]], dtype=torch.float64))
-    if start.startswith("reference"):  # the published slip, reproduced by hand: the average starts at the initial parameter
+    # the published slip, reproduced by hand: the average starts at the initial parameter
+    if start.startswith("reference"):
         average.update([parameter])
         average.averages[0].copy_(parameter.detach())
         average.steps = 0
@@ -216,7 +236,9 @@ def test_gradcheck_away_from_the_clip_corners(cpu_backend):
     assert ((z > 0.02) & (z < 0.98)).sum() > 5, "the test needs gates inside"
     assert torch.autograd.gradcheck(lambda la: functional.sample_gates(la, seed=seed, rows=3), log_alpha, eps=1e-7)
     for rule in ("paper", "median", "binary"):
-        assert torch.autograd.gradcheck(lambda la, rule=rule: functional.sample_gates(la, spec=hard_concrete(rule)), log_alpha, eps=1e-7)
+        assert torch.autograd.gradcheck(
+            lambda la, rule=rule: functional.sample_gates(la, spec=hard_concrete(rule)), log_alpha, eps=1e-7
+        )
 
 
 @pytest.mark.parametrize("log_alpha", SPREAD)
@@ -246,7 +268,9 @@ def test_symmetry_of_the_draw():
     log_alpha, u = torch.randn(1000, dtype=torch.float64), torch.rand(1000, dtype=torch.float64) * 0.98 + 0.01
     spec = hard_concrete()
     assert torch.allclose(
-        reference.gate(log_alpha, spec, u) + reference.gate(-log_alpha, spec, 1 - u), torch.ones(1000, dtype=torch.float64), atol=3e-7
+        reference.gate(log_alpha, spec, u) + reference.gate(-log_alpha, spec, 1 - u),
+        torch.ones(1000, dtype=torch.float64),
+        atol=3e-7,
     )
 
 
@@ -254,7 +278,13 @@ def test_symmetry_of_the_draw():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_extreme_log_alpha_gives_no_nan_and_saturates(cpu_backend, value, dtype):
     log_alpha = torch.full((257,), value, dtype=dtype, requires_grad=True)
-    for spec in (hard_concrete(), hard_concrete("paper"), hard_concrete("median"), hard_concrete("binary"), hard_concrete(beta=0.3)):
+    for spec in (
+        hard_concrete(),
+        hard_concrete("paper"),
+        hard_concrete("median"),
+        hard_concrete("binary"),
+        hard_concrete(beta=0.3),
+    ):
         log_alpha.grad = None
         z = functional.sample_gates(log_alpha, seed=3, rows=5 if spec.rule == 0 else None, spec=spec)
         z.sum().backward()
@@ -307,7 +337,9 @@ def test_a_binary_gate_at_one_half_is_closed(cpu_backend):
 @pytest.mark.parametrize(("gamma", "zeta"), [(-0.1, 1.1), (-0.05, 1.05), (-0.3, 1.3), (-0.2, 1.5), (-0.4, 1.1)])
 def test_the_threshold_of_the_binary_rule(gamma, zeta):
     right = math.log((0.5 - gamma) / (zeta - 0.5))
-    assert hard_concrete("binary", gamma=gamma, zeta=zeta).lo == pytest.approx(right if abs(right) > 1e-9 else 0.0, rel=1e-12, abs=0)
+    assert hard_concrete("binary", gamma=gamma, zeta=zeta).lo == pytest.approx(
+        right if abs(right) > 1e-9 else 0.0, rel=1e-12, abs=0
+    )
 
 
 def test_shared_draw_is_one_row_and_per_row_draws_differ():

@@ -1,4 +1,7 @@
-"""What only a CUDA device can show; `make gpu` runs these, elsewhere they are skipped. Needs torch, triton, numpy and pytest."""
+"""What only a CUDA device can show; `make gpu` runs these, elsewhere they are skipped.
+
+Needs torch, triton, numpy and pytest.
+"""
 
 import itertools
 
@@ -20,7 +23,15 @@ def test_auto_picks_triton_on_cuda():
     assert dampr.ops.choose(torch.device("cuda"), torch.bfloat16)[0] == "triton"
 
 
-OPS = ["noise", "sample_gates", "gated_linear", "weight_gated_linear", "gated_conv2d", "norm_gate", "dependency_generator"]
+OPS = [
+    "noise",
+    "sample_gates",
+    "gated_linear",
+    "weight_gated_linear",
+    "gated_conv2d",
+    "norm_gate",
+    "dependency_generator",
+]
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -136,7 +147,8 @@ def test_cuda_graph_replays_draw_new_gates(per_sample):
 @pytest.mark.parametrize("per_sample", [False, True])
 def test_inductor_compiles_the_whole_step(per_sample):
     layer = dampr.nn.GatedLinear(256, 128, per_sample=per_sample).cuda()
-    compiled = torch.compile(layer, fullgraph=True, options={"fallback_random": True})  # seeds from eager's generator, not inductor's own
+    # seeds from eager's generator, not inductor's own
+    compiled = torch.compile(layer, fullgraph=True, options={"fallback_random": True})
     x = torch.randn(64, 256, device="cuda")
     torch.manual_seed(0)
     expected = layer(x)
@@ -216,7 +228,10 @@ def test_gates_of_heads_do_not_wait_for_the_host_and_give_what_the_cpu_gives(per
     def call(layer, x):
         return layer(x, x, x, need_weights=False)[0]
 
-    layer, x = dampr.nn.GatedMultiheadAttention(256, 8, batch_first=True, per_sample=per_sample), torch.randn(4, 33, 256)
+    layer, x = (
+        dampr.nn.GatedMultiheadAttention(256, 8, batch_first=True, per_sample=per_sample),
+        torch.randn(4, 33, 256),
+    )
     layer.gate.log_alpha.data.uniform_(-3, 3)
     on_both(layer.eval(), x, call)
     assert_it_waits_for_no_host(layer.train(), x.cuda(), call)
@@ -232,7 +247,8 @@ def test_a_norm_of_open_statistics_does_not_wait_for_the_host_and_gives_what_the
 @pytest.mark.parametrize("kind", ["GatedLSTM", "GatedGRU", "GatedRNN"])
 @pytest.mark.parametrize("how", [{}, {"num_layers": 2, "bidirectional": True}])
 def test_recurrent_layers_give_what_the_cpu_gives(kind, how):
-    layer = getattr(dampr.nn, kind)(48, 64, gate="diffmask", **how)  # no noise, for cuDNN has gradients in training mode alone
+    # no noise, for cuDNN has gradients in training mode alone
+    layer = getattr(dampr.nn, kind)(48, 64, gate="diffmask", **how)
     layer.gate.alpha.data.uniform_(-1, 1)
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         on_both(layer, torch.randn(7, 5, 48), lambda layer, x: layer(x)[0])
@@ -252,7 +268,9 @@ def test_more_output_features_than_a_second_grid_axis_has_tiles():
 def test_a_relu_that_a_norm_takes_in_does_not_wait_for_the_host_and_gives_what_separate_layers_give(per_sample):
     def converted():
         torch.manual_seed(0)
-        net = torch.nn.Sequential(torch.nn.Conv2d(3, 32, 3), torch.nn.BatchNorm2d(32), torch.nn.ReLU(), torch.nn.Conv2d(32, 4, 1))
+        net = torch.nn.Sequential(
+            torch.nn.Conv2d(3, 32, 3), torch.nn.BatchNorm2d(32), torch.nn.ReLU(), torch.nn.Conv2d(32, 4, 1)
+        )
         return dampr.convert(net, example_inputs=torch.randn(2, 3, 9, 9), per_sample=per_sample).cuda().train()
 
     net, apart, x = converted(), converted(), torch.randn(8, 3, 17, 17, device="cuda")

@@ -32,7 +32,13 @@ transformers.utils.logging.set_verbosity_error()
 ROOT = Path(__file__).parent.parent.parent
 words = torch.randint(50, (3, 7), generator=torch.Generator().manual_seed(0))
 SIZES: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
-TEXT: dict[str, Any] = {"vocab_size": 50, "max_position_embeddings": 32, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+TEXT: dict[str, Any] = {
+    "vocab_size": 50,
+    "max_position_embeddings": 32,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
 MASK = torch.ones_like(words)
 MASK[0, 4:] = 0
 
@@ -113,7 +119,14 @@ def test_a_converted_model_computes_the_same_and_every_gate_does_something(name:
     layers = model.config.num_hidden_layers
     attentions = layers * (1 + getattr(model.config, "add_cross_attention", False))
     assert sum(type(layer) is GatedHeads for layer in gated.values()) == attentions
-    assert sum(type(layer) is GatedLinear for name, layer in gated.items() if "pooler" not in name and "classifier" not in name) == layers
+    assert (
+        sum(
+            type(layer) is GatedLinear
+            for name, layer in gated.items()
+            if "pooler" not in name and "classifier" not in name
+        )
+        == layers
+    )
     assert dampr.verify_model(model, x).ok
 
 
@@ -129,7 +142,9 @@ def test_masked_equals_compacted_at_the_size_foretold(name: str, seed: int) -> N
     masked, compacted = logits(model, x), logits(small, x)
     assert float((masked - compacted).norm() / masked.norm()) <= 1e-5
     foretold = {metric: int(cost(cost.decision())) for metric, cost in costs.items()}
-    assert foretold == {"macs": count_macs(small, x), "params": count_params(small)}, small.dampr_manifest["closed_but_kept"]
+    assert foretold == {"macs": count_macs(small, x), "params": count_params(small)}, small.dampr_manifest[
+        "closed_but_kept"
+    ]
     assert foretold["macs"] < costs["macs"].total
     assert small.dampr_manifest["closed_but_kept"] == {}
 
@@ -141,7 +156,8 @@ def test_a_folder_gives_the_model_back(name: str, tmp_path: Any) -> None:
     again = huggingface.from_pretrained(tmp_path)
     assert type(again) is type(small)
     assert not again.training
-    torch.testing.assert_close(logits(again, x), logits(small, x), atol=1e-6, rtol=1e-6)  # eager attention is not in the config
+    # eager attention is not in the config
+    torch.testing.assert_close(logits(again, x), logits(small, x), atol=1e-6, rtol=1e-6)
     assert json.loads((tmp_path / "config.json").read_text())["dampr"] == small.config.dampr
     assert not list(tmp_path.glob("*.bin"))
     with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
@@ -169,12 +185,16 @@ def test_a_bias_that_compaction_added_is_in_the_config(tmp_path: Any) -> None:
     """sigmoid(0) = 1/2: closed neurons leave a constant, and the layer that reads them has no bias for it."""
     torch.manual_seed(0)
     sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4, "decoder_start_token_id": 0}
-    model = transformers.T5ForConditionalGeneration(transformers.T5Config(vocab_size=50, feed_forward_proj="sigmoid", **sizes))
+    model = transformers.T5ForConditionalGeneration(
+        transformers.T5Config(vocab_size=50, feed_forward_proj="sigmoid", **sizes)
+    )
     x = {"input_ids": words, "decoder_input_ids": words[:, :3], "use_cache": False}
     huggingface.convert(model, example_inputs=x)
     close_at_random(model)
     small = huggingface.compact(model, example_inputs=x)
-    assert small.config.dampr["biases"] == [f"{side}.block.0.layer.{i}.DenseReluDense.wo" for side, i in (("encoder", 1), ("decoder", 2))]
+    assert small.config.dampr["biases"] == [
+        f"{side}.block.0.layer.{i}.DenseReluDense.wo" for side, i in (("encoder", 1), ("decoder", 2))
+    ]
     huggingface.save_pretrained(small, tmp_path)
     torch.testing.assert_close(logits(huggingface.from_pretrained(tmp_path), x), logits(model, x), atol=1e-5, rtol=1e-5)
     large = huggingface.expand(small)
@@ -194,15 +214,18 @@ def test_a_uniform_model_is_loaded_by_transformers_alone(name: str, round_to: in
     neurons = small.config.n_inner if name == "gpt2" else small.config.intermediate_size
     assert neurons < 48
     assert neurons % round_to == 0
-    open_heads = [len(layer.open_heads()) for layer in dampr.prune.gated_layers(model).values() if isinstance(layer, GatedHeads)]
+    open_heads = [
+        len(layer.open_heads()) for layer in dampr.prune.gated_layers(model).values() if isinstance(layer, GatedHeads)
+    ]
     if name in ("llama", "vit"):
         assert small.config.num_attention_heads == max(open_heads) * (2 if name == "llama" else 1)
     else:
         assert small.config.num_attention_heads == 4
         assert min(open_heads) < 4
-        assert any("BertConfig has no entry for this width" in note for note in small.dampr_manifest["closed_but_kept"].values()) == (
-            name == "bert"
-        )
+        assert any(
+            "BertConfig has no entry for this width" in note
+            for note in small.dampr_manifest["closed_but_kept"].values()
+        ) == (name == "bert")
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "roberta"])
@@ -214,7 +237,10 @@ def test_fewer_heads_that_a_config_cannot_say_are_for_our_own_loader(name: str, 
         layer.gate.log_alpha.data[i] = -9.0
     uniform = huggingface.compact(model, example_inputs=x, uniform=True)
     kind = type(model.config)
-    note = f"1 closed gates stay: {kind.__name__} has no width of a head but hidden_size / num_attention_heads, so none for fewer heads"
+    note = (
+        f"1 closed gates stay: {kind.__name__} has no width of a head but hidden_size / num_attention_heads, so none "
+        "for fewer heads"
+    )
     notes = uniform.dampr_manifest["closed_but_kept"]
     assert notes.keys() == dampr.prune.gated_layers(model).keys()
     assert all(found.startswith(note) for found in notes.values())
@@ -279,7 +305,9 @@ def test_an_expanded_model_has_its_old_widths_and_zeros(name: str, tmp_path: Any
     model, x, small = pruned(name)
     large = dampr.expand(small)
     assert str(large) == str(built(name)[0])
-    assert {k: v.shape for k, v in large.state_dict().items()} == {k: v.shape for k, v in built(name)[0].state_dict().items()}
+    assert {k: v.shape for k, v in large.state_dict().items()} == {
+        k: v.shape for k, v in built(name)[0].state_dict().items()
+    }
     masked, expanded = logits(model, x), logits(large, x)
     assert float((masked - expanded).norm() / masked.norm()) <= 1e-5
     dampr.save(small, tmp_path / "small.safetensors")
@@ -358,7 +386,9 @@ def test_a_failed_conversion_leaves_the_model_as_it_was() -> None:
 def test_an_attention_that_is_not_known_is_left_alone_and_named() -> None:
     torch.manual_seed(0)
     model = transformers.DistilBertForSequenceClassification(
-        transformers.DistilBertConfig(vocab_size=50, dim=32, n_layers=1, n_heads=4, hidden_dim=48, max_position_embeddings=32)
+        transformers.DistilBertConfig(
+            vocab_size=50, dim=32, n_layers=1, n_heads=4, hidden_dim=48, max_position_embeddings=32
+        )
     )
     x = {"input_ids": words}
     huggingface.convert(model, example_inputs=x)
@@ -457,7 +487,10 @@ sys.modules["transformers"] = None
 import dampr.integrations.huggingface
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=HANG)
-    assert "ImportError: dampr.integrations.huggingface needs transformers: pip install dampr-torch[huggingface]" in done.stderr
+    assert (
+        "ImportError: dampr.integrations.huggingface needs transformers: pip install dampr-torch[huggingface]"
+        in done.stderr
+    )
 
 
 def test_dampr_alone_says_who_knows_gpt2() -> None:

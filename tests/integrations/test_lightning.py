@@ -32,7 +32,9 @@ BATCHES = list(zip(X.split(8), Y.split(8), strict=True))
 
 def built(**how: Any) -> tuple[nn.Module, dampr.Budget]:
     torch.manual_seed(0)
-    model = dampr.convert(nn.Sequential(nn.Linear(20, 24), nn.ReLU(), nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, 5)), example_inputs=X)
+    model = dampr.convert(
+        nn.Sequential(nn.Linear(20, 24), nn.ReLU(), nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, 5)), example_inputs=X
+    )
     return model, dampr.Budget(model, X, **({"macs": 0.4, "schedule": 8, "strength": 20.0} | how))
 
 
@@ -77,7 +79,12 @@ class TwoOptimizers(Net):
 
 
 def fit(net: Any, budget: dampr.Budget, folder: Path, ckpt_path: Any = None, history: Any = None, **how: Any) -> Any:
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
     where = {"accelerator": "cpu", "devices": 1, "default_root_dir": folder, "use_distributed_sampler": False}
     options: dict[str, Any] = quiet | where | {"log_every_n_steps": 1, "max_epochs": 3} | how
     trainer = pl.Trainer(callbacks=[DamprCallback(budget, history), *options.pop("callbacks", [])], **options)
@@ -107,7 +114,9 @@ def test_a_run_comes_down_to_the_budget_and_logs_it_beside_the_loss_of_the_task(
     assert float(budget.readings()["macs_left"]) == pytest.approx(report.reached / report.total)
 
 
-@pytest.mark.parametrize("how", [{}, {"accumulate_grad_batches": 2}, {"gradient_clip_val": 0.1}, {"strategy": "ddp"}], ids=str)
+@pytest.mark.parametrize(
+    "how", [{}, {"accumulate_grad_batches": 2}, {"gradient_clip_val": 0.1}, {"strategy": "ddp"}], ids=str
+)
 def test_the_weights_are_those_of_a_loop_that_adds_the_penalty_to_the_loss(how: dict[str, Any], tmp_path: Path) -> None:
     model, budget = built()
     with mock.patch.dict(os.environ):  # where DDP leaves its address and ranks
@@ -123,7 +132,9 @@ def test_the_weights_are_those_of_a_loop_that_adds_the_penalty_to_the_loss(how: 
         if (penalty := other.penalty()).requires_grad:
             penalty.backward()
         if "gradient_clip_val" in how:
-            nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], how["gradient_clip_val"])
+            nn.utils.clip_grad_norm_(
+                [p for group in optimizer.param_groups for p in group["params"]], how["gradient_clip_val"]
+            )
         optimizer.step()
         optimizer.zero_grad()
         other.step()
@@ -290,5 +301,7 @@ if "lightning.pytorch" in sys.modules:
 from dampr.integrations.lightning import Callback, DamprCallback
 assert issubclass(DamprCallback, Callback) and Callback is sys.modules["lightning"].Callback
 """
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=HANG, cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=HANG, cwd=ROOT
+    )
     assert (error in done.stderr) if error else (done.returncode == 0), done.stderr

@@ -175,7 +175,9 @@ class Constant(nn.Module):
         (nn.LSTM(3, 4, proj_size=2), torch.randn(5, 2, 3), "onnxruntime does not run it"),
     ],
 )
-def test_a_file_that_computes_something_else_is_not_written(model: nn.Module, x: Tensor, message: str, tmp_path: Path) -> None:
+def test_a_file_that_computes_something_else_is_not_written(
+    model: nn.Module, x: Tensor, message: str, tmp_path: Path
+) -> None:
     path = tmp_path / "a.onnx"
     path.write_text("what was there before")
     with pytest.raises(onnx.ExportError, match=f"path='.*a.onnx': .*{message}"):

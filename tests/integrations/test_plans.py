@@ -44,8 +44,19 @@ def net(**how: Any) -> tuple[Net, dampr.Plan]:
 
 
 def fit(module: Net, callback: Any, folder: Path, ckpt_path: Any = None, callbacks: Any = (), **how: Any) -> None:
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-    where = {"accelerator": "cpu", "devices": 1, "default_root_dir": folder, "use_distributed_sampler": False, "max_epochs": 6}
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    where = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "default_root_dir": folder,
+        "use_distributed_sampler": False,
+        "max_epochs": 6,
+    }
     trainer = pl.Trainer(callbacks=[callback, *callbacks], **(quiet | where | how))
     trainer.fit(module, torch.utils.data.DataLoader(BATCHES, batch_size=None), ckpt_path=ckpt_path)
 
@@ -69,7 +80,9 @@ def test_lightning_ends_where_a_loop_of_ones_own_ends(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "how", [{"precision": "bf16-mixed"}, {"accumulate_grad_batches": 2, "max_epochs": 12}, {"gradient_clip_val": 0.1}], ids=str
+    "how",
+    [{"precision": "bf16-mixed"}, {"accumulate_grad_batches": 2, "max_epochs": 12}, {"gradient_clip_val": 0.1}],
+    ids=str,
 )
 def test_lightning_with_its_options(how: Any, tmp_path: Path) -> None:
     module, plan = net()
@@ -139,7 +152,14 @@ def text_model(**how: Any) -> tuple[Any, dampr.Plan]:
 
 
 def trainer(model: Any, callback: Any, folder: Path, **how: Any) -> Any:
-    options = {"max_steps": 48, "per_device_train_batch_size": 4, "logging_steps": 8, "save_steps": 8, "use_cpu": True, "report_to": "none"}
+    options = {
+        "max_steps": 48,
+        "per_device_train_batch_size": 4,
+        "logging_steps": 8,
+        "save_steps": 8,
+        "use_cpu": True,
+        "report_to": "none",
+    }
     arguments = transformers.TrainingArguments(folder, disable_tqdm=True, weight_decay=0.01, **(options | how))
     return transformers.Trainer(model, arguments, train_dataset=Texts(), callbacks=[callback])
 

@@ -1,4 +1,6 @@
-"""The residual width of transformers' models, whose attention is made of linear layers: cut exactly, in models of the stock classes."""
+"""The residual width of transformers' models, whose attention is made of linear layers: cut exactly,
+in models of the stock classes.
+"""
 
 from __future__ import annotations
 
@@ -18,18 +20,29 @@ transformers = pytest.importorskip("transformers")
 from dampr.integrations import huggingface  # noqa: E402
 
 SIZES: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24}
-TEXT: dict[str, Any] = {"vocab_size": 30, "max_position_embeddings": 12, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+TEXT: dict[str, Any] = {
+    "vocab_size": 30,
+    "max_position_embeddings": 12,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
 words = {"input_ids": torch.randint(30, (2, 6), generator=torch.Generator().manual_seed(0))}
 image = {"pixel_values": torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))}
 MODELS: dict[str, Any] = {
     "bert": lambda: (transformers.BertForSequenceClassification(transformers.BertConfig(**SIZES, **TEXT)), words),
-    "vit": lambda: (transformers.ViTForImageClassification(transformers.ViTConfig(**SIZES, image_size=8, patch_size=4)), image),
+    "vit": lambda: (
+        transformers.ViTForImageClassification(transformers.ViTConfig(**SIZES, image_size=8, patch_size=4)),
+        image,
+    ),
 }
 
 
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("name", MODELS)
-def test_masked_is_compacted_at_the_size_foretold_and_loads_into_the_original(name: str, seed: int, tmp_path: Any) -> None:
+def test_masked_is_compacted_at_the_size_foretold_and_loads_into_the_original(
+    name: str, seed: int, tmp_path: Any
+) -> None:
     torch.manual_seed(seed)
     model, x = MODELS[name]()
     for p in model.parameters():

@@ -45,8 +45,16 @@ def test_the_event_file_holds_a_histogram_and_a_share_for_each_gate_vector(gate:
         log_gates(writer, model, 4, budget)
     events = read(tmp_path)
     own = {"hard_concrete": {"log_alpha/a"}}.get(gate, set())
-    assert set(events.Tags()["histograms"]) == {"gates/a", "open_probability/a"} | own, "layer b has the gates of layer a"
-    scalars = {"gates_open/a", "budget/gates_open", "budget/macs_left", "budget/budget_multiplier", "budget/budget_penalty"}
+    assert set(events.Tags()["histograms"]) == {"gates/a", "open_probability/a"} | own, (
+        "layer b has the gates of layer a"
+    )
+    scalars = {
+        "gates_open/a",
+        "budget/gates_open",
+        "budget/macs_left",
+        "budget/budget_multiplier",
+        "budget/budget_penalty",
+    }
     assert set(events.Tags()["scalars"]) == scalars
     before, after = events.Histograms("gates/a")
     assert (before.step, after.step) == (3, 4)

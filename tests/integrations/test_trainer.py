@@ -35,7 +35,14 @@ def built() -> tuple[Any, dampr.Budget]:
 def trainer(model: Any, budget: dampr.Budget, folder: Any, history: Any = None, **how: Any) -> Any:
     gate_lr = 2.0 if budget.controller is None else None
     groups = dampr.param_groups(model, lr=1e-3, gate_lr=gate_lr, weight_decay=0.01)
-    options = {"max_steps": 6, "per_device_train_batch_size": 4, "logging_steps": 1, "save_steps": 4, "use_cpu": True, "report_to": "none"}
+    options = {
+        "max_steps": 6,
+        "per_device_train_batch_size": 4,
+        "logging_steps": 1,
+        "save_steps": 4,
+        "use_cpu": True,
+        "report_to": "none",
+    }
     return transformers.Trainer(
         model,
         transformers.TrainingArguments(folder, disable_tqdm=True, lr_scheduler_type="constant", **(options | how)),

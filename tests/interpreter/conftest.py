@@ -1,7 +1,8 @@
-"""Kernels run in Triton's interpreter, on the CPU: ``TRITON_INTERPRET=1 python -m pytest tests/interpreter``, in a process of its own.
+"""Kernels run in Triton's interpreter, on the CPU: ``TRITON_INTERPRET=1 python -m pytest tests/interpreter``,
+in a process of its own.
 
-``@triton.jit`` decides when triton is imported whether a kernel is compiled or interpreted. Where that has happened already, everything
-here is skipped.
+``@triton.jit`` decides when triton is imported whether a kernel is compiled or interpreted. Where that has happened
+already, everything here is skipped.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ def _version(name: str) -> tuple[int, ...]:
 def why_not() -> str | None:
     """The reason why nothing here can run, or None."""
     if TOO_LATE:
-        return "triton was imported without TRITON_INTERPRET=1; run: TRITON_INTERPRET=1 python -m pytest tests/interpreter"
+        return (
+            "triton was imported without TRITON_INTERPRET=1; run: TRITON_INTERPRET=1 python -m pytest tests/interpreter"
+        )
     if _version("triton") < (3, 7) and _version("numpy") >= (2, 4):
         return "the interpreter of triton 3.6 needs numpy < 2.4"
     return None
@@ -37,7 +40,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if here in item.path.parents:
             item.add_marker(pytest.mark.interpreter)
-            item.add_marker(pytest.mark.filterwarnings("ignore:.* encountered in .*:RuntimeWarning"))  # infinities that a select discards
+            # infinities that a select discards
+            item.add_marker(pytest.mark.filterwarnings("ignore:.* encountered in .*:RuntimeWarning"))
             if reason:
                 item.add_marker(pytest.mark.skip(reason=reason))
 

@@ -1,4 +1,6 @@
-"""The generator of Dep-L0 in one program against float64: values and all gradients, for widths around the tile and every depth."""
+"""The generator of Dep-L0 in one program against float64: values and all gradients,
+for widths around the tile and every depth.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,14 @@ def test_matches_float64(widths: tuple[int, ...]) -> None:
         tensors, upstream = parameters(widths), torch.randn(sum(widths[1:]))
         values = backend.dependency_generator_fwd(tensors, LIMIT)
         grads = flat(backend.dependency_generator_bwd(tensors, values, upstream, LIMIT))
-        draws.append((values, grads, *by_autograd([t.double() for t in tensors], upstream.double()), *by_autograd(tensors, upstream)))
+        draws.append(
+            (
+                values,
+                grads,
+                *by_autograd([t.double() for t in tensors], upstream.double()),
+                *by_autograd(tensors, upstream),
+            )
+        )
     values, grads, *truths = (torch.cat(pieces) for pieces in zip(*draws, strict=True))
     for name, got, exact, plain in zip(("values", "grads"), (values, grads), truths[:2], truths[2:], strict=True):
         assert_close(name, got, exact, plain)
@@ -83,8 +92,14 @@ def test_the_generator_of_resnet56_is_one_launch_in_each_direction(monkeypatch: 
         assert len(counted) == 1
         torch.cat([gate.log_alpha for gate in generator.gates()]).sum().backward()
     assert len(counted) == 2
-    for made, expected in zip(log_alphas, reference.dependency_generator(list(generator.parameters()), LIMIT), strict=True):
+    for made, expected in zip(
+        log_alphas, reference.dependency_generator(list(generator.parameters()), LIMIT), strict=True
+    ):
         torch.testing.assert_close(made, expected, rtol=1e-5, atol=1e-5)
     with torch.device("meta"):
         large = DependencyGenerator([64, 64, 128, 128, 256, 256, 256, *[512] * 6])
-    assert sum(p.numel() for p in large.parameters()) > backend.GENERATOR_PARAMETERS > sum(p.numel() for p in generator.parameters())
+    assert (
+        sum(p.numel() for p in large.parameters())
+        > backend.GENERATOR_PARAMETERS
+        > sum(p.numel() for p in generator.parameters())
+    )

@@ -1,4 +1,6 @@
-"""Gate families without noise in the Triton kernels: golden numbers, the zero patterns of the reference, and layers that carry them."""
+"""Gate families without noise in the Triton kernels: golden numbers, the zero patterns of the reference,
+and layers that carry them.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ def value_and_slope(parameter: torch.Tensor, function: spec.GateSpec) -> tuple[t
 
 
 def assert_golden(actual: torch.Tensor, expected: Any, tolerance: float = 2e-6) -> None:
-    torch.testing.assert_close(actual.double(), torch.as_tensor(expected, dtype=torch.float64), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(
+        actual.double(), torch.as_tensor(expected, dtype=torch.float64), rtol=tolerance, atol=tolerance
+    )
 
 
 @pytest.mark.parametrize("name", RAMPS)
@@ -54,12 +58,15 @@ def test_golden_smooth_masks(name: str, b: int) -> None:
     case = GOLDEN["dmp_reconstruction"][f"{name}_beta{b}_t0.1"]
     z, slope = value_and_slope(torch.tensor(case["alpha"]), spec.mask(MASKS[name], b, 0.1))
     assert_golden(z, case["gate_alpha_times_mask"], 2e-6 * b)
-    derivative = torch.tensor(case["mask"], dtype=torch.float64) + torch.tensor(case["alpha"]) * torch.tensor(case["dmask_dalpha"])
+    derivative = torch.tensor(case["mask"], dtype=torch.float64) + torch.tensor(case["alpha"]) * torch.tensor(
+        case["dmask_dalpha"]
+    )
     assert_golden(slope, derivative, 2e-6 * b)
 
 
 @pytest.mark.parametrize(
-    ("variant", "key"), [("hard", "dgate_dalpha_signswish_surrogate_beta5"), ("hard_constant", "dgate_dalpha_mask_constant")]
+    ("variant", "key"),
+    [("hard", "dgate_dalpha_signswish_surrogate_beta5"), ("hard_constant", "dgate_dalpha_mask_constant")],
 )
 def test_golden_hard_mask(variant: str, key: str) -> None:
     case = GOLDEN["dmp_reconstruction"]["M0_hard_t0.1"]
@@ -71,7 +78,9 @@ def test_golden_hard_mask(variant: str, key: str) -> None:
 @pytest.mark.parametrize("index", [0, 1])
 def test_golden_dam_gates(index: int) -> None:
     for case in GOLDEN["dam"]["gates" if index == 0 else "paper_index_from_1"]:
-        gate = gates.DiscriminativeMask(case["n"], k=case["k"], alpha=case["alpha"], order=("zero", "one")[case["first_index"]])
+        gate = gates.DiscriminativeMask(
+            case["n"], k=case["k"], alpha=case["alpha"], order=("zero", "one")[case["first_index"]]
+        )
         with torch.no_grad():
             gate.beta.fill_(case["beta"])
         parameter = gate.parameter.detach()
@@ -90,7 +99,11 @@ def test_golden_dependent_gates() -> None:
     case = GOLDEN["dep_l0"]
     for layer in (1, 2):
         log_alpha = torch.tensor(case[f"log_alpha_{layer}"])
-        assert_golden(backend.sample_gates_fwd(GateArgs(log_alpha, None, spec.hard_concrete("paper")), None), case[f"z_det_{layer}"], 2e-6)
+        assert_golden(
+            backend.sample_gates_fwd(GateArgs(log_alpha, None, spec.hard_concrete("paper")), None),
+            case[f"z_det_{layer}"],
+            2e-6,
+        )
 
 
 def test_golden_noise_case_of_diffprune() -> None:

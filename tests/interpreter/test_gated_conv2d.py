@@ -61,14 +61,18 @@ def problem(name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Window
     return torch.randn(B, C, H, W), torch.randn(N, C // window.groups, R, S), torch.randn(N), window
 
 
-def plain(x: torch.Tensor, weight: torch.Tensor, bias: Maybe, z_in: Maybe, z_out: Maybe, window: Window) -> torch.Tensor:
+def plain(
+    x: torch.Tensor, weight: torch.Tensor, bias: Maybe, z_in: Maybe, z_out: Maybe, window: Window
+) -> torch.Tensor:
     """The definition, in the dtype of x."""
     z_in, z_out = (None if z is None else z.to(x.dtype)[..., None, None] for z in (z_in, z_out))
     y = conv2d(x if z_in is None else x * z_in, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), *window)
     return y if z_out is None else y * z_out
 
 
-def check(x: torch.Tensor, weight: torch.Tensor, bias: Maybe, z_in: Maybe, z_out: Maybe, window: Window) -> torch.Tensor:
+def check(
+    x: torch.Tensor, weight: torch.Tensor, bias: Maybe, z_in: Maybe, z_out: Maybe, window: Window
+) -> torch.Tensor:
     y, tensors = launchers.gated_conv2d_one_pass(x, weight, bias, z_in, z_out, window), (weight, bias, z_in, z_out)
     assert_close("y", y, plain(x.double(), *tensors, window), plain(x, *tensors, window))
     assert y.dtype == x.dtype
@@ -97,7 +101,9 @@ def test_half_precision_with_float32_parameters(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "tile", [*configs.CONV_TILES["half"], configs.Tile(32, 32, 16, 8, 4, 5)], ids=lambda tile: f"{tile.rows}x{tile.cols}"
+    "tile",
+    [*configs.CONV_TILES["half"], configs.Tile(32, 32, 16, 8, 4, 5)],
+    ids=lambda tile: f"{tile.rows}x{tile.cols}",
 )
 def test_every_tile_gives_the_same_result(tile: configs.Tile, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(configs, "conv_tile", lambda *problem: tile)
@@ -111,7 +117,11 @@ def test_any_layout(layout: str) -> None:
     if layout == "channels_last":
         x, weight = x.contiguous(memory_format=NHWC), weight.contiguous(memory_format=NHWC)
     elif layout == "sliced":
-        x, weight, bias = torch.cat((x, x), 1)[:, 2:7], torch.cat((weight, weight), 3)[..., 1:4], torch.cat((bias, bias))[1::2]
+        x, weight, bias = (
+            torch.cat((x, x), 1)[:, 2:7],
+            torch.cat((weight, weight), 3)[..., 1:4],
+            torch.cat((bias, bias))[1::2],
+        )
     elif layout == "expanded":
         x, weight = x[:1].expand(3, -1, -1, -1), weight[:, :, :1].expand(-1, -1, 3, -1)
     z_in, z_out = draw("image", x.shape[0], x.shape[1], weight.shape[0])
@@ -121,7 +131,12 @@ def test_any_layout(layout: str) -> None:
 def close(z: torch.Tensor, dead: str, depth: int) -> torch.Tensor:
     """``z`` with every other block of ``depth`` of each group closed, all but a single gate, or all."""
     index = torch.arange(z.shape[-1])
-    closed = {"nothing": index < 0, "blocks": index // depth % 2 == 0, "all but one": index != index.numel() // 2, "all": index >= 0}[dead]
+    closed = {
+        "nothing": index < 0,
+        "blocks": index // depth % 2 == 0,
+        "all but one": index != index.numel() // 2,
+        "all": index >= 0,
+    }[dead]
     return z.masked_fill(closed, 0.0)
 
 
@@ -135,12 +150,17 @@ def test_skipping_changes_no_bit(groups: int, rows: int | None, inputs: str, out
     tile = configs.conv_tile(1, 12, 160 // groups, 112 // groups, True, "fp32", 0)
     z_in, z_out = close(gates(rows, 112), inputs, tile.depth), close(gates(rows, 160), outputs, tile.cols)
     live, count = launchers._list_live(z_in, groups, tile.depth)
-    everything = torch.arange(live.shape[1], dtype=torch.int32).expand_as(live).contiguous(), torch.full_like(count, live.shape[1])
+    everything = (
+        torch.arange(live.shape[1], dtype=torch.int32).expand_as(live).contiguous(),
+        torch.full_like(count, live.shape[1]),
+    )
     full = launchers._conv(x, weight, bias, z_in, None, everything, window, tile)
     full = torch.where(z_out[..., None, None] == 0, 0.0, full * z_out[..., None, None])
     y = launchers.gated_conv2d_one_pass(x, weight, bias, z_in, z_out, window)
     assert torch.equal(y.contiguous().view(torch.int32), full.contiguous().view(torch.int32))
-    assert_close("y", y, plain(x.double(), weight, bias, z_in, z_out, window), plain(x, weight, bias, z_in, z_out, window))
+    assert_close(
+        "y", y, plain(x.double(), weight, bias, z_in, z_out, window), plain(x, weight, bias, z_in, z_out, window)
+    )
 
 
 @pytest.mark.parametrize("C", [1, 31, 32, 33, 1100])
@@ -155,7 +175,9 @@ def test_each_image_and_group_lists_its_blocks_with_an_open_gate_in_order(C: int
 
 
 def test_what_is_dead_for_one_image_is_not_read_there() -> None:
-    """NaN in dead channels of an image, in dead filters, and in weights of channels that are dead everywhere, does not reach y."""
+    """NaN in dead channels of an image, in dead filters, and in weights of channels that are dead everywhere,
+    does not reach y.
+    """
     x, weight = torch.randn(2, 96, 5, 5), torch.randn(128, 96, 3, 3)
     z_in, z_out = torch.ones(2, 96), torch.ones(128)
     z_in[0, :64], z_in[1, 32:], z_out[:64] = 0, 0, 0

@@ -25,7 +25,15 @@ SPEC = hard_concrete()
 class Problem:
     """Inputs of one gated layer, its float64 truth, and the same in plain PyTorch in the working dtype."""
 
-    def __init__(self, M: int, N: int, K: int, gates: str, bias: bool, dtypes: tuple[torch.dtype, torch.dtype] = (torch.float32,) * 2):
+    def __init__(
+        self,
+        M: int,
+        N: int,
+        K: int,
+        gates: str,
+        bias: bool,
+        dtypes: tuple[torch.dtype, torch.dtype] = (torch.float32,) * 2,
+    ):
         has_input, has_output = GATES[gates]
         dtype, weight_dtype = dtypes
         self.x, self.dy = torch.randn(M, K).to(dtype), torch.randn(M, N).to(dtype)
@@ -39,14 +47,18 @@ class Problem:
     def tensors(self) -> tuple[torch.Tensor | None, ...]:
         return self.x, self.weight, self.bias, self.input_log_alpha, self.output_log_alpha
 
-    def fused_args(self, per_sample: bool, spec: GateSpec = SPEC) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, GatePair]:
+    def fused_args(
+        self, per_sample: bool, spec: GateSpec = SPEC
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, GatePair]:
         seeds = self.seeds if spec.rule == SPEC.rule else (None, None)
         gates = GatePair.of(self.input_log_alpha, self.output_log_alpha, *seeds, spec, per_sample)
         return self.x, self.weight, self.bias, gates
 
     def plain(self, per_sample: bool, double: bool) -> list[torch.Tensor | None]:
         """[y, dx, dweight, dbias, dinput_log_alpha, doutput_log_alpha] by autograd through the reference."""
-        leaves = [None if t is None else (t.double() if double else t).detach().clone().requires_grad_() for t in self.tensors]
+        leaves = [
+            None if t is None else (t.double() if double else t).detach().clone().requires_grad_() for t in self.tensors
+        ]
         y = gated_linear(*leaves, *self.seeds, SPEC, per_sample)
         wanted = [t for t in leaves if t is not None]
         grads = iter(torch.autograd.grad(y, wanted, self.dy.to(y.dtype), materialize_grads=True))
@@ -69,13 +81,18 @@ def check(problem: Problem, per_sample: bool) -> None:
         assert got.dtype == same_dtype.dtype, name
         if ref.numel() == 0:
             continue
-        error, allowed = (got.double() - ref).abs().max(), 2 * (same_dtype.double() - ref).abs().max() + 1e-6 * ref.abs().max()
+        error, allowed = (
+            (got.double() - ref).abs().max(),
+            2 * (same_dtype.double() - ref).abs().max() + 1e-6 * ref.abs().max(),
+        )
         assert error <= allowed, f"{name}: error {error:.3e}, allowed {allowed:.3e}"
 
 
 @pytest.fixture(params=ROUTES)
 def per_sample(request: pytest.FixtureRequest) -> Iterator[bool]:
-    """False for the fold and the live route; per sample with the gates in the GEMM, then with gating passes around the vendor GEMM."""
+    """False for the fold and the live route; per sample with the gates in the GEMM,
+    then with gating passes around the vendor GEMM.
+    """
     with backend.forced_route(request.param):
         yield request.param in ("one_pass", "passes")
 
@@ -171,7 +188,10 @@ def test_runs_are_reproducible(per_sample: bool) -> None:
 def test_more_output_features_than_a_second_grid_axis_has_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     grids = []
     monkeypatch.setattr(backend.host, "launch", lambda kernel, grid, *args, **sizes: grids.append(grid))
-    weight, gates = torch.empty(3_000_000, 1), GatePair.of(None, torch.empty(3_000_000), None, torch.zeros(1, dtype=torch.int64), SPEC)
+    weight, gates = (
+        torch.empty(3_000_000, 1),
+        GatePair.of(None, torch.empty(3_000_000), None, torch.zeros(1, dtype=torch.int64), SPEC),
+    )
     backend.fold_weight_fwd(weight, None, gates, torch.float32)
     backend.fold_weight_bwd(weight, None, weight, None, gates, (True, False, False, True))
     assert [len(grid) for grid in grids] == [1, 1, 1]

@@ -37,7 +37,9 @@ def tile(M: int, N: int, K: int) -> configs.Tile:
     return configs.live_tile(M, N, K, "fp32", 0)
 
 
-def live_and_full(x: torch.Tensor, weight: torch.Tensor, bias: Maybe, gates: GatePair) -> tuple[torch.Tensor, torch.Tensor]:
+def live_and_full(
+    x: torch.Tensor, weight: torch.Tensor, bias: Maybe, gates: GatePair
+) -> tuple[torch.Tensor, torch.Tensor]:
     """y over the live blocks, and over a list of all of them without an output tile that leaves early."""
     (M, K), N = x.shape, weight.shape[0]
     z, live, count = launchers._live_blocks(x, gates, K, tile(M, N, K).depth)

@@ -44,8 +44,12 @@ def log_alphas(n: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("beta", [2 / 3, 0.5])
 @pytest.mark.parametrize("rule", sorted(RULES))
-@pytest.mark.parametrize(("n", "rows"), [(1, None), (1023, None), (2048, None), (96, 40), (37, 33), (5, 1), (7, 0), (0, 3)])
-def test_zeros_and_ones_are_those_of_the_reference_and_values_agree(n: int, rows: int | None, rule: str, beta: float) -> None:
+@pytest.mark.parametrize(
+    ("n", "rows"), [(1, None), (1023, None), (2048, None), (96, 40), (37, 33), (5, 1), (7, 0), (0, 3)]
+)
+def test_zeros_and_ones_are_those_of_the_reference_and_values_agree(
+    n: int, rows: int | None, rule: str, beta: float
+) -> None:
     spec, seed = hard_concrete(rule, beta=beta), torch.randint(0, 2**63 - 1, (1,))
     log_alpha = log_alphas(n).requires_grad_()
     expected = gate_values(log_alpha, spec, seed, rows)

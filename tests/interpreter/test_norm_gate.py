@@ -1,4 +1,6 @@
-"""The passes of a gated batch norm cut into many pieces, in half precision, and with nothing to do; test_ops.py has the verification."""
+"""The passes of a gated batch norm cut into many pieces, in half precision, and with nothing to do;
+test_ops.py has the verification.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ def test_any_number_of_pieces_gives_the_same_sums(most: int, monkeypatch: pytest
     monkeypatch.setattr(configs, "PLANE_TILE", (2, 16))
     monkeypatch.setattr(configs, "NORM_FINISH_TILE", (2, 16))
     monkeypatch.setattr(configs, "NORM_JOIN_TILE", (4, 16))
-    assert _failures([*CASES, NormCase((33, 20)), NormCase((33, 20), per_sample=False)], torch.float32, monkeypatch) == []
+    assert (
+        _failures([*CASES, NormCase((33, 20)), NormCase((33, 20), per_sample=False)], torch.float32, monkeypatch) == []
+    )
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (0, 3, 2, 2), (2, 3, 0), (2, 0, 3)])
@@ -50,7 +54,9 @@ def test_nothing_to_normalise(shape: tuple[int, ...], per_sample: bool, training
     running = torch.randn(n), torch.rand(n)
     before = [t.clone() for t in running]
     with dampr.backend("triton"), testing.poisoned_empty():
-        y = functional.gated_batch_norm(x, gate, weight, bias, *running, training=training, seed=1, per_sample=per_sample)
+        y = functional.gated_batch_norm(
+            x, gate, weight, bias, *running, training=training, seed=1, per_sample=per_sample
+        )
         y.sum().backward()
     assert y.shape == shape
     for t in (x, gate, weight, bias):
@@ -65,7 +71,9 @@ def test_no_element_is_left_unwritten(layout: str) -> None:
     x = (x if layout == "contiguous" else x.contiguous(memory_format=torch.channels_last)).requires_grad_()
     gate, weight, bias = (torch.randn(5).requires_grad_() for _ in range(3))
     with dampr.backend("triton"), testing.poisoned_empty():
-        y = functional.gated_batch_norm(x, gate, weight, bias, training=True, seed=1, per_sample=True, activation="relu")
+        y = functional.gated_batch_norm(
+            x, gate, weight, bias, training=True, seed=1, per_sample=True, activation="relu"
+        )
         y.sum().backward()
     for t in (y, x.grad, gate.grad, weight.grad, bias.grad):
         assert t is not None
@@ -96,6 +104,14 @@ def test_a_layer_agrees_with_the_reference() -> None:
         with dampr.backend(name):
             y = layer(leaf)
             y.square().sum().backward()
-        results.append([y.detach(), leaf.grad, *(p.grad.clone() for p in layer.parameters()), layer.running_mean, layer.running_var])
+        results.append(
+            [
+                y.detach(),
+                leaf.grad,
+                *(p.grad.clone() for p in layer.parameters()),
+                layer.running_mean,
+                layer.running_var,
+            ]
+        )
     for expected, out in zip(*results, strict=True):
         torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-4)

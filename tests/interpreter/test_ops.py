@@ -67,12 +67,17 @@ def test_a_convolution_agrees_with_the_reference(arguments, granularity, channel
 
 
 @pytest.mark.parametrize(
-    ("shape", "dim"), [((5, 7), 1), ((4, 6, 5, 3), 1), ((3, 5, 4), 2), ((6, 2), 0), ((2, 40, 9, 9), 1), ((0, 4, 3), 1)], ids=str
+    ("shape", "dim"),
+    [((5, 7), 1), ((4, 6, 5, 3), 1), ((3, 5, 4), 2), ((6, 2), 0), ((2, 40, 9, 9), 1), ((0, 4, 3), 1)],
+    ids=str,
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_gated_activations_agree_with_the_reference(shape, dim, dtype):
     for per_sample in (False, True) if dim else (False,):
-        for x in (torch.randn(shape), *([torch.randn(shape).contiguous(memory_format=torch.channels_last)] if len(shape) == 4 else [])):
+        for x in (
+            torch.randn(shape),
+            *([torch.randn(shape).contiguous(memory_format=torch.channels_last)] if len(shape) == 4 else []),
+        ):
             results = []
             for name in ("reference", "triton"):
                 leaf, gate = x.to(dtype).detach().requires_grad_(), torch.linspace(-2, 2, shape[dim]).requires_grad_()
@@ -87,7 +92,9 @@ def test_gated_activations_agree_with_the_reference(shape, dim, dtype):
 
 
 @pytest.mark.parametrize(
-    "layer", [dampr.nn.GatedBatchNorm2d(6), dampr.nn.GatedBatchNorm2d(6, per_sample=True), dampr.nn.GatedLayerNorm(5)], ids=str
+    "layer",
+    [dampr.nn.GatedBatchNorm2d(6), dampr.nn.GatedBatchNorm2d(6, per_sample=True), dampr.nn.GatedLayerNorm(5)],
+    ids=str,
 )
 def test_norms_agree_with_the_reference(layer):
     x, results = torch.randn(3, 6, 4, 5), []
@@ -104,7 +111,9 @@ def test_norms_agree_with_the_reference(layer):
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"padding": 1}, {"stride": 2}, {"groups": 2, "padding": "same"}, {"dilation": 2, "padding": (2, 1)}], ids=str
+    "arguments",
+    [{"padding": 1}, {"stride": 2}, {"groups": 2, "padding": "same"}, {"dilation": 2, "padding": (2, 1)}],
+    ids=str,
 )
 @pytest.mark.parametrize("granularity", ["output", "input"])
 def test_the_live_convolution_trains_as_the_folded_one(arguments, granularity):

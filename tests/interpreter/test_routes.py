@@ -54,7 +54,9 @@ def test_a_forced_route_overrules_the_choice_and_ends_with_its_block() -> None:
         ("fold", "output", True),
     ],
 )
-def test_a_forced_route_that_cannot_serve_says_so(name: str, granularity: str | tuple[int, int], per_sample: bool) -> None:
+def test_a_forced_route_that_cannot_serve_says_so(
+    name: str, granularity: str | tuple[int, int], per_sample: bool
+) -> None:
     with backend.forced_route(name), pytest.raises(ValueError, match=f"route '{name}' cannot serve"):
         backend.route(8, 8, 8, BF16, granularity, per_sample)
 

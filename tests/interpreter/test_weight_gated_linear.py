@@ -1,4 +1,6 @@
-"""Gates on weights and on blocks of weights: forward and every gradient against float64 on every route, hard shapes and layouts."""
+"""Gates on weights and on blocks of weights: forward and every gradient against float64 on every route,
+hard shapes and layouts.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ Block = tuple[int, int]
 class Problem:
     """Inputs of one layer with a gate for each block of weights."""
 
-    def __init__(self, M: int, N: int, K: int, block: Block, bias: bool = True, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, M: int, N: int, K: int, block: Block, bias: bool = True, dtype: torch.dtype = torch.float32
+    ) -> None:
         self.block, self.seed = block, torch.randint(0, 2**63 - 1, (1,))
         self.x, self.dy = torch.randn(M, K).to(dtype), torch.randn(M, N).to(dtype)
         self.weight, self.bias = torch.randn(N, K), torch.randn(N) if bias else None
@@ -38,7 +42,8 @@ class Problem:
         """[y, dx, dweight, dbias, dlog_alpha] by autograd; gates in float64 if ``dtype`` is, else in float32."""
         exact = torch.float64 if dtype == torch.float64 else torch.float32
         leaves = [
-            None if t is None else t.detach().to(d).requires_grad_() for t, d in zip(self.tensors, (dtype, *[exact] * 3), strict=True)
+            None if t is None else t.detach().to(d).requires_grad_()
+            for t, d in zip(self.tensors, (dtype, *[exact] * 3), strict=True)
         ]
         x, weight, bias, log_alpha = leaves
         y = x @ (weight * self.expand(gate_values(log_alpha, spec, self.seed))).to(dtype).t()

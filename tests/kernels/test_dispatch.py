@@ -24,7 +24,11 @@ def test_every_table_that_ships_is_well_formed_and_found_by_its_name(path):
 
 
 def test_an_unknown_device_gets_the_default_table():
-    assert dispatch.thresholds("NVIDIA Abacus 1") == dispatch.thresholds() == dispatch.read(dispatch.FOLDER / "default.json")
+    assert (
+        dispatch.thresholds("NVIDIA Abacus 1")
+        == dispatch.thresholds()
+        == dispatch.read(dispatch.FOLDER / "default.json")
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,6 @@
-"""GatedMultiheadAttention: values and all gradients against loops in float64, every argument of the dense layer, what is left of it."""
+"""GatedMultiheadAttention: values and all gradients against loops in float64, every argument of the dense layer,
+what is left of it.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ every_layer = pytest.mark.parametrize("kind", LAYERS)
 
 
 def build(kind: str = "packed", dtype: torch.dtype = torch.float32, **more: Any) -> Any:
-    """A layer with gates that are closed, in between and open, drawn and in evaluation mode, and biases that are not 0."""
+    """A layer with gates that are closed, in between and open, drawn and in evaluation mode,
+    and biases that are not 0.
+    """
     layer = GatedMultiheadAttention(E, H, **LAYERS[kind], **more).to(dtype)
     for name, p in layer.named_parameters():
         if "bias" in name:
@@ -45,7 +49,11 @@ def inputs(kind: str = "packed", dtype: torch.dtype = torch.float32, own: bool =
     if own:
         return [q] * 3
     arguments = LAYERS[kind]
-    return [q, torch.randn(N, S, arguments.get("kdim", E), dtype=dtype), torch.randn(N, S, arguments.get("vdim", E), dtype=dtype)]
+    return [
+        q,
+        torch.randn(N, S, arguments.get("kdim", E), dtype=dtype),
+        torch.randn(N, S, arguments.get("vdim", E), dtype=dtype),
+    ]
 
 
 def masks(own: bool = False, dtype: torch.dtype = torch.float32) -> dict[str, dict[str, Any]]:
@@ -63,7 +71,9 @@ def masks(own: bool = False, dtype: torch.dtype = torch.float32) -> dict[str, di
     }
 
 
-def truth(layer: Any, z: Tensor, inputs: list[Tensor], parameters: dict[str, Tensor], mask: Any = None) -> tuple[Tensor, Tensor]:
+def truth(
+    layer: Any, z: Tensor, inputs: list[Tensor], parameters: dict[str, Tensor], mask: Any = None
+) -> tuple[Tensor, Tensor]:
     """The reference on (N, L, E) in the dtype of its inputs; ``mask`` is additive over (N, H, L, S)."""
     packed = parameters.get("in_proj_weight")
     weights = packed.chunk(3) if packed is not None else [parameters[f"{name}_proj_weight"] for name in "qkv"]
@@ -93,7 +103,9 @@ def additive(how: dict[str, Any], dtype: torch.dtype) -> Any:
 @pytest.mark.parametrize("need", [False, True])
 @pytest.mark.parametrize("per_sample", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_values_and_gradients_are_those_of_the_loops(kind: str, need: bool, per_sample: bool, dtype: torch.dtype) -> None:
+def test_values_and_gradients_are_those_of_the_loops(
+    kind: str, need: bool, per_sample: bool, dtype: torch.dtype
+) -> None:
     layer = build(kind, dtype, per_sample=per_sample, batch_first=True)
     x = [t.requires_grad_() for t in inputs(kind, dtype)]
     leaves = [*x, *layer.parameters()]
@@ -194,7 +206,9 @@ def test_without_a_batch(need: bool) -> None:
 
 @pytest.mark.parametrize("around", ["alone", "stock encoder layer"])
 def test_no_fused_path_bypasses_a_closed_head(around: str) -> None:
-    """torch's paths for inference read out_proj without calling anything: not this layer's, nor that of an encoder layer around it."""
+    """torch's paths for inference read out_proj without calling anything: not this layer's,
+    nor that of an encoder layer around it.
+    """
     layer = build(batch_first=True).eval()
     x = torch.randn(N, L, E)
     stock = nn.TransformerEncoderLayer(E, H, 16, batch_first=True).eval()
@@ -326,7 +340,9 @@ def test_nothing_closed_leaves_the_layer_of_torch() -> None:
 def test_the_penalty_counts_what_a_head_has(kind: str) -> None:
     layer = build(kind)
     pi = layer.gate.open_probability()
-    gated = sum(p.numel() for name, p in layer.named_parameters() if not name.startswith("gate") and name != "out_proj.bias")
+    gated = sum(
+        p.numel() for name, p in layer.named_parameters() if not name.startswith("gate") and name != "out_proj.bias"
+    )
     assert layer.group_size() * H == gated
     torch.testing.assert_close(layer.penalty(2.0), 2 * gated / H * pi.sum())
     small = {h: copy.deepcopy(layer) for h in range(H)}
@@ -334,12 +350,17 @@ def test_the_penalty_counts_what_a_head_has(kind: str) -> None:
     for h, one in small.items():
         one.gate.log_alpha.data.fill_(-9.0)
         one.gate.log_alpha.data[h] = 9.0
-        squares.append(sum(p.square().sum() for name, p in one.compacted()[0].named_parameters() if name != "out_proj.bias"))
+        squares.append(
+            sum(p.square().sum() for name, p in one.compacted()[0].named_parameters() if name != "out_proj.bias")
+        )
     bias = 0.0 if layer.out_proj.bias is None else layer.out_proj.bias.square().sum()
-    torch.testing.assert_close(layer.penalty(0.0, 3.0), 1.5 * ((pi * torch.stack(squares)).sum() + bias), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        layer.penalty(0.0, 3.0), 1.5 * ((pi * torch.stack(squares)).sum() + bias), rtol=1e-5, atol=1e-5
+    )
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's own, of every autograd.Function
+# dynamo's own, of every autograd.Function
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("per_sample", [False, True])
 @pytest.mark.parametrize("training", [False, True])
 def test_compiles_without_a_graph_break(per_sample: bool, training: bool) -> None:
@@ -377,12 +398,28 @@ def test_autocast_and_half_precision(per_sample: bool) -> None:
     [
         (lambda: GatedMultiheadAttention(E, H, gate="none"), ValueError, "gate='none'"),
         (lambda: GatedMultiheadAttention(E, H, gate=HardConcrete(E)), ValueError, "gate.num_gates=8: expected 4"),
-        (lambda: GatedMultiheadAttention.from_dense(nn.Linear(2, 2)), TypeError, "layer=Linear: expected exactly nn.MultiheadAttention"),
-        (lambda: PrunedMultiheadAttention(E, H, heads=()), ValueError, r"heads=\(\): expected increasing integers in \[0, 4\)"),
+        (
+            lambda: GatedMultiheadAttention.from_dense(nn.Linear(2, 2)),
+            TypeError,
+            "layer=Linear: expected exactly nn.MultiheadAttention",
+        ),
+        (
+            lambda: PrunedMultiheadAttention(E, H, heads=()),
+            ValueError,
+            r"heads=\(\): expected increasing integers in \[0, 4\)",
+        ),
         (lambda: PrunedMultiheadAttention(E, H, heads=(0, 4)), ValueError, "expected increasing integers"),
         (lambda: PrunedMultiheadAttention(E, H, heads=(1, 0)), ValueError, "expected increasing integers"),
-        (lambda: PrunedMultiheadAttention(E, 3, heads=(0,)), ValueError, "num_heads=3: expected a divisor of embed_dim=8, or a head_dim"),
-        (lambda: PrunedMultiheadAttention(E, H, heads=(0,), head_dim=0), ValueError, "head_dim=0: expected an integer of at least 1"),
+        (
+            lambda: PrunedMultiheadAttention(E, 3, heads=(0,)),
+            ValueError,
+            "num_heads=3: expected a divisor of embed_dim=8, or a head_dim",
+        ),
+        (
+            lambda: PrunedMultiheadAttention(E, H, heads=(0,), head_dim=0),
+            ValueError,
+            "head_dim=0: expected an integer of at least 1",
+        ),
     ],
 )
 def test_a_bad_argument_is_named(call: Any, error: type[Exception], message: str) -> None:

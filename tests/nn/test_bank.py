@@ -51,7 +51,12 @@ def layer_by_layer(model, x, seed, lam):
     dampr.prune.inputs.replace(model, {gate: Given(part) for gate, part in zip(gates.values(), parts, strict=True)})
     loss = model(x).square().mean()
     loss.backward()
-    return z, (loss + penalty).detach(), log_alpha.grad + of_penalty, [p.grad for p in model.parameters() if p.grad is not None]
+    return (
+        z,
+        (loss + penalty).detach(),
+        log_alpha.grad + of_penalty,
+        [p.grad for p in model.parameters() if p.grad is not None],
+    )
 
 
 @pytest.mark.parametrize("name", ["mlp", "resnet18", "mobilenet_v3", "vit", "shufflenet"])
@@ -149,7 +154,10 @@ def test_second_derivatives_are_those_of_the_layers():
 def test_other_families_and_draws_for_each_sample_stay_with_their_layers():
     torch.manual_seed(0)
     model = nn.Sequential(
-        dampr.nn.GatedLinear(6, 8), dampr.nn.GatedLinear(8, 8, gate="dam"), dampr.nn.GatedLinear(8, 8, per_sample=True), nn.Linear(8, 2)
+        dampr.nn.GatedLinear(6, 8),
+        dampr.nn.GatedLinear(8, 8, gate="dam"),
+        dampr.nn.GatedLinear(8, 8, per_sample=True),
+        nn.Linear(8, 2),
     )
     bank = dampr.GateBank(model)
     assert bank.gates == [model[0].gate]

@@ -1,4 +1,6 @@
-"""Weights that are computed from others, before and after gates: parametrizations, both kinds of weight_norm and spectral_norm, prune."""
+"""Weights that are computed from others, before and after gates: parametrizations,
+both kinds of weight_norm and spectral_norm, prune.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +65,14 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], Any, tuple[int, ...], list[str]]
         lambda: nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0),
         gated.GatedTransformerEncoderLayer,
         (3, 2, 8),
-        ["linear1.weight", "linear2.weight", "linear2.bias", "self_attn.in_proj_weight", "self_attn.out_proj.weight", "norm1.weight"],
+        [
+            "linear1.weight",
+            "linear2.weight",
+            "linear2.bias",
+            "self_attn.in_proj_weight",
+            "self_attn.out_proj.weight",
+            "norm1.weight",
+        ],
     ),
 }
 CASES = [
@@ -119,7 +128,9 @@ def test_before_gates_it_is_refused_by_the_name_of_the_weight(kind: str, name: s
         torch.testing.assert_close(run(other, x), run(layer.eval(), x))
     else:
         inner = name.removeprefix("self_attn.").removeprefix("linear1.")
-        with pytest.raises(TypeError, match=rf"^layer=\w+: its {inner} is computed from other tensors \(parametrize, .* then wrap it$"):
+        with pytest.raises(
+            TypeError, match=rf"^layer=\w+: its {inner} is computed from other tensors \(parametrize, .* then wrap it$"
+        ):
             KINDS[kind][1].from_dense(layer)
     assert all(torch.equal(value, state[key]) for key, value in layer.state_dict().items())
 
@@ -133,10 +144,22 @@ def test_after_gates_values_and_gradients_are_those_of_the_dense_layer(kind: str
     x = batch(kind)
     found = []
     for layer in (dense, other):
-        y = run(layer.train("spectral" not in how), x)  # torch reads such a weight of a recurrent layer more than once a call
+        # torch reads such a weight of a recurrent layer more than once a call
+        y = run(layer.train("spectral" not in how), x)
         parameters = own(layer)
         total = y.double().square().sum()
-        found.append((y, dict(zip(parameters, torch.autograd.grad(total, list(parameters.values()), allow_unused=True), strict=True))))
+        found.append(
+            (
+                y,
+                dict(
+                    zip(
+                        parameters,
+                        torch.autograd.grad(total, list(parameters.values()), allow_unused=True),
+                        strict=True,
+                    )
+                ),
+            )
+        )
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
 
 
@@ -190,7 +213,9 @@ def test_a_branch_that_ends_in_a_computed_weight_keeps_its_gate_as_a_constant() 
 @pytest.mark.parametrize("how", ["weight_norm", "prune"])
 def test_a_gate_of_a_sublayer_goes_into_a_computed_weight_only_where_it_can(how: str) -> None:
     layer = wrap(built("TransformerEncoderLayer"), "linear2.weight", how)
-    with pytest.raises(ValueError, match="^gate=DiscriminativeMask: fresh gates are not 1, and a weight that is computed"):
+    with pytest.raises(
+        ValueError, match="^gate=DiscriminativeMask: fresh gates are not 1, and a weight that is computed"
+    ):
         gated.GatedTransformerEncoderLayer.from_dense(layer, gate="dam", parts=("sublayers",))
     other = gated.GatedTransformerEncoderLayer.from_dense(layer, parts=("sublayers",)).eval()
     for gate in other.sublayer_gates:

@@ -1,4 +1,6 @@
-"""GatedConv1d and GatedConv2d are convolutions with gates: values and all gradients against float64, every argument, every backend."""
+"""GatedConv1d and GatedConv2d are convolutions with gates: values and all gradients against float64, every argument,
+every backend.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,13 @@ def gradients(y: torch.Tensor, leaves: dict[str, torch.Tensor], seed: int) -> di
     return {"y": y.detach(), **dict(zip(leaves, torch.autograd.grad(y, list(leaves.values()), dy), strict=True))}
 
 
-def truth(made: dict[str, torch.Tensor], gates: dict[str, Any], arguments: dict[str, Any], seed: torch.Tensor, dtype: torch.dtype) -> Any:
+def truth(
+    made: dict[str, torch.Tensor],
+    gates: dict[str, Any],
+    arguments: dict[str, Any],
+    seed: torch.Tensor,
+    dtype: torch.dtype,
+) -> Any:
     leaves = {name: t.to(dtype).clone().requires_grad_() for name, t in {**made, **gates["tensors"]}.items()}
     own = leaves["x"], leaves["weight"], leaves["bias"]
     spec = hard_concrete()
@@ -92,7 +100,10 @@ def test_values_and_every_gradient_match_float64(backend: str, dtype: torch.dtyp
         assert y.dtype == dtype
         if last:
             assert y.is_contiguous(memory_format=torch.channels_last)
-        exact, plain = (truth(made, gates, arguments, seed, kind) for kind in (torch.float64, gate_dtype if dtype == gate_dtype else dtype))
+        exact, plain = (
+            truth(made, gates, arguments, seed, kind)
+            for kind in (torch.float64, gate_dtype if dtype == gate_dtype else dtype)
+        )
         for name, t in found.items():
             assert t.shape == exact[name].shape, name
             result = compare(name, t, exact[name], plain[name], dtype)
@@ -103,7 +114,11 @@ def test_values_and_every_gradient_match_float64(backend: str, dtype: torch.dtyp
 @pytest.mark.parametrize("granularity", ["output", "input", "weight", (2, 2)])
 @pytest.mark.parametrize("padding_mode", ["zeros", "reflect", "circular"])
 def test_a_fresh_layer_equals_the_dense_one_to_the_bit(kind: Any, granularity: Any, padding_mode: str) -> None:
-    plain, size = {GatedConv1d: (nn.Conv1d, (9,)), GatedConv2d: (nn.Conv2d, (9, 5)), GatedConv3d: (nn.Conv3d, (9, 5, 3))}[kind]
+    plain, size = {
+        GatedConv1d: (nn.Conv1d, (9,)),
+        GatedConv2d: (nn.Conv2d, (9, 5)),
+        GatedConv3d: (nn.Conv3d, (9, 5, 3)),
+    }[kind]
     dense = plain(4, 8, 3, padding=1, groups=2, padding_mode=padding_mode).eval()
     gated = kind.from_dense(dense, granularity=granularity).eval()
     x = torch.randn(2, 4, *size)
@@ -136,7 +151,9 @@ def test_closing_gates_and_to_dense_agree_with_what_is_reported(granularity: Any
     unread = {
         c
         for c in range(4)
-        if not (dense.weight.view(groups, 8 // groups, 4 // groups, -1)[c // (4 // groups), :, c % (4 // groups)] != 0).any()
+        if not (
+            dense.weight.view(groups, 8 // groups, 4 // groups, -1)[c // (4 // groups), :, c % (4 // groups)] != 0
+        ).any()
     }
     assert read == (unread if granularity != "output" else set())
     sizes = layer.group_size() * torch.ones(layer.gate.num_gates)
@@ -182,7 +199,8 @@ def test_output_gates_multiply_the_bias_in_training_too() -> None:
         assert layer(torch.randn(2, 2, 3, 3)).eq(0).all()
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's own, of every autograd.Function
+# dynamo's own, of every autograd.Function
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("per_sample", [False, True])
 @pytest.mark.parametrize("granularity", ["output", "input"])
 def test_compiles_without_a_graph_break(granularity: str, per_sample: bool) -> None:
@@ -222,20 +240,30 @@ def test_nothing_of_activation_size_is_kept_beside_the_input() -> None:
     ("message", "call"),
     {
         r"granularity='rows': expected": lambda: GatedConv2d(2, 2, 3, granularity="rows"),
-        r"per_sample=True with granularity='weight'": lambda: GatedConv2d(2, 2, 3, granularity="weight", per_sample=True),
-        r"groups=0: expected": lambda: functional.gated_conv2d(torch.randn(1, 2, 3, 3), torch.randn(2, 2, 1, 1), groups=0),
+        r"per_sample=True with granularity='weight'": lambda: GatedConv2d(
+            2, 2, 3, granularity="weight", per_sample=True
+        ),
+        r"groups=0: expected": lambda: functional.gated_conv2d(
+            torch.randn(1, 2, 3, 3), torch.randn(2, 2, 1, 1), groups=0
+        ),
         r"groups=2: expected a divisor of the 3": lambda: functional.gated_conv2d(
             torch.randn(1, 2, 3, 3), torch.randn(3, 1, 1, 1), groups=2
         ),
-        r"weight\.shape=\(2, 2\): expected 4": lambda: functional.gated_conv2d(torch.randn(1, 2, 3, 3), torch.randn(2, 2)),
-        r"x\.shape=\(1, 5, 3, 3\): expected": lambda: functional.gated_conv2d(torch.randn(1, 5, 3, 3), torch.randn(2, 2, 1, 1)),
+        r"weight\.shape=\(2, 2\): expected 4": lambda: functional.gated_conv2d(
+            torch.randn(1, 2, 3, 3), torch.randn(2, 2)
+        ),
+        r"x\.shape=\(1, 5, 3, 3\): expected": lambda: functional.gated_conv2d(
+            torch.randn(1, 5, 3, 3), torch.randn(2, 2, 1, 1)
+        ),
         r"bias\.shape=\(3,\): expected \(2,\)": lambda: functional.gated_conv2d(
             torch.randn(1, 2, 3, 3), torch.randn(2, 2, 1, 1), torch.randn(3)
         ),
         r"output_gate\.shape=\(3,\): expected \(2,\), one gate per filter": lambda: functional.gated_conv2d(
             torch.randn(1, 2, 3, 3), torch.randn(2, 2, 1, 1), output_gate=torch.randn(3), seed=1
         ),
-        r"seed=None": lambda: functional.gated_conv2d(torch.randn(1, 2, 3, 3), torch.randn(2, 2, 1, 1), output_gate=torch.randn(2)),
+        r"seed=None": lambda: functional.gated_conv2d(
+            torch.randn(1, 2, 3, 3), torch.randn(2, 2, 1, 1), output_gate=torch.randn(2)
+        ),
         r"layer=Linear: expected exactly nn.Conv2d": lambda: GatedConv2d.from_dense(nn.Linear(2, 2)),
     }.items(),
 )
@@ -250,7 +278,9 @@ def test_the_gradient_of_a_gate_is_right_by_finite_differences() -> None:
         for each in (False, True):
             gate = (torch.randn(n).double() * 0.3).requires_grad_()
             torch.autograd.gradcheck(
-                lambda g, w, a, where=where, each=each: functional.gated_conv2d(a, w, groups=2, seed=5, per_sample=each, **{where: g}),
+                lambda g, w, a, where=where, each=each: functional.gated_conv2d(
+                    a, w, groups=2, seed=5, per_sample=each, **{where: g}
+                ),
                 (gate, weight.requires_grad_(), x.requires_grad_()),
             )
 
@@ -295,7 +325,9 @@ def golden() -> dict[str, Any]:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_golden_convolution_case(golden: dict[str, Any], backend: str, dtype: torch.dtype) -> None:
-    """Evaluation outputs and the penalty (lambda of the bias with its right sign) of the published convolution, from the layer itself."""
+    """Evaluation outputs and the penalty (lambda of the bias with its right sign) of the published convolution,
+    from the layer itself.
+    """
     case, bound = golden["l0_hc"]["conv_case"], 1e-12 if dtype == torch.float64 else 1e-6
     weight, bias, x = (torch.tensor(case[name], dtype=dtype) for name in ("W", "bias", "x_1x1x3x3"))
     layer = GatedConv2d(weight.shape[1], weight.shape[0], weight.shape[2:], dtype=dtype)
@@ -315,7 +347,9 @@ def test_golden_convolution_in_training_gates_the_bias(golden: dict[str, Any], b
     weight, bias, x, z = (torch.tensor(case[name], dtype=torch.float64) for name in ("W", "bias", "x_1x1x3x3", "z"))
     with dampr.backend(backend):
         y = functional.gated_conv2d(x.view(1, 1, 3, 3), weight, bias, output_gate=z, spec=value())
-    torch.testing.assert_close(y[0], torch.tensor(case["corrected_train_shared"], dtype=torch.float64), atol=1e-12, rtol=0)
+    torch.testing.assert_close(
+        y[0], torch.tensor(case["corrected_train_shared"], dtype=torch.float64), atol=1e-12, rtol=0
+    )
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")  # torch's own
@@ -369,7 +403,9 @@ def test_gates_per_image_write_the_gradient_over_what_only_they_have_kept(channe
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("granularity", ["output", "input", "weight", (2, 3), "index"], ids=str)
-def test_gradients_have_the_memory_format_that_torchs_have(granularity: Any, training: bool, layout: Any, backend: str) -> None:
+def test_gradients_have_the_memory_format_that_torchs_have(
+    granularity: Any, training: bool, layout: Any, backend: str
+) -> None:
     if dampr.backend_info()[backend].startswith("missing"):
         pytest.skip("no extension")
     where = torch.arange(8 * 4 * 9).view(8, 4, 3, 3) % 7 if granularity == "index" else granularity

@@ -1,4 +1,6 @@
-"""Transposed convolutions with gates: values and gradients against float64, closed channels, draws, and what is cut of them."""
+"""Transposed convolutions with gates: values and gradients against float64, closed channels, draws,
+and what is cut of them.
+"""
 
 from __future__ import annotations
 
@@ -72,7 +74,11 @@ def test_closed_gates_are_zero_rows_of_the_dense_layer(kind: Any, granularity: s
     expected = expected * gates if granularity == "output" else expected
     torch.testing.assert_close(layer(x.double()), expected)
     torch.testing.assert_close(layer.to_dense()(x.double()), expected)
-    rows = layer.to_dense().weight.detach().transpose(0, 1) if granularity == "output" and groups == 1 else layer.to_dense().weight
+    rows = (
+        layer.to_dense().weight.detach().transpose(0, 1)
+        if granularity == "output" and groups == 1
+        else layer.to_dense().weight
+    )
     if granularity == "input" or groups == 1:
         assert not rows[sorted(closed)].any()
 
@@ -113,8 +119,13 @@ def test_penalty_and_group_size_count_what_a_gate_switches_off() -> None:
     assert GatedConvTranspose2d(4, 6, 3, groups=2, granularity="input").group_size() == 3 * 9
     expected = (layer.gate.open_probability() * (2 * 9 + 1)).sum()
     torch.testing.assert_close(layer.penalty(), expected)
-    squares = torch.stack([(layer.weight[g * 2 : g * 2 + 2, c] ** 2).sum() for g in range(2) for c in range(3)]) + layer.bias**2
-    torch.testing.assert_close(layer.penalty(prior_precision=2.0), (layer.gate.open_probability() * (19 + squares)).sum())
+    squares = (
+        torch.stack([(layer.weight[g * 2 : g * 2 + 2, c] ** 2).sum() for g in range(2) for c in range(3)])
+        + layer.bias**2
+    )
+    torch.testing.assert_close(
+        layer.penalty(prior_precision=2.0), (layer.gate.open_probability() * (19 + squares)).sum()
+    )
 
 
 @pytest.mark.parametrize(
@@ -193,7 +204,9 @@ def test_a_network_of_volumes_has_its_gates_in_its_norms() -> None:
 
 def test_volumes_without_norms_have_their_gates_in_the_convolution() -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv3d(2, 8, 3), nn.ReLU(), nn.Conv3d(8, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 3)).eval()
+    model = nn.Sequential(
+        nn.Conv3d(2, 8, 3), nn.ReLU(), nn.Conv3d(8, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 3)
+    ).eval()
     x = torch.randn(2, 2, 6, 6, 6)
     dampr.convert(model, example_inputs=x)
     assert type(model[0]) is GatedConv3d

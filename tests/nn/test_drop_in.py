@@ -1,4 +1,6 @@
-"""A drop-in layer is called as the layer that it replaces: what torch's forward is given by name, the gated one takes."""
+"""A drop-in layer is called as the layer that it replaces: what torch's forward is given by name,
+the gated one takes.
+"""
 
 from __future__ import annotations
 

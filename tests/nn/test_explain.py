@@ -49,14 +49,21 @@ def test_fewer_rows_than_features_gate_activations():
 
 @pytest.mark.parametrize("granularity", ["output", "input"])
 @pytest.mark.parametrize(
-    ("kind", "shape"), [("linear", (4, 3, 48)), ("conv1d", (2, 48, 9)), ("conv2d", (2, 48, 5, 5)), ("conv2d", (48, 5, 5))]
+    ("kind", "shape"),
+    [("linear", (4, 3, 48)), ("conv1d", (2, 48, 9)), ("conv2d", (2, 48, 5, 5)), ("conv2d", (48, 5, 5))],
 )
 def test_a_slice_of_the_weight_is_told(monkeypatch, kind, shape, granularity):
-    build = {"linear": GatedLinear, "conv1d": partial(GatedConv1d, kernel_size=3), "conv2d": partial(GatedConv2d, kernel_size=3)}[kind]
+    build = {
+        "linear": GatedLinear,
+        "conv1d": partial(GatedConv1d, kernel_size=3),
+        "conv2d": partial(GatedConv2d, kernel_size=3),
+    }[kind]
     layer, handed = build(48, 40, gate="dam", granularity=granularity), []
     name = f"gated_{kind}"
     inner = getattr(functional, name)
-    monkeypatch.setattr(functional, name, lambda x, weight, *rest, **how: (handed.append(weight), inner(x, weight, *rest, **how))[1])
+    monkeypatch.setattr(
+        functional, name, lambda x, weight, *rest, **how: (handed.append(weight), inner(x, weight, *rest, **how))[1]
+    )
     monkeypatch.setattr(type(layer), "_function", staticmethod(getattr(functional, name)), raising=False)
     for beta, sliced in ((-2.5, True), (1.0, False), (-9.0, False)):  # some are open, all, none
         layer.gate.beta.data.fill_(beta)
@@ -91,7 +98,10 @@ def test_forced_routes_agree(granularity, rows, per_sample):
 def test_a_route_that_cannot_serve_is_refused():
     with pytest.raises(ValueError, match="name='fast'"), forced_route("fast"):
         pytest.fail("the block was entered")
-    with forced_route("one_pass"), pytest.raises(ValueError, match="route 'one_pass' cannot serve granularity='output'"):
+    with (
+        forced_route("one_pass"),
+        pytest.raises(ValueError, match="route 'one_pass' cannot serve granularity='output'"),
+    ):
         dampr.explain(GatedLinear(4, 4), torch.randn(2, 4))
     for layer, route in ((GatedLinear(4, 4), "passes"), (GatedLinear(4, 4, granularity="weight"), "activations")):
         with forced_route(route), pytest.raises(ValueError, match=f"route '{route}' cannot serve"):

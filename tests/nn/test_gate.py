@@ -1,4 +1,6 @@
-"""Gate, GatedResidual, GatedEmbedding: values and gradients against the gates written out; what is skipped; what is left when plain."""
+"""Gate, GatedResidual, GatedEmbedding: values and gradients against the gates written out; what is skipped;
+what is left when plain.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,9 @@ def test_gate_multiplies_any_dimension_and_gives_its_gradient(dim: int, per_samp
     dy = torch.randn_like(y)
     torch.testing.assert_close(y, expected)
     for a, b in zip(
-        torch.autograd.grad(y, [x, layer.gate.log_alpha], dy), torch.autograd.grad(expected, [x, layer.gate.log_alpha], dy), strict=True
+        torch.autograd.grad(y, [x, layer.gate.log_alpha], dy),
+        torch.autograd.grad(expected, [x, layer.gate.log_alpha], dy),
+        strict=True,
     ):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
@@ -62,9 +66,17 @@ def test_an_index_groups_elements_under_one_gate(per_sample: bool) -> None:
 
 NOISY = [{"stochastic": True}, {"revive": "noise"}]
 PER_SAMPLE: dict[str, Any] = {  # layers that multiply by values, and what a sample of them is
-    "index": lambda gate: (Gate(3, index=torch.tensor([2, 0, 0, 1, 2]), gate=gate, per_sample=True), torch.ones(64, 5), 3),
+    "index": lambda gate: (
+        Gate(3, index=torch.tensor([2, 0, 0, 1, 2]), gate=gate, per_sample=True),
+        torch.ones(64, 5),
+        3,
+    ),
     "branch": lambda gate: (GatedResidual(nn.Linear(5, 5), gate=gate, per_sample=True), torch.ones(64, 5), 1),
-    "words": lambda gate: (GatedEmbedding(3, 5, granularity="input", gate=gate, per_sample=True), torch.arange(3).repeat(64, 1), 3),
+    "words": lambda gate: (
+        GatedEmbedding(3, 5, granularity="input", gate=gate, per_sample=True),
+        torch.arange(3).repeat(64, 1),
+        3,
+    ),
 }
 
 
@@ -145,7 +157,9 @@ def test_a_bad_argument_is_named(arguments: dict[str, Any], message: str) -> Non
 def test_an_index_of_another_size_than_the_dimension_is_named_in_both_modes(training: bool, per_sample: bool) -> None:
     layer = Gate(2, dim=-1, index=torch.tensor([0, 0, 1]), per_sample=per_sample).train(training)
     for width in (1, 2, 4):
-        with pytest.raises(ValueError, match=rf"gate\.shape=\(3,\): expected \({width},\), one gate per index of dimension 1 of x"):
+        with pytest.raises(
+            ValueError, match=rf"gate\.shape=\(3,\): expected \({width},\), one gate per index of dimension 1 of x"
+        ):
             layer(torch.randn(4, width))
     with pytest.raises(TypeError, match=r"x\.dtype=torch\.int64: expected"):
         layer(torch.ones(4, 3, dtype=torch.int64))
@@ -175,7 +189,9 @@ def test_a_residual_branch_is_multiplied(per_sample: bool) -> None:
     leaves = [x, *layer.parameters()]
     torch.manual_seed(3)
     grads = torch.autograd.grad(layer(x).square().sum(), leaves)
-    wanted = torch.autograd.grad((x + values(layer, 3, 16 if per_sample else None).view(-1, 1) * layer.branch(x)).square().sum(), leaves)
+    wanted = torch.autograd.grad(
+        (x + values(layer, 3, 16 if per_sample else None).view(-1, 1) * layer.branch(x)).square().sum(), leaves
+    )
     for a, b in zip(grads, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 

@@ -1,4 +1,6 @@
-"""An index over a weight: any grouping of parameters under gates, in linear layers and convolutions, with every family."""
+"""An index over a weight: any grouping of parameters under gates, in linear layers and convolutions,
+with every family.
+"""
 
 from __future__ import annotations
 
@@ -35,19 +37,29 @@ def groups(*shape: int, count: int = 5) -> torch.Tensor:
 
 LAYERS: dict[str, Any] = {
     "linear": (lambda **how: GatedLinear(6, 4, granularity=groups(4, 6), **how), lambda: torch.randn(7, 6), F.linear),
-    "conv2d": (lambda **how: GatedConv2d(3, 4, 2, granularity=groups(4, 3, 2, 2), **how), lambda: torch.randn(2, 3, 5, 5), F.conv2d),
+    "conv2d": (
+        lambda **how: GatedConv2d(3, 4, 2, granularity=groups(4, 3, 2, 2), **how),
+        lambda: torch.randn(2, 3, 5, 5),
+        F.conv2d,
+    ),
     "grouped": (
         lambda **how: GatedConv2d(4, 6, 3, groups=2, granularity=groups(6, 2, 3, 3), **how),
         lambda: torch.randn(2, 4, 5, 5),
         functools.partial(F.conv2d, groups=2),
     ),
-    "conv1d": (lambda **how: GatedConv1d(3, 4, 2, granularity=groups(4, 3, 2), **how), lambda: torch.randn(2, 3, 5), F.conv1d),
+    "conv1d": (
+        lambda **how: GatedConv1d(3, 4, 2, granularity=groups(4, 3, 2), **how),
+        lambda: torch.randn(2, 3, 5),
+        F.conv1d,
+    ),
 }
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", LAYERS)
-def test_every_weight_is_multiplied_by_the_gate_that_the_index_gives_it(cpu_backend: str, name: str, family: str) -> None:
+def test_every_weight_is_multiplied_by_the_gate_that_the_index_gives_it(
+    cpu_backend: str, name: str, family: str
+) -> None:
     build, data, function = LAYERS[name]
     layer, x = build(gate=FAMILIES[family]), data()
     assert (layer.gate.num_gates, layer.granularity) == (5, "index")
@@ -133,7 +145,9 @@ def test_surrogates_of_the_l0_count_over_groups_of_parameters() -> None:
         layer.gate.phi.data.uniform_(-0.2, 0.5)
         phi = layer.gate.phi.detach()
         opened = torch.special.ndtr(phi / 0.1) if options else torch.tanh(5 * phi.clamp(min=0))
-        torch.testing.assert_close(dampr.penalty(layer, lam=0.01), 0.01 * (opened * torch.bincount(layer.index.flatten())).sum())
+        torch.testing.assert_close(
+            dampr.penalty(layer, lam=0.01), 0.01 * (opened * torch.bincount(layer.index.flatten())).sum()
+        )
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
@@ -157,8 +171,14 @@ def test_explain_summary_and_compile_know_it() -> None:
         (lambda: GatedLinear(6, 4, granularity=torch.zeros(4, 6)), "granularity: got torch.float32"),
         (lambda: GatedConv2d(3, 4, 2, granularity=groups(4, 3)), r"expected int64 of shape \(4, 3, 2, 2\)"),
         (lambda: GatedLinear(6, 4, granularity=groups(4, 6) - 1), "its smallest value is -1, expected 0 or more"),
-        (lambda: GatedLinear(6, 4, granularity=groups(4, 6), per_sample=True), "per_sample=True with an index of gates"),
-        (lambda: GatedLinear(6, 4, gate=gates.HardConcrete(3), granularity=groups(4, 6)), "gate.num_gates=3: expected 5"),
+        (
+            lambda: GatedLinear(6, 4, granularity=groups(4, 6), per_sample=True),
+            "per_sample=True with an index of gates",
+        ),
+        (
+            lambda: GatedLinear(6, 4, gate=gates.HardConcrete(3), granularity=groups(4, 6)),
+            "gate.num_gates=3: expected 5",
+        ),
         (lambda: GatedLinear(6, 4, granularity="index"), "granularity='index': expected"),
         (
             lambda: dampr.convert(nn.Sequential(nn.Linear(6, 4)), granularity=groups(4, 6)),

@@ -1,6 +1,8 @@
-"""The interface of the dense layers, whole: torch's own list of how each module is made and called, held to by the gated one.
+"""The interface of the dense layers, whole: torch's own list of how each module is made and called,
+held to by the gated one.
 
-``torch.testing._internal.common_modules.module_db`` is in the wheel; it asks for ``expecttest``, of which it needs one name.
+``torch.testing._internal.common_modules.module_db`` is in the wheel; it asks for ``expecttest``,
+of which it needs one name.
 """
 
 from __future__ import annotations
@@ -88,17 +90,25 @@ def tensors(value: Any) -> list[Tensor]:
 
 def called(module: nn.Module, case: Any, change: Any = lambda t: t) -> tuple[list[Tensor], list[Any]]:
     """What a layer gives for a case, and the gradients of inputs and dense parameters."""
-    args, kwargs = pytree.tree_map_only(Tensor, lambda t: change(t.detach().clone()), (case.forward_input.args, case.forward_input.kwargs))
+    args, kwargs = pytree.tree_map_only(
+        Tensor, lambda t: change(t.detach().clone()), (case.forward_input.args, case.forward_input.kwargs)
+    )
     leaves = [t.requires_grad_() for t in tensors((args, kwargs)) if t.is_floating_point()]
     torch.manual_seed(1)
     out = [t for t in tensors(module(*args, **kwargs)) if t.is_floating_point()]
     wanted = leaves + [p for n, p in module.named_parameters() if ".gate." not in f".{n}"]
     total = sum((t * torch.arange(1, t.numel() + 1).view(t.shape).cos()).sum() for t in out)
-    found = torch.autograd.grad(total, wanted, allow_unused=True) if isinstance(total, Tensor) and total.requires_grad else []
+    found = (
+        torch.autograd.grad(total, wanted, allow_unused=True)
+        if isinstance(total, Tensor) and total.requires_grad
+        else []
+    )
     return out, list(found)
 
 
-def assert_same(found: tuple[list[Any], list[Any]], expected: tuple[list[Any], list[Any]], strides: bool = True) -> None:
+def assert_same(
+    found: tuple[list[Any], list[Any]], expected: tuple[list[Any], list[Any]], strides: bool = True
+) -> None:
     assert not strides or [t.stride() for t in found[0]] == [t.stride() for t in expected[0]]
     torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=1e-5)
     for a, b in zip(found[1], expected[1], strict=True):
@@ -138,15 +148,22 @@ def test_copies_pickles_states_and_precision(kind: Any, case: Any) -> None:
     assert_same(called(own, case), expected)
     assert list(dense.state_dict()) == [key for key in other.state_dict() if "gate." not in key]
     if not any(isinstance(t, Tensor) for t in case.constructor_input.kwargs.values()):
-        wide = PAIRS[kind](*case.constructor_input.args, **case.constructor_input.kwargs, dtype=torch.float64, device="meta")
+        wide = PAIRS[kind](
+            *case.constructor_input.args, **case.constructor_input.kwargs, dtype=torch.float64, device="meta"
+        )
         for name, t in wide.state_dict().items():
             assert t.is_meta
-            assert t.dtype == (torch.float32 if "gate." in name else dense.state_dict()[name].to(torch.float64).dtype) or name.endswith(
-                "tracked"
-            )
+            assert t.dtype == (
+                torch.float32 if "gate." in name else dense.state_dict()[name].to(torch.float64).dtype
+            ) or name.endswith("tracked")
 
 
-EMPTY = {nn.Linear: ((4, 3), (0, 4)), nn.Conv1d: ((4, 3, 2), (0, 4, 5)), nn.Conv2d: ((4, 3, 2), (0, 4, 5, 5)), nn.LayerNorm: ((4,), (0, 4))}
+EMPTY = {
+    nn.Linear: ((4, 3), (0, 4)),
+    nn.Conv1d: ((4, 3, 2), (0, 4, 5)),
+    nn.Conv2d: ((4, 3, 2), (0, 4, 5, 5)),
+    nn.LayerNorm: ((4,), (0, 4)),
+}
 
 
 @pytest.mark.parametrize("kind", EMPTY)
@@ -167,7 +184,9 @@ FAMILIES: dict[str, Any] = {
     "dep_l0": lambda n: gates.DependencyGenerator([3, n], bias_init=1.0).gates()[1],
     "dam": lambda n: gates.DiscriminativeMask(n, init_beta=0.25),
     "diffprune": lambda n: gates.DiffPrune(n, stochastic=True, init_sigma=0.2),
-    "diffmask": lambda n: gates.DifferentiableMask(n, slope_mode="scheduled", threshold_mode="trainable", init_alpha=0.7),
+    "diffmask": lambda n: gates.DifferentiableMask(
+        n, slope_mode="scheduled", threshold_mode="trainable", init_alpha=0.7
+    ),
     "diffmask-trainable": lambda n: gates.DifferentiableMask(n, slope_mode="trainable"),
     "owned": lambda n: gates.OwnedGate(gates.HardConcrete(n, init_log_alpha=0.5)),
 }
@@ -308,7 +327,9 @@ def test_a_meta_model_that_cannot_be_converted_is_refused_in_words_and_unchanged
     kinds = [type(m) for m in model]
     with pytest.raises(dampr.ConversionError, match="^model is on the meta device"):
         dampr.convert(model, example_inputs=torch.randn(2, 4))
-    with pytest.raises(ValueError, match=r"^gate=DiscriminativeMask: fresh gates are not 1, and parameters on the meta device"):
+    with pytest.raises(
+        ValueError, match=r"^gate=DiscriminativeMask: fresh gates are not 1, and parameters on the meta device"
+    ):
         dampr.convert(model, gate="dam")
     assert [type(m) for m in model] == kinds
 
@@ -362,15 +383,21 @@ def test_a_gated_layer_takes_the_weight_norm_of_hooks() -> None:
 
 @pytest.mark.parametrize("name", WRAPPED)
 def test_convert_leaves_a_wrapped_layer_and_its_buffers_as_they_are(name: str) -> None:
-    """Reading such a weight in training mode moves the vectors of spectral_norm, and once changed the model that convert then refused."""
+    """Reading such a weight in training mode moves the vectors of spectral_norm,
+    and once changed the model that convert then refused.
+    """
     torch.manual_seed(0)
-    model = nn.Sequential(WRAPPED[name](nn.Linear(6, 8)), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)).train()
+    model = nn.Sequential(
+        WRAPPED[name](nn.Linear(6, 8)), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)
+    ).train()
     model(torch.randn(3, 6))
     before = copy.deepcopy(model.state_dict())
     x = torch.randn(3, 6)
     dampr.convert(model, example_inputs=x, tie=False)  # by gated layers alone
     how = "weight_norm, spectral_norm or prune" if "hooks" in name or name == "prune" else "torch.nn.utils.parametrize"
-    assert model.dampr_skipped["0"] == f"its weight is computed from other tensors ({how}); wrap the gated layer instead"
+    assert (
+        model.dampr_skipped["0"] == f"its weight is computed from other tensors ({how}); wrap the gated layer instead"
+    )
     with pytest.raises(TypeError, match="^layer=(Parametrized)?Linear: "):
         gated.GatedLinear.from_dense(model[0])
     assert isinstance(model[2], gated.GatedLinear)

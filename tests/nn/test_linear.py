@@ -22,14 +22,23 @@ def test_signature_starts_with_that_of_linear():
     assert [(p.name, p.default) for p in gated[: len(dense)]] == [(p.name, p.default) for p in dense]
     extra = {p.name: (p.kind, p.default) for p in gated[len(dense) :]}
     keyword = inspect.Parameter.KEYWORD_ONLY
-    assert extra == {"gate": (keyword, "hard_concrete"), "granularity": (keyword, "output"), "per_sample": (keyword, False)}
+    assert extra == {
+        "gate": (keyword, "hard_concrete"),
+        "granularity": (keyword, "output"),
+        "per_sample": (keyword, False),
+    }
 
 
 @pytest.mark.parametrize("shape", [(12, 7), (64, 300), (1, 1), (129, 65)])
 @ALL
 def test_fresh_layer_equals_dense_to_the_bit_in_evaluation(cpu_backend, shape, granularity):
     dense = nn.Linear(*shape).eval()
-    for x in (torch.randn(33, shape[0]), torch.randn(2, 3, shape[0]), torch.randn(shape[0]), torch.randn(shape[0], 9).t()):
+    for x in (
+        torch.randn(33, shape[0]),
+        torch.randn(2, 3, shape[0]),
+        torch.randn(shape[0]),
+        torch.randn(shape[0], 9).t(),
+    ):
         assert torch.equal(GatedLinear.from_dense(dense, granularity=granularity)(x), dense(x))
     loaded = GatedLinear(*shape, granularity=granularity).eval()
     loaded.load_state_dict(dense.state_dict(), strict=False)
@@ -78,7 +87,9 @@ def test_from_dense_shares_parameters_draws_no_random_number_and_keeps_the_mode(
     assert torch.equal(gated(torch.ones(2, 5, dtype=torch.float64)), dense(torch.ones(2, 5, dtype=torch.float64)))
 
 
-@pytest.mark.parametrize(("granularity", "bias"), list(itertools.product(("output", "input", "weight", (4, 4), (7, 9)), (True, False))))
+@pytest.mark.parametrize(
+    ("granularity", "bias"), list(itertools.product(("output", "input", "weight", (4, 4), (7, 9)), (True, False)))
+)
 def test_to_dense_computes_the_evaluation_outputs(granularity, bias):
     layer = GatedLinear(40, 30, bias=bias, granularity=granularity)
     with torch.no_grad():

@@ -15,12 +15,22 @@ from dampr.gates import HardConcrete
 from dampr.nn import GatedBatchNorm1d, GatedBatchNorm2d, GatedLayerNorm
 
 C = 6
-KINDS = {GatedBatchNorm1d: (nn.BatchNorm1d, C), GatedBatchNorm2d: (nn.BatchNorm2d, C), GatedLayerNorm: (nn.LayerNorm, (3, C))}
+KINDS = {
+    GatedBatchNorm1d: (nn.BatchNorm1d, C),
+    GatedBatchNorm2d: (nn.BatchNorm2d, C),
+    GatedLayerNorm: (nn.LayerNorm, (3, C)),
+}
 BATCH_NORMS = [GatedBatchNorm1d, GatedBatchNorm2d]
 
 
 def _input(kind, batch=5):
-    return torch.randn({GatedBatchNorm1d: (batch, C, 4), GatedBatchNorm2d: (batch, C, 4, 3), GatedLayerNorm: (batch, 3, C)}[kind]) * 2 + 1
+    return (
+        torch.randn(
+            {GatedBatchNorm1d: (batch, C, 4), GatedBatchNorm2d: (batch, C, 4, 3), GatedLayerNorm: (batch, 3, C)}[kind]
+        )
+        * 2
+        + 1
+    )
 
 
 def _dense(kind, **arguments):
@@ -154,7 +164,9 @@ def test_one_pass_equals_norm_gates_and_relu_one_after_the_other(kind, activatio
         y.square().sum().backward()
         own = gated if run is gated else twin
         grads = own.weight.grad, own.bias.grad, gated.gate.parameter.grad
-        results.append([y.detach(), leaf.grad, *(g.clone() for g in grads), own.running_mean.clone(), own.running_var.clone()])
+        results.append(
+            [y.detach(), leaf.grad, *(g.clone() for g in grads), own.running_mean.clone(), own.running_var.clone()]
+        )
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
@@ -261,7 +273,8 @@ def test_wrong_arguments_are_named():
         GatedBatchNorm2d(C, gate=HardConcrete(5))
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's own, of every autograd.Function
+# dynamo's own, of every autograd.Function
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("per_sample", [False, True])
 def test_layer_norm_compiles_without_a_graph_break(per_sample):
     layer, x = GatedLayerNorm((3, C), per_sample=per_sample), torch.randn(4, 3, C)
@@ -308,7 +321,9 @@ def _statistics_that_are_parameters(layer):
     layer.running_mean = nn.Parameter(torch.zeros(4), requires_grad=False)
 
 
-@pytest.mark.parametrize("change", [_pruned, _parametrised, _replica, _without_a_count, _statistics_that_are_parameters])
+@pytest.mark.parametrize(
+    "change", [_pruned, _parametrised, _replica, _without_a_count, _statistics_that_are_parameters]
+)
 def test_parameters_and_statistics_may_be_kept_elsewhere(change):
     x, layer, plain = torch.randn(5, 4, 3, 3), GatedBatchNorm2d(4), nn.BatchNorm2d(4)
     with torch.no_grad():
@@ -357,7 +372,9 @@ def test_eps_is_refused_where_torch_refuses_it(eps, training, activation, per_sa
         torch.testing.assert_close(layer(x), plain(x).relu() if activation else plain(x))
 
 
-@pytest.mark.skipif("bias" not in inspect.signature(nn.BatchNorm2d).parameters, reason="torch's norms have no bias= yet")
+@pytest.mark.skipif(
+    "bias" not in inspect.signature(nn.BatchNorm2d).parameters, reason="torch's norms have no bias= yet"
+)
 @pytest.mark.parametrize("per_sample", [False, True])
 @pytest.mark.parametrize("kind", [GatedBatchNorm1d, GatedBatchNorm2d])
 def test_a_norm_without_a_bias_stays_one(kind, per_sample):
@@ -382,7 +399,9 @@ def test_a_norm_without_a_bias_stays_one(kind, per_sample):
     assert layer.train()(x).shape == x.shape
 
 
-@pytest.mark.skipif("bias" not in inspect.signature(nn.BatchNorm2d).parameters, reason="torch's norms have no bias= yet")
+@pytest.mark.skipif(
+    "bias" not in inspect.signature(nn.BatchNorm2d).parameters, reason="torch's norms have no bias= yet"
+)
 def test_a_network_of_norms_without_a_bias_is_converted_and_cut():
     model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8, bias=False), nn.ReLU(), nn.Conv2d(8, 4, 3))
     x = torch.randn(2, 3, 6, 6)

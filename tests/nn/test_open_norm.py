@@ -1,4 +1,6 @@
-"""GatedLayerNorm(statistics="open"): what a smaller plain norm computes of the open elements, against explicit loops."""
+"""GatedLayerNorm(statistics="open"): what a smaller plain norm computes of the open elements,
+against explicit loops.
+"""
 
 import math
 
@@ -46,13 +48,18 @@ CLOSED = {"none": [], "one": [2], "some": [0, 3, 5], "all but one": [0, 1, 2, 4,
 
 
 @pytest.mark.parametrize("eps", [1e-5, 2.0])
-@pytest.mark.parametrize("how", [{}, {"bias": False}, {"elementwise_affine": False}], ids=["gain and bias", "gain", "bare"])
+@pytest.mark.parametrize(
+    "how", [{}, {"bias": False}, {"elementwise_affine": False}], ids=["gain and bias", "gain", "bare"]
+)
 @pytest.mark.parametrize("closed", CLOSED)
 def test_it_is_the_norm_of_the_open_channels_written_out(closed, how, eps):
-    z = torch.tensor([1.0, 0.3, 1.0, 0.7, 1.0, 0.9]).index_fill(0, torch.tensor(list(CLOSED[closed]), dtype=torch.int64), 0.0)
+    z = torch.tensor([1.0, 0.3, 1.0, 0.7, 1.0, 0.9]).index_fill(
+        0, torch.tensor(list(CLOSED[closed]), dtype=torch.int64), 0.0
+    )
     norm, x = layer(z, eps=eps, **how), sample(4, 3, C)
     y = norm(x)
-    torch.testing.assert_close(y, by_loops(x, z.tolist(), norm.weight, norm.bias, eps), rtol=1e-6, atol=1e-9)  # gates are float32
+    # gates are float32
+    torch.testing.assert_close(y, by_loops(x, z.tolist(), norm.weight, norm.bias, eps), rtol=1e-6, atol=1e-9)
     assert y[..., z == 0].eq(0).all()
 
 
@@ -97,7 +104,9 @@ def test_nothing_depends_on_what_comes_in_where_a_gate_is_closed():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("how", [{}, {"bias": False}, {"elementwise_affine": False}], ids=["gain and bias", "gain", "bare"])
+@pytest.mark.parametrize(
+    "how", [{}, {"bias": False}, {"elementwise_affine": False}], ids=["gain and bias", "gain", "bare"]
+)
 def test_with_open_gates_it_is_the_plain_norm_to_the_bit_gradients_too(how, dtype):
     norm = layer(torch.ones(C), dtype=dtype, **how)
     plain = nn.LayerNorm(C, dtype=dtype, **how)
@@ -157,7 +166,9 @@ def test_a_drawn_gate_gets_the_gradient_of_gain_and_bias():
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_low_precision_is_as_near_as_the_smaller_norm_in_that_precision(autocast):
-    """Errors against float64 over many rows; up to twice torch's own, plus one rounding of the input, which the factor costs."""
+    """Errors against float64 over many rows; up to twice torch's own, plus one rounding of the input,
+    which the factor costs.
+    """
     z = torch.arange(64).remainder(3).ne(0).float()
     exact = layer(z, (64,))
     x = sample(200, 64)
@@ -166,11 +177,14 @@ def test_low_precision_is_as_near_as_the_smaller_norm_in_that_precision(autocast
     small, kept = low.compacted()
     given = x.bfloat16()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        errors = [(run.double() - truth).square().mean().sqrt() for run in (low(given)[:, z != 0], small(given[:, kept]))]
+        errors = [
+            (run.double() - truth).square().mean().sqrt() for run in (low(given)[:, z != 0], small(given[:, kept]))
+        ]
     assert errors[0] <= 2 * errors[1]
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's own, of every autograd.Function
+# dynamo's own, of every autograd.Function
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_it_compiles_without_a_graph_break():
     norm, x = GatedLayerNorm(C, statistics="open"), sample(4, C, dtype=torch.float32)
     nn.init.zeros_(norm.gate.log_alpha)
@@ -196,7 +210,10 @@ def test_what_is_kept_for_the_backward_is_one_tensor_of_the_size_of_the_input():
 def test_arguments_are_checked_and_shown():
     with pytest.raises(ValueError, match=r"statistics='some': expected one of \['all', 'open'\]"):
         GatedLayerNorm(C, statistics="some")
-    for build in (lambda **how: GatedLayerNorm(C, **how), lambda **how: GatedLayerNorm.from_dense(nn.LayerNorm(C), **how)):
+    for build in (
+        lambda **how: GatedLayerNorm(C, **how),
+        lambda **how: GatedLayerNorm.from_dense(nn.LayerNorm(C), **how),
+    ):
         with pytest.raises(ValueError, match="per_sample=True with statistics='open': expected False"):
             build(per_sample=True, statistics="open")
         assert "statistics='open'" in repr(build(statistics="open"))

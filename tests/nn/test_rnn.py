@@ -1,4 +1,6 @@
-"""GatedLSTM, GatedGRU, GatedRNN: values and all gradients against a loop in float64, every argument of the dense layers, compaction."""
+"""GatedLSTM, GatedGRU, GatedRNN: values and all gradients against a loop in float64,
+every argument of the dense layers, compaction.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,9 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 every_shape = pytest.mark.parametrize("shape", SHAPES)
 
 
-def build(kind: str, shape: str = "one", gate: Any = "hard_concrete", dtype: torch.dtype = torch.float32, **more: Any) -> Any:
+def build(
+    kind: str, shape: str = "one", gate: Any = "hard_concrete", dtype: torch.dtype = torch.float32, **more: Any
+) -> Any:
     """A layer with gates that are closed, in between and open, drawn and in evaluation mode."""
     torch.manual_seed(len(kind) + len(shape))
     _, gated, arguments = KINDS[kind]
@@ -67,7 +71,9 @@ def tensors(result: Any) -> list[torch.Tensor]:
     return [output, *(state if isinstance(state, tuple) else (state,))]
 
 
-def truth(layer: Any, x: torch.Tensor, z: torch.Tensor, state: Any, parameters: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+def truth(
+    layer: Any, x: torch.Tensor, z: torch.Tensor, state: Any, parameters: dict[str, torch.Tensor]
+) -> list[torch.Tensor]:
     """The reference on (T, B, I), in the dtype of its inputs."""
     slots = ["weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr"]
     ends = [f"_l{i}{'_reverse' if d else ''}" for i in range(layer.num_layers) for d in range(1 + layer.bidirectional)]
@@ -101,17 +107,21 @@ def test_values_and_gradients_are_those_of_the_loop(kind: str, shape: str, given
         torch.manual_seed(3)
         z = layer.gate().to(wide)
         own = {name: p.to(wide) for name, p in layer.named_parameters() if not name.startswith("gate")}
-        given_state = tuple(t.to(wide) for t in states) if len(states) == 2 else (states[0].to(wide) if states else None)
+        given_state = (
+            tuple(t.to(wide) for t in states) if len(states) == 2 else (states[0].to(wide) if states else None)
+        )
         found = truth(layer, x.to(wide), z, given_state, own)
         return [*found, *torch.autograd.grad(found, leaves, [t.to(wide) for t in dout])]
 
     names = ["output", "h_n", "c_n"][: len(out)] + [f"d{i}" for i in range(len(leaves))]
-    # A gradient through dead ReLUs is a small sum of large terms. float64 has no wider truth to see that by, so its error is measured
-    # against the largest gradient there is, from which those terms came.
+    # A gradient through dead ReLUs is a small sum of large terms. float64 has no wider truth to see that by, so its
+    # error is measured against the largest gradient there is, from which those terms came.
     largest = max(float(g.abs().max()) for g in grads)
     for name, got, right, plain in zip(names, [*out, *grads], expected(torch.float64), expected(dtype), strict=True):
         result = compare(name, got, right.to(got.dtype) if dtype == torch.float64 else right.double(), plain)
-        assert result.ok or (dtype == torch.float64 and result.rms <= result.rms_bound and result.error <= 1e-15 * largest), str(result)
+        assert result.ok or (
+            dtype == torch.float64 and result.rms <= result.rms_bound and result.error <= 1e-15 * largest
+        ), str(result)
 
 
 @every_kind
@@ -285,7 +295,9 @@ def test_the_compacted_layer_computes_the_same(kind: str, shape: str, fractional
     rest = torch.ones(masked.shape[-1], dtype=torch.bool)
     rest[kept] = False
     assert not masked[..., rest].any()
-    assert rest.nonzero().flatten().tolist() == sorted(layer.closed_channels()[0] & set(rest.nonzero().flatten().tolist()))
+    assert rest.nonzero().flatten().tolist() == sorted(
+        layer.closed_channels()[0] & set(rest.nonzero().flatten().tolist())
+    )
     assert not any(isinstance(m, (GatedLSTM, GatedGRU, GatedRNN)) for m in small.modules())
 
 
@@ -409,7 +421,8 @@ def test_autocast() -> None:
 
 @every_kind
 @pytest.mark.parametrize("shape", ["one", "both_ways"])
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's own, of every autograd.Function
+# dynamo's own, of every autograd.Function
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @torch._dynamo.config.patch(allow_rnn=True)
 def test_it_compiles_in_one_graph_where_torch_compiles_recurrent_layers(kind: str, shape: str) -> None:
     torch._dynamo.reset()

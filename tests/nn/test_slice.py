@@ -17,7 +17,10 @@ N = 10
 LAYERS: dict[str, Any] = {
     "linear": (lambda side, gate: GatedLinear(*side(7), granularity=side.granularity, gate=gate), (6,)),
     "conv1d": (lambda side, gate: GatedConv1d(*side(7), 3, padding=1, granularity=side.granularity, gate=gate), (2, 5)),
-    "conv2d": (lambda side, gate: GatedConv2d(*side(7), 3, stride=2, padding=1, granularity=side.granularity, gate=gate), (2, 6, 5)),
+    "conv2d": (
+        lambda side, gate: GatedConv2d(*side(7), 3, stride=2, padding=1, granularity=side.granularity, gate=gate),
+        (2, 6, 5),
+    ),
 }
 
 
@@ -88,7 +91,9 @@ def test_the_open_part_of_the_weight_is_a_view(
 
 @pytest.mark.parametrize("granularity", ["output", "input"])
 @pytest.mark.parametrize("name", LAYERS)
-def test_all_open_and_none_open_are_the_whole_weight(monkeypatch: pytest.MonkeyPatch, name: str, granularity: str) -> None:
+def test_all_open_and_none_open_are_the_whole_weight(
+    monkeypatch: pytest.MonkeyPatch, name: str, granularity: str
+) -> None:
     for beta, count in ((1.0, N), (-9.0, 0)):
         layer, x = build(name, granularity, beta)
         assert int(layer.gate.is_open().sum()) == count
@@ -100,11 +105,15 @@ def test_all_open_and_none_open_are_the_whole_weight(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("shape", ["tanh", "linear", "piecewise_linear"])
 @pytest.mark.parametrize("order", ["zero", "one"])
-def test_every_shape_and_order_is_sliced_alike(monkeypatch: pytest.MonkeyPatch, cpu_backend: str, shape: str, order: str) -> None:
+def test_every_shape_and_order_is_sliced_alike(
+    monkeypatch: pytest.MonkeyPatch, cpu_backend: str, shape: str, order: str
+) -> None:
     layer, x = build("linear", "output", -2.6, shape=shape, order=order, alpha=1.3, min_open=2)
     y, weight = handed(monkeypatch, layer, x)
     assert len(weight) == int(layer.gate.is_open().sum()) < N
-    torch.testing.assert_close(y, layer.gate() * torch.nn.functional.linear(x, layer.weight, layer.bias), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        y, layer.gate() * torch.nn.functional.linear(x, layer.weight, layer.bias), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_a_layer_of_one_kept_unit_learns_and_is_compacted() -> None:
@@ -131,4 +140,6 @@ def test_neither_groups_nor_tracing_are_sliced() -> None:
     torch.testing.assert_close(grouped(x), truth, rtol=1e-4, atol=1e-5)
     layer, x = build("linear", "output", -2.6)
     torch._dynamo.reset()
-    torch.testing.assert_close(torch.compile(layer.eval(), fullgraph=True, backend="aot_eager")(x.detach()), layer(x.detach()))
+    torch.testing.assert_close(
+        torch.compile(layer.eval(), fullgraph=True, backend="aot_eager")(x.detach()), layer(x.detach())
+    )

@@ -42,7 +42,9 @@ def in_parts(whole: Any) -> StackedRNN:
             how |= {"proj_size": whole.proj_size} if isinstance(whole, nn.LSTM) else {}
             how |= {"nonlinearity": whole.nonlinearity} if isinstance(whole, nn.RNN) else {}
             part = type(whole)(getattr(whole, f"weight_ih{end}").shape[1], whole.hidden_size, **how)
-            part.load_state_dict({f"{n.removesuffix(end)}_l0": p for n, p in whole.state_dict().items() if n.endswith(end)})
+            part.load_state_dict(
+                {f"{n.removesuffix(end)}_l0": p for n, p in whole.state_dict().items() if n.endswith(end)}
+            )
             layers[-1].append(part)
     return StackedRNN(layers, whole.dropout).train(whole.training)
 
@@ -63,7 +65,9 @@ def state_of(layer: Any, batch: tuple[int, ...]) -> Any:
 
 @every_kind
 @every_shape
-@pytest.mark.parametrize("x", ["steps_first", "batch_first", "one_sequence", "packed", "packed_in_any_order", "no_sequence"])
+@pytest.mark.parametrize(
+    "x", ["steps_first", "batch_first", "one_sequence", "packed", "packed_in_any_order", "no_sequence"]
+)
 @pytest.mark.parametrize("with_state", [False, True])
 def test_it_runs_as_one_module_does(kind: str, shape: str, x: str, with_state: bool) -> None:
     dense, _, arguments = KINDS[kind]
@@ -106,7 +110,8 @@ def test_every_layer_and_direction_keeps_its_own_open_units(kind: str, shape: st
     layer = gated(I, H, **arguments, **SHAPES[shape], widths="own").eval()
     rows, width = layer.gate.num_gates // layer._width, layer._width
     layer.gate.log_alpha.data.uniform_(-1, 1)
-    shut = [torch.randperm(width)[: i % (width + 1)] for i in range(1, rows + 1)]  # of one row all, where there are so many rows
+    # of one row all, where there are so many rows
+    shut = [torch.randperm(width)[: i % (width + 1)] for i in range(1, rows + 1)]
     for row, units in enumerate(shut):
         layer.gate.log_alpha.data.view(rows, width)[row, units] = -9
     small, kept, scale = layer.compacted()
@@ -114,7 +119,9 @@ def test_every_layer_and_direction_keeps_its_own_open_units(kind: str, shape: st
     assert small.widths == [max(1, width - len(units)) for units in shut]
     assert all(type(part) is dense for part in small.rows())
     assert small.rows()[0].hidden_size == (H if layer.proj_size else small.widths[0])
-    x: Any = pack_sequence([torch.randn(t, I) for t in (2, 5, 1)], enforce_sorted=False) if packed else torch.randn(T, B, I)
+    x: Any = (
+        pack_sequence([torch.randn(t, I) for t in (2, 5, 1)], enforce_sorted=False) if packed else torch.randn(T, B, I)
+    )
     masked, found = (out.data if packed else out for out in (layer(x)[0], small(x)[0]))
     torch.testing.assert_close(found * scale, masked[..., kept])
     assert len(kept) == len(scale) == sum(small.widths[-layer._directions :])
@@ -190,11 +197,23 @@ def test_a_copy_is_one() -> None:
         (3, TypeError, "layers=3: expected a sequence of layers"),
         ([nn.LSTM(4, 5)], TypeError, "expected a sequence of layers, each a sequence"),
         ([[nn.LSTM(4, 5)] * 2, [nn.LSTM(10, 5)]], ValueError, "of \\[2, 1\\] directions"),
-        ([[nn.LSTM(4, 5)], [nn.GRU(5, 5)]], TypeError, "layers\\[1\\]\\[0\\]=GRU: expected an nn.LSTM, nn.GRU or nn.RNN, the same"),
+        (
+            [[nn.LSTM(4, 5)], [nn.GRU(5, 5)]],
+            TypeError,
+            "layers\\[1\\]\\[0\\]=GRU: expected an nn.LSTM, nn.GRU or nn.RNN, the same",
+        ),
         ([[nn.Linear(4, 5)]], TypeError, "layers\\[0\\]\\[0\\]=Linear: expected"),
         ([[nn.LSTM(4, 5, 2)]], ValueError, "layers\\[0\\]\\[0\\] with num_layers=2"),
-        ([[nn.LSTM(4, 5)], [nn.LSTM(5, 5, batch_first=True)]], ValueError, "layers\\[1\\]\\[0\\] with .* the same batch_first"),
-        ([[nn.LSTM(4, 5), nn.LSTM(4, 3)], [nn.LSTM(8, 2), nn.LSTM(5, 2)]], ValueError, "layers\\[1\\]\\[1\\] .*=5: expected 8"),
+        (
+            [[nn.LSTM(4, 5)], [nn.LSTM(5, 5, batch_first=True)]],
+            ValueError,
+            "layers\\[1\\]\\[0\\] with .* the same batch_first",
+        ),
+        (
+            [[nn.LSTM(4, 5), nn.LSTM(4, 3)], [nn.LSTM(8, 2), nn.LSTM(5, 2)]],
+            ValueError,
+            "layers\\[1\\]\\[1\\] .*=5: expected 8",
+        ),
     ],
 )
 def test_parts_that_do_not_go_together_are_refused(layers: Any, error: type[Exception], message: str) -> None:

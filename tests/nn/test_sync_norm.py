@@ -48,7 +48,9 @@ def test_a_copy_and_a_second_conversion_keep_them_too() -> None:
 
 
 @pytest.mark.parametrize(
-    "how", [{}, {"affine": False}, {"track_running_stats": False}, {"affine": False, "track_running_stats": False}], ids=str
+    "how",
+    [{}, {"affine": False}, {"track_running_stats": False}, {"affine": False, "track_running_stats": False}],
+    ids=str,
 )
 def test_a_single_norm_without_parameters_or_statistics(how) -> None:
     norm = GatedBatchNorm1d(4, per_sample=True, **how)

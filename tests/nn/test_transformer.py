@@ -1,4 +1,6 @@
-"""Gated transformer layers: values and all gradients against loops in float64, no fused path past a gate, what is left without them."""
+"""Gated transformer layers: values and all gradients against loops in float64, no fused path past a gate,
+what is left without them.
+"""
 
 from __future__ import annotations
 
@@ -67,25 +69,41 @@ def masks(kind: str) -> dict[str, Any]:
         return {"src_mask": causal, "src_key_padding_mask": padding}
     memory = torch.zeros(N, S, dtype=torch.bool)
     memory[1, :2] = True
-    return {"tgt_mask": causal, "tgt_is_causal": True, "tgt_key_padding_mask": padding, "memory_key_padding_mask": memory}
+    return {
+        "tgt_mask": causal,
+        "tgt_is_causal": True,
+        "tgt_key_padding_mask": padding,
+        "memory_key_padding_mask": memory,
+    }
 
 
 def additive(mask: Tensor | None, padding: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    found = [m.view(-1, 1, *m.shape[-2:]) if m is mask else m.view(N, 1, 1, -1) for m in (mask, padding) if m is not None]
+    found = [
+        m.view(-1, 1, *m.shape[-2:]) if m is mask else m.view(N, 1, 1, -1) for m in (mask, padding) if m is not None
+    ]
     return sum(torch.zeros_like(m, dtype=dtype).masked_fill(m, float("-inf")) for m in found) if found else None
 
 
 def truth(
-    layer: Any, draw: dict[str, Tensor], x: list[Tensor], p: dict[str, Tensor], how: dict[str, Any], activation: Any = F.relu
+    layer: Any,
+    draw: dict[str, Tensor],
+    x: list[Tensor],
+    p: dict[str, Tensor],
+    how: dict[str, Any],
+    activation: Any = F.relu,
 ) -> Tensor:
-    """The layer written out: gates z of heads, neurons and sublayers in ``draw``, parameters p by name, all in the dtype of x."""
+    """The layer written out: gates z of heads, neurons and sublayers in ``draw``, parameters p by name,
+    all in the dtype of x.
+    """
     (x0, *memory), dtype = x, x[0].dtype
 
     def attend(name: str, mask: str, a: Tensor, b: Tensor) -> Tensor:
         weights, biases = p[f"{name}.in_proj_weight"].chunk(3), p[f"{name}.in_proj_bias"].chunk(3)
         q, k, v = (F.linear(t, w, c) for t, w, c in zip((a, b, b), weights, biases, strict=True))
         added = additive(how.get(f"{mask}_mask"), how.get(f"{mask}_key_padding_mask"), dtype)
-        return reference.gated_attention(q, k, v, draw[name], p[f"{name}.out_proj.weight"], p[f"{name}.out_proj.bias"], added)[0]
+        return reference.gated_attention(
+            q, k, v, draw[name], p[f"{name}.out_proj.weight"], p[f"{name}.out_proj.bias"], added
+        )[0]
 
     def feed(a: Tensor) -> Tensor:
         hidden = activation(draw["linear1"].view(-1, L, D) * F.linear(a, p["linear1.weight"], p["linear1.bias"]))
@@ -171,7 +189,9 @@ def test_gradcheck(kind: str, norm_first: bool) -> None:
         return torch.func.functional_call(layer, dict(zip(names, tensors[len(x) :], strict=True)), tensors[: len(x)])
 
     leaves = [t.requires_grad_() for t in x]
-    assert torch.autograd.gradcheck(run, (*leaves, *(p.detach().requires_grad_() for p in layer.parameters())), fast_mode=True)
+    assert torch.autograd.gradcheck(
+        run, (*leaves, *(p.detach().requires_grad_() for p in layer.parameters())), fast_mode=True
+    )
 
 
 @every_kind
@@ -227,7 +247,9 @@ def test_the_fused_path_never_bypasses_a_gate(parts: tuple[str, ...], norm_first
 
 @nested
 @not_fast
-@pytest.mark.parametrize("built", ["from gated layers", "dense, then gated", "a dense layer first", "a dense layer last"])
+@pytest.mark.parametrize(
+    "built", ["from gated layers", "dense, then gated", "a dense layer first", "a dense layer last"]
+)
 @pytest.mark.parametrize("grad", [False, True])
 def test_an_encoder_with_padding_never_bypasses_a_gate(built: str, grad: bool) -> None:
     """nn.TransformerEncoder looks at attributes of its first layer alone, and hands nested tensors to all of them."""
@@ -289,7 +311,10 @@ def test_every_family_trains(kind: str, family: str) -> None:
         optimizer.step()
         optimizer.zero_grad()
     assert len(gates) == (4 if kind == "encoder" else 6)
-    assert all(any(not torch.equal(t, old[name]) for name, t in g.state_dict().items()) for g, old in zip(gates, before, strict=True))
+    assert all(
+        any(not torch.equal(t, old[name]) for name, t in g.state_dict().items())
+        for g, old in zip(gates, before, strict=True)
+    )
 
 
 @every_kind
@@ -320,10 +345,15 @@ def close(layer: Any, closed: dict[str, list[int]], value: float) -> Any:
 def some_closed() -> list[dict[str, list[int]]]:
     generator = torch.Generator().manual_seed(0)
     drawn = [
-        {name: (torch.rand(n, generator=generator) < 0.5).nonzero().flatten().tolist() for name, n in (("self_attn", H), ("linear1", D))}
+        {
+            name: (torch.rand(n, generator=generator) < 0.5).nonzero().flatten().tolist()
+            for name, n in (("self_attn", H), ("linear1", D))
+        }
         for _ in range(4)
     ]
-    one_left = [{"self_attn": [h for h in range(H) if h != i], "linear1": [j for j in range(D) if j != i]} for i in range(2)]
+    one_left = [
+        {"self_attn": [h for h in range(H) if h != i], "linear1": [j for j in range(D) if j != i]} for i in range(2)
+    ]
     return [*drawn, *one_left, {"linear1": list(range(D))}, {"self_attn": list(range(H))}, {"linear1": [2]}, {}]
 
 
@@ -332,7 +362,9 @@ def some_closed() -> list[dict[str, list[int]]]:
 @pytest.mark.parametrize("closed", some_closed(), ids=str)
 @pytest.mark.parametrize("activation", [F.relu, "gelu", torch.sigmoid, nn.PReLU(), nn.Softmax(-1)], ids=str)
 @pytest.mark.parametrize("value", [9.0, 0.5])
-def test_masked_is_compacted(kind: str, norm_first: bool, closed: dict[str, list[int]], activation: Any, value: float) -> None:
+def test_masked_is_compacted(
+    kind: str, norm_first: bool, closed: dict[str, list[int]], activation: Any, value: float
+) -> None:
     dense, _, pruned = KINDS[kind]
     layer = close(build(kind, norm_first=norm_first, activation=activation), closed, value)
     small, kept = layer.compacted()
@@ -359,7 +391,9 @@ def test_masked_is_compacted(kind: str, norm_first: bool, closed: dict[str, list
 @pytest.mark.parametrize("bias", [False, True])
 def test_closed_sublayers_go(kind: str, norm_first: bool, bias: bool) -> None:
     sublayers = 2 if kind == "encoder" else 3
-    for closed in itertools.chain.from_iterable(itertools.combinations(range(sublayers), n) for n in range(1, sublayers + 1)):
+    for closed in itertools.chain.from_iterable(
+        itertools.combinations(range(sublayers), n) for n in range(1, sublayers + 1)
+    ):
         shut = {f"sublayer_gates.{i}": [0] for i in closed}
         layer = close(build(kind, norm_first=norm_first, bias=bias), shut | {"self_attn": [1]}, 0.5)
         small, kept = layer.compacted()
@@ -367,7 +401,10 @@ def test_closed_sublayers_go(kind: str, norm_first: bool, bias: bool) -> None:
         names = layer._sublayers
         assert [names[i] for i in range(sublayers) if not kept[names[i]]] == [names[i] for i in closed]
         gone = [p for i in closed for m in layer._by_sublayer()[i] for p in m.parameters()]
-        assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in layer.parameters()) - sum(p.numel() for p in gone) + 10
+        assert (
+            sum(p.numel() for p in small.parameters())
+            < sum(p.numel() for p in layer.parameters()) - sum(p.numel() for p in gone) + 10
+        )
         for how in ({}, masks(kind)):
             x = inputs(kind)
             torch.testing.assert_close(small(*x, **how), layer(*x, **how), rtol=1e-5, atol=1e-5)
@@ -383,7 +420,9 @@ def test_a_closed_sublayer_is_not_run() -> None:
 
 
 @nested
-@pytest.mark.parametrize("closed", [{"self_attn": [1, 2]}, {"sublayer_gates.0": [0]}, {"sublayer_gates.1": [0]}], ids=str)
+@pytest.mark.parametrize(
+    "closed", [{"self_attn": [1, 2]}, {"sublayer_gates.0": [0]}, {"sublayer_gates.1": [0]}], ids=str
+)
 @pytest.mark.parametrize("grad", [False, True])
 def test_a_pruned_layer_works_in_an_encoder_with_padding(closed: dict[str, list[int]], grad: bool) -> None:
     encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(E, H, D, batch_first=True), 2).eval()
@@ -430,12 +469,15 @@ def test_the_penalty_counts_every_part(kind: str) -> None:
     expected = sum(m.group_size() * m.gate.open_probability().sum() for m in attentions)
     expected = expected + (E + 1) * layer.linear1.gate.open_probability().sum()
     whole = [4 * E * E + 4 * E] * len(attentions) + [2 * E * D + E + D]
-    expected = expected + sum(n * g.gate.open_probability().sum() for n, g in zip(whole, layer.sublayer_gates, strict=True))
+    expected = expected + sum(
+        n * g.gate.open_probability().sum() for n, g in zip(whole, layer.sublayer_gates, strict=True)
+    )
     torch.testing.assert_close(dampr.penalty(layer), expected)
 
 
 @every_kind
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's own, of every autograd.Function
+# dynamo's own, of every autograd.Function
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("training", [False, True])
 def test_compiles_without_a_graph_break(kind: str, training: bool) -> None:
     layer = build(kind).train(training)
@@ -467,10 +509,26 @@ def test_dropout_is_that_of_the_dense_layer(kind: str) -> None:
         (lambda: GatedTransformerEncoderLayer(E, H, parts=("layers",)), ValueError, "parts='layers': expected one of"),
         (lambda: GatedTransformerEncoderLayer(E, H, gate=HardConcrete(H)), TypeError, "gate=HardConcrete instance"),
         (lambda: GatedTransformerEncoderLayer(E, H, gate="none"), ValueError, "gate='none'"),
-        (lambda: GatedTransformerEncoderLayer.from_dense(nn.Linear(2, 2)), TypeError, "expected exactly nn.TransformerEncoderLayer"),
-        (lambda: PrunedTransformerEncoderLayer(E, H, -1), ValueError, "dim_feedforward=-1: expected an integer of at least 0"),
-        (lambda: PrunedTransformerDecoderLayer(E, H, D, memory_heads=(4,)), ValueError, r"heads=\(4,\): expected increasing integers"),
-        (lambda: GatedTransformerDecoderLayer.from_dense(nn.Linear(2, 2)), TypeError, "expected exactly nn.TransformerDecoderLayer"),
+        (
+            lambda: GatedTransformerEncoderLayer.from_dense(nn.Linear(2, 2)),
+            TypeError,
+            "expected exactly nn.TransformerEncoderLayer",
+        ),
+        (
+            lambda: PrunedTransformerEncoderLayer(E, H, -1),
+            ValueError,
+            "dim_feedforward=-1: expected an integer of at least 0",
+        ),
+        (
+            lambda: PrunedTransformerDecoderLayer(E, H, D, memory_heads=(4,)),
+            ValueError,
+            r"heads=\(4,\): expected increasing integers",
+        ),
+        (
+            lambda: GatedTransformerDecoderLayer.from_dense(nn.Linear(2, 2)),
+            TypeError,
+            "expected exactly nn.TransformerDecoderLayer",
+        ),
     ],
 )
 def test_a_bad_argument_is_named(call: Any, error: type[Exception], message: str) -> None:

@@ -1,4 +1,6 @@
-"""Gated layers under torch.func, forward mode and second derivatives: what the dense layer times its gates gives, for the same draw."""
+"""Gated layers under torch.func, forward mode and second derivatives: what the dense layer times its gates gives,
+for the same draw.
+"""
 
 from __future__ import annotations
 
@@ -80,13 +82,19 @@ def blocks(z: Tensor, p: Parameters) -> Tensor:
 CASES = {
     "linear": Case(lambda: GatedLinear(4, 5), (3, 4), lambda _, x, p, z: F.linear(x, p["weight"], p["bias"]) * z),
     "linear, input": Case(
-        lambda: GatedLinear(4, 5, granularity="input"), (3, 4), lambda _, x, p, z: F.linear(x * z, p["weight"], p["bias"])
+        lambda: GatedLinear(4, 5, granularity="input"),
+        (3, 4),
+        lambda _, x, p, z: F.linear(x * z, p["weight"], p["bias"]),
     ),
     "linear, weight": Case(
-        lambda: GatedLinear(4, 5, granularity="weight"), (3, 4), lambda _, x, p, z: F.linear(x, p["weight"] * z.view(5, 4), p["bias"])
+        lambda: GatedLinear(4, 5, granularity="weight"),
+        (3, 4),
+        lambda _, x, p, z: F.linear(x, p["weight"] * z.view(5, 4), p["bias"]),
     ),
     "linear, blocks": Case(
-        lambda: GatedLinear(4, 5, granularity=(2, 2)), (3, 4), lambda _, x, p, z: F.linear(x, p["weight"] * blocks(z, p), p["bias"])
+        lambda: GatedLinear(4, 5, granularity=(2, 2)),
+        (3, 4),
+        lambda _, x, p, z: F.linear(x, p["weight"] * blocks(z, p), p["bias"]),
     ),
     "linear, per sample": Case(
         lambda: GatedLinear(4, 5, per_sample=True), (3, 4), lambda _, x, p, z: F.linear(x, p["weight"], p["bias"]) * z
@@ -100,10 +108,14 @@ CASES = {
     "batch norm": Case(lambda: GatedBatchNorm1d(3), (4, 3), batch_norm),
     "batch norm of images": Case(lambda: GatedBatchNorm2d(3, activation="relu"), (2, 3, 2, 2), batch_norm),
     "batch norm, per sample": Case(lambda: GatedBatchNorm2d(3, per_sample=True), (2, 3, 2, 2), batch_norm),
-    "layer norm": Case(lambda: GatedLayerNorm(4), (3, 4), lambda _, x, p, z: F.layer_norm(x, (4,), p["weight"], p["bias"]) * z),
+    "layer norm": Case(
+        lambda: GatedLayerNorm(4), (3, 4), lambda _, x, p, z: F.layer_norm(x, (4,), p["weight"], p["bias"]) * z
+    ),
     "gate": Case(lambda: Gate(4), (3, 4), lambda _, x, p, z: x * z),
     "gate, index": Case(
-        lambda: Gate(3, index=torch.tensor([2, 0, 0, 1]), per_sample=True), (3, 4), lambda _, x, p, z: x * z[..., [2, 0, 0, 1]]
+        lambda: Gate(3, index=torch.tensor([2, 0, 0, 1]), per_sample=True),
+        (3, 4),
+        lambda _, x, p, z: x * z[..., [2, 0, 0, 1]],
     ),
     "residual": Case(
         lambda: GatedResidual(nn.Sequential(nn.Linear(4, 4), nn.Tanh())),
@@ -120,7 +132,9 @@ PER_SAMPLE = ("linear, per sample", "conv2d, per sample", "batch norm, per sampl
 
 
 def gates_of(layer: Any, log_alpha: Tensor, rows: int) -> Tensor:
-    """The draw of a call after torch.manual_seed(SEED), or the gates of the evaluation, as in Louizos et al. 2018, eq. 10-13."""
+    """The draw of a call after torch.manual_seed(SEED), or the gates of the evaluation, as in Louizos et al. 2018, eq.
+    10-13.
+    """
     if not layer.training:
         return (torch.sigmoid(log_alpha) * 1.2 - 0.1).clamp(0, 1)
     torch.manual_seed(SEED)
@@ -193,7 +207,10 @@ def test_second_derivatives_by_parameters(name: str, training: bool, cpu_backend
     """A penalty on the gradient by x, and on that by every parameter, differentiated by all of them."""
     problem, found = Problem(name, training), []
     for function in (problem.layers, problem.truth):
-        leaves = {"x": problem.x.clone().requires_grad_(), **{k: t.clone().requires_grad_() for k, t in problem.parameters.items()}}
+        leaves = {
+            "x": problem.x.clone().requires_grad_(),
+            **{k: t.clone().requires_grad_() for k, t in problem.parameters.items()},
+        }
         x, *ps = leaves.values()
         loss = cubed(function)(dict(zip(problem.parameters, ps, strict=True)), x)
         first = torch.autograd.grad(loss, [x, *ps], create_graph=True)
@@ -214,7 +231,9 @@ def test_gradgradcheck(name: str, cpu_backend: str) -> None:
 
 
 @both
-@pytest.mark.parametrize("name", [name for name in CASES if name not in RECURRENT and not name.startswith("batch norm")])
+@pytest.mark.parametrize(
+    "name", [name for name in CASES if name not in RECURRENT and not name.startswith("batch norm")]
+)
 def test_gradients_of_each_sample(name: str, training: bool, cpu_backend: str) -> None:
     problem = Problem(name, training)
     xs = torch.stack([problem.x, 2 * problem.x, problem.x - 1])
@@ -262,7 +281,9 @@ def test_ensembles(name: str, training: bool, cpu_backend: str) -> None:
 def test_forward_mode(name: str, training: bool, cpu_backend: str) -> None:
     problem = Problem(name, training)
     inputs = problem.parameters, problem.x
-    tangents = torch.utils._pytree.tree_map(lambda t: torch.linspace(-1, 1, t.numel(), dtype=t.dtype).view(t.shape), inputs)
+    tangents = torch.utils._pytree.tree_map(
+        lambda t: torch.linspace(-1, 1, t.numel(), dtype=t.dtype).view(t.shape), inputs
+    )
     right = jvp(problem.truth, inputs, tangents)
     same(jvp(problem.layers, inputs, tangents), right)
     with forward_ad.dual_level():
@@ -311,7 +332,9 @@ def test_other_families(gate: str, training: bool) -> None:
     same(dict(zip(p, eager, strict=True)), each[0])
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name not in RECURRENT and not name.startswith("batch norm")])
+@pytest.mark.parametrize(
+    "name", [name for name in CASES if name not in RECURRENT and not name.startswith("batch norm")]
+)
 def test_under_autocast(name: str, cpu_backend: str) -> None:
     """A penalty on a gradient and a vmap, in bfloat16, near what float32 gives."""
     layer, x = CASES[name].build().eval(), torch.randn(CASES[name].shape, requires_grad=True)
@@ -324,7 +347,9 @@ def test_under_autocast(name: str, cpu_backend: str) -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             (dx,) = torch.autograd.grad(call(x).square().sum(), x, create_graph=True)
             each = vmap(call)(x.detach()[None])[0]
-        found.append([each.detach(), *torch.autograd.grad(dx.square().sum(), [x, *layer.parameters()], materialize_grads=True)])
+        found.append(
+            [each.detach(), *torch.autograd.grad(dx.square().sum(), [x, *layer.parameters()], materialize_grads=True)]
+        )
     for narrow, wide in zip(*found, strict=True):
         torch.testing.assert_close(narrow, wide, rtol=0.1, atol=0.05 * float(wide.detach().abs().max()) + 1e-3)
 
@@ -410,7 +435,8 @@ def test_losses_of_gradients(loss: Callable[[nn.Module, Tensor], Tensor], cpu_ba
     same(*({key: g for key, g in grads.items() if g is not None} for grads in found))
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's own, of every autograd.Function
+# dynamo's own, of every autograd.Function
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("name", ["linear", "conv2d", "layer norm"])
 def test_transforms_compile(name: str) -> None:
     problem = Problem(name, False)

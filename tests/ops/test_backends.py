@@ -1,4 +1,6 @@
-"""Choosing a backend: names are checked, an explicit choice is honoured or refused with the reason, auto falls back on absence only."""
+"""Choosing a backend: names are checked, an explicit choice is honoured or refused with the reason,
+auto falls back on absence only.
+"""
 
 import importlib
 
@@ -12,7 +14,10 @@ from dampr.spec import hard_concrete
 
 
 def test_an_unknown_name_is_refused_before_any_work():
-    with pytest.raises(ValueError, match="name='no-such-backend'.*'auto', 'triton', 'cpp', 'reference'"), dampr.backend("no-such-backend"):
+    with (
+        pytest.raises(ValueError, match="name='no-such-backend'.*'auto', 'triton', 'cpp', 'reference'"),
+        dampr.backend("no-such-backend"),
+    ):
         pytest.fail("the block was entered")
 
 

@@ -23,7 +23,8 @@ MOST_SKIPPING = 66  # what is open is picked out of x, weight and bias, and put 
 PACKAGE = str(Path(dampr.__file__).parent)
 LARGE, MANY_ROWS, TINY = (256, 512, 512), (1024, 256, 256), (4, 16, 16)
 
-# What a layer is made with, the shape (rows, in_features, out_features), the forced route or None, and the route that it takes.
+# What a layer is made with, the shape (rows, in_features, out_features), the forced route or None,
+# and the route that it takes.
 CASES: dict[str, tuple[dict[str, Any], tuple[int, int, int], str | None, str]] = {
     "small": ({}, TINY, None, "small"),
     "small, inputs": ({"granularity": "input"}, TINY, None, "small"),

@@ -1,4 +1,6 @@
-"""Compiled layers: as the first thing a process does, without gradients, without a graph break, and with what eager ones compute."""
+"""Compiled layers: as the first thing a process does, without gradients, without a graph break,
+and with what eager ones compute.
+"""
 
 from __future__ import annotations
 

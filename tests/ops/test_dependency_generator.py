@@ -1,4 +1,6 @@
-"""The generator of Dep-L0 as an op: every backend against float64, gradients by finite differences, and when it is used."""
+"""The generator of Dep-L0 as an op: every backend against float64, gradients by finite differences,
+and when it is used.
+"""
 
 from __future__ import annotations
 

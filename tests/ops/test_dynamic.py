@@ -1,4 +1,6 @@
-"""A dynamic size takes a route that is right for all sizes: nothing is compiled for a few of them, and export keeps its batch free."""
+"""A dynamic size takes a route that is right for all sizes: nothing is compiled for a few of them,
+and export keeps its batch free.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,9 @@ def compilations(layer: nn.Module, shape: tuple[int, ...], dynamic: bool | None,
 
 @pytest.mark.parametrize("dynamic", [None, True])
 @pytest.mark.parametrize("name", LAYERS)
-def test_batch_sizes_cost_at_most_one_compilation_more_than_those_of_the_dense_layer(name: str, dynamic: bool | None) -> None:
+def test_batch_sizes_cost_at_most_one_compilation_more_than_those_of_the_dense_layer(
+    name: str, dynamic: bool | None
+) -> None:
     build, dense, shape = LAYERS[name]
     layer = build()
     layer.gate.log_alpha.data.uniform_(-1, 2)
@@ -80,7 +84,15 @@ def test_a_model_with_tied_gates_compiles_for_all_sizes(gate: str) -> None:
 
 
 def images() -> nn.Sequential:
-    layers = [nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32, 4)]
+    layers = [
+        nn.Conv2d(3, 8, 3, stride=2),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(32, 4),
+    ]
     return nn.Sequential(*layers).eval()
 
 
@@ -177,12 +189,16 @@ def test_export_keeps_every_dynamic_size(name: str, training: bool) -> None:
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")  # torch's own
 def test_a_compacted_model_is_compiled_ahead_of_time(tmp_path: Any) -> None:
     x = torch.randn(4, 6)
-    model = dampr.convert(nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 3)), example_inputs=x)
+    model = dampr.convert(
+        nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 3)), example_inputs=x
+    )
     model[1].gate.log_alpha.data[::2] = -9.0
     small = dampr.compact(model.eval(), example_inputs=x)
     assert small[0].out_features == 8
     exported = torch.export.export(small, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=2, max=4096)},))
-    loaded = torch._inductor.aoti_load_package(torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / "small.pt2")))
+    loaded = torch._inductor.aoti_load_package(
+        torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / "small.pt2"))
+    )
     for size in (3, 50):
         x = torch.randn(size, 6)
         torch.testing.assert_close(loaded(x), small(x), rtol=1e-5, atol=1e-6)

@@ -1,4 +1,6 @@
-"""fold_weight, fold_blocks and gate_activations: proper operators on every backend, right to float64, nothing extra kept."""
+"""fold_weight, fold_blocks and gate_activations: proper operators on every backend, right to float64,
+nothing extra kept.
+"""
 
 from __future__ import annotations
 
@@ -88,7 +90,9 @@ def test_folding_is_an_operator(backend, where) -> None:
             for each in (False, True):
                 gates = torch.randn(6), SEED, spec, dim, each
                 torch.library.opcheck(torch.ops.dampr.gate_activations_fwd.default, (x, *gates))
-                torch.library.opcheck(torch.ops.dampr.gate_activations_bwd.default, (torch.randn_like(x), x, *gates, [True, True]))
+                torch.library.opcheck(
+                    torch.ops.dampr.gate_activations_bwd.default, (torch.randn_like(x), x, *gates, [True, True])
+                )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -96,12 +100,18 @@ def test_gradients_by_finite_differences(backend) -> None:
     weight, bias, gate = torch.randn(4, 6).double(), torch.randn(4).double(), torch.randn(4).double() * 0.3
     with dampr.backend(backend):
         leaves = [t.requires_grad_() for t in (weight, bias, gate)]
-        torch.autograd.gradcheck(lambda w, b, g: ops.fold_weight(w, b, GatePair.of(None, g, None, SEED, SPEC), torch.float64), leaves)
+        torch.autograd.gradcheck(
+            lambda w, b, g: ops.fold_weight(w, b, GatePair.of(None, g, None, SEED, SPEC), torch.float64), leaves
+        )
         block_gate = (torch.randn(6).double() * 0.3).requires_grad_()
-        torch.autograd.gradcheck(lambda w, g: ops.fold_blocks(w, GateArgs(g, SEED, SPEC), (2, 2), torch.float64), (leaves[0], block_gate))
+        torch.autograd.gradcheck(
+            lambda w, g: ops.fold_blocks(w, GateArgs(g, SEED, SPEC), (2, 2), torch.float64), (leaves[0], block_gate)
+        )
         x = torch.randn(3, 4, 5).double().requires_grad_()
         for each in (False, True):
-            torch.autograd.gradcheck(lambda a, g, each=each: functional.gate_activations(a, g, seed=5, per_sample=each), (x, leaves[2]))
+            torch.autograd.gradcheck(
+                lambda a, g, each=each: functional.gate_activations(a, g, seed=5, per_sample=each), (x, leaves[2])
+            )
 
 
 def test_the_fold_keeps_nothing_but_its_inputs() -> None:
@@ -132,13 +142,15 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
     {
         r"dim=3: expected an integer in \[-2, 2\)": lambda x, g: functional.gate_activations(x, g, dim=3, seed=1),
         r"per_sample=True with dim=0": lambda x, g: functional.gate_activations(x, g, dim=0, seed=1, per_sample=True),
-        r"gate\.shape=\(5,\): expected \(4,\), one gate per index of dimension 1": lambda x, g: functional.gate_activations(
-            x, torch.ones(5), seed=1
+        r"gate\.shape=\(5,\): expected \(4,\), one gate per index of dimension 1": lambda x, g: (
+            functional.gate_activations(x, torch.ones(5), seed=1)
         ),
         r"seed=None": lambda x, g: functional.gate_activations(x, g),
         r"x\.dtype=torch.int64: expected a floating": lambda x, g: functional.gate_activations(x.long(), g, seed=1),
         r"gate\.dtype=torch.bfloat16": lambda x, g: functional.gate_activations(x, g.bfloat16(), seed=1),
-        r"gate\.shape=\(4,\): expected \(3,\), one gate per channel": lambda x, g: functional.gated_affine(g, torch.ones(3), None, seed=1),
+        r"gate\.shape=\(4,\): expected \(3,\), one gate per channel": lambda x, g: functional.gated_affine(
+            g, torch.ones(3), None, seed=1
+        ),
     }.items(),
 )
 def test_wrong_arguments_are_named(message, call) -> None:

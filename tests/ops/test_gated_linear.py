@@ -1,4 +1,6 @@
-"""gated_linear and sample_gates as operators: every backend against float64, gradcheck, opcheck, compile, and what is saved."""
+"""gated_linear and sample_gates as operators: every backend against float64, gradcheck, opcheck, compile,
+and what is saved.
+"""
 
 import itertools
 from types import SimpleNamespace
@@ -32,7 +34,9 @@ def _data(shape, gates, bias=True, dtype=torch.float32, requires_grad=True):
 
 def test_every_op_on_every_cpu_backend_passes_verification():
     rows = verify.run()
-    assert {(r.op, r.backend) for r in rows} >= {(op, "reference") for op in ("sample_gates", "gated_linear", "weight_gated_linear")}
+    assert {(r.op, r.backend) for r in rows} >= {
+        (op, "reference") for op in ("sample_gates", "gated_linear", "weight_gated_linear")
+    }
     assert [f for row in rows for f in row.failures] == []
     assert sum(row.cases for row in rows) > 300
 
@@ -96,12 +100,16 @@ def test_gates_are_those_of_sample_gates(cpu_backend, per_sample):
     z = functional.sample_gates(log_alpha, seed=9, rows=n if per_sample else None)
     expected = torch.diag(z.diagonal() if per_sample else z)
     assert torch.equal(functional.gated_linear(eye, eye, input_gate=log_alpha, seed=9, per_sample=per_sample), expected)
-    assert torch.equal(functional.gated_linear(eye, eye, output_gate=log_alpha, seed=9, per_sample=per_sample), expected)
+    assert torch.equal(
+        functional.gated_linear(eye, eye, output_gate=log_alpha, seed=9, per_sample=per_sample), expected
+    )
 
 
 def test_input_and_output_gates_use_two_streams_of_one_seed(cpu_backend):
     log_alpha = torch.zeros(4096)
-    both = functional.gated_linear(torch.eye(4096)[:64], torch.eye(4096), input_gate=log_alpha, output_gate=log_alpha, seed=3).sum(0)[:64]
+    both = functional.gated_linear(
+        torch.eye(4096)[:64], torch.eye(4096), input_gate=log_alpha, output_gate=log_alpha, seed=3
+    ).sum(0)[:64]
     z = functional.sample_gates(log_alpha, seed=3)[:64]
     assert not torch.allclose(both, z * z)
     assert ((both == 0) >= (z == 0)).all()
@@ -110,7 +118,9 @@ def test_input_and_output_gates_use_two_streams_of_one_seed(cpu_backend):
 def test_backends_agree_exactly_in_which_gates_are_zero_and_one():
     if dampr.backend_info()["cpp"].startswith("missing"):
         pytest.skip(dampr.backend_info()["cpp"])
-    for constants, rows, seed in itertools.product(({}, {"beta": 0.4}, {"gamma": -0.5, "zeta": 1.7}), (None, 37), (0, 1, 2**62)):
+    for constants, rows, seed in itertools.product(
+        ({}, {"beta": 0.4}, {"gamma": -0.5, "zeta": 1.7}), (None, 37), (0, 1, 2**62)
+    ):
         log_alpha = torch.randn(100_003 if rows is None else 2_003) * 3
         drawn = []
         for name in ("reference", "cpp"):
@@ -216,15 +226,20 @@ def test_opcheck(cpu_backend, per_sample):
     torch.library.opcheck(torch.ops.dampr.gated_linear_fwd.default, (*tensors, spec, per_sample, keep))
     pre = torch.randn(6, 5) if keep else torch.empty(0)
     for needs in ([True] * 5, [False, True, False, True, False]):
-        torch.library.opcheck(torch.ops.dampr.gated_linear_bwd.default, (torch.randn(6, 5), *tensors, pre, spec, per_sample, needs))
+        torch.library.opcheck(
+            torch.ops.dampr.gated_linear_bwd.default, (torch.randn(6, 5), *tensors, pre, spec, per_sample, needs)
+        )
     log_alpha, seed = torch.randn(7), torch.tensor([3])
     for rows, shape in ((None, (7,)), (4, (4, 7))):
         torch.library.opcheck(torch.ops.dampr.sample_gates_fwd.default, (log_alpha, seed, rows, spec))
-        torch.library.opcheck(torch.ops.dampr.sample_gates_bwd.default, (torch.randn(shape), log_alpha, seed, rows, spec))
+        torch.library.opcheck(
+            torch.ops.dampr.sample_gates_bwd.default, (torch.randn(shape), log_alpha, seed, rows, spec)
+        )
 
 
 @pytest.mark.parametrize(("granularity", "per_sample"), list(itertools.product(("output", "input"), (False, True))))
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's own, of every autograd.Function
+# dynamo's own, of every autograd.Function
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_compiles_without_a_graph_break_and_computes_the_same(granularity, per_sample):
     layer = dampr.nn.GatedLinear(16, 12, granularity=granularity, per_sample=per_sample)
     x = torch.randn(5, 16)

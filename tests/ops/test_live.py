@@ -1,4 +1,6 @@
-"""A layer on its open gates gives what the whole layer gives: every output, every gradient, and nothing kept but inputs and a list."""
+"""A layer on its open gates gives what the whole layer gives: every output, every gradient,
+and nothing kept but inputs and a list.
+"""
 
 from __future__ import annotations
 
@@ -35,13 +37,17 @@ SHAPES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
 
 def places_of(kind: str) -> tuple[tuple[str, ...], ...]:
     alone: tuple[tuple[str, ...], ...] = (("output_gate",), ("input_gate",))
-    return alone if "last" in kind else alone[:1] if kind.startswith("conv") else (*alone, ("input_gate", "output_gate"))
+    return (
+        alone if "last" in kind else alone[:1] if kind.startswith("conv") else (*alone, ("input_gate", "output_gate"))
+    )
 
 
 KINDS = [(kind, places) for kind in SHAPES for places in places_of(kind)]
 
 
-def problem(kind: str, places: tuple[str, ...], closed: str = "some", dtype: torch.dtype = torch.float64) -> dict[str, torch.Tensor]:
+def problem(
+    kind: str, places: tuple[str, ...], closed: str = "some", dtype: torch.dtype = torch.float64
+) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(len(kind))
     x, weight = SHAPES[kind]
     sizes = {"x": x, "weight": weight, "bias": (9,), "input_gate": (11,), "output_gate": (9,)}

@@ -1,4 +1,6 @@
-"""norm_gate as an operator: every backend against float64, gradcheck, opcheck, compile, running statistics, and what is saved."""
+"""norm_gate as an operator: every backend against float64, gradcheck, opcheck, compile, running statistics,
+and what is saved.
+"""
 
 import itertools
 from contextlib import nullcontext
@@ -58,7 +60,9 @@ def test_no_element_is_left_unwritten(cpu_backend, per_sample, training, last):
     data = _data((3, C, 5, 7))
     x = data["x"].contiguous(memory_format=torch.channels_last) if last else data["x"]
     with testing.poisoned_empty():
-        y = functional.gated_batch_norm(**(data | {"x": x}), **_named(_running()), training=training, seed=5, per_sample=per_sample)
+        y = functional.gated_batch_norm(
+            **(data | {"x": x}), **_named(_running()), training=training, seed=5, per_sample=per_sample
+        )
         y.sum().backward()
     assert not y.isnan().any()
     for name, t in data.items():
@@ -71,7 +75,11 @@ def _named(running):
 
 @pytest.mark.parametrize("last", [False, True])
 def test_the_memory_format_is_kept(cpu_backend, last):
-    x = torch.randn(2, C, 4, 4).contiguous(memory_format=torch.channels_last if last else torch.contiguous_format).requires_grad_()
+    x = (
+        torch.randn(2, C, 4, 4)
+        .contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+        .requires_grad_()
+    )
     y = functional.gated_batch_norm(x, torch.zeros(C), training=True, seed=1)
     (dx,) = torch.autograd.grad(y.square().sum(), x)
     for t in (y, dx):
@@ -107,7 +115,9 @@ def test_running_statistics_are_those_of_torch(cpu_backend, dtype, shape, moment
     before = [t.clone() for t in own]
     functional.gated_batch_norm(**data, **_named(own), training=False, seed=1)
     functional.gated_batch_norm(**(data | {"x": data["x"][:0]}), **_named(own), training=True, seed=1)
-    assert all(torch.equal(a, b) for a, b in zip(own, before, strict=True)), "evaluation and empty batches change nothing"
+    assert all(torch.equal(a, b) for a, b in zip(own, before, strict=True)), (
+        "evaluation and empty batches change nothing"
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -119,11 +129,15 @@ def test_a_large_mean_costs_no_digits_of_the_variance(cpu_backend, shape, dtype,
         x.view(-1)[0] = -1e5
     x = x.to(dtype)
     mean, var = torch.zeros(2, dtype=dtype), torch.zeros(2, dtype=dtype)
-    functional.gated_batch_norm(x, torch.zeros(2, dtype=dtype), None, None, mean, var, training=True, momentum=1.0, seed=1)
+    functional.gated_batch_norm(
+        x, torch.zeros(2, dtype=dtype), None, None, mean, var, training=True, momentum=1.0, seed=1
+    )
     true_var, true_mean = torch.var_mean(x.double(), [i for i in range(x.dim()) if i != 1])
     epsilon = torch.finfo(dtype).eps
     torch.testing.assert_close(mean.double(), true_mean, atol=0, rtol=max(2 * epsilon, 1e-13))
-    torch.testing.assert_close(var.double(), true_var, atol=0, rtol=1e3 * epsilon if cpu_backend == "reference" else 1e-11 + 4 * epsilon)
+    torch.testing.assert_close(
+        var.double(), true_var, atol=0, rtol=1e3 * epsilon if cpu_backend == "reference" else 1e-11 + 4 * epsilon
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -144,7 +158,9 @@ def test_half_precision_with_float32_or_half_parameters_is_batch_norms(cpu_backe
     assert (y - expected).norm() <= testing_tolerance * expected.norm()
     for name, t in data.items():
         assert t.grad.dtype == t.dtype
-        assert (t.grad - plain[name].grad).float().norm() <= 2 * testing_tolerance * plain[name].grad.float().norm(), name
+        assert (t.grad - plain[name].grad).float().norm() <= 2 * testing_tolerance * plain[name].grad.float().norm(), (
+            name
+        )
     for a, b in zip(own, torchs, strict=True):
         assert a.dtype == b.dtype == wide
         torch.testing.assert_close(a, b, atol=1e-6, rtol=float(torch.finfo(wide).eps) * 2)
@@ -175,7 +191,9 @@ def test_a_gradient_is_the_same_whatever_else_is_asked_for(cpu_backend, needed, 
     grads = []
     for only in (data, {needed: data[needed]}):
         leaves = {name: t.detach().clone().requires_grad_(name in only) for name, t in data.items()}
-        y = functional.gated_batch_norm(**leaves, **_named(running), training=training, momentum=0.0, seed=1, per_sample=True)
+        y = functional.gated_batch_norm(
+            **leaves, **_named(running), training=training, momentum=0.0, seed=1, per_sample=True
+        )
         y.square().sum().backward()
         grads.append(leaves[needed].grad)
     assert torch.equal(*grads)
@@ -220,7 +238,9 @@ def test_saved_for_backward_holds_the_input_and_nothing_else_of_its_size(cpu_bac
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        functional.gated_batch_norm(**data, **_named(running), training=training, seed=1, per_sample=per_sample, activation="relu")
+        functional.gated_batch_norm(
+            **data, **_named(running), training=training, seed=1, per_sample=per_sample, activation="relu"
+        )
     assert extra == ([(C,), (C,)] if training else []), "mean and variance of the batch"
 
 
@@ -237,12 +257,15 @@ def test_opcheck(cpu_backend, shape, training):
         for needs in ([True] * 4, [True, False, False, False], [False, True, False, True]):
             args = torch.randn(shape), *tensors, *statistics, *how, training, needs
             torch.library.opcheck(torch.ops.dampr.norm_gate_bwd.default, args)
-    torch.library.opcheck(torch.ops.dampr.norm_gate_fwd.default, (tensors[0], None, None, *tensors[3:], *given, 1e-5, spec, True, True))
+    torch.library.opcheck(
+        torch.ops.dampr.norm_gate_fwd.default, (tensors[0], None, None, *tensors[3:], *given, 1e-5, spec, True, True)
+    )
 
 
 @pytest.mark.parametrize("kind", [dampr.nn.GatedBatchNorm1d, dampr.nn.GatedBatchNorm2d])
 @pytest.mark.parametrize(("per_sample", "activation"), list(itertools.product((False, True), (None, "relu"))))
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's own, of every autograd.Function
+# dynamo's own, of every autograd.Function
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_compiles_without_a_graph_break_and_computes_the_same(kind, per_sample, activation):
     x = torch.randn(5, C) if kind is dampr.nn.GatedBatchNorm1d else torch.randn(5, C, 4, 4)
     results = []
@@ -254,7 +277,13 @@ def test_compiles_without_a_graph_break_and_computes_the_same(kind, per_sample, 
         y = run(x)
         (y.square().sum() + 1e-3 * layer.penalty()).backward()
         results.append(
-            [y.detach(), *(p.grad for p in layer.parameters()), layer.running_mean, layer.running_var, layer.num_batches_tracked]
+            [
+                y.detach(),
+                *(p.grad for p in layer.parameters()),
+                layer.running_mean,
+                layer.running_var,
+                layer.num_batches_tracked,
+            ]
         )
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b)
@@ -265,7 +294,11 @@ def test_torch_func_gradients_work(cpu_backend):
     x = data.pop("x")
 
     def loss(params):
-        return functional.gated_batch_norm(x, **params, training=True, seed=1, per_sample=True, activation="relu").square().sum()
+        return (
+            functional.gated_batch_norm(x, **params, training=True, seed=1, per_sample=True, activation="relu")
+            .square()
+            .sum()
+        )
 
     grads = torch.func.grad(loss)(data)
     leaves = {n: t.clone().requires_grad_() for n, t in data.items()}
@@ -322,12 +355,20 @@ def test_running_statistics_of_any_kind_are_moved(cpu_backend, kept):
     expected, expected_var = mean.clone(), var.clone()
     functional.gated_batch_norm(**data, running_mean=expected, running_var=expected_var, training=True, seed=5)
     with torch.inference_mode() if kept == "inference" else nullcontext():
-        own = torch.stack([mean, mean], 1)[:, 0] if kept == "strided" else mean.bfloat16() if kept == "half" else mean.clone()
+        own = (
+            torch.stack([mean, mean], 1)[:, 0]
+            if kept == "strided"
+            else mean.bfloat16()
+            if kept == "half"
+            else mean.clone()
+        )
         assert own.is_inference() == (kept == "inference")
         own = None if kept == "absent" else own
         functional.gated_batch_norm(**data, running_mean=own, running_var=var, training=True, seed=5)
         if own is not None:
-            torch.testing.assert_close(own.float(), expected, **({"rtol": 1e-2, "atol": 1e-2} if kept == "half" else {}))
+            torch.testing.assert_close(
+                own.float(), expected, **({"rtol": 1e-2, "atol": 1e-2} if kept == "half" else {})
+            )
         torch.testing.assert_close(var, expected_var)
 
 
@@ -341,7 +382,9 @@ def test_autograd_knows_that_running_statistics_were_written_to(cpu_backend):
         y.sum().backward()
 
 
-@pytest.mark.parametrize("how", [{}, {"momentum": None}, {"momentum": 0.0}, {"track_running_stats": False}, {"affine": False}], ids=str)
+@pytest.mark.parametrize(
+    "how", [{}, {"momentum": None}, {"momentum": 0.0}, {"track_running_stats": False}, {"affine": False}], ids=str
+)
 def test_a_layer_counts_and_moves_as_torchs_own(cpu_backend, how):
     torch.manual_seed(2)
     own, torchs = dampr.nn.GatedBatchNorm2d(C, activation="relu", **how), nn.BatchNorm2d(C, **how)

@@ -1,4 +1,6 @@
-"""Whose matrix products a linear layer takes on the CPU, and that they are right, oneDNN's on any processor that has it."""
+"""Whose matrix products a linear layer takes on the CPU, and that they are right,
+oneDNN's on any processor that has it.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,9 @@ def step(layer: GatedLinear, x: torch.Tensor) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("op", ["gated_linear", "weight_gated_linear"])
-def test_every_product_by_onednn_passes_verification(monkeypatch: pytest.MonkeyPatch, calls: list[tuple[int, ...]], op: str) -> None:
+def test_every_product_by_onednn_passes_verification(
+    monkeypatch: pytest.MonkeyPatch, calls: list[tuple[int, ...]], op: str
+) -> None:
     monkeypatch.setattr(products, "WORK", 1)
     monkeypatch.setattr(products, "ROWS", 1)
     rows = [row for row in verify.run(op) if (row.backend, row.dtype) == ("cpp", "float32")]
@@ -65,9 +69,13 @@ def test_every_product_by_onednn_passes_verification(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize(
-    "how", [{}, {"granularity": "input"}, {"granularity": (4, 4)}, {"granularity": "weight"}, {"per_sample": True}], ids=str
+    "how",
+    [{}, {"granularity": "input"}, {"granularity": (4, 4)}, {"granularity": "weight"}, {"per_sample": True}],
+    ids=str,
 )
-def test_a_layer_in_training_takes_all_three_products_from_there(calls: list[tuple[int, ...]], how: dict[str, object]) -> None:
+def test_a_layer_in_training_takes_all_three_products_from_there(
+    calls: list[tuple[int, ...]], how: dict[str, object]
+) -> None:
     layer, x = GatedLinear(K, N, **how), torch.randn(M, K)  # type: ignore[arg-type]
     found = step(layer, x)
     assert sorted(calls) == [(M, K), (M, N), (N, M)]
@@ -79,7 +87,9 @@ def test_a_layer_in_training_takes_all_three_products_from_there(calls: list[tup
 
 
 @pytest.mark.parametrize("granularity", ["output", "input", "weight", (4, 4)])
-def test_evaluation_equals_the_dense_layer_to_the_bit(calls: list[tuple[int, ...]], granularity: str | tuple[int, int]) -> None:
+def test_evaluation_equals_the_dense_layer_to_the_bit(
+    calls: list[tuple[int, ...]], granularity: str | tuple[int, int]
+) -> None:
     dense, x = torch.nn.Linear(K, N), torch.randn(M, K)
     layer = GatedLinear.from_dense(dense, granularity=granularity).eval()
     assert torch.equal(layer(x), dense(x))

@@ -33,7 +33,9 @@ def test_the_table_decides_and_the_reason_names_its_source(problem, never, alway
 
 def test_without_a_device_the_default_table_decides():
     problem = (64, 4096, 4096, BF16, "weight", False)
-    assert routes.route(*problem) == routes.route(*problem, torch.device("cpu")) == routes.route_by(thresholds(), *problem)
+    assert (
+        routes.route(*problem) == routes.route(*problem, torch.device("cpu")) == routes.route_by(thresholds(), *problem)
+    )
 
 
 def test_a_device_gets_its_own_table(monkeypatch):

@@ -1,4 +1,6 @@
-"""Second derivatives of every op are those of the dense op times its gates, written out, for the same draw; the first stay fused."""
+"""Second derivatives of every op are those of the dense op times its gates, written out, for the same draw;
+the first stay fused.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,11 @@ def normed(x: Tensor, weight: Tensor, bias: Tensor, statistics: bool) -> Tensor:
 
 def batch_norm(training: bool, **how: Any) -> Callable[..., Tensor]:
     def call(x: Tensor, weight: Tensor, bias: Tensor, gate: Tensor) -> Tensor:
-        kept = {} if training else {"running_mean": torch.full((5,), 0.5).double(), "running_var": torch.full((5,), 2.0).double()}
+        kept = (
+            {}
+            if training
+            else {"running_mean": torch.full((5,), 0.5).double(), "running_var": torch.full((5,), 2.0).double()}
+        )
         return functional.gated_batch_norm(x, gate, weight, bias, **kept, training=training, seed=SEED, **how)
 
     return call
@@ -59,7 +65,11 @@ FLIP = philox.SECOND_STREAM
 # Of each op: the shapes of its tensors, the op, and the same written out.
 CASES: dict[str, tuple[dict[str, tuple[int, ...]], Callable[..., Any], Callable[..., Any]]] = {
     "sample_gates": ({"gate": (7,)}, lambda gate: functional.sample_gates(gate, seed=SEED), drawn),
-    "sample_gates, rows": ({"gate": (4,)}, lambda gate: functional.sample_gates(gate, seed=SEED, rows=3), lambda gate: drawn(gate, 3)),
+    "sample_gates, rows": (
+        {"gate": (4,)},
+        lambda gate: functional.sample_gates(gate, seed=SEED, rows=3),
+        lambda gate: drawn(gate, 3),
+    ),
     "open_probability": (
         {"gate": (4,)},
         lambda gate: functional.open_probability(gate),
@@ -78,7 +88,9 @@ CASES: dict[str, tuple[dict[str, tuple[int, ...]], Callable[..., Any], Callable[
     "linear, both, per sample": (
         LINEAR | {"input_gate": (4,), "output_gate": (5,)},
         lambda **data: functional.gated_linear(**data, seed=SEED, per_sample=True),
-        lambda x, weight, bias, input_gate, output_gate: F.linear(x * drawn(input_gate, 3), weight, bias) * drawn(output_gate, 3, FLIP),
+        lambda x, weight, bias, input_gate, output_gate: (
+            F.linear(x * drawn(input_gate, 3), weight, bias) * drawn(output_gate, 3, FLIP)
+        ),
     ),
     "linear, weight": (
         LINEAR | {"weight_gate": (20,)},
@@ -118,7 +130,9 @@ CASES: dict[str, tuple[dict[str, tuple[int, ...]], Callable[..., Any], Callable[
     "conv2d, blocks": (
         IMAGES | {"weight_gate": (6,)},
         lambda **data: functional.gated_conv2d(**data, seed=SEED, block=(2, 2)),
-        lambda x, weight, bias, weight_gate: F.conv2d(x, weight * blocks(drawn(weight_gate), 5, 4)[..., None, None], bias),
+        lambda x, weight, bias, weight_gate: F.conv2d(
+            x, weight * blocks(drawn(weight_gate), 5, 4)[..., None, None], bias
+        ),
     ),
     "activations": (
         {"x": (3, 4, 2), "gate": (4,)},
@@ -164,7 +178,9 @@ def data_of(name: str) -> Data:
 
 
 def derivatives(function: Callable[..., Tensor], data: Data) -> dict[str, Tensor]:
-    """y, the gradients alone, and with a graph, and the gradients of a product of these with numbers, by every input and by that of y."""
+    """y, the gradients alone, and with a graph, and the gradients of a product of these with numbers,
+    by every input and by that of y.
+    """
     leaves = {name: t.clone().requires_grad_() for name, t in data.items()}
     y = function(**leaves)
     dy = torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view(y.shape).requires_grad_()
@@ -205,7 +221,9 @@ def test_on_every_route(name: str, route: str) -> None:
 def test_gradgradcheck(name: str, cpu_backend: str) -> None:
     names, function = list(CASES[name][0]), CASES[name][1]
     leaves = [t.requires_grad_() for t in data_of(name).values()]
-    assert torch.autograd.gradgradcheck(lambda *given: function(**dict(zip(names, given, strict=True))), leaves, fast_mode=True)
+    assert torch.autograd.gradgradcheck(
+        lambda *given: function(**dict(zip(names, given, strict=True))), leaves, fast_mode=True
+    )
 
 
 SPECS = {
@@ -241,7 +259,9 @@ def test_the_generator_of_dep_l0(cpu_backend: str) -> None:
     generator = gates.DependencyGenerator([5, 4])
     parameters = [p.detach().double().requires_grad_() for p in generator.parameters()]
     limit = 4.6
-    assert torch.autograd.gradgradcheck(lambda *p: tuple(dampr.ops.dependency_generator(p, limit)), parameters, fast_mode=True)
+    assert torch.autograd.gradgradcheck(
+        lambda *p: tuple(dampr.ops.dependency_generator(p, limit)), parameters, fast_mode=True
+    )
     leaves = list(generator.double().parameters())
     found = torch.autograd.grad(generator()[1].square().sum(), leaves, create_graph=True)
     plain = [p.detach().clone().requires_grad_() for p in leaves]
@@ -334,7 +354,11 @@ def test_vectorized_jacobians(name: str, cpu_backend: str) -> None:
 
         return torch.autograd.functional.jacobian(positional, data, vectorize=True, strategy=strategy)
 
-    rows = [jacobian(functions[0], "reverse-mode"), jacobian(functions[0], "forward-mode"), jacobian(functions[1], "reverse-mode")]
+    rows = [
+        jacobian(functions[0], "reverse-mode"),
+        jacobian(functions[0], "forward-mode"),
+        jacobian(functions[1], "reverse-mode"),
+    ]
     for reverse, forward, right in zip(*rows, strict=True):
         torch.testing.assert_close(reverse, right, rtol=1e-7, atol=1e-9)
         torch.testing.assert_close(forward, right, rtol=1e-7, atol=1e-9)
@@ -351,7 +375,8 @@ def test_with_checkpointing(cpu_backend: str) -> None:
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's own, of every autograd.Function
+# dynamo's own, of every autograd.Function
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_under_the_compiler_they_are_refused_by_name() -> None:
     x = torch.randn(3, 4, requires_grad=True)
     torch._dynamo.reset()

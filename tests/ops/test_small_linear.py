@@ -1,4 +1,6 @@
-"""Tiny layers, one call of the extension each way: odd sizes, every subset of gradients, and nothing kept that need not be."""
+"""Tiny layers, one call of the extension each way: odd sizes, every subset of gradients,
+and nothing kept that need not be.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ def data_of(m: int, n: int, k: int, place: str, dtype: torch.dtype = torch.float
     return {name: t.to(dtype).requires_grad_() for name, t in values.items()}
 
 
-def gradients(data: dict[str, torch.Tensor], per_sample: bool, wanted: tuple[str, ...] | None = None) -> list[torch.Tensor]:
+def gradients(
+    data: dict[str, torch.Tensor], per_sample: bool, wanted: tuple[str, ...] | None = None
+) -> list[torch.Tensor]:
     y = functional.gated_linear(**data, seed=7, per_sample=per_sample)
     dy = torch.linspace(-1, 2, y.numel()).view(y.shape).to(y.dtype)
     return [y, *torch.autograd.grad(y, [t for name, t in data.items() if wanted is None or name in wanted], dy)]
@@ -56,7 +60,9 @@ def test_each_gradient_is_the_same_whichever_others_are_asked_for(per_sample: bo
         everything = dict(zip(data, gradients(data, per_sample)[1:], strict=True))
         for wanted in itertools.combinations(NAMES, count):
             some = {name: t.detach().requires_grad_(name in wanted) for name, t in data.items()}
-            for name, grad in zip([name for name in data if name in wanted], gradients(some, per_sample, wanted)[1:], strict=True):
+            for name, grad in zip(
+                [name for name in data if name in wanted], gradients(some, per_sample, wanted)[1:], strict=True
+            ):
                 torch.testing.assert_close(grad, everything[name], msg=lambda m, n=name, w=wanted: f"{n} of {w}: {m}")
 
 
@@ -110,7 +116,10 @@ def test_who_counts_only_the_backward_sees_its_operator(per_sample: bool) -> Non
 def test_long_sums_are_as_exact_as_torchs(m: int, k: int, n: int, per_sample: bool) -> None:
     data = data_of(m, n, k, "both")
     data["weight"].data /= k**0.5
-    assert dampr.ops.select(data["x"].device, torch.float32).route(m, n, k, torch.float32, "output", per_sample)[0] == "small"
+    assert (
+        dampr.ops.select(data["x"].device, torch.float32).route(m, n, k, torch.float32, "output", per_sample)[0]
+        == "small"
+    )
     found = gradients(data, per_sample)
     with dampr.backend("reference"):
         plain = gradients(data, per_sample)

@@ -1,4 +1,6 @@
-"""From where on closed gates are left out: safe by default, what was measured once it was asked for, and told by explain."""
+"""From where on closed gates are left out: safe by default, what was measured once it was asked for,
+and told by explain.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,10 @@ def cache(tmp_path, monkeypatch):
 
 def test_without_a_file_the_defaults_hold_and_say_how_to_measure(cache):
     assert thresholds.skip() == thresholds.DEFAULT
-    assert "from 50% of the inputs' gates on, from 38% of the outputs' gates on, by default; dampr tune" in thresholds.described()
+    assert (
+        "from 50% of the inputs' gates on, from 38% of the outputs' gates on, by default; dampr tune"
+        in thresholds.described()
+    )
     assert not list(cache.iterdir()), "nothing is written unasked"
 
 
@@ -82,7 +87,8 @@ def test_explain_says_what_holds(capsys):
     thresholds.write(0.2, 0.3, date="2026-01-01")
     dampr.explain(GatedLinear(1024, 1024), torch.randn(64, 1024))
     assert (
-        "from 20% of the inputs' gates on, from 30% of the outputs' gates on, as dampr tune found on 2026-01-01" in capsys.readouterr().out
+        "from 20% of the inputs' gates on, from 30% of the outputs' gates on, as dampr tune found on 2026-01-01"
+        in capsys.readouterr().out
     )
 
 

@@ -1,4 +1,6 @@
-"""Gates on weights and on blocks of weights as an operator: gradcheck, opcheck, compile, what is saved; values are in verification."""
+"""Gates on weights and on blocks of weights as an operator: gradcheck, opcheck, compile, what is saved;
+values are in verification.
+"""
 
 import pytest
 import torch
@@ -73,10 +75,13 @@ def test_opcheck(cpu_backend, block):
     tail = gate, torch.tensor([3]), [float(v) for v in hard_concrete()], list(block)
     torch.library.opcheck(torch.ops.dampr.weight_gated_linear_fwd.default, (x, weight, bias, *tail))
     for needs in ([True] * 4, [False, True, False, False], [True, False, False, False]):
-        torch.library.opcheck(torch.ops.dampr.weight_gated_linear_bwd.default, (torch.randn(6, 5), x, weight, bias, *tail, needs))
+        torch.library.opcheck(
+            torch.ops.dampr.weight_gated_linear_bwd.default, (torch.randn(6, 5), x, weight, bias, *tail, needs)
+        )
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's own, of every autograd.Function
+# dynamo's own, of every autograd.Function
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("granularity", ["weight", (4, 4)])
 def test_compiles_without_a_graph_break(granularity):
     layer, x = dampr.nn.GatedLinear(16, 12, granularity=granularity), torch.randn(5, 16)
@@ -97,7 +102,9 @@ def test_autocast_rounds_the_gated_weight_once(cpu_backend, block):
         y = functional.gated_linear(*data[:3], weight_gate=data[3], block=block, seed=4)
     assert y.dtype == torch.bfloat16
     z = reference.expand_blocks(functional.sample_gates(data[3], seed=4), (8, 16), block)
-    eye = functional.gated_linear(torch.eye(16).bfloat16(), data[1].detach().bfloat16(), weight_gate=data[3].detach(), block=block, seed=4)
+    eye = functional.gated_linear(
+        torch.eye(16).bfloat16(), data[1].detach().bfloat16(), weight_gate=data[3].detach(), block=block, seed=4
+    )
     assert torch.equal(eye.t(), (data[1].detach().bfloat16() * z).bfloat16())
     y.float().sum().backward()
     assert all(t.grad.dtype == torch.float32 for t in data)
@@ -111,6 +118,10 @@ def test_zero_patterns_are_equal_on_every_cpu_backend():
         patterns = []
         for name in ("reference", "cpp"):
             with dampr.backend(name):
-                patterns.append(functional.gated_linear(torch.eye(200), torch.ones(300, 200), weight_gate=gate, block=block, seed=2**61))
+                patterns.append(
+                    functional.gated_linear(
+                        torch.eye(200), torch.ones(300, 200), weight_gate=gate, block=block, seed=2**61
+                    )
+                )
         assert torch.equal(patterns[0] == 0, patterns[1] == 0)
         assert torch.equal(patterns[0] == 1, patterns[1] == 1)

@@ -1,4 +1,6 @@
-"""Convolution and gates as one node of autograd: the same as the smaller ops, nothing kept beside inputs, and torch's own errors."""
+"""Convolution and gates as one node of autograd: the same as the smaller ops, nothing kept beside inputs,
+and torch's own errors.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +23,18 @@ PLACES = {"input": ("input_gate",), "output": ("output_gate",), "both": ("input_
 NODE = "_WholeConvBackward"
 
 
-def problem(place: str, *, dims: int = 2, last: bool = False, bias: bool = True, groups: int = 1) -> dict[str, torch.Tensor]:
+def problem(
+    place: str, *, dims: int = 2, last: bool = False, bias: bool = True, groups: int = 1
+) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(dims + groups)
     size = (7, 6)[:dims]
-    shapes = {"x": (3, 4, *size), "weight": (6, 4 // groups, *(3, 2)[:dims]), "bias": (6,), "input_gate": (4,), "output_gate": (6,)}
+    shapes = {
+        "x": (3, 4, *size),
+        "weight": (6, 4 // groups, *(3, 2)[:dims]),
+        "bias": (6,),
+        "input_gate": (4,),
+        "output_gate": (6,),
+    }
     names = ("x", "weight", *["bias"] * bias, *PLACES[place])
     made = {name: torch.randn(shapes[name], generator=generator) for name in names}
     if last:
@@ -51,7 +61,9 @@ def apart(monkeypatch: pytest.MonkeyPatch, data: dict[str, torch.Tensor], **how:
 
 @pytest.mark.parametrize("route", ["fold", "activations"])
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize(("dims", "last", "groups"), [(1, False, 1), (2, False, 1), (2, True, 1), (2, False, 2), (2, True, 2)])
+@pytest.mark.parametrize(
+    ("dims", "last", "groups"), [(1, False, 1), (2, False, 1), (2, True, 1), (2, False, 2), (2, True, 2)]
+)
 @pytest.mark.parametrize("bias", [False, True])
 def test_one_node_computes_what_several_do(
     monkeypatch: pytest.MonkeyPatch, route: str, place: str, dims: int, last: bool, groups: int, bias: bool
@@ -78,7 +90,9 @@ def test_each_gradient_is_the_same_whichever_others_are_asked_for(route: str, pl
             for wanted in itertools.combinations(data, count):
                 some = {name: t.detach().requires_grad_(name in wanted) for name, t in data.items()}
                 for name, grad in zip(wanted, run(some, wanted)[1][1:], strict=True):
-                    torch.testing.assert_close(grad, everything[name], msg=lambda m, n=name, w=wanted: f"{n} of {w}: {m}")
+                    torch.testing.assert_close(
+                        grad, everything[name], msg=lambda m, n=name, w=wanted: f"{n} of {w}: {m}"
+                    )
 
 
 @pytest.mark.parametrize("route", ["fold", "activations"])

@@ -1,4 +1,6 @@
-"""A norm with gates in gain and bias as one node of autograd: the same as the smaller ops, and torch's own errors and side effects."""
+"""A norm with gates in gain and bias as one node of autograd: the same as the smaller ops,
+and torch's own errors and side effects.
+"""
 
 from __future__ import annotations
 
@@ -62,14 +64,18 @@ def apart(monkeypatch: pytest.MonkeyPatch, layer: nn.Module, x: Tensor) -> list[
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 @pytest.mark.parametrize("name", LAYERS)
-def test_one_node_computes_what_several_do(monkeypatch: pytest.MonkeyPatch, name: str, training: bool, dtype: torch.dtype) -> None:
+def test_one_node_computes_what_several_do(
+    monkeypatch: pytest.MonkeyPatch, name: str, training: bool, dtype: torch.dtype
+) -> None:
     layer, x = built(name, dtype)
     layer.train(training)
     before = {k: v.clone() for k, v in layer.state_dict().items()}
     node, found = run(layer, x)
     after = {k: v.clone() for k, v in layer.state_dict().items()}
     layer.load_state_dict(before)
-    passes = training and not name.startswith("layer") and name != "without bias" and dtype in (torch.float32, torch.float64)
+    passes = (
+        training and not name.startswith("layer") and name != "without bias" and dtype in (torch.float32, torch.float64)
+    )
     assert node == (PASS if passes else NODE)
     tolerance = {"rtol": 1e-4, "atol": 1e-5} if passes and dtype == torch.float32 else {}
     for a, b in zip(found, apart(monkeypatch, layer, x), strict=True):
@@ -130,8 +136,11 @@ def test_what_torch_refuses_is_refused_and_nothing_at_all_is_normalised_as_torch
     assert GatedLayerNorm(5)(torch.randn(0, 5)).shape == (0, 5)
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's own, of every autograd.Function
-@pytest.mark.parametrize("how", [{}, {"per_sample": True}, {"per_sample": True, "activation": "relu"}, {"activation": "relu"}], ids=str)
+# dynamo's own, of every autograd.Function
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize(
+    "how", [{}, {"per_sample": True}, {"per_sample": True, "activation": "relu"}, {"activation": "relu"}], ids=str
+)
 @pytest.mark.parametrize("affine", [True, False], ids=["affine", "bare"])
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 def test_what_the_compiler_sees_computes_the_same(training: bool, affine: bool, how: dict[str, Any]) -> None:
@@ -147,7 +156,8 @@ def test_what_the_compiler_sees_computes_the_same(training: bool, affine: bool, 
     torch.testing.assert_close(dict(layer.state_dict()), after)
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's own, of every autograd.Function
+# dynamo's own, of every autograd.Function
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("narrow", ["weight", "statistics", "all", "all but a gain"])
 def test_narrow_vectors_compile_as_they_run(narrow: str) -> None:
     torch._dynamo.reset()
@@ -171,10 +181,13 @@ def test_forward_mode_goes_through_a_norm_in_evaluation() -> None:
         y = layer(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
         tangent = torch.autograd.forward_ad.unpack_dual(y).tangent
     scale = layer.weight * layer.gate() / (layer.running_var + layer.eps).sqrt()
-    torch.testing.assert_close(tangent, scale.view(1, -1, 1, 1).expand_as(x).contiguous(memory_format=torch.channels_last))
+    torch.testing.assert_close(
+        tangent, scale.view(1, -1, 1, 1).expand_as(x).contiguous(memory_format=torch.channels_last)
+    )
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's own, of every autograd.Function
+# dynamo's own, of every autograd.Function
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_the_compiler_keeps_no_gate_of_the_size_of_activations() -> None:
     torch._dynamo.reset()
     kept: list[Tensor] = []

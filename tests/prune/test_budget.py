@@ -185,9 +185,14 @@ def test_optimizer_and_model_go_on_after_finalize():
 
 def test_what_is_out_of_reach_changes_nothing():
     model = converted()
-    with pytest.raises(dampr.BudgetError, match=r"macs=1000: expected at least 1,664 of 137,600 .* with one gate open in every layer"):
+    with pytest.raises(
+        dampr.BudgetError, match=r"macs=1000: expected at least 1,664 of 137,600 .* with one gate open in every layer"
+    ):
         dampr.Budget(model, X, macs=1000)
-    with pytest.raises(dampr.BudgetError, match=r"target of 6,880 macs: expected at least .* 20 \(a multiple of 1\) open in every layer"):
+    with pytest.raises(
+        dampr.BudgetError,
+        match=r"target of 6,880 macs: expected at least .* 20 \(a multiple of 1\) open in every layer",
+    ):
         dampr.Budget(model, X, macs=0.05).finalize(min_width=20)
     assert isinstance(model[0].gate, HardConcrete)
     with pytest.raises(dampr.BudgetError, match="30 "):
@@ -252,7 +257,9 @@ def test_layers_that_have_to_keep_the_same_number_do():
 
 def test_layers_that_cannot_keep_the_same_number_are_named():
     x = torch.randn(4, 6)
-    model = dampr.convert(nn.Sequential(nn.Linear(6, 20), nn.ReLU(), nn.Linear(20, 9), nn.ReLU(), nn.Linear(9, 2)), example_inputs=x)
+    model = dampr.convert(
+        nn.Sequential(nn.Linear(6, 20), nn.ReLU(), nn.Linear(20, 9), nn.ReLU(), nn.Linear(9, 2)), example_inputs=x
+    )
     budget = dampr.Budget(model, x, macs=0.6)
     with pytest.raises(ValueError, match=r"same='\*': it matches {'0': 20, '2': 9}, expected"):
         budget.finalize(same="*")

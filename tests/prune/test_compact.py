@@ -63,7 +63,10 @@ def prove(model, x=X):
     small = dampr.compact(model, example_inputs=x)
     torch.testing.assert_close(small(x), masked, atol=1e-5, rtol=1e-5)
     assert not [m for m in small.modules() if isinstance(m, (dampr.nn.GatedLayer, dampr.gates.Gate))]
-    assert all(type(m).__module__.startswith("torch.nn") or type(m).__module__ == type(model).__module__ for m in small.modules())
+    assert all(
+        type(m).__module__.startswith("torch.nn") or type(m).__module__ == type(model).__module__
+        for m in small.modules()
+    )
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items()), "the gated model is not changed"
     return small
 
@@ -130,7 +133,9 @@ def test_a_tied_width_is_cut_where_all_producers_are_closed():
         model.stem.gate.log_alpha[:10] = -5
         model.block.gate.log_alpha[6:] = -5
     small = prove(model)
-    assert small.stem.out_features == small.block.in_features == small.block.out_features == small.head.in_features == 12
+    assert (
+        small.stem.out_features == small.block.in_features == small.block.out_features == small.head.in_features == 12
+    )
     assert "still use them" in small.dampr_manifest["closed_but_kept"]["stem"]
 
 
@@ -190,7 +195,8 @@ class Flatten(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("closed", "channels"), [(range(9, 18), 3), ([0, 10, 11, 12], 4), ([*range(9), *range(27, 36), 12], 2), (range(36), 1)]
+    ("closed", "channels"),
+    [(range(9, 18), 3), ([0, 10, 11, 12], 4), ([*range(9), *range(27, 36), 12], 2), (range(36), 1)],
 )
 @pytest.mark.parametrize("rows", [1, 4])
 def test_a_convolution_channel_goes_when_all_its_readers_are_closed(closed, channels, rows):
@@ -223,7 +229,9 @@ def test_one_example_row_is_not_taken_for_a_constant(rows):
 
 
 class Odd(nn.Module):
-    """Producers and readers that cannot be cut yet, a layer called twice, a hidden width that is returned, bool and tuple outputs."""
+    """Producers and readers that cannot be cut yet, a layer called twice, a hidden width that is returned,
+    bool and tuple outputs.
+    """
 
     def __init__(self, kind):
         super().__init__()
@@ -261,7 +269,9 @@ def test_what_cannot_be_cut_stays_whole_and_the_note_says_why(kind, rows):
     small = dampr.compact(model, example_inputs=X[:rows])
     fresh = torch.randn(50, 20)
     model.eval(), small.eval()
-    for before, after in zip(dampr.prune.inputs.tensors(model(fresh)), dampr.prune.inputs.tensors(small(fresh)), strict=True):
+    for before, after in zip(
+        dampr.prune.inputs.tensors(model(fresh)), dampr.prune.inputs.tensors(small(fresh)), strict=True
+    ):
         torch.testing.assert_close(after, before, atol=1e-5, rtol=1e-5)
     if kind in ("bool", "lstm"):
         assert small.a.out_features < 20

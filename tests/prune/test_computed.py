@@ -1,4 +1,6 @@
-"""convert and compact of models with weights that are computed from others: parametrizations, weight_norm, spectral_norm, prune."""
+"""convert and compact of models with weights that are computed from others: parametrizations, weight_norm,
+spectral_norm, prune.
+"""
 
 from __future__ import annotations
 
@@ -105,7 +107,9 @@ def assert_cut(model: nn.Module, x: Tensor) -> nn.Module:
 
 
 @pytest.mark.parametrize(("kind", "name", "how"), CASES)
-def test_a_layer_with_a_computed_weight_is_left_out_with_the_reason_or_cut_by_its_readers(kind: str, name: str, how: str) -> None:
+def test_a_layer_with_a_computed_weight_is_left_out_with_the_reason_or_cut_by_its_readers(
+    kind: str, name: str, how: str
+) -> None:
     build, batch, _ = MODELS[kind]
     model, x = build(), batch()
     wrap(model, name, how)
@@ -150,14 +154,20 @@ def test_a_gated_model_with_a_computed_weight_is_cut_or_keeps_its_width(kind: st
         assert computed(small.get_submodule(layer)) == own
         notes = small.dampr_manifest["closed_but_kept"]
         assert any(
-            f"the {own} of {type(model.get_submodule(layer)).__name__} {layer!r} is computed from" in note for note in notes.values()
+            f"the {own} of {type(model.get_submodule(layer)).__name__} {layer!r} is computed from" in note
+            for note in notes.values()
         )
 
 
 def test_a_plan_prunes_around_a_spectral_norm() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(
-        nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 12), nn.ReLU(), parametrizations.spectral_norm(nn.Linear(12, 8)), nn.ReLU()
+        nn.Linear(6, 16),
+        nn.ReLU(),
+        nn.Linear(16, 12),
+        nn.ReLU(),
+        parametrizations.spectral_norm(nn.Linear(12, 8)),
+        nn.ReLU(),
     )
     model.append(nn.Linear(8, 2))
     x = torch.randn(32, 6)

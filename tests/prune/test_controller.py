@@ -1,4 +1,6 @@
-"""A budget that owns its gates, held to what a control system promises: it follows, it arrives, and nothing is left to decide."""
+"""A budget that owns its gates, held to what a control system promises: it follows, it arrives,
+and nothing is left to decide.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,14 @@ def mlp():
 
 def cnn():
     layers = [nn.Conv2d(2, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2)]
-    layers += [nn.Conv2d(16, 24, 3, bias=False), nn.BatchNorm2d(24), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, 4)]
+    layers += [
+        nn.Conv2d(16, 24, 3, bias=False),
+        nn.BatchNorm2d(24),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(24, 4),
+    ]
     return nn.Sequential(*layers), (2, 6, 6)
 
 
@@ -52,7 +61,9 @@ NETS = {"mlp": mlp, "cnn": cnn, "gru": gru}
 
 
 def follow(net, family, optimizer, macs, steps, score="learned", seed=0):
-    """Train for ``steps`` steps under a budget: of each step the goal, what was left, and a unit; the report, and the model."""
+    """Train for ``steps`` steps under a budget: of each step the goal, what was left, and a unit; the report,
+    and the model.
+    """
     torch.manual_seed(seed)
     model, shape = NETS[net]()
     x = torch.randn(256, *shape)
@@ -88,16 +99,22 @@ def check(trace, report, macs):
     ramp = Ramp(macs, len(trace))
     middle = ramp.measured + ramp.lag + ramp.length // 2
     for step, (goal, left, dearest) in enumerate(trace[middle:], middle):
-        assert abs(left - goal) <= max(0.1 * goal, dearest), f"step {step}: goal {goal:.4f}, left {left:.4f}, a unit {dearest:.4f}"
+        assert abs(left - goal) <= max(0.1 * goal, dearest), (
+            f"step {step}: goal {goal:.4f}, left {left:.4f}, a unit {dearest:.4f}"
+        )
     _, last, dearest = trace[-1]
     assert abs(last - macs) <= max(0.02 * macs, dearest), f"ends at {last:.4f} for {macs}"
-    assert report.changed <= 0.02, f"finalize changed {report.changed:.3f} of the gates: {report.closed}, {report.opened}"
+    assert report.changed <= 0.02, (
+        f"finalize changed {report.changed:.3f} of the gates: {report.closed}, {report.opened}"
+    )
     assert report.reached <= report.target
     assert all(left >= 1 for _, left in report.widths.values())
 
 
 def pairs(shift, every):
-    """Optimizers and targets: every pair, or four pairs that have each optimizer and each target once, others with another ``shift``."""
+    """Optimizers and targets: every pair, or four pairs that have each optimizer and each target once,
+    others with another ``shift``.
+    """
     if every:
         return list(itertools.product(OPTIMIZERS, TARGETS))
     return [(optimizer, TARGETS[(i + shift) % len(TARGETS)]) for i, optimizer in enumerate(OPTIMIZERS)]
@@ -123,7 +140,8 @@ def test_importance_follows_the_goal_whatever_the_optimizer(net, every):
 
 
 @pytest.mark.parametrize(
-    ("net", "family"), [("mlp", "hard_concrete"), ("cnn", "dep_l0"), ("gru", "diffmask"), ("mlp", "diffprune"), ("cnn", "dam")]
+    ("net", "family"),
+    [("mlp", "hard_concrete"), ("cnn", "dep_l0"), ("gru", "diffmask"), ("mlp", "diffprune"), ("cnn", "dam")],
 )
 def test_a_long_schedule_is_followed_too(net, family):
     check(*follow(net, family, "adam", 0.25, 600)[:2], 0.25)
@@ -146,7 +164,9 @@ def test_owned_gates_are_no_parameters_of_the_model_and_weights_keep_their_names
     assert not any("gate" in name for name, _ in model.named_parameters())
     assert all(isinstance(layer.gate, (SteppedGate, OwnedGate)) for layer in dampr.prune.gated_layers(model).values())
     assert budget.penalty() == 0
-    assert [name for name, _ in model.named_parameters()] == [f"{i}.{kind}" for i in (0, 2, 4) for kind in ("weight", "bias")]
+    assert [name for name, _ in model.named_parameters()] == [
+        f"{i}.{kind}" for i in (0, 2, 4) for kind in ("weight", "bias")
+    ]
 
 
 def test_a_probe_measures_taylor_importance_exactly():

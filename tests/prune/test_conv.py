@@ -64,7 +64,15 @@ class Separable(nn.Module):
 
 
 def lenet() -> nn.Sequential:
-    features = [nn.Conv2d(1, 6, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 10, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()]
+    features = [
+        nn.Conv2d(1, 6, 5),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(6, 10, 5),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+    ]
     return nn.Sequential(*features, nn.Linear(160, 20), nn.ReLU(), nn.Linear(20, 5))
 
 
@@ -88,7 +96,9 @@ def close_at_random(model: nn.Module, share: float, seed: int) -> None:
     for gate in {layer.gate for layer in dampr.prune.gated_layers(model).values()}:
         with torch.no_grad():
             closed = torch.rand(gate.log_alpha.shape, generator=generator) < share
-            gate.log_alpha.copy_(torch.where(closed, -5.0, torch.rand(gate.log_alpha.shape, generator=generator) * 6 - 2))
+            gate.log_alpha.copy_(
+                torch.where(closed, -5.0, torch.rand(gate.log_alpha.shape, generator=generator) * 6 - 2)
+            )
 
 
 def relative_gap(model: nn.Module, small: nn.Module, x: torch.Tensor) -> float:
@@ -134,17 +144,28 @@ def test_a_residual_stream_shrinks_as_one_width() -> None:
         model.blocks[0].bn1.gate.log_alpha[2:] = -5.0
     small = dampr.compact(model, example_inputs=IMAGES)
     assert (small.stem.out_channels, small.norm.num_features, small.head.in_features) == (3, 3, 3)
-    assert (small.blocks[0].conv1.in_channels, small.blocks[0].conv1.out_channels, small.blocks[0].conv2.out_channels) == (3, 2, 3)
+    assert (
+        small.blocks[0].conv1.in_channels,
+        small.blocks[0].conv1.out_channels,
+        small.blocks[0].conv2.out_channels,
+    ) == (3, 2, 3)
     assert not small.dampr_manifest["closed_but_kept"]
 
 
 def test_why_gates_sit_after_the_norm() -> None:
-    """Closed before the norm a channel is a constant after it, which no bias makes up for at a padded border; closed after it, it is 0."""
+    """Closed before the norm a channel is a constant after it, which no bias makes up for at a padded border;
+    closed after it, it is 0.
+    """
     torch.manual_seed(0)
 
     def network() -> nn.Sequential:
         return nn.Sequential(
-            nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3, padding=1), nn.Flatten(), nn.Linear(288, 3)
+            nn.Conv2d(3, 8, 3, padding=1),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            nn.Conv2d(8, 4, 3, padding=1),
+            nn.Flatten(),
+            nn.Linear(288, 3),
         )
 
     dense = trained(network(), IMAGES)
@@ -156,7 +177,9 @@ def test_why_gates_sit_after_the_norm() -> None:
             gate.log_alpha[:3] = -5.0
 
     def cut(model: nn.Sequential, fold: bool) -> torch.Tensor:
-        """Channels 0 to 2 removed by hand, their constants in the middle of the image folded into the next bias, or dropped."""
+        """Channels 0 to 2 removed by hand, their constants in the middle of the image folded into the next bias,
+        or dropped.
+        """
         hidden = model[2](model[1](model[0](IMAGES)))
         rest = nn.Conv2d(5, 4, 3, padding=1)
         with torch.no_grad():
@@ -194,7 +217,12 @@ def test_depthwise_convolutions_follow_the_layer_before() -> None:
     with torch.no_grad():
         model.bn1.gate.log_alpha[:7] = -5.0
     small = dampr.compact(model, example_inputs=IMAGES)
-    assert (small.expand.out_channels, small.depthwise.groups, small.depthwise.in_channels, small.project.in_channels) == (5, 5, 5, 5)
+    assert (
+        small.expand.out_channels,
+        small.depthwise.groups,
+        small.depthwise.in_channels,
+        small.project.in_channels,
+    ) == (5, 5, 5, 5)
 
 
 def test_linear_layers_and_norms_of_vectors() -> None:
@@ -229,20 +257,32 @@ def test_other_granularities_stay_in_the_convolution(granularity) -> None:
 
 @pytest.mark.parametrize("build", [lenet, ResNet])
 def test_macs_and_parameters_are_those_of_the_sizes_that_are_left(build) -> None:
-    """Active inputs times active outputs times kernel positions times output positions, by hand, and by torch's flop counter."""
+    """Active inputs times active outputs times kernel positions times output positions, by hand,
+    and by torch's flop counter.
+    """
     x = (DIGITS if build is lenet else IMAGES)[:1]
     model = trained(dampr.convert(build(), example_inputs=x), x if build is lenet else IMAGES)
     close_at_random(model, 0.5, 1)
     small = dampr.compact(model, example_inputs=x)
     sizes: dict[str, torch.Size] = {}
-    hooks = [m.register_forward_hook(lambda m, a, out, n=n: sizes.__setitem__(n, out.shape)) for n, m in small.named_modules()]
+    hooks = [
+        m.register_forward_hook(lambda m, a, out, n=n: sizes.__setitem__(n, out.shape))
+        for n, m in small.named_modules()
+    ]
     small(x)
     for hook in hooks:
         hook.remove()
     macs = params = 0
     for name, layer in small.named_modules():
         if isinstance(layer, nn.Conv2d):
-            macs += layer.in_channels * layer.out_channels * layer.kernel_size[0] * layer.kernel_size[1] * sizes[name][2] * sizes[name][3]
+            macs += (
+                layer.in_channels
+                * layer.out_channels
+                * layer.kernel_size[0]
+                * layer.kernel_size[1]
+                * sizes[name][2]
+                * sizes[name][3]
+            )
             params += (
                 layer.in_channels * layer.out_channels * layer.kernel_size[0] * layer.kernel_size[1]
                 + (layer.bias is not None) * layer.out_channels
@@ -298,7 +338,13 @@ def test_layernorm_gates_close_features_exactly() -> None:
 
 def test_a_norm_that_took_in_its_activation_is_cut_as_well() -> None:
     torch.manual_seed(0)
-    layers = [nn.Conv2d(3, 8, 3, padding=1), GatedBatchNorm2d(8, activation="relu"), nn.Conv2d(8, 4, 3), nn.Flatten(), nn.Linear(168, 3)]
+    layers = [
+        nn.Conv2d(3, 8, 3, padding=1),
+        GatedBatchNorm2d(8, activation="relu"),
+        nn.Conv2d(8, 4, 3),
+        nn.Flatten(),
+        nn.Linear(168, 3),
+    ]
     model = trained(nn.Sequential(*layers), IMAGES)
     with torch.no_grad():
         model[1].gate.log_alpha[:3] = -5.0

@@ -54,7 +54,11 @@ def test_with_example_inputs_the_classifier_keeps_its_outputs():
     model = dampr.convert(mlp(), example_inputs=X)
     assert [type(m) for m in model if isinstance(m, nn.Linear)] == [GatedLinear, GatedLinear, nn.Linear]
     plain = dampr.convert(Plain(), example_inputs=X)
-    assert sorted(dampr.prune.gated_layers(plain)) == ["body.a.weight_gates.0", "body.b.weight_gates.0", "head.weight_gates.0"]
+    assert sorted(dampr.prune.gated_layers(plain)) == [
+        "body.a.weight_gates.0",
+        "body.b.weight_gates.0",
+        "head.weight_gates.0",
+    ]
     assert plain.dampr_skipped == {"head": "its outputs are the model's own"}
 
 
@@ -112,7 +116,9 @@ def test_a_bare_linear_comes_back_converted():
 
 
 def _snapshot(model):
-    return [(n, type(m), m.training, id(m)) for n, m in model.named_modules()], [(n, id(p)) for n, p in model.named_parameters()]
+    return [(n, type(m), m.training, id(m)) for n, m in model.named_modules()], [
+        (n, id(p)) for n, p in model.named_parameters()
+    ]
 
 
 class Bypass(nn.Module):
@@ -175,7 +181,12 @@ class Fails(nn.Module):
             dampr.ConversionError,
             "'fc': the model reads its weight without calling it",
         ),
-        (WeightNorm, {"example_inputs": X, "per_sample": True}, dampr.ConversionError, "'fc': 'its weight is computed from other tensors"),
+        (
+            WeightNorm,
+            {"example_inputs": X, "per_sample": True},
+            dampr.ConversionError,
+            "'fc': 'its weight is computed from other tensors",
+        ),
         (Fails, {"example_inputs": X}, ArithmeticError, "only plain layers"),
         (mlp, {"include": "nothing.*"}, dampr.ConversionError, r"include='nothing.\*'.*no layer of Sequential"),
         (mlp, {"gate": "l2"}, ValueError, "gate='l2'"),
@@ -289,7 +300,9 @@ def test_the_random_state_is_left_alone():
 
 
 class WrittenAttention(nn.Module):
-    """Query, key and value of linear layers, viewed as four heads, and a feed-forward part with a learned scale that no layer holds."""
+    """Query, key and value of linear layers, viewed as four heads,
+    and a feed-forward part with a learned scale that no layer holds.
+    """
 
     def __init__(self):
         super().__init__()
@@ -326,11 +339,18 @@ def test_a_model_of_which_nothing_can_be_cut_says_why():
 
 
 class Keeping(nn.Module):
-    """Keeps what it computed last, as models do whose attention is to be looked at; ``other`` is whatever else it holds."""
+    """Keeps what it computed last, as models do whose attention is to be looked at;
+    ``other`` is whatever else it holds.
+    """
 
     def __init__(self, other=None):
         super().__init__()
-        self.first, self.norm, self.up, self.down = nn.Linear(10, 8), nn.LayerNorm(8), nn.Linear(8, 12), nn.Linear(12, 8)
+        self.first, self.norm, self.up, self.down = (
+            nn.Linear(10, 8),
+            nn.LayerNorm(8),
+            nn.Linear(8, 12),
+            nn.Linear(12, 8),
+        )
         self.last, self.head = nn.LayerNorm(8), nn.Linear(8, 3)
         self.other, self.seen = other, None
 
@@ -381,7 +401,13 @@ def test_a_model_that_cannot_be_copied_is_converted():
 
 
 def test_what_a_layer_under_spectral_norm_reads_has_gates_in_front_of_the_norm():
-    model = nn.Sequential(nn.Linear(10, 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.utils.parametrizations.spectral_norm(nn.Linear(6, 3)))
+    model = nn.Sequential(
+        nn.Linear(10, 8),
+        nn.ReLU(),
+        nn.Linear(8, 6),
+        nn.ReLU(),
+        nn.utils.parametrizations.spectral_norm(nn.Linear(6, 3)),
+    )
     dampr.convert(model, example_inputs=X)
     assert list(dampr.prune.gated_layers(model)) == ["2.weight_gates.0", "4.parametrizations.weight.original_gates.0"]
     for gates in dampr.prune.gated_layers(model).values():
@@ -404,15 +430,24 @@ def test_a_model_that_cannot_be_traced_is_refused_in_words(monkeypatch):
 
     for module in ("graph", "sight"):
         monkeypatch.setattr(f"dampr.prune.{module}.trace_units", fail)
-    with pytest.raises(dampr.ConversionError, match=r"^the operators of Sequential cannot be followed \(IndexError: no such operator\)$"):
+    with pytest.raises(
+        dampr.ConversionError,
+        match=r"^the operators of Sequential cannot be followed \(IndexError: no such operator\)$",
+    ):
         dampr.convert(mlp(), example_inputs=X)
 
 
 @pytest.mark.parametrize(
     ("layers", "reason"),
     [
-        ((nn.utils.parametrizations.weight_norm(nn.Linear(10, 8), dim=1), nn.ReLU()), "a norm of the weight counts its channels"),
-        ((nn.Linear(10, 8), nn.Softmax(-1), nn.utils.parametrizations.weight_norm(nn.Linear(8, 8), dim=1)), "its channels are mixed"),
+        (
+            (nn.utils.parametrizations.weight_norm(nn.Linear(10, 8), dim=1), nn.ReLU()),
+            "a norm of the weight counts its channels",
+        ),
+        (
+            (nn.Linear(10, 8), nn.Softmax(-1), nn.utils.parametrizations.weight_norm(nn.Linear(8, 8), dim=1)),
+            "its channels are mixed",
+        ),
     ],
 )
 def test_a_refusal_names_what_stands_against_gates_on_parameters_too(layers, reason):

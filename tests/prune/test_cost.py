@@ -1,4 +1,7 @@
-"""The cost of a decision is what compaction counts; between decisions it is multilinear. Whole networks: test_models.py."""
+"""The cost of a decision is what compaction counts; between decisions it is multilinear.
+
+Whole networks: test_models.py.
+"""
 
 from __future__ import annotations
 
@@ -91,7 +94,10 @@ CASES = {
     "own projections": lambda: (Tagger(GatedLSTM(12, 10, 2, proj_size=5, batch_first=True, widths="own")), words()),
     "projection": lambda: (Tagger(GatedLSTM(12, 10, proj_size=5, bias=False, batch_first=True)), words()),
     "gated reader": lambda: (GatedReader(GatedGRU(6, 10, batch_first=True)), torch.randn(3, 5, 6)),
-    "gated reader of projections": lambda: (GatedReader(GatedLSTM(6, 10, proj_size=7, batch_first=True)), torch.randn(3, 5, 6)),
+    "gated reader of projections": lambda: (
+        GatedReader(GatedLSTM(6, 10, proj_size=7, batch_first=True)),
+        torch.randn(3, 5, 6),
+    ),
     "branches": lambda: (Branches(), torch.randn(4, 6)),
     "transformer": lambda: (Transformer(), torch.randn(2, 5, 6)),
     "sublayers": lambda: (Transformer(parts=("heads", "neurons", "sublayers")), torch.randn(2, 5, 6)),
@@ -114,13 +120,17 @@ def test_a_decision_costs_what_compaction_counts(case, metric, seed):
             nn.init.constant_(layer.gate.log_alpha, 3.0 if torch.rand(()) < 0.5 else -9.0)
     foretold, counted = int(cost(cost.decision())), COUNT[metric](dampr.compact(model, example_inputs=x), x)
     if case == "branches" and not model.outer.gate.is_open():
-        assert foretold >= counted, "what read the stream is gone, and its own gates, which are counted as cutting nothing, cut it"
+        assert foretold >= counted, (
+            "what read the stream is gone, and its own gates, which are counted as cutting nothing, cut it"
+        )
     else:
         assert foretold == counted
 
 
 def test_input_gates_of_a_flattened_convolution():
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 16, 5))
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 16, 5)
+    )
     x = torch.randn(2, 3, 8, 8)
     dampr.convert(model, granularity="input", example_inputs=x)
     cost = Cost(model, x, "macs")
@@ -134,8 +144,17 @@ def test_input_gates_of_a_flattened_convolution():
 
 @pytest.mark.parametrize("act", [nn.Sigmoid, nn.Softplus, nn.ReLU])
 def test_input_gates_do_not_see_what_a_closed_channel_would_have_been(act):
-    """A convolution that pads with zeros reads nothing of a channel whose input gate is closed, whatever the channel holds."""
-    layers = [nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), act(), nn.Conv2d(8, 6, 3, padding=1), act(), nn.Conv2d(6, 2, 3, padding=1)]
+    """A convolution that pads with zeros reads nothing of a channel whose input gate is closed,
+    whatever the channel holds.
+    """
+    layers = [
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        act(),
+        nn.Conv2d(8, 6, 3, padding=1),
+        act(),
+        nn.Conv2d(6, 2, 3, padding=1),
+    ]
     model, x = shaken(nn.Sequential(*layers)), torch.randn(2, 3, 8, 8)
     dampr.convert(model, granularity="input", example_inputs=x)
     cost = Cost(model, x, "macs")
@@ -189,7 +208,12 @@ class Graph(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.first, self.norm, self.second, self.head = nn.Linear(6, 16), nn.BatchNorm1d(16), nn.Linear(16, 8), nn.Linear(8, 3)
+        self.first, self.norm, self.second, self.head = (
+            nn.Linear(6, 16),
+            nn.BatchNorm1d(16),
+            nn.Linear(16, 8),
+            nn.Linear(8, 3),
+        )
 
     def forward(self, x, neighbours):
         return self.head((neighbours @ self.second((neighbours @ self.first(x)).relu())).relu())
@@ -208,14 +232,22 @@ def test_products_beside_layers_are_counted():
 @pytest.mark.parametrize("how", [{"per_sample": True}, {"tie": False}, {"include": nn.Conv2d, "per_sample": True}])
 @pytest.mark.parametrize("case", ["instance norm", "sigmoid", "two norms", "prelu"])
 def test_layers_whose_closed_channels_would_stay_have_no_gates(case, how):
-    """Constants at a padded border: convert leaves these layers out where no gates on parameters may take their place."""
+    """Constants at a padded border: convert leaves these layers out where no gates on
+    parameters may take their place.
+    """
     first = {
         "instance norm": lambda: [nn.InstanceNorm2d(8, affine=True, track_running_stats=True), nn.SiLU()],
         "sigmoid": lambda: [nn.Sigmoid()],
         "two norms": lambda: [nn.BatchNorm2d(8), nn.ReLU(), nn.BatchNorm2d(8)],
         "prelu": lambda: [nn.PReLU(8)],
     }[case]()
-    layers = [nn.Conv2d(3, 8, 3, padding=1), *first, nn.Conv2d(8, 6, 3, padding=1), nn.PReLU(6), nn.Conv2d(6, 2, 3, padding=1)]
+    layers = [
+        nn.Conv2d(3, 8, 3, padding=1),
+        *first,
+        nn.Conv2d(8, 6, 3, padding=1),
+        nn.PReLU(6),
+        nn.Conv2d(6, 2, 3, padding=1),
+    ]
     model, x = shaken(nn.Sequential(*layers)), torch.randn(2, 3, 8, 8)
     for norm in (part for part in model if isinstance(part, nn.InstanceNorm2d)):
         nn.init.uniform_(norm.bias, 0.5, 1.0)
@@ -229,7 +261,9 @@ def test_layers_whose_closed_channels_would_stay_have_no_gates(case, how):
     assert (small[0].out_channels == 8) == stays
     assert small[-1].in_channels < 6
     assert not small.dampr_manifest["closed_but_kept"]
-    assert {metric: int(cost(cost.decision())) for metric, cost in costs.items()} == {metric: COUNT[metric](small, x) for metric in COUNT}
+    assert {metric: int(cost(cost.decision())) for metric, cost in costs.items()} == {
+        metric: COUNT[metric](small, x) for metric in COUNT
+    }
 
 
 @pytest.mark.parametrize("case", ["linear", "conv", "norm", "no gain", "lstm", "attention"])
@@ -242,9 +276,15 @@ def test_gates_of_a_model_in_double_precision_are_as_exact_as_it_is(case, family
         "linear": lambda: (nn.Sequential(nn.Linear(6, 12), nn.GELU(), nn.Linear(12, 3)), words),
         "conv": lambda: (nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 1)), image),
         "norm": lambda: (nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 2, 1)), image),
-        "no gain": lambda: (nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, affine=False), nn.ReLU(), nn.Conv2d(8, 2, 1)), image),
+        "no gain": lambda: (
+            nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, affine=False), nn.ReLU(), nn.Conv2d(8, 2, 1)),
+            image,
+        ),
         "lstm": lambda: (nn.Sequential(nn.LSTM(6, 10, proj_size=8, batch_first=True), First(), nn.Linear(8, 3)), words),
-        "attention": lambda: (nn.Sequential(nn.TransformerEncoderLayer(6, 2, 12, 0.0, batch_first=True), nn.Linear(6, 3)), words),
+        "attention": lambda: (
+            nn.Sequential(nn.TransformerEncoderLayer(6, 2, 12, 0.0, batch_first=True), nn.Linear(6, 3)),
+            words,
+        ),
     }[case]()
     model = (model if case == "no gain" else shaken(model)).double().eval()
     if case == "no gain" and family in ("dam", "diffprune"):
@@ -270,7 +310,11 @@ class LiteralHeads(nn.Module):
 
     def forward(self, x):
         q, k, v = (part.view(len(x), -1, 3, 4).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
-        return self.head(self.out(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(*x.shape[:2], 12)).relu())
+        return self.head(
+            self.out(
+                nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(*x.shape[:2], 12)
+            ).relu()
+        )
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -285,7 +329,9 @@ def test_input_gates_are_cut_or_left_out_before_training(case, seed):
             torch.randn(2, 3, 8, 8),
         ),
         "groups": lambda: (
-            nn.Sequential(conv(3, 8), nn.ReLU(), conv(8, 12, groups=4), nn.ReLU(), conv(12, 6, groups=2), nn.ReLU(), conv(6, 2)),
+            nn.Sequential(
+                conv(3, 8), nn.ReLU(), conv(8, 12, groups=4), nn.ReLU(), conv(12, 6, groups=2), nn.ReLU(), conv(6, 2)
+            ),
             torch.randn(2, 3, 8, 8),
         ),
     }[case]()
@@ -293,7 +339,9 @@ def test_input_gates_are_cut_or_left_out_before_training(case, seed):
     cost = Cost(model, x, "macs")
     torch.manual_seed(seed)
     for layer in dampr.prune.gated_layers(model).values():
-        layer.gate.set_levels_(torch.where(torch.rand(layer.gate.num_gates) < 0.5, -1.0, torch.rand(layer.gate.num_gates)))
+        layer.gate.set_levels_(
+            torch.where(torch.rand(layer.gate.num_gates) < 0.5, -1.0, torch.rand(layer.gate.num_gates))
+        )
     small = dampr.compact(model, example_inputs=x)
     torch.testing.assert_close(small(x), model(x), rtol=1e-9, atol=1e-9)
     assert count_macs(small, x) == int(cost(cost.decision()))

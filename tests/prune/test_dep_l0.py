@@ -1,4 +1,6 @@
-"""convert(gate="dep_l0"): one generator for the model, in the order of its calls, with the shapes of the published networks."""
+"""convert(gate="dep_l0"): one generator for the model, in the order of its calls,
+with the shapes of the published networks.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ from dampr.nn import GatedLayer
 from dampr.prune.measure import count_macs, count_params
 from tests import models
 
-PUBLISHED: dict[str, Any] = {  # the network, its golden numbers, which layers are gated, kernel areas of these, statistics of its generator
+# the network, its golden numbers, which layers are gated, kernel areas of these, statistics of its generator
+PUBLISHED: dict[str, Any] = {
     "vgg16-bn": ("vgg16_cifar10", [nn.Conv2d], [9] * 13, "vgg16"),
     "resnet56": ("resnet56_cifar10_conv_shortcut", ["0.0", "*.first.0"], [9] * 28, "resnet56"),
     "resnet50": ("resnet50_imagenet_stride_in_3x3", ["0.0", "*.reduce.0", "*.conv.0"], [49, *[1, 9] * 16], "resnet50"),
@@ -32,7 +35,10 @@ def published(name: str, **how: Any) -> tuple[nn.Module, DependencyGenerator]:
     """The network with gates, whose generator takes ``how``. Tests share it, so they leave it as it is."""
     model, x = models.FULL[name]()
     dampr.convert(
-        model, gate=functools.partial(DependencyGenerator, **how) if how else "dep_l0", include=PUBLISHED[name][1], example_inputs=x
+        model,
+        gate=functools.partial(DependencyGenerator, **how) if how else "dep_l0",
+        include=PUBLISHED[name][1],
+        example_inputs=x,
     )
     return model, generator_of(model)
 
@@ -52,7 +58,9 @@ def test_golden_generators_of_the_published_networks_are_found_by_convert(golden
 
 
 @pytest.mark.parametrize(("name", "width"), [("vgg16-bn", 64), ("resnet56", None), ("resnet50", None)])
-def test_golden_generators_run_backward_with_the_published_input(golden: dict[str, Any], name: str, width: int | None) -> None:
+def test_golden_generators_run_backward_with_the_published_input(
+    golden: dict[str, Any], name: str, width: int | None
+) -> None:
     case = golden["dep_l0"]["untrained_generator_statistics"][f"{PUBLISHED[name][3]}_backward"]
     generator = DependencyGenerator(published(name)[1].sizes, direction="backward", input_width=width)
     assert sum(p.numel() for p in generator.parameters()) == case["gen_params"]
@@ -74,14 +82,30 @@ def test_golden_penalties_with_every_gate_open(golden: dict[str, Any], name: str
     generator = DependencyGenerator(published(name)[1].sizes, bias_init=100.0).double()
     pi = generator.gates()[0].open_probability()[0].item()
     if name == "resnet50":
-        inputs = [3, 64, 64, *[256, 64] * 2, 256, 128, *[512, 128] * 3, 512, 256, *[1024, 256] * 5, 1024, 512, *[2048, 512] * 2]
+        inputs = [
+            3,
+            64,
+            64,
+            *[256, 64] * 2,
+            256,
+            128,
+            *[512, 128] * 3,
+            512,
+            256,
+            *[1024, 256] * 5,
+            1024,
+            512,
+            *[2048, 512] * 2,
+        ]
         for as_published, total, key in (
             (True, "penalty_sum_as_coded_k4", "penalty_at_lam_5e_9_as_coded"),
             (False, "penalty_sum_intended_k2", "penalty_at_lam_5e_9_intended"),
         ):
             made = generator.filter_penalty(areas, inputs, 1.0, as_published).item()
             assert made / pi == pytest.approx(case[total], rel=1e-9)
-            assert generator.filter_penalty(areas, inputs, 5e-9, as_published).item() / pi == pytest.approx(case[key], rel=1e-9)
+            assert generator.filter_penalty(areas, inputs, 5e-9, as_published).item() / pi == pytest.approx(
+                case[key], rel=1e-9
+            )
         return
     lam, key = {"vgg16-bn": (1e-6, "penalty_at_lam_1e_6"), "resnet56": (5e-7, "penalty_at_lam_5e_7")}[name]
     stem = 9 * 3 * generator.sizes[0] * pi  # its input is not gated

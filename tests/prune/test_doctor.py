@@ -62,7 +62,9 @@ def test_dying_and_dead_layers_are_named():
 
 
 def test_gates_before_a_norm_and_gates_that_cut_nothing():
-    model = nn.Sequential(GatedConv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.Flatten(), nn.LayerNorm(64))
+    model = nn.Sequential(
+        GatedConv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.Flatten(), nn.LayerNorm(64)
+    )
     (found,) = doctor(model, torch.randn(2, 3, 8, 8))
     assert found.where == "0"
     assert "BatchNorm makes constants" in found.problem
@@ -95,19 +97,30 @@ def trained_badly(optimizer, **how):
 def test_a_multiplier_that_winds_up_and_gates_that_do_not_move_are_named():
     model, x, budget, optimizer = trained_badly(torch.optim.SGD, strength=1.0, rate=0.1)
     found = [str(finding) for finding in doctor(model, x, optimizer=optimizer, budget=budget)]
-    assert any("the multiplier has wound up to" in text and "let the budget own the gates" in text for text in found), found
+    assert any("the multiplier has wound up to" in text and "let the budget own the gates" in text for text in found), (
+        found
+    )
     assert any(text.startswith("0: log_alpha moves by at most") for text in found), found
 
 
 def test_gates_that_keep_up_are_not_named():
-    model, x, budget, optimizer = trained_badly(lambda groups: torch.optim.Adam([groups[0], {**groups[1], "lr": 0.5}]), strength=100.0)
-    assert not [f for f in doctor(model, x, optimizer=optimizer, budget=budget) if "moves by" in f.problem or "wound up" in f.problem]
+    model, x, budget, optimizer = trained_badly(
+        lambda groups: torch.optim.Adam([groups[0], {**groups[1], "lr": 0.5}]), strength=100.0
+    )
+    assert not [
+        f
+        for f in doctor(model, x, optimizer=optimizer, budget=budget)
+        if "moves by" in f.problem or "wound up" in f.problem
+    ]
 
 
 def test_a_plan_that_is_too_short_is_named():
     x = torch.randn(32, 12)
     net = nn.Sequential(nn.Linear(12, 20), nn.ReLU(), nn.Linear(20, 3))
     found = doctor(net, x, plan=dampr.Plan(net, x, macs=0.3, steps=60, warmup=0.5, ramp=0.4))
-    assert [f.problem.split(",")[0] for f in found] == ["a unit has 5 steps to close", "6 of 60 steps are left for the small model"]
+    assert [f.problem.split(",")[0] for f in found] == [
+        "a unit has 5 steps to close",
+        "6 of 60 steps are left for the small model",
+    ]
     net = nn.Sequential(nn.Linear(12, 20), nn.ReLU(), nn.Linear(20, 3))
     assert doctor(net, x, plan=dampr.Plan(net, x, macs=0.3, steps=600)) == []

@@ -10,7 +10,14 @@ import torch
 from torch import nn
 
 import dampr
-from dampr.nn import GatedEmbedding, GatedGRU, GatedLSTM, GatedMultiheadAttention, GatedRNN, GatedTransformerEncoderLayer
+from dampr.nn import (
+    GatedEmbedding,
+    GatedGRU,
+    GatedLSTM,
+    GatedMultiheadAttention,
+    GatedRNN,
+    GatedTransformerEncoderLayer,
+)
 from dampr.nn.computed import copied
 from tests import models
 from tests.prune.test_models import close_at_random, trained
@@ -38,15 +45,24 @@ def test_expanded_networks_have_the_dense_shapes_and_the_same_outputs(name, tmp_
 
 def normed(norm):
     """Each kind of layer under a norm of its weight, read by another."""
-    layers = [nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 12, 3, padding=1), nn.ConvTranspose2d(12, 8, 2, 2), nn.Conv2d(8, 8, 3, groups=8)]
+    layers = [
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.Conv2d(8, 12, 3, padding=1),
+        nn.ConvTranspose2d(12, 8, 2, 2),
+        nn.Conv2d(8, 8, 3, groups=8),
+    ]
     acts = [part for layer in layers for part in (norm(layer), nn.ReLU())]
-    return nn.Sequential(*acts, nn.AdaptiveAvgPool2d(1), nn.Flatten(), norm(nn.Linear(8, 6)), nn.Tanh(), nn.Linear(6, 3))
+    return nn.Sequential(
+        *acts, nn.AdaptiveAvgPool2d(1), nn.Flatten(), norm(nn.Linear(8, 6)), nn.Tanh(), nn.Linear(6, 3)
+    )
 
 
 def groups_of(channels, times=1):
     last = nn.Conv2d(channels * times, 3, 1)
     deep = nn.Conv2d(channels, channels * times, 3, padding=1, groups=channels)
-    return nn.Sequential(nn.Conv2d(3, channels, 3, padding=1), nn.BatchNorm2d(channels), nn.ReLU(), deep, nn.ReLU(), last)
+    return nn.Sequential(
+        nn.Conv2d(3, channels, 3, padding=1), nn.BatchNorm2d(channels), nn.ReLU(), deep, nn.ReLU(), last
+    )
 
 
 def transposed_groups():
@@ -80,7 +96,9 @@ def test_norms_of_weights_and_groups_come_back(name, left, tmp_path):
     torch.testing.assert_close(small(x), model(x), rtol=1e-9, atol=1e-9)
     large = dampr.expand(small)
     torch.testing.assert_close(large(x), small(x), rtol=1e-9, atol=1e-9)
-    assert [(p.shape, name) for name, p in large.named_parameters()] == [(p.shape, name) for name, p in dense.named_parameters()]
+    assert [(p.shape, name) for name, p in large.named_parameters()] == [
+        (p.shape, name) for name, p in dense.named_parameters()
+    ]
     assert str(large) == str(dense)
     dampr.save(small, tmp_path / "small.safetensors")
     loaded = dampr.load(tmp_path / "small.safetensors", dense)
@@ -128,7 +146,14 @@ def test_expanded_attention(arguments):
         def forward(self, x, k, v):
             return self.head(self.attention(x, k, v, need_weights=False)[0])
 
-    model, x = Attend(), (torch.randn(2, 5, 12), torch.randn(2, 6, arguments.get("kdim", 12)), torch.randn(2, 6, arguments.get("vdim", 12)))
+    model, x = (
+        Attend(),
+        (
+            torch.randn(2, 5, 12),
+            torch.randn(2, 6, arguments.get("kdim", 12)),
+            torch.randn(2, 6, arguments.get("vdim", 12)),
+        ),
+    )
     model.attention.gate.log_alpha.data[:3:2] = -9
     optimizer = torch.optim.Adam(dampr.param_groups(model, lr=1e-2))
     model(*x).sum().backward()
@@ -379,4 +404,6 @@ def test_state_that_cannot_be_cut_is_refused_before_anything_is_done():
     held = [p for group in optimizer.param_groups for p in group["params"]]
     with pytest.raises(ValueError, match=r"Strange keeps 'basis' of shape \(7, 5\) for a parameter of shape \(10, 6\)"):
         dampr.compact(gated, example_inputs=x, optimizer=optimizer)
-    assert all(a is b for a, b in zip(held, (p for group in optimizer.param_groups for p in group["params"]), strict=True))
+    assert all(
+        a is b for a, b in zip(held, (p for group in optimizer.param_groups for p in group["params"]), strict=True)
+    )

@@ -32,7 +32,9 @@ class Custom(nn.Module):
 
 def sequential():
     norm = nn.BatchNorm1d(30)
-    return nn.Sequential(nn.Linear(20, 30), norm, nn.ReLU(inplace=True), nn.Dropout(0.1), nn.Linear(30, 4, bias=False), nn.Softmax(dim=1))
+    return nn.Sequential(
+        nn.Linear(20, 30), norm, nn.ReLU(inplace=True), nn.Dropout(0.1), nn.Linear(30, 4, bias=False), nn.Softmax(dim=1)
+    )
 
 
 def compacted(model, **convert):
@@ -147,8 +149,14 @@ def _flip(path):
             lambda p: _rewrite(p, _manifest(lambda m: m["widths"]["0"].update(out_features=21))),
             "manifest do not match the recorded SHA-256",
         ),
-        (lambda p: _rewrite(p, _manifest(lambda m: m["architecture"]["children"].pop("2"))), "manifest do not match the recorded SHA-256"),
-        (lambda p: _rewrite(p, _manifest(lambda m: m.update(compaction=None))), "manifest do not match the recorded SHA-256"),
+        (
+            lambda p: _rewrite(p, _manifest(lambda m: m["architecture"]["children"].pop("2"))),
+            "manifest do not match the recorded SHA-256",
+        ),
+        (
+            lambda p: _rewrite(p, _manifest(lambda m: m.update(compaction=None))),
+            "manifest do not match the recorded SHA-256",
+        ),
     ],
 )
 def test_damaged_files_are_refused(saved, damage, message):
@@ -161,7 +169,10 @@ def test_damaged_files_are_refused(saved, damage, message):
 def test_a_file_that_does_not_fit_leaves_the_model_as_it_was(saved):
     _, path = saved
     for other, message in (
-        (nn.Sequential(nn.Linear(20, 10), nn.BatchNorm1d(10), nn.ReLU(), nn.Dropout(), nn.Linear(10, 4, bias=False)), "cannot come from"),
+        (
+            nn.Sequential(nn.Linear(20, 10), nn.BatchNorm1d(10), nn.ReLU(), nn.Dropout(), nn.Linear(10, 4, bias=False)),
+            "cannot come from",
+        ),
         (nn.Sequential(nn.Linear(20, 30)), "only in the file"),
     ):
         before = {k: v.clone() for k, v in other.state_dict().items()}
@@ -215,20 +226,32 @@ FORGED = [
     (lambda m: m["widths"]["0"].update(num_features=3), "model has no size 0.num_features"),
     (lambda m: m["widths"]["0"].update(out_features=21), "layer '0': its widths .* do not go with 0.weight"),
     (lambda m: m["widths"]["1"].update(num_features=19), "layer '1': its widths .* do not go with 1.weight"),
-    (lambda m: m["widths"]["4"].update(in_features=10**7, out_features=10**7), "layer '4': its widths .* do not go with 4.weight"),
+    (
+        lambda m: m["widths"]["4"].update(in_features=10**7, out_features=10**7),
+        "layer '4': its widths .* do not go with 4.weight",
+    ),
     (lambda m: m["architecture"].pop("type"), "has to be an object with a type"),
     (lambda m: m["architecture"].pop("children"), "comes without children or arguments"),
     (lambda m: m["architecture"].update(children=[1]), "comes without children or arguments"),
     (lambda m: m["architecture"]["children"].update({"0": 7}), "7 has to be an object with a type"),
-    (lambda m: m["architecture"]["children"].update({"a.b": {"type": "ReLU", "arguments": {}}}), "'a.b' cannot be in torch.nn.Sequential"),
-    (lambda m: m["architecture"]["children"].update({"forward": {"type": "ReLU", "arguments": {}}}), "'forward' cannot be in"),
+    (
+        lambda m: m["architecture"]["children"].update({"a.b": {"type": "ReLU", "arguments": {}}}),
+        "'a.b' cannot be in torch.nn.Sequential",
+    ),
+    (
+        lambda m: m["architecture"]["children"].update({"forward": {"type": "ReLU", "arguments": {}}}),
+        "'forward' cannot be in",
+    ),
     (lambda m: m["architecture"]["children"].pop("0"), "does not fit model; only in the file"),
     (child("0", type="Module"), "names 'Module': expected a class of torch.nn"),
     (child("0", type="os.system"), "names 'os.system': expected a class of torch.nn"),
     (child("0", type=["Linear"]), "has to be an object with a type"),
     (child("0", type="LazyLinear", arguments={"out_features": 20}), "'0.weight'"),
     (child("0", arguments=None), "comes without children or arguments"),
-    (linear(out_features=10**7, in_features=10**7), r"'0.weight' has shape \(20, 20\), which cannot come from \(10000000, 10000000\)"),
+    (
+        linear(out_features=10**7, in_features=10**7),
+        r"'0.weight' has shape \(20, 20\), which cannot come from \(10000000, 10000000\)",
+    ),
     (linear(out_features=-3), "Linear does not take"),
     (linear(out_features="x"), "Linear does not take"),
     (linear(out_features=[20]), "Linear does not take"),
@@ -334,16 +357,24 @@ def test_only_linear_and_conv_layers_gain_a_bias(tmp_path):
 
 
 LAYERS = [
-    *(kind() for kind in (nn.Sigmoid, nn.Tanh, nn.Identity, nn.LogSigmoid, nn.Softsign, nn.Tanhshrink, nn.ReLU6, nn.Flatten)),
-    nn.Hardtanh(-2, 3), nn.Softmax(1), nn.GELU("tanh"), nn.LeakyReLU(0.2), nn.ELU(0.5), nn.Softplus(2), nn.Threshold(0.1, 2), nn.PReLU(3),
-    nn.Linear(4, 3, bias=False), nn.Bilinear(2, 3, 4), nn.Embedding(7, 3), nn.Embedding(7, 3, padding_idx=2, max_norm=1.5, sparse=True),
-    nn.EmbeddingBag(7, 3, mode="sum"), nn.LSTM(4, 3), nn.LSTM(4, 3, 2, bias=False, batch_first=True, bidirectional=True, proj_size=2),
-    nn.GRU(4, 3, 2, dropout=0.5), nn.RNN(4, 3, nonlinearity="relu"), nn.LSTMCell(4, 3), nn.RNNCell(4, 3, nonlinearity="relu"),
-    nn.Conv1d(2, 4, 3, padding="same", groups=2), nn.Conv2d(2, 4, (3, 1), stride=(2, 1), padding_mode="circular", bias=False),
+    *(kind() for kind in (nn.Sigmoid, nn.Tanh, nn.Identity, nn.LogSigmoid, nn.Softsign, nn.Tanhshrink, nn.ReLU6,
+    nn.Flatten)),
+    nn.Hardtanh(-2, 3), nn.Softmax(1), nn.GELU("tanh"), nn.LeakyReLU(0.2), nn.ELU(0.5), nn.Softplus(2),
+    nn.Threshold(0.1, 2), nn.PReLU(3),
+    nn.Linear(4, 3, bias=False), nn.Bilinear(2, 3, 4), nn.Embedding(7, 3), nn.Embedding(7, 3, padding_idx=2,
+    max_norm=1.5, sparse=True),
+    nn.EmbeddingBag(7, 3, mode="sum"), nn.LSTM(4, 3), nn.LSTM(4, 3, 2, bias=False, batch_first=True,
+    bidirectional=True, proj_size=2),
+    nn.GRU(4, 3, 2, dropout=0.5), nn.RNN(4, 3, nonlinearity="relu"), nn.LSTMCell(4, 3), nn.RNNCell(4, 3,
+    nonlinearity="relu"),
+    nn.Conv1d(2, 4, 3, padding="same", groups=2), nn.Conv2d(2, 4, (3, 1), stride=(2, 1), padding_mode="circular",
+    bias=False),
     nn.ConvTranspose2d(4, 2, 3, output_padding=1, stride=2, groups=2), nn.BatchNorm2d(3, affine=False),
-    nn.BatchNorm1d(3, track_running_stats=False), nn.LayerNorm((3, 2), elementwise_affine=False), nn.GroupNorm(2, 4), nn.RMSNorm(4),
+    nn.BatchNorm1d(3, track_running_stats=False), nn.LayerNorm((3, 2), elementwise_affine=False), nn.GroupNorm(2, 4),
+    nn.RMSNorm(4),
     nn.MaxPool2d(2, padding=1), nn.AdaptiveAvgPool2d((1, None)),
-    nn.Upsample(scale_factor=2.0, mode="bilinear"), nn.Unflatten(1, (2, 3)), nn.Dropout2d(0.3), nn.PixelShuffle(2), nn.ZeroPad2d(1),
+    nn.Upsample(scale_factor=2.0, mode="bilinear"), nn.Unflatten(1, (2, 3)), nn.Dropout2d(0.3), nn.PixelShuffle(2),
+    nn.ZeroPad2d(1),
 ]  # fmt: skip
 
 
@@ -355,7 +386,9 @@ def test_layers_of_torch_nn_load_by_the_path_alone(tmp_path, layer):
     again = dampr.load(path)
     assert str(again) == str(model)
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in again.state_dict().items())
-    plain = {k: v for k, v in vars(layer).items() if isinstance(v, bool | int | float | str | tuple) and k != "training"}
+    plain = {
+        k: v for k, v in vars(layer).items() if isinstance(v, bool | int | float | str | tuple) and k != "training"
+    }
     assert {k: vars(again["a"][0])[k] for k in plain} == plain
     assert not any(t.is_meta for t in (*again.parameters(), *again.buffers()))
 
@@ -364,7 +397,10 @@ def test_a_recurrent_layer_computes_with_the_tensors_of_the_file(tmp_path):
     model = nn.LSTM(4, 3, 2, bidirectional=True).eval()
     dampr.save(model, tmp_path / "r.safetensors")
     x = torch.randn(5, 2, 4)
-    for again in (dampr.load(tmp_path / "r.safetensors"), dampr.load(tmp_path / "r.safetensors", nn.LSTM(4, 3, 2, bidirectional=True))):
+    for again in (
+        dampr.load(tmp_path / "r.safetensors"),
+        dampr.load(tmp_path / "r.safetensors", nn.LSTM(4, 3, 2, bidirectional=True)),
+    ):
         assert torch.equal(again(x)[0], model(x)[0])
 
 
@@ -374,7 +410,10 @@ def transformers():
     how = {"dim_feedforward": 12, "batch_first": True}
     other = {"dropout": 0.3, "layer_norm_eps": 1e-3, "norm_first": True, "bias": False}
     yield nn.MultiheadAttention(8, 4), (x, x, x)
-    yield nn.MultiheadAttention(8, 2, 0.1, bias=False, add_bias_kv=True, add_zero_attn=True, kdim=3, batch_first=True), (x, x[..., :3], x)
+    yield (
+        nn.MultiheadAttention(8, 2, 0.1, bias=False, add_bias_kv=True, add_zero_attn=True, kdim=3, batch_first=True),
+        (x, x[..., :3], x),
+    )
     yield nn.TransformerEncoderLayer(8, 4, **how), (x, causal)
     yield nn.TransformerEncoderLayer(8, 4, activation="gelu", **how, **other), (x,)
     yield nn.TransformerEncoderLayer(8, 4, activation=nn.LeakyReLU(0.2), **how), (x,)
@@ -409,7 +448,11 @@ def test_transformers_load_by_the_path_alone(tmp_path, model, x):
         assert all(torch.equal(a, b) for a, b in zip(right, found, strict=True))
     names = "training", "_qkv_same_embed_dim"
     for one, other in zip(model.modules(), again.modules(), strict=True):
-        kept = {k: v for k, v in vars(one).items() if isinstance(v, bool | int | float | str | tuple) and (k[0] != "_" or k in names)}
+        kept = {
+            k: v
+            for k, v in vars(one).items()
+            if isinstance(v, bool | int | float | str | tuple) and (k[0] != "_" or k in names)
+        }
         assert {k: vars(other)[k] for k in kept} == kept
 
 
@@ -417,7 +460,9 @@ def test_transformers_load_by_the_path_alone(tmp_path, model, x):
 def test_a_compacted_transformer_loads_by_the_path_alone(tmp_path, activation):
     layer = nn.TransformerEncoderLayer(8, 4, 12, activation=activation, batch_first=True)
     words = torch.randint(20, (3, 5))
-    model = nn.Sequential(nn.Embedding(20, 8), nn.TransformerEncoder(layer, 3, enable_nested_tensor=False), nn.Flatten(), nn.Linear(40, 3))
+    model = nn.Sequential(
+        nn.Embedding(20, 8), nn.TransformerEncoder(layer, 3, enable_nested_tensor=False), nn.Flatten(), nn.Linear(40, 3)
+    )
     dampr.convert(model, example_inputs=words, exclude="1.layers.2.self_attn")
     for i, gated in enumerate(dampr.prune.gated_layers(model).values()):
         gated.gate.log_alpha.data[i % 3 :: 2] = -5
@@ -446,25 +491,55 @@ LAYER = ("layers", "0")
 TRANSFORMER_FORGED = [
     (composite(lambda d: d.pop("arguments")), "TransformerEncoder comes without arguments and children of its own"),
     (composite(lambda d: d["children"].pop("layers")), "TransformerEncoder does not take"),
-    (composite(lambda d: d["children"].update(layers={"type": "ReLU", "arguments": {}})), r"layers=ReLU\(\): expected ModuleList"),
-    (composite(lambda d: d["children"].update(norm={"type": "os.system"})), "names 'os.system': expected a class of torch.nn"),
-    (composite(lambda d: d["arguments"].update(norm="system")), "TransformerEncoder comes without arguments and children of its own"),
-    (composite(lambda d: (d["children"].pop("norm"), d["arguments"].update(norm="system"))), "norm='system': expected Module"),
+    (
+        composite(lambda d: d["children"].update(layers={"type": "ReLU", "arguments": {}})),
+        r"layers=ReLU\(\): expected ModuleList",
+    ),
+    (
+        composite(lambda d: d["children"].update(norm={"type": "os.system"})),
+        "names 'os.system': expected a class of torch.nn",
+    ),
+    (
+        composite(lambda d: d["arguments"].update(norm="system")),
+        "TransformerEncoder comes without arguments and children of its own",
+    ),
+    (
+        composite(lambda d: (d["children"].pop("norm"), d["arguments"].update(norm="system"))),
+        "norm='system': expected Module",
+    ),
     (composite(lambda d: d["arguments"].update(use_nested_tensor="yes")), "use_nested_tensor='yes': expected bool"),
     (composite(lambda d: d["arguments"].update(num_layers=10**9)), "TransformerEncoder does not take"),
     (composite(lambda d: d["children"].pop("1"), "layers"), "does not fit model; only in the file: .'0.layers.1"),
     (composite(lambda d: d["arguments"].update(nhead=3), *LAYER), "TransformerEncoderLayer does not take .*divisible"),
-    (composite(lambda d: d["arguments"].update(d_model=16), *LAYER), "tensor '0.layers.0.self_attn.in_proj_weight' has shape"),
-    (composite(lambda d: d["arguments"].update(dim_feedforward=10**8), *LAYER), "tensor '0.layers.0.linear1.weight' has shape"),
+    (
+        composite(lambda d: d["arguments"].update(d_model=16), *LAYER),
+        "tensor '0.layers.0.self_attn.in_proj_weight' has shape",
+    ),
+    (
+        composite(lambda d: d["arguments"].update(dim_feedforward=10**8), *LAYER),
+        "tensor '0.layers.0.linear1.weight' has shape",
+    ),
     (composite(lambda d: d["arguments"].update(bias=False), *LAYER), "only in the file: .*in_proj_bias"),
-    (composite(lambda d: d["arguments"].update(activation="os.system"), *LAYER), "activation should be relu/gelu, not os.system"),
+    (
+        composite(lambda d: d["arguments"].update(activation="os.system"), *LAYER),
+        "activation should be relu/gelu, not os.system",
+    ),
     (composite(lambda d: d["arguments"].update(activation=7), *LAYER), "activation=7: expected str or Module"),
     (composite(lambda d: d["arguments"].update(dropout="x"), *LAYER), "TransformerEncoderLayer does not take"),
-    (composite(lambda d: d["arguments"].update(device="cpu"), *LAYER), "comes without arguments and children of its own"),
+    (
+        composite(lambda d: d["arguments"].update(device="cpu"), *LAYER),
+        "comes without arguments and children of its own",
+    ),
     (composite(lambda d: d.update(type="TransformerDecoderLayer"), *LAYER), "only in the model: .*multihead_attn"),
     (composite(lambda d: d.update(type="MultiheadAttention"), *LAYER), "MultiheadAttention does not take"),
-    (lambda m: m["widths"]["0.layers.0.self_attn"].update(num_heads=3), "layer '0.layers.0.self_attn': .*MultiheadAttention does not take"),
-    (lambda m: m["widths"]["0.layers.1.linear1"].update(out_features=11), "layer '0.layers.1.linear1': its widths .* do not go with"),
+    (
+        lambda m: m["widths"]["0.layers.0.self_attn"].update(num_heads=3),
+        "layer '0.layers.0.self_attn': .*MultiheadAttention does not take",
+    ),
+    (
+        lambda m: m["widths"]["0.layers.1.linear1"].update(out_features=11),
+        "layer '0.layers.1.linear1': its widths .* do not go with",
+    ),
 ]
 
 
@@ -534,11 +609,27 @@ def own_layers():
     yield dampr.nn.PrunedMultiheadAttention(8, 4, 0.1, heads=(0, 3)), nn.MultiheadAttention(8, 4), (x, x, x)
     arguments = {"bias": False, "add_bias_kv": True, "add_zero_attn": True, "kdim": 3, "batch_first": True}
     inputs = torch.randn(2, 5, 8), torch.randn(2, 4, 3), torch.randn(2, 4, 8)
-    yield dampr.nn.PrunedMultiheadAttention(8, 4, **arguments, heads=(2,)), nn.MultiheadAttention(8, 4, **arguments), inputs
-    yield dampr.nn.PrunedTransformerEncoderLayer(8, 4, 3, **how, heads=(1, 2)), nn.TransformerEncoderLayer(8, 4, **stock), (x,)
-    yield dampr.nn.PrunedTransformerEncoderLayer(8, 4, 0, bias=False, heads=None), nn.TransformerEncoderLayer(8, 4, 12), (x,)
+    yield (
+        dampr.nn.PrunedMultiheadAttention(8, 4, **arguments, heads=(2,)),
+        nn.MultiheadAttention(8, 4, **arguments),
+        inputs,
+    )
+    yield (
+        dampr.nn.PrunedTransformerEncoderLayer(8, 4, 3, **how, heads=(1, 2)),
+        nn.TransformerEncoderLayer(8, 4, **stock),
+        (x,),
+    )
+    yield (
+        dampr.nn.PrunedTransformerEncoderLayer(8, 4, 0, bias=False, heads=None),
+        nn.TransformerEncoderLayer(8, 4, 12),
+        (x,),
+    )
     left = {"heads": (), "memory_heads": (3,)}
-    yield dampr.nn.PrunedTransformerDecoderLayer(8, 4, 5, **how, **left), nn.TransformerDecoderLayer(8, 4, **stock), (x, memory)
+    yield (
+        dampr.nn.PrunedTransformerDecoderLayer(8, 4, 5, **how, **left),
+        nn.TransformerDecoderLayer(8, 4, **stock),
+        (x, memory),
+    )
     yield nn.Identity(), nn.Linear(8, 8), (x,)
 
 
@@ -576,13 +667,25 @@ OWN_FORGED = [
     (leftover(lambda d: d.update(type="System")), "names 'System': expected a class of torch.nn"),
     (leftover(lambda d: d.pop("arguments")), "PrunedMultiheadAttention comes without arguments and children"),
     (leftover(lambda d: d["arguments"].update(heads=[0, 10**9])), "PrunedMultiheadAttention does not take"),
-    (leftover(lambda d: d["arguments"].update(heads=[0, 1, 2])), "layer '1': what it is does not go with 1.in_proj_weight"),
-    (leftover(lambda d: d["arguments"].update(embed_dim=10**8)), "layer '1': what it is does not go with 1.q_proj_weight"),
+    (
+        leftover(lambda d: d["arguments"].update(heads=[0, 1, 2])),
+        "layer '1': what it is does not go with 1.in_proj_weight",
+    ),
+    (
+        leftover(lambda d: d["arguments"].update(embed_dim=10**8)),
+        "layer '1': what it is does not go with 1.q_proj_weight",
+    ),
     (leftover(lambda d: d["arguments"].update(add_bias_kv=True)), "layer '1': what it is does not go with 1.bias_k"),
     (leftover(lambda d: d["arguments"].update(device="cpu")), "comes without arguments and children of its own"),
-    (leftover(lambda d: d.update(type="Residual", arguments={"branch": {}, "scaled": False})), "Residual does not take"),
+    (
+        leftover(lambda d: d.update(type="Residual", arguments={"branch": {}, "scaled": False})),
+        "Residual does not take",
+    ),
     (leftover(lambda d: d.update(type="ScaledRNN", arguments={"rnn": "os.system"})), "ScaledRNN does not take"),
-    (leftover(lambda d: d.update(type="StackedRNN", arguments={"layers": [], "dropout": 0.5})), "StackedRNN does not take"),
+    (
+        leftover(lambda d: d.update(type="StackedRNN", arguments={"layers": [], "dropout": 0.5})),
+        "StackedRNN does not take",
+    ),
     (leftover(lambda d: d.update(type="Scale", arguments={"num_features": 10**30, "dim": 1})), "Scale does not take"),
 ]
 
@@ -642,7 +745,9 @@ def test_two_processes_may_save_to_one_path(tmp_path):
     )
     path = tmp_path / "model.safetensors"
     dampr.save(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4)), path)
-    writers = [subprocess.Popen([sys.executable, "-W", "ignore", "-c", script, str(seed), str(path)]) for seed in (0, 1)]
+    writers = [
+        subprocess.Popen([sys.executable, "-W", "ignore", "-c", script, str(seed), str(path)]) for seed in (0, 1)
+    ]
     loads = 0
     while any(writer.poll() is None for writer in writers):
         dampr.load(path)  # FileError if damaged
@@ -723,7 +828,9 @@ def test_gains_that_gates_made_are_loaded_into_the_dense_original(tmp_path):
     torch.manual_seed(0)
     x = torch.randn(4, 3, 8, 8, dtype=torch.float64)
     for how in ({"affine": False}, {"affine": False, "track_running_stats": False}):
-        dense = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, **how), nn.ReLU(), nn.Conv2d(8, 2, 1)).double().eval()
+        dense = (
+            nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, **how), nn.ReLU(), nn.Conv2d(8, 2, 1)).double().eval()
+        )
         gated = dampr.convert(copy.deepcopy(dense), example_inputs=x)
         assert dampr.Budget(gated, x, macs=0.9).total == count_macs(dense, x)
         (gate,) = {layer.gate for layer in dampr.prune.gated_layers(gated).values()}

@@ -1,4 +1,6 @@
-"""What a cost foretells is what compaction leaves, to the unit: widths that gates empty, biases that closed units leave, constants."""
+"""What a cost foretells is what compaction leaves, to the unit: widths that gates empty,
+biases that closed units leave, constants.
+"""
 
 import itertools
 
@@ -200,7 +202,10 @@ CONSTANTS = {
 def test_the_bias_that_a_constant_moves_into_is_counted(act, closed, kind):
     """What a closed unit still contributes makes a bias in layers that had none, once, however many contribute."""
     if kind == "linear":
-        layers, x = [nn.Linear(9, 12), act, nn.Linear(12, 8, bias=False), act, nn.Linear(8, 3, bias=False)], torch.randn(5, 9)
+        layers, x = (
+            [nn.Linear(9, 12), act, nn.Linear(12, 8, bias=False), act, nn.Linear(8, 3, bias=False)],
+            torch.randn(5, 9),
+        )
     else:
         norms = [nn.BatchNorm2d(12), nn.BatchNorm2d(8)] if kind == "norm" else [nn.Identity(), nn.Identity()]
         convolutions = nn.Conv2d(3, 12, 3), nn.Conv2d(12, 8, 1, bias=False)
@@ -224,8 +229,16 @@ def test_a_budget_of_parameters_foretells_what_it_reaches():
 
 
 def test_constants_at_a_padded_border_are_seen_behind_gated_norms_too():
-    """The half of a sigmoid behind a norm with gates stays at the border of the next convolution: gates on parameters, which leave none."""
-    layers = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Sigmoid(), nn.Conv2d(8, 12, 3, padding=1, bias=False), nn.BatchNorm2d(12)]
+    """The half of a sigmoid behind a norm with gates stays at the border of the next convolution: gates on parameters,
+    which leave none.
+    """
+    layers = [
+        nn.Conv2d(3, 8, 3),
+        nn.BatchNorm2d(8),
+        nn.Sigmoid(),
+        nn.Conv2d(8, 12, 3, padding=1, bias=False),
+        nn.BatchNorm2d(12),
+    ]
     x = torch.randn(2, 3, 9, 9, dtype=torch.float64)
     model = dampr.convert(nn.Sequential(*layers, nn.Hardsigmoid(), nn.Conv2d(12, 4, 1, bias=False)).double(), x)
     close_half(model)
@@ -233,7 +246,13 @@ def test_constants_at_a_padded_border_are_seen_behind_gated_norms_too():
 
 
 def test_constants_that_a_recurrent_layer_would_read_leave_out_what_writes_them():
-    layers = [nn.Linear(9, 12), nn.Sigmoid(), nn.GRU(12, 8, batch_first=True), Function(lambda pair: pair[0]), nn.Linear(8, 3)]
+    layers = [
+        nn.Linear(9, 12),
+        nn.Sigmoid(),
+        nn.GRU(12, 8, batch_first=True),
+        Function(lambda pair: pair[0]),
+        nn.Linear(8, 3),
+    ]
     x = torch.randn(2, 5, 9, dtype=torch.float64)
     model = dampr.convert(nn.Sequential(*layers).double(), x)
     assert "as constants other than 0" in model.dampr_skipped["0"]

@@ -1,4 +1,6 @@
-"""Networks are converted before training: fresh norms shift by 0 and fresh branches end in zeros, and what they add later has to fit."""
+"""Networks are converted before training: fresh norms shift by 0 and fresh branches end in zeros,
+and what they add later has to fit.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ class NormAct(nn.BatchNorm2d):
 
 
 class Inverted(nn.Module):
-    """As in MobileNet and EfficientNet: a depthwise convolution between two norms, and squeeze-and-excite, whose scale varies."""
+    """As in MobileNet and EfficientNet: a depthwise convolution between two norms, and squeeze-and-excite,
+    whose scale varies.
+    """
 
     def __init__(self, excite: bool) -> None:
         super().__init__()

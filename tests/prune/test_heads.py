@@ -80,8 +80,14 @@ def test_masked_equals_compacted_at_the_size_foretold(seed: int) -> None:
     small = dampr.compact(model, example_inputs=x)
     torch.testing.assert_close(small.eval()(x), model.eval()(x), atol=1e-5, rtol=1e-5)
     left = len(model.attention.out.open_heads())
-    assert (small.attention.query.out_features, small.attention.both.out_features, small.attention.width) == (4 * left, 4 * left, 4 * left)
-    assert small.gate.out_features == small.up.out_features == small.down.in_features == int(model.up.gate.is_open().sum())
+    assert (small.attention.query.out_features, small.attention.both.out_features, small.attention.width) == (
+        4 * left,
+        4 * left,
+        4 * left,
+    )
+    assert (
+        small.gate.out_features == small.up.out_features == small.down.in_features == int(model.up.gate.is_open().sum())
+    )
     foretold = {metric: int(cost(cost.decision())) for metric, cost in costs.items()}
     assert foretold == {"macs": count_macs(small, x), "params": count_params(small)}
     assert small.dampr_manifest["closed_but_kept"] == {}
@@ -92,7 +98,9 @@ def test_one_head_stays_where_all_are_closed() -> None:
     model.attention.out.gate.log_alpha.data.fill_(-9)
     small = dampr.compact(model, example_inputs=x)
     assert small.dampr_manifest["layers"]["attention"]["heads"] == {"before": 3, "kept": [0]}
-    assert small.dampr_manifest["closed_but_kept"] == {"attention": "1 closed head stays: every layer keeps one at least"}
+    assert small.dampr_manifest["closed_but_kept"] == {
+        "attention": "1 closed head stays: every layer keeps one at least"
+    }
 
 
 def test_a_budget_over_heads_and_neurons_is_kept() -> None:

@@ -57,7 +57,11 @@ def test_a_run_that_resumes_takes_the_place_of_what_came_after_its_checkpoint(tm
     again = dampr.History(path)
     again.record(step=30, loss=3)
     again.record(step=30, accuracy=0.5)
-    assert again.rows() == [{"step": 10, "loss": 10}, {"step": 20, "loss": 20}, {"step": 30, "loss": 3, "accuracy": 0.5}]
+    assert again.rows() == [
+        {"step": 10, "loss": 10},
+        {"step": 20, "loss": 20},
+        {"step": 30, "loss": 3, "accuracy": 0.5},
+    ]
     assert len(path.read_text().splitlines()) == 8, "nothing is taken out of the file"
 
 

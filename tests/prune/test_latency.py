@@ -1,4 +1,7 @@
-"""The table of times: right at its knots, linear between them, never falling; budgets of it. No test depends on how long anything takes."""
+"""The table of times: right at its knots, linear between them, never falling; budgets of it.
+
+No test depends on how long anything takes.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +44,9 @@ def test_at_the_knots_the_table_is_what_was_measured(counted, case):
 
 
 def test_between_the_knots_it_is_linear_and_has_a_gradient(counted):
-    model = dampr.convert(nn.Sequential(nn.Linear(8, 40), nn.ReLU(), nn.Linear(40, 4)), example_inputs=torch.randn(2, 8))
+    model = dampr.convert(
+        nn.Sequential(nn.Linear(8, 40), nn.ReLU(), nn.Linear(40, 4)), example_inputs=torch.randn(2, 8)
+    )
     times = Latency(model, torch.randn(1, 8))
     p = torch.full((40,), 13 / 40, dtype=torch.float64, requires_grad=True)
     assert float(times(p.detach())) == pytest.approx(13 * 12)  # both layers are linear in this width

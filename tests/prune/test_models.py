@@ -1,4 +1,6 @@
-"""Every structure of tests/models.py: converted, with random gates closed, compacted to the same function and to the size foretold."""
+"""Every structure of tests/models.py: converted, with random gates closed,
+compacted to the same function and to the size foretold.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ def close_at_random(model, share=0.5):
 
 
 def trained(model):
-    """Norms as after training: with statistics and shifts, so that what a closed channel leaves behind is not 0 by chance."""
+    """Norms as after training: with statistics and shifts,
+    so that what a closed channel leaves behind is not 0 by chance.
+    """
     for norm in model.modules():
         if isinstance(norm, nn.BatchNorm2d):
             for values, (low, high) in (

@@ -109,7 +109,12 @@ class Gating(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.up, self.norm, self.spatial, self.head = nn.Linear(6, 16), nn.LayerNorm(8), nn.Linear(5, 5), nn.Linear(8, 3)
+        self.up, self.norm, self.spatial, self.head = (
+            nn.Linear(6, 16),
+            nn.LayerNorm(8),
+            nn.Linear(5, 5),
+            nn.Linear(8, 3),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         u, v = self.up(x).chunk(2, -1)
@@ -123,7 +128,8 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Any]] = {
     "own RMSNorm": (lambda: Blocks(OwnRMSNorm), words),
     "RMSNorm": (lambda: Blocks(nn.RMSNorm), words),
     "LayerNorm without gain": (lambda: Blocks(Bare), words),
-    "a block used twice": (lambda: Classifier(nn.Sequential(*[Block()] * 2), nn.LayerNorm(E)), words),  # which gated layers are not
+    # which gated layers are not
+    "a block used twice": (lambda: Classifier(nn.Sequential(*[Block()] * 2), nn.LayerNorm(E)), words),
     "own LayerNorm": (lambda: Blocks(lambda n: OwnLayerNorm(n, False)), words),
     "own LayerNorm of channels": (lambda: Images(lambda n: OwnLayerNorm(n, True)), pictures),
     "GroupNorm of one group": (lambda: Images(lambda n: nn.GroupNorm(1, n)), pictures),
@@ -221,7 +227,10 @@ def test_a_norm_of_a_whole_sample() -> None:
     torch.manual_seed(0)
     x, kept = torch.randn(2, 6, 3, 3, dtype=torch.float64), torch.tensor([1, 2, 5])
     norm, narrow = nn.GroupNorm(1, 6).double(), nn.GroupNorm(1, 3).double()
-    put_on(norm, OpenStatistics(Fixed(torch.zeros(6).index_fill(0, kept, 1.0)), torch.arange(6), 1, centred=True, whole=True))
+    put_on(
+        norm,
+        OpenStatistics(Fixed(torch.zeros(6).index_fill(0, kept, 1.0)), torch.arange(6), 1, centred=True, whole=True),
+    )
     torch.testing.assert_close(norm(x)[:, kept], narrow(x[:, kept]), rtol=1e-12, atol=1e-12)
 
 

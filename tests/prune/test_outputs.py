@@ -59,7 +59,9 @@ WRAPS = {
 
 @pytest.mark.parametrize("kind", WRAPS)
 def test_tensors_are_found_in_any_output(kind: str) -> None:
-    wrap = WRAPS[kind] if kind != "complex" else lambda t: torch.view_as_complex(t[:, :4].reshape(-1, 2, 2).contiguous())
+    wrap = (
+        WRAPS[kind] if kind != "complex" else lambda t: torch.view_as_complex(t[:, :4].reshape(-1, 2, 2).contiguous())
+    )
     model = dampr.convert(Net(wrap), example_inputs=X)
     assert list(dampr.prune.gated_layers(model)) == ["first"]
     dampr.Budget(model, X, macs=0.5).finalize()
@@ -102,14 +104,24 @@ def test_a_conversion_that_changes_finite_outputs_beside_infinite_ones_is_refuse
 
 
 def conv_net() -> nn.Module:
-    layers = [nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 24, 3), nn.BatchNorm2d(24), nn.ReLU()]
+    layers = [
+        nn.Conv2d(3, 16, 3, padding=1),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.Conv2d(16, 24, 3),
+        nn.BatchNorm2d(24),
+        nn.ReLU(),
+    ]
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(24 * 36, 5))
 
 
 class Autocast(nn.Module):
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
-        self.inner, self.dtype = nn.Sequential(nn.Linear(12, 40), nn.Tanh(), nn.Linear(40, 40), nn.Sigmoid(), nn.Linear(40, 5)), dtype
+        self.inner, self.dtype = (
+            nn.Sequential(nn.Linear(12, 40), nn.Tanh(), nn.Linear(40, 40), nn.Sigmoid(), nn.Linear(40, 5)),
+            dtype,
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         with torch.autocast("cpu", dtype=self.dtype):

@@ -60,14 +60,23 @@ OPTIMIZERS = {
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize(("gate", "score"), [("hard_concrete", "importance"), ("hard_concrete", "learned"), ("dep_l0", "learned")])
+@pytest.mark.parametrize(
+    ("gate", "score"), [("hard_concrete", "importance"), ("hard_concrete", "learned"), ("dep_l0", "learned")]
+)
 def test_a_plan_ends_at_the_target_with_plain_layers_whatever_the_optimizer(gate, score, optimizer):
     plan = plan_for(gate=gate, score=score)
     dense = count_macs(plan.model, X[:8])
     optimizer = OPTIMIZERS[optimizer](plan.model.parameters())
     small = train(plan, optimizer, STEPS).finish()
     assert small is plan.model
-    assert {type(m) for m in small.children()} == {nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d, nn.Flatten, nn.Linear}
+    assert {type(m) for m in small.children()} == {
+        nn.Conv2d,
+        nn.BatchNorm2d,
+        nn.ReLU,
+        nn.MaxPool2d,
+        nn.Flatten,
+        nn.Linear,
+    }
     assert 0.4 * dense - unit(small) < count_macs(small, X[:8]) <= 0.4 * dense
     assert plan.report.budget.changed <= 0.05
     assert {id(p) for p in small.parameters()} == {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -124,7 +133,9 @@ def test_until_the_ramp_the_model_is_dense_and_trains_as_it_would_alone():
             optimizer.step()
         assert plan.step(optimizers[0]) is False
     assert plan.phase == "dense"
-    assert all(torch.equal(a, b) for a, b in zip(plan.model.state_dict().values(), alone.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(plan.model.state_dict().values(), alone.state_dict().values(), strict=True)
+    )
 
 
 @functools.cache
@@ -164,7 +175,9 @@ def test_state_goes_through_torch_save(tmp_path):
     again = plan_for()
     again.load_state_dict(torch.load(tmp_path / "plan.pt", weights_only=True))
     assert again.phase == plan.phase == "fine-tuning"
-    assert [m.weight.shape for m in again.model if hasattr(m, "weight")] == [m.weight.shape for m in plan.model if hasattr(m, "weight")]
+    assert [m.weight.shape for m in again.model if hasattr(m, "weight")] == [
+        m.weight.shape for m in plan.model if hasattr(m, "weight")
+    ]
 
 
 def test_gradient_accumulation_is_one_step():
@@ -224,7 +237,9 @@ def test_distillation_pulls_towards_the_dense_model_as_it_was():
     teacher = plan._teacher
     plan.model.train()
     out = plan.model(x)
-    expected = 4 * F.kl_div(F.log_softmax(out / 2, 1), F.log_softmax(teacher(x) / 2, 1), reduction="batchmean", log_target=True)
+    expected = 4 * F.kl_div(
+        F.log_softmax(out / 2, 1), F.log_softmax(teacher(x) / 2, 1), reduction="batchmean", log_target=True
+    )
     torch.testing.assert_close(plan.penalty(), expected)
     plan.finish()
     assert plan._teacher is None
@@ -303,7 +318,10 @@ def test_what_compacts_is_told_and_hooks_are_gone_in_the_end():
 )
 def test_what_cannot_work_is_refused_at_once_and_the_model_is_as_it_was(how, error, match):
     model = cnn()
-    types, before = [type(m) for m in model.modules()], {name: value.clone() for name, value in model.state_dict().items()}
+    types, before = (
+        [type(m) for m in model.modules()],
+        {name: value.clone() for name, value in model.state_dict().items()},
+    )
     with pytest.raises(error, match=match):
         plan_for(model, **how)
     assert [type(m) for m in model.modules()] == types

@@ -1,4 +1,6 @@
-"""ReLU modules that convert has a norm with gates take in: found, run as one pass, the same results, and gone again after compact."""
+"""ReLU modules that convert has a norm with gates take in: found, run as one pass, the same results,
+and gone again after compact.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,12 @@ class Block(nn.Module):
 
     def __init__(self, inplace: bool = False) -> None:
         super().__init__()
-        self.first, self.second, self.third, self.relu = conv_norm(3, 8), conv_norm(8, 6), conv_norm(6, 8), nn.ReLU(inplace)
+        self.first, self.second, self.third, self.relu = (
+            conv_norm(3, 8),
+            conv_norm(8, 6),
+            conv_norm(6, 8),
+            nn.ReLU(inplace),
+        )
         self.head = nn.Conv2d(8, 2, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -120,7 +127,8 @@ def test_what_a_norm_has_rectified_is_handed_on_and_anything_else_is_rectified()
     assert relu(y) is y
     assert (y >= 0).all()
     assert (relu(X) == X.clamp(min=0)).all()
-    norm.register_forward_hook(lambda *_: -X)  # what a hook puts in the place of the output is not known to be rectified
+    # what a hook puts in the place of the output is not known to be rectified
+    norm.register_forward_hook(lambda *_: -X)
     assert (relu(norm(X)) == (-X).clamp(min=0)).all()
     assert isinstance(norm.to_dense(), nn.BatchNorm2d)
 
@@ -212,14 +220,20 @@ def test_compact_gives_back_plain_modules_under_their_names(inplace: bool) -> No
         model.second[1].gate.log_alpha[:2] = -9
     masked = model(X)
     small = dampr.compact(model, example_inputs=X)
-    assert named(small) == {"first.1": "BatchNorm2d", "second.1": "BatchNorm2d", "third.1": "BatchNorm2d", "relu": "ReLU"}
+    assert named(small) == {
+        "first.1": "BatchNorm2d",
+        "second.1": "BatchNorm2d",
+        "third.1": "BatchNorm2d",
+        "relu": "ReLU",
+    }
     assert type(small.relu) is nn.ReLU
     assert small.relu.inplace == inplace
     assert small.second[1].num_features == 4
     torch.testing.assert_close(small(X), masked, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's own, of every autograd.Function
+# dynamo's own, of every autograd.Function
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_converting_twice_and_compiling_change_nothing() -> None:
     torch.manual_seed(1)
     dense = Block().eval()

@@ -1,4 +1,6 @@
-"""compact on models with recurrent layers, gates on activations, gated branches and embeddings: smaller, plain, and the same function."""
+"""compact on models with recurrent layers, gates on activations, gated branches and embeddings: smaller, plain,
+and the same function.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,9 @@ class Tagger(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.embedding(x)
         if self.how == "packed":
-            y = pad_packed_sequence(self.rnn(pack_padded_sequence(x, [5, 4, 2], batch_first=True))[0], batch_first=True)[0]
+            y = pad_packed_sequence(
+                self.rnn(pack_padded_sequence(x, [5, 4, 2], batch_first=True))[0], batch_first=True
+            )[0]
         else:
             y, state = self.rnn(x)
         if self.how == "last":
@@ -61,7 +65,11 @@ def close(model: nn.Module, fractional: bool = False) -> nn.Module:
     for module in model.modules():
         if isinstance(module, HardConcrete):
             shut = torch.arange(module.num_gates) % 3 == 0
-            value = torch.rand(module.num_gates, generator=generator) if fractional else torch.full((module.num_gates,), 9.0)
+            value = (
+                torch.rand(module.num_gates, generator=generator)
+                if fractional
+                else torch.full((module.num_gates,), 9.0)
+            )
             module.log_alpha.data = torch.where(shut, -9.0, value)
     return model.eval()
 
@@ -101,7 +109,9 @@ def test_both_directions_and_dropout(kind: Any) -> None:
 
 
 def unequal(model: nn.Module, fractional: bool = True) -> nn.Module:
-    """In every recurrent layer one more unit closed from row to row, of all but the last, where these have widths of their own."""
+    """In every recurrent layer one more unit closed from row to row, of all but the last,
+    where these have widths of their own.
+    """
     close(model, fractional)
     for module in model.modules():
         if isinstance(module, (GatedLSTM, GatedGRU, GatedRNN)):
@@ -226,12 +236,17 @@ def test_an_optimizer_goes_on_with_the_parts(kind: Any, optimizer: Any) -> None:
     model.train()(words).square().sum().backward()
     trains.step()
     key = "momentum_buffer" if how else "exp_avg"
-    old = {name: trains.state[p][key].clone() for name, p in model.named_parameters() if p in trains.state and p.grad is not None}
+    old = {
+        name: trains.state[p][key].clone()
+        for name, p in model.named_parameters()
+        if p in trains.state and p.grad is not None
+    }
     small = dampr.compact(model.eval(), example_inputs=words, optimizer=trains)
     names = {p: name for name, p in small.named_parameters()}
     held = [names[p] for group in trains.param_groups for p in group["params"]]
     assert sorted(held) == sorted(names.values())
-    units, below = [3, 4, 5], torch.tensor([*range(1, 6), *range(8, 12)])  # of the second layer, forward; of the first, both ways
+    # of the second layer, forward; of the first, both ways
+    units, below = [3, 4, 5], torch.tensor([*range(1, 6), *range(8, 12)])
     rows = torch.cat([torch.tensor(units) + 6 * i for i in range(small.rnn.rows()[0].weight_hh_l0.shape[0] // 5)])
     state = trains.state[small.get_parameter("rnn.layers.1.0.weight_ih_l0")][key]
     assert torch.equal(state, old["rnn.weight_ih_l1"][rows][:, below])
@@ -244,7 +259,9 @@ def test_an_optimizer_goes_on_with_the_parts(kind: Any, optimizer: Any) -> None:
 
 @every_kind
 def test_a_budget_ends_at_its_target_with_widths_of_their_own(kind: Any) -> None:
-    model = dampr.convert(Plain({GatedLSTM: nn.LSTM, GatedGRU: nn.GRU, GatedRNN: nn.RNN}[kind], bidirectional=True), example_inputs=words)
+    model = dampr.convert(
+        Plain({GatedLSTM: nn.LSTM, GatedGRU: nn.GRU, GatedRNN: nn.RNN}[kind], bidirectional=True), example_inputs=words
+    )
     model.rnn.widths = "own"
     model.rnn.gate.log_alpha.data.uniform_(-4, 4)
     report = dampr.Budget(model, words, macs=0.5).finalize()
@@ -349,7 +366,9 @@ def test_training_is_left_possible_and_frozen_parameters_frozen(kind: Any) -> No
         (lambda: nn.Sequential(nn.Linear(4, 9), Gate(9, -1), nn.ReLU(), nn.Linear(9, 3)), (5, 2, 4), 6),
         (lambda: nn.Sequential(nn.Linear(4, 9), Gate(3, -1, index=torch.arange(9) % 3), nn.Linear(9, 3)), (5, 4), 6),
         (
-            lambda: nn.Sequential(nn.Conv2d(4, 9, 3), nn.BatchNorm2d(9), Gate(9), nn.ReLU(), nn.Conv2d(9, 3, 3, padding=1)),
+            lambda: nn.Sequential(
+                nn.Conv2d(4, 9, 3), nn.BatchNorm2d(9), Gate(9), nn.ReLU(), nn.Conv2d(9, 3, 3, padding=1)
+            ),
             (2, 4, 5, 5),
             6,
         ),
@@ -447,7 +466,10 @@ def test_convert_gates_embeddings_and_recurrent_layers(kind: Any, gate: Any) -> 
     dampr.convert(model, gate=gate, example_inputs=words)
     assert torch.equal(model(words), before)
     assert [name for name, _ in model.named_parameters() if "gate" not in name] == names
-    assert {name: layer.gate.num_gates for name, layer in dampr.prune.gated_layers(model).items()} == {"embedding": 8, "rnn": 24}
+    assert {name: layer.gate.num_gates for name, layer in dampr.prune.gated_layers(model).items()} == {
+        "embedding": 8,
+        "rnn": 24,
+    }
     assert model.dampr_skipped == {"head": "its outputs are the model's own"}
     report = dampr.Budget(model, words, macs=0.6).finalize()
     small = dampr.compact(model, example_inputs=words)
@@ -458,8 +480,16 @@ def test_convert_gates_embeddings_and_recurrent_layers(kind: Any, gate: Any) -> 
 @pytest.mark.parametrize(
     ("build", "arguments", "skipped"),
     [
-        (lambda: Plain(nn.LSTM), {"gate": "dam"}, {"rnn": "fresh gates of 'dam' are not 1, and nothing in LSTM can make up for them"}),
-        (lambda: Plain(nn.GRU), {"per_sample": True}, {"rnn": "GRU draws its gates once per call, expected per_sample=False"}),
+        (
+            lambda: Plain(nn.LSTM),
+            {"gate": "dam"},
+            {"rnn": "fresh gates of 'dam' are not 1, and nothing in LSTM can make up for them"},
+        ),
+        (
+            lambda: Plain(nn.GRU),
+            {"per_sample": True},
+            {"rnn": "GRU draws its gates once per call, expected per_sample=False"},
+        ),
         (
             lambda: Plain(nn.RNN),
             {"granularity": "input"},
@@ -478,7 +508,9 @@ def test_convert_gates_embeddings_and_recurrent_layers(kind: Any, gate: Any) -> 
 def test_what_convert_leaves_out(build: Any, arguments: dict[str, Any], skipped: dict[str, str]) -> None:
     model = dampr.convert(build(), example_inputs=words, **arguments)
     expected = (
-        {"head": "its outputs are the model's own", **skipped} if hasattr(model, "head") and "granularity" not in arguments else skipped
+        {"head": "its outputs are the model's own", **skipped}
+        if hasattr(model, "head") and "granularity" not in arguments
+        else skipped
     )
     assert model.dampr_skipped == expected
 
@@ -526,7 +558,12 @@ def test_a_cell_in_a_loop_and_what_is_around_it_are_cut(cell):
     for gate in dict.fromkeys(layer.gate for layer in dampr.prune.gated_layers(model).values()):
         gate.log_alpha.data[1] = -9
     small = dampr.compact(model.eval(), example_inputs=x)
-    assert (small.read.out_features, small.cell.input_size, small.cell.hidden_size, small.inner.out_features) == (5, 5, 6, 4)
+    assert (small.read.out_features, small.cell.input_size, small.cell.hidden_size, small.inner.out_features) == (
+        5,
+        5,
+        6,
+        4,
+    )
     torch.testing.assert_close(small(x), model(x))
     layers = dampr.convert(Stepwise(cell), example_inputs=x, tie=False)
     assert list(dampr.prune.gated_layers(layers)) == ["inner"]

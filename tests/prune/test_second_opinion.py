@@ -1,4 +1,6 @@
-"""Layers whose channels an operator mixes, fixes or reads in training alone get no gates, and the reason is the operator's."""
+"""Layers whose channels an operator mixes, fixes or reads in training alone get no gates,
+and the reason is the operator's.
+"""
 
 import pytest
 import torch
@@ -77,7 +79,9 @@ ARITHMETIC = {  # B2
 }
 
 
-@pytest.mark.parametrize("between", [*RESPONSE_NORMS.values(), *ARITHMETIC.values()], ids=[*RESPONSE_NORMS, *ARITHMETIC])
+@pytest.mark.parametrize(
+    "between", [*RESPONSE_NORMS.values(), *ARITHMETIC.values()], ids=[*RESPONSE_NORMS, *ARITHMETIC]
+)
 def test_arithmetic_over_channels_leaves_out_what_is_in_front(between):
     model = dampr.convert(Between(between), example_inputs=IMAGE)
     assert "first" not in gated_layers(model)
@@ -102,7 +106,12 @@ class Added(nn.Module):
 
     def __init__(self, act, add):
         super().__init__()
-        self.first, self.second, self.third, self.head = nn.Linear(6, 10), nn.Linear(10, 8), nn.Linear(8, 9), nn.Linear(9, 3)
+        self.first, self.second, self.third, self.head = (
+            nn.Linear(6, 10),
+            nn.Linear(10, 8),
+            nn.Linear(8, 9),
+            nn.Linear(9, 3),
+        )
         self.act, self.add = act, add
 
     def forward(self, x):
@@ -140,7 +149,13 @@ class Kernel(nn.Module):
 
     def __init__(self, feature):
         super().__init__()
-        self.q, self.k, self.v, self.o, self.feature = nn.Linear(6, 8), nn.Linear(6, 8), nn.Linear(6, 10), nn.Linear(10, 3), feature
+        self.q, self.k, self.v, self.o, self.feature = (
+            nn.Linear(6, 8),
+            nn.Linear(6, 8),
+            nn.Linear(6, 10),
+            nn.Linear(10, 3),
+            feature,
+        )
 
     def forward(self, x):
         q, k = self.feature(self.q(x)), self.feature(self.k(x))
@@ -172,7 +187,9 @@ class Bordered(nn.Module):
 @pytest.mark.parametrize("how", [{"tie": False}, {}], ids=["untied", "by units"])
 @pytest.mark.parametrize("norm", [nn.BatchNorm2d(8), nn.Identity()], ids=["norm", "none"])
 def test_constants_at_a_border_that_code_writes_are_seen_before_training(norm, how):
-    """They are no constant where the layer reads them, so closed channels can neither be cut nor stay: no gates in the layer in front."""
+    """They are no constant where the layer reads them, so closed channels can neither be cut nor stay:
+    no gates in the layer in front.
+    """
     x = torch.randn(2, 3, 9, 9, dtype=torch.float64)
     model = dampr.convert(Bordered(norm).double(), x, **how)
     assert ("values that differ between rows" in model.dampr_skipped.get("a", "")) == bool(how)
@@ -213,13 +230,18 @@ class StandardisedConv(nn.Conv2d):
 
 
 def test_layers_of_other_classes_have_a_reason_too():
-    """Where no layer is left: what standardised weights read counts in their statistics; what they write may go where others read it."""
+    """Where no layer is left: what standardised weights read counts in their statistics;
+    what they write may go where others read it.
+    """
     net = nn.Sequential(StandardisedConv(3, 8, 3), nn.ReLU(), StandardisedConv(8, 6, 3))
     with pytest.raises(
-        dampr.prune.ConversionError, match="'0': \"a statistic is computed over its channels|'0': 'a statistic is computed over"
+        dampr.prune.ConversionError,
+        match="'0': \"a statistic is computed over its channels|'0': 'a statistic is computed over",
     ):
         dampr.convert(net, IMAGE)
-    model = dampr.convert(nn.Sequential(StandardisedConv(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 6, 3)).double(), IMAGE.double())
+    model = dampr.convert(
+        nn.Sequential(StandardisedConv(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 6, 3)).double(), IMAGE.double()
+    )
     close(model)
     y, small = model.eval()(IMAGE.double()), dampr.compact(model, IMAGE.double())
     assert small[0].out_channels == 4
@@ -231,7 +253,12 @@ class Auxiliary(nn.Module):
 
     def __init__(self, depth=1, where="second"):
         super().__init__()
-        self.first, self.second, self.third, self.head = nn.Linear(6, 8), nn.Linear(8, 10), nn.Linear(10, 12), nn.Linear(12, 3)
+        self.first, self.second, self.third, self.head = (
+            nn.Linear(6, 8),
+            nn.Linear(8, 10),
+            nn.Linear(10, 12),
+            nn.Linear(12, 3),
+        )
         width = {"first": 8, "second": 10}[where]
         self.aux = nn.Sequential(*[nn.Linear(width, width) for _ in range(depth - 1)], nn.Linear(width, 3))
         self.where = where
@@ -302,7 +329,11 @@ def test_what_no_mode_reaches_gets_no_gates():
     class Tasks(nn.Module):
         def __init__(self):
             super().__init__()
-            self.first, self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 3), nn.Sequential(nn.Linear(8, 5), nn.Linear(5, 3))
+            self.first, self.a, self.b = (
+                nn.Linear(6, 8),
+                nn.Linear(8, 3),
+                nn.Sequential(nn.Linear(8, 5), nn.Linear(5, 3)),
+            )
 
         def forward(self, x, task="a"):
             return getattr(self, task)(self.first(x).relu())
@@ -325,7 +356,12 @@ class Shared(nn.Module):
 
     def __init__(self, spread):
         super().__init__()
-        self.embed, self.up, self.down, self.head = nn.Embedding(20, 8), nn.Linear(8, 12), nn.Linear(12, 8), nn.Linear(8, 3)
+        self.embed, self.up, self.down, self.head = (
+            nn.Embedding(20, 8),
+            nn.Linear(8, 12),
+            nn.Linear(12, 8),
+            nn.Linear(8, 3),
+        )
         self.q, self.k, self.v, self.out = nn.Linear(8, 8), nn.Linear(8, 4), nn.Linear(8, 4), nn.Linear(8, 8)
         self.spread, self.norm = spread, nn.RMSNorm(8)
 
@@ -355,7 +391,13 @@ def test_attention_of_one_key_head_is_converted(spread):
 
 def test_a_transformer_whose_query_heads_share_keys_is_converted():
     transformers = pytest.importorskip("transformers")
-    sizes = {"hidden_size": 8, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4, "intermediate_size": 12}
+    sizes = {
+        "hidden_size": 8,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 4,
+        "intermediate_size": 12,
+    }
     config = transformers.Qwen3Config(**sizes, num_hidden_layers=1, vocab_size=20)
     model, x = transformers.Qwen3ForCausalLM(config), {"input_ids": torch.randint(0, 20, (2, 5)), "use_cache": False}
     dampr.convert(model, example_inputs=x)
@@ -389,14 +431,19 @@ class Frozen(nn.Module):
         return self.head(self.mid(h.relu()).relu().mean((2, 3)))
 
 
-@pytest.mark.parametrize("cut", [None, detached, without_graph, lambda h: h.data], ids=["no_grad", "detach", "in between", "data"])
+@pytest.mark.parametrize(
+    "cut", [None, detached, without_graph, lambda h: h.data], ids=["no_grad", "detach", "in between", "data"]
+)
 @pytest.mark.parametrize("layers", [False, True])
 def test_what_autograd_does_not_see_has_gates_that_cut_or_a_true_reason(cut, layers):
     torch.manual_seed(0)
     model, x = Frozen(cut).double(), torch.randn(4, 3, 8, 8, dtype=torch.float64)
     dampr.convert(model, x, per_sample=layers)
     if layers:  # not seen by what places gated layers
-        assert model.dampr_skipped["stem"] == "its outputs are detached (torch.no_grad, detach), so what reads them is not known"
+        assert (
+            model.dampr_skipped["stem"]
+            == "its outputs are detached (torch.no_grad, detach), so what reads them is not known"
+        )
     else:
         assert "mid.weight_gates.0" in gated_layers(model)
     y, foretold = close(model).eval()(x), Cost(model, x, "macs")

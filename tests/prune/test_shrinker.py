@@ -108,7 +108,9 @@ def gradients(model, x, budget):
     out = model(x)
     loss = out.square().mean() + out.sum().sin()
     loss.backward()
-    probes = torch.cat([torch.zeros_like(g.probe) if g.probe.grad is None else g.probe.grad for g in budget.controller.gates])
+    probes = torch.cat(
+        [torch.zeros_like(g.probe) if g.probe.grad is None else g.probe.grad for g in budget.controller.gates]
+    )
     return loss, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}, probes
 
 
@@ -131,7 +133,8 @@ def test_outputs_gradients_and_importance_are_the_same_without_closed_units(name
     if name != "encoder":  # whose heads stay
         assert shrinker.left == pytest.approx(budget.left(), abs=0.05)
     assert [id(p) for p in model.parameters()] == identities
-    after_loss, after, after_probes = gradients(model, x, budget)  # while `loss` still holds the graph of the whole model
+    # while `loss` still holds the graph of the whole model
+    after_loss, after, after_probes = gradients(model, x, budget)
     torch.testing.assert_close(after_loss, loss, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(after_probes, probes, rtol=1e-4, atol=1e-5)
     assert before.keys() == after.keys()
@@ -148,21 +151,27 @@ def test_what_has_left_comes_back_as_it_was_with_the_state_of_the_optimizer(name
     optimizer.step()
     shapes, state = shapes_of(model), copy.deepcopy(model.state_dict())
     moments = copy.deepcopy(optimizer.state_dict()["state"])
-    attributes = {name: {k: v for k, v in vars(m).items() if type(v) in (int, tuple)} for name, m in model.named_modules()}
+    attributes = {
+        name: {k: v for k, v in vars(m).items() if type(v) in (int, tuple)} for name, m in model.named_modules()
+    }
     shrinker.shrink(optimizer)
     shrinker.shrink(optimizer)
     for p in model.parameters():
         assert all(value.shape == p.shape for value in optimizer.state[p].values() if value.numel() > 1)
     shrinker.expand(optimizer)
     assert shapes_of(model) == shapes
-    assert attributes == {name: {k: v for k, v in vars(m).items() if type(v) in (int, tuple)} for name, m in model.named_modules()}
+    assert attributes == {
+        name: {k: v for k, v in vars(m).items() if type(v) in (int, tuple)} for name, m in model.named_modules()
+    }
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     for key, entry in optimizer.state_dict()["state"].items():
         assert all(torch.equal(value, moments[key][own]) for own, value in entry.items())
     assert not any(isinstance(module, SelectedGate) for module in model.modules())
 
 
-@pytest.mark.parametrize("how", [{"granularity": "input"}, {"per_sample": True}, {"gate": "dam"}, {"gate": "diffmask"}, {"gate": "dep_l0"}])
+@pytest.mark.parametrize(
+    "how", [{"granularity": "input"}, {"per_sample": True}, {"gate": "dam"}, {"gate": "diffmask"}, {"gate": "dep_l0"}]
+)
 def test_other_ways_to_put_gates(how):
     model, x, budget, shrinker = half_closed("vgg", **how)
     expected = gradients(model, x, budget)[0]
@@ -204,7 +213,9 @@ def test_units_that_leave_a_constant_stay_and_the_notes_say_so():
     assert shrinker.step()
     assert model[0].weight.shape == (12, 6)
     assert model[2].weight.shape == (6, 12)
-    assert shrinker.notes == {"0": "without its closed units the outputs are others, so these stay until the model is compacted"}
+    assert shrinker.notes == {
+        "0": "without its closed units the outputs are others, so these stay until the model is compacted"
+    }
     assert "4 units left" in shrinker.explain()
     assert not shrinker.step()
 
@@ -256,7 +267,18 @@ def run(model, x, shrink, steps=100, first=0, plan=None, optimizer=None, ema=(),
     return plan
 
 
-PLANS = ["mlp", "lenet5", "vgg", "resnet18", "mobilenet_v3", "shufflenet", "vit", "gru", "bidirectional lstm", "encoder"]
+PLANS = [
+    "mlp",
+    "lenet5",
+    "vgg",
+    "resnet18",
+    "mobilenet_v3",
+    "shufflenet",
+    "vit",
+    "gru",
+    "bidirectional lstm",
+    "encoder",
+]
 
 
 @pytest.mark.parametrize("name", PLANS)
@@ -280,7 +302,9 @@ def test_a_plan_ends_with_what_it_ends_with_without_shrinking(name):
     assert type(small) is type(made(name)[0])
 
 
-@pytest.mark.parametrize(("gate", "goes"), [("dam", True), ("diffprune", True), ("hard_concrete", False), ("dep_l0", False)])
+@pytest.mark.parametrize(
+    ("gate", "goes"), [("dam", True), ("diffprune", True), ("hard_concrete", False), ("dep_l0", False)]
+)
 def test_learned_gates_go_where_no_draw_can_open_them(gate, goes):
     kept, found = (run(*made("mlp"), shrink, gate=gate, score="learned") for shrink in (False, True))
     assert ("left" in "".join(found.report.shrunk)) == goes
@@ -312,7 +336,10 @@ def fresh(name, averaged):
 
 def ends(plan, ema):
     """The small model, what is said of it, and the averages."""
-    small = {**plan.finish().state_dict(), **{f"average {key}": value for each in ema for key, value in each.state_dict().items()}}
+    small = {
+        **plan.finish().state_dict(),
+        **{f"average {key}": value for each in ema for key, value in each.state_dict().items()},
+    }
     return small, str(plan.report)
 
 
@@ -332,7 +359,12 @@ def checkpoints(name, averaged=False):
     for first, stop in itertools.pairwise([0, *stops, 100]):
         run(model, x, True, stop - first, first, plan=plan, optimizer=optimizer, ema=ema)
         if stop < 100:
-            states = plan.state_dict(), plan.model.state_dict(), optimizer.state_dict(), *(each.state_dict() for each in ema)
+            states = (
+                plan.state_dict(),
+                plan.model.state_dict(),
+                optimizer.state_dict(),
+                *(each.state_dict() for each in ema),
+            )
             found[stop] = copy.deepcopy(states)
     return found, ends(plan, ema)
 
@@ -455,7 +487,9 @@ def test_what_the_budget_wants_back_is_back_before_the_next_step():
     budget.controller.keep[gone] = True
     assert shrinker.bring_back() == 1
     assert not shrinker.removed[gone]
-    assert torch.equal(model[0].weight[int(shrinker._layout.tensors["0.weight"][0][1].tolist().index(gone))], weight[gone])
+    assert torch.equal(
+        model[0].weight[int(shrinker._layout.tensors["0.weight"][0][1].tolist().index(gone))], weight[gone]
+    )
     assert shrinker.events[-1].units == -1
     assert "1 unit came back" in shrinker.explain()
 
@@ -507,7 +541,9 @@ def test_models_budgets_and_copies_that_do_not_fit_are_refused():
         dampr.Shrinker(model, x, budget=budget)
     model, x, budget, shrinker = half_closed("mlp")
     shapes = shapes_of(model)
-    with pytest.raises(ValueError, match=r"ema: '0.gate.value' is None, expected \(20,\) as in the model, gates included"):
+    with pytest.raises(
+        ValueError, match=r"ema: '0.gate.value' is None, expected \(20,\) as in the model, gates included"
+    ):
         shrinker.shrink(ema=made("mlp")[0])
     with pytest.raises(TypeError, match="ema=3: expected an AveragedModel"):
         shrinker.shrink(ema=[3])

@@ -1,4 +1,6 @@
-"""Gates on the residual width of transformers: one vector in all norms, cut out of everything that writes, normalises or reads it."""
+"""Gates on the residual width of transformers: one vector in all norms, cut out of everything that writes,
+normalises or reads it.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +13,32 @@ from torch import nn
 
 import dampr
 from dampr.gates import Fixed, HardConcrete, make_gate
-from dampr.nn import OpenStatistics, PrunedMultiheadAttention, PrunedTransformerDecoderLayer, PrunedTransformerEncoderLayer
+from dampr.nn import (
+    OpenStatistics,
+    PrunedMultiheadAttention,
+    PrunedTransformerDecoderLayer,
+    PrunedTransformerEncoderLayer,
+)
 from dampr.prune import streams
 from dampr.prune.cost import Cost
 from dampr.prune.latency import Latency
 from dampr.prune.measure import count_macs, count_params
-from tests.residual import CASES, GATED, PROJECTED, D, E, H, built, call, close, compacted, every_case, norms, width_of, words
+from tests.residual import (
+    CASES,
+    GATED,
+    PROJECTED,
+    D,
+    E,
+    H,
+    built,
+    call,
+    close,
+    compacted,
+    every_case,
+    norms,
+    width_of,
+    words,
+)
 
 
 @every_case
@@ -32,7 +54,9 @@ def test_convert_keeps_the_function_to_the_bit_and_gives_the_norms_one_gate(case
     assert len({norm.gate for norm in norms(model).values()}) == 1
     assert all(dict(model.named_parameters())[name] is p for name, p in parameters.items())
     writers = [
-        why for name, why in model.dampr_skipped.items() if name.endswith(("embedding", "source", "linear2", "down", "out", "patch"))
+        why
+        for name, why in model.dampr_skipped.items()
+        if name.endswith(("embedding", "source", "linear2", "down", "out", "patch"))
     ]
     assert writers or case == "mlp"
     assert all(why.startswith("its outputs are the residual stream, whose gates are in '") for why in writers)
@@ -63,14 +87,22 @@ def test_all_but_one_and_all_closed(case: str, left: int) -> None:
     norm.gate.log_alpha.data = torch.where(torch.arange(norm.gate.num_gates) < left, 1.0, -9.0)
     small = compacted(model, x)
     assert width_of(small) == {1}
-    assert ("1 closed channel stays: every layer keeps one at least" in small.dampr_manifest["closed_but_kept"].values()) is (left == 0)
+    assert (
+        "1 closed channel stays: every layer keeps one at least" in small.dampr_manifest["closed_but_kept"].values()
+    ) is (left == 0)
 
 
 def test_the_types_of_what_is_left() -> None:
     model, x = built("translator")
     small = compacted(close(model), x)
     left = width_of(small).pop()
-    assert small.transformer.d_model == small.head.in_features == small.source.embedding_dim == small.target.embedding_dim == left
+    assert (
+        small.transformer.d_model
+        == small.head.in_features
+        == small.source.embedding_dim
+        == small.target.embedding_dim
+        == left
+    )
     assert {type(layer) for layer in small.transformer.encoder.layers} == {PrunedTransformerEncoderLayer}
     assert {type(layer) for layer in small.transformer.decoder.layers} == {PrunedTransformerDecoderLayer}
     attention = small.transformer.decoder.layers[0].multihead_attn
@@ -145,8 +177,10 @@ def test_a_shared_table_stays_shared() -> None:
 def test_the_penalty_counts_a_channel_once() -> None:
     model, _ = built("blocks", include=nn.LayerNorm)
     assert len(dampr.prune.gated_layers(model)) == 5
-    attention, feed_forward = 3 * E + E + 1, D + D + 1 + 1  # rows of q, k, v; columns and a shift of out; up, down with a shift, factor
-    each = 20 + 5 + 2 * (attention + feed_forward) + 3 * 2 + 2 * 1 + 3  # words, positions, blocks, norms (two without a shift), head
+    # rows of q, k, v; columns and a shift of out; up, down with a shift, factor
+    attention, feed_forward = 3 * E + E + 1, D + D + 1 + 1
+    # words, positions, blocks, norms (two without a shift), head
+    each = 20 + 5 + 2 * (attention + feed_forward) + 3 * 2 + 2 * 1 + 3
     assert {norm.weights_per_gate for norm in list(norms(model).values())[1:]} == {1.0, 2.0}
     pi = model.norm.gate.open_probability()
     torch.testing.assert_close(dampr.penalty(model), (pi * each).sum())
@@ -166,7 +200,8 @@ def test_training_moves_the_gates_and_every_gate_does_something() -> None:
     compacted(close(model), x)
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's own, of every autograd.Function
+# dynamo's own, of every autograd.Function
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_a_converted_model_compiles_without_a_graph_break() -> None:
     model, x = built("blocks")
     model.train()
@@ -186,7 +221,9 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
     dampr.convert(model.to(dtype), example_inputs=x, residual=True)
     assert norms(model)
     low = dtype == torch.bfloat16
-    small = dampr.compact(close(model), example_inputs=x, **({"atol": 0.1, "rtol": 0.1} if low else {"atol": 1e-7, "rtol": 1e-7}))
+    small = dampr.compact(
+        close(model), example_inputs=x, **({"atol": 0.1, "rtol": 0.1} if low else {"atol": 1e-7, "rtol": 1e-7})
+    )
     assert {p.dtype for p in small.parameters()} == {dtype}
     assert width_of(small).pop() < E
 
@@ -272,7 +309,8 @@ def test_an_optimizer_goes_on_with_what_is_left_of_its_state(case: str) -> None:
 @every_case
 def test_files_lead_back_into_the_dense_original(case: str, tmp_path: Any) -> None:
     model, x = built(case)
-    for gate in (m for m in close(model).modules() if isinstance(m, HardConcrete)):  # 0 or 1, so that no layer gains a weight
+    # 0 or 1, so that no layer gains a weight
+    for gate in (m for m in close(model).modules() if isinstance(m, HardConcrete)):
         gate.log_alpha.data = torch.where(gate.is_open() | torch.tensor(gate.num_gates == 1), 9.0, -9.0)
     small = compacted(model, x).eval()
     path = tmp_path / "small.safetensors"
@@ -355,7 +393,9 @@ def test_norms_without_gain_in_other_dtypes(dtype: torch.dtype) -> None:
 
 
 def test_gates_of_norms_without_gain_are_where_the_model_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Such a norm has nothing to tell its device from; on the CPU alone what is asked for is all that there is to see."""
+    """Such a norm has nothing to tell its device from;
+    on the CPU alone what is asked for is all that there is to see.
+    """
     devices = []
 
     def make(gate: Any, count: int, device: Any = None) -> Any:
@@ -373,5 +413,7 @@ def test_a_stream_without_gain_has_its_gates_on_what_reads_it_where_fresh_gates_
     before = model(x)
     dampr.convert(model, example_inputs=x, residual=True, gate="dam")
     assert not norms(model)
-    assert sum(isinstance(m, OpenStatistics) for m in model.modules()) == sum(type(m) is nn.LayerNorm for m in model.modules())
+    assert sum(isinstance(m, OpenStatistics) for m in model.modules()) == sum(
+        type(m) is nn.LayerNorm for m in model.modules()
+    )
     torch.testing.assert_close(model(x), before)

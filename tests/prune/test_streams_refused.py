@@ -22,7 +22,9 @@ class Reading(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embedding, self.head = nn.Embedding(20, E), nn.Linear(E, 3)
-        self.decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(E, H, D, batch_first=True, norm_first=True), 1, nn.LayerNorm(E))
+        self.decoder = nn.TransformerDecoder(
+            nn.TransformerDecoderLayer(E, H, D, batch_first=True, norm_first=True), 1, nn.LayerNorm(E)
+        )
 
     def forward(self, x: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
         return self.head(self.decoder(self.embedding(x), memory))
@@ -74,10 +76,17 @@ def odd(what: str) -> Any:
 REFUSED: dict[str, tuple[Any, str]] = {
     "attention that reads it without a norm": (  # torch's own wants as many channels as its heads have
         lambda: (Classifier(encoder(False)), words),
-        "reads Embedding 'embedding' without a LayerNorm between|reads Parameter 'position' without a LayerNorm between",
+        "reads Embedding 'embedding' without a LayerNorm between|reads Parameter 'position' without a LayerNorm "
+        "between",
     ),
-    "attention, and no final norm": (lambda: (Classifier(encoder()), words), "Linear 'head' reads .* without a LayerNorm between"),
-    "the input": (lambda: (nn.Sequential(nn.LayerNorm(E), nn.Linear(E, 3)), torch.randn(2, E)), "its width is the model's own input"),
+    "attention, and no final norm": (
+        lambda: (Classifier(encoder()), words),
+        "Linear 'head' reads .* without a LayerNorm between",
+    ),
+    "the input": (
+        lambda: (nn.Sequential(nn.LayerNorm(E), nn.Linear(E, 3)), torch.randn(2, E)),
+        "its width is the model's own input",
+    ),
     "memory is an input": (
         lambda: (Reading(), (words, torch.randn(3, 4, E))),
         "without half of its channels the model does not run, so something beside its layers has that width",
@@ -102,7 +111,9 @@ def test_what_cannot_be_cut_has_no_gates_and_says_why(case: str) -> None:
     model, x = build()
     before = call(model.eval(), x)
     places = [name for name, m in model.named_modules() if isinstance(m, nn.LayerNorm)]
-    with pytest.raises(dampr.ConversionError, match="^residual=True: no width that norms read can have gates ") as raised:
+    with pytest.raises(
+        dampr.ConversionError, match="^residual=True: no width that norms read can have gates "
+    ) as raised:
         dampr.convert(model, example_inputs=x, residual=True)
     assert not norms(model)
     assert torch.equal(call(model, x), before)
@@ -135,10 +146,16 @@ def test_a_failed_conversion_leaves_the_norms_as_they_were() -> None:
             return super().forward(x)
 
     model = Fails(encoder(), nn.LayerNorm(E))
-    before = [(name, type(m), id(m)) for name, m in model.named_modules()], {name: id(p) for name, p in model.named_parameters()}
+    before = (
+        [(name, type(m), id(m)) for name, m in model.named_modules()],
+        {name: id(p) for name, p in model.named_parameters()},
+    )
     with pytest.raises(ArithmeticError, match="only plain norms here"):
         dampr.convert(model, example_inputs=words, residual=True)
-    assert ([(name, type(m), id(m)) for name, m in model.named_modules()], {name: id(p) for name, p in model.named_parameters()}) == before
+    assert (
+        [(name, type(m), id(m)) for name, m in model.named_modules()],
+        {name: id(p) for name, p in model.named_parameters()},
+    ) == before
 
 
 def test_closed_channels_that_cannot_be_cut_are_an_error() -> None:
@@ -148,7 +165,9 @@ def test_closed_channels_that_cannot_be_cut_are_an_error() -> None:
     x = torch.randn(3, 4)
     assert type(dampr.compact(model, example_inputs=x)[1]) is nn.LayerNorm
     gate.log_alpha.data[:2] = -9.0
-    with pytest.raises(dampr.CompactionError, match="1: 2 closed channels cannot stay, .* its width is the model's own output"):
+    with pytest.raises(
+        dampr.CompactionError, match="1: 2 closed channels cannot stay, .* its width is the model's own output"
+    ):
         dampr.compact(model, example_inputs=x)
     assert "1" in Cost(nn.Sequential(*model, nn.Linear(6, 2)), x, "macs").structure.gated
     with pytest.raises(ValueError, match="no gate of it cuts anything"):
@@ -162,7 +181,11 @@ def test_norms_of_one_stream_with_other_gates_are_an_error() -> None:
     class Two(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.stem, self.norms, self.heads = nn.Linear(4, 6), nn.ModuleList(own), nn.ModuleList([nn.Linear(6, 2), nn.Linear(6, 2)])
+            self.stem, self.norms, self.heads = (
+                nn.Linear(4, 6),
+                nn.ModuleList(own),
+                nn.ModuleList([nn.Linear(6, 2), nn.Linear(6, 2)]),
+            )
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             x = self.stem(x)
@@ -181,5 +204,8 @@ def test_norms_of_one_stream_with_other_gates_are_an_error() -> None:
 def test_wrong_arguments_are_named() -> None:
     model = Classifier(encoder(), nn.LayerNorm(E))
     for how in ({}, {"example_inputs": words, "granularity": "input"}, {"example_inputs": words, "per_sample": True}):
-        with pytest.raises(ValueError, match="residual=True with .*: expected granularity 'output', one draw per call, and example inputs"):
+        with pytest.raises(
+            ValueError,
+            match="residual=True with .*: expected granularity 'output', one draw per call, and example inputs",
+        ):
             dampr.convert(model, residual=True, **how)

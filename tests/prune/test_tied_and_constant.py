@@ -1,4 +1,6 @@
-"""Parameters that several modules have, and constants that closed channels would leave: cut once, counted once, as foretold."""
+"""Parameters that several modules have, and constants that closed channels would leave: cut once, counted once,
+as foretold.
+"""
 
 import copy
 
@@ -101,7 +103,9 @@ def depthwise(width):
 
 
 def padded(*between):
-    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), *between, nn.Conv2d(8, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 2, 1))
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), *between, nn.Conv2d(8, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 2, 1)
+    )
 
 
 NETS = {

@@ -1,4 +1,7 @@
-"""layer_times: the right pairs of layers, and the reason where nothing was gained. What anything takes is a clock's that counts."""
+"""layer_times: the right pairs of layers, and the reason where nothing was gained.
+
+What anything takes is a clock's that counts.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,9 @@ def test_the_sum_over_layers_is_the_model(counted, name):
 
 
 def test_a_layer_that_gained_nothing_says_why(counted):
-    model = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 10), nn.ReLU(), nn.Linear(10, 3), nn.ReLU(), nn.Linear(3, 3))
+    model = nn.Sequential(
+        nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 10), nn.ReLU(), nn.Linear(10, 3), nn.ReLU(), nn.Linear(3, 3)
+    )
     dampr.convert(model, exclude=["4", "6"])
     model[0].gate.log_alpha.data[:4] = -9
     model[2].gate.log_alpha.data[:5] = -9
@@ -52,7 +57,9 @@ def test_smaller_and_not_faster_is_said(monkeypatch):
     model, x = models.mlp()
     dampr.convert(model, example_inputs=x)
     close_at_random(model)
-    assert all("not in its arithmetic" in row.note for row in layer_times(model, dampr.compact(model, example_inputs=x), x))
+    assert all(
+        "not in its arithmetic" in row.note for row in layer_times(model, dampr.compact(model, example_inputs=x), x)
+    )
 
 
 def test_recurrent_layers_and_attention():

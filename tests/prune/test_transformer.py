@@ -1,4 +1,6 @@
-"""convert and compact on models with attention and transformer layers: the same function, with every gate in it, and plain in the end."""
+"""convert and compact on models with attention and transformer layers: the same function, with every gate in it,
+and plain in the end.
+"""
 
 from __future__ import annotations
 
@@ -78,7 +80,10 @@ MODELS: dict[str, tuple[Any, Any]] = {
     "encoder, padded": (Classifier, (words, padding)),
     "encoder, gelu, no bias": (lambda: Classifier(True, activation="gelu", bias=False), words),
     "transformer": (transformer, (torch.randn(3, 5, E), torch.randn(3, 4, E), None, causal[:4, :4])),
-    "decoder layer": (lambda: nn.TransformerDecoderLayer(E, H, D, batch_first=True), (torch.randn(3, 5, E), torch.randn(3, 4, E))),
+    "decoder layer": (
+        lambda: nn.TransformerDecoderLayer(E, H, D, batch_first=True),
+        (torch.randn(3, 5, E), torch.randn(3, 4, E)),
+    ),
     "encoder layer": (lambda: nn.TransformerEncoderLayer(E, H, D), torch.randn(5, 3, E)),
     "block": (Block, words),
     "block, unneeded": (lambda: Block("unneeded", kdim=E, add_bias_kv=True, add_zero_attn=True), words),
@@ -201,7 +206,10 @@ def test_what_has_a_form_in_torch_takes_it() -> None:
 
 @nested
 def test_the_types_of_what_is_left() -> None:
-    for name, kind in (("encoder, padded", PrunedTransformerEncoderLayer), ("decoder layer", PrunedTransformerDecoderLayer)):
+    for name, kind in (
+        ("encoder, padded", PrunedTransformerEncoderLayer),
+        ("decoder layer", PrunedTransformerDecoderLayer),
+    ):
         model, x = built(name)
         small = compacted(close(dampr.convert(model, example_inputs=x)), x)
         assert any(type(m) is kind for m in small.modules())
@@ -244,7 +252,9 @@ def test_other_gates_of_the_same_model_are_cut_as_well() -> None:
         def __init__(self) -> None:
             super().__init__()
             self.embedding = GatedEmbedding(20, E)
-            self.layer = GatedTransformerEncoderLayer(E, H, D, batch_first=True, parts=("heads", "neurons", "sublayers"))
+            self.layer = GatedTransformerEncoderLayer(
+                E, H, D, batch_first=True, parts=("heads", "neurons", "sublayers")
+            )
             self.hidden, self.head = GatedLinear(E, 7), nn.Linear(7, 3)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -333,7 +343,10 @@ def test_other_granularities_gate_linear_layers_and_leave_attention(granularity:
     dampr.convert(model, granularity=granularity, exclude="head", example_inputs=words)
     assert torch.equal(model(words), before)
     assert sorted(gated(model)) == [f"encoder.layers.{i}.linear{j}" for i in range(2) for j in (1, 2)]
-    assert model.dampr_skipped["encoder.layers.0.self_attn"] == "MultiheadAttention has gates on its heads, with granularity='output'"
+    assert (
+        model.dampr_skipped["encoder.layers.0.self_attn"]
+        == "MultiheadAttention has gates on its heads, with granularity='output'"
+    )
     with torch.no_grad():
         before = model(words)
         model.encoder.layers[0].linear2.gate.log_alpha.fill_(-9.0)
@@ -375,7 +388,10 @@ def test_a_failed_conversion_leaves_the_model_as_it_was(example: bool) -> None:
     state = copy.deepcopy(model.state_dict())
     with pytest.raises(ArithmeticError if example else ValueError):
         dampr.convert(model, gate="dam" if example else "none", example_inputs=words if example else None)
-    assert ([(n, type(m), id(m)) for n, m in model.named_modules()], [(n, id(p)) for n, p in model.named_parameters()]) == before
+    assert (
+        [(n, type(m), id(m)) for n, m in model.named_modules()],
+        [(n, id(p)) for n, p in model.named_parameters()],
+    ) == before
     assert all(torch.equal(t, state[n]) for n, t in model.state_dict().items())
     assert torch.backends.mha.get_fastpath_enabled()
 
@@ -415,7 +431,10 @@ def test_a_layer_that_is_used_several_times_stays_one_layer() -> None:
     class Shared(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.layers, self.head = nn.ModuleList([nn.TransformerEncoderLayer(E, H, D, batch_first=True)] * 3), nn.Linear(E, 3)
+            self.layers, self.head = (
+                nn.ModuleList([nn.TransformerEncoderLayer(E, H, D, batch_first=True)] * 3),
+                nn.Linear(E, 3),
+            )
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             for layer in self.layers:

@@ -43,7 +43,9 @@ class Dense(nn.Module):
     def __init__(self):
         super().__init__()
         self.stem = conv(3, 8)
-        self.layers = nn.ModuleList(nn.Sequential(nn.BatchNorm2d(8 + 4 * i), nn.ReLU(), nn.Conv2d(8 + 4 * i, 4, 1)) for i in range(3))
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.BatchNorm2d(8 + 4 * i), nn.ReLU(), nn.Conv2d(8 + 4 * i, 4, 1)) for i in range(3)
+        )
         self.head = nn.Linear(20, 5)
 
     def forward(self, x):
@@ -164,7 +166,9 @@ class ShuffleUnit(nn.Module):
 
 
 def shuffled():
-    return nn.Sequential(conv(3, 12), conv(12, 16, groups=2), Shuffle(), conv(16, 12, groups=2), conv(12, 8), nn.Conv2d(8, 2, 1))
+    return nn.Sequential(
+        conv(3, 12), conv(12, 16, groups=2), Shuffle(), conv(16, 12, groups=2), conv(12, 8), nn.Conv2d(8, 2, 1)
+    )
 
 
 def shuffle_units():
@@ -172,7 +176,13 @@ def shuffle_units():
 
 
 def shuffled_up():
-    up = [nn.ConvTranspose2d(12, 16, 2, 2, groups=2), nn.ReLU(), nn.ChannelShuffle(2), nn.ConvTranspose2d(16, 12, 3, groups=2), nn.ReLU()]
+    up = [
+        nn.ConvTranspose2d(12, 16, 2, 2, groups=2),
+        nn.ReLU(),
+        nn.ChannelShuffle(2),
+        nn.ConvTranspose2d(16, 12, 3, groups=2),
+        nn.ReLU(),
+    ]
     return nn.Sequential(conv(3, 12), *up, nn.Conv2d(12, 2, 1))
 
 
@@ -181,21 +191,36 @@ class Gainless(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.a, self.b, self.c = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(12, 8, 3, padding=1)
-        self.joined, self.norm, self.head = nn.GroupNorm(6, 12, affine=False), nn.GroupNorm(8, 8, affine=False), nn.Conv2d(8, 2, 1)
+        self.a, self.b, self.c = (
+            nn.Conv2d(3, 8, 3, padding=1),
+            nn.Conv2d(3, 4, 3, padding=1),
+            nn.Conv2d(12, 8, 3, padding=1),
+        )
+        self.joined, self.norm, self.head = (
+            nn.GroupNorm(6, 12, affine=False),
+            nn.GroupNorm(8, 8, affine=False),
+            nn.Conv2d(8, 2, 1),
+        )
 
     def forward(self, x):
         return self.head(self.norm(self.c(self.joined(torch.cat([self.a(x), self.b(x)], 1)).relu())).relu())
 
 
 def gainless_of_instances():
-    layers = [nn.ConvTranspose2d(3, 8, 3), nn.InstanceNorm2d(8), nn.SiLU(), nn.ConvTranspose2d(8, 12, 3), nn.BatchNorm2d(12, affine=False)]
+    layers = [
+        nn.ConvTranspose2d(3, 8, 3),
+        nn.InstanceNorm2d(8),
+        nn.SiLU(),
+        nn.ConvTranspose2d(8, 12, 3),
+        nn.BatchNorm2d(12, affine=False),
+    ]
     return nn.Sequential(*layers, nn.ReLU(), nn.InstanceNorm2d(12, track_running_stats=True), nn.Conv2d(12, 2, 1))
 
 
 def padded(*modes):
     layers = [
-        [nn.Conv2d(8 if i else 3, 8, 3, padding=(1, 2), padding_mode=mode), nn.BatchNorm2d(8), nn.ReLU()] for i, mode in enumerate(modes)
+        [nn.Conv2d(8 if i else 3, 8, 3, padding=(1, 2), padding_mode=mode), nn.BatchNorm2d(8), nn.ReLU()]
+        for i, mode in enumerate(modes)
     ]
     return nn.Sequential(*[layer for three in layers for layer in three], nn.Conv2d(8, 2, 1))
 
@@ -233,13 +258,19 @@ class Merged(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.first, self.weight, self.gain = nn.Linear(12, 16), nn.Parameter(torch.randn(8, 16) * 0.3), nn.Parameter(torch.rand(16) + 0.5)
+        self.first, self.weight, self.gain = (
+            nn.Linear(12, 16),
+            nn.Parameter(torch.randn(8, 16) * 0.3),
+            nn.Parameter(torch.rand(16) + 0.5),
+        )
         self.up, self.down = nn.Parameter(torch.randn(8, 4) * 0.3), nn.Parameter(torch.randn(4, 16) * 0.3)
         self.head = nn.Linear(8, 4)
 
     def forward(self, x):
         weight = self.weight * self.gain + 2 * (self.up @ self.down)
-        return self.head(F.linear(self.first(x).sigmoid(), weight / weight.norm(dim=1, keepdim=True).clamp(min=1e-6)).relu())
+        return self.head(
+            F.linear(self.first(x).sigmoid(), weight / weight.norm(dim=1, keepdim=True).clamp(min=1e-6)).relu()
+        )
 
 
 NETS = {
@@ -253,7 +284,12 @@ NETS = {
     "weight norm": (Normed, WORDS),
     "volume": (Volume, torch.randn(1, 3, 4, 4, 4)),
     "experts": (Experts, WORDS),
-    "masked": (lambda: nn.Sequential(Masked(3, 8), nn.BatchNorm2d(8), nn.ReLU(), Masked(8, 10), nn.ReLU(), nn.Conv2d(10, 2, 1)), IMAGE),
+    "masked": (
+        lambda: nn.Sequential(
+            Masked(3, 8), nn.BatchNorm2d(8), nn.ReLU(), Masked(8, 10), nn.ReLU(), nn.Conv2d(10, 2, 1)
+        ),
+        IMAGE,
+    ),
     "merged": (Merged, WORDS),
     "shuffle": (shuffled, IMAGE),
     "shuffle units": (shuffle_units, IMAGE),
@@ -276,7 +312,12 @@ def shaken(model):
     """Norms that are not the identity, so that a channel that is cut would be missed."""
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.affine:
-            for t, low, high in ((module.weight, 0.5, 1), (module.bias, -1, 1), (module.running_mean, -1, 1), (module.running_var, 0.5, 2)):
+            for t, low, high in (
+                (module.weight, 0.5, 1),
+                (module.bias, -1, 1),
+                (module.running_mean, -1, 1),
+                (module.running_var, 0.5, 2),
+            ):
                 nn.init.uniform_(t, low, high)
     return model
 
@@ -316,7 +357,8 @@ def test_masked_equals_compacted_at_the_size_foretold(name, family):
 def test_a_budget_is_met_and_everything_else_works_too(name, tmp_path):
     model, x, _, _ = converted(name)
     total = count_macs(model, x)
-    pickled = [] if name == "weight norm" else [pickle.loads(pickle.dumps(model))]  # torch pickles no parametrized module
+    # torch pickles no parametrized module
+    pickled = [] if name == "weight norm" else [pickle.loads(pickle.dumps(model))]
     for copied in (copy.deepcopy(model), *pickled):
         assert torch.equal(copied(x), model(x))
     assert dampr.verify_model(model, x).layers
@@ -335,7 +377,9 @@ def test_a_budget_is_met_and_everything_else_works_too(name, tmp_path):
     assert dampr.expand(loaded).state_dict().keys() == large.state_dict().keys()
 
 
-@pytest.mark.parametrize("name", ["densenet", "attention", "bare", "shuffle", "shuffle units", "groups without gain", "circular"])
+@pytest.mark.parametrize(
+    "name", ["densenet", "attention", "bare", "shuffle", "shuffle units", "groups without gain", "circular"]
+)
 def test_a_plan_trains_compacts_and_keeps_the_optimizer(name):
     model, x, y, _ = converted(name)
     plan = dampr.Plan(model, x, macs=0.6, steps=40)
@@ -355,7 +399,10 @@ def test_a_plan_trains_compacts_and_keeps_the_optimizer(name):
 def test_once_by_each_criterion():
     build, x = NETS["densenet"]
     model = shaken(build())
-    for how in ({"criterion": "magnitude"}, {"criterion": "taylor", "batches": [(x, torch.zeros(2, 5))], "loss": F.mse_loss}):
+    for how in (
+        {"criterion": "magnitude"},
+        {"criterion": "taylor", "batches": [(x, torch.zeros(2, 5))], "loss": F.mse_loss},
+    ):
         small = dampr.prune_once(model, macs=0.5, example_inputs=x, **how)
         assert count_macs(small, x) <= 0.5 * count_macs(model, x)
 
@@ -402,7 +449,13 @@ class Counted(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.width, self.a, self.b, self.c, self.head = 12, nn.Linear(6, 12), nn.Linear(12, 12), nn.Linear(12, 8), nn.Linear(8, 3)
+        self.width, self.a, self.b, self.c, self.head = (
+            12,
+            nn.Linear(6, 12),
+            nn.Linear(12, 12),
+            nn.Linear(12, 8),
+            nn.Linear(8, 3),
+        )
 
     def forward(self, x):
         h = self.a(x).relu().view(-1, 1, self.width).flatten(1)
@@ -462,7 +515,9 @@ def test_what_cannot_be_put_back_raises_and_leaves_the_model():
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("index", [torch.tensor([0.0]), torch.tensor([[0]]), torch.tensor([-2, 0]), torch.tensor([], dtype=torch.int64), 3])
+@pytest.mark.parametrize(
+    "index", [torch.tensor([0.0]), torch.tensor([[0]]), torch.tensor([-2, 0]), torch.tensor([], dtype=torch.int64), 3]
+)
 def test_an_index_of_gates_is_checked(index):
     with pytest.raises(ValueError, match="index="):
         GatedParameter("hard_concrete", 0, index)

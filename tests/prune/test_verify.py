@@ -15,7 +15,9 @@ X = torch.randn(16, 10, generator=torch.Generator().manual_seed(0))
 
 def mlp(gate="hard_concrete"):
     return dampr.convert(
-        nn.Sequential(nn.Linear(10, 12), nn.Tanh(), nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 3)), gate=gate, example_inputs=X
+        nn.Sequential(nn.Linear(10, 12), nn.Tanh(), nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 3)),
+        gate=gate,
+        example_inputs=X,
     )
 
 
@@ -29,7 +31,10 @@ def test_every_family_passes(gate):
     optimizer = torch.optim.AdamW(dampr.param_groups(model, lr=1e-3, weight_decay=0.1))
     found = dampr.verify_model(model, X, optimizer=optimizer)
     assert found.ok, str(found)
-    assert [(row.gates, row.tried, row.unreachable, row.without_gradient) for row in found.layers] == [(12, 12, [], []), (8, 8, [], [])]
+    assert [(row.gates, row.tried, row.unreachable, row.without_gradient) for row in found.layers] == [
+        (12, 12, [], []),
+        (8, 8, [], []),
+    ]
     assert str(found).endswith("ok")
     assert found.as_dict()["layers"][0]["name"] == "0"
 
@@ -117,7 +122,9 @@ def test_the_optimizer_is_looked_at():
 def test_half_precision_gates_are_found():
     model = mlp()
     model[0].gate.log_alpha.data = model[0].gate.log_alpha.data.bfloat16()
-    assert problems(model)["0"] == ["log_alpha is torch.bfloat16, expected torch.float32: steps of half precision are too coarse for it"]
+    assert problems(model)["0"] == [
+        "log_alpha is torch.bfloat16, expected torch.float32: steps of half precision are too coarse for it"
+    ]
 
 
 @pytest.mark.parametrize(

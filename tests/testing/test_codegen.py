@@ -1,4 +1,7 @@
-"""The machine code of every Triton kernel x tile x architecture, compiled without a GPU. Helpers: dampr/testing/codegen.py."""
+"""The machine code of every Triton kernel x tile x architecture, compiled without a GPU.
+
+Helpers: dampr/testing/codegen.py.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,9 @@ def all_cases() -> list:
     found = []
     for arch in cases:
         for case in cases[arch]:
-            others = [other for other in cases if other != 90 and any(case.name == of_other.name for of_other in cases[other])]
+            others = [
+                other for other in cases if other != 90 and any(case.name == of_other.name for of_other in cases[other])
+            ]
             first = arch == 90 or arch == others[names.index(case.name) % len(others)]
             found.append(pytest.param(arch, case, id=f"sm_{arch}/{case.name}", marks=[] if first else pytest.mark.long))
     return found
@@ -42,7 +47,9 @@ def test_machine_code_keeps_its_promises(arch: int, case: codegen.Case) -> None:
     assert report.spills == 0, report
     assert report.f64 == 0, report
     assert report.shared <= codegen.SHARED_LIMIT_KB[arch] * 1024, report
-    assert report.tf32 == (case.constants.get("PRECISION") == "tf32"), f"an IEEE dot was lowered to TF32, or the reverse: {report}"
+    assert report.tf32 == (case.constants.get("PRECISION") == "tf32"), (
+        f"an IEEE dot was lowered to TF32, or the reverse: {report}"
+    )
     if case.gemm and case.aligned:
         assert report.copies_in_loop > 0, f"no asynchronous copies in the K loop: {report}"
         if arch == 90 and (case.dtype == "bf16" or report.tf32):
@@ -55,7 +62,8 @@ def test_machine_code_keeps_its_promises(arch: int, case: codegen.Case) -> None:
         pytest.skip(f"no budgets recorded for triton {triton.__version__} (python -m benchmarks.codegen --write)")
     budget = recorded[f"sm_{arch}/{case.name}"]
     assert report.hot_loop <= ALLOWED_GROWTH * budget, (
-        f"{report.hot_loop} instructions in the hot loop, {budget} recorded; if the growth is wanted: python -m benchmarks.codegen --write"
+        f"{report.hot_loop} instructions in the hot loop, {budget} recorded; if the growth is wanted: python -m "
+        "benchmarks.codegen --write"
     )
 
 
@@ -67,7 +75,16 @@ def test_every_kernel_compiles_for_amd(case: codegen.Case) -> None:
 @pytest.mark.parametrize("rule", ["paper", "median", "binary"])
 @pytest.mark.parametrize(
     "name",
-    ["fold_fwd", "fold_bwd", "fold_gate_bwd", "sample_fwd-grouped", "sample_bwd-grouped", "live_blocks-32", "live-large", *ON_WEIGHTS],
+    [
+        "fold_fwd",
+        "fold_bwd",
+        "fold_gate_bwd",
+        "sample_fwd-grouped",
+        "sample_bwd-grouped",
+        "live_blocks-32",
+        "live-large",
+        *ON_WEIGHTS,
+    ],
 )
 def test_rules_without_noise_compile(name: str, rule: str) -> None:
     from dampr.spec import hard_concrete
@@ -90,7 +107,8 @@ def test_a_beta_other_than_two_thirds_compiles_without_f64(name: str) -> None:
 
 @pytest.mark.parametrize("arch", codegen.ARCHITECTURES)
 @pytest.mark.parametrize(
-    "name", ["sample_fwd-grouped", "sample_fwd-odd", "fold_fwd", "gate_rows_bwd-grouped", "gate_weights_fwd", "live_blocks-32"]
+    "name",
+    ["sample_fwd-grouped", "sample_fwd-odd", "fold_fwd", "gate_rows_bwd-grouped", "gate_weights_fwd", "live_blocks-32"],
 )
 def test_no_fused_multiply_add_decides_a_gate(name: str, arch: int) -> None:
     case = next(case for case in codegen.cases(arch) if case.name == name)
@@ -114,7 +132,9 @@ class _NoDevice:
 
 
 def compile_only(host: Any, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Compile for sm_90 what ``host.launch`` would launch, by Triton's own launcher, into the list that this returns."""
+    """Compile for sm_90 what ``host.launch`` would launch, by Triton's own launcher,
+    into the list that this returns.
+    """
     compiled: list[Any] = []
 
     def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **sizes: Any) -> None:
@@ -128,7 +148,9 @@ def compile_only(host: Any, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 @pytest.mark.parametrize("route", ["fold", "live", "one_pass", "passes", "small_m"])
 @pytest.mark.parametrize("shape", [(256, 128, 256), (1, 1, 1)], ids=str)
-def test_what_the_launchers_pass_compiles(shape: tuple[int, int, int], route: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_launchers_pass_compiles(
+    shape: tuple[int, int, int], route: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Triton's own launcher specialises on divisible sizes and turns an integer argument of 1 into a constant."""
     import torch
 
@@ -156,7 +178,9 @@ def test_what_the_launchers_pass_compiles(shape: tuple[int, int, int], route: st
 
 @pytest.mark.parametrize("gates", ["none", "batch", "image"])
 @pytest.mark.parametrize("problem", [(2, 64, 14, 128, 3), (1, 1, 1, 1, 1)], ids=str)
-def test_what_the_convolution_passes_compiles(problem: tuple[int, ...], gates: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_convolution_passes_compiles(
+    problem: tuple[int, ...], gates: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import torch
 
     from dampr.ops.backend_triton import gated_conv2d as launchers
@@ -164,8 +188,16 @@ def test_what_the_convolution_passes_compiles(problem: tuple[int, ...], gates: s
 
     compiled = compile_only(launchers.host, monkeypatch)
     B, C, size, N, taps = problem
-    z_in, z_out = {"none": (None, None), "batch": (torch.ones(C), torch.ones(N)), "image": (torch.ones(B, C), torch.ones(B, N))}[gates]
-    x, weight, pad = torch.zeros(B, C, size, size, dtype=torch.bfloat16), torch.zeros(N, C, taps, taps), (taps // 2, taps // 2)
+    z_in, z_out = {
+        "none": (None, None),
+        "batch": (torch.ones(C), torch.ones(N)),
+        "image": (torch.ones(B, C), torch.ones(B, N)),
+    }[gates]
+    x, weight, pad = (
+        torch.zeros(B, C, size, size, dtype=torch.bfloat16),
+        torch.zeros(N, C, taps, taps),
+        (taps // 2, taps // 2),
+    )
     launchers.gated_conv2d_one_pass(x, weight, torch.zeros(N), z_in, z_out, Window((1, 1), pad, (1, 1), 1))
     assert len(compiled) == (1 if gates == "none" else 2)
     assert not any("f64" in kernel.asm["ptx"] for kernel in compiled)
@@ -203,7 +235,9 @@ def test_what_the_generator_passes_compiles(widths: tuple[int, ...], monkeypatch
     from dampr.ops import backend_triton as backend
 
     compiled = compile_only(backend.host, monkeypatch)
-    tensors = [t for before, after in itertools.pairwise(widths) for t in (torch.zeros(after, before), torch.zeros(after))]
+    tensors = [
+        t for before, after in itertools.pairwise(widths) for t in (torch.zeros(after, before), torch.zeros(after))
+    ]
     values = backend.dependency_generator_fwd(tensors, 4.6)
     backend.dependency_generator_bwd(tensors, values, values, 4.6)
     for kernel in compiled:
@@ -214,8 +248,12 @@ def test_what_the_generator_passes_compiles(widths: tuple[int, ...], monkeypatch
 
 def test_kernels_import_no_torch() -> None:
     for path in (Path(codegen.__file__), *Path(codegen.gates.__file__).parent.glob("*.py")):
-        imports = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Import | ast.ImportFrom)]
+        imports = [
+            node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Import | ast.ImportFrom)
+        ]
         names = {
-            name for node in imports for name in ([node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names])
+            name
+            for node in imports
+            for name in ([node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names])
         }
         assert not {name for name in names if name.split(".")[0] == "torch"}, path

@@ -21,7 +21,9 @@ def test_parts_are_the_whole() -> None:
 def test_several_processes_give_the_rows_of_one() -> None:
     wanted = [job for op in ("noise", "dependency_generator") for job in verify.jobs(op, "reference")]
     assert wanted
-    assert [row.as_dict() for row in verify.run_side_by_side(wanted, 2, parts=2)] == [verify.verify_op(*job).as_dict() for job in wanted]
+    assert [row.as_dict() for row in verify.run_side_by_side(wanted, 2, parts=2)] == [
+        verify.verify_op(*job).as_dict() for job in wanted
+    ]
 
 
 def test_a_part_without_cases_joins() -> None:

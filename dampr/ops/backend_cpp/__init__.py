@@ -1,7 +1,8 @@
 """The CPU backend: gates in C++ (:mod:`dampr._C`, raw pointers), matrix products by torch's own GEMM.
 
-Per batch the gates are folded into the weight, one pass before the GEMM and one pass over the raw weight gradient after it. Per sample
-they are drawn while the activations are multiplied, and drawn again in the backward. Derivations: docs/kernels.md.
+Per batch the gates are folded into the weight, one pass before the GEMM and one pass over the raw weight gradient after
+it. Per sample they are drawn while the activations are multiplied, and drawn again in the backward. Derivations:
+docs/kernels.md.
 """
 
 from __future__ import annotations
@@ -19,7 +20,13 @@ from .gates import sample_gates_bwd, sample_gates_fwd
 from .host import CODES
 from .norm_gate import norm_gate_bwd, norm_gate_fwd
 from .routes import conv_route, route
-from .weight_gated_linear import fold_blocks_bwd, fold_blocks_fwd, plan_weights, weight_gated_linear_bwd, weight_gated_linear_fwd
+from .weight_gated_linear import (
+    fold_blocks_bwd,
+    fold_blocks_fwd,
+    plan_weights,
+    weight_gated_linear_bwd,
+    weight_gated_linear_fwd,
+)
 from .whole_conv import gated_conv2d_fwd
 
 own_norms = (True, False)  # per sample, per batch: where norm, gates and running statistics are one call

@@ -1,4 +1,6 @@
-"""Entries of one dimension, picked out or put back among zeros, which gates are open, and matrices transposed: ``axis.h`` of csrc."""
+"""Entries of one dimension, picked out or put back among zeros, which gates are open, and matrices transposed:
+``axis.h`` of csrc.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ from .host import CODES, scratch
 
 
 def open_gates(gate: GateArgs, multiple: int, share: float) -> Tensor | None:
-    """The numbers of the open gates in order, int32, filled up with closed ones to a ``multiple``; None if more than ``share`` of all."""
+    """The numbers of the open gates in order, int32, filled up with closed ones to a ``multiple``;
+    None if more than ``share`` of all.
+    """
     log_alpha = gate.log_alpha.contiguous()
     seed = 0 if gate.seed is None else gate.seed.data_ptr()
     n, args = log_alpha.numel(), (gate.spec, CODES[log_alpha.dtype], log_alpha.data_ptr(), seed)
@@ -48,12 +52,23 @@ def transpose(x: Tensor, passing: bool = False) -> Tensor:
 
 
 def _move(how: object, x: Tensor, size: int, places: Tensor, left: int, dim: int, channels_last: bool) -> Tensor:
-    """x (outer, ?, inner) -> (outer, left, inner), as ``how`` moves them between that and an axis of ``size`` entries."""
+    """x (outer, ?, inner) -> (outer, left, inner),
+    as ``how`` moves them between that and an axis of ``size`` entries.
+    """
     if channels_last:
         x, dim = x.permute(0, 2, 3, 1), {0: 0, 1: 3}[dim]
     x = x.contiguous()
     before, after = x.shape[:dim], x.shape[dim + 1 :]
     out = x.new_empty((*before, left, *after))
-    args = CODES[x.dtype], x.data_ptr(), before.numel(), size, after.numel(), places.data_ptr(), places.numel(), out.data_ptr()
+    args = (
+        CODES[x.dtype],
+        x.data_ptr(),
+        before.numel(),
+        size,
+        after.numel(),
+        places.data_ptr(),
+        places.numel(),
+        out.data_ptr(),
+    )
     how(*args, torch.get_num_threads())  # type: ignore[operator]
     return out.permute(0, 3, 1, 2) if channels_last else out

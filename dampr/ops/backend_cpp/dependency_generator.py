@@ -21,10 +21,14 @@ def dependency_generator_fwd(parameters: Sequence[Tensor], limit: float) -> Tens
     return values
 
 
-def dependency_generator_bwd(parameters: Sequence[Tensor], values: Tensor, dvalues: Tensor, limit: float) -> list[Tensor]:
+def dependency_generator_bwd(
+    parameters: Sequence[Tensor], values: Tensor, dvalues: Tensor, limit: float
+) -> list[Tensor]:
     (held, widths), values, dvalues = _chain(parameters), values.contiguous(), dvalues.contiguous()
     grads = [torch.empty_like(p) for p in held]
-    _C.generator_bwd(CODES[values.dtype], [*map(ptr, held)], widths, limit, ptr(values), ptr(dvalues), [*map(ptr, grads)])
+    _C.generator_bwd(
+        CODES[values.dtype], [*map(ptr, held)], widths, limit, ptr(values), ptr(dvalues), [*map(ptr, grads)]
+    )
     return grads
 
 

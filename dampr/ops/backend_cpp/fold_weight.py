@@ -1,4 +1,6 @@
-"""Gates of rows and columns multiplied into a weight, and their gradients from that of the product: ``folds.h`` of csrc."""
+"""Gates of rows and columns multiplied into a weight, and their gradients from that of the product:
+``folds.h`` of csrc.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ from . import host
 from .host import CODES, WIDE
 
 
-def fold_weight_fwd(weight: Tensor, bias: Maybe, gates: GatePair, dtype: torch.dtype, passing: bool = False) -> tuple[Tensor, Maybe]:
+def fold_weight_fwd(
+    weight: Tensor, bias: Maybe, gates: GatePair, dtype: torch.dtype, passing: bool = False
+) -> tuple[Tensor, Maybe]:
     """(z_out W z_in, z_out b) in ``dtype``; ``passing``: the weight is one of :data:`.host.scratch`."""
     if gates.input_log_alpha is None and gates.output_log_alpha is None:
         return weight.to(dtype), None if bias is None else bias.to(dtype)
@@ -24,7 +28,9 @@ def fold_weight_fwd(weight: Tensor, bias: Maybe, gates: GatePair, dtype: torch.d
 
 
 def fold_into(out: Tensor, weight: Tensor, bias: Maybe, gates: GatePair, n_out: int, n_in: int) -> Maybe:
-    """Fill ``out``, which lies in memory as ``weight`` does, a matrix (n_out, n_in) there; returns the bias, gated as rows are."""
+    """Fill ``out``, which lies in memory as ``weight`` does, a matrix (n_out, n_in) there; returns the bias,
+    gated as rows are.
+    """
     in_la, out_la, in_seed, out_seed, spec, _ = gates
     in_la = None if in_la is None else in_la.contiguous()
     out_la = None if out_la is None else out_la.contiguous()
@@ -53,8 +59,12 @@ def fold_into(out: Tensor, weight: Tensor, bias: Maybe, gates: GatePair, n_out: 
     return gated
 
 
-def fold_weight_bwd(raw: Tensor, raw_bias: Maybe, weight: Tensor, bias: Maybe, gates: GatePair, needs: Sequence[bool]) -> tuple[Maybe, ...]:
-    """Gradients of weight, bias and both log-alphas from those of the folded weight and bias, ``raw`` (N, K) and ``raw_bias`` (N,)."""
+def fold_weight_bwd(
+    raw: Tensor, raw_bias: Maybe, weight: Tensor, bias: Maybe, gates: GatePair, needs: Sequence[bool]
+) -> tuple[Maybe, ...]:
+    """Gradients of weight, bias and both log-alphas from those of the folded weight and bias, ``raw`` (N,
+    K) and ``raw_bias`` (N,).
+    """
     if gates.input_log_alpha is None and gates.output_log_alpha is None:
         db = raw_bias.to(bias.dtype) if needs[1] and bias is not None and raw_bias is not None else None
         return raw.to(weight.dtype), db, None, None
@@ -76,7 +86,8 @@ def unfold(
     dw: Maybe,
     folded: Maybe = None,
 ) -> tuple[Maybe, Maybe, Maybe]:
-    """Gradients of bias and both log-alphas; those of the weight go to ``dw``, the folded weight once more to ``folded``.
+    """Gradients of bias and both log-alphas; those of the weight go to ``dw``,
+    the folded weight once more to ``folded``.
 
     ``raw`` and these lie in memory as ``weight`` does, a matrix (n_out, n_in) there.
     """

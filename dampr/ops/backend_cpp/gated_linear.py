@@ -38,7 +38,9 @@ def plan_linear(
     M = x.numel() // K if K else x.shape[:-1].numel()
     dtype, drawn = x.dtype, spec.rule == SAMPLE
     forced = routes.stack[-1][0] if routes.stack else None
-    route = decide(forced, M, N, K, dtype, "input" if out_la is None else "output", per_sample, drawn and dtype == weight.dtype)
+    route = decide(
+        forced, M, N, K, dtype, "input" if out_la is None else "output", per_sample, drawn and dtype == weight.dtype
+    )
     way, gated = route, in_la is not None or out_la is not None
     if route == "live" or (route == "small" and not gated):  # without gates the layer is the dense one to the bit
         way = "activations" if routes.are_smaller(M, N, K) else "fold"
@@ -63,7 +65,9 @@ def gated_linear_bwd(
     kept = pre.numel() == dy.numel()  # a forward that was compiled for all sizes keeps nothing
     if plan.backward is bwd_on_activations and needs[4] and not (kept or gates.per_sample):
         plan = plan._replace(backward=bwd_fold)
-    grads: tuple[Maybe, ...] = plan.backward(plan, dy, (x, weight, bias, *gates[:4], pre if kept and pre.numel() else None), needs)
+    grads: tuple[Maybe, ...] = plan.backward(
+        plan, dy, (x, weight, bias, *gates[:4], pre if kept and pre.numel() else None), needs
+    )
     return grads
 
 
@@ -96,7 +100,8 @@ def bwd_fold(plan: Plan, dy: Tensor, tensors: Sequence[Maybe], needs: Sequence[b
             raw, weight = raw.contiguous(), weight.contiguous()
             same = raw.dtype == weight.dtype
             if need_w:
-                dw = raw if same else torch.empty_like(weight)  # over ``raw`` where it fits, so that no new memory is touched
+                # over ``raw`` where it fits, so that no new memory is touched
+                dw = raw if same else torch.empty_like(weight)
             folded = host.scratch.views[weight.shape, None, weight.dtype] if need_x and same else None
             db, din, dout = unfold(raw, raw_bias, weight, bias, gates, n_out, n_in, needs[1:5], dw, folded)
     elif raw_bias is not None and bias is not None:
@@ -120,7 +125,9 @@ def fwd_on_activations(
     if out_la is None:
         return pre, None
     rows = pre if pre.dim() == 2 else pre.reshape(plan.rows, n_out)
-    return gate_rows(rows, GateArgs(out_la, out_seed, plan.spec, plan.per_sample)).view(pre.shape), pre if plan.keep else None
+    return gate_rows(rows, GateArgs(out_la, out_seed, plan.spec, plan.per_sample)).view(
+        pre.shape
+    ), pre if plan.keep else None
 
 
 def bwd_on_activations(plan: Plan, dy: Tensor, tensors: Sequence[Maybe], needs: Sequence[bool]) -> tuple[Maybe, ...]:

@@ -39,9 +39,14 @@ def draw(gate: GateArgs | None) -> Maybe:
 
 def gate_rows(x: Tensor, gate: GateArgs) -> Tensor:
     """x * z; x: (M, n)."""
-    log_alpha, seed, code = gate.log_alpha.contiguous(), 0 if gate.seed is None else gate.seed.data_ptr(), CODES[x.dtype]
+    log_alpha, seed, code = (
+        gate.log_alpha.contiguous(),
+        0 if gate.seed is None else gate.seed.data_ptr(),
+        CODES[x.dtype],
+    )
     if not gate.per_sample:
-        if not x.is_contiguous():  # a product with the strides of x keeps the path of the GEMM, and so its rounding, as in the dense layer
+        # a product with the strides of x keeps the path of the GEMM, and so its rounding, as in the dense layer
+        if not x.is_contiguous():
             return (x * sample_gates_fwd(gate, None)).to(x.dtype)
         out = torch.empty_like(x)
         args = code, code, x.data_ptr(), 0, *x.shape, 0, log_alpha.data_ptr(), 0, seed, out.data_ptr(), 0
@@ -63,7 +68,15 @@ class RowGrads(NamedTuple):
 
 
 def gate_rows_bwd(
-    x: Tensor, g: Tensor, gate: GateArgs, *, dx: bool, xz: bool, dlog_alpha: bool, in_place: bool = False, passing: bool = False
+    x: Tensor,
+    g: Tensor,
+    gate: GateArgs,
+    *,
+    dx: bool,
+    xz: bool,
+    dlog_alpha: bool,
+    in_place: bool = False,
+    passing: bool = False,
 ) -> RowGrads:
     """For the gradient g of x * z, both (M, n): whichever is asked for, from one redraw.
 

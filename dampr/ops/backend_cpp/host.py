@@ -22,9 +22,9 @@ def ptr(t: Maybe) -> int:
 class _Views(dict[tuple[torch.Size, tuple[int, ...] | None, torch.dtype], Tensor]):
     """Tensors by shape, stride (of a dense one; None: contiguous) and dtype, all on one piece of memory.
 
-    One that is missing is made. A large allocation is fresh memory, which is cleared page by page when it is first written: 4 MB
-    take longer than multiplying as much. The tensors of that memory stay too: making one takes four operators, 50 us beside a
-    cold cache.
+    One that is missing is made. A large allocation is fresh memory, which is cleared page by page when it is first
+    written: 4 MB take longer than multiplying as much. The tensors of that memory stay too: making one takes four
+    operators, 50 us beside a cold cache.
     """
 
     memory: Maybe = None

@@ -24,7 +24,9 @@ __all__ = ["bwd", "fwd", "open_gates"]
 VALUE = value()
 
 
-def fwd(x: Tensor, weight: Tensor, bias: Maybe, gates: GatePair, ins: Maybe, outs: Maybe, window: Window | None) -> Tensor:
+def fwd(
+    x: Tensor, weight: Tensor, bias: Maybe, gates: GatePair, ins: Maybe, outs: Maybe, window: Window | None
+) -> Tensor:
     """y; ``ins`` and ``outs`` list the open gates of inputs and outputs, None: all are taken."""
     part, own = _part(x, weight, bias, gates, ins, outs, window)
     if window is None:
@@ -34,7 +36,8 @@ def fwd(x: Tensor, weight: Tensor, bias: Maybe, gates: GatePair, ins: Maybe, out
     last = _is_last(x) or _is_last(weight)  # so torch's convolution writes y, and its backward dx
     if outs is not None:
         return place(y, outs, weight.shape[0], 1, last)
-    return y.contiguous(memory_format=torch.channels_last) if last else y  # a single open channel does not show how it lies
+    # a single open channel does not show how it lies
+    return y.contiguous(memory_format=torch.channels_last) if last else y
 
 
 def bwd(
@@ -94,7 +97,9 @@ def _plan_of(x: Tensor, weight: Tensor, spec: GateSpec) -> Plan:
 
 
 def _is_last(t: Tensor) -> bool:
-    """Whether images, or the weight of a convolution, lie channels last; by their strides where one pixel is contiguous as well."""
+    """Whether images, or the weight of a convolution, lie channels last;
+    by their strides where one pixel is contiguous as well.
+    """
     if t.dim() != 4 or not t.is_contiguous(memory_format=torch.channels_last):
         return False
     return not t.is_contiguous() or t.stride(3) == t.shape[1] > 1

@@ -1,7 +1,7 @@
 """A batch norm and the gates behind it in one call each way, draws included: ``norms.h`` of csrc.
 
-Beside the cold cache that a convolution leaves behind, what Python touches takes longer than the arithmetic: layouts are remembered per
-shape, and every argument is written out.
+Beside the cold cache that a convolution leaves behind, what Python touches takes longer than the arithmetic: layouts
+are remembered per shape, and every argument is written out.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ _NONE = Running(None, None, None, 0.0)
 
 
 @functools.lru_cache(maxsize=1024)
-def _layout(shape: torch.Size, stride: tuple[int, ...], per_sample: bool) -> tuple[int, int, int, int, torch.memory_format, bool]:
+def _layout(
+    shape: torch.Size, stride: tuple[int, ...], per_sample: bool
+) -> tuple[int, int, int, int, torch.memory_format, bool]:
     """(outer, middle, n, inner) of a tensor, its memory format, and whether it lies so already."""
     x = torch.empty_strided(shape, stride, device="meta")
     _, sizes, layout = planes(x, 1, per_sample)
@@ -33,7 +35,9 @@ def _layout(shape: torch.Size, stride: tuple[int, ...], per_sample: bool) -> tup
 def norm_gate_fwd(
     x: Tensor, norm: Norm, gate: GateArgs, mean: Maybe, var: Maybe, running: Running | None = None
 ) -> tuple[Tensor, Maybe, Maybe]:
-    """y, and the statistics of x where none were given; ``running`` ones, of their dtype and contiguous, are moved in the same call."""
+    """y, and the statistics of x where none were given; ``running`` ones, of their dtype and contiguous,
+    are moved in the same call.
+    """
     gain, bias, eps, relu = norm
     log_alpha, seed, spec, per_sample = gate
     outer, middle, n, inner, layout, dense = _layout(x.shape, x.stride(), per_sample)

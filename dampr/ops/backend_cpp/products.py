@@ -1,7 +1,9 @@
-"""The matrix products of linear layers: torch's own, or oneDNN's where torch asks MKL and that is the slower of the two.
+"""The matrix products of linear layers: torch's own,
+or oneDNN's where torch asks MKL and that is the slower of the two.
 
-On processors of AMD with AVX-512, float32 products take MKL longer than oneDNN, which torch brings along for its convolutions ("dampr,
-torch's products" in docs/performance.md). Evaluation stays on torch's path, so that a fresh layer equals the dense one to the bit.
+On processors of AMD with AVX-512, float32 products take MKL longer than oneDNN, which torch brings along for its
+convolutions ("dampr, torch's products" in docs/performance.md). Evaluation stays on torch's path, so that a fresh layer
+equals the dense one to the bit.
 """
 
 from __future__ import annotations
@@ -18,10 +20,12 @@ from dampr.ops.gate_args import Maybe
 
 from .axis import transpose
 
-# With fewer multiply-adds, or fewer rows of x for each weight, what oneDNN does before it multiplies takes longer than it saves.
+# With fewer multiply-adds, or fewer rows of x for each weight,
+# what oneDNN does before it multiplies takes longer than it saves.
 WORK, ROWS = 2**24, 32
 _product = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-_onednn: Any = None if _product is None else partial(_product, attr="none", scalars=[], algorithm="")  # of x, weight and bias
+# of x, weight and bias
+_onednn: Any = None if _product is None else partial(_product, attr="none", scalars=[], algorithm="")
 FASTER = (
     _C.vendor() == "amd"
     and torch.backends.cpu.get_cpu_capability() == "AVX512"
@@ -31,7 +35,9 @@ FASTER = (
 
 
 def by_onednn(M: int, N: int, K: int, dtype: torch.dtype) -> bool:
-    """Whether the products of x (M, K) and a weight (N, K) are oneDNN's; none is under ``torch.backends.mkldnn.flags(enabled=False)``."""
+    """Whether the products of x (M, K) and a weight (N, K) are oneDNN's; none is under
+    ``torch.backends.mkldnn.flags(enabled=False)``.
+    """
     large = M >= ROWS and M * N * K >= WORK
     return FASTER and large and dtype == torch.float32 and torch._C._get_mkldnn_enabled()  # type: ignore[attr-defined]
 
@@ -58,7 +64,8 @@ def to_inputs(dy: Tensor, weight: Tensor, onednn: bool) -> Tensor:
 def to_weight(dy: Tensor, x: Tensor, onednn: bool, passing: bool) -> Tensor:
     """dy^T x, the gradient of the weight; dy: (M, N), x: (M, K).
 
-    ``passing``: nobody needs what is in :data:`.host.scratch`. oneDNN wants what it multiplies from the left to lie in rows.
+    ``passing``: nobody needs what is in :data:`.host.scratch`.
+    oneDNN wants what it multiplies from the left to lie in rows.
     """
     if not onednn:
         return dy.t() @ x

@@ -12,8 +12,8 @@ from dampr.ops.live import WORK
 
 from . import products
 
-# Up to so many multiply-adds, weights, and terms of a sum, one call on one thread that does all, products included, beats several on two
-# threads that are each faster.
+# Up to so many multiply-adds, weights, and terms of a sum, one call on one thread that does all, products included,
+# beats several on two threads that are each faster.
 SMALL, SMALL_WEIGHT, SMALL_SUM = 2**21, 2**18, 2**13
 FEWER = 7 / 8  # of a convolution's weights: as many activations take longer, being fresh memory
 
@@ -34,11 +34,15 @@ def route(
 ) -> tuple[str, str]:
     """(name, reason) of the route of x (M, K) through W (N, K). Raises ValueError for a forced one that it lacks.
 
-    ``drawn``: whether gates are drawn. Deterministic ones never go the small route: a fresh layer equals the dense one to the bit there.
+    ``drawn``: whether gates are drawn. Deterministic ones never go the small route:
+    a fresh layer equals the dense one to the bit there.
     """
     forced = routes.forced_name()
     name = decide(forced, M, N, K, dtype, granularity, per_sample, drawn)
-    whose, weights = products.described(M, N, K, dtype, drawn), granularity == "weight" or isinstance(granularity, tuple)
+    whose, weights = (
+        products.described(M, N, K, dtype, drawn),
+        granularity == "weight" or isinstance(granularity, tuple),
+    )
     if name == forced and not weights:
         return name, "forced by forced_route"
     if name == "small":
@@ -50,7 +54,11 @@ def route(
         return name, f"{why}; {whose}{_or_live(M * N * K)}"
     if weights:
         return name, f"one pass multiplies the gates into the weight; {whose}"
-    return name, f"{M} rows: the weight is the smaller operand, and one pass multiplies the gates into it; {whose}{_or_live(M * N * K)}"
+    return (
+        name,
+        f"{M} rows: the weight is the smaller operand, and one pass multiplies the gates into it; "
+        f"{whose}{_or_live(M * N * K)}",
+    )
 
 
 @functools.lru_cache(maxsize=4096)
@@ -67,8 +75,13 @@ def decide(
     """The name of :func:`route`, a function of its arguments alone; ``forced``: what a block forces, or None."""
     weights = granularity == "weight" or isinstance(granularity, tuple)
     small = drawn and not weights and dtype in (torch.float32, torch.float64)
-    possible = ("fold",) if weights else (*["small"] * small, *(("passes",) if per_sample else ("fold", "activations", "live")))
-    if forced is not None and forced != "linear":  # a linear map is free to choose where a convolution was told to be one
+    possible = (
+        ("fold",)
+        if weights
+        else (*["small"] * small, *(("passes",) if per_sample else ("fold", "activations", "live")))
+    )
+    # a linear map is free to choose where a convolution was told to be one
+    if forced is not None and forced != "linear":
         routes.check(forced, possible, granularity, per_sample)
         return forced
     if small and is_small(M, N, K):
@@ -79,20 +92,30 @@ def decide(
 
 
 def _or_live(work: int) -> str:
-    return f"; on the open gates alone where a call finds enough closed: {thresholds.described()}" if work >= WORK else ""
+    return (
+        f"; on the open gates alone where a call finds enough closed: {thresholds.described()}" if work >= WORK else ""
+    )
 
 
 def conv_route(problem: routes.ConvProblem) -> tuple[str, str]:
     """(name, reason) of the route of a convolution.
 
-    A 1 x 1 convolution stays one unless told otherwise: oneDNN's is as fast as the linear map, and on deep layers twice as fast. Raises
-    ValueError where a forced route cannot serve the call.
+    A 1 x 1 convolution stays one unless told otherwise: oneDNN's is as fast as the linear map, and on deep layers twice
+    as fast. Raises ValueError where a forced route cannot serve the call.
     """
     weight, _, granularity, per_sample, pointwise, activations, work, _ = problem
     vectors = granularity in ("input", "output", "both")
     if routes.forced_name() is not None:
-        live = ["live"] * (problem.groups == 1 and (granularity == "output" or (granularity == "input" and len(weight) == 4)))
-        possible = ("passes",) if per_sample else ("fold", "activations", *live, *["linear"] * pointwise) if vectors else ("fold",)
+        live = ["live"] * (
+            problem.groups == 1 and (granularity == "output" or (granularity == "input" and len(weight) == 4))
+        )
+        possible = (
+            ("passes",)
+            if per_sample
+            else ("fold", "activations", *live, *["linear"] * pointwise)
+            if vectors
+            else ("fold",)
+        )
         name = routes.forced(possible, granularity, per_sample)
         assert name is not None
         return name, "forced by forced_route"
@@ -100,8 +123,13 @@ def conv_route(problem: routes.ConvProblem) -> tuple[str, str]:
         return "passes", "every image has gates of its own: passes over the activations around torch's convolution"
     if torch.compiler.is_compiling():  # sizes may be symbols, which no text can hold
         fewer = vectors and routes.known(activations < FEWER * math.prod(weight))
-        return ("activations" if fewer else "fold"), "compiled: the route that is right for all sizes, where they are dynamic"
+        return (
+            "activations" if fewer else "fold"
+        ), "compiled: the route that is right for all sizes, where they are dynamic"
     also = _or_live(work) if vectors and problem.groups == 1 else ""
     if vectors and activations < FEWER * math.prod(weight):
-        return "activations", f"{activations} activations are fewer than {FEWER:g} of the {math.prod(weight)} weights{also}"
+        return (
+            "activations",
+            f"{activations} activations are fewer than {FEWER:g} of the {math.prod(weight)} weights{also}",
+        )
     return "fold", f"one pass multiplies the gates into the filters, then torch's convolution runs{also}"

@@ -1,7 +1,7 @@
 """A tiny layer in one call each way, products included (``small.h`` of csrc).
 
-Calls are what takes its time, those of Python too, so every argument is written out here: lists and loops over them cost as much as the
-arithmetic.
+Calls are what takes its time, those of Python too, so every argument is written out here: lists and loops over them
+cost as much as the arithmetic.
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ def fwd(
 
 
 def bwd(plan: Plan, dy: Tensor, tensors: Sequence[Maybe], needs: Sequence[bool]) -> tuple[Maybe, ...]:
-    """The gradients of x, weight, bias and both gates, those that are needed; a ``pre`` that was not kept is computed again."""
+    """The gradients of x, weight, bias and both gates, those that are needed;
+    a ``pre`` that was not kept is computed again.
+    """
     x, weight, bias, in_la, out_la, in_seed, out_seed, pre = tensors
     assert x is not None
     assert weight is not None

@@ -1,4 +1,6 @@
-"""Gates of weights and of blocks of weights: multiplied into the weight, then a vendor's GEMM; ``rows.h`` and ``blocks.h`` of csrc."""
+"""Gates of weights and of blocks of weights: multiplied into the weight, then a vendor's GEMM;
+``rows.h`` and ``blocks.h`` of csrc.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ Block = tuple[int, int]
 
 
 def fold_blocks_fwd(weight: Tensor, gate: GateArgs, block: Block, dtype: torch.dtype, passing: bool = False) -> Tensor:
-    """weight * Z, rounded once to ``dtype``: drawn while it is multiplied where each weight has a gate, else drawn first and spread.
+    """weight * Z, rounded once to ``dtype``: drawn while it is multiplied where each weight has a gate,
+    else drawn first and spread.
 
     ``passing``: it is one of :data:`.host.scratch`.
     """
@@ -37,13 +40,22 @@ def fold_blocks_fwd(weight: Tensor, gate: GateArgs, block: Block, dtype: torch.d
     return out
 
 
-def fold_blocks_bwd(raw: Tensor, weight: Tensor, gate: GateArgs, block: Block, needs: Sequence[bool]) -> tuple[Maybe, ...]:
+def fold_blocks_bwd(
+    raw: Tensor, weight: Tensor, gate: GateArgs, block: Block, needs: Sequence[bool]
+) -> tuple[Maybe, ...]:
     """Gradients of weight and log_alpha from that of the folded weight, ``raw`` (N, K)."""
     return _ungate(raw, weight, gate, block, needs)[:2]
 
 
 def _ungate(
-    raw: Tensor, weight: Tensor, gate: GateArgs, block: Block, needs: Sequence[bool], *, fold: bool = False, in_place: bool = False
+    raw: Tensor,
+    weight: Tensor,
+    gate: GateArgs,
+    block: Block,
+    needs: Sequence[bool],
+    *,
+    fold: bool = False,
+    in_place: bool = False,
 ) -> tuple[Maybe, Maybe, Maybe]:
     """:func:`fold_blocks_bwd` and, if asked to ``fold``, weight * Z from the same pass where dtypes allow.
 

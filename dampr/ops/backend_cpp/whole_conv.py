@@ -34,7 +34,9 @@ def fwd(
 
 
 def gated_conv2d_fwd(x: Tensor, weight: Tensor, bias: Maybe, gates: GatePair, window: Window) -> Tensor:
-    """The operator of that name, which no route takes on the CPU: gates per batch on the activations around torch's convolution."""
+    """The operator of that name, which no route takes on the CPU: gates per batch on the
+    activations around torch's convolution.
+    """
     return fwd(x, weight, bias, gates, window, True, False)[0].contiguous(memory_format=torch.channels_last)
 
 
@@ -50,7 +52,9 @@ def bwd(
     needs: Sequence[bool],
     over_pre: bool,
 ) -> tuple[Maybe, ...]:
-    """Gradients of x, weight, bias and both log-alphas, those that are needed; ``over_pre``: ``pre`` is of no more use than its memory."""
+    """Gradients of x, weight, bias and both log-alphas, those that are needed;
+    ``over_pre``: ``pre`` is of no more use than its memory.
+    """
     if on_activations:
         return _bwd_on_activations(dy, x, weight, bias, gates, pre, window, needs, over_pre)
     need_x, need_w, need_b, need_in, need_out = needs
@@ -59,13 +63,27 @@ def bwd(
     filters = _folded(weight, None, gates, x.dtype)[0] if need_x else weight.to(x.dtype)
     wanted = need_x, need_w or need_in or need_out, need_bias
     dx, raw, raw_bias = _convolution_backward(dy, x, filters, bias, window, wanted)
-    raw = torch.empty_like(filters) if raw is None else raw if raw.stride() == weight.stride() else torch.empty_like(filters).copy_(raw)
+    raw = (
+        torch.empty_like(filters)
+        if raw is None
+        else raw
+        if raw.stride() == weight.stride()
+        else torch.empty_like(filters).copy_(raw)
+    )
     dw = (raw if raw.dtype == weight.dtype else torch.empty_like(weight)) if need_w else None
     return dx, dw, *unfold(raw, raw_bias, weight, bias, gates, *_matrix(weight, gates), needs[1:], dw)
 
 
 def _bwd_on_activations(
-    dy: Tensor, x: Tensor, weight: Tensor, bias: Maybe, gates: GatePair, pre: Maybe, window: Window, needs: Sequence[bool], over_pre: bool
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Maybe,
+    gates: GatePair,
+    pre: Maybe,
+    window: Window,
+    needs: Sequence[bool],
+    over_pre: bool,
 ) -> tuple[Maybe, ...]:
     need_x, need_w, need_b, need_in, need_out = needs
     din = dout = None
@@ -79,7 +97,13 @@ def _bwd_on_activations(
     dx, dw, db = _convolution_backward(dy, read, weight.to(x.dtype), bias, window, wanted)
     if gates.input is not None and dx is not None:
         dx, din = gate_activations_bwd(dx, x, gates.input, 1, (need_x, need_in))
-    return dx, None if dw is None else dw.to(weight.dtype), None if db is None or bias is None else db.to(bias.dtype), din, dout
+    return (
+        dx,
+        None if dw is None else dw.to(weight.dtype),
+        None if db is None or bias is None else db.to(bias.dtype),
+        din,
+        dout,
+    )
 
 
 def _convolution_backward(
@@ -103,7 +127,9 @@ def _dense(weight: Tensor) -> Tensor:
 
 
 def _matrix(weight: Tensor, gates: GatePair) -> tuple[int, int]:
-    """The size of a weight as a matrix whose rows are filters, or, where the gates are on channels, whose columns are these."""
+    """The size of a weight as a matrix whose rows are filters, or, where the gates are on channels,
+    whose columns are these.
+    """
     size = weight.size(0) if gates.output_log_alpha is not None else weight.size(1)
     others = weight.numel() // max(1, size)
     return (size, others) if gates.output_log_alpha is not None else (others, size)

@@ -1,4 +1,6 @@
-"""Gates folded into the gain and bias of a norm, and their gradients: vectors, which are weights of one column to ``folds.h`` of csrc."""
+"""Gates folded into the gain and bias of a norm, and their gradients: vectors,
+which are weights of one column to ``folds.h`` of csrc.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +21,17 @@ def fold(weight: Tensor, bias: Maybe, gate: GateArgs) -> tuple[Tensor, Maybe]:
     return gain, fold_into(gain, weight, bias, gate.on_rows(), weight.numel(), 1)
 
 
-def unfold(dgain: Tensor, dshift: Maybe, weight: Tensor, bias: Maybe, gate: GateArgs, needs: Sequence[bool]) -> tuple[Maybe, ...]:
-    """Gradients of weight, bias and log_alpha, those that are needed; that of the weight may take the place of ``dgain``."""
+def unfold(
+    dgain: Tensor, dshift: Maybe, weight: Tensor, bias: Maybe, gate: GateArgs, needs: Sequence[bool]
+) -> tuple[Maybe, ...]:
+    """Gradients of weight, bias and log_alpha, those that are needed;
+    that of the weight may take the place of ``dgain``.
+    """
     need_w, need_b, need_gate = needs
     dgain = dgain.contiguous()
     dw = None if not need_w else dgain if dgain.dtype == weight.dtype else torch.empty_like(weight)
     raw_bias = None if bias is None else dshift
-    db, _, dgate = unfold_weight(dgain, raw_bias, weight, bias, gate.on_rows(), weight.numel(), 1, (need_w, need_b, False, need_gate), dw)
+    db, _, dgate = unfold_weight(
+        dgain, raw_bias, weight, bias, gate.on_rows(), weight.numel(), 1, (need_w, need_b, False, need_gate), dw
+    )
     return dw, db, dgate

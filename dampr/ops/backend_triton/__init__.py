@@ -1,6 +1,8 @@
-"""Host side of the Triton kernels: layouts, tile sizes, workspaces, launches. Equations: the modules of the same names in dampr/kernels.
+"""Host side of the Triton kernels: layouts, tile sizes, workspaces, launches. Equations:
+the modules of the same names in dampr/kernels.
 
-The launchers are those of backend_reference and backend_cpp; routes.py says which kernels serve a call, host.py holds what they share.
+The launchers are those of backend_reference and backend_cpp; routes.py says which kernels serve a call,
+host.py holds what they share.
 """
 
 from __future__ import annotations
@@ -15,11 +17,24 @@ from . import host
 from .dependency_generator import GENERATOR_PARAMETERS, dependency_generator_bwd, dependency_generator_fwd
 from .gate_activations import gate_activations_bwd, gate_activations_fwd
 from .gated_conv2d import gated_conv2d_fwd
-from .gated_linear import fold_weight_bwd, fold_weight_fwd, gated_linear_bwd, gated_linear_fwd, gated_linear_live_fwd, plan_linear
+from .gated_linear import (
+    fold_weight_bwd,
+    fold_weight_fwd,
+    gated_linear_bwd,
+    gated_linear_fwd,
+    gated_linear_live_fwd,
+    plan_linear,
+)
 from .gates import sample_gates_bwd, sample_gates_fwd
 from .norm_gate import norm_gate_bwd, norm_gate_fwd
 from .routes import conv_route, route
-from .weight_gated_linear import fold_blocks_bwd, fold_blocks_fwd, plan_weights, weight_gated_linear_bwd, weight_gated_linear_fwd
+from .weight_gated_linear import (
+    fold_blocks_bwd,
+    fold_blocks_fwd,
+    plan_weights,
+    weight_gated_linear_bwd,
+    weight_gated_linear_fwd,
+)
 
 own_norms = (True,)  # per sample: norm, gates and running statistics in one call
 
@@ -60,4 +75,7 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     interpreted = not isinstance(gate_kernels.reduce_kernel, triton.JITFunction)
     if device.type == "cuda" or interpreted:
         return None
-    return f"its kernels need a CUDA device, not {device} (TRITON_INTERPRET=1, set before triton is imported, runs them on the CPU)"
+    return (
+        f"its kernels need a CUDA device, not {device} (TRITON_INTERPRET=1, set before triton is imported, runs them "
+        "on the CPU)"
+    )

@@ -13,7 +13,8 @@ from dampr.kernels import dependency_generator as kernels
 
 from . import host
 
-# A program reads some 20 GB/s [est]: up to here it takes less than the launches of a few layers, and far beyond it more than their kernels.
+# A program reads some 20 GB/s [est]: up to here it takes less than the launches of a few layers,
+# and far beyond it more than their kernels.
 GENERATOR_PARAMETERS = 2**18
 
 
@@ -40,7 +41,13 @@ def dependency_generator_bwd(
 def _sizes(limit: float) -> dict[str, Any]:
     """One stage: what a layer reads is not there before the barrier behind the last one."""
     block_n, block_k = configs.GENERATOR_TILE
-    return {"LIMIT": limit, "BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": configs.GENERATOR_WARPS, "num_stages": 1}
+    return {
+        "LIMIT": limit,
+        "BLOCK_N": block_n,
+        "BLOCK_K": block_k,
+        "num_warps": configs.GENERATOR_WARPS,
+        "num_stages": 1,
+    }
 
 
 def _table(held: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -50,6 +57,8 @@ def _table(held: Sequence[torch.Tensor]) -> torch.Tensor:
 
 @functools.lru_cache(maxsize=64)
 def _table_of(addresses: tuple[int, ...], widths: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """int64 (layers, 4), as the kernels read it; kept, so that a step copies nothing to the device and can be captured in a graph."""
+    """int64 (layers, 4), as the kernels read it; kept, so that a step copies nothing to the
+    device and can be captured in a graph.
+    """
     rows = zip(addresses[::2], addresses[1::2], widths, widths[1:], strict=False)
     return torch.tensor(list(rows), dtype=torch.int64, device=device)

@@ -15,14 +15,18 @@ from .host import Maybe, Needs
 
 
 def gate_activations_fwd(x: torch.Tensor, gate: GateArgs, dim: int) -> torch.Tensor:
-    """x * z along ``dim``, in the dtype of x; a draw for each index of the first dimension, or one. x keeps its (dense) memory format."""
+    """x * z along ``dim``, in the dtype of x; a draw for each index of the first dimension, or one.
+    x keeps its (dense) memory format.
+    """
     x, shape, _ = planes(x, dim, gate.per_sample)
     y = torch.empty_like(x)
     _gate(x, None, sample_gates_fwd(gate, gate.rows(shape.outer)), y, shape)
     return y
 
 
-def gate_activations_bwd(dy: torch.Tensor, x: torch.Tensor, gate: GateArgs, dim: int, needs: Needs) -> tuple[Maybe, Maybe]:
+def gate_activations_bwd(
+    dy: torch.Tensor, x: torch.Tensor, gate: GateArgs, dim: int, needs: Needs
+) -> tuple[Maybe, Maybe]:
     """Gradients of x and log_alpha; None for one that ``needs`` does not ask for."""
     x, shape, layout = planes(x, dim, gate.per_sample)
     rows = gate.rows(shape.outer)
@@ -37,11 +41,15 @@ def _gate(t: torch.Tensor, other: Maybe, z: torch.Tensor, out: Maybe, shape: Pla
     if shape.inner == 1:
         block_m, block_n = configs.COLUMN_SUM_TILE
         blocks = configs.cdiv(shape.n, block_n)
-        splits, per_split = configs.split_rows(max(1, shape.middle), block_m, blocks * shape.outer, configs.PASS_PROGRAMS)
+        splits, per_split = configs.split_rows(
+            max(1, shape.middle), block_m, blocks * shape.outer, configs.PASS_PROGRAMS
+        )
         partial = None if other is None else host.empty(t, (shape.outer * splits, shape.n), torch.float32)
         grid = (shape.outer * splits * blocks,)
         sizes = {"BLOCK_M": block_m, "BLOCK_N": block_n, "PER_OUTER": shape.per_outer}
-        host.launch(kernels.gate_columns_kernel, grid, t, other, z, out, partial, shape.middle, shape.n, per_split, **sizes)
+        host.launch(
+            kernels.gate_columns_kernel, grid, t, other, z, out, partial, shape.middle, shape.n, per_split, **sizes
+        )
     else:
         rows, (block_m, block_n) = shape.outer * shape.middle * shape.n, configs.PLANE_TILE
         splits = shape.middle

@@ -16,19 +16,25 @@ from .host import Maybe
 Lists = tuple[Maybe, Maybe]
 
 
-def gated_conv2d_one_pass(x: torch.Tensor, weight: torch.Tensor, bias: Maybe, z_in: Maybe, z_out: Maybe, window: Window) -> torch.Tensor:
+def gated_conv2d_one_pass(
+    x: torch.Tensor, weight: torch.Tensor, bias: Maybe, z_in: Maybe, z_out: Maybe, window: Window
+) -> torch.Tensor:
     """y = z_out * (conv2d(x * z_in, weight) + bias), (B, N, OH, OW) in channels_last and the dtype of x.
 
-    x: (B, C, H, W), copied unless it is in channels_last; weight: (N, C / groups, R, S) and bias: (N,), in any floating dtype. Gates, drawn
-    already, float32: z_in (C,), or (B, C) with a row for each image; z_out (N,) or (B, N). Blocks of input channels whose gates are all 0,
-    for all images or for one, are neither read nor multiplied, and output tiles whose gates are all 0 are zeros at once.
+    x: (B, C, H, W), copied unless it is in channels_last; weight: (N, C / groups, R, S) and bias: (N,),
+    in any floating dtype. Gates, drawn
+    already, float32: z_in (C,), or (B, C) with a row for each image; z_out (N,) or (B, N). Blocks of input channels
+    whose gates are all 0, for all images or for one, are neither read nor multiplied,
+    and output tiles whose gates are all 0 are zeros at once.
     """
     tile = _tile(x, weight, z_in, z_out, window)
     lists = (None, None) if z_in is None else _list_live(z_in, window.groups, tile.depth)
     return _conv(x, weight, bias, z_in, z_out, lists, window, tile)
 
 
-def gated_conv2d_fwd(x: torch.Tensor, weight: torch.Tensor, bias: Maybe, gates: GatePair, window: Window) -> torch.Tensor:
+def gated_conv2d_fwd(
+    x: torch.Tensor, weight: torch.Tensor, bias: Maybe, gates: GatePair, window: Window
+) -> torch.Tensor:
     """:func:`gated_conv2d_one_pass` with gates per batch, drawn here."""
     z_in, z_out = (None if gate is None else sample_gates_fwd(gate, None) for gate in (gates.input, gates.output))
     return gated_conv2d_one_pass(x, weight, bias, z_in, z_out, window)
@@ -45,7 +51,9 @@ def _per_image(z: Maybe) -> bool:
 
 
 def _dtype(x: torch.Tensor) -> str:
-    """As configs.conv_tile takes it; for convolutions torch has a switch for TF32 of their own, on unless turned off."""
+    """As configs.conv_tile takes it; for convolutions torch has a switch for TF32 of their own,
+    on unless turned off.
+    """
     name, capability = host.machine(x)
     allowed = torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]  # allow_tf32 sets it too
     return "tf32" if name == "fp32" and capability >= 80 and allowed else name
@@ -58,17 +66,40 @@ def _tile(x: torch.Tensor, weight: torch.Tensor, z_in: Maybe, z_out: Maybe, wind
 
 
 def _list_live(z: torch.Tensor, groups: int, depth: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(live, count), int32: of each image (or of all) and group its blocks of ``depth`` channels with an open gate, and how many."""
+    """(live, count), int32: of each image (or of all) and group its blocks of ``depth`` channels with an open gate,
+    and how many.
+    """
     rows, C = z.shape[:-1].numel() * groups, z.shape[-1] // groups
     live, count = (host.empty(z, (rows, size), torch.int32) for size in (configs.cdiv(C, depth), 1))
-    host.launch(conv_kernels.list_live_kernel, (rows,), z.contiguous(), live, count, C, BLOCKS=configs.LIVE_BLOCKS, BLOCK_C=depth)
+    host.launch(
+        conv_kernels.list_live_kernel,
+        (rows,),
+        z.contiguous(),
+        live,
+        count,
+        C,
+        BLOCKS=configs.LIVE_BLOCKS,
+        BLOCK_C=depth,
+    )
     return live, count
 
 
 def _conv(
-    x: torch.Tensor, weight: torch.Tensor, bias: Maybe, z_in: Maybe, z_out: Maybe, lists: Lists, window: Window, tile: configs.Tile
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: Maybe,
+    z_in: Maybe,
+    z_out: Maybe,
+    lists: Lists,
+    window: Window,
+    tile: configs.Tile,
 ) -> torch.Tensor:
-    (B, _, H, W), (N, C, R, S), (OH, OW), groups = x.shape, weight.shape, window.size(x.shape, weight.shape), window.groups
+    (B, _, H, W), (N, C, R, S), (OH, OW), groups = (
+        x.shape,
+        weight.shape,
+        window.size(x.shape, weight.shape),
+        window.groups,
+    )
     (SH, SW), (PH, PW), (DH, DW) = window[:3]
     slabs, rows = _slabs(x, weight, z_in, z_out, window)
     x, w = (t.to(x.dtype).contiguous(memory_format=torch.channels_last) for t in (x, weight))
@@ -76,8 +107,18 @@ def _conv(
     args = (x, w, *host.vectors(bias, z_in, z_out), *lists, y, slabs, rows, H, W, OH, OW, groups, C, N // groups)
     taps = {"R": R, "S": S, "SH": SH, "SW": SW, "PH": PH, "PW": PW, "DH": DH, "DW": DW}
     gates = {"IN_PER_SLAB": _per_image(z_in), "OUT_PER_SLAB": _per_image(z_out)}
-    blocks = {"BLOCK_M": tile.rows, "BLOCK_N": tile.cols, "BLOCK_C": tile.depth, "GROUP": tile.group, "EVEN": C % tile.depth == 0}
-    options = {"PRECISION": "tf32" if _dtype(x) == "tf32" else "ieee", "num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    blocks = {
+        "BLOCK_M": tile.rows,
+        "BLOCK_N": tile.cols,
+        "BLOCK_C": tile.depth,
+        "GROUP": tile.group,
+        "EVEN": C % tile.depth == 0,
+    }
+    options = {
+        "PRECISION": "tf32" if _dtype(x) == "tf32" else "ieee",
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+    }
     grid = (slabs * host.tiles(rows, N // groups, tile) * groups,)
     host.launch(conv_kernels.gated_conv2d_fwd_kernel, grid, *args, **taps, **gates, **blocks, **options)
     return y.permute(0, 3, 1, 2)

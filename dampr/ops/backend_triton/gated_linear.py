@@ -1,7 +1,9 @@
-"""Gates on features: dampr/kernels/gated_linear.py, by the route that routes.route names; gated_linear_live.py for live blocks.
+"""Gates on features: dampr/kernels/gated_linear.py, by the route that routes.route names;
+gated_linear_live.py for live blocks.
 
-Per batch: gates are folded into the weight and the vendor GEMM runs. Per sample: one GEMM with the gates inside, or passes that gate x, y
-and dy around the vendor GEMM. Gates without noise are the same for every sample, so they always take a route of the first kind.
+Per batch: gates are folded into the weight and the vendor GEMM runs. Per sample: one GEMM with the gates inside, or
+passes that gate x, y and dy around the vendor GEMM. Gates without noise are the same for every sample,
+so they always take a route of the first kind.
 """
 
 from __future__ import annotations
@@ -80,9 +82,11 @@ def _bwd(plan: Plan, dy: torch.Tensor, tensors: Sequence[Maybe], needs: Needs) -
 def gated_linear_fwd(
     x: torch.Tensor, weight: torch.Tensor, bias: Maybe, gates: GatePair, keep_pre: bool, name: str | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(y, pre): y = z_out * ((x * z_in) W^T + b), (..., N) in the dtype of x; pre is y before the output gate if ``keep_pre``, else empty.
+    """(y, pre): y = z_out * ((x * z_in) W^T + b), (..., N) in the dtype of x;
+    pre is y before the output gate if ``keep_pre``, else empty.
 
-    x: (..., K); weight: (N, K) and bias: (N,), in any floating dtype (float32 under autocast); log-alphas: float32, (K,) and (N,).
+    x: (..., K); weight: (N, K) and bias: (N,), in any floating dtype (float32 under autocast); log-alphas: float32,
+    (K,) and (N,).
     ``name``: the route, where it is decided.
     """
     name = _route(x, weight, gates) if name is None else name
@@ -96,7 +100,9 @@ def gated_linear_fwd(
         y = torch.nn.functional.linear(x, *fold_weight_fwd(weight, bias, gates, x.dtype))
     if not keep_pre:
         return y, x.new_empty(0)
-    return y, torch.nn.functional.linear(x, *fold_weight_fwd(weight, bias, gates._replace(output_log_alpha=None), x.dtype))
+    return y, torch.nn.functional.linear(
+        x, *fold_weight_fwd(weight, bias, gates._replace(output_log_alpha=None), x.dtype)
+    )
 
 
 def gated_linear_bwd(
@@ -133,10 +139,13 @@ def _route(x: torch.Tensor, weight: torch.Tensor, gates: GatePair) -> str:
     return route(x.shape[:-1].numel(), N, K, x.dtype, granularity, gates.per_sample, x.device)[0]
 
 
-# ---- per batch: gates folded into the weight ---------------------------------------------------------------------------------------------
+# ---- per batch: gates folded into the weight
+# ---------------------------------------------------------------------------------------------
 
 
-def fold_weight_fwd(weight: torch.Tensor, bias: Maybe, gates: GatePair, dtype: torch.dtype) -> tuple[torch.Tensor, Maybe]:
+def fold_weight_fwd(
+    weight: torch.Tensor, bias: Maybe, gates: GatePair, dtype: torch.dtype
+) -> tuple[torch.Tensor, Maybe]:
     """(z_out W z_in, z_out b) in ``dtype``; weight: (N, K)."""
     if not _any(gates):
         return weight.to(dtype), None if bias is None else bias.to(dtype)
@@ -153,7 +162,13 @@ def fold_weight_fwd(weight: torch.Tensor, bias: Maybe, gates: GatePair, dtype: t
 
 
 def _fold_bwd(
-    dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: Maybe, gates: GatePair, needs: Needs, folded: Maybe = None
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: Maybe,
+    gates: GatePair,
+    needs: Needs,
+    folded: Maybe = None,
 ) -> Grads:
     """Gradients of rows; ``folded``: the weight with its gates, if the forward kept it."""
     if needs[0] and folded is None:
@@ -167,7 +182,8 @@ def _fold_bwd(
 def fold_weight_bwd(
     raw: Maybe, raw_bias: Maybe, weight: torch.Tensor, bias: Maybe, gates: GatePair, needs: Needs
 ) -> tuple[Maybe, Maybe, Maybe, Maybe]:
-    """Gradients of weight, bias and both log-alphas from those of the folded weight and bias, ``raw`` (N, K) and ``raw_bias`` (N,).
+    """Gradients of weight, bias and both log-alphas from those of the folded weight and bias, ``raw`` (N,
+    K) and ``raw_bias`` (N,).
 
     ``raw`` may be None where only the gradient of the bias is needed.
     """
@@ -182,7 +198,14 @@ def fold_weight_bwd(
     if raw is not None:
         w = host.rows(weight)
         args = (raw.contiguous(), w, *host.vectors(*gates[:4]), dweight, in_partial, out_partial, N, K, w.stride(0))
-        host.launch(linear_kernels.fold_bwd_kernel, (tiles_k * tiles_n,), *args, BLOCK_N=block_n, BLOCK_K=block_k, GATE=gates.spec)
+        host.launch(
+            linear_kernels.fold_bwd_kernel,
+            (tiles_k * tiles_n,),
+            *args,
+            BLOCK_N=block_n,
+            BLOCK_K=block_k,
+            GATE=gates.spec,
+        )
     dinput = fold_gate_bwd(in_partial, gates.input)
     if gates.output is None:
         return dweight, dbias, dinput, None
@@ -192,7 +215,9 @@ def fold_weight_bwd(
     return dweight, dbias, dinput, doutput
 
 
-def fold_gate_bwd(partial: Maybe, gate: GateArgs | None, bias: Maybe = None, dy_sum: Maybe = None, dbias: Maybe = None) -> Maybe:
+def fold_gate_bwd(
+    partial: Maybe, gate: GateArgs | None, bias: Maybe = None, dy_sum: Maybe = None, dbias: Maybe = None
+) -> Maybe:
     """dlog_alpha of a (splits, n) workspace of dz, or None without one; fills ``dbias`` where that is asked for."""
     if gate is None or (partial is None and dbias is None):
         return None
@@ -204,11 +229,14 @@ def fold_gate_bwd(partial: Maybe, gate: GateArgs | None, bias: Maybe = None, dy_
     return dlog_alpha
 
 
-# ---- per batch: a GEMM over live blocks --------------------------------------------------------------------------------------------------
+# ---- per batch: a GEMM over live blocks
+# --------------------------------------------------------------------------------------------------
 
 
 def gated_linear_live_fwd(x: torch.Tensor, weight: torch.Tensor, bias: Maybe, gates: GatePair) -> torch.Tensor:
-    """y of :func:`gated_linear_fwd` per batch, without the blocks of input features and the output tiles whose gates are all 0."""
+    """y of :func:`gated_linear_fwd` per batch, without the blocks of input features and the
+    output tiles whose gates are all 0.
+    """
     rows, (N, K) = rows_of(x), weight.shape
     tile = configs.live_tile(rows.shape[0], N, K, *host.machine(x))
     y = _live_gemm(rows, weight, bias, gates, _live_blocks(rows, gates, K, tile.depth), tile)
@@ -232,7 +260,9 @@ def _live_blocks(x: torch.Tensor, gates: GatePair, K: int, depth: int) -> Live:
     return Live(z, live, count)
 
 
-def _live_gemm(x: torch.Tensor, weight: torch.Tensor, bias: Maybe, gates: GatePair, live: Live, tile: configs.Tile) -> torch.Tensor:
+def _live_gemm(
+    x: torch.Tensor, weight: torch.Tensor, bias: Maybe, gates: GatePair, live: Live, tile: configs.Tile
+) -> torch.Tensor:
     (M, K), N = x.shape, weight.shape[0]
     x, w = host.rows(x), host.rows(weight.to(x.dtype))
     y = host.empty(x, (M, N), x.dtype)
@@ -244,7 +274,8 @@ def _live_gemm(x: torch.Tensor, weight: torch.Tensor, bias: Maybe, gates: GatePa
     return y
 
 
-# ---- per sample: gates inside one GEMM, or in passes of their own around the vendor GEMM -------------------------------------------------
+# ---- per sample: gates inside one GEMM, or in passes of their own around the vendor GEMM
+# -------------------------------------------------
 
 
 def _per_sample_fwd(
@@ -299,8 +330,12 @@ def _per_sample_bwd(
     return dx, dweight, dbias, dinput, doutput
 
 
-def _passes_bwd(gated_dy: Maybe, x: torch.Tensor, weight: torch.Tensor, gates: GatePair, needs: Needs) -> tuple[Maybe, Maybe, Maybe]:
-    """(dx, dinput_log_alpha, dweight) for ``gated_dy`` = dy * z_out, which is None only where none of them is needed."""
+def _passes_bwd(
+    gated_dy: Maybe, x: torch.Tensor, weight: torch.Tensor, gates: GatePair, needs: Needs
+) -> tuple[Maybe, Maybe, Maybe]:
+    """(dx, dinput_log_alpha, dweight) for ``gated_dy`` = dy * z_out,
+    which is None only where none of them is needed.
+    """
     dx = dinput = dweight = None
     if gated_dy is not None and (needs[0] or needs[3]):
         dx = gated_dy @ weight.to(x.dtype)
@@ -323,8 +358,12 @@ def _gate_rows(t: torch.Tensor, gate: GateArgs) -> torch.Tensor:
     return gated
 
 
-def _gate_rows_bwd(g: torch.Tensor, t: torch.Tensor, gate: GateArgs, wanted: tuple[bool, bool, bool]) -> tuple[Maybe, Maybe, Maybe]:
-    """(g z, dlog_alpha, column sum of g z) for the gradient g (M, n) of t z, those that are ``wanted``; float32 but for the first."""
+def _gate_rows_bwd(
+    g: torch.Tensor, t: torch.Tensor, gate: GateArgs, wanted: tuple[bool, bool, bool]
+) -> tuple[Maybe, Maybe, Maybe]:
+    """(g z, dlog_alpha, column sum of g z) for the gradient g (M, n) of t z, those that are ``wanted``;
+    float32 but for the first.
+    """
     if not any(wanted):
         return None, None, None
     (M, n), (block_m, block_n) = g.shape, configs.COLUMN_SUM_TILE
@@ -332,14 +371,32 @@ def _gate_rows_bwd(g: torch.Tensor, t: torch.Tensor, gate: GateArgs, wanted: tup
     splits, per_split = configs.split_rows(M, block_m, configs.cdiv(n, block_n), configs.PASS_PROGRAMS)
     gated = host.empty(g, (M, n), g.dtype) if wanted[0] else None
     gate_partial, sum_partial = (host.empty(g, (splits, n), torch.float32) if want else None for want in wanted[1:])
-    args = (g, t, gate.log_alpha.contiguous(), gate.seed, gated, gate_partial, sum_partial, M, n, g.stride(0), t.stride(0), per_split)
+    args = (
+        g,
+        t,
+        gate.log_alpha.contiguous(),
+        gate.seed,
+        gated,
+        gate_partial,
+        sum_partial,
+        M,
+        n,
+        g.stride(0),
+        t.stride(0),
+        per_split,
+    )
     sizes = {"BLOCK_M": block_m, "BLOCK_N": block_n, "GROUPED": n % 4 == 0, "GATE": gate.spec}
     host.launch(linear_kernels.gate_rows_bwd_kernel, (configs.cdiv(n, block_n), splits), *args, **sizes)
-    dlog_alpha, total = (None if partial is None else host.reduce(partial, (n,), torch.float32) for partial in (gate_partial, sum_partial))
+    dlog_alpha, total = (
+        None if partial is None else host.reduce(partial, (n,), torch.float32)
+        for partial in (gate_partial, sum_partial)
+    )
     return gated, dlog_alpha, total
 
 
-def _one_pass_bwd_dx(dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, gates: GatePair, needs: Needs) -> tuple[Maybe, Maybe]:
+def _one_pass_bwd_dx(
+    dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, gates: GatePair, needs: Needs
+) -> tuple[Maybe, Maybe]:
     if not (needs[0] or needs[3]):
         return None, None
     (M, K), N = x.shape, weight.shape[0]

@@ -20,7 +20,10 @@ Needs = Sequence[bool]
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **sizes: Any) -> None:
-    """Launch on the tensors' device; an empty grid is nothing to do. No fused multiply-add: it would move a gate's threshold."""
+    """Launch on the tensors' device; an empty grid is nothing to do.
+
+    No fused multiply-add: it would move a gate's threshold.
+    """
     if 0 in grid:
         return
     device = next(arg.device for arg in args if isinstance(arg, torch.Tensor))
@@ -54,14 +57,17 @@ def capability(device: torch.device) -> int:
 
 @functools.cache
 def device_name(device: torch.device | None) -> str:
-    """What :func:`dampr.kernels.dispatch.thresholds` takes: the GPU's name; that of the default table where there is none."""
+    """What :func:`dampr.kernels.dispatch.thresholds` takes: the GPU's name;
+    that of the default table where there is none.
+    """
     if device is None or device.type != "cuda" or not torch.cuda.is_available():
         return DEFAULT
     return torch.cuda.get_device_name(device)
 
 
 def keeps_cast(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether the backward is to have the folded weight that the forward made: under autocast the dense layer keeps a copy of that size.
+    """Whether the backward is to have the folded weight that the forward made:
+    under autocast the dense layer keeps a copy of that size.
 
     Where the weight has the dtype of x the dense layer keeps none, and the fold is made again.
     """
@@ -79,12 +85,16 @@ def reduce(partial: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) ->
     out = empty(partial, shape, dtype)
     block_s, block_n = configs.REDUCE_TILE
     grid = (configs.cdiv(out.numel(), block_n),)
-    launch(gate_kernels.reduce_kernel, grid, partial, out, partial.shape[0], out.numel(), BLOCK_S=block_s, BLOCK_N=block_n)
+    launch(
+        gate_kernels.reduce_kernel, grid, partial, out, partial.shape[0], out.numel(), BLOCK_S=block_s, BLOCK_N=block_n
+    )
     return out
 
 
 def rows(t: torch.Tensor) -> torch.Tensor:
-    """``t`` (rows, cols) itself if rows are dense and, where their length allows it, start at multiples of 16; else a contiguous copy."""
+    """``t`` (rows, cols) itself if rows are dense and, where their length allows it, start at multiples of 16;
+    else a contiguous copy.
+    """
     dense = t.stride(1) == 1 and t.stride(0) >= t.shape[1]
     aligned = t.shape[1] % 16 != 0 or (t.stride(0) % 16 == 0 and t.data_ptr() % 16 == 0)
     return t if dense and aligned else t.contiguous()

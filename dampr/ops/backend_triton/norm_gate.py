@@ -18,8 +18,8 @@ from .host import Maybe, Needs
 
 
 class _Cut(NamedTuple):
-    """How a pass cuts its tensor: ``programs`` with a tile of ``block``; in each of ``outer`` places, ``length`` elements of a channel are
-    cut into ``pieces`` of ``step`` that have sums of their own.
+    """How a pass cuts its tensor: ``programs`` with a tile of ``block``; in each of ``outer`` places, ``length``
+    elements of a channel are cut into ``pieces`` of ``step`` that have sums of their own.
     """
 
     columns: bool
@@ -102,7 +102,17 @@ def _statistics(x: torch.Tensor, shape: Planes, running: Running | None) -> tupl
     means, spreads = (host.empty(x, (parts, shape.n), torch.float32) for _ in range(2))
     sizes = dict(zip(("BLOCK_M", "BLOCK_N"), cut.block, strict=True))
     if cut.columns:
-        host.launch(kernels.norm_stats_columns_kernel, (cut.programs,), x, means, spreads, cut.length, shape.n, cut.step, **sizes)
+        host.launch(
+            kernels.norm_stats_columns_kernel,
+            (cut.programs,),
+            x,
+            means,
+            spreads,
+            cut.length,
+            shape.n,
+            cut.step,
+            **sizes,
+        )
     else:
         numbers = together.middle * shape.n, shape.n, shape.inner, cut.step, cut.pieces
         host.launch(kernels.norm_stats_rows_kernel, (cut.programs,), x, means, spreads, *numbers, **sizes)
@@ -110,9 +120,25 @@ def _statistics(x: torch.Tensor, shape: Planes, running: Running | None) -> tupl
     block_s, block_n = configs.NORM_JOIN_TILE
     count = x.numel() // shape.n
     kept, momentum = ((None, None, None), 0.0) if running is None else (running[:3], running.momentum)
-    shares = 1.0 - momentum, momentum, momentum * count / max(1, count - 1)  # of what was, of the mean, of the biased variance
-    args = means, spreads, mean, var, *kept, parts, shape.n, cut.length, cut.step, cut.pieces, count, *map(float, shares)
-    host.launch(kernels.norm_stats_join_kernel, (configs.cdiv(shape.n, block_n),), *args, BLOCK_S=block_s, BLOCK_N=block_n)
+    # of what was, of the mean, of the biased variance
+    shares = 1.0 - momentum, momentum, momentum * count / max(1, count - 1)
+    args = (
+        means,
+        spreads,
+        mean,
+        var,
+        *kept,
+        parts,
+        shape.n,
+        cut.length,
+        cut.step,
+        cut.pieces,
+        count,
+        *map(float, shares),
+    )
+    host.launch(
+        kernels.norm_stats_join_kernel, (configs.cdiv(shape.n, block_n),), *args, BLOCK_S=block_s, BLOCK_N=block_n
+    )
     return mean, var
 
 
@@ -131,16 +157,24 @@ def _pass(
     if not x.numel():
         return
     cut = _cut(shape)
-    sizes = dict(zip(("BLOCK_M", "BLOCK_N"), cut.block, strict=True)) | {"EPS": norm.eps, "RELU": norm.relu, "PER_OUTER": shape.per_outer}
+    sizes = dict(zip(("BLOCK_M", "BLOCK_N"), cut.block, strict=True)) | {
+        "EPS": norm.eps,
+        "RELU": norm.relu,
+        "PER_OUTER": shape.per_outer,
+    }
     tensors, count = (x, dy, z, *vectors, sums, out, partial), shape.outer * shape.middle * shape.inner
     if cut.columns:
-        host.launch(kernels.norm_gate_columns_kernel, (cut.programs,), *tensors, shape.middle, shape.n, cut.step, count, **sizes)
+        host.launch(
+            kernels.norm_gate_columns_kernel, (cut.programs,), *tensors, shape.middle, shape.n, cut.step, count, **sizes
+        )
     else:
         numbers = shape.outer * shape.middle * shape.n, shape.middle, shape.n, shape.inner, cut.step, cut.pieces, count
         host.launch(kernels.norm_gate_rows_kernel, (cut.programs,), *tensors, *numbers, **sizes)
 
 
-def _finish(partial: torch.Tensor, z: torch.Tensor, vectors: tuple[Maybe, ...], dz: Maybe, shape: Planes) -> torch.Tensor:
+def _finish(
+    partial: torch.Tensor, z: torch.Tensor, vectors: tuple[Maybe, ...], dz: Maybe, shape: Planes
+) -> torch.Tensor:
     """dbias and dgain, (2, n), and fills ``dz``; ``partial``: (outer, parts, 2, n), S0 and S1."""
     if not shape.per_outer:
         partial = host.reduce(partial, (1, 2 * shape.n), torch.float32)

@@ -1,7 +1,7 @@
 """Which kernels serve a gated linear map, as a pure function of the problem and of the device's table of thresholds.
 
-What each route does, and forcing one: dampr/ops/routes.py. The tables: dampr/kernels/dispatch. The backward of "live" and of "small_m" is
-that of "fold".
+What each route does, and forcing one: dampr/ops/routes.py. The tables: dampr/kernels/dispatch. The backward of "live"
+and of "small_m" is that of "fold".
 """
 
 from __future__ import annotations
@@ -32,10 +32,12 @@ def route(
 def route_by(
     table: Thresholds, M: int, N: int, K: int, dtype: torch.dtype, granularity: str | tuple[int, int], per_sample: bool
 ) -> tuple[str, str]:
-    """(name, reason) of the route of x (M, K) in ``dtype`` through W (N, K), unless one is forced a function of the arguments alone.
+    """(name, reason) of the route of x (M, K) in ``dtype`` through W (N, K),
+    unless one is forced a function of the arguments alone.
 
-    ``granularity``: "weight", a block (rows, columns) of weights, or anything else for gates of features. ``per_sample``: a draw per row,
-    hence False for a rule without noise. Raises ValueError where a forced route cannot serve the call.
+    ``granularity``: "weight", a block (rows, columns) of weights, or anything else for gates of features.
+    ``per_sample``: a draw per row, hence False for a rule without noise.
+    Raises ValueError where a forced route cannot serve the call.
     """
     weights = granularity in ("weight", (1, 1))
     if weights:
@@ -55,12 +57,16 @@ def route_by(
     if weights and dtype != torch.float32 and configs.fits_small_m(M, N, K, table):
         return "small_m", f"the GEMM draws the gates of its weights: at most {table.small_m} rows [{table.source}]"
     if "live" in possible and table.skip_dead:
-        return "live", f"a GEMM over live blocks is no slower than fold here, even with every gate open [{table.source}]"
+        return (
+            "live",
+            f"a GEMM over live blocks is no slower than fold here, even with every gate open [{table.source}]",
+        )
     return "fold", "one pass multiplies the gates into the weight, then the vendor GEMM runs"
 
 
 def conv_route(problem: ConvProblem) -> tuple[str, str]:
-    """(name, reason) of the route of a convolution; how many activations there are is no matter: a pass over the weight is cheap.
+    """(name, reason) of the route of a convolution; how many activations there are is no matter:
+    a pass over the weight is cheap.
 
     Raises ValueError where a forced route cannot serve the call.
     """

@@ -1,4 +1,6 @@
-"""Gates on weights and on blocks of weights: dampr/kernels/weight_gated_linear.py, by the route that routes.route names."""
+"""Gates on weights and on blocks of weights: dampr/kernels/weight_gated_linear.py,
+by the route that routes.route names.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,9 @@ def _bwd(plan: Plan, dy: torch.Tensor, tensors: Sequence[Maybe], needs: Needs) -
     assert x is not None
     assert weight is not None
     assert log_alpha is not None
-    return weight_gated_linear_bwd(dy, x, weight, bias, GateArgs(log_alpha, seed, plan.spec), plan.block, needs[:4], folded)
+    return weight_gated_linear_bwd(
+        dy, x, weight, bias, GateArgs(log_alpha, seed, plan.spec), plan.block, needs[:4], folded
+    )
 
 
 def weight_gated_linear_fwd(
@@ -71,7 +75,10 @@ def weight_gated_linear_bwd(
     needs: Needs,
     folded: Maybe = None,
 ) -> tuple[Maybe, Maybe, Maybe, Maybe]:
-    """Gradients of x, weight, bias, log_alpha; None for one that ``needs`` does not ask for. ``folded``: W * Z, if the forward kept it."""
+    """Gradients of x, weight, bias, log_alpha; None for one that ``needs`` does not ask for.
+
+    ``folded``: W * Z, if the forward kept it.
+    """
     shape, dy, x = x.shape, rows_of(dy), rows_of(x)
     dx = dbias = dweight = dlog_alpha = None
     if needs[0]:
@@ -88,14 +95,20 @@ def fold_blocks_fwd(weight: torch.Tensor, gate: GateArgs, block: tuple[int, int]
     return _gate_weight(weight, dtype, None, gate, block)[0]
 
 
-def fold_blocks_bwd(raw: torch.Tensor, weight: torch.Tensor, gate: GateArgs, block: tuple[int, int], needs: Needs) -> tuple[Maybe, Maybe]:
+def fold_blocks_bwd(
+    raw: torch.Tensor, weight: torch.Tensor, gate: GateArgs, block: tuple[int, int], needs: Needs
+) -> tuple[Maybe, Maybe]:
     """Gradients of weight and log_alpha from that of the folded weight, ``raw`` (N, K)."""
     wanted = weight.dtype if needs[0] else None, weight if needs[1] else None
     return _gate_weight(raw, *wanted, gate, block)
 
 
-def _gate_weight(t: torch.Tensor, dtype: torch.dtype | None, weight: Maybe, gate: GateArgs, block: tuple[int, int]) -> tuple[Maybe, Maybe]:
-    """(t Z in ``dtype``, dlog_alpha = z' times the sums of ``weight`` t over gates) for t (N, K); None where dtype or weight is None."""
+def _gate_weight(
+    t: torch.Tensor, dtype: torch.dtype | None, weight: Maybe, gate: GateArgs, block: tuple[int, int]
+) -> tuple[Maybe, Maybe]:
+    """(t Z in ``dtype``, dlog_alpha = z' times the sums of ``weight`` t over gates) for t (N, K);
+    None where dtype or weight is None.
+    """
     gated = None if dtype is None else host.empty(t, (t.shape[0], t.shape[1]), dtype)
     if tuple(block) != (1, 1):
         return gated, _gate_blocks(t, gated, weight, gate, block)
@@ -116,7 +129,18 @@ def _gate_blocks(t: torch.Tensor, gated: Maybe, weight: Maybe, gate: GateArgs, b
     splits, per_split = configs.split_rows(R, block_r, groups)
     t, w = host.rows(t), None if weight is None else host.rows(weight)
     partial = None if w is None else host.empty(t, (splits, gate.log_alpha.numel()), torch.float32)
-    args = t, w, sample_gates_fwd(gate, None), gated, partial, N, K, t.stride(0), 0 if w is None else w.stride(0), per_split
+    args = (
+        t,
+        w,
+        sample_gates_fwd(gate, None),
+        gated,
+        partial,
+        N,
+        K,
+        t.stride(0),
+        0 if w is None else w.stride(0),
+        per_split,
+    )
     sizes = {"R": R, "C": C, "BLOCK_R": block_r, "BLOCK_G": block_g, "BLOCK_C": block_c}
     host.launch(weight_kernels.gate_blocks_kernel, (groups, splits), *args, **sizes)
     return fold_gate_bwd(partial, gate)
@@ -129,7 +153,13 @@ def _small_m_fwd(x: torch.Tensor, weight: torch.Tensor, bias: Maybe, gate: GateA
     tiles = configs.cdiv(N, tile.rows) * configs.cdiv(M, tile.cols)
     splits, per_split = configs.split_rows(K, tile.depth, tiles)
     partial = host.empty(x, (splits, M, N), torch.float32 if splits > 1 else x.dtype)
-    blocks = {"BLOCK_N": tile.rows, "BLOCK_M": tile.cols, "BLOCK_K": tile.depth, "EVEN": splits * per_split == K, "GROUPED": K % 4 == 0}
+    blocks = {
+        "BLOCK_N": tile.rows,
+        "BLOCK_M": tile.cols,
+        "BLOCK_K": tile.depth,
+        "EVEN": splits * per_split == K,
+        "GROUPED": K % 4 == 0,
+    }
     args = x, *host.vectors(weight, bias, gate.log_alpha), gate.seed, partial, M, N, K, x.stride(0), per_split
     sizes = host.gemm_options(tile, x, gate.spec)
     host.launch(weight_kernels.weight_gated_linear_fwd_kernel, (tiles, splits), *args, **blocks, **sizes)

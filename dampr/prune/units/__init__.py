@@ -1,9 +1,11 @@
-"""Which elements of which parameters go together, read off the ATen operators that a model runs; no module's type takes part.
+"""Which elements of which parameters go together, read off the ATen operators that a model runs;
+no module's type takes part.
 
-Every index of every dimension of every floating-point parameter and buffer is a *unit*. A model is run once in each mode under a dispatch
-mode that carries units from operator to operator (:mod:`.tracer`); a rule for each operator (:mod:`.rules`) says which units are one, which
-are mixed and which are only moved (:mod:`.ledger`); what follows from all of it is a partition into classes (:mod:`.partition`). A trace is
-no proof, so a cut model is traced again, and a masked one is looked at where closed units are read (:mod:`.proof`).
+Every index of every dimension of every floating-point parameter and buffer is a *unit*. A model is run once in each
+mode under a dispatch mode that carries units from operator to operator (:mod:`.tracer`); a rule for each operator
+(:mod:`.rules`) says which units are one, which are mixed and which are only moved (:mod:`.ledger`); what follows from
+all of it is a partition into classes (:mod:`.partition`). A trace is no proof, so a cut model is traced again, and a
+masked one is looked at where closed units are read (:mod:`.proof`).
 """
 
 from __future__ import annotations
@@ -34,16 +36,18 @@ def trace_units(
 ) -> Units:
     """The units of a model's parameters and buffers, and which of them may be cut.
 
-    The model is run on meta tensors, so nothing is computed; where its control flow asks for a value it is run on real ones. Whatever is
-    raised, its attributes, buffers, modes and the states of random generators are as before.
+    The model is run on meta tensors, so nothing is computed; where its control flow asks for a value it is run on real
+    ones. Whatever is raised, its attributes, buffers, modes and the states of random generators are as before.
 
     Args:
         model: any module, on any device (``meta`` included); its forward is what it computes without gradients.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments.
-        training: the modes to run it in. What only training reaches is traced too, so that nothing is cut that a branch of training reads.
+        training: the modes to run it in. What only training reaches is traced too,
+            so that nothing is cut that a branch of training reads.
         more_inputs: further example inputs, for models that take another path on these; all paths are united.
         fake: True: on meta tensors or not at all; False: on real ones.
-        within: the weights of convolutions in groups, by name, of which every group loses the same channels; of others whole groups go.
+        within: the weights of convolutions in groups, by name, of which every group loses the same channels;
+            of others whole groups go.
 
     Returns: a :class:`Units`. Its ``failed`` says of a mode other than the first why the model does not run in it.
 
@@ -69,7 +73,8 @@ _known: ContextVar[dict[Any, Units] | None] = ContextVar("known", default=None)
 
 @contextmanager
 def remembering() -> Iterator[None]:
-    """In this block copies of a model are traced once: modules of the same names and types with tensors of the same shapes.
+    """In this block copies of a model are traced once:
+    modules of the same names and types with tensors of the same shapes.
 
     For a block in which no module gets another forward, and example inputs stay the objects that they are.
     """

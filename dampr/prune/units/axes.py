@@ -1,7 +1,8 @@
 """Axes: small int64 tensors that say to which unit each element of a tensor belongs.
 
-An axis has the rank of its tensor and size 1 along every dimension along which the unit does not change, so that the channels of an image
-are one axis of shape (1, C, 1, 1). 0 is no unit: a batch entry, a token, a pixel, an input feature.
+An axis has the rank of its tensor and size 1 along every dimension along which the unit does not change, so that the
+channels of an image are one axis of shape (1, C, 1, 1). 0 is no unit: a batch entry, a token, a pixel,
+an input feature.
 """
 
 from __future__ import annotations
@@ -52,7 +53,9 @@ def along(line: Tensor, dim: int, rank: int) -> Tensor:
 
 
 def runs(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
-    """The shortest runs of dimensions of two shapes of one size, pair by pair with equal products, as a view regroups them."""
+    """The shortest runs of dimensions of two shapes of one size, pair by pair with equal products,
+    as a view regroups them.
+    """
     found: list[tuple[list[int], list[int]]] = []
     left, right = list(range(len(old))), list(range(len(new)))
     while left or right:

@@ -77,7 +77,9 @@ class Call:
         """The numbers that an elementwise operator was given beside tensors."""
         if torch.Tag.pointwise not in self.func.tags:
             return []
-        return [a for a in (*self.args, *self.kwargs.values()) if isinstance(a, (int, float)) and not isinstance(a, bool)]
+        return [
+            a for a in (*self.args, *self.kwargs.values()) if isinstance(a, (int, float)) and not isinstance(a, bool)
+        ]
 
     def even(self, tensor: Tensor, dims: set[int]) -> bool:
         """Whether a tensor of constants is known to be the same along ``dims``."""
@@ -89,14 +91,20 @@ class Call:
 
     def is_view(self) -> bool:
         """Whether the result shares memory with the first argument."""
-        return bool(self.args) and isinstance(self.args[0], Tensor) and self.func._schema.arguments[0].alias_info is not None
+        return (
+            bool(self.args)
+            and isinstance(self.args[0], Tensor)
+            and self.func._schema.arguments[0].alias_info is not None
+        )
 
     def writes_in_place(self) -> bool:
         """Whether the operator changes its first argument."""
         return self.is_view() and bool(self.func._schema.arguments[0].alias_info.is_write)
 
     def count(self, macs: int, factors: Axes) -> None:
-        """Note a product of so many multiply-accumulates, if evaluation's are asked for and a FLOP counter counts this operator."""
+        """Note a product of so many multiply-accumulates,
+        if evaluation's are asked for and a FLOP counter counts this operator.
+        """
         if self.tracer.counts and self.name in _COUNTED:
             self.ledger.products.append(Product(self.module_name(), macs, [line(axis) for axis in moving(factors)]))
 
@@ -120,7 +128,9 @@ class Call:
                 self.tracer.added.update([unit] if added else [])
 
     def probe_pair(self, pair: list[tuple[Tensor, Axes, int]]) -> None:
-        """Note the closed units that add something to a product of two activations: (tensor, axes, contracted dimension) of each."""
+        """Note the closed units that add something to a product of two activations: (tensor, axes,
+        contracted dimension) of each.
+        """
         if self.tracer.closed is None:
             return
         a, b = (tensor.movedim(dim, -1).flatten(0, -2).any(0) for tensor, _, dim in pair)
@@ -140,7 +150,9 @@ class Call:
 
 
 def _user_line(frame: FrameType | None) -> str:
-    """File and line of the innermost frame of code that belongs neither to torch nor to this package; "" without one."""
+    """File and line of the innermost frame of code that belongs neither to torch nor to this package;
+    "" without one.
+    """
     while frame is not None:
         path = frame.f_code.co_filename
         if path == inputs.__file__ and frame.f_code.co_name == "call":

@@ -25,13 +25,20 @@ def product(call: Call, a: Tensor, b: Tensor, letters: tuple[str, str], result: 
             call.probe(tensor, marks.axes, own.index("k"))
         if marks is not None and factor is None and not call.even(other, {others.index("k")}):
             lost = [axis for axis in marks.axes if axis.shape[own.index("k")] > 1]
-            call.ledger.fix(lost, call.why("constants", "its channels meet constants that are no parameter and no buffer"))
+            call.ledger.fix(
+                lost, call.why("constants", "its channels meet constants that are no parameter and no buffer")
+            )
     if "k" in letters[0] and "k" in letters[1] and not any((m := call.of(t)) is None or m.weight for t in (a, b)):
         call.probe_pair([(t, call.axes(t), own.index("k")) for t, own in ((a, letters[0]), (b, letters[1]))])
     order = result + "".join(sorted(set("".join(letters)) - set(result)))
-    sizes = {letter: n for tensor, own in ((a, letters[0]), (b, letters[1])) for letter, n in zip(own, tensor.shape, strict=True)}
+    sizes = {
+        letter: n
+        for tensor, own in ((a, letters[0]), (b, letters[1]))
+        for letter, n in zip(own, tensor.shape, strict=True)
+    }
     operands = []
-    both = call.is_weight(a) and call.is_weight(b)  # a vector that a weight is multiplied with is not what reads its units
+    # a vector that a weight is multiplied with is not what reads its units
+    both = call.is_weight(a) and call.is_weight(b)
     for tensor, own in ((a, letters[0]), (b, letters[1])):
         marks = call.of(tensor)
         if marks is not None:
@@ -116,7 +123,9 @@ def _embedding(call: Call) -> Axes:
     return out
 
 
-@rules.rule("convolution _convolution mkldnn_convolution convolution_overrideable _slow_conv2d_forward conv2d thnn_conv2d")
+@rules.rule(
+    "convolution _convolution mkldnn_convolution convolution_overrideable _slow_conv2d_forward conv2d thnn_conv2d"
+)
 def _convolution(call: Call) -> Axes:
     tensor, weight, bias = call.args[:3]
     transposed, groups, rank = call.arg("transposed", False), call.arg("groups", 1), tensor.dim()
@@ -193,10 +202,16 @@ def _within(call: Call, weight: Tensor) -> bool:
     return name in call.ledger.within
 
 
-def _read_within_groups(call: Call, tensor: Tensor, channels: Axes, read: Axes, made: Axes, groups: int, transposed: bool) -> Axes:
-    """Channels in the same place of every group are one unit, where they are read and where they are written. Returns the lines written."""
+def _read_within_groups(
+    call: Call, tensor: Tensor, channels: Axes, read: Axes, made: Axes, groups: int, transposed: bool
+) -> Axes:
+    """Channels in the same place of every group are one unit, where they are read and where they are written.
+
+    Returns the lines written.
+    """
     ledger, width, rank = call.ledger, tensor.shape[1], tensor.dim()
-    first, last = (read, made) if transposed else (made, read)  # of the dimension over all groups, and of that within one
+    # of the dimension over all groups, and of that within one
+    first, last = (read, made) if transposed else (made, read)
     for units in first:
         rows = units.reshape(groups, -1)
         ledger.unite(rows, rows[:1], call)
@@ -211,7 +226,9 @@ def _read_within_groups(call: Call, tensor: Tensor, channels: Axes, read: Axes, 
     return [units.repeat(groups) for units in made] if transposed else made
 
 
-def _read_in_groups(call: Call, tensor: Tensor, channels: Axes, read: Axes, made: Axes, groups: int, transposed: bool) -> Axes:
+def _read_in_groups(
+    call: Call, tensor: Tensor, channels: Axes, read: Axes, made: Axes, groups: int, transposed: bool
+) -> Axes:
     """A group goes as a whole: what it reads and what it writes is one unit. Returns the lines that are written."""
     ledger, within = call.ledger, call.why("split", "it lies within a group of a convolution")
     block = ledger.fresh(groups, 1)

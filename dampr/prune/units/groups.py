@@ -21,7 +21,8 @@ class Group:
 
     Attributes:
         classes: in the order of their first units.
-        columns: of each dimension that reads some of them, int64 of its length: the number of the class in ``classes``, or -1.
+        columns: of each dimension that reads some of them, int64 of its length:
+            the number of the class in ``classes``, or -1.
     """
 
     classes: list[int]
@@ -29,7 +30,9 @@ class Group:
 
 
 def readable(units: Units, parameters: Iterable[str]) -> list[int]:
-    """The free classes that nothing reads but dimensions of these parameters: without these a class has no effect on anything."""
+    """The free classes that nothing reads but dimensions of these parameters:
+    without these a class has no effect on anything.
+    """
     known = set(parameters)
     elsewhere = np.zeros(len(units.label), bool)  # classes that something else reads too
     elsewhere[units.label[units.summed]] = True
@@ -43,7 +46,9 @@ def readable(units: Units, parameters: Iterable[str]) -> list[int]:
 
 
 def groups(units: Units, classes: Iterable[int]) -> list[Group]:
-    """These classes as vectors, in the order of the parameters that have them; a class that is alone in its vector stays out."""
+    """These classes as vectors, in the order of the parameters that have them;
+    a class that is alone in its vector stays out.
+    """
     alike: dict[frozenset[tuple[str, int, int]], list[int]] = defaultdict(list)
     for one in classes:
         alike[frozenset((m.name, m.dim, len(m.indices)) for m in units.members[one])].append(one)
@@ -59,7 +64,9 @@ def groups(units: Units, classes: Iterable[int]) -> list[Group]:
         number[own] = np.arange(len(own))
         columns: dict[Place, Ints] = {}
         here = {place[:2] for place in places}
-        for name, dim in ((name, dim) for name, dims in units.origin.items() for dim, _, _ in dims if (name, dim) in here):
+        for name, dim in (
+            (name, dim) for name, dims in units.origin.items() for dim, _, _ in dims if (name, dim) in here
+        ):
             first = units.first_unit(name, dim)
             line = slice(first, first + sizes[name, dim])
             gates = np.where(read[line], number[units.label[line]], -1)
@@ -83,5 +90,7 @@ def left_at_half(units: Units, classes: Iterable[int]) -> float:
     cut = np.zeros(len(units.label), bool)
     cut[list(classes)] = True
     total = sum(product.macs for product in units.products)
-    left = sum(p.macs * math.prod(1 - float(cut[units.label[line]].mean()) / 2 for line in p.factors) for p in units.products)
+    left = sum(
+        p.macs * math.prod(1 - float(cut[units.label[line]].mean()) / 2 for line in p.factors) for p in units.products
+    )
     return left / total if total else 1.0

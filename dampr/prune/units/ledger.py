@@ -24,10 +24,11 @@ class Reason:
     """Why units stay, or what a width is a statistic of.
 
     Attributes:
-        kind: "output", "mixed", "statistic", "constants", "picked", "opaque", "split", "unread", "unreached" or "only" (nothing is left
-            to choose along a dimension).
+        kind: "output", "mixed", "statistic", "constants", "picked", "opaque", "split", "unread", "unreached" or "only"
+            (nothing is left to choose along a dimension).
         text: in words.
-        operator, module, line: of the operator that says so, where one does; the line is of the code outside of torch that ran it.
+        operator, module, line: of the operator that says so, where one does;
+            the line is of the code outside of torch that ran it.
     """
 
     kind: str
@@ -62,7 +63,9 @@ class Where(Protocol):
 
 @dataclass(frozen=True)
 class Split:
-    """A view broke a dimension into the dimensions ``dims`` of ``axis``; along which of these units may go is seen when all is known."""
+    """A view broke a dimension into the dimensions ``dims`` of ``axis``;
+    along which of these units may go is seen when all is known.
+    """
 
     axis: Tensor
     dims: list[int]
@@ -70,7 +73,8 @@ class Split:
 
 @dataclass(frozen=True)
 class Product:
-    """Multiply-accumulates of one call: ``macs`` with every unit there, in proportion to the units that are left of each of ``factors``.
+    """Multiply-accumulates of one call: ``macs`` with every unit there,
+    in proportion to the units that are left of each of ``factors``.
 
     ``module``: the name of the module that ran it.
     """
@@ -82,28 +86,34 @@ class Product:
 
 @dataclass
 class Ledger:
-    """Units of a model's floating-point parameters and buffers, an integer from 1 on for each index of each dimension longer than 1.
+    """Units of a model's floating-point parameters and buffers,
+    an integer from 1 on for each index of each dimension longer than 1.
 
     Attributes:
-        origin: name of a parameter or buffer -> (dimension, first unit, size) of each dimension with units; tied ones once.
+        origin: name of a parameter or buffer -> (dimension, first unit, size) of each dimension with units;
+            tied ones once.
         alias: every name -> the name in ``origin``.
         known: id of a tensor -> (tensor, name, marks).
         unions: pairs of units that are one, (2, n), and why they met.
         blocks: (outer, inner) pairs of one meeting in which an outer unit runs along several inner ones, and why.
         fixed, statistics: units, and the reason.
-        read, written: units that a weight's contracted dimension has, and that the other dimensions of weights, biases and norms have.
+        read, written: units that a weight's contracted dimension has, and that the other dimensions of weights,
+            biases and norms have.
         reached: name -> the modes (training or not) in which an operator read it.
         numbers: (operator, what it was given beside tensors) of every elementwise call, in order.
         columns: units of the contracted dimensions of weights themselves, also in ``read``.
-        beside: pairs of units of weights that are added up, or the like, before a product reads them: where one is a column both are.
-        normalised: sums over weights alone, each the units of its factors in the same places, and the reason: harmless where gates are on a
-            factor that also reads these units, for zeros there count as if they were not there.
+        beside: pairs of units of weights that are added up, or the like, before a product reads them:
+            where one is a column both are.
+        normalised: sums over weights alone, each the units of its factors in the same places, and the reason: harmless
+            where gates are on a factor that also reads these units, for zeros there count as if they were not there.
         summed: units of activations that are added up by no weight (a sum over channels, a product of two activations).
         products: every product that a FLOP counter counts.
-        within: weights of convolutions in groups, by name, of which every group loses as many channels and none goes as a whole.
+        within: weights of convolutions in groups, by name,
+            of which every group loses as many channels and none goes as a whole.
         in_groups: the weights of convolutions in groups of several channels.
         counted: of every statistic over units the name of the module that computes it, and the units in order.
-        normed: of every norm over groups of channels, or with each for itself, the name of its module, the units of all, how many groups.
+        normed: of every norm over groups of channels, or with each for itself, the name of its module,
+            the units of all, how many groups.
     """
 
     origin: dict[str, list[tuple[int, int, int]]] = field(default_factory=dict)
@@ -167,16 +177,29 @@ class Ledger:
 
     def _parts(self) -> list[list[Any]]:
         own = self.unions, self.blocks, self.fixed, self.statistics, self.splits, self.read, self.written
-        return [*own, self.normalised, self.numbers, self.columns, self.summed, self.products, self.normed, self.counted, self.beside]
+        return [
+            *own,
+            self.normalised,
+            self.numbers,
+            self.columns,
+            self.summed,
+            self.products,
+            self.normed,
+            self.counted,
+            self.beside,
+        ]
 
-    # what rules say ---------------------------------------------------------------------------------------------------------------------
+    # what rules say
+    # ----------------------------------------------------------------------------------------------------------------
     def unite(self, a: Tensor, b: Tensor, call: Where) -> None:
         """Units at the same place of two axes, broadcast, are one unit."""
         self.unions.append((_pairs(a, b), call.why("constants", "its channels meet elements that belong to no layer")))
 
     def contain(self, outer: Tensor, inner: Tensor, call: Where) -> None:
         """Each unit of ``outer`` runs along several of ``inner``, and goes when all of those of this meeting go."""
-        self.blocks.append((_pairs(outer, inner), call.why("mixed", "several families of channels have one unit between them")))
+        self.blocks.append(
+            (_pairs(outer, inner), call.why("mixed", "several families of channels have one unit between them"))
+        )
 
     def fix(self, axes: Tensor | Iterable[Tensor], why: Reason) -> None:
         """Nothing of these may go."""
@@ -188,14 +211,19 @@ class Ledger:
         self.statistics.append((line(axis), call.why("statistic", "a statistic is computed over its channels")))
         self.counted.append((call.module_name(), line(axis)))
 
-    # what rules have in common ----------------------------------------------------------------------------------------------------------
+    # what rules have in common
+    # ----------------------------------------------------------------------------------------------------------
     def meet(self, shape: Sequence[int], operands: Sequence[tuple[Marks, Sequence[int]]], call: Where) -> Axes:
-        """The axes of an elementwise result of this shape, from the marks and shapes of what meets there, each broadcast to it.
+        """The axes of an elementwise result of this shape, from the marks and shapes of what meets there,
+        each broadcast to it.
 
         Axes of one operand never meet each other. An operand that is broadcast is not united with what varies there.
         """
         rank = len(shape)
-        padded = [([at_rank(a, rank) for a in marks.axes], (1,) * (rank - len(size)) + tuple(size)) for marks, size in operands]
+        padded = [
+            ([at_rank(a, rank) for a in marks.axes], (1,) * (rank - len(size)) + tuple(size))
+            for marks, size in operands
+        ]
         out: Axes = []
         for axes, _ in padded:
             others, own = out, []
@@ -233,20 +261,24 @@ class Ledger:
     def lie_beside(self, operands: Sequence[Axes]) -> None:
         """Elements of weights at one place make one element of a weight, which is 0 where all of them are."""
         for i, axes in enumerate(operands):
-            self.beside += [_pairs(a, b) for other in operands[:i] for a in axes for b in other if varying(a) == varying(b)]
+            self.beside += [
+                _pairs(a, b) for other in operands[:i] for a in axes for b in other if varying(a) == varying(b)
+            ]
 
     def norm_of(self, factors: Iterable[Axes], dims: set[int], call: Where) -> None:
         """Weights alone are added up over ``dims``, each product of the elements of ``factors`` at one place."""
         lines: dict[frozenset[int], list[Ints]] = {}
         for axis in (axis for axes in factors for axis in axes if varying(axis) and varying(axis) <= dims):
             lines.setdefault(frozenset(varying(axis)), []).append(line(axis))
-        self.normalised += [(own, call.why("statistic", "a norm of the weight counts its channels")) for own in lines.values()]
+        self.normalised += [
+            (own, call.why("statistic", "a norm of the weight counts its channels")) for own in lines.values()
+        ]
 
     def reduce(self, axes: Axes, dims: set[int], keepdim: bool, kind: str, call: Where) -> Axes:
         """The axes after a reduction over ``dims``.
 
-        ``kind``: "weighed", a sum to which each unit adds what a weight makes of it; "sum", to which units of zeros add nothing; "noted",
-        a sum that :meth:`norm_of` has noted; "statistic", such as a mean; "mixed", everything else.
+        ``kind``: "weighed", a sum to which each unit adds what a weight makes of it; "sum", to which units of zeros add
+        nothing; "noted", a sum that :meth:`norm_of` has noted; "statistic", such as a mean; "mixed", everything else.
         """
         out = []
         for axis in axes:
@@ -276,7 +308,9 @@ class Ledger:
 
     def _rows(self, axis: Tensor, stay: list[int]) -> Tensor:
         """A fresh unit for each set of units that an axis has at one place of the dimensions ``stay``."""
-        rows = axis.permute(*stay, *(d for d in range(axis.dim()) if d not in stay)).reshape(math.prod(axis.shape[d] for d in stay), -1)
+        rows = axis.permute(*stay, *(d for d in range(axis.dim()) if d not in stay)).reshape(
+            math.prod(axis.shape[d] for d in stay), -1
+        )
         key = torch.stack((rows[:, 0], rows[:, -1], rows.sum(1)), 1)
         _, same = torch.unique(key, dim=0, return_inverse=True)
         units = self.fresh(int(same.max()) + 1)[same]

@@ -158,7 +158,9 @@ def _cat(call: Call) -> Axes:
 @rules.rule("stack")
 def _stack(call: Call) -> Axes:
     dim = call.arg("dim", 0) % call.out.dim()
-    return _joined(call, call.args[0], [[axis.unsqueeze(dim) for axis in call.axes(part)] for part in call.args[0]], dim)
+    return _joined(
+        call, call.args[0], [[axis.unsqueeze(dim) for axis in call.axes(part)] for part in call.args[0]], dim
+    )
 
 
 def _joined(call: Call, parts: list[Tensor], axes: list[Axes], dim: int) -> Axes:
@@ -166,7 +168,9 @@ def _joined(call: Call, parts: list[Tensor], axes: list[Axes], dim: int) -> Axes
     shape = list(call.out.shape)
     others = [1 if d == dim else size for d, size in enumerate(shape)]
     operands = [
-        (Marks([a for a in own if a.shape[dim] == 1]), others) for part, own in zip(parts, axes, strict=True) if call.of(part) is not None
+        (Marks([a for a in own if a.shape[dim] == 1]), others)
+        for part, own in zip(parts, axes, strict=True)
+        if call.of(part) is not None
     ]
     rest = call.ledger.meet(others, operands, call)
     beside = [next((axis for axis in own if axis.shape[dim] > 1), None) for own in axes]
@@ -181,7 +185,10 @@ def _joined(call: Call, parts: list[Tensor], axes: list[Axes], dim: int) -> Axes
     return [*rest, narrow(torch.cat(full, dim))]
 
 
-@rules.rule("constant_pad_nd reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d replication_pad3d pad")
+@rules.rule(
+    "constant_pad_nd reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d "
+    "replication_pad3d pad"
+)
 def _pad(call: Call) -> Axes:
     tensor, widths, out = call.args[0], call.args[1], []
     last = tensor.dim() - 1
@@ -228,7 +235,9 @@ def _indexed(call: Call) -> set[int]:
 
 
 def _placed(call: Call, line: Tensor, hit: set[int]) -> Tensor:
-    """The axis in the shape of what ``tensor[indices]`` returns: picked dimensions stand where the first was if they are neighbours."""
+    """The axis in the shape of what ``tensor[indices]`` returns:
+    picked dimensions stand where the first was if they are neighbours.
+    """
     rest = [d for d in range(line.dim()) if d not in hit]
     new = call.out.dim() - len(rest)
     neighbours = sorted(hit) == list(range(min(hit), max(hit) + 1))
@@ -251,12 +260,16 @@ def _pixel_shuffle(call: Call) -> Axes:
 @rules.rule("pixel_unshuffle")
 def _pixel_unshuffle(call: Call) -> Axes:
     tensor, factor = call.args[:2]
-    return [narrow(torch.pixel_unshuffle(axis.expand(tensor.shape).double(), factor).long()) for axis in call.axes(tensor)]
+    return [
+        narrow(torch.pixel_unshuffle(axis.expand(tensor.shape).double(), factor).long()) for axis in call.axes(tensor)
+    ]
 
 
 @rules.rule("im2col")
 def _unfold(call: Call) -> Axes:
-    """Patches of an image side by side: a channel is all of its patch, and the zeros around the image belong to it too."""
+    """Patches of an image side by side: a channel is all of its patch,
+    and the zeros around the image belong to it too.
+    """
     height, width = call.args[1]
     out = []
     for axis in call.axes(call.args[0]):
@@ -290,7 +303,9 @@ def _channel_shuffle(call: Call) -> Axes:
     tensor, groups = call.args[:2]
     for axis in call.axes(tensor):
         equal_parts(call, axis, 1, groups)
-    return [narrow(torch.channel_shuffle(axis.expand(tensor.shape).double(), groups).long()) for axis in call.axes(tensor)]
+    return [
+        narrow(torch.channel_shuffle(axis.expand(tensor.shape).double(), groups).long()) for axis in call.axes(tensor)
+    ]
 
 
 @rules.rule("glu")

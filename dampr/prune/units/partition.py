@@ -42,7 +42,8 @@ class Units:
         free: classes that may be cut, in order.
         fixed: class -> why it stays.
         statistics: class -> what is computed over it; it may be cut where that counts open units.
-        normalised: free class -> the norm of a weight that reads it, which counts it; it may be cut where gates are on that weight.
+        normalised: free class -> the norm of a weight that reads it, which counts it;
+            it may be cut where gates are on that weight.
         families: free classes of dimensions that have classes in common.
         read, written: the units that weights read, and those that they write.
         reached: name -> the modes (``training``) in which an operator read the parameter.
@@ -102,7 +103,10 @@ class Units:
         return []
 
     def first_unit(self, name: str, dim: int) -> int:
-        """The first unit of a dimension, whose units are consecutive. KeyError for a dimension of size 1, which has none."""
+        """The first unit of a dimension, whose units are consecutive.
+
+        KeyError for a dimension of size 1, which has none.
+        """
         for at, first, _ in self.origin[self.alias[name]]:
             if at == dim:
                 return first
@@ -121,19 +125,25 @@ class Units:
         return any(bool(np.isin(np.arange(first, first + size), units).any()) for first, size in found)
 
     def why_not(self, name: str, dim: int) -> Reason | None:
-        """Why an index of this dimension must not be cut, or only under conditions (:attr:`statistics`, :attr:`normalised`); else None.
+        """Why an index of this dimension must not be cut, or only under conditions (:attr:`statistics`,
+        :attr:`normalised`); else None.
 
-        Of several reasons the one of the lowest index, but what is mixed or fixed before that nothing is left to choose.
+        Of several reasons the one of the lowest index,
+        but what is mixed or fixed before that nothing is left to choose.
         """
         reasons = [reason for one in self.classes(name, dim) if (reason := self.reason(one)) is not None]
-        return next((reason for reason in reasons if reason.kind not in NOTHING_TO_CHOOSE), reasons[0] if reasons else None)
+        return next(
+            (reason for reason in reasons if reason.kind not in NOTHING_TO_CHOOSE), reasons[0] if reasons else None
+        )
 
     def reason(self, one: int) -> Reason | None:
         """Why a class must not be cut, or only under conditions."""
         return self.fixed.get(one) or self.statistics.get(one) or self.normalised.get(one)
 
     def with_open_statistics(self, norms: Collection[str]) -> Units:
-        """The same with those classes free whose every statistic is computed by one of these modules, which count open units."""
+        """The same with those classes free whose every statistic is computed by one of these modules,
+        which count open units.
+        """
         own, other = set[int](), set[int]()
         for name, units in self.counted:
             (own if name and name in norms else other).update(self.label[units].tolist())
@@ -143,7 +153,9 @@ class Units:
         return replace(self, free=free, statistics=left, families=_families(self.origin, self.label, free))
 
     def in_training_alone(self) -> dict[int, str]:
-        """Classes that have something in what evaluation does not reach, where results could be compared, and why they stay."""
+        """Classes that have something in what evaluation does not reach, where results could be compared,
+        and why they stay.
+        """
         return {
             one: f"{name!r}, which only training reaches, shares its width"
             for name, modes in self.reached.items()
@@ -172,7 +184,9 @@ def solve(ledger: Ledger, modes: tuple[bool, ...] = (False,), failed: dict[bool,
     label = labels.label
     fixed = _of_classes(label, [*ledger.fixed, *labels.conflicts(), *_unlabelled(ledger), *_left_alone(ledger, label)])
     columns = _with_beside(_united(ledger.columns), _concatenated(ledger.beside))
-    sums = [(lines[0], np.any([np.isin(units, columns) for units in lines], 0), why) for lines, why in ledger.normalised]
+    sums = [
+        (lines[0], np.any([np.isin(units, columns) for units in lines], 0), why) for lines, why in ledger.normalised
+    ]
     statistics = _of_classes(label, [*ledger.statistics, *((units[~read], why) for units, read, why in sums)])
     normalised = _of_classes(label, [(units[read], why) for units, read, why in sums])
     lines = [label[first : first + size] for *_, first, size in _dimensions(ledger.origin)]
@@ -209,7 +223,9 @@ def solve(ledger: Ledger, modes: tuple[bool, ...] = (False,), failed: dict[bool,
 
 
 def joined(label: Ints, pairs: Ints) -> Ints:
-    """Labels after the units of each pair, (2, n), have become one class, whose label is its least; unit 0 joins nothing."""
+    """Labels after the units of each pair, (2, n), have become one class, whose label is its least;
+    unit 0 joins nothing.
+    """
     a, b = pairs[:, (pairs > 0).all(0)]
     while True:
         x, y = label[a], label[b]
@@ -266,7 +282,11 @@ class _Labels:
         if not len(self._outer):
             return self._outer, self._outer, self._outer
         inner = self.label[self._inner]
-        return self._outer[self._starts], np.minimum.reduceat(inner, self._starts), np.maximum.reduceat(inner, self._starts)
+        return (
+            self._outer[self._starts],
+            np.minimum.reduceat(inner, self._starts),
+            np.maximum.reduceat(inner, self._starts),
+        )
 
     def _runs_along(self) -> dict[int, set[int]]:
         found: dict[int, set[int]] = defaultdict(set)
@@ -275,8 +295,8 @@ class _Labels:
         return found
 
     def _settle_split(self, split: Split, runs_along: dict[int, set[int]]) -> None:
-        """A view as several dimensions keeps all but one of them whole: the one that may go is the one along which blocks differ (the heads
-        of scores), or else the last.
+        """A view as several dimensions keeps all but one of them whole: the one that may go is the one along which
+        blocks differ (the heads of scores), or else the last.
         """
         axis = narrow(torch.from_numpy(self.label)[split.axis])
         dims = [d for d in split.dims if axis.shape[d] > 1]

@@ -1,4 +1,6 @@
-"""What a trace does not prove: that a smaller model has the same partition, and that closed units are zero where they are read."""
+"""What a trace does not prove: that a smaller model has the same partition,
+and that closed units are zero where they are read.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +27,8 @@ from .sizes import Size, follow
 def cut(model: nn.Module, units: Units, classes: Iterable[int], sizes: Iterable[Size] = ()) -> nn.Module:
     """Delete the indices of these classes from every parameter and buffer of ``model``, in place; returns ``model``.
 
-    Sizes that modules of torch.nn keep beside their parameters follow, and of what other code keeps ``sizes``. With any other such number
-    the model does not run, or gives another partition, which :func:`retrace` finds.
+    Sizes that modules of torch.nn keep beside their parameters follow, and of what other code keeps ``sizes``. With any
+    other such number the model does not run, or gives another partition, which :func:`retrace` finds.
     """
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     old = dict(named)
@@ -44,7 +46,8 @@ def cut(model: nn.Module, units: Units, classes: Iterable[int], sizes: Iterable[
 
 
 def follow_all(model: nn.Module, changed: Collection[nn.Module], within: Iterable[str] = ()) -> None:
-    """:func:`follow_parameters` of the modules of ``model`` that have ``changed``, and of those whose weights are computed.
+    """:func:`follow_parameters` of the modules of ``model`` that have ``changed``,
+    and of those whose weights are computed.
 
     ``within``: the weights of convolutions that keep the number of their groups.
     """
@@ -56,7 +59,10 @@ def follow_all(model: nn.Module, changed: Collection[nn.Module], within: Iterabl
 
 
 def substitute(model: nn.Module, new: Mapping[int, Tensor]) -> set[nn.Module]:
-    """Put tensors in the place of parameters and buffers, by the ids of these, under every name. Returns the modules that have some."""
+    """Put tensors in the place of parameters and buffers, by the ids of these, under every name.
+
+    Returns the modules that have some.
+    """
     changed: set[nn.Module] = set()
     for module in model.modules():
         tables: tuple[dict[str, Any], dict[str, Any]] = module._parameters, module._buffers
@@ -86,7 +92,9 @@ def follow_parameters(module: Any, keeps_groups: bool = False) -> None:
     if isinstance(module, nn.modules.conv._ConvNd):
         into, out = (0, 1) if module.transposed else (1, 0)
         if module.groups > 1 and not keeps_groups:
-            module.groups = weight.shape[0] * module.groups // (module.in_channels if module.transposed else module.out_channels)
+            module.groups = (
+                weight.shape[0] * module.groups // (module.in_channels if module.transposed else module.out_channels)
+            )
         sizes = {into: "in_channels", out: "out_channels"}
         for dim, name in sizes.items():
             setattr(module, name, weight.shape[dim] * (module.groups if dim == 1 else 1))
@@ -110,10 +118,13 @@ def follow_parameters(module: Any, keeps_groups: bool = False) -> None:
 def half(units: Units, families: Sequence[Sequence[int]], seed: int = 0) -> list[int]:
     """A random half of the classes of each family, but of every dimension at least one class stays.
 
-    Of several families one loses half, the next one less: what code keeps for several of them in one number is found so.
+    Of several families one loses half, the next one less:
+    what code keeps for several of them in one number is found so.
     """
     generator = random.Random(seed)
-    left = {(name, dim): len(set(units.classes(name, dim))) for name, dims in units.origin.items() for dim, _, _ in dims}
+    left = {
+        (name, dim): len(set(units.classes(name, dim))) for name, dims in units.origin.items() for dim, _, _ in dims
+    }
     chosen = []
     for number, family in enumerate(families):
         most = len(family) // 2
@@ -136,13 +147,18 @@ class Differs:
 
 
 def retrace(
-    model: nn.Module, units: Units, example_inputs: Any, families: Sequence[Sequence[int]], more_inputs: Iterable[Any] = ()
+    model: nn.Module,
+    units: Units,
+    example_inputs: Any,
+    families: Sequence[Sequence[int]],
+    more_inputs: Iterable[Any] = (),
 ) -> dict[int, Differs]:
     """Of the classes of these families, those that cannot be cut though the trace calls them free, and what is wrong.
 
-    Half of each family is cut in a copy of ``model``, which is traced in the same modes: its units have to be the classes that are left,
-    and its operators must have been given the same numbers. (A literal half, ``roll``, ``view(B, N, 4, -1)`` and ``h.shape[1]`` used as a
-    factor are found so.) Where it is not so, halves of the families are tried. ``example_inputs``, ``more_inputs``: those of the trace.
+    Half of each family is cut in a copy of ``model``, which is traced in the same modes: its units have to be the
+    classes that are left, and its operators must have been given the same numbers. (A literal half, ``roll``, ``view(B,
+    N, 4, -1)`` and ``h.shape[1]`` used as a factor are found so.) Where it is not so, halves of the families are tried.
+    ``example_inputs``, ``more_inputs``: those of the trace.
 
     Raises what copying the model raises.
     """
@@ -160,8 +176,12 @@ def retrace(
     return found
 
 
-def differs(model: nn.Module, units: Units, samples: list[Any], classes: list[int], sizes: Iterable[Size] = ()) -> Differs | None:
-    """What a copy of ``model`` without these classes does that the whole does not, by a trace of it; None where nothing differs."""
+def differs(
+    model: nn.Module, units: Units, samples: list[Any], classes: list[int], sizes: Iterable[Size] = ()
+) -> Differs | None:
+    """What a copy of ``model`` without these classes does that the whole does not, by a trace of it;
+    None where nothing differs.
+    """
     small = cut(inputs.twin(model), units, classes, sizes)
     ledger = Ledger.of(small, units.within)
     try:
@@ -170,20 +190,30 @@ def differs(model: nn.Module, units: Units, samples: list[Any], classes: list[in
                 tracer.run_as_fits(ledger, small, sample, training=mode)
     except Exception as error:
         return Differs(
-            f"without half of its channels the model does not run, so something beside its layers has that width ({error})", False
+            "without half of its channels the model does not run, so something beside its layers has that width "
+            f"({error})",
+            False,
         )
     if units.numbers != ledger.numbers:
         pairs = zip(units.numbers, ledger.numbers, strict=False)
         a, b = next(((a, b) for a, b in pairs if a != b), (("more", "operators"), ("or", "fewer")))
-        return Differs(f"a number that the code computes follows its width ({a[0]} with {a[1]}, without half of its channels {b[1]})", True)
+        return Differs(
+            f"a number that the code computes follows its width ({a[0]} with {a[1]}, without half of its channels "
+            f"{b[1]})",
+            True,
+        )
     other = next((name for name, modes in units.reached.items() if ledger.reached.get(name) != modes), None)
     if other is not None:
-        return Differs(f"without half of its channels the model takes another way, on which it does not read {other!r}", True)
+        return Differs(
+            f"without half of its channels the model takes another way, on which it does not read {other!r}", True
+        )
     return _regrouped(units, solve(ledger, units.modes), set(classes))
 
 
 def _regrouped(units: Units, again: Units, gone: set[int]) -> Differs | None:
-    """Whether the cut model unites units that the whole one keeps apart, parts some of one class, or fixes some that were free."""
+    """Whether the cut model unites units that the whole one keeps apart, parts some of one class,
+    or fixes some that were free.
+    """
     alone, free = _alone(units, gone), set(units.free)
     forward: dict[int, int] = {}
     back: dict[int, int] = {}
@@ -215,16 +245,26 @@ def _alone(units: Units, gone: set[int]) -> set[int]:
 
 
 def probe(masked: nn.Module, units: Units, classes: Iterable[int], example_inputs: Any) -> dict[int, str]:
-    """Of classes that are closed in ``masked``, those that are not 0 where a weight or a sum reads them: "constant" or "varies".
+    """Of classes that are closed in ``masked``, those that are not 0 where a weight or a sum reads them:
+    "constant" or "varies".
 
-    ``masked`` has the parameters' shapes of the model that ``units`` is of, and is run once on real tensors in evaluation mode. A constant
-    can be taken in by the reader's bias, where no zero padding stands between; what varies makes the class useless to gate there.
+    ``masked`` has the parameters' shapes of the model that ``units`` is of, and is run once on real tensors in
+    evaluation mode. A constant can be taken in by the reader's bias, where no zero padding stands between; what varies
+    makes the class useless to gate there.
     """
     gone = np.zeros(len(units.label), bool)
     gone[list(classes)] = True
     ledger = Ledger.of(masked, units.within)
     alive: dict[int, tuple[float, float]] = {}
-    tracer.run(ledger, masked, example_inputs, training=False, fake=False, closed=torch.from_numpy(gone[units.label]), alive=alive)
+    tracer.run(
+        ledger,
+        masked,
+        example_inputs,
+        training=False,
+        fake=False,
+        closed=torch.from_numpy(gone[units.label]),
+        alive=alive,
+    )
     found: dict[int, str] = {}
     for unit, (low, high) in alive.items():
         one = int(units.label[unit])
@@ -233,7 +273,8 @@ def probe(masked: nn.Module, units: Units, classes: Iterable[int], example_input
 
 
 def added(model: nn.Module, units: Units, classes: Iterable[int], example_inputs: Any) -> set[int]:
-    """Of these classes those that, closed where they are written, are not 0 where activations are added up or multiplied with each other.
+    """Of these classes those that, closed where they are written,
+    are not 0 where activations are added up or multiplied with each other.
 
     No weight stands there that could leave them out, and no bias that could take them in. Raises what the model raises.
     """
@@ -245,7 +286,15 @@ def added(model: nn.Module, units: Units, classes: Iterable[int], example_inputs
     masked = mask(inputs.copied(inputs.as_trained(model, example_inputs)), units, closed)
     found: set[int] = set()
     ledger = Ledger.of(masked, units.within)
-    tracer.run(ledger, masked, example_inputs, training=False, fake=False, closed=torch.from_numpy(gone[units.label]), added=found)
+    tracer.run(
+        ledger,
+        masked,
+        example_inputs,
+        training=False,
+        fake=False,
+        closed=torch.from_numpy(gone[units.label]),
+        added=found,
+    )
     return {int(units.label[unit]) for unit in found}
 
 
@@ -255,7 +304,9 @@ def mask(model: nn.Module, units: Units, classes: Iterable[int]) -> nn.Module:
     read, written = set(units.read.tolist()), set(units.written.tolist())
     chosen: dict[tuple[str, int], list[int]] = defaultdict(list)
     for one in classes:
-        members = [(m.name, m.dim, i, units.first_unit(m.name, m.dim) + int(i)) for m in units.members[one] for i in m.indices]
+        members = [
+            (m.name, m.dim, i, units.first_unit(m.name, m.dim) + int(i)) for m in units.members[one] for i in m.indices
+        ]
         silent = all(unit in read and unit not in written for *_, unit in members)
         for name, dim, index, unit in members:
             if silent or unit in written or unit not in read:
@@ -267,4 +318,16 @@ def mask(model: nn.Module, units: Units, classes: Iterable[int]) -> nn.Module:
     return model
 
 
-__all__ = ["Differs", "added", "cut", "differs", "follow_all", "follow_parameters", "half", "mask", "probe", "retrace", "substitute"]
+__all__ = [
+    "Differs",
+    "added",
+    "cut",
+    "differs",
+    "follow_all",
+    "follow_parameters",
+    "half",
+    "mask",
+    "probe",
+    "retrace",
+    "substitute",
+]

@@ -28,8 +28,10 @@ def _per_channel(call: Call, tensor: Tensor, others: list[Any], axes: Axes) -> A
 
 
 @rules.rule(
-    "native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training _native_batch_norm_legit_functional batch_norm "
-    "cudnn_batch_norm miopen_batch_norm _batch_norm_with_update _batch_norm_with_update_functional _batch_norm_no_update"
+    "native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training "
+    "_native_batch_norm_legit_functional batch_norm "
+    "cudnn_batch_norm miopen_batch_norm _batch_norm_with_update _batch_norm_with_update_functional "
+    "_batch_norm_no_update"
 )
 def _batch_norm(call: Call) -> tuple[Axes, ...]:
     tensor = call.args[0]
@@ -37,7 +39,9 @@ def _batch_norm(call: Call) -> tuple[Axes, ...]:
     running = any(isinstance(a, Tensor) and a.dim() == 1 for a in call.args[3:5])
     if training or not running:
         call.ledger.reduce(call.axes(tensor), set(range(tensor.dim())) - {1}, True, "statistic", call)
-    call.ledger.normed += [(call.module_name(), line(axis), axis.shape[1]) for axis in call.axes(tensor) if varying(axis) == {1}]
+    call.ledger.normed += [
+        (call.module_name(), line(axis), axis.shape[1]) for axis in call.axes(tensor) if varying(axis) == {1}
+    ]
     others = [a for a in call.args[1:5] if isinstance(a, Tensor)]
     return (_per_channel(call, tensor, others, call.axes(tensor)), *([[]] * (len(call.out) - 1)))
 
@@ -108,11 +112,14 @@ def _reduction(kind: str) -> Rule:
 
 rules.rule("sum nansum linalg_vector_norm norm count_nonzero")(_reduction("sum"))
 rules.rule("mean var var_mean std std_mean")(_reduction("statistic"))
-rules.rule("max min amax amin argmax argmin prod logsumexp any all median mode aminmax kthvalue nanmedian")(_reduction("mixed"))
+rules.rule("max min amax amin argmax argmin prod logsumexp any all median mode aminmax kthvalue nanmedian")(
+    _reduction("mixed")
+)
 
 
 @rules.rule(
-    "_softmax _log_softmax softmax log_softmax _safe_softmax cumsum cumprod logcumsumexp cummax cummin sort topk _fft_r2c _fft_c2r "
+    "_softmax _log_softmax softmax log_softmax _safe_softmax cumsum cumprod logcumsumexp cummax cummin sort topk "
+    "_fft_r2c _fft_c2r "
     "_fft_c2c fft_fftshift"
 )
 def _mixed_along(call: Call) -> Axes | tuple[Axes, ...]:
@@ -144,7 +151,8 @@ def _spatial(dims: int) -> Callable[[Call], Axes | tuple[Axes, ...]]:
 
 
 _SPATIAL = (
-    "max_pool avg_pool adaptive_avg_pool adaptive_max_pool upsample_nearest upsample_linear upsample_bilinear upsample_bicubic "
+    "max_pool avg_pool adaptive_avg_pool adaptive_max_pool upsample_nearest upsample_linear upsample_bilinear "
+    "upsample_bicubic "
     "upsample_trilinear _upsample_nearest_exact fractional_max_pool"
 )
 for _dim in (1, 2, 3):

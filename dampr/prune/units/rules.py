@@ -1,7 +1,9 @@
-"""One rule for each ATen operator: from a :class:`~.call.Call` to the axes of its results (a tuple of these for several).
+"""One rule for each ATen operator: from a :class:`~.call.Call` to the axes of its
+results (a tuple of these for several).
 
-The rules of movement, contraction and reduction stand in modules of their own; all are in one table. An operator that is not in it counts
-as elementwise where torch tags it so, is decomposed where torch can, and is opaque otherwise: nothing that goes in may be cut.
+The rules of movement, contraction and reduction stand in modules of their own; all are in one table. An operator that
+is not in it counts as elementwise where torch tags it so, is decomposed where torch can, and is opaque otherwise:
+nothing that goes in may be cut.
 """
 
 from __future__ import annotations
@@ -46,18 +48,27 @@ def of(func: Any, name: str) -> Rule | None:
 def operand(call: Call, tensor: Tensor) -> tuple[Marks, list[int]] | None:
     """What :meth:`~.ledger.Ledger.meet` takes, of one tensor; where it was expanded it is broadcast."""
     marks = call.of(tensor)
-    return None if marks is None else (marks, [size if stride else 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)])
+    return (
+        None
+        if marks is None
+        else (marks, [size if stride else 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)])
+    )
 
 
 _FACTORS = ("mul", "div", "true_divide")  # 0 in one factor of a weight is 0 in the weight
 
 
 def _by_rank(call: Call) -> list[Tensor]:
-    """The weights that make one weight; last what its columns are to be those of: a parameter that a buffer masks, a numerator.
+    """The weights that make one weight; last what its columns are to be those of: a parameter that a buffer masks,
+    a numerator.
 
     Conditions, which pick between weights, come first.
     """
-    last = [t for t in call.given if t.dtype.is_floating_point and (not call.tracer.owned(t) or isinstance(t, torch.nn.Parameter))]
+    last = [
+        t
+        for t in call.given
+        if t.dtype.is_floating_point and (not call.tracer.owned(t) or isinstance(t, torch.nn.Parameter))
+    ]
     last = last[::-1] if call.name in _FACTORS[1:] else last
     return [t for t in call.given if not any(t is other for other in last)] + last
 
@@ -71,7 +82,8 @@ def write(call: Call, tensors: Iterable[Any]) -> None:
 
 
 @rule(
-    "_prelu_kernel prelu native_dropout bernoulli rrelu_with_noise gelu _fused_dropout masked_fill where hardswish hardsigmoid nan_to_num "
+    "_prelu_kernel prelu native_dropout bernoulli rrelu_with_noise gelu _fused_dropout masked_fill where hardswish "
+    "hardsigmoid nan_to_num "
     "feature_dropout isnan isinf"
 )
 def elementwise(call: Call) -> Axes:
@@ -82,7 +94,9 @@ def elementwise(call: Call) -> Axes:
     if not weights:
         write(call, call.given)
     elif call.name not in _FACTORS:
-        ledger.lie_beside([[at_rank(axis, len(shape)) for axis in call.axes(t)] for t in call.given if t.dtype.is_floating_point])
+        ledger.lie_beside(
+            [[at_rank(axis, len(shape)) for axis in call.axes(t)] for t in call.given if t.dtype.is_floating_point]
+        )
     axes = ledger.meet(shape, operands, call)
     for tensor, marks in zip(call.given, call.marks, strict=True):
         if marks is None and tensor.dim() and (tensor.is_floating_point() or tensor.is_complex()):
@@ -90,12 +104,15 @@ def elementwise(call: Call) -> Axes:
             for axis in axes:
                 dims = {d - ahead for d in varying(axis) if d >= ahead and tensor.shape[d - ahead] > 1}
                 if dims and not call.even(tensor, dims):
-                    ledger.fix(axis, call.why("constants", "its channels meet constants that are no parameter and no buffer"))
+                    ledger.fix(
+                        axis, call.why("constants", "its channels meet constants that are no parameter and no buffer")
+                    )
     return axes
 
 
 @rule(
-    "clone detach alias _to_copy lift_fresh lift_fresh_copy contiguous zeros_like ones_like empty_like rand_like randn_like full_like fill "
+    "clone detach alias _to_copy lift_fresh lift_fresh_copy contiguous zeros_like ones_like empty_like rand_like "
+    "randn_like full_like fill "
     "zero normal uniform conj real imag resolve_conj resolve_neg tril triu _conj"
 )
 def same(call: Call) -> Axes:
@@ -104,7 +121,8 @@ def same(call: Call) -> Axes:
 
 
 @rule(
-    "new_zeros new_ones new_empty new_full new_empty_strided empty_strided _local_scalar_dense is_nonzero size stride sym_size equal item "
+    "new_zeros new_ones new_empty new_full new_empty_strided empty_strided _local_scalar_dense is_nonzero size stride "
+    "sym_size equal item "
     "set _is_all_true _is_any_true _is_zerotensor allclose"
 )
 def nothing(call: Call) -> Axes:
@@ -123,7 +141,9 @@ def opaque(call: Call) -> Axes | tuple[Axes, ...]:
     """Nothing is known of the operator, so nothing that goes in may be cut."""
     for marks in call.marks:
         if marks is not None:
-            call.ledger.fix(marks.axes, call.why("opaque", "its channels go into an operator of which nothing is known"))
+            call.ledger.fix(
+                marks.axes, call.why("opaque", "its channels go into an operator of which nothing is known")
+            )
     return [] if isinstance(call.out, Tensor) or call.out is None else tuple([] for _ in call.out)
 
 

@@ -1,4 +1,6 @@
-"""Numbers that code keeps beside its parameters (``num_heads``, ``all_head_size``): which follow a width, and what they become."""
+"""Numbers that code keeps beside its parameters (``num_heads``, ``all_head_size``): which follow a width,
+and what they become.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +13,33 @@ from torch import nn
 from ..transposed import is_conv1d
 from .partition import Units
 
-_NO_WIDTHS = ("stride", "kernel", "depth", "layers", "blocks", "padding", "dilation", "window", "patch", "steps", "in_chans")
+_NO_WIDTHS = (
+    "stride",
+    "kernel",
+    "depth",
+    "layers",
+    "blocks",
+    "padding",
+    "dilation",
+    "window",
+    "patch",
+    "steps",
+    "in_chans",
+)
 _PARTS = (2, 3)  # a parameter may hold query, key and value one after the other, or two halves of a gated layer
 
 
 _FOLLOW_ANYWAY = (
-    *(nn.Linear, nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.Embedding, nn.PReLU),
+    *(
+        nn.Linear,
+        nn.modules.conv._ConvNd,
+        nn.modules.batchnorm._NormBase,
+        nn.LayerNorm,
+        nn.RMSNorm,
+        nn.GroupNorm,
+        nn.Embedding,
+        nn.PReLU,
+    ),
     *(nn.RNNBase, nn.RNNCellBase),
 )
 """Layers whose sizes :func:`.proof.follow_parameters` sets."""
@@ -37,10 +60,11 @@ class Size(NamedTuple):
 
 
 def followers(model: nn.Module, units: Units, classes: Iterable[int]) -> list[Size]:
-    """The whole numbers kept by modules that are no layers of torch.nn, and that equal a width which loses some of ``classes``.
+    """The whole numbers kept by modules that are no layers of torch.nn,
+    and that equal a width which loses some of ``classes``.
 
-    Equal to the size of a dimension of a parameter within the module, to a half or a third of it, or to how many classes it has. A guess:
-    whoever uses it has to see that the model still runs and computes the same.
+    Equal to the size of a dimension of a parameter within the module, to a half or a third of it, or to how many
+    classes it has. A guess: whoever uses it has to see that the model still runs and computes the same.
     """
     cut = set(classes)
     widths = {(member.name, member.dim) for one in cut for member in units.members[one]}
@@ -74,7 +98,9 @@ def _of_norms(model: nn.Module, units: Units, sizes: dict[tuple[str, int], int])
     places = {tuple(units.classes(*place)): place for place in reversed(sizes)}
     for name, every in seen.items():
         module, (labels, groups) = model.get_submodule(name), every[0]
-        if len(every) > 1 or any(True for _ in itertools.chain(module.parameters(recurse=False), module.buffers(recurse=False))):
+        if len(every) > 1 or any(
+            True for _ in itertools.chain(module.parameters(recurse=False), module.buffers(recurse=False))
+        ):
             continue
         for attribute, value in _numbers(module):
             if value < 2:
@@ -91,7 +117,8 @@ def _matches(
     value: int, places: list[tuple[str, int]], sizes: dict[tuple[str, int], int], counts: dict[tuple[str, int], int]
 ) -> Iterator[tuple[str, int]]:
     yield from (place for place in places if sizes[place] == value)
-    if not any(sizes[place] == value * counts[place] for place in places):  # the width of a head does not change with their number
+    # the width of a head does not change with their number
+    if not any(sizes[place] == value * counts[place] for place in places):
         for parts in _PARTS:
             yield from (place for place in places if sizes[place] == value * parts)
     yield from (place for place in places if counts[place] == value and sizes[place] % value == 0)
@@ -100,7 +127,9 @@ def _matches(
 
 
 def follow(model: nn.Module, sizes: Iterable[Size]) -> dict[str, dict[str, int]]:
-    """Set these attributes to what the parameters of ``model`` now have; returns what was set: module -> attribute -> number."""
+    """Set these attributes to what the parameters of ``model`` now have; returns what was set:
+    module -> attribute -> number.
+    """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     made: dict[str, dict[str, int]] = {}
     for size in sizes:
@@ -112,11 +141,17 @@ def follow(model: nn.Module, sizes: Iterable[Size]) -> dict[str, dict[str, int]]
 
 
 def _numbers(module: nn.Module) -> Iterator[tuple[str, int]]:
-    """The whole numbers that a module keeps, and those in tuples beside nothing but 1, such as a shape to broadcast with."""
+    """The whole numbers that a module keeps, and those in tuples beside nothing but 1,
+    such as a shape to broadcast with.
+    """
     for attribute, value in vars(module).items():
         if type(value) is int:
             yield attribute, value
-        elif isinstance(value, tuple) and all(type(number) is int for number in value) and sum(number != 1 for number in value) == 1:
+        elif (
+            isinstance(value, tuple)
+            and all(type(number) is int for number in value)
+            and sum(number != 1 for number in value) == 1
+        ):
             yield from ((f"{attribute}.{at}", number) for at, number in enumerate(value) if number != 1)
 
 

@@ -24,7 +24,8 @@ from .ledger import Ledger, Marks, Reason
 _UNIFORM = "zeros ones full new_zeros new_ones new_full zeros_like ones_like full_like"
 _EMPTY = "empty new_empty empty_strided new_empty_strided"
 _KEEPS_UNIFORM = (
-    "view _unsafe_view expand select slice unbind unsqueeze squeeze permute transpose t clone _to_copy detach alias split cat stack repeat"
+    "view _unsafe_view expand select slice unbind unsqueeze squeeze permute transpose t clone _to_copy detach alias "
+    "split cat stack repeat"
 )
 
 
@@ -40,12 +41,13 @@ def run(
     added: set[int] | None = None,
     counts: bool = False,
 ) -> None:
-    """Run ``model`` once, write what its operators say into ``ledger``, and leave the model as it was, whatever is raised.
+    """Run ``model`` once, write what its operators say into ``ledger``, and leave the model as it was,
+    whatever is raised.
 
-    ``fake``: operators get meta tensors, which have shapes and no values, and compute nothing. ``closed``: which units are; ``alive`` gets
-    those that are not 0 where something reads them, each with its values' (least, largest); ``added`` those of them that no weight reads
-    there, which are added up as they are or multiplied with each other. ``counts``: whether products are noted. Raises what the model
-    raises.
+    ``fake``: operators get meta tensors, which have shapes and no values, and compute nothing. ``closed``: which units
+    are; ``alive`` gets those that are not 0 where something reads them, each with its values' (least, largest);
+    ``added`` those of them that no weight reads there, which are added up as they are or multiplied with each other.
+    ``counts``: whether products are noted. Raises what the model raises.
     """
     tracer = Tracer(ledger, {module: name for name, module in model.named_modules()}, training)
     tracer.fake, tracer.closed, tracer.alive, tracer.counts = fake, closed, {} if alive is None else alive, counts
@@ -65,11 +67,19 @@ def run(
         for tensor in inputs.tensors(output):
             marks = tracer.marks(tensor)
             if marks is not None:
-                ledger.fix(marks.axes, Reason("output", f"its outputs are the model's own{' in training' if training else ''}"))
+                ledger.fix(
+                    marks.axes, Reason("output", f"its outputs are the model's own{' in training' if training else ''}")
+                )
 
 
 def run_as_fits(
-    ledger: Ledger, model: nn.Module, example_inputs: Any, *, training: bool, fake: bool | None = None, counts: bool = False
+    ledger: Ledger,
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    training: bool,
+    fake: bool | None = None,
+    counts: bool = False,
 ) -> None:
     """:func:`run` without arithmetic, and with it where values are asked for; ``fake`` allows one of the two alone."""
     mark = ledger.checkpoint()
@@ -87,7 +97,8 @@ def run_as_fits(
 def as_it_was(model: nn.Module, parameters: bool = False) -> Iterator[None]:
     """Give back every attribute of every module, the values of buffers and the states of generators after the block.
 
-    ``parameters``: their values too, which costs their memory once more; a teacher that follows in training writes into its own.
+    ``parameters``: their values too, which costs their memory once more;
+    a teacher that follows in training writes into its own.
     """
     attributes = [(module, dict(vars(module)), _containers(module)) for module in model.modules()]
     values = [(t, t.detach().clone()) for t in (*model.buffers(), *(model.parameters() if parameters else ()))]
@@ -119,7 +130,10 @@ def _refill(container: Any, content: Any) -> None:
 
 @contextmanager
 def _plain_operators() -> Iterator[None]:
-    """Operators that arrive one by one: no gradients, no fused attention, recurrent layers as products. What warns has warned before."""
+    """Operators that arrive one by one: no gradients, no fused attention, recurrent layers as products.
+
+    What warns has warned before.
+    """
     with warnings.catch_warnings(), torch.no_grad(), inputs.unfused(), sdpa_kernel(SDPBackend.MATH):
         warnings.simplefilter("ignore")
         with torch.backends.mkldnn.flags(enabled=False), torch.backends.cudnn.flags(enabled=False):
@@ -155,7 +169,9 @@ class Tracer(TorchDispatchMode):
         def leave(module: nn.Module, args: Any, output: Any) -> None:
             del self._stack[-1]
 
-        found: list[Any] = [m.register_forward_pre_hook(lambda module, args: self._stack.append(module)) for m in model.modules()]
+        found: list[Any] = [
+            m.register_forward_pre_hook(lambda module, args: self._stack.append(module)) for m in model.modules()
+        ]
         return found + [m.register_forward_hook(leave, always_call=True) for m in model.modules()]
 
     def module_name(self) -> str:
@@ -192,7 +208,9 @@ class Tracer(TorchDispatchMode):
         """Remember a tensor, which stays alive so that its id stays its own."""
         self._marks[id(tensor)] = tensor, marks
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         name = rules.base_name(func)
         rule = rules.of(func, name)
@@ -214,7 +232,9 @@ class Tracer(TorchDispatchMode):
         return out
 
     def _result(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
-        """What the operator returns; under ``fake`` of meta tensors in the places of real ones, which stay as they are."""
+        """What the operator returns; under ``fake`` of meta tensors in the places of real ones,
+        which stay as they are.
+        """
         if not self.fake or name.startswith("lift_fresh"):
             return func(*args, **kwargs)
         args, kwargs = pytree.tree_map_only(Tensor, self.on_meta, (args, kwargs))
@@ -228,12 +248,17 @@ class Tracer(TorchDispatchMode):
             return tensor
         if id(tensor) not in self._meta or self._meta[id(tensor)][1].shape != tensor.shape:
             twin = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-            self._meta[id(tensor)] = tensor, nn.Parameter(twin, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else twin
+            self._meta[id(tensor)] = (
+                tensor,
+                nn.Parameter(twin, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else twin,
+            )
             self._twins[id(self._meta[id(tensor)][1])] = id(tensor)
         return self._meta[id(tensor)][1]
 
     def swap(self, model: nn.Module) -> None:
-        """Put meta tensors in the places of parameters and buffers, also where modules list them; :func:`as_it_was` gives these back."""
+        """Put meta tensors in the places of parameters and buffers, also where modules list them;
+        :func:`as_it_was` gives these back.
+        """
         for module in model.modules():
             tables: list[dict[str, Any]] = [module._parameters, module._buffers]
             for table in tables:
@@ -305,7 +330,11 @@ class Tracer(TorchDispatchMode):
             if places is None or len(axes) != 1 or len(old) > 1:
                 self.ledger.fix(axes + old, call.why("mixed", "its channels are written in place into a view"))
                 return
-            flat = torch.zeros(base.numel(), dtype=torch.int64) if not old else old[0].expand(base.shape).reshape(-1).clone()
+            flat = (
+                torch.zeros(base.numel(), dtype=torch.int64)
+                if not old
+                else old[0].expand(base.shape).reshape(-1).clone()
+            )
             if first:
                 flat.fill_(-1)
             flat[places.reshape(-1)] = axes[0].expand(child.shape).reshape(-1)

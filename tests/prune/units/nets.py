@@ -16,8 +16,8 @@ from tests.models import conv_norm
 
 @dataclass
 class Net:
-    """``families``: how many free classes each family has, least first. ``same``: dimensions whose indices are in the same classes, one to
-    one. ``stays``: dimensions of which nothing may go, and the kind of the reason.
+    """``families``: how many free classes each family has, least first. ``same``: dimensions whose indices are in the
+    same classes, one to one. ``stays``: dimensions of which nothing may go, and the kind of the reason.
     """
 
     build: Callable[[], nn.Module]
@@ -94,7 +94,9 @@ class Cell(nn.Module):
 
 
 class Attention(nn.Module):
-    """Attention by hand between two linear layers: query, key and value of one projection, or fewer keys and values than queries."""
+    """Attention by hand between two linear layers: query, key and value of one projection,
+    or fewer keys and values than queries.
+    """
 
     def __init__(self, heads: int = 4, shared: int = 0, size: int = 3) -> None:
         super().__init__()
@@ -184,7 +186,12 @@ class Shuffled(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.grouped, self.last, self.head = conv_norm(3, 8), conv_norm(8, 8, groups=2), conv_norm(8, 6, 1), nn.Linear(6, 5)
+        self.first, self.grouped, self.last, self.head = (
+            conv_norm(3, 8),
+            conv_norm(8, 8, groups=2),
+            conv_norm(8, 6, 1),
+            nn.Linear(6, 5),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.grouped(self.first(x)).unflatten(1, (self.grouped[0].groups, -1)).transpose(1, 2).flatten(1, 2)
@@ -236,8 +243,15 @@ def _double(x: Tensor) -> Tensor:
 
 
 NETS: dict[str, Net] = {
-    "mlp": small("mlp", [16, 20], same=[("0.weight", 0, "2.weight", 1)], stays={("0.weight", 1): "constants", ("4.weight", 0): "output"}),
-    "cnn": small("vgg", [8, 12, 16, 16, 24], same=[("0.0.weight", 0, "0.1.weight", 0), ("0.1.running_mean", 0, "1.0.weight", 1)]),
+    "mlp": small(
+        "mlp",
+        [16, 20],
+        same=[("0.weight", 0, "2.weight", 1)],
+        stays={("0.weight", 1): "constants", ("4.weight", 0): "output"},
+    ),
+    "cnn": small(
+        "vgg", [8, 12, 16, 16, 24], same=[("0.0.weight", 0, "0.1.weight", 0), ("0.1.running_mean", 0, "1.0.weight", 1)]
+    ),
     "flattened": small("lenet5", [6, 12, 20], same=[("3.weight", 0, "6.weight", 1)]),
     "residual sums": small("resnet18", [8, 8, 12, 12, 12], same=[("0.0.weight", 0, "1.conv.weight", 0)]),
     "depthwise": small("mobilenet_v2", [8, 16, 24], same=[("1.expand.0.weight", 0, "1.depthwise.0.weight", 0)]),
@@ -251,7 +265,9 @@ NETS: dict[str, Net] = {
         stays={("1.0.weight", 1): "split"},
     ),
     "group norm": Net(
-        lambda: pooled(nn.Conv2d(3, 8, 3), nn.GroupNorm(4, 8), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.ReLU(), width=6), image(), [4, 6]
+        lambda: pooled(nn.Conv2d(3, 8, 3), nn.GroupNorm(4, 8), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.ReLU(), width=6),
+        image(),
+        [4, 6],
     ),
     "group norm of one group": Net(
         lambda: pooled(nn.Conv2d(3, 8, 3), nn.GroupNorm(1, 8), nn.Conv2d(8, 6, 3), nn.ReLU(), width=6),
@@ -262,38 +278,61 @@ NETS: dict[str, Net] = {
     "squeeze and excitation": Net(Squeeze, image(), [4, 6, 8], same=[("first.0.weight", 0, "factors.2.weight", 0)]),
     "GRU cell by hand": Net(Cell, tokens(6), [8], same=[("head.weight", 1, "kept.weight", 1)]),
     "attention, one projection": Net(Attention, tokens(6), [4, 8]),
-    "attention, shared keys, split by number": Net(lambda: Attention(4, 2), tokens(6), [8], stays={("project.weight", 0): "picked"}),
+    "attention, shared keys, split by number": Net(
+        lambda: Attention(4, 2), tokens(6), [8], stays={("project.weight", 0): "picked"}
+    ),
     "grouped queries": Net(Grouped, tokens(6), [2], same=[("k.weight", 0, "k.bias", 0)]),
     "tied": Net(Tied, lambda: torch.randint(0, 20, (2, 5)), [8, 12], stays={("embed.weight", 0): "picked"}),
     "weight standardisation": Net(
-        lambda: pooled(Standardised(3, 8, 3), nn.ReLU(), Standardised(8, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 1), nn.ReLU(), width=4),
+        lambda: pooled(
+            Standardised(3, 8, 3), nn.ReLU(), Standardised(8, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 1), nn.ReLU(), width=4
+        ),
         image(),
         [4, 6],
         stays={("0.weight", 0): "statistic", ("2.weight", 1): "statistic"},
     ),
     "pixel shuffle": Net(
-        lambda: nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 16, 3), nn.PixelShuffle(2), nn.ReLU(), nn.Conv2d(4, 3, 3)),
+        lambda: nn.Sequential(
+            nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 16, 3), nn.PixelShuffle(2), nn.ReLU(), nn.Conv2d(4, 3, 3)
+        ),
         image(),
         [4, 6],
     ),
     "channel shuffle": Net(Shuffled, image(), [2, 6], same=[]),
     "transposed convolution": Net(Transposed, image(), [12, 16], same=[("middle.0.weight", 0, "up.weight", 0)]),
     "grouped transposed convolution": Net(
-        lambda: pooled(conv_norm(3, 8), nn.ConvTranspose2d(8, 12, 2, 2, groups=4), nn.ReLU(), conv_norm(12, 6), width=6), image(), [4, 6]
+        lambda: pooled(
+            conv_norm(3, 8), nn.ConvTranspose2d(8, 12, 2, 2, groups=4), nn.ReLU(), conv_norm(12, 6), width=6
+        ),
+        image(),
+        [4, 6],
     ),
-    "layer norm": Net(Stream, tokens(6), [12], stays={("first.weight", 0): "statistic", ("down.weight", 0): "statistic"}),
-    "local response norm": Net(lambda: Written(nn.LocalResponseNorm(3)), image(), [6], stays={("first.weight", 0): "mixed"}),
-    "softmax over channels": Net(lambda: Written(lambda h: h.softmax(1)), image(), [6], stays={("first.weight", 0): "mixed"}),
-    "centred channels": Net(lambda: Written(lambda h: h - h.mean(1, keepdim=True)), image(), [6], stays={("first.weight", 0): "statistic"}),
+    "layer norm": Net(
+        Stream, tokens(6), [12], stays={("first.weight", 0): "statistic", ("down.weight", 0): "statistic"}
+    ),
+    "local response norm": Net(
+        lambda: Written(nn.LocalResponseNorm(3)), image(), [6], stays={("first.weight", 0): "mixed"}
+    ),
+    "softmax over channels": Net(
+        lambda: Written(lambda h: h.softmax(1)), image(), [6], stays={("first.weight", 0): "mixed"}
+    ),
+    "centred channels": Net(
+        lambda: Written(lambda h: h - h.mean(1, keepdim=True)), image(), [6], stays={("first.weight", 0): "statistic"}
+    ),
     "constants per channel": Net(
         lambda: Written(lambda h: h * torch.linspace(1, 2, 8, dtype=h.dtype).view(1, -1, 1, 1)),
         image(),
         [6],
         stays={("first.weight", 0): "constants"},
     ),
-    "uniform constants": Net(lambda: Written(lambda h: h * torch.ones(h.shape[1], 1, 1, dtype=h.dtype)), image(), [6, 8]),
+    "uniform constants": Net(
+        lambda: Written(lambda h: h * torch.ones(h.shape[1], 1, 1, dtype=h.dtype)), image(), [6, 8]
+    ),
     "a literal slice": Net(
-        lambda: Written(lambda h: torch.cat([h[:, :3], h[:, 3:] * 2], 1)), image(), [6], stays={("first.weight", 0): "picked"}
+        lambda: Written(lambda h: torch.cat([h[:, :3], h[:, 3:] * 2], 1)),
+        image(),
+        [6],
+        stays={("first.weight", 0): "picked"},
     ),
     "a loop over channels": Net(
         lambda: Written(lambda h: torch.stack([h[:, i] * (i + 1) for i in range(h.shape[1])], 1)),
@@ -301,9 +340,13 @@ NETS: dict[str, Net] = {
         [6],
         stays={("first.weight", 0): "picked"},
     ),
-    "unfolded and folded": Net(lambda: Written(lambda h: F.fold(F.unfold(h, 3, padding=1), h.shape[-2:], 3, padding=1)), image(), [6, 8]),
+    "unfolded and folded": Net(
+        lambda: Written(lambda h: F.fold(F.unfold(h, 3, padding=1), h.shape[-2:], 3, padding=1)), image(), [6, 8]
+    ),
     "maxout": Net(lambda: Written(lambda h: h.unflatten(1, (-1, 2)).amax(2), read=4), image(), [4, 6]),
-    "class token": Net(Token, image(), [8, 12], same=[("patch.weight", 0, "token", 2), ("position", 2, "up.weight", 1)]),
+    "class token": Net(
+        Token, image(), [8, 12], same=[("patch.weight", 0, "token", 2), ("position", 2, "up.weight", 1)]
+    ),
     "bare parameters": Net(Bare, tokens(6), [8, 10], same=[("a", 1, "gain", 0), ("gain", 0, "b", 1)]),
     "written in place": Net(InPlace, tokens(6), [8], stays={("a.weight", 0): "picked"}),
     "LSTM": Net(lambda: Recurrent(nn.LSTM), tokens(6), [8], same=[("rnn.weight_hh_l0", 1, "head.weight", 1)]),

@@ -1,4 +1,6 @@
-"""The classes of small networks are what they have to be, and a model without half of them computes what the masked one computes."""
+"""The classes of small networks are what they have to be,
+and a model without half of them computes what the masked one computes.
+"""
 
 import copy
 
@@ -74,7 +76,9 @@ def test_a_reason_names_operator_module_and_line():
 
 
 def test_an_operator_that_is_not_known_is_opaque():
-    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Unflatten(-1, (2, 3)), Inverse(), nn.Flatten(1), nn.Linear(6, 2))
+    model = nn.Sequential(
+        nn.Linear(4, 6), nn.ReLU(), nn.Unflatten(-1, (2, 3)), Inverse(), nn.Flatten(1), nn.Linear(6, 2)
+    )
     units = trace_units(model, torch.randn(3, 4))
     assert units.why_not("0.weight", 0).kind == "opaque"
     assert "linalg" in units.why_not("0.weight", 0).operator

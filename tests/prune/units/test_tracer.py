@@ -1,4 +1,6 @@
-"""A trace leaves the model, its buffers and the random generators as they were, and does without values where it can."""
+"""A trace leaves the model, its buffers and the random generators as they were,
+and does without values where it can.
+"""
 
 import random
 
@@ -36,7 +38,8 @@ def test_nothing_is_changed_whatever_is_raised(fake, fails):
     model, x = Keeping(fails), torch.randn(4, 6)
     model.norm.eval()
     state = {name: t.clone() for name, t in model.state_dict().items()}
-    modes, generators = [m.training for m in model.modules()], (torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy())  # noqa: NPY002
+    modes = [m.training for m in model.modules()]
+    generators = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()  # noqa: NPY002
     if fails:
         with pytest.raises(ArithmeticError, match="told to"):
             trace_units(model, x, fake=fake)
