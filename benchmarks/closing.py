@@ -1,8 +1,8 @@
 """What a training step costs as gates close: a linear layer and a convolution with more and more of their gates shut.
 
 The stage ``closing`` of ``python -m benchmarks.run``. The other gates stay open; which ones are closed is drawn once,
-gate by gate, not in blocks. Competitors as everywhere, with as many gates closed:
-they compute what they multiply by zero.
+gate by gate, not in blocks. Competitors as everywhere, with as many gates closed: they compute what they multiply by
+zero.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 beside what was predicted.
 
 Every route is forced at a size that fills the device; a kernel's time is summed over its launches in a forward and a
-backward, and the caches are overwritten before each. ``benchmarks/predictions.py`` predicts the
-same numbers from counts of the emulator.
+backward, and the caches are overwritten before each. ``benchmarks/predictions.py`` predicts the same numbers from
+counts of the emulator.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """``python -m benchmarks.plots``: draw the charts of docs from results files.
 Needs matplotlib (``pip install .[plot]``).
 
-A folder of results, benchmarks/results/DEVICE, gives docs/plots/DEVICE-CHART.png for every chart
-of :data:`CHARTS` whose files it holds.
+A folder of results, benchmarks/results/DEVICE, gives docs/plots/DEVICE-CHART.png for every chart of :data:`CHARTS`
+whose files it holds.
 """
 
 from __future__ import annotations
@@ -170,8 +170,8 @@ def attained(point: Point, ceilings: dict[str, float]) -> float:
     """The share of its ceiling that a point attains by the work that has to be done, whoever does more.
 
     A layer computes y, dx and dW, 2 M K N operations each; gates are not counted. Drawing and multiplying reads a
-    float32 weight and a log_alpha for each of its elements, a copy only the weight;
-    both write the dtype of the product.
+    float32 weight and a log_alpha for each of its elements, a copy only the weight; both write the dtype of the
+    product.
     """
     m, k, n = point.shape
     dtype = point.dtype.split()[0]

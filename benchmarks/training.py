@@ -2,8 +2,8 @@
 and one that shrinks.
 
 ``python -m benchmarks.training run | table``. Tasks, recipe and batches are those of :mod:`benchmarks.quality`; CPU
-seconds, one thread. One JSON line a run under ``benchmarks/results/training/TASK.jsonl``:
-a run that is there is not done again.
+seconds, one thread. One JSON line a run under ``benchmarks/results/training/TASK.jsonl``: a run that is there is not
+done again.
 """
 
 from __future__ import annotations

@@ -5,11 +5,11 @@ it travels through operator schemas, and Triton kernels take it whole as one ``t
 nothing but the standard library.
 
 Only ``rule == SAMPLE`` needs noise; under every other rule a gate is a function of its parameter alone. Whether a gate
-is 0 is always decided in float32, by the comparisons written here, whatever the dtype of the value,
-so zero patterns are equal on every backend.
+is 0 is always decided in float32, by the comparisons written here, whatever the dtype of the value, so zero patterns
+are equal on every backend.
 
-Hard concrete (Louizos et al. 2018, eq. 10-12), written the way all backends compute it.
-With ``a = exp(-log_alpha)`` and ``u ~ U(0, 1)``::
+Hard concrete (Louizos et al. 2018, eq. 10-12), written the way all backends compute it. With ``a = exp(-log_alpha)``
+and ``u ~ U(0, 1)``::
 
     t     = a (1 - u) / u                      = exp(-(logit u + log_alpha))
     s     = 1 / (1 + t ** (1 / beta))          = sigmoid((logit u + log_alpha) / beta)
@@ -18,10 +18,10 @@ With ``a = exp(-log_alpha)`` and ``u ~ U(0, 1)``::
     z = 0  <=>  u (a + c0) <= a,   c0 = (zeta / -gamma) ** beta
     z = 1  <=>  u (a + c1) >= a,   c1 = ((zeta - 1) / (1 - gamma)) ** beta
 
-The two threshold tests *define* which gates are closed and which are fully open; in between z is kept
-inside [2^-24, 1 - 2^-24]. ``a`` is computed in float32 by the same sequence of single IEEE operations everywhere
-(:data:`EXP_LOG2E` and following), so zero patterns are equal to the bit on every backend even where ``exp``, division
-or the square root of the hardware are approximate.
+The two threshold tests *define* which gates are closed and which are fully open; in between z is kept inside [2^-24, 1
+- 2^-24]. ``a`` is computed in float32 by the same sequence of single IEEE operations everywhere (:data:`EXP_LOG2E` and
+following), so zero patterns are equal to the bit on every backend even where ``exp``, division or the square root of
+the hardware are approximate.
 
 Ramp (DAM, DiffPrune; ``beta`` is the sharpness k): one-sided, exactly zero on the left. With ``y = k x``::
 
@@ -126,8 +126,8 @@ def hard_concrete(rule: str = "sample", beta: float = 2.0 / 3.0, gamma: float = 
     beta), the median of the distribution (Gallego-Posada et al. 2022); ``"binary"`` is 1 where the paper's gate exceeds
     one half, else 0 (Voita et al. 2019).
 
-    Raises ValueError for an unknown rule, beta <= 0,
-    gamma >= 0 or zeta <= 1 (outside of these no gate is ever exactly 0 or 1).
+    Raises ValueError for an unknown rule, beta <= 0, gamma >= 0 or zeta <= 1 (outside of these no gate is ever exactly
+    0 or 1).
     """
     if not isinstance(rule, str) or rule not in RULES:
         raise ValueError(f"rule={rule!r}: expected one of {sorted(RULES)}")

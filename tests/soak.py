@@ -53,8 +53,8 @@ def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
 def memory() -> int:
     """Bytes that this process has allocated and touched.
 
-    Pages of files, such as torch's libraries, do not count:
-    the system drops them where memory is short and reads them again.
+    Pages of files, such as torch's libraries, do not count: the system drops them where memory is short and reads them
+    again.
     """
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return sum(1024 * int(status[name].split()[0]) for name in ("RssAnon", "VmSwap"))
@@ -63,8 +63,8 @@ def memory() -> int:
 def train(steps: int, folder: Path, checkpoints: bool, doomed: bool) -> None:
     """Run the plan to its end, from the last checkpoint if there is one.
 
-    ``doomed``: the kill is on its way, so wait for it where the steps are over;
-    a slow or busy machine may send it late.
+    ``doomed``: the kill is on its way, so wait for it where the steps are over; a slow or busy machine may send it
+    late.
     """
     torch.set_num_threads(1)
     example = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(1))

@@ -1,7 +1,7 @@
 """The C++ kernels against dampr.reference and dampr.philox.
 
-Noise and the patterns of zeros and ones are equal to the bit; values obey the tolerance rule;
-neither threads nor instruction sets matter.
+Noise and the patterns of zeros and ones are equal to the bit; values obey the tolerance rule; neither threads nor
+instruction sets matter.
 """
 
 from __future__ import annotations

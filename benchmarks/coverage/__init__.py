@@ -2,6 +2,6 @@
 with Torch-Pruning beside it.
 
 ``python -m benchmarks.coverage fetch`` downloads timm, torchvision and segmentation_models_pytorch without what they
-depend on; ``run`` measures the networks that are missing, one process each, a line of JSON a network;
-``table`` writes docs/coverage.md.
+depend on; ``run`` measures the networks that are missing, one process each, a line of JSON a network; ``table`` writes
+docs/coverage.md.
 """

@@ -33,8 +33,8 @@ class Setup(NamedTuple):
 class Cut(Method):
     """Train the dense network, cut it, go on with a new optimizer.
 
-    One that cuts several times does so evenly from half way to the last cut,
-    with goals that are even in the logarithm of the cost.
+    One that cuts several times does so evenly from half way to the last cut, with goals that are even in the logarithm
+    of the cost.
     """
 
     def __init__(self, setup: Setup, cuts: int = 1) -> None:

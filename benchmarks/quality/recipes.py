@@ -1,7 +1,7 @@
 """The plan's settings, tried on validation images alone: ``python -m benchmarks.quality.recipes vgg 0.1 --steps 1000``.
 
-One JSON line a run under ``benchmarks/results/quality/recipes.jsonl``;
-the defaults of :class:`dampr.Plan` were chosen by these.
+One JSON line a run under ``benchmarks/results/quality/recipes.jsonl``; the defaults of :class:`dampr.Plan` were chosen
+by these.
 """
 
 from __future__ import annotations

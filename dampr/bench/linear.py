@@ -65,8 +65,8 @@ Step = Callable[[], object]
 class Point:
     """One measured point; times in seconds per call, memory in bytes.
 
-    ``shape``: (M, K, N) of a linear layer, (B, C, H, W, N, kernel, stride) of a convolution,
-    that of the input of a network.
+    ``shape``: (M, K, N) of a linear layer, (B, C, H, W, N, kernel, stride) of a convolution, that of the input of a
+    network.
 
     ``peak_bytes``: of one step, beyond what was allocated before it (CUDA only). ``kept_bytes``: what the forward keeps
     for the backward, beyond parameters and the input (None where there is no backward). ``ratios``, of dampr's points:

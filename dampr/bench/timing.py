@@ -29,10 +29,10 @@ class Timing:
         """The median over the rounds of this time by that of ``other``,
         and an interval that holds the true one in 95 of 100 runs.
 
-        Both were measured next to each other in each round, so most of what disturbs a machine cancels out.
-        The interval is that of order
-        statistics (binomial, normal approximation): no distribution is assumed.
-        A single round has no interval but its own.
+        Both were measured next to each other in each round, so most of what disturbs a machine cancels out. The
+        interval is that of order
+        statistics (binomial, normal approximation): no distribution is assumed. A single round has no interval but its
+        own.
         """
         ratios = sorted(a / b for a, b in zip(self.samples, other.samples, strict=True))
         n = len(ratios)

@@ -75,8 +75,8 @@ def demo(
 ) -> None:
     """Train a network dense, and with a plan that prunes it; compare both.
 
-    Writes demo.json, demo.png, history.jsonl and compacted.safetensors,
-    and says how to look at the last two with dampr report.
+    Writes demo.json, demo.png, history.jsonl and compacted.safetensors, and says how to look at the last two with dampr
+    report.
     """
     result = demo_job.run(data, None if root is None else str(root), model=model, epochs=epochs, seed=seed, folder=out)
     report.print_table(console, f"{data}: {demo_job.TITLES[model]}", report.DEMO_COLUMNS, report.demo_rows(result))

@@ -115,13 +115,10 @@ def run(
 ) -> Report:
     """Train dense, train with a plan, measure both.
 
-    Args:
-        data: ``"digits"``, ``"fashion-mnist"`` (any MNIST-like idx files) or, for the ``"cnn"``, ``"mnist"``.
-        root: the folder of the idx files.
-        model: ``"mlp"`` (LeNet-300-100) or ``"cnn"`` (LeNet-5-Caffe; not for the 8 x 8 digits).
-        epochs: None for the recipe's.
-        seed: of initialisation and batches.
-        folder: where the pruned run writes :data:`HISTORY` and the compacted model goes to :data:`COMPACTED`; None:
+    Args: data: ``"digits"``, ``"fashion-mnist"`` (any MNIST-like idx files) or, for the ``"cnn"``, ``"mnist"``. root:
+        the folder of the idx files. model: ``"mlp"`` (LeNet-300-100) or ``"cnn"`` (LeNet-5-Caffe; not for the 8 x 8
+        digits). epochs: None for the recipe's. seed: of initialisation and batches. folder: where the pruned run writes
+        :data:`HISTORY` and the compacted model goes to :data:`COMPACTED`; None:
             nowhere.
 
     Raises: ValueError for an unknown data set, a missing root or too few epochs, FileNotFoundError or ValueError for

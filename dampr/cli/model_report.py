@@ -100,8 +100,8 @@ class ModelWidths:
 def made_by(target: str) -> tuple[nn.Module, Any]:
     """(model, example inputs) from ``"module:function"``, looked for in the working directory first.
 
-    Raises ValueError for a target that is no such name or makes something else,
-    ImportError where the module is not there.
+    Raises ValueError for a target that is no such name or makes something else, ImportError where the module is not
+    there.
     """
     module, _, function = target.partition(":")
     if not module or not function:

@@ -71,15 +71,14 @@ def gated_conv2d(
 ) -> Tensor:
     """y = z_out * (conv(x * z_in, weight) + bias): gates on channels, on filters, on both; or gates on the weights.
 
-    Args:
-        x: (B, C, H, W) or (C, H, W), any floating dtype; under autocast it is cast as ``nn.Conv2d`` would cast it.
+    Args: x: (B, C, H, W) or (C, H, W), any floating dtype; under autocast it is cast as ``nn.Conv2d`` would cast it.
             Channels last in, channels last out.
         weight: (N, C / groups, R, S), the dtype of ``x`` or, under autocast, float32.
-        bias: (N,) or None. The output gate multiplies it too,
-            in training as in evaluation (the published L0 code drops it in training).
+        bias: (N,) or None. The output gate multiplies it too, in training as in evaluation (the published L0 code drops
+            it in training).
         stride, padding, dilation, groups: as in ``torch.nn.functional.conv2d``.
-        input_gate, output_gate: gate parameters of the channels (C,) and of the filters (N,),
-            float32 (float64 next to float64 ``x``).
+        input_gate, output_gate: gate parameters of the channels (C,) and of the filters (N,), float32 (float64 next to
+            float64 ``x``).
         weight_gate: parameters of a gate for each weight, flat, in the order of a contiguous weight; or, with a
             ``block`` (Q, P), for each Q filters times P input channels of a group with all their kernel positions,
             (ceil(N / Q) * ceil(C / groups / P),) row by row; (1, 1) is a gate for each kernel. The bias is not gated.
@@ -88,11 +87,11 @@ def gated_conv2d(
             With both gates, the output gates use a second stream of the same seed.
         per_sample: one draw per image instead of one per call; channel and filter gates only.
         spec: the gate function, from :func:`dampr.spec.hard_concrete`; drawn by default.
-        index_offset: with ``per_sample``, the number of the first image, as of :func:`sample_gates`;
-            not fused unless it is 0.
+        index_offset: with ``per_sample``, the number of the first image, as of :func:`sample_gates`; not fused unless
+            it is 0.
 
-    Returns: (B, N, H', W') or (N, H', W') in the dtype of ``x``. Differentiable in ``x``, ``weight``,
-    ``bias`` and the gate parameters.
+    Returns: (B, N, H', W') or (N, H', W') in the dtype of ``x``. Differentiable in ``x``, ``weight``, ``bias`` and the
+    gate parameters.
 
     Raises: TypeError or ValueError that names the argument, before any work is done.
     """
@@ -215,8 +214,8 @@ def layout_of(
     """The layout for gates on the ``where`` ("input", "output", "both", or in the weight).
     Raises TypeError or ValueError for shapes.
 
-    It is remembered: next to a convolution, which leaves no line of Python in a cache,
-    finding it takes longer than drawing the gates.
+    It is remembered: next to a convolution, which leaves no line of Python in a cache, finding it takes longer than
+    drawing the gates.
     """
     _checks.floating("x", _checks.tensor("x", x))
     _checks.floating("weight", _checks.tensor("weight", weight))

@@ -31,22 +31,21 @@ def gated_linear(
     """y = z_out * ((x * z_in) weight^T + bias) with gates on the inputs, on the outputs, on both, or on neither;
     or gates on the weights.
 
-    Args:
-        x: (..., K), any floating dtype; under autocast it is cast as ``nn.Linear`` would cast it.
-        weight: (N, K), the dtype of ``x`` or, under autocast, float32.
-        bias: (N,) or None. The output gate multiplies it too, in training as in evaluation.
-        input_gate, output_gate: gate parameters (log_alpha), (K,) and (N,), float32 (float64 next to float64 ``x``),
+    Args: x: (..., K), any floating dtype; under autocast it is cast as ``nn.Linear`` would cast it. weight: (N, K), the
+        dtype of ``x`` or, under autocast, float32. bias: (N,) or None. The output gate multiplies it too, in training
+        as in evaluation. input_gate, output_gate: gate parameters (log_alpha), (K,) and (N,), float32 (float64 next to
+        float64 ``x``),
             or None.
         weight_gate: parameters of a gate for each block of the weight (of which only it is gated, not the bias), flat,
-            (ceil(N / R) * ceil(K / C),): weight[n, k] belongs to gate (n // R) * ceil(K / C) + k // C.
-            Not together with other gates.
+            (ceil(N / R) * ceil(K / C),): weight[n, k] belongs to gate (n // R) * ceil(K / C) + k // C. Not together
+            with other gates.
         block: (R, C), the size of a block; (1, 1) is a gate for each weight.
         seed: the noise, an int in [0, 2^63) or an int64 tensor of shape (1,); not needed by a deterministic ``spec``.
             With both gates, the output gates use a second stream of the same seed.
         per_sample: one draw per row of ``x`` flattened to (M, K) instead of one per call; vector gates only.
         spec: the gate function, from :func:`dampr.spec.hard_concrete`; drawn by default.
-        index_offset: with ``per_sample``, the number of the first row, as of :func:`sample_gates`;
-            not fused unless it is 0.
+        index_offset: with ``per_sample``, the number of the first row, as of :func:`sample_gates`; not fused unless it
+            is 0.
 
     Returns: (..., N) in the dtype of ``x``. Differentiable in ``x``, ``weight``, ``bias`` and the gate parameters.
 

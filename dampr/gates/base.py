@@ -129,8 +129,8 @@ class Gate(GateModule):
         """Fresh values in every parameter, as the constructor leaves them,
         and the first seed of a generator of its own.
 
-        A family of your own overrides it, calls this one and fills its parameters;
-        NotImplementedError says where it does not.
+        A family of your own overrides it, calls this one and fills its parameters; NotImplementedError says where it
+        does not.
         """
         if self._stream is not None:
             self._stream = Stream(self._stream.first, self._stream.group)

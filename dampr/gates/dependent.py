@@ -36,13 +36,12 @@ class _Evaluation(NamedTuple):
 class DependencyGenerator(GateModule):
     """The gate generator of Dep-L0 (Li and Ji, ECML PKDD 2021, arXiv 2107.00070), as in the authors' code.
 
-    a_l = ln 100 tanh(W_l a_{l-1} + b_l) with a_0 = 1, and log_alpha of layer l is a_l;
-    ln 100 takes the place of Louizos et al.'s clamp.
+    a_l = ln 100 tanh(W_l a_{l-1} + b_l) with a_0 = 1, and log_alpha of layer l is a_l; ln 100 takes the place of
+    Louizos et al.'s clamp.
 
-    Args:
-        sizes: the number of gates of each gated layer, in the order of the network.
-        direction: ``"forward"`` runs from the first layer to the last, ``"backward"`` from the last to the first.
-        input_width: how many ones a_0 has; None: as many as the layer that comes first in that direction has gates.
+    Args: sizes: the number of gates of each gated layer, in the order of the network. direction: ``"forward"`` runs
+        from the first layer to the last, ``"backward"`` from the last to the first. input_width: how many ones a_0 has;
+        None: as many as the layer that comes first in that direction has gates.
             That is what the published networks have, except VGG16 backward (64 for a layer of 512).
         init_scale: factor on the initial weights, U(-1, 1) / sqrt(in). At 1, as published, about 7 % of the gates of a
             deep network are closed before training starts; at 0 every gate starts fully open.
@@ -226,10 +225,9 @@ class DependentHardConcrete(ConcreteGate):
     """The hard concrete gates of one layer under Dep-L0 (Li and Ji 2021):
     their log_alpha comes out of a generator shared by the model.
 
-    Args:
-        generator: the :class:`DependencyGenerator` of the whole model. It is part of every gate that uses it, and
-            ``model.parameters()`` lists its parameters once; a ``state_dict`` names them once per gate,
-            as with all shared modules.
+    Args: generator: the :class:`DependencyGenerator` of the whole model. It is part of every gate that uses it, and
+            ``model.parameters()`` lists its parameters once; a ``state_dict`` names them once per gate, as with all
+            shared modules.
         index: which of its layers this is.
         beta, gamma, zeta, preset: as for :class:`dampr.gates.HardConcrete`; the published code has the same constants.
 

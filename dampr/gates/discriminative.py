@@ -25,20 +25,18 @@ class DiscriminativeMask(KernelGate):
     always a suffix, and because beta is shared a closed gate opens again when the gates at the edge want it.
     The same in training and in evaluation.
 
-    Args:
-        num_gates: how many gates, n.
-        k: the range of the offsets mu.
-        alpha: the steepness, a constant (the authors' code squares it, the paper's appendix does not;
+    Args: num_gates: how many gates, n. k: the range of the offsets mu. alpha: the steepness, a constant (the authors'
+        code squares it, the paper's appendix does not;
             they keep it at 1).
         order: ``"zero"``: j = 0 ... n - 1, as in the code; ``"one"``: j = 1 ... n, as the paper can be read.
-        shape: ``"tanh"``, or the variants in the code, ``"linear"``: alpha^2 (mu_j + beta),
-            and ``"piecewise_linear"``: at most 1.
+        shape: ``"tanh"``, or the variants in the code, ``"linear"``: alpha^2 (mu_j + beta), and ``"piecewise_linear"``:
+            at most 1.
         init_beta: where beta starts; None: 1, and 0.1 for the linear shapes, as published.
         min_open: the last ``min_open`` gates never close, however low beta gets; its gradient stays as it is. The
             published code has no such guard, and closes a layer altogether at beta <= -k (n - 1) / n.
         weight_decay_on_beta: whether :func:`dampr.param_groups` lets the optimizer decay beta with the weights. The
-            published code does (1e-3), and this sets the sparsity:
-            where the data leaves beta alone it settles at -lam / (layers * decay).
+            published code does (1e-3), and this sets the sparsity: where the data leaves beta alone it settles at -lam
+            / (layers * decay).
         frozen: beta does not learn until ``gate.frozen = False``; the published cold start lasts 20 of 200 epochs.
         device: where beta lives. It is float32 and stays so under autocast and ``.half()``.
 
@@ -178,8 +176,8 @@ def dam_penalty(gates: Iterable[DiscriminativeMask], lam: float, floor: float = 
     """lam mean_l max(beta_l, floor) over the masked layers, a scalar, negative where betas are (Bu et al. 2021,
     the authors' code).
 
-    Published: lam 0.1 or 0.2 for a network of 163 masks; for a single layer lam beta without a floor,
-    with lam 0.01 to 0.1.
+    Published: lam 0.1 or 0.2 for a network of 163 masks; for a single layer lam beta without a floor, with lam 0.01 to
+    0.1.
     """
     found = _checks.items("gates", gates)
     if not found or not all(isinstance(gate, DiscriminativeMask) for gate in found):

@@ -166,14 +166,13 @@ def gate_generator(model: nn.Module, seed: int | None = 0, *, group: Any = None)
     model then change the masks. With it the seed follows from ``seed``, the number of the gate in the model and how
     many draws it has had. The last two are one buffer of each gate, ``next_seed``: it is part of the state dict, so
     that a run resumes to the bit, it moves with the model, and copies go on where the original was. No call waits for
-    the device, and CUDA graphs advance it as they are replayed.
-    Checkpointed regions (``torch.utils.checkpoint``) draw again what they drew.
+    the device, and CUDA graphs advance it as they are replayed. Checkpointed regions (``torch.utils.checkpoint``) draw
+    again what they drew.
 
-    Args:
-        model: a module with gates, converted before. Gates that are added later have no generator; call this again,
+    Args: model: a module with gates, converted before. Gates that are added later have no generator; call this again,
             it starts over.
-        seed: an integer in [0, 2**63); None: back to torch's generator, or, in a process group,
-            to the seed that its ranks agree on.
+        seed: an integer in [0, 2**63); None: back to torch's generator, or, in a process group, to the seed that its
+            ranks agree on.
         group: a ``torch.distributed`` process group of the ranks that each have as large a part of the batch, such as
             ``mesh["dp"].get_group()``; None: all ranks. Gates per sample are numbered by the rows of the whole batch
             (:meth:`dampr.gates.Gate.index_offset`). Ranks that are not in it, but share the rows of one that is (tensor

@@ -75,22 +75,20 @@ class ConcreteGate(KernelGate):
 class HardConcrete(ConcreteGate):
     """Stretched and clipped concrete gates with exact zeros and ones (Louizos, Welling, Kingma, ICLR 2018, eq. 10-12).
 
-    Args:
-        num_gates: how many gates.
-        beta: temperature, above 0.
-        gamma, zeta: the interval the concrete variable is stretched to; gamma < 0, zeta > 1.
-        preset: the evaluation rule, by the publication it comes from. ``"paper"``: clip(sigmoid(log_alpha) (zeta -
+    Args: num_gates: how many gates. beta: temperature, above 0. gamma, zeta: the interval the concrete variable is
+        stretched to; gamma < 0, zeta > 1. preset: the evaluation rule, by the publication it comes from. ``"paper"``:
+        clip(sigmoid(log_alpha) (zeta -
             gamma) + gamma, 0, 1), no temperature. ``"median"``: the same of sigmoid(log_alpha / beta), the median of
             the distribution (Gallego-Posada et al. 2022). ``"binary"``: 1 where the paper's gate exceeds one half,
             else 0 (Voita et al. 2019).
-        init_log_alpha: where every log_alpha starts; None: at 3,
-            or just high enough for a fresh evaluation gate to be exactly 1.
+        init_log_alpha: where every log_alpha starts; None: at 3, or just high enough for a fresh evaluation gate to be
+            exactly 1.
         droprate: start as published instead: log_alpha ~ N(ln(1 - d) - ln d, 0.01), with 0.5 in place of a d of 0.
         device: where the parameters live. They are float32 and stay so under autocast and ``.half()``.
 
     :data:`PUBLISHED` has the constants of code that disagrees. Published code clips the noise u to [1e-6, 1 - 1e-6];
-    here it lies in [2^-24, 1 - 2^-24] on every backend. That differs for two draws in a million,
-    and only for gates with |log_alpha| above 12.
+    here it lies in [2^-24, 1 - 2^-24] on every backend. That differs for two draws in a million, and only for gates
+    with |log_alpha| above 12.
 
     Raises: ValueError or TypeError that names the argument.
 

@@ -16,13 +16,13 @@ from dampr import _checks
 class PolyakAverage:
     """avg <- decay avg + (1 - decay) p after each step; evaluation uses avg / (1 - decay^t).
 
-    (The published code starts the average at the initial parameters and still divides by 1 - decay^t,
-    which over-weights them early on.)
+    (The published code starts the average at the initial parameters and still divides by 1 - decay^t, which
+    over-weights them early on.)
 
     Args: ``decay``: in [0, 1); the paper's runs use 0.999 (LeNet, MLP) and 0.99 (wide residual networks).
 
-    Call :meth:`update` after every optimizer step, with the same parameters in the same order,
-    and evaluate inside :meth:`applied`.
+    Call :meth:`update` after every optimizer step, with the same parameters in the same order, and evaluate inside
+    :meth:`applied`.
     """
 
     def __init__(self, decay: float = 0.999) -> None:

@@ -54,8 +54,8 @@ class DamprCallback(TrainerCallback):
     ``compute_loss_func``), and the losses in its log stay those of the task. Gradients are clipped before that.
 
     In the log: what :meth:`dampr.Budget.readings` gives. Checkpoints hold the state of the budget, and a training that
-    resumes goes on with it. Call ``budget.finalize()`` and
-    :func:`dampr.integrations.huggingface.compact` when training is done.
+    resumes goes on with it. Call ``budget.finalize()`` and :func:`dampr.integrations.huggingface.compact` when training
+    is done.
 
     Args:
         budget: of the model that is trained.

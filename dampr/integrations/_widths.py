@@ -1,15 +1,13 @@
 """The widths of a pruned transformers model as data in its config, and the stock model narrowed to them.
 
     config.dampr = {
-        "format": 1,
-        "heads": {"model.layers.0.self_attn": 3},
-        "linear": {"model.layers.0.mlp.up_proj": [64, 17]},
+        "format": 1, "heads": {"model.layers.0.self_attn": 3}, "linear": {"model.layers.0.mlp.up_proj": [64, 17]},
         "biases": [],
     }
 
 ``heads``: of each attention how many are left (sets of query heads, where they share a key); ``linear``: [in, out] of
-other layers; ``biases``: layers to which compaction gave one.
-What is not named there is as the rest of the config says.
+other layers; ``biases``: layers to which compaction gave one. What is not named there is as the rest of the config
+says.
 """
 
 from __future__ import annotations

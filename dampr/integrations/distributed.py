@@ -45,8 +45,8 @@ def replicate_gates(model: nn.Module, *, group: Any = None) -> set[Parameter]:
 
     Returns: a set of parameters, to be given to each call of ``fully_shard``.
 
-    Raises: TypeError for a model that is wrapped or sharded; ValueError where it has no gates,
-    or where there is no process group.
+    Raises: TypeError for a model that is wrapped or sharded; ValueError where it has no gates, or where there is no
+    process group.
 
     >>> from torch.distributed.fsdp import fully_shard
     >>> def shard(model):
@@ -90,8 +90,8 @@ def parallelize_module(
 
     Returns: ``model``.
 
-    Raises: TypeError for a gated layer in the plan that is none of those, or for a model that is wrapped;
-    what torch's function raises.
+    Raises: TypeError for a gated layer in the plan that is none of those, or for a model that is wrapped; what torch's
+    function raises.
     """
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor.parallel import parallelize_module as shard

@@ -68,8 +68,7 @@ def convert(
     :func:`compact`, around the same parameters, which are transposed: make optimizers afterwards. Evaluation outputs
     stay, which is proven on the example inputs.
 
-    Args:
-        model: an attention that is not known (BERT, GPT-2, Llama, Mistral, Qwen2, RoBERTa, ViT are) has no gates.
+    Args: model: an attention that is not known (BERT, GPT-2, Llama, Mistral, Qwen2, RoBERTa, ViT are) has no gates.
         example_inputs: as for :func:`dampr.convert`,
             best a dict with ``"use_cache": False`` for a model that generates.
         gate: as for :func:`dampr.convert`.
@@ -78,8 +77,8 @@ def convert(
 
     Returns: ``model``. Its attribute ``dampr_skipped`` says of layers that were left out why.
 
-    Raises: what :func:`dampr.convert` raises; TypeError or ValueError that names the argument.
-    The model is then as it was.
+    Raises: what :func:`dampr.convert` raises; TypeError or ValueError that names the argument. The model is then as it
+    was.
     """
     _check_model(model)
     if not (heads or neurons):
@@ -116,10 +115,9 @@ def compact(
     The pruned widths are in ``config.dampr``, for :func:`from_pretrained`; transformers alone refuses the folder of
     such a model, because its tensors do not have the shapes that the rest of the config says.
 
-    Args:
-        model: with gates from :func:`convert`; it is not changed.
-        example_inputs, atol, rtol: as for :func:`dampr.compact`.
-        uniform: keep as many heads and neurons in every layer as the widest has, so that entries such as
+    Args: model: with gates from :func:`convert`; it is not changed. example_inputs, atol, rtol: as for
+        :func:`dampr.compact`. uniform: keep as many heads and neurons in every layer as the widest has, so that entries
+        such as
             ``intermediate_size`` say it all and transformers alone loads the model. Closed ones that stay have weights
             of 0. Heads stay where their width follows from their number (BERT, RoBERTa, GPT-2).
         round_to: with ``uniform``, neurons are a multiple of it, or all.
@@ -160,9 +158,8 @@ def plan(
     """A :class:`dampr.Plan` for ``model``: gates come in at once, from :func:`convert`,
     and the finished model's config says its widths.
 
-    Args:
-        model, example_inputs, gate, heads, neurons, exclude: as for :func:`convert`.
-        steps, how: as for :class:`dampr.Plan`. ``trained`` is True unless given:
+    Args: model, example_inputs, gate, heads, neurons, exclude: as for :func:`convert`. steps, how: as for
+        :class:`dampr.Plan`. ``trained`` is True unless given:
             such models mostly start from a checkpoint.
 
     Raises: what those two raise; the model then has its gates, where the plan was refused.
@@ -225,8 +222,8 @@ def from_pretrained(
 ) -> PreTrainedModel:
     """Read what :func:`save_pretrained` wrote, or any other model of transformers.
 
-    The stock class is built from the config and narrowed to the widths in it before weights are loaded,
-    by transformers itself.
+    The stock class is built from the config and narrowed to the widths in it before weights are loaded, by transformers
+    itself.
 
     Args:
         folder: as for ``from_pretrained`` of transformers.

@@ -62,15 +62,14 @@ class DamprCallback(_Recording):
 
     The penalty does not depend on data, so its gradient is added once for each step of the optimizer that has the
     gates, right before it, and not to the loss: the same sum under gradient accumulation, automatic and manual
-    optimization, and losses in the log stay those of the task. Lightning clips gradients after that,
-    as in a loop that adds the penalty to the loss.
+    optimization, and losses in the log stay those of the task. Lightning clips gradients after that, as in a loop that
+    adds the penalty to the loss.
 
     In the log of each batch: what :meth:`dampr.Budget.readings` gives. Checkpoints hold the state of the budget, and a
     training that resumes goes on with it. Call ``budget.finalize()`` and :func:`dampr.compact` when training is done.
 
-    Args:
-        budget: of the module that is trained, or of a model in it.
-        history: a file for what is logged by the end of each epoch and each validation (:class:`dampr.History`);
+    Args: budget: of the module that is trained, or of a model in it. history: a file for what is logged by the end of
+        each epoch and each validation (:class:`dampr.History`);
             the main process writes.
 
     Raises, when training begins: ValueError for weight decay on gates, for gates (of a budget that owns them: weights)
@@ -132,14 +131,13 @@ class PlanCallback(_Recording):
     Checkpoints hold the state of the plan. The model of a checkpoint may be smaller than the one it was made of, so
     that has to be known before ``fit(..., ckpt_path=path)``: call ``callback.resume(path)`` first.
 
-    Args:
-        plan: of the module that is trained, or of a model in it.
-        history: a file for what is logged by the end of each epoch and each validation (:class:`dampr.History`);
+    Args: plan: of the module that is trained, or of a model in it. history: a file for what is logged by the end of
+        each epoch and each validation (:class:`dampr.History`);
             the main process writes.
 
     Raises, when training begins: ValueError for weights in no optimizer or in several, for a plan that was not resumed,
-    and for strategies other than a single device: a model that becomes smaller has to be wrapped again,
-    in a loop of your own.
+    and for strategies other than a single device: a model that becomes smaller has to be wrapped again, in a loop of
+    your own.
     """
 
     def __init__(self, plan: Plan, history: str | os.PathLike[str] | None = None) -> None:

@@ -50,8 +50,7 @@ def export(
     for a constant is found out. It appears whole or not at all; weights that are too many for one file (torch draws the
     line at 1.5 GiB) come in a second one, ``path`` + ".data".
 
-    Args:
-        model: exported in evaluation mode; it is not changed. Of transformer layers without torch's fused inference
+    Args: model: exported in evaluation mode; it is not changed. Of transformer layers without torch's fused inference
             path, which writes zeros over padding.
         path: the file.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments; their shapes are those of the

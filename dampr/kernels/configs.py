@@ -1,8 +1,8 @@
 """Tile sizes as a pure function of (sizes, dtype, compute capability): nothing is tuned at run time,
 so nothing looks like a hang.
 
-The tables are the whole list of what ships; tests/testing/test_codegen.py compiles
-every entry and reads the machine code.
+The tables are the whole list of what ships; tests/testing/test_codegen.py compiles every entry and reads the machine
+code.
 """
 
 from __future__ import annotations
@@ -99,8 +99,8 @@ def fits_small_m(M: int, N: int, K: int, table: Thresholds) -> bool:
     """Whether x (M, K) has so few rows that the GEMM with W (N, K) draws the gates of the weights itself.
 
     Either way each gate is drawn once as long as all rows of x fit in one tile; drawing inside saves the launch of the
-    pass and 4 bytes a weight, W~ written and read. More rows draw again.
-    Rows that cannot be copied in 16 byte pieces cost more than that saves.
+    pass and 4 bytes a weight, W~ written and read. More rows draw again. Rows that cannot be copied in 16 byte pieces
+    cost more than that saves.
     """
     return table.small_m >= M and N % 16 == 0 and K % 16 == 0
 
@@ -172,8 +172,8 @@ def conv_tile(slabs: int, rows: int, N: int, C: int, listed: bool, dtype: str, c
     """The tile of the convolution, with blocks of ``depth`` input channels: C of them and N output channels in a group.
 
     ``slabs``: how many sets of ``rows`` output pixels have gates of their own, one for each image or one in all;
-    ``listed``: input gates make it walk a list of blocks. ``dtype``: as in :func:`gemm_kind`,
-    or "tf32" for float32 that may be rounded.
+    ``listed``: input gates make it walk a list of blocks. ``dtype``: as in :func:`gemm_kind`, or "tf32" for float32
+    that may be rounded.
     """
     if C % 16 or N % 16 or dtype == "fp32" or capability < 80:
         tile = gemm_tile(rows, N, C if C % 16 else max(C, 128), "fp32" if dtype == "tf32" else dtype, capability)

@@ -6,8 +6,8 @@ where channels whose gates are closed are neither read nor multiplied.
 
 x: (B, H, W, groups C), W: (groups N, R, S, C), y: (B, OH, OW, groups N), all dense; zeros outside of x. An implicit
 GEMM: a row of an output tile is a pixel, a step of its loop one tap (r, s) of one block of BLOCK_C channels. The gates
-are read, not drawn: they are B C numbers where x has H W times as many,
-and a draw in the loop would be repeated by every tap and every tile.
+are read, not drawn: they are B C numbers where x has H W times as many, and a draw in the loop would be repeated by
+every tap and every tile.
 
 A *slab* is the output pixels that share their gates: all of them where a gate is drawn per batch, those of an image
 where per sample. No tile lies across two slabs, so its gates are one vector, multiplied in registers, and each slab

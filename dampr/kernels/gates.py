@@ -58,8 +58,8 @@ def draw_words(seed, start, BLOCK: tl.constexpr, GROUPED: tl.constexpr):
     """Philox words of gates start .. start + BLOCK - 1; ``start``: int64, a scalar -> [BLOCK] or [BLOCK_M,
     1] -> [BLOCK_M, BLOCK].
 
-    GROUPED promises that ``start`` is a multiple of 4, so that all words of a Philox group are used;
-    else each gate draws its own group.
+    GROUPED promises that ``start`` is a multiple of 4, so that all words of a Philox group are used; else each gate
+    draws its own group.
     """
     if GROUPED:
         group = (start >> 2) + tl.arange(0, BLOCK // 4)

@@ -4,8 +4,8 @@ inner) in memory order, channels on n.
     h = (x - mean) rstd    v = z (gain h + bias)    y = act(v)
     dp = dy where act has a slope at v    S0 = sum dp, S1 = sum dp h, per gate
     dz = gain S1 + bias S0    dgain = sum over draws of z S1    dbias = sum over draws of z S0
-    dx = gain rstd (z dp - dbias / N - h dgain / N) with N elements per channel;
-    without the last two terms for running statistics
+    dx = gain rstd (z dp - dbias / N - h dgain / N) with N elements per channel; without the last two terms for running
+    statistics
 
 Bound by memory: x is read twice and y written, then x and dy are read twice and dx written, and nothing else has their
 size. Layouts are those of gate_activations.py: gates along the lanes where inner = 1 (channels last), a gate for each

@@ -1,19 +1,19 @@
 """y = x (W * Z)^T + b, a gate for each weight or for each block of R x C weights, drawn per batch. x: (M, K), W: (N,
 K), y: (M, N).
 
-Weight (n, k) has gate n K + k, or (n // R) ceil(K / C) + k // C where blocks share one;
-blocks at the edges may be partial.
+Weight (n, k) has gate n K + k, or (n // R) ceil(K / C) + k // C where blocks share one; blocks at the edges may be
+partial.
 
     dW = Z G,  G = dy^T x (vendor GEMM)    dlog_alpha = z' sum of W G over the gate's weights
     dx = dy (W * Z)    db = sum_m dy
 
 Both directions are one pass over the weight, t * Z with t = W or t = G, and the backward takes W t along: one kernel
-each for weights and for blocks serves both. Passes go over the flat weight in multiples of four,
-so that no Philox word is thrown away.
+each for weights and for blocks serves both. Passes go over the flat weight in multiples of four, so that no Philox word
+is thrown away.
 
 For a small M there is no pass: the GEMM draws the gates of its W tile. It computes y^T = W~ x^T, because the A operand
-of an MMA may come from registers, where a gated tile is. Every tile of rows of x draws again,
-so it is for an M of one tile.
+of an MMA may come from registers, where a gated tile is. Every tile of rows of x draws again, so it is for an M of one
+tile.
 """
 
 import triton
@@ -51,8 +51,8 @@ def gate_blocks_kernel(
     """gated (N, K) = t z of the block and partial (splits, gates) = sum of w t over one split's rows of each block,
     always in one order.
 
-    z: (gates,), float32. A program owns BLOCK_G neighbouring blocks, whole but for their split; grid:
-    (block rows * block groups, splits).
+    z: (gates,), float32. A program owns BLOCK_G neighbouring blocks, whole but for their split; grid: (block rows *
+    block groups, splits).
     """
     across = tl.cdiv(K, C)
     groups = tl.cdiv(across, BLOCK_G)

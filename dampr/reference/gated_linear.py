@@ -30,8 +30,8 @@ def gated_linear(
 
     Per sample, each row of ``x`` flattened to (M, K) has gates of its own.
 
-    The output gate multiplies the bias too, in training as in evaluation.
-    (The published L0 convolution drops the bias in training.)
+    The output gate multiplies the bias too, in training as in evaluation. (The published L0 convolution drops the bias
+    in training.)
     """
     leading = x.shape[:-1]
     rows = math.prod(leading) if per_sample else None  # numel() would be a number of its own under export

@@ -1,7 +1,7 @@
 """LSTM, GRU and Elman layers whose hidden units have gates, cell by cell and step by step.
 
-z multiplies the state h wherever a weight or the caller reads it; a unit's memory of itself (c of an LSTM,
-u h of a GRU) is not gated::
+z multiplies the state h wherever a weight or the caller reads it; a unit's memory of itself (c of an LSTM, u h of a
+GRU) is not gated::
 
     LSTM   i, f, g, o = x W_ih^T + b_ih + (z h) W_hh^T + b_hh
            c' = s(f) c + s(i) tanh(g)      h' = s(o) tanh(c')  [W_hr^T]
@@ -32,10 +32,8 @@ def gated_rnn(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Differentiable in every floating-point argument.
 
-    Args:
-        mode: ``"LSTM"``, ``"GRU"``, ``"RNN_TANH"`` or ``"RNN_RELU"``.
-        x: (T, B, I).
-        weights: of each layer, and in it each direction: w_ih (G H, ...), w_hh (G H, P), b_ih and b_hh (G H,) or None,
+    Args: mode: ``"LSTM"``, ``"GRU"``, ``"RNN_TANH"`` or ``"RNN_RELU"``. x: (T, B, I). weights: of each layer, and in it
+        each direction: w_ih (G H, ...), w_hh (G H, P), b_ih and b_hh (G H,) or None,
             w_hr (P, H) or None (then P = H).
         z: gates, (layers, directions, P).
         h_0, c_0: (layers * directions, B, P) and (layers * directions, B, H); None: zeros.

@@ -2,8 +2,8 @@
 be there and read in the machine code.
 
 ``cases()`` lists every kernel with every tile that ships and every architecture it ships for; ``inspect(case)``
-compiles one and counts. tests/testing/test_codegen.py holds the counts to limits,
-``python -m benchmarks.codegen`` prints them. Imports no torch.
+compiles one and counts. tests/testing/test_codegen.py holds the counts to limits, ``python -m benchmarks.codegen``
+prints them. Imports no torch.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ place. So it is for float32 whose products are in TF32, which has the 11 signifi
 held to the same by giving it rounded data.
 
 A sum may cancel, and a tensor of few elements may hold nothing else: then its largest value says nothing about what was
-added up. ``alike`` takes the truths of the same problem with other signs,
-and the largest value is looked for in all of them.
+added up. ``alike`` takes the truths of the same problem with other signs, and the largest value is looked for in all of
+them.
 """
 
 from __future__ import annotations

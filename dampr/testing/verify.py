@@ -1,8 +1,8 @@
 """Every op on every backend that is present, against the float64 reference: values, every gradient, noise,
 and which gates are 0 or 1.
 
-``python -m dampr.testing.verify`` needs torch and numpy, and triton where there is a GPU;
-``dampr verify`` prints the same as a table.
+``python -m dampr.testing.verify`` needs torch and numpy, and triton where there is a GPU; ``dampr verify`` prints the
+same as a table.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ def run_side_by_side(wanted: list[Job], processes: int, parts: int = PARTS) -> I
     """The rows of these jobs as they are done, worked at in parts by several processes:
     for a machine whose kernels are yet to be compiled.
 
-    The processes have one thread each: threads of several that wait for each other on the
-    same cores take many times as long.
+    The processes have one thread each: threads of several that wait for each other on the same cores take many times as
+    long.
     """
     processes = _checks.positive_int("processes", processes)
     with ProcessPoolExecutor(

@@ -96,8 +96,8 @@ JOBS: dict[str, Job] = {
 def measure(name: str) -> dict[str, dict[str, float]]:
     """Counts per element of the kernels of a job, over all their launches; ``launches`` itself is a number.
 
-    The tensors are small, so work is split into as few programs as are needed for each to see many tiles,
-    as it does of large ones.
+    The tensors are small, so work is split into as few programs as are needed for each to see many tiles, as it does of
+    large ones.
     """
     job, meter, split = JOBS[name], Meter(), configs.split_rows
     with (

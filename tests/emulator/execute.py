@@ -1,7 +1,7 @@
 """Runs a translated function over a grid of CTAs.
 
-Threads advance in lock step. Where they diverge, those that are furthest behind in the text go first,
-so that they meet again at joins.
+Threads advance in lock step. Where they diverge, those that are furthest behind in the text go first, so that they meet
+again at joins.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What several warps do together: wgmma of sm_90; tensor memory, tcgen05 and mbarriers of sm_100.
 
-Operands in shared memory are given by 64 bit descriptors.
-Products are summed in float64 and rounded once per instruction.
+Operands in shared memory are given by 64 bit descriptors. Products are summed in float64 and rounded once per
+instruction.
 """
 
 from __future__ import annotations

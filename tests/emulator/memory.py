@@ -1,8 +1,8 @@
 """Global memory of the emulated GPU: every access is checked for bounds, alignment and races.
 
 It holds a copy of each storage that a launch was given, with poisoned guards in between. Of each byte it knows whether
-it lies in a tensor that was passed (in, not merely near: the gaps of a strided view count as outside),
-which thread wrote it, whether it was read.
+it lies in a tensor that was passed (in, not merely near: the gaps of a strided view count as outside), which thread
+wrote it, whether it was read.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A PTX function as Python: each basic block becomes a function over the registers of a batch of CTAs.
 
 A register is an array of unsigned integers of its width with an element for each thread, or one number where all
-threads agree. In the code of a block ``r`` are the registers, ``M`` the machine,
-``m`` the threads that are here (None: all), ``P`` the parameters.
+threads agree. In the code of a block ``r`` are the registers, ``M`` the machine, ``m`` the threads that are here (None:
+all), ``P`` the parameters.
 """
 
 from __future__ import annotations

@@ -17,8 +17,8 @@ def toy() -> Iterator[Callable[..., Gate]]:
     def train(gate, penalty, latent, seed, samples=5000, steps=2000):
         """Full-batch Adam on samples of a ``latent``-dimensional Gaussian in 100 dimensions; returns the trained gate.
 
-        The loss of a linear map depends on the samples through their second moments alone,
-        so their QR factor R stands for them.
+        The loss of a linear map depends on the samples through their second moments alone, so their QR factor R stands
+        for them.
         """
         # tiny products: threads that wait for each other cost a hundredfold where other work runs beside
         torch.set_num_threads(1)

@@ -219,8 +219,8 @@ def test_golden_counts_of_diffprune_on_linear_data(golden, toy, row, shape):
     """No further from the recorded runs than two gates, on either side: another data set of the same kind,
     and sums of another processor.
 
-    (At the strongest penalty a run of 2000 steps is chaotic enough for that:
-    8 for a dimension of 10 on one with AVX-512, 10 without.)
+    (At the strongest penalty a run of 2000 steps is chaotic enough for that: 8 for a dimension of 10 on one with
+    AVX-512, 10 without.)
     """
     case = golden["measured_linear_autoencoder"]["diffprune_candidates_k10_N2000"]
     lam, recorded = case["lam"][row], case["active_at_2000"][shape][row]
