@@ -22,11 +22,9 @@ from dampr.ops.routes import ROUTES, forced_route
 
 SIZE = {"cpu": 1024, "cuda": 4096}  # K and N of the weight
 ROWS = {"cpu": [2**i for i in range(3, 12)], "cuda": [2**i for i in range(2, 14)]}
-PER_BATCH, PER_SAMPLE, WEIGHT = (
-    (("output", False), ("input", False)),
-    (("output", True), ("input", True)),
-    ("weight", False),
-)
+PER_BATCH = (("output", False), ("input", False))
+PER_SAMPLE = (("output", True), ("input", True))
+WEIGHT = ("weight", False)
 CLOSED_BLOCK = 128  # features with gates that are closed together: whole tiles, whatever their size
 COMPARED = tuple(route for route in ROUTES if route != "small")  # which is for weights hundreds of times smaller
 SHARES = (0.0, 0.5, 0.75, 0.9)

@@ -116,10 +116,8 @@ def _plan_families(found: dict[str, Any]) -> str:
         runs.setdefault(run["way"], []).append(run)
     rows = []
     for way, mine in runs.items():
-        accuracy, widths = (
-            [run["accuracy"] for run in mine],
-            sorted({"-".join(map(str, run["widths"])) for run in mine}),
-        )
+        accuracy = [run["accuracy"] for run in mine]
+        widths = sorted({"-".join(map(str, run["widths"])) for run in mine})
         each = ", ".join(f"{a:.1%}" for a in accuracy)
         name = way if way in ("dense", "importance") else f"learned, {way}"
         rows.append(

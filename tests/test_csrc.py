@@ -302,12 +302,10 @@ def test_fold_matches_pytorch(sides: str, first: torch.dtype, second: torch.dtyp
 def test_a_backward_pass_can_fold_the_weight_as_well(dtype) -> None:
     g, w = torch.randn(70, 33).to(dtype), torch.randn(70, 33).to(dtype)
     gates = torch.float64 if dtype == torch.float64 else torch.float32
-    z_out, z_in, z, folded = (
-        torch.rand(70, dtype=gates),
-        torch.rand(33, dtype=gates),
-        torch.rand(18 * 9, dtype=gates),
-        torch.empty_like(w),
-    )
+    z_out = torch.rand(70, dtype=gates)
+    z_in = torch.rand(33, dtype=gates)
+    z = torch.rand(18 * 9, dtype=gates)
+    folded = torch.empty_like(w)
     code, dw = CODES[dtype], torch.empty_like(w)
     _C.fold_gates_bwd(
         VALUE, code, code, ptr(g), 0, ptr(w), 0, 70, 33, ptr(z_out), ptr(z_in), 0, 0, ptr(dw), 0, 0, 0, ptr(folded), 2
@@ -384,12 +382,10 @@ def test_drawing_and_folding_blocks_at_once_is_the_one_after_the_other(
         rule, CODES[dtype], CODES[out_dtype], ptr(w), n_out, n_in, *block, ptr(log_alpha), ptr(seed), ptr(out), 2
     )
     assert torch.equal(out, fold_blocks_fwd(w, block, z, out_dtype))
-    dw, folded, grad, right = (
-        torch.empty_like(w),
-        torch.empty_like(w),
-        torch.empty_like(log_alpha),
-        torch.empty_like(log_alpha),
-    )
+    dw = torch.empty_like(w)
+    folded = torch.empty_like(w)
+    grad = torch.empty_like(log_alpha)
+    right = torch.empty_like(log_alpha)
     made = ptr(log_alpha), ptr(seed), ptr(dw), ptr(grad), ptr(folded)
     _C.fold_blocks_bwd(rule, CODES[out_dtype], CODES[dtype], ptr(g), ptr(w), n_out, n_in, *block, *made, 2)
     expected, dz = fold_blocks_bwd(g, w, block, z)
@@ -576,10 +572,8 @@ def test_a_product_may_be_written_over_the_gradient_it_is_made_of(dtype: torch.d
         results = []
         for kernel in ("fold", "blocks", "rows", "weights"):
             given = g.clone()
-            dw, sums = (
-                given if over else poisoned(n_out, n_in, dtype=dtype),
-                [poisoned(n, dtype=gates) for n in (n_out, n_in, len(z), len(each))],
-            )
+            dw = given if over else poisoned(n_out, n_in, dtype=dtype)
+            sums = [poisoned(n, dtype=gates) for n in (n_out, n_in, len(z), len(each))]
             if kernel == "fold":
                 made = ptr(z_out), ptr(z_in), 0, 0, ptr(dw), 0, ptr(sums[0]), ptr(sums[1]), 0
                 _C.fold_gates_bwd(VALUE, code, code, ptr(given), 0, ptr(w), 0, n_out, n_in, *made, threads)
@@ -674,15 +668,11 @@ def norm_results(
     seed, updates, running = torch.tensor([3]), torch.tensor(4), torch.ones(2, n, dtype=wide)
     mean, var, dgain, dbias, dlog_alpha = poisoned(5, n, dtype=wide)
     y, dx = poisoned(*x.shape, dtype=dtype), poisoned(*x.shape, dtype=dtype)
-    gates, moved = (
-        (35, 2, n, inner, ptr(log_alpha), ptr(seed), True),
-        (ptr(running[0]), ptr(running[1]), ptr(updates), 0.25),
-    )
-    vectors, how, outputs = (
-        (ptr(gain), ptr(bias), True, ptr(mean), ptr(var)),
-        (1e-5, True),
-        map(ptr, (dx, dgain, dbias, dlog_alpha)),
-    )
+    gates = (35, 2, n, inner, ptr(log_alpha), ptr(seed), True)
+    moved = (ptr(running[0]), ptr(running[1]), ptr(updates), 0.25)
+    vectors = (ptr(gain), ptr(bias), True, ptr(mean), ptr(var))
+    how = (1e-5, True)
+    outputs = map(ptr, (dx, dgain, dbias, dlog_alpha))
     _C.norm_gate_fwd(RULE, CODES[dtype], ptr(x), *gates, *vectors, *moved, *how, ptr(y), threads)
     _C.norm_gate_bwd(RULE, CODES[dtype], ptr(g), ptr(x), *gates, *vectors, *how, *outputs, threads)
     assert int(updates) == 5

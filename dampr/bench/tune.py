@@ -38,10 +38,8 @@ def run(shape: tuple[int, int, int] = SHAPE, shares: Sequence[float] = SHARES, r
 def _ratio(shape: tuple[int, int, int], side: str, share: float, rounds: int) -> float:
     m, k, n = shape
     generator = torch.Generator().manual_seed(0)
-    x, weight = (
-        torch.randn(m, k, generator=generator, requires_grad=True),
-        torch.randn(n, k, generator=generator, requires_grad=True),
-    )
+    x = torch.randn(m, k, generator=generator, requires_grad=True)
+    weight = torch.randn(n, k, generator=generator, requires_grad=True)
     size = k if side == "inputs" else n
     gate = torch.full((size,), 9.0)
     gate[torch.randperm(size, generator=generator)[: round(share * size)]] = -9.0

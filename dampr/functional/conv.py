@@ -336,8 +336,6 @@ def _gate_blocks(
         size, what, count = (1, 1), "weight", weight.numel()
     else:
         count = _checks.block_count("block", block, weight.shape[0], weight.shape[1])
-        size, what = (
-            (block[0], block[1] * max(1, weight.shape[2:].numel())),
-            f"{block[0]} x {block[1]} block of filters and channels",
-        )
+        size = (block[0], block[1] * max(1, weight.shape[2:].numel()))
+        what = f"{block[0]} x {block[1]} block of filters and channels"
     return ops.fold_blocks(weight, gate_of("weight_gate", gate, count, what, x, seed, spec), size, x.dtype)

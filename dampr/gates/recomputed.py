@@ -26,10 +26,8 @@ def regions() -> Iterator[tuple[Any, Any]]:
     """
     for pack in _hooks():
         kept = inspect.unwrap(pack)
-        frame, target = (
-            _enclosed(kept, "_checkpoint_hook.", "frame"),
-            _enclosed(kept, "_recomputation_hook.", "target_frame_ref"),
-        )
+        frame = _enclosed(kept, "_checkpoint_hook.", "frame")
+        target = _enclosed(kept, "_recomputation_hook.", "target_frame_ref")
         if frame is not None:
             yield frame, None
         elif target is not None and target() is not None:

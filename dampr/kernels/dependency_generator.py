@@ -29,10 +29,8 @@ def signed_tanh(x):
 def load_layer(table_ptr, layer):
     """(pointer to W_l, pointer to b_l, width of a_{l-1}, width of a_l)."""
     row = table_ptr + layer * COLUMNS
-    weight_ptr, bias_ptr = (
-        tl.load(row).to(tl.pointer_type(tl.float32)),
-        tl.load(row + 1).to(tl.pointer_type(tl.float32)),
-    )
+    weight_ptr = tl.load(row).to(tl.pointer_type(tl.float32))
+    bias_ptr = tl.load(row + 1).to(tl.pointer_type(tl.float32))
     return weight_ptr, bias_ptr, tl.load(row + 2), tl.load(row + 3)
 
 

@@ -97,10 +97,8 @@ def gated_conv2d_fwd_kernel(
         # below 0 is far beyond the edge
         h, w = (top + r * DH).to(tl.uint32, bitcast=True), (left + s * DW).to(tl.uint32, bitcast=True)
         inside = ((h < tl.cast(H, tl.uint32)) & (w < tl.cast(W, tl.uint32)))[:, None]
-        x_ptrs, w_ptrs = (
-            x_rows + (r * (stride_h * DH) + s * (stride_w * DW) + c)[None, :],
-            w_rows + ((r * S + s) * C + c)[:, None],
-        )
+        x_ptrs = x_rows + (r * (stride_h * DH) + s * (stride_w * DW) + c)[None, :]
+        w_ptrs = w_rows + ((r * S + s) * C + c)[:, None]
         if EVEN:
             x, w = tl.load(x_ptrs, mask=inside, other=0.0), tl.load(w_ptrs)  # [BLOCK_M, BLOCK_C], [BLOCK_C, BLOCK_N]
         else:

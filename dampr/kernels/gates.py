@@ -28,11 +28,9 @@ NOT_ONE = tl.constexpr(1.0 - spec.EDGE)
 EXP_LIMIT = tl.constexpr(spec.EXP_LIMIT)
 EXP_LOG2E, EXP_ROUND = tl.constexpr(spec.EXP_LOG2E), tl.constexpr(spec.EXP_ROUND)
 EXP_LN2_HI, EXP_LN2_LO = tl.constexpr(spec.EXP_LN2_HI), tl.constexpr(spec.EXP_LN2_LO)
-EXP_HIGHEST, EXP_POLY, EXP_DEGREE = (
-    tl.constexpr(spec.EXP_POLY[0]),
-    tl.constexpr(spec.EXP_POLY[1:]),
-    tl.constexpr(len(spec.EXP_POLY) - 1),
-)
+EXP_HIGHEST = tl.constexpr(spec.EXP_POLY[0])
+EXP_POLY = tl.constexpr(spec.EXP_POLY[1:])
+EXP_DEGREE = tl.constexpr(len(spec.EXP_POLY) - 1)
 TANH_SMALL, TANH_HIGHEST = tl.constexpr(spec.TANH_SMALL), tl.constexpr(spec.TANH_POLY[0])
 TANH_POLY, TANH_DEGREE = tl.constexpr(spec.TANH_POLY[1:]), tl.constexpr(len(spec.TANH_POLY) - 1)
 RAMP_LIMIT, MASK_LIMIT = tl.constexpr(spec.RAMP_LIMIT), tl.constexpr(spec.MASK_LIMIT)

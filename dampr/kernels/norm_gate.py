@@ -179,15 +179,11 @@ def norm_gate_columns_kernel(
     inside = col < n
     z = tl.load(z_ptr + (outer * n if PER_OUTER else 0) + col, mask=inside, other=0.0)[None, :]
     gain, bias = _channel(gain_ptr, col, inside, 1.0)[None, :], _channel(bias_ptr, col, inside, 0.0)[None, :]
-    mean, rstd = (
-        _channel(mean_ptr, col, inside, 0.0)[None, :],
-        (1.0 / tl.sqrt_rn(_channel(var_ptr, col, inside, 1.0) + EPS))[None, :],
-    )
+    mean = _channel(mean_ptr, col, inside, 0.0)[None, :]
+    rstd = (1.0 / tl.sqrt_rn(_channel(var_ptr, col, inside, 1.0) + EPS))[None, :]
     if sums_ptr is not None:
-        by_bias, by_gain = (
-            _channel(sums_ptr, col, inside, 0.0)[None, :] / count,
-            _channel(sums_ptr + n, col, inside, 0.0)[None, :] / count,
-        )
+        by_bias = _channel(sums_ptr, col, inside, 0.0)[None, :] / count
+        by_gain = _channel(sums_ptr + n, col, inside, 0.0)[None, :] / count
     # Summed once: over the rows of a tile they would go through shared memory each time.
     total, product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32), tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for first in range(0, rows_per_split, BLOCK_M):

@@ -179,10 +179,8 @@ def _live_cases(capability: int) -> list[Case]:
         name = f"live-{configs.gemm_kind(size, size, size, dtype, capability)}"
         launch = tile.num_warps, tile.num_stages, True
         found[name] = Case(name, gated_linear_live.gated_linear_live_fwd_kernel, constants, dtype, aligned, *launch)
-        listing, name = (
-            {"BLOCKS": configs.LIVE_BLOCKS, "BLOCK_K": tile.depth, "GATE": _SPEC},
-            f"live_blocks-{tile.depth}",
-        )
+        listing = {"BLOCKS": configs.LIVE_BLOCKS, "BLOCK_K": tile.depth, "GATE": _SPEC}
+        name = f"live_blocks-{tile.depth}"
         found[name] = Case(name, gated_linear_live.live_blocks_kernel, listing, dtype, True)
     return list(found.values())
 

@@ -51,11 +51,9 @@ def verify_values(row: Row, dtype: torch.dtype) -> Row:
         if not row.has(index):
             continue
         args = (log_alpha, seed, dz, rows, spec)
-        out, truth, baseline = (
-            gates_once(row.backend, dtype, row.device, *args),
-            gates_once(None, torch.float64, "cpu", *args),
-            gates_once(None, dtype, "cpu", *args),
-        )
+        out = gates_once(row.backend, dtype, row.device, *args)
+        truth = gates_once(None, torch.float64, "cpu", *args)
+        baseline = gates_once(None, dtype, "cpu", *args)
         case = f"{label}, rows={rows}, n={n}"
         for name, o, t, b in zip(("z", "dlog_alpha"), out, truth, baseline, strict=True):
             row.add(f"{case}: {name}", compare(name, o, t, b))

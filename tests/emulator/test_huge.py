@@ -80,11 +80,9 @@ def test_products_with_gates_of_rows(M: int, K: int, N: int) -> None:
 
 
 def test_a_product_over_live_blocks() -> None:
-    x, weight, log_alpha = (
-        torch.empty(ROWS, 2064, dtype=HALF),
-        torch.randn(16, 2064, dtype=HALF) / 2064**0.5,
-        torch.randn(2064),
-    )
+    x = torch.empty(ROWS, 2064, dtype=HALF)
+    weight = torch.randn(16, 2064, dtype=HALF) / 2064**0.5
+    log_alpha = torch.randn(2064)
     x[-1] = torch.randn(2064)
     y = gated_linear.gated_linear_live_fwd(x, weight, None, GatePair(log_alpha, None, SEED, None, SPEC))
     assert_near(y[-1], (x[-1].double() * z_of(log_alpha, 0, 2064)) @ weight.double().t(), 2e-2)
@@ -122,13 +120,11 @@ def test_sums_of_a_workspace() -> None:
 def test_norms_and_activations(shape: tuple[int, ...]) -> None:
     n, x = shape[1], torch.empty(shape, dtype=HALF)
     x[-1] = torch.randn(shape[1:])
-    gain, bias, mean, var, log_alpha = (
-        torch.randn(n),
-        torch.randn(n),
-        torch.randn(n),
-        torch.rand(n) + 0.5,
-        torch.randn(n),
-    )
+    gain = torch.randn(n)
+    bias = torch.randn(n)
+    mean = torch.randn(n)
+    var = torch.rand(n) + 0.5
+    log_alpha = torch.randn(n)
     z = z_of(log_alpha, (shape[0] - 1) * n, n)
 
     def spread(v: Tensor) -> Tensor:

@@ -185,10 +185,8 @@ def embedding(draw: Draw) -> str | None:
                 like=lambda: nn.Embedding(**arguments),
             )
         )
-    plain, layer = (
-        nn.Embedding(**arguments),
-        opened(gated.GatedEmbedding(**arguments, granularity=draw.choice(("output", "input")))),
-    )
+    plain = nn.Embedding(**arguments)
+    layer = opened(gated.GatedEmbedding(**arguments, granularity=draw.choice(("output", "input"))))
     layer.load_state_dict(copy.deepcopy(plain.state_dict()))
     words = torch.randint(
         0, arguments["num_embeddings"], tuple(draw.size() for _ in range(draw.choice((0, 1, 2)))), generator=draw.torch

@@ -228,10 +228,8 @@ def test_gates_of_heads_do_not_wait_for_the_host_and_give_what_the_cpu_gives(per
     def call(layer, x):
         return layer(x, x, x, need_weights=False)[0]
 
-    layer, x = (
-        dampr.nn.GatedMultiheadAttention(256, 8, batch_first=True, per_sample=per_sample),
-        torch.randn(4, 33, 256),
-    )
+    layer = dampr.nn.GatedMultiheadAttention(256, 8, batch_first=True, per_sample=per_sample)
+    x = torch.randn(4, 33, 256)
     layer.gate.log_alpha.data.uniform_(-3, 3)
     on_both(layer.eval(), x, call)
     assert_it_waits_for_no_host(layer.train(), x.cuda(), call)

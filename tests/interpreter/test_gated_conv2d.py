@@ -117,11 +117,9 @@ def test_any_layout(layout: str) -> None:
     if layout == "channels_last":
         x, weight = x.contiguous(memory_format=NHWC), weight.contiguous(memory_format=NHWC)
     elif layout == "sliced":
-        x, weight, bias = (
-            torch.cat((x, x), 1)[:, 2:7],
-            torch.cat((weight, weight), 3)[..., 1:4],
-            torch.cat((bias, bias))[1::2],
-        )
+        x = torch.cat((x, x), 1)[:, 2:7]
+        weight = torch.cat((weight, weight), 3)[..., 1:4]
+        bias = torch.cat((bias, bias))[1::2]
     elif layout == "expanded":
         x, weight = x[:1].expand(3, -1, -1, -1), weight[:, :, :1].expand(-1, -1, 3, -1)
     z_in, z_out = draw("image", x.shape[0], x.shape[1], weight.shape[0])

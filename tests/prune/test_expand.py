@@ -146,13 +146,11 @@ def test_expanded_attention(arguments):
         def forward(self, x, k, v):
             return self.head(self.attention(x, k, v, need_weights=False)[0])
 
-    model, x = (
-        Attend(),
-        (
-            torch.randn(2, 5, 12),
-            torch.randn(2, 6, arguments.get("kdim", 12)),
-            torch.randn(2, 6, arguments.get("vdim", 12)),
-        ),
+    model = Attend()
+    x = (
+        torch.randn(2, 5, 12),
+        torch.randn(2, 6, arguments.get("kdim", 12)),
+        torch.randn(2, 6, arguments.get("vdim", 12)),
     )
     model.attention.gate.log_alpha.data[:3:2] = -9
     optimizer = torch.optim.Adam(dampr.param_groups(model, lr=1e-2))

@@ -202,10 +202,8 @@ CONSTANTS = {
 def test_the_bias_that_a_constant_moves_into_is_counted(act, closed, kind):
     """What a closed unit still contributes makes a bias in layers that had none, once, however many contribute."""
     if kind == "linear":
-        layers, x = (
-            [nn.Linear(9, 12), act, nn.Linear(12, 8, bias=False), act, nn.Linear(8, 3, bias=False)],
-            torch.randn(5, 9),
-        )
+        layers = [nn.Linear(9, 12), act, nn.Linear(12, 8, bias=False), act, nn.Linear(8, 3, bias=False)]
+        x = torch.randn(5, 9)
     else:
         norms = [nn.BatchNorm2d(12), nn.BatchNorm2d(8)] if kind == "norm" else [nn.Identity(), nn.Identity()]
         convolutions = nn.Conv2d(3, 12, 3), nn.Conv2d(12, 8, 1, bias=False)

@@ -318,10 +318,8 @@ def test_what_compacts_is_told_and_hooks_are_gone_in_the_end():
 )
 def test_what_cannot_work_is_refused_at_once_and_the_model_is_as_it_was(how, error, match):
     model = cnn()
-    types, before = (
-        [type(m) for m in model.modules()],
-        {name: value.clone() for name, value in model.state_dict().items()},
-    )
+    types = [type(m) for m in model.modules()]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(error, match=match):
         plan_for(model, **how)
     assert [type(m) for m in model.modules()] == types

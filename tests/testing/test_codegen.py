@@ -193,11 +193,9 @@ def test_what_the_convolution_passes_compiles(
         "batch": (torch.ones(C), torch.ones(N)),
         "image": (torch.ones(B, C), torch.ones(B, N)),
     }[gates]
-    x, weight, pad = (
-        torch.zeros(B, C, size, size, dtype=torch.bfloat16),
-        torch.zeros(N, C, taps, taps),
-        (taps // 2, taps // 2),
-    )
+    x = torch.zeros(B, C, size, size, dtype=torch.bfloat16)
+    weight = torch.zeros(N, C, taps, taps)
+    pad = (taps // 2, taps // 2)
     launchers.gated_conv2d_one_pass(x, weight, torch.zeros(N), z_in, z_out, Window((1, 1), pad, (1, 1), 1))
     assert len(compiled) == (1 if gates == "none" else 2)
     assert not any("f64" in kernel.asm["ptx"] for kernel in compiled)

@@ -51,10 +51,8 @@ def test_what_may_be_cut_is_held(name):
 
 
 def test_what_does_not_run_smaller_is_said():
-    model, x = (
-        nn.Sequential(nn.Linear(6, 12), nn.Unflatten(-1, (4, 3)), nn.ReLU(), nn.Flatten(1), nn.Linear(12, 3)),
-        torch.randn(2, 6),
-    )
+    model = nn.Sequential(nn.Linear(6, 12), nn.Unflatten(-1, (4, 3)), nn.ReLU(), nn.Flatten(1), nn.Linear(12, 3))
+    x = torch.randn(2, 6)
     units = trace_units(model, x)
     differs = retrace(model, units, x, units.families)
     assert differs.keys() == set(units.free)
