@@ -22,7 +22,7 @@ def convert_copies(ema: Copies, model: nn.Module, convert: Callable[[nn.Module],
     """Put gates into copies of a model that has just got its own, with the values that these have."""
     for one in copies_of(ema):
         if not gated_layers(one):
-            with inputs.same_noise(one):
+            with inputs.keeping_noise(one):
                 become(one, convert(one))
             take_gates(one, model)
 

@@ -39,8 +39,11 @@ def call(model: nn.Module, example_inputs: Any) -> Any:
 
 
 def evaluate(model: nn.Module, example_inputs: Any) -> list[Tensor]:
-    """The output tensors in evaluation mode without gradients, as users run a model; modes are given back."""
-    with evaluating(model), torch.no_grad():
+    """The output tensors in evaluation mode without gradients, as users run a model; modes are given back.
+
+    What a model draws in evaluation mode, as a masked autoencoder does, is the same in every call.
+    """
+    with evaluating(model), torch.no_grad(), same_noise(model):
         return tensors(call(model, example_inputs))
 
 
@@ -51,8 +54,7 @@ def copied(model: nn.Module, example_inputs: Any = None) -> nn.Module:
     With example inputs the model is run without gradients first, which renews what it keeps wherever it keeps it.
     """
     if example_inputs is not None:
-        with same_noise(model):
-            evaluate(model, example_inputs)
+        evaluate(model, example_inputs)
     return copy.deepcopy(model, _detached(model))
 
 
@@ -156,7 +158,7 @@ def _slots(kind: type) -> tuple[str, ...]:
 
 def comparable(model: nn.Module, example_inputs: Any) -> list[Tensor]:
     """:func:`evaluate`, but an output in which there is nothing to compare raises TypeError by the name of its type."""
-    with evaluating(model), torch.no_grad():
+    with evaluating(model), torch.no_grad(), same_noise(model):
         output = call(model, example_inputs)
     found = tensors(output)
     if not found:
@@ -364,8 +366,24 @@ def keep_hooks(old: nn.Module, new: nn.Module) -> None:
         setattr(new, attribute, getattr(old, attribute))
 
 
-def same_noise(model: nn.Module) -> AbstractContextManager[None]:
-    """Whatever a model draws in evaluation mode, it draws the same in every such block,
-    and the caller's random state is untouched.
+def keeping_noise(model: nn.Module) -> AbstractContextManager[None]:
+    """What is drawn in this block leaves the caller's random state as it was."""
+    return torch.random.fork_rng(_devices(model))
+
+
+@contextmanager
+def same_noise(model: nn.Module) -> Iterator[None]:
+    """Whatever a model draws in evaluation mode, it draws the same in every such block, whatever was drawn in between;
+    the caller's random state is untouched.
     """
-    return torch.random.fork_rng(sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"}))
+    devices = _devices(model)
+    with torch.random.fork_rng(devices):
+        torch.random.default_generator.manual_seed(0)
+        for device in devices:
+            torch.cuda.default_generators[device].manual_seed(0)
+        yield
+
+
+def _devices(model: nn.Module) -> list[int]:
+    """The GPUs that hold parameters of a model."""
+    return sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})

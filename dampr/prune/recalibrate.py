@@ -31,7 +31,7 @@ def recalibrate(model: nn.Module, batches: Iterable[Any]) -> int:
     if not norms:
         return 0
     momenta, count = [norm.momentum for norm in norms], 0
-    with inputs.evaluating(model), inputs.same_noise(model), inputs.unsynced(model):
+    with inputs.evaluating(model), inputs.keeping_noise(model), inputs.unsynced(model):
         try:
             for batch in batches:
                 if not count:

@@ -1,0 +1,104 @@
+"""Models that draw random numbers in evaluation mode: masked autoencoders, dropout that stays on, samples of a latent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import dampr
+
+
+class Perturbed(nn.Module):
+    """Noise on the inputs, and dropout that is on in evaluation mode too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(12, 16), nn.Linear(16, 10), nn.Linear(10, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.relu(self.first(x + 0.1 * torch.randn_like(x)))
+        return self.last(functional.dropout(functional.relu(self.second(x)), 0.5, training=True))
+
+
+class Variational(nn.Module):
+    """A latent that is drawn from its mean and deviation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU()
+        )
+        self.mean, self.deviation, self.decoder = nn.Linear(8, 6), nn.Linear(8, 6), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.features(x).mean((2, 3))
+        return self.decoder(self.mean(h) + torch.randn(len(x), 6) * self.deviation(h).exp())
+
+
+class Masked(nn.Module):
+    """Random tokens are left out, as a masked autoencoder does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(12, 16), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        kept = torch.rand(x.shape[:2]).argsort(1)[:, :3]
+        x = x.gather(1, kept[:, :, None].expand(-1, -1, 12))
+        return self.last(functional.relu(self.first(x))), kept
+
+
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "noise and dropout": (Perturbed, (4, 12)),
+    "latent": (Variational, (2, 3, 8, 8)),
+    "masked tokens": (Masked, (4, 5, 12)),
+}
+
+
+def made(name: str) -> tuple[nn.Module, Tensor]:
+    kind, shape = NETWORKS[name]
+    torch.manual_seed(0)
+    return kind(), torch.randn(shape)
+
+
+def run(model: nn.Module, x: Tensor) -> Any:
+    torch.manual_seed(3)
+    with torch.no_grad():
+        return model.eval()(x)
+
+
+@pytest.mark.parametrize("gate", ["hard_concrete", "dep_l0", "dam"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_they_are_converted_and_cut_to_the_unit(name: str, gate: str) -> None:
+    model, x = made(name)
+    before, state = run(model, x), torch.get_rng_state()
+    torch.manual_seed(5)  # whatever is drawn before, and by the gates
+    dampr.convert(model, x, gate=gate)
+    torch.testing.assert_close(run(model, x), before, rtol=0, atol=1e-6)
+    assert torch.equal(torch.get_rng_state(), state)
+    budget = dampr.Budget(model, x, macs=0.6, steps=10)
+    with pytest.warns(dampr.prune.BudgetWarning):
+        report = budget.finalize()
+    assert dampr.verify_model(model, x).ok
+    masked = run(model, x)
+    small = dampr.compact(model, example_inputs=x)
+    torch.testing.assert_close(run(small, x), masked, rtol=1e-5, atol=1e-5)
+    assert report.reached <= 0.6 * report.total
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_they_are_pruned_at_once_and_leave_the_random_state(name: str) -> None:
+    model, x = made(name)
+    state = torch.get_rng_state()
+
+    def loss(out: Any, y: Tensor) -> Tensor:
+        return (out[0] if isinstance(out, tuple) else out).pow(2).mean()
+
+    small = dampr.prune_once(model, [(x, torch.zeros(len(x)))] * 2, loss, macs=0.6)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in model.parameters())
