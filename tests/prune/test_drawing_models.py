@@ -1,4 +1,4 @@
-"""Models that draw random numbers in evaluation mode: masked autoencoders, dropout that stays on, samples of a latent."""
+"""Models that draw random numbers in evaluation mode: masked autoencoders, latents, dropout that stays on."""
 
 from __future__ import annotations
 
