@@ -273,7 +273,23 @@ class Merged(nn.Module):
         )
 
 
+class Handed(nn.Module):
+    """Two layers that add one constant, made as wide as a number says, as T5 does with the bias of its attention."""
+
+    def __init__(self):
+        super().__init__()
+        self.width = 16
+        self.first, self.middle, self.second = nn.Linear(12, 16), nn.Linear(16, 12), nn.Linear(12, 16)
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x):
+        bias = torch.zeros((1, self.width)) + 0.5
+        x = self.middle((self.first(x) + bias).relu())
+        return self.head((self.second(x) + bias).relu())
+
+
 NETS = {
+    "a constant for two layers": (Handed, WORDS),
     "norms of a class of their own": (own_norms, IMAGE),
     "layers of a class of their own": (own_layers, IMAGE),
     "groups": (grouped, IMAGE),
@@ -466,6 +482,26 @@ def test_widths_that_share_a_number_in_code_stay_as_they_are():
     model = dampr.convert(Counted(), example_inputs=torch.randn(5, 6))
     assert {name.partition(".")[0] for name in gated_layers(model)} == {"head"}
     assert "something beside its layers has that width" in model.dampr_skipped["a"]
+
+
+def test_layers_that_one_constant_meets_have_one_width():
+    model = dampr.convert(Handed(), example_inputs=WORDS)
+    of_first, of_second = (gated_layers(model)[f"{name}.weight_gates.0"].gate for name in ("middle", "head"))
+    assert of_first is of_second
+    assert gated_layers(model)["second.weight_gates.0"].gate is not of_first  # the width in between is free
+
+
+@pytest.mark.parametrize("write", ["bias[:, 3] = 2.0", "bias[:, 3:5].unsqueeze(0).mul_(3)", "bias.T[3].fill_(2)"])
+def test_a_constant_that_one_unit_has_alone_is_no_constant_of_all(write):
+    class Written(Handed):
+        def forward(self, x):
+            bias = torch.zeros((1, self.width)) + 0.5
+            exec(write)
+            return self.head((self.second(self.middle(self.first(x))) + bias).relu())
+
+    model = dampr.convert(Written(), example_inputs=WORDS)
+    assert "meet constants" in model.dampr_skipped["second"]
+    assert {name.partition(".")[0] for name in gated_layers(model)} == {"second", "middle"}
 
 
 def test_include_and_exclude_are_of_the_layers_that_write():

@@ -100,13 +100,17 @@ def elementwise(call: Call) -> Axes:
     axes = ledger.meet(shape, operands, call)
     for tensor, marks in zip(call.given, call.marks, strict=True):
         if marks is None and tensor.dim() and (tensor.is_floating_point() or tensor.is_complex()):
-            ahead = len(shape) - tensor.dim()
+            ahead, taken = len(shape) - tensor.dim(), []
             for axis in axes:
                 dims = {d - ahead for d in varying(axis) if d >= ahead and tensor.shape[d - ahead] > 1}
                 if dims and not call.even(tensor, dims):
                     ledger.fix(
                         axis, call.why("constants", "its channels meet constants that are no parameter and no buffer")
                     )
+                elif dims and len(dims) == len(varying(axis)):
+                    taken.append(axis.reshape(axis.shape[ahead:]))
+            if taken:  # constants that meet several layers have one width with all of these
+                call.tracer.mark(tensor, Marks(taken))
     return axes
 
 

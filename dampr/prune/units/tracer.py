@@ -119,6 +119,12 @@ def as_it_was(model: nn.Module, parameters: bool = False) -> Iterator[None]:
                 tensor.copy_(value)
 
 
+def _computes_alike(func: Any) -> bool:
+    """Whether an operator makes the same of the same elements, each by itself, in a tensor of its own."""
+    drawn = torch.Tag.nondeterministic_seeded in func.tags
+    return torch.Tag.pointwise in func.tags and not drawn and not func._schema.is_mutable
+
+
 def _containers(module: nn.Module) -> list[tuple[Any, Any]]:
     return [(value, value.copy()) for value in vars(module).values() if isinstance(value, (dict, list, set))]
 
@@ -154,7 +160,8 @@ class Tracer(TorchDispatchMode):
         self.closed: Tensor | None = None
         self.alive: dict[int, tuple[float, float]] = {}
         self.added: set[int] = set()
-        self.uniform: dict[int, tuple[Tensor, bool]] = {}
+        self.uniform: dict[int, tuple[Tensor, bool]] = {}  # constants that are one number, and whether that is 0
+        self._even: dict[int, tuple[Tensor, set[int]]] = {}  # other constants, and along what they are the same
         self._unwritten: set[int] = set()  # tensors without values yet, by their ids
         self._names = names
         self._stack: list[nn.Module] = []
@@ -270,7 +277,7 @@ class Tracer(TorchDispatchMode):
     def _constant(self, func: Any, name: str, args: Any, kwargs: Any, given: list[Tensor], out: Any) -> None:
         """What no parameter and no input takes part in: whether it is the same everywhere, and what it is a view of."""
         if func._schema.is_mutable:
-            self._no_longer_uniform(args[0])
+            self._no_longer_even(args[0])
             self._unwritten.discard(id(self._root(args[0])))
         if name in _EMPTY.split():
             self._unwritten.add(id(out))
@@ -279,6 +286,12 @@ class Tracer(TorchDispatchMode):
         if name in _UNIFORM.split() or (kept and not func._schema.is_mutable):
             zero = self.is_zero(given[0]) if kept else "zeros" in name
             self.uniform.update({id(t): (t, zero) for t in pytree.tree_leaves(out) if isinstance(t, Tensor)})
+        elif given and isinstance(out, Tensor) and _computes_alike(func):
+            dims = {d for d in range(out.dim()) if all(self.is_even(t, d - out.dim()) for t in given)}
+            if all(id(t) in self.uniform for t in given):
+                self.uniform[id(out)] = out, False
+            elif dims:
+                self._even[id(out)] = out, dims
         if isinstance(out, Tensor) and func._schema.returns[0].alias_info is not None and not func._schema.is_mutable:
             self.mark(out, None)
             self._views[id(out)] = args[0], func, args, kwargs
@@ -287,15 +300,29 @@ class Tracer(TorchDispatchMode):
         """Whether a tensor of constants is known to be zero everywhere."""
         return self.uniform.get(id(tensor), (tensor, False))[1]
 
-    def _root(self, tensor: Tensor) -> Tensor:
-        """What a tensor is a view of, or itself."""
+    def is_even(self, tensor: Tensor, dim: int) -> bool:
+        """Whether a tensor of constants is the same along a dimension, counted from the last one (-1),
+        as far as that is known without looking at its values.
+        """
+        if id(tensor) in self.uniform or dim < -tensor.dim() or tensor.shape[dim] == 1:
+            return True
+        return id(tensor) in self._even and dim + tensor.dim() in self._even[id(tensor)][1]
+
+    def _bases(self, tensor: Any) -> Iterator[Tensor]:
+        """What a tensor is a view of, what that is a view of, and so on."""
         while id(tensor) in self._views and self._views[id(tensor)][0] is not tensor:
             tensor = self._views[id(tensor)][0]
-        return tensor
+            yield tensor
 
-    def _no_longer_uniform(self, written: Any) -> None:
-        while self.uniform.pop(id(written), None) is not None and id(written) in self._views:
-            written = self._views[id(written)][0]
+    def _root(self, tensor: Tensor) -> Tensor:
+        """What a tensor is a view of, or itself."""
+        return [tensor, *self._bases(tensor)][-1]
+
+    def _no_longer_even(self, written: Any) -> None:
+        """Forget what was known of the values of a tensor, and of all that it is a view of."""
+        for tensor in (written, *self._bases(written)):
+            self.uniform.pop(id(tensor), None)
+            self._even.pop(id(tensor), None)
 
     def _record(self, call: Call, result: Axes | tuple[Axes, ...]) -> None:
         outs = call.out if isinstance(call.out, (tuple, list)) else (call.out,)
