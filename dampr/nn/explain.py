@@ -11,12 +11,14 @@ from dampr import ops
 from dampr.functional.conv import layout_of, problem_of
 from dampr.spec import SAMPLE
 
+from .activation import Gate
 from .attention import GatedMultiheadAttention
 from .base import GatedLayer, Granularity
 from .conv import GatedConv
-from .gate import Gate, GatedEmbedding, GatedResidual
+from .embedding import GatedEmbedding
 from .linear import GatedLinear
 from .norm import GatedBatchNorm, GatedLayerNorm, GatedNorm
+from .residual import GatedResidual
 from .rnn import GatedRecurrent
 
 

@@ -13,22 +13,21 @@ from torch.nn import functional as F
 from dampr import _checks
 from dampr.gates import Gate as Family
 
+from .activation import Gate
 from .attention import GatedMultiheadAttention
 from .base import GatedWeight, fresh_values
 from .computed import check_dense, computed, copied, settled, unwrap, wake
-from .gate import Gate, gated_sum
 from .linear import GatedLinear
 from .norm import GatedLayerNorm
-from .pruned_attention import Maybe, PrunedMultiheadAttention
-from .pruned_transformer import (
-    BySublayers,
-    DecoderBySublayers,
-    EncoderBySublayers,
+from .pruned.attention import PrunedMultiheadAttention
+from .pruned.transformer import (
     PrunedTransformerDecoderLayer,
     PrunedTransformerEncoderLayer,
     RemovedPart,
     remove_sublayer,
 )
+from .residual import gated_sum
+from .sublayers import BySublayers, DecoderBySublayers, EncoderBySublayers
 
 PARTS = ("heads", "neurons", "sublayers")
 
@@ -154,7 +153,7 @@ class GatedTransformer(BySublayers):
                     raise ValueError(f"gate={type(own.gate).__name__}: fresh gates are not 1, {why}")
                 _multiply(last, 1 / fresh_values(own.gate))
 
-    def _value(self, index: int) -> Maybe:
+    def _value(self, index: int) -> Tensor | None:
         """The gate of a sublayer in evaluation mode, (1,), or None."""
         own = self._gate_of(index)
         return None if own is None else own.gate.deterministic()
