@@ -6,16 +6,18 @@ Each takes the arguments of the ``torch.nn`` layer it replaces, in its order, th
 import sys
 
 from . import pruned
+from .absorbed_relu import TakenReLU
 from .activation import Gate
 from .attention import GatedMultiheadAttention
 from .bank import GateBank
 from .base import GatedLayer
+from .batch_norm import GatedBatchNorm1d, GatedBatchNorm2d, GatedBatchNorm3d
 from .conv import GatedConv1d, GatedConv2d, GatedConv3d
 from .conv_transpose import GatedConvTranspose1d, GatedConvTranspose2d, GatedConvTranspose3d
 from .embedding import GatedEmbedding
 from .heads import GatedHeads
+from .layer_norm import GatedLayerNorm
 from .linear import GatedLinear
-from .norm import GatedBatchNorm1d, GatedBatchNorm2d, GatedBatchNorm3d, GatedLayerNorm, TakenReLU
 from .open_statistics import OpenStatistics
 from .parameter import GatedParameter
 from .pruned import (
@@ -72,6 +74,7 @@ __all__ = [
 # Pickles of whole models name the module of each class; these are the modules in which classes once were.
 _FORMER_MODULES = {
     "gate": sys.modules[__name__],
+    "norm": sys.modules[__name__],
     "pruned_attention": pruned.attention,
     "pruned_transformer": pruned.transformer,
     "stacked_rnn": pruned.stacked_rnn,

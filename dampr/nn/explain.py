@@ -14,10 +14,12 @@ from dampr.spec import SAMPLE
 from .activation import Gate
 from .attention import GatedMultiheadAttention
 from .base import GatedLayer, Granularity
+from .batch_norm import GatedBatchNorm
 from .conv import GatedConv
 from .embedding import GatedEmbedding
+from .gated_norm import GatedNorm
+from .layer_norm import GatedLayerNorm
 from .linear import GatedLinear
-from .norm import GatedBatchNorm, GatedLayerNorm, GatedNorm
 from .residual import GatedResidual
 from .rnn import GatedRecurrent
 

@@ -13,7 +13,8 @@ from dampr.gates import Gate
 from dampr.ops.gate_args import gate_dtype
 from dampr.spec import SAMPLE, GateSpec
 
-from .norm import GatedBatchNorm, norms_with, remember
+from .batch_norm import GatedBatchNorm
+from .gated_norm import norms_with, remember
 
 
 class GatedSyncBatchNorm(GatedBatchNorm):

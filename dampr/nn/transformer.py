@@ -17,8 +17,8 @@ from .activation import Gate
 from .attention import GatedMultiheadAttention
 from .base import GatedWeight, fresh_values
 from .computed import check_dense, computed, copied, settled, unwrap, wake
+from .layer_norm import GatedLayerNorm
 from .linear import GatedLinear
-from .norm import GatedLayerNorm
 from .pruned.attention import PrunedMultiheadAttention
 from .pruned.transformer import (
     PrunedTransformerDecoderLayer,

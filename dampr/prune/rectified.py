@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from dampr.nn import TakenReLU
-from dampr.nn.norm import GatedBatchNorm
+from dampr.nn.batch_norm import GatedBatchNorm
 
 from . import inputs
 

@@ -10,6 +10,7 @@ from dampr import nn as dampr_nn
 
 FORMER = {
     "gate": ("Gate", "GatedEmbedding", "GatedResidual", "Residual", "Scale"),
+    "norm": ("GatedBatchNorm1d", "GatedBatchNorm2d", "GatedBatchNorm3d", "GatedLayerNorm", "TakenReLU"),
     "pruned_attention": ("PrunedMultiheadAttention",),
     "pruned_transformer": ("PrunedTransformerDecoderLayer", "PrunedTransformerEncoderLayer"),
     "rnn": ("ScaledRNN",),
