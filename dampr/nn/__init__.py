@@ -6,8 +6,8 @@ Each takes the arguments of the ``torch.nn`` layer it replaces, in its order, th
 import sys
 
 from . import pruned
-from .absorbed_relu import TakenReLU
-from .activation import Gate
+from .absorbed_relu import AbsorbedReLU
+from .activation import GatedActivation
 from .attention import GatedMultiheadAttention
 from .bank import GateBank
 from .base import GatedLayer
@@ -34,9 +34,14 @@ from .rnn import GatedGRU, GatedLSTM, GatedRNN
 from .sync_norm import GatedSyncBatchNorm
 from .transformer import GatedTransformerDecoderLayer, GatedTransformerEncoderLayer
 
+Gate = GatedActivation  # the former names of these two
+TakenReLU = AbsorbedReLU
+
 __all__ = [
+    "AbsorbedReLU",
     "Gate",
     "GateBank",
+    "GatedActivation",
     "GatedBatchNorm1d",
     "GatedBatchNorm2d",
     "GatedBatchNorm3d",

@@ -1,4 +1,4 @@
-"""TakenReLU: what stands in the place of a ReLU that a batch norm with gates computes."""
+"""AbsorbedReLU: what stands in the place of a ReLU that a batch norm with gates computes."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 
-class TakenReLU(nn.ReLU):
-    """``nn.ReLU`` behind a batch norm that has taken it in: hands on what the norm has rectified,
-    and rectifies everything else.
+class AbsorbedReLU(nn.ReLU):
+    """``nn.ReLU`` behind a batch norm that computes it: it hands on what the norm has rectified, and rectifies
+    everything else.
 
     :func:`dampr.convert` puts it in the place of an ``nn.ReLU``, :func:`dampr.compact` takes it out again.
     """

@@ -1,4 +1,4 @@
-"""Gate: gates on any dimension of an activation."""
+"""GatedActivation: gates on any dimension of an activation."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .pruned.scale import Scale
 VALUE = value()
 
 
-class Gate(GatedLayer, nn.Module):
+class GatedActivation(GatedLayer, nn.Module):
     """Learned gates on one dimension of any activation: y = x * z along ``dim``.
 
     Args:
@@ -34,12 +34,12 @@ class Gate(GatedLayer, nn.Module):
     ``weights_per_gate`` is what closing one element of the dimension saves, for the penalty; 1 unless set. A gate of
     several elements counts for all of them.
 
-    Not to be confused with :class:`dampr.gates.Gate`, the interface of the families:
-    an instance of that is this layer's ``gate``.
+    The gates themselves, a :class:`dampr.gates.Gate`, are this layer's ``gate``. ``dampr.nn.Gate`` is the former name
+    of this class.
 
     Raises: ValueError or TypeError that names the argument.
 
-    >>> layer = Gate(2, dim=-1, index=torch.tensor([0, 0, 1])).eval()
+    >>> layer = GatedActivation(2, dim=-1, index=torch.tensor([0, 0, 1])).eval()
     >>> layer.gate.log_alpha.data[0] = -9.0
     >>> layer(torch.ones(1, 3))
     tensor([[0., 0., 1.]], grad_fn=<_GateActivationsBackward>)

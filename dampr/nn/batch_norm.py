@@ -21,7 +21,7 @@ from .gated_norm import GatedNorm
 
 class GatedBatchNorm(GatedNorm, _BatchNorm):
     activation: str | None
-    followed: bool = False  # whether the activation is that of a TakenReLU behind
+    followed: bool = False  # whether the activation is that of an AbsorbedReLU behind
     _arguments: tuple[str, ...] = ("num_features", "eps", "momentum", "affine", "track_running_stats")
 
     def __init__(
@@ -54,7 +54,7 @@ class GatedBatchNorm(GatedNorm, _BatchNorm):
         per_sample: bool = False,
         activation: str | None = None,
     ) -> Any:
-        """As for every gated norm; ``activation="relu"`` takes in the ReLU that follows ``layer``,
+        """As for every gated norm; ``activation="relu"`` computes the ReLU that follows ``layer``,
         which the caller then leaves out.
         """
         _checks.one_of("activation", activation, ACTIVATIONS)
@@ -183,7 +183,7 @@ class GatedBatchNorm2d(GatedBatchNorm, nn.BatchNorm2d):
         per_sample: in training, one draw per image instead of one per call (the placement of Dep-L0: convolution, norm,
             gate, ReLU). Norm, gates and activation are then one pass,
             and nothing of the size of the input is kept but the input.
-        activation: "relu" to take in the ReLU that follows, or None.
+        activation: "relu" to compute the ReLU that follows too, or None.
 
     ``weight`` and ``bias`` come first in ``parameters()``; a dense ``state_dict`` loads and leaves the gates as they
     are. A fresh layer equals the dense one in evaluation mode, to the bit.

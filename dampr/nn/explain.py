@@ -11,7 +11,7 @@ from dampr import ops
 from dampr.functional.conv import layout_of, problem_of
 from dampr.spec import SAMPLE
 
-from .activation import Gate
+from .activation import GatedActivation
 from .attention import GatedMultiheadAttention
 from .base import GatedLayer, Granularity
 from .batch_norm import GatedBatchNorm
@@ -55,7 +55,7 @@ def explain(layer: GatedLayer, x: Tensor) -> Explanation:
         found = _of_convolution(layer, x, dtype)
     elif isinstance(layer, GatedNorm):
         found = _of_norm(layer, x, dtype)
-    elif isinstance(layer, (GatedRecurrent, Gate, GatedEmbedding, GatedMultiheadAttention, GatedResidual)):
+    elif isinstance(layer, (GatedRecurrent, GatedActivation, GatedEmbedding, GatedMultiheadAttention, GatedResidual)):
         dtype = layer.weight.dtype if isinstance(layer, GatedEmbedding) else dtype
         found = Explanation(*ops.choose(x.device, dtype), *_of_others(layer))
     else:
@@ -105,7 +105,7 @@ def _of_convolution(layer: GatedConv, x: Tensor, dtype: torch.dtype) -> Explanat
 
 
 def _of_others(
-    layer: GatedRecurrent | Gate | GatedEmbedding | GatedMultiheadAttention | GatedResidual,
+    layer: GatedRecurrent | GatedActivation | GatedEmbedding | GatedMultiheadAttention | GatedResidual,
 ) -> tuple[str, str]:
     if isinstance(layer, GatedRecurrent):
         where = "rows of the projection" if layer.proj_size else "columns that read the state, and into the output"

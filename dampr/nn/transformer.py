@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from dampr import _checks
 from dampr.gates import Gate as Family
 
-from .activation import Gate
+from .activation import GatedActivation
 from .attention import GatedMultiheadAttention
 from .base import GatedWeight, fresh_values
 from .computed import check_dense, computed, copied, settled, unwrap, wake
@@ -88,7 +88,7 @@ class GatedTransformer(BySublayers):
             self.linear1 = GatedLinear._around(self.linear1, gate, "output", per_sample)
         if "sublayers" in parts:
             device = self.linear2.weight.device
-            gates = [Gate(1, -1, gate=gate, per_sample=per_sample, device=device) for _ in self._sublayers]
+            gates = [GatedActivation(1, -1, gate=gate, per_sample=per_sample, device=device) for _ in self._sublayers]
             for own, count in zip(gates, counts, strict=True):
                 own.weights_per_gate = float(count)
             self.sublayer_gates = nn.ModuleList(gates)
@@ -98,7 +98,7 @@ class GatedTransformer(BySublayers):
         """The layers with weights of each sublayer, norms excepted."""
         return [*([getattr(self, name)] for name in self._attentions), [self.linear1, self.linear2]]
 
-    def _gate_of(self, index: int) -> Gate | None:
+    def _gate_of(self, index: int) -> GatedActivation | None:
         """The gate of a sublayer as a whole."""
         gates: Any = self._modules.get("sublayer_gates")
         return None if gates is None else gates[index]
@@ -136,7 +136,11 @@ class GatedTransformer(BySublayers):
 
     @torch.no_grad()
     def _undo_fresh_gates(self) -> None:
-        fresh = [part.gate for part in self.modules() if isinstance(part, (GatedMultiheadAttention, GatedWeight, Gate))]
+        fresh = [
+            part.gate
+            for part in self.modules()
+            if isinstance(part, (GatedMultiheadAttention, GatedWeight, GatedActivation))
+        ]
         if not all(gate.starts_at_one() or bool((fresh_values(gate) != 0).all()) for gate in fresh):
             raise ValueError(
                 f"gate={type(fresh[0]).__name__}: a fresh gate of it is 0, so what the layer computes could not be kept"
