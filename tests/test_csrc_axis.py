@@ -240,11 +240,11 @@ def test_matrices_are_transposed_to_the_bit(shape: tuple[int, int], dtype: torch
     assert same_bits(transpose(x, threads), x.t())
 
 
-@pytest.mark.parametrize("passing", [False, True])
-def test_matrices_of_any_layout_are_transposed(passing: bool) -> None:
+@pytest.mark.parametrize("in_scratch", [False, True])
+def test_matrices_of_any_layout_are_transposed(in_scratch: bool) -> None:
     x = torch.randn(40, 50)
     for t in (x, x.t(), x[::2, 3:], x[:1].expand(7, 50)):
-        out = axis.transpose(t, passing)
+        out = axis.transpose(t, in_scratch)
         assert torch.equal(out, t.t())
         assert out.is_contiguous()
 
@@ -304,13 +304,13 @@ def test_tensors_of_any_layout_keep_what_is_asked_for(layout: str, dim: int, cha
     n = x.shape[dim]
     for count in {0, min(1, n), n // 2, n}:
         places = some_places(n, count)
-        out = axis.pick(x, places, dim, channels_last)
-        back = axis.place(out, places, n, dim, channels_last)
+        out = axis.gather(x, places, dim, channels_last)
+        back = axis.scatter(out, places, n, dim, channels_last)
         assert torch.equal(out, x.index_select(dim, places.long()))
         assert torch.equal(back, placed(out, places, n, dim))
-        assert torch.equal(axis.pick(back, places, dim, channels_last), out)
+        assert torch.equal(axis.gather(back, places, dim, channels_last), out)
         assert torch.equal(
-            axis.place(out.transpose(0, 1).contiguous().transpose(0, 1), places, n, dim, channels_last), back
+            axis.scatter(out.transpose(0, 1).contiguous().transpose(0, 1), places, n, dim, channels_last), back
         )
         for t in (out, back):
             assert not t.numel() or t.is_contiguous(
@@ -323,9 +323,9 @@ def test_vectors_and_matrices_move_along_each_dimension() -> None:
         x = torch.randn(shape)
         for dim in range(x.dim()):
             places = some_places(shape[dim], shape[dim] // 2 + 1)
-            out = axis.pick(x, places, dim)
+            out = axis.gather(x, places, dim)
             assert torch.equal(out, x.index_select(dim, places.long()))
-            assert torch.equal(axis.place(out, places, shape[dim], dim), placed(out, places, shape[dim], dim))
+            assert torch.equal(axis.scatter(out, places, shape[dim], dim), placed(out, places, shape[dim], dim))
 
 
 # Wrong arguments

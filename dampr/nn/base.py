@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dampr import _checks
 from dampr.gates import Gate, make_gate
-from dampr.ops.node import traced
+from dampr.ops.node import needs_dispatcher
 from dampr.reference import expand_blocks
 from dampr.spec import SAMPLE, GateSpec, value
 
@@ -249,7 +249,7 @@ class GatedWeight(GatedLayer):
         find = self.gate.open_slice
         if find is None or self.granularity not in VECTOR_GRANULARITIES or self.groups != 1:
             return None
-        if traced(()) or self.weight.device.type != "cpu":
+        if needs_dispatcher((), by_profiler=False) or self.weight.device.type != "cpu":
             return None
         start, stop = find()
         return slice(start, stop) if 0 < stop - start < self.gate.num_gates else None

@@ -98,7 +98,7 @@ class GatedBatchNorm(GatedNorm, _BatchNorm):
         if self.training and not offset and self._fits(x, parameter):
             norm = Norm(self.weight, self.bias, self.eps, activation is not None)
             gates = GateArgs(parameter, seed, spec, self.per_sample and spec.rule == SAMPLE)
-            y = ops.whole_norm_gate(x, norm, gates, Running(*self._kept(), self.momentum))  # type: ignore[arg-type]
+            y = ops.fused_norm(x, norm, gates, Running(*self._kept(), self.momentum))  # type: ignore[arg-type]
         return self._step_by_step(x, parameter, seed, spec, activation, offset) if y is None else y
 
     def _kept(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

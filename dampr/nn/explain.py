@@ -150,7 +150,7 @@ def _of_norm(layer: GatedNorm, x: Tensor, dtype: torch.dtype) -> Explanation:
     if (
         isinstance(layer, GatedBatchNorm)
         and layer.training
-        and ops.has_whole_norms(x.device, dtype, False)
+        and ops.has_fused_norm(x.device, dtype, False)
         and layer._fits(x, layer.gate.parameter)
     ):
         return Explanation(

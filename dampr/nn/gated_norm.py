@@ -66,7 +66,7 @@ class GatedNorm(GatedLayer):
         if weight is None:
             weight = torch.ones(self._gain_shape(), dtype=norm.gain_dtype(x), device=x.device)
         gate = gate_of("gate", parameter, weight.numel(), "channel", weight, seed, spec)
-        return ops.whole_norm(x, weight, self.bias, gate, norm)
+        return ops.folded_norm(x, weight, self.bias, gate, norm)
 
     def _gain_shape(self) -> tuple[int, ...]:
         raise NotImplementedError

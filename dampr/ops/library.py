@@ -1,4 +1,4 @@
-"""The ``dampr`` operator library, and who looks on when an op is called."""
+"""The ``dampr`` operator library, and the call of an operator where nobody needs the dispatcher."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from . import routes
-from .node import watched
+from .node import needs_dispatcher
 
 LIBRARY = torch.library.Library("dampr", "DEF")
 
@@ -39,7 +39,9 @@ def define(
 
     def call(*args: Any) -> Any:
         first = args[0] if type(args[0]) is not list else args[0][0]
-        return overload(*args) if watched(args) or not (first.is_cpu or first.is_cuda) else implementation(*args)
+        return (
+            overload(*args) if needs_dispatcher(args) or not (first.is_cpu or first.is_cuda) else implementation(*args)
+        )
 
     return call
 

@@ -17,7 +17,7 @@ from torch.autograd import forward_ad, profiler
 
 from dampr.spec import GateSpec
 
-from .gate_args import GatePair, Maybe
+from .gate_args import GatePair
 
 # Looked up once: every backward asks these, and beside a tiny layer an attribute of an attribute counts.
 _grad_enabled, _compiling = torch.is_grad_enabled, torch.compiler.is_compiling
@@ -34,9 +34,12 @@ def is_transformed() -> bool:
 PLAIN = {torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, list, tuple, GateSpec, torch.dtype}
 
 
-def watched(args: Sequence[Any], by_profiler: bool = True) -> bool:
-    """Whether a compiler, a dispatch mode, a transform,
-    the profiler or an argument of another kind wants to see operators.
+def needs_dispatcher(args: Sequence[Any], by_profiler: bool = True) -> bool:
+    """Whether a compiler, a dispatch mode, a transform, the profiler or an argument of another type must see operators.
+
+    Args:
+        args: the arguments of the operator.
+        by_profiler: False where a profiler does not count, because it is served by what really runs.
     """
     return (
         (by_profiler and profiler._is_profiler_enabled)
@@ -46,11 +49,6 @@ def watched(args: Sequence[Any], by_profiler: bool = True) -> bool:
         or forward_ad._current_level >= 0
         or not PLAIN.issuperset(map(type, args))
     )
-
-
-def traced(args: Sequence[Any]) -> bool:
-    """:func:`watched` by more than the profiler, which is served by what really runs."""
-    return watched(args, by_profiler=False)
 
 
 class Node(torch.autograd.Function):
@@ -94,7 +92,7 @@ class Node(torch.autograd.Function):
 class Planned(Node):
     """Base of the nodes that go straight into the backend, by the :class:`.plan.Plan` that ``forward`` is given last.
 
-    A subclass has ``by_operators`` in the place of ``fused``: the backward for whoever looks on. What the forward kept
+    A subclass has ``by_operators`` in the place of ``fused``: the backward by operators. What the forward kept
     is the last of the saved tensors, and the plan is the one constant.
     """
 
@@ -109,7 +107,7 @@ class Planned(Node):
         return changeable  # type: ignore[no-any-return]
 
 
-def _by_plain(node: type[Node], ctx: Any, grads: Sequence[Tensor]) -> tuple[Maybe, ...]:
+def _by_plain(node: type[Node], ctx: Any, grads: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
     """The gradients of a call, differentiable in its inputs and in ``grads``."""
     needs = ctx.needs_input_grad
     inputs = ctx.saved_tensors[: node.tensors]
@@ -118,8 +116,8 @@ def _by_plain(node: type[Node], ctx: Any, grads: Sequence[Tensor]) -> tuple[Mayb
 
 
 def differentiate(
-    function: Callable[..., Any], grads: Sequence[Tensor], inputs: Sequence[Maybe], needs: Sequence[bool]
-) -> list[Maybe]:
+    function: Callable[..., Any], grads: Sequence[Tensor], inputs: Sequence[Tensor | None], needs: Sequence[bool]
+) -> list[Tensor | None]:
     """Gradients of the ``inputs`` that need one from ``grads``, those of the outputs;
     differentiable where gradients are enabled.
     """
@@ -144,13 +142,13 @@ def _stand_in(t: Tensor) -> Tensor:
 
 
 def differentiate_layer(
-    layer: Callable[..., Tensor], dy: Tensor, tensors: Sequence[Maybe], gates: GatePair, needs: Sequence[bool]
-) -> list[Maybe]:
+    layer: Callable[..., Tensor], dy: Tensor, tensors: Sequence[Tensor | None], gates: GatePair, needs: Sequence[bool]
+) -> list[Tensor | None]:
     """Gradients of x, weight, bias and both log-alphas by way of ``layer(x, weight, bias, gates)``, of operators,
-    for whoever looks on.
+    for whoever needs operators.
     """
 
-    def whole(x: Tensor, weight: Tensor, bias: Maybe, in_la: Maybe, out_la: Maybe) -> Tensor:
+    def whole(x: Tensor, weight: Tensor, bias: Tensor | None, in_la: Tensor | None, out_la: Tensor | None) -> Tensor:
         return layer(x, weight, bias, gates._replace(input_log_alpha=in_la, output_log_alpha=out_la))
 
     return differentiate(whole, (dy,), (*tensors, gates.input_log_alpha, gates.output_log_alpha), needs)

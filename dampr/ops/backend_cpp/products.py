@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dampr import _C  # type: ignore[attr-defined]
-from dampr.ops.gate_args import Maybe
 
 from .axis import transpose
 
@@ -49,7 +48,7 @@ def described(M: int, N: int, K: int, dtype: torch.dtype, drawn: bool) -> str:
     return "oneDNN's products, faster here than MKL's" if drawn else "torch's product, oneDNN's in the backward"
 
 
-def linear(x: Tensor, weight: Tensor, bias: Maybe, onednn: bool) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, onednn: bool) -> Tensor:
     """x W^T + b, by oneDNN or by torch; x: (..., K), weight: (N, K)."""
     if onednn:
         return _onednn(x, weight, None if bias is None else bias.contiguous())  # it is read as if it were
@@ -61,13 +60,13 @@ def to_inputs(dy: Tensor, weight: Tensor, onednn: bool) -> Tensor:
     return _onednn(dy, weight.t(), None) if onednn else dy @ weight
 
 
-def to_weight(dy: Tensor, x: Tensor, onednn: bool, passing: bool) -> Tensor:
+def to_weight(dy: Tensor, x: Tensor, onednn: bool, in_scratch: bool) -> Tensor:
     """dy^T x, the gradient of the weight; dy: (M, N), x: (M, K).
 
-    ``passing``: nobody needs what is in :data:`.host.scratch`.
+    ``in_scratch``: nobody needs what is in :data:`.host.scratch`.
     oneDNN wants what it multiplies from the left to lie in rows.
     """
     if not onednn:
         return dy.t() @ x
-    passing = passing and dy.shape[0] <= 2 * x.shape[1]  # memory that stays is about as large as the weight
-    return _onednn(transpose(dy, passing), x.t(), None)
+    in_scratch = in_scratch and dy.shape[0] <= 2 * x.shape[1]  # memory that stays is about as large as the weight
+    return _onednn(transpose(dy, in_scratch), x.t(), None)

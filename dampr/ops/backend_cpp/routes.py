@@ -8,7 +8,7 @@ import math
 import torch
 
 from dampr.ops import routes, thresholds
-from dampr.ops.live import WORK
+from dampr.ops.skip_closed import WORK
 
 from . import products
 

@@ -20,8 +20,8 @@ from dampr import reference
 from .backends import select
 from .fold_conv import channels_innermost, fold_channels, fold_filters
 from .gate_activations import gate_activations
-from .gate_args import GatePair, Maybe
-from .node import Node, differentiate_layer, watched
+from .gate_args import GatePair
+from .node import Node, differentiate_layer, needs_dispatcher
 
 Sizes = tuple[int, ...]
 
@@ -42,11 +42,11 @@ class Window(NamedTuple):
             for length, kernel, stride, padding, dilation in zip(*sizes, *self[:3], strict=True)
         )
 
-    def convolve(self, x: Tensor, weight: Tensor, bias: Maybe) -> Tensor:
+    def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return torch.convolution(x, weight, bias, *self[:3], False, [0] * len(self.stride), self.groups)
 
 
-class _WholeConv(Node):
+class _GatedConv(Node):
     tensors = 7
 
     @staticmethod
@@ -55,7 +55,7 @@ class _WholeConv(Node):
         return reference.gated_conv(*given, **window._asdict())
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Maybe, *rest: Any) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:  # type: ignore[override]
         *gates, window, on_activations, ctx.backend = rest
         ctx.constants = *gates[4:], window, on_activations
         y, pre = ctx.backend.fwd(
@@ -72,7 +72,7 @@ class _WholeConv(Node):
         spec, per_sample, window, on_activations = ctx.constants
         gates = GatePair(in_la, out_la, in_seed, out_seed, spec, per_sample)
         needs = ctx.needs_input_grad[:5]
-        if watched((dy,)):
+        if needs_dispatcher((dy,)):
             whole = partial(
                 composed_conv, convolve=window.convolve, groups=window.groups, on_activations=on_activations
             )
@@ -86,7 +86,7 @@ class _WholeConv(Node):
 def composed_conv(
     x: Tensor,
     weight: Tensor,
-    bias: Maybe,
+    bias: Tensor | None,
     gates: GatePair,
     convolve: Callable[..., Tensor],
     groups: int,
@@ -106,18 +106,20 @@ def composed_conv(
     return convolve(x, weight, None if bias is None else bias.to(dtype))
 
 
-def whole_conv(x: Tensor, weight: Tensor, bias: Maybe, gates: GatePair, window: Window, on_activations: bool) -> Tensor:
+def gated_conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, gates: GatePair, window: Window, on_activations: bool
+) -> Tensor:
     """Differentiable gated convolution of x (B, C, *size);
     arguments are taken as checked (:mod:`dampr.functional.conv` checks).
     """
     tensors = x, weight, bias, gates.input_log_alpha, gates.output_log_alpha
     one_fold = gates.input is None or (gates.output is None and window.groups == 1 and channels_innermost(weight))
-    backend = getattr(select(x.device, x.dtype), "whole_conv", None)
+    backend = getattr(select(x.device, x.dtype), "gated_conv", None)
     if (
         backend is not None
         and torch.is_grad_enabled()
         and (on_activations or one_fold)
-        and not watched(tensors)
+        and not needs_dispatcher(tensors)
         and any(t is not None and t.requires_grad for t in tensors)
     ):
         y: Tensor = _apply(*tensors[:3], *gates, window, on_activations, backend)
@@ -125,4 +127,4 @@ def whole_conv(x: Tensor, weight: Tensor, bias: Maybe, gates: GatePair, window: 
     return composed_conv(x, weight, bias, gates, window.convolve, window.groups, on_activations)
 
 
-_apply = super(torch.autograd.Function, _WholeConv).apply  # type: ignore[misc]
+_apply = super(torch.autograd.Function, _GatedConv).apply  # type: ignore[misc]

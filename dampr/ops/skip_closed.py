@@ -20,8 +20,8 @@ from dampr.spec import HARD_CONCRETE, RAMP
 from . import routes, thresholds
 from .backends import select
 from .fold_conv import channels_innermost
-from .gate_args import GateArgs, GatePair, Maybe
-from .node import Node, differentiate_layer, traced
+from .gate_args import GateArgs, GatePair
+from .node import Node, differentiate_layer, needs_dispatcher
 
 # From so many multiply-adds on it is worth looking at the draw. Lists are filled up to a multiple that suits the blocks
 # of channels of vendors' kernels. What is left out has to be worth moving the rest: so many multiply-adds for each
@@ -30,7 +30,7 @@ from .node import Node, differentiate_layer, traced
 WORK, MULTIPLE, MOVE = 2**24, 16, 20
 
 
-class _Live(Node):
+class _SkipClosed(Node):
     tensors = 7
 
     @staticmethod
@@ -51,18 +51,18 @@ class _Live(Node):
         x, weight, bias, in_la, out_la, in_seed, out_seed, ins, outs = ctx.saved_tensors
         spec, window = ctx.constants
         pair, needs = GatePair(in_la, out_la, in_seed, out_seed, spec), ctx.needs_input_grad[:5]
-        if traced((dy,)):
+        if needs_dispatcher((dy,), by_profiler=False):
             grads = differentiate_layer(ctx.whole, dy, (x, weight, bias), pair, needs)
         else:
             grads = ctx.backend.bwd(dy, x, weight, bias, pair, ins, outs, window, needs)
         return (*grads, *[None] * 9)
 
 
-_apply = super(torch.autograd.Function, _Live).apply  # type: ignore[misc]
+_apply = super(torch.autograd.Function, _SkipClosed).apply  # type: ignore[misc]
 
 
 def on_open_gates(
-    x: Tensor, weight: Tensor, bias: Maybe, gates: GatePair, work: int, whole: Any, window: Any = None
+    x: Tensor, weight: Tensor, bias: Tensor | None, gates: GatePair, work: int, whole: Any, window: Any = None
 ) -> Tensor | None:
     """The layer on its open gates, or None where that would not be faster, or where somebody traces.
 
@@ -74,8 +74,8 @@ def on_open_gates(
     forced = routes.forced_name()
     if work < WORK if forced is None else forced != "live":
         return None
-    backend = getattr(select(x.device, x.dtype), "live", None)
-    if backend is None or traced((x, weight, bias, *gates[:2])):
+    backend = getattr(select(x.device, x.dtype), "skip_closed", None)
+    if backend is None or needs_dispatcher((x, weight, bias, *gates[:2]), by_profiler=False):
         return None
     return among_open(x, weight, bias, gates, work, whole, window, forced is not None, backend)
 
@@ -83,7 +83,7 @@ def on_open_gates(
 def among_open(
     x: Tensor,
     weight: Tensor,
-    bias: Maybe,
+    bias: Tensor | None,
     gates: GatePair,
     work: int,
     whole: Any,
@@ -104,7 +104,7 @@ def among_open(
         (in_la, in_seed, least.inputs, x.numel()),
         (out_la, out_seed, least.outputs, work * weight.shape[0] // max(1, size)),
     )
-    lists: list[Maybe] = [None, None]  # of the open gates of inputs and outputs, where they are short enough
+    lists: list[Tensor | None] = [None, None]  # of the open gates of inputs and outputs, where they are short enough
     for side, (log_alpha, seed, share, activations) in enumerate(sides):
         closed = 0.0 if forced else max(share, MOVE * (2 * activations + size) / work)
         if log_alpha is not None and closed < 1:

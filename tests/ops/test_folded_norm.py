@@ -19,7 +19,7 @@ from dampr.ops import select
 
 pytestmark = pytest.mark.skipif(dampr.backend_info()["cpp"].startswith("missing"), reason="no extension")
 
-NODE, PASS = "_WholeNormBackward", "_WholeNormGateBackward"  # around torch's norm, and norm and gates in one pass
+NODE, PASS = "_FoldedNormBackward", "_FusedNormBackward"  # around torch's norm, and norm and gates in one pass
 LAYERS: dict[str, tuple[Callable[..., Any], tuple[int, ...]]] = {
     "vectors": (lambda **k: GatedBatchNorm1d(5, **k), (7, 5)),
     "images": (lambda **k: GatedBatchNorm2d(5, **k), (3, 5, 4, 6)),
@@ -54,7 +54,7 @@ def run(layer: nn.Module, x: Tensor, wanted: list[Tensor] | None = None) -> tupl
 def apart(monkeypatch: pytest.MonkeyPatch, layer: nn.Module, x: Tensor) -> list[Tensor]:
     """The same by way of the smaller ops."""
     with monkeypatch.context() as patch:
-        for name in ("whole_norm", "own_norms"):
+        for name in ("folded_norm", "fused_norms"):
             patch.delattr(select(torch.device("cpu"), x.dtype), name)
         name, found = run(layer, x)
     assert name not in (NODE, PASS)

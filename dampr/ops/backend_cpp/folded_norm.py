@@ -9,21 +9,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dampr.ops.gate_args import GateArgs, Maybe
+from dampr.ops.gate_args import GateArgs
 
 from .fold_weight import fold_into
 from .fold_weight import unfold as unfold_weight
 
 
-def fold(weight: Tensor, bias: Maybe, gate: GateArgs) -> tuple[Tensor, Maybe]:
+def fold(weight: Tensor, bias: Tensor | None, gate: GateArgs) -> tuple[Tensor, Tensor | None]:
     """(z weight, z bias) in the dtype of ``weight``, which is contiguous."""
     gain = torch.empty_like(weight)
     return gain, fold_into(gain, weight, bias, gate.on_rows(), weight.numel(), 1)
 
 
 def unfold(
-    dgain: Tensor, dshift: Maybe, weight: Tensor, bias: Maybe, gate: GateArgs, needs: Sequence[bool]
-) -> tuple[Maybe, ...]:
+    dgain: Tensor, dshift: Tensor | None, weight: Tensor, bias: Tensor | None, gate: GateArgs, needs: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
     """Gradients of weight, bias and log_alpha, those that are needed;
     that of the weight may take the place of ``dgain``.
     """

@@ -16,12 +16,12 @@ import dampr
 from dampr import functional
 from dampr.nn import GatedConv2d, GatedLinear
 from dampr.ops import forced_route
-from dampr.ops.live import WORK
+from dampr.ops.skip_closed import WORK
 from dampr.spec import hard_concrete, mask, value
 
 pytestmark = pytest.mark.skipif(dampr.backend_info()["cpp"].startswith("missing"), reason="no extension")
 
-NODE = "_LiveBackward"
+NODE = "_SkipClosedBackward"
 CLOSED = {"none": 0.0, "some": 0.4, "all but one": None, "all": 1.0}
 SHAPES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "linear": ((6, 11), (9, 11)),

@@ -9,19 +9,25 @@ import torch
 from torch import Tensor
 
 from dampr.ops.fold_conv import channels_innermost
-from dampr.ops.gate_args import GatePair, Maybe
+from dampr.ops.gate_args import GatePair
 
 from . import host
 from .fold_weight import fold_into, unfold
 from .gate_activations import gate_activations_bwd, gate_activations_fwd
 
 if TYPE_CHECKING:
-    from dampr.ops.whole_conv import Window
+    from dampr.ops.gated_conv import Window
 
 
 def fwd(
-    x: Tensor, weight: Tensor, bias: Maybe, gates: GatePair, window: Window, on_activations: bool, keep_pre: bool
-) -> tuple[Tensor, Maybe]:
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gates: GatePair,
+    window: Window,
+    on_activations: bool,
+    keep_pre: bool,
+) -> tuple[Tensor, Tensor | None]:
     """y, and what is kept: where gates multiply activations, y before the output gates."""
     if not on_activations:
         return window.convolve(x, *_folded(weight, bias, gates, x.dtype)), None
@@ -33,7 +39,7 @@ def fwd(
     return gate_activations_fwd(pre, gates.output, 1), pre if keep_pre else None
 
 
-def gated_conv2d_fwd(x: Tensor, weight: Tensor, bias: Maybe, gates: GatePair, window: Window) -> Tensor:
+def gated_conv2d_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, gates: GatePair, window: Window) -> Tensor:
     """The operator of that name, which no route takes on the CPU: gates per batch on the
     activations around torch's convolution.
     """
@@ -44,14 +50,14 @@ def bwd(
     dy: Tensor,
     x: Tensor,
     weight: Tensor,
-    bias: Maybe,
+    bias: Tensor | None,
     gates: GatePair,
-    pre: Maybe,
+    pre: Tensor | None,
     window: Window,
     on_activations: bool,
     needs: Sequence[bool],
     over_pre: bool,
-) -> tuple[Maybe, ...]:
+) -> tuple[Tensor | None, ...]:
     """Gradients of x, weight, bias and both log-alphas, those that are needed;
     ``over_pre``: ``pre`` is of no more use than its memory.
     """
@@ -78,13 +84,13 @@ def _bwd_on_activations(
     dy: Tensor,
     x: Tensor,
     weight: Tensor,
-    bias: Maybe,
+    bias: Tensor | None,
     gates: GatePair,
-    pre: Maybe,
+    pre: Tensor | None,
     window: Window,
     needs: Sequence[bool],
     over_pre: bool,
-) -> tuple[Maybe, ...]:
+) -> tuple[Tensor | None, ...]:
     need_x, need_w, need_b, need_in, need_out = needs
     din = dout = None
     if gates.output is not None:
@@ -107,15 +113,17 @@ def _bwd_on_activations(
 
 
 def _convolution_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, bias: Maybe, window: Window, wanted: tuple[bool, bool, bool]
-) -> tuple[Maybe, Maybe, Maybe]:
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, window: Window, wanted: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     sizes = None if bias is None else list(bias.shape)
     rest = sizes, *window[:3], False, [0] * len(window.stride), window.groups, list(wanted)
-    grads: tuple[Maybe, Maybe, Maybe] = torch.ops.aten.convolution_backward(dy, x, weight, *rest)
+    grads: tuple[Tensor | None, Tensor | None, Tensor | None] = torch.ops.aten.convolution_backward(
+        dy, x, weight, *rest
+    )
     return grads
 
 
-def _folded(weight: Tensor, bias: Maybe, gates: GatePair, dtype: torch.dtype) -> tuple[Tensor, Maybe]:
+def _folded(weight: Tensor, bias: Tensor | None, gates: GatePair, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """Weight and bias with their gates; the weight is one of :data:`.host.scratch`."""
     weight = _dense(weight)
     out = host.scratch.views[weight.shape, weight.stride(), dtype]

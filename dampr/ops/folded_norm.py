@@ -2,8 +2,8 @@
 no activation is touched.
 
 Made of smaller ops; while torch.compile traces, of gates by themselves and products that it fuses into the norm. On the
-CPU, where nobody looks on, it is one node of autograd instead, because beside a cold cache each view, node and line of
-Python costs as much as the fold.
+CPU, where nobody needs operators, it is one node of autograd instead, because beside a cold cache each view, node and
+line of Python costs as much as the fold.
 """
 
 from __future__ import annotations
@@ -20,32 +20,32 @@ from dampr.spec import GateSpec
 
 from .backends import select
 from .fold_weight import fold_weight
-from .gate_args import GateArgs, GatePair, Maybe
-from .node import Node, differentiate_layer, watched
+from .gate_args import GateArgs, GatePair
+from .node import Node, differentiate_layer, needs_dispatcher
 from .sample_gates import sample_gates
 
 
 class BatchNorm(NamedTuple):
     """``F.batch_norm`` but for the tensors that it multiplies."""
 
-    running_mean: Maybe
-    running_var: Maybe
+    running_mean: Tensor | None
+    running_var: Tensor | None
     training: bool
     momentum: float
     eps: float
 
-    def __call__(self, x: Tensor, gain: Maybe, shift: Maybe) -> Tensor:
+    def __call__(self, x: Tensor, gain: Tensor | None, shift: Tensor | None) -> Tensor:
         return F.batch_norm(x, self.running_mean, self.running_var, gain, shift, self.training, self.momentum, self.eps)
 
-    def fwd(self, x: Tensor, gain: Tensor, shift: Maybe) -> tuple[Tensor, Tensor, Tensor]:
+    def fwd(self, x: Tensor, gain: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """y, and mean and 1 / standard deviation for :meth:`bwd`."""
         return torch.native_batch_norm(x, gain, shift, *self)
 
     def bwd(
-        self, dy: Tensor, x: Tensor, gain: Tensor, shift: Maybe, mean: Tensor, rstd: Tensor, needs: list[bool]
-    ) -> Sequence[Maybe]:
+        self, dy: Tensor, x: Tensor, gain: Tensor, shift: Tensor | None, mean: Tensor, rstd: Tensor, needs: list[bool]
+    ) -> Sequence[Tensor | None]:
         running = self.running_mean, self.running_var
-        grads: Sequence[Maybe] = torch.ops.aten.native_batch_norm_backward(
+        grads: Sequence[Tensor | None] = torch.ops.aten.native_batch_norm_backward(
             dy, x, gain, *running, mean, rstd, self.training, self.eps, needs
         )
         return grads
@@ -54,10 +54,8 @@ class BatchNorm(NamedTuple):
         """The same once more, for derivatives, without an update of the running statistics."""
         return self._replace(running_mean=None, running_var=None) if self.training else self
 
-    def refuses(self, x: Tensor, gain: Tensor, shift: Maybe) -> bool:
-        """Whether torch's own function has something to say about x,
-        or does something else where there is so little of it.
-        """
+    def refuses(self, x: Tensor, gain: Tensor, shift: Tensor | None) -> bool:
+        """Whether torch would raise for x, or computes something else because x has so few elements."""
         vectors = gain, shift, self.running_mean, self.running_var
         return (
             x.dim() < 2
@@ -77,16 +75,16 @@ class LayerNorm(NamedTuple):
     shape: list[int]
     eps: float
 
-    def __call__(self, x: Tensor, gain: Tensor, shift: Maybe) -> Tensor:
+    def __call__(self, x: Tensor, gain: Tensor, shift: Tensor | None) -> Tensor:
         return F.layer_norm(x, self.shape, gain, shift, self.eps)
 
-    def fwd(self, x: Tensor, gain: Tensor, shift: Maybe) -> tuple[Tensor, Tensor, Tensor]:
+    def fwd(self, x: Tensor, gain: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         return torch.native_layer_norm(x, self.shape, gain, shift, self.eps)
 
     def bwd(
-        self, dy: Tensor, x: Tensor, gain: Tensor, shift: Maybe, mean: Tensor, rstd: Tensor, needs: list[bool]
-    ) -> Sequence[Maybe]:
-        grads: Sequence[Maybe] = torch.ops.aten.native_layer_norm_backward(
+        self, dy: Tensor, x: Tensor, gain: Tensor, shift: Tensor | None, mean: Tensor, rstd: Tensor, needs: list[bool]
+    ) -> Sequence[Tensor | None]:
+        grads: Sequence[Tensor | None] = torch.ops.aten.native_layer_norm_backward(
             dy, x, self.shape, mean, rstd, gain, shift, needs
         )
         return grads
@@ -94,7 +92,7 @@ class LayerNorm(NamedTuple):
     def again(self) -> LayerNorm:
         return self
 
-    def refuses(self, x: Tensor, gain: Tensor, shift: Maybe) -> bool:
+    def refuses(self, x: Tensor, gain: Tensor, shift: Tensor | None) -> bool:
         return x.numel() == 0
 
     def gain_dtype(self, x: Tensor) -> torch.dtype:
@@ -104,18 +102,31 @@ class LayerNorm(NamedTuple):
 Norm = BatchNorm | LayerNorm
 
 
-class _WholeNorm(Node):
+class _FoldedNorm(Node):
     tensors = 5  # with the seed, which takes the place of the gate among the inputs
 
     @staticmethod
     def plain(
-        x: Tensor, weight: Tensor, bias: Maybe, log_alpha: Tensor, seed: Maybe, spec: GateSpec, norm: Norm
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        log_alpha: Tensor,
+        seed: Tensor | None,
+        spec: GateSpec,
+        norm: Norm,
     ) -> Tensor:
         return _composed(x, weight, bias, GateArgs(log_alpha, seed, spec).on_rows(), norm.again())
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, weight: Tensor, bias: Maybe, log_alpha: Tensor, gate: GateArgs, norm: Norm, backend: Any
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        log_alpha: Tensor,
+        gate: GateArgs,
+        norm: Norm,
+        backend: Any,
     ) -> Tensor:
         gain, shift = backend.fold(weight, bias, gate)
         y, mean, rstd = norm.fwd(x, gain, shift)
@@ -129,7 +140,7 @@ class _WholeNorm(Node):
         spec, norm = ctx.constants
         need_x, need_w, need_b, need_gate = needs = ctx.needs_input_grad[:4]
         gate = GateArgs(log_alpha, seed, spec)
-        if watched((dy,)):
+        if needs_dispatcher((dy,)):
             whole = partial(_composed, norm=norm.again())
             dx, dw, db, _, dgate = differentiate_layer(
                 whole, dy, (x, weight, bias), gate.on_rows(), (*needs[:3], False, need_gate)
@@ -143,18 +154,18 @@ class _WholeNorm(Node):
         return dx, *ctx.backend.unfold(dgain, dshift, weight, bias, gate, needs[1:]), None, None, None
 
 
-_apply = super(torch.autograd.Function, _WholeNorm).apply  # type: ignore[misc]
+_apply = super(torch.autograd.Function, _FoldedNorm).apply  # type: ignore[misc]
 
 
-def whole_norm(x: Tensor, weight: Tensor, bias: Maybe, gate: GateArgs, norm: Norm) -> Tensor:
+def folded_norm(x: Tensor, weight: Tensor, bias: Tensor | None, gate: GateArgs, norm: Norm) -> Tensor:
     """Differentiable; weight, bias: the shape that ``norm`` normalises, a gate for each element;
     arguments are taken as checked.
     """
-    backend = getattr(select(x.device, weight.dtype), "whole_norm", None)
+    backend = getattr(select(x.device, weight.dtype), "folded_norm", None)
     tensors = x, weight, bias, gate.log_alpha
     if (
         backend is None
-        or watched(tensors)
+        or needs_dispatcher(tensors)
         or norm.refuses(x, weight, bias)
         or not weight.is_contiguous()
         or torch.is_autocast_enabled(x.device.type)
@@ -166,18 +177,18 @@ def whole_norm(x: Tensor, weight: Tensor, bias: Maybe, gate: GateArgs, norm: Nor
     return norm(x, *backend.fold(weight, bias, gate))
 
 
-def affine(weight: Tensor, bias: Maybe, gate: GateArgs) -> tuple[Tensor, Maybe]:
+def affine(weight: Tensor, bias: Tensor | None, gate: GateArgs) -> tuple[Tensor, Tensor | None]:
     """(z weight, z bias) in the dtype of ``weight``, differentiable; any shape, a gate for each element;
     arguments are taken as checked.
     """
     return _affine(weight, bias, gate.on_rows())
 
 
-def _composed(x: Tensor, weight: Tensor, bias: Maybe, gates: GatePair, norm: Norm) -> Tensor:
+def _composed(x: Tensor, weight: Tensor, bias: Tensor | None, gates: GatePair, norm: Norm) -> Tensor:
     return norm(x, *_affine(weight, bias, gates))
 
 
-def _affine(weight: Tensor, bias: Maybe, gates: GatePair) -> tuple[Tensor, Maybe]:
+def _affine(weight: Tensor, bias: Tensor | None, gates: GatePair) -> tuple[Tensor, Tensor | None]:
     if torch.compiler.is_compiling():
         assert gates.output is not None
         z = sample_gates(gates.output, None).view(weight.shape)

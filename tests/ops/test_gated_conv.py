@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(dampr.backend_info()["cpp"].startswith("missing"
 
 NAMES = ("x", "weight", "bias", "input_gate", "output_gate")
 PLACES = {"input": ("input_gate",), "output": ("output_gate",), "both": ("input_gate", "output_gate")}
-NODE = "_WholeConvBackward"
+NODE = "_GatedConvBackward"
 
 
 def problem(
@@ -53,7 +53,7 @@ def run(data: dict[str, torch.Tensor], wanted: tuple[str, ...] = NAMES, **how: A
 def apart(monkeypatch: pytest.MonkeyPatch, data: dict[str, torch.Tensor], **how: Any) -> list[torch.Tensor]:
     """The same by way of the smaller ops."""
     with monkeypatch.context() as patch:
-        patch.delattr(select(torch.device("cpu"), data["x"].dtype), "whole_conv")
+        patch.delattr(select(torch.device("cpu"), data["x"].dtype), "gated_conv")
         name, found = run(data, **how)
     assert name != NODE
     return found
