@@ -825,11 +825,11 @@ PYBIND11_MODULE(_C, m) {
         "spec"_a, "g_dtype"_a, "w_dtype"_a, "g"_a, "g_b"_a, "w"_a, "b"_a, "n_out"_a, "n_in"_a, "out_log_alpha"_a,
         "in_log_alpha"_a, "out_seed_ptr"_a, "in_seed_ptr"_a, "dw"_a, "db"_a, "dout"_a, "din"_a, "folded"_a,
         "threads"_a);
-  // R) * ceil(n_in / C) + k // C.", "spec"_a, "w_dtype"_a,
-  m.def("fold_blocks_fwd", &dampr::fold_blocks_fwd,
-        "The gates drawn, and out = w * z, one for each block; w[n, k] has the gate (n
-        "out_dtype"_a,
-        "w"_a, "n_out"_a, "n_in"_a, "block_rows"_a, "block_cols"_a, "log_alpha"_a, "seed_ptr"_a, "out"_a, "threads"_a);
+  m.def(
+      "fold_blocks_fwd", &dampr::fold_blocks_fwd,
+      "The gates drawn, and out = w * z, one for each block; w[n, k] has the gate (n // R) * ceil(n_in / C) + k // C.",
+      "spec"_a, "w_dtype"_a, "out_dtype"_a, "w"_a, "n_out"_a, "n_in"_a, "block_rows"_a, "block_cols"_a, "log_alpha"_a,
+      "seed_ptr"_a, "out"_a, "threads"_a);
   m.def("fold_blocks_bwd", &dampr::fold_blocks_bwd,
         "The same draw again: gradients from that of out, g; folded is out once more.", "spec"_a, "g_dtype"_a,
         "w_dtype"_a, "g"_a, "w"_a, "n_out"_a, "n_in"_a, "block_rows"_a, "block_cols"_a, "log_alpha"_a, "seed_ptr"_a,
