@@ -270,9 +270,9 @@ def moved() -> list[int]:
 def test_every_instruction_set_moves_the_same(isa: str) -> None:
     environment = os.environ | {
         "DAMPR_CPU_ISA": isa,
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]),
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *sys.path]),
     }
-    command = [sys.executable, "-c", "import test_csrc_axis as t; print(t._C.isa()); print(t.moved())"]
+    command = [sys.executable, "-c", "from tests.csrc import test_axis as t; print(t._C.isa()); print(t.moved())"]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HANG, check=False)
     if "this processor offers" in run.stderr:
         pytest.skip(f"this processor has no {isa}")
