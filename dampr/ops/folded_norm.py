@@ -154,7 +154,7 @@ class _FoldedNorm(Node):
         return dx, *ctx.backend.unfold(dgain, dshift, weight, bias, gate, needs[1:]), None, None, None
 
 
-_apply = super(torch.autograd.Function, _FoldedNorm).apply  # type: ignore[misc]
+_apply = _FoldedNorm.apply_at_once
 
 
 def folded_norm(x: Tensor, weight: Tensor, bias: Tensor | None, gate: GateArgs, norm: Norm) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dampr import reference
 
+from ._torch import hooks_on_saved, is_graph_kept
 from .backends import select
 from .fold_conv import channels_innermost, fold_channels, fold_filters
 from .gate_activations import gate_activations
@@ -63,7 +64,7 @@ class _GatedConv(Node):
         )
         ctx.save_for_backward(x, weight, bias, *gates[:4], pre)
         # a hook may keep what is saved
-        ctx.hooked = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+        ctx.hooked = hooks_on_saved() is not None
         return y  # type: ignore[no-any-return]
 
     @staticmethod
@@ -78,7 +79,7 @@ class _GatedConv(Node):
             )
             grads = differentiate_layer(whole, dy, (x, weight, bias), gates, needs)
         else:
-            last = not ctx.hooked and not torch._C._autograd._get_current_graph_task_keep_graph()
+            last = not ctx.hooked and not is_graph_kept()
             grads = ctx.backend.bwd(dy, x, weight, bias, gates, pre, window, on_activations, needs, over_pre=last)
         return (*grads, None, None, None, None, None, None, None)
 
@@ -127,4 +128,4 @@ def gated_conv(
     return composed_conv(x, weight, bias, gates, window.convolve, window.groups, on_activations)
 
 
-_apply = super(torch.autograd.Function, _GatedConv).apply  # type: ignore[misc]
+_apply = _GatedConv.apply_at_once

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from dampr import reference
 
+from ._torch import as_no_view, is_view
 from .backends import select
 from .gate_args import PAIR, GatePair
 from .library import define, gates_activations, or_empty, wanted
@@ -34,7 +35,7 @@ def _fwd(
     gates = GatePair.of(in_la, out_la, in_seed, out_seed, spec, per_sample)
     y, pre = select(x.device, x.dtype).gated_linear_fwd(x, weight, bias, gates, keep_pre)
     # autograd lets nobody change a view in place
-    return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y, pre
+    return as_no_view(y, y.shape) if is_view(y) else y, pre
 
 
 def _fwd_fake(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -150,8 +151,8 @@ class _SmallLinear(_PlannedLinear):
     """A tiny layer, of which calls take the time."""
 
 
-_apply_planned = super(torch.autograd.Function, _PlannedLinear).apply  # type: ignore[misc]
-_apply_small = super(torch.autograd.Function, _SmallLinear).apply  # type: ignore[misc]
+_apply_planned = _PlannedLinear.apply_at_once
+_apply_small = _SmallLinear.apply_at_once
 
 
 def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, gates: GatePair) -> Tensor:

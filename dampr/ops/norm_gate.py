@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dampr import reference
 
+from ._torch import count_as_written
 from .backends import select
 from .gate_activations import dense_format
 from .gate_args import GateArgs
@@ -218,7 +219,7 @@ class _FusedNorm(Node):
         return *grads, None, None, None
 
 
-_whole = super(torch.autograd.Function, _FusedNorm).apply  # type: ignore[misc]
+_whole = _FusedNorm.apply_at_once
 
 
 def has_fused_norm(device: torch.device, dtype: torch.dtype, per_sample: bool) -> bool:
@@ -264,7 +265,7 @@ def fused_norm(x: Tensor, norm: Norm, gate: GateArgs, running: Running) -> Tenso
         y = select(x.device, x.dtype).norm_gate_fwd(x, norm, gate, None, None, running)[0]
     if x.numel():
         # were written to by their addresses
-        torch._C._increment_version([t for t in (mean, var, updates) if t is not None])
+        count_as_written([t for t in (mean, var, updates) if t is not None])
     return y
 
 

@@ -123,7 +123,7 @@ class _PlannedWeightGated(Planned):
         return (*wanted(bwd(dy, *inputs, plan.spec, plan.block, needs), needs), None, None)
 
 
-_apply_planned = super(torch.autograd.Function, _PlannedWeightGated).apply  # type: ignore[misc]
+_apply_planned = _PlannedWeightGated.apply_at_once
 
 
 def weight_gated_linear(

@@ -8,7 +8,6 @@ equals the dense one to the bit.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,15 +15,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dampr import _C  # type: ignore[attr-defined]
+from dampr.ops._torch import is_onednn_enabled, onednn_linear
 
 from .axis import transpose
 
 # With fewer multiply-adds, or fewer rows of x for each weight,
 # what oneDNN does before it multiplies takes longer than it saves.
 WORK, ROWS = 2**24, 32
-_product = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-# of x, weight and bias
-_onednn: Any = None if _product is None else partial(_product, attr="none", scalars=[], algorithm="")
+_onednn: Any = onednn_linear
 FASTER = (
     _C.vendor() == "amd"
     and torch.backends.cpu.get_cpu_capability() == "AVX512"
@@ -38,7 +36,7 @@ def by_onednn(M: int, N: int, K: int, dtype: torch.dtype) -> bool:
     ``torch.backends.mkldnn.flags(enabled=False)``.
     """
     large = M >= ROWS and M * N * K >= WORK
-    return FASTER and large and dtype == torch.float32 and torch._C._get_mkldnn_enabled()  # type: ignore[attr-defined]
+    return FASTER and large and dtype == torch.float32 and is_onednn_enabled()
 
 
 def described(M: int, N: int, K: int, dtype: torch.dtype, drawn: bool) -> str:
