@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -23,8 +22,8 @@ from .controller import RAMP, Ramp
 from .convert import convert
 from .expand import check_state
 from .plan_hooks import check_model, divergence, is_trained, uncompiled
+from .plan_report import PlanError, PlanReport
 from .recalibrate import recalibrate, share_statistics
-from .reports import Report
 from .schedule import WHEN, ShrinkSchedule
 from .shrinker import Copies, check_copies, copies_of
 from .summary import distinct_gates, gated_layers
@@ -34,48 +33,6 @@ from .wrapped import is_any_sharded
 WARMUP, TRAINED_WARMUP, SHRINKING = 0.3, 0.05, 0.2
 LEAST_STEPS = 40
 SILENT = 50  # steps without a gradient on any gate after which a plan gives up
-
-
-class PlanError(RuntimeError):
-    """A plan could not go on, or is over; the model is as it was before the call."""
-
-
-@dataclass(frozen=True)
-class PlanReport(Report):
-    """What a plan did, and when: ``steps`` in all, of which all units were open up to ``dense``,
-    and the model compacted at ``compacted``.
-
-    ``budget``: what was decided at that moment; ``difference``: the largest between the outputs
-    of the masked and the compacted model.
-    ``recalibrated``: on how many batches statistics of norms were taken again. ``shrunk``: which removals of closed
-    units there were before, and which did not pay.
-    """
-
-    steps: int
-    dense: int
-    compacted: int
-    trained: bool
-    gate: str
-    score: str
-    budget: BudgetReport
-    difference: float
-    recalibrated: int
-    notes: dict[str, str] = field(default_factory=dict)
-    shrunk: list[str] = field(default_factory=list)
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def __str__(self) -> str:
-        start = "a trained model" if self.trained else "scratch"
-        tuned = self.steps - self.compacted
-        lines = [
-            f"{self.steps} steps from {start}: dense for {self.dense}, ramp to {self.compacted}, fine-tuned for "
-            f"{tuned}",
-            str(self.budget),
-            f"largest difference of outputs, masked and compacted: {self.difference:.2g}",
-        ]
-        return "\n".join(lines + [f"{name}: {note}" for name, note in self.notes.items()])
 
 
 class Plan:
