@@ -7,7 +7,8 @@ from .convert import ConversionError, convert
 from .cost import Cost
 from .doctor import Finding, calibrate, doctor
 from .expand import expand
-from .files import FileError, load, save
+from .file_content import FileError
+from .files import load, save
 from .history import History
 from .latency import Latency
 from .once import prune_once
