@@ -26,3 +26,8 @@ def test_a_class_is_found_where_older_pickles_have_it(module: str, name: str) ->
 def test_the_place_of_a_removed_sublayer_is_found_under_both_of_its_names() -> None:
     found = [pickle.loads(f"cdampr.nn.pruned_transformer\n{name}\n.".encode()) for name in ("RemovedPart", "_Removed")]
     assert found == [dampr_nn.pruned.transformer.RemovedPart] * 2
+
+
+def test_classes_are_found_under_their_former_names() -> None:
+    assert dampr_nn.Gate is dampr_nn.GatedActivation
+    assert dampr_nn.TakenReLU is dampr_nn.AbsorbedReLU

@@ -1,4 +1,4 @@
-"""Gate, GatedResidual, GatedEmbedding: values and gradients against the gates written out; what is skipped;
+"""GatedActivation, GatedResidual, GatedEmbedding: values and gradients against the gates written out; what is skipped;
 what is left when plain.
 """
 
