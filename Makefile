@@ -97,7 +97,7 @@ test-floor:
 	$(MAKE) test-fast VENV=.venv-floor CONSTRAINTS=constraints-floor.txt
 
 test-no-extension: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.without dampr._C $(FAST) --ignore=tests/test_csrc.py --ignore=tests/test_csrc_axis.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.without dampr._C $(FAST) --ignore=tests/csrc
 
 test-no-triton: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.without triton $(FAST) --ignore=tests/kernels --ignore=tests/testing/test_codegen.py

@@ -22,9 +22,8 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-KERNELS, BINDINGS = "csrc/kernels.cpp", "csrc/bindings.cpp"
-FAMILIES = "rows", "folds", "blocks", "planes", "axis", "norms", "small", "generator"
-HEADERS = [f"csrc/{name}.h" for name in ("kernels", "philox", "storage", "gate_families", "work", *FAMILIES)]
+KERNELS, BINDINGS, ISA = "csrc/kernels.cpp", "csrc/bindings.cpp", "csrc/isa.cpp"
+HEADERS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.h"))
 
 COMMON_FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 # Every product and sum is rounded on its own, or zero patterns would differ from the reference;
@@ -107,7 +106,10 @@ class Toolchain:
         """(object, source, flags) of every file to compile."""
         common = [*shlex.split(os.environ.get("CXXFLAGS", "")), *COMMON_FLAGS, *(self.openmp or ["-fopenmp-simd"])]
         have = [f"-DDAMPR_HAVE_{isa.upper()}" for isa in self.isas if isa != "baseline"]
-        steps = [(folder / "bindings.o", ROOT / BINDINGS, [*common, "-O2", *have, *self.includes])]
+        steps = [
+            (folder / "bindings.o", ROOT / BINDINGS, [*common, "-O2", *self.includes]),
+            (folder / "isa.o", ROOT / ISA, [*common, "-O2", *have]),
+        ]
         for isa in self.isas:
             define = [f"-DDAMPR_ISA={isa}", f"-DDAMPR_{isa.upper()}"]
             steps.append(
@@ -139,9 +141,9 @@ class Toolchain:
         def command(words: list[str]) -> str:
             return shlex.join(words).replace("$", "$$")
 
-        # In and out are spelled out in each command: ninja would not quote their names the way a shell needs it.
+        # In and out are spelled out in each command: ninja would not quote their names the way a shell needs it. Which
+        # headers a file includes the compiler tells ninja, in the depfile.
         lines = ["ninja_required_version = 1.5"]
-        headers = " ".join(quoted(ROOT / name) for name in HEADERS)
         for output, source, flags in steps:
             depfile = output.with_suffix(".d")
             words = [*self.compiler, "-MMD", "-MF", str(depfile), *flags, "-c", str(source), "-o", str(output)]
@@ -151,7 +153,7 @@ class Toolchain:
                 f"  depfile = {quoted(depfile)}",
                 "  deps = gcc",
             ]
-            lines += [f"build {quoted(output)}: compile_{output.stem} {quoted(source)} | {headers}"]
+            lines += [f"build {quoted(output)}: compile_{output.stem} {quoted(source)}"]
         objects = [output for output, _, _ in steps]
         lines += ["rule link", f"  command = {command(self.link_command(objects, target))}"]
         lines += [f"build {quoted(target)}: link {' '.join(map(quoted, objects))}", f"default {quoted(target)}", ""]
@@ -198,7 +200,7 @@ def extensions() -> list[Extension]:
         except (CompilerMissingError, ImportError) as error:
             warn_pure(str(error))
             return []
-    return [Extension("dampr._C", sources=[BINDINGS, KERNELS], depends=HEADERS, language="c++", optional=True)]
+    return [Extension("dampr._C", sources=[BINDINGS, ISA, KERNELS], depends=HEADERS, language="c++", optional=True)]
 
 
 setup(ext_modules=extensions(), cmdclass={"build_ext": NinjaBuildExt})

@@ -23,7 +23,7 @@ void each_lines(int64_t lines, int64_t length, int threads, F&& f) {
 
 // out (outer, count, inner) = x[:, places]
 template <class T>
-void pick(const Axis& a, int threads) {
+void gather(const Axis& a, int threads) {
   const T* x = static_cast<const T*>(a.x);
   T* out = static_cast<T*>(a.out);
   if (a.inner == 0) return;
@@ -48,7 +48,7 @@ void pick(const Axis& a, int threads) {
 // out (outer, n, inner): x (outer, count, inner) at places, zeros elsewhere. Written in order, whatever the places:
 // source[j] is what comes to j.
 template <class T>
-bool place(const Axis& a, int threads) {
+bool scatter(const Axis& a, int threads) {
   const T* x = static_cast<const T*>(a.x);
   T* out = static_cast<T*>(a.out);
   if (a.inner == 0) return true;

@@ -2,7 +2,7 @@
 // build.
 //
 // rows.h, folds.h, blocks.h, planes.h, axis.h, norms.h, small.h and generator.h hold the loops; here dtypes and gate
-// families are picked, and the table of functions is filled.
+// families are chosen, and the table of functions is filled.
 #if defined(DAMPR_AVX512) && defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // gcc's own AVX-512 header, bug 105593
 #endif
@@ -159,13 +159,13 @@ void with_size(DType dtype, F&& f) {
   f(Tag<uint16_t>());
 }
 
-void pick_entry(DType dtype, const Axis& a, int threads) {
-  with_size(dtype, [&](auto x) { pick<typename decltype(x)::Type>(a, threads); });
+void gather_entry(DType dtype, const Axis& a, int threads) {
+  with_size(dtype, [&](auto x) { gather<typename decltype(x)::Type>(a, threads); });
 }
 
-bool place_entry(DType dtype, const Axis& a, int threads) {
+bool scatter_entry(DType dtype, const Axis& a, int threads) {
   bool done = false;
-  with_size(dtype, [&](auto x) { done = place<typename decltype(x)::Type>(a, threads); });
+  with_size(dtype, [&](auto x) { done = scatter<typename decltype(x)::Type>(a, threads); });
   return done;
 }
 
@@ -230,27 +230,13 @@ bool generator_backward_entry(DType dtype, const Generator& a) {
   return dtype == kFloat64 ? generator_backward<double>(a) : generator_backward<float>(a);
 }
 
-constexpr Kernels kKernels = {DAMPR_TEXT(DAMPR_ISA),
-                              philox_words_entry,
-                              philox_uniform_entry,
-                              rows_forward_entry,
-                              rows_backward_entry,
-                              fold_forward_entry,
-                              fold_backward_entry,
-                              fold_blocks_forward_entry,
-                              fold_blocks_backward_entry,
-                              planes_forward_entry,
-                              planes_backward_entry,
-                              pick_entry,
-                              place_entry,
-                              transpose_entry,
-                              norm_stats_entry,
-                              norm_gate_forward_entry,
-                              norm_gate_backward_entry,
-                              small_forward_entry,
-                              small_backward_entry,
-                              generator_forward_entry,
-                              generator_backward_entry};
+constexpr Kernels kKernels = {DAMPR_TEXT(DAMPR_ISA),   philox_words_entry,        philox_uniform_entry,
+                              rows_forward_entry,      rows_backward_entry,       fold_forward_entry,
+                              fold_backward_entry,     fold_blocks_forward_entry, fold_blocks_backward_entry,
+                              planes_forward_entry,    planes_backward_entry,     gather_entry,
+                              scatter_entry,           transpose_entry,           norm_stats_entry,
+                              norm_gate_forward_entry, norm_gate_backward_entry,  small_forward_entry,
+                              small_backward_entry,    generator_forward_entry,   generator_backward_entry};
 
 }  // namespace
 

@@ -151,8 +151,8 @@ struct Kernels {
   bool (*fold_blocks_backward)(DType g, DType w, const FoldBlocksBackward&, int threads);
   void (*planes_forward)(DType dtype, const Planes&, int threads);
   bool (*planes_backward)(DType dtype, const Planes&, int threads);
-  void (*pick)(DType dtype, const Axis&, int threads);
-  bool (*place)(DType dtype, const Axis&, int threads);
+  void (*gather)(DType dtype, const Axis&, int threads);
+  bool (*scatter)(DType dtype, const Axis&, int threads);
   void (*transpose)(DType dtype, const void* x, void* out, int64_t rows, int64_t n, int threads);
   bool (*norm_stats)(DType dtype, const Planes&, void* mean, void* var, int threads);  // of planes.x, var biased
   bool (*norm_gate_forward)(DType dtype, const NormGate&, int threads);

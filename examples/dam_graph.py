@@ -30,7 +30,7 @@ class GraphAutoEncoder(nn.Module):
         super().__init__()
         self.register_buffer("adjacency", normalised(adjacency))
         self.first, self.second = nn.Linear(len(adjacency), HIDDEN, bias=False), nn.Linear(HIDDEN, CODE, bias=False)
-        self.gate: nn.Module = dampr.nn.Gate(CODE, -1, gate="dam")
+        self.gate: nn.Module = dampr.nn.GatedActivation(CODE, -1, gate="dam")
 
     @torch.no_grad()
     def narrowed(self) -> GraphAutoEncoder:

@@ -32,7 +32,7 @@ class AutoRec(nn.Module):
     def __init__(self, users: int) -> None:
         super().__init__()
         self.encoder = nn.Sequential(nn.Linear(users, HIDDEN), nn.SELU(), nn.Dropout(0.5), nn.Linear(HIDDEN, CODE))
-        self.gate = dampr.nn.Gate(CODE, -1, gate="dam")
+        self.gate = dampr.nn.GatedActivation(CODE, -1, gate="dam")
         self.decoder = nn.Sequential(nn.Linear(CODE, HIDDEN), nn.SELU(), nn.Linear(HIDDEN, users))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "build" / "sanitize"
 FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g"
-TESTS = ["tests/test_csrc.py", "tests/test_csrc_axis.py", "tests/ops"]
+TESTS = ["tests/csrc", "tests/ops"]
 # what torch.compile makes is no part of the extension
 COMPILED = ["tests/ops/test_compile.py", "tests/ops/test_dynamic.py"]
 

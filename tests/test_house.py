@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -41,3 +42,18 @@ def crossing(path: Path) -> Iterator[str]:
 def test_no_module_uses_a_private_name_of_another() -> None:
     assert len(SOURCES) > 100
     assert [use for path in SOURCES for use in crossing(path)] == []
+
+
+def test_private_parts_of_torch_stand_in_one_module() -> None:
+    private = re.compile(
+        r"(torch|ops\.aten|environ|profiler|forward_ad)\._(?!_)|ops\.mkldnn|super\([\w.]*Function,|_dynamo_marked"
+    )
+    rooms = [path for path in SOURCES if {"ops", "nn"} & {*path.relative_to(ROOT).parts} and path.name != "_torch.py"]
+    found = [
+        f"{path.relative_to(ROOT)}: {line.strip()}"
+        for path in rooms
+        for line in path.read_text().splitlines()
+        if private.search(re.sub(r"``.*?``", "", line))
+    ]
+    assert len(rooms) > 40
+    assert found == []

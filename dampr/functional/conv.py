@@ -16,12 +16,12 @@ from torch.nn import functional as F
 from dampr import _checks, ops
 from dampr.ops import Window
 from dampr.ops.fold_conv import channels_innermost
-from dampr.ops.node import watched
+from dampr.ops.node import needs_dispatcher
 from dampr.ops.routes import ConvProblem
 from dampr.spec import SAMPLE, GateSpec
 
 from .gates import DRAWN, drawn_rows, offset_of, times_rows
-from .inputs import Maybe, cast, gate_of, gates_of
+from .inputs import cast, gate_of, gates_of
 
 Size = int | Sequence[int]
 
@@ -130,11 +130,11 @@ def _gated_conv(
     dims: int,
     x: Tensor,
     weight: Tensor,
-    bias: Maybe,
+    bias: Tensor | None,
     how: tuple[Callable[..., Tensor], Any, Any, Any, int],
-    input_gate: Maybe,
-    output_gate: Maybe,
-    weight_gate: Maybe,
+    input_gate: Tensor | None,
+    output_gate: Tensor | None,
+    weight_gate: Tensor | None,
     block: tuple[int, int] | None,
     seed: int | Tensor | None,
     per_sample: bool,
@@ -186,10 +186,10 @@ def _gated_conv(
         y = ops.composed_conv(
             batch, weight, bias, gates, lambda *given: convolve(*given, *arguments), groups, on_activations
         )
-    elif route == "live" and not hasattr(backend, "live"):
+    elif route == "live" and not hasattr(backend, "skip_closed"):
         y = ops.gated_conv2d(batch, weight, bias, gates, window)
     else:
-        whole = functools.partial(ops.whole_conv, window=window, on_activations=on_activations)
+        whole = functools.partial(ops.gated_conv, window=window, on_activations=on_activations)
         part = ops.on_open_gates(batch, weight, bias, gates, layout.work, whole, window)
         y = whole(batch, weight, bias, gates) if part is None else part
     return y if x.dim() == dims + 2 else y[0]
@@ -221,7 +221,7 @@ def layout_of(
     _checks.floating("weight", _checks.tensor("weight", weight))
     side_by_side = weight.shape[2:] == (1, 1) and channels_innermost(x)
     problem = dims, x.shape, side_by_side, weight.shape, stride, padding, dilation, groups, where
-    if not watched((x, weight)):
+    if not needs_dispatcher((x, weight)):
         try:
             return _remembered_layout(*problem)
         except TypeError:  # an argument without a hash, or one that the next line refuses

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from dampr import _checks, philox
-from dampr.ops.gate_args import GateArgs, GatePair, Maybe
+from dampr.ops.gate_args import GateArgs, GatePair
 from dampr.spec import SAMPLE, GateSpec
 
 
-def cast(x: Tensor, weight: Tensor, bias: Maybe) -> Tensor:
+def cast(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``x`` as autocast would have it, once it is known to go with ``weight`` and ``bias``.
 
     Raises TypeError or ValueError.
@@ -69,10 +69,10 @@ def gate_of(
 
 
 def gates_of(
-    input_gate: Maybe,
+    input_gate: Tensor | None,
     n_in: int,
     one_input: str,
-    output_gate: Maybe,
+    output_gate: Tensor | None,
     n_out: int,
     one_output: str,
     x: Tensor,

@@ -18,15 +18,22 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from dampr.gates import Gate, gate_generator, ranks
 from dampr.gates.base import GateModule
 from dampr.gates.draws import drawing_gates, share_generator
-from dampr.nn import Gate as GateLayer
-from dampr.nn import GatedEmbedding, GatedLayer, GatedLayerNorm, GatedLinear, GatedParameter, GatedResidual
+from dampr.nn import (
+    GatedActivation,
+    GatedEmbedding,
+    GatedLayer,
+    GatedLayerNorm,
+    GatedLinear,
+    GatedParameter,
+    GatedResidual,
+)
 from dampr.nn.parameter import off
 from dampr.prune.summary import gated_layers
 from dampr.prune.wrapped import check_bare, gathered
 
 __all__ = ["gathered", "parallelize_module", "replicate_gates"]
 
-_ON_SHARDS = (GatedLinear, GatedEmbedding, GatedLayerNorm, GateLayer, GatedResidual, GatedParameter)
+_ON_SHARDS = (GatedLinear, GatedEmbedding, GatedLayerNorm, GatedActivation, GatedResidual, GatedParameter)
 
 
 def replicate_gates(model: nn.Module, *, group: Any = None) -> set[Parameter]:

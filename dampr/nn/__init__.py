@@ -3,27 +3,45 @@
 Each takes the arguments of the ``torch.nn`` layer it replaces, in its order, then gate keywords.
 """
 
+import sys
+
+from . import pruned
+from .absorbed_relu import AbsorbedReLU
+from .activation import GatedActivation
 from .attention import GatedMultiheadAttention
 from .bank import GateBank
 from .base import GatedLayer
+from .batch_norm import GatedBatchNorm1d, GatedBatchNorm2d, GatedBatchNorm3d
 from .conv import GatedConv1d, GatedConv2d, GatedConv3d
 from .conv_transpose import GatedConvTranspose1d, GatedConvTranspose2d, GatedConvTranspose3d
-from .gate import Gate, GatedEmbedding, GatedResidual, Residual, Scale
+from .embedding import GatedEmbedding
 from .heads import GatedHeads
+from .layer_norm import GatedLayerNorm
 from .linear import GatedLinear
-from .norm import GatedBatchNorm1d, GatedBatchNorm2d, GatedBatchNorm3d, GatedLayerNorm, TakenReLU
 from .open_statistics import OpenStatistics
 from .parameter import GatedParameter
-from .pruned_attention import PrunedMultiheadAttention
-from .pruned_transformer import PrunedTransformerDecoderLayer, PrunedTransformerEncoderLayer
-from .rnn import GatedGRU, GatedLSTM, GatedRNN, ScaledRNN
-from .stacked_rnn import StackedRNN
+from .pruned import (
+    PrunedMultiheadAttention,
+    PrunedTransformerDecoderLayer,
+    PrunedTransformerEncoderLayer,
+    Residual,
+    Scale,
+    ScaledRNN,
+    StackedRNN,
+)
+from .residual import GatedResidual
+from .rnn import GatedGRU, GatedLSTM, GatedRNN
 from .sync_norm import GatedSyncBatchNorm
 from .transformer import GatedTransformerDecoderLayer, GatedTransformerEncoderLayer
 
+Gate = GatedActivation  # the former names of these two
+TakenReLU = AbsorbedReLU
+
 __all__ = [
+    "AbsorbedReLU",
     "Gate",
     "GateBank",
+    "GatedActivation",
     "GatedBatchNorm1d",
     "GatedBatchNorm2d",
     "GatedBatchNorm3d",
@@ -57,3 +75,13 @@ __all__ = [
     "StackedRNN",
     "TakenReLU",
 ]
+
+# Pickles of whole models name the module of each class; these are the modules in which classes once were.
+_FORMER_MODULES = {
+    "gate": sys.modules[__name__],
+    "norm": sys.modules[__name__],
+    "pruned_attention": pruned.attention,
+    "pruned_transformer": pruned.transformer,
+    "stacked_rnn": pruned.stacked_rnn,
+}
+sys.modules.update({f"{__name__}.{name}": module for name, module in _FORMER_MODULES.items()})

@@ -13,17 +13,10 @@ from dampr import _checks, functional, ops
 from dampr.gates import Gate, make_gate, place_gate
 from dampr.spec import SAMPLE
 
+from .attend import as_batch, attend, joined, sequence_first
 from .base import GatedLayer, fresh_values, wide_dtype
 from .computed import check_dense, refresh, settled
-from .pruned_attention import (
-    Maybe,
-    PrunedMultiheadAttention,
-    as_batch,
-    attend,
-    attention_arguments,
-    joined,
-    sequence_first,
-)
+from .pruned.attention import PrunedMultiheadAttention, attention_arguments
 
 _PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias", "bias_k", "bias_v")
 _IN_ROWS = _PROJECTIONS[:-2]  # whose rows belong to heads, once in each of q, k and v where they are packed
@@ -92,12 +85,12 @@ class GatedMultiheadAttention(GatedLayer, nn.MultiheadAttention):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        key_padding_mask: Maybe = None,
+        key_padding_mask: Tensor | None = None,
         need_weights: bool = True,
-        attn_mask: Maybe = None,
+        attn_mask: Tensor | None = None,
         average_attn_weights: bool = True,
         is_causal: bool = False,
-    ) -> tuple[Tensor, Maybe]:
+    ) -> tuple[Tensor, Tensor | None]:
         # torch computes weights there before a call, and this layer is never called
         if self.out_proj._forward_pre_hooks:
             for hook in self.out_proj._forward_pre_hooks.values():
@@ -111,9 +104,9 @@ class GatedMultiheadAttention(GatedLayer, nn.MultiheadAttention):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        padding: Maybe,
+        padding: Tensor | None,
         need: bool,
-        mask: Maybe,
+        mask: Tensor | None,
         average: bool,
         causal: bool,
     ) -> Any:
@@ -162,9 +155,9 @@ class GatedMultiheadAttention(GatedLayer, nn.MultiheadAttention):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        padding: Maybe,
+        padding: Tensor | None,
         need: bool,
-        mask: Maybe,
+        mask: Tensor | None,
         average: bool,
         causal: bool,
     ) -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dampr import _checks
 from dampr.gates import Gate, make_gate
-from dampr.ops.node import traced
+from dampr.ops.node import needs_dispatcher
 from dampr.reference import expand_blocks
 from dampr.spec import SAMPLE, GateSpec, value
 
@@ -95,8 +95,8 @@ class GatedWeight(GatedLayer):
     """A layer with one weight (written, read / groups, *kernel) that is gated, and a bias:
     linear maps and convolutions.
 
-    Mixed in before the ``torch.nn`` layer in ``_dense``.
-    ``_arguments`` names what that layer's constructor takes and its instances keep.
+    Mixed in before the ``torch.nn`` layer in ``_dense``. ``_arguments`` names what that layer's constructor takes and
+    its instances keep.
     ``index``: of granularity ``"index"`` the gate of each weight, else None; it is no part of the ``state_dict``.
     """
 
@@ -243,13 +243,13 @@ class GatedWeight(GatedLayer):
         so that a view of the weight is all there is to multiply.
 
         None where gates are no vector or a convolution has several groups, where all are open or none is, on a GPU,
-        where asking would wait for the device, and where operators are counted, traced or transformed:
-        what counts is the whole layer.
+        where asking would wait for the device, and where operators are counted, traced or transformed: what counts is
+        the whole layer.
         """
         find = self.gate.open_slice
         if find is None or self.granularity not in VECTOR_GRANULARITIES or self.groups != 1:
             return None
-        if traced(()) or self.weight.device.type != "cpu":
+        if needs_dispatcher((), by_profiler=False) or self.weight.device.type != "cpu":
             return None
         start, stop = find()
         return slice(start, stop) if 0 < stop - start < self.gate.num_gates else None

@@ -36,8 +36,8 @@ def computed(layer: nn.Module) -> str | None:
     """The name of a weight of ``layer`` that is computed from other tensors, by a parametrization or before each call;
     None without one.
 
-    The last projection counts as a part of its attention. No weight is read,
-    which would move the vectors of a spectral norm.
+    The last projection counts as a part of its attention. No weight is read, which would move the vectors of a spectral
+    norm.
     """
     if parametrize.is_parametrized(layer):
         return next(iter(layer.parametrizations))  # type: ignore[arg-type, return-value]

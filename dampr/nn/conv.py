@@ -131,21 +131,20 @@ class GatedConv(GatedWeight, _ConvNd):
 class GatedConv2d(GatedConv, nn.Conv2d):
     """``nn.Conv2d`` with learned gates: y = z * (conv(x, W) + b), y = conv(x * z, W) + b, or y = conv(x, Z * W) + b.
 
-    Args:
-        in_channels ... dtype: as in ``nn.Conv2d``, all of them, ``padding="same"`` and every ``padding_mode`` included.
-        gate: a family's name, a :class:`dampr.gates.Gate` subclass, or an instance to share.
-        granularity: ``"output"`` (a gate per filter, its bias included), ``"input"`` (a gate per channel), ``"weight"``
+    Args: in_channels ... dtype: as in ``nn.Conv2d``, all of them, ``padding="same"`` and every ``padding_mode``
+        included. gate: a family's name, a :class:`dampr.gates.Gate` subclass, or an instance to share. granularity:
+        ``"output"`` (a gate per filter, its bias included), ``"input"`` (a gate per channel), ``"weight"``
             (a gate per weight) or ``(rows, cols)``: a gate for each ``rows`` filters times ``cols`` channels of a
             group, with all their kernel positions; (1, 1) is a gate per kernel. Any other grouping: an int64 tensor of
             the shape of ``weight``, which gate each weight has.
         per_sample: in training, one draw per image instead of one per call; ``"output"`` and ``"input"`` only.
 
     Input (B, C, H, W) or (C, H, W); channels last in, channels last out. ``weight`` and ``bias`` come first in
-    ``parameters()``; a dense ``state_dict`` loads and leaves the gates as they are.
-    A fresh layer equals the dense one in evaluation mode, to the bit.
+    ``parameters()``; a dense ``state_dict`` loads and leaves the gates as they are. A fresh layer equals the dense one
+    in evaluation mode, to the bit.
 
-    Put gates after a BatchNorm that follows (``dampr.convert`` does):
-    a channel closed before it is not zero but a constant after it.
+    Put gates after a BatchNorm that follows (``dampr.convert`` does): a channel closed before it is not zero but a
+    constant after it.
 
     Raises: ValueError or TypeError that names the argument.
     """

@@ -142,10 +142,9 @@ class GatedConvTranspose2d(GatedConvTranspose, nn.ConvTranspose2d):
     """``nn.ConvTranspose2d`` with learned gates: y = z * (conv_transpose(x, W) + b), or y = conv_transpose(x * z,
     W) + b.
 
-    Args:
-        in_channels ... dtype: as in ``nn.ConvTranspose2d``, all of them.
-        gate: a family's name, a :class:`dampr.gates.Gate` subclass, or an instance to share.
-        granularity: ``"output"`` (a gate per written channel,
+    Args: in_channels ... dtype: as in ``nn.ConvTranspose2d``, all of them. gate: a family's name, a
+        :class:`dampr.gates.Gate` subclass, or an instance to share. granularity: ``"output"`` (a gate per written
+        channel,
             its bias included) or ``"input"`` (a gate per read channel).
         per_sample: in training, one draw per image instead of one per call.
 

@@ -11,12 +11,16 @@ from dampr import ops
 from dampr.functional.conv import layout_of, problem_of
 from dampr.spec import SAMPLE
 
+from .activation import GatedActivation
 from .attention import GatedMultiheadAttention
 from .base import GatedLayer, Granularity
+from .batch_norm import GatedBatchNorm
 from .conv import GatedConv
-from .gate import Gate, GatedEmbedding, GatedResidual
+from .embedding import GatedEmbedding
+from .gated_norm import GatedNorm
+from .layer_norm import GatedLayerNorm
 from .linear import GatedLinear
-from .norm import GatedBatchNorm, GatedLayerNorm, GatedNorm
+from .residual import GatedResidual
 from .rnn import GatedRecurrent
 
 
@@ -51,7 +55,7 @@ def explain(layer: GatedLayer, x: Tensor) -> Explanation:
         found = _of_convolution(layer, x, dtype)
     elif isinstance(layer, GatedNorm):
         found = _of_norm(layer, x, dtype)
-    elif isinstance(layer, (GatedRecurrent, Gate, GatedEmbedding, GatedMultiheadAttention, GatedResidual)):
+    elif isinstance(layer, (GatedRecurrent, GatedActivation, GatedEmbedding, GatedMultiheadAttention, GatedResidual)):
         dtype = layer.weight.dtype if isinstance(layer, GatedEmbedding) else dtype
         found = Explanation(*ops.choose(x.device, dtype), *_of_others(layer))
     else:
@@ -82,12 +86,10 @@ def _of_slice(layer: GatedLinear | GatedConv, opened: slice, part: Explanation) 
 
 
 def _of_convolution(layer: GatedConv, x: Tensor, dtype: torch.dtype) -> Explanation:
-    drawn, granularity, weight, opened = (
-        layer.gate.spec.rule == SAMPLE,
-        _granularity(layer),
-        layer.weight,
-        layer._open_range(),
-    )
+    drawn = layer.gate.spec.rule == SAMPLE
+    granularity = _granularity(layer)
+    weight = layer.weight
+    opened = layer._open_range()
     if opened is not None and granularity == "input":
         x, weight = x.narrow(1 - weight.dim(), opened.start, opened.stop - opened.start), weight[:, opened]
     elif opened is not None:
@@ -101,7 +103,7 @@ def _of_convolution(layer: GatedConv, x: Tensor, dtype: torch.dtype) -> Explanat
 
 
 def _of_others(
-    layer: GatedRecurrent | Gate | GatedEmbedding | GatedMultiheadAttention | GatedResidual,
+    layer: GatedRecurrent | GatedActivation | GatedEmbedding | GatedMultiheadAttention | GatedResidual,
 ) -> tuple[str, str]:
     if isinstance(layer, GatedRecurrent):
         where = "rows of the projection" if layer.proj_size else "columns that read the state, and into the output"
@@ -146,7 +148,7 @@ def _of_norm(layer: GatedNorm, x: Tensor, dtype: torch.dtype) -> Explanation:
     if (
         isinstance(layer, GatedBatchNorm)
         and layer.training
-        and ops.has_whole_norms(x.device, dtype, False)
+        and ops.has_fused_norm(x.device, dtype, False)
         and layer._fits(x, layer.gate.parameter)
     ):
         return Explanation(

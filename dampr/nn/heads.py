@@ -16,8 +16,8 @@ class GatedHeads(GatedLinear):
     y = sum over heads of z_h x_h W_h^T + b.
 
     Made by :meth:`from_dense` from the output projection of an attention; a closed gate makes zeros of everything that
-    its head computes. A gate may hold several heads that stand or fall together,
-    as query heads that share a key and a value do.
+    its head computes. A gate may hold several heads that stand or fall together, as query heads that share a key and a
+    value do.
 
     ``weights_per_gate`` is what a closed gate saves, for the penalty: its columns here, and its rows of query,
     key and value.
@@ -41,8 +41,8 @@ class GatedHeads(GatedLinear):
             heads: how many gates; each has ``in_features / heads`` columns.
             weights_per_gate: None: the weights in these columns.
 
-        Raises: TypeError unless the type of ``layer`` is exactly ``nn.Linear``;
-        ValueError where ``heads`` does not divide its inputs.
+        Raises: TypeError unless the type of ``layer`` is exactly ``nn.Linear``; ValueError where ``heads`` does not
+        divide its inputs.
         """
         heads = _checks.positive_int("heads", heads)
         if weights_per_gate is not None:

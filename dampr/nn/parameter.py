@@ -23,15 +23,13 @@ class GatedParameter(GatedLayer, nn.Module):
     gated one: a closed gate makes zeros of everything that these weights would read of its units, so nothing behind
     them depends on what writes these.
 
-    Args:
-        gate: the gates; other parameters may share them.
-        dim: the dimension of the parameter.
-        index: int64, of the length of that dimension: the gate of each of its indices, or -1 for one that has none.
-        weights_per_gate: what closing a gate saves, (gates,), for the penalty; None:
+    Args: gate: the gates; other parameters may share them. dim: the dimension of the parameter. index: int64, of the
+        length of that dimension: the gate of each of its indices, or -1 for one that has none. weights_per_gate: what
+        closing a gate saves, (gates,), for the penalty; None:
             the elements of the parameter that it multiplies.
 
-    It is a module whose forward takes the parameter,
-    and works as a parametrization of ``torch.nn.utils.parametrize`` too.
+    It is a module whose forward takes the parameter, and works as a parametrization of ``torch.nn.utils.parametrize``
+    too.
 
     >>> gated = GatedParameter("hard_concrete", 0, torch.tensor([0, 0, 1, -1])).eval()
     >>> gated.gate.log_alpha.data[0] = -9

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
 
 from dampr import _checks, functional, ops
 from dampr.gates import Gate, make_gate
@@ -18,7 +17,9 @@ from dampr.spec import value
 
 from .base import GatedLayer, fresh_values, wide_dtype
 from .computed import check_dense, refresh, settled
-from .stacked_rnn import arguments_of, narrowed, plain_rnn, width_of
+from .pruned.narrowed_rnn import arguments_of, narrowed, plain_rnn
+from .pruned.scaled_rnn import ScaledRNN, scaled_call, scaled_state
+from .pruned.stacked_rnn import width_of
 
 VALUE = value()
 WIDTHS = ("equal", "own")
@@ -90,8 +91,8 @@ class GatedRecurrent(GatedLayer, nn.RNNBase):
         # whoever replaced self.forward meant this layer, not the shell
         run = functools.partial(self._dense.forward, plain)
         if self.proj_size:
-            return run(input, _times(hx, z, lambda row: (row != 0).to(row.dtype)))
-        return _gated_call(run, z, self._directions, input, hx, _gate_units)
+            return run(input, scaled_state(hx, z, lambda row: (row != 0).to(row.dtype)))
+        return scaled_call(run, z, self._directions, input, hx, _gate_units)
 
     def _rows(self, z: Tensor) -> tuple[Tensor, ...]:
         """The gates (P,) of each layer and direction."""
@@ -196,8 +197,8 @@ class GatedRecurrent(GatedLayer, nn.RNNBase):
         in the last layer their ``scale``). With ``widths="own"`` each keeps its open units, at least one, and where
         these are not equally many, the result is a :class:`StackedRNN`.
 
-        A state that is given to the small layer has its units and is not gated: h_0[...,
-        kept] / scale for the last layer.
+        A state that is given to the small layer has its units and is not gated: h_0[..., kept] / scale for the last
+        layer.
         """
         return self._compacted(self.kept_units())
 
@@ -293,33 +294,12 @@ class GatedRecurrent(GatedLayer, nn.RNNBase):
         return total
 
 
-class ScaledRNN(nn.Module):
-    """A plain recurrent layer whose state is read through constant factors:
-    what :meth:`GatedLSTM.to_dense` gives where gates are not 1.
-
-    ``rnn`` has the factors in its weights already; the buffer ``scale``, (layers * directions, H), is that of its
-    output and states. Arguments and results are those of ``rnn``. It runs in torch alone, with no operator of dampr,
-    so that it can be exported.
-    """
-
-    scale: Tensor
-
-    def __init__(self, rnn: Any, scale: Tensor) -> None:
-        super().__init__()
-        self.rnn = rnn
-        self.register_buffer("scale", scale)
-
-    def forward(self, input: Any, hx: Any = None) -> Any:
-        return _gated_call(self.rnn, self.scale.unbind(0), 2 if self.rnn.bidirectional else 1, input, hx, _scale_units)
-
-
 class GatedLSTM(GatedRecurrent, nn.LSTM):
     """``nn.LSTM`` with a learned gate for each hidden unit (each projected one with
     ``proj_size``) of each direction and layer.
 
-    Args:
-        input_size ... dtype: as in ``nn.LSTM``, by position or name.
-        gate: a family's name, a :class:`dampr.gates.Gate` subclass, or an instance to share, with layers * directions *
+    Args: input_size ... dtype: as in ``nn.LSTM``, by position or name. gate: a family's name, a
+        :class:`dampr.gates.Gate` subclass, or an instance to share, with layers * directions *
             units gates in the order of h_n.
         widths: what compaction leaves where layers or directions have unequally many open units: ``"equal"``, one
             ``nn`` module as wide everywhere as the widest; ``"own"``, a :class:`StackedRNN`, each layer and direction
@@ -369,52 +349,8 @@ def _gate_units(x: Tensor, z: Tensor) -> Tensor:
     return x * z if _is_small(x) else functional.gate_activations(x, z, dim=-1, spec=VALUE)
 
 
-def _scale_units(x: Tensor, z: Tensor) -> Tensor:
-    return (x * z).to(x.dtype)
-
-
-def _gated_call(
-    run: Callable[[Any, Any], Any],
-    z: tuple[Tensor, ...],
-    directions: int,
-    input: Any,
-    hx: Any,
-    multiply: Callable[[Tensor, Tensor], Tensor],
-) -> Any:
-    """Run a recurrent layer whose weights have gates z in their columns on a state that is gated,
-    and gate what it gives.
-    """
-    output, state = run(input, _times(hx, z, _inverse))
-    last = z[-1] if directions == 1 else torch.cat(z[-directions:])
-    if isinstance(output, PackedSequence):
-        output = output._replace(data=multiply(output.data, last))
-    else:
-        output = multiply(output, last)
-    return output, _times(state, z)
-
-
-def _inverse(z: Tensor) -> Tensor:
-    opened = z != 0
-    return opened.to(z.dtype) / torch.where(opened, z, torch.ones_like(z))
-
-
 def _is_small(x: Tensor) -> bool:
     return x.is_cpu and x.numel() <= _BY_TORCH and x.dtype in (torch.float32, torch.float64)
-
-
-def _times(state: Any, z: tuple[Tensor, ...], factor: Callable[[Tensor], Tensor] = lambda row: row) -> Any:
-    """The state of a layer, h or (h, c), with h times factors of the gates z (P,) of each layer and direction.
-
-    One of another shape is left to the vendor's own check.
-    """
-    if state is None:
-        return None
-    h, *rest = state if isinstance(state, tuple) else (state,)
-    if h.dim() > 1 and (h.shape[0], h.shape[-1]) == (len(z), len(z[0])):
-        # (P,), which goes with every shape, or (layers * directions, P)
-        rows = factor(z[0] if len(z) == 1 else torch.stack(z))
-        h = (h * (rows.unsqueeze(1) if h.dim() == 3 and len(z) > 1 else rows)).to(h.dtype)
-    return (h, *rest) if isinstance(state, tuple) else h
 
 
 def _fold(weight: Tensor, columns: Tensor | None, rows: Tensor | None) -> Tensor:

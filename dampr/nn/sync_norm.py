@@ -13,7 +13,8 @@ from dampr.gates import Gate
 from dampr.ops.gate_args import gate_dtype
 from dampr.spec import SAMPLE, GateSpec
 
-from .norm import GatedBatchNorm, norms_with, remember
+from .batch_norm import GatedBatchNorm
+from .gated_norm import norms_with, remember
 
 
 class GatedSyncBatchNorm(GatedBatchNorm):
@@ -23,8 +24,8 @@ class GatedSyncBatchNorm(GatedBatchNorm):
     In training, mean and variance are those of the rows of all ranks of the group: one message of 2 C + 1 numbers in
     the forward and one of 2 C in the backward, as torch has them. Ranks may have batches of different sizes. It runs on
     CPUs too, where ``nn.SyncBatchNorm`` does not train, and is therefore no subclass of that, which
-    DistributedDataParallel would refuse there. ``nn.SyncBatchNorm.convert_sync_batchnorm(model)``
-    makes it of the gated batch norms of a model.
+    DistributedDataParallel would refuse there. ``nn.SyncBatchNorm.convert_sync_batchnorm(model)`` makes it of the gated
+    batch norms of a model.
 
     Args:
         num_features ... dtype: as in ``nn.SyncBatchNorm``.

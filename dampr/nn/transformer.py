@@ -13,22 +13,21 @@ from torch.nn import functional as F
 from dampr import _checks
 from dampr.gates import Gate as Family
 
+from .activation import GatedActivation
 from .attention import GatedMultiheadAttention
 from .base import GatedWeight, fresh_values
 from .computed import check_dense, computed, copied, settled, unwrap, wake
-from .gate import Gate, gated_sum
+from .layer_norm import GatedLayerNorm
 from .linear import GatedLinear
-from .norm import GatedLayerNorm
-from .pruned_attention import Maybe, PrunedMultiheadAttention
-from .pruned_transformer import (
-    BySublayers,
-    DecoderBySublayers,
-    EncoderBySublayers,
+from .pruned.attention import PrunedMultiheadAttention
+from .pruned.transformer import (
     PrunedTransformerDecoderLayer,
     PrunedTransformerEncoderLayer,
     RemovedPart,
     remove_sublayer,
 )
+from .residual import gated_sum
+from .sublayers import BySublayers, DecoderBySublayers, EncoderBySublayers
 
 PARTS = ("heads", "neurons", "sublayers")
 
@@ -89,7 +88,7 @@ class GatedTransformer(BySublayers):
             self.linear1 = GatedLinear._around(self.linear1, gate, "output", per_sample)
         if "sublayers" in parts:
             device = self.linear2.weight.device
-            gates = [Gate(1, -1, gate=gate, per_sample=per_sample, device=device) for _ in self._sublayers]
+            gates = [GatedActivation(1, -1, gate=gate, per_sample=per_sample, device=device) for _ in self._sublayers]
             for own, count in zip(gates, counts, strict=True):
                 own.weights_per_gate = float(count)
             self.sublayer_gates = nn.ModuleList(gates)
@@ -99,7 +98,7 @@ class GatedTransformer(BySublayers):
         """The layers with weights of each sublayer, norms excepted."""
         return [*([getattr(self, name)] for name in self._attentions), [self.linear1, self.linear2]]
 
-    def _gate_of(self, index: int) -> Gate | None:
+    def _gate_of(self, index: int) -> GatedActivation | None:
         """The gate of a sublayer as a whole."""
         gates: Any = self._modules.get("sublayer_gates")
         return None if gates is None else gates[index]
@@ -137,7 +136,11 @@ class GatedTransformer(BySublayers):
 
     @torch.no_grad()
     def _undo_fresh_gates(self) -> None:
-        fresh = [part.gate for part in self.modules() if isinstance(part, (GatedMultiheadAttention, GatedWeight, Gate))]
+        fresh = [
+            part.gate
+            for part in self.modules()
+            if isinstance(part, (GatedMultiheadAttention, GatedWeight, GatedActivation))
+        ]
         if not all(gate.starts_at_one() or bool((fresh_values(gate) != 0).all()) for gate in fresh):
             raise ValueError(
                 f"gate={type(fresh[0]).__name__}: a fresh gate of it is 0, so what the layer computes could not be kept"
@@ -154,7 +157,7 @@ class GatedTransformer(BySublayers):
                     raise ValueError(f"gate={type(own.gate).__name__}: fresh gates are not 1, {why}")
                 _multiply(last, 1 / fresh_values(own.gate))
 
-    def _value(self, index: int) -> Maybe:
+    def _value(self, index: int) -> Tensor | None:
         """The gate of a sublayer in evaluation mode, (1,), or None."""
         own = self._gate_of(index)
         return None if own is None else own.gate.deterministic()
@@ -174,8 +177,8 @@ class GatedTransformer(BySublayers):
         :class:`PrunedTransformerEncoderLayer` or :class:`PrunedTransformerDecoderLayer`.
 
         What a closed neuron contributes as a constant, its activation at 0, goes into the bias of ``linear2``. Neurons
-        stay where the activation is not one of each neuron alone. Norms with gates keep them,
-        for other layers have their width too.
+        stay where the activation is not one of each neuron alone. Norms with gates keep them, for other layers have
+        their width too.
         """
         return self._plain(cut=True)
 
@@ -243,15 +246,14 @@ class GatedTransformer(BySublayers):
 class GatedTransformerEncoderLayer(GatedTransformer, EncoderBySublayers):
     """``nn.TransformerEncoderLayer`` with learned gates for its heads, its feed-forward neurons and its sublayers.
 
-    Args:
-        d_model ... dtype: as in ``nn.TransformerEncoderLayer``.
-        gate: a family's name, a :class:`dampr.gates.Gate` subclass, or a function of (number of gates, device) that
+    Args: d_model ... dtype: as in ``nn.TransformerEncoderLayer``. gate: a family's name, a :class:`dampr.gates.Gate`
+        subclass, or a function of (number of gates, device) that
             makes one: each part gets gates of its own.
         parts: some of ``"heads"`` (``self_attn`` is a :class:`GatedMultiheadAttention`), ``"neurons"`` (``linear1`` is
             a :class:`GatedLinear` with gates on its outputs) and ``"sublayers"`` (x + z F(x), a gate for attention and
             one for feed-forward; as in :class:`GatedResidual`, a closed one is not run).
-        per_sample: in training, draws for each sample of the batch (heads,
-            sublayers) or each token (neurons) instead of one per call.
+        per_sample: in training, draws for each sample of the batch (heads, sublayers) or each token (neurons) instead
+            of one per call.
 
     Called as ``nn.TransformerEncoderLayer`` is, also by ``nn.TransformerEncoder``, with the same results. Its fused
     path for inference reads weights without asking their layers, so it is never taken; a nested tensor, which

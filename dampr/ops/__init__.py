@@ -10,19 +10,19 @@ from .backends import BackendUnavailableError, backend, backend_info, choose, se
 from .dependency_generator import dependency_generator
 from .fold_conv import fold_channels, fold_filters
 from .fold_weight import fold_blocks, fold_weight
+from .folded_norm import BatchNorm, LayerNorm, affine, folded_norm
 from .gate_activations import gate_activations
 from .gate_args import GateArgs, GatePair
 from .gate_bank import gate_bank, joined
+from .gated_conv import Window, composed_conv, gated_conv
 from .gated_conv2d import gated_conv2d
 from .gated_linear import gated_linear
-from .live import on_open_gates
 from .node import is_transformed
-from .norm_gate import has_whole_norms, norm_gate, whole_norm_gate
+from .norm_gate import fused_norm, has_fused_norm, norm_gate
 from .routes import forced_route
 from .sample_gates import sample_gates
+from .skip_closed import on_open_gates
 from .weight_gated_linear import weight_gated_linear
-from .whole_conv import Window, composed_conv, whole_conv
-from .whole_norm import BatchNorm, LayerNorm, affine, whole_norm
 
 __all__ = [
     "BackendUnavailableError",
@@ -41,12 +41,15 @@ __all__ = [
     "fold_channels",
     "fold_filters",
     "fold_weight",
+    "folded_norm",
     "forced_route",
+    "fused_norm",
     "gate_activations",
     "gate_bank",
+    "gated_conv",
     "gated_conv2d",
     "gated_linear",
-    "has_whole_norms",
+    "has_fused_norm",
     "is_transformed",
     "joined",
     "norm_gate",
@@ -54,7 +57,4 @@ __all__ = [
     "sample_gates",
     "select",
     "weight_gated_linear",
-    "whole_conv",
-    "whole_norm",
-    "whole_norm_gate",
 ]

@@ -12,11 +12,11 @@ from torch import Tensor
 from dampr import reference
 
 from .gate_activations import dense_format
-from .gate_args import GateArgs, GatePair, Maybe
+from .gate_args import GateArgs, GatePair
+from .gated_conv import Window
 from .library import rows_of
 from .norm_gate import Norm
 from .routes import ConvProblem
-from .whole_conv import Window
 
 # up to so many, an op takes the place of torch's own products: here it is these that it is made of
 GENERATOR_PARAMETERS = 0
@@ -62,7 +62,9 @@ def sample_gates_bwd(dz: Tensor, gate: GateArgs, rows: int | None, start: int = 
     return grad if rows is None else grad.sum(0)
 
 
-def gated_linear_fwd(x: Tensor, weight: Tensor, bias: Maybe, gates: GatePair, keep_pre: bool) -> tuple[Tensor, Tensor]:
+def gated_linear_fwd(
+    x: Tensor, weight: Tensor, bias: Tensor | None, gates: GatePair, keep_pre: bool
+) -> tuple[Tensor, Tensor]:
     y = reference.gated_linear(x, weight, bias, *gates)
     return y, reference.gated_linear(
         x, weight, bias, *gates._replace(output_log_alpha=None)
@@ -70,8 +72,8 @@ def gated_linear_fwd(x: Tensor, weight: Tensor, bias: Maybe, gates: GatePair, ke
 
 
 def gated_linear_bwd(
-    dy: Tensor, x: Tensor, weight: Tensor, bias: Maybe, gates: GatePair, pre: Tensor, needs: Sequence[bool]
-) -> tuple[Maybe, ...]:
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, gates: GatePair, pre: Tensor, needs: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
     need_x, need_w, need_b, need_in, need_out = needs
     x2, dy2, w = rows_of(x), rows_of(dy), weight.to(x.dtype)
     M = x2.shape[0]
@@ -102,13 +104,21 @@ def gated_linear_bwd(
     return dx, dw, db, din, dout
 
 
-def weight_gated_linear_fwd(x: Tensor, weight: Tensor, bias: Maybe, gate: GateArgs, block: tuple[int, int]) -> Tensor:
+def weight_gated_linear_fwd(
+    x: Tensor, weight: Tensor, bias: Tensor | None, gate: GateArgs, block: tuple[int, int]
+) -> Tensor:
     return reference.weight_gated_linear(x, weight, bias, gate.log_alpha, gate.seed, gate.spec, block)
 
 
 def weight_gated_linear_bwd(
-    dy: Tensor, x: Tensor, weight: Tensor, bias: Maybe, gate: GateArgs, block: tuple[int, int], needs: Sequence[bool]
-) -> tuple[Maybe, ...]:
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gate: GateArgs,
+    block: tuple[int, int],
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
     need_x, need_w, need_b, need_gate = needs
     x2, dy2 = rows_of(x), rows_of(dy)
     dx = (dy2 @ fold_blocks_fwd(weight, gate, block, x.dtype)).view(x.shape) if need_x else None
@@ -119,13 +129,15 @@ def weight_gated_linear_bwd(
     return dx, dw, db, dlog_alpha
 
 
-def fold_weight_fwd(weight: Tensor, bias: Maybe, gates: GatePair, dtype: torch.dtype) -> tuple[Tensor, Maybe]:
+def fold_weight_fwd(
+    weight: Tensor, bias: Tensor | None, gates: GatePair, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
     return reference.fold_weight(weight, bias, *gates[:5], dtype)
 
 
 def fold_weight_bwd(
-    raw: Tensor, raw_bias: Maybe, weight: Tensor, bias: Maybe, gates: GatePair, needs: Sequence[bool]
-) -> tuple[Maybe, ...]:
+    raw: Tensor, raw_bias: Tensor | None, weight: Tensor, bias: Tensor | None, gates: GatePair, needs: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
     need_w, need_b, need_in, need_out = needs
     z_in, z_out = _beside(weight, gates.input), _beside(weight, gates.output)
     raw = raw.to(z_in.dtype)
@@ -155,7 +167,7 @@ def fold_blocks_fwd(weight: Tensor, gate: GateArgs, block: tuple[int, int], dtyp
 
 def fold_blocks_bwd(
     raw: Tensor, weight: Tensor, gate: GateArgs, block: tuple[int, int], needs: Sequence[bool]
-) -> tuple[Maybe, Maybe]:
+) -> tuple[Tensor | None, Tensor | None]:
     shape, log_alpha = (weight.shape[0], weight.shape[1]), gate.log_alpha
     raw = raw.to(log_alpha.dtype)
     dw = dlog_alpha = None
@@ -173,7 +185,9 @@ def gate_activations_fwd(x: Tensor, gate: GateArgs, dim: int) -> Tensor:
     return y.contiguous(memory_format=dense_format(x, dim))
 
 
-def gate_activations_bwd(dy: Tensor, x: Tensor, gate: GateArgs, dim: int, needs: Sequence[bool]) -> tuple[Maybe, Maybe]:
+def gate_activations_bwd(
+    dy: Tensor, x: Tensor, gate: GateArgs, dim: int, needs: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None]:
     dx = gate_activations_fwd(dy, gate, dim) if needs[0] else None
     if not needs[1]:
         return dx, None
@@ -203,7 +217,7 @@ def dependency_generator_bwd(
     return grads[::-1]
 
 
-def gated_conv2d_fwd(x: Tensor, weight: Tensor, bias: Maybe, gates: GatePair, window: Window) -> Tensor:
+def gated_conv2d_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, gates: GatePair, window: Window) -> Tensor:
     y = reference.gated_conv(x, weight, bias, *gates[:5], False, **window._asdict())
     return y.contiguous(memory_format=torch.channels_last)
 
@@ -224,7 +238,9 @@ def _before_gates(normalised: Tensor, norm: Norm) -> Tensor:
     return pre if norm.bias is None else pre + _over_channels(norm.bias, normalised)
 
 
-def norm_gate_fwd(x: Tensor, norm: Norm, gate: GateArgs, mean: Maybe, var: Maybe) -> tuple[Tensor, Maybe, Maybe]:
+def norm_gate_fwd(
+    x: Tensor, norm: Norm, gate: GateArgs, mean: Tensor | None, var: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     batch, log_alpha = mean is None or var is None, gate.log_alpha
     if mean is None or var is None:
         shared = [i for i in range(x.dim()) if i != 1]
@@ -238,7 +254,7 @@ def norm_gate_fwd(x: Tensor, norm: Norm, gate: GateArgs, mean: Maybe, var: Maybe
 
 def norm_gate_bwd(
     dy: Tensor, x: Tensor, norm: Norm, gate: GateArgs, mean: Tensor, var: Tensor, training: bool, needs: Sequence[bool]
-) -> tuple[Maybe, ...]:
+) -> tuple[Tensor | None, ...]:
     rows = gate.rows(x.shape[0])
     inner = list(range(2, x.dim()))
     normalised, rstd = _normalised(x, mean, var, norm.eps)

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from ._torch import constant_to_compilers, environment_entry
+
 NAMES = ("triton", "cpp", "reference")
 ENVIRONMENT = "DAMPR_BACKEND"
 _chosen: list[list[str]] = []  # process-wide on purpose: the backward of CUDA ops runs in threads of its own
@@ -36,9 +38,7 @@ _package = sys.modules[__package__ or ""]  # has every backend that was loaded a
 _modules: dict[str, tuple[ModuleType | None, str]] = {}
 # what select() found for (asked for, device, dtype)
 _selected: dict[tuple[Any, torch.device, torch.dtype], ModuleType] = {}
-# The dictionary inside of os.environ: what is not set costs os.environ an exception, and a tiny layer 1 us a step.
-_environment = getattr(os.environ, "_data", os.environ)
-_key = os.environ.encodekey(ENVIRONMENT) if _environment is not os.environ else ENVIRONMENT
+_environment, _key = environment_entry(ENVIRONMENT)
 
 
 def _module(name: str) -> tuple[ModuleType | None, str]:
@@ -85,10 +85,8 @@ def choose(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     if _chosen:
         name, source = _chosen[-1][0], "dampr.backend(...)"
     else:
-        name, source = (
-            _checked(os.environ.get(ENVIRONMENT, "auto"), ENVIRONMENT),
-            f"the environment variable {ENVIRONMENT}",
-        )
+        name = _checked(os.environ.get(ENVIRONMENT, "auto"), ENVIRONMENT)
+        source = f"the environment variable {ENVIRONMENT}"
     if name != "auto":
         reason = why_not(name, device, dtype)
         if reason is not None:
@@ -117,6 +115,7 @@ def select(device: torch.device, dtype: torch.dtype) -> ModuleType:
     return _selected[key]
 
 
+@constant_to_compilers
 def _loaded_name(asked: str | None, device: torch.device, dtype: torch.dtype) -> str:
     """What :func:`choose` names, loaded. Not traced: the first call of a process may be compiled,
     and this imports and asks drivers.
@@ -126,9 +125,6 @@ def _loaded_name(asked: str | None, device: torch.device, dtype: torch.dtype) ->
     name, _ = choose(device, dtype)
     _module(name)
     return name
-
-
-_loaded_name._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as assume_constant_result does, which imports all of dynamo
 
 
 def backend_info() -> dict[str, str]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .fold_weight import fold_blocks, fold_weight
-from .gate_args import GateArgs, Maybe
+from .gate_args import GateArgs
 from .node import is_transformed
 
 
@@ -34,7 +34,9 @@ def from_matrix(matrix: Tensor, weight: Tensor) -> Tensor:
     return matrix.view(weight.shape)
 
 
-def fold_filters(weight: Tensor, bias: Maybe, gate: GateArgs, dtype: torch.dtype) -> tuple[Tensor, Maybe]:
+def fold_filters(
+    weight: Tensor, bias: Tensor | None, gate: GateArgs, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
     """Filters (and the bias) times their gates; the weight keeps its memory format."""
     folded, bias = fold_weight(as_matrix(weight), bias, gate.on_rows(), dtype)
     return from_matrix(folded, weight), bias

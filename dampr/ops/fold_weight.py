@@ -2,8 +2,8 @@
 an RNN) then runs as it is.
 
 ``fold_weight`` takes gates of rows and columns and the bias along, ``fold_blocks`` a gate for each weight or block of
-weights. The gradient of a gate comes from that of the folded weight, dz = sum(W * dW~):
-nothing but the inputs and the seed is kept.
+weights. The gradient of a gate comes from that of the folded weight, dz = sum(W * dW~): nothing but the inputs and the
+seed is kept.
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ from dampr import reference
 
 from .backends import select
 from .gate_activations import dense_format
-from .gate_args import PAIR, GateArgs, GatePair, Maybe, unpack
+from .gate_args import PAIR, GateArgs, GatePair, unpack
 from .library import define, or_empty, wanted
 from .node import Node, apply
 
 
 def _fwd(
     weight: Tensor,
-    bias: Maybe,
-    in_la: Maybe,
-    out_la: Maybe,
-    in_seed: Maybe,
-    out_seed: Maybe,
+    bias: Tensor | None,
+    in_la: Tensor | None,
+    out_la: Tensor | None,
+    in_seed: Tensor | None,
+    out_seed: Tensor | None,
     spec: Sequence[float],
     dtype: torch.dtype,
-) -> tuple[Tensor, Maybe]:
+) -> tuple[Tensor, Tensor | None]:
     gates = GatePair.of(in_la, out_la, in_seed, out_seed, spec)
-    folded: tuple[Tensor, Maybe] = select(weight.device, dtype).fold_weight_fwd(weight, bias, gates, dtype)
+    folded: tuple[Tensor, Tensor | None] = select(weight.device, dtype).fold_weight_fwd(weight, bias, gates, dtype)
     return folded
 
 
-def _fwd_fake(weight: Tensor, bias: Maybe, *rest: Any) -> tuple[Tensor, Tensor]:
+def _fwd_fake(weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
     dtype = rest[-1]
     return weight.new_empty(weight.shape, dtype=dtype), weight.new_empty(
         (0,) if bias is None else bias.shape, dtype=dtype
@@ -47,26 +47,28 @@ def _fwd_fake(weight: Tensor, bias: Maybe, *rest: Any) -> tuple[Tensor, Tensor]:
 
 def _bwd(
     raw: Tensor,
-    raw_bias: Maybe,
+    raw_bias: Tensor | None,
     weight: Tensor,
-    bias: Maybe,
-    in_la: Maybe,
-    out_la: Maybe,
-    in_seed: Maybe,
-    out_seed: Maybe,
+    bias: Tensor | None,
+    in_la: Tensor | None,
+    out_la: Tensor | None,
+    in_seed: Tensor | None,
+    out_seed: Tensor | None,
     spec: Sequence[float],
     needs: Sequence[bool],
-) -> tuple[Maybe, ...]:
+) -> tuple[Tensor | None, ...]:
     gates = GatePair.of(in_la, out_la, in_seed, out_seed, spec)
-    grads: tuple[Maybe, ...] = select(raw.device, raw.dtype).fold_weight_bwd(raw, raw_bias, weight, bias, gates, needs)
+    grads: tuple[Tensor | None, ...] = select(raw.device, raw.dtype).fold_weight_bwd(
+        raw, raw_bias, weight, bias, gates, needs
+    )
     return grads
 
 
-def _bwd_fake(raw: Tensor, raw_bias: Maybe, *rest: Any) -> tuple[Tensor, ...]:
+def _bwd_fake(raw: Tensor, raw_bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
     return _like(rest[:4], rest[-1], raw)
 
 
-def _like(inputs: tuple[Maybe, ...], needs: Sequence[bool], empty: Tensor) -> tuple[Tensor, ...]:
+def _like(inputs: tuple[Tensor | None, ...], needs: Sequence[bool], empty: Tensor) -> tuple[Tensor, ...]:
     return tuple(
         t.new_empty(t.shape) if need and t is not None else empty.new_empty(0)
         for t, need in zip(inputs, needs, strict=True)
@@ -115,7 +117,9 @@ class _FoldWeight(Node):
         return (*wanted(grads, needs), None, None, None, None)
 
 
-def fold_weight(weight: Tensor, bias: Maybe, gates: GatePair, dtype: torch.dtype) -> tuple[Tensor, Maybe]:
+def fold_weight(
+    weight: Tensor, bias: Tensor | None, gates: GatePair, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
     """(z_out W z_in, z_out b) in ``dtype``, differentiable; weight: (N, K), bias: (N,), gates: K and N of them;
     taken as checked.
     """
@@ -124,7 +128,12 @@ def fold_weight(weight: Tensor, bias: Maybe, gates: GatePair, dtype: torch.dtype
 
 
 def _blocks_fwd(
-    weight: Tensor, log_alpha: Tensor, seed: Maybe, spec: Sequence[float], block: Sequence[int], dtype: torch.dtype
+    weight: Tensor,
+    log_alpha: Tensor,
+    seed: Tensor | None,
+    spec: Sequence[float],
+    block: Sequence[int],
+    dtype: torch.dtype,
 ) -> Tensor:
     gate = GateArgs(log_alpha, seed, unpack(spec))
     folded: Tensor = select(weight.device, dtype).fold_blocks_fwd(weight, gate, tuple(block), dtype)
@@ -139,13 +148,15 @@ def _blocks_bwd(
     raw: Tensor,
     weight: Tensor,
     log_alpha: Tensor,
-    seed: Maybe,
+    seed: Tensor | None,
     spec: Sequence[float],
     block: Sequence[int],
     needs: Sequence[bool],
-) -> tuple[Maybe, ...]:
+) -> tuple[Tensor | None, ...]:
     gate = GateArgs(log_alpha, seed, unpack(spec))
-    grads: tuple[Maybe, ...] = select(raw.device, raw.dtype).fold_blocks_bwd(raw, weight, gate, tuple(block), needs)
+    grads: tuple[Tensor | None, ...] = select(raw.device, raw.dtype).fold_blocks_bwd(
+        raw, weight, gate, tuple(block), needs
+    )
     return grads
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from dampr import reference
 
 from .backends import select
-from .gate_args import GateArgs, Maybe
+from .gate_args import GateArgs
 from .library import define, or_empty, wanted
 from .node import Node, apply
 
@@ -51,13 +51,17 @@ def planes(x: Tensor, dim: int, per_sample: bool) -> tuple[Tensor, Planes, torch
     return x, Planes(outer, middle, n, inner, per_sample), layout
 
 
-def _fwd(x: Tensor, log_alpha: Tensor, seed: Maybe, spec: Sequence[float], dim: int, per_sample: bool) -> Tensor:
+def _fwd(
+    x: Tensor, log_alpha: Tensor, seed: Tensor | None, spec: Sequence[float], dim: int, per_sample: bool
+) -> Tensor:
     gate = GateArgs.of(log_alpha, seed, spec, per_sample)
     y: Tensor = select(x.device, x.dtype).gate_activations_fwd(x, gate, dim)
     return y
 
 
-def _fwd_fake(x: Tensor, log_alpha: Tensor, seed: Maybe, spec: Sequence[float], dim: int, per_sample: bool) -> Tensor:
+def _fwd_fake(
+    x: Tensor, log_alpha: Tensor, seed: Tensor | None, spec: Sequence[float], dim: int, per_sample: bool
+) -> Tensor:
     return torch.empty_like(x, memory_format=dense_format(x, dim))
 
 
@@ -65,14 +69,14 @@ def _bwd(
     dy: Tensor,
     x: Tensor,
     log_alpha: Tensor,
-    seed: Maybe,
+    seed: Tensor | None,
     spec: Sequence[float],
     dim: int,
     per_sample: bool,
     needs: Sequence[bool],
-) -> tuple[Maybe, ...]:
+) -> tuple[Tensor | None, ...]:
     gate = GateArgs.of(log_alpha, seed, spec, per_sample)
-    grads: tuple[Maybe, ...] = select(x.device, x.dtype).gate_activations_bwd(dy, x, gate, dim, needs)
+    grads: tuple[Tensor | None, ...] = select(x.device, x.dtype).gate_activations_bwd(dy, x, gate, dim, needs)
     return grads
 
 

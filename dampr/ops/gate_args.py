@@ -13,7 +13,6 @@ from torch import Tensor
 
 from dampr.spec import SAMPLE, GateSpec
 
-Maybe = Tensor | None
 # GatePair as schemas list it
 PAIR = "Tensor? input_log_alpha, Tensor? output_log_alpha, Tensor? input_seed, Tensor? output_seed"
 
@@ -29,12 +28,12 @@ class GateArgs(NamedTuple):
     """
 
     log_alpha: Tensor
-    seed: Maybe
+    seed: Tensor | None
     spec: GateSpec
     per_sample: bool = False
 
     @classmethod
-    def of(cls, log_alpha: Tensor, seed: Maybe, spec: Sequence[Any], per_sample: bool = False) -> GateArgs:
+    def of(cls, log_alpha: Tensor, seed: Tensor | None, spec: Sequence[Any], per_sample: bool = False) -> GateArgs:
         """Gates from what a schema lists; per sample only if they are drawn at all."""
         spec = unpack(spec)
         return cls(log_alpha, seed, spec, per_sample and spec.rule == SAMPLE)
@@ -57,16 +56,22 @@ class GatePair(NamedTuple):
     so that a call makes one tuple.
     """
 
-    input_log_alpha: Maybe
-    output_log_alpha: Maybe
-    input_seed: Maybe
-    output_seed: Maybe
+    input_log_alpha: Tensor | None
+    output_log_alpha: Tensor | None
+    input_seed: Tensor | None
+    output_seed: Tensor | None
     spec: GateSpec
     per_sample: bool = False
 
     @classmethod
     def of(
-        cls, in_la: Maybe, out_la: Maybe, in_seed: Maybe, out_seed: Maybe, spec: Sequence[Any], per_sample: bool = False
+        cls,
+        in_la: Tensor | None,
+        out_la: Tensor | None,
+        in_seed: Tensor | None,
+        out_seed: Tensor | None,
+        spec: Sequence[Any],
+        per_sample: bool = False,
     ) -> GatePair:
         """Gates from what a schema lists; per sample only if they are drawn at all."""
         spec = unpack(spec)

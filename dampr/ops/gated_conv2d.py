@@ -17,20 +17,20 @@ from dampr import reference
 
 from .backends import select
 from .fold_conv import fold_channels, fold_filters
-from .gate_args import PAIR, GatePair, Maybe
+from .gate_args import PAIR, GatePair
+from .gated_conv import Window
 from .library import define, wanted
 from .node import Node, apply
-from .whole_conv import Window
 
 
 def _fwd(
     x: Tensor,
     weight: Tensor,
-    bias: Maybe,
-    in_la: Maybe,
-    out_la: Maybe,
-    in_seed: Maybe,
-    out_seed: Maybe,
+    bias: Tensor | None,
+    in_la: Tensor | None,
+    out_la: Tensor | None,
+    in_seed: Tensor | None,
+    out_seed: Tensor | None,
     spec: Sequence[float],
     stride: Sequence[int],
     padding: Sequence[int],
@@ -43,7 +43,7 @@ def _fwd(
     return y
 
 
-def _fwd_fake(x: Tensor, weight: Tensor, bias: Maybe, *rest: Any) -> Tensor:
+def _fwd_fake(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
     size = Window(*rest[-4:]).size(x.shape, weight.shape)
     return x.new_empty((x.shape[0], weight.shape[0], *size)).contiguous(memory_format=torch.channels_last)
 
@@ -99,7 +99,7 @@ class _GatedConv2d(Node):
             for t, g in zip((folded, shift), raw, strict=True)
             if t is not None and g is not None and t.requires_grad
         ]
-        found: dict[int, Maybe] = {}
+        found: dict[int, Tensor | None] = {}
         if ends and learns:
             outputs, upstream = zip(*((t, g.to(t.dtype)) for t, g in ends), strict=True)
             found = dict(
@@ -109,7 +109,7 @@ class _GatedConv2d(Node):
         return (*wanted(grads, needs), *[None] * 7)
 
 
-def gated_conv2d(x: Tensor, weight: Tensor, bias: Maybe, gates: GatePair, window: Window) -> Tensor:
+def gated_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, gates: GatePair, window: Window) -> Tensor:
     """Differentiable, gates per batch; x: (B, C, H, W); arguments are taken as checked
     (:func:`dampr.functional.gated_conv2d` checks).
     """

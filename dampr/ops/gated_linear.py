@@ -12,21 +12,22 @@ from torch.utils.flop_counter import register_flop_formula
 
 from dampr import reference
 
+from ._torch import as_no_view, is_view
 from .backends import select
-from .gate_args import PAIR, GatePair, Maybe
+from .gate_args import PAIR, GatePair
 from .library import define, gates_activations, or_empty, wanted
-from .live import among_open, on_open_gates
-from .node import Node, Planned, apply, watched
+from .node import Node, Planned, apply, needs_dispatcher
+from .skip_closed import among_open, on_open_gates
 
 
 def _fwd(
     x: Tensor,
     weight: Tensor,
-    bias: Maybe,
-    in_la: Maybe,
-    out_la: Maybe,
-    in_seed: Maybe,
-    out_seed: Maybe,
+    bias: Tensor | None,
+    in_la: Tensor | None,
+    out_la: Tensor | None,
+    in_seed: Tensor | None,
+    out_seed: Tensor | None,
     spec: Sequence[float],
     per_sample: bool,
     keep_pre: bool,
@@ -34,7 +35,7 @@ def _fwd(
     gates = GatePair.of(in_la, out_la, in_seed, out_seed, spec, per_sample)
     y, pre = select(x.device, x.dtype).gated_linear_fwd(x, weight, bias, gates, keep_pre)
     # autograd lets nobody change a view in place
-    return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y, pre
+    return as_no_view(y, y.shape) if is_view(y) else y, pre
 
 
 def _fwd_fake(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -46,18 +47,20 @@ def _bwd(
     dy: Tensor,
     x: Tensor,
     weight: Tensor,
-    bias: Maybe,
-    in_la: Maybe,
-    out_la: Maybe,
-    in_seed: Maybe,
-    out_seed: Maybe,
+    bias: Tensor | None,
+    in_la: Tensor | None,
+    out_la: Tensor | None,
+    in_seed: Tensor | None,
+    out_seed: Tensor | None,
     pre: Tensor,
     spec: Sequence[float],
     per_sample: bool,
     needs: Sequence[bool],
-) -> tuple[Maybe, ...]:
+) -> tuple[Tensor | None, ...]:
     gates = GatePair.of(in_la, out_la, in_seed, out_seed, spec, per_sample)
-    grads: tuple[Maybe, ...] = select(x.device, x.dtype).gated_linear_bwd(dy, x, weight, bias, gates, pre, needs)
+    grads: tuple[Tensor | None, ...] = select(x.device, x.dtype).gated_linear_bwd(
+        dy, x, weight, bias, gates, pre, needs
+    )
     return grads
 
 
@@ -148,23 +151,23 @@ class _SmallLinear(_PlannedLinear):
     """A tiny layer, of which calls take the time."""
 
 
-_apply_planned = super(torch.autograd.Function, _PlannedLinear).apply  # type: ignore[misc]
-_apply_small = super(torch.autograd.Function, _SmallLinear).apply  # type: ignore[misc]
+_apply_planned = _PlannedLinear.apply_at_once
+_apply_small = _SmallLinear.apply_at_once
 
 
-def gated_linear(x: Tensor, weight: Tensor, bias: Maybe, gates: GatePair) -> Tensor:
+def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, gates: GatePair) -> Tensor:
     """Differentiable gated linear map; arguments are taken as checked
     (:func:`dampr.functional.gated_linear` checks).
     """
     in_la, out_la, in_seed, out_seed, spec, per_sample = gates
-    if not watched((x, weight, bias, in_la, out_la)):
+    if not needs_dispatcher((x, weight, bias, in_la, out_la)):
         backend = select(x.device, x.dtype)
         if hasattr(backend, "plan_linear"):
             learns = out_la is not None and out_la.requires_grad and torch.is_grad_enabled()
             plan = backend.plan_linear(x, weight, in_la, out_la, in_seed, out_seed, spec, per_sample, learns)
             if plan.looks:
                 work, forced = x.numel() * weight.shape[0], plan.route == "live"
-                part = among_open(x, weight, bias, gates, work, whole_linear, None, forced, backend.live)
+                part = among_open(x, weight, bias, gates, work, whole_linear, None, forced, backend.skip_closed)
                 if part is not None:
                     return part
             node = _apply_small if plan.route == "small" else _apply_planned
@@ -174,7 +177,7 @@ def gated_linear(x: Tensor, weight: Tensor, bias: Maybe, gates: GatePair) -> Ten
     return whole_linear(x, weight, bias, gates) if part is None else part
 
 
-def whole_linear(x: Tensor, weight: Tensor, bias: Maybe, gates: GatePair) -> Tensor:
+def whole_linear(x: Tensor, weight: Tensor, bias: Tensor | None, gates: GatePair) -> Tensor:
     """The same in one operator each way, whatever is closed."""
     out_la = gates.output_log_alpha
     learns = out_la is not None and out_la.requires_grad and torch.is_grad_enabled()

@@ -1,4 +1,4 @@
-"""The ``dampr`` operator library, and who looks on when an op is called."""
+"""The ``dampr`` operator library, and the call of an operator where nobody needs the dispatcher."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from . import routes
-from .node import watched
+from .node import needs_dispatcher
 
 LIBRARY = torch.library.Library("dampr", "DEF")
 
@@ -22,8 +22,8 @@ def define(
 ) -> Callable[..., Any]:
     """Define ``dampr::<schema>``, implement it on CPU and CUDA, give it a fake; returns what calls it.
 
-    An operator cannot return None. Where ``implementation`` does, ``returned(result,
-    *arguments)`` is what the operator returns for it.
+    An operator cannot return None. Where ``implementation`` does, ``returned(result, *arguments)`` is what the operator
+    returns for it.
 
     Where nothing but the implementation could answer, the dispatcher is left out: going through it and back into Python
     costs a tiny layer (16, 64, 64) 30 us a step. Whoever traces, transforms, counts or profiles gets the operator. Of a
@@ -39,7 +39,9 @@ def define(
 
     def call(*args: Any) -> Any:
         first = args[0] if type(args[0]) is not list else args[0][0]
-        return overload(*args) if watched(args) or not (first.is_cpu or first.is_cuda) else implementation(*args)
+        return (
+            overload(*args) if needs_dispatcher(args) or not (first.is_cpu or first.is_cuda) else implementation(*args)
+        )
 
     return call
 
@@ -77,7 +79,7 @@ def gates_activations(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether gates per batch multiply x (..., K) and y (..., N) instead of the weight (N, K),
     on the CPU where these are smaller.
 
-    The output gate then keeps the activation before it for its gradient.
-    On a GPU a pass over the weight is too cheap for that.
+    The output gate then keeps the activation before it for its gradient. On a GPU a pass over the weight is too cheap
+    for that.
     """
     return x.device.type == "cpu" and choose_activations(rows_of(x).shape[0], *weight.shape)

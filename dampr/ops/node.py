@@ -13,44 +13,47 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad, profiler
 
 from dampr.spec import GateSpec
 
-from .gate_args import GatePair, Maybe
+from ._torch import (
+    apply_of,
+    as_no_view,
+    count_dispatch_modes,
+    forward_mode_level,
+    in_torch_func,
+    is_batch_of_gradients,
+    is_profiled,
+    is_view,
+)
+from .gate_args import GatePair
 
 # Looked up once: every backward asks these, and beside a tiny layer an attribute of an attribute counts.
 _grad_enabled, _compiling = torch.is_grad_enabled, torch.compiler.is_compiling
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-_in_func, _in_batch = torch._C._are_functorch_transforms_active, torch._C._functorch.is_legacy_batchedtensor
 
 
 def is_transformed() -> bool:
     """Whether torch.func or forward mode is at work: they need operators that torch knows."""
-    transformed: bool = _in_func() or forward_ad._current_level >= 0
-    return transformed
+    return in_torch_func() or forward_mode_level() >= 0
 
 
 PLAIN = {torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, list, tuple, GateSpec, torch.dtype}
 
 
-def watched(args: Sequence[Any], by_profiler: bool = True) -> bool:
-    """Whether a compiler, a dispatch mode, a transform,
-    the profiler or an argument of another kind wants to see operators.
+def needs_dispatcher(args: Sequence[Any], by_profiler: bool = True) -> bool:
+    """Whether a compiler, a dispatch mode, a transform, the profiler or an argument of another type must see operators.
+
+    Args: args: the arguments of the operator. by_profiler: False where a profiler does not count, because it is served
+        by what really runs.
     """
     return (
-        (by_profiler and profiler._is_profiler_enabled)
-        or _compiling()
-        or _dispatch_modes() > 0
-        or _in_func()
-        or forward_ad._current_level >= 0
+        _compiling()
+        or (by_profiler and is_profiled())
+        or count_dispatch_modes() > 0
+        or in_torch_func()
+        or forward_mode_level() >= 0
         or not PLAIN.issuperset(map(type, args))
     )
-
-
-def traced(args: Sequence[Any]) -> bool:
-    """:func:`watched` by more than the profiler, which is served by what really runs."""
-    return watched(args, by_profiler=False)
 
 
 class Node(torch.autograd.Function):
@@ -64,6 +67,7 @@ class Node(torch.autograd.Function):
     plain: Callable[..., Any]
     fused: Callable[..., Any] | None = None
     by_operators: Callable[..., Any] | None = None
+    apply_at_once: Callable[..., Any]  # ``apply`` without what it does first, for where nobody traces or transforms
 
     def __init_subclass__(cls) -> None:
         planned, fused = cls.fused is None, cls.fused or cls.by_operators
@@ -73,28 +77,23 @@ class Node(torch.autograd.Function):
             # torch refuses a second derivative of it by name.
             compiling = _compiling()
             if not compiling and (
-                _grad_enabled() or _in_batch(grads[0]) or _in_func() or forward_ad._current_level >= 0
+                _grad_enabled() or is_batch_of_gradients(grads[0]) or in_torch_func() or forward_mode_level() >= 0
             ):
                 return _by_plain(cls, ctx, grads)
-            if (
-                not planned
-                or compiling
-                or profiler._is_profiler_enabled
-                or _dispatch_modes() > 0
-                or type(grads[0]) not in PLAIN
-            ):
+            if not planned or compiling or is_profiled() or count_dispatch_modes() > 0 or type(grads[0]) not in PLAIN:
                 return fused(ctx, *grads)  # type: ignore[misc]
             plan, needs = ctx.constants[0], ctx.needs_input_grad
             found = plan.backward(plan, *grads, ctx.saved_tensors, needs)
             return (*found, *[None] * (len(needs) - len(found)))
 
         cls.backward = staticmethod(backward)  # type: ignore[method-assign, assignment]
+        cls.apply_at_once = staticmethod(apply_of(cls))
 
 
 class Planned(Node):
     """Base of the nodes that go straight into the backend, by the :class:`.plan.Plan` that ``forward`` is given last.
 
-    A subclass has ``by_operators`` in the place of ``fused``: the backward for whoever looks on. What the forward kept
+    A subclass has ``by_operators`` in the place of ``fused``: the backward by operators. What the forward kept
     is the last of the saved tensors, and the plan is the one constant.
     """
 
@@ -105,11 +104,11 @@ class Planned(Node):
         ctx.save_for_backward(*tensors, kept)
         ctx.constants = (plan,)
         # autograd lets nobody change a view in place
-        changeable = torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
+        changeable = as_no_view(y, y.shape) if is_view(y) else y
         return changeable  # type: ignore[no-any-return]
 
 
-def _by_plain(node: type[Node], ctx: Any, grads: Sequence[Tensor]) -> tuple[Maybe, ...]:
+def _by_plain(node: type[Node], ctx: Any, grads: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
     """The gradients of a call, differentiable in its inputs and in ``grads``."""
     needs = ctx.needs_input_grad
     inputs = ctx.saved_tensors[: node.tensors]
@@ -118,8 +117,8 @@ def _by_plain(node: type[Node], ctx: Any, grads: Sequence[Tensor]) -> tuple[Mayb
 
 
 def differentiate(
-    function: Callable[..., Any], grads: Sequence[Tensor], inputs: Sequence[Maybe], needs: Sequence[bool]
-) -> list[Maybe]:
+    function: Callable[..., Any], grads: Sequence[Tensor], inputs: Sequence[Tensor | None], needs: Sequence[bool]
+) -> list[Tensor | None]:
     """Gradients of the ``inputs`` that need one from ``grads``, those of the outputs;
     differentiable where gradients are enabled.
     """
@@ -144,13 +143,13 @@ def _stand_in(t: Tensor) -> Tensor:
 
 
 def differentiate_layer(
-    layer: Callable[..., Tensor], dy: Tensor, tensors: Sequence[Maybe], gates: GatePair, needs: Sequence[bool]
-) -> list[Maybe]:
+    layer: Callable[..., Tensor], dy: Tensor, tensors: Sequence[Tensor | None], gates: GatePair, needs: Sequence[bool]
+) -> list[Tensor | None]:
     """Gradients of x, weight, bias and both log-alphas by way of ``layer(x, weight, bias, gates)``, of operators,
-    for whoever looks on.
+    for whoever needs operators.
     """
 
-    def whole(x: Tensor, weight: Tensor, bias: Maybe, in_la: Maybe, out_la: Maybe) -> Tensor:
+    def whole(x: Tensor, weight: Tensor, bias: Tensor | None, in_la: Tensor | None, out_la: Tensor | None) -> Tensor:
         return layer(x, weight, bias, gates._replace(input_log_alpha=in_la, output_log_alpha=out_la))
 
     return differentiate(whole, (dy,), (*tensors, gates.input_log_alpha, gates.output_log_alpha), needs)
@@ -159,16 +158,14 @@ def differentiate_layer(
 def apply(node: type[Node], *args: Any) -> Any:
     """``node.apply(*args)``, or its plain form where somebody transforms.
 
-    ``Function.apply`` binds the arguments to a signature for functions with a ``setup_context`` before it hands over to
-    its base class, which alone costs as much as a small layer (60 us). Under torch.compile it has more to do, and is
-    called itself. What is compiled without a gradient is the forward: dynamo does not know the ``apply`` of such a
-    function there. What is exported with one (a stage of ``torch.distributed.pipelining``) keeps operators alone,
-    not the backward of a function.
+    Under torch.compile ``Function.apply`` has more to do, and is called itself. What is compiled without a gradient is
+    the forward: dynamo does not know the ``apply`` of such a function there. What is exported with one (a stage of
+    ``torch.distributed.pipelining``) keeps operators alone, not the backward of a function.
     """
     if is_transformed():
         return node.plain(*args)
     if not torch.compiler.is_compiling():
-        return super(torch.autograd.Function, node).apply(*args)  # type: ignore[misc]
+        return node.apply_at_once(*args)
     learns = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
     if learns and torch.compiler.is_exporting():
         return node.plain(*args)

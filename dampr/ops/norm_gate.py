@@ -1,8 +1,8 @@
 """y = act(z batch_norm(x)): statistics, normalisation, gates and ReLU as one op forward and one op backward.
 docs/kernels.md derives it.
 
-Nothing of the size of x is kept but x: the norm before the gates, and where the ReLU let it through,
-are computed again.
+Nothing of the size of x is kept but x: the norm before the gates, and where the ReLU let it through, are computed
+again.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from torch import Tensor
 
 from dampr import reference
 
+from ._torch import count_as_written
 from .backends import select
 from .gate_activations import dense_format
-from .gate_args import GateArgs, Maybe
+from .gate_args import GateArgs
 from .library import define, or_empty, wanted
-from .node import Node, apply, traced, watched
+from .node import Node, apply, needs_dispatcher
 
 Statistics = tuple[Tensor, Tensor]
 
@@ -29,8 +30,8 @@ class Norm(NamedTuple):
     no bias.
     """
 
-    gain: Maybe
-    bias: Maybe
+    gain: Tensor | None
+    bias: Tensor | None
     eps: float
     relu: bool
 
@@ -40,9 +41,9 @@ class Running(NamedTuple):
     and what a new one weighs.
     """
 
-    mean: Maybe
-    var: Maybe
-    updates: Maybe
+    mean: Tensor | None
+    var: Tensor | None
+    updates: Tensor | None
     momentum: float
 
     def move(self, mean: Tensor, var: Tensor, count: int) -> None:
@@ -60,25 +61,33 @@ class Running(NamedTuple):
 
 def _fwd(
     x: Tensor,
-    gain: Maybe,
-    bias: Maybe,
+    gain: Tensor | None,
+    bias: Tensor | None,
     log_alpha: Tensor,
-    seed: Maybe,
-    mean: Maybe,
-    var: Maybe,
+    seed: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
     eps: float,
     spec: Sequence[float],
     per_sample: bool,
     relu: bool,
-) -> tuple[Tensor, Maybe, Maybe]:
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """y, and the statistics of x where none were given."""
     gate, norm = GateArgs.of(log_alpha, seed, spec, per_sample), Norm(gain, bias, eps, relu)
-    made: tuple[Tensor, Maybe, Maybe] = select(x.device, x.dtype).norm_gate_fwd(x, norm, gate, mean, var)
+    made: tuple[Tensor, Tensor | None, Tensor | None] = select(x.device, x.dtype).norm_gate_fwd(
+        x, norm, gate, mean, var
+    )
     return made
 
 
 def _fwd_fake(
-    x: Tensor, gain: Maybe, bias: Maybe, log_alpha: Tensor, seed: Maybe, mean: Maybe, *_: Any
+    x: Tensor,
+    gain: Tensor | None,
+    bias: Tensor | None,
+    log_alpha: Tensor,
+    seed: Tensor | None,
+    mean: Tensor | None,
+    *_: Any,
 ) -> tuple[Tensor, ...]:
     y = torch.empty_like(x, memory_format=dense_format(x, 1))
     return y, *(torch.empty_like(log_alpha) if mean is None else x.new_empty(0) for _ in range(2))
@@ -87,10 +96,10 @@ def _fwd_fake(
 def _bwd(
     dy: Tensor,
     x: Tensor,
-    gain: Maybe,
-    bias: Maybe,
+    gain: Tensor | None,
+    bias: Tensor | None,
     log_alpha: Tensor,
-    seed: Maybe,
+    seed: Tensor | None,
     mean: Tensor,
     var: Tensor,
     eps: float,
@@ -99,14 +108,18 @@ def _bwd(
     relu: bool,
     training: bool,
     needs: Sequence[bool],
-) -> tuple[Maybe, ...]:
+) -> tuple[Tensor | None, ...]:
     """Gradients of x, gain, bias and log_alpha; ``training``: mean and var are those of x."""
     gate, norm = GateArgs.of(log_alpha, seed, spec, per_sample), Norm(gain, bias, eps, relu)
-    grads: tuple[Maybe, ...] = select(x.device, x.dtype).norm_gate_bwd(dy, x, norm, gate, mean, var, training, needs)
+    grads: tuple[Tensor | None, ...] = select(x.device, x.dtype).norm_gate_bwd(
+        dy, x, norm, gate, mean, var, training, needs
+    )
     return grads
 
 
-def _bwd_fake(dy: Tensor, x: Tensor, gain: Maybe, bias: Maybe, log_alpha: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+def _bwd_fake(
+    dy: Tensor, x: Tensor, gain: Tensor | None, bias: Tensor | None, log_alpha: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
     needs = rest[-1]
     dx = torch.empty_like(x, memory_format=dense_format(x, 1)) if needs[0] else x.new_empty(0)
     others = (torch.empty_like(log_alpha) if need else x.new_empty(0) for need in needs[1:])
@@ -165,20 +178,27 @@ def _statistics(x: Tensor, like: Tensor) -> Statistics:
     return mean, var
 
 
-class _WholeNormGate(Node):
-    """The same by batch statistics where nobody looks on: no operators,
-    and running statistics moved by whoever makes the new ones.
-    """
+class _FusedNorm(Node):
+    """The same by batch statistics where nobody needs operators; the backend moves the running statistics too."""
 
     tensors = 5  # with the seed, which takes the place of the norm among the inputs
 
     @staticmethod
-    def plain(x: Tensor, gain: Maybe, bias: Maybe, log_alpha: Tensor, seed: Maybe, *how: Any) -> Tensor:
+    def plain(
+        x: Tensor, gain: Tensor | None, bias: Tensor | None, log_alpha: Tensor, seed: Tensor | None, *how: Any
+    ) -> Tensor:
         return reference.norm_gate(x, gain, bias, log_alpha, seed, None, *how)
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, gain: Maybe, bias: Maybe, log_alpha: Tensor, norm: Norm, gate: GateArgs, running: Running
+        ctx: Any,
+        x: Tensor,
+        gain: Tensor | None,
+        bias: Tensor | None,
+        log_alpha: Tensor,
+        norm: Norm,
+        gate: GateArgs,
+        running: Running,
     ) -> Tensor:
         backend = select(x.device, x.dtype)
         y, mean, var = backend.norm_gate_fwd(x, norm, gate, None, None, running)
@@ -190,7 +210,7 @@ class _WholeNormGate(Node):
     def fused(ctx: Any, dy: Tensor) -> Any:
         x, gain, bias, log_alpha, seed, mean, var = ctx.saved_tensors
         (eps, spec, per_sample, relu), needs = ctx.constants, ctx.needs_input_grad[:4]
-        if watched((dy,)):
+        if needs_dispatcher((dy,)):
             tensors = dy, x, gain, bias, log_alpha, seed, mean, var
             grads = wanted(bwd(*tensors, *ctx.constants, True, [*needs]), needs)
         else:
@@ -199,25 +219,26 @@ class _WholeNormGate(Node):
         return *grads, None, None, None
 
 
-_whole = super(torch.autograd.Function, _WholeNormGate).apply  # type: ignore[misc]
+_whole = _FusedNorm.apply_at_once
 
 
-def has_whole_norms(device: torch.device, dtype: torch.dtype, per_sample: bool) -> bool:
-    """Whether the backend for such tensors has norm, gates and running statistics in one call: C++ always,
-    Triton per sample.
+def has_fused_norm(device: torch.device, dtype: torch.dtype, per_sample: bool) -> bool:
+    """Whether the backend for such tensors has norm, gates and running statistics in one call.
+
+    C++ has them always, Triton per sample.
     """
-    return per_sample in getattr(select(device, dtype), "own_norms", ())
+    return per_sample in getattr(select(device, dtype), "fused_norms", ())
 
 
-def whole_norm_gate(x: Tensor, norm: Norm, gate: GateArgs, running: Running) -> Maybe:
+def fused_norm(x: Tensor, norm: Norm, gate: GateArgs, running: Running) -> Tensor | None:
     """:func:`norm_gate` by the statistics of x, without operators in between. None where that is not to be had.
 
     In C++ it is faster than torch's norm, and a ReLU, even with one draw for all samples. On a GPU nobody has measured
-    it: gates per batch are folded into gain and bias there. Not where somebody traces,
-    who fuses or transforms the smaller ops.
+    it: gates per batch are folded into gain and bias there. Not where somebody traces, who fuses or transforms the
+    smaller ops.
     """
     (gain, bias, _, _), log_alpha, (mean, var, updates, _) = norm, gate.log_alpha, running
-    if traced((x, gain, bias, log_alpha)):
+    if needs_dispatcher((x, gain, bias, log_alpha), by_profiler=False):
         return None
     device = x.device
     if (
@@ -230,7 +251,7 @@ def whole_norm_gate(x: Tensor, norm: Norm, gate: GateArgs, running: Running) -> 
         return None
     if updates is not None and not (updates.dtype == torch.int64 and updates.device == device and _moves(updates)):
         return None
-    if not has_whole_norms(device, x.dtype, gate.per_sample):
+    if not has_fused_norm(device, x.dtype, gate.per_sample):
         return None
     learns = (
         x.requires_grad
@@ -244,11 +265,11 @@ def whole_norm_gate(x: Tensor, norm: Norm, gate: GateArgs, running: Running) -> 
         y = select(x.device, x.dtype).norm_gate_fwd(x, norm, gate, None, None, running)[0]
     if x.numel():
         # were written to by their addresses
-        torch._C._increment_version([t for t in (mean, var, updates) if t is not None])
+        count_as_written([t for t in (mean, var, updates) if t is not None])
     return y
 
 
-def _moves(kept: Maybe, like: Maybe = None) -> bool:
+def _moves(kept: Tensor | None, like: Tensor | None = None) -> bool:
     """Whether a call may write to what a norm keeps, if it does, by its address: a vector ``like`` another,
     or a number.
     """
@@ -270,14 +291,12 @@ def norm_gate(x: Tensor, norm: Norm, gate: GateArgs, statistics: Statistics | No
     running statistics may have another. Arguments are taken as checked
     (:func:`dampr.functional.gated_batch_norm` checks).
     """
-    whole = whole_norm_gate(x, norm, gate, running) if statistics is None else None
+    whole = fused_norm(x, norm, gate, running) if statistics is None else None
     if whole is not None:
         return whole
     given = (None, None) if statistics is None else statistics
-    tensors, how = (
-        (x, norm.gain, norm.bias, gate.log_alpha, gate.seed),
-        (norm.eps, gate.spec, gate.per_sample, norm.relu),
-    )
+    tensors = (x, norm.gain, norm.bias, gate.log_alpha, gate.seed)
+    how = (norm.eps, gate.spec, gate.per_sample, norm.relu)
     y: Tensor
     y, mean, var = apply(_NormGate, *tensors, *given, *how)
     if statistics is None and x.numel():

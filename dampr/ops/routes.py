@@ -32,8 +32,8 @@ class ConvProblem(NamedTuple):
 
     ``weight``: its shape, (N, C / groups, *kernel). ``pointwise``: whether the convolution is a linear map of the
     channels of each pixel that lie side by side in memory. ``activations``: how many elements gates would multiply that
-    do not multiply the weight. ``work``: multiply-adds. ``per_sample``: a draw per image,
-    hence False for a rule without noise.
+    do not multiply the weight. ``work``: multiply-adds. ``per_sample``: a draw per image, hence False for a rule
+    without noise.
     """
 
     weight: tuple[int, ...]
@@ -51,8 +51,8 @@ def forced_route(name: str | None) -> Iterator[None]:
     """Send every call of the block, and its backward wherever that is, down one route; None leaves the choice free.
 
     Raises ValueError for an unknown name; a call that the route cannot serve raises ValueError. On the CPU, who traces,
-    counts or transforms sees operators, which have no "small" and no "live".
-    Each of these goes the way of the block that it runs in.
+    counts or transforms sees operators, which have no "small" and no "live". Each of these goes the way of the block
+    that it runs in.
     """
     if name is not None and name not in ROUTES:
         raise ValueError(f"name={name!r}: expected None or one of {ROUTES}")
@@ -67,8 +67,8 @@ def forced_route(name: str | None) -> Iterator[None]:
 def known(condition: bool) -> bool:
     """``condition``, a comparison of sizes, or False where a compiler's symbol leaves it open.
 
-    A threshold that asked for the value of a dynamic size would make a guard of it,
-    and what is compiled would serve a few sizes.
+    A threshold that asked for the value of a dynamic size would make a guard of it, and what is compiled would serve a
+    few sizes.
     """
     if not torch.compiler.is_compiling() and isinstance(condition, bool):
         return condition

@@ -10,24 +10,28 @@ from torch import Tensor
 from dampr import reference
 
 from .backends import select
-from .gate_args import GateArgs, Maybe, unpack
+from .gate_args import GateArgs, unpack
 from .library import define
 from .node import Node, apply
 
 
-def _fwd(log_alpha: Tensor, seed: Maybe, rows: int | None, spec: Sequence[float], start: int = 0) -> Tensor:
+def _fwd(log_alpha: Tensor, seed: Tensor | None, rows: int | None, spec: Sequence[float], start: int = 0) -> Tensor:
     z: Tensor = select(log_alpha.device, log_alpha.dtype).sample_gates_fwd(
         GateArgs(log_alpha, seed, unpack(spec)), rows, start
     )
     return z
 
 
-def _fwd_fake(log_alpha: Tensor, seed: Maybe, rows: int | None, spec: Sequence[float], start: int = 0) -> Tensor:
+def _fwd_fake(
+    log_alpha: Tensor, seed: Tensor | None, rows: int | None, spec: Sequence[float], start: int = 0
+) -> Tensor:
     n = log_alpha.shape[0]
     return log_alpha.new_empty((n,) if rows is None else (rows, n))
 
 
-def _bwd(dz: Tensor, log_alpha: Tensor, seed: Maybe, rows: int | None, spec: Sequence[float], start: int = 0) -> Tensor:
+def _bwd(
+    dz: Tensor, log_alpha: Tensor, seed: Tensor | None, rows: int | None, spec: Sequence[float], start: int = 0
+) -> Tensor:
     grad: Tensor = select(log_alpha.device, log_alpha.dtype).sample_gates_bwd(
         dz, GateArgs(log_alpha, seed, unpack(spec)), rows, start
     )
@@ -54,7 +58,7 @@ class _SampleGates(Node):
     tensors = 2
 
     @staticmethod
-    def plain(log_alpha: Tensor, seed: Maybe, rows: int | None, spec: Any, start: int) -> Tensor:
+    def plain(log_alpha: Tensor, seed: Tensor | None, rows: int | None, spec: Any, start: int) -> Tensor:
         return reference.gate_values(log_alpha, spec, seed, rows, start)
 
     @staticmethod

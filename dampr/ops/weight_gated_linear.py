@@ -13,13 +13,19 @@ from torch.utils.flop_counter import register_flop_formula
 from dampr import reference
 
 from .backends import select
-from .gate_args import GateArgs, Maybe, unpack
+from .gate_args import GateArgs, unpack
 from .library import define, or_empty, wanted
-from .node import Node, Planned, apply, watched
+from .node import Node, Planned, apply, needs_dispatcher
 
 
 def _fwd(
-    x: Tensor, weight: Tensor, bias: Maybe, log_alpha: Tensor, seed: Maybe, spec: Sequence[float], block: Sequence[int]
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    log_alpha: Tensor,
+    seed: Tensor | None,
+    spec: Sequence[float],
+    block: Sequence[int],
 ) -> Tensor:
     gate = GateArgs(log_alpha, seed, unpack(spec))
     y: Tensor = select(x.device, x.dtype).weight_gated_linear_fwd(x, weight, bias, gate, tuple(block))
@@ -34,15 +40,15 @@ def _bwd(
     dy: Tensor,
     x: Tensor,
     weight: Tensor,
-    bias: Maybe,
+    bias: Tensor | None,
     log_alpha: Tensor,
-    seed: Maybe,
+    seed: Tensor | None,
     spec: Sequence[float],
     block: Sequence[int],
     needs: Sequence[bool],
-) -> tuple[Maybe, ...]:
+) -> tuple[Tensor | None, ...]:
     gate = GateArgs(log_alpha, seed, unpack(spec))
-    grads: tuple[Maybe, ...] = select(x.device, x.dtype).weight_gated_linear_bwd(
+    grads: tuple[Tensor | None, ...] = select(x.device, x.dtype).weight_gated_linear_bwd(
         dy, x, weight, bias, gate, tuple(block), needs
     )
     return grads
@@ -117,13 +123,15 @@ class _PlannedWeightGated(Planned):
         return (*wanted(bwd(dy, *inputs, plan.spec, plan.block, needs), needs), None, None)
 
 
-_apply_planned = super(torch.autograd.Function, _PlannedWeightGated).apply  # type: ignore[misc]
+_apply_planned = _PlannedWeightGated.apply_at_once
 
 
-def weight_gated_linear(x: Tensor, weight: Tensor, bias: Maybe, gate: GateArgs, block: tuple[int, int]) -> Tensor:
+def weight_gated_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, gate: GateArgs, block: tuple[int, int]
+) -> Tensor:
     """Differentiable; arguments are taken as checked (:func:`dampr.functional.gated_linear` checks)."""
     log_alpha, seed, spec, _ = gate
-    if not watched((x, weight, bias, log_alpha)):
+    if not needs_dispatcher((x, weight, bias, log_alpha)):
         backend = select(x.device, x.dtype)
         if hasattr(backend, "plan_weights"):
             planned: Tensor = _apply_planned(

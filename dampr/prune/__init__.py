@@ -1,16 +1,19 @@
 """From any model to a smaller plain one: convert, penalise, report, compact, save."""
 
-from .budget import Budget, BudgetError, BudgetReport, BudgetWarning
+from .budget import Budget
+from .budget_report import BudgetError, BudgetReport, BudgetWarning
 from .compact import CompactionError, compact
 from .convert import ConversionError, convert
 from .cost import Cost
 from .doctor import Finding, calibrate, doctor
 from .expand import expand
-from .files import FileError, load, save
+from .file_content import FileError
+from .files import load, save
 from .history import History
 from .latency import Latency
 from .once import prune_once
-from .plan import Plan, PlanError, PlanReport
+from .plan import Plan
+from .plan_report import PlanError, PlanReport
 from .recalibrate import recalibrate
 from .shrinker import Shrink, Shrinker
 from .summary import Summary, distinct_gates, gated_layers, param_groups, penalty, summary

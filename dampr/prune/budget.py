@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -14,89 +12,26 @@ import torch
 from torch import Tensor, nn
 
 from dampr import _checks
-from dampr.gates import Fixed, Gate, OwnedGate, SteppedGate, ranks
+from dampr.gates import Gate, OwnedGate, SteppedGate, ranks
 
 from . import inputs
+from .budget_choice import choose, fixed_gates, increments_of
+from .budget_progress import Schedule, progress_of
+from .budget_report import RISK, BudgetError, BudgetReport, BudgetWarning, amount
 from .compact import compact
-from .controller import FLOOR, SCORES, Controller, Increment, even_share, longest, owned
+from .controller import FLOOR, SCORES, Controller, even_share, owned
 from .cost import Cost
 from .importance import evenly, magnitudes
 from .latency import Latency
 from .measure import count_macs, count_params
-from .reports import Report
 from .summary import distinct_gates, gated_layers
 from .wrapped import check_bare, check_gates, gathered, unwrapped
 
 Target = float | int
-Schedule = int | Callable[[int], float] | None
 _COUNT: dict[str, Callable[[nn.Module, Any], int]] = {
     "macs": count_macs,
     "params": lambda model, _: count_params(model),
 }
-
-
-class BudgetError(RuntimeError):
-    """A budget could not be kept; the model is as it was."""
-
-
-class BudgetWarning(UserWarning):
-    """A budget closed many gates that training had left open, so the network was not trained for what is left of it."""
-
-
-def amount(metric: str, value: float) -> str:
-    """A cost in words: a count, or milliseconds."""
-    return f"{value * 1e3:.3f} ms" if metric == "latency" else f"{value:,.0f}"
-
-
-RISK = 0.1  # the share of the gates above which a budget warns of what it decided without training
-
-
-@dataclass(frozen=True)
-class BudgetReport(Report):
-    """What :meth:`Budget.finalize` did: ``reached`` of ``total``, counted after compaction (seconds: by the table);
-    gates, all and open.
-
-    ``before``: the cost that the gates left in evaluation before. ``closed``, ``opened``: of each layer, how many gates
-    were closed though evaluation had them open, and opened though it had them closed:
-    what was decided without training.
-    """
-
-    metric: str
-    target: float
-    reached: float
-    total: float
-    widths: dict[str, tuple[int, int]]
-    notes: dict[str, str] = field(default_factory=dict)
-    before: float | None = None
-    closed: dict[str, int] = field(default_factory=dict)
-    opened: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def changed(self) -> float:
-        """The share of the gates of all layers that were decided against what training had left."""
-        gates = sum(count for count, _ in self.widths.values())
-        return (sum(self.closed.values()) + sum(self.opened.values())) / max(1, gates)
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def __str__(self) -> str:
-        lines = [f"{name}: {left} of {count}{self._decided(name)}" for name, (count, left) in self.widths.items()]
-        reached, total, target = (amount(self.metric, n) for n in (self.reached, self.total, self.target))
-        lines.append(f"{self.metric}: {reached} of {total} ({self.reached / self.total:.2%}), target {target}")
-        if self.before is not None and self.changed:
-            lines.append(
-                f"before: {self.before / self.total:.2%} of {self.metric}; {self.changed:.1%} of the gates changed here"
-            )
-        return "\n".join(lines + [f"{name}: {note}" for name, note in self.notes.items()])
-
-    def _decided(self, name: str) -> str:
-        found = [
-            f"{counts[name]} {what}"
-            for what, counts in (("closed", self.closed), ("opened", self.opened))
-            if counts.get(name)
-        ]
-        return f" ({', '.join(found)} here)" if found else ""
 
 
 class Budget:
@@ -113,19 +48,17 @@ class Budget:
     whose surrogate is no probability end at the target too. :meth:`step` moves the multiplier by ``rate`` times the
     gap. Neither waits for the device.
 
-    Args:
-        model: with gated layers; gates of all families, tied ones, of norms, recurrent layers, residual branches. Gates
+    Args: model: with gated layers; gates of all families, tied ones, of norms, recurrent layers, residual branches.
+        Gates
             on single weights or blocks cut no channels of their own and are left alone.
         example_inputs: as for :func:`dampr.compact`; MACs are those of one pass over them.
-        macs, params, latency: exactly one of them: a share of the model as it is, in (0, 1),
-            or (not for latency) a count, an int above
-            1. Latency is that of a table of this device's times, measured here and now (:class:`Latency`).
-               Several in a sequence give a
-            :attr:`snapshots` entry each when the cost of the evaluated gates first comes down to them;
-            the lowest is the target.
+        macs, params, latency: exactly one of them: a share of the model as it is, in (0, 1), or (not for latency) a
+            count, an int above 1. Latency is that of a table of this device's times, measured here and now
+            (:class:`Latency`). Several in a sequence give a :attr:`snapshots` entry each when the cost of the evaluated
+            gates first comes down to them; the lowest is the target.
         schedule: how the goal sinks from 1 to the target. An int: in that many steps, cubically (Zhu and Gupta 2017),
-            fast at first. A function from steps to the share of the way, in [0, 1]. None:
-            it is the target from the start.
+            fast at first. A function from steps to the share of the way, in [0, 1]. None: it is the target from the
+            start.
         warmup: steps before that, in which the penalty is 0.
         strength, rate: how hard the gap pulls at once, and how fast the multiplier follows it.
         steps: in how many steps the owned gates come down to the target; not together with ``schedule``.
@@ -136,8 +69,8 @@ class Budget:
             as small and evenly narrow.
 
     Attributes: ``model``; ``metric``, its name; ``cost``, a :class:`Cost`; ``steps`` taken; ``multiplier``;
-    ``targets``, costs with the values they were given as; ``controller``, what steps the gates,
-    None where an optimizer does.
+    ``targets``, costs with the values they were given as; ``controller``, what steps the gates, None where an optimizer
+    does.
 
     Raises: ValueError or TypeError that names the argument; what the model raises on the example inputs.
 
@@ -189,7 +122,7 @@ class Budget:
             _checks.number(name, number, 0)
         warmup = _checks.positive_int("warmup", warmup, least=0)
         steps = _checked_steps(steps, schedule, score, min_share)
-        self._progress = _progress(schedule)
+        self._progress = progress_of(schedule)
         listed: list[Target] = [wanted] if isinstance(wanted, (int, float)) else _checks.items(metric, wanted)
         if not listed:
             raise ValueError(f"{metric}=[]: expected at least one target")
@@ -217,7 +150,7 @@ class Budget:
         self._measure()
 
     def _refuse_unreachable(self, metric: str, wanted: Any) -> None:
-        least, _ = _increments(self.cost, _gates(self.model), None, 1, 1, [])
+        least, _ = increments_of(self.cost, _gates(self.model), None, 1, 1, [])
         minimum = float(self.cost(least))
         if minimum <= self.target:
             return
@@ -350,8 +283,7 @@ class Budget:
         probability if that is less. All gates of the model become :class:`dampr.gates.Fixed`, the same in training and
         in evaluation; compact, and train the small model on.
 
-        Args:
-            round_to: open gates of a layer (of a recurrent one, in each layer and direction) are a multiple of it (or
+        Args: round_to: open gates of a layer (of a recurrent one, in each layer and direction) are a multiple of it (or
                 all), as tensor cores like them.
             min_width: the fewest gates that stay open there; residual branches may close altogether.
             same: name globs; the gated layers that one of them matches keep the same number of gates, each its own best
@@ -443,8 +375,8 @@ class Budget:
         whole = gathered(model)
         order = self._order(gates, gathered(self.model))
         for _ in range(8):
-            chosen = _choose(self.cost, gates, order, aim, round_to, min_width, same)
-            fixed = _fixed(gates, chosen)
+            chosen = choose(self.cost, gates, order, aim, round_to, min_width, same)
+            fixed = fixed_gates(gates, chosen)
             trial = inputs.copied(whole, self._inputs)
             inputs.replace(trial, dict(zip(_gates(trial), fixed, strict=True)))
             small = compact(trial, example_inputs=self._inputs)
@@ -503,127 +435,6 @@ def _gates(model: nn.Module) -> list[Gate]:
     return list(distinct_gates(model).values())
 
 
-@torch.no_grad()
-def _choose(
-    cost: Cost,
-    gates: Sequence[Gate],
-    order: Tensor,
-    target: float,
-    round_to: int,
-    min_width: int,
-    same: list[list[int]],
-) -> Tensor:
-    """The gates to open: bool, (all gates,). By bisection over their order, then whatever else still fits."""
-    chosen, increments = _increments(cost, gates, order, round_to, min_width, same)
-    if float(cost(chosen)) > target:
-        raise BudgetError(
-            f"target of {target:,} {cost.metric}: expected at least {int(cost(chosen)):,}, which remain with "
-            f"{min_width} "
-            f"(a multiple of {round_to}) open in every layer"
-        )
-    return longest(cost, chosen, increments, target)
-
-
-def _increments(
-    cost: Cost, gates: Sequence[Gate], tied: Tensor | None, round_to: int, min_width: int, same: list[list[int]]
-) -> tuple[Tensor, list[Increment]]:
-    """What is open in any case, bool (all gates,), and in the order of opening the increments: of which width,
-    and which of all gates.
-
-    A width is a gate vector, or, of a recurrent layer, what belongs to one layer and direction.
-    """
-    base = torch.zeros(cost.structure.size, dtype=torch.bool)
-    found: list[Ranked] = []
-    of_gates: list[list[int]] = []  # the widths of each gate vector
-    for gate, rows in zip(gates, cost.structure.widths(), strict=True):
-        start = rows[0].start
-        ranks, opened = (
-            _ranks(gate, None if tied is None else tied[start : start + gate.num_gates]),
-            gate.is_open().cpu(),
-        )
-        of_gates.append([])
-        for mine in rows:
-            number = sum(map(len, of_gates))
-            of_gates[-1].append(number)
-            free = [i for i in mine if not cost.prunable[i]]
-            base[free] = opened[[i - start for i in free]]
-            order = sorted((i for i in mine if cost.prunable[i]), key=lambda i: ranks[i - start], reverse=True)
-            least = 0 if mine.start in cost.whole else min(len(order), -(-min_width // round_to) * round_to)
-            base[order[:least]] = True
-            for first in range(least, len(order), round_to):
-                members = order[first : first + round_to]
-                found.append((ranks[members[-1] - start], number, members))
-    for group in same:
-        counts = sorted({len(of_gates[gate]) for gate in group})
-        if len(counts) != 1:
-            raise BudgetError(f"same: recurrent layers with {counts} widths each cannot be the same")
-        for widths in zip(*(of_gates[gate] for gate in group), strict=True):
-            found = _joined(found, list(widths))
-    found.sort(key=lambda increment: increment[0], reverse=True)
-    return base, [(number, members) for _, number, members in found]
-
-
-Ranked = tuple[tuple[float, ...], int, list[int]]  # its rank, of which width, and which of all gates
-
-
-def _joined(found: list[Ranked], group: list[int]) -> list[Ranked]:
-    """The increments of several widths as one series, in which the first of all open together, then the second,
-    with their mean rank.
-    """
-    series = [[increment for increment in found if increment[1] == number] for number in group]
-    if len({len(own) for own in series}) != 1:
-        raise BudgetError(
-            f"same: layers with {sorted({len(own) for own in series})} gates that can be cut cannot keep the same "
-            "number"
-        )
-    joined: list[Ranked] = []
-    for each in zip(*series, strict=True):
-        columns = zip(*(rank for rank, _, _ in each), strict=True)
-        joined.append(
-            (
-                tuple(sum(column) / len(each) for column in columns),
-                group[0],
-                [i for _, _, members in each for i in members],
-            )
-        )
-    return [increment for increment in found if increment[1] not in group] + joined
-
-
-def _ranks(gate: Gate, tied: Tensor | None) -> list[tuple[float, ...]]:
-    """What gates are ordered by: open in evaluation, how far, how probably, where the family's parameter stands,
-    and ``tied``.
-    """
-    columns = [gate.is_open(), gate.deterministic().abs(), gate.open_probability(), _evaluated_parameter(gate)]
-    columns += [] if tied is None else [tied]
-    return list(zip(*(column.detach().double().cpu().tolist() for column in columns), strict=True))
-
-
-def _evaluated_parameter(gate: Gate) -> Tensor:
-    """The family's parameter without noise; for DAM the place on the ramp, which orders closed gates too."""
-    training = gate.training
-    gate.eval()
-    try:
-        return gate.parameter.expand(gate.num_gates)
-    finally:
-        gate.train(training)
-
-
-@torch.no_grad()
-def _fixed(gates: Sequence[Gate], chosen: Tensor) -> list[Fixed]:
-    """Gates with the values of ``gates`` where they are chosen, and 0 elsewhere."""
-    fixed, start = [], 0
-    for gate in gates:
-        z = gate.value if isinstance(gate, SteppedGate) else gate.deterministic()
-        keep = chosen[start : start + gate.num_gates].to(z.device)
-        start += gate.num_gates
-        opened = z.abs()[z != 0]
-        weakest = torch.minimum(
-            opened.min() if len(opened) else z.new_ones(()), gate.open_probability().clamp(min=1e-3)
-        )
-        fixed.append(Fixed(torch.where(keep, torch.where(z != 0, z, weakest), 0.0)))
-    return fixed
-
-
 def _checked_steps(steps: Any, schedule: Schedule, score: Any, min_share: Any) -> int | None:
     _checks.one_of("score", score, SCORES)
     if min_share is not None:
@@ -636,23 +447,6 @@ def _checked_steps(steps: Any, schedule: Schedule, score: Any, min_share: Any) -
             f"steps={steps!r} with schedule={schedule!r}: expected one, with steps the budget has a schedule of its own"
         )
     return steps
-
-
-def _progress(schedule: Schedule) -> Callable[[int], float]:
-    if schedule is None:
-        return _at_once
-    if callable(schedule):
-        return schedule
-    schedule = _checks.positive_int("schedule", schedule)
-    return functools.partial(_cubic, schedule)
-
-
-def _at_once(step: int) -> float:
-    return 1.0
-
-
-def _cubic(steps: int, step: int) -> float:
-    return 1 - (1 - min(step / steps, 1.0)) ** 3
 
 
 def _check_target(name: str, value: Any) -> None:

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dampr.nn import Gate as GateLayer
-from dampr.nn import GatedHeads, Scale
+from dampr.nn import GatedActivation, GatedHeads, Scale
 from dampr.nn.base import GatedWeight
 from dampr.nn.open_statistics import CHILD
 from dampr.nn.rnn import GatedRecurrent
@@ -360,7 +359,7 @@ class LayerLayouts:
 def _cut_index(layer: Any, index: Tensor, entry: Entry) -> Tensor:
     """What is left of the index of gates of a layer: of its channels, or of each of its weights."""
     for side, dim in (("out", 0), ("in", 1)):
-        if side in entry and dim < index.dim() and (index.dim() > 1 or isinstance(layer, GateLayer)):
+        if side in entry and dim < index.dim() and (index.dim() > 1 or isinstance(layer, GatedActivation)):
             index = index.index_select(dim, torch.tensor(entry[side]["kept"]))
     return index
 

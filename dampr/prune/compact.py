@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dampr import _checks
 from dampr._version import __version__
 from dampr.gates import ranks
-from dampr.nn import GatedLayer, GatedLayerNorm, GatedResidual, Scale, ScaledRNN, TakenReLU
+from dampr.nn import AbsorbedReLU, GatedLayer, GatedLayerNorm, GatedResidual, Scale, ScaledRNN
 from dampr.nn.computed import settled, wake
 from dampr.nn.rnn import GatedRecurrent
 
@@ -125,9 +125,9 @@ def compact(
             elif channels:
                 closed[writes][plain] = channels
     open_heads, head_notes = heads.open_heads(small)
-    for taken in of_kind(small, TakenReLU):
-        dense[taken] = nn.ReLU(taken.inplace).train(taken.training)
-        inputs.keep_hooks(taken, dense[taken])
+    for absorbed in of_kind(small, AbsorbedReLU):
+        dense[absorbed] = nn.ReLU(absorbed.inplace).train(absorbed.training)
+        inputs.keep_hooks(absorbed, dense[absorbed])
     inputs.replace(small, dense)
     _match_dtype(
         small,

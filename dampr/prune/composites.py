@@ -21,9 +21,9 @@ from dampr.nn import (
     Scale,
     ScaledRNN,
     StackedRNN,
-    pruned_attention,
-    pruned_transformer,
 )
+from dampr.nn.pruned.attention import attention_arguments
+from dampr.nn.pruned.transformer import layer_arguments
 
 
 def _expect(name: str, part: Any, *kinds: type) -> Any:
@@ -57,7 +57,7 @@ def _transformer_layer(kind: Callable[..., nn.Module]) -> Callable[..., nn.Modul
 
 
 def _layer_arguments(layer: Any) -> dict[str, Any]:
-    return pruned_transformer.layer_arguments(layer, layer.linear1.in_features, layer.self_attn.num_heads)
+    return layer_arguments(layer, layer.linear1.in_features, layer.self_attn.num_heads)
 
 
 def _encoder(
@@ -106,7 +106,7 @@ _OWN: dict[type[nn.Module], _Kind] = {
 }
 _KINDS: dict[type[nn.Module], _Kind] = {
     **_OWN,
-    nn.MultiheadAttention: (pruned_attention.attention_arguments, nn.MultiheadAttention),
+    nn.MultiheadAttention: (attention_arguments, nn.MultiheadAttention),
     nn.TransformerEncoderLayer: (_layer_arguments, _transformer_layer(nn.TransformerEncoderLayer)),
     nn.TransformerDecoderLayer: (_layer_arguments, _transformer_layer(nn.TransformerDecoderLayer)),
     nn.TransformerEncoder: (lambda m: {name: getattr(m, name) for name in _ENCODER}, _encoder),

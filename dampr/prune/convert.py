@@ -91,8 +91,8 @@ def convert(
         include, exclude: name globs ("encoder.*") and types; None includes everything and excludes nothing. What hits a
             transformer layer hits its parts.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments. With them, output gates go into
-            the BatchNorm that follows a layer (in all that read a residual stream), which takes in the ``nn.ReLU`` that
-            alone reads it, if there is one (a :class:`dampr.nn.TakenReLU` then stands there), leave out layers whose
+            the BatchNorm that follows a layer (in all that read a residual stream), which computes the ``nn.ReLU`` that
+            alone reads it, if there is one (a :class:`dampr.nn.AbsorbedReLU` then stands there), leave out layers whose
             channels nothing can cut (the classifier, what a LayerNorm reads, a layer that is called twice, one whose
             outputs are viewed as heads: tried in a copy), and before the function returns it is proven that evaluation
             outputs are unchanged (to rounding) and that no gated layer's weight is read without calling the layer.
@@ -307,7 +307,7 @@ def put_in(
             bare: nn.Module = gated[""]
             return bare
         if before is not None:
-            relus = rectified.take_in(model, {plan.layers[name]: gated[name] for name in gated}, example_inputs)
+            relus = rectified.fuse_relu(model, {plan.layers[name]: gated[name] for name in gated}, example_inputs)
         inputs.replace(model, relus | {plan.layers[name]: gated[name] for name in gated})
         adopted = transformer.adopt(model)
         if before is not None:

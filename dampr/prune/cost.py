@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from dampr.nn import GatedMultiheadAttention
+from dampr.nn.pruned.stacked_rnn import width_of
 from dampr.nn.rnn import GatedRecurrent
-from dampr.nn.stacked_rnn import width_of
 
 from . import graph, inputs, new_biases
 from .measure import count_call, count_macs, count_params, macs_beside_layers

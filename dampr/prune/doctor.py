@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dampr.nn import Gate as GateLayer
-from dampr.nn import GatedLinear
+from dampr.nn import GatedActivation, GatedLinear
 from dampr.nn.conv import GatedConv
 
 from . import graph
@@ -170,7 +169,7 @@ def _misplaced(model: nn.Module, example_inputs: Any) -> list[Finding]:
         return findings
     widths = graph.Widths(structure.plain, example_inputs)
     for name, layer in structure.gated.items():
-        if isinstance(layer, (GatedLinear, GatedConv, GateLayer)) and layer.granularity == "output":
+        if isinstance(layer, (GatedLinear, GatedConv, GatedActivation)) and layer.granularity == "output":
             plain = structure.plain.get_submodule(name)
             if plain in widths and name not in structure.notes and widths.norms_reading(plain)[0]:
                 why = (

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from dampr.nn import PrunedMultiheadAttention, Scale, ScaledRNN, StackedRNN
-from dampr.nn.pruned_transformer import PrunedLayer
-from dampr.nn.stacked_rnn import arguments_of
+from dampr.nn.pruned.narrowed_rnn import arguments_of
+from dampr.nn.pruned.transformer import PrunedLayer
 
 from . import graph, heads, inputs, transposed
 from .inputs import Model

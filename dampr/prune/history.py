@@ -16,7 +16,7 @@ from dampr import _checks
 from . import inputs
 from .budget import Budget
 from .cost import Cost
-from .files import FileError
+from .file_content import FileError
 from .plan import Plan
 from .summary import distinct_gates, penalty
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -23,8 +22,8 @@ from .controller import RAMP, Ramp
 from .convert import convert
 from .expand import check_state
 from .plan_hooks import check_model, divergence, is_trained, uncompiled
+from .plan_report import PlanError, PlanReport
 from .recalibrate import recalibrate, share_statistics
-from .reports import Report
 from .schedule import WHEN, ShrinkSchedule
 from .shrinker import Copies, check_copies, copies_of
 from .summary import distinct_gates, gated_layers
@@ -34,48 +33,6 @@ from .wrapped import is_any_sharded
 WARMUP, TRAINED_WARMUP, SHRINKING = 0.3, 0.05, 0.2
 LEAST_STEPS = 40
 SILENT = 50  # steps without a gradient on any gate after which a plan gives up
-
-
-class PlanError(RuntimeError):
-    """A plan could not go on, or is over; the model is as it was before the call."""
-
-
-@dataclass(frozen=True)
-class PlanReport(Report):
-    """What a plan did, and when: ``steps`` in all, of which all units were open up to ``dense``,
-    and the model compacted at ``compacted``.
-
-    ``budget``: what was decided at that moment; ``difference``: the largest between the outputs
-    of the masked and the compacted model.
-    ``recalibrated``: on how many batches statistics of norms were taken again. ``shrunk``: which removals of closed
-    units there were before, and which did not pay.
-    """
-
-    steps: int
-    dense: int
-    compacted: int
-    trained: bool
-    gate: str
-    score: str
-    budget: BudgetReport
-    difference: float
-    recalibrated: int
-    notes: dict[str, str] = field(default_factory=dict)
-    shrunk: list[str] = field(default_factory=list)
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def __str__(self) -> str:
-        start = "a trained model" if self.trained else "scratch"
-        tuned = self.steps - self.compacted
-        lines = [
-            f"{self.steps} steps from {start}: dense for {self.dense}, ramp to {self.compacted}, fine-tuned for "
-            f"{tuned}",
-            str(self.budget),
-            f"largest difference of outputs, masked and compacted: {self.difference:.2g}",
-        ]
-        return "\n".join(lines + [f"{name}: {note}" for name, note in self.notes.items()])
 
 
 class Plan:
@@ -91,21 +48,18 @@ class Plan:
     ``model`` stays the same object; its children are others after the ramp. Use :attr:`model` in the loop, and make
     what wraps it (DDP, ``torch.compile``) again when :meth:`step` returns True.
 
-    Args:
-        model: dense, from scratch or trained; or with gates that :func:`dampr.convert` put in as you like them.
-        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments.
-        macs, params, latency: exactly one, as for :class:`dampr.Budget`: a share in (0, 1), or a count.
-        steps: of the optimizer in the whole run: epochs times ``len(loader)``.
-        gate: as for :func:`dampr.convert`, of a model without gates.
-        score: what decides, as for :class:`dampr.Budget`.
-        warmup, ramp: shares of ``steps``; ``warmup=None`` takes the default for the kind of start.
-        trained: whether the model is trained already. None: where a norm with running statistics has seen 100 batches.
-        min_share, round_to, min_width: as for :class:`dampr.Budget` and :meth:`dampr.Budget.finalize`.
+    Args: model: dense, from scratch or trained; or with gates that :func:`dampr.convert` put in as you like them.
+        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments. macs, params, latency: exactly
+        one, as for :class:`dampr.Budget`: a share in (0, 1), or a count. steps: of the optimizer in the whole run:
+        epochs times ``len(loader)``. gate: as for :func:`dampr.convert`, of a model without gates. score: what decides,
+        as for :class:`dampr.Budget`. warmup, ramp: shares of ``steps``; ``warmup=None`` takes the default for the kind
+        of start. trained: whether the model is trained already. None: where a norm with running statistics has seen 100
+        batches. min_share, round_to, min_width: as for :class:`dampr.Budget` and :meth:`dampr.Budget.finalize`.
         restart: of the learning rate. None: it stays the user's. A number: behind the ramp every group starts again at
-            that many times its first learning rate, and falls to 0 along a cosine;
-            leave out a scheduler of your own then.
-        distill: the weight in :meth:`penalty` of a distance to the outputs of the dense
-            model as it was when the ramp began.
+            that many times its first learning rate, and falls to 0 along a cosine; leave out a scheduler of your own
+            then.
+        distill: the weight in :meth:`penalty` of a distance to the outputs of the dense model as it was when the ramp
+            began.
         distill_loss: called with the outputs of the trained and of the dense model, a scalar. None: the
             Kullback-Leibler divergence of logits (rows, classes) at a temperature of 2, times 4 (Hinton et al. 2015).
         recalibrate: the number of training batches on which statistics of norms are taken again; 0: none.
@@ -265,8 +219,7 @@ class Plan:
     def step(self, optimizer: torch.optim.Optimizer | None = None, *, ema: Copies = ()) -> bool:
         """Call it after ``optimizer.step()``; True when its parameters have other shapes, during and after the ramp.
 
-        Args:
-            optimizer: of the weights; what is left of its state stays. None: make a new one when this returns True.
+        Args: optimizer: of the weights; what is left of its state stays. None: make a new one when this returns True.
             ema: copies of :attr:`model` with averaged weights (``torch.optim.swa_utils.AveragedModel``), one or
                 several: they get gates and lose units when the model does.
 
@@ -352,8 +305,8 @@ class Plan:
     def state_dict(self) -> dict[str, Any]:
         """All that a run needs to go on, beside the states of model and optimizer: tensors, numbers, lists.
 
-        Right before the end of the ramp the inputs of a few batches are in it,
-        on which statistics of norms are to be taken again.
+        Right before the end of the ramp the inputs of a few batches are in it, on which statistics of norms are to be
+        taken again.
         """
         budget = self._budget
         return {
@@ -377,8 +330,8 @@ class Plan:
         *Then* load the states of model and optimizer.
 
         The model gets the gates, or the smaller layers, that it had. ``optimizer`` is what was made of the model's
-        parameters; ``ema`` are copies with averaged weights, which get them too,
-        and whose states are loaded after this.
+        parameters; ``ema`` are copies with averaged weights, which get them too, and whose states are loaded after
+        this.
 
         Raises PlanError where this plan has begun already, ValueError where it is of another number of steps.
         """

@@ -1,4 +1,4 @@
-"""ReLU modules that batch norms with gates take in, so that norm, gates and ReLU are one pass each way."""
+"""ReLU modules that batch norms with gates compute, so that norm, gates and ReLU are one pass each way."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from dampr.nn import TakenReLU
-from dampr.nn.norm import GatedBatchNorm
+from dampr.nn import AbsorbedReLU
+from dampr.nn.batch_norm import GatedBatchNorm
 
 from . import inputs
 
 
-def take_in(model: nn.Module, gated: Mapping[nn.Module, Any], example_inputs: Any) -> dict[nn.Module, nn.Module]:
+def fuse_relu(model: nn.Module, gated: Mapping[nn.Module, Any], example_inputs: Any) -> dict[nn.Module, nn.Module]:
     """Tell the batch norms among the ``gated`` layers, by the plain ones, that a ReLU alone reads them;
     what is to stand in its place.
 
@@ -34,12 +34,12 @@ def take_in(model: nn.Module, gated: Mapping[nn.Module, Any], example_inputs: An
     found = _followers(model, norms, example_inputs) if norms else {}
     for norm in found:
         norms[norm].activation, norms[norm].followed = "relu", True
-    taken: dict[nn.Module, nn.Module] = {}
+    absorbed: dict[nn.Module, nn.Module] = {}
     for name in dict.fromkeys(found.values()):
         relu: Any = model.get_submodule(name)
-        taken[relu] = TakenReLU(relu.inplace).train(relu.training)
-        inputs.keep_hooks(relu, taken[relu])
-    return taken
+        absorbed[relu] = AbsorbedReLU(relu.inplace).train(relu.training)
+        inputs.keep_hooks(relu, absorbed[relu])
+    return absorbed
 
 
 def _is_hooked(norm: nn.Module) -> bool:
@@ -50,7 +50,7 @@ def _followers(model: nn.Module, norms: Iterable[str], example_inputs: Any) -> d
     """The ReLU behind each norm that nothing else reads, in evaluation and in training, by their names;
     tried in a copy.
     """
-    if not any(type(m) in (nn.ReLU, TakenReLU) for m in model.modules()):
+    if not any(type(m) in (nn.ReLU, AbsorbedReLU) for m in model.modules()):
         return {}
     found = []
     for training in (False, True):
@@ -99,7 +99,7 @@ def _alone(model: nn.Module, norms: Iterable[str], example_inputs: Any) -> dict[
     for name, module in model.named_modules():
         if name in reads:
             module.register_forward_hook(lambda _, args, y, name=name: made.setdefault(name, []).append(weakref.ref(y)))
-        elif type(module) in (nn.ReLU, TakenReLU):
+        elif type(module) in (nn.ReLU, AbsorbedReLU):
             module.register_forward_pre_hook(lambda _, args, name=name: note(name, args))
     with Reading():
         outputs = inputs.call(model, example_inputs)

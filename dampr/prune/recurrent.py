@@ -16,8 +16,8 @@ from torch.utils import _pytree as pytree
 
 from dampr.nn import ScaledRNN
 from dampr.nn.computed import computed
+from dampr.nn.pruned.narrowed_rnn import in_parts, narrowed
 from dampr.nn.rnn import GatedRecurrent
-from dampr.nn.stacked_rnn import in_parts, narrowed
 
 from . import inputs
 from .graph import CannotCutError

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from dampr import _checks
 from dampr.gates import Fixed, Gate, OwnedGate, SteppedGate, ranks
 from dampr.gates.selected import SelectedGate
-from dampr.nn.gate import FLAT_AT_ZERO
+from dampr.nn.residual import FLAT_AT_ZERO
 
 from . import inputs
 from .budget import Budget

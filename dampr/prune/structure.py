@@ -11,8 +11,7 @@ import torch
 from torch import nn
 
 from dampr.gates import Fixed
-from dampr.nn import Gate as GateLayer
-from dampr.nn import GatedHeads, GatedLayer, GatedLayerNorm, GatedResidual, Scale
+from dampr.nn import GatedActivation, GatedHeads, GatedLayer, GatedLayerNorm, GatedResidual, Scale
 from dampr.nn.computed import at_rest
 from dampr.nn.rnn import GatedRecurrent
 from dampr.nn.transformer import GatedTransformer
@@ -264,6 +263,6 @@ def _make_dense(model: nn.Module, but: type | tuple[type, ...] = ()) -> None:
 def _dense(layer: GatedLayer) -> nn.Module:
     """The plain layer; of a gate on an activation the factors, which are not left out even though all are 1."""
     owners = layer.channel_gates()
-    if isinstance(layer, GateLayer) and owners is not None:
+    if isinstance(layer, GatedActivation) and owners is not None:
         return Scale(torch.ones_like(owners, dtype=torch.float32, device=layer.gate.deterministic().device), layer.dim)
     return layer.to_dense()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
-from dampr.nn import Gate, PrunedMultiheadAttention, Scale, StackedRNN
+from dampr.nn import GatedActivation, PrunedMultiheadAttention, Scale, StackedRNN
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 GEMMS = (nn.Linear, *CONVOLUTIONS)
@@ -29,7 +29,7 @@ def channel_count(layer: nn.Module, writes: bool) -> int:
         return (1 + layer.bidirectional) * (layer.proj_size or layer.hidden_size) if writes else layer.input_size
     if isinstance(layer, nn.Embedding):
         return layer.embedding_dim if writes else layer.num_embeddings
-    if isinstance(layer, (nn.modules.batchnorm._NormBase, Scale, Gate)):
+    if isinstance(layer, (nn.modules.batchnorm._NormBase, Scale, GatedActivation)):
         return layer.num_features
     if isinstance(layer, (nn.LayerNorm, *ATTENTION)):
         return layer.normalized_shape[-1] if isinstance(layer, nn.LayerNorm) else layer.embed_dim

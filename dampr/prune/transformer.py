@@ -19,8 +19,8 @@ from dampr.nn import (
     PrunedTransformerEncoderLayer,
 )
 from dampr.nn.base import Granularity
-from dampr.nn.pruned_attention import attention_arguments
-from dampr.nn.pruned_transformer import PrunedLayer
+from dampr.nn.pruned.attention import attention_arguments
+from dampr.nn.pruned.transformer import PrunedLayer
 from dampr.nn.transformer import GatedTransformer
 
 from . import inputs

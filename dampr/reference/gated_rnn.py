@@ -19,16 +19,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-Maybe = Tensor | None
-
 
 def gated_rnn(
     mode: str,
     x: Tensor,
-    weights: Sequence[Sequence[Maybe]],
+    weights: Sequence[Sequence[Tensor | None]],
     z: Tensor,
-    h_0: Maybe = None,
-    c_0: Maybe = None,
+    h_0: Tensor | None = None,
+    c_0: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Differentiable in every floating-point argument.
 
@@ -64,13 +62,15 @@ def _ungated(h: Tensor, z: Tensor) -> Tensor:
     return torch.where(z != 0, h / torch.where(z != 0, z, 1), 0)
 
 
-def _hidden(mode: str, weights: Sequence[Maybe]) -> int:
+def _hidden(mode: str, weights: Sequence[Tensor | None]) -> int:
     w_ih = weights[0]
     assert w_ih is not None
     return w_ih.shape[0] // {"LSTM": 4, "GRU": 3}.get(mode, 1)
 
 
-def _cell(mode: str, x: Tensor, h: Tensor, c: Tensor, z: Tensor, weights: Sequence[Maybe]) -> tuple[Tensor, Tensor]:
+def _cell(
+    mode: str, x: Tensor, h: Tensor, c: Tensor, z: Tensor, weights: Sequence[Tensor | None]
+) -> tuple[Tensor, Tensor]:
     w_ih, w_hh, b_ih, b_hh, w_hr = weights
     assert w_ih is not None
     assert w_hh is not None

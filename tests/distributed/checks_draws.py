@@ -65,9 +65,9 @@ def layers() -> dict[str, tuple[nn.Module, torch.Tensor, int]]:
             torch.randn(ROWS, 5, 4, 4),
         ),
         "layer norm": (dampr.nn.GatedLayerNorm(7, **per), torch.randn(ROWS, 7)),
-        "activations": (dampr.nn.Gate(7, dim=-1, **per), torch.randn(ROWS, 3, 7)),
+        "activations": (dampr.nn.GatedActivation(7, dim=-1, **per), torch.randn(ROWS, 3, 7)),
         "activations by an index": (
-            dampr.nn.Gate(2, dim=-1, index=torch.tensor([0, 1, 0]), **per),
+            dampr.nn.GatedActivation(2, dim=-1, index=torch.tensor([0, 1, 0]), **per),
             torch.randn(ROWS, 3),
         ),
         "embedding": (dampr.nn.GatedEmbedding(11, 6, **per), torch.randint(11, (ROWS, 4))),

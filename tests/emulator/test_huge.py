@@ -19,8 +19,8 @@ from dampr import philox, reference
 from dampr.ops import backend_triton
 from dampr.ops.backend_triton import gate_activations, gated_conv2d, gated_linear, host, norm_gate, weight_gated_linear
 from dampr.ops.gate_args import GateArgs, GatePair
+from dampr.ops.gated_conv import Window
 from dampr.ops.norm_gate import Norm
-from dampr.ops.whole_conv import Window
 from dampr.spec import hard_concrete
 from tests.emulator import driver, execute
 

@@ -273,7 +273,7 @@ def gate_layer(draw: Draw) -> str | None:
     if draw.chance(0.4):
         corrupted(draw, arguments)
         return judge(Case(gated.Gate, (), arguments, names=names_of(gated.Gate)))
-    layer = opened(gated.Gate(**arguments)).train(draw.chance(0.5))
+    layer = opened(gated.GatedActivation(**arguments)).train(draw.chance(0.5))
     given: dict[str, Any] = {"x": draw.tensor(shape, draw.dtype())}
     if draw.chance(0.4):
         corrupted(draw, given)

@@ -60,7 +60,11 @@ def test_a_held_draw_is_the_same_in_every_call_and_gone_after_the_block(name: st
 
 @pytest.mark.parametrize(
     "build",
-    [layer, lambda **how: gated.Gate(8, per_sample=True), lambda **how: gated.GatedBatchNorm1d(8, per_sample=True)],
+    [
+        layer,
+        lambda **how: gated.GatedActivation(8, per_sample=True),
+        lambda **how: gated.GatedBatchNorm1d(8, per_sample=True),
+    ],
 )
 def test_rows_have_the_same_gates_in_calls_of_as_many_rows(build: Any) -> None:
     made = build(per_sample=True)

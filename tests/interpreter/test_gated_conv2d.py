@@ -11,7 +11,6 @@ from dampr.ops.backend_triton import gated_conv2d as launchers
 from dampr.ops.gated_conv2d import Window
 from dampr.testing import assert_close
 
-Maybe = torch.Tensor | None
 SAME = Window((1, 1), (1, 1), (1, 1), 1)
 NHWC = torch.channels_last
 
@@ -42,7 +41,7 @@ def gates(rows: int | None, n: int) -> torch.Tensor:
     return (3 * torch.rand((n,) if rows is None else (rows, n)) - 1).clamp(0, 1)
 
 
-def draw(kind: str, B: int, C: int, N: int) -> tuple[Maybe, Maybe]:
+def draw(kind: str, B: int, C: int, N: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """(z_in, z_out)."""
     return {
         "none": (None, None),
@@ -62,7 +61,12 @@ def problem(name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Window
 
 
 def plain(
-    x: torch.Tensor, weight: torch.Tensor, bias: Maybe, z_in: Maybe, z_out: Maybe, window: Window
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    z_in: torch.Tensor | None,
+    z_out: torch.Tensor | None,
+    window: Window,
 ) -> torch.Tensor:
     """The definition, in the dtype of x."""
     z_in, z_out = (None if z is None else z.to(x.dtype)[..., None, None] for z in (z_in, z_out))
@@ -71,7 +75,12 @@ def plain(
 
 
 def check(
-    x: torch.Tensor, weight: torch.Tensor, bias: Maybe, z_in: Maybe, z_out: Maybe, window: Window
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    z_in: torch.Tensor | None,
+    z_out: torch.Tensor | None,
+    window: Window,
 ) -> torch.Tensor:
     y, tensors = launchers.gated_conv2d_one_pass(x, weight, bias, z_in, z_out, window), (weight, bias, z_in, z_out)
     assert_close("y", y, plain(x.double(), *tensors, window), plain(x, *tensors, window))

@@ -15,7 +15,6 @@ from dampr.spec import RULES, hard_concrete
 SPEC = hard_concrete()
 SEEDS = torch.tensor([5]), torch.tensor([2**62 + 1])
 FAR = 60.0  # a log-alpha so far out that every draw is 0, or 1
-Maybe = torch.Tensor | None
 
 
 def log_alpha(n: int, dead: str, depth: int) -> torch.Tensor:
@@ -38,7 +37,7 @@ def tile(M: int, N: int, K: int) -> configs.Tile:
 
 
 def live_and_full(
-    x: torch.Tensor, weight: torch.Tensor, bias: Maybe, gates: GatePair
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, gates: GatePair
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """y over the live blocks, and over a list of all of them without an output tile that leaves early."""
     (M, K), N = x.shape, weight.shape[0]

@@ -380,7 +380,7 @@ def test_gates_per_image_write_the_gradient_over_what_only_they_have_kept(channe
         else:
             with torch.autograd.graph.saved_tensors_hooks(*hooks):
                 y = layer(x)
-        assert type(y.grad_fn).__name__ == "_WholeConvBackward"
+        assert type(y.grad_fn).__name__ == "_GatedConvBackward"
         kept = y.grad_fn.saved_tensors[-1]
         before = kept.clone()
         y.square().sum().backward(retain_graph=retain)

@@ -32,7 +32,7 @@ PAIRS: dict[type[nn.Module], type[nn.Module]] = {
     gated.GatedMultiheadAttention: nn.MultiheadAttention,
     gated.GatedTransformerEncoderLayer: nn.TransformerEncoderLayer,
     gated.GatedTransformerDecoderLayer: nn.TransformerDecoderLayer,
-    gated.TakenReLU: nn.ReLU,
+    gated.AbsorbedReLU: nn.ReLU,
 }
 
 

@@ -7,7 +7,7 @@ import torch
 
 import dampr
 from dampr import functional
-from dampr.nn import Gate, GatedConv1d, GatedConv2d, GatedEmbedding, GatedLinear, GatedLSTM, GatedResidual
+from dampr.nn import GatedActivation, GatedConv1d, GatedConv2d, GatedEmbedding, GatedLinear, GatedLSTM, GatedResidual
 from dampr.ops import forced_route
 
 needs_cpp = pytest.mark.skipif(dampr.backend_info()["cpp"].startswith("missing"), reason=dampr.backend_info()["cpp"])
@@ -120,8 +120,8 @@ def test_bad_arguments_are_named():
     [
         (GatedLSTM(4, 6), torch.randn(3, 2, 4), "fold", "columns that read the state"),
         (GatedLSTM(4, 6, proj_size=2), torch.randn(3, 2, 4), "fold", "rows of the projection"),
-        (Gate(4), torch.randn(3, 4), "passes", "drawn in the pass"),
-        (Gate(2, index=torch.tensor([0, 1, 1])), torch.randn(3, 3), "passes", "for each element"),
+        (GatedActivation(4), torch.randn(3, 4), "passes", "drawn in the pass"),
+        (GatedActivation(2, index=torch.tensor([0, 1, 1])), torch.randn(3, 3), "passes", "for each element"),
         (GatedEmbedding(5, 4), torch.tensor([1]), "passes", "looked up"),
         (GatedResidual(torch.nn.Linear(4, 4)), torch.randn(3, 4), "branch", "no branch where the gate is closed"),
     ],

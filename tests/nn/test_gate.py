@@ -1,4 +1,4 @@
-"""Gate, GatedResidual, GatedEmbedding: values and gradients against the gates written out; what is skipped;
+"""GatedActivation, GatedResidual, GatedEmbedding: values and gradients against the gates written out; what is skipped;
 what is left when plain.
 """
 
@@ -12,7 +12,7 @@ from torch import nn
 
 import dampr
 from dampr.gates import DiffPrune, HardConcrete
-from dampr.nn import Gate, GatedEmbedding, GatedLinear, GatedResidual, Residual, Scale
+from dampr.nn import GatedActivation, GatedEmbedding, GatedLinear, GatedResidual, Residual, Scale
 
 FAMILIES = ["hard_concrete", "dep_l0", "dam", "diffprune", "diffmask"]
 
@@ -32,7 +32,7 @@ def half_closed(layer: Any) -> Any:
 @pytest.mark.parametrize("per_sample", [False, True])
 def test_gate_multiplies_any_dimension_and_gives_its_gradient(dim: int, per_sample: bool) -> None:
     x = torch.randn(3, 5, 4, 6, requires_grad=True)
-    layer = Gate(x.shape[dim], dim, per_sample=per_sample)
+    layer = GatedActivation(x.shape[dim], dim, per_sample=per_sample)
     layer.gate.log_alpha.data.uniform_(-2, 2)
     z = values(layer, 7, 3 if per_sample else None)
     shape = [1] * 4
@@ -53,7 +53,7 @@ def test_gate_multiplies_any_dimension_and_gives_its_gradient(dim: int, per_samp
 @pytest.mark.parametrize("per_sample", [False, True])
 def test_an_index_groups_elements_under_one_gate(per_sample: bool) -> None:
     index = torch.tensor([2, 0, 0, 1, 2])
-    layer = Gate(3, 1, index=index, per_sample=per_sample)
+    layer = GatedActivation(3, 1, index=index, per_sample=per_sample)
     layer.gate.log_alpha.data.uniform_(-2, 2)
     x = torch.randn(4, 5, 2, dtype=torch.bfloat16)
     z = values(layer, 1, 4 if per_sample else None)[..., index].view(4 if per_sample else 1, 5, 1)
@@ -67,7 +67,7 @@ def test_an_index_groups_elements_under_one_gate(per_sample: bool) -> None:
 NOISY = [{"stochastic": True}, {"revive": "noise"}]
 PER_SAMPLE: dict[str, Any] = {  # layers that multiply by values, and what a sample of them is
     "index": lambda gate: (
-        Gate(3, index=torch.tensor([2, 0, 0, 1, 2]), gate=gate, per_sample=True),
+        GatedActivation(3, index=torch.tensor([2, 0, 0, 1, 2]), gate=gate, per_sample=True),
         torch.ones(64, 5),
         3,
     ),
@@ -110,27 +110,27 @@ def test_columns_of_an_embedding_refuse_noise_per_sample(options: dict[str, Any]
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gate_has_every_family(family: str) -> None:
-    layer = Gate(4, -1, gate=family).eval()
+    layer = GatedActivation(4, -1, gate=family).eval()
     x = torch.randn(3, 4)
     torch.testing.assert_close(layer(x), x * layer.gate())
     torch.testing.assert_close(layer.to_dense()(x), layer(x))
 
 
 def test_a_plain_gate_is_nothing_or_a_scale() -> None:
-    assert type(Gate(4).to_dense()) is nn.Identity
-    layer = half_closed(Gate(4)).eval()
+    assert type(GatedActivation(4).to_dense()) is nn.Identity
+    layer = half_closed(GatedActivation(4)).eval()
     plain = layer.to_dense()
     assert type(plain) is Scale
     x = torch.randn(2, 4, 3)
     assert torch.equal(plain(x), layer(x))
     assert layer.closed_channels() == ({0, 2}, set())
-    grouped = half_closed(Gate(2, index=torch.tensor([0, 1, 0]))).eval()
+    grouped = half_closed(GatedActivation(2, index=torch.tensor([0, 1, 0]))).eval()
     assert grouped.closed_channels() == ({0, 2}, set())
     assert list(grouped.to_dense().state_dict()) == ["scale"]
 
 
 def test_the_penalty_of_a_gate_counts_elements() -> None:
-    layer = Gate(2, index=torch.tensor([0, 1, 0]))
+    layer = GatedActivation(2, index=torch.tensor([0, 1, 0]))
     layer.weights_per_gate = 7.0
     pi = layer.gate.open_probability()
     torch.testing.assert_close(layer.penalty(2.0), 14 * (2 * pi[0] + pi[1]))
@@ -149,13 +149,13 @@ def test_the_penalty_of_a_gate_counts_elements() -> None:
 )
 def test_a_bad_argument_is_named(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
-        Gate(**arguments)
+        GatedActivation(**arguments)
 
 
 @pytest.mark.parametrize("per_sample", [False, True])
 @pytest.mark.parametrize("training", [False, True])
 def test_an_index_of_another_size_than_the_dimension_is_named_in_both_modes(training: bool, per_sample: bool) -> None:
-    layer = Gate(2, dim=-1, index=torch.tensor([0, 0, 1]), per_sample=per_sample).train(training)
+    layer = GatedActivation(2, dim=-1, index=torch.tensor([0, 0, 1]), per_sample=per_sample).train(training)
     for width in (1, 2, 4):
         with pytest.raises(
             ValueError, match=rf"gate\.shape=\(3,\): expected \({width},\), one gate per index of dimension 1 of x"
@@ -168,7 +168,7 @@ def test_an_index_of_another_size_than_the_dimension_is_named_in_both_modes(trai
 
 def test_gates_of_another_size_than_the_dimension_are_named() -> None:
     with pytest.raises(ValueError, match="gate"):
-        Gate(3)(torch.randn(2, 4))
+        GatedActivation(3)(torch.randn(2, 4))
 
 
 class Counted(nn.Linear):

@@ -240,7 +240,7 @@ LAYERS: dict[str, Any] = {
     "embedding": lambda: gated.GatedEmbedding(4, 3),
     "lstm": lambda: gated.GatedLSTM(4, 3),
     "attention": lambda: gated.GatedMultiheadAttention(4, 2),
-    "gate": lambda: gated.Gate(2, dim=-1, index=torch.tensor([0, 1, 1, 0])),
+    "gate": lambda: gated.GatedActivation(2, dim=-1, index=torch.tensor([0, 1, 1, 0])),
     "residual": lambda: gated.GatedResidual(nn.Linear(4, 4)),
     "encoder": lambda: gated.GatedTransformerEncoderLayer(4, 2, 8),
 }

@@ -417,6 +417,6 @@ def test_a_network_of_norms_without_a_bias_is_converted_and_cut():
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_explain_says_what_runs(momentum, capsys):
     layer, x = GatedBatchNorm2d(4, momentum=momentum), torch.randn(5, 4, 3, 3)
-    passes = type(layer(x).grad_fn).__name__ == "_WholeNormGateBackward"
+    passes = type(layer(x).grad_fn).__name__ == "_FusedNormBackward"
     assert (dampr.explain(layer, x).route == "passes") == passes
     assert passes == (momentum is not None and dampr.backend_info()["cpp"].startswith("available"))

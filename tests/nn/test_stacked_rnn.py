@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, pad_packed_sequence
 
 from dampr.nn import GatedGRU, GatedLSTM, GatedRNN, StackedRNN
-from dampr.nn.stacked_rnn import narrowed
+from dampr.nn.pruned.narrowed_rnn import narrowed
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning")
 

@@ -17,7 +17,7 @@ import dampr
 from dampr import reference
 from dampr.gates import HardConcrete
 from dampr.nn import (
-    Gate,
+    GatedActivation,
     GatedLinear,
     GatedMultiheadAttention,
     GatedTransformerDecoderLayer,
@@ -225,7 +225,7 @@ def test_it_starts_as_the_dense_layer_with_the_same_seed(kind: str) -> None:
     assert all(torch.equal(p, own[name]) for name, p in stock.named_parameters())
     assert type(layer.self_attn) is GatedMultiheadAttention
     assert type(layer.linear1) is GatedLinear
-    assert all(type(g) is Gate for g in layer.sublayer_gates)
+    assert all(type(g) is GatedActivation for g in layer.sublayer_gates)
 
 
 @pytest.mark.parametrize("parts", [("heads",), ("neurons",), ("sublayers",)], ids=str)

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from dampr import philox, reference
 from dampr.nn import (
-    Gate,
+    GatedActivation,
     GatedBatchNorm1d,
     GatedBatchNorm2d,
     GatedConv1d,
@@ -111,9 +111,9 @@ CASES = {
     "layer norm": Case(
         lambda: GatedLayerNorm(4), (3, 4), lambda _, x, p, z: F.layer_norm(x, (4,), p["weight"], p["bias"]) * z
     ),
-    "gate": Case(lambda: Gate(4), (3, 4), lambda _, x, p, z: x * z),
+    "gate": Case(lambda: GatedActivation(4), (3, 4), lambda _, x, p, z: x * z),
     "gate, index": Case(
-        lambda: Gate(3, index=torch.tensor([2, 0, 0, 1]), per_sample=True),
+        lambda: GatedActivation(3, index=torch.tensor([2, 0, 0, 1]), per_sample=True),
         (3, 4),
         lambda _, x, p, z: x * z[..., [2, 0, 0, 1]],
     ),

@@ -29,7 +29,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], torch.Tensor]] = {
     "batch norm": (lambda: gated.GatedBatchNorm2d(8), IMAGES),
     "batch norm, per sample": (lambda: gated.GatedBatchNorm2d(8, per_sample=True), IMAGES),
     "layer norm": (lambda: gated.GatedLayerNorm(8), ROWS),
-    "gate": (lambda: gated.Gate(8), ROWS),
+    "gate": (lambda: gated.GatedActivation(8), ROWS),
 }
 MODES: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
     "no_grad": torch.no_grad,

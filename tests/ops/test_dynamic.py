@@ -121,7 +121,7 @@ def test_export_keeps_a_dynamic_batch(compacted: bool, strict: bool) -> None:
         lambda: dampr.nn.GatedLinear(6, 8, granularity="weight"),
         lambda: dampr.nn.GatedLayerNorm(6),
         lambda: dampr.nn.GatedBatchNorm1d(6, activation="relu"),
-        lambda: dampr.nn.Gate(6, dim=-1),
+        lambda: dampr.nn.GatedActivation(6, dim=-1),
         lambda: nn.Sequential(nn.Unflatten(1, (2, 3)), dampr.nn.GatedConv1d(2, 4, 2)),
     ],
 )
@@ -163,7 +163,7 @@ EXPORTED: dict[str, tuple[Any, tuple[int, ...], tuple[int, ...]]] = {
     "conv2d, per sample": (lambda: gated.GatedConv2d(3, 4, 1, per_sample=True), (2, 3, 5, 8), (0, 2, 3)),
     "layer norm": (lambda: gated.GatedLayerNorm(8), TOKENS, (0, 1)),
     "batch norm": (lambda: gated.GatedBatchNorm1d(5), TOKENS, (0, 2)),
-    "gate": (lambda: gated.Gate(8, dim=-1, per_sample=True), TOKENS, (0, 1)),
+    "gate": (lambda: gated.GatedActivation(8, dim=-1, per_sample=True), TOKENS, (0, 1)),
     "residual": (lambda: gated.GatedResidual(nn.Linear(8, 8), per_sample=True), TOKENS, (0, 1)),
     "encoder": (lambda: gated.GatedTransformerEncoderLayer(8, 2, 6, 0.0), TOKENS, (0, 1)),
     "gru": (lambda: gated.GatedGRU(8, 4), TOKENS, (1,)),

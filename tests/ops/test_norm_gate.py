@@ -340,7 +340,7 @@ def test_one_call_computes_what_the_operators_do_to_the_bit(bare, per_sample, ac
         data |= {"weight": None, "bias": None}
     how = {"per_sample": per_sample, "activation": activation}
     name, found = _everything(data, running, **how)
-    assert name == "_WholeNormGateBackward"
+    assert name == "_FusedNormBackward"
     for looks_on in (False, True):
         other, expected = _everything(data, running, looks_on, True, **how)
         assert other == ("_NormGateBackward" if looks_on else name)

@@ -76,10 +76,10 @@ def test_a_call_leaves_out_what_the_threshold_allows_and_no_less(side):
 
     for least in (0.25, 0.75):
         thresholds.write(least, least)
-        assert node(least + 0.1) == "_LiveBackward"
-        assert node(least - 0.1) != "_LiveBackward"
+        assert node(least + 0.1) == "_SkipClosedBackward"
+        assert node(least - 0.1) != "_SkipClosedBackward"
     thresholds.write(thresholds.NEVER, thresholds.NEVER)
-    assert node(0.95) != "_LiveBackward"
+    assert node(0.95) != "_SkipClosedBackward"
 
 
 @needs_extension

@@ -13,7 +13,7 @@ from torch import nn
 
 import dampr
 from dampr.nn import (
-    Gate,
+    GatedActivation,
     GatedEmbedding,
     GatedGRU,
     GatedLinear,
@@ -52,7 +52,7 @@ class Branches(nn.Module):
         self.stem = nn.Linear(6, 8)
         inner = GatedResidual(nn.Sequential(GatedLinear(8, 16), nn.ReLU(), nn.Linear(16, 8)))
         self.outer = GatedResidual(nn.Sequential(inner, nn.Tanh(), nn.Linear(8, 8)))
-        self.gate, self.head = Gate(4, index=torch.arange(8) % 4), nn.Linear(8, 3)
+        self.gate, self.head = GatedActivation(4, index=torch.arange(8) % 4), nn.Linear(8, 3)
 
     def forward(self, x):
         return self.head(self.gate(self.outer(self.stem(x))))

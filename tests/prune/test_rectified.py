@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import dampr
-from dampr.nn import GatedBatchNorm2d, TakenReLU
+from dampr.nn import AbsorbedReLU, GatedBatchNorm2d
 
 X = torch.randn(4, 3, 9, 9, generator=torch.Generator().manual_seed(0))
 
@@ -94,7 +94,7 @@ def test_a_relu_in_several_places_is_taken_in_where_a_norm_alone_feeds_it(per_sa
         "first.1": "GatedBatchNorm2d +",
         "second.1": "GatedBatchNorm2d +",
         "third.1": "GatedBatchNorm2d",
-        "relu": "TakenReLU",
+        "relu": "AbsorbedReLU",
     }
     assert model.relu.inplace == inplace
     assert torch.equal(model(X), expected)
@@ -121,7 +121,7 @@ def test_training_computes_what_separate_layers_compute(per_sample: bool) -> Non
 
 
 def test_what_a_norm_has_rectified_is_handed_on_and_anything_else_is_rectified() -> None:
-    norm, relu = GatedBatchNorm2d(3, activation="relu"), TakenReLU()
+    norm, relu = GatedBatchNorm2d(3, activation="relu"), AbsorbedReLU()
     norm.followed = True
     y = norm(X)
     assert relu(y) is y
@@ -151,7 +151,7 @@ def test_what_a_norm_has_rectified_is_handed_on_and_anything_else_is_rectified()
 )
 def test_only_a_module_that_alone_reads_a_norm_is_taken_in(how: str, taken: bool) -> None:
     model = dampr.convert(Reads(how), example_inputs=X)
-    assert any("TakenReLU" in kind for kind in named(model).values()) == taken
+    assert any("AbsorbedReLU" in kind for kind in named(model).values()) == taken
     assert any("+" in kind for kind in named(model).values()) == taken
 
 
@@ -166,7 +166,7 @@ def test_what_is_changed_in_place_behind_the_relu_is_rectified_again() -> None:
     model = Again("").eval()
     expected = model(X)
     dampr.convert(model, example_inputs=X)
-    assert named(model) == {"body.1": "GatedBatchNorm2d +", "relu": "TakenReLU"}
+    assert named(model) == {"body.1": "GatedBatchNorm2d +", "relu": "AbsorbedReLU"}
     assert torch.equal(model(X), expected)
     with torch.inference_mode():
         assert torch.equal(model(X), expected)
@@ -198,7 +198,7 @@ def test_a_conversion_that_fails_gives_the_relu_back(monkeypatch: pytest.MonkeyP
     with pytest.raises(RuntimeError, match="no"):
         dampr.convert(model, example_inputs=X)
     assert set(named(model).values()) == {"BatchNorm2d", "ReLU"}
-    assert not any(isinstance(m, TakenReLU) for m in model.modules())
+    assert not any(isinstance(m, AbsorbedReLU) for m in model.modules())
 
 
 def test_a_batch_that_no_norm_trains_on_converts_and_takes_nothing_in() -> None:
@@ -208,7 +208,7 @@ def test_a_batch_that_no_norm_trains_on_converts_and_takes_nothing_in() -> None:
 
 
 def test_a_tracer_sees_a_relu() -> None:
-    traced = torch.fx.symbolic_trace(TakenReLU())
+    traced = torch.fx.symbolic_trace(AbsorbedReLU())
     assert (traced(X) == X.clamp(min=0)).all()
 
 

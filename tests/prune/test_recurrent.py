@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 import dampr
 from dampr.gates import HardConcrete
 from dampr.nn import (
-    Gate,
+    GatedActivation,
     GatedEmbedding,
     GatedGRU,
     GatedLayer,
@@ -362,17 +362,21 @@ def test_training_is_left_possible_and_frozen_parameters_frozen(kind: Any) -> No
 @pytest.mark.parametrize(
     ("model", "shape", "left"),
     [
-        (lambda: nn.Sequential(nn.Linear(4, 9), Gate(9), nn.Sigmoid(), nn.Linear(9, 3)), (5, 4), 6),
-        (lambda: nn.Sequential(nn.Linear(4, 9), Gate(9, -1), nn.ReLU(), nn.Linear(9, 3)), (5, 2, 4), 6),
-        (lambda: nn.Sequential(nn.Linear(4, 9), Gate(3, -1, index=torch.arange(9) % 3), nn.Linear(9, 3)), (5, 4), 6),
+        (lambda: nn.Sequential(nn.Linear(4, 9), GatedActivation(9), nn.Sigmoid(), nn.Linear(9, 3)), (5, 4), 6),
+        (lambda: nn.Sequential(nn.Linear(4, 9), GatedActivation(9, -1), nn.ReLU(), nn.Linear(9, 3)), (5, 2, 4), 6),
+        (
+            lambda: nn.Sequential(nn.Linear(4, 9), GatedActivation(3, -1, index=torch.arange(9) % 3), nn.Linear(9, 3)),
+            (5, 4),
+            6,
+        ),
         (
             lambda: nn.Sequential(
-                nn.Conv2d(4, 9, 3), nn.BatchNorm2d(9), Gate(9), nn.ReLU(), nn.Conv2d(9, 3, 3, padding=1)
+                nn.Conv2d(4, 9, 3), nn.BatchNorm2d(9), GatedActivation(9), nn.ReLU(), nn.Conv2d(9, 3, 3, padding=1)
             ),
             (2, 4, 5, 5),
             6,
         ),
-        (lambda: nn.Sequential(nn.Conv1d(4, 9, 3), Gate(9), nn.Flatten(), nn.Linear(27, 3)), (2, 4, 5), 6),
+        (lambda: nn.Sequential(nn.Conv1d(4, 9, 3), GatedActivation(9), nn.Flatten(), nn.Linear(27, 3)), (2, 4, 5), 6),
     ],
 )
 def test_what_a_gate_closes_is_cut(model: Any, shape: tuple[int, ...], left: int, fractional: bool) -> None:
@@ -385,7 +389,7 @@ def test_what_a_gate_closes_is_cut(model: Any, shape: tuple[int, ...], left: int
 
 
 def test_gates_on_positions_leave_the_channels_alone() -> None:
-    model = close(nn.Sequential(GatedLinear(4, 9), Gate(5, 1), nn.ReLU(), nn.Linear(9, 3)))
+    model = close(nn.Sequential(GatedLinear(4, 9), GatedActivation(5, 1), nn.ReLU(), nn.Linear(9, 3)))
     small = compacted(model, torch.randn(2, 5, 4))
     assert small[0].out_features == 6
     assert small[1].num_features == 5

@@ -11,10 +11,11 @@ import torch
 
 from dampr import _C  # type: ignore[attr-defined]
 
-from . import live, products, small_linear, whole_conv, whole_norm
+from . import folded_norm, gated_conv, products, skip_closed, small_linear
 from .dependency_generator import GENERATOR_PARAMETERS, dependency_generator_bwd, dependency_generator_fwd
 from .fold_weight import fold_weight_bwd, fold_weight_fwd
 from .gate_activations import gate_activations_bwd, gate_activations_fwd
+from .gated_conv import gated_conv2d_fwd
 from .gated_linear import gated_linear_bwd, gated_linear_fwd, plan_linear
 from .gates import sample_gates_bwd, sample_gates_fwd
 from .host import CODES
@@ -27,9 +28,8 @@ from .weight_gated_linear import (
     weight_gated_linear_bwd,
     weight_gated_linear_fwd,
 )
-from .whole_conv import gated_conv2d_fwd
 
-own_norms = (True, False)  # per sample, per batch: where norm, gates and running statistics are one call
+fused_norms = (True, False)  # per sample, per batch: where norm, gates and running statistics are one call
 
 __all__ = [
     "GENERATOR_PARAMETERS",
@@ -41,27 +41,27 @@ __all__ = [
     "fold_blocks_fwd",
     "fold_weight_bwd",
     "fold_weight_fwd",
+    "folded_norm",
+    "fused_norms",
     "gate_activations_bwd",
     "gate_activations_fwd",
+    "gated_conv",
     "gated_conv2d_fwd",
     "gated_linear_bwd",
     "gated_linear_fwd",
-    "live",
     "norm_gate_bwd",
     "norm_gate_fwd",
-    "own_norms",
     "plan_linear",
     "plan_weights",
     "products",
     "route",
     "sample_gates_bwd",
     "sample_gates_fwd",
+    "skip_closed",
     "small_linear",
     "unavailable",
     "weight_gated_linear_bwd",
     "weight_gated_linear_fwd",
-    "whole_conv",
-    "whole_norm",
 ]
 
 

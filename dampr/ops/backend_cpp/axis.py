@@ -28,25 +28,25 @@ def open_gates(gate: GateArgs, multiple: int, share: float) -> Tensor | None:
     return places
 
 
-def pick(x: Tensor, places: Tensor, dim: int, channels_last: bool = False) -> Tensor:
+def gather(x: Tensor, places: Tensor, dim: int, channels_last: bool = False) -> Tensor:
     """x with the entries ``places`` of ``dim`` only, contiguous or, of images and their weights, ``channels_last``."""
     return _move(_C.pick, x, x.shape[dim], places, places.numel(), dim, channels_last)
 
 
-def place(x: Tensor, places: Tensor, size: int, dim: int, channels_last: bool = False) -> Tensor:
-    """What :func:`pick` takes out of: ``size`` entries, zeros where ``places`` says nothing."""
+def scatter(x: Tensor, places: Tensor, size: int, dim: int, channels_last: bool = False) -> Tensor:
+    """What :func:`gather` takes out of: ``size`` entries, zeros where ``places`` says nothing."""
     return _move(_C.place, x, size, places, size, dim, channels_last)
 
 
-def transpose(x: Tensor, passing: bool = False) -> Tensor:
+def transpose(x: Tensor, in_scratch: bool = False) -> Tensor:
     """x (rows, n) as a contiguous (n, rows), many times as fast as torch's own copy.
 
-    ``passing``: it is one of :data:`.host.scratch`.
+    ``in_scratch``: it is one of :data:`.host.scratch`.
     """
     x = x.contiguous()
     rows, n = x.shape
     shape = torch.Size((n, rows))
-    out = scratch.views[shape, None, x.dtype] if passing else torch.empty(shape, dtype=x.dtype)
+    out = scratch.views[shape, None, x.dtype] if in_scratch else torch.empty(shape, dtype=x.dtype)
     _C.transpose(CODES[x.dtype], x.data_ptr(), rows, n, out.data_ptr(), torch.get_num_threads())
     return out
 

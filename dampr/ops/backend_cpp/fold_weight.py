@@ -10,24 +10,26 @@ import torch
 from torch import Tensor
 
 from dampr import _C  # type: ignore[attr-defined]
-from dampr.ops.gate_args import GatePair, Maybe
+from dampr.ops.gate_args import GatePair
 
 from . import host
 from .host import CODES, WIDE
 
 
 def fold_weight_fwd(
-    weight: Tensor, bias: Maybe, gates: GatePair, dtype: torch.dtype, passing: bool = False
-) -> tuple[Tensor, Maybe]:
-    """(z_out W z_in, z_out b) in ``dtype``; ``passing``: the weight is one of :data:`.host.scratch`."""
+    weight: Tensor, bias: Tensor | None, gates: GatePair, dtype: torch.dtype, in_scratch: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """(z_out W z_in, z_out b) in ``dtype``; ``in_scratch``: the weight is one of :data:`.host.scratch`."""
     if gates.input_log_alpha is None and gates.output_log_alpha is None:
         return weight.to(dtype), None if bias is None else bias.to(dtype)
     weight = weight.contiguous()
-    out = host.new(weight.shape, dtype, passing)
+    out = host.new(weight.shape, dtype, in_scratch)
     return out, fold_into(out, weight, bias, gates, *weight.shape)
 
 
-def fold_into(out: Tensor, weight: Tensor, bias: Maybe, gates: GatePair, n_out: int, n_in: int) -> Maybe:
+def fold_into(
+    out: Tensor, weight: Tensor, bias: Tensor | None, gates: GatePair, n_out: int, n_in: int
+) -> Tensor | None:
     """Fill ``out``, which lies in memory as ``weight`` does, a matrix (n_out, n_in) there; returns the bias,
     gated as rows are.
     """
@@ -60,8 +62,8 @@ def fold_into(out: Tensor, weight: Tensor, bias: Maybe, gates: GatePair, n_out: 
 
 
 def fold_weight_bwd(
-    raw: Tensor, raw_bias: Maybe, weight: Tensor, bias: Maybe, gates: GatePair, needs: Sequence[bool]
-) -> tuple[Maybe, ...]:
+    raw: Tensor, raw_bias: Tensor | None, weight: Tensor, bias: Tensor | None, gates: GatePair, needs: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
     """Gradients of weight, bias and both log-alphas from those of the folded weight and bias, ``raw`` (N,
     K) and ``raw_bias`` (N,).
     """
@@ -76,16 +78,16 @@ def fold_weight_bwd(
 
 def unfold(
     raw: Tensor,
-    raw_bias: Maybe,
+    raw_bias: Tensor | None,
     weight: Tensor,
-    bias: Maybe,
+    bias: Tensor | None,
     gates: GatePair,
     n_out: int,
     n_in: int,
     needs: Sequence[bool],
-    dw: Maybe,
-    folded: Maybe = None,
-) -> tuple[Maybe, Maybe, Maybe]:
+    dw: Tensor | None,
+    folded: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of bias and both log-alphas; those of the weight go to ``dw``,
     the folded weight once more to ``folded``.
 

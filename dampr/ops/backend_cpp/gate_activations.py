@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dampr import _C  # type: ignore[attr-defined]
 from dampr.ops.gate_activations import planes
-from dampr.ops.gate_args import GateArgs, Maybe
+from dampr.ops.gate_args import GateArgs
 
 from .gates import gate_rows, gate_rows_bwd, sample_gates_bwd, sample_gates_fwd
 from .host import CODES, ptr
@@ -27,7 +27,7 @@ def gate_activations_fwd(x: Tensor, gate: GateArgs, dim: int) -> Tensor:
 
 def gate_activations_bwd(
     dy: Tensor, x: Tensor, gate: GateArgs, dim: int, needs: Sequence[bool], over_x: bool = False
-) -> tuple[Maybe, Maybe]:
+) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of x and log_alpha; ``over_x``: that of x may be written over it."""
     x, shape, layout = planes(x, dim, gate.per_sample)
     dy, rows = dy.contiguous(memory_format=layout), gate.rows(shape.outer)

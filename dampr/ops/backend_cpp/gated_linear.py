@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from dampr.ops import routes
-from dampr.ops.gate_args import GateArgs, GatePair, Maybe
-from dampr.ops.live import WORK
+from dampr.ops.gate_args import GateArgs, GatePair
 from dampr.ops.plan import Plan
+from dampr.ops.skip_closed import WORK
 from dampr.spec import SAMPLE, GateSpec
 
 from . import host, products, small_linear
@@ -22,10 +22,10 @@ from .routes import decide
 def plan_linear(
     x: Tensor,
     weight: Tensor,
-    in_la: Maybe,
-    out_la: Maybe,
-    in_seed: Maybe,
-    out_seed: Maybe,
+    in_la: Tensor | None,
+    out_la: Tensor | None,
+    in_seed: Tensor | None,
+    out_seed: Tensor | None,
     spec: GateSpec,
     per_sample: bool,
     learns: bool,
@@ -50,7 +50,9 @@ def plan_linear(
     return Plan(route, *WAYS[way], spec, M, per_sample, keep, onednn, drawn, looks)
 
 
-def gated_linear_fwd(x: Tensor, weight: Tensor, bias: Maybe, gates: GatePair, keep_pre: bool) -> tuple[Tensor, Tensor]:
+def gated_linear_fwd(
+    x: Tensor, weight: Tensor, bias: Tensor | None, gates: GatePair, keep_pre: bool
+) -> tuple[Tensor, Tensor]:
     """The operator: y, and y before the output gates or an empty tensor."""
     plan = plan_linear(x, weight, *gates, False)._replace(keep=keep_pre)
     y, pre = plan.forward(plan, x, weight, bias, *gates[:4])
@@ -58,21 +60,28 @@ def gated_linear_fwd(x: Tensor, weight: Tensor, bias: Maybe, gates: GatePair, ke
 
 
 def gated_linear_bwd(
-    dy: Tensor, x: Tensor, weight: Tensor, bias: Maybe, gates: GatePair, pre: Tensor, needs: Sequence[bool]
-) -> tuple[Maybe, ...]:
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, gates: GatePair, pre: Tensor, needs: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
     """The operator's gradients of x, weight, bias and both log-alphas."""
     plan = plan_linear(x, weight, *gates, False)
     kept = pre.numel() == dy.numel()  # a forward that was compiled for all sizes keeps nothing
     if plan.backward is bwd_on_activations and needs[4] and not (kept or gates.per_sample):
         plan = plan._replace(backward=bwd_fold)
-    grads: tuple[Maybe, ...] = plan.backward(
+    grads: tuple[Tensor | None, ...] = plan.backward(
         plan, dy, (x, weight, bias, *gates[:4], pre if kept and pre.numel() else None), needs
     )
     return grads
 
 
 def fwd_fold(
-    plan: Plan, x: Tensor, weight: Tensor, bias: Maybe, in_la: Maybe, out_la: Maybe, in_seed: Maybe, out_seed: Maybe
+    plan: Plan,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    in_la: Tensor | None,
+    out_la: Tensor | None,
+    in_seed: Tensor | None,
+    out_seed: Tensor | None,
 ) -> tuple[Tensor, None]:
     if in_la is None and out_la is None:
         folded, gated_bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
@@ -83,7 +92,9 @@ def fwd_fold(
     return products.linear(x, folded, gated_bias, plan.onednn and plan.drawn), None
 
 
-def bwd_fold(plan: Plan, dy: Tensor, tensors: Sequence[Maybe], needs: Sequence[bool]) -> tuple[Maybe, ...]:
+def bwd_fold(
+    plan: Plan, dy: Tensor, tensors: Sequence[Tensor | None], needs: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
     x, weight, bias, in_la, out_la, in_seed, out_seed, *_ = tensors
     assert x is not None
     assert weight is not None
@@ -93,7 +104,9 @@ def bwd_fold(plan: Plan, dy: Tensor, tensors: Sequence[Maybe], needs: Sequence[b
     raw_bias = dy.sum(0, dtype=host.WIDE[x.dtype]) if bias is not None and (need_b or need_out) else None
     folded = dw = db = din = dout = None
     if need_w or need_in or need_out:
-        raw = products.to_weight(dy, rows, plan.onednn, passing=True)  # (N, K): the weight gradient of the dense layer
+        raw = products.to_weight(
+            dy, rows, plan.onednn, in_scratch=True
+        )  # (N, K): the weight gradient of the dense layer
         if in_la is None and out_la is None:
             dw, db = raw.to(weight.dtype), None if raw_bias is None or bias is None else raw_bias.to(bias.dtype)
         else:
@@ -110,13 +123,20 @@ def bwd_fold(plan: Plan, dy: Tensor, tensors: Sequence[Maybe], needs: Sequence[b
     if not need_x:
         return None, dw, db, din, dout
     if folded is None:
-        folded, _ = fold_weight_fwd(weight, None, gates, x.dtype, passing=True)
+        folded, _ = fold_weight_fwd(weight, None, gates, x.dtype, in_scratch=True)
     return products.to_inputs(dy, folded, plan.onednn).view(x.shape), dw, db, din, dout
 
 
 def fwd_on_activations(
-    plan: Plan, x: Tensor, weight: Tensor, bias: Maybe, in_la: Maybe, out_la: Maybe, in_seed: Maybe, out_seed: Maybe
-) -> tuple[Tensor, Maybe]:
+    plan: Plan,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    in_la: Tensor | None,
+    out_la: Tensor | None,
+    in_seed: Tensor | None,
+    out_seed: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
     n_out, n_in = weight.shape
     if in_la is not None:
         rows = x if x.dim() == 2 else x.reshape(plan.rows, n_in)
@@ -130,7 +150,9 @@ def fwd_on_activations(
     ), pre if plan.keep else None
 
 
-def bwd_on_activations(plan: Plan, dy: Tensor, tensors: Sequence[Maybe], needs: Sequence[bool]) -> tuple[Maybe, ...]:
+def bwd_on_activations(
+    plan: Plan, dy: Tensor, tensors: Sequence[Tensor | None], needs: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
     x, weight, bias, in_la, out_la, in_seed, out_seed, pre = tensors
     assert x is not None
     assert weight is not None
@@ -142,12 +164,12 @@ def bwd_on_activations(plan: Plan, dy: Tensor, tensors: Sequence[Maybe], needs: 
         # Without a gradient of its own the output gate needs no activation; dy stands in for it, unread.
         before = dy if pre is None else pre.reshape(dy.shape)
         gate = GateArgs(out_la, out_seed, plan.spec, plan.per_sample)
-        gated, _, dout = gate_rows_bwd(before, dy, gate, dx=True, xz=False, dlog_alpha=need_out, passing=True)
+        gated, _, dout = gate_rows_bwd(before, dy, gate, dx=True, xz=False, dlog_alpha=need_out, in_scratch=True)
         assert gated is not None
         dy = gated
     db = dy.sum(0).to(bias.dtype) if need_b and bias is not None else None
     back = products.to_inputs(dy, weight.to(x.dtype), plan.onednn) if need_x or need_in else None
-    xz: Maybe = rows
+    xz: Tensor | None = rows
     if in_la is None:
         dx = back
     else:
@@ -157,7 +179,7 @@ def bwd_on_activations(plan: Plan, dy: Tensor, tensors: Sequence[Maybe], needs: 
         elif need_w:
             xz = gate_rows(rows, gate)
     if need_w and xz is not None:
-        dw = products.to_weight(dy, xz, plan.onednn, passing=out_la is None).to(weight.dtype)
+        dw = products.to_weight(dy, xz, plan.onednn, in_scratch=out_la is None).to(weight.dtype)
     return None if dx is None else dx.view(x.shape), dw, db, din, dout
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dampr import _C  # type: ignore[attr-defined]
-from dampr.ops.gate_args import GateArgs, Maybe
+from dampr.ops.gate_args import GateArgs
 
 from .host import CODES, scratch
 
@@ -32,18 +32,16 @@ def sample_gates_bwd(dz: Tensor, gate: GateArgs, rows: int | None, start: int = 
     return out
 
 
-def draw(gate: GateArgs | None) -> Maybe:
+def draw(gate: GateArgs | None) -> Tensor | None:
     """One draw for all rows, or None."""
     return None if gate is None else sample_gates_fwd(gate, None)
 
 
 def gate_rows(x: Tensor, gate: GateArgs) -> Tensor:
     """x * z; x: (M, n)."""
-    log_alpha, seed, code = (
-        gate.log_alpha.contiguous(),
-        0 if gate.seed is None else gate.seed.data_ptr(),
-        CODES[x.dtype],
-    )
+    log_alpha = gate.log_alpha.contiguous()
+    seed = 0 if gate.seed is None else gate.seed.data_ptr()
+    code = CODES[x.dtype]
     if not gate.per_sample:
         # a product with the strides of x keeps the path of the GEMM, and so its rounding, as in the dense layer
         if not x.is_contiguous():
@@ -62,9 +60,9 @@ def gate_rows(x: Tensor, gate: GateArgs) -> Tensor:
 class RowGrads(NamedTuple):
     """g * z, x * z and dlog_alpha = sum_m x g z'; None where not asked for."""
 
-    dx: Maybe
-    xz: Maybe
-    dlog_alpha: Maybe
+    dx: Tensor | None
+    xz: Tensor | None
+    dlog_alpha: Tensor | None
 
 
 def gate_rows_bwd(
@@ -76,16 +74,16 @@ def gate_rows_bwd(
     xz: bool,
     dlog_alpha: bool,
     in_place: bool = False,
-    passing: bool = False,
+    in_scratch: bool = False,
 ) -> RowGrads:
     """For the gradient g of x * z, both (M, n): whichever is asked for, from one redraw.
 
-    ``in_place``: dx may take the place of g; ``passing``: it is one of :data:`.host.scratch`.
+    ``in_place``: dx may take the place of g; ``in_scratch``: it is one of :data:`.host.scratch`.
     """
     x, g, log_alpha = x.contiguous(), g.contiguous(), gate.log_alpha.contiguous()
     gated = product = grad = None
     if dx:
-        gated = g if in_place else scratch.views[x.shape, None, x.dtype] if passing else torch.empty_like(x)
+        gated = g if in_place else scratch.views[x.shape, None, x.dtype] if in_scratch else torch.empty_like(x)
     if xz:
         product = torch.empty_like(x)
     if dlog_alpha:

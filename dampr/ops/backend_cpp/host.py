@@ -7,14 +7,12 @@ import threading
 import torch
 from torch import Tensor
 
-from dampr.ops.gate_args import Maybe
-
 CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 WIDE = dict.fromkeys(CODES, torch.float32) | {torch.float64: torch.float64}  # what gates beside each are computed in
 MOST_VIEWS = 64
 
 
-def ptr(t: Maybe) -> int:
+def ptr(t: Tensor | None) -> int:
     """The address of a tensor, 0 for none; whoever asks holds on to the tensor while the extension works."""
     return 0 if t is None else t.data_ptr()
 
@@ -27,7 +25,7 @@ class _Views(dict[tuple[torch.Size, tuple[int, ...] | None, torch.dtype], Tensor
     operators, 50 us beside a cold cache.
     """
 
-    memory: Maybe = None
+    memory: Tensor | None = None
 
     def __missing__(self, key: tuple[torch.Size, tuple[int, ...] | None, torch.dtype]) -> Tensor:
         shape, stride, dtype = key
@@ -52,6 +50,6 @@ class _Scratch(threading.local):
 scratch = _Scratch()
 
 
-def new(shape: torch.Size, dtype: torch.dtype, passing: bool) -> Tensor:
-    """An empty tensor. ``passing``: one of :data:`scratch`."""
-    return scratch.views[shape, None, dtype] if passing else torch.empty(shape, dtype=dtype)
+def new(shape: torch.Size, dtype: torch.dtype, in_scratch: bool) -> Tensor:
+    """An empty tensor. ``in_scratch``: one of :data:`scratch`."""
+    return scratch.views[shape, None, dtype] if in_scratch else torch.empty(shape, dtype=dtype)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dampr import _C  # type: ignore[attr-defined]
 from dampr.ops.gate_activations import planes
-from dampr.ops.gate_args import GateArgs, Maybe
+from dampr.ops.gate_args import GateArgs
 from dampr.ops.norm_gate import Norm, Running
 
 from .host import CODES
@@ -33,8 +33,8 @@ def _layout(
 
 
 def norm_gate_fwd(
-    x: Tensor, norm: Norm, gate: GateArgs, mean: Maybe, var: Maybe, running: Running | None = None
-) -> tuple[Tensor, Maybe, Maybe]:
+    x: Tensor, norm: Norm, gate: GateArgs, mean: Tensor | None, var: Tensor | None, running: Running | None = None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """y, and the statistics of x where none were given; ``running`` ones, of their dtype and contiguous,
     are moved in the same call.
     """
@@ -79,7 +79,7 @@ def norm_gate_fwd(
 
 def norm_gate_bwd(
     dy: Tensor, x: Tensor, norm: Norm, gate: GateArgs, mean: Tensor, var: Tensor, training: bool, needs: Sequence[bool]
-) -> tuple[Maybe, ...]:
+) -> tuple[Tensor | None, ...]:
     gain, bias, eps, relu = norm
     log_alpha, seed, spec, per_sample = gate
     outer, middle, n, inner, layout, dense = _layout(x.shape, x.stride(), per_sample)

@@ -8,7 +8,6 @@ equals the dense one to the bit.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,16 +15,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dampr import _C  # type: ignore[attr-defined]
-from dampr.ops.gate_args import Maybe
+from dampr.ops._torch import is_onednn_enabled, onednn_linear
 
 from .axis import transpose
 
 # With fewer multiply-adds, or fewer rows of x for each weight,
 # what oneDNN does before it multiplies takes longer than it saves.
 WORK, ROWS = 2**24, 32
-_product = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-# of x, weight and bias
-_onednn: Any = None if _product is None else partial(_product, attr="none", scalars=[], algorithm="")
+_onednn: Any = onednn_linear
 FASTER = (
     _C.vendor() == "amd"
     and torch.backends.cpu.get_cpu_capability() == "AVX512"
@@ -39,7 +36,7 @@ def by_onednn(M: int, N: int, K: int, dtype: torch.dtype) -> bool:
     ``torch.backends.mkldnn.flags(enabled=False)``.
     """
     large = M >= ROWS and M * N * K >= WORK
-    return FASTER and large and dtype == torch.float32 and torch._C._get_mkldnn_enabled()  # type: ignore[attr-defined]
+    return FASTER and large and dtype == torch.float32 and is_onednn_enabled()
 
 
 def described(M: int, N: int, K: int, dtype: torch.dtype, drawn: bool) -> str:
@@ -49,7 +46,7 @@ def described(M: int, N: int, K: int, dtype: torch.dtype, drawn: bool) -> str:
     return "oneDNN's products, faster here than MKL's" if drawn else "torch's product, oneDNN's in the backward"
 
 
-def linear(x: Tensor, weight: Tensor, bias: Maybe, onednn: bool) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, onednn: bool) -> Tensor:
     """x W^T + b, by oneDNN or by torch; x: (..., K), weight: (N, K)."""
     if onednn:
         return _onednn(x, weight, None if bias is None else bias.contiguous())  # it is read as if it were
@@ -61,13 +58,13 @@ def to_inputs(dy: Tensor, weight: Tensor, onednn: bool) -> Tensor:
     return _onednn(dy, weight.t(), None) if onednn else dy @ weight
 
 
-def to_weight(dy: Tensor, x: Tensor, onednn: bool, passing: bool) -> Tensor:
+def to_weight(dy: Tensor, x: Tensor, onednn: bool, in_scratch: bool) -> Tensor:
     """dy^T x, the gradient of the weight; dy: (M, N), x: (M, K).
 
-    ``passing``: nobody needs what is in :data:`.host.scratch`.
-    oneDNN wants what it multiplies from the left to lie in rows.
+    ``in_scratch``: nobody needs what is in :data:`.host.scratch`. oneDNN wants what it multiplies from the left to lie
+    in rows.
     """
     if not onednn:
         return dy.t() @ x
-    passing = passing and dy.shape[0] <= 2 * x.shape[1]  # memory that stays is about as large as the weight
-    return _onednn(transpose(dy, passing), x.t(), None)
+    in_scratch = in_scratch and dy.shape[0] <= 2 * x.shape[1]  # memory that stays is about as large as the weight
+    return _onednn(transpose(dy, in_scratch), x.t(), None)

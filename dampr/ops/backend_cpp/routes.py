@@ -8,7 +8,7 @@ import math
 import torch
 
 from dampr.ops import routes, thresholds
-from dampr.ops.live import WORK
+from dampr.ops.skip_closed import WORK
 
 from . import products
 
@@ -34,15 +34,13 @@ def route(
 ) -> tuple[str, str]:
     """(name, reason) of the route of x (M, K) through W (N, K). Raises ValueError for a forced one that it lacks.
 
-    ``drawn``: whether gates are drawn. Deterministic ones never go the small route:
-    a fresh layer equals the dense one to the bit there.
+    ``drawn``: whether gates are drawn. Deterministic ones never go the small route: a fresh layer equals the dense one
+    to the bit there.
     """
     forced = routes.forced_name()
     name = decide(forced, M, N, K, dtype, granularity, per_sample, drawn)
-    whose, weights = (
-        products.described(M, N, K, dtype, drawn),
-        granularity == "weight" or isinstance(granularity, tuple),
-    )
+    whose = products.described(M, N, K, dtype, drawn)
+    weights = granularity == "weight" or isinstance(granularity, tuple)
     if name == forced and not weights:
         return name, "forced by forced_route"
     if name == "small":

@@ -12,15 +12,21 @@ import torch
 from torch import Tensor
 
 from dampr import _C  # type: ignore[attr-defined]
-from dampr.ops.gate_args import Maybe
 from dampr.ops.plan import Plan
 
 from .host import CODES
 
 
 def fwd(
-    plan: Plan, x: Tensor, weight: Tensor, bias: Maybe, in_la: Maybe, out_la: Maybe, in_seed: Maybe, out_seed: Maybe
-) -> tuple[Tensor, Maybe]:
+    plan: Plan,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    in_la: Tensor | None,
+    out_la: Tensor | None,
+    in_seed: Tensor | None,
+    out_seed: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
     """y, and what is kept: by a plan that keeps, y before the output gates."""
     N, K = weight.shape
     y = x.new_empty((*x.shape[:-1], N))
@@ -49,7 +55,7 @@ def fwd(
     return y, pre
 
 
-def bwd(plan: Plan, dy: Tensor, tensors: Sequence[Maybe], needs: Sequence[bool]) -> tuple[Maybe, ...]:
+def bwd(plan: Plan, dy: Tensor, tensors: Sequence[Tensor | None], needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
     """The gradients of x, weight, bias and both gates, those that are needed;
     a ``pre`` that was not kept is computed again.
     """

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dampr import _C  # type: ignore[attr-defined]
 from dampr.ops import routes
-from dampr.ops.gate_args import GateArgs, Maybe
+from dampr.ops.gate_args import GateArgs
 from dampr.ops.plan import Plan
 from dampr.spec import SAMPLE, GateSpec
 
@@ -22,14 +22,16 @@ from .routes import decide
 Block = tuple[int, int]
 
 
-def fold_blocks_fwd(weight: Tensor, gate: GateArgs, block: Block, dtype: torch.dtype, passing: bool = False) -> Tensor:
+def fold_blocks_fwd(
+    weight: Tensor, gate: GateArgs, block: Block, dtype: torch.dtype, in_scratch: bool = False
+) -> Tensor:
     """weight * Z, rounded once to ``dtype``: drawn while it is multiplied where each weight has a gate,
     else drawn first and spread.
 
-    ``passing``: it is one of :data:`.host.scratch`.
+    ``in_scratch``: it is one of :data:`.host.scratch`.
     """
     weight, log_alpha = weight.contiguous(), gate.log_alpha.contiguous()
-    out = host.scratch.views[weight.shape, None, dtype] if passing else torch.empty(weight.shape, dtype=dtype)
+    out = host.scratch.views[weight.shape, None, dtype] if in_scratch else torch.empty(weight.shape, dtype=dtype)
     args = gate.spec, CODES[weight.dtype], CODES[dtype], weight.data_ptr()
     seed = 0 if gate.seed is None else gate.seed.data_ptr()
     gates = log_alpha.data_ptr(), seed, out.data_ptr(), torch.get_num_threads()
@@ -42,7 +44,7 @@ def fold_blocks_fwd(weight: Tensor, gate: GateArgs, block: Block, dtype: torch.d
 
 def fold_blocks_bwd(
     raw: Tensor, weight: Tensor, gate: GateArgs, block: Block, needs: Sequence[bool]
-) -> tuple[Maybe, ...]:
+) -> tuple[Tensor | None, ...]:
     """Gradients of weight and log_alpha from that of the folded weight, ``raw`` (N, K)."""
     return _ungate(raw, weight, gate, block, needs)[:2]
 
@@ -56,7 +58,7 @@ def _ungate(
     *,
     fold: bool = False,
     in_place: bool = False,
-) -> tuple[Maybe, Maybe, Maybe]:
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """:func:`fold_blocks_bwd` and, if asked to ``fold``, weight * Z from the same pass where dtypes allow.
 
     ``in_place``: the weight's gradient may take the place of ``raw``.
@@ -88,24 +90,26 @@ def plan_weights(x: Tensor, weight: Tensor, spec: GateSpec, block: Block) -> Pla
     return Plan(route, fwd, bwd, spec, M, onednn=products.by_onednn(M, N, K, x.dtype), drawn=drawn, block=block)
 
 
-def weight_gated_linear_fwd(x: Tensor, weight: Tensor, bias: Maybe, gate: GateArgs, block: Block) -> Tensor:
+def weight_gated_linear_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, gate: GateArgs, block: Block) -> Tensor:
     """The operator."""
     return fwd(plan_weights(x, weight, gate.spec, block), x, weight, bias, *gate[:2])[0]
 
 
 def weight_gated_linear_bwd(
-    dy: Tensor, x: Tensor, weight: Tensor, bias: Maybe, gate: GateArgs, block: Block, needs: Sequence[bool]
-) -> tuple[Maybe, ...]:
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, gate: GateArgs, block: Block, needs: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
     """The operator's gradients of x, weight, bias and log_alpha."""
     return bwd(plan_weights(x, weight, gate.spec, block), dy, (x, weight, bias, *gate[:2]), needs)
 
 
-def fwd(plan: Plan, x: Tensor, weight: Tensor, bias: Maybe, log_alpha: Tensor, seed: Maybe) -> tuple[Tensor, None]:
-    folded = fold_blocks_fwd(weight, GateArgs(log_alpha, seed, plan.spec), plan.block, x.dtype, passing=True)
+def fwd(
+    plan: Plan, x: Tensor, weight: Tensor, bias: Tensor | None, log_alpha: Tensor, seed: Tensor | None
+) -> tuple[Tensor, None]:
+    folded = fold_blocks_fwd(weight, GateArgs(log_alpha, seed, plan.spec), plan.block, x.dtype, in_scratch=True)
     return products.linear(x, folded, None if bias is None else bias.to(x.dtype), plan.onednn and plan.drawn), None
 
 
-def bwd(plan: Plan, dy: Tensor, tensors: Sequence[Maybe], needs: Sequence[bool]) -> tuple[Maybe, ...]:
+def bwd(plan: Plan, dy: Tensor, tensors: Sequence[Tensor | None], needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
     x, weight, bias, log_alpha, seed, *_ = tensors
     assert x is not None
     assert weight is not None
@@ -115,9 +119,11 @@ def bwd(plan: Plan, dy: Tensor, tensors: Sequence[Maybe], needs: Sequence[bool])
     rows, dy = (x, dy) if x.dim() == 2 else (x.reshape(plan.rows, n_in), dy.reshape(plan.rows, n_out))
     dw = grad = folded = None
     if need_w or need_gate:
-        raw = products.to_weight(dy, rows, plan.onednn, passing=True)  # (N, K): the weight gradient of the dense layer
+        raw = products.to_weight(
+            dy, rows, plan.onednn, in_scratch=True
+        )  # (N, K): the weight gradient of the dense layer
         dw, grad, folded = _ungate(raw, weight, gate, plan.block, (need_w, need_gate), fold=need_x, in_place=True)
     if need_x and folded is None:
-        folded = fold_blocks_fwd(weight, gate, plan.block, x.dtype, passing=True)
+        folded = fold_blocks_fwd(weight, gate, plan.block, x.dtype, in_scratch=True)
     db = dy.sum(0).to(bias.dtype) if need_b and bias is not None else None
     return None if folded is None else products.to_inputs(dy, folded, plan.onednn).view(x.shape), dw, db, grad

@@ -1,8 +1,8 @@
 """Host side of the Triton kernels: layouts, tile sizes, workspaces, launches. Equations:
 the modules of the same names in dampr/kernels.
 
-The launchers are those of backend_reference and backend_cpp; routes.py says which kernels serve a call,
-host.py holds what they share.
+The launchers are those of backend_reference and backend_cpp; routes.py says which kernels serve a call, host.py holds
+what they share.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from .weight_gated_linear import (
     weight_gated_linear_fwd,
 )
 
-own_norms = (True,)  # per sample: norm, gates and running statistics in one call
+fused_norms = (True,)  # per sample: norm, gates and running statistics in one call
 
 __all__ = [
     "GENERATOR_PARAMETERS",
@@ -48,6 +48,7 @@ __all__ = [
     "fold_weight_bwd",
     "fold_weight_fwd",
     "forced_route",
+    "fused_norms",
     "gate_activations_bwd",
     "gate_activations_fwd",
     "gated_conv2d_fwd",
@@ -56,7 +57,6 @@ __all__ = [
     "gated_linear_live_fwd",
     "norm_gate_bwd",
     "norm_gate_fwd",
-    "own_norms",
     "plan_linear",
     "plan_weights",
     "route",

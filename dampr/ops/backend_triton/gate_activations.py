@@ -11,7 +11,7 @@ from dampr.ops.gate_args import GateArgs
 
 from . import host
 from .gates import sample_gates_bwd, sample_gates_fwd
-from .host import Maybe, Needs
+from .host import Needs
 
 
 def gate_activations_fwd(x: torch.Tensor, gate: GateArgs, dim: int) -> torch.Tensor:
@@ -26,7 +26,7 @@ def gate_activations_fwd(x: torch.Tensor, gate: GateArgs, dim: int) -> torch.Ten
 
 def gate_activations_bwd(
     dy: torch.Tensor, x: torch.Tensor, gate: GateArgs, dim: int, needs: Needs
-) -> tuple[Maybe, Maybe]:
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Gradients of x and log_alpha; None for one that ``needs`` does not ask for."""
     x, shape, layout = planes(x, dim, gate.per_sample)
     rows = gate.rows(shape.outer)
@@ -36,7 +36,9 @@ def gate_activations_bwd(
     return dx, None if dz is None else sample_gates_bwd(dz, gate, rows)
 
 
-def _gate(t: torch.Tensor, other: Maybe, z: torch.Tensor, out: Maybe, shape: Planes) -> Maybe:
+def _gate(
+    t: torch.Tensor, other: torch.Tensor | None, z: torch.Tensor, out: torch.Tensor | None, shape: Planes
+) -> torch.Tensor | None:
     """Fills ``out`` with t z; returns the sums of t * other, in the shape of z, where there is another."""
     if shape.inner == 1:
         block_m, block_n = configs.COLUMN_SUM_TILE

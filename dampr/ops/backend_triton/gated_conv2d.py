@@ -7,25 +7,29 @@ import torch
 from dampr.kernels import configs
 from dampr.kernels import gated_conv2d as conv_kernels
 from dampr.ops.gate_args import GatePair
-from dampr.ops.whole_conv import Window
+from dampr.ops.gated_conv import Window
 
 from . import host
 from .gates import sample_gates_fwd
-from .host import Maybe
 
-Lists = tuple[Maybe, Maybe]
+Lists = tuple[torch.Tensor | None, torch.Tensor | None]
 
 
 def gated_conv2d_one_pass(
-    x: torch.Tensor, weight: torch.Tensor, bias: Maybe, z_in: Maybe, z_out: Maybe, window: Window
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    z_in: torch.Tensor | None,
+    z_out: torch.Tensor | None,
+    window: Window,
 ) -> torch.Tensor:
     """y = z_out * (conv2d(x * z_in, weight) + bias), (B, N, OH, OW) in channels_last and the dtype of x.
 
-    x: (B, C, H, W), copied unless it is in channels_last; weight: (N, C / groups, R, S) and bias: (N,),
-    in any floating dtype. Gates, drawn
+    x: (B, C, H, W), copied unless it is in channels_last; weight: (N, C / groups, R, S) and bias: (N,), in any floating
+    dtype. Gates, drawn
     already, float32: z_in (C,), or (B, C) with a row for each image; z_out (N,) or (B, N). Blocks of input channels
-    whose gates are all 0, for all images or for one, are neither read nor multiplied,
-    and output tiles whose gates are all 0 are zeros at once.
+    whose gates are all 0, for all images or for one, are neither read nor multiplied, and output tiles whose gates are
+    all 0 are zeros at once.
     """
     tile = _tile(x, weight, z_in, z_out, window)
     lists = (None, None) if z_in is None else _list_live(z_in, window.groups, tile.depth)
@@ -33,20 +37,22 @@ def gated_conv2d_one_pass(
 
 
 def gated_conv2d_fwd(
-    x: torch.Tensor, weight: torch.Tensor, bias: Maybe, gates: GatePair, window: Window
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, gates: GatePair, window: Window
 ) -> torch.Tensor:
     """:func:`gated_conv2d_one_pass` with gates per batch, drawn here."""
     z_in, z_out = (None if gate is None else sample_gates_fwd(gate, None) for gate in (gates.input, gates.output))
     return gated_conv2d_one_pass(x, weight, bias, z_in, z_out, window)
 
 
-def _slabs(x: torch.Tensor, weight: torch.Tensor, z_in: Maybe, z_out: Maybe, window: Window) -> tuple[int, int]:
+def _slabs(
+    x: torch.Tensor, weight: torch.Tensor, z_in: torch.Tensor | None, z_out: torch.Tensor | None, window: Window
+) -> tuple[int, int]:
     """(slabs, output pixels in one): a slab is an image if its gates are its own, else all images."""
     OH, OW = window.size(x.shape, weight.shape)
     return (x.shape[0], OH * OW) if _per_image(z_in) or _per_image(z_out) else (1, x.shape[0] * OH * OW)
 
 
-def _per_image(z: Maybe) -> bool:
+def _per_image(z: torch.Tensor | None) -> bool:
     return z is not None and z.dim() == 2
 
 
@@ -59,7 +65,9 @@ def _dtype(x: torch.Tensor) -> str:
     return "tf32" if name == "fp32" and capability >= 80 and allowed else name
 
 
-def _tile(x: torch.Tensor, weight: torch.Tensor, z_in: Maybe, z_out: Maybe, window: Window) -> configs.Tile:
+def _tile(
+    x: torch.Tensor, weight: torch.Tensor, z_in: torch.Tensor | None, z_out: torch.Tensor | None, window: Window
+) -> configs.Tile:
     slabs, rows = _slabs(x, weight, z_in, z_out, window)
     N, C = weight.shape[0] // window.groups, weight.shape[1]
     return configs.conv_tile(slabs, rows, N, C, z_in is not None, _dtype(x), host.capability(x.device))
@@ -87,9 +95,9 @@ def _list_live(z: torch.Tensor, groups: int, depth: int) -> tuple[torch.Tensor, 
 def _conv(
     x: torch.Tensor,
     weight: torch.Tensor,
-    bias: Maybe,
-    z_in: Maybe,
-    z_out: Maybe,
+    bias: torch.Tensor | None,
+    z_in: torch.Tensor | None,
+    z_out: torch.Tensor | None,
     lists: Lists,
     window: Window,
     tile: configs.Tile,

@@ -2,8 +2,8 @@
 gated_linear_live.py for live blocks.
 
 Per batch: gates are folded into the weight and the vendor GEMM runs. Per sample: one GEMM with the gates inside, or
-passes that gate x, y and dy around the vendor GEMM. Gates without noise are the same for every sample,
-so they always take a route of the first kind.
+passes that gate x, y and dy around the vendor GEMM. Gates without noise are the same for every sample, so they always
+take a route of the first kind.
 """
 
 from __future__ import annotations
@@ -22,20 +22,22 @@ from dampr.ops.plan import Plan
 from dampr.spec import GateSpec
 
 from . import host
-from .host import Maybe, Needs
+from .host import Needs
 from .routes import route
 
 PER_SAMPLE = "one_pass", "passes"
-Grads = tuple[Maybe, Maybe, Maybe, Maybe, Maybe]  # of x, weight, bias, input_log_alpha, output_log_alpha
+Grads = tuple[
+    torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None
+]  # of x, weight, bias, input_log_alpha, output_log_alpha
 
 
 def plan_linear(
     x: torch.Tensor,
     weight: torch.Tensor,
-    in_la: Maybe,
-    out_la: Maybe,
-    in_seed: Maybe,
-    out_seed: Maybe,
+    in_la: torch.Tensor | None,
+    out_la: torch.Tensor | None,
+    in_seed: torch.Tensor | None,
+    out_seed: torch.Tensor | None,
     spec: GateSpec,
     per_sample: bool,
     learns: bool,
@@ -54,12 +56,12 @@ def _fwd(
     plan: Plan,
     x: torch.Tensor,
     weight: torch.Tensor,
-    bias: Maybe,
-    in_la: Maybe,
-    out_la: Maybe,
-    in_seed: Maybe,
-    out_seed: Maybe,
-) -> tuple[torch.Tensor, Maybe]:
+    bias: torch.Tensor | None,
+    in_la: torch.Tensor | None,
+    out_la: torch.Tensor | None,
+    in_seed: torch.Tensor | None,
+    out_seed: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     gates = GatePair(in_la, out_la, in_seed, out_seed, plan.spec, plan.per_sample)
     if plan.route == "fold":
         folded, folded_bias = fold_weight_fwd(weight, bias, gates, x.dtype)
@@ -68,7 +70,9 @@ def _fwd(
     return y, pre if plan.keep else None
 
 
-def _bwd(plan: Plan, dy: torch.Tensor, tensors: Sequence[Maybe], needs: Needs) -> tuple[Maybe, ...]:
+def _bwd(
+    plan: Plan, dy: torch.Tensor, tensors: Sequence[torch.Tensor | None], needs: Needs
+) -> tuple[torch.Tensor | None, ...]:
     x, weight, bias, in_la, out_la, in_seed, out_seed, kept = tensors
     assert x is not None
     assert weight is not None
@@ -80,7 +84,12 @@ def _bwd(plan: Plan, dy: torch.Tensor, tensors: Sequence[Maybe], needs: Needs) -
 
 
 def gated_linear_fwd(
-    x: torch.Tensor, weight: torch.Tensor, bias: Maybe, gates: GatePair, keep_pre: bool, name: str | None = None
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    gates: GatePair,
+    keep_pre: bool,
+    name: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(y, pre): y = z_out * ((x * z_in) W^T + b), (..., N) in the dtype of x;
     pre is y before the output gate if ``keep_pre``, else empty.
@@ -109,12 +118,12 @@ def gated_linear_bwd(
     dy: torch.Tensor,
     x: torch.Tensor,
     weight: torch.Tensor,
-    bias: Maybe,
+    bias: torch.Tensor | None,
     gates: GatePair,
     pre: torch.Tensor,
     needs: Needs,
     name: str | None = None,
-) -> tuple[Maybe, ...]:
+) -> tuple[torch.Tensor | None, ...]:
     """Gradients of x, weight, bias, input_log_alpha, output_log_alpha; None for one that ``needs`` does not ask for."""
     shape, name = x.shape, _route(x, weight, gates) if name is None else name
     dy, x = rows_of(dy), rows_of(x)
@@ -144,8 +153,8 @@ def _route(x: torch.Tensor, weight: torch.Tensor, gates: GatePair) -> str:
 
 
 def fold_weight_fwd(
-    weight: torch.Tensor, bias: Maybe, gates: GatePair, dtype: torch.dtype
-) -> tuple[torch.Tensor, Maybe]:
+    weight: torch.Tensor, bias: torch.Tensor | None, gates: GatePair, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(z_out W z_in, z_out b) in ``dtype``; weight: (N, K)."""
     if not _any(gates):
         return weight.to(dtype), None if bias is None else bias.to(dtype)
@@ -165,10 +174,10 @@ def _fold_bwd(
     dy: torch.Tensor,
     x: torch.Tensor,
     weight: torch.Tensor,
-    bias: Maybe,
+    bias: torch.Tensor | None,
     gates: GatePair,
     needs: Needs,
-    folded: Maybe = None,
+    folded: torch.Tensor | None = None,
 ) -> Grads:
     """Gradients of rows; ``folded``: the weight with its gates, if the forward kept it."""
     if needs[0] and folded is None:
@@ -180,8 +189,13 @@ def _fold_bwd(
 
 
 def fold_weight_bwd(
-    raw: Maybe, raw_bias: Maybe, weight: torch.Tensor, bias: Maybe, gates: GatePair, needs: Needs
-) -> tuple[Maybe, Maybe, Maybe, Maybe]:
+    raw: torch.Tensor | None,
+    raw_bias: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    gates: GatePair,
+    needs: Needs,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """Gradients of weight, bias and both log-alphas from those of the folded weight and bias, ``raw`` (N,
     K) and ``raw_bias`` (N,).
 
@@ -216,8 +230,12 @@ def fold_weight_bwd(
 
 
 def fold_gate_bwd(
-    partial: Maybe, gate: GateArgs | None, bias: Maybe = None, dy_sum: Maybe = None, dbias: Maybe = None
-) -> Maybe:
+    partial: torch.Tensor | None,
+    gate: GateArgs | None,
+    bias: torch.Tensor | None = None,
+    dy_sum: torch.Tensor | None = None,
+    dbias: torch.Tensor | None = None,
+) -> torch.Tensor | None:
     """dlog_alpha of a (splits, n) workspace of dz, or None without one; fills ``dbias`` where that is asked for."""
     if gate is None or (partial is None and dbias is None):
         return None
@@ -233,7 +251,9 @@ def fold_gate_bwd(
 # --------------------------------------------------------------------------------------------------
 
 
-def gated_linear_live_fwd(x: torch.Tensor, weight: torch.Tensor, bias: Maybe, gates: GatePair) -> torch.Tensor:
+def gated_linear_live_fwd(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, gates: GatePair
+) -> torch.Tensor:
     """y of :func:`gated_linear_fwd` per batch, without the blocks of input features and the
     output tiles whose gates are all 0.
     """
@@ -261,7 +281,7 @@ def _live_blocks(x: torch.Tensor, gates: GatePair, K: int, depth: int) -> Live:
 
 
 def _live_gemm(
-    x: torch.Tensor, weight: torch.Tensor, bias: Maybe, gates: GatePair, live: Live, tile: configs.Tile
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, gates: GatePair, live: Live, tile: configs.Tile
 ) -> torch.Tensor:
     (M, K), N = x.shape, weight.shape[0]
     x, w = host.rows(x), host.rows(weight.to(x.dtype))
@@ -279,7 +299,12 @@ def _live_gemm(
 
 
 def _per_sample_fwd(
-    x: torch.Tensor, weight: torch.Tensor, bias: Maybe, gates: GatePair, keep_pre: bool, name: str | None = None
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    gates: GatePair,
+    keep_pre: bool,
+    name: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     (M, K), N, nothing = x.shape, weight.shape[0], x.new_empty(0)
     if (_route(x, weight, gates) if name is None else name) == "passes":
@@ -307,7 +332,7 @@ def _per_sample_bwd(
     dy: torch.Tensor,
     x: torch.Tensor,
     weight: torch.Tensor,
-    bias: Maybe,
+    bias: torch.Tensor | None,
     gates: GatePair,
     pre: torch.Tensor,
     needs: Needs,
@@ -315,7 +340,7 @@ def _per_sample_bwd(
 ) -> Grads:
     one_pass = name == "one_pass"
     doutput = db = None
-    gated_dy: Maybe = dy
+    gated_dy: torch.Tensor | None = dy
     if gates.output is not None:
         wanted = not one_pass and (needs[0] or needs[1] or needs[3]), needs[4], needs[2]
         gated_dy, doutput, db = _gate_rows_bwd(dy, pre, gates.output, wanted)
@@ -331,8 +356,8 @@ def _per_sample_bwd(
 
 
 def _passes_bwd(
-    gated_dy: Maybe, x: torch.Tensor, weight: torch.Tensor, gates: GatePair, needs: Needs
-) -> tuple[Maybe, Maybe, Maybe]:
+    gated_dy: torch.Tensor | None, x: torch.Tensor, weight: torch.Tensor, gates: GatePair, needs: Needs
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """(dx, dinput_log_alpha, dweight) for ``gated_dy`` = dy * z_out,
     which is None only where none of them is needed.
     """
@@ -360,7 +385,7 @@ def _gate_rows(t: torch.Tensor, gate: GateArgs) -> torch.Tensor:
 
 def _gate_rows_bwd(
     g: torch.Tensor, t: torch.Tensor, gate: GateArgs, wanted: tuple[bool, bool, bool]
-) -> tuple[Maybe, Maybe, Maybe]:
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """(g z, dlog_alpha, column sum of g z) for the gradient g (M, n) of t z, those that are ``wanted``;
     float32 but for the first.
     """
@@ -396,7 +421,7 @@ def _gate_rows_bwd(
 
 def _one_pass_bwd_dx(
     dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, gates: GatePair, needs: Needs
-) -> tuple[Maybe, Maybe]:
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     if not (needs[0] or needs[3]):
         return None, None
     (M, K), N = x.shape, weight.shape[0]

@@ -11,7 +11,6 @@ import torch
 from dampr.kernels import configs
 from dampr.kernels import gates as gate_kernels
 from dampr.kernels.dispatch import DEFAULT
-from dampr.ops.gate_args import Maybe
 from dampr.spec import GateSpec
 
 DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -100,7 +99,7 @@ def rows(t: torch.Tensor) -> torch.Tensor:
     return t if dense and aligned else t.contiguous()
 
 
-def vectors(*tensors: Maybe) -> tuple[Maybe, ...]:
+def vectors(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     return tuple(None if t is None else t.contiguous() for t in tensors)
 
 

@@ -14,7 +14,7 @@ from dampr.ops.norm_gate import Norm, Running
 
 from . import host
 from .gates import sample_gates_bwd, sample_gates_fwd
-from .host import Maybe, Needs
+from .host import Needs
 
 
 class _Cut(NamedTuple):
@@ -32,8 +32,13 @@ class _Cut(NamedTuple):
 
 
 def norm_gate_fwd(
-    x: torch.Tensor, norm: Norm, gate: GateArgs, mean: Maybe, var: Maybe, running: Running | None = None
-) -> tuple[torch.Tensor, Maybe, Maybe]:
+    x: torch.Tensor,
+    norm: Norm,
+    gate: GateArgs,
+    mean: torch.Tensor | None,
+    var: torch.Tensor | None,
+    running: Running | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """y in the dtype and the (dense) memory format of x, and the statistics of x where none are given.
 
     ``running`` ones, float32 and contiguous, are moved by the kernel that joins the new ones.
@@ -56,7 +61,7 @@ def norm_gate_bwd(
     var: torch.Tensor,
     training: bool,
     needs: Needs,
-) -> tuple[Maybe, Maybe, Maybe, Maybe]:
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """Gradients of x, gain, bias and log_alpha; None for one that ``needs`` does not ask for."""
     x, shape, layout = planes(x, 1, gate.per_sample)
     dy, rows = dy.contiguous(memory_format=layout), gate.rows(shape.outer)
@@ -144,12 +149,12 @@ def _statistics(x: torch.Tensor, shape: Planes, running: Running | None) -> tupl
 
 def _pass(
     x: torch.Tensor,
-    dy: Maybe,
+    dy: torch.Tensor | None,
     z: torch.Tensor,
-    vectors: tuple[Maybe, ...],
-    sums: Maybe,
-    out: Maybe,
-    partial: Maybe,
+    vectors: tuple[torch.Tensor | None, ...],
+    sums: torch.Tensor | None,
+    out: torch.Tensor | None,
+    partial: torch.Tensor | None,
     shape: Planes,
     norm: Norm,
 ) -> None:
@@ -173,7 +178,11 @@ def _pass(
 
 
 def _finish(
-    partial: torch.Tensor, z: torch.Tensor, vectors: tuple[Maybe, ...], dz: Maybe, shape: Planes
+    partial: torch.Tensor,
+    z: torch.Tensor,
+    vectors: tuple[torch.Tensor | None, ...],
+    dz: torch.Tensor | None,
+    shape: Planes,
 ) -> torch.Tensor:
     """dbias and dgain, (2, n), and fills ``dz``; ``partial``: (outer, parts, 2, n), S0 and S1."""
     if not shape.per_outer:

@@ -36,8 +36,8 @@ def route_by(
     unless one is forced a function of the arguments alone.
 
     ``granularity``: "weight", a block (rows, columns) of weights, or anything else for gates of features.
-    ``per_sample``: a draw per row, hence False for a rule without noise.
-    Raises ValueError where a forced route cannot serve the call.
+    ``per_sample``: a draw per row, hence False for a rule without noise. Raises ValueError where a forced route cannot
+    serve the call.
     """
     weights = granularity in ("weight", (1, 1))
     if weights:

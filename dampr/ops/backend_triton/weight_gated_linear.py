@@ -19,7 +19,7 @@ from dampr.spec import GateSpec
 from . import host
 from .gated_linear import fold_gate_bwd
 from .gates import sample_gates_fwd
-from .host import Maybe, Needs
+from .host import Needs
 from .routes import route
 
 
@@ -31,8 +31,13 @@ def plan_weights(x: torch.Tensor, weight: torch.Tensor, spec: GateSpec, block: t
 
 
 def _fwd(
-    plan: Plan, x: torch.Tensor, weight: torch.Tensor, bias: Maybe, log_alpha: torch.Tensor, seed: Maybe
-) -> tuple[torch.Tensor, Maybe]:
+    plan: Plan,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    log_alpha: torch.Tensor,
+    seed: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     gate = GateArgs(log_alpha, seed, plan.spec)
     if not plan.keep:
         return weight_gated_linear_fwd(x, weight, bias, gate, plan.block, plan.route), None
@@ -40,7 +45,9 @@ def _fwd(
     return torch.nn.functional.linear(x, folded, None if bias is None else bias.to(x.dtype)), folded
 
 
-def _bwd(plan: Plan, dy: torch.Tensor, tensors: Sequence[Maybe], needs: Needs) -> tuple[Maybe, ...]:
+def _bwd(
+    plan: Plan, dy: torch.Tensor, tensors: Sequence[torch.Tensor | None], needs: Needs
+) -> tuple[torch.Tensor | None, ...]:
     x, weight, bias, log_alpha, seed, folded = tensors
     assert x is not None
     assert weight is not None
@@ -51,7 +58,12 @@ def _bwd(plan: Plan, dy: torch.Tensor, tensors: Sequence[Maybe], needs: Needs) -
 
 
 def weight_gated_linear_fwd(
-    x: torch.Tensor, weight: torch.Tensor, bias: Maybe, gate: GateArgs, block: tuple[int, int], name: str | None = None
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    gate: GateArgs,
+    block: tuple[int, int],
+    name: str | None = None,
 ) -> torch.Tensor:
     """y = x (W * Z)^T + b, (..., N) in the dtype of x, with a gate for each ``block`` = (R, C) of weights.
 
@@ -69,12 +81,12 @@ def weight_gated_linear_bwd(
     dy: torch.Tensor,
     x: torch.Tensor,
     weight: torch.Tensor,
-    bias: Maybe,
+    bias: torch.Tensor | None,
     gate: GateArgs,
     block: tuple[int, int],
     needs: Needs,
-    folded: Maybe = None,
-) -> tuple[Maybe, Maybe, Maybe, Maybe]:
+    folded: torch.Tensor | None = None,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """Gradients of x, weight, bias, log_alpha; None for one that ``needs`` does not ask for.
 
     ``folded``: W * Z, if the forward kept it.
@@ -97,15 +109,15 @@ def fold_blocks_fwd(weight: torch.Tensor, gate: GateArgs, block: tuple[int, int]
 
 def fold_blocks_bwd(
     raw: torch.Tensor, weight: torch.Tensor, gate: GateArgs, block: tuple[int, int], needs: Needs
-) -> tuple[Maybe, Maybe]:
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Gradients of weight and log_alpha from that of the folded weight, ``raw`` (N, K)."""
     wanted = weight.dtype if needs[0] else None, weight if needs[1] else None
     return _gate_weight(raw, *wanted, gate, block)
 
 
 def _gate_weight(
-    t: torch.Tensor, dtype: torch.dtype | None, weight: Maybe, gate: GateArgs, block: tuple[int, int]
-) -> tuple[Maybe, Maybe]:
+    t: torch.Tensor, dtype: torch.dtype | None, weight: torch.Tensor | None, gate: GateArgs, block: tuple[int, int]
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """(t Z in ``dtype``, dlog_alpha = z' times the sums of ``weight`` t over gates) for t (N, K);
     None where dtype or weight is None.
     """
@@ -119,7 +131,9 @@ def _gate_weight(
     return gated, dlog_alpha
 
 
-def _gate_blocks(t: torch.Tensor, gated: Maybe, weight: Maybe, gate: GateArgs, block: tuple[int, int]) -> Maybe:
+def _gate_blocks(
+    t: torch.Tensor, gated: torch.Tensor | None, weight: torch.Tensor | None, gate: GateArgs, block: tuple[int, int]
+) -> torch.Tensor | None:
     """Fills ``gated`` with t Z; returns dlog_alpha where there is a ``weight``."""
     N, K = t.shape
     R, C = max(1, min(block[0], N)), max(1, min(block[1], K))  # a block larger than the matrix is one of its size
@@ -146,7 +160,7 @@ def _gate_blocks(t: torch.Tensor, gated: Maybe, weight: Maybe, gate: GateArgs, b
     return fold_gate_bwd(partial, gate)
 
 
-def _small_m_fwd(x: torch.Tensor, weight: torch.Tensor, bias: Maybe, gate: GateArgs) -> torch.Tensor:
+def _small_m_fwd(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, gate: GateArgs) -> torch.Tensor:
     (M, K), N = x.shape, weight.shape[0]
     x = host.rows(x)
     tile = configs.small_m_tile(M, N, K, *host.machine(x))

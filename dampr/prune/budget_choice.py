@@ -1,0 +1,135 @@
+"""Which gates a budget keeps: those of the highest rank, as many as it can pay for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dampr.gates import Fixed, Gate, SteppedGate
+
+from .budget_report import BudgetError
+from .controller import Increment, longest
+from .cost import Cost
+
+
+@torch.no_grad()
+def choose(
+    cost: Cost,
+    gates: Sequence[Gate],
+    order: Tensor,
+    target: float,
+    round_to: int,
+    min_width: int,
+    same: list[list[int]],
+) -> Tensor:
+    """The gates to open: bool, (all gates,). By bisection over their order, then whatever else still fits."""
+    chosen, increments = increments_of(cost, gates, order, round_to, min_width, same)
+    if float(cost(chosen)) > target:
+        raise BudgetError(
+            f"target of {target:,} {cost.metric}: expected at least {int(cost(chosen)):,}, which remain with "
+            f"{min_width} "
+            f"(a multiple of {round_to}) open in every layer"
+        )
+    return longest(cost, chosen, increments, target)
+
+
+def increments_of(
+    cost: Cost, gates: Sequence[Gate], tied: Tensor | None, round_to: int, min_width: int, same: list[list[int]]
+) -> tuple[Tensor, list[Increment]]:
+    """What is open in any case, bool (all gates,), and in the order of opening the increments: of which width,
+    and which of all gates.
+
+    A width is a gate vector, or, of a recurrent layer, what belongs to one layer and direction.
+    """
+    base = torch.zeros(cost.structure.size, dtype=torch.bool)
+    found: list[Ranked] = []
+    of_gates: list[list[int]] = []  # the widths of each gate vector
+    for gate, rows in zip(gates, cost.structure.widths(), strict=True):
+        start = rows[0].start
+        ranks, opened = (
+            _ranks(gate, None if tied is None else tied[start : start + gate.num_gates]),
+            gate.is_open().cpu(),
+        )
+        of_gates.append([])
+        for mine in rows:
+            number = sum(map(len, of_gates))
+            of_gates[-1].append(number)
+            free = [i for i in mine if not cost.prunable[i]]
+            base[free] = opened[[i - start for i in free]]
+            order = sorted((i for i in mine if cost.prunable[i]), key=lambda i: ranks[i - start], reverse=True)
+            least = 0 if mine.start in cost.whole else min(len(order), -(-min_width // round_to) * round_to)
+            base[order[:least]] = True
+            for first in range(least, len(order), round_to):
+                members = order[first : first + round_to]
+                found.append((ranks[members[-1] - start], number, members))
+    for group in same:
+        counts = sorted({len(of_gates[gate]) for gate in group})
+        if len(counts) != 1:
+            raise BudgetError(f"same: recurrent layers with {counts} widths each cannot be the same")
+        for widths in zip(*(of_gates[gate] for gate in group), strict=True):
+            found = _joined(found, list(widths))
+    found.sort(key=lambda increment: increment[0], reverse=True)
+    return base, [(number, members) for _, number, members in found]
+
+
+Ranked = tuple[tuple[float, ...], int, list[int]]  # its rank, of which width, and which of all gates
+
+
+def _joined(found: list[Ranked], group: list[int]) -> list[Ranked]:
+    """The increments of several widths as one series, in which the first of all open together, then the second,
+    with their mean rank.
+    """
+    series = [[increment for increment in found if increment[1] == number] for number in group]
+    if len({len(own) for own in series}) != 1:
+        raise BudgetError(
+            f"same: layers with {sorted({len(own) for own in series})} gates that can be cut cannot keep the same "
+            "number"
+        )
+    joined: list[Ranked] = []
+    for each in zip(*series, strict=True):
+        columns = zip(*(rank for rank, _, _ in each), strict=True)
+        joined.append(
+            (
+                tuple(sum(column) / len(each) for column in columns),
+                group[0],
+                [i for _, _, members in each for i in members],
+            )
+        )
+    return [increment for increment in found if increment[1] not in group] + joined
+
+
+def _ranks(gate: Gate, tied: Tensor | None) -> list[tuple[float, ...]]:
+    """What gates are ordered by: open in evaluation, how far, how probably, where the family's parameter stands,
+    and ``tied``.
+    """
+    columns = [gate.is_open(), gate.deterministic().abs(), gate.open_probability(), _evaluated_parameter(gate)]
+    columns += [] if tied is None else [tied]
+    return list(zip(*(column.detach().double().cpu().tolist() for column in columns), strict=True))
+
+
+def _evaluated_parameter(gate: Gate) -> Tensor:
+    """The family's parameter without noise; for DAM the place on the ramp, which orders closed gates too."""
+    training = gate.training
+    gate.eval()
+    try:
+        return gate.parameter.expand(gate.num_gates)
+    finally:
+        gate.train(training)
+
+
+@torch.no_grad()
+def fixed_gates(gates: Sequence[Gate], chosen: Tensor) -> list[Fixed]:
+    """Gates with the values of ``gates`` where they are chosen, and 0 elsewhere."""
+    fixed, start = [], 0
+    for gate in gates:
+        z = gate.value if isinstance(gate, SteppedGate) else gate.deterministic()
+        keep = chosen[start : start + gate.num_gates].to(z.device)
+        start += gate.num_gates
+        opened = z.abs()[z != 0]
+        weakest = torch.minimum(
+            opened.min() if len(opened) else z.new_ones(()), gate.open_probability().clamp(min=1e-3)
+        )
+        fixed.append(Fixed(torch.where(keep, torch.where(z != 0, z, weakest), 0.0)))
+    return fixed

@@ -1,0 +1,176 @@
+"""Whether what a file says fits a model: names, sizes and dtypes of tensors, and the widths of layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from . import composites
+from .file_content import Content, FileError, is_size
+from .file_layers import arguments_of, construct, parameters_of
+from .unit_compact import sizes_of
+from .units.sizes import number_of
+
+WIDTHS = (
+    *(
+        "in_features",
+        "out_features",
+        "in_channels",
+        "out_channels",
+        "groups",
+        "num_features",
+        "num_parameters",
+        "embedding_dim",
+    ),
+    *(
+        "input_size",
+        "hidden_size",
+        "proj_size",
+        "embed_dim",
+        "num_heads",
+        "head_dim",
+        "kdim",
+        "vdim",
+        "d_model",
+        "normalized_shape",
+    ),
+    *(
+        "num_groups",
+        "num_channels",
+        "num_attention_heads",
+        "all_head_size",
+        "split_size",
+        "nf",
+        "nx",
+    ),  # of transformers' attention and Conv1D
+)
+_MAY_GAIN_BIAS = (nn.Linear, nn.modules.conv._ConvNd)
+_AFFINE = {nn.modules.batchnorm._NormBase: "affine", nn.LayerNorm: "elementwise_affine"}  # what a norm says of its gain
+_SIZED = (
+    *_MAY_GAIN_BIAS,
+    nn.modules.batchnorm._NormBase,
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.PReLU,
+    nn.Embedding,
+    nn.MultiheadAttention,
+    nn.RNNBase,
+)
+
+
+def is_width(module: nn.Module, attribute: str) -> bool:
+    """Whether a layer has its size in this attribute, and not one that follows from others."""
+    return not isinstance(getattr(type(module), attribute.partition(".")[0], None), property) and is_size(
+        width_of(module, attribute)
+    )
+
+
+def width_of(module: nn.Module | None, attribute: str) -> Any:
+    """What a layer has in this attribute; of a norm of one dimension its size. "shape.0" is a number in a tuple."""
+    if "." in attribute:
+        return None if module is None else number_of(module, attribute)
+    value = getattr(module, attribute, None)
+    return value[0] if attribute == "normalized_shape" and isinstance(value, tuple) and len(value) == 1 else value
+
+
+def fit(model: nn.Module, content: Content, exact: bool = False) -> list[tuple[nn.Module, str, str, Tensor]]:
+    """What goes where in a model, as (layer, attribute, name in the file, tensor it is to be like), after all checks;
+    changes nothing.
+
+    A tensor takes the place of one no smaller and of the same dtype, or, if the model was built for the file
+    (``exact``), of one of the same shape; that model takes on the file's floating dtypes.
+    """
+    where, state = content.where, content.state
+    modules = dict(model.named_modules(remove_duplicate=False))
+    own: dict[str, Tensor] = dict(model.state_dict(keep_vars=True))
+    # a shared tensor is in the file once, under its first name
+    stored = {id(own[name]): name for name in reversed(own) if name in state}
+    like = dict(own)
+    for name in set(state) - set(own):
+        layer = modules.get(name.rpartition(".")[0])
+        if name.endswith("bias") and isinstance(layer, _MAY_GAIN_BIAS) and layer.bias is None:
+            like[name] = layer.weight
+        elif (
+            name.endswith(("weight", "bias"))
+            and affine_of(layer) is not None
+            and getattr(layer, "weight", None) is None
+        ):
+            known = next((t for t in layer.buffers() if t.is_floating_point()), None)  # type: ignore[union-attr]
+            like[name] = nn.Parameter(torch.empty_like(state[name] if known is None else known))
+    source = {n: n if n in state else stored.get(id(t), "") for n, t in like.items()}
+    absent, missing = sorted(set(state) - set(like)), [n for n, found in source.items() if not found]
+    if absent or missing:
+        raise FileError(
+            f"{where}: does not fit model; only in the file: {absent[:3]}, only in the model: {missing[:3]}"
+        )
+    for name, old in like.items():
+        new = state[source[name]]
+        if is_lazy(old) or (
+            new.dtype != old.dtype and not (exact and new.is_floating_point() and old.is_floating_point())
+        ):
+            raise FileError(
+                f"{where}: tensor {name!r} is {new.dtype}, but {old.dtype} in model; model.to(dtype) may help"
+            )
+        smaller = new.dim() == old.dim() and all(a <= b for a, b in zip(new.shape, old.shape, strict=True))
+        if name in own and not (new.shape == old.shape if exact else smaller):
+            raise FileError(
+                f"{where}: tensor {name!r} has shape {tuple(new.shape)}, which cannot come from {tuple(old.shape)} in "
+                "model"
+            )
+    _check_widths(modules, content, {name: tuple(state[found].shape) for name, found in source.items()}, exact)
+    return [(modules[n.rpartition(".")[0]], n.rpartition(".")[2], found, like[n]) for n, found in source.items()]
+
+
+def affine_of(module: nn.Module | None) -> str | None:
+    """The attribute of a norm that says whether it has a gain; None of other layers."""
+    return next((attribute for kind, attribute in _AFFINE.items() if isinstance(module, kind)), None)
+
+
+_Shapes = dict[str, tuple[int, ...]]
+
+
+def _check_widths(modules: dict[str, nn.Module], content: Content, shapes: _Shapes, exact: bool) -> None:
+    """The widths name attributes that are there, and a layer built with them has tensors of the file's shapes.
+
+    What was built from the file (``exact``: all of it) has these widths already.
+    """
+    for name, attributes in content.widths.items():
+        for attribute, value in attributes.items():
+            known = attribute in WIDTHS or attribute in sizes_of(content.compaction).get(name, {})
+            size = width_of(modules.get(name), attribute)
+            if not known or not is_size(size):
+                raise FileError(f"{content.where}: manifest: widths: model has no size {name}.{attribute}")
+            built = not isinstance(modules[name], _SIZED) and (exact or composites.is_own(modules[name]))
+            if size != value and built:
+                what = f"{name}.{attribute}={value}, expected {size}, what the layer is built with"
+                raise FileError(f"{content.where}: manifest: widths: {what}")
+    names = {module: name for name, module in reversed(modules.items())}
+    for module, name in names.items():
+        if not isinstance(module, _SIZED):
+            continue
+        kind = next(k for k in type(module).__mro__ if getattr(nn, k.__name__, None) is k)
+        prefix = f"{name}." if name else ""
+        widths = content.widths.get(name, {})
+        arguments = arguments_of(module, kind) | {k: v for k, v in widths.items() if k in parameters_of(kind)}
+        if f"{prefix}bias" in shapes:
+            arguments.pop("bias", None)
+        if f"{prefix}weight" in shapes and (affine := affine_of(module)) is not None:
+            arguments[affine] = True
+        twin = construct(kind, arguments, f"{content.where}: layer {name!r}")
+        if isinstance(twin, nn.modules.conv._ConvNd):
+            dims = len(twin.kernel_size)
+            several = (twin.stride, twin.padding, twin.dilation, twin.output_padding)
+            if any(not isinstance(own, str) and len(own) != dims for own in several):
+                raise FileError(f"{content.where}: layer {name!r}: {twin}, expected {dims} numbers of each argument")
+        expected = {k: tuple(t.shape) for k, t in twin.state_dict(prefix=prefix).items()}
+        wrong = [k for k in expected if shapes.get(k, expected[k]) != expected[k]] + [
+            k for k, v in widths.items() if width_of(twin, k) != v
+        ]
+        if wrong:
+            raise FileError(
+                f"{content.where}: layer {name!r}: its widths {widths} do not go with {wrong[0]} "
+                f"{shapes.get(wrong[0], '')}"
+            )
