@@ -4,12 +4,12 @@ run and compared.
 
 from __future__ import annotations
 
-import copy
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from dampr.gates.base import GateModule
 from dampr.gates.ranks import groups_in
 from dampr.nn import GatedSyncBatchNorm
 
+from . import copies
 from .modules import of_kind
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -48,17 +49,40 @@ def copied(model: nn.Module, example_inputs: Any = None) -> nn.Module:
     """A deep copy of a model, also of one that keeps what it computed: torch copies no tensor that has a graph,
     and such are detached.
 
-    With example inputs the model is run without gradients first, which renews what it keeps wherever it keeps it.
+    Where that is out of sight, a model with example inputs is run without gradients, which renews what it keeps.
     """
-    if example_inputs is not None:
-        with same_noise(model):
-            evaluate(model, example_inputs)
-    return copy.deepcopy(model, _detached(model))
+    try:
+        return cast(nn.Module, copies.deep(model, _memo(model)))
+    except RuntimeError:  # of torch
+        if example_inputs is None:
+            raise
+    with same_noise(model):
+        evaluate(model, example_inputs)
+    return cast(nn.Module, copies.deep(model, _memo(model)))
 
 
 def twin(model: nn.Module) -> nn.Module:
     """Like :func:`copied`, but with the parameters themselves, so it is cheap, and nothing may write into them."""
-    return copy.deepcopy(model, _detached(model) | {id(p): p for p in model.parameters()})
+    return cast(nn.Module, copies.deep(model, _memo(model) | {id(p): p for p in model.parameters()}))
+
+
+class Twins:
+    """Makes many a :func:`twin` of a model that stays as it is; ``meta``: with parameters and buffers on the meta
+    device, which have shapes and no values.
+    """
+
+    def __init__(self, model: nn.Module, meta: bool = False) -> None:
+        self._model, self._memo = model, _memo(model)
+        if not meta:
+            self._memo |= {id(p): p for p in model.parameters()}
+        for t in itertools.chain(model.parameters(), model.buffers()) if meta else ():
+            shapes = t if t.is_meta else t.detach().to("meta")
+            of_parameter = isinstance(t, nn.Parameter) and not t.is_meta
+            self._memo[id(t)] = nn.Parameter(shapes, t.requires_grad) if of_parameter else shapes
+
+    def make(self) -> nn.Module:
+        """A fresh one."""
+        return cast(nn.Module, copies.deep(self._model, dict(self._memo)))
 
 
 def as_trained(model: nn.Module, example_inputs: Any) -> nn.Module:
@@ -66,9 +90,9 @@ def as_trained(model: nn.Module, example_inputs: Any) -> nn.Module:
 
     A fresh norm shifts by 0, and a fresh branch may end in zeros: what they will add is not to be seen yet. Parameters
     of one dimension, those that are 0 and running statistics get fixed noise; gates stay. The plain twin where the
-    model has values that are not finite then.
+    model has values that are not finite then, and not before.
     """
-    plain, moved = twin(model), twin(model)
+    moved = twin(model)
     generator, made = torch.Generator().manual_seed(0), dict[int, nn.Parameter]()
 
     def noise(t: Tensor) -> Tensor:
@@ -85,14 +109,18 @@ def as_trained(model: nn.Module, example_inputs: Any) -> nn.Module:
                 if name in ("running_mean", "running_var") and t is not None and not t.is_meta:
                     t.mul_(1 + noise(t).abs()) if name == "running_var" else t.add_(noise(t))
     with same_noise(model):
-        before, after = evaluate(plain, example_inputs), evaluate(moved, example_inputs)
-    finite = all(bool(torch.equal(a.isfinite(), b.isfinite())) for a, b in zip(before, after, strict=True))
-    return moved if finite else plain
+        after = evaluate(moved, example_inputs)
+    if all(bool(t.isfinite().all()) for t in after):
+        return moved
+    plain = twin(model)
+    with same_noise(model):
+        before = evaluate(plain, example_inputs)
+    same = all(bool(torch.equal(a.isfinite(), b.isfinite())) for a, b in zip(before, after, strict=True))
+    return moved if same else plain
 
 
-def _detached(model: nn.Module) -> dict[int, Any]:
-    kept = pytree.tree_leaves([list(vars(module).values()) for module in model.modules()])
-    return {id(t): t.detach().clone() for t in kept if isinstance(t, Tensor) and not t.is_leaf} | groups_in(model)
+def _memo(model: nn.Module) -> dict[int, Any]:
+    return copies.detached(model) | groups_in(model)
 
 
 def check(example_inputs: Any) -> None:

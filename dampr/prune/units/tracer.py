@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import inputs
-from . import rules
+from . import meta, rules
 from .axes import Axes, moving, narrow
 from .call import Call
 from .ledger import Ledger, Marks, Reason
@@ -238,9 +238,7 @@ class Tracer(TorchDispatchMode):
         if not self.fake or name.startswith("lift_fresh"):
             return func(*args, **kwargs)
         args, kwargs = pytree.tree_map_only(Tensor, self.on_meta, (args, kwargs))
-        if "device" in kwargs or any(argument.name == "device" for argument in func._schema.arguments):
-            kwargs = {**kwargs, "device": torch.device("meta")}
-        return func(*args, **kwargs)
+        return meta.computed(func, args, meta.to_meta(func, kwargs))
 
     def on_meta(self, tensor: Tensor) -> Tensor:
         """The meta tensor that stands in the place of a real one."""
