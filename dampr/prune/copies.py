@@ -32,7 +32,16 @@ def deep(module: nn.Module, memo: dict[int, Any]) -> Any:
     if parts[:2] != (_MAKE, (kind,)) or type(parts[2]) is not dict or any(part is not None for part in parts[3:]):
         return copy.deepcopy(module, memo)
     memo[id(module)] = made = kind.__new__(kind)
-    made.__setstate__({name: _value(value, memo) for name, value in parts[2].items()})
+    state: dict[str, Any] = {}
+    for name, value in parts[2].items():
+        kept = type(value)
+        if kept in _AS_IT_IS:
+            state[name] = value
+        elif kept in _MAPPINGS and not value and id(value) not in memo:
+            state[name] = memo[id(value)] = kept()
+        else:
+            state[name] = _value(value, memo)
+    made.__setstate__(state)
     return made
 
 

@@ -327,7 +327,7 @@ class Widths:
         """
         if wanted not in self._sides:
             found: dict[tuple[nn.Module, bool], Member] = {}
-            for name, dim in dict.fromkeys((m.name, m.dim) for one in wanted for m in self.units.members[one]):
+            for name, dim in self.units.places(wanted):
                 if name not in self._owners:
                     raise CannotCutError(f"{name!r} shares its width, and cannot be cut yet")
                 for module, own in self._owners[name]:

@@ -43,6 +43,7 @@ class Placement:
         read: those of them without which the cut model does not compute the same.
         refused: class -> why it gets no gate though the trace calls it free.
         norms: those that are to count open units only.
+        finite: whether the model's outputs are, with values such as training leaves too.
     """
 
     groups: list[Group]
@@ -50,6 +51,7 @@ class Placement:
     read: set[Size] = field(default_factory=set)
     refused: dict[int, str] = field(default_factory=dict)
     norms: dict[str, OpenNorm] = field(default_factory=dict)
+    finite: bool = False
 
     def classes(self) -> list[int]:
         """All classes with a gate."""
@@ -63,9 +65,8 @@ def place(
 
     ``norms``: that count open units only, of ``units`` that know it (:meth:`.Units.with_open_statistics`).
     """
-    subject = Subject(
-        model if is_meta(model) else inputs.as_trained(model, example_inputs), units, example_inputs, norms or {}
-    )
+    trained, finite = (model, False) if is_meta(model) else inputs.trained(model, example_inputs)
+    subject = Subject(trained, units, example_inputs, norms or {})
     parameters = dict(model.named_parameters(remove_duplicate=False))
     owned = [name for name in parameters if _owner(model, name) is not None]
     protected = units.in_training_alone()
@@ -84,7 +85,7 @@ def place(
     refused |= dict.fromkeys(bad, "one norm counts it together with units of other widths")
     vectors = [group for group in vectors if bad.isdisjoint(group.classes)]
     norms = in_one_vector(usable, (group.classes for group in vectors))
-    return Placement(vectors, sizes, search.read, refused, norms)
+    return Placement(vectors, sizes, search.read, refused, norms, finite)
 
 
 class _DeceivedError(Exception):
@@ -150,7 +151,11 @@ class _Search:
             assumed = not every and not self._by_values and subject.shapes is not None
             if assumed or not trial.differs(chosen):
                 self._assumed |= assumed
-                return None, _needed(trial, chosen), bool(chosen) and not trial.same([])
+                return (
+                    None,
+                    _needed(trial, chosen),
+                    bool(chosen) and not (trial.same([], first=True) and trial.same([])),
+                )
             self._by_values = True  # shapes do not show what is wrong here
         if len(families) > 1:
             return "not all of them can", [], False
@@ -247,11 +252,15 @@ def _needed(trial: Trial, sizes: list[Size]) -> list[Size]:
         size.module for size in sizes if type(trial.model.get_submodule(size.module)).__module__.startswith("torch.nn.")
     }
     doubtful = [size for size in sizes if size.module not in known and not re.search("heads$|n_?head$", size.attribute)]
-    for attribute in dict.fromkeys(size.attribute for size in doubtful):
-        others = [size for size in sizes if size.attribute != attribute or size.module in known]
-        if trial.same(others):
-            sizes = others
-    return sizes
+    for first in (True, False):  # on one sample, and on all only where that says too little
+        left = sizes
+        for attribute in dict.fromkeys(size.attribute for size in doubtful):
+            others = [size for size in left if size.attribute != attribute or size.module in known]
+            if trial.same(others, first):
+                left = others
+        if left == sizes or trial.same(left):
+            break
+    return left
 
 
 def _above(model: nn.Module, name: str) -> list[tuple[str, nn.Module]]:

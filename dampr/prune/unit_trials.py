@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from . import inputs
+from .meta import OnMeta
 from .open_norms import OpenNorm, close
 from .units import Units
-from .units.meta import OnMeta
 from .units.proof import cut, substitute
-from .units.sizes import Size
+from .units.sizes import Size, follow
 
 _SCALES = (10.0, 100.0)  # of the example inputs on which masked and cut models are compared too
 
@@ -58,13 +58,17 @@ class Shapes:
 
     def __init__(self, model: nn.Module, example_inputs: Any) -> None:
         self._twins = inputs.Twins(model, meta=True)
-        self._inputs = pytree.tree_map_only(Tensor, lambda t: t.to("meta"), example_inputs)
+        self._inputs = OnMeta.of(example_inputs)
         self._expected = self._run(self._twins.make())
 
-    def fits(self, units: Units, classes: list[int], sizes: list[Size]) -> bool:
-        """Whether a copy without these classes runs and has outputs of the same shapes."""
+    def without(self, units: Units, classes: list[int]) -> inputs.Twins:
+        """Makes copies without these classes."""
+        return inputs.Twins(cut(self._twins.make(), units, classes), meta=True)
+
+    def fits(self, small: nn.Module) -> bool:
+        """Whether a smaller copy runs and has outputs of the same shapes."""
         try:
-            return self._run(cut(self._twins.make(), units, classes, sizes)) == self._expected
+            return self._run(small) == self._expected
         except Exception:
             return False
 
@@ -87,7 +91,8 @@ class Trial:
             given = (inputs.perturbed(subject.example_inputs), subject.example_inputs)
             self._samples += [_scaled(sample, scale) for sample, scale in zip(given, _SCALES, strict=True)]
         self._expected: list[list[Tensor]] = []
-        self._said: dict[tuple[Size, ...], str] = {}
+        self._small_shapes: inputs.Twins | None = None
+        self._said: dict[tuple[Size, ...], tuple[int, str]] = {}  # samples compared, what differs
 
     @functools.cached_property
     def _masked(self) -> nn.Module:
@@ -96,38 +101,52 @@ class Trial:
         close(masked, self._subject.norms, self._classes)
         return masked
 
+    @functools.cached_property
+    def _small(self) -> inputs.Twins:
+        return inputs.Twins(cut(self._subject.twins.make(), self._units, self._classes))
+
     def _outputs(self, number: int) -> list[Tensor]:
-        if number == len(self._expected):
+        while number >= len(self._expected):
             with inputs.same_noise(self._masked):
-                self._expected.append(inputs.evaluate(self._masked, self._samples[number]))
+                self._expected.append(inputs.evaluate(self._masked, self._samples[len(self._expected)]))
         return self._expected[number]
 
     def fits(self, sizes: list[Size]) -> bool:
         """Whether a copy without the classes runs, with these numbers following, as far as shapes alone show."""
         shapes = self._subject.shapes
-        return shapes is None or shapes.fits(self._units, self._classes, sizes)
+        if shapes is None:
+            return True
+        if self._small_shapes is None:
+            self._small_shapes = shapes.without(self._units, self._classes)
+        return shapes.fits(_followed(self._small_shapes.make(), sizes))
 
-    def same(self, sizes: list[Size]) -> bool:
-        """Whether a copy without the classes computes what the masked one does, with these numbers following."""
-        return self.fits(sizes) and not self.differs(sizes)
+    def same(self, sizes: list[Size], first: bool = False) -> bool:
+        """Whether a copy without the classes computes what the masked one does, with these numbers following.
 
-    def differs(self, sizes: list[Size]) -> str:
+        ``first``: on the example inputs alone.
+        """
+        return self.fits(sizes) and not self.differs(sizes, first)
+
+    def differs(self, sizes: list[Size], first: bool = False) -> str:
         """What a copy without the classes does that the masked one does not, with these numbers following;
         "" for nothing.
         """
-        key = tuple(sizes)
-        if key not in self._said:
-            self._said[key] = "" if is_meta(self.model) else self._difference(sizes)
-        return self._said[key]
+        if is_meta(self.model):
+            return ""
+        key, last = tuple(sizes), 1 if first else len(self._samples)
+        done, said = self._said.get(key, (0, ""))
+        if not said and done < last:
+            self._said[key] = last, self._difference(sizes, range(done, last))
+        return self._said[key][1]
 
-    def _difference(self, sizes: list[Size]) -> str:
-        small = cut(self._subject.twins.make(), self._units, self._classes, sizes)
+    def _difference(self, sizes: list[Size], numbers: range) -> str:
+        small = _followed(self._small.make(), sizes)
         with inputs.unfused(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a norm without gain whose width is not that of its input
-            for number, sample in enumerate(self._samples):
+            for number in numbers:
                 try:
                     with inputs.same_noise(small):
-                        found = inputs.evaluate(small, sample)
+                        found = inputs.evaluate(small, self._samples[number])
                 except Exception as error:
                     return (
                         "without half of its channels the model does not run, so something beside its layers has "
@@ -141,6 +160,11 @@ class Trial:
                         "rearranged on the way"
                     )
         return ""
+
+
+def _followed(model: nn.Module, sizes: list[Size]) -> nn.Module:
+    follow(model, sizes)
+    return model
 
 
 def is_meta(model: nn.Module) -> bool:

@@ -15,8 +15,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .. import inputs
-from . import meta, rules
+from .. import inputs, meta
+from . import rules
 from .axes import Axes, moving, narrow
 from .call import Call
 from .ledger import Ledger, Marks, Reason
@@ -222,7 +222,7 @@ class Tracer(TorchDispatchMode):
             if result is not NotImplemented:
                 return result
         out = self._result(func, name, args, kwargs)
-        given = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        given = meta.tensors_of((args, kwargs))
         marks = [self.marks(t) for t in given]
         if all(m is None for m in marks) or name.startswith("new_"):
             self._constant(func, name, args, kwargs, given, out)
@@ -237,7 +237,7 @@ class Tracer(TorchDispatchMode):
         """
         if not self.fake or name.startswith("lift_fresh"):
             return func(*args, **kwargs)
-        args, kwargs = pytree.tree_map_only(Tensor, self.on_meta, (args, kwargs))
+        args, kwargs = meta.mapped(self.on_meta, args), meta.mapped(self.on_meta, kwargs)
         return meta.computed(func, args, meta.to_meta(func, kwargs))
 
     def on_meta(self, tensor: Tensor) -> Tensor:
@@ -276,7 +276,7 @@ class Tracer(TorchDispatchMode):
         kept = given and name in _KEEPS_UNIFORM.split() and all(id(t) in self.uniform for t in given)
         if name in _UNIFORM.split() or (kept and not func._schema.is_mutable):
             zero = self.is_zero(given[0]) if kept else "zeros" in name
-            self.uniform.update({id(t): (t, zero) for t in pytree.tree_leaves(out) if isinstance(t, Tensor)})
+            self.uniform.update({id(t): (t, zero) for t in meta.tensors_of(out)})
         if isinstance(out, Tensor) and func._schema.returns[0].alias_info is not None and not func._schema.is_mutable:
             self.mark(out, None)
             self._views[id(out)] = args[0], func, args, kwargs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -88,6 +89,28 @@ def _made(form: Any) -> Any:
     return None if form is None else type(form)(map(_made, form))
 
 
+def mapped(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """An operator's arguments, or what it returns, with another tensor in the place of each."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, (list, tuple)):
+        return type(value)([mapped(function, inner) for inner in value])
+    if isinstance(value, dict):
+        return {name: mapped(function, inner) for name, inner in value.items()}
+    return value
+
+
+def tensors_of(value: Any) -> list[Tensor]:
+    """The tensors among an operator's arguments, in order, or those that it returns."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, (list, tuple)):
+        return []
+    return [t for inner in value for t in tensors_of(inner)]
+
+
 def to_meta(func: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     """The keyword arguments with which an operator makes its tensors on the meta device."""
     if "device" in kwargs or any(argument.name == "device" for argument in func._schema.arguments):
@@ -102,16 +125,19 @@ class OnMeta(TorchDispatchMode):
         super().__init__()
         self._twins: dict[int, tuple[Tensor, Tensor]] = {}
 
+    @staticmethod
+    def of(example_inputs: Any) -> Any:
+        """The same example inputs without values."""
+        return pytree.tree_map_only(Tensor, lambda t: t.to("meta"), example_inputs)
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         if func.name().startswith("aten::lift_fresh"):
             return func(*args, **kwargs)
-        tensors = [t for t in pytree.arg_tree_leaves(*args, **kwargs) if isinstance(t, Tensor)]
-        if not all(t.is_meta for t in tensors):
-            args, kwargs = pytree.tree_map_only(Tensor, self._twin, (args, kwargs))
-        return computed(func, args, to_meta(func, kwargs or {}))
+        args, kwargs = mapped(self._twin, args), mapped(self._twin, kwargs)
+        return computed(func, args, to_meta(func, kwargs))
 
     def _twin(self, tensor: Tensor) -> Tensor:
         if tensor.is_meta:
