@@ -48,10 +48,8 @@ def increments_of(
     of_gates: list[list[int]] = []  # the widths of each gate vector
     for gate, rows in zip(gates, cost.structure.widths(), strict=True):
         start = rows[0].start
-        ranks, opened = (
-            _ranks(gate, None if tied is None else tied[start : start + gate.num_gates]),
-            gate.is_open().cpu(),
-        )
+        ranks = _ranks(gate, None if tied is None else tied[start : start + gate.num_gates])
+        opened = gate.is_open().cpu()
         of_gates.append([])
         for mine in rows:
             number = sum(map(len, of_gates))

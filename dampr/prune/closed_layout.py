@@ -93,10 +93,8 @@ def _recurrent_sizes(module: nn.RNNBase, name: str, layout: Layout) -> Iterator[
 def _within_sizes(module: Any, places: list[Any]) -> Iterator[tuple[str, Sized]]:
     """Sizes of a convolution of which every group has lost as many channels."""
     if places:
-        whole, now = (
-            module.weight.shape,
-            [len(p[1]) if p is not None else module.weight.shape[dim] for dim, p in enumerate(places)],
-        )
+        whole = module.weight.shape
+        now = [len(p[1]) if p is not None else module.weight.shape[dim] for dim, p in enumerate(places)]
         now += whole[len(now) :]
         across, inside = ("in_channels", "out_channels") if module.transposed else ("out_channels", "in_channels")
         yield "groups", Sized(module.groups, module.groups)

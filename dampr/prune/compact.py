@@ -48,10 +48,9 @@ def compact(
     with the value that it has; other layers keep what computes their weights, and their width. Then both models run on
     the example inputs, and on the same inputs with a little noise, and their outputs are compared.
 
-    Args:
-        model: a model with gated layers; it is not changed.
-        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments.
-        optimizer: what trains ``model``; afterwards it trains the new model, with what is left of its state, in the
+    Args: model: a model with gated layers; it is not changed. example_inputs: a tensor, a tuple of positional or a dict
+        of keyword arguments. optimizer: what trains ``model``; afterwards it trains the new model, with what is left of
+        its state, in the
             same groups. Gates that were not 1 are in the new weights and not in the state.
         round_to: widths are multiples of it (tensor cores like 8 or 16), as far as closed channels last to fill them
             up; they stay zero. Not so a residual stream, for its LayerNorms would count what fills it up: there
@@ -62,8 +61,8 @@ def compact(
 
     Returns: a new model of plain ``torch.nn`` layers (where these have no form for what is left, of the plain ones of
     ``dampr.nn``, such as :class:`dampr.nn.PrunedMultiheadAttention`), in the training mode of ``model``. Its attribute
-    ``dampr_manifest`` (plain data) lists the kept indices of each layer and bare parameter,
-    and why a closed unit could not be cut.
+    ``dampr_manifest`` (plain data) lists the kept indices of each layer and bare parameter, and why a closed unit could
+    not be cut.
 
     Raises: CompactionError naming the first layer that differs; ValueError for an optimizer whose state cannot be cut;
     TypeError or ValueError that names the argument.
@@ -89,11 +88,11 @@ def compact(
         if bound is not None:
             _checks.number(name, bound, 0)
     samples = [example_inputs, inputs.perturbed(example_inputs)]
-    inputs.comparable(model, example_inputs)
-    atol, rtol = inputs.tolerances(model, samples, atol, rtol)
+    masked = [inputs.comparable(model, sample) for sample in samples]
+    atol, rtol = inputs.tolerances(model, samples, atol, rtol, masked)
     if has_unit_gates(model):
         whole, kept, manifest = unit_compact.compacted(model, example_inputs, round_to)
-        difference = max(_prove(model, whole, kept, sample, atol, rtol) for sample in samples)
+        difference = _prove(model, whole, kept, samples, masked, atol, rtol)
         wake(whole)
         ranks.unwatch(whole)
         whole.dampr_manifest = manifest | {"max_abs_difference": difference}  # type: ignore[assignment]
@@ -150,7 +149,7 @@ def compact(
     notes |= unequal_notes
     ones = [m for m in of_kind(small, Scale) if bool((m.scale == 1).all())]
     inputs.replace(small, {module: nn.Identity().train(module.training) for module in ones})
-    difference = max(_prove(model, small, kept, sample, atol, rtol) for sample in samples)
+    difference = _prove(model, small, kept, samples, masked, atol, rtol)
     manifest = _manifest(model, small, kept, left | cut_heads, units, notes, difference)
     small.dampr_manifest = manifest | ({"parameters": parameters} if parameters else {})  # type: ignore[assignment]
     wake(small)
@@ -180,28 +179,41 @@ def _match_dtype(small: nn.Module, norms: list[nn.Module], sample: Any) -> None:
             inputs.evaluate(small, sample)
 
 
-def _prove(model: nn.Module, small: nn.Module, kept: Kept, sample: Any, atol: float, rtol: float) -> float:
-    """The largest difference of outputs, run as users run them, without hooks;
+def _prove(
+    model: nn.Module,
+    small: nn.Module,
+    kept: Kept,
+    samples: list[Any],
+    masked: list[list[Tensor]],
+    atol: float,
+    rtol: float,
+) -> float:
+    """The largest difference of outputs, run as users run them, without hooks, from ``masked``, those of ``model``;
     raises CompactionError where it is beyond tolerance.
     """
-    masked = inputs.evaluate(model, sample)
-    try:
-        compacted = inputs.evaluate(small, sample)
-    except RuntimeError as error:
-        raise CompactionError(f"the compacted model does not run ({error})") from error
-    shapes = [tuple(t.shape) for t in masked], [tuple(t.shape) for t in compacted]
-    if shapes[0] != shapes[1]:
-        raise CompactionError(f"output shapes changed from {shapes[0]} to {shapes[1]}")
-    difference = inputs.gap(masked, compacted)
-    if not inputs.differ(masked, compacted, rtol, atol):
-        return difference
-    first = _first_difference(model, small, kept, sample, atol, rtol)
-    where = (
-        f"layer {first!r} is the first whose output differs" if first is not None else "no single layer's output does"
-    )
-    raise CompactionError(
-        f"{where}; the model's outputs differ by up to {difference:.3g} (atol={atol:g}, rtol={rtol:g})"
-    )
+    largest = 0.0
+    for sample, expected in zip(samples, masked, strict=True):
+        try:
+            compacted = inputs.evaluate(small, sample)
+        except RuntimeError as error:
+            raise CompactionError(f"the compacted model does not run ({error})") from error
+        shapes = [tuple(t.shape) for t in expected], [tuple(t.shape) for t in compacted]
+        if shapes[0] != shapes[1]:
+            raise CompactionError(f"output shapes changed from {shapes[0]} to {shapes[1]}")
+        difference = inputs.gap(expected, compacted)
+        largest = max(largest, difference)
+        if not inputs.differ(expected, compacted, rtol, atol):
+            continue
+        first = _first_difference(model, small, kept, sample, atol, rtol)
+        where = (
+            f"layer {first!r} is the first whose output differs"
+            if first is not None
+            else "no single layer's output does"
+        )
+        raise CompactionError(
+            f"{where}; the model's outputs differ by up to {difference:.3g} (atol={atol:g}, rtol={rtol:g})"
+        )
+    return largest
 
 
 def _first_difference(

@@ -10,8 +10,8 @@ when the goal is there.
 ``score="importance"``: the score is S_i / k_i; a gate is a number that the budget alone moves, between 0 and 1.
 
 ``score="learned"``: the gates are those of a family, noise included. A gate that is kept learns from the gradient of
-the task, in normalised steps of its *level* (1 where a fresh gate is, 0 where evaluation closes it),
-and its score is l_i^2 S_i / k_i, l_i its level.
+the task, in normalised steps of its *level* (1 where a fresh gate is, 0 where evaluation closes it), and its score is
+l_i^2 S_i / k_i, l_i its level.
 """
 
 from __future__ import annotations
@@ -152,8 +152,8 @@ class Controller:
         """The gates that have had to close by now, and that are not worth keeping at any goal to come: bool,
         (all gates,).
 
-        By what is measured now, without the hysteresis. What is measured of a closed gate only falls,
-        so these come back seldom.
+        By what is measured now, without the hysteresis. What is measured of a closed gate only falls, so these come
+        back seldom.
         """
         down = ~self.keep & (self.due <= self._number)
         if bool(down.any()):

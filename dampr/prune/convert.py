@@ -27,6 +27,7 @@ from .convert_checks import (
     check_unchanged,
     constants_left,
     may_leave_constants,
+    recorded,
 )
 from .filters import Filter
 from .inputs import Model
@@ -72,14 +73,12 @@ def convert(
     """Replace dense layers of ``model`` by gated ones, in place,
     keeping their parameters (and any optimizer that holds them) valid.
 
-    Args:
-        model: any module; layers whose type is exactly ``nn.Linear`` or ``nn.Conv1d`` to 3d are replaced, and for
+    Args: model: any module; layers whose type is exactly ``nn.Linear`` or ``nn.Conv1d`` to 3d are replaced, and for
             output gates ``nn.Embedding`` (its columns), ``nn.LSTM``, ``nn.GRU``, ``nn.RNN`` (their units) and
             ``nn.MultiheadAttention`` (its heads); of recurrent layers those whose outputs linear and recurrent layers
-            alone read. (A bare layer cannot change in place: use what is returned.) An
-            ``nn.TransformerEncoderLayer`` or ``nn.TransformerDecoderLayer`` around such layers becomes the gated one of
-            :mod:`dampr.nn`, which has no fused path; output gates are then on its heads
-            and on its feed-forward neurons.
+            alone read. (A bare layer cannot change in place: use what is returned.) An ``nn.TransformerEncoderLayer``
+            or ``nn.TransformerDecoderLayer`` around such layers becomes the gated one of :mod:`dampr.nn`, which has no
+            fused path; output gates are then on its heads and on its feed-forward neurons.
         gate, granularity, per_sample: as in :class:`dampr.nn.GatedLinear` and :class:`dampr.nn.GatedConv2d`. Also a
             function of (number of gates, device), such as ``functools.partial(HardConcrete, preset="median")``.
             ``"dep_l0"`` makes one generator for all layers, in the order in which the example inputs reach them, with
@@ -113,8 +112,8 @@ def convert(
     parameters and that follow a width are then in its attribute ``dampr_sizes``.
 
     In a process group of several ranks the gates get a generator that all ranks have (:func:`dampr.gate_generator`), so
-    that they draw the same gates. Convert before the model is wrapped
-    (DistributedDataParallel) or sharded (``fully_shard``).
+    that they draw the same gates. Convert before the model is wrapped (DistributedDataParallel) or sharded
+    (``fully_shard``).
 
     Returns: ``model``. Its attribute ``dampr_skipped`` says of each layer that was left out why.
 
@@ -233,7 +232,12 @@ def _with_gates(
     check_left(plan, model, include, exclude)
     units = seen.units if seen is not None else None
     try:
-        return put_in(model, plan, gate, granularity, each, before, example_inputs, by_units is not None, units=units)
+        return put_in(
+            *(model, plan, gate, granularity, each, before, example_inputs),
+            by_units is not None,
+            units=units,
+            finite=seen is not None and seen.placement.finite,
+        )
     except UnprovenError:
         if by_units is None:
             raise
@@ -281,12 +285,13 @@ def put_in(
     prove: bool = False,
     look_for_stuck: bool = True,
     units: Units | None = None,
+    finite: bool = False,
 ) -> nn.Module:
     """Put gated layers in; whatever is raised, the model is as it was.
 
     ``prove``: raise where half of them cannot be cut as foretold;
     ``look_for_stuck``: where closed channels of some could never go.
-    ``units``: of the model, where they are known.
+    ``units``: of the model, where they are known; ``finite``: its outputs are, with values such as training leaves too.
     """
     gates, in_its_precision = _generated(gate, plan, model, granularity), precise(gate, model)
     values = {p: p.data for name in plan.layers for p in model.get_submodule(name).parameters()}
@@ -311,18 +316,22 @@ def put_in(
         inputs.replace(model, relus | {plan.layers[name]: gated[name] for name in gated})
         adopted = transformer.adopt(model)
         if before is not None:
-            check_unchanged(model, gated, before, example_inputs)
-            check_called(model, gated, example_inputs)
+            with recorded(gated) as called:
+                check_unchanged(model, gated, before, example_inputs)
+            check_called(model, gated, example_inputs, called)
         if before is not None and granularity == "output":
             constants = "some" if any(may_leave_constants(module) for module in model.modules()) else "none"
+            trained = (
+                inputs.as_trained(model, example_inputs, finite) if units is not None or constants == "some" else model
+            )
             if units is not None:
-                constants = constants_left(model, units, list(gated_classes(units, plan)[0].values()), example_inputs)
+                constants = constants_left(trained, units, list(gated_classes(units, plan)[0].values()), example_inputs)
             if constants == "stuck" and prove:
                 raise UnprovenError("closed channels would be more than constants where layers read them")
             if constants != "none" and prove:
-                check_half(model, example_inputs)
+                check_half(trained, example_inputs)
             elif constants != "none" and look_for_stuck:
-                check_none_stuck(model, example_inputs)
+                check_none_stuck(trained, example_inputs)
     except BaseException:
         for layer, kind in adopted.items():
             layer.__class__ = kind

@@ -4,7 +4,8 @@ and closed channels that can go.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -62,22 +63,20 @@ def may_leave_constants(module: nn.Module) -> bool:
     return norm or isinstance(module, GatedConv)
 
 
-def constants_left(model: nn.Module, units: Units, vectors: list[list[int]], example_inputs: Any) -> str:
+def constants_left(trained: nn.Module, units: Units, vectors: list[list[int]], example_inputs: Any) -> str:
     """What layers of a gated model read where units are closed,
     by a run with all gates 0 and one with half of each vector.
 
-    Args:
-        units: of the model without gates.
-        vectors: of each gated layer the class of each of its gates.
+    Args: trained: a copy with values such as training leaves. units: of the model without gates. vectors: of each gated
+        layer the class of each of its gates.
 
     Returns: "none": only zeros. "some": constants, as behind a norm without gates, or the half of a sigmoid; a bias may
     make up for them. "stuck": what no bias makes up for, because it varies, or is read with a border of zeros.
     """
-    model = inputs.as_trained(model, example_inputs)
     every, first = ({one for vector in vectors for one in vector[: len(vector) // parts]} for parts in (1, 2))
-    if not _read_where_closed(with_gates_at(model, 1.0), units, every, example_inputs):
+    if not _read_where_closed(with_gates_at(trained, 1.0), units, every, example_inputs):
         return "none"
-    half = _read_where_closed(with_gates_at(model), units, first, example_inputs)
+    half = _read_where_closed(with_gates_at(trained), units, first, example_inputs)
     return "stuck" if "stuck" in half else "some"
 
 
@@ -118,14 +117,15 @@ def _read_where_closed(trial: Any, units: Units, classes: set[int], example_inpu
     return found
 
 
-def check_half(model: nn.Module, example_inputs: Any) -> None:
-    """Close half of the gates of a copy: what is left has to compute the same and to cost what was foretold.
+def check_half(trained: nn.Module, example_inputs: Any) -> None:
+    """Close half of the gates of a copy with values such as training leaves: what is left has to compute the same
+    and to cost what was foretold.
 
     Models can fail it that have gates in convolutions, or norms without gates: what is constant behind a closed channel
     (the half of a sigmoid, the shift of a norm) no bias makes up for at a padded border. Raises UnprovenError.
     """
-    trial = with_gates_at(inputs.as_trained(model, example_inputs))
-    with inputs.same_noise(model):
+    trial = with_gates_at(trained)
+    with inputs.same_noise(trained):
         try:
             cost = Cost(trial, example_inputs, "macs")
             small = compact(trial, example_inputs=example_inputs)
@@ -148,16 +148,15 @@ def with_gates_at(model: nn.Module, closed: float = 0.5, only: Gate | None = Non
     return trial
 
 
-def check_none_stuck(model: nn.Module, example_inputs: Any) -> None:
-    """Raise StuckError where closed channels of layers are constants that no bias makes up for,
-    so that they would stay.
+def check_none_stuck(trained: nn.Module, example_inputs: Any) -> None:
+    """Raise StuckError where closed channels of layers, in a copy with values such as training leaves, are constants
+    that no bias makes up for, so that they would stay.
     """
-    model = inputs.as_trained(model, example_inputs)
-    with inputs.same_noise(model):
+    with inputs.same_noise(trained):
         try:
-            manifest: Any = compact(with_gates_at(model), example_inputs=example_inputs).dampr_manifest
+            manifest: Any = compact(with_gates_at(trained), example_inputs=example_inputs).dampr_manifest
         except CompactionError:
-            uncut = _uncut(model, example_inputs)
+            uncut = _uncut(trained, example_inputs)
             if uncut:
                 raise StuckError(uncut) from None
             return
@@ -180,19 +179,17 @@ def _uncut(model: nn.Module, example_inputs: Any) -> dict[str, str]:
     return found
 
 
-def check_called(model: nn.Module, gated: dict[str, Any], example_inputs: Any) -> None:
+_MAY_BYPASS = (nn.MultiheadAttention, nn.TransformerEncoder, nn.TransformerEncoderLayer)  # on torch's fused paths
+
+
+def check_called(model: nn.Module, gated: dict[str, Any], example_inputs: Any, called: set[str]) -> None:
     """A layer whose weight is read but whose call is bypassed (subclasses of
-    nn.TransformerEncoderLayer do so) would ignore its gates.
+    nn.TransformerEncoderLayer do so) would ignore its gates. ``called``: without torch's fused paths.
     """
-    called: set[str] = set()
-    for name, layer in gated.items():  # not with hooks, which switch such fast paths off
-        layer.forward = recording(name, layer.forward, called)
-    try:
-        with inputs.same_noise(model):
-            before = inputs.evaluate(model, example_inputs)
-    finally:
-        for layer in gated.values():
-            del layer.forward
+    if called.issuperset(gated) and not any(isinstance(module, _MAY_BYPASS) for module in model.modules()):
+        return
+    with recorded(gated) as called, inputs.same_noise(model):
+        before = inputs.evaluate(model, example_inputs)
     for name in gated.keys() - called:
         layer = gated[name]
         weight = next((p for n, p in layer.named_parameters() if "weight" in n), None)
@@ -211,6 +208,19 @@ def check_called(model: nn.Module, gated: dict[str, Any], example_inputs: Any) -
             raise UnprovenError(
                 f"layer {name!r}: the model reads its weight without calling it, so gates would do nothing; exclude it"
             )
+
+
+@contextmanager
+def recorded(gated: dict[str, Any]) -> Iterator[set[str]]:
+    """The names of those of these layers that are called in the block."""
+    called: set[str] = set()
+    for name, layer in gated.items():  # not with hooks, which switch fused paths off
+        layer.forward = recording(name, layer.forward, called)
+    try:
+        yield called
+    finally:
+        for layer in gated.values():
+            del layer.forward
 
 
 def recording(name: str, forward: Callable[..., Any], called: set[str]) -> Callable[..., Any]:

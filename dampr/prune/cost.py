@@ -25,6 +25,7 @@ from dampr.nn.rnn import GatedRecurrent
 
 from . import graph, inputs, new_biases
 from .measure import count_call, count_macs, count_params, macs_beside_layers
+from .meta import OnMeta
 from .modules import by_name, of_kind
 from .structure import Structure
 from .unit_structure import Counts, UnitStructure, has_unit_gates
@@ -199,8 +200,8 @@ class _Variables:
 
     These are the sums over atoms that count alike everywhere, then the width of each recurrent layer, which is that of
     its widest row, or, where these have widths of their own, the width of each row, and the heads of each attention; of
-    all these at least one stays. Last, for each layer in ``folds``, whether one of its atoms has gone,
-    so that it gets a bias.
+    all these at least one stays. Last, for each layer in ``folds``, whether one of its atoms has gone, so that it gets
+    a bias.
     """
 
     def __init__(self, structure: Structure, device: torch.device, folds: Mapping[nn.Module, set[int]]) -> None:
@@ -515,6 +516,18 @@ def _uses(plain: nn.Module, example_inputs: Any) -> tuple[dict[nn.Module, int], 
 
     Of an attention the multiply-accumulates of all its heads, projections included; and those of its projections alone.
     """
+    try:  # without arithmetic
+        twin = inputs.Twins(plain, meta=True).make()
+        own = inputs.counterparts(twin, plain)
+        with OnMeta():
+            found, projections = _uses_of(twin, OnMeta.of(example_inputs))
+        uses, own_uses = ({own[m]: n for m, n in counts.items()} for counts in (found, projections))
+        return defaultdict(int, uses), defaultdict(int, own_uses)
+    except Exception:  # of a model that asks for values
+        return _uses_of(plain, example_inputs)
+
+
+def _uses_of(plain: nn.Module, example_inputs: Any) -> tuple[dict[nn.Module, int], dict[nn.Module, int]]:
     found: dict[nn.Module, int] = defaultdict(int)
     projections: dict[nn.Module, int] = defaultdict(int)
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from . import inputs
 from .graph import CannotCutError, Closed, Member, Side, Widths, channel_count, is_transposed, pads_with_zeros
+from .meta import OnMeta
 from .modules import of_kind
 from .units.proof import cut
 
@@ -42,8 +43,8 @@ def cut_closed(
         notes: gets why closed channels of a layer stay, by its name.
         round_to: what the widths that layers write are multiples of, as far as closed channels last.
 
-    Raises: UnableError where closed channels reach a layer with values that differ between rows,
-    or the model does not run without them.
+    Raises: UnableError where closed channels reach a layer with values that differ between rows, or the model does not
+    run without them.
     """
     names = {module: name for name, module in small.named_modules()}
     widths = Widths(small, samples[0])
@@ -118,8 +119,8 @@ def _gone(widths: Widths, closed: Closed) -> dict[Side, set[int] | CannotCutErro
     """Of each side with closed channels the classes that nobody writes or nobody reads,
     or why none of its width can go.
 
-    Every side of a layer keeps a channel: where several widths are read side by side,
-    the gates of the reader may close one of them.
+    Every side of a layer keeps a channel: where several widths are read side by side, the gates of the reader may close
+    one of them.
     """
     found: dict[Side, set[int] | CannotCutError] = {}
     every: set[int] = set()
@@ -253,6 +254,18 @@ def _cut(
         ) from error
 
 
+def _runs(model: nn.Module, sample: Any) -> bool:
+    """Whether a model without norms that have no parameters runs, as far as is seen without arithmetic."""
+    try:
+        if any(m.weight is None and m.running_mean is None for m in of_kind(model, nn.modules.batchnorm._NormBase)):
+            return False
+        with OnMeta():
+            inputs.evaluate(inputs.Twins(model, meta=True).make(), OnMeta.of(sample))
+        return True
+    except Exception:
+        return False
+
+
 def follow_inputs(model: nn.Module, sample: Any) -> None:
     """Run a model; norms without parameters, whose size nothing else tells, take on that of what they read."""
 
@@ -261,6 +274,8 @@ def follow_inputs(model: nn.Module, sample: Any) -> None:
         unbatched = isinstance(norm, nn.modules.instancenorm._InstanceNorm) and x.dim() == norm._get_no_batch_dim()
         norm.num_features = x.shape[0 if unbatched else 1]
 
+    if _runs(model, sample):
+        return
     bare = [m for m in of_kind(model, nn.modules.batchnorm._NormBase) if m.weight is None and m.running_mean is None]
     with inputs.removing([norm.register_forward_pre_hook(resize) for norm in bare]):
         inputs.evaluate(model, sample)

@@ -68,9 +68,8 @@ def doctor(
     with a budget, a multiplier that has wound up and gates that their optimizer cannot close in time; with a plan,
     too few steps for it.
 
-    Args:
-        model, example_inputs, optimizer: as for :func:`dampr.verify_model`.
-        loss: called without arguments, the loss of the task on a typical batch, a scalar with a graph,
+    Args: model, example_inputs, optimizer: as for :func:`dampr.verify_model`. loss: called without arguments, the loss
+        of the task on a typical batch, a scalar with a graph,
             without the penalty.
         penalty: called without arguments, what is added to it, with its lambda.
         budget, plan: what closes the gates. Of a plan whose model has no gates yet, the plan alone is looked at.

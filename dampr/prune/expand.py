@@ -41,15 +41,14 @@ def expand(model: Model) -> Model:
     Biases that compaction added to make up for constants stay; branches and sublayers that were removed do not come
     back, and gates that became plain factors stay factors.
 
-    Args:
-        model: what :func:`dampr.compact` or :func:`dampr.load` returned, with its ``dampr_manifest``; or a model with
+    Args: model: what :func:`dampr.compact` or :func:`dampr.load` returned, with its ``dampr_manifest``; or a model with
             gates that a :class:`dampr.Shrinker` has taken units out of. It is not changed.
 
     Returns: a new model in the same training mode, without a manifest.
 
     Raises: ValueError where the manifest is missing or does not fit the model, or where channels were cut in front of a
-    LayerNorm: a wider one would count those that come back, zeros or not,
-    so no plain model of the old widths computes the same.
+    LayerNorm: a wider one would count those that come back, zeros or not, so no plain model of the old widths computes
+    the same.
 
     >>> import dampr
     >>> x = torch.randn(8, 4)
@@ -395,8 +394,8 @@ def carry_over(optimizer: torch.optim.Optimizer, model: nn.Module, small: Any) -
     with their state cut likewise.
 
     Parameters that are gone leave their group (an empty group stays, for schedulers count them); biases that compaction
-    added come to the weight of their layer, with no state. Raises ValueError, before anything is changed,
-    for state that cannot be cut.
+    added come to the weight of their layer, with no state. Raises ValueError, before anything is changed, for state
+    that cannot be cut.
     """
     check_state(optimizer)
     places: dict[str, list[Places]] = {}

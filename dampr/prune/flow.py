@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
 from . import inputs, tracing
+from .meta import OnMeta
 
 # layers even where they have no parameters
 _NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
@@ -46,25 +47,42 @@ class Flow:
     """
 
     def __init__(self, model: nn.Module, example_inputs: Any, whole: set[nn.Module]) -> None:
+        self._start({})
+        try:  # without arithmetic
+            twin = inputs.Twins(model, meta=True).make()
+            self._start(inputs.counterparts(twin, model))
+            with OnMeta():
+                results = self._run(twin, OnMeta.of(example_inputs), whole)
+        except Exception:  # of a model that asks for values
+            self._start({})
+            results = self._run(model, example_inputs, whole)
+        self._walk(results)
+
+    def _start(self, own: dict[Any, Any]) -> None:
+        """Nothing has run yet. ``own``: of modules and parameters of a copy that runs those of the model."""
+        self._own = own
         self.calls: dict[nn.Module, int] = {}
         # by what a layer returned -> the layer, and what it was given
         self._made: dict[Any, tuple[nn.Module, list[Any]]] = {}
         self._given: dict[nn.Module, list[list[Any]]] = {}
         self._nodes: dict[Any, Node] = {}
-        layers = [m for m in model.modules() if tracing.is_leaf(m) or m in whole]
+
+    def _run(self, model: nn.Module, example_inputs: Any, whole: set[nn.Module]) -> list[Any]:
+        """Autograd's nodes of what the model returns."""
+        cores = {module for module in model.modules() if self._own.get(module, module) in whole}
+        layers = [m for m in model.modules() if tracing.is_leaf(m) or m in cores]
         hooks: list[RemovableHandle] = [m.register_forward_pre_hook(self._enter, with_kwargs=True) for m in layers]
         hooks += [m.register_forward_hook(self._leave) for m in layers]
         with (
             inputs.removing(hooks),
             inputs.evaluating(model),
             tracing.all_trainable(model),
-            tracing.one_node(model, whole),
+            tracing.one_node(model, cores),
             torch.enable_grad(),
             warnings.catch_warnings(),
         ):
             warnings.simplefilter("ignore")  # what warns has warned before
-            results = [t.grad_fn for t in inputs.tensors(inputs.call(model, example_inputs)) if t.grad_fn is not None]
-        self._walk(results)
+            return [t.grad_fn for t in inputs.tensors(inputs.call(model, example_inputs)) if t.grad_fn is not None]
 
     def __contains__(self, layer: Any) -> bool:
         return layer in self._nodes
@@ -73,10 +91,12 @@ class Flow:
         return self._nodes[layer]
 
     def _enter(self, layer: nn.Module, args: Any, kwargs: Any = None) -> None:
+        layer = self._own.get(layer, layer)
         self.calls[layer] = self.calls.get(layer, 0) + 1
         self._given.setdefault(layer, []).append(_graph_nodes((args, kwargs)))
 
     def _leave(self, layer: nn.Module, args: Any, output: Any) -> None:
+        layer = self._own.get(layer, layer)
         given = self._given[layer].pop()
         is_layer = isinstance(layer, _NORMS) or next(layer.parameters(), next(layer.buffers(), None)) is not None
         for made in _graph_nodes(output) if is_layer else []:
@@ -105,7 +125,8 @@ class Flow:
             node.outputs.reverse()
 
     def _node(self, made: Any) -> Node:
-        key = self._made[made][0] if made in self._made else getattr(made, "variable", made)
+        variable = getattr(made, "variable", made)
+        key = self._made[made][0] if made in self._made else self._own.get(variable, variable)
         if key not in self._nodes:
             known = isinstance(key, (nn.Module, Tensor))
             self._nodes[key] = Node(key, "") if known else Node(None, type(made).__name__)

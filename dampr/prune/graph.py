@@ -49,8 +49,8 @@ Side = tuple[nn.Module, bool]  # a layer, and whether the channels that it write
 class Member:
     """One layer's side of a width: which of its channels belong to which class.
 
-    ``passes``: the layer only hands channels on (norms, activations, depthwise convolutions),
-    and is neither producer nor consumer.
+    ``passes``: the layer only hands channels on (norms, activations, depthwise convolutions), and is neither producer
+    nor consumer.
     """
 
     module: nn.Module
@@ -230,8 +230,8 @@ class Widths:
         """Of a layer the one whose outputs do nothing but multiply its own, channel by channel,
         as in gated feed-forward layers.
 
-        A channel that is 0 in the first is 0 in the product, so both may go.
-        Layers that come to the product as they are come first.
+        A channel that is 0 in the first is 0 in the product, so both may go. Layers that come to the product as they
+        are come first.
         """
         layers = [module for module in self._names if isinstance(module, GEMMS) and module in self]
         ends = {layer: self._product_after(layer) for layer in layers}
@@ -327,7 +327,7 @@ class Widths:
         """
         if wanted not in self._sides:
             found: dict[tuple[nn.Module, bool], Member] = {}
-            for name, dim in dict.fromkeys((m.name, m.dim) for one in wanted for m in self.units.members[one]):
+            for name, dim in self.units.places(wanted):
                 if name not in self._owners:
                     raise CannotCutError(f"{name!r} shares its width, and cannot be cut yet")
                 for module, own in self._owners[name]:
@@ -343,8 +343,8 @@ class Widths:
     def _reason(self, layer: nn.Module, writes: bool) -> str | None:
         """Why some of these channels stay.
 
-        What training alone mixes or averages, such as an auxiliary loss over all channels,
-        is defined for fewer of them too.
+        What training alone mixes or averages, such as an auxiliary loss over all channels, is defined for fewer of them
+        too.
         """
         place = self._place(layer, writes)
         reason = None if place is None else self.units.why_not(*place)

@@ -25,14 +25,13 @@ Kept = dict[tuple[nn.Module, bool], Tensor]
 class Kind:
     """How a kind of attention is made; names are those of modules and attributes in it.
 
-    Attributes:
-        read: the linear layers whose rows are heads, and how often each has all of them (3: query,
+    Attributes: read: the linear layers whose rows are heads, and how often each has all of them (3: query,
             key and value one after the other).
         written: the linear layer whose columns are heads.
         head_dim: the attribute with the width of one head.
         core: the module that computes the heads, which is one step for whoever traces the model; "": all of it.
-        sharing: the attribute with the number of query heads that share a key and a value, and so a gate;
-            "": each has its own.
+        sharing: the attribute with the number of query heads that share a key and a value, and so a gate; "": each has
+            its own.
         scaled: attributes in proportion to the number of heads, which change with it.
     """
 

@@ -4,12 +4,12 @@ run and compared.
 
 from __future__ import annotations
 
-import copy
 import functools
+import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,8 @@ from dampr.gates.base import GateModule
 from dampr.gates.ranks import groups_in
 from dampr.nn import GatedSyncBatchNorm
 
+from . import copies
+from .meta import OnMeta
 from .modules import of_kind
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -51,26 +53,71 @@ def copied(model: nn.Module, example_inputs: Any = None) -> nn.Module:
     """A deep copy of a model, also of one that keeps what it computed: torch copies no tensor that has a graph,
     and such are detached.
 
-    With example inputs the model is run without gradients first, which renews what it keeps wherever it keeps it.
+    Where that is out of sight, a model with example inputs is run without gradients, which renews what it keeps.
     """
-    if example_inputs is not None:
-        evaluate(model, example_inputs)
-    return copy.deepcopy(model, _detached(model))
+    try:
+        return cast(nn.Module, copies.deep(model, _memo(model)))
+    except RuntimeError:  # of torch
+        if example_inputs is None:
+            raise
+    evaluate(model, example_inputs)
+    return cast(nn.Module, copies.deep(model, _memo(model)))
 
 
 def twin(model: nn.Module) -> nn.Module:
     """Like :func:`copied`, but with the parameters themselves, so it is cheap, and nothing may write into them."""
-    return copy.deepcopy(model, _detached(model) | {id(p): p for p in model.parameters()})
+    return cast(nn.Module, copies.deep(model, _memo(model) | {id(p): p for p in model.parameters()}))
 
 
-def as_trained(model: nn.Module, example_inputs: Any) -> nn.Module:
+class Twins:
+    """Makes many a :func:`twin` of a model that stays as it is; ``meta``: with parameters and buffers on the meta
+    device, which have shapes and no values.
+    """
+
+    def __init__(self, model: nn.Module, meta: bool = False) -> None:
+        self._model, self._memo = model, _memo(model)
+        if not meta:
+            self._memo |= {id(p): p for p in model.parameters()}
+        for t in itertools.chain(model.parameters(), model.buffers()) if meta else ():
+            shapes = t if t.is_meta else t.detach().to("meta")
+            of_parameter = isinstance(t, nn.Parameter) and not t.is_meta
+            self._memo[id(t)] = nn.Parameter(shapes, t.requires_grad) if of_parameter else shapes
+
+    def make(self) -> nn.Module:
+        """A fresh one."""
+        return cast(nn.Module, copies.deep(self._model, dict(self._memo)))
+
+
+def counterparts(copy: nn.Module, model: nn.Module) -> dict[Any, Any]:
+    """Of each module and parameter of a copy that of the model."""
+    own: dict[Any, Any] = dict(zip(copy.modules(), model.modules(), strict=True))
+    return own | dict(zip(copy.parameters(), model.parameters(), strict=True))
+
+
+def as_trained(model: nn.Module, example_inputs: Any, sure: bool = False) -> nn.Module:
+    """What :func:`trained` gives first; ``sure``: without a look at the values, which are known to be finite."""
+    return _moved(model) if sure else trained(model, example_inputs)[0]
+
+
+def trained(model: nn.Module, example_inputs: Any) -> tuple[nn.Module, bool]:
     """A :func:`twin` with values such as training leaves, on which to try what is to hold then.
 
     A fresh norm shifts by 0, and a fresh branch may end in zeros: what they will add is not to be seen yet. Parameters
     of one dimension, those that are 0 and running statistics get fixed noise; gates stay. The plain twin where the
-    model has values that are not finite then.
+    model has values that are not finite then, and not before. Also whether all of its outputs are finite.
     """
-    plain, moved = twin(model), twin(model)
+    moved = _moved(model)
+    after = evaluate(moved, example_inputs)
+    if all(bool(t.isfinite().all()) for t in after):
+        return moved, True
+    plain = twin(model)
+    before = evaluate(plain, example_inputs)
+    same = all(bool(torch.equal(a.isfinite(), b.isfinite())) for a, b in zip(before, after, strict=True))
+    return moved if same else plain, False
+
+
+def _moved(model: nn.Module) -> nn.Module:
+    moved = twin(model)
     generator, made = torch.Generator().manual_seed(0), dict[int, nn.Parameter]()
 
     def noise(t: Tensor) -> Tensor:
@@ -86,15 +133,11 @@ def as_trained(model: nn.Module, example_inputs: Any) -> nn.Module:
             for name, t in module._buffers.items():
                 if name in ("running_mean", "running_var") and t is not None and not t.is_meta:
                     t.mul_(1 + noise(t).abs()) if name == "running_var" else t.add_(noise(t))
-    with same_noise(model):
-        before, after = evaluate(plain, example_inputs), evaluate(moved, example_inputs)
-    finite = all(bool(torch.equal(a.isfinite(), b.isfinite())) for a, b in zip(before, after, strict=True))
-    return moved if finite else plain
+    return moved
 
 
-def _detached(model: nn.Module) -> dict[int, Any]:
-    kept = pytree.tree_leaves([list(vars(module).values()) for module in model.modules()])
-    return {id(t): t.detach().clone() for t in kept if isinstance(t, Tensor) and not t.is_leaf} | groups_in(model)
+def _memo(model: nn.Module) -> dict[int, Any]:
+    return copies.detached(model) | groups_in(model)
 
 
 def check(example_inputs: Any) -> None:
@@ -224,19 +267,34 @@ by precision.
 """
 
 
-def tolerances(model: nn.Module, samples: Iterable[Any], atol: float | None, rtol: float | None) -> tuple[float, float]:
+def tolerances(
+    model: nn.Module,
+    samples: Sequence[Any],
+    atol: float | None,
+    rtol: float | None,
+    outputs: Iterable[list[Tensor]] | None = None,
+) -> tuple[float, float]:
     """(atol, rtol) as given or, where None, by the lowest precision in which the model
-    computes and by the size of its outputs.
+    computes and by the size of its outputs (``outputs``: on the samples, where these are known).
     """
-    lowest, largest = torch.float64, 0.0
-    for sample in samples:
-        with _Precision() as seen:
-            outputs = evaluate(model, sample)
-        lowest, largest = max(lowest, seen.lowest, key=lambda kind: TOLERANCE[kind]), max(largest, size(outputs))
-    relative = TOLERANCE[lowest]
+    if outputs is None:
+        outputs = [evaluate(model, sample) for sample in samples]
+    lowest = max((_lowest(model, sample) for sample in samples), key=lambda kind: TOLERANCE[kind])
+    largest, relative = max(map(size, outputs)), TOLERANCE[lowest]
     return relative * max(
         largest, 1.0 if lowest is torch.float32 else 0.0
     ) if atol is None else atol, relative if rtol is None else rtol
+
+
+def _lowest(model: nn.Module, sample: Any) -> torch.dtype:
+    """The lowest precision in which a model computes; without arithmetic where it runs so."""
+    try:
+        with OnMeta(), _Precision() as seen:
+            evaluate(Twins(model, meta=True).make(), OnMeta.of(sample))
+    except Exception:  # of a model that asks for values
+        with _Precision() as seen:
+            evaluate(model, sample)
+    return seen.lowest
 
 
 class _Precision(TorchDispatchMode):

@@ -33,13 +33,12 @@ class Latency(Cost):
 
     Every layer that gates can narrow is timed on its own at five widths of what it reads and five of what it writes,
     and between these its time is interpolated; more channels never count as less time. What the layers do not account
-    for (what is between them, and that they run one after the other) is fixed.
-    ``total`` is the median time of the model as it is.
+    for (what is between them, and that they run one after the other) is fixed. ``total`` is the median time of the
+    model as it is.
 
-    Of a model with gates on parameters the products of activations (the scores of attention) count as fixed.
-    Layers that are called several times count as often; recurrent layers and attention with whole sequences as in the
-    example inputs. A recurrent layer whose layers and directions have widths of their own
-    counts as one of their mean width.
+    Of a model with gates on parameters the products of activations (the scores of attention) count as fixed. Layers
+    that are called several times count as often; recurrent layers and attention with whole sequences as in the example
+    inputs. A recurrent layer whose layers and directions have widths of their own counts as one of their mean width.
     """
 
     def __init__(self, model: nn.Module, example_inputs: Any) -> None:
@@ -160,8 +159,8 @@ def _full(layer: Any, writes: bool) -> int:
 def _narrow(layer: Any, read: int, written: int, within: bool = False) -> nn.Module:
     """A layer like this one that reads and writes so many channels, with random weights.
 
-    Of a convolution in groups ``read`` are those of one group; ``within``: every group loses some,
-    and none goes as a whole.
+    Of a convolution in groups ``read`` are those of one group; ``within``: every group loses some, and none goes as a
+    whole.
     """
     if isinstance(layer, nn.Linear):
         return nn.Linear(read, written, layer.bias is not None)

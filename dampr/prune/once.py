@@ -44,12 +44,11 @@ def prune_once(
     """A smaller plain copy of a trained ``model`` that costs exactly a share of it; fine-tune it.
 
     Units are cut in the order of a criterion, whatever kind of structure :func:`dampr.convert` finds them in, by the
-    exact cost of what is left, and :func:`dampr.compact` proves that the result
-    computes what the masked model computes.
+    exact cost of what is left, and :func:`dampr.compact` proves that the result computes what the masked model
+    computes.
 
-    Args:
-        model: dense and trained, or with gates; it is not changed.
-        batches: pairs of inputs (a tensor, a tuple of positional or a dict of keyword arguments) and targets. A few
+    Args: model: dense and trained, or with gates; it is not changed. batches: pairs of inputs (a tensor, a tuple of
+        positional or a dict of keyword arguments) and targets. A few
             hundred examples do. Statistics of BatchNorms are taken again on them. Criteria other than ``"taylor"`` need
             none. In a process group of several ranks each has batches of its own; importance and statistics are means
             over the ranks, so every rank has to call this.
@@ -66,8 +65,8 @@ def prune_once(
     Returns: a new plain model in the training mode of ``model``; ``dampr_manifest`` is as of :func:`dampr.compact`,
     ``dampr_budget`` the :class:`dampr.BudgetReport`.
 
-    Raises: ValueError or TypeError that names the argument; ConversionError, BudgetError,
-    CompactionError as those functions do.
+    Raises: ValueError or TypeError that names the argument; ConversionError, BudgetError, CompactionError as those
+    functions do.
 
     >>> import dampr
     >>> x, y = torch.randn(64, 20), torch.randint(5, (64,))

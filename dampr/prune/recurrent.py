@@ -50,8 +50,8 @@ def make_plain(
     the same is tried on ``samples``; where it does not (a nonlinearity between them, a norm, a state from outside),
     the layer keeps its size.
 
-    Returns what is left of each layer, of the smaller ones the units,
-    and for layers with closed units that stay the reason.
+    Returns what is left of each layer, of the smaller ones the units, and for layers with closed units that stay the
+    reason.
     """
     kept: dict[tuple[str, bool], Tensor] = {}
     units: dict[str, Units] = {}

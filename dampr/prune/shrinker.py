@@ -71,8 +71,8 @@ class Shrinker:
     at any goal to come; else where it was closed in ``patience`` calls of :meth:`step`. Gates that are drawn count as
     closed where evaluation closes them and the probability of being drawn open is at most ``probability``; with 0
     training is the same to rounding. What has left waits in the memory of the host, and is in the model again as it was
-    when the budget wants it after all, or on :meth:`expand`.
-    (:func:`dampr.expand` gives a copy with zeros in its place.)
+    when the budget wants it after all, or on :meth:`expand`. (:func:`dampr.expand` gives a copy with zeros in its
+    place.)
 
     Args:
         model: with gated layers, or gates on parameters; changed in place.
@@ -207,11 +207,10 @@ class Shrinker:
     def shrink(self, optimizer: Optimizers = None, *, ema: Copies = ()) -> int:
         """Take the units of the candidates out of the model, whatever it saves; returns how many went.
 
-        Args:
-            optimizer: of the weights, one or several; what is left of its state stays. None:
+        Args: optimizer: of the weights, one or several; what is left of its state stays. None:
                 make a new one if anything went.
-            ema: copies of the model, as :class:`torch.optim.swa_utils.AveragedModel` makes them,
-                which lose the same units.
+            ema: copies of the model, as :class:`torch.optim.swa_utils.AveragedModel` makes them, which lose the same
+                units.
 
         Raises: ValueError for an optimizer whose state cannot be cut, and for copies of another structure,
         before anything is changed.
@@ -359,8 +358,8 @@ def closed_for_good(gate: Gate, probability: float) -> Tensor:
     """Which gates of a whole vector are closed in evaluation, drawn open in training with at most this probability,
     and learn nothing.
 
-    bool. A family may send a gradient to closed gates (a straight-through estimator does),
-    and then training may want them back.
+    bool. A family may send a gradient to closed gates (a straight-through estimator does), and then training may want
+    them back.
     """
     if isinstance(gate, SteppedGate):
         return ~gate.is_open()

@@ -93,8 +93,8 @@ def look(model: nn.Module, example_inputs: Any) -> Sight | None:
 def _placed(model: nn.Module, example_inputs: Any) -> tuple[Units, Placement]:
     """The units of a model, and which of them may have gates.
 
-    Where no whole group of some convolution can go, as around a shuffle of channels,
-    the channels in the same place of every group may.
+    Where no whole group of some convolution can go, as around a shuffle of channels, the channels in the same place of
+    every group may.
     """
     units = trace_units(model, example_inputs)
     placement = unit_gates.place(model, units, example_inputs)

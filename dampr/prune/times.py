@@ -41,8 +41,8 @@ def layer_times(model: nn.Module, small: nn.Module, example_inputs: Any) -> list
     """Time the layers of ``small``, which ``model`` was compacted to, beside those that they were.
 
     Each is called with what it is called with on the example inputs, alone, in evaluation mode; a gated layer
-    multiplies its gates each time, as it does in training.
-    On a GPU the calls are launched one after the other and waited for together.
+    multiplies its gates each time, as it does in training. On a GPU the calls are launched one after the other and
+    waited for together.
 
     Args:
         model: gated; not changed.

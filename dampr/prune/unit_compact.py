@@ -25,8 +25,8 @@ Kept = dict[tuple[nn.Module, bool], Tensor]
 def compacted(model: nn.Module, example_inputs: Any, round_to: int) -> tuple[nn.Module, Kept, dict[str, Any]]:
     """A plain copy of ``model`` without the units whose gates are closed.
 
-    Returns the copy, what is left of what its layers write and read, and the manifest,
-    of which the caller knows the difference.
+    Returns the copy, what is left of what its layers write and read, and the manifest, of which the caller knows the
+    difference.
     """
     structure = UnitStructure(model, example_inputs)
     small = without_gates(model, folded=True)

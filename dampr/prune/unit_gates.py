@@ -7,7 +7,6 @@ from __future__ import annotations
 import functools
 import itertools
 import re
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -24,26 +23,24 @@ from dampr.nn.parameter import GatedParameter, is_on, put_on, take_off
 from . import filters, inputs, second_opinion
 from .filters import Filter
 from .modules import by_name
-from .open_norms import OpenNorm, close, in_one_vector
+from .open_norms import OpenNorm, in_one_vector
+from .unit_trials import Subject, Trial, is_meta
 from .units import Units
 from .units.groups import Group, groups, readable
-from .units.proof import cut, differs, half, substitute
+from .units.proof import differs, half
 from .units.sizes import Size, followers
 
 UNSAID = "include or exclude leaves it out, or it is alone in its width"
-_SCALES = (10.0, 100.0)  # of the example inputs on which masked and cut models are compared too
 
 
 @dataclass
 class Placement:
     """What :func:`place` found.
 
-    Attributes:
-        groups: vectors of gates to be.
-        sizes: the numbers beside parameters that follow when these are cut.
-        read: those of them without which the cut model does not compute the same.
-        refused: class -> why it gets no gate though the trace calls it free.
-        norms: those that are to count open units only.
+    Attributes: groups: vectors of gates to be. sizes: the numbers beside parameters that follow when these are cut.
+        read: those of them without which the cut model does not compute the same. refused: class -> why it gets no gate
+        though the trace calls it free. norms: those that are to count open units only. finite: whether the model's
+        outputs are, with values such as training leaves too.
     """
 
     groups: list[Group]
@@ -51,23 +48,11 @@ class Placement:
     read: set[Size] = field(default_factory=set)
     refused: dict[int, str] = field(default_factory=dict)
     norms: dict[str, OpenNorm] = field(default_factory=dict)
+    finite: bool = False
 
     def classes(self) -> list[int]:
         """All classes with a gate."""
         return [one for group in self.groups for one in group.classes]
-
-
-@dataclass(frozen=True)
-class _Subject:
-    """A plain model, its units, inputs to try it on, and the norms that are to count open units only."""
-
-    model: nn.Module
-    units: Units
-    example_inputs: Any
-    norms: Mapping[str, OpenNorm]
-
-
-_Good = list[tuple[list[list[int]], list[Size]]]  # families that may go together, and the numbers that follow
 
 
 def place(
@@ -77,78 +62,151 @@ def place(
 
     ``norms``: that count open units only, of ``units`` that know it (:meth:`.Units.with_open_statistics`).
     """
-    subject = _Subject(
-        model if _is_meta(model) else inputs.as_trained(model, example_inputs), units, example_inputs, norms or {}
-    )
+    trained, finite = (model, False) if is_meta(model) else inputs.trained(model, example_inputs)
+    subject = Subject(trained, units, example_inputs, norms or {})
     parameters = dict(model.named_parameters(remove_duplicate=False))
     owned = [name for name in parameters if _owner(model, name) is not None]
-    refused = units.in_training_alone()
-    found = groups(units, [one for one in readable(units, owned) if one not in refused])
+    protected = units.in_training_alone()
+    found = groups(units, [one for one in readable(units, owned) if one not in protected])
     families = _families(units, [one for group in found for one in group.classes])
-    kind = functools.partial(_kind, units)
-    good: _Good = []
-    todo = [families] if families else []
-    read: set[Size] = set()
-
-    def passes(some: list[list[int]]) -> bool:
-        reason, follow, needed = _try(subject, some, quick=len(some) < len(families))
-        if reason is None:
-            good.append((some, follow))
-            read.update(follow if needed else ())
-        elif len(some) == 1:
-            refused.update(dict.fromkeys(some[0], reason))
-        return reason is None
-
-    while todo:
-        some = todo.pop()
-        if passes(some) or len(some) == 1:
-            continue
-        if len({kind(family) for family in some}) > 1:
-            todo += [list(alike) for _, alike in itertools.groupby(sorted(some, key=kind), key=kind)]
-            continue
-        first, *others, last = some
-        if not passes([first]) | passes([last]):  # what is alike fails alike
-            refused |= dict.fromkeys((one for family in others for one in family), refused[last[0]])
-        elif others:
-            middle = len(others) // 2
-            todo += [half for half in (others[:middle], others[middle:]) if half]
-    tried = len(good) == 1 and len(good[0][0]) == len(families)
-    kept, sizes = _together(subject, good, refused, tried)
+    try:
+        search = _Search(subject, families)
+        kept, sizes = search.together()
+    except _DeceivedError:
+        search = _Search(subject, families, by_values=True)
+        kept, sizes = search.together()
+    refused = protected | search.refused
     vectors = [group for group in found if kept.issuperset(group.classes)]
     usable = in_one_vector(subject.norms, (group.classes for group in vectors))
     bad = {one for name, norm in subject.norms.items() if name not in usable for one in norm.classes if one in kept}
     refused |= dict.fromkeys(bad, "one norm counts it together with units of other widths")
     vectors = [group for group in vectors if bad.isdisjoint(group.classes)]
-    return Placement(vectors, sizes, read, refused, in_one_vector(usable, (group.classes for group in vectors)))
+    norms = in_one_vector(usable, (group.classes for group in vectors))
+    return Placement(vectors, sizes, search.read, refused, norms, finite)
 
 
-def _together(subject: _Subject, good: _Good, refused: dict[int, str], tried: bool) -> tuple[set[int], list[Size]]:
-    """Of sets of families that computed the same one by one, the classes of those that do together, and whose trace is
-    that of the model without them; and the sizes that follow. Adds to ``refused``.
+class _DeceivedError(Exception):
+    """Cuts that run, as their shapes show, do not compute the same."""
 
-    All at once in most cases, else one after the other, the largest first. ``tried``: all were compared at once before.
+
+class _Search:
+    """Which families can be cut, and with which numbers following.
+
+    All are tried at once, then those of one kind, then halves of these. What is tried again with all others has to run,
+    as shapes show; ``by_values``: has to compute the same too.
+
+    Attributes: read: the sizes without which a cut model does not compute the same. refused: class -> why it cannot be
+        cut.
     """
 
-    def fault(families: list[list[int]], sizes: list[Size]) -> str:
-        classes = half(subject.units, families)
-        reason = "" if tried else _Masked(subject, classes).differs(sizes)
+    def __init__(self, subject: Subject, families: list[list[int]], by_values: bool = False) -> None:
+        self._subject, self._families, self._by_values = subject, families, by_values
+        self.read: set[Size] = set()
+        self.refused: dict[int, str] = {}
+        # families that may go together, and the numbers that follow
+        self._good: list[tuple[list[list[int]], list[Size]]] = []
+        self._assumed = False  # some without a look at values
+        kind = functools.partial(_kind, subject.units)
+        todo = [families] if families else []
+        while todo:
+            some = todo.pop()
+            if self._passes(some) or len(some) == 1:
+                continue
+            if len({kind(family) for family in some}) > 1:
+                todo += [list(alike) for _, alike in itertools.groupby(sorted(some, key=kind), key=kind)]
+                continue
+            first, *others, last = some
+            if not self._passes([first]) | self._passes([last]):  # what is alike fails alike
+                self.refused |= dict.fromkeys((one for family in others for one in family), self.refused[last[0]])
+            elif others:
+                middle = len(others) // 2
+                todo += [half for half in (others[:middle], others[middle:]) if half]
+
+    def _passes(self, some: list[list[int]]) -> bool:
+        reason, follow, needed = self._try(some)
+        if reason is None:
+            self._good.append((some, follow))
+            self.read.update(follow if needed else ())
+        elif len(some) == 1:
+            self.refused.update(dict.fromkeys(some[0], reason))
+        return reason is None
+
+    def _try(self, families: list[list[int]]) -> tuple[str | None, list[Size], bool]:
+        """Why half of these families cannot be cut; where it can, the numbers that follow,
+        and whether the model needs that.
+        """
+        subject, units = self._subject, self._subject.units
+        classes = half(units, families)
+        if not classes:
+            return "every dimension keeps one channel at least", [], False
+        every = len(families) == len(self._families)
+        trial, choices = Trial(subject, classes, quick=not every), _choices(subject, families)
+        for chosen in choices:
+            if not trial.fits(chosen):
+                continue
+            assumed = not every and not self._by_values and subject.shapes is not None
+            if assumed or not trial.differs(chosen):
+                self._assumed |= assumed
+                return (
+                    None,
+                    _needed(trial, chosen),
+                    bool(chosen) and not (trial.same([], first=True) and trial.same([])),
+                )
+            self._by_values = True  # shapes do not show what is wrong here
+        if len(families) > 1:
+            return "not all of them can", [], False
+        reason = trial.differs(choices[-1])
+        if not reason:  # it does run
+            subject.doubt_shapes()
+            return self._try(families)
+        return reason, [], False
+
+    def together(self) -> tuple[set[int], list[Size]]:
+        """Of families that can be cut one by one, the classes of those that can be together, and whose trace is
+        that of the model without them; and the sizes that follow. Adds to ``refused``.
+
+        All at once in most cases, else one after the other, the largest first.
+        """
+        good = self._good
+        tried = len(good) == 1 and len(good[0][0]) == len(self._families)  # all were compared at once before
+        kept: list[list[int]] = [family for families, _ in good for family in families]
+        sizes = list(dict.fromkeys(size for _, follow in good for size in follow))
+        if not kept or not self._fault(kept, sizes, tried, self._assumed):
+            return {one for family in kept for one in family}, sizes
+        kept, sizes = [], []
+        todo = [([family], follow) for families, follow in good for family in families] if len(good) == 1 else good
+        for families, follow in sorted(todo, key=lambda one: -sum(map(len, one[0]))):
+            more = list(dict.fromkeys([*sizes, *follow]))
+            reason = self._fault([*kept, *families], more, tried)
+            if reason:
+                self.refused |= dict.fromkeys((one for family in families for one in family), reason)
+            else:
+                kept, sizes = [*kept, *families], more
+        return {one for family in kept for one in family}, sizes
+
+    def _fault(self, families: list[list[int]], sizes: list[Size], tried: bool, assumed: bool = False) -> str:
+        """What is wrong without half of these; _DeceivedError where that was ``assumed`` not to be."""
+        subject, classes = self._subject, half(self._subject.units, families)
+        reason = "" if tried else Trial(subject, classes).differs(sizes)
+        if reason and assumed:
+            raise _DeceivedError(reason)
         found = None if reason else differs(subject.model, subject.units, [subject.example_inputs], classes, sizes)
         return reason if found is None else found.text
 
-    kept: list[list[int]] = [family for families, _ in good for family in families]
-    sizes = list(dict.fromkeys(size for _, follow in good for size in follow))
-    if not kept or not fault(kept, sizes):
-        return {one for family in kept for one in family}, sizes
-    kept, sizes = [], []
-    todo = [([family], follow) for families, follow in good for family in families] if len(good) == 1 else good
-    for families, follow in sorted(todo, key=lambda one: -sum(map(len, one[0]))):
-        more = list(dict.fromkeys([*sizes, *follow]))
-        reason = fault([*kept, *families], more)
-        if reason:
-            refused |= dict.fromkeys((one for family in families for one in family), reason)
-        else:
-            kept, sizes = [*kept, *families], more
-    return {one for family in kept for one in family}, sizes
+
+def _choices(subject: Subject, families: list[list[int]]) -> list[list[Size]]:
+    """The numbers that may follow these families: all of them, some, none."""
+    sizes = followers(subject.model, subject.units, [one for family in families for one in family])
+    kinds = [sizes, []] if sizes else [[]]
+    if sizes and len({_kind(subject.units, family) for family in families}) == 1:
+        kinds[1:1] = [
+            [size for size in sizes if "head" in size.attribute],
+            [size for size in sizes if "head" not in size.attribute],
+        ]
+        # one of which may be of another width that has the same size
+        attributes = dict.fromkeys(size.attribute for size in sizes)
+        kinds += [[size for size in sizes if size.attribute != own] for own in attributes]
+    return [chosen for number, chosen in enumerate(kinds) if chosen not in kinds[:number]]
 
 
 def _kind(units: Units, family: list[int]) -> str:
@@ -180,148 +238,25 @@ def _families(units: Units, classes: Iterable[int]) -> list[list[int]]:
     return [family for family in found if family]
 
 
-def _try(subject: _Subject, families: list[list[int]], quick: bool) -> tuple[str | None, list[Size], bool]:
-    """Why half of these families cannot be cut; where it can, the numbers that follow,
-    and whether the model needs that.
-
-    ``quick``: on the example inputs alone, for what is compared again with all others.
-    """
-    units = subject.units
-    classes = half(units, families)
-    if not classes:
-        return "every dimension keeps one channel at least", [], False
-    sizes = followers(subject.model, units, [one for family in families for one in family])
-    kinds = [sizes, []] if sizes else [[]]
-    if len({_kind(units, family) for family in families}) == 1 and sizes:
-        kinds[1:1] = [
-            [size for size in sizes if "head" in size.attribute],
-            [size for size in sizes if "head" not in size.attribute],
-        ]
-        # one of which may be of another width that has the same size
-        attributes = dict.fromkeys(size.attribute for size in sizes)
-        kinds += [[size for size in sizes if size.attribute != own] for own in attributes]
-    masked, reason = _Masked(subject, classes, scales=() if quick else _SCALES), ""
-    for number, chosen in enumerate(kinds):
-        if chosen in kinds[:number]:
-            continue
-        reason = masked.differs(chosen)
-        if not reason:
-            needed = bool(chosen) and bool(masked.differs([]))
-            return None, _needed(masked, chosen), needed
-    return reason, [], False
-
-
-def _needed(masked: _Masked, sizes: list[Size]) -> list[Size]:
+def _needed(trial: Trial, sizes: list[Size]) -> list[Size]:
     """Of numbers that may follow those without which the model computes something else, those that count heads by their
     names, and those of layers of torch.nn.
 
     A number of other code that only happens to be as large as a width, such as a stride, must not follow it.
     """
     known = {
-        size.module
-        for size in sizes
-        if type(masked.model.get_submodule(size.module)).__module__.startswith("torch.nn.")
+        size.module for size in sizes if type(trial.model.get_submodule(size.module)).__module__.startswith("torch.nn.")
     }
     doubtful = [size for size in sizes if size.module not in known and not re.search("heads$|n_?head$", size.attribute)]
-    for attribute in dict.fromkeys(size.attribute for size in doubtful):
-        others = [size for size in sizes if size.attribute != attribute or size.module in known]
-        if not masked.differs(others):
-            sizes = others
-    return sizes
-
-
-class _Masked:
-    """A copy of a model in which nothing reads some classes, to be compared with copies that have lost them,
-    also on larger inputs.
-    """
-
-    def __init__(self, subject: _Subject, classes: list[int], scales: tuple[float, ...] = _SCALES) -> None:
-        self._subject, self.model, self._units, self._classes = subject, subject.model, subject.units, classes
-        self._samples = [subject.example_inputs]
-        if any(t.is_floating_point() for t in inputs.tensors(subject.example_inputs)):
-            given = (inputs.perturbed(subject.example_inputs), subject.example_inputs)
-            self._samples += [_scaled(sample, scale) for sample, scale in zip(given, scales, strict=False)]
-        self._expected: list[list[Tensor]] = []
-
-    @functools.cached_property
-    def _masked(self) -> nn.Module:
-        masked = inputs.twin(self.model)
-        mask_columns(masked, self._units, self._classes)
-        close(masked, self._subject.norms, self._classes)
-        return masked
-
-    def _outputs(self, number: int) -> list[Tensor]:
-        if number == len(self._expected):
-            with inputs.same_noise(self._masked):
-                self._expected.append(inputs.evaluate(self._masked, self._samples[number]))
-        return self._expected[number]
-
-    def differs(self, sizes: list[Size]) -> str:
-        """What a copy without the classes does that the masked one does not, with these numbers following;
-        "" for nothing.
-        """
-        if _is_meta(self.model):
-            return ""
-        small = cut(inputs.twin(self.model), self._units, self._classes, sizes)
-        with inputs.unfused(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a norm without gain whose width is not that of its input
-            for number, sample in enumerate(self._samples):
-                try:
-                    with inputs.same_noise(small):
-                        found = inputs.evaluate(small, sample)
-                except Exception as error:
-                    return (
-                        "without half of its channels the model does not run, so something beside its layers has "
-                        f"that width ({error})"
-                    )
-                expected = self._outputs(number)
-                tolerance = 30 * inputs.TOLERANCE[_precision(expected)]
-                if inputs.differ(expected, found, tolerance, tolerance * inputs.size(expected)):
-                    return (
-                        "without half of its channels the model computes something else, so these are mixed or "
-                        "rearranged on the way"
-                    )
-        return ""
-
-
-def _is_meta(model: nn.Module) -> bool:
-    return any(p.is_meta for p in model.parameters())
-
-
-def _precision(outputs: list[Tensor]) -> torch.dtype:
-    return max(
-        (t.dtype for t in outputs if t.dtype in inputs.TOLERANCE),
-        key=lambda kind: inputs.TOLERANCE[kind],
-        default=torch.float32,
-    )
-
-
-def _scaled(example_inputs: Any, scale: float) -> Any:
-    def grow(leaf: Any) -> Any:
-        return leaf * scale if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
-
-    return torch.utils._pytree.tree_map(grow, example_inputs)
-
-
-def mask_columns(model: nn.Module, units: Units, classes: Iterable[int]) -> None:
-    """Set to 0 the columns of weights that read these classes; ``model`` gets parameters of its own there."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    read = np.zeros(len(units.label), bool)
-    read[units.columns] = True
-    closed: dict[str, list[tuple[int, Any]]] = {}
-    for name, dims in units.indices(classes).items():
-        for dim, indices in dims.items() if name in parameters else ():
-            own = np.array(indices)
-            here = own[read[units.first_unit(name, dim) + own]]
-            if len(here):
-                closed.setdefault(name, []).append((dim, here))
-    new: dict[int, Tensor] = {}
-    for name, places in closed.items():
-        values = parameters[name].detach().clone()
-        for dim, here in places:
-            values.index_fill_(dim, torch.from_numpy(here).to(values.device), 0.0)
-        new[id(parameters[name])] = nn.Parameter(values, requires_grad=parameters[name].requires_grad)
-    substitute(model, new)
+    for first in (True, False):  # on one sample, and on all only where that says too little
+        left = sizes
+        for attribute in dict.fromkeys(size.attribute for size in doubtful):
+            others = [size for size in left if size.attribute != attribute or size.module in known]
+            if trial.same(others, first):
+                left = others
+        if left == sizes or trial.same(left):
+            break
+    return left
 
 
 def _above(model: nn.Module, name: str) -> list[tuple[str, nn.Module]]:

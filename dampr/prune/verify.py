@@ -25,9 +25,8 @@ from .wrapped import sees_through
 class GateCheck:
     """The gates of one layer.
 
-    Attributes:
-        gates: how many there are, and ``tried`` how many of them were closed one by one.
-        unreachable: those of ``tried`` whose closing left the output as it was, on these inputs (behind a ReLU that is
+    Attributes: gates: how many there are, and ``tried`` how many of them were closed one by one. unreachable: those of
+        ``tried`` whose closing left the output as it was, on these inputs (behind a ReLU that is
             never positive, say), by their numbers.
         without_gradient: those whose value the output does not depend on to first order, by their numbers.
         problems: why the layer does not pass; empty where it does.

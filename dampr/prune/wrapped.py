@@ -99,15 +99,14 @@ def gathered(model: nn.Module, *, rank: int | None = None) -> Any:
     """The module inside of wrappers; where ``fully_shard`` or ``parallelize_module`` have sharded it,
     a plain copy with whole parameters.
 
-    Args:
-        model: wrapped, sharded or neither; a sharded one is not changed.
-        rank: the only rank that keeps the copy; None: every rank does. Sharded parameters are gathered one by one,
+    Args: model: wrapped, sharded or neither; a sharded one is not changed. rank: the only rank that keeps the copy;
+        None: every rank does. Sharded parameters are gathered one by one,
             on every rank.
 
     Returns: a module; None on the other ranks where ``rank`` is given.
 
-    Raises: TypeError for ``FullyShardedDataParallel``, the predecessor of ``fully_shard``,
-    and for gates that are sharded.
+    Raises: TypeError for ``FullyShardedDataParallel``, the predecessor of ``fully_shard``, and for gates that are
+    sharded.
     """
     model = unwrapped(model)
     if "torch.distributed.fsdp" in sys.modules:

@@ -39,15 +39,14 @@ def trace_units(
     The model is run on meta tensors, so nothing is computed; where its control flow asks for a value it is run on real
     ones. Whatever is raised, its attributes, buffers, modes and the states of random generators are as before.
 
-    Args:
-        model: any module, on any device (``meta`` included); its forward is what it computes without gradients.
-        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments.
-        training: the modes to run it in. What only training reaches is traced too,
+    Args: model: any module, on any device (``meta`` included); its forward is what it computes without gradients.
+        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments. training: the modes to run it
+        in. What only training reaches is traced too,
             so that nothing is cut that a branch of training reads.
         more_inputs: further example inputs, for models that take another path on these; all paths are united.
         fake: True: on meta tensors or not at all; False: on real ones.
-        within: the weights of convolutions in groups, by name, of which every group loses the same channels;
-            of others whole groups go.
+        within: the weights of convolutions in groups, by name, of which every group loses the same channels; of others
+            whole groups go.
 
     Returns: a :class:`Units`. Its ``failed`` says of a mode other than the first why the model does not run in it.
 

@@ -1,8 +1,8 @@
 """Axes: small int64 tensors that say to which unit each element of a tensor belongs.
 
 An axis has the rank of its tensor and size 1 along every dimension along which the unit does not change, so that the
-channels of an image are one axis of shape (1, C, 1, 1). 0 is no unit: a batch entry, a token, a pixel,
-an input feature.
+channels of an image are one axis of shape (1, C, 1, 1). 0 is no unit: a batch entry, a token, a pixel, an input
+feature.
 """
 
 from __future__ import annotations

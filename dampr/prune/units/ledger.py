@@ -23,12 +23,12 @@ _HALF = 31  # bits for each unit of a pair in one number
 class Reason:
     """Why units stay, or what a width is a statistic of.
 
-    Attributes:
-        kind: "output", "mixed", "statistic", "constants", "picked", "opaque", "split", "unread", "unreached" or "only"
+    Attributes: kind: "output", "mixed", "statistic", "constants", "picked", "opaque", "split", "unread", "unreached" or
+        "only"
             (nothing is left to choose along a dimension).
         text: in words.
-        operator, module, line: of the operator that says so, where one does;
-            the line is of the code outside of torch that ran it.
+        operator, module, line: of the operator that says so, where one does; the line is of the code outside of torch
+            that ran it.
     """
 
     kind: str
@@ -89,8 +89,7 @@ class Ledger:
     """Units of a model's floating-point parameters and buffers,
     an integer from 1 on for each index of each dimension longer than 1.
 
-    Attributes:
-        origin: name of a parameter or buffer -> (dimension, first unit, size) of each dimension with units;
+    Attributes: origin: name of a parameter or buffer -> (dimension, first unit, size) of each dimension with units;
             tied ones once.
         alias: every name -> the name in ``origin``.
         known: id of a tensor -> (tensor, name, marks).
@@ -102,18 +101,18 @@ class Ledger:
         reached: name -> the modes (training or not) in which an operator read it.
         numbers: (operator, what it was given beside tensors) of every elementwise call, in order.
         columns: units of the contracted dimensions of weights themselves, also in ``read``.
-        beside: pairs of units of weights that are added up, or the like, before a product reads them:
-            where one is a column both are.
+        beside: pairs of units of weights that are added up, or the like, before a product reads them: where one is a
+            column both are.
         normalised: sums over weights alone, each the units of its factors in the same places, and the reason: harmless
             where gates are on a factor that also reads these units, for zeros there count as if they were not there.
         summed: units of activations that are added up by no weight (a sum over channels, a product of two activations).
         products: every product that a FLOP counter counts.
-        within: weights of convolutions in groups, by name,
-            of which every group loses as many channels and none goes as a whole.
+        within: weights of convolutions in groups, by name, of which every group loses as many channels and none goes as
+            a whole.
         in_groups: the weights of convolutions in groups of several channels.
         counted: of every statistic over units the name of the module that computes it, and the units in order.
-        normed: of every norm over groups of channels, or with each for itself, the name of its module,
-            the units of all, how many groups.
+        normed: of every norm over groups of channels, or with each for itself, the name of its module, the units of
+            all, how many groups.
     """
 
     origin: dict[str, list[tuple[int, int, int]]] = field(default_factory=dict)

@@ -14,6 +14,8 @@ import torch
 from .axes import narrow
 from .ledger import Ints, Ledger, Product, Reason, Split
 
+_HALF = 31  # bits for each unit of a pair in one number; units are far fewer than 2^31
+_LOW = (1 << _HALF) - 1
 _PASSES = 20  # over the constraints; each pass joins classes, and networks seen so far took at most four
 
 NOTHING_TO_CHOOSE = ("only", "unread")
@@ -35,14 +37,11 @@ class Member(NamedTuple):
 class Units:
     """The partition of a model's units into classes; a class is cut by deleting its indices from its members.
 
-    Attributes:
-        label: of each unit the number of its class.
-        origin: name of a parameter or buffer -> (dimension, first unit, size) of each dimension longer than 1.
-        alias: every name of a parameter or buffer -> the one in ``origin`` (a tied one has its units once).
-        free: classes that may be cut, in order.
-        fixed: class -> why it stays.
-        statistics: class -> what is computed over it; it may be cut where that counts open units.
-        normalised: free class -> the norm of a weight that reads it, which counts it;
+    Attributes: label: of each unit the number of its class. origin: name of a parameter or buffer -> (dimension, first
+        unit, size) of each dimension longer than 1. alias: every name of a parameter or buffer -> the one in ``origin``
+        (a tied one has its units once). free: classes that may be cut, in order. fixed: class -> why it stays.
+        statistics: class -> what is computed over it; it may be cut where that counts open units. normalised: free
+        class -> the norm of a weight that reads it, which counts it;
             it may be cut where gates are on that weight.
         families: free classes of dimensions that have classes in common.
         read, written: the units that weights read, and those that they write.
@@ -91,6 +90,16 @@ class Units:
                     found[one].append(Member(name, dim, order[start:end]))
         return dict(found)
 
+    def places(self, classes: Iterable[int]) -> list[tuple[str, int]]:
+        """The dimensions, of parameters and buffers by name, that have something of these classes, in their order."""
+        members, places = self.members, self._places
+        rows = dict.fromkeys(places.get(one) or places.setdefault(one, _where(members[one])) for one in classes)
+        return list(dict.fromkeys(place for row in rows for place in row))
+
+    @functools.cached_property
+    def _places(self) -> dict[int, tuple[tuple[str, int], ...]]:
+        return {}
+
     def classes(self, name: str, dim: int) -> list[int]:
         """The class of each index of a parameter's or buffer's dimension; empty for a dimension of size 1.
 
@@ -128,8 +137,8 @@ class Units:
         """Why an index of this dimension must not be cut, or only under conditions (:attr:`statistics`,
         :attr:`normalised`); else None.
 
-        Of several reasons the one of the lowest index,
-        but what is mixed or fixed before that nothing is left to choose.
+        Of several reasons the one of the lowest index, but what is mixed or fixed before that nothing is left to
+        choose.
         """
         reasons = [reason for one in self.classes(name, dim) if (reason := self.reason(one)) is not None]
         return next(
@@ -249,10 +258,10 @@ class _Labels:
         self._splits = ledger.splits
         self._why = [why for _, why in ledger.blocks]
         self._join(_concatenated([pairs for pairs, _ in ledger.unions]))
-        events = [np.full(pairs.shape[1], at) for at, (pairs, _) in enumerate(ledger.blocks)]
-        pairs = _concatenated([pairs for pairs, _ in ledger.blocks])
-        rows = np.stack((np.concatenate(events) if events else np.zeros(0, np.int64), *pairs))
-        self._event, self._outer, self._inner = np.unique(rows[:, (pairs > 0).all(0)], axis=1)
+        keys = [_keys(*pairs[:, (pairs > 0).all(0)]) for pairs, _ in ledger.blocks]
+        every = np.concatenate(keys) if keys else np.zeros(0, np.int64)
+        self._event = np.repeat(np.arange(len(keys)), [len(own) for own in keys])
+        self._outer, self._inner = every >> _HALF, every & _LOW
         new = (self._outer[1:] != self._outer[:-1]) | (self._event[1:] != self._event[:-1])
         self._starts = np.flatnonzero(np.r_[True, new]) if len(self._outer) else np.zeros(0, np.int64)
 
@@ -288,13 +297,10 @@ class _Labels:
             np.maximum.reduceat(inner, self._starts),
         )
 
-    def _runs_along(self) -> dict[int, set[int]]:
-        found: dict[int, set[int]] = defaultdict(set)
-        for outer, inner in zip(self.label[self._outer].tolist(), self.label[self._inner].tolist(), strict=True):
-            found[inner].add(outer)
-        return found
+    def _runs_along(self) -> _Blocks:
+        return _Blocks(_keys(self.label[self._inner], self.label[self._outer]) if self._splits else self._inner[:0])
 
-    def _settle_split(self, split: Split, runs_along: dict[int, set[int]]) -> None:
+    def _settle_split(self, split: Split, runs_along: _Blocks) -> None:
         """A view as several dimensions keeps all but one of them whole: the one that may go is the one along which
         blocks differ (the heads of scores), or else the last.
         """
@@ -310,14 +316,35 @@ class _Labels:
                 self._join(np.stack((a.reshape(-1).numpy(), b.reshape(-1).numpy())))
 
 
-def _has_blocks(axis: torch.Tensor, dim: int, dims: Sequence[int], runs_along: dict[int, set[int]]) -> bool:
+class _Blocks:
+    """Of each class the classes that run along it, from sorted keys of both."""
+
+    def __init__(self, keys: Ints) -> None:
+        self._keys = keys
+
+    def of(self, one: int) -> set[int]:
+        """The classes that run along this one."""
+        start, end = np.searchsorted(self._keys, [one << _HALF, (one + 1) << _HALF])
+        return set((self._keys[start:end] & _LOW).tolist())
+
+
+def _keys(first: Ints, second: Ints) -> Ints:
+    """The different pairs as numbers, in order."""
+    return np.unique(first << _HALF | second)
+
+
+def _has_blocks(axis: torch.Tensor, dim: int, dims: Sequence[int], runs_along: _Blocks) -> bool:
     """Whether some unit runs along the whole of index 0 of ``dim`` and not along its last index."""
     start, end, beyond = ([0] * axis.dim() for _ in range(3))
     for other in dims:
         end[other] = 0 if other == dim else axis.shape[other] - 1
     beyond[dim] = axis.shape[dim] - 1
-    first, last, past = (runs_along.get(int(axis[tuple(at)]), set()) for at in (start, end, beyond))
+    first, last, past = (runs_along.of(int(axis[tuple(at)])) for at in (start, end, beyond))
     return bool((first & last) - past)
+
+
+def _where(members: list[Member]) -> tuple[tuple[str, int], ...]:
+    return tuple((m.name, m.dim) for m in members)
 
 
 def _concatenated(parts: list[Ints]) -> Ints:

@@ -118,8 +118,8 @@ def follow_parameters(module: Any, keeps_groups: bool = False) -> None:
 def half(units: Units, families: Sequence[Sequence[int]], seed: int = 0) -> list[int]:
     """A random half of the classes of each family, but of every dimension at least one class stays.
 
-    Of several families one loses half, the next one less:
-    what code keeps for several of them in one number is found so.
+    Of several families one loses half, the next one less: what code keeps for several of them in one number is found
+    so.
     """
     generator = random.Random(seed)
     left = {

@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .. import inputs
+from .. import inputs, meta
 from . import rules
 from .axes import Axes, moving, narrow
 from .call import Call
@@ -97,8 +97,8 @@ def run_as_fits(
 def as_it_was(model: nn.Module, parameters: bool = False) -> Iterator[None]:
     """Give back every attribute of every module, the values of buffers and the states of generators after the block.
 
-    ``parameters``: their values too, which costs their memory once more;
-    a teacher that follows in training writes into its own.
+    ``parameters``: their values too, which costs their memory once more; a teacher that follows in training writes into
+    its own.
     """
     attributes = [(module, dict(vars(module)), _containers(module)) for module in model.modules()]
     values = [(t, t.detach().clone()) for t in (*model.buffers(), *(model.parameters() if parameters else ()))]
@@ -229,7 +229,7 @@ class Tracer(TorchDispatchMode):
             if result is not NotImplemented:
                 return result
         out = self._result(func, name, args, kwargs)
-        given = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        given = meta.tensors_of((args, kwargs))
         marks = [self.marks(t) for t in given]
         if all(m is None for m in marks) or name.startswith("new_"):
             self._constant(func, name, args, kwargs, given, out)
@@ -244,10 +244,8 @@ class Tracer(TorchDispatchMode):
         """
         if not self.fake or name.startswith("lift_fresh"):
             return func(*args, **kwargs)
-        args, kwargs = pytree.tree_map_only(Tensor, self.on_meta, (args, kwargs))
-        if "device" in kwargs or any(argument.name == "device" for argument in func._schema.arguments):
-            kwargs = {**kwargs, "device": torch.device("meta")}
-        return func(*args, **kwargs)
+        args, kwargs = meta.mapped(self.on_meta, args), meta.mapped(self.on_meta, kwargs)
+        return meta.computed(func, args, meta.to_meta(func, kwargs))
 
     def on_meta(self, tensor: Tensor) -> Tensor:
         """The meta tensor that stands in the place of a real one."""
@@ -285,7 +283,7 @@ class Tracer(TorchDispatchMode):
         kept = given and name in _KEEPS_UNIFORM.split() and all(id(t) in self.uniform for t in given)
         if name in _UNIFORM.split() or (kept and not func._schema.is_mutable):
             zero = self.is_zero(given[0]) if kept else "zeros" in name
-            self.uniform.update({id(t): (t, zero) for t in pytree.tree_leaves(out) if isinstance(t, Tensor)})
+            self.uniform.update({id(t): (t, zero) for t in meta.tensors_of(out)})
         elif given and isinstance(out, Tensor) and _computes_alike(func):
             dims = {d for d in range(out.dim()) if all(self.is_even(t, d - out.dim()) for t in given)}
             if all(id(t) in self.uniform for t in given):
