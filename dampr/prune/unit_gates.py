@@ -32,6 +32,8 @@ from .units.sizes import Size, followers
 
 UNSAID = "include or exclude leaves it out, or it is alone in its width"
 
+_FEW = 6  # names of numbers, of which pairs are tried
+
 
 @dataclass
 class Placement:
@@ -203,9 +205,12 @@ def _choices(subject: Subject, families: list[list[int]]) -> list[list[Size]]:
             [size for size in sizes if "head" in size.attribute],
             [size for size in sizes if "head" not in size.attribute],
         ]
-        # one of which may be of another width that has the same size
-        attributes = dict.fromkeys(size.attribute for size in sizes)
-        kinds += [[size for size in sizes if size.attribute != own] for own in attributes]
+        # one or two of which may be of other widths that have the same size
+        attributes = list(dict.fromkeys(size.attribute for size in sizes))
+        without = [{own} for own in attributes]
+        if len(attributes) <= _FEW:
+            without += map(set, itertools.combinations(attributes, 2))
+        kinds += [[size for size in sizes if size.attribute not in others] for others in without]
     return [chosen for number, chosen in enumerate(kinds) if chosen not in kinds[:number]]
 
 
