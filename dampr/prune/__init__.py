@@ -16,6 +16,7 @@ from .plan import Plan
 from .plan_report import PlanError, PlanReport
 from .recalibrate import recalibrate
 from .shrinker import Shrink, Shrinker
+from .sight import SightWarning
 from .summary import Summary, distinct_gates, gated_layers, param_groups, penalty, summary
 from .times import LayerTime, layer_times
 from .verify import GateCheck, Verification, verify_model
@@ -39,6 +40,7 @@ __all__ = [
     "PlanReport",
     "Shrink",
     "Shrinker",
+    "SightWarning",
     "Summary",
     "Verification",
     "calibrate",

@@ -14,6 +14,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
@@ -108,11 +109,11 @@ def trained(model: nn.Module, example_inputs: Any) -> tuple[nn.Module, bool]:
     """
     moved = _moved(model)
     after = evaluate(moved, example_inputs)
-    if all(bool(t.isfinite().all()) for t in after):
+    if all(bool(_wide(t).isfinite().all()) for t in after):
         return moved, True
     plain = twin(model)
     before = evaluate(plain, example_inputs)
-    same = all(bool(torch.equal(a.isfinite(), b.isfinite())) for a, b in zip(before, after, strict=True))
+    same = all(torch.equal(_wide(a).isfinite(), _wide(b).isfinite()) for a, b in zip(before, after, strict=True))
     return moved if same else plain, False
 
 
@@ -289,12 +290,27 @@ def tolerances(
 def _lowest(model: nn.Module, sample: Any) -> torch.dtype:
     """The lowest precision in which a model computes; without arithmetic where it runs so."""
     try:
-        with OnMeta(), _Precision() as seen:
+        with OnMeta(), _Precision() as seen, _Autocast() as called:
             evaluate(Twins(model, meta=True).make(), OnMeta.of(sample))
+        if not called.autocast:  # which casts nothing on the meta device
+            return seen.lowest
     except Exception:  # of a model that asks for values
-        with _Precision() as seen:
-            evaluate(model, sample)
+        pass
+    with _Precision() as seen:
+        evaluate(model, sample)
     return seen.lowest
+
+
+class _Autocast(TorchFunctionMode):
+    """Whether autocast was on in some call while it is active."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.autocast = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.autocast |= torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
+        return func(*args, **(kwargs or {}))
 
 
 class _Precision(TorchDispatchMode):

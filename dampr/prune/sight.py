@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -79,6 +80,10 @@ class Sight:
         return next((self.placement.refused[one] for one in classes if one in self.placement.refused), None)
 
 
+class SightWarning(RuntimeWarning):
+    """What a model computes could not be read off its operators, so less of it can be pruned."""
+
+
 def look(model: nn.Module, example_inputs: Any) -> Sight | None:
     """None of a model with gates, or one that the tracer cannot follow."""
     if any(of_kind(model, GatedLayer)):
@@ -86,8 +91,18 @@ def look(model: nn.Module, example_inputs: Any) -> Sight | None:
     try:
         units, placement = inputs.looked_at(model, lambda: _placed(model, example_inputs))
         return Sight(units, placement, _tied(model, units))
-    except Exception:  # whatever a model does that the tracer cannot follow; others look too
+    except Exception as error:  # whatever a model does that the tracer cannot follow; others look too
+        _say(model, error)
         return None
+
+
+def _say(model: nn.Module, error: Exception) -> None:
+    warnings.warn(
+        f"the operators of {type(model).__name__} could not be followed ({type(error).__name__}: {error}): "
+        "only what its layers show can be pruned",
+        SightWarning,
+        stacklevel=2,
+    )
 
 
 def _placed(model: nn.Module, example_inputs: Any) -> tuple[Units, Placement]:
@@ -112,7 +127,8 @@ def with_open_norms(model: nn.Module, units: Units, example_inputs: Any) -> tupl
     """The same where norms may count open units only, so that widths that they normalise may have gates too."""
     try:
         return inputs.looked_at(model, lambda: _placed_with_open_norms(model, units, example_inputs))
-    except Exception:  # whatever a model does that the tracer cannot follow; others look too
+    except Exception as error:  # whatever a model does that the tracer cannot follow; others look too
+        _say(model, error)
         return units, Placement([])
 
 
