@@ -326,7 +326,8 @@ def put_in(
             )
             if units is not None:
                 constants = constants_left(trained, units, list(gated_classes(units, plan)[0].values()), example_inputs)
-            if constants == "stuck" and prove:
+            # gates on parameters do not draw per sample, so layers that do are worth a try all the same
+            if constants == "stuck" and prove and not each:
                 raise UnprovenError("closed channels would be more than constants where layers read them")
             if constants != "none" and prove:
                 check_half(trained, example_inputs)
