@@ -414,6 +414,11 @@ def test_a_shared_gate_has_to_fit() -> None:
 def test_autocast() -> None:
     layer = build("lstm").eval()
     x = torch.randn(T, B, I)
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            nn.LSTM(I, 4)(x)
+    except RuntimeError as error:
+        pytest.skip(f"torch's own LSTM does not run in bfloat16 on this processor: {error}")
     with torch.autocast("cpu", torch.bfloat16):
         y = layer(x)[0]
     torch.testing.assert_close(y.float(), layer(x)[0], rtol=0.05, atol=0.02)
