@@ -52,7 +52,7 @@ def find(model: nn.Module, units: Units, example_inputs: Any) -> dict[str, OpenN
 
     with (
         inputs.removing([norm.register_forward_hook(note(name)) for name, norm in modules.items()]),
-        inputs.same_noise(model),
+        inputs.unfused(),  # whose nested tensors have no shape
     ):
         inputs.evaluate(model, example_inputs)
     found = {}
