@@ -160,7 +160,11 @@ class Cost:
 
 def structure_of(model: nn.Module, example_inputs: Any) -> Structure | UnitStructure:
     """What the gates of a model cut, whichever kind they are of."""
-    return UnitStructure(model, example_inputs) if has_unit_gates(model) else Structure(model, example_inputs)
+    try:
+        return UnitStructure(model, example_inputs) if has_unit_gates(model) else Structure(model, example_inputs)
+    except Exception:
+        inputs.evaluate(model, example_inputs)  # a gated model says best itself why it does not run
+        raise
 
 
 def _unit_sites(structure: UnitStructure, counts: Counts, metric: str) -> Iterator[Site]:
