@@ -1,4 +1,5 @@
-# On a fresh machine `make demo` or `make test` is all it takes: the environment is made, filled and kept up to date by the rule for $(STAMP).
+# On a fresh machine `make demo` or `make test` is all it takes: the environment is made, filled and kept up to date
+# by the rule for $(STAMP).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -34,8 +35,8 @@ help:
 install: $(STAMP)
 
 # Reinstalls when a version, the build or the C++ sources change; Python sources are read in place.
-# torch comes first, alone, so that it is the
-# pinned one that everything else is resolved against. The build is isolated and never sees torch.
+# torch comes first, alone, so that it is the pinned one that everything else is resolved against. The build is
+# isolated and never sees torch.
 $(STAMP): constraints.txt pyproject.toml setup.py $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install -c $(CONSTRAINTS) torch
@@ -45,8 +46,8 @@ $(STAMP): constraints.txt pyproject.toml setup.py $(wildcard csrc/*)
 demo: $(STAMP)
 	$(BIN)/dampr demo
 
-# Two processes for two cores, each about half of the work: Triton's interpreter, the emulator of compiled kernels and then $(BEHIND) in one,
-# all other tests in the other; what those print comes after the summaries of these.
+# Two processes for two cores, each about half of the work: Triton's interpreter, the emulator of compiled kernels and
+# then $(BEHIND) in one, all other tests in the other; what those print comes after the summaries of these.
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(BEHIND:%=--ignore=%) > $(VENV)/.test.log 2>&1 & others=$$!; \
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/interpreter; interpreter=$$?; \
@@ -128,5 +129,6 @@ format: $(STAMP)
 	$(BIN)/clang-format -i csrc/*.h csrc/*.cpp
 
 clean:
-	rm -rf build dist *.egg-info dampr/_C*.so $(STAMP) .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks .import_linter_cache
+	rm -rf build dist *.egg-info dampr/_C*.so $(STAMP) .benchmarks
+	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache
 	find dampr tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,5 +1,5 @@
-"""Builds dampr._C, the C++ kernels, with ninja and without torch.
-Everything else about the package is in pyproject.toml.
+"""Builds dampr._C, the C++ kernels, with ninja and without torch. Everything else about the package is in
+pyproject.toml.
 
 The extension is optional: without a working C++ compiler the result is a pure Python package, and the build says so.
 The kernels are compiled once per instruction set, each with flags of its own; which one runs is decided when it is

@@ -54,7 +54,8 @@ def distinct(model: nn.Module, size: int, batch: int, name: str) -> list[Conv]:
         if conv.kernel in (1, 3):
             found.setdefault(conv.shape, conv)
 
-    hooks = [m.register_forward_hook(note) for m in model.modules() if isinstance(m, nn.Conv2d)]  # type: ignore[arg-type]
+    layers: list[Any] = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    hooks = [layer.register_forward_hook(note) for layer in layers]
     with torch.no_grad():
         model.eval()(torch.zeros(1, 3, size, size))
     for hook in hooks:

@@ -1,5 +1,5 @@
-"""Where one route overtakes another: every route of a gated layer, forced, against the rows of x;
-and the thresholds that follow.
+"""Where one route overtakes another: every route of a gated layer, forced, against the rows of x; and the thresholds
+that follow.
 
 The stage ``crossover`` of ``python -m benchmarks.run``. The weight is fixed; dense runs next to the routes of each
 case. On CUDA also what skipping is worth: gates closed in whole blocks, at :data:`SHARES` of them.
@@ -128,8 +128,8 @@ def _pairs(points: Iterable[Point], case: str, one: str, other: str) -> dict[int
 
 
 def best_limit(sweeps: Iterable[dict[int, tuple[float, float]]]) -> int:
-    """The rows of x up to which the first of two routes should be taken, 0 for never:
-    where the product of all times is smallest.
+    """The rows of x up to which the first of two routes should be taken, 0 for never: where the product of all times is
+    smallest.
 
     A product, so that every size has the same say; over the whole sweep, so that one noisy point moves nothing.
     """

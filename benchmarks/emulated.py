@@ -1,5 +1,5 @@
-"""The tables of docs/emulated.md, from what ``make emulate`` and ``benchmarks.steps``
-wrote under benchmarks/results/emulated.
+"""The tables of docs/emulated.md, from what ``make emulate`` and ``benchmarks.steps`` wrote under
+benchmarks/results/emulated.
 """
 
 from __future__ import annotations

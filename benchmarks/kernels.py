@@ -1,5 +1,5 @@
-"""``python -m benchmarks.kernels [--json FILE]``: how long each Triton kernel runs on this GPU, by the profiler,
-beside what was predicted.
+"""``python -m benchmarks.kernels [--json FILE]``: how long each Triton kernel runs on this GPU, by the profiler, beside
+what was predicted.
 
 Every route is forced at a size that fills the device; a kernel's time is summed over its launches in a forward and a
 backward, and the caches are overwritten before each. ``benchmarks/predictions.py`` predicts the same numbers from

@@ -1,5 +1,5 @@
-"""``python -m benchmarks.plan_run``: runs of a :class:`dampr.Plan`, in numbers,
-for the picture and the tables of docs/choosing.md.
+"""``python -m benchmarks.plan_run``: runs of a :class:`dampr.Plan`, in numbers, for the picture and the tables of
+docs/choosing.md.
 
 One run of LeNet-5 on 10,000 images of MNIST where the idx files are in ``--root``, else of LeNet-300-100 on the bundled
 digits. With ``--families``: short runs of LeNet-300-100 on the digits, by importance and by the gates of each family.

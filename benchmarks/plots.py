@@ -1,5 +1,5 @@
-"""``python -m benchmarks.plots``: draw the charts of docs from results files.
-Needs matplotlib (``pip install .[plot]``).
+"""``python -m benchmarks.plots``: draw the charts of docs from results files. Needs matplotlib (``pip install
+.[plot]``).
 
 A folder of results, benchmarks/results/DEVICE, gives docs/plots/DEVICE-CHART.png for every chart of :data:`CHARTS`
 whose files it holds.

@@ -1,9 +1,9 @@
-"""Gated recurrent layers against the vendor's dense one and against gates written op by op:
-stage ``recurrent`` of benchmarks.run.
+"""Gated recurrent layers against the vendor's dense one and against gates written op by op: stage ``recurrent`` of
+benchmarks.run.
 
 The unfused layer does by hand what the gated one does, draws as a chain of ops and products before and after the
-vendor's kernel; "cells" is the loop over steps that the published layers are, with the gates on the state,
-where no vendor's kernel runs.
+vendor's kernel; "cells" is the loop over steps that the published layers are, with the gates on the state, where no
+vendor's kernel runs.
 """
 
 from __future__ import annotations

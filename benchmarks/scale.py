@@ -1,5 +1,5 @@
-"""``python -m benchmarks.scale``: what gates cost on several ranks, counted on 1, 2 and 4 of them,
-and what that makes of 1,024.
+"""``python -m benchmarks.scale``: what gates cost on several ranks, counted on 1, 2 and 4 of them, and what that makes
+of 1,024.
 
 A step of a small MLP is counted on processes over gloo: messages and bytes of collectives, operators, bytes that a rank
 keeps. The time that a budget takes on the host is measured for growing numbers of gates. A configuration of 70 billion
@@ -334,8 +334,8 @@ def many() -> str:
 
 
 def tokens() -> str:
-    """The same configuration under tensor parallelism: what the gates of a layer add to its four
-    all-reduces of activations, by tokens.
+    """The same configuration under tensor parallelism: what the gates of a layer add to its four all-reduces of
+    activations, by tokens.
     """
     model, rows = _found()["model"], []
     for count in (512, 4096, 32768):

@@ -1,5 +1,5 @@
-"""``python -m benchmarks.tables``: write the tables of README.md and docs from the results files;
-none is typed by hand.
+"""``python -m benchmarks.tables``: write the tables of README.md and docs from the results files; none is typed by
+hand.
 
 A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``; NAME is a file under benchmarks/results without
 its ending, or one of :data:`EXAMPLES`, made of the files in examples/results, of emulated runs and of counts.

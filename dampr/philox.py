@@ -38,8 +38,8 @@ def philox4x32(
 
 
 def words(seed: torch.Tensor, count: int, start: int = 0) -> torch.Tensor:
-    """The uint32 words of gates ``start .. start + count - 1`` as an int64 tensor of
-    shape (count,) on the seed's device.
+    """The uint32 words of gates ``start .. start + count - 1`` as an int64 tensor of shape (count,) on the seed's
+    device.
     """
     # a group for each word: the length of a slice would be a guard on a dynamic count
     if torch.compiler.is_exporting():

@@ -157,12 +157,13 @@ def value() -> GateSpec:
 
 
 def ramp(shape: str = "tanh", sharpness: float = 1.0) -> GateSpec:
-    """A gate that is exactly 0 for x <= 0 and rises as ``shape`` of ``sharpness * x`` above; equations:
-    the module docstring.
+    """A gate that is exactly 0 for x <= 0 and rises as ``shape`` of ``sharpness * x`` above; equations: the module
+    docstring.
 
     ``"tanh"`` with sharpness 1 is the gate of DAM (Bu et al. 2021), with 5 the first of the reconstructed DiffPrune
     (Shulman 2020); ``"clip"`` and ``"linear"`` are the variants in DAM's code. ``"ratio"`` and ``"square_ratio"`` are x
-    / (x + eps) and x^2 / (x^2 + eps^2) with sharpness 1 / eps.
+    / (x + eps) and
+    x^2 / (x^2 + eps^2) with sharpness 1 / eps.
 
     Raises ValueError for an unknown shape or a sharpness that is not above 0.
     """

@@ -73,8 +73,8 @@ def train(
     settle: int = 0,
     plan: dampr.Plan | None = None,
 ) -> float:
-    """Adam on cross-entropy + penalty with a cosine schedule;
-    gates are deterministic and free in the last ``settle`` epochs.
+    """Adam on cross-entropy + penalty with a cosine schedule; gates are deterministic and free in the last ``settle``
+    epochs.
 
     Or, with a plan for the model, it prunes and needs neither.
 

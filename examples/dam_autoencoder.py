@@ -1,5 +1,5 @@
-"""An image auto-encoder with a DAM bottleneck: 784-128-64-32-50 (gates) -32-64-128-784 (Bu et al. 2021, MNIST;
-tables not available).
+"""An image auto-encoder with a DAM bottleneck: 784-128-64-32-50 (gates) -32-64-128-784 (Bu et al. 2021, MNIST; tables
+not available).
 
 A larger lambda leaves a smaller code. One network per lambda; ``--root`` takes MNIST.
 """

@@ -1,5 +1,5 @@
-"""A graph auto-encoder with a DAM bottleneck (Bu et al. 2021) on a graph of networkx: links that were hidden,
-and how many codes they take.
+"""A graph auto-encoder with a DAM bottleneck (Bu et al. 2021) on a graph of networkx: links that were hidden, and how
+many codes they take.
 
 The encoder is that of Kipf and Welling (2016), without the variational part: Z = A ReLU(A X W0) W1 with A the
 normalised adjacency, and a link is as probable as sigmoid(z_i z_j). Nodes have no features, so X is the identity.

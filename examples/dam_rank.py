@@ -1,9 +1,8 @@
 """DAM finds the true dimension of data: gates on a 50-wide code (Bu et al. 2021, dimensionality reduction).
 
-``linear``: 100 - 50 - 100 without biases on data of rank 5, 10 or 20;
-``mlp``: data made by a random ELU network from 20 numbers;
-``quadratic``: by a random quadratic-residual layer, (W1 x) * (W2 x) + W1 x + b. The published runs have 5,000 points;
-here there are fewer, and fewer steps for the two kernels.
+``linear``: 100 - 50 - 100 without biases on data of rank 5, 10 or 20; ``mlp``: data made by a random ELU network from
+20 numbers; ``quadratic``: by a random quadratic-residual layer, (W1 x) * (W2 x) + W1 x + b. The published runs have
+5,000 points; here there are fewer, and fewer steps for the two kernels.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Differentiable masks (a reconstruction) on the filters and neurons of LeNet-5-Caffe (Ramakrishnan et al. 2020;
-tables not available).
+"""Differentiable masks (a reconstruction) on the filters and neurons of LeNet-5-Caffe (Ramakrishnan et al. 2020; tables
+not available).
 
 Loss: task + lam1 sum |alpha| + lam2 ||W||^2. The second term keeps weights from growing while their scales shrink.
 """

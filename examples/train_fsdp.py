@@ -1,5 +1,5 @@
-"""LeNet-300-100 pruned by a budget under ``fully_shard`` (FSDP2):
-``torchrun --nproc-per-node 2 -m examples.train_fsdp``.
+"""LeNet-300-100 pruned by a budget under ``fully_shard`` (FSDP2): ``torchrun --nproc-per-node 2 -m
+examples.train_fsdp``.
 
 Parameters are sharded, gates are not. Behind the ramp the whole model is gathered, compacted and sharded again.
 ``--checkpoint FILE`` keeps the run after each epoch and goes on from there, on any number of ranks; ``--stop N`` ends

@@ -1,5 +1,5 @@
-"""A small transformer that reads images row by row; a plan prunes heads and feed-forward
-neurons to half its multiply-accumulates.
+"""A small transformer that reads images row by row; a plan prunes heads and feed-forward neurons to half its
+multiply-accumulates.
 """
 
 from __future__ import annotations

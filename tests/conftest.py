@@ -30,8 +30,8 @@ def _available(name):
 
 @pytest.fixture(params=["reference", "cpp"])
 def cpu_backend(request):
-    """Every backend that runs CPU tensors, forced for the length of the test (Triton's
-    interpreter has tests/interpreter).
+    """Every backend that runs CPU tensors, forced for the length of the test (Triton's interpreter has
+    tests/interpreter).
     """
     if not _available(request.param):
         pytest.skip(f"{request.param}: {dampr.backend_info()[request.param]}")

@@ -1,5 +1,5 @@
-"""Golden numbers that are asked of every backend: ``CASES`` has checks (golden, dtype,
-tolerance) that run on the backend in force.
+"""Golden numbers that are asked of every backend: ``CASES`` has checks (golden, dtype, tolerance) that run on the
+backend in force.
 
 A hard concrete gate depends on noise and parameter through logit u + log_alpha alone. So the published u is had on any
 backend, whatever it draws: :func:`moved` puts the difference of the logits into log_alpha.

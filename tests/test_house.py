@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 import dampr
 
 ROOT = Path(dampr.__file__).parents[1]
@@ -37,6 +39,41 @@ def crossing(path: Path) -> Iterator[str]:
             continue
         if node.attr.startswith("_") and not node.attr.startswith("__") and node.attr not in SHARED:
             yield f"{path.relative_to(ROOT)}:{node.lineno}: {known[node.value.id]}.{node.attr}"
+
+
+def run_together(node: ast.AST) -> Iterator[str]:
+    """Arguments and attributes that begin in the middle of a line of their section, where nobody finds them."""
+    if not isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+        return
+    parts = node.body if isinstance(node, ast.ClassDef) else [node]
+    names = {a.target.id for a in parts if isinstance(a, ast.AnnAssign) and isinstance(a.target, ast.Name)}
+    for function in parts:
+        if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            names |= {argument.arg for argument in (*function.args.args, *function.args.kwonlyargs)}
+    section = re.compile(r"^(?:Args|Attributes):(.*?)(?:^\S|\Z)", re.MULTILINE | re.DOTALL)
+    for text in section.findall(f"{ast.get_docstring(node) or ''}\n"):
+        begun = re.findall(r"(?:^|(?<![.])[.:]) (?:\w+, )*(\w+): ", text, re.MULTILINE)
+        yield from (f"{node.name}: {name}" for name in begun if name in names)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("Args:\n        x: one.\n        y: two.", []),
+        ("Args: x: one.\n        y: two.", ["f: x"]),
+        ("Args:\n        x: one. y: two.", ["f: y"]),
+        ("Args:\n        x: one, of which\n            some. y: two.", ["f: y"]),
+        ("Returns: x. y: no section of arguments.", []),
+    ],
+)
+def test_arguments_that_run_together_are_found(text: str, found: list[str]) -> None:
+    (function,) = ast.parse(f'def f(x, y):\n    """It does.\n\n    {text}\n    """\n').body
+    assert list(run_together(function)) == found
+
+
+def test_each_argument_begins_a_line_of_its_docstring() -> None:
+    nodes = [(path, node) for path in SOURCES for node in ast.walk(ast.parse(path.read_text()))]
+    assert [f"{path.relative_to(ROOT)}: {said}" for path, node in nodes for said in run_together(node)] == []
 
 
 def test_no_module_uses_a_private_name_of_another() -> None:

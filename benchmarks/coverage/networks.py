@@ -149,8 +149,8 @@ def build(library: str, name: str) -> Made:
 
 
 def shaken(model: nn.Module) -> nn.Module:
-    """Constants in the parameters drawn anew (fresh norms, zero gains of residual branches) and statistics,
-    as training leaves none.
+    """Constants in the parameters drawn anew (fresh norms, zero gains of residual branches) and statistics, as training
+    leaves none.
 
     In place, but for gates: what hides behind a fresh norm when a network is converted is there now.
     """

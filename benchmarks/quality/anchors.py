@@ -1,5 +1,5 @@
-"""Published points on full MNIST, reproduced: ``python -m benchmarks.quality.anchors``; one JSON line a run,
-done ones are skipped.
+"""Published points on full MNIST, reproduced: ``python -m benchmarks.quality.anchors``; one JSON line a run, done ones
+are skipped.
 
 Every run is one plan with the defaults, Adam at 2e-3 with half a cosine and batches of 64, images shifted by up to two
 pixels. Only what is published is the target: which parameters are left at which error.

@@ -58,8 +58,8 @@ def _unpack(archive: Path, folder: Path) -> None:
 
 
 def load(name: str, root: Path) -> Data:
-    """``"mnist"``, ``"fashion"`` or ``"cifar10"``, normalised by the mean and deviation of the training images;
-    a tenth of these validates.
+    """``"mnist"``, ``"fashion"`` or ``"cifar10"``, normalised by the mean and deviation of the training images; a tenth
+    of these validates.
 
     Images are (n, 1, 28, 28) or, averaged over 2 x 2 pixels, (n, 3, 16, 16). Raises FileNotFoundError for data that was
     not fetched.

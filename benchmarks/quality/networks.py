@@ -102,8 +102,8 @@ class RowGRU(nn.Module):
 
 
 class PatchTransformer(nn.Module):
-    """Encoder layers, norms first, on the 49 patches of 4 x 4 pixels of (n, 1, 28, 28). Widths: the stream,
-    then each feed-forward layer.
+    """Encoder layers, norms first, on the 49 patches of 4 x 4 pixels of (n, 1, 28, 28). Widths: the stream, then each
+    feed-forward layer.
 
     A narrow one has a narrower stream with as many heads: torch's attention knows no fewer heads of the same size.
     """

@@ -105,8 +105,8 @@ class TorchPruning(Cut):
         barred: set[str],
         cheaper: list[tuple[int, nn.Module]],
     ) -> tuple[nn.Module, int]:
-        """Prune in small steps, group by group, down to the goal; or to where a group would go too far,
-        which is barred from then on.
+        """Prune in small steps, group by group, down to the goal; or to where a group would go too far, which is barred
+        from then on.
 
         A group is left alone where it is at its floor. (Torch-Pruning's own, max_pruning_ratio, ends global pruning
         early: what is at its floor is taken out of the ranking, but not out of the number that has to stay.)

@@ -25,8 +25,8 @@ _loaded = functools.lru_cache(maxsize=2)(data.load)
 
 
 def steps_of(run: Run, task: Task, found: Results) -> int:
-    """The task's steps or, at equal time, as many as fit in the plan's CPU seconds at the pace of
-    the method's own run of equal steps.
+    """The task's steps or, at equal time, as many as fit in the plan's CPU seconds at the pace of the method's own
+    run of equal steps.
     """
     if run.comparison == "steps":
         return task.steps

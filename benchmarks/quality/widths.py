@@ -37,8 +37,8 @@ def _macs(name: str, task: Task, widths: Widths) -> int:
 
 
 def narrow_widths(task: Task, share: float) -> Widths:
-    """Widths of about one scale whose cost is within 1 % below the target: all are scaled alike,
-    then one at a time takes up the rest.
+    """Widths of about one scale whose cost is within 1 % below the target: all are scaled alike, then one at a time
+    takes up the rest.
 
     Of those that fit, the most uniform. Raises ValueError where none fits.
     """

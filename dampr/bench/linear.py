@@ -1,5 +1,5 @@
-"""GatedLinear against dense, eager unfused, torch.compile'd unfused and captum's layers, interleaved,
-forward + backward.
+"""GatedLinear against dense, eager unfused, torch.compile'd unfused and captum's layers, interleaved, forward +
+backward.
 
 ``python -m dampr.bench.linear`` needs torch only (and triton where there is a GPU); ``dampr bench`` prints the same as
 a table, and ``python -m benchmarks.run`` runs the full suite.
@@ -220,7 +220,8 @@ class TorchProducts(TrainingStep):
     """
 
     def __call__(self) -> None:
-        torch._C._set_mkldnn_enabled(False)  # type: ignore[attr-defined]  # torch.backends.mkldnn.flags, which warns of other things
+        # as torch.backends.mkldnn.flags does, which warns of other things
+        torch._C._set_mkldnn_enabled(False)  # type: ignore[attr-defined]
         try:
             super().__call__()
         finally:
@@ -277,8 +278,8 @@ MEMORY_COLUMNS = {"kept for backward": "kept_bytes", "peak": "peak_bytes"}
 
 
 def table(points: list[Point], verified: bool) -> list[tuple[str, ...]]:
-    """Rows of text, a header first: medians, spreads, ratios to the floor of the case,
-    which are withheld unless ``verified``, and memory.
+    """Rows of text, a header first: medians, spreads, ratios to the floor of the case, which are withheld unless
+    ``verified``, and memory.
 
     A column of memory that no point has a number for is left out.
     """

@@ -26,13 +26,12 @@ class Timing:
         return (self.high - self.low) / self.median if self.median else 0.0
 
     def relative_to(self, other: Timing) -> tuple[float, float, float]:
-        """The median over the rounds of this time by that of ``other``,
-        and an interval that holds the true one in 95 of 100 runs.
+        """The median over the rounds of this time by that of ``other``, and an interval that holds the true one in 95
+        of 100 runs.
 
         Both were measured next to each other in each round, so most of what disturbs a machine cancels out. The
-        interval is that of order
-        statistics (binomial, normal approximation): no distribution is assumed. A single round has no interval but its
-        own.
+        interval is that of order statistics (binomial, normal approximation): no distribution is assumed. A single
+        round has no interval but its own.
         """
         ratios = sorted(a / b for a, b in zip(self.samples, other.samples, strict=True))
         n = len(ratios)

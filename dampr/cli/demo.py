@@ -1,5 +1,5 @@
-"""The main job on real data: train a network as it is, and once more with a plan that prunes it on the way;
-report both side by side.
+"""The main job on real data: train a network as it is, and once more with a plan that prunes it on the way; report both
+side by side.
 
 Two networks of the papers: LeNet-300-100 (``mlp``) and LeNet-5-Caffe, 20-50-500 (``cnn``).
 """
@@ -24,8 +24,8 @@ from dampr.prune.plan import LEAST_STEPS
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a network is trained on a data set; ``macs`` is the share of the
-    multiply-accumulates that a :class:`dampr.Plan` leaves.
+    """How a network is trained on a data set; ``macs`` is the share of the multiply-accumulates that a
+    :class:`dampr.Plan` leaves.
 
     The plan takes its parts as shares of the steps, so that any number of epochs is the same recipe, shorter or longer.
     """
@@ -115,10 +115,13 @@ def run(
 ) -> Report:
     """Train dense, train with a plan, measure both.
 
-    Args: data: ``"digits"``, ``"fashion-mnist"`` (any MNIST-like idx files) or, for the ``"cnn"``, ``"mnist"``. root:
-        the folder of the idx files. model: ``"mlp"`` (LeNet-300-100) or ``"cnn"`` (LeNet-5-Caffe; not for the 8 x 8
-        digits). epochs: None for the recipe's. seed: of initialisation and batches. folder: where the pruned run writes
-        :data:`HISTORY` and the compacted model goes to :data:`COMPACTED`; None:
+    Args:
+        data: ``"digits"``, ``"fashion-mnist"`` (any MNIST-like idx files) or, for the ``"cnn"``, ``"mnist"``.
+        root: the folder of the idx files.
+        model: ``"mlp"`` (LeNet-300-100) or ``"cnn"`` (LeNet-5-Caffe; not for the 8 x 8 digits).
+        epochs: None for the recipe's.
+        seed: of initialisation and batches.
+        folder: where the pruned run writes :data:`HISTORY` and the compacted model goes to :data:`COMPACTED`; None:
             nowhere.
 
     Raises: ValueError for an unknown data set, a missing root or too few epochs, FileNotFoundError or ValueError for

@@ -71,7 +71,8 @@ def gated_conv2d(
 ) -> Tensor:
     """y = z_out * (conv(x * z_in, weight) + bias): gates on channels, on filters, on both; or gates on the weights.
 
-    Args: x: (B, C, H, W) or (C, H, W), any floating dtype; under autocast it is cast as ``nn.Conv2d`` would cast it.
+    Args:
+        x: (B, C, H, W) or (C, H, W), any floating dtype; under autocast it is cast as ``nn.Conv2d`` would cast it.
             Channels last in, channels last out.
         weight: (N, C / groups, R, S), the dtype of ``x`` or, under autocast, float32.
         bias: (N,) or None. The output gate multiplies it too, in training as in evaluation (the published L0 code drops
@@ -211,8 +212,8 @@ class Layout(NamedTuple):
 def layout_of(
     dims: int, x: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: int, where: str | Any
 ) -> Layout:
-    """The layout for gates on the ``where`` ("input", "output", "both", or in the weight).
-    Raises TypeError or ValueError for shapes.
+    """The layout for gates on the ``where`` ("input", "output", "both", or in the weight). Raises TypeError or
+    ValueError for shapes.
 
     It is remembered: next to a convolution, which leaves no line of Python in a cache, finding it takes longer than
     drawing the gates.

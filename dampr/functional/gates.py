@@ -26,8 +26,9 @@ def sample_gates(
 ) -> Tensor:
     """Gate values of hard concrete gates (Louizos et al. 2018, eq. 10-12).
 
-    Args: log_alpha: gate parameters, (n,), float32 or float64. seed: the noise: an int in [0, 2^63) or an int64 tensor
-        of shape (1,) on the same device. The same seed gives
+    Args:
+        log_alpha: gate parameters, (n,), float32 or float64.
+        seed: the noise: an int in [0, 2^63) or an int64 tensor of shape (1,) on the same device. The same seed gives
             the same gates on every backend, to the bit in which gates are 0 and which are 1. Not needed by a
             deterministic ``spec``.
         rows: None for one draw, or the number of independent draws.
@@ -71,12 +72,13 @@ def expected_l0(
     prior_precision: float | Tensor = 0.0,
     spec: GateSpec = DRAWN,
 ) -> Tensor:
-    """Expected L0 penalty sum_g pi_g (lam |g| + prior_precision / 2 ||w_g||^2) of Louizos et al. 2018 (eq.
-    9 and appendix A).
+    """Expected L0 penalty sum_g pi_g (lam |g| + prior_precision / 2 ||w_g||^2) of Louizos et al. 2018 (eq. 9 and
+    appendix A).
 
-    Args: log_alpha: gate parameters, (n,), float32 or float64. group_size: |g|, how many weights a gate holds: a
-        number, or (n,). lam: cost of one weight (the paper's lambda; divide by the number of training examples where
-        the loss is a
+    Args:
+        log_alpha: gate parameters, (n,), float32 or float64.
+        group_size: |g|, how many weights a gate holds: a number, or (n,).
+        lam: cost of one weight (the paper's lambda; divide by the number of training examples where the loss is a
             mean): a number, or (n,), one for each group.
         group_sq_norm: ||w_g||^2, (n,); needed for the second term.
         prior_precision: rho, the strength of the L2 term: a number, or (n,), one for each group.
@@ -123,13 +125,15 @@ def gate_activations(
 ) -> Tensor:
     """x * z along one dimension: a gate for each channel, feature or position.
 
-    Args: x: any shape with at least one dimension, any floating dtype. gate: gate parameters, (x.shape[dim],), float32
-        (float64 next to float64 ``x``). dim: which dimension of ``x`` has the gates; negative counts from the end.
+    Args:
+        x: any shape with at least one dimension, any floating dtype.
+        gate: gate parameters, (x.shape[dim],), float32 (float64 next to float64 ``x``).
+        dim: which dimension of ``x`` has the gates; negative counts from the end.
         seed: the noise, an int in [0, 2^63) or an int64 tensor of shape (1,); not needed by a deterministic ``spec``.
-        per_sample: one draw for each index of the first dimension instead of one per call; not for ``dim`` 0. spec: the
-        gate function, from :func:`dampr.spec.hard_concrete`; drawn by default. index_offset: with ``per_sample``, the
-        number of the first sample, as of :func:`sample_gates`;
-            not fused unless it is 0.
+        per_sample: one draw for each index of the first dimension instead of one per call; not for ``dim`` 0.
+        spec: the gate function, from :func:`dampr.spec.hard_concrete`; drawn by default.
+        index_offset: with ``per_sample``, the number of the first sample, as of :func:`sample_gates`; not fused unless
+            it is 0.
 
     Returns: like ``x``, contiguous or channels last. Differentiable in ``x`` and ``gate``.
 

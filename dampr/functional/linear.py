@@ -28,14 +28,15 @@ def gated_linear(
     spec: GateSpec = DRAWN,
     index_offset: int = 0,
 ) -> Tensor:
-    """y = z_out * ((x * z_in) weight^T + bias) with gates on the inputs, on the outputs, on both, or on neither;
-    or gates on the weights.
+    """y = z_out * ((x * z_in) weight^T + bias) with gates on the inputs, on the outputs, on both, or on neither; or
+    gates on the weights.
 
-    Args: x: (..., K), any floating dtype; under autocast it is cast as ``nn.Linear`` would cast it. weight: (N, K), the
-        dtype of ``x`` or, under autocast, float32. bias: (N,) or None. The output gate multiplies it too, in training
-        as in evaluation. input_gate, output_gate: gate parameters (log_alpha), (K,) and (N,), float32 (float64 next to
-        float64 ``x``),
-            or None.
+    Args:
+        x: (..., K), any floating dtype; under autocast it is cast as ``nn.Linear`` would cast it.
+        weight: (N, K), the dtype of ``x`` or, under autocast, float32.
+        bias: (N,) or None. The output gate multiplies it too, in training as in evaluation.
+        input_gate, output_gate: gate parameters (log_alpha), (K,) and (N,), float32 (float64 next to float64 ``x``), or
+            None.
         weight_gate: parameters of a gate for each block of the weight (of which only it is gated, not the bias), flat,
             (ceil(N / R) * ceil(K / C),): weight[n, k] belongs to gate (n // R) * ceil(K / C) + k // C. Not together
             with other gates.

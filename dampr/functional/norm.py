@@ -25,8 +25,8 @@ def gated_affine(
     seed: int | Tensor | None = None,
     spec: GateSpec = DRAWN,
 ) -> tuple[Tensor, Tensor | None]:
-    """(z weight, z bias): the gain and bias of a norm with a gate for each channel,
-    to be given to ``batch_norm`` or ``layer_norm``.
+    """(z weight, z bias): the gain and bias of a norm with a gate for each channel, to be given to ``batch_norm`` or
+    ``layer_norm``.
 
     Args:
         gate: gate parameters, (C,), float32 or float64.
@@ -74,10 +74,12 @@ def gated_batch_norm(
 
     Keeps x for the backward and nothing else of that size. Convolution, norm, gate, ReLU is the placement of Dep-L0.
 
-    Args: x: (B, C), (B, C, L), (B, C, H, W) or (B, C, D, H, W), any floating dtype; contiguous or channels last. gate:
-        gate parameters, (C,), float32 (float64 next to float64 ``x``). weight, bias: gain and bias, (C,), any floating
-        dtype, or None: a gain of 1, no bias. running_mean, running_var: (C,), or None; used in evaluation,
-            updated in place in training as by ``F.batch_norm``.
+    Args:
+        x: (B, C), (B, C, L), (B, C, H, W) or (B, C, D, H, W), any floating dtype; contiguous or channels last.
+        gate: gate parameters, (C,), float32 (float64 next to float64 ``x``).
+        weight, bias: gain and bias, (C,), any floating dtype, or None: a gain of 1, no bias.
+        running_mean, running_var: (C,), or None; used in evaluation, updated in place in training as by
+            ``F.batch_norm``.
         training: normalise by the statistics of ``x`` instead of the running ones.
         momentum: what the new statistics weigh in the update, in [0, 1].
         eps: added to the variance, above 0 in training, else 0 or more.

@@ -126,8 +126,8 @@ class Gate(GateModule):
         self.num_gates = _checks.positive_int("num_gates", num_gates)
 
     def reset_parameters(self) -> None:
-        """Fresh values in every parameter, as the constructor leaves them,
-        and the first seed of a generator of its own.
+        """Fresh values in every parameter, as the constructor leaves them, and the first seed of a generator of its
+        own.
 
         A family of your own overrides it, calls this one and fills its parameters; NotImplementedError says where it
         does not.
@@ -213,8 +213,8 @@ class Gate(GateModule):
             return self.deterministic() != 0
 
     def levels(self) -> Tensor:
-        """Where each gate stands, (num_gates,) without a graph: 1 is where a fresh gate is,
-        and at 0 and below evaluation closes it.
+        """Where each gate stands, (num_gates,) without a graph: 1 is where a fresh gate is, and at 0 and below
+        evaluation closes it.
 
         With :meth:`set_levels_` this is how a budget moves learned gates. A family without the two cannot be learned
         under a budget that owns its gates; NotImplementedError says so.
@@ -252,8 +252,8 @@ class Gate(GateModule):
         return parameter, self.draw_seed(parameter.device) if spec.rule == SAMPLE else None, spec
 
     def draw_seed(self, device: torch.device | None = None) -> Tensor:
-        """The seed of one call, int64 of shape (1,): a held one, the next one of the gate's generator,
-        or one of torch's generator.
+        """The seed of one call, int64 of shape (1,): a held one, the next one of the gate's generator, or one of
+        torch's generator.
 
         All noise of a gate comes from here, so a family of your own whose noise does too is held by
         :func:`dampr.hold_draws` and follows :func:`dampr.gate_generator`; :func:`dampr.philox.uniform` makes numbers of
@@ -305,8 +305,8 @@ class Gate(GateModule):
         return self
 
     def index_offset(self, rows: int) -> int:
-        """The number of the first of ``rows`` rows of this process in the batch that several processes share;
-        0 where there is one.
+        """The number of the first of ``rows`` rows of this process in the batch that several processes share; 0 where
+        there is one.
 
         Each rank of the group that :func:`dampr.gate_generator` was given has as many rows, in the order of the ranks.
         """

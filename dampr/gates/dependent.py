@@ -39,9 +39,10 @@ class DependencyGenerator(GateModule):
     a_l = ln 100 tanh(W_l a_{l-1} + b_l) with a_0 = 1, and log_alpha of layer l is a_l; ln 100 takes the place of
     Louizos et al.'s clamp.
 
-    Args: sizes: the number of gates of each gated layer, in the order of the network. direction: ``"forward"`` runs
-        from the first layer to the last, ``"backward"`` from the last to the first. input_width: how many ones a_0 has;
-        None: as many as the layer that comes first in that direction has gates.
+    Args:
+        sizes: the number of gates of each gated layer, in the order of the network.
+        direction: ``"forward"`` runs from the first layer to the last, ``"backward"`` from the last to the first.
+        input_width: how many ones a_0 has; None: as many as the layer that comes first in that direction has gates.
             That is what the published networks have, except VGG16 backward (64 for a layer of 512).
         init_scale: factor on the initial weights, U(-1, 1) / sqrt(in). At 1, as published, about 7 % of the gates of a
             deep network are closed before training starts; at 0 every gate starts fully open.
@@ -145,8 +146,8 @@ class DependencyGenerator(GateModule):
         return [DependentHardConcrete(self, index, **options) for index in range(len(self.sizes))]
 
     def penalty(self, kernel_areas: Sequence[float], lam: float, first: float = 3.0) -> Tensor:
-        """lam sum_l k_l^2 P_{l-1} P_l with P_l the expected open gates of layer l and P_0 = ``first``,
-        the image's channels; a scalar.
+        """lam sum_l k_l^2 P_{l-1} P_l with P_l the expected open gates of layer l and P_0 = ``first``, the image's
+        channels; a scalar.
 
         ``kernel_areas``: k_l^2 of each gated convolution, in the order of the network. Added as it is to a mean
         cross-entropy; lam is 1e-6 (VGG16) or 5e-7 (ResNet56) in the published runs. Each layer counts as if it read the
@@ -222,10 +223,11 @@ class DependencyGenerator(GateModule):
 
 
 class DependentHardConcrete(ConcreteGate):
-    """The hard concrete gates of one layer under Dep-L0 (Li and Ji 2021):
-    their log_alpha comes out of a generator shared by the model.
+    """The hard concrete gates of one layer under Dep-L0 (Li and Ji 2021): their log_alpha comes out of a generator
+    shared by the model.
 
-    Args: generator: the :class:`DependencyGenerator` of the whole model. It is part of every gate that uses it, and
+    Args:
+        generator: the :class:`DependencyGenerator` of the whole model. It is part of every gate that uses it, and
             ``model.parameters()`` lists its parameters once; a ``state_dict`` names them once per gate, as with all
             shared modules.
         index: which of its layers this is.

@@ -19,8 +19,8 @@ REGULARISERS = ("l1", "foothill")
 
 
 class DifferentiableMask(KernelGate):
-    """z = alpha M(|alpha| - t): a scale per gate, and a mask (after Ramakrishnan, Sari, Partovi Nia 2020,
-    arXiv 1909.04567).
+    """z = alpha M(|alpha| - t): a scale per gate, and a mask (after Ramakrishnan, Sari, Partovi Nia 2020, arXiv
+    1909.04567).
 
     Confirmed, by the abstract, the introduction and the abstract and claims of the same authors' patent US 12,039,448:
     after the non-linearity each filter's output is multiplied by a scaling factor and by a mask function of it; the

@@ -33,8 +33,9 @@ class DiffPrune(KernelGate):
     that approximates a multivariate Bernoulli one; a surrogate of the L0 loss makes them sparse. The equations were not
     available: shapes, constants, surrogates and everything below are a reconstruction that is consistent with that.
 
-    Args: num_gates: how many gates. shape: h(x) for x > 0. ``"A"``: tanh(kappa x); ``"B"``: x / (x + eps); ``"C"``: x^2
-        / (x^2 + eps^2); ``"D"``: 1
+    Args:
+        num_gates: how many gates.
+        shape: h(x) for x > 0. ``"A"``: tanh(kappa x); ``"B"``: x / (x + eps); ``"C"``: x^2 / (x^2 + eps^2); ``"D"``: 1
             - exp(-kappa x); ``"E"``: min(kappa x, 1).
         sharpness: kappa, for B and C 1 / eps; None: 5, for B and C 10.
         init_phi: where every phi starts.

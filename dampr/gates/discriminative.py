@@ -18,16 +18,18 @@ SHAPES = {"tanh": "tanh", "linear": "linear", "piecewise_linear": "clip"}
 
 
 class DiscriminativeMask(KernelGate):
-    """Ordered gates that one ``beta`` opens from the last to the first (Bu, Daw, Maruf, Karpatne, NeurIPS 2021,
-    arXiv 2110.00684).
+    """Ordered gates that one ``beta`` opens from the last to the first (Bu, Daw, Maruf, Karpatne, NeurIPS 2021, arXiv
+    2110.00684).
 
     z_j = ReLU(tanh(alpha^2 (mu_j + beta))) with mu_j = (j / n) k. Gate j is closed iff beta <= -mu_j: open gates are
-    always a suffix, and because beta is shared a closed gate opens again when the gates at the edge want it.
-    The same in training and in evaluation.
+    always a suffix, and because beta is shared a closed gate opens again when the gates at the edge want it. The same
+    in training and in evaluation.
 
-    Args: num_gates: how many gates, n. k: the range of the offsets mu. alpha: the steepness, a constant (the authors'
-        code squares it, the paper's appendix does not;
-            they keep it at 1).
+    Args:
+        num_gates: how many gates, n.
+        k: the range of the offsets mu.
+        alpha: the steepness, a constant (the authors' code squares it, the paper's appendix does not; they keep it at
+            1).
         order: ``"zero"``: j = 0 ... n - 1, as in the code; ``"one"``: j = 1 ... n, as the paper can be read.
         shape: ``"tanh"``, or the variants in the code, ``"linear"``: alpha^2 (mu_j + beta), and ``"piecewise_linear"``:
             at most 1.
@@ -173,8 +175,8 @@ class DiscriminativeMask(KernelGate):
 
 
 def dam_penalty(gates: Iterable[DiscriminativeMask], lam: float, floor: float = -5.0) -> Tensor:
-    """lam mean_l max(beta_l, floor) over the masked layers, a scalar, negative where betas are (Bu et al. 2021,
-    the authors' code).
+    """lam mean_l max(beta_l, floor) over the masked layers, a scalar, negative where betas are (Bu et al. 2021, the
+    authors' code).
 
     Published: lam 0.1 or 0.2 for a network of 163 masks; for a single layer lam beta without a floor, with lam 0.01 to
     0.1.

@@ -129,7 +129,8 @@ def hold_draws(model: nn.Module) -> Iterator[None]:
     With ``per_sample`` each row has the same gates in calls of as many rows. Evaluation mode has no noise and is what
     it always is. Inside another block of the same model the draw is the outer block's. Gates that are made within the
     block are not held. Checkpointed regions (``torch.utils.checkpoint``) of the block have its draw again, also where
-    their backward comes later; only reentrant regions inside of reentrant regions need their backward in the block.
+    their backward comes later; only
+    reentrant regions inside of reentrant regions need their backward in the block.
 
     A family of your own is held if it asks :meth:`dampr.gates.Gate.draw_seed` for its noise.
 
@@ -159,8 +160,8 @@ def hold_draws(model: nn.Module) -> Iterator[None]:
 
 
 def gate_generator(model: nn.Module, seed: int | None = 0, *, group: Any = None) -> nn.Module:
-    """Give the gates of ``model`` a generator of their own,
-    so that nothing else that draws random numbers changes them.
+    """Give the gates of ``model`` a generator of their own, so that nothing else that draws random numbers changes
+    them.
 
     Without it each call of a gate takes its seed from torch's global generator: data augmentation, dropout or a second
     model then change the masks. With it the seed follows from ``seed``, the number of the gate in the model and how
@@ -169,8 +170,9 @@ def gate_generator(model: nn.Module, seed: int | None = 0, *, group: Any = None)
     the device, and CUDA graphs advance it as they are replayed. Checkpointed regions (``torch.utils.checkpoint``) draw
     again what they drew.
 
-    Args: model: a module with gates, converted before. Gates that are added later have no generator; call this again,
-            it starts over.
+    Args:
+        model: a module with gates, converted before. Gates that are added later have no generator; call this again, it
+            starts over.
         seed: an integer in [0, 2**63); None: back to torch's generator, or, in a process group, to the seed that its
             ranks agree on.
         group: a ``torch.distributed`` process group of the ranks that each have as large a part of the batch, such as

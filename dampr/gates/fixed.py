@@ -11,8 +11,8 @@ from .base import Gate
 
 
 class Fixed(Gate):
-    """Gates with constant values, the same in training and in evaluation:
-    what :meth:`dampr.Budget.finalize` leaves of any family.
+    """Gates with constant values, the same in training and in evaluation: what :meth:`dampr.Budget.finalize` leaves of
+    any family.
 
     Args:
         values: (num_gates,), floating point; 0 is closed. Kept as a buffer in float32 (float64 stays).

@@ -75,12 +75,14 @@ class ConcreteGate(KernelGate):
 class HardConcrete(ConcreteGate):
     """Stretched and clipped concrete gates with exact zeros and ones (Louizos, Welling, Kingma, ICLR 2018, eq. 10-12).
 
-    Args: num_gates: how many gates. beta: temperature, above 0. gamma, zeta: the interval the concrete variable is
-        stretched to; gamma < 0, zeta > 1. preset: the evaluation rule, by the publication it comes from. ``"paper"``:
-        clip(sigmoid(log_alpha) (zeta -
+    Args:
+        num_gates: how many gates.
+        beta: temperature, above 0.
+        gamma, zeta: the interval the concrete variable is stretched to; gamma < 0, zeta > 1.
+        preset: the evaluation rule, by the publication it comes from. ``"paper"``: clip(sigmoid(log_alpha) (zeta -
             gamma) + gamma, 0, 1), no temperature. ``"median"``: the same of sigmoid(log_alpha / beta), the median of
-            the distribution (Gallego-Posada et al. 2022). ``"binary"``: 1 where the paper's gate exceeds one half,
-            else 0 (Voita et al. 2019).
+            the distribution (Gallego-Posada et al. 2022). ``"binary"``: 1 where the paper's gate exceeds one half, else
+            0 (Voita et al. 2019).
         init_log_alpha: where every log_alpha starts; None: at 3, or just high enough for a fresh evaluation gate to be
             exactly 1.
         droprate: start as published instead: log_alpha ~ N(ln(1 - d) - ln d, 0.01), with 0.5 in place of a d of 0.

@@ -16,8 +16,8 @@ from .base import Gate
 
 
 class SteppedGate(Gate):
-    """z = value s(level) with s(l) = l^2 (3 - 2 l): a gate that is closed in steps,
-    for a unit that is chosen by its importance.
+    """z = value s(level) with s(l) = l^2 (3 - 2 l): a gate that is closed in steps, for a unit that is chosen by its
+    importance.
 
     In training z is multiplied by (1 + probe) with probe = 0, so that ``probe.grad`` is z dL/dz summed over all calls
     since it was cleared: the first-order Taylor importance of each unit, for any layer (Molchanov et al. 2017, eq. 8,
@@ -70,16 +70,16 @@ class SteppedGate(Gate):
 
 
 class OwnedGate(Gate):
-    """A gate of any family with its parameters out of sight of ``model.parameters()``;
-    it computes what the family computes.
+    """A gate of any family with its parameters out of sight of ``model.parameters()``; it computes what the family
+    computes.
 
     A ``state_dict`` holds those parameters under the names that they have without an owner.
 
     Args:
         family: the gate that is owned.
 
-    Attributes: ``family``; ``held``, whether gates stay at their evaluation values without noise or gradient,
-    as in a warm-up.
+    Attributes: ``family``; ``held``, whether gates stay at their evaluation values without noise or gradient, as in a
+    warm-up.
     """
 
     probe: Tensor

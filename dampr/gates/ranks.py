@@ -30,8 +30,8 @@ several._dynamo_marked_constant = True  # type: ignore[attr-defined]  # a proces
 
 
 def part_of(ranks: Sequence[int] | None) -> int:
-    """Which part of the batch this process has: its place among ``ranks``, or its rank where these are None;
-    0 in a single process.
+    """Which part of the batch this process has: its place among ``ranks``, or its rank where these are None; 0 in a
+    single process.
 
     Raises RuntimeError where it is not among them.
     """
@@ -188,8 +188,8 @@ def unwatch(model: nn.Module) -> None:
 
 
 def _check_wrapper(module: nn.Module, args: Any) -> None:
-    """In a wrapper that is new to the module: raise RuntimeError unless it reduces exactly
-    the parameters that the model has.
+    """In a wrapper that is new to the module: raise RuntimeError unless it reduces exactly the parameters that the
+    model has.
     """
     if torch.compiler.is_compiling():
         _check_while_tracing(_changes)

@@ -50,8 +50,8 @@ def region_by_node() -> tuple[int, int] | None:
 
 
 def region_by_order() -> int | None:
-    """Where this code is in the order of autograd's nodes, None where gradients are enabled:
-    reentrant regions run first without.
+    """Where this code is in the order of autograd's nodes, None where gradients are enabled: reentrant regions run
+    first without.
 
     What runs in a region comes after its number, and before the numbers of all that follows.
     """

@@ -16,7 +16,8 @@ class SelectedGate(Gate):
 
     :class:`dampr.Shrinker` puts it in the place of a gate whose closed units have left the layers. The whole vector
     stays, so a family computes and draws what it would without this, and a budget goes on with gates that have the
-    numbers they had. A ``state_dict`` holds the whole vector under the names that it has without this.
+    numbers they had.
+    A ``state_dict`` holds the whole vector under the names that it has without this.
 
     Args:
         source: the whole vector, of any family.
@@ -60,7 +61,8 @@ class SelectedGate(Gate):
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
     ) -> None:
         for name, module in list(self.source.named_modules()):
-            module._load_from_state_dict(state_dict, prefix + f"{name}." if name else prefix, local_metadata, *args)  # type: ignore[arg-type]
+            own = f"{prefix}{name}." if name else prefix
+            module._load_from_state_dict(state_dict, own, local_metadata, *args)  # type: ignore[arg-type]
 
     def extra_repr(self) -> str:
         return f"{self.num_gates} of {self.source.num_gates}"

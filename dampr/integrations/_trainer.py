@@ -49,8 +49,7 @@ class DamprCallback(TrainerCallback):
     """Adds the penalty of a :class:`dampr.Budget` to what a ``Trainer`` minimises, and steps the budget.
 
     The penalty does not depend on data, so its gradient is added once for each step of the optimizer, right before it,
-    and not to the
-    loss: the same sum, whatever the Trainer makes of losses (gradient accumulation, label smoothing, a
+    and not to the loss: the same sum, whatever the Trainer makes of losses (gradient accumulation, label smoothing, a
     ``compute_loss_func``), and the losses in its log stay those of the task. Gradients are clipped before that.
 
     In the log: what :meth:`dampr.Budget.readings` gives. Checkpoints hold the state of the budget, and a training that
@@ -62,8 +61,8 @@ class DamprCallback(TrainerCallback):
         history: a file for what is logged, evaluations included (:class:`dampr.History`); the main process writes it.
 
     Raises, when training begins: ValueError for weight decay on gates (pass ``optimizers=`` with
-    :func:`dampr.param_groups`), for fp16, whose scaled gradients have another size, and for DeepSpeed or FSDP,
-    which keep gradients elsewhere.
+    :func:`dampr.param_groups`), for fp16, whose scaled gradients have another size, and for DeepSpeed or FSDP, which
+    keep gradients elsewhere.
     """
 
     def __init__(self, budget: Budget, history: str | os.PathLike[str] | None = None) -> None:
@@ -119,8 +118,8 @@ class DamprCallback(TrainerCallback):
 
 
 class PlanCallback(TrainerCallback):
-    """Steps a :class:`dampr.Plan` under a ``Trainer``, after each step of the optimizer;
-    the Trainer's own optimizer does.
+    """Steps a :class:`dampr.Plan` under a ``Trainer``, after each step of the optimizer; the Trainer's own optimizer
+    does.
 
     In the log: what :meth:`dampr.Plan.readings` gives. ``plan.finish()`` is yours to call when training is done.
 

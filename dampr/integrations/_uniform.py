@@ -45,8 +45,8 @@ FAMILIES = {
 
 
 def level(model: PreTrainedModel, round_to: int) -> tuple[PreTrainedModel, dict[str, str]]:
-    """A copy that computes the same, with as many open gates in every layer as its widest has, rounded up;
-    and why closed ones stay.
+    """A copy that computes the same, with as many open gates in every layer as its widest has, rounded up; and why
+    closed ones stay.
 
     Raises: ValueError for a model whose config is not known.
     """

@@ -1,9 +1,7 @@
 """The widths of a pruned transformers model as data in its config, and the stock model narrowed to them.
 
-    config.dampr = {
-        "format": 1, "heads": {"model.layers.0.self_attn": 3}, "linear": {"model.layers.0.mlp.up_proj": [64, 17]},
-        "biases": [],
-    }
+    config.dampr = { "format": 1, "heads": {"model.layers.0.self_attn": 3}, "linear": {"model.layers.0.mlp.up_proj":
+    [64, 17]}, "biases": [], }
 
 ``heads``: of each attention how many are left (sets of query heads, where they share a key); ``linear``: [in, out] of
 other layers; ``biases``: layers to which compaction gave one. What is not named there is as the rest of the config
@@ -68,8 +66,8 @@ def _shapes(layer: nn.Module | None) -> dict[str, Any] | None:
 
 
 def narrow(model: nn.Module, spec: Any) -> None:
-    """Make a stock model as narrow as :func:`describe` found it;
-    values of its tensors are what the first rows and columns were.
+    """Make a stock model as narrow as :func:`describe` found it; values of its tensors are what the first rows and
+    columns were.
 
     Raises: FileError where ``spec`` is not of the right form or does not fit the model.
     """

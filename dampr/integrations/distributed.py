@@ -37,8 +37,8 @@ _ON_SHARDS = (GatedLinear, GatedEmbedding, GatedLayerNorm, GatedActivation, Gate
 
 
 def replicate_gates(model: nn.Module, *, group: Any = None) -> set[Parameter]:
-    """The parameters of all gates of ``model``, for ``fully_shard(..., ignored_params=)``;
-    their gradients are averaged over the ranks.
+    """The parameters of all gates of ``model``, for ``fully_shard(..., ignored_params=)``; their gradients are averaged
+    over the ranks.
 
     Gates are a few numbers a layer: sharded they would cost a message each, and in bf16 they would not learn. So they
     stay whole and in float32 on each rank. At the end of each backward, their gradients go through one all-reduce
@@ -88,8 +88,9 @@ def parallelize_module(
     attention, with gates for its heads, among them), embeddings and LayerNorms, and of layers with gates on their
     parameters. All ranks draw one vector of gates, of which each multiplies the part that its shard has: per batch in
     the weight, so that the forward sends what a dense layer sends. Every rank starts with the gates of the first one of
-    the mesh, and the gradient of a gate is whole on each; together with data parallelism call :func:`replicate_gates`
-    with the group of that before. :func:`gathered` and :func:`dampr.compact` make a whole model again.
+    the mesh, and the gradient of a gate is whole on each;
+    together with data parallelism call :func:`replicate_gates` with the group of that before. :func:`gathered` and
+    :func:`dampr.compact` make a whole model again.
 
     Args:
         model: converted, not yet sharded.

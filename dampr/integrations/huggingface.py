@@ -68,9 +68,10 @@ def convert(
     :func:`compact`, around the same parameters, which are transposed: make optimizers afterwards. Evaluation outputs
     stay, which is proven on the example inputs.
 
-    Args: model: an attention that is not known (BERT, GPT-2, Llama, Mistral, Qwen2, RoBERTa, ViT are) has no gates.
-        example_inputs: as for :func:`dampr.convert`,
-            best a dict with ``"use_cache": False`` for a model that generates.
+    Args:
+        model: an attention that is not known (BERT, GPT-2, Llama, Mistral, Qwen2, RoBERTa, ViT are) has no gates.
+        example_inputs: as for :func:`dampr.convert`, best a dict with ``"use_cache": False`` for a model that
+            generates.
         gate: as for :func:`dampr.convert`.
         heads, neurons: what has gates; neurons are those of every linear layer that can be cut, a pooler's too.
         exclude: name globs and types, as for :func:`dampr.convert`.
@@ -115,9 +116,10 @@ def compact(
     The pruned widths are in ``config.dampr``, for :func:`from_pretrained`; transformers alone refuses the folder of
     such a model, because its tensors do not have the shapes that the rest of the config says.
 
-    Args: model: with gates from :func:`convert`; it is not changed. example_inputs, atol, rtol: as for
-        :func:`dampr.compact`. uniform: keep as many heads and neurons in every layer as the widest has, so that entries
-        such as
+    Args:
+        model: with gates from :func:`convert`; it is not changed.
+        example_inputs, atol, rtol: as for :func:`dampr.compact`.
+        uniform: keep as many heads and neurons in every layer as the widest has, so that entries such as
             ``intermediate_size`` say it all and transformers alone loads the model. Closed ones that stay have weights
             of 0. Heads stay where their width follows from their number (BERT, RoBERTa, GPT-2).
         round_to: with ``uniform``, neurons are a multiple of it, or all.
@@ -155,12 +157,13 @@ def plan(
     exclude: Sequence[str | type] | str | type = (),
     **how: Any,
 ) -> dampr.Plan:
-    """A :class:`dampr.Plan` for ``model``: gates come in at once, from :func:`convert`,
-    and the finished model's config says its widths.
+    """A :class:`dampr.Plan` for ``model``: gates come in at once, from :func:`convert`, and the finished model's config
+    says its widths.
 
-    Args: model, example_inputs, gate, heads, neurons, exclude: as for :func:`convert`. steps, how: as for
-        :class:`dampr.Plan`. ``trained`` is True unless given:
-            such models mostly start from a checkpoint.
+    Args:
+        model, example_inputs, gate, heads, neurons, exclude: as for :func:`convert`.
+        steps, how: as for :class:`dampr.Plan`. ``trained`` is True unless given: such models mostly start from a
+            checkpoint.
 
     Raises: what those two raise; the model then has its gates, where the plan was refused.
     """
@@ -180,8 +183,8 @@ def _as_stock(small: Any) -> None:
 
 
 def expand(model: PreTrainedModel) -> PreTrainedModel:
-    """:func:`dampr.expand`, and the config says the old widths,
-    so that transformers alone loads the folder of the new model.
+    """:func:`dampr.expand`, and the config says the old widths, so that transformers alone loads the folder of the new
+    model.
 
     A bias that compaction added stays, and is all that ``config.dampr`` then names.
 
@@ -206,8 +209,8 @@ def expand(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def save_pretrained(model: PreTrainedModel, folder: str | os.PathLike[str], **how: Any) -> None:
-    """Write a compacted model as ``model.save_pretrained`` does,
-    after a check that :func:`from_pretrained` can read it.
+    """Write a compacted model as ``model.save_pretrained`` does, after a check that :func:`from_pretrained` can read
+    it.
 
     Raises: TypeError for a model with gates; ValueError where its config does not say its widths.
     """
@@ -232,8 +235,8 @@ def from_pretrained(
 
     Returns: a model of that class, in evaluation mode.
 
-    Raises: FileError where the widths are not of the right form, or do not go with the class or the weights;
-    what transformers raises.
+    Raises: FileError where the widths are not of the right form, or do not go with the class or the weights; what
+    transformers raises.
     """
     config = transformers.AutoConfig.from_pretrained(folder)
     where = f"folder={os.fspath(folder)!r}"

@@ -68,9 +68,10 @@ class DamprCallback(_Recording):
     In the log of each batch: what :meth:`dampr.Budget.readings` gives. Checkpoints hold the state of the budget, and a
     training that resumes goes on with it. Call ``budget.finalize()`` and :func:`dampr.compact` when training is done.
 
-    Args: budget: of the module that is trained, or of a model in it. history: a file for what is logged by the end of
-        each epoch and each validation (:class:`dampr.History`);
-            the main process writes.
+    Args:
+        budget: of the module that is trained, or of a model in it.
+        history: a file for what is logged by the end of each epoch and each validation (:class:`dampr.History`); the
+            main process writes.
 
     Raises, when training begins: ValueError for weight decay on gates, for gates (of a budget that owns them: weights)
     in no optimizer or in several, for fp16 with a scaler, and for strategies other than a single device and DDP, which
@@ -121,8 +122,8 @@ class DamprCallback(_Recording):
 
 
 class PlanCallback(_Recording):
-    """Steps a :class:`dampr.Plan` under a Lightning ``Trainer``,
-    after each step of the optimizer that has the model's weights.
+    """Steps a :class:`dampr.Plan` under a Lightning ``Trainer``, after each step of the optimizer that has the model's
+    weights.
 
     Gradient accumulation, clipping, mixed precision with or without a scaler and schedulers are Lightning's as always;
     steps that a scaler leaves out do not count. In the log of each batch: what :meth:`dampr.Plan.readings` gives.
@@ -131,9 +132,10 @@ class PlanCallback(_Recording):
     Checkpoints hold the state of the plan. The model of a checkpoint may be smaller than the one it was made of, so
     that has to be known before ``fit(..., ckpt_path=path)``: call ``callback.resume(path)`` first.
 
-    Args: plan: of the module that is trained, or of a model in it. history: a file for what is logged by the end of
-        each epoch and each validation (:class:`dampr.History`);
-            the main process writes.
+    Args:
+        plan: of the module that is trained, or of a model in it.
+        history: a file for what is logged by the end of each epoch and each validation (:class:`dampr.History`); the
+            main process writes.
 
     Raises, when training begins: ValueError for weights in no optimizer or in several, for a plan that was not resumed,
     and for strategies other than a single device: a model that becomes smaller has to be wrapped again, in a loop of

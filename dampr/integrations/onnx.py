@@ -43,14 +43,15 @@ def export(
     rtol: float = 1e-5,
     **how: Any,
 ) -> None:
-    """Write a plain (compacted) model with ``torch.onnx.export``,
-    and prove that onnxruntime computes the same from the file.
+    """Write a plain (compacted) model with ``torch.onnx.export``, and prove that onnxruntime computes the same from the
+    file.
 
     The file is run on the CPU on the example inputs and on the same with a little noise, so that a value that was taken
     for a constant is found out. It appears whole or not at all; weights that are too many for one file (torch draws the
     line at 1.5 GiB) come in a second one, ``path`` + ".data".
 
-    Args: model: exported in evaluation mode; it is not changed. Of transformer layers without torch's fused inference
+    Args:
+        model: exported in evaluation mode; it is not changed. Of transformer layers without torch's fused inference
             path, which writes zeros over padding.
         path: the file.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments; their shapes are those of the

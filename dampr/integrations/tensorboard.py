@@ -21,8 +21,9 @@ def log_gates(writer: Any, model: nn.Module, step: int, budget: Budget | None = 
     parameter that a gate has for itself (``log_alpha/LAYER``), and a scalar ``gates_open/LAYER``, the share of open
     gates. With a budget its readings too: ``budget/macs_left``, ...
 
-    Args: writer: a ``torch.utils.tensorboard.SummaryWriter``,
-            or anything else with its ``add_histogram`` and ``add_scalar``.
+    Args:
+        writer: a ``torch.utils.tensorboard.SummaryWriter``, or anything else with its ``add_histogram`` and
+            ``add_scalar``.
         model: with gated layers.
         step: at least 0.
         budget: of the model.

@@ -1,5 +1,5 @@
-"""Tile sizes as a pure function of (sizes, dtype, compute capability): nothing is tuned at run time,
-so nothing looks like a hang.
+"""Tile sizes as a pure function of (sizes, dtype, compute capability): nothing is tuned at run time, so nothing looks
+like a hang.
 
 The tables are the whole list of what ships; tests/testing/test_codegen.py compiles every entry and reads the machine
 code.
@@ -59,8 +59,8 @@ NORM_JOIN_TILE, NORM_FINISH_TILE = (128, 32), (8, 64)  # of the (splits, n) stat
 
 
 def gemm_kind(M: int, N: int, K: int, dtype: str, capability: int) -> str:
-    """Which tiles a problem gets: "odd" when its rows cannot be copied in 16 byte pieces, else by dtype,
-    size and machine.
+    """Which tiles a problem gets: "odd" when its rows cannot be copied in 16 byte pieces, else by dtype, size and
+    machine.
 
     ``dtype``: "fp32", "bf16" or "fp16"; ``capability``: 90 for sm_90, 0 for AMD, which lacks the shared memory for
     "large". On tcgen05 (sm_100 to sm_110) Triton 3.7 turns a float32 dot of 64 rows or more into TF32 even when asked
@@ -86,8 +86,8 @@ def one_pass_gates(M: int, N: int, K: int) -> int:
 
 
 def fits_one_pass(M: int, N: int, K: int, table: Thresholds) -> bool:
-    """Whether gates of x (M, K) and y (M, N) are cheap enough to be drawn again by
-    every tile of a GEMM that needs them.
+    """Whether gates of x (M, K) and y (M, N) are cheap enough to be drawn again by every tile of a GEMM that needs
+    them.
 
     Drawing costs some 60 instructions a gate, several times the MMA's own issue slots. Repeating that beats the
     launches and the traffic of a pass of its own only for small problems.
@@ -139,8 +139,8 @@ def _power_of_two(n: int) -> int:
 def split_rows(
     rows: int, step: int, programs: int, target: int = TARGET_PROGRAMS, most: int = MAX_SPLITS
 ) -> tuple[int, int]:
-    """(splits, rows per split, a multiple of ``step``) for ``programs`` programs that would
-    each go through all rows in steps.
+    """(splits, rows per split, a multiple of ``step``) for ``programs`` programs that would each go through all rows in
+    steps.
 
     About ``target`` programs and at most ``most`` splits result.
 

@@ -1,7 +1,7 @@
 """Where one route ends and the next begins: a JSON table per device, in the folder dispatch/. Imports no torch.
 
-Nothing is tuned at run time. ``python -m benchmarks.run crossover`` writes the table of the device it runs on,
-to be copied here.
+Nothing is tuned at run time. ``python -m benchmarks.run crossover`` writes the table of the device it runs on, to be
+copied here.
 """
 
 from __future__ import annotations

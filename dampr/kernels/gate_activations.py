@@ -1,5 +1,5 @@
-"""y = x * z along one dimension, and its gradients: x (outer, middle, n, inner) in the order of memory,
-z (n,) or a row per outer index.
+"""y = x * z along one dimension, and its gradients: x (outer, middle, n, inner) in the order of memory, z (n,) or a row
+per outer index.
 
     dx = dy z      dz[n] (or [outer, n]) = sum of x dy over all that shares the gate
 

@@ -1,8 +1,8 @@
-"""y = z_out * (conv(x * z_in, W) + b), one pass over x in NHWC,
-where channels whose gates are closed are neither read nor multiplied.
+"""y = z_out * (conv(x * z_in, W) + b), one pass over x in NHWC, where channels whose gates are closed are neither read
+nor multiplied.
 
-    y[b, oh, ow, n] = z_out[n] (bias[n] + sum_{r, s, c} z_in[c] W[n, r, s, c] x[b, h, w, c])
-    with h = oh SH - PH + r DH, w = ow SW - PW + s DW
+    y[b, oh, ow, n] = z_out[n] (bias[n] + sum_{r, s, c} z_in[c] W[n, r, s, c] x[b, h, w, c]) with h = oh SH - PH + r DH,
+    w = ow SW - PW + s DW
 
 x: (B, H, W, groups C), W: (groups N, R, S, C), y: (B, OH, OW, groups N), all dense; zeros outside of x. An implicit
 GEMM: a row of an output tile is a pixel, a step of its loop one tap (r, s) of one block of BLOCK_C channels. The gates
@@ -51,8 +51,8 @@ def gated_conv2d_fwd_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """y of ``slabs`` slabs of P pixels; z_in: (slabs or 1, groups, C), live and count: of its rows of C; z_out:
-    (slabs or 1, groups, N).
+    """y of ``slabs`` slabs of P pixels; z_in: (slabs or 1, groups, C), live and count: of its rows of C; z_out: (slabs
+    or 1, groups, N).
 
     A row of gates of its own for each slab if IN_PER_SLAB, OUT_PER_SLAB. Grid: (groups * tiles of a group,). EVEN: C is
     a multiple of BLOCK_C. An image has fewer than 2^31 output pixels.

@@ -178,8 +178,8 @@ def gate_rows_bwd_kernel(
     M, n, stride_gm, stride_tm, rows_per_split,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUPED: tl.constexpr, GATE: tl.constexpr,
 ):  # fmt: skip
-    """For the gradient g (M, n) of t z: gated (M, n) = g z and, over one split's rows in order,
-    the column sums of g t z' and of g z.
+    """For the gradient g (M, n) of t z: gated (M, n) = g z and, over one split's rows in order, the column sums of g t
+    z' and of g z.
 
     The partial sums are (splits, n); grid: (column blocks, splits).
     """

@@ -1,5 +1,5 @@
-"""y = z_out * ((x * z_in) W^T + b), gates per batch, where most gates are closed:
-what is dead is neither read nor multiplied.
+"""y = z_out * ((x * z_in) W^T + b), gates per batch, where most gates are closed: what is dead is neither read nor
+multiplied.
 
 x: (M, K), W: (N, K), y: (M, N). ``live_blocks_kernel`` draws z_in and lists, in ascending order, the blocks of BLOCK_K
 input features with an open gate. The GEMM walks that list: its trip count and the number of each block are loaded from

@@ -53,8 +53,8 @@ def exp_portable(x):
 
 @triton.jit
 def draw_words(seed, start, BLOCK: tl.constexpr, GROUPED: tl.constexpr):
-    """Philox words of gates start .. start + BLOCK - 1; ``start``: int64, a scalar -> [BLOCK] or [BLOCK_M,
-    1] -> [BLOCK_M, BLOCK].
+    """Philox words of gates start .. start + BLOCK - 1; ``start``: int64, a scalar -> [BLOCK] or [BLOCK_M, 1] ->
+    [BLOCK_M, BLOCK].
 
     GROUPED promises that ``start`` is a multiple of 4, so that all words of a Philox group are used; else each gate
     draws its own group.
@@ -179,8 +179,8 @@ def masked_gate(alpha, GATE: tl.constexpr):
 
 @triton.jit
 def draw_gate(log_alpha, seed, start, BLOCK: tl.constexpr, GROUPED: tl.constexpr, GATE: tl.constexpr):
-    """Gates start .. start + BLOCK - 1 and their derivatives: (z, dz/dlog_alpha), float32;
-    what a caller does not use is not computed.
+    """Gates start .. start + BLOCK - 1 and their derivatives: (z, dz/dlog_alpha), float32; what a caller does not use
+    is not computed.
 
     ``log_alpha``: the parameters of any family, float32 of the BLOCK columns, [BLOCK] or [1, BLOCK], also the shape of
     gates without noise; ``start`` as in draw_words.

@@ -118,8 +118,8 @@ def norm_stats_join_kernel(
     parts, n, length, per_piece, pieces, count, stays, mean_share, var_share,
     BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """mean and biased variance (n,), of ``count`` elements each, from (parts, n);
-    part i begins at i % pieces * per_piece of ``length``.
+    """mean and biased variance (n,), of ``count`` elements each, from (parts, n); part i begins at i % pieces *
+    per_piece of ``length``.
 
     Grid: (column blocks,). Means are added up as distances from the first one, then squared distances from their mean
     are. Running statistics, where there are some, become ``stays`` of themselves plus a share of the new ones;
@@ -166,8 +166,8 @@ def norm_gate_columns_kernel(
     EPS: tl.constexpr, RELU: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PER_OUTER: tl.constexpr,
 ):  # fmt: skip
     """One of three passes over (outer, middle, n); what is None is not there. Without dy: out = y. With it, partial
-    (outer, splits, 2, n) = S0 and S1 of one split's rows, in order, or out = dx, where sums (2,
-    n) are dbias and dgain, None for running statistics.
+    (outer, splits, 2, n) = S0 and S1 of one split's rows, in order, or out = dx, where sums (2, n) are dbias and dgain,
+    None for running statistics.
 
     Grid: (outer * splits * column blocks,), column blocks first.
     """
@@ -263,8 +263,8 @@ def norm_gate_finish_kernel(
     sums_ptr, z_ptr, gain_ptr, bias_ptr, dz_ptr, partial_ptr, outer, parts, n, outer_per_split,
     BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """From S0 and S1, sums (outer, parts, 2, n): dz (outer, n) and partial (splits, 2, n),
-    one split's share of dbias and dgain.
+    """From S0 and S1, sums (outer, parts, 2, n): dz (outer, n) and partial (splits, 2, n), one split's share of dbias
+    and dgain.
 
     Grid: (splits * column blocks,), column blocks first.
     """

@@ -22,12 +22,13 @@ VALUE = value()
 class GatedActivation(GatedLayer, nn.Module):
     """Learned gates on one dimension of any activation: y = x * z along ``dim``.
 
-    Args: num_gates: how many gates; without ``index`` the size of that dimension. dim: the dimension of the input that
-        has the gates; negative counts from the end. gate: a family's name, a :class:`dampr.gates.Gate` subclass, or an
-        instance to share. per_sample: in training, one draw for each index of the first dimension of the input instead
-        of one per call. index: which gate each element of the dimension has, int64, (x.shape[dim],), values in [0,
-        num_gates):
-            any grouping. None: its own.
+    Args:
+        num_gates: how many gates; without ``index`` the size of that dimension.
+        dim: the dimension of the input that has the gates; negative counts from the end.
+        gate: a family's name, a :class:`dampr.gates.Gate` subclass, or an instance to share.
+        per_sample: in training, one draw for each index of the first dimension of the input instead of one per call.
+        index: which gate each element of the dimension has, int64, (x.shape[dim],), values in [0, num_gates): any
+            grouping. None: its own.
         device: where the gates live.
 
     ``weights_per_gate`` is what closing one element of the dimension saves, for the penalty; 1 unless set. A gate of

@@ -48,8 +48,8 @@ def attend(
     attn_mask: Tensor | None,
     is_causal: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """What ``torch.nn.functional.multi_head_attention_forward`` does before the last projection,
-    for ``heads`` of ``layer.num_heads``.
+    """What ``torch.nn.functional.multi_head_attention_forward`` does before the last projection, for ``heads`` of
+    ``layer.num_heads``.
 
     Inputs are (L, N, E), (S, N, kdim) and (S, N, vdim), with the masks of ``nn.MultiheadAttention``. Returns what the
     heads say, (N, heads, L, head_dim), and their attention weights, (N, heads, L, S), or None where they are not
@@ -104,8 +104,8 @@ def _mask(
 ) -> Tensor | None:
     """Both masks as one that is added to scores, (N or 1, heads or 1, L or 1, S + more); None without any.
 
-    Args: the masks of ``nn.MultiheadAttention``; ``sizes`` = (N, num_heads, L, S); ``more`` keys at the end,
-    which no mask hides.
+    Args: the masks of ``nn.MultiheadAttention``; ``sizes`` = (N, num_heads, L, S); ``more`` keys at the end, which no
+    mask hides.
     """
     samples, num_heads, queries, keys = sizes
     found = []

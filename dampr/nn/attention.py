@@ -179,8 +179,8 @@ class GatedMultiheadAttention(GatedLayer, nn.MultiheadAttention):
     def from_dense(
         cls, layer: nn.MultiheadAttention, *, gate: str | type[Gate] | Gate = "hard_concrete", per_sample: bool = False
     ) -> GatedMultiheadAttention:
-        """A gated layer with the very parameters of ``layer``, not copies.
-        Raises TypeError unless its type is exactly the dense one.
+        """A gated layer with the very parameters of ``layer``, not copies. Raises TypeError unless its type is exactly
+        the dense one.
 
         Where fresh gates are not 1, ``out_proj.weight`` is divided by them, so that the layer computes the same;
         ValueError where one is 0.
@@ -236,8 +236,8 @@ class GatedMultiheadAttention(GatedLayer, nn.MultiheadAttention):
     def compacted(self) -> tuple[nn.MultiheadAttention | PrunedMultiheadAttention, list[int]]:
         """The smallest plain layer that computes what this one computes in evaluation mode, and the heads that it has.
 
-        :meth:`to_dense` where no head is closed. One head at least is left. Only the attention weights differ:
-        closed heads have none.
+        :meth:`to_dense` where no head is closed. One head at least is left. Only the attention weights differ: closed
+        heads have none.
         """
         heads = self.gate.is_open().nonzero().flatten().tolist() or [0]
         if len(heads) == self.num_heads:

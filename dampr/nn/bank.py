@@ -19,21 +19,21 @@ from .base import GatedLayer
 
 
 class GateBank:
-    """Draws the gates of a whole model in one launch, and sends them one gradient back in one launch;
-    so does the penalty.
+    """Draws the gates of a whole model in one launch, and sends them one gradient back in one launch; so does the
+    penalty.
 
     Without it each gated layer draws its own gates, from a seed of its own. In a step of a deep network these are
     hundreds of launches of kernels that do next to nothing. In the block of :meth:`draw` all hard concrete gates of one
-    set of constants are one vector with one
-    seed: gate i of the vector has the noise (seed, i), so the values are those of :func:`dampr.functional.sample_gates`
-    on that vector, to the bit, and layers get views of it. Parameters become views of one block of memory, in which
-    optimizers, state dicts and whoever else holds them do not see a difference. The seed is what the first of the gates
-    would have drawn with, so :func:`dampr.gate_generator` and :func:`dampr.hold_draws` count here too, and all ranks
-    draw alike. Checkpointed regions need ``use_reentrant=False``.
+    set of constants are one vector with one seed: gate i of the vector has the noise (seed, i), so the values are those
+    of :func:`dampr.functional.sample_gates` on that vector, to the bit, and layers get views of it. Parameters become
+    views of one block of memory, in which optimizers, state dicts and whoever else holds them do not see a difference.
+    The seed is what the first of the gates would have drawn with, so :func:`dampr.gate_generator` and
+    :func:`dampr.hold_draws` count here too, and all ranks draw alike.
+    Checkpointed regions need ``use_reentrant=False``.
 
     Gates of other families, and those of layers that draw for each sample, are drawn by their layers as always, and
-    :meth:`penalty` asks these layers. Make a new bank after units have left the model (:class:`dampr.Shrinker`):
-    what a gate saves has changed.
+    :meth:`penalty` asks these layers. Make a new bank after units have left the model (:class:`dampr.Shrinker`): what a
+    gate saves has changed.
 
     Args:
         model: with gated layers; converted before, and on its device.

@@ -92,12 +92,12 @@ class GatedLayer:
 
 
 class GatedWeight(GatedLayer):
-    """A layer with one weight (written, read / groups, *kernel) that is gated, and a bias:
-    linear maps and convolutions.
+    """A layer with one weight (written, read / groups, *kernel) that is gated, and a bias: linear maps and
+    convolutions.
 
     Mixed in before the ``torch.nn`` layer in ``_dense``. ``_arguments`` names what that layer's constructor takes and
-    its instances keep.
-    ``index``: of granularity ``"index"`` the gate of each weight, else None; it is no part of the ``state_dict``.
+    its instances keep. ``index``: of granularity ``"index"`` the gate of each weight, else None; it is no part of the
+    ``state_dict``.
     """
 
     weight: Tensor
@@ -175,8 +175,8 @@ class GatedWeight(GatedLayer):
     def _from_dense(
         cls, layer: nn.Module, gate: str | type[Gate] | Gate, granularity: Granularity | Tensor, per_sample: bool
     ) -> Any:
-        """A gated layer with the very parameters of ``layer``; they are divided by fresh gates that are not 1,
-        so what it computes stays.
+        """A gated layer with the very parameters of ``layer``; they are divided by fresh gates that are not 1, so what
+        it computes stays.
 
         Raises ValueError where one is 0.
         """
@@ -239,8 +239,8 @@ class GatedWeight(GatedLayer):
         return plain
 
     def _open_range(self) -> slice | None:
-        """The open gates of a family that keeps them side by side (DAM),
-        so that a view of the weight is all there is to multiply.
+        """The open gates of a family that keeps them side by side (DAM), so that a view of the weight is all there is
+        to multiply.
 
         None where gates are no vector or a convolution has several groups, where all are open or none is, on a GPU,
         where asking would wait for the device, and where operators are counted, traced or transformed: what counts is

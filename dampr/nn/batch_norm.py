@@ -63,8 +63,8 @@ class GatedBatchNorm(GatedNorm, _BatchNorm):
         return gated
 
     def to_dense(self) -> nn.Module:
-        """The plain norm that computes what this one computes in evaluation mode,
-        with copies of its parameters and statistics.
+        """The plain norm that computes what this one computes in evaluation mode, with copies of its parameters and
+        statistics.
 
         A norm without gain gets one, for the gates to be in. With an activation of its own: ``nn.Sequential`` of the
         plain norm and ``nn.ReLU``.
@@ -86,7 +86,8 @@ class GatedBatchNorm(GatedNorm, _BatchNorm):
         activation = None if left else self.activation
         y = self._gated(x, parameter, seed, spec, activation)
         if self.followed and not left and not y.is_inference():
-            y._dampr_rectified = y._version  # type: ignore[attr-defined]  # as it is now: what is changed in place is rectified again
+            # as it is now: what is changed in place is rectified again
+            y._dampr_rectified = y._version  # type: ignore[attr-defined]
         return y
 
     def _gated(
@@ -170,16 +171,17 @@ class GatedBatchNorm(GatedNorm, _BatchNorm):
 
 
 class GatedBatchNorm2d(GatedBatchNorm, nn.BatchNorm2d):
-    """``nn.BatchNorm2d`` with learned gates on its output channels: y = z * batch_norm(x),
-    the gates folded into gain and bias.
+    """``nn.BatchNorm2d`` with learned gates on its output channels: y = z * batch_norm(x), the gates folded into gain
+    and bias.
 
     This is where the gates of a convolution's filters belong: a channel closed here is exactly zero for whatever reads
     it, and can be cut out together with the filter in front. Closed before the norm, it would be a constant that
     differs at padded borders.
 
-    Args: num_features ... dtype: as in ``nn.BatchNorm2d``. gate: a family's name, a :class:`dampr.gates.Gate` subclass,
-        or an instance to share. per_sample: in training, one draw per image instead of one per call (the placement of
-        Dep-L0: convolution, norm,
+    Args:
+        num_features ... dtype: as in ``nn.BatchNorm2d``.
+        gate: a family's name, a :class:`dampr.gates.Gate` subclass, or an instance to share.
+        per_sample: in training, one draw per image instead of one per call (the placement of Dep-L0: convolution, norm,
             gate, ReLU). Norm, gates and activation are then one pass, and nothing of the size of the input is kept but
             the input.
         activation: "relu" to compute the ReLU that follows too, or None.

@@ -63,8 +63,8 @@ def check_dense(layer: Any, kind: type[nn.Module]) -> None:
 
 
 def refresh(module: nn.Module) -> None:
-    """Compute again what hooks compute before a call, as it is after the last step or load,
-    of ``module`` and all in it.
+    """Compute again what hooks compute before a call, as it is after the last step or load, of ``module`` and all in
+    it.
 
     A spectral norm's vectors stay as they are.
     """

@@ -117,8 +117,8 @@ class GatedConv(GatedWeight, _ConvNd):
         granularity: Granularity | Tensor = "output",
         per_sample: bool = False,
     ) -> Any:
-        """A gated layer with the very parameters of ``layer``, not copies.
-        Raises TypeError unless its type is exactly the dense one.
+        """A gated layer with the very parameters of ``layer``, not copies. Raises TypeError unless its type is exactly
+        the dense one.
 
         Where fresh gates are not 1, the parameters are divided by them, so that the layer computes the same.
         """
@@ -131,9 +131,10 @@ class GatedConv(GatedWeight, _ConvNd):
 class GatedConv2d(GatedConv, nn.Conv2d):
     """``nn.Conv2d`` with learned gates: y = z * (conv(x, W) + b), y = conv(x * z, W) + b, or y = conv(x, Z * W) + b.
 
-    Args: in_channels ... dtype: as in ``nn.Conv2d``, all of them, ``padding="same"`` and every ``padding_mode``
-        included. gate: a family's name, a :class:`dampr.gates.Gate` subclass, or an instance to share. granularity:
-        ``"output"`` (a gate per filter, its bias included), ``"input"`` (a gate per channel), ``"weight"``
+    Args:
+        in_channels ... dtype: as in ``nn.Conv2d``, all of them, ``padding="same"`` and every ``padding_mode`` included.
+        gate: a family's name, a :class:`dampr.gates.Gate` subclass, or an instance to share.
+        granularity: ``"output"`` (a gate per filter, its bias included), ``"input"`` (a gate per channel), ``"weight"``
             (a gate per weight) or ``(rows, cols)``: a gate for each ``rows`` filters times ``cols`` channels of a
             group, with all their kernel positions; (1, 1) is a gate per kernel. Any other grouping: an int64 tensor of
             the shape of ``weight``, which gate each weight has.

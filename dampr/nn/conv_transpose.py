@@ -81,8 +81,8 @@ class GatedConvTranspose(GatedWeight, _ConvTransposeNd):
         granularity: str = "output",
         per_sample: bool = False,
     ) -> Any:
-        """A gated layer with the very parameters of ``layer``, not copies.
-        Raises TypeError unless its type is exactly the dense one.
+        """A gated layer with the very parameters of ``layer``, not copies. Raises TypeError unless its type is exactly
+        the dense one.
 
         Where fresh gates are not 1, the parameters are divided by them, so that the layer computes the same.
         """
@@ -139,18 +139,20 @@ class GatedConvTranspose(GatedWeight, _ConvTransposeNd):
 
 
 class GatedConvTranspose2d(GatedConvTranspose, nn.ConvTranspose2d):
-    """``nn.ConvTranspose2d`` with learned gates: y = z * (conv_transpose(x, W) + b), or y = conv_transpose(x * z,
-    W) + b.
+    """``nn.ConvTranspose2d`` with learned gates: y = z * (conv_transpose(x, W) + b), or y = conv_transpose(x * z, W) +
+    b.
 
-    Args: in_channels ... dtype: as in ``nn.ConvTranspose2d``, all of them. gate: a family's name, a
-        :class:`dampr.gates.Gate` subclass, or an instance to share. granularity: ``"output"`` (a gate per written
-        channel,
-            its bias included) or ``"input"`` (a gate per read channel).
+    Args:
+        in_channels ... dtype: as in ``nn.ConvTranspose2d``, all of them.
+        gate: a family's name, a :class:`dampr.gates.Gate` subclass, or an instance to share.
+        granularity: ``"output"`` (a gate per written channel, its bias included) or ``"input"`` (a gate per read
+            channel).
         per_sample: in training, one draw per image instead of one per call.
 
     Input (B, C, H, W) or (C, H, W). Gates are multiplied in one fused pass over the activations that have them.
     ``weight`` and ``bias`` come first in ``parameters()``; a dense ``state_dict`` loads and leaves the gates as they
-    are. A fresh layer equals the dense one in evaluation mode, to the bit.
+    are.
+    A fresh layer equals the dense one in evaluation mode, to the bit.
 
     Raises: ValueError or TypeError that names the argument.
     """

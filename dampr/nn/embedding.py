@@ -21,10 +21,11 @@ VALUE = value()
 class GatedEmbedding(GatedLayer, nn.Embedding):
     """``nn.Embedding`` with learned gates on its columns (the width) or on its rows (the vocabulary).
 
-    Args: num_embeddings ... dtype: as in ``nn.Embedding``. gate: a family's name, a :class:`dampr.gates.Gate` subclass,
-        or an instance to share. granularity: ``"output"``, a gate per column of the table, or ``"input"``, a gate per
-        row:
-            a closed row makes zeros of its word.
+    Args:
+        num_embeddings ... dtype: as in ``nn.Embedding``.
+        gate: a family's name, a :class:`dampr.gates.Gate` subclass, or an instance to share.
+        granularity: ``"output"``, a gate per column of the table, or ``"input"``, a gate per row: a closed row makes
+            zeros of its word.
         per_sample: in training, one draw for each index of the first dimension of the input instead of one per call.
 
     Gates multiply the rows that were looked up, never the table, so that a step costs what its words cost and
@@ -104,8 +105,8 @@ class GatedEmbedding(GatedLayer, nn.Embedding):
         granularity: str = "output",
         per_sample: bool = False,
     ) -> GatedEmbedding:
-        """A gated layer with the very parameter of ``layer``, not a copy.
-        Raises TypeError unless its type is exactly ``nn.Embedding``.
+        """A gated layer with the very parameter of ``layer``, not a copy. Raises TypeError unless its type is exactly
+        ``nn.Embedding``.
 
         Where fresh gates are not 1, the table is divided by them, so that the layer computes the same; ValueError where
         one is 0, or where ``max_norm`` would undo it.

@@ -122,8 +122,8 @@ class GatedNorm(GatedLayer):
     @torch.no_grad()
     @settled
     def to_dense(self) -> nn.Module:
-        """The plain norm that computes what this one computes in evaluation mode,
-        with copies of its parameters and statistics.
+        """The plain norm that computes what this one computes in evaluation mode, with copies of its parameters and
+        statistics.
 
         A norm without gain gets one, for the gates to be in.
         """

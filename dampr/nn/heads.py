@@ -12,15 +12,15 @@ from .linear import GatedLinear
 
 
 class GatedHeads(GatedLinear):
-    """``nn.Linear`` that reads heads side by side, with a learned gate for each:
-    y = sum over heads of z_h x_h W_h^T + b.
+    """``nn.Linear`` that reads heads side by side, with a learned gate for each: y = sum over heads of z_h x_h W_h^T +
+    b.
 
     Made by :meth:`from_dense` from the output projection of an attention; a closed gate makes zeros of everything that
     its head computes. A gate may hold several heads that stand or fall together, as query heads that share a key and a
     value do.
 
-    ``weights_per_gate`` is what a closed gate saves, for the penalty: its columns here, and its rows of query,
-    key and value.
+    ``weights_per_gate`` is what a closed gate saves, for the penalty: its columns here, and its rows of query, key and
+    value.
     """
 
     weights_per_gate: float
@@ -34,8 +34,8 @@ class GatedHeads(GatedLinear):
         weights_per_gate: float | None = None,
         gate: str | type[Gate] | Gate = "hard_concrete",
     ) -> GatedHeads:
-        """A gated layer with the very parameters of ``layer``, not copies; where fresh gates are not 1,
-        they are divided by them.
+        """A gated layer with the very parameters of ``layer``, not copies; where fresh gates are not 1, they are
+        divided by them.
 
         Args:
             heads: how many gates; each has ``in_features / heads`` columns.

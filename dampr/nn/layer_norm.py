@@ -19,8 +19,9 @@ from .open_statistics import of_open
 class GatedLayerNorm(GatedNorm, nn.LayerNorm):
     """``nn.LayerNorm`` with a learned gate on each of the elements it normalises: y = z * layer_norm(x).
 
-    Args: normalized_shape ... dtype: as in ``nn.LayerNorm``. gate: a family's name, a :class:`dampr.gates.Gate`
-        subclass, or an instance to share; a gate for each element of
+    Args:
+        normalized_shape ... dtype: as in ``nn.LayerNorm``.
+        gate: a family's name, a :class:`dampr.gates.Gate` subclass, or an instance to share; a gate for each element of
             ``normalized_shape``.
         per_sample: in training, one draw for each index of the first dimension of the input instead of one per call.
         statistics: "all": mean and variance see every element that comes in. "open": only those whose gate of this call

@@ -18,13 +18,13 @@ from .base import GatedWeight, Granularity
 class GatedLinear(GatedWeight, nn.Linear):
     """``nn.Linear`` with learned gates: y = z * (x W^T + b), y = (x * z) W^T + b, or y = x (Z * W)^T + b.
 
-    Args: in_features, out_features, bias, device, dtype: as in ``nn.Linear``. gate: a family's name, a
-        :class:`dampr.gates.Gate` subclass, or an instance to share. granularity: ``"output"`` (a gate per row of
-        ``weight``, its bias included), ``"input"`` (a gate per column),
+    Args:
+        in_features, out_features, bias, device, dtype: as in ``nn.Linear``.
+        gate: a family's name, a :class:`dampr.gates.Gate` subclass, or an instance to share.
+        granularity: ``"output"`` (a gate per row of ``weight``, its bias included), ``"input"`` (a gate per column),
             ``"weight"`` (a gate per weight) or ``(rows, cols)`` (a gate per block, in row-major order; partial blocks
-            at the edges have gates too). Any other
-            grouping: an int64 tensor of the shape of ``weight``, which gate each weight has; the attribute is then
-                ``"index"``.
+            at the edges have gates too). Any other grouping: an int64 tensor of the shape of ``weight``, which gate
+            each weight has; the attribute is then ``"index"``.
         per_sample: in training, one draw per row of the input flattened to (rows, in_features) instead of one per call;
             ``"output"`` and ``"input"`` only.
 
@@ -101,8 +101,8 @@ class GatedLinear(GatedWeight, nn.Linear):
         granularity: Granularity | Tensor = "output",
         per_sample: bool = False,
     ) -> GatedLinear:
-        """A gated layer with the very parameters of ``layer``, not copies.
-        Raises TypeError unless its type is exactly ``nn.Linear``.
+        """A gated layer with the very parameters of ``layer``, not copies. Raises TypeError unless its type is exactly
+        ``nn.Linear``.
 
         Where fresh gates are not 1, the parameters are divided by them, so that the layer computes the same.
         """

@@ -67,8 +67,8 @@ class OpenStatistics(nn.Module):
 
 
 def of_open(x: Tensor, is_open: Tensor, dims: tuple[int, ...], *, centred: bool = True) -> tuple[Tensor, Tensor]:
-    """What to normalise in the place of x, so that its open elements alone count,
-    and the factor by which the result is too large.
+    """What to normalise in the place of x, so that its open elements alone count, and the factor by which the result is
+    too large.
 
     Args:
         is_open: bool; broadcasts to ``x``, and varies along dimensions among ``dims`` alone.
@@ -77,7 +77,8 @@ def of_open(x: Tensor, is_open: Tensor, dims: tuple[int, ...], *, centred: bool 
 
     With k of D open, closed elements are 0, or hold the mean of the others where a mean is subtracted: they make the
     mean of squares k / D of theirs. The factor sqrt(D / k) makes it theirs, so that eps counts as in a norm of k; a
-    gain divided by it undoes it. Where all are open this is x, to the bit, and 1.
+    gain
+    divided by it undoes it. Where all are open this is x, to the bit, and 1.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     opened, k = is_open.to(x.dtype), is_open.sum().clamp(min=1).to(wide)

@@ -23,10 +23,12 @@ class GatedParameter(GatedLayer, nn.Module):
     gated one: a closed gate makes zeros of everything that these weights would read of its units, so nothing behind
     them depends on what writes these.
 
-    Args: gate: the gates; other parameters may share them. dim: the dimension of the parameter. index: int64, of the
-        length of that dimension: the gate of each of its indices, or -1 for one that has none. weights_per_gate: what
-        closing a gate saves, (gates,), for the penalty; None:
-            the elements of the parameter that it multiplies.
+    Args:
+        gate: the gates; other parameters may share them.
+        dim: the dimension of the parameter.
+        index: int64, of the length of that dimension: the gate of each of its indices, or -1 for one that has none.
+        weights_per_gate: what closing a gate saves, (gates,), for the penalty; None: the elements of the parameter that
+            it multiplies.
 
     It is a module whose forward takes the parameter, and works as a parametrization of ``torch.nn.utils.parametrize``
     too.
@@ -128,8 +130,8 @@ class GatedParameter(GatedLayer, nn.Module):
 
 
 def gated_parameters(model: nn.Module) -> Iterator[tuple[nn.Module, str, GatedParameter]]:
-    """(owner, name of the parameter, gates) of every :class:`GatedParameter` that was
-    put on a parameter in ``model``.
+    """(owner, name of the parameter, gates) of every :class:`GatedParameter` that was put on a parameter in
+    ``model``.
     """
     for module in model.modules():
         for name in _gated_names(module):
@@ -139,8 +141,8 @@ def gated_parameters(model: nn.Module) -> Iterator[tuple[nn.Module, str, GatedPa
 
 
 def put_on(module: nn.Module, name: str, gates: GatedParameter) -> None:
-    """Put gates on a parameter: whoever reads the attribute gets the product, also of several such gates;
-    the parameter keeps its name.
+    """Put gates on a parameter: whoever reads the attribute gets the product, also of several such gates; the parameter
+    keeps its name.
 
     The module gets a class of its own, in which the parameter is a property, and the gates as children: "weight" has
     them in "weight_gates". Its values are divided by fresh gates that are not 1.

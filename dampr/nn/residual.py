@@ -28,10 +28,11 @@ FLAT_AT_ZERO = (HARD_CONCRETE, RAMP)  # families whose derivative is 0 where the
 class GatedResidual(GatedLayer, nn.Module):
     """A residual branch with a learned gate: y = x + z F(x).
 
-    Args: branch: F, any module whose output is added to its first argument; further arguments are handed on. gate: a
-        family's name, a :class:`dampr.gates.Gate` subclass, or an instance with one gate to share. per_sample: in
-        training, one draw for each index of the first dimension of the input instead of one per call. device: where the
-        gate lives; None: where the parameters of ``branch`` do.
+    Args:
+        branch: F, any module whose output is added to its first argument; further arguments are handed on.
+        gate: a family's name, a :class:`dampr.gates.Gate` subclass, or an instance with one gate to share.
+        per_sample: in training, one draw for each index of the first dimension of the input instead of one per call.
+        device: where the gate lives; None: where the parameters of ``branch`` do.
 
     A closed branch is not run: in evaluation never (the output is then ``x`` itself), and in training, on the CPU, when
     the draw is 0 and the family's gradient there is 0 too (hard concrete, ramps). Parameters of a branch that was not

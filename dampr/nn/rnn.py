@@ -29,8 +29,8 @@ _BY_TORCH = 2**21
 
 
 class GatedRecurrent(GatedLayer, nn.RNNBase):
-    """A recurrent layer with a gate for each unit that it hands on,
-    mixed in before the ``torch.nn`` layer in ``_dense``.
+    """A recurrent layer with a gate for each unit that it hands on, mixed in before the ``torch.nn`` layer in
+    ``_dense``.
 
     Gates are rows of (layers * directions, P), P the hidden units, or the projected ones where there is a projection.
     The state h is read by W_hh, by W_ih of the next layer and by the caller, so there the gates are: in columns of
@@ -127,8 +127,8 @@ class GatedRecurrent(GatedLayer, nn.RNNBase):
 
     @classmethod
     def from_dense(cls, layer: Any, *, gate: str | type[Gate] | Gate = "hard_concrete", widths: str = "equal") -> Any:
-        """A gated layer with the very parameters of ``layer``, not copies.
-        Raises TypeError unless its type is exactly the dense one.
+        """A gated layer with the very parameters of ``layer``, not copies. Raises TypeError unless its type is exactly
+        the dense one.
 
         Where fresh gates are not 1, a projection is divided by them, so that the layer computes the same; a layer
         without one has nothing that could make up for them in its output, and ValueError is raised.
@@ -178,24 +178,24 @@ class GatedRecurrent(GatedLayer, nn.RNNBase):
 
     @torch.no_grad()
     def compacted(self) -> tuple[Any, Tensor, Tensor]:
-        """The smallest plain layer that computes what this one computes in evaluation mode,
-        but for a factor on its output.
+        """The smallest plain layer that computes what this one computes in evaluation mode, but for a factor on its
+        output.
 
         Returns ``(layer, kept, scale)``: an ``nn.LSTM``, ``nn.GRU`` or ``nn.RNN``, or a :class:`StackedRNN` of them;
-        the output features of this layer that are left, int64, increasing in each direction; and their gates,
-        of the same shape, so that::
+        the output features of this layer that are left, int64, increasing in each direction; and their gates, of the
+        same shape, so that::
 
             self.eval()(x)[0][..., kept] == layer.eval()(x)[0] * scale          and every other feature is 0
 
-        The factor belongs into the columns of whatever reads the output. With a projection it is in the layer,
-        and ``scale`` is 1.
+        The factor belongs into the columns of whatever reads the output. With a projection it is in the layer, and
+        ``scale`` is 1.
 
         Closed units are cut out of all gate matrices, of the columns of W_hh and of the next layer, or, with a
         projection, out of its rows. All layers and directions of an ``nn`` layer have one width. With
-        ``widths="equal"`` it is that of the widest here, at least
-        1: where fewer units are open, the first closed ones fill up, and nothing reads them (their columns are 0, and
-        in the last layer their ``scale``). With ``widths="own"`` each keeps its open units, at least one, and where
-        these are not equally many, the result is a :class:`StackedRNN`.
+        ``widths="equal"`` it is that of the widest here, at least 1: where fewer units are open, the first closed ones
+        fill up, and nothing reads them (their columns are 0, and in the last layer their ``scale``). With
+        ``widths="own"`` each keeps its open units, at least one, and where these are not equally many, the result is a
+        :class:`StackedRNN`.
 
         A state that is given to the small layer has its units and is not gated: h_0[..., kept] / scale for the last
         layer.
@@ -295,11 +295,12 @@ class GatedRecurrent(GatedLayer, nn.RNNBase):
 
 
 class GatedLSTM(GatedRecurrent, nn.LSTM):
-    """``nn.LSTM`` with a learned gate for each hidden unit (each projected one with
-    ``proj_size``) of each direction and layer.
+    """``nn.LSTM`` with a learned gate for each hidden unit (each projected one with ``proj_size``) of each direction
+    and layer.
 
-    Args: input_size ... dtype: as in ``nn.LSTM``, by position or name. gate: a family's name, a
-        :class:`dampr.gates.Gate` subclass, or an instance to share, with layers * directions *
+    Args:
+        input_size ... dtype: as in ``nn.LSTM``, by position or name.
+        gate: a family's name, a :class:`dampr.gates.Gate` subclass, or an instance to share, with layers * directions *
             units gates in the order of h_n.
         widths: what compaction leaves where layers or directions have unequally many open units: ``"equal"``, one
             ``nn`` module as wide everywhere as the widest; ``"own"``, a :class:`StackedRNN`, each layer and direction
@@ -326,8 +327,8 @@ class GatedLSTM(GatedRecurrent, nn.LSTM):
 
 
 class GatedGRU(GatedRecurrent, nn.GRU):
-    """``nn.GRU`` with a learned gate for each hidden unit of each direction and layer;
-    everything as in :class:`GatedLSTM`.
+    """``nn.GRU`` with a learned gate for each hidden unit of each direction and layer; everything as in
+    :class:`GatedLSTM`.
 
     What is not gated is a unit's memory of itself: h' = (1 - u) n + u h. A state that was computed with other gates
     than those of the call (h_0 of the step before, in training) enters it as h_0 / z, which a small z makes large;

@@ -18,8 +18,8 @@ from .gated_norm import norms_with, remember
 
 
 class GatedSyncBatchNorm(GatedBatchNorm):
-    """``nn.SyncBatchNorm`` with learned gates on its output channels: y = z * sync_batch_norm(x),
-    with the ReLU that follows in one pass.
+    """``nn.SyncBatchNorm`` with learned gates on its output channels: y = z * sync_batch_norm(x), with the ReLU that
+    follows in one pass.
 
     In training, mean and variance are those of the rows of all ranks of the group: one message of 2 C + 1 numbers in
     the forward and one of 2 C in the backward, as torch has them. Ranks may have batches of different sizes. It runs on

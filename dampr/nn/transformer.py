@@ -119,8 +119,8 @@ class GatedTransformer(BySublayers):
         parts: Sequence[str] = ("heads", "neurons"),
         per_sample: bool = False,
     ) -> Any:
-        """A gated layer with the very parameters of ``layer``, not copies.
-        Raises TypeError unless its type is exactly the dense one.
+        """A gated layer with the very parameters of ``layer``, not copies. Raises TypeError unless its type is exactly
+        the dense one.
 
         Where fresh gates are not 1, the weights that they reach are divided by them, so that the layer computes the
         same; ValueError where one is 0.
@@ -246,8 +246,9 @@ class GatedTransformer(BySublayers):
 class GatedTransformerEncoderLayer(GatedTransformer, EncoderBySublayers):
     """``nn.TransformerEncoderLayer`` with learned gates for its heads, its feed-forward neurons and its sublayers.
 
-    Args: d_model ... dtype: as in ``nn.TransformerEncoderLayer``. gate: a family's name, a :class:`dampr.gates.Gate`
-        subclass, or a function of (number of gates, device) that
+    Args:
+        d_model ... dtype: as in ``nn.TransformerEncoderLayer``.
+        gate: a family's name, a :class:`dampr.gates.Gate` subclass, or a function of (number of gates, device) that
             makes one: each part gets gates of its own.
         parts: some of ``"heads"`` (``self_attn`` is a :class:`GatedMultiheadAttention`), ``"neurons"`` (``linear1`` is
             a :class:`GatedLinear` with gates on its outputs) and ``"sublayers"`` (x + z F(x), a gate for attention and
@@ -272,8 +273,8 @@ class GatedTransformerEncoderLayer(GatedTransformer, EncoderBySublayers):
 
 
 class GatedTransformerDecoderLayer(GatedTransformer, DecoderBySublayers):
-    """``nn.TransformerDecoderLayer`` with learned gates for the heads of both attentions,
-    its feed-forward neurons and its three sublayers.
+    """``nn.TransformerDecoderLayer`` with learned gates for the heads of both attentions, its feed-forward neurons and
+    its three sublayers.
 
     Everything as in :class:`GatedTransformerEncoderLayer`.
     """
@@ -335,8 +336,8 @@ def _evaluated(activation: Any, x: Tensor) -> Tensor:
 
 
 def _is_elementwise(activation: Any, weight: Tensor, kept: list[int]) -> bool:
-    """Whether the activation of those of the neurons with rows in ``weight`` that are
-    ``kept`` is the same without the others.
+    """Whether the activation of those of the neurons with rows in ``weight`` that are ``kept`` is the same without
+    the others.
     """
     x = torch.randn(3, len(weight), generator=torch.Generator().manual_seed(0)).to(weight)
     try:

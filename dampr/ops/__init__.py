@@ -2,8 +2,8 @@
 
 Each op is a forward and a backward, both registered with :mod:`torch.library`, behind one node of autograd, which has a
 form in plain PyTorch for every other derivative (:mod:`.node`). Nothing is mutated, and nothing is saved but inputs and
-seeds (and, where an output gate multiplies activations and learns, the activation before it). Inside,
-:mod:`.backends` picks who computes.
+seeds (and, where an output gate multiplies activations and learns, the activation before it). Inside, :mod:`.backends`
+picks who computes.
 """
 
 from .backends import BackendUnavailableError, backend, backend_info, choose, select

@@ -117,8 +117,8 @@ def select(device: torch.device, dtype: torch.dtype) -> ModuleType:
 
 @constant_to_compilers
 def _loaded_name(asked: str | None, device: torch.device, dtype: torch.dtype) -> str:
-    """What :func:`choose` names, loaded. Not traced: the first call of a process may be compiled,
-    and this imports and asks drivers.
+    """What :func:`choose` names, loaded. Not traced: the first call of a process may be compiled, and this imports and
+    asks drivers.
 
     ``asked`` is what the answer depends on besides: dynamo guards what a constant was made of.
     """

@@ -1,5 +1,5 @@
-"""W~ = W * Z, the weight with its gates in it, as an op: whatever reads a weight (a convolution, a norm,
-an RNN) then runs as it is.
+"""W~ = W * Z, the weight with its gates in it, as an op: whatever reads a weight (a convolution, a norm, an RNN) then
+runs as it is.
 
 ``fold_weight`` takes gates of rows and columns and the bias along, ``fold_blocks`` a gate for each weight or block of
 weights. The gradient of a gate comes from that of the folded weight, dz = sum(W * dW~): nothing but the inputs and the

@@ -1,5 +1,5 @@
-"""y = z_out * (conv(x * z_in, W) + b) around torch's own convolution: gates in the weight,
-or on the activations (``on_activations``).
+"""y = z_out * (conv(x * z_in, W) + b) around torch's own convolution: gates in the weight, or on the activations
+(``on_activations``).
 
 Made of smaller ops; on the CPU one node of autograd instead, where nobody traces. That leaves out views and nodes,
 which beside the cold cache that a convolution leaves behind are slow; and as convolution and gates then share a
@@ -56,7 +56,9 @@ class _GatedConv(Node):
         return reference.gated_conv(*given, **window._asdict())
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
+    ) -> Tensor:
         *gates, window, on_activations, ctx.backend = rest
         ctx.constants = *gates[4:], window, on_activations
         y, pre = ctx.backend.fwd(
@@ -110,8 +112,8 @@ def composed_conv(
 def gated_conv(
     x: Tensor, weight: Tensor, bias: Tensor | None, gates: GatePair, window: Window, on_activations: bool
 ) -> Tensor:
-    """Differentiable gated convolution of x (B, C, *size);
-    arguments are taken as checked (:mod:`dampr.functional.conv` checks).
+    """Differentiable gated convolution of x (B, C, *size); arguments are taken as checked
+    (:mod:`dampr.functional.conv` checks).
     """
     tensors = x, weight, bias, gates.input_log_alpha, gates.output_log_alpha
     one_fold = gates.input is None or (gates.output is None and window.groups == 1 and channels_innermost(weight))

@@ -1,5 +1,5 @@
-"""y = z_out * (conv2d(x * z_in, W) + b) in one pass over live blocks of channels, as an op;
-the other routes are made of smaller ops.
+"""y = z_out * (conv2d(x * z_in, W) + b) in one pass over live blocks of channels, as an op; the other routes are made
+of smaller ops.
 
 The op has a forward only: its backward folds the gates into the weight, lets torch differentiate the convolution, and
 turns the gradient of the folded weight into those of the weight and the gates, as the fold route does.

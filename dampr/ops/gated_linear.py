@@ -156,8 +156,8 @@ _apply_small = _SmallLinear.apply_at_once
 
 
 def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, gates: GatePair) -> Tensor:
-    """Differentiable gated linear map; arguments are taken as checked
-    (:func:`dampr.functional.gated_linear` checks).
+    """Differentiable gated linear map; arguments are taken as checked (:func:`dampr.functional.gated_linear`
+    checks).
     """
     in_la, out_la, in_seed, out_seed, spec, per_sample = gates
     if not needs_dispatcher((x, weight, bias, in_la, out_la)):

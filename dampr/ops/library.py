@@ -76,8 +76,8 @@ def choose_activations(M: int, N: int, K: int) -> bool:
 
 
 def gates_activations(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether gates per batch multiply x (..., K) and y (..., N) instead of the weight (N, K),
-    on the CPU where these are smaller.
+    """Whether gates per batch multiply x (..., K) and y (..., N) instead of the weight (N, K), on the CPU where these
+    are smaller.
 
     The output gate then keeps the activation before it for its gradient. On a GPU a pass over the weight is too cheap
     for that.

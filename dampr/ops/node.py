@@ -43,8 +43,9 @@ PLAIN = {torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, list, t
 def needs_dispatcher(args: Sequence[Any], by_profiler: bool = True) -> bool:
     """Whether a compiler, a dispatch mode, a transform, the profiler or an argument of another type must see operators.
 
-    Args: args: the arguments of the operator. by_profiler: False where a profiler does not count, because it is served
-        by what really runs.
+    Args:
+        args: the arguments of the operator.
+        by_profiler: False where a profiler does not count, because it is served by what really runs.
     """
     return (
         _compiling()
@@ -93,8 +94,8 @@ class Node(torch.autograd.Function):
 class Planned(Node):
     """Base of the nodes that go straight into the backend, by the :class:`.plan.Plan` that ``forward`` is given last.
 
-    A subclass has ``by_operators`` in the place of ``fused``: the backward by operators. What the forward kept
-    is the last of the saved tensors, and the plan is the one constant.
+    A subclass has ``by_operators`` in the place of ``fused``: the backward by operators. What the forward kept is the
+    last of the saved tensors, and the plan is the one constant.
     """
 
     @staticmethod
@@ -159,8 +160,8 @@ def apply(node: type[Node], *args: Any) -> Any:
     """``node.apply(*args)``, or its plain form where somebody transforms.
 
     Under torch.compile ``Function.apply`` has more to do, and is called itself. What is compiled without a gradient is
-    the forward: dynamo does not know the ``apply`` of such a function there. What is exported with one (a stage of
-    ``torch.distributed.pipelining``) keeps operators alone, not the backward of a function.
+    the forward: dynamo does not know the ``apply`` of such a function there. What is exported
+    with one (a stage of ``torch.distributed.pipelining``) keeps operators alone, not the backward of a function.
     """
     if is_transformed():
         return node.plain(*args)

@@ -288,8 +288,8 @@ def norm_gate(x: Tensor, norm: Norm, gate: GateArgs, statistics: Statistics | No
     None, of x, towards which the ``running`` ones are moved.
 
     x: (B, C, ...); everything else (C,), in the dtype of ``log_alpha``: float64 beside a float64 x, else float32;
-    running statistics may have another. Arguments are taken as checked
-    (:func:`dampr.functional.gated_batch_norm` checks).
+    running statistics may have another. Arguments are taken as checked (:func:`dampr.functional.gated_batch_norm`
+    checks).
     """
     whole = fused_norm(x, norm, gate, running) if statistics is None else None
     if whole is not None:

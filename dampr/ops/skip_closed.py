@@ -1,5 +1,5 @@
-"""y = z_out * (f(x * z_in, W) + b), f a linear map or a convolution,
-on the rows and columns of W whose gates are open, if these are few.
+"""y = z_out * (f(x * z_in, W) + b), f a linear map or a convolution, on the rows and columns of W whose gates are open,
+if these are few.
 
 Per batch, on the CPU, where looking at a draw waits for nobody: the open part of the weight and of the activations is
 picked out, the product is as much smaller, and the rest of y, and of the gradients, is 0. Forward and backward both;

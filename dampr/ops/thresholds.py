@@ -1,5 +1,5 @@
-"""From which share of closed gates on the CPU leaves them out: safe for every processor measured,
-or what ``dampr tune`` found on this one.
+"""From which share of closed gates on the CPU leaves them out: safe for every processor measured, or what ``dampr
+tune`` found on this one.
 
 Nothing is measured here. ``dampr tune`` writes a file in the user's cache folder, one for each processor, with an entry
 for each number of threads; it is read once, the first time that a layer is large enough to ask.

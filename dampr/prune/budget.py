@@ -48,8 +48,8 @@ class Budget:
     whose surrogate is no probability end at the target too. :meth:`step` moves the multiplier by ``rate`` times the
     gap. Neither waits for the device.
 
-    Args: model: with gated layers; gates of all families, tied ones, of norms, recurrent layers, residual branches.
-        Gates
+    Args:
+        model: with gated layers; gates of all families, tied ones, of norms, recurrent layers, residual branches. Gates
             on single weights or blocks cut no channels of their own and are left alone.
         example_inputs: as for :func:`dampr.compact`; MACs are those of one pass over them.
         macs, params, latency: exactly one of them: a share of the model as it is, in (0, 1), or (not for latency) a
@@ -63,8 +63,8 @@ class Budget:
         strength, rate: how hard the gap pulls at once, and how fast the multiplier follows it.
         steps: in how many steps the owned gates come down to the target; not together with ``schedule``.
         score: with ``steps``, what decides. ``"importance"``: the first-order Taylor importance of each unit over its
-            marginal cost; the family of the gates does not matter. ``"learned"``: the gates of the family,
-            which learn from the gradient of the task.
+            marginal cost; the family of the gates does not matter. ``"learned"``: the gates of the family, which learn
+            from the gradient of the task.
         min_share: with ``steps``, the least share of each width that stays; None: half the share of a network that is
             as small and evenly narrow.
 
@@ -264,8 +264,8 @@ class Budget:
                 self.snapshots[value] = snapshot
 
     def readings(self) -> dict[str, Tensor]:
-        """What to log, float32 scalars that wait for no device: the gates as the last :meth:`step` found them,
-        the last penalty.
+        """What to log, float32 scalars that wait for no device: the gates as the last :meth:`step` found them, the last
+        penalty.
 
         ``gates_open``, the share of open gates; ``<metric>_left``, the share of the cost that they leave in evaluation;
         ``budget_multiplier``; ``budget_penalty``.
@@ -275,15 +275,16 @@ class Budget:
         return {name: value.float() for name, value in zip(names, found, strict=True)}
 
     def finalize(self, *, round_to: int = 1, min_width: int = 1, same: str | Sequence[str] = ()) -> BudgetReport:
-        """Decide every gate, so that the compacted model costs the target or less by under one unit:
-        nothing closed could open.
+        """Decide every gate, so that the compacted model costs the target or less by under one unit: nothing closed
+        could open.
 
         The gates that evaluation closes go first, then the smallest. Where the gates have closed more than they had to,
         the largest of these open again, with the value of the weakest open gate of their layer, or their open
         probability if that is less. All gates of the model become :class:`dampr.gates.Fixed`, the same in training and
         in evaluation; compact, and train the small model on.
 
-        Args: round_to: open gates of a layer (of a recurrent one, in each layer and direction) are a multiple of it (or
+        Args:
+            round_to: open gates of a layer (of a recurrent one, in each layer and direction) are a multiple of it (or
                 all), as tensor cores like them.
             min_width: the fewest gates that stay open there; residual branches may close altogether.
             same: name globs; the gated layers that one of them matches keep the same number of gates, each its own best
@@ -333,8 +334,8 @@ class Budget:
         return found
 
     def state_dict(self) -> dict[str, Any]:
-        """Steps, multiplier and what the budget knows of the gates that it owns,
-        for a checkpoint beside those of model and optimizer.
+        """Steps, multiplier and what the budget knows of the gates that it owns, for a checkpoint beside those of model
+        and optimizer.
 
         Snapshots are not in it.
         """

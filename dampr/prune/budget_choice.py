@@ -38,8 +38,8 @@ def choose(
 def increments_of(
     cost: Cost, gates: Sequence[Gate], tied: Tensor | None, round_to: int, min_width: int, same: list[list[int]]
 ) -> tuple[Tensor, list[Increment]]:
-    """What is open in any case, bool (all gates,), and in the order of opening the increments: of which width,
-    and which of all gates.
+    """What is open in any case, bool (all gates,), and in the order of opening the increments: of which width, and
+    which of all gates.
 
     A width is a gate vector, or, of a recurrent layer, what belongs to one layer and direction.
     """

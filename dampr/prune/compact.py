@@ -46,11 +46,13 @@ def compact(
     states as lists), attention and transformer layers do so anywhere. A weight of a gated layer that is computed from
     other tensors (``torch.nn.utils.parametrize``, ``weight_norm``, ``spectral_norm``, ``prune``) becomes a parameter
     with the value that it has; other layers keep what computes their weights, and their width. Then both models run on
-    the example inputs, and on the same inputs with a little noise, and their outputs are compared.
+    the example inputs, and on the same inputs with a little noise, and their
+    outputs are compared.
 
-    Args: model: a model with gated layers; it is not changed. example_inputs: a tensor, a tuple of positional or a dict
-        of keyword arguments. optimizer: what trains ``model``; afterwards it trains the new model, with what is left of
-        its state, in the
+    Args:
+        model: a model with gated layers; it is not changed.
+        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments.
+        optimizer: what trains ``model``; afterwards it trains the new model, with what is left of its state, in the
             same groups. Gates that were not 1 are in the new weights and not in the state.
         round_to: widths are multiples of it (tensor cores like 8 or 16), as far as closed channels last to fill them
             up; they stay zero. Not so a residual stream, for its LayerNorms would count what fills it up: there

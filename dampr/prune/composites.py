@@ -1,5 +1,5 @@
-"""Layers that a class of torch.nn and its arguments do not tell, as data: how files describe them,
-and how they are built anew.
+"""Layers that a class of torch.nn and its arguments do not tell, as data: how files describe them, and how they are
+built anew.
 
 Of torch those that are made of others (attention, transformer layers and their stacks), of dampr the plain ones that
 compact leaves where torch.nn has none.
@@ -66,7 +66,8 @@ def _encoder(
     """torch's constructor looks at a layer for whether nested tensors are used; here this is known,
     and layers may differ.
     """
-    made = nn.TransformerEncoder(nn.Identity(), 0, _norm(norm), False, _expect("mask_check", mask_check, bool))  # type: ignore[arg-type]
+    checks, nothing = _expect("mask_check", mask_check, bool), nn.Identity()
+    made = nn.TransformerEncoder(nothing, 0, _norm(norm), False, checks)  # type: ignore[arg-type]
     made.enable_nested_tensor = _expect("enable_nested_tensor", enable_nested_tensor, bool)
     made.use_nested_tensor = _expect("use_nested_tensor", use_nested_tensor, bool)
     return _filled(made, layers)

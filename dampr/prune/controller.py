@@ -1,11 +1,11 @@
-"""How a budget moves the gates it owns: the goal sinks,
-and at every moment the gates that are kept cost exactly the goal.
+"""How a budget moves the gates it owns: the goal sinks, and at every moment the gates that are kept cost exactly the
+goal.
 
 There is no multiplier that is integrated, and so nothing that winds up or oscillates. S_i is a running mean of (z_i
 dL/dz_i)^2, the squared first-order Taylor importance of unit i (Molchanov et al. 2017), and k_i = dCost / dz_i at the
 set that is kept now. That set is the longest prefix of the gates by their score whose *exact* cost is at most the goal
-of ``lag`` steps ahead, and what still fits beside it. All others go down and have closed ``lag`` steps later,
-when the goal is there.
+of ``lag`` steps ahead, and what still fits beside it. All others go down and have closed ``lag`` steps later, when the
+goal is there.
 
 ``score="importance"``: the score is S_i / k_i; a gate is a number that the budget alone moves, between 0 and 1.
 
@@ -149,8 +149,8 @@ class Controller:
 
     @torch.no_grad()
     def given_up(self) -> Tensor:
-        """The gates that have had to close by now, and that are not worth keeping at any goal to come: bool,
-        (all gates,).
+        """The gates that have had to close by now, and that are not worth keeping at any goal to come: bool, (all
+        gates,).
 
         By what is measured now, without the hysteresis. What is measured of a closed gate only falls, so these come
         back seldom.
@@ -390,8 +390,8 @@ def increments_by(
 
 @torch.no_grad()
 def longest(cost: Cost, base: Tensor, increments: Sequence[Increment], target: float) -> Tensor:
-    """``base`` and the longest run of increments from the first on that costs at most ``target``,
-    then whatever else still fits.
+    """``base`` and the longest run of increments from the first on that costs at most ``target``, then whatever else
+    still fits.
 
     One increment that does not fit closes its width, because the next one of it costs the same.
     """

@@ -70,15 +70,17 @@ def convert(
     tie: bool = True,
     residual: bool = False,
 ) -> Model:
-    """Replace dense layers of ``model`` by gated ones, in place,
-    keeping their parameters (and any optimizer that holds them) valid.
+    """Replace dense layers of ``model`` by gated ones, in place, keeping their parameters (and any optimizer that holds
+    them) valid.
 
-    Args: model: any module; layers whose type is exactly ``nn.Linear`` or ``nn.Conv1d`` to 3d are replaced, and for
+    Args:
+        model: any module; layers whose type is exactly ``nn.Linear`` or ``nn.Conv1d`` to 3d are replaced, and for
             output gates ``nn.Embedding`` (its columns), ``nn.LSTM``, ``nn.GRU``, ``nn.RNN`` (their units) and
             ``nn.MultiheadAttention`` (its heads); of recurrent layers those whose outputs linear and recurrent layers
-            alone read. (A bare layer cannot change in place: use what is returned.) An ``nn.TransformerEncoderLayer``
-            or ``nn.TransformerDecoderLayer`` around such layers becomes the gated one of :mod:`dampr.nn`, which has no
-            fused path; output gates are then on its heads and on its feed-forward neurons.
+            alone read. (A bare layer cannot change in place: use what is returned.) An
+            ``nn.TransformerEncoderLayer`` or ``nn.TransformerDecoderLayer`` around such layers becomes the gated one of
+            :mod:`dampr.nn`, which has no fused path; output gates are then on its heads and on its feed-forward
+            neurons.
         gate, granularity, per_sample: as in :class:`dampr.nn.GatedLinear` and :class:`dampr.nn.GatedConv2d`. Also a
             function of (number of gates, device), such as ``functools.partial(HardConcrete, preset="median")``.
             ``"dep_l0"`` makes one generator for all layers, in the order in which the example inputs reach them, with
@@ -251,8 +253,8 @@ def _with_gates(
 def _streams_by_units(
     units: Units, plan: LayerPlan, model: nn.Module, include: Filter, exclude: Filter, example_inputs: Any
 ) -> tuple[Units, Placement] | None:
-    """Gates on the parameters that read units, where these and norms of open units reach more
-    residual widths than a plan of layers.
+    """Gates on the parameters that read units, where these and norms of open units reach more residual widths than a
+    plan of layers.
     """
     by_layers = {one for name, line in units.counted if name in plan.layers for one in units.label[line].tolist()}
     in_layers, whole = gated_classes(units, plan)
@@ -289,9 +291,9 @@ def put_in(
 ) -> nn.Module:
     """Put gated layers in; whatever is raised, the model is as it was.
 
-    ``prove``: raise where half of them cannot be cut as foretold;
-    ``look_for_stuck``: where closed channels of some could never go.
-    ``units``: of the model, where they are known; ``finite``: its outputs are, with values such as training leaves too.
+    ``prove``: raise where half of them cannot be cut as foretold; ``look_for_stuck``: where closed channels of some
+    could never go. ``units``: of the model, where they are known; ``finite``: its outputs are, with values such as
+    training leaves too.
     """
     gates, in_its_precision = _generated(gate, plan, model, granularity), precise(gate, model)
     values = {p: p.data for name in plan.layers for p in model.get_submodule(name).parameters()}

@@ -64,11 +64,13 @@ def may_leave_constants(module: nn.Module) -> bool:
 
 
 def constants_left(trained: nn.Module, units: Units, vectors: list[list[int]], example_inputs: Any) -> str:
-    """What layers of a gated model read where units are closed,
-    by a run with all gates 0 and one with half of each vector.
+    """What layers of a gated model read where units are closed, by a run with all gates 0 and one with half of each
+    vector.
 
-    Args: trained: a copy with values such as training leaves. units: of the model without gates. vectors: of each gated
-        layer the class of each of its gates.
+    Args:
+        trained: a copy with values such as training leaves.
+        units: of the model without gates.
+        vectors: of each gated layer the class of each of its gates.
 
     Returns: "none": only zeros. "some": constants, as behind a norm without gates, or the half of a sigmoid; a bias may
     make up for them. "stuck": what no bias makes up for, because it varies, or is read with a border of zeros.
@@ -118,8 +120,8 @@ def _read_where_closed(trial: Any, units: Units, classes: set[int], example_inpu
 
 
 def check_half(trained: nn.Module, example_inputs: Any) -> None:
-    """Close half of the gates of a copy with values such as training leaves: what is left has to compute the same
-    and to cost what was foretold.
+    """Close half of the gates of a copy with values such as training leaves: what is left has to compute the same and
+    to cost what was foretold.
 
     Models can fail it that have gates in convolutions, or norms without gates: what is constant behind a closed channel
     (the half of a sigmoid, the shift of a norm) no bias makes up for at a padded border. Raises UnprovenError.
@@ -167,8 +169,8 @@ def check_none_stuck(trained: nn.Module, example_inputs: Any) -> None:
 
 
 def _uncut(model: nn.Module, example_inputs: Any) -> dict[str, str]:
-    """Of layers with gates, the first of each vector, those whose closed channels compaction
-    can neither cut nor leave, and why.
+    """Of layers with gates, the first of each vector, those whose closed channels compaction can neither cut nor
+    leave, and why.
     """
     found = {}
     for name, gate in distinct_gates(model).items():
@@ -183,8 +185,8 @@ _MAY_BYPASS = (nn.MultiheadAttention, nn.TransformerEncoder, nn.TransformerEncod
 
 
 def check_called(model: nn.Module, gated: dict[str, Any], example_inputs: Any, called: set[str]) -> None:
-    """A layer whose weight is read but whose call is bypassed (subclasses of
-    nn.TransformerEncoderLayer do so) would ignore its gates. ``called``: without torch's fused paths.
+    """A layer whose weight is read but whose call is bypassed (subclasses of nn.TransformerEncoderLayer do so) would
+    ignore its gates. ``called``: without torch's fused paths.
     """
     if called.issuperset(gated) and not any(isinstance(module, _MAY_BYPASS) for module in model.modules()):
         return

@@ -59,8 +59,8 @@ class Site(NamedTuple):
 
 
 class Cost:
-    """MACs or parameters of the compacted model, as a function of the vector of all gates: 1 open, 0 closed,
-    or probabilities.
+    """MACs or parameters of the compacted model, as a function of the vector of all gates: 1 open, 0 closed, or
+    probabilities.
 
     Attributes: ``structure``; ``total``, of the model as it is. A width of which every gate is closed counts as the one
     channel that it keeps; what a closed residual branch read counts as if it were read still, and may go too.
@@ -515,8 +515,8 @@ def _attention_sites(structure: Structure, variables: _Variables, example_inputs
 
 
 def _uses(plain: nn.Module, example_inputs: Any) -> tuple[dict[nn.Module, int], dict[nn.Module, int]]:
-    """How often the example inputs use each element of the weight of a layer: positions of its output,
-    or steps of a sequence.
+    """How often the example inputs use each element of the weight of a layer: positions of its output, or steps of a
+    sequence.
 
     Of an attention the multiply-accumulates of all its heads, projections included; and those of its projections alone.
     """

@@ -1,5 +1,5 @@
-"""Closed channels leave a plain model, and what they still contribute as constants moves
-into the biases of what reads them.
+"""Closed channels leave a plain model, and what they still contribute as constants moves into the biases of what
+reads them.
 """
 
 from __future__ import annotations
@@ -116,8 +116,8 @@ def _asked(closed: Closed) -> list[tuple[bool, nn.Module, set[int]]]:
 
 
 def _gone(widths: Widths, closed: Closed) -> dict[Side, set[int] | CannotCutError]:
-    """Of each side with closed channels the classes that nobody writes or nobody reads,
-    or why none of its width can go.
+    """Of each side with closed channels the classes that nobody writes or nobody reads, or why none of its width can
+    go.
 
     Every side of a layer keeps a channel: where several widths are read side by side, the gates of the reader may close
     one of them.

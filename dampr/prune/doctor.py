@@ -65,12 +65,13 @@ def doctor(
     Found are gates that do nothing, get no gradient, are frozen, in half precision, or under weight decay
     (:func:`dampr.verify_model`); layers about to die, or closed altogether; gates in front of a BatchNorm, which makes
     constants of closed channels; gates whose closing cuts nothing; with a loss, a penalty too weak to close any gate;
-    with a budget, a multiplier that has wound up and gates that their optimizer cannot close in time; with a plan,
-    too few steps for it.
+    with a budget, a multiplier that has wound up and gates that their optimizer cannot close in time; with a plan, too
+    few steps for it.
 
-    Args: model, example_inputs, optimizer: as for :func:`dampr.verify_model`. loss: called without arguments, the loss
-        of the task on a typical batch, a scalar with a graph,
-            without the penalty.
+    Args:
+        model, example_inputs, optimizer: as for :func:`dampr.verify_model`.
+        loss: called without arguments, the loss of the task on a typical batch, a scalar with a graph, without the
+            penalty.
         penalty: called without arguments, what is added to it, with its lambda.
         budget, plan: what closes the gates. Of a plan whose model has no gates yet, the plan alone is looked at.
 
@@ -100,8 +101,8 @@ def doctor(
 
 
 def calibrate(model: nn.Module, loss: Tensor, cost: Tensor | None = None, *, ratio: float = 1.0) -> float:
-    """The lambda at which the penalty pulls on the gates ``ratio`` times as hard as the task:
-    |lambda d cost| = ratio |d loss|.
+    """The lambda at which the penalty pulls on the gates ``ratio`` times as hard as the task: |lambda d cost| = ratio
+    |d loss|.
 
     Both norms are over all gate parameters. A lambda for the start of training: later the task pulls harder on the
     gates that matter, and no longer on the others.

@@ -41,7 +41,8 @@ def expand(model: Model) -> Model:
     Biases that compaction added to make up for constants stay; branches and sublayers that were removed do not come
     back, and gates that became plain factors stay factors.
 
-    Args: model: what :func:`dampr.compact` or :func:`dampr.load` returned, with its ``dampr_manifest``; or a model with
+    Args:
+        model: what :func:`dampr.compact` or :func:`dampr.load` returned, with its ``dampr_manifest``; or a model with
             gates that a :class:`dampr.Shrinker` has taken units out of. It is not changed.
 
     Returns: a new model in the same training mode, without a manifest.
@@ -342,8 +343,8 @@ def sizes_in(layer: Any, entry: dict[str, Any]) -> dict[str, int]:
 
 def check_state(optimizer: torch.optim.Optimizer) -> None:
     """Raise ValueError where the state of a parameter holds what cannot be cut with it: tensors that are neither of its
-    shape, nor of one that a dimension or two of it have been summed out of, nor of one element;
-    or where it lies on other ranks.
+    shape, nor of one that a dimension or two of it have been summed out of, nor of one element; or where it lies on
+    other ranks.
     """
     if any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(optimizer).__mro__):
         raise ValueError(
@@ -365,8 +366,8 @@ def check_state(optimizer: torch.optim.Optimizer) -> None:
 
 
 def kept_dims(state: Sequence[int], shape: Sequence[int]) -> list[int | None] | None:
-    """Of each dimension of a state tensor the one of the parameter that it runs along, None for a size of 1;
-    None if there is no telling.
+    """Of each dimension of a state tensor the one of the parameter that it runs along, None for a size of 1; None if
+    there is no telling.
 
     Factored second moments (Adafactor) have a dimension less, or one of size 1 in its place.
     """
@@ -390,8 +391,8 @@ def _cut_state(value: Any, shape: Sequence[int], places: list[Places]) -> Any:
 
 
 def carry_over(optimizer: torch.optim.Optimizer, model: nn.Module, small: Any) -> None:
-    """Let ``optimizer``, which trained ``model``, train ``small``: its parameters in the same groups,
-    with their state cut likewise.
+    """Let ``optimizer``, which trained ``model``, train ``small``: its parameters in the same groups, with their state
+    cut likewise.
 
     Parameters that are gone leave their group (an empty group stays, for schedulers count them); biases that compaction
     added come to the weight of their layer, with no state. Raises ValueError, before anything is changed, for state

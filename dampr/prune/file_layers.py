@@ -31,7 +31,8 @@ def describe(module: nn.Module) -> dict[str, Any]:
     if getattr(nn, kind.__name__, None) is not kind:
         raise TypeError(f"{kind.__name__} is not a class of torch.nn")
     if isinstance(module, _CONTAINERS):
-        return {"type": kind.__name__, "children": {name: describe(child) for name, child in module._modules.items()}}  # type: ignore[arg-type]
+        children = {name: describe(child) for name, child in module._modules.items()}  # type: ignore[arg-type]
+        return {"type": kind.__name__, "children": children}
     if module._modules:
         raise TypeError(f"{kind.__name__} has layers in it")
     return {"type": kind.__name__, "arguments": arguments_of(module, kind)}

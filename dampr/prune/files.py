@@ -78,8 +78,9 @@ def load(path: str | os.PathLike[str], model: None = None) -> nn.Module: ...
 def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Module:
     """Read what :func:`save` wrote.
 
-    Args: path: the file. model: the dense original, as it was before ``convert`` (its weights do not matter), in the
-        dtypes of the file;
+    Args:
+        path: the file.
+        model: the dense original, as it was before ``convert`` (its weights do not matter), in the dtypes of the file;
             it is narrowed in place and returned. A bias that compaction gave to a linear or conv layer is added, and
             the gain of a norm that had none; a layer of ``dampr.nn`` that it put in the place of another one is put
             there. None: the model is built from the file, in its dtypes, which works for containers and layers of
@@ -141,8 +142,8 @@ def check_plain(model: nn.Module, by: str = "dampr.compact") -> None:
 
 
 def read_manifest(path: str | os.PathLike[str]) -> tuple[dict[str, Any], int]:
-    """What compaction recorded in a file of :func:`save` ({} where it did not),
-    and how many parameters and buffers the file holds.
+    """What compaction recorded in a file of :func:`save` ({} where it did not), and how many parameters and buffers the
+    file holds.
 
     Raises FileNotFoundError and FileError like :func:`load`.
     """

@@ -132,8 +132,8 @@ class Widths:
     # ---- what comes after what
 
     def reaches_output(self, module: nn.Module) -> bool:
-        """Whether the outputs of ``module`` get to the model's output without being
-        read by another layer on some path.
+        """Whether the outputs of ``module`` get to the model's output without being read by another layer on some
+        path.
         """
         todo, seen = [self._flow[module]], set()
         while todo:
@@ -227,8 +227,8 @@ class Widths:
 
     @functools.cached_property
     def multiplied(self) -> dict[nn.Module, nn.Module]:
-        """Of a layer the one whose outputs do nothing but multiply its own, channel by channel,
-        as in gated feed-forward layers.
+        """Of a layer the one whose outputs do nothing but multiply its own, channel by channel, as in gated
+        feed-forward layers.
 
         A channel that is 0 in the first is 0 in the product, so both may go. Layers that come to the product as they
         are come first.
@@ -365,8 +365,8 @@ class Widths:
         return isinstance(module, _PASSES_THROUGH) or is_depthwise(module)
 
     def _side(self, module: nn.Module, own: str, dim: int) -> bool | None:
-        """Whether a dimension of a layer's parameter is what the layer writes (True) or reads (False);
-        None where another one says so.
+        """Whether a dimension of a layer's parameter is what the layer writes (True) or reads (False); None where
+        another one says so.
 
         Raises CannotCutError for layers that cannot be cut.
         """
@@ -416,8 +416,8 @@ class Widths:
         return {one for one in self.classes(layer, writes) if shut[True].get(one, False) or shut[False].get(one, False)}
 
     def last(self, sides: Iterable[Side], gone: set[int]) -> set[int]:
-        """The classes that stay so that each of these sides keeps a channel though all of its
-        classes are ``gone``: the lowest of each.
+        """The classes that stay so that each of these sides keeps a channel though all of its classes are ``gone``:
+        the lowest of each.
         """
         found = (set(self.classes(*side)) for side in sides)
         return {min(own) for own in found if own and own <= gone}

@@ -1,5 +1,5 @@
-"""Attention made of linear layers, as libraries of models have it: where its heads are,
-and how those that are closed are cut.
+"""Attention made of linear layers, as libraries of models have it: where its heads are, and how those that are closed
+are cut.
 
 ``nn.MultiheadAttention`` is one layer. Others are modules of their own around ``nn.Linear`` layers, which compute
 query, key and value and project the heads back. The last projection has a gate for each head
@@ -25,8 +25,9 @@ Kept = dict[tuple[nn.Module, bool], Tensor]
 class Kind:
     """How a kind of attention is made; names are those of modules and attributes in it.
 
-    Attributes: read: the linear layers whose rows are heads, and how often each has all of them (3: query,
-            key and value one after the other).
+    Attributes:
+        read: the linear layers whose rows are heads, and how often each has all of them (3: query, key and value one
+            after the other).
         written: the linear layer whose columns are heads.
         head_dim: the attribute with the width of one head.
         core: the module that computes the heads, which is one step for whoever traces the model; "": all of it.

@@ -27,10 +27,11 @@ Row = dict[str, float | None]  # "step" and whatever was recorded; None: not a f
 class History:
     """Writes down how a training goes, for ``dampr report TARGET --history FILE``.
 
-    Args: path: of the file; where it is there already the run goes on in it. Folders are made. source: a
-        :class:`dampr.Budget` or a :class:`dampr.Plan`: each record has its ``readings()``. A gated model:
-            ``penalty`` (:func:`dampr.penalty`), ``gates_open`` and, with example inputs, ``macs_left``. None:
-            what is recorded, and nothing else.
+    Args:
+        path: of the file; where it is there already the run goes on in it. Folders are made.
+        source: a :class:`dampr.Budget` or a :class:`dampr.Plan`: each record has its ``readings()``. A gated model:
+            ``penalty`` (:func:`dampr.penalty`), ``gates_open`` and, with example inputs, ``macs_left``. None: what is
+            recorded, and nothing else.
         example_inputs: as for :func:`dampr.compact`.
 
     Raises: TypeError or ValueError that names the argument; FileError where the file is no history, with the number of

@@ -16,8 +16,8 @@ from .unit_structure import UnitStructure
 
 @torch.no_grad()
 def magnitudes(structure: Structure | UnitStructure, model: nn.Module) -> Tensor:
-    """The L2 norm of the weights that compute what each gate switches off, (all gates,), float64 on the host;
-    0 where there are none.
+    """The L2 norm of the weights that compute what each gate switches off, (all gates,), float64 on the host; 0 where
+    there are none.
 
     Of several layers that share a gate the squares add up.
     """

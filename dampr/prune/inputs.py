@@ -51,8 +51,8 @@ def evaluate(model: nn.Module, example_inputs: Any) -> list[Tensor]:
 
 
 def copied(model: nn.Module, example_inputs: Any = None) -> nn.Module:
-    """A deep copy of a model, also of one that keeps what it computed: torch copies no tensor that has a graph,
-    and such are detached.
+    """A deep copy of a model, also of one that keeps what it computed: torch copies no tensor that has a graph, and
+    such are detached.
 
     Where that is out of sight, a model with example inputs is run without gradients, which renews what it keeps.
     """
@@ -275,8 +275,8 @@ def tolerances(
     rtol: float | None,
     outputs: Iterable[list[Tensor]] | None = None,
 ) -> tuple[float, float]:
-    """(atol, rtol) as given or, where None, by the lowest precision in which the model
-    computes and by the size of its outputs (``outputs``: on the samples, where these are known).
+    """(atol, rtol) as given or, where None, by the lowest precision in which the model computes and by the size of
+    its outputs (``outputs``: on the samples, where these are known).
     """
     if outputs is None:
         outputs = [evaluate(model, sample) for sample in samples]
@@ -400,8 +400,8 @@ def without_hooks(model: nn.Module) -> Iterator[None]:
 
 
 def looked_at(model: nn.Module, look: Callable[[], Found]) -> Found:
-    """What ``look`` gives without forward hooks, or with them where the model does not run
-    without (some collect what it returns).
+    """What ``look`` gives without forward hooks, or with them where the model does not run without (some collect
+    what it returns).
     """
     try:
         with without_hooks(model):
@@ -447,8 +447,8 @@ def keeping_noise(model: nn.Module) -> AbstractContextManager[None]:
 
 @contextmanager
 def same_noise(model: nn.Module) -> Iterator[None]:
-    """Whatever a model draws in evaluation mode, it draws the same in every such block, whatever was drawn in between;
-    the caller's random state is untouched.
+    """Whatever a model draws in evaluation mode, it draws the same in every such block, whatever was drawn in
+    between; the caller's random state is untouched.
     """
     devices = _devices(model)
     with torch.random.fork_rng(devices):

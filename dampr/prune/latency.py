@@ -36,9 +36,10 @@ class Latency(Cost):
     for (what is between them, and that they run one after the other) is fixed. ``total`` is the median time of the
     model as it is.
 
-    Of a model with gates on parameters the products of activations (the scores of attention) count as fixed. Layers
-    that are called several times count as often; recurrent layers and attention with whole sequences as in the example
-    inputs. A recurrent layer whose layers and directions have widths of their own counts as one of their mean width.
+    Of a model with gates on parameters the products of activations (the scores of attention) count as fixed.
+    Layers that are called several times count as often; recurrent layers and attention with whole sequences as in the
+    example inputs. A recurrent layer whose layers and directions have widths of their own counts as one of their mean
+    width.
     """
 
     def __init__(self, model: nn.Module, example_inputs: Any) -> None:
@@ -225,7 +226,8 @@ def _narrow_call(layer: nn.Module, call: Call, read: int) -> Call:
     x, *_ = (*args, *kwargs.values())
     if isinstance(x, PackedSequence):
         return (x._replace(data=x.data[:, :read].contiguous()),), {}
-    dim = x.dim() - 1 if isinstance(layer, (nn.Linear, nn.RNNBase)) else x.dim() - len(layer.kernel_size) - 1  # type: ignore[arg-type]
+    spatial: Any = () if isinstance(layer, (nn.Linear, nn.RNNBase)) else layer.kernel_size
+    dim = x.dim() - len(spatial) - 1
     return (x.narrow(dim, 0, read).clone(memory_format=torch.preserve_format),), {}
 
 

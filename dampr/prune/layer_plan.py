@@ -28,11 +28,11 @@ NO_GATES = "no gates for its width: "
 
 @dataclass
 class LayerPlan:
-    """What is replaced, by name; which of these share the gate of which; what a gate in a norm saves;
-    what is left out, and why.
+    """What is replaced, by name; which of these share the gate of which; what a gate in a norm saves; what is left out,
+    and why.
 
-    ``order``: names in the order of calls, from the graph ``widths``.
-    ``heads``: which of these layers project the heads of an attention.
+    ``order``: names in the order of calls, from the graph ``widths``. ``heads``: which of these layers project the
+    heads of an attention.
     """
 
     layers: dict[str, nn.Module]

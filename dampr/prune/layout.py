@@ -32,8 +32,8 @@ class Sized(NamedTuple):
 class Layout:
     """What is left of a model; every index is one of the whole model.
 
-    Attributes: tensors: parameter or buffer -> of each dimension its size in the whole model and the indices that are
-        left,
+    Attributes:
+        tensors: parameter or buffer -> of each dimension its size in the whole model and the indices that are left,
             None for all.
         gates: gated layer -> the gates that are left in its vector, where the layer has one for each channel.
         sizes: module -> attribute -> its numbers.
@@ -56,11 +56,11 @@ Shelf = dict[str, Tensor]  # what has left each tensor, in one dimension, on the
 def moved(
     model: nn.Module, before: Layout, after: Layout, shelf: Shelf | None = None
 ) -> dict[str, tuple[list[Places], list[Places]]]:
-    """Bring a model from one layout to another, in place: parameters stay the same objects,
-    with other data and gradient.
+    """Bring a model from one layout to another, in place: parameters stay the same objects, with other data and
+    gradient.
 
-    Args: shelf: of this model; what goes is put there, and what comes back is taken from there. None: what goes is
-        lost,
+    Args:
+        shelf: of this model; what goes is put there, and what comes back is taken from there. None: what goes is lost,
             and what comes back is 0 (1 in variances).
 
     Returns the layouts, before and after, of each tensor that changed.
@@ -77,7 +77,8 @@ def moved(
             continue
         fill = float(own in FILLED_WITH_ONE)
         if held is None:
-            module._buffers[own] = exchanged(module._buffers[own], old, new, shelf, name, fill)  # type: ignore[arg-type]
+            buffers: dict[str, Any] = module._buffers
+            buffers[own] = exchanged(buffers[own], old, new, shelf, name, fill)
             continue
         seen.add(id(held))
         gradient, held.grad = held.grad, None

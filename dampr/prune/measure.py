@@ -34,8 +34,8 @@ def count_params(model: nn.Module) -> int:
 
 
 def count_macs(model: nn.Module, example_inputs: Any) -> int:
-    """Multiply-accumulates of one evaluation pass over the example inputs,
-    as ``torch.utils.flop_counter`` counts them (two FLOPs each).
+    """Multiply-accumulates of one evaluation pass over the example inputs, as ``torch.utils.flop_counter`` counts them
+    (two FLOPs each).
 
     A gated layer counts as its dense counterpart does. Attention is counted in its parts: the counter knows none of its
     fused kernels on a CPU, nor those of a whole encoder layer. An einsum that sums over one element, which torch

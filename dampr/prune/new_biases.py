@@ -1,5 +1,5 @@
-"""Which layers get a bias when a model is compacted: what a closed unit still contributes as a
-constant moves into that of its reader.
+"""Which layers get a bias when a model is compacted: what a closed unit still contributes as a constant moves into
+that of its reader.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from .structure import Structure
 
 
 def find(model: nn.Module, structure: Structure, example_inputs: Any) -> dict[nn.Module, set[int]]:
-    """Of each layer in ``structure.plain`` without a bias that would get one,
-    the atoms of which any one that goes is enough.
+    """Of each layer in ``structure.plain`` without a bias that would get one, the atoms of which any one that goes is
+    enough.
 
     By the values that ``model``, which ``structure`` is of, has now: a copy runs with the gates of all units closed,
     and what is not 0 there where a layer reads it is a constant.

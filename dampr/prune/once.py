@@ -47,8 +47,9 @@ def prune_once(
     exact cost of what is left, and :func:`dampr.compact` proves that the result computes what the masked model
     computes.
 
-    Args: model: dense and trained, or with gates; it is not changed. batches: pairs of inputs (a tensor, a tuple of
-        positional or a dict of keyword arguments) and targets. A few
+    Args:
+        model: dense and trained, or with gates; it is not changed.
+        batches: pairs of inputs (a tensor, a tuple of positional or a dict of keyword arguments) and targets. A few
             hundred examples do. Statistics of BatchNorms are taken again on them. Criteria other than ``"taylor"`` need
             none. In a process group of several ranks each has batches of its own; importance and statistics are means
             over the ranks, so every rank has to call this.

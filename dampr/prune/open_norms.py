@@ -37,8 +37,8 @@ class OpenNorm:
 
 
 def find(model: nn.Module, units: Units, example_inputs: Any) -> dict[str, OpenNorm]:
-    """The norms of a plain model, by name: modules without children whose every statistic is
-    over one width of their only input.
+    """The norms of a plain model, by name: modules without children whose every statistic is over one width of their
+    only input.
     """
     lines: dict[str, set[tuple[int, ...]]] = defaultdict(set)
     for name, line in units.counted:

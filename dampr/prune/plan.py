@@ -36,8 +36,8 @@ SILENT = 50  # steps without a gradient on any gate after which a plan gives up
 
 
 class Plan:
-    """Prune a model while it trains for ``steps`` steps, to exactly a share of its cost,
-    and end with plain ``torch.nn`` layers.
+    """Prune a model while it trains for ``steps`` steps, to exactly a share of its cost, and end with plain
+    ``torch.nn`` layers.
 
     The model trains dense for a while (30 % of the steps; 5 % where it is trained already), so that there is something
     to choose from. Then gates come in (:func:`dampr.convert`), and a :class:`dampr.Budget` closes them over the next 20
@@ -48,13 +48,16 @@ class Plan:
     ``model`` stays the same object; its children are others after the ramp. Use :attr:`model` in the loop, and make
     what wraps it (DDP, ``torch.compile``) again when :meth:`step` returns True.
 
-    Args: model: dense, from scratch or trained; or with gates that :func:`dampr.convert` put in as you like them.
-        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments. macs, params, latency: exactly
-        one, as for :class:`dampr.Budget`: a share in (0, 1), or a count. steps: of the optimizer in the whole run:
-        epochs times ``len(loader)``. gate: as for :func:`dampr.convert`, of a model without gates. score: what decides,
-        as for :class:`dampr.Budget`. warmup, ramp: shares of ``steps``; ``warmup=None`` takes the default for the kind
-        of start. trained: whether the model is trained already. None: where a norm with running statistics has seen 100
-        batches. min_share, round_to, min_width: as for :class:`dampr.Budget` and :meth:`dampr.Budget.finalize`.
+    Args:
+        model: dense, from scratch or trained; or with gates that :func:`dampr.convert` put in as you like them.
+        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments.
+        macs, params, latency: exactly one, as for :class:`dampr.Budget`: a share in (0, 1), or a count.
+        steps: of the optimizer in the whole run: epochs times ``len(loader)``.
+        gate: as for :func:`dampr.convert`, of a model without gates.
+        score: what decides, as for :class:`dampr.Budget`.
+        warmup, ramp: shares of ``steps``; ``warmup=None`` takes the default for the kind of start.
+        trained: whether the model is trained already. None: where a norm with running statistics has seen 100 batches.
+        min_share, round_to, min_width: as for :class:`dampr.Budget` and :meth:`dampr.Budget.finalize`.
         restart: of the learning rate. None: it stays the user's. A number: behind the ramp every group starts again at
             that many times its first learning rate, and falls to 0 along a cosine; leave out a scheduler of your own
             then.
@@ -73,8 +76,8 @@ class Plan:
     Attributes: ``model``; ``report``, a :class:`PlanReport`, None before the end of the ramp; ``steps``,
     ``steps_taken``; ``metric``, ``total``, ``target``, as of :class:`dampr.Budget`.
 
-    Raises: ValueError or TypeError that names the argument; ConversionError, BudgetError as those two do,
-    before anything is changed.
+    Raises: ValueError or TypeError that names the argument; ConversionError, BudgetError as those two do, before
+    anything is changed.
 
     >>> import dampr
     >>> x, y = torch.randn(64, 20), torch.randint(5, (64,))
@@ -219,7 +222,8 @@ class Plan:
     def step(self, optimizer: torch.optim.Optimizer | None = None, *, ema: Copies = ()) -> bool:
         """Call it after ``optimizer.step()``; True when its parameters have other shapes, during and after the ramp.
 
-        Args: optimizer: of the weights; what is left of its state stays. None: make a new one when this returns True.
+        Args:
+            optimizer: of the weights; what is left of its state stays. None: make a new one when this returns True.
             ema: copies of :attr:`model` with averaged weights (``torch.optim.swa_utils.AveragedModel``), one or
                 several: they get gates and lose units when the model does.
 
@@ -326,8 +330,8 @@ class Plan:
     def load_state_dict(
         self, state: Mapping[str, Any], optimizer: torch.optim.Optimizer | None = None, *, ema: Copies = ()
     ) -> None:
-        """Bring a new plan, of the same model and arguments, to where the other was.
-        *Then* load the states of model and optimizer.
+        """Bring a new plan, of the same model and arguments, to where the other was. *Then* load the states of model
+        and optimizer.
 
         The model gets the gates, or the smaller layers, that it had. ``optimizer`` is what was made of the model's
         parameters; ``ema`` are copies with averaged weights, which get them too, and whose states are loaded after

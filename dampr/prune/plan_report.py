@@ -15,13 +15,12 @@ class PlanError(RuntimeError):
 
 @dataclass(frozen=True)
 class PlanReport(Report):
-    """What a plan did, and when: ``steps`` in all, of which all units were open up to ``dense``,
-    and the model compacted at ``compacted``.
+    """What a plan did, and when: ``steps`` in all, of which all units were open up to ``dense``, and the model
+    compacted at ``compacted``.
 
     ``budget``: what was decided at that moment; ``difference``: the largest between the outputs of the masked and the
-    compacted model.
-    ``recalibrated``: on how many batches statistics of norms were taken again. ``shrunk``: which removals of closed
-    units there were before, and which did not pay.
+    compacted model. ``recalibrated``: on how many batches statistics of norms were taken again. ``shrunk``: which
+    removals of closed units there were before, and which did not pay.
     """
 
     steps: int

@@ -18,8 +18,8 @@ from .wrapped import sees_through
 @sees_through
 @torch.no_grad()
 def recalibrate(model: nn.Module, batches: Iterable[Any]) -> int:
-    """Set the running statistics of every BatchNorm in ``model`` to the mean over ``batches``;
-    returns how many there were.
+    """Set the running statistics of every BatchNorm in ``model`` to the mean over ``batches``; returns how many there
+    were.
 
     Everything else is in evaluation mode, so dropout does not shift what norms see. Without a batch, or without such
     norms, nothing changes.

@@ -19,8 +19,8 @@ from . import inputs
 
 
 def fuse_relu(model: nn.Module, gated: Mapping[nn.Module, Any], example_inputs: Any) -> dict[nn.Module, nn.Module]:
-    """Tell the batch norms among the ``gated`` layers, by the plain ones, that a ReLU alone reads them;
-    what is to stand in its place.
+    """Tell the batch norms among the ``gated`` layers, by the plain ones, that a ReLU alone reads them; what is to
+    stand in its place.
 
     Only an ``nn.ReLU`` of its own, or one that is called in several places: each call does what is left to do. A
     function cannot be left out, and a norm with hooks, which would see other values, keeps its output.

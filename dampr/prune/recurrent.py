@@ -47,8 +47,8 @@ def make_plain(
 
     A layer whose outputs are read by ``nn.Linear`` and recurrent layers alone becomes the smaller layer of
     ``compacted()``, and the columns of its readers are sliced and multiplied by the gates. Whether the model computes
-    the same is tried on ``samples``; where it does not (a nonlinearity between them, a norm, a state from outside),
-    the layer keeps its size.
+    the same is tried on ``samples``; where it does not (a nonlinearity between them, a norm, a state from outside), the
+    layer keeps its size.
 
     Returns what is left of each layer, of the smaller ones the units, and for layers with closed units that stay the
     reason.
@@ -100,8 +100,8 @@ def _shrink(
 def split(
     model: nn.Module, units: dict[str, Units], kept: Kept, samples: list[Any], atol: float, rtol: float
 ) -> tuple[dict[str, Units], Kept, dict[str, str]]:
-    """Give every layer and direction the width of its own, in place, where that was asked for; the last step,
-    for no tracer follows it.
+    """Give every layer and direction the width of its own, in place, where that was asked for; the last step, for no
+    tracer follows it.
 
     Returns what is left then, and for layers whose widths stay equal the reason.
     """
@@ -193,8 +193,8 @@ def why_not(model: nn.Module, layer: nn.RNNBase, sample: Any) -> str | None:
 
 
 def readers(model: nn.Module, layer: nn.RNNBase, sample: Any) -> list[nn.Module]:
-    """The layers that read what ``layer`` gives, wherever in the model.
-    Raises CannotCutError unless all of it is read by such layers.
+    """The layers that read what ``layer`` gives, wherever in the model. Raises CannotCutError unless all of it is read
+    by such layers.
 
     Autograd follows it: only what ``layer`` gives requires a gradient, and every reader detaches its input.
     """

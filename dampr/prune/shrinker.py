@@ -36,8 +36,8 @@ Copies = nn.Module | Sequence[nn.Module]
 
 @dataclass(frozen=True)
 class Shrink:
-    """What one removal did: at which call of ``step``, how many units went, the share of the cost before and after,
-    and its seconds.
+    """What one removal did: at which call of ``step``, how many units went, the share of the cost before and after, and
+    its seconds.
 
     ``units`` is below 0 where they came back.
     """
@@ -177,8 +177,8 @@ class Shrinker:
         return (now - float(self.cost((~gone).double()))) / max(now, 1e-30)
 
     def step(self, optimizer: Optimizers = None, *, ema: Copies = ()) -> bool:
-        """Call it after ``optimizer.step()``, and after ``budget.step()``: takes out
-        what can go where that saves enough.
+        """Call it after ``optimizer.step()``, and after ``budget.step()``: takes out what can go where that saves
+        enough.
 
         Args: as of :meth:`shrink`. Returns whether parameters have other shapes now.
         """
@@ -207,13 +207,14 @@ class Shrinker:
     def shrink(self, optimizer: Optimizers = None, *, ema: Copies = ()) -> int:
         """Take the units of the candidates out of the model, whatever it saves; returns how many went.
 
-        Args: optimizer: of the weights, one or several; what is left of its state stays. None:
-                make a new one if anything went.
+        Args:
+            optimizer: of the weights, one or several; what is left of its state stays. None: make a new one if anything
+                went.
             ema: copies of the model, as :class:`torch.optim.swa_utils.AveragedModel` makes them, which lose the same
                 units.
 
-        Raises: ValueError for an optimizer whose state cannot be cut, and for copies of another structure,
-        before anything is changed.
+        Raises: ValueError for an optimizer whose state cannot be cut, and for copies of another structure, before
+        anything is changed.
         """
         return self.take(self.candidates(), optimizer, ema=ema)
 
@@ -355,8 +356,8 @@ def _tolerance(outputs: list[Tensor]) -> float:
 
 @torch.no_grad()
 def closed_for_good(gate: Gate, probability: float) -> Tensor:
-    """Which gates of a whole vector are closed in evaluation, drawn open in training with at most this probability,
-    and learn nothing.
+    """Which gates of a whole vector are closed in evaluation, drawn open in training with at most this probability, and
+    learn nothing.
 
     bool. A family may send a gradient to closed gates (a straight-through estimator does), and then training may want
     them back.

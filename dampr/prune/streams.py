@@ -136,8 +136,8 @@ def find(model: nn.Module, widths: Widths) -> tuple[list[Stream], dict[nn.Module
 def _around(
     norm: nn.LayerNorm, widths: Widths, names: dict[Any, str], attentions: dict[Any, heads.Attention]
 ) -> Stream:
-    """The stream that ``norm`` normalises. Raises CannotCutError where some of it is not written
-    by layers or not read through norms.
+    """The stream that ``norm`` normalises. Raises CannotCutError where some of it is not written by layers or not read
+    through norms.
 
     ``attentions``: those made of linear layers, by the module that is one node of the graph.
     """

@@ -41,14 +41,14 @@ Cost = float | Mapping[str, float]
 
 
 def penalty(model: nn.Module, *, lam: Cost = 1.0, prior_precision: Cost = 0.0) -> Tensor:
-    """The expected L0 penalty of all gated layers, a scalar tensor to add to the loss (Louizos et al. 2018, eq.
-    9 and appendix A).
+    """The expected L0 penalty of all gated layers, a scalar tensor to add to the loss (Louizos et al. 2018, eq. 9 and
+    appendix A).
 
     sum over gates of pi (lam |g| + prior_precision / 2 ||w_g||^2), with pi the probability of being open and |g| the
     parameters a gate switches off: with the defaults, the expected number of gated parameters that are left. Multiply
     it by lambda / N where the loss is a mean over N training examples. Either number may be a mapping from name globs
-    to numbers, of which the first that matches a layer
-    counts: ``{"conv*": 10.0, "*": 0.1}``, the published "lambda sep.".
+    to numbers, of which the first that matches a layer counts: ``{"conv*": 10.0, "*": 0.1}``, the published "lambda
+    sep.".
 
     Raises ValueError when ``model`` has no gated layer.
 

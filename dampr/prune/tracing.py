@@ -81,8 +81,8 @@ def all_trainable(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def one_node(model: nn.Module, cores: set[nn.Module]) -> Iterator[None]:
-    """Make each recurrent layer or cell, and attention, one node of autograd's graph,
-    and not one for each product in each of its steps.
+    """Make each recurrent layer or cell, and attention, one node of autograd's graph, and not one for each product in
+    each of its steps.
 
     ``cores``: the attention of other libraries.
     """

@@ -1,5 +1,5 @@
-"""Linear layers that keep their weight transposed, as transformers' ``Conv1D`` of GPT-2 does:
-``nn.Linear`` for a while, and back.
+"""Linear layers that keep their weight transposed, as transformers' ``Conv1D`` of GPT-2 does: ``nn.Linear`` for a
+while, and back.
 
 The type goes by its full name, so that transformers is not imported here.
 """

@@ -39,10 +39,13 @@ _FEW = 6  # names of numbers, of which pairs are tried
 class Placement:
     """What :func:`place` found.
 
-    Attributes: groups: vectors of gates to be. sizes: the numbers beside parameters that follow when these are cut.
-        read: those of them without which the cut model does not compute the same. refused: class -> why it gets no gate
-        though the trace calls it free. norms: those that are to count open units only. finite: whether the model's
-        outputs are, with values such as training leaves too.
+    Attributes:
+        groups: vectors of gates to be.
+        sizes: the numbers beside parameters that follow when these are cut.
+        read: those of them without which the cut model does not compute the same.
+        refused: class -> why it gets no gate though the trace calls it free.
+        norms: those that are to count open units only.
+        finite: whether the model's outputs are, with values such as training leaves too.
     """
 
     groups: list[Group]
@@ -97,8 +100,9 @@ class _Search:
     All are tried at once, then those of one kind, then halves of these. What is tried again with all others has to run,
     as shapes show; ``by_values``: has to compute the same too.
 
-    Attributes: read: the sizes without which a cut model does not compute the same. refused: class -> why it cannot be
-        cut.
+    Attributes:
+        read: the sizes without which a cut model does not compute the same.
+        refused: class -> why it cannot be cut.
     """
 
     def __init__(self, subject: Subject, families: list[list[int]], by_values: bool = False) -> None:
@@ -134,8 +138,9 @@ class _Search:
         return reason is None
 
     def _try(self, families: list[list[int]]) -> tuple[str | None, list[Size], bool]:
-        """Why half of these families cannot be cut; where it can, the numbers that follow,
-        and whether the model needs that.
+        """Why half of these families cannot be cut; where it can, the numbers that follow, and whether the model needs
+        that.
+
         """
         subject, units = self._subject, self._subject.units
         classes = half(units, families)
@@ -300,8 +305,8 @@ def _wanted(model: nn.Module, units: Units, classes: list[int], include: Filter,
 def put_in(
     model: nn.Module, units: Units, placement: Placement, make: Callable[[int], Gate]
 ) -> Iterator[dict[str, GatedParameter]]:
-    """Register the gates of a placement; ``make`` gives a vector of so many.
-    Gives them by the names that they have in the model.
+    """Register the gates of a placement; ``make`` gives a vector of so many. Gives them by the names that they have in
+    the model.
 
     Whatever is raised here or in the block, the model is as it was.
     """

@@ -25,8 +25,9 @@ from .wrapped import sees_through
 class GateCheck:
     """The gates of one layer.
 
-    Attributes: gates: how many there are, and ``tried`` how many of them were closed one by one. unreachable: those of
-        ``tried`` whose closing left the output as it was, on these inputs (behind a ReLU that is
+    Attributes:
+        gates: how many there are, and ``tried`` how many of them were closed one by one.
+        unreachable: those of ``tried`` whose closing left the output as it was, on these inputs (behind a ReLU that is
             never positive, say), by their numbers.
         without_gradient: those whose value the output does not depend on to first order, by their numbers.
         problems: why the layer does not pass; empty where it does.
@@ -71,8 +72,8 @@ class Verification(Report):
 def verify_model(
     model: nn.Module, example_inputs: Any, *, optimizer: torch.optim.Optimizer | None = None, gates_per_layer: int = 64
 ) -> Verification:
-    """Prove that gates work: closing one changes what the model computes, the loss has a gradient on it,
-    and the optimizer moves it.
+    """Prove that gates work: closing one changes what the model computes, the loss has a gradient on it, and the
+    optimizer moves it.
 
     A layer has a problem when closing all its gates leaves the output as it is (something bypasses the layer), when a
     parameter of its gates gets no gradient in training, is frozen or in half precision, or when the optimizer lacks it

@@ -56,8 +56,8 @@ def _called(model: nn.Module) -> str:
 
 
 def sees_through(function: Function) -> Function:
-    """``function`` with the bare, whole module in the place of an argument ``model`` (and
-    ``small``) that is wrapped or sharded.
+    """``function`` with the bare, whole module in the place of an argument ``model`` (and ``small``) that is wrapped or
+    sharded.
 
     Sharded parameters are gathered on every rank, so every rank has to call it.
     """
@@ -96,12 +96,13 @@ def is_fsdp(module: nn.Module) -> bool:
 
 
 def gathered(model: nn.Module, *, rank: int | None = None) -> Any:
-    """The module inside of wrappers; where ``fully_shard`` or ``parallelize_module`` have sharded it,
-    a plain copy with whole parameters.
+    """The module inside of wrappers; where ``fully_shard`` or ``parallelize_module`` have sharded it, a plain copy with
+    whole parameters.
 
-    Args: model: wrapped, sharded or neither; a sharded one is not changed. rank: the only rank that keeps the copy;
-        None: every rank does. Sharded parameters are gathered one by one,
-            on every rank.
+    Args:
+        model: wrapped, sharded or neither; a sharded one is not changed.
+        rank: the only rank that keeps the copy; None: every rank does. Sharded parameters are gathered one by one, on
+            every rank.
 
     Returns: a module; None on the other ranks where ``rank`` is given.
 

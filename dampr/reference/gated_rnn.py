@@ -30,8 +30,10 @@ def gated_rnn(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Differentiable in every floating-point argument.
 
-    Args: mode: ``"LSTM"``, ``"GRU"``, ``"RNN_TANH"`` or ``"RNN_RELU"``. x: (T, B, I). weights: of each layer, and in it
-        each direction: w_ih (G H, ...), w_hh (G H, P), b_ih and b_hh (G H,) or None,
+    Args:
+        mode: ``"LSTM"``, ``"GRU"``, ``"RNN_TANH"`` or ``"RNN_RELU"``.
+        x: (T, B, I).
+        weights: of each layer, and in it each direction: w_ih (G H, ...), w_hh (G H, P), b_ih and b_hh (G H,) or None,
             w_hr (P, H) or None (then P = H).
         z: gates, (layers, directions, P).
         h_0, c_0: (layers * directions, B, P) and (layers * directions, B, H); None: zeros.

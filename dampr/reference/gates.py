@@ -250,8 +250,8 @@ def along(z: torch.Tensor, x: torch.Tensor, dim: int) -> torch.Tensor:
 
 
 def open_probability(log_alpha: torch.Tensor, spec: GateSpec) -> torch.Tensor:
-    """P(z != 0) = sigmoid(log_alpha - beta log(-gamma / zeta)), Louizos et al. 2018 eq. 12; differentiable,
-    shape of ``log_alpha``.
+    """P(z != 0) = sigmoid(log_alpha - beta log(-gamma / zeta)), Louizos et al. 2018 eq. 12; differentiable, shape of
+    ``log_alpha``.
 
     Raises ValueError for a family without a distribution, whose surrogate count is that of its module in
     :mod:`dampr.gates`.

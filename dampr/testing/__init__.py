@@ -1,5 +1,5 @@
-"""How kernels are tested: tolerance rules for anybody's kernels (here),
-and ``dampr verify`` and the reading of machine code.
+"""How kernels are tested: tolerance rules for anybody's kernels (here), and ``dampr verify`` and the reading of machine
+code.
 
 :mod:`dampr.testing.tolerances` states the rules.
 """

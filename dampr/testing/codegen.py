@@ -1,5 +1,5 @@
-"""What the compiler made of the Triton kernels, compiled ahead of time for a GPU that need not
-be there and read in the machine code.
+"""What the compiler made of the Triton kernels, compiled ahead of time for a GPU that need not be there and read in the
+machine code.
 
 ``cases()`` lists every kernel with every tile that ships and every architecture it ships for; ``inspect(case)``
 compiles one and counts. tests/testing/test_codegen.py holds the counts to limits, ``python -m benchmarks.codegen``
@@ -84,11 +84,11 @@ _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*?);", re.M)
 
 
 class Case(NamedTuple):
-    """One kernel with one set of constants; ``dtype`` of its tensors,
-    ``aligned``: sizes and strides are multiples of 16.
+    """One kernel with one set of constants; ``dtype`` of its tensors, ``aligned``: sizes and strides are multiples of
+    16.
 
-    ``parameter_dtype``: that of weight and bias where it is another one, as under autocast.
-    ``gemm``: it multiplies matrices.
+    ``parameter_dtype``: that of weight and bias where it is another one, as under autocast. ``gemm``: it multiplies
+    matrices.
     """
 
     name: str
@@ -422,8 +422,8 @@ def inspect(case: Case, capability: int) -> Report:
 
 
 def hot_loop(sass: str, gemm: bool) -> str:
-    """The text from a label to the branch back to it: of a GEMM the shortest that multiplies matrices,
-    else the longest loop.
+    """The text from a label to the branch back to it: of a GEMM the shortest that multiplies matrices, else the longest
+    loop.
 
     A wait that was moved out of line branches back as well, without a condition, so a conditional branch comes first.
     All of the text if the kernel has no loop.

@@ -94,8 +94,8 @@ def other_signs(
 
 
 class Expected:
-    """What the reference gives for a problem: in float64, in the dtype of a row and, when it is asked for,
-    in float64 with other signs.
+    """What the reference gives for a problem: in float64, in the dtype of a row and, when it is asked for, in float64
+    with other signs.
 
     ``once(dtype, data, dy)`` computes outputs and gradients by name.
     """

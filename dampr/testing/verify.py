@@ -1,5 +1,5 @@
-"""Every op on every backend that is present, against the float64 reference: values, every gradient, noise,
-and which gates are 0 or 1.
+"""Every op on every backend that is present, against the float64 reference: values, every gradient, noise, and which
+gates are 0 or 1.
 
 ``python -m dampr.testing.verify`` needs torch and numpy, and triton where there is a GPU; ``dampr verify`` prints the
 same as a table.
@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -65,8 +65,8 @@ def run(only_op: str | None = None) -> list[Row]:
 
 
 def run_side_by_side(wanted: list[Job], processes: int, parts: int = PARTS) -> Iterator[Row]:
-    """The rows of these jobs as they are done, worked at in parts by several processes:
-    for a machine whose kernels are yet to be compiled.
+    """The rows of these jobs as they are done, worked at in parts by several processes: for a machine whose kernels are
+    yet to be compiled.
 
     The processes have one thread each: threads of several that wait for each other on the same cores take many times as
     long.
@@ -112,7 +112,8 @@ def float32_products(precision: str) -> Iterator[None]:
     """Products of float32 matrices and convolutions on CUDA are "ieee" or "tf32" in the block.
     torch's default differs between the two.
     """
-    switches: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn)  # type: ignore[attr-defined]
+    cuda, cudnn = cast(Any, torch.backends.cuda), cast(Any, torch.backends.cudnn)
+    switches = cuda.matmul, cudnn.conv, cudnn.rnn
     kept = [switch.fp32_precision for switch in switches]
     try:
         for switch in switches:

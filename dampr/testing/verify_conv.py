@@ -61,8 +61,8 @@ class ConvCase:
 
 
 def cases(backend: str, device: str) -> Iterator[ConvCase]:
-    """Odd and even sizes, strides, padding, dilation, groups, depthwise, 1 x 1;
-    the routes that the backend has beside its own choice.
+    """Odd and even sizes, strides, padding, dilation, groups, depthwise, 1 x 1; the routes that the backend has beside
+    its own choice.
 
     Fewer where Triton is interpreted: what is folded there are the kernels of the linear layer.
     """

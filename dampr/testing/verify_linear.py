@@ -7,6 +7,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -163,8 +164,10 @@ def linear_once(
     seed, spec = seed.to(device), families.get(case.rule) or hard_concrete(case.rule)
     with on_backend(backend):
         if backend is not None:
-            block = {"block": case.block} if case.op == "weight_gated_linear" else {}
-            y = functional.gated_linear(**leaves, **block, seed=seed, per_sample=case.per_sample, spec=spec)  # type: ignore[arg-type]
+            how: dict[str, Any] = {**leaves, "seed": seed, "per_sample": case.per_sample, "spec": spec}
+            if case.op == "weight_gated_linear":
+                how["block"] = case.block
+            y = functional.gated_linear(**how)
         elif case.op == "weight_gated_linear":
             y = reference.weight_gated_linear(
                 leaves["x"], leaves["weight"], leaves.get("bias"), leaves["weight_gate"], seed, spec, case.block

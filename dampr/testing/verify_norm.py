@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -149,17 +150,18 @@ def norm_once(
         x = x.contiguous(memory_format=torch.channels_last)
     elif case.layout == "sliced":
         x = x.repeat_interleave(2, -1)[..., ::2]
+    affine = leaves.get("weight"), leaves.get("bias")
     with on_backend(backend):
         if backend is not None:
-            how = {
+            how: dict[str, Any] = {
                 "training": case.training,
                 "per_sample": case.per_sample,
                 "activation": "relu" if case.relu else None,
+                "seed": seed,
+                "spec": spec,
             }
-            affine = leaves.get("weight"), leaves.get("bias")
-            y = functional.gated_batch_norm(x, leaves["gate"], *affine, *running, **how, seed=seed, spec=spec)  # type: ignore[arg-type]
+            y = functional.gated_batch_norm(x, leaves["gate"], *affine, *running, **how)
         else:
-            affine = leaves.get("weight"), leaves.get("bias")
             statistics = None if case.training else running
             per_sample = case.per_sample and case.rule == "sample"
             y = reference.norm_gate(x, *affine, leaves["gate"], seed, statistics, 1e-5, spec, per_sample, case.relu)

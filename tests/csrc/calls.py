@@ -64,8 +64,8 @@ def random_log_alpha(n: int, dtype: torch.dtype = torch.float32) -> torch.Tensor
 def assert_as_good(
     name: str, actual: torch.Tensor, same_dtype: torch.Tensor, truth: torch.Tensor, terms: float = 0.0
 ) -> None:
-    """At most twice the error of PyTorch in the same dtype, against float64,
-    plus a rounding error of the largest value.
+    """At most twice the error of PyTorch in the same dtype, against float64, plus a rounding error of the largest
+    value.
 
     ``terms``: the sizes of what is added up for one number, summed. Where terms cancel, a truth in float64 is no better
     than their rounding.

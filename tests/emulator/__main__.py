@@ -1,5 +1,5 @@
-"""``python -m tests.emulator``, or ``make emulate``: compiled kernels against the
-float64 reference on every architecture.
+"""``python -m tests.emulator``, or ``make emulate``: compiled kernels against the float64 reference on every
+architecture.
 
 Goes on where it stopped: a unit whose result is there is left out, unless ``--again``. Results:
 benchmarks/results/emulated/sm_<arch>.json; ``python -m benchmarks.tables`` makes docs/emulated.md of them.

@@ -83,8 +83,8 @@ def permute_bytes(a: Any, b: Any, selector: Any) -> Any:
 
 
 def inexact(x: Any, operation: str, seed: int | None) -> Any:
-    """float64 ``x``, the result of an approximate instruction, as float32: rounded,
-    or off by up to the documented error.
+    """float64 ``x``, the result of an approximate instruction, as float32: rounded, or off by up to the documented
+    error.
 
     With a seed the error is a function of seed and value: the same value is wrong in the same way. Zeros and infinities
     are exact.

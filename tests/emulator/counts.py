@@ -1,5 +1,5 @@
-"""``python -m tests.emulator.counts [--write]``: what each kernel does to the machine,
-counted while it runs compiled for sm_90.
+"""``python -m tests.emulator.counts [--write]``: what each kernel does to the machine, counted while it runs compiled
+for sm_90.
 
 Per element of what it passes over (multiply-adds of a product): instructions of warps, PTX; bytes that memory has to
 move; bytes of the sectors that warps ask for, which a cache may serve; passes over shared memory and those that

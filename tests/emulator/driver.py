@@ -1,5 +1,5 @@
-"""A Triton driver whose GPU is the emulator: compiled for a real target by the real compiler,
-launched by the real JITFunction.
+"""A Triton driver whose GPU is the emulator: compiled for a real target by the real compiler, launched by the real
+JITFunction.
 
 ``with emulated(80):`` makes dampr take CPU tensors for tensors on a GPU of that compute capability.
 """
@@ -60,8 +60,8 @@ class Log:
 
     @property
     def faults(self) -> list[str]:
-        """Notes of what is wrong whatever the numbers: races, loads from the gaps of a view,
-        and memory that is both read and written.
+        """Notes of what is wrong whatever the numbers: races, loads from the gaps of a view, and memory that is both
+        read and written.
 
         One kernel hands values from program to program behind a barrier of its own, another moves running statistics,
         each its own.

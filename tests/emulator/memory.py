@@ -167,8 +167,8 @@ class Global:
 
 
 class Paged(Global):
-    """Global memory that is copied page by page as a kernel touches it:
-    for tensors that are larger than this machine's memory can hold.
+    """Global memory that is copied page by page as a kernel touches it: for tensors that are larger than this machine's
+    memory can hold.
 
     Such tensors come from ``torch.empty``, which takes no memory before it is written. Device addresses are host
     addresses. Strides are not looked at: all of a storage counts as inside.

@@ -1,5 +1,5 @@
-"""The first and the last programs of launches on tensors of more than 2^31 elements: an index of 32 bits would trap,
-or give other values.
+"""The first and the last programs of launches on tensors of more than 2^31 elements: an index of 32 bits would trap, or
+give other values.
 
 The tensors are ``torch.empty`` and zero where nobody wrote; what the chosen programs touch is paged in.
 """

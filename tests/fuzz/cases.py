@@ -33,10 +33,12 @@ TOLERANCE = {torch.float64: 1e-8, torch.float32: 2e-4, torch.float16: 2e-2, torc
 class Case:
     """One call ``function(*args, **kwargs)``.
 
-    Attributes: names: what an error may name. valid: whether it has to succeed. truth: the same call by other means, in
-        float64; its result is compared place by place where it is finite. baseline: the same by other means in the same
-        precision;
-            a result may be as far from the truth as a few times this one.
+    Attributes:
+        names: what an error may name.
+        valid: whether it has to succeed.
+        truth: the same call by other means, in float64; its result is compared place by place where it is finite.
+        baseline: the same by other means in the same precision; a result may be as far from the truth as a few times
+            this one.
         like: the call of torch that this one takes the place of; where that raises, an error of the same type will do,
             and success will not.
     """

@@ -118,8 +118,8 @@ def test_a_budget_that_owns_the_gates_leaves_them_held_and_numbered() -> None:
 
 
 def run(model: nn.Module, steps: range, optimizer: torch.optim.Optimizer, noise: int = 0) -> list[float]:
-    """Training with ``noise`` random numbers of augmentation in each step that change
-    nothing but the global generator.
+    """Training with ``noise`` random numbers of augmentation in each step that change nothing but the global
+    generator.
     """
     losses = []
     for step in steps:

@@ -216,8 +216,8 @@ def test_golden_trace_of_dam_on_linear_data(golden, toy):
 
 @pytest.mark.parametrize(("row", "shape"), list(itertools.product(range(3), "ABC")))
 def test_golden_counts_of_diffprune_on_linear_data(golden, toy, row, shape):
-    """No further from the recorded runs than two gates, on either side: another data set of the same kind,
-    and sums of another processor.
+    """No further from the recorded runs than two gates, on either side: another data set of the same kind, and sums of
+    another processor.
 
     (At the strongest penalty a run of 2000 steps is chaotic enough for that: 8 for a dimension of 10 on one with
     AVX-512, 10 without.)

@@ -140,7 +140,9 @@ def test_lightning_refuses_what_cannot_work(tmp_path: Path) -> None:
         lightning.PlanCallback("x")  # type: ignore[arg-type]
     module, plan = net()
     module.automatic_optimization = False
-    module.configure_optimizers = lambda: [torch.optim.SGD(module.model[i].parameters()) for i in (0, 2)]  # type: ignore[method-assign]
+    module.configure_optimizers = lambda: [  # type: ignore[method-assign]
+        torch.optim.SGD(module.model[i].parameters()) for i in (0, 2)
+    ]
     with pytest.raises(ValueError, match="2 optimizers have weights of the plan's model"):
         fit(module, lightning.PlanCallback(plan), tmp_path)
 

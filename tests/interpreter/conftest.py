@@ -1,5 +1,5 @@
-"""Kernels run in Triton's interpreter, on the CPU: ``TRITON_INTERPRET=1 python -m pytest tests/interpreter``,
-in a process of its own.
+"""Kernels run in Triton's interpreter, on the CPU: ``TRITON_INTERPRET=1 python -m pytest tests/interpreter``, in a
+process of its own.
 
 ``@triton.jit`` decides when triton is imported whether a kernel is compiled or interpreted. Where that has happened
 already, everything here is skipped.

@@ -1,5 +1,5 @@
-"""GatedActivation, GatedResidual, GatedEmbedding: values and gradients against the gates written out; what is skipped;
-what is left when plain.
+"""GatedActivation, GatedResidual, GatedEmbedding: values and gradients against the gates written out; what is
+skipped; what is left when plain.
 """
 
 from __future__ import annotations

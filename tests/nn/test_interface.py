@@ -1,5 +1,5 @@
-"""The interface of the dense layers, whole: torch's own list of how each module is made and called,
-held to by the gated one.
+"""The interface of the dense layers, whole: torch's own list of how each module is made and called, held to by the
+gated one.
 
 ``torch.testing._internal.common_modules.module_db`` is in the wheel; it asks for ``expecttest``, of which it needs one
 name.

@@ -227,7 +227,7 @@ def test_each_stand_in_is_on_the_safe_side() -> None:
     finally:
         sys.modules["dampr.ops._torch"] = kept
     x = torch.ones(2, 3)
-    assert less.in_torch_func() and less.is_profiled() and less.is_batch_of_gradients(x) and less.is_view(x)  # noqa: PT018
+    assert all((less.in_torch_func(), less.is_profiled(), less.is_batch_of_gradients(x), less.is_view(x)))
     assert less.count_dispatch_modes() == 1
     assert less.forward_mode_level() == 0
     assert less.hooks_on_saved() is not None

@@ -232,8 +232,8 @@ def test_products_beside_layers_are_counted():
 @pytest.mark.parametrize("how", [{"per_sample": True}, {"tie": False}, {"include": nn.Conv2d, "per_sample": True}])
 @pytest.mark.parametrize("case", ["instance norm", "sigmoid", "two norms", "prelu"])
 def test_layers_whose_closed_channels_would_stay_have_no_gates(case, how):
-    """Constants at a padded border: convert leaves these layers out where no gates on
-    parameters may take their place.
+    """Constants at a padded border: convert leaves these layers out where no gates on parameters may take their
+    place.
     """
     first = {
         "instance norm": lambda: [nn.InstanceNorm2d(8, affine=True, track_running_stats=True), nn.SiLU()],

@@ -14,12 +14,14 @@ from ..attend import as_batch, attend, joined, sequence_first
 
 
 class PrunedMultiheadAttention(nn.Module):
-    """An ``nn.MultiheadAttention(embed_dim, num_heads)`` of which only some heads are there:
-    what is left of a gated one.
+    """An ``nn.MultiheadAttention(embed_dim, num_heads)`` of which only some heads are there: what is left of a gated
+    one.
 
-    Args: embed_dim ... dtype: those of the whole layer. heads: which of its heads are there, increasing, at least one.
-        head_dim: how wide a head is; None: embed_dim / num_heads.
-            Another where channels of what it reads and writes were cut.
+    Args:
+        embed_dim ... dtype: those of the whole layer.
+        heads: which of its heads are there, increasing, at least one.
+        head_dim: how wide a head is; None: embed_dim / num_heads. Another where channels of what it reads and writes
+            were cut.
 
     Called as the whole layer is. A mask for each head has all of the whole layer's heads; attention weights are those
     of the heads that are there, and their mean. Parameters have the names of ``nn.MultiheadAttention``, and the rows

@@ -34,8 +34,8 @@ def plain_rnn(like: nn.RNNBase, weights: Mapping[str, Tensor], **others: Any) ->
 
 
 def narrowed(rnn: nn.RNNBase, units: Sequence[Tensor]) -> Any:
-    """A plain recurrent layer with these units of each layer and direction alone, int64 (width,) each;
-    parameters are copies.
+    """A plain recurrent layer with these units of each layer and direction alone, int64 (width,) each; parameters are
+    copies.
 
     Of the class of ``rnn`` where all have one width, else a :class:`StackedRNN`. Units are cut out of all gate
     matrices, or, with a projection, out of its rows, and out of the columns of W_hh and of the next layer.

@@ -8,8 +8,8 @@ from dampr import reference
 
 
 class Scale(nn.Module):
-    """y = x * scale along dimension ``dim``: what is left of a :class:`GatedActivation` when it is
-    compacted and its values are not all 1.
+    """y = x * scale along dimension ``dim``: what is left of a :class:`GatedActivation` when it is compacted and its
+    values are not all 1.
 
     ``scale`` is a buffer, (x.shape[dim],).
     """

@@ -11,12 +11,12 @@ from torch.nn.utils.rnn import PackedSequence
 
 
 class ScaledRNN(nn.Module):
-    """A plain recurrent layer whose state is read through constant factors:
-    what :meth:`GatedLSTM.to_dense` gives where gates are not 1.
+    """A plain recurrent layer whose state is read through constant factors: what :meth:`GatedLSTM.to_dense` gives where
+    gates are not 1.
 
     ``rnn`` has the factors in its weights already; the buffer ``scale``, (layers * directions, H), is that of its
-    output and states. Arguments and results are those of ``rnn``. It runs in torch alone, with no operator of dampr,
-    so that it can be exported.
+    output and states. Arguments and results are those of ``rnn``. It runs in torch alone, with no operator of dampr, so
+    that it can be exported.
     """
 
     scale: Tensor

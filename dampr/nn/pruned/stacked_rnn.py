@@ -20,17 +20,17 @@ class StackedRNN(nn.Module):
     unequal, which no single ``nn`` module can be. Every part is a plain ``torch.nn`` module and runs the vendor's
     kernel; what is lost is how that kernel may run several layers or directions at once.
 
-    Args: layers: of each layer its directions, one (forward) or two (forward, backward): modules of one and the same
+    Args:
+        layers: of each layer its directions, one (forward) or two (forward, backward): modules of one and the same
             class of the three, with ``num_layers=1``, ``bidirectional=False`` and the same ``batch_first``; both
             directions of a layer read all that the layer below hands on.
         dropout: as in ``nn.LSTM``, between the layers, in training.
 
     Called with what the ``nn`` modules are called with: x (T, B, F), (B, T, F) with ``batch_first``, (T, F), or a
     packed sequence, and optionally the state. Returns the output, whose features are those of all directions of the
-    last layer, one after the other, and the
-    state: h_n, or (h_n, c_n) for LSTMs. As widths differ, h_n and c_n are *lists* of one tensor for each layer and
-    direction, (B, width) or (width,), in the order of ``nn``'s h_n, and the state given may be such lists (or stacked
-    tensors where widths agree): ``h_n[-1]`` is the same in both.
+    last layer, one after the other, and the state: h_n, or (h_n, c_n) for LSTMs. As widths differ, h_n and c_n are
+    *lists* of one tensor for each layer and direction, (B, width) or (width,), in the order of ``nn``'s h_n, and the
+    state given may be such lists (or stacked tensors where widths agree): ``h_n[-1]`` is the same in both.
 
     Raises: TypeError or ValueError that names the argument, and what the ``nn`` modules raise.
     """

@@ -62,13 +62,14 @@ class PrunedLayer(BySublayers):
 
 
 class PrunedTransformerEncoderLayer(PrunedLayer, EncoderBySublayers):
-    """An ``nn.TransformerEncoderLayer`` of which only some heads, or only some sublayers, are there:
-    what is left of a gated one.
+    """An ``nn.TransformerEncoderLayer`` of which only some heads, or only some sublayers, are there: what is left of a
+    gated one.
 
-    Args: d_model ... dtype: as in ``nn.TransformerEncoderLayer``; ``dim_feedforward=0`` for a layer without the
-        feed-forward sublayer. heads: which of the ``nhead`` heads are there; () for a layer without attention, None for
-        all. head_dim: how wide a head is; None: d_model / nhead. Another where channels of the residual stream were
-        cut.
+    Args:
+        d_model ... dtype: as in ``nn.TransformerEncoderLayer``; ``dim_feedforward=0`` for a layer without the
+            feed-forward sublayer.
+        heads: which of the ``nhead`` heads are there; () for a layer without attention, None for all.
+        head_dim: how wide a head is; None: d_model / nhead. Another where channels of the residual stream were cut.
 
     Called as ``nn.TransformerEncoderLayer`` is. The norm of a sublayer that is not there stays where it comes after the
     sum.

@@ -88,8 +88,8 @@ def unfold(
     dw: Tensor | None,
     folded: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of bias and both log-alphas; those of the weight go to ``dw``,
-    the folded weight once more to ``folded``.
+    """Gradients of bias and both log-alphas; those of the weight go to ``dw``, the folded weight once more to
+    ``folded``.
 
     ``raw`` and these lie in memory as ``weight`` does, a matrix (n_out, n_in) there.
     """

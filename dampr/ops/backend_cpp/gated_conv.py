@@ -40,8 +40,8 @@ def fwd(
 
 
 def gated_conv2d_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, gates: GatePair, window: Window) -> Tensor:
-    """The operator of that name, which no route takes on the CPU: gates per batch on the
-    activations around torch's convolution.
+    """The operator of that name, which no route takes on the CPU: gates per batch on the activations around torch's
+    convolution.
     """
     return fwd(x, weight, bias, gates, window, True, False)[0].contiguous(memory_format=torch.channels_last)
 

@@ -1,5 +1,5 @@
-"""The matrix products of linear layers: torch's own,
-or oneDNN's where torch asks MKL and that is the slower of the two.
+"""The matrix products of linear layers: torch's own, or oneDNN's where torch asks MKL and that is the slower of the
+two.
 
 On processors of AMD with AVX-512, float32 products take MKL longer than oneDNN, which torch brings along for its
 convolutions ("dampr, torch's products" in docs/performance.md). Evaluation stays on torch's path, so that a fresh layer

@@ -25,8 +25,8 @@ Block = tuple[int, int]
 def fold_blocks_fwd(
     weight: Tensor, gate: GateArgs, block: Block, dtype: torch.dtype, in_scratch: bool = False
 ) -> Tensor:
-    """weight * Z, rounded once to ``dtype``: drawn while it is multiplied where each weight has a gate,
-    else drawn first and spread.
+    """weight * Z, rounded once to ``dtype``: drawn while it is multiplied where each weight has a gate, else drawn
+    first and spread.
 
     ``in_scratch``: it is one of :data:`.host.scratch`.
     """

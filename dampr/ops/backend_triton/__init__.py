@@ -1,5 +1,5 @@
-"""Host side of the Triton kernels: layouts, tile sizes, workspaces, launches. Equations:
-the modules of the same names in dampr/kernels.
+"""Host side of the Triton kernels: layouts, tile sizes, workspaces, launches. Equations: the modules of the same names
+in dampr/kernels.
 
 The launchers are those of backend_reference and backend_cpp; routes.py says which kernels serve a call, host.py holds
 what they share.

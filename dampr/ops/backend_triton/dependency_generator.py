@@ -57,8 +57,8 @@ def _table(held: Sequence[torch.Tensor]) -> torch.Tensor:
 
 @functools.lru_cache(maxsize=64)
 def _table_of(addresses: tuple[int, ...], widths: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """int64 (layers, 4), as the kernels read it; kept, so that a step copies nothing to the
-    device and can be captured in a graph.
+    """int64 (layers, 4), as the kernels read it; kept, so that a step copies nothing to the device and can be
+    captured in a graph.
     """
     rows = zip(addresses[::2], addresses[1::2], widths, widths[1:], strict=False)
     return torch.tensor(list(rows), dtype=torch.int64, device=device)

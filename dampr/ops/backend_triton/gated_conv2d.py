@@ -26,10 +26,9 @@ def gated_conv2d_one_pass(
     """y = z_out * (conv2d(x * z_in, weight) + bias), (B, N, OH, OW) in channels_last and the dtype of x.
 
     x: (B, C, H, W), copied unless it is in channels_last; weight: (N, C / groups, R, S) and bias: (N,), in any floating
-    dtype. Gates, drawn
-    already, float32: z_in (C,), or (B, C) with a row for each image; z_out (N,) or (B, N). Blocks of input channels
-    whose gates are all 0, for all images or for one, are neither read nor multiplied, and output tiles whose gates are
-    all 0 are zeros at once.
+    dtype. Gates, drawn already, float32: z_in (C,), or (B, C) with a row for each image; z_out (N,) or (B, N). Blocks
+    of input channels whose gates are all 0, for all images or for one, are neither read nor multiplied, and output
+    tiles whose gates are all 0 are zeros at once.
     """
     tile = _tile(x, weight, z_in, z_out, window)
     lists = (None, None) if z_in is None else _list_live(z_in, window.groups, tile.depth)

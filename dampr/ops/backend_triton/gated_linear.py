@@ -1,5 +1,5 @@
-"""Gates on features: dampr/kernels/gated_linear.py, by the route that routes.route names;
-gated_linear_live.py for live blocks.
+"""Gates on features: dampr/kernels/gated_linear.py, by the route that routes.route names; gated_linear_live.py for live
+blocks.
 
 Per batch: gates are folded into the weight and the vendor GEMM runs. Per sample: one GEMM with the gates inside, or
 passes that gate x, y and dy around the vendor GEMM. Gates without noise are the same for every sample, so they always
@@ -91,12 +91,11 @@ def gated_linear_fwd(
     keep_pre: bool,
     name: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(y, pre): y = z_out * ((x * z_in) W^T + b), (..., N) in the dtype of x;
-    pre is y before the output gate if ``keep_pre``, else empty.
+    """(y, pre): y = z_out * ((x * z_in) W^T + b), (..., N) in the dtype of x; pre is y before the output gate if
+    ``keep_pre``, else empty.
 
     x: (..., K); weight: (N, K) and bias: (N,), in any floating dtype (float32 under autocast); log-alphas: float32,
-    (K,) and (N,).
-    ``name``: the route, where it is decided.
+    (K,) and (N,). ``name``: the route, where it is decided.
     """
     name = _route(x, weight, gates) if name is None else name
     if name in PER_SAMPLE:
@@ -149,7 +148,6 @@ def _route(x: torch.Tensor, weight: torch.Tensor, gates: GatePair) -> str:
 
 
 # ---- per batch: gates folded into the weight
-# ---------------------------------------------------------------------------------------------
 
 
 def fold_weight_fwd(
@@ -196,8 +194,8 @@ def fold_weight_bwd(
     gates: GatePair,
     needs: Needs,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """Gradients of weight, bias and both log-alphas from those of the folded weight and bias, ``raw`` (N,
-    K) and ``raw_bias`` (N,).
+    """Gradients of weight, bias and both log-alphas from those of the folded weight and bias, ``raw`` (N, K) and
+    ``raw_bias`` (N,).
 
     ``raw`` may be None where only the gradient of the bias is needed.
     """
@@ -248,14 +246,13 @@ def fold_gate_bwd(
 
 
 # ---- per batch: a GEMM over live blocks
-# --------------------------------------------------------------------------------------------------
 
 
 def gated_linear_live_fwd(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, gates: GatePair
 ) -> torch.Tensor:
-    """y of :func:`gated_linear_fwd` per batch, without the blocks of input features and the
-    output tiles whose gates are all 0.
+    """y of :func:`gated_linear_fwd` per batch, without the blocks of input features and the output tiles whose gates
+    are all 0.
     """
     rows, (N, K) = rows_of(x), weight.shape
     tile = configs.live_tile(rows.shape[0], N, K, *host.machine(x))
@@ -295,7 +292,6 @@ def _live_gemm(
 
 
 # ---- per sample: gates inside one GEMM, or in passes of their own around the vendor GEMM
-# -------------------------------------------------
 
 
 def _per_sample_fwd(

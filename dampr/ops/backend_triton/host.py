@@ -65,8 +65,8 @@ def device_name(device: torch.device | None) -> str:
 
 
 def keeps_cast(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether the backward is to have the folded weight that the forward made:
-    under autocast the dense layer keeps a copy of that size.
+    """Whether the backward is to have the folded weight that the forward made: under autocast the dense layer keeps a
+    copy of that size.
 
     Where the weight has the dtype of x the dense layer keeps none, and the fold is made again.
     """

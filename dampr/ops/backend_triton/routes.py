@@ -32,8 +32,8 @@ def route(
 def route_by(
     table: Thresholds, M: int, N: int, K: int, dtype: torch.dtype, granularity: str | tuple[int, int], per_sample: bool
 ) -> tuple[str, str]:
-    """(name, reason) of the route of x (M, K) in ``dtype`` through W (N, K),
-    unless one is forced a function of the arguments alone.
+    """(name, reason) of the route of x (M, K) in ``dtype`` through W (N, K), unless one is forced a function of the
+    arguments alone.
 
     ``granularity``: "weight", a block (rows, columns) of weights, or anything else for gates of features.
     ``per_sample``: a draw per row, hence False for a rule without noise. Raises ValueError where a forced route cannot
@@ -65,8 +65,8 @@ def route_by(
 
 
 def conv_route(problem: ConvProblem) -> tuple[str, str]:
-    """(name, reason) of the route of a convolution; how many activations there are is no matter:
-    a pass over the weight is cheap.
+    """(name, reason) of the route of a convolution; how many activations there are is no matter: a pass over the weight
+    is cheap.
 
     Raises ValueError where a forced route cannot serve the call.
     """

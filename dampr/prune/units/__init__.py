@@ -1,5 +1,5 @@
-"""Which elements of which parameters go together, read off the ATen operators that a model runs;
-no module's type takes part.
+"""Which elements of which parameters go together, read off the ATen operators that a model runs; no module's type takes
+part.
 
 Every index of every dimension of every floating-point parameter and buffer is a *unit*. A model is run once in each
 mode under a dispatch mode that carries units from operator to operator (:mod:`.tracer`); a rule for each operator
@@ -39,10 +39,11 @@ def trace_units(
     The model is run on meta tensors, so nothing is computed; where its control flow asks for a value it is run on real
     ones. Whatever is raised, its attributes, buffers, modes and the states of random generators are as before.
 
-    Args: model: any module, on any device (``meta`` included); its forward is what it computes without gradients.
-        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments. training: the modes to run it
-        in. What only training reaches is traced too,
-            so that nothing is cut that a branch of training reads.
+    Args:
+        model: any module, on any device (``meta`` included); its forward is what it computes without gradients.
+        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments.
+        training: the modes to run it in. What only training reaches is traced too, so that nothing is cut that a branch
+            of training reads.
         more_inputs: further example inputs, for models that take another path on these; all paths are united.
         fake: True: on meta tensors or not at all; False: on real ones.
         within: the weights of convolutions in groups, by name, of which every group loses the same channels; of others
@@ -72,8 +73,8 @@ _known: ContextVar[dict[Any, Units] | None] = ContextVar("known", default=None)
 
 @contextmanager
 def remembering() -> Iterator[None]:
-    """In this block copies of a model are traced once:
-    modules of the same names and types with tensors of the same shapes.
+    """In this block copies of a model are traced once: modules of the same names and types with tensors of the same
+    shapes.
 
     For a block in which no module gets another forward, and example inputs stay the objects that they are.
     """

@@ -19,9 +19,10 @@ Place = tuple[str, int]  # the name of a parameter, and one of its dimensions
 class Group:
     """Classes that are in the same parameters, equally often: one vector of gates, one gate for each.
 
-    Attributes: classes: in the order of their first units. columns: of each dimension that reads some of them, int64 of
-        its length:
-            the number of the class in ``classes``, or -1.
+    Attributes:
+        classes: in the order of their first units.
+        columns: of each dimension that reads some of them, int64 of its length: the number of the class in ``classes``,
+            or -1.
     """
 
     classes: list[int]

@@ -23,8 +23,8 @@ _HALF = 31  # bits for each unit of a pair in one number
 class Reason:
     """Why units stay, or what a width is a statistic of.
 
-    Attributes: kind: "output", "mixed", "statistic", "constants", "picked", "opaque", "split", "unread", "unreached" or
-        "only"
+    Attributes:
+        kind: "output", "mixed", "statistic", "constants", "picked", "opaque", "split", "unread", "unreached" or "only"
             (nothing is left to choose along a dimension).
         text: in words.
         operator, module, line: of the operator that says so, where one does; the line is of the code outside of torch
@@ -73,8 +73,8 @@ class Split:
 
 @dataclass(frozen=True)
 class Product:
-    """Multiply-accumulates of one call: ``macs`` with every unit there,
-    in proportion to the units that are left of each of ``factors``.
+    """Multiply-accumulates of one call: ``macs`` with every unit there, in proportion to the units that are left of
+    each of ``factors``.
 
     ``module``: the name of the module that ran it.
     """
@@ -86,18 +86,19 @@ class Product:
 
 @dataclass
 class Ledger:
-    """Units of a model's floating-point parameters and buffers,
-    an integer from 1 on for each index of each dimension longer than 1.
+    """Units of a model's floating-point parameters and buffers, an integer from 1 on for each index of each dimension
+    longer than 1.
 
-    Attributes: origin: name of a parameter or buffer -> (dimension, first unit, size) of each dimension with units;
-            tied ones once.
+    Attributes:
+        origin: name of a parameter or buffer -> (dimension, first unit, size) of each dimension with units; tied ones
+            once.
         alias: every name -> the name in ``origin``.
         known: id of a tensor -> (tensor, name, marks).
         unions: pairs of units that are one, (2, n), and why they met.
         blocks: (outer, inner) pairs of one meeting in which an outer unit runs along several inner ones, and why.
         fixed, statistics: units, and the reason.
-        read, written: units that a weight's contracted dimension has, and that the other dimensions of weights,
-            biases and norms have.
+        read, written: units that a weight's contracted dimension has, and that the other dimensions of weights, biases
+            and norms have.
         reached: name -> the modes (training or not) in which an operator read it.
         numbers: (operator, what it was given beside tensors) of every elementwise call, in order.
         columns: units of the contracted dimensions of weights themselves, also in ``read``.
@@ -213,8 +214,8 @@ class Ledger:
     # what rules have in common
     # ----------------------------------------------------------------------------------------------------------
     def meet(self, shape: Sequence[int], operands: Sequence[tuple[Marks, Sequence[int]]], call: Where) -> Axes:
-        """The axes of an elementwise result of this shape, from the marks and shapes of what meets there,
-        each broadcast to it.
+        """The axes of an elementwise result of this shape, from the marks and shapes of what meets there, each
+        broadcast to it.
 
         Axes of one operand never meet each other. An operand that is broadcast is not united with what varies there.
         """

@@ -37,12 +37,15 @@ class Member(NamedTuple):
 class Units:
     """The partition of a model's units into classes; a class is cut by deleting its indices from its members.
 
-    Attributes: label: of each unit the number of its class. origin: name of a parameter or buffer -> (dimension, first
-        unit, size) of each dimension longer than 1. alias: every name of a parameter or buffer -> the one in ``origin``
-        (a tied one has its units once). free: classes that may be cut, in order. fixed: class -> why it stays.
-        statistics: class -> what is computed over it; it may be cut where that counts open units. normalised: free
-        class -> the norm of a weight that reads it, which counts it;
-            it may be cut where gates are on that weight.
+    Attributes:
+        label: of each unit the number of its class.
+        origin: name of a parameter or buffer -> (dimension, first unit, size) of each dimension longer than 1.
+        alias: every name of a parameter or buffer -> the one in ``origin`` (a tied one has its units once).
+        free: classes that may be cut, in order.
+        fixed: class -> why it stays.
+        statistics: class -> what is computed over it; it may be cut where that counts open units.
+        normalised: free class -> the norm of a weight that reads it, which counts it; it may be cut where gates are on
+            that weight.
         families: free classes of dimensions that have classes in common.
         read, written: the units that weights read, and those that they write.
         reached: name -> the modes (``training``) in which an operator read the parameter.

@@ -46,8 +46,8 @@ def cut(model: nn.Module, units: Units, classes: Iterable[int], sizes: Iterable[
 
 
 def follow_all(model: nn.Module, changed: Collection[nn.Module], within: Iterable[str] = ()) -> None:
-    """:func:`follow_parameters` of the modules of ``model`` that have ``changed``,
-    and of those whose weights are computed.
+    """:func:`follow_parameters` of the modules of ``model`` that have ``changed``, and of those whose weights are
+    computed.
 
     ``within``: the weights of convolutions that keep the number of their groups.
     """
@@ -245,8 +245,8 @@ def _alone(units: Units, gone: set[int]) -> set[int]:
 
 
 def probe(masked: nn.Module, units: Units, classes: Iterable[int], example_inputs: Any) -> dict[int, str]:
-    """Of classes that are closed in ``masked``, those that are not 0 where a weight or a sum reads them:
-    "constant" or "varies".
+    """Of classes that are closed in ``masked``, those that are not 0 where a weight or a sum reads them: "constant" or
+    "varies".
 
     ``masked`` has the parameters' shapes of the model that ``units`` is of, and is run once on real tensors in
     evaluation mode. A constant can be taken in by the reader's bias, where no zero padding stands between; what varies
@@ -273,8 +273,8 @@ def probe(masked: nn.Module, units: Units, classes: Iterable[int], example_input
 
 
 def added(model: nn.Module, units: Units, classes: Iterable[int], example_inputs: Any) -> set[int]:
-    """Of these classes those that, closed where they are written,
-    are not 0 where activations are added up or multiplied with each other.
+    """Of these classes those that, closed where they are written, are not 0 where activations are added up or
+    multiplied with each other.
 
     No weight stands there that could leave them out, and no bias that could take them in. Raises what the model raises.
     """

@@ -1,5 +1,5 @@
-"""One rule for each ATen operator: from a :class:`~.call.Call` to the axes of its
-results (a tuple of these for several).
+"""One rule for each ATen operator: from a :class:`~.call.Call` to the axes of its results (a tuple of these for
+several).
 
 The rules of movement, contraction and reduction stand in modules of their own; all are in one table. An operator that
 is not in it counts as elementwise where torch tags it so, is decomposed where torch can, and is opaque otherwise:
@@ -59,8 +59,8 @@ _FACTORS = ("mul", "div", "true_divide")  # 0 in one factor of a weight is 0 in 
 
 
 def _by_rank(call: Call) -> list[Tensor]:
-    """The weights that make one weight; last what its columns are to be those of: a parameter that a buffer masks,
-    a numerator.
+    """The weights that make one weight; last what its columns are to be those of: a parameter that a buffer masks, a
+    numerator.
 
     Conditions, which pick between weights, come first.
     """

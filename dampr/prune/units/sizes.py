@@ -60,8 +60,8 @@ class Size(NamedTuple):
 
 
 def followers(model: nn.Module, units: Units, classes: Iterable[int]) -> list[Size]:
-    """The whole numbers kept by modules that are no layers of torch.nn,
-    and that equal a width which loses some of ``classes``.
+    """The whole numbers kept by modules that are no layers of torch.nn, and that equal a width which loses some of
+    ``classes``.
 
     Equal to the size of a dimension of a parameter within the module, to a half or a third of it, or to how many
     classes it has. A guess: whoever uses it has to see that the model still runs and computes the same.
@@ -167,5 +167,5 @@ def number_of(module: nn.Module, attribute: str) -> int | None:
 def set_number(module: nn.Module, attribute: str, number: Any) -> None:
     """Set what :func:`number_of` gives."""
     name, _, at = attribute.partition(".")
-    whole = vars(module).get(name)
-    setattr(module, name, number if not at else (*whole[: int(at)], number, *whole[int(at) + 1 :]))  # type: ignore[index]
+    whole: Any = vars(module).get(name)
+    setattr(module, name, number if not at else (*whole[: int(at)], number, *whole[int(at) + 1 :]))

@@ -41,8 +41,8 @@ def run(
     added: set[int] | None = None,
     counts: bool = False,
 ) -> None:
-    """Run ``model`` once, write what its operators say into ``ledger``, and leave the model as it was,
-    whatever is raised.
+    """Run ``model`` once, write what its operators say into ``ledger``, and leave the model as it was, whatever is
+    raised.
 
     ``fake``: operators get meta tensors, which have shapes and no values, and compute nothing. ``closed``: which units
     are; ``alive`` gets those that are not 0 where something reads them, each with its values' (least, largest);
