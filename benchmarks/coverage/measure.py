@@ -59,8 +59,7 @@ def with_residual(library: str, name: str) -> dict[str, Any]:
 
 
 def _of_dampr(model: nn.Module, x: Any, found: dict[str, Any], residual: bool = False) -> dict[str, Any]:
-    with inputs.same_noise(model):
-        before = inputs.evaluate(model, x)
+    before = inputs.evaluate(model, x)
     found["forward_s"] = _seconds(lambda: inputs.evaluate(model, x), 3)
     start = time.process_time()
     dampr.convert(model, example_inputs=x, residual=residual)
@@ -68,8 +67,7 @@ def _of_dampr(model: nn.Module, x: Any, found: dict[str, Any], residual: bool = 
     found["gates_on"] = (
         "parameters" if any(isinstance(m, GatedParameter) for m in gated_layers(model).values()) else "layers"
     )
-    with inputs.same_noise(model):
-        after = inputs.evaluate(model, x)
+    after = inputs.evaluate(model, x)
     found["same_after_convert"] = "bits" if _equal(before, after) else _relative(before, after)
     networks.shaken(model)
     cost = Cost(model, x, "macs")

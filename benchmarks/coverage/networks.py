@@ -67,6 +67,12 @@ TRANSFORMERS: dict[str, tuple[str, str, dict[str, Any]]] = {
         "T5Model",
         {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "vocab_size": 99},
     ),
+    # numbers that are as large as each other: inner width, buckets, heads and their length
+    "longt5": (
+        "LongT5Config",
+        "LongT5Model",
+        {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "vocab_size": 99},
+    ),
     "bart": (
         "BartConfig",
         "BartModel",
@@ -83,6 +89,12 @@ TRANSFORMERS: dict[str, tuple[str, str, dict[str, Any]]] = {
         {"text_config": _DECODER, "vision_config": _SIZES | _IMAGE, "projection_dim": 16},
     ),
     "vit": ("ViTConfig", "ViTModel", _SIZES | _IMAGE),
+    # draws the patches that it leaves out, in evaluation mode too
+    "vit_mae": (
+        "ViTMAEConfig",
+        "ViTMAEModel",
+        _SIZES | _IMAGE,
+    ),
     "swin": (
         "SwinConfig",
         "SwinModel",
@@ -128,7 +140,7 @@ TRANSFORMERS: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 
 CI = tuple(("by hand", name) for name in by_hand.NETWORKS) + tuple(
-    ("transformers", name) for name in ("gemma", "gpt2", "qwen3", "t5")
+    ("transformers", name) for name in ("gemma", "gpt2", "qwen3", "t5", "longt5", "vit_mae")
 )
 """Networks that CI runs."""
 
@@ -200,7 +212,7 @@ def _transformers(name: str) -> Made:
     model = getattr(library, kind)(made)
     words = {"input_ids": torch.randint(3, 99, (2, 9))}
     image = {"pixel_values": torch.randn(2, 3, 32, 32)}
-    if name in ("vit", "swin"):
+    if name in ("vit", "vit_mae", "swin"):
         return model, image
     if name == "segformer":
         return model, {"pixel_values": torch.randn(2, 3, 64, 64)}
@@ -214,7 +226,7 @@ def _transformers(name: str) -> Made:
             "decoder_input_ids": words["input_ids"],
             "use_cache": False,
         }
-    if name in ("t5", "bart"):
+    if name in ("t5", "longt5", "bart"):
         return model, words | {"decoder_input_ids": words["input_ids"], "use_cache": False}
     return model, words | (
         {} if name in ("bert", "roberta", "distilbert", "albert", "electra") else {"use_cache": False}

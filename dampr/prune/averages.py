@@ -12,7 +12,7 @@ from torch import nn
 
 from dampr.gates import Gate, ranks
 
-from . import inputs
+from . import inputs, noise
 from .compact import compact
 from .shrinker import Copies, copies_of
 from .summary import gated_layers
@@ -22,7 +22,7 @@ def convert_copies(ema: Copies, model: nn.Module, convert: Callable[[nn.Module],
     """Put gates into copies of a model that has just got its own, with the values that these have."""
     for one in copies_of(ema):
         if not gated_layers(one):
-            with inputs.keeping_noise(one):
+            with noise.kept(one):
                 become(one, convert(one))
             take_gates(one, model)
 

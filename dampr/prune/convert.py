@@ -189,7 +189,7 @@ def _with_gates(
     each = draws_each(gate, granularity, residual) if per_sample is None else per_sample
     before = None
     if example_inputs is not None:
-        with inputs.same_noise(model), inputs.unfused():
+        with inputs.unfused():
             before = inputs.comparable(model, example_inputs)
     chosen, skipped = choose(model, gate, granularity, bool(per_sample), include, exclude)
     plan, untraced = None, None

@@ -15,7 +15,7 @@ from dampr.gates import Fixed, Gate
 from dampr.nn import GatedLayer
 from dampr.nn.conv import GatedConv
 
-from . import inputs
+from . import inputs, noise
 from .compact import CompactionError, compact
 from .cost import Cost
 from .cutting import CONSTANTS
@@ -45,7 +45,7 @@ def check_unchanged(model: nn.Module, gated: dict[str, Any], before: list[torch.
     """A fresh gate of one leaves a product as it is, to the bit;
     a GEMM may still take another path for an input that is not contiguous.
     """
-    with inputs.same_noise(model), inputs.unfused():
+    with inputs.unfused():
         after = inputs.evaluate(model, example_inputs)
     exact = all(bool((layer.gate.deterministic() == 1).all()) for layer in gated.values())
     eps = max((torch.finfo(t.dtype).eps for t in before if t.is_floating_point()), default=0.0)
@@ -111,7 +111,7 @@ def _read_where_closed(trial: Any, units: Units, classes: set[int], example_inpu
                 channels = [i for i, one in enumerate(units.classes(full, 1)) if one in classes]
                 along = -max(weight.dim() - 1, 1)
                 hooks += [module.register_forward_pre_hook(look(weight, channels, along))] if channels else []
-    with inputs.removing(hooks), inputs.same_noise(trial):
+    with inputs.removing(hooks):
         try:
             inputs.evaluate(trial, example_inputs)
         except RuntimeError:  # of a model that needs some of its values, which no budget closes all at once
@@ -127,7 +127,7 @@ def check_half(trained: nn.Module, example_inputs: Any) -> None:
     (the half of a sigmoid, the shift of a norm) no bias makes up for at a padded border. Raises UnprovenError.
     """
     trial = with_gates_at(trained)
-    with inputs.same_noise(trained):
+    with noise.kept(trained):
         try:
             cost = Cost(trial, example_inputs, "macs")
             small = compact(trial, example_inputs=example_inputs)
@@ -154,7 +154,7 @@ def check_none_stuck(trained: nn.Module, example_inputs: Any) -> None:
     """Raise StuckError where closed channels of layers, in a copy with values such as training leaves, are constants
     that no bias makes up for, so that they would stay.
     """
-    with inputs.same_noise(trained):
+    with noise.kept(trained):
         try:
             manifest: Any = compact(with_gates_at(trained), example_inputs=example_inputs).dampr_manifest
         except CompactionError:
@@ -190,7 +190,7 @@ def check_called(model: nn.Module, gated: dict[str, Any], example_inputs: Any, c
     """
     if called.issuperset(gated) and not any(isinstance(module, _MAY_BYPASS) for module in model.modules()):
         return
-    with recorded(gated) as called, inputs.same_noise(model):
+    with recorded(gated) as called:
         before = inputs.evaluate(model, example_inputs)
     for name in gated.keys() - called:
         layer = gated[name]
@@ -201,8 +201,7 @@ def check_called(model: nn.Module, gated: dict[str, Any], example_inputs: Any, c
         try:
             with torch.no_grad():
                 weight.zero_()
-            with inputs.same_noise(model):
-                read = inputs.differ(before, inputs.evaluate(model, example_inputs), rtol=0, atol=0)
+            read = inputs.differ(before, inputs.evaluate(model, example_inputs), rtol=0, atol=0)
         finally:
             with torch.no_grad():
                 weight.copy_(own)

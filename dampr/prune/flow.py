@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
-from . import inputs, tracing
+from . import inputs, noise, tracing
 from .meta import OnMeta
 
 # layers even where they have no parameters
@@ -79,6 +79,7 @@ class Flow:
             tracing.all_trainable(model),
             tracing.one_node(model, cores),
             torch.enable_grad(),
+            noise.same(model),
             warnings.catch_warnings(),
         ):
             warnings.simplefilter("ignore")  # what warns has warned before

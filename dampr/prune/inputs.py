@@ -8,7 +8,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
 import torch
@@ -23,7 +23,7 @@ from dampr.gates.base import GateModule
 from dampr.gates.ranks import groups_in
 from dampr.nn import GatedSyncBatchNorm
 
-from . import copies
+from . import copies, noise
 from .meta import OnMeta
 from .modules import of_kind
 
@@ -46,7 +46,7 @@ def evaluate(model: nn.Module, example_inputs: Any) -> list[Tensor]:
 
     What a model draws in evaluation mode, as a masked autoencoder does, is the same in every call.
     """
-    with evaluating(model), torch.no_grad(), same_noise(model):
+    with evaluating(model), torch.no_grad(), noise.same(model):
         return tensors(call(model, example_inputs))
 
 
@@ -202,7 +202,7 @@ def _slots(kind: type) -> tuple[str, ...]:
 
 def comparable(model: nn.Module, example_inputs: Any) -> list[Tensor]:
     """:func:`evaluate`, but an output in which there is nothing to compare raises TypeError by the name of its type."""
-    with evaluating(model), torch.no_grad(), same_noise(model):
+    with evaluating(model), torch.no_grad(), noise.same(model):
         output = call(model, example_inputs)
     found = tensors(output)
     if not found:
@@ -438,26 +438,3 @@ def keep_hooks(old: nn.Module, new: nn.Module) -> None:
     """What was registered with ``old`` is with ``new``, which takes its place."""
     for attribute in _HOOKS:
         setattr(new, attribute, getattr(old, attribute))
-
-
-def keeping_noise(model: nn.Module) -> AbstractContextManager[None]:
-    """What is drawn in this block leaves the caller's random state as it was."""
-    return torch.random.fork_rng(_devices(model))
-
-
-@contextmanager
-def same_noise(model: nn.Module) -> Iterator[None]:
-    """Whatever a model draws in evaluation mode, it draws the same in every such block, whatever was drawn in
-    between; the caller's random state is untouched.
-    """
-    devices = _devices(model)
-    with torch.random.fork_rng(devices):
-        torch.random.default_generator.manual_seed(0)
-        for device in devices:
-            torch.cuda.default_generators[device].manual_seed(0)
-        yield
-
-
-def _devices(model: nn.Module) -> list[int]:
-    """The GPUs that hold parameters of a model."""
-    return sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})

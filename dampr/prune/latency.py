@@ -18,7 +18,7 @@ from dampr import _progress
 from dampr.gates.ranks import over_ranks
 from dampr.nn import PrunedMultiheadAttention
 
-from . import graph, inputs
+from . import graph, inputs, noise
 from .cost import Cost, Site, Width, sum_of
 from .modules import by_name
 from .unit_structure import Counts
@@ -68,7 +68,7 @@ class Latency(Cost):
         calls = calls_of([plain.get_submodule(site.name) for site in self.sites], plain, example_inputs)
         known: dict[Any, tuple[Tensor, Tensor, Tensor]] = {}
         tables = []
-        with inputs.evaluating(plain), torch.no_grad():
+        with inputs.evaluating(plain), noise.kept(plain), torch.no_grad():
             for site in _progress.track(self.sites, "timing layers"):
                 layer = plain.get_submodule(site.name)
                 key = (

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dampr.gates import Gate
 from dampr.gates.selected import SelectedGate, whole
 
-from . import inputs
+from . import noise
 from .expand import FILLED_WITH_ONE, Places, kept_dims
 from .units.proof import follow_all
 from .units.sizes import set_number
@@ -86,7 +86,7 @@ def moved(
         held.grad = None if gradient is None else resized(gradient, old, new)
     _set_sizes(model, before, after, indices=True)
     _select(model, before, after)
-    with inputs.same_noise(model):
+    with noise.kept(model):
         # the sizes of these are in the layout
         follow_all(model, [module for module in modules if not isinstance(module, nn.RNNBase)])
     _set_sizes(model, before, after, indices=False)

@@ -12,7 +12,7 @@ from dampr import _checks
 from dampr.gates import SteppedGate
 from dampr.gates.ranks import over_ranks
 
-from . import inputs
+from . import inputs, noise
 from .budget import Budget
 from .compact import compact
 from .convert import convert as put_gates_in
@@ -84,7 +84,7 @@ def prune_once(
     example = data[0][0] if example_inputs is None and data else example_inputs
     inputs.check(example)
     gated = inputs.copied(model, example)
-    with inputs.keeping_noise(model):
+    with noise.kept(model):
         if not gated_layers(gated):
             gated = put_gates_in(gated, example_inputs=example, **(convert or {}))
         budget = Budget(gated, example, macs=macs, params=params, latency=latency, steps=8, min_share=min_share)

@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from dampr import _checks
 from dampr.gates import Fixed, ranks
 
-from . import inputs
+from . import inputs, noise
 from .averages import become, compact_copies, convert_copies, resemble
 from .budget import Budget, BudgetReport
 from .compact import compact
@@ -171,7 +171,7 @@ class Plan:
             found = self._budget = self._make_budget(model, warmup=self._end - self._length)
         else:
             trial = inputs.copied(model, example_inputs)
-            with inputs.keeping_noise(model):
+            with noise.kept(model):
                 found = self._make_budget(self._with_gates(trial))  # what cannot be done is refused here
         self.metric, self.total, self.target = found.metric, found.total, found.target
         self._hooks: list[RemovableHandle] = []
@@ -343,7 +343,7 @@ class Plan:
             raise PlanError(f"load_state_dict after {self.steps_taken} steps: expected a new plan")
         if state["steps"] != self.steps:
             raise ValueError(f"state: of a plan of {state['steps']} steps, expected {self.steps}")
-        with inputs.keeping_noise(self.model):
+        with noise.kept(self.model):
             if state["teacher"] is not None:
                 self._teach(self._frozen_copy())
                 assert self._teacher is not None
@@ -389,7 +389,7 @@ class Plan:
             check_copies(ema, self.model)
         if self._distill:
             self._teach(self._frozen_copy())
-        with inputs.keeping_noise(self.model):
+        with noise.kept(self.model):
             self._budget = self._make_budget(self._with_gates(self.model))
         convert_copies(ema, self.model, self._with_gates)
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from dampr.gates.ranks import over_ranks
 
-from . import inputs
+from . import inputs, noise
 from .modules import of_kind
 from .wrapped import sees_through
 
@@ -31,7 +31,7 @@ def recalibrate(model: nn.Module, batches: Iterable[Any]) -> int:
     if not norms:
         return 0
     momenta, count = [norm.momentum for norm in norms], 0
-    with inputs.evaluating(model), inputs.keeping_noise(model), inputs.unsynced(model):
+    with inputs.evaluating(model), noise.kept(model), inputs.unsynced(model):
         try:
             for batch in batches:
                 if not count:

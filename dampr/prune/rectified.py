@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from dampr.nn import AbsorbedReLU
 from dampr.nn.batch_norm import GatedBatchNorm
 
-from . import inputs
+from . import inputs, noise
 
 
 def fuse_relu(model: nn.Module, gated: Mapping[nn.Module, Any], example_inputs: Any) -> dict[nn.Module, nn.Module]:
@@ -55,7 +55,7 @@ def _followers(model: nn.Module, norms: Iterable[str], example_inputs: Any) -> d
     found = []
     for training in (False, True):
         try:
-            with inputs.same_noise(model), torch.no_grad():
+            with noise.same(model), torch.no_grad():
                 found.append(_alone(inputs.twin(model).train(training), norms, example_inputs))
         except Exception:
             # what does not train on the example inputs (too few of them for a norm, say) has nothing to gain

@@ -19,7 +19,7 @@ from dampr.nn.computed import computed
 from dampr.nn.pruned.narrowed_rnn import in_parts, narrowed
 from dampr.nn.rnn import GatedRecurrent
 
-from . import inputs
+from . import inputs, noise
 from .graph import CannotCutError
 from .modules import by_name
 from .tracing import channel_count, input_columns
@@ -222,7 +222,13 @@ def readers(model: nn.Module, layer: nn.RNNBase, sample: Any) -> list[nn.Module]
     for module in model.modules():
         if module is not layer and (_is_linear(module) or isinstance(module, nn.RNNBase)):
             hooks.append(module.register_forward_pre_hook(read, with_kwargs=True))
-    with inputs.removing(hooks), inputs.evaluating(model), inputs.frozen(model), torch.enable_grad():
+    with (
+        inputs.removing(hooks),
+        inputs.evaluating(model),
+        inputs.frozen(model),
+        noise.same(model),
+        torch.enable_grad(),
+    ):
         results = inputs.tensors(inputs.call(model, sample))
     if found.pop(layer, None) is None:
         raise CannotCutError("example_inputs do not reach the layer")

@@ -339,7 +339,7 @@ class Shrinker:
 
 
 def _run(model: nn.Module, sample: Any) -> list[Tensor]:
-    with inputs.unfused(), inputs.same_noise(model):
+    with inputs.unfused():
         return inputs.evaluate(model, sample)
 
 

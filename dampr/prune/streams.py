@@ -254,13 +254,11 @@ def why_not(model: nn.Module, stream: Stream, example_inputs: Any) -> str | None
     gate.values[closed.to(gate.values.device)] = 0
     with inputs.unfused():
         inputs.replace(trial, gated)
-        with inputs.same_noise(trial):
-            masked = inputs.evaluate(trial, example_inputs)
+        masked = inputs.evaluate(trial, example_inputs)
         inputs.replace(trial, {layer: norm for norm, layer in gated.items()})
         own.cut(trial, (~closed).nonzero().flatten())
         try:
-            with inputs.same_noise(trial):
-                compacted = inputs.evaluate(trial, example_inputs)
+            compacted = inputs.evaluate(trial, example_inputs)
         except Exception as error:  # whatever the model makes of a width that it does not expect
             return (
                 "without half of its channels the model does not run, so something beside its layers has that width "

@@ -14,7 +14,7 @@ from dampr import _checks, _progress
 from dampr.gates import Fixed, Gate
 from dampr.nn import GatedLayer
 
-from . import inputs
+from . import inputs, noise
 from .modules import gates_of
 from .reports import Report
 from .summary import gated_layers
@@ -111,7 +111,7 @@ def verify_model(
                 for n, layer in gated_layers(model).items()
             ]
         )
-    with inputs.same_noise(model), inputs.unsynced(model):
+    with noise.same(model), inputs.unsynced(model):
         for name, found in _unconnected(inputs.copied(model, example_inputs), example_inputs).items():
             problems[name] += found
         return Verification(_try(model, example_inputs, problems, gates_per_layer))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -53,10 +55,31 @@ class Masked(nn.Module):
         return self.last(functional.relu(self.first(x))), kept
 
 
+class Elsewhere(nn.Module):
+    """Noise from generators that torch's global seed does not reach."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.source, self.generator = source, torch.Generator().manual_seed(7)
+        self.first, self.last = nn.Linear(12, 16), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.source == "python":
+            scale: Any = 1 + random.random()
+        elif self.source == "numpy":
+            scale = torch.from_numpy(np.random.rand(len(x), 1)).to(x.dtype)  # noqa: NPY002
+        else:
+            scale = torch.rand(len(x), 1, generator=self.generator)
+        return self.last(functional.relu(self.first(x * scale)))
+
+
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "noise and dropout": (Perturbed, (4, 12)),
     "latent": (Variational, (2, 3, 8, 8)),
     "masked tokens": (Masked, (4, 5, 12)),
+    "noise of Python": (lambda: Elsewhere("python"), (4, 12)),
+    "noise of numpy": (lambda: Elsewhere("numpy"), (4, 12)),
+    "a generator of its own": (lambda: Elsewhere("own"), (4, 12)),
 }
 
 
@@ -66,8 +89,26 @@ def made(name: str) -> tuple[nn.Module, Tensor]:
     return kind(), torch.randn(shape)
 
 
+def generators(model: nn.Module) -> list[torch.Generator]:
+    return [m.generator for m in model.modules() if isinstance(m, Elsewhere)]
+
+
+def seed(model: nn.Module, number: int) -> None:
+    torch.manual_seed(number)
+    random.seed(number)
+    np.random.seed(number)  # noqa: NPY002
+    for generator in generators(model):
+        generator.manual_seed(number)
+
+
+def states(model: nn.Module) -> list[Any]:
+    """Where every generator stands."""
+    own = [tuple(generator.get_state().tolist()) for generator in (torch.default_generator, *generators(model))]
+    return [*own, random.getstate(), tuple(np.random.get_state()[1])]  # noqa: NPY002
+
+
 def run(model: nn.Module, x: Tensor) -> Any:
-    torch.manual_seed(3)
+    seed(model, 3)
     with torch.no_grad():
         return model.eval()(x)
 
@@ -76,17 +117,19 @@ def run(model: nn.Module, x: Tensor) -> Any:
 @pytest.mark.parametrize("name", NETWORKS)
 def test_they_are_converted_and_cut_to_the_unit(name: str, gate: str) -> None:
     model, x = made(name)
-    before, state = run(model, x), torch.get_rng_state()
-    torch.manual_seed(5)  # whatever is drawn before, and by the gates
+    before = run(model, x)
+    seed(model, 5)  # whatever was drawn before
     dampr.convert(model, x, gate=gate)
     torch.testing.assert_close(run(model, x), before, rtol=0, atol=1e-6)
-    assert torch.equal(torch.get_rng_state(), state)
+    seed(model, 5)
+    state = states(model)
     budget = dampr.Budget(model, x, macs=0.6, steps=10)
     with pytest.warns(dampr.prune.BudgetWarning):
         report = budget.finalize()
     assert dampr.verify_model(model, x).ok
-    masked = run(model, x)
     small = dampr.compact(model, example_inputs=x)
+    assert states(model) == state
+    masked = run(model, x)
     torch.testing.assert_close(run(small, x), masked, rtol=1e-5, atol=1e-5)
     assert report.reached <= 0.6 * report.total
 
@@ -94,11 +137,11 @@ def test_they_are_converted_and_cut_to_the_unit(name: str, gate: str) -> None:
 @pytest.mark.parametrize("name", NETWORKS)
 def test_they_are_pruned_at_once_and_leave_the_random_state(name: str) -> None:
     model, x = made(name)
-    state = torch.get_rng_state()
+    state = states(model)
 
     def loss(out: Any, y: Tensor) -> Tensor:
         return (out[0] if isinstance(out, tuple) else out).pow(2).mean()
 
     small = dampr.prune_once(model, [(x, torch.zeros(len(x)))] * 2, loss, macs=0.6)
-    assert torch.equal(torch.get_rng_state(), state)
+    assert states(model) == state
     assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in model.parameters())

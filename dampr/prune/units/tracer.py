@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import random
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .. import inputs, meta
+from .. import inputs, meta, noise
 from . import rules
 from .axes import Axes, moving, narrow
 from .call import Call
@@ -102,13 +100,10 @@ def as_it_was(model: nn.Module, parameters: bool = False) -> Iterator[None]:
     """
     attributes = [(module, dict(vars(module)), _containers(module)) for module in model.modules()]
     values = [(t, t.detach().clone()) for t in (*model.buffers(), *(model.parameters() if parameters else ()))]
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
     try:
-        with inputs.same_noise(model):
+        with noise.same(model):
             yield
     finally:
-        random.setstate(python)
-        np.random.set_state(numpy)  # noqa: NPY002
         for module, had, containers in attributes:
             vars(module).clear()
             vars(module).update(had)
