@@ -25,7 +25,6 @@ from dampr.nn.rnn import GatedRecurrent
 
 from . import graph, inputs, new_biases
 from .measure import count_call, count_macs, count_params, macs_beside_layers
-from .meta import OnMeta
 from .modules import by_name, of_kind
 from .structure import Structure
 from .unit_structure import Counts, UnitStructure, has_unit_gates
@@ -396,7 +395,7 @@ def _macs(plain: nn.Module, variables: _Variables, example_inputs: Any) -> Itera
     for name, layer in plain.named_modules():
         times = 0 if name in more else uses.get(layer, 0)
         if isinstance(layer, nn.MultiheadAttention):
-            heads, projected = variables.heads(layer), projections[layer]
+            heads, projected = variables.heads(layer), projections.get(layer, 0)
             yield Site(name, variables.width(layer, False), heads, projected / (layer.num_heads * layer.embed_dim))
             yield Site(name, Width(1), heads, (times - projected) / layer.num_heads)
         elif isinstance(layer, nn.RNNBase):
@@ -520,31 +519,27 @@ def _uses(plain: nn.Module, example_inputs: Any) -> tuple[dict[nn.Module, int], 
 
     Of an attention the multiply-accumulates of all its heads, projections included; and those of its projections alone.
     """
-    try:  # without arithmetic
-        twin = inputs.Twins(plain, meta=True).make()
-        own = inputs.counterparts(twin, plain)
-        with OnMeta():
-            found, projections = _uses_of(twin, OnMeta.of(example_inputs))
-        uses, own_uses = ({own[m]: n for m, n in counts.items()} for counts in (found, projections))
-        return defaultdict(int, uses), defaultdict(int, own_uses)
-    except Exception:  # of a model that asks for values
-        return _uses_of(plain, example_inputs)
+    layers = dict(plain.named_modules())
+    uses, projections = inputs.without_arithmetic(plain, example_inputs, _uses_by_name)
+    return {layers[name]: n for name, n in uses.items()}, {layers[name]: n for name, n in projections.items()}
 
 
-def _uses_of(plain: nn.Module, example_inputs: Any) -> tuple[dict[nn.Module, int], dict[nn.Module, int]]:
-    found: dict[nn.Module, int] = defaultdict(int)
-    projections: dict[nn.Module, int] = defaultdict(int)
+def _uses_by_name(plain: nn.Module, example_inputs: Any) -> tuple[dict[str, int], dict[str, int]]:
+    found: dict[str, int] = defaultdict(int)
+    projections: dict[str, int] = defaultdict(int)
+    names = {layer: name for name, layer in plain.named_modules()}
 
     def count(layer: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        name = names[layer]
         if isinstance(layer, nn.RNNBase):
             values = args[0].data if isinstance(args[0], PackedSequence) else args[0]
-            found[layer] += values.numel() // layer.input_size
+            found[name] += values.numel() // layer.input_size
         elif isinstance(layer, nn.MultiheadAttention):
-            found[layer] += count_call(layer.forward, *args, **kwargs)  # not through the hooks
+            found[name] += count_call(layer.forward, *args, **kwargs)  # not through the hooks
             given = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
-            projections[layer] += sum(given[x].numel() for x in ("query", "query", "key", "value")) * layer.embed_dim
+            projections[name] += sum(given[x].numel() for x in ("query", "query", "key", "value")) * layer.embed_dim
         else:
-            found[layer] += output.numel() // graph.channel_count(layer, True)
+            found[name] += output.numel() // graph.channel_count(layer, True)
 
     layers = of_kind(plain, (*graph.GEMMS, nn.RNNBase, nn.MultiheadAttention))
     hooks = [layer.register_forward_hook(count, with_kwargs=True) for layer in layers]

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from . import inputs
 from .graph import CannotCutError, Closed, Member, Side, Widths, channel_count, is_transposed, pads_with_zeros
-from .meta import OnMeta
 from .modules import of_kind
 from .units.proof import cut
 
@@ -254,18 +253,6 @@ def _cut(
         ) from error
 
 
-def _runs(model: nn.Module, sample: Any) -> bool:
-    """Whether a model without norms that have no parameters runs, as far as is seen without arithmetic."""
-    try:
-        if any(m.weight is None and m.running_mean is None for m in of_kind(model, nn.modules.batchnorm._NormBase)):
-            return False
-        with OnMeta():
-            inputs.evaluate(inputs.Twins(model, meta=True).make(), OnMeta.of(sample))
-        return True
-    except Exception:
-        return False
-
-
 def follow_inputs(model: nn.Module, sample: Any) -> None:
     """Run a model; norms without parameters, whose size nothing else tells, take on that of what they read."""
 
@@ -274,8 +261,9 @@ def follow_inputs(model: nn.Module, sample: Any) -> None:
         unbatched = isinstance(norm, nn.modules.instancenorm._InstanceNorm) and x.dim() == norm._get_no_batch_dim()
         norm.num_features = x.shape[0 if unbatched else 1]
 
-    if _runs(model, sample):
-        return
     bare = [m for m in of_kind(model, nn.modules.batchnorm._NormBase) if m.weight is None and m.running_mean is None]
+    if not bare:
+        inputs.without_arithmetic(model, sample, inputs.evaluate)
+        return
     with inputs.removing([norm.register_forward_pre_hook(resize) for norm in bare]):
         inputs.evaluate(model, sample)

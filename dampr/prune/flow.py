@@ -13,7 +13,6 @@ from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
 from . import inputs, noise, tracing
-from .meta import OnMeta
 
 # layers even where they have no parameters
 _NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
@@ -47,16 +46,11 @@ class Flow:
     """
 
     def __init__(self, model: nn.Module, example_inputs: Any, whole: set[nn.Module]) -> None:
-        self._start({})
-        try:  # without arithmetic
-            twin = inputs.Twins(model, meta=True).make()
-            self._start(inputs.counterparts(twin, model))
-            with OnMeta():
-                results = self._run(twin, OnMeta.of(example_inputs), whole)
-        except Exception:  # of a model that asks for values
-            self._start({})
-            results = self._run(model, example_inputs, whole)
-        self._walk(results)
+        def run(one: nn.Module, given: Any) -> list[Any]:
+            self._start(inputs.counterparts(one, model))
+            return self._run(one, given, whole)
+
+        self._walk(inputs.without_arithmetic(model, example_inputs, run))
 
     def _start(self, own: dict[Any, Any]) -> None:
         """Nothing has run yet. ``own``: of modules and parameters of a copy that runs those of the model."""

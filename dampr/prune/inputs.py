@@ -89,6 +89,22 @@ class Twins:
         return cast(nn.Module, copies.deep(self._model, dict(self._memo)))
 
 
+def on_shapes(model: nn.Module, example_inputs: Any, run: Callable[[nn.Module, Any], Found]) -> Found:
+    """``run(model, example_inputs)`` with a copy of both on the meta device, where operators compute shapes and no
+    values. Raises what is raised there, as of a model that asks for values.
+    """
+    with OnMeta():
+        return run(Twins(model, meta=True).make(), OnMeta.of(example_inputs))
+
+
+def without_arithmetic(model: nn.Module, example_inputs: Any, run: Callable[[nn.Module, Any], Found]) -> Found:
+    """:func:`on_shapes`, or with the model itself where that raises."""
+    try:
+        return on_shapes(model, example_inputs, run)
+    except Exception:
+        return run(model, example_inputs)
+
+
 def counterparts(copy: nn.Module, model: nn.Module) -> dict[Any, Any]:
     """Of each module and parameter of a copy that of the model."""
     own: dict[Any, Any] = dict(zip(copy.modules(), model.modules(), strict=True))
@@ -289,16 +305,15 @@ def tolerances(
 
 def _lowest(model: nn.Module, sample: Any) -> torch.dtype:
     """The lowest precision in which a model computes; without arithmetic where it runs so."""
-    try:
-        with OnMeta(), _Precision() as seen, _Autocast() as called:
-            evaluate(Twins(model, meta=True).make(), OnMeta.of(sample))
-        if not called.autocast:  # which casts nothing on the meta device
-            return seen.lowest
-    except Exception:  # of a model that asks for values
-        pass
-    with _Precision() as seen:
-        evaluate(model, sample)
-    return seen.lowest
+
+    def look(model: nn.Module, sample: Any) -> torch.dtype:
+        with _Precision() as seen, _Autocast() as called:
+            evaluate(model, sample)
+        if called.autocast and any(p.is_meta for p in model.parameters()):
+            raise NotImplementedError("autocast casts nothing on the meta device")
+        return seen.lowest
+
+    return without_arithmetic(model, sample, look)
 
 
 class _Autocast(TorchFunctionMode):

@@ -14,7 +14,6 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from . import inputs, noise
-from .meta import OnMeta
 from .modules import gates_of
 
 
@@ -41,15 +40,13 @@ def count_macs(model: nn.Module, example_inputs: Any) -> int:
     fused kernels on a CPU, nor those of a whole encoder layer. An einsum that sums over one element, which torch
     multiplies without a product, counts as one.
     """
-    with noise.same(model), torch.no_grad():
-        try:  # without arithmetic
-            shapes = inputs.Twins(model, meta=True).make().eval().requires_grad_(False)
-            with OnMeta():
-                return count_call(inputs.call, shapes, OnMeta.of(example_inputs))
-        except Exception:  # of a model that asks for values
-            pass
-        with inputs.evaluating(model), inputs.frozen(model):
+
+    def count(model: nn.Module, example_inputs: Any) -> int:
+        with inputs.evaluating(model), inputs.frozen(model), torch.no_grad():
             return count_call(inputs.call, model, example_inputs)
+
+    with noise.same(model):
+        return inputs.without_arithmetic(model, example_inputs, count)
 
 
 def count_call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
