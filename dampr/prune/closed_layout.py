@@ -130,15 +130,15 @@ class LayerLayouts:
         self._recurrent = {
             n: g for n, g in structure.gated.items() if isinstance(g, GatedRecurrent) and self._can_lose_units(n)
         }
-        rigid = [side for side in structure.atoms if not self._resizes(side)]
-        self._stuck = {atom for side in rigid for atom in structure.atoms[side]}
+        rigid = [side for side in structure.labels if not self._resizes(side)]
+        self._stuck = {label for side in rigid for label in structure.labels[side]}
         # gated layer -> the gate of each of its channels, and which side has these
         self._held: dict[str, tuple[Tensor, Side]] = {}
         for name, layer in structure.gated.items():
             owners = layer.channel_gates()
             place = self._place(name)
             side = place, layer.granularity == "output" or graph.is_depthwise(place)
-            if owners is not None and side in structure.atoms:
+            if owners is not None and side in structure.labels:
                 self._held[name] = owners, side
         self.can_go = self._can_go()
 
@@ -193,7 +193,7 @@ class LayerLayouts:
     def _can_go(self) -> Tensor:
         found = torch.zeros(self._structure.size, dtype=torch.bool)
         for name, (owners, side) in self._held.items():
-            free = torch.tensor([atom >= 0 and atom not in self._stuck for atom in self._structure.atoms[side]])
+            free = torch.tensor([label >= 0 and label not in self._stuck for label in self._structure.labels[side]])
             found[(owners + self._structure.start(name))[free]] = True
         for attention in self._structure.attentions:
             name = attention.written_name
@@ -209,7 +209,7 @@ class LayerLayouts:
         return found
 
     def _stuck_heads(self, attention: Any) -> bool:
-        return any(atom in self._stuck for side, _ in attention.sides() for atom in self._structure.atoms[side])
+        return any(label in self._stuck for side, _ in attention.sides() for label in self._structure.labels[side])
 
     def of(self, closed: Tensor) -> tuple[Layout, Tensor]:
         """The layout without the units of these gates, bool (all gates,), and which of them are gone."""
@@ -242,15 +242,15 @@ class LayerLayouts:
         where some are gone.
         """
         structure = self._structure
-        dead = self._dead_atoms(closed)
+        dead = self._dead_classes(closed)
         entries: dict[nn.Module, Entry] = defaultdict(dict)
-        for (plain, writes), atoms in structure.atoms.items():
-            left = [i for i, atom in enumerate(atoms) if atom not in dead]
-            if len(left) < len(atoms):
-                entries[plain]["out" if writes else "in"] = {"before": len(atoms), "kept": left}
+        for (plain, writes), labels in structure.labels.items():
+            left = [i for i, label in enumerate(labels) if label not in dead]
+            if len(left) < len(labels):
+                entries[plain]["out" if writes else "in"] = {"before": len(labels), "kept": left}
         kept: dict[str, Tensor] = {}
         for name, (owners, side) in self._held.items():
-            there = torch.tensor([atom not in dead for atom in structure.atoms[side]])
+            there = torch.tensor([label not in dead for label in structure.labels[side]])
             if not bool(there.all()):
                 kept[name] = owners[there].unique()
         for attention in structure.attentions:
@@ -262,17 +262,17 @@ class LayerLayouts:
             kept |= self._recurrent_entries(name, closed, entries)
         return entries, kept
 
-    def _dead_atoms(self, closed: Tensor) -> set[int]:
+    def _dead_classes(self, closed: Tensor) -> set[int]:
         shut = closed.tolist()
         dead = set()
-        for owners in self._structure.owners.values():
-            for atom, layers in enumerate(owners):
+        for owners in (self._structure.writers, self._structure.readers):
+            for label, layers in enumerate(owners):
                 if (
                     layers
-                    and atom not in self._stuck
+                    and label not in self._stuck
                     and all(gates and any(shut[g] for g in gates) for gates in layers)
                 ):
-                    dead.add(atom)
+                    dead.add(label)
         return dead - {last for last, side in self._structure.emptiable if side <= dead}
 
     def _recurrent_entries(self, name: str, closed: Tensor, entries: dict[nn.Module, Entry]) -> dict[str, Tensor]:

@@ -104,7 +104,7 @@ def compact(
     small: nn.Module = inputs.copied(model, example_inputs)
     open_branches(small)
     small, neurons, left, notes = transformer.make_plain(small, samples, atol, rtol)
-    closed: graph.Closed = {True: {}, False: {}}
+    closed: graph.Closed = {}
     norms: dict[nn.Module, set[int]] = {}
     dense: dict[Any, nn.Module] = {}
     opened: dict[nn.Module, Tensor] = {}
@@ -124,7 +124,7 @@ def compact(
             elif channels and isinstance(plain, nn.Embedding) and not writes:
                 notes[name] = f"{len(channels)} closed rows stay: the caller's indices count them"
             elif channels:
-                closed[writes][plain] = channels
+                closed[plain, writes] = channels
     open_heads, head_notes = heads.open_heads(small)
     for absorbed in of_kind(small, AbsorbedReLU):
         dense[absorbed] = nn.ReLU(absorbed.inplace).train(absorbed.training)
@@ -138,7 +138,7 @@ def compact(
     in_heads, cut_heads = heads.cut(small, open_heads)
     kept, units, recurrent_notes = recurrent.make_plain(small, samples, atol, rtol)
     kept, notes = neurons | in_heads | kept, notes | head_notes | recurrent_notes
-    if norms or closed[True] or closed[False]:
+    if norms or closed:
         try:
             cutting.cut_closed(small, closed, norms, samples, kept, notes, round_to)
         except cutting.UnableError as error:

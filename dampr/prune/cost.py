@@ -2,8 +2,8 @@
 
 A linear or convolution layer costs a In Out + b Out, with In and Out the channels that are left: bilinear in the
 widths, because a channel that is cut thins the layer that writes it and those that read it. In and Out are linear in
-the atoms of :class:`Structure`, so the count of a decision is exact, and with probabilities of being open in the place
-of a decision the same form is the expected cost, but for correlations, and has a gradient.
+the classes of :class:`Structure`, so the count of a decision is exact, and with probabilities of being open in the
+place of a decision the same form is the expected cost, but for correlations, and has a gradient.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Width(NamedTuple):
 _Line = graph.Side | int  # channels in a row: a side of a layer, or the number of a factor of products
 
 
-class Site(NamedTuple):
+class Term(NamedTuple):
     """What costs ``bilinear`` In Out + ``linear`` Out: a layer, or one weight of a recurrent layer.
 
     ``more``: further factors.
@@ -83,21 +83,21 @@ class Cost:
         else:
             folds = new_biases.find(unwrapped(model), self.structure, example_inputs) if metric == "params" else {}
             self._variables = _Variables(self.structure, self.device, folds)
-        self.sites = self._find_sites(self.structure.plain, example_inputs)
+        self.terms = self._find_terms(self.structure.plain, example_inputs)
         self._read, self._written = (
-            _Affine([getattr(site, side) for site in self.sites], self._variables.count, self.device)
+            _Affine([getattr(term, side) for term in self.terms], self._variables.count, self.device)
             for side in ("read", "written")
         )
-        depth = max((len(site.more) for site in self.sites), default=0)
+        depth = max((len(term.more) for term in self.terms), default=0)
         self._more = [
             _Affine(
-                [site.more[i] if i < len(site.more) else Width(1) for site in self.sites],
+                [term.more[i] if i < len(term.more) else Width(1) for term in self.terms],
                 self._variables.count,
                 self.device,
             )
             for i in range(depth)
         ]
-        branches = [self.structure.branches(site.name) for site in self.sites]
+        branches = [self.structure.branches(term.name) for term in self.terms]
         self._branches = _Products(branches, self.device) if any(branches) else None
         self.total = self._measure(self.structure.plain, example_inputs)
         self._fixed = 0.0
@@ -114,26 +114,26 @@ class Cost:
             each = each * factor(variables)
         return (each if self._branches is None else each * self._branches(gates)).sum() + self._fixed
 
-    def _find_sites(self, plain: nn.Module, example_inputs: Any) -> list[Site]:
+    def _find_terms(self, plain: nn.Module, example_inputs: Any) -> list[Term]:
         if isinstance(self.structure, UnitStructure):
             assert isinstance(self._variables, Counts)
-            return list(_unit_sites(self.structure, self._variables, self.metric))
+            return list(_unit_terms(self.structure, self._variables, self.metric))
         assert isinstance(self._variables, _Variables)
         if self.metric != "macs":
             return list(_params(self.structure, self._variables))
         return [
             *_macs(plain, self._variables, example_inputs),
-            *_attention_sites(self.structure, self._variables, example_inputs),
+            *_attention_terms(self.structure, self._variables, example_inputs),
         ]
 
     def _measure(self, plain: nn.Module, example_inputs: Any) -> float:
         """The cost of the whole model; and what :meth:`_each` needs."""
-        constants = torch.tensor([site[3:5] for site in self.sites], dtype=torch.float64, device=self.device)
+        constants = torch.tensor([term[3:5] for term in self.terms], dtype=torch.float64, device=self.device)
         self._bilinear, self._linear = constants.view(-1, 2).unbind(1)
         return count_macs(plain, example_inputs) if self.metric == "macs" else count_params(plain)
 
     def _each(self, read: Tensor, written: Tensor) -> Tensor:
-        """What each site costs with so many channels read and written, (sites,) all."""
+        """What each term costs with so many channels read and written, (terms,) all."""
         return (self._bilinear * read + self._linear) * written
 
     def probabilities(self) -> Tensor:
@@ -150,7 +150,7 @@ class Cost:
     @functools.cached_property
     def whole(self) -> set[int]:
         """The gates of residual branches, all of which may close."""
-        return {gate for site in self.sites for gate in self.structure.branches(site.name)}
+        return {gate for term in self.terms for gate in self.structure.branches(term.name)}
 
     def decision(self) -> Tensor:
         """Which gates evaluation leaves open: bool, (structure.size,)."""
@@ -166,7 +166,7 @@ def structure_of(model: nn.Module, example_inputs: Any) -> Structure | UnitStruc
         raise
 
 
-def _unit_sites(structure: UnitStructure, counts: Counts, metric: str) -> Iterator[Site]:
+def _unit_terms(structure: UnitStructure, counts: Counts, metric: str) -> Iterator[Term]:
     """Of a model with gates on parameters its products, or its parameters,
     each a product of what is left along its dimensions.
     """
@@ -187,7 +187,7 @@ def _unit_sites(structure: UnitStructure, counts: Counts, metric: str) -> Iterat
         yield from _in_proportion(name, amount, [(Width(*counts.of(line)), len(line)) for line in factors])
 
 
-def _in_proportion(name: str, amount: int, widths: list[tuple[Width, int]]) -> Iterator[Site]:
+def _in_proportion(name: str, amount: int, widths: list[tuple[Width, int]]) -> Iterator[Term]:
     """What costs ``amount`` with widths of these sizes, in proportion to what is left of each;
     nothing where none of them changes.
     """
@@ -195,43 +195,43 @@ def _in_proportion(name: str, amount: int, widths: list[tuple[Width, int]]) -> I
     scale = amount / math.prod(size for _, size in narrow)
     first, second, *more = [width for width, _ in narrow] + [Width(1)] * (2 - len(narrow))
     if narrow:
-        yield Site(name, first, second, scale, 0.0, tuple(more))
+        yield Term(name, first, second, scale, 0.0, tuple(more))
 
 
 class _Variables:
     """From gates to what widths are made of.
 
-    These are the sums over atoms that count alike everywhere, then the width of each recurrent layer, which is that of
-    its widest row, or, where these have widths of their own, the width of each row, and the heads of each attention; of
-    all these at least one stays. Last, for each layer in ``folds``, whether one of its atoms has gone, so that it gets
-    a bias.
+    These are the sums over classes that count alike everywhere, then the width of each recurrent layer, which is that
+    of its widest row, or, where these have widths of their own, the width of each row, and the heads of each attention;
+    of all these at least one stays. Last, for each layer in ``folds``, whether one of its classes has gone, so that it
+    gets a bias.
     """
 
     def __init__(self, structure: Structure, device: torch.device, folds: Mapping[nn.Module, set[int]]) -> None:
         self._structure = structure
-        counts: list[Counter[_Line]] = [Counter() for _ in structure.owners[True]]
+        counts: list[Counter[_Line]] = [Counter() for _ in structure.writers]
         self.products = structure.products()
         self._lines = {
             line: n for n, line in enumerate(dict.fromkeys(line for *_, factors in self.products for line in factors))
         }
         keyed: list[tuple[_Line, Sequence[int]]] = [
-            *structure.atoms.items(),
+            *structure.labels.items(),
             *((n, line) for line, n in self._lines.items()),
         ]
         for key, line in keyed:
-            for atom in line:
-                if atom >= 0:
-                    counts[atom][key] += 1
+            for label in line:
+                if label >= 0:
+                    counts[label][key] += 1
         closable = [
-            {atom: list(sets) for atom, sets in enumerate(structure.owners[w]) if sets and all(sets)}
-            for w in (True, False)
+            {label: list(sets) for label, sets in enumerate(owners) if sets and all(sets)}
+            for owners in (structure.writers, structure.readers)
         ]
         kinds: dict[frozenset[Any], int] = {}
         kind_of = {
-            atom: kinds.setdefault(frozenset(counts[atom].items()), len(kinds))
-            for atom in sorted({*closable[0], *closable[1]})
+            label: kinds.setdefault(frozenset(counts[label].items()), len(kinds))
+            for label in sorted({*closable[0], *closable[1]})
         }
-        place = {atom: i for i, atom in enumerate(kind_of)}
+        place = {label: i for i, label in enumerate(kind_of)}
         self._kind_of = torch.tensor(list(kind_of.values()), dtype=torch.int64, device=device)
         self._kinds = [dict(kind) for kind in kinds]
         self._sides = []
@@ -239,7 +239,7 @@ class _Variables:
             layers = [gates for sets in found.values() for gates in sets]
             first = iter(range(len(layers)))
             groups = [[next(first) for _ in sets] for sets in found.values()]
-            where = torch.tensor([place[atom] for atom in found], device=device)
+            where = torch.tensor([place[label] for label in found], device=device)
             self._sides.append((where, _Products(layers, device), _Products(groups, device)))
         self._rows: list[tuple[int, int, int]] = []  # the first gate, how many rows, and of how many gates each
         self._units: dict[graph.Side, Width] = {}
@@ -262,7 +262,7 @@ class _Variables:
             sides = [(plain, True), *((reader, False) for reader in structure.units.get(plain, []))]
             self._units |= dict.fromkeys(sides, output)
         self._emptiable = _Emptiable(
-            [(place[last], [place[atom] for atom in side]) for last, side in structure.emptiable], device
+            [(place[last], [place[label] for label in side]) for last, side in structure.emptiable], device
         )
         self.gates = {gate for found in closable for sets in found.values() for gates in sets for gate in gates}
         self.gates |= {first + i for first, rows, size in self._rows for i in range(rows * size)}
@@ -270,20 +270,21 @@ class _Variables:
         self.count = len(kinds) + len(self._rows) + len(folds)
         first_fold = self.count - len(folds)
         self.biases = {layer: Width(0, {first_fold + number: 1}) for number, layer in enumerate(folds)}
-        self._folds = _Products([[place[atom] for atom in atoms if atom in place] for atoms in folds.values()], device)
+        folded = ([place[label] for label in labels if label in place] for labels in folds.values())
+        self._folds = _Products(list(folded), device)
 
     def __call__(self, gates: Tensor) -> Tensor:
-        atoms = gates.new_ones(len(self._kind_of))
-        for where, of_layer, of_atom in self._sides:
-            atoms = atoms.index_copy(0, where, atoms[where] * (1 - of_atom(1 - of_layer(gates))))
-        atoms = self._emptiable(atoms)
-        sums = atoms.new_zeros(len(self._kinds)).index_add(0, self._kind_of, atoms)
+        openness = gates.new_ones(len(self._kind_of))
+        for where, of_layer, of_label in self._sides:
+            openness = openness.index_copy(0, where, openness[where] * (1 - of_label(1 - of_layer(gates))))
+        openness = self._emptiable(openness)
+        sums = openness.new_zeros(len(self._kinds)).index_add(0, self._kind_of, openness)
         units = [
             gates[first : first + rows * size].view(rows, size).sum(1).max().clamp(min=1)
             for first, rows, size in self._rows
         ]
         return torch.cat(
-            [sums, *([torch.stack(units)] if units else []), *([1 - self._folds(atoms)] if self.biases else [])]
+            [sums, *([torch.stack(units)] if units else []), *([1 - self._folds(openness)] if self.biases else [])]
         )
 
     def width(self, layer: nn.Module, writes: bool) -> Width:
@@ -291,27 +292,27 @@ class _Variables:
         units = self.units(layer, writes)
         if units is not None:
             return units
-        atoms = self._structure.atoms.get((layer, writes))
+        labels = self._structure.labels.get((layer, writes))
         total = graph.channel_count(layer, writes)
-        if atoms is None:
+        if labels is None:
             return Width(total)
         return self.of((layer, writes), total)
 
     def of(self, key: _Line, total: int) -> Width:
-        """Of so many channels, those of a side of a layer or of atoms in a row, how many are left."""
+        """Of so many channels, those of a side of a layer or of classes in a row, how many are left."""
         weights = {number: kind[key] for number, kind in enumerate(self._kinds) if key in kind}
         sizes = torch.bincount(self._kind_of, minlength=len(self._kinds)).tolist()
         return Width(total - sum(count * sizes[number] for number, count in weights.items()), weights)
 
-    def of_product(self, name: str, macs: int, factors: list[tuple[int, ...]]) -> Iterator[Site]:
-        """The site of a product, in proportion to what is left of its factors."""
+    def of_product(self, name: str, macs: int, factors: list[tuple[int, ...]]) -> Iterator[Term]:
+        """The term of a product, in proportion to what is left of its factors."""
         yield from _in_proportion(name, macs, [(self.of(self._lines[line], len(line)), len(line)) for line in factors])
 
     def has_more(self, layer: nn.Module, factors: list[tuple[int, ...]]) -> bool:
         """Whether a product of a layer depends on other channels than those that the layer reads and writes,
         as one over tokens does.
         """
-        own = [tuple(self._structure.atoms.get((layer, writes), [])) for writes in (True, False)]
+        own = [tuple(self._structure.labels.get((layer, writes), [])) for writes in (True, False)]
         return any(line not in own for line in factors)
 
     def units(self, layer: nn.Module, writes: bool) -> Width | None:
@@ -349,7 +350,7 @@ class _Products:
 
 
 class _Emptiable:
-    """Sides of layers of which every atom is closed keep one all the same, as compaction does."""
+    """Sides of layers of which every class is closed keep one all the same, as compaction does."""
 
     def __init__(self, sides: Sequence[tuple[int, Sequence[int]]], device: torch.device) -> None:
         self._last = torch.tensor([last for last, _ in sides], dtype=torch.int64, device=device)
@@ -358,14 +359,15 @@ class _Emptiable:
             [n for n, (_, side) in enumerate(sides) for _ in side], dtype=torch.int64, device=device
         )
 
-    def __call__(self, atoms: Tensor) -> Tensor:
-        """The atoms, with those that stay.
+    def __call__(self, openness: Tensor) -> Tensor:
+        """How far each class is open, with those that stay.
 
         Where all are 0 there is nothing to differentiate, and no probability is 0.
         """
-        left = torch.zeros_like(self._last, dtype=atoms.dtype).index_add(0, self._side, atoms.detach()[self._index])
-        stay = torch.zeros_like(atoms).index_add(0, self._last, (left == 0).to(atoms.dtype))
-        return atoms + stay.clamp(max=1)
+        own = openness.detach()[self._index]
+        left = torch.zeros_like(self._last, dtype=openness.dtype).index_add(0, self._side, own)
+        stay = torch.zeros_like(openness).index_add(0, self._last, (left == 0).to(openness.dtype))
+        return openness + stay.clamp(max=1)
 
 
 class _Affine:
@@ -383,7 +385,7 @@ class _Affine:
         return torch.addmv(self._constant, self._matrix, variables)
 
 
-def _macs(plain: nn.Module, variables: _Variables, example_inputs: Any) -> Iterator[Site]:
+def _macs(plain: nn.Module, variables: _Variables, example_inputs: Any) -> Iterator[Term]:
     """The multiply-accumulates of linear, convolution and recurrent layers and of attentions,
     and of products beside them.
     """
@@ -396,14 +398,14 @@ def _macs(plain: nn.Module, variables: _Variables, example_inputs: Any) -> Itera
         times = 0 if name in more else uses.get(layer, 0)
         if isinstance(layer, nn.MultiheadAttention):
             heads, projected = variables.heads(layer), projections.get(layer, 0)
-            yield Site(name, variables.width(layer, False), heads, projected / (layer.num_heads * layer.embed_dim))
-            yield Site(name, Width(1), heads, (times - projected) / layer.num_heads)
+            yield Term(name, variables.width(layer, False), heads, projected / (layer.num_heads * layer.embed_dim))
+            yield Term(name, Width(1), heads, (times - projected) / layer.num_heads)
         elif isinstance(layer, nn.RNNBase):
-            yield from _recurrent_sites(name, layer, variables, times, biases=False)
+            yield from _recurrent_terms(name, layer, variables, times, biases=False)
         elif graph.is_depthwise(layer) and times:
-            yield Site(name, Width(1), variables.width(layer, True), times * layer.weight[0].numel())
+            yield Term(name, Width(1), variables.width(layer, True), times * layer.weight[0].numel())
         elif times:
-            yield _weight_site(name, layer, variables, times)
+            yield _weight_term(name, layer, variables, times)
 
 
 def _products_apart(plain: nn.Module, variables: _Variables) -> dict[str, list[tuple[str, int, list[tuple[int, ...]]]]]:
@@ -425,13 +427,13 @@ def _products_apart(plain: nn.Module, variables: _Variables) -> dict[str, list[t
     return {name: own for name, own in found.items() if apart(name, own)}
 
 
-def _params(structure: Structure, variables: _Variables) -> Iterator[Site]:
+def _params(structure: Structure, variables: _Variables) -> Iterator[Term]:
     """The parameters of every layer: of its channels, its heads, or fixed in number; and those that are in no layer."""
     plain = structure.plain
     inside = {layer.out_proj for layer in of_kind(plain, nn.MultiheadAttention)}
     bare = {plain.get_parameter(name): (name, stream) for stream, _ in structure.streams for name in stream.parameters}
     for p, (name, stream) in bare.items():
-        yield Site(name, Width(1), variables.width(stream.norms[0], True), p.numel() / stream.width)
+        yield Term(name, Width(1), variables.width(stream.norms[0], True), p.numel() / stream.width)
     counted: set[Any] = set()  # weights, which an embedding may share with the last layer
     for name, layer in plain.named_modules():
         own = sum(p.numel() for p in layer.parameters(recurse=False) if p not in bare)
@@ -440,22 +442,22 @@ def _params(structure: Structure, variables: _Variables) -> Iterator[Site]:
         if isinstance(layer, nn.MultiheadAttention):
             yield from _attention_params(name, layer, variables)
         elif isinstance(layer, nn.RNNBase):
-            yield from _recurrent_sites(name, layer, variables, 1, biases=layer.bias)
+            yield from _recurrent_terms(name, layer, variables, 1, biases=layer.bias)
         elif isinstance(layer, _PER_CHANNEL) or graph.is_depthwise(layer):
-            yield Site(name, Width(1), variables.width(layer, True), own / graph.channel_count(layer, True))
+            yield Term(name, Width(1), variables.width(layer, True), own / graph.channel_count(layer, True))
         elif isinstance(layer, nn.Embedding):
-            yield Site(name, Width(layer.num_embeddings), variables.width(layer, True), layer.weight not in counted)
+            yield Term(name, Width(layer.num_embeddings), variables.width(layer, True), layer.weight not in counted)
             counted.add(layer.weight)
         elif isinstance(layer, graph.GEMMS) or (graph.is_transposed(layer) and layer.groups == 1):
-            yield _weight_site(name, layer, variables, layer.weight not in counted, bias=layer.bias is not None)
+            yield _weight_term(name, layer, variables, layer.weight not in counted, bias=layer.bias is not None)
             if layer in variables.biases:
-                yield Site(name, variables.biases[layer], variables.width(layer, True), 1)
+                yield Term(name, variables.biases[layer], variables.width(layer, True), 1)
             counted.add(layer.weight)
         elif own:
-            yield Site(name, Width(1), Width(1), own)
+            yield Term(name, Width(1), Width(1), own)
 
 
-def _attention_params(name: str, layer: nn.MultiheadAttention, variables: _Variables) -> Iterator[Site]:
+def _attention_params(name: str, layer: nn.MultiheadAttention, variables: _Variables) -> Iterator[Term]:
     """Its projections have rows, or columns, for each head and columns, or rows,
     for each channel of the width around.
     """
@@ -465,14 +467,14 @@ def _attention_params(name: str, layer: nn.MultiheadAttention, variables: _Varia
         sum(p.numel() for p in found if p is not None)
         for found in ((*in_weights, layer.out_proj.weight), (layer.in_proj_bias, layer.bias_k, layer.bias_v))
     )
-    yield Site(name, width, heads, weights / (layer.num_heads * layer.embed_dim), biases / layer.num_heads)
+    yield Term(name, width, heads, weights / (layer.num_heads * layer.embed_dim), biases / layer.num_heads)
     if layer.out_proj.bias is not None:
-        yield Site(name, Width(1), width, 1)
+        yield Term(name, Width(1), width, 1)
 
 
-def _weight_site(name: str, layer: Any, variables: _Variables, times: float, bias: bool = False) -> Site:
+def _weight_term(name: str, layer: Any, variables: _Variables, times: float, bias: bool = False) -> Term:
     written, read = layer.weight.shape[:2]
-    return Site(
+    return Term(
         name,
         variables.width(layer, False),
         variables.width(layer, True),
@@ -481,7 +483,7 @@ def _weight_site(name: str, layer: Any, variables: _Variables, times: float, bia
     )
 
 
-def _recurrent_sites(name: str, layer: nn.RNNBase, variables: _Variables, times: float, biases: bool) -> Iterator[Site]:
+def _recurrent_terms(name: str, layer: nn.RNNBase, variables: _Variables, times: float, biases: bool) -> Iterator[Term]:
     """Each weight of a recurrent layer, in all its layers and directions."""
     each, rows = 1 + layer.bidirectional, variables.rows(layer)
     for row, names in enumerate(layer._all_weights):
@@ -489,10 +491,10 @@ def _recurrent_sites(name: str, layer: nn.RNNBase, variables: _Variables, times:
         hidden = Width(layer.hidden_size) if layer.proj_size else rows[row]
         below = row // each * each - each
         read = variables.width(layer, False) if row < each else sum_of(rows[below : below + each])
-        yield Site(name, read, hidden, times * gates, 2 * gates * biases)
-        yield Site(name, rows[row], hidden, times * gates)
+        yield Term(name, read, hidden, times * gates, 2 * gates * biases)
+        yield Term(name, rows[row], hidden, times * gates)
         if layer.proj_size:
-            yield Site(name, hidden, rows[row], times)
+            yield Term(name, hidden, rows[row], times)
 
 
 def sum_of(widths: Sequence[Width]) -> Width:
@@ -502,7 +504,7 @@ def sum_of(widths: Sequence[Width]) -> Width:
     return Width(sum(width.constant for width in widths), total)
 
 
-def _attention_sites(structure: Structure, variables: _Variables, example_inputs: Any) -> Iterator[Site]:
+def _attention_terms(structure: Structure, variables: _Variables, example_inputs: Any) -> Iterator[Term]:
     """The scores of each attention and what they weigh, in proportion to the heads that are left."""
     if structure.attentions:
         beside = macs_beside_layers(
@@ -510,7 +512,7 @@ def _attention_sites(structure: Structure, variables: _Variables, example_inputs
         )
         for attention in structure.attentions:
             columns = variables.width(attention.written, False)
-            yield Site(attention.name, Width(1), columns, beside[attention.name] / attention.written.in_features)
+            yield Term(attention.name, Width(1), columns, beside[attention.name] / attention.written.in_features)
 
 
 def _uses(plain: nn.Module, example_inputs: Any) -> tuple[dict[nn.Module, int], dict[nn.Module, int]]:

@@ -49,15 +49,17 @@ def cut_closed(
     widths = Widths(small, samples[0])
     for norm, channels in norms.items():
         around = widths.around(norm)
-        for layer, writes in around:
-            closed[writes][layer] = closed[writes].get(layer, set()) | channels
+        for side in around:
+            closed[side] = closed.get(side, set()) | channels
         if not around:
             notes[names[norm]] = (
                 f"{len(channels)} closed channels stay: no layer alone writes or reads what this norm gates"
             )
     for layer, factor in widths.multiplied.items():
-        if layer in closed[True]:
-            closed[True][factor] = closed[True].get(factor, set()) | closed[True][layer]
+        if (layer, True) in closed:
+            closed[factor, True] = closed.get((factor, True), set()) | closed[layer, True]
+    # layers that write a width first: what is said of it is said of them
+    closed = dict(sorted(closed.items(), key=lambda item: not item[0][1]))
     going = _decide(widths, closed, notes, names, round_to)
     constants = _measure(small, going, samples)
     left: list[_Going] = []
@@ -89,7 +91,7 @@ def _decide(
     going: list[_Going] = []
     decided: set[int] = set()
     gone = _gone(widths, closed)
-    for writes, layer, channels in _asked(closed):
+    for (layer, writes), channels in closed.items():
         labels = widths.classes(layer, writes)
         # a weight with groups has fewer columns than its layer reads
         labels = labels if max(channels) < len(labels) else []
@@ -110,10 +112,6 @@ def _decide(
     return [width for width in going if width.classes]
 
 
-def _asked(closed: Closed) -> list[tuple[bool, nn.Module, set[int]]]:
-    return [(writes, layer, channels) for writes, layers in closed.items() for layer, channels in layers.items()]
-
-
 def _gone(widths: Widths, closed: Closed) -> dict[Side, set[int] | CannotCutError]:
     """Of each side with closed channels the classes that nobody writes or nobody reads, or why none of its width can
     go.
@@ -124,7 +122,7 @@ def _gone(widths: Widths, closed: Closed) -> dict[Side, set[int] | CannotCutErro
     found: dict[Side, set[int] | CannotCutError] = {}
     every: set[int] = set()
     sides: dict[Side, None] = {}
-    for writes, layer, _ in _asked(closed):
+    for layer, writes in closed:
         try:
             if layer not in widths:
                 raise CannotCutError(widths.why_absent(layer))

@@ -41,8 +41,8 @@ _PASSES_THROUGH = (Scale, nn.modules.batchnorm._BatchNorm, nn.modules.instanceno
 _READERS = (nn.Linear, nn.modules.conv._ConvNd, *ATTENTION, nn.RNNBase)
 _KEEPS_ZERO = ("SiluBackward0", "GeluBackward0", "ReluBackward0", "TanhBackward0")  # functions with f(0) = 0
 
-Closed = dict[bool, dict[nn.Module, set[int]]]  # writes -> layer -> closed channels
 Side = tuple[nn.Module, bool]  # a layer, and whether the channels that it writes are meant or those that it reads
+Closed = dict[Side, set[int]]  # the closed channels of each
 
 
 @dataclass(frozen=True)
@@ -408,12 +408,13 @@ class Widths:
 
         Raises CannotCutError where the width cannot be cut at all.
         """
-        shut: dict[bool, dict[int, bool]] = {True: {}, False: {}}
+        shut, used = set[tuple[int, bool]](), set[tuple[int, bool]]()
         for m in self.members(layer, writes):
-            own = closed[m.writes].get(m.module, set())
+            own = closed.get(m.side, set())
             for channel, one in zip(m.channels, m.classes, strict=True) if not m.passes else ():
-                shut[m.writes][one] = shut[m.writes].get(one, True) and channel in own
-        return {one for one in self.classes(layer, writes) if shut[True].get(one, False) or shut[False].get(one, False)}
+                (shut if channel in own else used).add((one, m.writes))
+        gone = {one for one, _ in shut - used}
+        return gone.intersection(self.classes(layer, writes))
 
     def last(self, sides: Iterable[Side], gone: set[int]) -> set[int]:
         """The classes that stay so that each of these sides keeps a channel though all of its classes are ``gone``:

@@ -25,7 +25,7 @@ def magnitudes(structure: Structure | UnitStructure, model: nn.Module) -> Tensor
         return structure.norms(model)
     gated: dict[str, Any] = {name: model.get_submodule(name) for name in structure.gated}
     squares = torch.zeros(structure.size, dtype=torch.float64)
-    for (layer, writes), atoms in structure.atoms.items():
+    for (layer, writes), labels in structure.labels.items():
         weight: Any = getattr(layer, "weight", None)
         if not writes or not isinstance(weight, Tensor) or weight.dim() < 2:
             continue
@@ -33,8 +33,8 @@ def magnitudes(structure: Structure | UnitStructure, model: nn.Module) -> Tensor
         rows = own.transpose(0, 1) if type(layer).__name__.startswith("ConvTranspose") else own
         rows = rows.T if type(layer).__name__ == "Embedding" else rows
         each = rows.detach().double().flatten(1).square().sum(1).cpu()
-        for channel, atom in enumerate(atoms):
-            for gates in structure.owners[True][atom] if atom >= 0 and channel < len(each) else ():
+        for channel, label in enumerate(labels):
+            for gates in structure.writers[label] if label >= 0 and channel < len(each) else ():
                 for gate in gates:
                     squares[gate] += each[channel]
     for name, layer in gated.items():

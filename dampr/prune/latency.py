@@ -19,7 +19,7 @@ from dampr.gates.ranks import over_ranks
 from dampr.nn import PrunedMultiheadAttention
 
 from . import graph, inputs, noise
-from .cost import Cost, Site, Width, sum_of
+from .cost import Cost, Term, Width, sum_of
 from .modules import by_name
 from .unit_structure import Counts
 
@@ -45,10 +45,10 @@ class Latency(Cost):
     def __init__(self, model: nn.Module, example_inputs: Any) -> None:
         super().__init__(model, example_inputs, "latency")
 
-    def _find_sites(self, plain: nn.Module, example_inputs: Any) -> list[Site]:
+    def _find_terms(self, plain: nn.Module, example_inputs: Any) -> list[Term]:
         """One for each layer that has a width that gates can change."""
         layers = by_name(plain, (*graph.GEMMS, nn.RNNBase, nn.MultiheadAttention))
-        sites = []
+        terms = []
         for name, layer in layers.items():
             if isinstance(self._variables, Counts):
                 found = [self._variables.width(layer, writes) for writes in (False, True)]
@@ -61,24 +61,24 @@ class Latency(Cost):
                 read = Width(1) if graph.is_depthwise(layer) else self._variables.width(layer, False)
                 written = self._variables.width(layer, True)
             if read.weights or written.weights:
-                sites.append(Site(name, read, written, 0.0))
-        return sites
+                terms.append(Term(name, read, written, 0.0))
+        return terms
 
     def _measure(self, plain: nn.Module, example_inputs: Any) -> float:
-        calls = calls_of([plain.get_submodule(site.name) for site in self.sites], plain, example_inputs)
+        calls = calls_of([plain.get_submodule(term.name) for term in self.terms], plain, example_inputs)
         known: dict[Any, tuple[Tensor, Tensor, Tensor]] = {}
         tables = []
         with inputs.evaluating(plain), noise.kept(plain), torch.no_grad():
-            for site in _progress.track(self.sites, "timing layers"):
-                layer = plain.get_submodule(site.name)
+            for term in _progress.track(self.terms, "timing layers"):
+                layer = plain.get_submodule(term.name)
                 key = (
                     repr(layer),
-                    bool(site.read.weights),
-                    bool(site.written.weights),
+                    bool(term.read.weights),
+                    bool(term.written.weights),
                     repr([_shapes(call) for call in calls[layer]]),
                 )
                 if key not in known:
-                    known[key] = _table(layer, calls[layer], site, self.device)
+                    known[key] = _table(layer, calls[layer], term, self.device)
                 tables.append(known[key])
             total = seconds_of(lambda: inputs.call(plain, example_inputs), self.device)
         empty = torch.zeros(0, len(SHARES), dtype=torch.float64)
@@ -118,11 +118,11 @@ def _between(knots: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     return index, (x - low) / (high - low)
 
 
-def _table(layer: nn.Module, calls: list[Call], site: Site, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def _table(layer: nn.Module, calls: list[Call], term: Term, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Widths read, (k,), widths written, (k,), and seconds at each pair, (k, k);
     an axis that gates leave alone has one time.
     """
-    reads, writes = _knots(layer, False, bool(site.read.weights)), _knots(layer, True, bool(site.written.weights))
+    reads, writes = _knots(layer, False, bool(term.read.weights)), _knots(layer, True, bool(term.written.weights))
     full = _full(layer, False), _full(layer, True)
     found: dict[tuple[int, int], float] = {}
     seconds = torch.zeros(len(SHARES), len(SHARES), dtype=torch.float64)
@@ -131,7 +131,7 @@ def _table(layer: nn.Module, calls: list[Call], site: Site, device: torch.device
             size = min(int(read), full[0]), min(int(written), full[1])
             if size not in found:
                 narrow: Any = (
-                    _narrow(layer, *size, bool(site.read.weights)).to(device, next(layer.parameters()).dtype).eval()
+                    _narrow(layer, *size, bool(term.read.weights)).to(device, next(layer.parameters()).dtype).eval()
                 )
                 args = [_narrow_call(layer, call, getattr(narrow, "in_channels", size[0])) for call in calls]
                 found[size] = sum(seconds_of(functools.partial(narrow, *a, **kw), device) for a, kw in args)

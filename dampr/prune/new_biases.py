@@ -21,7 +21,7 @@ from .structure import Structure
 
 
 def find(model: nn.Module, structure: Structure, example_inputs: Any) -> dict[nn.Module, set[int]]:
-    """Of each layer in ``structure.plain`` without a bias that would get one, the atoms of which any one that goes is
+    """Of each layer in ``structure.plain`` without a bias that would get one, the classes of which any one that goes is
     enough.
 
     By the values that ``model``, which ``structure`` is of, has now: a copy runs with the gates of all units closed,
@@ -39,13 +39,13 @@ def find(model: nn.Module, structure: Structure, example_inputs: Any) -> dict[nn
     open_branches(trial)
     found: dict[nn.Module, set[int]] = {}
 
-    def look(layer: nn.Module, atoms: list[int]) -> Any:
+    def look(layer: nn.Module, labels: list[int]) -> Any:
         def hook(module: nn.Module, args: Any) -> None:
             weight: Any = layer.weight
             along = -1 if isinstance(layer, nn.Linear) else -(weight.dim() - 1)
             counts = weight.detach().transpose(0, 1).flatten(1).any(1)
             reads = (args[0].detach().movedim(along, -1).flatten(0, -2) != 0).any(0).to(counts.device) & counts
-            own = {atom for atom, read in zip(atoms, reads.tolist(), strict=True) if read and atom >= 0}
+            own = {label for label, read in zip(labels, reads.tolist(), strict=True) if read and label >= 0}
             if own:
                 found[layer] = own
 
@@ -61,13 +61,13 @@ def find(model: nn.Module, structure: Structure, example_inputs: Any) -> dict[nn
 
 def _readers(structure: Structure) -> Iterator[tuple[str, tuple[nn.Module, list[int]]]]:
     """Layers without a bias that can have one, and whose columns no gates close, by name,
-    with the atoms of what they read.
+    with the classes of what they read.
     """
     for name, layer in structure.plain.named_modules():
         gated = structure.gated.get(name)
         closes_columns = gated is not None and (isinstance(gated, GatedHeads) or gated.granularity == "input")
-        atoms = structure.atoms.get((layer, False))
-        if atoms is None or not isinstance(layer, graph.GEMMS) or closes_columns:
+        labels = structure.labels.get((layer, False))
+        if labels is None or not isinstance(layer, graph.GEMMS) or closes_columns:
             continue
         if layer.bias is None and not graph.pads_with_zeros(layer):
-            yield name, (layer, atoms)
+            yield name, (layer, labels)

@@ -26,13 +26,13 @@ from .modules import by_name, gates_of, of_kind
 class Structure(GateVector[GatedLayer]):
     """What gates of ``model`` cut. The model is left as it was; what its forward raises is raised.
 
-    Channels that go together, one class of units, are one *atom*; an atom goes when every layer that writes it has
-    closed its gates, or every layer that reads it.
+    Channels that go together are one class of units. It goes when every layer that writes it has closed its gates, or
+    every layer that reads it.
 
     Attributes:
         plain: a dense copy of the model with the same names.
-        atoms: of a side of a layer, the atom of each channel, or -1 where it always stays.
-        owners: ``owners[writes][atom]`` has for each layer that writes, or reads, the atom the set of its gates.
+        labels: of a side of a layer, the number of the class of each channel, or -1 where it always stays.
+        writers, readers: of each class for each layer that writes it, or reads it, the set of its gates.
         units: of each recurrent layer in ``plain`` whose units can be cut, the layers that read them.
         split: those of them whose layers and directions get widths of their own.
         attentions: those whose heads have gates, in ``plain``.
@@ -45,14 +45,14 @@ class Structure(GateVector[GatedLayer]):
         self._branch_parts = _branch_parts(model)
         self.notes: dict[str, str] = {}
         self.units: dict[nn.Module, list[nn.Module]] = {}
-        self.atoms: dict[Side, list[int]] = {}
-        self._atom_of: dict[int, int] = {}
+        self.labels: dict[Side, list[int]] = {}
+        self._label_of: dict[int, int] = {}
         with at_rest(model):
             self.plain = self._plain_copy(model, example_inputs)
         self.names = {module: name for name, module in self.plain.named_modules()}
         widths = graph.Widths(self.plain, example_inputs)
         self._units = widths.units
-        self._find_atoms(widths)
+        self._find_classes(widths)
         self._add_heads()
         self._add_streams(widths)
 
@@ -65,29 +65,29 @@ class Structure(GateVector[GatedLayer]):
 
     @functools.cached_property
     def emptiable(self) -> list[tuple[int, frozenset[int]]]:
-        """The sides that gates can close altogether, as sets of atoms, each after the atom that stays then:
+        """The sides that gates can close altogether, as sets of classes, each after the class that stays then:
         that of the lowest class.
         """
-        closable = {a for owners in self.owners.values() for a, sets in enumerate(owners) if sets and all(sets)}
-        sides = dict.fromkeys(frozenset(atoms) for atoms in self.atoms.values())
-        classes = {atom: one for one, atom in self._atom_of.items()}
+        closable = {a for owners in (self.writers, self.readers) for a, sets in enumerate(owners) if sets and all(sets)}
+        sides = dict.fromkeys(frozenset(labels) for labels in self.labels.values())
+        classes = {label: one for one, label in self._label_of.items()}
         last = max(classes.values(), default=0)
         return [
-            (min(side, key=lambda atom: classes.get(atom, last + atom + 1)), side)
+            (min(side, key=lambda label: classes.get(label, last + label + 1)), side)
             for side in sides
             if side and closable.issuperset(side)
         ]
 
     def products(self) -> list[tuple[str, int, list[tuple[int, ...]]]]:
-        """Of every product its module, its multiply-accumulates, and for each factor with atoms these in order,
-        -1 for what stays.
+        """Of every product its module, its multiply-accumulates, and for each factor with classes that may go their
+        numbers in order, -1 for what stays.
         """
-        label = self._units.label
-        atom = np.full(len(label), -1)
-        atom[list(self._atom_of)] = list(self._atom_of.values())
+        unit = self._units.label
+        own = np.full(len(unit), -1)
+        own[list(self._label_of)] = list(self._label_of.values())
         found = []
         for product in self._units.products:
-            lines = [tuple(atom[label[line]].tolist()) for line in product.factors]
+            lines = [tuple(own[unit[line]].tolist()) for line in product.factors]
             found.append((product.module, product.macs, [line for line in lines if max(line, default=-1) >= 0]))
         return found
 
@@ -129,13 +129,13 @@ class Structure(GateVector[GatedLayer]):
         self.split: set[nn.Module] = {layer for layer in asked if recurrent.takes_parts(plain, layer, example_inputs)}
         return plain
 
-    def _find_atoms(self, widths: graph.Widths) -> None:
+    def _find_classes(self, widths: graph.Widths) -> None:
         anchors = self._anchors(widths)
         members: set[Side] = set()
-        atoms = self._atom_of
+        labels = self._label_of
         for layer, writes in anchors:
             # of what several layers write side by side only a part may be known
-            if -1 not in self.atoms.get((layer, writes), [-1]):
+            if -1 not in self.labels.get((layer, writes), [-1]):
                 continue
             try:
                 if layer not in widths:
@@ -145,16 +145,17 @@ class Structure(GateVector[GatedLayer]):
                 self.notes[self.names[layer]] = str(error)
                 continue
             for member in sides:
-                own = self.atoms.setdefault(member.side, [-1] * graph.channel_count(*member.side))
+                own = self.labels.setdefault(member.side, [-1] * graph.channel_count(*member.side))
                 for channel, one in zip(member.channels, member.classes, strict=True):
-                    own[channel] = atoms.setdefault(one, len(atoms))
+                    own[channel] = labels.setdefault(one, len(labels))
             members |= {member.side for member in sides if not member.passes}
-        count = len(atoms)
-        self.owners = {writes: [set[frozenset[int]]() for _ in range(count)] for writes in (True, False)}
+        count = len(labels)
+        self.writers, self.readers = ([set[frozenset[int]]() for _ in range(count)] for _ in range(2))
         for side in members:
-            for channel, atom in enumerate(self.atoms[side]):
-                if atom >= 0:
-                    self.owners[side[1]][atom].add(frozenset(gates[channel] for gates in anchors.get(side, [])))
+            owners = self.writers if side[1] else self.readers
+            for channel, label in enumerate(self.labels[side]):
+                if label >= 0:
+                    owners[label].add(frozenset(gates[channel] for gates in anchors.get(side, [])))
 
     def _anchors(self, widths: graph.Widths) -> dict[Side, list[list[int]]]:
         """Of each side that gates reach, the gate of each of its channels: a list of such lists,
@@ -180,17 +181,17 @@ class Structure(GateVector[GatedLayer]):
         return anchors
 
     def _add_heads(self) -> None:
-        """An atom for each head with a gate: the rows that compute it and the columns that read it,
+        """A class for each head with a gate: the rows that compute it and the columns that read it,
         on which the gate is.
         """
         self.attentions = [a for a in heads.find(self.plain) if isinstance(self.gated.get(a.written_name), GatedHeads)]
         for attention in self.attentions:
-            first = self._new_atoms(self.start(attention.written_name), attention.heads)
+            first = self._new_classes(self.start(attention.written_name), attention.heads)
             for side, head in attention.sides():
-                self.atoms[side] = (head + first).tolist()
+                self.labels[side] = (head + first).tolist()
 
     def _add_streams(self, widths: graph.Widths) -> None:
-        """An atom for each channel of a stream whose norms have one gate vector."""
+        """A class for each channel of a stream whose norms have one gate vector."""
         starts = {
             self.plain.get_submodule(name): self.start(name)
             for name, layer in self.gated.items()
@@ -207,16 +208,16 @@ class Structure(GateVector[GatedLayer]):
                 )
                 continue
             self.streams.append((stream, start))
-            first = self._new_atoms(start, stream.width)
-            self.atoms |= {side: list(range(first, first + stream.width)) for side in stream.sides()}
-            self._atom_of |= {one: first + i for i, one in enumerate(widths.classes(stream.norms[0], True))}
+            first = self._new_classes(start, stream.width)
+            self.labels |= {side: list(range(first, first + stream.width)) for side in stream.sides()}
+            self._label_of |= {one: first + i for i, one in enumerate(widths.classes(stream.norms[0], True))}
         self.notes |= {self.names[norm]: why[norm] for norm in starts if norm in why}
 
-    def _new_atoms(self, start: int, count: int) -> int:
-        """As many atoms as gates, each owned by the one of its number from ``start`` on; returns the first."""
-        first = len(self.owners[True])
-        self.owners[True] += [{frozenset([start + i])} for i in range(count)]
-        self.owners[False] += [set[frozenset[int]]() for _ in range(count)]
+    def _new_classes(self, start: int, count: int) -> int:
+        """As many classes as gates, each owned by the one of its number from ``start`` on; returns the first."""
+        first = len(self.writers)
+        self.writers += [{frozenset([start + i])} for i in range(count)]
+        self.readers += [set[frozenset[int]]() for _ in range(count)]
         return first
 
 

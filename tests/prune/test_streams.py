@@ -348,9 +348,9 @@ def test_compacted_models_export(case: str) -> None:
 def test_latency_knows_the_width_of_attention() -> None:
     model, x = built("encoder")
     latency = Latency(model, x)
-    site = next(site for site in latency.sites if site.name == "layers.layers.0.self_attn")
-    assert site.read.weights
-    assert site.written.weights
+    term = next(term for term in latency.terms if term.name == "layers.layers.0.self_attn")
+    assert term.read.weights
+    assert term.written.weights
     assert float(latency(latency.decision())) == pytest.approx(latency.total)
     assert float(latency(torch.zeros(latency.structure.size))) <= latency.total
 
