@@ -14,15 +14,15 @@ SEED = 0
 
 
 @contextmanager
-def kept(model: nn.Module) -> Iterator[None]:
+def kept(model: nn.Module) -> Iterator[list[torch.Generator]]:
     """Whatever is drawn in this block, afterwards all generators are as they were: those of torch, Python and numpy,
-    and those that modules of ``model`` keep.
+    and those that modules of ``model`` keep, which it gives.
     """
     own = _generators(model)
     states, python, numpy = [generator.get_state() for generator in own], random.getstate(), np.random.get_state()  # noqa: NPY002
     try:
         with torch.random.fork_rng(_devices(model)):
-            yield
+            yield own
     finally:
         random.setstate(python)
         np.random.set_state(numpy)  # noqa: NPY002
@@ -33,11 +33,11 @@ def kept(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def same(model: nn.Module) -> Iterator[None]:
     """:func:`kept`, and what a model draws is the same in every such block, whatever was drawn in between."""
-    with kept(model):
+    with kept(model) as own:
         random.seed(SEED)
         np.random.seed(SEED)  # noqa: NPY002
         devices = [torch.cuda.default_generators[device] for device in _devices(model)]
-        for generator in (torch.random.default_generator, *devices, *_generators(model)):
+        for generator in (torch.random.default_generator, *devices, *own):
             generator.manual_seed(SEED)
         yield
 

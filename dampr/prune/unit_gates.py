@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -282,8 +281,6 @@ def _wanted(model: nn.Module, units: Units, classes: list[int], include: Filter,
     """
     if include is None and exclude is None:
         return classes
-    written = np.zeros(len(units.label), bool)
-    written[units.written] = True
 
     @functools.cache
     def judged(name: str) -> tuple[bool, bool]:
@@ -293,7 +290,7 @@ def _wanted(model: nn.Module, units: Units, classes: list[int], include: Filter,
 
     found = []
     for one in classes:
-        members = [m for m in units.members[one] if written[units.first_unit(m.name, m.dim) + m.indices].any()]
+        members = [m for m in units.members[one] if units.written[units.first_unit(m.name, m.dim) + m.indices].any()]
         matrices = [m for m in members if len(units.origin[m.name]) > 1] or members or units.members[one]
         verdicts = [judged(m.name) for m in matrices]
         if any(included for included, _ in verdicts) and all(allowed for _, allowed in verdicts):
@@ -361,7 +358,7 @@ def left_out(model: nn.Module, units: Units, placement: Placement) -> dict[str, 
             continue
         path = name.partition(".parametrizations.")[0] if ".parametrizations." in name else name.rpartition(".")[0]
         absent = second_opinion.unreached(name.rpartition(".")[0], model.get_submodule(name.rpartition(".")[0]), units)
-        written = [units.classes(name, dim) for dim, first, size in dims if _is_written(units, first, size)]
+        written = [units.classes(name, dim) for dim, first, size in dims if units.written[first : first + size].any()]
         if absent is not None:
             found[path] = absent
         elif written and all(gated.isdisjoint(classes) for classes in written):
@@ -373,21 +370,16 @@ def left_out(model: nn.Module, units: Units, placement: Placement) -> dict[str, 
 
 def _unreadable(model: nn.Module, units: Units, classes: list[int]) -> str | None:
     """What reads free classes so that no gate on a parameter could close them."""
-    summed, columns = set(units.label[units.summed].tolist()), np.zeros(len(units.label), bool)
-    columns[units.columns] = True
+    summed = set(units.label[units.summed].tolist())
     if not summed.isdisjoint(classes):
         return "a sum reads it that no weight is in"
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, dim, indices in (m for one in classes for m in units.members[one]):
-        if columns[units.first_unit(name, dim) + indices].any() and (
+        if units.columns[units.first_unit(name, dim) + indices].any() and (
             name not in parameters or _owner(model, name) is None
         ):
             return f"{name!r} reads it, which can have no gates"
     return None
-
-
-def _is_written(units: Units, first: int, size: int) -> bool:
-    return bool(np.isin(np.arange(first, first + size), units.written).any())
 
 
 def _weights_per_class(units: Units, group: Group, parameters: dict[str, nn.Parameter]) -> Tensor:

@@ -81,8 +81,6 @@ class UnitStructure(GateVector[GatedParameter]):
     def _gates_of_classes(self) -> dict[int, int]:
         """The gate that masks every column of a class; classes of which some are read without it stay."""
         units = self.units
-        read = np.zeros(len(units.label), bool)
-        read[units.columns] = True
         number = np.full(len(units.label), -1)
         for name, layer in self.gated.items():
             parameter = parameter_name(name)
@@ -95,7 +93,7 @@ class UnitStructure(GateVector[GatedParameter]):
             own[index >= 0] = index[index >= 0] + self.start(name)
         free = set(readable(units, dict(self.plain.named_parameters(remove_duplicate=False))))
         found: dict[int, int] = {}
-        columns = np.flatnonzero(read)
+        columns = np.flatnonzero(units.columns)
         by_class: dict[int, set[int]] = defaultdict(set)
         for unit, one in zip(columns.tolist(), units.label[columns].tolist(), strict=True):
             by_class[one].add(int(number[unit]))
@@ -124,13 +122,11 @@ class UnitStructure(GateVector[GatedParameter]):
         float64 on the host.
         """
         squares = torch.zeros(self.size, dtype=torch.float64)
-        written = np.zeros(len(self.units.label), bool)
-        written[self.units.written] = True
         now = dict(without_gates(model).named_parameters(remove_duplicate=False))
         sums: dict[tuple[str, int], Tensor] = {}
         for one, gate in self.gate_of.items():
             for name, dim, indices in self.units.members[one]:
-                here = indices[written[self.units.first_unit(name, dim) + indices]]
+                here = indices[self.units.written[self.units.first_unit(name, dim) + indices]]
                 if len(here) and name in now and now[name].dim() > 1:
                     if (name, dim) not in sums:
                         weight = now[name].detach().double().cpu()

@@ -188,13 +188,11 @@ def _scaled(example_inputs: Any, scale: float) -> Any:
 def mask_columns(model: nn.Module, units: Units, classes: Iterable[int]) -> None:
     """Set to 0 the columns of weights that read these classes; ``model`` gets parameters of its own there."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    read = np.zeros(len(units.label), bool)
-    read[units.columns] = True
     closed: dict[str, list[tuple[int, Any]]] = {}
     for name, dims in units.indices(classes).items():
         for dim, indices in dims.items() if name in parameters else ():
             own = np.array(indices)
-            here = own[read[units.first_unit(name, dim) + own]]
+            here = own[units.columns[units.first_unit(name, dim) + own]]
             if len(here):
                 closed.setdefault(name, []).append((dim, here))
     new: dict[int, Tensor] = {}

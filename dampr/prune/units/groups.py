@@ -36,12 +36,11 @@ def readable(units: Units, parameters: Iterable[str]) -> list[int]:
     known = set(parameters)
     elsewhere = np.zeros(len(units.label), bool)  # classes that something else reads too
     elsewhere[units.label[units.summed]] = True
-    read, column = np.zeros(len(units.label), bool), np.zeros(len(units.label), bool)
-    column[units.columns] = True
+    read = np.zeros(len(units.label), bool)
     for name, dims in units.origin.items():
         for _, first, size in dims:
             line = slice(first, first + size)
-            (read if name in known else elsewhere)[units.label[line][column[line]]] = True
+            (read if name in known else elsewhere)[units.label[line][units.columns[line]]] = True
     return [one for one in units.free if read[one] and not elsewhere[one]]
 
 
@@ -52,8 +51,6 @@ def groups(units: Units, classes: Iterable[int]) -> list[Group]:
     alike: dict[frozenset[tuple[str, int, int]], list[int]] = defaultdict(list)
     for one in classes:
         alike[frozenset((m.name, m.dim, len(m.indices)) for m in units.members[one])].append(one)
-    read = np.zeros(len(units.label), bool)
-    read[units.columns] = True
     sizes = {(name, dim): size for name, dims in units.origin.items() for dim, _, size in dims}
     found = []
     for places, own in alike.items():
@@ -69,7 +66,7 @@ def groups(units: Units, classes: Iterable[int]) -> list[Group]:
         ):
             first = units.first_unit(name, dim)
             line = slice(first, first + sizes[name, dim])
-            gates = np.where(read[line], number[units.label[line]], -1)
+            gates = np.where(units.columns[line], number[units.label[line]], -1)
             if (gates >= 0).any():
                 columns[name, dim] = gates
         found.append(Group(own, columns))
@@ -78,19 +75,15 @@ def groups(units: Units, classes: Iterable[int]) -> list[Group]:
 
 def share_of_macs(units: Units, classes: Iterable[int]) -> float:
     """Of the multiply-accumulates of all products the share that comes down where some of ``classes`` go."""
-    cut = np.zeros(len(units.label), bool)
-    cut[list(classes)] = True
+    cut = units.among(classes)
     total = sum(product.macs for product in units.products)
-    reached = sum(p.macs for p in units.products if any(cut[units.label[factor]].any() for factor in p.factors))
+    reached = sum(p.macs for p in units.products if any(cut[factor].any() for factor in p.factors))
     return reached / total if total else 0.0
 
 
 def left_at_half(units: Units, classes: Iterable[int]) -> float:
     """The share of the multiply-accumulates of all products that is left where half of ``classes`` have gone."""
-    cut = np.zeros(len(units.label), bool)
-    cut[list(classes)] = True
+    cut = units.among(classes)
     total = sum(product.macs for product in units.products)
-    left = sum(
-        p.macs * math.prod(1 - float(cut[units.label[line]].mean()) / 2 for line in p.factors) for p in units.products
-    )
+    left = sum(p.macs * math.prod(1 - float(cut[line].mean()) / 2 for line in p.factors) for p in units.products)
     return left / total if total else 1.0

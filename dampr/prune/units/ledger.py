@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .axes import Axes, at_rank, moving, narrow, runs, varying
 
+Bools = NDArray[np.bool_]
 Ints = NDArray[np.int64]
 _MANY = 4096  # pairs of which doubles are left out
 _HALF = 31  # bits for each unit of a pair in one number

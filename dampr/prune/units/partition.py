@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from .axes import narrow
-from .ledger import Ints, Ledger, Product, Reason, Split
+from .ledger import Bools, Ints, Ledger, Product, Reason, Split
 
 _HALF = 31  # bits for each unit of a pair in one number; units are far fewer than 2^31
 _LOW = (1 << _HALF) - 1
@@ -47,12 +47,12 @@ class Units:
         normalised: free class -> the norm of a weight that reads it, which counts it; it may be cut where gates are on
             that weight.
         families: free classes of dimensions that have classes in common.
-        read, written: the units that weights read, and those that they write.
+        read, written: whether a weight reads, or writes, each unit.
         reached: name -> the modes (``training``) in which an operator read the parameter.
         modes, failed: the modes that were traced, and why another could not be.
         numbers: what elementwise operators were given beside tensors, in the order of calls.
-        columns: the units of the contracted dimensions of weights.
-        summed: the units that are added up by no weight.
+        columns: of each unit, whether it is of a contracted dimension of a weight.
+        summed: of each unit, whether it is added up by no weight.
         products: the products of the first example inputs in evaluation, where that was traced.
         counted, normed, within, in_groups: as in the ledger; what norms of weights count has no module.
     """
@@ -64,15 +64,15 @@ class Units:
     fixed: dict[int, Reason]
     statistics: dict[int, Reason]
     families: list[list[int]]
-    read: Ints
-    written: Ints
+    read: Bools
+    written: Bools
     reached: dict[str, set[bool]]
     normalised: dict[int, Reason] = field(default_factory=dict)
     modes: tuple[bool, ...] = (False,)
     failed: dict[bool, str] = field(default_factory=dict)
     numbers: list[tuple[Any, ...]] = field(default_factory=list)
-    columns: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
-    summed: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
+    columns: Bools = field(default_factory=lambda: np.zeros(0, bool))
+    summed: Bools = field(default_factory=lambda: np.zeros(0, bool))
     products: list[Product] = field(default_factory=list)
     counted: list[tuple[str, Ints]] = field(default_factory=list)
     normed: list[tuple[str, Ints, int]] = field(default_factory=list)
@@ -126,15 +126,14 @@ class Units:
 
     def is_column(self, name: str, dim: int) -> bool:
         """Whether a product sums over this dimension of a parameter."""
-        return self._some(name, dim, self.columns)
+        return self._any(self.columns, name, dim)
 
     def is_row(self, name: str, dim: int) -> bool:
         """Whether a product has this dimension of a parameter in its result."""
-        return self._some(name, dim, self.written)
+        return self._any(self.written, name, dim)
 
-    def _some(self, name: str, dim: int, units: Ints) -> bool:
-        found = [(first, size) for at, first, size in self.origin[self.alias[name]] if at == dim]
-        return any(bool(np.isin(np.arange(first, first + size), units).any()) for first, size in found)
+    def _any(self, marked: Bools, name: str, dim: int) -> bool:
+        return any(marked[first : first + size].any() for at, first, size in self.origin[self.alias[name]] if at == dim)
 
     def why_not(self, name: str, dim: int) -> Reason | None:
         """Why an index of this dimension must not be cut, or only under conditions (:attr:`statistics`,
@@ -176,14 +175,17 @@ class Units:
             for one in self.classes(name, dim)
         }
 
+    def among(self, classes: Iterable[int]) -> Bools:
+        """Of each unit, whether its class is one of these."""
+        return _marked(len(self.label), [np.array(list(classes), np.int64)])[self.label]
+
     def indices(self, classes: Iterable[int]) -> dict[str, dict[int, list[int]]]:
         """What goes with these classes: name -> dimension -> indices in order."""
-        cut = np.zeros(len(self.label), bool)
-        cut[list(classes)] = True
+        cut = self.among(classes)
         gone: dict[str, dict[int, list[int]]] = defaultdict(dict)
         for name, dims in self.origin.items():
             for dim, first, size in dims:
-                found = np.flatnonzero(cut[self.label[first : first + size]])
+                found = np.flatnonzero(cut[first : first + size])
                 if len(found):
                     gone[name][dim] = found.tolist()
         return dict(gone)
@@ -195,15 +197,13 @@ def solve(ledger: Ledger, modes: tuple[bool, ...] = (False,), failed: dict[bool,
     labels.settle()
     label = labels.label
     fixed = _of_classes(label, [*ledger.fixed, *labels.conflicts(), *_unlabelled(ledger), *_left_alone(ledger, label)])
-    columns = _with_beside(_united(ledger.columns), _concatenated(ledger.beside))
-    sums = [
-        (lines[0], np.any([np.isin(units, columns) for units in lines], 0), why) for lines, why in ledger.normalised
-    ]
+    columns = _with_beside(_marked(ledger.count, ledger.columns), _concatenated(ledger.beside))
+    sums = [(lines[0], np.any([columns[units] for units in lines], 0), why) for lines, why in ledger.normalised]
     statistics = _of_classes(label, [*ledger.statistics, *((units[~read], why) for units, read, why in sums)])
     normalised = _of_classes(label, [(units[read], why) for units, read, why in sums])
     lines = [label[first : first + size] for *_, first, size in _dimensions(ledger.origin)]
     classes = np.unique(np.concatenate([np.zeros(0, np.int64), *lines]))
-    read, written = _united(ledger.read), _united(ledger.written)
+    read, written = _marked(ledger.count, ledger.read), _marked(ledger.count, ledger.written)
     unread = Reason("unread", "no weight reads it")
     for one in np.setdiff1d(classes, label[read]).tolist():
         fixed.setdefault(one, unread)
@@ -225,7 +225,7 @@ def solve(ledger: Ledger, modes: tuple[bool, ...] = (False,), failed: dict[bool,
         failed=failed or {},
         numbers=ledger.numbers,
         columns=columns,
-        summed=_united(ledger.summed),
+        summed=_marked(ledger.count, ledger.summed),
         products=ledger.products,
         counted=[*ledger.counted, *(("", units[~read]) for units, read, _ in sums)],
         normed=ledger.normed,
@@ -354,18 +354,22 @@ def _concatenated(parts: list[Ints]) -> Ints:
     return np.concatenate(parts, 1) if parts else np.zeros((2, 0), np.int64)
 
 
-def _united(parts: list[Ints]) -> Ints:
-    units = np.unique(np.concatenate(parts)) if parts else np.zeros(0, np.int64)
-    return units[units > 0]
+def _marked(count: int, parts: Iterable[Ints]) -> Bools:
+    """Of so many units, or classes, whether each is in some part; unit 0 is none."""
+    found = np.zeros(count, bool)
+    for units in parts:
+        found[units] = True
+    found[:1] = False
+    return found
 
 
-def _with_beside(columns: Ints, pairs: Ints) -> Ints:
+def _with_beside(columns: Bools, pairs: Ints) -> Bools:
     """The columns, with those of weights that are added to weights that have them."""
-    count = -1
-    while len(columns) != count:
-        count = len(columns)
-        columns = _united([columns, pairs[:, np.isin(pairs, columns).any(0)].reshape(-1)])
-    return columns
+    while True:
+        more = _marked(len(columns), [pairs[:, columns[pairs].any(0)].reshape(-1)]) | columns
+        if (more == columns).all():
+            return columns
+        columns = more
 
 
 def _unlabelled(ledger: Ledger) -> list[tuple[Ints, Reason]]:

@@ -36,7 +36,7 @@ def cut(model: nn.Module, units: Units, classes: Iterable[int], sizes: Iterable[
     for name, dims in units.indices(classes).items():
         left = old[name].detach()
         for dim, gone in dims.items():
-            keep = np.setdiff1d(np.arange(left.shape[dim]), gone)
+            keep = np.delete(np.arange(left.shape[dim]), gone)
             left = left.index_select(dim, torch.from_numpy(keep).to(left.device))
         parameter = isinstance(old[name], nn.Parameter)
         new[id(old[name])] = nn.Parameter(left, requires_grad=old[name].requires_grad) if parameter else left
@@ -252,8 +252,6 @@ def probe(masked: nn.Module, units: Units, classes: Iterable[int], example_input
     evaluation mode. A constant can be taken in by the reader's bias, where no zero padding stands between; what varies
     makes the class useless to gate there.
     """
-    gone = np.zeros(len(units.label), bool)
-    gone[list(classes)] = True
     ledger = Ledger.of(masked, units.within)
     alive: dict[int, tuple[float, float]] = {}
     tracer.run(
@@ -262,7 +260,7 @@ def probe(masked: nn.Module, units: Units, classes: Iterable[int], example_input
         example_inputs,
         training=False,
         fake=False,
-        closed=torch.from_numpy(gone[units.label]),
+        closed=torch.from_numpy(units.among(classes)),
         alive=alive,
     )
     found: dict[int, str] = {}
@@ -281,8 +279,6 @@ def added(model: nn.Module, units: Units, classes: Iterable[int], example_inputs
     chosen = set(classes)
     families = [[one for one in family if one in chosen] for family in units.families]
     closed = half(units, [family for family in families if family])
-    gone = np.zeros(len(units.label), bool)
-    gone[closed] = True
     masked = mask(inputs.copied(inputs.as_trained(model, example_inputs)), units, closed)
     found: set[int] = set()
     ledger = Ledger.of(masked, units.within)
@@ -292,7 +288,7 @@ def added(model: nn.Module, units: Units, classes: Iterable[int], example_inputs
         example_inputs,
         training=False,
         fake=False,
-        closed=torch.from_numpy(gone[units.label]),
+        closed=torch.from_numpy(units.among(closed)),
         added=found,
     )
     return {int(units.label[unit]) for unit in found}
@@ -301,15 +297,14 @@ def added(model: nn.Module, units: Units, classes: Iterable[int], example_inputs
 def mask(model: nn.Module, units: Units, classes: Iterable[int]) -> nn.Module:
     """Set to 0, in place, what writes these classes (what reads them, where nothing writes them); returns ``model``."""
     tensors = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
-    read, written = set(units.read.tolist()), set(units.written.tolist())
     chosen: dict[tuple[str, int], list[int]] = defaultdict(list)
     for one in classes:
         members = [
             (m.name, m.dim, i, units.first_unit(m.name, m.dim) + int(i)) for m in units.members[one] for i in m.indices
         ]
-        silent = all(unit in read and unit not in written for *_, unit in members)
+        silent = all(units.read[unit] and not units.written[unit] for *_, unit in members)
         for name, dim, index, unit in members:
-            if silent or unit in written or unit not in read:
+            if silent or units.written[unit] or not units.read[unit]:
                 chosen[name, dim].append(int(index))
     with torch.no_grad():
         for (name, dim), indices in chosen.items():
