@@ -24,6 +24,7 @@ class _Form(NamedTuple):
 
 
 _known: dict[Any, Any] = {}
+_ITSELF = object()  # in the place of a form: the tensor that is changed in place, whose form stays
 
 
 class _UnknownError(Exception):
@@ -31,21 +32,27 @@ class _UnknownError(Exception):
 
 
 def computed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """``func(*args, **kwargs)`` of meta tensors: of a call like one before fresh tensors of the same form.
+    """``func(*args, **kwargs)`` of meta tensors: of a call like one before fresh tensors of the same form, or the one
+    that it changes in place.
 
-    Many of torch's operators take a millisecond to find out what has no values, and a model has many blocks alike.
+    Many of torch's operators take milliseconds to find out what has no values, and a model has many blocks alike.
     """
     try:
-        key: Any = None if func.namespace != "aten" or func._schema.is_mutable else _key(func, args, kwargs)
+        key: Any = _key(func, args, kwargs) if func.namespace == "aten" else None
     except _UnknownError:
         key = None
     if key is None:
         return func(*args, **kwargs)
     if key in _known:
-        return _made(_known[key])
+        form = _known[key]
+        return args[0] if form is _ITSELF else _made(form)
     found = func(*args, **kwargs)
     try:
         form = _form(found)
+        if func._schema.is_mutable:
+            if found is not args[0] or _key(func, args, kwargs) != key:
+                return found
+            form = _ITSELF
     except _UnknownError:
         return found
     if len(_known) >= _MANY:

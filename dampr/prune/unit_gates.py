@@ -203,6 +203,9 @@ class _Search:
 def _choices(subject: Subject, families: list[list[int]]) -> list[list[Size]]:
     """The numbers that may follow these families: all of them, some, none."""
     sizes = followers(subject.model, subject.units, [one for family in families for one in family])
+    sure = [size for size in sizes if _is_sure(subject.model, size)]
+    asked = {*sure, *subject.used(size for size in sizes if size not in sure)}
+    sizes = [size for size in sizes if size in asked]
     kinds = [sizes, []] if sizes else [[]]
     if sizes and len({_kind(subject.units, family) for family in families}) == 1:
         kinds[1:1] = [
@@ -253,19 +256,24 @@ def _needed(trial: Trial, sizes: list[Size]) -> list[Size]:
 
     A number of other code that only happens to be as large as a width, such as a stride, must not follow it.
     """
-    known = {
-        size.module for size in sizes if type(trial.model.get_submodule(size.module)).__module__.startswith("torch.nn.")
-    }
-    doubtful = [size for size in sizes if size.module not in known and not re.search("heads$|n_?head$", size.attribute)]
+    doubtful = [size for size in sizes if not _is_sure(trial.model, size)]
     for first in (True, False):  # on one sample, and on all only where that says too little
         left = sizes
         for attribute in dict.fromkeys(size.attribute for size in doubtful):
-            others = [size for size in left if size.attribute != attribute or size.module in known]
+            others = [size for size in left if size.attribute != attribute or size not in doubtful]
             if trial.same(others, first):
                 left = others
         if left == sizes or trial.same(left):
             break
     return left
+
+
+def _is_sure(model: nn.Module, size: Size) -> bool:
+    """Whether a number that may follow a width does so where it can: it counts heads by its name, or is that of a layer
+    of torch.nn.
+    """
+    own = type(model.get_submodule(size.module)).__module__.startswith("torch.nn.")
+    return own or bool(re.search("heads$|n_?head$", size.attribute))
 
 
 def _above(model: nn.Module, name: str) -> list[tuple[str, nn.Module]]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from .meta import OnMeta
 from .open_norms import OpenNorm, close
 from .units import Units
 from .units.proof import cut, substitute
-from .units.sizes import Size, follow
+from .units.sizes import Size, follow, set_number
 
 _SCALES = (10.0, 100.0)  # of the example inputs on which masked and cut models are compared too
 
@@ -31,6 +31,7 @@ class Subject:
     units: Units
     example_inputs: Any
     norms: Mapping[str, OpenNorm]
+    _asked: dict[tuple[str, str], bool] = field(default_factory=dict)  # whether a forward asks for a module's attribute
 
     @functools.cached_property
     def shapes(self) -> Shapes | None:
@@ -44,6 +45,19 @@ class Subject:
     def twins(self) -> inputs.Twins:
         """Copies to try things on."""
         return inputs.Twins(self.model)
+
+    def used(self, sizes: Iterable[Size]) -> list[Size]:
+        """These numbers without those that a forward does not ask for, wherever modules keep them, as far as shapes
+        show.
+        """
+        if self.shapes is None:
+            return list(sizes)
+        sizes = list(sizes)
+        new = [size for size in sizes if (size.module, size.attribute) not in self._asked]
+        for attribute in {size.attribute for size in new}:
+            own = [size for size in new if size.attribute == attribute]
+            self._asked |= dict.fromkeys([(size.module, attribute) for size in own], self.shapes.asks_for(own))
+        return [size for size in sizes if self._asked[size.module, size.attribute]]
 
     def doubt_shapes(self) -> None:
         """From now on nothing but values counts."""
@@ -65,8 +79,18 @@ class Shapes:
         """Makes copies without these classes."""
         return inputs.Twins(cut(self._twins.make(), units, classes), meta=True)
 
+    def asks_for(self, sizes: list[Size]) -> bool:
+        """Whether a forward asks for one of these numbers."""
+        model = self._twins.make()
+        try:
+            for size in sizes:
+                set_number(model.get_submodule(size.module), size.attribute, _Unreadable())
+        except Exception:  # of a module that looks at what it is given
+            return True
+        return not self.fits(model)
+
     def fits(self, small: nn.Module) -> bool:
-        """Whether a smaller copy runs and has outputs of the same shapes."""
+        """Whether a copy, a smaller one for example, runs and has outputs of the same shapes."""
         try:
             return self._run(small) == self._expected
         except Exception:
@@ -76,6 +100,15 @@ class Shapes:
         with OnMeta(), inputs.unfused(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return [t.shape for t in inputs.evaluate(model, self._inputs)]
+
+
+class _Unreadable:
+    """In the place of a number; TypeError where code does anything with it but pass it on."""
+
+    def _refuse(self, *_: Any) -> NoReturn:
+        raise TypeError("a number that nothing was expected to ask for")
+
+    __eq__ = __ne__ = __bool__ = __str__ = __format__ = __hash__ = _refuse  # type: ignore[assignment]
 
 
 class Trial:
@@ -92,6 +125,7 @@ class Trial:
             self._samples += [_scaled(sample, scale) for sample, scale in zip(given, _SCALES, strict=True)]
         self._expected: list[list[Tensor]] = []
         self._small_shapes: inputs.Twins | None = None
+        self._fits: dict[tuple[Size, ...], bool] = {}
         self._said: dict[tuple[Size, ...], tuple[int, str]] = {}  # samples compared, what differs
 
     @functools.cached_property
@@ -117,7 +151,10 @@ class Trial:
             return True
         if self._small_shapes is None:
             self._small_shapes = shapes.without(self._units, self._classes)
-        return shapes.fits(_followed(self._small_shapes.make(), sizes))
+        key = tuple(sizes)
+        if key not in self._fits:
+            self._fits[key] = shapes.fits(_followed(self._small_shapes.make(), sizes))
+        return self._fits[key]
 
     def same(self, sizes: list[Size], first: bool = False) -> bool:
         """Whether a copy without the classes computes what the masked one does, with these numbers following.

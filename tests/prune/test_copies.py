@@ -119,6 +119,16 @@ def test_known_results_are_fresh_tensors_and_numbers_count_by_their_types() -> N
     assert second.dtype is torch.int64
 
 
+def test_what_is_changed_in_place_is_itself_and_a_change_of_shape_is_made_each_time() -> None:
+    for _ in range(2):  # the second from what is known
+        x = torch.empty(4, 6, device="meta")
+        assert computed(torch.ops.aten.hardswish_.default, (x,), {}) is x
+        assert computed(torch.ops.aten.transpose_.default, (x, 0, 1), {}) is x
+        assert x.shape == (6, 4)
+        with pytest.raises(RuntimeError):
+            computed(torch.ops.aten.add_.Tensor, (x, torch.empty(5, device="meta")), {})
+
+
 class Asks(nn.Module):
     """Looks at a value on its way."""
 
