@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import dampr
-from dampr import _checks, _progress, records
+from dampr import _checks, _progress, names, records
 from dampr.bench import timing
 from dampr.bench.competitors import CaptumLinear, UnfusedLinear, unfused_gate
 from dampr.nn.explain import route_of
@@ -32,7 +32,7 @@ class Case:
     """
 
     shape: tuple[int, int, int]  # (M, K, N)
-    granularity: str | tuple[int, int]
+    granularity: names.Granularity | tuple[int, int]
     per_sample: bool = False
     weight_pass: bool = False  # draw and multiply only, forward; x has no rows
 

@@ -4,17 +4,19 @@ in one pass with norm and activation.
 
 from __future__ import annotations
 
+from typing import get_args
+
 import torch
 from torch import Tensor
 
-from dampr import _checks, ops
+from dampr import _checks, names, ops
 from dampr.ops.norm_gate import Norm, Running
 from dampr.spec import GateSpec, value
 
 from .gates import DRAWN, drawn_rows, offset_of, times_rows
 from .inputs import gate_of
 
-ACTIVATIONS = (None, "relu")
+ACTIVATIONS = (None, *get_args(names.Activation))
 
 
 def gated_affine(
@@ -65,7 +67,7 @@ def gated_batch_norm(
     eps: float = 1e-5,
     seed: int | Tensor | None = None,
     per_sample: bool = False,
-    activation: str | None = None,
+    activation: names.Activation | None = None,
     spec: GateSpec = DRAWN,
     index_offset: int = 0,
 ) -> Tensor:

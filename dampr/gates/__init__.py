@@ -9,7 +9,7 @@ from .differentiable_mask import DifferentiableMask, foothill, geometric_slope, 
 from .diffprune import DiffPrune
 from .discriminative import DiscriminativeMask, dam_penalty
 from .draws import gate_generator, hold_draws
-from .families import FAMILIES, make_gate, place_gate
+from .families import FAMILIES, GateLike, make_gate, place_gate
 from .fixed import Fixed
 from .hard_concrete import PRESETS, PUBLISHED, HardConcrete
 from .owned import OwnedGate, SteppedGate
@@ -27,6 +27,7 @@ __all__ = [
     "DiscriminativeMask",
     "Fixed",
     "Gate",
+    "GateLike",
     "HardConcrete",
     "OwnedGate",
     "PolyakAverage",

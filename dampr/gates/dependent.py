@@ -7,18 +7,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
-from dampr import _checks, functional, ops, reference
+from dampr import _checks, functional, names, ops, reference
 from dampr.spec import hard_concrete
 
 from .base import Gate, GateModule, gradient
 from .hard_concrete import LOGIT_LIMIT, ConcreteGate
 
-DIRECTIONS = ("forward", "backward")
+DIRECTIONS = get_args(names.Direction)
 
 
 class _Evaluation(NamedTuple):
@@ -63,7 +63,7 @@ class DependencyGenerator(GateModule):
     def __init__(
         self,
         sizes: Sequence[int],
-        direction: str = "forward",
+        direction: names.Direction = "forward",
         input_width: int | None = None,
         init_scale: float = 1.0,
         bias_init: float = 3.0,
@@ -250,7 +250,7 @@ class DependentHardConcrete(ConcreteGate):
         beta: float = 2.0 / 3.0,
         gamma: float = -0.1,
         zeta: float = 1.1,
-        preset: str = "paper",
+        preset: names.Preset = "paper",
     ) -> None:
         if not isinstance(generator, DependencyGenerator):
             raise TypeError(f"generator={generator!r}: expected a DependencyGenerator")

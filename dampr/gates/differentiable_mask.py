@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
-from dampr import _checks, functional, reference
+from dampr import _checks, functional, names, reference
 from dampr.spec import EXACT_ZERO, VARIANTS, GateSpec, mask
 
 from .base import VALUE_SPEC, KernelGate, gradient
 
-SLOPES = ("fixed", "scheduled", "trainable")
-THRESHOLDS = ("fixed", "trainable")
-REGULARISERS = ("l1", "foothill")
+SLOPES = get_args(names.SlopeMode)
+THRESHOLDS = get_args(names.ThresholdMode)
+REGULARISERS = get_args(names.Regulariser)
 
 
 class DifferentiableMask(KernelGate):
@@ -66,11 +67,11 @@ class DifferentiableMask(KernelGate):
         self,
         num_gates: int,
         *,
-        variant: str = "hard",
+        variant: names.MaskVariant = "hard",
         threshold: float = 0.1,
         slope: float = 5.0,
-        slope_mode: str = "fixed",
-        threshold_mode: str = "fixed",
+        slope_mode: names.SlopeMode = "fixed",
+        threshold_mode: names.ThresholdMode = "fixed",
         init_alpha: float = 1.0,
         device: torch.device | str | None = None,
     ) -> None:
@@ -210,7 +211,12 @@ def foothill(x: Tensor, a: float = 1.0, b: float = 1.0) -> Tensor:
 
 
 def scale_penalty(
-    gates: Iterable[DifferentiableMask], lam: float, regulariser: str = "l1", *, a: float = 1.0, b: float = 1.0
+    gates: Iterable[DifferentiableMask],
+    lam: float,
+    regulariser: names.Regulariser = "l1",
+    *,
+    a: float = 1.0,
+    b: float = 1.0,
 ) -> Tensor:
     """lam sum R(alpha) over all gates, a scalar; R is |alpha|, or :func:`foothill` with its ``a`` and ``b``."""
     _checks.one_of("regulariser", regulariser, REGULARISERS)

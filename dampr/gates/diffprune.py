@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
-from dampr import _checks, functional, philox
+from dampr import _checks, functional, names, philox
 from dampr.spec import GateSpec, ramp
 
 from .base import VALUE_SPEC, KernelGate, gradient
@@ -20,7 +21,7 @@ SHAPES = {
     "D": ("exponential", 5.0),
     "E": ("clip", 5.0),
 }
-REVIVALS = (None, "noise", "straight_through")
+REVIVALS = (None, *get_args(names.Revival))
 LEAK = 0.1
 FRESH_PHI = 0.5
 
@@ -61,12 +62,12 @@ class DiffPrune(KernelGate):
         self,
         num_gates: int,
         *,
-        shape: str = "A",
+        shape: names.RampShape = "A",
         sharpness: float | None = None,
         init_phi: float = FRESH_PHI,
         stochastic: bool = False,
         init_sigma: float = 0.1,
-        revive: str | None = None,
+        revive: names.Revival | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__(num_gates)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
-from dampr import _checks
+from dampr import _checks, names
 from dampr.spec import GateSpec, ramp
 
 from .base import KernelGate, gradient
 
-ORDERS = ("zero", "one")
+ORDERS = get_args(names.Order)
 SHAPES = {"tanh": "tanh", "linear": "linear", "piecewise_linear": "clip"}
 
 
@@ -59,8 +60,8 @@ class DiscriminativeMask(KernelGate):
         *,
         k: float = 5.0,
         alpha: float = 1.0,
-        order: str = "zero",
-        shape: str = "tanh",
+        order: names.Order = "zero",
+        shape: names.WindowShape = "tanh",
         init_beta: float | None = None,
         min_open: int = 0,
         weight_decay_on_beta: bool = False,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dampr import _checks
+from dampr import _checks, names
 
 from .base import Gate
 from .dependent import DependentHardConcrete
@@ -17,6 +17,8 @@ from .diffprune import DiffPrune
 from .discriminative import DiscriminativeMask
 from .hard_concrete import HardConcrete
 
+GateLike = names.Family | type[Gate] | Gate
+"""What makes the gates of a layer: a family's name, a class, or a gate to share."""
 FAMILIES: dict[str, type[Gate]] = {
     "hard_concrete": HardConcrete,
     "dep_l0": DependentHardConcrete,
@@ -26,9 +28,7 @@ FAMILIES: dict[str, type[Gate]] = {
 }
 
 
-def place_gate(
-    gate: str | type[Gate] | Gate | Callable[..., Any], num_gates: int, device: Any, per_sample: bool
-) -> Gate:
+def place_gate(gate: GateLike | Callable[..., Any], num_gates: int, device: Any, per_sample: bool) -> Gate:
     """:func:`make_gate` for a layer. Raises ValueError where it should draw per sample and the family cannot."""
     made = make_gate(gate, num_gates, device)
     if _checks.flag("per_sample", per_sample) and made.draws_once:
@@ -37,7 +37,9 @@ def place_gate(
 
 
 def make_gate(
-    gate: str | type[Gate] | Gate | Callable[..., Any], num_gates: int, device: torch.device | str | None = None
+    gate: GateLike | Callable[..., Any],
+    num_gates: int,
+    device: torch.device | str | None = None,
 ) -> Gate:
     """A gate of ``num_gates`` from a family's name, a class, an instance to share, or a function of (num_gates,
     device=...) that makes one.

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
-from dampr import _checks, functional
+from dampr import _checks, functional, names
 from dampr.spec import GateSpec, hard_concrete
 
 from .base import KernelGate, gradient
 
-PRESETS = ("paper", "median", "binary")
+PRESETS = get_args(names.Preset)
 
 # What published code passes where it disagrees: HardConcrete(n, **PUBLISHED["voita2019"]).
 PUBLISHED = {
@@ -31,7 +32,7 @@ class ConcreteGate(KernelGate):
     level_parameters = ("log_alpha",)
     parameter_name = "log_alpha"
 
-    def __init__(self, num_gates: int, *, beta: float, gamma: float, zeta: float, preset: str) -> None:
+    def __init__(self, num_gates: int, *, beta: float, gamma: float, zeta: float, preset: names.Preset) -> None:
         super().__init__(num_gates)
         _checks.one_of("preset", preset, PRESETS)
         self.preset = preset
@@ -106,7 +107,7 @@ class HardConcrete(ConcreteGate):
         beta: float = 2.0 / 3.0,
         gamma: float = -0.1,
         zeta: float = 1.1,
-        preset: str = "paper",
+        preset: names.Preset = "paper",
         init_log_alpha: float | None = None,
         droprate: float | None = None,
         device: torch.device | str | None = None,

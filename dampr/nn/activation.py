@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from dampr import _checks, functional, reference
 from dampr.functional.gates import gated_dimension, times_rows
-from dampr.gates import Gate as Family
-from dampr.gates import place_gate
+from dampr.gates import GateLike, place_gate
 from dampr.spec import value
 
 from .base import GatedLayer
@@ -52,7 +51,7 @@ class GatedActivation(GatedLayer, nn.Module):
         num_gates: int,
         dim: int = 1,
         *,
-        gate: str | type[Family] | Family = "hard_concrete",
+        gate: GateLike = "hard_concrete",
         per_sample: bool = False,
         index: Tensor | None = None,
         device: Any = None,

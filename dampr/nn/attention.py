@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dampr import _checks, functional, ops
-from dampr.gates import Gate, make_gate, place_gate
+from dampr.gates import GateLike, make_gate, place_gate
 from dampr.spec import SAMPLE
 
 from .attend import as_batch, attend, joined, sequence_first
@@ -57,7 +57,7 @@ class GatedMultiheadAttention(GatedLayer, nn.MultiheadAttention):
         device: Any = None,
         dtype: torch.dtype | None = None,
         *,
-        gate: str | type[Gate] | Gate = "hard_concrete",
+        gate: GateLike = "hard_concrete",
         per_sample: bool = False,
     ) -> None:
         super().__init__(
@@ -177,7 +177,11 @@ class GatedMultiheadAttention(GatedLayer, nn.MultiheadAttention):
 
     @classmethod
     def from_dense(
-        cls, layer: nn.MultiheadAttention, *, gate: str | type[Gate] | Gate = "hard_concrete", per_sample: bool = False
+        cls,
+        layer: nn.MultiheadAttention,
+        *,
+        gate: GateLike = "hard_concrete",
+        per_sample: bool = False,
     ) -> GatedMultiheadAttention:
         """A gated layer with the very parameters of ``layer``, not copies. Raises TypeError unless its type is exactly
         the dense one.
@@ -203,9 +207,7 @@ class GatedMultiheadAttention(GatedLayer, nn.MultiheadAttention):
         weight.data = (weight / z.repeat_interleave(self.head_dim)).to(weight.dtype)
 
     @classmethod
-    def _around(
-        cls, layer: nn.MultiheadAttention, gate: str | type[Gate] | Gate, per_sample: bool
-    ) -> GatedMultiheadAttention:
+    def _around(cls, layer: nn.MultiheadAttention, gate: GateLike, per_sample: bool) -> GatedMultiheadAttention:
         """:meth:`from_dense` that leaves the weights as they are."""
         check_dense(layer, nn.MultiheadAttention)
         own = make_gate(gate, layer.num_heads, layer.out_proj.weight.device)

@@ -6,21 +6,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
-from dampr import _checks
-from dampr.gates import Gate, make_gate
+from dampr import _checks, names
+from dampr.gates import Gate, GateLike, make_gate
 from dampr.ops.node import needs_dispatcher
 from dampr.reference import expand_blocks
 from dampr.spec import SAMPLE, GateSpec, value
 
 from .computed import check_dense, refresh, settled
 
-VECTOR_GRANULARITIES = ("output", "input")
-Granularity = str | tuple[int, int]
+VECTOR_GRANULARITIES = get_args(names.VectorGranularity)
+Granularity = names.Granularity | tuple[int, int]
 VALUE = value()
 
 
@@ -28,7 +28,7 @@ class GatedLayer:
     """Mixin of the gated layers: one :class:`dampr.gates.Gate` in ``gate``, placed by ``granularity``."""
 
     gate: Gate
-    granularity: Granularity
+    granularity: str | tuple[int, int]
     per_sample: bool
     sharded: bool = False  # whether DTensors may come here (dampr.integrations.distributed.parallelize_module)
 
@@ -173,7 +173,11 @@ class GatedWeight(GatedLayer):
 
     @classmethod
     def _from_dense(
-        cls, layer: nn.Module, gate: str | type[Gate] | Gate, granularity: Granularity | Tensor, per_sample: bool
+        cls,
+        layer: nn.Module,
+        gate: GateLike,
+        granularity: Granularity | Tensor,
+        per_sample: bool,
     ) -> Any:
         """A gated layer with the very parameters of ``layer``; they are divided by fresh gates that are not 1, so what
         it computes stays.
@@ -186,7 +190,11 @@ class GatedWeight(GatedLayer):
 
     @classmethod
     def _around(
-        cls, layer: nn.Module, gate: str | type[Gate] | Gate, granularity: Granularity | Tensor, per_sample: bool
+        cls,
+        layer: nn.Module,
+        gate: GateLike,
+        granularity: Granularity | Tensor,
+        per_sample: bool,
     ) -> Any:
         """:meth:`_from_dense` that leaves the parameters as they are.
 

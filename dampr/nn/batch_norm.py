@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dampr import _checks, functional, ops
+from dampr import _checks, functional, names, ops
 from dampr.functional.norm import ACTIVATIONS
-from dampr.gates import Gate
+from dampr.gates import GateLike
 from dampr.ops.gate_args import GateArgs, gate_dtype
 from dampr.ops.norm_gate import Norm, Running
 from dampr.spec import SAMPLE, GateSpec
@@ -20,7 +20,7 @@ from .gated_norm import GatedNorm
 
 
 class GatedBatchNorm(GatedNorm, _BatchNorm):
-    activation: str | None
+    activation: names.Activation | None
     followed: bool = False  # whether the activation is that of an AbsorbedReLU behind
     _arguments: tuple[str, ...] = ("num_features", "eps", "momentum", "affine", "track_running_stats")
 
@@ -35,9 +35,9 @@ class GatedBatchNorm(GatedNorm, _BatchNorm):
         dtype: torch.dtype | None = None,
         *,
         bias: bool = True,
-        gate: str | type[Gate] | Gate = "hard_concrete",
+        gate: GateLike = "hard_concrete",
         per_sample: bool = False,
-        activation: str | None = None,
+        activation: names.Activation | None = None,
     ) -> None:
         _checks.one_of("activation", activation, ACTIVATIONS)
         how: dict[str, Any] = {} if bias else {"bias": False}  # torch's own norms know it from 2.13 on
@@ -50,9 +50,9 @@ class GatedBatchNorm(GatedNorm, _BatchNorm):
         cls,
         layer: Any,
         *,
-        gate: str | type[Gate] | Gate = "hard_concrete",
+        gate: GateLike = "hard_concrete",
         per_sample: bool = False,
-        activation: str | None = None,
+        activation: names.Activation | None = None,
     ) -> Any:
         """As for every gated norm; ``activation="relu"`` computes the ReLU that follows ``layer``,
         which the caller then leaves out.
@@ -91,7 +91,7 @@ class GatedBatchNorm(GatedNorm, _BatchNorm):
         return y
 
     def _gated(
-        self, x: Tensor, parameter: Tensor, seed: Tensor | None, spec: GateSpec, activation: str | None
+        self, x: Tensor, parameter: Tensor, seed: Tensor | None, spec: GateSpec, activation: names.Activation | None
     ) -> Tensor:
         """act(z batch_norm(x)), in one pass where that is to be had."""
         offset = self.gate.index_offset(x.shape[0]) if self.per_sample and seed is not None else 0
@@ -130,7 +130,7 @@ class GatedBatchNorm(GatedNorm, _BatchNorm):
         parameter: Tensor,
         seed: Tensor | None,
         spec: GateSpec,
-        activation: str | None,
+        activation: names.Activation | None,
         index_offset: int,
     ) -> Tensor:
         momentum = 0.0 if self.momentum is None else self.momentum

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
 from dampr import _checks, functional
-from dampr.gates import Gate, place_gate
+from dampr.gates import GateLike, place_gate
 from dampr.spec import GateSpec
 
 from .base import GatedWeight, Granularity
@@ -46,7 +46,7 @@ class GatedConv(GatedWeight, _ConvNd):
         device: Any = None,
         dtype: torch.dtype | None = None,
         *,
-        gate: str | type[Gate] | Gate = "hard_concrete",
+        gate: GateLike = "hard_concrete",
         granularity: Granularity | Tensor = "output",
         per_sample: bool = False,
     ) -> None:
@@ -113,7 +113,7 @@ class GatedConv(GatedWeight, _ConvNd):
         cls,
         layer: Any,
         *,
-        gate: str | type[Gate] | Gate = "hard_concrete",
+        gate: GateLike = "hard_concrete",
         granularity: Granularity | Tensor = "output",
         per_sample: bool = False,
     ) -> Any:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
-from dampr import _checks, functional
-from dampr.gates import Gate, place_gate
+from dampr import _checks, functional, names
+from dampr.gates import GateLike, place_gate
 
 from .base import VECTOR_GRANULARITIES, GatedWeight
 
@@ -37,8 +37,8 @@ class GatedConvTranspose(GatedWeight, _ConvTransposeNd):
         device: Any = None,
         dtype: torch.dtype | None = None,
         *,
-        gate: str | type[Gate] | Gate = "hard_concrete",
-        granularity: str = "output",
+        gate: GateLike = "hard_concrete",
+        granularity: names.VectorGranularity = "output",
         per_sample: bool = False,
     ) -> None:
         # The dense constructor first: it knows how to refuse channels that its groups do not divide.
@@ -77,8 +77,8 @@ class GatedConvTranspose(GatedWeight, _ConvTransposeNd):
         cls,
         layer: Any,
         *,
-        gate: str | type[Gate] | Gate = "hard_concrete",
-        granularity: str = "output",
+        gate: GateLike = "hard_concrete",
+        granularity: names.VectorGranularity = "output",
         per_sample: bool = False,
     ) -> Any:
         """A gated layer with the very parameters of ``layer``, not copies. Raises TypeError unless its type is exactly

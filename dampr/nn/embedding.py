@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dampr import _checks, functional
-from dampr.gates import Gate as Family
-from dampr.gates import make_gate, place_gate
+from dampr import _checks, functional, names
+from dampr.gates import GateLike, make_gate, place_gate
 from dampr.spec import value
 
 from .base import VECTOR_GRANULARITIES, GatedLayer, fresh_values, wide_dtype
@@ -49,8 +48,8 @@ class GatedEmbedding(GatedLayer, nn.Embedding):
         device: Any = None,
         dtype: torch.dtype | None = None,
         *,
-        gate: str | type[Family] | Family = "hard_concrete",
-        granularity: str = "output",
+        gate: GateLike = "hard_concrete",
+        granularity: names.VectorGranularity = "output",
         per_sample: bool = False,
     ) -> None:
         _checks.one_of("granularity", granularity, VECTOR_GRANULARITIES)
@@ -101,8 +100,8 @@ class GatedEmbedding(GatedLayer, nn.Embedding):
         cls,
         layer: nn.Embedding,
         *,
-        gate: str | type[Family] | Family = "hard_concrete",
-        granularity: str = "output",
+        gate: GateLike = "hard_concrete",
+        granularity: names.VectorGranularity = "output",
         per_sample: bool = False,
     ) -> GatedEmbedding:
         """A gated layer with the very parameter of ``layer``, not a copy. Raises TypeError unless its type is exactly

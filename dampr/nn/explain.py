@@ -13,7 +13,7 @@ from dampr.spec import SAMPLE
 
 from .activation import GatedActivation
 from .attention import GatedMultiheadAttention
-from .base import GatedLayer, Granularity
+from .base import GatedLayer
 from .batch_norm import GatedBatchNorm
 from .conv import GatedConv
 from .embedding import GatedEmbedding
@@ -64,7 +64,7 @@ def explain(layer: GatedLayer, x: Tensor) -> Explanation:
     return found
 
 
-def _granularity(layer: GatedLayer) -> Granularity:
+def _granularity(layer: GatedLayer) -> str | tuple[int, int]:
     """That of the op: grouped by an index, every weight is handed a gate."""
     return "weight" if layer.granularity == "index" else layer.granularity
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dampr import _checks, ops
 from dampr.functional.inputs import gate_of
-from dampr.gates import Gate, make_gate, place_gate
+from dampr.gates import Gate, GateLike, make_gate, place_gate
 from dampr.spec import SAMPLE, GateSpec
 
 from .base import GatedLayer, fresh_values, wide_dtype
@@ -44,7 +44,7 @@ class GatedNorm(GatedLayer):
     _dense: type[nn.Module]
     _arguments: tuple[str, ...]
 
-    def _place(self, gate: str | type[Gate] | Gate, count: int, per_sample: bool, device: Any) -> None:
+    def _place(self, gate: GateLike, count: int, per_sample: bool, device: Any) -> None:
         self.granularity = "output"
         self.per_sample = _checks.flag("per_sample", per_sample)
         self.gate = place_gate(gate, count, device, self.per_sample)
@@ -81,9 +81,7 @@ class GatedNorm(GatedLayer):
         return count
 
     @classmethod
-    def from_dense(
-        cls, layer: Any, *, gate: str | type[Gate] | Gate = "hard_concrete", per_sample: bool = False
-    ) -> Any:
+    def from_dense(cls, layer: Any, *, gate: GateLike = "hard_concrete", per_sample: bool = False) -> Any:
         """A gated norm with the very parameters and statistics of ``layer``, not copies. Raises TypeError unless its
         type is exactly the dense one.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from dampr import _checks
-from dampr.gates import Gate
+from dampr.gates import GateLike
 
 from .computed import check_dense
 from .linear import GatedLinear
@@ -32,7 +32,7 @@ class GatedHeads(GatedLinear):
         *,
         heads: int,
         weights_per_gate: float | None = None,
-        gate: str | type[Gate] | Gate = "hard_concrete",
+        gate: GateLike = "hard_concrete",
     ) -> GatedHeads:
         """A gated layer with the very parameters of ``layer``, not copies; where fresh gates are not 1, they are
         divided by them.

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dampr import _checks, functional, ops
-from dampr.gates import Gate
+from dampr import _checks, functional, names, ops
+from dampr.gates import GateLike
 
 from .gated_norm import GatedNorm
 from .open_statistics import of_open
@@ -49,9 +49,9 @@ class GatedLayerNorm(GatedNorm, nn.LayerNorm):
         device: Any = None,
         dtype: torch.dtype | None = None,
         *,
-        gate: str | type[Gate] | Gate = "hard_concrete",
+        gate: GateLike = "hard_concrete",
         per_sample: bool = False,
-        statistics: str = "all",
+        statistics: names.Statistics = "all",
     ) -> None:
         _check_statistics(statistics, per_sample)
         super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)
@@ -63,9 +63,9 @@ class GatedLayerNorm(GatedNorm, nn.LayerNorm):
         cls,
         layer: Any,
         *,
-        gate: str | type[Gate] | Gate = "hard_concrete",
+        gate: GateLike = "hard_concrete",
         per_sample: bool = False,
-        statistics: str = "all",
+        statistics: names.Statistics = "all",
     ) -> Any:
         """As for every gated norm."""
         _check_statistics(statistics, per_sample)
@@ -167,7 +167,7 @@ class GatedLayerNorm(GatedNorm, nn.LayerNorm):
 
 
 def _check_statistics(statistics: str, per_sample: bool) -> None:
-    _checks.one_of("statistics", statistics, ("all", "open"))
+    _checks.one_of("statistics", statistics, get_args(names.Statistics))
     if _checks.flag("per_sample", per_sample) and statistics == "open":
         raise ValueError(
             "per_sample=True with statistics='open': expected False, because all samples share the elements that count"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dampr import _checks, functional
-from dampr.gates import Gate, place_gate
+from dampr.gates import GateLike, place_gate
 from dampr.spec import GateSpec
 
 from .base import GatedWeight, Granularity
@@ -47,7 +47,7 @@ class GatedLinear(GatedWeight, nn.Linear):
         device: Any = None,
         dtype: torch.dtype | None = None,
         *,
-        gate: str | type[Gate] | Gate = "hard_concrete",
+        gate: GateLike = "hard_concrete",
         granularity: Granularity | Tensor = "output",
         per_sample: bool = False,
     ) -> None:
@@ -97,7 +97,7 @@ class GatedLinear(GatedWeight, nn.Linear):
         cls,
         layer: nn.Linear,
         *,
-        gate: str | type[Gate] | Gate = "hard_concrete",
+        gate: GateLike = "hard_concrete",
         granularity: Granularity | Tensor = "output",
         per_sample: bool = False,
     ) -> GatedLinear:

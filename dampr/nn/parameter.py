@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dampr import _checks
-from dampr.gates import Gate, make_gate
+from dampr.gates import GateLike, make_gate
 
 from .base import GatedLayer, fresh_values
 
@@ -44,7 +44,7 @@ class GatedParameter(GatedLayer, nn.Module):
 
     def __init__(
         self,
-        gate: str | type[Gate] | Gate,
+        gate: GateLike,
         dim: int,
         index: Tensor,
         *,

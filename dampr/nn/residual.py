@@ -13,7 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from dampr import _checks
 from dampr.gates import Gate as Family
-from dampr.gates import make_gate, ranks
+from dampr.gates import GateLike, make_gate, ranks
 from dampr.ops import is_transformed
 from dampr.spec import HARD_CONCRETE, RAMP
 
@@ -49,7 +49,7 @@ class GatedResidual(GatedLayer, nn.Module):
         self,
         branch: nn.Module,
         *,
-        gate: str | type[Family] | Family = "hard_concrete",
+        gate: GateLike = "hard_concrete",
         per_sample: bool = False,
         device: Any = None,
     ) -> None:

@@ -6,13 +6,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
-from dampr import _checks, functional, ops
-from dampr.gates import Gate, make_gate
+from dampr import _checks, functional, names, ops
+from dampr.gates import GateLike, make_gate
 from dampr.spec import value
 
 from .base import GatedLayer, fresh_values, wide_dtype
@@ -22,7 +22,7 @@ from .pruned.scaled_rnn import ScaledRNN, scaled_call, scaled_state
 from .pruned.stacked_rnn import width_of
 
 VALUE = value()
-WIDTHS = ("equal", "own")
+WIDTHS = get_args(names.Widths)
 # elements up to which torch's own products are faster on a CPU,
 # amid the memory that the vendor's kernel takes and gives
 _BY_TORCH = 2**21
@@ -42,7 +42,11 @@ class GatedRecurrent(GatedLayer, nn.RNNBase):
     _dense: Any
 
     def __init__(
-        self, *args: Any, gate: str | type[Gate] | Gate = "hard_concrete", widths: str = "equal", **kwargs: Any
+        self,
+        *args: Any,
+        gate: GateLike = "hard_concrete",
+        widths: names.Widths = "equal",
+        **kwargs: Any,
     ) -> None:
         _checks.one_of("widths", widths, WIDTHS)
         super().__init__(*args, **kwargs)
@@ -53,12 +57,12 @@ class GatedRecurrent(GatedLayer, nn.RNNBase):
         self.gate = make_gate(gate, self.num_layers * self._directions * self._width, device)
 
     @property
-    def widths(self) -> str:
+    def widths(self) -> names.Widths:
         """What compaction leaves where layers or directions have unequally many open units; see the arguments."""
         return self._widths
 
     @widths.setter
-    def widths(self, value: str) -> None:
+    def widths(self, value: names.Widths) -> None:
         _checks.one_of("widths", value, WIDTHS)
         self._widths = value
 
@@ -104,9 +108,9 @@ class GatedRecurrent(GatedLayer, nn.RNNBase):
         """
         each = self._directions
         folded = []
-        for row, names in enumerate(self._all_weights):
+        for row, weights in enumerate(self._all_weights):
             below = gates[row // each * each - each : row // each * each]
-            for name in names:
+            for name in weights:
                 weight = self._weight(name)
                 if self.proj_size:
                     if name.startswith("weight_hr"):
@@ -126,7 +130,7 @@ class GatedRecurrent(GatedLayer, nn.RNNBase):
         return layer.num_layers * (1 + layer.bidirectional) * width_of(layer)
 
     @classmethod
-    def from_dense(cls, layer: Any, *, gate: str | type[Gate] | Gate = "hard_concrete", widths: str = "equal") -> Any:
+    def from_dense(cls, layer: Any, *, gate: GateLike = "hard_concrete", widths: names.Widths = "equal") -> Any:
         """A gated layer with the very parameters of ``layer``, not copies. Raises TypeError unless its type is exactly
         the dense one.
 
@@ -155,8 +159,8 @@ class GatedRecurrent(GatedLayer, nn.RNNBase):
                 "make up for them; "
                 "expected a family or an instance whose fresh gates are 1"
             )
-        for row, names in enumerate(self._all_weights):
-            projection = self._weight(names[-1])
+        for row, weights in enumerate(self._all_weights):
+            projection = self._weight(weights[-1])
             projection.data = (projection / z[row].unsqueeze(1)).to(projection.dtype)
 
     @torch.no_grad()
@@ -243,13 +247,13 @@ class GatedRecurrent(GatedLayer, nn.RNNBase):
     def group_size(self) -> Tensor:
         """|g|: how many parameters a gate switches off, (num_gates,): what :meth:`_of_units` adds up, counted."""
         sizes = []
-        for row, names in enumerate(self._all_weights):
-            gate_rows = self._weight(names[1]).shape[0]  # of all gate matrices
+        for row, weights in enumerate(self._all_weights):
+            gate_rows = self._weight(weights[1]).shape[0]  # of all gate matrices
             if self.proj_size:
                 own = self.hidden_size
             else:
                 own = (
-                    sum(self._weight(name).numel() for name in names) // self.hidden_size
+                    sum(self._weight(name).numel() for name in weights) // self.hidden_size
                     - gate_rows // self.hidden_size
                 )
             sizes.append(own + gate_rows * (1 + len(self._readers(row))))
@@ -268,13 +272,13 @@ class GatedRecurrent(GatedLayer, nn.RNNBase):
         own rows do not count twice, and its columns of W_ih in the next layer.
         """
         each, found = self._directions, []
-        for row, names in enumerate(self._all_weights):
-            recurrent = of(self._weight(names[1]))
+        for row, weights in enumerate(self._all_weights):
+            recurrent = of(self._weight(weights[1]))
             total = recurrent.sum(0)
             if self.proj_size:
-                total = total + of(self._weight(names[-1])).sum(1)
+                total = total + of(self._weight(weights[-1])).sum(1)
             else:
-                for name in names:
+                for name in weights:
                     total = total + of(self._weight(name)).reshape(
                         -1, self.hidden_size, self._weight(name).shape[1:].numel()
                     ).sum((0, 2))

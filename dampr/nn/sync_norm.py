@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from dampr import functional
-from dampr.gates import Gate
+from dampr import functional, names
+from dampr.gates import Gate, GateLike
 from dampr.ops.gate_args import gate_dtype
 from dampr.spec import SAMPLE, GateSpec
 
@@ -50,9 +50,9 @@ class GatedSyncBatchNorm(GatedBatchNorm):
         dtype: torch.dtype | None = None,
         *,
         bias: bool = True,
-        gate: str | type[Gate] | Gate = "hard_concrete",
+        gate: GateLike = "hard_concrete",
         per_sample: bool = False,
-        activation: str | None = None,
+        activation: names.Activation | None = None,
     ) -> None:
         how: dict[str, Any] = {"bias": bias, "gate": gate, "per_sample": per_sample, "activation": activation}
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **how)
@@ -63,7 +63,7 @@ class GatedSyncBatchNorm(GatedBatchNorm):
             raise ValueError(f"x.shape={tuple(input.shape)}: expected (B, C) or more dimensions")
 
     def _gated(
-        self, x: Tensor, parameter: Tensor, seed: Tensor | None, spec: GateSpec, activation: str | None
+        self, x: Tensor, parameter: Tensor, seed: Tensor | None, spec: GateSpec, activation: names.Activation | None
     ) -> Tensor:
         group = self._group() if self.training else None
         if group is None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dampr import _checks
+from dampr import _checks, names
 from dampr.gates import Gate as Family
 
 from .activation import GatedActivation
@@ -52,7 +52,7 @@ class GatedTransformer(BySublayers):
         device: Any = None,
         dtype: torch.dtype | None = None,
         *,
-        gate: str | type[Family] | Callable[..., Any] = "hard_concrete",
+        gate: names.Family | type[Family] | Callable[..., Any] = "hard_concrete",
         parts: Sequence[str] = ("heads", "neurons"),
         per_sample: bool = False,
     ) -> None:
@@ -115,7 +115,7 @@ class GatedTransformer(BySublayers):
         cls,
         layer: Any,
         *,
-        gate: str | type[Family] | Callable[..., Any] = "hard_concrete",
+        gate: names.Family | type[Family] | Callable[..., Any] = "hard_concrete",
         parts: Sequence[str] = ("heads", "neurons"),
         per_sample: bool = False,
     ) -> Any:

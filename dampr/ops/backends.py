@@ -1,7 +1,8 @@
 """Which backend runs an op: triton on CUDA, cpp on the CPU, reference everywhere; by itself, by environment, or by
 ``with dampr.backend(...)``.
 
-Auto falls back only on absence, never after a failure. An explicit choice that cannot be honoured raises and says why.
+Auto falls back only on absence, with one warning, never after a failure. An explicit choice that cannot be honoured
+raises and says why.
 """
 
 from __future__ import annotations
@@ -9,18 +10,21 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
+from dampr import names
+
 from ._torch import constant_to_compilers, environment_entry
 
-NAMES = ("triton", "cpp", "reference")
+NAMES = tuple(name for name in get_args(names.Backend) if name != "auto")
 ENVIRONMENT = "DAMPR_BACKEND"
-_chosen: list[list[str]] = []  # process-wide on purpose: the backward of CUDA ops runs in threads of its own
+_chosen: list[list[names.Backend]] = []  # process-wide on purpose: the backward of CUDA ops runs in threads of its own
 
 
 class BackendUnavailableError(RuntimeError):
@@ -36,6 +40,7 @@ def _load(name: str) -> tuple[ModuleType | None, str]:
 
 _package = sys.modules[__package__ or ""]  # has every backend that was loaded as an attribute
 _modules: dict[str, tuple[ModuleType | None, str]] = {}
+_warned: set[str] = set()  # backends of which it was said that they are missing
 # what select() found for (asked for, device, dtype)
 _selected: dict[tuple[Any, torch.device, torch.dtype], ModuleType] = {}
 _environment, _key = environment_entry(ENVIRONMENT)
@@ -63,7 +68,7 @@ def why_not(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 @contextmanager
-def backend(name: str) -> Iterator[None]:
+def backend(name: names.Backend) -> Iterator[None]:
     """Run every dampr op of the block on ``name``: ``"auto"``, ``"triton"``, ``"cpp"`` or ``"reference"``.
 
     Raises ValueError for an unknown name and BackendUnavailableError for one that is not installed; an op whose tensors
@@ -83,7 +88,8 @@ def backend(name: str) -> Iterator[None]:
 def choose(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     """The backend for tensors of this device and dtype, and the reason, in words."""
     if _chosen:
-        name, source = _chosen[-1][0], "dampr.backend(...)"
+        name: str = _chosen[-1][0]
+        source = "dampr.backend(...)"
     else:
         name = _checked(os.environ.get(ENVIRONMENT, "auto"), ENVIRONMENT)
         source = f"the environment variable {ENVIRONMENT}"
@@ -98,6 +104,14 @@ def choose(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     reason = why_not(preferred, device, dtype)
     if reason is None:
         return preferred, f"the fused backend for {device.type} tensors"
+    if _module(preferred)[0] is None and preferred not in _warned:
+        _warned.add(preferred)
+        warnings.warn(
+            f"dampr has no fused kernels for {device.type} tensors ({reason}) and runs operators of torch instead, "
+            "which is slower; dampr.backend_info() says more, and DAMPR_BACKEND=reference chooses this without a word",
+            RuntimeWarning,
+            stacklevel=3,
+        )
     return "reference", f"{preferred} is not to be had: {reason}"
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dampr import _checks
+from dampr import _checks, names
 from dampr.gates import Gate, OwnedGate, SteppedGate, ranks
 
 from . import inputs
@@ -102,7 +102,7 @@ class Budget:
         strength: float = 10.0,
         rate: float = 0.02,
         steps: int | None = None,
-        score: str = "importance",
+        score: names.Score = "importance",
         min_share: float | None = None,
     ) -> None:
         wishes = {"macs": macs, "params": params, "latency": latency}
@@ -162,7 +162,7 @@ class Budget:
             f"one gate open in every layer{hint}" + (f"; gates that cut nothing: {never}" if never else "")
         )
 
-    def _take_over(self, steps: int, score: str, min_share: float | None) -> Controller:
+    def _take_over(self, steps: int, score: names.Score, min_share: float | None) -> Controller:
         """Put gates that the budget owns in the place of the model's."""
         if len(self.targets) > 1:
             raise ValueError(f"steps={steps!r} with {len(self.targets)} targets: expected one")

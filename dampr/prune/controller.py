@@ -18,17 +18,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
+from dampr import names
 from dampr.gates import Gate, OwnedGate, SteppedGate
 from dampr.gates.ranks import over_ranks
 
 from .cost import Cost
 
-SCORES = ("importance", "learned")
+SCORES = get_args(names.Score)
 # shares of the steps of a budget: gates are measured, the first ones go down, the goal sinks
 MEASURE, LAG, RAMP = 0.1, 0.15, 0.75
 ARRIVED = 0.9  # the share of the ramp after which the goal is the target
@@ -77,7 +78,7 @@ class Controller:
     """
 
     def __init__(
-        self, gates: Sequence[Owned], cost: Cost, target: float, steps: int, score: str, least: Sequence[int]
+        self, gates: Sequence[Owned], cost: Cost, target: float, steps: int, score: names.Score, least: Sequence[int]
     ) -> None:
         self.gates, self.cost, self.score = list(gates), cost, score
         self.ramp = Ramp(target / cost.total, steps)
@@ -366,7 +367,7 @@ def even_share(cost: Cost, target: float) -> float:
     return low
 
 
-def owned(gate: Gate, score: str) -> Owned:
+def owned(gate: Gate, score: names.Score) -> Owned:
     """What stands in for ``gate`` while a budget owns it."""
     return SteppedGate(gate) if score == "importance" else OwnedGate(gate)
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import torch
 from torch import nn
 
-from dampr import _checks
+from dampr import _checks, names
 from dampr.gates import DependencyGenerator, Gate, make_gate
 from dampr.gates.draws import share_generator
 from dampr.nn.base import VECTOR_GRANULARITIES, Granularity
@@ -62,7 +62,7 @@ def convert(
     model: Model,
     example_inputs: Any = None,
     *,
-    gate: str | type[Gate] | Callable[..., Any] = "hard_concrete",
+    gate: names.Family | type[Gate] | Callable[..., Any] = "hard_concrete",
     granularity: Granularity = "output",
     per_sample: bool | None = None,
     include: Filter = None,
@@ -145,7 +145,7 @@ def convert(
     if isinstance(granularity, tuple):
         _checks.block_count("granularity", granularity, 1, 1)
     else:
-        _checks.one_of("granularity", granularity, ("output", "input", "weight"))
+        _checks.one_of("granularity", granularity, get_args(names.Granularity))
     for name, switch in (
         ("tie", tie),
         ("residual", residual),

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
-from dampr import _checks
+from dampr import _checks, names
 from dampr.gates import SteppedGate
 from dampr.gates.ranks import over_ranks
 
@@ -21,7 +21,7 @@ from .recalibrate import recalibrate, share_statistics
 from .summary import gated_layers
 from .wrapped import sees_through
 
-CRITERIA = ("taylor", "magnitude", "random")
+CRITERIA = get_args(names.Criterion)
 
 
 @sees_through
@@ -34,7 +34,7 @@ def prune_once(
     params: Any = None,
     latency: Any = None,
     rounds: int = 1,
-    criterion: str = "taylor",
+    criterion: names.Criterion = "taylor",
     example_inputs: Any = None,
     min_share: float | None = None,
     round_to: int = 1,
@@ -99,7 +99,7 @@ def prune_once(
     return plain
 
 
-def _check_data(data: list[Any], loss: Any, criterion: str) -> None:
+def _check_data(data: list[Any], loss: Any, criterion: names.Criterion) -> None:
     if not all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in data):
         raise TypeError("batches: expected pairs of inputs and targets")
     if criterion == "taylor" and (not data or not callable(loss)):
@@ -109,7 +109,7 @@ def _check_data(data: list[Any], loss: Any, criterion: str) -> None:
         )
 
 
-def _close(budget: Budget, share: float, criterion: str, data: list[tuple[Any, Any]], loss: Any) -> None:
+def _close(budget: Budget, share: float, criterion: names.Criterion, data: list[tuple[Any, Any]], loss: Any) -> None:
     """Close the gates of a budget that owns them, down to a share of the cost."""
     controller = budget.controller
     assert controller is not None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from dampr import _checks
+from dampr import _checks, names
 from dampr.gates import Fixed, ranks
 
 from . import inputs, noise
@@ -104,7 +104,7 @@ class Plan:
         params: Any = None,
         latency: Any = None,
         gate: Any = "hard_concrete",
-        score: str = "importance",
+        score: names.Score = "importance",
         warmup: float | None = None,
         ramp: float = SHRINKING,
         trained: bool | None = None,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dampr import ops
+from dampr import names, ops
 
 from .tolerances import Comparison, as_tf32, compare
 
@@ -25,7 +25,7 @@ class Row:
     """One line of the table: an op on a backend in a dtype (or :data:`TF32`), over all its cases."""
 
     op: str
-    backend: str
+    backend: names.Backend
     device: str
     dtype: str
     cases: int = 0
@@ -126,7 +126,7 @@ def upstream(dy: Tensor, dtype: torch.dtype, device: str) -> Tensor:
     return torch.ones((), dtype=dtype, device=device).expand(dy.shape) if expanded else dy.to(device, dtype)
 
 
-def on_backend(backend: str | None) -> AbstractContextManager[None]:
+def on_backend(backend: names.Backend | None) -> AbstractContextManager[None]:
     return nullcontext() if backend is None else ops.backend(backend)
 
 

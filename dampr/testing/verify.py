@@ -17,7 +17,7 @@ from typing import Any, cast
 
 import torch
 
-from dampr import _checks, _progress, ops, records
+from dampr import _checks, _progress, names, ops, records
 
 from . import verify_conv, verify_gates, verify_linear, verify_norm
 from .rows import TF32, Row
@@ -34,21 +34,21 @@ _DTYPES = {
 _PRODUCTS = ("gated_linear", "weight_gated_linear", "gated_conv2d")
 PARTS = 6  # into which a row is cut where several processes verify
 
-Job = tuple[str, str, str, torch.dtype, bool]  # op, backend, device, dtype, whether products are in TF32
+Job = tuple[str, names.Backend, str, torch.dtype, bool]  # op, backend, device, dtype, whether products are in TF32
 
 
-def targets() -> list[tuple[str, str, torch.dtype]]:
+def targets() -> list[tuple[names.Backend, str, torch.dtype]]:
     """(backend, device, dtype) of everything that can run here."""
-    found = []
+    found, backends = [], tuple[names.Backend, ...](("reference", "cpp", "triton"))
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-        for backend in ("reference", "cpp", "triton"):
+        for backend in backends:
             for dtype in _DTYPES.get((backend, device), ()):
                 if ops.backends.why_not(backend, torch.device(device), dtype) is None:
                     found.append((backend, device, dtype))
     return found
 
 
-def jobs(only_op: str | None = None, only_backend: str | None = None) -> list[Job]:
+def jobs(only_op: str | None = None, only_backend: names.Backend | None = None) -> list[Job]:
     """What can be verified here: an op on a backend, a device and in a dtype,
     and once more in TF32 where our kernels have it.
     """
@@ -85,7 +85,7 @@ def run_side_by_side(wanted: list[Job], processes: int, parts: int = PARTS) -> I
 
 def verify_op(
     op: str,
-    backend: str,
+    backend: names.Backend,
     device: str,
     dtype: torch.dtype,
     tf32: bool = False,
@@ -124,7 +124,7 @@ def float32_products(precision: str) -> Iterator[None]:
             switch.fp32_precision = value
 
 
-def _applies(op: str, backend: str, device: str, dtype: torch.dtype) -> bool:
+def _applies(op: str, backend: names.Backend, device: str, dtype: torch.dtype) -> bool:
     """Whether the op takes the dtype; the noise of the reference is the definition."""
     if op == "noise":
         return dtype == torch.float32 and backend != "reference"

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dampr import functional, ops, philox, reference
+from dampr import functional, names, ops, philox, reference
 from dampr.spec import hard_concrete
 
 from .rows import Expected, Row, compare_all
@@ -60,7 +60,7 @@ class ConvCase:
         return found
 
 
-def cases(backend: str, device: str) -> Iterator[ConvCase]:
+def cases(backend: names.Backend, device: str) -> Iterator[ConvCase]:
     """Odd and even sizes, strides, padding, dilation, groups, depthwise, 1 x 1; the routes that the backend has beside
     its own choice.
 
@@ -97,7 +97,7 @@ def cases(backend: str, device: str) -> Iterator[ConvCase]:
 
 
 def once(
-    backend: str | None,
+    backend: names.Backend | None,
     dtype: torch.dtype,
     device: str,
     case: ConvCase,

@@ -7,7 +7,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from dampr import functional, ops, reference
+from dampr import functional, names, ops, reference
 from dampr.spec import SHAPES, VARIANTS, GateSpec, hard_concrete, mask, ramp, value
 
 from .rows import Row, exact, on_backend
@@ -61,7 +61,7 @@ def verify_values(row: Row, dtype: torch.dtype) -> Row:
 
 
 def gates_once(
-    backend: str | None,
+    backend: names.Backend | None,
     dtype: torch.dtype,
     device: str,
     log_alpha: Tensor,
@@ -108,7 +108,7 @@ def verify_generator(row: Row, dtype: torch.dtype) -> Row:
 
 
 def generator_once(
-    backend: str | None, dtype: torch.dtype, device: str, data: list[Tensor], upstream: Tensor
+    backend: names.Backend | None, dtype: torch.dtype, device: str, data: list[Tensor], upstream: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Values and the gradients of all parameters from one backend; None: from autograd on the reference."""
     leaves, upstream = [t.to(device, dtype).detach().requires_grad_() for t in data], upstream.to(device, dtype)

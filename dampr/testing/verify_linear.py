@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dampr import functional, ops, philox, reference
+from dampr import functional, names, ops, philox, reference
 from dampr.spec import hard_concrete, mask, ramp, value
 
 from .rows import Expected, Row, compare_all, on_backend, upstream
@@ -132,7 +132,7 @@ def _reference(
     return linear_once(None, dtype, "cpu", case, data, dy, seed)
 
 
-def _routes(backend: str, case: LinearCase) -> tuple[str | None, ...]:
+def _routes(backend: names.Backend, case: LinearCase) -> tuple[str | None, ...]:
     """The route a case takes by itself and, in C++, where hard shapes are small layers,
     those of larger ones as well.
     """
@@ -145,7 +145,7 @@ def _routes(backend: str, case: LinearCase) -> tuple[str | None, ...]:
 
 
 def linear_once(
-    backend: str | None,
+    backend: names.Backend | None,
     dtype: torch.dtype,
     device: str,
     case: LinearCase,

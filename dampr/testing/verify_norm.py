@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dampr import functional, reference
+from dampr import functional, names, reference
 from dampr.spec import hard_concrete
 
 from .rows import Expected, Row, compare_all, on_backend, upstream
@@ -130,7 +130,7 @@ def verify_case(row: Row, case: NormCase, dtype: torch.dtype, given: NormData) -
 
 
 def norm_once(
-    backend: str | None,
+    backend: names.Backend | None,
     dtype: torch.dtype,
     device: str,
     case: NormCase,

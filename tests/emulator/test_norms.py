@@ -11,6 +11,7 @@ import torch
 pytest.importorskip("triton")
 
 import dampr
+from dampr import names
 from dampr.testing import verify, verify_norm
 from tests.emulator import driver
 
@@ -56,7 +57,7 @@ def test_a_single_element_is_within_its_bound() -> None:
 def test_running_statistics_are_moved_by_the_kernel_that_joins_the_new_ones(
     channels_last: bool, per_sample: bool
 ) -> None:
-    def trained(backend: str) -> tuple[list[Any], dict[str, int]]:
+    def trained(backend: names.Backend) -> tuple[list[Any], dict[str, int]]:
         torch.manual_seed(0)
         layer: Any = dampr.nn.GatedBatchNorm2d(20, per_sample=per_sample)
         layer.activation = "relu"

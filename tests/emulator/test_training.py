@@ -12,6 +12,7 @@ from torch import nn
 pytest.importorskip("triton")
 
 import dampr
+from dampr import names
 from tests.emulator import driver
 
 STEPS = 3
@@ -44,7 +45,7 @@ def transformer() -> Made:
 
 
 def train(
-    backend: str, make: Callable[[], tuple[nn.Module, torch.Tensor]], **how: Any
+    backend: names.Backend, make: Callable[[], tuple[nn.Module, torch.Tensor]], **how: Any
 ) -> tuple[nn.Module, torch.Tensor, list[torch.Tensor]]:
     """A converted model after a few steps on a backend, its input, and what every step lost and moved."""
     torch.manual_seed(0)
@@ -95,7 +96,7 @@ def test_a_network_trains_as_on_the_reference_and_compacts(make: Any, per_sample
 
 
 def test_a_bank_draws_all_gates_in_one_launch_each_way() -> None:
-    def step(backend: str) -> list[torch.Tensor]:
+    def step(backend: names.Backend) -> list[torch.Tensor]:
         torch.manual_seed(0)
         net, x = cnn()
         with dampr.backend("reference"):
@@ -153,7 +154,7 @@ def test_activation_checkpointing_draws_the_same_gates_again() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_trains_in_half_precision(dtype: torch.dtype) -> None:
-    def losses(backend: str) -> list[torch.Tensor]:
+    def losses(backend: names.Backend) -> list[torch.Tensor]:
         torch.manual_seed(0)
         net, x = mlp()
         with dampr.backend("reference"):

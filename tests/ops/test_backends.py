@@ -3,6 +3,7 @@ auto falls back on absence only.
 """
 
 import importlib
+import warnings
 
 import pytest
 import torch
@@ -110,3 +111,18 @@ def test_every_operator_registered_for_the_cpu_has_an_implementation(name):
     registered = {op.split("::")[1] for op in torch._C._dispatch_get_all_op_names() if op.startswith("dampr::")}
     assert registered
     assert [op for op in sorted(registered) if not hasattr(module, op)] == []
+
+
+def test_a_missing_extension_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(backends._modules, "cpp", (None, "ImportError: no module named dampr._C"))
+    monkeypatch.setattr(backends, "_warned", set())
+    monkeypatch.delenv("DAMPR_BACKEND", raising=False)
+    where = torch.device("cpu"), torch.float32
+    with dampr.backend("reference"), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert backends.choose(*where)[0] == "reference"
+    with pytest.warns(RuntimeWarning, match="no fused kernels for cpu tensors .ImportError: no module named dampr._C"):
+        assert backends.choose(*where)[0] == "reference"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert backends.choose(*where)[0] == "reference"
