@@ -76,10 +76,10 @@ def constants_left(trained: nn.Module, units: Units, vectors: list[list[int]], e
     make up for them. "stuck": what no bias makes up for, because it varies, or is read with a border of zeros.
     """
     every, first = ({one for vector in vectors for one in vector[: len(vector) // parts]} for parts in (1, 2))
-    if not _read_where_closed(with_gates_at(trained, 1.0), units, every, example_inputs):
-        return "none"
-    half = _read_where_closed(with_gates_at(trained), units, first, example_inputs)
-    return "stuck" if "stuck" in half else "some"
+    half = _read_where_closed(with_gates_at(trained), units, first, example_inputs)  # beside units that are open
+    if "stuck" in half:
+        return "stuck"
+    return "some" if half or _read_where_closed(with_gates_at(trained, 1.0), units, every, example_inputs) else "none"
 
 
 def _read_where_closed(trial: Any, units: Units, classes: set[int], example_inputs: Any) -> set[str]:

@@ -141,7 +141,9 @@ def _convolution(call: Call) -> Axes:
         call.ledger.columns += columns
         call.ledger.written += [units.numpy() for units in made] if groups == 1 or not transposed or within else []
     of_sides = [*read, *made] if groups == 1 or within else read if transposed else made
-    call.count((tensor if transposed else call.out)[:, 0].numel() * weight.numel(), of_sides)
+    if groups > 1 and not of_sides:  # a filter that code makes, the same for each channel
+        of_sides = channels
+    call.count((tensor if transposed else call.out)[:, 0].numel() * weight.numel(), [*of_sides, *batch])
     if groups == 1:
         _read_all(call, tensor, channels, read)
     elif within:

@@ -161,3 +161,17 @@ for _dim in (1, 2, 3):
         rules.rule(_forms.format(_kind, _dim))(_spatial(_dim))
 rules.rule("grid_sampler_2d")(_spatial(2))
 rules.rule("grid_sampler_3d")(_spatial(3))
+
+
+@rules.rule("max_unpool2d max_unpool3d")
+def _unpool(call: Call) -> Axes:
+    """Channels are those of the pooled values and those of their places, which another layer may have written."""
+    shape, operands = list(call.args[0].shape), [rules.operand(call, t) for t in call.args[:2]]
+    axes = call.ledger.meet(shape, [one for one in operands if one is not None], call)
+    over, out = set(range(len(shape) - (2 if call.name.endswith("2d") else 3), len(shape))), []
+    for axis in axes:
+        if varying(axis) & over:
+            call.ledger.fix(axis, call.why("mixed", "its channels are mixed"))
+        else:
+            out.append(axis)
+    return out

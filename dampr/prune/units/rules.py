@@ -84,7 +84,7 @@ def write(call: Call, tensors: Iterable[Any]) -> None:
 @rule(
     "_prelu_kernel prelu native_dropout bernoulli rrelu_with_noise gelu _fused_dropout masked_fill where hardswish "
     "hardsigmoid nan_to_num "
-    "feature_dropout isnan isinf"
+    "feature_dropout isnan isinf complex polar log_sigmoid_forward"
 )
 def elementwise(call: Call) -> Axes:
     """Units that meet are one unit; constants have to be the same along the units."""
@@ -141,13 +141,11 @@ def copied(call: Call) -> Axes:
     return [at_rank(axis, target.dim()) for axis in call.axes(call.args[1])]
 
 
-def opaque(call: Call) -> Axes | tuple[Axes, ...]:
+def opaque(call: Call, what: str = "of which nothing is known") -> Axes | tuple[Axes, ...]:
     """Nothing is known of the operator, so nothing that goes in may be cut."""
     for marks in call.marks:
         if marks is not None:
-            call.ledger.fix(
-                marks.axes, call.why("opaque", "its channels go into an operator of which nothing is known")
-            )
+            call.ledger.fix(marks.axes, call.why("opaque", f"its channels go into an operator {what}"))
     return [] if isinstance(call.out, Tensor) or call.out is None else tuple([] for _ in call.out)
 
 

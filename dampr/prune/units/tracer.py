@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -223,15 +224,32 @@ class Tracer(TorchDispatchMode):
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
                 return result
+        told, read = self._as_a_view(func, args)
         out = self._result(func, name, args, kwargs)
-        given = meta.tensors_of((args, kwargs))
+        given = meta.tensors_of((read, kwargs))
         marks = [self.marks(t) for t in given]
         if all(m is None for m in marks) or name.startswith("new_"):
             self._constant(func, name, args, kwargs, given, out)
         else:
-            call = Call(self, func, name, args, kwargs, out, given, marks)
-            self._record(call, (rule or rules.opaque)(call))
+            call = Call(self, told, name, read, kwargs, out, given, marks)
+            try:
+                self._record(call, (rule or rules.opaque)(call))
+            except Exception as error:  # a rule that does not know of such a call
+                self._record(call, rules.opaque(call, f"that is called in an unknown way ({error})"))
         return out
+
+    def _as_a_view(self, func: Any, args: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
+        """An operator that changes a shape in place, such as ``transpose_``, as the one that returns a view, and a
+        tensor with the shape before; any other as it is.
+        """
+        view = _view_of(func) if func._schema.is_mutable else None
+        if view is None:
+            return func, args
+        before = args[0].detach()
+        self.mark(before, self.marks(args[0]))
+        if id(args[0]) in self._views:
+            self._views[id(before)] = self._views[id(args[0])]
+        return view, (before, *args[1:])
 
     def _result(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
         """What the operator returns; under ``fake`` of meta tensors in the places of real ones,
@@ -360,6 +378,22 @@ class Tracer(TorchDispatchMode):
             flat[places.reshape(-1)] = axes[0].expand(child.shape).reshape(-1)
             self.mark(base, Marks(moving([narrow(_filled(flat.reshape(base.shape)))])))
             child = base
+
+
+@functools.cache
+def _view_of(func: Any) -> Any:
+    """The operator that returns as a view what ``func`` makes of its argument in place, or None."""
+
+    def arguments(one: Any) -> list[tuple[str, str]]:
+        return [(argument.name, str(argument.type)) for argument in one._schema.arguments]
+
+    packet = getattr(torch.ops.aten, rules.base_name(func), None) if func.namespace == "aten" else None
+    for name in packet.overloads() if packet is not None else ():
+        view = getattr(packet, name)
+        returned = [value.alias_info for value in view._schema.returns]
+        if not view._schema.is_mutable and None not in returned and returned and arguments(view) == arguments(func):
+            return view
+    return None
 
 
 def _filled(axis: Tensor) -> Tensor:

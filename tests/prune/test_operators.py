@@ -1,0 +1,137 @@
+"""Operators that a trace met late: half of all units go, the rest computes the same and costs what was foretold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import dampr
+from dampr.prune import inputs
+from dampr.prune.cost import Cost
+from dampr.prune.measure import count_macs
+from dampr.prune.units import rules, trace_units
+
+Change = Callable[[Tensor], Tensor]
+
+
+class Between(nn.Module):
+    """A hidden layer of 16, something behind it, and one of 12."""
+
+    def __init__(self, change: Change, kernel: int = 0) -> None:
+        super().__init__()
+        make: Any = (lambda i, o: nn.Conv2d(i, o, kernel, padding=kernel // 2)) if kernel else nn.Linear
+        self.first, self.second, self.last = make(6, 16), make(16, 12), nn.Linear(12, 3)
+        self.change, self.kernel = change, kernel
+
+    def forward(self, x: Tensor) -> Any:
+        y = F.relu(self.second(self.change(F.gelu(self.first(x)))))
+        return self.last(y.mean((2, 3)) if self.kernel else y)
+
+
+def blurred(y: Tensor) -> Tensor:
+    """By a filter that is as often there as there are channels."""
+    return F.conv2d(y, torch.ones(1, 1, 3, 3, dtype=y.dtype).expand(y.shape[1], 1, 3, 3) / 9, None, 1, 1, 1, y.shape[1])
+
+
+def edges(y: Tensor) -> Tensor:
+    """Every channel as an image of its own."""
+    return F.conv2d(y.flatten(0, 1).unsqueeze(1), torch.ones(1, 1, 3, 3, dtype=y.dtype), padding=1).view_as(y)
+
+
+def turned(y: Tensor) -> Tensor:
+    kept = y.clone()
+    y.transpose_(1, 2).unsqueeze_(0)
+    return y.squeeze_(0).transpose(1, 2) + kept
+
+
+def spread(y: Tensor) -> Tensor:
+    y.swapaxes_(0, 1).mul_(2)
+    return y.swapaxes_(0, 1)
+
+
+SEQUENCES: dict[str, Change] = {
+    "log sigmoid": F.logsigmoid,
+    "polar": lambda y: torch.polar(y.abs(), y).real,
+    "complex": lambda y: (torch.complex(y, y) * torch.complex(y, -y)).real,
+    "turned in place": turned,
+    "swapped in place": spread,
+}
+IMAGES: dict[str, Change] = {"blurred": blurred, "edges": edges}
+
+
+def check(model: nn.Module, x: Tensor) -> None:
+    """Half of each vector of gates goes."""
+    before = model(x)
+    dampr.convert(model, x)
+    torch.testing.assert_close(model.eval()(x), before)
+    model.double()
+    x = x.double()
+    cost = Cost(model, x, "macs")
+    for gate in cost.structure.gates:
+        gate.set_levels_(torch.where(torch.arange(gate.num_gates) % 2 == 0, gate.levels(), -3.0))
+    foretold, masked = int(cost(cost.decision())), inputs.evaluate(model, 2 * x)
+    small = dampr.compact(model, x)
+    assert count_macs(small, x) == foretold < 0.85 * cost.total
+    assert not inputs.differ(masked, inputs.evaluate(small, 2 * x), 1e-12, 1e-12)
+
+
+@pytest.mark.parametrize("name", SEQUENCES)
+def test_what_lies_between_two_layers_of_a_sequence_is_followed(name: str) -> None:
+    torch.manual_seed(0)
+    model = Between(SEQUENCES[name])
+    check(model, torch.randn(2, 4, 6))
+    assert set(model.dampr_skipped) == {"last"}  # type: ignore[arg-type]
+
+
+def test_what_changes_shapes_in_place_on_its_way_leaves_the_rest_of_a_model() -> None:
+    torch.manual_seed(0)
+    check(Between(lambda y: y.quantile(0.3, 1, keepdim=True)), torch.randn(2, 4, 6))
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_products_with_filters_that_code_makes_cost_less_with_fewer_channels(name: str) -> None:
+    torch.manual_seed(0)
+    check(Between(IMAGES[name], kernel=3), torch.randn(2, 6, 8, 8))
+
+
+class SegNet(nn.Module):
+    """The places of the pooled values are the encoder's, the values the decoder's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.inner = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 12, 3, padding=1)
+        self.back, self.last = nn.Conv2d(12, 8, 3, padding=1), nn.Conv2d(8, 2, 1)
+
+    def forward(self, x: Tensor) -> Any:
+        x, places = F.max_pool2d(F.relu(self.first(x)), 2, return_indices=True)
+        return self.last(F.max_unpool2d(F.relu(self.back(F.relu(self.inner(x)))), places, 2))
+
+
+def test_pooled_values_and_their_places_are_one_width() -> None:
+    torch.manual_seed(0)
+    model = SegNet()
+    units = trace_units(model, torch.randn(2, 3, 8, 8))
+    assert units.classes("first.weight", 0) == units.classes("back.weight", 0)
+    check(model, torch.randn(2, 3, 8, 8))
+
+
+def test_what_an_open_unit_leaves_in_a_closed_one_is_seen_by_convert() -> None:
+    """With all units closed nothing is left there."""
+    model = dampr.convert(Between(lambda y: y - y.sum(-1, keepdim=True) / 16), torch.randn(2, 4, 6))
+    assert model.dampr_skipped["first"] == "a sum reads it that no weight is in"  # type: ignore[index]
+    check(Between(lambda y: y - y.sum(-1, keepdim=True) / 16).requires_grad_(), torch.randn(2, 4, 6))
+
+
+def test_a_rule_that_fails_leaves_out_what_it_was_about(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(call: Any) -> Any:
+        raise IndexError("no such dimension")
+
+    monkeypatch.setitem(rules._TABLE, "flip", fails)
+    model = dampr.convert(Between(lambda y: y.flip(1)), torch.randn(2, 4, 6))
+    assert set(model.dampr_skipped) == {"first", "last"}  # type: ignore[arg-type]
+    assert "called in an unknown way (no such dimension) (flip" in model.dampr_skipped["first"]  # type: ignore[index]
