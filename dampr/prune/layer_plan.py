@@ -215,7 +215,9 @@ def place_streams(
 def _why_not(layer: nn.Module, widths: graph.Widths, tie: bool, model: nn.Module, example_inputs: Any) -> str | None:
     """Why a layer gets no gates on its outputs; None where it does."""
     if isinstance(layer, nn.RNNBase):
-        return recurrent.why_not(model, layer, example_inputs)
+        return recurrent.why_not(
+            model, layer, example_inputs, lambda own, gates: REPLACEMENT[type(own)].from_dense(own, gate=gates)
+        )
     if graph.is_depthwise(layer):
         return "a depthwise convolution has the channels of the layer before it"
     if layer not in widths:

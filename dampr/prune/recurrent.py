@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
+from dampr.gates import Fixed, Gate
 from dampr.nn import ScaledRNN
 from dampr.nn.computed import computed
 from dampr.nn.pruned.narrowed_rnn import in_parts, narrowed
@@ -135,7 +136,7 @@ def _proof(model: nn.Module, samples: list[Any], atol: float, rtol: float) -> Ca
     def unchanged() -> bool:
         try:
             found = [inputs.evaluate(model, sample) for sample in samples]
-        except (RuntimeError, TypeError, AttributeError):  # of shapes, or of a state that is a list
+        except Exception:  # whatever a model does with other shapes, or with a state that is a list
             return False
         return not any(inputs.differ(a, b, rtol, atol) for a, b in zip(expected, found, strict=True))
 
@@ -183,13 +184,27 @@ def takes_parts(model: nn.Module, layer: nn.RNNBase, sample: Any) -> bool:
         inputs.replace(model, {parts: layer})
 
 
-def why_not(model: nn.Module, layer: nn.RNNBase, sample: Any) -> str | None:
-    """Why units of a recurrent layer cannot be cut; None where they can."""
+def why_not(model: nn.Module, layer: nn.RNNBase, sample: Any, gated: Callable[[nn.RNNBase, Gate], Any]) -> str | None:
+    """Why units of a recurrent layer cannot be cut; None where they can, as a copy shows in which every other unit is
+    closed.
+
+    ``gated``: makes a gated layer of a copy of ``layer``, with these gates.
+    """
     try:
         readers(model, layer, sample)
     except CannotCutError as error:
         return str(error)
-    return None
+    weight: Any = layer.weight_ih_l0
+    if weight.is_meta:
+        return None
+    trial = inputs.twin(model)
+    own: Any = dict(zip(model.modules(), trial.modules(), strict=True))[layer]
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    gates = Fixed(torch.ones(GatedRecurrent.gates_for(layer), dtype=dtype, device=weight.device))
+    inputs.replace(trial, {own: gated(own, gates)})
+    gates.values.view(-1, channel_count(layer, True) // (1 + layer.bidirectional))[:, 1::2] = 0
+    *_, notes = make_plain(trial, [sample], *inputs.tolerances(trial, [sample], None, None))
+    return next((note.partition(" stay: ")[2] for note in notes.values()), None)
 
 
 def readers(model: nn.Module, layer: nn.RNNBase, sample: Any) -> list[nn.Module]:

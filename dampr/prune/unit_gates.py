@@ -148,7 +148,7 @@ class _Search:
         every = len(families) == len(self._families)
         trial, choices = Trial(subject, classes, quick=not every), _choices(subject, families)
         for chosen in choices:
-            if not trial.fits(chosen):
+            if not trial.fits(chosen) or not self._fits_otherwise(families, chosen):
                 continue
             assumed = not every and not self._by_values and subject.shapes is not None
             if assumed or not trial.differs(chosen):
@@ -166,6 +166,11 @@ class _Search:
             subject.doubt_shapes()
             return self._try(families)
         return reason, [], False
+
+    def _fits_otherwise(self, families: list[list[int]], sizes: list[Size]) -> bool:
+        """Whether other numbers of units can go too: widths that have to go together may once do so by chance."""
+        classes = half(self._subject.units, families, seed=1) if len(families) > 1 else []
+        return not classes or Trial(self._subject, classes, quick=True).fits(sizes)
 
     def together(self) -> tuple[set[int], list[Size]]:
         """Of families that can be cut one by one, the classes of those that can be together, and whose trace is

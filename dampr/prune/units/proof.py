@@ -118,8 +118,8 @@ def follow_parameters(module: Any, keeps_groups: bool = False) -> None:
 def half(units: Units, families: Sequence[Sequence[int]], seed: int = 0) -> list[int]:
     """A random half of the classes of each family, but of every dimension at least one class stays.
 
-    Of several families one loses half, the next one less: what code keeps for several of them in one number is found
-    so.
+    Of several families one loses half, the next one less, another one with another ``seed``: what code keeps for
+    several of them in one number is found so.
     """
     generator = random.Random(seed)
     left = {
@@ -128,7 +128,7 @@ def half(units: Units, families: Sequence[Sequence[int]], seed: int = 0) -> list
     chosen = []
     for number, family in enumerate(families):
         most = len(family) // 2
-        count = most - number % (most // 2 + 1)
+        count = most - (number + seed) % (most // 2 + 1)
         for one in generator.sample(list(family), count):
             places = {(member.name, member.dim) for member in units.members[one]}
             if all(left[place] > 1 for place in places):
