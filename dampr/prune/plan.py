@@ -337,10 +337,14 @@ class Plan:
         parameters; ``ema`` are copies with averaged weights, which get them too, and whose states are loaded after
         this.
 
-        Raises PlanError where this plan has begun already, ValueError where it is of another number of steps.
+        Raises PlanError where this plan has begun already, ValueError where it is of another number of steps or no
+        state of a plan.
         """
         if self.steps_taken:
             raise PlanError(f"load_state_dict after {self.steps_taken} steps: expected a new plan")
+        own = self.state_dict()
+        numbers = dict.fromkeys(("steps", "steps_taken", "silent"), 0)
+        _checks.state("state", state, dict.fromkeys(own.keys() - {"shrink"}) | numbers)  # older ones have no "shrink"
         if state["steps"] != self.steps:
             raise ValueError(f"state: of a plan of {state['steps']} steps, expected {self.steps}")
         with noise.kept(self.model):
