@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.utils._python_dispatch import _disable_current_modes
 
 from dampr import philox
 
@@ -58,8 +59,10 @@ class Stream:
         if number is None:
             number, self._calls = self._calls, self._calls + 1
         self._remember(number)
+        # Selective checkpointing counts operators, of which a second run has others here.
+        unseen = _disable_current_modes() if recomputed.any_region() else nullcontext()
         # no transform of torch.func may see a counter that moves
-        with temporarily_clear_interpreter_stack(), torch.no_grad():
+        with temporarily_clear_interpreter_stack(), torch.no_grad(), unseen:
             return following - (self._calls - number) if again else _advance(following)
 
     def _remember(self, number: int) -> None:

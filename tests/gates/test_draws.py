@@ -14,7 +14,7 @@ from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.fx_passes.post_grad import remove_noop_ops
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import dampr
 from dampr import gates
@@ -231,6 +231,22 @@ def test_a_checkpointed_region_draws_again_what_it_drew(reentrant: bool, held: b
         model(x).sum().backward()
         found.append([p.grad for p in (*model.parameters(), x)])
     torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("kept", [(), ("mm", "next_seed"), ("add_", "sub", "clone")])
+def test_selective_checkpointing_draws_again_what_it_drew(kept: tuple[str, ...]) -> None:
+    def policy(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        keep = any(name in str(op) for name in kept)
+        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+    contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+    model = dampr.gate_generator(Regions(None), seed=3)
+    twin = copy.deepcopy(model)
+    for net, how in ((model, {"context_fn": contexts}), (twin, {})):
+        for scale in (1.0, 2.0):
+            checkpoint(net.layer, X * scale, use_reentrant=False, **how).sin().add_(1).square().sum().backward()
+    torch.testing.assert_close([p.grad for p in model.layer.parameters()], [p.grad for p in twin.layer.parameters()])
+    assert torch.equal(model.layer.gate.next_seed, twin.layer.gate.next_seed)
 
 
 class Regions(nn.Module):
