@@ -613,9 +613,7 @@ def test_a_parameter_with_gates_is_not_computed_of_others_afterwards(norm):
     put_on(layer, "weight", GatedParameter("hard_concrete", 0, torch.tensor([0, 1, 1])))
     x = torch.randn(2, 4)
     before = layer.eval()(x)
-    with pytest.raises(
-        RuntimeError, match=r"^Linear.weight has gates, .*: expected what torch.nn.utils makes"
-    ):
+    with pytest.raises(RuntimeError, match=r"^Linear.weight has gates, .*: expected what torch.nn.utils makes"):
         norm(layer)
     assert torch.equal(layer(x), before)
     assert isinstance(layer._parameters["weight"], nn.Parameter)
