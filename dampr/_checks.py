@@ -8,7 +8,7 @@ import math
 import operator
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +169,32 @@ def items(name: str, value: Any) -> list[Any]:
         return list(value)
     except TypeError as error:
         raise TypeError(f"{name}={value!r:.80}: expected an iterable") from error
+
+
+def state(name: str, value: Any, own: Any) -> None:
+    """Raise ValueError unless what is to be loaded has the keys, lengths, shapes and kinds of ``own``; in the place of
+    a None may be anything.
+    """
+    if isinstance(own, Mapping):
+        if not isinstance(value, Mapping) or own.keys() - value.keys():
+            raise ValueError(f"{name}={value!r:.80}: expected the keys {sorted(own)}, what state_dict() gave")
+        for key, part in own.items():
+            state(f"{name}[{key!r}]", value[key], part)
+    elif isinstance(own, list):
+        if not isinstance(value, list | tuple) or len(value) != len(own):
+            raise ValueError(f"{name}={value!r:.80}: expected a list of {len(own)}, as here")
+        for i, part in enumerate(own):
+            state(f"{name}[{i}]", value[i], part)
+    elif isinstance(own, Tensor):
+        if not isinstance(value, Tensor) or (value.dtype, value.shape) != (own.dtype, own.shape):
+            found = f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"{value!r:.80}"
+            raise ValueError(f"{name}: got {found}, expected {own.dtype} of shape {tuple(own.shape)}, as here")
+    elif isinstance(own, bool):
+        one_of(name, value, (False, True))
+    elif isinstance(own, int):
+        positive_int(name, value, least=0)
+    elif own is not None:
+        number(name, value)
 
 
 def block_count(name: str, block: Any, rows: int, cols: int) -> int:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.utils._python_dispatch import _disable_current_modes
 
 from dampr import philox
 
@@ -36,10 +36,9 @@ class Stream:
 
     def _forget(self) -> None:
         self._calls = 0
-        self._drawn: WeakKeyDictionary[Any, list[int]] = WeakKeyDictionary()  # by checkpointed region
+        self._numbers: recomputed.Repeats[int] = recomputed.Repeats()
         # (place in the order of autograd, call) without gradients
         self._reentrant: deque[tuple[int, int]] = deque(maxlen=REENTRANT_KEPT)
-        self._replayed: WeakKeyDictionary[Any, int] = WeakKeyDictionary()  # how far a second run has come
         self._replayed_reentrant: tuple[Any, int] = (None, 0)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -54,34 +53,29 @@ class Stream:
         moves on unless the call is a repeated one.
         """
         if torch.compiler.is_compiling():
-            return _advance(following)
+            return torch.ops.dampr.next_seed(following)  # type: ignore[no-any-return]
         number = self._repeated()
         again = number is not None
         if number is None:
             number, self._calls = self._calls, self._calls + 1
         self._remember(number)
+        # Selective checkpointing counts operators, of which a second run has others here.
+        unseen = _disable_current_modes() if recomputed.any_region() else nullcontext()
         # no transform of torch.func may see a counter that moves
-        with temporarily_clear_interpreter_stack(), torch.no_grad():
+        with temporarily_clear_interpreter_stack(), torch.no_grad(), unseen:
             return following - (self._calls - number) if again else _advance(following)
 
     def _remember(self, number: int) -> None:
-        for region, again in recomputed.regions():
-            if again is not None:
-                break
-            self._drawn.setdefault(region, []).append(number)
+        self._numbers.keep(number)
         order = recomputed.region_by_order()
         if order is not None:
             self._reentrant.append((order, number))
 
     def _repeated(self) -> int | None:
         """The number of the call that this one repeats; None for a new one."""
-        for region, again in recomputed.regions():
-            if again is not None and region in self._drawn:
-                position = self._replayed[again] = self._replayed.get(again, -1) + 1
-                return _at(self._drawn[region], position)
-        key = recomputed.region_by_node()
-        if key is None:
-            return None
+        number, key = self._numbers.find(), recomputed.region_by_node()
+        if number is not None or key is None:
+            return number
         if len(self._reentrant) == REENTRANT_KEPT and self._reentrant[0][0] > key[0]:
             raise RuntimeError(
                 f"a reentrant checkpoint repeats a draw that lies more than {REENTRANT_KEPT} calls of its gate back: "
@@ -90,7 +84,7 @@ class Stream:
         last, position = self._replayed_reentrant
         position = position + 1 if last == key else 0
         self._replayed_reentrant = key, position
-        return _at([number for order, number in self._reentrant if order > key[0]], position)
+        return recomputed.at([number for order, number in self._reentrant if order > key[0]], position)
 
 
 def _advance(following: Tensor) -> Tensor:
@@ -99,8 +93,33 @@ def _advance(following: Tensor) -> Tensor:
     return seed
 
 
-def _at(calls: list[int], position: int) -> int | None:
-    return calls[position] if position < len(calls) else None
+# What is compiled draws by an operator. torch.compile computes copies and sums of its inputs again in the backward
+# rather than keeping them, and a seed that is computed again after the counter has moved is another one.
+_LIBRARY = torch.library.Library("dampr", "FRAGMENT")
+_LIBRARY.define("next_seed(Tensor(a!) following) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+_seeds: recomputed.Repeats[Tensor] = recomputed.Repeats()  # of compiled calls, whichever gates
+
+
+@torch.library.impl(_LIBRARY, "next_seed", "CompositeExplicitAutograd")
+def _next_seed(following: Tensor) -> Tensor:
+    if not recomputed.any_region():
+        return _advance(following)
+    if recomputed.region_by_node() is not None:
+        raise RuntimeError("a reentrant checkpoint repeats a draw of a compiled model: expected use_reentrant=False")
+    seed = _seeds.find()
+    seed = _advance(following) if seed is None else seed
+    _seeds.keep(seed)
+    return seed.clone()
+
+
+@torch.library.register_fake("dampr::next_seed", lib=_LIBRARY)
+def _next_seed_fake(following: Tensor) -> Tensor:
+    if "recompute" in torch.fx.traceback.get_current_meta():
+        raise RuntimeError(
+            "a checkpointed region within torch.compile would draw anew in its second run: expected "
+            "dampr.hold_draws(model) around the step, or a checkpoint around what is compiled"
+        )
+    return torch.empty_like(following)
 
 
 def first_seed(seed: int, number: int) -> int:
@@ -168,7 +187,8 @@ def gate_generator(model: nn.Module, seed: int | None = 0, *, group: Any = None)
     many draws it has had. The last two are one buffer of each gate, ``next_seed``: it is part of the state dict, so
     that a run resumes to the bit, it moves with the model, and copies go on where the original was. No call waits for
     the device, and CUDA graphs advance it as they are replayed. Checkpointed regions (``torch.utils.checkpoint``) draw
-    again what they drew.
+    again what they drew. Under ``torch.compile`` the region has to be around what is compiled, with
+    ``use_reentrant=False``, or the draw to be held (:func:`hold_draws`); other regions raise RuntimeError.
 
     Args:
         model: a module with gates, converted before. Gates that are added later have no generator; call this again, it

@@ -4,6 +4,7 @@ stale wrappers.
 
 from __future__ import annotations
 
+import sys
 import weakref
 import zlib
 from collections.abc import Sequence
@@ -153,6 +154,21 @@ def inside(model: Any) -> str | None:
     if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
         return "module"
     return "_orig_mod" if isinstance(model, nn.Module) and "_orig_mod" in model._modules else None
+
+
+# What cannot be seen through: its room, the class that its modules have, what to have in its place.
+FORMER = "torch.distributed.fsdp", "FullyShardedDataParallel", "torch.distributed.fsdp.fully_shard"
+REPLICATED = "torch.distributed._composable.replicate", "DDP", "torch.nn.parallel.DistributedDataParallel"
+
+
+def check_seen(model: nn.Module, *wrappers: tuple[str, str, str]) -> None:
+    """Raise TypeError where one of these (:data:`FORMER`, :data:`REPLICATED`) is around a module of ``model``."""
+    for room, kind, instead in wrappers:
+        modules = model.named_modules() if room in sys.modules else ()
+        found = next((name for name, m in modules if isinstance(m, getattr(sys.modules[room], kind))), None)
+        if found is not None:
+            where = f"model.{found}" if found else "model"
+            raise TypeError(f"{where} is wrapped in {room}.{kind}: expected {instead}, or the bare module")
 
 
 def wrapper() -> Any:

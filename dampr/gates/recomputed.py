@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Generic, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -32,6 +33,37 @@ def regions() -> Iterator[tuple[Any, Any]]:
             yield frame, None
         elif target is not None and target() is not None:
             yield target(), pack
+
+
+T = TypeVar("T")
+
+
+class Repeats(Generic[T]):
+    """What calls had in each checkpointed region of ``use_reentrant=False``, in their order, for its second run."""
+
+    def __init__(self) -> None:
+        self._had: WeakKeyDictionary[Any, list[T]] = WeakKeyDictionary()  # by region
+        self._position: WeakKeyDictionary[Any, int] = WeakKeyDictionary()  # how far a second run has come
+
+    def keep(self, value: T) -> None:
+        """What this call has."""
+        for region, again in regions():
+            if again is not None:
+                break
+            self._had.setdefault(region, []).append(value)
+
+    def find(self) -> T | None:
+        """What the call had that this one repeats; None for a first one."""
+        for region, again in regions():
+            if again is not None and region in self._had:
+                position = self._position[again] = self._position.get(again, -1) + 1
+                return at(self._had[region], position)
+        return None
+
+
+def at(calls: list[T], position: int) -> T | None:
+    """What the call in this position had; None where there were fewer."""
+    return calls[position] if position < len(calls) else None
 
 
 def any_region() -> bool:

@@ -74,6 +74,8 @@ class GatedActivation(GatedLayer, nn.Module):
         self.gate = place_gate(gate, num_gates, where, self.per_sample and index is None)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.per_sample:  # which asks for the rows of x
+            gated_dimension(x, self.dim, per_sample=True)
         if self.sharded:
             from . import sharded  # loads torch.distributed.tensor
 
@@ -87,8 +89,7 @@ class GatedActivation(GatedLayer, nn.Module):
             return functional.gate_activations(x, parameter, dim=self.dim, **how)
         if not (self.per_sample and self.gate.draws):
             return functional.gate_activations(x, self.gate()[self.index], dim=self.dim, spec=VALUE)
-        dim = gated_dimension(x, self.dim, per_sample=True)
-        return times_rows(x, self.gate(x.shape[0])[:, self.index], dim)
+        return times_rows(x, self.gate(x.shape[0])[:, self.index], self.dim % x.dim())
 
     @property
     def num_features(self) -> int:

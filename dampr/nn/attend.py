@@ -19,6 +19,9 @@ def sequence_first(
             "query: got a nested tensor, expected padded ones and a key_padding_mask (gates rule out torch's fused "
             "path)"
         )
+    dims = query.dim(), key.dim(), value.dim()
+    if dims not in ((2, 2, 2), (3, 3, 3)):
+        raise ValueError(f"{_shapes(query, key, value)}: expected two dimensions of each, or three")
     if not batch_first or query.dim() != 3:
         return call(query, key, value, *how)
     q = query.transpose(0, 1)
@@ -26,6 +29,10 @@ def sequence_first(
     v = k if value is key else value.transpose(0, 1)
     output, weights = call(q, k, v, *how)
     return output.transpose(0, 1), weights
+
+
+def _shapes(*tensors: Tensor) -> str:
+    return f"query, key and value have the shapes {', '.join(str(tuple(t.shape)) for t in tensors)}"
 
 
 def as_batch(
@@ -59,6 +66,8 @@ def attend(
         raise RuntimeError(
             "is_causal=True with attn_mask=None: expected the causal mask as well, of which is_causal is only a hint"
         )
+    if key.shape[:2] != value.shape[:2] or key.shape[1] != query.shape[1]:
+        raise ValueError(f"{_shapes(query, key, value)}: expected (L, N, E), (S, N, kdim), (S, N, vdim)")
     causal = is_causal and key_padding_mask is None and not need_weights
     q, k, v = _project(layer, query, key, value)
     samples, more = query.shape[1], 0

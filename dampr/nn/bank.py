@@ -52,6 +52,7 @@ class GateBank:
 
     def __init__(self, model: nn.Module) -> None:
         _checks.module("model", model)
+        ranks.check_seen(model, ranks.FORMER)
         self.model = model
         layers = [module for module in model.modules() if isinstance(module, GatedLayer)]
         alone = {layer.gate for layer in layers if layer.per_sample}

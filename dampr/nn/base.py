@@ -24,7 +24,21 @@ Granularity = names.Granularity | tuple[int, int]
 VALUE = value()
 
 
-class GatedLayer:
+class KeepsIndex:
+    """Mixin of modules with an index of gates, a buffer that is in no state dict."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """An index says how the module is built: its values outlive ``to_empty`` and the meta device."""
+        index: Tensor | None = self.__dict__["_buffers"].get("index")
+        applied: Any = super()._apply(fn, recurse)  # type: ignore[misc]
+        if index is not None and not index.is_meta:
+            moved: Tensor = self.__dict__["_buffers"]["index"]
+            if moved.is_meta or not torch.equal(moved.cpu(), index.cpu()):
+                self.__dict__["_buffers"]["index"] = index if moved.is_meta else index.to(moved.device)
+        return applied
+
+
+class GatedLayer(KeepsIndex):
     """Mixin of the gated layers: one :class:`dampr.gates.Gate` in ``gate``, placed by ``granularity``."""
 
     gate: Gate
@@ -43,16 +57,6 @@ class GatedLayer:
         gate: Any = self.__dict__["_modules"].get("gate")
         if gate is not None:  # torch's constructors reset before there is one
             gate.reset_parameters()
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """An index of gates says how the layer is built: its values outlive ``to_empty`` and the meta device."""
-        index: Tensor | None = self.__dict__["_buffers"].get("index")
-        applied: Any = super()._apply(fn, recurse)  # type: ignore[misc]
-        if index is not None and not index.is_meta:
-            moved: Tensor = self.__dict__["_buffers"]["index"]
-            if moved.is_meta or not torch.equal(moved.cpu(), index.cpu()):
-                self.__dict__["_buffers"]["index"] = index if moved.is_meta else index.to(moved.device)
-        return applied
 
     def register_parameter(self, name: str, param: Any) -> None:
         """As in ``torch.nn``; tensor parallelism, which knows no gates, is refused by the name of what does.

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from dampr import reference
 from dampr.gates import Gate
 
+from .base import KeepsIndex
+
 CHILD = "open_statistics"  # the name under which a norm has it
 
 
-class OpenStatistics(nn.Module):
+class OpenStatistics(KeepsIndex, nn.Module):
     """Hooks around a norm that keep elements with closed gates out of its statistics.
 
     ``dampr.convert(residual=True)`` puts it on norms over widths whose units have gates where they are read

@@ -206,6 +206,11 @@ class _WithGates:
 
     _gated_names: tuple[str, ...] = ()
 
+    def __delattr__(self, name: str) -> None:
+        if name in self._gated_names:
+            raise _not_replaced(name, self)
+        super().__delattr__(name)
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _rebuilt, (_plain_class(self), self._gated_names), dict(vars(self))
 
@@ -227,9 +232,23 @@ def _rebuilt(kind: type[nn.Module], names: list[str]) -> nn.Module:
 
 def _give_class(module: nn.Module, kind: type[nn.Module], names: Iterable[str]) -> None:
     """``kind``, or one of its own in which the parameters of these names are products with gates."""
-    content: dict[str, Any] = {name: property(functools.partial(_product, name)) for name in names}
+    content: dict[str, Any] = {
+        name: property(functools.partial(_product, name), functools.partial(_replace, name)) for name in names
+    }
     module.__class__ = (
         type(kind.__name__, (_WithGates, kind), content | {"_gated_names": tuple(names)}) if content else kind
+    )
+
+
+def _replace(name: str, module: nn.Module, value: Any) -> None:
+    """What is no parameter would take the place of one; of parameters torch takes care."""
+    raise _not_replaced(name, module)
+
+
+def _not_replaced(name: str, module: Any) -> RuntimeError:
+    return RuntimeError(
+        f"{_plain_class(module).__name__}.{name} has gates, so it stays a parameter: expected what torch.nn.utils "
+        "makes of weights before dampr.convert"
     )
 
 

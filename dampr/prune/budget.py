@@ -343,16 +343,20 @@ class Budget:
         return {"steps": self.steps, "multiplier": float(self.multiplier), **owned}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what :meth:`state_dict` gave; the gap is that of the gates as they are."""
+        """Take over what :meth:`state_dict` gave; the gap is that of the gates as they are.
+
+        Raises ValueError, before anything is taken over, for the state of something else or of another model.
+        """
+        _checks.state("state", state, {"steps": 0, "multiplier": 0.0})
         if ("controller" in state) != (self.controller is not None):
             raise ValueError(
                 "state: of a budget that owns the gates and of one that does not; expected the same `steps=` as then"
             )
+        _checks.state("state", state, self.state_dict())
         if self.controller is not None:
             self.controller.load_state_dict(state["controller"])
-        steps, multiplier = int(state["steps"]), float(state["multiplier"])
-        self.steps = steps
-        self.multiplier = torch.full_like(self.multiplier, multiplier)
+        self.steps = int(state["steps"])
+        self.multiplier = torch.full_like(self.multiplier, float(state["multiplier"]))
         self._measure()
 
     @torch.no_grad()

@@ -15,7 +15,7 @@ from dampr.nn.computed import settled, wake
 from dampr.nn.rnn import GatedRecurrent
 
 from . import cutting, graph, heads, inputs, recurrent, streams, transformer, unit_compact
-from .expand import carry_over, check_state, expand
+from .expand import carry_over, check_state, check_trains, expand
 from .inputs import Model
 from .modules import by_name, of_kind
 from .unit_structure import has_unit_gates
@@ -66,8 +66,8 @@ def compact(
     ``dampr_manifest`` (plain data) lists the kept indices of each layer and bare parameter, and why a closed unit could
     not be cut.
 
-    Raises: CompactionError naming the first layer that differs; ValueError for an optimizer whose state cannot be cut;
-    TypeError or ValueError that names the argument.
+    Raises: CompactionError naming the first layer that differs; ValueError for an optimizer whose state cannot be cut,
+    or that has no parameter of the model; TypeError or ValueError that names the argument.
     """
     _checks.module("model", model)
     inputs.check(example_inputs)
@@ -75,6 +75,7 @@ def compact(
         raise TypeError(f"optimizer={optimizer!r:.80}: expected a torch.optim.Optimizer")
     if optimizer is not None:
         check_state(optimizer)
+        check_trains(optimizer, model)
     round_to = _checks.positive_int("round_to", round_to)
     gated = by_name(model, GatedLayer)
     if not gated:

@@ -365,6 +365,13 @@ def check_state(optimizer: torch.optim.Optimizer) -> None:
                     )
 
 
+def check_trains(optimizer: torch.optim.Optimizer, model: nn.Module, name: str = "model") -> None:
+    """Raise ValueError where an optimizer has no parameter of ``model``."""
+    own = {id(p) for p in model.parameters()}
+    if not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
+        raise ValueError(f"optimizer: it holds no parameter of {name}; expected the one that trains it")
+
+
 def kept_dims(state: Sequence[int], shape: Sequence[int]) -> list[int | None] | None:
     """Of each dimension of a state tensor the one of the parameter that it runs along, None for a size of 1; None if
     there is no telling.

@@ -12,6 +12,7 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from dampr import _checks
 from dampr._version import __version__
@@ -38,7 +39,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     anew from what the manifest says of them gives the same (tried here); any other needs its dense original at loading
     time. The file appears whole or not at all.
 
-    Raises: TypeError for a model that still has gates (compact it first); FileError for a layer whose tensors are not
+    Raises: TypeError for a model that still has gates (compact it first), and for what its state dict has beside dense
+    tensors with values; FileError for a layer whose tensors are not
     of the size that its attributes (``in_features``, ...) say.
     """
     from safetensors.torch import save_file
@@ -152,10 +154,27 @@ def read_manifest(path: str | os.PathLike[str]) -> tuple[dict[str, Any], int]:
 
 
 def _unshared(model: nn.Module) -> dict[str, Tensor]:
-    """The state of a model with each shared tensor under its first name only."""
+    """The state of a model with each shared tensor under its first name only, and each in memory of its own.
+
+    Raises TypeError for what is no dense tensor with values.
+    """
     first: dict[int, str] = {}
-    own = model.state_dict(keep_vars=True)
-    return {name: t.detach().contiguous() for name, t in own.items() if first.setdefault(id(t), name) == name}
+    state: dict[str, Tensor] = {}
+    memory: set[int] = set()
+    for name, t in model.state_dict(keep_vars=True).items():
+        if not isinstance(t, Tensor) or is_lazy(t) or t.is_meta or t.layout != torch.strided:
+            raise TypeError(f"model: {name!r} in its state dict is {_kind(t)}: expected a dense tensor with values")
+        if first.setdefault(id(t), name) == name:
+            place = t.untyped_storage().data_ptr()
+            state[name] = t.detach().clone() if place in memory else t.detach().contiguous()
+            memory.add(place)
+    return state
+
+
+def _kind(value: Any) -> str:
+    if not isinstance(value, Tensor) or is_lazy(value):
+        return type(value).__name__
+    return "on the meta device" if value.is_meta else str(value.layout)
 
 
 def _describe_whole(model: nn.Module, content: Content) -> dict[str, Any] | None:

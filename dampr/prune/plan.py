@@ -20,7 +20,7 @@ from .budget import Budget, BudgetReport
 from .compact import compact
 from .controller import RAMP, Ramp
 from .convert import convert
-from .expand import check_state
+from .expand import check_state, check_trains
 from .plan_hooks import check_model, divergence, is_trained, uncompiled
 from .plan_report import PlanError, PlanReport
 from .recalibrate import recalibrate, share_statistics
@@ -337,10 +337,14 @@ class Plan:
         parameters; ``ema`` are copies with averaged weights, which get them too, and whose states are loaded after
         this.
 
-        Raises PlanError where this plan has begun already, ValueError where it is of another number of steps.
+        Raises PlanError where this plan has begun already, ValueError where it is of another number of steps or no
+        state of a plan.
         """
         if self.steps_taken:
             raise PlanError(f"load_state_dict after {self.steps_taken} steps: expected a new plan")
+        own = self.state_dict()
+        numbers = dict.fromkeys(("steps", "steps_taken", "silent"), 0)
+        _checks.state("state", state, dict.fromkeys(own.keys() - {"shrink"}) | numbers)  # older ones have no "shrink"
         if state["steps"] != self.steps:
             raise ValueError(f"state: of a plan of {state['steps']} steps, expected {self.steps}")
         with noise.kept(self.model):
@@ -497,8 +501,7 @@ class Plan:
         check_state(optimizer)
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         gates = {id(p) for p in (self._budget.replaced if self._budget is not None else [])}
-        if not held & {id(p) for p in self.model.parameters()}:
-            raise ValueError("optimizer: it holds no parameter of plan.model; expected the one that trains it")
+        check_trains(optimizer, self.model, "plan.model")
         if held & gates:
             raise ValueError(
                 "optimizer: it holds parameters of gates, which the plan steps; make it of model.parameters() after "

@@ -321,11 +321,11 @@ class Shrinker:
     def load_state_dict(self, state: dict[str, Any], optimizer: Optimizers = None, *, ema: Copies = ()) -> None:
         """Give the model of a new Shrinker the widths that it had. *Then* load the states of model and optimizer.
 
-        Raises ValueError for the state of another model.
+        Raises ValueError for the state of something else or of another model.
         """
+        anything = {"events": None, "shelves": None}
+        _checks.state("state", state, self.state_dict() | anything)
         removed = state["removed"]
-        if removed.shape != self.removed.shape:
-            raise ValueError(f"state: of a model with {len(removed)} gates, expected {len(self.removed)}")
         _, gone = self._layouts.of(removed)
         if not torch.equal(gone, removed):
             raise ValueError(

@@ -16,7 +16,7 @@ from typing import Any, TypeVar, cast
 from torch import Tensor, distributed, nn
 
 from dampr.gates import Gate
-from dampr.gates.ranks import groups_in, inside, unwrapped
+from dampr.gates.ranks import FORMER, REPLICATED, check_seen, groups_in, inside, unwrapped
 from dampr.nn import GatedLayer
 
 from .modules import of_kind
@@ -38,6 +38,7 @@ def check_bare(model: Any, what: str, name: str = "model", *, sharded: bool = Fa
         )
     if not isinstance(model, nn.Module):
         return
+    check_seen(model, FORMER, REPLICATED)
     for path, module in model.named_modules():
         if inside(module) is not None and isinstance(module, nn.parallel.DistributedDataParallel):
             raise TypeError(
@@ -106,17 +107,11 @@ def gathered(model: nn.Module, *, rank: int | None = None) -> Any:
 
     Returns: a module; None on the other ranks where ``rank`` is given.
 
-    Raises: TypeError for ``FullyShardedDataParallel``, the predecessor of ``fully_shard``, and for gates that are
-    sharded.
+    Raises: TypeError for ``FullyShardedDataParallel``, the predecessor of ``fully_shard``, for ``replicate``, and for
+    gates that are sharded.
     """
     model = unwrapped(model)
-    if "torch.distributed.fsdp" in sys.modules:
-        former = sys.modules["torch.distributed.fsdp"].FullyShardedDataParallel
-        if any(of_kind(model, former)):
-            raise TypeError(
-                "model is wrapped in FullyShardedDataParallel: expected torch.distributed.fsdp.fully_shard, or the "
-                "bare module"
-            )
+    check_seen(model, FORMER, REPLICATED)
     kept = rank is None or not distributed.is_initialized() or distributed.get_rank() == rank
     if not is_any_sharded(model):
         return model if kept else None
@@ -145,6 +140,7 @@ def check_gates(model: nn.Module) -> None:
     """Raise ValueError where gates belong to no gated layer, which would neither be counted nor cut,
     and TypeError for sharded ones.
     """
+    check_seen(model, FORMER)
     owned = {inner for module in of_kind(model, GatedLayer) for inner in module.gate.modules()}
     for name, module in model.named_modules():
         if isinstance(module, Gate) and module not in owned:

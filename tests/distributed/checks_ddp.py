@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 import torch
 from torch import distributed, nn
+from torch.distributed._composable.replicate import replicate
 from torch.distributed.algorithms.join import Join
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.checkpoint import checkpoint
@@ -191,6 +193,28 @@ def check_what_changes_parameters_refuses(folder: Path) -> None:
     refused(lambda: dampr.convert(inner, example_inputs=X), r"model\.0 is wrapped")
     assert not any(isinstance(m, dampr.nn.GatedLinear) for m in (*dense.modules(), *inner.modules()))
     assert torch.equal(flat(model), before)
+
+
+def check_other_wrappers_are_refused_by_name(folder: Path) -> None:
+    def wrapped(wrap: Callable[[nn.Module], Any], words: str, *calls: Callable[[Any], Any]) -> None:
+        dense, model = nn.Sequential(wrap(net()), nn.Linear(3, 3)), wrap(gated())
+        refused(lambda: dampr.convert(dense, example_inputs=X), r"model\.0 is wrapped", words)
+        refused(lambda: dampr.Plan(dense, X, macs=0.5, steps=60), words)
+        for call in (
+            lambda m: dampr.Budget(m, X, macs=0.5),
+            lambda m: dampr.Shrinker(m, X),
+            lambda m: dampr.compact(m, example_inputs=X),
+            lambda m: dampr.summary(m, X),
+            *calls,
+        ):
+            refused(lambda call=call: call(model), "model is wrapped", words)
+
+    former: Any = lambda m: FSDP(m, device_id=torch.device("cpu"), use_orig_params=True)  # noqa: E731
+    wrapped(former, "FullyShardedDataParallel: expected .*fully_shard", dampr.penalty, dampr.GateBank)
+    wrapped(replicate, "replicate.*: expected .*DistributedDataParallel")
+    model = replicate(gated())
+    train(model, model, cost=lambda: dampr.penalty(model))
+    alike(flat(model))
 
 
 def check_a_budget_of_a_wrapped_model(folder: Path) -> None:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 from typing import Any
 
 import pytest
 import torch
+from functorch.compile import min_cut_rematerialization_partition, nop
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._inductor.fx_passes.post_grad import remove_noop_ops
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import dampr
 from dampr import gates
@@ -229,6 +233,22 @@ def test_a_checkpointed_region_draws_again_what_it_drew(reentrant: bool, held: b
     torch.testing.assert_close(*found)
 
 
+@pytest.mark.parametrize("kept", [(), ("mm", "next_seed"), ("add_", "sub", "clone")])
+def test_selective_checkpointing_draws_again_what_it_drew(kept: tuple[str, ...]) -> None:
+    def policy(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        keep = any(name in str(op) for name in kept)
+        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+    contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+    model = dampr.gate_generator(Regions(None), seed=3)
+    twin = copy.deepcopy(model)
+    for net, how in ((model, {"context_fn": contexts}), (twin, {})):
+        for scale in (1.0, 2.0):
+            checkpoint(net.layer, X * scale, use_reentrant=False, **how).sin().add_(1).square().sum().backward()
+    torch.testing.assert_close([p.grad for p in model.layer.parameters()], [p.grad for p in twin.layer.parameters()])
+    assert torch.equal(model.layer.gate.next_seed, twin.layer.gate.next_seed)
+
+
 class Regions(nn.Module):
     """Gated layers in a checkpointed region, which has another region inside where torch can tell them apart."""
 
@@ -351,6 +371,47 @@ def test_a_compiled_layer_draws_what_an_eager_one_does() -> None:
         torch.testing.assert_close(compiled(X), twin(X))
     with dampr.hold_draws(model):
         assert torch.equal(compiled(X), compiled(X))
+
+
+def partition_as_inductor(graph: Any, inputs: Any, **how: Any) -> Any:
+    remove_noop_ops(graph.graph)
+    return min_cut_rematerialization_partition(graph, inputs, **how)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's own
+@pytest.mark.parametrize("held", [False, True])
+@pytest.mark.parametrize("region", ["none", "around", "within"])
+def test_a_compiled_backward_has_the_gates_of_its_forward(region: str, held: bool) -> None:
+    """Also where copies of inputs are left out and what is cheap is computed again, as in inductor, and in regions."""
+    model = dampr.gate_generator(Regions(None), seed=1)
+    twin = copy.deepcopy(model)
+    torch._dynamo.reset()
+    run: Any = (lambda t: checkpoint(model, t, use_reentrant=False)) if region == "within" else model
+    run = torch.compile(run, fullgraph=True, backend=aot_autograd(fw_compiler=nop, partition_fn=partition_as_inductor))
+    if region == "around":
+        run = functools.partial(checkpoint, run, use_reentrant=False)
+    if region == "within" and not held:
+        with pytest.raises(RuntimeError, match="region within torch.compile .*: expected dampr.hold_draws"):
+            run(X)
+        return
+    found = []
+    for net, call in ((model, run), (twin, twin)):
+        for _ in range(2):
+            with dampr.hold_draws(net if held else nn.Identity()):
+                losses = [call(X * scale).square().sum() for scale in (1.0, 2.0)]  # two graphs at once
+                torch.stack(losses).sum().backward()
+        found.append([p.grad for p in net.parameters()])
+        found[-1].extend(net.buffers())
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's own
+def test_a_reentrant_region_of_what_is_compiled_is_refused_in_words() -> None:
+    model = dampr.gate_generator(layer(), seed=1)
+    torch._dynamo.reset()
+    y = checkpoint(torch.compile(model, backend="aot_eager"), X.clone().requires_grad_(), use_reentrant=True)
+    with pytest.raises(RuntimeError, match="repeats a draw of a compiled model: expected use_reentrant=False"):
+        y.sum().backward()
 
 
 def test_the_next_seed_outlives_to_empty_and_the_meta_device() -> None:

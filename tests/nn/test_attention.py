@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import itertools
 import pickle
+import re
 from typing import Any
 
 import pytest
@@ -439,6 +440,23 @@ def test_a_bad_mask_is_named(arguments: dict[str, Any], message: str) -> None:
     x = torch.randn(N, L, E)
     with pytest.raises(RuntimeError, match=message):
         PrunedMultiheadAttention(E, H, batch_first=True, heads=(1,))(x, x, x, **arguments)
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        ((E,),) * 3,
+        ((L, N, E), (L, E), (L, E)),
+        ((L, N, E), (L, 1, E), (L, 1, E)),
+        ((L, N, E), (L, N, E), (L + 1, N, E)),
+    ],
+)
+@pytest.mark.parametrize("plain", [False, True])
+def test_shapes_that_do_not_go_together_are_named(shapes: Any, plain: bool) -> None:
+    """One key for a batch of queries would be broadcast, where torch raises."""
+    layer = PrunedMultiheadAttention(E, H, heads=(1,)) if plain else GatedMultiheadAttention(E, H, per_sample=True)
+    with pytest.raises(ValueError, match=rf"have the shapes {re.escape(str(shapes[0]))}, .*: expected"):
+        layer(*map(torch.zeros, shapes))
 
 
 @pytest.mark.parametrize("need", [True, False])

@@ -308,3 +308,11 @@ def test_an_embedding_knows_its_closed_columns_and_rows_and_their_cost() -> None
 def test_an_embedding_takes_no_other_granularity() -> None:
     with pytest.raises(ValueError, match="granularity='weight'"):
         GatedEmbedding(9, 4, granularity="weight")
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+@pytest.mark.parametrize("index", [None, torch.tensor([1, 0, 0])])
+def test_an_input_without_dimensions_is_refused(per_sample, index):
+    layer = GatedActivation(2, index=index, per_sample=per_sample)
+    with pytest.raises(ValueError, match=r"^dim=1: expected an integer in \[0, 0\) for x of shape \(\)"):
+        layer(torch.tensor(1.0))

@@ -15,6 +15,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stac
 from torch.nn import functional as F
 
 from dampr import philox, reference
+from dampr.gates import HardConcrete
 from dampr.nn import (
     GatedActivation,
     GatedBatchNorm1d,
@@ -352,6 +353,19 @@ def test_under_autocast(name: str, cpu_backend: str) -> None:
         )
     for narrow, wide in zip(*found, strict=True):
         torch.testing.assert_close(narrow, wide, rtol=0.1, atol=0.05 * float(wide.detach().abs().max()) + 1e-3)
+
+
+def test_a_shared_gate_is_itself_again_after_a_functional_call() -> None:
+    """With tie_weights=False: else torch gives no module that others share its own parameters back."""
+    gate = HardConcrete(4)
+    model = nn.Sequential(GatedLinear(4, 4, gate=gate), nn.Tanh(), GatedLinear(4, 4, gate=gate)).eval()
+    own, x = gate.log_alpha, torch.randn(3, 4)
+    given = {key: p.detach() - 4 * (p is own) for key, p in model.named_parameters()}
+    y = functional_call(model, given, (x,), tie_weights=False)
+    assert gate.log_alpha is own
+    with torch.no_grad():
+        own.sub_(4)
+    torch.testing.assert_close(y, model(x))
 
 
 def test_a_closed_branch_under_a_transform() -> None:

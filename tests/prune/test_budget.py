@@ -267,3 +267,29 @@ def test_layers_that_cannot_keep_the_same_number_are_named():
         budget.finalize(same=["none"])
     with pytest.raises(ValueError, match="no gates are matched twice"):
         budget.finalize(same=["0", "[0]"])
+
+
+def test_states_of_something_else_are_refused_before_anything_is_taken_over():
+    def owner(width):
+        net = nn.Sequential(nn.Linear(20, width), nn.ReLU(), nn.Linear(width, 5))
+        return dampr.Budget(dampr.convert(net, example_inputs=X), example_inputs=X, macs=0.5, steps=20, score="learned")
+
+    budget = owner(40)
+    good = budget.state_dict()
+    owned = good["controller"]
+    for bad, message in (
+        ({}, "^state={}: expected the keys"),
+        (None, "^state=None: expected the keys"),
+        (good | {"steps": "x"}, r"^state\['steps'\]='x': expected an integer"),
+        (good | {"steps": 7, "multiplier": float("nan")}, r"^state\['multiplier'\]=nan: expected a finite number"),
+        (owner(30).state_dict() | {"steps": 7}, r"'keep'\]: got torch.bool of shape \(30,\), expected .*\(40,\)"),
+        (good | {"controller": owned | {"held": []}}, r"'held'\]=\[\]: expected a list of 1"),
+        (good | {"controller": owned | {"held": [3]}}, r"'held'\]\[0\]=3: expected one of"),
+        (good | {"controller": owned | {"keep": None}}, r"'keep'\]: got None, expected torch.bool"),
+        ({key: good[key] for key in ("steps", "multiplier")}, "expected the same `steps=` as then"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            budget.load_state_dict(bad)
+        assert budget.steps == 0
+    budget.load_state_dict(good | {"steps": 3})
+    assert budget.steps == 3

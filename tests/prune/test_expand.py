@@ -405,3 +405,11 @@ def test_state_that_cannot_be_cut_is_refused_before_anything_is_done():
     assert all(
         a is b for a, b in zip(held, (p for group in optimizer.param_groups for p in group["params"]), strict=True)
     )
+
+
+def test_an_optimizer_of_something_else_is_refused():
+    x = torch.randn(4, 6)
+    model = dampr.convert(nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2)), example_inputs=x)
+    other = torch.optim.SGD(copy.deepcopy(model).parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="^optimizer: it holds no parameter of model; expected the one that trains it"):
+        dampr.compact(model, example_inputs=x, optimizer=other)

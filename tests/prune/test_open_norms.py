@@ -344,3 +344,11 @@ def test_checkpointed_regions_draw_again_what_they_drew(held: bool) -> None:
     assert any(bool(g.any()) for g in found[0])
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+def test_the_index_outlives_the_meta_device_and_to_empty() -> None:
+    index = torch.tensor([1, -1, 0, 1])
+    norm = nn.LayerNorm(4)
+    put_on(norm, OpenStatistics(HardConcrete(2), index, centred=True))
+    for moved in (copy.deepcopy(norm).to("meta").to_empty(device="cpu"), copy.deepcopy(norm).to_empty(device="cpu")):
+        assert torch.equal(moved.open_statistics.index, index)

@@ -383,6 +383,9 @@ def test_a_state_of_another_plan_is_refused():
     train(begun, torch.optim.SGD(begun.model.parameters(), lr=0.1), 3)
     with pytest.raises(dampr.PlanError, match="expected a new plan"):
         begun.load_state_dict(plan_for().state_dict())
+    for bad, message in (({}, "^state={}: expected the keys"), (state | {"silent": None}, r"^state\['silent'\]=None")):
+        with pytest.raises(ValueError, match=message):
+            plan_for().load_state_dict(bad)
 
 
 @pytest.mark.parametrize("stop", [3, 22, 40])

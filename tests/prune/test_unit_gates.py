@@ -8,9 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import parametrizations
 
 import dampr
 from dampr.nn import GatedParameter
+from dampr.nn.parameter import put_on
 from dampr.prune import gated_layers
 from dampr.prune.cost import Cost
 from dampr.prune.measure import count_macs, count_params
@@ -602,3 +604,16 @@ def test_a_manifest_is_not_believed(key, value):
     small.dampr_manifest[key] = value
     with pytest.raises(ValueError, match="manifest"):
         dampr.expand(small)
+
+
+@pytest.mark.parametrize("norm", [parametrizations.weight_norm, parametrizations.spectral_norm])
+def test_a_parameter_with_gates_is_not_computed_of_others_afterwards(norm):
+    """torch would read the product and keep it as a buffer, which nothing trains."""
+    layer = nn.Linear(4, 3)
+    put_on(layer, "weight", GatedParameter("hard_concrete", 0, torch.tensor([0, 1, 1])))
+    x = torch.randn(2, 4)
+    before = layer.eval()(x)
+    with pytest.raises(RuntimeError, match=r"^Linear.weight has gates, .*: expected what torch.nn.utils makes"):
+        norm(layer)
+    assert torch.equal(layer(x), before)
+    assert isinstance(layer._parameters["weight"], nn.Parameter)

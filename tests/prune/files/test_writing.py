@@ -46,6 +46,42 @@ def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkey
         dampr.save(nn.Linear(4, 2), tmp_path / "nowhere" / "model.safetensors")
 
 
+class Extra(nn.Linear):
+    def get_extra_state(self):
+        return {"steps": 3}
+
+
+@pytest.mark.parametrize(
+    ("build", "found"),
+    [
+        (lambda: nn.Linear(4, 2, device="meta"), "'weight' in its state dict is on the meta device"),
+        (lambda: nn.LazyLinear(2), "'weight' in its state dict is UninitializedParameter"),
+        (lambda: Extra(4, 2), "'_extra_state' in its state dict is dict"),
+        (lambda: with_buffer(torch.eye(4).to_sparse()), "'more' in its state dict is torch.sparse_coo"),
+    ],
+)
+def test_what_cannot_be_written_is_named(build, found, tmp_path):
+    with pytest.raises(TypeError, match=f"^model: {found}: expected a dense tensor with values"):
+        dampr.save(build(), tmp_path / "model.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def with_buffer(value):
+    model = nn.Linear(4, 4)
+    model.register_buffer("more", value)
+    return model
+
+
+def test_views_of_one_memory_are_written_each(tmp_path):
+    model = nn.Linear(4, 4)
+    model.register_buffer("more", model.weight.detach()[1:])
+    dampr.save(model, tmp_path / "model.safetensors")
+    twin = with_buffer(torch.zeros(3, 4))
+    dampr.load(tmp_path / "model.safetensors", model=twin)
+    for name, t in model.state_dict().items():
+        assert torch.equal(twin.state_dict()[name], t)
+
+
 def writers(folder):
     """What writes files that others read, each twice in one place: (path, how)."""
     from dampr import records
