@@ -91,8 +91,11 @@ class Twins:
 
 def on_shapes(model: nn.Module, example_inputs: Any, run: Callable[[nn.Module, Any], Found]) -> Found:
     """``run(model, example_inputs)`` with a copy of both on the meta device, where operators compute shapes and no
-    values. Raises what is raised there, as of a model that asks for values.
+    values. Raises what is raised there, as of a model that asks for values, and what a model says of inputs on a device
+    where it is not.
     """
+    if not {t.device for t in tensors(example_inputs)} <= {t.device for t in (*model.parameters(), *model.buffers())}:
+        evaluate(model, example_inputs)
     with OnMeta():
         return run(Twins(model, meta=True).make(), OnMeta.of(example_inputs))
 
