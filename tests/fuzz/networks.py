@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import dampr
 from dampr.prune import inputs
@@ -158,6 +159,54 @@ def bare(draw: Draw, width: int) -> Built:
     return layers, lambda m, x: F.relu(way(x, m.w) + m.b), 8
 
 
+def computed(draw: Draw, width: int) -> Built:
+    """Weights that are computed from others."""
+    kind = draw.choice((nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm))
+    return {"a": kind(nn.Linear(width, 8)), "b": nn.Linear(8, 10)}, lambda m, x: m.b(F.relu(m.a(x))), 10
+
+
+def encoded(draw: Draw, width: int) -> Built:
+    heads, first = draw.choice([h for h in (1, 2, 3) if width % h == 0]), draw.chance(0.5)
+    layer = nn.TransformerEncoderLayer(width, heads, 10, 0.0, batch_first=True, norm_first=first)
+    return {"a": layer}, lambda m, x: m.a(x), width
+
+
+def stepped(draw: Draw, width: int) -> Built:
+    """A cell, step by step."""
+    hidden = draw.choice((6, 8))
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        states = [x.new_zeros(len(x), hidden)]
+        for step in x.unbind(1):
+            states.append(m.a(step, states[-1]))
+        return torch.stack(states[1:], 1)
+
+    return {"a": draw.choice((nn.GRUCell, nn.RNNCell))(width, hidden)}, run, hidden
+
+
+def crossed(draw: Draw, width: int) -> Built:
+    """Queries that are parameters read keys and values that have a width of their own."""
+    layers: Layers = {"a": nn.Linear(width, 10), "q": nn.Parameter(torch.randn(3, 8) / 3)}
+    layers["m"] = nn.MultiheadAttention(8, 2, kdim=10, vdim=10, batch_first=True)
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        read = F.relu(m.a(x))
+        found: Tensor = m.m(m.q.expand(len(x), -1, -1), read, read, need_weights=False)[0]
+        return found
+
+    return layers, run, 8
+
+
+def repeated(draw: Draw, width: int) -> Built:
+    """Run again in the backward."""
+    layers: Layers = {"a": nn.Linear(width, 8), "b": nn.Linear(8, width)}
+
+    def inner(m: Any, x: Tensor) -> Tensor:
+        return x + m.b(torch.tanh(m.a(x)))
+
+    return layers, lambda m, x: checkpoint(inner, m, x, use_reentrant=False), width
+
+
 def written(y: Tensor) -> Tensor:
     y = y.clone()
     y[:, 0] = y[:, 1]
@@ -267,6 +316,7 @@ def changed_image(draw: Draw, width: int) -> Built:
 
 
 SEQUENCE = (linear, linear, linear, over_time, over_time, depthwise, recurrent, norm, attention, torch_attention)
+SEQUENCE += (computed, encoded, stepped, crossed, repeated)
 SEQUENCE += (residual, residual, joined, halves, excited, twice, bare, changed, changed, changed, changed)
 IMAGE = (convolved, convolved, convolved, convolved, block, block, dense_block, squeezed, up, changed_image)
 IMAGE += (changed_image, changed_image)
