@@ -30,6 +30,9 @@ Built = tuple[Layers, Run, int]  # and how wide it is behind it
 ACTIVATIONS = (F.relu, F.gelu, torch.tanh, F.silu, torch.sigmoid, F.softplus, lambda y: y)
 
 
+FAMILIES = ("hard_concrete", "hard_concrete", "dep_l0", "diffprune", "diffmask")  # whose gates close in any order
+
+
 class Step(nn.Module):
     """Layers, and what runs them."""
 
@@ -368,7 +371,7 @@ def networks(draw: Draw) -> str | None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", dampr.prune.SightWarning)
-            dampr.convert(model, x, residual=draw.chance(0.2))
+            dampr.convert(model, x, gate=draw.choice(FAMILIES), residual=draw.chance(0.2))
     except dampr.ConversionError:  # of which every layer has a reason
         return None
     if inputs.differ(before, inputs.evaluate(model, x), 1e-5, 1e-5 * inputs.size(before)):
