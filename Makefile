@@ -19,18 +19,19 @@ help:
 	@echo "make test     every test that runs on this machine; the kernels in Triton's interpreter first"
 	@echo "make verify   every op and backend here against the float64 reference"
 	@echo "make emulate  compiled kernels against float64 on emulated GPUs (hours; goes on where it stopped)"
-	@echo "make bench    the benchmark suite on this machine        make gpu   the same and the GPU tests, on a machine with a GPU"
+	@echo "make bench    the benchmark suite on this machine     make gpu   the same and the tests of a GPU"
 	@echo "make examples one script for each published experiment"
 	@echo "make plots    the charts and tables of the documentation, from the results files"
 	@echo "make docs     the documentation as a site, in build/site"
 	@echo "make fuzz     random and hostile calls of everything public, an hour; MINUTES=5 in CI"
-	@echo "make sanitize the extension under AddressSanitizer and UBSan: kernels, operators, the fuzzer, every instruction set (or ISA=avx2)"
+	@echo "make sanitize the extension under AddressSanitizer and UBSan, on every instruction set (or ISA=avx2)"
 	@echo "make soak     a plan of 10,000 steps, killed and resumed, against one that is not; STEPS=2000 in CI"
-	@echo "make test-long   what takes minutes: four processes, killed runs, every pair   (make test leaves it out)"
-	@echo "make test-latest, test-floor, test-no-extension, test-no-triton   the fast tests with the newest and the oldest torch, and with parts missing"
-	@echo "make packaging sdist, wheel and installations in environments of their own   make sdist, wheels   what is published"
+	@echo "make test-long   what takes minutes: four processes, killed runs, every pair (make test leaves it out)"
+	@echo "make test-latest, test-floor   the fast tests with the newest and the oldest torch"
+	@echo "make test-no-extension, test-no-triton   the fast tests with parts missing"
+	@echo "make packaging sdist, wheel and installations of their own      make sdist, wheels   what is published"
 	@echo "make lint     ruff, clang-format, mypy, import-linter    make format   formatters"
-	@echo "make install  only the environment                       make clean    remove what was built; the environment stays"
+	@echo "make install  only the environment           make clean    remove what was built; the environment stays"
 
 install: $(STAMP)
 
@@ -101,7 +102,8 @@ test-no-extension: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.without dampr._C $(FAST) --ignore=tests/csrc
 
 test-no-triton: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.without triton $(FAST) --ignore=tests/kernels --ignore=tests/testing/test_codegen.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.without triton $(FAST) --ignore=tests/kernels \
+		--ignore=tests/testing/test_codegen.py
 
 packaging: $(STAMP)
 	$(BIN)/python -m pytest tests/test_packaging.py
