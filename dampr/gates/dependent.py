@@ -286,7 +286,7 @@ class DependentHardConcrete(ConcreteGate):
 
     @property
     def log_alpha(self) -> Tensor:  # type: ignore[override]
-        """The log_alpha of the gates, float32, (num_gates,), computed by the generator with a graph to its parameters."""
+        """The log_alpha of the gates, float32, (num_gates,), with a graph to the parameters of the generator."""
         return self.generator.log_alpha(self.index)
 
     @torch.no_grad()

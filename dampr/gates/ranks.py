@@ -178,7 +178,7 @@ REPLICATED = "torch.distributed._composable.replicate", "DDP", "torch.nn.paralle
 
 
 def check_seen(model: nn.Module, *wrappers: tuple[str, str, str]) -> None:
-    """Raise TypeError if a module of ``model`` is wrapped in one of ``wrappers`` (:data:`FORMER`, :data:`REPLICATED`)."""
+    """Raise TypeError if one of ``wrappers`` (:data:`FORMER`, :data:`REPLICATED`) is around a module of ``model``."""
     for room, kind, instead in wrappers:
         modules = model.named_modules() if room in sys.modules else ()
         found = next((name for name, m in modules if isinstance(m, getattr(sys.modules[room], kind))), None)
