@@ -47,8 +47,8 @@ class GateModule(nn.Module):
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
     ) -> None:
         # A dense checkpoint of the layer has no gates, so the gates do not change. A checkpoint whose metadata says
-        # that it was made with gates, but which has no values for them, does not load. With assign=True torch adds a key
-        # of its own to the metadata.
+        # that it was made with gates, but which has no values for them, does not load. With assign=True torch adds a
+        # key of its own to the metadata.
         own = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
         if not prefix or local_metadata.keys() - {"assign_to_params_buffers"} or own:
             super()._load_from_state_dict(state_dict | _precise(own), prefix, local_metadata, *args)
@@ -86,8 +86,8 @@ class Gate(GateModule):
     To write a family of your own, make a subclass whose constructor takes ``(num_gates, *, device=None)`` and passes
     ``num_gates`` to this class, and override :meth:`forward` and :meth:`open_probability`. Nothing else is needed: the
     fused operators multiply by the values of ``forward()``, and their gradients flow back into it. Layers take the
-    class or an instance: ``GatedLinear(8, 4, gate=SigmoidGate)``. The values of such a family are computed once per call,
-    so ``per_sample=True`` of a layer has no effect, as for every family but the hard concrete ones.
+    class or an instance: ``GatedLinear(8, 4, gate=SigmoidGate)``. The values of such a family are computed once per
+    call, so ``per_sample=True`` of a layer has no effect, as for every family but the hard concrete ones.
 
     >>> class SigmoidGate(Gate):
     ...     def __init__(self, num_gates, *, device=None):

@@ -63,9 +63,9 @@ class Shrinker:
 
     The gradients of a closed unit are all 0, so the model without it computes the same outputs and the same gradients,
     to rounding, in less time. Parameters stay the same objects with smaller data, so optimizers, schedulers and
-    gradient scalers continue to work; gradients, optimizer state and copies of the model are cut too. Gates remain whole
-    vectors (:class:`dampr.gates.SelectedGate`), so a budget counts and draws as before. Every removal is tested on the
-    example inputs: units whose removal changes the outputs stay, and :attr:`notes` says so.
+    gradient scalers continue to work; gradients, optimizer state and copies of the model are cut too. Gates remain
+    whole vectors (:class:`dampr.gates.SelectedGate`), so a budget counts and draws as before. Every removal is tested
+    on the example inputs: units whose removal changes the outputs stay, and :attr:`notes` says so.
 
     Under a :class:`dampr.Budget` with ``steps``, a unit is removed once the budget has closed it and would not keep it
     at any later goal. Otherwise it is removed after its gate was closed in ``patience`` calls of :meth:`step`. A random
