@@ -73,8 +73,7 @@ class Report:
         max_abs_difference: the largest difference between the outputs of the masked and the compacted network, measured
             when the plan compacted it.
         history: for each epoch of the pruned run the training loss, the test accuracy, the share of MACs that is left
-            and
-            the number of open units of each layer.
+            and the number of open units of each layer.
         model: ``"mlp"`` or ``"cnn"``.
     """
 

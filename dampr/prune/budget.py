@@ -294,12 +294,10 @@ class Budget:
 
         Args:
             round_to: the number of open gates of a layer (of a recurrent layer, in each layer and direction) is a
-                multiple of
-                it, or all gates are open. Tensor cores like multiples of 8.
+                multiple of it, or all gates are open. Tensor cores like multiples of 8.
             min_width: the fewest gates that stay open in such a layer; residual branches may close altogether.
-            same: name globs; the gated layers that match one of them keep the same number of gates, each its own
-                best ones. For
-                models that have one number for all layers.
+            same: name globs; the gated layers that match one of them keep the same number of gates, each its own best
+                ones. For models that have one number for all layers.
 
         Returns: a :class:`BudgetReport`, with counts from a compacted copy.
 

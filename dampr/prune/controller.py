@@ -75,8 +75,7 @@ class Controller:
         steps: the number of steps until the target is reached.
         score: one of :data:`SCORES`.
         least: for each width (a gate vector, or a layer and direction of a recurrent layer) the least number of gates
-            that
-            stay open.
+            that stay open.
     """
 
     def __init__(

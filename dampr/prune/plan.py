@@ -66,7 +66,8 @@ class Plan:
             model, as it was when the ramp began.
         distill_loss: computes that distance, a scalar, from the outputs of the trained and of the dense model. None:
             the Kullback-Leibler divergence of logits (rows, classes) at a temperature of 2, times 4 (Hinton et al.
-        2015). recalibrate: the number of training batches on which the statistics of norms are computed anew; 0: none.
+            2015).
+        recalibrate: the number of training batches on which the statistics of norms are computed anew; 0: none.
         shrink: whether units that are closed for good leave the model before the end of the ramp
             (:class:`dampr.Shrinker`), which changes nothing but the time of a step. ``"auto"``: if it pays; True:
             whenever it saves 5 %; False: never.
@@ -231,11 +232,9 @@ class Plan:
 
         Args:
             optimizer: the optimizer of the weights; the state of what is left of them is kept. None: make a new
-                optimizer
-                when this returns True.
+                optimizer when this returns True.
             ema: copies of :attr:`model` with averaged weights (``torch.optim.swa_utils.AveragedModel``), one or
-                several: they
-                get gates and lose units when the model does.
+                several: they get gates and lose units when the model does.
 
         Returns: True if parameters of the model have changed their shapes, which can happen during the ramp and at its
         end.

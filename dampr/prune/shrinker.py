@@ -216,8 +216,7 @@ class Shrinker:
 
         Args:
             optimizer: the optimizers of the weights, one or several; the state of what is left of them is kept. None:
-                make a
-                new optimizer if anything was removed.
+                make a new optimizer if anything was removed.
             ema: copies of the model, such as :class:`torch.optim.swa_utils.AveragedModel`, which lose the same units.
 
         Raises: ValueError, before anything changes, for an optimizer whose state cannot be cut, and for copies of

@@ -20,8 +20,7 @@ class ScaledRNN(nn.Module):
         rnn: an ``nn.LSTM``, ``nn.GRU`` or ``nn.RNN``; its weights already hold the factors for the units that they
             read.
         scale: the factors for its output and its states, (num_layers * directions, H), with H the width of the output
-            of
-            one direction; kept as a buffer.
+            of one direction; kept as a buffer.
     """
 
     scale: Tensor

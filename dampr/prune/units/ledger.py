@@ -33,8 +33,7 @@ class Reason:
             (nothing is left to choose along a dimension).
         text: the reason in words.
         operator, module, line: the operator that gives the reason, the module that ran it, and the line of code outside
-            of
-            torch that called it; empty if no operator does.
+            of torch that called it; empty if no operator does.
     """
 
     kind: str

@@ -281,8 +281,7 @@ def probe(masked: nn.Module, units: Units, classes: Iterable[int], example_input
 
     Args:
         masked: a model with the parameter shapes of the model of ``units``, in which ``classes`` are masked; it runs
-            once on
-            real tensors in evaluation mode.
+            once on real tensors in evaluation mode.
         units: the partition.
         classes: the closed classes.
         example_inputs: the inputs.
