@@ -1,4 +1,6 @@
-// Gates of blocks folded into a matrix, and their gradients from one pass.
+// Gates on blocks of a weight matrix: the forward multiplies each weight by the gate of its block; the backward
+// computes the gradients of weights and gates in one pass. kernels.h (FoldBlocksForward, FoldBlocksBackward) has the
+// equations.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +12,9 @@
 namespace dampr {
 namespace {
 
-// One dimension cut into spans: each is some whole blocks, or a piece of one block that is longer than `most`.
+// One dimension of a matrix of `size` elements, of which each `block` shares a gate, cut into spans for threads. A span
+// is several whole blocks, or, if a block is longer than `most`, one of the `pieces` of one block. step: elements of a
+// full span.
 struct Spans {
   int64_t size, block, blocks, pieces, step;
 
@@ -22,8 +26,9 @@ struct Spans {
   int64_t count() const { return pieces > 1 ? blocks * pieces : step ? divide_up(size, step) : 0; }
 };
 
+// One span: the elements begin .. end - 1, which belong to `blocks` blocks from number `block` on. piece: which piece
+// of a long block it is. A span can be empty, because the last block of a dimension may have fewer pieces.
 struct Span {
-  // the elements begin .. end - 1, of `blocks` blocks; none, if the last block has fewer pieces
   int64_t begin, end, block, blocks, piece;
 
   Span(const Spans& s, int64_t index) {
@@ -36,7 +41,8 @@ struct Span {
   }
 };
 
-// A matrix cut into items that hold whole blocks of it, or pieces of one row or column of blocks.
+// How a matrix (n_out, n_in) with a gate for each block is cut into work items. An item is a span of rows times a span
+// of columns, so it covers whole blocks, or a piece of one row or column of blocks.
 struct BlockGrid {
   Spans columns, rows;
 
@@ -48,13 +54,15 @@ struct BlockGrid {
   int64_t blocks() const { return rows.blocks * columns.blocks; }
 };
 
+// out = z[0], z[0], ..., z[1], z[1], ...: each of `count` values kBlockColumns times.
 template <int kBlockColumns, class G>
 inline void repeat_each(const G* __restrict z, int64_t count, G* __restrict out) {
   for (int64_t b = 0; b < count; ++b)
     for (int k = 0; k < kBlockColumns; ++k) out[b * kBlockColumns + k] = z[b];
 }
 
-// The gates of one row of blocks, one per column of the span.
+// The gates of the columns of a span: z, one gate for each block, with each gate repeated for the columns of its block.
+// Returns z itself for blocks of one column, else `buffer`.
 template <class G>
 inline const G* gate_per_column(const G* z, const Span& span, int64_t block, G* buffer) {
   const int64_t width = span.end - span.begin, whole = width / block;
@@ -72,7 +80,7 @@ inline const G* gate_per_column(const G* z, const Span& span, int64_t block, G* 
   return buffer;
 }
 
-// Calls f(row of blocks, first row, end row) for each row of blocks in a span.
+// Calls f(block row, first row, end row) for each row of blocks that the span of rows covers.
 template <class F>
 inline void each_block_row(const Spans& rows, const Span& span, F&& f) {
   for (int64_t b = 0; b < span.blocks; ++b) {
@@ -81,6 +89,7 @@ inline void each_block_row(const Spans& rows, const Span& span, F&& f) {
   }
 }
 
+// out = w * z with the gate z of each weight's block; W, T: the element types of w and out.
 template <class W, class T>
 void fold_blocks_forward(const FoldBlocksForward& a, int threads) {
   using G = typename Storage<W>::Gate;
@@ -106,7 +115,7 @@ void fold_blocks_forward(const FoldBlocksForward& a, int threads) {
   });
 }
 
-// The sums of `count` runs of `run` values each, in order.
+// out[b] = the sum of the b-th run of `run` consecutive values, added in order; `count` runs.
 inline void sum_runs(const double* __restrict values, int64_t count, int64_t run, double* __restrict out) {
   for (int64_t b = 0; b < count; ++b) {
     double sum = values[b * run];
@@ -115,7 +124,8 @@ inline void sum_runs(const double* __restrict values, int64_t count, int64_t run
   }
 }
 
-// The sum over the columns of each block.
+// The sum of `values`, one per column of a span, over the columns of each block. Returns `values` itself for blocks of
+// one column, else `out`.
 inline const double* sum_columns(const double* values, const Span& span, int64_t block, double* out) {
   const int64_t width = span.end - span.begin, whole = width / block;
   if (block == 1) return values;
@@ -131,6 +141,8 @@ inline const double* sum_columns(const double* values, const Span& span, int64_t
   return out;
 }
 
+// dw = z g, folded = z w and dz = the sum of w g over each block; T, W: the element types of g and w. False if there is
+// no memory.
 template <class T, class W>
 bool fold_blocks_backward(const FoldBlocksBackward& a, int threads) {
   using G = typename Storage<W>::Gate;

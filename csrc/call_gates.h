@@ -1,4 +1,9 @@
-// Calls on gates alone, and on rows or weights that have a gate each: noise, values, gradients, which are open.
+// The functions that bindings.cpp exports for gates alone and for rows or weights with gates. Each checks its
+// arguments, fills a struct of kernels.h and calls the kernel without the GIL. An error names the argument.
+//
+// In all of them: an Address is that of a contiguous tensor, 0 if it is absent; log_alpha: (n,), float32 or, next to
+// float64, float64; seed_ptr: one int64, read only if the spec draws; gate j of row m uses the noise of index start + m
+// * n + j; threads: the most threads to use.
 #pragma once
 
 #include <vector>
@@ -9,6 +14,7 @@
 namespace dampr {
 namespace {
 
+// Checks the arguments of the two functions below and calls function(seed, start, count, out, threads).
 template <class T, class F>
 void philox(Address seed_ptr, int64_t start, int64_t count, const char* out_name, Address out, int64_t threads,
             F function) {
@@ -21,14 +27,18 @@ void philox(Address seed_ptr, int64_t start, int64_t count, const char* out_name
   without_gil([&] { return function(seed, start, count, target, team), true; });
 }
 
+// out: the random words of the indices start .. start + count - 1, uint32.
 void philox_words(Address seed_ptr, int64_t start, int64_t count, Address out, int64_t threads) {
   philox<uint32_t>(seed_ptr, start, count, "out_u32_ptr", out, threads, kernels().philox_words);
 }
 
+// out: the uniform numbers of the indices start .. start + count - 1, float32 in (0, 1).
 void philox_uniform(Address seed_ptr, int64_t start, int64_t count, Address out, int64_t threads) {
   philox<float>(seed_ptr, start, count, "out_f32_ptr", out, threads, kernels().philox_uniform);
 }
 
+// out = x * z, (rows, n), with a draw of the n gates for each row; out = z if x is absent. from, to: the dtypes of x
+// and out. out_name: the name of out in errors.
 void rows_forward(const py::tuple& spec, DType from, DType to, Address x, int64_t rows, int64_t n, Address log_alpha,
                   Address seed_ptr, const char* out_name, Address out, int64_t threads, int64_t start = 0) {
   const Kernels& k = kernels();
@@ -44,6 +54,9 @@ void rows_forward(const py::tuple& spec, DType from, DType to, Address x, int64_
   without_gil([&] { return k.rows_forward(s, from, to, a, team), true; });
 }
 
+// The gradients of rows_forward for the gradient g of out, with the same draw: dx = g * z, xz = x * z, and dlog_alpha =
+// the sum over rows of x * g * dz/dlog_alpha, with x = 1 if it is absent. Absent outputs are not computed. from, to:
+// the dtypes of g and of x, dx, xz. g_name: the name of g in errors.
 void rows_backward(const py::tuple& spec, DType from, DType to, Address x, const char* g_name, Address g, int64_t rows,
                    int64_t n, Address log_alpha, Address seed_ptr, Address dx, Address xz, Address dlog_alpha,
                    int64_t threads, int64_t start = 0) {
@@ -61,7 +74,8 @@ void rows_backward(const py::tuple& spec, DType from, DType to, Address x, const
   without_gil([&] { return k.rows_backward(s, from, to, a, team); });
 }
 
-// How many of n gates are not 0, and, if wanted, a list of these in order, filled up with others to `length` entries.
+// Returns how many of n gates are not 0. If `places` is given, (length,) int32, it gets the indices of all open gates
+// and of as many closed gates as are needed to fill it, in increasing order.
 int64_t open_gates(const py::tuple& spec, int dtype, Address log_alpha, Address seed_ptr, int64_t n, Address places,
                    int64_t length) {
   const DType gate = check_dtype("dtype", dtype, true);
@@ -87,12 +101,14 @@ int64_t open_gates(const py::tuple& spec, int dtype, Address log_alpha, Address 
   return open;
 }
 
+// z (rows, n), with a draw for each row. dtype: that of log_alpha and z.
 void gates_fwd(const py::tuple& spec, int dtype, Address log_alpha, Address seed_ptr, int64_t rows, int64_t n,
                Address z, int64_t threads, int64_t start) {
   const DType checked = check_dtype("dtype", dtype, true);
   rows_forward(spec, checked, checked, 0, rows, n, log_alpha, seed_ptr, "z", z, threads, start);
 }
 
+// dlog_alpha (n,) for the gradient dz (rows, n) of z; x, dx and xz of rows_backward are absent.
 void gates_bwd(const py::tuple& spec, int dtype, Address log_alpha, Address seed_ptr, int64_t rows, int64_t n,
                Address dz, Address dlog_alpha, int64_t threads, int64_t start) {
   const DType checked = check_dtype("dtype", dtype, true);
@@ -100,6 +116,7 @@ void gates_bwd(const py::tuple& spec, int dtype, Address log_alpha, Address seed
   rows_backward(spec, checked, checked, 0, "dz", dz, rows, n, log_alpha, seed_ptr, 0, 0, dlog_alpha, threads, start);
 }
 
+// out = x * z, (rows, n), with a draw for each row. dtype: that of x and out.
 void gate_rows_fwd(const py::tuple& spec, int dtype, Address x, int64_t rows, int64_t n, Address log_alpha,
                    Address seed_ptr, Address out, int64_t threads) {
   const DType checked = check_dtype("dtype", dtype);
@@ -108,6 +125,7 @@ void gate_rows_fwd(const py::tuple& spec, int dtype, Address x, int64_t rows, in
   rows_forward(spec, checked, checked, x, rows, n, log_alpha, seed_ptr, "out", out, threads);
 }
 
+// dx = g * z, xz = x * z and dlog_alpha for the gradient g (rows, n) of gate_rows_fwd.
 void gate_rows_bwd(const py::tuple& spec, int dtype, Address x, Address g, int64_t rows, int64_t n, Address log_alpha,
                    Address seed_ptr, Address dx, Address xz, Address dlog_alpha, int64_t threads) {
   const DType checked = check_dtype("dtype", dtype);
@@ -116,6 +134,7 @@ void gate_rows_bwd(const py::tuple& spec, int dtype, Address x, Address g, int64
   rows_backward(spec, checked, checked, x, "g", g, rows, n, log_alpha, seed_ptr, dx, xz, dlog_alpha, threads);
 }
 
+// out = w * z with a gate for each of `count` weights.
 void gate_weights_fwd(const py::tuple& spec, int w_dtype, int out_dtype, Address w, int64_t count, Address log_alpha,
                       Address seed_ptr, Address out, int64_t threads) {
   const DType from = check_dtype("w_dtype", w_dtype), to = check_dtype("out_dtype", out_dtype);
@@ -125,6 +144,7 @@ void gate_weights_fwd(const py::tuple& spec, int w_dtype, int out_dtype, Address
   rows_forward(spec, from, to, w, 1, count, log_alpha, seed_ptr, "out", out, threads);
 }
 
+// dw = g * z, folded = w * z and dlog_alpha for the gradient g of gate_weights_fwd.
 void gate_weights_bwd(const py::tuple& spec, int g_dtype, int w_dtype, Address g, Address w, int64_t count,
                       Address log_alpha, Address seed_ptr, Address dw, Address dlog_alpha, int64_t threads,
                       Address folded) {

@@ -1,4 +1,6 @@
-// Calls that compute a whole layer: a norm with gates behind it, a small linear layer, the generator of Dep-L0.
+// The functions that bindings.cpp exports for whole layers: a norm followed by gates, a small linear layer, the
+// generator of Dep-L0. Each checks its arguments, fills a struct of kernels.h and calls the kernel without the GIL. An
+// Address is that of a contiguous tensor, 0 if it is absent.
 #pragma once
 
 #include <memory>
@@ -11,12 +13,13 @@
 namespace dampr {
 namespace {
 
-// The gates behind a norm, a draw for all or one for each outer index, in memory of this call.
+// Memory for the gate values after a norm, and the arguments that draw them: one draw for all samples, or one for each
+// outer index.
 struct NormDraw {
   GateSpec spec;
   DType dtype;
   RowsForward gates{};
-  std::unique_ptr<double[]> room;  // of either dtype
+  std::unique_ptr<double[]> room;  // the gate values, float or double by `dtype`
 
   NormDraw(const py::tuple& fields, DType x, const Planes& a, Address log_alpha, Address seed_ptr)
       : spec(check_spec(fields)), dtype(x == kFloat64 ? kFloat64 : kFloat32) {
@@ -27,7 +30,7 @@ struct NormDraw {
   }
 };
 
-// What both directions of a norm have in common.
+// Checks the arguments that the forward and the backward of a norm share, and returns them as a NormGate.
 NormGate check_norm(int64_t outer, int64_t middle, int64_t n, int64_t inner, bool per_outer, Address gain, Address bias,
                     Address mean, Address var, double eps, bool relu) {
   check_shape(outer, middle, n, inner);
@@ -40,7 +43,8 @@ NormGate check_norm(int64_t outer, int64_t middle, int64_t n, int64_t inner, boo
   return a;
 }
 
-// running = (1 - momentum) running + momentum scale value, rounded once.
+// running = (1 - momentum) * running + momentum * scale * values, for n channels, computed in double and rounded once.
+// A null `running` is left out.
 template <class G>
 void move_statistic(G* running, const void* values, int64_t n, double momentum, double scale) {
   for (int64_t j = 0; running && j < n; ++j)
@@ -48,6 +52,7 @@ void move_statistic(G* running, const void* values, int64_t n, double momentum, 
                                 momentum * scale * static_cast<double>(static_cast<const G*>(values)[j]));
 }
 
+// Updates the running mean and the running variance, unbiased, from a batch of `count` values per channel.
 template <class G>
 void move_statistics(Address running_mean, Address running_var, const NormGate& a, int64_t count, double momentum) {
   move_statistic(pointer<G>(running_mean), a.mean, a.planes.n, momentum, 1.0);
@@ -55,6 +60,9 @@ void move_statistics(Address running_mean, Address running_var, const NormGate& 
                  static_cast<double>(count) / static_cast<double>(count - 1));
 }
 
+// out = z * norm(x), with a ReLU after it if `relu`; x and out: (outer, middle, n, inner). In training, it writes the
+// statistics of x to mean and var (n,), and updates running_mean, running_var and `updates`, the count of batches; else
+// it reads mean and var.
 void norm_gate_fwd(const py::tuple& spec, int dtype, Address x, int64_t outer, int64_t middle, int64_t n, int64_t inner,
                    Address log_alpha, Address seed_ptr, bool per_outer, Address gain, Address bias, bool training,
                    Address mean, Address var, Address running_mean, Address running_var, Address updates,
@@ -82,6 +90,8 @@ void norm_gate_fwd(const py::tuple& spec, int dtype, Address x, int64_t outer, i
   if (updates) ++*pointer<int64_t>(updates);
 }
 
+// The gradients of norm_gate_fwd for the gradient g of out: dx, dgain, dbias and dlog_alpha; absent ones are not
+// computed.
 void norm_gate_bwd(const py::tuple& spec, int dtype, Address g, Address x, int64_t outer, int64_t middle, int64_t n,
                    int64_t inner, Address log_alpha, Address seed_ptr, bool per_outer, Address gain, Address bias,
                    bool training, Address mean, Address var, double eps, bool relu, Address dx, Address dgain,
@@ -107,7 +117,9 @@ void norm_gate_bwd(const py::tuple& spec, int dtype, Address g, Address x, int64
   });
 }
 
-// What both directions of a small layer have in common.
+// Checks the arguments that the forward and the backward of a small linear layer share, and returns them as a
+// SmallLinear (kernels.h). x: (m, k), w: (n, k), in_log_alpha: (k,), out_log_alpha: (n,); an absent log_alpha stands
+// for no gates. The seeds are read only if gates are drawn.
 SmallLinear check_small(const GateSpec& s, int64_t m, int64_t n, int64_t k, Address x, Address w, Address in_log_alpha,
                         Address out_log_alpha, Address in_seed_ptr, Address out_seed_ptr, bool per_sample) {
   check_sizes("m", m, "k", k), check_sizes("m", m, "n", n), check_sizes("n", n, "k", k);
@@ -120,6 +132,7 @@ SmallLinear check_small(const GateSpec& s, int64_t m, int64_t n, int64_t k, Addr
   return a;
 }
 
+// y (m, n) = z_out * ((x * z_in) w^T + b); pre: y before the output gates, if it is given.
 void small_fwd(const py::tuple& spec, int dtype, int64_t m, int64_t n, int64_t k, Address x, Address w, Address b,
                Address in_log_alpha, Address out_log_alpha, Address in_seed_ptr, Address out_seed_ptr, bool per_sample,
                Address y, Address pre) {
@@ -131,6 +144,8 @@ void small_fwd(const py::tuple& spec, int dtype, int64_t m, int64_t n, int64_t k
   without_gil([&] { return table.small_forward(s, checked, a); });
 }
 
+// The gradients of small_fwd for the gradient dy (m, n): dx, dw, db, din (of in_log_alpha) and dout (of out_log_alpha);
+// absent ones are not computed. pre: what the forward wrote; it is computed again if it is needed and absent.
 void small_bwd(const py::tuple& spec, int dtype, int64_t m, int64_t n, int64_t k, Address dy, Address x, Address w,
                Address b, Address in_log_alpha, Address out_log_alpha, Address in_seed_ptr, Address out_seed_ptr,
                bool per_sample, Address pre, Address dx, Address dw, Address db, Address din, Address dout) {
@@ -144,8 +159,9 @@ void small_bwd(const py::tuple& spec, int dtype, int64_t m, int64_t n, int64_t k
   without_gil([&] { return table.small_backward(s, checked, a); });
 }
 
-// What both directions of a generator have in common. widths: of a_0, a_1, ...; addresses and pointers hold on to the
-// parameters.
+// Checks the arguments that the forward and the backward of a Dep-L0 generator share, and returns them as a Generator.
+// addresses: of w_1, b_1, w_2, b_2, ... widths: the sizes of a_0, a_1, ... The result points into `widths` and
+// `pointers`, which have to outlive it.
 Generator check_generator(const std::vector<Address>& addresses, const std::vector<int64_t>& widths, double limit,
                           std::vector<const void*>& pointers) {
   if (widths.size() < 2) reject("widths", std::to_string(widths.size()) + " sizes", "two or more");
@@ -165,6 +181,7 @@ Generator check_generator(const std::vector<Address>& addresses, const std::vect
   return a;
 }
 
+// values: a_1, a_2, ..., one behind the other.
 void generator_fwd(int dtype, const std::vector<Address>& parameters, const std::vector<int64_t>& widths, double limit,
                    Address values) {
   const Kernels& table = kernels();
@@ -175,6 +192,7 @@ void generator_fwd(int dtype, const std::vector<Address>& parameters, const std:
   without_gil([&] { return table.generator_forward(checked, a), true; });
 }
 
+// grads: the gradients of the parameters, in their order, for the gradient dvalues of values.
 void generator_bwd(int dtype, const std::vector<Address>& parameters, const std::vector<int64_t>& widths, double limit,
                    Address values, Address dvalues, const std::vector<Address>& grads) {
   const Kernels& table = kernels();

@@ -1,10 +1,14 @@
-// The gate functions: a type for those that are drawn and one for all that are not; with_gate() at the end picks one. A
-// new family without noise is one more prepare_ function and its case in Fixed. Equations and constants: dampr/spec.py.
+// The gate functions: one type for gates that are drawn and one for all others; with_gate() at the end chooses. A new
+// family without noise needs a prepare_ function and a case in Fixed. Equations and constants: dampr/spec.py.
 //
-// A gate type has: Value (float or double); kDrawn (does it take noise); prepare(), which turns log_alpha into up to
-// two numbers per gate that do not depend on the noise; and at(), which gives the value z and the slope dz/dlog_alpha
-// from these and the noise u. Every product and sum is rounded on its own (-ffp-contract=off), so zero and one patterns
-// equal those of dampr/reference to the bit.
+// A gate type has: Value, float or double; kDrawn, whether it needs noise; prepare(), which turns log_alpha into up to
+// two numbers per gate that do not depend on the noise; and at(), which computes the value z and the slope
+// dz/dlog_alpha from these numbers and the noise u. Every product and sum is rounded on its own (-ffp-contract=off), so
+// that the same gates are exactly 0 and exactly 1 as in dampr/reference.
+//
+// In the prepare_ functions: log_alpha (or x, alpha, p) is the parameter of each of `count` gates, z the value, slope
+// the derivative of z by the parameter. Comparisons are made in float (`decides`) for both types, so that float and
+// double agree on which gates are closed; `full` means z = 1.
 #pragma once
 
 #include <cstdint>
@@ -20,7 +24,7 @@ inline float square_root(float x) { return __builtin_sqrtf(x); }
 
 constexpr float kLn2Hi = 0.693359375f, kLn2Lo = -2.12194440054690583e-4f;  // their sum is ln 2
 
-// reference.exp_portable: the constants are those of dampr/spec.py.
+// exp(x) as reference.exp_portable computes it, with the same constants (dampr/spec.py); x is clamped to [-80, 80].
 inline float exp_portable(float x) {
   constexpr float kLog2E = 1.4426950408889634f, kRound = 12582912.0f;
   x = x < -80.0f ? -80.0f : x > 80.0f ? 80.0f : x;
@@ -58,19 +62,21 @@ inline float logarithm(float t) {
 inline float power(float t, float y) { return exp_portable(logarithm(t) * y); }
 inline double power(double t, double y) { return __builtin_pow(t, y); }
 
+// The value of a gate and its slope, the derivative by its parameter.
 template <class G>
 struct GatePoint {
   G z, slope;
 };
 
-// Clips the stretched value between the thresholds; comparisons let a NaN through.
+// Clamps z to [2^-24, 1 - 2^-24], so that a gate which the comparisons call neither closed nor full is neither 0 nor 1.
+// A NaN stays a NaN.
 template <class G>
 inline G clip_open(G z) {
   constexpr G kEdge = static_cast<G>(0x1p-24);
   return z < kEdge ? kEdge : z > 1 - kEdge ? 1 - kEdge : z;
 }
 
-// A drawn hard concrete gate. kTwoThirds: beta = 2/3, where t ** (1 / beta) needs no logarithm.
+// Hard concrete gates that are drawn. kTwoThirds: beta is 2/3, where t ** (1 / beta) needs no logarithm.
 template <class G, bool kTwoThirds>
 struct HardConcreteDrawn {
   using Value = G;
@@ -85,7 +91,7 @@ struct HardConcreteDrawn {
         range(static_cast<G>(s.zeta - s.gamma)),
         inverse_beta(static_cast<G>(1.0 / s.beta)) {}
 
-  // p: a = exp(-log_alpha) in float, which decides; q: the same in the precision of the value.
+  // p: exp(-log_alpha) in float, for the comparisons; q: the same in double, for the value, if G is double.
   void prepare(const G* __restrict log_alpha, G* __restrict p, G* __restrict q, int count) const {
 #pragma omp simd
     for (int j = 0; j < count; ++j) p[j] = static_cast<G>(exp_portable(static_cast<float>(-log_alpha[j])));
@@ -113,7 +119,9 @@ struct HardConcreteDrawn {
   }
 };
 
-// The evaluation rules of hard concrete gates.
+// Hard concrete gates without noise, as in evaluation. z = clip(sigmoid(log_alpha / beta) * (zeta - gamma) + gamma) for
+// the rules kPaper (with beta = 1) and kMedian; for kBinary, z is 0 or 1. A gate is closed if log_alpha <= lo and full
+// if log_alpha >= hi.
 template <class G>
 void prepare_hard_concrete(const GateSpec& s, const G* __restrict log_alpha, G* __restrict z, G* __restrict slope,
                            int count) {
@@ -132,14 +140,15 @@ void prepare_hard_concrete(const GateSpec& s, const G* __restrict log_alpha, G* 
   }
 }
 
+// Gates whose parameter is their value.
 template <class G>
 void prepare_value(const G* __restrict p, G* __restrict z, G* __restrict slope, int count) {
 #pragma omp simd
   for (int j = 0; j < count; ++j) z[j] = p[j], slope[j] = 1;
 }
 
-// tanh(y), y >= 0; in float without a branch or a call, precise also where it is small (constants: dampr/spec.py). e:
-// exp(-2 y).
+// tanh(y) for y >= 0, from y and e = exp(-2 y). In float it has no branch and no call, and small y are precise too
+// (constants: dampr/spec.py).
 inline float tanh_positive(float y, float e) {
   const float yy = y * y;
   float p = -5.717043105e-03f;
@@ -152,13 +161,14 @@ inline float tanh_positive(float y, float e) {
 }
 inline double tanh_positive(double y, double) { return __builtin_tanh(y); }
 
+// z, but at least 2^-24, so that a gate which is not closed is not 0. A NaN stays a NaN.
 template <class G>
 inline G off_zero(G z) {
   constexpr G kEdge = static_cast<G>(0x1p-24);
   return z < kEdge ? kEdge : z;
 }
 
-// h(y), y >= 0, and its derivative; comparisons let a NaN through.
+// h(y) and h'(y) for y >= 0, of the ramp kShape (DiffPrune). A NaN stays a NaN.
 template <class G, Rule kShape>
 inline GatePoint<G> ramp_point(G y) {
   if constexpr (kShape == kClip || kShape == kLinear) return {y, 1};
@@ -179,6 +189,7 @@ inline GatePoint<G> ramp_point(G y) {
   }
 }
 
+// DiffPrune: z = h(k x), with sharpness k; 0 if x <= lo and, for kClip, 1 if x >= hi.
 template <class G, Rule kShape>
 void prepare_ramp(const GateSpec& s, const G* __restrict x, G* __restrict z, G* __restrict slope, int count) {
   const float lo = static_cast<float>(s.lo), hi = static_cast<float>(s.hi);
@@ -193,7 +204,7 @@ void prepare_ramp(const GateSpec& s, const G* __restrict x, G* __restrict z, G* 
   }
 }
 
-// alpha M and M + |alpha| dM/d|alpha|.
+// Differentiable Mask: z = alpha M(|alpha|), with slope M + |alpha| dM/d|alpha|; the variant chooses M.
 template <class G, Rule kVariant>
 void prepare_mask(const GateSpec& s, const G* __restrict alpha, G* __restrict z, G* __restrict slope, int count) {
   constexpr G kLimit = 80, kWide = static_cast<G>(0x1p60);
@@ -222,7 +233,8 @@ void prepare_mask(const GateSpec& s, const G* __restrict alpha, G* __restrict z,
   }
 }
 
-// The rules and families without noise: all is known once the parameter is, so prepare() already gives value and slope.
+// All gates without noise. Value and slope depend on the parameter alone, so prepare() computes both and at() returns
+// them.
 template <class G>
 struct Fixed {
   using Value = G;
@@ -265,7 +277,7 @@ struct Fixed {
   inline GatePoint<G> at(G p, G q, float) const { return {p, q}; }
 };
 
-// Calls f(gate) with the gate type that the spec asks for, its values of type G.
+// Calls f(gate) with the gate type for `spec`; the values of its gates have type G.
 template <class G, class F>
 inline void with_gate(const GateSpec& spec, F&& f) {
   const double off = spec.beta - 2.0 / 3.0;

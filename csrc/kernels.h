@@ -1,7 +1,7 @@
-// What the bindings and the kernels know of each other: one table of functions per instruction set. Equations:
-// dampr/spec.py. The kernels are compiled once per instruction set, so this header and all they include keep clear of
-// inline code from the standard library: the linker would keep one copy of it for the whole module, possibly one the
-// processor at hand cannot run.
+// The interface between the bindings and the kernels: one table of functions per instruction set, and their arguments.
+// Equations: dampr/spec.py. The kernels are compiled once per instruction set. So this header and all that they include
+// must not use inline code from the standard library: the linker would keep one copy of it for the whole module,
+// possibly one that the processor cannot run.
 #pragma once
 
 #include <cstdint>
@@ -34,8 +34,8 @@ struct GateSpec {
   double beta, gamma, zeta, c0, c1, lo, hi;
 };
 
-// out = x * z (out = z without x), one draw per row; gate (m, i) has the index start + m * n + i. x, out: (rows, n);
-// log_alpha: (n,).
+// out = x * z, or out = z if x is null, with a draw of the n gates for each row. Gate i of row m has the noise of index
+// start + m * n + i. x, out: (rows, n); log_alpha: (n,).
 struct RowsForward {
   const void *x, *log_alpha;
   void* out;
@@ -44,8 +44,9 @@ struct RowsForward {
   int64_t start = 0;
 };
 
-// The same draw again: dx = g z, xz = x z, dlog_alpha[i] = sum_m x g dz/dlog_alpha (x = 1 if absent). Absent outputs
-// are null; dx, xz are like x.
+// The backward of RowsForward, with the same draw, for the gradient g (rows, n) of out: dx = g * z, xz = x * z,
+// dlog_alpha[i] = sum_m x * g * dz/dlog_alpha, with x = 1 if it is absent. Outputs that are not needed are null; dx and
+// xz have the shape and dtype of x.
 struct RowsBackward {
   const void *x, *g, *log_alpha;
   void *dx, *xz, *dlog_alpha;
@@ -93,8 +94,9 @@ struct Planes {
   bool per_outer;
 };
 
-// Entries of the axis n of a tensor (outer, n, inner): places[count] says which, each at most once. Pick: x (outer, n,
-// inner), out (outer, count, inner) has those only. Place: the other way round, with zeros between them.
+// Entries of the axis n of a tensor (outer, n, inner): places (count,) holds their indices, each at most once. gather:
+// out (outer, count, inner) gets these entries of x (outer, n, inner). scatter: out (outer, n, inner) gets the entries
+// of x (outer, count, inner) at these indices, and zeros elsewhere.
 struct Axis {
   const void* x;
   void* out;
@@ -102,7 +104,7 @@ struct Axis {
   int64_t outer, n, count, inner;
 };
 
-// A batch norm and the gates behind it: y = act(z (gain (x - mean) / sqrt(var + eps) + bias)), act = ReLU if relu. Null
+// A batch norm followed by gates: y = act(z (gain (x - mean) / sqrt(var + eps) + bias)), act = ReLU if relu. Null
 // gain: 1, null bias: 0. Backward: planes.out = dx, planes.dz, dgain, dbias, absent ones null; training: mean and var
 // are those of x itself. Derivation: docs/kernels.md.
 struct NormGate {

@@ -1,9 +1,10 @@
-// A whole gated linear layer in one call, for problems so small that calls cost more than arithmetic: products and
-// gates on one thread.
+// A whole gated linear layer in one call on one thread, products and gates, for layers so small that calls would cost
+// more than arithmetic.
 //
-// y = z_out * pre, pre = xz w^T + b, xz = x * z_in; with g = dy * z_out and r = g w:  dx = r * z_in, dw = g^T xz,
-// db = sum_m g, dlog_alpha_in = sum_m x r z_in', dlog_alpha_out = sum_m pre dy z_out', of gates that all rows share
-// without pre (shared_gates_backward). x: (m, k), w: (n, k), y: (m, n), all float or all double.
+// Forward: y = z_out * pre, pre = xz w^T + b, xz = x * z_in. Backward, with g = dy * z_out and r = g w: dx = r * z_in,
+// dw = g^T xz, db = sum_m g, dlog_alpha_in = sum_m x * r * z_in', dlog_alpha_out = sum_m pre * dy * z_out'; z' is the
+// slope dz/dlog_alpha. If all rows share their output gates, dlog_alpha_out is computed without pre
+// (shared_gates_backward). x: (m, k), w: (n, k), y: (m, n), all float or all double.
 #pragma once
 
 #include <cstdint>
@@ -17,6 +18,7 @@
 namespace dampr {
 namespace {
 
+// a * b + c, fused (rounded once) where the instruction set has it.
 inline float multiply_add(float a, float b, float c) {
 #if defined(__FMA__)
   return __builtin_fmaf(a, b, c);
@@ -32,12 +34,13 @@ inline double multiply_add(double a, double b, double c) {
 #endif
 }
 
-constexpr int kBand = 4, kStrip = 32;  // an output block whose running sums stay in registers
-// terms that are added up by themselves, so that the error of a long sum grows with its runs
+constexpr int kBand = 4, kStrip = 32;  // rows and columns of an output block, whose running sums stay in registers
+// A long sum is added in runs of this many terms, so that its error grows with the number of runs, not of terms.
 constexpr int64_t kRun = 256;
 
-// A block of c += a b, its rows c_step apart, those of b b_step; the first operand by two strides: a(i,
-// s) = a[i * row_step + s * sum_step].
+// c += a b for one block of c of `height` rows and `width` columns (kBand and kStrip if kWhole), with `sums` terms.
+// a(i, s) = a[i * row_step + s * sum_step], so that a may be transposed. b_step and c_step: the distances between the
+// rows of b and of c.
 template <class T, bool kWhole>
 inline void product_block(const T* a, int64_t row_step, int64_t sum_step, const T* b, int64_t b_step, T* c,
                           int64_t c_step, int64_t sums, int height, int width) {
@@ -55,7 +58,7 @@ inline void product_block(const T* a, int64_t row_step, int64_t sum_step, const 
     for (int j = 0; j < strip; ++j) c[i * c_step + j] += acc[i][j];
 }
 
-// A strip of `width` columns of c (rows, ...) += a b.
+// c += a b for a strip of `width` columns of c and all its rows; the strides are those of product_block.
 template <class T>
 void add_strip(const T* a, int64_t row_step, int64_t sum_step, const T* b, int64_t b_step, T* c, int64_t c_step,
                int64_t rows, int64_t sums, int width) {
@@ -74,7 +77,7 @@ void add_strip(const T* a, int64_t row_step, int64_t sum_step, const T* b, int64
   }
 }
 
-// c (rows, cols) += a b, b (sums, cols).
+// c (rows, cols) += a b for a (rows, sums) with the strides of product_block, and b (sums, cols).
 template <class T>
 void add_product(const T* a, int64_t row_step, int64_t sum_step, const T* b, T* c, int64_t rows, int64_t sums,
                  int64_t cols) {
@@ -82,7 +85,7 @@ void add_product(const T* a, int64_t row_step, int64_t sum_step, const T* b, T* 
     add_strip(a, row_step, sum_step, b + j, cols, c + j, cols, rows, sums, static_cast<int>(least(kStrip, cols - j)));
 }
 
-// The sum of a[j] b[j], each product rounded, added up in double.
+// The sum of a[j] * b[j]: each product is rounded to T, the sum is in double.
 template <class T>
 inline double dot(const T* a, const T* b, int64_t count) {
   double sum = 0;
@@ -103,9 +106,9 @@ void add_rows(const T* g, int64_t rows, int64_t cols, T* out) {
   }
 }
 
-// c (rows, cols) += a b^T for a (rows, sums), b (cols, sums); panel: room for sums * kStrip values. A strip of b is
-// turned into the panel, which stays in the nearest cache; turning costs as much as the products of three rows of a, so
-// of fewer each is a row of dot products.
+// c (rows, cols) += a b^T for a (rows, sums) and b (cols, sums). Strips of b are transposed into `panel`, memory for
+// sums * kStrip values, which stays in the nearest cache. The transposition costs as much as the products of three rows
+// of a, so with fewer rows each element of c is a dot product instead.
 template <class T>
 void add_product_transposed(const T* a, const T* b, T* c, int64_t rows, int64_t sums, int64_t cols, T* panel) {
   constexpr int64_t kDeep = 16;
@@ -128,7 +131,8 @@ void add_product_transposed(const T* a, const T* b, T* c, int64_t rows, int64_t 
   }
 }
 
-// Memory for the intermediate results of a call, given out piece by piece.
+// One allocation for the intermediate results of a call; take(count) returns the next `count` elements of it. memory is
+// null if the allocation failed.
 template <class T>
 struct Scratch {
   T* memory;
@@ -145,7 +149,8 @@ struct Scratch {
   }
 };
 
-// out = t z for t (m, n), a draw per row or one for all; z: room for n values.
+// out = t * z for t (m, n), with a draw of the gates for each row (a.per_sample) or one for all rows. z: memory for n
+// values.
 template <class T, class Gate>
 void gate_matrix(const Gate& gate, const SmallLinear& a, const T* t, const void* log_alpha, uint64_t seed, int64_t n,
                  T* z, T* out) {
@@ -154,8 +159,8 @@ void gate_matrix(const Gate& gate, const SmallLinear& a, const T* t, const void*
   fold_forward<T, T>({t, nullptr, z, out, a.m, n}, 1);
 }
 
-// For the gradient g of t z: product = g z, gated = t z and dlog_alpha = sum over rows of t g z'; absent ones are null.
-// z, dz: room for n values.
+// The backward of gate_matrix for the gradient g of out: product = g * z, gated = t * z, dlog_alpha = the sum over rows
+// of t * g * z'. Outputs that are not needed are null. z, dz: memory for n values each. False if there is no memory.
 template <class T, class Gate>
 bool gate_matrix_backward(const Gate& gate, const SmallLinear& a, const T* t, const T* g, const void* log_alpha,
                           uint64_t seed, int64_t n, T* z, T* dz, T* product, T* gated, void* dlog_alpha) {
@@ -169,9 +174,10 @@ bool gate_matrix_backward(const Gate& gate, const SmallLinear& a, const T* t, co
          rows_backward<T, T, Gate, false>(gate, {nullptr, dz, log_alpha, nullptr, nullptr, dlog_alpha, 1, n, seed}, 1);
 }
 
+// The number of values that compute_pre takes from the scratch memory.
 inline int64_t pre_scratch(const SmallLinear& a) { return a.m * a.k + a.k * kStrip + a.k; }
 
-// pre = (x * z_in) w^T + b.
+// pre (m, n) = (x * z_in) w^T + b.
 template <class T, class Gate>
 void compute_pre(const Gate& gate, const SmallLinear& a, Scratch<T>& scratch, T* pre) {
   const T *x = static_cast<const T*>(a.x), *b = static_cast<const T*>(a.b);
@@ -185,6 +191,7 @@ void compute_pre(const Gate& gate, const SmallLinear& a, Scratch<T>& scratch, T*
   add_product_transposed(x, static_cast<const T*>(a.w), pre, a.m, a.k, a.n, scratch.take(a.k * kStrip));
 }
 
+// The forward: writes a.y, and a.pre if it is given. False if there is no memory.
 template <class T, class Gate>
 bool small_forward(const Gate& gate, const SmallLinear& a) {
   Scratch<T> scratch(pre_scratch(a) + a.n);
@@ -195,8 +202,9 @@ bool small_forward(const Gate& gate, const SmallLinear& a) {
   return true;
 }
 
-// Of output gates that all rows share, with raw (n, k) = dy^T xz: dlog_alpha = z' (sum_k w raw + b sum_m dy), no
-// activation needed; then raw becomes dw. sum_dy: room for n values.
+// The gradients of output gates that all rows share, and of w, from raw (n, k) = dy^T xz, without activations. a.dout =
+// z' * (sum_k w * raw + b * sum_m dy), with z' in `slope`; then raw is multiplied by z and becomes dw. sum_dy: memory
+// for n values.
 template <class T>
 void shared_gates_backward(const SmallLinear& a, const T* z, const T* slope, T* raw, T* sum_dy) {
   const T *w = static_cast<const T*>(a.w), *b = static_cast<const T*>(a.b);
@@ -210,6 +218,12 @@ void shared_gates_backward(const SmallLinear& a, const T* z, const T* slope, T* 
     for (int64_t k = 0; k < a.k; ++k) raw[n * a.k + k] *= z[n];
 }
 
+// The backward: writes those of a.dx, a.dw, a.db, a.din and a.dout that are not null. False if there is no memory.
+//
+// Three steps. (1) g = dy * z_out; with a draw per row this also gives dout, which needs pre: a.pre or, without it, a
+// new product. (2) r = g w; dx = r * z_in, din, and xz = x * z_in. (3) raw (n, k): dy^T xz if all rows share their
+// output gates (`shared`), from which shared_gates_backward computes dout and dw; else g^T xz, which is dw. `spare` is
+// memory for gate_matrix and gate_matrix_backward.
 template <class T, class Gate>
 bool small_backward(const Gate& gate, const SmallLinear& a) {
   const bool shared = a.out_log_alpha && !a.per_sample, recompute = a.dout && !shared && !a.pre,
@@ -228,7 +242,7 @@ bool small_backward(const Gate& gate, const SmallLinear& a) {
         return false;
       fold_forward<T, T>({g, nullptr, z_out, gated, a.m, a.n}, 1);
     } else {
-      const T* pre = a.pre ? static_cast<const T*>(a.pre) : g;  // unread without dout
+      const T* pre = a.pre ? static_cast<const T*>(a.pre) : g;  // not read if there is no dout
       if (recompute) {
         T* again = scratch.take(a.m * a.n);
         compute_pre(gate, a, scratch, again);

@@ -1,5 +1,5 @@
-// Tensors of any supported dtype seen as float (or double): a chunk at a time through a small buffer, or in place where
-// no conversion is needed.
+// Reads and writes tensors of any supported dtype as float (or double). Half precision is converted in chunks through a
+// small buffer; float and double are used in place.
 #pragma once
 
 #include <cstdint>
@@ -18,6 +18,7 @@ struct Float16 {
   uint16_t bits;
 };
 
+// The bits of a float, and the float of these bits.
 inline uint32_t bits_of(float x) {
   uint32_t bits;
   __builtin_memcpy(&bits, &x, sizeof bits);
@@ -30,6 +31,8 @@ inline float float_of(uint32_t bits) {
   return x;
 }
 
+// widen: the float with the value of a half-precision number. narrow: a float rounded to the nearest half-precision
+// number, ties to even.
 inline float widen(BFloat16 x) { return float_of(static_cast<uint32_t>(x.bits) << 16); }
 
 inline void narrow(float x, BFloat16& out) {
@@ -38,8 +41,8 @@ inline void narrow(float x, BFloat16& out) {
 }
 
 inline float widen(Float16 x) {
-  // Exponent and mantissa in float's places are the value times 2^-112, subnormal numbers included; exponent 31 is
-  // infinity or not a number.
+  // Exponent and mantissa, shifted to where float has them, are the value times 2^-112, also for subnormal numbers.
+  // Exponent 31 means infinity or NaN.
   const float magnitude = float_of((x.bits & 0x7FFFu) << 13) * 0x1p112f;
   const uint32_t bits = bits_of(magnitude) | (magnitude >= 65536.0f ? 0x7F800000u : 0u);
   return float_of(bits | static_cast<uint32_t>(x.bits & 0x8000u) << 16);
@@ -49,7 +52,7 @@ inline void narrow(float x, Float16& out) {
   const uint32_t sign = bits_of(x) & 0x80000000u, magnitude = bits_of(x) ^ sign;
   const uint32_t rounded = (magnitude + 0xFFFu + ((magnitude >> 13) & 1u) - (112u << 23)) >> 13;
   const uint32_t normal = rounded < 0x7C00u ? rounded : 0x7C00u;
-  // Below 2^-14 the last place is 2^-24, which is that of a float just above one half: an addition rounds to it.
+  // Subnormal numbers are multiples of 2^-24, the spacing of floats just above 0.5: adding 0.5 rounds to it.
   const uint32_t subnormal = bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f);
   const uint32_t value = magnitude > 0x7F800000u    ? 0x7E00u | ((magnitude >> 13) & 0x3FFu)
                          : magnitude >= 0x38800000u ? normal
@@ -57,7 +60,9 @@ inline void narrow(float x, Float16& out) {
   out.bits = static_cast<uint16_t>(value | (sign >> 16));
 }
 
-// How tensors of element type T are read and written; Gate is the type that gates and products beside them have.
+// How the kernels read and write elements of type T. Gate: the type in which gates and products with them are computed.
+// read() returns `count` elements as Gate. A result is computed in the memory that stage() returns and then written to
+// the tensor by commit(). This general form converts through `buffer`, which has to hold `count` values.
 template <class T>
 struct Storage {
   using Gate = float;
@@ -73,6 +78,7 @@ struct Storage {
   }
 };
 
+// The same for types that need no conversion: read() and stage() return the tensor's own memory.
 template <class G>
 struct InPlace {
   using Gate = G;

@@ -1,7 +1,7 @@
-// How work is shared: a matrix is cut into items of some rows times some columns whose sizes follow from the shape
-// alone. Each thread takes a run of items; sums over rows are formed in double per item (of four rows at a time in
-// their own type, in norms.h) and added up in the order of the items, so results do not depend on the number of
-// threads.
+// How work is divided between threads. A matrix is cut into items, each some rows times some columns, whose sizes
+// depend on the shape alone. Each thread takes consecutive items. Sums over rows are formed in double for each item (in
+// norms.h for four rows at a time in their own type) and added in the order of the items, so results do not depend on
+// the number of threads.
 #pragma once
 
 #include <cstdint>
@@ -13,26 +13,26 @@
 namespace dampr {
 namespace {
 
-// most columns of an item: what is kept per column has to stay in the caches (and on a small stack)
+// The most columns of an item: the values kept for each column have to stay in the caches and on a small stack.
 constexpr int kTile = 2048;
-// fewest rows of an item: what is prepared per column is used at least this often
+// The fewest rows of an item: the values prepared for each column are used at least this often.
 constexpr int kBlock = 32;
-constexpr int64_t kItem = 32768;    // elements of an item, about, where columns are few
+constexpr int64_t kItem = 32768;    // about this many elements in an item with few columns
 constexpr int64_t kSerial = 16384;  // below this many elements, waking threads costs more than it saves
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Calls f(0) .. f(items - 1), each once, on up to `threads` threads: each takes a run of them, or, backwards, the same
-// run from its end.
+// Calls f(0) .. f(items - 1), each once, on up to `threads` threads. Each thread takes a run of consecutive items, from
+// its start or, if kBackwards, from its end. elements: the elements of the matrix; small ones run on one thread.
 template <bool kBackwards = false, class F>
 void parallel(int64_t items, int64_t elements, int threads, F&& f) {
   (void)elements;
-  // never fewer than there are: libgomp ends those that a smaller team leaves over
+  // All threads or one: libgomp ends the threads that a smaller team does not use.
   const int team = items > 1 && elements >= kSerial ? threads : 1;
 #if defined(_OPENMP)
-  // In as many runs as there are threads, like torch's own loops: what a thread wrote in one pass it finds in its part
-  // of the cache in the next.
+  // One run of items for each thread, like torch's own loops: a thread then finds what it wrote in the last pass in its
+  // own part of the cache.
 #pragma omp parallel for num_threads(team) if (team > 1) schedule(static)
 #endif
   for (int run = 0; run < team; ++run) {
@@ -41,7 +41,7 @@ void parallel(int64_t items, int64_t elements, int threads, F&& f) {
   }
 }
 
-// How a (rows, n) matrix is cut into items.
+// How a (rows, n) matrix is cut into items: `tiles` tiles of `tile` columns times `blocks` blocks of `block` rows.
 struct Grid {
   int64_t rows, n, tile, tiles, block, blocks;
 
@@ -56,6 +56,7 @@ struct Grid {
   int64_t items() const { return tiles * blocks; }
 };
 
+// One item of a Grid: the rows row .. row_end - 1 and `width` columns from `column` on.
 struct Item {
   int64_t tile_index, block_index, row, row_end, column;
   int width;
@@ -69,8 +70,8 @@ struct Item {
         width(static_cast<int>(least(g.tile, g.n - column))) {}
 };
 
-// What a gate keeps per column. A chunk may run over the ends of whole rows, hence the repetition of the first columns
-// behind the last.
+// The values that a gate type prepares for each column of an item (gate_families.h). A chunk of kChunk gates may run
+// over the end of a row into the next one, so the first columns are repeated after the last.
 template <class Gate>
 struct Columns {
   using G = typename Gate::Value;
@@ -83,8 +84,9 @@ struct Columns {
   }
 };
 
-// Calls f(first gate index, count, column in the tile, noise) for runs of at most kChunk consecutive gates, which cover
-// the item. The noise of gate i is that of the index start + i.
+// Calls f(first gate, count, column, u) for runs of at most kChunk consecutive gates that together cover the item.
+// column: the column of the first gate within the item. u: the noise of the gates if kDrawn; gate i has the noise of
+// index start + i.
 template <bool kDrawn, class F>
 void sweep(const Grid& grid, const Item& item, uint64_t seed, int64_t start, F&& f) {
   alignas(64) uint32_t words[kWordBuffer];
@@ -104,6 +106,7 @@ void sweep(const Grid& grid, const Item& item, uint64_t seed, int64_t start, F&&
   }
 }
 
+// Writes `count` sums to out, rounded to G.
 template <class G>
 void write_sums(const double* sums, G* out, int64_t count) {
   for (int64_t j = 0; j < count; ++j) out[j] = static_cast<G>(sums[j]);
@@ -122,8 +125,9 @@ void add_parts(const double* parts, int64_t count, int64_t n, G* out, int thread
   });
 }
 
-// Sums over one side of a grid: an item stores its own, finish() adds them up. With a single part nothing is kept in
-// between.
+// Sums over the items that lie along one dimension of a grid, n sums of `count` parts each. An item stores its part
+// with store(); finish() adds the parts in their order. With one part, store() writes to `out` at once. A null `out`
+// stores nothing.
 template <class G>
 struct Partial {
   G* out;
@@ -153,9 +157,9 @@ struct Partial {
   }
 };
 
-constexpr int kLanes = 16;  // running sums of a row
+constexpr int kLanes = 16;  // the number of running sums in sum_row
 
-// The sum of count values: kLanes running sums in double, added up pairwise.
+// The sum of `count` values: kLanes running sums in double, which are then added pairwise.
 template <class G>
 inline double sum_row(const G* __restrict values, int count) {
   alignas(64) double lanes[kLanes] = {};

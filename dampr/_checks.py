@@ -1,6 +1,4 @@
-"""Argument checks shared by functions and layers: one clear error that names the argument,
-its value and what was expected.
-"""
+"""Argument checks that functions and layers share. Each error names the argument, its value and what was expected."""
 
 from __future__ import annotations
 
@@ -21,6 +19,7 @@ GATE_DTYPES = (torch.float32, torch.float64)
 
 
 def tensor(name: str, value: Any) -> Tensor:
+    """``value``, a dense tensor. Raises TypeError for anything else."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}={value!r:.80}: expected a torch.Tensor")
     if value.layout != torch.strided:
@@ -29,24 +28,30 @@ def tensor(name: str, value: Any) -> Tensor:
 
 
 def module(name: str, value: Any) -> nn.Module:
+    """``value``, a module. Raises TypeError for anything else."""
     if not isinstance(value, nn.Module):
         raise TypeError(f"{name}={value!r:.80}: expected a torch.nn.Module")
     return value
 
 
 def path(name: str, value: Any) -> Path:
+    """``value``, a str or os.PathLike, as a Path. Raises TypeError for anything else."""
     if not isinstance(value, (str, os.PathLike)):
         raise TypeError(f"{name}={value!r:.80}: expected a path, a str or os.PathLike")
     return Path(value)
 
 
 def floating(name: str, value: Tensor) -> None:
+    """Raise TypeError unless ``value`` has a floating-point dtype."""
     if not value.is_floating_point():
         raise TypeError(f"{name}.dtype={value.dtype}: expected a floating-point tensor")
 
 
 def device(name: str, value: Any) -> torch.device | None:
-    """Where tensors are to be made: None for the device of the context, or what ``torch.device`` takes."""
+    """The device on which tensors are made: None for the current default, or anything that ``torch.device`` takes.
+
+    Raises: TypeError or ValueError for anything else.
+    """
     if value is None or isinstance(value, torch.device):
         return value
     try:
@@ -57,13 +62,22 @@ def device(name: str, value: Any) -> torch.device | None:
 
 
 def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    """Raise ValueError unless the tensors ``value`` and ``other`` are on one device."""
     if value.device != other.device:
         raise ValueError(f"{name}.device={value.device}: expected {other.device}, the device of {other_name}")
 
 
 def gate_parameter(name: str, value: Tensor, count: int, what: str, like: Tensor) -> Tensor:
-    """``count`` gate parameters, fp32 (or fp64 next to fp64 tensors), on the device of ``like``;
-    returned in the dtype to compute in.
+    """Check the parameters of ``count`` gates and return them in the dtype in which the gates are computed.
+
+    Args:
+        name: the name of the argument.
+        value: (count,), float32, or float64 beside a float64 ``like``; on the device of ``like``.
+        count: the number of gates.
+        what: what has one gate each, for the error.
+        like: the tensor that the gates multiply.
+
+    Raises: TypeError for a wrong type or dtype, ValueError for a wrong shape or device.
     """
     if not isinstance(value, Tensor) or value.layout != torch.strided:
         tensor(name, value)
@@ -106,14 +120,16 @@ def seed_tensor(name: str, value: int | Tensor | None, device: torch.device) -> 
 
 
 def one_of(name: str, value: Any, allowed: Sequence[Any]) -> None:
+    """Raise ValueError unless ``value`` is one of ``allowed``, in type too (True is not 1)."""
     if not any(value is one or (isinstance(value, type(one)) and value == one) for one in allowed):
         raise ValueError(f"{name}={value!r:.80}: expected one of {list(allowed)}")
 
 
 def flag(name: str, value: Any) -> bool:
-    """A switch, also as 0 or 1.
+    """``value``, True, False, 0 or 1, as a bool.
 
-    Anything else, whose truth might be the opposite of what was meant, raises TypeError.
+    Raises: TypeError for anything else, because its truth value might not be what the caller meant (the string "False"
+    is true).
     """
     if isinstance(value, int) and value in (0, 1):
         return bool(value)
@@ -121,7 +137,10 @@ def flag(name: str, value: Any) -> bool:
 
 
 def number(name: str, value: Any, least: float = -math.inf, most: float = math.inf, above: bool = False) -> float:
-    """A finite real number from ``least`` (or only ``above`` it) to ``most``."""
+    """``value``, a finite real number from ``least`` to ``most``, as a float; with ``above``, greater than ``least``.
+
+    Raises: ValueError for anything else.
+    """
     real = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not real or not abs(value) <= sys.float_info.max or not least <= value <= most or (above and value == least):
         if -math.inf < least and most < math.inf and not above:
@@ -134,6 +153,7 @@ def number(name: str, value: Any, least: float = -math.inf, most: float = math.i
 
 
 def gate_spec(name: str, value: Any) -> GateSpec:
+    """``value``, a GateSpec. Raises TypeError for anything else."""
     if not isinstance(value, GateSpec):
         raise TypeError(
             f"{name}={value!r:.80}: expected a gate function of dampr.spec, such as dampr.spec.hard_concrete()"
@@ -142,7 +162,10 @@ def gate_spec(name: str, value: Any) -> GateSpec:
 
 
 def positive_int(name: str, value: Any, least: int = 1) -> int:
-    """An integer of at least ``least``, also one of numpy or in a tensor, as torch takes them for sizes."""
+    """``value``, an integer of at least ``least``, as an int; NumPy integers and integer tensors are allowed too.
+
+    Raises: ValueError for anything else.
+    """
     whole = value if isinstance(value, int) else _index(value)
     if isinstance(value, bool) or whole is None or not least <= whole < 2**63:
         raise ValueError(f"{name}={value!r:.80}: expected an integer of at least {least}")
@@ -150,13 +173,15 @@ def positive_int(name: str, value: Any, least: int = 1) -> int:
 
 
 def rows(value: Any) -> Any:
-    """The number of draws that a gate is asked for: None for a single one, or an integer,
-    also one that a compiler leaves open.
+    """The number of draws that a caller asks of a gate: None for a single draw, or an integer of at least 0.
+
+    A SymInt, which torch.compile uses for an unknown size, is returned as it is. Raises ValueError for anything else.
     """
     return value if value is None or isinstance(value, torch.SymInt) else positive_int("rows", value, least=0)
 
 
 def _index(value: Any) -> int | None:
+    """``value`` as an int; None if it is no integer."""
     try:
         return operator.index(value)
     except Exception:  # of something that is no integer, or a tensor on the meta device
@@ -164,7 +189,7 @@ def _index(value: Any) -> int | None:
 
 
 def items(name: str, value: Any) -> list[Any]:
-    """What an iterable gives."""
+    """The items of an iterable, as a list. Raises TypeError for anything else."""
     try:
         return list(value)
     except TypeError as error:
@@ -172,8 +197,9 @@ def items(name: str, value: Any) -> list[Any]:
 
 
 def state(name: str, value: Any, own: Any) -> None:
-    """Raise ValueError unless what is to be loaded has the keys, lengths, shapes and kinds of ``own``; in the place of
-    a None may be anything.
+    """Raise ValueError unless the state ``value`` has the keys, lengths, shapes and types of ``own``.
+
+    ``own``: a state as this object would save it now. A None in ``own`` allows anything in its place.
     """
     if isinstance(own, Mapping):
         if not isinstance(value, Mapping) or own.keys() - value.keys():
@@ -198,7 +224,10 @@ def state(name: str, value: Any, own: Any) -> None:
 
 
 def block_count(name: str, block: Any, rows: int, cols: int) -> int:
-    """How many blocks of this size a (rows, cols) matrix has, partial ones at its edges included."""
+    """The number of blocks of size ``block`` in a (rows, cols) matrix, partial blocks at the edges included.
+
+    Raises: ValueError unless ``block`` is a tuple of two positive integers.
+    """
     r, c = block if isinstance(block, tuple) and len(block) == 2 else (None, None)
     if (
         not isinstance(r, int)
@@ -213,7 +242,10 @@ def block_count(name: str, block: Any, rows: int, cols: int) -> int:
 
 
 def gate_index(name: str, index: Any, shape: Sequence[int]) -> int:
-    """How many gates an int64 tensor of this shape, the gate of each element, asks for: its largest value and one."""
+    """The number of gates that an index needs: its largest value plus 1.
+
+    ``index``: the gate of each element, int64, of ``shape``. Raises TypeError or ValueError for anything else.
+    """
     if tensor(name, index).dtype != torch.int64 or index.shape != tuple(shape):
         raise ValueError(
             f"{name}: got {index.dtype} of shape {tuple(index.shape)}, expected int64 of shape {tuple(shape)}"

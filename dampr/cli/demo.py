@@ -1,7 +1,6 @@
-"""The main job on real data: train a network as it is, and once more with a plan that prunes it on the way; report both
-side by side.
+"""``dampr demo``: train one network without pruning and once more with a plan that prunes it, and compare them.
 
-Two networks of the papers: LeNet-300-100 (``mlp``) and LeNet-5-Caffe, 20-50-500 (``cnn``).
+The data are real. The networks are two of the papers: LeNet-300-100 (``mlp``) and LeNet-5-Caffe, 20-50-500 (``cnn``).
 """
 
 from __future__ import annotations
@@ -24,10 +23,15 @@ from dampr.prune.plan import LEAST_STEPS
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a network is trained on a data set; ``macs`` is the share of the multiply-accumulates that a
-    :class:`dampr.Plan` leaves.
+    """How a network is trained on a data set.
 
-    The plan takes its parts as shares of the steps, so that any number of epochs is the same recipe, shorter or longer.
+    Attributes:
+        epochs: passes over the training data.
+        batch: examples in a batch.
+        lr: the learning rate of the optimizer.
+        macs: the share of the multiply-accumulates that the :class:`dampr.Plan` leaves.
+
+    The phases of a plan are shares of the steps, so a recipe with other epochs has the same phases, longer or shorter.
     """
 
     epochs: int
@@ -61,9 +65,16 @@ class ModelReport:
 class Report:
     """What the demo measured.
 
-    ``history`` holds of each epoch of the pruned run the training loss, the test accuracy, the share of the MACs that
-    is left, and the open units of each layer. ``max_abs_difference``: between the outputs of the masked and the
-    compacted model, where the plan compacted it.
+    Attributes:
+        data: the name of the data set.
+        seed: the seed of initialisation and batches.
+        recipe: how both networks were trained.
+        models: a row for the dense and one for the compacted network.
+        max_abs_difference: the largest difference between the outputs of the masked and the compacted network, measured
+            when the plan compacted it.
+        history: for each epoch of the pruned run the training loss, the test accuracy, the share of MACs that is left
+            and the number of open units of each layer.
+        model: ``"mlp"`` or ``"cnn"``.
     """
 
     data: str
@@ -79,7 +90,7 @@ class Report:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Report:
-        """The report that :meth:`as_dict` was taken of; further keys are ignored."""
+        """The report from the dict that :meth:`as_dict` returned; unknown keys are ignored."""
         known = {f.name: data[f.name] for f in fields(cls) if f.name in data}
         recipe = Recipe(**{f.name: known["recipe"][f.name] for f in fields(Recipe)})
         return cls(**{**known, "recipe": recipe, "models": [ModelReport(**m) for m in known["models"]]})
@@ -113,19 +124,22 @@ def run(
     seed: int = 0,
     folder: Path | None = None,
 ) -> Report:
-    """Train dense, train with a plan, measure both.
+    """Train a dense network and the same network with a plan that prunes it, and measure both.
 
     Args:
-        data: ``"digits"``, ``"fashion-mnist"`` (any MNIST-like idx files) or, for the ``"cnn"``, ``"mnist"``.
-        root: the folder of the idx files.
+        data: ``"digits"``, ``"fashion-mnist"`` (any idx files in the format of MNIST) or, for the ``"cnn"``,
+            ``"mnist"``.
+        root: the folder with the idx files; None for ``"digits"``.
         model: ``"mlp"`` (LeNet-300-100) or ``"cnn"`` (LeNet-5-Caffe; not for the 8 x 8 digits).
-        epochs: None for the recipe's.
-        seed: of initialisation and batches.
-        folder: where the pruned run writes :data:`HISTORY` and the compacted model goes to :data:`COMPACTED`; None:
-            nowhere.
+        epochs: the number of epochs; None takes the number in :data:`RECIPES`.
+        seed: the seed of initialisation and batches.
+        folder: the folder for the history of the pruned run (:data:`HISTORY`) and for the compacted model
+            (:data:`COMPACTED`); None writes no files.
 
-    Raises: ValueError for an unknown data set, a missing root or too few epochs, FileNotFoundError or ValueError for
-    files that are not there or not whole.
+    Returns: the report, with one row for the dense and one for the compacted network.
+
+    Raises: ValueError for an unknown data set, a missing root or too few epochs; FileNotFoundError if an idx file is
+    missing; ValueError if an idx file is incomplete.
     """
     if model not in MODELS:
         raise ValueError(f"model={model!r}: expected one of {sorted(MODELS)}")

@@ -1,4 +1,4 @@
-"""What a layer knows of a gate family."""
+"""The interface between layers and gate families."""
 
 from __future__ import annotations
 
@@ -20,13 +20,15 @@ from .held import Held
 
 _Wrapper = nn.parallel.DistributedDataParallel
 VALUE_SPEC = value()
-# of values that were drawn already, in [0, 1]: itself, with the gradient 0 where it is 0 or 1, as the draw's is
+# The spec for values in [0, 1] that were drawn before: z = value, with gradient 0 where the value is 0 or 1.
 BANKED = ramp("clip")
 
 
 class GateModule(nn.Module):
-    """Gate parameters: they stay in float32 (or float64) when a model is cast to half precision,
-    and no dense checkpoint touches them.
+    """A module with gate parameters.
+
+    They stay in float32 (or float64) when a model is cast to half precision, and loading a dense checkpoint does not
+    change them.
     """
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GateModule:
@@ -44,16 +46,16 @@ class GateModule(nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
     ) -> None:
-        # A dense checkpoint of the layer around it has no gates: they stay as they are. One that was made with them, as
-        # its metadata tells, and has lost their values, does not load. Where parameters are replaced (assign=True)
-        # torch says so in the metadata too.
+        # A dense checkpoint of the layer has no gates, so the gates do not change. A checkpoint whose metadata says
+        # that it was made with gates, but which has no values for them, does not load. With assign=True torch adds a
+        # key of its own to the metadata.
         own = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
         if not prefix or local_metadata.keys() - {"assign_to_params_buffers"} or own:
             super()._load_from_state_dict(state_dict | _precise(own), prefix, local_metadata, *args)
 
 
 def _precise(state: dict[str, Any]) -> dict[str, Any]:
-    """These values with gates in half precision, which no gate computes in, in float32."""
+    """``state`` with half-precision gates in float32, because no gate is computed in half precision."""
     return {
         key: value.to(torch.float32)
         if isinstance(value, Tensor) and value.is_floating_point() and value.dtype not in _checks.GATE_DTYPES
@@ -63,16 +65,16 @@ def _precise(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read(spec: GateSpec) -> bool:
-    """Look at every constant, outside of the autograd function that takes them.
+    """Read every constant of ``spec`` before an autograd function does.
 
-    With ``dynamic=True`` dynamo makes symbols of them where it first reads them. A second call cannot see those of
-    within such a function, so a gate that two layers share did not compile.
+    With ``dynamic=True`` dynamo makes symbols of the constants where it first reads them. A second call could not use
+    symbols that were made within an autograd function, so a gate that two layers share would not compile.
     """
     return any(constant != constant for constant in spec)
 
 
 def gradient(parameter: Tensor) -> Tensor:
-    """The gradient that a parameter holds, or zeros."""
+    """The gradient of a parameter; zeros if it has none."""
     return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
 
@@ -81,11 +83,11 @@ class Gate(GateModule):
 
     In training mode gates may be drawn, in evaluation mode they are deterministic.
 
-    A family of your own is a subclass whose constructor takes ``(num_gates, *, device=None)`` and hands ``num_gates``
-    on, and which overrides :meth:`forward` and :meth:`open_probability`. Everything else follows: the fused ops are
-    given the values of ``forward()`` and multiply by them, and their gradients come back into it. Layers take the
-    class, or an instance: ``GatedLinear(8, 4, gate=SigmoidGate)``. Such values are computed once per call, so
-    ``per_sample=True`` of a layer changes nothing, as for every family but the hard concrete ones.
+    To write a family of your own, make a subclass whose constructor takes ``(num_gates, *, device=None)`` and passes
+    ``num_gates`` to this class, and override :meth:`forward` and :meth:`open_probability`. Nothing else is needed: the
+    fused operators multiply by the values of ``forward()``, and their gradients flow back into it. Layers take the
+    class or an instance: ``GatedLinear(8, 4, gate=SigmoidGate)``. The values of such a family are computed once per
+    call, so ``per_sample=True`` of a layer has no effect, as for every family but the hard concrete ones.
 
     >>> class SigmoidGate(Gate):
     ...     def __init__(self, num_gates, *, device=None):
@@ -126,11 +128,12 @@ class Gate(GateModule):
         self.num_gates = _checks.positive_int("num_gates", num_gates)
 
     def reset_parameters(self) -> None:
-        """Fresh values in every parameter, as the constructor leaves them, and the first seed of a generator of its
+        """Set every parameter to a fresh value, as the constructor does, and restart the gate's seeds, if it has its
         own.
 
-        A family of your own overrides it, calls this one and fills its parameters; NotImplementedError says where it
-        does not.
+        A family of your own overrides this method, calls it and fills its parameters.
+
+        Raises: NotImplementedError if a family with parameters does not override it.
         """
         if self._stream is not None:
             self._stream = Stream(self._stream.first, self._stream.group)
@@ -141,7 +144,7 @@ class Gate(GateModule):
             )
 
     def starts_at_one(self) -> bool:
-        """Whether every gate is 1 in evaluation; of gates on the meta device, whether fresh ones are."""
+        """Whether every gate is 1 in evaluation. For gates on the meta device: whether fresh gates are."""
         z = self.deterministic()
         if z.is_meta:
             fresh = copy.deepcopy(self).to_empty(device="cpu")
@@ -151,22 +154,22 @@ class Gate(GateModule):
 
     @classmethod
     def for_layer(cls, num_gates: int, device: torch.device | str | None = None) -> Gate:
-        """The gate of a layer that was given this class or its name."""
+        """The gate of a layer to which this class, or its name, was given."""
         return cls(num_gates, device=device)  # type: ignore[call-arg]
 
     @property
     def spec(self) -> GateSpec:
-        """Family and constants for the current mode (training or evaluation), for the fused ops."""
+        """Family and constants for the current mode (training or evaluation), for the fused operators."""
         return VALUE_SPEC
 
     @property
     def draws(self) -> bool:
-        """Whether the values of the present mode are drawn, so that ``forward(rows)`` gives each row its own."""
+        """Whether values are random in the current mode, so that ``forward(rows)`` gives each row its own."""
         return self.spec.rule == SAMPLE or (self.draws_once and self.training)
 
     @property
     def draws_in_training(self) -> bool:
-        """:attr:`draws` in training mode, whichever mode it is."""
+        """The value of :attr:`draws` in training mode, whatever the current mode."""
         training = self.training
         self.training = True
         try:
@@ -176,24 +179,26 @@ class Gate(GateModule):
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters of the gate are."""
+        """The device of the gate's parameters."""
         return next((t.device for t in itertools.chain(self.parameters(), self.buffers())), torch.device("cpu"))
 
     @property
     def parameter(self) -> Tensor:
-        """What the fused ops take, (num_gates,): parameters of the family in ``spec``,
-        by default the values of :meth:`forward`.
+        """The gate parameters for the fused operators, (num_gates,), from which ``spec`` computes the values.
+
+        By default these are the values of :meth:`forward` themselves.
         """
         return self.forward()
 
     @abstractmethod
     def forward(self, rows: int | None = None) -> Tensor:
-        """Gate values: (num_gates,), or (rows, num_gates) with one draw per row; drawn in training,
-        deterministic in evaluation.
+        """Gate values: (num_gates,), or (rows, num_gates) with one draw for each row.
+
+        They may be random in training and are deterministic in evaluation.
         """
 
     def deterministic(self) -> Tensor:
-        """The evaluation values in either mode, (num_gates,)."""
+        """The values in evaluation, (num_gates,), whatever the current mode."""
         training = self.training
         self.eval()
         try:
@@ -203,21 +208,23 @@ class Gate(GateModule):
 
     @abstractmethod
     def open_probability(self) -> Tensor:
-        """The differentiable surrogate count of each gate, (num_gates,):
-        the probability of being open where the family draws.
+        """The probability that each gate is open, (num_gates,), with a graph.
+
+        Families without a draw return a differentiable surrogate of it.
         """
 
     def is_open(self) -> Tensor:
-        """The evaluation decision: bool, (num_gates,)."""
+        """Whether each gate is open in evaluation: bool, (num_gates,)."""
         with torch.no_grad():
             return self.deterministic() != 0
 
     def levels(self) -> Tensor:
-        """Where each gate stands, (num_gates,) without a graph: 1 is where a fresh gate is, and at 0 and below
-        evaluation closes it.
+        """The position of each gate, (num_gates,), without a graph: 1 for a fresh gate; at 0 and below, evaluation
+        closes it.
 
-        With :meth:`set_levels_` this is how a budget moves learned gates. A family without the two cannot be learned
-        under a budget that owns its gates; NotImplementedError says so.
+        A budget that learns gates reads and sets levels (:meth:`set_levels_`).
+
+        Raises: NotImplementedError for a family without levels, which such a budget cannot move.
         """
         raise NotImplementedError(
             f"{type(self).__name__} has no levels: expected levels() and set_levels_(levels) for a budget that learns "
@@ -225,24 +232,23 @@ class Gate(GateModule):
         )
 
     def set_levels_(self, levels: Tensor) -> None:
-        """Move each gate to where ``levels``, (num_gates,), wants it, as far as the family can."""
+        """Move each gate to its level in ``levels``, (num_gates,), as far as the family can."""
         raise NotImplementedError(
             f"{type(self).__name__} has no levels: expected levels() and set_levels_(levels) for a budget that learns "
             "it"
         )
 
     def pull(self) -> Tensor:
-        """-dL/dlevel of each gate, (num_gates,), from the gradients that its parameters hold now;
-        zeros where there are none.
-        """
+        """-dL/dlevel of each gate, (num_gates,), from the present gradients of its parameters; 0 without a gradient."""
         raise NotImplementedError(
             f"{type(self).__name__} has no levels: expected levels(), set_levels_(levels) and pull() for a budget "
             "that learns it"
         )
 
     def call(self) -> tuple[Tensor, Tensor | None, GateSpec]:
-        """What a fused op takes for one call in the present mode: the parameters, a fresh seed or None,
-        and the spec.
+        """(gate parameters, seed, spec) for one call of a fused operator in the current mode.
+
+        The seed is a new one, int64 (1,), or None if nothing is drawn.
         """
         if self._banked is not None and self.training and (banked := self._banked.get()) is not None:
             return banked, None, BANKED
@@ -252,12 +258,12 @@ class Gate(GateModule):
         return parameter, self.draw_seed(parameter.device) if spec.rule == SAMPLE else None, spec
 
     def draw_seed(self, device: torch.device | None = None) -> Tensor:
-        """The seed of one call, int64 of shape (1,): a held one, the next one of the gate's generator, or one of
-        torch's generator.
+        """The seed of one call, int64 (1,).
 
-        All noise of a gate comes from here, so a family of your own whose noise does too is held by
-        :func:`dampr.hold_draws` and follows :func:`dampr.gate_generator`; :func:`dampr.philox.uniform` makes numbers of
-        it. Such a family sets ``draws_once``.
+        It is the seed that :func:`dampr.hold_draws` holds, or else the next one of the gate's generator
+        (:func:`dampr.gate_generator`), or else one from torch's global generator. A family of your own that takes its
+        noise from this method works with all three; it makes numbers of the seed with :func:`dampr.philox.uniform`, and
+        sets ``draws_once``.
         """
         if self._held is not None and (held := self._held.get()) is not None:
             return held if held.device == device else held.to(device)
@@ -272,7 +278,10 @@ class Gate(GateModule):
         return self._stream.draw(self.next_seed)
 
     def _agree(self) -> None:
-        """Under DistributedDataParallel, give all gates of its module a generator that the other ranks have too."""
+        """Under DistributedDataParallel, give all gates of its module a generator that is the same on all ranks.
+
+        Raises: RuntimeError in compiled code.
+        """
         if torch.compiler.is_compiling():
             raise RuntimeError(
                 "gates of a compiled model draw in a process group without a generator that all ranks have: call "
@@ -283,14 +292,19 @@ class Gate(GateModule):
             share_generator(found.module)
 
     def _follow(self, stream: Stream | None, persistent: bool = True) -> None:
-        """Take seeds from this stream from now on; ``persistent``: how far it has come is part of the state dict."""
+        """Take seeds from ``stream`` from now on; None for torch's generator.
+
+        persistent: whether the next seed is part of the state dict.
+        """
         self._buffers.pop("next_seed", None)
         self._stream = stream
         if stream is not None:
             self.register_buffer("next_seed", torch.tensor([stream.first], device=self.device), persistent=persistent)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Gate:
-        """The next seed outlives ``to_empty`` and the meta device, because ranks have to go on alike."""
+        """Convert the gate; the next seed keeps its value through ``to_empty`` and the meta device, so that ranks stay
+        alike.
+        """
         before = self._buffers.get("next_seed")
         was_meta = self.device.type == "meta"
         super()._apply(fn, recurse)
@@ -305,20 +319,21 @@ class Gate(GateModule):
         return self
 
     def index_offset(self, rows: int) -> int:
-        """The number of the first of ``rows`` rows of this process in the batch that several processes share; 0 where
-        there is one.
+        """The position of this process's first row in the batch that several processes share; 0 in a single process.
 
-        Each rank of the group that :func:`dampr.gate_generator` was given has as many rows, in the order of the ranks.
+        Each rank of the group that was given to :func:`dampr.gate_generator` has the same number of ``rows``, in the
+        order of the ranks.
         """
         return 0 if self._stream is None else self._stream.part() * rows
 
     def _begin(self, what: str, value: Tensor) -> None:
-        """Have ``value`` in ``what``, ``"_held"`` or ``"_banked"``, for the calls of a block."""
+        """Begin a block in which calls use ``value``: as the seed ("_held") or as the gate values ("_banked")."""
         held = getattr(self, what) or Held()
         held.begin(value)
         setattr(self, what, held)
 
     def _end(self, what: str) -> None:
+        """End a block of :meth:`_begin`."""
         if getattr(self, what).end():
             setattr(self, what, None)
 
@@ -335,9 +350,10 @@ class Gate(GateModule):
 
 
 class KernelGate(Gate):
-    """A family that the kernels know: values follow from ``parameter`` and ``spec``."""
+    """A family whose values the kernels compute from ``parameter`` and ``spec``."""
 
     def forward(self, rows: int | None = None) -> Tensor:
+        """Gate values, (num_gates,), or (rows, num_gates) with one draw for each row."""
         parameter, seed, spec = self.call()
         offset = 0 if rows is None or seed is None else self.index_offset(rows)
         return functional.sample_gates(parameter, seed=seed, rows=rows, spec=spec, index_offset=offset)

@@ -22,9 +22,13 @@ DIRECTIONS = get_args(names.Direction)
 
 
 class _Evaluation(NamedTuple):
-    """What the generator produced for which parameters.
+    """The log_alphas that a generator has computed from one state of its parameters.
 
-    ``consumed`` is not empty once a backward has been through it; ``served`` has the layers that asked for it.
+    Attributes:
+        key: identifies that state (:meth:`DependencyGenerator._key`).
+        values: the log_alpha of every layer, in the order of the network.
+        consumed: not empty once a backward has gone through ``values``.
+        served: the indices of the layers that have asked for their log_alpha.
     """
 
     key: tuple[Any, ...]
@@ -49,9 +53,10 @@ class DependencyGenerator(GateModule):
         bias_init: mean of the initial biases, N(bias_init, 0.01).
         device: where the parameters live. They are float32 and stay so under autocast and ``.half()``.
 
-    The network has no noise and no input, so it is evaluated once for all gates of a step: the values are kept until
-    a parameter changes or a backward has gone through them. Without gradients they serve each layer once, one pass of
-    the model: averages of weights are often copied in through ``p.data``, which PyTorch's version counters do not tell.
+    The generator has no noise and no input, so it is evaluated once per step for all gates. The values are kept until a
+    parameter changes or a backward has gone through them. Without gradients, each layer gets the kept values once, so
+    they last for one pass of the model: averaged weights are often copied in through ``p.data``, which does not change
+    PyTorch's version counters.
 
     Raises: ValueError or TypeError that names the argument.
 
@@ -96,30 +101,35 @@ class DependencyGenerator(GateModule):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Fresh weights and biases in every layer, drawn as the constructor draws them."""
+        """Draw fresh weights and biases for every layer, as the constructor does."""
         for index in self._order:
             self.reset_layer(index)
 
     @torch.no_grad()
     def reset_layer(self, index: int) -> None:
-        """:meth:`reset_parameters` of the layer that makes the gates of layer ``index`` of the network."""
+        """Draw fresh weights and biases for the generator's layer that makes the gates of layer ``index`` of the
+        network.
+        """
         weight, bias = (getattr(self, f"{kind}_{index}") for kind in ("weight", "bias"))
         bound = self.init_scale / math.sqrt(weight.shape[1])
         weight.uniform_(-bound, bound)
         bias.normal_(self.bias_init, 0.01)
 
     def forward(self) -> list[Tensor]:
-        """The log_alpha of every layer, in the order of the network: (sizes[l],) each."""
+        """The log_alpha of every layer, in the order of the network: a float32 tensor (sizes[l],) for each."""
         kept = self._kept(self._order)
         return self._in_order(self._run(upto=self._order[-1])) if kept is None else list(kept)
 
     def log_alpha(self, index: int) -> Tensor:
-        """The log_alpha of layer ``index``, (sizes[index],)."""
+        """The log_alpha of layer ``index``, float32, (sizes[index],)."""
         kept = self._kept([index])
         return self._run(upto=index)[-1] if kept is None else kept[index]
 
     def _kept(self, layers: list[int]) -> list[Tensor] | None:
-        """The log_alphas of this step by layer, asked for by ``layers``; None where nothing may be kept."""
+        """The log_alphas of all layers, evaluated once per step; None if they may not be kept.
+
+        ``layers``: the indices of the layers that ask.
+        """
         if not self._may_keep():
             return None
         key = self._key()
@@ -130,15 +140,15 @@ class DependencyGenerator(GateModule):
         return last.values
 
     def _is_over(self, last: _Evaluation, layers: list[int]) -> bool:
-        """Whether ``layers`` ask in another step than that of ``last``, though no parameter seems changed."""
+        """Whether ``layers`` ask for values of a later step than ``last``, even though no parameter seems changed."""
         if last.values[0].grad_fn is None:
             return not last.served.isdisjoint(layers)
-        # Within a backward, where activation checkpointing computes the forward again, the values serve on: no one
-        # goes back through them.
+        # Activation checkpointing runs the forward again within a backward. The values stay valid there, because that
+        # backward does not go through them a second time.
         return bool(last.consumed) and torch._C._current_graph_task_id() == -1
 
     def _in_order(self, values: list[Tensor]) -> list[Tensor]:
-        """Values in the order of the network."""
+        """Reorder ``values`` from the order of evaluation to the order of the network."""
         return values if self.direction == "forward" else values[::-1]
 
     def gates(self, **options: Any) -> list[DependentHardConcrete]:
@@ -173,13 +183,15 @@ class DependencyGenerator(GateModule):
         return lam * torch.stack([p * (c * area) for p, c, area in zip(opened, in_channels, areas, strict=True)]).sum()
 
     def _expected_open(self, kernel_areas: Sequence[float]) -> list[Tensor]:
+        """The expected number of open gates of each layer, one scalar each."""
         if len(kernel_areas) != len(self.sizes):
             raise ValueError(f"kernel_areas={kernel_areas!r}: expected {len(self.sizes)} numbers, one per gated layer")
         return [functional.open_probability(log_alpha, spec=hard_concrete()).sum() for log_alpha in self()]
 
     def _run(self, upto: int | None = None) -> list[Tensor]:
-        """Every a_l in the order in which they follow from each other, or, in plain PyTorch,
-        those as far as layer ``upto``.
+        """Every a_l in the order of evaluation, by the fused operator.
+
+        ``upto``: stop after this layer, and compute in plain PyTorch.
         """
         order = self._order if upto is None else self._order[: self._order.index(upto) + 1]
         parameters: list[Tensor] = [getattr(self, f"{kind}_{index}") for index in order for kind in ("weight", "bias")]
@@ -190,8 +202,8 @@ class DependencyGenerator(GateModule):
             return evaluate(parameters, LOGIT_LIMIT)
 
     def _evaluate(self, key: tuple[Any, ...]) -> _Evaluation:
-        # What this graph keeps for its backward is its own: the hooks of activation checkpointing do not see it. They
-        # count what each layer keeps, and would find the generator in the layer that happened to come first.
+        # Hide the saved tensors of this graph from activation checkpointing. Its hooks count the saved tensors of each
+        # layer, and would count those of the generator for whichever layer asked first.
         with torch.autograd.graph.saved_tensors_hooks(torch.Tensor.detach, lambda t: t):
             values = self._run()
         consumed: list[bool] = []
@@ -200,14 +212,16 @@ class DependencyGenerator(GateModule):
         return _Evaluation(key, self._in_order(values), consumed, set())
 
     def _key(self) -> tuple[Any, ...]:
-        """Equal as long as the same evaluation, with the same graph, would come out."""
+        """A key that is equal as long as an evaluation would give the same values with the same graph."""
         tensors = [
             (id(p), p._version, p.data_ptr(), p.requires_grad) for p in self._parameters.values() if p is not None
         ]
         return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), tensors
 
     def _may_keep(self) -> bool:
-        """Not where tensors are symbols, wrapped or watched: there every gate computes its own log_alpha."""
+        """Whether values may be kept between calls: False while tensors are symbols or wrapped, or a transform or a
+        dispatch mode is active. Every gate then computes its own log_alpha.
+        """
         return not (
             torch.compiler.is_compiling()
             or ops.is_transformed()
@@ -266,31 +280,37 @@ class DependentHardConcrete(ConcreteGate):
         return cls(DependencyGenerator([num_gates], device=device), 0)
 
     def reset_parameters(self) -> None:
-        """Fresh weights and biases in its layer of the generator."""
+        """Draw fresh weights and biases for the generator's layer that makes these gates."""
         super().reset_parameters()
         self.generator.reset_layer(self.index)
 
     @property
     def log_alpha(self) -> Tensor:  # type: ignore[override]
+        """The log_alpha of the gates, float32, (num_gates,), with a graph to the parameters of the generator."""
         return self.generator.log_alpha(self.index)
 
     @torch.no_grad()
     def set_levels_(self, levels: Tensor) -> None:
-        """By the biases of its layer of the generator, each of which moves one gate,
-        and with it the gates of later layers.
+        """Move each gate to its level in ``levels``, float32 (num_gates,), by its bias in the generator.
+
+        Each bias moves one gate here, and through it the gates of later layers.
         """
         bias: Tensor = getattr(self.generator, f"bias_{self.index}")
         wanted, now = (torch.atanh(a / LOGIT_LIMIT * (1 - 1e-4)) for a in (self._log_alpha_at(levels), self.log_alpha))
         bias.add_(wanted - now)
 
     def pull(self) -> Tensor:
+        """-dL/dlevel of each gate, (num_gates,), from the gradient of its bias in the generator."""
         lo, hi = self._ends()
         slope = LOGIT_LIMIT * (1 - (self.log_alpha.detach() / LOGIT_LIMIT).square())
         return -gradient(getattr(self.generator, f"bias_{self.index}")) / slope.clamp(min=1e-3) * (hi - lo)
 
     @property
     def place_in_order(self) -> int:
-        """Gates of one generator are moved in the order in which they depend on each other."""
+        """The position of these gates in the order in which the gates of one generator depend on each other.
+
+        A budget moves them in that order.
+        """
         return self.index if self.generator.direction == "forward" else -self.index
 
     def extra_repr(self) -> str:

@@ -13,7 +13,7 @@ from dampr.spec import GateSpec, ramp
 
 from .base import VALUE_SPEC, KernelGate, gradient
 
-# Shape: its name in dampr.spec, and the sharpness that goes with it (of B and C it is 1 / eps, eps = 0.1).
+# shape -> (name in dampr.spec, default sharpness kappa); for B and C kappa is 1 / eps with eps = 0.1
 SHAPES = {
     "A": ("tanh", 5.0),
     "B": ("ratio", 10.0),
@@ -39,15 +39,15 @@ class DiffPrune(KernelGate):
         shape: h(x) for x > 0. ``"A"``: tanh(kappa x); ``"B"``: x / (x + eps); ``"C"``: x^2 / (x^2 + eps^2); ``"D"``: 1
             - exp(-kappa x); ``"E"``: min(kappa x, 1).
         sharpness: kappa, for B and C 1 / eps; None: 5, for B and C 10.
-        init_phi: where every phi starts.
+        init_phi: the start value of every phi.
         stochastic: in training x = phi + sigma xi with xi ~ N(0, 1), one draw per call, and sigma learned; in
             evaluation x = phi. The draw is made beside the kernels, so layers that draw inside them refuse
             ``per_sample=True`` (docs/methods.md says why); a residual branch, rows of an embedding and activations
             grouped by an index do draw per sample.
-        init_sigma: where sigma starts; with ``revive="noise"``, what it is.
-        revive: what a closed gate of the deterministic kind, which has no gradient, gets to open again by. ``"noise"``:
-            noise of a constant sigma in training; ``"straight_through"``: in the backward of training the slope 0.1
-            kappa for x <= 0; None: nothing.
+        init_sigma: the start value of sigma; with ``revive="noise"``, its constant value.
+        revive: how a closed gate that is not stochastic can open again, for it has no gradient. ``"noise"``: noise of
+            a constant sigma in training; ``"straight_through"``: in training, the backward uses the slope 0.1 kappa for
+            x <= 0; None: it cannot.
         device: where the parameters live. They are float32 and stay so under autocast and ``.half()``.
 
     Raises: ValueError or TypeError that names the argument.
@@ -92,7 +92,7 @@ class DiffPrune(KernelGate):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """phi and, of stochastic gates, sigma where the arguments have them start."""
+        """Set every phi, and sigma of stochastic gates, to its start value."""
         super().reset_parameters()
         self.phi.fill_(self.init_phi)
         if self.stochastic:
@@ -104,8 +104,10 @@ class DiffPrune(KernelGate):
 
     @property
     def parameter(self) -> Tensor:
-        """x, (num_gates,), drawn anew each time in training where there is noise;
-        with ``revive="straight_through"`` z itself.
+        """x, float32 (num_gates,), the argument of h in the fused kernels; with noise, drawn anew in each call in
+        training.
+
+        In training with ``revive="straight_through"`` it is z itself.
         """
         x = self._drawn(None)
         return self._leaky(x) if self._leaks() else x
@@ -120,8 +122,10 @@ class DiffPrune(KernelGate):
         return functional.sample_gates(self.phi, spec=self._ramp)
 
     def open_probability(self) -> Tensor:
-        """Phi(phi / sigma), the probability that x > 0, of stochastic gates; else h(phi),
-        which has no gradient where a gate is closed.
+        """The probability that a gate is open, float32 (num_gates,), with a graph.
+
+        For stochastic gates it is Phi(phi / sigma), the probability that x > 0. For others it is h(phi), which has no
+        gradient where a gate is closed.
         """
         if self.stochastic:
             return torch.special.ndtr(self.phi / self.log_sigma.exp())
@@ -131,26 +135,36 @@ class DiffPrune(KernelGate):
         return self.phi.detach() > 0
 
     def levels(self) -> Tensor:
-        """phi / 0.5, the default start."""
+        """The position of each gate, float32 (num_gates,) without a graph: phi / 0.5, so that a fresh gate is at 1 and
+        a gate is closed at 0 and below.
+
+        A budget that learns the gates reads and sets levels (:meth:`dampr.gates.Gate.levels`).
+        """
         return self.phi.detach() / FRESH_PHI
 
     @torch.no_grad()
     def set_levels_(self, levels: Tensor) -> None:
+        """Set phi to 0.5 times ``levels``, (num_gates,)."""
         self.phi.copy_(levels * FRESH_PHI)
 
     def pull(self) -> Tensor:
+        """-dL/dlevel of each gate, (num_gates,), from the gradient of phi."""
         return -gradient(self.phi) * FRESH_PHI
 
     def _leaks(self) -> bool:
+        """Whether closed gates get a gradient in this mode (``revive="straight_through"`` in training)."""
         return self.training and self.revive == "straight_through"
 
     def _leaky(self, x: Tensor) -> Tensor:
-        """h(x) with a slope for x <= 0 in the backward."""
+        """h(x), whose gradient for x <= 0 is 0.1 kappa instead of 0."""
         below = x.clamp(max=0)
         return functional.sample_gates(x, spec=self._ramp) + LEAK * self._ramp.beta * (below - below.detach())
 
     def _drawn(self, rows: int | None) -> Tensor:
-        """x, (num_gates,), or (rows, num_gates) where it is drawn for each row."""
+        """x with its noise: (num_gates,), or (rows, num_gates) with a draw for each row.
+
+        Without noise it is phi, (num_gates,).
+        """
         if not self.training or not (self.stochastic or self.revive == "noise"):
             return self.phi
         shape = (self.num_gates,) if rows is None else (rows, self.num_gates)

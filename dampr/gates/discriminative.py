@@ -176,11 +176,17 @@ class DiscriminativeMask(KernelGate):
 
 
 def dam_penalty(gates: Iterable[DiscriminativeMask], lam: float, floor: float = -5.0) -> Tensor:
-    """lam mean_l max(beta_l, floor) over the masked layers, a scalar, negative where betas are (Bu et al. 2021, the
-    authors' code).
+    """lam * mean_l max(beta_l, floor) over the masked layers, a scalar (Bu et al. 2021, the authors' code).
 
-    Published: lam 0.1 or 0.2 for a network of 163 masks; for a single layer lam beta without a floor, with lam 0.01 to
-    0.1.
+    It is negative if the betas are. In the published runs, lam is 0.1 or 0.2 for a network of 163 masks; for a single
+    layer the penalty is lam * beta without a floor, with lam from 0.01 to 0.1.
+
+    Args:
+        gates: the masks of the layers.
+        lam: the weight of the penalty.
+        floor: the least value of a beta that counts; -inf for no floor.
+
+    Raises: ValueError or TypeError that names the argument.
     """
     found = _checks.items("gates", gates)
     if not found or not all(isinstance(gate, DiscriminativeMask) for gate in found):

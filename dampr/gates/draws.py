@@ -1,4 +1,4 @@
-"""Where the seeds of gates come from: a draw that is held over several calls, and a generator of their own."""
+"""Where the seeds of gates come from: a stream of seeds for each gate, and a draw that is held over several calls."""
 
 from __future__ import annotations
 
@@ -20,24 +20,29 @@ REENTRANT_KEPT = 256  # calls of a gate without gradients that a reentrant check
 
 
 class Stream:
-    """The seeds of one gate: ``first``, ``first + 1``, ... Philox makes independent noise of neighbouring keys.
+    """The seeds of one gate: ``first``, ``first + 1``, ... Philox makes independent noise of neighbouring seeds.
 
-    The next seed is a buffer of the gate, so a state dict holds it, it moves with the model, and a CUDA graph advances
-    it. Here is only what a checkpointed region needs to draw again what it drew: of each call its number.
+    The next seed is a buffer of the gate (``next_seed``): a state dict holds it, it moves with the model, and a CUDA
+    graph advances it. A Stream holds only what a checkpointed region needs to repeat its draws in the backward: the
+    number of each call.
+
+    Args:
+        first: the first seed.
+        group: the ranks that share a batch; None for all ranks.
     """
 
     def __init__(self, first: int, group: Sequence[int] | None = None) -> None:
-        self.first, self.group = first, group  # ``group``: the ranks that share a batch; None: all
+        self.first, self.group = first, group
         self._forget()
 
     def part(self) -> int:
-        """Which part of the batch this process has."""
+        """The index of the part of the batch that this process holds (:func:`dampr.gates.ranks.part_of`)."""
         return ranks.part_of(self.group)
 
     def _forget(self) -> None:
         self._calls = 0
         self._numbers: recomputed.Repeats[int] = recomputed.Repeats()
-        # (place in the order of autograd, call) without gradients
+        # calls without gradients: (sequence number of autograd, number of the call)
         self._reentrant: deque[tuple[int, int]] = deque(maxlen=REENTRANT_KEPT)
         self._replayed_reentrant: tuple[Any, int] = (None, 0)
 
@@ -49,8 +54,10 @@ class Stream:
         self._forget()
 
     def draw(self, following: Tensor) -> Tensor:
-        """The seed of this call, of shape (1,); ``following``, the next seed,
-        moves on unless the call is a repeated one.
+        """The seed of this call, int64 of shape (1,).
+
+        ``following``: the gate's buffer ``next_seed``, int64 (1,). It is advanced in place by 1, unless this call
+        repeats an earlier one in the second run of a checkpointed region.
         """
         if torch.compiler.is_compiling():
             return torch.ops.dampr.next_seed(following)  # type: ignore[no-any-return]
@@ -59,20 +66,21 @@ class Stream:
         if number is None:
             number, self._calls = self._calls, self._calls + 1
         self._remember(number)
-        # Selective checkpointing counts operators, of which a second run has others here.
+        # Selective checkpointing counts operators, and a repeated draw runs other operators than the first one.
         unseen = _disable_current_modes() if recomputed.any_region() else nullcontext()
-        # no transform of torch.func may see a counter that moves
+        # The counter changes in place, which no transform of torch.func allows.
         with temporarily_clear_interpreter_stack(), torch.no_grad(), unseen:
             return following - (self._calls - number) if again else _advance(following)
 
     def _remember(self, number: int) -> None:
+        """Keep the number of this call for the second run of the checkpointed regions around it."""
         self._numbers.keep(number)
         order = recomputed.region_by_order()
         if order is not None:
             self._reentrant.append((order, number))
 
     def _repeated(self) -> int | None:
-        """The number of the call that this one repeats; None for a new one."""
+        """The number of the call that this call repeats; None if it repeats none."""
         number, key = self._numbers.find(), recomputed.region_by_node()
         if number is not None or key is None:
             return number
@@ -88,20 +96,27 @@ class Stream:
 
 
 def _advance(following: Tensor) -> Tensor:
+    """Return a copy of ``following``, int64 (1,), and add 1 to ``following`` in place."""
     seed = following.clone()
     following.add_(1)
     return seed
 
 
-# What is compiled draws by an operator. torch.compile computes copies and sums of its inputs again in the backward
-# rather than keeping them, and a seed that is computed again after the counter has moved is another one.
+# Compiled code draws through an operator. torch.compile may recompute copies and sums in the backward instead of saving
+# them; a seed that is recomputed after the counter has moved would be another seed.
 _LIBRARY = torch.library.Library("dampr", "FRAGMENT")
 _LIBRARY.define("next_seed(Tensor(a!) following) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
-_seeds: recomputed.Repeats[Tensor] = recomputed.Repeats()  # of compiled calls, whichever gates
+_seeds: recomputed.Repeats[Tensor] = recomputed.Repeats()  # the seeds of compiled calls, of all gates
 
 
 @torch.library.impl(_LIBRARY, "next_seed", "CompositeExplicitAutograd")
 def _next_seed(following: Tensor) -> Tensor:
+    """Implementation of ``dampr::next_seed``: return the seed in ``following``, int64 (1,), and advance it in place.
+
+    In the second run of a checkpointed region it returns the seed of the first run.
+
+    Raises: RuntimeError in a reentrant checkpoint.
+    """
     if not recomputed.any_region():
         return _advance(following)
     if recomputed.region_by_node() is not None:
@@ -114,6 +129,11 @@ def _next_seed(following: Tensor) -> Tensor:
 
 @torch.library.register_fake("dampr::next_seed", lib=_LIBRARY)
 def _next_seed_fake(following: Tensor) -> Tensor:
+    """Fake (shape) implementation of ``dampr::next_seed``; ``following`` is the next seed, int64 (1,).
+
+    Raises: RuntimeError in a region that is checkpointed inside of torch.compile. Such a region runs the operator a
+    second time in the backward and would get another seed.
+    """
     if "recompute" in torch.fx.traceback.get_current_meta():
         raise RuntimeError(
             "a checkpointed region within torch.compile would draw anew in its second run: expected "
@@ -123,15 +143,16 @@ def _next_seed_fake(following: Tensor) -> Tensor:
 
 
 def first_seed(seed: int, number: int) -> int:
-    """Where gate ``number`` starts: 62 bits of Philox with ``seed`` as its key."""
+    """The first seed of gate ``number`` of a model: 62 bits of Philox with ``seed`` as its key."""
     zero = torch.zeros(1, dtype=torch.int64)
     high, low, *_ = philox.philox4x32(zero + number, zero, zero, zero, torch.tensor([seed]))
     return (int(high) & 0x3FFFFFFF) << 32 | int(low)
 
 
 def drawing_gates(model: nn.Module) -> list[Any]:
-    """The gates of ``model`` that draw in training, each once, in the order of its modules;
-    owned ones are the families behind them.
+    """The gates of ``model`` that draw noise in training, each once, in the order of its modules.
+
+    For a gate that a budget owns, the list has the gate of the original family (``family``).
     """
     from .base import Gate
     from .owned import OwnedGate
@@ -142,16 +163,16 @@ def drawing_gates(model: nn.Module) -> list[Any]:
 
 @contextmanager
 def hold_draws(model: nn.Module) -> Iterator[None]:
-    """Every gate of ``model`` draws once, at the beginning of the block, and has that draw in each call within it.
+    """Every gate of ``model`` draws once, at the beginning of the block, and every call in the block gets that draw.
 
-    For micro-batches that are to train one network, for several losses of one draw, for looking at what a draw does.
-    With ``per_sample`` each row has the same gates in calls of as many rows. Evaluation mode has no noise and is what
-    it always is. Inside another block of the same model the draw is the outer block's. Gates that are made within the
-    block are not held. Checkpointed regions (``torch.utils.checkpoint``) of the block have its draw again, also where
-    their backward comes later; only
-    reentrant regions inside of reentrant regions need their backward in the block.
+    Use it for micro-batches that train one network, for several losses of one draw, or to look at the effect of a draw.
+    With ``per_sample``, calls with the same number of rows get the same gates in each row. Evaluation mode has no noise
+    and does not change. An inner block of the same model keeps the draw of the outer block. Gates that are made within
+    the block are not held. Checkpointed regions (``torch.utils.checkpoint``) of the block repeat its draw, even if
+    their backward runs after the block; only a reentrant region inside of another reentrant region needs its backward
+    within the block.
 
-    A family of your own is held if it asks :meth:`dampr.gates.Gate.draw_seed` for its noise.
+    A gate class of your own takes part if it gets its noise from :meth:`dampr.gates.Gate.draw_seed`.
 
     Raises: TypeError unless ``model`` is a module.
 
@@ -182,32 +203,34 @@ def gate_generator(model: nn.Module, seed: int | None = 0, *, group: Any = None)
     """Give the gates of ``model`` a generator of their own, so that nothing else that draws random numbers changes
     them.
 
-    Without it each call of a gate takes its seed from torch's global generator: data augmentation, dropout or a second
-    model then change the masks. With it the seed follows from ``seed``, the number of the gate in the model and how
-    many draws it has had. The last two are one buffer of each gate, ``next_seed``: it is part of the state dict, so
-    that a run resumes to the bit, it moves with the model, and copies go on where the original was. No call waits for
-    the device, and CUDA graphs advance it as they are replayed. Checkpointed regions (``torch.utils.checkpoint``) draw
-    again what they drew. Under ``torch.compile`` the region has to be around what is compiled, with
-    ``use_reentrant=False``, or the draw to be held (:func:`hold_draws`); other regions raise RuntimeError.
+    Without it, each call of a gate takes its seed from torch's global generator: data augmentation, dropout or a second
+    model then change the masks. With it, the seed of a call follows from ``seed``, from the number of the gate in the
+    model and from the number of draws that the gate has made. Each gate keeps its next seed in a buffer, ``next_seed``:
+    a state dict holds it, so a run resumes exactly; it moves with the model; and a copy of the model continues from the
+    same seed. No call waits for the device, and CUDA graphs advance the buffer when they are replayed.
+
+    Checkpointed regions (``torch.utils.checkpoint``) repeat their draws in the backward. Under ``torch.compile`` this
+    needs either a checkpoint with ``use_reentrant=False`` around the compiled module, or a held draw
+    (:func:`hold_draws`); other regions raise RuntimeError.
 
     Args:
-        model: a module with gates, converted before. Gates that are added later have no generator; call this again, it
-            starts over.
-        seed: an integer in [0, 2**63); None: back to torch's generator, or, in a process group, to the seed that its
-            ranks agree on.
-        group: a ``torch.distributed`` process group of the ranks that each have as large a part of the batch, such as
+        model: a converted module, with gates. Gates that are added later have no generator; call this function again
+            then, which restarts all seeds.
+        seed: an integer in [0, 2**63). None: use torch's generator again or, in a process group, the seed on which its
+            ranks agree.
+        group: a ``torch.distributed`` process group of the ranks that hold equal parts of one batch, such as
             ``mesh["dp"].get_group()``; None: all ranks. Gates per sample are numbered by the rows of the whole batch
-            (:meth:`dampr.gates.Gate.index_offset`). Ranks that are not in it, but share the rows of one that is (tensor
-            parallelism), have a group of their own.
+            (:meth:`dampr.gates.Gate.index_offset`). Ranks that share the rows of another rank (tensor parallelism) are
+            in a group of their own.
 
-    Call it before loading a checkpoint that was made with it. With the same seed every process has the same masks. In a
-    process group of several ranks :func:`dampr.convert` does so with the seed that rank 0 gave to
-    ``torch.manual_seed``, and a model under DistributedDataParallel that has no generator gets one with the first draw;
-    these two are in no state dict, and begin anew in a run that resumes.
+    Call it before you load a checkpoint that was made with it. With the same seed, every process has the same masks. In
+    a process group of several ranks, :func:`dampr.convert` calls it with the seed that rank 0 gave to
+    ``torch.manual_seed``, and a model under DistributedDataParallel without a generator gets one at its first draw. The
+    seeds of these two are in no state dict, so they start again in a run that resumes.
 
     Returns: ``model``.
 
-    Raises: TypeError or ValueError that names the argument, also where no gate of ``model`` draws.
+    Raises: TypeError or ValueError that names the argument; ValueError if no gate of ``model`` draws.
 
     >>> import dampr
     >>> model = gate_generator(dampr.nn.GatedLinear(8, 4), seed=1)
@@ -234,7 +257,10 @@ def gate_generator(model: nn.Module, seed: int | None = 0, *, group: Any = None)
 
 
 def share_generator(model: nn.Module) -> None:
-    """In a process group of several ranks, give gates of ``model`` that have no generator one that all ranks have."""
+    """Give each gate of ``model`` that has no generator one that is the same on all ranks.
+
+    It does nothing in a single process.
+    """
     if ranks.several():
         gates = drawing_gates(model)
         if any(gate._stream is None for gate in gates):

@@ -1,5 +1,5 @@
-"""Gates while a budget owns them: no parameter of theirs is a parameter of the model, so no optimizer,
-decay or clipping reaches them.
+"""Gates while a budget owns them: their parameters are no parameters of the model, so no optimizer, weight decay or
+gradient clipping changes them.
 """
 
 from __future__ import annotations
@@ -16,18 +16,19 @@ from .base import Gate
 
 
 class SteppedGate(Gate):
-    """z = value s(level) with s(l) = l^2 (3 - 2 l): a gate that is closed in steps, for a unit that is chosen by its
-    importance.
+    """z = value * s(level) with s(l) = l^2 (3 - 2 l): a gate that a budget closes in steps, chosen by importance.
 
-    In training z is multiplied by (1 + probe) with probe = 0, so that ``probe.grad`` is z dL/dz summed over all calls
-    since it was cleared: the first-order Taylor importance of each unit, for any layer (Molchanov et al. 2017, eq. 8,
-    before the absolute value is taken).
+    In training z is multiplied by (1 + probe) with probe = 0. So ``probe.grad`` is z dL/dz, summed over all calls since
+    it was cleared: the first-order Taylor importance of each unit, for any layer (Molchanov et al. 2017, eq. 8, without
+    the absolute value).
 
     Args:
-        former: the gate in whose place it stands. ``value`` is its evaluation gate.
+        former: the gate that it replaces; ``value`` is its value in evaluation.
 
-    Attributes: ``value``, (num_gates,), buffer; ``level``, (num_gates,), buffer in [0, 1], 1 open and 0 closed;
-    ``probe``, (num_gates,), a leaf that is no parameter of the model and in no ``state_dict``.
+    Attributes:
+        value: (num_gates,), buffer.
+        level: (num_gates,), buffer in [0, 1]: 1 is open, 0 is closed.
+        probe: (num_gates,), a leaf tensor that is no parameter of the model and in no ``state_dict``.
     """
 
     value: Tensor
@@ -50,14 +51,14 @@ class SteppedGate(Gate):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Every level at 1, open; ``value`` stays."""
+        """Set every level to 1 (open); ``value`` does not change."""
         self.level.fill_(1.0)
 
     def deterministic(self) -> Tensor:
         return self.value * self.level.square() * (3 - 2 * self.level)
 
     def open_probability(self) -> Tensor:
-        """How far each gate is open, in [0, 1]; no gradient."""
+        """s(level) of each gate, in [0, 1], (num_gates,), without a graph."""
         return self.level.square() * (3 - 2 * self.level)
 
     def is_open(self) -> Tensor:
@@ -70,16 +71,17 @@ class SteppedGate(Gate):
 
 
 class OwnedGate(Gate):
-    """A gate of any family with its parameters out of sight of ``model.parameters()``; it computes what the family
-    computes.
+    """A gate of any family whose parameters are hidden from ``model.parameters()``; its values are those of the family.
 
-    A ``state_dict`` holds those parameters under the names that they have without an owner.
+    A ``state_dict`` holds the parameters under the names that they have in the family.
 
     Args:
         family: the gate that is owned.
 
-    Attributes: ``family``; ``held``, whether gates stay at their evaluation values without noise or gradient, as in a
-    warm-up.
+    Attributes:
+        family: the gate that is owned.
+        held: whether values are those of evaluation, without noise and gradient, as during a warm-up.
+        probe: as in :class:`SteppedGate`.
     """
 
     probe: Tensor
@@ -96,6 +98,7 @@ class OwnedGate(Gate):
 
     @property
     def family(self) -> Gate:
+        """The gate that is owned, in the same mode (training or evaluation)."""
         (family,) = self._hidden
         if family.training != self.training:
             family.train(self.training)
@@ -124,7 +127,7 @@ class OwnedGate(Gate):
         return self
 
     def __getattr__(self, name: str) -> Any:
-        """What a ``state_dict`` names, for ``torch.distributed.checkpoint``, which looks it up in the module."""
+        """Find the parameters of the family by name, which ``torch.distributed.checkpoint`` looks up in this module."""
         for module in self.__dict__.get("_hidden", ()):
             for kind in ("_parameters", "_buffers", "_modules"):
                 if name in module.__dict__[kind]:

@@ -1,5 +1,7 @@
-"""The processes of torch.distributed that train one model: one seed for all of them, each one's part of the batch,
-stale wrappers.
+"""Several processes of torch.distributed that train one model.
+
+The functions here give all ranks one seed, say which part of the batch a rank holds, and raise where a
+DistributedDataParallel was made before the model changed.
 """
 
 from __future__ import annotations
@@ -16,9 +18,9 @@ from torch import Tensor, distributed, nn
 
 PATIENCE = timedelta(seconds=120)  # for rank 0 to publish the seed
 _KEY = "dampr/seed"
-_agreed: tuple[Any, int] | None = None  # the store of the process group, and the seed that is in it
-_changes = ""  # as many letters as models have changed; dynamo compares strings, so that it traces a check again
-_resized: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # whose parameters have had other sizes
+_agreed: tuple[Any, int] | None = None  # (store of the process group, seed that is in it)
+_changes = ""  # one letter for each change of a model; dynamo guards on the string and then traces again
+_resized: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models whose parameters have changed size
 _checked: weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref[Any], bool | None]] = weakref.WeakKeyDictionary()
 
 
@@ -31,10 +33,12 @@ several._dynamo_marked_constant = True  # type: ignore[attr-defined]  # a proces
 
 
 def part_of(ranks: Sequence[int] | None) -> int:
-    """Which part of the batch this process has: its place among ``ranks``, or its rank where these are None; 0 in a
-    single process.
+    """The index, from 0, of the part of the batch that this process holds.
 
-    Raises RuntimeError where it is not among them.
+    It is 0 in a single process, the rank of the process if ``ranks`` is None, and else the position of that rank in
+    ``ranks``.
+
+    Raises: RuntimeError if ``ranks`` does not contain the rank of this process.
     """
     if not several():
         return 0
@@ -53,11 +57,13 @@ part_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def agreed_seed() -> int:
-    """A seed that all ranks have: what rank 0 gave to ``torch.manual_seed`` before it was first asked for.
+    """A seed that is the same on all ranks: the seed that rank 0 had given to ``torch.manual_seed`` when it first
+    called this function.
 
-    A store may outlive a process group, and then its seed holds for the next one too. It goes through the store of the
-    process group, once: no rank waits for another one to call a collective. Raises RuntimeError where rank 0 has not
-    asked for it within two minutes.
+    Rank 0 publishes the seed once in the store of the process group, so no rank has to wait for a collective. A
+    store may outlive its process group; the seed then holds for the next process group too.
+
+    Raises: RuntimeError if rank 0 has not published the seed within two minutes.
     """
     global _agreed
     store = distributed.distributed_c10d._get_default_store()
@@ -78,13 +84,17 @@ def agreed_seed() -> int:
 
 
 def seed_of(gates: Sequence[Any]) -> int:
-    """:func:`agreed_seed`, mixed with what ``gates`` a model has, so that two models of a process do not draw alike."""
+    """A seed for ``gates``, the same on all ranks: :func:`agreed_seed` mixed with the types and sizes of the gates.
+
+    Two different models in one process therefore do not draw the same noise.
+    """
     return agreed_seed() ^ zlib.crc32(repr([(type(gate).__name__, gate.num_gates) for gate in gates]).encode())
 
 
 def over_ranks(t: Tensor) -> Tensor:
-    """The mean of ``t`` over all processes of torch.distributed, as data parallelism takes it of gradients;
-    ``t`` where there is one.
+    """The mean of ``t`` over all processes of torch.distributed; ``t`` itself in a single process.
+
+    Data parallelism takes the same mean of gradients.
     """
     if not several():
         return t
@@ -94,8 +104,9 @@ def over_ranks(t: Tensor) -> Tensor:
 
 
 def check_alike(model: nn.Module, device: Any) -> None:
-    """Raise ValueError on every rank unless all have parameters of the same names and sizes,
-    as means over ranks need.
+    """Raise ValueError on every rank unless the models of all ranks have the same names and shapes of parameters.
+
+    Means over ranks need this.
     """
     if several():
         own = zlib.crc32(repr([(name, tuple(t.shape)) for name, t in model.state_dict().items()]).encode())
@@ -110,10 +121,11 @@ def check_alike(model: nn.Module, device: Any) -> None:
 
 
 def make_alike(gates: Sequence[Any], group: Any = None) -> None:
-    """Give ``gates`` on every rank what they are on the first rank of ``group`` (None: of all): values and next seeds.
+    """Copy the values and the next seeds of ``gates`` from the first rank of ``group`` to its other ranks.
 
-    Ranks whose random states differ make other values of gates that start at random. Wrappers send no gates that are
-    left out of sharding, nor those that a budget owns. Gates on the meta device have nothing to send.
+    ``group``: a process group; None means all ranks. Gates that start at random differ between ranks whose random
+    states differ, and wrappers do not send the gates that sharding leaves out or that a budget owns. Gates on the meta
+    device have no values, so they are skipped.
     """
     if not several() or distributed.get_world_size(group) == 1:
         return
@@ -129,13 +141,17 @@ def make_alike(gates: Sequence[Any], group: Any = None) -> None:
 
 
 def _counters(gate: Any) -> list[Tensor]:
-    """The next seed of a gate, which may be in no state dict; of an owned one, that of the family behind it."""
+    """The buffer ``next_seed`` of a gate in a list; an empty list if the gate has no seed stream.
+
+    A state dict may leave this buffer out. An owned gate takes its noise from the gate in ``family``, whose buffer is
+    meant then.
+    """
     family = getattr(gate, "family", gate)
     return [] if family._stream is None else [family.next_seed]
 
 
 def groups_in(model: nn.Module) -> dict[int, Any]:
-    """What ``copy.deepcopy`` is to know of the process groups that modules hold: a copy has the same ones."""
+    """A memo for ``copy.deepcopy`` that makes a copy share the process groups that the modules of ``model`` hold."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return {}
     held = (value for module in model.modules() for value in vars(module).values())
@@ -143,26 +159,26 @@ def groups_in(model: nn.Module) -> dict[int, Any]:
 
 
 def unwrapped(model: Any) -> Any:
-    """The module that DistributedDataParallel, DataParallel or torch.compile were given; anything else as it is."""
+    """The module inside DistributedDataParallel, DataParallel or torch.compile; any other object unchanged."""
     while (inner := inside(model)) is not None:
         model = getattr(model, inner)
     return model
 
 
 def inside(model: Any) -> str | None:
-    """The attribute in which a wrapper keeps its module; None of a module that is no wrapper."""
+    """The name of the attribute in which a wrapper keeps its module; None if ``model`` is no wrapper."""
     if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
         return "module"
     return "_orig_mod" if isinstance(model, nn.Module) and "_orig_mod" in model._modules else None
 
 
-# What cannot be seen through: its room, the class that its modules have, what to have in its place.
+# Wrappers that dampr cannot look into: (module that defines the class, name of the class, what to use instead).
 FORMER = "torch.distributed.fsdp", "FullyShardedDataParallel", "torch.distributed.fsdp.fully_shard"
 REPLICATED = "torch.distributed._composable.replicate", "DDP", "torch.nn.parallel.DistributedDataParallel"
 
 
 def check_seen(model: nn.Module, *wrappers: tuple[str, str, str]) -> None:
-    """Raise TypeError where one of these (:data:`FORMER`, :data:`REPLICATED`) is around a module of ``model``."""
+    """Raise TypeError if one of ``wrappers`` (:data:`FORMER`, :data:`REPLICATED`) is around a module of ``model``."""
     for room, kind, instead in wrappers:
         modules = model.named_modules() if room in sys.modules else ()
         found = next((name for name, m in modules if isinstance(m, getattr(sys.modules[room], kind))), None)
@@ -172,14 +188,15 @@ def check_seen(model: nn.Module, *wrappers: tuple[str, str, str]) -> None:
 
 
 def wrapper() -> Any:
-    """The DistributedDataParallel in whose forward this code runs; None outside of one."""
+    """The DistributedDataParallel whose forward is running now; None outside of one."""
     return nn.parallel.DistributedDataParallel._active_ddp_module if distributed.is_available() else None
 
 
 def watch(model: nn.Module, *, resized: bool = False) -> None:
-    """``model`` has other parameters from now on: a DistributedDataParallel of before is an error when called.
+    """Note that the parameters of ``model`` have changed; a DistributedDataParallel made before then raises when it is
+    called.
 
-    ``resized``: they may be the same objects, of other sizes.
+    ``resized``: the parameters may be the same objects with other sizes. In a single process nothing happens.
     """
     global _changes
     if several():
@@ -190,57 +207,64 @@ def watch(model: nn.Module, *, resized: bool = False) -> None:
         stale = None if last is None else last()
         if last is not None and stale is not None:
             _checked[model] = last, None
-            # or it would stumble over those that are gone, before it comes to the check
+            # The old wrapper still lists parameters that are gone; it would fail on them before the check runs.
             stale._assign_modules_buffers()
         if _check_wrapper not in model._forward_pre_hooks.values():
             model.register_forward_pre_hook(_check_wrapper)
 
 
 def unwatch(model: nn.Module) -> None:
-    """Leave no trace of :func:`watch` in ``model`` and what it is made of."""
+    """Remove the hooks that :func:`watch` has put on ``model`` and its submodules."""
     for module in model.modules():
         for key in [key for key, hook in module._forward_pre_hooks.items() if hook is _check_wrapper]:
             del module._forward_pre_hooks[key]
 
 
 def _check_wrapper(module: nn.Module, args: Any) -> None:
-    """In a wrapper that is new to the module: raise RuntimeError unless it reduces exactly the parameters that the
-    model has.
+    """Forward pre-hook: raise RuntimeError unless the DistributedDataParallel around ``module`` reduces exactly the
+    parameters that the model has.
+
+    The check runs again only if the wrapper is new or :func:`watch` was called since.
     """
     if torch.compiler.is_compiling():
         _check_while_tracing(_changes)
         return
-    found = wrapper()
-    if found is None:
+    ddp = wrapper()
+    if ddp is None:
         return
-    joins = found._join_config.enable
+    joins = ddp._join_config.enable
     last, joined = _checked.get(module, (None, None))
-    if last is None or last() is not found or joined is None:
-        _check_parameters(found)
+    if last is None or last() is not ddp or joined is None:
+        _check_parameters(ddp)
         if module in _resized:
-            _check_sizes(found)
+            _check_sizes(ddp)
     elif joined == joins:
         return
-    _count_alone(found, not joins)
-    _checked[module] = weakref.ref(found), joins
+    _exclude_gate_buffers(ddp, not joins)
+    _checked[module] = weakref.ref(ddp), joins
 
 
 def _check_while_tracing(changes: str) -> None:
-    """As :func:`_check_wrapper`, where a model is traced, which it is again when ``changes`` is another."""
-    found = wrapper()
-    if found is not None:
-        _check_parameters(found)
-        if any(module in _resized for module in found.module.modules()):
-            _check_sizes(found)
+    """What :func:`_check_wrapper` does while torch.compile traces the model.
+
+    ``changes``: the string :data:`_changes`. Dynamo guards on it, so it traces the model again after a change.
+    """
+    ddp = wrapper()
+    if ddp is not None:
+        _check_parameters(ddp)
+        if any(module in _resized for module in ddp.module.modules()):
+            _check_sizes(ddp)
 
 
 _check_while_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _check_sizes(found: Any) -> None:
-    """Raise RuntimeError unless a DistributedDataParallel has room for exactly the gradients of its parameters."""
-    room = sum(bucket.buffer().numel() for bucket in found.reducer._get_zeros_like_grad_buckets())
-    needed = sum(p.numel() for p in found._module_parameters)
+def _check_sizes(ddp: Any) -> None:
+    """Raise RuntimeError unless the gradient buckets of a DistributedDataParallel have as many elements as its
+    parameters.
+    """
+    room = sum(bucket.buffer().numel() for bucket in ddp.reducer._get_zeros_like_grad_buckets())
+    needed = sum(p.numel() for p in ddp._module_parameters)
     if room != needed:
         raise RuntimeError(
             f"DistributedDataParallel was made before the model changed: it reduces {room} numbers, and its "
@@ -248,12 +272,15 @@ def _check_sizes(found: Any) -> None:
         )
 
 
-def _check_parameters(found: Any) -> None:
-    ignored, reduced = found.parameters_to_ignore, {id(p) for p in found._module_parameters}
-    there = {id(p): name for name, p in found.module.named_parameters() if p.requires_grad and name not in ignored}
+def _check_parameters(ddp: Any) -> None:
+    """Raise RuntimeError unless a DistributedDataParallel reduces exactly the parameters of its module that need a
+    gradient.
+    """
+    ignored, reduced = ddp.parameters_to_ignore, {id(p) for p in ddp._module_parameters}
+    there = {id(p): name for name, p in ddp.module.named_parameters() if p.requires_grad and name not in ignored}
     missing = [name for key, name in there.items() if key not in reduced]
-    every = {id(p) for p in found.module.parameters()}
-    gone = sum(p.requires_grad and id(p) not in every for p in found._module_parameters)
+    every = {id(p) for p in ddp.module.parameters()}
+    gone = sum(p.requires_grad and id(p) not in every for p in ddp._module_parameters)
     if missing or gone:
         raise RuntimeError(
             f"DistributedDataParallel was made before the model changed: it does not reduce {len(missing)} of its "
@@ -263,27 +290,30 @@ def _check_parameters(found: Any) -> None:
         )
 
 
-def _count_alone(found: Any, alone: bool) -> None:
-    """Whether buffers of gates are left out of what DistributedDataParallel broadcasts: every rank counts the same.
+def _exclude_gate_buffers(ddp: Any, exclude: bool) -> None:
+    """Exclude (``exclude``) or include the buffers of gates in what DistributedDataParallel broadcasts.
 
-    Not so under ``Join``, where a rank that is through stops counting, and gets the counts of the last one in the end.
-    Raises RuntimeError there where a budget owns gates, because its step is a message of its own.
+    They are excluded in general, because every rank counts its draws alike. They are included under ``Join``: a rank
+    that has run out of batches stops counting and takes the counts of the last rank at the end.
+
+    Raises: RuntimeError under ``Join`` if a budget owns gates, because each step of a budget sends a message of its
+    own.
     """
     from .base import Gate
     from .owned import OwnedGate, SteppedGate
 
-    for name, module in found.module.named_modules():
+    for name, module in ddp.module.named_modules():
         if not isinstance(module, Gate):
             continue
-        if not alone and isinstance(module, (OwnedGate, SteppedGate)):
+        if not exclude and isinstance(module, (OwnedGate, SteppedGate)):
             raise RuntimeError(
                 f"{name}: a budget with steps owns its gates, and torch.distributed.algorithms.Join does not wait for "
                 "what a budget sends; "
                 "expected as many batches on every rank, or a budget without steps"
             )
         own = {f"{name}.{buffer}".lstrip(".") for buffer in module._buffers}
-        if alone:
-            found.parameters_to_ignore |= own
+        if exclude:
+            ddp.parameters_to_ignore |= own
         else:
-            found.parameters_to_ignore -= own
-    found._assign_modules_buffers()
+            ddp.parameters_to_ignore -= own
+    ddp._assign_modules_buffers()

@@ -1,10 +1,10 @@
-"""Which checkpointed regions of torch.utils.checkpoint are at work, by what torch itself keeps of them.
+"""The checkpointed regions of torch.utils.checkpoint that are running, read from torch's own state.
 
 A region runs twice, in the forward and again in the backward, and has to draw the same gates both times. torch has no
-public name for "this code runs again", so the two places that know it are read here: the hooks on saved tensors that
-``use_reentrant=False`` installs, and the node of autograd that ``use_reentrant=True`` makes. Where a later torch has
-neither, every call counts as a first one, and a checkpointed layer whose seeds come from a gate generator draws anew;
-tests/gates/test_draws.py would fail.
+public way to tell that code runs again, so this module reads the two places that show it: the hooks on saved tensors
+that ``use_reentrant=False`` installs, and the autograd node that ``use_reentrant=True`` makes. If a later torch has
+neither, every call counts as a first one, and a checkpointed layer with a gate generator draws anew in the backward;
+tests/gates/test_draws.py would fail then.
 """
 
 from __future__ import annotations
@@ -22,13 +22,15 @@ _top, _push, _pop = (
 
 
 def regions() -> Iterator[tuple[Any, Any]]:
-    """Of each checkpointed region around this code, the innermost first: what names it,
-    and what names this second run of it (or None).
+    """Yield (region, second run) for each checkpointed region around this code, the innermost first.
+
+    Both are objects that identify the region and its second run; the second run is None while the region runs the first
+    time. Only regions of ``use_reentrant=False`` are seen.
     """
     for pack in _hooks():
         kept = inspect.unwrap(pack)
-        frame = _enclosed(kept, "_checkpoint_hook.", "frame")
-        target = _enclosed(kept, "_recomputation_hook.", "target_frame_ref")
+        frame = _closure_variable(kept, "_checkpoint_hook.", "frame")
+        target = _closure_variable(kept, "_recomputation_hook.", "target_frame_ref")
         if frame is not None:
             yield frame, None
         elif target is not None and target() is not None:
@@ -39,21 +41,23 @@ T = TypeVar("T")
 
 
 class Repeats(Generic[T]):
-    """What calls had in each checkpointed region of ``use_reentrant=False``, in their order, for its second run."""
+    """The values that calls had in the first run of each region of ``use_reentrant=False``, in order, for its second
+    run.
+    """
 
     def __init__(self) -> None:
         self._had: WeakKeyDictionary[Any, list[T]] = WeakKeyDictionary()  # by region
         self._position: WeakKeyDictionary[Any, int] = WeakKeyDictionary()  # how far a second run has come
 
     def keep(self, value: T) -> None:
-        """What this call has."""
+        """Record the value of this call for the second run of the regions around it."""
         for region, again in regions():
             if again is not None:
                 break
             self._had.setdefault(region, []).append(value)
 
     def find(self) -> T | None:
-        """What the call had that this one repeats; None for a first one."""
+        """The value of the call that this call repeats; None if it repeats none."""
         for region, again in regions():
             if again is not None and region in self._had:
                 position = self._position[again] = self._position.get(again, -1) + 1
@@ -62,18 +66,19 @@ class Repeats(Generic[T]):
 
 
 def at(calls: list[T], position: int) -> T | None:
-    """What the call in this position had; None where there were fewer."""
+    """The entry of ``calls`` at ``position``; None if there is none."""
     return calls[position] if position < len(calls) else None
 
 
 def any_region() -> bool:
-    """Whether this code may be in a checkpointed region, or in one that runs again."""
+    """Whether this code may be in a checkpointed region, in its first or second run."""
     return _top(False) is not None or torch._C._current_autograd_node() is not None
 
 
 def region_by_node() -> tuple[int, int] | None:
-    """The number of the reentrant region that runs again here, and the backward in which it does;
-    None where there is none.
+    """(number of the reentrant region that is in its second run here, number of the backward that runs it).
+
+    None if there is no such region.
     """
     node = torch._C._current_autograd_node()
     if node is None or not node.name().startswith("CheckpointFunction"):
@@ -82,17 +87,20 @@ def region_by_node() -> tuple[int, int] | None:
 
 
 def region_by_order() -> int | None:
-    """Where this code is in the order of autograd's nodes, None where gradients are enabled: reentrant regions run
-    first without.
+    """The current sequence number of autograd; None if gradients are enabled.
 
-    What runs in a region comes after its number, and before the numbers of all that follows.
+    In their first run, reentrant regions run without gradients. A call in a region has a higher number than the region,
+    and a lower one than all nodes after it.
     """
     number: int = torch._C._autograd._get_sequence_nr()
     return None if torch.is_grad_enabled() else number
 
 
 def _hooks() -> list[Callable[..., Any]]:
-    """The hooks that pack saved tensors here, the innermost first. torch shows the top of its stack alone."""
+    """The hooks that pack saved tensors at this place, the innermost first.
+
+    torch shows only the top of its stack of hooks, so all are popped and pushed again.
+    """
     taken = []
     try:
         while (pair := _top(False)) is not None:
@@ -104,9 +112,9 @@ def _hooks() -> list[Callable[..., Any]]:
     return [pack for pack, _ in taken]
 
 
-def _enclosed(function: Any, owner: str, name: str) -> Any:
-    """A variable that a function of torch's class ``owner`` has from where it was defined;
-    None where it is another function.
+def _closure_variable(function: Any, owner: str, name: str) -> Any:
+    """The variable ``name`` in the closure of ``function``; None unless ``function`` is defined in ``owner`` and has
+    it.
     """
     if not getattr(function, "__qualname__", "").startswith(owner) or name not in function.__code__.co_freevars:
         return None

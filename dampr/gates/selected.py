@@ -12,18 +12,20 @@ from .base import Gate
 
 
 class SelectedGate(Gate):
-    """The gates ``kept`` of another vector: z = source(...)[..., kept].
+    """The gates ``kept`` of another vector of gates: z = source(...)[..., kept].
 
-    :class:`dampr.Shrinker` puts it in the place of a gate whose closed units have left the layers. The whole vector
-    stays, so a family computes and draws what it would without this, and a budget goes on with gates that have the
-    numbers they had.
-    A ``state_dict`` holds the whole vector under the names that it has without this.
+    :class:`dampr.Shrinker` puts a SelectedGate in the place of a gate vector once the closed units of the vector have
+    left the layers. The whole vector stays in ``source``. Its family therefore computes and draws the same values as
+    before, and a budget continues with the same numbering of gates. A ``state_dict`` holds the whole vector under its
+    old names.
 
     Args:
-        source: the whole vector, of any family.
-        kept: which of its gates are left, int64, (num_gates,), increasing.
+        source: the whole vector of gates, of any family.
+        kept: the indices of the gates that are left, int64, (num_gates,), increasing.
 
-    Attributes: ``source``; ``kept``, no buffer, because whoever averages buffers would average indices.
+    Attributes:
+        source: the whole vector of gates.
+        kept: as the argument. It is no buffer, because code that averages buffers would average indices.
     """
 
     def __init__(self, source: Gate, kept: Tensor) -> None:
@@ -39,9 +41,11 @@ class SelectedGate(Gate):
         return self
 
     def forward(self, rows: int | None = None) -> Tensor:
+        """Gate values, (num_gates,), or (rows, num_gates) with one draw for each of ``rows`` rows."""
         return self.source.forward(rows)[..., self.kept]
 
     def deterministic(self) -> Tensor:
+        """The gate values in evaluation, (num_gates,), in either mode."""
         return self.source.deterministic()[self.kept]
 
     def open_probability(self) -> Tensor:
@@ -69,5 +73,5 @@ class SelectedGate(Gate):
 
 
 def whole(gate: Gate) -> Gate:
-    """The vector that a gate is, or is selected from."""
+    """The whole vector of a :class:`SelectedGate`; any other gate unchanged."""
     return gate.source if isinstance(gate, SelectedGate) else gate

@@ -1,19 +1,19 @@
 """y = x (W * Z)^T + b, a gate for each weight or for each block of R x C weights, drawn per batch. x: (M, K), W: (N,
 K), y: (M, N).
 
-Weight (n, k) has gate n K + k, or (n // R) ceil(K / C) + k // C where blocks share one; blocks at the edges may be
-partial.
+Weight (n, k) has gate n K + k. Where the weights of a block share a gate, it has gate (n // R) ceil(K / C) + k // C;
+blocks at the edges may be partial. In the equations, z' is the slope dz/dlog_alpha of a gate.
 
-    dW = Z G,  G = dy^T x (vendor GEMM)    dlog_alpha = z' sum of W G over the gate's weights
+    dW = Z * G,  G = dy^T x (vendor GEMM)    dlog_alpha = z' sum of W * G over the weights of the gate
     dx = dy (W * Z)    db = sum_m dy
 
-Both directions are one pass over the weight, t * Z with t = W or t = G, and the backward takes W t along: one kernel
-each for weights and for blocks serves both. Passes go over the flat weight in multiples of four, so that no Philox word
-is thrown away.
+Both directions are one pass over the weight that computes t * Z: the forward with t = W, the backward with t = G,
+where it also sums W * t. One kernel for weights and one for blocks therefore serve both directions. The passes go
+over the flat weight in multiples of four, because Philox makes four random words at a time.
 
-For a small M there is no pass: the GEMM draws the gates of its W tile. It computes y^T = W~ x^T, because the A operand
-of an MMA may come from registers, where a gated tile is. Every tile of rows of x draws again, so it is for an M of one
-tile.
+For a small M there is no pass: the GEMM draws the gates of its tile of W. It computes y^T = W~ x^T with W~ = W * Z,
+because the A operand of an MMA may come from registers, where the gated tile is. Every tile of rows of x draws the
+gates again, so this route is for an M of one tile.
 """
 
 import triton
@@ -27,14 +27,17 @@ from .gates import draw_gate, draw_gate_vector, load_columns, load_seed
 def gate_weights_kernel(
     t_ptr, w_ptr, log_alpha_ptr, seed_ptr, gated_ptr, dlog_alpha_ptr, size, BLOCK: tl.constexpr, GATE: tl.constexpr
 ):  # fmt: skip
-    """gated (size,) = t z and dlog_alpha (size,) = w t z', all flat, one gate for each element; grid: (cdiv(size,
+    """gated = t * z and dlog_alpha = w * t * z', with one gate for each weight; every array is flat, (size,).
+
+    The forward calls it with t = W and without dlog_alpha, to fold the gates into the weight. The backward calls it
+    with t = G, the gradient of the gated weight, and gets dW in ``gated``. Absent outputs are None. grid: (cdiv(size,
     BLOCK),).
     """
     start = tl.program_id(0).to(tl.int64) * BLOCK
     offs = start + tl.arange(0, BLOCK)
     t = load_columns(t_ptr, start, size, BLOCK)
     w = t
-    if dlog_alpha_ptr is not None:  # before the store, behind which it would wait for memory once more
+    if dlog_alpha_ptr is not None:  # before the store: a load after it would wait for memory again
         w = load_columns(w_ptr, start, size, BLOCK)
     z, slope = draw_gate_vector(log_alpha_ptr, seed_ptr, start, size, BLOCK, GATE)
     if gated_ptr is not None:
@@ -48,11 +51,12 @@ def gate_blocks_kernel(
     t_ptr, w_ptr, z_ptr, gated_ptr, partial_ptr, N, K, stride_tn, stride_wn, rows_per_split,
     R: tl.constexpr, C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """gated (N, K) = t z of the block and partial (splits, gates) = sum of w t over one split's rows of each block,
-    always in one order.
+    """gated (N, K) = t * z, with z (gates,), float32, the gate of each block, and partial (splits, gates) = sum of w *
+    t over the rows of one split of each block, in a fixed order.
 
-    z: (gates,), float32. A program owns BLOCK_G neighbouring blocks, whole but for their split; grid: (block rows *
-    block groups, splits).
+    The forward calls it with t = W, the backward with t = G, the gradient of the gated weight. Absent outputs are
+    None. A program handles BLOCK_G neighbouring blocks: all their columns, and the rows of one split. grid: (block
+    rows * block groups, splits).
     """
     across = tl.cdiv(K, C)
     groups = tl.cdiv(across, BLOCK_G)
@@ -92,16 +96,15 @@ def weight_gated_linear_fwd_kernel(
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,
     GROUPED: tl.constexpr, PRECISION: tl.constexpr, GATE: tl.constexpr,
 ):  # fmt: skip
-    """y (splits, M, N): x W~^T over one split of K, the first with the bias; grid: (tiles, splits). W is contiguous,
-    like its log-alphas.
+    """y (splits, M, N) = x W~^T over one split of K each; the first split adds the bias. grid: (tiles, splits).
 
-    EVEN: K is splits * k_per_split.
+    W and log_alpha are contiguous, (N, K). EVEN: K equals splits * k_per_split, so that loads need no mask.
     """
     tile_n, tile_m = tile_of(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.cdiv(M, BLOCK_M), GROUP)
     split = tl.program_id(1).to(tl.int64)
     row, col = tile_n * BLOCK_N + tl.arange(0, BLOCK_N), tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     k = split * k_per_split + tl.arange(0, BLOCK_K)
-    # Rows beyond the edge read row 0 instead of being masked: nothing of theirs is stored.
+    # Rows beyond the edge read row 0 instead of being masked, because their results are not stored.
     first_gate = (tl.where(row < N, row, 0) * K + split * k_per_split)[:, None]
     offs = first_gate + tl.arange(0, BLOCK_K)[None, :]
     w_ptrs, log_alpha_ptrs = w_ptr + offs, log_alpha_ptr + offs

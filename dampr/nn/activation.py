@@ -26,12 +26,12 @@ class GatedActivation(GatedLayer, nn.Module):
         dim: the dimension of the input that has the gates; negative counts from the end.
         gate: a family's name, a :class:`dampr.gates.Gate` subclass, or an instance to share.
         per_sample: in training, one draw for each index of the first dimension of the input instead of one per call.
-        index: which gate each element of the dimension has, int64, (x.shape[dim],), values in [0, num_gates): any
-            grouping. None: its own.
+        index: the gate of each element of the dimension, int64, (x.shape[dim],), values in [0, num_gates), for any
+            grouping. None: each element has a gate of its own.
         device: where the gates live.
 
-    ``weights_per_gate`` is what closing one element of the dimension saves, for the penalty; 1 unless set. A gate of
-    several elements counts for all of them.
+    The attribute ``weights_per_gate`` is the number of weights that closing one element of the dimension saves, for the
+    penalty; 1 unless set. A gate of several elements counts once for each of them.
 
     The gates themselves, a :class:`dampr.gates.Gate`, are this layer's ``gate``. ``dampr.nn.Gate`` is the former name
     of this class.
@@ -93,26 +93,32 @@ class GatedActivation(GatedLayer, nn.Module):
 
     @property
     def num_features(self) -> int:
-        """The size of the dimension."""
+        """The size of the dimension that has the gates."""
         return self.gate.num_gates if self.index is None else self.index.numel()
 
     def _each(self, values: Tensor) -> Tensor:
-        """One value per gate as one per element of the dimension."""
+        """Values of gates, (num_gates,), as values of the elements of the dimension."""
         return values if self.index is None else values[self.index]
 
     def penalty(self, lam: float = 1.0, prior_precision: float = 0.0) -> Tensor:
+        """lam * weights_per_gate * the sum of open probabilities over the elements of the dimension, a scalar.
+
+        ``prior_precision`` is ignored, because the layer has no weights.
+        """
         total: Tensor = lam * self.weights_per_gate * self._each(self.gate.open_probability()).sum()
         return total
 
     def channel_gates(self) -> Tensor:
+        """The gate of each element of the dimension, int64."""
         return torch.arange(self.gate.num_gates) if self.index is None else self.index.cpu()
 
     def closed_channels(self) -> tuple[set[int], set[int]]:
+        """(the elements of the dimension whose gates are closed, an empty set)."""
         return set(self._each(~self.gate.is_open()).nonzero().flatten().tolist()), set()
 
     @torch.no_grad()
     def to_dense(self) -> nn.Module:
-        """``nn.Identity`` where every gate is 1 in evaluation mode, else a :class:`Scale` with the values."""
+        """``nn.Identity`` if every gate is 1 in evaluation mode, else a :class:`Scale` with the values."""
         z = self._each(self.gate.deterministic())
         plain = nn.Identity() if bool((z == 1).all()) else Scale(z.clone(), self.dim)
         return plain.train(self.training)

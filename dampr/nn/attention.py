@@ -274,7 +274,7 @@ class GatedMultiheadAttention(GatedLayer, nn.MultiheadAttention):
         return set((~self.gate.is_open()).nonzero().flatten().tolist())
 
     def closed_channels(self) -> tuple[set[int], set[int]]:
-        """Nothing: heads are no channels of the input or the output, which all of them read and write."""
+        """Two empty sets: a closed head closes no channel, because all heads read all inputs and add to all outputs."""
         return set(), set()
 
     def _of_heads(self, of: Callable[[Tensor], Tensor]) -> Tensor:

@@ -1,5 +1,5 @@
-"""Weights that are no parameters but computed from some: ``torch.nn.utils.parametrize``, ``weight_norm``,
-``spectral_norm``, ``prune``.
+"""Weights that are computed from other tensors: by ``torch.nn.utils.parametrize``, ``weight_norm``, ``spectral_norm``
+or ``prune``.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def computed(layer: nn.Module) -> str | None:
-    """The name of a weight of ``layer`` that is computed from other tensors, by a parametrization or before each call;
-    None without one.
+    """The name of a weight of ``layer`` that is computed from other tensors, by a parametrization or a pre-forward
+    hook.
 
-    The last projection counts as a part of its attention. No weight is read, which would move the vectors of a spectral
-    norm.
+    None if there is no such weight. For an attention, its output projection counts as a part. No weight is read,
+    because reading one would advance the vectors of a spectral norm.
     """
     if parametrize.is_parametrized(layer):
         return next(iter(layer.parametrizations))  # type: ignore[arg-type, return-value]
@@ -50,7 +50,7 @@ def computed(layer: nn.Module) -> str | None:
 
 
 def check_dense(layer: Any, kind: type[nn.Module]) -> None:
-    """Raise TypeError unless ``layer`` is exactly of this kind of torch.nn, with weights that are parameters."""
+    """Raise TypeError unless the type of ``layer`` is exactly ``kind``, and its weights are parameters."""
     name = computed(layer) if isinstance(layer, kind) else None
     if name is not None:
         raise TypeError(
@@ -63,10 +63,10 @@ def check_dense(layer: Any, kind: type[nn.Module]) -> None:
 
 
 def refresh(module: nn.Module) -> None:
-    """Compute again what hooks compute before a call, as it is after the last step or load, of ``module`` and all in
-    it.
+    """Compute the weights of ``module`` and its submodules again that hooks compute before each call.
 
-    A spectral norm's vectors stay as they are.
+    After a step or a load they would else be out of date until the next call. The vectors of spectral norms do not
+    change.
     """
     for layer in module.modules():
         for hook in layer._forward_pre_hooks.values():
@@ -78,8 +78,9 @@ def refresh(module: nn.Module) -> None:
 
 @contextmanager
 def at_rest(module: nn.Module) -> Iterator[None]:
-    """Computed weights are up to date, and to read one does not move the vectors of a spectral norm,
-    in training neither.
+    """A block in which computed weights are up to date, and reading them does not change the vectors of spectral norms.
+
+    Parametrizations are in evaluation mode within the block, whatever the mode of ``module``.
     """
     asleep = [
         part
@@ -100,7 +101,7 @@ def at_rest(module: nn.Module) -> Iterator[None]:
 
 
 def settled(method: Function) -> Function:
-    """A method, or a function of a model, that is :func:`at_rest` for the length of the call."""
+    """Decorator: run a method of a module, or a function of a model, within :func:`at_rest`."""
 
     @functools.wraps(method)
     def call(model: Any, *args: Any, **kwargs: Any) -> Any:
@@ -111,21 +112,24 @@ def settled(method: Function) -> Function:
 
 
 def wake(module: nn.Module) -> None:
-    """Give parametrizations the mode of their layers: for a copy that was made :func:`at_rest`."""
+    """Set each parametrization to the mode (training or evaluation) of its layer.
+
+    A copy that was made within :func:`at_rest` needs this, because its parametrizations are in evaluation mode.
+    """
     for layer in module.modules():
         if parametrize.is_parametrized(layer):
             _parametrizations(layer).train(layer.training)
 
 
 def copied(module: Any) -> Any:
-    """A deep copy, also of modules that keep tensors with a graph, which torch does not copy; these are detached."""
+    """A deep copy of ``module``. Tensors with a graph, which torch does not copy, are detached in the copy."""
     kept = [t for part in module.modules() for t in vars(part).values() if isinstance(t, Tensor) and not t.is_leaf]
     return copy.deepcopy(module, {id(t): t.detach().clone() for t in kept} | groups_in(module))
 
 
 def unwrap(module: nn.Module) -> None:
-    """Make plain parameters of the computed weights of ``module`` and all in it, in place,
-    with the values that they have.
+    """Replace the computed weights of ``module`` and its submodules by plain parameters of the same values, in
+    place.
     """
     with at_rest(module):
         for layer in module.modules():
@@ -142,8 +146,10 @@ def unwrap(module: nn.Module) -> None:
 
 @torch.no_grad()
 def _remove_parametrizations(layer: nn.Module) -> None:
-    """Unlike torch's own, which takes the weight from every copy of the layer too:
-    the copies share the class that is changed.
+    """Replace the parametrized weights of ``layer`` by plain parameters of the same values, in place.
+
+    torch's own function changes the class of the layer, which copies of the layer share, so it would take the weight
+    from the copies too.
     """
     found = _parametrizations(layer)
     values = {
@@ -157,5 +163,6 @@ def _remove_parametrizations(layer: nn.Module) -> None:
 
 
 def _parametrizations(layer: nn.Module) -> nn.ModuleDict:
+    """``layer.parametrizations``."""
     found: Any = layer.parametrizations
     return found

@@ -15,7 +15,9 @@ from .base import VECTOR_GRANULARITIES, GatedWeight
 
 
 class GatedConvTranspose(GatedWeight, _ConvTransposeNd):
-    """What all have in common; see :class:`GatedConvTranspose2d`."""
+    """The code that the gated transposed convolutions of one, two and three dimensions share; see
+    :class:`GatedConvTranspose2d`.
+    """
 
     _arguments = (
         *("in_channels", "out_channels", "kernel_size", "stride", "padding", "output_padding", "groups"),
@@ -64,9 +66,9 @@ class GatedConvTranspose(GatedWeight, _ConvTransposeNd):
 
     @classmethod
     def gates_for(cls, layer: Any, granularity: Any, per_sample: bool = False, gate: Any = None) -> int:
-        """How many gates a dense ``layer`` would have.
+        """The number of gates that a dense ``layer`` needs: its output channels, or its input channels for "input".
 
-        Raises ValueError for another granularity than "output" and "input".
+        Raises: ValueError unless ``granularity`` is "output" or "input".
         """
         _checks.one_of("granularity", granularity, VECTOR_GRANULARITIES)
         count: int = layer.out_channels if granularity == "output" else layer.in_channels

@@ -26,9 +26,7 @@ from .rnn import GatedRecurrent
 
 @dataclass(frozen=True)
 class Explanation:
-    """The backend, the route through it (:mod:`dampr.ops.routes` says what each does),
-    and the reason for each choice.
-    """
+    """The backend and the route (:mod:`dampr.ops.routes` describes the routes), each with the reason for it."""
 
     backend: str
     backend_reason: str
@@ -65,7 +63,9 @@ def explain(layer: GatedLayer, x: Tensor) -> Explanation:
 
 
 def _granularity(layer: GatedLayer) -> str | tuple[int, int]:
-    """That of the op: grouped by an index, every weight is handed a gate."""
+    """The granularity that the operator gets: a layer whose gates are grouped by an index passes one gate for each
+    weight.
+    """
     return "weight" if layer.granularity == "index" else layer.granularity
 
 
@@ -79,7 +79,7 @@ def _of_linear(layer: GatedLinear, x: Tensor, dtype: torch.dtype) -> Explanation
 
 
 def _of_slice(layer: GatedLinear | GatedConv, opened: slice, part: Explanation) -> Explanation:
-    """``part``: what the layer is on a view of its weight, the part whose gates are open."""
+    """The explanation for a layer whose open gates are one contiguous slice; ``part``: that for the slice alone."""
     count = f"{opened.stop - opened.start} of {layer.gate.num_gates} gates are open, side by side"
     reason = f"{count}: the layer is computed on their part of the weight, by route {part.route}: {part.route_reason}"
     return replace(part, route="slice", route_reason=reason)
@@ -172,7 +172,7 @@ def route_of(
     dtype: torch.dtype = torch.float32,
     drawn: bool = True,
 ) -> Explanation:
-    """The same for x (M, K) and a weight (N, K), ``shape`` = (M, K, N), without a layer."""
+    """As :func:`explain`, without a layer, for x (M, K) and a weight (N, K); ``shape`` is (M, K, N)."""
     m, k, n = shape
     backend, reason = ops.choose(device, dtype)
     return Explanation(

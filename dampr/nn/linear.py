@@ -23,8 +23,8 @@ class GatedLinear(GatedWeight, nn.Linear):
         gate: a family's name, a :class:`dampr.gates.Gate` subclass, or an instance to share.
         granularity: ``"output"`` (a gate per row of ``weight``, its bias included), ``"input"`` (a gate per column),
             ``"weight"`` (a gate per weight) or ``(rows, cols)`` (a gate per block, in row-major order; partial blocks
-            at the edges have gates too). Any other grouping: an int64 tensor of the shape of ``weight``, which gate
-            each weight has; the attribute is then ``"index"``.
+            at the edges have gates too). For any other grouping: an int64 tensor of the shape of ``weight`` that holds
+            the number of each weight's gate; the attribute ``granularity`` is then ``"index"``.
         per_sample: in training, one draw per row of the input flattened to (rows, in_features) instead of one per call;
             ``"output"`` and ``"input"`` only.
 
@@ -78,12 +78,23 @@ class GatedLinear(GatedWeight, nn.Linear):
         return functional.gated_linear(x, self.weight, self.bias, weight_gate=parameter, block=block, **how)
 
     def _on_shards(self, x: Tensor) -> Tensor:
+        """The forward when parameters are DTensors (tensor parallelism)."""
         from . import sharded  # loads torch.distributed.tensor
 
         return sharded.linear(self, x)
 
     def _on_slice(self, x: Tensor, parameter: Tensor, spec: GateSpec, opened: slice) -> Tensor:
-        """The layer on the rows, or on the columns, of the weight whose gates are open."""
+        """The forward when the open gates are one contiguous slice of rows or columns: a product with that slice of the
+        weight alone.
+
+        Args:
+            x: (..., in_features).
+            parameter: the gate parameters of the slice, (opened.stop - opened.start,).
+            spec: how gates follow from the parameters; nothing is drawn.
+            opened: the slice of open gates, of outputs or inputs by ``granularity``.
+
+        Returns: (..., out_features), 0 for closed outputs.
+        """
         if self.granularity == "input":
             return functional.gated_linear(
                 x[..., opened], self.weight[:, opened], self.bias, input_gate=parameter, spec=spec
@@ -101,10 +112,12 @@ class GatedLinear(GatedWeight, nn.Linear):
         granularity: Granularity | Tensor = "output",
         per_sample: bool = False,
     ) -> GatedLinear:
-        """A gated layer with the very parameters of ``layer``, not copies. Raises TypeError unless its type is exactly
-        ``nn.Linear``.
+        """A gated layer that takes over the parameters of ``layer`` themselves, not copies.
 
         Where fresh gates are not 1, the parameters are divided by them, so that the layer computes the same.
+
+        Raises: TypeError unless the type of ``layer`` is exactly ``nn.Linear``; ValueError or TypeError that names the
+        argument.
         """
         gated: GatedLinear = cls._from_dense(layer, gate, granularity, per_sample)
         return gated

@@ -72,8 +72,9 @@ class GatedParameter(GatedLayer, nn.Module):
         self._size = 1  # elements at one index of the dimension, as the last call had them
 
     def forward(self, weight: Tensor) -> Tensor:
-        """The parameter, of any shape whose dimension ``dim`` has the length of ``index``, times its gates;
-        its dtype stays.
+        """``weight`` times its gates, in the dtype of ``weight``.
+
+        weight: of any shape with weight.shape[dim] equal to the length of ``index``.
         """
         self._size = weight.numel() // weight.shape[self.dim]
         if self.sharded:

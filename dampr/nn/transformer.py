@@ -33,7 +33,10 @@ PARTS = ("heads", "neurons", "sublayers")
 
 
 class GatedTransformer(BySublayers):
-    """What both gated layers share, mixed in before :class:`EncoderBySublayers` or :class:`DecoderBySublayers`."""
+    """The code that the gated encoder and decoder layers share.
+
+    It is mixed in before :class:`EncoderBySublayers` or :class:`DecoderBySublayers`, which run the sublayers.
+    """
 
     _dense: Any
     _pruned: Any
@@ -73,6 +76,7 @@ class GatedTransformer(BySublayers):
         self._put_gates(gate, parts, per_sample)
 
     def _put_gates(self, gate: Any, parts: Sequence[str], per_sample: bool) -> None:
+        """Replace the parts of the dense layer that get gates by gated ones."""
         if isinstance(gate, Family):
             raise TypeError(
                 f"gate={type(gate).__name__} instance: expected a family's name or a class, because each part gets "
@@ -95,15 +99,16 @@ class GatedTransformer(BySublayers):
         self.train(self.training)
 
     def _by_sublayer(self) -> list[list[nn.Module]]:
-        """The layers with weights of each sublayer, norms excepted."""
+        """For each sublayer the list of its modules with weights, without norms."""
         return [*([getattr(self, name)] for name in self._attentions), [self.linear1, self.linear2]]
 
     def _gate_of(self, index: int) -> GatedActivation | None:
-        """The gate of a sublayer as a whole."""
+        """The gate of the whole sublayer ``index``; None if sublayers have no gates."""
         gates: Any = self._modules.get("sublayer_gates")
         return None if gates is None else gates[index]
 
     def _sum(self, index: int, x: Tensor, branch: Callable[[], Tensor]) -> Tensor:
+        """x + z * branch(), with z the gate of sublayer ``index``; x + branch() without a gate."""
         own = self._gate_of(index)
         if own is None:
             return x + branch()
@@ -119,11 +124,13 @@ class GatedTransformer(BySublayers):
         parts: Sequence[str] = ("heads", "neurons"),
         per_sample: bool = False,
     ) -> Any:
-        """A gated layer with the very parameters of ``layer``, not copies. Raises TypeError unless its type is exactly
-        the dense one.
+        """A gated layer that takes over the parameters of ``layer`` themselves, not copies.
 
-        Where fresh gates are not 1, the weights that they reach are divided by them, so that the layer computes the
-        same; ValueError where one is 0.
+        Where fresh gates are not 1, the weights that they multiply are divided by them, so that the layer computes the
+        same.
+
+        Raises: TypeError unless the type of ``layer`` is exactly the dense one; ValueError if a fresh gate is 0, and
+        what the constructor raises.
         """
         if type(layer) is not cls._dense:
             raise TypeError(f"layer={type(layer).__name__}: expected exactly nn.{cls._dense.__name__}")
@@ -136,6 +143,14 @@ class GatedTransformer(BySublayers):
 
     @torch.no_grad()
     def _undo_fresh_gates(self) -> None:
+        """Divide weights by fresh gates that are not 1, so that the layer computes what the dense layer computed.
+
+        A gate is fresh when its parameters have their start values. Gates on heads and neurons divide the weights that
+        they multiply; the gate of a sublayer divides the last linear layer of its sublayer.
+
+        Raises: ValueError if a fresh gate is 0, or if the weight to divide is computed from other tensors
+        (parametrized).
+        """
         fresh = [
             part.gate
             for part in self.modules()
@@ -158,33 +173,36 @@ class GatedTransformer(BySublayers):
                 _multiply(last, 1 / fresh_values(own.gate))
 
     def _value(self, index: int) -> Tensor | None:
-        """The gate of a sublayer in evaluation mode, (1,), or None."""
+        """The gate value of sublayer ``index`` in evaluation, (1,); None without a gate."""
         own = self._gate_of(index)
         return None if own is None else own.gate.deterministic()
 
     def to_dense(self) -> Any:
-        """The layer of ``torch.nn`` of the same size that computes what this one computes in evaluation mode;
-        parameters are copies.
+        """A ``torch.nn`` layer of the same size that computes what this layer computes in evaluation mode.
+
+        Its parameters are copies.
         """
         return self._plain(cut=False)[0]
 
     def compacted(self) -> tuple[Any, dict[str, list[int]]]:
-        """The smallest plain layer that computes what this one computes in evaluation mode.
+        """The smallest plain layer that computes what this layer computes in evaluation mode.
 
-        Returns ``(layer, kept)``: what is left of the heads of each attention and of the neurons of ``linear1``, by
-        their names; nothing where the gate of a sublayer was closed. One at least is left of each that was not. The
-        layer is one of ``torch.nn`` where all heads and sublayers are open, else a
-        :class:`PrunedTransformerEncoderLayer` or :class:`PrunedTransformerDecoderLayer`.
+        Returns: ``(layer, kept)``. ``kept`` maps the name of each attention to the indices of the heads that are left,
+        and "linear1" to the indices of the neurons that are left; an empty list says that the gate of the whole
+        sublayer is closed. Every other sublayer keeps at least one head or neuron. ``layer`` is a ``torch.nn`` layer if
+        all heads and sublayers are open, else a :class:`PrunedTransformerEncoderLayer` or
+        :class:`PrunedTransformerDecoderLayer`.
 
-        What a closed neuron contributes as a constant, its activation at 0, goes into the bias of ``linear2``. Neurons
-        stay where the activation is not one of each neuron alone. Norms with gates keep them, for other layers have
-        their width too.
+        A closed neuron still outputs a constant, its activation at 0; the bias of ``linear2`` absorbs it. Neurons are
+        not cut if the activation function is not elementwise. Gated norms keep their gates, because other layers share
+        their width.
         """
         return self._plain(cut=True)
 
     @torch.no_grad()
     @settled
     def _plain(self, cut: bool) -> tuple[Any, dict[str, list[int]]]:
+        """The layer without gates and ``kept``, as in :meth:`compacted`; ``cut``: leave out what is closed."""
         plain: Any = copied(self)
         plain._modules.pop("sublayer_gates", None)
         kept: dict[str, list[int]] = {}
@@ -215,7 +233,7 @@ class GatedTransformer(BySublayers):
         return plain, kept
 
     def _plain_feed_forward(self, cut: bool) -> tuple[nn.Linear, nn.Linear, list[int]]:
-        """``linear1`` and ``linear2`` without gates, and which neurons are left between them."""
+        """``linear1`` and ``linear2`` without gates, and the indices of the neurons that are left."""
         layers = self.linear1, self.linear2
         plain: list[Any] = [layer.to_dense() if isinstance(layer, GatedWeight) else copied(layer) for layer in layers]
         first, second = plain
@@ -237,7 +255,7 @@ class GatedTransformer(BySublayers):
         return _rows(first, kept), _columns(second, kept), kept
 
     def closed_neurons(self) -> set[int]:
-        """The neurons of the feed-forward sublayer that nothing writes, or nothing reads."""
+        """The indices of the feed-forward neurons whose gate is closed, in ``linear1`` or in ``linear2``."""
         written = self.linear1.closed_channels()[0] if isinstance(self.linear1, GatedWeight) else set()
         read = self.linear2.closed_channels()[1] if isinstance(self.linear2, GatedWeight) else set()
         return written | read
@@ -256,14 +274,15 @@ class GatedTransformerEncoderLayer(GatedTransformer, EncoderBySublayers):
         per_sample: in training, draws for each sample of the batch (heads, sublayers) or each token (neurons) instead
             of one per call.
 
-    Called as ``nn.TransformerEncoderLayer`` is, also by ``nn.TransformerEncoder``, with the same results. Its fused
-    path for inference reads weights without asking their layers, so it is never taken; a nested tensor, which
-    ``nn.TransformerEncoder`` makes of a padded batch for that path, is run as a padded one. Parameters have the names
-    of the dense layer, and a dense ``state_dict`` loads. A fresh layer in evaluation mode equals torch's in Python to
-    the bit, and its fused path to rounding.
+    It is called like ``nn.TransformerEncoderLayer``, also by ``nn.TransformerEncoder``, and returns the same. It never
+    takes torch's fused path for inference, because that path reads weights without calling their layers. A nested
+    tensor, which ``nn.TransformerEncoder`` makes of a padded batch for that path, is run as a padded one. Parameters
+    have the names of the dense layer, and a dense ``state_dict`` loads. In evaluation mode, a fresh layer equals
+    torch's Python path to the bit, and torch's fused path to rounding.
 
-    The width of the residual stream belongs to the model around the layer: norms that are a :class:`GatedLayerNorm`
-    with statistics of the open channels, which :func:`dampr.convert` puts there on ``residual=True``, let it be cut.
+    The width of the residual stream belongs to the model around the layer. It can be cut if the norms are
+    :class:`GatedLayerNorm` with statistics over the open channels, which :func:`dampr.convert` inserts with
+    ``residual=True``.
 
     Raises: ValueError or TypeError that names the argument, and what ``nn.TransformerEncoderLayer`` raises.
     """
@@ -284,6 +303,7 @@ class GatedTransformerDecoderLayer(GatedTransformer, DecoderBySublayers):
 
 
 def _checked_parts(parts: Any) -> tuple[str, ...]:
+    """``parts`` as a tuple. Raises ValueError or TypeError for anything but some of :data:`PARTS`."""
     found = () if isinstance(parts, str) else tuple(_checks.items("parts", parts))
     for part in found:
         _checks.one_of("parts", part, PARTS)
@@ -293,7 +313,7 @@ def _checked_parts(parts: Any) -> tuple[str, ...]:
 
 
 def _check_weights(layer: nn.Module, parts: Sequence[str]) -> None:
-    """Raise TypeError where a weight that would get gates is computed from other tensors."""
+    """Raise TypeError if a weight that would get gates is computed from other tensors (parametrized)."""
     for name, part in layer.named_children():
         if isinstance(part, nn.MultiheadAttention) and "heads" in parts:
             check_dense(part, nn.MultiheadAttention)
@@ -302,13 +322,14 @@ def _check_weights(layer: nn.Module, parts: Sequence[str]) -> None:
 
 
 def _plain_attention(attention: Any, cut: bool) -> tuple[Any, list[int]]:
+    """The attention without gates, and the indices of the heads that are left; ``cut``: leave out closed heads."""
     if not isinstance(attention, GatedMultiheadAttention):
         return copied(attention), list(range(attention.num_heads))
     return attention.compacted() if cut else (attention.to_dense(), list(range(attention.num_heads)))
 
 
 def _twin(layer: nn.Module) -> Any:
-    """Another module object with the very parameters, buffers and hooks of ``layer``."""
+    """A new module object that shares the parameters, buffers and hooks of ``layer``."""
     twin = layer.__class__.__new__(layer.__class__)
     twin.__dict__.update(
         {name: value.copy() if isinstance(value, dict) else value for name, value in vars(layer).items()}
@@ -318,16 +339,19 @@ def _twin(layer: nn.Module) -> Any:
 
 
 def _parameter_count(modules: Sequence[nn.Module]) -> int:
+    """The number of elements in all parameters of ``modules``."""
     return sum(p.numel() for module in modules for p in module.parameters())
 
 
 def _multiply(layer: nn.Linear, z: Tensor) -> None:
+    """Multiply weight and bias of ``layer`` by z, (1,), in place."""
     for p in (layer.weight, layer.bias):
         if p is not None:
             p.data = (p * z).to(p.dtype)
 
 
 def _evaluated(activation: Any, x: Tensor) -> Tensor:
+    """``activation(x)`` in evaluation mode."""
     if not isinstance(activation, nn.Module):
         y: Tensor = activation(x)
         return y
@@ -336,8 +360,10 @@ def _evaluated(activation: Any, x: Tensor) -> Tensor:
 
 
 def _is_elementwise(activation: Any, weight: Tensor, kept: list[int]) -> bool:
-    """Whether the activation of those of the neurons with rows in ``weight`` that are ``kept`` is the same without
-    the others.
+    """Whether the activation function gives the neurons ``kept`` the same values when the other neurons are cut.
+
+    ``weight``: (neurons, in_features); it gives the number of neurons, the dtype and the device. The check runs the
+    function on random numbers.
     """
     x = torch.randn(3, len(weight), generator=torch.Generator().manual_seed(0)).to(weight)
     try:
@@ -347,6 +373,7 @@ def _is_elementwise(activation: Any, weight: Tensor, kept: list[int]) -> bool:
 
 
 def _rows(layer: nn.Linear, kept: list[int]) -> nn.Linear:
+    """Keep the rows ``kept`` of weight and bias, in place; returns ``layer``."""
     layer.weight = nn.Parameter(layer.weight[kept], requires_grad=layer.weight.requires_grad)
     if layer.bias is not None:
         layer.bias = nn.Parameter(layer.bias[kept], requires_grad=layer.bias.requires_grad)
@@ -355,6 +382,7 @@ def _rows(layer: nn.Linear, kept: list[int]) -> nn.Linear:
 
 
 def _columns(layer: nn.Linear, kept: list[int]) -> nn.Linear:
+    """Keep the columns ``kept`` of the weight, in place; returns ``layer``."""
     layer.weight = nn.Parameter(layer.weight[:, kept].clone(), requires_grad=layer.weight.requires_grad)
     layer.in_features = len(kept)
     return layer

@@ -1,5 +1,6 @@
-"""x * z along one dimension, a draw per call or one per sample (index of the first dimension),
-as one op forward and one op backward.
+"""x * z along one dimension of x, with one draw of the gates per call or one per sample (per index of dimension 0).
+
+The forward and the backward are one operator each.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from .node import Node, apply
 
 
 class Planes(NamedTuple):
-    """A tensor seen as (outer, middle, n, inner), in the order of its memory; gates are on n,
-    with a draw for each outer index, or one.
+    """A tensor as (outer, middle, n, inner), in the order of its memory; the gates are on dimension n.
+
+    ``per_outer``: whether each index of ``outer`` has a draw of its own.
     """
 
     outer: int
@@ -32,7 +34,7 @@ class Planes(NamedTuple):
 
 
 def dense_format(x: Tensor, dim: int) -> torch.memory_format:
-    """Channels last where ``x`` is and the gates are on its channels, else contiguous."""
+    """The memory format of the result: channels last if ``x`` has it and ``dim`` is its channels, else contiguous."""
     layouts = {4: torch.channels_last, 5: torch.channels_last_3d}
     if dim == 1 and x.dim() in layouts and not x.is_contiguous() and x.is_contiguous(memory_format=layouts[x.dim()]):
         return layouts[x.dim()]
@@ -40,7 +42,7 @@ def dense_format(x: Tensor, dim: int) -> torch.memory_format:
 
 
 def planes(x: Tensor, dim: int, per_sample: bool) -> tuple[Tensor, Planes, torch.memory_format]:
-    """``x`` in a dense layout, that layout as :class:`Planes`, and as a memory format."""
+    """(``x`` in a dense layout, its sizes as :class:`Planes`, the memory format of that layout)."""
     layout = dense_format(x, dim)
     x = x.contiguous(memory_format=layout)
     outer, middle, n, inner = 1, math.prod(x.shape[:dim]), x.shape[dim], math.prod(x.shape[dim + 1 :])
@@ -54,6 +56,10 @@ def planes(x: Tensor, dim: int, per_sample: bool) -> tuple[Tensor, Planes, torch
 def _fwd(
     x: Tensor, log_alpha: Tensor, seed: Tensor | None, spec: Sequence[float], dim: int, per_sample: bool
 ) -> Tensor:
+    """Implementation of ``dampr::gate_activations_fwd``: x * z, like x, with log_alpha (x.shape[dim],).
+
+    seed: int64 (1,); None if nothing is drawn. spec: the fields of a :class:`dampr.spec.GateSpec` as floats.
+    """
     gate = GateArgs.of(log_alpha, seed, spec, per_sample)
     y: Tensor = select(x.device, x.dtype).gate_activations_fwd(x, gate, dim)
     return y
@@ -62,6 +68,7 @@ def _fwd(
 def _fwd_fake(
     x: Tensor, log_alpha: Tensor, seed: Tensor | None, spec: Sequence[float], dim: int, per_sample: bool
 ) -> Tensor:
+    """The empty result of :func:`_fwd`."""
     return torch.empty_like(x, memory_format=dense_format(x, dim))
 
 
@@ -75,12 +82,19 @@ def _bwd(
     per_sample: bool,
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
+    """Implementation of ``dampr::gate_activations_bwd``: the gradients of x and log_alpha; None where ``needs`` is
+    False.
+    """
     gate = GateArgs.of(log_alpha, seed, spec, per_sample)
     grads: tuple[Tensor | None, ...] = select(x.device, x.dtype).gate_activations_bwd(dy, x, gate, dim, needs)
     return grads
 
 
 def _bwd_fake(dy: Tensor, x: Tensor, log_alpha: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    """The empty results of :func:`_bwd`; a gradient that nobody needs has shape (0,).
+
+    ``rest``: seed, spec, dim, per_sample, needs.
+    """
     *_, dim, _, needs = rest
     dx = torch.empty_like(x, memory_format=dense_format(x, dim)) if needs[0] else x.new_empty(0)
     return dx, torch.empty_like(log_alpha) if needs[1] else x.new_empty(0)
@@ -117,6 +131,9 @@ class _GateActivations(Node):
 
 
 def gate_activations(x: Tensor, gate: GateArgs, dim: int) -> Tensor:
-    """Differentiable; arguments are taken as checked (:func:`dampr.functional.gate_activations` checks)."""
+    """x * z along dimension ``dim``, differentiable; like x.
+
+    It does not check its arguments; :func:`dampr.functional.gate_activations` does.
+    """
     y: Tensor = apply(_GateActivations, x, gate.log_alpha, gate.seed, gate.spec, dim, gate.per_sample)
     return y

@@ -1,6 +1,6 @@
-"""The gates of one call, as ops and backends hand them on.
+"""The gates of one call, in the form in which operators and backends pass them on.
 
-Schemas list the same things one by one, because they know no tuples.
+Operator schemas list the fields one by one, because they have no tuples.
 """
 
 from __future__ import annotations
@@ -18,13 +18,18 @@ PAIR = "Tensor? input_log_alpha, Tensor? output_log_alpha, Tensor? input_seed, T
 
 
 def gate_dtype(like: Tensor) -> torch.dtype:
-    """What gates beside this tensor are computed in."""
+    """The dtype in which gates of a layer with tensor ``like`` are computed: float64 for float64, else float32."""
     return torch.float64 if like.dtype == torch.float64 else torch.float32
 
 
 class GateArgs(NamedTuple):
-    """A vector of gates: parameters (n,) of the family in ``spec``, a seed if that draws,
-    and whether each row has a draw of its own.
+    """A vector of n gates.
+
+    Attributes:
+        log_alpha: the parameters of the family in ``spec``, (n,).
+        seed: int64 (1,); None if nothing is drawn.
+        spec: how values follow from parameters.
+        per_sample: whether each row has a draw of its own.
     """
 
     log_alpha: Tensor
@@ -34,26 +39,27 @@ class GateArgs(NamedTuple):
 
     @classmethod
     def of(cls, log_alpha: Tensor, seed: Tensor | None, spec: Sequence[Any], per_sample: bool = False) -> GateArgs:
-        """Gates from what a schema lists; per sample only if they are drawn at all."""
+        """Gates from the fields that a schema lists; ``per_sample`` is ignored if nothing is drawn."""
         spec = unpack(spec)
         return cls(log_alpha, seed, spec, per_sample and spec.rule == SAMPLE)
 
     def on_rows(self) -> GatePair:
-        """The gates of the rows of a matrix, which has none on its columns; one draw."""
+        """These gates on the rows of a matrix without gates on its columns, with one draw."""
         return GatePair(None, self.log_alpha, None, self.seed, self.spec)
 
     def on_columns(self) -> GatePair:
-        """The gates of the columns of a matrix, which has none on its rows; one draw."""
+        """These gates on the columns of a matrix without gates on its rows, with one draw."""
         return GatePair(self.log_alpha, None, self.seed, None, self.spec)
 
     def rows(self, count: int) -> int | None:
-        """How many draws ``count`` rows need, or None for one that they share."""
+        """The number of draws for ``count`` rows; None for one draw that all rows share."""
         return count if self.per_sample else None
 
 
 class GatePair(NamedTuple):
-    """The gates of a layer's inputs and outputs, whose parameters are None where there are none; flat,
-    so that a call makes one tuple.
+    """The gates of a layer's inputs and outputs.
+
+    A log_alpha is None if there are no such gates. The tuple is flat, so that a call makes one tuple and not two.
     """
 
     input_log_alpha: Tensor | None
@@ -73,12 +79,13 @@ class GatePair(NamedTuple):
         spec: Sequence[Any],
         per_sample: bool = False,
     ) -> GatePair:
-        """Gates from what a schema lists; per sample only if they are drawn at all."""
+        """Gates from the fields that a schema lists; ``per_sample`` is ignored if nothing is drawn."""
         spec = unpack(spec)
         return cls(in_la, out_la, in_seed, out_seed, spec, per_sample and spec.rule == SAMPLE)
 
     @property
     def input(self) -> GateArgs | None:
+        """The gates of the inputs; None if there are none."""
         return (
             None
             if self.input_log_alpha is None
@@ -87,6 +94,7 @@ class GatePair(NamedTuple):
 
     @property
     def output(self) -> GateArgs | None:
+        """The gates of the outputs; None if there are none."""
         return (
             None
             if self.output_log_alpha is None
@@ -95,5 +103,5 @@ class GatePair(NamedTuple):
 
 
 def unpack(spec: Sequence[Any]) -> GateSpec:
-    """A GateSpec from the float list that travels through a schema."""
+    """A GateSpec from the list of floats that a schema passes."""
     return spec if isinstance(spec, GateSpec) else GateSpec(int(spec[0]), int(spec[1]), *spec[2:])

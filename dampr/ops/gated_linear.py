@@ -1,4 +1,7 @@
-"""y = z_out * ((x * z_in) W^T + b), gates per batch or per sample, as one op forward and one op backward."""
+"""y = z_out * ((x * z_in) W^T + b), with one draw of the gates per batch or one per sample.
+
+The forward and the backward are one operator each.
+"""
 
 from __future__ import annotations
 
@@ -32,13 +35,23 @@ def _fwd(
     per_sample: bool,
     keep_pre: bool,
 ) -> tuple[Tensor, Tensor]:
+    """Implementation of ``dampr::gated_linear_fwd``: (y, pre) for x (..., K) and weight (N, K).
+
+    Args:
+        in_la, out_la: log_alpha of input gates (K,) and output gates (N,); None without these gates.
+        in_seed, out_seed: int64 (1,); None if nothing is drawn.
+        spec: the fields of a :class:`dampr.spec.GateSpec` as floats.
+        keep_pre: whether to return ``pre``, y before the output gate, (..., N), for the backward; it is empty
+            otherwise.
+    """
     gates = GatePair.of(in_la, out_la, in_seed, out_seed, spec, per_sample)
     y, pre = select(x.device, x.dtype).gated_linear_fwd(x, weight, bias, gates, keep_pre)
-    # autograd lets nobody change a view in place
+    # autograd raises if the result of a custom function is a view that is then changed in place
     return as_no_view(y, y.shape) if is_view(y) else y, pre
 
 
 def _fwd_fake(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """The empty results of :func:`_fwd`; the last argument is ``keep_pre``."""
     shape, keep_pre = (*x.shape[:-1], weight.shape[0]), rest[-1]
     return x.new_empty(shape), x.new_empty(shape if keep_pre else (0,))
 
@@ -57,6 +70,10 @@ def _bwd(
     per_sample: bool,
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
+    """Implementation of ``dampr::gated_linear_bwd``: the gradients of x, weight, bias, in_la and out_la.
+
+    dy: (..., N). pre: what the forward returned. A gradient is None where ``needs``, five bools, is False.
+    """
     gates = GatePair.of(in_la, out_la, in_seed, out_seed, spec, per_sample)
     grads: tuple[Tensor | None, ...] = select(x.device, x.dtype).gated_linear_bwd(
         dy, x, weight, bias, gates, pre, needs
@@ -65,6 +82,11 @@ def _bwd(
 
 
 def _bwd_fake(dy: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    """The empty results of :func:`_bwd`, like the first five arguments after ``dy``.
+
+    ``rest``: weight, bias, in_la, out_la, the remaining arguments, and ``needs``. A gradient that nobody needs has
+    shape (0,), because an operator cannot return None.
+    """
     inputs, needs = (x, *rest[:4]), rest[-1]
     return tuple(
         t.new_empty(t.shape) if need and t is not None else x.new_empty(0)
@@ -89,18 +111,23 @@ bwd = define(
 
 @register_flop_formula(torch.ops.dampr.gated_linear_fwd)
 def _fwd_flops(x_shape: Any, weight_shape: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
-    """What the dense layer costs: gates are not counted."""
+    """The floating-point operations of the dense layer; the arithmetic of gates is not counted."""
     return 2 * math.prod(x_shape) * int(weight_shape[0])
 
 
 @register_flop_formula(torch.ops.dampr.gated_linear_bwd)
 def _bwd_flops(dy_shape: Any, x_shape: Any, weight_shape: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
-    """Two products where both gradients are wanted; the shapes of unwanted ones are empty."""
+    """The floating-point operations of the products for dx and dW.
+
+    A gradient that nobody needs has an empty shape in ``out_shape`` and counts nothing.
+    """
     wanted = sum(math.prod(shape) > 0 for shape in (out_shape[0], out_shape[1]))
     return 2 * math.prod(x_shape) * int(weight_shape[0]) * wanted
 
 
 class _GatedLinear(Node):
+    """The autograd function that runs through the dispatcher, with the operators ``fwd`` and ``bwd``."""
+
     tensors = 7
 
     @staticmethod
@@ -133,6 +160,8 @@ class _GatedLinear(Node):
 
 
 class _PlannedLinear(Planned):
+    """The autograd function that calls a backend directly, with the plan (route) that the forward chose."""
+
     tensors = 7
 
     @staticmethod
@@ -156,8 +185,12 @@ _apply_small = _SmallLinear.apply_at_once
 
 
 def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, gates: GatePair) -> Tensor:
-    """Differentiable gated linear map; arguments are taken as checked (:func:`dampr.functional.gated_linear`
-    checks).
+    """y (..., N) = z_out * ((x * z_in) W^T + b), differentiable.
+
+    x: (..., K); weight: (N, K); bias: (N,) or None. Rows and columns of closed gates are left out of the product where
+    that is faster.
+
+    It does not check its arguments; :func:`dampr.functional.gated_linear` does.
     """
     in_la, out_la, in_seed, out_seed, spec, per_sample = gates
     if not needs_dispatcher((x, weight, bias, in_la, out_la)):
@@ -178,7 +211,9 @@ def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, gates: GatePair
 
 
 def whole_linear(x: Tensor, weight: Tensor, bias: Tensor | None, gates: GatePair) -> Tensor:
-    """The same in one operator each way, whatever is closed."""
+    """What :func:`gated_linear` computes, in one operator each for forward and backward, with closed gates multiplied
+    too.
+    """
     out_la = gates.output_log_alpha
     learns = out_la is not None and out_la.requires_grad and torch.is_grad_enabled()
     keep_pre = learns and (gates.per_sample or gates_activations(x, weight))

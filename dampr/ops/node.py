@@ -1,9 +1,10 @@
-"""The nodes of autograd: fused for a forward and its backward, plain PyTorch for every other derivative.
+"""The base of the autograd functions: fused kernels for a forward and its backward, plain PyTorch for all other
+derivatives.
 
-A kernel has no derivative of its own. So every op has a ``plain`` form beside it, which computes the same from the same
-inputs, gates redrawn from their seed included, and which torch differentiates as often as it is asked to. It serves a
-backward that is itself differentiated (``create_graph=True``), a backward of a batch of gradients
-(``is_grads_batched=True``), torch.func and forward mode.
+A kernel has no derivative of its own. So every operator has a ``plain`` form, which computes the same from the same
+inputs (gates are drawn again from their seeds) and which torch can differentiate any number of times. It is used for a
+backward that is differentiated itself (``create_graph=True``), for a batch of gradients (``is_grads_batched=True``),
+for torch.func and for forward mode.
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ from ._torch import (
 )
 from .gate_args import GatePair
 
-# Looked up once: every backward asks these, and beside a tiny layer an attribute of an attribute counts.
+# Looked up once, because every backward calls them and the lookup shows in the time of a tiny layer.
 _grad_enabled, _compiling = torch.is_grad_enabled, torch.compiler.is_compiling
 
 
 def is_transformed() -> bool:
-    """Whether torch.func or forward mode is at work: they need operators that torch knows."""
+    """Whether torch.func or forward mode is active; both need operators that torch can differentiate."""
     return in_torch_func() or forward_mode_level() >= 0
 
 
@@ -41,11 +42,11 @@ PLAIN = {torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, list, t
 
 
 def needs_dispatcher(args: Sequence[Any], by_profiler: bool = True) -> bool:
-    """Whether a compiler, a dispatch mode, a transform, the profiler or an argument of another type must see operators.
+    """Whether a compiler, a dispatch mode, a transform, the profiler or a tensor subclass must see operators.
 
     Args:
         args: the arguments of the operator.
-        by_profiler: False where a profiler does not count, because it is served by what really runs.
+        by_profiler: False if a profiler alone is no reason, because it records the kernels anyway.
     """
     return (
         _compiling()
@@ -58,10 +59,11 @@ def needs_dispatcher(args: Sequence[Any], by_profiler: bool = True) -> bool:
 
 
 class Node(torch.autograd.Function):
-    """Base of the nodes. A subclass has ``forward``, ``fused`` in the place of ``backward``, and ``plain``.
+    """Base of the autograd functions.
 
-    The context of a call keeps what :meth:`plain` takes: the first ``tensors`` of the saved tensors, which are the
-    first inputs of ``forward``, and after them ``constants``.
+    A subclass has ``forward``, ``plain``, and ``fused`` in the place of ``backward``. The context of a call keeps the
+    arguments of ``plain``: the first ``tensors`` of the saved tensors, which are the first inputs of ``forward``, and
+    then ``constants``.
     """
 
     tensors: int
@@ -92,10 +94,11 @@ class Node(torch.autograd.Function):
 
 
 class Planned(Node):
-    """Base of the nodes that go straight into the backend, by the :class:`.plan.Plan` that ``forward`` is given last.
+    """Base of the autograd functions that call a backend directly, without operators.
 
-    A subclass has ``by_operators`` in the place of ``fused``: the backward by operators. What the forward kept is the
-    last of the saved tensors, and the plan is the one constant.
+    The last input of ``forward`` is the :class:`.plan.Plan` of the call. A subclass has ``by_operators`` in the place
+    of ``fused``: the backward through operators. The last saved tensor is what the forward kept, and the only constant
+    is the plan.
     """
 
     @staticmethod
@@ -104,13 +107,13 @@ class Planned(Node):
         y, kept = plan.forward(plan, *tensors)
         ctx.save_for_backward(*tensors, kept)
         ctx.constants = (plan,)
-        # autograd lets nobody change a view in place
+        # autograd raises if the result of a custom function is a view that is then changed in place
         changeable = as_no_view(y, y.shape) if is_view(y) else y
         return changeable  # type: ignore[no-any-return]
 
 
 def _by_plain(node: type[Node], ctx: Any, grads: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
-    """The gradients of a call, differentiable in its inputs and in ``grads``."""
+    """The gradients of a call by its plain form, differentiable in its inputs and in ``grads``."""
     needs = ctx.needs_input_grad
     inputs = ctx.saved_tensors[: node.tensors]
     found = differentiate(lambda *given: node.plain(*given, *ctx.constants), grads, inputs, needs[: len(inputs)])
@@ -120,8 +123,15 @@ def _by_plain(node: type[Node], ctx: Any, grads: Sequence[Tensor]) -> tuple[Tens
 def differentiate(
     function: Callable[..., Any], grads: Sequence[Tensor], inputs: Sequence[Tensor | None], needs: Sequence[bool]
 ) -> list[Tensor | None]:
-    """Gradients of the ``inputs`` that need one from ``grads``, those of the outputs;
-    differentiable where gradients are enabled.
+    """The gradients of those ``inputs`` that need one, None for the others.
+
+    Args:
+        function: computes the outputs from the inputs.
+        grads: the gradients of the outputs.
+        inputs: the inputs.
+        needs: whether each input needs a gradient.
+
+    The result is differentiable if gradients are enabled.
     """
     again = torch.is_grad_enabled()
     with torch.enable_grad():
@@ -138,7 +148,9 @@ def differentiate(
 
 
 def _stand_in(t: Tensor) -> Tensor:
-    """A view in the place of an input: what the input was itself made of is not part of the gradient by it."""
+    """A view of an input that requires a gradient, so that the gradient stops here and not at the input's own
+    inputs.
+    """
     view = t.view_as(t)
     return view if view.requires_grad else view.requires_grad_()
 
@@ -146,8 +158,9 @@ def _stand_in(t: Tensor) -> Tensor:
 def differentiate_layer(
     layer: Callable[..., Tensor], dy: Tensor, tensors: Sequence[Tensor | None], gates: GatePair, needs: Sequence[bool]
 ) -> list[Tensor | None]:
-    """Gradients of x, weight, bias and both log-alphas by way of ``layer(x, weight, bias, gates)``, of operators,
-    for whoever needs operators.
+    """The gradients of x, weight, bias and both log_alphas of ``layer(x, weight, bias, gates)``, through operators.
+
+    It serves callers for which :func:`needs_dispatcher` is true.
     """
 
     def whole(x: Tensor, weight: Tensor, bias: Tensor | None, in_la: Tensor | None, out_la: Tensor | None) -> Tensor:
@@ -157,11 +170,12 @@ def differentiate_layer(
 
 
 def apply(node: type[Node], *args: Any) -> Any:
-    """``node.apply(*args)``, or its plain form where somebody transforms.
+    """``node.apply(*args)``, or ``node.plain(*args)`` under a transform.
 
-    Under torch.compile ``Function.apply`` has more to do, and is called itself. What is compiled without a gradient is
-    the forward: dynamo does not know the ``apply`` of such a function there. What is exported
-    with one (a stage of ``torch.distributed.pipelining``) keeps operators alone, not the backward of a function.
+    torch.compile needs ``Function.apply`` itself. A call that is compiled without gradients runs ``forward``, because
+    dynamo does not support ``apply`` there. A call that is exported with gradients (a stage of
+    ``torch.distributed.pipelining``) runs ``plain``, because an export keeps operators but not the backward of a
+    function.
     """
     if is_transformed():
         return node.plain(*args)

@@ -1,4 +1,4 @@
-"""z = gate(log_alpha, U(seed, start + index)): (n,) or (rows, n); the backward draws the same noise again."""
+"""z = gate(log_alpha, U(seed, start + index)), (n,) or (rows, n), for log_alpha (n,); the backward repeats the draw."""
 
 from __future__ import annotations
 
@@ -16,6 +16,11 @@ from .node import Node, apply
 
 
 def _fwd(log_alpha: Tensor, seed: Tensor | None, rows: int | None, spec: Sequence[float], start: int = 0) -> Tensor:
+    """Implementation of ``dampr::sample_gates_fwd``: z (n,), or (rows, n) with a draw for each row.
+
+    seed: int64 (1,); None if nothing is drawn. spec: the fields of a :class:`dampr.spec.GateSpec` as floats. start: the
+    index of the first gate in the stream of noise.
+    """
     z: Tensor = select(log_alpha.device, log_alpha.dtype).sample_gates_fwd(
         GateArgs(log_alpha, seed, unpack(spec)), rows, start
     )
@@ -25,6 +30,7 @@ def _fwd(log_alpha: Tensor, seed: Tensor | None, rows: int | None, spec: Sequenc
 def _fwd_fake(
     log_alpha: Tensor, seed: Tensor | None, rows: int | None, spec: Sequence[float], start: int = 0
 ) -> Tensor:
+    """The empty result of :func:`_fwd`."""
     n = log_alpha.shape[0]
     return log_alpha.new_empty((n,) if rows is None else (rows, n))
 
@@ -32,6 +38,7 @@ def _fwd_fake(
 def _bwd(
     dz: Tensor, log_alpha: Tensor, seed: Tensor | None, rows: int | None, spec: Sequence[float], start: int = 0
 ) -> Tensor:
+    """Implementation of ``dampr::sample_gates_bwd``: the gradient of log_alpha, (n,), for dz like z."""
     grad: Tensor = select(log_alpha.device, log_alpha.dtype).sample_gates_bwd(
         dz, GateArgs(log_alpha, seed, unpack(spec)), rows, start
     )
@@ -39,6 +46,7 @@ def _bwd(
 
 
 def _bwd_fake(dz: Tensor, log_alpha: Tensor, *_: Any) -> Tensor:
+    """The empty result of :func:`_bwd`."""
     return log_alpha.new_empty(log_alpha.shape)
 
 
@@ -76,8 +84,9 @@ class _SampleGates(Node):
 
 
 def sample_gates(gate: GateArgs, rows: int | None, start: int = 0) -> Tensor:
-    """Differentiable gate values, whose first has the index ``start``; arguments are taken as checked
-    (:func:`dampr.functional.sample_gates` checks).
+    """Gate values, (n,) or (rows, n), differentiable; the noise of the first gate has the index ``start``.
+
+    It does not check its arguments; :func:`dampr.functional.sample_gates` does.
     """
     z: Tensor = apply(_SampleGates, gate.log_alpha, gate.seed, rows, gate.spec, start)
     return z

@@ -1,10 +1,10 @@
-"""y = z_out * (f(x * z_in, W) + b), f a linear map or a convolution, on the rows and columns of W whose gates are open,
-if these are few.
+"""y = z_out * (f(x * z_in, W) + b), with f a linear map or a convolution, computed on the open gates alone if these are
+few.
 
-Per batch, on the CPU, where looking at a draw waits for nobody: the open part of the weight and of the activations is
-picked out, the product is as much smaller, and the rest of y, and of the gradients, is 0. Forward and backward both;
-the result is that of the whole layer to rounding. Only where closed gates have no gradient (or none is asked for).
-Nothing is kept but the inputs and the list of open gates.
+The open rows and columns of the weight and the open activations are gathered, their smaller product is computed, and
+the rest of y, and of the gradients, is 0. The result is that of the whole layer to rounding. It is used with one draw
+per batch on the CPU, where the draw can be read without waiting, and only if closed gates have no gradient (or none is
+asked for). The forward keeps only its inputs and the lists of open gates for the backward.
 """
 
 from __future__ import annotations
@@ -23,14 +23,16 @@ from .fold_conv import channels_innermost
 from .gate_args import GateArgs, GatePair
 from .node import Node, differentiate_layer, needs_dispatcher
 
-# From so many multiply-adds on it is worth looking at the draw. Lists are filled up to a multiple that suits the blocks
-# of channels of vendors' kernels. What is left out has to be worth moving the rest: so many multiply-adds for each
-# weight, and twice as many for each activation, whose memory is fresh. How large a share of the gates it has to be
+# WORK: the draw is read only in layers of at least this many multiply-adds. MULTIPLE: lists of open gates are filled up
+# to a multiple of it, the block size of vendors' kernels. MOVE: gathering pays off if it saves this many multiply-adds
+# for each weight, and twice as many for each activation, whose memory is new. The share of closed gates that is needed
 # besides depends on the processor (:mod:`.thresholds`).
 WORK, MULTIPLE, MOVE = 2**24, 16, 20
 
 
 class _SkipClosed(Node):
+    """The autograd function of a layer on its open gates."""
+
     tensors = 7
 
     @staticmethod
@@ -64,10 +66,16 @@ _apply = _SkipClosed.apply_at_once
 def on_open_gates(
     x: Tensor, weight: Tensor, bias: Tensor | None, gates: GatePair, work: int, whole: Any, window: Any = None
 ) -> Tensor | None:
-    """The layer on its open gates, or None where that would not be faster, or where somebody traces.
+    """The layer computed on its open gates; None if that would not be faster, or while code is traced or compiled.
 
-    x (..., K) for a linear map, (B, C, *size) with a ``window``; ``work``: multiply-adds of the whole; ``whole(x,
-    weight, bias, gates)``: the layer itself, differentiable.
+    Args:
+        x: (..., K) for a linear map, (B, C, *size) with a ``window``.
+        weight: (N, K), or (N, C / groups, *kernel).
+        bias: (N,) or None.
+        gates: one draw for all samples.
+        work: the multiply-adds of the whole layer.
+        whole: the layer itself, whole(x, weight, bias, gates), differentiable.
+        window: stride, padding, dilation and groups of a convolution.
     """
     if torch.compiler.is_compiling() or gates.per_sample:
         return None
@@ -91,7 +99,12 @@ def among_open(
     forced: bool,
     backend: Any,
 ) -> Tensor | None:
-    """:func:`on_open_gates` for who knows that the layer is large enough, or forced to it, and that nobody traces."""
+    """As :func:`on_open_gates`, without the checks that the layer is large enough and that no code is traced.
+
+    forced: whether the route was forced; backend: the module with ``open_gates``, ``fwd`` and ``bwd``.
+
+    Raises: ValueError if the route was forced and cannot serve the layer.
+    """
     in_la, out_la, in_seed, out_seed, spec, _ = gates
     if window is not None or spec.family not in (HARD_CONCRETE, RAMP):
         obstacle = _obstacle(weight, gates, window)
@@ -104,7 +117,7 @@ def among_open(
         (in_la, in_seed, least.inputs, x.numel()),
         (out_la, out_seed, least.outputs, work * weight.shape[0] // max(1, size)),
     )
-    lists: list[Tensor | None] = [None, None]  # of the open gates of inputs and outputs, where they are short enough
+    lists: list[Tensor | None] = [None, None]  # open input and output gates; None if too many
     for side, (log_alpha, seed, share, activations) in enumerate(sides):
         closed = 0.0 if forced else max(share, MOVE * (2 * activations + size) / work)
         if log_alpha is not None and closed < 1:
@@ -116,6 +129,7 @@ def among_open(
 
 
 def _obstacle(weight: Tensor, gates: GatePair, window: Any) -> str | None:
+    """Why the layer cannot be computed on its open gates; None if it can."""
     learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in gates[:2])
     if learns and gates.spec.family not in (HARD_CONCRETE, RAMP):
         return "gates of a family whose closed gates have a gradient"

@@ -27,12 +27,18 @@ def _fwd(
     spec: Sequence[float],
     block: Sequence[int],
 ) -> Tensor:
+    """Implementation of ``dampr::weight_gated_linear_fwd``: y (..., N) for x (..., K) and weight (N, K).
+
+    log_alpha: (gates,), one for each block of ``block`` = (rows, cols) weights. seed: int64 (1,); None if nothing is
+    drawn. spec: the fields of a :class:`dampr.spec.GateSpec` as floats.
+    """
     gate = GateArgs(log_alpha, seed, unpack(spec))
     y: Tensor = select(x.device, x.dtype).weight_gated_linear_fwd(x, weight, bias, gate, tuple(block))
     return y
 
 
 def _fwd_fake(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
+    """The empty result of :func:`_fwd`, (..., N)."""
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
@@ -47,6 +53,11 @@ def _bwd(
     block: Sequence[int],
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
+    """Implementation of ``dampr::weight_gated_linear_bwd``: the gradients of x, weight, bias and log_alpha.
+
+    dy: (..., N); the other arguments are those of :func:`_fwd`. A gradient is None where ``needs``, four bools, is
+    False.
+    """
     gate = GateArgs(log_alpha, seed, unpack(spec))
     grads: tuple[Tensor | None, ...] = select(x.device, x.dtype).weight_gated_linear_bwd(
         dy, x, weight, bias, gate, tuple(block), needs
@@ -55,6 +66,11 @@ def _bwd(
 
 
 def _bwd_fake(dy: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    """The empty results of :func:`_bwd`: like x, weight, bias and log_alpha, the first four arguments after ``dy``.
+
+    ``rest``: weight, bias, log_alpha, seed, spec, block, needs. A gradient that nobody needs has shape (0,), because an
+    operator cannot return None.
+    """
     inputs, needs = (x, *rest[:3]), rest[-1]
     return tuple(
         t.new_empty(t.shape) if need and t is not None else x.new_empty(0)
@@ -74,13 +90,16 @@ bwd = define(
 
 @register_flop_formula(torch.ops.dampr.weight_gated_linear_fwd)
 def _fwd_flops(x_shape: Any, weight_shape: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
-    """What the dense layer costs: gates are not counted."""
+    """The floating-point operations of the dense layer; the arithmetic of gates is not counted."""
     return 2 * math.prod(x_shape) * int(weight_shape[0])
 
 
 @register_flop_formula(torch.ops.dampr.weight_gated_linear_bwd)
 def _bwd_flops(dy_shape: Any, x_shape: Any, weight_shape: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
-    """Two products where both gradients are wanted; the shapes of unwanted ones are empty."""
+    """The floating-point operations of the products for dx and dW.
+
+    A gradient that nobody needs has an empty shape in ``out_shape`` and counts nothing.
+    """
     return (
         2
         * math.prod(x_shape)
@@ -90,6 +109,8 @@ def _bwd_flops(dy_shape: Any, x_shape: Any, weight_shape: Any, *_: Any, out_shap
 
 
 class _WeightGatedLinear(Node):
+    """The autograd function that runs through the dispatcher, with the operators ``fwd`` and ``bwd``."""
+
     tensors = 5
     plain = staticmethod(reference.weight_gated_linear)
 
@@ -110,6 +131,8 @@ class _WeightGatedLinear(Node):
 
 
 class _PlannedWeightGated(Planned):
+    """The autograd function that calls a backend directly, with the plan (route) that the forward chose."""
+
     tensors = 5
 
     @staticmethod
@@ -129,7 +152,17 @@ _apply_planned = _PlannedWeightGated.apply_at_once
 def weight_gated_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, gate: GateArgs, block: tuple[int, int]
 ) -> Tensor:
-    """Differentiable; arguments are taken as checked (:func:`dampr.functional.gated_linear` checks)."""
+    """y (..., N) = x (Z * W)^T + b, differentiable.
+
+    Args:
+        x: (..., K).
+        weight: (N, K).
+        bias: (N,) or None.
+        gate: log_alpha (gates,), seed and spec of the gates.
+        block: (rows, cols), the weights that share one gate; (1, 1) for a gate on each weight.
+
+    It does not check its arguments; :func:`dampr.functional.gated_linear` does.
+    """
     log_alpha, seed, spec, _ = gate
     if not needs_dispatcher((x, weight, bias, log_alpha)):
         backend = select(x.device, x.dtype)

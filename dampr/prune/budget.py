@@ -1,4 +1,4 @@
-"""Budget: train towards so many MACs or parameters, and end at exactly that."""
+"""Budget: train towards a number of MACs or parameters, or a latency, and end at exactly that."""
 
 from __future__ import annotations
 
@@ -35,42 +35,50 @@ _COUNT: dict[str, Callable[[nn.Module, Any], int]] = {
 
 
 class Budget:
-    """Half the MACs, exactly: a penalty that steers to a target while the model trains, and a last step that hits it.
+    """A cost that the compacted model has to meet, and what closes gates until it does: half the MACs, exactly.
 
-    The constraint is on the compacted model: a layer costs what is left of its inputs times what is left of its outputs
-    (:class:`Cost`). With ``steps`` the budget owns the gates and steps them (:mod:`dampr.prune.controller`):
-    ``model.parameters()`` no longer lists them, no learning rate of gates is to be chosen, and any optimizer does. The
-    goal sinks in equal ratios over the steps, the cost of the gates follows it, and :meth:`penalty` is 0.
+    The budget is a constraint on the compacted model: a layer costs what is left of its inputs times what is left of
+    its outputs (:class:`Cost`). There are two ways to meet it.
 
-    Without ``steps``, gates are parameters like others (:func:`dampr.param_groups` gives them a learning rate):
-    :meth:`penalty` is w c with c the expected share of the cost and w = max(0, multiplier + strength gap), the gradient
-    of an augmented Lagrangian; the gap is that of the *evaluated* gates to the goal of the moment, so that families
-    whose surrogate is no probability end at the target too. :meth:`step` moves the multiplier by ``rate`` times the
-    gap. Neither waits for the device.
+    With ``steps``, the budget owns the gates and closes them step by step (:mod:`dampr.prune.controller`).
+    ``model.parameters()`` no longer lists them, so they need no learning rate and any optimizer will do. The goal falls
+    by the same ratio in each step, the cost of the gates follows it, and :meth:`penalty` is 0.
+
+    Without ``steps``, gates are parameters like others (:func:`dampr.param_groups` gives them a learning rate). The
+    penalty is w c, where c is the expected share of the cost and w = max(0, multiplier + strength * gap): the gradient
+    of an augmented Lagrangian. The gap is the share of the cost that is left in *evaluation* minus the goal of the
+    step, so families whose surrogate is no probability also end at the target. :meth:`step` adds ``rate`` times the gap
+    to the multiplier. :meth:`penalty` and :meth:`step` do not wait for the device.
 
     Args:
-        model: with gated layers; gates of all families, tied ones, of norms, recurrent layers, residual branches. Gates
-            on single weights or blocks cut no channels of their own and are left alone.
+        model: a model with gated layers. Gates of all families work, also tied gates and gates of norms, recurrent
+            layers and residual branches. Gates on single weights or blocks cut no channels and do not change.
         example_inputs: as for :func:`dampr.compact`; MACs are those of one pass over them.
-        macs, params, latency: exactly one of them: a share of the model as it is, in (0, 1), or (not for latency) a
-            count, an int above 1. Latency is that of a table of this device's times, measured here and now
-            (:class:`Latency`). Several in a sequence give a :attr:`snapshots` entry each when the cost of the evaluated
-            gates first comes down to them; the lowest is the target.
-        schedule: how the goal sinks from 1 to the target. An int: in that many steps, cubically (Zhu and Gupta 2017),
-            fast at first. A function from steps to the share of the way, in [0, 1]. None: it is the target from the
+        macs, params, latency: exactly one of them. The target is a share of the model's cost, in (0, 1), or (not for
+            latency) a count, an int above 1. Latency comes from a table of times that is measured on this device when
+            the budget is made (:class:`Latency`). With a sequence of targets, each gets an entry in :attr:`snapshots`
+            when the cost of the evaluated gates first reaches it; the lowest is the final target.
+        schedule: how the goal falls from 1 to the target. An int: cubically in that many steps, fast at first (Zhu and
+            Gupta 2017). A function from steps to the share of the way, in [0, 1]. None: the goal is the target from the
             start.
-        warmup: steps before that, in which the penalty is 0.
-        strength, rate: how hard the gap pulls at once, and how fast the multiplier follows it.
-        steps: in how many steps the owned gates come down to the target; not together with ``schedule``.
-        score: with ``steps``, what decides. ``"importance"``: the first-order Taylor importance of each unit over its
-            marginal cost; the family of the gates does not matter. ``"learned"``: the gates of the family, which learn
-            from the gradient of the task.
-        min_share: with ``steps``, the least share of each width that stays; None: half the share of a network that is
-            as small and evenly narrow.
+        warmup: the number of steps before the schedule starts; the penalty is 0 in them.
+        strength, rate: the weight of the gap in the penalty, and the speed at which the multiplier follows the gap.
+        steps: the number of steps in which the owned gates reach the target; not together with ``schedule``.
+        score: with ``steps``, what decides which gates close. ``"importance"``: the first-order Taylor importance of
+            each unit over its marginal cost; the family of the gates does not matter. ``"learned"``: the gates of the
+            family, which learn from the gradient of the task.
+        min_share: with ``steps``, the least share of each width that stays; None: half of the share that a network of
+            the target's cost would have if all widths were cut evenly.
 
-    Attributes: ``model``; ``metric``, its name; ``cost``, a :class:`Cost`; ``steps`` taken; ``multiplier``;
-    ``targets``, costs with the values they were given as; ``controller``, what steps the gates, None where an optimizer
-    does.
+    Attributes:
+        model: the model.
+        metric: "macs", "params" or "latency".
+        cost: the cost as a function of the gates, a :class:`Cost`.
+        steps: the steps taken.
+        multiplier: the Lagrange multiplier of the penalty, a float64 scalar.
+        targets: pairs of a cost and the value that it was given as, the highest first.
+        snapshots: target -> a copy of the model with fixed gates, for each target but the last.
+        controller: what steps the gates; None if an optimizer trains them.
 
     Raises: ValueError or TypeError that names the argument; what the model raises on the example inputs.
 
@@ -150,6 +158,7 @@ class Budget:
         self._measure()
 
     def _refuse_unreachable(self, metric: str, wanted: Any) -> None:
+        """Raise BudgetError if the target is below the cost with one gate open in every layer."""
         least, _ = increments_of(self.cost, _gates(self.model), None, 1, 1, [])
         minimum = float(self.cost(least))
         if minimum <= self.target:
@@ -163,7 +172,7 @@ class Budget:
         )
 
     def _take_over(self, steps: int, score: names.Score, min_share: float | None) -> Controller:
-        """Put gates that the budget owns in the place of the model's."""
+        """Replace the gates of the model by gates that the budget owns, and return the controller that steps them."""
         if len(self.targets) > 1:
             raise ValueError(f"steps={steps!r} with {len(self.targets)} targets: expected one")
         gates = _gates(self.model)
@@ -198,17 +207,17 @@ class Budget:
 
     @property
     def total(self) -> float:
-        """The cost of the model as it is."""
+        """The cost of the model with all gates open."""
         return self.cost.total
 
     @property
     def target(self) -> float:
-        """What the cost of the compacted model shall be, the lowest of the targets."""
+        """The cost that the compacted model shall have, the lowest of the targets."""
         return self.targets[-1][0]
 
     @property
     def goal(self) -> float:
-        """The share of the cost that is aimed at now."""
+        """The share of the cost that is to be left at this step."""
         if self.controller is not None:
             return self.controller.ramp.goal(max(0, self.steps - self.warmup))
         way = self._progress(max(0, self.steps - self.warmup))
@@ -225,11 +234,11 @@ class Budget:
 
     @property
     def measured(self) -> int:
-        """Of how many steps the owned gates have had a finite gradient; 0 where the budget owns none."""
+        """The number of steps in which the owned gates had a finite gradient; 0 if the budget owns no gates."""
         return 0 if self.controller is None else self.controller.measured
 
     def left(self) -> float:
-        """The share of the cost that the gates leave in evaluation. Waits for the device."""
+        """The share of the cost that is left by the gates that are open in evaluation. Waits for the device."""
         return float(self.cost(self.cost.decision())) / self.total
 
     def expected(self) -> Tensor:
@@ -237,7 +246,7 @@ class Budget:
         return self.cost(self.cost.probabilities()) / self.total
 
     def penalty(self) -> Tensor:
-        """What to add to a loss that is a mean over examples: a float32 scalar."""
+        """The penalty, a float32 scalar, to add to a loss that is a mean over examples."""
         if self.steps < self.warmup or self.controller is not None:
             return torch.zeros((), device=self.cost.device)
         weight = (self.multiplier + self.strength * self._gap).clamp(min=0)
@@ -246,8 +255,9 @@ class Budget:
         return penalty
 
     def step(self) -> None:
-        """Call it after ``optimizer.step()``: moves goal and multiplier,
-        and takes the snapshots of targets that have been reached.
+        """Advance the goal and the multiplier by one step, and take the snapshots of targets that were reached.
+
+        Call it after ``optimizer.step()``.
         """
         self.steps += 1
         if self.controller is not None:
@@ -264,36 +274,35 @@ class Budget:
                 self.snapshots[value] = snapshot
 
     def readings(self) -> dict[str, Tensor]:
-        """What to log, float32 scalars that wait for no device: the gates as the last :meth:`step` found them, the last
-        penalty.
+        """Values to log, float32 scalars on the device, as of the last :meth:`step`; reading them waits for nothing.
 
-        ``gates_open``, the share of open gates; ``<metric>_left``, the share of the cost that they leave in evaluation;
-        ``budget_multiplier``; ``budget_penalty``.
+        Returns: ``gates_open``, the share of open gates; ``<metric>_left``, the share of the cost that is left in
+        evaluation; ``budget_multiplier``; ``budget_penalty``, the last penalty.
         """
         found = self._open, self._left, self.multiplier, self._penalty
         names = "gates_open", f"{self.metric}_left", "budget_multiplier", "budget_penalty"
         return {name: value.float() for name, value in zip(names, found, strict=True)}
 
     def finalize(self, *, round_to: int = 1, min_width: int = 1, same: str | Sequence[str] = ()) -> BudgetReport:
-        """Decide every gate, so that the compacted model costs the target or less by under one unit: nothing closed
-        could open.
+        """Fix every gate open or closed, so that the compacted model costs at most the target, and less by under one
+        unit.
 
-        The gates that evaluation closes go first, then the smallest. Where the gates have closed more than they had to,
-        the largest of these open again, with the value of the weakest open gate of their layer, or their open
-        probability if that is less. All gates of the model become :class:`dampr.gates.Fixed`, the same in training and
-        in evaluation; compact, and train the small model on.
+        Gates that evaluation closes are closed first, then the smallest. If more gates are closed than the target
+        needs, the largest of them open again, with the value of the weakest open gate of their layer, or with their
+        open probability if that is less. All gates of the model become :class:`dampr.gates.Fixed`, which have the
+        same values in training and in evaluation. After it, call :func:`dampr.compact` and train the small model on.
 
         Args:
-            round_to: open gates of a layer (of a recurrent one, in each layer and direction) are a multiple of it (or
-                all), as tensor cores like them.
-            min_width: the fewest gates that stay open there; residual branches may close altogether.
-            same: name globs; the gated layers that one of them matches keep the same number of gates, each its own best
+            round_to: the number of open gates of a layer (of a recurrent layer, in each layer and direction) is a
+                multiple of it, or all gates are open. Tensor cores like multiples of 8.
+            min_width: the fewest gates that stay open in such a layer; residual branches may close altogether.
+            same: name globs; the gated layers that match one of them keep the same number of gates, each its own best
                 ones. For models that have one number for all layers.
 
-        Returns: a :class:`BudgetReport`, of counts taken from a compacted copy.
+        Returns: a :class:`BudgetReport`, with counts from a compacted copy.
 
-        Raises: BudgetError where the target is out of reach, or where units have left the model
-        (:class:`dampr.Shrinker`) and are not back; the model is then as it was.
+        Raises: BudgetError if the target cannot be reached, or while a :class:`dampr.Shrinker` has taken units out
+        of the model; the model is then unchanged.
         """
         if hasattr(self.model, "dampr_layout"):
             raise BudgetError("finalize: closed units have left the model; expected shrinker.expand(optimizer) before")
@@ -320,7 +329,9 @@ class Budget:
         return report
 
     def _matched(self, globs: list[str]) -> list[list[int]]:
-        """Which gates have to be as many as each other, by their places in :func:`_gates`."""
+        """Groups of gates that must keep the same number of gates, by their positions in :func:`_gates`; one for each
+        glob.
+        """
         layers, places = gated_layers(self.model), {id(gate): place for place, gate in enumerate(_gates(self.model))}
         found = []
         for glob in globs:
@@ -334,18 +345,19 @@ class Budget:
         return found
 
     def state_dict(self) -> dict[str, Any]:
-        """Steps, multiplier and what the budget knows of the gates that it owns, for a checkpoint beside those of model
-        and optimizer.
+        """The state of the budget for a checkpoint, next to the state dicts of the model and the optimizer.
 
-        Snapshots are not in it.
+        Returns: a dict with "steps", the steps taken; "multiplier", the Lagrange multiplier of the penalty; and, if the
+        budget owns the gates, "controller", the state of the gates' controller. :attr:`snapshots` are not saved.
         """
         owned = {} if self.controller is None else {"controller": self.controller.state_dict()}
         return {"steps": self.steps, "multiplier": float(self.multiplier), **owned}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what :meth:`state_dict` gave; the gap is that of the gates as they are.
+        """Restore what :meth:`state_dict` returned; load the state of the model first, because the gates are measured
+        here.
 
-        Raises ValueError, before anything is taken over, for the state of something else or of another model.
+        Raises: ValueError, before anything changes, if the state does not belong to such a budget of such a model.
         """
         _checks.state("state", state, {"steps": 0, "multiplier": 0.0})
         if ("controller" in state) != (self.controller is not None):
@@ -361,11 +373,13 @@ class Budget:
 
     @torch.no_grad()
     def _measure(self) -> None:
+        """Measure the share of open gates and of the cost that is left, and the gap of the cost to the goal."""
         decision = self.cost.decision()
         self._open, self._left = decision.float().mean(), self.cost(decision) / self.total
         self._gap = self._left - self.goal
 
     def _absolute(self, value: Target) -> float:
+        """The cost that a target asks for, which is given as a share or as a count."""
         if isinstance(value, int) or self.metric == "latency":
             return value if isinstance(value, int) else value * self.total
         return math.floor(value * self.total)
@@ -373,7 +387,10 @@ class Budget:
     def _fit(
         self, model: nn.Module, target: float, round_to: int, min_width: int, same: list[list[int]]
     ) -> BudgetReport:
-        """Fix the gates of ``model``, which has the structure of the budget's own, at ``target``."""
+        """Fix the gates of ``model``, which has the structure of the budget's model, so that it costs ``target``.
+
+        The other arguments are those of :meth:`finalize`; ``same`` is the result of :meth:`_matched`.
+        """
         gates = _gates(model)
         aim, reached = target, target + 1
         left, opened = float(self.cost(self.cost.decision())), torch.cat([gate.is_open() for gate in gates]).cpu()
@@ -410,8 +427,9 @@ class Budget:
         return BudgetReport(self.metric, target, reached, self.total, widths, notes, left, closed, reopened)
 
     def _order(self, gates: Sequence[Gate], whole: nn.Module) -> Tensor:
-        """What decides between gates that training left alike, (all gates,): their importance if it was measured,
-        else their norms.
+        """A score of each gate, (all gates,), that decides between gates with the same value: the lowest closes first.
+
+        It is importance over marginal cost if importance was measured, else the norm of the gate's weights.
         """
         if self.controller is not None and self.controller.measured:
             return self.controller.importance() / self.controller.marginal_cost()
@@ -419,9 +437,9 @@ class Budget:
 
 
 def _reachable(model: Any, steps: int | None) -> nn.Module:
-    """The module that a budget works on.
+    """The module on which a budget works, without the wrappers around it.
 
-    Raises TypeError where it could not put its own gates into it, or not follow it.
+    Raises: TypeError if a wrapper inside keeps the budget from replacing gates or from following operators.
     """
     if isinstance(model, nn.Module) and "_orig_mod" in model._modules:
         model = model._orig_mod
@@ -436,11 +454,12 @@ def _reachable(model: Any, steps: int | None) -> nn.Module:
 
 
 def _gates(model: nn.Module) -> list[Gate]:
-    """Every gate once, in the order of :class:`Structure`."""
+    """Every gate object of ``model``, each once, in the order of :class:`Structure`."""
     return list(distinct_gates(model).values())
 
 
 def _checked_steps(steps: Any, schedule: Schedule, score: Any, min_share: Any) -> int | None:
+    """``steps`` after a check of the arguments that depend on it."""
     _checks.one_of("score", score, SCORES)
     if min_share is not None:
         _checks.number("min_share", min_share, 0, 1)
@@ -455,6 +474,7 @@ def _checked_steps(steps: Any, schedule: Schedule, score: Any, min_share: Any) -
 
 
 def _check_target(name: str, value: Any) -> None:
+    """Raise ValueError unless ``value`` is a share in (0, 1), or a count above 1 for other metrics than latency."""
     count = isinstance(value, int) and not isinstance(value, bool) and value > 1 and name != "latency"
     share = isinstance(value, float) and 0 < value < 1
     if not (count or share):

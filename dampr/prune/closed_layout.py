@@ -1,4 +1,8 @@
-"""From closed gates to the layout of a model without their units, for gates in layers and for gates on parameters."""
+"""The layout of a model without its closed units, from the closed gates of the model.
+
+A :class:`.layout.Layout` says which indices of which tensors are left. There is one class for gates in layers and one
+for gates on parameters.
+"""
 
 from __future__ import annotations
 
@@ -23,11 +27,20 @@ from .unit_structure import UnitStructure, parameter_name
 from .units.sizes import Size
 
 _CUT = (nn.Linear, nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.PReLU, nn.Embedding, Scale, nn.RNNBase)
-Entry = dict[str, Any]
+Entry = dict[str, Any]  # what a manifest says of one layer: "out", "in", "units" or "heads" -> {"before", "kept"}
 
 
 class UnitLayouts:
-    """Of a model whose gates are on parameters; ``model`` is as the structure found it."""
+    """Layouts of a model whose gates are on parameters.
+
+    Args:
+        model: the gated model, with all its units.
+        structure: the :class:`.unit_structure.UnitStructure` of it.
+
+    Attributes:
+        can_go: bool (all gates,), the gates whose units can leave the model.
+        notes: gated layer -> why its gates cut nothing.
+    """
 
     def __init__(self, model: nn.Module, structure: UnitStructure) -> None:
         self._structure = structure
@@ -40,7 +53,13 @@ class UnitLayouts:
         self.notes = dict(structure.notes)
 
     def of(self, closed: Tensor) -> tuple[Layout, Tensor]:
-        """The layout without the units of these gates, bool (all gates,), and which of them are gone."""
+        """The layout without the units whose gates are closed.
+
+        Args:
+            closed: bool, (all gates,).
+
+        Returns: the layout, and bool (all gates,), the closed gates whose units the layout leaves out.
+        """
         closed = closed & self.can_go
         units = self._structure.units
         gone = units.indices(self._structure.classes_of(closed))
@@ -79,7 +98,7 @@ class UnitLayouts:
 
 
 def _recurrent_sizes(module: nn.RNNBase, name: str, layout: Layout) -> Iterator[tuple[str, Sized]]:
-    """Sizes of a plain recurrent layer in a model with gates on parameters."""
+    """The size attributes of a plain recurrent layer and their values before and in the layout."""
     weights = (
         ("input_size", "weight_ih_l0", 1),
         ("proj_size" if module.proj_size else "hidden_size", "weight_hh_l0", 1),
@@ -91,7 +110,7 @@ def _recurrent_sizes(module: nn.RNNBase, name: str, layout: Layout) -> Iterator[
 
 
 def _within_sizes(module: Any, places: list[Any]) -> Iterator[tuple[str, Sized]]:
-    """Sizes of a convolution of which every group has lost as many channels."""
+    """The size attributes of a grouped convolution whose groups have all lost the same number of channels."""
     if places:
         whole = module.weight.shape
         now = [len(p[1]) if p is not None else module.weight.shape[dim] for dim, p in enumerate(places)]
@@ -112,11 +131,19 @@ _WEIGHTS = (
 
 
 class LayerLayouts:
-    """Of a model with gated layers; ``model`` is as the structure found it.
+    """Layouts of a model with gated layers.
 
-    A channel goes where every layer that writes it has closed its gates, or every layer that reads it; with it goes its
-    gate in every layer. Layers of other kinds than convolutions, linear and recurrent layers, norms over the batch and
-    embeddings keep their widths, and so does whatever has to be as wide as one of them.
+    A channel goes if every layer that writes it has closed its gates, or every layer that reads it; its gates in all
+    layers go with it. Only convolutions, linear and recurrent layers, batch norms and embeddings change their widths.
+    Layers of other kinds keep theirs, and so does every layer that must have the same width as one of them.
+
+    Args:
+        model: the gated model, with all its units.
+        structure: the :class:`.structure.Structure` of it.
+
+    Attributes:
+        can_go: bool (all gates,), the gates whose units can leave the model.
+        notes: gated layer -> why its gates cut nothing.
     """
 
     def __init__(self, model: nn.Module, structure: Structure) -> None:
@@ -132,7 +159,7 @@ class LayerLayouts:
         }
         rigid = [side for side in structure.labels if not self._resizes(side)]
         self._stuck = {label for side in rigid for label in structure.labels[side]}
-        # gated layer -> the gate of each of its channels, and which side has these
+        # gated layer -> (the gate of each of its channels, the side of the plain layer that has these channels)
         self._held: dict[str, tuple[Tensor, Side]] = {}
         for name, layer in structure.gated.items():
             owners = layer.channel_gates()
@@ -143,15 +170,17 @@ class LayerLayouts:
         self.can_go = self._can_go()
 
     def _place(self, name: str) -> nn.Module:
+        """The layer of the plain model that corresponds to the gated layer ``name``."""
         place = self._structure.plain.get_submodule(name)
-        return place[0] if isinstance(place, nn.Sequential) else place  # a norm that took in its activation
+        return place[0] if isinstance(place, nn.Sequential) else place  # a norm fused with its activation
 
     def _gated_names(self) -> dict[nn.Module, str]:
-        """The name in the gated model of every layer of the plain one."""
+        """For each layer of the plain model its name in the gated model."""
         places = {self._place(name): name for name in self._structure.gated}
         return {module: places.get(module, name) for module, name in self._structure.names.items()}
 
     def _can_lose_units(self, name: str) -> bool:
+        """Whether the units of the recurrent layer ``name`` can be cut, in it and in all layers that read it."""
         plain = self._structure.plain.get_submodule(name)
         readers = self._structure.units.get(plain)
         fits = readers is not None and all(
@@ -160,7 +189,7 @@ class LayerLayouts:
         return fits and isinstance(plain, nn.RNNBase) and self._has_tensors(plain, {})
 
     def _resizes(self, side: Side) -> bool:
-        """Whether a side of a layer can lose channels while its layer has gates."""
+        """Whether a side of a layer can lose channels while the layer keeps its gates."""
         plain, _ = side
         if (
             plain not in self._names
@@ -179,7 +208,7 @@ class LayerLayouts:
         return self._has_tensors(plain, {})
 
     def _has_tensors(self, plain: nn.Module, entry: Entry) -> bool:
-        """Whether what would be cut are tensors of the gated model with the shapes of the plain one."""
+        """Whether the gated model has the tensors that would be cut, with the shapes of the plain model."""
         if isinstance(plain, Scale):
             return True
         name = self._names[plain]
@@ -191,6 +220,7 @@ class LayerLayouts:
         return bool(found) and all(self._shapes.get(full) == tuple(t.shape) for full, t in found)
 
     def _can_go(self) -> Tensor:
+        """The gates whose units can leave the model, bool (all gates,); adds a note for each layer that has none."""
         found = torch.zeros(self._structure.size, dtype=torch.bool)
         for name, (owners, side) in self._held.items():
             free = torch.tensor([label >= 0 and label not in self._stuck for label in self._structure.labels[side]])
@@ -209,10 +239,17 @@ class LayerLayouts:
         return found
 
     def _stuck_heads(self, attention: Any) -> bool:
+        """Whether the heads of an attention share a class with a side that cannot change its width."""
         return any(label in self._stuck for side, _ in attention.sides() for label in self._structure.labels[side])
 
     def of(self, closed: Tensor) -> tuple[Layout, Tensor]:
-        """The layout without the units of these gates, bool (all gates,), and which of them are gone."""
+        """The layout without the units whose gates are closed.
+
+        Args:
+            closed: bool, (all gates,).
+
+        Returns: the layout, and bool (all gates,), the closed gates whose units the layout leaves out.
+        """
         closed = closed & self.can_go
         for _ in range(8):
             entries, kept = self._entries(closed)
@@ -234,12 +271,14 @@ class LayerLayouts:
         return layout, gone & closed
 
     def _selects(self, name: str) -> bool:
-        """Whether a layer has one gate for each channel and no index of gates."""
+        """Whether the layer ``name`` has one gate for each channel, without an index of gates."""
         return getattr(self._structure.gated[name], "index", None) is None
 
     def _entries(self, closed: Tensor) -> tuple[dict[nn.Module, Entry], dict[str, Tensor]]:
-        """Plain layer -> what a manifest would say of it; gated layer -> which of its gates are left,
-        where some are gone.
+        """What the ``closed`` gates cut.
+
+        Returns: for each plain layer its entry, as a manifest has it; and for each gated layer that loses gates the
+        indices of the gates that are left.
         """
         structure = self._structure
         dead = self._dead_classes(closed)
@@ -263,6 +302,7 @@ class LayerLayouts:
         return entries, kept
 
     def _dead_classes(self, closed: Tensor) -> set[int]:
+        """The classes whose every writer, or every reader, has a closed gate, except those that must stay."""
         shut = closed.tolist()
         dead = set()
         for owners in (self._structure.writers, self._structure.readers):
@@ -276,7 +316,12 @@ class LayerLayouts:
         return dead - {last for last, side in self._structure.emptiable if side <= dead}
 
     def _recurrent_entries(self, name: str, closed: Tensor, entries: dict[nn.Module, Entry]) -> dict[str, Tensor]:
-        """A recurrent layer loses as many units in each layer and direction, because all of these have one width."""
+        """Enter the units that the recurrent layer ``name`` and its readers lose into ``entries``.
+
+        All layers and directions of a recurrent layer have one width, so each loses the same number of units.
+
+        Returns: the indices of the gates that are left, by the name of the layer; empty if no unit goes.
+        """
         rows = self._structure.rows(name)
         lost = [[i - row.start for i in row if closed[i]] for row in rows]
         count = min(map(len, lost))
@@ -297,8 +342,10 @@ class LayerLayouts:
         }
 
     def _disagreeing(self, kept: dict[str, Tensor], closed: Tensor) -> Tensor:
-        """Closed gates that one layer has lost and another of the same vector has not;
-        and all of a vector that would be empty.
+        """The closed gates, bool (all gates,), whose units have to stay.
+
+        Several layers can share a gate vector: a gate stays if one layer loses it and another does not, and a whole
+        vector stays if it would be empty.
         """
         structure = self._structure
         by_vector: dict[int, list[str]] = defaultdict(list)
@@ -316,6 +363,7 @@ class LayerLayouts:
         return back
 
     def _layout(self, entries: dict[nn.Module, Entry]) -> Layout:
+        """The layout of the gated model that corresponds to ``entries``."""
         layout = Layout()
         for plain, entry in entries.items():
             name = self._names[plain]
@@ -326,7 +374,7 @@ class LayerLayouts:
                     layout.tensors[full] = places
             own_sizes = layout.sizes.setdefault(name, {})
             if not isinstance(plain, Scale):
-                now = {side: {"before": _count(found)} for side, found in entry.items()}
+                now = {side: {"before": _kept_count(found)} for side, found in entry.items()}
                 own_sizes |= {
                     attribute: Sized(getattr(plain, attribute), n) for attribute, n in sizes_in(plain, now).items()
                 }
@@ -338,14 +386,14 @@ class LayerLayouts:
         return layout
 
     def _heads(self, name: str, layer: GatedHeads, entry: Entry, layout: Layout) -> dict[str, Sized]:
-        """Of the last projection of an attention its blocks;
-        and adds what the module around it keeps of the number of heads.
+        """The sizes of the output projection of an attention whose heads go; also enters the number of heads of the
+        module around it into ``layout``.
         """
-        written = _count(entry["out"]) if "out" in entry else layer.out_features
+        written = _kept_count(entry["out"]) if "out" in entry else layer.out_features
         columns = layer.in_features // layer.gate.num_gates
         around, before, scaled = self._attentions[name]
         if "in" in entry:
-            left = _count(entry["in"]) // columns
+            left = _kept_count(entry["in"]) // columns
             for path in scaled:
                 owner, _, attribute = path.rpartition(".")
                 where = f"{around}.{owner}".strip(".")
@@ -355,30 +403,36 @@ class LayerLayouts:
 
 
 def _cut_index(layer: Any, index: Tensor, entry: Entry) -> Tensor:
-    """What is left of the index of gates of a layer: of its channels, or of each of its weights."""
+    """The index of gates of a layer without the channels, or the weights, that go."""
     for side, dim in (("out", 0), ("in", 1)):
         if side in entry and dim < index.dim() and (index.dim() > 1 or isinstance(layer, GatedActivation)):
             index = index.index_select(dim, torch.tensor(entry[side]["kept"]))
     return index
 
 
-def _count(found: Entry) -> int:
+def _kept_count(found: Entry) -> int:
+    """The number of channels that are left on one side of a layer.
+
+    ``found``: one part of a manifest entry, {"before": int, "kept": indices}. A recurrent layer has a list of indices
+    for each layer and direction, all of the same length.
+    """
     kept = found["kept"]
     return len(kept[0]) if kept and isinstance(kept[0], list) else len(kept)
 
 
 def _tensor(layer: nn.Module, path: str) -> Any:
+    """The attribute at a dotted ``path`` below ``layer``; None if there is none."""
     owner, _, own = path.rpartition(".")
     return getattr(layer.get_submodule(owner), own, None)
 
 
 def layouts_of(model: nn.Module, structure: Structure | UnitStructure) -> LayerLayouts | UnitLayouts:
-    """Of a model that has all its units still."""
+    """The layouts of ``model``, which still has all its units, for the kind of gates that it has."""
     return UnitLayouts(model, structure) if isinstance(structure, UnitStructure) else LayerLayouts(model, structure)
 
 
 def vectors(structure: Structure | UnitStructure, gates: Tensor) -> Iterable[Tensor]:
-    """These gates, bool, by the vector that they are in."""
+    """Split a set of ``gates``, bool (all gates,), by gate vector; vectors without a gate in the set are left out."""
     for rows in structure.widths():
         own = torch.zeros_like(gates)
         own[rows[0].start : rows[-1].stop] = gates[rows[0].start : rows[-1].stop]

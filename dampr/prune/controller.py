@@ -1,17 +1,15 @@
-"""How a budget moves the gates it owns: the goal sinks, and at every moment the gates that are kept cost exactly the
-goal.
+"""How a budget moves the gates that it owns: the goal falls, and at each decision the kept gates cost exactly the goal.
 
-There is no multiplier that is integrated, and so nothing that winds up or oscillates. S_i is a running mean of (z_i
-dL/dz_i)^2, the squared first-order Taylor importance of unit i (Molchanov et al. 2017), and k_i = dCost / dz_i at the
-set that is kept now. That set is the longest prefix of the gates by their score whose *exact* cost is at most the goal
-of ``lag`` steps ahead, and what still fits beside it. All others go down and have closed ``lag`` steps later, when the
-goal is there.
+No multiplier is integrated, so nothing can wind up or oscillate. S_i is a running mean of (z_i dL/dz_i)^2, the squared
+first-order Taylor importance of unit i (Molchanov et al. 2017); k_i = dCost / dz_i at the set of gates that is kept
+now. Gates are sorted by a score, the best first. The set to keep is the longest prefix whose *exact* cost is at most
+the goal ``lag`` steps later, plus further gates that still fit. All other gates are lowered and are closed ``lag``
+steps later, when the goal is reached.
 
-``score="importance"``: the score is S_i / k_i; a gate is a number that the budget alone moves, between 0 and 1.
+``score="importance"``: the score is S_i / k_i. A gate is a number between 0 and 1 that only the budget moves.
 
-``score="learned"``: the gates are those of a family, noise included. A gate that is kept learns from the gradient of
-the task, in normalised steps of its *level* (1 where a fresh gate is, 0 where evaluation closes it), and its score is
-l_i^2 S_i / k_i, l_i its level.
+``score="learned"``: the gates belong to a family and have its noise. A kept gate learns from the gradient of the task,
+in normalised steps of its *level* l_i (1 for a fresh gate, 0 where evaluation closes it). The score is l_i^2 S_i / k_i.
 """
 
 from __future__ import annotations
@@ -30,51 +28,54 @@ from dampr.gates.ranks import over_ranks
 from .cost import Cost
 
 SCORES = get_args(names.Score)
-# shares of the steps of a budget: gates are measured, the first ones go down, the goal sinks
+# shares of the steps of a budget: to measure gates, to lower a gate from open to closed, to lower the goal
 MEASURE, LAG, RAMP = 0.1, 0.15, 0.75
 ARRIVED = 0.9  # the share of the ramp after which the goal is the target
-MEMORY = 0.95  # of the running means
+MEMORY = 0.95  # the decay of running means
 HYSTERESIS = 4.0  # a gate on its way down comes back only if its score is that many times better
-GOALS = 12  # to come that a gate has to be useless at before it is given up
-FLOOR = 0.5  # the least share of a width that stays, relative to that of a network which is as small and evenly narrow
+GOALS = 12  # a gate is given up if it would be closed at this many goals of later steps
+FLOOR = 0.5  # the least share of a width that stays, relative to even_share
 KEPT = 0.1  # the least level of a learned gate that is kept
-EDGE = 0.01  # where one that comes back begins
-SHUT = -0.1  # the level of one that has closed
+EDGE = 0.01  # the level from which a gate that returns rises
+SHUT = -0.1  # the level of a gate that has closed
 
 Owned = SteppedGate | OwnedGate
-Increment = tuple[int, list[int]]  # of which width, and which of all gates
+Increment = tuple[int, list[int]]  # (number of the width, gates in the vector of all gates)
 
 
 class Ramp:
-    """The goal as a share of the total cost, by the steps taken: 1, then falling in equal ratios to ``share``,
-    where it stays.
+    """The goal as a share of the total cost, by the number of steps taken.
+
+    It is 1 at first, then falls by the same ratio in each step to ``share``, and stays there.
     """
 
     def __init__(self, share: float, steps: int) -> None:
         self.share, self.steps = share, steps
         self.lag = max(2, round(LAG * steps))
         self.length = max(4, round(RAMP * steps))
-        self.measured = max(1, steps - self.lag - self.length)  # decisions begin behind these
+        self.measured = max(1, steps - self.lag - self.length)  # decisions begin after these
         self.settled = self.measured + self.lag + round(ARRIVED * self.length)  # the goal is the target from here on
-        # the last decision is not behind it
+        # no decision is made after it
         self.decided = self.settled - self.lag + round((1 - ARRIVED) / 2 * self.length)
 
     def goal(self, step: int) -> float:
+        """The goal after ``step`` steps, a share of the total cost."""
         begun = self.measured + self.lag
         way = min(1.0, max(0.0, (step - begun) / (self.settled - begun)))
         return self.share**way
 
 
 class Controller:
-    """Owns the gates of a model, and steps them; see the module's docstring.
+    """Owns the gates of a model and moves them in each step; the docstring of the module says how.
 
     Args:
-        gates: all gates of the model in the order of ``cost``, made by :func:`owned`.
-        cost: of the model.
-        target: what is to be left, in units of the cost.
-        steps: in how many.
+        gates: all gates of the model, in the order of ``cost``, made by :func:`owned`.
+        cost: the cost of the model as a function of its gates.
+        target: the cost that is to be left.
+        steps: the number of steps until the target is reached.
         score: one of :data:`SCORES`.
-        least: of each width (a gate vector, or a layer and direction of a recurrent one), how many gates stay.
+        least: for each width (a gate vector, or a layer and direction of a recurrent layer) the least number of gates
+            that stay open.
     """
 
     def __init__(
@@ -95,8 +96,9 @@ class Controller:
         self._moments: dict[str, list[Tensor]] = {}
 
     def step(self, number: int) -> None:
-        """Take in the gradients of one training step, the ``number``-th, from 1 on (0 and less: before the ramp),
-        and move the gates.
+        """Use the gradients of one training step, and move the gates.
+
+        ``number``: the number of the step, from 1 on; 0 and less are steps before the ramp.
         """
         self._measure()
         self._number = number
@@ -112,21 +114,24 @@ class Controller:
 
     @torch.no_grad()
     def _measure(self) -> None:
+        """Add the gradients of this step to the running mean of importance."""
         found = over_ranks(torch.cat([_taken(gate.probe) for gate in self.gates])).double().square().cpu()
         mean = float(found.mean())
         if not (math.isfinite(mean) and mean > 0):
-            return  # a step that a gradient scaler left out, or one without a loss
+            return  # a gradient scaler skipped the step, or it had no loss
         self.squares.mul_(MEMORY).add_(found / mean, alpha=1 - MEMORY)
         self.measured += 1
 
     def importance(self) -> Tensor:
-        """The running mean of squared importance, (all gates,), in units of its mean over the gates;
-        ones before anything was measured.
+        """The running mean of squared importance, (all gates,), divided by its mean over the gates.
+
+        It is 1 for all gates before the first measurement.
         """
         return self.squares / (1 - MEMORY**self.measured) if self.measured else torch.ones_like(self.squares)
 
     @torch.no_grad()
     def _decide(self, number: int) -> None:
+        """Decide which gates to keep, and until which step the others have to close."""
         scores = self._scores(HYSTERESIS)
         due = number + self.ramp.lag - 1
         goal = self.ramp.goal(due)
@@ -136,13 +141,15 @@ class Controller:
         self.due = torch.where(self.keep, math.inf, self.due.clamp(max=due))
 
     def _scores(self, hysteresis: float) -> Tensor:
-        """What gates are kept by, those that are on their way down ``hysteresis`` times worse."""
+        """The score of each gate, (all gates,); the score of gates that are being closed is divided by
+        ``hysteresis``.
+        """
         scores = self.importance() / self.marginal_cost()
         if self.score == "learned":
             scores = scores * self._levels().clamp(min=KEPT).square()
         scores = torch.where(self.keep, scores, scores / hysteresis)
         for gate, row in zip(self.gates, self.cost.structure.widths(), strict=True):
-            # its gates can only close one after the other
+            # a family with an open_slice can only close its gates one after the other
             if isinstance(gate, OwnedGate) and gate.family.open_slice is not None:
                 own = slice(row[0].start, row[-1].stop)
                 scores[own] = scores[own].cummax(0).values
@@ -150,11 +157,10 @@ class Controller:
 
     @torch.no_grad()
     def given_up(self) -> Tensor:
-        """The gates that have had to close by now, and that are not worth keeping at any goal to come: bool, (all
-        gates,).
+        """The gates that are closed for good: bool, (all gates,).
 
-        By what is measured now, without the hysteresis. What is measured of a closed gate only falls, so these come
-        back seldom.
+        These are due by now, and would be closed at every goal of later steps, by the present scores without
+        hysteresis. The importance of a closed gate can only fall, so few of them return.
         """
         down = ~self.keep & (self.due <= self._number)
         if bool(down.any()):
@@ -164,13 +170,13 @@ class Controller:
         return down
 
     def _goals_to_come(self) -> list[float]:
-        """The goal of the last decision and some of those of the next ones, different ones only."""
+        """The goal of the last decision and some goals of later decisions, each once."""
         first = self._number + self.ramp.lag - 1
         ahead = torch.linspace(first, max(first, self.ramp.settled), GOALS).round().int().tolist()
         return list(dict.fromkeys(self.ramp.goal(step) for step in ahead))
 
     def _round_to_nearest(self, scores: Tensor, goal: float) -> None:
-        """Keep one more gate, the best of the others, where that is nearer to the goal."""
+        """Keep one more gate, the best of the others, if the cost is then nearer to the goal."""
         best = int(torch.where(self.keep, -math.inf, scores).argmax())
         more = self.keep.clone()
         more[best] = True
@@ -179,6 +185,7 @@ class Controller:
 
     @torch.no_grad()
     def _step_levels(self, number: int) -> None:
+        """Move the levels of stepped gates: up for kept gates, down for the others."""
         left = ((self.due - number) / self.ramp.lag).float()
         for (gate, keep), (_, own) in zip(self._each(self.keep), self._each(left), strict=True):
             assert isinstance(gate, SteppedGate)
@@ -189,8 +196,9 @@ class Controller:
 
     @torch.no_grad()
     def _catch_up(self, goal: float) -> None:
-        """Where gates that came back left the cost above the goal, close some of those that are going down now,
-        the soonest due first.
+        """Close some gates early if the cost is above the goal because other gates have returned.
+
+        Of the gates that are being closed, those that are due first are taken.
         """
         opened = self.cost.decision().cpu()
         going = (opened & ~self.keep).nonzero().flatten()
@@ -204,7 +212,7 @@ class Controller:
             return left
 
         low, high = 0, len(going)
-        while low < high:  # the fewest whose closing is enough
+        while low < high:  # find the fewest gates whose closing is enough
             middle = (low + high) // 2
             low, high = (low, middle) if float(self.cost(without(middle))) <= goal else (middle + 1, high)
         shut = opened & ~min(
@@ -223,8 +231,10 @@ class Controller:
 
     @torch.no_grad()
     def _learn(self, number: int) -> None:
-        """Kept gates follow the pull of the task, in the end all of them up;
-        the level of the others is what is left of their time.
+        """Move the levels of learned gates.
+
+        Kept gates follow the gradient of the task; at the end of the ramp all of them rise. The level of another gate
+        falls with the time that it has left.
         """
         for gate in self.gates:
             assert isinstance(gate, OwnedGate)
@@ -240,8 +250,9 @@ class Controller:
         self._set_levels(torch.where(self.cost.prunable, moved, levels))
 
     def _pull(self) -> Tensor:
-        """Of each gate the running mean of -dL/dlevel, (all gates,),
-        in units of the root mean square over all gates.
+        """The running mean of -dL/dlevel of each gate, (all gates,), divided by its root mean square over all gates.
+
+        It also moves the parameters of the families that are no levels.
         """
         found = (
             over_ranks(torch.cat([gate.family.pull() for gate in self.gates if isinstance(gate, OwnedGate)]))
@@ -261,7 +272,7 @@ class Controller:
         return pull
 
     def _others(self) -> list[Tensor]:
-        """What the families learn beside the levels of their gates, each once."""
+        """The parameters of the families besides the levels of their gates, each once."""
         found: dict[int, Tensor] = {}
         for family in (gate.family for gate in self.gates if isinstance(gate, OwnedGate)):
             named = family.named_parameters()
@@ -269,8 +280,10 @@ class Controller:
         return list(found.values())
 
     def _normalised(self, kind: str, found: list[Tensor]) -> list[Tensor]:
-        """Running means of gradients over the running root mean square of all of them together;
-        one that is not finite is left out.
+        """The running means of gradients, divided by the running root mean square of all of them together.
+
+        A step with gradients that are not finite is left out. ``kind``: the name under which the running means are
+        kept.
         """
         if not found:
             return []
@@ -281,14 +294,16 @@ class Controller:
             for mean, g in zip(state[:-1], found, strict=True):
                 mean.lerp_(g, 1 - MEMORY)
         bias = 1 - MEMORY ** float(state[-1][1])
-        # of the means, which are too small by the bias, as their square is
+        # the running means, and their mean square, are too small by the same bias
         scale = math.sqrt(float(state[-1][0]) * max(bias, 1e-30))
         return [mean / max(scale, 1e-30) for mean in state[:-1]]
 
     def _levels(self) -> Tensor:
+        """The level of every gate, float64 on the host, (all gates,)."""
         return torch.cat([gate.family.levels() for gate in self.gates if isinstance(gate, OwnedGate)]).double().cpu()
 
     def _set_levels(self, levels: Tensor) -> None:
+        """Set the level of every gate, (all gates,)."""
         pairs = [(gate.family, own) for gate, own in self._each(levels) if isinstance(gate, OwnedGate)]
         for family, own in sorted(pairs, key=lambda pair: getattr(pair[0], "place_in_order", 0)):
             family.set_levels_(own.to(family.levels()))
@@ -296,24 +311,28 @@ class Controller:
     # ---- what to keep
 
     def _each(self, values: Tensor) -> list[tuple[Owned, Tensor]]:
+        """Pair each gate object with its part of ``values``, (all gates,)."""
         return list(zip(self.gates, values.split([gate.num_gates for gate in self.gates]), strict=True))
 
     def marginal_cost(self) -> Tensor:
-        """dCost / dz of each gate at the kept set, (all gates,), above 0."""
+        """dCost / dz of each gate at the set that is kept now, (all gates,), float64, above 0."""
         with torch.enable_grad():
             z = self.keep.double().requires_grad_(True)
             (k,) = torch.autograd.grad(self.cost(z), z)
         return k.cpu().clamp(min=1e-9)
 
     def choose(self, scores: Tensor, share: float) -> Tensor:
-        """The gates to keep, bool: the best by ``scores``, those that no width can do without first,
-        that cost at most a share.
+        """The gates to keep, bool (all gates,), so that the cost is at most ``share`` of the total.
+
+        They are the gates that no width can do without, and then the best by ``scores``.
         """
         base, increments = increments_by(scores, self.cost.prunable, self._widths, self._least)
         return longest(self.cost, base, increments, share * self.cost.total)
 
     def state_dict(self) -> dict[str, Any]:
-        """Of one structure before the first step and after it: ``torch.distributed.checkpoint`` loads into that."""
+        """The state for a checkpoint. It has the same structure at any step, because ``torch.distributed.checkpoint``
+        loads into it.
+        """
         moments = self._moments
         if self.score == "learned":
             others = self._others()
@@ -329,6 +348,7 @@ class Controller:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned."""
         self.keep, self.squares, self.due = (state[name].clone() for name in ("keep", "squares", "due"))
         self.measured = int(state["measured"])
         for gate, held in zip((gate for gate in self.gates if isinstance(gate, OwnedGate)), state["held"], strict=True):
@@ -337,20 +357,24 @@ class Controller:
 
 
 def _no_moments(like: Sequence[Tensor]) -> list[Tensor]:
-    """Of each tensor a running mean, and of all the running mean square and how many were taken in."""
+    """Fresh running statistics for :meth:`Controller._normalised`.
+
+    A running mean for each tensor, and a tensor of two numbers: the running mean square of all, and the number of
+    steps.
+    """
     return [*(torch.zeros_like(t) for t in like), like[0].new_zeros(2)]
 
 
 def _taken(leaf: Tensor) -> Tensor:
-    """The gradient of a leaf, zeros where there is none; it is cleared."""
+    """The gradient of ``leaf``, zeros if it has none; the gradient is cleared."""
     found, leaf.grad = leaf.grad, None
     return torch.zeros_like(leaf) if found is None else found
 
 
 @torch.no_grad()
 def even_share(cost: Cost, target: float) -> float:
-    """The largest share of every width that costs at most ``target`` if every width keeps as large a share,
-    at least one unit.
+    """The largest share for which the model costs at most ``target`` if every width keeps that share, at least one
+    unit.
     """
     widths = [row for rows in cost.structure.widths() for row in rows]
 
@@ -368,15 +392,16 @@ def even_share(cost: Cost, target: float) -> float:
 
 
 def owned(gate: Gate, score: names.Score) -> Owned:
-    """What stands in for ``gate`` while a budget owns it."""
+    """The gate that replaces ``gate`` while a budget owns it."""
     return SteppedGate(gate) if score == "importance" else OwnedGate(gate)
 
 
 def increments_by(
     scores: Tensor, prunable: Tensor, widths: Sequence[range], least: Sequence[int]
 ) -> tuple[Tensor, list[Increment]]:
-    """What stays open in any case, bool (all gates,), and the other gates in the order of opening,
-    by ``scores`` from the largest on.
+    """(gates that stay open in any case, bool (all gates,); the other gates in the order in which they are kept).
+
+    The order is by ``scores``, the largest first. ``least``: the least number of gates that stay open in each width.
     """
     base = ~prunable
     width_of = torch.zeros(len(scores), dtype=torch.int64)
@@ -391,10 +416,10 @@ def increments_by(
 
 @torch.no_grad()
 def longest(cost: Cost, base: Tensor, increments: Sequence[Increment], target: float) -> Tensor:
-    """``base`` and the longest run of increments from the first on that costs at most ``target``, then whatever else
+    """The gates to keep: ``base``, the longest prefix of ``increments`` that costs at most ``target``, and what else
     still fits.
 
-    One increment that does not fit closes its width, because the next one of it costs the same.
+    Once an increment does not fit, no later one of its width is tried, because it costs the same.
     """
     members = torch.tensor([i for _, gates in increments for i in gates], dtype=torch.int64)
     ends = [0]

@@ -1,9 +1,9 @@
-"""What a gated model costs after compaction, as a function of which gates are open.
+"""The cost of a gated model after compaction, as a function of the gates that are open.
 
-A linear or convolution layer costs a In Out + b Out, with In and Out the channels that are left: bilinear in the
-widths, because a channel that is cut thins the layer that writes it and those that read it. In and Out are linear in
-the classes of :class:`Structure`, so the count of a decision is exact, and with probabilities of being open in the
-place of a decision the same form is the expected cost, but for correlations, and has a gradient.
+A linear or convolution layer costs a * In * Out + b * Out, where In and Out are the numbers of channels that are left:
+bilinear, because cutting a channel makes both the layer that writes it and the layers that read it cheaper. In and Out
+are linear in the classes of :class:`Structure`, so the cost of a decision (open or closed for each gate) is exact. The
+same function of open probabilities is the expected cost, if gates are independent, and has a gradient.
 """
 
 from __future__ import annotations
@@ -34,19 +34,27 @@ _PER_CHANNEL = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.PReLU)
 
 
 class Width(NamedTuple):
-    """The channels that are left on one side of a layer: ``constant`` + the sum of ``weights[i]`` times variable i."""
+    """The number of channels that are left on one side of a layer: ``constant`` + the sum of ``weights[i]`` times
+    variable i (:class:`_Variables`).
+    """
 
     constant: float
     weights: Mapping[int, float] = {}
 
 
-_Line = graph.Side | int  # channels in a row: a side of a layer, or the number of a factor of products
+_Line = graph.Side | int  # a sequence of channels: a side of a layer, or the number of a factor of a product
 
 
 class Term(NamedTuple):
-    """What costs ``bilinear`` In Out + ``linear`` Out: a layer, or one weight of a recurrent layer.
+    """A part of the cost: ``bilinear`` * In * Out + ``linear`` * Out, for a layer or for one weight of a recurrent
+    layer.
 
-    ``more``: further factors.
+    Attributes:
+        name: the name of the layer.
+        read: In, the channels that are left of those it reads.
+        written: Out, the channels that are left of those it writes.
+        bilinear, linear: the coefficients.
+        more: further widths by which the whole term is multiplied.
     """
 
     name: str
@@ -58,11 +66,23 @@ class Term(NamedTuple):
 
 
 class Cost:
-    """MACs or parameters of the compacted model, as a function of the vector of all gates: 1 open, 0 closed, or
-    probabilities.
+    """MACs or parameters of the compacted model, as a function of the vector of all gates.
 
-    Attributes: ``structure``; ``total``, of the model as it is. A width of which every gate is closed counts as the one
-    channel that it keeps; what a closed residual branch read counts as if it were read still, and may go too.
+    The vector holds 1 for open and 0 for closed gates, or open probabilities. A width whose gates are all closed counts
+    one channel, because compaction keeps one. The layers in front of a closed residual branch count as if the branch
+    still read them, although compaction may cut them too.
+
+    Args:
+        model: a model with gates.
+        example_inputs: as for :func:`dampr.compact`; MACs are those of one pass over them.
+        metric: "macs" or "params".
+
+    Attributes:
+        structure: which gates cut which classes of units.
+        total: the cost of the model with all gates open.
+        metric: as the argument.
+        device: the device of the gates.
+        terms: the terms of the cost.
 
     >>> import dampr
     >>> model = nn.Sequential(dampr.nn.GatedLinear(4, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -104,8 +124,9 @@ class Cost:
         self._fixed = self.total - float(self(torch.ones(self.structure.size)))
 
     def __call__(self, gates: Tensor) -> Tensor:
-        """The cost, a float64 scalar; ``gates`` is (structure.size,) of any dtype,
-        and gets a gradient where it asks for one.
+        """The cost, a float64 scalar.
+
+        gates: (structure.size,), of any dtype; the cost has a gradient to it if it requires one.
         """
         gates = gates.to(self.device, torch.float64)
         variables = self._variables(gates)
@@ -115,6 +136,7 @@ class Cost:
         return (each if self._branches is None else each * self._branches(gates)).sum() + self._fixed
 
     def _find_terms(self, plain: nn.Module, example_inputs: Any) -> list[Term]:
+        """The terms of the cost for this kind of gates and this metric."""
         if isinstance(self.structure, UnitStructure):
             assert isinstance(self._variables, Counts)
             return list(_unit_terms(self.structure, self._variables, self.metric))
@@ -127,48 +149,56 @@ class Cost:
         ]
 
     def _measure(self, plain: nn.Module, example_inputs: Any) -> float:
-        """The cost of the whole model; and what :meth:`_each` needs."""
+        """The cost of the model with all gates open; also stores the coefficients that :meth:`_each` needs."""
         constants = torch.tensor([term[3:5] for term in self.terms], dtype=torch.float64, device=self.device)
         self._bilinear, self._linear = constants.view(-1, 2).unbind(1)
         return count_macs(plain, example_inputs) if self.metric == "macs" else count_params(plain)
 
     def _each(self, read: Tensor, written: Tensor) -> Tensor:
-        """What each term costs with so many channels read and written, (terms,) all."""
+        """The cost of each term; all tensors are (terms,): the channels left that it reads, and those that it
+        writes.
+        """
         return (self._bilinear * read + self._linear) * written
 
     def probabilities(self) -> Tensor:
-        """The open probability (or surrogate count) of every gate, (structure.size,), with its graph."""
+        """The open probability (or the family's surrogate) of every gate, (structure.size,), with a graph."""
         return torch.cat([gate.open_probability() for gate in self.structure.gates])
 
     @functools.cached_property
     def prunable(self) -> Tensor:
-        """Which gates the cost depends on: bool, (structure.size,), on the host."""
+        """The gates on which the cost depends: bool, (structure.size,), on the host."""
         found = torch.zeros(self.structure.size, dtype=torch.bool)
         found[[*self._variables.gates, *self.whole]] = True
         return found
 
     @functools.cached_property
     def whole(self) -> set[int]:
-        """The gates of residual branches, all of which may close."""
+        """The gates of whole residual branches. All of them may close; other widths keep one open gate."""
         return {gate for term in self.terms for gate in self.structure.branches(term.name)}
 
     def decision(self) -> Tensor:
-        """Which gates evaluation leaves open: bool, (structure.size,)."""
+        """The gates that are open in evaluation: bool, (structure.size,)."""
         return torch.cat([gate.is_open() for gate in self.structure.gates])
 
 
 def structure_of(model: nn.Module, example_inputs: Any) -> Structure | UnitStructure:
-    """What the gates of a model cut, whichever kind they are of."""
+    """Find which gates of ``model`` cut which classes of units.
+
+    Returns: a :class:`UnitStructure` if the gates are on parameters, else a :class:`Structure`.
+
+    Raises: what the model raises on the example inputs.
+    """
     try:
         return UnitStructure(model, example_inputs) if has_unit_gates(model) else Structure(model, example_inputs)
     except Exception:
-        inputs.evaluate(model, example_inputs)  # a gated model says best itself why it does not run
+        inputs.evaluate(model, example_inputs)  # if the model itself cannot run, raise its own error instead
         raise
 
 
 def _unit_terms(structure: UnitStructure, counts: Counts, metric: str) -> Iterator[Term]:
-    """Of a model with gates on parameters its products, or its parameters,
-    each a product of what is left along its dimensions.
+    """The terms of a model with gates on parameters: one for each product ("macs") or each parameter.
+
+    Each is proportional to what is left of its dimensions.
     """
     if metric == "macs":
         products = [(p.module, p.macs, p.factors) for p in structure.units.products]
@@ -188,8 +218,9 @@ def _unit_terms(structure: UnitStructure, counts: Counts, metric: str) -> Iterat
 
 
 def _in_proportion(name: str, amount: int, widths: list[tuple[Width, int]]) -> Iterator[Term]:
-    """What costs ``amount`` with widths of these sizes, in proportion to what is left of each;
-    nothing where none of them changes.
+    """A term that costs ``amount`` at full widths and is proportional to what is left of each width.
+
+    widths: (width, full size) pairs. Nothing is returned if no width can change.
     """
     narrow = [(width, size) for width, size in widths if width.weights]
     scale = amount / math.prod(size for _, size in narrow)
@@ -199,12 +230,15 @@ def _in_proportion(name: str, amount: int, widths: list[tuple[Width, int]]) -> I
 
 
 class _Variables:
-    """From gates to what widths are made of.
+    """The variables of the cost, computed from the gates; every :class:`Width` is a linear function of them.
 
-    These are the sums over classes that count alike everywhere, then the width of each recurrent layer, which is that
-    of its widest row, or, where these have widths of their own, the width of each row, and the heads of each attention;
-    of all these at least one stays. Last, for each layer in ``folds``, whether one of its classes has gone, so that it
-    gets a bias.
+    The variables are, in this order:
+
+    - for each kind of classes, the number of open ones (classes that count alike in all widths are of one kind);
+    - for each recurrent layer, the number of open units in its widest layer and direction, at least 1; or, if layers
+      and directions get widths of their own, that number for each of them;
+    - for each attention with gates on heads, the number of open heads, at least 1;
+    - for each layer in ``folds``, 1 if one of its classes is closed, because the layer then gets a bias, else 0.
     """
 
     def __init__(self, structure: Structure, device: torch.device, folds: Mapping[nn.Module, set[int]]) -> None:
@@ -241,9 +275,9 @@ class _Variables:
             groups = [[next(first) for _ in sets] for sets in found.values()]
             where = torch.tensor([place[label] for label in found], device=device)
             self._sides.append((where, _Products(layers, device), _Products(groups, device)))
-        self._rows: list[tuple[int, int, int]] = []  # the first gate, how many rows, and of how many gates each
+        self._rows: list[tuple[int, int, int]] = []  # (first gate, number of rows, gates of each row)
         self._units: dict[graph.Side, Width] = {}
-        self._in_rows: dict[nn.Module, list[int]] = {}  # of a recurrent layer the variable of each layer and direction
+        self._in_rows: dict[nn.Module, list[int]] = {}  # recurrent layer -> a variable for each of its rows
         for name, layer in structure.gated.items():
             if not isinstance(layer, (GatedMultiheadAttention, GatedRecurrent)):
                 continue
@@ -288,7 +322,7 @@ class _Variables:
         )
 
     def width(self, layer: nn.Module, writes: bool) -> Width:
-        """Of the channels that ``layer`` writes, or reads, how many are left."""
+        """The channels that are left of those that ``layer`` writes (``writes``), or reads."""
         units = self.units(layer, writes)
         if units is not None:
             return units
@@ -299,30 +333,35 @@ class _Variables:
         return self.of((layer, writes), total)
 
     def of(self, key: _Line, total: int) -> Width:
-        """Of so many channels, those of a side of a layer or of classes in a row, how many are left."""
+        """The channels that are left of the ``total`` channels of ``key``, a side of a layer or a factor of a
+        product.
+        """
         weights = {number: kind[key] for number, kind in enumerate(self._kinds) if key in kind}
         sizes = torch.bincount(self._kind_of, minlength=len(self._kinds)).tolist()
         return Width(total - sum(count * sizes[number] for number, count in weights.items()), weights)
 
     def of_product(self, name: str, macs: int, factors: list[tuple[int, ...]]) -> Iterator[Term]:
-        """The term of a product, in proportion to what is left of its factors."""
+        """The term of a product of ``macs`` multiply-accumulates, proportional to what is left of its factors."""
         yield from _in_proportion(name, macs, [(self.of(self._lines[line], len(line)), len(line)) for line in factors])
 
     def has_more(self, layer: nn.Module, factors: list[tuple[int, ...]]) -> bool:
-        """Whether a product of a layer depends on other channels than those that the layer reads and writes,
-        as one over tokens does.
+        """Whether a product of ``layer`` depends on other channels than those that the layer reads and writes.
+
+        A layer that mixes tokens is an example.
         """
         own = [tuple(self._structure.labels.get((layer, writes), [])) for writes in (True, False)]
         return any(line not in own for line in factors)
 
     def units(self, layer: nn.Module, writes: bool) -> Width | None:
-        """The same where it is the output of a recurrent layer whose units can be cut, or the heads of an attention;
-        else None.
+        """The width of a side of ``layer`` if its channels are units of a recurrent layer or heads of an attention that
+        can be cut; else None.
         """
         return self._units.get((layer, writes))
 
     def rows(self, layer: nn.RNNBase) -> list[Width]:
-        """Of each layer and direction of a recurrent layer the units, or projected ones, that are left."""
+        """For each layer and direction of a recurrent layer, the outputs that are left (projected units, if it has a
+        projection).
+        """
         numbers = self._in_rows.get(layer)
         if numbers is None:
             return [Width(width_of(layer))] * (layer.num_layers * (1 + layer.bidirectional))
@@ -334,7 +373,10 @@ class _Variables:
 
 
 class _Products:
-    """Of each group of elements of a vector their product; 1 of an empty one."""
+    """The product of each group of elements of a vector; 1 for an empty group.
+
+    ``groups``: the indices of each group. Called with values (n,), it returns (groups,).
+    """
 
     def __init__(self, groups: Sequence[Collection[int]], device: torch.device) -> None:
         self._groups = len(groups)
@@ -350,7 +392,10 @@ class _Products:
 
 
 class _Emptiable:
-    """Sides of layers of which every class is closed keep one all the same, as compaction does."""
+    """Keep one class open in each side of a layer whose classes are all closed, as compaction does.
+
+    ``sides``: for each side the class that stays, and all its classes.
+    """
 
     def __init__(self, sides: Sequence[tuple[int, Sequence[int]]], device: torch.device) -> None:
         self._last = torch.tensor([last for last, _ in sides], dtype=torch.int64, device=device)
@@ -360,9 +405,9 @@ class _Emptiable:
         )
 
     def __call__(self, openness: Tensor) -> Tensor:
-        """How far each class is open, with those that stay.
+        """``openness``, (classes,), with 1 added at each class that has to stay.
 
-        Where all are 0 there is nothing to differentiate, and no probability is 0.
+        It adds a constant, so the gradient does not change; with probabilities it adds nothing, because none is 0.
         """
         own = openness.detach()[self._index]
         left = torch.zeros_like(self._last, dtype=openness.dtype).index_add(0, self._side, own)
@@ -371,7 +416,7 @@ class _Emptiable:
 
 
 class _Affine:
-    """Widths as a function of the variables: a constant and a matrix."""
+    """Widths as an affine function of the variables: a constant and a matrix."""
 
     def __init__(self, widths: Sequence[Width], variables: int, device: torch.device) -> None:
         self._constant = torch.tensor([width.constant for width in widths], dtype=torch.float64, device=device)
@@ -386,8 +431,8 @@ class _Affine:
 
 
 def _macs(plain: nn.Module, variables: _Variables, example_inputs: Any) -> Iterator[Term]:
-    """The multiply-accumulates of linear, convolution and recurrent layers and of attentions,
-    and of products beside them.
+    """The terms for multiply-accumulates: of linear, convolution and recurrent layers, attentions, and products outside
+    of layers.
     """
     uses, projections = _uses(plain, example_inputs)
     more = _products_apart(plain, variables)
@@ -409,8 +454,10 @@ def _macs(plain: nn.Module, variables: _Variables, example_inputs: Any) -> Itera
 
 
 def _products_apart(plain: nn.Module, variables: _Variables) -> dict[str, list[tuple[str, int, list[tuple[int, ...]]]]]:
-    """The products, by module, of code beside the layers,
-    and of layers that depend on more than they read and write.
+    """The products that get terms of their own, by module.
+
+    These are products of code outside of layers, and products of layers that depend on other channels than those that
+    the layer reads and writes.
     """
     found: dict[str, list[tuple[str, int, list[tuple[int, ...]]]]] = defaultdict(list)
     for product in variables.products:
@@ -428,13 +475,15 @@ def _products_apart(plain: nn.Module, variables: _Variables) -> dict[str, list[t
 
 
 def _params(structure: Structure, variables: _Variables) -> Iterator[Term]:
-    """The parameters of every layer: of its channels, its heads, or fixed in number; and those that are in no layer."""
+    """The terms for parameters: of every layer, proportional to its channels or heads or constant, and of parameters
+    outside of layers.
+    """
     plain = structure.plain
     inside = {layer.out_proj for layer in of_kind(plain, nn.MultiheadAttention)}
     bare = {plain.get_parameter(name): (name, stream) for stream, _ in structure.streams for name in stream.parameters}
     for p, (name, stream) in bare.items():
         yield Term(name, Width(1), variables.width(stream.norms[0], True), p.numel() / stream.width)
-    counted: set[Any] = set()  # weights, which an embedding may share with the last layer
+    counted: set[Any] = set()  # weights that have a term; an embedding may share its weight with the last layer
     for name, layer in plain.named_modules():
         own = sum(p.numel() for p in layer.parameters(recurse=False) if p not in bare)
         if layer in inside:
@@ -458,8 +507,9 @@ def _params(structure: Structure, variables: _Variables) -> Iterator[Term]:
 
 
 def _attention_params(name: str, layer: nn.MultiheadAttention, variables: _Variables) -> Iterator[Term]:
-    """Its projections have rows, or columns, for each head and columns, or rows,
-    for each channel of the width around.
+    """The terms for the parameters of an attention.
+
+    Its projections have one dimension proportional to the heads and one proportional to the width around the attention.
     """
     heads, width = variables.heads(layer), variables.width(layer, False)
     in_weights = layer.in_proj_weight, layer.q_proj_weight, layer.k_proj_weight, layer.v_proj_weight
@@ -473,6 +523,10 @@ def _attention_params(name: str, layer: nn.MultiheadAttention, variables: _Varia
 
 
 def _weight_term(name: str, layer: Any, variables: _Variables, times: float, bias: bool = False) -> Term:
+    """The term of a layer with one weight.
+
+    times: how often each element of the weight counts (1 for parameters). bias: whether to count a bias.
+    """
     written, read = layer.weight.shape[:2]
     return Term(
         name,
@@ -484,7 +538,7 @@ def _weight_term(name: str, layer: Any, variables: _Variables, times: float, bia
 
 
 def _recurrent_terms(name: str, layer: nn.RNNBase, variables: _Variables, times: float, biases: bool) -> Iterator[Term]:
-    """Each weight of a recurrent layer, in all its layers and directions."""
+    """A term for each weight of a recurrent layer, in all its layers and directions."""
     each, rows = 1 + layer.bidirectional, variables.rows(layer)
     for row, names in enumerate(layer._all_weights):
         gates = getattr(layer, names[1]).shape[0] / layer.hidden_size
@@ -498,6 +552,7 @@ def _recurrent_terms(name: str, layer: nn.RNNBase, variables: _Variables, times:
 
 
 def sum_of(widths: Sequence[Width]) -> Width:
+    """The sum of several widths."""
     total: Counter[int] = Counter()
     for width in widths:
         total.update(width.weights)
@@ -505,7 +560,7 @@ def sum_of(widths: Sequence[Width]) -> Width:
 
 
 def _attention_terms(structure: Structure, variables: _Variables, example_inputs: Any) -> Iterator[Term]:
-    """The scores of each attention and what they weigh, in proportion to the heads that are left."""
+    """The terms for the attention scores and the weighted sums, proportional to the heads that are left."""
     if structure.attentions:
         beside = macs_beside_layers(
             structure.plain, example_inputs, [attention.name for attention in structure.attentions]
@@ -516,10 +571,11 @@ def _attention_terms(structure: Structure, variables: _Variables, example_inputs
 
 
 def _uses(plain: nn.Module, example_inputs: Any) -> tuple[dict[nn.Module, int], dict[nn.Module, int]]:
-    """How often the example inputs use each element of the weight of a layer: positions of its output, or steps of a
-    sequence.
+    """(uses, projections) of each layer on the example inputs.
 
-    Of an attention the multiply-accumulates of all its heads, projections included; and those of its projections alone.
+    uses: how often each element of a layer's weight is used: positions of the output, or steps of a sequence. For an
+    attention it is the multiply-accumulates of all heads, with projections. projections: for an attention, the
+    multiply-accumulates of its projections alone.
     """
     layers = dict(plain.named_modules())
     uses, projections = inputs.without_arithmetic(plain, example_inputs, _uses_by_name)
@@ -527,6 +583,7 @@ def _uses(plain: nn.Module, example_inputs: Any) -> tuple[dict[nn.Module, int], 
 
 
 def _uses_by_name(plain: nn.Module, example_inputs: Any) -> tuple[dict[str, int], dict[str, int]]:
+    """As :func:`_uses`, by the names of the layers."""
     found: dict[str, int] = defaultdict(int)
     projections: dict[str, int] = defaultdict(int)
     names = {layer: name for name, layer in plain.named_modules()}

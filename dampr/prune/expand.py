@@ -1,5 +1,5 @@
-"""expand: a compacted model at its old size again, with zeros where channels were cut; and what an optimizer knows,
-cut with the model.
+"""expand: a compacted model with its old sizes, with zeros where channels were cut; and the state of an optimizer, cut
+with its model.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from .units.proof import follow_all
 from .wrapped import sees_through
 
 _NORMS = nn.modules.batchnorm._NormBase
-# Of these zeros make NaN: a variance, and the direction of a weight under weight_norm
-# where its length has come back too, as 0.
+# Tensors that are filled with ones, because zeros would give NaN: a variance, and the direction of a weight under
+# weight_norm whose length is filled with 0.
 FILLED_WITH_ONE = ("running_var", "weight_v", "original1")
 _LENGTHS = {"weight_v": "weight_g", "original1": "original0"}
 MOST_GROWTH, SMALL = 10_000, 2**24  # how many times larger a tensor may become, unless it stays small
@@ -63,7 +63,7 @@ def expand(model: Model) -> Model:
     )
     """
     if hasattr(model, "dampr_layout"):
-        return cast(Model, _with_its_units(model))
+        return cast(Model, _with_removed_units(model))
     manifest = getattr(model, "dampr_manifest", None)
     if not isinstance(manifest, dict) or not isinstance(manifest.get("layers"), dict):
         raise ValueError(f"model={type(model).__name__}: expected the dampr_manifest that dampr.compact leaves")
@@ -102,14 +102,14 @@ def expand(model: Model) -> Model:
                 else:
                     setattr(holder, own, grown)
         if isinstance(layer, StackedRNN):
-            inputs.replace(large, {layer: _joined(layer, entry)})
+            inputs.replace(large, {layer: _dense_recurrent(layer, entry)})
             continue
         for attribute, size in sizes_in(layer, entry).items():
             setattr(layer, attribute, size)
         if isinstance(layer, nn.RNNBase):
             layer._init_flat_weights()
         if isinstance(layer, PrunedMultiheadAttention):
-            inputs.replace(large, {layer: _whole(layer)})
+            inputs.replace(large, {layer: _dense_attention(layer)})
     for name, attention in attentions.items():
         if name in manifest["layers"]:
             attention.resize(
@@ -127,8 +127,8 @@ def expand(model: Model) -> Model:
     return large
 
 
-def _with_its_units(model: nn.Module) -> nn.Module:
-    """A copy of a gated model that has lost closed units, with these as zeros."""
+def _with_removed_units(model: nn.Module) -> nn.Module:
+    """A copy of a gated model with the closed units back, as zeros, that a :class:`dampr.Shrinker` took out."""
     from .layout import WHOLE, moved
 
     large: Any = inputs.copied(model)
@@ -139,9 +139,11 @@ def _with_its_units(model: nn.Module) -> nn.Module:
 
 
 def _widened(large: nn.Module, manifest: dict[str, Any]) -> nn.Module:
-    """The same of a model whose units were cut out of its tensors, whatever layers have them.
+    """What :func:`expand` does for a model whose units were cut out of its tensors, whatever layers hold them.
 
-    Raises ValueError as :func:`expand` does.
+    Changes ``large`` in place and returns it.
+
+    Raises: ValueError as :func:`expand` does.
     """
     grown: dict[int, Tensor] = {}
     checked = []
@@ -170,8 +172,8 @@ def _widened(large: nn.Module, manifest: dict[str, Any]) -> nn.Module:
     return large
 
 
-def _whole(grown: PrunedMultiheadAttention) -> nn.MultiheadAttention:
-    """torch's attention with the parameters of one that has grown to all its heads."""
+def _dense_attention(grown: PrunedMultiheadAttention) -> nn.MultiheadAttention:
+    """An ``nn.MultiheadAttention`` with the parameters of ``grown``, whose parameters have all heads again."""
     how = grown.dropout, grown.bias, grown.add_bias_kv, grown.add_zero_attn, grown.kdim, grown.vdim, grown.batch_first
     whole = nn.MultiheadAttention(grown.embed_dim, grown.num_heads, *how, device="meta")
     for name, p in grown.named_parameters():
@@ -180,8 +182,8 @@ def _whole(grown: PrunedMultiheadAttention) -> nn.MultiheadAttention:
     return whole.train(grown.training)
 
 
-def _joined(grown: StackedRNN, entry: dict[str, Any]) -> nn.RNNBase:
-    """The one recurrent layer with the parameters of parts that have grown to equal widths."""
+def _dense_recurrent(grown: StackedRNN, entry: dict[str, Any]) -> nn.RNNBase:
+    """One ``nn`` recurrent layer with the parameters of ``grown``, whose parts have equal widths again."""
     first: Any = grown.rows()[0]
     sizes = {**sizes_in(first, entry), "num_layers": len(grown.layers), "bidirectional": grown.bidirectional}
     whole: nn.RNNBase = type(first)(**arguments_of(first) | sizes, device="meta")
@@ -194,6 +196,7 @@ def _joined(grown: StackedRNN, entry: dict[str, Any]) -> nn.RNNBase:
 
 
 def _layer(model: nn.Module, name: str) -> Any:
+    """The layer ``name``, inside of a :class:`ScaledRNN` if there is one. Raises ValueError if it is not there."""
     try:
         layer = model.get_submodule(name)
     except AttributeError:
@@ -204,7 +207,10 @@ def _layer(model: nn.Module, name: str) -> Any:
 
 
 def tensors_of(layer: nn.Module, entry: dict[str, Any]) -> dict[str, list[Places]]:
-    """Of each tensor of a layer, what is left of its dimensions, from the entry of the manifest."""
+    """What is left of each dimension of each tensor of ``layer``, by the name of the tensor, from its manifest entry.
+
+    None stands for a dimension that was not cut.
+    """
     written, read = (places_in(entry.get(side)) for side in ("out", "in"))
     if isinstance(layer, (nn.RNNBase, StackedRNN)):
         return dict(_of_recurrent(layer, entry.get("units"), read))
@@ -222,13 +228,20 @@ def tensors_of(layer: nn.Module, entry: dict[str, Any]) -> dict[str, list[Places
 
 
 def _was_depthwise(layer: nn.Module, entry: dict[str, Any]) -> bool:
-    """Whether a layer is a depthwise convolution, or the one channel that is left of one."""
+    """Whether ``layer`` is a depthwise convolution, or what is left of one that has lost all but one channel."""
     return graph.is_depthwise(layer) or (isinstance(layer, nn.modules.conv._ConvNd) and "groups" in entry)
 
 
 def _of_attention(
     layer: PrunedMultiheadAttention, heads: dict[str, Any] | None, written: Places, read: Places
 ) -> dict[str, list[Places]]:
+    """As :func:`tensors_of`, for an attention with heads cut.
+
+    heads: the entry of its heads; None if no head was cut. written, read: what is left of its output and input
+    channels.
+
+    Raises: ValueError if the entry does not fit the layer.
+    """
     one: Places = None
     three: Places = None
     if heads is not None:
@@ -251,6 +264,12 @@ def _of_attention(
 def _of_recurrent(
     layer: nn.RNNBase | StackedRNN, units: dict[str, Any] | None, read: Places
 ) -> Iterator[tuple[str, list[Places]]]:
+    """As :func:`tensors_of`, for a recurrent layer.
+
+    units: the entry of its units; None if no unit was cut. read: what is left of its input features.
+
+    Raises: ValueError if the entry does not fit the layer.
+    """
     each = 1 + layer.bidirectional
     if units is not None and len(units["kept"]) != len(_rows(layer)):
         found = f"{len(units['kept'])} lists of those that are kept"
@@ -280,7 +299,7 @@ def _of_recurrent(
 
 
 def _rows(layer: nn.RNNBase | StackedRNN) -> list[tuple[nn.RNNBase, list[str]]]:
-    """Of each layer and direction the ``nn`` module that holds it, and the names of its weights in ``layer``."""
+    """For each layer and direction, the ``nn`` module that holds it and the names of its weights in ``layer``."""
     if isinstance(layer, nn.RNNBase):
         return [(layer, names) for names in layer._all_weights]
     names = list(layer.former_names())
@@ -289,6 +308,7 @@ def _rows(layer: nn.RNNBase | StackedRNN) -> list[tuple[nn.RNNBase, list[str]]]:
 
 
 def _check_fits(name: str, small: Tensor, places: list[Places]) -> None:
+    """Raise ValueError unless the manifest's ``places`` fit the tensor ``small`` and do not make it far too large."""
     for size, place in zip(small.shape, places, strict=False):
         if place is not None and (len(place[1]) != size or not bool(((place[1] >= 0) & (place[1] < place[0])).all())):
             raise ValueError(f"{name}: {size} channels, but its manifest keeps {len(place[1])} of {place[0]}")
@@ -301,7 +321,7 @@ def _check_fits(name: str, small: Tensor, places: list[Places]) -> None:
 
 
 def _grow(small: Tensor, places: list[Places], fills: Sequence[float]) -> Tensor:
-    """``small`` with what was cut of each dimension filled with the number of that dimension."""
+    """``small`` with its cut indices back; the new elements along dimension d have the value ``fills[d]``."""
     for dim, place in enumerate(places):
         if place is not None:
             size, kept = place
@@ -311,7 +331,7 @@ def _grow(small: Tensor, places: list[Places], fills: Sequence[float]) -> Tensor
 
 
 def shrink(large: Tensor, places: list[Places]) -> Tensor:
-    """What is left of ``large``: the inverse of growing."""
+    """``large`` without its cut indices: the inverse of :func:`_grow`."""
     for dim, place in enumerate(places):
         if place is not None:
             large = large.index_select(dim, place[1].to(large.device))
@@ -319,7 +339,7 @@ def shrink(large: Tensor, places: list[Places]) -> Tensor:
 
 
 def sizes_in(layer: Any, entry: dict[str, Any]) -> dict[str, int]:
-    """The attributes of a layer that say its widths, with what an entry of a manifest has as "before"."""
+    """The size attributes of ``layer`` and the values that they had before the cut, from its manifest entry."""
     written, read = (entry[side]["before"] if side in entry else None for side in ("out", "in"))
     if "heads" in entry:
         return {}
@@ -342,9 +362,10 @@ def sizes_in(layer: Any, entry: dict[str, Any]) -> dict[str, int]:
 
 
 def check_state(optimizer: torch.optim.Optimizer) -> None:
-    """Raise ValueError where the state of a parameter holds what cannot be cut with it: tensors that are neither of its
-    shape, nor of one that a dimension or two of it have been summed out of, nor of one element; or where it lies on
-    other ranks.
+    """Raise ValueError if the state of ``optimizer`` cannot be cut together with its parameters.
+
+    State can be cut if each tensor in it has one element, has the shape of its parameter, or has that shape with one
+    dimension summed out or of size 1. State on other ranks cannot be cut.
     """
     if any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(optimizer).__mro__):
         raise ValueError(
@@ -366,17 +387,18 @@ def check_state(optimizer: torch.optim.Optimizer) -> None:
 
 
 def check_trains(optimizer: torch.optim.Optimizer, model: nn.Module, name: str = "model") -> None:
-    """Raise ValueError where an optimizer has no parameter of ``model``."""
+    """Raise ValueError if ``optimizer`` has no parameter of ``model``."""
     own = {id(p) for p in model.parameters()}
     if not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
         raise ValueError(f"optimizer: it holds no parameter of {name}; expected the one that trains it")
 
 
 def kept_dims(state: Sequence[int], shape: Sequence[int]) -> list[int | None] | None:
-    """Of each dimension of a state tensor the one of the parameter that it runs along, None for a size of 1; None if
-    there is no telling.
+    """For each dimension of a state tensor the dimension of the parameter to which it corresponds; None for a size of
+    1.
 
-    Factored second moments (Adafactor) have a dimension less, or one of size 1 in its place.
+    Returns None if the shapes do not tell. Factored second moments (Adafactor) lack one dimension, or have size 1 in
+    its place.
     """
     if len(state) == len(shape) and all(s in (1, n) for s, n in zip(state, shape, strict=True)):
         return [d if s == n else None for d, (s, n) in enumerate(zip(state, shape, strict=True))]
@@ -388,7 +410,7 @@ def kept_dims(state: Sequence[int], shape: Sequence[int]) -> list[int | None] | 
 
 
 def _cut_state(value: Any, shape: Sequence[int], places: list[Places]) -> Any:
-    """What is left of a value in the state of a parameter of that shape."""
+    """A state value of a parameter of ``shape``, cut as the parameter is."""
     if not isinstance(value, Tensor) or value.numel() <= 1:
         return value
     dims = kept_dims(value.shape, shape)
@@ -398,12 +420,13 @@ def _cut_state(value: Any, shape: Sequence[int], places: list[Places]) -> Any:
 
 
 def carry_over(optimizer: torch.optim.Optimizer, model: nn.Module, small: Any) -> None:
-    """Let ``optimizer``, which trained ``model``, train ``small``: its parameters in the same groups, with their state
-    cut likewise.
+    """Make ``optimizer``, which trained ``model``, train ``small``: the same groups of parameters, with the state cut
+    likewise.
 
-    Parameters that are gone leave their group (an empty group stays, for schedulers count them); biases that compaction
-    added come to the weight of their layer, with no state. Raises ValueError, before anything is changed, for state
-    that cannot be cut.
+    Parameters that are gone leave their group; an empty group stays, because schedulers count groups. A bias that
+    compaction has added joins the group of its layer's weight, without state.
+
+    Raises: ValueError, before anything changes, if the state cannot be cut.
     """
     check_state(optimizer)
     places: dict[str, list[Places]] = {}
@@ -436,6 +459,6 @@ def carry_over(optimizer: torch.optim.Optimizer, model: nn.Module, small: Any) -
 
 
 def _renamed(small: nn.Module) -> dict[str, str]:
-    """Of each parameter in a :class:`StackedRNN` the name that it had in the recurrent layer in its place."""
+    """For each parameter in a :class:`StackedRNN` its name in the recurrent layer that the StackedRNN replaced."""
     stacked = [(f"{prefix}." if prefix else "", m) for prefix, m in by_name(small, StackedRNN).items()]
     return {prefix + name: prefix + before for prefix, m in stacked for name, before in m.former_names().items()}

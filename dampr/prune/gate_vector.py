@@ -1,4 +1,4 @@
-"""All gates of a model one after the other, each distinct gate once: tied layers share theirs."""
+"""The vector of all gates of a model: its gates one after the other, each once, because tied layers share theirs."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ Layer = TypeVar("Layer", bound=GatedLayer)
 
 
 class GateVector(Generic[Layer]):
-    """Where the gates of each layer are in the vector of all gates of a model.
+    """The positions of each layer's gates in the vector of all gates of a model.
 
     Attributes:
-        gated: the gated layers by name.
+        gated: name -> gated layer.
         size: the number of all gates.
-        holders: the name of the first layer that has each of :attr:`gates`.
+        holders: for each gate object in :attr:`gates`, the name of the first layer that has it.
     """
 
     def __init__(self, gated: Mapping[str, Layer]) -> None:
@@ -34,18 +34,17 @@ class GateVector(Generic[Layer]):
 
     @property
     def gates(self) -> list[Gate]:
-        """Every gate once, as the layers have them now, whole where units have left them.
-
-        The vector of all gates has them in a row.
+        """Every gate object of the layers, once, in the order of the vector; whole even if units have left the
+        layers.
         """
         return [whole(self.gated[name].gate) for name in self.holders]
 
     def start(self, name: str) -> int:
-        """Where the gates of layer ``name`` begin in the vector of all gates."""
+        """The position of the first gate of layer ``name``."""
         return self._starts[name]
 
     def count(self, name: str) -> int:
-        """How many gates the layer ``name`` had when this was made."""
+        """The number of gates that layer ``name`` had when this object was made."""
         return self._counts[name]
 
     def rows(self, name: str) -> list[range]:
@@ -53,5 +52,5 @@ class GateVector(Generic[Layer]):
         return [range(self.start(name), self.start(name) + self.count(name))]
 
     def widths(self) -> list[list[range]]:
-        """The same for each of :attr:`gates`."""
+        """The result of :meth:`rows` for each entry of :attr:`gates`."""
         return [self.rows(name) for name in self.holders]

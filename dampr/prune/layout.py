@@ -1,5 +1,6 @@
-"""Which indices of which tensors of a gated model are left when closed units go: a layout,
-and moving a model from one to another.
+"""A layout says which indices of which tensors of a gated model are left after closed units have left it.
+
+:func:`moved` brings a model from one layout to another.
 """
 
 from __future__ import annotations
@@ -22,7 +23,12 @@ from .units.sizes import set_number
 
 
 class Sized(NamedTuple):
-    """A number that a module keeps beside its parameters: without anything removed, and in the layout."""
+    """A number, or an index of gates, that a module keeps beside its parameters.
+
+    Attributes:
+        whole: its value in the whole model.
+        now: its value in the layout.
+    """
 
     whole: Any
     now: Any
@@ -30,13 +36,13 @@ class Sized(NamedTuple):
 
 @dataclass
 class Layout:
-    """What is left of a model; every index is one of the whole model.
+    """What is left of a model; every index counts in the whole model.
 
     Attributes:
-        tensors: parameter or buffer -> of each dimension its size in the whole model and the indices that are left,
-            None for all.
-        gates: gated layer -> the gates that are left in its vector, where the layer has one for each channel.
-        sizes: module -> attribute -> its numbers.
+        tensors: name of a parameter or buffer -> for each dimension (its size in the whole model, the indices that are
+            left), or None if all are left.
+        gates: gated layer -> the indices of the gates that are left, for layers with one gate for each channel.
+        sizes: module -> attribute -> its values in the whole model and in the layout.
     """
 
     tensors: dict[str, list[Places]] = field(default_factory=dict)
@@ -50,20 +56,23 @@ class Layout:
 WHOLE = Layout()
 
 
-Shelf = dict[str, Tensor]  # what has left each tensor, in one dimension, on the host
+Shelf = dict[str, Tensor]  # name of a tensor -> the elements that have left it, flat, on the host
 
 
 def moved(
     model: nn.Module, before: Layout, after: Layout, shelf: Shelf | None = None
 ) -> dict[str, tuple[list[Places], list[Places]]]:
-    """Bring a model from one layout to another, in place: parameters stay the same objects, with other data and
-    gradient.
+    """Bring ``model`` from layout ``before`` to layout ``after``, in place.
+
+    Parameters stay the same objects, with other data and gradients.
 
     Args:
-        shelf: of this model; what goes is put there, and what comes back is taken from there. None: what goes is lost,
-            and what comes back is 0 (1 in variances).
+        model: in layout ``before``.
+        before, after: the layouts.
+        shelf: keeps the elements that leave, and gives back those that return. None: elements that leave are lost, and
+            those that return are 0 (1 in variances).
 
-    Returns the layouts, before and after, of each tensor that changed.
+    Returns: name of each tensor that changed -> its dimensions in ``before`` and in ``after``.
     """
     changed = _changed(before, after)
     seen: set[int] = set()
@@ -87,7 +96,7 @@ def moved(
     _set_sizes(model, before, after, indices=True)
     _select(model, before, after)
     with noise.kept(model):
-        # the sizes of these are in the layout
+        # the layout holds the sizes of recurrent layers
         follow_all(model, [module for module in modules if not isinstance(module, nn.RNNBase)])
     _set_sizes(model, before, after, indices=False)
     return changed
@@ -96,7 +105,10 @@ def moved(
 def exchanged(
     t: Tensor, before: list[Places], after: list[Places], shelf: Shelf | None, key: str, fill: float = 0.0
 ) -> Tensor:
-    """:func:`resized` that puts what goes on a shelf, and takes from there what comes back."""
+    """As :func:`resized`, but elements that leave are put on the shelf, and elements that return are taken from it.
+
+    ``key``: the name of the tensor on the shelf.
+    """
     if shelf is None:
         return resized(t, before, after, fill)
     every: list[Places] = [None] * len(before)
@@ -111,7 +123,7 @@ def exchanged(
 
 
 def _inside(shape: Sequence[int], places: list[Places], device: torch.device) -> Tensor:
-    """Which elements of a whole tensor are in a layout: bool, of its shape."""
+    """Which elements of a whole tensor are in a layout: bool, of ``shape``."""
     inside = torch.ones(tuple(shape), dtype=torch.bool, device=device)
     for dim, place in enumerate(places):
         if place is not None:
@@ -122,7 +134,7 @@ def _inside(shape: Sequence[int], places: list[Places], device: torch.device) ->
 
 
 def _set_sizes(model: nn.Module, before: Layout, after: Layout, indices: bool) -> None:
-    """Set what modules keep beside their parameters: indices of gates, or all else."""
+    """Set the attributes in ``sizes``: the indices of gates (``indices``), or all others."""
     for name in {*before.sizes, *after.sizes}:
         for attribute, size in (before.sizes.get(name, {}) | after.sizes.get(name, {})).items():
             now = after.sizes.get(name, {}).get(attribute)
@@ -135,6 +147,7 @@ def _set_sizes(model: nn.Module, before: Layout, after: Layout, indices: bool) -
 
 
 def _changed(before: Layout, after: Layout) -> dict[str, tuple[list[Places], list[Places]]]:
+    """The tensors whose layout differs, with their dimensions in ``before`` and in ``after``, lists of equal length."""
     found = {}
     for name in {**before.tensors, **after.tensors}:
         old, new = before.tensors.get(name, []), after.tensors.get(name, [])
@@ -146,11 +159,12 @@ def _changed(before: Layout, after: Layout) -> dict[str, tuple[list[Places], lis
 
 
 def _same(a: Places, b: Places) -> bool:
+    """Whether two dimensions have the same indices left."""
     return (a is None and b is None) or (a is not None and b is not None and torch.equal(a[1], b[1]))
 
 
 def _select(model: nn.Module, before: Layout, after: Layout) -> None:
-    """Hand the gates that are left to the layers."""
+    """Replace the gates of layers by those that are left in ``after``."""
     wanted: dict[Gate, Tensor | None] = {}
     for name in {*before.gates, *after.gates}:
         layer: Any = model.get_submodule(name)
@@ -167,7 +181,7 @@ def _select(model: nn.Module, before: Layout, after: Layout) -> None:
 
 
 def resized(t: Tensor, before: Sequence[Places], after: Sequence[Places], fill: float = 0.0) -> Tensor:
-    """A tensor in another layout, with ``fill`` where it had nothing; its memory format stays."""
+    """``t`` in another layout, with ``fill`` for elements that it did not have; channels_last is kept."""
     last = t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous()
     for dim, (old, new) in enumerate(zip(before, after, strict=True)):
         if not _same(old, new):
@@ -176,6 +190,7 @@ def resized(t: Tensor, before: Sequence[Places], after: Sequence[Places], fill: 
 
 
 def _along(t: Tensor, dim: int, old: Places, new: Places, fill: float) -> Tensor:
+    """Bring dimension ``dim`` of ``t`` from the indices ``old`` to the indices ``new``; see :func:`resized`."""
     size = (old or new or (0,))[0]
     have, want = (torch.arange(size) if places is None else places[1] for places in (old, new))
     where = torch.full((size,), -1)
@@ -190,10 +205,11 @@ def _along(t: Tensor, dim: int, old: Places, new: Places, fill: float) -> Tensor
 
 @torch.no_grad()
 def give_data(parameter: Tensor, data: Tensor) -> None:
-    """Other data, of any shape, for a parameter that stays the same object.
+    """Give ``parameter`` other data, of any shape; it stays the same object.
 
-    Its node in a graph that somebody still holds (a loss, say) knows the old shape, and the next graph would take that
-    node. torch makes a new one where the data type changes, so it does for a moment.
+    A graph that somebody still holds (of a loss, say) has a node for the parameter with its old shape, and the next
+    graph would use that node again. torch makes a new node when the dtype changes, so the dtype is changed for a
+    moment.
     """
     other = torch.float64 if data.dtype != torch.float64 else torch.float32
     parameter.data = data.new_empty(0, dtype=other)
@@ -207,7 +223,15 @@ def move_state(
     shapes: Mapping[str, Sequence[int]],
     shelf: Shelf,
 ) -> None:
-    """Bring the state of parameters that have changed their layout to the new one; ``shapes``: what they had before."""
+    """Bring the optimizer state of parameters that :func:`moved` has changed to the new layout.
+
+    Args:
+        optimizer: the optimizer.
+        model: in the new layout.
+        changed: what :func:`moved` returned.
+        shapes: the shapes of the parameters before.
+        shelf: as for :func:`moved`.
+    """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     done: set[int] = set()
     for name, (old, new) in changed.items():
@@ -227,14 +251,14 @@ def move_state(
 
 
 def same_layout(kept: Mapping[str, dict[int, tuple[int, Tensor]]]) -> dict[str, list[Places]]:
-    """Tensor -> dimension -> (size, indices left) as lists by dimension."""
+    """Convert dimension -> (size, indices left) into a list with an entry for each dimension, for each tensor."""
     return {name: [dims.get(d) for d in range(max(dims) + 1)] for name, dims in kept.items() if dims}
 
 
 def left_of(
     gone: Mapping[str, Mapping[int, Sequence[int]]], shapes: Mapping[str, Sequence[int]]
 ) -> dict[str, list[Places]]:
-    """The same from what is gone, by the shapes of the whole."""
+    """As :func:`same_layout`, from the indices that are ``gone`` and the ``shapes`` in the whole model."""
     kept: dict[str, dict[int, tuple[int, Tensor]]] = defaultdict(dict)
     for name, dims in gone.items():
         for dim, lost in dims.items():
@@ -250,5 +274,6 @@ def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def _named(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of every parameter and buffer, under each of its names."""
     yield from model.named_parameters(remove_duplicate=False)
     yield from model.named_buffers(remove_duplicate=False)

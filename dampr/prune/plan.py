@@ -1,4 +1,4 @@
-"""Plan: a training run that ends with a smaller plain model, in two lines of a loop of one's own."""
+"""Plan: a training run that ends with a smaller plain model, in two lines of your own training loop."""
 
 from __future__ import annotations
 
@@ -32,52 +32,58 @@ from .wrapped import is_any_sharded
 # shares of the steps: dense from scratch, dense from a checkpoint, the ramp
 WARMUP, TRAINED_WARMUP, SHRINKING = 0.3, 0.05, 0.2
 LEAST_STEPS = 40
-SILENT = 50  # steps without a gradient on any gate after which a plan gives up
+SILENT = 50  # a plan raises after this many steps in which no gate had a gradient
 
 
 class Plan:
     """Prune a model while it trains for ``steps`` steps, to exactly a share of its cost, and end with plain
     ``torch.nn`` layers.
 
-    The model trains dense for a while (30 % of the steps; 5 % where it is trained already), so that there is something
-    to choose from. Then gates come in (:func:`dampr.convert`), and a :class:`dampr.Budget` closes them over the next 20
-    %, the least important units per unit of cost first. At the end of that ramp the model is compacted in place, the
-    optimizer keeps its state, statistics of norms are taken again, and for the rest of the steps the small model is
-    fine-tuned. Gates are no parameters of the model and have no learning rate.
+    The run has three phases. The model trains dense first (30 % of the steps; 5 % if it is trained already), so that
+    importance can be measured. Then it gets gates (:func:`dampr.convert`), and a :class:`dampr.Budget` closes them over
+    the next 20 % (the ramp), first the units with the least importance for their cost. At the end of the ramp the model
+    is compacted in place; the optimizer keeps its state, and the statistics of norms are computed anew. In the rest of
+    the steps the small model is fine-tuned. Gates are no parameters of the model and need no learning rate.
 
-    ``model`` stays the same object; its children are others after the ramp. Use :attr:`model` in the loop, and make
-    what wraps it (DDP, ``torch.compile``) again when :meth:`step` returns True.
+    ``model`` stays the same object, but its children are replaced at the end of the ramp. Use :attr:`model` in the
+    loop, and make its wrappers (DDP, ``torch.compile``) again when :meth:`step` returns True.
 
     Args:
-        model: dense, from scratch or trained; or with gates that :func:`dampr.convert` put in as you like them.
+        model: a dense model, untrained or trained; or a model that you have converted with :func:`dampr.convert`.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments.
         macs, params, latency: exactly one, as for :class:`dampr.Budget`: a share in (0, 1), or a count.
-        steps: of the optimizer in the whole run: epochs times ``len(loader)``.
-        gate: as for :func:`dampr.convert`, of a model without gates.
-        score: what decides, as for :class:`dampr.Budget`.
-        warmup, ramp: shares of ``steps``; ``warmup=None`` takes the default for the kind of start.
-        trained: whether the model is trained already. None: where a norm with running statistics has seen 100 batches.
+        steps: the number of optimizer steps of the whole run: epochs times ``len(loader)``.
+        gate: the gates for a dense model, as for :func:`dampr.convert`.
+        score: what decides which gates close, as for :class:`dampr.Budget`.
+        warmup, ramp: the shares of ``steps`` for the dense phase and the ramp. ``warmup=None`` means 0.3, or 0.05 for a
+            trained model.
+        trained: whether the model is trained already. None: it is if a norm with running statistics has seen 100
+            batches.
         min_share, round_to, min_width: as for :class:`dampr.Budget` and :meth:`dampr.Budget.finalize`.
-        restart: of the learning rate. None: it stays the user's. A number: behind the ramp every group starts again at
-            that many times its first learning rate, and falls to 0 along a cosine; leave out a scheduler of your own
-            then.
-        distill: the weight in :meth:`penalty` of a distance to the outputs of the dense model as it was when the ramp
-            began.
-        distill_loss: called with the outputs of the trained and of the dense model, a scalar. None: the
-            Kullback-Leibler divergence of logits (rows, classes) at a temperature of 2, times 4 (Hinton et al. 2015).
-        recalibrate: the number of training batches on which statistics of norms are taken again; 0: none.
-        shrink: whether units that are closed for good leave the model during the ramp already
-            (:class:`dampr.Shrinker`), which changes nothing but the time that a step takes. ``"auto"``: where it pays;
-            True: whenever it saves 5 %; False: never.
-        on_compact: called with the plan right after the model became smaller.
+        restart: None leaves learning rates to you. A number: after the ramp, every group starts again at that number
+            times its first learning rate, which then falls to 0 along a cosine; use no scheduler of your own then.
+        distill: the weight, in :meth:`penalty`, of the distance between the outputs of the model and those of the dense
+            model, as it was when the ramp began.
+        distill_loss: computes that distance, a scalar, from the outputs of the trained and of the dense model. None:
+            the Kullback-Leibler divergence of logits (rows, classes) at a temperature of 2, times 4 (Hinton et al.
+            2015).
+        recalibrate: the number of training batches on which the statistics of norms are computed anew; 0: none.
+        shrink: whether units that are closed for good leave the model before the end of the ramp
+            (:class:`dampr.Shrinker`), which changes nothing but the time of a step. ``"auto"``: if it pays; True:
+            whenever it saves 5 %; False: never.
+        on_compact: called with the plan right after the model was compacted.
         on_finish: called with the small model by :meth:`finish`.
         convert: more keyword arguments for :func:`dampr.convert`, such as ``{"exclude": "head"}``.
 
-    Attributes: ``model``; ``report``, a :class:`PlanReport`, None before the end of the ramp; ``steps``,
-    ``steps_taken``; ``metric``, ``total``, ``target``, as of :class:`dampr.Budget`.
+    Attributes:
+        model: the model to train, the same object as the argument.
+        report: a :class:`PlanReport`; None before the end of the ramp.
+        steps: as the argument.
+        steps_taken: the number of calls of :meth:`step`.
+        metric, total, target: as of :class:`dampr.Budget`.
 
-    Raises: ValueError or TypeError that names the argument; ConversionError, BudgetError as those two do, before
-    anything is changed.
+    Raises: ValueError or TypeError that names the argument; ConversionError and BudgetError as :func:`dampr.convert`
+    and :class:`dampr.Budget` do. The model is unchanged then.
 
     >>> import dampr
     >>> x, y = torch.randn(64, 20), torch.randint(5, (64,))
@@ -145,9 +151,9 @@ class Plan:
                 f"{round(ramp * steps)}) "
                 f"that ends before the last one (it ends at {self._end})"
             )
-        # of the budget: the ramp, and the steps in which it measures
+        # the steps of the budget: those in which it measures, and the ramp
         self._length = min(round(ramp * steps / RAMP), self._end - 1)
-        self._begun = self._end - round(ramp * steps)  # all of the model is there up to here
+        self._begun = self._end - round(ramp * steps)  # the first step of the ramp
         self._targets = {
             name: value
             for name, value in (("macs", macs), ("params", params), ("latency", latency))
@@ -158,7 +164,7 @@ class Plan:
         self._recalibrate, self._on_compact, self._on_finish = recalibrate, on_compact, on_finish
         self._convert = {"gate": gate, **(convert or {})}
         self._budget: Budget | None = None
-        self._kept: list[Tensor] | None = None  # of each gate the value that it was decided at
+        self._kept: list[Tensor] | None = None  # the final value of every gate, by gate vector
         self._rates: list[float] | None = None
         self._silent = 0
         self._batches: deque[tuple[Any, Any]] = deque(maxlen=max(1, recalibrate))
@@ -172,13 +178,15 @@ class Plan:
         else:
             trial = inputs.copied(model, example_inputs)
             with noise.kept(model):
-                found = self._make_budget(self._with_gates(trial))  # what cannot be done is refused here
+                found = self._make_budget(
+                    self._with_gates(trial)
+                )  # raises if the model cannot be converted or the target not be met
         self.metric, self.total, self.target = found.metric, found.total, found.target
         self._hooks: list[RemovableHandle] = []
 
     @property
     def phase(self) -> str:
-        """Where the plan is: "dense", "ramp", "fine-tuning" or "finished"."""
+        """The present phase: "dense", "ramp", "fine-tuning" or "finished"."""
         if self._finished:
             return "finished"
         if self.report is not None:
@@ -187,28 +195,28 @@ class Plan:
 
     @property
     def closing_steps(self) -> int:
-        """In how many steps a unit goes from open to closed."""
+        """The number of steps in which a gate falls from open to closed."""
         return Ramp(0.5, self._length).lag
 
     @property
     def fine_tuning_steps(self) -> int:
-        """How many steps are left for the small model."""
+        """The number of steps after the ramp, in which the small model is trained."""
         return self.steps - self._end
 
     @property
     def budget(self) -> Budget | None:
-        """What owns the gates during the ramp; None before and after it."""
+        """The budget that owns the gates during the ramp; None before and after it."""
         return self._budget
 
     @property
     def distills(self) -> bool:
-        """Whether :meth:`penalty` is more than 0."""
+        """Whether the plan was made with ``distill`` above 0."""
         return self._distill > 0
 
     def penalty(self) -> Tensor:
-        """What to add to the loss, a scalar: the distance to the dense model with ``distill``, else 0.
+        """The penalty to add to the loss, a scalar: with ``distill`` the distance to the dense model, else 0.
 
-        Raises PlanError after :meth:`finish`.
+        Raises: PlanError after :meth:`finish`.
         """
         self._check_alive()
         device = next((p.device for p in self.model.parameters()), None)
@@ -220,16 +228,20 @@ class Plan:
         return self._distill * (self._distill_loss or divergence)(output, taught)
 
     def step(self, optimizer: torch.optim.Optimizer | None = None, *, ema: Copies = ()) -> bool:
-        """Call it after ``optimizer.step()``; True when its parameters have other shapes, during and after the ramp.
+        """Advance the plan by one step; call it after ``optimizer.step()``.
 
         Args:
-            optimizer: of the weights; what is left of its state stays. None: make a new one when this returns True.
+            optimizer: the optimizer of the weights; the state of what is left of them is kept. None: make a new
+                optimizer when this returns True.
             ema: copies of :attr:`model` with averaged weights (``torch.optim.swa_utils.AveragedModel``), one or
                 several: they get gates and lose units when the model does.
 
-        Raises: PlanError after :meth:`finish`, where no gate has had a finite gradient for 50 steps, or where weights
-        are not finite when the ramp begins; ValueError where the optimizer holds parameters of gates, none of the
-        model, or state that cannot be cut; BudgetError, CompactionError.
+        Returns: True if parameters of the model have changed their shapes, which can happen during the ramp and at its
+        end.
+
+        Raises: PlanError after :meth:`finish`, if no gate has had a finite gradient for 50 steps, or if weights are not
+        finite when the ramp begins; ValueError if the optimizer holds parameters of gates, none of the model, or state
+        that cannot be cut; BudgetError, CompactionError.
         """
         self._check_alive()
         if is_any_sharded(self.model):
@@ -261,9 +273,9 @@ class Plan:
         return smaller
 
     def finish(self) -> nn.Module:
-        """The small plain model, the same object as :attr:`model`. The plan is over after that.
+        """End the plan and return the small plain model, the same object as :attr:`model`.
 
-        Raises PlanError where training stopped before the end of the ramp; the plan can go on then.
+        Raises: PlanError if training has not reached the end of the ramp; the plan can continue then.
         """
         self._check_alive()
         if self.report is None:
@@ -280,8 +292,8 @@ class Plan:
         return self.model
 
     def readings(self) -> dict[str, float]:
-        """What to log: ``<metric>_left``, the share of the cost that is left, and ``<metric>_goal``,
-        where it should be now.
+        """Values to log: ``<metric>_left``, the share of the cost that is left, and ``<metric>_goal``, the goal of the
+        step.
         """
         if self.report is not None:
             left = goal = self.report.budget.reached / self.report.budget.total
@@ -292,8 +304,8 @@ class Plan:
         return {f"{self.metric}_left": left, f"{self.metric}_goal": goal}
 
     def explain(self) -> str:
-        """Which units left the model before it was compacted, when, and what that took; what did not pay;
-        and what had to stay, and why.
+        """A text: which units left the model before it was compacted, when, and how long it took; and which had to
+        stay, and why.
         """
         return self._schedule.explain()
 
@@ -307,10 +319,10 @@ class Plan:
     # ---- checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a run needs to go on, beside the states of model and optimizer: tensors, numbers, lists.
+        """The state of the plan for a checkpoint, next to those of model and optimizer: tensors, numbers, lists.
 
-        Right before the end of the ramp the inputs of a few batches are in it, on which statistics of norms are to be
-        taken again.
+        Shortly before the end of the ramp it holds the inputs of a few batches, on which the statistics of norms will
+        be computed anew.
         """
         budget = self._budget
         return {
@@ -330,15 +342,18 @@ class Plan:
     def load_state_dict(
         self, state: Mapping[str, Any], optimizer: torch.optim.Optimizer | None = None, *, ema: Copies = ()
     ) -> None:
-        """Bring a new plan, of the same model and arguments, to where the other was. *Then* load the states of model
-        and optimizer.
+        """Bring a new plan, made of the same model and arguments, to the saved state.
 
-        The model gets the gates, or the smaller layers, that it had. ``optimizer`` is what was made of the model's
-        parameters; ``ema`` are copies with averaged weights, which get them too, and whose states are loaded after
-        this.
+        Call it *before* you load the states of model and optimizer: the model gets its gates, or its smaller layers,
+        here.
 
-        Raises PlanError where this plan has begun already, ValueError where it is of another number of steps or no
-        state of a plan.
+        Args:
+            state: what :meth:`state_dict` returned.
+            optimizer: a new optimizer of the model's parameters.
+            ema: copies with averaged weights, which are brought to the same structure; load their states after this.
+
+        Raises: PlanError if this plan has taken steps; ValueError if ``state`` is no state of a plan, or of one with
+        another number of steps.
         """
         if self.steps_taken:
             raise PlanError(f"load_state_dict after {self.steps_taken} steps: expected a new plan")
@@ -374,15 +389,17 @@ class Plan:
     # ---- what happens at which step
 
     def _with_gates(self, model: nn.Module) -> nn.Module:
+        """``model`` converted with the gates of the plan."""
         return convert(model, example_inputs=self._inputs, **self._convert)
 
     def _make_budget(self, model: nn.Module, warmup: int = 0, owned: bool = True) -> Budget:
+        """A budget for ``model``; ``owned``: whether it owns the gates."""
         steps = self._length if owned else None
         how: dict[str, Any] = {"steps": steps, "score": self._score, "min_share": self._min_share, "warmup": warmup}
         return Budget(model, self._inputs, **self._targets, **how)
 
     def _begin(self, ema: Copies) -> None:
-        """Put gates in, which a budget owns."""
+        """Begin the ramp: convert the model, and give its gates to a budget."""
         bad = [name for name, p in self.model.named_parameters() if not bool(p.isfinite().all())]
         if bad:
             self.steps_taken -= 1
@@ -398,12 +415,14 @@ class Plan:
         convert_copies(ema, self.model, self._with_gates)
 
     def _teach(self, teacher: nn.Module) -> None:
+        """Use ``teacher`` for distillation from now on."""
         self._teacher = teacher
         self._hooks.append(self.model.register_forward_hook(uncompiled(self._see_outputs), with_kwargs=True))
 
     def _frozen_copy(self) -> nn.Module:
+        """A copy of the model in evaluation mode that needs no gradient, without the plan's hooks."""
         hooks = [(hooks, dict(hooks)) for hooks in (self.model._forward_pre_hooks, self.model._forward_hooks)]
-        try:  # the copy is not the trained model, so it does not tell the plan what it sees
+        try:  # the plan must not record the calls of the copy, so the copy gets no hooks
             for held, _ in hooks:
                 held.clear()
             return inputs.copied(self.model).eval().requires_grad_(False)
@@ -412,6 +431,7 @@ class Plan:
                 held.update(before)
 
     def _step_budget(self, budget: Budget) -> None:
+        """Advance the budget; raise PlanError if no gate has had a gradient for too long."""
         seen = budget.measured
         budget.step()
         self._silent = 0 if budget.measured > seen else self._silent + 1
@@ -423,6 +443,7 @@ class Plan:
             )
 
     def _compact(self, budget: Budget, optimizer: torch.optim.Optimizer | None, ema: Copies) -> None:
+        """End the ramp: decide the gates, compact model, optimizer and copies, and write the report."""
         if optimizer is not None:
             check_state(optimizer)
         check_copies(ema, self.model)
@@ -459,6 +480,7 @@ class Plan:
             self._on_compact(self)
 
     def _set_rates(self, optimizer: torch.optim.Optimizer, times: float) -> None:
+        """Set the learning rates after the ramp: ``times`` the first ones, falling to 0 along a cosine."""
         if self._rates is None:
             self._rates = [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
         if self.report is None:
@@ -470,17 +492,19 @@ class Plan:
     # ---- what the plan sees of the model's calls
 
     def _look_at_inputs(self) -> None:
-        """Keep the batches of the last steps of the ramp, and of these alone:
-        a hook has a compiled model compiled again.
+        """Record the inputs of the last batches of the ramp, and only of these, because a hook makes torch.compile
+        compile again.
         """
         if self._looks is None and self._recalibrate and 0 < self._end - self.steps_taken <= self._recalibrate:
             self._looks = self.model.register_forward_pre_hook(uncompiled(self._see_inputs), with_kwargs=True)
 
     def _see_inputs(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Forward pre-hook: record the inputs of a training batch."""
         if module.training:
             self._batches.append((args, kwargs))
 
     def _see_outputs(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        """Forward hook: record inputs and outputs of a training batch for distillation."""
         if module.training and torch.is_grad_enabled():
             self._output = args, kwargs, output
 
@@ -490,10 +514,12 @@ class Plan:
         self._output = self._teacher = None
 
     def _check_alive(self) -> None:
+        """Raise PlanError if the plan is finished."""
         if self._finished:
             raise PlanError("this plan is finished: expected a new one for more training")
 
     def _check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """Raise TypeError or ValueError if the plan cannot work with this optimizer; checked before the first step."""
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"optimizer={optimizer!r:.80}: expected a torch.optim.Optimizer")
         if self.steps_taken:

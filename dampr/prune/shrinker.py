@@ -1,6 +1,4 @@
-"""Shrinker: units whose gates stay closed leave the model while it trains,
-and come back as zeros when they are asked for.
-"""
+"""Shrinker: removes units whose gates stay closed from a model while it trains, and puts them back on request."""
 
 from __future__ import annotations
 
@@ -36,10 +34,13 @@ Copies = nn.Module | Sequence[nn.Module]
 
 @dataclass(frozen=True)
 class Shrink:
-    """What one removal did: at which call of ``step``, how many units went, the share of the cost before and after, and
-    its seconds.
+    """One removal, or one return, of units.
 
-    ``units`` is below 0 where they came back.
+    Attributes:
+        step: the number of calls of ``step`` before it.
+        units: how many units were removed; negative if they came back.
+        before, after: the share of the cost before and after.
+        seconds: how long it took.
     """
 
     step: int
@@ -58,35 +59,37 @@ class Shrink:
 
 
 class Shrinker:
-    """Takes units whose gates stay closed out of a gated model, physically and in place, while it trains.
+    """Removes units whose gates stay closed from a gated model, physically and in place, while it trains.
 
-    A unit that is closed has a gradient of 0 everywhere, so the model without it computes the same outputs and the same
-    gradients, to rounding, in less time. Parameters stay the same objects with smaller data, so optimizers, schedulers,
-    gradient scalers and whoever else holds them go on; what an optimizer keeps of a parameter, its gradient and copies
-    of the model become smaller with it. Gates stay whole vectors (:class:`dampr.gates.SelectedGate`), so a budget
-    counts and draws as if nothing had gone. Every removal is run on the example inputs before and after; units whose
-    absence changes the outputs stay, and :attr:`notes` says so.
+    The gradients of a closed unit are all 0, so the model without it computes the same outputs and the same gradients,
+    to rounding, in less time. Parameters stay the same objects with smaller data, so optimizers, schedulers and
+    gradient scalers continue to work; gradients, optimizer state and copies of the model are cut too. Gates remain
+    whole vectors (:class:`dampr.gates.SelectedGate`), so a budget counts and draws as before. Every removal is tested
+    on the example inputs: units whose removal changes the outputs stay, and :attr:`notes` says so.
 
-    A unit is taken under a :class:`dampr.Budget` with ``steps`` where the budget has closed it and would not choose it
-    at any goal to come; else where it was closed in ``patience`` calls of :meth:`step`. Gates that are drawn count as
-    closed where evaluation closes them and the probability of being drawn open is at most ``probability``; with 0
-    training is the same to rounding. What has left waits in the memory of the host, and is in the model again as it was
-    when the budget wants it after all, or on :meth:`expand`. (:func:`dampr.expand` gives a copy with zeros in its
-    place.)
+    Under a :class:`dampr.Budget` with ``steps``, a unit is removed once the budget has closed it and would not keep it
+    at any later goal. Otherwise it is removed after its gate was closed in ``patience`` calls of :meth:`step`. A random
+    gate counts as closed if evaluation closes it and it is drawn open with a probability of at most ``probability``;
+    with 0, training is the same to rounding. Removed units are kept in host memory. They return with their old values
+    when the budget wants them again, or on :meth:`expand`. (:func:`dampr.expand` makes a copy with zeros instead.)
 
     Args:
-        model: with gated layers, or gates on parameters; changed in place.
+        model: a model with gated layers, or with gates on parameters; changed in place.
         example_inputs: as for :func:`dampr.compact`.
-        budget: what owns the gates of ``model``, if one does; made before this.
-        patience: without a budget, in how many calls of :meth:`step` in a row a gate was closed.
-        probability: of being drawn open, above which a gate counts as open in training.
-        least_saving: the least share of the present cost that has to go at once, in [0, 1).
+        budget: the budget that owns the gates of ``model``, if there is one.
+        patience: without a budget, the number of consecutive calls of :meth:`step` in which a gate has to be closed.
+        probability: a gate that is drawn open with a greater probability counts as open; in [0, 1).
+        least_saving: :meth:`step` removes units only if that saves at least this share of the present cost; in [0, 1).
 
-    Attributes: ``model``; ``removed``, bool, (all gates,), in the order of :class:`dampr.prune.Cost`; ``events``, a
-    list of :class:`Shrink`; ``notes``, of gated layers whose units stay, why.
+    Attributes:
+        model: the model.
+        removed: bool, (all gates,), the gates whose units are removed, in the order of :class:`dampr.prune.Cost`.
+        events: the removals and returns, a list of :class:`Shrink`.
+        notes: gated layer -> why its units stay.
 
     Raises: ValueError or TypeError that names the argument; what the model raises on the example inputs.
-    DistributedDataParallel has to be made again each time that parameters have other shapes; the former one raises in
+
+    Make DistributedDataParallel again each time that parameters have changed their shapes; the old wrapper raises in
     its next step.
 
     >>> import dampr
@@ -133,15 +136,16 @@ class Shrinker:
         self._layouts = layouts_of(model, self.cost.structure)
         self._layout = WHOLE
         self.removed = torch.zeros(self.cost.structure.size, dtype=torch.bool)
-        self._refused = torch.zeros_like(self.removed)  # whose absence changed the outputs
+        self._refused = torch.zeros_like(self.removed)  # gates whose units must stay
         self._closed_for = torch.zeros(self.cost.structure.size, dtype=torch.int64)
         self.steps = 0
         self.events: list[Shrink] = []
-        self._shelves: dict[str, Shelf] = {}  # of the model, of each optimizer and of each copy
+        self._shelves: dict[str, Shelf] = {}  # for the model, each optimizer and each copy
         if budget is None:
             self._stay_where_draws_are_per_sample()
 
     def _stay_where_draws_are_per_sample(self) -> None:
+        """Refuse to remove units of layers with a draw for each sample."""
         for name, layer in self.cost.structure.gated.items():
             if layer.per_sample:
                 rows = self.cost.structure.rows(name)
@@ -152,16 +156,16 @@ class Shrinker:
 
     @property
     def notes(self) -> dict[str, str]:
-        """Of gated layers whose units stay until the model is compacted, why."""
+        """gated layer -> why its units stay until the model is compacted."""
         return dict(self._layouts.notes)
 
     @property
     def left(self) -> float:
-        """The share of the cost of the units that are still in the model."""
+        """The cost of the units that are still in the model, as a share of the whole model's cost."""
         return float(self.cost((~self.removed).double())) / self.cost.total
 
     def candidates(self) -> Tensor:
-        """The gates whose units could go now, those that are gone included: bool, (all gates,), on the host."""
+        """The gates whose units can be removed now, or are removed already: bool, (all gates,), on the host."""
         closed = torch.cat([closed_for_good(gate, self.probability).cpu() for gate in self.cost.structure.gates])
         if self._budget is not None and self._budget.controller is not None:
             closed &= self._budget.controller.given_up()
@@ -170,17 +174,20 @@ class Shrinker:
         return (closed & ~self._refused) | self.removed
 
     def saving(self, wanted: Tensor | None = None) -> float:
-        """The share of the present cost that would go with the candidates, or with these gates."""
+        """The share of the present cost that removing the units of ``wanted`` saves, by default of
+        :meth:`candidates`.
+        """
         wanted = self.candidates() if wanted is None else wanted
         _, gone = self._layouts.of(wanted)
         now = self.left * self.cost.total
         return (now - float(self.cost((~gone).double()))) / max(now, 1e-30)
 
     def step(self, optimizer: Optimizers = None, *, ema: Copies = ()) -> bool:
-        """Call it after ``optimizer.step()``, and after ``budget.step()``: takes out what can go where that saves
-        enough.
+        """Remove the units that can be removed, if that saves enough, and put units back that the budget wants again.
 
-        Args: as of :meth:`shrink`. Returns whether parameters have other shapes now.
+        Call it after ``optimizer.step()`` and ``budget.step()``. The arguments are those of :meth:`shrink`.
+
+        Returns: whether parameters have changed their shapes.
         """
         self.steps += 1
         if self._budget is None:
@@ -193,7 +200,7 @@ class Shrinker:
         return self.take(wanted, optimizer, ema=ema) > 0 or grown
 
     def bring_back(self, optimizer: Optimizers = None, *, ema: Copies = ()) -> int:
-        """Put units that the budget wants back into the model, as they were; returns how many."""
+        """Put removed units that the budget wants back into the model, with their old values; returns how many."""
         if self._budget is None or self._budget.controller is None:
             return 0
         wanted = self.removed & self._budget.controller.keep
@@ -205,21 +212,20 @@ class Shrinker:
         return count
 
     def shrink(self, optimizer: Optimizers = None, *, ema: Copies = ()) -> int:
-        """Take the units of the candidates out of the model, whatever it saves; returns how many went.
+        """Remove the units of all candidates from the model, however little that saves; returns how many.
 
         Args:
-            optimizer: of the weights, one or several; what is left of its state stays. None: make a new one if anything
-                went.
-            ema: copies of the model, as :class:`torch.optim.swa_utils.AveragedModel` makes them, which lose the same
-                units.
+            optimizer: the optimizers of the weights, one or several; the state of what is left of them is kept. None:
+                make a new optimizer if anything was removed.
+            ema: copies of the model, such as :class:`torch.optim.swa_utils.AveragedModel`, which lose the same units.
 
-        Raises: ValueError for an optimizer whose state cannot be cut, and for copies of another structure, before
-        anything is changed.
+        Raises: ValueError, before anything changes, for an optimizer whose state cannot be cut, and for copies of
+        another structure.
         """
         return self.take(self.candidates(), optimizer, ema=ema)
 
     def take(self, wanted: Tensor, optimizer: Optimizers = None, *, ema: Copies = ()) -> int:
-        """:meth:`shrink` with what :meth:`candidates` gave at this step."""
+        """As :meth:`shrink`, for the gates ``wanted``, which :meth:`candidates` has returned at this step."""
         began, before, removed = time.perf_counter(), self.left, self.removed
         self._to(wanted, optimizer, ema, prove=True)
         count = int((self.removed & ~removed).sum())
@@ -228,10 +234,14 @@ class Shrinker:
         return count
 
     def expand(self, optimizer: Optimizers = None, *, ema: Copies = ()) -> None:
-        """Bring all units back as they were when they left: before ``budget.finalize()`` and :func:`dampr.compact`."""
+        """Put all removed units back with their old values.
+
+        Call it before ``budget.finalize()`` and :func:`dampr.compact`.
+        """
         self._to(torch.zeros_like(self.removed), optimizer, ema, prove=False)
 
     def _to(self, wanted: Tensor, optimizer: Optimizers, ema: Copies, prove: bool) -> None:
+        """Remove exactly the units of ``wanted``; ``prove``: keep those whose removal changes the outputs."""
         check_bare(self.model, _IN_PLACE)
         optimizers = _optimizers(optimizer)
         copies = check_copies(ema, self.model)
@@ -255,10 +265,11 @@ class Shrinker:
                 del module.dampr_layout
 
     def _shelf(self, name: str) -> Shelf:
+        """The removed elements of the tensors of one object (model, copy or optimizer)."""
         return self._shelves.setdefault(name, {})
 
     def _proved(self, layout: Layout, gone: Tensor) -> tuple[Layout, Tensor]:
-        """The layout, or without those gate vectors whose units the outputs still depend on."""
+        """The layout and its gates, without the gate vectors whose removal changes the outputs."""
         if not layout or self._agrees(layout):
             return layout, gone
         kept = self.removed.clone()
@@ -274,8 +285,9 @@ class Shrinker:
         return self._layouts.of(kept)
 
     def _agrees(self, layout: Layout) -> bool:
-        """Whether a copy of the model computes the same in this layout: in double precision, where it runs in that,
-        else in its own.
+        """Whether a copy of the model computes the same outputs in ``layout``.
+
+        It is compared in double precision if the model runs in it, else in its own precision.
         """
         for kind in (torch.float64, None):
             samples = [self._inputs, inputs.perturbed(self._inputs)]
@@ -285,7 +297,7 @@ class Shrinker:
             try:
                 expected = [_run(trial, sample) for sample in samples]
             except (RuntimeError, TypeError, ValueError):
-                continue  # its code names another precision
+                continue  # the model cannot run in double precision
             try:
                 moved(trial, self._layout, layout)
                 pairs = [(before, _run(trial, sample)) for sample, before in zip(samples, expected, strict=True)]
@@ -297,18 +309,19 @@ class Shrinker:
         return False
 
     def _note(self, own: Tensor, why: str) -> None:
+        """Note ``why`` for each layer that has one of the gates ``own``."""
         for name in self.cost.structure.gated:
             rows = self.cost.structure.rows(name)
             if bool(own[rows[0].start : rows[-1].stop].any()):
                 self._layouts.notes[name] = why
 
     def explain(self) -> str:
-        """What has gone, when, what it took, and what stays and why."""
+        """A text: what was removed, when, and how long it took; and what stays, and why."""
         lines = [str(event) for event in self.events] or ["no unit has left the model yet"]
         return "\n".join(lines + [f"{name}: {note}" for name, note in self.notes.items()])
 
     def state_dict(self) -> dict[str, Any]:
-        """What was removed and when, for a checkpoint beside those of model, optimizer and budget."""
+        """The state for a checkpoint, next to those of model, optimizer and budget."""
         return {
             "removed": self.removed.clone(),
             "refused": self._refused.clone(),
@@ -319,9 +332,11 @@ class Shrinker:
         }
 
     def load_state_dict(self, state: dict[str, Any], optimizer: Optimizers = None, *, ema: Copies = ()) -> None:
-        """Give the model of a new Shrinker the widths that it had. *Then* load the states of model and optimizer.
+        """Bring the model of a new Shrinker to the saved widths.
 
-        Raises ValueError for the state of something else or of another model.
+        Call it *before* you load the states of model and optimizer.
+
+        Raises: ValueError if ``state`` is no state of a Shrinker of this model.
         """
         anything = {"events": None, "shelves": None}
         _checks.state("state", state, self.state_dict() | anything)
@@ -339,15 +354,18 @@ class Shrinker:
 
 
 def _run(model: nn.Module, sample: Any) -> list[Tensor]:
+    """The outputs of ``model`` in evaluation mode, without torch's fused paths."""
     with inputs.unfused():
         return inputs.evaluate(model, sample)
 
 
 def _doubled(value: Any) -> Any:
+    """A floating-point tensor in float64; anything else unchanged."""
     return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def _tolerance(outputs: list[Tensor]) -> float:
+    """The relative error to allow for outputs of these dtypes."""
     return max(
         (inputs.TOLERANCE[t.dtype] for t in outputs if t.dtype in inputs.TOLERANCE),
         default=inputs.TOLERANCE[torch.float32],
@@ -356,11 +374,10 @@ def _tolerance(outputs: list[Tensor]) -> float:
 
 @torch.no_grad()
 def closed_for_good(gate: Gate, probability: float) -> Tensor:
-    """Which gates of a whole vector are closed in evaluation, drawn open in training with at most this probability, and
-    learn nothing.
+    """Which gates of a whole vector are closed and cannot learn to open again: bool, (num_gates,).
 
-    bool. A family may send a gradient to closed gates (a straight-through estimator does), and then training may want
-    them back.
+    These are closed in evaluation, are drawn open in training with at most ``probability``, and get no gradient. Some
+    families send a gradient to closed gates (straight-through estimators), which can open them again.
     """
     if isinstance(gate, SteppedGate):
         return ~gate.is_open()
@@ -377,11 +394,12 @@ def closed_for_good(gate: Gate, probability: float) -> Tensor:
 
 
 def is_shrunk(model: nn.Module) -> bool:
-    """Whether units have left a gated model."""
+    """Whether units have been removed from a gated model."""
     return hasattr(model, "dampr_layout") or any(of_kind(model, SelectedGate))
 
 
 def _optimizers(given: Optimizers) -> list[torch.optim.Optimizer]:
+    """The optimizers as a list. Raises TypeError for anything else."""
     found: list[Any] = [] if given is None else _listed(given)
     for one in found:
         if not isinstance(one, torch.optim.Optimizer):
@@ -390,7 +408,7 @@ def _optimizers(given: Optimizers) -> list[torch.optim.Optimizer]:
 
 
 def copies_of(given: Copies) -> list[nn.Module]:
-    """The modules that average a model, without what wraps them. Raises TypeError for anything else."""
+    """The averaged copies of a model as a list, without their wrappers. Raises TypeError for anything else."""
     found: list[Any] = _listed(given)
     for one in found:
         if not isinstance(one, nn.Module):
@@ -401,13 +419,14 @@ def copies_of(given: Copies) -> list[nn.Module]:
 
 
 def _listed(given: Any) -> list[Any]:
+    """``given`` as a list; a single object becomes a list of one."""
     return list(given) if isinstance(given, (list, tuple)) else [given]
 
 
 def check_copies(given: Copies, model: nn.Module) -> list[nn.Module]:
-    """:func:`copies_of`, with the whole numbers of the model in the place of their averages.
+    """As :func:`copies_of`; also copies the integer buffers of the model, which must not be averaged, into the copies.
 
-    Raises ValueError, by the name of a tensor, for a copy that is not of the model as it is now.
+    Raises: ValueError, with the name of a tensor, for a copy whose shapes differ from those of the model.
     """
     found = copies_of(given)
     shapes = shapes_of(model)
@@ -423,12 +442,13 @@ def check_copies(given: Copies, model: nn.Module) -> list[nn.Module]:
             name: t for name, t in model.named_buffers(remove_duplicate=False) if not t.is_floating_point()
         }
         for name, t in one.named_buffers(remove_duplicate=False):
-            if name in whole_numbers:  # indices and counts, which an average rounds down
+            if name in whole_numbers:  # indices and counts must not be averages, which are rounded down
                 t.copy_(whole_numbers[name])
     return found
 
 
 def _check_budget(budget: Any, model: nn.Module) -> None:
+    """Raise TypeError or ValueError unless ``budget`` is None, or owns the gates of ``model``."""
     if budget is None:
         return
     if not isinstance(budget, Budget):

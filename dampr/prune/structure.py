@@ -24,20 +24,25 @@ from .modules import by_name, gates_of, of_kind
 
 
 class Structure(GateVector[GatedLayer]):
-    """What gates of ``model`` cut. The model is left as it was; what its forward raises is raised.
+    """Which gates of a model with gated layers cut which classes of channels.
 
-    Channels that go together are one class of units. It goes when every layer that writes it has closed its gates, or
-    every layer that reads it.
+    Channels that must be cut together are one class. A class can be cut when every layer that writes it has closed its
+    gates, or every layer that reads it. A side is a layer with "writes" (True) or "reads" (False).
+
+    Args:
+        model: the gated model; not changed.
+        example_inputs: the inputs of the trace; what the model raises on them is raised.
 
     Attributes:
         plain: a dense copy of the model with the same names.
-        labels: of a side of a layer, the number of the class of each channel, or -1 where it always stays.
-        writers, readers: of each class for each layer that writes it, or reads it, the set of its gates.
-        units: of each recurrent layer in ``plain`` whose units can be cut, the layers that read them.
+        names: module of ``plain`` -> its name.
+        labels: side -> the class of each of its channels, -1 for channels that always stay.
+        writers, readers: class -> for each layer that writes it, or reads it, the set of its gates.
+        units: recurrent layer of ``plain`` whose units can be cut -> the layers that read them.
         split: those of them whose layers and directions get widths of their own.
-        attentions: those whose heads have gates, in ``plain``.
-        streams: the widths that gates in LayerNorms cut, in ``plain``, and the first gate of each.
-        notes: of layers whose gates cut nothing, why.
+        attentions: the attentions of ``plain`` whose heads have gates.
+        streams: (residual stream of ``plain`` that gates in its LayerNorms cut, its first gate).
+        notes: gated layer -> why its gates cut nothing.
     """
 
     def __init__(self, model: nn.Module, example_inputs: Any) -> None:
@@ -57,7 +62,9 @@ class Structure(GateVector[GatedLayer]):
         self._add_streams(widths)
 
     def rows(self, name: str) -> list[range]:
-        """The gates of layer ``name`` in the vector of all gates; of a recurrent layer by layer and direction."""
+        """The gates of layer ``name`` in the vector of all gates: one range, or for a recurrent layer one for each
+        layer and direction.
+        """
         layer, start = self.gated[name], self.start(name)
         count = layer.num_layers * (1 + layer.bidirectional) if isinstance(layer, GatedRecurrent) else 1
         size = self.count(name) // count
@@ -65,8 +72,9 @@ class Structure(GateVector[GatedLayer]):
 
     @functools.cached_property
     def emptiable(self) -> list[tuple[int, frozenset[int]]]:
-        """The sides that gates can close altogether, as sets of classes, each after the class that stays then:
-        that of the lowest class.
+        """(the class that stays, all classes) of each side whose gates can close all its classes.
+
+        Compaction keeps one channel then, that of the lowest class.
         """
         closable = {a for owners in (self.writers, self.readers) for a, sets in enumerate(owners) if sets and all(sets)}
         sides = dict.fromkeys(frozenset(labels) for labels in self.labels.values())
@@ -79,8 +87,10 @@ class Structure(GateVector[GatedLayer]):
         ]
 
     def products(self) -> list[tuple[str, int, list[tuple[int, ...]]]]:
-        """Of every product its module, its multiply-accumulates, and for each factor with classes that may go their
-        numbers in order, -1 for what stays.
+        """(module, multiply-accumulates, factors) of every product.
+
+        A factor is the class of each index of a dimension, -1 for indices that always stay; factors that cannot change
+        are left out.
         """
         unit = self._units.label
         own = np.full(len(unit), -1)
@@ -92,11 +102,11 @@ class Structure(GateVector[GatedLayer]):
         return found
 
     def branch_gates(self) -> list[str]:
-        """The layers whose gate opens or closes a whole residual branch, by name."""
+        """The names of the layers whose gate opens or closes a whole residual branch."""
         return list(self._branch_parts)
 
     def branches(self, name: str) -> list[int]:
-        """The gates of the residual branches that the layer ``name`` is in."""
+        """The gates of the residual branches that contain the layer ``name``."""
         return [
             self.start(gate)
             for gate, parts in self._branch_parts.items()
@@ -104,6 +114,7 @@ class Structure(GateVector[GatedLayer]):
         ]
 
     def _plain_copy(self, model: nn.Module, example_inputs: Any) -> nn.Module:
+        """The dense copy of the model; also finds the readers of recurrent layers."""
         plain = _opened(model, example_inputs)
         _make_dense(plain, but=GatedRecurrent)
         readers: dict[str, list[str]] = {}
@@ -130,11 +141,12 @@ class Structure(GateVector[GatedLayer]):
         return plain
 
     def _find_classes(self, widths: graph.Widths) -> None:
+        """Find the classes of the channels that gates reach, and the layers that write and read each class."""
         anchors = self._anchors(widths)
         members: set[Side] = set()
         labels = self._label_of
         for layer, writes in anchors:
-            # of what several layers write side by side only a part may be known
+            # if several layers write parts of a side, only some of its channels may be known yet
             if -1 not in self.labels.get((layer, writes), [-1]):
                 continue
             try:
@@ -158,16 +170,14 @@ class Structure(GateVector[GatedLayer]):
                     owners[label].add(frozenset(gates[channel] for gates in anchors.get(side, [])))
 
     def _anchors(self, widths: graph.Widths) -> dict[Side, list[list[int]]]:
-        """Of each side that gates reach, the gate of each of its channels: a list of such lists,
-        because several layers may reach it.
-        """
+        """side -> for each gated layer that reaches it, the gate of each of its channels."""
         anchors: dict[Side, list[list[int]]] = defaultdict(list)
         for name, layer in self.gated.items():
             owners = layer.channel_gates()
             if owners is None or name in self._branch_parts or _counts_open(layer):
                 continue
             place = self.plain.get_submodule(name)
-            place = place[0] if isinstance(place, nn.Sequential) else place  # a norm that took in its activation
+            place = place[0] if isinstance(place, nn.Sequential) else place  # a norm fused with its activation
             on_values = isinstance(place, (*graph.NORMS, Scale))
             sides = widths.around(place) if on_values else [(place, layer.granularity == "output")]
             if not sides:
@@ -181,9 +191,7 @@ class Structure(GateVector[GatedLayer]):
         return anchors
 
     def _add_heads(self) -> None:
-        """A class for each head with a gate: the rows that compute it and the columns that read it,
-        on which the gate is.
-        """
+        """Add a class for each head with a gate: the rows that compute the head and the columns that read it."""
         self.attentions = [a for a in heads.find(self.plain) if isinstance(self.gated.get(a.written_name), GatedHeads)]
         for attention in self.attentions:
             first = self._new_classes(self.start(attention.written_name), attention.heads)
@@ -191,7 +199,7 @@ class Structure(GateVector[GatedLayer]):
                 self.labels[side] = (head + first).tolist()
 
     def _add_streams(self, widths: graph.Widths) -> None:
-        """A class for each channel of a stream whose norms have one gate vector."""
+        """Add a class for each channel of a residual stream whose norms share one gate vector."""
         starts = {
             self.plain.get_submodule(name): self.start(name)
             for name, layer in self.gated.items()
@@ -214,7 +222,7 @@ class Structure(GateVector[GatedLayer]):
         self.notes |= {self.names[norm]: why[norm] for norm in starts if norm in why}
 
     def _new_classes(self, start: int, count: int) -> int:
-        """As many classes as gates, each owned by the one of its number from ``start`` on; returns the first."""
+        """Add ``count`` classes, written through the gates ``start``, ``start + 1``, ...; returns the first class."""
         first = len(self.writers)
         self.writers += [{frozenset([start + i])} for i in range(count)]
         self.readers += [set[frozenset[int]]() for _ in range(count)]
@@ -222,11 +230,12 @@ class Structure(GateVector[GatedLayer]):
 
 
 def _counts_open(layer: GatedLayer) -> bool:
+    """Whether the layer is a LayerNorm whose statistics count only open channels."""
     return isinstance(layer, GatedLayerNorm) and layer.statistics == "open"
 
 
 def _branch_parts(model: nn.Module) -> dict[str, list[str]]:
-    """Of each layer whose gate opens or closes a whole residual branch, by name, the layers in that branch."""
+    """layer whose gate opens or closes a whole residual branch -> the layers in that branch, all by name."""
     found: dict[str, list[str]] = {}
     for name, layer in model.named_modules():
         prefix = f"{name}." if name else ""
@@ -241,14 +250,14 @@ def _branch_parts(model: nn.Module) -> dict[str, list[str]]:
 
 
 def plain_copy(model: nn.Module, example_inputs: Any) -> nn.Module:
-    """A copy of ``model`` with every gate open and gone, in which layers have their names."""
+    """A copy of ``model`` without gates, as if all were open, whose layers have their old names."""
     plain = _opened(model, example_inputs)
     _make_dense(plain)
     return plain
 
 
 def _opened(model: nn.Module, example_inputs: Any) -> nn.Module:
-    """A copy with every gate 1, in which residual branches and transformer layers are plain."""
+    """A copy with every gate at 1, in which residual branches and transformer layers are plain."""
     plain = inputs.copied(model, example_inputs)
     inputs.replace(plain, {gate: Fixed(torch.ones_like(gate.deterministic())) for gate in gates_of(plain)})
     open_branches(plain)
@@ -257,12 +266,13 @@ def _opened(model: nn.Module, example_inputs: Any) -> nn.Module:
 
 
 def _make_dense(model: nn.Module, but: type | tuple[type, ...] = ()) -> None:
+    """Replace the gated layers of ``model`` by dense ones, except those of the types ``but``."""
     gated: list[Any] = [layer for layer in of_kind(model, GatedLayer) if not isinstance(layer, but)]
     inputs.replace(model, {layer: _dense(layer) for layer in gated})
 
 
 def _dense(layer: GatedLayer) -> nn.Module:
-    """The plain layer; of a gate on an activation the factors, which are not left out even though all are 1."""
+    """The dense layer for a gated one. Gates on an activation become a :class:`Scale`, even if all factors are 1."""
     owners = layer.channel_gates()
     if isinstance(layer, GatedActivation) and owners is not None:
         return Scale(torch.ones_like(owners, dtype=torch.float32, device=layer.gate.deterministic().device), layer.dim)

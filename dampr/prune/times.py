@@ -1,4 +1,4 @@
-"""Where compaction gained time: each layer before and after, on this device, and why one gained nothing."""
+"""Where compaction gained time: each layer timed before and after, on this device, with a reason if it gained none."""
 
 from __future__ import annotations
 
@@ -18,13 +18,18 @@ from .modules import by_name, of_kind
 from .wrapped import sees_through
 
 _TIMED = (*graph.GEMMS, nn.RNNBase, nn.MultiheadAttention, PrunedMultiheadAttention)
-GAIN = 0.95  # a layer that takes more than this share of its time before has gained nothing
+GAIN = 0.95  # a layer has gained time if it takes at most this share of its time before compaction
 
 
 @dataclass(frozen=True)
 class LayerTime:
-    """One layer: parameters and seconds of its calls in an evaluation pass, gated and compacted;
-    ``note``: why it gained nothing.
+    """The times of one layer, gated and compacted.
+
+    Attributes:
+        name: its name in the compacted model.
+        params: the number of its parameters without gates, (gated, compacted).
+        seconds: the time of all its calls in one evaluation pass, (gated, compacted).
+        note: why it gained no time; empty if it did.
     """
 
     name: str
@@ -38,20 +43,20 @@ class LayerTime:
 
 @sees_through
 def layer_times(model: nn.Module, small: nn.Module, example_inputs: Any) -> list[LayerTime]:
-    """Time the layers of ``small``, which ``model`` was compacted to, beside those that they were.
+    """Time the layers of ``small`` and the layers of ``model`` from which they were compacted.
 
-    Each is called with what it is called with on the example inputs, alone, in evaluation mode; a gated layer
-    multiplies its gates each time, as it does in training. On a GPU the calls are launched one after the other and
-    waited for together.
+    Each layer is called alone, in evaluation mode, with the arguments that it gets on the example inputs. A gated layer
+    multiplies its gates in each call, as it does in training. On a GPU, the calls are launched one after the other and
+    the host waits once, at the end.
 
     Args:
-        model: gated; not changed.
+        model: the gated model; not changed.
         small: what :func:`dampr.compact` made of it, with its manifest.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments.
 
     Returns: linear, convolution, recurrent and attention layers in the order of ``small``.
 
-    Raises: ValueError where ``small`` has no manifest; what the models raise on the example inputs.
+    Raises: ValueError if ``small`` has no manifest; what the models raise on the example inputs.
     """
     manifest = getattr(small, "dampr_manifest", None)
     if not isinstance(manifest, dict):
@@ -68,11 +73,12 @@ def layer_times(model: nn.Module, small: nn.Module, example_inputs: Any) -> list
     rows = []
     for (name, pair), before, after in zip(pairs.items(), *times, strict=True):
         params = tuple(sum(p.numel() for n, p in layer.named_parameters() if "gate" not in n) for layer in pair)
-        rows.append(LayerTime(name, params, (before, after), _why_nothing(params, before, after, kept.get(name, ""))))
+        rows.append(LayerTime(name, params, (before, after), _why_no_gain(params, before, after, kept.get(name, ""))))
     return rows
 
 
 def _counterpart(model: nn.Module, name: str) -> Any:
+    """The layer ``name`` of ``model``; None if there is none."""
     try:
         return model.get_submodule(name)
     except AttributeError:
@@ -80,6 +86,7 @@ def _counterpart(model: nn.Module, name: str) -> Any:
 
 
 def _times(net: nn.Module, layers: list[nn.Module], example_inputs: Any) -> list[float]:
+    """The seconds of all calls of each layer in one evaluation pass of ``net``."""
     calls = calls_of(layers, net, example_inputs)
     device = next((p.device for p in net.parameters()), torch.device("cpu"))
     with inputs.evaluating(net), torch.no_grad():
@@ -89,7 +96,14 @@ def _times(net: nn.Module, layers: list[nn.Module], example_inputs: Any) -> list
         ]
 
 
-def _why_nothing(params: tuple[int, ...], before: float, after: float, kept: str) -> str:
+def _why_no_gain(params: tuple[int, ...], before: float, after: float, kept: str) -> str:
+    """Why a layer gained no time; empty if it did.
+
+    Args:
+        params: the number of its parameters, (gated, compacted).
+        before, after: its seconds, gated and compacted.
+        kept: the reason in the manifest why its closed units were kept; empty if there is none.
+    """
     if after <= GAIN * before:
         return ""
     if params[0] == params[1]:

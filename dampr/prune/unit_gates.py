@@ -1,5 +1,5 @@
-"""Gates on the weights that read a unit: how :func:`dampr.convert` prunes what no gated layer can,
-whatever modules a model is made of.
+"""Gates on the weights that read a unit: how :func:`dampr.convert` prunes models whose layers have no gated
+counterpart.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ from .units.sizes import Size, followers
 
 UNSAID = "include or exclude leaves it out, or it is alone in its width"
 
-_FEW = 6  # names of numbers, of which pairs are tried
+_FEW = 6  # with at most this many attributes, pairs of them are tried too
 
 
 @dataclass
 class Placement:
-    """What :func:`place` found.
+    """Where gates can be put, as :func:`place` has found.
 
     Attributes:
-        groups: vectors of gates to be.
-        sizes: the numbers beside parameters that follow when these are cut.
+        groups: groups of classes that get a gate vector each.
+        sizes: the attributes that change when these classes are cut.
         read: those of them without which the cut model does not compute the same.
-        refused: class -> why it gets no gate though the trace calls it free.
-        norms: those that are to count open units only.
-        finite: whether the model's outputs are, with values such as training leaves too.
+        refused: class -> why it gets no gate although the trace calls it free.
+        norms: name -> a norm that has to count only open units.
+        finite: whether the outputs of the model are finite, also with weights such as training leaves.
     """
 
     groups: list[Group]
@@ -55,16 +55,21 @@ class Placement:
     finite: bool = False
 
     def classes(self) -> list[int]:
-        """All classes with a gate."""
+        """All classes that get a gate."""
         return [one for group in self.groups for one in group.classes]
 
 
 def place(
     model: nn.Module, units: Units, example_inputs: Any, norms: Mapping[str, OpenNorm] | None = None
 ) -> Placement:
-    """The vectors of gates that a plain model may have, each tried in a copy: half of it closed, cut and compared.
+    """Find the gate vectors that a plain model can have. Each is tried in a copy: half of it is closed, cut and
+    compared.
 
-    ``norms``: that count open units only, of ``units`` that know it (:meth:`.Units.with_open_statistics`).
+    Args:
+        model: the model; not changed.
+        units: its partition into classes.
+        example_inputs: the inputs for the comparison.
+        norms: norms that count only open units, if ``units`` knows them (:meth:`.Units.with_open_statistics`).
     """
     trained, finite = (model, False) if is_meta(model) else inputs.trained(model, example_inputs)
     subject = Subject(trained, units, example_inputs, norms or {})
@@ -90,17 +95,17 @@ def place(
 
 
 class _DeceivedError(Exception):
-    """Cuts that run, as their shapes show, do not compute the same."""
+    """Raised if a cut model runs, as a check of shapes predicted, but does not compute the same."""
 
 
 class _Search:
-    """Which families can be cut, and with which numbers following.
+    """Find the families of classes that can be cut, and the attributes that change with them.
 
-    All are tried at once, then those of one kind, then halves of these. What is tried again with all others has to run,
-    as shapes show; ``by_values``: has to compute the same too.
+    All families are tried at once; if that fails, those of one kind (of repeated blocks), then halves of these. A
+    smaller set only has to run, as shapes show; with ``by_values`` it also has to compute the same.
 
     Attributes:
-        read: the sizes without which a cut model does not compute the same.
+        read: the attributes without which a cut model does not compute the same.
         refused: class -> why it cannot be cut.
     """
 
@@ -108,9 +113,9 @@ class _Search:
         self._subject, self._families, self._by_values = subject, families, by_values
         self.read: set[Size] = set()
         self.refused: dict[int, str] = {}
-        # families that may go together, and the numbers that follow
+        # (families that can be cut together, the attributes that change with them)
         self._good: list[tuple[list[list[int]], list[Size]]] = []
-        self._assumed = False  # some without a look at values
+        self._assumed = False  # whether some families were only checked by shapes
         kind = functools.partial(_kind, subject.units)
         todo = [families] if families else []
         while todo:
@@ -121,13 +126,14 @@ class _Search:
                 todo += [list(alike) for _, alike in itertools.groupby(sorted(some, key=kind), key=kind)]
                 continue
             first, *others, last = some
-            if not self._passes([first]) | self._passes([last]):  # what is alike fails alike
+            if not self._passes([first]) | self._passes([last]):  # families of one kind fail for the same reason
                 self.refused |= dict.fromkeys((one for family in others for one in family), self.refused[last[0]])
             elif others:
                 middle = len(others) // 2
                 todo += [half for half in (others[:middle], others[middle:]) if half]
 
     def _passes(self, some: list[list[int]]) -> bool:
+        """Try to cut half of each family in ``some`` and record the result; returns whether it works."""
         reason, follow, needed = self._try(some)
         if reason is None:
             self._good.append((some, follow))
@@ -137,9 +143,9 @@ class _Search:
         return reason is None
 
     def _try(self, families: list[list[int]]) -> tuple[str | None, list[Size], bool]:
-        """Why half of these families cannot be cut; where it can, the numbers that follow, and whether the model needs
-        that.
+        """Try to cut half of each family.
 
+        Returns: (why it cannot be cut, or None; the attributes that change; whether the model needs this change).
         """
         subject, units = self._subject, self._subject.units
         classes = half(units, families)
@@ -168,15 +174,18 @@ class _Search:
         return reason, [], False
 
     def _fits_otherwise(self, families: list[list[int]], sizes: list[Size]) -> bool:
-        """Whether other numbers of units can go too: widths that have to go together may once do so by chance."""
+        """Whether the model also runs with other numbers of units cut.
+
+        Widths that must be cut together can fit by chance in one try.
+        """
         classes = half(self._subject.units, families, seed=1) if len(families) > 1 else []
         return not classes or Trial(self._subject, classes, quick=True).fits(sizes)
 
     def together(self) -> tuple[set[int], list[Size]]:
-        """Of families that can be cut one by one, the classes of those that can be together, and whose trace is
-        that of the model without them; and the sizes that follow. Adds to ``refused``.
+        """The classes of the families that can be cut together, and the attributes that change with them.
 
-        All at once in most cases, else one after the other, the largest first.
+        The families were tried one by one before. Now all are cut at once; if the model differs, they are added one
+        after the other, the largest first, and those that do not fit are added to ``refused``.
         """
         good = self._good
         tried = len(good) == 1 and len(good[0][0]) == len(self._families)  # all were compared at once before
@@ -196,7 +205,10 @@ class _Search:
         return {one for family in kept for one in family}, sizes
 
     def _fault(self, families: list[list[int]], sizes: list[Size], tried: bool, assumed: bool = False) -> str:
-        """What is wrong without half of these; _DeceivedError where that was ``assumed`` not to be."""
+        """What goes wrong if half of these families are cut; empty if nothing does.
+
+        Raises: _DeceivedError if it was ``assumed`` that nothing does.
+        """
         subject, classes = self._subject, half(self._subject.units, families)
         reason = "" if tried else Trial(subject, classes).differs(sizes)
         if reason and assumed:
@@ -206,7 +218,7 @@ class _Search:
 
 
 def _choices(subject: Subject, families: list[list[int]]) -> list[list[Size]]:
-    """The numbers that may follow these families: all of them, some, none."""
+    """The sets of attributes that may change with these families, in the order in which they are tried."""
     sizes = followers(subject.model, subject.units, [one for family in families for one in family])
     sure = [size for size in sizes if _is_sure(subject.model, size)]
     asked = {*sure, *subject.used(size for size in sizes if size not in sure)}
@@ -217,7 +229,7 @@ def _choices(subject: Subject, families: list[list[int]]) -> list[list[Size]]:
             [size for size in sizes if "head" in size.attribute],
             [size for size in sizes if "head" not in size.attribute],
         ]
-        # one or two of which may be of other widths that have the same size
+        # one or two of the attributes may belong to other widths of the same size
         attributes = list(dict.fromkeys(size.attribute for size in sizes))
         without = [{own} for own in attributes]
         if len(attributes) <= _FEW:
@@ -227,13 +239,13 @@ def _choices(subject: Subject, families: list[list[int]]) -> list[list[Size]]:
 
 
 def _kind(units: Units, family: list[int]) -> str:
-    """What a family is in, the same for each of a row of blocks: names of parameters without numbers."""
+    """The names of the parameters of a family without numbers, the same for each of a row of repeated blocks."""
     names = {m.name for one in family[:1] for m in units.members[one]}
     return " ".join(sorted({re.sub(r"\d+", "", name) for name in names}))
 
 
 def only(model: nn.Module, units: Units, placement: Placement, include: Filter, exclude: Filter) -> Placement:
-    """Of a placement the vectors of which all layers that write them are included and not excluded."""
+    """Keep the gate vectors whose writing layers are all included and not excluded."""
     wanted = set(_wanted(model, units, placement.classes(), include, exclude))
     for name, norm in placement.norms.items():
         if not filters.wanted(_above(model, name), include, exclude):
@@ -244,25 +256,29 @@ def only(model: nn.Module, units: Units, placement: Placement, include: Filter, 
 
 
 def _owner(model: nn.Module, name: str) -> nn.Module | None:
-    """The module that has a parameter, where it can be parametrized: recurrent layers keep lists of theirs."""
+    """The module that has the parameter ``name``; None if it cannot be parametrized (recurrent layers keep lists of
+    parameters).
+    """
     owner = model.get_submodule(name.rpartition(".")[0])
     return None if isinstance(owner, (nn.RNNBase, nn.ParameterList, nn.ParameterDict)) else owner
 
 
 def _families(units: Units, classes: Iterable[int]) -> list[list[int]]:
+    """The families of ``units``, restricted to ``classes``; empty ones are left out."""
     kept = set(classes)
     found = [[one for one in family if one in kept] for family in units.families]
     return [family for family in found if family]
 
 
 def _needed(trial: Trial, sizes: list[Size]) -> list[Size]:
-    """Of numbers that may follow those without which the model computes something else, those that count heads by their
-    names, and those of layers of torch.nn.
+    """Keep the attributes in ``sizes`` that must change.
 
-    A number of other code that only happens to be as large as a width, such as a stride, must not follow it.
+    These are the attributes without which the model computes something else, those that count heads by their names, and
+    those of ``torch.nn`` layers. Another attribute that only happens to have the size of a width, such as a stride,
+    must not change with it.
     """
     doubtful = [size for size in sizes if not _is_sure(trial.model, size)]
-    for first in (True, False):  # on one sample, and on all only where that says too little
+    for first in (True, False):  # on one sample first; on all samples if that leaves doubt
         left = sizes
         for attribute in dict.fromkeys(size.attribute for size in doubtful):
             others = [size for size in left if size.attribute != attribute or size not in doubtful]
@@ -274,23 +290,24 @@ def _needed(trial: Trial, sizes: list[Size]) -> list[Size]:
 
 
 def _is_sure(model: nn.Module, size: Size) -> bool:
-    """Whether a number that may follow a width does so where it can: it counts heads by its name, or is that of a layer
-    of torch.nn.
+    """Whether an attribute surely belongs to a width: it counts heads by its name, or is that of a
+    ``torch.nn`` layer.
     """
     own = type(model.get_submodule(size.module)).__module__.startswith("torch.nn.")
     return own or bool(re.search("heads$|n_?head$", size.attribute))
 
 
 def _above(model: nn.Module, name: str) -> list[tuple[str, nn.Module]]:
-    """A module and those that it is a part of, by name, but for the model itself."""
+    """(name, module) of the module ``name`` and of the modules that contain it, without the model itself."""
     parts = name.split(".") if name else []
     above = [".".join(parts[:count]) for count in range(len(parts), 0, -1)] or [""]
     return [(one, model.get_submodule(one)) for one in above]
 
 
 def _wanted(model: nn.Module, units: Units, classes: list[int], include: Filter, exclude: Filter) -> list[int]:
-    """The classes of which a layer that writes them (or reads them,
-    where none does) is included and none is excluded.
+    """The classes for which a layer that writes them is included, and none is excluded.
+
+    If no layer writes a class, the layers that read it count.
     """
     if include is None and exclude is None:
         return classes
@@ -315,10 +332,15 @@ def _wanted(model: nn.Module, units: Units, classes: list[int], include: Filter,
 def put_in(
     model: nn.Module, units: Units, placement: Placement, make: Callable[[int], Gate]
 ) -> Iterator[dict[str, GatedParameter]]:
-    """Register the gates of a placement; ``make`` gives a vector of so many. Gives them by the names that they have in
-    the model.
+    """Put the gates of a placement on ``model``; as a context manager, it yields name -> gated parameter.
 
-    Whatever is raised here or in the block, the model is as it was.
+    If the block raises, the model is restored.
+
+    Args:
+        model: the plain model; changed in place.
+        units: its partition into classes.
+        placement: what gets gates.
+        make: makes a gate vector from a number of gates.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     tied: dict[int, list[str]] = {}
@@ -336,7 +358,7 @@ def put_in(
                     path, _, own = alias.rpartition(".")
                     index, device = torch.from_numpy(columns), parameters[name].device
                     gates = GatedParameter(gate, dim, index, weights_per_gate=saved, device=device)
-                    # of several parameters that share gates the first says what they save
+                    # if several parameters share gates, the first one holds what closing a gate saves
                     saved = torch.zeros_like(saved)
                     module = model.get_submodule(path)
                     done[module, own] = None
@@ -363,7 +385,7 @@ def put_in(
 
 
 def left_out(model: nn.Module, units: Units, placement: Placement) -> dict[str, str]:
-    """Why what a layer writes has no gates, for every layer with a matrix of weights of its own."""
+    """name of a layer with a weight matrix -> why what it writes has no gates."""
     gated = set(placement.classes())
     found: dict[str, str] = {}
     for name, dims in units.origin.items():
@@ -382,7 +404,7 @@ def left_out(model: nn.Module, units: Units, placement: Placement) -> dict[str, 
 
 
 def _unreadable(model: nn.Module, units: Units, classes: list[int]) -> str | None:
-    """What reads free classes so that no gate on a parameter could close them."""
+    """Why no gate on a parameter can close free ``classes``; None if one can."""
     summed = set(units.label[units.summed].tolist())
     if not summed.isdisjoint(classes):
         return "a sum reads it that no weight is in"
@@ -396,7 +418,7 @@ def _unreadable(model: nn.Module, units: Units, classes: list[int]) -> str | Non
 
 
 def _weights_per_class(units: Units, group: Group, parameters: dict[str, nn.Parameter]) -> Tensor:
-    """How many parameters go with each class."""
+    """The number of parameters that are cut with each class of the group, float32 (classes,)."""
 
     def own(one: int) -> float:
         members = [(m, parameters[m.name]) for m in units.members[one] if m.name in parameters]

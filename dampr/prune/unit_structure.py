@@ -1,5 +1,5 @@
-"""What the gates on parameters of a model cut, by its units:
-the counterpart of :class:`.structure.Structure` for :mod:`.unit_gates`.
+"""Which gates on parameters cut which classes of units of a model: what :class:`.structure.Structure` is for gates in
+layers. :mod:`.unit_gates` puts such gates on a model.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ from .units.groups import readable
 
 
 def has_unit_gates(model: nn.Module) -> bool:
-    """Whether gates of ``model`` are on parameters. ValueError where it has gated layers of both kinds."""
+    """Whether the gates of ``model`` are on parameters.
+
+    Raises: ValueError if the model has gates on parameters and gated layers.
+    """
     found = {isinstance(module, GatedParameter) for module in of_kind(model, GatedLayer)}
     if len(found) == 2:
         raise ValueError(
@@ -34,11 +37,9 @@ def has_unit_gates(model: nn.Module) -> bool:
 
 
 def without_gates(model: nn.Module, example_inputs: Any = None, *, folded: bool = False) -> nn.Module:
-    """A copy of ``model`` with plain parameters: times their gates as evaluation has them (``folded``),
-    or as they are.
-    """
+    """A copy of ``model`` with plain parameters; ``folded``: multiplied by their gates as in evaluation."""
     plain = inputs.copied(model, example_inputs)
-    made: dict[nn.Parameter, nn.Parameter] = {}  # a tied parameter stays one: it has the same gates in all modules
+    made: dict[nn.Parameter, nn.Parameter] = {}  # keeps tied parameters tied; their gates are the same in all modules
     for owner, name in dict.fromkeys((owner, name) for owner, name, _ in gated_parameters(plain)):
         before: Any = owner._parameters[name]
         take_off(owner, name, folded=folded)
@@ -50,15 +51,20 @@ def without_gates(model: nn.Module, example_inputs: Any = None, *, folded: bool 
 
 
 class UnitStructure(GateVector[GatedParameter]):
-    """Which gate cuts which class of units. The model is left as it was; what its forward raises is raised.
+    """Which gate cuts which class of units.
+
+    Args:
+        model: the gated model; not changed.
+        example_inputs: the inputs of the trace; what the model raises on them is raised.
 
     Attributes:
         plain: a copy without gates.
-        units: of ``plain``.
+        names: module of ``plain`` -> its name.
+        units: the partition of ``plain`` into classes.
         gate_of: class -> its gate in the vector of all gates.
-        counting: name -> the statistics of each norm that counts open units only.
-        counted: name -> the class of each element that it normalises.
-        notes: of gates that cut nothing, why.
+        counting: name -> the statistics of each norm that counts only open units.
+        counted: name of such a norm -> the class of each element that it normalises.
+        notes: gated parameter -> why its gates cut nothing.
     """
 
     def __init__(self, model: nn.Module, example_inputs: Any) -> None:
@@ -75,11 +81,13 @@ class UnitStructure(GateVector[GatedParameter]):
         self.gate_of = self._gates_of_classes()
 
     def branches(self, name: str) -> list[int]:
-        """Empty: such gates close no residual branches."""
+        """Always empty, because gates on parameters do not close residual branches."""
         return []
 
     def _gates_of_classes(self) -> dict[int, int]:
-        """The gate that masks every column of a class; classes of which some are read without it stay."""
+        """class -> the gate that masks every column of it; classes that something reads without that gate are
+        left out.
+        """
         units = self.units
         number = np.full(len(units.label), -1)
         for name, layer in self.gated.items():
@@ -113,14 +121,12 @@ class UnitStructure(GateVector[GatedParameter]):
         return found
 
     def classes_of(self, closed: Tensor) -> list[int]:
-        """The classes whose gates are closed: bool, (size,)."""
+        """The classes whose gates are closed; ``closed``: bool, (all gates,)."""
         shut = closed.tolist()
         return sorted(one for one, gate in self.gate_of.items() if shut[gate])
 
     def norms(self, model: nn.Module) -> Tensor:
-        """The L2 norm of the weights of ``model`` that write what each gate switches off, (size,),
-        float64 on the host.
-        """
+        """For each gate the L2 norm of the weights that write its classes: (all gates,), float64 on the host."""
         squares = torch.zeros(self.size, dtype=torch.float64)
         now = dict(without_gates(model).named_parameters(remove_duplicate=False))
         sums: dict[tuple[str, int], Tensor] = {}
@@ -136,14 +142,17 @@ class UnitStructure(GateVector[GatedParameter]):
 
 
 def parameter_name(name: str) -> str:
-    """The name of the parameter that the gates of this name are on: "conv.weight_gates.0" are on "conv.weight"."""
+    """The name of the parameter that a gate multiplies: "conv.weight" for "conv.weight_gates.0"."""
     return name.rpartition(".")[0].removesuffix("_gates")
 
 
 class Counts:
-    """Units that are left, as sums of gates: one variable for each vector of gates.
+    """The number of units that are left, as a linear function of variables: for each gate vector its number of open
+    gates.
 
-    ``gates``: those that cut something; ``count``: how many variables.
+    Attributes:
+        gates: the gates that cut something.
+        count: the number of variables.
     """
 
     def __init__(self, structure: UnitStructure, device: torch.device) -> None:
@@ -157,7 +166,7 @@ class Counts:
         self.count = len(structure.gates)
         self._size = Counter(owner[gate] for gate in self.gates)
         self._useful = torch.tensor([gate in self.gates for gate in range(structure.size)], device=device)
-        # vectors of which one gate stays, as compaction does
+        # vectors that can close altogether; one gate counts as open then, because compaction keeps one
         self._emptiable = torch.zeros(self.count, dtype=torch.bool, device=device)
         for number, (row,) in enumerate(structure.widths()):
             self._emptiable[number] = self.gates.issuperset(row)
@@ -166,20 +175,24 @@ class Counts:
             self._number[one] = owner[gate]
 
     def __call__(self, gates: Tensor) -> Tensor:
+        """The variables, (count,), for ``gates``, (all gates,)."""
         left = gates.new_zeros(self.count).index_add(
             0, self._vector, torch.where(self._useful, gates, gates.new_zeros(()))
         )
         return left + ((left == 0) & self._emptiable).to(left.dtype)
 
     def of(self, line: Any) -> tuple[float, Mapping[int, float]]:
-        """Of units in a row how many stay always, and how many of the rest go with each variable, as a share of it."""
+        """(the units in ``line`` that always stay, variable -> the number of units in ``line`` for each of its open
+        gates).
+        """
         numbers = self._number[self._structure.units.label[line]]
         found = Counter(numbers[numbers >= 0].tolist())
         return float((numbers < 0).sum()), {n: times / self._size[n] for n, times in found.items()}
 
     def width(self, layer: nn.Module, writes: bool) -> tuple[float, Mapping[int, float]] | None:
-        """:meth:`of` the channels that a linear or convolution layer writes, or reads;
-        None of one whose weight is no parameter.
+        """As :meth:`of`, for the channels that a linear or convolution layer writes (``writes``), or reads.
+
+        None if the weight of the layer is no parameter.
         """
         name = f"{self._structure.names[layer]}.weight".lstrip(".")
         transposed = isinstance(layer, nn.modules.conv._ConvTransposeNd)

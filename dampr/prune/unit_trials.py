@@ -140,6 +140,7 @@ class Trial:
         return inputs.Twins(cut(self._subject.twins.make(), self._units, self._classes))
 
     def _outputs(self, number: int) -> list[Tensor]:
+        """The outputs of the masked model on sample ``number``, computed once."""
         while number >= len(self._expected):
             self._expected.append(inputs.evaluate(self._masked, self._samples[len(self._expected)]))
         return self._expected[number]

@@ -25,8 +25,10 @@ def gated_conv(
     per_sample: bool,
     **arguments: Any,
 ) -> torch.Tensor:
-    """Differentiable in every floating-point argument. x: (B, C, ...), weight: (N, C / groups, ...);
-    ``arguments``: those of ``conv2d``.
+    """y = z_out * (conv(x * z_in, weight) + bias), (B, N, ...), differentiable in every floating-point argument.
+
+    x: (B, C, ...). weight: (N, C / groups, ...). input_log_alpha: (C,), output_log_alpha: (N,); None for no gates.
+    per_sample: one draw for each of the B samples. ``arguments``: stride, padding, dilation and groups of ``conv2d``.
     """
     rows = x.shape[0] if per_sample else None
     if input_log_alpha is not None:
@@ -47,8 +49,10 @@ def weight_gated_conv(
     block: tuple[int, int] | None,
     **arguments: Any,
 ) -> torch.Tensor:
-    """A gate on each weight, or on each ``block`` of filters and channels with all kernel positions;
-    the bias is not gated.
+    """y = conv(x, Z * weight) + bias, with a gate on each weight, or on each block of weights.
+
+    block: (filters, channels) that share a gate at all kernel positions; None for a gate on each weight. The bias has
+    no gate.
     """
     z = gate_values(log_alpha, spec, seed)
     if block is not None:

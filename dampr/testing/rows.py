@@ -1,4 +1,4 @@
-"""A row of ``dampr verify``, and how what a backend gives is held to the float64 reference."""
+"""A row of the table of ``dampr verify``, and the comparison of a backend's results with the float64 reference."""
 
 from __future__ import annotations
 
@@ -16,13 +16,23 @@ from dampr import names, ops
 from .tolerances import Comparison, as_tf32, compare
 
 TF32 = "tf32"  # as a row's dtype: tensors of float32, their products in TF32
-_REDRAWN = 3  # how often signs are drawn again to learn the size of what is added up
-_SMALL = 2**16  # in problems of more elements than this not everything cancels
+_REDRAWN = 3  # how many times the signs are drawn again, to learn the size of the terms of sums
+_SMALL = 2**16  # elements; in larger problems some results do not cancel, and signs are not drawn again
 
 
 @dataclass
 class Row:
-    """One line of the table: an op on a backend in a dtype (or :data:`TF32`), over all its cases."""
+    """One line of the table: all cases of one operator on one backend in one dtype (or :data:`TF32`).
+
+    Attributes:
+        op: the name of the operator.
+        backend, device, dtype: where and in which dtype it ran.
+        cases: how many tensors were compared.
+        worst: the comparison nearest to, or furthest beyond, its bound.
+        worst_case: the name of its case.
+        failures: the cases beyond their bound.
+        part: (i, n): the row has every n-th case, from case i on.
+    """
 
     op: str
     backend: names.Backend
@@ -32,7 +42,7 @@ class Row:
     worst: Comparison | None = None
     worst_case: str = ""
     failures: list[str] = field(default_factory=list)
-    part: tuple[int, int] = (0, 1)  # which of how many: every so many-th case
+    part: tuple[int, int] = (0, 1)  # (i, n): the row has every n-th case, from case i on
 
     @property
     def ok(self) -> bool:
@@ -43,6 +53,7 @@ class Row:
         return self.dtype == TF32
 
     def add(self, case: str, result: Comparison) -> None:
+        """Count the comparison of one tensor; ``case``: a name for it."""
         self.cases += 1
         if not result.ok:
             self.failures.append(f"{case}: {result}")
@@ -50,11 +61,11 @@ class Row:
             self.worst, self.worst_case = result, case
 
     def has(self, index: int) -> bool:
-        """Whether a case belongs to this part of a row."""
+        """Whether the case of this index belongs to the row's part."""
         return index % self.part[1] == self.part[0]
 
     def join(self, other: Row) -> None:
-        """Add another part of the same row."""
+        """Merge another part of the same row into this one."""
         self.cases += other.cases
         self.failures += other.failures
         if self.worst is None or (other.worst is not None and other.worst.share > self.worst.share):
@@ -66,13 +77,13 @@ class Row:
 
 
 def exact(name: str, out: Tensor, expected: Tensor) -> Comparison:
-    """A comparison that only equality passes."""
+    """A comparison that passes only if all elements are equal."""
     same = out.shape == expected.shape and bool((out.cpu() == expected.cpu()).all())
     return Comparison(name, 0.0 if same else float("inf"), 0.0, 0.0, 0.0)
 
 
 def rounded(row: Row, data: dict[str, Tensor], dy: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    """What the baseline of a row gets: in TF32 its factors as a tensor core reads them."""
+    """(data, dy) for the baseline of a row: in TF32, x, weight and dy are rounded as a tensor core reads them."""
     if not row.tf32:
         return data, dy
     return {name: as_tf32(t) if name in ("x", "weight") else t for name, t in data.items()}, as_tf32(dy)
@@ -81,7 +92,10 @@ def rounded(row: Row, data: dict[str, Tensor], dy: Tensor) -> tuple[dict[str, Te
 def other_signs(
     data: dict[str, Tensor], dy: Tensor, keep: tuple[str, ...] = ()
 ) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-    """The same problem a few times with signs drawn again, but for gates and what is named, if it is small."""
+    """Yield the same problem a few times with random signs, if it is small.
+
+    Gates and the tensors named in ``keep`` keep their signs.
+    """
     if dy.numel() + sum(t.numel() for t in data.values()) > _SMALL:
         return
     generator = torch.Generator().manual_seed(5)
@@ -94,10 +108,20 @@ def other_signs(
 
 
 class Expected:
-    """What the reference gives for a problem: in float64, in the dtype of a row and, when it is asked for, in float64
-    with other signs.
+    """What a result is compared with.
 
-    ``once(dtype, data, dy)`` computes outputs and gradients by name.
+    Args:
+        row: the row that the case belongs to.
+        dtype: the dtype of the row.
+        once: computes outputs and gradients by name with the reference, from (dtype, data, dy).
+        data: the inputs by name.
+        dy: the gradient of the output.
+        keep: inputs whose signs must not change.
+
+    Attributes:
+        truth: the results in float64.
+        baseline: the results of the reference in ``dtype``.
+        alike: the results for other signs, see there.
     """
 
     def __init__(
@@ -114,26 +138,32 @@ class Expected:
 
     @functools.cached_property
     def alike(self) -> list[dict[str, Tensor]]:
+        """The float64 results of the same problem with random signs, a dict for each try; computed on first access.
+
+        Where terms cancel, the true result is small although its terms are large. The results with other signs show the
+        size of the terms, to which rounding errors are proportional.
+        """
         return [self._once(torch.float64, *other) for other in other_signs(*self._problem)]
 
 
 def upstream(dy: Tensor, dtype: torch.dtype, device: str) -> Tensor:
-    """The gradient of an output for a backward; one that is a single 1, expanded, stays that.
+    """The gradient of an output, converted for a backward.
 
-    (Converting would make it dense.)
+    A gradient that is one number, expanded, stays expanded; a conversion would make it dense.
     """
     expanded = dy.numel() > 0 and not any(dy.stride())
     return torch.ones((), dtype=dtype, device=device).expand(dy.shape) if expanded else dy.to(device, dtype)
 
 
 def on_backend(backend: names.Backend | None) -> AbstractContextManager[None]:
+    """A context in which operators run on ``backend``; None changes nothing."""
     return nullcontext() if backend is None else ops.backend(backend)
 
 
 def compare_all(row: Row, case: str, out: dict[str, Tensor], expected: Expected, dtype: torch.dtype) -> None:
-    """Add every tensor of a case to its row.
+    """Compare every output and gradient of a case and add the results to its row.
 
-    What else the signs could give is looked at where a bound is passed: it only raises bounds.
+    Other signs (:attr:`Expected.alike`) are computed only if a bound is exceeded, because they can only raise a bound.
     """
     for name, o in out.items():
         against = expected.truth[name], expected.baseline[name], dtype

@@ -1,5 +1,6 @@
-"""Gated convolutions held to autograd on the float64 reference: every placement of gates, layout and route;
-part of ``dampr verify``.
+"""The part of ``dampr verify`` for gated convolutions: results against autograd on the float64 reference.
+
+It covers every placement of gates, memory layout and route.
 """
 
 from __future__ import annotations
@@ -24,12 +25,19 @@ Shape = tuple[int, int, int, int, int, int]
 
 @dataclass(frozen=True)
 class ConvCase:
-    """One gated convolution: (B, C, H, W, N, kernel), where its gates are, its arguments,
-    memory format and route (None: its own).
+    """One gated convolution.
+
+    Attributes:
+        shape: (B, C, H, W, N, kernel).
+        gates: where the gates are: "input", "output", "both", "weight", or the size of a block of filters and channels.
+        per_sample: whether each sample has a draw of its own.
+        channels_last: whether tensors are in channels_last.
+        arguments: stride, padding, dilation and groups.
+        route: the route to force; None lets the backend choose.
     """
 
     shape: Shape
-    gates: str | tuple[int, int]  # "input", "output", "both", "weight", or the size of a block of filters and channels
+    gates: str | tuple[int, int]
     per_sample: bool = False
     channels_last: bool = False
     arguments: dict[str, Any] = field(default_factory=dict)
@@ -45,7 +53,7 @@ class ConvCase:
         return ", ".join([*(part for part in how if part), *([f"route {self.route}"] if self.route else [])])
 
     def sizes(self) -> dict[str, tuple[int, ...]]:
-        """The shapes of x, weight, bias and gates."""
+        """The shapes of x, weight, bias and gates, by name."""
         b, c, h, w, n, k = self.shape
         read = c // self.arguments.get("groups", 1)
         found: dict[str, tuple[int, ...]] = {"x": (b, c, h, w), "weight": (n, read, k, k), "bias": (n,)}
@@ -61,10 +69,10 @@ class ConvCase:
 
 
 def cases(backend: names.Backend, device: str) -> Iterator[ConvCase]:
-    """Odd and even sizes, strides, padding, dilation, groups, depthwise, 1 x 1; the routes that the backend has beside
-    its own choice.
+    """The cases for a backend: odd and even sizes, strides, padding, dilation, groups, depthwise, 1 x 1, and forced
+    routes.
 
-    Fewer where Triton is interpreted: what is folded there are the kernels of the linear layer.
+    Interpreted Triton gets fewer cases, because it folds gates into weights with the kernels of the linear layer.
     """
     base: Shape = (3, 8, 7, 6, 12, 3)
     interpreted = backend == "triton" and device == "cpu"
@@ -105,7 +113,17 @@ def once(
     dy: Tensor,
     seed: Tensor,
 ) -> dict[str, Tensor]:
-    """y and every gradient of one case, from the same data whatever the dtype; None: autograd on the reference."""
+    """y and every gradient of one case, by name ("y", "dx", "dweight", ...).
+
+    Args:
+        backend: the backend; None runs autograd on the reference.
+        dtype: the dtype of the computation.
+        device: where it runs.
+        case: the case.
+        data: the inputs by name, the same for every dtype.
+        dy: the gradient of y.
+        seed: int64 (1,), of the gates.
+    """
     leaves: dict[str, Tensor] = {}
     for name, t in data.items():
         t = t.to(device, dtype if dtype == torch.float64 or not name.endswith("_gate") else torch.float32)
@@ -136,7 +154,7 @@ def once(
 
 
 def make(case: ConvCase, dtype: torch.dtype, generator: torch.Generator) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """(data, dy, seed) of a case; data is rounded to ``dtype`` but for the gates."""
+    """(data, dy, seed) of a case; data and dy are rounded to ``dtype``, gates are not."""
     data = {name: torch.randn(size, generator=generator) for name, size in case.sizes().items()}
     data["weight"] /= max(1, data["weight"][0].numel()) ** 0.5
     data = {name: t if name.endswith("_gate") else t.to(dtype) for name, t in data.items()}
@@ -149,7 +167,11 @@ def make(case: ConvCase, dtype: torch.dtype, generator: torch.Generator) -> tupl
 
 
 def verify(row: Row, dtype: torch.dtype) -> Row:
-    """Add every case to a row."""
+    """Run every case of a row of ``dampr verify`` in ``dtype``, add the comparisons with the reference to ``row``, and
+    return it.
+
+    A row that is one part of several runs only the cases of its part.
+    """
     generator = torch.Generator().manual_seed(3)
     for index, case in enumerate(cases(row.backend, row.device)):
         data, dy, seed = make(case, dtype, generator)
@@ -164,4 +186,5 @@ def verify(row: Row, dtype: torch.dtype) -> Row:
 def _reference(
     case: ConvCase, seed: Tensor, dtype: torch.dtype, data: dict[str, Tensor], dy: Tensor
 ) -> dict[str, Tensor]:
+    """The results of the reference for a case, in the order of arguments that :class:`Expected` calls."""
     return once(None, dtype, "cpu", case, data, dy, seed)

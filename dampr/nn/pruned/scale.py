@@ -1,4 +1,4 @@
-"""Scale: what compaction leaves of gates on an activation that are not all 1."""
+"""Scale: a constant factor for each channel, which replaces gates on an activation when a model is compacted."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from dampr import reference
 
 
 class Scale(nn.Module):
-    """y = x * scale along dimension ``dim``: what is left of a :class:`GatedActivation` when it is compacted and its
-    values are not all 1.
+    """y = x * scale along dimension ``dim``; it replaces a :class:`GatedActivation` whose open gates are not all 1 when
+    a model is compacted.
 
-    ``scale`` is a buffer, (x.shape[dim],).
+    Args:
+        scale: the factors, a floating-point tensor (x.shape[dim],); kept as a buffer.
+        dim: the dimension of x that they multiply.
     """
 
     scale: Tensor
@@ -23,7 +25,7 @@ class Scale(nn.Module):
 
     @property
     def num_features(self) -> int:
-        """The size of that dimension."""
+        """The number of factors, x.shape[dim]."""
         return self.scale.numel()
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""ScaledRNN: a plain recurrent layer whose output and state have constant factors."""
+"""ScaledRNN: a plain recurrent layer whose output and state are multiplied by constant factors."""
 
 from __future__ import annotations
 
@@ -11,12 +11,16 @@ from torch.nn.utils.rnn import PackedSequence
 
 
 class ScaledRNN(nn.Module):
-    """A plain recurrent layer whose state is read through constant factors: what :meth:`GatedLSTM.to_dense` gives where
-    gates are not 1.
+    """A plain recurrent layer whose output and state are multiplied by constant factors, one for each unit.
 
-    ``rnn`` has the factors in its weights already; the buffer ``scale``, (layers * directions, H), is that of its
-    output and states. Arguments and results are those of ``rnn``. It runs in torch alone, with no operator of dampr, so
-    that it can be exported.
+    :meth:`GatedLSTM.to_dense` returns it when some gates are not 1. It runs in torch alone, with no operator of dampr,
+    so it can be exported. It takes and returns what ``rnn`` does.
+
+    Args:
+        rnn: an ``nn.LSTM``, ``nn.GRU`` or ``nn.RNN``; its weights already hold the factors for the units that they
+            read.
+        scale: the factors for its output and its states, (num_layers * directions, H), with H the width of the output
+            of one direction; kept as a buffer.
     """
 
     scale: Tensor
@@ -31,6 +35,7 @@ class ScaledRNN(nn.Module):
 
 
 def _scale_units(x: Tensor, z: Tensor) -> Tensor:
+    """x * z in the dtype of x; z (H,) is broadcast over the last dimension."""
     return (x * z).to(x.dtype)
 
 
@@ -42,8 +47,19 @@ def scaled_call(
     hx: Any,
     multiply: Callable[[Tensor, Tensor], Tensor],
 ) -> Any:
-    """Run a recurrent layer whose weights have gates z in their columns on a state that is gated,
-    and gate what it gives.
+    """Call a recurrent layer whose state is multiplied by gates, and multiply its output and state.
+
+    The recurrent weights hold the gates already, so the layer must get the state without them: the given state is
+    divided by the gates first.
+
+    Args:
+        run: calls the layer with (input, state) and returns (output, state).
+        z: the gates of each layer and direction, (P,) each, with P the width of one direction's output.
+        directions: 1 or 2.
+        input, hx: as for the layer.
+        multiply: multiplies a tensor (..., directions * P) by gates (directions * P,).
+
+    Returns: the output and the state of the layer, times the gates.
     """
     output, state = run(input, scaled_state(hx, z, _inverse))
     last = z[-1] if directions == 1 else torch.cat(z[-directions:])
@@ -55,14 +71,18 @@ def scaled_call(
 
 
 def _inverse(z: Tensor) -> Tensor:
+    """1 / z where z is not 0, else 0."""
     opened = z != 0
     return opened.to(z.dtype) / torch.where(opened, z, torch.ones_like(z))
 
 
 def scaled_state(state: Any, z: tuple[Tensor, ...], factor: Callable[[Tensor], Tensor] = lambda row: row) -> Any:
-    """The state of a layer, h or (h, c), with h times factors of the gates z (P,) of each layer and direction.
+    """Multiply the hidden state h of a recurrent layer by ``factor`` of the gates z.
 
-    One of another shape is left to the vendor's own check.
+    Args:
+        state: h, (h, c) or None. A state of a wrong shape is returned as it is, so that torch raises its own error.
+        z: the gates of each layer and direction, (P,) each.
+        factor: applied to the gates, (P,) or (layers * directions, P), before they multiply h.
     """
     if state is None:
         return None

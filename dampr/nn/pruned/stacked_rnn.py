@@ -1,4 +1,4 @@
-"""StackedRNN: what compaction leaves of a recurrent layer whose layers or directions are of unequal widths."""
+"""StackedRNN: a recurrent layer whose layers or directions have different widths after compaction."""
 
 from __future__ import annotations
 
@@ -13,24 +13,25 @@ KINDS = (nn.LSTM, nn.GRU, nn.RNN)
 
 
 class StackedRNN(nn.Module):
-    """One-layer recurrent modules, run as the layers and directions of one ``nn.LSTM``, ``nn.GRU`` or ``nn.RNN`` are,
-    of any widths.
+    """One-layer recurrent modules of any widths that run like the layers and directions of one ``nn.LSTM``, ``nn.GRU``
+    or ``nn.RNN``.
 
-    What :meth:`dampr.nn.GatedLSTM.compacted` gives with ``widths="own"`` where pruning has left layers or directions
-    unequal, which no single ``nn`` module can be. Every part is a plain ``torch.nn`` module and runs the vendor's
-    kernel; what is lost is how that kernel may run several layers or directions at once.
+    :meth:`dampr.nn.GatedLSTM.compacted` returns it with ``widths="own"`` when pruning has left layers or directions of
+    different widths, which no single ``nn`` module can have. Every part is a plain ``torch.nn`` module and runs the
+    vendor's kernel; but the kernel cannot run several layers or directions at once any more.
 
     Args:
-        layers: of each layer its directions, one (forward) or two (forward, backward): modules of one and the same
-            class of the three, with ``num_layers=1``, ``bidirectional=False`` and the same ``batch_first``; both
-            directions of a layer read all that the layer below hands on.
+        layers: for each layer a list of its directions, one (forward) or two (forward, backward). Each direction is an
+            ``nn.LSTM``, ``nn.GRU`` or ``nn.RNN``, all of the same class, with ``num_layers=1``, ``bidirectional=False``
+            and the same ``batch_first``. Both directions of a layer read the outputs of all directions of the layer
+            below.
         dropout: as in ``nn.LSTM``, between the layers, in training.
 
-    Called with what the ``nn`` modules are called with: x (T, B, F), (B, T, F) with ``batch_first``, (T, F), or a
-    packed sequence, and optionally the state. Returns the output, whose features are those of all directions of the
-    last layer, one after the other, and the state: h_n, or (h_n, c_n) for LSTMs. As widths differ, h_n and c_n are
-    *lists* of one tensor for each layer and direction, (B, width) or (width,), in the order of ``nn``'s h_n, and the
-    state given may be such lists (or stacked tensors where widths agree): ``h_n[-1]`` is the same in both.
+    The input is that of the ``nn`` modules: x (T, B, F), (B, T, F) with ``batch_first``, (T, F), or a packed sequence,
+    and optionally the initial state. The result is (output, state). The output concatenates the features of all
+    directions of the last layer. The state is h_n, or (h_n, c_n) for LSTMs. Because widths differ, h_n and c_n are
+    *lists* with one tensor for each layer and direction, (B, width) or (width,), in the order of ``nn``'s h_n. An
+    initial state may be such lists, or stacked tensors if all widths are equal. ``h_n[-1]`` is the same in both forms.
 
     Raises: TypeError or ValueError that names the argument, and what the ``nn`` modules raise.
     """
@@ -47,21 +48,25 @@ class StackedRNN(nn.Module):
         self.bidirectional = len(self.layers[0]) == 2
 
     def rows(self) -> list[Any]:
-        """The parts, in the order of h_n."""
+        """The one-layer modules, in the order of h_n: layer by layer, forward before backward."""
         return [part for layer in self.layers for part in layer]
 
     @property
     def input_size(self) -> int:
-        """Features that are read."""
+        """The number of input features."""
         return int(self.layers[0][0].input_size)
 
     @property
     def widths(self) -> list[int]:
-        """Units, or projected ones, of each layer and direction, in the order of h_n."""
+        """The output width of each layer and direction, in the order of h_n: its ``proj_size`` if it has a projection,
+        else its ``hidden_size``.
+        """
         return [width_of(part) for part in self.rows()]
 
     def former_names(self) -> dict[str, str]:
-        """Of each parameter the name that it has in an ``nn`` module with all these layers and directions."""
+        """A dict from each parameter's name here to its name in one ``nn`` module with all these layers and
+        directions.
+        """
         found = {}
         for i, layer in enumerate(self.layers):
             for direction, part in enumerate(layer):
@@ -88,13 +93,16 @@ class StackedRNN(nn.Module):
         return x, [state.squeeze(0) for state in states]
 
     def _turned(self, x: Any, order: Tensor | None) -> Any:
-        """Every sequence with its last step first."""
+        """Reverse every sequence of x in time; ``order``: the indices that do it for a packed sequence."""
         if order is not None:
             return x._replace(data=x.data[order])
         return x.flip(1 if self.batch_first and x.dim() == 3 else 0)
 
     def _split(self, hx: Any) -> list[Any]:
-        """The state for each part."""
+        """Split the initial state into the state of each one-layer module; None for each if there is none.
+
+        Raises: ValueError unless the state has one entry for each layer and direction.
+        """
         count = len(self.rows())
         if hx is None:
             return [None] * count
@@ -116,7 +124,10 @@ class StackedRNN(nn.Module):
 
 
 def _checked(layers: Any) -> list[list[Any]]:
-    """The parts by layer and direction, if they go together."""
+    """The modules as a list of directions for each layer.
+
+    Raises: TypeError or ValueError if they cannot be stacked.
+    """
     if not _is_sequence(layers) or not all(map(_is_sequence, layers)):
         raise TypeError(f"layers={layers!r:.80}: expected a sequence of layers, each a sequence of its directions")
     found: list[list[Any]] = [list(layer) for layer in layers]
@@ -158,7 +169,7 @@ def _with_data(like: Any, values: Tensor) -> Any:
 
 
 def _backwards(x: PackedSequence) -> Tensor:
-    """Where in the data of a packed sequence is what belongs there when every sequence runs backwards, int64."""
+    """The int64 indices that reverse every sequence of a packed sequence in time, (data.shape[0],)."""
     sizes = x.batch_sizes
     starts = sizes.cumsum(0) - sizes
     step = torch.arange(len(sizes)).repeat_interleave(sizes)
@@ -168,5 +179,5 @@ def _backwards(x: PackedSequence) -> Tensor:
 
 
 def width_of(rnn: nn.RNNBase) -> int:
-    """Units of one layer and direction that others read: the projected ones where there is a projection."""
+    """The output width of one layer and direction: ``proj_size`` if there is a projection, else ``hidden_size``."""
     return rnn.proj_size or rnn.hidden_size

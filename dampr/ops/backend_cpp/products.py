@@ -1,9 +1,8 @@
-"""The matrix products of linear layers: torch's own, or oneDNN's where torch asks MKL and that is the slower of the
-two.
+"""The matrix products of linear layers: by torch, or by oneDNN where torch would call MKL and MKL is slower.
 
-On processors of AMD with AVX-512, float32 products take MKL longer than oneDNN, which torch brings along for its
-convolutions ("dampr, torch's products" in docs/performance.md). Evaluation stays on torch's path, so that a fresh layer
-equals the dense one to the bit.
+On AMD processors with AVX-512, MKL takes longer for float32 products than oneDNN, which torch ships for its
+convolutions ("dampr, torch's products" in docs/performance.md). In evaluation, torch's products are always used, so
+that a fresh layer equals the dense one to the bit.
 """
 
 from __future__ import annotations
@@ -19,8 +18,7 @@ from dampr.ops._torch import is_onednn_enabled, onednn_linear
 
 from .axis import transpose
 
-# With fewer multiply-adds, or fewer rows of x for each weight,
-# what oneDNN does before it multiplies takes longer than it saves.
+# With fewer multiply-adds, or fewer rows of x, oneDNN takes longer to prepare a product than it saves.
 WORK, ROWS = 2**24, 32
 _onednn: Any = onednn_linear
 FASTER = (
@@ -32,15 +30,16 @@ FASTER = (
 
 
 def by_onednn(M: int, N: int, K: int, dtype: torch.dtype) -> bool:
-    """Whether the products of x (M, K) and a weight (N, K) are oneDNN's; none is under
-    ``torch.backends.mkldnn.flags(enabled=False)``.
+    """Whether oneDNN computes the products of x (M, K) and a weight (N, K).
+
+    It does not under ``torch.backends.mkldnn.flags(enabled=False)``.
     """
     large = M >= ROWS and M * N * K >= WORK
     return FASTER and large and dtype == torch.float32 and is_onednn_enabled()
 
 
 def described(M: int, N: int, K: int, dtype: torch.dtype, drawn: bool) -> str:
-    """Whose products a layer takes, for :func:`dampr.explain`."""
+    """Which library computes the products of a layer, in words for :func:`dampr.explain`."""
     if not by_onednn(M, N, K, dtype):
         return "torch's products"
     return "oneDNN's products, faster here than MKL's" if drawn else "torch's product, oneDNN's in the backward"
@@ -49,7 +48,9 @@ def described(M: int, N: int, K: int, dtype: torch.dtype, drawn: bool) -> str:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, onednn: bool) -> Tensor:
     """x W^T + b, by oneDNN or by torch; x: (..., K), weight: (N, K)."""
     if onednn:
-        return _onednn(x, weight, None if bias is None else bias.contiguous())  # it is read as if it were
+        return _onednn(
+            x, weight, None if bias is None else bias.contiguous()
+        )  # oneDNN reads it as if it were contiguous
     return F.linear(x, weight, bias)
 
 
@@ -59,10 +60,10 @@ def to_inputs(dy: Tensor, weight: Tensor, onednn: bool) -> Tensor:
 
 
 def to_weight(dy: Tensor, x: Tensor, onednn: bool, in_scratch: bool) -> Tensor:
-    """dy^T x, the gradient of the weight; dy: (M, N), x: (M, K).
+    """dy^T x, (N, K), the gradient of the weight; dy: (M, N), x: (M, K).
 
-    ``in_scratch``: nobody needs what is in :data:`.host.scratch`. oneDNN wants what it multiplies from the left to lie
-    in rows.
+    in_scratch: whether the copy of dy^T may be in :data:`.host.scratch`. oneDNN needs such a copy, because its left
+    operand must have contiguous rows.
     """
     if not onednn:
         return dy.t() @ x

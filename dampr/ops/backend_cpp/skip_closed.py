@@ -1,4 +1,6 @@
-"""A layer on its open gates: what is open picked out (:mod:`.axis`), gated and multiplied, and put back among zeros."""
+"""A layer computed on its open gates: gather what is open (:mod:`.axis`), gate and multiply it, scatter it
+among zeros.
+"""
 
 from __future__ import annotations
 
@@ -33,8 +35,11 @@ def fwd(
     outs: Tensor | None,
     window: Window | None,
 ) -> Tensor:
-    """y; ``ins`` and ``outs`` list the open gates of inputs and outputs, None: all are taken."""
-    part, own = _part(x, weight, bias, gates, ins, outs, window)
+    """y of the layer.
+
+    ins, outs: the indices of the open input and output gates, int32; None takes all. window: None for a linear map.
+    """
+    part, own = _open_part(x, weight, bias, gates, ins, outs, window)
     if window is None:
         y, _ = fwd_fold(_plan_of(*part[:2], gates.spec), *part, *own[:4])
         return y if outs is None else scatter(y, outs, weight.shape[0], y.dim() - 1)
@@ -57,8 +62,11 @@ def bwd(
     window: Window | None,
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of x, weight, bias and both log-alphas, those that are needed."""
-    part, own = _part(x, weight, bias, gates, ins, outs, window)
+    """The gradients of x, weight, bias and of both log_alphas; None for those that ``needs`` does not ask for.
+
+    The other arguments are those of :func:`fwd`.
+    """
+    part, own = _open_part(x, weight, bias, gates, ins, outs, window)
     flat, channels = window is None, x.dim() - 1 if window is None else 1
     if outs is not None:
         dy = gather(dy, outs, channels, not flat and _is_last(dy))
@@ -77,7 +85,7 @@ def bwd(
     return dx, dw, db, din, None if dz_out is None else _gate_gradient(dz_out, gates.output, outs)
 
 
-def _part(
+def _open_part(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -86,7 +94,10 @@ def _part(
     outs: Tensor | None,
     window: Window | None,
 ) -> tuple[tuple[Tensor, Tensor, Tensor | None], GatePair]:
-    """x, weight and bias as far as gates are open, and the values of these gates."""
+    """((x, weight, bias) gathered at the open gates, the values of these gates).
+
+    The arguments are those of :func:`fwd`.
+    """
     in_la, out_la, in_seed, out_seed, spec, _ = gates
     z_in = None if in_la is None else sample_gates_fwd(GateArgs(in_la, in_seed, spec), None)
     z_out = None if out_la is None else sample_gates_fwd(GateArgs(out_la, out_seed, spec), None)
@@ -102,15 +113,16 @@ def _part(
 
 
 def _plan_of(x: Tensor, weight: Tensor, spec: GateSpec) -> Plan:
-    """How what is open of a linear map is computed; ``spec``: of the gates, whose values are drawn already."""
+    """The plan for the product of the open part of a linear map; ``spec``: that of the gates before they were drawn."""
     (n, k), rows = weight.shape, x.shape[:-1].numel()
     onednn = products.by_onednn(rows, n, k, x.dtype)
     return Plan("live", fwd_fold, bwd_fold, VALUE, rows, onednn=onednn, drawn=spec.rule == SAMPLE)
 
 
 def _is_last(t: Tensor) -> bool:
-    """Whether images, or the weight of a convolution, lie channels last;
-    by their strides where one pixel is contiguous as well.
+    """Whether images, or the weight of a convolution, are in channels_last.
+
+    If a single pixel makes both layouts contiguous, the strides decide.
     """
     if t.dim() != 4 or not t.is_contiguous(memory_format=torch.channels_last):
         return False
@@ -118,6 +130,7 @@ def _is_last(t: Tensor) -> bool:
 
 
 def _gate_gradient(dz: Tensor | None, gate: GateArgs | None, places: Tensor | None) -> Tensor | None:
+    """The gradient of all log_alphas from ``dz``, the gradients of the open gates at ``places``."""
     if dz is None or gate is None:
         return None
     return sample_gates_bwd(dz if places is None else scatter(dz, places, gate.log_alpha.numel(), 0), gate, None)

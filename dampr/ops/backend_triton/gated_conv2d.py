@@ -1,4 +1,4 @@
-"""Gates on the channels of a convolution, all in one pass: dampr/kernels/gated_conv2d.py."""
+"""Gated convolution on Triton in one pass: host code for the kernels in dampr/kernels/gated_conv2d.py."""
 
 from __future__ import annotations
 
@@ -23,12 +23,19 @@ def gated_conv2d_one_pass(
     z_out: torch.Tensor | None,
     window: Window,
 ) -> torch.Tensor:
-    """y = z_out * (conv2d(x * z_in, weight) + bias), (B, N, OH, OW) in channels_last and the dtype of x.
+    """y = z_out * (conv2d(x * z_in, weight) + bias), (B, N, OH, OW), in channels_last and the dtype of x.
 
-    x: (B, C, H, W), copied unless it is in channels_last; weight: (N, C / groups, R, S) and bias: (N,), in any floating
-    dtype. Gates, drawn already, float32: z_in (C,), or (B, C) with a row for each image; z_out (N,) or (B, N). Blocks
-    of input channels whose gates are all 0, for all images or for one, are neither read nor multiplied, and output
-    tiles whose gates are all 0 are zeros at once.
+    Args:
+        x: (B, C, H, W); copied if it is not in channels_last.
+        weight: (N, C / groups, R, S), of any floating dtype.
+        bias: (N,) or None, of any floating dtype.
+        z_in: gate values, float32, (C,), or (B, C) with a row for each image; None: no gates.
+        z_out: gate values, float32, (N,) or (B, N); None: no gates.
+        window: stride, padding, dilation and groups.
+
+    Blocks of input channels whose gates are all 0 are neither read nor multiplied, for all images or, with a row of
+    gates per image, for that image. Tiles of output channels whose gates are all 0 are filled with zeros without a
+    product.
     """
     tile = _tile(x, weight, z_in, z_out, window)
     lists = (None, None) if z_in is None else _list_live(z_in, window.groups, tile.depth)
@@ -38,7 +45,7 @@ def gated_conv2d_one_pass(
 def gated_conv2d_fwd(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, gates: GatePair, window: Window
 ) -> torch.Tensor:
-    """:func:`gated_conv2d_one_pass` with gates per batch, drawn here."""
+    """Draw the gates, one draw per batch, and run :func:`gated_conv2d_one_pass`."""
     z_in, z_out = (None if gate is None else sample_gates_fwd(gate, None) for gate in (gates.input, gates.output))
     return gated_conv2d_one_pass(x, weight, bias, z_in, z_out, window)
 
@@ -46,18 +53,23 @@ def gated_conv2d_fwd(
 def _slabs(
     x: torch.Tensor, weight: torch.Tensor, z_in: torch.Tensor | None, z_out: torch.Tensor | None, window: Window
 ) -> tuple[int, int]:
-    """(slabs, output pixels in one): a slab is an image if its gates are its own, else all images."""
+    """(number of slabs, output pixels of one slab).
+
+    A slab is the images that share their gates: one image if some gates are drawn per image, else the whole batch.
+    """
     OH, OW = window.size(x.shape, weight.shape)
     return (x.shape[0], OH * OW) if _per_image(z_in) or _per_image(z_out) else (1, x.shape[0] * OH * OW)
 
 
 def _per_image(z: torch.Tensor | None) -> bool:
+    """Whether the gates are drawn for each image: z is (B, channels), not (channels,)."""
     return z is not None and z.dim() == 2
 
 
 def _dtype(x: torch.Tensor) -> str:
-    """As configs.conv_tile takes it; for convolutions torch has a switch for TF32 of their own,
-    on unless turned off.
+    """The name of the dtype that :func:`configs.conv_tile` takes: "tf32" for float32 where torch allows TF32.
+
+    torch has a separate switch of TF32 for convolutions; it is on by default.
     """
     name, capability = host.machine(x)
     allowed = torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]  # allow_tf32 sets it too
@@ -67,14 +79,22 @@ def _dtype(x: torch.Tensor) -> str:
 def _tile(
     x: torch.Tensor, weight: torch.Tensor, z_in: torch.Tensor | None, z_out: torch.Tensor | None, window: Window
 ) -> configs.Tile:
+    """The tile sizes for the convolution of these shapes."""
     slabs, rows = _slabs(x, weight, z_in, z_out, window)
     N, C = weight.shape[0] // window.groups, weight.shape[1]
     return configs.conv_tile(slabs, rows, N, C, z_in is not None, _dtype(x), host.capability(x.device))
 
 
 def _list_live(z: torch.Tensor, groups: int, depth: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(live, count), int32: of each image (or of all) and group its blocks of ``depth`` channels with an open gate,
-    and how many.
+    """(live, count), int32: for each image and group, the blocks of ``depth`` input channels that have an open gate.
+
+    Args:
+        z: gate values, (C,) or (B, C).
+        groups: the groups of the convolution.
+        depth: the channels of one block.
+
+    Returns: ``live`` (images * groups, blocks), the numbers of these blocks, and ``count`` (images * groups, 1), how
+    many there are. Images count as one if they share their gates.
     """
     rows, C = z.shape[:-1].numel() * groups, z.shape[-1] // groups
     live, count = (host.empty(z, (rows, size), torch.int32) for size in (configs.cdiv(C, depth), 1))
@@ -101,6 +121,9 @@ def _conv(
     window: Window,
     tile: configs.Tile,
 ) -> torch.Tensor:
+    """Launch the convolution kernel; ``lists`` is the result of :func:`_list_live`, or two Nones without input
+    gates.
+    """
     (B, _, H, W), (N, C, R, S), (OH, OW), groups = (
         x.shape,
         weight.shape,

@@ -1,4 +1,8 @@
-"""What the operators of a model say about its units: the record that rules write and :mod:`.partition` solves."""
+"""The ledger: a record of what the operators of a model say about its units.
+
+Rules write into it (:mod:`.rules`), and :mod:`.partition` solves it. In this module, an axis is an int64 tensor that
+holds the unit of each index of some dimensions; its other dimensions have size 1.
+"""
 
 from __future__ import annotations
 
@@ -16,20 +20,20 @@ from .axes import Axes, at_rank, moving, narrow, runs, varying
 
 Bools = NDArray[np.bool_]
 Ints = NDArray[np.int64]
-_MANY = 4096  # pairs of which doubles are left out
+_MANY = 4096  # if there are more pairs, duplicates are removed
 _HALF = 31  # bits for each unit of a pair in one number
 
 
 @dataclass(frozen=True)
 class Reason:
-    """Why units stay, or what a width is a statistic of.
+    """Why units must not be cut, or which statistic is computed over them.
 
     Attributes:
         kind: "output", "mixed", "statistic", "constants", "picked", "opaque", "split", "unread", "unreached" or "only"
             (nothing is left to choose along a dimension).
-        text: in words.
-        operator, module, line: of the operator that says so, where one does; the line is of the code outside of torch
-            that ran it.
+        text: the reason in words.
+        operator, module, line: the operator that gives the reason, the module that ran it, and the line of code outside
+            of torch that called it; empty if no operator does.
     """
 
     kind: str
@@ -46,7 +50,12 @@ class Reason:
 
 @dataclass
 class Marks:
-    """The axes of one tensor. ``weight``: it is a parameter or a buffer, or made of these alone."""
+    """The axes of one tensor.
+
+    Attributes:
+        axes: its axes.
+        weight: whether it is a parameter or a buffer, or computed from these alone.
+    """
 
     axes: Axes
     weight: bool = False
@@ -56,16 +65,17 @@ class Where(Protocol):
     """The operator call that writes into the ledger."""
 
     def why(self, kind: str, text: str) -> Reason:
-        """A reason that names the operator, its module and the line that ran it."""
+        """A reason that names this operator, its module and the line that ran it."""
 
     def module_name(self) -> str:
-        """The name of the module that runs it."""
+        """The name of the module that runs this operator."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """A view broke a dimension into the dimensions ``dims`` of ``axis``;
-    along which of these units may go is seen when all is known.
+    """A view that broke a dimension into the dimensions ``dims`` of ``axis``.
+
+    Along which of these units may be cut is decided when the whole ledger is known.
     """
 
     axis: Tensor
@@ -74,10 +84,12 @@ class Split:
 
 @dataclass(frozen=True)
 class Product:
-    """Multiply-accumulates of one call: ``macs`` with every unit there, in proportion to the units that are left of
-    each of ``factors``.
+    """The multiply-accumulates of one product.
 
-    ``module``: the name of the module that ran it.
+    Attributes:
+        module: the name of the module that ran it.
+        macs: the number with all units; it is proportional to what is left of each factor.
+        factors: the units of each of its dimensions.
     """
 
     module: str
@@ -87,34 +99,40 @@ class Product:
 
 @dataclass
 class Ledger:
-    """Units of a model's floating-point parameters and buffers, an integer from 1 on for each index of each dimension
-    longer than 1.
+    """What operators say about the units of a model.
+
+    A unit is an integer from 1 on for each index of each dimension longer than 1 of each floating-point parameter and
+    buffer. 0 means "no unit". Below, "units" is an int64 array of them.
 
     Attributes:
-        origin: name of a parameter or buffer -> (dimension, first unit, size) of each dimension with units; tied ones
-            once.
+        origin: name of a parameter or buffer -> (dimension, first unit, size) of each dimension with units; a tied
+            tensor is listed once.
         alias: every name -> the name in ``origin``.
         known: id of a tensor -> (tensor, name, marks).
-        unions: pairs of units that are one, (2, n), and why they met.
-        blocks: (outer, inner) pairs of one meeting in which an outer unit runs along several inner ones, and why.
-        fixed, statistics: units, and the reason.
-        read, written: units that a weight's contracted dimension has, and that the other dimensions of weights, biases
-            and norms have.
+        unions: (pairs of units that are one, (2, n); why they met).
+        blocks: ((outer, inner) pairs from one operator in which an outer unit runs along several inner ones; why).
+        fixed: (units, why they must not be cut).
+        statistics: (units, the statistic over them).
+        splits: the views that broke a dimension into several.
+        normalised: sums over weights alone: (the units of each factor at the same places, why). They are harmless if
+            gates are on a factor that also reads these units, because zeros there count as if they were cut.
+        read: units of contracted dimensions of weights.
+        written: units of the other dimensions of weights, of biases and of norms.
         reached: name -> the modes (training or not) in which an operator read it.
-        numbers: (operator, what it was given beside tensors) of every elementwise call, in order.
-        columns: units of the contracted dimensions of weights themselves, also in ``read``.
-        beside: pairs of units of weights that are added up, or the like, before a product reads them: where one is a
-            column both are.
-        normalised: sums over weights alone, each the units of its factors in the same places, and the reason: harmless
-            where gates are on a factor that also reads these units, for zeros there count as if they were not there.
-        summed: units of activations that are added up by no weight (a sum over channels, a product of two activations).
-        products: every product that a FLOP counter counts.
-        within: weights of convolutions in groups, by name, of which every group loses as many channels and none goes as
-            a whole.
-        in_groups: the weights of convolutions in groups of several channels.
-        counted: of every statistic over units the name of the module that computes it, and the units in order.
-        normed: of every norm over groups of channels, or with each for itself, the name of its module, the units of
-            all, how many groups.
+        numbers: (operator, its arguments that are no tensors) of every elementwise call, in order.
+        columns: units of the contracted dimensions of weights themselves; they are in ``read`` too.
+        summed: units of activations that are added up without a weight (a sum over channels, a product of two
+            activations).
+        products: every product that torch's FLOP counter counts.
+        normed: (name of the module, units, number of groups) of every norm over groups of channels, or over each
+            channel.
+        counted: (name of the module, units in order) of every statistic over units.
+        beside: pairs of units of weights that are added, or the like, before a product reads them: if one is a column,
+            both are.
+        within: names of the weights of grouped convolutions whose groups all lose the same number of channels, while
+            no group goes as a whole.
+        in_groups: names of the weights of convolutions with groups of several channels.
+        count: the number of the next unit.
     """
 
     origin: dict[str, list[tuple[int, int, int]]] = field(default_factory=dict)
@@ -154,6 +172,7 @@ class Ledger:
         return ledger
 
     def _label(self, name: str, tensor: Tensor) -> Axes:
+        """Axes with fresh units for a parameter or buffer, one for each dimension longer than 1."""
         axes, self.origin[name] = [], []
         for dim, size in enumerate(tensor.shape):
             if size > 1:
@@ -162,21 +181,22 @@ class Ledger:
         return axes
 
     def fresh(self, *shape: int) -> Tensor:
-        """New units in an axis of this shape."""
+        """An axis of this shape with new units."""
         first, self.count = self.count, self.count + math.prod(shape)
         return torch.arange(first, self.count).reshape(shape)
 
     def checkpoint(self) -> tuple[list[int], dict[str, set[bool]]]:
-        """How much has been written, for :meth:`back_to`."""
+        """The state of the ledger, for :meth:`back_to`."""
         return [len(part) for part in self._parts()], {name: set(modes) for name, modes in self.reached.items()}
 
     def back_to(self, mark: tuple[list[int], dict[str, set[bool]]]) -> None:
-        """Forget what was written since a checkpoint: a run that failed says nothing."""
+        """Remove what was written since a checkpoint, because a run that failed says nothing."""
         for part, length in zip(self._parts(), mark[0], strict=True):
             del part[length:]
         self.reached = mark[1]
 
     def _parts(self) -> list[list[Any]]:
+        """All lists of the ledger to which rules append."""
         own = self.unions, self.blocks, self.fixed, self.statistics, self.splits, self.read, self.written
         return [
             *own,
@@ -193,32 +213,35 @@ class Ledger:
     # what rules say
     # ----------------------------------------------------------------------------------------------------------------
     def unite(self, a: Tensor, b: Tensor, call: Where) -> None:
-        """Units at the same place of two axes, broadcast, are one unit."""
+        """Record that the units at the same place of two axes, broadcast, are one unit."""
         self.unions.append((_pairs(a, b), call.why("constants", "its channels meet elements that belong to no layer")))
 
     def contain(self, outer: Tensor, inner: Tensor, call: Where) -> None:
-        """Each unit of ``outer`` runs along several of ``inner``, and goes when all of those of this meeting go."""
+        """Record that each unit of ``outer`` runs along several units of ``inner``: it can be cut only with all of
+        these.
+        """
         self.blocks.append(
             (_pairs(outer, inner), call.why("mixed", "several families of channels have one unit between them"))
         )
 
     def fix(self, axes: Tensor | Iterable[Tensor], why: Reason) -> None:
-        """Nothing of these may go."""
+        """Record that no unit of these axes may be cut."""
         for axis in [axes] if isinstance(axes, Tensor) else axes:
             self.fixed.append((line(axis), why))
 
     def statistic(self, axis: Tensor, call: Where) -> None:
-        """These may go only where what computes the statistic counts open units."""
+        """Record that these units may be cut only if the statistic that ``call`` computes counts open units alone."""
         self.statistics.append((line(axis), call.why("statistic", "a statistic is computed over its channels")))
         self.counted.append((call.module_name(), line(axis)))
 
     # what rules have in common
     # ----------------------------------------------------------------------------------------------------------
     def meet(self, shape: Sequence[int], operands: Sequence[tuple[Marks, Sequence[int]]], call: Where) -> Axes:
-        """The axes of an elementwise result of this shape, from the marks and shapes of what meets there, each
-        broadcast to it.
+        """The axes of an elementwise result of this shape.
 
-        Axes of one operand never meet each other. An operand that is broadcast is not united with what varies there.
+        operands: (marks, shape) of each operand; all are broadcast to ``shape``. Units of different operands at the
+        same place become one. Axes of one operand do not meet each other, and an operand that is broadcast along a
+        dimension is not united with what varies there.
         """
         rank = len(shape)
         padded = [
@@ -241,7 +264,10 @@ class Ledger:
         return out
 
     def _among(self, axis: Tensor, others: Axes, call: Where) -> tuple[Tensor, Axes]:
-        """What an axis becomes beside those of other operands, and which of these are left."""
+        """(the axis of the result for ``axis``, the axes in ``others`` that did not meet it).
+
+        ``others`` are axes of the other operands.
+        """
         rest, met, own = [], False, axis
         for other in others:
             dims, theirs = varying(axis), varying(other)
@@ -260,14 +286,18 @@ class Ledger:
         return axis, rest
 
     def lie_beside(self, operands: Sequence[Axes]) -> None:
-        """Elements of weights at one place make one element of a weight, which is 0 where all of them are."""
+        """Record that the elements of several weights at one place are added, or the like, into one element of a
+        weight.
+
+        That element is 0 only if all of them are 0.
+        """
         for i, axes in enumerate(operands):
             self.beside += [
                 _pairs(a, b) for other in operands[:i] for a in axes for b in other if varying(a) == varying(b)
             ]
 
     def norm_of(self, factors: Iterable[Axes], dims: set[int], call: Where) -> None:
-        """Weights alone are added up over ``dims``, each product of the elements of ``factors`` at one place."""
+        """Record a norm of weights: a sum over ``dims`` of products of the elements of ``factors`` at one place."""
         lines: dict[frozenset[int], list[Ints]] = {}
         for axis in (axis for axes in factors for axis in axes if varying(axis) and varying(axis) <= dims):
             lines.setdefault(frozenset(varying(axis)), []).append(line(axis))
@@ -278,8 +308,9 @@ class Ledger:
     def reduce(self, axes: Axes, dims: set[int], keepdim: bool, kind: str, call: Where) -> Axes:
         """The axes after a reduction over ``dims``.
 
-        ``kind``: "weighed", a sum to which each unit adds what a weight makes of it; "sum", to which units of zeros add
-        nothing; "noted", a sum that :meth:`norm_of` has noted; "statistic", such as a mean; "mixed", everything else.
+        ``kind`` says what the reduction does: "weighed", a sum of products with a weight; "sum", a sum, to which units
+        of zeros add nothing; "noted", a sum that :meth:`norm_of` has recorded; "statistic", such as a mean; "mixed",
+        anything else.
         """
         out = []
         for axis in axes:
@@ -308,7 +339,9 @@ class Ledger:
         return [axis.reshape([axis.shape[d] for d in left]) for axis in out]
 
     def _rows(self, axis: Tensor, stay: list[int]) -> Tensor:
-        """A fresh unit for each set of units that an axis has at one place of the dimensions ``stay``."""
+        """An axis over the dimensions ``stay``, with one fresh unit for each distinct set of units that ``axis`` has at
+        one place of them.
+        """
         rows = axis.permute(*stay, *(d for d in range(axis.dim()) if d not in stay)).reshape(
             math.prod(axis.shape[d] for d in stay), -1
         )
@@ -318,7 +351,9 @@ class Ledger:
         return units.reshape([size if d in stay else 1 for d, size in enumerate(axis.shape)])
 
     def reshape(self, axes: Axes, old: Sequence[int], new: Sequence[int], call: Where) -> Axes:
-        """The axes after a view of shape ``old`` as ``new``; what breaks a dimension into several is kept for later."""
+        """The axes after a view of shape ``old`` as ``new``; a view that breaks a dimension into several is recorded as
+        a :class:`Split`.
+        """
         if 0 in old:
             self.fix(axes, call.why("mixed", "its tensor is empty"))
             return []
@@ -338,12 +373,12 @@ class Ledger:
 
 
 def line(axis: Tensor) -> Ints:
-    """The units of an axis in order, as the ledger keeps them."""
+    """The units of an axis in order, int64 (n,)."""
     return axis.reshape(-1).numpy()
 
 
 def _pairs(a: Tensor, b: Tensor) -> Ints:
-    """The different pairs of units at the same place, (2, n)."""
+    """The pairs of different units at the same place of two axes, broadcast, int64 (2, n)."""
     left, right = (side.reshape(-1) for side in np.broadcast_arrays(a.numpy(), b.numpy()))
     differ = left != right
     left, right = left[differ], right[differ]

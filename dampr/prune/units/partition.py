@@ -1,4 +1,6 @@
-"""From what operators say to classes of units: what is one unit, which class may go, and why the others stay."""
+"""The partition of units into classes, solved from a ledger: what is one unit, which classes may be cut, and why the
+others stay.
+"""
 
 from __future__ import annotations
 
@@ -16,17 +18,17 @@ from .ledger import Bools, Ints, Ledger, Product, Reason, Split
 
 _HALF = 31  # bits for each unit of a pair in one number; units are far fewer than 2^31
 _LOW = (1 << _HALF) - 1
-_PASSES = 20  # over the constraints; each pass joins classes, and networks seen so far took at most four
+_PASSES = 20  # most passes over the constraints; networks so far needed at most four
 
 NOTHING_TO_CHOOSE = ("only", "unread")
-"""Kinds of reasons for which a class stays though nothing would go wrong without it."""
+"""Kinds of reasons why a class stays although a model without it would be correct."""
 
 
 Origin = dict[str, list[tuple[int, int, int]]]  # tensor -> (dimension, first unit, size) of each dimension with units
 
 
 class Member(NamedTuple):
-    """What a class has in one parameter or buffer: ``indices`` of dimension ``dim``."""
+    """The part of a class in one parameter or buffer: ``indices``, int64, of dimension ``dim``."""
 
     name: str
     dim: int
@@ -38,23 +40,26 @@ class Units:
     """The partition of a model's units into classes; a class is cut by deleting its indices from its members.
 
     Attributes:
-        label: of each unit the number of its class.
+        label: int64 (units,), the class of each unit.
         origin: name of a parameter or buffer -> (dimension, first unit, size) of each dimension longer than 1.
-        alias: every name of a parameter or buffer -> the one in ``origin`` (a tied one has its units once).
-        free: classes that may be cut, in order.
-        fixed: class -> why it stays.
-        statistics: class -> what is computed over it; it may be cut where that counts open units.
-        normalised: free class -> the norm of a weight that reads it, which counts it; it may be cut where gates are on
-            that weight.
-        families: free classes of dimensions that have classes in common.
-        read, written: whether a weight reads, or writes, each unit.
+        alias: every name of a parameter or buffer -> its name in ``origin``, which lists a tied tensor once.
+        free: the classes that may be cut, in increasing order.
+        fixed: class -> why it must not be cut.
+        statistics: class -> the statistic (a mean, say) that is computed over it; it may be cut if that statistic
+            counts only open units.
+        normalised: free class -> the norm of a weight that counts it because the weight reads it; it may be cut if the
+            gates are on that weight.
+        families: the free classes, grouped: classes with units in the same dimension, directly or through other
+            classes, are in one family.
+        read, written: bool (units,), whether a weight reads, or writes, each unit.
         reached: name -> the modes (``training``) in which an operator read the parameter.
-        modes, failed: the modes that were traced, and why another could not be.
-        numbers: what elementwise operators were given beside tensors, in the order of calls.
-        columns: of each unit, whether it is of a contracted dimension of a weight.
-        summed: of each unit, whether it is added up by no weight.
-        products: the products of the first example inputs in evaluation, where that was traced.
-        counted, normed, within, in_groups: as in the ledger; what norms of weights count has no module.
+        modes: the modes that were traced.
+        failed: mode -> why it could not be traced.
+        numbers: the arguments of elementwise operators that are no tensors, in the order of calls.
+        columns: bool (units,), whether each unit belongs to a contracted dimension of a weight.
+        summed: bool (units,), whether activations of each unit are added up without a weight.
+        products: the products on the first example inputs in evaluation, if that was traced.
+        counted, normed, within, in_groups: as in the ledger; norms of weights have an empty name in ``counted``.
     """
 
     label: Ints
@@ -81,7 +86,7 @@ class Units:
 
     @functools.cached_property
     def members(self) -> dict[int, list[Member]]:
-        """What each class has in which parameters and buffers."""
+        """class -> its members, one for each dimension of a parameter or buffer that has some of its units."""
         found: dict[int, list[Member]] = defaultdict(list)
         for name, dims in self.origin.items():
             for dim, first, size in dims:
@@ -94,7 +99,7 @@ class Units:
         return dict(found)
 
     def places(self, classes: Iterable[int]) -> list[tuple[str, int]]:
-        """The dimensions, of parameters and buffers by name, that have something of these classes, in their order."""
+        """(name, dimension) of the parameters and buffers that have units of ``classes``, in order, each once."""
         members, places = self.members, self._places
         rows = dict.fromkeys(places.get(one) or places.setdefault(one, _where(members[one])) for one in classes)
         return list(dict.fromkeys(place for row in rows for place in row))
@@ -104,9 +109,10 @@ class Units:
         return {}
 
     def classes(self, name: str, dim: int) -> list[int]:
-        """The class of each index of a parameter's or buffer's dimension; empty for a dimension of size 1.
+        """The class of each index of dimension ``dim`` of the parameter or buffer ``name``; empty for a dimension of
+        size 1.
 
-        Raises KeyError for a name that the model does not have, or that is not floating point.
+        Raises: KeyError if the model has no floating-point tensor of that name.
         """
         for at, first, size in self.origin[self.alias[name]]:
             if at == dim:
@@ -115,9 +121,9 @@ class Units:
         return []
 
     def first_unit(self, name: str, dim: int) -> int:
-        """The first unit of a dimension, whose units are consecutive.
+        """The number of the first unit of a dimension; the units of a dimension are consecutive.
 
-        KeyError for a dimension of size 1, which has none.
+        Raises: KeyError for a dimension of size 1, which has no units.
         """
         for at, first, _ in self.origin[self.alias[name]]:
             if at == dim:
@@ -125,22 +131,23 @@ class Units:
         raise KeyError(f"dimension {dim} of {name!r} has one index, which is no unit")
 
     def is_column(self, name: str, dim: int) -> bool:
-        """Whether a product sums over this dimension of a parameter."""
+        """Whether a product sums over dimension ``dim`` of the parameter ``name``."""
         return self._any(self.columns, name, dim)
 
     def is_row(self, name: str, dim: int) -> bool:
-        """Whether a product has this dimension of a parameter in its result."""
+        """Whether the result of a product has dimension ``dim`` of the parameter ``name``."""
         return self._any(self.written, name, dim)
 
     def _any(self, marked: Bools, name: str, dim: int) -> bool:
+        """Whether a unit of this dimension is in ``marked``, bool (units,)."""
         return any(marked[first : first + size].any() for at, first, size in self.origin[self.alias[name]] if at == dim)
 
     def why_not(self, name: str, dim: int) -> Reason | None:
-        """Why an index of this dimension must not be cut, or only under conditions (:attr:`statistics`,
-        :attr:`normalised`); else None.
+        """Why an index of dimension ``dim`` must not be cut, or only under conditions (:attr:`statistics`,
+        :attr:`normalised`); None if all may be cut.
 
-        Of several reasons the one of the lowest index, but what is mixed or fixed before that nothing is left to
-        choose.
+        Of several reasons it returns that of the lowest index, but reasons of :data:`NOTHING_TO_CHOOSE` only if there
+        is no other.
         """
         reasons = [reason for one in self.classes(name, dim) if (reason := self.reason(one)) is not None]
         return next(
@@ -148,12 +155,12 @@ class Units:
         )
 
     def reason(self, one: int) -> Reason | None:
-        """Why a class must not be cut, or only under conditions."""
+        """Why class ``one`` must not be cut, or only under conditions; None if it may be cut."""
         return self.fixed.get(one) or self.statistics.get(one) or self.normalised.get(one)
 
     def with_open_statistics(self, norms: Collection[str]) -> Units:
-        """The same with those classes free whose every statistic is computed by one of these modules,
-        which count open units.
+        """A copy in which classes are free whose statistics are all computed by ``norms``, the names of modules that
+        count only open units.
         """
         own, other = set[int](), set[int]()
         for name, units in self.counted:
@@ -164,8 +171,9 @@ class Units:
         return replace(self, free=free, statistics=left, families=_families(self.origin, self.label, free))
 
     def in_training_alone(self) -> dict[int, str]:
-        """Classes that have something in what evaluation does not reach, where results could be compared,
-        and why they stay.
+        """class -> why it stays, for classes with units in a parameter that only training reads.
+
+        Results are compared in evaluation, which would not show an error there.
         """
         return {
             one: f"{name!r}, which only training reaches, shares its width"
@@ -176,11 +184,11 @@ class Units:
         }
 
     def among(self, classes: Iterable[int]) -> Bools:
-        """Of each unit, whether its class is one of these."""
+        """Whether the class of each unit is in ``classes``: bool, (units,)."""
         return _marked(len(self.label), [np.array(list(classes), np.int64)])[self.label]
 
     def indices(self, classes: Iterable[int]) -> dict[str, dict[int, list[int]]]:
-        """What goes with these classes: name -> dimension -> indices in order."""
+        """What is cut with ``classes``: name of a tensor -> dimension -> indices in increasing order."""
         cut = self.among(classes)
         gone: dict[str, dict[int, list[int]]] = defaultdict(dict)
         for name, dims in self.origin.items():
@@ -192,7 +200,13 @@ class Units:
 
 
 def solve(ledger: Ledger, modes: tuple[bool, ...] = (False,), failed: dict[bool, str] | None = None) -> Units:
-    """The partition that a ledger describes, of a model that was run in these modes."""
+    """The partition that a ledger describes.
+
+    Args:
+        ledger: what the operators said.
+        modes: the modes (``training``) in which the model was traced.
+        failed: mode -> why a trace in it failed.
+    """
     labels = _Labels(ledger)
     labels.settle()
     label = labels.label
@@ -235,8 +249,9 @@ def solve(ledger: Ledger, modes: tuple[bool, ...] = (False,), failed: dict[bool,
 
 
 def joined(label: Ints, pairs: Ints) -> Ints:
-    """Labels after the units of each pair, (2, n), have become one class, whose label is its least;
-    unit 0 joins nothing.
+    """The labels after the two units of each pair have become one class, labelled by its least unit.
+
+    label: int64 (units,), the class of each unit. pairs: int64 (2, n). Unit 0 stands for "no unit" and joins nothing.
     """
     a, b = pairs[:, (pairs > 0).all(0)]
     while True:
@@ -254,7 +269,7 @@ def joined(label: Ints, pairs: Ints) -> Ints:
 
 
 class _Labels:
-    """Label propagation: the class of a unit is the least unit in it."""
+    """Label propagation over the constraints of a ledger; the label of a class is its least unit."""
 
     def __init__(self, ledger: Ledger) -> None:
         self.label: Ints = np.arange(ledger.count)
@@ -269,7 +284,7 @@ class _Labels:
         self._starts = np.flatnonzero(np.r_[True, new]) if len(self._outer) else np.zeros(0, np.int64)
 
     def settle(self) -> None:
-        """Join what splits and blocks join, until nothing changes."""
+        """Join the classes that views (splits) and blocks force together, until nothing changes."""
         for _ in range(_PASSES):
             before = self.label.copy()
             runs_along = self._runs_along()
@@ -281,16 +296,19 @@ class _Labels:
                 return
 
     def conflicts(self) -> list[tuple[Ints, Reason]]:
-        """Units that run along several classes: they and these cannot go together, so none goes."""
+        """The outer units that run along units of several classes, and why they stay: no class fits all of these."""
         outer, low, high = self._block_ends()
         events = self._event[self._starts]
         return [(outer[at : at + 1], self._why[events[at]]) for at in np.flatnonzero(low != high)]
 
     def _join(self, pairs: Ints) -> None:
+        """Join the units of each pair, int64 (2, n)."""
         self.label = joined(self.label, pairs)
 
     def _block_ends(self) -> tuple[Ints, Ints, Ints]:
-        """Of each outer unit of each meeting, the least and the greatest class of what it runs along there."""
+        """(outer units, least class, greatest class) for each outer unit of each block, where the classes are those of
+        the inner units that it runs along.
+        """
         if not len(self._outer):
             return self._outer, self._outer, self._outer
         inner = self.label[self._inner]
@@ -301,11 +319,13 @@ class _Labels:
         )
 
     def _runs_along(self) -> _Blocks:
+        """The classes of outer units by the class of the inner units that they run along."""
         return _Blocks(_keys(self.label[self._inner], self.label[self._outer]) if self._splits else self._inner[:0])
 
     def _settle_split(self, split: Split, runs_along: _Blocks) -> None:
-        """A view as several dimensions keeps all but one of them whole: the one that may go is the one along which
-        blocks differ (the heads of scores), or else the last.
+        """Decide along which dimension a view that splits an axis may be cut, and join the units along the others.
+
+        The dimension is the one along which blocks differ (the heads of attention scores), or else the last.
         """
         axis = narrow(torch.from_numpy(self.label)[split.axis])
         dims = [d for d in split.dims if axis.shape[d] > 1]
@@ -320,24 +340,24 @@ class _Labels:
 
 
 class _Blocks:
-    """Of each class the classes that run along it, from sorted keys of both."""
+    """For each class the classes that run along it, looked up in sorted keys of both."""
 
     def __init__(self, keys: Ints) -> None:
         self._keys = keys
 
     def of(self, one: int) -> set[int]:
-        """The classes that run along this one."""
+        """The classes that run along class ``one``."""
         start, end = np.searchsorted(self._keys, [one << _HALF, (one + 1) << _HALF])
         return set((self._keys[start:end] & _LOW).tolist())
 
 
 def _keys(first: Ints, second: Ints) -> Ints:
-    """The different pairs as numbers, in order."""
+    """The distinct pairs (first, second), each packed into one int64, sorted."""
     return np.unique(first << _HALF | second)
 
 
 def _has_blocks(axis: torch.Tensor, dim: int, dims: Sequence[int], runs_along: _Blocks) -> bool:
-    """Whether some unit runs along the whole of index 0 of ``dim`` and not along its last index."""
+    """Whether some unit runs along all of index 0 of ``dim`` but not along its last index."""
     start, end, beyond = ([0] * axis.dim() for _ in range(3))
     for other in dims:
         end[other] = 0 if other == dim else axis.shape[other] - 1
@@ -347,15 +367,17 @@ def _has_blocks(axis: torch.Tensor, dim: int, dims: Sequence[int], runs_along: _
 
 
 def _where(members: list[Member]) -> tuple[tuple[str, int], ...]:
+    """(name, dimension) of each member."""
     return tuple((m.name, m.dim) for m in members)
 
 
 def _concatenated(parts: list[Ints]) -> Ints:
+    """Arrays of pairs, (2, n) each, as one array."""
     return np.concatenate(parts, 1) if parts else np.zeros((2, 0), np.int64)
 
 
 def _marked(count: int, parts: Iterable[Ints]) -> Bools:
-    """Of so many units, or classes, whether each is in some part; unit 0 is none."""
+    """Whether each of ``count`` units, or classes, is in some part: bool, (count,). Unit 0 ("no unit") never is."""
     found = np.zeros(count, bool)
     for units in parts:
         found[units] = True
@@ -364,7 +386,10 @@ def _marked(count: int, parts: Iterable[Ints]) -> Bools:
 
 
 def _with_beside(columns: Bools, pairs: Ints) -> Bools:
-    """The columns, with those of weights that are added to weights that have them."""
+    """Extend ``columns``, bool (units,), to the units of weights that are added to weights with columns.
+
+    pairs: int64 (2, n), units at the same place of two such weights.
+    """
     while True:
         more = _marked(len(columns), [pairs[:, columns[pairs].any(0)].reshape(-1)]) | columns
         if (more == columns).all():
@@ -373,7 +398,7 @@ def _with_beside(columns: Bools, pairs: Ints) -> Bools:
 
 
 def _unlabelled(ledger: Ledger) -> list[tuple[Ints, Reason]]:
-    """Units that meet an element that has none."""
+    """The units that meet an element without a unit, and why they stay."""
     found = []
     for pairs, why in ledger.unions:
         lone = pairs[:, (pairs == 0).any(0)].max(0) if pairs.shape[1] else pairs[0]
@@ -383,7 +408,7 @@ def _unlabelled(ledger: Ledger) -> list[tuple[Ints, Reason]]:
 
 
 def _of_classes(label: Ints, said: Iterable[tuple[Ints, Reason]]) -> dict[int, Reason]:
-    """The first reason of each class."""
+    """The first reason for each class, from reasons for units."""
     found: dict[int, Reason] = {}
     for units, why in said:
         for one in np.unique(label[units]).tolist():
@@ -398,7 +423,7 @@ def _dimensions(origin: Origin) -> list[tuple[str, int, int, int]]:
 
 
 def _left_alone(ledger: Ledger, label: Ints) -> Iterator[tuple[Ints, Reason]]:
-    """Units of what no run reached, and of dimensions that are one unit."""
+    """The units that stay, and why: those of tensors that no run read, and those of dimensions that are one unit."""
     for name, dim, first, size in _dimensions(ledger.origin):
         units = np.arange(first, first + size)
         if name not in ledger.reached:
@@ -408,7 +433,14 @@ def _left_alone(ledger: Ledger, label: Ints) -> Iterator[tuple[Ints, Reason]]:
 
 
 def _families(origin: Origin, label: Ints, free: list[int]) -> list[list[int]]:
-    """Free classes by the dimensions that they share, directly or over others."""
+    """Group the free classes: two classes are in one family if they have units in the same dimension of a tensor, or if
+    a chain of such pairs connects them.
+
+    Args:
+        origin: as in :class:`Units`.
+        label: int64 (units,), the class of each unit.
+        free: the classes to group.
+    """
     parent: Ints = np.arange(len(label))
     chains = [np.unique(label[first : first + size]) for *_, first, size in _dimensions(origin)]
     pairs = [np.stack((chain[1:], chain[:-1])) for chain in chains]

@@ -1,5 +1,7 @@
-"""What a trace does not prove: that a smaller model has the same partition,
-and that closed units are zero where they are read.
+"""Checks of what a trace cannot prove.
+
+A trace does not prove that a smaller model has the same partition into classes, nor that closed units are 0 where they
+are read. The functions here cut or mask a copy of the model and run it.
 """
 
 from __future__ import annotations
@@ -25,10 +27,11 @@ from .sizes import Size, follow
 
 
 def cut(model: nn.Module, units: Units, classes: Iterable[int], sizes: Iterable[Size] = ()) -> nn.Module:
-    """Delete the indices of these classes from every parameter and buffer of ``model``, in place; returns ``model``.
+    """Delete the indices of ``classes`` from every parameter and buffer of ``model``, in place; returns ``model``.
 
-    Sizes that modules of torch.nn keep beside their parameters follow, and of what other code keeps ``sizes``. With any
-    other such number the model does not run, or gives another partition, which :func:`retrace` finds.
+    The sizes that ``torch.nn`` modules keep in attributes are set to the new shapes, and so are ``sizes``, numbers that
+    other code keeps. If code keeps another such number, the model fails to run or gets another partition, which
+    :func:`retrace` finds.
     """
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     old = dict(named)
@@ -46,10 +49,9 @@ def cut(model: nn.Module, units: Units, classes: Iterable[int], sizes: Iterable[
 
 
 def follow_all(model: nn.Module, changed: Collection[nn.Module], within: Iterable[str] = ()) -> None:
-    """:func:`follow_parameters` of the modules of ``model`` that have ``changed``, and of those whose weights are
-    computed.
+    """Call :func:`follow_parameters` for the modules in ``changed`` and for all parametrized modules of ``model``.
 
-    ``within``: the weights of convolutions that keep the number of their groups.
+    ``within``: names of the weights of grouped convolutions that keep their number of groups.
     """
     owners = {model.get_submodule(name.rpartition(".")[0]) for name in within}
     with at_rest(model):
@@ -59,9 +61,9 @@ def follow_all(model: nn.Module, changed: Collection[nn.Module], within: Iterabl
 
 
 def substitute(model: nn.Module, new: Mapping[int, Tensor]) -> set[nn.Module]:
-    """Put tensors in the place of parameters and buffers, by the ids of these, under every name.
+    """Replace parameters and buffers of ``model``, under every name that they have; returns the modules that changed.
 
-    Returns the modules that have some.
+    ``new``: id of the old tensor -> new tensor.
     """
     changed: set[nn.Module] = set()
     for module in model.modules():
@@ -74,7 +76,10 @@ def substitute(model: nn.Module, new: Mapping[int, Tensor]) -> set[nn.Module]:
 
 
 def follow_parameters(module: Any, keeps_groups: bool = False) -> None:
-    """Set the sizes that a module of torch.nn keeps to those of its parameters."""
+    """Set the size attributes of a ``torch.nn`` module to the shapes of its parameters.
+
+    ``keeps_groups``: a grouped convolution keeps ``groups``, because its groups became smaller and not fewer.
+    """
     weight = getattr(module, "weight", None)
     if weight is None:
         weight = getattr(module, "running_mean", None)
@@ -116,10 +121,12 @@ def follow_parameters(module: Any, keeps_groups: bool = False) -> None:
 
 
 def half(units: Units, families: Sequence[Sequence[int]], seed: int = 0) -> list[int]:
-    """A random half of the classes of each family, but of every dimension at least one class stays.
+    """Choose a random half of the classes of each family, and leave at least one class in every dimension.
 
-    Of several families one loses half, the next one less, another one with another ``seed``: what code keeps for
-    several of them in one number is found so.
+    The number chosen differs between the families and with ``seed``: some lose half, others fewer. So a number that
+    code keeps for several families together does not fit all of them by accident.
+
+    Returns: the chosen classes.
     """
     generator = random.Random(seed)
     left = {
@@ -140,7 +147,12 @@ def half(units: Units, families: Sequence[Sequence[int]], seed: int = 0) -> list
 
 @dataclass(frozen=True)
 class Differs:
-    """What a cut model does that the whole one does not. ``runs``: whether it runs at all."""
+    """How a cut model differs from the whole model.
+
+    Attributes:
+        text: the difference, in words.
+        runs: whether the cut model runs.
+    """
 
     text: str
     runs: bool
@@ -153,14 +165,22 @@ def retrace(
     families: Sequence[Sequence[int]],
     more_inputs: Iterable[Any] = (),
 ) -> dict[int, Differs]:
-    """Of the classes of these families, those that cannot be cut though the trace calls them free, and what is wrong.
+    """Find the classes that cannot be cut although the trace calls them free.
 
-    Half of each family is cut in a copy of ``model``, which is traced in the same modes: its units have to be the
-    classes that are left, and its operators must have been given the same numbers. (A literal half, ``roll``, ``view(B,
-    N, 4, -1)`` and ``h.shape[1]`` used as a factor are found so.) Where it is not so, halves of the families are tried.
-    ``example_inputs``, ``more_inputs``: those of the trace.
+    In a copy of ``model``, half of each family is cut and the copy is traced in the same modes. Its classes must be
+    those that are left, and its operators must get the same numbers. (This finds a literal that is half a width,
+    ``roll``, ``view(B, N, 4, -1)``, and ``h.shape[1]`` as a factor.) If the copy differs, the families are split in two
+    and tried again.
 
-    Raises what copying the model raises.
+    Args:
+        model: the whole model; not changed.
+        units: its partition.
+        example_inputs, more_inputs: the inputs of the trace.
+        families: the families of classes to try.
+
+    Returns: class -> how a model without it differs.
+
+    Raises: what copying the model raises.
     """
     if not families:
         return {}
@@ -179,8 +199,14 @@ def retrace(
 def differs(
     model: nn.Module, units: Units, samples: list[Any], classes: list[int], sizes: Iterable[Size] = ()
 ) -> Differs | None:
-    """What a copy of ``model`` without these classes does that the whole does not, by a trace of it;
-    None where nothing differs.
+    """How a copy of ``model`` without ``classes`` differs from ``model``; None if it does not.
+
+    Args:
+        model: the whole model; not changed.
+        units: its partition.
+        samples: the inputs to trace.
+        classes: the classes to cut.
+        sizes: numbers that code keeps, as for :func:`cut`.
     """
     small = cut(inputs.twin(model), units, classes, sizes)
     ledger = Ledger.of(small, units.within)
@@ -211,8 +237,14 @@ def differs(
 
 
 def _regrouped(units: Units, again: Units, gone: set[int]) -> Differs | None:
-    """Whether the cut model unites units that the whole one keeps apart, parts some of one class,
-    or fixes some that were free.
+    """How the partition of the cut model differs from that of the whole model; None if it does not.
+
+    It differs if it joins classes that were apart, splits a class, or fixes a class that was free.
+
+    Args:
+        units: the partition of the whole model.
+        again: the partition of the cut model.
+        gone: the classes that were cut.
     """
     alone, free = _alone(units, gone), set(units.free)
     forward: dict[int, int] = {}
@@ -235,7 +267,7 @@ def _regrouped(units: Units, again: Units, gone: set[int]) -> Differs | None:
 
 
 def _alone(units: Units, gone: set[int]) -> set[int]:
-    """Classes that are all that is left of a dimension, of which another trace has less evidence."""
+    """The classes that are the only one left of some dimension; a trace has less evidence about them."""
     found: set[int] = set()
     for name, dims in units.origin.items():
         for dim, _, _ in dims:
@@ -245,12 +277,17 @@ def _alone(units: Units, gone: set[int]) -> set[int]:
 
 
 def probe(masked: nn.Module, units: Units, classes: Iterable[int], example_inputs: Any) -> dict[int, str]:
-    """Of classes that are closed in ``masked``, those that are not 0 where a weight or a sum reads them: "constant" or
-    "varies".
+    """Run a masked model and find the closed classes that are not 0 where a weight or a sum reads them.
 
-    ``masked`` has the parameters' shapes of the model that ``units`` is of, and is run once on real tensors in
-    evaluation mode. A constant can be taken in by the reader's bias, where no zero padding stands between; what varies
-    makes the class useless to gate there.
+    Args:
+        masked: a model with the parameter shapes of the model of ``units``, in which ``classes`` are masked; it runs
+            once on real tensors in evaluation mode.
+        units: the partition.
+        classes: the closed classes.
+        example_inputs: the inputs.
+
+    Returns: class -> "constant" or "varies". The bias of the reader can absorb a constant unless zero padding comes
+    between; a gate on a class that varies is useless.
     """
     ledger = Ledger.of(masked, units.within)
     alive: dict[int, tuple[float, float]] = {}
@@ -271,10 +308,21 @@ def probe(masked: nn.Module, units: Units, classes: Iterable[int], example_input
 
 
 def added(model: nn.Module, units: Units, classes: Iterable[int], example_inputs: Any) -> set[int]:
-    """Of these classes those that, closed where they are written, are not 0 where activations are added up or
-    multiplied with each other.
+    """Find the classes that a mask cannot remove: they are not 0 where activations are added or multiplied.
 
-    No weight stands there that could leave them out, and no bias that could take them in. Raises what the model raises.
+    The weights and biases that write half of ``classes`` are set to 0, and the masked model runs once. A masked class
+    that is still not 0 at a sum or product of activations cannot be cut, because there is no weight to cut and no bias
+    to absorb a constant.
+
+    Args:
+        model: the whole model; not changed.
+        units: its partition.
+        classes: the classes to test.
+        example_inputs: the inputs.
+
+    Returns: the classes found.
+
+    Raises: what the model raises.
     """
     chosen = set(classes)
     families = [[one for one in family if one in chosen] for family in units.families]
@@ -295,7 +343,10 @@ def added(model: nn.Module, units: Units, classes: Iterable[int], example_inputs
 
 
 def mask(model: nn.Module, units: Units, classes: Iterable[int]) -> nn.Module:
-    """Set to 0, in place, what writes these classes (what reads them, where nothing writes them); returns ``model``."""
+    """Set the weights and biases that write ``classes`` to 0, in place; returns ``model``.
+
+    Where nothing writes a class, the weights that read it are set to 0.
+    """
     tensors = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
     chosen: dict[tuple[str, int], list[int]] = defaultdict(list)
     for one in classes:

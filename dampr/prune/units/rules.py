@@ -1,9 +1,9 @@
-"""One rule for each ATen operator: from a :class:`~.call.Call` to the axes of its results (a tuple of these for
-several).
+"""One rule for each ATen operator: it turns a :class:`~.call.Call` into the axes of the result (a tuple of axes for
+several results).
 
-The rules of movement, contraction and reduction stand in modules of their own; all are in one table. An operator that
-is not in it counts as elementwise where torch tags it so, is decomposed where torch can, and is opaque otherwise:
-nothing that goes in may be cut.
+The rules of movement, contraction and reduction are in modules of their own; one table holds all rules. An operator
+without a rule is elementwise if torch tags it as pointwise; else it is decomposed if torch can do so; else it is
+opaque, and none of the units of its inputs may be cut.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def base_name(func: Any) -> str:
 
 
 def rule(names: str) -> Callable[[Rule], Rule]:
-    """Enter a function into the table under these names, which spaces separate."""
+    """Decorator: enter a function into the table under ``names``, which are separated by spaces."""
 
     def enter(function: Rule) -> Rule:
         _TABLE.update(dict.fromkeys(names.split(), function))
@@ -39,14 +39,17 @@ def rule(names: str) -> Callable[[Rule], Rule]:
 
 
 def of(func: Any, name: str) -> Rule | None:
-    """The rule of an operator; None of one that nothing is known of."""
+    """The rule of an operator; None if there is none."""
     if name in _TABLE:
         return _TABLE[name]
     return elementwise if torch.Tag.pointwise in func.tags else None
 
 
 def operand(call: Call, tensor: Tensor) -> tuple[Marks, list[int]] | None:
-    """What :meth:`~.ledger.Ledger.meet` takes, of one tensor; where it was expanded it is broadcast."""
+    """(marks, shape) of one tensor, as :meth:`~.ledger.Ledger.meet` takes them; None for a tensor without units.
+
+    A dimension along which the tensor was expanded has size 1 in the shape.
+    """
     marks = call.of(tensor)
     return (
         None
@@ -58,11 +61,12 @@ def operand(call: Call, tensor: Tensor) -> tuple[Marks, list[int]] | None:
 _FACTORS = ("mul", "div", "true_divide")  # 0 in one factor of a weight is 0 in the weight
 
 
-def _by_rank(call: Call) -> list[Tensor]:
-    """The weights that make one weight; last what its columns are to be those of: a parameter that a buffer masks, a
-    numerator.
+def _decisive_last(call: Call) -> list[Tensor]:
+    """The operands of an elementwise operator that computes a weight from other weights, ordered for
+    :meth:`~.ledger.Ledger.meet`.
 
-    Conditions, which pick between weights, come first.
+    The last operand decides to which units the columns of the result belong: the parameter if a buffer masks it, the
+    numerator of a quotient. Conditions that choose between weights come first.
     """
     last = [
         t
@@ -74,7 +78,7 @@ def _by_rank(call: Call) -> list[Tensor]:
 
 
 def write(call: Call, tensors: Iterable[Any]) -> None:
-    """Note that these parameters write the units that they have."""
+    """Record in the ledger that the weights among ``tensors`` write the units that they have."""
     for tensor in tensors:
         marks = call.of(tensor)
         if marks is not None and marks.weight:
@@ -87,10 +91,13 @@ def write(call: Call, tensors: Iterable[Any]) -> None:
     "feature_dropout isnan isinf complex polar log_sigmoid_forward"
 )
 def elementwise(call: Call) -> Axes:
-    """Units that meet are one unit; constants have to be the same along the units."""
+    """The rule of elementwise operators: units at the same place become one unit.
+
+    Constants that meet units must have the same value along them; otherwise the units stay.
+    """
     ledger, shape = call.ledger, list(call.first.shape)
     weights = all(marks is None or marks.weight for marks in call.marks)
-    operands = list(filter(None, (operand(call, t) for t in (_by_rank(call) if weights else call.given))))
+    operands = list(filter(None, (operand(call, t) for t in (_decisive_last(call) if weights else call.given))))
     if not weights:
         write(call, call.given)
     elif call.name not in _FACTORS:
@@ -120,7 +127,7 @@ def elementwise(call: Call) -> Axes:
     "zero normal uniform conj real imag resolve_conj resolve_neg tril triu _conj"
 )
 def same(call: Call) -> Axes:
-    """The same elements in the same places."""
+    """The rule of operators that keep every element at its place."""
     return call.axes(call.args[0])
 
 
@@ -130,19 +137,19 @@ def same(call: Call) -> Axes:
     "set _is_all_true _is_any_true _is_zerotensor allclose"
 )
 def nothing(call: Call) -> Axes:
-    """A result without units."""
+    """The rule of operators whose result has no units."""
     return []
 
 
 @rule("copy")
 def copied(call: Call) -> Axes:
-    """In place: the source's units."""
+    """The rule of ``copy``: the result has the units of the source."""
     target = call.args[0]
     return [at_rank(axis, target.dim()) for axis in call.axes(call.args[1])]
 
 
 def opaque(call: Call, what: str = "of which nothing is known") -> Axes | tuple[Axes, ...]:
-    """Nothing is known of the operator, so nothing that goes in may be cut."""
+    """The rule of unknown operators: no unit of an input may be cut, and the result has no units."""
     for marks in call.marks:
         if marks is not None:
             call.ledger.fix(marks.axes, call.why("opaque", f"its channels go into an operator {what}"))

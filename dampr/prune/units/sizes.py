@@ -1,5 +1,5 @@
-"""Numbers that code keeps beside its parameters (``num_heads``, ``all_head_size``): which follow a width,
-and what they become.
+"""Numbers that code keeps beside its parameters (``num_heads``, ``all_head_size``): which of them follow a width, and
+their new values.
 """
 
 from __future__ import annotations
@@ -46,9 +46,14 @@ _FOLLOW_ANYWAY = (
 
 
 class Size(NamedTuple):
-    """An attribute of a module that is in proportion to a dimension of a parameter: both were ``before`` and ``width``.
+    """An attribute of a module whose value is proportional to the size of a dimension of a parameter.
 
-    "shape.0" is the first number of the tuple ``shape``.
+    Attributes:
+        module: the name of the module.
+        attribute: the name of the attribute; "shape.0" is the first number of the tuple ``shape``.
+        parameter, dim: the parameter's name, and the dimension.
+        before: the value of the attribute in the whole model.
+        width: the size of the dimension in the whole model.
     """
 
     module: str
@@ -60,11 +65,11 @@ class Size(NamedTuple):
 
 
 def followers(model: nn.Module, units: Units, classes: Iterable[int]) -> list[Size]:
-    """The whole numbers kept by modules that are no layers of torch.nn, and that equal a width which loses some of
-    ``classes``.
+    """Guess the attributes that have to change when ``classes`` are cut.
 
-    Equal to the size of a dimension of a parameter within the module, to a half or a third of it, or to how many
-    classes it has. A guess: whoever uses it has to see that the model still runs and computes the same.
+    An attribute is found if it is a whole number of a module that is no ``torch.nn`` layer, and equals the size of a
+    dimension that loses some of ``classes``, half or a third of that size, or the number of classes in the dimension.
+    The caller has to check that the model still runs and computes the same.
     """
     cut = set(classes)
     widths = {(member.name, member.dim) for one in cut for member in units.members[one]}
@@ -86,9 +91,9 @@ def followers(model: nn.Module, units: Units, classes: Iterable[int]) -> list[Si
 
 
 def _of_norms(model: nn.Module, units: Units, sizes: dict[tuple[str, int], int]) -> Iterator[Size]:
-    """What norms without a parameter of their own keep of their channels, and of groups of these.
+    """The attributes of norms without parameters that hold the number of their channels or groups.
 
-    None of one that norms several widths, which may lose different numbers of channels.
+    A norm that is applied to several widths is left out, because these may lose different numbers of channels.
     """
     seen: dict[str, list[tuple[list[int], int]]] = {}
     for name, line, groups in (*units.normed, *((name, line, 0) for name, line in units.counted if name)):
@@ -116,6 +121,7 @@ def _of_norms(model: nn.Module, units: Units, sizes: dict[tuple[str, int], int])
 def _matches(
     value: int, places: list[tuple[str, int]], sizes: dict[tuple[str, int], int], counts: dict[tuple[str, int], int]
 ) -> Iterator[tuple[str, int]]:
+    """The dimensions (name, dim) whose size may explain an attribute of this ``value``, the most likely first."""
     yield from (place for place in places if sizes[place] == value)
     # the width of a head does not change with their number
     if not any(sizes[place] == value * counts[place] for place in places):
@@ -127,8 +133,9 @@ def _matches(
 
 
 def follow(model: nn.Module, sizes: Iterable[Size]) -> dict[str, dict[str, int]]:
-    """Set these attributes to what the parameters of ``model`` now have; returns what was set:
-    module -> attribute -> number.
+    """Set the attributes in ``sizes`` to fit the present shapes of the parameters of ``model``.
+
+    Returns: module -> attribute -> its new value, for those that changed.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     made: dict[str, dict[str, int]] = {}
@@ -141,9 +148,7 @@ def follow(model: nn.Module, sizes: Iterable[Size]) -> dict[str, dict[str, int]]
 
 
 def _numbers(module: nn.Module) -> Iterator[tuple[str, int]]:
-    """The whole numbers that a module keeps, and those in tuples beside nothing but 1,
-    such as a shape to broadcast with.
-    """
+    """(attribute, value) of the whole numbers that a module keeps, alone or in a tuple whose other numbers are 1."""
     for attribute, value in vars(module).items():
         if type(value) is int:
             yield attribute, value
@@ -156,7 +161,7 @@ def _numbers(module: nn.Module) -> Iterator[tuple[str, int]]:
 
 
 def number_of(module: nn.Module, attribute: str) -> int | None:
-    """A whole number that a module keeps, as :class:`Size` names it; None where there is none."""
+    """The value of an attribute that :class:`Size` names; None if it is no whole number."""
     name, _, at = attribute.partition(".")
     value = vars(module).get(name)
     if at:
@@ -165,7 +170,7 @@ def number_of(module: nn.Module, attribute: str) -> int | None:
 
 
 def set_number(module: nn.Module, attribute: str, number: Any) -> None:
-    """Set what :func:`number_of` gives."""
+    """Set an attribute that :class:`Size` names."""
     name, _, at = attribute.partition(".")
     whole: Any = vars(module).get(name)
     setattr(module, name, number if not at else (*whole[: int(at)], number, *whole[int(at) + 1 :]))
