@@ -31,8 +31,8 @@ struct NormDraw {
 };
 
 // Checks the arguments that the forward and the backward of a norm share, and returns them as a NormGate.
-NormGate check_norm(int64_t outer, int64_t middle, int64_t n, int64_t inner, bool per_outer, Address gain, Address bias,
-                    Address mean, Address var, double eps, bool relu) {
+NormGate checked_norm(int64_t outer, int64_t middle, int64_t n, int64_t inner, bool per_outer, Address gain,
+                      Address bias, Address mean, Address var, double eps, bool relu) {
   check_shape(outer, middle, n, inner);
   if (!(eps >= 0)) reject("eps", std::to_string(eps), "a number, 0 or more");
   NormGate a{};
@@ -69,7 +69,7 @@ void norm_gate_fwd(const py::tuple& spec, int dtype, Address x, int64_t outer, i
                    double momentum, double eps, bool relu, Address out, int64_t threads) {
   const Kernels& k = kernels();
   const DType checked = check_dtype("dtype", dtype);
-  NormGate a = check_norm(outer, middle, n, inner, per_outer, gain, bias, mean, var, eps, relu);
+  NormGate a = checked_norm(outer, middle, n, inner, per_outer, gain, bias, mean, var, eps, relu);
   const int team = check_threads(threads);
   const int64_t elements = outer * middle * n * inner, count = outer * middle * inner;
   if (!(momentum >= 0 && momentum <= 1)) reject("momentum", std::to_string(momentum), "a number in [0, 1]");
@@ -98,7 +98,7 @@ void norm_gate_bwd(const py::tuple& spec, int dtype, Address g, Address x, int64
                    Address dbias, Address dlog_alpha, int64_t threads) {
   const Kernels& k = kernels();
   const DType checked = check_dtype("dtype", dtype);
-  NormGate a = check_norm(outer, middle, n, inner, per_outer, gain, bias, mean, var, eps, relu);
+  NormGate a = checked_norm(outer, middle, n, inner, per_outer, gain, bias, mean, var, eps, relu);
   const int team = check_threads(threads);
   const int64_t elements = outer * middle * n * inner;
   a.planes.x = required<const void>("x", x, elements), a.planes.g = required<const void>("g", g, elements);
@@ -120,8 +120,9 @@ void norm_gate_bwd(const py::tuple& spec, int dtype, Address g, Address x, int64
 // Checks the arguments that the forward and the backward of a small linear layer share, and returns them as a
 // SmallLinear (kernels.h). x: (m, k), w: (n, k), in_log_alpha: (k,), out_log_alpha: (n,); an absent log_alpha stands
 // for no gates. The seeds are read only if gates are drawn.
-SmallLinear check_small(const GateSpec& s, int64_t m, int64_t n, int64_t k, Address x, Address w, Address in_log_alpha,
-                        Address out_log_alpha, Address in_seed_ptr, Address out_seed_ptr, bool per_sample) {
+SmallLinear checked_small(const GateSpec& s, int64_t m, int64_t n, int64_t k, Address x, Address w,
+                          Address in_log_alpha, Address out_log_alpha, Address in_seed_ptr, Address out_seed_ptr,
+                          bool per_sample) {
   check_sizes("m", m, "k", k), check_sizes("m", m, "n", n), check_sizes("n", n, "k", k);
   SmallLinear a{};
   a.x = required<const void>("x", x, m * k), a.w = required<const void>("w", w, n * k);
@@ -139,7 +140,7 @@ void small_fwd(const py::tuple& spec, int dtype, int64_t m, int64_t n, int64_t k
   const Kernels& table = kernels();
   const GateSpec s = check_spec(spec);
   const DType checked = check_dtype("dtype", dtype, true);
-  SmallLinear a = check_small(s, m, n, k, x, w, in_log_alpha, out_log_alpha, in_seed_ptr, out_seed_ptr, per_sample);
+  SmallLinear a = checked_small(s, m, n, k, x, w, in_log_alpha, out_log_alpha, in_seed_ptr, out_seed_ptr, per_sample);
   a.b = pointer<const void>(b), a.y = required<void>("y", y, m * n), a.pre = pointer<void>(pre);
   without_gil([&] { return table.small_forward(s, checked, a); });
 }
@@ -152,7 +153,7 @@ void small_bwd(const py::tuple& spec, int dtype, int64_t m, int64_t n, int64_t k
   const Kernels& table = kernels();
   const GateSpec s = check_spec(spec);
   const DType checked = check_dtype("dtype", dtype, true);
-  SmallLinear a = check_small(s, m, n, k, x, w, in_log_alpha, out_log_alpha, in_seed_ptr, out_seed_ptr, per_sample);
+  SmallLinear a = checked_small(s, m, n, k, x, w, in_log_alpha, out_log_alpha, in_seed_ptr, out_seed_ptr, per_sample);
   a.dy = required<const void>("dy", dy, m * n), a.b = pointer<const void>(b), a.pre = pointer<void>(pre);
   a.dx = pointer<void>(dx), a.dw = pointer<void>(dw), a.db = pointer<void>(db);
   a.din = in_log_alpha ? pointer<void>(din) : nullptr, a.dout = out_log_alpha ? pointer<void>(dout) : nullptr;
@@ -162,8 +163,8 @@ void small_bwd(const py::tuple& spec, int dtype, int64_t m, int64_t n, int64_t k
 // Checks the arguments that the forward and the backward of a Dep-L0 generator share, and returns them as a Generator.
 // addresses: of w_1, b_1, w_2, b_2, ... widths: the sizes of a_0, a_1, ... The result points into `widths` and
 // `pointers`, which have to outlive it.
-Generator check_generator(const std::vector<Address>& addresses, const std::vector<int64_t>& widths, double limit,
-                          std::vector<const void*>& pointers) {
+Generator checked_generator(const std::vector<Address>& addresses, const std::vector<int64_t>& widths, double limit,
+                            std::vector<const void*>& pointers) {
   if (widths.size() < 2) reject("widths", std::to_string(widths.size()) + " sizes", "two or more");
   if (addresses.size() != 2 * (widths.size() - 1))
     reject("parameters", std::to_string(addresses.size()) + " addresses",
@@ -187,7 +188,7 @@ void generator_fwd(int dtype, const std::vector<Address>& parameters, const std:
   const Kernels& table = kernels();
   const DType checked = check_dtype("dtype", dtype, true);
   std::vector<const void*> pointers;
-  Generator a = check_generator(parameters, widths, limit, pointers);
+  Generator a = checked_generator(parameters, widths, limit, pointers);
   a.values = required<void>("values", values, 1);
   without_gil([&] { return table.generator_forward(checked, a), true; });
 }
@@ -198,7 +199,7 @@ void generator_bwd(int dtype, const std::vector<Address>& parameters, const std:
   const Kernels& table = kernels();
   const DType checked = check_dtype("dtype", dtype, true);
   std::vector<const void*> pointers;
-  Generator a = check_generator(parameters, widths, limit, pointers);
+  Generator a = checked_generator(parameters, widths, limit, pointers);
   a.values = required<void>("values", values, 1), a.dvalues = required<const void>("dvalues", dvalues, 1);
   if (grads.size() != parameters.size())
     reject("grads", std::to_string(grads.size()) + " addresses", "one for each parameter");
