@@ -43,8 +43,9 @@ def draw(found: Results) -> Figure:
     """The runs at equal steps: lines through the means, a small mark for each seed,
     the dense network as a dotted line.
     """
-    figure, axes = plt.subplots(2, 3, figsize=(12, 7), layout="constrained", squeeze=False)
     begun = [task for task in TASKS.values() if any(run.task == task.name for run in found)]
+    columns = max(3, len(begun) // 2 + 1)  # one place more than tasks, for the legend
+    figure, axes = plt.subplots(2, columns, figsize=(4 * columns, 7), layout="constrained", squeeze=False)
     for ax, task in zip(axes.flat, begun, strict=False):
         _draw_task(ax, found, task)
     for ax in axes.flat[len(begun) :]:
