@@ -369,7 +369,9 @@ def even_share(cost: Cost, target: float) -> float:
 
 def owned(gate: Gate, score: names.Score) -> Owned:
     """What stands in for ``gate`` while a budget owns it."""
-    return SteppedGate(gate) if score == "importance" else OwnedGate(gate)
+    made = SteppedGate(gate) if score == "importance" else OwnedGate(gate)
+    made.former = (*gate.former, *gate.parameters())
+    return made
 
 
 def increments_by(

@@ -19,7 +19,7 @@ from dampr.nn.pruned.transformer import PrunedLayer
 from . import graph, heads, inputs, transposed
 from .inputs import Model
 from .manifest import Places, check, places_in
-from .modules import by_name
+from .modules import by_name, gates_of
 from .unit_compact import places_of, restore_sizes
 from .units.proof import follow_all
 from .wrapped import sees_through
@@ -355,6 +355,8 @@ def check_state(optimizer: torch.optim.Optimizer) -> None:
     for group in optimizer.param_groups:
         for p in group["params"]:
             for key, value in optimizer.state.get(p, {}).items():
+                if isinstance(value, Tensor) and value.shape == p.shape:
+                    continue
                 held = [t for t in pytree.tree_leaves(value) if isinstance(t, Tensor) and t.numel() > 1]
                 if held and (not isinstance(value, Tensor) or kept_dims(value.shape, p.shape) is None):
                     shapes = [tuple(t.shape) for t in held]
@@ -401,9 +403,10 @@ def carry_over(optimizer: torch.optim.Optimizer, model: nn.Module, small: Any) -
     """Let ``optimizer``, which trained ``model``, train ``small``: its parameters in the same groups, with their state
     cut likewise.
 
-    Parameters that are gone leave their group (an empty group stays, for schedulers count them); biases that compaction
-    added come to the weight of their layer, with no state. Raises ValueError, before anything is changed, for state
-    that cannot be cut.
+    Parameters that are gone leave their group (an empty group stays, for schedulers count them), those of other models
+    stay in it; biases that compaction added come to the weight of their layer, with no state.
+
+    Raises ValueError, before anything is changed, for state that cannot be cut.
     """
     check_state(optimizer)
     places: dict[str, list[Places]] = {}
@@ -418,9 +421,11 @@ def carry_over(optimizer: torch.optim.Optimizer, model: nn.Module, small: Any) -
     new = dict(small.named_parameters(remove_duplicate=False))
     former = {name: name for name in new} | _renamed(small)
     target = {id(old[former[name]]): name for name in reversed(new) if former[name] in old}
-    state: dict[Tensor, Any] = {}
+    own = {id(p) for p in (*old.values(), *(p for gate in gates_of(model) for p in gate.former))}
+    state: dict[Any, Any] = {key: values for key, values in optimizer.state.items() if id(key) not in own}
     groups: list[list[Tensor]] = []
     for group in optimizer.param_groups:
+        others = [p for p in group["params"] if id(p) not in own]
         names = [target[id(p)] for p in group["params"] if id(p) in target]
         for name in names:
             state[new[name]] = {
@@ -428,7 +433,7 @@ def carry_over(optimizer: torch.optim.Optimizer, model: nn.Module, small: Any) -
                 for key, value in optimizer.state.get(old[former[name]], {}).items()
             }
         added = [bias for name in names if (bias := name.removesuffix("weight") + "bias") in new and bias not in old]
-        groups.append([new[name] for name in (*names, *added)])
+        groups.append([*(new[name] for name in (*names, *added)), *others])
     for group, params in zip(optimizer.param_groups, groups, strict=True):
         group["params"] = params
     optimizer.state.clear()

@@ -180,8 +180,11 @@ class Shrinker:
         """Call it after ``optimizer.step()``, and after ``budget.step()``: takes out what can go where that saves
         enough.
 
-        Args: as of :meth:`shrink`. Returns whether parameters have other shapes now.
+        Args: as of :meth:`shrink`. Returns whether parameters have other shapes now. Raises ValueError for an optimizer
+        whose state cannot be cut, at the first step.
         """
+        for one in _optimizers(optimizer):
+            check_state(one)
         self.steps += 1
         if self._budget is None:
             closed = torch.cat([closed_for_good(gate, self.probability).cpu() for gate in self.cost.structure.gates])
