@@ -19,7 +19,7 @@ from .expand import carry_over, check_state, check_trains, expand
 from .inputs import Model
 from .modules import by_name, of_kind
 from .unit_structure import has_unit_gates
-from .wrapped import check_gates, sees_through
+from .wrapped import check_gates, check_values, sees_through
 
 
 class CompactionError(RuntimeError):
@@ -81,6 +81,7 @@ def compact(
     if not gated:
         raise ValueError(f"model={type(model).__name__}: expected gated layers in it (dampr.convert puts them there)")
     check_gates(model)
+    check_values(model)
     if hasattr(model, "dampr_layout"):
         if optimizer is not None:
             raise ValueError("model: closed units have left it; expected shrinker.expand(optimizer) before")
