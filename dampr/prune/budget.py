@@ -317,7 +317,9 @@ class Budget:
             raise BudgetError("finalize: closed units have left the model; expected shrinker.expand(optimizer) before")
         round_to = _checks.positive_int("round_to", round_to)
         min_width = _checks.positive_int("min_width", min_width)
-        globs = [same] if isinstance(same, str) else list(same)
+        globs = [same] if isinstance(same, str) else _checks.items("same", same)
+        if not all(isinstance(glob, str) for glob in globs):
+            raise TypeError(f"same={same!r:.80}: expected a name glob, or a sequence of them")
         report = self._fit(self.model, self.target, round_to, min_width, self._matched(globs))
         self.controller = None
         _LIVE.discard(self)

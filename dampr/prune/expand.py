@@ -344,14 +344,27 @@ def sizes_in(layer: Any, entry: dict[str, Any]) -> dict[str, int]:
 def check_state(optimizer: torch.optim.Optimizer) -> None:
     """Raise ValueError where the state of a parameter holds what cannot be cut with it: tensors that are neither of its
     shape, nor of one that a dimension or two of it have been summed out of, nor of one element; or where it lies on
-    other ranks.
+    other ranks, or in an optimizer within.
     """
     if any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(optimizer).__mro__):
         raise ValueError(
             "optimizer: ZeroRedundancyOptimizer keeps its state on several ranks, where it cannot be cut; expected "
-            "None, and a new one "
-            "after compaction"
+            "None, and a new one after compaction"
         )
+    inner = [one for one in vars(optimizer).values() if isinstance(one, torch.optim.Optimizer)]
+    if any(one.state is not optimizer.state for one in inner):
+        raise ValueError(
+            f"optimizer: {type(optimizer).__name__} has {type(inner[0]).__name__} in it, whose own state "
+            "would not be cut; expected None, and a new one after compaction"
+        )
+    for key, value in optimizer.state.items():
+        if not isinstance(key, Tensor) and any(
+            isinstance(t, Tensor) and t.numel() > 1 for t in pytree.tree_leaves(value)
+        ):
+            raise ValueError(
+                f"optimizer: {type(optimizer).__name__} keeps {key!r} for all parameters together, which cannot be cut "
+                "with them; make a new optimizer after compaction"
+            )
     for group in optimizer.param_groups:
         for p in group["params"]:
             for key, value in optimizer.state.get(p, {}).items():

@@ -322,3 +322,9 @@ def test_gates_have_one_budget_that_owns_them():
 def test_example_inputs_that_cost_nothing_are_refused():
     with pytest.raises(ValueError, match="example_inputs: macs of the model on them are 0"):
         dampr.Budget(converted(), X[:0], macs=0.5, steps=20)
+
+
+@pytest.mark.parametrize("same", [3, [3], None])
+def test_same_is_of_names(same):
+    with pytest.raises(TypeError, match="^same="):
+        dampr.Budget(converted(), X, macs=0.5, steps=20).finalize(same=same)

@@ -422,6 +422,28 @@ def test_parameters_of_other_models_stay_in_their_groups_and_those_of_gates_leav
     assert set(optimizer.state) == held
 
 
+class Lookahead(torch.optim.Optimizer):
+    def __init__(self, inner):
+        self.inner = inner
+        super().__init__(inner.param_groups, {})
+
+
+def test_state_beside_that_of_parameters_is_refused():
+    x = torch.randn(4, 6)
+    model = dampr.convert(nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2)), example_inputs=x)
+    nested = Lookahead(torch.optim.Adam(model.parameters()))
+    with pytest.raises(ValueError, match="^optimizer: Lookahead has Adam in it, whose own state would not be cut"):
+        dampr.compact(model, example_inputs=x, optimizer=nested)
+    shared = torch.optim.SGD(model.parameters(), lr=0.1)
+    shared.state["step"] = 3
+    dampr.compact(model, example_inputs=x, optimizer=shared)
+    assert shared.state["step"] == 3
+    flat = torch.optim.SGD(model.parameters(), lr=0.1)
+    flat.state["all"] = {"momentum": torch.zeros(52)}
+    with pytest.raises(ValueError, match="^optimizer: SGD keeps 'all' for all parameters together"):
+        dampr.compact(model, example_inputs=x, optimizer=flat)
+
+
 def test_an_optimizer_of_something_else_is_refused():
     x = torch.randn(4, 6)
     model = dampr.convert(nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2)), example_inputs=x)
