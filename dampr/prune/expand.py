@@ -24,6 +24,7 @@ from .unit_compact import places_of, restore_sizes
 from .units.proof import follow_all
 from .wrapped import sees_through
 
+Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None
 _NORMS = nn.modules.batchnorm._NormBase
 # Of these zeros make NaN: a variance, and the direction of a weight under weight_norm
 # where its length has come back too, as 0.
@@ -339,6 +340,15 @@ def sizes_in(layer: Any, entry: dict[str, Any]) -> dict[str, int]:
     else:
         found = {} if isinstance(layer, Scale) else {"num_features": written}
     return {name: size for name, size in found.items() if size is not None}
+
+
+def optimizers_of(given: Optimizers) -> list[torch.optim.Optimizer]:
+    """One optimizer or several as a list. Raises TypeError for anything else."""
+    found: list[Any] = [] if given is None else list(given) if isinstance(given, (list, tuple)) else [given]
+    for one in found:
+        if not isinstance(one, torch.optim.Optimizer):
+            raise TypeError(f"optimizer={one!r:.80}: expected a torch.optim.Optimizer, or a sequence of them")
+    return found
 
 
 def check_state(optimizer: torch.optim.Optimizer) -> None:

@@ -20,7 +20,7 @@ from .budget import Budget, BudgetReport
 from .compact import compact
 from .controller import RAMP, Ramp
 from .convert import convert
-from .expand import check_state, check_trains
+from .expand import Optimizers, check_state, check_trains, optimizers_of
 from .plan_hooks import check_model, divergence, is_trained, uncompiled
 from .plan_report import PlanError, PlanReport
 from .recalibrate import recalibrate, share_statistics
@@ -229,11 +229,12 @@ class Plan:
             taught = self._teacher(*args, **kwargs)
         return self._distill * (self._distill_loss or divergence)(output, taught)
 
-    def step(self, optimizer: torch.optim.Optimizer | None = None, *, ema: Copies = ()) -> bool:
+    def step(self, optimizer: Optimizers = None, *, ema: Copies = ()) -> bool:
         """Call it after ``optimizer.step()``; True when its parameters have other shapes, during and after the ramp.
 
         Args:
-            optimizer: of the weights; what is left of its state stays. None: make a new one when this returns True.
+            optimizer: of the weights, one or all of several; what is left of its state stays. None: make a new one when
+                this returns True.
             ema: copies of :attr:`model` with averaged weights (``torch.optim.swa_utils.AveragedModel``), one or
                 several: they get gates and lose units when the model does.
 
@@ -249,8 +250,9 @@ class Plan:
                 "expected DistributedDataParallel, or a budget (dampr.Budget) made before it was sharded, which "
                 "compacts behind the training"
             )
-        if optimizer is not None:
-            self._check_optimizer(optimizer)
+        optimizers = optimizers_of(optimizer)
+        for one in optimizers:
+            self._check_optimizer(one)
         copies_of(ema)
         self.steps_taken += 1
         try:
@@ -258,13 +260,14 @@ class Plan:
         except BaseException:
             self.steps_taken -= 1
             raise
-        if optimizer is not None and self._restart is not None:
-            self._set_rates(optimizer, self._restart)
+        if self._restart is not None:
+            for one in optimizers:
+                self._set_rates(one, self._restart)
         if smaller and self.report is not None and self._on_compact is not None:
             self._on_compact(self)
         return smaller
 
-    def _change(self, optimizer: torch.optim.Optimizer | None, ema: Copies) -> bool:
+    def _change(self, optimizer: Optimizers, ema: Copies) -> bool:
         """What is due at this step; whether the model has become smaller."""
         if self._budget is None:
             if self.steps_taken == self._end - self._length:
@@ -345,9 +348,7 @@ class Plan:
             "teacher": None if self._teacher is None else self._teacher.state_dict(),
         }
 
-    def load_state_dict(
-        self, state: Mapping[str, Any], optimizer: torch.optim.Optimizer | None = None, *, ema: Copies = ()
-    ) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], optimizer: Optimizers = None, *, ema: Copies = ()) -> None:
         """Bring a new plan, of the same model and arguments, to where the other was. *Then* load the states of model
         and optimizer.
 
@@ -434,7 +435,7 @@ class Plan:
                 "plan.model in the loss, in training mode, and a loss that is finite"
             )
 
-    def _compact(self, budget: Budget, optimizer: torch.optim.Optimizer | None, ema: Copies) -> None:
+    def _compact(self, budget: Budget, optimizer: Optimizers, ema: Copies) -> None:
         self._check_finite(f"step {self.steps_taken}")
         check_copies(ema, self.model)
         self._schedule.expand(optimizer, ema)
@@ -506,8 +507,6 @@ class Plan:
             raise PlanError("this plan is finished: expected a new one for more training")
 
     def _check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise TypeError(f"optimizer={optimizer!r:.80}: expected a torch.optim.Optimizer")
         check_trains(optimizer, self.model, "plan.model")
         if self.report is not None:
             return

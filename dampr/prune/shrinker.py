@@ -23,14 +23,13 @@ from . import inputs
 from .budget import Budget
 from .closed_layout import layouts_of, vectors
 from .cost import Cost
-from .expand import check_state
+from .expand import Optimizers, check_state, optimizers_of
 from .layout import WHOLE, Layout, Shelf, move_state, moved, shapes_of
 from .modules import of_kind
 from .summary import gated_layers
 from .wrapped import check_bare
 
 _IN_PLACE = "it becomes smaller in place"
-Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None
 Copies = nn.Module | Sequence[nn.Module]
 
 
@@ -183,7 +182,7 @@ class Shrinker:
         Args: as of :meth:`shrink`. Returns whether parameters have other shapes now. Raises ValueError for an optimizer
         whose state cannot be cut, at the first step.
         """
-        for one in _optimizers(optimizer):
+        for one in optimizers_of(optimizer):
             check_state(one)
         self.steps += 1
         if self._budget is None:
@@ -236,7 +235,7 @@ class Shrinker:
 
     def _to(self, wanted: Tensor, optimizer: Optimizers, ema: Copies, prove: bool) -> None:
         check_bare(self.model, _IN_PLACE)
-        optimizers = _optimizers(optimizer)
+        optimizers = optimizers_of(optimizer)
         copies = check_copies(ema, self.model)
         for one in optimizers:
             check_state(one)
@@ -382,14 +381,6 @@ def closed_for_good(gate: Gate, probability: float) -> Tensor:
 def is_shrunk(model: nn.Module) -> bool:
     """Whether units have left a gated model."""
     return hasattr(model, "dampr_layout") or any(of_kind(model, SelectedGate))
-
-
-def _optimizers(given: Optimizers) -> list[torch.optim.Optimizer]:
-    found: list[Any] = [] if given is None else _listed(given)
-    for one in found:
-        if not isinstance(one, torch.optim.Optimizer):
-            raise TypeError(f"optimizer={one!r:.80}: expected a torch.optim.Optimizer, or a sequence of them")
-    return found
 
 
 def copies_of(given: Copies) -> list[nn.Module]:

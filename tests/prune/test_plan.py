@@ -232,6 +232,26 @@ def test_the_learning_rate_that_starts_again_is_that_of_whichever_optimizer_come
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.1, 0.01])
 
 
+def test_several_optimizers_go_through_a_plan_together():
+    plan = plan_for(restart=1.0, shrink=True)
+    matrices = [p for p in plan.model.parameters() if p.dim() == 2]
+    others = [p for p in plan.model.parameters() if p.dim() != 2]
+    optimizers = [torch.optim.Muon(matrices, lr=1e-2), torch.optim.Adam(others, lr=1e-2)]
+    for step in range(STEPS):
+        x, y = batch(step)
+        plan.model.zero_grad()
+        F.cross_entropy(plan.model(x), y).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        plan.step(optimizers)
+    held = [{p for group in one.param_groups for p in group["params"]} for one in optimizers]
+    assert held[0] == {p for p in plan.finish().parameters() if p.dim() == 2}
+    assert held[1] == {p for p in plan.model.parameters() if p.dim() != 2}
+    assert all(one.state[p] and one.param_groups[0]["lr"] < 1e-4 for one in optimizers for p in one.state)
+    with pytest.raises(TypeError, match="optimizer='adam': expected a torch.optim.Optimizer, or a sequence of them"):
+        plan_for().step(["adam"])
+
+
 def test_what_else_an_optimizer_trains_stays_in_it():
     head = nn.Linear(4, 4)
     plan = plan_for()
