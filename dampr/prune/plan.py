@@ -85,7 +85,7 @@ class Plan:
     >>> plan = dampr.Plan(model, x, macs=0.5, steps=60)
     >>> optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     >>> for _ in range(60):
-    ...     loss = F.cross_entropy(plan.model(x), y) + plan.penalty()
+    ...     loss = nn.functional.cross_entropy(plan.model(x), y) + plan.penalty()
     ...     optimizer.zero_grad()
     ...     loss.backward()
     ...     optimizer.step()
