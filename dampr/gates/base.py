@@ -106,6 +106,7 @@ class Gate(GateModule):
 
     num_gates: int
     draws_once: bool = False  # whether it draws beside the kernels, so that what these multiply by is one draw per call
+    former: tuple[Tensor, ...] = ()  # parameters of the gates in whose place it stands, which optimizers may hold
     in_optimizer: bool = False  # whether :func:`dampr.param_groups` gave it a learning rate of its own
     # the beginnings of the names of the parameters that :meth:`set_levels_` moves
     level_parameters: tuple[str, ...] = ()

@@ -28,7 +28,7 @@ def check_plan(plan: Any) -> None:
 
 def check_begun(plan: Plan, step: int, remedy: str) -> None:
     """Raise ValueError, with what to do, where the trainer goes on at a step that the plan is not at."""
-    if step and plan.steps_taken != step:
+    if plan.steps_taken != step:
         raise ValueError(f"training goes on at step {step}, the plan is at {plan.steps_taken}: {remedy} before that")
 
 

@@ -132,7 +132,8 @@ class PlanCallback(TrainerCallback):
         history: a file for what is logged, evaluations included (:class:`dampr.History`); the main process writes it.
 
     Raises, when training begins: ValueError for several processes or devices, DeepSpeed and FSDP, where a model that
-    becomes smaller has to be wrapped again, for a plan that was not resumed, and for a plan of another number of steps.
+    becomes smaller has to be wrapped again, for a plan that was not resumed or has begun elsewhere, and for a plan of
+        another number of steps; in a step, where something else steps the plan too.
     """
 
     FILE = "dampr_plan.pt"
@@ -162,13 +163,15 @@ class PlanCallback(TrainerCallback):
         _check_launched("a plan", "one device is")
         if args.world_size > 1 or args.n_gpu > 1:
             raise ValueError(f"world_size={args.world_size}, n_gpu={args.n_gpu}: expected one of each with a plan")
-        _budget.check_begun(self.plan, state.global_step, "call callback.resume(folder)")
+        remedy = "call callback.resume(folder)" if state.global_step else "make a new plan"
+        _budget.check_begun(self.plan, state.global_step, remedy)
         if state.max_steps != self.plan.steps:
             raise ValueError(
                 f"the Trainer takes {state.max_steps} steps, the plan was made for {self.plan.steps}: expected the same"
             )
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
+        _budget.check_begun(self.plan, state.global_step, "leave all steps of the plan to one callback")
         self.plan.step(getattr(optimizer, "optimizer", optimizer))  # accelerate wraps it
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -167,7 +167,8 @@ class PlanCallback(_Recording):
                 "loop of your own can "
                 "wrap the model again when plan.step returns True)"
             )
-        _budget.check_begun(self.plan, trainer.global_step, "call callback.resume(ckpt_path)")
+        if trainer.global_step:  # a new Trainer may go on with a plan
+            _budget.check_begun(self.plan, trainer.global_step, "call callback.resume(ckpt_path)")
         weights = {id(p) for p in self.plan.model.parameters()}
         holders = [
             o for o in trainer.optimizers if any(id(p) in weights for group in o.param_groups for p in group["params"])

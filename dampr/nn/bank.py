@@ -40,6 +40,9 @@ class GateBank:
 
     Attributes: ``model``; ``gates``, those that are drawn together, in their order in the vectors.
 
+    :meth:`draw` raises RuntimeError where the model has other gated layers, or these other gates, than when the bank
+    was made.
+
     Raises: TypeError unless ``model`` is a module, ValueError where it has no gates that can be drawn together.
 
     >>> import dampr
@@ -54,7 +57,8 @@ class GateBank:
         _checks.module("model", model)
         ranks.check_seen(model, ranks.FORMER)
         self.model = model
-        layers = [module for module in model.modules() if isinstance(module, GatedLayer)]
+        self._seen = _gates_in(model)
+        layers = [layer for layer, _ in self._seen]
         alone = {layer.gate for layer in layers if layer.per_sample}
         together = dict.fromkeys(
             layer.gate for layer in layers if type(layer.gate) is HardConcrete and layer.gate not in alone
@@ -79,6 +83,8 @@ class GateBank:
         """One draw of all gates for every call of the model in the block, and the penalty that goes with it;
         in training mode.
         """
+        if _gates_in(self.model) != self._seen:
+            raise RuntimeError("draw(): the model's gates are others than when this bank was made; expected a new bank")
         if any(gate._banked is not None and gate._banked.value is not None for gate in self.gates):
             raise RuntimeError("draw() inside of draw(): expected one block for each step")
         try:
@@ -144,6 +150,11 @@ class _Group:
             for gate in self._gates:
                 gate._end("_banked")
         self.penalty = None
+
+
+def _gates_in(model: nn.Module) -> list[tuple[GatedLayer, Gate]]:
+    """Every gated layer with its gate, in the order of the model."""
+    return [(module, module.gate) for module in model.modules() if isinstance(module, GatedLayer)]
 
 
 def _costs(layers: list[GatedLayer], gates: list[Gate]) -> dict[Gate, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+import weakref
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
@@ -15,7 +16,7 @@ from dampr import _checks, names
 from dampr.gates import Gate, OwnedGate, SteppedGate, ranks
 
 from . import inputs
-from .budget_choice import choose, fixed_gates, increments_of
+from .budget_choice import check_reached, choose, fixed_gates, increments_of
 from .budget_progress import Schedule, progress_of
 from .budget_report import RISK, BudgetError, BudgetReport, BudgetWarning, amount
 from .compact import compact
@@ -32,6 +33,7 @@ _COUNT: dict[str, Callable[[nn.Module, Any], int]] = {
     "macs": count_macs,
     "params": lambda model, _: count_params(model),
 }
+_LIVE: weakref.WeakSet[Budget] = weakref.WeakSet()  # budgets that have not decided their gates
 
 
 class Budget:
@@ -80,7 +82,8 @@ class Budget:
         snapshots: target -> a copy of the model with fixed gates, for each target but the last.
         controller: what steps the gates; None if an optimizer trains them.
 
-    Raises: ValueError or TypeError that names the argument; what the model raises on the example inputs.
+    Raises: ValueError or TypeError that names the argument, also where one of two budgets of the same gates is to own
+    them; BudgetError where the target is out of reach; what the model raises on the example inputs.
 
     >>> import dampr
     >>> x = torch.randn(16, 20)
@@ -136,12 +139,19 @@ class Budget:
             raise ValueError(f"{metric}=[]: expected at least one target")
         for value in listed:
             _check_target(metric, value)
+        if steps is not None and len(listed) > 1:
+            raise ValueError(f"{metric}={wanted!r:.80}, with {len(listed)} targets: expected one with steps=")
+        _check_alone(model, steps)
         self.model, self._inputs = model, example_inputs
         self.cost = Latency(model, example_inputs) if metric == "latency" else Cost(model, example_inputs, metric)
         if steps is not None or metric == "latency":  # what takes means over the ranks
             ranks.check_alike(model, self.cost.device)
         if isinstance(self.cost, Latency):
             self.cost.share()
+        if not self.cost.total > 0:
+            raise ValueError(
+                f"example_inputs: {metric} of the model on them are {self.cost.total:g}, expected more than 0"
+            )
         if not bool(self.cost.prunable.any()):
             raise ValueError(
                 f"model={type(model).__name__}: no gate of it cuts anything {self.cost.structure.notes or ''}"
@@ -156,9 +166,21 @@ class Budget:
         self.replaced: list[Tensor] = []  # what were the parameters of the gates that the budget owns
         self.controller = None if steps is None else self._take_over(steps, score, min_share)
         self._measure()
+        _LIVE.add(self)
+
+    def check_widths(self, round_to: int, min_width: int) -> None:
+        """Raise BudgetError where :meth:`finalize` with these could not reach the target."""
+        least, _ = increments_of(self.cost, _gates(self.model), None, round_to, min_width, [])
+        check_reached(self.cost, least, self.target, round_to, min_width)
 
     def _refuse_unreachable(self, metric: str, wanted: Any) -> None:
-        """Raise BudgetError if the target is below the cost with one gate open in every layer."""
+        """Raise ValueError if the target is not below the cost of the model as it is, and BudgetError if it is below
+        the cost with one gate open in every layer.
+        """
+        if self.target >= self.total:
+            raise ValueError(
+                f"{metric}={wanted!r}: expected less than the {amount(metric, self.total)} of the model as it is"
+            )
         least, _ = increments_of(self.cost, _gates(self.model), None, 1, 1, [])
         minimum = float(self.cost(least))
         if minimum <= self.target:
@@ -173,8 +195,6 @@ class Budget:
 
     def _take_over(self, steps: int, score: names.Score, min_share: float | None) -> Controller:
         """Replace the gates of the model by gates that the budget owns, and return the controller that steps them."""
-        if len(self.targets) > 1:
-            raise ValueError(f"steps={steps!r} with {len(self.targets)} targets: expected one")
         gates = _gates(self.model)
         rated = [type(gate).__name__ for gate in gates if getattr(gate, "in_optimizer", False)]
         if rated:
@@ -308,9 +328,12 @@ class Budget:
             raise BudgetError("finalize: closed units have left the model; expected shrinker.expand(optimizer) before")
         round_to = _checks.positive_int("round_to", round_to)
         min_width = _checks.positive_int("min_width", min_width)
-        globs = [same] if isinstance(same, str) else list(same)
+        globs = [same] if isinstance(same, str) else _checks.items("same", same)
+        if not all(isinstance(glob, str) for glob in globs):
+            raise TypeError(f"same={same!r:.80}: expected a name glob, or a sequence of them")
         report = self._fit(self.model, self.target, round_to, min_width, self._matched(globs))
         self.controller = None
+        _LIVE.discard(self)
         ranks.watch(self.model)
         if report.changed > RISK:
             left = amount(self.metric, report.before or 0)
@@ -456,6 +479,17 @@ def _reachable(model: Any, steps: int | None) -> nn.Module:
 def _gates(model: nn.Module) -> list[Gate]:
     """Every gate object of ``model``, each once, in the order of :class:`Structure`."""
     return list(distinct_gates(model).values())
+
+
+def _check_alone(model: nn.Module, steps: int | None) -> None:
+    """Raise ValueError where another budget owns gates of ``model``, or, with ``steps``, follows them."""
+    gates = set(_gates(model))
+    for other in _LIVE:
+        if (steps is not None or other.controller is not None) and not gates.isdisjoint(_gates(other.model)):
+            raise ValueError(
+                f"model={type(model).__name__}: its gates have a budget, {other!r}; expected one for each model, so "
+                "finalize that one, or delete it, before"
+            )
 
 
 def _checked_steps(steps: Any, schedule: Schedule, score: Any, min_share: Any) -> int | None:

@@ -26,13 +26,17 @@ def choose(
 ) -> Tensor:
     """The gates to open: bool, (all gates,). By bisection over their order, then whatever else still fits."""
     chosen, increments = increments_of(cost, gates, order, round_to, min_width, same)
-    if float(cost(chosen)) > target:
-        raise BudgetError(
-            f"target of {target:,} {cost.metric}: expected at least {int(cost(chosen)):,}, which remain with "
-            f"{min_width} "
-            f"(a multiple of {round_to}) open in every layer"
-        )
+    check_reached(cost, chosen, target, round_to, min_width)
     return longest(cost, chosen, increments, target)
+
+
+def check_reached(cost: Cost, least: Tensor, target: float, round_to: int, min_width: int) -> None:
+    """Raise BudgetError where the gates that stay open in any case, ``least``, cost more than the target."""
+    if float(cost(least)) > target:
+        raise BudgetError(
+            f"target of {target:,} {cost.metric}: expected at least {int(cost(least)):,}, which remain with "
+            f"{min_width} (a multiple of {round_to}) open in every layer"
+        )
 
 
 def increments_of(
@@ -130,4 +134,5 @@ def fixed_gates(gates: Sequence[Gate], chosen: Tensor) -> list[Fixed]:
             opened.min() if len(opened) else z.new_ones(()), gate.open_probability().clamp(min=1e-3)
         )
         fixed.append(Fixed(torch.where(keep, torch.where(z != 0, z, weakest), 0.0)))
+        fixed[-1].former = (*gate.former, *gate.parameters())
     return fixed

@@ -15,11 +15,11 @@ from dampr.nn.computed import settled, wake
 from dampr.nn.rnn import GatedRecurrent
 
 from . import cutting, graph, heads, inputs, recurrent, streams, transformer, unit_compact
-from .expand import carry_over, check_state, check_trains, expand
+from .expand import Optimizers, carry_over, check_state, check_trains, expand, optimizers_of
 from .inputs import Model
 from .modules import by_name, of_kind
 from .unit_structure import has_unit_gates
-from .wrapped import check_gates, sees_through
+from .wrapped import check_gates, check_values, sees_through
 
 
 class CompactionError(RuntimeError):
@@ -32,7 +32,7 @@ def compact(
     model: Model,
     example_inputs: Any,
     *,
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizer: Optimizers = None,
     round_to: int = 1,
     atol: float | None = None,
     rtol: float | None = None,
@@ -52,8 +52,8 @@ def compact(
     Args:
         model: a model with gated layers; it is not changed.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments.
-        optimizer: what trains ``model``; afterwards it trains the new model, with what is left of its state, in the
-            same groups. Gates that were not 1 are in the new weights and not in the state.
+        optimizer: what trains ``model``, one or several; afterwards it trains the new model, with what is left of its
+            state, in the same groups. Gates that were not 1 are in the new weights and not in the state.
         round_to: widths are multiples of it (tensor cores like 8 or 16), as far as closed channels last to fill them
             up; they stay zero. Not so a residual stream, for its LayerNorms would count what fills it up: there
             ``Budget.finalize(round_to=8)`` rounds.
@@ -71,18 +71,18 @@ def compact(
     """
     _checks.module("model", model)
     inputs.check(example_inputs)
-    if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(f"optimizer={optimizer!r:.80}: expected a torch.optim.Optimizer")
-    if optimizer is not None:
-        check_state(optimizer)
-        check_trains(optimizer, model)
+    optimizers = optimizers_of(optimizer)
+    for one in optimizers:
+        check_state(one)
+        check_trains(one, model)
     round_to = _checks.positive_int("round_to", round_to)
     gated = by_name(model, GatedLayer)
     if not gated:
         raise ValueError(f"model={type(model).__name__}: expected gated layers in it (dampr.convert puts them there)")
     check_gates(model)
+    check_values(model)
     if hasattr(model, "dampr_layout"):
-        if optimizer is not None:
+        if optimizers:
             raise ValueError("model: closed units have left it; expected shrinker.expand(optimizer) before")
         model = expand(model)
     if "" in gated:
@@ -99,8 +99,8 @@ def compact(
         wake(whole)
         ranks.unwatch(whole)
         whole.dampr_manifest = manifest | {"max_abs_difference": difference}  # type: ignore[assignment]
-        if optimizer is not None:
-            carry_over(optimizer, model, whole)
+        for one in optimizers:
+            carry_over(one, model, whole)
         return cast(Model, whole)
     small: nn.Module = inputs.copied(model, example_inputs)
     open_branches(small)
@@ -157,8 +157,8 @@ def compact(
     small.dampr_manifest = manifest | ({"parameters": parameters} if parameters else {})  # type: ignore[assignment]
     wake(small)
     ranks.unwatch(small)
-    if optimizer is not None:
-        carry_over(optimizer, model, small)
+    for one in optimizers:
+        carry_over(one, model, small)
     return cast(Model, small)
 
 

@@ -393,7 +393,9 @@ def even_share(cost: Cost, target: float) -> float:
 
 def owned(gate: Gate, score: names.Score) -> Owned:
     """The gate that replaces ``gate`` while a budget owns it."""
-    return SteppedGate(gate) if score == "importance" else OwnedGate(gate)
+    made = SteppedGate(gate) if score == "importance" else OwnedGate(gate)
+    made.former = (*gate.former, *gate.parameters())
+    return made
 
 
 def increments_by(

@@ -165,6 +165,12 @@ def convert(
             "model is on the meta device, so it has no outputs on example_inputs: expected a model with values, or "
             "example_inputs=None"
         )
+    scripted = next((name for name, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)), None)
+    if example_inputs is not None and scripted is not None:
+        raise ConversionError(
+            f"model{'.' * bool(scripted)}{scripted} is of torch.jit, whose operators cannot be followed: expected the "
+            "module that it was made of"
+        )
     if example_inputs is not None:
         inputs.check(example_inputs)
     with inputs.unsynced(model), remembering():

@@ -28,7 +28,7 @@ from .measure import count_call, count_macs, count_params, macs_beside_layers
 from .modules import by_name, of_kind
 from .structure import Structure
 from .unit_structure import Counts, UnitStructure, has_unit_gates
-from .wrapped import unwrapped
+from .wrapped import check_bare, check_values, unwrapped
 
 _PER_CHANNEL = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.PReLU)
 
@@ -94,6 +94,8 @@ class Cost:
     total: float
 
     def __init__(self, model: nn.Module, example_inputs: Any, metric: str) -> None:
+        check_bare(unwrapped(model), "its operators are followed")
+        check_values(model)
         self.structure: Structure | UnitStructure = structure_of(unwrapped(model), example_inputs)
         self.metric = metric
         self.device = self.structure.gates[0].deterministic().device

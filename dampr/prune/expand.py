@@ -19,11 +19,12 @@ from dampr.nn.pruned.transformer import PrunedLayer
 from . import graph, heads, inputs, transposed
 from .inputs import Model
 from .manifest import Places, check, places_in
-from .modules import by_name
+from .modules import by_name, gates_of
 from .unit_compact import places_of, restore_sizes
 from .units.proof import follow_all
 from .wrapped import sees_through
 
+Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None
 _NORMS = nn.modules.batchnorm._NormBase
 # Tensors that are filled with ones, because zeros would give NaN: a variance, and the direction of a weight under
 # weight_norm whose length is filled with 0.
@@ -361,21 +362,45 @@ def sizes_in(layer: Any, entry: dict[str, Any]) -> dict[str, int]:
     return {name: size for name, size in found.items() if size is not None}
 
 
+def optimizers_of(given: Optimizers) -> list[torch.optim.Optimizer]:
+    """One optimizer or several as a list. Raises TypeError for anything else."""
+    found: list[Any] = [] if given is None else list(given) if isinstance(given, (list, tuple)) else [given]
+    for one in found:
+        if not isinstance(one, torch.optim.Optimizer):
+            raise TypeError(f"optimizer={one!r:.80}: expected a torch.optim.Optimizer, or a sequence of them")
+    return found
+
+
 def check_state(optimizer: torch.optim.Optimizer) -> None:
     """Raise ValueError if the state of ``optimizer`` cannot be cut together with its parameters.
 
-    State can be cut if each tensor in it has one element, has the shape of its parameter, or has that shape with one
-    dimension summed out or of size 1. State on other ranks cannot be cut.
+    State can be cut if each tensor in it has one element, has the shape of its parameter, or has that shape with one or
+    two dimensions summed out or of size 1. State on other ranks, or in an optimizer within, cannot be cut.
     """
     if any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(optimizer).__mro__):
         raise ValueError(
             "optimizer: ZeroRedundancyOptimizer keeps its state on several ranks, where it cannot be cut; expected "
-            "None, and a new one "
-            "after compaction"
+            "None, and a new one after compaction"
         )
+    inner = [one for one in vars(optimizer).values() if isinstance(one, torch.optim.Optimizer)]
+    if any(one.state is not optimizer.state for one in inner):
+        raise ValueError(
+            f"optimizer: {type(optimizer).__name__} has {type(inner[0]).__name__} in it, whose own state "
+            "would not be cut; expected None, and a new one after compaction"
+        )
+    for key, value in optimizer.state.items():
+        if not isinstance(key, Tensor) and any(
+            isinstance(t, Tensor) and t.numel() > 1 for t in pytree.tree_leaves(value)
+        ):
+            raise ValueError(
+                f"optimizer: {type(optimizer).__name__} keeps {key!r} for all parameters together, which cannot be cut "
+                "with them; make a new optimizer after compaction"
+            )
     for group in optimizer.param_groups:
         for p in group["params"]:
             for key, value in optimizer.state.get(p, {}).items():
+                if isinstance(value, Tensor) and value.shape == p.shape:
+                    continue
                 held = [t for t in pytree.tree_leaves(value) if isinstance(t, Tensor) and t.numel() > 1]
                 if held and (not isinstance(value, Tensor) or kept_dims(value.shape, p.shape) is None):
                     shapes = [tuple(t.shape) for t in held]
@@ -423,8 +448,9 @@ def carry_over(optimizer: torch.optim.Optimizer, model: nn.Module, small: Any) -
     """Make ``optimizer``, which trained ``model``, train ``small``: the same groups of parameters, with the state cut
     likewise.
 
-    Parameters that are gone leave their group; an empty group stays, because schedulers count groups. A bias that
-    compaction has added joins the group of its layer's weight, without state.
+    Parameters that are gone leave their group; an empty group stays, because schedulers count groups. Parameters of
+    other models stay in their group. A bias that compaction has added joins the group of its layer's weight, without
+    state.
 
     Raises: ValueError, before anything changes, if the state cannot be cut.
     """
@@ -441,9 +467,11 @@ def carry_over(optimizer: torch.optim.Optimizer, model: nn.Module, small: Any) -
     new = dict(small.named_parameters(remove_duplicate=False))
     former = {name: name for name in new} | _renamed(small)
     target = {id(old[former[name]]): name for name in reversed(new) if former[name] in old}
-    state: dict[Tensor, Any] = {}
+    own = {id(p) for p in (*old.values(), *(p for gate in gates_of(model) for p in gate.former))}
+    state: dict[Any, Any] = {key: values for key, values in optimizer.state.items() if id(key) not in own}
     groups: list[list[Tensor]] = []
     for group in optimizer.param_groups:
+        others = [p for p in group["params"] if id(p) not in own]
         names = [target[id(p)] for p in group["params"] if id(p) in target]
         for name in names:
             state[new[name]] = {
@@ -451,7 +479,7 @@ def carry_over(optimizer: torch.optim.Optimizer, model: nn.Module, small: Any) -
                 for key, value in optimizer.state.get(old[former[name]], {}).items()
             }
         added = [bias for name in names if (bias := name.removesuffix("weight") + "bias") in new and bias not in old]
-        groups.append([new[name] for name in (*names, *added)])
+        groups.append([*(new[name] for name in (*names, *added)), *others])
     for group, params in zip(optimizer.param_groups, groups, strict=True):
         group["params"] = params
     optimizer.state.clear()

@@ -79,6 +79,8 @@ def prune_once(
         raise TypeError(f"model={model!r:.80}: expected a torch.nn.Module")
     _checks.one_of("criterion", criterion, CRITERIA)
     rounds = _checks.positive_int("rounds", rounds)
+    if convert is not None and not isinstance(convert, Mapping):
+        raise TypeError(f"convert={convert!r:.80}: expected a dict of keyword arguments of dampr.convert, or None")
     data = _checks.items("batches", batches) if batches is not None else []
     _check_data(data, loss, criterion)
     example = data[0][0] if example_inputs is None and data else example_inputs
@@ -160,4 +162,7 @@ def taylor(
             if not bool(row.isfinite().all()):
                 raise ValueError("loss: its gradient is not finite; expected a model and a loss that are")
             total += row.double().cpu().square() / len(data)
-    return over_ranks(total.to(probes[0].device)).cpu()
+    total = over_ranks(total.to(probes[0].device)).cpu()
+    if not bool(total.any()):
+        raise ValueError("loss: its gradient is 0 at every gate, so nothing is known of units; expected another loss")
+    return total

@@ -20,7 +20,7 @@ from .budget import Budget, BudgetReport
 from .compact import compact
 from .controller import RAMP, Ramp
 from .convert import convert
-from .expand import check_state, check_trains
+from .expand import Optimizers, check_state, check_trains, optimizers_of
 from .plan_hooks import check_model, divergence, is_trained, uncompiled
 from .plan_report import PlanError, PlanReport
 from .recalibrate import recalibrate, share_statistics
@@ -91,7 +91,7 @@ class Plan:
     >>> plan = dampr.Plan(model, x, macs=0.5, steps=60)
     >>> optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     >>> for _ in range(60):
-    ...     loss = F.cross_entropy(plan.model(x), y) + plan.penalty()
+    ...     loss = nn.functional.cross_entropy(plan.model(x), y) + plan.penalty()
     ...     optimizer.zero_grad()
     ...     loss.backward()
     ...     optimizer.step()
@@ -135,24 +135,31 @@ class Plan:
         for name, number in (("restart", restart), ("distill", distill)):
             if number is not None:
                 _checks.number(name, number, 0)
+        for name, function in (("distill_loss", distill_loss), ("on_compact", on_compact), ("on_finish", on_finish)):
+            if function is not None and not callable(function):
+                raise TypeError(f"{name}={function!r:.80}: expected a function or None")
+        if convert is not None and not isinstance(convert, Mapping):
+            raise TypeError(f"convert={convert!r:.80}: expected a dict of keyword arguments of dampr.convert, or None")
         recalibrate = _checks.positive_int("recalibrate", recalibrate, least=0)
         round_to, min_width = _checks.positive_int("round_to", round_to), _checks.positive_int("min_width", min_width)
         if not any(shrink is when or (isinstance(shrink, str) and shrink == when) for when in WHEN):
             raise ValueError(f"shrink={shrink!r}: expected one of {list(WHEN)}")
         self.model, self.steps, self.steps_taken = model, steps, 0
         self.report: PlanReport | None = None
-        self._inputs, self._gate, self._score = example_inputs, gate, score
+        self._convert = {"gate": gate, **(convert or {})}
+        self._inputs, self._gate, self._score = example_inputs, self._convert["gate"], score
         self._trained = is_trained(model) if trained is None else _checks.flag("trained", trained)
         share = (TRAINED_WARMUP if self._trained else WARMUP) if warmup is None else warmup
         self._end = round((share + ramp) * steps)
-        if self._end >= steps or round(ramp * steps) < 8:
+        # of the budget: the ramp, and the steps in which it measures
+        self._length = min(round(ramp * steps / RAMP), self._end - 1)
+        least = max(8, 9 - (self._end - round(ramp * steps)))  # gates come in behind the first step
+        if self._end >= steps or round(ramp * steps) < least:
             raise ValueError(
-                f"steps={steps}, warmup={share:g}, ramp={ramp:g}: expected a ramp of at least 8 steps (it has "
+                f"steps={steps}, warmup={share:g}, ramp={ramp:g}: expected a ramp of at least {least} steps (it has "
                 f"{round(ramp * steps)}) "
                 f"that ends before the last one (it ends at {self._end})"
             )
-        # the steps of the budget: those in which it measures, and the ramp
-        self._length = min(round(ramp * steps / RAMP), self._end - 1)
         self._begun = self._end - round(ramp * steps)  # the first step of the ramp
         self._targets = {
             name: value
@@ -162,10 +169,8 @@ class Plan:
         self._min_share, self._round_to, self._min_width = min_share, round_to, min_width
         self._restart, self._distill, self._distill_loss = restart, distill, distill_loss
         self._recalibrate, self._on_compact, self._on_finish = recalibrate, on_compact, on_finish
-        self._convert = {"gate": gate, **(convert or {})}
         self._budget: Budget | None = None
         self._kept: list[Tensor] | None = None  # the final value of every gate, by gate vector
-        self._rates: list[float] | None = None
         self._silent = 0
         self._batches: deque[tuple[Any, Any]] = deque(maxlen=max(1, recalibrate))
         self._teacher: nn.Module | None = None
@@ -178,9 +183,13 @@ class Plan:
         else:
             trial = inputs.copied(model, example_inputs)
             with noise.kept(model):
-                found = self._make_budget(
-                    self._with_gates(trial)
-                )  # raises if the model cannot be converted or the target not be met
+                # raises if the model cannot be converted or the target not be met
+                found = self._make_budget(self._with_gates(trial))
+        found.check_widths(round_to, min_width)
+        if distill and distill_loss is None:
+            with inputs.evaluating(model), torch.no_grad(), noise.kept(model):
+                output = inputs.call(model, example_inputs)
+            divergence(output, output)  # refuses outputs that are no logits
         self.metric, self.total, self.target = found.metric, found.total, found.target
         self._hooks: list[RemovableHandle] = []
 
@@ -227,21 +236,22 @@ class Plan:
             taught = self._teacher(*args, **kwargs)
         return self._distill * (self._distill_loss or divergence)(output, taught)
 
-    def step(self, optimizer: torch.optim.Optimizer | None = None, *, ema: Copies = ()) -> bool:
+    def step(self, optimizer: Optimizers = None, *, ema: Copies = ()) -> bool:
         """Advance the plan by one step; call it after ``optimizer.step()``.
 
         Args:
-            optimizer: the optimizer of the weights; the state of what is left of them is kept. None: make a new
-                optimizer when this returns True.
+            optimizer: the optimizer of the weights, or all of several; the state of what is left of them is kept. None:
+                make a new optimizer when this returns True.
             ema: copies of :attr:`model` with averaged weights (``torch.optim.swa_utils.AveragedModel``), one or
                 several: they get gates and lose units when the model does.
 
         Returns: True if parameters of the model have changed their shapes, which can happen during the ramp and at its
         end.
 
-        Raises: PlanError after :meth:`finish`, if no gate has had a finite gradient for 50 steps, or if weights are not
-        finite when the ramp begins; ValueError if the optimizer holds parameters of gates, none of the model, or state
-        that cannot be cut; BudgetError, CompactionError.
+        Raises: PlanError after :meth:`finish`, if no gate has had a finite gradient for 50 steps or in the whole ramp,
+        or if weights are not finite when the ramp begins or ends; ValueError if the optimizer holds parameters of
+        gates, none of the model, or, before the end of the ramp, state that cannot be cut; BudgetError,
+        CompactionError. A step that raises does not count.
         """
         self._check_alive()
         if is_any_sharded(self.model):
@@ -250,32 +260,41 @@ class Plan:
                 "expected DistributedDataParallel, or a budget (dampr.Budget) made before it was sharded, which "
                 "compacts behind the training"
             )
-        if optimizer is not None:
-            self._check_optimizer(optimizer)
+        optimizers = optimizers_of(optimizer)
+        for one in optimizers:
+            self._check_optimizer(one)
         copies_of(ema)
         self.steps_taken += 1
-        smaller = False
-        if self.report is None:
-            if self._budget is None and self.steps_taken == self._end - self._length:
-                self._begin(ema)
-            elif self._budget is not None:
-                self._step_budget(self._budget)
-                self._look_at_inputs()
-                if self.steps_taken == self._end:
-                    self._compact(self._budget, optimizer, ema)
-                    smaller = True
-                else:
-                    smaller = self._schedule.step(
-                        self.steps_taken, self._budget, self.model, self._inputs, optimizer, ema
-                    )
-        if optimizer is not None and self._restart is not None:
-            self._set_rates(optimizer, self._restart)
+        try:
+            smaller = self.report is None and self._change(optimizer, ema)
+        except BaseException:
+            self.steps_taken -= 1
+            raise
+        if self._restart is not None:
+            for one in optimizers:
+                self._set_rates(one, self._restart)
+        if smaller and self.report is not None and self._on_compact is not None:
+            self._on_compact(self)
         return smaller
+
+    def _change(self, optimizer: Optimizers, ema: Copies) -> bool:
+        """What is due at this step; whether the model has become smaller."""
+        if self._budget is None:
+            if self.steps_taken == self._end - self._length:
+                self._begin(ema)
+            return False
+        self._step_budget(self._budget)
+        self._look_at_inputs()
+        if self.steps_taken == self._end:
+            self._compact(self._budget, optimizer, ema)
+            return True
+        return self._schedule.step(self.steps_taken, self._budget, self.model, self._inputs, optimizer, ema)
 
     def finish(self) -> nn.Module:
         """End the plan and return the small plain model, the same object as :attr:`model`.
 
-        Raises: PlanError if training has not reached the end of the ramp; the plan can continue then.
+        Raises: PlanError if training has not reached the end of the ramp, or if weights are not finite; the plan can
+        continue then.
         """
         self._check_alive()
         if self.report is None:
@@ -284,6 +303,7 @@ class Plan:
                 "ramp ends; train on, "
                 "or make a plan of fewer steps (epochs times len(loader))"
             )
+        self._check_finite("finish()")
         if self._on_finish is not None:
             self._on_finish(self.model)
         self._remove_hooks()
@@ -332,16 +352,13 @@ class Plan:
             "budget": None if budget is None else budget.state_dict(),
             "kept": self._kept,
             "report": None if self.report is None else self.report.as_dict(),
-            "rates": self._rates,
             "silent": self._silent,
             "shrink": self._schedule.state_dict(),
             "batches": list(self._batches),
             "teacher": None if self._teacher is None else self._teacher.state_dict(),
         }
 
-    def load_state_dict(
-        self, state: Mapping[str, Any], optimizer: torch.optim.Optimizer | None = None, *, ema: Copies = ()
-    ) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], optimizer: Optimizers = None, *, ema: Copies = ()) -> None:
         """Bring a new plan, made of the same model and arguments, to the saved state.
 
         Call it *before* you load the states of model and optimizer: the model gets its gates, or its smaller layers,
@@ -380,7 +397,7 @@ class Plan:
             self._schedule.load_state_dict(state["shrink"], self._budget, self.model, self._inputs, optimizer)
         resemble(ema, self._frozen_copy())
         self._batches.extend(state["batches"])
-        self.steps_taken, self._rates, self._silent = int(state["steps_taken"]), state["rates"], int(state["silent"])
+        self.steps_taken, self._silent = int(state["steps_taken"]), int(state["silent"])
         self._look_at_inputs()
         if state["report"] is not None:
             report = dict(state["report"])
@@ -400,12 +417,7 @@ class Plan:
 
     def _begin(self, ema: Copies) -> None:
         """Begin the ramp: convert the model, and give its gates to a budget."""
-        bad = [name for name, p in self.model.named_parameters() if not bool(p.isfinite().all())]
-        if bad:
-            self.steps_taken -= 1
-            raise PlanError(
-                f"step {self.steps_taken + 1}: {bad[0]} has values that are not finite; expected a loss that is"
-            )
+        self._check_finite(f"step {self.steps_taken}")
         if any(not gated_layers(one) for one in copies_of(ema)):
             check_copies(ema, self.model)
         if self._distill:
@@ -435,17 +447,15 @@ class Plan:
         seen = budget.measured
         budget.step()
         self._silent = 0 if budget.measured > seen else self._silent + 1
-        if self._silent >= SILENT:
+        if self._silent >= SILENT or (self.steps_taken == self._end and not budget.measured):
             raise PlanError(
-                f"step {self.steps_taken}: no gate has had a finite gradient for {SILENT} steps; expected plan.model "
-                "in the loss, in "
-                "training mode, and a loss that is finite"
+                f"step {self.steps_taken}: no gate has had a finite gradient for {self._silent} steps; expected "
+                "plan.model in the loss, in training mode, and a loss that is finite"
             )
 
-    def _compact(self, budget: Budget, optimizer: torch.optim.Optimizer | None, ema: Copies) -> None:
+    def _compact(self, budget: Budget, optimizer: Optimizers, ema: Copies) -> None:
         """End the ramp: decide the gates, compact model, optimizer and copies, and write the report."""
-        if optimizer is not None:
-            check_state(optimizer)
+        self._check_finite(f"step {self.steps_taken}")
         check_copies(ema, self.model)
         self._schedule.expand(optimizer, ema)
         decided = budget.finalize(round_to=self._round_to, min_width=self._min_width)
@@ -476,18 +486,14 @@ class Plan:
             dict(manifest["closed_but_kept"]),
             list(self._schedule.decisions),
         )
-        if self._on_compact is not None:
-            self._on_compact(self)
 
     def _set_rates(self, optimizer: torch.optim.Optimizer, times: float) -> None:
         """Set the learning rates after the ramp: ``times`` the first ones, falling to 0 along a cosine."""
-        if self._rates is None:
-            self._rates = [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
-        if self.report is None:
-            return
         way = min(1.0, (self.steps_taken - self._end) / (self.steps - self._end))
-        for group, rate in zip(optimizer.param_groups, self._rates, strict=True):
-            group["lr"] = rate * times * (1 + math.cos(math.pi * way)) / 2
+        for group in optimizer.param_groups:
+            rate = group.setdefault("initial_lr", float(group["lr"]))  # as schedulers keep it
+            if self.report is not None:
+                group["lr"] = rate * times * (1 + math.cos(math.pi * way)) / 2
 
     # ---- what the plan sees of the model's calls
 
@@ -513,21 +519,24 @@ class Plan:
             hook.remove()
         self._output = self._teacher = None
 
+    def _check_finite(self, when: str) -> None:
+        bad = next((name for name, p in self.model.named_parameters() if not bool(p.isfinite().all())), None)
+        if bad is not None:
+            raise PlanError(f"{when}: {bad} has values that are not finite; expected a loss that is")
+
     def _check_alive(self) -> None:
         """Raise PlanError if the plan is finished."""
         if self._finished:
             raise PlanError("this plan is finished: expected a new one for more training")
 
     def _check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        """Raise TypeError or ValueError if the plan cannot work with this optimizer; checked before the first step."""
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise TypeError(f"optimizer={optimizer!r:.80}: expected a torch.optim.Optimizer")
-        if self.steps_taken:
+        """Raise TypeError or ValueError if the plan cannot work with this optimizer."""
+        check_trains(optimizer, self.model, "plan.model")
+        if self.report is not None:
             return
         check_state(optimizer)
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         gates = {id(p) for p in (self._budget.replaced if self._budget is not None else [])}
-        check_trains(optimizer, self.model, "plan.model")
         if held & gates:
             raise ValueError(
                 "optimizer: it holds parameters of gates, which the plan steps; make it of model.parameters() after "

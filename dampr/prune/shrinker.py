@@ -21,14 +21,13 @@ from . import inputs
 from .budget import Budget
 from .closed_layout import layouts_of, vectors
 from .cost import Cost
-from .expand import check_state
+from .expand import Optimizers, check_state, optimizers_of
 from .layout import WHOLE, Layout, Shelf, move_state, moved, shapes_of
 from .modules import of_kind
 from .summary import gated_layers
 from .wrapped import check_bare
 
 _IN_PLACE = "it becomes smaller in place"
-Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None
 Copies = nn.Module | Sequence[nn.Module]
 
 
@@ -188,7 +187,11 @@ class Shrinker:
         Call it after ``optimizer.step()`` and ``budget.step()``. The arguments are those of :meth:`shrink`.
 
         Returns: whether parameters have changed their shapes.
+
+        Raises: ValueError for an optimizer whose state cannot be cut, at the first step.
         """
+        for one in optimizers_of(optimizer):
+            check_state(one)
         self.steps += 1
         if self._budget is None:
             closed = torch.cat([closed_for_good(gate, self.probability).cpu() for gate in self.cost.structure.gates])
@@ -243,7 +246,7 @@ class Shrinker:
     def _to(self, wanted: Tensor, optimizer: Optimizers, ema: Copies, prove: bool) -> None:
         """Remove exactly the units of ``wanted``; ``prove``: keep those whose removal changes the outputs."""
         check_bare(self.model, _IN_PLACE)
-        optimizers = _optimizers(optimizer)
+        optimizers = optimizers_of(optimizer)
         copies = check_copies(ema, self.model)
         for one in optimizers:
             check_state(one)
@@ -396,15 +399,6 @@ def closed_for_good(gate: Gate, probability: float) -> Tensor:
 def is_shrunk(model: nn.Module) -> bool:
     """Whether units have been removed from a gated model."""
     return hasattr(model, "dampr_layout") or any(of_kind(model, SelectedGate))
-
-
-def _optimizers(given: Optimizers) -> list[torch.optim.Optimizer]:
-    """The optimizers as a list. Raises TypeError for anything else."""
-    found: list[Any] = [] if given is None else _listed(given)
-    for one in found:
-        if not isinstance(one, torch.optim.Optimizer):
-            raise TypeError(f"optimizer={one!r:.80}: expected a torch.optim.Optimizer, or a sequence of them")
-    return found
 
 
 def copies_of(given: Copies) -> list[nn.Module]:

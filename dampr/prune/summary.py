@@ -18,7 +18,7 @@ from .compact import compact
 from .measure import count_macs, count_params
 from .modules import by_name, gates_of
 from .reports import Report
-from .wrapped import check_gates, sees_through, unwrapped
+from .wrapped import check_gates, check_values, sees_through, unwrapped
 
 
 def gated_layers(model: nn.Module) -> dict[str, GatedLayer]:
@@ -179,6 +179,7 @@ def summary(model: nn.Module, example_inputs: Any = None) -> Summary:
     layers = gated_layers(model)
     if not layers:
         raise ValueError(f"model={type(model).__name__}: expected gated layers in it (dampr.convert puts them there)")
+    check_values(model)
     rows = [
         LayerSummary(
             name,

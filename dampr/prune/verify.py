@@ -18,7 +18,7 @@ from . import inputs, noise
 from .modules import gates_of
 from .reports import Report
 from .summary import gated_layers
-from .wrapped import sees_through
+from .wrapped import check_values, sees_through
 
 
 @dataclass
@@ -99,6 +99,7 @@ def verify_model(
     gates_per_layer = _checks.positive_int("gates_per_layer", gates_per_layer)
     if not gated_layers(model):
         raise ValueError(f"model={type(model).__name__}: expected gated layers in it (dampr.convert puts them there)")
+    check_values(model)
     if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"optimizer={optimizer!r:.80}: expected a torch.optim.Optimizer")
     problems = {name: _parameter_problems(layer.gate, optimizer) for name, layer in gated_layers(model).items()}

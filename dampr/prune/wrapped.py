@@ -152,6 +152,13 @@ def check_gates(model: nn.Module) -> None:
     check_gates_whole(model)
 
 
+def check_values(model: nn.Module) -> None:
+    """Raise ValueError where ``model`` has tensors on the meta device, which have no values."""
+    for name, t in (*model.named_parameters(), *model.named_buffers()):
+        if t.is_meta:
+            raise ValueError(f"model: {name} is on the meta device, expected a model with values")
+
+
 def check_gates_whole(model: nn.Module) -> None:
     """Raise TypeError where parameters of gates are sharded."""
     for name, module in model.named_modules():

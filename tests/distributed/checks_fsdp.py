@@ -389,6 +389,7 @@ def check_what_cannot_be_is_refused(folder: Path) -> None:
     ):
         refused(call, "0.gate", "replicate_gates")
     refused(lambda: dampr.Budget(careless, X, macs=0.5), "sharded")
+    refused(lambda: dampr.History(folder / f"run{distributed.get_rank()}.jsonl", careless, example_inputs=X), "sharded")
     refused(lambda: replicate_gates(careless), "sharded")
     refused(lambda: dampr.Shrinker(careless, X), "sharded", "smaller in place")
     model = gated()

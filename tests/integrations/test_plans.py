@@ -204,3 +204,9 @@ def test_transformers_trainer_refuses_what_cannot_work(tmp_path: Path) -> None:
         huggingface.PlanCallback(text_model(distill=1.0, distill_loss=lambda a, b: F.mse_loss(a.logits, b.logits))[1])
     with pytest.raises(FileNotFoundError):
         huggingface.PlanCallback(plan).resume(tmp_path)
+    run = trainer(model, huggingface.PlanCallback(plan), tmp_path)
+    run.add_callback(huggingface.PlanCallback(plan))
+    with pytest.raises(ValueError, match="at step 0, the plan is at 1: leave all steps of the plan to one callback"):
+        run.train()
+    with pytest.raises(ValueError, match="at step 0, the plan is at 1: make a new plan"):
+        trainer(model, huggingface.PlanCallback(plan), tmp_path).train()

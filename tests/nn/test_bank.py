@@ -180,6 +180,21 @@ def test_what_cannot_work_is_refused():
     assert all(gate._banked is None for gate in bank.gates)
 
 
+@pytest.mark.parametrize("change", ["added", "gone", "owned"])
+def test_a_bank_of_other_gates_than_the_model_has_is_refused(change):
+    x = torch.randn(4, 6)
+    model = dampr.convert(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 6)), example_inputs=x)
+    bank = dampr.GateBank(model)
+    if change == "added":
+        model.append(dampr.nn.GatedLinear(6, 2))
+    elif change == "gone":
+        model[0] = nn.Linear(6, 8)
+    else:
+        dampr.Budget(model, x, macs=0.5, steps=20)
+    with pytest.raises(RuntimeError, match="the model's gates are others than when this bank was made"), bank.draw():
+        pass
+
+
 @pytest.mark.parametrize("layers", [2, 6])
 def test_launches_of_gates_do_not_grow_with_the_number_of_layers(layers):
     model = nn.Sequential(*[dampr.nn.GatedLinear(16, 16) for _ in range(layers)])

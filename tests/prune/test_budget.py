@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 
 import pytest
@@ -293,3 +294,37 @@ def test_states_of_something_else_are_refused_before_anything_is_taken_over():
         assert budget.steps == 0
     budget.load_state_dict(good | {"steps": 3})
     assert budget.steps == 3
+
+
+def test_gates_have_one_budget_that_owns_them():
+    model = converted()
+    first = dampr.Budget(model, X, macs=0.5, steps=20)
+    before = [type(m) for m in model.modules()]
+    for how in ({"steps": 30}, {}):
+        with pytest.raises(
+            ValueError, match=r"its gates have a budget, Budget\(macs: target 50.00% .* finalize that one"
+        ):
+            dampr.Budget(model, X, params=0.4, **how)
+    assert [type(m) for m in model.modules()] == before
+    dampr.Budget(copy.deepcopy(model), X, macs=0.4, steps=20)
+    first.finalize()
+    dampr.Budget(model, X, macs=0.4, steps=20)
+
+    model = converted()
+    first = dampr.Budget(model, X, macs=0.5)
+    second = dampr.Budget(model, X, params=0.5)  # two penalties
+    with pytest.raises(ValueError, match="its gates have a budget"):
+        dampr.Budget(model, X, macs=0.5, steps=20)
+    del first, second
+    dampr.Budget(model, X, macs=0.5, steps=20)
+
+
+def test_example_inputs_that_cost_nothing_are_refused():
+    with pytest.raises(ValueError, match="example_inputs: macs of the model on them are 0"):
+        dampr.Budget(converted(), X[:0], macs=0.5, steps=20)
+
+
+@pytest.mark.parametrize("same", [3, [3], None])
+def test_same_is_of_names(same):
+    with pytest.raises(TypeError, match="^same="):
+        dampr.Budget(converted(), X, macs=0.5, steps=20).finalize(same=same)

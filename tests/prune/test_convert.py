@@ -458,3 +458,11 @@ def test_a_refusal_names_what_stands_against_gates_on_parameters_too(layers, rea
     """Not that a layer of that class has no gates: it could have some on its parameters."""
     with pytest.raises(dampr.ConversionError, match=f"'0': [\"']{reason}"):
         dampr.convert(nn.Sequential(*layers, nn.Linear(8, 2)), example_inputs=X)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_scripted_modules_are_refused_by_name(whole):
+    part = torch.jit.script(nn.Sequential(nn.Linear(4, 8), nn.ReLU()))
+    model = torch.jit.script(nn.Sequential(part)) if whole else nn.Sequential(part, nn.Linear(8, 8), nn.Linear(8, 2))
+    with pytest.raises(dampr.ConversionError, match=rf"^model{'' if whole else '.0'} is of torch.jit"):
+        dampr.convert(model, example_inputs=torch.randn(2, 4))

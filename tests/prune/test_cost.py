@@ -345,3 +345,11 @@ def test_input_gates_are_cut_or_left_out_before_training(case, seed):
     small = dampr.compact(model, example_inputs=x)
     torch.testing.assert_close(small(x), model(x), rtol=1e-9, atol=1e-9)
     assert count_macs(small, x) == int(cost(cost.decision()))
+
+
+@pytest.mark.parametrize("function", ["Budget", "Shrinker", "compact", "summary", "verify_model"])
+def test_models_without_values_are_refused_by_name(function):
+    model = nn.Sequential(dampr.nn.GatedLinear(4, 6), nn.ReLU(), nn.Linear(6, 2)).to("meta")
+    how = {"macs": 0.5} if function == "Budget" else {}
+    with pytest.raises(ValueError, match="^model: 0.weight is on the meta device, expected a model with values"):
+        getattr(dampr, function)(model, example_inputs=torch.randn(2, 4), **how)

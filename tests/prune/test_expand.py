@@ -407,6 +407,43 @@ def test_state_that_cannot_be_cut_is_refused_before_anything_is_done():
     )
 
 
+def test_parameters_of_other_models_stay_in_their_groups_and_those_of_gates_leave():
+    x = torch.randn(4, 6)
+    model = dampr.convert(nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2)), example_inputs=x)
+    head = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(dampr.param_groups(model, lr=0.1), momentum=0.9)
+    optimizer.add_param_group({"params": list(head.parameters())})
+    head(model(x)).sum().backward()
+    optimizer.step()
+    dampr.Budget(model, x, macs=0.5).finalize()
+    small = dampr.compact(model, example_inputs=x, optimizer=optimizer)
+    held = {p for group in optimizer.param_groups for p in group["params"]}
+    assert held == {*small.parameters(), *head.parameters()}
+    assert set(optimizer.state) == held
+
+
+class Lookahead(torch.optim.Optimizer):
+    def __init__(self, inner):
+        self.inner = inner
+        super().__init__(inner.param_groups, {})
+
+
+def test_state_beside_that_of_parameters_is_refused():
+    x = torch.randn(4, 6)
+    model = dampr.convert(nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2)), example_inputs=x)
+    nested = Lookahead(torch.optim.Adam(model.parameters()))
+    with pytest.raises(ValueError, match="^optimizer: Lookahead has Adam in it, whose own state would not be cut"):
+        dampr.compact(model, example_inputs=x, optimizer=nested)
+    shared = torch.optim.SGD(model.parameters(), lr=0.1)
+    shared.state["step"] = 3
+    dampr.compact(model, example_inputs=x, optimizer=shared)
+    assert shared.state["step"] == 3
+    flat = torch.optim.SGD(model.parameters(), lr=0.1)
+    flat.state["all"] = {"momentum": torch.zeros(52)}
+    with pytest.raises(ValueError, match="^optimizer: SGD keeps 'all' for all parameters together"):
+        dampr.compact(model, example_inputs=x, optimizer=flat)
+
+
 def test_an_optimizer_of_something_else_is_refused():
     x = torch.randn(4, 6)
     model = dampr.convert(nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2)), example_inputs=x)

@@ -125,3 +125,10 @@ def test_dicts_and_tuples_of_inputs_and_recurrent_models():
 def test_bad_arguments(arguments, how, error, match):
     with pytest.raises(error, match=match):
         dampr.prune_once(*arguments, **({"macs": 0.5} | how))
+
+
+def test_a_loss_that_says_nothing_of_any_unit_is_refused():
+    with pytest.raises(ValueError, match="loss: its gradient is 0 at every gate"):
+        dampr.prune_once(mlp(), BATCHES, lambda out, y: (0 * out).sum(), macs=0.5)
+    with pytest.raises(TypeError, match="convert='head': expected a dict"):
+        dampr.prune_once(mlp(), BATCHES, F.cross_entropy, macs=0.5, convert="head")

@@ -223,6 +223,45 @@ def test_the_learning_rate_starts_again_behind_the_ramp_and_falls_to_zero():
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.0, abs=1e-9)
 
 
+def test_the_learning_rate_that_starts_again_is_that_of_whichever_optimizer_comes():
+    plan = plan_for(restart=0.5)
+    train(plan, torch.optim.Adam(plan.model.parameters(), lr=0.1), 20)
+    groups = [{"params": plan.model[0].parameters(), "lr": 0.2}, {"params": plan.model[8].parameters(), "lr": 0.02}]
+    optimizer = torch.optim.SGD(groups, lr=0.1)
+    train(plan, optimizer, plan._end - 20, 20)
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.1, 0.01])
+
+
+def test_several_optimizers_go_through_a_plan_together():
+    plan = plan_for(restart=1.0, shrink=True)
+    matrices = [p for p in plan.model.parameters() if p.dim() == 2]
+    others = [p for p in plan.model.parameters() if p.dim() != 2]
+    optimizers = [torch.optim.Muon(matrices, lr=1e-2), torch.optim.Adam(others, lr=1e-2)]
+    for step in range(STEPS):
+        x, y = batch(step)
+        plan.model.zero_grad()
+        F.cross_entropy(plan.model(x), y).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        plan.step(optimizers)
+    held = [{p for group in one.param_groups for p in group["params"]} for one in optimizers]
+    assert held[0] == {p for p in plan.finish().parameters() if p.dim() == 2}
+    assert held[1] == {p for p in plan.model.parameters() if p.dim() != 2}
+    assert all(one.state[p] and one.param_groups[0]["lr"] < 1e-4 for one in optimizers for p in one.state)
+    with pytest.raises(TypeError, match="optimizer='adam': expected a torch.optim.Optimizer, or a sequence of them"):
+        plan_for().step(["adam"])
+
+
+def test_what_else_an_optimizer_trains_stays_in_it():
+    head = nn.Linear(4, 4)
+    plan = plan_for()
+    optimizer = torch.optim.Adam([*plan.model.parameters(), *head.parameters()], lr=1e-2)
+    train(plan, optimizer, plan._end, loss=lambda out, y: F.cross_entropy(head(out), y))
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    assert {id(p) for p in held} == {id(p) for p in (*plan.model.parameters(), *head.parameters())}
+    assert optimizer.state[head.weight]["step"] == plan._end
+
+
 def test_distillation_pulls_towards_the_dense_model_as_it_was():
     plan = plan_for(distill=1.0)
     optimizer = torch.optim.SGD(plan.model.parameters(), lr=0.05)
@@ -247,10 +286,9 @@ def test_distillation_pulls_towards_the_dense_model_as_it_was():
 
 def test_distillation_of_other_outputs_asks_for_a_loss():
     model = nn.Sequential(nn.Conv2d(2, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 3, 1))
-    plan = plan_for(model, distill=1.0)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    with pytest.raises(ValueError, match=r"distill: the model's output is \(24, 3, 6, 6\), expected logits"):
-        train(plan, optimizer, STEPS, loss=lambda out, y: out.square().mean())
+    with pytest.raises(ValueError, match=r"distill: the model's output is \(8, 3, 6, 6\), expected logits"):
+        plan_for(model, distill=1.0)
+    plan_for(model, distill=1.0, distill_loss=F.mse_loss)
 
 
 def test_a_trained_start_is_found_out_or_told():
@@ -313,6 +351,14 @@ def test_what_compacts_is_told_and_hooks_are_gone_in_the_end():
         ({"macs": 50}, dampr.BudgetError, "50 % is macs=0.5"),
         ({"score": "l1"}, ValueError, "score='l1': expected one of"),
         ({"gate": "l3"}, ValueError, "gate='l3'"),
+        ({"round_to": 32}, dampr.BudgetError, r"which remain with 1 \(a multiple of 32\) open in every layer"),
+        ({"min_width": 12}, dampr.BudgetError, "which remain with 12 "),
+        ({"macs": [0.5, 0.4]}, ValueError, r"macs=\[0.5, 0.4\], with 2 targets: expected one"),
+        ({"macs": 10**9}, ValueError, "macs=1000000000: expected less than the .* of the model as it is"),
+        ({"steps": 40, "warmup": 0.0}, ValueError, "warmup=0, ramp=0.2: expected a ramp of at least 9 steps"),
+        ({"distill_loss": "kl"}, TypeError, "distill_loss='kl': expected a function or None"),
+        ({"on_compact": 3}, TypeError, "on_compact=3: expected a function or None"),
+        ({"convert": "head"}, TypeError, "convert='head': expected a dict"),
         ({"convert": {"include": "nothing*"}}, dampr.ConversionError, "no layer of Sequential is left to convert"),
     ],
 )
@@ -361,12 +407,50 @@ def test_weights_that_are_not_finite_stop_the_plan_before_gates_come_in():
     assert not dampr.prune.gated_layers(plan.model)
 
 
+def test_weights_that_are_not_finite_stop_the_plan_at_the_end_of_the_ramp_and_in_the_end():
+    plan = plan_for()
+    optimizer = torch.optim.SGD(plan.model.parameters(), lr=0.01)
+    train(plan, optimizer, plan._end - 1)
+    before = plan.model[5].weight.detach().clone()
+    with torch.no_grad():
+        plan.model[5].weight[0] = math.nan
+    with pytest.raises(dampr.PlanError, match=r"step 30: 5.weight has values that are not finite"):
+        plan.step(optimizer)
+    assert (plan.steps_taken, plan.phase, plan.budget.goal < 0.5) == (29, "ramp", True)
+    with torch.no_grad():
+        plan.model[5].weight.copy_(before)
+    assert plan.step(optimizer)
+    with torch.no_grad():
+        plan.model[5].weight[0] = math.inf
+    with pytest.raises(dampr.PlanError, match=r"finish\(\): 5.weight has values that are not finite"):
+        plan.finish()
+
+
+@pytest.mark.parametrize("evaluating", [True, False])
+def test_a_ramp_too_short_to_give_up_in_does_not_end_in_a_choice_without_a_gradient(evaluating):
+    plan = plan_for(steps=40)
+    optimizer = torch.optim.SGD(plan.model.parameters(), lr=0.01)
+    plan.model.train(not evaluating)
+    for _ in range(19):
+        if evaluating:
+            plan.model(X[:8]).sum().backward()
+        plan.step(optimizer)
+    with pytest.raises(dampr.PlanError, match="step 20: no gate has had a finite gradient for 11 steps"):
+        plan.step(optimizer)
+    assert plan.model[0].weight.shape[0] == 12
+
+
 def test_optimizers_of_something_else_are_refused():
     plan = plan_for()
     with pytest.raises(ValueError, match=r"it holds no parameter of plan.model"):
         plan.step(torch.optim.SGD(cnn().parameters(), lr=0.1))
     with pytest.raises(TypeError, match="expected a torch.optim.Optimizer"):
         plan.step("adam")
+    train(plan, torch.optim.SGD(plan.model.parameters(), lr=0.01), plan._end - 1)
+    with pytest.raises(ValueError, match=r"it holds no parameter of plan.model"):
+        plan.step(torch.optim.SGD(cnn().parameters(), lr=0.1))
+    assert plan.steps_taken == plan._end - 1
+    assert plan.budget.steps == plan.budget.controller.ramp.steps - 1
     model = dampr.convert(cnn(), example_inputs=X[:8])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     plan = plan_for(model, score="learned")

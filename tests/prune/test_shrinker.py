@@ -509,6 +509,10 @@ def test_optimizers_whose_state_cannot_be_cut_are_refused_at_the_first_step():
     with pytest.raises(ValueError, match="optimizer: LBFGS keeps .* which cannot be cut with it"):
         plan.step(optimizer)
     assert plan.steps_taken == 0
+    shrinker = dampr.Shrinker(dampr.convert(model, example_inputs=x), x)
+    with pytest.raises(ValueError, match="optimizer: LBFGS keeps .* which cannot be cut with it"):
+        shrinker.step(optimizer)
+    assert shrinker.steps == 0
 
 
 @pytest.mark.parametrize(
