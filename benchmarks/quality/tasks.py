@@ -7,7 +7,7 @@ The steps make a run of the dense network take one to five minutes on one core. 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,19 @@ class Task:
         return torch.randn(rows, *self.shape, generator=torch.Generator().manual_seed(0))
 
 
+TRANSFORMER = Task(
+    "transformer",
+    "4-layer transformer on 4 x 4 patches of Fashion-MNIST",
+    "fashion",
+    (1, 28, 28),
+    networks.PatchTransformer,
+    (64, 256, 256, 256, 256),
+    (0.5,),
+    steps=1300,
+    lr=2e-3,
+    weight_decay=0.01,
+    quanta=(networks.PatchTransformer.heads, 1, 1, 1, 1),
+)
 TASKS = {
     task.name: task
     for task in (
@@ -94,31 +107,7 @@ TASKS = {
             lr=5e-3,
             torch_pruning=False,  # its pruners know nn.LSTM, and no nn.GRU
         ),
-        Task(
-            "transformer",
-            "4-layer transformer on 4 x 4 patches of Fashion-MNIST",
-            "fashion",
-            (1, 28, 28),
-            networks.PatchTransformer,
-            (64, 256, 256, 256, 256),
-            (0.5,),
-            steps=1300,
-            lr=2e-3,
-            weight_decay=0.01,
-            quanta=(networks.PatchTransformer.heads, 1, 1, 1, 1),
-        ),
-        Task(
-            "transformer_long",
-            "the same transformer, three times the steps",
-            "fashion",
-            (1, 28, 28),
-            networks.PatchTransformer,
-            (64, 256, 256, 256, 256),
-            (0.5,),
-            steps=3900,
-            lr=2e-3,
-            weight_decay=0.01,
-            quanta=(networks.PatchTransformer.heads, 1, 1, 1, 1),
-        ),
+        TRANSFORMER,
+        replace(TRANSFORMER, name="transformer_long", title="the same transformer, three times the steps", steps=3900),
     )
 }
