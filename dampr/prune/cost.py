@@ -190,11 +190,9 @@ def structure_of(model: nn.Module, example_inputs: Any) -> Structure | UnitStruc
 
     Raises: what the model raises on the example inputs.
     """
-    try:
-        return UnitStructure(model, example_inputs) if has_unit_gates(model) else Structure(model, example_inputs)
-    except Exception:
-        inputs.evaluate(model, example_inputs)  # if the model itself cannot run, raise its own error instead
-        raise
+    # The model itself says best what is wrong with inputs; its copies are without gates, and have no values.
+    inputs.without_arithmetic(model, example_inputs, inputs.evaluate)
+    return UnitStructure(model, example_inputs) if has_unit_gates(model) else Structure(model, example_inputs)
 
 
 def _unit_terms(structure: UnitStructure, counts: Counts, metric: str) -> Iterator[Term]:

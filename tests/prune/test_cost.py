@@ -353,3 +353,10 @@ def test_models_without_values_are_refused_by_name(function):
     how = {"macs": 0.5} if function == "Budget" else {}
     with pytest.raises(ValueError, match="^model: 0.weight is on the meta device, expected a model with values"):
         getattr(dampr, function)(model, example_inputs=torch.randn(2, 4), **how)
+
+
+@pytest.mark.parametrize("x", [torch.ones(4, 6, dtype=torch.int64), torch.ones(4, 6, dtype=torch.float16)])
+def test_inputs_that_the_model_refuses_are_refused_in_its_words(x):
+    model = dampr.convert(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)), torch.randn(4, 6))
+    with pytest.raises(TypeError, match="x.dtype|the dtype of x"):
+        Cost(model, x, "macs")
