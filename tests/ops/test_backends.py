@@ -110,6 +110,7 @@ def test_every_operator_registered_for_the_cpu_has_an_implementation(name):
     module = importlib.import_module(f"dampr.ops.backend_{name}")
     registered = {op.split("::")[1] for op in torch._C._dispatch_get_all_op_names() if op.startswith("dampr::")}
     assert registered
+    registered.remove("next_seed")  # of dampr.gates.draws, the same on all backends
     assert [op for op in sorted(registered) if not hasattr(module, op)] == []
 
 
