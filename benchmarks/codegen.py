@@ -1,5 +1,5 @@
-"""``python -m benchmarks.codegen [--write] [--arch 90] [--only fwd]``: what every Triton kernel uses,
-read in its machine code.
+"""``python -m benchmarks.codegen [--write] [--arch 90] [--only fwd]``: prints what every Triton kernel uses (registers,
+shared memory, spills, instructions of the hot loop), as read from its machine code.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The tables of docs/emulated.md, from what ``make emulate`` and ``benchmarks.steps`` wrote under
+"""Makes the tables of docs/emulated.md from the files that ``make emulate`` and ``benchmarks.steps`` wrote to
 benchmarks/results/emulated.
 """
 
@@ -16,9 +16,8 @@ COLUMNS = ("op", "route", "dtype", "architecture", "cases", "error", "bound", "r
 
 
 def table() -> str:
-    """A row for each op, route, dtype and architecture; of its cases the one that came closest to its bound.
-
-    Where it is from, below.
+    """A row for each op, route, dtype and architecture, with the numbers of the case that came closest to its bound;
+    below the table, where the numbers come from.
     """
     paths = sorted(RESULTS.glob("sm_*.json"), key=lambda path: int(path.stem.removeprefix("sm_")))
     files = {path: json.loads(path.read_text()) for path in paths}
@@ -35,7 +34,7 @@ def table() -> str:
 
 
 def _rows(architecture: str, units: dict[str, Any]) -> list[tuple[str, ...]]:
-    """Units of the same op and dtype together."""
+    """The rows of one architecture; units of the same op and dtype are merged."""
     merged: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for name, unit in units.items():
         _, op, dtype = name.split("/")
@@ -49,6 +48,7 @@ def _rows(architecture: str, units: dict[str, Any]) -> list[tuple[str, ...]]:
 
 
 def _cells(rows: list[dict[str, Any]]) -> tuple[str, ...]:
+    """The last cells of a row: cases, error, bound, races, shared memory, and whether all is right."""
     worst = max(rows, key=_share)
     numbers = (f"{worst['error']:.1e}", f"{worst['bound']:.1e}") if "error" in worst else ("", "")
     races, shared = sum(len(row["faults"]) for row in rows), max(row["shared"] for row in rows)
@@ -64,13 +64,13 @@ def _cells(rows: list[dict[str, Any]]) -> tuple[str, ...]:
 
 
 def _share(row: dict[str, Any]) -> float:
-    """The larger of both errors as a share of its bound."""
+    """The larger of the two errors (maximal, root mean square), each divided by its bound."""
     pairs = [(row.get(name, 0.0), row.get(bound, 0.0)) for name, bound in (("error", "bound"), ("rms", "rms_bound"))]
     return max(error / bound if bound else 0.0 for error, bound in pairs)
 
 
 def steps() -> str:
-    """What a training step launches: a row for each model."""
+    """A row for each model with what its training step launches."""
     found = json.loads((RESULTS / "steps.json").read_text())
     rows = [_step(name, model) for name, model in found["models"].items()]
     where = found["environment"]
@@ -81,6 +81,7 @@ def steps() -> str:
 
 
 def _step(name: str, model: dict[str, Any]) -> tuple[str, ...]:
+    """The cells of a model's row."""
     dense, operators = (sum(model[kind]["operators"].values()) for kind in ("dense", "gated"))
     kernels, layers = sum(model["gated"]["kernels"].values()), model["layers"]
     more = operators + kernels - dense

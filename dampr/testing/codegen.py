@@ -1,9 +1,8 @@
-"""What the compiler made of the Triton kernels, compiled ahead of time for a GPU that need not be there and read in the
-machine code.
+"""Compile the Triton kernels ahead of time, for GPUs that need not be there, and count what is in the machine code.
 
-``cases()`` lists every kernel with every tile that ships and every architecture it ships for; ``inspect(case)``
-compiles one and counts. tests/testing/test_codegen.py holds the counts to limits, ``python -m benchmarks.codegen``
-prints them. Imports no torch.
+``cases()`` lists every kernel with every tile that is used, for every architecture; ``inspect(case)`` compiles one and
+counts registers, spills and instructions. tests/testing/test_codegen.py checks the counts against limits, and ``python
+-m benchmarks.codegen`` prints them. This module imports no torch.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ GEMM_BLOCKS = {
     "dx": ("BLOCK_M", "BLOCK_K", "BLOCK_N"),
     "dw": ("BLOCK_N", "BLOCK_K", "BLOCK_M"),
 }
-# R x C and how many lie side by side: the common ones, one that is no power of two, one as large as the matrix.
+# name -> (R, C, how many blocks lie side by side): common sizes, no powers of two, and a block as large as the matrix
 GATE_BLOCKS = {
     "4x4": (4, 4, 1024),
     "3x5": (3, 5, 820),
@@ -55,9 +54,9 @@ GATE_BLOCKS = {
     "64x64": (64, 64, 64),
     "whole": (4096, 4096, 1),
 }
-# Float32 whatever the case's dtype, like log-alphas and workspaces.
+# arguments that are float32 whatever the dtype of the case, like log_alphas and workspaces
 _VECTORS = ("gain_ptr", "mean_ptr", "var_ptr", "sums_ptr", "spread_ptr", "part_mean_ptr", "part_spread_ptr")
-_REAL = ("stays", "mean_share", "var_share")  # numbers that are no sizes
+_REAL = ("stays", "mean_share", "var_share")  # floating-point numbers
 _EXACT = ("z_ptr", "z_in_ptr", "z_out_ptr", "dz_ptr", "dy_sum_ptr", *_VECTORS)
 _INTEGER = ("live_ptr", "count_ptr")
 _ODD = (
@@ -74,7 +73,7 @@ _ODD = (
     "count",
     "layers",
     "total",
-)  # sizes of which nobody promises that they are multiples of 16
+)  # sizes that need not be multiples of 16, even in an aligned case
 _HIP = GPUTarget("hip", "gfx942", 64)
 _SPEC = hard_concrete()
 _MATRIX = r"\b(HGMMA|HMMA|UTCHMMA|FFMA2?)\b"
@@ -84,11 +83,17 @@ _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*?);", re.M)
 
 
 class Case(NamedTuple):
-    """One kernel with one set of constants; ``dtype`` of its tensors, ``aligned``: sizes and strides are multiples of
-    16.
+    """One kernel with one set of constants.
 
-    ``parameter_dtype``: that of weight and bias where it is another one, as under autocast. ``gemm``: it multiplies
-    matrices.
+    Attributes:
+        name: a name for it.
+        kernel: the Triton function.
+        constants: its constexpr arguments; a pointer that is None is missing.
+        dtype: the dtype of its tensors.
+        aligned: whether sizes and strides are multiples of 16.
+        num_warps, num_stages: options of Triton.
+        gemm: whether it multiplies matrices.
+        parameter_dtype: the dtype of weight and bias if it is another one, as under autocast.
     """
 
     name: str
@@ -105,7 +110,16 @@ class Case(NamedTuple):
 class Report(NamedTuple):
     """Counts read from the machine code.
 
-    ``hot_loop``: instructions in the K loop, or the longest, or in the kernel where there is none.
+    Attributes:
+        registers, stack, shared: registers of a thread, bytes of its stack, bytes of shared memory.
+        spills: instructions that move registers to or from memory.
+        f64: instructions in float64.
+        hot_loop: instructions in the innermost loop that multiplies matrices, else in the longest loop, else in the
+            kernel.
+        wgmma: instructions of Hopper's warpgroup MMA.
+        register_a: whether an MMA reads its A operand from registers.
+        tf32: whether products are in TF32.
+        copies_in_loop: asynchronous copies in the hot loop.
     """
 
     registers: int
@@ -121,7 +135,7 @@ class Report(NamedTuple):
 
 
 def cases(capability: int) -> list[Case]:
-    """Every kernel with every tile that it can be launched with on that capability (0: AMD)."""
+    """Every kernel with every tile that it can be launched with on a machine of this capability (0: AMD)."""
     return [
         *_gemm_cases(capability),
         *_live_cases(capability),
@@ -141,6 +155,7 @@ def _kinds(capability: int) -> list[str]:
 
 
 def _gemm_cases(capability: int) -> list[Case]:
+    """The GEMMs with gates inside, for every kind of tile."""
     found = []
     for kind in _kinds(capability):
         tile, aligned, dtype = configs.GEMM_TILES[kind], kind != "odd", "fp32" if kind.startswith("fp32") else "bf16"
@@ -170,7 +185,7 @@ def _gemm_cases(capability: int) -> list[Case]:
 
 
 def _live_cases(capability: int) -> list[Case]:
-    """The GEMM over live blocks of input features, and the kernel that lists blocks of each depth."""
+    """The GEMM that skips closed blocks, and the kernel that lists the live blocks, for each block size."""
     found = {}
     for size, dtype in ((4096, "bf16"), (64, "bf16"), (99, "bf16"), (64, "fp32")):
         tile, aligned = configs.live_tile(size, size, size, dtype, capability), size % 16 == 0
@@ -186,8 +201,10 @@ def _live_cases(capability: int) -> list[Case]:
 
 
 def _conv_cases(capability: int) -> list[Case]:
-    """The convolution, 3 x 3, gated per image on both sides or on the output alone, once per batch in groups;
-    and the listing kernel.
+    """The cases of a 3 x 3 gated convolution, and of the kernel that lists its live blocks.
+
+    For each tile that is chosen for some problem, they have gates per image on inputs and outputs, and on outputs
+    alone. One case has one draw per batch and groups.
     """
     found = {}
     taps = {"R": 3, "S": 3, "SH": 1, "SW": 1, "PH": 1, "PW": 1, "DH": 1, "DW": 1}
@@ -224,8 +241,8 @@ def _conv_cases(capability: int) -> list[Case]:
 
 
 def _weight_gemm_cases(capability: int) -> list[Case]:
-    """The GEMM that draws the gates of its weights, for at most 16 rows of x and for more,
-    and with float32 weights under autocast.
+    """The GEMM that draws the gates of its weights: for at most 16 rows of x, for more, and with float32 weights as
+    under autocast.
     """
     found = {}
     for size, dtype, parameter_dtype in ((64, "bf16", ""), (64, "bf16", "fp32"), (64, "fp32", ""), (99, "bf16", "")):
@@ -250,6 +267,7 @@ def _weight_gemm_cases(capability: int) -> list[Case]:
 
 
 def _weight_pass_cases() -> list[Case]:
+    """The passes over a weight with gates on weights or blocks."""
     weights = {"BLOCK": configs.WEIGHT_BLOCK, "GATE": _SPEC}
     found = [
         Case(
@@ -279,6 +297,7 @@ def _weight_pass_cases() -> list[Case]:
 
 
 def _pass_cases() -> list[Case]:
+    """The passes that fold gates into weights, sum workspaces, draw gates, and multiply activations."""
     folds = [{"BLOCK_N": n, "BLOCK_K": k, "GATE": _SPEC} for n, k in (configs.FOLD_FWD_TILE, configs.FOLD_BWD_TILE)]
     reduce = dict(zip(("BLOCK_S", "BLOCK_N"), configs.REDUCE_TILE, strict=True))
     found = [
@@ -300,8 +319,8 @@ def _pass_cases() -> list[Case]:
 
 
 def _norm_cases() -> list[Case]:
-    """The passes of a gated batch norm with ReLU, per sample and in training, for both layouts,
-    and what joins their sums.
+    """The passes of a gated batch norm with ReLU, per sample and in training, for both layouts, and the kernels that
+    join their sums.
     """
     join, finish = (
         dict(zip(("BLOCK_S", "BLOCK_N"), tile, strict=True))
@@ -333,6 +352,7 @@ def _norm_cases() -> list[Case]:
 
 
 def _generator_cases() -> list[Case]:
+    """The generator of Dep-L0, forward and backward."""
     sizes = {"LIMIT": math.log(100.0), **dict(zip(("BLOCK_N", "BLOCK_K"), configs.GENERATOR_TILE, strict=True))}
     kernels = {
         "fwd": dependency_generator.dependency_generator_fwd_kernel,
@@ -356,9 +376,7 @@ def _element(name: str, case: Case) -> str:
 
 
 def compile_case(case: Case, target: GPUTarget) -> Any:
-    """The compiled kernel: float32 log-alphas, gates and workspaces, int64 seeds,
-    everything else in the case's dtype.
-    """
+    """The compiled kernel for a target; element types as in :func:`_element`."""
     names, signature, divisible = case.kernel.arg_names, {}, []
     for i, name in enumerate(names):
         if name in case.constants:
@@ -385,12 +403,13 @@ def compile_amd(case: Case) -> None:
 
 @functools.cache
 def _tools() -> Path:
+    """The folder of the disassemblers in the triton wheel."""
     return Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 def inspect(case: Case, capability: int) -> Report:
-    """Compile for sm_``capability`` and read registers,
-    memory and instructions back with the disassembler of the triton wheel.
+    """Compile a case for sm_``capability`` and read the counts from the machine code, with the disassemblers of
+    triton.
     """
     compiled = compile_case(case, GPUTarget("cuda", capability, 32))
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
@@ -413,8 +432,8 @@ def inspect(case: Case, capability: int) -> Report:
         f64=len(re.findall(_F64, sass)),
         hot_loop=len(_INSTRUCTION.findall(loop)),
         wgmma=len(re.findall(r"\bHGMMA", sass)),
-        # PTX lists a register operand in braces, as the accumulator before it;
-        # from shared memory it is a single descriptor.
+        # in PTX a register operand is a list in braces, like the accumulator before it; an operand in shared memory is
+        # a single descriptor
         register_a=bool(re.search(r"wgmma\.mma_async[^;]*\}\s*,\s*\{", compiled.asm["ptx"])),
         tf32="tf32" in compiled.asm["ptx"],
         copies_in_loop=len(re.findall(_COPY, loop)),
@@ -422,11 +441,11 @@ def inspect(case: Case, capability: int) -> Report:
 
 
 def hot_loop(sass: str, gemm: bool) -> str:
-    """The text from a label to the branch back to it: of a GEMM the shortest that multiplies matrices, else the longest
-    loop.
+    """The text of the loop that matters: of a GEMM the shortest that multiplies matrices, else the longest.
 
-    A wait that was moved out of line branches back as well, without a condition, so a conditional branch comes first.
-    All of the text if the kernel has no loop.
+    A loop is the text from a label to a branch back to it. A wait that the compiler has moved out of line branches back
+    too, but without a condition, so loops that end in a conditional branch are preferred. All of the text if there is
+    no loop.
     """
     labels = {match[1]: match.start() for match in re.finditer(r"^(\.L_x_\d+):", sass, re.M)}
     branches = re.finditer(r"(@!?P\d+ )?\bBRA(\.U !?UP\d+,)? .*?`\((\.L_x_\d+)\).*", sass)
@@ -435,14 +454,14 @@ def hot_loop(sass: str, gemm: bool) -> str:
     ]
     if gemm:
         return min((unconditional, len(text), text) for unconditional, text in loops if re.search(_MATRIX, text))[2]
-    # every kernel ends in a branch to itself
+    # a loop of one instruction is the branch to itself at the end of every kernel
     texts = [text for _, text in loops if len(_INSTRUCTION.findall(text)) > 1]
     return max(texts, key=len, default=sass)
 
 
 def read_budgets(path: Path) -> dict[str, int]:
-    """Recorded hot-loop counts of the running Triton version, {"sm_90/fwd-large": 1234};
-    empty for a version without a record.
+    """The recorded hot-loop counts for the running version of Triton, such as {"sm_90/fwd-large": 1234}; empty if there
+    are none.
     """
     budgets: dict[str, int] = json.loads(path.read_text()).get(triton.__version__, {})
     return budgets

@@ -1,4 +1,4 @@
-"""A row of the table of ``dampr verify``, and the comparison of a backend's results with the float64 reference."""
+"""A row of the table of ``dampr verify``, and comparing a backend's results with the float64 reference."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from dampr import names, ops
 
 from .tolerances import Comparison, as_tf32, compare
 
-TF32 = "tf32"  # as a row's dtype: tensors of float32, their products in TF32
-_REDRAWN = 3  # how many times the signs are drawn again, to learn the size of the terms of sums
-_SMALL = 2**16  # elements; in larger problems some results do not cancel, and signs are not drawn again
+TF32 = "tf32"  # the "dtype" of a row with float32 tensors whose products are in TF32
+_REDRAWN = 3  # how many times signs are drawn again, to find the size of the terms of sums
+_SMALL = 2**16  # larger problems keep their signs, because among so many results some do not cancel anyway
 
 
 @dataclass
@@ -92,15 +92,18 @@ def rounded(row: Row, data: dict[str, Tensor], dy: Tensor) -> tuple[dict[str, Te
 def other_signs(
     data: dict[str, Tensor], dy: Tensor, keep: tuple[str, ...] = ()
 ) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-    """Yield the same problem a few times with random signs, if it is small.
+    """Yield a small problem a few times with random signs of the tensors and of ``dy``; nothing for a large one.
 
-    Gates and the tensors named in ``keep`` keep their signs.
+    Sums that nearly cancel are small and hide how large their terms are, which bounds the rounding error. With other
+    signs, other sums cancel, so the largest results show the size of the terms. Gates, which are not negative, and the
+    tensors named in ``keep`` keep their signs.
     """
     if dy.numel() + sum(t.numel() for t in data.values()) > _SMALL:
         return
     generator = torch.Generator().manual_seed(5)
 
     def signed(t: Tensor) -> Tensor:
+        """t with random signs."""
         return t * (2 * torch.randint(0, 2, t.shape, generator=generator) - 1).to(t.dtype)
 
     for _ in range(_REDRAWN):

@@ -1,17 +1,17 @@
-"""The tolerance rules that dampr's own kernels are held to, as assertions for anybody's kernels.
+"""The tolerance rules that dampr's kernels are tested with, as assertions for any kernel.
 
-An output is right when, against a float64 truth, (1) its largest error is at most twice that of plain PyTorch in the
-same dtype plus 1e-6 of the largest true value, and (2) its RMS error is below a fixed share of the true RMS for its
-dtype. Noise and masks are compared exactly, not by these rules.
+An output is right if, against a float64 truth, (1) its largest error is at most twice that of plain PyTorch in the same
+dtype, plus 1e-6 of the largest true value, and (2) its RMS error is at most a fixed share of the true RMS, by dtype.
+Noise and masks are compared exactly, not by these rules.
 
-In half precision 1e-6 is far below what one rounding does (2^-9 in bfloat16), results pass several, and on a handful of
-elements plain PyTorch may be exact by luck; there one unit in the last place, at the largest true value, takes its
-place. So it is for float32 whose products are in TF32, which has the 11 significant bits of float16; plain PyTorch is
-held to the same by giving it rounded data.
+In half precision, 1e-6 is far less than one rounding (2^-9 in bfloat16), a result is rounded several times, and for a
+few elements plain PyTorch may be exact by chance. There, one unit in the last place of the largest true value takes the
+place of 1e-6. The same holds for float32 whose products are in TF32, which has the 11 significant bits of float16;
+plain PyTorch then gets rounded data.
 
-A sum may cancel, and a tensor of few elements may hold nothing else: then its largest value says nothing about what was
-added up. ``alike`` takes the truths of the same problem with other signs, and the largest value is looked for in all of
-them.
+If a sum cancels, its value says nothing about the size of its terms, to which rounding errors are proportional; with
+few elements, no other element may show it. ``alike`` takes the truths of the same problem with other signs, and the
+largest value is searched in all of them.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-# (M, K, N) of a linear map: nothing, one, primes, one past and one short of a tile, K below a tile.
+# (M, K, N) of a linear layer: empty, ones, primes, one more and one less than a tile, K smaller than a tile
 HARD_SHAPES = ((0, 5, 3), (1, 1, 1), (5, 7, 3), (1, 129, 65), (33, 8, 16), (127, 257, 63))
 
-# Whole tiles: of a small GEMM, of a large one, and one that is too large for gates to be drawn inside of it.
+# whole tiles of a small GEMM, of a large one, and of one that is too large to draw gates inside
 TILED_SHAPES = ((64, 48, 80), (256, 512, 384), (1056, 512, 1024))
 
 RMS_BOUND = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -36,8 +36,10 @@ RMS_BOUND = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-3, tor
 
 @dataclass(frozen=True)
 class Comparison:
-    """One tensor against its truth: the largest error and its bound, the RMS ratio and its bound;
-    ``ok`` when both hold, without NaN.
+    """One tensor against its truth: its largest error and the bound of that, its RMS error relative to the true RMS and
+    the bound of that.
+
+    ``ok``: both are within their bounds, and no value is NaN.
     """
 
     name: str
@@ -73,19 +75,23 @@ def compare(
     alike: Sequence[Tensor] = (),
     tf32: bool = False,
 ) -> Comparison:
-    """Measure ``out`` by the two rules.
+    """Measure the errors of ``out`` by the two rules at the top of this module.
 
     Args:
         name: for the message.
         out: the tensor under test, any floating dtype.
         truth: float64, the same shape.
-        baseline: what plain PyTorch gives in the same dtype.
-        dtype: that dtype; None: the one of ``out``. (A float32 gate gradient of a bfloat16 layer is held to bfloat16.)
-        alike: float64, what the truth would be with other signs of the data; they stand for its size where it cancels.
-        tf32: products of float32 were in TF32, and ``baseline`` comes from data that :func:`as_tf32` has rounded.
+        baseline: the result of plain PyTorch in the same dtype.
+        dtype: the dtype whose bounds apply; None: that of ``out``. (A float32 gate gradient of a bfloat16 layer has the
+            bounds of bfloat16.)
+        alike: float64, the truths of the same problem with other signs of the data; they show the size of a sum that
+            cancels.
+        tf32: float32 products were in TF32, and ``baseline`` comes from data that :func:`as_tf32` has rounded.
 
-    A baseline whose own RMS error passes the fixed bound (a long half-precision sum) moves that bound to twice its
+    If the RMS error of the baseline exceeds its fixed bound (as in a long half-precision sum), the bound is twice that
     error. Differences below the smallest normal float32 do not count.
+
+    Raises: AssertionError if shapes differ.
     """
     if out.shape != truth.shape or baseline.shape != truth.shape:
         raise AssertionError(

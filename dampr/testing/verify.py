@@ -1,8 +1,8 @@
-"""Every op on every backend that is present, against the float64 reference: values, every gradient, noise, and which
+"""Compare every operator on every available backend with the float64 reference: values, all gradients, noise, and which
 gates are 0 or 1.
 
-``python -m dampr.testing.verify`` needs torch and numpy, and triton where there is a GPU; ``dampr verify`` prints the
-same as a table.
+``python -m dampr.testing.verify`` needs torch and numpy, and triton on a GPU; ``dampr verify`` prints the same as a
+table.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ _DTYPES = {
     ("cpp", "cpu"): (torch.float64, torch.float32, torch.bfloat16, torch.float16),
     ("reference", "cpu"): (torch.float32,),
     ("triton", "cuda"): (torch.float32, torch.bfloat16, torch.float16),
-    ("triton", "cpu"): (torch.float32,),  # through the interpreter, whose bf16 dot is not to be trusted
+    ("triton", "cpu"): (torch.float32,),  # in Triton's interpreter, whose bfloat16 dot is not reliable
     ("reference", "cuda"): (torch.float32, torch.bfloat16),
 }
 
 
 _PRODUCTS = ("gated_linear", "weight_gated_linear", "gated_conv2d")
-PARTS = 6  # into which a row is cut where several processes verify
+PARTS = 6  # the parts of a row if several processes work
 
 Job = tuple[str, names.Backend, str, torch.dtype, bool]  # op, backend, device, dtype, whether products are in TF32
 
 
 def targets() -> list[tuple[names.Backend, str, torch.dtype]]:
-    """(backend, device, dtype) of everything that can run here."""
+    """(backend, device, dtype) for everything that can run here."""
     found, backends = [], tuple[names.Backend, ...](("reference", "cpp", "triton"))
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         for backend in backends:
@@ -49,8 +49,10 @@ def targets() -> list[tuple[names.Backend, str, torch.dtype]]:
 
 
 def jobs(only_op: str | None = None, only_backend: names.Backend | None = None) -> list[Job]:
-    """What can be verified here: an op on a backend, a device and in a dtype,
-    and once more in TF32 where our kernels have it.
+    """Every job that can run here: an operator on a backend and a device in a dtype, and once more in TF32 where Triton
+    uses it.
+
+    None for ``only_op`` or ``only_backend`` means all.
     """
     found = [
         (op, *target, False) for target in targets() for op in _OPS if only_op in (None, op) and _applies(op, *target)
@@ -65,11 +67,10 @@ def run(only_op: str | None = None) -> list[Row]:
 
 
 def run_side_by_side(wanted: list[Job], processes: int, parts: int = PARTS) -> Iterator[Row]:
-    """The rows of these jobs as they are done, worked at in parts by several processes: for a machine whose kernels are
-    yet to be compiled.
+    """Yield the rows of these jobs, in order, while several processes work on their parts.
 
-    The processes have one thread each: threads of several that wait for each other on the same cores take many times as
-    long.
+    This is for a machine where kernels still have to be compiled. Each process has one thread, because threads of
+    several processes that wait for each other on the same cores take many times as long.
     """
     processes = _checks.positive_int("processes", processes)
     with ProcessPoolExecutor(
@@ -92,9 +93,9 @@ def verify_op(
     row: type[Row] = Row,
     part: tuple[int, int] = (0, 1),
 ) -> Row:
-    """One row, or a part of it.
+    """One row, or ``part`` (i, n) of it: every n-th case from case i on.
 
-    Products of float32 are in IEEE arithmetic whatever torch's switches say, or in TF32, with bounds of it.
+    float32 products are in IEEE arithmetic, whatever torch's switches say, or with ``tf32`` in TF32, with its bounds.
     """
     with float32_products(TF32 if tf32 else "ieee"):
         return _OPS[op](row(op, backend, device, TF32 if tf32 else str(dtype).removeprefix("torch."), part=part), dtype)
@@ -109,8 +110,9 @@ def has_tf32() -> bool:
 
 @contextmanager
 def float32_products(precision: str) -> Iterator[None]:
-    """Products of float32 matrices and convolutions on CUDA are "ieee" or "tf32" in the block.
-    torch's default differs between the two.
+    """A block in which float32 products and convolutions on CUDA are in "ieee" or "tf32" arithmetic.
+
+    torch's defaults for the two differ.
     """
     cuda, cudnn = cast(Any, torch.backends.cuda), cast(Any, torch.backends.cudnn)
     switches = cuda.matmul, cudnn.conv, cudnn.rnn
@@ -125,14 +127,14 @@ def float32_products(precision: str) -> Iterator[None]:
 
 
 def _applies(op: str, backend: names.Backend, device: str, dtype: torch.dtype) -> bool:
-    """Whether the op takes the dtype; the noise of the reference is the definition."""
+    """Whether the operator takes the dtype. The noise of the reference is not checked, because it is the definition."""
     if op == "noise":
         return dtype == torch.float32 and backend != "reference"
     return op not in ("sample_gates", "dependency_generator") or dtype in (torch.float32, torch.float64)
 
 
 def passes(*names: str) -> bool:
-    """Whether every backend present passes the verification of these ops."""
+    """Whether all available backends pass the verification of these operators."""
     return all(row.ok for name in names for row in run(name))
 
 

@@ -1,4 +1,4 @@
-"""Drawn gates, their noise and the generator of Dep-L0 held to the float64 reference; part of ``dampr verify``."""
+"""The part of ``dampr verify`` for drawn gates, their noise, and the generator of Dep-L0."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from .tolerances import compare
 
 
 def _specs() -> list[tuple[str, GateSpec]]:
+    """(name, spec) of every rule and family."""
     rules = [(rule, hard_concrete(rule)) for rule in ("sample", "paper", "median", "binary")]
     other = [("sample, beta 0.5, gamma -0.2, zeta 1.3", hard_concrete("sample", 0.5, -0.2, 1.3)), ("value", value())]
     ramps = [(f"ramp, {shape}", ramp(shape, 2.0)) for shape in SHAPES]
@@ -22,8 +23,9 @@ def _specs() -> list[tuple[str, GateSpec]]:
 
 
 def verify_noise(row: Row, dtype: torch.dtype) -> Row:
-    """Drawn gates are 0 and 1 exactly where the reference says,
-    for random seeds and row starts that are no multiple of four.
+    """Add to ``row`` whether drawn gates are 0 and 1 exactly where the reference says.
+
+    For random seeds, and for rows whose first gate is no multiple of four.
     """
     generator = torch.Generator().manual_seed(0)
     for index, (rows, n) in enumerate(((None, 4096), (3, 1001), (257, 64), (5, 7), (1, 1), (0, 5))):
@@ -40,7 +42,7 @@ def verify_noise(row: Row, dtype: torch.dtype) -> Row:
 
 
 def verify_values(row: Row, dtype: torch.dtype) -> Row:
-    """Gates of every rule and family, and the gradient of their parameters."""
+    """Add to ``row`` gates of every rule and family, and the gradients of their parameters."""
     generator = torch.Generator().manual_seed(1)
     problems = itertools.product(_specs(), ((None, 1), (None, 1003), (0, 5), (7, 13), (130, 64)))
     for index, ((label, spec), (rows, n)) in enumerate(problems):
@@ -70,9 +72,7 @@ def gates_once(
     rows: int | None,
     spec: GateSpec,
 ) -> tuple[Tensor, Tensor]:
-    """Gate values and the gradient of log_alpha from one backend; None: from autograd on the reference,
-    without any op of ours.
-    """
+    """(gate values, the gradient of log_alpha) from one backend; None: from autograd on the reference."""
     leaf = log_alpha.to(device, dtype).detach().requires_grad_()
     with on_backend(backend):
         if backend is None:
@@ -85,9 +85,9 @@ def gates_once(
 
 
 def verify_generator(row: Row, dtype: torch.dtype) -> Row:
-    """Chains of hard widths.
+    """Add to ``row`` generators with difficult widths.
 
-    Weights are small enough that a deep one does not multiply its rounding errors from layer to layer.
+    Their weights are small, so that a deep generator does not multiply rounding errors from layer to layer.
     """
     generator = torch.Generator().manual_seed(4)
     for index, widths in enumerate(
@@ -110,7 +110,9 @@ def verify_generator(row: Row, dtype: torch.dtype) -> Row:
 def generator_once(
     backend: names.Backend | None, dtype: torch.dtype, device: str, data: list[Tensor], upstream: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Values and the gradients of all parameters from one backend; None: from autograd on the reference."""
+    """(values, the gradients of all parameters in one vector) from one backend; None: from autograd on the
+    reference.
+    """
     leaves, upstream = [t.to(device, dtype).detach().requires_grad_() for t in data], upstream.to(device, dtype)
     with on_backend(backend):
         if backend is None:

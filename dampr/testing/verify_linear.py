@@ -1,6 +1,4 @@
-"""Gated linear maps held to autograd on the float64 reference: every placement of gates, layout, rule;
-part of ``dampr verify``.
-"""
+"""The part of ``dampr verify`` for gated linear layers: every placement of gates, memory layout and rule."""
 
 from __future__ import annotations
 
@@ -21,8 +19,15 @@ from .tolerances import HARD_SHAPES, TILED_SHAPES, layouts
 
 @dataclass(frozen=True)
 class LinearCase:
-    """One gated linear map: x (M, K), weight (N, K); where its gates are, how many draws,
-    what its memory looks like.
+    """One gated linear layer.
+
+    Attributes:
+        shape: (M, K, N) of x (M, K) and weight (N, K).
+        gates: "none", "input", "output", "both", "weight", or the size of a block of weights.
+        per_sample: whether each row has a draw.
+        rule: the rule of the gates.
+        layout: the memory layout of x and weight.
+        expanded_dy: whether the gradient of y is one expanded number.
     """
 
     shape: tuple[int, int, int]  # (M, K, N)
@@ -52,8 +57,8 @@ class LinearCase:
 
 
 def linear_cases(device: str) -> list[LinearCase]:
-    """Hard shapes with every placement of gates, layouts and gradients on one shape, every rule;
-    on CUDA also shapes of whole tiles.
+    """The cases: difficult shapes with every placement of gates; layouts and gradients on one shape; every rule; on
+    CUDA also shapes of whole tiles.
     """
     on_vectors, on_weights = ("input", "output", "both"), ("weight", (4, 4), (3, 5), (64, 1))
     cases = [LinearCase(shape, "none") for shape in HARD_SHAPES]
@@ -88,7 +93,7 @@ def linear_cases(device: str) -> list[LinearCase]:
 def linear_data(
     case: LinearCase, dtype: torch.dtype, generator: torch.Generator
 ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """(data, dy, seed) of a case; data is rounded to ``dtype`` but for the gates."""
+    """(data, dy, seed) of a case; data and dy are rounded to ``dtype``, gates are not."""
     seed = torch.randint(0, 2**63 - 1, (1,), generator=generator)
     m, k, n = case.shape
     block_rows, block_cols = case.block
@@ -112,7 +117,7 @@ def linear_data(
 
 
 def verify(row: Row, dtype: torch.dtype) -> Row:
-    """Add every case to a row."""
+    """Run every case of a row in ``dtype``, add the comparisons with the reference to ``row``, and return it."""
     generator = torch.Generator().manual_seed(2)
     for index, case in enumerate(case for case in linear_cases(row.device) if case.op == row.op):
         data, dy, seed = linear_data(case, dtype, generator)
@@ -129,18 +134,20 @@ def verify(row: Row, dtype: torch.dtype) -> Row:
 def _reference(
     case: LinearCase, seed: Tensor, dtype: torch.dtype, data: dict[str, Tensor], dy: Tensor
 ) -> dict[str, Tensor]:
+    """The results of the reference for a case, in the order of arguments that :class:`Expected` calls."""
     return linear_once(None, dtype, "cpu", case, data, dy, seed)
 
 
 def _routes(backend: names.Backend, case: LinearCase) -> tuple[str | None, ...]:
-    """The route a case takes by itself and, in C++, where hard shapes are small layers,
-    those of larger ones as well.
+    """The routes to force for a case; None lets the backend choose.
+
+    In C++ the difficult shapes are small layers, so the routes of larger ones are forced too.
     """
     if backend != "cpp" or case.op != "gated_linear" or case.gates == "none":
         return (None,)
     if case.per_sample and case.rule == "sample":
         return None, "passes"
-    # of these, closed gates have a gradient
+    # closed gates of these two families have a gradient, so they cannot be left out
     return None, "fold", "activations", *["live"] * (case.rule not in ("mask", "value"))
 
 
@@ -153,8 +160,9 @@ def linear_once(
     dy: Tensor,
     seed: Tensor,
 ) -> dict[str, Tensor]:
-    """y and every gradient of one gated linear map, from the same data whatever the dtype; None:
-    autograd on the reference.
+    """y and every gradient of a case, by name; ``backend`` None: autograd on the reference.
+
+    The data are the same for every dtype.
     """
     leaves: dict[str, Tensor] = {}
     for name, t in data.items():
@@ -179,7 +187,7 @@ def linear_once(
                 leaves["x"], leaves["weight"], leaves.get("bias"), *gates, seed, second, spec, case.per_sample
             )
         y.backward(upstream(dy, dtype, device))
-    # A binary gate has no derivative.
+    # binary gates have no derivative, so their gradient is None
     return {
         "y": y.detach(),
         **{f"d{name}": torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for name, leaf in leaves.items()},

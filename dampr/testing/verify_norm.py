@@ -1,4 +1,4 @@
-"""Gated batch norms held to autograd on the float64 reference: modes, layouts, rules; part of ``dampr verify``."""
+"""The part of ``dampr verify`` for gated batch norms: modes, layouts and rules."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from dampr.spec import hard_concrete
 
 from .rows import Expected, Row, compare_all, on_backend, upstream
 
-# (B, C, ...) of a norm: nothing, vectors, sequences, images of one pixel, of primes, of whole tiles, of more channels
-# than a tile. Never of two values per channel: those are always +1 and -1, and the gradient is zero but for eps.
+# (B, C, ...) of a norm: empty, vectors, sequences, images of one pixel, of prime sizes, of whole tiles, more channels
+# than a tile. None has two values per channel: these become +1 and -1, with a gradient that is 0 up to eps.
 NORM_SHAPES = (
     (0, 3, 4, 4),
     (5, 1),
@@ -32,8 +32,18 @@ NORM_SHAPES = (
 
 @dataclass(frozen=True)
 class NormCase:
-    """One gated batch norm of x (B, C, ...): which statistics, how many draws, what follows,
-    what its memory looks like.
+    """One gated batch norm of x (B, C, ...).
+
+    Attributes:
+        shape: the shape of x.
+        training: whether to normalise by the statistics of x, else by running ones.
+        per_sample: whether each sample has a draw.
+        relu: whether a ReLU follows.
+        rule: the rule of the gates.
+        layout: the memory layout of x.
+        affine: whether there are a gain and a bias.
+        expanded_dy: whether the gradient of y is one expanded number.
+        mean: the mean of x.
     """
 
     shape: tuple[int, ...]
@@ -62,7 +72,9 @@ class NormCase:
 
 
 def norm_cases() -> list[NormCase]:
-    """Hard shapes in both modes with either draw; then layouts, rules and gradients on one shape of each kind."""
+    """The cases: difficult shapes in both modes with either draw; then layouts, rules and gradients on one shape of
+    each kind.
+    """
     both = (False, True)
     cases = [NormCase(shape, training, per_sample) for shape in NORM_SHAPES for training in both for per_sample in both]
     for shape in NORM_SHAPES:
@@ -90,7 +102,7 @@ NormData = tuple[dict[str, Tensor], tuple[Tensor, Tensor], Tensor, Tensor]
 
 
 def norm_data(case: NormCase, dtype: torch.dtype, generator: torch.Generator) -> NormData:
-    """(data, running mean and variance, dy, seed) of a case; x and dy are rounded to ``dtype``."""
+    """(data, (running mean, running variance), dy, seed) of a case; x and dy are rounded to ``dtype``."""
     seed = torch.randint(0, 2**63 - 1, (1,), generator=generator)
     channels = case.shape[1]
     data = {
@@ -109,7 +121,7 @@ def norm_data(case: NormCase, dtype: torch.dtype, generator: torch.Generator) ->
 
 
 def verify(row: Row, dtype: torch.dtype) -> Row:
-    """Add every case to a row."""
+    """Run every case of a row in ``dtype``, add the comparisons with the reference to ``row``, and return it."""
     generator = torch.Generator().manual_seed(3)
     for index, case in enumerate(norm_cases()):
         given = norm_data(case, dtype, generator)
@@ -119,10 +131,11 @@ def verify(row: Row, dtype: torch.dtype) -> Row:
 
 
 def verify_case(row: Row, case: NormCase, dtype: torch.dtype, given: NormData) -> None:
-    """Add one case to a row."""
+    """Run one case and add its comparisons to ``row``; ``given``: the result of :func:`norm_data`."""
     data, running, dy, seed = given
 
     def once(kind: torch.dtype, affine: dict[str, Tensor], gradient: Tensor) -> dict[str, Tensor]:
+        """The results of the reference in dtype ``kind``."""
         return norm_once(None, kind, "cpu", case, affine, running, gradient, seed)
 
     out = norm_once(row.backend, dtype, row.device, case, data, running, dy, seed)
@@ -139,7 +152,7 @@ def norm_once(
     dy: Tensor,
     seed: Tensor,
 ) -> dict[str, Tensor]:
-    """y, every gradient and the running statistics of one gated batch norm; None: autograd through the reference."""
+    """y, every gradient and the running statistics of a case, by name; ``backend`` None: autograd on the reference."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     leaves = {
         name: t.to(device, dtype if name == "x" else wide).detach().clone().requires_grad_() for name, t in data.items()

@@ -1,8 +1,9 @@
-"""``python -m tests.emulator``, or ``make emulate``: compiled kernels against the float64 reference on every
+"""``python -m tests.emulator``, or ``make emulate``: compare compiled kernels with the float64 reference on every
 architecture.
 
-Goes on where it stopped: a unit whose result is there is left out, unless ``--again``. Results:
-benchmarks/results/emulated/sm_<arch>.json; ``python -m benchmarks.tables`` makes docs/emulated.md of them.
+A unit (a set of cases of one op in one dtype) that has a result already is skipped, unless ``--again`` is given, so
+that a run goes on where the last one stopped. Results are in benchmarks/results/emulated/sm_<arch>.json; ``python -m
+benchmarks.tables`` makes docs/emulated.md of them.
 """
 
 from __future__ import annotations
@@ -63,13 +64,15 @@ def main() -> int:
 
 
 def _units(path: Path) -> dict[str, Any]:
-    """Results so far, by unit."""
+    """The results so far, by unit; empty without a file."""
     found: dict[str, Any] = json.loads(path.read_text())["units"] if path.exists() else {}
     return found
 
 
 def run(unit: cases.Unit, arch: int, approximate: int | None) -> dict[str, Any]:
-    """Plain data: a row for each route with its faults and shared memory, why the unit broke off if it did, seconds."""
+    """The result of a unit as plain data: a row for each route with its faults and shared memory, the error that ended
+    the unit if there was one, and the seconds it took.
+    """
     begun, stopped = time.monotonic(), None
     rows: list[dict[str, Any]] = []
     with driver.emulated(arch, approximate=approximate):
@@ -82,6 +85,7 @@ def run(unit: cases.Unit, arch: int, approximate: int | None) -> dict[str, Any]:
 
 
 def _plain(route: str, row: cases.Route) -> dict[str, Any]:
+    """A route's row of results as plain data, with numbers rounded to three digits."""
     worst = row.worst
     numbers = (
         {}
@@ -98,7 +102,7 @@ def _plain(route: str, row: cases.Route) -> dict[str, Any]:
 
 
 def report(unit: cases.Unit, arch: int, result: dict[str, Any]) -> bool:
-    """Print what a unit gave; whether it failed."""
+    """Print a unit's result. Returns whether it failed."""
     failures = [failure for row in result["rows"] for failure in (*row["failures"], *row["faults"])]
     failures += [result["stopped"]] if result["stopped"] else []
     compared = sum(row["cases"] for row in result["rows"])

@@ -1,7 +1,7 @@
-"""What ``make emulate`` runs: units of work, each a set of cases of one op in one dtype.
+"""The cases that ``make emulate`` runs, in units: a unit is a set of cases of one op in one dtype.
 
-The set "verify" is what ``dampr verify`` runs on a GPU, with its draws. The set "core" forces every route, with edges
-that are no multiples of tiles, views, and inputs under autocast.
+The set "verify" has the cases that ``dampr verify`` runs on a GPU, with the same random numbers. The set "core" forces
+every route, with sizes that are no multiples of tiles, with views, and with inputs under autocast.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ OWN = "own choice"
 
 @dataclasses.dataclass(frozen=True)
 class Unit:
-    """Some cases of an op in a dtype: the set is "verify" or "core"."""
+    """The cases of one op in one dtype; ``set`` is "verify" or "core"."""
 
     op: str
     dtype: str
@@ -45,12 +45,12 @@ class Unit:
 
 
 def units() -> list[Unit]:
-    """Everything; what is emulated longest comes last."""
+    """Every unit there is; those that take longest to emulate come last."""
     found = [Unit("autocast", dtype, "core") for dtype in DTYPES[2:]]
     for name, op, dtype in itertools.product(("core", "verify"), verify._OPS, DTYPES):
         unit = Unit(op, dtype, name)
         possible = verify._applies(op, "triton", "cuda", unit.torch_dtype)
-        if dtype == verify.TF32:  # of gates on weights only a forced route multiplies float32 in a kernel
+        if dtype == verify.TF32:  # with gates on weights, only a forced route multiplies float32 in a kernel
             possible = op in (verify._PRODUCTS if name == "core" else ("gated_linear", "gated_conv2d"))
         if possible and (name == "verify" or op in _CORE):
             found.append(unit)
@@ -59,8 +59,8 @@ def units() -> list[Unit]:
 
 @dataclasses.dataclass
 class Route(verify.Row):
-    """The cases of one route: faults that were noted in them,
-    and the largest shared memory of a kernel of theirs in bytes.
+    """The results of the cases of one route, with the faults that the emulator noted in them and the largest shared
+    memory, in bytes, of their kernels.
     """
 
     faults: list[str] = dataclasses.field(default_factory=list)
@@ -69,9 +69,9 @@ class Route(verify.Row):
 
 @dataclasses.dataclass
 class ByRoute(verify.Row):
-    """A row that keeps one for each route.
+    """A row of results that keeps a row for each route besides.
 
-    What was launched since the last comparison belongs to the case of the next one.
+    Launches since the last comparison are counted as those of the next comparison's case.
     """
 
     routes: dict[str, Route] = dataclasses.field(default_factory=dict)
@@ -87,7 +87,7 @@ class ByRoute(verify.Row):
 
 
 def run(unit: Unit) -> ByRoute:
-    """The row of a unit; kernels have to be emulated around the call."""
+    """The results of a unit. The caller has to turn on the emulation around the call."""
     with contextlib.ExitStack() as stack:
         for patch in _as_on_a_gpu() if unit.set == "verify" else _CORE[unit.op](unit):
             stack.enter_context(patch)
@@ -101,7 +101,7 @@ def run(unit: Unit) -> ByRoute:
 
 
 def _as_on_a_gpu() -> list[Any]:
-    """The tensors are on the CPU, the cases are those of CUDA."""
+    """Patches that make verify run the cases of CUDA, though the tensors lie on the CPU."""
     linear, conv = verify_linear.linear_cases, verify_conv.cases
     return [
         mock.patch.object(verify_linear, "linear_cases", return_value=linear("cuda")),
@@ -136,6 +136,7 @@ def linear_routes(case: verify_linear.LinearCase) -> tuple[str | None, ...]:
 
 
 def norm_cases() -> list[verify_norm.NormCase]:
+    """The core set of norms: training on a few shapes, and a third of the other settings on one shape."""
     every = verify_norm.norm_cases()
     return [c for c in every if c.shape in NORM_SHAPES and c.training] + [c for c in every if c.shape == (3, 20, 5, 7)][
         ::3
@@ -143,7 +144,9 @@ def norm_cases() -> list[verify_norm.NormCase]:
 
 
 def conv_cases() -> list[verify_conv.ConvCase]:
-    """Channels that fill blocks, that fill none, and few; the routes of a GPU."""
+    """The core set of convolutions: channels that fill tiles exactly, tiles in part, and few; with the routes of a
+    GPU.
+    """
     shapes = (2, 64, 9, 7, 48, 3), (1, 128, 12, 12, 144, 3), (3, 20, 6, 5, 33, 3)
     case = verify_conv.ConvCase
     around, few = {"padding": 1}, shapes[2]
@@ -162,6 +165,7 @@ def conv_cases() -> list[verify_conv.ConvCase]:
 
 
 def _core_linear(unit: Unit) -> list[Any]:
+    """Patches that make verify run the core set of a linear op over all of its routes."""
     return [
         mock.patch.object(verify_linear, "linear_cases", return_value=linear_cases(unit.op)),
         mock.patch.object(verify_linear, "_routes", side_effect=lambda backend, case: linear_routes(case)),
@@ -178,6 +182,7 @@ _CORE: dict[str, Callable[[Unit], list[Any]]] = {
 
 
 def _autocast_cases() -> Iterator[tuple[tuple[int, int, int], str, bool, str]]:
+    """(shape (M, K, N), gates, per_sample, route) of each case under autocast."""
     for gates, each in (("input", False), ("output", True), ("both", False), ("both", True), ("weight", False)):
         case = verify_linear.LinearCase((37, 48, 33), gates, each)
         for route in linear_routes(case):
@@ -185,8 +190,8 @@ def _autocast_cases() -> Iterator[tuple[tuple[int, int, int], str, bool, str]]:
 
 
 def _autocast(row: ByRoute, dtype: torch.dtype) -> ByRoute:
-    """Float32 layers that compute in half precision: values and gradients against the float64 reference,
-    by the bounds of the latter.
+    """Compare float32 layers that compute in half precision with the float64 reference; values and gradients must be
+    within the same bounds as those of half-precision layers.
     """
     generator = torch.Generator().manual_seed(6)
     for shape, gates, each, route in _autocast_cases():

@@ -1,7 +1,8 @@
-"""A Triton driver whose GPU is the emulator: compiled for a real target by the real compiler, launched by the real
-JITFunction.
+"""A Triton driver whose GPU is the emulator.
 
-``with emulated(80):`` makes dampr take CPU tensors for tensors on a GPU of that compute capability.
+Triton's real compiler compiles a kernel for a real architecture, and Triton's real JITFunction launches the kernel;
+only the driver, which would hand the binary to CUDA, is replaced. Within ``with emulated(80):`` dampr treats CPU
+tensors as tensors on a GPU of compute capability 8.0.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from tests.emulator.arithmetic import RAW
 from tests.emulator.meter import Meter
 from tests.emulator.program import Program
 
-# not Triton's own: what is a cubin there is PTX here
+# A cache of its own, not Triton's: where Triton stores a cubin, PTX is stored here.
 CACHE = Path(tempfile.gettempdir()) / f"dampr-emulator-cache-{os.getuid()}"
 SHARED_LIMIT = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KB that a CTA may have
 GRID_LIMIT = 2**31 - 1, 65535, 65535
@@ -45,13 +46,13 @@ SCALARS = {
 }
 
 
-IN_PLACE = ("dependency_generator", "norm_stats_join")  # kernels that write what they read
+IN_PLACE = ("dependency_generator", "norm_stats_join")  # kernels that may write the bytes that they read
 
 
 @dataclass
 class Log:
-    """What happened: launches and largest shared memory by kernel,
-    notes (races and the like) with the kernel's name.
+    """What happened on the emulator: by kernel the number of launches and the largest shared memory in bytes, and notes
+    (races and the like), each beginning with its kernel's name.
     """
 
     launches: Counter[str] = field(default_factory=Counter)
@@ -60,11 +61,11 @@ class Log:
 
     @property
     def faults(self) -> list[str]:
-        """Notes of what is wrong whatever the numbers: races, loads from the gaps of a view, and memory that is both
-        read and written.
+        """The notes that mean an error whatever the numbers are: races, loads outside of a tensor or from gaps of a
+        view, and bytes that one launch both reads and writes.
 
-        One kernel hands values from program to program behind a barrier of its own, another moves running statistics,
-        each its own.
+        Kernels in IN_PLACE may read and write the same bytes: the one hands values from program to program behind a
+        barrier of its own, the other updates running statistics, each program its own channels.
         """
         return [
             note
@@ -77,11 +78,11 @@ class Log:
 
 @dataclass
 class Emulation:
-    """How kernels run: what :func:`emulated` was asked for."""
+    """The settings of one :func:`emulated` block, and the log of what ran in it."""
 
     capability: int
     approximate: int | None = None  # seed of the errors of approximate instructions; None: they round correctly
-    order: np.random.Generator | None = None  # of CTAs
+    order: np.random.Generator | None = None  # draws the order in which CTAs run
     edit: Callable[[str], str] | None = None  # changes the PTX of a kernel before it runs
     # (kernel, grid) -> CTAs to run, on paged memory; None: all, on a copy
     chosen: Callable[[str, execute.Grid], np.ndarray] | None = None
@@ -93,7 +94,7 @@ class Emulation:
     log: Log = field(default_factory=Log)
 
     def take_log(self) -> Log:
-        """What happened since the last call."""
+        """The log since the last call; a new one begins."""
         taken, self.log = self.log, Log()
         return taken
 
@@ -102,7 +103,7 @@ _current: Emulation | None = None
 
 
 def current() -> Emulation:
-    """The emulation that is on. Raises RuntimeError if none is."""
+    """The emulation of the ``with`` block that surrounds the call. Raises RuntimeError outside of any."""
     if _current is None:
         raise RuntimeError("a kernel was launched on the emulator outside of `with emulated(...)`")
     return _current
@@ -110,11 +111,12 @@ def current() -> Emulation:
 
 @functools.lru_cache(maxsize=64)
 def program_of(text: str) -> Program:
+    """The program of a PTX text. Programs are cached, as translating blocks takes time."""
     return Program(ptx.parse(text))
 
 
 def bytes_of(storage: torch.UntypedStorage) -> np.ndarray:
-    """The bytes of a storage, shared with it."""
+    """The bytes of a storage as a uint8 array that shares its memory."""
     return torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
 
 
@@ -137,7 +139,7 @@ def _storages(tensors: list[torch.Tensor]) -> list[tuple[int, np.ndarray, np.nda
 
 
 class Launcher:
-    """Called by a compiled kernel as Triton's own launcher is."""
+    """Launches a compiled kernel on the emulator; Triton calls it with the arguments that its own launcher takes."""
 
     def __init__(self, source: Any, metadata: Any) -> None:
         self.signature = [kind for kind in source.signature.values() if kind != "constexpr"]
@@ -182,7 +184,9 @@ class Launcher:
     def _run(
         self, emulation: Emulation, program: Program, grid: execute.Grid, given: list[Any], tensors: list[torch.Tensor]
     ) -> None:
-        """Every CTA, on a copy of all memory that the launch was given."""
+        """Run every CTA on copies of the storages that the launch was given; storages that the kernel wrote are copied
+        back.
+        """
         tables = {
             table.data_ptr(): emulation.pointed[table.data_ptr()]
             for table in tensors
@@ -218,7 +222,7 @@ class Launcher:
     def _run_chosen(
         self, emulation: Emulation, program: Program, grid: execute.Grid, given: list[Any], tensors: list[torch.Tensor]
     ) -> None:
-        """A few CTAs of a launch on tensors that are too large to copy."""
+        """Run a few CTAs of a launch on tensors that are too large to copy."""
         assert emulation.chosen is not None
         ranges = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
         device = memory.Paged(list(ranges.items()), grid[0] * grid[1] * grid[2], program.function.threads)
@@ -230,6 +234,9 @@ class Launcher:
         self._keep(emulation, program, notes + device.notes)
 
     def _values(self, program: Program, given: list[Any], device: memory.Global) -> list[Any]:
+        """The numpy scalars of the kernel's parameters: device addresses of tensors, raw bits of numbers, zeros for
+        Triton's scratch pointers, which no kernel here uses.
+        """
         values: list[Any] = []
         for arg, kind in zip(given, self.signature, strict=True):
             if kind.startswith("*"):
@@ -242,6 +249,7 @@ class Launcher:
 
     @staticmethod
     def _keep(emulation: Emulation, program: Program, notes: Counter[str]) -> None:
+        """Add a launch's notes to the log, each with the kernel's name in front."""
         emulation.log.notes.update({f"{program.function.name}: {note}": n for note, n in notes.items()})
 
 
@@ -255,6 +263,7 @@ def _translate(table: torch.Tensor, pointed: list[torch.Tensor], device: memory.
 
 
 def _pointer(arg: torch.Tensor | None, device: memory.Global) -> int:
+    """The device address of a tensor's first element; 0 (a null pointer) for None and for a tensor without memory."""
     if arg is None or arg.untyped_storage().nbytes() == 0:
         return 0
     storage = arg.untyped_storage().data_ptr()
@@ -262,22 +271,26 @@ def _pointer(arg: torch.Tensor | None, device: memory.Global) -> int:
 
 
 class Utilities:
-    """What Triton asks of a device."""
+    """The device properties and the loading of binaries that Triton asks a driver for."""
 
     @staticmethod
     def get_device_properties(device: int) -> dict[str, int]:
+        """The limits of the emulated GPU, under the names of Triton's own driver."""
         limit = SHARED_LIMIT[current().capability] * 1024
         return {"max_shared_mem": limit, "multiprocessor_count": 132, "warpSize": 32, "max_num_regs": 65536}
 
     @staticmethod
     def load_binary(name: str, binary: bytes, shared: int, device: int) -> tuple[Any, Any, int, int, int]:
+        """The parsed program in the places of the module and of the function handle; then registers, spills and
+        threads.
+        """
         text, edit = binary.decode(), current().edit
         program = program_of(text if edit is None else edit(text))
         return program, program, 0, 0, 1024
 
 
 class Driver(DriverBase):
-    """One device for each capability, one stream."""
+    """A Triton driver with one device for each compute capability, and one stream."""
 
     def __init__(self) -> None:
         self.utils, self.launcher_cls = Utilities(), Launcher
@@ -312,17 +325,22 @@ class Driver(DriverBase):
 
 
 def _text_for_binary(self: Any, text: Any, metadata: dict[str, Any], options: Any, arch: int) -> bytes:
-    """In the place of ptxas: the PTX itself."""
+    """Takes the place of ptxas: the "binary" is the PTX text itself."""
     return text.encode() if isinstance(text, str) else text
 
 
 def _unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the Triton backend cannot take a dtype, or None if it can; replaces the check that asks for a CUDA device."""
     from dampr.ops.backend_triton import host
 
     return None if dtype in host.DTYPE_NAMES else f"it takes float32, bfloat16 and float16, not {dtype}"
 
 
 def _remembering(real: Callable[[Any], torch.Tensor], emulation: Emulation) -> Callable[[Any], torch.Tensor]:
+    """``real``, which makes a table of pointers, wrapped so that the emulation learns which tensors a table
+    points to.
+    """
+
     def table_of(held: Any) -> torch.Tensor:
         table = real(held)
         emulation.pointed[table.data_ptr()] = list(held)
@@ -350,7 +368,7 @@ def emulated(capability: int = 80, shuffled: bool = True, **options: Any) -> Ite
         stack.enter_context(
             mock.patch.object(dependency_generator, "_table", _remembering(dependency_generator._table, emulation))
         )
-        # what is found in the block is not for outside of it
+        # Backends that are selected in the block must not stay selected after it.
         stack.enter_context(mock.patch.dict(backends._selected, clear=True))
         stack.enter_context(mock.patch.object(CUDABackend, "make_cubin", _text_for_binary))
         stack.enter_context(mock.patch.object(backend_triton, "unavailable", _unavailable))

@@ -1,7 +1,8 @@
-"""Runs a translated function over a grid of CTAs.
+"""Runs a translated PTX function over a grid of CTAs.
 
-Threads advance in lock step. Where they diverge, those that are furthest behind in the text go first, so that they meet
-again at joins.
+All threads of a batch of CTAs advance in lock step, block by block of the program. Where threads diverge at a branch,
+the scheduler first runs those whose next block stands earliest in the text, so that they meet the others again where
+the branches join.
 """
 
 from __future__ import annotations
@@ -33,10 +34,11 @@ def run(
     lanes: int = 4096,
     meter: Meter | None = None,
 ) -> Counter[str]:
-    """Run all CTAs, or ``ctas`` of them, some ``lanes`` threads at a time; returns notes.
+    """Run all CTAs, or those whose numbers are in ``ctas``, some ``lanes`` threads at a time. Returns the notes with
+    their counts.
 
-    ``values``: numpy scalars of the parameters, unsigned; ``shared``: bytes of each CTA; ``order`` shuffles CTAs;
-    ``meter`` counts.
+    ``values`` are numpy scalars (unsigned) of the parameters; ``shared`` is the shared memory of each CTA in bytes;
+    ``order`` draws the order of CTAs; ``meter`` counts what they do.
     """
     function = program.function
     parameters = {name: value for (name, _), value in zip(function.params, values, strict=True)}
@@ -54,7 +56,7 @@ def run(
 
 
 class Batch:
-    """The scheduler of CTAs that run together: which threads go on at which block."""
+    """The scheduler of CTAs that run together: it decides which threads run which block next."""
 
     def __init__(self, program: Program, machine: Machine, parameters: dict[str, Any]) -> None:
         self.program, self.machine, self.parameters = program, machine, parameters
@@ -63,6 +65,9 @@ class Batch:
         self.parked: dict[int, np.ndarray] = {}  # at a barrier, by the block behind it
 
     def run(self) -> None:
+        """Run blocks until every thread has returned. Raises Trap when threads wait at a barrier that the others never
+        reach.
+        """
         while self.waiting or self.parked:
             if not self.waiting:
                 where = [self.program.function.instructions[place].where for place in self.parked]
@@ -76,13 +81,18 @@ class Batch:
             self._leave(self.program.function.instructions[end - 1], end, mask, taken)
 
     def _add(self, block: int, mask: np.ndarray | None) -> None:
+        """Let the threads of ``mask`` (None: all) wait for their turn at ``block``, together with those that wait there
+        already.
+        """
         before = self.waiting.get(block)
         if mask is not None and before is not None:
             mask = before | mask
         self.waiting[block] = None if mask is None or mask.all() else mask
 
     def _leave(self, last: Instruction, end: int, mask: np.ndarray | None, taken: Any) -> None:
-        """Where threads go from the end of a block, ``last`` its last instruction and ``taken`` its condition."""
+        """Send the threads of a finished block to where they go next. ``last`` is its last instruction, ``taken`` its
+        condition.
+        """
         if last.operation in ("ret", "exit"):
             if last.guard is not None:
                 raise Trap(f"not emulated: {last.text}, a conditional return, {last.where}")
@@ -96,6 +106,7 @@ class Batch:
             self._add(end, mask)
 
     def _branch(self, last: Instruction, end: int, mask: np.ndarray | None, taken: Any) -> None:
+        """Send threads to the target of a branch or to the block behind it, each as its condition says."""
         target = self.program.function.labels[last.operands[0]]
         if last.guard is None:
             self._add(target, mask)
@@ -110,7 +121,9 @@ class Batch:
                     self._add(block, going)
 
     def _arrive(self, end: int, mask: np.ndarray | None) -> None:
-        """Threads wait at a barrier until all of their CTA that are alive are there."""
+        """Let the threads of ``mask`` wait at a barrier; those of a CTA go on once all of its threads that
+        have not returned have arrived.
+        """
         if mask is None:
             self.machine.barrier(None)
             self._add(end, None)

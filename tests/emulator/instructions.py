@@ -1,5 +1,7 @@
-"""PTX instruction -> lines of Python, a function for each family;
-one that is not known raises :class:`NotEmulated` and says what it is.
+"""Translates a PTX instruction to lines of Python, with one function for each kind of instruction.
+
+For example ``add.f32 %f3, %f1, %f2`` becomes ``r[3] = (r[1].view(f4) + r[2].view(f4)).view(u4)``. An instruction that
+is not known raises :class:`NotEmulated`, which says what is not known about it.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ _COMPARE = {
     "hi": ">",
     "hs": ">=",
 }
-# true where the opposite is not
+# Comparisons that hold for NaN too: each is the negation of the ordered comparison given here.
 _UNORDERED = {"equ": "!=", "neu": "==", "ltu": ">=", "leu": ">", "gtu": "<=", "geu": "<"}
 _ROUNDED = {"rni": "rint", "rzi": "trunc", "rmi": "floor", "rpi": "ceil"}
 _HALVES = ("f16x2", "bf16x2", "bf16", "f16")
@@ -63,7 +65,7 @@ _FUNCTIONS = {
 
 
 class Context:
-    """An instruction on its way to Python: short names for its operands."""
+    """An instruction that is being translated, with short names for reading its operands and writing its result."""
 
     def __init__(self, program: Program, ins: Instruction, active: str, at: str) -> None:
         self.program, self.ins, self.active, self.at = program, ins, active, at
@@ -71,31 +73,40 @@ class Context:
         self.kind = self.suffixes[-1] if self.suffixes else ""
 
     def get(self, i: int, kind: str | None = None) -> str:
+        """Python for the value of operand ``i`` as ``kind``, by default the instruction's own type."""
         return self.program.get(self.o[i], self.kind if kind is None else kind)
 
     def list_of(self, i: int, kind: str = "b32") -> str:
+        """Python for the elements of the vector operand ``i``, separated by commas."""
         return ", ".join(self.program.get(e, kind) for e in elements(self.o[i]))
 
     def put(self, text: str, kind: str | None = None) -> list[str]:
+        """A line that assigns the Python expression ``text`` to the first operand."""
         return [self.program.put(self.o[0], text, self.kind if kind is None else kind, self.active)]
 
     def put_each(self, kind: str = "b32", value: str = "t[{}]") -> list[str]:
-        """Assign the elements of ``t`` to the registers of the first operand."""
+        """Lines that assign the elements of the Python variable ``t`` to the registers of the first operand."""
         return [self.program.put(e, value.format(i), kind, self.active) for i, e in enumerate(elements(self.o[0]))]
 
     def address(self, i: int, kind: str) -> str:
+        """Python for the address that operand ``i`` stands for."""
         return self.program.address(self.o[i], kind)
 
     def call(self, method: str, *arguments: str) -> str:
-        """A method of the machine, with who takes part and where."""
+        """Python that calls a method of the machine, with the active threads and the instruction's place as last
+        arguments.
+        """
         return f"M.{method}({', '.join((*arguments, self.active, self.at))})"
 
     def unknown(self, what: str) -> NotEmulated:
+        """The exception for an instruction of which the emulator does not know ``what``."""
         return NotEmulated(f"{self.ins.opcode}: {what}")
 
 
 def translate(program: Program, ins: Instruction, active: str, at: str) -> list[str]:
-    """Python lines of one instruction for the threads ``active``."""
+    """The Python lines of one instruction, for the threads that the Python expression ``active`` masks ("None":
+    all).
+    """
     c = Context(program, ins, active, at)
     if ins.is_barrier:
         if c.o != ["0"] or ins.guard is not None:
@@ -115,6 +126,7 @@ def translate(program: Program, ins: Instruction, active: str, at: str) -> list[
 
 
 def _move(c: Context) -> list[str]:
+    """mov and cvta: between registers, or packing several registers into one wider one, or unpacking."""
     full = SHORT[DTYPES[c.kind]] if c.kind != "pred" else ""
     if c.o[0].startswith("{"):
         parts = elements(c.o[0])
@@ -133,6 +145,7 @@ def _move(c: Context) -> list[str]:
 
 
 def _convert(c: Context) -> list[str]:
+    """cvt: between types."""
     to, source = c.suffixes[-2:]
     if to in ("bf16x2", "f16x2") and source == "f32":
         down = "f32_to_bf16({})" if to == "bf16x2" else "{}.astype(f2).view(u2)"
@@ -159,6 +172,7 @@ def _convert(c: Context) -> list[str]:
 
 
 def _select(c: Context) -> list[str]:
+    """selp: one of two values by a predicate."""
     return c.put(f"np.where({c.get(3, 'pred')}, {c.get(1)}, {c.get(2)})")
 
 
@@ -166,7 +180,7 @@ def _select(c: Context) -> list[str]:
 
 
 def _half(c: Context, formula: str) -> list[str]:
-    """Arithmetic of f16, bf16 and pairs of them, in float32 and rounded once."""
+    """Arithmetic on f16, bf16 and pairs of them: computed in float32 and rounded once."""
     pair, element = c.kind.endswith("x2"), c.kind.removesuffix("x2")
     up = "bf16_to_f32({})" if element == "bf16" else "{}.view(f2).astype(f4)"
     down = "f32_to_bf16({})" if element == "bf16" else "({}).astype(f2).view(u2)"
@@ -182,7 +196,9 @@ def _half(c: Context, formula: str) -> list[str]:
 
 
 def _mixed(c: Context) -> list[str] | None:
-    """Where the last operand is float32 and the others are not."""
+    """An add, sub or fma whose last operand is float32 and whose others are f16 or bf16; None for any other
+    instruction.
+    """
     if c.suffixes[-2:] not in (["f32", "bf16"], ["f32", "f16"]):
         return None
     last = c.program.get(c.o[-1], "f32")
@@ -194,11 +210,12 @@ def _mixed(c: Context) -> list[str] | None:
 
 
 def _packed(c: Context, formula: str) -> list[str]:
-    """On two float32 in 64 bits."""
+    """Arithmetic on two float32 in a register of 64 bits."""
     return c.put(f"pairs({formula}, {', '.join(c.get(i, 'b64') for i in range(1, len(c.o)))})", "b64")
 
 
 def _add(c: Context) -> list[str]:
+    """add and sub."""
     mixed = _mixed(c)
     if mixed is not None:
         return mixed
@@ -213,6 +230,7 @@ def _add(c: Context) -> list[str]:
 
 
 def _logic(c: Context) -> list[str]:
+    """and, or, xor."""
     return c.put(f"{c.get(1)} {_BINARY[c.op]} {c.get(2)}")
 
 
@@ -231,7 +249,7 @@ def _absolute(c: Context) -> list[str]:
 
 
 def _multiply(c: Context) -> list[str]:
-    """mul, and mad, which adds its last operand."""
+    """mul, and mad, which adds its last operand to the product."""
     if c.kind == "f32x2":
         return _packed(c, "lambda x, y: x * y")
     if c.kind in _HALVES:
@@ -250,6 +268,7 @@ def _multiply(c: Context) -> list[str]:
 
 
 def _fused(c: Context) -> list[str]:
+    """fma."""
     mixed = _mixed(c)
     if mixed is not None:
         return mixed
@@ -263,8 +282,8 @@ def _fused(c: Context) -> list[str]:
 
 
 def _function(c: Context) -> list[str]:
-    """Quotients, roots, powers; of float32 exact where the instruction rounds,
-    else as wrong as the machine is told to be.
+    """div, rem, square roots, reciprocals, powers. In float32 the result is exact where the instruction rounds; an
+    approximate one errs as :func:`arithmetic.inexact` says.
     """
     if c.op in ("div", "rem") and c.kind[0] in "su":
         name = "divide" if c.op == "div" else "np.fmod"
@@ -276,6 +295,7 @@ def _function(c: Context) -> list[str]:
 
 
 def _extreme(c: Context) -> list[str]:
+    """min and max."""
     nan = "NaN" in c.suffixes
     if c.kind in _HALVES:
         return _half(c, f"np.{c.op}imum(x, y)" if nan else f"np.f{c.op}(x, y)")
@@ -284,7 +304,7 @@ def _extreme(c: Context) -> list[str]:
 
 
 def _shift(c: Context) -> list[str]:
-    """An amount of the width or more leaves zeros, or copies of the sign."""
+    """shl and shr. A shift by the width or more leaves zeros, or copies of the sign."""
     last, dtype, amount = 8 * WIDTH[c.kind] - 1, SHORT[DTYPES[c.kind]], c.get(2, "u32")
     if c.op == "shr" and c.kind[0] == "s":
         return c.put(f"{c.get(1)} >> np.minimum({amount}, u4({last})).astype({dtype})")
@@ -293,6 +313,7 @@ def _shift(c: Context) -> list[str]:
 
 
 def _extract(c: Context) -> list[str]:
+    """bfe: a field of bits, moved to the lowest bits and extended by zeros or by its sign."""
     position, length = int(c.o[2], 0), int(c.o[3], 0)
     if c.kind == "u32":
         return c.put(f"({c.get(1)} >> u4({position})) & u4({2**length - 1})")
@@ -302,6 +323,7 @@ def _extract(c: Context) -> list[str]:
 
 
 def _insert(c: Context) -> list[str]:
+    """bfi: one number's lowest bits put into a field of another."""
     if c.kind != "b32":
         raise c.unknown("this type")
     position, length = int(c.o[3], 0), int(c.o[4], 0)
@@ -314,7 +336,7 @@ def _permute(c: Context) -> list[str]:
 
 
 def _lookup(c: Context) -> list[str]:
-    """lop3: any function of three bits, from its table of truth."""
+    """lop3: any function of three bits, given by its truth table."""
     table, terms = int(c.o[4], 0), []
     for i in range(8):
         if table >> i & 1:
@@ -324,6 +346,7 @@ def _lookup(c: Context) -> list[str]:
 
 
 def _compare(c: Context) -> list[str]:
+    """setp: a comparison, joined with another predicate if the instruction says so."""
     a, b, how = c.get(1), c.get(2), c.suffixes[0]
     if "|" in c.o[0]:
         raise c.unknown("two predicates")
@@ -347,7 +370,7 @@ def _compare(c: Context) -> list[str]:
 
 
 def _memory(c: Context) -> list[str]:
-    """ld and st of global and shared memory, and parameters."""
+    """ld and st of global memory, shared memory and parameters."""
     if "param" in c.suffixes:
         return c.put(f"P['{c.o[1].strip('[] ')}'].view({SHORT[DTYPES[c.kind]]})")
     shared = any(s.startswith("shared") for s in c.suffixes)
@@ -366,7 +389,7 @@ def _memory(c: Context) -> list[str]:
 
 
 def _copy(c: Context) -> list[str]:
-    """cp.async."""
+    """cp.async: copies, commits of groups and waits."""
     if c.suffixes[0] != "async" or c.suffixes[1] not in ("commit_group", "wait_group", "wait_all", "ca", "cg"):
         raise c.unknown("no such copy")
     if c.suffixes[1] == "commit_group":
@@ -381,11 +404,13 @@ def _copy(c: Context) -> list[str]:
 
 
 def _load_matrix(c: Context) -> list[str]:
+    """ldmatrix."""
     count = next(s for s in c.suffixes if s in ("x1", "x2", "x4"))[1:]
     return [f" t = {c.call('load_matrix', c.address(1, 'u32'), count, str('trans' in c.suffixes))}", *c.put_each()]
 
 
 def _store_matrix(c: Context) -> list[str]:
+    """stmatrix."""
     return [f" {c.call('store_matrix', c.address(0, 'u32'), f'[{c.list_of(1)}]', str('trans' in c.suffixes))}"]
 
 
@@ -393,6 +418,7 @@ def _store_matrix(c: Context) -> list[str]:
 
 
 def _mma(c: Context) -> list[str]:
+    """mma.sync."""
     kinds = c.suffixes[-4:]
     if kinds[0] != "f32" or kinds[3] != "f32" or kinds[1] not in _MATRIX_KINDS:
         raise c.unknown("these types")
@@ -400,6 +426,7 @@ def _mma(c: Context) -> list[str]:
 
 
 def _wgmma(c: Context) -> list[str]:
+    """wgmma: the matrix product, and its commit and wait."""
     what = c.suffixes[0]
     if what == "fence":
         return []
@@ -419,7 +446,7 @@ def _wgmma(c: Context) -> list[str]:
 
 
 def _tensor(c: Context) -> list[str]:
-    """tcgen05."""
+    """tcgen05: matrix products, loads and stores of tensor memory."""
     what = c.suffixes[0]
     if what.startswith(("wait", "fence", "dealloc", "relinquish")):
         return []
@@ -441,6 +468,7 @@ def _tensor(c: Context) -> list[str]:
 
 
 def _tensor_move(c: Context, load: bool) -> list[str]:
+    """tcgen05.ld and tcgen05.st: between registers and tensor memory."""
     shape = next(s for s in c.suffixes if s in ("32x32b", "16x32bx2"))
     if "pack::16b" in c.suffixes or "unpack::16b" in c.suffixes:
         raise c.unknown("packing")
@@ -452,6 +480,7 @@ def _tensor_move(c: Context, load: bool) -> list[str]:
 
 
 def _mbarrier(c: Context) -> list[str]:
+    """mbarrier: init and try_wait."""
     what = c.suffixes[0]
     if what == "init":
         return [f" {c.call('barrier_init', c.address(0, 'u32'), c.get(1, 'u32'))}"]
@@ -463,11 +492,13 @@ def _mbarrier(c: Context) -> list[str]:
 
 
 def _elect(c: Context) -> list[str]:
+    """elect.sync: the predicate holds in lane 0 of each warp."""
     target, _, valid = c.o[0].partition("|")
     return [c.program.put(target, "u4(0)", "b32", c.active), c.program.put(valid, "M.lane == 0", "pred", c.active)]
 
 
 def _shuffle(c: Context) -> list[str]:
+    """shfl.sync; the second result, if it is asked for, is the predicate that the source lane is in range."""
     target, _, valid = c.o[0].partition("|")
     lines = [f" t = {c.call('shuffle', repr(c.suffixes[1]), *(c.get(i, 'u32') for i in (1, 2, 3)))}"]
     lines.append(c.program.put(target, "t[0]", "b32", c.active))
@@ -475,22 +506,27 @@ def _shuffle(c: Context) -> list[str]:
 
 
 def _reduce(c: Context) -> list[str]:
+    """redux.sync: one result over the values of a warp."""
     return c.put(c.call("reduce_warp", repr(c.suffixes[1]), c.get(1)))
 
 
 def _vote(c: Context) -> list[str]:
+    """vote.sync."""
     how = c.suffixes[1]
     return c.put(f"M.vote('{how}', {c.get(1, 'pred')}, {c.active})", "b32" if how == "ballot" else "pred")
 
 
 def _warp_barrier(c: Context) -> list[str]:
+    """bar.warp.sync: only checked to be reached by whole warps, as threads run in lock step."""
     if c.suffixes[0] != "warp":
         raise c.unknown("no such barrier")
     return [f" M.whole_warps({c.active}, {c.at})"]
 
 
 def _nothing(c: Context) -> list[str]:
-    """Fences and hints: the emulator is in order. Branches and returns are up to the scheduler."""
+    """Fences and hints, which need nothing since the emulator runs everything in order; branches and returns, which the
+    scheduler handles.
+    """
     return []
 
 

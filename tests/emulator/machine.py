@@ -1,6 +1,6 @@
-"""What several warps do together: wgmma of sm_90; tensor memory, tcgen05 and mbarriers of sm_100.
+"""Instructions of several warps: wgmma of sm_90; tensor memory, tcgen05 and mbarriers of sm_100.
 
-Operands in shared memory are given by 64 bit descriptors. Products are summed in float64 and rounded once per
+Operands in shared memory are given by descriptors of 64 bits. Products are summed in float64 and rounded once per
 instruction.
 """
 
@@ -20,7 +20,7 @@ _TCGEN05_SWIZZLE = {0: 16, 2: 128, 4: 64, 6: 32}
 
 
 def numbers(raw: np.ndarray, kind: str) -> np.ndarray:
-    """float64 of the bits of operands."""
+    """Operand bits as float64; ``kind`` is "tf32", "f16" or "bf16"."""
     if kind == "tf32":
         return tf32(raw).astype(f8)
     return (raw.view(f2) if kind == "f16" else bf16_to_f32(raw)).astype(f8)
@@ -29,9 +29,10 @@ def numbers(raw: np.ndarray, kind: str) -> np.ndarray:
 def places(
     start: Any, leading: Any, stride: Any, width: int, rows: int, depth: int, size: int, transposed: bool
 ) -> np.ndarray:
-    """(..., rows, depth) addresses of an operand's elements.
+    """The addresses (..., rows, depth) of an operand's elements in shared memory.
 
-    ``width``: bytes of the swizzle, 16 for none; ``transposed``: rows, not depth, is the contiguous axis.
+    ``width`` is the swizzle's period in bytes, 16 for none; ``transposed`` means that rows, not depth, is the
+    contiguous axis. The strides ``leading`` and ``stride`` are those of the descriptor, in bytes.
     """
     r, k = np.arange(rows)[:, None], np.arange(depth)[None, :]
     per = width // size
@@ -46,14 +47,14 @@ def places(
 
 
 class Machine(Warps):
-    """A batch of CTAs of any architecture."""
+    """A batch of CTAs with the instructions of every architecture."""
 
     # ---- wgmma: four warps ----
 
     def _described(
         self, descriptor: Any, rows: int, depth: int, size: int, transposed: bool, mask: Any, at: str
     ) -> np.ndarray:
-        """(warp groups, rows, depth) raw elements."""
+        """The elements (warp groups, rows, depth), as raw bits, of the operand that a wgmma descriptor describes."""
         each = self.full(descriptor).reshape(-1, 128)
         taking = np.asarray(self.taking(mask).reshape(-1, 128).all(1))
         if (each != each[:, :1])[taking].any():
@@ -74,7 +75,9 @@ class Machine(Warps):
     def wgmma(
         self, n: int, kind: str, a: Any, b: Any, scale: Any, transposed: tuple[bool, bool], c: Any, mask: Any, at: str
     ) -> list[Any]:
-        """wgmma.mma_async with float32 accumulators; ``a``: a tuple of registers or a descriptor."""
+        """wgmma.mma_async with float32 accumulators ``c``; ``a`` is a tuple of registers or a descriptor. Returns the
+        new accumulators.
+        """
         self.require_whole(128, "wgmma is reached by a part of a warp group", mask, at)
         size = 4 if kind == "tf32" else 2
         depth = 32 // size
@@ -99,6 +102,7 @@ class Machine(Warps):
     # ---- tcgen05: tensor memory, (lanes 128, columns 512) of 32 bits in each CTA; its MMA is issued by one thread ----
 
     def tensor_alloc(self, address: Any, mask: Any, at: str) -> None:
+        """tcgen05.alloc: give each CTA all of its tensor memory, full of NaN, and store its address, 0."""
         self.tensor = np.full((self.lanes // self.threads, 128, 512), 0xFFFFFFFF, u4)
         self.busy = np.zeros(self.lanes // self.threads, bool)
         self.phases: dict[tuple[int, int], list[int]] = {}  # (CTA, address of an mbarrier) -> [count, pending, phase]
@@ -107,7 +111,9 @@ class Machine(Warps):
     def _tensor_places(
         self, address: Any, count: int, shape: str, split: int, mask: Any, verb: str, at: str
     ) -> tuple[Any, ...]:
-        """(CTA, row, column, lanes that take part) of what a tcgen05.ld or .st reaches."""
+        """(CTA, row, column, lanes that take part) of the words that a tcgen05.ld or .st reaches. Notes accesses before
+        an MMA was waited for.
+        """
         self.whole_warps(mask, at)
         address = self.full(address).astype(i8)
         row, column = address >> 16, address & 0xFFFF
@@ -125,17 +131,19 @@ class Machine(Warps):
         return cta[taking, None], row[taking, None], column[taking, None] + np.arange(count), taking
 
     def tensor_load(self, address: Any, count: int, shape: str, split: int, mask: Any, at: str) -> list[np.ndarray]:
+        """tcgen05.ld: ``count`` registers for each lane."""
         cta, row, column, taking = self._tensor_places(address, count, shape, split, mask, "read", at)
         out = np.zeros((self.lanes, count), u4)
         out[taking] = self.tensor[cta, row, column]
         return [np.ascontiguousarray(out[:, i]) for i in range(count)]
 
     def tensor_store(self, address: Any, values: Sequence[Any], shape: str, split: int, mask: Any, at: str) -> None:
+        """tcgen05.st."""
         cta, row, column, taking = self._tensor_places(address, len(values), shape, split, mask, "written", at)
         self.tensor[cta, row, column] = np.stack([self.full(v) for v in values], 1)[taking]
 
     def _issuers(self, mask: Any, at: str) -> list[int]:
-        """Numbers of the lanes that issue, at most one in each CTA."""
+        """The lanes that issue an instruction. Raises Trap if a CTA has more than one."""
         lanes = np.flatnonzero(self.taking(mask))
         if len(np.unique(lanes // self.threads)) != len(lanes):
             raise Trap(f"more than one thread of a CTA issues, {at}")
@@ -144,7 +152,7 @@ class Machine(Warps):
     def _described_in(
         self, lane: int, descriptor: int, rows: int, depth: int, size: int, transposed: bool, at: str
     ) -> np.ndarray:
-        """(rows, depth) raw elements of an operand of one CTA."""
+        """The elements (rows, depth), as raw bits, of the operand of one CTA that a tcgen05 descriptor describes."""
         if descriptor >> 46 & 7 != 1 or descriptor >> 49 & 15 != 0:
             raise Trap(f"not emulated: tcgen05.mma with a descriptor of another version, or with a base offset, {at}")
         start, leading, stride = (((descriptor >> shift) & 0x3FFF) << 4 for shift in (0, 16, 32))
@@ -158,7 +166,9 @@ class Machine(Warps):
     def tensor_mma(
         self, d: Any, a: Any, b: Any, form: Any, use: Any, kind: str, a_in_tensor: bool, mask: Any, at: str
     ) -> None:
-        """tcgen05.mma with float32 accumulators, of one CTA; ``form``: the instruction descriptor."""
+        """tcgen05.mma with float32 accumulators in tensor memory, for each CTA; ``form`` is the instruction
+        descriptor.
+        """
         d, a, b, form, use = (self.full(v) for v in (d, a, b, form, use))
         for lane in self._issuers(mask, at):
             self._tensor_mma_of(
@@ -168,6 +178,7 @@ class Machine(Warps):
     def _tensor_mma_of(
         self, lane: int, d: int, a: int, b: int, form: int, use: int, kind: str, a_in_tensor: bool, at: str
     ) -> None:
+        """:meth:`tensor_mma` of the one CTA that ``lane`` belongs to."""
         cta, size = lane // self.threads, {"f16": 2, "tf32": 4}[kind]
         n, m, depth = (form >> 17 & 63) * 8, (form >> 24 & 31) * 16, 32 // size
         if form & 15 or form >> 4 & 3 != 1 or form >> 13 & 3 or m not in (64, 128) or n % 8:
@@ -191,11 +202,14 @@ class Machine(Warps):
     # ---- mbarriers ----
 
     def barrier_init(self, address: Any, count: Any, mask: Any, at: str) -> None:
+        """mbarrier.init: the barrier's phase completes after ``count`` arrivals."""
         for lane in self._issuers(mask, at):
             self.phases[lane // self.threads, int(self.full(address)[lane])] = [int(self.full(count)[lane])] * 2 + [0]
 
     def barrier_arrive(self, address: Any, mask: Any, at: str) -> None:
-        """tcgen05.commit: everything issued before is done, since the emulator does at once what it is told."""
+        """tcgen05.commit: arrive at an mbarrier. Everything issued before is done by then, as the emulator computes at
+        once.
+        """
         self.shared.commit_reads()
         for lane in self._issuers(mask, at):
             state = self.phases[lane // self.threads, int(self.full(address)[lane])]
@@ -204,7 +218,7 @@ class Machine(Warps):
                 state[1:] = [state[0], state[2] ^ 1]
 
     def barrier_test(self, address: Any, parity: Any, mask: Any, at: str) -> np.ndarray:
-        """mbarrier.try_wait: whether the phase of ``parity`` is complete; traps where it never will be."""
+        """mbarrier.try_wait: whether the phase of ``parity`` is complete. Raises Trap where it never would be."""
         address, parity = self.full(address), self.full(parity)
         done = np.zeros(self.lanes, bool)
         for lane in map(int, np.flatnonzero(self.taking(mask))):

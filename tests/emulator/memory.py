@@ -1,8 +1,8 @@
-"""Global memory of the emulated GPU: every access is checked for bounds, alignment and races.
+"""Global memory of the emulated GPU, with every access checked for bounds, alignment and races.
 
-It holds a copy of each storage that a launch was given, with poisoned guards in between. Of each byte it knows whether
-it lies in a tensor that was passed (in, not merely near: the gaps of a strided view count as outside), which thread
-wrote it, whether it was read.
+A :class:`Global` holds a copy of each storage that a launch was given, with poisoned guards between the copies. For
+each byte it records whether the byte lies in a tensor that was passed (the gaps of a strided view do not), which thread
+wrote it, and whether it was read.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ OUTSIDE, GAP, INSIDE = 0, 1, 3  # of a byte: in no storage, in a storage but in 
 
 
 class Trap(RuntimeError):
-    """What a GPU would fault on, or leave undefined; or what is not emulated."""
+    """Raised for what a GPU would fault on or leaves undefined, and for what is not emulated."""
 
 
 def wide(data: np.ndarray, size: int) -> np.ndarray:
-    """Bytes as rows of ``size`` bytes: (n, 1) of an unsigned type, or (n, 2) of uint64 for 16."""
+    """A byte array seen as rows of ``size`` bytes: (n, 1) of an unsigned type, or (n, 2) of uint64 for 16 bytes."""
     return data.view(np.uint64).reshape(-1, 2) if size == 16 else data.view(RAW[size]).reshape(-1, 1)
 
 
 def repeated(byte: int, size: int) -> Any:
-    """An unsigned number made of copies of a byte: an element of a row of :func:`wide`."""
+    """A byte repeated to fill an unsigned number of ``size`` bytes: the value of one element of :func:`wide`."""
     return RAW[min(size, 8)](int(f"{byte:02X}" * min(size, 8), 16))
 
 
 def host_bytes(address: int, size: int) -> np.ndarray:
-    """Memory of this process."""
+    """``size`` bytes at an address of this process, as an array that shares them."""
     return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
 
 
 class Global:
-    """Device memory for one launch."""
+    """Device memory of one launch, a copy of the storages that its tensors lie in."""
 
     def __init__(self, storages: list[tuple[int, np.ndarray, np.ndarray]], ctas: int = 1, threads: int = 32) -> None:
         """``storages``: (host address, its bytes, its validity per byte: GAP or INSIDE)."""
@@ -57,17 +57,19 @@ class Global:
             self.valid[start : start + len(data)] = valid
 
     def _reserve(self, size: int, ctas: int, threads: int) -> None:
+        """Make ``size`` bytes of empty device memory with all their records."""
         self.threads, self.epoch = threads, np.zeros(ctas, np.int32)  # barriers passed by each CTA
         self.size = size
         self.data = np.full(size, 0xFF, np.uint8)
         self.valid = np.full(size, OUTSIDE, np.uint8)
-        self.valid[:16] = INSIDE  # where lanes that are switched off point
+        self.valid[:16] = INSIDE  # lanes that are switched off address row 0
         self.writer = np.zeros(size // 2, np.int64)  # thread + 1, of each two bytes
         self.stamp = np.zeros(size // 2, np.int32)  # epoch of the writer's CTA when it wrote
         self.read = np.zeros(size, np.uint8)
         self.notes: Counter[str] = Counter()
 
     def device_address(self, storage: int, offset: int) -> int:
+        """The device address of the byte at ``offset`` in the storage at the host address ``storage``."""
         return BASE + self.where[storage] + offset
 
     def _rows(self, address: Any, size: int, mask: np.ndarray | None, lanes: int, at: str) -> np.ndarray:
@@ -84,6 +86,9 @@ class Global:
         return index // size
 
     def _check(self, rows: np.ndarray, size: int, store: bool, at: str) -> None:
+        """Raise Trap for a store, or a load, of bytes outside of every storage, and for a store to a gap of a view; a
+        load from such a gap is only noted, as its value may be unused.
+        """
         level = wide(self.valid, size)[rows]
         if (level == repeated(INSIDE, size)).all():
             return
@@ -98,8 +103,8 @@ class Global:
     def load(
         self, address: Any, size: int, count: int, mask: np.ndarray | None, thread: np.ndarray, at: str
     ) -> list[Any]:
-        """``count`` values of ``size`` bytes for each lane;
-        one value for all where the address is one and no lane is off.
+        """``count`` values of ``size`` bytes for each lane. Where all lanes are on and the address is one number, each
+        value is one number for all lanes.
         """
         total, lanes = size * count, len(thread)
         uniform = mask is None and np.ndim(address) == 0
@@ -111,8 +116,8 @@ class Global:
         return [found[0, i] if uniform else np.ascontiguousarray(found[:, i]) for i in range(count)]
 
     def _note_fresh(self, rows: np.ndarray, total: int, thread: np.ndarray, at: str) -> None:
-        """Note a load of what a thread of another CTA stored in this launch,
-        or one of another warp since the last barrier.
+        """Note a race if a loaded byte was stored by a thread of another CTA in this launch, or by another warp of the
+        same CTA since its last barrier.
         """
         granule = rows[:, None] * total // 2 + np.arange(max(1, total // 2))
         owners = self.writer[granule]
@@ -129,6 +134,9 @@ class Global:
     def store(
         self, address: Any, values: list[Any], size: int, mask: np.ndarray | None, thread: np.ndarray, at: str
     ) -> None:
+        """Store each lane's ``values`` of ``size`` bytes at its address, and note races. Raises Trap as :meth:`_check`
+        says.
+        """
         lanes, total = len(thread), size * len(values)
         rows = self._rows(address, total, mask, lanes, at)
         table = np.stack([np.broadcast_to(v, (lanes,)) for v in values], 1).astype(RAW[size], copy=False)
@@ -150,9 +158,9 @@ class Global:
             self._note_overlap(True, at)
 
     def _note_overlap(self, differs: bool, at: str) -> None:
-        self.notes[
-            "RACE: two threads store different values" if differs else f"two threads store the same value, {at}"
-        ] += 1
+        """Note that two threads stored to the same bytes: a race if their values differ."""
+        what = "RACE: two threads store different values" if differs else "two threads store the same value"
+        self.notes[f"{what}, {at}"] += 1
 
     def note_both_ways(self) -> None:
         """Note bytes that were both read and written: the order of CTAs would matter."""
@@ -162,16 +170,17 @@ class Global:
             self.notes[f"bytes both read and written in one launch: {int(both.sum())}"] += 1
 
     def written(self, storage: int, size: int) -> bool:
+        """Whether the launch stored to the storage of ``size`` bytes at the host address ``storage``."""
         start = self.where[storage]
         return bool(self.writer[start // 2 : (start + size + 1) // 2].any())
 
 
 class Paged(Global):
-    """Global memory that is copied page by page as a kernel touches it: for tensors that are larger than this machine's
-    memory can hold.
+    """Global memory that copies a page only when the kernel first touches it, for tensors larger than this machine's
+    memory.
 
-    Such tensors come from ``torch.empty``, which takes no memory before it is written. Device addresses are host
-    addresses. Strides are not looked at: all of a storage counts as inside.
+    Such tensors come from ``torch.empty``, which takes no memory before it is written. Device addresses equal host
+    addresses. Strides are ignored: every byte of a storage counts as inside of a tensor.
     """
 
     def __init__(self, ranges: list[tuple[int, int]], ctas: int, threads: int, frames: int = 1 << 14) -> None:
@@ -186,6 +195,9 @@ class Paged(Global):
         return storage + offset
 
     def _frame(self, page: int) -> int:
+        """The number of the copy of ``page`` in ``data``, made now if there is none yet. Raises Trap when there is no
+        room for it.
+        """
         if page not in self.frames:
             frame = len(self.frames) + 1
             if (frame + 1) * PAGE > self.size:
@@ -200,6 +212,7 @@ class Paged(Global):
         return self.frames[page]
 
     def _rows(self, address: Any, size: int, mask: np.ndarray | None, lanes: int, at: str) -> np.ndarray:
+        """As in :class:`Global`, for host addresses; copies the pages that are touched."""
         address = np.broadcast_to(address, (lanes,)) if np.ndim(address) == 0 else address
         taking = address if mask is None else address[mask]
         if (taking & np.uint64(size - 1)).any():
@@ -218,7 +231,7 @@ class Paged(Global):
         return index // size
 
     def write_back(self) -> None:
-        """Put the pages that were written back to where they came from."""
+        """Copy the pages that were written back to this process's memory."""
         for page, frame in self.frames.items():
             span = slice(frame * PAGE, (frame + 1) * PAGE)
             inside = np.flatnonzero(self.valid[span] != OUTSIDE)

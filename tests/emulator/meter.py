@@ -1,5 +1,5 @@
-"""Counts what a launch does: instructions of warps, sectors of global memory, conflicts in shared memory,
-branches that part a warp.
+"""Counts what a launch does: instructions of warps, sectors of global memory, bank conflicts in shared memory, and
+branches at which threads of a warp part.
 """
 
 from __future__ import annotations
@@ -18,18 +18,19 @@ _PARTS = {1: 1, 2: 1, 4: 1, 8: 2, 16: 4}  # into how many requests a warp's acce
 
 @dataclass
 class Meter:
-    """Sums over launches, by kernel.
+    """Counts by kernel, summed over launches.
 
-    ``instructions``: of warps, PTX; ``read`` and ``written``: bytes of the sectors that warps ask for; ``useful``:
-    bytes that lanes use; ``fetched`` and ``kept``: bytes of the different sectors that are read and written, which is
-    what memory has to move; ``shared`` and ``conflicts``: passes over shared memory and how many of them banks cost;
-    ``parted``: branches that a warp takes and does not take.
+    ``instructions``: PTX instructions, one for each warp; ``read`` and ``written``: bytes of the sectors that warps ask
+    for; ``useful``: bytes that lanes use; ``fetched`` and ``kept``: bytes of the different sectors that are read and
+    written, the least that memory has to move; ``shared``: passes over shared memory, ``conflicts``: those of them that
+    bank conflicts cost; ``parted``: branches that some threads of a warp take and others do not.
     """
 
     counts: dict[str, Counter[str]] = field(default_factory=dict)
     kernel: str = ""
 
     def begin(self, kernel: str) -> None:
+        """Count a launch of ``kernel``, to which everything counted from now on belongs."""
         self.kernel = kernel
         self.counts.setdefault(kernel, Counter())["launches"] += 1
 
@@ -37,16 +38,18 @@ class Meter:
         self.counts[self.kernel][what] += number
 
     def instructions(self, count: int, mask: np.ndarray | None, lanes: int) -> None:
+        """Count ``count`` instructions for each warp that has a thread in ``mask``."""
         warps = lanes // 32 if mask is None else int(mask.reshape(-1, 32).any(1).sum())
         self.add("instructions", count * warps)
 
     def branch(self, taken: np.ndarray, mask: np.ndarray | None) -> None:
+        """Count the warps of which some threads take a branch and others do not."""
         here = np.ones(len(taken), bool) if mask is None else mask
         go, stay = ((where & here).reshape(-1, 32).any(1) for where in (taken, ~taken))
         self.add("parted", int((go & stay).sum()))
 
     def memory(self, what: str, address: Any, size: int, mask: np.ndarray | None, lanes: int) -> None:
-        """``what``: "read" or "written"; ``size``: bytes of a lane."""
+        """Count an access to global memory; ``what`` is "read" or "written", ``size`` the bytes of each lane."""
         each = np.broadcast_to(address, (lanes,)).astype(np.int64).reshape(-1, 32)
         here = np.ones((lanes // 32, 32), bool) if mask is None else mask.reshape(-1, 32)
         sectors = np.concatenate(
@@ -56,12 +59,14 @@ class Meter:
         self.add("useful", size * int(here.sum()))
 
     def traffic(self, memory: Global) -> None:
-        """What a launch moves at least: each sector once each way, as if the cache held everything."""
+        """Count the least that a launch moves: each sector once in each direction, as if the cache held everything."""
         self.add("fetched", SECTOR * int(memory.read.reshape(-1, SECTOR).any(1).sum()))
         self.add("kept", SECTOR * int((memory.writer.reshape(-1, SECTOR // 2) != 0).any(1).sum()))
 
     def shared(self, address: Any, size: int, mask: np.ndarray | None, lanes: int) -> None:
-        """A pass serves each bank once; lanes that want the same word share it."""
+        """Count an access to shared memory of ``size`` bytes in each lane. One pass serves each bank once; lanes that
+        want the same word share it.
+        """
         parts = _PARTS[size]
         each = np.broadcast_to(address, (lanes,)).astype(np.int64).reshape(-1, 32 // parts)
         here = (np.ones(lanes, bool) if mask is None else mask).reshape(-1, 32 // parts)
@@ -73,13 +78,13 @@ class Meter:
 
 
 def _distinct(values: np.ndarray, here: np.ndarray) -> int:
-    """How many different values the rows have in all."""
+    """How many different values the rows have, counted row by row and summed."""
     ordered = np.sort(np.where(here, values, -1), 1)
     return int(((np.diff(ordered, axis=1) != 0) & (ordered[:, 1:] >= 0)).sum() + (ordered[:, 0] >= 0).sum())
 
 
 def _most_in_a_bank(words: np.ndarray, here: np.ndarray) -> np.ndarray:
-    """Of each row the largest number of different words that one bank has to deliver."""
+    """For each row, the largest number of different words that one bank has to deliver."""
     ordered = np.sort(np.where(here, words, -1), 1)
     first = np.concatenate([np.ones((len(ordered), 1), bool), np.diff(ordered, axis=1) != 0], 1) & (ordered >= 0)
     row, column = np.nonzero(first)

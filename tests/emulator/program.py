@@ -1,8 +1,8 @@
-"""A PTX function as Python: each basic block becomes a function over the registers of a batch of CTAs.
+"""A PTX function as Python: each basic block becomes a Python function over the registers of a batch of CTAs.
 
 A register is an array of unsigned integers of its width with an element for each thread, or one number where all
-threads agree. In the code of a block ``r`` are the registers, ``M`` the machine, ``m`` the threads that are here (None:
-all), ``P`` the parameters.
+threads agree. In the code of a block, ``r`` is the list of registers, ``M`` the machine, ``m`` the mask of the threads
+that run it (None: all), and ``P`` the parameters by name.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ _SPECIAL = {"%tid": "M.tid", "%ntid": "u4(M.threads)", "%laneid": "M.lane.astype
 
 
 class NotEmulated(Exception):
-    """What in an instruction is not known; it traps when it is reached."""
+    """Says what about an instruction is not known. The program traps only when it reaches that instruction."""
 
 
 class Program:
-    """A PTX function; its blocks are translated when they are first reached."""
+    """A PTX function whose basic blocks are translated to Python when they are first reached."""
 
     def __init__(self, function: Function) -> None:
         self.function = function
@@ -48,10 +48,13 @@ class Program:
         }
 
     def fresh_registers(self) -> list[Any]:
+        """Registers full of zeros, each one number for all threads."""
         return [np.bool_(False) if kind == "pred" else RAW[WIDTH[kind]](0) for kind in self.function.registers.values()]
 
     def block(self, start: int, masked: bool) -> Any:
-        """The Python function of the block at an instruction; ``masked``: for a part of the threads."""
+        """The Python function of the block that begins at instruction ``start``; ``masked`` if only a part of the
+        threads runs it.
+        """
         if (start, masked) not in self.code:
             lines = ["def block(r, M, m, P):"]
             for number in range(start, self.ends[start]):
@@ -62,6 +65,7 @@ class Program:
         return self.code[start, masked]
 
     def _lines(self, ins: Instruction, masked: bool) -> list[str]:
+        """The Python lines of one instruction; a line that raises Trap for an instruction that is not emulated."""
         from tests.emulator.instructions import translate  # which needs this module's names
 
         active, lines = ("m" if masked else "None"), []
@@ -77,13 +81,14 @@ class Program:
             return [*lines, f" raise Trap({f'not emulated: {ins.text}, {ins.where} ({error!r})'!r})"]
 
     def constant(self, value: Any) -> str:
+        """The Python name of a constant, which is added to the blocks' namespace."""
         name = f"k{self.constants}"
         self.constants += 1
         self.namespace[name] = value
         return name
 
     def get(self, operand: str, kind: str) -> str:
-        """Python for the value of an operand as ``kind``."""
+        """A Python expression for the value of an operand as ``kind``."""
         if operand in self.index:
             return self._register(operand, kind)
         if operand in self.function.shared_symbols:
@@ -92,6 +97,7 @@ class Program:
         return self.constant(literal(operand, kind)) if special is None else special
 
     def _register(self, operand: str, kind: str) -> str:
+        """A Python expression for the value of a register as ``kind``."""
         declared, text = self.function.registers[operand], f"r[{self.index[operand]}]"
         if declared == "pred" or kind == "pred":
             return text
@@ -101,7 +107,7 @@ class Program:
         return text if dtype is RAW[WIDTH[kind]] else f"{text}.view({SHORT[dtype]})"
 
     def put(self, operand: str, text: str, kind: str, active: str) -> str:
-        """Python that assigns ``text``, a value of ``kind``, to a register of the ``active`` threads."""
+        """A Python line that assigns ``text``, an expression of ``kind``, to a register of the ``active`` threads."""
         if operand == "_":
             return f" {text}"
         declared, place = self.function.registers[operand], f"r[{self.index[operand]}]"
@@ -110,14 +116,14 @@ class Program:
         return f" {place} = {text}" if active == "None" else f" {place} = when({active}, {text}, {place})"
 
     def address(self, operand: str, kind: str) -> str:
-        """Python for ``[base + offset]``."""
+        """A Python expression for the address ``[base + offset]``."""
         base, _, offset = operand.strip("[] ").partition("+")
         text = self.get(base.strip(), kind)
         return f"({text} + {self.get(offset.strip(), kind)})" if offset and int(offset, 0) else text
 
 
 def literal(operand: str, kind: str) -> Any:
-    """The numpy scalar of a constant in the text."""
+    """The numpy scalar of a constant in PTX, such as ``0f3F800000`` or ``-5``, as ``kind``."""
     if kind == "pred":
         return np.bool_(int(operand, 0) != 0)
     dtype = DTYPES[kind]
@@ -132,7 +138,9 @@ def literal(operand: str, kind: str) -> Any:
 
 
 def _as_register(text: str, kind: str, wanted: int) -> str:
-    """``text`` of ``kind`` as the unsigned integer of ``wanted`` bytes that a register holds: signs are extended."""
+    """A Python expression for ``text`` of ``kind`` as the unsigned integer of ``wanted`` bytes that a register holds;
+    signed values are extended by their sign.
+    """
     dtype = DTYPES[kind]
     if WIDTH[kind] == wanted:
         return text if dtype is RAW[wanted] else f"({text}).view({SHORT[RAW[wanted]]})"
@@ -143,7 +151,7 @@ def _as_register(text: str, kind: str, wanted: int) -> str:
 
 
 def _special(operand: str) -> str | None:
-    """Python for a special register."""
+    """A Python expression for a special register such as ``%tid.x``; None for any other operand."""
     name, _, axis = operand.partition(".")
     if name in ("%ctaid", "%nctaid"):
         return f"M.{name[1:]}[{'xyz'.index(axis)}]"
@@ -153,5 +161,5 @@ def _special(operand: str) -> str | None:
 
 
 def raw_kind(kind: str) -> str:
-    """The untyped kind of the same width."""
+    """The untyped kind of the same width, such as "b32" for "f32"."""
     return BITS[WIDTH[kind]]

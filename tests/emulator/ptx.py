@@ -1,9 +1,11 @@
-"""Reads the PTX that Triton prints: one entry function, its registers, its instructions, its labels."""
+"""A parser for the PTX that Triton prints: one entry function with its registers, instructions and labels."""
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 _COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.S)
 _SPACE = re.compile(r"\s*")
@@ -44,8 +46,8 @@ class Instruction:
 
 @dataclass
 class Function:
-    """An entry: parameters (name, type) in order, threads of a CTA, register classes by name, instructions,
-    labels -> index.
+    """An entry function: parameters as (name, type) in order, threads of a CTA, types of registers by name,
+    instructions, and for each label the index of its instruction.
     """
 
     name: str
@@ -79,6 +81,7 @@ def elements(operand: str) -> list[str]:
 
 
 def _param(text: str) -> tuple[str, str]:
+    """(name, type) of a parameter's declaration. Raises ValueError for text of another form."""
     found = _PARAM.search(" ".join(text.split()))
     if found is None:
         raise ValueError(f"parameter {text!r}: expected a .param declaration")
@@ -86,7 +89,7 @@ def _param(text: str) -> tuple[str, str]:
 
 
 def _operands(text: str) -> list[str]:
-    """Split at the commas that are in no bracket."""
+    """Split operands at the commas that stand in no bracket."""
     found, depth, current = [], 0, ""
     for char in text:
         depth += (char in "[{(") - (char in "]})")
@@ -98,19 +101,35 @@ def _operands(text: str) -> list[str]:
     return [*found, current.strip()] if current.strip() else found
 
 
-class _Reader:
-    """Walks over the body of a function.
+class _Scope(NamedTuple):
+    """A scope that is open: its number, the unique names of what it declares, and of these its labels; ``first``: the
+    number of its first instruction.
+    """
 
-    Inline assembly opens scopes of its own, whose names are made unique by the scope's number.
+    number: int
+    names: dict[str, str]
+    labels: dict[str, str]
+    first: int
+
+    def unique(self, name: str) -> str:
+        """The unique name of what the scope declares under a name; the body of a function keeps its names."""
+        return f"{name}@{self.number}" if self.number else name
+
+
+class _Reader:
+    """Reads the body of a function into a :class:`Function`.
+
+    Inline assembly opens scopes with names of their own, which are made unique by adding the scope's number.
     """
 
     def __init__(self, text: str, function: Function, files: dict[str, str]) -> None:
         self.text, self.function, self.files = text, function, files
         self.position, self.where, self.opened = 0, "", 0
-        self.names: list[dict[str, str]] = [{}]  # of each open scope: name -> unique name
+        self.scopes = [_Scope(0, {}, {}, 0)]  # those that are open, innermost last
 
     def read(self) -> None:
-        while self.names:
+        """Read everything up to the end of the body. Raises ValueError for a directive that is not emulated."""
+        while self.scopes:
             found = _SPACE.match(self.text, self.position)
             assert found is not None
             self.position = found.end()
@@ -123,18 +142,28 @@ class _Reader:
             self.position = end + 1
 
     def _scope(self) -> bool:
+        """Open or close a scope at a brace; whether there was one."""
         char = self.text[self.position]
         if char == "}":
-            self.names.pop()
+            self._close(self.scopes.pop())
         elif char == "{":
             self.opened += 1
-            self.names.append({})
+            self.scopes.append(_Scope(self.opened, {}, {}, len(self.function.instructions)))
         else:
             return False
         self.position += 1
         return True
 
+    def _close(self, scope: _Scope) -> None:
+        """Give the branches of a scope to labels that stand behind them the unique names of these."""
+        if scope.labels:
+            found = self.function.instructions
+            for at in range(scope.first, len(found)):
+                operands = [scope.labels.get(operand, operand) for operand in found[at].operands]
+                found[at] = dataclasses.replace(found[at], operands=operands)
+
     def _location(self) -> bool:
+        """Take the source line from a ``.loc`` and skip a ``.file``; whether there was one."""
         if not self.text.startswith((".loc", ".file"), self.position):
             return False
         end = self.text.index("\n", self.position)
@@ -146,17 +175,18 @@ class _Reader:
         return True
 
     def _label(self) -> bool:
+        """Record a label; whether there was one."""
         found = _LABEL.match(self.text, self.position)
         if found is None:
             return False
-        name = found[1]
-        if len(self.names) > 1:
-            self.names[-1][name] = name = f"{name}@{self.opened}"
-        self.function.labels[name] = len(self.function.instructions)
+        scope = self.scopes[-1]
+        unique = scope.labels[found[1]] = scope.unique(found[1])
+        self.function.labels[unique] = len(self.function.instructions)
         self.position = found.end()
         return True
 
     def _statement(self, statement: str) -> None:
+        """Read a statement: a declaration of registers or an instruction."""
         if not statement or statement.startswith(".pragma"):
             return
         declared = _REG.match(statement)
@@ -168,16 +198,17 @@ class _Reader:
             self.function.instructions.append(self._instruction(statement))
 
     def _declare(self, kind: str, listed: str) -> None:
+        """Record the registers that are listed, such as ``%r<3>`` for %r0, %r1 and %r2, as of type ``kind``."""
         for part in listed.split(","):
             name = part.strip()
             many = re.fullmatch(r"(%\w+?)<(\d+)>", name)
             for plain in [f"{many[1]}{i}" for i in range(int(many[2]))] if many else [name]:
-                unique = f"{plain}@{self.opened}" if len(self.names) > 1 else plain
-                self.names[-1][plain] = unique
+                unique = self.scopes[-1].names[plain] = self.scopes[-1].unique(plain)
                 self.function.registers[unique] = kind
 
     def _instruction(self, text: str) -> Instruction:
-        statement = _NAME.sub(self._resolve, text) if len(self.names) > 1 else text
+        """The instruction of a statement, with names made unique."""
+        statement = _NAME.sub(self._resolve, text) if len(self.scopes) > 1 else text
         guard, negated = None, False
         guarded = re.match(r"@(!?)(\S+)\s+(.*)", statement)
         if guarded is not None:
@@ -186,4 +217,5 @@ class _Reader:
         return Instruction(opcode, _operands(rest), guard, negated, self.where, text)
 
     def _resolve(self, match: re.Match[str]) -> str:
-        return next((scope[match[0]] for scope in reversed(self.names) if match[0] in scope), match[0])
+        """The unique name of a name, that of the innermost scope which declares it."""
+        return next((scope.names[match[0]] for scope in reversed(self.scopes) if match[0] in scope.names), match[0])

@@ -1,6 +1,6 @@
 """Shared memory of the emulated GPU.
 
-Per byte, and since the last barrier, it knows which warp wrote and which warps read.
+For each byte it records which warp wrote it and which warps read it since the last barrier, so that races show.
 """
 
 from __future__ import annotations
@@ -14,16 +14,19 @@ import numpy as np
 from tests.emulator.arithmetic import RAW
 from tests.emulator.memory import Trap, repeated, wide
 
-PENDING, MANY = 254, 255  # in place of a warp's number + 1: a copy is under way; several warps
+PENDING, MANY = 254, 255  # stand for "a copy is under way" and "several warps", where else a warp's number + 1 stands
 
 
 def splat(byte: np.ndarray, size: int) -> np.ndarray:
-    """(lanes,) bytes repeated to fill a row of :func:`wide`."""
+    """Each lane's byte repeated to fill ``size`` bytes, as a row of :func:`wide`."""
     return (byte.astype(RAW[min(size, 8)]) * repeated(1, size))[:, None]
 
 
 def foreign(found: np.ndarray, mine: np.ndarray) -> np.ndarray:
-    """(lanes,) whether any byte of ``found`` is neither 0 nor that of ``mine``; both as from wide() and splat()."""
+    """For each lane, whether any byte of its row ``found`` is neither 0 nor the byte that ``mine`` repeats.
+
+    A byte is a warp's number + 1, or 0 for no warp; ``found`` comes from :func:`wide`, ``mine`` from :func:`splat`.
+    """
     odd = ((found != 0) & (found != mine)).any(1)
     if odd.any():
         rows = np.flatnonzero(odd)
@@ -35,7 +38,7 @@ def foreign(found: np.ndarray, mine: np.ndarray) -> np.ndarray:
 
 @dataclass
 class Copy:
-    """One cp.async of some lanes: ``table`` (lanes, size) bytes that go to ``rows`` when they are waited for."""
+    """One cp.async of some lanes: the bytes ``table`` (lanes, size) reach ``rows`` when the lane waits for the copy."""
 
     rows: np.ndarray
     lanes: np.ndarray
@@ -44,12 +47,13 @@ class Copy:
     at: str
 
     def of(self, lanes: np.ndarray) -> Copy:
+        """The part of the copy that belongs to ``lanes``."""
         return Copy(self.rows, self.lanes & lanes, self.table, self.size, self.at)
 
 
 @dataclass
 class Group:
-    """What some lanes committed together."""
+    """Copies that some lanes committed together with one cp.async.commit_group."""
 
     lanes: np.ndarray
     copies: list[Copy]
@@ -72,6 +76,9 @@ class Shared:
         self.notes: Counter[str] = Counter()
 
     def _rows(self, address: Any, size: int, mask: np.ndarray | None, at: str) -> np.ndarray:
+        """The row of :func:`wide` that each lane addresses. Raises Trap for a misaligned address or one beyond the
+        CTA's memory.
+        """
         offset = address.astype(np.int64)
         offset = np.broadcast_to(offset, self.base.shape) if offset.ndim == 0 else offset
         if mask is not None:
@@ -83,6 +90,9 @@ class Shared:
         return (self.base + offset) // size
 
     def _mark_read(self, rows: np.ndarray, size: int, mask: np.ndarray | None, at: str) -> None:
+        """Record a read of ``rows``, and note reads of bytes that nobody wrote, or that another warp wrote since the
+        barrier.
+        """
         mine = splat(self.warp if mask is None else self.warp[mask], size)
         if not wide(self.filled, size)[rows].all():
             self.notes[f"read of shared memory that nobody wrote, {at}"] += 1
@@ -96,6 +106,7 @@ class Shared:
             readers[rows[lost]] = everyone
 
     def load(self, address: Any, size: int, count: int, mask: np.ndarray | None, at: str) -> list[np.ndarray]:
+        """``count`` values of ``size`` bytes for each lane."""
         total = size * count
         rows = self._rows(address, total, mask, at)
         self._mark_read(rows if mask is None else rows[mask], total, mask, at)
@@ -103,7 +114,9 @@ class Shared:
         return [np.ascontiguousarray(found[:, i]) for i in range(count)]
 
     def _claim(self, rows: np.ndarray, warp: np.ndarray, changes: np.ndarray, size: int, at: str) -> None:
-        """A store is about to happen: by others since the last barrier? ``changes``: lanes whose value is a new one."""
+        """Note a race if another warp read or wrote ``rows`` since the last barrier, for the lanes whose store
+        ``changes`` bytes.
+        """
         mine = splat(warp, size)
         if (foreign(wide(self.writer, size)[rows], mine) & changes).any():
             self.notes[f"RACE: shared memory written that another warp wrote since the last barrier, {at}"] += 1
@@ -111,6 +124,7 @@ class Shared:
             self.notes[f"RACE: shared memory written that another warp read since the last barrier, {at}"] += 1
 
     def store(self, address: Any, values: list[Any], size: int, mask: np.ndarray | None, at: str) -> None:
+        """Store each lane's ``values`` of ``size`` bytes at its address, and note races."""
         lanes, total = len(self.base), size * len(values)
         rows = self._rows(address, total, mask, at)
         table = np.stack([np.broadcast_to(v, (lanes,)) for v in values], 1).astype(RAW[size], copy=False)
@@ -123,6 +137,7 @@ class Shared:
             self._write(rows, table, warp, total, at)
 
     def _write(self, rows: np.ndarray, table: np.ndarray, warp: np.ndarray, total: int, at: str) -> None:
+        """Put ``table`` into ``rows`` and record the warps that wrote them."""
         data = self.data.view(table.dtype).reshape(-1, table.shape[1])
         data[rows] = table
         if (data[rows] != table).any():
@@ -133,7 +148,9 @@ class Shared:
     # ---- cp.async: from issue to wait the bytes are neither old nor new ----
 
     def copy(self, address: Any, table: np.ndarray, size: int, mask: np.ndarray | None, at: str) -> None:
-        """``table``: (lanes, size) bytes that land when their group is waited for."""
+        """Begin a cp.async: the bytes ``table`` (lanes, size) arrive when their group is waited for; till then they
+        read as NaN.
+        """
         rows = self._rows(address, size, mask, at)
         lanes = np.ones(len(rows), bool) if mask is None else mask
         self._claim(rows[lanes], self.warp[lanes], np.ones(int(lanes.sum()), bool), size, at)
@@ -142,16 +159,18 @@ class Shared:
         self._mark_pending([self.open[-1]])
 
     def _mark_pending(self, copies: list[Copy]) -> None:
+        """Record a copy under way as the writer of its bytes, so that any access before the wait is noted as a race."""
         for copy in copies:
             wide(self.writer, copy.size)[copy.rows[copy.lanes]] = repeated(PENDING, copy.size)
 
     def commit(self, mask: np.ndarray | None) -> None:
+        """cp.async.commit_group: make a group of the lanes' copies since the last commit."""
         everyone = np.ones(len(self.base), bool) if mask is None else mask.copy()
         self.groups.append(Group(everyone, [copy.of(everyone) for copy in self.open]))
         self.open = [rest for copy in self.open if (rest := copy.of(~everyone)).lanes.any()]
 
     def wait(self, newest: int, mask: np.ndarray | None) -> None:
-        """Land every group of a lane but the ``newest``."""
+        """cp.async.wait_group: complete each lane's groups except for its ``newest`` ones."""
         seen, landing = np.zeros(len(self.base), np.int64), []
         for group in reversed(self.groups):
             seen += group.lanes
@@ -171,6 +190,7 @@ class Shared:
     # ---- wgmma and tcgen05.mma read shared memory from issue to wait, on behalf of several warps ----
 
     def read_async(self, rows: np.ndarray, at: str) -> None:
+        """Record that an asynchronous matrix product reads ``rows`` of 16 bytes from now until it is waited for."""
         if (wide(self.writer, 16)[rows] != 0).any():
             self.notes[f"RACE: wgmma reads shared memory that was written since the last barrier, {at}"] += 1
         if not wide(self.filled, 16)[rows].all():
@@ -179,20 +199,25 @@ class Shared:
         self._mark_async()
 
     def _mark_async(self) -> None:
+        """Record the bytes of products under way as read by several warps, so that a store to them is noted as a
+        race.
+        """
         for group in self.reading:
             for rows in group:
                 wide(self.readers, 16)[rows] = repeated(MANY, 16)
 
     def commit_reads(self) -> None:
+        """Close the group of asynchronous products that began since the last call."""
         self.reading.append([])
 
     def wait_reads(self, newest: int) -> None:
+        """Complete the groups of asynchronous products except for the ``newest`` ones."""
         done = len(self.reading) - 1 - newest
         if done > 0:
             self.reading = self.reading[done:]
 
     def barrier(self, mask: np.ndarray | None) -> None:
-        """Whole CTAs, those with a thread in ``mask``, pass a barrier: only what is still under way is remembered."""
+        """Let the CTAs that have a thread in ``mask`` pass a barrier: forget all accesses but those still under way."""
         if mask is None:
             self.writer[:] = 0
             self.readers[:] = 0

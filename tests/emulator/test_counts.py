@@ -11,7 +11,9 @@ from tests.emulator import counts  # noqa: E402
 ALLOWED_GROWTH = 1.05
 
 
-@pytest.mark.parametrize("name", list(counts.JOBS))
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.long if "tile" in name else ()) for name in counts.JOBS]
+)
 def test_a_kernel_does_no_more_than_recorded(name: str) -> None:
     recorded = counts.recorded()
     if not recorded:

@@ -62,6 +62,13 @@ COUNT = np.arange(32, dtype=np.uint32)
         ("prmt.b32 %r3, %r2, 0, 0x0123;", COUNT << 24),
         ("cvt.rn.f32.u32 %r4, %r2; cvt.rzi.u32.f32 %r3, %r4;", COUNT),
         ("{ .reg .b32 t; add.u32 t, %r2, 1; mov.b32 %r3, t; }", COUNT + 1),
+        (  # an inner scope with a register of the same name, declared before the outer one's
+            "{ { .reg .b32 t; add.u32 t, %r2, 7; } .reg .b32 t; mov.b32 t, %r2; { .reg .b32 t; mov.b32 t, 9; }"
+            " mov.b32 %r3, t; }",
+            COUNT,
+        ),
+        ("{ mov.b32 %r3, 1; bra.uni done; mov.b32 %r3, 2; done: }", COUNT * 0 + 1),
+        ("{ mov.b32 %r3, 1; bra.uni done; done: } { bra.uni done; mov.b32 %r3, 2; done: }", COUNT * 0 + 1),
         ("shfl.sync.bfly.b32 %r3, %r2, 1, 31, -1;", COUNT ^ 1),
         ("setp.lt.u32 %p1, %r2, 9; vote.sync.ballot.b32 %r3, %p1, -1;", COUNT * 0 + 511),
         (
@@ -114,3 +121,8 @@ def test_what_a_gpu_would_fault_on_or_leave_undefined_traps(body: str, message: 
 def test_threads_that_store_different_values_to_one_place_race() -> None:
     _, notes = run("mov.b32 %r4, 0; st.shared.b32 [%r4], %r2; mov.b32 %r3, 0;", COUNT)
     assert any("different values" in note for note in notes)
+
+
+def test_a_race_of_stores_says_where_it_is() -> None:
+    _, notes = run("st.global.b32 [%d1], %r2; mov.b32 %r3, %r2;", COUNT)
+    assert any("RACE: two threads store different values, " in note and "1:7" in note for note in notes), notes

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._inductor import config as inductor
 
 pytest.importorskip("triton")
 
@@ -45,7 +46,7 @@ def transformer() -> Made:
 
 
 def train(
-    backend: names.Backend, make: Callable[[], tuple[nn.Module, torch.Tensor]], **how: Any
+    backend: names.Backend, make: Callable[[], Made], compiled: bool = False, **how: Any
 ) -> tuple[nn.Module, torch.Tensor, list[torch.Tensor]]:
     """A converted model after a few steps on a backend, its input, and what every step lost and moved."""
     torch.manual_seed(0)
@@ -53,9 +54,10 @@ def train(
     with dampr.backend("reference"):  # convert proves that nothing changed, which is not what is tested here
         model = dampr.convert(net, example_inputs=x, **how).train()
     optimizer, kept = torch.optim.SGD(model.parameters(), lr=0.1), []
+    call = torch.compile(model, fullgraph=True) if compiled else model
     with dampr.backend(backend):
         for _ in range(STEPS):
-            y = model(x)
+            y = call(x)
             loss = y.square().mean() + 1e-2 * dampr.penalty(model)
             optimizer.zero_grad()
             loss.backward()
@@ -93,6 +95,26 @@ def test_a_network_trains_as_on_the_reference_and_compacts(make: Any, per_sample
     assert emulation.log.launches
     assert emulation.log.faults == []
     torch.testing.assert_close(small(x), masked, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("make", "how"),
+    [
+        (mlp, {}),
+        (mlp, {"per_sample": True}),
+        pytest.param(cnn, {"per_sample": True}, marks=pytest.mark.long),
+        pytest.param(mlp, {"gate": "dep_l0"}, marks=pytest.mark.long),
+    ],
+)
+def test_a_compiled_model_launches_the_kernels_and_trains_as_on_the_reference(make: Any, how: dict[str, Any]) -> None:
+    # inductor's own generator would give other seeds
+    with driver.emulated(90) as emulation, inductor.patch(fallback_random=True):
+        _, _, on_triton = train("triton", make, compiled=True, **how)
+    _, _, on_reference = train("reference", make, **how)
+    alike(on_triton, on_reference)
+    assert emulation.log.launches
+    assert emulation.log.faults == []
 
 
 def test_a_bank_draws_all_gates_in_one_launch_each_way() -> None:

@@ -1,7 +1,8 @@
-"""The threads of a batch of CTAs, as arrays with an element for each: memory, barriers, what a warp does together.
+"""The threads of a batch of CTAs: special registers, memory accesses, and instructions of one warp.
 
-``mask`` is None where every thread takes part; ``at`` says where in the source an instruction came from. A value is an
-array over all threads, or one number where they agree.
+State is kept in numpy arrays with an element for each thread ("lane") of the batch. A value is such an array, or one
+number where all threads agree. ``mask`` says which threads take part, None that all do; ``at`` is the place in the
+source, for messages.
 """
 
 from __future__ import annotations
@@ -52,14 +53,16 @@ class Warps:
         self.tid = np.tile(np.arange(threads, dtype=u4), len(ctas))
         self.thread = np.repeat(ctas.astype(i8), threads) * threads + self.tid.astype(i8)
         self.lane = np.arange(self.lanes, dtype=i8) % 32
-        self.first = np.arange(self.lanes, dtype=i8) - self.lane  # of the warp
+        self.first = np.arange(self.lanes, dtype=i8) - self.lane  # the first lane of each lane's warp
         self.shared = Shared(len(ctas), shared, threads)
         self.alive = np.ones(self.lanes, bool)
 
     def full(self, x: Any) -> np.ndarray:
+        """A value as an array over all lanes."""
         return np.broadcast_to(x, (self.lanes,)) if np.ndim(x) == 0 else x
 
     def taking(self, mask: np.ndarray | None) -> np.ndarray:
+        """A mask as an array over all lanes."""
         return np.ones(self.lanes, bool) if mask is None else mask
 
     def require_whole(self, size: int, what: str, mask: np.ndarray | None, at: str) -> None:
@@ -70,9 +73,11 @@ class Warps:
                 raise Trap(f"{what}, {at}")
 
     def whole_warps(self, mask: np.ndarray | None, at: str) -> None:
+        """Trap unless every warp takes part as a whole or not at all."""
         self.require_whole(32, "a warp-wide instruction is reached by a part of a warp", mask, at)
 
     def inexact(self, x: Any, operation: str) -> Any:
+        """See :func:`arithmetic.inexact`, with this machine's seed."""
         return arithmetic.inexact(x, operation, self.approximate)
 
     # ---- memory ----
@@ -98,7 +103,9 @@ class Warps:
         self.shared.store(address, values, size, mask, at)
 
     def copy_async(self, target: Any, source: Any, size: int, filled: Any, mask: Any, at: str) -> None:
-        """cp.async: ``filled`` bytes of ``size`` come from memory, the rest is zero."""
+        """cp.async: copy ``size`` bytes from global memory to shared memory in each lane, or fill with zeros where
+        ``filled`` is 0. Raises Trap for a ``filled`` in between.
+        """
         filled, source, taking = self.full(filled), self.full(source), self.taking(mask)
         if ((filled != size) & (filled != 0) & taking).any():
             raise Trap(f"not emulated: cp.async of a part of its size, {at}")
@@ -110,14 +117,14 @@ class Warps:
         self.shared.copy(self.full(target), table, size, mask, at)
 
     def barrier(self, mask: Any) -> None:
-        """Whole CTAs pass a barrier."""
+        """Let the CTAs of ``mask`` pass a barrier, of shared and of global memory."""
         self.shared.barrier(mask)
         self.memory.epoch[np.unique((self.thread if mask is None else self.thread[mask]) // self.threads)] += 1
 
     # ---- what the threads of a warp exchange ----
 
     def shuffle(self, how: str, x: Any, b: Any, c: Any, mask: Any, at: str) -> tuple[np.ndarray, np.ndarray]:
-        """shfl.sync: (values, whether the source was in range)."""
+        """shfl.sync: (the values of each lane's source lane, whether the source is in range)."""
         x, b, c = (self.full(v).astype(i8) for v in (x, b, c))
         clamp, segment = c & 31, (c >> 8) & 31
         lowest, highest = self.lane & segment, (self.lane & segment) | (clamp & ~segment)
@@ -135,11 +142,15 @@ class Warps:
         return x[self.first + source].astype(u4), valid
 
     def reduce_warp(self, how: str, x: Any, mask: Any, at: str) -> np.ndarray:
+        """redux.sync: one result over the 32 values of each warp, given to each of its lanes."""
         self.whole_warps(mask, at)
         rows = self.full(x).reshape(-1, 32)
         return np.repeat(_REDUCTIONS[how](rows, axis=1).astype(rows.dtype), 32)
 
     def vote(self, how: str, p: Any, mask: Any) -> np.ndarray:
+        """vote.sync over the predicates ``p`` of each warp: ``how`` is "any", "all" or "ballot" (a bit for each
+        lane).
+        """
         rows, taking = self.full(p).reshape(-1, 32), self.taking(mask).reshape(-1, 32)
         if how == "ballot":
             return np.repeat(((rows & taking) * (u8(1) << np.arange(32, dtype=u8))).sum(1).astype(u4), 32)
@@ -148,7 +159,9 @@ class Warps:
     # ---- mma.sync and the loads and stores that feed it ----
 
     def _meter_matrix(self, address: Any, count: int, mask: Any, at: str) -> None:
-        """Eight lanes give the rows of each matrix, 16 bytes each."""
+        """Count the accesses of an ldmatrix or stmatrix, for which eight lanes give the row addresses of each
+        matrix.
+        """
         self.whole_warps(mask, at)
         if self.meter is not None:
             self.meter.shared(address, 16, self.taking(mask) & (self.lane < 8 * count), self.lanes)
@@ -171,7 +184,7 @@ class Warps:
         return found
 
     def store_matrix(self, address: Any, words: list[Any], transposed: bool, mask: Any, at: str) -> None:
-        """stmatrix."""
+        """stmatrix: store 8 x 8 matrices of 16 bits, one for each of ``words``."""
         self._meter_matrix(address, len(words), mask, at)
         address, group, pair = self.full(address), self.lane // 4, self.lane % 4
         for i, word in enumerate(words):
@@ -183,7 +196,9 @@ class Warps:
                 self.shared.store(row, [(word >> u4(16 * half)).astype(u2)], 2, mask, at)
 
     def tiles(self, words: Sequence[Any], kind: str) -> list[np.ndarray]:
-        """Operand registers -> (warps, 8, values of 16 bytes) float32: a register's row is lane / 4."""
+        """Operand registers of a matrix product as float32 tiles (warps, 8, values in 16 bytes), one for each register.
+        Lane l holds values of row l / 4.
+        """
         found = []
         for word in words:
             word = np.ascontiguousarray(self.full(word))
@@ -213,5 +228,5 @@ class Warps:
 
 
 def quarters(tiles: Sequence[np.ndarray]) -> np.ndarray:
-    """Four tiles, columns of two, side by side."""
+    """Four tiles (warps, 8, columns), given column by column, put together to one (warps, 16, 2 columns)."""
     return np.concatenate([np.concatenate((tiles[0], tiles[2]), 2), np.concatenate((tiles[1], tiles[3]), 2)], 1)
