@@ -94,3 +94,51 @@ def test_private_parts_of_torch_stand_in_one_module() -> None:
     ]
     assert len(rooms) > 40
     assert found == []
+
+
+TYPES_OF_LAYERS = re.compile(r"nn\.(?!Module$|Parameter$)\w[\w.]*|(\w+\.)?(Gated|Pruned)\w+|Scale|ScaledRNN|StackedRNN")
+OF_LAYERS = 47  # type tests of layers in dampr/prune today; the aim was less than 60 of 198
+
+
+def type_tests(sources: dict[str, str]) -> Iterator[str]:
+    """``isinstance`` and ``issubclass`` with a class of layers, or with a constant that holds some."""
+    trees = {name: ast.parse(text) for name, text in sources.items()}
+    constants: set[str] = set()
+
+    def of_layers(node: ast.AST) -> bool:
+        found = (ast.unparse(n) for n in ast.walk(node) if isinstance(n, (ast.Attribute, ast.Name)))
+        return any(TYPES_OF_LAYERS.fullmatch(name) or name.rpartition(".")[2] in constants for name in found)
+
+    for tree in (*trees.values(), *trees.values()):  # twice, for constants of constants
+        for node in tree.body:
+            if isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple) and of_layers(node.value):
+                constants |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+    for name, tree in trees.items():
+        for node in ast.walk(tree):
+            called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            if called in ("isinstance", "issubclass") and of_layers(node.args[1]):
+                yield f"{name}:{node.lineno}: {ast.unparse(node)}"
+
+
+@pytest.mark.parametrize(
+    ("line", "count"),
+    [
+        ("isinstance(m, nn.Linear)", 1),
+        ("isinstance(m, (nn.Module, Tensor)) or isinstance(m, nn.Parameter)", 0),
+        ("issubclass(m, nn.modules.conv._ConvNd)", 1),
+        ("isinstance(m, dampr_nn.GatedLinear) or isinstance(m, Scale)", 2),
+        ("isinstance(m, other._SOME) or isinstance(m, (*MORE, int))", 2),
+        ("isinstance(m, int) and type(m) is nn.Linear", 0),
+    ],
+)
+def test_type_tests_of_layers_are_found(line: str, count: int) -> None:
+    sources = {"other.py": "_SOME = (nn.Linear, int)\nMORE = (*_SOME, str)\nNONE = (int, str)", "one.py": line}
+    assert len(list(type_tests(sources))) == count
+
+
+def test_what_a_kind_of_layer_is_stands_in_one_room() -> None:
+    """A new branch by a layer's type belongs into its kind, dampr/prune/layers."""
+    room = ROOT / "dampr" / "prune"
+    sources = {str(p.relative_to(room)): p.read_text() for p in SOURCES if room in p.parents}
+    found = [test for test in type_tests(sources) if not test.startswith("layers/")]
+    assert len(found) <= OF_LAYERS, "\n".join(found)

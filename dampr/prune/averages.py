@@ -1,5 +1,5 @@
-"""Copies of a model that average its weights (``torch.optim.swa_utils.AveragedModel``),
-through a plan's changes of the model.
+"""Keep averaged copies of a model (``torch.optim.swa_utils.AveragedModel``) in step with what a plan does to the
+model.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .summary import gated_layers
 
 
 def convert_copies(ema: Copies, model: nn.Module, convert: Callable[[nn.Module], nn.Module]) -> None:
-    """Put gates into copies of a model that has just got its own, with the values that these have."""
+    """Convert the copies of a model that has just got gates; their gates get the values of the model's."""
     for one in copies_of(ema):
         if not gated_layers(one):
             with noise.kept(one):
@@ -28,7 +28,9 @@ def convert_copies(ema: Copies, model: nn.Module, convert: Callable[[nn.Module],
 
 
 def resemble(ema: Copies, model: nn.Module) -> None:
-    """Make copies of what ``model`` is now: its gates, its widths and, until a state is loaded, its values."""
+    """Make the copies like ``model`` is now, with its gates, widths and values, before a saved state is loaded into
+    them.
+    """
     for one in copies_of(ema):
         twin = copy.deepcopy(model).train(one.training)
         vars(one).clear()
@@ -37,7 +39,7 @@ def resemble(ema: Copies, model: nn.Module) -> None:
 
 
 def take_gates(one: nn.Module, model: nn.Module) -> None:
-    """Copies of the gates of ``model``, which has gated layers of the same names, for ``one``."""
+    """Give ``one``, a copy with gated layers of the same names, copies of the gates of ``model``."""
     layers = gated_layers(one)
     made: dict[Gate, Gate] = {}
     wanted: dict[nn.Module, nn.Module] = {}
@@ -47,14 +49,14 @@ def take_gates(one: nn.Module, model: nn.Module) -> None:
 
 
 def compact_copies(ema: Copies, model: nn.Module, example_inputs: Any) -> None:
-    """Compact copies of a model whose gates are decided, to the same widths."""
+    """Compact the copies of a model with the gates of ``model``, so that they get the same widths."""
     for one in copies_of(ema):
         take_gates(one, model)
         become(one, compact(one, example_inputs=example_inputs, round_to=1))
 
 
 def become(model: Any, small: Any) -> None:
-    """Make ``model``, the object that others hold, out of what ``small`` is made of."""
+    """Turn ``model`` into ``small`` in place, because other code holds ``model``."""
     if model is small:
         return
     for kind in ("_modules", "_parameters", "_buffers"):

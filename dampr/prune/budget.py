@@ -144,7 +144,7 @@ class Budget:
         _check_alone(model, steps)
         self.model, self._inputs = model, example_inputs
         self.cost = Latency(model, example_inputs) if metric == "latency" else Cost(model, example_inputs, metric)
-        if steps is not None or metric == "latency":  # what takes means over the ranks
+        if steps is not None or metric == "latency":  # in both cases the ranks take means together
             ranks.check_alike(model, self.cost.device)
         if isinstance(self.cost, Latency):
             self.cost.share()
@@ -163,7 +163,7 @@ class Budget:
         self.multiplier = torch.zeros((), dtype=torch.float64, device=self.cost.device)
         self._penalty = torch.zeros((), device=self.cost.device)
         self._refuse_unreachable(metric, wanted)
-        self.replaced: list[Tensor] = []  # what were the parameters of the gates that the budget owns
+        self.replaced: list[Tensor] = []  # the former parameters of the gates that the budget owns
         self.controller = None if steps is None else self._take_over(steps, score, min_share)
         self._measure()
         _LIVE.add(self)
@@ -335,7 +335,9 @@ class Budget:
         self.controller = None
         _LIVE.discard(self)
         ranks.watch(self.model)
-        if report.changed > RISK:
+        arrived = report.before is not None and report.before <= report.target
+        asked = round_to > 1 or min_width > 1 or globs  # widths that training does not know of
+        if report.changed > RISK and not (arrived and asked):
             left = amount(self.metric, report.before or 0)
             advice = (
                 "train for more steps" if report.before and report.before > report.target else "close gates more slowly"

@@ -1,4 +1,4 @@
-"""Which gates a budget keeps: those of the highest rank, as many as it can pay for."""
+"""Chooses the gates that a budget keeps: those of the highest rank, as many as fit into the target cost."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def choose(
     min_width: int,
     same: list[list[int]],
 ) -> Tensor:
-    """The gates to open: bool, (all gates,). By bisection over their order, then whatever else still fits."""
+    """The gates to open: bool, (all gates,). By bisection over their order; then any further gates that still fit."""
     chosen, increments = increments_of(cost, gates, order, round_to, min_width, same)
     check_reached(cost, chosen, target, round_to, min_width)
     return longest(cost, chosen, increments, target)
 
 
 def check_reached(cost: Cost, least: Tensor, target: float, round_to: int, min_width: int) -> None:
-    """Raise BudgetError where the gates that stay open in any case, ``least``, cost more than the target."""
+    """Raise BudgetError if the gates ``least``, which stay open in any case, already cost more than the target."""
     if float(cost(least)) > target:
         raise BudgetError(
             f"target of {target:,} {cost.metric}: expected at least {int(cost(least)):,}, which remain with "
@@ -42,10 +42,10 @@ def check_reached(cost: Cost, least: Tensor, target: float, round_to: int, min_w
 def increments_of(
     cost: Cost, gates: Sequence[Gate], tied: Tensor | None, round_to: int, min_width: int, same: list[list[int]]
 ) -> tuple[Tensor, list[Increment]]:
-    """What is open in any case, bool (all gates,), and in the order of opening the increments: of which width, and
-    which of all gates.
+    """(the gates that are open in any case, bool (all gates,); the other gates as increments, in the order of opening).
 
-    A width is a gate vector, or, of a recurrent layer, what belongs to one layer and direction.
+    An increment is (number of a width, gates that open together). A width is a gate vector or, in a recurrent layer,
+    the gates of one layer and direction. ``tied`` breaks ties between gates of equal rank.
     """
     base = torch.zeros(cost.structure.size, dtype=torch.bool)
     found: list[Ranked] = []
@@ -76,12 +76,12 @@ def increments_of(
     return base, [(number, members) for _, number, members in found]
 
 
-Ranked = tuple[tuple[float, ...], int, list[int]]  # its rank, of which width, and which of all gates
+Ranked = tuple[tuple[float, ...], int, list[int]]  # (rank, number of the width, gates) of an increment
 
 
 def _joined(found: list[Ranked], group: list[int]) -> list[Ranked]:
-    """The increments of several widths as one series, in which the first of all open together, then the second,
-    with their mean rank.
+    """Join the increments of several widths that have to stay equal: the first increments of all open together, then
+    the second ones, and so on, with their mean rank.
     """
     series = [[increment for increment in found if increment[1] == number] for number in group]
     if len({len(own) for own in series}) != 1:
@@ -103,8 +103,8 @@ def _joined(found: list[Ranked], group: list[int]) -> list[Ranked]:
 
 
 def _ranks(gate: Gate, tied: Tensor | None) -> list[tuple[float, ...]]:
-    """What gates are ordered by: open in evaluation, how far, how probably, where the family's parameter stands,
-    and ``tied``.
+    """The keys by which gates are ordered: whether open in evaluation, the size of the value, the open probability, the
+    family's parameter, and ``tied`` if given.
     """
     columns = [gate.is_open(), gate.deterministic().abs(), gate.open_probability(), _evaluated_parameter(gate)]
     columns += [] if tied is None else [tied]
@@ -112,7 +112,7 @@ def _ranks(gate: Gate, tied: Tensor | None) -> list[tuple[float, ...]]:
 
 
 def _evaluated_parameter(gate: Gate) -> Tensor:
-    """The family's parameter without noise; for DAM the place on the ramp, which orders closed gates too."""
+    """The family's parameter without noise. For DAM this is the position on the ramp, which orders closed gates too."""
     training = gate.training
     gate.eval()
     try:
@@ -123,7 +123,9 @@ def _evaluated_parameter(gate: Gate) -> Tensor:
 
 @torch.no_grad()
 def fixed_gates(gates: Sequence[Gate], chosen: Tensor) -> list[Fixed]:
-    """Gates with the values of ``gates`` where they are chosen, and 0 elsewhere."""
+    """Fixed gates with the values of ``gates`` where they are chosen, and 0 elsewhere. A chosen gate that was closed
+    gets a small positive value.
+    """
     fixed, start = [], 0
     for gate in gates:
         z = gate.value if isinstance(gate, SteppedGate) else gate.deterministic()

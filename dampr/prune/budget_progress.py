@@ -1,4 +1,6 @@
-"""How far a budget has come at a step: the share of what there is to save."""
+"""Schedules of a budget: functions from the step to the share of the way, from the whole cost to the target, that
+should be done by then.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +13,7 @@ Schedule = int | Callable[[int], float] | None
 
 
 def progress_of(schedule: Schedule) -> Callable[[int], float]:
+    """The function for a schedule: None means everything at once, an int a cubic course over that many steps."""
     if schedule is None:
         return _at_once
     if callable(schedule):

@@ -1,4 +1,4 @@
-"""What a budget reports, and how it fails."""
+"""The report and the errors of a budget."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ from .reports import Report
 
 
 class BudgetError(RuntimeError):
-    """A budget could not be kept; the model is as it was."""
+    """A budget cannot be met; the model is as it was."""
 
 
 class BudgetWarning(UserWarning):
-    """A budget closed many gates that training had left open, so the network was not trained for what is left of it."""
+    """A budget closed many gates that training had left open. The network was not trained without them."""
 
 
 def amount(metric: str, value: float) -> str:
-    """A cost in words: a count, or milliseconds."""
+    """A cost as text: a count, or milliseconds for a latency."""
     return f"{value * 1e3:.3f} ms" if metric == "latency" else f"{value:,.0f}"
 
 
-RISK = 0.1  # the share of the gates above which a budget warns of what it decided without training
+RISK = 0.1  # a budget warns if finalize changes a larger share of the gates
 
 
 @dataclass(frozen=True)
 class BudgetReport(Report):
-    """What :meth:`Budget.finalize` did: ``reached`` of ``total``, counted after compaction (seconds: by the table);
-    gates, all and open.
+    """The result of :meth:`Budget.finalize`.
 
-    ``before``: the cost that the gates left in evaluation before. ``closed``, ``opened``: of each layer, how many gates
-    were closed though evaluation had them open, and opened though it had them closed: what was decided without
-    training.
+    ``reached`` and ``total`` are the costs after and before compaction (for latency in seconds, from the table).
+    ``widths``: for each layer (all gates, open gates). ``before``: the cost of the gates that were open in evaluation
+    before. ``closed`` and ``opened``: for each layer, how many gates finalize closed although they were open in
+    evaluation, and opened although they were closed. Training had no part in these.
     """
 
     metric: str
@@ -46,7 +46,7 @@ class BudgetReport(Report):
 
     @property
     def changed(self) -> float:
-        """The share of the gates of all layers that were decided against what training had left."""
+        """The share of all gates that finalize changed against what training had left."""
         gates = sum(count for count, _ in self.widths.values())
         return (sum(self.closed.values()) + sum(self.opened.values())) / max(1, gates)
 
@@ -64,6 +64,7 @@ class BudgetReport(Report):
         return "\n".join(lines + [f"{name}: {note}" for name, note in self.notes.items()])
 
     def _decided(self, name: str) -> str:
+        """How many gates of a layer finalize changed, as text."""
         found = [
             f"{counts[name]} {what}"
             for what, counts in (("closed", self.closed), ("opened", self.opened))

@@ -18,16 +18,17 @@ from dampr.nn.base import GatedWeight
 from dampr.nn.open_statistics import CHILD
 from dampr.nn.rnn import GatedRecurrent
 
-from . import graph, heads
-from .expand import sizes_in, tensors_of
+from . import heads
 from .graph import Side
+from .layers.base import Entry
+from .layers.convolution import is_depthwise
+from .layers.norm import without_activation
+from .layers.recurrent import size_of_units
+from .layers.registry import kind_of
 from .layout import Layout, Sized, left_of, shapes_of
 from .structure import Structure
 from .unit_structure import UnitStructure, parameter_name
 from .units.sizes import Size
-
-_CUT = (nn.Linear, nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.PReLU, nn.Embedding, Scale, nn.RNNBase)
-Entry = dict[str, Any]  # what a manifest says of one layer: "out", "in", "units" or "heads" -> {"before", "kept"}
 
 
 class UnitLayouts:
@@ -58,7 +59,7 @@ class UnitLayouts:
         Args:
             closed: bool, (all gates,).
 
-        Returns: the layout, and bool (all gates,), the closed gates whose units the layout leaves out.
+        Returns: the layout, and the closed gates whose units the layout leaves out, bool (all gates,).
         """
         closed = closed & self.can_go
         units = self._structure.units
@@ -84,7 +85,7 @@ class UnitLayouts:
                 layout.sizes.setdefault(size.module, {})[size.attribute] = Sized(size.before, now)
         for name, module in self._structure.plain.named_modules():
             kept = layout.tensors.get(f"{name}.weight_hh_l0".lstrip("."), [])
-            if isinstance(module, nn.RNNBase) and kept:
+            if kind_of(module).recurrent and kept:
                 layout.sizes[name] = dict(_recurrent_sizes(module, name, layout))
             groups = getattr(module, "groups", 1)
             if f"{name}.weight".lstrip(".") in units.within:
@@ -97,20 +98,24 @@ class UnitLayouts:
         return layout, closed
 
 
-def _recurrent_sizes(module: nn.RNNBase, name: str, layout: Layout) -> Iterator[tuple[str, Sized]]:
-    """The size attributes of a plain recurrent layer and their values before and in the layout."""
-    weights = (
-        ("input_size", "weight_ih_l0", 1),
-        ("proj_size" if module.proj_size else "hidden_size", "weight_hh_l0", 1),
-    )
-    for attribute, weight, dim in weights:
+def _recurrent_sizes(module: Any, name: str, layout: Layout) -> Iterator[tuple[str, Sized]]:
+    """The size attributes of a plain recurrent layer that change in ``layout``.
+
+    Yields: (attribute, its values in the whole model and in the layout).
+    """
+    for attribute, weight in (("input_size", "weight_ih_l0"), (size_of_units(module), "weight_hh_l0")):
         places = layout.tensors.get(f"{name}.{weight}".lstrip("."), [])
-        if dim < len(places) and (place := places[dim]) is not None:
+        if len(places) > 1 and (place := places[1]) is not None:
             yield attribute, Sized(place[0], len(place[1]))
 
 
 def _within_sizes(module: Any, places: list[Any]) -> Iterator[tuple[str, Sized]]:
-    """The size attributes of a grouped convolution whose groups have all lost the same number of channels."""
+    """The size attributes of a grouped convolution whose groups have all lost the same number of channels.
+
+    ``places``: what is left of each dimension of its weight.
+
+    Yields: (attribute, its values in the whole model and in the layout).
+    """
     if places:
         whole = module.weight.shape
         now = [len(p[1]) if p is not None else module.weight.shape[dim] for dim, p in enumerate(places)]
@@ -121,6 +126,7 @@ def _within_sizes(module: Any, places: list[Any]) -> Iterator[tuple[str, Sized]]
         yield inside, Sized(whole[1] * module.groups, now[1] * module.groups)
 
 
+# The names of a weight that torch.nn.utils may compute from other tensors.
 _WEIGHTS = (
     "weight",
     "weight_v",
@@ -164,15 +170,14 @@ class LayerLayouts:
         for name, layer in structure.gated.items():
             owners = layer.channel_gates()
             place = self._place(name)
-            side = place, layer.granularity == "output" or graph.is_depthwise(place)
+            side = place, layer.granularity == "output" or is_depthwise(place)
             if owners is not None and side in structure.labels:
                 self._held[name] = owners, side
         self.can_go = self._can_go()
 
     def _place(self, name: str) -> nn.Module:
-        """The layer of the plain model that corresponds to the gated layer ``name``."""
-        place = self._structure.plain.get_submodule(name)
-        return place[0] if isinstance(place, nn.Sequential) else place  # a norm fused with its activation
+        """The layer of the plain model that corresponds to the gated layer ``name``, without its activation."""
+        return without_activation(self._structure.plain.get_submodule(name))
 
     def _gated_names(self) -> dict[nn.Module, str]:
         """For each layer of the plain model its name in the gated model."""
@@ -184,20 +189,16 @@ class LayerLayouts:
         plain = self._structure.plain.get_submodule(name)
         readers = self._structure.units.get(plain)
         fits = readers is not None and all(
-            isinstance(reader, (nn.Linear, nn.RNNBase)) and self._has_tensors(reader, {}) for reader in readers
+            kind_of(reader).resizes and self._has_tensors(reader, {}) for reader in readers
         )
-        return fits and isinstance(plain, nn.RNNBase) and self._has_tensors(plain, {})
+        return fits and kind_of(plain).recurrent and self._has_tensors(plain, {})
 
     def _resizes(self, side: Side) -> bool:
         """Whether a side of a layer can lose channels while the layer keeps its gates."""
         plain, _ = side
-        if (
-            plain not in self._names
-            or not isinstance(plain, _CUT)
-            or isinstance(plain, nn.modules.conv._ConvTransposeNd)
-        ):
+        if plain not in self._names or not kind_of(plain).resizes:
             return False
-        if getattr(plain, "groups", 1) != 1 and not graph.is_depthwise(plain):
+        if getattr(plain, "groups", 1) != 1 and not is_depthwise(plain):
             return False
         layer = self._model_layers[plain]
         if layer is None:
@@ -214,7 +215,7 @@ class LayerLayouts:
         name = self._names[plain]
         found = [
             (f"{name}.{own}".lstrip("."), t)
-            for own in tensors_of(plain, entry)
+            for own in kind_of(plain).tensors(plain, entry)
             if isinstance(t := _tensor(plain, own), Tensor)
         ]
         return bool(found) and all(self._shapes.get(full) == tuple(t.shape) for full, t in found)
@@ -342,10 +343,10 @@ class LayerLayouts:
         }
 
     def _disagreeing(self, kept: dict[str, Tensor], closed: Tensor) -> Tensor:
-        """The closed gates, bool (all gates,), whose units have to stay.
+        """The closed gates whose units have to stay, bool (all gates,).
 
-        Several layers can share a gate vector: a gate stays if one layer loses it and another does not, and a whole
-        vector stays if it would be empty.
+        Several layers can share a gate vector. A gate stays if one layer loses it and another does not. All gates of a
+        vector stay if no gate would be left. Args are as :meth:`_entries` returns and takes them.
         """
         structure = self._structure
         by_vector: dict[int, list[str]] = defaultdict(list)
@@ -367,17 +368,16 @@ class LayerLayouts:
         layout = Layout()
         for plain, entry in entries.items():
             name = self._names[plain]
-            layer = self._model_layers[plain]
-            for own, places in tensors_of(plain, entry).items():
+            layer, kind = self._model_layers[plain], kind_of(plain)
+            for own, places in kind.tensors(plain, entry).items():
                 full = f"{name}.{own}".lstrip(".")
                 if full in self._shapes and any(place is not None for place in places):
                     layout.tensors[full] = places
             own_sizes = layout.sizes.setdefault(name, {})
-            if not isinstance(plain, Scale):
-                now = {side: {"before": _kept_count(found)} for side, found in entry.items()}
-                own_sizes |= {
-                    attribute: Sized(getattr(plain, attribute), n) for attribute, n in sizes_in(plain, now).items()
-                }
+            now = {side: {"before": _kept_count(found)} for side, found in entry.items()}
+            own_sizes |= {
+                attribute: Sized(getattr(plain, attribute), n) for attribute, n in kind.sizes(plain, now).items()
+            }
             index = getattr(layer, "index", None)
             if isinstance(index, Tensor):
                 own_sizes["index"] = Sized(index.cpu(), _cut_index(layer, index.cpu(), entry))
@@ -386,8 +386,9 @@ class LayerLayouts:
         return layout
 
     def _heads(self, name: str, layer: GatedHeads, entry: Entry, layout: Layout) -> dict[str, Sized]:
-        """The sizes of the output projection of an attention whose heads go; also enters the number of heads of the
-        module around it into ``layout``.
+        """The sizes of the output projection of an attention that loses heads.
+
+        Also enters the number of heads of the module around the projection into ``layout``.
         """
         written = _kept_count(entry["out"]) if "out" in entry else layer.out_features
         columns = layer.in_features // layer.gate.num_gates
@@ -403,7 +404,7 @@ class LayerLayouts:
 
 
 def _cut_index(layer: Any, index: Tensor, entry: Entry) -> Tensor:
-    """The index of gates of a layer without the channels, or the weights, that go."""
+    """The index of gates of a layer, (out,) or of the shape of its weight, without the channels that ``entry`` cuts."""
     for side, dim in (("out", 0), ("in", 1)):
         if side in entry and dim < index.dim() and (index.dim() > 1 or isinstance(layer, GatedActivation)):
             index = index.index_select(dim, torch.tensor(entry[side]["kept"]))

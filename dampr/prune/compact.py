@@ -1,4 +1,4 @@
-"""compact: a gated model becomes a smaller plain one, and proves on the example inputs that it computes the same."""
+"""compact: replaces a gated model by a smaller plain one, and compares their outputs on the example inputs."""
 
 from __future__ import annotations
 
@@ -11,19 +11,23 @@ from dampr import _checks
 from dampr._version import __version__
 from dampr.gates import ranks
 from dampr.nn import AbsorbedReLU, GatedLayer, GatedLayerNorm, GatedResidual, Scale, ScaledRNN
+from dampr.nn.called import first_argument
 from dampr.nn.computed import settled, wake
 from dampr.nn.rnn import GatedRecurrent
 
 from . import cutting, graph, heads, inputs, recurrent, streams, transformer, unit_compact
 from .expand import Optimizers, carry_over, check_state, check_trains, expand, optimizers_of
 from .inputs import Model
+from .layers.base import CannotCutError
+from .layers.norm import counts_open, without_activation
+from .layers.registry import channel_count, kind_of
 from .modules import by_name, of_kind
 from .unit_structure import has_unit_gates
 from .wrapped import check_gates, check_values, sees_through
 
 
 class CompactionError(RuntimeError):
-    """The compacted model does not compute what the gated one computes; nothing was changed."""
+    """Raised if the compacted model does not compute what the gated one computes; no model was changed."""
 
 
 @sees_through
@@ -112,17 +116,17 @@ def compact(
     for name, layer in small.named_modules():
         if not isinstance(layer, GatedLayer) or isinstance(layer, GatedRecurrent):
             continue
-        if isinstance(layer, GatedLayerNorm) and layer.statistics == "open":
+        if counts_open(layer):
             plain = dense[layer] = layer._whole()
             opened[plain] = layer.gate.is_open()
             continue
         plain = dense[layer] = layer.to_dense()
-        if isinstance(plain, nn.Sequential):  # a norm that took in its activation
-            plain = plain[0]
+        plain = without_activation(plain)
+        kind = kind_of(plain)
         for writes, channels in zip((True, False), layer.closed_channels(), strict=True):
-            if channels and isinstance(plain, (*graph.NORMS, Scale)):
+            if channels and kind.gates_values:
                 norms[plain] = channels
-            elif channels and isinstance(plain, nn.Embedding) and not writes:
+            elif channels and kind.reads_indices and not writes:
                 notes[name] = f"{len(channels)} closed rows stay: the caller's indices count them"
             elif channels:
                 closed[plain, writes] = channels
@@ -146,7 +150,7 @@ def compact(
             raise CompactionError(str(error)) from error
     try:
         in_streams, parameters = streams.cut_closed(small, opened, samples[0], round_to, notes)
-    except graph.CannotCutError as error:
+    except CannotCutError as error:
         raise CompactionError(str(error)) from error
     units, kept, unequal_notes = recurrent.split(small, units, kept | in_streams, samples, atol, rtol)
     notes |= unequal_notes
@@ -166,19 +170,25 @@ Kept = dict[tuple[nn.Module, bool], Tensor]  # (layer, writes) -> kept channels,
 
 
 def open_branches(small: nn.Module) -> None:
-    """Put plain residual sums in the place of gated ones, the outer before the inner; what they contain stays gated."""
+    """Replace gated residual sums by plain ones, in place, the outer before the inner.
+
+    Gates of layers inside of the branches stay.
+    """
     while (residual := next(iter(of_kind(small, GatedResidual)), None)) is not None:
         inputs.replace(small, {residual: residual.without_gate()})
 
 
 def _match_dtype(small: nn.Module, norms: list[nn.Module], sample: Any) -> None:
-    """Give the gains that gates made of nothing the dtype of what is normalised, which torch's kernels expect."""
+    """Give norms whose gain was made from gates alone the dtype of their input, as torch's kernels expect.
 
-    def match(norm: nn.Module, args: Any) -> None:
-        norm.to(args[0].dtype)
+    Such a norm had no parameters, so its gain has the dtype of the gates.
+    """
+
+    def match(norm: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        norm.to(first_argument(args, kwargs).dtype)
 
     if norms:
-        with inputs.removing([norm.register_forward_pre_hook(match) for norm in norms]):
+        with inputs.removing([norm.register_forward_pre_hook(match, with_kwargs=True) for norm in norms]):
             inputs.evaluate(small, sample)
 
 
@@ -191,8 +201,17 @@ def _prove(
     atol: float,
     rtol: float,
 ) -> float:
-    """The largest difference of outputs, run as users run them, without hooks, from ``masked``, those of ``model``;
-    raises CompactionError where it is beyond tolerance.
+    """Compare the outputs of ``small``, run without hooks as a user runs it, with those of ``model``.
+
+    Args:
+        kept: what is left on each side of each layer, to compare layers if outputs differ.
+        samples: the inputs.
+        masked: the outputs of ``model`` for each of them.
+        atol, rtol: how far outputs may differ.
+
+    Returns: the largest difference.
+
+    Raises: CompactionError if a difference is too large; it names the first layer whose output differs.
     """
     largest = 0.0
     for sample, expected in zip(samples, masked, strict=True):
@@ -222,6 +241,9 @@ def _prove(
 def _first_difference(
     model: nn.Module, small: nn.Module, kept: Kept, sample: Any, atol: float, rtol: float
 ) -> str | None:
+    """The first layer of ``small`` whose output differs from what the layer of this name in ``model`` computes; None if
+    there is none.
+    """
     before, after = _layer_outputs(model, sample), _layer_outputs(small, sample)
     for name, out in after.items():
         layer, expected = small.get_submodule(name), before.get(name)
@@ -229,7 +251,7 @@ def _first_difference(
             continue
         indices = kept.get((layer, True))
         if indices is not None:
-            along = -1 if isinstance(layer, (nn.Linear, nn.Embedding, nn.LayerNorm)) else 1
+            along = -1 if kind_of(layer).writes_last else 1
             expected = expected.index_select(along, indices.to(expected.device))
         if inputs.differ([expected], [out], rtol, atol):
             return name
@@ -237,7 +259,7 @@ def _first_difference(
 
 
 def _layer_outputs(model: nn.Module, sample: Any) -> dict[str, Tensor]:
-    """The output of each weighted layer in the order of first calls."""
+    """The output of the first call of each layer that has a weight, in the order of these calls: name -> output."""
     layers: dict[str, Tensor] = {}
 
     def keep(name: str) -> Any:
@@ -264,6 +286,16 @@ def _manifest(
     notes: dict[str, str],
     difference: float,
 ) -> dict[str, Any]:
+    """The manifest of a compacted model: plain data.
+
+    Args:
+        model, small: the model before and after.
+        kept: (layer, writes) -> the channels that are left.
+        heads: attention -> (how many heads it had, those that are left).
+        units: recurrent layer -> the units that are left.
+        notes: layer -> why closed units stay.
+        difference: the largest difference of outputs.
+    """
     names = {module: name for name, module in small.named_modules()}
     names |= {module.rnn: name for module, name in names.items() if isinstance(module, ScaledRNN)}
     layers: dict[str, dict[str, Any]] = {}
@@ -272,8 +304,8 @@ def _manifest(
             layers[name] = {"heads": {"before": count, "kept": left}}
     for (module, writes), indices in kept.items():
         if module not in names:
-            continue  # a factor that was 1 everywhere
-        before = graph.channel_count(_counterpart(model, names[module]), writes)
+            continue  # a Scale whose factors were all 1 was removed
+        before = channel_count(_counterpart(model, names[module]), writes)
         entry = layers.setdefault(names[module], {})
         entry["out" if writes else "in"] = {"before": before, "kept": indices.tolist()}
         if (groups := getattr(_counterpart(model, names[module]), "groups", 1)) != getattr(module, "groups", 1):
@@ -293,8 +325,10 @@ def _manifest(
 
 
 def _counterpart(model: nn.Module, name: str) -> Any:
-    """The layer of the gated ``model`` that became the layer ``name``;
-    a norm that took in its activation became two.
+    """The layer of the gated ``model`` that became the layer ``name`` of the compacted one.
+
+    A gated norm that also computes its activation became a Sequential of two layers, so its name is that of the
+    Sequential.
     """
     try:
         return model.get_submodule(name)

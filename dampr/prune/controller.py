@@ -55,7 +55,7 @@ class Ramp:
         self.length = max(4, round(RAMP * steps))
         self.measured = max(1, steps - self.lag - self.length)  # decisions begin after these
         self.settled = self.measured + self.lag + round(ARRIVED * self.length)  # the goal is the target from here on
-        # no decision is made after it
+        # no decision is made after this step
         self.decided = self.settled - self.lag + round((1 - ARRIVED) / 2 * self.length)
 
     def goal(self, step: int) -> float:
@@ -207,6 +207,7 @@ class Controller:
         going = going[self.due[going].argsort(stable=True)]
 
         def without(count: int) -> Tensor:
+            """The open gates without the first ``count`` of those that are being closed."""
             left = opened.clone()
             left[going[:count]] = False
             return left
@@ -264,7 +265,7 @@ class Controller:
         grads = [_taken(p) for p in others]
         for gate in self.gates:
             assert isinstance(gate, OwnedGate)
-            gate.family.zero_grad()  # of what moves the levels
+            gate.family.zero_grad()  # clears what pull() left on the parameters that move the levels
         moves = self._normalised("other", [-over_ranks(g) for g in grads])
         for other, move in zip(others, moves, strict=True):
             span = 1 / math.sqrt(other.shape[-1]) if other.dim() > 1 else 1.0
@@ -379,6 +380,7 @@ def even_share(cost: Cost, target: float) -> float:
     widths = [row for rows in cost.structure.widths() for row in rows]
 
     def fits(share: float) -> bool:
+        """Whether the model costs at most ``target`` if every width keeps this share."""
         kept = torch.ones(cost.structure.size, dtype=torch.bool)
         for row in widths:
             kept[row.start + max(1, round(share * len(row))) : row.stop] = False
@@ -429,6 +431,7 @@ def longest(cost: Cost, base: Tensor, increments: Sequence[Increment], target: f
         ends.append(ends[-1] + len(gates))
 
     def with_first(count: int) -> Tensor:
+        """``base`` and the gates of the first ``count`` increments."""
         these = base.clone()
         these[members[: ends[count]]] = True
         return these

@@ -1,4 +1,6 @@
-"""convert: gated layers in the place of dense ones, in the same model object, or no change at all."""
+"""convert: replaces dense layers of a model by gated ones, in the same model object; after an error the model is as it
+was.
+"""
 
 from __future__ import annotations
 
@@ -50,11 +52,13 @@ from .unit_gates import Placement
 from .units import Units, remembering
 from .units.groups import left_at_half, share_of_macs
 
-# of a model's multiply-accumulates: gated layers, which have fused kernels,
-# are taken unless others reach that much more
+# Gated layers have fused kernels, so they are taken unless gates on parameters reach more of the multiply-accumulates
+# of the model by at least this share.
 WORTH = 0.001
 
-WORTH_HALF = 0.05  # the same of what half of every width leaves, where both reach the same residual widths
+# Gates on parameters are also taken if, with half of every width closed, they leave less of the multiply-accumulates
+# of the model by at least this share.
+WORTH_HALF = 0.05
 
 
 @settled
@@ -191,7 +195,7 @@ def _with_gates(
     tie: bool,
     residual: bool,
 ) -> nn.Module:
-    """:func:`convert` of arguments that are checked."""
+    """What :func:`convert` does once its arguments are checked; ``per_sample`` may still be None."""
     each = draws_each(gate, granularity, residual) if per_sample is None else per_sample
     before = None
     if example_inputs is not None:
@@ -212,12 +216,13 @@ def _with_gates(
             by_units = functools.partial(
                 _convert_by_units, model, seen.units, placement, gate, before or [], example_inputs
             )
-            # models of transformers, whose folders and configs follow gated layers
+            # The Hugging Face integration saves models with gated layers, so attentions that it knows keep these.
             known = plan is not None and bool(heads.find(model))
             share = share_of_macs(seen.units, placement.classes())
             reached = 0.0 if plan is None else share_of_layers(seen.units, plan)
             exact = plan is None or share < reached - WORTH or not multiplies_beside(seen.units, plan, model)
-            if not known and (share > reached + WORTH * (plan is not None) or not exact):
+            more = share > reached + WORTH * (plan is not None)
+            if not known and (more or not exact or (plan is not None and _cut_more(seen.units, placement, plan))):
                 return by_units()
     if plan is None:
         raise ConversionError(str(untraced)) from untraced
@@ -234,7 +239,7 @@ def _with_gates(
         check_streams(plan, model)
     if not plan.layers and seen is not None and may_have_units and by_units is None:
         by_norms = _streams_by_units(seen.units, plan, model, include, exclude, example_inputs)
-        if by_norms is not None:  # widths that nothing but norms stand in the way of
+        if by_norms is not None:  # some widths can be cut once norms count open units only
             return _convert_by_units(model, *by_norms, gate, before or [], example_inputs)
         say_why(plan, unit_gates.left_out(model, seen.units, placement))
     check_left(plan, model, include, exclude)
@@ -256,11 +261,23 @@ def _with_gates(
     return by_units()
 
 
+def _cut_more(units: Units, placement: Placement, plan: LayerPlan) -> bool:
+    """Whether gates on parameters would close much more than those of a plan of layers.
+
+    This happens, for example, if a layer between gated ones has channels of a class of its own.
+    """
+    in_layers, whole = gated_classes(units, plan)
+    closed = itertools.chain.from_iterable(in_layers.values())
+    return not whole and left_at_half(units, placement.classes()) < left_at_half(units, closed) - WORTH_HALF
+
+
 def _streams_by_units(
     units: Units, plan: LayerPlan, model: nn.Module, include: Filter, exclude: Filter, example_inputs: Any
 ) -> tuple[Units, Placement] | None:
-    """Gates on the parameters that read units, where these and norms of open units reach more residual widths than a
-    plan of layers.
+    """Gates on the parameters that read units, if with norms of open units they reach more residual widths than
+    ``plan``.
+
+    Returns: the units and the placement of the gates; None if the gates of the plan reach as many.
     """
     by_layers = {one for name, line in units.counted if name in plan.layers for one in units.label[line].tolist()}
     in_layers, whole = gated_classes(units, plan)
@@ -277,7 +294,9 @@ def _streams_by_units(
 
 
 def _ready(model: nn.Module) -> nn.Module:
-    """A converted model, whose gates draw alike on all ranks."""
+    """Give the gates of a converted model the generator that all ranks share, if there are several; returns
+    ``model``.
+    """
     share_generator(model)
     return model
 
@@ -295,11 +314,17 @@ def put_in(
     units: Units | None = None,
     finite: bool = False,
 ) -> nn.Module:
-    """Put gated layers in; whatever is raised, the model is as it was.
+    """Put the gated layers of ``plan`` into ``model`` and check it; after an error the model is as it was.
 
-    ``prove``: raise where half of them cannot be cut as foretold; ``look_for_stuck``: where closed channels of some
-    could never go. ``units``: of the model, where they are known; ``finite``: its outputs are, with values such as
-    training leaves too.
+    Args:
+        each: whether gates are drawn for each sample.
+        before: the outputs of the model without gates; None if there are no example inputs.
+        prove: raise UnprovenError if closing half of the gates does not compact as foretold.
+        look_for_stuck: raise StuckError if closed channels of some layers could never be cut.
+        units: the units of the model if they are known.
+        finite: whether the outputs of the model stay finite with parameters as they are after training.
+
+    Returns: ``model``; if it is a gated layer itself, the new layer.
     """
     gates, in_its_precision = _generated(gate, plan, model, granularity), precise(gate, model)
     values = {p: p.data for name in plan.layers for p in model.get_submodule(name).parameters()}
@@ -311,9 +336,9 @@ def put_in(
             shared = gated.get(plan.shared_with.get(name, ""))
             own = gates.get(name, in_its_precision) if shared is None else shared.gate
             if not isinstance(own, Gate) and next(itertools.chain(layer.parameters(), layer.buffers()), None) is None:
-                # a norm without gain does not know where it is
+                # A norm without parameters does not say on which device the gate belongs.
                 own = make_gate(own, gate_count(layer, granularity), device_of(model))
-            gated[name] = gated_layer(name, layer, own, granularity, each, plan.heads.get(name))
+            gated[name] = gated_layer(layer, own, granularity, each, plan.heads.get(name))
             if name in plan.weights_per_gate:
                 gated[name].weights_per_gate = plan.weights_per_gate[name]
         if "" in gated:
@@ -334,7 +359,7 @@ def put_in(
             )
             if units is not None:
                 constants = constants_left(trained, units, list(gated_classes(units, plan)[0].values()), example_inputs)
-            # gates on parameters do not draw per sample, so layers that do are worth a try all the same
+            # Gates on parameters cannot be drawn per sample, so for such draws check_half decides on the gated layers.
             if constants == "stuck" and prove and not each:
                 raise UnprovenError("closed channels would be more than constants where layers read them")
             if constants != "none" and prove:
@@ -355,7 +380,7 @@ def put_in(
 
 
 def _generated(gate: Any, plan: LayerPlan, model: nn.Module, granularity: Granularity) -> dict[str, Gate]:
-    """The gates of all layers from one generator where ``gate`` asks for that, by the layers' names; else nothing."""
+    """Layer -> its gate, all from one Dep-L0 generator, if ``gate`` asks for that; else empty."""
     if not is_generator(gate):
         return {}
     options = {"init_scale": 0.0, **getattr(gate, "keywords", {})}
@@ -372,7 +397,7 @@ def _generated(gate: Any, plan: LayerPlan, model: nn.Module, granularity: Granul
 def _convert_by_units(
     model: nn.Module, units: Units, placement: Placement, gate: Any, before: list[torch.Tensor], example_inputs: Any
 ) -> nn.Module:
-    """Put gates on the parameters that read units; whatever is raised, the model is as it was."""
+    """Put gates on the parameters that read units and check the outputs; after an error the model is as it was."""
     vectors: Iterator[Gate] | None = None
     if is_generator(gate):
         options = {"init_scale": 0.0, **getattr(gate, "keywords", {})}

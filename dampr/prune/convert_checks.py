@@ -1,5 +1,5 @@
-"""What convert makes sure of, before it gives a model back: the same outputs, gates that count,
-and closed channels that can go.
+"""What convert checks before it returns a model: outputs did not change, gates have an effect, closed channels can be
+cut.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from torch import nn
 
 from dampr.gates import Fixed, Gate
 from dampr.nn import GatedLayer
+from dampr.nn.called import first_argument
 from dampr.nn.conv import GatedConv
 
 from . import inputs, noise
 from .compact import CompactionError, compact
 from .cost import Cost
 from .cutting import CONSTANTS
-from .graph import pads_with_zeros
+from .layers.registry import kind_of
 from .measure import count_macs
 from .summary import distinct_gates
 from .units import Units
@@ -30,11 +31,11 @@ class ConversionError(RuntimeError):
 
 
 class UnprovenError(ConversionError):
-    """Gated layers do not do for a model, which gates on its parameters may."""
+    """Gated layers fail a check for this model. Gates on its parameters may still work, so convert tries these next."""
 
 
 class StuckError(ConversionError):
-    """Closed channels of some layers cannot go: ``reasons``, by the names of these."""
+    """Closed channels of some layers cannot be cut. ``reasons``: name of the layer -> why."""
 
     def __init__(self, reasons: dict[str, str]) -> None:
         super().__init__(str(reasons))
@@ -42,8 +43,10 @@ class StuckError(ConversionError):
 
 
 def check_unchanged(model: nn.Module, gated: dict[str, Any], before: list[torch.Tensor], example_inputs: Any) -> None:
-    """A fresh gate of one leaves a product as it is, to the bit;
-    a GEMM may still take another path for an input that is not contiguous.
+    """Raise ConversionError if the outputs with fresh gates are not those of ``before``.
+
+    Fresh gates are 1, which changes no bit of a product; but a matrix product may take another path through the library
+    for an input with other strides, so a few units in the last place are allowed.
     """
     with inputs.unfused():
         after = inputs.evaluate(model, example_inputs)
@@ -59,21 +62,25 @@ def check_unchanged(model: nn.Module, gated: dict[str, Any], before: list[torch.
 
 def may_leave_constants(module: nn.Module) -> bool:
     """Whether a closed channel may be a constant other than 0 behind this module."""
-    norm = isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, GatedLayer)
-    return norm or isinstance(module, GatedConv)
+    if isinstance(module, GatedLayer):
+        return isinstance(module, GatedConv)
+    return kind_of(module).batch_statistics
 
 
 def constants_left(trained: nn.Module, units: Units, vectors: list[list[int]], example_inputs: Any) -> str:
-    """What layers of a gated model read where units are closed, by a run with all gates 0 and one with half of each
-    vector.
+    """What layers of a gated model read from closed units: zeros, or something else.
+
+    The model runs once with half of each gate vector closed and once with all gates closed.
 
     Args:
         trained: a copy with values such as training leaves.
-        units: of the model without gates.
-        vectors: of each gated layer the class of each of its gates.
+        units: the partition of the model without gates.
+        vectors: for each gated layer, the class of each of its gates.
+        example_inputs: the inputs.
 
-    Returns: "none": only zeros. "some": constants, as behind a norm without gates, or the half of a sigmoid; a bias may
-    make up for them. "stuck": what no bias makes up for, because it varies, or is read with a border of zeros.
+    Returns: "none" if only zeros; "some" if constants (behind a norm without gates, or the half of a sigmoid), which a
+    bias can make up for; "stuck" if something varies, or is read with a border of zeros, so that no bias makes up for
+    it.
     """
     every, first = ({one for vector in vectors for one in vector[: len(vector) // parts]} for parts in (1, 2))
     half = _read_where_closed(with_gates_at(trained), units, first, example_inputs)  # beside units that are open
@@ -83,22 +90,32 @@ def constants_left(trained: nn.Module, units: Units, vectors: list[list[int]], e
 
 
 def _read_where_closed(trial: Any, units: Units, classes: set[int], example_inputs: Any) -> set[str]:
-    """The same of each reader of closed classes that reads something; {"some"} where a model does not run so."""
+    """What the readers of closed classes read in one run: a set of "some" and "stuck", as in :func:`constants_left`.
+
+    {"some"} if the model does not run with these gates closed.
+    """
     found: set[str] = set()
 
     def look(weight: torch.Tensor, channels: list[int], along: int) -> Any:
-        def hook(module: nn.Module, args: Any) -> None:
-            x = args[0].data if args else None
+        """A forward pre-hook that looks at the ``channels`` which a layer with ``weight`` reads along dimension
+        ``along``.
+        """
+
+        def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            """Note whether the layer reads anything but zeros from these channels, and whether that is the same
+            everywhere.
+            """
+            x = getattr(first_argument(args, kwargs), "data", None)
             if not isinstance(x, torch.Tensor) or x.dim() < -along or max(channels) >= x.shape[along]:
                 return
             read = x.movedim(along, -1)[..., channels].reshape(-1, len(channels))
             if bool(read.any()):
-                # what is times 0 does not count
+                # channels whose weights are all 0 have no effect
                 read = read[:, weight.detach()[:, channels].transpose(0, 1).flatten(1).any(1)]
             largest = float(read.abs().max()) if read.numel() else 0.0
             if largest:
                 same = len(read) > 1 and torch.allclose(read, read[:1].expand_as(read), rtol=1e-3, atol=1e-3 * largest)
-                found.add("some" if same and not pads_with_zeros(module) else "stuck")
+                found.add("some" if same and not kind_of(module).pads(module) else "stuck")
 
         return hook
 
@@ -110,21 +127,26 @@ def _read_where_closed(trial: Any, units: Units, classes: set[int], example_inpu
                 weight = getattr(module, own)
                 channels = [i for i, one in enumerate(units.classes(full, 1)) if one in classes]
                 along = -max(weight.dim() - 1, 1)
-                hooks += [module.register_forward_pre_hook(look(weight, channels, along))] if channels else []
+                if channels:
+                    hook = look(weight, channels, along)
+                    hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
     with inputs.removing(hooks):
         try:
             inputs.evaluate(trial, example_inputs)
-        except RuntimeError:  # of a model that needs some of its values, which no budget closes all at once
+        except RuntimeError:  # some models raise if all values are 0; no budget closes all units at once
             found.add("some")
     return found
 
 
 def check_half(trained: nn.Module, example_inputs: Any) -> None:
-    """Close half of the gates of a copy with values such as training leaves: what is left has to compute the same and
-    to cost what was foretold.
+    """Raise UnprovenError unless half of the gates can be closed and cut, with the same outputs and the predicted cost.
 
-    Models can fail it that have gates in convolutions, or norms without gates: what is constant behind a closed channel
-    (the half of a sigmoid, the shift of a norm) no bias makes up for at a padded border. Raises UnprovenError.
+    This fails for some models with gates in convolutions, or norms without gates: behind a closed channel is a constant
+    (the half of a sigmoid, the shift of a norm), and no bias makes up for it at a border that is padded with zeros.
+
+    Args:
+        trained: a copy with values such as training leaves.
+        example_inputs: the inputs.
     """
     trial = with_gates_at(trained)
     with noise.kept(trained):
@@ -138,7 +160,9 @@ def check_half(trained: nn.Module, example_inputs: Any) -> None:
 
 
 def with_gates_at(model: nn.Module, closed: float = 0.5, only: Gate | None = None) -> nn.Module:
-    """A copy, with the same parameters, that has this share of the gates of each vector closed, or of one of them."""
+    """A copy that shares the parameters, in which the share ``closed`` of each gate vector is set to 0, or only of the
+    gate ``only``, if given.
+    """
     trial = inputs.twin(model)
     fixed: dict[nn.Module, nn.Module] = {}
     for own, gate in zip(model.modules(), trial.modules(), strict=True):
@@ -151,8 +175,9 @@ def with_gates_at(model: nn.Module, closed: float = 0.5, only: Gate | None = Non
 
 
 def check_none_stuck(trained: nn.Module, example_inputs: Any) -> None:
-    """Raise StuckError where closed channels of layers, in a copy with values such as training leaves, are constants
-    that no bias makes up for, so that they would stay.
+    """Raise StuckError if closed channels of layers would stay, because they are constants that no bias makes up for.
+
+    ``trained``: a copy with values such as training leaves.
     """
     with noise.kept(trained):
         try:
@@ -169,8 +194,8 @@ def check_none_stuck(trained: nn.Module, example_inputs: Any) -> None:
 
 
 def _uncut(model: nn.Module, example_inputs: Any) -> dict[str, str]:
-    """Of layers with gates, the first of each vector, those whose closed channels compaction can neither cut nor
-    leave, and why.
+    """name -> why, for layers whose closed channels compaction can neither cut nor leave; of a shared vector the first
+    layer.
     """
     found = {}
     for name, gate in distinct_gates(model).items():
@@ -185,8 +210,15 @@ _MAY_BYPASS = (nn.MultiheadAttention, nn.TransformerEncoder, nn.TransformerEncod
 
 
 def check_called(model: nn.Module, gated: dict[str, Any], example_inputs: Any, called: set[str]) -> None:
-    """A layer whose weight is read but whose call is bypassed (subclasses of nn.TransformerEncoderLayer do so) would
-    ignore its gates. ``called``: without torch's fused paths.
+    """Raise UnprovenError if the model reads the weight of a gated layer without calling the layer.
+
+    The gates would then have no effect. Subclasses of ``nn.TransformerEncoderLayer`` do this on torch's fused path.
+
+    Args:
+        model: the model, with gates.
+        gated: name -> gated layer.
+        example_inputs: the inputs.
+        called: the layers that were called in a run without torch's fused paths.
     """
     if called.issuperset(gated) and not any(isinstance(module, _MAY_BYPASS) for module in model.modules()):
         return
@@ -213,9 +245,9 @@ def check_called(model: nn.Module, gated: dict[str, Any], example_inputs: Any, c
 
 @contextmanager
 def recorded(gated: dict[str, Any]) -> Iterator[set[str]]:
-    """The names of those of these layers that are called in the block."""
+    """A block that yields the set of names of the layers which are called in it."""
     called: set[str] = set()
-    for name, layer in gated.items():  # not with hooks, which switch fused paths off
+    for name, layer in gated.items():  # hooks would switch fused paths off, so ``forward`` is replaced
         layer.forward = recording(name, layer.forward, called)
     try:
         yield called
@@ -225,7 +257,10 @@ def recorded(gated: dict[str, Any]) -> Iterator[set[str]]:
 
 
 def recording(name: str, forward: Callable[..., Any], called: set[str]) -> Callable[..., Any]:
+    """``forward``, which also enters ``name`` in ``called``."""
+
     def wrapper(*args: Any, **kwargs: Any) -> Any:
+        """Enter the name and call ``forward``."""
         called.add(name)
         return forward(*args, **kwargs)
 

@@ -1,4 +1,4 @@
-"""Deep copies of modules, as ``copy.deepcopy`` makes them and several times as fast."""
+"""Deep copies of modules, with the result of ``copy.deepcopy`` and several times as fast."""
 
 from __future__ import annotations
 
@@ -12,23 +12,24 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+# types whose values a deep copy shares
 _AS_IT_IS = {int, float, bool, complex, str, bytes, type, type(None), FunctionType, BuiltinFunctionType, torch.dtype}
-_MAKE = vars(copyreg)["__newobj__"]
+_MAKE = vars(copyreg)["__newobj__"]  # the function that pickle calls for objects made by ``cls.__new__`` alone
 _MAPPINGS = (dict, OrderedDict)
 
 
 def deep(module: nn.Module, memo: dict[int, Any]) -> Any:
     """``copy.deepcopy(module, memo)``.
 
-    Most of what a module keeps is a number, a name, or one of a dozen empty dicts for hooks, of which that function
-    makes much. What is anything else, and a module with a way of its own to be copied, is left to it.
+    Numbers, names and the dozen empty dicts for hooks of every module are copied here, which is fast. Other values, and
+    modules that define how they are copied, are left to ``copy.deepcopy``.
     """
     if id(module) in memo:
         return memo[id(module)]
     kind = type(module)
     if hasattr(kind, "__deepcopy__") or kind.__reduce_ex__ is not object.__reduce_ex__:
         return copy.deepcopy(module, memo)
-    parts: Any = module.__reduce_ex__(4)  # what makes one, of what, with which state, and what lists and dicts hold
+    parts: Any = module.__reduce_ex__(4)  # (constructor, its arguments, state, items of a list, items of a dict)
     if parts[:2] != (_MAKE, (kind,)) or type(parts[2]) is not dict or any(part is not None for part in parts[3:]):
         return copy.deepcopy(module, memo)
     memo[id(module)] = made = kind.__new__(kind)
@@ -46,6 +47,7 @@ def deep(module: nn.Module, memo: dict[int, Any]) -> Any:
 
 
 def _value(value: Any, memo: dict[int, Any]) -> Any:
+    """A deep copy of one attribute's value."""
     kind = type(value)
     if kind in _AS_IT_IS:
         return value
@@ -63,7 +65,10 @@ def _value(value: Any, memo: dict[int, Any]) -> Any:
 
 
 def detached(model: nn.Module) -> dict[int, Any]:
-    """Of each tensor with a graph that modules keep a copy without it, by its id: torch copies no others."""
+    """id -> a detached copy, for every tensor with an autograd graph that modules keep in attributes.
+
+    ``copy.deepcopy`` refuses such tensors; as a memo this makes it take the copies.
+    """
     found: dict[int, Any] = {}
     for module in model.modules():
         for name, value in vars(module).items():

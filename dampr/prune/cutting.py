@@ -1,5 +1,6 @@
-"""Closed channels leave a plain model, and what they still contribute as constants moves into the biases of what
-reads them.
+"""Cuts closed channels out of a plain model.
+
+A closed channel may still contribute a constant to the layers that read it; this moves into their biases.
 """
 
 from __future__ import annotations
@@ -10,8 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dampr.nn.called import first_argument
+
 from . import inputs
-from .graph import CannotCutError, Closed, Member, Side, Widths, channel_count, is_transposed, pads_with_zeros
+from .graph import Closed, Member, Side, Widths
+from .layers.base import CannotCutError
+from .layers.registry import channel_count, kind_of
 from .modules import of_kind
 from .units.proof import cut
 
@@ -20,7 +25,7 @@ Kept = dict[Side, Tensor]  # a side of a layer -> the channels that are left, by
 
 
 class UnableError(RuntimeError):
-    """Closed channels cannot stay, and cannot go; the message names the layer."""
+    """Raised if closed channels can neither stay nor be cut; the message names the layer."""
 
 
 def cut_closed(
@@ -35,15 +40,16 @@ def cut_closed(
     """Cut closed channels of ``small``, in place.
 
     Args:
-        closed: of linear and convolution layers, and embeddings.
-        norms: the closed channels of norms and factors, which go where a layer writes or reads them.
+        small: a model without gates.
+        closed: the closed channels of linear and convolution layers and embeddings.
+        norms: the closed channels of norms and factors. They are cut in the layer that writes or reads them.
         samples: example inputs, on which constants are measured.
-        kept: gets what is left of each side of a layer.
-        notes: gets why closed channels of a layer stay, by its name.
-        round_to: what the widths that layers write are multiples of, as far as closed channels last.
+        kept: filled with what is left of each side of a layer.
+        notes: filled with the reason, by the name of the layer, where closed channels stay.
+        round_to: the number of channels that a layer writes becomes a multiple of it, by keeping closed channels.
 
-    Raises: UnableError where closed channels reach a layer with values that differ between rows, or the model does not
-    run without them.
+    Raises: UnableError if closed channels reach a layer with values that differ between rows, or the model does not run
+    without them.
     """
     names = {module: name for name, module in small.named_modules()}
     widths = Widths(small, samples[0])
@@ -58,7 +64,7 @@ def cut_closed(
     for layer, factor in widths.multiplied.items():
         if (layer, True) in closed:
             closed[factor, True] = closed.get((factor, True), set()) | closed[layer, True]
-    # layers that write a width first: what is said of it is said of them
+    # Sides that layers write come first, so that notes on a width name a layer that writes it.
     closed = dict(sorted(closed.items(), key=lambda item: not item[0][1]))
     going = _decide(widths, closed, notes, names, round_to)
     constants = _measure(small, going, samples)
@@ -76,7 +82,14 @@ def cut_closed(
 
 @dataclass(eq=False)
 class _Going:
-    """Classes that go, as a layer with gates asks for them. ``closed``: how many of its channels are."""
+    """The classes that are cut on behalf of one layer with closed channels.
+
+    Attributes:
+        layer: this layer.
+        closed: how many of its channels are closed.
+        classes: the classes that are cut.
+        members: the sides of layers that have channels of its width.
+    """
 
     layer: nn.Module
     closed: int
@@ -87,7 +100,7 @@ class _Going:
 def _decide(
     widths: Widths, closed: Closed, notes: dict[str, str], names: dict[nn.Module, str], round_to: int
 ) -> list[_Going]:
-    """What goes with the closed channels of each layer; adds to ``notes`` why others stay."""
+    """The classes to cut for each layer with closed channels; adds to ``notes`` why others stay."""
     going: list[_Going] = []
     decided: set[int] = set()
     gone = _gone(widths, closed)
@@ -96,7 +109,7 @@ def _decide(
         # a weight with groups has fewer columns than its layer reads
         labels = labels if max(channels) < len(labels) else []
         if labels and decided.issuperset(labels):
-            continue  # another layer of the same width came first
+            continue  # decided for another layer of the same width
         found = gone[layer, writes]
         reason, dead = str(found), set[int]()
         if isinstance(found, set):
@@ -113,11 +126,11 @@ def _decide(
 
 
 def _gone(widths: Widths, closed: Closed) -> dict[Side, set[int] | CannotCutError]:
-    """Of each side with closed channels the classes that nobody writes or nobody reads, or why none of its width can
-    go.
+    """For each side with closed channels, the classes that no layer writes or no layer reads any more, or why none can
+    be cut.
 
-    Every side of a layer keeps a channel: where several widths are read side by side, the gates of the reader may close
-    one of them.
+    Every side of a layer keeps a channel. Without this a side could become empty: a layer that reads several widths
+    side by side may have closed all channels of one of them.
     """
     found: dict[Side, set[int] | CannotCutError] = {}
     every: set[int] = set()
@@ -136,27 +149,38 @@ def _gone(widths: Widths, closed: Closed) -> dict[Side, set[int] | CannotCutErro
 
 
 def _most(labels: list[int], dead: set[int], round_to: int) -> int:
-    """How many channels to cut of a width, so that what is left is a multiple of ``round_to``, or all."""
+    """The largest number of channels that can be cut of a width so that a multiple of ``round_to``, or the whole, is
+    left.
+
+    Args:
+        labels: the class of each channel.
+        dead: the classes that could go.
+    """
     count = sum(one in dead for one in labels)
     return max(0, len(labels) - -(-(len(labels) - count) // round_to) * round_to)
 
 
 class _Constant:
-    """What the channels of a width that goes contribute to a layer that reads them, call by call."""
+    """What the channels that are cut contribute to one layer that reads them, measured over several calls.
+
+    Args:
+        width: the classes that are cut.
+        layer: the layer that reads them.
+        channels: the indices of the channels that are cut, as the layer reads them.
+    """
 
     def __init__(self, width: _Going, layer: Any, channels: list[int]) -> None:
         self.width, self.layer, self._channels = width, layer, channels
+        self._kind = kind_of(layer)
         self._rows: int = 0
-        self._first: Tensor | None = None  # of what they contribute, (channels that the layer writes,)
+        self._first: Tensor | None = None  # what they contribute to the first row, (channels that the layer writes,)
         self._reads = self._contributes = self._varies = False
 
-    def take(self, layer: nn.Module, args: Any) -> None:
-        """A forward hook: what the layer reads in this call."""
-        x, channels = args[0].data, self._channels
-        recurrent = isinstance(layer, nn.RNNBase)
-        along = -1 if recurrent or isinstance(layer, nn.Linear) else -(self.layer.weight.dim() - 1)
-        read = x.movedim(along, -1)[..., channels].reshape(-1, len(channels))
-        if recurrent or is_transposed(layer) or not len(read):
+    def take(self, layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        """A forward pre-hook of the layer: record what the channels contribute to its outputs in this call."""
+        x, channels = first_argument(args, kwargs).data, self._channels
+        read = x.movedim(self._kind.input_axis(self.layer), -1)[..., channels].reshape(-1, len(channels))
+        if not self._kind.gemm or not len(read):
             self._reads |= bool(read.any())
             return
         weight = self.layer.weight.detach()
@@ -170,19 +194,20 @@ class _Constant:
         self._varies |= not torch.allclose(rows, self._first.expand_as(rows), rtol=1e-5, atol=1e-6)
 
     def is_constant(self, names: dict[nn.Module, str]) -> bool:
-        """Whether there is something to fold.
+        """Whether they contribute a constant other than 0, which has to be folded into the bias.
 
-        Raises CannotCutError where that cannot be, UnableError where it is no constant.
+        Raises: CannotCutError if a bias cannot hold it, so the channels have to stay; UnableError if it differs between
+        rows.
         """
         name = names[self.layer]
-        # a kernel that moves apart adds up differently at each place
-        if isinstance(self.layer, nn.RNNBase) or is_transposed(self.layer):
+        # A transposed convolution adds up other products at each position, so what it computes is no constant.
+        if not self._kind.gemm:
             if self._reads:
                 raise CannotCutError(f"they reach {name!r} {CONSTANTS}")
             return False
         if not self._contributes and not (self.layer.weight.dim() > 2 and self._reads):
             return False
-        if pads_with_zeros(self.layer):
+        if self._kind.pads(self.layer):
             raise CannotCutError(
                 f"they reach {name!r} {CONSTANTS}, which a bias cannot make up for at its padded border; gates after "
                 "a norm "
@@ -195,7 +220,10 @@ class _Constant:
         return True
 
     def fold(self, left: Tensor) -> None:
-        """Add it to the bias of the layer, of which these written channels are left."""
+        """Add the constant to the bias of the layer, which gets one if it has none.
+
+        ``left``: bool, (channels that the layer wrote,), those that it still writes.
+        """
         layer = self.layer
         if layer.bias is None:
             layer.bias = nn.Parameter(
@@ -207,10 +235,10 @@ class _Constant:
 
 
 def _measure(small: nn.Module, going: list[_Going], samples: list[Any]) -> list[_Constant]:
-    """What each width that goes contributes to its readers, from one run on each sample."""
+    """Measure what each width that is cut contributes to its readers, with one run on each sample."""
     readers = [(width, m.module, m.of(width.classes)) for width in going for m in width.members if not m.writes]
     found = [_Constant(width, layer, channels) for width, layer, channels in readers if channels]
-    hooks = [one.layer.register_forward_pre_hook(one.take) for one in found]
+    hooks = [one.layer.register_forward_pre_hook(one.take, with_kwargs=True) for one in found]
     with inputs.removing(hooks):
         for sample in samples if found else ():
             inputs.evaluate(small, sample)
@@ -226,6 +254,10 @@ def _cut(
     names: dict[nn.Module, str],
     sample: Any,
 ) -> None:
+    """Cut the classes of ``going`` out of ``small``, fold the constants into biases, and run the model on ``sample``.
+
+    ``kept`` gets what is left of each side. Raises: UnableError if the model does not run.
+    """
     classes = {one for width in going for one in width.classes}
 
     def left(side: Side) -> Tensor:
@@ -252,10 +284,10 @@ def _cut(
 
 
 def follow_inputs(model: nn.Module, sample: Any) -> None:
-    """Run a model; norms without parameters, whose size nothing else tells, take on that of what they read."""
+    """Run a model once, and set the size of norms that have no tensors to the number of channels that they read."""
 
-    def resize(norm: Any, args: Any) -> None:
-        x = args[0]
+    def resize(norm: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        x = first_argument(args, kwargs)
         unbatched = isinstance(norm, nn.modules.instancenorm._InstanceNorm) and x.dim() == norm._get_no_batch_dim()
         norm.num_features = x.shape[0 if unbatched else 1]
 
@@ -263,5 +295,5 @@ def follow_inputs(model: nn.Module, sample: Any) -> None:
     if not bare:
         inputs.without_arithmetic(model, sample, inputs.evaluate)
         return
-    with inputs.removing([norm.register_forward_pre_hook(resize) for norm in bare]):
+    with inputs.removing([norm.register_forward_pre_hook(resize, with_kwargs=True) for norm in bare]):
         inputs.evaluate(model, sample)

@@ -1,5 +1,5 @@
-"""doctor: why nothing is pruning, or why a layer is about to die; calibrate:
-a lambda that the task's gradient does not drown.
+"""Diagnosis of gated models. :func:`doctor` finds why nothing is pruned or why a layer is about to die;
+:func:`calibrate` finds a lambda that is large enough against the task's gradient.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from .summary import gated_layers, penalty
 from .verify import verify_model
 from .wrapped import sees_through
 
-WEAK = 1e-3  # a penalty whose gradient on the gates is below this share of the task's will not close any
-LATE = 0.1  # a cost that is that share above the goal is behind it
-FEW_STEPS = 10  # a unit that closes in fewer is cut, not faded out
-LEAST_TUNING = 0.2  # the share of a plan's steps that should be left behind the ramp
-TRAVEL = {"log_alpha": 5.4, "phi": 0.5, "alpha": 0.9}  # from where a fresh gate is to where evaluation closes it
+WEAK = 1e-3  # a penalty closes no gate if its gradient on the gates is below this share of the task's gradient
+LATE = 0.1  # the cost is late if it is above the goal by this share of it
+FEW_STEPS = 10  # a unit that closes in fewer steps is cut off rather than faded out
+LEAST_TUNING = 0.2  # the share of a plan's steps that should remain after the ramp
+TRAVEL = {"log_alpha": 5.4, "phi": 0.5, "alpha": 0.9}  # the distance from a fresh gate's value to a closed gate's
 OWN = "let the budget own the gates (dampr.Budget(..., steps=N), or dampr.Plan)"
-NEARLY_CLOSED = 0.05  # of a layer's gates expected open
+NEARLY_CLOSED = 0.05  # a layer is dying if a smaller share of its gates is expected open
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that keeps gates from working: where (a layer's name, or "" for the whole model), what,
-    and what to do.
+    """A reason why gates do not work as they should: where (the name of a layer, or "" for the whole model), the
+    problem, and the remedy.
     """
 
     where: str
@@ -62,18 +62,18 @@ def doctor(
 ) -> list[Finding]:
     """Look for the usual reasons why a gated model does not prune, or prunes too much. Nothing is changed.
 
-    Found are gates that do nothing, get no gradient, are frozen, in half precision, or under weight decay
-    (:func:`dampr.verify_model`); layers about to die, or closed altogether; gates in front of a BatchNorm, which makes
-    constants of closed channels; gates whose closing cuts nothing; with a loss, a penalty too weak to close any gate;
-    with a budget, a multiplier that has wound up and gates that their optimizer cannot close in time; with a plan, too
-    few steps for it.
+    It finds: gates that have no effect, get no gradient, are frozen, are in half precision or are under weight decay
+    (:func:`dampr.verify_model`); layers that are about to die or are closed altogether; gates in front of a BatchNorm,
+    which turns closed channels into constants instead of zeros; gates whose closing cuts nothing. With a loss: a
+    penalty too weak to close any gate. With a budget: a multiplier that has wound up, and gates that their optimizer
+    cannot close in time. With a plan: too few steps.
 
     Args:
         model, example_inputs, optimizer: as for :func:`dampr.verify_model`.
-        loss: called without arguments, the loss of the task on a typical batch, a scalar with a graph, without the
-            penalty.
-        penalty: called without arguments, what is added to it, with its lambda.
-        budget, plan: what closes the gates. Of a plan whose model has no gates yet, the plan alone is looked at.
+        loss: a function without arguments that returns the loss of the task on a typical batch, a scalar with a graph,
+            without the penalty.
+        penalty: a function without arguments that returns what is added to the loss, lambda included.
+        budget, plan: what closes the gates. If the model of a plan has no gates yet, only the plan is examined.
 
     Raises: TypeError or ValueError that names the argument; what the model raises on the example inputs.
 
@@ -101,19 +101,19 @@ def doctor(
 
 
 def calibrate(model: nn.Module, loss: Tensor, cost: Tensor | None = None, *, ratio: float = 1.0) -> float:
-    """The lambda at which the penalty pulls on the gates ``ratio`` times as hard as the task: |lambda d cost| = ratio
-    |d loss|.
+    """The lambda at which the penalty's gradient on the gates is ``ratio`` times as large as the task's: |lambda d
+    cost| = ratio |d loss|.
 
-    Both norms are over all gate parameters. A lambda for the start of training: later the task pulls harder on the
-    gates that matter, and no longer on the others.
+    Both norms are over all gate parameters. The lambda is meant for the start of training: later the task pulls harder
+    on the gates that matter, and hardly on the others.
 
     Args:
-        model: with gated layers, in training mode.
+        model: a model with gated layers, in training mode.
         loss: the loss of the task on a typical batch, a scalar with a graph, which is kept.
         cost: the penalty for lambda = 1, a scalar with a graph; None: :func:`dampr.penalty`.
-        ratio: above 0.
+        ratio: a number above 0.
 
-    Raises: ValueError where one of them has no gradient on the gates.
+    Raises: ValueError if loss or cost has no gradient on the gates.
     """
     if not ratio > 0:
         raise ValueError(f"ratio={ratio!r}: expected a number above 0")
@@ -141,6 +141,9 @@ def _pull(model: nn.Module, scalar: Tensor) -> float:
 
 
 def _dying(model: nn.Module) -> list[Finding]:
+    """Findings for layers whose gates are all closed or soon will be. A layer with a single gate, such as that of a
+    residual branch, may close.
+    """
     findings = []
     for name, layer in gated_layers(model).items():
         count, expected = layer.gate.num_gates, float(layer.gate.open_probability().detach().sum())
@@ -160,6 +163,7 @@ def _dying(model: nn.Module) -> list[Finding]:
 
 
 def _misplaced(model: nn.Module, example_inputs: Any) -> list[Finding]:
+    """Findings for gates whose closing cuts nothing, and for gates in front of a BatchNorm."""
     structure = structure_of(model, example_inputs)
     findings = [
         Finding(name, f"closing its gates cuts nothing: {why}", "exclude it from convert")
@@ -183,6 +187,7 @@ def _misplaced(model: nn.Module, example_inputs: Any) -> list[Finding]:
 
 
 def _wound_up(budget: Budget) -> list[Finding]:
+    """A finding if the multiplier has grown large while the cost is still far above the goal."""
     left, goal, multiplier = budget.left(), budget.goal, float(budget.multiplier)
     if budget.controller is not None or multiplier <= budget.strength or left <= (1 + LATE) * goal:
         return []
@@ -194,7 +199,9 @@ def _wound_up(budget: Budget) -> list[Finding]:
 
 
 def _too_slow(model: nn.Module, budget: Budget, optimizer: torch.optim.Optimizer | None) -> list[Finding]:
-    """Gates that need more steps from open to closed, at the pace of their optimizer, than the schedule has."""
+    """Findings for gates that their optimizer moves too slowly to get from open to closed within the schedule's
+    steps.
+    """
     steps = budget.schedule
     if budget.controller is not None or optimizer is None or not isinstance(steps, int):
         return []
@@ -208,7 +215,7 @@ def _too_slow(model: nn.Module, budget: Budget, optimizer: torch.optim.Optimizer
             grad = 0.0 if p.grad is None else float(p.grad.abs().max())
             if not adaptive and p.grad is None:
                 continue
-            pace = rates[id(p)] * (1.0 if adaptive else grad)  # of one step, at most
+            pace = rates[id(p)] * (1.0 if adaptive else grad)  # the largest change in one step
             if pace * steps < TRAVEL.get(own, 1.0):
                 why = f"{own} moves by at most {pace:.2g} a step, and {steps} steps of that do not close a gate"
                 findings.append(
@@ -218,7 +225,7 @@ def _too_slow(model: nn.Module, budget: Budget, optimizer: torch.optim.Optimizer
 
 
 def _short(plan: Plan) -> list[Finding]:
-    """Too little time for what a plan does."""
+    """Findings for a plan with too few steps to close a unit or to fine-tune."""
     findings = []
     if plan.closing_steps < FEW_STEPS:
         why = f"a unit has {plan.closing_steps} steps to close, so the network is cut rather than trained smaller"
@@ -230,6 +237,7 @@ def _short(plan: Plan) -> list[Finding]:
 
 
 def _weak(model: nn.Module, loss: Callable[[], Tensor], cost: Callable[[], Tensor]) -> list[Finding]:
+    """A finding if the penalty's gradient on the gates is zero or far smaller than the task's."""
     task, pull = _pull(model, loss()), _pull(model, cost())
     if pull == 0:
         return [

@@ -1,31 +1,34 @@
-"""expand: a compacted model with its old sizes, with zeros where channels were cut; and the state of an optimizer, cut
-with its model.
+"""expand: a compacted model gets its old sizes back, with zeros where channels were cut.
+
+Also here: the state of an optimizer is cut as its model is.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from dampr.nn import PrunedMultiheadAttention, Scale, ScaledRNN, StackedRNN
-from dampr.nn.pruned.narrowed_rnn import arguments_of
+from dampr.nn import StackedRNN
 from dampr.nn.pruned.transformer import PrunedLayer
 
-from . import graph, heads, inputs, transposed
+from . import heads, inputs, transposed
 from .inputs import Model
-from .manifest import Places, check, places_in
+from .layers.recurrent import without_factors
+from .layers.registry import kind_of
+from .manifest import check
 from .modules import by_name, gates_of
+from .places import Places, places_in
 from .unit_compact import places_of, restore_sizes
 from .units.proof import follow_all
 from .wrapped import sees_through
 
 Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None
-_NORMS = nn.modules.batchnorm._NormBase
 # Tensors that are filled with ones, because zeros would give NaN: a variance, and the direction of a weight under
 # weight_norm whose length is filled with 0.
 FILLED_WITH_ONE = ("running_var", "weight_v", "original1")
@@ -88,7 +91,8 @@ def expand(model: Model) -> Model:
                 raise ValueError(f"manifest: layers: {name!r}: {list(entry)}, expected heads of an attention")
             continue  # its layers have entries of their own
         layer = _layer(large, name)
-        for attribute, left in tensors_of(layer, entry).items():
+        kind = kind_of(layer)
+        for attribute, left in kind.tensors(layer, entry).items():
             parent, _, own = attribute.rpartition(".")
             holder = layer.get_submodule(parent)
             small = getattr(holder, own, layer)
@@ -102,15 +106,9 @@ def expand(model: Model) -> Model:
                     setattr(holder, own, nn.Parameter(grown, requires_grad=small.requires_grad))
                 else:
                     setattr(holder, own, grown)
-        if isinstance(layer, StackedRNN):
-            inputs.replace(large, {layer: _dense_recurrent(layer, entry)})
-            continue
-        for attribute, size in sizes_in(layer, entry).items():
-            setattr(layer, attribute, size)
-        if isinstance(layer, nn.RNNBase):
-            layer._init_flat_weights()
-        if isinstance(layer, PrunedMultiheadAttention):
-            inputs.replace(large, {layer: _dense_attention(layer)})
+        restored = kind.restored(layer, entry)
+        if restored is not layer:
+            inputs.replace(large, {layer: restored})
     for name, attention in attentions.items():
         if name in manifest["layers"]:
             attention.resize(
@@ -129,7 +127,7 @@ def expand(model: Model) -> Model:
 
 
 def _with_removed_units(model: nn.Module) -> nn.Module:
-    """A copy of a gated model with the closed units back, as zeros, that a :class:`dampr.Shrinker` took out."""
+    """A copy of a gated model in which the closed units that a :class:`dampr.Shrinker` took out are back, as zeros."""
     from .layout import WHOLE, moved
 
     large: Any = inputs.copied(model)
@@ -140,11 +138,9 @@ def _with_removed_units(model: nn.Module) -> nn.Module:
 
 
 def _widened(large: nn.Module, manifest: dict[str, Any]) -> nn.Module:
-    """What :func:`expand` does for a model whose units were cut out of its tensors, whatever layers hold them.
+    """What :func:`expand` does for a model whose manifest lists tensors and not layers.
 
-    Changes ``large`` in place and returns it.
-
-    Raises: ValueError as :func:`expand` does.
+    Changes ``large`` in place and returns it. Raises: ValueError as :func:`expand` does.
     """
     grown: dict[int, Tensor] = {}
     checked = []
@@ -173,139 +169,18 @@ def _widened(large: nn.Module, manifest: dict[str, Any]) -> nn.Module:
     return large
 
 
-def _dense_attention(grown: PrunedMultiheadAttention) -> nn.MultiheadAttention:
-    """An ``nn.MultiheadAttention`` with the parameters of ``grown``, whose parameters have all heads again."""
-    how = grown.dropout, grown.bias, grown.add_bias_kv, grown.add_zero_attn, grown.kdim, grown.vdim, grown.batch_first
-    whole = nn.MultiheadAttention(grown.embed_dim, grown.num_heads, *how, device="meta")
-    for name, p in grown.named_parameters():
-        parent, _, own = name.rpartition(".")
-        setattr(whole.get_submodule(parent), own, p)
-    return whole.train(grown.training)
-
-
-def _dense_recurrent(grown: StackedRNN, entry: dict[str, Any]) -> nn.RNNBase:
-    """One ``nn`` recurrent layer with the parameters of ``grown``, whose parts have equal widths again."""
-    first: Any = grown.rows()[0]
-    sizes = {**sizes_in(first, entry), "num_layers": len(grown.layers), "bidirectional": grown.bidirectional}
-    whole: nn.RNNBase = type(first)(**arguments_of(first) | sizes, device="meta")
-    whole.dropout = grown.dropout
-    own = dict(grown.named_parameters())
-    for name, former in grown.former_names().items():
-        setattr(whole, former, own[name])
-    whole._init_flat_weights()
-    return whole.train(grown.training)
-
-
 def _layer(model: nn.Module, name: str) -> Any:
-    """The layer ``name``, inside of a :class:`ScaledRNN` if there is one. Raises ValueError if it is not there."""
+    """The layer ``name``; if a :class:`ScaledRNN` has this name, the layer inside of it.
+
+    Raises: ValueError if there is none.
+    """
     try:
         layer = model.get_submodule(name)
     except AttributeError:
         raise ValueError(
             f"model={type(model).__name__}: its manifest names a layer {name!r} that is not there"
         ) from None
-    return layer.rnn if isinstance(layer, ScaledRNN) else layer
-
-
-def tensors_of(layer: nn.Module, entry: dict[str, Any]) -> dict[str, list[Places]]:
-    """What is left of each dimension of each tensor of ``layer``, by the name of the tensor, from its manifest entry.
-
-    None stands for a dimension that was not cut.
-    """
-    written, read = (places_in(entry.get(side)) for side in ("out", "in"))
-    if isinstance(layer, (nn.RNNBase, StackedRNN)):
-        return dict(_of_recurrent(layer, entry.get("units"), read))
-    if isinstance(layer, PrunedMultiheadAttention):
-        return _of_attention(layer, entry.get("heads"), written, read)
-    if "heads" in entry:
-        return {}
-    if isinstance(layer, nn.Embedding):
-        return {"weight": [None, written]}
-    if isinstance(layer, Scale):
-        return {"scale": [written]}
-    if isinstance(layer, (_NORMS, nn.LayerNorm, nn.PReLU)) or _was_depthwise(layer, entry):
-        return {name: [written] for name in ("weight", "bias", "running_mean", "running_var") if hasattr(layer, name)}
-    return {"weight": [read, written] if graph.is_transposed(layer) else [written, read], "bias": [written]}
-
-
-def _was_depthwise(layer: nn.Module, entry: dict[str, Any]) -> bool:
-    """Whether ``layer`` is a depthwise convolution, or what is left of one that has lost all but one channel."""
-    return graph.is_depthwise(layer) or (isinstance(layer, nn.modules.conv._ConvNd) and "groups" in entry)
-
-
-def _of_attention(
-    layer: PrunedMultiheadAttention, heads: dict[str, Any] | None, written: Places, read: Places
-) -> dict[str, list[Places]]:
-    """As :func:`tensors_of`, for an attention with heads cut.
-
-    heads: the entry of its heads; None if no head was cut. written, read: what is left of its output and input
-    channels.
-
-    Raises: ValueError if the entry does not fit the layer.
-    """
-    one: Places = None
-    three: Places = None
-    if heads is not None:
-        if (heads["before"], len(heads["kept"])) != (layer.num_heads, len(layer.heads)):
-            own = f"{len(layer.heads)} of {layer.num_heads}"
-            raise ValueError(f"manifest: heads={heads!r:.80}, expected {own}, those of the layer")
-        size = layer.num_heads * layer.head_dim
-        rows = torch.arange(size).view(int(heads["before"]), -1)[heads["kept"]].flatten()
-        one, three = (size, rows), (3 * size, torch.cat([rows + i * size for i in range(3)]))
-    return {
-        "in_proj_weight": [three, read],
-        "in_proj_bias": [three],
-        **{f"{name}_proj_weight": [one] for name in "qkv"},
-        **{name: [None, None, one] for name in ("bias_k", "bias_v")},
-        "out_proj.weight": [written, one],
-        "out_proj.bias": [written],
-    }
-
-
-def _of_recurrent(
-    layer: nn.RNNBase | StackedRNN, units: dict[str, Any] | None, read: Places
-) -> Iterator[tuple[str, list[Places]]]:
-    """As :func:`tensors_of`, for a recurrent layer.
-
-    units: the entry of its units; None if no unit was cut. read: what is left of its input features.
-
-    Raises: ValueError if the entry does not fit the layer.
-    """
-    each = 1 + layer.bidirectional
-    if units is not None and len(units["kept"]) != len(_rows(layer)):
-        found = f"{len(units['kept'])} lists of those that are kept"
-        raise ValueError(f"manifest: units: {found}, expected {len(_rows(layer))}, one for each layer")
-    for row, (part, names) in enumerate(_rows(layer)):
-        own = below = gates = None
-        if units is not None:
-            size = units["before"]
-            rows = [place[1] for r in units["kept"] if (place := places_in({"before": size, "kept": r})) is not None]
-            own = size, rows[row]
-            weight = part.get_parameter(names[0].rpartition(".")[2])
-            count = weight.shape[0] // part.hidden_size
-            if not part.proj_size:
-                gates = count * size, torch.cat([rows[row] + i * size for i in range(count)])
-            if row >= each:
-                first = row // each * each - each
-                below = each * size, torch.cat([rows[first + i] + i * size for i in range(each)])
-        for name in names:
-            if "weight_ih" in name:
-                yield name, [gates, read if row < each else below]
-            elif "weight_hh" in name:
-                yield name, [gates, own]
-            elif "weight_hr" in name:
-                yield name, [own, None]
-            else:
-                yield name, [gates]
-
-
-def _rows(layer: nn.RNNBase | StackedRNN) -> list[tuple[nn.RNNBase, list[str]]]:
-    """For each layer and direction, the ``nn`` module that holds it and the names of its weights in ``layer``."""
-    if isinstance(layer, nn.RNNBase):
-        return [(layer, names) for names in layer._all_weights]
-    names = list(layer.former_names())
-    count = len(names) // len(layer.rows())
-    return [(part, names[row * count : (row + 1) * count]) for row, part in enumerate(layer.rows())]
+    return without_factors(layer)
 
 
 def _check_fits(name: str, small: Tensor, places: list[Places]) -> None:
@@ -339,31 +214,8 @@ def shrink(large: Tensor, places: list[Places]) -> Tensor:
     return large
 
 
-def sizes_in(layer: Any, entry: dict[str, Any]) -> dict[str, int]:
-    """The size attributes of ``layer`` and the values that they had before the cut, from its manifest entry."""
-    written, read = (entry[side]["before"] if side in entry else None for side in ("out", "in"))
-    if "heads" in entry:
-        return {}
-    if isinstance(layer, nn.RNNBase):
-        units = entry["units"]["before"] if "units" in entry else None
-        found = {"input_size": read, "proj_size" if layer.proj_size else "hidden_size": units}
-    elif isinstance(layer, nn.Linear):
-        found = {"out_features": written, "in_features": read}
-    elif _was_depthwise(layer, entry):
-        found = dict.fromkeys(("out_channels", "in_channels", "groups"), written)
-    elif isinstance(layer, nn.modules.conv._ConvNd):
-        found = {"out_channels": written, "in_channels": read}
-    elif isinstance(layer, nn.Embedding):
-        found = {"embedding_dim": written}
-    elif isinstance(layer, nn.PReLU):
-        found = {"num_parameters": written}
-    else:
-        found = {} if isinstance(layer, Scale) else {"num_features": written}
-    return {name: size for name, size in found.items() if size is not None}
-
-
 def optimizers_of(given: Optimizers) -> list[torch.optim.Optimizer]:
-    """One optimizer or several as a list. Raises TypeError for anything else."""
+    """The argument ``optimizer`` (None, one or several) as a list. Raises TypeError for anything else."""
     found: list[Any] = [] if given is None else list(given) if isinstance(given, (list, tuple)) else [given]
     for one in found:
         if not isinstance(one, torch.optim.Optimizer):
@@ -411,19 +263,51 @@ def check_state(optimizer: torch.optim.Optimizer) -> None:
                     )
 
 
+class PassedChecks:
+    """Runs a check of an optimizer again only if the optimizer has changed.
+
+    It counts as changed if it is another object or has another number of parameters or of entries of state. A check
+    walks over all parameters, and the callers call it at every step of a training.
+    """
+
+    def __init__(self) -> None:
+        # its numbers of parameters and of entries of state when it passed
+        self._passed: WeakKeyDictionary[torch.optim.Optimizer, tuple[int, int]] = WeakKeyDictionary()
+
+    def __reduce__(self) -> Any:
+        return PassedChecks, ()  # what has passed is of this process
+
+    def run(self, optimizer: torch.optim.Optimizer, check: Callable[[torch.optim.Optimizer], None]) -> None:
+        """Call ``check``, unless it has returned for this optimizer as it is now."""
+        now = sum(len(group["params"]) for group in optimizer.param_groups), len(optimizer.state)
+        if self._passed.get(optimizer) != now:
+            check(optimizer)
+            self._passed[optimizer] = now
+
+    def forget(self) -> None:
+        """Forget what has passed, so that every check runs again."""
+        self._passed.clear()
+
+
 def check_trains(optimizer: torch.optim.Optimizer, model: nn.Module, name: str = "model") -> None:
-    """Raise ValueError if ``optimizer`` has no parameter of ``model``."""
+    """Raise ValueError if ``optimizer`` holds no parameter of ``model``; ``name`` is what the message calls the
+    model.
+    """
     own = {id(p) for p in model.parameters()}
     if not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
         raise ValueError(f"optimizer: it holds no parameter of {name}; expected the one that trains it")
 
 
 def kept_dims(state: Sequence[int], shape: Sequence[int]) -> list[int | None] | None:
-    """For each dimension of a state tensor the dimension of the parameter to which it corresponds; None for a size of
-    1.
+    """Which dimension of a parameter each dimension of a tensor of its optimizer state corresponds to.
 
-    Returns None if the shapes do not tell. Factored second moments (Adafactor) lack one dimension, or have size 1 in
-    its place.
+    Factored second moments (Adafactor) lack one dimension of the parameter, or have size 1 there.
+
+    Args:
+        state, shape: the shapes of the state tensor and of the parameter.
+
+    Returns: a list with an entry for each dimension of the state, None for one of size 1; None if the shapes do not
+    tell.
     """
     if len(state) == len(shape) and all(s in (1, n) for s, n in zip(state, shape, strict=True)):
         return [d if s == n else None for d, (s, n) in enumerate(zip(state, shape, strict=True))]
@@ -435,7 +319,7 @@ def kept_dims(state: Sequence[int], shape: Sequence[int]) -> list[int | None] | 
 
 
 def _cut_state(value: Any, shape: Sequence[int], places: list[Places]) -> Any:
-    """A state value of a parameter of ``shape``, cut as the parameter is."""
+    """A value from the state of a parameter that had ``shape``, cut as the parameter was, by ``places``."""
     if not isinstance(value, Tensor) or value.numel() <= 1:
         return value
     dims = kept_dims(value.shape, shape)
@@ -445,19 +329,23 @@ def _cut_state(value: Any, shape: Sequence[int], places: list[Places]) -> Any:
 
 
 def carry_over(optimizer: torch.optim.Optimizer, model: nn.Module, small: Any) -> None:
-    """Make ``optimizer``, which trained ``model``, train ``small``: the same groups of parameters, with the state cut
-    likewise.
+    """Make ``optimizer``, which trained ``model``, train ``small``: the groups stay, and the state is cut.
 
-    Parameters that are gone leave their group; an empty group stays, because schedulers count groups. Parameters of
+    Parameters that are gone leave their group. An empty group stays, because schedulers count groups. Parameters of
     other models stay in their group. A bias that compaction has added joins the group of its layer's weight, without
     state.
+
+    Args:
+        model: the model with gates; not changed.
+        small: the compacted model, with its manifest.
 
     Raises: ValueError, before anything changes, if the state cannot be cut.
     """
     check_state(optimizer)
     places: dict[str, list[Places]] = {}
     for name, entry in {} if "tensors" in small.dampr_manifest else small.dampr_manifest["layers"].items():
-        for attribute, each in tensors_of(_layer(small, name), entry).items():
+        layer = _layer(small, name)
+        for attribute, each in kind_of(layer).tensors(layer, entry).items():
             places[f"{name}.{attribute}"] = each
     for name in small.dampr_manifest.get("tensors", {}):
         places[name] = [places_in(entry) for entry in places_of(small.dampr_manifest, name)]

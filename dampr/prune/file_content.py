@@ -1,4 +1,6 @@
-"""What a file of :func:`dampr.save` says: whole, unchanged since it was written, and of the right form."""
+"""Reads the content of a file that :func:`dampr.save` wrote, and checks that it is complete, unchanged since it was
+written and of the right form.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +20,21 @@ KEY = "dampr"
 
 
 class FileError(RuntimeError):
-    """A file is not what it should be, or does not fit the model."""
+    """A file is damaged, of another kind than expected, or does not fit the model."""
 
 
 @dataclass(frozen=True)
 class Content:
-    """What a file says, in the right form; whether it fits a model is for :func:`fit` to find out."""
+    """The content of a file, of the right form. Whether it fits a model is checked by :func:`fit`.
+
+    Attributes:
+        where: the file, for error messages.
+        state: name -> tensor.
+        widths: name of a layer -> its sizes by attribute, such as ``{"in_features": 20}``.
+        architecture: the whole model as data, if it can be built from that alone; else None.
+        leftovers: name -> description of each ``dampr.nn`` layer that compaction put into the model.
+        compaction: the manifest of compaction, or None.
+    """
 
     where: str
     state: dict[str, Tensor]
@@ -34,10 +45,10 @@ class Content:
 
 
 def read(path: str | os.PathLike[str]) -> Content:
-    """The content of a file: unchanged since it was written, and of the right form.
+    """The content of a file, after all checks of its form.
 
-    safetensors opens a file by its name twice, for the header and for the tensors. Where another one took its place in
-    between, that one is read.
+    safetensors opens the file twice by its name, for the header and for the tensors. If another file took its place in
+    between, the new one is read instead.
     """
     where = f"path={os.fspath(path)!r}"
     while True:
@@ -55,11 +66,13 @@ def read(path: str | os.PathLike[str]) -> Content:
 
 
 def _identity(path: str | os.PathLike[str]) -> tuple[int, int, int]:
+    """Device, inode and time of change of a file, by which a replaced file is noticed."""
     stat = os.stat(path)
     return stat.st_dev, stat.st_ino, stat.st_mtime_ns
 
 
 def _read_once(path: str | os.PathLike[str], where: str) -> Content:
+    """Read and check the file. Raises FileError."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -100,12 +113,13 @@ def _read_once(path: str | os.PathLike[str], where: str) -> Content:
 
 
 def is_size(value: Any) -> bool:
+    """Whether ``value`` is an int that a dimension can have."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
 def digest(manifest: dict[str, Any], state: dict[str, Tensor]) -> str:
-    """SHA-256 over the manifest without its digest, and the names, dtypes, shapes and values of all tensors."""
-    # keys as they come back
+    """The SHA-256 over the manifest without its own digest, and the names, dtypes, shapes and values of all tensors."""
+    # Through JSON and back, because keys that are not strings become strings in the file.
     rest = json.loads(json.dumps({key: value for key, value in manifest.items() if key != "sha256"}))
     total = hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode())
     for name in sorted(state):

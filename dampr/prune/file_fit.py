@@ -1,4 +1,4 @@
-"""Whether what a file says fits a model: names, sizes and dtypes of tensors, and the widths of layers."""
+"""Checks whether the content of a file fits a model: names, sizes and dtypes of tensors, and widths of layers."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 from . import composites
 from .file_content import Content, FileError, is_size
 from .file_layers import arguments_of, construct, parameters_of
+from .layers.registry import kind_of
 from .unit_compact import sizes_of
 from .units.sizes import number_of
 
@@ -47,29 +48,19 @@ WIDTHS = (
         "nx",
     ),  # of transformers' attention and Conv1D
 )
-_MAY_GAIN_BIAS = (nn.Linear, nn.modules.conv._ConvNd)
-_AFFINE = {nn.modules.batchnorm._NormBase: "affine", nn.LayerNorm: "elementwise_affine"}  # what a norm says of its gain
-_SIZED = (
-    *_MAY_GAIN_BIAS,
-    nn.modules.batchnorm._NormBase,
-    nn.LayerNorm,
-    nn.GroupNorm,
-    nn.PReLU,
-    nn.Embedding,
-    nn.MultiheadAttention,
-    nn.RNNBase,
-)
 
 
 def is_width(module: nn.Module, attribute: str) -> bool:
-    """Whether a layer has its size in this attribute, and not one that follows from others."""
+    """Whether the layer stores a size in this attribute, rather than computing it from others (a property)."""
     return not isinstance(getattr(type(module), attribute.partition(".")[0], None), property) and is_size(
         width_of(module, attribute)
     )
 
 
 def width_of(module: nn.Module | None, attribute: str) -> Any:
-    """What a layer has in this attribute; of a norm of one dimension its size. "shape.0" is a number in a tuple."""
+    """The value of an attribute; for the shape of a norm over one dimension its size. "shape.0" is the first number of
+    a tuple.
+    """
     if "." in attribute:
         return None if module is None else number_of(module, attribute)
     value = getattr(module, attribute, None)
@@ -77,11 +68,11 @@ def width_of(module: nn.Module | None, attribute: str) -> Any:
 
 
 def fit(model: nn.Module, content: Content, exact: bool = False) -> list[tuple[nn.Module, str, str, Tensor]]:
-    """What goes where in a model, as (layer, attribute, name in the file, tensor it is to be like), after all checks;
-    changes nothing.
+    """Check that a file fits a model, and return where each tensor goes: (layer, attribute, name in the file, tensor
+    that it replaces). Nothing is changed.
 
-    A tensor takes the place of one no smaller and of the same dtype, or, if the model was built for the file
-    (``exact``), of one of the same shape; that model takes on the file's floating dtypes.
+    A tensor must be no larger than the one that it replaces, and of the same dtype. If the model was built for the file
+    (``exact``), the shapes must be equal, and floating dtypes are taken from the file. Raises FileError.
     """
     where, state = content.where, content.state
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -90,15 +81,12 @@ def fit(model: nn.Module, content: Content, exact: bool = False) -> list[tuple[n
     stored = {id(own[name]): name for name in reversed(own) if name in state}
     like = dict(own)
     for name in set(state) - set(own):
-        layer = modules.get(name.rpartition(".")[0])
-        if name.endswith("bias") and isinstance(layer, _MAY_GAIN_BIAS) and layer.bias is None:
+        layer: Any = modules.get(name.rpartition(".")[0])
+        kind = kind_of(layer)
+        if name.endswith("bias") and kind.reads and getattr(layer, "bias", False) is None:
             like[name] = layer.weight
-        elif (
-            name.endswith(("weight", "bias"))
-            and affine_of(layer) is not None
-            and getattr(layer, "weight", None) is None
-        ):
-            known = next((t for t in layer.buffers() if t.is_floating_point()), None)  # type: ignore[union-attr]
+        elif name.endswith(("weight", "bias")) and kind.affine is not None and getattr(layer, "weight", None) is None:
+            known = next((t for t in layer.buffers() if t.is_floating_point()), None)
             like[name] = nn.Parameter(torch.empty_like(state[name] if known is None else known))
     source = {n: n if n in state else stored.get(id(t), "") for n, t in like.items()}
     absent, missing = sorted(set(state) - set(like)), [n for n, found in source.items() if not found]
@@ -124,18 +112,14 @@ def fit(model: nn.Module, content: Content, exact: bool = False) -> list[tuple[n
     return [(modules[n.rpartition(".")[0]], n.rpartition(".")[2], found, like[n]) for n, found in source.items()]
 
 
-def affine_of(module: nn.Module | None) -> str | None:
-    """The attribute of a norm that says whether it has a gain; None of other layers."""
-    return next((attribute for kind, attribute in _AFFINE.items() if isinstance(module, kind)), None)
-
-
 _Shapes = dict[str, tuple[int, ...]]
 
 
 def _check_widths(modules: dict[str, nn.Module], content: Content, shapes: _Shapes, exact: bool) -> None:
-    """The widths name attributes that are there, and a layer built with them has tensors of the file's shapes.
+    """Raise FileError unless the widths name existing attributes, and layers built with these widths have tensors of
+    the file's shapes.
 
-    What was built from the file (``exact``: all of it) has these widths already.
+    With ``exact`` the model was built from the file, and all its layers already have these widths.
     """
     for name, attributes in content.widths.items():
         for attribute, value in attributes.items():
@@ -143,13 +127,13 @@ def _check_widths(modules: dict[str, nn.Module], content: Content, shapes: _Shap
             size = width_of(modules.get(name), attribute)
             if not known or not is_size(size):
                 raise FileError(f"{content.where}: manifest: widths: model has no size {name}.{attribute}")
-            built = not isinstance(modules[name], _SIZED) and (exact or composites.is_own(modules[name]))
+            built = not kind_of(modules[name]).from_file and (exact or composites.is_own(modules[name]))
             if size != value and built:
                 what = f"{name}.{attribute}={value}, expected {size}, what the layer is built with"
                 raise FileError(f"{content.where}: manifest: widths: {what}")
     names = {module: name for name, module in reversed(modules.items())}
     for module, name in names.items():
-        if not isinstance(module, _SIZED):
+        if not kind_of(module).from_file:
             continue
         kind = next(k for k in type(module).__mro__ if getattr(nn, k.__name__, None) is k)
         prefix = f"{name}." if name else ""
@@ -157,7 +141,7 @@ def _check_widths(modules: dict[str, nn.Module], content: Content, shapes: _Shap
         arguments = arguments_of(module, kind) | {k: v for k, v in widths.items() if k in parameters_of(kind)}
         if f"{prefix}bias" in shapes:
             arguments.pop("bias", None)
-        if f"{prefix}weight" in shapes and (affine := affine_of(module)) is not None:
+        if f"{prefix}weight" in shapes and (affine := kind_of(module).affine) is not None:
             arguments[affine] = True
         twin = construct(kind, arguments, f"{content.where}: layer {name!r}")
         if isinstance(twin, nn.modules.conv._ConvNd):

@@ -1,4 +1,4 @@
-"""Layers of torch.nn and dampr.nn as data, and layers built from such data."""
+"""Describe layers of torch.nn and dampr.nn as plain data for a file, and build layers from such data."""
 
 from __future__ import annotations
 
@@ -16,10 +16,16 @@ from dampr import nn as dampr_nn
 from . import composites
 from .file_content import Content, FileError, is_size
 
-_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+def _is_container(kind: type) -> bool:
+    return issubclass(kind, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
 
 
 def describe(module: nn.Module) -> dict[str, Any]:
+    """A layer as plain data: its type, and its constructor's arguments or its children.
+
+    Raises: TypeError for a layer that such data does not determine.
+    """
     kind = type(module)
     parts = composites.parts_of(module)
     if parts is not None:
@@ -30,7 +36,7 @@ def describe(module: nn.Module) -> dict[str, Any]:
         }
     if getattr(nn, kind.__name__, None) is not kind:
         raise TypeError(f"{kind.__name__} is not a class of torch.nn")
-    if isinstance(module, _CONTAINERS):
+    if _is_container(kind):
         children = {name: describe(child) for name, child in module._modules.items()}  # type: ignore[arg-type]
         return {"type": kind.__name__, "children": children}
     if module._modules:
@@ -39,8 +45,10 @@ def describe(module: nn.Module) -> dict[str, Any]:
 
 
 def describe_leftovers(model: nn.Module) -> dict[str, Any]:
-    """The outermost layers of dampr.nn in a model by name, as far as data can tell what they are,
-    and what stands for nothing at all.
+    """The outermost layers of dampr.nn and ``nn.Identity`` in a model: name -> description.
+
+    Compaction leaves these in the place of other layers of the dense model. Those that data cannot describe are left
+    out.
     """
     found: dict[str, Any] = {}
     for name, module in model.named_modules():
@@ -53,7 +61,10 @@ def describe_leftovers(model: nn.Module) -> dict[str, Any]:
 
 
 def parameters_of(kind: type[Any]) -> dict[str, Any]:
-    """The constructor's parameters and their defaults; recurrent layers pass theirs on to nn.RNNBase."""
+    """The parameters of a type's constructor and their defaults, without device, dtype and process_group.
+
+    Recurrent layers pass theirs on to nn.RNNBase, whose signature is read instead.
+    """
     recurrent = issubclass(kind, nn.RNNBase)
     signature = inspect.signature(nn.RNNBase if recurrent else kind)
     named = {n: p.default for n, p in signature.parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
@@ -63,8 +74,8 @@ def parameters_of(kind: type[Any]) -> dict[str, Any]:
 
 
 def arguments_of(module: nn.Module, kind: type[Any]) -> dict[str, Any]:
-    """The constructor's arguments, from the attributes of the same names,
-    as far as there are any and they are not the defaults.
+    """The constructor's arguments that a layer has as attributes of the same names, without those that equal the
+    defaults.
     """
     arguments: dict[str, Any] = {}
     for name, default in parameters_of(kind).items():
@@ -77,7 +88,15 @@ def arguments_of(module: nn.Module, kind: type[Any]) -> dict[str, Any]:
 
 
 def build(description: Any, content: Content, depth: int = 0) -> nn.Module:
-    """A model from its description, with tensors that take no memory."""
+    """Build a model from its description, on the meta device.
+
+    Args:
+        description: as :func:`describe` returns it, read from a file.
+        content: the file, for messages and as a limit for counts of layers.
+        depth: how many containers are around this one.
+
+    Raises: FileError for a description that :func:`describe` cannot have written.
+    """
     where = f"{content.where}: architecture"
     if not isinstance(description, dict) or not isinstance(description.get("type"), str):
         raise FileError(f"{where}: {description!r} has to be an object with a type")
@@ -86,17 +105,17 @@ def build(description: Any, content: Content, depth: int = 0) -> nn.Module:
     kind = getattr(nn, description["type"], None)
     if not (isinstance(kind, type) and issubclass(kind, nn.Module) and kind is not nn.Module):
         raise FileError(f"{where} names {description['type']!r}: expected a class of torch.nn")
-    parts = description.get("children" if issubclass(kind, _CONTAINERS) else "arguments")
+    parts = description.get("children" if _is_container(kind) else "arguments")
     if not isinstance(parts, dict):
         raise FileError(f"{where}: torch.nn.{kind.__name__} comes without children or arguments")
-    if issubclass(kind, _CONTAINERS):
+    if _is_container(kind):
         container = kind()
         for name, child in parts.items():
             if not name or "." in name or hasattr(container, name) or depth > 100:
                 raise FileError(f"{where}: {name!r} cannot be in torch.nn.{kind.__name__}")
             container.add_module(name, build(child, content, depth + 1))
         return container
-    # a count that takes time even without memory
+    # A large number of layers would take long to build, even on the meta device.
     layers = [value for name, value in parts.items() if name.endswith("_layers")]
     if set(parts) - set(parameters_of(kind)) or not all(is_size(n) and n <= len(content.state) for n in layers):
         raise FileError(f"{where}: torch.nn.{kind.__name__} does not take {parts}")
@@ -106,7 +125,10 @@ def build(description: Any, content: Content, depth: int = 0) -> nn.Module:
 
 
 def _check_kinds(parameters: dict[str, Any], given: dict[str, Any], where: str) -> None:
-    """Raise FileError for what is not of the kind of a constructor's default; those of torch look at few arguments."""
+    """Raise FileError if an argument has another type than the default of its parameter.
+
+    The constructors of torch check few arguments.
+    """
     for name, value in given.items():
         default = parameters.get(name)
         if isinstance(default, bool):
@@ -123,14 +145,17 @@ def _check_kinds(parameters: dict[str, Any], given: dict[str, Any], where: str) 
 
 
 def _is_whole(value: Any) -> bool:
+    """Whether a value is an integer (no bool) that fits 64 bits."""
     return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
 
 
 def _is_number(value: Any) -> bool:
+    """Whether a value is a finite number, and no bool."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
 
 
 def _build_composite(description: dict[str, Any], content: Content, depth: int) -> nn.Module:
+    """Build a layer of :mod:`.composites` from its arguments and children. Raises FileError as :func:`build` does."""
     arguments, children = description.get("arguments"), description.get("children")
     if (
         not isinstance(arguments, dict)
@@ -157,9 +182,10 @@ def _build_composite(description: dict[str, Any], content: Content, depth: int) 
 
 
 def construct(kind: type[Any], arguments: dict[str, Any], where: str) -> nn.Module:
+    """A layer of this type on the meta device. Raises FileError if its constructor does not take the arguments."""
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return kind(**arguments)
-    except Exception as error:  # whatever torch's constructors make of values that are not theirs
+    except Exception as error:  # a constructor may raise anything for wrong values
         raise FileError(f"{where}: torch.nn.{kind.__name__} does not take {arguments} ({error})") from error

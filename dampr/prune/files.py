@@ -1,7 +1,8 @@
-"""save and load: tensors in safetensors, everything else as JSON in its header. No pickle is written or read.
+"""Saving and loading of compacted models: tensors as safetensors, everything else as JSON in the file's header. No
+pickle is written or read.
 
-A file is not believed: its digest, the form of its manifest and the fit of every tensor are checked before a model is
-touched.
+A file is not trusted: its digest, the form of its manifest and the fit of every tensor are checked before a model is
+changed.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ from dampr.nn import GatedLayer
 
 from . import inputs
 from .file_content import FORMAT, KEY, Content, FileError, digest, read
-from .file_fit import WIDTHS, affine_of, fit, is_width, width_of
+from .file_fit import WIDTHS, fit, is_width, width_of
 from .file_layers import build, describe, describe_leftovers
 from .inputs import Model
+from .layers.registry import kind_of
 from .modules import by_name
 from .unit_compact import sizes_of
 from .units.sizes import set_number
@@ -32,16 +34,16 @@ from .wrapped import check_bare, sees_through
 
 @sees_through
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Write a plain (compacted) model: one safetensors file whose header holds the manifest.
+    """Write a plain (compacted) model into one safetensors file, whose header holds the manifest.
 
-    Models made of ``nn.Sequential``, ``nn.ModuleList``, ``nn.ModuleDict``, ``torch.nn`` layers (attention, transformer
-    layers and stacks of them too) and the plain ones of ``dampr.nn`` can be loaded by the path alone, if building them
-    anew from what the manifest says of them gives the same (tried here); any other needs its dense original at loading
-    time. The file appears whole or not at all.
+    Some models can later be loaded by the path alone: those made of ``nn.Sequential``, ``nn.ModuleList``,
+    ``nn.ModuleDict``, ``torch.nn`` layers (attention, transformer layers and stacks of them too) and the plain layers
+    of ``dampr.nn``, if building the model from its description gives the same model, which is tried here. Any other
+    model needs its dense original at loading time. The file appears whole or not at all.
 
-    Raises: TypeError for a model that still has gates (compact it first), and for what its state dict has beside dense
-    tensors with values; FileError for a layer whose tensors are not
-    of the size that its attributes (``in_features``, ...) say.
+    Raises: TypeError for a model that still has gates (compact it first), and for a state dict with anything but dense
+    tensors with values; FileError for a layer whose tensors have other sizes than its attributes (``in_features``, ...)
+    say.
     """
     from safetensors.torch import save_file
 
@@ -52,8 +54,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         n: {a: width_of(m, a) for a in (*WIDTHS, *own.get(n, {})) if is_width(m, a)} for n, m in model.named_modules()
     }
     for name, module in model.named_modules():
-        if isinstance(module, nn.RNNBase) and not module.proj_size:
-            del widths[name]["proj_size"]  # no argument of nn.GRU and nn.RNN
+        if kind_of(module).recurrent and not module.proj_size:
+            del widths[name]["proj_size"]  # nn.GRU and nn.RNN do not take this argument
     compaction = getattr(model, "dampr_manifest", None)
     content = Content(
         "model", _unshared(model), {n: a for n, a in widths.items() if a}, None, describe_leftovers(model), compaction
@@ -82,17 +84,17 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
 
     Args:
         path: the file.
-        model: the dense original, as it was before ``convert`` (its weights do not matter), in the dtypes of the file;
-            it is narrowed in place and returned. A bias that compaction gave to a linear or conv layer is added, and
-            the gain of a norm that had none; a layer of ``dampr.nn`` that it put in the place of another one is put
-            there. None: the model is built from the file, in its dtypes, which works for containers and layers of
-            ``torch.nn`` and those of ``dampr.nn``.
+        model: the dense original, as it was before ``convert`` (its weights do not matter), in the dtypes of the file.
+            It is narrowed in place and returned. What compaction added to the model is added here too: the bias of a
+            linear or convolution layer, the weight of a norm, and layers of ``dampr.nn`` that replace others. None: the
+            model is built from the file, in its dtypes, which works for containers, layers of ``torch.nn`` and those of
+            ``dampr.nn``.
 
-    Returns: the model in evaluation mode, on the CPU when built from the file.
+    Returns: the model in evaluation mode; on the CPU if it was built from the file.
 
-    Raises: FileNotFoundError; FileError for a file that is truncated, damaged, changed, not from here, or that does not
-    fit ``model``, which then is as it was. (The digest finds accidents; whoever changes a file on purpose can recompute
-    it, so all else is checked too.)
+    Raises: FileNotFoundError; FileError for a file that is truncated, damaged, changed, not written by dampr, or that
+    does not fit ``model``, which then is as it was. (The digest finds accidents; whoever changes a file on purpose can
+    recompute it, so everything else is checked too.)
     """
     if model is not None:
         check_bare(_checks.module("model", model), "its layers become narrower")
@@ -118,22 +120,26 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
             data = content.state[name].to(device="cpu" if old.is_meta else old.device)
             made[name] = nn.Parameter(data, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else data
         changes.append((module, attribute, made[name]))
-    for module, attribute, tensor in changes:  # no tensor was changed so far
+    for module, attribute, tensor in changes:  # the model is changed only from here on, after all checks
         setattr(module, attribute, tensor)
     for name, attributes in content.widths.items():
         for attribute, value in attributes.items():
             set_number(model.get_submodule(name), attribute, (value,) if attribute == "normalized_shape" else value)
-    for module in model.modules():
-        if isinstance(module, nn.RNNBase):
-            module.flatten_parameters()
-        if (affine := affine_of(module)) is not None and module.weight is not None:
-            setattr(module, affine, True)
+    layers: list[Any] = list(model.modules())
+    for layer in layers:
+        kind = kind_of(layer)
+        if kind.recurrent:
+            layer.flatten_parameters()
+        if kind.affine is not None and layer.weight is not None:
+            setattr(layer, kind.affine, True)
     model.dampr_manifest = content.compaction  # type: ignore[assignment]
     return model.eval()
 
 
 def check_plain(model: nn.Module, by: str = "dampr.compact") -> None:
-    """Raise TypeError that names the first layer with gates, and ``by`` which function they go."""
+    """Raise TypeError, with the name of the first gated layer, if the model has gates. ``by`` is the function that
+    would remove them, for the message.
+    """
     _checks.module("model", model)
     gated = [name for name, module in by_name(model, GatedLayer).items()]
     if gated:
@@ -144,8 +150,8 @@ def check_plain(model: nn.Module, by: str = "dampr.compact") -> None:
 
 
 def read_manifest(path: str | os.PathLike[str]) -> tuple[dict[str, Any], int]:
-    """What compaction recorded in a file of :func:`save` ({} where it did not), and how many parameters and buffers the
-    file holds.
+    """(the manifest of compaction in a file of :func:`save`, {} if there is none; the number of elements of all tensors
+    in the file).
 
     Raises FileNotFoundError and FileError like :func:`load`.
     """
@@ -154,9 +160,9 @@ def read_manifest(path: str | os.PathLike[str]) -> tuple[dict[str, Any], int]:
 
 
 def _unshared(model: nn.Module) -> dict[str, Tensor]:
-    """The state of a model with each shared tensor under its first name only, and each in memory of its own.
+    """The state of a model with each shared tensor only under its first name, and each tensor in memory of its own.
 
-    Raises TypeError for what is no dense tensor with values.
+    Raises TypeError for anything but dense tensors with values.
     """
     first: dict[int, str] = {}
     state: dict[str, Tensor] = {}
@@ -172,14 +178,15 @@ def _unshared(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _kind(value: Any) -> str:
+    """What a value in a state dict is, for the error message."""
     if not isinstance(value, Tensor) or is_lazy(value):
         return type(value).__name__
     return "on the meta device" if value.is_meta else str(value.layout)
 
 
 def _describe_whole(model: nn.Module, content: Content) -> dict[str, Any] | None:
-    """A model as data, or None if that does not lead back to the same: in text,
-    in the attributes that constructors set, in its tensors.
+    """The model as data; None if a model built from that data would differ in its text, in its constructors' attributes
+    or in its tensors.
     """
     try:
         description = describe(model)
@@ -202,9 +209,10 @@ def _describe_whole(model: nn.Module, content: Content) -> dict[str, Any] | None
 
 
 def _put_leftovers(model: nn.Module, content: Content) -> dict[nn.Module, nn.Module]:
-    """Put the layers of dampr.nn that a file has into its dense original, empty; returns old and new ones.
+    """Put the ``dampr.nn`` layers that a file describes into the dense original, without values yet. Returns old layer
+    -> new layer.
 
-    Or FileError, and no change.
+    Raises FileError, and then changes nothing.
     """
     modules = dict(model.named_modules())
     replaced: dict[nn.Module, nn.Module] = {}

@@ -1,4 +1,6 @@
-"""Which layer's outputs get to which layers, and through what operations: read off autograd's graph of one run."""
+"""The graph of a model: which layers read which layers' outputs, through which operations. It is read off autograd's
+graph of one run.
+"""
 
 from __future__ import annotations
 
@@ -13,19 +15,18 @@ from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
 from . import inputs, noise, tracing
-
-# layers even where they have no parameters
-_NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
+from .layers.registry import kind_of
 
 
 @dataclass(eq=False)
 class Node:
-    """A layer, in all of its calls; a bare parameter; or one operation between layers.
+    """A node of the graph: a layer (with all its calls), a bare parameter, or one operation between layers.
 
     Attributes:
         module: the layer or parameter; None for an operation.
         operation: the type of autograd's node, such as "MulBackward0"; "" for a layer or parameter.
-        returned: whether it makes one of the model's outputs.
+        inputs, outputs: the nodes that this one reads, and those that read it.
+        returned: whether its result is one of the model's outputs.
     """
 
     module: nn.Module | nn.Parameter | None = None
@@ -36,13 +37,18 @@ class Node:
 
 
 class Flow:
-    """The graph of a model in evaluation mode; the model is left as it was.
+    """The graph of a model in evaluation mode. ``flow[layer]`` is the node of a layer, ``layer in flow`` whether it
+    ran.
 
-    ``whole``: modules that are one node though they have others in them, beside attention and recurrent layers. What
-    the model's forward raises is raised.
+    Args:
+        model: the model; afterwards as it was.
+        example_inputs: the inputs of the run.
+        whole: modules that count as one node although they have children. Attention and recurrent layers always do.
 
     Attributes:
-        calls: the layers that ran, in the order of their first calls, and how often.
+        calls: layer -> the number of its calls, in the order of the first calls.
+
+    Raises: what the model's forward raises.
     """
 
     def __init__(self, model: nn.Module, example_inputs: Any, whole: set[nn.Module]) -> None:
@@ -53,16 +59,16 @@ class Flow:
         self._walk(inputs.without_arithmetic(model, example_inputs, run))
 
     def _start(self, own: dict[Any, Any]) -> None:
-        """Nothing has run yet. ``own``: of modules and parameters of a copy that runs those of the model."""
+        """Forget an earlier run. ``own``: module or parameter of the copy that will run -> that of the model."""
         self._own = own
         self.calls: dict[nn.Module, int] = {}
-        # by what a layer returned -> the layer, and what it was given
+        # a layer's output node -> the layer, and its input nodes
         self._made: dict[Any, tuple[nn.Module, list[Any]]] = {}
         self._given: dict[nn.Module, list[list[Any]]] = {}
         self._nodes: dict[Any, Node] = {}
 
     def _run(self, model: nn.Module, example_inputs: Any, whole: set[nn.Module]) -> list[Any]:
-        """Autograd's nodes of what the model returns."""
+        """Run ``model`` and return autograd's nodes of its outputs."""
         cores = {module for module in model.modules() if self._own.get(module, module) in whole}
         layers = [m for m in model.modules() if tracing.is_leaf(m) or m in cores]
         hooks: list[RemovableHandle] = [m.register_forward_pre_hook(self._enter, with_kwargs=True) for m in layers]
@@ -76,7 +82,7 @@ class Flow:
             noise.same(model),
             warnings.catch_warnings(),
         ):
-            warnings.simplefilter("ignore")  # what warns has warned before
+            warnings.simplefilter("ignore")  # the model has already given its warnings in an earlier run
             return [t.grad_fn for t in inputs.tensors(inputs.call(model, example_inputs)) if t.grad_fn is not None]
 
     def __contains__(self, layer: Any) -> bool:
@@ -86,19 +92,22 @@ class Flow:
         return self._nodes[layer]
 
     def _enter(self, layer: nn.Module, args: Any, kwargs: Any = None) -> None:
+        """Forward pre-hook: count the call and note the autograd nodes of what the layer is given."""
         layer = self._own.get(layer, layer)
         self.calls[layer] = self.calls.get(layer, 0) + 1
         self._given.setdefault(layer, []).append(_graph_nodes((args, kwargs)))
 
     def _leave(self, layer: nn.Module, args: Any, output: Any) -> None:
+        """Forward hook: note the autograd nodes that this layer made, unless they came in as inputs."""
         layer = self._own.get(layer, layer)
         given = self._given[layer].pop()
-        is_layer = isinstance(layer, _NORMS) or next(layer.parameters(), next(layer.buffers(), None)) is not None
+        is_layer = kind_of(layer).normalises or next(layer.parameters(), next(layer.buffers(), None)) is not None
         for made in _graph_nodes(output) if is_layer else []:
             if made not in given:
                 self._made[made] = layer, given
 
     def _walk(self, results: list[Any]) -> None:
+        """Build the graph by walking autograd's nodes backwards from ``results``, the nodes of the outputs."""
         todo: list[tuple[Any, Node | None]] = [(made, None) for made in results]
         seen: set[Any] = set()
         while todo:
@@ -120,6 +129,7 @@ class Flow:
             node.outputs.reverse()
 
     def _node(self, made: Any) -> Node:
+        """The node of what autograd's node ``made`` belongs to: a layer, a parameter, or the operation itself."""
         variable = getattr(made, "variable", made)
         key = self._made[made][0] if made in self._made else self._own.get(variable, variable)
         if key not in self._nodes:

@@ -1,8 +1,7 @@
-"""Which widths of a network are tied together: what layers write and read, by the units of :mod:`.units`.
+"""The widths of a model: which layers share channels, and which channels can be cut without a change of the result.
 
-A *width* is one dimension that several layers share: the layers that write it (producers) and those that read it
-(consumers). Channels that go together are one class of units. This module says of a layer's channels which layers share
-them, and which can go without changing a result.
+A *width* is one dimension that several layers share: the layers that write it (producers) and the layers that read it
+(consumers). The units come from :mod:`.units`; channels that have to go together have the same class.
 """
 
 from __future__ import annotations
@@ -15,42 +14,32 @@ from typing import Any
 
 from torch import nn
 
-from dampr.nn import GatedLayer, Scale
+from dampr.nn import GatedLayer
 from dampr.nn.computed import computed
 
 from . import heads, inputs
 from .flow import Flow, Node
-from .tracing import ATTENTION, GEMMS, channel_count, is_depthwise, is_transposed, pads_with_zeros
+from .layers.base import CannotCutError
+from .layers.registry import channel_count, kind_of
 from .units import Units, trace_units
 
-__all__ = [
-    "GEMMS",
-    "NORMS",
-    "CannotCutError",
-    "Closed",
-    "Side",
-    "Widths",
-    "channel_count",
-    "is_depthwise",
-    "is_transposed",
-    "pads_with_zeros",
-]
-
-NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm)
-_PASSES_THROUGH = (Scale, nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.PReLU)
-_READERS = (nn.Linear, nn.modules.conv._ConvNd, *ATTENTION, nn.RNNBase)
 _KEEPS_ZERO = ("SiluBackward0", "GeluBackward0", "ReluBackward0", "TanhBackward0")  # functions with f(0) = 0
 
-Side = tuple[nn.Module, bool]  # a layer, and whether the channels that it writes are meant or those that it reads
-Closed = dict[Side, set[int]]  # the closed channels of each
+Side = tuple[nn.Module, bool]  # a layer, and True for the channels that it writes, False for those that it reads
+Closed = dict[Side, set[int]]  # side -> its closed channels
 
 
 @dataclass(frozen=True)
 class Member:
-    """One layer's side of a width: which of its channels belong to which class.
+    """One side of a layer that belongs to a width.
 
-    ``passes``: the layer only hands channels on (norms, activations, depthwise convolutions), and is neither producer
-    nor consumer.
+    Attributes:
+        module: the layer.
+        writes: whether the side is what the layer writes, or what it reads.
+        channels: the indices of its channels that belong to the width.
+        classes: the class of each of these channels.
+        passes: whether the layer only hands channels on (norms, activations, depthwise convolutions), so that it is
+            neither a producer nor a consumer.
     """
 
     module: nn.Module
@@ -72,15 +61,19 @@ class TracingError(RuntimeError):
     """The operators of a model cannot be followed, though it runs."""
 
 
-class CannotCutError(Exception):
-    """Why closed channels stay; the message completes a note of the manifest."""
-
-
 class Widths:
     """The widths of a model, traced in evaluation and in training mode; the model is left as it was.
 
-    ``units``: of the model, where they are known. A model with gates is seen as ``plain`` is, a copy without gates in
-    which layers have their names; ``traced`` is what was seen.
+    Args:
+        model: the model, with gates or without.
+        example_inputs: the inputs of the trace.
+        units: the units of the model if they are known; they are traced otherwise.
+        plain: for a model with gates, a copy without gates in which layers have the same names. The operators of the
+            copy are traced instead.
+
+    Attributes:
+        traced: the model whose operators were traced: ``plain`` if it is given, else ``model``.
+        units: its units.
 
     Raises: TracingError; what the model's forward raises.
     """
@@ -103,7 +96,7 @@ class Widths:
         self._sides: dict[frozenset[int], list[Member]] = {}
         twins = dict(plain.named_modules()) if plain is not None else {}
         for module, name in self._names.items():
-            # a norm that took in its activation
+            # A gated norm that also computes the activation after it is a Sequential of both in the plain copy.
             two = isinstance(module, GatedLayer) and isinstance(twins.get(name), nn.Sequential)
             self._paths[module] = f"{name}.0." if two else f"{name}." if name else ""
         modules = {path: module for module, path in self._paths.items()}
@@ -132,8 +125,8 @@ class Widths:
     # ---- what comes after what
 
     def reaches_output(self, module: nn.Module) -> bool:
-        """Whether the outputs of ``module`` get to the model's output without being read by another layer on some
-        path.
+        """Whether on some path the outputs of ``module`` become outputs of the model before another layer reads
+        them.
         """
         todo, seen = [self._flow[module]], set()
         while todo:
@@ -143,41 +136,47 @@ class Widths:
             seen.add(node)
             if node.returned:
                 return True
-            todo.extend(after for after in node.outputs if not isinstance(after.module, _READERS))
+            todo.extend(after for after in node.outputs if not kind_of(after.module).reads)
         return False
 
     def sources(self, layer: nn.Module) -> list[Any]:
-        """The layers and bare parameters whose values get to ``layer`` through operations alone."""
+        """The layers and bare parameters whose values reach ``layer`` through operations alone, with no layer in
+        between.
+        """
         return [node.module for node in self._flow.neighbours(layer, lambda node: node.inputs)]
 
     def targets(self, layer: Any) -> list[Any]:
-        """The layers that the values of a layer, or of a bare parameter, get to through operations alone;
-        None is the model's output.
+        """The layers that the values of a layer, or of a bare parameter, reach through operations alone, with no layer
+        in between.
+
+        None in the list stands for the model's output.
         """
         end = Node(nn.Identity(), "")
         found = self._flow.neighbours(layer, lambda node: [*node.outputs, *[end] * node.returned])
         return [None if node is end else node.module for node in found]
 
     def norm_after(self, module: nn.Module) -> nn.Module | None:
-        """The BatchNorm, or :class:`Scale`, that alone reads the outputs of ``module``, both called once;
-        None without one.
+        """The BatchNorm or :class:`Scale` that is the only reader of ``module`` and has its channels, if both are
+        called once; else None.
         """
         after = self._flow[module].outputs
-        norm = after[0].module if len(after) == 1 else None
-        if not isinstance(norm, (nn.modules.batchnorm._BatchNorm, Scale)) or norm.num_features != channel_count(
-            module, True
-        ):
+        norm: Any = after[0].module if len(after) == 1 else None
+        kind = kind_of(norm)
+        if not (kind.gates_values and kind.passes) or kind.width(norm, True) != channel_count(module, True):
             return None
         return norm if self._calls(module) == self._calls(norm) == 1 else None
 
     def _calls(self, layer: nn.Module) -> int:
+        """How many times the example inputs call ``layer``; 1 if it was not counted."""
         return self._flow.calls.get(layer, 1)
 
     def norms_reading(self, layer: nn.Module) -> tuple[list[nn.Module], bool]:
-        """The BatchNorms that read the outputs of ``layer``, also as part of a sum,
-        and whether nothing else reads these.
+        """The BatchNorms that read the outputs of ``layer``, directly or after additions and other operations.
+
+        Returns: these norms in the order of the model, and whether they are the only readers, each with all channels
+        and called once.
         """
-        norms: list[nn.Module] = []
+        norms: list[Any] = []
         alone = True
         todo, seen = list(self._flow[layer].outputs), set()
         while todo:
@@ -185,10 +184,12 @@ class Widths:
             if node in seen:
                 continue
             seen.add(node)
-            if isinstance(node.module, nn.modules.batchnorm._BatchNorm):
-                norms.append(node.module)
-                alone &= node.module.num_features == channel_count(layer, True) and self._calls(node.module) == 1
-            elif isinstance(node.module, _READERS) or node.returned:
+            module: Any = node.module
+            kind = kind_of(module)
+            if kind.batch_statistics:
+                norms.append(module)
+                alone &= kind.width(module, True) == channel_count(layer, True) and self._calls(module) == 1
+            elif kind.reads or node.returned:
                 alone = False
             else:
                 todo.extend(node.outputs)
@@ -197,18 +198,19 @@ class Widths:
     def layer_before(self, norm: nn.Module) -> nn.Module | None:
         """The linear or convolution layer whose outputs the BatchNorm ``norm`` alone reads; None without one."""
         before = self._flow[norm].inputs if norm in self else []
-        layer = before[0].module if len(before) == 1 else None
-        return layer if isinstance(layer, GEMMS) and self.norm_after(layer) is norm else None
+        layer: Any = before[0].module if len(before) == 1 else None
+        return layer if kind_of(layer).gemm and self.norm_after(layer) is norm else None
 
     def readers_after(self, norm: nn.Module) -> list[nn.Module]:
-        """The layers that read the outputs of ``norm`` channel by channel and nothing else;
-        empty where something else does.
+        """The linear and convolution layers that read the outputs of ``norm``, one column for each channel.
+
+        The list is empty if anything else reads them too.
         """
-        found: list[nn.Module] = []
+        found: list[Any] = []
         todo = list(self._flow[norm].outputs) if norm in self else []
         while todo:
             node = todo.pop()
-            if isinstance(node.module, GEMMS):
+            if kind_of(node.module).gemm:
                 if getattr(node.module, "groups", 1) != 1 or channel_count(node.module, False) != norm.num_features:
                     return []
                 found.append(node.module)
@@ -219,21 +221,23 @@ class Widths:
         return found
 
     def around(self, norm: nn.Module) -> list[Side]:
-        """The side of a layer where a channel that is 0 after ``norm`` is as good as not there: where it is written,
-        or else read.
+        """The sides of layers where a channel that is 0 after ``norm`` can be cut.
+
+        This is the layer that writes the input of ``norm``, or if there is no such layer, the layers that read its
+        output.
         """
         writer = self.layer_before(norm)
         return [(writer, True)] if writer is not None else [(reader, False) for reader in self.readers_after(norm)]
 
     @functools.cached_property
     def multiplied(self) -> dict[nn.Module, nn.Module]:
-        """Of a layer the one whose outputs do nothing but multiply its own, channel by channel, as in gated
-        feed-forward layers.
+        """For a layer, the layer whose outputs do nothing but multiply its outputs channel by channel, as in a gated
+        feed-forward layer.
 
-        A channel that is 0 in the first is 0 in the product, so both may go. Layers that come to the product as they
-        are come first.
+        A channel that is 0 in the first layer is 0 in the product, so the same channel of both can be cut. Pairs are
+        sorted by the number of operations between the first layer and the product, the fewest first.
         """
-        layers = [module for module in self._names if isinstance(module, GEMMS) and module in self]
+        layers = [module for module in self._names if kind_of(module).gemm and module in self]
         ends = {layer: self._product_after(layer) for layer in layers}
         found: list[tuple[int, nn.Module, nn.Module]] = []
         for layer, (product, steps, keeps_zero) in ends.items():
@@ -245,8 +249,10 @@ class Widths:
         return {layer: other for _, layer, other in sorted(found, key=lambda item: item[0])}
 
     def _product_after(self, layer: nn.Module) -> tuple[Node | None, int, bool]:
-        """The product of two that alone reads the outputs of ``layer``, after how many steps,
-        and whether 0 stays 0 on the way.
+        """The product of two tensors that is the only reader of ``layer``, over a chain of operations with one input.
+
+        Returns: the node of the product or None, the number of operations to it, and whether all operations before it
+        map 0 to 0.
         """
         node, steps, keeps_zero = self._flow[layer], 0, True
         while len(node.outputs) == 1 and not node.returned and self._calls(layer) == 1:
@@ -261,33 +267,35 @@ class Widths:
     # ---- what goes together
 
     def classes(self, layer: nn.Module, writes: bool) -> list[int]:
-        """The class of each channel that a layer writes, or reads; empty where its weight is no parameter,
-        or has one channel there.
+        """The class of each channel that a layer writes or reads; empty if its weight is not a parameter or has a
+        single channel on that side.
         """
         place = self._place(layer, writes)
         return [] if place is None else self.units.classes(*place)
 
     def _place(self, layer: nn.Module, writes: bool) -> tuple[str, int] | None:
-        """The parameter, and its dimension, with an index for each channel that a layer writes, or reads."""
-        places = ((self._paths.get(layer, "") + own, dim) for own, dim in _weights(layer, writes))
+        """The parameter, and its dimension, that has an index for each channel that a layer writes or reads; None if
+        there is none.
+        """
+        path = self._paths.get(layer, "")
+        places = ((path + own, dim) for own, dim in kind_of(layer).places(layer, writes))
         return next((place for place in places if place[0] in self.units.alias and self.units.classes(*place)), None)
 
     def written_together(self, layer: nn.Module) -> list[nn.Module]:
-        """The layers whose output channels are added to those of ``layer``, one to one, itself included,
-        in the order of the model.
+        """The layers whose output channels are added to those of ``layer``, channel by channel, so that one class holds
+        both.
+
+        ``layer`` is among them; they are in the order of the model.
         """
         own = self.classes(layer, True)
-        kinds = (nn.Embedding, *GEMMS)
-        found: list[nn.Module] = [
-            m
-            for m in self._names
-            if isinstance(m, kinds) and own and not is_depthwise(m) and self.classes(m, True) == own
-        ]
+        found = [m for m in self._names if own and kind_of(m).shares_gates and self.classes(m, True) == own]
         return found if layer in found else [layer]
 
     def why_not(self, layer: nn.Module) -> str | None:
-        """Why no channel that ``layer`` writes can be cut, or only with those of layers that cannot share its gates;
-        else None.
+        """Why the channels that ``layer`` writes get no gates; None if they can have some.
+
+        Either none of them can be cut, or they can be cut only together with channels of a layer that cannot share the
+        gates.
         """
         try:
             members = self.members(layer, True)
@@ -302,9 +310,9 @@ class Widths:
         )
 
     def members(self, layer: nn.Module, writes: bool) -> list[Member]:
-        """Every side of a layer that has some of these channels.
+        """The sides of all layers that have some of the channels that ``layer`` writes or reads.
 
-        Raises CannotCutError where one is of a kind that cannot be cut.
+        Raises: CannotCutError if one of these layers cannot be cut, or if the width is the model's input or output.
         """
         self._check_weights(layer)
         classes = self.classes(layer, writes)
@@ -321,9 +329,9 @@ class Widths:
         return sides
 
     def _with_some_of(self, wanted: frozenset[int]) -> list[Member]:
-        """Every side of a layer that has some of these classes.
+        """The sides of all layers that have channels of these classes.
 
-        Raises CannotCutError for a parameter that no layer has.
+        Raises: CannotCutError if a parameter outside of layers has some.
         """
         if wanted not in self._sides:
             found: dict[tuple[nn.Module, bool], Member] = {}
@@ -336,15 +344,15 @@ class Widths:
                         labels = self.units.classes(name, dim)
                         channels = [i for i, one in enumerate(labels) if one in wanted]
                         own_classes = [labels[i] for i in channels]
-                        found[module, side] = Member(module, side, channels, own_classes, self._passes(module))
+                        found[module, side] = Member(module, side, channels, own_classes, kind_of(module).passes)
             self._sides[wanted] = list(found.values())
         return self._sides[wanted]
 
     def _reason(self, layer: nn.Module, writes: bool) -> str | None:
-        """Why some of these channels stay.
+        """Why some of these channels must stay; None if all can go.
 
-        What training alone mixes or averages, such as an auxiliary loss over all channels, is defined for fewer of them
-        too.
+        Reasons that only hold in training mode because channels are mixed or averaged do not count: an auxiliary loss
+        over all channels, for example, is also defined for fewer channels.
         """
         place = self._place(layer, writes)
         reason = None if place is None else self.units.why_not(*place)
@@ -359,54 +367,46 @@ class Widths:
 
     @functools.cached_property
     def _evaluated(self) -> Units:
+        """The units of the model traced in evaluation mode alone."""
         return inputs.looked_at(self.traced, lambda: trace_units(self.traced, self._inputs, training=(False,)))
 
-    def _passes(self, module: nn.Module) -> bool:
-        return isinstance(module, _PASSES_THROUGH) or is_depthwise(module)
-
     def _side(self, module: nn.Module, own: str, dim: int) -> bool | None:
-        """Whether a dimension of a layer's parameter is what the layer writes (True) or reads (False); None where
-        another one says so.
+        """Which side of ``module`` dimension ``dim`` of its parameter ``own`` is.
 
-        Raises CannotCutError for layers that cannot be cut.
+        Returns: True for what the layer writes, False for what it reads, None if another parameter decides.
+
+        Raises: CannotCutError for a layer that cannot be cut.
         """
         self._check_weights(module)
-        kind, called = type(module).__name__, self._names[module]
-        if self._passes(module):
-            return True if dim == 0 else None
-        if isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)):
-            raise CannotCutError(f"{kind} {called!r} computes statistics over its channels")
-        if isinstance(module, nn.RNNBase) and own.startswith("weight_ih_l0") and dim == 1:
-            writes: bool | None = False
-        elif isinstance(module, nn.Embedding) and dim == 1:
-            writes = True
-        elif isinstance(module, GEMMS) and getattr(module, "groups", 1) == 1:
-            writes = (None if own != "weight" else True) if dim == 0 else False
-        elif is_transposed(module) and module.groups == 1:
-            writes = (dim == 1) if own == "weight" else None
-        elif (
-            isinstance(module, (*_READERS, nn.RNNCellBase, nn.Embedding))
-            or module in self._cores
-            or own in ("weight", "bias")
-        ):
-            how = " with groups" if getattr(module, "groups", 1) > 1 else ""
-            raise CannotCutError(f"{kind} {called!r}{how} shares its width, and cannot be cut yet")
-        else:
-            raise CannotCutError("a bare nn.Parameter takes part in its width")
-        if self._calls(module) != 1:
-            raise CannotCutError(f"{kind} {called!r} is called {self._calls(module)} times")
+        kind, called = kind_of(module), f"{type(module).__name__} {self._names[module]!r}"
+        if module in self._cores:
+            raise CannotCutError(f"{called} shares its width, and cannot be cut yet")
+        try:
+            writes = kind.side(module, own, dim)
+        except CannotCutError as error:
+            raise CannotCutError(str(error).format(layer=called)) from None
+        if self._calls(module) != 1 and not kind.passes:
+            raise CannotCutError(f"{called} is called {self._calls(module)} times")
         return writes
 
     def _check_weights(self, module: nn.Module) -> None:
+        """Raise CannotCutError if a weight of ``module`` is computed from other tensors, because a cut would not
+        last.
+        """
         if (weight := computed(module)) is not None:
             raise CannotCutError(
                 f"the {weight} of {type(module).__name__} {self._names[module]!r} is computed from other tensors"
             )
 
     def removable(self, layer: nn.Module, writes: bool, closed: Closed) -> set[int]:
-        """Of the channels of ``layer``, the classes that nobody writes (all producers closed) or nobody reads.
+        """The classes of the channels of a side that can go: all layers that write them have closed them, or all that
+        read them.
 
-        Raises CannotCutError where the width cannot be cut at all.
+        Args:
+            layer, writes: the side.
+            closed: the closed channels of every side.
+
+        Raises: CannotCutError if the width cannot be cut at all.
         """
         shut, used = set[tuple[int, bool]](), set[tuple[int, bool]]()
         for m in self.members(layer, writes):
@@ -417,21 +417,9 @@ class Widths:
         return gone.intersection(self.classes(layer, writes))
 
     def last(self, sides: Iterable[Side], gone: set[int]) -> set[int]:
-        """The classes that stay so that each of these sides keeps a channel though all of its classes are ``gone``:
-        the lowest of each.
+        """The classes that stay so that each of ``sides`` keeps a channel.
+
+        For each side whose classes are all in ``gone``, this is its lowest class.
         """
         found = (set(self.classes(*side)) for side in sides)
         return {min(own) for own in found if own and own <= gone}
-
-
-def _weights(layer: nn.Module, writes: bool) -> Iterable[tuple[str, int]]:
-    """The parameters, and their dimensions, that have an index for each channel that a layer writes, or reads."""
-    if isinstance(layer, nn.RNNBase):
-        return [] if writes else [("weight_ih_l0", 1)]
-    if isinstance(layer, Scale):
-        return [("scale", 0)]
-    if isinstance(layer, nn.Embedding) or is_transposed(layer):
-        return [("weight", int(writes))]
-    if isinstance(layer, _PASSES_THROUGH) or is_depthwise(layer):
-        return [("weight", 0), ("running_mean", 0)]
-    return [("weight", int(not writes))]

@@ -1,10 +1,10 @@
-"""Attention made of linear layers, as libraries of models have it: where its heads are, and how those that are closed
-are cut.
+"""Attention made of linear layers, as libraries have it: which channels belong to which head, and how closed heads are
+cut.
 
-``nn.MultiheadAttention`` is one layer. Others are modules of their own around ``nn.Linear`` layers, which compute
-query, key and value and project the heads back. The last projection has a gate for each head
-(:class:`dampr.nn.GatedHeads`); closed heads leave all of them. ``KINDS`` says how such modules are made, by the full
-names of their types, so that none of these libraries is imported here.
+``nn.MultiheadAttention`` is one layer and is treated elsewhere. Other libraries have modules around ``nn.Linear``
+layers that compute query, key and value, and an output projection that reads the heads. The output projection has a
+gate for each head (:class:`dampr.nn.GatedHeads`); a closed head is cut out of all these layers. ``KINDS`` lists such
+modules by the full names of their types, so that none of the libraries is imported here.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ Kept = dict[tuple[nn.Module, bool], Tensor]
 
 @dataclass(frozen=True)
 class Kind:
-    """How a kind of attention is made; names are those of modules and attributes in it.
+    """How a type of attention is built; names are those of modules and attributes in it.
 
     Attributes:
-        read: the linear layers whose rows are heads, and how often each has all of them (3: query, key and value one
-            after the other).
-        written: the linear layer whose columns are heads.
+        read: linear layer whose rows belong to heads -> how often its rows go through all heads (3 if it computes
+            query, key and value one after the other).
+        written: the output projection, whose columns belong to heads.
         head_dim: the attribute with the width of one head.
-        core: the module that computes the heads, which is one step for whoever traces the model; "": all of it.
-        sharing: the attribute with the number of query heads that share a key and a value, and so a gate; "": each has
-            its own.
-        scaled: attributes in proportion to the number of heads, which change with it.
+        core: the module that computes the heads; it is one node when the model is traced. "" if it is the whole module.
+        sharing: the attribute with the number of query heads that share a key and a value, and so a gate; "" if none
+            share.
+        scaled: attributes that are proportional to the number of heads, and are set when heads go.
     """
 
     read: Mapping[str, int]
@@ -45,12 +45,18 @@ class Kind:
 
 
 KINDS: dict[str, tuple[Kind, ...]] = {}
-"""Of each type of attention, by its full name, what it may be made of; the first counts whose layers it has."""
+"""Full name of a type of attention -> the ways in which it may be built; the first that fits a module counts."""
 
 
 @dataclass(frozen=True)
 class Attention:
-    """One such module of a model, by its name there."""
+    """A module of a model that is an attention of a known kind.
+
+    Attributes:
+        name: its name in the model.
+        module: the module.
+        kind: how it is built.
+    """
 
     name: str
     module: nn.Module
@@ -58,30 +64,35 @@ class Attention:
 
     @property
     def core(self) -> nn.Module:
+        """The module that is one node when the model is traced."""
         return self.module.get_submodule(self.kind.core)
 
     @property
     def written(self) -> Any:
+        """The output projection, which reads the heads."""
         return self.module.get_submodule(self.kind.written)
 
     @property
     def written_name(self) -> str:
+        """The name of the output projection in the model."""
         return f"{self.name}.{self.kind.written}".lstrip(".")
 
     def read(self) -> Iterator[tuple[Any, int]]:
-        """The layers whose rows are heads, and how often each has all of them."""
+        """Yields each linear layer whose rows belong to heads, and how often its rows go through all heads."""
         for name, times in self.kind.read.items():
             yield self.module.get_submodule(name), times
 
     @property
     def heads(self) -> int:
-        """How many gates: heads, or sets of query heads that share a key and a value."""
+        """The number of gates: one for each head, or for each set of query heads that share a key and a value."""
         width: int = _attribute(self.module, self.kind.head_dim)
         shared: int = _attribute(self.module, self.kind.sharing) if self.kind.sharing else 1
         return int(self.written.in_features) // (width * shared)
 
     def sides(self) -> Iterator[tuple[tuple[nn.Module, bool], Tensor]]:
-        """Each side of a layer that heads are on, (layer, writes), and of each channel there its head: int64."""
+        """Yields each side of a layer whose channels belong to heads, (layer, writes), and the head of each channel,
+        int64.
+        """
         heads = self.heads
         yield (self.written, False), torch.arange(heads).repeat_interleave(self.written.in_features // heads)
         for layer, times in self.read():
@@ -91,12 +102,14 @@ class Attention:
             )
 
     def weights_per_head(self) -> float:
-        """The parameters that go with a head, biases of query, key and value included."""
+        """The number of parameters that go with a head, biases of query, key and value included."""
         rows = sum(p.numel() for layer, _ in self.read() for p in (layer.weight, layer.bias) if p is not None)
         return float(rows + self.written.weight.numel()) / self.heads
 
     def fits(self) -> bool:
-        """Whether the layers are there, linear, and of widths that go with the number of heads."""
+        """Whether the module has these layers, they are linear, and their widths are multiples of the number of
+        heads.
+        """
         try:
             read = list(self.read())
             heads = self.heads if isinstance(self.written, nn.Linear) else 0
@@ -107,7 +120,9 @@ class Attention:
         )
 
     def resize(self, before: int, heads: int) -> None:
-        """Set the attributes that follow from the number of heads, which was ``before``; layers stay as they are."""
+        """Set the attributes that follow from the number of heads, from ``before`` to ``heads``; the layers do not
+        change.
+        """
         for path in self.kind.scaled:
             owner, _, attribute = path.rpartition(".")
             value = getattr(self.module.get_submodule(owner), attribute)
@@ -115,12 +130,13 @@ class Attention:
 
 
 def _attribute(module: nn.Module, path: str) -> Any:
+    """The attribute at a dotted ``path`` below ``module``."""
     owner, _, name = path.rpartition(".")
     return getattr(module.get_submodule(owner), name)
 
 
 def find(model: nn.Module) -> list[Attention]:
-    """Every attention of a known kind in ``model``."""
+    """The attentions in ``model`` whose types ``KINDS`` lists and whose layers fit."""
     found = []
     for name, module in model.named_modules():
         kinds = KINDS.get(f"{type(module).__module__}.{type(module).__qualname__}", ())
@@ -129,7 +145,7 @@ def find(model: nn.Module) -> list[Attention]:
 
 
 def parts(model: nn.Module) -> dict[nn.Module, Attention]:
-    """The layers of each attention, and the attention."""
+    """For each linear layer of an attention, the attention."""
     return {
         layer: attention
         for attention in find(model)
@@ -138,7 +154,7 @@ def parts(model: nn.Module) -> dict[nn.Module, Attention]:
 
 
 def left_out(layer: nn.Module, attention: Attention | None, granularity: Any, per_sample: bool) -> str | None:
-    """Why convert leaves out a layer of an attention; None where it does not."""
+    """Why convert puts no gates in a layer of an attention; None if it does, or if the layer is in none."""
     if attention is None or granularity != "output":
         return None
     if layer is not attention.written:
@@ -147,8 +163,9 @@ def left_out(layer: nn.Module, attention: Attention | None, granularity: Any, pe
 
 
 def open_heads(model: nn.Module) -> tuple[dict[str, list[int]], dict[str, str]]:
-    """The heads that are open in each attention that has gates, by its name, and where all are closed the first,
-    with a note.
+    """The open heads of each attention with gates, and notes, both by the name of the attention.
+
+    If all heads are closed, the first counts as open, with a note.
     """
     found = {a.name: a.written.open_heads() for a in find(model) if isinstance(a.written, GatedHeads)}
     notes = {name: "1 closed head stays: every layer keeps one at least" for name, heads in found.items() if not heads}
@@ -156,9 +173,10 @@ def open_heads(model: nn.Module) -> tuple[dict[str, list[int]], dict[str, str]]:
 
 
 def cut(small: nn.Module, left: Mapping[str, list[int]]) -> tuple[Kept, dict[str, tuple[int, list[int]]]]:
-    """Leave ``left``, by the names of attentions, of the heads of a plain model.
+    """Cut the heads of a plain model, in place, down to ``left``: attention -> the heads that stay.
 
-    Returns: what is left of each layer, and of each attention how many heads there were and which are left.
+    Returns: for each side of a layer the channels that are left, and for each attention that lost heads (the number of
+    heads before, those that are left).
     """
     kept: Kept = {}
     heads: dict[str, tuple[int, list[int]]] = {}
@@ -178,7 +196,9 @@ def cut(small: nn.Module, left: Mapping[str, list[int]]) -> tuple[Kept, dict[str
 
 
 def narrow(layer: nn.Module, channels: Tensor, writes: bool) -> None:
-    """Leave these rows, or columns, of a linear layer."""
+    """Cut a linear layer down to these output channels (``writes``) or input channels, in place; ``channels``:
+    int64.
+    """
     for name, p in list(layer.named_parameters(recurse=False)):
         if writes or name == "weight":
             new = p.detach().index_select(0 if writes else 1, channels.to(p.device)).clone()

@@ -1,4 +1,6 @@
-"""A training run in numbers: JSON lines that only grow, so that nothing is lost when training dies."""
+"""Records the numbers of a training run as JSON lines. A file is only ever appended to, so nothing is lost when
+training dies.
+"""
 
 from __future__ import annotations
 
@@ -25,17 +27,17 @@ Row = dict[str, float | None]  # "step" and whatever was recorded; None: not a f
 
 
 class History:
-    """Writes down how a training goes, for ``dampr report TARGET --history FILE``.
+    """Records how a training run goes in a file, for ``dampr report TARGET --history FILE``.
 
     Args:
-        path: of the file; where it is there already the run goes on in it. Folders are made.
-        source: a :class:`dampr.Budget` or a :class:`dampr.Plan`: each record has its ``readings()``. A gated model:
-            ``penalty`` (:func:`dampr.penalty`), ``gates_open`` and, with example inputs, ``macs_left``. None: what is
-            recorded, and nothing else.
+        path: the file. If it exists already, the run is continued in it. Missing folders are made.
+        source: what is recorded in every step besides the numbers given to :meth:`record`. Of a :class:`dampr.Budget`
+            or a :class:`dampr.Plan`: its ``readings()``. Of a gated model: ``penalty`` (:func:`dampr.penalty`),
+            ``gates_open`` and, with example inputs, ``macs_left``. None: nothing.
         example_inputs: as for :func:`dampr.compact`.
 
-    Raises: TypeError or ValueError that names the argument; FileError where the file is no history, with the number of
-    the line.
+    Raises: TypeError or ValueError that names the argument; FileError, with the number of the line, if the file is no
+    history.
 
     >>> import tempfile, dampr
     >>> model = dampr.convert(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)), torch.randn(8, 4))
@@ -74,10 +76,10 @@ class History:
             read(self.path)
 
     def record(self, *, step: int, **numbers: Any) -> None:
-        """Append the numbers of a step (tensors of one element will do), with what the source has to say.
+        """Append the numbers of a step, together with those of the source. A tensor of one element counts as a number.
 
-        Several records of one step are one row. A step that is lower than the last one was: training went back to it,
-        and what followed it before counts no more.
+        Several records of the same step form one row. If the step is lower than the last one, training has gone back to
+        it (from a checkpoint, say), and the rows of later steps are dropped when the file is read.
 
         Raises TypeError or ValueError that names the argument.
         """
@@ -92,11 +94,12 @@ class History:
         self._append(row)
 
     def rows(self) -> list[Row]:
-        """What is in the file, a row a step."""
+        """The rows of the file, one for each step."""
         return read(self.path).rows
 
     @torch.no_grad()
     def _measured(self) -> dict[str, Any]:
+        """The numbers of the source at this step."""
         if self._source is None:
             return {}
         if isinstance(self._source, (Budget, Plan)):
@@ -110,19 +113,21 @@ class History:
         )
 
     def _head(self) -> dict[str, Any]:
+        """What the first line of a run says of the source: its metric, total and target."""
         if isinstance(self._source, (Budget, Plan)):
             return {"metric": self._source.metric, "total": self._source.total, "target": self._source.target}
         return {} if self._cost is None else {"metric": "macs", "total": self._cost.total}
 
     def _append(self, entry: dict[str, Any]) -> None:
+        """Append an entry as one line."""
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry, allow_nan=False) + "\n")
 
 
 @dataclass
 class Run:
-    """What a history holds: a row for each step, in order; ``metric``, its total and the target,
-    where a budget or a cost was recorded.
+    """The content of a history: a row for each step, in order; the metric with its total and target, if the source had
+    them.
     """
 
     rows: list[Row] = field(default_factory=list)
@@ -131,14 +136,15 @@ class Run:
     target: float | None = None
 
     def names(self) -> list[str]:
-        """What was recorded beside steps, in the order of first appearance."""
+        """The names of the recorded numbers, in the order in which they first appear."""
         return [name for name in dict.fromkeys(name for row in self.rows for name in row) if name != "step"]
 
 
 def read(path: str | os.PathLike[str]) -> Run:
     """The run in the file of a :class:`History`.
 
-    Raises: FileError that names the line, where it is no such file, damaged or cut off; FileNotFoundError.
+    Raises: FileError, with the number of the line, for a file that is no history, is damaged or is cut off;
+    FileNotFoundError.
     """
     text = Path(path).read_text(encoding="utf-8", errors="replace")
     run = Run()
@@ -153,7 +159,7 @@ def read(path: str | os.PathLike[str]) -> Run:
 
 
 def _take(run: Run, line: str, first: bool) -> None:
-    """Add a line to a run; raises ValueError that says what is wrong with it."""
+    """Add a line of the file to a run. Raises ValueError that says what is wrong with the line."""
     if not line.endswith("\n"):
         raise ValueError(f"{line!r:.60} is cut off; delete the line to go on without it")
     try:
@@ -171,6 +177,7 @@ def _take(run: Run, line: str, first: bool) -> None:
 
 
 def _take_head(run: Run, head: dict[str, Any]) -> None:
+    """Take over the metric, total and target from the first line of a run. Raises ValueError for wrong ones."""
     if head["dampr_history"] != FORMAT:
         raise ValueError(
             f"dampr_history={head['dampr_history']!r}, expected {FORMAT}; a newer dampr may have written it"
@@ -184,6 +191,9 @@ def _take_head(run: Run, head: dict[str, Any]) -> None:
 
 
 def _take_row(rows: list[Row], row: dict[str, Any]) -> None:
+    """Add a row; it replaces rows of later steps and is merged with a row of the same step. Raises ValueError for a
+    wrong one.
+    """
     step = row.get("step")
     if not isinstance(step, int) or isinstance(step, bool) or step < 0:
         raise ValueError(f"step={step!r}, expected an integer of at least 0")
@@ -199,18 +209,17 @@ def _take_row(rows: list[Row], row: dict[str, Any]) -> None:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300  # and no NaN
+    """Whether ``value`` is a finite int or float."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300  # false for NaN too
 
 
 def _finite(name: str, value: Any) -> float | None:
-    """A number, a tensor of one element or a scalar of numpy as a float; None where it is not finite,
-    or as good as that.
-    """
+    """A number, a tensor of one element or a NumPy scalar as a float; None if it is not finite or larger than 1e300."""
     try:
         if isinstance(value, (str, bool)):
             raise TypeError
         number = float(value.detach() if isinstance(value, torch.Tensor) else value)
-    except OverflowError:  # an integer
+    except OverflowError:  # an integer too large for a float
         return None
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"{name}={value!r:.80}: expected a number") from None

@@ -1,4 +1,4 @@
-"""What a unit is worth without training its gate: the norm of its weights."""
+"""The importance of a unit without training its gate: the norm of its weights."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from torch import Tensor, nn
 
 from dampr.nn.rnn import GatedRecurrent
 
+from .layers.registry import kind_of
 from .structure import Structure
 from .unit_structure import UnitStructure
 
 
 @torch.no_grad()
 def magnitudes(structure: Structure | UnitStructure, model: nn.Module) -> Tensor:
-    """The L2 norm of the weights that compute what each gate switches off, (all gates,), float64 on the host; 0 where
-    there are none.
+    """For each gate the L2 norm of the weights whose outputs it switches off: (all gates,), float64 on the host.
 
-    Of several layers that share a gate the squares add up.
+    0 where a gate switches off none. Of several layers that share a gate the squares add up.
     """
     if isinstance(structure, UnitStructure):
         return structure.norms(model)
@@ -30,8 +30,7 @@ def magnitudes(structure: Structure | UnitStructure, model: nn.Module) -> Tensor
         if not writes or not isinstance(weight, Tensor) or weight.dim() < 2:
             continue
         own: Any = _as_it_is(gated.get(structure.names.get(layer, "")), weight)
-        rows = own.transpose(0, 1) if type(layer).__name__.startswith("ConvTranspose") else own
-        rows = rows.T if type(layer).__name__ == "Embedding" else rows
+        rows = own.movedim(kind_of(layer).weight_dim(True), 0)
         each = rows.detach().double().flatten(1).square().sum(1).cpu()
         for channel, label in enumerate(labels):
             for gates in structure.writers[label] if label >= 0 and channel < len(each) else ():
@@ -46,16 +45,22 @@ def magnitudes(structure: Structure | UnitStructure, model: nn.Module) -> Tensor
 
 
 def _as_it_is(found: Any, weight: Tensor) -> Tensor:
-    """The weight of the layer in the model as it is now;
-    ``structure.plain`` has that of the moment when it was made.
+    """The weight of the layer ``found`` of the model as it is now, if it still has this shape; else ``weight``.
+
+    ``structure.plain`` was copied earlier and has the values of that time.
     """
     now = getattr(found, "weight", None)
     return now if isinstance(now, Tensor) and now.shape == weight.shape else weight
 
 
 def evenly(values: Tensor, counts: Sequence[int]) -> Tensor:
-    """The place of each value among those of its layer, from 0 for the least to 1,
-    so that layers of all scales are thinned alike.
+    """The rank of each value among those of its layer, from almost 0 for the least to 1 for the largest.
+
+    Layers with weights of any scale are then thinned by the same share.
+
+    Args:
+        values: (all gates,).
+        counts: the number of gates of each layer.
     """
     parts = [own.argsort().argsort().double().add(1) / len(own) for own in values.split(list(counts))]
     return torch.cat(parts)

@@ -1,5 +1,7 @@
-"""Example inputs: a tensor, a tuple or list of positional arguments, or a dict of keyword arguments;
-run and compared.
+"""Run models on example inputs, copy models, and compare their outputs.
+
+Example inputs are a tensor, a tuple or list of positional arguments, or a dict of keyword arguments. The functions here
+run a model on them without leaving a trace: modes, random generators and hooks are afterwards as before.
 """
 
 from __future__ import annotations
@@ -28,12 +30,12 @@ from .meta import OnMeta
 from .modules import of_kind
 
 Model = TypeVar("Model", bound=nn.Module)
-"""What keeps the type of the model that it is given."""
+"""A type variable: a function that takes a ``Model`` returns the same type of model."""
 Found = TypeVar("Found")
 
 
 def call(model: nn.Module, example_inputs: Any) -> Any:
-    """``model`` on the example inputs, as it stands."""
+    """The output of ``model`` on the example inputs, in its present mode and with gradients as they are set."""
     if isinstance(example_inputs, Mapping):
         return model(**example_inputs)
     if isinstance(example_inputs, (tuple, list)):
@@ -42,23 +44,26 @@ def call(model: nn.Module, example_inputs: Any) -> Any:
 
 
 def evaluate(model: nn.Module, example_inputs: Any) -> list[Tensor]:
-    """The output tensors in evaluation mode without gradients, as users run a model; modes are given back.
+    """The output tensors of ``model`` in evaluation mode without gradients; afterwards every module is in its old mode.
 
-    What a model draws in evaluation mode, as a masked autoencoder does, is the same in every call.
+    Random numbers that a model draws in evaluation mode, as a masked autoencoder does, are the same in every call.
     """
     with evaluating(model), torch.no_grad(), noise.same(model):
         return tensors(call(model, example_inputs))
 
 
 def copied(model: nn.Module, example_inputs: Any = None) -> nn.Module:
-    """A deep copy of a model, also of one that keeps what it computed: torch copies no tensor that has a graph, and
-    such are detached.
+    """A deep copy of a model, also of one whose attributes hold tensors that were computed with gradients.
 
-    Where that is out of sight, a model with example inputs is run without gradients, which renews what it keeps.
+    ``copy.deepcopy`` refuses such tensors, so the copy gets detached ones. If one of them is too deep in other objects
+    to be found, the model is run on ``example_inputs`` without gradients, which replaces what it keeps, and copied
+    again.
+
+    Raises: RuntimeError of torch if that is needed and ``example_inputs`` is None.
     """
     try:
         return cast(nn.Module, copies.deep(model, _memo(model)))
-    except RuntimeError:  # of torch
+    except RuntimeError:  # torch cannot copy tensors with a graph
         if example_inputs is None:
             raise
     evaluate(model, example_inputs)
@@ -66,13 +71,19 @@ def copied(model: nn.Module, example_inputs: Any = None) -> nn.Module:
 
 
 def twin(model: nn.Module) -> nn.Module:
-    """Like :func:`copied`, but with the parameters themselves, so it is cheap, and nothing may write into them."""
+    """As :func:`copied`, but the copy shares its parameters with ``model``. The copy is cheap; nothing may write into
+    its parameters.
+    """
     return cast(nn.Module, copies.deep(model, _memo(model) | {id(p): p for p in model.parameters()}))
 
 
 class Twins:
-    """Makes many a :func:`twin` of a model that stays as it is; ``meta``: with parameters and buffers on the meta
-    device, which have shapes and no values.
+    """Makes any number of copies of a model that does not change in the meantime.
+
+    Args:
+        model: the model.
+        meta: False: copies share the parameters with ``model``, as :func:`twin`. True: copies have parameters and
+            buffers on the meta device, with shapes and without values.
     """
 
     def __init__(self, model: nn.Module, meta: bool = False) -> None:
@@ -85,14 +96,16 @@ class Twins:
             self._memo[id(t)] = nn.Parameter(shapes, t.requires_grad) if of_parameter else shapes
 
     def make(self) -> nn.Module:
-        """A fresh one."""
+        """A new copy."""
         return cast(nn.Module, copies.deep(self._model, dict(self._memo)))
 
 
 def on_shapes(model: nn.Module, example_inputs: Any, run: Callable[[nn.Module, Any], Found]) -> Found:
-    """``run(model, example_inputs)`` with a copy of both on the meta device, where operators compute shapes and no
-    values. Raises what is raised there, as of a model that asks for values, and what a model says of inputs on a device
-    where it is not.
+    """``run(model, example_inputs)`` with copies of both on the meta device, where operators compute shapes and no
+    values.
+
+    Raises: what is raised there, for example by a model whose control flow asks for values. If the inputs are on a
+    device where the model has no tensor, the model itself is run first and may raise.
     """
     if not {t.device for t in tensors(example_inputs)} <= {t.device for t in (*model.parameters(), *model.buffers())}:
         evaluate(model, example_inputs)
@@ -101,7 +114,7 @@ def on_shapes(model: nn.Module, example_inputs: Any, run: Callable[[nn.Module, A
 
 
 def without_arithmetic(model: nn.Module, example_inputs: Any, run: Callable[[nn.Module, Any], Found]) -> Found:
-    """:func:`on_shapes`, or with the model itself where that raises."""
+    """:func:`on_shapes`; if that raises, ``run(model, example_inputs)`` with the model itself."""
     try:
         return on_shapes(model, example_inputs, run)
     except Exception:
@@ -109,22 +122,27 @@ def without_arithmetic(model: nn.Module, example_inputs: Any, run: Callable[[nn.
 
 
 def counterparts(copy: nn.Module, model: nn.Module) -> dict[Any, Any]:
-    """Of each module and parameter of a copy that of the model."""
+    """A dict from each module and parameter of a copy to that of ``model``."""
     own: dict[Any, Any] = dict(zip(copy.modules(), model.modules(), strict=True))
     return own | dict(zip(copy.parameters(), model.parameters(), strict=True))
 
 
 def as_trained(model: nn.Module, example_inputs: Any, sure: bool = False) -> nn.Module:
-    """What :func:`trained` gives first; ``sure``: without a look at the values, which are known to be finite."""
+    """The model that :func:`trained` returns. With ``sure``, its outputs are taken to be finite and are not
+    computed.
+    """
     return _moved(model) if sure else trained(model, example_inputs)[0]
 
 
 def trained(model: nn.Module, example_inputs: Any) -> tuple[nn.Module, bool]:
-    """A :func:`twin` with values such as training leaves, on which to try what is to hold then.
+    """A copy of ``model`` with values such as training leaves, for trials of what must hold after training.
 
-    A fresh norm shifts by 0, and a fresh branch may end in zeros: what they will add is not to be seen yet. Parameters
-    of one dimension, those that are 0 and running statistics get fixed noise; gates stay. The plain twin where the
-    model has values that are not finite then, and not before. Also whether all of its outputs are finite.
+    In a fresh model norms shift by 0 and branches may end in zeros, so a trial would not show what they add later.
+    Parameters with one dimension, parameters that are all 0, and running statistics therefore get fixed noise. Gates
+    keep their values.
+
+    Returns: (the copy, whether all of its outputs are finite). If the noise makes outputs infinite or NaN that were
+    finite before, the copy has the values of ``model``.
     """
     moved = _moved(model)
     after = evaluate(moved, example_inputs)
@@ -137,10 +155,12 @@ def trained(model: nn.Module, example_inputs: Any) -> tuple[nn.Module, bool]:
 
 
 def _moved(model: nn.Module) -> nn.Module:
+    """A :func:`twin` of ``model`` with the noise that :func:`trained` describes."""
     moved = twin(model)
     generator, made = torch.Generator().manual_seed(0), dict[int, nn.Parameter]()
 
     def noise(t: Tensor) -> Tensor:
+        """Normal noise of deviation 0.1 in the shape of ``t``."""
         return 0.1 * torch.randn(t.shape, generator=generator).to(t.device, t.dtype)
 
     with torch.no_grad():
@@ -157,6 +177,9 @@ def _moved(model: nn.Module) -> nn.Module:
 
 
 def _memo(model: nn.Module) -> dict[int, Any]:
+    """The objects that a deep copy of ``model`` must not copy as usual: id -> what stands for the object in the copy (a
+    detached tensor, or the same process group).
+    """
     return copies.detached(model) | groups_in(model)
 
 
@@ -170,13 +193,14 @@ def check(example_inputs: Any) -> None:
 
 
 def tensors(output: Any) -> list[Tensor]:
-    """Every tensor of a model's output, in order, whatever holds it: containers, dataclasses, distributions,
-    objects with attributes.
+    """Every tensor of a model's output, in order, from containers, dataclasses, distributions and attributes of
+    objects.
     """
     found: list[Tensor] = []
     seen: set[int] = set()
 
     def look(value: Any, depth: int) -> None:
+        """Collect the tensors in ``value``, which lies ``depth`` objects deep in the output."""
         if isinstance(value, Tensor):
             found.append(value)
         elif value is not None and not isinstance(value, _PLAIN) and id(value) not in seen and depth < DEPTH:
@@ -188,14 +212,14 @@ def tensors(output: Any) -> list[Tensor]:
     return found
 
 
-DEPTH = 8  # of objects in objects in which tensors of an output are looked for
+DEPTH = 8  # how deep objects may lie in objects for :func:`tensors` to find their tensors
 _PLAIN = (str, bytes, int, float, complex, bool, type, nn.Module, torch.dtype, torch.device)
 
 
 def _inside(value: Any) -> Iterable[Any]:
-    """What an object is made of: its items, and the values of its attributes that are not among these.
+    """The items of an object, and the values of its attributes that are no items.
 
-    Keys and values that a model of transformers caches are no output: they have as many heads as are left.
+    Caches of keys and values in transformers models are left out: their shape follows the number of heads.
     """
     if any(kind.__name__ == "Cache" and kind.__module__.startswith("transformers.") for kind in type(value).__mro__):
         return []
@@ -215,12 +239,16 @@ def _inside(value: Any) -> Iterable[Any]:
 
 
 def _slots(kind: type) -> tuple[str, ...]:
+    """The names in ``__slots__`` of a class."""
     found = vars(kind).get("__slots__", ())
     return (found,) if isinstance(found, str) else tuple(found)
 
 
 def comparable(model: nn.Module, example_inputs: Any) -> list[Tensor]:
-    """:func:`evaluate`, but an output in which there is nothing to compare raises TypeError by the name of its type."""
+    """As :func:`evaluate`, for outputs that are to be compared.
+
+    Raises: TypeError with the type of the output if it holds no tensor.
+    """
     with evaluating(model), torch.no_grad(), noise.same(model):
         output = call(model, example_inputs)
     found = tensors(output)
@@ -233,12 +261,16 @@ def comparable(model: nn.Module, example_inputs: Any) -> list[Tensor]:
 
 
 def perturbed(example_inputs: Any) -> Any:
-    """The same inputs with a little fixed noise on every floating-point tensor,
-    so that a constant can be told from one row's value.
+    """The same inputs with a little fixed noise on every floating-point tensor.
+
+    An output that is constant on the example inputs only by chance, because of their values, then changes.
     """
     generator = torch.Generator().manual_seed(0)
 
     def shake(leaf: Any) -> Any:
+        """One leaf of the inputs with noise; other leaves than dense floating-point tensors are returned as they
+        are.
+        """
         if not isinstance(leaf, Tensor) or leaf.layout != torch.strided:
             return leaf
         if not leaf.is_floating_point() or not leaf.numel():
@@ -250,7 +282,7 @@ def perturbed(example_inputs: Any) -> Any:
 
 
 def differ(a: list[Tensor], b: list[Tensor], rtol: float, atol: float) -> bool:
-    """Whether two lists of output tensors differ in number, shape or, beyond the tolerances, value."""
+    """Whether two lists of output tensors differ in number, in shape, or in value by more than the tolerances."""
     return len(a) != len(b) or any(
         s.shape != t.shape or not torch.allclose(_wide(s), _wide(t), rtol=rtol, atol=atol, equal_nan=True)
         for s, t in zip(a, b, strict=True)
@@ -258,8 +290,9 @@ def differ(a: list[Tensor], b: list[Tensor], rtol: float, atol: float) -> bool:
 
 
 def gap(a: list[Tensor], b: list[Tensor]) -> float:
-    """The largest absolute difference between two lists of tensors of the same shapes; places where both are the same
-    infinity, or NaN, do not differ.
+    """The largest absolute difference between two lists of tensors of the same shapes.
+
+    Elements where both are NaN, or the same infinity, count as equal.
     """
     largest = 0.0
     for s, t in zip(a, b, strict=True):
@@ -271,20 +304,19 @@ def gap(a: list[Tensor], b: list[Tensor]) -> float:
 
 
 def _wide(t: Tensor) -> Tensor:
+    """The tensor, dense, in float64 or complex128."""
     t = t.to_dense() if t.layout != torch.strided else t
     return t.to(torch.complex128 if t.is_complex() else torch.float64)
 
 
 def size(outputs: list[Tensor]) -> float:
-    """The largest finite absolute value of all of them; 0 where there is none."""
+    """The largest finite absolute value in all tensors; 0 if there is none."""
     finite = [_wide(t).abs() for t in outputs]
     return max((float(t[t.isfinite()].max()) for t in finite if bool(t.isfinite().any())), default=0.0)
 
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-"""How far outputs may be from those of the same function in another order of operations, relative to their size,
-by precision.
-"""
+"""dtype -> the largest difference, relative to the size of outputs, between two orders of the same operations."""
 
 
 def tolerances(
@@ -294,8 +326,14 @@ def tolerances(
     rtol: float | None,
     outputs: Iterable[list[Tensor]] | None = None,
 ) -> tuple[float, float]:
-    """(atol, rtol) as given or, where None, by the lowest precision in which the model computes and by the size of
-    its outputs (``outputs``: on the samples, where these are known).
+    """(atol, rtol) for comparing outputs of ``model``.
+
+    Args:
+        model: the model.
+        samples: example inputs.
+        atol, rtol: returned as given, unless None: then they follow from the lowest precision in which the model
+            computes, and ``atol`` also from the largest output.
+        outputs: the outputs on ``samples``, if they are known.
     """
     if outputs is None:
         outputs = [evaluate(model, sample) for sample in samples]
@@ -307,9 +345,12 @@ def tolerances(
 
 
 def _lowest(model: nn.Module, sample: Any) -> torch.dtype:
-    """The lowest precision in which a model computes; without arithmetic where it runs so."""
+    """The lowest precision in which a model computes; found on meta tensors if the model runs so."""
 
     def look(model: nn.Module, sample: Any) -> torch.dtype:
+        """The lowest precision on one run. Raises NotImplementedError on meta tensors under autocast, which casts
+        nothing there.
+        """
         with _Precision() as seen, _Autocast() as called:
             evaluate(model, sample)
         if called.autocast and any(p.is_meta for p in model.parameters()):
@@ -320,7 +361,7 @@ def _lowest(model: nn.Module, sample: Any) -> torch.dtype:
 
 
 class _Autocast(TorchFunctionMode):
-    """Whether autocast was on in some call while it is active."""
+    """A mode that notes whether autocast was on during any torch call; ``autocast`` says so."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -332,7 +373,7 @@ class _Autocast(TorchFunctionMode):
 
 
 class _Precision(TorchDispatchMode):
-    """The lowest precision of all floating-point results while it is active, autocast in a forward included."""
+    """A mode that notes the lowest floating-point precision of all results in ``lowest``, also inside of autocast."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -348,7 +389,7 @@ class _Precision(TorchDispatchMode):
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for the block; each module gets back the mode it had."""
+    """A block with the model in evaluation mode; afterwards each module is in its old mode."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -360,9 +401,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def unsynced(model: nn.Module) -> Iterator[None]:
-    """In the block synchronised batch norms take the statistics of this process alone: no message, on any device.
+    """A block in which synchronised batch norms use the statistics of this process alone, so no rank waits for others.
 
-    Copies stay that way.
+    Copies that are made in the block stay that way.
     """
     plain = [module for module in model.modules() if type(module) is nn.SyncBatchNorm]
     gated = [module for module in of_kind(model, GatedSyncBatchNorm) if not module.alone]
@@ -381,8 +422,10 @@ def unsynced(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter asks for a gradient in the block: torch's counter follows those of a module's inputs,
-    and readers are found by them.
+    """A block in which no parameter requires a gradient.
+
+    torch's FLOP counter adds hooks to module inputs that require gradients, and the readers of a layer are found by
+    such inputs; parameters must not interfere.
     """
     asking = [p for p in model.parameters() if p.requires_grad]
     for p in asking:
@@ -396,7 +439,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def removing(hooks: Iterable[RemovableHandle]) -> Iterator[None]:
-    """Hooks that are there for the block only."""
+    """A block after which the given hooks are removed."""
     try:
         yield
     finally:
@@ -406,7 +449,7 @@ def removing(hooks: Iterable[RemovableHandle]) -> Iterator[None]:
 
 @contextmanager
 def without_hooks(model: nn.Module) -> Iterator[None]:
-    """No forward hooks for the block: they look on."""
+    """A block without forward hooks. They are for observers, and what they do is no part of the model."""
     held = [(m._forward_hooks, dict(m._forward_hooks)) for m in model.modules() if m._forward_hooks]
     try:
         for hooks, _ in held:
@@ -418,8 +461,9 @@ def without_hooks(model: nn.Module) -> Iterator[None]:
 
 
 def looked_at(model: nn.Module, look: Callable[[], Found]) -> Found:
-    """What ``look`` gives without forward hooks, or with them where the model does not run without (some collect
-    what it returns).
+    """The result of ``look()`` without forward hooks; with them if that raises.
+
+    Some models do not run without their hooks, because they return what a hook has collected.
     """
     try:
         with without_hooks(model):
@@ -432,7 +476,7 @@ def looked_at(model: nn.Module, look: Callable[[], Found]) -> Found:
 
 @contextmanager
 def unfused() -> Iterator[None]:
-    """Without torch's fused inference paths for attention and encoder layers, which round in an order of their own."""
+    """A block without torch's fused inference paths for attention and encoder layers, which round in another order."""
     enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -453,6 +497,6 @@ _HOOKS = [name for name in vars(nn.Module()) if "_hook" in name]
 
 
 def keep_hooks(old: nn.Module, new: nn.Module) -> None:
-    """What was registered with ``old`` is with ``new``, which takes its place."""
+    """Give ``new``, which takes the place of ``old``, all hooks that were registered on ``old``."""
     for attribute in _HOOKS:
         setattr(new, attribute, getattr(old, attribute))

@@ -1,4 +1,4 @@
-"""Which layer with gates stands for which dense one, and what kind of gates it gets."""
+"""Maps dense layers to the gated layers that replace them, and to the gates that these get."""
 
 from __future__ import annotations
 
@@ -8,52 +8,14 @@ import torch
 from torch import nn
 
 from dampr.gates import DependencyGenerator, make_gate
-from dampr.nn import (
-    GatedBatchNorm1d,
-    GatedBatchNorm2d,
-    GatedBatchNorm3d,
-    GatedConv1d,
-    GatedConv2d,
-    GatedConv3d,
-    GatedEmbedding,
-    GatedGRU,
-    GatedHeads,
-    GatedLayerNorm,
-    GatedLinear,
-    GatedLSTM,
-    GatedMultiheadAttention,
-    GatedRNN,
-    GatedSyncBatchNorm,
-)
+from dampr.nn import GatedHeads
 from dampr.nn.base import VECTOR_GRANULARITIES, Granularity
 
 from . import heads, inputs
+from .layers.registry import KINDS, kind_of
 
-REPLACEMENT: dict[type, Any] = {
-    nn.Linear: GatedLinear,
-    nn.Conv1d: GatedConv1d,
-    nn.Conv2d: GatedConv2d,
-    nn.Conv3d: GatedConv3d,
-    nn.MultiheadAttention: GatedMultiheadAttention,
-    nn.Embedding: GatedEmbedding,
-    nn.LSTM: GatedLSTM,
-    nn.GRU: GatedGRU,
-    nn.RNN: GatedRNN,
-}
-OUTPUT_ONLY = {
-    nn.MultiheadAttention: "heads",
-    nn.Embedding: "columns",
-    nn.LSTM: "units",
-    nn.GRU: "units",
-    nn.RNN: "units",
-}
-NORMS: dict[type, Any] = {
-    nn.BatchNorm1d: GatedBatchNorm1d,
-    nn.BatchNorm2d: GatedBatchNorm2d,
-    nn.BatchNorm3d: GatedBatchNorm3d,
-    nn.SyncBatchNorm: GatedSyncBatchNorm,
-}
-GATED: dict[type, Any] = {**REPLACEMENT, **NORMS, nn.LayerNorm: GatedLayerNorm}
+REPLACEMENT = {dense for kind in KINDS if not kind.normalises for dense, _ in kind.twins}
+NORMS = {dense for kind in KINDS if kind.batch_statistics for dense, _ in kind.twins}
 
 
 def precise(gate: Any, model: nn.Module) -> Any:
@@ -62,33 +24,34 @@ def precise(gate: Any, model: nn.Module) -> Any:
 
 
 def is_double(model: nn.Module) -> bool:
+    """Whether a model has parameters in float64."""
     return any(p.dtype == torch.float64 for p in model.parameters())
 
 
 def gate_count(layer: nn.Module, granularity: Granularity) -> int:
-    kind = GATED[type(layer)]
-    count: int = kind.gates_for(layer, granularity)
+    """How many gates a layer has at this granularity."""
+    count: int = kind_of(layer).twin(layer).gates_for(layer, granularity)
     return count
 
 
 def gated_layer(
-    name: str, layer: nn.Module, gate: Any, granularity: Granularity, per_sample: bool, of_heads: heads.Attention | None
+    layer: Any, gate: Any, granularity: Granularity, per_sample: bool, of_heads: heads.Attention | None
 ) -> nn.Module:
-    how: dict[str, Any] = {"gate": gate, "per_sample": per_sample, "granularity": granularity}
-    if isinstance(layer, nn.RNNBase):
-        del how["per_sample"]
-    if isinstance(layer, (*NORMS, nn.LayerNorm, nn.MultiheadAttention, nn.RNNBase)):
-        del how["granularity"]
-        how |= {"statistics": "open"} if isinstance(layer, nn.LayerNorm) else {}
-    kind = GATED[type(layer)]
+    """The gated layer made of ``layer``, with its hooks; ``of_heads`` if the layer is the output projection of this
+    attention, whose heads then have the gates.
+    """
+    gated: nn.Module
     if of_heads is not None:
-        kind, how = GatedHeads, {"gate": gate, "heads": of_heads.heads, "weights_per_gate": of_heads.weights_per_head()}
-    gated: nn.Module = kind.from_dense(layer, **how)
+        weights = of_heads.weights_per_head()
+        gated = GatedHeads.from_dense(layer, gate=gate, heads=of_heads.heads, weights_per_gate=weights)
+    else:
+        gated = kind_of(layer).gated(layer, gate, granularity, per_sample)
     inputs.keep_hooks(layer, gated)
     return gated
 
 
 def device_of(model: nn.Module) -> torch.device | None:
+    """The device of the first parameter; None without parameters."""
     return next((p.device for p in model.parameters()), None)
 
 
@@ -98,9 +61,12 @@ def starts_at_one(gate: Any) -> bool:
 
 
 def is_generator(gate: Any) -> bool:
+    """Whether ``gate`` means the Dep-L0 generator, which makes the gates of all layers together."""
     return gate == "dep_l0" or getattr(gate, "func", gate) is DependencyGenerator
 
 
 def draws_each(gate: Any, granularity: Granularity, residual: bool) -> bool:
-    """Whether the family is published with a draw per sample, and such gates can have one."""
+    """Whether gates are drawn for each sample by default: the family is published so, and gates in this place
+    can be.
+    """
     return is_generator(gate) and granularity in VECTOR_GRANULARITIES and not residual

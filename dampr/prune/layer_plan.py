@@ -1,4 +1,4 @@
-"""Where gated layers would go in a model: which layers get gates, which share them, and why others get none."""
+"""Where convert puts gates in a model: which layers get gates, which layers share them, and why others get none."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from dampr.nn.computed import computed
 from . import filters, graph, heads, recurrent, second_opinion, streams, transformer, transposed, unit_gates
 from .convert_checks import ConversionError
 from .filters import Filter
-from .layer_gates import NORMS, OUTPUT_ONLY, REPLACEMENT, starts_at_one
+from .layer_gates import NORMS, REPLACEMENT, starts_at_one
+from .layers.convolution import CONVOLUTIONS, is_depthwise
+from .layers.registry import channel_count, counted_in, kind_of
 from .modules import of_kind
 from .sight import Sight
 from .structure import plain_copy
@@ -28,11 +30,16 @@ NO_GATES = "no gates for its width: "
 
 @dataclass
 class LayerPlan:
-    """What is replaced, by name; which of these share the gate of which; what a gate in a norm saves; what is left out,
-    and why.
+    """Which layers of a model are replaced by gated ones. Layers go by their names.
 
-    ``order``: names in the order of calls, from the graph ``widths``. ``heads``: which of these layers project the
-    heads of an attention.
+    Attributes:
+        layers: the layers that are replaced.
+        shared_with: layer -> the layer whose gate it uses too.
+        weights_per_gate: norm with gates -> how many weights one gate saves; other layers know this themselves.
+        skipped: layer that is left out -> why.
+        order: all layers in the order in which they were first called.
+        widths: the widths of the model; None if it was not traced.
+        heads: those of the layers that project the heads of an attention -> this attention.
     """
 
     layers: dict[str, nn.Module]
@@ -47,9 +54,11 @@ class LayerPlan:
 def choose(
     model: nn.Module, gate: Any, granularity: Granularity, per_sample: bool, include: Filter, exclude: Filter
 ) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """Layers to replace by their first name, and why others of their kind are not.
+    """Choose the layers to replace, from their types and the arguments of convert alone.
 
-    A layer that has several names, or is a part of a transformer layer, is excluded by any of these.
+    If ``exclude`` matches any name of a layer, or a transformer layer or attention around it, the layer is left out.
+
+    Returns: first name -> layer, and for layers that cannot have such gates, first name -> why.
     """
     names: dict[nn.Module, list[tuple[str, nn.Module]]] = {}
     for name, layer in model.named_modules(remove_duplicate=False):
@@ -73,7 +82,7 @@ def choose(
 
 
 def _unfit(layer: nn.Module, gate: Any, granularity: Granularity, per_sample: bool) -> str | None:
-    """Why a layer cannot have such gates; None where it can."""
+    """Why a layer cannot have gates of this kind and granularity; None if it can."""
     if (name := computed(layer)) is not None:
         how = (
             "torch.nn.utils.parametrize"
@@ -81,9 +90,9 @@ def _unfit(layer: nn.Module, gate: Any, granularity: Granularity, per_sample: bo
             else "weight_norm, spectral_norm or prune"
         )
         return f"its {name} is computed from other tensors ({how}); wrap the gated layer instead"
-    if granularity != "output" and type(layer) in OUTPUT_ONLY:
-        return f"{type(layer).__name__} has gates on its {OUTPUT_ONLY[type(layer)]}, with granularity='output'"
-    if not isinstance(layer, nn.RNNBase):
+    if granularity != "output" and kind_of(layer).gated_parts:
+        return f"{type(layer).__name__} has gates on its {kind_of(layer).gated_parts}, with granularity='output'"
+    if not kind_of(layer).recurrent:
         return None
     if per_sample:
         return f"{type(layer).__name__} draws its gates once per call, expected per_sample=False"
@@ -93,7 +102,7 @@ def _unfit(layer: nn.Module, gate: Any, granularity: Granularity, per_sample: bo
 
 
 def _is_parametrized(layer: nn.Module) -> bool:
-    """Whether torch.nn.utils.parametrize has made a class of its own of a layer that would get gates."""
+    """Whether a layer would get gates but for torch.nn.utils.parametrize, which replaced its type by a subclass."""
     return parametrize.is_parametrized(layer) and type(layer).__bases__[0] in REPLACEMENT
 
 
@@ -105,6 +114,14 @@ def place(
     tie: bool,
     sight: Sight | None,
 ) -> LayerPlan:
+    """The plan for the layers of ``chosen``: where their gates go, and which layers are left out after all.
+
+    Without example inputs, or with another granularity than "output", each layer gets its own gates.
+
+    Args:
+        tie: whether layers whose outputs are added up share their gates.
+        sight: what tracing the units of the model showed; None if they were not traced.
+    """
     plan = LayerPlan(dict(chosen), {}, {}, {}, list(chosen))
     if granularity == "input" and sight is not None:
         plan.skipped = {
@@ -116,7 +133,7 @@ def place(
     attentions = heads.parts(model)
     plan.heads = {name: attentions[layer] for name, layer in chosen.items() if layer in attentions}
     if example_inputs is None:
-        convolution = next((name for name, layer in chosen.items() if isinstance(layer, nn.modules.conv._ConvNd)), None)
+        convolution = next((name for name, layer in chosen.items() if isinstance(layer, CONVOLUTIONS)), None)
         if convolution and any(type(m) in NORMS for m in model.modules()):
             raise ValueError(
                 f"example_inputs=None: expected them, to find the BatchNorm that the gates of layer {convolution!r} "
@@ -127,19 +144,17 @@ def place(
     widths = graph.Widths(model, example_inputs, sight.units if sight is not None else None, plain)
     names = {module: name for name, module in reversed(list(model.named_modules(remove_duplicate=False)))}
     plan.layers, plan.order, plan.widths = {}, [names[module] for module in widths.called()], widths
-    gates: dict[nn.Module, str] = {}  # whose outputs are gated, and the name of the layer that holds the gate
+    gates: dict[nn.Module, str] = {}  # layer whose outputs are gated -> name of the layer that holds the gate
     factors = _factors(chosen, widths)
-    wanted = {
-        n: layer for n, layer in chosen.items() if not isinstance(layer, nn.MultiheadAttention) and n not in plan.heads
-    }
+    wanted = {n: layer for n, layer in chosen.items() if not kind_of(layer).attends and n not in plan.heads}
     reasons = {n: factors.get(n) or _why_not(layer, widths, tie, model, example_inputs) for n, layer in wanted.items()}
-    free = {n: chosen[n] for n, reason in reasons.items() if reason is None and not isinstance(chosen[n], nn.RNNBase)}
+    free = {n: chosen[n] for n, reason in reasons.items() if reason is None and not kind_of(chosen[n]).recurrent}
     found: dict[str, str | None] = {}
     if sight is not None:
         found = {n: sight.why_not(m, n) for n, m in free.items() if second_opinion.unreached(n, m, sight.units) is None}
     plan.skipped = {n: reason for n, reason in (reasons | found).items() if reason}
     judged = {n: layer for n, layer in chosen.items() if n not in plan.skipped or n in factors}
-    whole = {n for n in judged if n not in wanted or isinstance(judged[n], nn.RNNBase)}
+    whole = {n for n in judged if n not in wanted or kind_of(judged[n]).recurrent}
     known = {n for n, reason in found.items() if reason == ""}
     plan.skipped |= second_opinion.refused(widths.traced, widths.units, judged, example_inputs, whole, known)
     for name, layer in chosen.items():
@@ -155,7 +170,7 @@ def place(
             if place != places[0]:
                 plan.shared_with[place] = places[0]
         if places != [name]:
-            own = sum(p.numel() for p in layer.parameters(recurse=False)) / graph.channel_count(layer, True)
+            own = sum(p.numel() for p in layer.parameters(recurse=False)) / channel_count(layer, True)
             plan.weights_per_gate[places[0]] = own + 2
     if tie:
         for layer, place in gates.items():
@@ -172,8 +187,9 @@ def place(
 def place_streams(
     plan: LayerPlan, model: nn.Module, gate: Any, include: Filter, exclude: Filter, example_inputs: Any
 ) -> None:
-    """Add the norms of residual streams, the first of each with the gate,
-    and say what the layers that write these have to do with it.
+    """Add the norms of residual streams to ``plan``; the first norm of each stream holds the gate of all.
+
+    Layers that write a stream, and norms whose stream gets no gates, get a reason in ``plan.skipped``.
     """
     plain = plain_copy(model, example_inputs) if any(of_kind(model, GatedLayer)) else model
     names = {module: name for name, module in reversed(list(plain.named_modules(remove_duplicate=False)))}
@@ -202,7 +218,7 @@ def place_streams(
             continue
         plan.layers |= places
         plan.shared_with |= dict.fromkeys(others, first)
-        # these count for themselves
+        # The other norms count their own parameters.
         in_others = sum(p.numel() for norm in stream.norms[1:] for p in norm.parameters()) / stream.width
         plan.weights_per_gate[first] = stream.weights_per_channel(plain) - in_others
         written = {names[layer] for layer in stream.writers} & plan.skipped.keys()
@@ -212,16 +228,14 @@ def place_streams(
     plan.skipped |= {names[norm]: f"{NO_GATES}{reason}" for norm, reason in why.items()}
 
 
-def _why_not(layer: nn.Module, widths: graph.Widths, tie: bool, model: nn.Module, example_inputs: Any) -> str | None:
-    """Why a layer gets no gates on its outputs; None where it does."""
-    if isinstance(layer, nn.RNNBase):
-        return recurrent.why_not(
-            model, layer, example_inputs, lambda own, gates: REPLACEMENT[type(own)].from_dense(own, gate=gates)
-        )
-    if graph.is_depthwise(layer):
+def _why_not(layer: Any, widths: graph.Widths, tie: bool, model: nn.Module, example_inputs: Any) -> str | None:
+    """Why a layer gets no gates on its outputs; None if it gets some."""
+    if kind_of(layer).recurrent:
+        return recurrent.why_not(model, layer, example_inputs)
+    if is_depthwise(layer):
         return "a depthwise convolution has the channels of the layer before it"
-    if layer not in widths:
-        return widths.why_absent(layer) if layer in widths.called() else None  # what is not called is judged later
+    if layer not in widths:  # a layer that is not called is judged later
+        return widths.why_absent(layer) if layer in widths.called() else None
     if widths.reaches_output(layer):
         return "its outputs are the model's own"
     norms, alone = widths.norms_reading(layer)
@@ -235,7 +249,11 @@ def _why_not(layer: nn.Module, widths: graph.Widths, tie: bool, model: nn.Module
 
 
 def _factors(chosen: dict[str, nn.Module], widths: graph.Widths) -> dict[str, str]:
-    """Of two layers whose outputs are multiplied channel by channel, the one that needs no gates, and why."""
+    """For pairs of layers whose outputs are multiplied channel by channel: the name of the second layer -> why it needs
+    no gates.
+
+    The gates of the first layer close the channels of both.
+    """
     names = {layer: name for name, layer in chosen.items()}
     found: dict[str, str] = {}
     for layer, factor in widths.multiplied.items():
@@ -245,28 +263,28 @@ def _factors(chosen: dict[str, nn.Module], widths: graph.Widths) -> dict[str, st
 
 
 def _has_channels(layer: nn.Module, widths: graph.Widths) -> bool:
-    """Whether the channels that a layer writes are those of its weight."""
-    return layer in widths and not isinstance(layer, nn.RNNBase)
+    """Whether ``widths`` knows the channels that a layer writes, one for each index of its weight."""
+    return layer in widths and not kind_of(layer).recurrent
 
 
 def _norms_after(layer: nn.Module, widths: graph.Widths) -> list[nn.Module]:
-    """The norms whose gates switch the outputs of ``layer`` off;
-    none where they are better switched off in the layer.
+    """The BatchNorms that get the gates on the outputs of ``layer``.
+
+    Empty if the layer itself gets the gates, because no norm reads it or one of the norms cannot have gates.
     """
     norms = widths.norms_reading(layer)[0] if _has_channels(layer, widths) else []
     return norms if all(type(norm) in NORMS and computed(norm) is None for norm in norms) else []
 
 
 def leave_out(plan: LayerPlan, model: nn.Module, reasons: dict[str, str]) -> None:
-    """Take layers, and all that are added to them, out of a plan."""
+    """Take layers out of a plan, and with them all layers that are added to them; ``reasons``: name -> why."""
     assert plan.widths is not None
     for name, reason in reasons.items():
         gated = model.get_submodule(name)
-        before = plan.widths.layer_before(gated) if isinstance(gated, nn.modules.batchnorm._BatchNorm) else gated
+        before = plan.widths.layer_before(gated) if kind_of(gated).batch_statistics else gated
         together = plan.widths.written_together(before or gated)
         for place, own in list(plan.layers.items()):
-            norm = isinstance(own, nn.modules.batchnorm._BatchNorm)
-            if (plan.widths.layer_before(own) if norm else own) in together:
+            if (plan.widths.layer_before(own) if kind_of(own).batch_statistics else own) in together:
                 del plan.layers[place]
                 plan.shared_with.pop(place, None)
                 plan.weights_per_gate.pop(place, None)
@@ -275,26 +293,28 @@ def leave_out(plan: LayerPlan, model: nn.Module, reasons: dict[str, str]) -> Non
 
 
 def gated_classes(units: Units, plan: LayerPlan) -> tuple[dict[str, list[int]], list[str]]:
-    """Of each gated layer the class that each gate closes,
-    and the names of what loses whole heads or units of a state.
+    """What the gates of a plan close.
+
+    Returns: for each gated layer, the class that each gate closes; and the names of the attentions that lose whole
+    heads and the layers that lose units of a recurrent state.
     """
     classes: dict[str, list[int]] = {}
     whole: list[str] = []
     for name, layer in plan.layers.items():
         if name in plan.heads:
             whole.append(plan.heads[name].name)
-        elif isinstance(layer, (nn.MultiheadAttention, nn.RNNBase)):
+        elif kind_of(layer).gates_units:
             whole.append(name)
         else:
             named = [f"{name}.{own}".lstrip(".") for own in ("weight", "running_mean")]
             weight = next((own for own in named if own in units.alias), None)
             if weight is not None:
-                classes[name] = units.classes(weight, int(isinstance(layer, nn.Embedding)))
+                classes[name] = units.classes(weight, kind_of(layer).weight_dim(True))
     return classes, whole
 
 
 def share_of_layers(units: Units, plan: LayerPlan) -> float:
-    """The share of the multiply-accumulates that gated layers can bring down."""
+    """The share, 0 to 1, of the multiply-accumulates of the model that the gates of a plan can save."""
     classes, whole = gated_classes(units, plan)
     closed = itertools.chain.from_iterable(classes.values())
     total = sum(product.macs for product in units.products)
@@ -303,32 +323,34 @@ def share_of_layers(units: Units, plan: LayerPlan) -> float:
 
 
 def _is_inside(name: str, names: list[str]) -> bool:
+    """Whether the module ``name`` is one of ``names`` or inside one of them."""
     return any(name == one or name.startswith(f"{one}.") for one in names)
 
 
 def multiplies_beside(units: Units, plan: LayerPlan, model: nn.Module) -> bool:
-    """Whether code beside layers multiplies what gated layers close: the cost of gated layers is read off layers."""
+    """Whether code outside of layers multiplies channels that the gates of a plan close.
+
+    The cost of a model with gated layers misses such products, because it is computed from layers.
+    """
     gated, whole = gated_classes(units, plan)
     classes = set(itertools.chain.from_iterable(gated.values()))
-    layers = (*graph.GEMMS, nn.RNNBase, nn.MultiheadAttention)
+    counted = {layer for _, layer, _ in counted_in(model)}
     beside = [
-        p
-        for p in units.products
-        if not _is_inside(p.module, whole) and not isinstance(model.get_submodule(p.module), layers)
+        p for p in units.products if not _is_inside(p.module, whole) and model.get_submodule(p.module) not in counted
     ]
     return any(not classes.isdisjoint(units.label[line].tolist()) for p in beside for line in p.factors)
 
 
 def say_why(plan: LayerPlan, why: dict[str, str]) -> None:
-    """Add what the units of a model say of layers to what a plan says of them."""
-    # of classes that convert does not know
+    """Add to ``plan.skipped`` the reasons that the units of the model give, ``why``: layer -> reason."""
+    # UNSAID says only that no step gave a reason, so it adds nothing.
     said = {name: reason for name, reason in why.items() if reason != unit_gates.UNSAID}
     both = {name: f"{said[name]}; as a layer, {r}" for name, r in plan.skipped.items() if said.get(name, r) != r}
     plan.skipped |= said | {name: r for name, r in plan.skipped.items() if name in said} | both
 
 
 def check_streams(plan: LayerPlan, model: nn.Module) -> None:
-    """Raise where no norm of a plan, or of the model, counts open elements only."""
+    """Raise ConversionError if neither the plan nor the model has a norm whose statistics count open channels only."""
     planned = any(type(layer) is nn.LayerNorm for layer in plan.layers.values())
     if not planned and not any(getattr(module, "statistics", None) == "open" for module in model.modules()):
         reasons = {name: reason for name, reason in plan.skipped.items() if NO_GATES in reason}
@@ -336,6 +358,7 @@ def check_streams(plan: LayerPlan, model: nn.Module) -> None:
 
 
 def check_left(plan: LayerPlan, model: nn.Module, include: Filter, exclude: Filter) -> None:
+    """Raise ConversionError if the plan replaces no layer."""
     if not plan.layers:
         who = "; its Conv1D layers are known to dampr.integrations.huggingface" if transposed.find(model) else ""
         reasons = f"no layer of {type(model).__name__} is left to convert {plan.skipped or ''}".rstrip()

@@ -17,7 +17,9 @@ from dampr.gates import Gate
 from dampr.gates.selected import SelectedGate, whole
 
 from . import noise
-from .expand import FILLED_WITH_ONE, Places, kept_dims
+from .expand import FILLED_WITH_ONE, kept_dims
+from .layers.registry import kind_of
+from .places import Places
 from .units.proof import follow_all
 from .units.sizes import set_number
 
@@ -36,7 +38,7 @@ class Sized(NamedTuple):
 
 @dataclass
 class Layout:
-    """What is left of a model; every index counts in the whole model.
+    """What is left of a model. Every index is an index in the whole model.
 
     Attributes:
         tensors: name of a parameter or buffer -> for each dimension (its size in the whole model, the indices that are
@@ -96,8 +98,8 @@ def moved(
     _set_sizes(model, before, after, indices=True)
     _select(model, before, after)
     with noise.kept(model):
-        # the layout holds the sizes of recurrent layers
-        follow_all(model, [module for module in modules if not isinstance(module, nn.RNNBase)])
+        # _set_sizes sets the sizes of recurrent layers, from the layout.
+        follow_all(model, [module for module in modules if not kind_of(module).recurrent])
     _set_sizes(model, before, after, indices=False)
     return changed
 
@@ -134,7 +136,9 @@ def _inside(shape: Sequence[int], places: list[Places], device: torch.device) ->
 
 
 def _set_sizes(model: nn.Module, before: Layout, after: Layout, indices: bool) -> None:
-    """Set the attributes in ``sizes``: the indices of gates (``indices``), or all others."""
+    """Set the attributes that ``sizes`` lists to their values in ``after``: those that hold an index of gates
+    (``indices``), or all others.
+    """
     for name in {*before.sizes, *after.sizes}:
         for attribute, size in (before.sizes.get(name, {}) | after.sizes.get(name, {})).items():
             now = after.sizes.get(name, {}).get(attribute)
@@ -159,12 +163,14 @@ def _changed(before: Layout, after: Layout) -> dict[str, tuple[list[Places], lis
 
 
 def _same(a: Places, b: Places) -> bool:
-    """Whether two dimensions have the same indices left."""
+    """Whether the same indices of a dimension are left in two layouts."""
     return (a is None and b is None) or (a is not None and b is not None and torch.equal(a[1], b[1]))
 
 
 def _select(model: nn.Module, before: Layout, after: Layout) -> None:
-    """Replace the gates of layers by those that are left in ``after``."""
+    """Give the layers whose gates differ between the layouts a gate module with the gates that are left in
+    ``after``.
+    """
     wanted: dict[Gate, Tensor | None] = {}
     for name in {*before.gates, *after.gates}:
         layer: Any = model.get_submodule(name)
@@ -181,7 +187,10 @@ def _select(model: nn.Module, before: Layout, after: Layout) -> None:
 
 
 def resized(t: Tensor, before: Sequence[Places], after: Sequence[Places], fill: float = 0.0) -> Tensor:
-    """``t`` in another layout, with ``fill`` for elements that it did not have; channels_last is kept."""
+    """``t``, which is in layout ``before``, in layout ``after``; elements that ``t`` does not have are ``fill``.
+
+    The memory format channels_last is kept.
+    """
     last = t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous()
     for dim, (old, new) in enumerate(zip(before, after, strict=True)):
         if not _same(old, new):
@@ -207,9 +216,9 @@ def _along(t: Tensor, dim: int, old: Places, new: Places, fill: float) -> Tensor
 def give_data(parameter: Tensor, data: Tensor) -> None:
     """Give ``parameter`` other data, of any shape; it stays the same object.
 
-    A graph that somebody still holds (of a loss, say) has a node for the parameter with its old shape, and the next
-    graph would use that node again. torch makes a new node when the dtype changes, so the dtype is changed for a
-    moment.
+    While a graph of an earlier step exists (a loss that is still referenced, say), it has a node for the parameter with
+    the old shape, and the next graph would use that node again. torch makes a new node when the dtype changes, so the
+    dtype is changed for a moment.
     """
     other = torch.float64 if data.dtype != torch.float64 else torch.float32
     parameter.data = data.new_empty(0, dtype=other)
@@ -242,7 +251,7 @@ def move_state(
         for key, value in optimizer.state.get(held, {}).items():
             dims = kept_dims(value.shape, shapes[name]) if isinstance(value, Tensor) and value.numel() > 1 else None
             if dims is None and isinstance(value, Tensor) and tuple(value.shape) == tuple(shapes[name]):
-                dims = list(range(value.dim()))  # of one element that may become more
+                dims = list(range(value.dim()))  # a parameter of one element now, which may get more
             if dims is not None:
                 sides: list[list[Places]] = [
                     [None if d is None or d >= len(side) else side[d] for d in dims] for side in (old, new)
@@ -251,14 +260,18 @@ def move_state(
 
 
 def same_layout(kept: Mapping[str, dict[int, tuple[int, Tensor]]]) -> dict[str, list[Places]]:
-    """Convert dimension -> (size, indices left) into a list with an entry for each dimension, for each tensor."""
+    """For each tensor, a dict of dimension -> (size, indices left) as a list with an entry for each dimension up to the
+    last in the dict.
+    """
     return {name: [dims.get(d) for d in range(max(dims) + 1)] for name, dims in kept.items() if dims}
 
 
 def left_of(
     gone: Mapping[str, Mapping[int, Sequence[int]]], shapes: Mapping[str, Sequence[int]]
 ) -> dict[str, list[Places]]:
-    """As :func:`same_layout`, from the indices that are ``gone`` and the ``shapes`` in the whole model."""
+    """As :func:`same_layout`, from the indices that are ``gone`` (tensor -> dimension -> indices) and the ``shapes`` of
+    the whole model.
+    """
     kept: dict[str, dict[int, tuple[int, Tensor]]] = defaultdict(dict)
     for name, dims in gone.items():
         for dim, lost in dims.items():

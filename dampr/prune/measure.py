@@ -1,4 +1,4 @@
-"""Counting: parameters and multiply-accumulates."""
+"""Counts parameters and multiply-accumulates (MACs) of models."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ _RECURRENT = {torch.ops.aten.mkldnn_rnn_layer: _recurrent_flops, torch.ops.aten.
 
 
 def count_params(model: nn.Module) -> int:
-    """Parameters without those of gates; a shared parameter counts once."""
+    """The number of parameters without those of gates; a shared parameter counts once."""
     gates = {id(p) for module in gates_of(model) for p in module.parameters()}
     return sum(p.numel() for p in model.parameters() if id(p) not in gates)
 
 
 def count_macs(model: nn.Module, example_inputs: Any) -> int:
-    """Multiply-accumulates of one evaluation pass over the example inputs, as ``torch.utils.flop_counter`` counts them
-    (two FLOPs each).
+    """The multiply-accumulates of one evaluation pass over the example inputs, counted with
+    ``torch.utils.flop_counter`` (two FLOPs each).
 
-    A gated layer counts as its dense counterpart does. Attention is counted in its parts: the counter knows none of its
-    fused kernels on a CPU, nor those of a whole encoder layer. An einsum that sums over one element, which torch
-    multiplies without a product, counts as one.
+    A gated layer counts as its dense counterpart does. Attention is computed by its parts while it is counted, because
+    the counter knows neither the fused kernels on a CPU nor that of a whole encoder layer. An einsum that sums over an
+    axis of one element counts as a product, although torch computes it elementwise.
     """
 
     def count(model: nn.Module, example_inputs: Any) -> int:
@@ -58,8 +58,8 @@ def count_call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
 
 
 class _Einsums(TorchFunctionMode):
-    """Counts the einsums of two operands that torch computes elementwise,
-    because what they sum over has one element left.
+    """Counts the einsums of two operands that torch computes elementwise because the axis that they sum over has one
+    element, so that the counter sees no product.
     """
 
     def __init__(self, counter: FlopCounterMode) -> None:
@@ -77,8 +77,8 @@ class _Einsums(TorchFunctionMode):
 
 
 def _einsum_macs(equation: str, shapes: list[list[int]]) -> int:
-    """The product of the sizes of all letters where two operands have one that the result does not;
-    0 of what has dots, or no such.
+    """The MACs of an einsum of two operands that sums over a common letter: the product of the sizes of all letters. 0
+    for other einsums and for equations with dots.
     """
     operands, arrow, result = equation.replace(" ", "").partition("->")
     letters = operands.split(",")
@@ -92,8 +92,8 @@ def _einsum_macs(equation: str, shapes: list[list[int]]) -> int:
 
 
 def macs_beside_layers(model: nn.Module, example_inputs: Any, names: Iterable[str]) -> dict[str, int]:
-    """The same for each of the modules ``names``, without what the layers inside of it count:
-    of attention its scores and their use.
+    """For each module in ``names``, the MACs that it computes itself, without those of the layers inside of it. For an
+    attention these are its scores and the weighted sums of values.
     """
     with inputs.evaluating(model), inputs.frozen(model), torch.no_grad():
         counter = FlopCounterMode(display=False, custom_mapping=_RECURRENT)
@@ -113,5 +113,6 @@ def macs_beside_layers(model: nn.Module, example_inputs: Any, names: Iterable[st
 
 
 def _count(counter: FlopCounterMode, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    """Call the function under the counter, with attention in its parts."""
     with inputs.unfused(), sdpa_kernel(SDPBackend.MATH), counter:
         function(*args, **kwargs)

@@ -1,4 +1,8 @@
-"""Operators on meta tensors, which have shapes and no values, each kind of call computed once."""
+"""Run operators on meta tensors, which have shapes and no values, and remember the shape of each result.
+
+torch takes milliseconds for many an operator even without values, and a model has many equal blocks. A call like an
+earlier one gets new tensors of the remembered form instead.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +14,13 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-_MANY = 50_000  # calls that are remembered
+_MANY = 50_000  # with more remembered calls than this, all are forgotten
 _PLAIN = (Tensor, nn.Parameter)
 _KEYS = (int, float, bool, complex, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
 
 
 class _Form(NamedTuple):
-    """What an operator's result on a meta tensor depends on."""
+    """Shape, strides and dtype of a meta tensor: all that results on it depend on."""
 
     shape: torch.Size
     stride: tuple[int, ...]
@@ -24,18 +28,20 @@ class _Form(NamedTuple):
 
 
 _known: dict[Any, Any] = {}
-_ITSELF = object()  # in the place of a form: the tensor that is changed in place, whose form stays
+_ITSELF = object()  # remembered instead of a form: the call returns its first argument, changed in place
 
 
 class _UnknownError(Exception):
-    """Something in a call, or in what it returns, that is computed anew each time."""
+    """Raised for a call that cannot be remembered, because an argument or a result is of another type than those
+    expected.
+    """
 
 
 def computed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """``func(*args, **kwargs)`` of meta tensors: of a call like one before fresh tensors of the same form, or the one
-    that it changes in place.
+    """``func(*args, **kwargs)`` on meta tensors.
 
-    Many of torch's operators take milliseconds to find out what has no values, and a model has many blocks alike.
+    If a call with the same operator, forms and numbers was remembered, new tensors of the same form are returned, or
+    the first argument if the operator changes that in place.
     """
     try:
         key: Any = _key(func, args, kwargs) if func.namespace == "aten" else None
@@ -62,6 +68,7 @@ def computed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _key(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What the result of a call depends on, hashable. Raises :class:`_UnknownError` for arguments of other types."""
     parts = [_part(value) for value in args]
     if kwargs:
         parts += [(name, _part(value)) for name, value in kwargs.items()]
@@ -69,6 +76,7 @@ def _key(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _part(value: Any) -> Any:
+    """One argument as a part of the key: the form of a tensor, or the value of a number, with its type."""
     kind = type(value)
     if kind in _PLAIN:
         return _form(value)
@@ -80,6 +88,9 @@ def _part(value: Any) -> Any:
 
 
 def _form(found: Any) -> Any:
+    """The forms of the tensors that a call returned, in the same nesting. Raises :class:`_UnknownError` for other
+    results.
+    """
     if type(found) in _PLAIN:
         if found.is_meta and found.layout is torch.strided and not found.is_complex():
             return _Form(found.shape, found.stride(), found.dtype)
@@ -91,13 +102,14 @@ def _form(found: Any) -> Any:
 
 
 def _made(form: Any) -> Any:
+    """New meta tensors of these forms."""
     if type(form) is _Form:
         return torch.empty_strided(form.shape, form.stride, dtype=form.dtype, device="meta")
     return None if form is None else type(form)(map(_made, form))
 
 
 def mapped(function: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """An operator's arguments, or what it returns, with another tensor in the place of each."""
+    """``value``, the arguments or results of an operator, with ``function(tensor)`` in the place of each tensor."""
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, (list, tuple)):
@@ -108,7 +120,7 @@ def mapped(function: Callable[[Tensor], Tensor], value: Any) -> Any:
 
 
 def tensors_of(value: Any) -> list[Tensor]:
-    """The tensors among an operator's arguments, in order, or those that it returns."""
+    """The tensors in ``value``, the arguments or results of an operator, in order."""
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, dict):
@@ -119,14 +131,14 @@ def tensors_of(value: Any) -> list[Tensor]:
 
 
 def to_meta(func: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The keyword arguments with which an operator makes its tensors on the meta device."""
+    """``kwargs`` of an operator, with device "meta" if the operator has such an argument."""
     if "device" in kwargs or any(argument.name == "device" for argument in func._schema.arguments):
         return {**kwargs, "device": torch.device("meta")}
     return kwargs
 
 
 class OnMeta(TorchDispatchMode):
-    """Operators get meta tensors in the places of real ones."""
+    """A mode in which operators get meta tensors in the place of real ones."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -134,7 +146,7 @@ class OnMeta(TorchDispatchMode):
 
     @staticmethod
     def of(example_inputs: Any) -> Any:
-        """The same example inputs without values."""
+        """The example inputs as meta tensors."""
         return pytree.tree_map_only(Tensor, lambda t: t.to("meta"), example_inputs)
 
     def __torch_dispatch__(
@@ -147,6 +159,7 @@ class OnMeta(TorchDispatchMode):
         return computed(func, args, to_meta(func, kwargs))
 
     def _twin(self, tensor: Tensor) -> Tensor:
+        """The meta tensor in the place of ``tensor``, always the same one."""
         if tensor.is_meta:
             return tensor
         if id(tensor) not in self._twins or self._twins[id(tensor)][1].shape != tensor.shape:

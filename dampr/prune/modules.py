@@ -1,4 +1,4 @@
-"""The modules of a kind in a model, each once."""
+"""Find the modules of a type in a model; a module that has several names is found once."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def of_kind(model: nn.Module, kind: type[M]) -> list[M]: ...
 @overload
 def of_kind(model: nn.Module, kind: Kinds) -> list[Any]: ...
 def of_kind(model: nn.Module, kind: Any) -> list[Any]:
-    """Those of this type, or of one of these, in the order of the model."""
+    """The modules of type ``kind``, or of one of these types, in the order of the model."""
     return [module for module in model.modules() if isinstance(module, kind)]
 
 
@@ -26,7 +26,7 @@ def by_name(model: nn.Module, kind: type[M]) -> dict[str, M]: ...
 @overload
 def by_name(model: nn.Module, kind: Kinds) -> dict[str, Any]: ...
 def by_name(model: nn.Module, kind: Any) -> dict[str, Any]:
-    """The same, by their first names."""
+    """name -> module for the modules of type ``kind``, or of one of these types; the first name of each."""
     return {name: module for name, module in model.named_modules() if isinstance(module, kind)}
 
 

@@ -1,5 +1,7 @@
-"""Which layers get a bias when a model is compacted: what a closed unit still contributes as a constant moves into
-that of its reader.
+"""Find the layers that get a bias when a model is compacted.
+
+A closed unit can still contribute a constant to the layer that reads it (half a sigmoid, the shift of a norm).
+Compaction moves this constant into the bias of that layer, so a layer without a bias gets one.
 """
 
 from __future__ import annotations
@@ -13,19 +15,25 @@ from torch import nn
 
 from dampr.gates import Fixed
 from dampr.nn import GatedHeads
+from dampr.nn.called import first_argument
 
-from . import graph, inputs
+from . import inputs
 from .compact import open_branches
+from .layers.registry import kind_of
 from .modules import gates_of
 from .structure import Structure
 
 
 def find(model: nn.Module, structure: Structure, example_inputs: Any) -> dict[nn.Module, set[int]]:
-    """Of each layer in ``structure.plain`` without a bias that would get one, the classes of which any one that goes is
-    enough.
+    """layer of ``structure.plain`` without a bias that would get one -> the classes that cause it, each by itself.
 
-    By the values that ``model``, which ``structure`` is of, has now: a copy runs with the gates of all units closed,
-    and what is not 0 there where a layer reads it is a constant.
+    A copy of ``model`` runs with the gates of all units closed. What is then not 0 where a layer reads it is a
+    constant. This holds for the values that ``model`` has now.
+
+    Args:
+        model: the gated model; not changed.
+        structure: its structure.
+        example_inputs: the inputs of the run.
     """
     readers = dict(_readers(structure))
     if not readers:
@@ -40,19 +48,26 @@ def find(model: nn.Module, structure: Structure, example_inputs: Any) -> dict[nn
     found: dict[nn.Module, set[int]] = {}
 
     def look(layer: nn.Module, labels: list[int]) -> Any:
-        def hook(module: nn.Module, args: Any) -> None:
+        """A forward pre-hook that enters a layer in ``found`` if it reads a channel that is not 0."""
+
+        def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            """Note the classes of the channels in which the layer reads anything but zeros."""
             weight: Any = layer.weight
-            along = -1 if isinstance(layer, nn.Linear) else -(weight.dim() - 1)
+            along = kind_of(layer).input_axis(layer)
             counts = weight.detach().transpose(0, 1).flatten(1).any(1)
-            reads = (args[0].detach().movedim(along, -1).flatten(0, -2) != 0).any(0).to(counts.device) & counts
+            x = first_argument(args, kwargs).detach()
+            reads = (x.movedim(along, -1).flatten(0, -2) != 0).any(0).to(counts.device) & counts
             own = {label for label, read in zip(labels, reads.tolist(), strict=True) if read and label >= 0}
             if own:
                 found[layer] = own
 
         return hook
 
-    hooks = [trial.get_submodule(name).register_forward_pre_hook(look(*reader)) for name, reader in readers.items()]
-    # of a model that needs some of its values, which no budget closes all at once
+    hooks = [
+        trial.get_submodule(name).register_forward_pre_hook(look(*reader), with_kwargs=True)
+        for name, reader in readers.items()
+    ]
+    # some models raise if all values are 0; no budget closes all units at once, so this tells nothing
     without_values = contextlib.suppress(RuntimeError)
     with inputs.removing(hooks), without_values:
         inputs.evaluate(trial, example_inputs)
@@ -60,14 +75,16 @@ def find(model: nn.Module, structure: Structure, example_inputs: Any) -> dict[nn
 
 
 def _readers(structure: Structure) -> Iterator[tuple[str, tuple[nn.Module, list[int]]]]:
-    """Layers without a bias that can have one, and whose columns no gates close, by name,
-    with the classes of what they read.
+    """(name, (layer, the class of each channel that it reads)) for layers without a bias that can have one.
+
+    Layers whose columns gates close are left out, and convolutions that pad with zeros, where no bias could make up for
+    it.
     """
     for name, layer in structure.plain.named_modules():
         gated = structure.gated.get(name)
         closes_columns = gated is not None and (isinstance(gated, GatedHeads) or gated.granularity == "input")
         labels = structure.labels.get((layer, False))
-        if labels is None or not isinstance(layer, graph.GEMMS) or closes_columns:
+        if labels is None or not kind_of(layer).gemm or closes_columns:
             continue
-        if layer.bias is None and not graph.pads_with_zeros(layer):
+        if layer.bias is None and not kind_of(layer).pads(layer):
             yield name, (layer, labels)

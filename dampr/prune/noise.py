@@ -1,4 +1,6 @@
-"""Random numbers of models that are run to be looked at: the same in every run, and the caller's stay as they were."""
+"""Random numbers in trial runs of a model: the same in every run, while the generators of the caller keep their
+states.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +17,13 @@ SEED = 0
 
 @contextmanager
 def kept(model: nn.Module) -> Iterator[list[torch.Generator]]:
-    """Whatever is drawn in this block, afterwards all generators are as they were: those of torch, Python and numpy,
-    and those that modules of ``model`` keep, which it gives.
+    """A block after which all random generators have their old states: those of torch, Python, numpy and of modules.
+
+    Yields the generators that modules of ``model`` keep in attributes.
     """
     own = _generators(model)
-    states, python, numpy = [generator.get_state() for generator in own], random.getstate(), np.random.get_state()  # noqa: NPY002
+    states = [generator.get_state() for generator in own]
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
     try:
         with torch.random.fork_rng(_devices(model)):
             yield own
@@ -32,7 +36,7 @@ def kept(model: nn.Module) -> Iterator[list[torch.Generator]]:
 
 @contextmanager
 def same(model: nn.Module) -> Iterator[None]:
-    """:func:`kept`, and what a model draws is the same in every such block, whatever was drawn in between."""
+    """As :func:`kept`, with all generators seeded alike, so that a model draws the same numbers in every such block."""
     with kept(model) as own:
         random.seed(SEED)
         np.random.seed(SEED)  # noqa: NPY002
@@ -43,7 +47,7 @@ def same(model: nn.Module) -> Iterator[None]:
 
 
 def _generators(model: nn.Module) -> list[torch.Generator]:
-    """Those that modules keep."""
+    """The random generators that modules keep in attributes."""
     values = (value for module in model.modules() for value in vars(module).values())
     return [value for value in values if isinstance(value, torch.Generator)]
 

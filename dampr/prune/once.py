@@ -102,6 +102,7 @@ def prune_once(
 
 
 def _check_data(data: list[Any], loss: Any, criterion: names.Criterion) -> None:
+    """Raise TypeError unless ``data`` holds pairs, and ValueError if "taylor" has no data or no loss."""
     if not all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in data):
         raise TypeError("batches: expected pairs of inputs and targets")
     if criterion == "taylor" and (not data or not callable(loss)):
@@ -129,13 +130,14 @@ def _close(budget: Budget, share: float, criterion: names.Criterion, data: list[
         values = over_ranks(values.to(gates[0].device)).cpu()
         scores = evenly(values, [gate.num_gates for gate in gates])
         controller.squares = scores * controller.marginal_cost()
-    controller.measured = 10_000  # as if measured for long: the running mean is the value
+    controller.measured = 10_000  # after so many steps a running mean equals the value itself
     controller.keep = controller.choose(torch.where(controller.keep, scores, -1.0), share)
     for gate, keep in zip(gates, controller.keep.split([gate.num_gates for gate in gates]), strict=True):
         gate.level.copy_(keep)
 
 
 def _value(loss: Callable[[Any, Any], Tensor], output: Any, target: Any) -> Tensor:
+    """The loss of one batch. Raises TypeError unless it is one number with a gradient."""
     try:
         value = loss(output, target)
     except TypeError as error:

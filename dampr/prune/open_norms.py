@@ -1,4 +1,8 @@
-"""Norms that can count open units only: which modules of a model these are, whatever their types."""
+"""Finds the norms of a model that can be made to count only open units, whatever their types.
+
+A norm over channels divides by the number of all channels. If units are closed, a smaller model divides by fewer, so
+the masked model must count only open units too (:class:`dampr.nn.OpenStatistics`).
+"""
 
 from __future__ import annotations
 
@@ -19,10 +23,11 @@ from .units import Units
 
 @dataclass(frozen=True)
 class OpenNorm:
-    """A module that computes statistics over units along dimension ``dim`` of its input.
+    """A module that computes statistics over units along one dimension of its input.
 
     Attributes:
-        classes: of each element of that dimension.
+        classes: the class of each element of that dimension.
+        dim: the dimension.
         centred, whole: as in :class:`dampr.nn.OpenStatistics`.
     """
 
@@ -32,13 +37,17 @@ class OpenNorm:
     whole: bool
 
     def statistics(self, gate: Gate, index: Tensor) -> OpenStatistics:
-        """Of these gates, for a module of this kind."""
+        """The statistics over open units for a module of this kind; ``index`` is the gate of each element, as in
+        ``gate``.
+        """
         return OpenStatistics(gate, index, self.dim, centred=self.centred, whole=self.whole)
 
 
 def find(model: nn.Module, units: Units, example_inputs: Any) -> dict[str, OpenNorm]:
-    """The norms of a plain model, by name: modules without children whose every statistic is over one width of their
-    only input.
+    """name -> norm, for the norms of a plain model.
+
+    A norm is a module without children that has one input and one output of the same shape, and whose statistics all
+    run over the same units.
     """
     lines: dict[str, set[tuple[int, ...]]] = defaultdict(set)
     for name, line in units.counted:
@@ -48,11 +57,12 @@ def find(model: nn.Module, units: Units, example_inputs: Any) -> dict[str, OpenN
     calls: dict[str, list[tuple[Any, Any]]] = defaultdict(list)
 
     def note(name: str) -> Any:
-        return lambda norm, args, output: calls[name].append((args, output))
+        """A forward hook that notes the arguments and the output of norm ``name``."""
+        return lambda norm, args, kwargs, output: calls[name].append(((*args, *kwargs.values()), output))
 
     with (
-        inputs.removing([norm.register_forward_hook(note(name)) for name, norm in modules.items()]),
-        inputs.unfused(),  # whose nested tensors have no shape
+        inputs.removing([norm.register_forward_hook(note(name), with_kwargs=True) for name, norm in modules.items()]),
+        inputs.unfused(),  # fused encoder layers use nested tensors, which have no shape
     ):
         inputs.evaluate(model, example_inputs)
     found = {}
@@ -65,7 +75,7 @@ def find(model: nn.Module, units: Units, example_inputs: Any) -> dict[str, OpenN
 
 
 def _dim(args: Any, output: Any, size: int) -> int | None:
-    """The dimension of so many elements: the last one, or that of channels; None where a call is not that of a norm."""
+    """The dimension of ``size`` elements: the last one or dimension 1; None if the call is not that of a norm."""
     if (
         len(args) != 1
         or not isinstance(args[0], Tensor)
@@ -79,13 +89,15 @@ def _dim(args: Any, output: Any, size: int) -> int | None:
 
 @torch.no_grad()
 def _statistics_of(norm: nn.Module, args: Any, output: Tensor, dim: int) -> tuple[bool, bool]:
-    """Whether a norm subtracts a mean, and whether that is one of a whole sample,
-    by what constants change that are added to its input.
+    """(whether a norm subtracts a mean, whether it is the mean of a whole sample).
+
+    Constants are added to its input: a norm that subtracts a mean over some dimensions ignores constants along these.
     """
     (x,) = args
     generator = torch.Generator().manual_seed(0)
 
     def ignores(dims: tuple[int, ...]) -> bool:
+        """Whether the output stays the same if a random constant is added that does not change along ``dims``."""
         shape = [1 if d in dims else size for d, size in enumerate(x.shape)]
         constants = (1 + torch.rand(shape, generator=generator)).to(x.device, x.dtype) * x.abs().mean().clamp(min=1e-3)
         return not inputs.differ([output], [norm(x + constants)], 0.0, 0.02 * inputs.size([output]))
@@ -95,7 +107,7 @@ def _statistics_of(norm: nn.Module, args: Any, output: Tensor, dim: int) -> tupl
 
 
 def close(model: nn.Module, norms: Mapping[str, OpenNorm], classes: Collection[int]) -> None:
-    """Have the norms of a copy leave these classes out of their statistics."""
+    """Make the norms of a copy leave these classes out of their statistics."""
     gone = set(classes)
     for name, norm in norms.items():
         if not gone.isdisjoint(norm.classes):
@@ -106,7 +118,7 @@ def close(model: nn.Module, norms: Mapping[str, OpenNorm], classes: Collection[i
 
 
 def in_one_vector(norms: Mapping[str, OpenNorm], vectors: Iterable[Iterable[int]]) -> dict[str, OpenNorm]:
-    """Those whose classes with gates are all in one vector of gates."""
+    """The norms whose classes with gates all belong to one gate vector; ``vectors`` are the classes of each."""
     number = {one: at for at, vector in enumerate(vectors) for one in vector}
     return {
         name: norm for name, norm in norms.items() if len({number[one] for one in norm.classes if one in number}) == 1

@@ -20,7 +20,7 @@ from .budget import Budget, BudgetReport
 from .compact import compact
 from .controller import RAMP, Ramp
 from .convert import convert
-from .expand import Optimizers, check_state, check_trains, optimizers_of
+from .expand import Optimizers, PassedChecks, check_state, check_trains, optimizers_of
 from .plan_hooks import check_model, divergence, is_trained, uncompiled
 from .plan_report import PlanError, PlanReport
 from .recalibrate import recalibrate, share_statistics
@@ -151,7 +151,7 @@ class Plan:
         self._trained = is_trained(model) if trained is None else _checks.flag("trained", trained)
         share = (TRAINED_WARMUP if self._trained else WARMUP) if warmup is None else warmup
         self._end = round((share + ramp) * steps)
-        # of the budget: the ramp, and the steps in which it measures
+        # the steps of the budget: those in which it measures, and the ramp
         self._length = min(round(ramp * steps / RAMP), self._end - 1)
         least = max(8, 9 - (self._end - round(ramp * steps)))  # gates come in behind the first step
         if self._end >= steps or round(ramp * steps) < least:
@@ -172,6 +172,7 @@ class Plan:
         self._budget: Budget | None = None
         self._kept: list[Tensor] | None = None  # the final value of every gate, by gate vector
         self._silent = 0
+        self._passed = PassedChecks()
         self._batches: deque[tuple[Any, Any]] = deque(maxlen=max(1, recalibrate))
         self._teacher: nn.Module | None = None
         self._output: Any = None
@@ -262,7 +263,7 @@ class Plan:
             )
         optimizers = optimizers_of(optimizer)
         for one in optimizers:
-            self._check_optimizer(one)
+            self._passed.run(one, self._check_optimizer)
         copies_of(ema)
         self.steps_taken += 1
         try:
@@ -278,7 +279,7 @@ class Plan:
         return smaller
 
     def _change(self, optimizer: Optimizers, ema: Copies) -> bool:
-        """What is due at this step; whether the model has become smaller."""
+        """Do what is due at this step. Returns whether the model has become smaller."""
         if self._budget is None:
             if self.steps_taken == self._end - self._length:
                 self._begin(ema)
@@ -418,6 +419,7 @@ class Plan:
     def _begin(self, ema: Copies) -> None:
         """Begin the ramp: convert the model, and give its gates to a budget."""
         self._check_finite(f"step {self.steps_taken}")
+        self._passed.forget()  # optimizers are checked again: from here on, those that train gates are refused
         if any(not gated_layers(one) for one in copies_of(ema)):
             check_copies(ema, self.model)
         if self._distill:
@@ -491,7 +493,7 @@ class Plan:
         """Set the learning rates after the ramp: ``times`` the first ones, falling to 0 along a cosine."""
         way = min(1.0, (self.steps_taken - self._end) / (self.steps - self._end))
         for group in optimizer.param_groups:
-            rate = group.setdefault("initial_lr", float(group["lr"]))  # as schedulers keep it
+            rate = group.setdefault("initial_lr", float(group["lr"]))  # where torch's schedulers keep it too
             if self.report is not None:
                 group["lr"] = rate * times * (1 + math.cos(math.pi * way)) / 2
 
@@ -515,11 +517,13 @@ class Plan:
             self._output = args, kwargs, output
 
     def _remove_hooks(self) -> None:
+        """Remove the hooks from the model, and forget the dense model of distillation."""
         for hook in self._hooks:
             hook.remove()
         self._output = self._teacher = None
 
     def _check_finite(self, when: str) -> None:
+        """Raise PlanError, with the name of a parameter, unless all parameters are finite."""
         bad = next((name for name, p in self.model.named_parameters() if not bool(p.isfinite().all())), None)
         if bad is not None:
             raise PlanError(f"{when}: {bad} has values that are not finite; expected a loss that is")

@@ -1,6 +1,4 @@
-"""What a plan asks of the model that it is given, what it sees of the model's calls,
-and the distance of distillation.
-"""
+"""Parts of a plan: checks of the model, hooks on the model's calls, and the distance of distillation."""
 
 from __future__ import annotations
 
@@ -14,11 +12,13 @@ from torch.nn import functional as F
 
 from .wrapped import check_bare
 
-SEEN = 100  # a norm that has seen that many batches was trained
+SEEN = 100  # a model counts as trained if one of its norms has seen that many batches
 
 
 class _Uncompiled:
-    """A hook that a compiler calls and does not look into; unlike what torch makes for that it pickles."""
+    """A hook that torch.compile calls without looking into it. Unlike the wrapper that torch makes for this, it can be
+    pickled.
+    """
 
     def __init__(self, hook: Callable[..., None]) -> None:
         self.hook, self._called = hook, torch.compiler.disable(hook)
@@ -31,13 +31,17 @@ class _Uncompiled:
 
 
 def uncompiled(hook: Callable[..., None]) -> Callable[..., None]:
-    """``hook``, hidden from torch.compile if the process has loaded it, which takes seconds and is not done here."""
+    """``hook``, hidden from torch.compile. If the process has not imported torch's compiler, which takes seconds, the
+    hook is returned as it is.
+    """
     return _Uncompiled(hook) if "torch._dynamo" in sys.modules else hook
 
 
 def divergence(output: Any, taught: Any, temperature: float = 2.0) -> Tensor:
-    """T^2 KL(softmax(taught / T) | softmax(output / T)), the mean over rows, of logits (rows, classes);
-    a scalar (Hinton et al. 2015).
+    """T^2 KL(softmax(taught / T) | softmax(output / T)) of logits (rows, classes), the mean over rows, a scalar (Hinton
+    et al. 2015).
+
+    Raises ValueError for outputs that are no such logits.
     """
     output, taught = (getattr(value, "logits", value) for value in (output, taught))
     if not isinstance(output, Tensor) or output.dim() != 2:
@@ -50,11 +54,13 @@ def divergence(output: Any, taught: Any, temperature: float = 2.0) -> Tensor:
 
 
 def check_model(model: Any) -> None:
+    """Raise TypeError or ValueError for a model that a plan cannot change."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model={model!r:.80}: expected a torch.nn.Module")
     check_bare(model, "a plan changes its layers")
 
 
 def is_trained(model: nn.Module) -> bool:
+    """Whether a norm with running statistics has seen :data:`SEEN` batches."""
     seen = [count for m in model.modules() if isinstance(count := getattr(m, "num_batches_tracked", None), Tensor)]
     return any(not count.is_meta and int(count) >= SEEN for count in seen)

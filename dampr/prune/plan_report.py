@@ -1,4 +1,4 @@
-"""What a plan reports, and how it fails."""
+"""The report and the error of a plan."""
 
 from __future__ import annotations
 
@@ -10,17 +10,23 @@ from .reports import Report
 
 
 class PlanError(RuntimeError):
-    """A plan could not go on, or is over; the model is as it was before the call."""
+    """A plan cannot go on, or is finished; the model is as it was before the call."""
 
 
 @dataclass(frozen=True)
 class PlanReport(Report):
-    """What a plan did, and when: ``steps`` in all, of which all units were open up to ``dense``, and the model
-    compacted at ``compacted``.
+    """The course of a plan, and its result.
 
-    ``budget``: what was decided at that moment; ``difference``: the largest between the outputs of the masked and the
-    compacted model. ``recalibrated``: on how many batches statistics of norms were taken again. ``shrunk``: which
-    removals of closed units there were before, and which did not pay.
+    Attributes:
+        steps: the number of all steps.
+        dense: the step up to which all units were open.
+        compacted: the step at which the model was compacted.
+        trained, gate, score: as given to the plan.
+        budget: the report of the budget at that step.
+        difference: the largest difference between the outputs of the masked and the compacted model.
+        recalibrated: the number of batches on which statistics of norms were taken anew.
+        notes: name of a layer -> why closed units of it stay.
+        shrunk: texts on the removals of closed units before that step, and on those that did not pay.
     """
 
     steps: int

@@ -1,4 +1,4 @@
-"""ReLU modules that batch norms with gates compute, so that norm, gates and ReLU are one pass each way."""
+"""Fuse ReLU modules into the gated batch norms in front of them: norm, gates and ReLU are then one pass over memory."""
 
 from __future__ import annotations
 
@@ -19,11 +19,18 @@ from . import inputs, noise
 
 
 def fuse_relu(model: nn.Module, gated: Mapping[nn.Module, Any], example_inputs: Any) -> dict[nn.Module, nn.Module]:
-    """Tell the batch norms among the ``gated`` layers, by the plain ones, that a ReLU alone reads them; what is to
-    stand in its place.
+    """Let batch norms compute the ReLU behind them, where nothing else reads their output.
 
-    Only an ``nn.ReLU`` of its own, or one that is called in several places: each call does what is left to do. A
-    function cannot be left out, and a norm with hooks, which would see other values, keeps its output.
+    Only an ``nn.ReLU`` module can be fused, also one that is called in several places. A function in a forward cannot
+    be left out, and a norm with hooks is not changed, because they would see other values.
+
+    Args:
+        model: the model, with its plain norms.
+        gated: plain module -> the gated layer that will take its place; ``activation`` is set on batch norms among
+            these.
+        example_inputs: the inputs on which readers are found.
+
+    Returns: ``nn.ReLU`` -> the :class:`~dampr.nn.AbsorbedReLU` to put in its place.
     """
     names = {module: name for name, module in model.named_modules()}
     norms = {
@@ -43,12 +50,14 @@ def fuse_relu(model: nn.Module, gated: Mapping[nn.Module, Any], example_inputs: 
 
 
 def _is_hooked(norm: nn.Module) -> bool:
+    """Whether a norm has forward or backward hooks."""
     return bool(norm._forward_hooks or norm._backward_hooks or norm._backward_pre_hooks)
 
 
 def _followers(model: nn.Module, norms: Iterable[str], example_inputs: Any) -> dict[str, str]:
-    """The ReLU behind each norm that nothing else reads, in evaluation and in training, by their names;
-    tried in a copy.
+    """name of a norm -> name of the ReLU that alone reads it, in evaluation and in training.
+
+    Found by a run of a copy in each mode; empty if one of them raises.
     """
     if not any(type(m) in (nn.ReLU, AbsorbedReLU) for m in model.modules()):
         return {}
@@ -58,21 +67,23 @@ def _followers(model: nn.Module, norms: Iterable[str], example_inputs: Any) -> d
             with noise.same(model), torch.no_grad():
                 found.append(_alone(inputs.twin(model).train(training), norms, example_inputs))
         except Exception:
-            # what does not train on the example inputs (too few of them for a norm, say) has nothing to gain
+            # A model that cannot train on the example inputs (too few of them for a norm, say) gains nothing here.
             return {}
     evaluated, trained = found
     return {norm: relu for norm, relu in evaluated.items() if trained.get(norm) == relu}
 
 
 def _alone(model: nn.Module, norms: Iterable[str], example_inputs: Any) -> dict[str, str]:
-    """Of norms that are called once, and whose output one call of a ReLU module reads, and nobody keeps,
-    that module.
+    """name of a norm -> name of the ReLU behind it, found in one run of ``model``.
+
+    It holds norms that are called once, whose output one call of a ReLU module reads, and whose output nothing keeps.
     """
     made: dict[str, list[weakref.ref[Tensor]]] = {}
     behind: dict[str, str] = {}
     reads: dict[str, list[Callable[..., Any]]] = {name: [] for name in norms}
 
     def whose(values: Any) -> list[str]:
+        """The norms whose outputs are among the tensors in ``values``."""
         leaves = {id(leaf) for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor)}
         return [
             name
@@ -81,17 +92,22 @@ def _alone(model: nn.Module, norms: Iterable[str], example_inputs: Any) -> dict[
         ]
 
     class Reading(TorchFunctionMode):
+        """A mode that notes the functions that read each norm's output."""
+
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            """Call the function, and note it for each norm whose output is among the arguments."""
             for name in whose((args, kwargs)):
                 reads[name].append(func)
             return func(*args, **(kwargs or {}))
 
-    def note(relu: str, args: Any) -> None:
-        behind.update(dict.fromkeys(whose(args), relu))
+    def note(relu: str, args: Any, kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook of a ReLU: note that it stands behind the norms whose outputs it gets."""
+        behind.update(dict.fromkeys(whose((args, kwargs)), relu))
 
     def is_alone(norm: str) -> bool:
+        """Whether nothing but the ReLU read the norm's output, and nothing has kept it."""
         (output,) = made[norm]
-        # who comes after it reads what it has rectified, in the same memory
+        # an inplace ReLU writes into the norm's output, so whatever reads that later reads the rectified values
         if model.get_submodule(behind[norm]).inplace:
             return reads[norm][:1] == [F.relu]
         return reads[norm] == [F.relu] and output() is None
@@ -100,9 +116,11 @@ def _alone(model: nn.Module, norms: Iterable[str], example_inputs: Any) -> dict[
         if name in reads:
             module.register_forward_hook(lambda _, args, y, name=name: made.setdefault(name, []).append(weakref.ref(y)))
         elif type(module) in (nn.ReLU, AbsorbedReLU):
-            module.register_forward_pre_hook(lambda _, args, name=name: note(name, args))
+            module.register_forward_pre_hook(
+                lambda _, args, kwargs, name=name: note(name, args, kwargs), with_kwargs=True
+            )
     with Reading():
         outputs = inputs.call(model, example_inputs)
     alone = [norm for norm in behind if len(made[norm]) == 1 and is_alone(norm)]
-    del outputs  # held until here: what is returned is read
+    del outputs  # kept alive until here, so that a norm's output that the model returns counts as kept
     return {norm: behind[norm] for norm in alone}

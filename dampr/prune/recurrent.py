@@ -1,5 +1,6 @@
-"""Recurrent layers in compact: a smaller one in the place of a gated one,
-and the gates of its output in the weights that read it.
+"""Recurrent layers in compact: each gated one is replaced by a smaller plain one.
+
+The gates of its outputs are multiplied into the weights of the layers that read it.
 """
 
 from __future__ import annotations
@@ -14,26 +15,30 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
-from dampr.gates import Fixed, Gate
-from dampr.nn import ScaledRNN
+from dampr.gates import Fixed
 from dampr.nn.computed import computed
 from dampr.nn.pruned.narrowed_rnn import in_parts, narrowed
 from dampr.nn.rnn import GatedRecurrent
 
 from . import inputs, noise
 from .graph import CannotCutError
+from .layers.recurrent import without_factors
+from .layers.registry import channel_count, kind_of
 from .modules import by_name
-from .tracing import channel_count, input_columns
 
 Kept = dict[tuple[nn.Module, bool], Tensor]
 
 
 @dataclass
 class Units:
-    """What is left of a recurrent layer.
+    """The units that are left of a recurrent layer.
 
-    ``kept``: units by layer and direction; ``own``: which of these are no filling, where the widths are to be their
-    own; ``readers``: the names of the layers that read it.
+    Attributes:
+        kept: for each layer and direction, the indices of the units that are left. All have the same length, so some
+            closed units may be among them.
+        own: for each layer and direction, the positions in ``kept`` of the units that are open, if the widths are to be
+            unequal; else None.
+        readers: the names of the layers that read it.
     """
 
     kept: list[Tensor]
@@ -46,20 +51,23 @@ def make_plain(
 ) -> tuple[Kept, dict[str, Units], dict[str, str]]:
     """Replace every gated recurrent layer of ``model`` by a plain one of equal widths, in place.
 
-    A layer whose outputs are read by ``nn.Linear`` and recurrent layers alone becomes the smaller layer of
-    ``compacted()``, and the columns of its readers are sliced and multiplied by the gates. Whether the model computes
-    the same is tried on ``samples``; where it does not (a nonlinearity between them, a norm, a state from outside), the
-    layer keeps its size.
+    If only ``nn.Linear`` and recurrent layers read a layer, it becomes the smaller layer of ``compacted()``, and the
+    columns of its readers are sliced and multiplied by the gates. Then the model runs on ``samples``. If its outputs
+    changed (because of a nonlinearity or a norm before the readers, or a state given from outside), the layer keeps its
+    size.
 
-    Returns what is left of each layer, of the smaller ones the units, and for layers with closed units that stay the
-    reason.
+    Args:
+        atol, rtol: how far outputs may differ.
+
+    Returns: what is left on each side of each layer; the units of the layers that became smaller; and a note for each
+    layer whose closed units stay.
     """
     kept: dict[tuple[str, bool], Tensor] = {}
     units: dict[str, Units] = {}
     notes: dict[str, str] = {}
     for name, layer in by_name(model, GatedRecurrent).items():
         plain = layer.to_dense()
-        if isinstance(plain, nn.RNNBase) and not any(layer.closed_units()):
+        if kind_of(plain).recurrent and not any(layer.closed_units()):
             inputs.replace(model, {layer: plain})
             continue
         try:
@@ -74,20 +82,21 @@ def make_plain(
             if any(layer.closed_units()):
                 notes[name] = f"{sum(map(len, layer.closed_units()))} closed units stay: {error}"
     return (
-        {(_inside(model.get_submodule(name)), writes): features for (name, writes), features in kept.items()},
+        {(without_factors(model.get_submodule(name)), writes): features for (name, writes), features in kept.items()},
         units,
         notes,
     )
 
 
-def _inside(layer: nn.Module) -> nn.Module:
-    return layer.rnn if isinstance(layer, ScaledRNN) else layer
-
-
 def _shrink(
     model: nn.Module, layer: GatedRecurrent, samples: list[Any], atol: float, rtol: float
 ) -> tuple[Tensor, list[str]]:
-    """The features of ``layer`` that are left, and the names of the layers that read them."""
+    """Replace ``layer`` by the smaller one, in place.
+
+    Returns: the features that are left of its outputs, and the names of the layers that read them.
+
+    Raises: CannotCutError if the model would compute something else; it is as it was then.
+    """
     reading = readers(model, layer, samples[0])
     unchanged = _proof(model, samples, atol, rtol)
     small, features, scale = layer._compacted(layer.equal_units())
@@ -101,17 +110,18 @@ def _shrink(
 def split(
     model: nn.Module, units: dict[str, Units], kept: Kept, samples: list[Any], atol: float, rtol: float
 ) -> tuple[dict[str, Units], Kept, dict[str, str]]:
-    """Give every layer and direction the width of its own, in place, where that was asked for; the last step, for no
-    tracer follows it.
+    """Give each layer and direction of a recurrent layer a width of its own, in place, if that was asked for.
 
-    Returns what is left then, and for layers whose widths stay equal the reason.
+    This is the last step of compact, because no tracer can follow the result.
+
+    Returns: ``units`` and ``kept`` as they are then, and a note for each layer whose widths stay equal.
     """
     units, kept, notes = dict(units), dict(kept), {}
     for name, found in units.items():
         if found.own is None:
             continue
         layer: Any = model.get_submodule(name)
-        reading = [_inside(model.get_submodule(reader)) for reader in found.readers]
+        reading = [without_factors(model.get_submodule(reader)) for reader in found.readers]
         unchanged = _proof(model, samples, atol, rtol)
         stacked = narrowed(layer, found.own)
         size = len(found.kept[0])
@@ -130,13 +140,15 @@ def split(
 
 
 def _proof(model: nn.Module, samples: list[Any], atol: float, rtol: float) -> Callable[[], bool]:
-    """What tells whether ``model`` still computes on the samples what it computes now."""
+    """A function that returns whether ``model`` still computes on the samples what it computes now, to ``atol`` and
+    ``rtol``.
+    """
     expected = [inputs.evaluate(model, sample) for sample in samples]
 
     def unchanged() -> bool:
         try:
             found = [inputs.evaluate(model, sample) for sample in samples]
-        except Exception:  # whatever a model does with other shapes, or with a state that is a list
+        except Exception:  # a model may raise anything for other shapes, or a state that is a list
             return False
         return not any(inputs.differ(a, b, rtol, atol) for a, b in zip(expected, found, strict=True))
 
@@ -152,10 +164,17 @@ def _put(
     scale: Tensor,
     unchanged: Callable[[], bool],
 ) -> bool:
-    """Put ``small`` in the place of ``layer``, with its features alone, times ``scale``, in what reads it;
-    and back if that changed it.
+    """Replace ``layer`` by ``small``, and cut and scale the columns of its readers; undo this if the outputs change.
+
+    Args:
+        features: the columns that are left of each reader.
+        scale: the factor of each of these columns.
+        unchanged: tells whether the outputs are still the same.
+
+    Returns: whether ``small`` stays.
     """
-    whole = {(part, name): getattr(part, name) for reader in readers for part, name in input_columns(reader)}
+    columns = [place for reader in readers for place in kind_of(reader).input_columns(reader)]
+    whole = {(part, name): getattr(part, name) for part, name in columns}
     inputs.replace(model, {layer: small})
     for (part, name), weight in whole.items():
         narrow = (weight.detach()[:, features] * scale).to(weight.dtype)
@@ -169,12 +188,13 @@ def _put(
 
 
 def _set_columns(reader: nn.Module, name: str, weight: nn.Parameter) -> None:
+    """Set the weight ``name`` of a reader, and its attribute with the number of features that it reads."""
     setattr(reader, name, weight)
-    setattr(reader, "input_size" if isinstance(reader, nn.RNNBase) else "in_features", weight.shape[1])
+    setattr(reader, kind_of(reader).size_read, weight.shape[1])
 
 
 def takes_parts(model: nn.Module, layer: nn.RNNBase, sample: Any) -> bool:
-    """Whether a model runs with a :class:`dampr.nn.StackedRNN` in the place of ``layer``, whose states are lists."""
+    """Whether a model runs with a :class:`dampr.nn.StackedRNN`, whose states are lists, in the place of ``layer``."""
     unchanged = _proof(model, [sample], atol=1e-5, rtol=1e-5)
     parts = in_parts(layer)
     inputs.replace(model, {layer: parts})
@@ -184,34 +204,37 @@ def takes_parts(model: nn.Module, layer: nn.RNNBase, sample: Any) -> bool:
         inputs.replace(model, {parts: layer})
 
 
-def why_not(model: nn.Module, layer: nn.RNNBase, sample: Any, gated: Callable[[nn.RNNBase, Gate], Any]) -> str | None:
-    """Why units of a recurrent layer cannot be cut; None where they can, as a copy shows in which every other unit is
-    closed.
-
-    ``gated``: makes a gated layer of a copy of ``layer``, with these gates.
-    """
+def why_not(model: nn.Module, layer: nn.RNNBase, sample: Any) -> str | None:
+    """Why the units of a recurrent layer cannot be cut; None if they can."""
     try:
         readers(model, layer, sample)
     except CannotCutError as error:
         return str(error)
     weight: Any = layer.weight_ih_l0
-    if weight.is_meta:
-        return None
+    return None if weight.is_meta else _why_not_half(model, layer, sample)
+
+
+def _why_not_half(model: nn.Module, layer: nn.RNNBase, sample: Any) -> str | None:
+    """Close every other unit of the layer in a copy of the model; returns why the copy cannot lose these units, or
+    None.
+    """
     trial = inputs.twin(model)
     own: Any = dict(zip(model.modules(), trial.modules(), strict=True))[layer]
+    weight: Any = own.weight_ih_l0
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    gates = Fixed(torch.ones(GatedRecurrent.gates_for(layer), dtype=dtype, device=weight.device))
-    inputs.replace(trial, {own: gated(own, gates)})
-    gates.values.view(-1, channel_count(layer, True) // (1 + layer.bidirectional))[:, 1::2] = 0
+    gates = Fixed(torch.ones(GatedRecurrent.gates_for(own), dtype=dtype, device=weight.device))
+    inputs.replace(trial, {own: kind_of(own).gated(own, gates, "output", per_sample=False)})
+    gates.values.view(-1, channel_count(own, True) // (1 + own.bidirectional))[:, 1::2] = 0
     *_, notes = make_plain(trial, [sample], *inputs.tolerances(trial, [sample], None, None))
     return next((note.partition(" stay: ")[2] for note in notes.values()), None)
 
 
 def readers(model: nn.Module, layer: nn.RNNBase, sample: Any) -> list[nn.Module]:
-    """The layers that read what ``layer`` gives, wherever in the model. Raises CannotCutError unless all of it is read
-    by such layers.
+    """The layers that read the outputs of ``layer``, anywhere in the model.
 
-    Autograd follows it: only what ``layer`` gives requires a gradient, and every reader detaches its input.
+    They are found with autograd: only the outputs of ``layer`` require a gradient, and every reader detaches its input.
+
+    Raises: CannotCutError if anything but linear and recurrent layers reads the outputs.
     """
     found: dict[nn.Module, bool] = {}
     refused: list[str] = []
@@ -235,7 +258,7 @@ def readers(model: nn.Module, layer: nn.RNNBase, sample: Any) -> list[nn.Module]
 
     hooks: list[Any] = [layer.register_forward_hook(mark)]
     for module in model.modules():
-        if module is not layer and (_is_linear(module) or isinstance(module, nn.RNNBase)):
+        if module is not layer and (_is_linear(module) or kind_of(module).recurrent):
             hooks.append(module.register_forward_pre_hook(read, with_kwargs=True))
     with (
         inputs.removing(hooks),
@@ -260,6 +283,11 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _checked(found: dict[nn.Module, bool], layer: nn.RNNBase, names: dict[nn.Module, str]) -> list[nn.Module]:
+    """The readers among the layers of ``found``.
+
+    ``found``: layer -> whether it reads the outputs. Raises: CannotCutError if the weight of a reader is computed, or
+    it reads other features too.
+    """
     size = channel_count(layer, True)
     readers = [module for module, always in found.items() if always]
     for reader in readers:
@@ -267,7 +295,7 @@ def _checked(found: dict[nn.Module, bool], layer: nn.RNNBase, names: dict[nn.Mod
             raise CannotCutError(
                 f"the {name} of {type(reader).__name__} {names[reader]!r} is computed from other tensors"
             )
-        width = reader.input_size if isinstance(reader, nn.RNNBase) else reader.in_features
+        width = channel_count(reader, False)
         if width != size:
             raise CannotCutError(
                 f"{type(reader).__name__} {names[reader]!r} reads {width} features, not the {size} of the layer alone"
@@ -276,4 +304,5 @@ def _checked(found: dict[nn.Module, bool], layer: nn.RNNBase, names: dict[nn.Mod
 
 
 def _leaf(t: Any) -> Any:
+    """``t`` as a leaf of a new graph that requires a gradient; what is no tensor is returned as it is."""
     return t.detach().requires_grad_() if isinstance(t, Tensor) else t

@@ -1,4 +1,4 @@
-"""What all reports have in common."""
+"""The base class of all reports."""
 
 from __future__ import annotations
 

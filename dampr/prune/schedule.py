@@ -1,5 +1,5 @@
-"""When a plan takes closed units out of its model: at steps that it knows,
-where what that saves pays for the rebuild.
+"""When a plan takes closed units out of its model during training: at fixed steps, if the saved time pays for the
+rebuild.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from .controller import Ramp
 from .shrinker import Shrinker
 
 WHEN = ("auto", True, False)
-REBUILD = 3.0  # what a removal is taken to cost, in steps: it runs the example inputs a few times, and took two to five
-# it pays where it saves that many times what it costs, of the cost: a step loses half that share of its time, or less
+REBUILD = 3.0  # the assumed time of a removal, in steps; it runs the example inputs a few times, measured: two to five
+# a removal must save this many times its own cost; by counted cost, because a step loses at most half that share of
+# its time
 WORTH = 6.0
-LEAST_SAVING = 0.05  # of the present cost
-LATER = 0.5  # from one possible removal to the next, as a share of the steps in which a unit closes
+LEAST_SAVING = 0.05  # a removal must save at least this share of the present cost
+LATER = 0.5  # steps between possible removals, as a share of the steps in which one unit closes
 
 
 class ShrinkSchedule:
@@ -64,6 +65,7 @@ class ShrinkSchedule:
         return went > 0 or grown
 
     def _bring_back(self, number: int, optimizer: Any, ema: Any) -> bool:
+        """Put units back whose gates have opened again; returns whether there were any."""
         if self.shrinker is None:
             return False
         self.shrinker.steps = number
@@ -73,11 +75,16 @@ class ShrinkSchedule:
         return True
 
     def _shrinker_of(self, budget: Budget, model: nn.Module, example_inputs: Any) -> Shrinker:
+        """The shrinker of this plan, made at the first removal."""
         if self.shrinker is None:
             self.shrinker = Shrinker(model, example_inputs, budget=budget, probability=0.0, least_saving=LEAST_SAVING)
         return self.shrinker
 
     def _pays(self, number: int, saving: float) -> bool:
+        """Whether a removal pays that saves this share of the cost; if not, a decision is noted.
+        ShrinkSchedule.state_dict
+        The state of the schedule, plain data and tensors.
+        """
         left = self.end - number
         if self.when is True or saving * left >= WORTH * REBUILD:
             return True
@@ -87,12 +94,12 @@ class ShrinkSchedule:
         return False
 
     def expand(self, optimizer: Any, ema: Any) -> None:
-        """All units back, for the compaction."""
+        """Put all units back, before the model is compacted."""
         if self.shrinker is not None:
             self.shrinker.expand(optimizer, ema=ema)
 
     def explain(self) -> str:
-        """What went and when, what did not pay, and what has to stay and why."""
+        """What was removed and when, what did not pay, and what has to stay and why."""
         if self.when is False:
             return "shrink=False: closed units stay in the model until it is compacted"
         notes = {} if self.shrinker is None else self.shrinker.notes
@@ -106,8 +113,9 @@ class ShrinkSchedule:
     def load_state_dict(
         self, state: dict[str, Any], budget: Budget | None, model: nn.Module, example_inputs: Any, optimizer: Any
     ) -> None:
-        """Give ``model``, which has all its units, the widths that it had; not without a budget,
-        for then it is compacted.
+        """Restore a state: ``model``, which has all its units, loses those that had been removed.
+
+        Without a ``budget`` only the decisions are restored, because the model is compacted already.
         """
         self.decisions = list(state["decisions"])
         if state["shrinker"] is not None and budget is not None:

@@ -1,4 +1,4 @@
-"""What the trace of a model's operators says of the layers that are to get gates, before they get any."""
+"""Ask the trace of a model's operators about layers that are to get gates: which of them must not have any, and why."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from . import inputs
+from .layers.registry import kind_of
 from .units import Units
 from .units.proof import added, retrace
 
@@ -14,16 +15,20 @@ from .units.proof import added, retrace
 def refused(
     model: nn.Module, units: Units, layers: dict[str, nn.Module], example_inputs: Any, whole: set[str], known: set[str]
 ) -> dict[str, str]:
-    """Of these layers, by name, those that must not lose a channel that they write, and why.
+    """name -> reason, for those of ``layers`` that must not lose a channel that they write.
 
-    Left out is a layer that the example inputs do not reach in evaluation, one whose channels something reads that only
-    training reaches, one whose width the code takes a number from, and one whose closed channels something adds up
-    where they are not 0. Forward hooks look on, and are not traced.
+    These are layers that the example inputs do not reach in evaluation; layers whose channels are read by something
+    that only training reaches; layers whose width enters a number that the code computes; and layers whose closed
+    channels are not 0 where they are added up. Forward hooks are not traced.
 
     Args:
-        model, units: the model without gates, and its trace.
-        whole: of these layers (recurrent ones, attention) only whether they are reached: others know how they are cut.
-        known: layers that were cut in a copy already.
+        model: the model without gates.
+        units: its trace.
+        layers: name -> layer.
+        example_inputs: the inputs.
+        whole: those of the layers (recurrent ones, attention) that are only checked for being reached, because other
+            code knows how they are cut.
+        known: those of the layers that were cut in a copy already.
     """
     found: dict[str, str] = {}
     free: dict[str, tuple[str, int]] = {}
@@ -45,8 +50,9 @@ def refused(
 
 
 def _added(model: nn.Module, units: Units, written: dict[str, set[int]], example_inputs: Any) -> dict[str, str]:
-    """Layers whose closed channels would still count where activations are added up or multiplied with each other,
-    as behind an exp.
+    """name -> reason, for layers whose closed channels are not 0 where activations are added up or multiplied.
+
+    This happens behind an exp, for example. ``written``: name -> the classes that the layer writes.
     """
     summed = set(units.label[units.summed].tolist())
     classes = {one for own in written.values() for one in own if one in summed}
@@ -61,17 +67,14 @@ def _added(model: nn.Module, units: Units, written: dict[str, set[int]], example
 
 
 def _written(name: str, layer: nn.Module) -> tuple[str, int] | None:
-    """The parameter, and its dimension, that a layer writes its channels with;
-    None where its weight is no parameter.
-    """
+    """(parameter, dimension) with which a layer writes its channels; None if its weight is not a parameter."""
     if not isinstance(layer._parameters.get("weight"), nn.Parameter):
         return None
-    transposed = isinstance(layer, nn.modules.conv._ConvTransposeNd)
-    return f"{name}.weight" if name else "weight", int(transposed or isinstance(layer, nn.Embedding))
+    return f"{name}.weight" if name else "weight", kind_of(layer).weight_dim(True)
 
 
 def unreached(name: str, layer: nn.Module, units: Units) -> str | None:
-    """Why the example inputs do not get to a layer where results are compared; None where they do."""
+    """Why the example inputs do not reach a layer in evaluation, where results are compared; None if they do."""
     prefix = f"{name}." if name else ""
     modes: set[bool] = set()
     for own, _ in layer.named_parameters():
@@ -87,9 +90,9 @@ def unreached(name: str, layer: nn.Module, units: Units) -> str | None:
 def _followed(model: nn.Module, units: Units, free: dict[str, tuple[str, int]], example_inputs: Any) -> dict[str, str]:
     """Layers without half of whose channels the model does not run, or computes another function."""
     wanted = {one for side in free.values() for one in units.classes(*side)}
-    families = [family for family in units.families if wanted & set(family)]
+    clusters = [cluster for cluster in units.clusters if wanted & set(cluster)]
     try:
-        differs = retrace(model, units, example_inputs, families)
+        differs = retrace(model, units, example_inputs, clusters)
     except Exception:  # a model that cannot be copied, which convert alone does not have to
         return {}
     found = {}

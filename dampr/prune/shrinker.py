@@ -21,7 +21,7 @@ from . import inputs
 from .budget import Budget
 from .closed_layout import layouts_of, vectors
 from .cost import Cost
-from .expand import Optimizers, check_state, optimizers_of
+from .expand import Optimizers, PassedChecks, check_state, optimizers_of
 from .layout import WHOLE, Layout, Shelf, move_state, moved, shapes_of
 from .modules import of_kind
 from .summary import gated_layers
@@ -33,7 +33,7 @@ Copies = nn.Module | Sequence[nn.Module]
 
 @dataclass(frozen=True)
 class Shrink:
-    """One removal, or one return, of units.
+    """A record of one removal, or one return, of units.
 
     Attributes:
         step: the number of calls of ``step`` before it.
@@ -138,8 +138,9 @@ class Shrinker:
         self._refused = torch.zeros_like(self.removed)  # gates whose units must stay
         self._closed_for = torch.zeros(self.cost.structure.size, dtype=torch.int64)
         self.steps = 0
+        self._passed = PassedChecks()
         self.events: list[Shrink] = []
-        self._shelves: dict[str, Shelf] = {}  # for the model, each optimizer and each copy
+        self._shelves: dict[str, Shelf] = {}  # the removed elements of the model, each optimizer and each copy
         if budget is None:
             self._stay_where_draws_are_per_sample()
 
@@ -191,7 +192,7 @@ class Shrinker:
         Raises: ValueError for an optimizer whose state cannot be cut, at the first step.
         """
         for one in optimizers_of(optimizer):
-            check_state(one)
+            self._passed.run(one, check_state)
         self.steps += 1
         if self._budget is None:
             closed = torch.cat([closed_for_good(gate, self.probability).cpu() for gate in self.cost.structure.gates])

@@ -1,4 +1,4 @@
-"""What convert sees of a model before it places any gate: its units, and which of them were cut in a copy."""
+"""Examines a model for convert before any gate is placed: its units, and which of these can be cut in a copy."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import nn
 from dampr.nn import GatedLayer
 
 from . import inputs, open_norms, unit_gates
+from .layers.registry import kind_of
 from .modules import of_kind
 from .unit_gates import Placement
 from .units import Units, trace_units
@@ -20,8 +21,12 @@ from .units.groups import share_of_macs
 
 @dataclass
 class Sight:
-    """What a model without gates computes: its units, which of them may have gates of their own,
-    and what several modules have.
+    """The units of a model without gates, and what was tried with them.
+
+    Attributes:
+        units: the partition into classes.
+        placement: the classes that may have gates, and why others may not.
+        tied: names of the parameters that several modules share.
     """
 
     units: Units
@@ -29,16 +34,19 @@ class Sight:
     tied: set[str]
 
     def why_not(self, layer: nn.Module, name: str) -> str | None:
-        """Why what a layer writes cannot be cut, "" where that was tried and it can, None where it was not tried."""
+        """Why the channels that ``layer`` writes cannot be cut; "" if that was tried and works; None if it was not
+        tried.
+        """
         units, placement = self.units, self.placement
-        written = units.classes(f"{name}.weight".lstrip("."), int(isinstance(layer, nn.Embedding)))
+        weight, dim = f"{name}.weight".lstrip("."), kind_of(layer).weight_dim(True)
+        written = units.classes(weight, dim)
         classes = set(written)
         refused = self._refused(classes)
         if refused is not None:
             return refused
         if not classes or not classes.issubset(placement.classes()):
             return None
-        if units.is_column(f"{name}.weight".lstrip("."), int(isinstance(layer, nn.Embedding))):
+        if units.is_column(weight, dim):
             return "other code reads its weight too, so gates on its outputs would not reach that"
         tied = next((m.name for one in classes for m in units.members[one] if m.name in self.tied), None)
         if tied is not None:
@@ -53,10 +61,11 @@ class Sight:
         return ""
 
     def why_not_read(self, layer: nn.Module, name: str) -> str | None:
-        """Why what a layer reads cannot be cut, though its trace says that it could; None where it can,
-        or its trace says so already.
+        """Why the channels that ``layer`` reads cannot be cut although the trace calls them free.
+
+        None if they can, and if the trace itself has a reason against it.
         """
-        weight, dim = f"{name}.weight".lstrip("."), int(not isinstance(layer, nn.Embedding))
+        weight, dim = f"{name}.weight".lstrip("."), kind_of(layer).weight_dim(False)
         classes = set(self.units.classes(weight, dim))
         if self.units.is_row(weight, dim):
             return "other code reads its weight too, so gates on its inputs would not reach that"
@@ -65,7 +74,7 @@ class Sight:
         return self._refused(classes) or self._counted(classes)
 
     def _counted(self, classes: set[int]) -> str | None:
-        """What code beside the layers keeps of a width and needs."""
+        """Why code beside the layers needs the width of ``classes``; None if none is known to."""
         places = {(m.name, m.dim) for one in classes for m in self.units.members[one]}
         code = next(
             (size for size in self.placement.read if (self.units.alias[size.parameter], size.dim) in places), None
@@ -77,6 +86,7 @@ class Sight:
         )
 
     def _refused(self, classes: Iterable[int]) -> str | None:
+        """Why one of ``classes`` was refused when it was tried; None if none was."""
         return next((self.placement.refused[one] for one in classes if one in self.placement.refused), None)
 
 
@@ -85,7 +95,9 @@ class SightWarning(RuntimeWarning):
 
 
 def look(model: nn.Module, example_inputs: Any) -> Sight | None:
-    """None of a model with gates, or one that the tracer cannot follow."""
+    """The :class:`Sight` of a model; None if it has gates already, or if the tracer cannot follow it (then with a
+    warning).
+    """
     if any(of_kind(model, GatedLayer)):
         return None
     try:
@@ -97,6 +109,7 @@ def look(model: nn.Module, example_inputs: Any) -> Sight | None:
 
 
 def _say(model: nn.Module, error: Exception) -> None:
+    """Warn that the model cannot be traced, and why."""
     warnings.warn(
         f"the operators of {type(model).__name__} could not be followed ({type(error).__name__}: {error}): "
         "only what its layers show can be pruned",
@@ -106,10 +119,11 @@ def _say(model: nn.Module, error: Exception) -> None:
 
 
 def _placed(model: nn.Module, example_inputs: Any) -> tuple[Units, Placement]:
-    """The units of a model, and which of them may have gates.
+    """The units of a model, and the classes that may have gates.
 
-    Where no whole group of some convolution can go, as around a shuffle of channels, the channels in the same place of
-    every group may.
+    If no whole group of some grouped convolution can be cut, as around a shuffle of channels, a second trace takes the
+    channels in the same place of every group as one unit. The trace with more multiply-accumulates in reach is
+    returned.
     """
     units = trace_units(model, example_inputs)
     placement = unit_gates.place(model, units, example_inputs)
@@ -124,7 +138,11 @@ def _placed(model: nn.Module, example_inputs: Any) -> tuple[Units, Placement]:
 
 
 def with_open_norms(model: nn.Module, units: Units, example_inputs: Any) -> tuple[Units, Placement]:
-    """The same where norms may count open units only, so that widths that they normalise may have gates too."""
+    """Units and placement if norms may count only open units, so that the widths that they normalise may have gates
+    too.
+
+    If the tracer cannot follow the model then, no class may have gates, with a warning.
+    """
     try:
         return inputs.looked_at(model, lambda: _placed_with_open_norms(model, units, example_inputs))
     except Exception as error:  # whatever a model does that the tracer cannot follow; others look too
@@ -133,13 +151,14 @@ def with_open_norms(model: nn.Module, units: Units, example_inputs: Any) -> tupl
 
 
 def _placed_with_open_norms(model: nn.Module, units: Units, example_inputs: Any) -> tuple[Units, Placement]:
+    """The units, with norms that can count only open units taken into account, and the placement of gates on them."""
     norms = open_norms.find(model, units, example_inputs)
     opened = units.with_open_statistics(norms)
     return opened, unit_gates.place(model, opened, example_inputs, norms)
 
 
 def _tied(model: nn.Module, units: Units) -> set[str]:
-    """Parameters that several modules have, by the names that ``units`` has them under."""
+    """The parameters that several modules share, by their names in ``units.origin``."""
     owners: dict[str, set[nn.Module]] = {}
     for alias, name in units.alias.items():
         owners.setdefault(name, set()).add(model.get_submodule(alias.rpartition(".")[0]))

@@ -1,9 +1,9 @@
-"""Widths that are read through LayerNorms alone, such as the residual stream of a transformer, and how they are cut.
+"""Residual streams: widths that are read through LayerNorms alone, as in a transformer, and how they are cut.
 
-A LayerNorm counts every channel, so a channel that is zero cannot be cut in front of it. Where all norms of a stream
-count the open channels only (:class:`dampr.nn.GatedLayerNorm` with ``statistics="open"``, one gate vector for all),
-nothing of what a closed channel holds gets to a layer that reads: it may go out of everything that writes it, out of
-the norms, and out of what reads them.
+A LayerNorm computes statistics over all channels, so a channel of zeros in front of it cannot be cut: the statistics
+would change. If all norms of a stream compute them over the open channels alone (:class:`dampr.nn.GatedLayerNorm` with
+``statistics="open"``, one gate vector for all), a closed channel has no influence on any layer that reads the stream.
+It can be cut out of the layers that write it, the norms, and the layers that read it.
 """
 
 from __future__ import annotations
@@ -19,19 +19,24 @@ from dampr.gates import Fixed
 from dampr.nn import GatedLayerNorm
 
 from . import heads, inputs, transformer
-from .graph import GEMMS, CannotCutError, Widths, channel_count
+from .graph import Widths
+from .layers.base import CannotCutError
+from .layers.registry import channel_count, kind_of
 from .modules import of_kind
-from .tracing import ATTENTION
 
 Kept = dict[tuple[nn.Module, bool], Tensor]
-_WRITERS = (nn.Embedding, *GEMMS, *ATTENTION)
-_READERS = (*GEMMS, *ATTENTION)
 
 
 @dataclass
 class Stream:
-    """One such width: its norms, the layers that write it (with bare parameters, by name, and their dimension),
-    those that read it.
+    """One residual stream.
+
+    Attributes:
+        width: its number of channels.
+        norms: the LayerNorms that normalise it.
+        writers: the layers that write it.
+        parameters: the bare parameters whose values are in it: name -> the dimension of its channels.
+        readers: the layers that read the outputs of the norms.
     """
 
     width: int
@@ -41,7 +46,7 @@ class Stream:
     readers: list[Any] = field(default_factory=list)
 
     def weights_per_channel(self, model: nn.Module) -> float:
-        """The parameters that go with a channel, at the full width of everything else; those of its norms included."""
+        """How many parameters, those of the norms included, belong to one channel while all other widths are whole."""
         weights = {p for layer in (*self.norms, *self.writers) for p in _own(layer, True)}
         weights |= {p for layer in self.readers for p in _own(layer, False)} | {
             model.get_parameter(name) for name in self.parameters
@@ -49,38 +54,39 @@ class Stream:
         return sum(p.numel() for p in weights) / self.width
 
     def sides(self) -> list[tuple[nn.Module, bool]]:
-        """Each side of a layer that has the width: what norms and writers write, and what readers read."""
+        """Each side of a layer that has the channels of the stream: what norms and writers write, and what readers
+        read.
+        """
         return [(layer, True) for layer in (*self.norms, *self.writers)] + [(layer, False) for layer in self.readers]
 
     def cut(self, model: nn.Module, left: Tensor) -> Kept:
-        """Leave these channels, increasing, in place. Returns what is left of each side of a layer."""
+        """Cut the stream in place down to the channels ``left``, increasing indices, int64.
+
+        Returns: ``left`` for each side of a layer that was cut.
+        """
         take = _Take(left)
-        replaced: dict[nn.Module, nn.Module] = {}
+        # The input and the output of an attention have the same channels, so it is replaced as a whole.
+        attentions = [layer for layer in self.writers if kind_of(layer).attends]
+        replaced = {layer: transformer.narrow(layer, left) for layer in attentions}
         for layer in self.norms:
             take(layer, ["weight", "bias"], 0)
             layer.normalized_shape = (len(left),)
         for name, dim in self.parameters.items():
             owner, _, own = name.rpartition(".")
             take(model.get_submodule(owner), [own], dim)
-        for layer in self.writers:
-            if isinstance(layer, ATTENTION):
-                replaced[layer] = transformer.narrow(layer, left)
-            elif isinstance(layer, nn.Embedding):
-                take(layer, ["weight"], 1)
-                layer.embedding_dim = len(left)
-            else:
-                take(layer, ["weight", "bias"], 0)
-                setattr(layer, "out_features" if isinstance(layer, nn.Linear) else "out_channels", len(left))
-        for layer in self.readers:
-            if not isinstance(layer, ATTENTION):
-                take(layer, ["weight"], 1)
-                setattr(layer, "in_features" if isinstance(layer, nn.Linear) else "in_channels", len(left))
+        sides = [(layer, True) for layer in self.writers] + [(layer, False) for layer in self.readers]
+        for layer, writes in sides:
+            kind = kind_of(layer)
+            if layer not in replaced:
+                for own, dim in kind.axes(writes).items():
+                    take(layer, [own], dim)
+                setattr(layer, kind.size_written if writes else kind.size_read, len(left))
         inputs.replace(model, replaced)
         transformer.resize(model, self.norms, len(left))
         return {(replaced.get(layer, layer), writes): left for layer, writes in self.sides()}
 
     def within(self, twin: nn.Module, names: dict[nn.Module, str]) -> Stream:
-        """The same stream of a copy of the model, in which ``names`` has its layers."""
+        """The same stream in ``twin``, a copy of the model; ``names`` maps the layers of the model to their names."""
         norms, writers, readers = (
             [twin.get_submodule(names[m]) for m in own] for own in (self.norms, self.writers, self.readers)
         )
@@ -88,13 +94,17 @@ class Stream:
 
 
 class _Take:
-    """Slices parameters; one that several layers share stays one."""
+    """Cuts parameters of modules down to the channels ``left``.
+
+    A parameter that several modules share is cut once, and they share the result.
+    """
 
     def __init__(self, left: Tensor) -> None:
         self._left = left
         self._known: dict[tuple[Tensor, int], nn.Parameter] = {}
 
     def __call__(self, owner: nn.Module, names: list[str], dim: int) -> None:
+        """Cut the parameters ``names`` of ``owner`` along ``dim``; those that are None stay None."""
         for name in names:
             p = getattr(owner, name)
             if p is None:
@@ -107,16 +117,17 @@ class _Take:
 
 
 def _own(layer: Any, writes: bool) -> Iterator[Any]:
-    """The parameters of a layer that have a dimension for what it writes, or reads."""
-    if isinstance(layer, ATTENTION):
+    """The parameters of a layer with a dimension for the channels that it writes (``writes``) or reads."""
+    if kind_of(layer).attends:
         yield from layer.out_proj.parameters() if writes else [layer.in_proj_weight]
     else:
         yield from (p for name, p in layer.named_parameters(recurse=False) if writes or name == "weight")
 
 
 def find(model: nn.Module, widths: Widths) -> tuple[list[Stream], dict[nn.Module, str]]:
-    """Every stream of a model without gates, in the order of its norms;
-    and of the other LayerNorms why theirs cannot be cut.
+    """The residual streams of a model without gates.
+
+    Returns: the streams in the order of their first norms, and for each LayerNorm without one the reason.
     """
     streams: list[Stream] = []
     why: dict[nn.Module, str] = {}
@@ -136,10 +147,13 @@ def find(model: nn.Module, widths: Widths) -> tuple[list[Stream], dict[nn.Module
 def _around(
     norm: nn.LayerNorm, widths: Widths, names: dict[Any, str], attentions: dict[Any, heads.Attention]
 ) -> Stream:
-    """The stream that ``norm`` normalises. Raises CannotCutError where some of it is not written by layers or not read
-    through norms.
+    """The stream that ``norm`` normalises.
 
-    ``attentions``: those made of linear layers, by the module that is one node of the graph.
+    Args:
+        names: layer or parameter -> its name.
+        attentions: the attentions made of linear layers, by the module that is one node of the graph.
+
+    Raises: CannotCutError if something other than a layer writes it, or something reads it without a LayerNorm.
     """
     if norm not in widths:
         raise CannotCutError("example_inputs do not reach the layer")
@@ -162,20 +176,22 @@ def _around(
         if kind == "norm" and not sources:
             raise CannotCutError("its width is the model's own input")
         for source in sources:
-            if not isinstance(source, nn.LayerNorm) and kind == "reader":
+            role = "norm" if _is_norm(source) else "writer"
+            if (kind, role) == ("reader", "writer"):
                 raise CannotCutError(
                     f"{_called(layer, names)} reads {_called(source, names)} without a LayerNorm between"
                 )
-            todo.append(("norm" if isinstance(source, nn.LayerNorm) else "writer", source))
+            todo.append((role, source))
         for target in targets:
             if target is None:
                 raise CannotCutError("its width is the model's own output")
-            if not isinstance(target, nn.LayerNorm) and kind == "writer":
+            role = "norm" if _is_norm(target) else "reader"
+            if (kind, role) == ("writer", "reader"):
                 raise CannotCutError(
                     f"{_called(target, names)} reads {_called(layer, names)} without a LayerNorm between"
                 )
-            todo.append(("norm" if isinstance(target, nn.LayerNorm) else "reader", target))
-        if isinstance(layer, ATTENTION) or (layer in attentions and attentions[layer].written in set(layer.modules())):
+            todo.append((role, target))
+        if kind_of(layer).attends or (layer in attentions and attentions[layer].written in set(layer.modules())):
             todo += [("writer", layer), ("reader", layer)]
     members = {kind: {part for layer in own for part in _parts(kind, layer, attentions)} for kind, own in found.items()}
     norms, written, readers = (
@@ -188,9 +204,15 @@ def _around(
     return Stream(size, norms, [layer for layer in written if isinstance(layer, nn.Module)], parameters, readers)
 
 
+def _is_norm(layer: Any) -> bool:
+    return isinstance(layer, nn.LayerNorm)
+
+
 def _parts(kind: str, layer: Any, attentions: dict[Any, heads.Attention]) -> list[Any]:
-    """What a node of the graph has on this side: itself, or of an attention the linear layers that read,
-    or the one that writes.
+    """The layers that hold the parameters of a node of the graph on the side ``kind`` ("norm", "writer" or "reader").
+
+    For an attention made of linear layers these are the layers that compute query, key and value ("reader"), or its
+    output projection. Any other node is the layer itself.
     """
     if layer in attentions and kind == "reader":
         return [part for part, _ in attentions[layer].read()]
@@ -202,7 +224,9 @@ def _parts(kind: str, layer: Any, attentions: dict[Any, heads.Attention]) -> lis
 
 
 def _check_shared(members: set[Any], names: dict[Any, str]) -> None:
-    """Raise CannotCutError for a weight that a layer outside of the stream has too, and would keep whole."""
+    """Raise CannotCutError if a layer outside of the stream shares a weight with a member, because its weight has to
+    stay whole.
+    """
     own = {p: layer for layer in members if isinstance(layer, nn.Module) for p in layer.parameters(recurse=False)}
     for layer in (layer for layer in names if isinstance(layer, nn.Module) and layer not in members):
         for p in layer.parameters(recurse=False):
@@ -213,34 +237,38 @@ def _check_shared(members: set[Any], names: dict[Any, str]) -> None:
 
 
 def _called(layer: Any, names: dict[Any, str]) -> str:
+    """How messages name a layer: its type and its name in the model."""
     return f"{type(layer).__name__} {names[layer]!r}"
 
 
 def _check(kind: str, layer: Any, size: int, names: dict[Any, str]) -> None:
-    """Raise CannotCutError for a member of a stream that cannot be cut."""
-    called = _called(layer, names)
+    """Raise CannotCutError if ``layer`` cannot lose channels as a member of a stream; ``kind`` is "norm", "writer" or
+    "reader".
+    """
+    called, own = _called(layer, names), kind_of(layer)
     if isinstance(layer, nn.Parameter):
         return
     if kind == "norm":
         if type(layer) is not nn.LayerNorm or len(layer.normalized_shape) != 1:
             raise CannotCutError(f"{called} shares its width: expected exactly nn.LayerNorm of one dimension")
-    elif not isinstance(layer, _WRITERS if kind == "writer" else _READERS) or getattr(layer, "groups", 1) != 1:
+    elif not (own.attends or (own.shares_gates if kind == "writer" else own.gemm)) or getattr(layer, "groups", 1) != 1:
         raise CannotCutError(
             f"{called}{' with groups' if hasattr(layer, 'groups') else ''} shares its width, and cannot be cut yet"
         )
     elif getattr(layer, "max_norm", None) is not None:
         raise CannotCutError(f"{called} limits the norm of its rows, all channels together")
-    elif isinstance(layer, ATTENTION) and layer.in_proj_weight is None:
+    elif own.attends and layer.in_proj_weight is None:
         raise CannotCutError(f"{called} has keys or values of another width")
-    elif not isinstance(layer, ATTENTION) and not isinstance(layer.weight, nn.Parameter):
+    elif not own.attends and not isinstance(layer.weight, nn.Parameter):
         raise CannotCutError(f"the weight of {called} is computed from other tensors")
     if channel_count(layer, kind != "reader") != size:
         raise CannotCutError(f"its channels are rearranged on the way to {names[layer]!r}")
 
 
 def why_not(model: nn.Module, stream: Stream, example_inputs: Any) -> str | None:
-    """Why the channels of a stream cannot be cut after all; None where they can, which is tried with half of them,
-    in a copy.
+    """Why the channels of a stream cannot be cut; None if they can.
+
+    The cut is tried: a copy of the model loses a random half of them, and its outputs are compared with those of gates.
     """
     if stream.width == 1:
         return "it has one channel"
@@ -259,7 +287,7 @@ def why_not(model: nn.Module, stream: Stream, example_inputs: Any) -> str | None
         own.cut(trial, (~closed).nonzero().flatten())
         try:
             compacted = inputs.evaluate(trial, example_inputs)
-        except Exception as error:  # whatever the model makes of a width that it does not expect
+        except Exception as error:  # a model may raise anything when a width is not what it expects
             return (
                 "without half of its channels the model does not run, so something beside its layers has that width "
                 f"({error})"
@@ -277,11 +305,19 @@ def why_not(model: nn.Module, stream: Stream, example_inputs: Any) -> str | None
 def cut_closed(
     small: nn.Module, opened: dict[nn.Module, Tensor], sample: Any, round_to: int, notes: dict[str, str]
 ) -> tuple[Kept, dict[str, dict[str, Any]]]:
-    """Cut what the gates of open norms have closed; ``opened``: of each such norm, now plain, which channels are open,
-    bool.
+    """Cut the channels that gates of norms with open statistics have closed, in place.
 
-    Returns what is left of each side of a layer, and of bare parameters, by name, what the manifest says. Adds to
-    ``notes``. Raises CannotCutError where closed channels would have to stay, for a plain norm would count them.
+    Args:
+        small: the model, whose norms are plain by now.
+        opened: norm -> which of its channels are open, bool.
+        sample: example inputs.
+        round_to: widths that are no multiple of it get a note.
+        notes: notes are added to it, by the names of layers.
+
+    Returns: the channels that are left on each side of a layer, and for bare parameters the entries of the manifest, by
+    name.
+
+    Raises: CannotCutError if closed channels cannot be cut, because the statistics of a plain norm would include them.
     """
     kept: Kept = {}
     parameters: dict[str, dict[str, Any]] = {}

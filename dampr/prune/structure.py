@@ -1,4 +1,4 @@
-"""Which gates of a model switch which channels off, and which channels go together."""
+"""The structure of a model with gated layers: which gates close which channels, and which channels go together."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from dampr.gates import Fixed
-from dampr.nn import GatedActivation, GatedHeads, GatedLayer, GatedLayerNorm, GatedResidual, Scale
+from dampr.nn import GatedActivation, GatedHeads, GatedLayer, GatedResidual, Scale
 from dampr.nn.computed import at_rest
 from dampr.nn.rnn import GatedRecurrent
 from dampr.nn.transformer import GatedTransformer
@@ -20,6 +20,9 @@ from . import graph, heads, inputs, recurrent, streams
 from .compact import open_branches
 from .gate_vector import GateVector
 from .graph import Side
+from .layers.base import CannotCutError
+from .layers.norm import counts_open, without_activation
+from .layers.registry import channel_count, kind_of
 from .modules import by_name, gates_of, of_kind
 
 
@@ -62,19 +65,19 @@ class Structure(GateVector[GatedLayer]):
         self._add_streams(widths)
 
     def rows(self, name: str) -> list[range]:
-        """The gates of layer ``name`` in the vector of all gates: one range, or for a recurrent layer one for each
-        layer and direction.
+        """The indices of the gates of layer ``name`` in the vector of all gates.
+
+        One range; a recurrent layer has one for each layer and direction.
         """
-        layer, start = self.gated[name], self.start(name)
-        count = layer.num_layers * (1 + layer.bidirectional) if isinstance(layer, GatedRecurrent) else 1
+        start, count = self.start(name), kind_of(self.gated[name]).rows(self.gated[name])
         size = self.count(name) // count
         return [range(start + i * size, start + (i + 1) * size) for i in range(count)]
 
     @functools.cached_property
     def emptiable(self) -> list[tuple[int, frozenset[int]]]:
-        """(the class that stays, all classes) of each side whose gates can close all its classes.
+        """The sides whose gates can close all their classes: (the class that stays, all classes) for each.
 
-        Compaction keeps one channel then, that of the lowest class.
+        Compaction keeps one channel of such a side, that of its lowest class.
         """
         closable = {a for owners in (self.writers, self.readers) for a, sets in enumerate(owners) if sets and all(sets)}
         sides = dict.fromkeys(frozenset(labels) for labels in self.labels.values())
@@ -114,29 +117,26 @@ class Structure(GateVector[GatedLayer]):
         ]
 
     def _plain_copy(self, model: nn.Module, example_inputs: Any) -> nn.Module:
-        """The dense copy of the model; also finds the readers of recurrent layers."""
+        """The dense copy of the model.
+
+        Also sets ``units`` and ``split``: the recurrent layers whose units can be cut, and those that get unequal
+        widths.
+        """
         plain = _opened(model, example_inputs)
         _make_dense(plain, but=GatedRecurrent)
         readers: dict[str, list[str]] = {}
-        for name, layer in plain.named_modules():
-            if isinstance(layer, GatedRecurrent):
-                try:
-                    found = recurrent.readers(plain, layer, example_inputs)
-                    readers[name] = [reader for reader, module in plain.named_modules() if module in found]
-                except graph.CannotCutError as error:
-                    self.notes[name] = str(error)
+        for name, layer in by_name(plain, GatedRecurrent).items():
+            try:
+                found = recurrent.readers(plain, layer, example_inputs)
+                readers[name] = [reader for reader, module in plain.named_modules() if module in found]
+            except CannotCutError as error:
+                self.notes[name] = str(error)
         _make_dense(plain)
         self.units = {
             plain.get_submodule(name): [plain.get_submodule(r) for r in found] for name, found in readers.items()
         }
-        own = {
-            name for name, layer in self.gated.items() if isinstance(layer, GatedRecurrent) and layer.widths == "own"
-        }
-        asked = [
-            layer
-            for name, layer in plain.named_modules()
-            if name in own & readers.keys() and isinstance(layer, nn.RNNBase)
-        ]
+        own = {name for name in readers if getattr(self.gated.get(name), "widths", "") == "own"}
+        asked = [layer for name, layer in by_name(plain, nn.RNNBase).items() if name in own]
         self.split: set[nn.Module] = {layer for layer in asked if recurrent.takes_parts(plain, layer, example_inputs)}
         return plain
 
@@ -146,18 +146,18 @@ class Structure(GateVector[GatedLayer]):
         members: set[Side] = set()
         labels = self._label_of
         for layer, writes in anchors:
-            # if several layers write parts of a side, only some of its channels may be known yet
+            # If several layers write parts of a side, only some of its channels may have a class by now.
             if -1 not in self.labels.get((layer, writes), [-1]):
                 continue
             try:
                 if layer not in widths:
-                    raise graph.CannotCutError(widths.why_absent(layer))
+                    raise CannotCutError(widths.why_absent(layer))
                 sides = widths.members(layer, writes)
-            except graph.CannotCutError as error:
+            except CannotCutError as error:
                 self.notes[self.names[layer]] = str(error)
                 continue
             for member in sides:
-                own = self.labels.setdefault(member.side, [-1] * graph.channel_count(*member.side))
+                own = self.labels.setdefault(member.side, [-1] * channel_count(*member.side))
                 for channel, one in zip(member.channels, member.classes, strict=True):
                     own[channel] = labels.setdefault(one, len(labels))
             members |= {member.side for member in sides if not member.passes}
@@ -174,11 +174,10 @@ class Structure(GateVector[GatedLayer]):
         anchors: dict[Side, list[list[int]]] = defaultdict(list)
         for name, layer in self.gated.items():
             owners = layer.channel_gates()
-            if owners is None or name in self._branch_parts or _counts_open(layer):
+            if owners is None or name in self._branch_parts or counts_open(layer):
                 continue
-            place = self.plain.get_submodule(name)
-            place = place[0] if isinstance(place, nn.Sequential) else place  # a norm fused with its activation
-            on_values = isinstance(place, (*graph.NORMS, Scale))
+            place = without_activation(self.plain.get_submodule(name))
+            on_values = kind_of(place).gates_values
             sides = widths.around(place) if on_values else [(place, layer.granularity == "output")]
             if not sides:
                 self.notes[name] = "no layer alone writes or reads what these gates multiply"
@@ -199,11 +198,12 @@ class Structure(GateVector[GatedLayer]):
                 self.labels[side] = (head + first).tolist()
 
     def _add_streams(self, widths: graph.Widths) -> None:
-        """Add a class for each channel of a residual stream whose norms share one gate vector."""
+        """Add a class for each channel of a residual stream whose norms share one gate vector.
+
+        Norms whose stream cannot be cut get a note.
+        """
         starts = {
-            self.plain.get_submodule(name): self.start(name)
-            for name, layer in self.gated.items()
-            if _counts_open(layer)
+            self.plain.get_submodule(name): self.start(name) for name, layer in self.gated.items() if counts_open(layer)
         }
         found, why = streams.find(self.plain, widths) if starts else ([], {})
         self.streams: list[tuple[streams.Stream, int]] = []
@@ -222,16 +222,14 @@ class Structure(GateVector[GatedLayer]):
         self.notes |= {self.names[norm]: why[norm] for norm in starts if norm in why}
 
     def _new_classes(self, start: int, count: int) -> int:
-        """Add ``count`` classes, written through the gates ``start``, ``start + 1``, ...; returns the first class."""
+        """Add ``count`` classes that one layer writes and none reads; the i-th is closed by gate ``start + i``.
+
+        Returns: the number of the first class.
+        """
         first = len(self.writers)
         self.writers += [{frozenset([start + i])} for i in range(count)]
         self.readers += [set[frozenset[int]]() for _ in range(count)]
         return first
-
-
-def _counts_open(layer: GatedLayer) -> bool:
-    """Whether the layer is a LayerNorm whose statistics count only open channels."""
-    return isinstance(layer, GatedLayerNorm) and layer.statistics == "open"
 
 
 def _branch_parts(model: nn.Module) -> dict[str, list[str]]:
@@ -266,7 +264,7 @@ def _opened(model: nn.Module, example_inputs: Any) -> nn.Module:
 
 
 def _make_dense(model: nn.Module, but: type | tuple[type, ...] = ()) -> None:
-    """Replace the gated layers of ``model`` by dense ones, except those of the types ``but``."""
+    """Replace the gated layers of ``model`` by dense ones in place, except layers of the types ``but``."""
     gated: list[Any] = [layer for layer in of_kind(model, GatedLayer) if not isinstance(layer, but)]
     inputs.replace(model, {layer: _dense(layer) for layer in gated})
 

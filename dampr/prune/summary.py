@@ -1,4 +1,4 @@
-"""Penalty, optimizer groups and the summary table of a gated model."""
+"""The penalty, the optimizer groups and the summary table of a gated model."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from .wrapped import check_gates, check_values, sees_through, unwrapped
 
 
 def gated_layers(model: nn.Module) -> dict[str, GatedLayer]:
-    """Every gated layer of ``model`` by name, in order; of a wrapped model,
-    the names are those of the module inside.
+    """Every gated layer of ``model`` by name, in order. For a wrapped model, the names are those of the module
+    inside.
     """
     model = unwrapped(_checks.module("model", model))
     return by_name(model, GatedLayer)
 
 
 def distinct_gates(model: nn.Module) -> dict[str, Gate]:
-    """Every gate of ``model`` once, by the name of the first layer that has it: tied layers share one."""
+    """Every gate of ``model`` once, by the name of the first layer that has it; tied layers share one gate."""
     found: dict[Gate, str] = {}
     for name, layer in gated_layers(model).items():
         found.setdefault(layer.gate, name)
@@ -44,13 +44,13 @@ def penalty(model: nn.Module, *, lam: Cost = 1.0, prior_precision: Cost = 0.0) -
     """The expected L0 penalty of all gated layers, a scalar tensor to add to the loss (Louizos et al. 2018, eq. 9 and
     appendix A).
 
-    sum over gates of pi (lam |g| + prior_precision / 2 ||w_g||^2), with pi the probability of being open and |g| the
-    parameters a gate switches off: with the defaults, the expected number of gated parameters that are left. Multiply
-    it by lambda / N where the loss is a mean over N training examples. Either number may be a mapping from name globs
-    to numbers, of which the first that matches a layer counts: ``{"conv*": 10.0, "*": 0.1}``, the published "lambda
-    sep.".
+    It is the sum over gates of pi (lam |g| + prior_precision / 2 ||w_g||^2), where pi is the probability that the gate
+    is open, |g| the number of parameters that the gate switches off, and w_g those parameters. With the defaults it is
+    the expected number of gated parameters that are left. Multiply it by lambda / N if the loss is a mean over N
+    training examples. Both numbers may be mappings from name globs to numbers, of which the first that matches a layer
+    counts: ``{"conv*": 10.0, "*": 0.1}``, called "lambda sep." in the paper.
 
-    Raises ValueError when ``model`` has no gated layer.
+    Raises ValueError if ``model`` has no gated layer.
 
     >>> import torch, dampr
     >>> layer = dampr.nn.GatedLinear(8, 4)
@@ -69,8 +69,9 @@ def penalty(model: nn.Module, *, lam: Cost = 1.0, prior_precision: Cost = 0.0) -
 
 
 def _cost_of(name: str, argument: str, value: Cost) -> float:
+    """The number that an argument gives for one layer. Raises ValueError if no glob matches the layer's name."""
     if isinstance(value, Tensor) and value.dim() == 0:
-        return value  # type: ignore[return-value]  # one that is learned, or scheduled on the device
+        return value  # type: ignore[return-value]  # lambda is learned, or scheduled on the device
     if not isinstance(value, Mapping):
         return _checks.number(argument, value)
     found = next(
@@ -89,10 +90,12 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """Two optimizer groups: weights, and gate parameters with a learning rate of their own and no weight decay.
 
-    (Three where DAM gates were made with ``weight_decay_on_beta=True``: their betas are decayed like weights.)
+    There are three if DAM gates were made with ``weight_decay_on_beta=True``: their betas are decayed like weights.
 
-    Args: ``lr``, ``weight_decay`` for the weights; ``gate_lr`` for the gates, by default ``lr``. A parameter shared by
-    several layers appears once.
+    Args:
+        model: a gated model. A parameter shared by several layers appears once.
+        lr, weight_decay: for the weights.
+        gate_lr: for the gates, by default ``lr``.
     """
     for name, value in (("lr", lr), ("gate_lr", lr if gate_lr is None else gate_lr), ("weight_decay", weight_decay)):
         _checks.number(name, value, 0)
@@ -122,8 +125,8 @@ def param_groups(
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """One gated layer: its gates, how many are open in evaluation mode,
-    and how many the next draw is expected to open.
+    """One gated layer: its gates, how many of them are open in evaluation mode, and how many the next draw is expected
+    to open.
     """
 
     name: str
@@ -136,7 +139,7 @@ class LayerSummary:
 
 @dataclass(frozen=True)
 class Summary(Report):
-    """What :func:`summary` found; ``str()`` gives a table, ``as_dict()`` plain data.
+    """The result of :func:`summary`. ``str()`` gives a table, ``as_dict()`` plain data.
 
     Without example inputs only ``params`` is counted.
     """
@@ -171,10 +174,10 @@ class Summary(Report):
 
 @sees_through
 def summary(model: nn.Module, example_inputs: Any = None) -> Summary:
-    """Open gates per layer and, with example inputs, parameters and MACs before and after compaction (by compacting a
-    copy, so the numbers are exact).
+    """The open gates of each layer and, with example inputs, parameters and MACs before and after compaction. A copy is
+    compacted, so the numbers are exact.
 
-    Parameters and MACs do not count gate parameters. Raises ValueError when ``model`` has no gated layer.
+    Parameters and MACs do not include those of gates. Raises ValueError if ``model`` has no gated layer.
     """
     layers = gated_layers(model)
     if not layers:

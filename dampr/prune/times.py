@@ -12,12 +12,12 @@ from torch import nn
 from dampr import _progress
 from dampr.nn import PrunedMultiheadAttention, ScaledRNN, StackedRNN
 
-from . import graph, inputs
+from . import inputs
 from .latency import calls_of, seconds_of
-from .modules import by_name, of_kind
+from .layers.registry import kind_of
+from .modules import of_kind
 from .wrapped import sees_through
 
-_TIMED = (*graph.GEMMS, nn.RNNBase, nn.MultiheadAttention, PrunedMultiheadAttention)
 GAIN = 0.95  # a layer has gained time if it takes at most this share of its time before compaction
 
 
@@ -61,9 +61,13 @@ def layer_times(model: nn.Module, small: nn.Module, example_inputs: Any) -> list
     manifest = getattr(small, "dampr_manifest", None)
     if not isinstance(manifest, dict):
         raise ValueError(f"small={type(small).__name__}: expected the dampr_manifest that dampr.compact leaves")
-    whole = (nn.MultiheadAttention, PrunedMultiheadAttention, ScaledRNN, StackedRNN)
-    inside = {part for layer in of_kind(small, whole) for part in layer.modules() if part is not layer}
-    names = [name for name, layer in by_name(small, (*_TIMED, *whole)).items() if layer not in inside]
+    whole = of_kind(small, (nn.MultiheadAttention, PrunedMultiheadAttention, ScaledRNN, StackedRNN))
+    inside = {part for layer in whole for part in layer.modules() if part is not layer}
+    names = [
+        name
+        for name, layer in small.named_modules()
+        if layer not in inside and (layer in whole or kind_of(layer).gemm or kind_of(layer).recurrent)
+    ]
     pairs = {name: (_counterpart(model, name), small.get_submodule(name)) for name in names}
     pairs = {name: pair for name, pair in pairs.items() if pair[0] is not None}
     times = [

@@ -1,4 +1,6 @@
-"""What the layers of a model are, and which of them count as one node of autograd's graph."""
+"""Helpers for tracing with autograd: which modules count as one layer, and how a layer becomes one node of autograd's
+graph.
+"""
 
 from __future__ import annotations
 
@@ -12,63 +14,23 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
-from dampr.nn import GatedActivation, PrunedMultiheadAttention, Scale, StackedRNN
-
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-GEMMS = (nn.Linear, *CONVOLUTIONS)
-ATTENTION = (nn.MultiheadAttention, PrunedMultiheadAttention)
-
-
-def channel_count(layer: nn.Module, writes: bool) -> int:
-    """Channels that a linear, convolution, recurrent or embedding layer or attention writes, or reads,
-    or a norm or activation has.
-    """
-    if isinstance(layer, StackedRNN):
-        return sum(layer.widths[-len(layer.layers[0]) :]) if writes else layer.input_size
-    if isinstance(layer, nn.RNNBase):
-        return (1 + layer.bidirectional) * (layer.proj_size or layer.hidden_size) if writes else layer.input_size
-    if isinstance(layer, nn.Embedding):
-        return layer.embedding_dim if writes else layer.num_embeddings
-    if isinstance(layer, (nn.modules.batchnorm._NormBase, Scale, GatedActivation)):
-        return layer.num_features
-    if isinstance(layer, (nn.LayerNorm, *ATTENTION)):
-        return layer.normalized_shape[-1] if isinstance(layer, nn.LayerNorm) else layer.embed_dim
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    return int(weight.shape[int(writes) if is_transposed(layer) else int(not writes)])
-
-
-def is_transposed(layer: nn.Module) -> bool:
-    """Whether the weight of a layer has what it reads first: (read, written, *kernel)."""
-    return isinstance(layer, nn.modules.conv._ConvTransposeNd)
-
-
-def is_depthwise(layer: nn.Module) -> bool:
-    """Whether each output channel is made of the input channel of the same number alone."""
-    return (
-        isinstance(layer, CONVOLUTIONS) and layer.groups > 1 and layer.groups == layer.in_channels == layer.out_channels
-    )
-
-
-def pads_with_zeros(layer: nn.Module) -> bool:
-    """Whether a convolution reads zeros beyond the border of its input."""
-    return (
-        isinstance(layer, CONVOLUTIONS)
-        and layer.padding_mode == "zeros"
-        and any(layer._reversed_padding_repeated_twice)
-    )
+from .layers.registry import kind_of
 
 
 def is_leaf(module: nn.Module) -> bool:
-    """Whether a module is one layer: it has no others in it but what computes its weights, or is attention, whose last
-    projection is never called.
+    """Whether a module counts as one layer.
+
+    It does if its only submodules compute its weights (``parametrizations``). Attention counts as one layer too,
+    because torch uses the weight of its last projection without calling that projection.
     """
-    return isinstance(module, ATTENTION) or all(name == "parametrizations" for name, _ in module.named_children())
+    return kind_of(module).attends or all(name == "parametrizations" for name, _ in module.named_children())
 
 
 @contextlib.contextmanager
 def all_trainable(model: nn.Module) -> Iterator[None]:
-    """Tracing follows autograd, so frozen parameters have to take part for its length."""
+    """Let every floating-point parameter require a gradient inside the ``with`` block, because autograd's graph leaves
+    frozen parameters out.
+    """
     frozen = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
     for p in frozen:
         p.requires_grad_(True)
@@ -81,17 +43,16 @@ def all_trainable(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def one_node(model: nn.Module, cores: set[nn.Module]) -> Iterator[None]:
-    """Make each recurrent layer or cell, and attention, one node of autograd's graph, and not one for each product in
-    each of its steps.
+    """Make each recurrent layer, recurrent cell and attention of ``model`` one node of autograd's graph inside the
+    ``with`` block.
 
-    ``cores``: the attention of other libraries.
+    Without this, each product in each time step would be a node of its own.
+
+    ``cores``: the modules that compute attention in models of other libraries (:class:`.heads.Kind`, ``core``).
     """
-    layers = [
-        module
-        for module in model.modules()
-        if isinstance(module, (nn.RNNBase, nn.RNNCellBase, *ATTENTION)) or module in cores
-    ]
-    own = {layer: vars(layer)["forward"] for layer in layers if "forward" in vars(layer)}  # of libraries that wrap it
+    layers = [module for module in model.modules() if kind_of(module).one_node or module in cores]
+    # Some libraries replace forward on the instance.
+    own = {layer: vars(layer)["forward"] for layer in layers if "forward" in vars(layer)}
     for layer in layers:
         layer.forward = functools.partial(_call_as_one_node, layer, layer.forward)  # type: ignore[method-assign]
     try:
@@ -104,6 +65,9 @@ def one_node(model: nn.Module, cores: set[nn.Module]) -> Iterator[None]:
 
 
 def _call_as_one_node(layer: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call ``forward`` without a graph, and connect its output tensors to its input tensors and the parameters of
+    ``layer`` by one node.
+    """
     read = [t for t in pytree.tree_leaves((args, kwargs), is_leaf=is_packed) if isinstance(t, (Tensor, PackedSequence))]
     with torch.no_grad():
         made = forward(*args, **kwargs)
@@ -121,19 +85,12 @@ def is_packed(value: Any) -> bool:
 
 
 class _OneNode(torch.autograd.Function):
-    """Its first tensors, as if computed from the others; only looked at, never differentiated."""
+    """An autograd function that returns copies of its first ``count`` tensors; in the graph they depend on all the
+    tensors.
+
+    It has no backward: the graph is only read.
+    """
 
     @staticmethod
     def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
         return tuple(t.clone() for t in tensors[:count])
-
-
-def input_columns(layer: nn.Module) -> list[tuple[nn.Module, str]]:
-    """The weights whose columns are the input of a linear, convolution or recurrent layer: the modules that have them,
-    and their names.
-    """
-    if isinstance(layer, StackedRNN):
-        return [(part, "weight_ih_l0") for part in layer.layers[0]]
-    if isinstance(layer, nn.RNNBase):
-        return [(layer, name) for name in ["weight_ih_l0", *["weight_ih_l0_reverse"] * layer.bidirectional]]
-    return [(layer, "weight")]

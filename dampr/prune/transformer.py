@@ -1,5 +1,5 @@
-"""Attention and torch's transformer layers in convert and compact: what has gates, what is left out and why,
-and what is left of it.
+"""Attention and torch's transformer layers in convert and compact: which parts get gates, which are left out and why,
+and what compaction leaves of them.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ Kept = dict[tuple[nn.Module, bool], Tensor]
 
 
 def owners(model: nn.Module) -> dict[nn.Module, list[tuple[str, nn.Module]]]:
-    """The parts of torch's own and of gated transformer layers, each with the layers that it is a part of,
-    by all their names.
+    """For each part (attention, linear layer or norm) of a transformer layer, torch's own or a gated one: the names and
+    layers that it is a part of.
     """
     found: dict[nn.Module, list[tuple[str, nn.Module]]] = {}
     for name, layer in model.named_modules(remove_duplicate=False):
@@ -55,16 +55,17 @@ def owners(model: nn.Module) -> dict[nn.Module, list[tuple[str, nn.Module]]]:
 
 
 def left_out(part: nn.Module, above: list[tuple[str, nn.Module]], granularity: Granularity) -> str | None:
-    """Why convert leaves out a part of the transformer layers ``above``; None where it does not."""
+    """Why convert gives no gates to a part of the transformer layers ``above``; None if it does."""
     if granularity == "output" and any(layer.linear2 is part for _, layer in above):
         return f"its outputs have no gates: {_RESIDUAL}"
     return None
 
 
 def adopt(model: nn.Module) -> dict[nn.Module, Any]:
-    """Make torch's transformer layers around gated parts gated ones, in place; returns what each was.
+    """Turn each transformer layer of torch that has gated parts into the gated class, in place. Returns layer -> its
+    former class.
 
-    Their fused path would read the parts without calling them.
+    The layer's fused path would read the parts' weights without calling the parts, and so skip their gates.
     """
     changed: dict[nn.Module, Any] = {}
     for layer in model.modules():
@@ -77,12 +78,12 @@ def adopt(model: nn.Module) -> dict[nn.Module, Any]:
 def make_plain(
     small: nn.Module, samples: list[Any], atol: float, rtol: float
 ) -> tuple[nn.Module, Kept, dict[str, tuple[int, list[int]]], dict[str, str]]:
-    """Replace every gated transformer layer and attention of ``small`` by what is left of it without closed heads,
-    neurons and sublayers.
+    """Replace every gated transformer layer and attention of ``small`` by a plain one without closed heads, neurons and
+    sublayers.
 
-    Returns the model; what is left of the neurons; of each attention how many heads there were and which are left, by
-    its name; and why what is closed stays. An attention on its own keeps its heads where the model computes something
-    of their weights, which is tried.
+    Returns: the model; the neurons that are left, by (layer, whether it writes them); for each attention, by name, how
+    many heads there were and which are left; and notes on what is closed and stays. An attention outside of transformer
+    layers keeps its heads if the model computes something from its attention weights, which is found out by trying.
     """
     kept: Kept = {}
     heads: dict[str, tuple[int, list[int]]] = {}
@@ -118,7 +119,7 @@ def _record(
     heads: dict[str, tuple[int, list[int]]],
     notes: dict[str, str],
 ) -> None:
-    """Put down what is left of a transformer layer."""
+    """Add what is left of one transformer layer to ``kept``, ``heads`` and ``notes``."""
     for name in layer._attentions:
         attention = getattr(layer, name)
         heads[prefix + name] = attention.num_heads, left[name]
@@ -138,7 +139,7 @@ def _record(
 
 
 def narrow(attention: Any, left: Tensor) -> PrunedMultiheadAttention:
-    """What is left of an attention that reads and writes these channels alone; its heads stay as wide as they are."""
+    """An attention that reads and writes only the channels ``left``; its heads keep their width."""
     how = attention_arguments(attention) | dict.fromkeys(("embed_dim", "kdim", "vdim"), len(left))
     heads, dtype = getattr(attention, "heads", range(attention.num_heads)), attention.out_proj.weight.dtype
     plain = PrunedMultiheadAttention(**how, heads=heads, head_dim=attention.head_dim, device="meta", dtype=dtype)
@@ -151,8 +152,9 @@ def narrow(attention: Any, left: Tensor) -> PrunedMultiheadAttention:
 
 
 def resize(model: nn.Module, norms: list[nn.Module], size: int) -> None:
-    """Set what follows from the width of a residual stream, by its norms,
-    in the transformers and their layers that it runs through.
+    """Set ``d_model`` of the transformers and transformer layers whose residual stream now has the width ``size``.
+
+    These are the ones with one of ``norms``, the norms on that stream. A layer of torch becomes the pruned class.
     """
     layers: list[Any] = of_kind(model, (nn.Transformer, PrunedLayer, *_PRUNED))
     for layer in layers:
@@ -163,6 +165,7 @@ def resize(model: nn.Module, norms: list[nn.Module], size: int) -> None:
 
 
 def _same(model: nn.Module, samples: list[Any], expected: list[list[Tensor]], atol: float, rtol: float) -> bool:
+    """Whether the model computes the expected outputs for all samples, within the tolerances."""
     try:
         return not any(
             inputs.differ(e, inputs.evaluate(model, sample), rtol, atol)

@@ -1,7 +1,7 @@
-"""Linear layers that keep their weight transposed, as transformers' ``Conv1D`` of GPT-2 does: ``nn.Linear`` for a
-while, and back.
+"""Linear layers that store their weight transposed, like the ``Conv1D`` of transformers' GPT-2: replaces them by
+``nn.Linear`` for a while, and puts them back.
 
-The type goes by its full name, so that transformers is not imported here.
+The class is found by its full name, so that transformers is not imported here.
 """
 
 from __future__ import annotations
@@ -12,24 +12,19 @@ from typing import Any
 from torch import nn
 
 from . import inputs
-
-_CONV1D = "transformers.pytorch_utils.Conv1D"
+from .layers.linear import TransposedLinear
+from .layers.registry import kind_of
 
 
 def find(model: nn.Module) -> dict[str, Any]:
     """Every such layer by its name."""
-    return {name: layer for name, layer in model.named_modules() if is_conv1d(layer)}
-
-
-def is_conv1d(layer: nn.Module) -> bool:
-    """Whether a layer is such a one; a class of its own with gates on its weight is a subclass."""
-    return any(f"{kind.__module__}.{kind.__qualname__}" == _CONV1D for kind in type(layer).__mro__[:3])
+    return {name: layer for name, layer in model.named_modules() if isinstance(kind_of(layer), TransposedLinear)}
 
 
 def to_linear(model: nn.Module) -> dict[str, Any]:
-    """Put ``nn.Linear`` in the place of each; returns what was there, for :func:`back`.
+    """Replace each such layer by an ``nn.Linear``. Returns the replaced layers by name, for :func:`back`.
 
-    Parameters stay the same objects; what an optimizer knows of their elements does not fit any more.
+    Parameters stay the same objects, but are transposed, so an optimizer's state no longer fits their elements.
     """
     found = find(model)
     linear: dict[nn.Module, nn.Module] = {}
@@ -43,8 +38,8 @@ def to_linear(model: nn.Module) -> dict[str, Any]:
 
 
 def back(model: nn.Module, layers: Mapping[str, Any]) -> None:
-    """Put ``layers`` in the place of the ``nn.Linear`` layers of these names,
-    whose parameters and widths they take on.
+    """Put ``layers`` back in the place of the ``nn.Linear`` layers of these names; they take over those layers'
+    parameters and widths.
     """
     transposed: dict[nn.Module, nn.Module] = {}
     for name, layer in layers.items():

@@ -1,5 +1,7 @@
-"""Compaction of a model whose gates are on parameters:
-classes of units whose gates are closed leave every parameter at once.
+"""Compact a model whose gates are on parameters: delete the classes with closed gates from every parameter and buffer.
+
+The gates are folded into the parameters first. Beside the smaller model this writes the manifest, plain data about what
+is left of which tensor, and reads it again when a file is loaded.
 """
 
 from __future__ import annotations
@@ -14,19 +16,25 @@ from torch import Tensor, nn
 from dampr._version import __version__
 
 from .cutting import follow_inputs
+from .layers.registry import kind_of
 from .unit_structure import UnitStructure, without_gates
 from .units.proof import cut
 from .units.sizes import Size, follow, number_of, set_number
 
-_MOST_DIMS = 8  # of a tensor with units: a weight of a 3-d convolution has 5
-Kept = dict[tuple[nn.Module, bool], Tensor]
+_MOST_DIMS = 8  # the most dimensions that a manifest may list for a tensor; a weight of a 3-d convolution has 5
+Kept = dict[tuple[nn.Module, bool], Tensor]  # (layer, whether it writes them or reads them) -> indices that are left
 
 
 def compacted(model: nn.Module, example_inputs: Any, round_to: int) -> tuple[nn.Module, Kept, dict[str, Any]]:
     """A plain copy of ``model`` without the units whose gates are closed.
 
-    Returns the copy, what is left of what its layers write and read, and the manifest, of which the caller knows the
-    difference.
+    Args:
+        model: the model with gates; not changed.
+        example_inputs: the inputs of the trace.
+        round_to: widths become multiples of this where enough units are there.
+
+    Returns: (the copy; the channels that are left of what its layers write and read; the manifest, in which the caller
+    enters how far the outputs differ).
     """
     structure = UnitStructure(model, example_inputs)
     small = without_gates(model, folded=True)
@@ -53,7 +61,7 @@ def compacted(model: nn.Module, example_inputs: Any, round_to: int) -> tuple[nn.
     names = {module: name for name, module in small.named_modules()}
     layers: dict[str, dict[str, Any]] = {}
     for (layer, writes), indices in kept.items():
-        entry = left[f"{names[layer]}.weight".lstrip(".")][_dim(layer, writes)]
+        entry = left[f"{names[layer]}.weight".lstrip(".")][kind_of(layer).weight_dim(writes)]
         layers.setdefault(names[layer], {})["out" if writes else "in"] = {
             "before": entry["before"],
             "kept": indices.tolist(),
@@ -76,13 +84,16 @@ def compacted(model: nn.Module, example_inputs: Any, round_to: int) -> tuple[nn.
 
 
 def _count(structure: UnitStructure, closed: Tensor, name: str) -> int:
+    """The number of closed gates of the gated parameter ``name``; ``closed``: bool, (all gates,)."""
     (row,) = structure.rows(name)
     return int(closed[row.start : row.stop].sum())
 
 
 def _rounded(structure: UnitStructure, closed: Tensor, round_to: int, notes: dict[str, str]) -> Tensor:
-    """The gates whose units go: of every vector at least one stays,
-    and where that can be a multiple of ``round_to``.
+    """The gates whose units are deleted, bool (all gates,).
+
+    Of every vector at least one unit stays, and if enough are there a multiple of ``round_to``. For closed units that
+    stay a reason is entered in ``notes``.
     """
     gone = closed.clone()
     useful = set(structure.gate_of.values())
@@ -99,14 +110,16 @@ def _rounded(structure: UnitStructure, closed: Tensor, round_to: int, notes: dic
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """name -> tensor of all parameters and buffers, under every name."""
     return dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
 
 
 def _left(
     structure: UnitStructure, classes: list[int], before: dict[str, tuple[int, ...]]
 ) -> dict[str, dict[int, dict[str, Any]]]:
-    """Of every tensor that loses something, by each of its names:
-    dimension -> its size before and the indices that are left.
+    """name -> dimension -> {"before": size, "kept": indices left} for every tensor that loses something.
+
+    ``before`` holds the shape of every tensor before the cut.
     """
     names: dict[str, list[str]] = defaultdict(list)
     for alias, name in structure.units.alias.items():
@@ -121,27 +134,21 @@ def _left(
     return found
 
 
-def _dim(layer: nn.Module, writes: bool) -> int:
-    """The dimension of a layer's weight that it writes, or reads."""
-    transposed = isinstance(layer, (nn.modules.conv._ConvTransposeNd, nn.Embedding))
-    return int(writes) if transposed else int(not writes)
-
-
 def _sides(small: nn.Module, left: dict[str, dict[int, dict[str, Any]]]) -> Kept:
-    """What is left of the channels of layers with a weight, (layer, writes) -> indices."""
+    """The channels that are left of layers with a weight: (layer, whether it writes them) -> indices."""
     kept: Kept = {}
     for name, module in small.named_modules():
         for dim, entry in left.get(f"{name}.weight".lstrip("."), {}).items():
             for writes in (True, False):
-                if dim == _dim(module, writes) and dim < 2:
+                if dim == kind_of(module).weight_dim(writes) and dim < 2:
                     kept[module, writes] = torch.tensor(entry["kept"])
     return kept
 
 
 def places_of(manifest: dict[str, Any], name: str) -> list[Any]:
-    """The entries of a tensor's dimensions in a manifest, None for one that nothing was cut from.
+    """The manifest's entry for each dimension of tensor ``name``; None for a dimension that nothing was cut from.
 
-    Raises ValueError for what compaction cannot have written.
+    Raises: ValueError if the entries are not what compaction writes.
     """
     tensors = manifest.get("tensors", {})
     dims = tensors.get(name, {}) if isinstance(tensors, dict) else None
@@ -154,9 +161,9 @@ def places_of(manifest: dict[str, Any], name: str) -> list[Any]:
 
 
 def sizes_of(manifest: Any) -> dict[str, dict[str, int]]:
-    """Module -> attribute -> what it was before compaction, of the numbers that code keeps beside its parameters.
+    """module -> attribute -> its value before compaction, for numbers that code keeps beside its parameters.
 
-    Raises ValueError for what compaction cannot have written.
+    Raises: ValueError if the entries are not what compaction writes.
     """
     sizes = manifest.get("sizes", {}) if isinstance(manifest, dict) else {}
     entries = list(sizes.values()) if isinstance(sizes, dict) else [None]
@@ -173,9 +180,9 @@ def sizes_of(manifest: Any) -> dict[str, dict[str, int]]:
 
 
 def restore_sizes(model: nn.Module, manifest: dict[str, Any]) -> None:
-    """Set the numbers that code keeps beside its parameters back to what they were before compaction.
+    """Set the numbers that code keeps beside its parameters to their values before compaction.
 
-    Raises ValueError as above.
+    Raises: ValueError if the manifest's entries are not what compaction writes, or name what ``model`` does not have.
     """
     for name, own in sizes_of(manifest).items():
         for attribute, value in own.items():

@@ -29,14 +29,14 @@ from .units.groups import Group, groups, readable
 from .units.proof import differs, half
 from .units.sizes import Size, followers
 
-UNSAID = "include or exclude leaves it out, or it is alone in its width"
+UNSAID = "include or exclude leaves it out, or it is alone in its width"  # the reason if no step gave another
 
 _FEW = 6  # with at most this many attributes, pairs of them are tried too
 
 
 @dataclass
 class Placement:
-    """Where gates can be put, as :func:`place` has found.
+    """The places where :func:`place` found that gates can be put.
 
     Attributes:
         groups: groups of classes that get a gate vector each.
@@ -77,12 +77,12 @@ def place(
     owned = [name for name in parameters if _owner(model, name) is not None]
     protected = units.in_training_alone()
     found = groups(units, [one for one in readable(units, owned) if one not in protected])
-    families = _families(units, [one for group in found for one in group.classes])
+    clusters = _clusters(units, [one for group in found for one in group.classes])
     try:
-        search = _Search(subject, families)
+        search = _Search(subject, clusters)
         kept, sizes = search.together()
     except _DeceivedError:
-        search = _Search(subject, families, by_values=True)
+        search = _Search(subject, clusters, by_values=True)
         kept, sizes = search.together()
     refused = protected | search.refused
     vectors = [group for group in found if kept.issuperset(group.classes)]
@@ -99,9 +99,9 @@ class _DeceivedError(Exception):
 
 
 class _Search:
-    """Find the families of classes that can be cut, and the attributes that change with them.
+    """Find the clusters of classes that can be cut, and the attributes that change with them.
 
-    All families are tried at once; if that fails, those of one kind (of repeated blocks), then halves of these. A
+    All clusters are tried at once; if that fails, those of one kind (of repeated blocks), then halves of these. A
     smaller set only has to run, as shapes show; with ``by_values`` it also has to compute the same.
 
     Attributes:
@@ -109,31 +109,32 @@ class _Search:
         refused: class -> why it cannot be cut.
     """
 
-    def __init__(self, subject: Subject, families: list[list[int]], by_values: bool = False) -> None:
-        self._subject, self._families, self._by_values = subject, families, by_values
+    def __init__(self, subject: Subject, clusters: list[list[int]], by_values: bool = False) -> None:
+        self._subject, self._clusters, self._by_values = subject, clusters, by_values
         self.read: set[Size] = set()
         self.refused: dict[int, str] = {}
-        # (families that can be cut together, the attributes that change with them)
+        # (clusters that can be cut together, the attributes that change with them)
         self._good: list[tuple[list[list[int]], list[Size]]] = []
-        self._assumed = False  # whether some families were only checked by shapes
+        self._assumed = False  # whether some clusters were only checked by shapes
         kind = functools.partial(_kind, subject.units)
-        todo = [families] if families else []
+        todo = [clusters] if clusters else []
         while todo:
             some = todo.pop()
             if self._passes(some) or len(some) == 1:
                 continue
-            if len({kind(family) for family in some}) > 1:
+            if len({kind(cluster) for cluster in some}) > 1:
                 todo += [list(alike) for _, alike in itertools.groupby(sorted(some, key=kind), key=kind)]
                 continue
             first, *others, last = some
-            if not self._passes([first]) | self._passes([last]):  # families of one kind fail for the same reason
-                self.refused |= dict.fromkeys((one for family in others for one in family), self.refused[last[0]])
+            # if the first and the last cluster of a kind fail, the others fail for the same reason
+            if not self._passes([first]) | self._passes([last]):
+                self.refused |= dict.fromkeys((one for cluster in others for one in cluster), self.refused[last[0]])
             elif others:
                 middle = len(others) // 2
                 todo += [half for half in (others[:middle], others[middle:]) if half]
 
     def _passes(self, some: list[list[int]]) -> bool:
-        """Try to cut half of each family in ``some`` and record the result; returns whether it works."""
+        """Try to cut half of each cluster in ``some`` and record the result; returns whether it works."""
         reason, follow, needed = self._try(some)
         if reason is None:
             self._good.append((some, follow))
@@ -142,19 +143,19 @@ class _Search:
             self.refused.update(dict.fromkeys(some[0], reason))
         return reason is None
 
-    def _try(self, families: list[list[int]]) -> tuple[str | None, list[Size], bool]:
-        """Try to cut half of each family.
+    def _try(self, clusters: list[list[int]]) -> tuple[str | None, list[Size], bool]:
+        """Try to cut half of each cluster.
 
         Returns: (why it cannot be cut, or None; the attributes that change; whether the model needs this change).
         """
         subject, units = self._subject, self._subject.units
-        classes = half(units, families)
+        classes = half(units, clusters)
         if not classes:
             return "every dimension keeps one channel at least", [], False
-        every = len(families) == len(self._families)
-        trial, choices = Trial(subject, classes, quick=not every), _choices(subject, families)
+        every = len(clusters) == len(self._clusters)
+        trial, choices = Trial(subject, classes, quick=not every), _choices(subject, clusters)
         for chosen in choices:
-            if not trial.fits(chosen) or not self._fits_otherwise(families, chosen):
+            if not trial.fits(chosen) or not self._fits_otherwise(clusters, chosen):
                 continue
             assumed = not every and not self._by_values and subject.shapes is not None
             if assumed or not trial.differs(chosen):
@@ -165,51 +166,51 @@ class _Search:
                     bool(chosen) and not (trial.same([], first=True) and trial.same([])),
                 )
             self._by_values = True  # shapes do not show what is wrong here
-        if len(families) > 1:
+        if len(clusters) > 1:
             return "not all of them can", [], False
         reason = trial.differs(choices[-1])
-        if not reason:  # it does run
+        if not reason:  # the cut model does compute the same
             subject.doubt_shapes()
-            return self._try(families)
+            return self._try(clusters)
         return reason, [], False
 
-    def _fits_otherwise(self, families: list[list[int]], sizes: list[Size]) -> bool:
+    def _fits_otherwise(self, clusters: list[list[int]], sizes: list[Size]) -> bool:
         """Whether the model also runs with other numbers of units cut.
 
         Widths that must be cut together can fit by chance in one try.
         """
-        classes = half(self._subject.units, families, seed=1) if len(families) > 1 else []
+        classes = half(self._subject.units, clusters, seed=1) if len(clusters) > 1 else []
         return not classes or Trial(self._subject, classes, quick=True).fits(sizes)
 
     def together(self) -> tuple[set[int], list[Size]]:
-        """The classes of the families that can be cut together, and the attributes that change with them.
+        """The classes of the clusters that can be cut together, and the attributes that change with them.
 
-        The families were tried one by one before. Now all are cut at once; if the model differs, they are added one
+        The clusters were tried one by one before. Now all are cut at once; if the model differs, they are added one
         after the other, the largest first, and those that do not fit are added to ``refused``.
         """
         good = self._good
-        tried = len(good) == 1 and len(good[0][0]) == len(self._families)  # all were compared at once before
-        kept: list[list[int]] = [family for families, _ in good for family in families]
+        tried = len(good) == 1 and len(good[0][0]) == len(self._clusters)  # all were compared at once before
+        kept: list[list[int]] = [cluster for clusters, _ in good for cluster in clusters]
         sizes = list(dict.fromkeys(size for _, follow in good for size in follow))
         if not kept or not self._fault(kept, sizes, tried, self._assumed):
-            return {one for family in kept for one in family}, sizes
+            return {one for cluster in kept for one in cluster}, sizes
         kept, sizes = [], []
-        todo = [([family], follow) for families, follow in good for family in families] if len(good) == 1 else good
-        for families, follow in sorted(todo, key=lambda one: -sum(map(len, one[0]))):
+        todo = [([cluster], follow) for clusters, follow in good for cluster in clusters] if len(good) == 1 else good
+        for clusters, follow in sorted(todo, key=lambda one: -sum(map(len, one[0]))):
             more = list(dict.fromkeys([*sizes, *follow]))
-            reason = self._fault([*kept, *families], more, tried)
+            reason = self._fault([*kept, *clusters], more, tried)
             if reason:
-                self.refused |= dict.fromkeys((one for family in families for one in family), reason)
+                self.refused |= dict.fromkeys((one for cluster in clusters for one in cluster), reason)
             else:
-                kept, sizes = [*kept, *families], more
-        return {one for family in kept for one in family}, sizes
+                kept, sizes = [*kept, *clusters], more
+        return {one for cluster in kept for one in cluster}, sizes
 
-    def _fault(self, families: list[list[int]], sizes: list[Size], tried: bool, assumed: bool = False) -> str:
-        """What goes wrong if half of these families are cut; empty if nothing does.
+    def _fault(self, clusters: list[list[int]], sizes: list[Size], tried: bool, assumed: bool = False) -> str:
+        """What goes wrong if half of these clusters are cut; empty if nothing does.
 
         Raises: _DeceivedError if it was ``assumed`` that nothing does.
         """
-        subject, classes = self._subject, half(self._subject.units, families)
+        subject, classes = self._subject, half(self._subject.units, clusters)
         reason = "" if tried else Trial(subject, classes).differs(sizes)
         if reason and assumed:
             raise _DeceivedError(reason)
@@ -217,14 +218,14 @@ class _Search:
         return reason if found is None else found.text
 
 
-def _choices(subject: Subject, families: list[list[int]]) -> list[list[Size]]:
-    """The sets of attributes that may change with these families, in the order in which they are tried."""
-    sizes = followers(subject.model, subject.units, [one for family in families for one in family])
+def _choices(subject: Subject, clusters: list[list[int]]) -> list[list[Size]]:
+    """The sets of attributes that may change with these clusters, in the order in which they are tried."""
+    sizes = followers(subject.model, subject.units, [one for cluster in clusters for one in cluster])
     sure = [size for size in sizes if _is_sure(subject.model, size)]
     asked = {*sure, *subject.used(size for size in sizes if size not in sure)}
     sizes = [size for size in sizes if size in asked]
     kinds = [sizes, []] if sizes else [[]]
-    if sizes and len({_kind(subject.units, family) for family in families}) == 1:
+    if sizes and len({_kind(subject.units, cluster) for cluster in clusters}) == 1:
         kinds[1:1] = [
             [size for size in sizes if "head" in size.attribute],
             [size for size in sizes if "head" not in size.attribute],
@@ -238,9 +239,9 @@ def _choices(subject: Subject, families: list[list[int]]) -> list[list[Size]]:
     return [chosen for number, chosen in enumerate(kinds) if chosen not in kinds[:number]]
 
 
-def _kind(units: Units, family: list[int]) -> str:
-    """The names of the parameters of a family without numbers, the same for each of a row of repeated blocks."""
-    names = {m.name for one in family[:1] for m in units.members[one]}
+def _kind(units: Units, cluster: list[int]) -> str:
+    """The names of the parameters of a cluster without numbers, the same for each of a row of repeated blocks."""
+    names = {m.name for one in cluster[:1] for m in units.members[one]}
     return " ".join(sorted({re.sub(r"\d+", "", name) for name in names}))
 
 
@@ -263,11 +264,11 @@ def _owner(model: nn.Module, name: str) -> nn.Module | None:
     return None if isinstance(owner, (nn.RNNBase, nn.ParameterList, nn.ParameterDict)) else owner
 
 
-def _families(units: Units, classes: Iterable[int]) -> list[list[int]]:
-    """The families of ``units``, restricted to ``classes``; empty ones are left out."""
+def _clusters(units: Units, classes: Iterable[int]) -> list[list[int]]:
+    """The clusters of ``units``, restricted to ``classes``; empty ones are left out."""
     kept = set(classes)
-    found = [[one for one in family if one in kept] for family in units.families]
-    return [family for family in found if family]
+    found = [[one for one in cluster if one in kept] for cluster in units.clusters]
+    return [cluster for cluster in found if cluster]
 
 
 def _needed(trial: Trial, sizes: list[Size]) -> list[Size]:
@@ -421,6 +422,7 @@ def _weights_per_class(units: Units, group: Group, parameters: dict[str, nn.Para
     """The number of parameters that are cut with each class of the group, float32 (classes,)."""
 
     def own(one: int) -> float:
+        """The number of parameters that are cut with one class."""
         members = [(m, parameters[m.name]) for m in units.members[one] if m.name in parameters]
         return float(sum(len(m.indices) * p.numel() / p.shape[m.dim] for m, p in members))
 

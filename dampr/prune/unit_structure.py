@@ -1,5 +1,7 @@
-"""Which gates on parameters cut which classes of units of a model: what :class:`.structure.Structure` is for gates in
-layers. :mod:`.unit_gates` puts such gates on a model.
+"""Which gate on parameters cuts which classes of units of a model.
+
+:class:`UnitStructure` answers this for models whose gates multiply parameters; :class:`.structure.Structure` does it
+for models with gated layers. :mod:`.unit_gates` puts gates on parameters.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from dampr.nn.parameter import GatedParameter, gated_parameters, take_off
 
 from . import inputs
 from .gate_vector import GateVector
+from .layers.registry import kind_of
 from .modules import by_name, of_kind
 from .units import Units, trace_units
 from .units.groups import readable
@@ -195,8 +198,7 @@ class Counts:
         None if the weight of the layer is no parameter.
         """
         name = f"{self._structure.names[layer]}.weight".lstrip(".")
-        transposed = isinstance(layer, nn.modules.conv._ConvTransposeNd)
-        wanted = int(writes) if transposed else int(not writes)
+        wanted = kind_of(layer).weight_dim(writes)
         for dim, first, size in self._structure.units.origin.get(self._structure.units.alias.get(name, ""), []):
             if dim == wanted:
                 return self.of(np.arange(first, first + size))

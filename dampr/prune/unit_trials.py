@@ -1,4 +1,9 @@
-"""Trials of a cut: a copy in which nothing reads some units beside one that has lost them."""
+"""Try a cut on copies of a model: one copy is masked, another one has lost the units, and their outputs must agree.
+
+In the masked copy the weights that read some classes have zeros there; in the small copy these classes are deleted.
+:class:`Subject` is the model with all that its trials share, :class:`Shapes` only asks whether a small copy runs, and
+:class:`Trial` compares values.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +25,19 @@ from .units import Units
 from .units.proof import cut, substitute
 from .units.sizes import Size, follow, set_number
 
-_SCALES = (10.0, 100.0)  # of the example inputs on which masked and cut models are compared too
+_SCALES = (10.0, 100.0)  # masked and cut models are compared on example inputs times these too
 
 
 @dataclass
 class Subject:
-    """A plain model, its units, inputs to try it on, and the norms that are to count open units only."""
+    """A plain model with what is needed to try cuts on it.
+
+    Attributes:
+        model: the model; not changed.
+        units: its partition into classes.
+        example_inputs: the inputs.
+        norms: name -> a norm that has to count only open units.
+    """
 
     model: nn.Module
     units: Units
@@ -35,21 +47,19 @@ class Subject:
 
     @functools.cached_property
     def shapes(self) -> Shapes | None:
-        """Whether a cut copy runs, without arithmetic; None where that is not to be seen."""
+        """Runs cut copies without arithmetic; None if the model does not run on meta tensors."""
         try:
             return None if is_meta(self.model) else Shapes(self.model, self.example_inputs)
-        except Exception:  # of a model that asks for values
+        except Exception:  # the model asks for values, which meta tensors do not have
             return None
 
     @functools.cached_property
     def twins(self) -> inputs.Twins:
-        """Copies to try things on."""
+        """Makes copies of the model that share its parameters."""
         return inputs.Twins(self.model)
 
     def used(self, sizes: Iterable[Size]) -> list[Size]:
-        """These numbers without those that a forward does not ask for, wherever modules keep them, as far as shapes
-        show.
-        """
+        """The attributes in ``sizes`` that a forward reads; all of them if shapes cannot show that."""
         if self.shapes is None:
             return list(sizes)
         sizes = list(sizes)
@@ -60,14 +70,16 @@ class Subject:
         return [size for size in sizes if self._asked[size.module, size.attribute]]
 
     def doubt_shapes(self) -> None:
-        """From now on nothing but values counts."""
+        """Stop using shapes, because a model that runs on shapes was found not to run on values; later trials compare
+        values.
+        """
         self.__dict__["shapes"] = None
 
 
 class Shapes:
-    """A copy of a model on the meta device, where operators compute nothing but shapes.
+    """Runs copies of a model on the meta device, where operators compute shapes and no values.
 
-    Raises what the model raises there.
+    Raises: what the model raises there.
     """
 
     def __init__(self, model: nn.Module, example_inputs: Any) -> None:
@@ -76,45 +88,52 @@ class Shapes:
         self._expected = self._run(self._twins.make())
 
     def without(self, units: Units, classes: list[int]) -> inputs.Twins:
-        """Makes copies without these classes."""
+        """Makes copies on the meta device that have lost ``classes``."""
         return inputs.Twins(cut(self._twins.make(), units, classes), meta=True)
 
     def asks_for(self, sizes: list[Size]) -> bool:
-        """Whether a forward asks for one of these numbers."""
+        """Whether a forward uses one of these attributes. They are set to an object that refuses all use, and the copy
+        is run.
+        """
         model = self._twins.make()
         try:
             for size in sizes:
                 set_number(model.get_submodule(size.module), size.attribute, _Unreadable())
-        except Exception:  # of a module that looks at what it is given
+        except Exception:  # the module examines its inputs
             return True
         return not self.fits(model)
 
     def fits(self, small: nn.Module) -> bool:
-        """Whether a copy, a smaller one for example, runs and has outputs of the same shapes."""
+        """Whether a copy, for example a smaller one, runs and has outputs of the expected shapes."""
         try:
             return self._run(small) == self._expected
         except Exception:
             return False
 
     def _run(self, model: nn.Module) -> list[torch.Size]:
+        """The shapes of the outputs of a copy."""
         with OnMeta(), inputs.unfused(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return [t.shape for t in inputs.evaluate(model, self._inputs)]
 
 
 class _Unreadable:
-    """In the place of a number; TypeError where code does anything with it but pass it on."""
+    """A value that raises TypeError wherever code compares it, converts it or computes with it."""
 
     def _refuse(self, *_: Any) -> NoReturn:
+        """Raise TypeError."""
         raise TypeError("a number that nothing was expected to ask for")
 
     __eq__ = __ne__ = __bool__ = __str__ = __format__ = __hash__ = _refuse  # type: ignore[assignment]
 
 
 class Trial:
-    """A copy of a model in which nothing reads some classes, to be compared with copies that have lost them.
+    """A comparison between a model in which nothing reads some classes and copies that have lost these classes.
 
-    ``quick``: on the example inputs alone, else on larger ones too.
+    Args:
+        subject: the model and its inputs.
+        classes: the classes.
+        quick: compare on the example inputs alone; else also on inputs ten and a hundred times as large, with noise.
     """
 
     def __init__(self, subject: Subject, classes: list[int], quick: bool = False) -> None:
@@ -126,10 +145,11 @@ class Trial:
         self._expected: list[list[Tensor]] = []
         self._small_shapes: inputs.Twins | None = None
         self._fits: dict[tuple[Size, ...], bool] = {}
-        self._said: dict[tuple[Size, ...], tuple[int, str]] = {}  # samples compared, what differs
+        self._said: dict[tuple[Size, ...], tuple[int, str]] = {}  # sizes -> (samples compared, what differs)
 
     @functools.cached_property
     def _masked(self) -> nn.Module:
+        """A copy with zeros where weights read the classes, and with norms that do not count them."""
         masked = self._subject.twins.make()
         mask_columns(masked, self._units, self._classes)
         close(masked, self._subject.norms, self._classes)
@@ -137,6 +157,7 @@ class Trial:
 
     @functools.cached_property
     def _small(self) -> inputs.Twins:
+        """The source of copies of the model without the classes."""
         return inputs.Twins(cut(self._subject.twins.make(), self._units, self._classes))
 
     def _outputs(self, number: int) -> list[Tensor]:
@@ -146,7 +167,9 @@ class Trial:
         return self._expected[number]
 
     def fits(self, sizes: list[Size]) -> bool:
-        """Whether a copy without the classes runs, with these numbers following, as far as shapes alone show."""
+        """Whether a copy without the classes runs after the attributes in ``sizes`` have followed; True if shapes
+        cannot tell.
+        """
         shapes = self._subject.shapes
         if shapes is None:
             return True
@@ -158,15 +181,18 @@ class Trial:
         return self._fits[key]
 
     def same(self, sizes: list[Size], first: bool = False) -> bool:
-        """Whether a copy without the classes computes what the masked one does, with these numbers following.
+        """Whether a copy without the classes, with the attributes in ``sizes`` changed, computes what the masked copy
+        does.
 
-        ``first``: on the example inputs alone.
+        ``first``: compare on the example inputs alone.
         """
         return self.fits(sizes) and not self.differs(sizes, first)
 
     def differs(self, sizes: list[Size], first: bool = False) -> str:
-        """What a copy without the classes does that the masked one does not, with these numbers following;
-        "" for nothing.
+        """How the outputs of a copy without the classes, with the attributes in ``sizes`` changed, differ from the
+        masked copy.
+
+        Returns "" if they agree, and for a model on the meta device. ``first``: compare on the example inputs alone.
         """
         if is_meta(self.model):
             return ""
@@ -177,9 +203,10 @@ class Trial:
         return self._said[key][1]
 
     def _difference(self, sizes: list[Size], numbers: range) -> str:
+        """As :meth:`differs`, on the samples with these numbers, without use of earlier results."""
         small = _followed(self._small.make(), sizes)
         with inputs.unfused(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a norm without gain whose width is not that of its input
+            warnings.simplefilter("ignore")  # a norm without weight warns if its width is not that of its input
             for number in numbers:
                 try:
                     found = inputs.evaluate(small, self._samples[number])
@@ -199,16 +226,18 @@ class Trial:
 
 
 def _followed(model: nn.Module, sizes: list[Size]) -> nn.Module:
+    """``model``, with the attributes in ``sizes`` set to its present shapes."""
     follow(model, sizes)
     return model
 
 
 def is_meta(model: nn.Module) -> bool:
-    """Whether a model has no values."""
+    """Whether a model has parameters on the meta device, which have no values."""
     return any(p.is_meta for p in model.parameters())
 
 
 def _precision(outputs: list[Tensor]) -> torch.dtype:
+    """The lowest precision among output tensors; float32 if none of them is floating-point."""
     return max(
         (t.dtype for t in outputs if t.dtype in inputs.TOLERANCE),
         key=lambda kind: inputs.TOLERANCE[kind],
@@ -217,14 +246,19 @@ def _precision(outputs: list[Tensor]) -> torch.dtype:
 
 
 def _scaled(example_inputs: Any, scale: float) -> Any:
+    """The example inputs with every floating-point tensor multiplied by ``scale``."""
+
     def grow(leaf: Any) -> Any:
+        """One leaf of the inputs, multiplied if it is a floating-point tensor."""
         return leaf * scale if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
 
     return pytree.tree_map(grow, example_inputs)
 
 
 def mask_columns(model: nn.Module, units: Units, classes: Iterable[int]) -> None:
-    """Set to 0 the columns of weights that read these classes; ``model`` gets parameters of its own there."""
+    """Set the columns of weights that read ``classes`` to 0, in new parameters, so that those shared with others
+    stay.
+    """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     closed: dict[str, list[tuple[int, Any]]] = {}
     for name, dims in units.indices(classes).items():

@@ -1,4 +1,4 @@
-"""verify_model: does every gate of a model do something, and can it learn?"""
+""":func:`verify_model`: checks that every gate of a model has an effect and can learn."""
 
 from __future__ import annotations
 
@@ -23,14 +23,15 @@ from .wrapped import check_values, sees_through
 
 @dataclass
 class GateCheck:
-    """The gates of one layer.
+    """The result for the gates of one layer.
 
     Attributes:
-        gates: how many there are, and ``tried`` how many of them were closed one by one.
-        unreachable: those of ``tried`` whose closing left the output as it was, on these inputs (behind a ReLU that is
-            never positive, say), by their numbers.
-        without_gradient: those whose value the output does not depend on to first order, by their numbers.
-        problems: why the layer does not pass; empty where it does.
+        gates: the number of gates.
+        tried: the number of gates that were closed one by one.
+        unreachable: the numbers of those tried gates whose closing did not change the output on these inputs (behind a
+            ReLU that is never positive, say).
+        without_gradient: the numbers of the gates on whose value the output does not depend to first order.
+        problems: why the layer does not pass; empty if it does.
     """
 
     name: str
@@ -44,7 +45,7 @@ class GateCheck:
 
 @dataclass
 class Verification(Report):
-    """What :func:`verify_model` found; ``str()`` gives a table, ``as_dict()`` plain data."""
+    """The results of :func:`verify_model`. ``str()`` gives a table, ``as_dict()`` plain data."""
 
     layers: list[GateCheck]
 
@@ -72,19 +73,19 @@ class Verification(Report):
 def verify_model(
     model: nn.Module, example_inputs: Any, *, optimizer: torch.optim.Optimizer | None = None, gates_per_layer: int = 64
 ) -> Verification:
-    """Prove that gates work: closing one changes what the model computes, the loss has a gradient on it, and the
+    """Check that the gates work: closing one changes what the model computes, the loss has a gradient on it, and the
     optimizer moves it.
 
-    A layer has a problem when closing all its gates leaves the output as it is (something bypasses the layer), when a
-    parameter of its gates gets no gradient in training, is frozen or in half precision, or when the optimizer lacks it
-    or decays it (weight decay pulls log_alpha to 0, whatever the data says). Gates that are closed already count as
-    open for the trial. The model is not changed.
+    A layer has a problem if closing all its gates leaves the output as it is (something bypasses the layer), if a
+    parameter of its gates gets no gradient in training, is frozen or is in half precision, or if the optimizer lacks
+    the parameter or decays it (weight decay pulls log_alpha to 0, whatever the data says). Gates that are closed
+    already are opened for the trial. The model is not changed.
 
     Args:
-        model: with gated layers.
+        model: a model with gated layers.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments.
-        optimizer: what trains the model; None leaves it out.
-        gates_per_layer: how many gates of each layer to close one by one (one evaluation each), spread evenly.
+        optimizer: the optimizer that trains the model. None: nothing is checked about it.
+        gates_per_layer: how many gates of each layer, spread evenly, to close one by one (one evaluation each).
 
     Raises: TypeError or ValueError that names the argument; what the model raises on the example inputs.
 
@@ -119,7 +120,9 @@ def verify_model(
 
 
 def _try(model: nn.Module, example_inputs: Any, problems: dict[str, list[str]], limit: int) -> list[GateCheck]:
-    """Close the gates of a copy whose gates are all open."""
+    """Close gates of a copy of the model in which all gates are open, and return the result for each layer.
+    ``problems``, by layer, gets new entries.
+    """
     trial = inputs.copied(model, example_inputs)
     open_gates: dict[nn.Module, nn.Module] = {
         gate: Fixed(torch.where(gate.deterministic() == 0, 1.0, gate.deterministic())) for gate in gates_of(trial)
@@ -141,6 +144,7 @@ def _try(model: nn.Module, example_inputs: Any, problems: dict[str, list[str]], 
 
 
 def _parameter_problems(gate: Gate, optimizer: torch.optim.Optimizer | None) -> list[str]:
+    """What is wrong with the parameters of a gate: dtype, frozen, missing in the optimizer, or decayed by it."""
     found = []
     groups = {id(p): group for group in (optimizer.param_groups if optimizer else []) for p in group["params"]}
     may_decay = getattr(gate, "weight_decay_on_beta", False)
@@ -159,7 +163,7 @@ def _parameter_problems(gate: Gate, optimizer: torch.optim.Optimizer | None) -> 
 
 
 def _unconnected(model: nn.Module, example_inputs: Any) -> dict[str, list[str]]:
-    """Of each layer the gate parameters that a training step on ``model`` gives no gradient."""
+    """For each layer, a problem for every gate parameter that gets no gradient in a training step of ``model``."""
     model.train()
     for p in model.parameters():
         p.grad = None
@@ -193,6 +197,7 @@ def _gradients(trial: nn.Module, example_inputs: Any) -> dict[str, Tensor]:
 
 
 def _any_loss(outputs: list[Tensor]) -> Tensor:
+    """A random linear function of all floating-point outputs, the same in every call."""
     generator = torch.Generator().manual_seed(0)
     total = torch.zeros((), dtype=torch.float64)
     for t in outputs:
@@ -205,7 +210,9 @@ def _any_loss(outputs: list[Tensor]) -> Tensor:
 
 
 def _close(trial: nn.Module, layer: GatedLayer, example_inputs: Any, limit: int) -> tuple[int, list[int], bool]:
-    """How many gates were closed one by one, those that changed nothing, and whether all together change nothing."""
+    """(how many gates were closed one by one, the numbers of those that changed nothing, whether closing all changes
+    nothing).
+    """
     gate = layer.gate
     assert isinstance(gate, Fixed)
     before = inputs.evaluate(trial, example_inputs)
@@ -226,6 +233,7 @@ def _close(trial: nn.Module, layer: GatedLayer, example_inputs: Any, limit: int)
 
 @contextmanager
 def _closed(gate: Fixed, numbers: list[int]) -> Iterator[None]:
+    """Set the gates of these numbers to 0 within the block."""
     values = gate.values.clone()
     gate.values[numbers] = 0
     try:

@@ -1,5 +1,5 @@
-"""Models inside of what torch.distributed and torch.compile make of them: seen through, put together again,
-or refused.
+"""Models inside the wrappers of torch.distributed and torch.compile: unwrapped, gathered into a whole copy, or
+refused.
 """
 
 from __future__ import annotations
@@ -21,14 +21,20 @@ from dampr.nn import GatedLayer
 
 from .modules import of_kind
 
-_MARKS = "_is_fsdp_managed_module", "_fsdp_use_orig_params"  # attributes that fully_shard leaves
+_MARKS = "_is_fsdp_managed_module", "_fsdp_use_orig_params"  # attributes that fully_shard sets on modules
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def check_bare(model: Any, what: str, name: str = "model", *, sharded: bool = False) -> None:
-    """Raise TypeError where ``model`` is wrapped or, unless it may be, ``sharded``, or has a wrapped module in it.
+    """Check that a model is not wrapped and, unless ``sharded`` is True, not sharded, in whole or in part.
 
-    ``what`` says why.
+    Args:
+        model: the model.
+        what: why it must be so, for the message ("because ...").
+        name: the name of the argument, for the message.
+        sharded: whether sharded parameters are allowed.
+
+    Raises: TypeError if it is wrapped or sharded.
     """
     inner = inside(model)
     if inner is not None:
@@ -53,24 +59,28 @@ def check_bare(model: Any, what: str, name: str = "model", *, sharded: bool = Fa
 
 
 def _called(model: nn.Module) -> str:
+    """The name of the wrapper of a model, for a message."""
     return "torch.compile" if "_orig_mod" in model._modules else type(model).__name__
 
 
 def sees_through(function: Function) -> Function:
-    """``function`` with the bare, whole module in the place of an argument ``model`` (and ``small``) that is wrapped or
-    sharded.
+    """Decorate ``function`` so that its arguments ``model`` and ``small`` may be wrapped or sharded.
 
-    Sharded parameters are gathered on every rank, so every rank has to call it.
+    It then gets the bare module with whole parameters instead. Sharded parameters are gathered on every rank, so every
+    rank has to call it.
+
+    Raises: ValueError, in a call, for an ``optimizer`` together with a sharded model.
     """
     signature = inspect.signature(function)
     names = [name for name in ("model", "small") if name in signature.parameters]
 
     @functools.wraps(function)
     def bare(*args: Any, **kwargs: Any) -> Any:
+        """``function`` with unwrapped, whole modules."""
         try:
             given = signature.bind(*args, **kwargs)
         except TypeError:
-            return function(*args, **kwargs)  # which says what is wrong
+            return function(*args, **kwargs)  # raises Python's own error about the arguments
         for name in names:
             model = given.arguments.get(name)
             if isinstance(model, nn.Module):
@@ -90,7 +100,7 @@ def is_sharded(t: Any) -> bool:
 
 
 def is_fsdp(module: nn.Module) -> bool:
-    """Whether ``fully_shard`` has been here."""
+    """Whether ``fully_shard`` was applied to this module."""
     return "torch.distributed.fsdp" in sys.modules and isinstance(
         module, sys.modules["torch.distributed.fsdp"].FSDPModule
     )
@@ -137,8 +147,9 @@ def gathered(model: nn.Module, *, rank: int | None = None) -> Any:
 
 
 def check_gates(model: nn.Module) -> None:
-    """Raise ValueError where gates belong to no gated layer, which would neither be counted nor cut,
-    and TypeError for sharded ones.
+    """Check that all gates belong to gated layers, and that none is sharded.
+
+    Raises: ValueError for a gate elsewhere, which would neither be counted nor cut; TypeError for a sharded one.
     """
     check_seen(model, FORMER)
     owned = {inner for module in of_kind(model, GatedLayer) for inner in module.gate.modules()}
@@ -170,7 +181,7 @@ def check_gates_whole(model: nn.Module) -> None:
 
 
 def is_any_sharded(model: nn.Module) -> bool:
-    """Whether ``fully_shard`` or tensor parallelism has been anywhere in ``model``."""
+    """Whether any module or parameter of ``model`` is sharded, by ``fully_shard`` or by tensor parallelism."""
     return any(is_fsdp(module) for module in model.modules()) or any(
         is_sharded(t) for t in (*model.parameters(), *model.buffers())
     )
@@ -178,8 +189,9 @@ def is_any_sharded(model: nn.Module) -> bool:
 
 @contextmanager
 def _bare(model: nn.Module) -> Iterator[None]:
-    """Every module without what torch.distributed has hung on it: its class, its hooks, its state;
-    given back behind the block.
+    """A block in which modules have nothing of torch.distributed: neither its classes nor its hooks nor its attributes.
+
+    Afterwards all of it is back.
     """
     taken: list[tuple[nn.Module, type, dict[str, Any]]] = []
     try:
@@ -207,7 +219,7 @@ def _bare(model: nn.Module) -> Iterator[None]:
 
 
 def _is_of_torch(value: Any) -> bool:
-    """Whether a hook, or the state of a module, is one of torch.distributed's own."""
+    """Whether a hook or an attribute's value belongs to torch.distributed."""
     if isinstance(value, functools.partial):
         return _is_of_torch(value.func)
     where = getattr(value, "__module__", None) or getattr(type(value), "__module__", "")

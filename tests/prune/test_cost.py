@@ -360,3 +360,10 @@ def test_inputs_that_the_model_refuses_are_refused_in_its_words(x):
     model = dampr.convert(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)), torch.randn(4, 6))
     with pytest.raises(TypeError, match="x.dtype|the dtype of x"):
         Cost(model, x, "macs")
+
+
+def test_inputs_on_another_device_are_refused_in_the_words_of_the_model():
+    """On the meta device, where costs are counted, both would be in one place."""
+    model = dampr.convert(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)), torch.randn(4, 6))
+    with pytest.raises(ValueError, match="expected meta, the device of x"):
+        Cost(model, torch.randn(4, 6, device="meta"), "macs")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from dampr.nn import (
     GatedTransformerEncoderLayer,
 )
 from dampr.nn.computed import copied
+from dampr.prune.expand import PassedChecks
 from tests import models
 from tests.prune.test_models import close_at_random, trained
 
@@ -450,3 +452,30 @@ def test_an_optimizer_of_something_else_is_refused():
     other = torch.optim.SGD(copy.deepcopy(model).parameters(), lr=0.1)
     with pytest.raises(ValueError, match="^optimizer: it holds no parameter of model; expected the one that trains it"):
         dampr.compact(model, example_inputs=x, optimizer=other)
+
+
+def test_a_passed_check_runs_again_for_another_optimizer_more_parameters_or_state() -> None:
+    layer, other = nn.Linear(2, 2), nn.Linear(2, 2)
+    one, two = torch.optim.Adam(layer.parameters()), torch.optim.Adam(layer.parameters())
+    seen: list[Any] = []
+    checks = PassedChecks()
+
+    def fails(optimizer: Any) -> None:
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        checks.run(one, fails)
+    for optimizer in (one, one, two, two, one):
+        checks.run(optimizer, seen.append)
+    assert seen == [one, two]
+    layer(torch.ones(1, 2)).sum().backward()
+    one.step()
+    one.step()
+    checks.run(one, seen.append)
+    one.add_param_group({"params": list(other.parameters())})
+    checks.run(one, seen.append)
+    checks.run(one, seen.append)
+    assert seen == [one, two, one, one]
+    checks.forget()
+    checks.run(one, seen.append)
+    assert len(seen) == 5

@@ -107,3 +107,10 @@ def test_the_clock_of_this_machine():
     times = Latency(dampr.convert(model, example_inputs=x), x)
     every = torch.ones(times.structure.size)
     assert 0 <= float(times(0 * every)) <= float(times(every)) == pytest.approx(times.total)
+
+
+def test_a_model_whose_gates_narrow_no_layer_takes_one_time():
+    model = nn.Sequential(dampr.nn.GatedActivation(8, dim=1), nn.Flatten())
+    latency = Latency(model, torch.randn(4, 8))
+    assert float(latency(torch.ones(8))) == pytest.approx(float(latency.total))
+    assert float(latency(torch.zeros(8))) == pytest.approx(float(latency.total))

@@ -63,7 +63,17 @@ SEQUENCES: dict[str, Change] = {
     "turned in place": turned,
     "swapped in place": spread,
 }
-IMAGES: dict[str, Change] = {"blurred": blurred, "edges": edges}
+IMAGES: dict[str, Change] = {
+    "blurred": blurred,
+    "edges": edges,
+    "spread": lambda y: F.conv_transpose2d(
+        y, y.new_ones(1, 1, 3, 3).expand(y.shape[1], -1, -1, -1), None, 1, 1, 0, y.shape[1]
+    ),
+    "rows": lambda y: F.conv1d(y.flatten(0, 2).unsqueeze(1), y.new_ones(1, 1, 3), padding=1).view_as(y),
+    "doubled": lambda y: F.conv2d(
+        y, y.new_ones(1, 1, 1, 1).expand(2 * y.shape[1], -1, -1, -1), None, 1, 0, 1, y.shape[1]
+    )[:, ::2],
+}
 
 
 def check(model: nn.Module, x: Tensor) -> None:
@@ -122,11 +132,21 @@ def test_pooled_values_and_their_places_are_one_width() -> None:
     check(model, torch.randn(2, 3, 8, 8))
 
 
-def test_what_an_open_unit_leaves_in_a_closed_one_is_seen_by_convert() -> None:
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda y: y - y.sum(-1, keepdim=True) / 16,
+        lambda y: y + y.square().sum(-1, keepdim=True).sqrt(),
+        lambda y: y - torch.einsum("btc->bt", y).unsqueeze(-1),
+        lambda y: y + y.sum((1, 2), keepdim=True).tanh(),
+    ],
+)
+def test_what_an_open_unit_leaves_in_a_closed_one_is_seen_by_convert(change: Change) -> None:
     """With all units closed nothing is left there."""
-    model = dampr.convert(Between(lambda y: y - y.sum(-1, keepdim=True) / 16), torch.randn(2, 4, 6))
+    torch.manual_seed(0)
+    model = dampr.convert(Between(change), torch.randn(2, 4, 6))
     assert model.dampr_skipped["first"] == "a sum reads it that no weight is in"  # type: ignore[index]
-    check(Between(lambda y: y - y.sum(-1, keepdim=True) / 16).requires_grad_(), torch.randn(2, 4, 6))
+    check(Between(change), torch.randn(2, 4, 6))
 
 
 def test_a_rule_that_fails_leaves_out_what_it_was_about(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,12 +184,28 @@ def test_units_of_a_recurrent_layer_that_something_reads_in_full_have_no_gates(l
     check(Behind(recurrent, attends), torch.randn(2, 4, 6))
 
 
-def test_widths_that_a_layer_needs_equal_do_not_pass_because_they_once_were() -> None:
-    """A third of 15 features and one of three heads leave an attention that runs; other shares do not."""
+class Joined(nn.Module):
+    """Two layers side by side, in front of an attention with two heads that needs all of their features."""
+
+    def __init__(self, first: int, second: int) -> None:
+        super().__init__()
+        width = first + second
+        self.first, self.second = nn.Linear(6, first), nn.Linear(6, second)
+        self.attention = nn.MultiheadAttention(width, 2, batch_first=True)
+        self.head = nn.Sequential(nn.Linear(width, 8), nn.ReLU(), nn.Linear(8, 3))
+
+    def forward(self, x: Tensor) -> Any:
+        y = torch.cat([F.relu(self.first(x)), torch.tanh(self.second(x))], -1)
+        return self.head(y + self.attention(y, y, y, need_weights=False)[0])
+
+
+@pytest.mark.parametrize("widths", [(8, 8), (4, 6), (12, 4)])
+def test_widths_that_a_layer_needs_equal_do_not_pass_because_they_once_were(widths: tuple[int, int]) -> None:
+    """Half of the features and one of two heads leave an attention that runs; other shares do not."""
     torch.manual_seed(0)
     x = torch.randn(2, 4, 6)
-    model = dampr.convert(Behind(nn.Sequential(nn.Linear(6, 15), nn.ReLU()), True), x)
-    for closed in range(1, 15, 2):
+    model = dampr.convert(Joined(*widths), x)
+    for closed in range(1, sum(widths), 3):
         trial = copy.deepcopy(model)
         for gate in gates_of(trial):
             at = torch.arange(gate.num_gates)

@@ -95,6 +95,19 @@ def unit(model):
     )
 
 
+def test_widths_in_multiples_are_no_reason_for_a_warning(recwarn):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(72, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4))
+    dense = count_macs(net, X[:1])
+    plan = plan_for(net, macs=0.5, round_to=32)
+    train(plan, torch.optim.Adam(plan.model.parameters(), lr=1e-2), STEPS)
+    small = plan.finish()
+    assert plan.report.budget.changed > 0.1
+    assert [small[at].out_features % 32 for at in (1, 3)] == [0, 0]
+    assert count_macs(small, X[:1]) <= 0.5 * dense
+    assert not [found for found in recwarn if found.category is dampr.BudgetWarning]
+
+
 def test_params_and_a_recurrent_model_and_a_model_that_has_gates_already():
     class Net(nn.Module):
         def __init__(self):

@@ -1,11 +1,14 @@
-"""Which elements of which parameters go together, read off the ATen operators that a model runs; no module's type takes
-part.
+"""Find which elements of which parameters have to be cut together, from the ATen operators that a model runs.
 
-Every index of every dimension of every floating-point parameter and buffer is a *unit*. A model is run once in each
-mode under a dispatch mode that carries units from operator to operator (:mod:`.tracer`); a rule for each operator
-(:mod:`.rules`) says which units are one, which are mixed and which are only moved (:mod:`.ledger`); what follows from
-all of it is a partition into classes (:mod:`.partition`). A trace is no proof, so a cut model is traced again, and a
-masked one is looked at where closed units are read (:mod:`.proof`).
+Every index of every dimension of every floating-point parameter and buffer is a *unit*. For ``Sequential(Linear(4, 8),
+ReLU(), Linear(8, 2))``, row 3 of the first weight, entry 3 of its bias and column 3 of the second weight start as three
+units. A trace finds that they are one: a *class*, which can be cut as a whole.
+
+The steps: the model is run once in evaluation and once in training under a dispatch mode that carries units from
+operator to operator (:mod:`.tracer`). A rule for each operator (:mod:`.rules`) records in a ledger (:mod:`.ledger`)
+which units become one and which cannot be cut. From the ledger follows the partition into classes (:mod:`.partition`).
+A trace is no proof, so :mod:`.proof` cuts a copy and traces it again, and runs a masked copy to see what closed units
+are where something reads them. No step looks at the types of modules.
 """
 
 from __future__ import annotations
@@ -34,20 +37,22 @@ def trace_units(
     fake: bool | None = None,
     within: Iterable[str] = (),
 ) -> Units:
-    """The units of a model's parameters and buffers, and which of them may be cut.
+    """The units of a model's parameters and buffers, grouped into classes, and which of these may be cut.
 
-    The model is run on meta tensors, so nothing is computed; where its control flow asks for a value it is run on real
-    ones. Whatever is raised, its attributes, buffers, modes and the states of random generators are as before.
+    The model is run on meta tensors, so nothing is computed. If its control flow asks for a value, it is run on real
+    ones. Afterwards its attributes, buffers, modes and the states of random generators are as before, whatever is
+    raised.
 
     Args:
-        model: any module, on any device (``meta`` included); its forward is what it computes without gradients.
+        model: any module, on any device (``meta`` included). Only its forward without gradients is traced.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments.
-        training: the modes to run it in. What only training reaches is traced too, so that nothing is cut that a branch
-            of training reads.
-        more_inputs: further example inputs, for models that take another path on these; all paths are united.
-        fake: True: on meta tensors or not at all; False: on real ones.
-        within: the weights of convolutions in groups, by name, of which every group loses the same channels; of others
-            whole groups go.
+        training: the modes to run it in. A branch that only training runs is traced too, so that nothing is cut that it
+            reads.
+        more_inputs: further example inputs, for models whose control flow depends on the input; what is found on any of
+            these holds.
+        fake: True: on meta tensors or not at all; False: on real ones; None: on meta tensors if that works.
+        within: names of the weights of grouped convolutions of which every group loses the same channels. Of other
+            grouped convolutions whole groups are cut.
 
     Returns: a :class:`Units`. Its ``failed`` says of a mode other than the first why the model does not run in it.
 
@@ -73,10 +78,10 @@ _known: ContextVar[dict[Any, Units] | None] = ContextVar("known", default=None)
 
 @contextmanager
 def remembering() -> Iterator[None]:
-    """In this block copies of a model are traced once: modules of the same names and types with tensors of the same
-    shapes.
+    """Within this block, trace models that are alike only once.
 
-    For a block in which no module gets another forward, and example inputs stay the objects that they are.
+    Models are alike if their modules have the same names, types and plain attributes and their tensors the same shapes,
+    with the same example inputs (the same objects). No module may get another forward within the block.
     """
     token = _known.set({})
     try:
@@ -86,7 +91,9 @@ def remembering() -> Iterator[None]:
 
 
 def _likeness(model: nn.Module) -> tuple[Any, ...]:
-    """What copies of a model have in common, numbers beside parameters included."""
+    """A key that is equal for copies of a model: modules with their plain attributes, tensors with shape, dtype and
+    sharing.
+    """
     modules = [
         (name, type(module), *((key, value) for key, value in vars(module).items() if type(value) in (int, bool, str)))
         for name, module in model.named_modules(remove_duplicate=False)
@@ -97,6 +104,7 @@ def _likeness(model: nn.Module) -> tuple[Any, ...]:
 
 
 def _traced(model: nn.Module, samples: list[Any], modes: list[bool], fake: bool | None, within: Iterable[str]) -> Units:
+    """Trace the model in every mode and on every sample, and solve the ledger; arguments as in :func:`trace_units`."""
     ledger, failed = Ledger.of(model, within), dict[bool, str]()
     for mode in modes:
         mark = ledger.checkpoint()

@@ -1,7 +1,8 @@
 """Axes: small int64 tensors that say to which unit each element of a tensor belongs.
 
-An axis has the rank of its tensor and size 1 along every dimension along which the unit does not change, so that the
-channels of an image are one axis of shape (1, C, 1, 1). 0 is no unit: a batch entry, a token, a pixel, an input
+An axis has the rank of its tensor, and size 1 along every dimension along which the unit does not change. The channels
+of an image (B, C, H, W) are one axis of shape (1, C, 1, 1), for example ``[[[[7]], [[8]], [[9]]]]`` for the units 7 to
+9. A weight (O, I) has two axes, (O, 1) and (1, I). Unit 0 means "no unit": a batch entry, a token, a pixel, an input
 feature.
 """
 
@@ -22,12 +23,12 @@ def varying(axis: Tensor) -> set[int]:
 
 
 def moving(axes: Iterable[Tensor]) -> Axes:
-    """Those that change anywhere."""
+    """The axes that change along some dimension."""
     return [axis for axis in axes if axis.numel() > 1]
 
 
 def narrow(axis: Tensor) -> Tensor:
-    """The axis, of size 1 wherever it does not change."""
+    """The axis with size 1 along every dimension along which its values do not change."""
     axis = first_along(axis, [dim for dim, step in enumerate(axis.stride()) if step == 0])
     for dim in varying(axis):
         if torch.equal(axis.narrow(dim, 1, axis.shape[dim] - 1), axis.narrow(dim, 0, axis.shape[dim] - 1)):
@@ -36,7 +37,7 @@ def narrow(axis: Tensor) -> Tensor:
 
 
 def at_rank(axis: Tensor, rank: int) -> Tensor:
-    """With leading dimensions of size 1, as broadcasting adds them."""
+    """The axis with leading dimensions of size 1, as broadcasting adds them."""
     return axis.reshape((1,) * (rank - axis.dim()) + tuple(axis.shape))
 
 
@@ -53,8 +54,10 @@ def along(line: Tensor, dim: int, rank: int) -> Tensor:
 
 
 def runs(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
-    """The shortest runs of dimensions of two shapes of one size, pair by pair with equal products,
-    as a view regroups them.
+    """Match the dimensions of two shapes of the same number of elements, as a view regroups them.
+
+    Returns pairs (dimensions of ``old``, dimensions of ``new``) with equal products, as short as possible. From (4, 6,
+    5) to (4, 2, 3, 5): ``[([0], [0]), ([1], [1, 2]), ([2], [3])]``.
     """
     found: list[tuple[list[int], list[int]]] = []
     left, right = list(range(len(old))), list(range(len(new)))

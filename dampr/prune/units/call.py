@@ -1,4 +1,4 @@
-"""One operator call as its rule sees it."""
+"""One call of an ATen operator, as the rules see it: arguments, results, and the axes of the tensors among them."""
 
 from __future__ import annotations
 
@@ -25,9 +25,17 @@ _STANDARD_LIBRARY = sysconfig.get_paths()["stdlib"]
 
 
 class Call:
-    """One operator call as its rule sees it.
+    """One call of an ATen operator, which a rule turns into the axes of its result.
 
-    ``given``, ``marks``: the tensors among the arguments in order, and what is known of each.
+    Attributes:
+        tracer: the run that made the call.
+        ledger: where the rule writes what it finds about units.
+        func: the operator, with its overload.
+        name: its name without namespace and overload, such as "mm".
+        args, kwargs: its arguments.
+        out: what it returned.
+        given: the tensors among the arguments, in order.
+        marks: the axes of each tensor in ``given``; None for a tensor that no parameter, buffer or input went into.
     """
 
     def __init__(
@@ -60,7 +68,7 @@ class Call:
         return default
 
     def of(self, tensor: Any) -> Marks | None:
-        """What is known of a tensor, or None."""
+        """The axes of a tensor, and whether it is a weight; None for what is no tensor and for constants."""
         return self.tracer.marks(tensor) if isinstance(tensor, Tensor) else None
 
     def axes(self, tensor: Any) -> Axes:
@@ -82,7 +90,9 @@ class Call:
         ]
 
     def even(self, tensor: Tensor, dims: set[int]) -> bool:
-        """Whether a tensor of constants is known to be the same along ``dims``."""
+        """Whether a tensor of constants is the same along ``dims``, from what is known without its values or, off meta,
+        from them.
+        """
         if all(self.tracer.is_even(tensor, d - tensor.dim()) for d in dims):
             return True
         if tensor.device.type == "meta":
@@ -102,8 +112,11 @@ class Call:
         return self.is_view() and bool(self.func._schema.arguments[0].alias_info.is_write)
 
     def count(self, macs: int, factors: Axes) -> None:
-        """Note a product of so many multiply-accumulates,
-        if evaluation's are asked for and a FLOP counter counts this operator.
+        """Record a product, if the trace counts products and torch's FLOP counter counts this operator.
+
+        Args:
+            macs: its multiply-accumulates.
+            factors: the axes of its dimensions, contracted ones included.
         """
         if self.tracer.counts and self.name in _COUNTED:
             self.ledger.products.append(Product(self.module_name(), macs, [line(axis) for axis in moving(factors)]))
@@ -113,13 +126,25 @@ class Call:
         return self.tracer.module_name()
 
     def why(self, kind: str, text: str) -> Reason:
-        """A reason with the place of this call."""
+        """A :class:`~.ledger.Reason` of this kind that names the operator, the running module and the line of the
+        user's code.
+        """
         if self._place is None:
             self._place = self.name, self.tracer.module(), _user_line(sys._getframe(1))
         return Reason(kind, text, *self._place)
 
     def probe(self, tensor: Tensor, axes: Axes, dim: int, added: bool = False) -> None:
-        """Note the values that closed units have along ``dim`` where a weight or a sum (``added``) reads them."""
+        """Note which values closed units have along ``dim``, where a weight or a sum reads them.
+
+        ``tracer.alive`` gets (least, largest) of every closed unit that is not 0 everywhere. Does nothing in a trace
+        without closed units.
+
+        Args:
+            tensor: the tensor that is read, with values.
+            axes: its axes.
+            dim: the dimension along which it is read.
+            added: whether a sum without weights reads it; ``tracer.added`` then gets the units too.
+        """
         for unit, values in self._closed(tensor, axes, dim):
             low, high = float(values.min()), float(values.max())
             had = self.tracer.alive.get(unit, (low, high))
@@ -128,8 +153,12 @@ class Call:
                 self.tracer.added.update([unit] if added else [])
 
     def probe_pair(self, pair: list[tuple[Tensor, Axes, int]]) -> None:
-        """Note the closed units that add something to a product of two activations: (tensor, axes,
-        contracted dimension) of each.
+        """Note the closed units that contribute to a product of two activations, which no mask on a weight can remove.
+
+        A unit contributes where both factors are not 0 at some index of the contracted dimension.
+
+        Args:
+            pair: (tensor, axes, contracted dimension) of each factor.
         """
         if self.tracer.closed is None:
             return
@@ -139,7 +168,7 @@ class Call:
             self.tracer.added.update(unit for unit, values in self._closed(there, axes, dim) if bool(values))
 
     def _closed(self, tensor: Tensor, axes: Axes, dim: int) -> Iterator[tuple[int, Tensor]]:
-        """The closed units along ``dim``, with their values."""
+        """(unit, its values) for every closed unit of the axes that change along ``dim`` alone."""
         closed = self.tracer.closed
         for axis in axes if closed is not None else []:
             if closed is None or varying(axis) != {dim}:
@@ -150,8 +179,8 @@ class Call:
 
 
 def _user_line(frame: FrameType | None) -> str:
-    """File and line of the innermost frame of code that belongs neither to torch nor to this package;
-    "" without one.
+    """The "file:line" of the innermost frame in code of neither torch, the standard library nor this package; ""
+    without one.
     """
     while frame is not None:
         path = frame.f_code.co_filename

@@ -1,4 +1,9 @@
-"""Rules of products: contracted dimensions meet, the result has the other dimensions of both."""
+"""Rules of products: matrix products, convolutions, embeddings.
+
+In ``y = x @ w.T`` with x (B, I) and w (O, I), dimension I is contracted: column i of w reads unit i of x, so both are
+one unit. The result has the other dimensions: the units of its channels are those of the rows of w. A weight therefore
+"reads" the units of its contracted dimension and "writes" those of the others.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +21,18 @@ if TYPE_CHECKING:
 
 
 def product(call: Call, a: Tensor, b: Tensor, letters: tuple[str, str], result: str) -> Axes:
-    """The axes of ``einsum(f"{letters[0]},{letters[1]}->{result}", a, b)``; "k" is what is contracted."""
+    """The axes of ``einsum(f"{letters[0]},{letters[1]}->{result}", a, b)``, where "k" is the contracted dimension.
+
+    Units of both factors along "k" become one and are recorded as read by a weight, as a norm of weights (both factors
+    are weights), or as summed (no factor is a weight). Units that meet constants along "k" are fixed, unless the
+    constants are the same everywhere. In a trace with closed units, values that these have along "k" are noted.
+
+    Args:
+        call: the call.
+        a, b: the factors.
+        letters: the dimensions of each factor, a letter for each; a vector of length k is "k".
+        result: the dimensions of the result.
+    """
     for tensor, own, other, others in ((a, letters[0], b, letters[1]), (b, letters[1], a, letters[0])):
         if "k" not in own:
             continue
@@ -58,12 +74,20 @@ def product(call: Call, a: Tensor, b: Tensor, letters: tuple[str, str], result: 
 
 
 def _in_order(axis: Tensor, own: str, order: str) -> Tensor:
+    """An axis with dimensions ``own`` as an axis with dimensions ``order``; of size 1 along letters that are not in
+    ``own``.
+    """
     moved = axis.permute(sorted(range(len(own)), key=lambda i: order.index(own[i])))
     sizes = iter(moved.shape)
     return moved.reshape([next(sizes) if letter in own else 1 for letter in order])
 
 
 def _note_sides(call: Call, axes: Axes, left: int) -> None:
+    """Record what a weight reads (units along contracted dimensions, which are columns) and what it writes (all
+    others).
+
+    The first ``left`` dimensions of the axes are those of the result; the contracted ones follow.
+    """
     for axis in axes:
         if any(dim >= left for dim in varying(axis)):
             call.ledger.read.append(line(axis))
@@ -73,6 +97,7 @@ def _note_sides(call: Call, axes: Axes, left: int) -> None:
 
 
 def _with_bias(call: Call, axes: Axes, bias: Any) -> Axes:
+    """The axes of a product's result after a bias is added; the bias writes the units that it meets."""
     marks = call.of(bias)
     if marks is None:
         return axes
@@ -82,29 +107,36 @@ def _with_bias(call: Call, axes: Axes, bias: Any) -> Axes:
 
 
 def _letters(a: Tensor, b: Tensor) -> tuple[tuple[str, str], str]:
+    """((letters of a, letters of b), letters of the result) of a matrix product of tensors with one to three
+    dimensions.
+    """
     left, right = {1: "k", 2: "mk", 3: "bmk"}[a.dim()], {1: "k", 2: "kn", 3: "bkn"}[b.dim()]
     return (left, right), "".join(dict.fromkeys(left + right)).replace("k", "")
 
 
 @rules.rule("mm bmm mv dot vdot matmul")
 def _matrix(call: Call) -> Axes:
+    """The rule of matrix products: units along the summed dimension meet, the others move to the result."""
     a, b = call.args[:2]
     return product(call, a, b, *_letters(a, b))
 
 
 @rules.rule("addmm addmv baddbmm _addmm_activation")
 def _matrix_with_bias(call: Call) -> Axes:
+    """The rule of a matrix product that is added to a bias."""
     bias, a, b = call.args[:3]
     return _with_bias(call, product(call, a, b, *_letters(a, b)), bias)
 
 
 @rules.rule("outer ger")
 def _outer(call: Call) -> Axes:
+    """The rule of the outer product, which contracts nothing."""
     return product(call, call.args[0], call.args[1], ("m", "n"), "mn")
 
 
 @rules.rule("_cdist_forward _euclidean_dist")
 def _distances(call: Call) -> Axes:
+    """The rule of distances between all rows of two tensors, which contract the last dimension as a product does."""
     a, b = call.args[:2]
     batch = "xyzw"[: a.dim() - 2]
     return product(call, a, b, (batch + "mk", batch + "nk"), batch + "mn")
@@ -112,6 +144,10 @@ def _distances(call: Call) -> Axes:
 
 @rules.rule("embedding")
 def _embedding(call: Call) -> Axes:
+    """The rule of ``embedding``: the result (*index.shape, D) has the units of the columns of the weight (N, D).
+
+    Data picks the rows, so their units are fixed.
+    """
     weight, index = call.args[:2]
     out = []
     for axis in call.axes(weight):
@@ -127,6 +163,12 @@ def _embedding(call: Call) -> Axes:
     "convolution _convolution mkldnn_convolution convolution_overrideable _slow_conv2d_forward conv2d thnn_conv2d"
 )
 def _convolution(call: Call) -> Axes:
+    """The rule of convolutions in any number of dimensions, in groups or not, transposed or not.
+
+    Channels of the input meet the units that the weight reads; the result has the units that the weight writes. With
+    groups there are two ways: a whole group is one unit (:func:`_read_in_groups`), or, for the weights in
+    ``ledger.within``, the channels in the same place of every group are one (:func:`_read_within_groups`).
+    """
     tensor, weight, bias = call.args[:3]
     transposed, groups, rank = call.arg("transposed", False), call.arg("groups", 1), tensor.dim()
     read, made = _weight_sides(call, weight, transposed)
@@ -141,7 +183,7 @@ def _convolution(call: Call) -> Axes:
         call.ledger.columns += columns
         call.ledger.written += [units.numpy() for units in made] if groups == 1 or not transposed or within else []
     of_sides = [*read, *made] if groups == 1 or within else read if transposed else made
-    if groups > 1 and not of_sides:  # a filter that code makes, the same for each channel
+    if groups > 1 and not of_sides:  # the weight has no units: a filter that code makes for every channel
         of_sides = channels
     call.count((tensor if transposed else call.out)[:, 0].numel() * weight.numel(), [*of_sides, *batch])
     if groups == 1:
@@ -160,7 +202,11 @@ def _convolution(call: Call) -> Axes:
 
 
 def _weight_sides(call: Call, weight: Tensor, transposed: bool) -> tuple[Axes, Axes]:
-    """The units that a convolution's weight reads and writes, as lines."""
+    """(what the weight of a convolution reads, what it writes): units in order, a one-dimensional tensor for each axis.
+
+    Of a weight (O, I, kh, kw), I is read and O written; of a transposed convolution's (I, O, kh, kw) the reverse. Units
+    along the kernel's height and width are fixed.
+    """
     sides: tuple[Axes, Axes] = [], []
     for axis in call.axes(weight):
         dims = varying(axis)
@@ -173,7 +219,9 @@ def _weight_sides(call: Call, weight: Tensor, transposed: bool) -> tuple[Axes, A
 
 
 def _image_axes(call: Call, tensor: Tensor) -> tuple[Axes, Axes]:
-    """Axes of a convolution's input along the batch and along channels; no others can go through it."""
+    """(axes along the batch, axes along channels) of the input of a convolution; units along other dimensions are
+    fixed.
+    """
     batch, channels = [], []
     for axis in call.axes(tensor):
         if varying(axis) == {0}:
@@ -186,6 +234,15 @@ def _image_axes(call: Call, tensor: Tensor) -> tuple[Axes, Axes]:
 
 
 def _read_all(call: Call, tensor: Tensor, channels: Axes, read: Axes) -> None:
+    """Record that a convolution without groups reads ``channels``: each becomes one unit with its column of the weight.
+
+    Args:
+        call: the call.
+        tensor: the input, (B, C, ...).
+        channels: the axes of the input that change along C. Units that also change along height or width become one
+            unit for each channel.
+        read: the units that the weight reads, C in order.
+    """
     rank = tensor.dim()
     shape = [1, tensor.shape[1]] + [1] * (rank - 2)
     operands = [(Marks([along(units, 1, rank)]), shape) for units in read]
@@ -197,7 +254,10 @@ def _read_all(call: Call, tensor: Tensor, channels: Axes, read: Axes) -> None:
 
 
 def _within(call: Call, weight: Tensor) -> bool:
-    """Whether each group of a convolution loses the same channels; notes the weights that may."""
+    """Whether each group of a convolution loses the same channels, while no group goes as a whole (``ledger.within``).
+
+    Notes the weight in ``ledger.in_groups`` if its groups have several channels, so that this way can be tried.
+    """
     name = call.tracer.name_of(weight)
     if name is not None and weight.shape[1] > 1:
         call.ledger.in_groups.add(name)
@@ -207,12 +267,16 @@ def _within(call: Call, weight: Tensor) -> bool:
 def _read_within_groups(
     call: Call, tensor: Tensor, channels: Axes, read: Axes, made: Axes, groups: int, transposed: bool
 ) -> Axes:
-    """Channels in the same place of every group are one unit, where they are read and where they are written.
+    """Record that channels in the same place of every group are one unit, where they are read and where they are
+    written.
 
-    Returns the lines written.
+    With 6 input channels in 2 groups, channels 0 and 3 are one unit, 1 and 4, 2 and 5. The dimension of the weight that
+    runs over all groups is united so; the other one holds a single group and is repeated.
+
+    Returns: the units that are written, one for each output channel.
     """
     ledger, width, rank = call.ledger, tensor.shape[1], tensor.dim()
-    # of the dimension over all groups, and of that within one
+    # ``first``: units of the weight's dimension that runs over all groups; ``last``: of the one that holds one group
     first, last = (read, made) if transposed else (made, read)
     for units in first:
         rows = units.reshape(groups, -1)
@@ -231,7 +295,12 @@ def _read_within_groups(
 def _read_in_groups(
     call: Call, tensor: Tensor, channels: Axes, read: Axes, made: Axes, groups: int, transposed: bool
 ) -> Axes:
-    """A group goes as a whole: what it reads and what it writes is one unit. Returns the lines that are written."""
+    """Record that a group goes as a whole: all channels that it reads and all that it writes are one unit.
+
+    The weight's dimension that holds the channels within a group is fixed.
+
+    Returns: the units that are written, one for each output channel.
+    """
     ledger, within = call.ledger, call.why("split", "it lies within a group of a convolution")
     block = ledger.fresh(groups, 1)
     for axis in channels:

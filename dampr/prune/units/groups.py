@@ -1,4 +1,9 @@
-"""Classes that may have gates in the weights that read them, as vectors of gates."""
+"""Which classes can have gates on the parameters that read them, and which of these share one vector of gates.
+
+A closed gate zeroes the columns that read its class. That has an effect only if all readers of the class are parameters
+with gates (:func:`readable`). Classes that sit in the same dimensions of the same parameters get one vector with a gate
+for each (:func:`groups`).
+"""
 
 from __future__ import annotations
 
@@ -17,12 +22,13 @@ Place = tuple[str, int]  # the name of a parameter, and one of its dimensions
 
 @dataclass
 class Group:
-    """Classes that are in the same parameters, equally often: one vector of gates, one gate for each.
+    """Classes that have equally many indices in the same dimensions of the same parameters: one vector, a gate for each
+    class.
 
     Attributes:
-        classes: in the order of their first units.
-        columns: of each dimension that reads some of them, int64 of its length: the number of the class in ``classes``,
-            or -1.
+        classes: the classes, in the order of their first units.
+        columns: (parameter, dimension) that reads some of them -> int64, one entry for each index of that dimension:
+            the place in ``classes`` of the class that the index belongs to, or -1 for none of these.
     """
 
     classes: list[int]
@@ -30,8 +36,9 @@ class Group:
 
 
 def readable(units: Units, parameters: Iterable[str]) -> list[int]:
-    """The free classes that nothing reads but dimensions of these parameters:
-    without these a class has no effect on anything.
+    """The free classes that are read by dimensions of ``parameters`` and by nothing else.
+
+    With these dimensions zeroed, such a class has no effect on the output.
     """
     known = set(parameters)
     elsewhere = np.zeros(len(units.label), bool)  # classes that something else reads too
@@ -45,8 +52,8 @@ def readable(units: Units, parameters: Iterable[str]) -> list[int]:
 
 
 def groups(units: Units, classes: Iterable[int]) -> list[Group]:
-    """These classes as vectors, in the order of the parameters that have them;
-    a class that is alone in its vector stays out.
+    """Group ``classes`` into vectors of gates, in the order of their first classes. Vectors of one class are left
+    out.
     """
     alike: dict[frozenset[tuple[str, int, int]], list[int]] = defaultdict(list)
     for one in classes:
@@ -74,7 +81,9 @@ def groups(units: Units, classes: Iterable[int]) -> list[Group]:
 
 
 def share_of_macs(units: Units, classes: Iterable[int]) -> float:
-    """Of the multiply-accumulates of all products the share that comes down where some of ``classes`` go."""
+    """The share of the multiply-accumulates of all products that belongs to products which shrink without
+    ``classes``.
+    """
     cut = units.among(classes)
     total = sum(product.macs for product in units.products)
     reached = sum(p.macs for p in units.products if any(cut[factor].any() for factor in p.factors))
@@ -82,7 +91,7 @@ def share_of_macs(units: Units, classes: Iterable[int]) -> float:
 
 
 def left_at_half(units: Units, classes: Iterable[int]) -> float:
-    """The share of the multiply-accumulates of all products that is left where half of ``classes`` have gone."""
+    """The share of the multiply-accumulates of all products that is left when half of ``classes`` are cut."""
     cut = units.among(classes)
     total = sum(product.macs for product in units.products)
     left = sum(p.macs * math.prod(1 - float(cut[line].mean()) / 2 for line in p.factors) for p in units.products)

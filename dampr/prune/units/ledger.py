@@ -20,8 +20,8 @@ from .axes import Axes, at_rank, moving, narrow, runs, varying
 
 Bools = NDArray[np.bool_]
 Ints = NDArray[np.int64]
-_MANY = 4096  # if there are more pairs, duplicates are removed
-_HALF = 31  # bits for each unit of a pair in one number
+_MANY = 4096  # duplicates among more pairs than this are removed
+_HALF = 31  # a pair of units is packed into one int64, 31 bits each
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,10 @@ class Reason:
 
 @dataclass
 class Marks:
-    """The axes of one tensor.
+    """What a trace knows about one tensor.
 
     Attributes:
-        axes: its axes.
+        axes: its axes, which say to which unit each of its elements belongs (:mod:`.axes`).
         weight: whether it is a parameter or a buffer, or computed from these alone.
     """
 
@@ -210,18 +210,20 @@ class Ledger:
             self.beside,
         ]
 
-    # what rules say
+    # records that rules make
     # ----------------------------------------------------------------------------------------------------------------
     def unite(self, a: Tensor, b: Tensor, call: Where) -> None:
         """Record that the units at the same place of two axes, broadcast, are one unit."""
         self.unions.append((_pairs(a, b), call.why("constants", "its channels meet elements that belong to no layer")))
 
     def contain(self, outer: Tensor, inner: Tensor, call: Where) -> None:
-        """Record that each unit of ``outer`` runs along several units of ``inner``: it can be cut only with all of
+        """Record that each unit of ``outer`` runs along several units of ``inner`` and can be cut only with all of
         these.
+
+        For example one head (outer) runs along all its channels (inner).
         """
         self.blocks.append(
-            (_pairs(outer, inner), call.why("mixed", "several families of channels have one unit between them"))
+            (_pairs(outer, inner), call.why("mixed", "several sets of channels have one unit between them"))
         )
 
     def fix(self, axes: Tensor | Iterable[Tensor], why: Reason) -> None:
@@ -234,7 +236,7 @@ class Ledger:
         self.statistics.append((line(axis), call.why("statistic", "a statistic is computed over its channels")))
         self.counted.append((call.module_name(), line(axis)))
 
-    # what rules have in common
+    # parts that several rules share
     # ----------------------------------------------------------------------------------------------------------
     def meet(self, shape: Sequence[int], operands: Sequence[tuple[Marks, Sequence[int]]], call: Where) -> Axes:
         """The axes of an elementwise result of this shape.
@@ -282,14 +284,14 @@ class Ledger:
             elif theirs < dims:
                 self.contain(other, axis, call)
             else:
-                self.fix([own, other], call.why("mixed", "two families of channels share part of a dimension"))
+                self.fix([own, other], call.why("mixed", "two sets of channels share part of a dimension"))
         return axis, rest
 
     def lie_beside(self, operands: Sequence[Axes]) -> None:
-        """Record that the elements of several weights at one place are added, or the like, into one element of a
-        weight.
+        """Record that weights are added (or combined in another way but a product) into one weight, element by element.
 
-        That element is 0 only if all of them are 0.
+        An element of the result is sure to be 0 only if the elements of all operands are, so if one operand has gates
+        on its columns, the others must have them too.
         """
         for i, axes in enumerate(operands):
             self.beside += [

@@ -1,4 +1,11 @@
-"""Rules of operators that move elements: the same operator moves the axes."""
+"""Rules of operators that move elements (views, ``permute``, ``cat``, slices, indexing) and compute nothing.
+
+An axis holds the unit of every element of its tensor, so these rules mostly apply the same operator to the axes. For
+example ``x.permute(0, 2, 1)`` of a tensor (B, C, T) whose channels have the axis (1, C, 1) gives the axis (1, 1, C).
+
+Operators that take a part of a dimension also say something about the units themselves: code that calls ``chunk(2)``
+goes on to use both halves in the same way, so both must lose the same channels.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +23,22 @@ if TYPE_CHECKING:
 
 
 def equal_parts(call: Call, axis: Tensor, dim: int, parts: int) -> None:
-    """Equal parts of a dimension lose the same units, because the code knows how many parts there are."""
+    """Record that ``parts`` equal parts of dimension ``dim`` lose the same channels.
+
+    The code knows how many parts there are, but not how long they are. Channel i of every part becomes the same unit.
+    """
     if axis.shape[dim] > 1:
         split = axis.unflatten(dim, (parts, -1))
         call.ledger.unite(split, split.narrow(dim, 0, 1), call)
 
 
 def _literal(call: Call, axis: Tensor, dim: int) -> None:
-    """Part of a dimension, by numbers that the code knows: all of what else there is or nothing of it."""
+    """Record that code takes a part of dimension ``dim`` by literal numbers, such as ``x[:, 3:7]``.
+
+    If the axis changes along ``dim`` alone, its units are fixed, because the numbers would pick other channels of a
+    smaller tensor. If it changes along other dimensions too (channels beside heads, say), all indices of ``dim`` become
+    one unit and the others can still be cut.
+    """
     if varying(axis) == {dim}:
         call.ledger.fix(axis, call.why("picked", "its channels are picked by literal numbers"))
     else:
@@ -32,28 +47,34 @@ def _literal(call: Call, axis: Tensor, dim: int) -> None:
 
 @rules.rule("view _unsafe_view reshape _reshape_alias _reshape_copy unflatten flatten")
 def _view(call: Call) -> Axes:
+    """The rule of views that regroup dimensions: (B, C, H, W) as (B, C H W), or (B, T, C) as (B, T, heads, C /
+    heads).
+    """
     tensor = call.args[0]
     return call.ledger.reshape(call.axes(tensor), list(tensor.shape), list(call.out.shape), call)
 
 
 @rules.rule("permute transpose t unsqueeze movedim swapaxes numpy_T adjoint")
 def _turn(call: Call) -> Axes:
+    """The rule of operators that reorder dimensions or add one of size 1."""
     return [call.func(axis, *call.args[1:], **call.kwargs) for axis in call.axes(call.args[0])]
 
 
 @rules.rule("expand expand_as")
 def _expand(call: Call) -> Axes:
+    """The rule of ``expand``: axes have size 1 along what is expanded, so they only gain leading dimensions."""
     return [at_rank(axis, call.out.dim()) for axis in call.axes(call.args[0])]
 
 
 @rules.rule("squeeze roll flip repeat diagonal rot90 unfold")
 def _move(call: Call) -> Axes:
+    """The rule of operators that move single elements: the operator is applied to the units of all elements."""
     tensor, out = call.args[0], []
     for axis in call.axes(tensor):
         full = axis.expand(tensor.shape)
         try:
             moved = call.func(full, *call.args[1:], **call.kwargs)
-        except (RuntimeError, NotImplementedError):  # not for integers
+        except (RuntimeError, NotImplementedError):  # the operator does not take integers
             moved = call.func(full.double(), *call.args[1:], **call.kwargs).round().long()
         out.append(narrow(moved))
     return out
@@ -61,7 +82,10 @@ def _move(call: Call) -> Axes:
 
 @rules.rule("_pack_padded_sequence _pad_packed_sequence")
 def _pack(call: Call) -> tuple[Axes, ...]:
-    """Steps and sequences become rows, or rows steps and sequences; features stay."""
+    """The rule of packed sequences: (steps, batch, features) becomes (rows, features), or the reverse.
+
+    Features keep their units. Units along steps or sequences are fixed, because lengths in the data order the rows.
+    """
     tensor, rank = call.args[0], call.first.dim()
     rows = tensor.dim() - (rank - (1 if call.name == "_pack_padded_sequence" else 2))
     out = []
@@ -75,17 +99,27 @@ def _pack(call: Call) -> tuple[Axes, ...]:
 
 @rules.rule("view_as_complex")
 def _pairs_as_complex(call: Call) -> Axes | tuple[Axes, ...]:
+    """The rule of ``view_as_complex``: the last dimension, of size 2 (real, imaginary), goes away.
+
+    If its two entries are different units, the call counts as an unknown operator.
+    """
     axes = call.axes(call.args[0])
     return rules.opaque(call) if any(axis.shape[-1] > 1 for axis in axes) else [axis.squeeze(-1) for axis in axes]
 
 
 @rules.rule("view_as_real")
 def _complex_as_pairs(call: Call) -> Axes:
+    """The rule of ``view_as_real``: the result has one more dimension, of size 2, for the real and the imaginary
+    part.
+    """
     return [axis.unsqueeze(-1) for axis in call.axes(call.args[0])]
 
 
 @rules.rule("as_strided")
 def _strided(call: Call) -> Axes:
+    """The rule of ``as_strided``: a tensor of units with the strides of the input is read with the strides of the
+    call.
+    """
     tensor, out = call.args[0], []
     offset = call.arg("storage_offset")
     start = 0 if offset is None else offset - tensor.storage_offset()
@@ -97,6 +131,11 @@ def _strided(call: Call) -> Axes:
 
 @rules.rule("select unbind")
 def _select(call: Call) -> Axes | tuple[Axes, ...]:
+    """The rule of ``x.select(dim, i)`` and ``x.unbind(dim)``, which take single indices of a dimension.
+
+    If units change along ``dim`` alone, they are fixed. Otherwise all indices of ``dim`` become alike: with heads along
+    ``dim``, channel c of every head is one unit.
+    """
     tensor = call.args[0]
     dim = call.arg("dim", 0) % tensor.dim()
     for axis in call.axes(tensor):
@@ -105,6 +144,7 @@ def _select(call: Call) -> Axes | tuple[Axes, ...]:
             call.ledger.fix(axis, call.why("picked", "its channels are picked by literal numbers"))
 
     def at(index: int) -> Axes:
+        """The axes at one index of ``dim``."""
         return [narrow(axis.select(dim, index if axis.shape[dim] > 1 else 0)) for axis in call.axes(tensor)]
 
     return at(call.args[2]) if call.name == "select" else tuple(at(index) for index in range(tensor.shape[dim]))
@@ -112,6 +152,9 @@ def _select(call: Call) -> Axes | tuple[Axes, ...]:
 
 @rules.rule("split unsafe_split split_with_sizes unsafe_split_with_sizes chunk unsafe_chunk tensor_split")
 def _split(call: Call) -> tuple[Axes, ...]:
+    """The rule of ``split`` and ``chunk``: parts of one size lose the same units; other parts are picked by literal
+    numbers.
+    """
     tensor = call.args[0]
     dim = call.arg("dim", 0) % tensor.dim()
     sizes = [part.shape[dim] for part in call.out]
@@ -121,6 +164,7 @@ def _split(call: Call) -> tuple[Axes, ...]:
     ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
 
     def part(end: int, size: int) -> Axes:
+        """The axes of the part with ``size`` indices that stops before index ``end``."""
         return [narrow(a.narrow(dim, end - size, size)) if a.shape[dim] > 1 else a for a in call.axes(tensor)]
 
     return tuple(part(end, size) for end, size in zip(ends, sizes, strict=True))
@@ -128,6 +172,11 @@ def _split(call: Call) -> tuple[Axes, ...]:
 
 @rules.rule("slice narrow")
 def _slice(call: Call) -> Axes:
+    """The rule of ``x[start:stop:step]`` along one dimension.
+
+    A part that is one of several equal parts (the first half, the last third) keeps its units aligned with the other
+    parts, and so does every ``step``-th element where ``step`` divides the size. Every other slice is a literal pick.
+    """
     tensor = call.args[0]
     dim = call.arg("dim", 0) % tensor.dim()
     whole, left = tensor.shape[dim], call.out.shape[dim]
@@ -151,12 +200,14 @@ def _slice(call: Call) -> Axes:
 
 @rules.rule("cat concat concatenate")
 def _cat(call: Call) -> Axes:
+    """The rule of ``cat``. Empty one-dimensional tensors, which torch accepts beside any others, are left out."""
     parts = [part for part in call.args[0] if part.dim() != 1 or part.shape[0]]
     return _joined(call, parts, [call.axes(part) for part in parts], call.arg("dim", 0) % call.out.dim())
 
 
 @rules.rule("stack")
 def _stack(call: Call) -> Axes:
+    """The rule of ``stack``: each part gets a dimension of size 1, and the parts are joined along it."""
     dim = call.arg("dim", 0) % call.out.dim()
     return _joined(
         call, call.args[0], [[axis.unsqueeze(dim) for axis in call.axes(part)] for part in call.args[0]], dim
@@ -164,7 +215,17 @@ def _stack(call: Call) -> Axes:
 
 
 def _joined(call: Call, parts: list[Tensor], axes: list[Axes], dim: int) -> Axes:
-    """Side by side along ``dim``: axes along it are put side by side too, all others meet."""
+    """The axes of ``parts`` side by side along ``dim``.
+
+    Axes that change along ``dim`` are concatenated; a part without units there contributes zeros ("no unit"). All other
+    axes meet as in an elementwise operator, because the parts share these dimensions.
+
+    Args:
+        call: the call.
+        parts: the tensors.
+        axes: the axes of each tensor, with the rank of the result.
+        dim: the dimension of the result along which the parts lie.
+    """
     shape = list(call.out.shape)
     others = [1 if d == dim else size for d, size in enumerate(shape)]
     operands = [
@@ -190,6 +251,9 @@ def _joined(call: Call, parts: list[Tensor], axes: list[Axes], dim: int) -> Axes
     "replication_pad3d pad"
 )
 def _pad(call: Call) -> Axes:
+    """The rule of padding. Zeros or other constants belong to no unit; copies of the border along channels fix
+    these.
+    """
     tensor, widths, out = call.args[0], call.args[1], []
     last = tensor.dim() - 1
     padded = {last - i // 2 for i, width in enumerate(widths) if width}
@@ -207,7 +271,11 @@ def _pad(call: Call) -> Axes:
 
 @rules.rule("index index_select gather take_along_dim")
 def _index(call: Call) -> Axes:
-    """Picked by a tensor: which is not known, so only what lies across is kept apart."""
+    """The rule of picking by an index tensor, whose values the trace does not know.
+
+    Units along the picked dimensions are fixed if the axis changes along nothing else. Otherwise all picked indices
+    become alike, and units along the other dimensions stay apart.
+    """
     tensor, out = call.args[0], []
     for index in call.given[1:]:
         call.ledger.fix(call.axes(index), call.why("picked", "its channels are used as an index"))
@@ -224,19 +292,30 @@ def _index(call: Call) -> Axes:
 
 
 def _indexed(call: Call) -> set[int]:
+    """The dimensions of the first argument that an index picks from."""
     tensor = call.args[0]
     if call.name != "index":
         return {call.args[1] % max(tensor.dim(), 1)}
     hit: set[int] = set()
-    for at, index in enumerate(call.args[1]):
+    at = 0
+    for index in call.args[1]:
+        many = index.dim() if index is not None and index.dtype in (torch.bool, torch.uint8) else 1
         if index is not None:
-            hit |= set(range(at, at + index.dim())) if index.dtype in (torch.bool, torch.uint8) else {at}
+            hit |= set(range(at, at + many))
+        at += many
     return hit
 
 
 def _placed(call: Call, line: Tensor, hit: set[int]) -> Tensor:
-    """The axis in the shape of what ``tensor[indices]`` returns:
-    picked dimensions stand where the first was if they are neighbours.
+    """The axis in the shape of the result of ``tensor[indices]``.
+
+    Dimensions that come from the indices stand where the first picked dimension was if the picked ones are neighbours,
+    else in front.
+
+    Args:
+        call: the call.
+        line: the axis at index 0 of every picked dimension.
+        hit: the picked dimensions.
     """
     rest = [d for d in range(line.dim()) if d not in hit]
     new = call.out.dim() - len(rest)
@@ -248,6 +327,9 @@ def _placed(call: Call, line: Tensor, hit: set[int]) -> Tensor:
 
 @rules.rule("pixel_shuffle")
 def _pixel_shuffle(call: Call) -> Axes:
+    """The rule of (B, C r^2, H, W) as (B, C, H r, W r): the r^2 channels that make one channel of the result become one
+    unit.
+    """
     factor, out = call.args[1], []
     for axis in call.axes(call.args[0]):
         if axis.shape[-3] > 1:
@@ -259,6 +341,7 @@ def _pixel_shuffle(call: Call) -> Axes:
 
 @rules.rule("pixel_unshuffle")
 def _pixel_unshuffle(call: Call) -> Axes:
+    """The rule of (B, C, H r, W r) as (B, C r^2, H, W): every channel of the input becomes r^2 channels of one unit."""
     tensor, factor = call.args[:2]
     return [
         narrow(torch.pixel_unshuffle(axis.expand(tensor.shape).double(), factor).long()) for axis in call.axes(tensor)
@@ -267,8 +350,10 @@ def _pixel_unshuffle(call: Call) -> Axes:
 
 @rules.rule("im2col")
 def _unfold(call: Call) -> Axes:
-    """Patches of an image side by side: a channel is all of its patch,
-    and the zeros around the image belong to it too.
+    """The rule of ``im2col``: (B, C, H, W) as (B, C kh kw, L), the patches of an image side by side.
+
+    A channel is the kh kw rows of its patches. The zeros around the image belong to it too, as padding does not mix
+    channels.
     """
     height, width = call.args[1]
     out = []
@@ -284,7 +369,10 @@ def _unfold(call: Call) -> Axes:
 
 @rules.rule("col2im")
 def _fold(call: Call) -> Axes:
-    """Patches of channels are added up where they overlap: a channel is its whole patch."""
+    """The rule of ``col2im``: (B, C kh kw, L) as (B, C, H, W), where patches that overlap are added up.
+
+    The kh kw rows of a channel become one unit.
+    """
     columns, (height, width) = call.args[0], call.args[2]
     out = []
     for axis in call.axes(columns):
@@ -300,6 +388,9 @@ def _fold(call: Call) -> Axes:
 
 @rules.rule("channel_shuffle native_channel_shuffle")
 def _channel_shuffle(call: Call) -> Axes:
+    """The rule of a shuffle over ``groups``: the channels in the same place of every group become one unit, then they
+    move.
+    """
     tensor, groups = call.args[:2]
     for axis in call.axes(tensor):
         equal_parts(call, axis, 1, groups)
@@ -310,6 +401,7 @@ def _channel_shuffle(call: Call) -> Axes:
 
 @rules.rule("glu")
 def _glu(call: Call) -> Axes:
+    """The rule of ``glu``, one half times the sigmoid of the other: both halves lose the same units."""
     tensor = call.args[0]
     dim = call.arg("dim", -1) % tensor.dim()
     for axis in call.axes(tensor):
@@ -319,7 +411,11 @@ def _glu(call: Call) -> Axes:
 
 @rules.rule("index_put index_add index_copy")
 def _rows(call: Call) -> Axes | tuple[Axes, ...]:
-    """Rows picked by data get other rows: what the rows are made of is the same units."""
+    """The rule of writing rows that data picks, such as ``x.index_add(0, index, value)``.
+
+    The units along the other dimensions of ``x`` and ``value`` meet. If units change along the picked dimension, or the
+    index picks more than rows, the call counts as an unknown operator.
+    """
     tensor = call.args[0]
     if call.name == "index_put":
         given = [d for d, index in enumerate(call.args[1]) if index is not None]
@@ -337,10 +433,12 @@ def _rows(call: Call) -> Axes | tuple[Axes, ...]:
 
 @rules.rule("scatter scatter_add masked_scatter slice_scatter select_scatter")
 def _scattered(call: Call) -> Axes | tuple[Axes, ...]:
+    """The rule of scatters: an unknown operator for tensors with units, and nothing for others."""
     return rules.opaque(call) if any(moving(marks.axes) for marks in call.marks if marks is not None) else []
 
 
 @rules.rule("nonzero argwhere unique_dim _unique2 bincount histc one_hot bucketize searchsorted")
 def _read_as_data(call: Call) -> Axes | tuple[Axes, ...]:
+    """The rule of operators that read values as indices or classes: the units that they read are fixed."""
     call.ledger.fix(call.axes(call.args[0]), call.why("picked", "its channels are used as an index"))
     return [] if isinstance(call.out, Tensor) else tuple([] for _ in call.out)

@@ -1,5 +1,9 @@
-"""The partition of units into classes, solved from a ledger: what is one unit, which classes may be cut, and why the
-others stay.
+"""The partition of units into classes, solved from a ledger: what is one unit, which classes may be cut, and why others
+must stay.
+
+A ledger holds pairs of units that are one, and constraints. :class:`_Labels` gives every unit a label, at first its
+own number, and lowers the labels of joined units to the least among them until nothing changes. Units with the same
+label are a class.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ import torch
 from .axes import narrow
 from .ledger import Bools, Ints, Ledger, Product, Reason, Split
 
-_HALF = 31  # bits for each unit of a pair in one number; units are far fewer than 2^31
+_HALF = 31  # a pair of units is packed into one int64, 31 bits each; there are far fewer than 2^31 units
 _LOW = (1 << _HALF) - 1
 _PASSES = 20  # most passes over the constraints; networks so far needed at most four
 
@@ -49,8 +53,8 @@ class Units:
             counts only open units.
         normalised: free class -> the norm of a weight that counts it because the weight reads it; it may be cut if the
             gates are on that weight.
-        families: the free classes, grouped: classes with units in the same dimension, directly or through other
-            classes, are in one family.
+        clusters: the free classes, grouped: classes with units in the same dimension, directly or through other
+            classes, are in one cluster.
         read, written: bool (units,), whether a weight reads, or writes, each unit.
         reached: name -> the modes (``training``) in which an operator read the parameter.
         modes: the modes that were traced.
@@ -68,7 +72,7 @@ class Units:
     free: list[int]
     fixed: dict[int, Reason]
     statistics: dict[int, Reason]
-    families: list[list[int]]
+    clusters: list[list[int]]
     read: Bools
     written: Bools
     reached: dict[str, set[bool]]
@@ -106,6 +110,7 @@ class Units:
 
     @functools.cached_property
     def _places(self) -> dict[int, tuple[tuple[str, int], ...]]:
+        """A cache: class -> (name, dimension) of its members."""
         return {}
 
     def classes(self, name: str, dim: int) -> list[int]:
@@ -168,7 +173,7 @@ class Units:
         opened = {one for one in self.statistics if one in own and one not in other}
         free = sorted({*self.free, *opened})
         left = {one: why for one, why in self.statistics.items() if one not in opened}
-        return replace(self, free=free, statistics=left, families=_families(self.origin, self.label, free))
+        return replace(self, free=free, statistics=left, clusters=_clusters(self.origin, self.label, free))
 
     def in_training_alone(self) -> dict[int, str]:
         """class -> why it stays, for classes with units in a parameter that only training reads.
@@ -230,7 +235,7 @@ def solve(ledger: Ledger, modes: tuple[bool, ...] = (False,), failed: dict[bool,
         free=free,
         fixed={one: fixed[one] for one in every if one in fixed},
         statistics={one: statistics[one] for one in every if one in statistics and one not in fixed},
-        families=_families(ledger.origin, label, free),
+        clusters=_clusters(ledger.origin, label, free),
         read=read,
         written=written,
         normalised={one: normalised[one] for one in free if one in normalised},
@@ -340,7 +345,7 @@ class _Labels:
 
 
 class _Blocks:
-    """For each class the classes that run along it, looked up in sorted keys of both."""
+    """Lookup from an inner class to the outer classes that run along it, in sorted packed pairs (inner, outer)."""
 
     def __init__(self, keys: Ints) -> None:
         self._keys = keys
@@ -352,7 +357,7 @@ class _Blocks:
 
 
 def _keys(first: Ints, second: Ints) -> Ints:
-    """The distinct pairs (first, second), each packed into one int64, sorted."""
+    """The distinct pairs (first, second), each packed into one int64 (first in the high bits), sorted."""
     return np.unique(first << _HALF | second)
 
 
@@ -432,9 +437,9 @@ def _left_alone(ledger: Ledger, label: Ints) -> Iterator[tuple[Ints, Reason]]:
             yield units, Reason("only", f"dimension {dim} of {name!r} is one unit")
 
 
-def _families(origin: Origin, label: Ints, free: list[int]) -> list[list[int]]:
-    """Group the free classes: two classes are in one family if they have units in the same dimension of a tensor, or if
-    a chain of such pairs connects them.
+def _clusters(origin: Origin, label: Ints, free: list[int]) -> list[list[int]]:
+    """Group the free classes. Two classes are in one cluster if they have units in the same dimension of a tensor, or
+    if a chain of such pairs connects them.
 
     Args:
         origin: as in :class:`Units`.

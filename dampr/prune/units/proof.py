@@ -19,7 +19,8 @@ from torch.nn.utils import parametrize
 
 from dampr.nn.computed import at_rest
 
-from .. import inputs, transposed
+from .. import inputs
+from ..layers.registry import kind_of
 from . import tracer
 from .ledger import Ledger
 from .partition import NOTHING_TO_CHOOSE, Units, solve
@@ -49,7 +50,8 @@ def cut(model: nn.Module, units: Units, classes: Iterable[int], sizes: Iterable[
 
 
 def follow_all(model: nn.Module, changed: Collection[nn.Module], within: Iterable[str] = ()) -> None:
-    """Call :func:`follow_parameters` for the modules in ``changed`` and for all parametrized modules of ``model``.
+    """Set the size attributes of the modules in ``changed``, and of all parametrized modules of ``model``, to the
+    shapes of their parameters.
 
     ``within``: names of the weights of grouped convolutions that keep their number of groups.
     """
@@ -57,7 +59,7 @@ def follow_all(model: nn.Module, changed: Collection[nn.Module], within: Iterabl
     with at_rest(model):
         for module in model.modules():
             if module in changed or parametrize.is_parametrized(module):
-                follow_parameters(module, module in owners)
+                kind_of(module).follow(module, module in owners)
 
 
 def substitute(model: nn.Module, new: Mapping[int, Tensor]) -> set[nn.Module]:
@@ -75,56 +77,11 @@ def substitute(model: nn.Module, new: Mapping[int, Tensor]) -> set[nn.Module]:
     return changed
 
 
-def follow_parameters(module: Any, keeps_groups: bool = False) -> None:
-    """Set the size attributes of a ``torch.nn`` module to the shapes of its parameters.
+def half(units: Units, clusters: Sequence[Sequence[int]], seed: int = 0) -> list[int]:
+    """Choose a random half of the classes of each cluster, and leave at least one class in every dimension.
 
-    ``keeps_groups``: a grouped convolution keeps ``groups``, because its groups became smaller and not fewer.
-    """
-    weight = getattr(module, "weight", None)
-    if weight is None:
-        weight = getattr(module, "running_mean", None)
-    if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
-        read, recurrent = [p for name, p in module.named_parameters() if "weight" in name][:2]
-        module.input_size = read.shape[1]
-        if getattr(module, "proj_size", 0):
-            module.hidden_size, module.proj_size = read.shape[0] // 4, recurrent.shape[1]
-        else:
-            module.hidden_size = recurrent.shape[1]
-        if isinstance(module, nn.RNNBase):
-            module._flat_weights = [getattr(module, name, None) for name in module._flat_weights_names]
-    if not isinstance(weight, Tensor):
-        return
-    if isinstance(module, nn.modules.conv._ConvNd):
-        into, out = (0, 1) if module.transposed else (1, 0)
-        if module.groups > 1 and not keeps_groups:
-            module.groups = (
-                weight.shape[0] * module.groups // (module.in_channels if module.transposed else module.out_channels)
-            )
-        sizes = {into: "in_channels", out: "out_channels"}
-        for dim, name in sizes.items():
-            setattr(module, name, weight.shape[dim] * (module.groups if dim == 1 else 1))
-    elif isinstance(module, nn.Linear):
-        module.out_features, module.in_features = weight.shape
-    elif transposed.is_conv1d(module):
-        module.nx, module.nf = weight.shape
-    elif isinstance(module, nn.modules.batchnorm._NormBase):
-        module.num_features = weight.shape[0]
-    elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
-        module.normalized_shape = tuple(weight.shape)
-    elif isinstance(module, nn.GroupNorm):
-        module.num_groups = max(1, weight.shape[0] * module.num_groups // module.num_channels)  # one group has them all
-        module.num_channels = weight.shape[0]
-    elif isinstance(module, nn.Embedding):
-        module.num_embeddings, module.embedding_dim = weight.shape
-    elif isinstance(module, nn.PReLU):
-        module.num_parameters = weight.shape[0]
-
-
-def half(units: Units, families: Sequence[Sequence[int]], seed: int = 0) -> list[int]:
-    """Choose a random half of the classes of each family, and leave at least one class in every dimension.
-
-    The number chosen differs between the families and with ``seed``: some lose half, others fewer. So a number that
-    code keeps for several families together does not fit all of them by accident.
+    The number chosen differs between the clusters and with ``seed``: some lose half, others fewer. So a number that
+    code keeps for several clusters together does not fit all of them by accident.
 
     Returns: the chosen classes.
     """
@@ -133,10 +90,10 @@ def half(units: Units, families: Sequence[Sequence[int]], seed: int = 0) -> list
         (name, dim): len(set(units.classes(name, dim))) for name, dims in units.origin.items() for dim, _, _ in dims
     }
     chosen = []
-    for number, family in enumerate(families):
-        most = len(family) // 2
+    for number, cluster in enumerate(clusters):
+        most = len(cluster) // 2
         count = most - (number + seed) % (most // 2 + 1)
-        for one in generator.sample(list(family), count):
+        for one in generator.sample(list(cluster), count):
             places = {(member.name, member.dim) for member in units.members[one]}
             if all(left[place] > 1 for place in places):
                 chosen.append(one)
@@ -162,30 +119,30 @@ def retrace(
     model: nn.Module,
     units: Units,
     example_inputs: Any,
-    families: Sequence[Sequence[int]],
+    clusters: Sequence[Sequence[int]],
     more_inputs: Iterable[Any] = (),
 ) -> dict[int, Differs]:
     """Find the classes that cannot be cut although the trace calls them free.
 
-    In a copy of ``model``, half of each family is cut and the copy is traced in the same modes. Its classes must be
+    In a copy of ``model``, half of each cluster is cut and the copy is traced in the same modes. Its classes must be
     those that are left, and its operators must get the same numbers. (This finds a literal that is half a width,
-    ``roll``, ``view(B, N, 4, -1)``, and ``h.shape[1]`` as a factor.) If the copy differs, the families are split in two
+    ``roll``, ``view(B, N, 4, -1)``, and ``h.shape[1]`` as a factor.) If the copy differs, the clusters are split in two
     and tried again.
 
     Args:
         model: the whole model; not changed.
         units: its partition.
         example_inputs, more_inputs: the inputs of the trace.
-        families: the families of classes to try.
+        clusters: the clusters of classes to try.
 
     Returns: class -> how a model without it differs.
 
     Raises: what copying the model raises.
     """
-    if not families:
+    if not clusters:
         return {}
     found: dict[int, Differs] = {}
-    todo, samples = [list(families)], [example_inputs, *more_inputs]
+    todo, samples = [list(clusters)], [example_inputs, *more_inputs]
     while todo:
         some = todo.pop()
         fault = differs(model, units, samples, half(units, some))
@@ -325,8 +282,8 @@ def added(model: nn.Module, units: Units, classes: Iterable[int], example_inputs
     Raises: what the model raises.
     """
     chosen = set(classes)
-    families = [[one for one in family if one in chosen] for family in units.families]
-    closed = half(units, [family for family in families if family])
+    clusters = [[one for one in cluster if one in chosen] for cluster in units.clusters]
+    closed = half(units, [cluster for cluster in clusters if cluster])
     masked = mask(inputs.copied(inputs.as_trained(model, example_inputs)), units, closed)
     found: set[int] = set()
     ledger = Ledger.of(masked, units.within)
@@ -370,7 +327,6 @@ __all__ = [
     "cut",
     "differs",
     "follow_all",
-    "follow_parameters",
     "half",
     "mask",
     "probe",

@@ -1,4 +1,9 @@
-"""Rules of norms, reductions, softmax and pooling: free where units do not change along what is reduced."""
+"""Rules of norms, reductions (``sum``, ``mean``, ``max``), softmax, pooling and resizing.
+
+A reduction along dimensions in which no unit changes leaves the units as they are: a mean over height and width keeps
+the channels. A reduction across units fixes them ("mixed"), or they may be cut only under a condition: "statistic"
+where a norm has to count open units alone, "sum" where zeros add nothing.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +21,14 @@ if TYPE_CHECKING:
 
 
 def _per_channel(call: Call, tensor: Tensor, others: list[Any], axes: Axes) -> Axes:
-    """Axes of a norm's result: its input meets gains, biases and running statistics, one for each channel."""
+    """The axes of a norm's result: the input (B, C, ...) meets gains, biases and running statistics of shape (C,).
+
+    Args:
+        call: the call.
+        tensor: the input.
+        others: gains, biases and running statistics.
+        axes: the axes of the input.
+    """
     rank = tensor.dim()
     shape = [1, tensor.shape[1]] + [1] * (rank - 2)
     operands: list[tuple[Marks, list[int]]] = [(Marks(axes), list(tensor.shape))]
@@ -34,6 +46,10 @@ def _per_channel(call: Call, tensor: Tensor, others: list[Any], axes: Axes) -> A
     "_batch_norm_no_update"
 )
 def _batch_norm(call: Call) -> tuple[Axes, ...]:
+    """The rule of BatchNorm and InstanceNorm: statistics over everything but channels, which stay apart.
+
+    Units that change along other dimensions than channels lie under a statistic, unless the running one is used.
+    """
     tensor = call.args[0]
     training = next((a for a in call.args[3:6] if isinstance(a, bool)), False)
     running = any(isinstance(a, Tensor) and a.dim() == 1 for a in call.args[3:5])
@@ -48,6 +64,7 @@ def _batch_norm(call: Call) -> tuple[Axes, ...]:
 
 @rules.rule("native_layer_norm layer_norm _fused_rms_norm rms_norm")
 def _layer_norm(call: Call) -> Axes | tuple[Axes, ...]:
+    """The rule of LayerNorm and RMSNorm: a statistic over the last dimensions, then a gain and a bias along these."""
     tensor, over = call.args[0], len(call.args[1])
     axes = call.axes(tensor)
     call.ledger.reduce(axes, set(range(tensor.dim() - over, tensor.dim())), True, "statistic", call)
@@ -60,6 +77,7 @@ def _layer_norm(call: Call) -> Axes | tuple[Axes, ...]:
 
 @rules.rule("native_group_norm group_norm")
 def _group_norm(call: Call) -> Axes | tuple[Axes, ...]:
+    """The rule of GroupNorm: all channels of a group become one unit; with one group they lie under a statistic."""
     tensor, groups = call.args[0], call.arg("group") or call.arg("num_groups")
     for axis in call.axes(tensor):
         if 1 not in varying(axis):
@@ -77,6 +95,11 @@ def _group_norm(call: Call) -> Axes | tuple[Axes, ...]:
 
 @rules.rule("_weight_norm_interface")
 def _weight_norm(call: Call) -> tuple[Axes, ...]:
+    """The rule of ``torch.nn.utils.weight_norm``: a direction, divided by its norm, times a length.
+
+    The norm counts what the weight reads, so it is recorded as a norm of the weight. Returns the axes of the weight,
+    and none of the norm.
+    """
     direction, length = call.args[:2]
     over = {d for d in range(direction.dim()) if length.shape[d] == 1}
     call.ledger.norm_of([call.axes(direction)], over, call)
@@ -86,6 +109,9 @@ def _weight_norm(call: Call) -> tuple[Axes, ...]:
 
 
 def _dims(call: Call, rank: int) -> set[int]:
+    """The dimensions that a reduction of a tensor of this rank runs over, without negative numbers; all if none is
+    named.
+    """
     dims = call.arg("dim", call.arg("dims"))
     if dims is None or dims == []:
         return set(range(rank))
@@ -93,8 +119,19 @@ def _dims(call: Call, rank: int) -> set[int]:
 
 
 def _reduction(kind: str) -> Rule:
+    """Make the rule of the reductions of one kind: "sum", "statistic" (a mean or variance, say) or "mixed" (anything
+    else).
+
+    A rule takes the call of an operator and returns the axes of its outputs. :meth:`~.ledger.Ledger.reduce` says what
+    each kind does to units.
+    """
+
     def reduce(call: Call) -> Axes | tuple[Axes, ...]:
-        if len(call.given) > 1:  # max(a, b)
+        """The rule.
+
+        A sum over a weight is recorded as a norm of the weight; the reduction itself is then of the kind "noted".
+        """
+        if len(call.given) > 1:  # max(a, b) of two tensors is elementwise
             return rules.elementwise(call)
         tensor, marks = call.args[0], call.of(call.args[0])
         keepdim = call.first.dim() == tensor.dim() > 0
@@ -123,7 +160,11 @@ rules.rule("max min amax amin argmax argmin prod logsumexp any all median mode a
     "_fft_c2c fft_fftshift"
 )
 def _mixed_along(call: Call) -> Axes | tuple[Axes, ...]:
-    """Elements along a dimension depend on each other; what lies across stays apart."""
+    """The rule of operators in which elements along a dimension depend on each other: softmax, ``cumsum``, ``sort``,
+    FFT.
+
+    Units that change along that dimension are fixed or, if they change along others too, become one unit along it.
+    """
     tensor = call.args[0]
     dims = _dims(call, tensor.dim())
     call.ledger.reduce(call.axes(tensor), dims, True, "mixed", call)
@@ -134,7 +175,13 @@ def _mixed_along(call: Call) -> Axes | tuple[Axes, ...]:
 
 
 def _spatial(dims: int) -> Callable[[Call], Axes | tuple[Axes, ...]]:
+    """A rule for pooling and resizing over the last ``dims`` dimensions.
+
+    Units that change along these alone are fixed; units that change along others too become one unit along these.
+    """
+
     def pool(call: Call) -> Axes | tuple[Axes, ...]:
+        """The rule for the last ``dims`` dimensions of a call's input."""
         tensor, out = call.args[0], []
         over = set(range(tensor.dim() - min(dims, tensor.dim()), tensor.dim()))
         for axis in call.axes(tensor):
@@ -165,7 +212,10 @@ rules.rule("grid_sampler_3d")(_spatial(3))
 
 @rules.rule("max_unpool2d max_unpool3d")
 def _unpool(call: Call) -> Axes:
-    """Channels are those of the pooled values and those of their places, which another layer may have written."""
+    """The rule of ``max_unpool``: pooled values go back to the places that ``max_pool`` returned as indices.
+
+    Values and indices may come from different layers; units at the same place of both become one.
+    """
     shape, operands = list(call.args[0].shape), [rules.operand(call, t) for t in call.args[:2]]
     axes = call.ledger.meet(shape, [one for one in operands if one is not None], call)
     over, out = set(range(len(shape) - (2 if call.name.endswith("2d") else 3), len(shape))), []

@@ -32,6 +32,7 @@ def rule(names: str) -> Callable[[Rule], Rule]:
     """Decorator: enter a function into the table under ``names``, which are separated by spaces."""
 
     def enter(function: Rule) -> Rule:
+        """Enter ``function`` into the table and return it."""
         _TABLE.update(dict.fromkeys(names.split(), function))
         return function
 
@@ -58,7 +59,7 @@ def operand(call: Call, tensor: Tensor) -> tuple[Marks, list[int]] | None:
     )
 
 
-_FACTORS = ("mul", "div", "true_divide")  # 0 in one factor of a weight is 0 in the weight
+_FACTORS = ("mul", "div", "true_divide")  # operators whose result is 0 where the first operand is 0
 
 
 def _decisive_last(call: Call) -> list[Tensor]:
@@ -91,9 +92,10 @@ def write(call: Call, tensors: Iterable[Any]) -> None:
     "feature_dropout isnan isinf complex polar log_sigmoid_forward"
 )
 def elementwise(call: Call) -> Axes:
-    """The rule of elementwise operators: units at the same place become one unit.
+    """The rule of elementwise operators: units at the same place of the operands become one unit.
 
-    Constants that meet units must have the same value along them; otherwise the units stay.
+    Constants that meet units must be the same along them; if they are not, or if that is not known, the units are
+    fixed.
     """
     ledger, shape = call.ledger, list(call.first.shape)
     weights = all(marks is None or marks.weight for marks in call.marks)
@@ -116,7 +118,7 @@ def elementwise(call: Call) -> Axes:
                     )
                 elif dims and len(dims) == len(varying(axis)):
                     taken.append(axis.reshape(axis.shape[ahead:]))
-            if taken:  # constants that meet several layers have one width with all of these
+            if taken:  # the constants now have these units, so other layers that meet them have the same width
                 call.tracer.mark(tensor, Marks(taken))
     return axes
 
@@ -127,7 +129,7 @@ def elementwise(call: Call) -> Axes:
     "zero normal uniform conj real imag resolve_conj resolve_neg tril triu _conj"
 )
 def same(call: Call) -> Axes:
-    """The rule of operators that keep every element at its place."""
+    """The rule of operators whose result has the units of the first argument."""
     return call.axes(call.args[0])
 
 

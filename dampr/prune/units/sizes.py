@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from ..transposed import is_conv1d
+from ..layers.registry import kind_of
 from .partition import Units
 
 _NO_WIDTHS = (
@@ -27,22 +27,6 @@ _NO_WIDTHS = (
     "in_chans",
 )
 _PARTS = (2, 3)  # a parameter may hold query, key and value one after the other, or two halves of a gated layer
-
-
-_FOLLOW_ANYWAY = (
-    *(
-        nn.Linear,
-        nn.modules.conv._ConvNd,
-        nn.modules.batchnorm._NormBase,
-        nn.LayerNorm,
-        nn.RMSNorm,
-        nn.GroupNorm,
-        nn.Embedding,
-        nn.PReLU,
-    ),
-    *(nn.RNNBase, nn.RNNCellBase),
-)
-"""Layers whose sizes :func:`.proof.follow_parameters` sets."""
 
 
 class Size(NamedTuple):
@@ -77,7 +61,7 @@ def followers(model: nn.Module, units: Units, classes: Iterable[int]) -> list[Si
     counts = {place: len(set(units.classes(*place))) for place in sizes}
     found = []
     for name, module in model.named_modules():
-        if isinstance(module, _FOLLOW_ANYWAY) or is_conv1d(module):
+        if kind_of(module).follows:
             continue
         prefix = f"{name}." if name else ""
         near = sorted((place for place in sizes if place[0].startswith(prefix)), key=lambda place: place[0].count("."))
@@ -128,7 +112,7 @@ def _matches(
         for parts in _PARTS:
             yield from (place for place in places if sizes[place] == value * parts)
     yield from (place for place in places if counts[place] == value and sizes[place] % value == 0)
-    for parts in _PARTS:  # what is read in halves, by weights of half the width
+    for parts in _PARTS:  # a width that is read in halves, by weights of half the width
         yield from (place for place in places if sizes[place] * parts == value)
 
 

@@ -1,4 +1,8 @@
-"""One run of a model under a dispatch mode that carries axes from operator to operator."""
+"""Run a model once under a dispatch mode that carries axes from operator to operator.
+
+:class:`Tracer` sees every ATen operator below autograd. It looks up the axes of the arguments, calls the operator's
+rule (:mod:`.rules`), and remembers the axes of the results. On meta tensors operators compute shapes alone.
+"""
 
 from __future__ import annotations
 
@@ -40,13 +44,22 @@ def run(
     added: set[int] | None = None,
     counts: bool = False,
 ) -> None:
-    """Run ``model`` once, write what its operators say into ``ledger``, and leave the model as it was, whatever is
-    raised.
+    """Run ``model`` once and write what its operators say about units into ``ledger``.
 
-    ``fake``: operators get meta tensors, which have shapes and no values, and compute nothing. ``closed``: which units
-    are; ``alive`` gets those that are not 0 where something reads them, each with its values' (least, largest);
-    ``added`` those of them that no weight reads there, which are added up as they are or multiplied with each other.
-    ``counts``: whether products are noted. Raises what the model raises.
+    The model is afterwards as it was, whatever is raised.
+
+    Args:
+        ledger: where the rules write.
+        model: the model.
+        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments.
+        training: the mode to run it in.
+        fake: operators get meta tensors, which have shapes and no values, and compute nothing.
+        closed: bool (units,), which units are closed; None if none are.
+        alive: gets closed unit -> (least, largest) of its values, for units that are not 0 where something reads them.
+        added: gets the units in ``alive`` that are read without a weight: by a sum, or by a product of two activations.
+        counts: whether products are recorded.
+
+    Raises: what the model raises.
     """
     tracer = Tracer(ledger, {module: name for name, module in model.named_modules()}, training)
     tracer.fake, tracer.closed, tracer.alive, tracer.counts = fake, closed, {} if alive is None else alive, counts
@@ -80,7 +93,11 @@ def run_as_fits(
     fake: bool | None = None,
     counts: bool = False,
 ) -> None:
-    """:func:`run` without arithmetic, and with it where values are asked for; ``fake`` allows one of the two alone."""
+    """:func:`run` on meta tensors, and if that raises, on real ones.
+
+    ``fake``: True for meta tensors alone, False for real ones alone. Raises what the last run raises; a run that failed
+    leaves nothing in ``ledger``.
+    """
     mark = ledger.checkpoint()
     try:
         run(ledger, model, example_inputs, training=training, fake=fake is not False, counts=counts)
@@ -94,10 +111,11 @@ def run_as_fits(
 
 @contextmanager
 def as_it_was(model: nn.Module, parameters: bool = False) -> Iterator[None]:
-    """Give back every attribute of every module, the values of buffers and the states of generators after the block.
+    """After the block, restore every attribute of every module, the values of buffers, and the states of random
+    generators.
 
-    ``parameters``: their values too, which costs their memory once more; a teacher that follows in training writes into
-    its own.
+    ``parameters``: restore the values of parameters too, which needs a copy of them. A model may write into parameters
+    in training, for example into those of a teacher that is a running average.
     """
     attributes = [(module, dict(vars(module)), _containers(module)) for module in model.modules()]
     values = [(t, t.detach().clone()) for t in (*model.buffers(), *(model.parameters() if parameters else ()))]
@@ -116,25 +134,29 @@ def as_it_was(model: nn.Module, parameters: bool = False) -> Iterator[None]:
 
 
 def _computes_alike(func: Any) -> bool:
-    """Whether an operator makes the same of the same elements, each by itself, in a tensor of its own."""
+    """Whether an operator computes each element of its result from the elements at the same place, without randomness,
+    and returns a new tensor.
+    """
     drawn = torch.Tag.nondeterministic_seeded in func.tags
     return torch.Tag.pointwise in func.tags and not drawn and not func._schema.is_mutable
 
 
 def _containers(module: nn.Module) -> list[tuple[Any, Any]]:
+    """(container, copy of its content) for every dict, list and set among the attributes of a module."""
     return [(value, value.copy()) for value in vars(module).values() if isinstance(value, (dict, list, set))]
 
 
 def _refill(container: Any, content: Any) -> None:
+    """Replace the content of a dict, list or set, in place."""
     container.clear()
     container.extend(content) if isinstance(container, list) else container.update(content)
 
 
 @contextmanager
 def _plain_operators() -> Iterator[None]:
-    """Operators that arrive one by one: no gradients, no fused attention, recurrent layers as products.
+    """A block in which operators arrive one by one: no gradients, no fused attention, recurrent layers as products.
 
-    What warns has warned before.
+    Warnings are silent, because the model gives the same ones in an ordinary run.
     """
     with warnings.catch_warnings(), torch.no_grad(), inputs.unfused(), sdpa_kernel(SDPBackend.MATH):
         warnings.simplefilter("ignore")
@@ -143,10 +165,11 @@ def _plain_operators() -> Iterator[None]:
 
 
 class Tracer(TorchDispatchMode):
-    """Calls the rule of every operator that reads something with units, and remembers which tensor has which axes.
+    """A dispatch mode that calls the rule of every operator that reads a tensor with units.
 
     Attributes:
-        closed, alive, added, counts: as in :func:`run`.
+        ledger, training, fake, closed, alive, added, counts: as in :func:`run`.
+        uniform: id of a constant tensor -> (tensor, whether it is 0), for constants with one value everywhere.
     """
 
     def __init__(self, ledger: Ledger, names: dict[nn.Module, str], training: bool) -> None:
@@ -156,20 +179,22 @@ class Tracer(TorchDispatchMode):
         self.closed: Tensor | None = None
         self.alive: dict[int, tuple[float, float]] = {}
         self.added: set[int] = set()
-        self.uniform: dict[int, tuple[Tensor, bool]] = {}  # constants that are one number, and whether that is 0
-        self._even: dict[int, tuple[Tensor, set[int]]] = {}  # other constants, and along what they are the same
-        self._unwritten: set[int] = set()  # tensors without values yet, by their ids
+        self.uniform: dict[int, tuple[Tensor, bool]] = {}
+        # the keys below are ids of tensors; the entries hold the tensors, so that no id is used twice
+        self._even: dict[int, tuple[Tensor, set[int]]] = {}  # other constants; dimensions along which each is the same
+        self._unwritten: set[int] = set()  # tensors from ``empty`` that nothing was written into yet
         self._names = names
-        self._stack: list[nn.Module] = []
+        self._stack: list[nn.Module] = []  # the running modules, the innermost last
         self._marks: dict[int, tuple[Tensor, Marks | None]] = {}
-        self._twins: dict[int, int] = {}
-        self._meta: dict[int, tuple[Tensor, Tensor]] = {}
-        self._views: dict[int, tuple[Tensor, Any, tuple[Any, ...], dict[str, Any]]] = {}
+        self._twins: dict[int, int] = {}  # id of a meta tensor -> id of the real one that it stands for
+        self._meta: dict[int, tuple[Tensor, Tensor]] = {}  # real tensor -> (that tensor, its meta tensor)
+        self._views: dict[int, tuple[Tensor, Any, tuple[Any, ...], dict[str, Any]]] = {}  # view -> base and operator
 
     def hooks(self, model: nn.Module) -> list[Any]:
-        """Hooks that keep track of the module that is running."""
+        """Register hooks on all modules of ``model`` that keep track of the running module; returns their handles."""
 
         def leave(module: nn.Module, args: Any, output: Any) -> None:
+            """Forward hook: the running module has ended."""
             del self._stack[-1]
 
         found: list[Any] = [
@@ -189,7 +214,10 @@ class Tracer(TorchDispatchMode):
         return f"{type(self._stack[-1]).__name__} {name!r}" if name else type(self._stack[-1]).__name__
 
     def marks(self, tensor: Tensor) -> Marks | None:
-        """What is known of a tensor; None of one that is made of neither inputs nor parameters."""
+        """The axes of a tensor; None for a constant, which neither inputs nor parameters went into.
+
+        A parameter or buffer is noted as reached in the present mode.
+        """
         if id(tensor) in self._marks:
             return self._marks[id(tensor)][1]
         if not self.owned(tensor):
@@ -199,21 +227,26 @@ class Tracer(TorchDispatchMode):
         return marks
 
     def owned(self, tensor: Tensor) -> bool:
-        """Whether a tensor is a parameter or buffer with units, or stands in the place of one."""
+        """Whether a tensor is a parameter or buffer with units, or the meta tensor of one."""
         return self._twins.get(id(tensor), id(tensor)) in self.ledger.known
 
     def name_of(self, tensor: Tensor) -> str | None:
-        """The name of a parameter or buffer with units, or of the one whose place a tensor is in."""
+        """The name of a parameter or buffer, also from its meta tensor; None for other tensors."""
         own = self._twins.get(id(tensor), id(tensor))
         return self.ledger.known[own][1] if own in self.ledger.known else None
 
     def mark(self, tensor: Tensor, marks: Marks | None) -> None:
-        """Remember a tensor, which stays alive so that its id stays its own."""
+        """Remember the marks of a tensor. The tensor is kept alive, so that no other gets its id."""
         self._marks[id(tensor)] = tensor, marks
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        """Run one operator, call its rule, and remember the axes of what it returned.
+
+        Operators without a rule are decomposed if torch can do so. An operator that reads nothing with units is a
+        constant. A call that a rule raises for counts as an unknown operator.
+        """
         kwargs = kwargs or {}
         name = rules.base_name(func)
         rule = rules.of(func, name)
@@ -234,13 +267,16 @@ class Tracer(TorchDispatchMode):
             call = Call(self, told, name, read, kwargs, out, given, marks)
             try:
                 self._record(call, (rule or rules.opaque)(call))
-            except Exception as error:  # a rule that does not know of such a call
+            except Exception as error:  # the rule does not handle this form of the call
                 self._record(call, rules.opaque(call, f"that is called in an unknown way ({error})"))
         return out
 
     def _as_a_view(self, func: Any, args: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
-        """An operator that changes a shape in place, such as ``transpose_``, as the one that returns a view, and a
-        tensor with the shape before; any other as it is.
+        """(operator, arguments) with an operator that changes a shape in place (``transpose_``) replaced by its view
+        form.
+
+        The rule then sees a tensor that still has the old shape. Other operators and their arguments are returned
+        unchanged.
         """
         view = _view_of(func) if func._schema.is_mutable else None
         if view is None:
@@ -252,16 +288,14 @@ class Tracer(TorchDispatchMode):
         return view, (before, *args[1:])
 
     def _result(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
-        """What the operator returns; under ``fake`` of meta tensors in the places of real ones,
-        which stay as they are.
-        """
+        """What the operator returns. With ``fake``, it is called on meta tensors in the place of real ones."""
         if not self.fake or name.startswith("lift_fresh"):
             return func(*args, **kwargs)
         args, kwargs = meta.mapped(self.on_meta, args), meta.mapped(self.on_meta, kwargs)
         return meta.computed(func, args, meta.to_meta(func, kwargs))
 
     def on_meta(self, tensor: Tensor) -> Tensor:
-        """The meta tensor that stands in the place of a real one."""
+        """The meta tensor that stands for ``tensor``: of the same shape, strides and dtype, always the same object."""
         if tensor.device.type == "meta":
             return tensor
         if id(tensor) not in self._meta or self._meta[id(tensor)][1].shape != tensor.shape:
@@ -274,8 +308,8 @@ class Tracer(TorchDispatchMode):
         return self._meta[id(tensor)][1]
 
     def swap(self, model: nn.Module) -> None:
-        """Put meta tensors in the places of parameters and buffers, also where modules list them;
-        :func:`as_it_was` gives these back.
+        """Replace parameters and buffers by meta tensors, also in lists that modules keep; :func:`as_it_was` undoes
+        this.
         """
         for module in model.modules():
             tables: list[dict[str, Any]] = [module._parameters, module._buffers]
@@ -286,7 +320,11 @@ class Tracer(TorchDispatchMode):
                     listed[:] = [self.on_meta(t) if isinstance(t, Tensor) and self.owned(t) else t for t in listed]
 
     def _constant(self, func: Any, name: str, args: Any, kwargs: Any, given: list[Tensor], out: Any) -> None:
-        """What no parameter and no input takes part in: whether it is the same everywhere, and what it is a view of."""
+        """Record what is known of the result of an operator that no parameter and no input went into.
+
+        That is: whether it has one value everywhere, along which dimensions it does not change, and what it is a view
+        of.
+        """
         if func._schema.is_mutable:
             self._no_longer_even(args[0])
             self._unwritten.discard(id(self._root(args[0])))
@@ -320,22 +358,25 @@ class Tracer(TorchDispatchMode):
         return id(tensor) in self._even and dim + tensor.dim() in self._even[id(tensor)][1]
 
     def _bases(self, tensor: Any) -> Iterator[Tensor]:
-        """What a tensor is a view of, what that is a view of, and so on."""
+        """The tensor that ``tensor`` is a view of, then the tensor that that one is a view of, and so on."""
         while id(tensor) in self._views and self._views[id(tensor)][0] is not tensor:
             tensor = self._views[id(tensor)][0]
             yield tensor
 
     def _root(self, tensor: Tensor) -> Tensor:
-        """What a tensor is a view of, or itself."""
+        """The tensor at the end of :meth:`_bases`; ``tensor`` itself if it is no view."""
         return [tensor, *self._bases(tensor)][-1]
 
     def _no_longer_even(self, written: Any) -> None:
-        """Forget what was known of the values of a tensor, and of all that it is a view of."""
+        """Forget what was known of the values of a constant that is written into, and of all tensors that it is a
+        view of.
+        """
         for tensor in (written, *self._bases(written)):
             self.uniform.pop(id(tensor), None)
             self._even.pop(id(tensor), None)
 
     def _record(self, call: Call, result: Axes | tuple[Axes, ...]) -> None:
+        """Remember the axes that a rule returned for the results of a call."""
         outs = call.out if isinstance(call.out, (tuple, list)) else (call.out,)
         results = result if isinstance(result, tuple) else (result, *((None,) * (len(outs) - 1)))
         weight = all(call.is_weight(t) for t in call.given)
@@ -343,18 +384,22 @@ class Tracer(TorchDispatchMode):
         if numbers:
             self.ledger.numbers.append((call.name, *numbers))
         for out, axes in zip(outs, results, strict=True):
-            if not isinstance(out, Tensor) or self.owned(out):  # in place on a parameter or buffer: its units stay
+            if not isinstance(out, Tensor) or self.owned(out):  # a parameter or buffer written in place keeps its units
                 continue
             marks = Marks(_checked(call.name, moving(axes or []), out), weight)
             self.mark(out, marks)
             if call.writes_in_place() and not self.owned(call.args[0]):
-                self.mark(call.args[0], marks)  # a real tensor among fake ones is not what comes back
+                self.mark(call.args[0], marks)  # with ``fake``, ``out`` is a meta tensor, not the one written to
                 self._write_through(call.args[0], call)
             elif call.is_view():
                 self._views[id(out)] = call.args[0], call.func, call.args, call.kwargs
 
     def _write_through(self, child: Tensor, call: Call) -> None:
-        """What is written in place into a view is in the base of the view too."""
+        """Give the base of a view the units that were written into the view, and so on to the root.
+
+        The view's operator, applied to the positions 0, 1, 2, ... of the base, tells which elements were written.
+        Tensors with several axes are not followed: their units are fixed.
+        """
         first = id(self._root(child)) in self._unwritten
         self._unwritten.discard(id(self._root(child)))
         while id(child) in self._views:
@@ -382,9 +427,10 @@ class Tracer(TorchDispatchMode):
 
 @functools.cache
 def _view_of(func: Any) -> Any:
-    """The operator that returns as a view what ``func`` makes of its argument in place, or None."""
+    """The operator that returns as a view what ``func`` does in place (``transpose`` for ``transpose_``), or None."""
 
     def arguments(one: Any) -> list[tuple[str, str]]:
+        """Names and types of an operator's arguments."""
         return [(argument.name, str(argument.type)) for argument in one._schema.arguments]
 
     packet = getattr(torch.ops.aten, rules.base_name(func), None) if func.namespace == "aten" else None
@@ -397,9 +443,10 @@ def _view_of(func: Any) -> Any:
 
 
 def _filled(axis: Tensor) -> Tensor:
-    """An axis in which -1, what has no value yet, takes on what is the same all along a dimension; else 0.
+    """The axis with -1, which stands for elements without a value yet, replaced.
 
-    Nothing can read what has no value, so it may as well belong to the unit that is written beside it.
+    Along a dimension in which all written elements belong to one unit, the unwritten ones get that unit too: nothing
+    can read them before they are written. Elsewhere they get 0.
     """
     for dim in range(axis.dim()):
         most = axis.amax(dim, keepdim=True)
@@ -409,6 +456,10 @@ def _filled(axis: Tensor) -> Tensor:
 
 
 def _checked(name: str, axes: Axes, out: Tensor) -> Axes:
+    """``axes``, after a check that each fits the shape of ``out``.
+
+    Raises: AssertionError if one does not, which is an error in the rule of operator ``name``.
+    """
     for axis in axes:
         if axis.dim() != out.dim() or any(n not in (1, m) for n, m in zip(axis.shape, out.shape, strict=True)):
             raise AssertionError(f"{name}: axis of shape {tuple(axis.shape)} for a tensor of shape {tuple(out.shape)}")

@@ -16,13 +16,13 @@ from tests.models import conv_norm
 
 @dataclass
 class Net:
-    """``families``: how many free classes each family has, least first. ``same``: dimensions whose indices are in the
+    """``clusters``: how many free classes each cluster has, least first. ``same``: dimensions whose indices are in the
     same classes, one to one. ``stays``: dimensions of which nothing may go, and the kind of the reason.
     """
 
     build: Callable[[], nn.Module]
     inputs: Callable[[], Any]
-    families: list[int]
+    clusters: list[int]
     same: list[tuple[str, int, str, int]] = field(default_factory=list)
     stays: dict[tuple[str, int], str] = field(default_factory=dict)
 
@@ -233,9 +233,9 @@ class Recurrent(nn.Module):
         return self.head(self.rnn(x)[0][:, -1])
 
 
-def small(name: str, families: list[int], **expected: Any) -> Net:
+def small(name: str, clusters: list[int], **expected: Any) -> Net:
     """One of tests/models.py."""
-    return Net(lambda: models.ALL[name]()[0], lambda: _double(models.ALL[name]()[1]), families, **expected)
+    return Net(lambda: models.ALL[name]()[0], lambda: _double(models.ALL[name]()[1]), clusters, **expected)
 
 
 def _double(x: Tensor) -> Tensor:

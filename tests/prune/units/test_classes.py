@@ -29,7 +29,7 @@ def _built(name):
 def test_classes_are_what_they_have_to_be(name):
     net, model, x = _built(name)
     units = trace_units(model, x)
-    assert sorted(map(len, units.families)) == net.families
+    assert sorted(map(len, units.clusters)) == net.clusters
     for parameter, dim, other, along in net.same:
         assert units.classes(parameter, dim) == units.classes(other, along)
         assert units.why_not(parameter, dim) is None
@@ -51,7 +51,7 @@ def test_a_trace_without_arithmetic_says_the_same(name):
 def test_without_half_of_the_classes_a_model_computes_what_the_masked_one_computes(name):
     _, model, x = _built(name)
     units = trace_units(model, x)
-    classes = half(units, units.families)
+    classes = half(units, units.clusters)
     small, masked = cut(copy.deepcopy(model), units, classes), mask(copy.deepcopy(model), units, classes)
     assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in model.parameters())
     expected, got, whole = (inputs.evaluate(m, x) for m in (masked, small, model))
@@ -63,7 +63,7 @@ def test_tied_parameters_have_their_units_once():
     _, model, x = _built("tied")
     units = trace_units(model, x)
     assert units.alias["head.weight"] == "embed.weight"
-    small = cut(copy.deepcopy(model), units, half(units, units.families))
+    small = cut(copy.deepcopy(model), units, half(units, units.clusters))
     assert small.head.weight is small.embed.weight
 
 
@@ -87,3 +87,22 @@ def test_an_operator_that_is_not_known_is_opaque():
 class Inverse(nn.Module):
     def forward(self, x):
         return torch.linalg.pinv(x)
+
+
+class Picked(nn.Module):
+    """Channels that a number picks, behind a mask of two dimensions in the same brackets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(4, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        every = torch.ones(x.shape[:2], dtype=torch.bool)
+        h = self.first(x)[every, torch.arange(every.numel()) % 8]
+        return self.last(h.flatten()[:4])
+
+
+def test_channels_that_an_index_picks_behind_a_mask_are_named_as_picked():
+    model = Picked()
+    reason = trace_units(model, torch.randn(2, 3, 6)).why_not("first.weight", 0)
+    assert reason.kind == "picked"

@@ -26,7 +26,7 @@ def test_a_cut_model_that_computes_something_else_is_found(name):
     model, x = Written(WRONG[name]), torch.randn(2, 3, 8, 8)
     units = trace_units(model, x)
     written = set(units.classes("first.weight", 0))
-    differs = retrace(model, units, x, units.families)
+    differs = retrace(model, units, x, units.clusters)
     left = {one for one in written if one in units.free and one not in differs}
     assert not left or _computes_the_same(model, units, x, left)
     assert not set(units.classes("second.weight", 0)) & differs.keys()
@@ -47,14 +47,14 @@ def _computes_the_same(model, units, x, classes):
 def test_what_may_be_cut_is_held(name):
     _, model, x = _built(name)
     units = trace_units(model, x)
-    assert retrace(model, units, x, units.families) == {}
+    assert retrace(model, units, x, units.clusters) == {}
 
 
 def test_what_does_not_run_smaller_is_said():
     model = nn.Sequential(nn.Linear(6, 12), nn.Unflatten(-1, (4, 3)), nn.ReLU(), nn.Flatten(1), nn.Linear(12, 3))
     x = torch.randn(2, 6)
     units = trace_units(model, x)
-    differs = retrace(model, units, x, units.families)
+    differs = retrace(model, units, x, units.clusters)
     assert differs.keys() == set(units.free)
     assert not any(why.runs for why in differs.values())
 
@@ -72,7 +72,7 @@ def test_what_does_not_run_smaller_is_said():
 def test_closed_units_that_are_not_zero_where_they_are_read_are_found(between, expected):
     model, x = Written(between).double(), torch.randn(2, 3, 8, 8, dtype=torch.float64)
     units = trace_units(model, x)
-    classes = half(units, units.families)
+    classes = half(units, units.clusters)
     mine = set(classes) & set(units.classes("first.weight", 0))
     alive = probe(mask(copy.deepcopy(model), units, classes), units, classes, x)
     assert alive == {one: what for one in mine for what in expected}

@@ -91,7 +91,7 @@ def test_control_flow_that_asks_for_values_gets_them():
     both = trace_units(model, x, more_inputs=[-x])
     assert both.classes("a.weight", 0) == both.classes("b.weight", 0)
     assert both.why_not("b.weight", 0) is None
-    assert retrace(model, both, x, both.families, more_inputs=[-x]) == {}
+    assert retrace(model, both, x, both.clusters, more_inputs=[-x]) == {}
 
 
 def test_what_leaves_torch_and_comes_back_is_data():
