@@ -1,9 +1,9 @@
-"""How long whole runs take: dense, narrow from scratch, a plan that keeps closed units to the end of its ramp, and one
-that shrinks.
+"""Measures how long whole training runs take: dense, narrow from scratch, a plan that keeps closed units to the end of
+its ramp, a plan that removes them during the ramp ("shrinking"), and one whose widths are multiples of eight.
 
-``python -m benchmarks.training run | table``. Tasks, recipe and batches are those of :mod:`benchmarks.quality`; CPU
-seconds, one thread. One JSON line a run under ``benchmarks/results/training/TASK.jsonl``: a run that is there is not
-done again.
+``python -m benchmarks.training run | table``. Tasks, recipe and batches are those of :mod:`benchmarks.quality`; times
+are CPU seconds on one thread. Each run is one JSON line in ``benchmarks/results/training/TASK.jsonl``; a run that is
+there already is not repeated.
 """
 
 from __future__ import annotations
@@ -39,20 +39,22 @@ METHODS: dict[str, Callable[[Setup], Method]] = {
     "narrow": QUALITY["narrow"],
     "plan": lambda setup: Planned(setup, shrink=False),
     "plan, shrinking": lambda setup: Planned(setup, shrink="auto"),
+    "plan, rounded": lambda setup: Planned(setup, shrink="auto", round_to=8),
 }
 TITLES = {
     "dense": "dense",
     "narrow": "narrow from scratch",
     "plan": "dampr.Plan, shrink=False",
     "plan, shrinking": "dampr.Plan",
+    "plan, rounded": "dampr.Plan, round_to=8",
 }
-RAMP, COMPACTED = 0.3, 0.5  # of the steps: where a plan from scratch begins its ramp, and where it ends
+RAMP, COMPACTED = 0.3, 0.5  # the shares of the steps at which a plan from scratch begins and ends its ramp
 _loaded = functools.lru_cache(maxsize=1)(data.load)
 Record = dict[str, Any]
 
 
 class Run(NamedTuple):
-    """What tells a run from the others."""
+    """The key of a run, by which its record is found."""
 
     task: str
     method: str
@@ -69,17 +71,17 @@ def wanted(seeds: list[int], scale: float, tasks: list[str]) -> Iterator[Run]:
 
 
 def read(folder: Path = RESULTS) -> dict[Run, Record]:
-    """The records of runs; of several of one run the last."""
+    """The records by run; the last one where a run has several."""
     return {Run(*(record[name] for name in Run._fields)): record for record in results.records_in(folder)}
 
 
 def append(record: Record, folder: Path = RESULTS) -> None:
-    """One line more, on the disk when this returns."""
+    """Append a record to its file. The line is on the disk when this returns."""
     results.append(record, folder)
 
 
 def timed(method: Method, steps: int) -> list[float]:
-    """The CPU clock at the beginning of the ramp and at its end, filled while ``method`` is trained."""
+    """Make ``method`` note the CPU clock at the beginning and at the end of the ramp, in the list returned here."""
     marks: list[float] = []
     inner, at = method.step, {round(RAMP * steps), round(COMPACTED * steps)}
 
@@ -94,7 +96,7 @@ def timed(method: Method, steps: int) -> list[float]:
 
 
 def execute(run: Run, task: Task, images: data.Data) -> Record:
-    """The record of a run."""
+    """Do a run and return its record."""
     torch.set_num_threads(1)
     torch.manual_seed(run.seed)
     share = SHARES[run.task]
@@ -120,7 +122,7 @@ def execute(run: Run, task: Task, images: data.Data) -> Record:
 
 
 def run_missing(runs: list[Run], hours: float, root: Path, folder: Path = RESULTS) -> None:
-    """One run after the other until all are done or the time is up."""
+    """Do the missing runs one after the other until all are done or the time is up."""
     ends, longest = time.monotonic() + 3600 * hours, 0.0
     for run in runs:
         if run in read(folder):
@@ -137,7 +139,9 @@ def run_missing(runs: list[Run], hours: float, root: Path, folder: Path = RESULT
 
 
 def table(found: dict[Run, Record] | None = None) -> str:
-    """The means over seeds for each task and method, and each plan beside dense and narrow."""
+    """The table with the means over seeds of each task and method, and each plan's time relative to dense and
+    narrow.
+    """
     found = read() if found is None else found
     columns = (
         "task",
@@ -164,13 +168,14 @@ def table(found: dict[Run, Record] | None = None) -> str:
 
 
 def _of(found: dict[Run, Record], task: str, method: str) -> list[Record]:
-    """By seed, the records of the longest runs."""
+    """The records of the longest runs of a task and method, by seed."""
     mine = [r for run, r in found.items() if (run.task, run.method) == (task, method)]
     longest = max((r["steps"] for r in mine), default=0)
     return sorted((r for r in mine if r["steps"] == longest), key=lambda r: r["seed"])
 
 
 def _row(mine: list[Record], dense: list[Record], narrow: list[Record]) -> tuple[str, ...]:
+    """The last cells of a row."""
     accuracies = [r["test_accuracy"] for r in mine]
     return (
         f"{statistics.mean(r['macs_left'] for r in mine):.1%}",
@@ -185,7 +190,9 @@ def _row(mine: list[Record], dense: list[Record], narrow: list[Record]) -> tuple
 
 
 def ratio(ours: list[Record], theirs: list[Record], name: str) -> str:
-    """The mean ratio of pairs of the same seed, and its 95 % interval where there are several."""
+    """The mean ratio of the values of ``name`` over pairs of the same seed, with its 95 % interval if there are several
+    pairs.
+    """
     a, b = ({r["seed"]: r[name] for r in records} for records in (ours, theirs))
     found = [a[seed] / b[seed] for seed in sorted(a.keys() & b.keys()) if b[seed] > 0]
     if not found:
@@ -195,7 +202,7 @@ def ratio(ours: list[Record], theirs: list[Record], name: str) -> str:
 
 
 def draw(found: dict[Run, Record] | None = None, path: Path = CHART) -> None:
-    """Time against accuracy: a panel for each task, a mark for each seed, time in units of the dense run."""
+    """A chart of time against accuracy: a panel for each task, a mark for each seed, time relative to the dense run."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -206,7 +213,8 @@ def draw(found: dict[Run, Record] | None = None, path: Path = CHART) -> None:
     figure, axes = plt.subplots(
         1, max(1, len(begun)), figsize=(3.2 * max(1, len(begun)), 3.2), layout="constrained", squeeze=False
     )
-    marks = dict(zip(METHODS, (("#999999", "o"), ("#000000", "s"), ("#E69F00", "^"), ("#0072B2", "D")), strict=True))
+    styles = ("#999999", "o"), ("#000000", "s"), ("#E69F00", "^"), ("#0072B2", "D"), ("#009E73", "v")
+    marks = dict(zip(METHODS, styles, strict=True))
     for ax, task in zip(axes.flat, begun, strict=False):
         dense = statistics.mean(r["cpu_seconds"] for r in _of(found, task, "dense"))
         for method, (color, marker) in marks.items():
@@ -224,7 +232,7 @@ def draw(found: dict[Run, Record] | None = None, path: Path = CHART) -> None:
 
 
 def write(document: Path = DOCUMENT) -> None:
-    """Fill the table of the page."""
+    """Write the table into the page."""
     document.write_text(
         PLACE.sub(lambda m: m[1] + table() + m[3] if m[2] == "training/time" else m[0], document.read_text())
     )
