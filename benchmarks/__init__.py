@@ -1,1 +1,1 @@
-"""The full benchmark suite; the parts an installed package needs are in dampr/bench."""
+"""The full benchmark suite. The parts that an installed package needs are in dampr/bench."""

@@ -1,8 +1,8 @@
-"""What a training step costs as gates close: a linear layer and a convolution with more and more of their gates shut.
+"""Times a training step of a linear layer and a convolution with an ever larger share of their gates closed.
 
-The stage ``closing`` of ``python -m benchmarks.run``. The other gates stay open; which ones are closed is drawn once,
-gate by gate, not in blocks. Competitors as everywhere, with as many gates closed: they compute what they multiply by
-zero.
+This is the stage ``closing`` of ``python -m benchmarks.run``. The closed gates are drawn once, each independently
+rather than in blocks; the other gates stay open. The unfused competitors have equally many closed gates, but compute
+everything and then multiply by zero.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LAYERS = {"linear": (nn.Linear, GatedLinear, UnfusedLinear), "conv": (nn.Conv2d,
 
 
 def run(device: str, *, compiled: bool = True, rounds: int = 20) -> list[Point]:
-    """The points of every layer, kind of gates and share of closed ones."""
+    """The points for every layer, kind of gates and share of closed ones."""
     points = []
     for kind, granularity, share in cases():
         case, shape, x, arguments = _problem(kind, granularity, device)
@@ -48,11 +48,12 @@ def cases() -> Iterator[tuple[str, str, float]]:
 
 
 def closed_name(case: str, share: float) -> str:
-    """What a case is called in the results."""
+    """The name of a case in the results."""
     return f"{case}, {share:.0%} closed"
 
 
 def _problem(kind: str, granularity: str, device: str) -> tuple[str, tuple[int, ...], torch.Tensor, dict[str, Any]]:
+    """(name, shape, input, constructor arguments) of a layer of this kind with gates of this granularity."""
     if kind == "linear":
         m, k, n = LINEAR[device]
         return (
@@ -75,6 +76,7 @@ def _problem(kind: str, granularity: str, device: str) -> tuple[str, tuple[int, 
 
 
 def _closed(layer: type[nn.Module], share: float, **arguments: Any) -> nn.Module:
+    """A new layer with this share of its gates closed and the others open."""
     built = layer(**arguments)
     for name, t in built.named_parameters():
         if name.endswith("log_alpha"):

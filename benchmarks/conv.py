@@ -1,10 +1,10 @@
-"""Gated convolutions against dense, eager unfused and compiled unfused ones: layers, a residual block, whole networks;
-channels last.
+"""Times gated convolutions beside dense, eager unfused and compiled unfused ones: layers, a residual block and whole
+networks, all channels last.
 
 Stages of ``python -m benchmarks.run``: ``conv`` (a few layers and a block), ``layers`` (every distinct 3 x 3 and 1 x 1
 layer of ResNet-50 at 224 and of VGG16 at 32), ``resnet50`` and ``vgg16`` (whole training steps, dampr's both eagerly
-and compiled). A network is gated where :func:`dampr.convert` puts its gates, after the norms; the unfused one has a
-gate behind every norm that the converted one gates.
+and compiled). A network has its gates where :func:`dampr.convert` puts them, behind the norms. The unfused network has
+a gate behind each of the same norms.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Layers = dict[str, Callable[[], nn.Module]]
 
 @dataclass(frozen=True)
 class Conv:
-    """One convolution on x (B, C, H, H) with N filters; ``name`` says where it is from."""
+    """A convolution of x (B, C, H, H) with N filters; ``name`` is the network that it comes from."""
 
     name: str
     batch: int
@@ -40,11 +40,12 @@ class Conv:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """(B, C, H, N, kernel, stride), with H twice."""
         return self.batch, self.channels, self.size, self.size, self.filters, self.kernel, self.stride
 
 
 def distinct(model: nn.Module, size: int, batch: int, name: str) -> list[Conv]:
-    """Every 3 x 3 and 1 x 1 convolution of ``model`` on images of this size, each shape once."""
+    """Every 3 x 3 and 1 x 1 convolution of ``model`` on square images of ``size`` pixels, each shape once."""
     found: dict[tuple[int, ...], Conv] = {}
 
     def note(layer: nn.Conv2d, args: tuple[Tensor, ...], out: Tensor) -> None:
@@ -64,7 +65,7 @@ def distinct(model: nn.Module, size: int, batch: int, name: str) -> list[Conv]:
 
 
 def convolutions(stage: str, device: str) -> list[Conv]:
-    """The layers of a stage; a small batch on the CPU."""
+    """The single layers that a stage times; with a small batch on the CPU."""
     large, small = (64, 512) if device == "cuda" else (4, 32)
     if stage == "layers":
         return distinct(models.resnet50(), 224, large, "ResNet-50") + distinct(models.vgg16(), 32, small, "VGG16")
@@ -78,7 +79,7 @@ def convolutions(stage: str, device: str) -> list[Conv]:
 
 
 def networks(stage: str, device: str) -> dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]]:
-    """What is trained as a whole in a stage: name -> (how to build it, shape of the input)."""
+    """The networks that a stage trains as a whole: name -> (function that builds it, shape of its input)."""
     cuda = device == "cuda"
     if stage == "conv":
         return {"residual block": (lambda: models.BasicBlock(64), (64 if cuda else 8, 64, 56, 56))}
@@ -98,6 +99,7 @@ def run(stage: str, device: str, *, compiled: bool = True, rounds: int = 20) -> 
 
 
 def _cases(stage: str, device: str) -> Iterator[Callable[[bool, int], list[linear.Point]]]:
+    """For each case of a stage, a function of (compiled, rounds) that measures it."""
     for conv in convolutions(stage, device):
         for each in (False, True):
             yield partial(_measure_layer, conv, each, device)
@@ -107,6 +109,7 @@ def _cases(stage: str, device: str) -> Iterator[Callable[[bool, int], list[linea
 
 
 def _measure_layer(conv: Conv, per_sample: bool, device: str, compiled: bool, rounds: int) -> list[linear.Point]:
+    """The points of one convolution."""
     args = conv.channels, conv.filters, conv.kernel, conv.stride, conv.kernel // 2
     how: dict[str, Any] = {"bias": False, "per_sample": per_sample}
     layers: Layers = {
@@ -128,6 +131,7 @@ def _measure_network(
     compiled: bool,
     rounds: int,
 ) -> list[linear.Point]:
+    """The points of one network."""
     dense = build()
     example = torch.randn(2, *shape[1:])
     gated = dampr.convert(
@@ -154,7 +158,9 @@ def _measure_network(
 def measure(
     case: str, shape: tuple[int, ...], layers: Layers, x: Tensor, device: str, compiled: bool, rounds: int
 ) -> list[linear.Point]:
-    """The points of competing layers on x, images among them channels last; those of one case."""
+    """The points of competing layers, given by name, in one case: each is built, run once on x and then timed. Images
+    are channels last.
+    """
     torch.manual_seed(0)
     if compiled:
         torch._dynamo.reset()

@@ -1,8 +1,9 @@
-"""Where one route overtakes another: every route of a gated layer, forced, against the rows of x; and the thresholds
-that follow.
+"""Finds where one route overtakes another: times every route of a gated layer, forced, for growing numbers of rows of
+x, and derives the thresholds between routes.
 
-The stage ``crossover`` of ``python -m benchmarks.run``. The weight is fixed; dense runs next to the routes of each
-case. On CUDA also what skipping is worth: gates closed in whole blocks, at :data:`SHARES` of them.
+This is the stage ``crossover`` of ``python -m benchmarks.run``. The weight is fixed; the dense layer runs beside the
+routes of each case. On CUDA the stage also measures what skipping closed gates gains, with gates closed in whole
+blocks, at each of the shares :data:`SHARES`.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ PER_BATCH = (("output", False), ("input", False))
 PER_SAMPLE = (("output", True), ("input", True))
 WEIGHT = ("weight", False)
 CLOSED_BLOCK = 128  # features with gates that are closed together: whole tiles, whatever their size
-COMPARED = tuple(route for route in ROUTES if route != "small")  # which is for weights hundreds of times smaller
+COMPARED = tuple(route for route in ROUTES if route != "small")  # "small" is for weights hundreds of times smaller
 SHARES = (0.0, 0.5, 0.75, 0.9)
 CLOSED = -20.0  # a log_alpha whose gate is open once in 10^8 draws
 
 
 class RouteStep(linear.TrainingStep):
-    """A training step of a gated layer with every call of it sent down one route."""
+    """A training step of a gated layer, all of whose calls are forced down one route."""
 
     def __init__(self, case: Case, route: str, x: torch.Tensor, dy: torch.Tensor, closed: float = 0.0) -> None:
         _, k, n = case.shape
@@ -51,18 +52,19 @@ class RouteStep(linear.TrainingStep):
 
 
 def close_blocks(log_alpha: torch.Tensor, share: float) -> None:
-    """Close this share of the blocks of gates in a vector, picked at random."""
+    """Close this share of the blocks of a vector of gates, drawn at random, in place."""
     blocks = log_alpha.detach().split(CLOSED_BLOCK)
     for i in torch.randperm(len(blocks))[: round(share * len(blocks))].tolist():
         blocks[i].fill_(CLOSED)
 
 
 def routes_of(case: Case, device: str) -> list[str]:
-    """The compared routes that can serve a case here."""
+    """The compared routes that can serve a case on this device."""
     return [name for name in COMPARED if _serves(name, case, device)]
 
 
 def _serves(name: str, case: Case, device: str) -> bool:
+    """Whether a route can serve a case on this device."""
     try:
         with forced_route(name):
             return linear.case_route(case, device) == name
@@ -71,8 +73,8 @@ def _serves(name: str, case: Case, device: str) -> bool:
 
 
 def run(device: str, *, rounds: int = 20) -> list[Point]:
-    """The points of every case and number of rows; on CUDA,
-    then those with closed blocks at the largest number of rows.
+    """The points of every case and number of rows. On CUDA, points with closed blocks follow, at the largest number of
+    rows.
     """
     size = SIZE[device]
     cases = [Case((m, size, size), *how) for how in (*PER_BATCH, *PER_SAMPLE, WEIGHT) for m in ROWS[device]]
@@ -84,7 +86,9 @@ def run(device: str, *, rounds: int = 20) -> list[Point]:
 
 
 def measure(case: Case, device: str, rounds: int, closed: float | None = None) -> list[Point]:
-    """Dense, and the layer of a case by each of its routes, with this share of its blocks closed."""
+    """The points of the dense layer and of each route of the gated layer, with this share of its blocks of gates
+    closed.
+    """
     torch.manual_seed(0)
     m, k, n = case.shape
     x, dy = torch.randn(m, k, device=device), torch.randn(m, n, device=device)
@@ -98,13 +102,13 @@ def measure(case: Case, device: str, rounds: int, closed: float | None = None) -
 
 
 def closed_name(case: Case, share: float) -> str:
-    """What a case with closed blocks is called in the results."""
+    """The name of a case with closed blocks in the results."""
     return f"{case}, {share:.0%} of blocks closed"
 
 
 def tuned(points: Iterable[Point], source: str) -> Thresholds:
-    """The thresholds under which the routes chosen over the whole sweep are fastest;
-    the live route only where it never loses to fold.
+    """The thresholds that make the chosen routes fastest over the whole sweep. The route "live" is allowed only if it
+    is never slower than "fold".
     """
     points = list(points)
     _, K, N = points[0].shape
@@ -122,16 +126,16 @@ def tuned(points: Iterable[Point], source: str) -> Thresholds:
 
 
 def _pairs(points: Iterable[Point], case: str, one: str, other: str) -> dict[int, tuple[float, float]]:
-    """Seconds of two routes of a case by rows of x."""
+    """The seconds of two routes in a case, by the number of rows of x."""
     seconds = {(p.shape[0], p.route): p.median for p in points if p.case == case}
     return {m: (seconds[m, one], seconds[m, other]) for m in sorted({m for m, _ in seconds})}
 
 
 def best_limit(sweeps: Iterable[dict[int, tuple[float, float]]]) -> int:
-    """The rows of x up to which the first of two routes should be taken, 0 for never: where the product of all times is
-    smallest.
+    """The number of rows of x up to which the first of two routes should be taken, 0 for never.
 
-    A product, so that every size has the same say; over the whole sweep, so that one noisy point moves nothing.
+    The limit chosen is the one for which the product of all times is smallest. A product gives every size the same
+    weight, and taking it over the whole sweep keeps one noisy point from moving the limit.
     """
     pairs = [(m, one / other) for sweep in sweeps for m, (one, other) in sweep.items()]
     return min(

@@ -1,8 +1,8 @@
-"""``python -m benchmarks.kernels [--json FILE]``: how long each Triton kernel runs on this GPU, by the profiler, beside
-what was predicted.
+"""``python -m benchmarks.kernels [--json FILE]``: measures with the profiler how long each Triton kernel runs on this
+GPU, and prints it beside what was predicted.
 
-Every route is forced at a size that fills the device; a kernel's time is summed over its launches in a forward and a
-backward, and the caches are overwritten before each. ``benchmarks/predictions.py`` predicts the same numbers from
+Every route is forced at a size that fills the device. A kernel's time is the sum over its launches in a forward and a
+backward; before each such step the caches are overwritten. ``benchmarks/predictions.py`` predicts the same numbers from
 counts of the emulator.
 """
 
@@ -31,7 +31,9 @@ Step = Callable[[], Tensor]
 
 
 class Job(NamedTuple):
-    """What is profiled: the shape, how many elements its passes go over, and what makes the step."""
+    """What is profiled: the tensors' shape, the number of elements that the kernels pass over, and a function that
+    makes the step.
+    """
 
     shape: tuple[int, ...]
     elements: int
@@ -39,6 +41,9 @@ class Job(NamedTuple):
 
 
 def _linear(shape: tuple[int, int, int], gates: str | tuple[int, int], per_sample: bool, route: str, over: str) -> Job:
+    """A job of a gated linear layer of ``shape`` (M, K, N). Its kernels pass over the "weight", over "x" or over the
+    "products", as ``over`` says.
+    """
     m, k, n = shape
 
     def make() -> Step:
@@ -64,6 +69,8 @@ def _linear(shape: tuple[int, int, int], gates: str | tuple[int, int], per_sampl
 
 
 def _norm(shape: tuple[int, int, int, int], memory_format: torch.memory_format) -> Job:
+    """A job of a gated batch norm on x of ``shape`` (B, C, H, W)."""
+
     def make() -> Step:
         x = _leaf(*shape).detach().contiguous(memory_format=memory_format).requires_grad_()
         gate, weight, bias = (_leaf(shape[1], dtype=torch.float32) for _ in range(3))
@@ -81,6 +88,7 @@ def _norm(shape: tuple[int, int, int, int], memory_format: torch.memory_format) 
 
 
 def _conv(shape: tuple[int, int, int, int], filters: int, route: str) -> Job:
+    """A job of a gated 3 x 3 convolution on x of ``shape`` (B, C, H, W)."""
     batch, channels, height, width = shape
 
     def make() -> Step:
@@ -100,14 +108,16 @@ def _conv(shape: tuple[int, int, int, int], filters: int, route: str) -> Job:
 
 
 def _seed() -> Tensor:
+    """The seed of all draws, as the ops take it: int64 (1,) on the device."""
     return torch.full((1,), 7, dtype=torch.int64, device=DEVICE)
 
 
 def _leaf(*shape: int, scale: float = 1.0, dtype: torch.dtype = HALF) -> Tensor:
+    """A leaf tensor of normal random numbers that requires a gradient."""
     return (torch.randn(shape, device=DEVICE) * scale).to(dtype).requires_grad_()
 
 
-# By the names of the counts in tests/emulator/counts.py, which are of smaller sizes.
+# The names are those of the counts in tests/emulator/counts.py, which were taken at smaller sizes.
 JOBS = {
     "fold": _linear((8192, 4096, 4096), "both", False, "fold", "weight"),
     "passes": _linear((8192, 4096, 4096), "input", True, "passes", "x"),
@@ -124,8 +134,8 @@ JOBS = {
 
 
 def measure(name: str, rounds: int) -> list[dict[str, Any]]:
-    """A row for each kernel of a job, of ours and of libraries: seconds of a step,
-    median and quartiles over the rounds.
+    """A row for each kernel of a job, dampr's and libraries': the seconds it takes in a step, as median and quartiles
+    over the rounds.
     """
     torch.manual_seed(0)
     job, flush = JOBS[name], torch.empty(FLUSHED, device="cuda")
@@ -165,7 +175,7 @@ def measure(name: str, rounds: int) -> list[dict[str, Any]]:
 
 
 def short(kernel: str) -> str:
-    """The name under which counts have a kernel of ours; of other kernels the first 80 letters."""
+    """The name of a kernel in the emulator's counts, or for a library's kernel the first 80 letters of its name."""
     return kernel.removesuffix("_kernel") if re.fullmatch(r"[a-z0-9_]+_kernel", kernel) else kernel[:80]
 
 

@@ -1,5 +1,5 @@
-"""ResNet-50 and VGG16 with batch norm, as their papers have them, and one residual block:
-what the convolution benchmarks train.
+"""The networks that the convolution benchmarks train: ResNet-50 and VGG16 with batch norm, as their papers have them,
+and one residual block.
 """
 
 from __future__ import annotations
@@ -8,12 +8,12 @@ from torch import Tensor, nn
 
 
 def conv_norm(read: int, written: int, kernel: int, stride: int = 1) -> nn.Sequential:
-    """Convolution without bias and the norm behind it."""
+    """A convolution without bias, and a batch norm behind it."""
     return nn.Sequential(nn.Conv2d(read, written, kernel, stride, kernel // 2, bias=False), nn.BatchNorm2d(written))
 
 
 class BasicBlock(nn.Module):
-    """Two 3 x 3 convolutions and the identity (He et al. 2016)."""
+    """Two 3 x 3 convolutions beside an identity shortcut (He et al. 2016)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -26,7 +26,9 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1 x 1, 3 x 3 (which has the stride), 1 x 1 with four times the width, and a projection where sizes differ."""
+    """Convolutions of 1 x 1, 3 x 3 (with the stride) and 1 x 1 with four times the width, beside a shortcut, which is a
+    1 x 1 convolution where the sizes differ.
+    """
 
     def __init__(self, read: int, width: int, stride: int) -> None:
         super().__init__()

@@ -1,8 +1,9 @@
-"""``python -m benchmarks.plan_run``: runs of a :class:`dampr.Plan`, in numbers, for the picture and the tables of
+"""``python -m benchmarks.plan_run``: records runs of a :class:`dampr.Plan`, for the chart and the tables of
 docs/choosing.md.
 
-One run of LeNet-5 on 10,000 images of MNIST where the idx files are in ``--root``, else of LeNet-300-100 on the bundled
-digits. With ``--families``: short runs of LeNet-300-100 on the digits, by importance and by the gates of each family.
+Without options, one run of LeNet-5 on 10,000 images of MNIST, or, if ``--root`` does not have MNIST's idx files, of
+LeNet-300-100 on the bundled digits. With ``--families``, short runs of LeNet-300-100 on the digits, pruned by
+importance and by learned gates of each family.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ RESULTS = Path(__file__).parent / "results" / "cpu"
 MNIST = Path("/tmp/dampr-data/mnist/package/data")
 MACS, EPOCHS, BATCH, LR, EVERY = 0.1, 6, 128, 2e-3, 10
 SMALL = 0.03  # the share at which families are compared
-TRAINED_ON, VALIDATED_ON = 10_000, 2_000  # of the training images, so that no test image is seen
+TRAINED_ON, VALIDATED_ON = 10_000, 2_000  # numbers of training images for both, so that no test image is seen
 FAMILIES: dict[str, Any] = {
     "hard_concrete": "hard_concrete",
     "dep_l0": "dep_l0",
@@ -36,7 +37,7 @@ FAMILIES: dict[str, Any] = {
 
 
 def task(root: Path) -> tuple[str, nn.Module, datasets.Split]:
-    """(name, network, images), in which the test part is held out of the training images."""
+    """(name, network, images). What is called test data here is held out of the training images."""
     small = not root.is_dir()
     data = datasets.digits() if small else datasets.mnist_like(root)
     count = min(TRAINED_ON, len(data.x) * 3 // 4)
@@ -48,6 +49,7 @@ def task(root: Path) -> tuple[str, nn.Module, datasets.Split]:
 
 @torch.no_grad()
 def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
+    """The share of x that the model, in evaluation mode, classifies as y."""
     training = model.training
     found = (model.eval()(x).argmax(1) == y).float().mean()
     model.train(training)
@@ -55,7 +57,7 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
 
 
 def run(root: Path = MNIST, *, epochs: int = EPOCHS, seed: int = 0) -> dict[str, Any]:
-    """Train with a plan; a row every ``EVERY`` steps, and at the steps before and after compaction."""
+    """Train with a plan. The result has a row every ``EVERY`` steps and at the steps before and after compaction."""
     torch.manual_seed(seed)
     name, model, data = task(root)
     steps = epochs * -(-len(data.x) // BATCH)
@@ -86,8 +88,8 @@ def run(root: Path = MNIST, *, epochs: int = EPOCHS, seed: int = 0) -> dict[str,
 
 
 def compare(*, epochs: int = 20, seeds: int = 5) -> list[dict[str, Any]]:
-    """The digits at :data:`SMALL` of the MACs: not pruned, by importance, by learned gates of each family;
-    test accuracy of each seed.
+    """Train on the digits down to :data:`SMALL` of the MACs, once for each seed: not pruned, pruned by importance, and
+    by learned gates of each family. Each result has the test accuracy.
     """
     data, runs = datasets.digits(), []
     steps = epochs * -(-len(data.x) // 64)

@@ -1,8 +1,8 @@
-"""``python -m benchmarks.plots``: draw the charts of docs from results files. Needs matplotlib (``pip install
+"""``python -m benchmarks.plots``: draws the charts of docs from results files. Needs matplotlib (``pip install
 .[plot]``).
 
-A folder of results, benchmarks/results/DEVICE, gives docs/plots/DEVICE-CHART.png for every chart of :data:`CHARTS`
-whose files it holds.
+From the files of benchmarks/results/DEVICE it draws docs/plots/DEVICE-CHART.png for every chart of :data:`CHARTS` whose
+files are there.
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ Environment = dict[str, Any]
 
 
 def load(*paths: Path) -> tuple[Environment, list[Point]]:
-    """(environment of the first, points that ran) of results files.
+    """(environment of the first file, points of all files without those that failed).
 
-    Raises ValueError for one whose ops failed verification.
+    Raises ValueError for a file whose ops failed verification.
     """
     environments, points = [], []
     for path in paths:
@@ -69,8 +69,8 @@ def load(*paths: Path) -> tuple[Environment, list[Point]]:
 
 
 def draw_crossover(crossover: Path) -> Figure:
-    """Time of every route relative to dense, a panel for each kind of gates: against rows of x,
-    or against the share of closed blocks.
+    """The time of every route relative to dense, in a panel for each kind of gates, against rows of x or against the
+    share of closed blocks.
     """
     environment, points = load(crossover)
     dense = {(p.case, p.shape): p.median for p in points if p.provider == "dense"}
@@ -89,7 +89,7 @@ def draw_crossover(crossover: Path) -> Figure:
     for ax, ((title, xlabel), routes) in zip(axes.flat, panels.items(), strict=False):
         _draw_routes(ax, routes, rows=xlabel == "rows of x")
         ax.set(title=title, xlabel=xlabel)
-    axes[0, 0].set_ylim(0, None)  # of all panels, hence once all are drawn
+    axes[0, 0].set_ylim(0, None)  # the panels share the axis, whose upper end is known once all are drawn
     for ax in axes.flat[len(panels) :]:
         ax.axis("off")
     for ax in axes[:, 0]:
@@ -102,7 +102,7 @@ def draw_crossover(crossover: Path) -> Figure:
 
 
 def _draw_routes(ax: Axes, routes: dict[str, list[tuple[int, float]]], rows: bool) -> None:
-    """A line for each route, and one for dense."""
+    """Draw a line for each route, and one for dense."""
     ax.axhline(1, color="0.5", linewidth=1, linestyle="--", label="dense")
     for name, values in routes.items():
         color, marker = STYLES[name]
@@ -116,8 +116,8 @@ def _draw_routes(ax: Axes, routes: dict[str, list[tuple[int, float]]], rows: boo
 
 
 def draw_closing(closing: Path) -> Figure:
-    """Time of every provider relative to dense against the share of closed gates,
-    a panel for each layer and kind of gates.
+    """The time of every provider relative to dense against the share of closed gates, in a panel for each layer and
+    kind of gates.
     """
     environment, points = load(closing)
     dense = {(p.case, p.shape): p.median for p in points if p.provider == "dense"}
@@ -143,7 +143,7 @@ def draw_closing(closing: Path) -> Figure:
 
 
 def draw_roofline(roofline: Path, *stages: Path) -> Figure:
-    """What each case attains of the ceilings measured on the same machine, a row for each case."""
+    """A row for each case: the share that each provider attains of the ceilings measured on the same machine."""
     ceilings = json.loads(roofline.read_text())["ceilings"]
     environment, points = load(*stages)
     rows = list(dict.fromkeys((p.shape, p.case) for p in points))
@@ -167,10 +167,11 @@ def draw_roofline(roofline: Path, *stages: Path) -> Figure:
 
 
 def attained(point: Point, ceilings: dict[str, float]) -> float:
-    """The share of its ceiling that a point attains by the work that has to be done, whoever does more.
+    """The share of its ceiling that a point attains, counting only the work that is necessary, not what a provider does
+    besides.
 
-    A layer computes y, dx and dW, 2 M K N operations each; gates are not counted. Drawing and multiplying reads a
-    float32 weight and a log_alpha for each of its elements, a copy only the weight; both write the dtype of the
+    A linear layer computes y, dx and dW, with 2 M K N operations each; gates are not counted. Drawing and multiplying
+    reads a float32 weight and its log_alpha for each element, a copy only the weight; both write the dtype of the
     product.
     """
     m, k, n = point.shape
@@ -182,9 +183,9 @@ def attained(point: Point, ceilings: dict[str, float]) -> float:
 
 
 def draw_memory(*stages: Path) -> Figure:
-    """What each provider keeps from the forward to the backward, in the largest shape."""
+    """The bytes that each provider keeps from the forward to the backward, for the largest shape."""
     environment, points = load(*stages)
-    # which keeps what dampr keeps
+    # dampr on torch's products keeps the same as dampr: one of them is enough.
     points = [p for p in points if p.kept_bytes is not None and p.provider != linear.TORCH_PRODUCTS]
     largest = max((p.shape for p in points), key=lambda shape: (shape[0] * shape[1] * shape[2], shape))
     points = [p for p in points if p.shape == largest]
@@ -212,14 +213,14 @@ def draw_memory(*stages: Path) -> Figure:
 
 
 def _finish_rows(ax: Axes) -> None:
-    """First row on top, faint vertical lines behind the data."""
+    """Put the first row on top, with faint vertical lines behind the data."""
     ax.invert_yaxis()
     ax.grid(axis="x", color="0.9")
     ax.set_axisbelow(True)
 
 
 class Chart(NamedTuple):
-    """The function that draws it, and the files of a folder of results it draws."""
+    """A function that draws a chart, and the names of the results files that the function takes."""
 
     draw: Callable[..., Figure]
     files: tuple[str, ...]
@@ -246,8 +247,8 @@ FAMILIES = {
 
 
 def draw_gates() -> Figure:
-    """The evaluation gate against the parameter for each family,
-    and for those that draw the quartiles of 4,000 draws.
+    """The evaluation gate against the parameter for each family, with the quartiles of 4,000 draws for families that
+    draw.
     """
     figure, axes = plt.subplots(1, 5, figsize=(14, 2.9), layout="constrained")
     concrete = gates.HardConcrete(241)
@@ -282,8 +283,8 @@ def draw_gates() -> Figure:
 
 
 def draw_families(results: Path) -> Figure:
-    """Test accuracy against the MACs that are left, every run of every family; the dense network beside them,
-    on an axis of its own.
+    """Test accuracy against the MACs left, for every run of every family; the dense network beside them on an axis of
+    its own.
     """
     found = json.loads(results.read_text())
     figure, (left, right) = plt.subplots(1, 2, figsize=(7.5, 4), sharey=True, width_ratios=(5, 1), layout="constrained")
@@ -318,8 +319,8 @@ PHASES = {"dense": "0.97", "ramp": "#FDE9C9", "fine-tuning": "#DCEEF8"}
 
 
 def draw_plan(results: Path) -> Figure:
-    """Over the steps of one run of a plan: the share of the MACs that is left, and should be;
-    below it the validation accuracy.
+    """One run of a plan over its steps: the share of the MACs left and its goal, and below these the validation
+    accuracy.
     """
     found = json.loads(results.read_text())
     report, rows = found["report"], found["rows"]
@@ -355,7 +356,7 @@ def sources(chart: Path, results: Path = RESULTS) -> list[Path]:
 
 
 def write_all(results: Path, target: Path) -> list[Path]:
-    """Every chart that the folders of results have the files for."""
+    """Draw every chart whose results files are there, and return the paths written."""
     target.mkdir(parents=True, exist_ok=True)
     written = []
     for path in (target / f"{folder.name}-{name}.png" for folder in sorted(results.iterdir()) for name in CHARTS):
@@ -372,7 +373,9 @@ def write_all(results: Path, target: Path) -> list[Path]:
 
 
 def write_methods(target: Path) -> list[Path]:
-    """The charts of docs/methods.md and docs/choosing.md: gate values, and the others where their results are there."""
+    """Draw the charts of docs/methods.md and docs/choosing.md: gate values always, the others if their results are
+    there.
+    """
     drawn = {"families.png": (draw_families, ROOT / "examples" / "results" / "compare_families.json")}
     drawn |= {"plan-run.png": (draw_plan, RESULTS / "cpu" / "plan-run.json")}
     charts: dict[str, Callable[[], Figure]] = {"gates.png": draw_gates}

@@ -1,9 +1,8 @@
-"""Gated recurrent layers against the vendor's dense one and against gates written op by op: stage ``recurrent`` of
-benchmarks.run.
+"""Times gated recurrent layers beside the vendor's dense layer and beside gates written op by op: stage ``recurrent``
+of benchmarks.run.
 
-The unfused layer does by hand what the gated one does, draws as a chain of ops and products before and after the
-vendor's kernel; "cells" is the loop over steps that the published layers are, with the gates on the state, where no
-vendor's kernel runs.
+"eager unfused" draws gates as a chain of ops and multiplies them around the vendor's kernel. "eager cells" is a loop
+over time steps, as in published code, with gates on the state, which no vendor's kernel can do.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from dampr.reference.gated_rnn import gated_rnn
 
 @dataclass(frozen=True)
 class Recurrent:
-    """One layer on x (T, B, H) with H hidden units; its shape is (T, B, H, H)."""
+    """A case: one recurrent layer on x (T, B, H) with H hidden units."""
 
     kind: type[nn.RNNBase]
     steps: int
@@ -35,6 +34,7 @@ class Recurrent:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """(T, B, H, H)."""
         return self.steps, self.batch, self.hidden, self.hidden
 
 
@@ -58,7 +58,7 @@ class Output(nn.Module):
 
 
 class Unfused(nn.Module):
-    """A plain layer on weights that are multiplied by gates, and its output by gates, op by op."""
+    """A plain layer whose recurrent weights and output are multiplied by gates, op by op."""
 
     def __init__(self, dense: nn.RNNBase) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class Unfused(nn.Module):
 
 
 class Cells(Unfused):
-    """The same as a loop over steps."""
+    """The same gates, with the layer computed as a loop over time steps."""
 
     def forward(self, x: Tensor) -> tuple[Tensor]:
         z = unfused_gate(self.log_alpha).to(x.dtype)
@@ -87,6 +87,7 @@ def run(device: str, *, compiled: bool = True, rounds: int = 20) -> list[linear.
 
 
 def _measure(case: Recurrent, device: str, compiled: bool, rounds: int) -> list[linear.Point]:
+    """The points of one case."""
     torch.manual_seed(0)
     if compiled:
         torch._dynamo.reset()

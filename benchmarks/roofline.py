@@ -1,5 +1,5 @@
-"""``python -m benchmarks.roofline``: the ceilings of this machine, measured: a large copy,
-a large matrix product of random numbers.
+"""``python -m benchmarks.roofline``: measures the ceilings of this machine with a large copy and a large product of
+random matrices.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from dampr.bench import timing
 
 
 def measure() -> dict[str, Any]:
-    """Copy bandwidth in bytes per second (read and written) and GEMM rate in FLOP per second, by dtype."""
+    """The bandwidth of a copy, in bytes read and written per second, and for each dtype the rate of matrix products in
+    FLOP per second.
+    """
     cuda = torch.cuda.is_available()
     device = "cuda" if cuda else "cpu"
     count, size = (2**30, 8192) if cuda else (2**26, 2048)
@@ -35,7 +37,7 @@ def measure() -> dict[str, Any]:
 
 
 def _products(a: torch.Tensor, b: torch.Tensor) -> list[Callable[[], torch.Tensor]]:
-    """a b^T by each library that dampr takes products from here."""
+    """Functions that compute a b^T, one for each library that dampr may take products from on this machine."""
     products = getattr(dampr.ops.select(a.device, a.dtype), "products", None)
     ways: list[Callable[[], torch.Tensor]] = [lambda: a @ b.t()]
     if products is not None and products.by_onednn(len(a), len(b), a.shape[1], a.dtype):
@@ -44,7 +46,7 @@ def _products(a: torch.Tensor, b: torch.Tensor) -> list[Callable[[], torch.Tenso
 
 
 def _median(function: Any, cuda: bool) -> float:
-    """Of three medians, the one in the middle: a busy moment does not become a ceiling."""
+    """The middle one of three medians, so that a moment in which the machine is busy does not become a ceiling."""
     return statistics.median(timing.interleaved({"it": function}, rounds=10, cuda=cuda)["it"].median for _ in range(3))
 
 

@@ -1,11 +1,11 @@
-"""``python -m benchmarks.run [STAGE ...]``: time the suite on this machine, one JSON line a point.
+"""``python -m benchmarks.run [STAGE ...]``: times the suite on this machine and writes one JSON line for each point.
 
 Needs torch (and triton where there is a GPU). Each stage of :mod:`benchmarks.suite`, and ``crossover`` of
-:mod:`benchmarks.crossover`, becomes OUT/linear-STAGE.jsonl, each stage of :mod:`benchmarks.conv` OUT/conv-STAGE.jsonl,
-``recurrent`` of :mod:`benchmarks.recurrent` and ``closing`` of :mod:`benchmarks.closing` OUT/STAGE.jsonl. The first
-line is the environment and whether the ops passed verification in this run; no ratio is printed when they did not. On a
-GPU, ``crossover`` also writes the thresholds that suit it best, OUT/dispatch-DEVICE.json: copied to
-dampr/kernels/dispatch/DEVICE.json, they decide the routes on that device.
+:mod:`benchmarks.crossover`, writes OUT/linear-STAGE.jsonl; each stage of :mod:`benchmarks.conv` writes
+OUT/conv-STAGE.jsonl; each of :data:`WHOLE`, which are modules of benchmarks, writes OUT/STAGE.jsonl. The first line of
+a file has the environment and whether the ops passed verification in this run; if they did not, no ratio is printed. On
+a GPU, ``crossover`` also writes the thresholds that suit the GPU best, OUT/dispatch-DEVICE.json. Once that file is
+copied to dampr/kernels/dispatch/DEVICE.json, its thresholds decide the routes there.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import closing, conv, crossover, recurrent
+from benchmarks import closing, conv, crossover, derivatives, recurrent
 from benchmarks.suite import SUITE
 from dampr import records
 from dampr.bench import linear
@@ -25,14 +25,18 @@ from dampr.kernels.dispatch import table_name
 from dampr.testing import verify
 
 RESULTS = Path(__file__).parent / "results"
-OPS = ("gated_linear", "weight_gated_linear")  # no ratio is printed of what fails in verification
-WHOLE = {"recurrent": recurrent.run, "closing": closing.run}  # stages whose file is called as they are
+OPS = ("gated_linear", "weight_gated_linear")  # unless these pass verification, no ratio is printed
+WHOLE = {  # stages whose results file is named STAGE.jsonl
+    "recurrent": recurrent.run,
+    "closing": closing.run,
+    "derivatives": derivatives.run,
+}
 
 
 def passed(path: Path) -> bool:
-    """Whether a file of verification has a row of each timed op on this device, and all its rows of them are right.
+    """Whether a file of verification results has a row of each timed op on this device, and all these rows are right.
 
-    Raises ValueError if it is of another commit or device.
+    Raises ValueError if the file is of another commit or device.
     """
     found, here = json.loads(path.read_text()), records.environment()
     for key in ("commit", "gpu", "torch", "triton"):
@@ -53,7 +57,7 @@ def device_name() -> str:
 def main(argv: list[str] | None = None) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     suite = SUITE[device]
-    stages = (*suite, "crossover", "recurrent", "closing", *conv.STAGES)
+    stages = (*suite, "crossover", *WHOLE, *conv.STAGES)
     default = [stage for stage in stages if device == "cuda" or stage != "layers"]
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("stages", nargs="*", help=f"default: {' '.join(default)}; one of: {' '.join(stages)}")

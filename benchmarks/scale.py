@@ -1,10 +1,9 @@
-"""``python -m benchmarks.scale``: what gates cost on several ranks, counted on 1, 2 and 4 of them, and what that makes
-of 1,024.
+"""``python -m benchmarks.scale``: counts what gates cost on 1, 2 and 4 ranks, and extrapolates to 1,024.
 
-A step of a small MLP is counted on processes over gloo: messages and bytes of collectives, operators, bytes that a rank
-keeps. The time that a budget takes on the host is measured for growing numbers of gates. A configuration of 70 billion
-parameters is built on the meta device, and a ring of ranks with a latency and a bandwidth says what a step would send.
-``--worker`` is what a rank runs.
+A step of a small MLP runs on several processes over gloo. Counted are messages and bytes of collectives, operators, and
+the bytes that a rank keeps. The time that a budget takes on the host is measured for growing numbers of gates. For a
+model of 70 billion parameters, which is only built on the meta device, a step's traffic is computed for a ring of ranks
+of a given latency and bandwidth. ``--worker`` is how each rank is started.
 """
 
 from __future__ import annotations
@@ -39,15 +38,15 @@ from dampr.integrations.distributed import parallelize_module, replicate_gates
 ROOT = Path(__file__).resolve().parent.parent
 FILE = ROOT / "benchmarks" / "results" / "cpu" / "scale.json"
 WIDTHS, LAYERS, RANKS = (32, 128), 3, (1, 2, 4)
-GATES = (4_096, 16_384, 65_536)  # of which a budget's step is timed
-LATENCY, BANDWIDTH = 5e-6, 25e9  # of a message between two ranks, seconds; of a rank, bytes per second
+GATES = (4_096, 16_384, 65_536)  # the numbers of gates for which a budget's step is timed
+LATENCY, BANDWIDTH = 5e-6, 25e9  # seconds of a message between two ranks; bytes that a rank sends per second
 LLAMA = {"layers": 80, "width": 8192, "neurons": 28672, "heads": 64, "groups": 8, "words": 128256}
 HOST, SECOND = 2e12, 1.0  # memory of a host, bytes; what a step may wait for a decision, seconds
 MANY = (8, 64, 256, 1024)
 
 
 class Count(TorchDispatchMode):
-    """Operators, and the messages among them with the bytes that a rank puts in."""
+    """Counts operators, and collective messages with the bytes that a rank puts into them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,7 +57,7 @@ class Count(TorchDispatchMode):
         if name.startswith(("c10d::", "_c10d_functional::")) and "wait" not in name and "barrier" not in name:
             self.messages += 1
             sizes = [_bytes(t) for t in pytree.tree_leaves(args) if isinstance(t, Tensor)]
-            # of what is gathered into and what is sent the smaller
+            # A gather takes a result tensor and what is sent; the latter is the smaller one.
             self.bytes += min(sizes) if "gather" in name else sizes[-1]
         else:
             self.operators += 1
@@ -66,6 +65,7 @@ class Count(TorchDispatchMode):
 
 
 def mlp(width: int) -> nn.Sequential:
+    """An MLP of :data:`LAYERS` blocks that widen to 4 ``width`` inside."""
     blocks = [
         layer
         for _ in range(LAYERS)
@@ -75,7 +75,7 @@ def mlp(width: int) -> nn.Sequential:
 
 
 def spread(model: nn.Module, how: str) -> nn.Module:
-    """``model`` on all ranks, by data parallelism, sharded, or by tensor parallelism."""
+    """``model`` distributed over all ranks: "DDP", "FSDP2" (sharded) or "TP" (tensor parallel)."""
     if distributed.get_world_size() == 1:
         return model
     if how == "DDP":
@@ -93,7 +93,9 @@ def spread(model: nn.Module, how: str) -> nn.Module:
 
 
 def counted(width: int, how: str, gates: str) -> dict[str, Any]:
-    """One step, the third, of a model without gates, with gates under a penalty, or with those that a budget owns."""
+    """The counts of the third training step. ``gates`` is "none", "penalty" (gates trained under a penalty) or "budget"
+    (gates that a budget opens and closes).
+    """
     torch.manual_seed(0)
     model: nn.Module = mlp(width)
     x = torch.randn(16, width)
@@ -132,11 +134,13 @@ def counted(width: int, how: str, gates: str) -> dict[str, Any]:
 
 
 def _bytes(t: Tensor) -> int:
+    """The bytes of a tensor that this rank keeps."""
     local = t.to_local() if isinstance(t, DTensor) else t
     return local.numel() * local.element_size()
 
 
 def worker(path: Path) -> None:
+    """What a rank runs: count every case; rank 0 writes the results to ``path``."""
     distributed.init_process_group("gloo")
     ways = ("DDP", "FSDP2", "TP") if distributed.get_world_size() > 1 else ("one process",)
     found = [counted(width, how, gates) for how in ways for width in WIDTHS for gates in ("none", "penalty", "budget")]
@@ -146,6 +150,7 @@ def worker(path: Path) -> None:
 
 
 def launch(ranks: int) -> list[dict[str, Any]]:
+    """Run :func:`worker` on this many ranks, and read the results. Raises RuntimeError if a rank fails."""
     with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -164,7 +169,9 @@ def launch(ranks: int) -> list[dict[str, Any]]:
 
 
 def host_seconds(gates: int) -> dict[str, Any]:
-    """Seconds of a budget's step on the host: of one that decides which gates stay, and of the others."""
+    """The seconds of a budget's step on the host: of a step that decides which gates stay open ("deciding"), and of any
+    other ("between").
+    """
     layers = 8
     neurons = gates // layers
     blocks = [part for _ in range(layers) for part in (nn.Linear(16, neurons), nn.ReLU(), nn.Linear(neurons, 16))]
@@ -191,7 +198,7 @@ def host_seconds(gates: int) -> dict[str, Any]:
 
 
 def llama() -> dict[str, int]:
-    """Parameters and gates of a transformer of 70 billion parameters, built on the meta device."""
+    """The numbers of parameters and gates of a transformer of 70 billion parameters, built on the meta device."""
     c, meta = LLAMA, {"bias": False, "device": "meta"}
     narrow = c["width"] // c["heads"] * c["groups"]
 
@@ -225,8 +232,8 @@ def llama() -> dict[str, int]:
 
 
 def simulated(model: dict[str, int], ranks: int) -> dict[str, Any]:
-    """A step of ``fully_shard`` on a ring: what a rank sends in bf16, and the one all-reduce of the gates in float32;
-    what it keeps.
+    """A step of ``fully_shard`` on a ring of ranks: the bytes that a rank sends for weights in bf16 and for the one
+    all-reduce of the gates in float32, the seconds these take, and the bytes that it keeps.
     """
     around = (ranks - 1) / ranks
     shards = 3 * 2 * model["parameters"] * around  # gathered for the forward and the backward, gradients scattered
@@ -245,6 +252,7 @@ def simulated(model: dict[str, int], ranks: int) -> dict[str, Any]:
 
 
 def measure() -> dict[str, Any]:
+    """All results, as the results file has them."""
     counts = [row for ranks in RANKS for row in launch(ranks)]
     model = llama()
     return {
@@ -257,12 +265,13 @@ def measure() -> dict[str, Any]:
 
 
 def _found() -> dict[str, Any]:
+    """The results file."""
     found: dict[str, Any] = json.loads(FILE.read_text())
     return found
 
 
 def counts() -> str:
-    """Messages, bytes and operators of a step, dense and with gates."""
+    """The table of messages, bytes and operators of a step: without gates / with a penalty / with a budget."""
     rows = []
     found = _found()["counts"]
     for row in found:
@@ -294,7 +303,7 @@ def counts() -> str:
 
 
 def host() -> str:
-    """Milliseconds of a budget on the host, and what they come to for the configuration of 70 billion parameters."""
+    """The table of a budget's milliseconds on the host, extrapolated to the model of 70 billion parameters."""
     data = _found()
     rows = [(f"{r['gates']:,}", f"{r['deciding'] * 1e3:.1f}", f"{r['between'] * 1e3:.1f}") for r in data["host"]]
     last, gates = data["host"][-1], data["model"]["gates"]
@@ -305,7 +314,7 @@ def host() -> str:
 
 
 def many() -> str:
-    """The configuration of 70 billion parameters on a ring of ranks."""
+    """The table of the model of 70 billion parameters on a ring of ranks."""
     data = _found()
     rows = [
         (
@@ -334,8 +343,8 @@ def many() -> str:
 
 
 def tokens() -> str:
-    """The same configuration under tensor parallelism: what the gates of a layer add to its four all-reduces of
-    activations, by tokens.
+    """The table for tensor parallelism: what the gates of a layer add to its four all-reduces of activations, by the
+    number of tokens.
     """
     model, rows = _found()["model"], []
     for count in (512, 4096, 32768):
@@ -345,13 +354,13 @@ def tokens() -> str:
 
 
 def limits() -> str:
-    """Where each part becomes too much for the configuration of 70 billion parameters, or for one of its kind."""
+    """The table of where each cost becomes too large for the model of 70 billion parameters or one of its kind."""
     data = _found()
     model, last = data["model"], data["host"][-1]
     rate = last["deciding"] / (last["gates"] * math.log2(last["gates"]))  # seconds of a decision, which sorts
     slow = next(gates for gates in range(1_000, 10**9, 1_000) if rate * gates * math.log2(gates) >= SECOND)
     crowded = math.ceil(0.1 * 16 * model["parameters"] / (33 * model["gates"]))
-    most = 2 / (3 * (model["layers"] + 1))  # of hops, which are all that grows with the ranks
+    most = 2 / (3 * (model["layers"] + 1))  # the gates' share of the hops, the only cost that grows with the ranks
     tokens = math.floor(8 * model["gates"] / (0.01 * 4 * 2 * LLAMA["width"] * model["layers"]))
     rows = [
         (

@@ -1,10 +1,11 @@
-"""``python -m benchmarks.steps``: what a training step launches, dense and with gates, on the recording driver.
+"""``python -m benchmarks.steps``: counts what a training step launches, dense and with gates, on the recording driver.
 
-Kernels of ours are launched by Triton on a driver that logs and runs nothing; operators of torch are counted in the
-profiler's tree: those that have a kernel, not what is composed of them, nor views. That is done on CPU tensors, so one
-operator counts once, however many kernels cuDNN or cuBLAS make of it; dense and gated models are counted alike. What
-waits for a GPU (``item`` and its kin) and what allocates by value (``nonzero`` and its kin) is listed. Writes
-benchmarks/results/emulated/steps.json; docs/emulated.md shows it.
+dampr's kernels are launched by Triton on a driver that logs them and runs nothing. torch's operators are counted in the
+profiler's tree, those that have a kernel, but neither operators composed of others nor views. All of it is counted on
+CPU tensors: one operator counts once, however many kernels cuDNN or cuBLAS would launch for it, in dense and gated
+models alike. Operators that wait for a GPU (``item`` and the like), and operators whose output size depends on values
+(``nonzero`` and the like), are listed separately. Writes benchmarks/results/emulated/steps.json, which docs/emulated.md
+shows.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ BY_VALUE = {
     "aten::unique_dim",
     "aten::bincount",
 }
-# Views, sizes and memory: no kernel.
+# Operators that launch no kernel: views, sizes, memory.
 _FREE = (
     "view", "_unsafe_view", "as_strided", "t", "transpose", "permute", "expand", "expand_as", "slice", "select",
     "unsqueeze", "squeeze",
@@ -54,8 +55,8 @@ Step = Callable[[nn.Module], torch.Tensor]
 
 
 def count(model: nn.Module, loss_of: Step, capability: int = 90, bank: dampr.GateBank | None = None) -> dict[str, Any]:
-    """Launches of one step after one that warms up: draws, forward, penalty, backward; not the optimizer's,
-    which has fused ways.
+    """What one step launches, after another one as a warm-up: gate draws, forward, penalty and backward. The optimizer
+    is left out, as it has fused variants.
     """
     gated = any(isinstance(module, dampr.gates.Gate) for module in model.modules())
 
@@ -84,26 +85,30 @@ def count(model: nn.Module, loss_of: Step, capability: int = 90, bank: dampr.Gat
 
 @functools.cache
 def has_kernel(name: str) -> bool:
-    """Whether an operator is computed by a kernel of its own, on the device and with what it calls there for itself."""
-    if name in ("aten::convolution", "aten::convolution_backward"):  # which choose a library
+    """Whether an operator counts as one with a kernel of its own; what it calls in turn is then not counted."""
+    if name in ("aten::convolution", "aten::convolution_backward"):  # these choose a library
         return True
     overloads = (full for full in torch._C._dispatch_get_all_op_names() if full.split(".")[0] == name)
     return any(torch._C._dispatch_has_kernel_for_dispatch_key(full, "CPU") for full in overloads)
 
 
 def _computing(event: Any) -> Iterator[str]:
-    """Names of the operators in a tree of events that compute: the outermost with a kernel, or leaves."""
+    """The names of the operators that compute something in a tree of events: the outermost ones with a kernel, and
+    leaves.
+    """
     name, within = event.name, [name for child in event.cpu_children for name in _computing(child)]
     counts = name.startswith("aten::") and name not in FREE and (has_kernel(name) or not within)
     yield from [name] if counts else within
 
 
 def _images(size: int, classes: int) -> tuple[torch.Tensor, Step]:
+    """(a batch of random images, the loss of a model on them)."""
     x, y = torch.randn(2, 3, size, size), torch.randint(classes, (2,))
     return x, lambda model: nn.functional.cross_entropy(model(x), y)
 
 
 def _resnet50() -> tuple[nn.Module, Any, Step]:
+    """(network, example inputs, loss), as all of :data:`MODELS`."""
     return networks.resnet50(), *_images(64, 1000)
 
 
@@ -112,7 +117,7 @@ def _vgg16() -> tuple[nn.Module, Any, Step]:
 
 
 def _bert() -> tuple[nn.Module, Any, Step]:
-    """12 layers of 12 heads at a third of the width, which the number of launches does not depend on."""
+    """BERT of 12 layers with 12 heads, at a third of the width, on which the number of launches does not depend."""
     from transformers import BertConfig, BertForSequenceClassification
 
     config = BertConfig(

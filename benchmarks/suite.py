@@ -1,6 +1,4 @@
-"""The registry of cases: what `python -m benchmarks.run` times on the CPU and on a GPU,
-in stages of a few minutes each.
-"""
+"""The linear cases that ``python -m benchmarks.run`` times, by device and stage; a stage takes a few minutes."""
 
 from __future__ import annotations
 
@@ -10,10 +8,12 @@ Shape = tuple[int, int, int]
 
 
 def _vectors(*shapes: Shape) -> list[Case]:
+    """Cases with gates on outputs and on inputs, per batch and per sample, of each shape (M, K, N)."""
     return [Case(shape, where, each) for shape in shapes for each in (False, True) for where in ("output", "input")]
 
 
 def _weights(*shapes: Shape) -> list[Case]:
+    """Cases with gates on single weights and on blocks of 16 x 16, of each shape (M, K, N)."""
     return [Case(shape, granularity) for shape in shapes for granularity in ("weight", (16, 16))]
 
 

@@ -1,8 +1,8 @@
-"""``python -m benchmarks.tables``: write the tables of README.md and docs from the results files; none is typed by
-hand.
+"""``python -m benchmarks.tables``: writes the tables of README.md and docs from results files, so that no number is
+typed by hand.
 
-A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``; NAME is a file under benchmarks/results without
-its ending, or one of :data:`EXAMPLES`, made of the files in examples/results, of emulated runs and of counts.
+A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``. NAME is a file under benchmarks/results without
+its ending, or one of :data:`EXAMPLES`, whose tables are made from files in examples/results, emulated runs and counts.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ PLACE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def render(name: str, document: Path) -> str:
-    """The table of one results file and, below it, where its numbers come from."""
+    """The table of one results file and, below it, where its numbers come from. ``document`` is the file that the table
+    goes into.
+    """
     if name in EXAMPLES:
         return EXAMPLES[name]()
     path = next(
@@ -46,10 +48,13 @@ def render(name: str, document: Path) -> str:
     up = "../" * (len(document.relative_to(ROOT).parts) - 1)
     run = f"{records.device_of(where)}, torch {where['torch']}, {where['date'][:10]}, commit {where['commit']}"
     source = f"[{path.name}]({up}{path.relative_to(ROOT)}): {run}."
-    return f"{_table(lines)} {source}\n"
+    table = _table(lines)
+    gap = "" if table.endswith("\n") else " "
+    return f"{table}{gap}{source}\n"
 
 
 def _table(lines: list[dict[str, Any]]) -> str:
+    """The table of a results file, of whichever kind its first line shows it to be."""
     head, *points = lines
     if "models" in head:
         found = demo.Report.from_dict(head)
@@ -85,7 +90,7 @@ def _table(lines: list[dict[str, Any]]) -> str:
 
 
 def _plan_parts(found: dict[str, Any]) -> str:
-    """A run of a plan: what is left and how good it is at the end of each part."""
+    """The table of a plan's run: what is left, and the accuracy, at the end of each part."""
     rows, plan = found["rows"], found["report"]
     cells = []
     for name, first, last in (
@@ -111,6 +116,7 @@ def _plan_parts(found: dict[str, Any]) -> str:
 
 
 def _plan_families(found: dict[str, Any]) -> str:
+    """The table of plans by importance and by learned gates of each family."""
     runs: dict[str, list[dict[str, Any]]] = {}
     for run in found["runs"]:
         runs.setdefault(run["way"], []).append(run)
@@ -134,7 +140,7 @@ def _plan_families(found: dict[str, Any]) -> str:
 
 
 def _kernels(rows: list[dict[str, Any]]) -> str:
-    """Kernels of ours that were predicted, and the vendor's products of the same step."""
+    """The table of kernels that were predicted, with the vendor's matrix products of the same step."""
     cells = []
     for job in dict.fromkeys(row["job"] for row in rows):
         mine = [row for row in rows if row["job"] == job]
@@ -160,7 +166,7 @@ VENDORS = ("nvjet", "cutlass", "sm90_xmma")
 
 
 def _side_by_side(points: list[linear.Point], verified: bool) -> str:
-    """Many cases, a row each: the dense layer in milliseconds, the others relative to it."""
+    """A table with a row for each of many cases: the dense layer in milliseconds, the others relative to it."""
     cases: dict[tuple[Any, str], dict[str, linear.Point]] = {}
     for p in points:
         cases.setdefault((p.shape, p.case), {})[p.provider] = p
@@ -189,8 +195,8 @@ COMPILED = "compiled unfused"
 
 
 def _against_compiled(points: list[linear.Point], verified: bool) -> str:
-    """How many cases dampr is faster in than what is compiled, by the intervals of the ratios;
-    each that it is slower in, by name.
+    """A sentence on how many cases dampr is faster, level or slower in than the compiled competitor, by the intervals
+    of the ratios; each slower case is named.
     """
     counts = []
     for provider in linear.RATED:
@@ -214,17 +220,20 @@ def _against_compiled(points: list[linear.Point], verified: bool) -> str:
 
 
 def _verified(row: dict[str, Any]) -> tuple[str, ...]:
+    """The cells of a row of verification results."""
     worst = row["worst"]
     found = ("", "") if worst is None else (f"{worst['error']:.1e}", f"{worst['bound']:.1e}")
     return row["op"], row["backend"], row["dtype"], str(row["cases"]), *found, "ok" if row["ok"] else "FAILED"
 
 
 def _example(name: str) -> dict[str, Any]:
+    """The results of an example script."""
     found: dict[str, Any] = json.loads((ROOT / "examples" / "results" / f"{name}.json").read_text())
     return found
 
 
 def _singles() -> str:
+    """The table of the examples that reproduce a published method."""
     rows = []
     for name in ("l0_lenet300", "l0_lenet5", "depl0_vgg", "diffprune_lenet5", "diffmask_filters"):
         r = _example(name)
@@ -257,6 +266,7 @@ def _link(name: str) -> str:
 
 
 def _dam_rank() -> str:
+    """The table of the ranks that discriminative masking found."""
     runs: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for r in _example("dam_rank")["runs"]:
         runs.setdefault((r["kernel"], r["true"]), []).append(r)
@@ -274,11 +284,13 @@ def _dam_rank() -> str:
 
 
 def _dam_autoencoder() -> str:
+    """The table of autoencoders with discriminative masking."""
     rows = [(f"{r['lam']:g}", f"{r['open']} / 50", f"{r['error']:.4f}") for r in _example("dam_autoencoder")["runs"]]
     return report.markdown(("lambda", "open codes", "test error"), rows) + "\n"
 
 
 def _compare() -> str:
+    """The table of the comparison of families."""
     runs: dict[str, list[dict[str, Any]]] = {}
     for r in _example("compare_families")["runs"]:
         runs.setdefault(r["family"], []).append(r)
@@ -299,6 +311,7 @@ def _compare() -> str:
 
 
 def _many() -> str:
+    """The table of the examples on several ranks."""
     rows = []
     for name in ("train_ddp", "train_fsdp", "train_tp"):
         found = _example(name)
@@ -312,6 +325,7 @@ STRUCTURES = ("lstm_language_model", "gru_digits", "transformer_digits", "dam_re
 
 
 def _structures() -> str:
+    """The table of the examples of other structures than images."""
     rows = []
     for name in STRUCTURES:
         r = _example(name)
@@ -337,6 +351,7 @@ EXAMPLES = {
     "scale-limits": scale.limits,
     "scale-tokens": scale.tokens,
     "predicted-kernels": predictions.kernels,
+    "predicted-tiles": predictions.tiles,
     "predicted-routes": predictions.routes,
 }
 

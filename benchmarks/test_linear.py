@@ -1,6 +1,6 @@
-"""pytest-benchmark cases of the linear layers on the CPU: ``make bench``.
+"""pytest-benchmark cases of the linear layers on the CPU, run by ``make bench``.
 
-Each group holds a gated layer next to its competitors.
+Each group has a gated layer and its competitors.
 """
 
 import pytest

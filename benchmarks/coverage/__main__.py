@@ -23,8 +23,8 @@ LIMIT = 300  # seconds for a network
 
 
 def fetch() -> None:
-    """Put the libraries of models into a folder of their own, without their dependencies:
-    these would bring another torch.
+    """Install the model libraries into a folder of their own, without their dependencies, which would bring another
+    torch.
     """
     PACKAGES.mkdir(parents=True, exist_ok=True)
     subprocess.run(
@@ -33,14 +33,14 @@ def fetch() -> None:
 
 
 def results() -> dict[tuple[str, str], dict[str, Any]]:
-    """The rows that there are; of several of one network the last."""
+    """The rows of the results file; the last one where a network has several."""
     lines = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
     return {(line["library"], line["name"]): line for line in lines}
 
 
 def run(wanted: list[tuple[str, str]], again: bool, residual: bool) -> None:
-    """Measure what is missing, each in a process that may take :data:`LIMIT` seconds;
-    ``residual``: with ``convert(residual=True)``.
+    """Measure the networks without a result, each in a process that may take :data:`LIMIT` seconds. With ``residual``,
+    the result of ``convert(residual=True)`` is added to a network's row.
     """
     for library, name in wanted:
         had = results().get((library, name), {})
@@ -72,16 +72,16 @@ def run(wanted: list[tuple[str, str]], again: bool, residual: bool) -> None:
 
 
 def one(library: str, name: str, residual: bool) -> None:
-    """Measure one network here and print its row."""
+    """Measure one network in this process and print its row."""
     sys.path.insert(0, str(PACKAGES))
     os.environ["HF_HUB_OFFLINE"] = "1"
-    if library != "by hand":  # transformers takes torchvision along where it is
+    if library != "by hand":  # transformers imports torchvision if it is installed
         operators.register()
     print(json.dumps((measure.with_residual if residual else measure.row)(library, name)))
 
 
 def page() -> str:
-    """docs/coverage.md."""
+    """The text of docs/coverage.md."""
     rows = list(results().values())
     good = [row for row in rows if "error" not in row]
     enough = [row for row in good if row["prunable"] >= measure.SHARE]
@@ -141,6 +141,7 @@ Half of every width is closed, and the masked model is compared with the compact
 
 
 def _line(row: dict[str, Any]) -> str:
+    """A network's row of the table."""
     name = f"{row['library']} {row['name']}"
     beside = row.get("torch_pruning", "")
     beside = f"{beside:.1%}" if isinstance(beside, float) else "no result"
@@ -162,6 +163,7 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def _faults(rows: list[dict[str, Any]]) -> str:
+    """The lists of networks without a result, with the errors."""
     lines = [f"- {row['library']} {row['name']}: `{row['error']}`\n" for row in rows if "error" in row]
     beside = [
         f"- {r['library']} {r['name']}: `{r['torch_pruning']}`\n"

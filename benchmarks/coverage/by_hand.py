@@ -1,4 +1,4 @@
-"""Networks as people write them: what no library names."""
+"""Networks as people write them by hand, of kinds that no library names."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 
 def conv(read: int, written: int, size: int = 3, stride: int = 1) -> nn.Sequential:
+    """A convolution without bias, a batch norm and SiLU."""
     layer = nn.Conv2d(read, written, size, stride, size // 2, bias=False)
     return nn.Sequential(layer, nn.BatchNorm2d(written), nn.SiLU())
 
 
 class UNet(nn.Module):
-    """Transposed convolutions and GroupNorm."""
+    """A U-Net with transposed convolutions and GroupNorm."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,7 +39,9 @@ class UNet(nn.Module):
 
 
 class C2f(nn.Module):
-    """Halves of a width, one of which goes through blocks, all of them read at the end."""
+    """YOLOv8's block: the width is split in halves, one goes through a chain of blocks, and all results are read at the
+    end.
+    """
 
     def __init__(self, read: int, written: int, count: int = 2) -> None:
         super().__init__()
@@ -54,7 +57,7 @@ class C2f(nn.Module):
 
 
 class Yolo(nn.Module):
-    """Two scales, a top-down path, a head on each."""
+    """Features at two scales with a top-down path, and a detection head on each."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,7 +73,7 @@ class Yolo(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """nanoGPT's: query, key and value of one matrix, split by the width."""
+    """nanoGPT's attention: query, key and value come from one matrix and are split by the width."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -86,6 +89,8 @@ class SelfAttention(nn.Module):
 
 
 class NanoGPT(nn.Module):
+    """A decoder of two layers whose head shares its weight with the word embedding."""
+
     def __init__(self, width: int = 32) -> None:
         super().__init__()
         self.words, self.places = nn.Embedding(50, width), nn.Embedding(16, width)
@@ -106,7 +111,7 @@ class NanoGPT(nn.Module):
 
 
 class CBAM(nn.Module):
-    """Factors for channels from their means and maxima, and for places from means and maxima over channels."""
+    """Attention over channels, from their means and maxima, then over places, from means and maxima over channels."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -125,6 +130,8 @@ class CBAM(nn.Module):
 
 
 class AttentionPooling(nn.Module):
+    """A weighted mean over positions, with weights from a softmax over scores."""
+
     def __init__(self) -> None:
         super().__init__()
         self.first, self.score, self.second, self.head = (
@@ -141,7 +148,7 @@ class AttentionPooling(nn.Module):
 
 
 class Experts(nn.Module):
-    """A mixture of two, by a soft choice."""
+    """A mixture of two experts with soft weights."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -155,6 +162,8 @@ class Experts(nn.Module):
 
 
 class Siamese(nn.Module):
+    """Two inputs through the same trunk, then compared."""
+
     def __init__(self) -> None:
         super().__init__()
         self.trunk = nn.Sequential(
@@ -168,6 +177,8 @@ class Siamese(nn.Module):
 
 
 class SuperResolution(nn.Module):
+    """Pixel shuffles, each of which turns four channels into one of twice the height and width."""
+
     def __init__(self) -> None:
         super().__init__()
         self.first, self.middle, self.wide = (
@@ -203,7 +214,7 @@ class TCN(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Of a GAN, with spectral norms."""
+    """A GAN's discriminator with spectral norms."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -220,7 +231,7 @@ class Discriminator(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """An LSTM that hands out its state."""
+    """An LSTM whose final state is returned besides the logits."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -233,7 +244,7 @@ class LanguageModel(nn.Module):
 
 
 class TiedAutoencoder(nn.Module):
-    """The decoder reads the encoder's weights, transposed."""
+    """A decoder that uses the encoder's weights, transposed."""
 
     def __init__(self) -> None:
         super().__init__()

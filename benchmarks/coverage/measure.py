@@ -1,5 +1,5 @@
-"""What one network gives: how much of it can go, whether what is left computes the same,
-and Torch-Pruning at half of every width.
+"""Measures one network: how much of it can be pruned, whether the compacted model computes the same, and what
+Torch-Pruning leaves at half of every width.
 """
 
 from __future__ import annotations
@@ -23,11 +23,13 @@ from dampr.prune.measure import count_macs
 from . import networks
 
 PATIENCE = 20  # seconds of CPU time for Torch-Pruning, which goes in circles around some networks
-SHARE = 0.3  # of the multiply-accumulates, that is to be prunable
+SHARE = 0.3  # the share of the multiply-accumulates that should be prunable
 
 
 def row(library: str, name: str) -> dict[str, Any]:
-    """A line of the results. What raises is put down under "error", with all that was measured before."""
+    """The row of a network for the results file. An exception is put under "error", with everything measured
+    before it.
+    """
     found: dict[str, Any] = {"library": library, "name": name}
     model, x = networks.build(library, name)
     try:
@@ -44,9 +46,7 @@ def row(library: str, name: str) -> dict[str, Any]:
 
 
 def with_residual(library: str, name: str) -> dict[str, Any]:
-    """What goes into a line of the results under "residual": the same with ``convert(residual=True)``,
-    or why there is nothing.
-    """
+    """The entry "residual" of a network's row: the same measurements with ``convert(residual=True)``, or the error."""
     model, x = networks.build(library, name)
     found: dict[str, Any] = {}
     try:
@@ -59,6 +59,9 @@ def with_residual(library: str, name: str) -> dict[str, Any]:
 
 
 def _of_dampr(model: nn.Module, x: Any, found: dict[str, Any], residual: bool = False) -> dict[str, Any]:
+    """Measure a network with dampr. Values go into ``found`` one by one, so that they are kept if something raises
+    later.
+    """
     before = inputs.evaluate(model, x)
     found["forward_s"] = _seconds(lambda: inputs.evaluate(model, x), 3)
     start = time.process_time()
@@ -84,14 +87,14 @@ def _of_dampr(model: nn.Module, x: Any, found: dict[str, Any], residual: bool = 
     fresh = _fresh(x)
     found["float32"] = _relative(inputs.evaluate(model, fresh), inputs.evaluate(small, fresh))
     wide, fresh = copy.deepcopy(model).double(), _as_double(fresh)
-    narrow = dampr.compact(wide, example_inputs=_as_double(x))  # what is folded into biases is in double precision too
+    narrow = dampr.compact(wide, example_inputs=_as_double(x))  # constants are folded into biases in float64 too
     found["float64"] = _relative(inputs.evaluate(wide, fresh), inputs.evaluate(narrow, fresh))
     return found
 
 
 def _kept(cost: Cost, share: float) -> Tensor:
-    """The gates that stay: of each width this share, and one at least; the first ones,
-    which every family can leave open.
+    """A mask over all gates that keeps this share of each width, at least one gate. The first ones stay, which gates of
+    every family can leave open.
     """
     keep = torch.zeros(cost.structure.size, dtype=torch.bool)
     for rows in cost.structure.widths():
@@ -101,6 +104,7 @@ def _kept(cost: Cost, share: float) -> Tensor:
 
 
 def _seconds(call: Any, times: int) -> float:
+    """The mean CPU seconds of a call."""
     start = time.process_time()
     for _ in range(times):
         call()
@@ -108,7 +112,7 @@ def _seconds(call: Any, times: int) -> float:
 
 
 def _fresh(x: Any) -> Any:
-    """Other inputs of the same kind: numbers drawn anew, words moved by one place."""
+    """Other inputs of the same kind: floats drawn anew, integers (words) moved by one position."""
     generator = torch.Generator().manual_seed(7)
 
     def draw(t: Any) -> Any:
@@ -120,17 +124,19 @@ def _fresh(x: Any) -> Any:
 
 
 def _as_double(x: Any) -> Any:
+    """The inputs with floats in float64."""
     return pytree.tree_map(lambda t: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t, x)
 
 
 def _equal(a: list[Tensor], b: list[Tensor]) -> bool:
+    """Whether all tensors are equal, where NaN equals NaN."""
     return len(a) == len(b) and all(
         torch.equal(s, t) or bool(((s == t) | (s != s) & (t != t)).all()) for s, t in zip(a, b, strict=True)
     )
 
 
 def _relative(a: list[Tensor], b: list[Tensor]) -> float | str:
-    """The largest difference over the largest value."""
+    """The largest difference divided by the largest value; "other shapes" if the shapes differ."""
     if [t.shape for t in a] != [t.shape for t in b]:
         return "other shapes"
     gap = inputs.gap(a, b) / max(inputs.size(a), 1e-30)
@@ -138,8 +144,8 @@ def _relative(a: list[Tensor], b: list[Tensor]) -> float | str:
 
 
 def torch_pruning_left(model: nn.Module, x: Any) -> float | str:
-    """The share of multiply-accumulates that Torch-Pruning leaves at half of every width, by magnitude;
-    or why it has no result.
+    """The share of the MACs that Torch-Pruning leaves when it removes half of every width by magnitude, or why it has
+    no result.
     """
     import torch_pruning
 

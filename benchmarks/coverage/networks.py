@@ -1,4 +1,6 @@
-"""The networks: (library, name) -> a function that builds one with random weights, and its inputs."""
+"""The networks that are measured: for each (library, name) a function that builds one with random weights, and
+inputs.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,7 @@ nf_resnet26 repvgg_a0 hgnetv2_b0 starnet_s050 convnext_atto poolformer_s12 vit_t
 cait_xxs24_224 beit_base_patch16_224 swin_tiny_patch4_window7_224 twins_svt_small pvt_v2_b0 xcit_nano_12_p16_224
 volo_d1_224 mixer_s32_224 gmlp_ti16_224 mobilevit_xxs edgenext_xx_small
 """.split()  # noqa: SIM905
-_FIXED_SIZE = ("224", "vit", "pvt", "twins", "hybrid", "edgenext")  # of the image; the others take 64 x 64
+_FIXED_SIZE = ("224", "vit", "pvt", "twins", "hybrid", "edgenext")  # need images of 224 x 224; others take 64 x 64
 
 TORCHVISION = {
     "shufflenet_v2_x0_5": "models",
@@ -67,7 +69,7 @@ TRANSFORMERS: dict[str, tuple[str, str, dict[str, Any]]] = {
         "T5Model",
         {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "vocab_size": 99},
     ),
-    # numbers that are as large as each other: inner width, buckets, heads and their length
+    # Several sizes have equal values, such as inner width and buckets (32), which a tracer could confuse.
     "longt5": (
         "LongT5Config",
         "LongT5Model",
@@ -89,7 +91,7 @@ TRANSFORMERS: dict[str, tuple[str, str, dict[str, Any]]] = {
         {"text_config": _DECODER, "vision_config": _SIZES | _IMAGE, "projection_dim": 16},
     ),
     "vit": ("ViTConfig", "ViTModel", _SIZES | _IMAGE),
-    # draws the patches that it leaves out, in evaluation mode too
+    # This one draws which patches to leave out, in evaluation mode too.
     "vit_mae": (
         "ViTMAEConfig",
         "ViTMAEModel",
@@ -154,17 +156,18 @@ def names() -> list[tuple[str, str]]:
 
 
 def build(library: str, name: str) -> Made:
-    """A fresh network in evaluation mode, and its inputs. ImportError without the library."""
+    """A fresh network in evaluation mode, and its inputs. Raises ImportError without the library."""
     torch.manual_seed(0)
     model, x = _BUILDERS[library](name)
     return model.eval(), x
 
 
 def shaken(model: nn.Module) -> nn.Module:
-    """Constants in the parameters drawn anew (fresh norms, zero gains of residual branches) and statistics, as training
-    leaves none.
+    """``model`` with other constants: parameters whose elements are all equal, and batch norm statistics, are drawn
+    anew.
 
-    In place, but for gates: what hides behind a fresh norm when a network is converted is there now.
+    Fresh networks have norms with weight 1 and bias 0, and zero gains on residual branches, which training would not
+    leave so and behind which errors could hide. Changes ``model`` in place, except for its gates.
     """
     generator = torch.Generator().manual_seed(3)
     gates = {id(p) for gate in gates_of(model) for p in gate.parameters()}

@@ -1,4 +1,4 @@
-"""Names of operators that torchvision registers beside a torch of its own build, and that nothing here calls."""
+"""Registers the operators that torchvision expects of a torch built with it. Nothing here calls them."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _SCHEMAS = (
     "_ps_roi_pool_backward(Tensor a) -> Tensor",
     "_deform_conv2d_backward(Tensor a) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-_LIBRARIES: list[torch.library.Library] = []  # operators live as long as these
+_LIBRARIES: list[torch.library.Library] = []  # the operators exist as long as these objects
 
 
 def register() -> None:
-    """Define them, so that torchvision can be imported beside a torch without CUDA."""
+    """Define the operators, so that torchvision can be imported beside a torch without CUDA."""
     if not _LIBRARIES:
         _LIBRARIES.append(torch.library.Library("torchvision", "DEF"))
         for schema in _SCHEMAS:

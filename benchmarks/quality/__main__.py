@@ -75,6 +75,8 @@ def _add_filters(parser: argparse.ArgumentParser) -> None:
 
 
 def _filter(args: argparse.Namespace) -> Callable[[Run], bool]:
+    """Whether a run passes the filters of the command line, as a function of the run."""
+
     def keep(found: Run) -> bool:
         pairs = (
             (args.task, found.task),
@@ -118,6 +120,7 @@ def _table(args: argparse.Namespace) -> None:
 
 
 def _tune(args: argparse.Namespace) -> None:
+    """Print the validation accuracy of the dense network at each learning rate, after a third of the steps."""
     images = data.load(TASKS[args.task].data, args.root)
     for lr in args.lr:
         task = dataclasses.replace(TASKS[args.task], lr=lr)
@@ -129,6 +132,7 @@ def _tune(args: argparse.Namespace) -> None:
 
 
 def _forget(args: argparse.Namespace) -> None:
+    """Drop the records of the runs that pass the filters. Exits if no filter is given."""
     if not (args.task or args.share or args.method or args.comparison):
         raise SystemExit("forget: give --task, --share, --method or --comparison")
     print(f"{results.forget(filter(_filter(args), results.read()))} records dropped")

@@ -1,8 +1,8 @@
-"""Published points on full MNIST, reproduced: ``python -m benchmarks.quality.anchors``; one JSON line a run, done ones
-are skipped.
+"""Reproduces published points on full MNIST: ``python -m benchmarks.quality.anchors``. Each run is one JSON line; runs
+that are done are skipped.
 
-Every run is one plan with the defaults, Adam at 2e-3 with half a cosine and batches of 64, images shifted by up to two
-pixels. Only what is published is the target: which parameters are left at which error.
+Every run is one plan with the defaults, Adam at 2e-3 with half a cosine, batches of 64, and images shifted by up to two
+pixels. Only the published result is taken over as a target: the share of the parameters that is left and the error.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ LR, BATCH = 2e-3, 64
 
 
 class Anchor(NamedTuple):
-    """A published point: at most ``error`` with at most ``params`` of the parameters, by whom;
-    and how it is run here.
+    """A published point, "at most ``error`` with at most ``params`` of the parameters", its source, and how it is run
+    here.
     """
 
     name: str
@@ -69,7 +69,9 @@ def mlp() -> nn.Module:
 
 
 def shifted(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Each image shifted by up to two pixels over a border of zeros; no mirror images, for digits have none."""
+    """Each image shifted by up to two pixels over a border of zeros. Images are not mirrored, as digits have no mirror
+    images.
+    """
     n, _, height, width = x.shape
     rows = torch.randint(0, 5, (n, 1), generator=generator) + torch.arange(height)
     columns = torch.randint(0, 5, (n, 1), generator=generator) + torch.arange(width)
@@ -78,7 +80,7 @@ def shifted(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 
 def execute(anchor: Anchor, seed: int, images: data.Data) -> dict[str, Any]:
-    """Train, prune and judge; choices are the defaults, so the test images decide nothing."""
+    """Train, prune and test. All choices are defaults, so that test images decide nothing."""
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     model = networks.lenet5((20, 50, 500)) if anchor.name.startswith("lenet5") else mlp()
@@ -114,7 +116,7 @@ def execute(anchor: Anchor, seed: int, images: data.Data) -> dict[str, Any]:
 
 
 def done() -> dict[tuple[str, int], dict[str, Any]]:
-    """Records by anchor and seed."""
+    """The records by anchor and seed."""
     lines = PATH.read_text().splitlines() if PATH.exists() else []
     return {(record["anchor"], record["seed"]): record for record in map(json.loads, lines)}
 

@@ -1,4 +1,6 @@
-"""docs/plots/quality.png: test accuracy against the share of the multiply-accumulates, a panel for each task."""
+"""Draws docs/plots/quality.png: test accuracy against the share of the multiply-accumulates left, in a panel for each
+task.
+"""
 
 from __future__ import annotations
 
@@ -40,8 +42,8 @@ STYLES = {
 
 
 def draw(found: Results) -> Figure:
-    """The runs at equal steps: lines through the means, a small mark for each seed,
-    the dense network as a dotted line.
+    """The chart of the runs at equal steps: lines through the means, a small mark for each seed, the dense network as a
+    dotted line.
     """
     begun = [task for task in TASKS.values() if any(run.task == task.name for run in found)]
     columns = max(3, len(begun) // 2 + 1)  # one place more than tasks, for the legend
@@ -56,6 +58,7 @@ def draw(found: Results) -> Figure:
 
 
 def _draw_task(ax: Axes, found: Results, task: Task) -> None:
+    """Draw one task's panel."""
     dense = found.of(task.name, 1.0, "dense", "steps")
     if dense:
         ax.axhline(100 * results.over_seeds(dense), color="0.5", linestyle=":", label=TITLES["dense"])
@@ -84,10 +87,11 @@ def _draw_task(ax: Axes, found: Results, task: Task) -> None:
 
 
 def write(path: Path = CHART, found: Results | None = None) -> None:
+    """Draw the chart and write it as a PNG."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure = draw(results.read() if found is None else found)
     figure.savefig(path, dpi=90)
-    with Image.open(path) as image:  # 64 colours do, in a quarter of the bytes
+    with Image.open(path) as image:  # 64 colours are enough and need a quarter of the bytes
         small = image.convert("RGB").quantize(64)
     small.save(path, optimize=True)
     plt.close(figure)

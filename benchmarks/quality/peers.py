@@ -1,5 +1,5 @@
-"""Torch-Pruning's pruners, cut to the same multiply-accumulates: a unit at a time, with the floor that dampr has,
-too.
+"""Torch-Pruning's pruners, made to cut to the same multiply-accumulates as dampr: unit by unit, and with dampr's lower
+limit for each layer.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ IMPORTANCE: dict[str, Any] = {
 
 
 class TorchPruning(Cut):
-    """One pruner of Torch-Pruning 1.6.1; those with a regulariser train with it up to the last cut."""
+    """One pruner of Torch-Pruning 1.6.1. A pruner with a regulariser trains with it up to the last cut."""
 
     def __init__(self, setup: Setup, kind: str) -> None:
         self.kind, self.number = kind, PEER_SETTINGS.index(setup.setting)
@@ -56,7 +56,9 @@ class TorchPruning(Cut):
             self.regularizer.regularize(self.model)
 
     def cut(self, share: float) -> nn.Module:
-        """The result nearest below the target of a few attempts; those thrown away do not count as training time."""
+        """The model nearest below the target out of a few attempts. Attempts that are thrown away do not count as
+        training time.
+        """
         if self.kind == "tp_taylor":
             self._gather_gradients()
         goal, found = share * self.dense_macs, []
@@ -73,13 +75,14 @@ class TorchPruning(Cut):
         return model
 
     def _gather_gradients(self) -> None:
+        """Sum the gradients of a few batches, which the Taylor scores need."""
         self.model.zero_grad()
         for x, y in self.some_batches():
             F.cross_entropy(self.model(x), y).backward()
 
     def _attempt(self, goal: float, fineness: int) -> tuple[int, nn.Module]:
-        """(cost, model) of a copy of the model that is pruned until it is no dearer than the goal,
-        and hardly cheaper where that can be.
+        """(cost, model) of a copy that is pruned until its cost is at most ``goal``, and barely below it if
+        possible.
         """
         model, left = _copy(self.model), count_macs(self.model, self.setup.task.example())
         barred: set[str] = set()
@@ -105,11 +108,12 @@ class TorchPruning(Cut):
         barred: set[str],
         cheaper: list[tuple[int, nn.Module]],
     ) -> tuple[nn.Module, int]:
-        """Prune in small steps, group by group, down to the goal; or to where a group would go too far, which is barred
-        from then on.
+        """Prune group by group, in small steps, down to the goal. A group whose removal would go too far below the goal
+        is undone and added to ``barred``, and the model before it is returned.
 
-        A group is left alone where it is at its floor. (Torch-Pruning's own, max_pruning_ratio, ends global pruning
-        early: what is at its floor is taken out of the ranking, but not out of the number that has to stay.)
+        A group at its lower limit is left alone. (Torch-Pruning's own option for this, max_pruning_ratio, ends global
+        pruning too early: groups at their limit are taken out of the ranking, but not out of the number that has to
+        stay.)
         """
         pruner, names = self._pruner(model, fineness), {module: name for name, module in model.named_modules()}
         for _ in range(fineness):
@@ -130,8 +134,9 @@ class TorchPruning(Cut):
         return model, left
 
     def _pruner(self, model: nn.Module, steps: int) -> Any:
+        """A new pruner for ``model`` that would remove everything in ``steps`` steps."""
         options: dict[str, Any] = {"reg": PENALTIES[self.kind][self.number]} if self.kind in PENALTIES else {}
-        # each keeps as many channels
+        # Each head keeps equally many channels.
         heads = {m: m.num_heads for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -150,13 +155,14 @@ class TorchPruning(Cut):
 
 
 def _widths(model: nn.Module) -> dict[str, int]:
+    """The output width of each convolution and linear layer, by name."""
     return {
         name: layer.weight.shape[0] for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d | nn.Linear)
     }
 
 
 def _copy(model: nn.Module) -> nn.Module:
-    """With its gradients, which a deep copy leaves out."""
+    """A copy of the model with its gradients, which a deep copy leaves out."""
     copied = copy.deepcopy(model)
     for mine, theirs in zip(copied.parameters(), model.parameters(), strict=True):
         mine.grad = None if theirs.grad is None else theirs.grad.clone()

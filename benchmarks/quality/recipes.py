@@ -1,7 +1,7 @@
-"""The plan's settings, tried on validation images alone: ``python -m benchmarks.quality.recipes vgg 0.1 --steps 1000``.
+"""Tries settings of the plan on validation images alone: ``python -m benchmarks.quality.recipes vgg 0.1 --steps 1000``.
 
-One JSON line a run under ``benchmarks/results/quality/recipes.jsonl``; the defaults of :class:`dampr.Plan` were chosen
-by these.
+Each run is one JSON line in ``benchmarks/results/quality/recipes.jsonl``. The defaults of :class:`dampr.Plan` were
+chosen by these runs.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ VARIANTS: dict[str, dict[str, Any] | None] = {
 
 
 def execute(task_name: str, share: float, steps: int, seed: int, variant: str, root: Path) -> dict[str, Any]:
-    """Validation accuracy of a variant; no test image is looked at."""
+    """The record of a run of a variant, with its validation accuracy; test images are not used."""
     task = TASKS[task_name]
     images = data.load(task.data, root)
     torch.set_num_threads(1)
@@ -67,6 +67,7 @@ def execute(task_name: str, share: float, steps: int, seed: int, variant: str, r
 
 
 def read() -> list[dict[str, Any]]:
+    """All records."""
     return [json.loads(line) for line in PATH.read_text().splitlines()] if PATH.exists() else []
 
 

@@ -1,4 +1,6 @@
-"""Runs as lines of JSON: which are done, which are missing, in which order, and what the validation split chooses."""
+"""Records of runs, as lines of JSON: reading and writing them, which runs are missing, in which order to do them, and
+which setting the validation data chooses.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,7 @@ Record = dict[str, Any]
 
 
 class Run(NamedTuple):
-    """What tells a run from the others; its record has these and what was measured."""
+    """The key of a run. A record has these fields and what was measured."""
 
     task: str
     share: float
@@ -41,14 +43,15 @@ class Run(NamedTuple):
 
 
 def key(record: Record) -> Run:
+    """The run that a record is of."""
     return Run(**{name: record[name] for name in Run._fields})
 
 
 class Results(dict[Run, Record]):
-    """Every record by its run."""
+    """The records by run."""
 
     def of(self, task: str, share: float, method: str, comparison: str, setting: str | None = None) -> list[Record]:
-        """Those of one method, by seed."""
+        """The records of one method, by seed."""
         wanted = (task, share, method, comparison)
         found = [
             r
@@ -59,7 +62,7 @@ class Results(dict[Run, Record]):
 
 
 def records_in(folder: Path) -> Iterator[Record]:
-    """Every whole line of every file; one that a crash cut short is left out."""
+    """The records of every file of a folder; a line that a crash cut short is skipped."""
     for path in sorted(folder.glob("*.jsonl")):
         for line in path.read_text().splitlines():
             with contextlib.suppress(json.JSONDecodeError):
@@ -67,7 +70,7 @@ def records_in(folder: Path) -> Iterator[Record]:
 
 
 def read(folder: Path = RESULTS) -> Results:
-    """The records of runs; of several of one run the last."""
+    """The records by run; the last one where a run has several."""
     found = Results()
     for record in records_in(folder):
         if "comparison" in record:
@@ -76,7 +79,9 @@ def read(folder: Path = RESULTS) -> Results:
 
 
 def append(record: Record, folder: Path = RESULTS) -> None:
-    """One line more, on the disk when this returns. Starts a new line where a crash left part of one."""
+    """Append a record to its task's file. The line is on the disk when this returns. If a crash left part of a line, a
+    new line is started.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{record['task']}.jsonl"
     cut_short = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
@@ -87,7 +92,7 @@ def append(record: Record, folder: Path = RESULTS) -> None:
 
 
 def forget(runs: Iterable[Run], folder: Path = RESULTS) -> int:
-    """Drop the records of these runs, so that they are run again; returns how many there were."""
+    """Drop the records of these runs, so that they are run again. Returns how many records there were."""
     dropped, found = set(runs), read(folder)
     for task in {run.task for run in dropped}:
         write_jsonl(
@@ -97,7 +102,7 @@ def forget(runs: Iterable[Run], folder: Path = RESULTS) -> int:
 
 
 def chosen_setting(results: Results, task: str, share: float, method: str) -> str | None:
-    """The setting of best validation accuracy at :data:`SEARCH_SEED`; None until all have been run.
+    """The setting with the best validation accuracy at :data:`SEARCH_SEED`, or None until all settings have been run.
 
     Test accuracy is not looked at.
     """
@@ -111,10 +116,10 @@ def chosen_setting(results: Results, task: str, share: float, method: str) -> st
 
 
 def wanted(results: Results, seeds: Sequence[int], tasks: Iterable[Task] | None = None) -> list[Run]:
-    """All runs of these seeds that can be told already, in the order in which they are worth doing.
+    """All runs of these seeds that are known to be needed so far, in the order in which they should be done.
 
-    Broad first: of each seed narrow and plan of every task, then the other methods, then the comparisons at equal time.
-    Runs that wait for the choice of a setting, or for the time of the plan, are not among them yet.
+    For each seed, narrow and plan of every task come first, then the other methods, then comparisons at equal time.
+    Runs that depend on a setting not chosen yet, or on the time of a plan not run yet, are left out.
     """
     runs = [run for task in tasks or TASKS.values() for seed in seeds for run in _of_task(results, task, seed)]
     order = list(TASKS)
@@ -129,6 +134,7 @@ def _of_task(results: Results, task: Task, seed: int) -> Iterator[Run]:
 
 
 def _of_method(results: Results, task: Task, share: float, method: str, seed: int) -> Iterator[Run]:
+    """The runs of a method at a share and seed: every setting with the search seed, only the chosen one with others."""
     best = chosen_setting(results, task.name, share, method)
     for setting in settings(method):
         if seed == SEARCH_SEED or setting == best:
@@ -140,11 +146,12 @@ def _of_method(results: Results, task: Task, share: float, method: str, seed: in
 
 
 def plan_of(run: Run) -> Run:
-    """The run whose time a comparison at equal time is given."""
+    """The plan's run whose CPU time the other method gets in a comparison at equal time."""
     return run._replace(method="plan", setting="default", comparison="steps")
 
 
 def _rank(run: Run) -> int:
+    """The place of a run in the order of :func:`wanted`."""
     if run.method in ("narrow", "plan"):
         return 0 if run.comparison == "steps" else 2
     if run.comparison == "time":

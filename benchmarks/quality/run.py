@@ -1,4 +1,4 @@
-"""Do a run: build, train, prune, count, judge."""
+"""Does the runs: build, train, prune, count, test."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ _loaded = functools.lru_cache(maxsize=2)(data.load)
 
 
 def steps_of(run: Run, task: Task, found: Results) -> int:
-    """The task's steps or, at equal time, as many as fit in the plan's CPU seconds at the pace of the method's own
-    run of equal steps.
+    """The task's steps. At equal time: as many steps as fit into the plan's CPU seconds at the pace that the method had
+    in its own run of equal steps.
     """
     if run.comparison == "steps":
         return task.steps
@@ -35,7 +35,9 @@ def steps_of(run: Run, task: Task, found: Results) -> int:
 
 
 def execute(run: Run, task: Task, images: data.Data, steps: int) -> Record:
-    """The record of a run; on one thread, so that seconds of one run mean the same as those of another."""
+    """Do a run and return its record. Training uses one thread, so that the seconds of different runs can be
+    compared.
+    """
     torch.set_num_threads(1)
     torch.manual_seed(run.seed)
     batches = data.batches(images, task.batch, run.seed, task.augment)
@@ -58,7 +60,7 @@ def execute(run: Run, task: Task, images: data.Data, steps: int) -> Record:
 
 
 def missing(seeds: list[int], keep: Callable[[Run], bool], folder: Path = results.RESULTS) -> list[Run]:
-    """Runs that can be done now and are not done."""
+    """The runs that are not done and can be done now."""
     found = results.read(folder)
     return [run for run in results.wanted(found, seeds) if run not in found and keep(run)]
 
@@ -66,9 +68,9 @@ def missing(seeds: list[int], keep: Callable[[Run], bool], folder: Path = result
 def run_missing(
     seeds: list[int], keep: Callable[[Run], bool], hours: float, root: Path, folder: Path = results.RESULTS
 ) -> None:
-    """One run after the other until none is missing or the time is up: none is started that would not fit.
+    """Do the missing runs one after the other until none is left or the next would not end in time.
 
-    A failed one is not repeated.
+    A run that fails is reported and not repeated.
     """
     ends, longest, failed = time.monotonic() + 3600 * hours, 0.0, set[Run]()
     while todo := [run for run in missing(seeds, keep, folder) if run not in failed]:
@@ -90,6 +92,7 @@ def run_missing(
 
 
 def summary(record: Record) -> str:
+    """A record in one line."""
     left = record["macs"] / record["macs_dense"]
     accuracies = f"test {record['test_accuracy']:.2%}, validation {record['validation_accuracy']:.2%}"
     return f"{accuracies}, {left:.2%} of the MACs, {record['steps']} steps in {record['cpu_seconds']:.0f} s"

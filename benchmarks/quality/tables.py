@@ -1,4 +1,4 @@
-"""docs/quality.md: a table for each task, from the results files; no number is typed by hand."""
+"""Writes the tables of docs/quality.md from results files, one for each task; no number is typed by hand."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ WORDS = {
     "steps": "At equal steps",
     "time": "At equal time: as many steps as fit in the time of dampr.Plan at equal steps",
 }
-# Student's t, 97.5 %, by degrees of freedom from 1; beyond them the normal distribution's.
+# The 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom; for more the normal distribution's is used.
 STUDENT = (
     12.706,
     4.303,
@@ -56,7 +56,8 @@ STUDENT = (
 
 
 def paired_interval(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float]:
-    """(mean, half of the 95 % interval) of the differences of pairs, by Student's t; the half is infinite for one pair.
+    """(mean, half of the 95 % interval) of the differences of pairs, by Student's t; for a single pair the half is
+    infinite.
 
     Raises ValueError for sequences of different lengths.
     """
@@ -69,9 +70,9 @@ def paired_interval(ours: Sequence[float], theirs: Sequence[float]) -> tuple[flo
 
 
 def render(name: str, found: Results | None = None) -> str:
-    """The table of ``quality/TASK``, one for each comparison that has runs, and where its numbers come from.
+    """The tables of ``quality/TASK``, one for each comparison that has runs, and where their numbers come from.
 
-    ``quality/anchors`` are published points, ``quality/recipes`` what was tried on validation images.
+    ``quality/anchors`` has published points, ``quality/recipes`` the settings that were tried on validation images.
     """
     if name == "quality/anchors":
         return _anchors()
@@ -89,6 +90,7 @@ def render(name: str, found: Results | None = None) -> str:
 
 
 def _anchors() -> str:
+    """The table of published points."""
     columns = ("run", "at most: error", "params", "test error", "each seed", "params left", "units left", "by")
     rows = []
     for anchor in anchors.ANCHORS:
@@ -107,6 +109,7 @@ def _anchors() -> str:
 
 
 def _recipes() -> str:
+    """The table of settings that were tried."""
     columns = ("task", "MACs", "steps", "setting", "validation accuracy", "each seed")
     groups: dict[tuple[str, ...], list[float]] = {}
     for r in recipes.read():
@@ -120,6 +123,8 @@ def _recipes() -> str:
 
 
 def _source(task: Task, mine: list[Record]) -> str:
+    """The line below a task's tables: where the numbers come from, and why some methods are left out."""
+
     def several(name: str) -> str:
         return ", ".join(sorted({r[name] for r in mine}))
 
@@ -133,7 +138,9 @@ def _source(task: Task, mine: list[Record]) -> str:
 
 
 def table_rows(found: Results, task: Task, comparison: str) -> list[tuple[str, ...]]:
-    """A row for each share and method with runs; of a peer the setting that validates best, once all have been run."""
+    """A row for each share and method with runs. A Torch-Pruning pruner is shown with the setting that validates best,
+    once all settings have been run.
+    """
     rows = []
     for share in (1.0, *task.shares):
         for method in METHODS:
@@ -144,12 +151,13 @@ def table_rows(found: Results, task: Task, comparison: str) -> list[tuple[str, .
 
 
 def best_records(found: Results, task: Task, share: float, method: str, comparison: str) -> list[Record]:
-    """By seed, the records of the setting that validation chooses; none before the choice."""
+    """The records, by seed, of the setting that validation chooses; none before that choice."""
     setting = results.chosen_setting(found, task.name, share, method)
     return [] if setting is None else found.of(task.name, share, method, comparison, setting)
 
 
 def _row(found: Results, task: Task, share: float, method: str, mine: list[Record], comparison: str) -> tuple[str, ...]:
+    """The cells of the row of a method at a share, from its records ``mine``."""
     narrow = [] if method == "narrow" else found.of(task.name, share, "narrow", comparison)
     plan = [] if method == "plan" else found.of(task.name, share, "plan", "steps")
     setting = f" ({mine[0]['setting']})" if method in PEERS else ""
@@ -170,12 +178,13 @@ def _row(found: Results, task: Task, share: float, method: str, mine: list[Recor
 
 
 def _left(record: Record) -> float:
+    """The share of the dense network's MACs that is left."""
     left: float = record["macs"] / record["macs_dense"]
     return left
 
 
 def _difference(ours: list[Record], theirs: list[Record]) -> str:
-    """The paired difference in percentage points over the seeds that both have."""
+    """The mean paired difference in percentage points over the seeds that both have, with its interval."""
     a, b = ({r["seed"]: 100 * r["test_accuracy"] for r in records} for records in (ours, theirs))
     seeds = sorted(a.keys() & b.keys())
     if not seeds:
@@ -185,7 +194,7 @@ def _difference(ours: list[Record], theirs: list[Record]) -> str:
 
 
 def write(document: Path = DOCUMENT, found: Results | None = None) -> None:
-    """Fill the places of the tables; a document that does not exist is started with one for each task."""
+    """Write the tables into the document; a document that does not exist is started with a place for each task."""
     text = document.read_text() if document.exists() else skeleton()
     document.write_text(
         PLACE.sub(lambda m: m[1] + render(m[2], found) + m[3] if m[2].startswith("quality/") else m[0], text)
@@ -232,6 +241,7 @@ The defaults were chosen by these; one seed says little, so no setting was chose
 
 
 def skeleton() -> str:
+    """A document with a place for each task's tables."""
     places = "\n".join(
         f"## {task.title}\n\n<!-- table: quality/{name} -->\n<!-- end -->\n" for name, task in TASKS.items()
     )

@@ -1,7 +1,7 @@
-"""What is trained: every network, its data, and the one optimizer recipe that all methods share.
+"""The tasks: each network with its data, and the one optimizer recipe that all methods share.
 
-The steps make a run of the dense network take one to five minutes on one core. The learning rate is the one of 1e-3,
-2e-3 and 5e-3 with which the dense network validates best (``python -m benchmarks.quality tune``).
+The steps are such that a run of the dense network takes one to five minutes on one core. The learning rate is the one
+out of 1e-3, 2e-3 and 5e-3 with which the dense network validates best (``python -m benchmarks.quality tune``).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .data import Augment, crop_and_flip
 
 @dataclass(frozen=True)
 class Task:
-    """A network, its data, and how it is trained at whatever size."""
+    """A network, its data, and how the network is trained at any size."""
 
     name: str
     title: str
@@ -37,10 +37,11 @@ class Task:
 
     @property
     def multiples(self) -> tuple[int, ...]:
+        """The number that each width has to be a multiple of."""
         return self.quanta or (1,) * len(self.widths)
 
     def example(self, rows: int = 1) -> Tensor:
-        """Inputs to trace with and to count on: fixed, and no part of the data."""
+        """Inputs to trace with and to count on; they are fixed and not part of the data."""
         return torch.randn(rows, *self.shape, generator=torch.Generator().manual_seed(0))
 
 

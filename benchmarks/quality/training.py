@@ -1,4 +1,4 @@
-"""The one training loop: every method trains through it, with the same optimizer, schedule and batches."""
+"""The one training loop: all methods train in it, with the same optimizer, schedule and batches."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ Batches = Iterator[tuple[Tensor, Tensor]]
 
 
 class Method:
-    """What a way to prune does in the loop; as it stands, nothing:
-    the network as it was built is trained to the end.
+    """What a way to prune does in the training loop. The base class does nothing: the network trains to the end as it
+    was built.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -25,35 +25,39 @@ class Method:
         self.excluded = 0.0  # CPU seconds that are no part of the training, such as attempts that were thrown away
 
     def penalty(self) -> Tensor | float:
-        """What is added to the loss."""
+        """A term that is added to the loss."""
         return 0.0
 
     def regularize(self) -> None:
-        """Changes gradients, between backward and the optimizer's step."""
+        """Called between backward and the optimizer's step; may change gradients."""
 
     def step(self, done: int, optimizer: optim.Optimizer) -> optim.Optimizer:
-        """After ``done`` steps of the optimizer: may replace the model, and returns the optimizer to go on with."""
+        """Called after the optimizer's step number ``done``; may replace the model. Returns the optimizer to go on
+        with.
+        """
         return optimizer
 
     def finish(self) -> nn.Module:
-        """The plain network that is judged."""
+        """The plain network that is tested."""
         return self.model
 
 
 def make_optimizer(task: Task, model: nn.Module) -> optim.Optimizer:
-    """Adam, or AdamW where the task has weight decay."""
+    """Adam, or AdamW if the task has weight decay."""
     if task.weight_decay:
         return optim.AdamW(model.parameters(), lr=task.lr, weight_decay=task.weight_decay)
     return optim.Adam(model.parameters(), lr=task.lr)
 
 
 def learning_rate(task: Task, done: int, steps: int) -> float:
-    """Half a cosine from the task's learning rate to zero, over the whole run, pruning or none."""
+    """The learning rate after ``done`` steps: half a cosine from the task's rate to zero over the whole run, for all
+    methods.
+    """
     return task.lr * 0.5 * (1 + math.cos(math.pi * done / steps))
 
 
 def train(method: Method, task: Task, batches: Batches, steps: int) -> tuple[nn.Module, float]:
-    """(the finished network, CPU seconds that the training took)."""
+    """(the finished network, the CPU seconds that training took)."""
     started = time.process_time()
     optimizer = make_optimizer(task, method.model)
     for done in range(steps):
@@ -72,7 +76,7 @@ def train(method: Method, task: Task, batches: Batches, steps: int) -> tuple[nn.
 
 @torch.no_grad()
 def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
-    """The share that the network, set to evaluation, gets right."""
+    """The share of x that the model, in evaluation mode, classifies as y."""
     model.eval()
     right = sum(int((model(a).argmax(1) == b).sum()) for a, b in zip(x.split(500), y.split(500), strict=True))
     return right / len(y)

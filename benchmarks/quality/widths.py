@@ -1,5 +1,5 @@
-"""A network's widths at a target: for one that is narrow from the start,
-and for one that is cut to the same widths by L1 norm.
+"""Widths of a network at a target cost: for a network that is narrow from the start, and for one that is cut to the
+same widths by L1 norm.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Elsewhere it is (width, pixels), as Flatten has it.
 
 
 def macs(task: Task, widths: Widths) -> int:
-    """Multiply-accumulates of one example."""
+    """The multiply-accumulates of one example at these widths."""
     return _macs(task.name, task, widths)
 
 
@@ -37,10 +37,10 @@ def _macs(name: str, task: Task, widths: Widths) -> int:
 
 
 def narrow_widths(task: Task, share: float) -> Widths:
-    """Widths of about one scale whose cost is within 1 % below the target: all are scaled alike, then one at a time
-    takes up the rest.
+    """Widths whose cost is at most the target and at most 1 % below it: all are scaled alike, then one width is
+    adjusted to use up the rest.
 
-    Of those that fit, the most uniform. Raises ValueError where none fits.
+    If several fit, the most uniform ones are taken. Raises ValueError if none fit.
     """
     if share >= 1:
         return task.widths
@@ -57,17 +57,19 @@ def narrow_widths(task: Task, share: float) -> Widths:
 
 
 def _near(scale: float) -> list[float]:
+    """A few scales around this one."""
     return [scale * (1 + step / 100) for step in range(-12, 13, 2)]
 
 
 def _scaled(task: Task, scale: float) -> Widths:
+    """The task's widths, scaled and rounded to their multiples."""
     return tuple(
         max(1, round(scale * width / unit)) * unit for width, unit in zip(task.widths, task.multiples, strict=True)
     )
 
 
 def _scale(task: Task, target: float) -> float:
-    """The largest scale that keeps the target, to one part in a thousand."""
+    """The largest scale whose cost is within the target, to one part in a thousand."""
     low, high = 0.0, 1.0
     while high - low > 1e-3:
         middle = (low + high) / 2
@@ -76,7 +78,7 @@ def _scale(task: Task, target: float) -> float:
 
 
 def _adjusted(task: Task, widths: Widths, target: float) -> Iterator[Widths]:
-    """Each width in turn as large as the target lets it be with the others as they are."""
+    """Variants of ``widths`` in which one width is as large as the target allows with the others as they are."""
     for place, unit in enumerate(task.multiples):
         low, high = 0, task.widths[place] // unit
         while low < high:
@@ -88,11 +90,14 @@ def _adjusted(task: Task, widths: Widths, target: float) -> Iterator[Widths]:
 
 
 def _with(widths: Widths, place: int, value: int) -> Widths:
+    """``widths`` with one of them replaced."""
     return (*widths[:place], value, *widths[place + 1 :])
 
 
 def _unevenness(task: Task, widths: Widths, scale: float) -> float:
-    """The largest factor by which a width is off the scale, beyond what rounding one unit explains."""
+    """The largest factor (as a logarithm) by which a width is off the scale, beyond what rounding to one unit
+    explains.
+    """
     return max(
         abs(math.log(w / (scale * full))) - unit / (scale * full)
         for w, full, unit in zip(widths, task.widths, task.multiples, strict=True)
@@ -100,10 +105,11 @@ def _unevenness(task: Task, widths: Widths, scale: float) -> float:
 
 
 def cut_by_l1(model: nn.Module, task: Task, widths: Widths) -> nn.Module:
-    """A network of these widths with the units of ``model`` whose weights have the largest L1 norms, and their weights.
+    """A network of these widths with the units of ``model`` whose weights have the largest L1 norms, and with their
+    weights.
 
-    A unit's weights are all rows that compute it; channels of a residual stream count in every layer that writes them.
-    Where a width is a multiple of heads, each head keeps as many.
+    A unit's weights are all rows that compute it: a channel of a residual stream counts in every layer that writes the
+    stream. If a width is divided into heads, each head keeps equally many units.
     """
     owners = _owners(task)
     kept = [
@@ -122,8 +128,8 @@ def cut_by_l1(model: nn.Module, task: Task, widths: Widths) -> nn.Module:
 
 
 def _owners(task: Task) -> dict[str, list[int | None]]:
-    """Of each tensor of the network the width that each of its dimensions grows with,
-    found by building it a little wider.
+    """For each tensor of the network, the number of the width that each dimension grows with, or None; found by
+    building the network a little wider.
     """
     with torch.random.fork_rng(devices=[]):
         dense = {name: value.shape for name, value in task.build(task.widths).state_dict().items()}
@@ -138,7 +144,7 @@ def _owners(task: Task) -> dict[str, list[int | None]]:
 
 
 def _norms(model: nn.Module, owners: dict[str, list[int | None]], place: int, width: int) -> Tensor:
-    """L1 norms of the units of one width, over the matrices and filters whose rows they are."""
+    """The L1 norms of the units of one width, summed over all matrices and filters whose rows compute them."""
     norms = torch.zeros(width)
     for name, weight in model.named_parameters():
         if weight.dim() > 1 and owners[name][0] == place:
@@ -148,22 +154,24 @@ def _norms(model: nn.Module, owners: dict[str, list[int | None]], place: int, wi
 
 
 def _largest(norms: Tensor, count: int, groups: int) -> Tensor:
-    """Indices of the ``count`` largest, as many of each group, ascending."""
+    """The indices of the ``count`` largest norms, equally many in each group, ascending."""
     by_group = norms.view(groups, -1)
     found = by_group.topk(count // groups, dim=1).indices + torch.arange(groups)[:, None] * by_group.shape[1]
     return found.flatten().sort().values
 
 
 def _expanded(model: nn.Module, name: str, size: int, width: int, kept: Tensor) -> Tensor:
-    """Where the kept units are in a dimension that holds several elements of each."""
+    """The indices of the kept units in a dimension that has several elements for each unit."""
     index = torch.arange(size)
     places = index.view(-1, width)[:, kept] if _in_blocks(model, name) else index.view(width, -1)[kept]
     return places.flatten()
 
 
 def _in_blocks(model: nn.Module, name: str) -> bool:
+    """Whether a parameter belongs to a layer that stacks the weights of several parts, such as a GRU's three."""
     return isinstance(model.get_submodule(name.rpartition(".")[0]), _IN_BLOCKS)
 
 
 def describe(widths: Sequence[int]) -> str:
+    """The widths as text, such as "20-50-500"."""
     return "-".join(map(str, widths))
