@@ -1,5 +1,5 @@
-// What every call does with its arguments before the kernels see them: each is checked, and an error names it, its
-// value and what was expected.
+// Checks that every call makes of its arguments before a kernel runs. An error names the argument, its value, and what
+// was expected.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -20,18 +20,21 @@ namespace py = pybind11;
 namespace dampr {
 namespace {
 
-using Address = std::uintptr_t;  // of a tensor, 0 = absent
+using Address = std::uintptr_t;  // the address of a tensor's data; 0: there is no tensor
 
+// Throws a Python ValueError "name=value: expected ...".
 [[noreturn]] void reject(const std::string& name, const std::string& value, const std::string& expected) {
   throw py::value_error(name + "=" + value + ": expected " + expected);
 }
 
+// The number of threads as an int.
 int check_threads(int64_t threads) {
   if (threads < 1 || threads > std::numeric_limits<int>::max())
     reject("threads", std::to_string(threads), "a positive number of threads");
   return static_cast<int>(threads);
 }
 
+// Rejects sizes below 0, and two whose product could overflow an offset in bytes.
 void check_sizes(const char* first_name, int64_t first, const char* second_name, int64_t second) {
   if (first < 0) reject(first_name, std::to_string(first), "a size, 0 or more");
   if (second < 0) reject(second_name, std::to_string(second), "a size, 0 or more");
@@ -40,6 +43,7 @@ void check_sizes(const char* first_name, int64_t first, const char* second_name,
            std::string("a size whose product with ") + second_name + " is below 2^60");
 }
 
+// The dtype of this code. gate_dtype: only float32 and float64 are allowed.
 DType check_dtype(const char* name, int dtype, bool gate_dtype = false) {
   if (gate_dtype && dtype != kFloat32 && dtype != kFloat64)
     reject(name, std::to_string(dtype), "0 (float32) or 1 (float64)");
@@ -48,6 +52,7 @@ DType check_dtype(const char* name, int dtype, bool gate_dtype = false) {
   return static_cast<DType>(dtype);
 }
 
+// Rejects two dtypes whose gates are computed in different types: float64 goes with float64 alone.
 void check_same_gates(const char* first_name, DType first, const char* second_name, DType second) {
   if ((first == kFloat64) != (second == kFloat64))
     reject(second_name, std::to_string(second),
@@ -59,18 +64,20 @@ T* pointer(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
+// The address as a pointer; rejects 0, unless there are no elements.
 template <class T>
 T* required(const char* name, Address address, int64_t elements) {
   if (!address && elements > 0) reject(name, "0", "an address, as there are " + std::to_string(elements) + " elements");
   return pointer<T>(address);
 }
 
+// The bytes of one element.
 int64_t size_of(DType dtype) { return dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2; }
 
-// An output that was just allocated has no memory behind it yet, and getting that in pages of 4 KB takes several times
-// as long as filling it: 64 MB in 17 ms, in huge pages 5 ms. So whole huge pages inside of a large output are asked
-// for, as a hint, and each is touched by one thread, because two that meet in a fresh page both clear one. Touching
-// keeps what is there: an output may lie over an input.
+// Makes the system give memory to a large output in huge pages (2 MB). A new allocation has no memory behind it until
+// it is written. Getting that in pages of 4 KB takes several times as long as filling it: 17 ms for 64 MB, against 5 ms
+// in huge pages. One thread touches each page, because two threads that meet in a new page would both clear it.
+// Touching rewrites the byte that is there, as an output may be an input too.
 void touch_huge_pages(Address address, int64_t bytes, int threads) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr Address kHugePage = Address{1} << 21;
@@ -89,17 +96,19 @@ void touch_huge_pages(Address address, int64_t bytes, int threads) {
 #endif
 }
 
-// An output tensor, 0 where it may be absent.
+// An output tensor as a pointer, null if it is absent.
 void* output(Address address, int64_t elements, DType dtype, int threads) {
   touch_huge_pages(address, elements * size_of(dtype), threads);
   return pointer<void>(address);
 }
 
+// The seed at this address.
 uint64_t read_seed(Address seed_ptr) {
   if (!seed_ptr) reject("seed_ptr", "0", "the address of an int64 seed, as noise is drawn");
   return static_cast<uint64_t>(*pointer<const int64_t>(seed_ptr));
 }
 
+// The gate spec from the fields of a dampr.spec.GateSpec; rejects unknown families and rules.
 GateSpec check_spec(const py::tuple& fields) {
   if (fields.size() != 9) reject("spec", std::string(py::repr(fields)), "the 9 fields of dampr.spec.GateSpec");
   GateSpec s{};
@@ -123,7 +132,7 @@ GateSpec check_spec(const py::tuple& fields) {
   return s;
 }
 
-// Runs f without the interpreter lock; a false result means that a workspace could not be had.
+// Runs f without Python's interpreter lock. f returns false if it could not allocate a workspace; then this throws.
 template <class F>
 void without_gil(F&& f) {
   bool done = false;
@@ -134,7 +143,7 @@ void without_gil(F&& f) {
   if (!done) throw std::bad_alloc();
 }
 
-// Indices of gates stay within int64.
+// Rejects a first gate index with which the last one would not fit into int64.
 void check_start(int64_t start, int64_t count) {
   if (start < 0 || start > std::numeric_limits<int64_t>::max() - count)
     reject("start", std::to_string(start), "an index of 0 or more, in int64 with all behind it");

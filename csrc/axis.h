@@ -1,5 +1,5 @@
-// Values that are moved, never computed, so that a type is a size: some entries of one axis of a tensor (outer, n,
-// inner), picked out or put back among zeros, and a matrix transposed.
+// Kernels that move values and compute nothing: gather entries of one axis of a tensor (outer, n, inner), scatter them
+// among zeros, transpose a matrix. T is any type of the size of an element.
 #pragma once
 
 #include <cstdint>
@@ -12,8 +12,8 @@
 namespace dampr {
 namespace {
 
-// Calls f(first, end) for the lines of each item: `lines` lines of `length` elements, cut so that an item has about
-// kItem of these.
+// Calls f(first line, end line) for work items that together cover `lines` lines of `length` elements each. An item has
+// about kItem elements.
 template <class F>
 void each_lines(int64_t lines, int64_t length, int threads, F&& f) {
   const int64_t block = length < kItem ? kItem / (length > 0 ? length : 1) : 1;
@@ -21,7 +21,7 @@ void each_lines(int64_t lines, int64_t length, int threads, F&& f) {
            [&](int64_t item) { f(item * block, least(lines, (item + 1) * block)); });
 }
 
-// out (outer, count, inner) = x[:, places]
+// out (outer, count, inner) = x[:, places] for x (outer, n, inner).
 template <class T>
 void gather(const Axis& a, int threads) {
   const T* x = static_cast<const T*>(a.x);
@@ -45,8 +45,8 @@ void gather(const Axis& a, int threads) {
     });
 }
 
-// out (outer, n, inner): x (outer, count, inner) at places, zeros elsewhere. Written in order, whatever the places:
-// source[j] is what comes to j.
+// out[:, places] = x (outer, count, inner), and zeros elsewhere in out (outer, n, inner). The output is written from
+// front to back: source[j] is the entry of x that goes to index j, or -1. False if there is no memory.
 template <class T>
 bool scatter(const Axis& a, int threads) {
   const T* x = static_cast<const T*>(a.x);
@@ -80,7 +80,7 @@ bool scatter(const Axis& a, int threads) {
   return true;
 }
 
-// A square of kSide x kSide: whole lines in and out, columns gathered in between.
+// Transposes one tile of kSide x kSide elements: reads it in whole rows, writes it in whole rows.
 template <class T, int64_t kSide>
 inline void transpose_tile(const T* from, int64_t from_stride, T* to, int64_t to_stride) {
   alignas(64) T tile[kSide][kSide], column[kSide];
@@ -91,9 +91,9 @@ inline void transpose_tile(const T* from, int64_t from_stride, T* to, int64_t to
   }
 }
 
-// out (n, rows) = x^T of x (rows, n). A tile is as high and as wide as a line of the cache is long: each line is read
-// once and written once, in one go. Where sizes are powers of two the lines of a column share a set of the cache, and
-// those that are only half done with would drive each other out.
+// out (n, rows) = x^T of x (rows, n). The side of a tile is one cache line (64 bytes), so each line is read once and
+// written once, as a whole. This matters if sizes are powers of two: all lines of a column then compete for the same
+// few places of the cache, and a line that is only partly used would be evicted before the rest of it is.
 template <class T>
 void transpose(const T* x, T* out, int64_t rows, int64_t n, int threads) {
   constexpr int64_t kLine = 64 / sizeof(T), kStrip = 4 * kLine, kHigh = 16 * kLine;

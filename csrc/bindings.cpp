@@ -1,6 +1,6 @@
-// dampr._C: the table of the Python module. Tensors arrive as addresses (Python ints, 0 = absent), so nothing of torch
-// is needed to build or load it. The calls stand in headers, by subject, which this file alone includes: pybind11 is
-// compiled once.
+// The table of the Python module dampr._C. Tensors are passed as addresses (Python ints, 0 = absent), so torch is
+// needed neither to build the module nor to load it. The functions are in the call_*.h headers, by subject. Only this
+// file includes these, so pybind11 is compiled once.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -15,6 +15,7 @@
 namespace dampr {
 namespace {
 
+// The compiler, the compiled instruction sets, and the version of OpenMP.
 py::dict build_info() {
   py::dict info;
   info["compiler"] = std::string(

@@ -1,4 +1,5 @@
-// Calls on one axis of a tensor: entries gathered and scattered, gates of planes; a matrix transposed.
+// The functions that bindings.cpp exports for one axis of a tensor: gather and scatter entries, multiply by gates, and
+// transpose a matrix. Each checks its arguments and calls the kernel without the interpreter lock.
 #pragma once
 
 #include "arguments.h"
@@ -7,7 +8,8 @@
 namespace dampr {
 namespace {
 
-// Which entries of an axis are moved, and between what; x has n_x entries there, out n_out.
+// Checks the arguments of gather and scatter and returns them as an Axis. n_x, n_out: the entries of x and of out along
+// the axis; places (count,), int32: indices in [0, n).
 Axis check_axis(DType dtype, Address x, int64_t n_x, int64_t outer, int64_t n, int64_t inner, Address places,
                 int64_t count, Address out, int64_t n_out, int team) {
   check_sizes("outer", outer, "n", n), check_sizes("inner", inner, "outer * n", outer * n);
@@ -26,6 +28,7 @@ Axis check_axis(DType dtype, Address x, int64_t n_x, int64_t outer, int64_t n, i
           inner};
 }
 
+// out (outer, count, inner) = x[:, places] for x (outer, n, inner).
 void gather(int dtype, Address x, int64_t outer, int64_t n, int64_t inner, Address places, int64_t count, Address out,
             int64_t threads) {
   const Kernels& k = kernels();
@@ -35,6 +38,7 @@ void gather(int dtype, Address x, int64_t outer, int64_t n, int64_t inner, Addre
   without_gil([&] { return k.gather(checked, a, team), true; });
 }
 
+// out[:, places] = x (outer, count, inner), and zeros elsewhere in out (outer, n, inner).
 void scatter(int dtype, Address x, int64_t outer, int64_t n, int64_t inner, Address places, int64_t count, Address out,
              int64_t threads) {
   const Kernels& k = kernels();
@@ -44,6 +48,7 @@ void scatter(int dtype, Address x, int64_t outer, int64_t n, int64_t inner, Addr
   without_gil([&] { return k.scatter(checked, a, team); });
 }
 
+// out (n, rows) = x^T of x (rows, n).
 void transpose(int dtype, Address x, int64_t rows, int64_t n, Address out, int64_t threads) {
   const Kernels& k = kernels();
   const int team = check_threads(threads);
@@ -55,12 +60,13 @@ void transpose(int dtype, Address x, int64_t rows, int64_t n, Address out, int64
   without_gil([&] { return k.transpose(checked, from, to, rows, n, team), true; });
 }
 
+// Checks the four sizes of a tensor (outer, middle, n, inner).
 void check_shape(int64_t outer, int64_t middle, int64_t n, int64_t inner) {
   check_sizes("outer", outer, "middle", middle), check_sizes("n", n, "inner", inner),
       check_sizes("outer", outer * middle, "n", n * inner);
 }
 
-// A tensor (outer, middle, n, inner) and the gates of its third axis.
+// Checks a tensor (outer, middle, n, inner) and the gates z of its axis n, (n,) or (outer, n), and returns both.
 Planes check_planes(Address z, int64_t outer, int64_t middle, int64_t n, int64_t inner, bool per_outer) {
   check_shape(outer, middle, n, inner);
   Planes a{};
@@ -69,6 +75,7 @@ Planes check_planes(Address z, int64_t outer, int64_t middle, int64_t n, int64_t
   return a;
 }
 
+// out = x * z along axis n.
 void gate_planes_fwd(int dtype, Address x, int64_t outer, int64_t middle, int64_t n, int64_t inner, Address z,
                      bool per_outer, Address out, int64_t threads) {
   const Kernels& k = kernels();
@@ -82,6 +89,8 @@ void gate_planes_fwd(int dtype, Address x, int64_t outer, int64_t middle, int64_
   without_gil([&] { return k.planes_forward(checked, a, team), true; });
 }
 
+// dx = g * z and dz, the sums of x * g over all that share a gate, for the gradient g of gate_planes_fwd. x is read
+// only for dz. Absent outputs are not computed.
 void gate_planes_bwd(int dtype, Address g, Address x, int64_t outer, int64_t middle, int64_t n, int64_t inner,
                      Address z, bool per_outer, Address dx, Address dz, int64_t threads) {
   const Kernels& k = kernels();

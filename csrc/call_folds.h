@@ -1,4 +1,5 @@
-// Calls that fold gates into a weight: those of its rows and columns, or of blocks of it.
+// The functions that bindings.cpp exports for folding gates into a weight (n_out, n_in): gates of its rows and columns,
+// or of blocks of it. Each checks its arguments, draws the gates, and calls the kernel without the interpreter lock.
 #pragma once
 
 #include <vector>
@@ -9,7 +10,7 @@
 namespace dampr {
 namespace {
 
-// total += part, both of a gate dtype.
+// total[j] += part[j] for n gradients; gate: their dtype, float32 or float64.
 void add(DType gate, const void* part, void* total, int64_t n) {
   for (int64_t j = 0; j < n; ++j)
     if (gate == kFloat64)
@@ -18,10 +19,10 @@ void add(DType gate, const void* part, void* total, int64_t n) {
       static_cast<float*>(total)[j] += static_cast<const float*>(part)[j];
 }
 
-// The gates of the rows and columns of a matrix, drawn (or evaluated) once for all, with room for their gradients.
-// Absent ones are null.
+// Memory for the gates of the rows (out) and columns (in) of a weight and for their gradients, and the arguments that
+// draw them. dbias: the part of the row gates' gradient that comes from the bias. Pointers of absent gates are null.
 struct FoldGates {
-  std::vector<double> room;  // of either gate dtype
+  std::vector<double> room;  // the memory; it holds floats if gates are float
   void *out = nullptr, *in = nullptr, *dout = nullptr, *din = nullptr, *dbias = nullptr;
   RowsForward rows{}, columns{};
 
@@ -46,11 +47,13 @@ struct FoldGates {
   }
 };
 
-// A bias has an element for each row only where rows have gates.
+// Rejects a bias without row gates, because only these multiply it.
 void check_bias(Address b, Address out_log_alpha) {
   if (b && !out_log_alpha) reject("b", std::to_string(b), "0, as rows have no gates");
 }
 
+// Draws the gates; out = w * z_out[:, None] * z_in, and b_out = b * z_out if there is a bias. b has the dtype of the
+// gates.
 void fold_gates_fwd(const py::tuple& spec, int w_dtype, int out_dtype, Address w, Address b, int64_t n_out,
                     int64_t n_in, Address out_log_alpha, Address in_log_alpha, Address out_seed_ptr,
                     Address in_seed_ptr, Address out, Address b_out, int64_t threads) {
@@ -75,6 +78,8 @@ void fold_gates_fwd(const py::tuple& spec, int w_dtype, int out_dtype, Address w
   });
 }
 
+// The gradients of fold_gates_fwd, from those of out, g, and of b_out, g_b: dw, db, dout (of out_log_alpha) and din (of
+// in_log_alpha). folded gets the folded weight again. Absent outputs are not computed. The gates are drawn again.
 void fold_gates_bwd(const py::tuple& spec, int g_dtype, int w_dtype, Address g, Address g_b, Address w, Address b,
                     int64_t n_out, int64_t n_in, Address out_log_alpha, Address in_log_alpha, Address out_seed_ptr,
                     Address in_seed_ptr, Address dw, Address db, Address dout, Address din, Address folded,
@@ -112,7 +117,7 @@ void fold_gates_bwd(const py::tuple& spec, int g_dtype, int w_dtype, Address g, 
   });
 }
 
-// The number of blocks of a weight, after checks of what it follows from.
+// Checks the sizes of a weight and of its blocks; returns the number of blocks, partial ones included.
 int64_t check_blocks(int64_t n_out, int64_t n_in, int64_t block_rows, int64_t block_cols) {
   check_sizes("n_out", n_out, "n_in", n_in);
   if (block_rows < 1) reject("block_rows", std::to_string(block_rows), "a size, 1 or more");
@@ -120,9 +125,9 @@ int64_t check_blocks(int64_t n_out, int64_t n_in, int64_t block_rows, int64_t bl
   return (n_out / block_rows + (n_out % block_rows != 0)) * (n_in / block_cols + (n_in % block_cols != 0));
 }
 
-// The gates of blocks of a matrix, drawn (or evaluated) once, with room for their gradient.
+// Memory for the gates of the blocks of a weight and for their gradients, and the arguments that draw them.
 struct BlockGates {
-  std::vector<double> room;  // of either gate dtype
+  std::vector<double> room;  // the memory; it holds floats if gates are float
   void *z, *dz;
   RowsForward rows;
 
@@ -134,6 +139,7 @@ struct BlockGates {
              blocks,  s.rule == kSample ? read_seed(seed_ptr) : 0} {}
 };
 
+// Draws the gates; out = w * z with the gate z of each weight's block.
 void fold_blocks_fwd(const py::tuple& spec, int w_dtype, int out_dtype, Address w, int64_t n_out, int64_t n_in,
                      int64_t block_rows, int64_t block_cols, Address log_alpha, Address seed_ptr, Address out,
                      int64_t threads) {
@@ -156,6 +162,8 @@ void fold_blocks_fwd(const py::tuple& spec, int w_dtype, int out_dtype, Address 
       [&] { return k.rows_forward(s, gate, gate, gates.rows, team), k.fold_blocks_forward(from, to, a, team), true; });
 }
 
+// The gradients of fold_blocks_fwd for the gradient g of out: dw and dlog_alpha. folded gets the folded weight again.
+// Absent outputs are not computed.
 void fold_blocks_bwd(const py::tuple& spec, int g_dtype, int w_dtype, Address g, Address w, int64_t n_out, int64_t n_in,
                      int64_t block_rows, int64_t block_cols, Address log_alpha, Address seed_ptr, Address dw,
                      Address dlog_alpha, Address folded, int64_t threads) {

@@ -1,4 +1,5 @@
-// Gates of rows and columns folded into a matrix, and the gradients of both from one pass.
+// Multiplies gates of rows and columns into a matrix, and computes the gradients of weights and gates in one pass.
+// kernels.h (FoldForward, FoldBackward) has the equations.
 #pragma once
 
 #include <cstdint>
@@ -10,19 +11,20 @@
 namespace dampr {
 namespace {
 
-// The gates of a run of columns as an array; ones where there is no gate.
+// The gates of `count` columns from `column` on; without gates (z is null) ones, in `buffer`.
 template <class G>
 inline const G* gates_or_ones(const void* z, int64_t column, int count, G* buffer) {
   if (z) return static_cast<const G*>(z) + column;
   for (int j = 0; j < count; ++j) buffer[j] = 1;
   return buffer;
 }
+// The gate of a row; 1 without gates.
 template <class G>
 inline G gate_or_one(const void* z, int64_t row) {
   return z ? static_cast<const G*>(z)[row] : G(1);
 }
 
-// The sum of w g z in kLanes lanes.
+// The sum of w * g * z over `count` elements, in kLanes running sums in double.
 template <class G>
 inline double sum_products(const G* __restrict w, const G* __restrict g, const G* __restrict z, int count) {
   alignas(64) double lanes[kLanes] = {};
@@ -35,6 +37,7 @@ inline double sum_products(const G* __restrict w, const G* __restrict g, const G
   return sum_row(lanes, kLanes);
 }
 
+// out = w * z_out[:, None] * z_in; W, T: the element types of w and out.
 template <class W, class T>
 void fold_forward(const FoldForward& a, int threads) {
   using G = typename Storage<W>::Gate;
@@ -57,6 +60,9 @@ void fold_forward(const FoldForward& a, int threads) {
   });
 }
 
+// The gradients of fold_forward for the gradient g of out, and the folded weight; T, W: the element types of g and w.
+// Sums over columns (for row gates) and over rows (for column gates) are formed for each item and added at the end.
+// False if there is no memory.
 template <class T, class W>
 bool fold_backward(const FoldBackward& a, int threads) {
   using G = typename Storage<W>::Gate;

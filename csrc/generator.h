@@ -1,9 +1,9 @@
 // The generator of Dep-L0 in one call: a_l = limit tanh(w_l a_(l-1) + b_l) with a_0 = 1, layer after layer, on one
 // thread.
 //
-// Backward, from the last layer to the first: g_l = (da_l + back_l) (limit - a_l) (limit + a_l) / limit, dw_l = g_l
-// a_(l-1)^T, db_l = g_l, back_(l-1) = w_l^T g_l. A layer's row of w is read once, for its product or for back, while
-// its row of dw is written.
+// Backward, from the last layer to the first, with da_l the gradient that comes from outside and back_l the one from
+// layer l + 1: g_l = (da_l + back_l) (limit - a_l) (limit + a_l) / limit, dw_l = g_l a_(l-1)^T, db_l = g_l,
+// back_(l-1) = w_l^T g_l. Each row of w is read once, in the same loop in which its row of dw is written.
 #pragma once
 
 #include <cstdint>
@@ -15,10 +15,11 @@
 namespace dampr {
 namespace {
 
-// rows at a time, and running sums of each: as many registers as hide the latency of a multiply-add
+// product_rows computes this many rows at a time, with this many running sums each: enough independent sums to hide the
+// latency of a multiply-add
 constexpr int kRows = 4, kSums = 16;
 
-// out[i] = sum over j of w[i * stride + j] a[j], for kRows rows or one; without an a it is the sum of the row.
+// out[i] = the sum over j of w[i * stride + j] * a[j], for kHeight rows; a null `a` counts as ones.
 template <class T, int kHeight>
 inline void product_rows(const T* __restrict w, int64_t stride, const T* __restrict a, int64_t count,
                          T* __restrict out) {
@@ -41,12 +42,14 @@ inline void product_rows(const T* __restrict w, int64_t stride, const T* __restr
   }
 }
 
+// tanh(x); a NaN stays a NaN.
 template <class T>
 inline T signed_tanh(T x) {
   const T y = x < 0 ? -x : x, t = tanh_positive(y, exponential(-2 * y)), value = x < 0 ? -t : t;
   return x != x ? x : value;
 }
 
+// Writes a_1, a_2, ... to a.values.
 template <class T>
 void generator_forward(const Generator& a) {
   const T* before = nullptr;
@@ -64,6 +67,7 @@ void generator_forward(const Generator& a) {
   }
 }
 
+// Writes the gradients of all parameters. False if there is no memory.
 template <class T>
 bool generator_backward(const Generator& a) {
   int64_t total = 0, widest = 0;
@@ -81,7 +85,7 @@ bool generator_backward(const Generator& a) {
     const T* __restrict w = static_cast<const T*>(a.parameters[2 * l]);
     const int64_t in = a.widths[l], out = a.widths[l + 1];
     values -= out, upstream -= out;
-    const T* __restrict before = values - in;  // read where there is a layer before
+    const T* __restrict before = values - in;  // a_(l-1); not read in the first layer, where it is 1
     T* __restrict db = static_cast<T*>(a.grads[2 * l + 1]);
     T* __restrict sums = next;
     for (int64_t k = 0; k < in; ++k) sums[k] = 0;

@@ -15,7 +15,7 @@ namespace {
 #if defined(__x86_64__)
 bool has_avx2() {
   unsigned a = 0, b = 0, c = 0, d = 0;
-  // not a name that every compiler's __builtin_cpu_supports knows
+  // F16C by cpuid, because not every compiler's __builtin_cpu_supports knows that name
   const bool f16c = __get_cpuid(1, &a, &b, &c, &d) && (c & (1u << 29));
   return f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 }
@@ -38,8 +38,8 @@ std::vector<const Kernels*> usable_kernels() {
   return found;
 }
 
-// Null if DAMPR_CPU_ISA asks for what is not there; every function then says so instead of quietly using something
-// else.
+// The kernels to use; null if DAMPR_CPU_ISA names an instruction set that is not available. Every call then throws
+// instead of using another one.
 const Kernels* choose_kernels() {
   const char* wanted = std::getenv("DAMPR_CPU_ISA");
   for (const Kernels* k : usable_kernels())

@@ -8,14 +8,14 @@
 
 namespace dampr {
 
-// The kernels of the best instruction set of this processor, or of the one that DAMPR_CPU_ISA names. Throws
-// std::runtime_error where that is not there.
+// The kernels of the best compiled instruction set that this processor has, or of the one that the environment variable
+// DAMPR_CPU_ISA names. Throws std::runtime_error if that one is not available.
 const Kernels& kernels();
 
-// The names of those that were compiled, best first.
+// The names of the compiled instruction sets, best first.
 std::vector<std::string> compiled_isas();
 
-// Who made the processor, as far as the choice of a library for matrix products depends on it.
+// "amd", "intel" or "other", the maker of the processor. The choice of a library for matrix products depends on it.
 std::string vendor();
 
 }  // namespace dampr

@@ -1,8 +1,8 @@
-// The CPU kernels. Compiled once per instruction set, with DAMPR_ISA (and DAMPR_AVX2 or DAMPR_AVX512) defined by the
-// build.
+// The table of kernels for one instruction set. The build compiles this file once for each, with DAMPR_ISA (and
+// DAMPR_AVX2 or DAMPR_AVX512) defined.
 //
-// rows.h, folds.h, blocks.h, planes.h, axis.h, norms.h, small.h and generator.h hold the loops; here dtypes and gate
-// families are chosen, and the table of functions is filled.
+// The loops are templates in rows.h, folds.h, blocks.h, planes.h, axis.h, norms.h, small.h and generator.h. Each
+// function here picks the instance for the dtypes and the gate family of a call.
 #if defined(DAMPR_AVX512) && defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // gcc's own AVX-512 header, bug 105593
 #endif
@@ -30,6 +30,7 @@
 namespace dampr {
 namespace {
 
+// A type as a value, to pass types to lambdas: Tag<T>().
 template <class T>
 struct Tag {
   using Type = T;
@@ -39,6 +40,7 @@ struct Tag<const T&> {
   using Type = T;
 };
 
+// Calls f(Tag<T>()) with the type of this dtype.
 template <class F>
 inline void with_dtype(DType dtype, F&& f) {
   switch (dtype) {
@@ -53,7 +55,7 @@ inline void with_dtype(DType dtype, F&& f) {
   }
 }
 
-// Two dtypes that go together: both float64, or neither.
+// Calls f(a, b) if both types have the same gate type (both are double, or neither); callers have checked that.
 template <class A, class B, class F>
 inline void with_matching(Tag<A> a, Tag<B> b, F& f) {
   if constexpr (sizeof(typename Storage<A>::Gate) == sizeof(typename Storage<B>::Gate)) f(a, b);
@@ -151,7 +153,7 @@ bool planes_backward_entry(DType dtype, const Planes& a, int threads) {
   return done;
 }
 
-// float64 or not decides the size of an element; of the narrow ones only that.
+// Calls f(Tag<T>()) with a type of the size of this dtype's elements, for kernels that only move values.
 template <class F>
 void with_size(DType dtype, F&& f) {
   if (dtype == kFloat64) return f(Tag<double>());
@@ -200,6 +202,7 @@ bool norm_gate_backward_entry(DType dtype, const NormGate& a, int threads) {
   return done;
 }
 
+// Calls f(gate) with the gate type for `spec` in float or double, and returns its result.
 template <class F>
 bool with_small_gate(const GateSpec& spec, DType dtype, F&& f) {
   bool done = false;

@@ -1,4 +1,5 @@
-// The interface between the bindings and the kernels: one table of functions per instruction set, and their arguments.
+// The interface between the bindings and the kernels: a table of functions for each instruction set, and structs for
+// their arguments.
 // Equations: dampr/spec.py. The kernels are compiled once per instruction set. So this header and all that they include
 // must not use inline code from the standard library: the linker would keep one copy of it for the whole module,
 // possibly one that the processor cannot run.
@@ -8,6 +9,8 @@
 
 namespace dampr {
 
+// These numbers are those of dampr/ops/backend_cpp/host.py (dtypes) and dampr/spec.py (families and rules).
+// These numbers are those of dampr/ops/backend_cpp/host.py (dtypes) and dampr/spec.py (families and rules).
 enum DType : int { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
 enum Family : int { kHardConcrete = 0, kValue = 1, kRamp = 2, kMask = 3 };
 enum Rule : int {
@@ -29,6 +32,7 @@ enum Rule : int {
   kLogistic = 15  // mask
 };
 
+// How values follow from parameters: the fields of dampr.spec.GateSpec.
 struct GateSpec {
   int family, rule;
   double beta, gamma, zeta, c0, c1, lo, hi;
@@ -85,8 +89,9 @@ struct FoldBlocksBackward {
   int64_t n_out, n_in, block_rows, block_cols;
 };
 
-// Gates of the axis n of a tensor (outer, middle, n, inner), z: (n,) or, per_outer, (outer, n). Forward: out = x z.
-// Backward: out = g z, dz = the sums of x g, like z. Absent outputs are null.
+// A tensor (outer, middle, n, inner) with gates z on axis n: (n,) or, if per_outer, (outer, n). Forward: out = x * z.
+// Backward, for the gradient g: out = g * z, and dz, like z, = the sums of x * g over the elements of each gate. Absent
+// outputs are null.
 struct Planes {
   const void *x, *g, *z;
   void *out, *dz;
@@ -115,9 +120,9 @@ struct NormGate {
   bool relu, training;
 };
 
-// A whole gated linear layer (small.h says what each is); x, dy: (m, k), (m, n); w, dw: (n, k). Without a gate its
-// log_alpha is null, absent outputs are null. pre is y before the output gate: written by the forward if not null; the
-// backward needs it for dout if gates are per sample, and where it is null computes it again.
+// A whole gated linear layer (equations: small.h). x: (m, k); dy: (m, n); w, dw: (n, k). The log_alpha of an absent
+// gate is null, and so are absent outputs. pre is y before the output gates: the forward writes it if it is not null.
+// The backward needs it for dout with gates per sample; if it is null, it is computed again.
 struct SmallLinear {
   const void *x, *w, *b, *in_log_alpha, *out_log_alpha, *dy;
   void *y, *pre, *dx, *dw, *db, *din, *dout;
@@ -126,8 +131,9 @@ struct SmallLinear {
   bool per_sample;
 };
 
-// The generator of Dep-L0 (generator.h): parameters are w_1, b_1, w_2, ... with w_l (widths[l], widths[l - 1]), grads
-// the same; values, dvalues: a_1, a_2, ... one behind the other. All float or all double.
+// The generator of Dep-L0 (generator.h). parameters: w_1, b_1, w_2, ..., with w_l (widths[l], widths[l - 1]); grads:
+// their gradients, in the same order. values: a_1, a_2, ... one after the other; dvalues: their gradients. All are
+// float or all double.
 struct Generator {
   const void* const* parameters;
   const int64_t* widths;
@@ -138,8 +144,8 @@ struct Generator {
   void* const* grads;
 };
 
-// A product (dx, dw) may be written over the gradient g that it is made of, where their dtypes are equal.
-// Functions that need a workspace return false when there is no memory for it. Gates are double beside float64 tensors,
+// The functions of one instruction set. dx and dw may be the same memory as the gradient g if their dtypes are equal. A
+// function that needs a workspace returns false if there is no memory for it. Gates are double next to float64 tensors,
 // else float.
 struct Kernels {
   const char* isa;
@@ -165,6 +171,7 @@ struct Kernels {
   bool (*generator_backward)(DType dtype, const Generator&);
 };
 
+// The tables; those of instruction sets that were not compiled are not defined.
 const Kernels* kernels_baseline();
 const Kernels* kernels_avx2();
 const Kernels* kernels_avx512();

@@ -1,10 +1,15 @@
-// A batch norm with gates behind it, and its gradients: y = act(z (gain (x - mean) rstd + bias)),
-// rstd = 1 / sqrt(var + eps), act = ReLU or nothing, for a tensor (outer, middle, n, inner) with channels on n, as in
-// kernels.h. Everything but x is constant along middle and inner, so a pass computes
-//   v = (x - mean) a + b        a = z gain rstd, b = z bias        dp = dy where v is let through
-//   dx = a dp + c0 + c1 (x - mean)        of S0 = sum dp, S1 = sum dp (x - mean), for each gate:  docs/kernels.md
-// from a handful of numbers per channel (inner > 1) or vectors of them (inner = 1). The second of two passes goes
-// backwards: what the first read last is still in the cache.
+// A batch norm with gates behind it, and its gradients: y = act(z (gain (x - mean) rstd + bias)), with
+// rstd = 1 / sqrt(var + eps) and act a ReLU or nothing, for a tensor (outer, middle, n, inner) whose channels are on n
+// (kernels.h). mean, rstd, gain and bias have one value per channel, z one per channel or per (outer, channel).
+//
+// Forward: v = (x - mean) a + b with a = z gain rstd and b = z bias; y = act(v).
+// Backward: dp = dy, or 0 where the ReLU cuts v off. Two sums for each gate, S0 = sum dp and S1 = sum dp (x - mean),
+// give the gradients of gate, gain and bias, and the numbers c0 and c1 of dx = a dp + c0 + c1 (x - mean). Derivation:
+// docs/kernels.md.
+//
+// So each pass over x needs a few numbers per channel: vectors of them if channels lie side by side in memory
+// (inner = 1, channels last), else one set for each run of `inner` elements. If a second pass follows, it runs from
+// back to front, because the elements that the first pass read last are still in the cache.
 #pragma once
 
 #include <cstdint>
@@ -18,20 +23,20 @@
 namespace dampr {
 namespace {
 
-// One number where a loop takes a vector.
+// One number in the place of a vector: every index returns it.
 template <class G>
 struct Same {
   G value;
   G operator[](int64_t) const { return value; }
 };
 
-// columns of an item: a few vectors of as many numbers stay in the nearest cache while rows go by
+// the most columns of an item: a few vectors of this length stay in the L1 cache while the rows are read
 constexpr int kNarrow = 512;
-constexpr int kFew = 4;  // rows that are read together, so that sums are loaded and stored once for all of them
+constexpr int kFew = 4;  // rows that are read together, so that their running sums are loaded and stored once
 
-// How the tensor is cut. inner = 1: blocks of rows of an outer index, times tiles of columns. Else: groups of whole
-// runs of inner elements. Sums of an item go to its part, which has a place for each of the n; an outer index has
-// `parts` of them.
+// How the tensor is divided into work items. With inner = 1 an item is a block of rows of one outer index, times a tile
+// of columns. Else it is `group` runs of `inner` elements of one channel each. Items store partial sums: an outer index
+// has `parts` rows of n sums, one for each channel.
 struct NormGrid {
   int64_t outer, middle, n, inner, group, parts;
   Grid columns;
@@ -49,14 +54,16 @@ struct NormGrid {
   int64_t items() const {
     return elements() == 0 ? 0 : inner == 1 ? outer * columns.items() : divide_up(outer * middle * n, group);
   }
+  // The number of values of a channel.
   int64_t per_channel() const { return outer * middle * inner; }
+  // The number of values of a channel that a part adds up.
   int64_t in_part(int64_t part) const {
     return inner == 1 ? least(columns.block, middle - part % parts * columns.block) : inner;
   }
 };
 
-// Calls rows(part, outer, first row, end, first column, width) or, where inner > 1, run(part, outer, channel, first
-// element) for what is in an item.
+// Calls, for what item `index` covers, rows(part, outer, first row, end row, first column, width) if inner = 1, else
+// run(part, outer, channel, first element) for each run of `inner` elements.
 template <class Rows, class Run>
 void each_part(const NormGrid& grid, int64_t index, Rows&& rows, Run&& run) {
   if (grid.inner == 1) {
@@ -73,12 +80,14 @@ void each_part(const NormGrid& grid, int64_t index, Rows&& rows, Run&& run) {
   }
 }
 
+// Calls f(first, width) for pieces of at most kTile of `count` elements.
 template <class F>
 void each_tile(int64_t count, F&& f) {
   for (int64_t j = 0; j < count; j += kTile) f(j, static_cast<int>(least(kTile, count - j)));
 }
 
-// Two sums over each part and channel, in double; what goes in at once may be the sum of a few rows as they are.
+// Two sums for each part and channel, (parts, n) each, in double. A value that is added may itself be the sum of kFew
+// rows in the type of the gates. first is null if there is no memory.
 struct NormSums {
   int64_t n;
   double *first, *second;
@@ -93,7 +102,7 @@ struct NormSums {
   NormSums& operator=(const NormSums&) = delete;
 };
 
-// The sums of d and d d, d = value - shift, in kLanes lanes each.
+// Adds d and d * d, with d = value - shift, of `count` values to kLanes running sums each.
 template <class G>
 void add_shifted(const G* __restrict values, int count, double shift, double* __restrict lanes,
                  double* __restrict squares) {
@@ -110,7 +119,7 @@ void add_shifted(const G* __restrict values, int count, double shift, double* __
   }
 }
 
-// The same of R rows, a sum for each column.
+// Adds d and d * d, with d = value - shift, of R rows to the sums of each column.
 template <int R, class G>
 void add_rows(const G* const* xs, const double* __restrict shift, double* __restrict total, double* __restrict squares,
               int width) {
@@ -125,9 +134,11 @@ void add_rows(const G* const* xs, const double* __restrict shift, double* __rest
   }
 }
 
-// Mean and (biased) variance of each channel. A part keeps its mean and its sum of squared distances from it, both from
-// sums of distances from one of its own elements: that element is as far from the mean as it may be, it counts among
-// the distances, so little is lost by cancellation.
+// The mean and the biased variance of each channel of a.x. False if there is no memory.
+//
+// First each part computes its mean and the sum of squared distances from it, from sums of x - shift with shift the
+// first element of the part. Because shift is one of the values, x - shift is no larger than their spread, so even for
+// a mean that is large against the spread almost no digits cancel. Then the parts are joined.
 template <class X>
 bool norm_stats(const Planes& a, void* mean_, void* var_, int threads) {
   using G = typename Storage<X>::Gate;
@@ -174,7 +185,7 @@ bool norm_stats(const Planes& a, void* mean_, void* var_, int threads) {
           sums.second[part * n + channel] = sum_row(squares, kLanes) - total * (total / count);
         });
   });
-  // Chan, Golub, LeVeque 1983: parts are joined in their order.
+  // Join the parts in their order, by the update of Chan, Golub and LeVeque (1983).
   parallel(divide_up(n, kChunk), parts * n, threads, [&](int64_t index) {
     alignas(64) double centre[kChunk] = {}, spread[kChunk] = {};
     const int64_t column = index * kChunk, width = least(kChunk, n - column);
@@ -197,22 +208,24 @@ bool norm_stats(const Planes& a, void* mean_, void* var_, int threads) {
   return true;
 }
 
+// out = act((x - mean) * a + b), with act a ReLU if kRelu.
 template <bool kRelu, class G, class V>
 inline void normalise(const G* __restrict x, V mean, V a, V b, G* __restrict out, int width) {
 #pragma omp simd
   for (int j = 0; j < width; ++j) {
     const G v = (x[j] - mean[j]) * a[j] + b[j];
-    out[j] = kRelu && v < 0 ? G(0) : v;  // not a number stays visible
+    out[j] = kRelu && v < 0 ? G(0) : v;  // a NaN stays a NaN
   }
 }
 
-// dp, and what it is multiplied with for the second sum.
+// dp of element j: g, or 0 where the ReLU cut the value off. distance: x - mean, the factor of dp in S1.
 template <bool kRelu, class G, class V>
 inline G let_through(G g, G x, const V& mean, const V& a, const V& b, int j, G& distance) {
   distance = x - mean[j];
   return kRelu && distance * a[j] + b[j] <= 0 ? G(0) : g;
 }
 
+// out = dx = a dp + c0 + c1 (x - mean).
 template <bool kRelu, class G, class V>
 inline void input_gradient(const G* __restrict g, const G* __restrict x, V mean, V a, V b, V c0, V c1,
                            G* __restrict out, int width) {
@@ -224,7 +237,8 @@ inline void input_gradient(const G* __restrict g, const G* __restrict x, V mean,
   }
 }
 
-// gain rstd of each channel, and the c0 and c1 of the backward: three vectors in one piece of memory.
+// Three vectors (n,) in one allocation: scale = gain * rstd of each channel, and c0 and c1 of the backward, zeros until
+// norm_gate_finish sets them. scale is null if there is no memory.
 template <class G>
 struct NormColumns {
   G *scale, *c0, *c1;
@@ -243,6 +257,7 @@ struct NormColumns {
   NormColumns& operator=(const NormColumns&) = delete;
 };
 
+// Writes y to a.out, from the statistics in args. False if there is no memory.
 template <bool kRelu, class X>
 bool norm_gate_forward(const NormGate& args, int threads) {
   using G = typename Storage<X>::Gate;
@@ -288,7 +303,7 @@ bool norm_gate_forward(const NormGate& args, int threads) {
   return true;
 }
 
-// What R rows add to S0 and S1, a sum for each column.
+// Adds dp and dp * (x - mean) of R rows to S0 and S1 of each column.
 template <bool kRelu, int R, class G>
 void add_products(const G* const* gs, const G* const* xs, const G* centre, const G* slope, const G* shift,
                   double* __restrict first, double* __restrict second, int width) {
@@ -304,7 +319,7 @@ void add_products(const G* const* gs, const G* const* xs, const G* centre, const
   }
 }
 
-// S0 and S1 of each part.
+// The first pass of the backward: S0 and S1 of each part and channel.
 template <bool kRelu, class X, class G>
 void norm_gate_sums(const NormGate& args, const NormGrid& grid, const G* scale, const NormSums& sums, int threads) {
   const Planes& a = args.planes;
@@ -362,7 +377,8 @@ void norm_gate_sums(const NormGate& args, const NormGrid& grid, const G* scale, 
   });
 }
 
-// From S0 and S1: the gradients of gates, gain and bias and, for batch statistics, what their own gradients add to dx.
+// Adds up S0 and S1 and computes from them dz, dgain and dbias; in training also c0 and c1, the part of dx that flows
+// through mean and variance.
 template <class G>
 void norm_gate_finish(const NormGate& args, const NormGrid& grid, const NormColumns<G>& columns, const NormSums& sums,
                       int threads) {
@@ -403,6 +419,8 @@ void norm_gate_finish(const NormGate& args, const NormGrid& grid, const NormColu
   });
 }
 
+// The gradients of norm_gate_forward: sums first, if something needs them, then a second pass for dx. False if there is
+// no memory.
 template <bool kRelu, class X>
 bool norm_gate_backward(const NormGate& args, int threads) {
   using G = typename Storage<X>::Gate;

@@ -1,6 +1,7 @@
-// Philox4x32-10 noise, equal to dampr/philox.py to the bit. Groups lie side by side in 64-bit lanes: the low half of a
-// lane is the word, and the high half may hold anything, because the 32 x 32 -> 64 bit multiply reads low halves only
-// and results are masked once at the end.
+// Philox4x32-10 noise, equal to dampr/philox.py to the bit. One evaluation gives a group of four 32-bit words, for four
+// gates. Several groups are computed side by side, each in a 64-bit lane of vector registers. A word is the low half of
+// its lane; the high half may hold anything, because the 32 x 32 -> 64 bit multiplication reads low halves only, and
+// join() masks the results at the end.
 #pragma once
 
 #include <cstdint>
@@ -15,6 +16,8 @@ namespace dampr {
 namespace {
 
 #if defined(DAMPR_AVX512)
+// The vector operations of an instruction set. kCount: groups at a time. join: the low halves of two vectors as one
+// vector of word pairs. store_interleaved: writes the words of each group one after the other.
 struct Lanes {
   using Vector = __m512i;
   static constexpr int kCount = 8;
@@ -79,13 +82,13 @@ struct Lanes {
 };
 #endif
 
-// gates handled at a time; noise, gates and staged tensors of a chunk stay in the L1 cache
+// the number of gates that are computed at a time; their noise, values and converted tensors stay in the L1 cache
 constexpr int kChunk = 512;
-// a chunk, plus the rest of a vector of groups, plus up to three gates before the first
+// words for a chunk, plus those that complete the last vector of groups, plus up to three gates in front of the first
 constexpr int kWordBuffer = kChunk + 8 * 4 + 16;
 
-// Draws the words of gates start .. start + count - 1 (count <= kChunk) into the buffer; returns where the first one
-// is.
+// Draws the words of gates start .. start + count - 1 (count <= kChunk) into the buffer. Returns the address of the
+// first one: whole groups are drawn, so up to three words lie in front of it.
 inline const uint32_t* draw_words(uint64_t seed, int64_t start, int count, uint32_t (&buffer)[kWordBuffer]) {
   constexpr uint64_t kMultiplyA = 0xD2511F53u, kMultiplyB = 0xCD9E8D57u;
   constexpr uint32_t kKeyA = 0x9E3779B9u, kKeyB = 0xBB67AE85u;
@@ -108,8 +111,8 @@ inline const uint32_t* draw_words(uint64_t seed, int64_t start, int count, uint3
   return buffer + skip;
 }
 
-// A word as Triton turns it into a uniform number: x < 0 ? -x - 1 : x of the word read as int32, times just under
-// 2^-31.
+// Words as uniform numbers in [2^-24, 1 - 2^-24], as Triton computes them: with x the word as int32, x < 0 ? -x - 1 :
+// x, times a number just below 2^-31.
 inline void words_to_uniform(const uint32_t* __restrict words, int count, float* __restrict u) {
   constexpr float kScale = 4.6566127342e-10f, kMin = 0x1p-24f, kMax = 1.0f - 0x1p-24f;
 #pragma omp simd

@@ -1,5 +1,5 @@
-// Gates of one axis of a tensor (outer, middle, n, inner): values and gradients. z: a gate for each of the n, or such a
-// row for each outer index. An image batch is (B, 1, C, H W) or, channels last, (B, H W, C, 1).
+// Multiplies a tensor (outer, middle, n, inner) by gates of axis n, and computes the gradients. z: (n,), or (outer, n)
+// with a row of gates for each outer index. A batch of images is (B, 1, C, H W) or, in channels last, (B, H W, C, 1).
 #pragma once
 
 #include <cstdint>
@@ -12,9 +12,9 @@
 namespace dampr {
 namespace {
 
-// How the tensor is cut: runs of `width` contiguous elements that lie in one row of n * inner elements, of which each
-// has one gate (inner > 1) or a gate for each element (inner = 1). An item is `rows` rows (or part of one) of one outer
-// index.
+// How the tensor is divided into work items. A row is n * inner contiguous elements. An item is `rows` rows of one
+// outer index; an outer index has `pieces` items. Within a row, runs are processed: of one gate (inner > 1), or of one
+// gate per element (inner = 1).
 struct PlaneGrid {
   int64_t outer, middle, n, inner, rows, pieces;
 
@@ -28,7 +28,7 @@ struct PlaneGrid {
   int64_t elements() const { return outer * middle * n * inner; }
 };
 
-// Calls f(first element, width, first gate) for the runs of an item.
+// Calls f(first element, width, first gate) for all runs of an item; a run has at most kTile elements.
 template <class F>
 void each_run(const PlaneGrid& grid, int64_t item, F&& f) {
   const int64_t outer = item / grid.pieces, begin = item % grid.pieces * grid.rows,
@@ -44,6 +44,7 @@ void each_run(const PlaneGrid& grid, int64_t item, F&& f) {
   }
 }
 
+// out = x * z.
 template <class X>
 void planes_forward(const Planes& a, int threads) {
   using G = typename Storage<X>::Gate;
@@ -70,7 +71,8 @@ void planes_forward(const Planes& a, int threads) {
   });
 }
 
-// dx = g z and dz = the sum of x g over all that shares a gate; either may be absent.
+// dx = g * z and dz = the sums of x * g over the elements of each gate; either may be absent. False if there is no
+// memory.
 template <class X>
 bool planes_backward(const Planes& a, int threads) {
   using G = typename Storage<X>::Gate;

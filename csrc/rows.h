@@ -1,5 +1,5 @@
-// A draw per row of a matrix (or one for each element of a vector, which is a single row): values, products and their
-// gradients.
+// Multiplies a matrix (rows, n) by gates that are drawn for each row, or writes the gates themselves, and computes the
+// gradients. A vector of gates is a matrix of one row. kernels.h (RowsForward, RowsBackward) has the equations.
 #pragma once
 
 #include <cstdint>
@@ -11,6 +11,7 @@
 namespace dampr {
 namespace {
 
+// out = x * z (kTimesX) or out = z for `count` gates. p, q: what the gate type has prepared for each; u: their noise.
 template <class Gate, class G, bool kTimesX>
 inline void forward_chunk(const Gate& gate, const G* __restrict p, const G* __restrict q, const float* __restrict u,
                           const G* __restrict x, G* __restrict out, int count) {
@@ -21,6 +22,7 @@ inline void forward_chunk(const Gate& gate, const G* __restrict p, const G* __re
   }
 }
 
+// RowsForward; X, T: the element types of x and out. kTimesX: whether there is an x.
 template <class X, class T, class Gate, bool kTimesX>
 void rows_forward(const Gate& gate, const RowsForward& a, int threads) {
   using G = typename Gate::Value;
@@ -42,10 +44,14 @@ void rows_forward(const Gate& gate, const RowsForward& a, int threads) {
   });
 }
 
+// dx = g * z, xz = x * z and dlog_alpha = x * g * slope for `count` gates; without an x (kTimesX false) dlog_alpha =
+// g * slope alone. dx may be g.
+// dx = g * z, xz = x * z and dlog_alpha = x * g * slope for `count` gates; without an x (kTimesX false) dlog_alpha =
+// g * slope alone. dx may be g.
 template <class Gate, class G, bool kTimesX>
 inline void backward_chunk(const Gate& gate, const G* __restrict p, const G* __restrict q, const float* __restrict u,
                            const G* __restrict x, const G* g, G* dx, G* __restrict xz, G* __restrict dlog_alpha,
-                           int count) {  // dx may be g
+                           int count) {
 #pragma omp simd
   for (int j = 0; j < count; ++j) {
     const auto point = gate.at(p[j], q[j], u[j]);
@@ -61,7 +67,7 @@ inline void backward_chunk(const Gate& gate, const G* __restrict p, const G* __r
   }
 }
 
-// sums[column ...] += values, going back to the first column behind the last.
+// Adds `count` values to the sums of columns column, column + 1, ..., and goes on with column 0 after the last one.
 template <class G>
 inline void add_to_columns(const G* __restrict values, int count, int column, int width, double* __restrict sums) {
   for (int j = 0; j < count; column = 0) {
@@ -71,13 +77,14 @@ inline void add_to_columns(const G* __restrict values, int count, int column, in
   }
 }
 
+// RowsBackward; T, X: the element types of g and x. kTimesX: whether there is an x. False if there is no memory.
 template <class T, class X, class Gate, bool kTimesX>
 bool rows_backward(const Gate& gate, const RowsBackward& a, int threads) {
   using G = typename Gate::Value;
   const T* g = static_cast<const T*>(a.g);
   const X* x = static_cast<const X*>(a.x);
   X *dx = static_cast<X*>(a.dx), *xz = static_cast<X*>(a.xz);
-  G* single = a.rows == 1 ? static_cast<G*>(a.dlog_alpha) : nullptr;  // of one row there is nothing to add up
+  G* single = a.rows == 1 ? static_cast<G*>(a.dlog_alpha) : nullptr;  // with one row, gradients are written directly
   const bool summed = a.dlog_alpha && !single;
   const Grid grid(a.rows, a.n);
   const Partial<G> total(a.dlog_alpha, grid.blocks, a.n);

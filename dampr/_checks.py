@@ -184,7 +184,7 @@ def _index(value: Any) -> int | None:
     """``value`` as an int; None if it is no integer."""
     try:
         return operator.index(value)
-    except Exception:  # of something that is no integer, or a tensor on the meta device
+    except Exception:  # value is no integer, or a tensor on the meta device
         return None
 
 

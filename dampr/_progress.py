@@ -1,4 +1,4 @@
-"""Progress of long work: bars on stderr where it is a terminal, and nothing at all elsewhere."""
+"""Progress bars on stderr for long work, if stderr is a terminal; else nothing."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-DELAY = 1.0  # seconds before a bar appears, unless its caller knows that the work is long: quick work shows none
-_EACH = 0.1  # seconds between two pictures
+DELAY = 1.0  # seconds before a bar appears, so that short work shows none; a caller with long work can ask for less
+_EACH = 0.1  # least seconds between two updates
 
-_screen: Any = None  # the rich.progress.Progress that is shown; bars of nested work are lines of it
+_screen: Any = None  # the rich.progress.Progress that is shown; bars of nested work are lines in it
 
 
 def track(items: Collection[T], what: str, *, delay: float | None = None) -> Iterator[T]:
-    """``items``, with a bar that says how many are done."""
+    """Yield ``items``, with a bar that shows how many are done."""
     with bar(what, len(items), delay=delay) as advance:
         for item in items:
             yield item
@@ -26,9 +26,7 @@ def track(items: Collection[T], what: str, *, delay: float | None = None) -> Ite
 
 @contextmanager
 def bar(what: str, total: int, *, delay: float | None = None) -> Iterator[Callable[..., None]]:
-    """A bar for the length of a block; what it gives is called after each of ``total`` parts,
-    with a note to show if there is one.
-    """
+    """A block with a bar. It yields a function to call after each of ``total`` parts, with an optional note to show."""
     console = terminal()
     if console is None:
         yield lambda note="": None
@@ -41,8 +39,8 @@ def bar(what: str, total: int, *, delay: float | None = None) -> Iterator[Callab
 
 
 def terminal() -> Any:
-    """A rich console on stderr; None where that is no terminal, in all processes of torchrun but the first,
-    and without rich.
+    """A rich console on stderr; None if that is no terminal, in all processes of torchrun but the first, and without
+    rich.
     """
     if sys.stderr is None or not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0":
         return None
@@ -55,10 +53,7 @@ def terminal() -> Any:
 
 
 class _Bar:
-    """A line on the screen.
-
-    It is drawn when it advances and at no other time: no thread disturbs what is being timed.
-    """
+    """One bar on the screen. It is drawn only when it advances, so no thread disturbs what is being timed."""
 
     def __init__(self, console: Any, what: str, total: int, delay: float) -> None:
         self._console, self._what, self._total = console, what, total
@@ -68,11 +63,13 @@ class _Bar:
             self._draw("")
 
     def advance(self, note: str = "") -> None:
+        """Count one part, and draw the bar if it is time."""
         self._done += 1
         if time.monotonic() >= self._due or (self._task is not None and self._done == self._total):
             self._draw(note)
 
     def _draw(self, note: str) -> None:
+        """Put the bar on the shared screen if it is not there yet, and draw its present state."""
         screen = _open(self._console)
         if self._task is None:
             self._task = screen.add_task(self._what, total=self._total, note=note)
@@ -81,6 +78,7 @@ class _Bar:
         self._due = time.monotonic() + _EACH
 
     def close(self) -> None:
+        """Remove the bar from the shared screen, and end the screen if this was its last bar."""
         global _screen
         if self._task is not None:
             _screen.remove_task(self._task)
@@ -90,6 +88,7 @@ class _Bar:
 
 
 def _open(console: Any) -> Any:
+    """The screen that all bars share, started if there is none."""
     global _screen
     if _screen is None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn

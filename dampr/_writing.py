@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Write files so that they appear completely or not at all."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def whole_or_nothing(path: str | os.PathLike[str]) -> Iterator[str]:
-    """A file of a name of its own to write, which then takes the place of ``path`` at once, and is on the disk when it
-    does.
+    """A block that writes to the temporary file whose name it gets; at its end that file replaces ``path`` in one step.
 
-    Processes that write to one path at a time do not write into each other; the last one stays. A link stays one, and
-    what it points to is written. Raises FileNotFoundError for a folder that is not there, IsADirectoryError for a
-    ``path`` that is one.
+    Before that it is flushed to the disk. Processes that write to one path at the same time do not mix; the last one
+    wins. If ``path`` is a link, it stays a link and its target is written.
+
+    Raises: FileNotFoundError if the folder does not exist; IsADirectoryError if ``path`` is a folder.
     """
     target = os.path.realpath(os.fspath(path))
     folder = os.path.dirname(target)
@@ -39,6 +39,7 @@ def whole_or_nothing(path: str | os.PathLike[str]) -> Iterator[str]:
 
 
 def _to_disk(path: str) -> None:
+    """Flush a file or folder to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -47,6 +48,7 @@ def _to_disk(path: str) -> None:
 
 
 def _umask() -> int:
+    """The process's umask."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

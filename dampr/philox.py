@@ -1,8 +1,8 @@
-"""Counter-based noise: (seed, index) -> uint32 word -> uniform, the same to the bit in torch, C++ and Triton.
+"""Counter-based noise: (seed, index) -> uint32 word -> uniform number, equal to the bit in torch, C++ and Triton.
 
-Philox4x32-10 (Salmon et al., SC 2011): key = the 64-bit seed, counter = (group lo, group hi, 0, 0); gate ``i`` takes
-word ``i % 4`` of group ``i // 4``. Nothing is stored: the backward draws again. The index is the *logical* gate index,
-so no tile, thread, split or device changes it.
+The generator is Philox4x32-10 (Salmon et al., SC 2011) with key = the 64-bit seed and counter = (group lo, group hi, 0,
+0). Gate ``i`` takes word ``i % 4`` of group ``i // 4``. Noise is not stored: the backward draws it again. The index is
+the *logical* index of the gate, so the noise does not depend on tiles, threads, splits or devices.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ UNIFORM_SCALE = 4.6566127342e-10  # just under 2^-31: the largest word still map
 UNIFORM_MIN, UNIFORM_MAX = 2.0**-24, 1.0 - 2.0**-24
 # flips key bits where one seed has to serve the input and the output gates of one layer
 SECOND_STREAM = 0x5851F42D4C957F2D
-SEEDS = 0, 2**63 - 1, (1,)  # from, below, and the shape of one
+SEEDS = 0, 2**63 - 1, (1,)  # seeds are drawn from 0 to below 2^63 - 1, in this shape
 _LOW = 0xFFFFFFFF
 
 
@@ -38,10 +38,10 @@ def philox4x32(
 
 
 def words(seed: torch.Tensor, count: int, start: int = 0) -> torch.Tensor:
-    """The uint32 words of gates ``start .. start + count - 1`` as an int64 tensor of shape (count,) on the seed's
+    """The uint32 words of gates ``start .. start + count - 1``, an int64 tensor of shape (count,) on the seed's
     device.
     """
-    # a group for each word: the length of a slice would be a guard on a dynamic count
+    # In an exported program the count may be dynamic, and slicing would fix it: draw a group for each word instead.
     if torch.compiler.is_exporting():
         index = torch.arange(count, dtype=torch.int64, device=seed.device) + start
         drawn = torch.stack(_groups(index >> 2, seed), dim=1)
@@ -52,23 +52,23 @@ def words(seed: torch.Tensor, count: int, start: int = 0) -> torch.Tensor:
 
 
 def _groups(group: torch.Tensor, seed: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The four words of each group."""
+    """The four words of each group, as four tensors."""
     zero = torch.zeros_like(group)
     return philox4x32(group & _LOW, (group >> 32) & _LOW, zero, zero, seed)
 
 
 def uniform(seed: torch.Tensor, count: int, start: int = 0) -> torch.Tensor:
-    """Uniform float32 noise in [2^-24, 1 - 2^-24] of gates ``start .. start + count - 1``;
-    ``seed``: int64 of shape (1,).
+    """Uniform float32 noise in [2^-24, 1 - 2^-24] of gates ``start .. start + count - 1``. ``seed``: int64 of shape
+    (1,).
     """
     word = words(seed, count, start)
-    # what Triton does with a word read as int32: x < 0 ? -x - 1 : x
+    # As Triton does, the word is read as int32 x and folded to x < 0 ? -x - 1 : x.
     signed = torch.where(word > 0x7FFFFFFF, _LOW - word, word)
     return (signed.to(torch.float32) * UNIFORM_SCALE).clamp(UNIFORM_MIN, UNIFORM_MAX)
 
 
 def draw_seed(device: torch.device | str | None = None) -> torch.Tensor:
-    """A fresh seed: int64 of shape (1,) on ``device``, from torch's own generator,
-    so it obeys ``torch.manual_seed`` and CUDA graphs.
+    """A new seed, int64 of shape (1,) on ``device``, drawn from torch's own generator; it therefore obeys
+    ``torch.manual_seed`` and works in CUDA graphs.
     """
     return torch.randint(*SEEDS, dtype=torch.int64, device=device)

@@ -1,4 +1,4 @@
-"""Where a number comes from: the environment of a run, and results as JSON."""
+"""Records of results: the environment of a run, and writing results as JSON."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dampr.ops.thresholds import processor
 
 
 def environment() -> dict[str, Any]:
-    """Versions, devices, thread count and commit of this run; plain data."""
+    """Versions, devices, number of threads and commit of this run, as plain data."""
     try:
         import triton
 
@@ -42,27 +42,29 @@ def environment() -> dict[str, Any]:
 
 
 def device_of(environment: dict[str, Any]) -> str:
-    """The device that a run was on, in words."""
+    """The device of a run in words, from its :func:`environment`."""
     return environment["gpu"] or f"{environment['cpu']}, {environment['threads']} threads"
 
 
 def write_json(path: str | os.PathLike[str], payload: Any) -> None:
-    """One JSON document, parent folders made; written whole or not at all."""
+    """Write one JSON document; makes parent folders, and writes the file completely or not at all."""
     _replace(Path(path), json.dumps(payload, indent=1) + "\n")
 
 
 def write_jsonl(path: str | os.PathLike[str], rows: Iterable[dict[str, Any]]) -> None:
-    """One JSON object a line, parent folders made; written whole or not at all."""
+    """Write one JSON object per line; makes parent folders, and writes the file completely or not at all."""
     _replace(Path(path), "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _replace(path: Path, text: str) -> None:
+    """Write the text to the path, completely or not at all; makes parent folders."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_or_nothing(path) as partial:
         Path(partial).write_text(text)
 
 
 def _run(*command: str) -> str | None:
+    """The output of a command; None if it fails or prints nothing."""
     try:
         return (
             subprocess.run(
@@ -75,10 +77,12 @@ def _run(*command: str) -> str | None:
 
 
 def _commit() -> str | None:
+    """The commit of this code, from the environment or from git; None if neither knows it."""
     return os.environ.get("DAMPR_COMMIT") or _run("git", "describe", "--always", "--dirty", "--abbrev=12")
 
 
 def _driver() -> str | None:
+    """The version of the GPU driver; None without a GPU."""
     return (
         _run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if torch.cuda.is_available() else None
     )

@@ -92,9 +92,9 @@ EXP_POLY = (1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0)  # H
 # highest power first.
 TANH_SMALL = 0.625
 TANH_POLY = (-5.717043105e-03, 2.065058541e-02, -5.374349745e-02, 1.333149128e-01, -3.333328392e-01)
-# y is cut off here, where every bounded ramp has long been 1 and y^2 is still finite; so is |alpha| in dz/dalpha
+# y of a ramp, and |alpha| in dz/dalpha, are clamped to this: every bounded ramp has long been 1, and y^2 is finite.
 RAMP_LIMIT = 2.0**60
-MASK_LIMIT = 80.0  # and |y| of a mask here
+MASK_LIMIT = 80.0  # |y| of a mask is clamped to this
 
 
 class GateSpec(NamedTuple):
@@ -134,7 +134,7 @@ def hard_concrete(rule: str = "sample", beta: float = 2.0 / 3.0, gamma: float = 
     _require("beta", beta, lambda x: x > 0, "a finite number above 0")
     _require("gamma", gamma, lambda x: x < 0, "a finite number below 0")
     _require("zeta", zeta, lambda x: x > 1, "a finite number above 1")
-    # of the s at which s_bar is 0, and 1
+    # The logits of the s at which the stretched variable is 0, and 1.
     logit_lo, logit_hi = math.log(-gamma / zeta), math.log((1 - gamma) / (zeta - 1))
     if rule == "binary":
         # Where the paper's gate is one half: log((0.5 - gamma) / (zeta - 0.5)),
@@ -189,6 +189,7 @@ def mask(variant: str = "hard", slope: float = 5.0, threshold: float = 0.1) -> G
 
 
 def _require(name: str, value: float, ok: Callable[[float], bool], want: str) -> None:
+    """Raise ValueError that names the argument unless ``value`` is a finite real number for which ``ok`` holds."""
     real = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not real or not abs(value) <= sys.float_info.max or not ok(value):
         raise ValueError(f"{name}={value!r:.80}: expected {want}")

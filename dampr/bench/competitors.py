@@ -1,5 +1,5 @@
-"""What a gated layer is compared with: hard concrete gates written the way the published code writes them, op by op,
-and captum's.
+"""The layers that gated layers are compared with: hard concrete gates written operator by operator, as in published
+code, and captum's.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ Granularity = str | tuple[int, int]
 
 
 def unfused_gate(log_alpha: Tensor, rows: int | None = None) -> Tensor:
-    """A draw as a chain of elementwise ops: the shape of ``log_alpha``, with ``rows`` before it."""
+    """A draw as a chain of elementwise operators, in the shape of ``log_alpha``, or (rows, *shape)."""
     shape = log_alpha.shape if rows is None else (rows, *log_alpha.shape)
     u = torch.empty(shape, device=log_alpha.device).uniform_(EPS, 1 - EPS)
     s = torch.sigmoid((torch.log(u) - torch.log(1 - u) + log_alpha) / BETA)
@@ -73,8 +73,8 @@ class CaptumLinear(nn.Linear):
 
 
 class UnfusedConv2d(nn.Conv2d):
-    """L0 convolution with filter or channel gates, unfused: per batch on the weight, per sample on the activations,
-    as published.
+    """An L0 convolution with filter or channel gates, unfused: per batch on the weight, per sample on the
+    activations.
     """
 
     def __init__(
@@ -101,9 +101,7 @@ class UnfusedConv2d(nn.Conv2d):
 
 
 class UnfusedGate(nn.Module):
-    """Gates on the channels of an activation, unfused, as Dep-L0's code has them behind its norms;
-    per batch or per sample.
-    """
+    """Gates on the channels of an activation as in Dep-L0's code, unfused; with one draw per batch or per sample."""
 
     def __init__(self, channels: int, per_sample: bool) -> None:
         super().__init__()

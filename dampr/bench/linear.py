@@ -1,8 +1,7 @@
-"""GatedLinear against dense, eager unfused, torch.compile'd unfused and captum's layers, interleaved, forward +
-backward.
+"""Time GatedLinear, forward and backward, against a dense layer, unfused gates (eager and compiled) and captum's layer.
 
-``python -m dampr.bench.linear`` needs torch only (and triton where there is a GPU); ``dampr bench`` prints the same as
-a table, and ``python -m benchmarks.run`` runs the full suite.
+The competitors take turns in each round. ``python -m dampr.bench.linear`` needs torch only (and triton on a GPU);
+``dampr bench`` prints the same as a table, and ``python -m benchmarks.run`` runs the full suite.
 """
 
 from __future__ import annotations
@@ -27,8 +26,13 @@ from dampr.testing import verify
 
 @dataclass(frozen=True)
 class Case:
-    """What is timed: a layer with gates of one granularity on x (M, K) and weight (N, K),
-    or only the pass that gates its weight.
+    """A case to time: a layer with gates of one granularity, or only the pass that multiplies its weight by gates.
+
+    Attributes:
+        shape: (M, K, N) for x (M, K) and weight (N, K).
+        granularity: what one gate multiplies.
+        per_sample: whether each row has a draw.
+        weight_pass: only draw the gates and multiply the weight, forward; x has no rows.
     """
 
     shape: tuple[int, int, int]  # (M, K, N)
@@ -42,6 +46,7 @@ class Case:
 
 
 def _vectors(*shapes: tuple[int, int, int]) -> list[Case]:
+    """Cases with output and input gates, with a draw per batch and per sample, for these shapes."""
     return [Case(shape, where, each) for shape in shapes for each in (False, True) for where in ("output", "input")]
 
 
@@ -56,7 +61,7 @@ QUICK = {
 
 
 COMPILED, TORCH_PRODUCTS = "dampr, compiled", "dampr, torch's products"
-RATED = ("dampr", COMPILED)  # providers that are compared with each other one round by round
+RATED = ("dampr", COMPILED)  # the providers whose times are divided by those of every other one, round by round
 DTYPES = {"cpu": "float32", "cuda": "bfloat16 autocast"}
 Step = Callable[[], object]
 
@@ -65,13 +70,17 @@ Step = Callable[[], object]
 class Point:
     """One measured point; times in seconds per call, memory in bytes.
 
-    ``shape``: (M, K, N) of a linear layer, (B, C, H, W, N, kernel, stride) of a convolution, that of the input of a
-    network.
-
-    ``peak_bytes``: of one step, beyond what was allocated before it (CUDA only). ``kept_bytes``: what the forward keeps
-    for the backward, beyond parameters and the input (None where there is no backward). ``ratios``, of dampr's points:
-    (median, low, high) of the time relative to each other provider, round by round, with its 95 % interval
-    (:meth:`dampr.bench.timing.Timing.relative_to`).
+    Attributes:
+        case, dtype, device, provider: what was measured, and whose.
+        shape: (M, K, N) of a linear layer, (B, C, H, W, N, kernel, stride) of a convolution, the shape of the input of
+            a network.
+        median, low, high: the median and the quartiles of the time.
+        peak_bytes: the memory of one step beyond what was allocated before it (CUDA only).
+        route: the route of a layer of dampr.
+        error: why it could not run.
+        kept_bytes: what the forward keeps for the backward, without parameters and input; None without a backward.
+        ratios: for the points in :data:`RATED`, other provider -> (median, low, high) of the ratio of times, round by
+            round, with a 95 % interval (:meth:`dampr.bench.timing.Timing.relative_to`).
     """
 
     case: str
@@ -93,9 +102,9 @@ class Point:
 
 
 def run(cases: Iterable[Case] | None = None, *, compiled: bool = True, rounds: int = 20) -> list[Point]:
-    """Time every case: CUDA (bf16 autocast) where there is one, else CPU float32. The penalty is not part of a step.
+    """Time every case: on CUDA (bf16 autocast) if there is a GPU, else on the CPU in float32. A step has no penalty.
 
-    Raises ValueError unless ``rounds`` is a positive integer.
+    Raises: ValueError unless ``rounds`` is a positive integer.
     """
     rounds = _checks.positive_int("rounds", rounds)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -106,12 +115,10 @@ def run(cases: Iterable[Case] | None = None, *, compiled: bool = True, rounds: i
 
 
 def measure(case: Case, device: str, compiled: bool, rounds: int) -> list[Point]:
-    """The points of one case, one for each competitor; one that cannot run here is reported with its error,
-    not hidden.
-    """
+    """The points of one case, one for each competitor; one that cannot run here has its error in the point."""
     torch.manual_seed(0)
     if compiled:
-        torch._dynamo.reset()  # else the competitor is traced with dynamic sizes from the second shape on
+        torch._dynamo.reset()  # otherwise dynamo makes sizes dynamic from the second shape on
     steps, errors = {}, {}
     for name, build in providers(case, device, compiled).items():
         try:
@@ -136,7 +143,7 @@ def case_route(case: Case, device: str) -> str:
 def time_steps(
     case: str, shape: tuple[int, ...], device: str, steps: Mapping[str, Step], rounds: int, routes: Mapping[str, str]
 ) -> list[Point]:
-    """The points of competing steps, named by their providers; ``routes`` holds the routes of those that have one."""
+    """The points of competing steps; ``routes``: provider -> its route, for those that have one."""
     times = timing.interleaved(steps, rounds=rounds, cuda=device == "cuda")
     return [
         Point(
@@ -151,7 +158,7 @@ def time_steps(
 
 
 def providers(case: Case, device: str, compiled: bool) -> dict[str, Callable[[], Step]]:
-    """What each competitor of a case does once, by name; made when called, because that may fail or take long."""
+    """name -> a function that builds what a competitor does once. Building may fail, or take long."""
     if case.weight_pass:
         return _weight_pass(case, device, compiled)
     m, k, n = case.shape
@@ -168,17 +175,21 @@ def providers(case: Case, device: str, compiled: bool) -> dict[str, Callable[[],
         layers["captum"] = lambda: CaptumLinear(k, n)
     made: dict[str, Callable[[], Step]] = {name: partial(_built_step, layer, x, dy) for name, layer in layers.items()}
     products = getattr(dampr.ops.select(x.device, x.dtype), "products", None)
-    if products is not None and products.by_onednn(m, n, k, x.dtype):  # what the choice of a library alone is worth
+    if products is not None and products.by_onednn(m, n, k, x.dtype):  # to measure the choice of a library alone
         made[TORCH_PRODUCTS] = lambda: TorchProducts(layers["dampr"](), x, dy)
     return made
 
 
 def _built_step(layer: Callable[[], nn.Module], x: Tensor, dy: Tensor) -> Step:
+    """The training step of the layer that ``layer()`` builds."""
     return TrainingStep(layer().to(x.device), x, dy)
 
 
 class TrainingStep:
-    """Forward and backward with gradients for x and every parameter; bf16 autocast on CUDA."""
+    """Forward and backward with gradients for x and every parameter; bf16 autocast on CUDA.
+
+    layer: the layer; x: its input; dy: the gradient of its output.
+    """
 
     def __init__(self, layer: nn.Module, x: Tensor, dy: Tensor) -> None:
         self.layer, self.x, self.dy = layer, x.clone().requires_grad_(), dy
@@ -191,36 +202,38 @@ class TrainingStep:
             leaf.grad = None
 
     def forward(self) -> Tensor:
+        """The output of the layer on x, in bfloat16 autocast on a GPU."""
         with torch.autocast(self.x.device.type, torch.bfloat16, enabled=self.x.is_cuda):
             y: Tensor = self.layer(self.x)
         return y
 
     def kept_bytes(self) -> int:
-        """Bytes of memory that the forward keeps for the backward: each piece once, parameters,
-        buffers and x left out.
+        """The bytes that the forward keeps for the backward, each block of memory once, without parameters, buffers
+        and x.
         """
         there_anyway = {t.untyped_storage().data_ptr() for t in (*self.leaves, *self.layer.buffers())}
         kept: dict[int, int] = {}
 
         def pack(t: Tensor) -> Tensor:
+            """Saved-tensor hook that notes the memory of a tensor."""
             storage = t.untyped_storage()
             if storage.data_ptr() not in there_anyway:
                 kept[storage.data_ptr()] = storage.nbytes()
             return t
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            y = self.forward()  # held until the end: memory that is given back could be counted twice
+            y = self.forward()  # kept alive, because freed memory could be used, and counted, a second time
         del y
         return sum(kept.values())
 
 
 class TorchProducts(TrainingStep):
-    """The same without oneDNN: matrix products that dampr would have it compute are torch's,
-    as those of every other contender are.
+    """The step without oneDNN: torch computes the matrix products that dampr would give to oneDNN, as for all
+    competitors.
     """
 
     def __call__(self) -> None:
-        # as torch.backends.mkldnn.flags does, which warns of other things
+        # the same as torch.backends.mkldnn.flags, without its warnings
         torch._C._set_mkldnn_enabled(False)  # type: ignore[attr-defined]
         try:
             super().__call__()
@@ -229,7 +242,9 @@ class TorchProducts(TrainingStep):
 
 
 def _weight_pass(case: Case, device: str, compiled: bool) -> dict[str, Callable[[], Step]]:
-    """W (N, K) times gates, written in the dtype of the product; a layer that is given no rows does nothing else."""
+    """The competitors for W (N, K) times gates in the dtype of the product. A layer with an input of no rows does only
+    that.
+    """
     _, k, n = case.shape
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     layer = dampr.nn.GatedLinear(k, n, bias=False, granularity=case.granularity).to(device)
@@ -237,9 +252,11 @@ def _weight_pass(case: Case, device: str, compiled: bool) -> dict[str, Callable[
     empty = torch.empty(0, k, device=device)
 
     def unfused(weight: Tensor, log_alpha: Tensor) -> Tensor:
+        """The weight times its gates, operator by operator."""
         return (weight * unfused_gate(log_alpha)).to(dtype)
 
     def gated() -> Tensor:
+        """The weight times its gates by dampr: the forward of a layer on an input without rows."""
         with (
             torch.no_grad(),
             torch.autocast(device, torch.bfloat16, enabled=device == "cuda"),
@@ -260,6 +277,7 @@ def _weight_pass(case: Case, device: str, compiled: bool) -> dict[str, Callable[
 
 
 def _peak(step: Step, device: str) -> int | None:
+    """The peak of the memory that a step allocates, in bytes; None on a CPU."""
     if device != "cuda":
         return None
     torch.cuda.synchronize()
@@ -271,6 +289,7 @@ def _peak(step: Step, device: str) -> int | None:
 
 
 def _kept(step: Step) -> int | None:
+    """What the forward of a step keeps for its backward, in bytes; None if it is no training step."""
     return step.kept_bytes() if isinstance(step, TrainingStep) else None
 
 
@@ -278,10 +297,10 @@ MEMORY_COLUMNS = {"kept for backward": "kept_bytes", "peak": "peak_bytes"}
 
 
 def table(points: list[Point], verified: bool) -> list[tuple[str, ...]]:
-    """Rows of text, a header first: medians, spreads, ratios to the floor of the case, which are withheld unless
-    ``verified``, and memory.
+    """The rows of a table as text, with a header: medians, spreads, ratios to the floor of the case, and memory.
 
-    A column of memory that no point has a number for is left out.
+    The floor is the dense layer, or a copy. Ratios are withheld unless ``verified``. A column of memory that no point
+    has a number for is left out.
     """
     memory = {
         column: field for column, field in MEMORY_COLUMNS.items() if any(getattr(p, field) is not None for p in points)
@@ -312,7 +331,7 @@ def table(points: list[Point], verified: bool) -> list[tuple[str, ...]]:
 
 
 def size_text(size: int | None) -> str:
-    """4194304 -> "4.19 MB", in powers of ten and three digits; nothing for None."""
+    """A size in words with three digits, in powers of ten: 4194304 -> "4.19 MB"; "" for None."""
     if size is None:
         return ""
     scale, unit = next(
@@ -328,7 +347,7 @@ def aligned(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Verify the linear ops, then time them; print a plain table; 1 when verification failed."""
+    """Verify the linear operators, then time them and print a table; returns 1 if verification failed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", help="write points and environment to this file")
     parser.add_argument("--rounds", type=int, default=20)
@@ -343,7 +362,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def payload(points: list[Point], verified: bool) -> dict[str, Any]:
-    """What a results file holds: environment, points, and whether the ops passed verification in the same run."""
+    """The content of a results file: environment, points, and whether the operators passed verification in the same
+    run.
+    """
     return {"environment": records.environment(), "verified": verified, "points": [p.as_dict() for p in points]}
 
 

@@ -1,4 +1,4 @@
-"""Timing that survives a noisy machine: competitors take turns, round by round, and medians are compared."""
+"""Timing on a noisy machine: competitors take turns, round by round, and medians are compared."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import torch
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds per call over all rounds: median and quartiles."""
+    """Seconds per call over all rounds: the median, the quartiles, and all ``samples``, one per round."""
 
     median: float
     low: float
     high: float
-    samples: tuple[float, ...]  # one a round
+    samples: tuple[float, ...]
 
     @property
     def spread(self) -> float:
@@ -26,12 +26,12 @@ class Timing:
         return (self.high - self.low) / self.median if self.median else 0.0
 
     def relative_to(self, other: Timing) -> tuple[float, float, float]:
-        """The median over the rounds of this time by that of ``other``, and an interval that holds the true one in 95
-        of 100 runs.
+        """(median, low, high) of the ratio of this time to that of ``other`` over the rounds, with a 95 % confidence
+        interval.
 
-        Both were measured next to each other in each round, so most of what disturbs a machine cancels out. The
-        interval is that of order statistics (binomial, normal approximation): no distribution is assumed. A single
-        round has no interval but its own.
+        Both were measured one after the other in each round, so most disturbances of the machine cancel. The interval
+        is that of order statistics (binomial, normal approximation), which assumes no distribution. With a single round
+        it is that round.
         """
         ratios = sorted(a / b for a, b in zip(self.samples, other.samples, strict=True))
         n = len(ratios)
@@ -42,10 +42,10 @@ class Timing:
 def interleaved(
     functions: Mapping[str, Callable[[], object]], *, rounds: int = 20, min_seconds: float = 0.01, cuda: bool = False
 ) -> dict[str, Timing]:
-    """Median seconds per call of each function; in every round each is called often enough to last ``min_seconds``.
+    """name -> the timing of each function; in every round each is called often enough to last ``min_seconds``.
 
-    On CUDA the calls between two events are timed, and 256 MB are overwritten before each round so that no competitor
-    finds its inputs in the cache.
+    On CUDA, the calls between two events are timed, and 256 MB are overwritten before each function, so that none finds
+    its inputs in the cache.
     """
     measure = _cuda if cuda else _wall
     repeats = {}
@@ -65,11 +65,13 @@ def interleaved(
 
 
 def _summarise(seconds: list[float]) -> Timing:
+    """The timing of ``seconds``, one number for each call: median and quartiles."""
     low, median, high = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else seconds * 3
     return Timing(median, low, high, tuple(seconds))
 
 
 def _wall(function: Callable[[], object], repeats: int) -> float:
+    """The seconds of ``repeats`` calls, by the clock."""
     start = time.perf_counter()
     for _ in range(repeats):
         function()
@@ -77,6 +79,7 @@ def _wall(function: Callable[[], object], repeats: int) -> float:
 
 
 def _cuda(function: Callable[[], object], repeats: int) -> float:
+    """The seconds of ``repeats`` calls on the GPU, by CUDA events."""
     start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize()
     start.record()

@@ -1,4 +1,4 @@
-"""``dampr tune``: from which share of closed gates on leaving them out pays on this machine."""
+"""``dampr tune``: measure from which share of closed gates on it is faster to leave them out of products."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ from dampr.ops import forced_route, thresholds
 
 SHAPE = (256, 1024, 1024)  # rows, inputs, outputs
 SHARES = (0.125, 0.1875, 0.25, 0.3125, 0.375, 0.4375, 0.5, 0.625, 0.75)
-PAYS = 0.98  # of the time without leaving out, which is what noise may hide
+PAYS = 0.98  # leaving out must take at most this share of the time; a smaller gain may be noise
 
 
 class Timing(NamedTuple):
-    """How long a step takes that leaves closed gates out, relative to one that does not."""
+    """The time of a step that leaves closed gates out, relative to one that does not.
+
+    side: "inputs" or "outputs"; closed: the share of closed gates; ratio: the ratio of times.
+    """
 
     side: str
     closed: float
@@ -26,9 +29,10 @@ class Timing(NamedTuple):
 
 
 def run(shape: tuple[int, int, int] = SHAPE, shares: Sequence[float] = SHARES, rounds: int = 7) -> list[Timing]:
-    """A step, forward and backward, at each share, both ways in turn; medians. Some seconds.
+    """Measure a step, forward and backward, at each share of closed gates, with and without leaving them out. Takes
+    seconds.
 
-    With one thread the process's own CPU time counts, which other processes change least.
+    With one thread, the CPU time of the process is measured, which other processes disturb least.
     """
     return [
         Timing(side, share, _ratio(shape, side, share, rounds)) for side in ("inputs", "outputs") for share in shares
@@ -36,6 +40,7 @@ def run(shape: tuple[int, int, int] = SHAPE, shares: Sequence[float] = SHARES, r
 
 
 def _ratio(shape: tuple[int, int, int], side: str, share: float, rounds: int) -> float:
+    """The ratio of the median times at one share of closed gates."""
     m, k, n = shape
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(m, k, generator=generator, requires_grad=True)
@@ -47,6 +52,8 @@ def _ratio(shape: tuple[int, int, int], side: str, share: float, rounds: int) ->
     upstream = torch.randn(m, n, generator=generator)
 
     def step(route: str) -> Callable[[], None]:
+        """A step that takes this route."""
+
         def once() -> None:
             with forced_route(route):
                 ins, outs = (gate, None) if side == "inputs" else (None, gate)
@@ -68,9 +75,7 @@ def _ratio(shape: tuple[int, int, int], side: str, share: float, rounds: int) ->
 
 
 def least(timings: Sequence[Timing], side: str) -> float:
-    """The least share from which on it pays at every larger share too;
-    :data:`dampr.ops.thresholds.NEVER` where there is none.
-    """
+    """The smallest share from which on leaving out pays, also at every larger share; NEVER if there is none."""
     found = thresholds.NEVER
     for timing in sorted((t for t in timings if t.side == side), key=lambda t: t.closed, reverse=True):
         if timing.ratio > PAYS:
@@ -80,7 +85,7 @@ def least(timings: Sequence[Timing], side: str) -> float:
 
 
 def keep(timings: Sequence[Timing]) -> thresholds.Skip:
-    """Write what was measured to the user's cache, and return it as it holds now."""
+    """Write the result to the user's cache; returns the thresholds that hold now."""
     thresholds.write(
         least(timings, "inputs"),
         least(timings, "outputs"),

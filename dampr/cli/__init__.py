@@ -1,8 +1,8 @@
-"""The command ``dampr``: its commands, the demo that it trains, and its reports."""
+"""The command ``dampr``, the demo that it trains, and its reports."""
 
 
 def main() -> None:
-    """What the command runs."""
-    from .commands import main as run  # not before it is asked for: the demo and the reports do without typer
+    """Run the command; the entry point of the package's console script."""
+    from .commands import main as run  # imported here, because the demo and the reports work without typer
 
     run()

@@ -50,7 +50,7 @@ RECIPES = {
 
 @dataclass
 class ModelReport:
-    """One row of the demo's table."""
+    """One row of the demo's table: a network with its accuracy, widths, cost, time and the size of its file."""
 
     name: str
     accuracy: float
@@ -63,19 +63,7 @@ class ModelReport:
 
 @dataclass
 class Report:
-    """What the demo measured.
-
-    Attributes:
-        data: the name of the data set.
-        seed: the seed of initialisation and batches.
-        recipe: how both networks were trained.
-        models: a row for the dense and one for the compacted network.
-        max_abs_difference: the largest difference between the outputs of the masked and the compacted network, measured
-            when the plan compacted it.
-        history: for each epoch of the pruned run the training loss, the test accuracy, the share of MACs that is left
-            and the number of open units of each layer.
-        model: ``"mlp"`` or ``"cnn"``.
-    """
+    """The results of the demo."""
 
     data: str
     seed: int
@@ -97,7 +85,7 @@ class Report:
 
 
 def mlp(pixels: int, classes: int = 10) -> nn.Sequential:
-    """LeNet-300-100."""
+    """LeNet-300-100, on flattened images."""
     return nn.Sequential(nn.Linear(pixels, 300), nn.ReLU(), nn.Linear(300, 100), nn.ReLU(), nn.Linear(100, classes))
 
 
@@ -191,6 +179,7 @@ def run(
 
 
 def _plan(model: nn.Module, example: Tensor, recipe: Recipe, batches: int) -> dampr.Plan:
+    """The plan that prunes the network. Raises ValueError if the recipe has too few steps for one."""
     least = -(-LEAST_STEPS // batches)
     if recipe.epochs < least:
         raise ValueError(
@@ -242,6 +231,7 @@ def _train(
 
 
 def _accuracy(model: nn.Module, split: datasets.Split) -> float:
+    """The accuracy on the test data, in [0, 1]."""
     right = [
         (model(x).argmax(1) == y).sum() for x, y in zip(split.x_test.split(1000), split.y_test.split(1000), strict=True)
     ]
@@ -249,7 +239,7 @@ def _accuracy(model: nn.Module, split: datasets.Split) -> float:
 
 
 def _widths(model: nn.Module) -> dict[str, int]:
-    """Of each layer its open gates where it has gates, else its width."""
+    """For each linear and convolution layer, the number of open gates if it is gated, else its width."""
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, (nn.Linear, nn.Conv2d))}
     gated = dampr.prune.gated_layers(model)
     return {
@@ -259,6 +249,7 @@ def _widths(model: nn.Module) -> dict[str, int]:
 
 
 def _file_bytes(model: nn.Module) -> int:
+    """The size of the file of a model, in bytes."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.safetensors"
         dampr.save(model, path)

@@ -1,5 +1,5 @@
-"""What ``dampr report`` and ``dampr doctor`` look at: a gated model that a function makes,
-or a file of a compacted one; its training.
+"""Loads and describes the targets of ``dampr report`` and ``dampr doctor``: a gated model that a function returns, or
+the file of a compacted model; and the history of its training.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ TRAINING_ROWS = 12
 
 @dataclass
 class LayerWidths:
-    """One width: channels (gates) before, and left; the evaluated gates where there are any."""
+    """The width of one layer: its channels (gates) before and after pruning, and the values of its gates, if there are
+    any.
+    """
 
     name: str
     before: int
@@ -36,8 +38,13 @@ class LayerWidths:
 
 @dataclass
 class Training:
-    """How a model came about: a run, and which of its numbers are the score, the penalty and what is left of the cost,
-    if any are.
+    """The history of a training, and the names of its numbers.
+
+    Attributes:
+        run: the history.
+        score: the name of the number that should be high; None if there is none.
+        penalty: the name of the penalty.
+        left: the name of the share of the cost that is left.
     """
 
     run: history.Run
@@ -46,7 +53,7 @@ class Training:
     left: str | None
 
     def table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-        """Columns and rows as text: at most a dozen steps, the first and the last among them."""
+        """(columns, rows) as text: at most twelve steps, with the first and the last."""
         wanted = dict.fromkeys((self.score, "loss", self.penalty, "gates_open", self.left))
         names = [name for name in wanted if name in self.run.names()]
         last = len(self.run.rows) - 1
@@ -58,7 +65,7 @@ class Training:
         ]
 
     def points(self, x: str, y: str) -> tuple[list[float], list[float]]:
-        """Two numbers of each row that has both."""
+        """The values of the numbers ``x`` and ``y``, two lists, of the rows that have both."""
         pairs = [(row.get(x), row.get(y)) for row in self.run.rows]
         found = [(a, b) for a, b in pairs if a is not None and b is not None]
         return [a for a, _ in found], [b for _, b in found]
@@ -66,7 +73,7 @@ class Training:
 
 @dataclass
 class ModelWidths:
-    """A model as a report sees it; pairs are (before, left), None where it is not known."""
+    """A model as a report shows it. ``params`` and ``macs`` are (before, left); None where it is not known."""
 
     target: str
     layers: list[LayerWidths]
@@ -79,7 +86,7 @@ class ModelWidths:
         return asdict(self)
 
     def rows(self) -> list[tuple[str, ...]]:
-        """The table as text."""
+        """The rows of the table as text."""
         rows: list[tuple[str, ...]] = [
             (r.name, str(r.before), str(r.left), f"{r.left / r.before:.0%}") for r in self.layers
         ]
@@ -98,10 +105,10 @@ class ModelWidths:
 
 
 def made_by(target: str) -> tuple[nn.Module, Any]:
-    """(model, example inputs) from ``"module:function"``, looked for in the working directory first.
+    """(model, example inputs) from ``"module:function"``; the module is first searched in the working directory.
 
-    Raises ValueError for a target that is no such name or makes something else, ImportError where the module is not
-    there.
+    Raises: ValueError for a target of another form, or whose function returns something else; ImportError if the module
+    does not exist.
     """
     module, _, function = target.partition(":")
     if not module or not function:
@@ -120,14 +127,19 @@ def made_by(target: str) -> tuple[nn.Module, Any]:
 
 
 def look_at(target: str) -> ModelWidths:
-    """The widths of what ``target`` names. Raises what :func:`made_by` and :func:`dampr.load` raise."""
+    """The widths of the model that ``target`` names, a file or "module:function".
+
+    Raises: what :func:`made_by` and :func:`dampr.load` raise.
+    """
     return _of_file(target) if os.path.exists(target) else _of_model(target, *made_by(target))
 
 
 def trained(path: str | os.PathLike[str], score: str | None = None) -> Training:
-    """The run in a file of :class:`dampr.History`; ``score``: which of its numbers is to be high, None: an accuracy.
+    """The training in a file of :class:`dampr.History`.
 
-    Raises what reading it raises; ValueError where there is no such number.
+    ``score``: the name of the number that should be high; None takes an accuracy, if there is one.
+
+    Raises: what reading the file raises; ValueError for an unknown name.
     """
     run = history.read(path)
     names = run.names()
@@ -142,10 +154,12 @@ def trained(path: str | os.PathLike[str], score: str | None = None) -> Training:
 
 
 def _cell(value: float | None, share: bool) -> str:
+    """A number as text, as a percentage if it is a ``share``; "" for None."""
     return "" if value is None else f"{value:.1%}" if share else f"{value:.4g}"
 
 
 def _of_model(target: str, model: nn.Module, example_inputs: Any) -> ModelWidths:
+    """The widths of a model with gates."""
     found = summary(model, example_inputs=example_inputs)
     values = {name: layer.gate.deterministic().tolist() for name, layer in gated_layers(model).items()}
     layers = [LayerWidths(r.name, r.gates, r.open, values[r.name]) for r in found.layers]
@@ -155,6 +169,7 @@ def _of_model(target: str, model: nn.Module, example_inputs: Any) -> ModelWidths
 
 
 def _of_file(path: str) -> ModelWidths:
+    """The widths of the compacted model in a file."""
     compaction, tensors = files.read_manifest(path)
     layers = []
     for name, entry in compaction.get("layers", {}).items():
@@ -171,8 +186,11 @@ def _of_file(path: str) -> ModelWidths:
 
 
 def plot(found: ModelWidths, path: Path | io.BytesIO) -> None:
-    """Widths before and after as bars, where there are gates a histogram of their values, and where there is a run
-    penalty and score over its steps, and score against what is left. Raises ImportError without matplotlib."""
+    """Write a chart as PNG: widths before and after; gate values, if there are gates; and for a training its penalty
+    and score over the steps, and the score over what is left.
+
+    Raises: ImportError without matplotlib.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -199,6 +217,7 @@ def plot(found: ModelWidths, path: Path | io.BytesIO) -> None:
 
 
 def _draw_widths(found: ModelWidths, axes: Any) -> None:
+    """Draw the widths before and after as bars."""
     names = [r.name for r in found.layers]
     axes.barh(names, [r.before for r in found.layers], color="0.85", label="before")
     axes.barh(names, [r.left for r in found.layers], height=0.5, label="left")
@@ -208,11 +227,13 @@ def _draw_widths(found: ModelWidths, axes: Any) -> None:
 
 
 def _draw_gates(found: ModelWidths, axes: Any) -> None:
+    """Draw a histogram of the gate values."""
     axes.hist([v for r in found.layers for v in r.values], bins=40)
     axes.set(xlabel="evaluation gate", ylabel="gates", yscale="log", title="gate values")
 
 
 def _draw_steps(training: Training, axes: Any) -> None:
+    """Draw penalty and score over the steps of the training."""
     lines, top = [], axes
     axes.set(xlabel="step", title="training")
     if training.penalty:
@@ -226,7 +247,7 @@ def _draw_steps(training: Training, axes: Any) -> None:
 
 
 def _draw_trade(training: Training, axes: Any) -> None:
-    """Score against what is left, a line from the first step to the last, which is marked."""
+    """Draw the score over the share of the cost that is left, from the first step to the last, which is marked."""
     left, score = training.points(training.left or "", training.score or "")
     axes.plot(left, score, marker=".", linewidth=0.8)
     axes.plot(left[-1:], score[-1:], marker="o", color="C3", linestyle="", label="last")
@@ -240,7 +261,7 @@ def _draw_trade(training: Training, axes: Any) -> None:
 
 
 def as_html(found: ModelWidths) -> str:
-    """One page that needs nothing else: the tables, the chart if matplotlib is there, and the notes."""
+    """The report as one HTML page: the tables, the chart if matplotlib is installed, and the notes."""
     notes = "".join(f"<li><b>{html.escape(name)}</b>: {html.escape(why)}</li>\n" for name, why in found.notes.items())
     training = "" if found.training is None else f"<h2>training</h2>\n{_html_table(*found.training.table())}"
     try:
@@ -259,6 +280,7 @@ def as_html(found: ModelWidths) -> str:
 
 
 def _html_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in HTML."""
     head = "".join(f"<th>{html.escape(name)}</th>" for name in columns)
     body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>\n" for row in rows)
     return f"<table><tr>{head}</tr>\n{body}</table>\n"

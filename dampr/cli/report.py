@@ -1,4 +1,4 @@
-"""Tables and plots of what the commands found."""
+"""Prints tables and draws plots of the commands' results."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DEMO_COLUMNS = ("model", "accuracy", "open units", "params", "MACs", "of dense",
 
 
 def demo_rows(report: Report) -> list[tuple[str, ...]]:
-    """The demo's table as text."""
+    """The cells of the demo's table."""
     dense = report.models[0]
     return [
         (
@@ -35,7 +35,7 @@ def demo_rows(report: Report) -> list[tuple[str, ...]]:
 
 
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """The same table for a document."""
+    """The table in Markdown."""
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (columns, ["---"] * len(columns), *rows))
 
 
@@ -51,7 +51,7 @@ def print_table(console: Console, title: str, columns: Sequence[str], rows: Sequ
 
 
 def verify_rows(rows: Sequence[Row]) -> list[tuple[str, ...]]:
-    """The table of ``dampr verify`` as text."""
+    """The cells of the table of ``dampr verify``."""
     result: list[tuple[str, ...]] = []
     for row in rows:
         worst = row.worst

@@ -1,6 +1,4 @@
-"""Gated convolutions: the gates go into the weight or onto the activations,
-and torch's own convolution does the rest.
-"""
+"""Gated convolutions: checks of the arguments, and the choice of how gates and torch's convolution are combined."""
 
 from __future__ import annotations
 
@@ -142,6 +140,9 @@ def _gated_conv(
     spec: GateSpec,
     index_offset: int,
 ) -> Tensor:
+    """The convolution of ``dims`` dimensions; ``how``: (torch's function, stride, padding, dilation, groups). The other
+    arguments are those of :func:`gated_conv2d`.
+    """
     convolve, groups = how[0], how[-1] if type(how[-1]) is int else _checks.positive_int("groups", how[-1])
     arguments = *how[1:-1], groups
     where = (
@@ -159,7 +160,7 @@ def _gated_conv(
     if weight_gate is not None:
         if _checks.flag("per_sample", per_sample) or input_gate is not None or output_gate is not None:
             raise ValueError("weight_gate: expected no input_gate, no output_gate and per_sample=False beside it")
-        if ops.routes.forced_name() is not None:  # raises for one that cannot serve
+        if ops.routes.forced_name() is not None:  # for its check: conv_route raises if a forced route cannot serve
             ops.select(x.device, x.dtype).conv_route(problem_of(layout, x, weight, groups, "weight", False, False))
         shift = None if bias is None else bias.to(x.dtype)
         return convolve(x, _gate_blocks(x, weight, weight_gate, block, seed, spec), shift, *arguments)
@@ -197,10 +198,14 @@ def _gated_conv(
 
 
 class Layout(NamedTuple):
-    """What shapes and arguments make of a convolution.
+    """Properties of a convolution that follow from its shapes and arguments; its route depends on them.
 
-    ``window``: its arguments, a number for each dimension, or None where that is not what torch takes. ``pointwise``,
-    ``activations``: as in :class:`dampr.ops.routes.ConvProblem`. ``work``: multiply-adds.
+    Attributes:
+        window: stride, padding, dilation and groups with a number for each dimension; None if torch's arguments have
+            another form.
+        pointwise: whether it is a linear layer on the channels of each pixel, which lie side by side in memory.
+        activations: how many elements gates would multiply if they did not multiply the weight.
+        work: multiply-adds.
     """
 
     window: Window | None
@@ -212,11 +217,11 @@ class Layout(NamedTuple):
 def layout_of(
     dims: int, x: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: int, where: str | Any
 ) -> Layout:
-    """The layout for gates on the ``where`` ("input", "output", "both", or in the weight). Raises TypeError or
-    ValueError for shapes.
+    """The layout for gates on ``where``: "input", "output", "both", or "weight" or a block for gates in the weight.
 
-    It is remembered: next to a convolution, which leaves no line of Python in a cache, finding it takes longer than
-    drawing the gates.
+    Layouts are cached: after a convolution has filled the caches, finding one takes longer than drawing the gates.
+
+    Raises: TypeError or ValueError for arguments that do not fit.
     """
     _checks.floating("x", _checks.tensor("x", x))
     _checks.floating("weight", _checks.tensor("weight", weight))
@@ -225,7 +230,7 @@ def layout_of(
     if not needs_dispatcher((x, weight)):
         try:
             return _remembered_layout(*problem)
-        except TypeError:  # an argument without a hash, or one that the next line refuses
+        except TypeError:  # an argument that cannot be hashed; the next line finds the layout, or raises
             pass
     return _layout(*problem)
 
@@ -241,6 +246,9 @@ def _layout(
     groups: int,
     where: str | Any,
 ) -> Layout:
+    """:func:`layout_of` from shapes, without the cache. ``side_by_side``: the channels of a pixel are neighbours in
+    memory.
+    """
     groups = _checks.positive_int("groups", groups)
     if len(weight) != dims + 2:
         raise ValueError(
@@ -270,14 +278,18 @@ def _layout(
     return Layout(window, pointwise, activations, written * math.prod(weight[1:]))
 
 
-# typed: groups=True is refused though 1 is not
+# typed, because True == 1 but groups=True has to raise
 _remembered_layout = functools.lru_cache(maxsize=1024, typed=True)(_layout)
 
 
 def problem_of(
     layout: Layout, x: Tensor, weight: Tensor, groups: int, where: Any, per_sample: bool, drawn: bool
 ) -> ConvProblem:
-    """What a backend chooses the route by. Only gates that are drawn let a convolution become a linear map."""
+    """The problem by which a backend chooses a route.
+
+    ``drawn``: whether gates are drawn. Without that a convolution never runs as a linear layer, so that a fresh layer
+    equals the dense one to the bit.
+    """
     pointwise = layout.pointwise and drawn
     return ConvProblem(
         tuple(weight.shape), groups, where, per_sample, pointwise, layout.activations, layout.work, x.device
@@ -285,8 +297,10 @@ def problem_of(
 
 
 def _window(weight: torch.Size, stride: Any, padding: Any, dilation: Any, groups: int) -> Window | None:
-    """A number for each dimension; None where that is not what torch takes: "same" that pads one side more,
-    or what it refuses.
+    """The arguments with a number for each dimension.
+
+    None if there is no such form: "same" padding that pads one side more than the other, or arguments that torch
+    refuses.
     """
     dims = len(weight) - 2
     steps, spread = _each(stride, dims), _each(dilation, dims)
@@ -304,7 +318,7 @@ def _window(weight: torch.Size, stride: Any, padding: Any, dilation: Any, groups
 
 
 def _check_sizes(dims: int, stride: Any, padding: Any, dilation: Any) -> None:
-    """Raise ValueError for what torch would not take as the arguments of a convolution."""
+    """Raise ValueError for arguments that torch's convolution would not accept."""
     for name, value, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
         if name == "padding" and isinstance(value, str):
             if value not in ("same", "valid"):
@@ -320,6 +334,7 @@ def _check_sizes(dims: int, stride: Any, padding: Any, dilation: Any) -> None:
 
 
 def _each(size: Any, dims: int) -> tuple[int, ...] | None:
+    """A size for each of ``dims`` dimensions, from an integer or a sequence; None if it is neither."""
     sizes = (size,) if isinstance(size, int) else size
     if (
         not isinstance(sizes, (tuple, list))
@@ -333,6 +348,7 @@ def _each(size: Any, dims: int) -> tuple[int, ...] | None:
 def _gate_blocks(
     x: Tensor, weight: Tensor, gate: Tensor, block: tuple[int, int] | None, seed: int | Tensor | None, spec: GateSpec
 ) -> Tensor:
+    """The weight times its gates, one for each weight (``block`` None) or for each block of filters and channels."""
     if block is None:
         size, what, count = (1, 1), "weight", weight.numel()
     else:

@@ -55,8 +55,8 @@ def sample_gates(
 
 
 def open_probability(log_alpha: Tensor, *, spec: GateSpec = DRAWN) -> Tensor:
-    """P(z != 0) of a drawn gate, Louizos et al. 2018 eq. 12; shape and dtype of ``log_alpha`` (float32 or float64);
-    differentiable.
+    """P(z != 0) of a drawn gate (Louizos et al. 2018, eq. 12), in the shape and dtype of ``log_alpha`` (float32 or
+    float64); differentiable.
     """
     _checks.floating("log_alpha", _checks.tensor("log_alpha", log_alpha))
     _checks.gate_spec("spec", spec)
@@ -152,7 +152,7 @@ def gate_activations(
 
 
 def offset_of(index_offset: int, per_row: bool) -> int:
-    """A checked ``index_offset``. Raises ValueError where there are no rows to count, or it is negative."""
+    """``index_offset``, checked. Raises ValueError if it is negative, or if all rows share one draw."""
     if not index_offset:
         return 0
     if not per_row:
@@ -165,20 +165,23 @@ def offset_of(index_offset: int, per_row: bool) -> int:
 
 
 def drawn_rows(gates: GateArgs, rows: int, index_offset: int) -> Tensor:
-    """The gates of rows ``index_offset`` and on, (rows, n)."""
+    """The gates of ``rows`` rows from row ``index_offset`` on, (rows, n)."""
     return ops.sample_gates(gates._replace(per_sample=False), rows, index_offset * gates.log_alpha.shape[0])
 
 
 def times_rows(x: Tensor, z: Tensor, dim: int) -> Tensor:
-    """x * z along dimension ``dim`` > 0 with gates (x.shape[0], x.shape[dim]), drawn already;
-    raises as :func:`gate_activations`.
+    """x * z along dimension ``dim`` > 0 for drawn gates z (x.shape[0], x.shape[dim]).
+
+    Raises: as :func:`gate_activations`.
     """
     _checks.gate_parameter("gate", z.new_empty(z.shape[1:]), x.shape[dim], f"index of dimension {dim} of x", x)
     return (x * reference.along(z, x, dim)).to(x.dtype)
 
 
 def gated_dimension(x: Tensor, dim: int, per_sample: bool) -> int:
-    """``dim`` counted from the start. Raises TypeError or ValueError where ``x`` has no gates there."""
+    """``dim`` counted from the start. Raises TypeError or ValueError if ``x`` has no such dimension, or if it is that
+    of the samples with ``per_sample``.
+    """
     _checks.floating("x", _checks.tensor("x", x))
     if isinstance(dim, bool) or not isinstance(dim, int) or not -x.dim() <= dim < x.dim():
         raise ValueError(f"dim={dim!r}: expected an integer in [{-x.dim()}, {x.dim()}) for x of shape {tuple(x.shape)}")
@@ -188,6 +191,7 @@ def gated_dimension(x: Tensor, dim: int, per_sample: bool) -> int:
 
 
 def _gate_vector(log_alpha: Tensor) -> None:
+    """Raise TypeError or ValueError unless ``log_alpha`` is a vector of float32 or float64."""
     _checks.tensor("log_alpha", log_alpha)
     if log_alpha.dtype not in _checks.GATE_DTYPES:
         raise TypeError(f"log_alpha.dtype={log_alpha.dtype}: expected torch.float32 or torch.float64")

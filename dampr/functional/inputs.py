@@ -1,4 +1,4 @@
-"""What every function with a weight does to its arguments before any work: checks, autocast, seeds."""
+"""The first steps of all functions with a weight: check the arguments, cast them as autocast would, and make seeds."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from dampr.spec import SAMPLE, GateSpec
 
 
 def cast(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``x`` as autocast would have it, once it is known to go with ``weight`` and ``bias``.
+    """``x`` in the dtype that autocast gives it, after checks that ``weight`` and ``bias`` fit.
 
-    Raises TypeError or ValueError.
+    Raises: TypeError or ValueError.
     """
     if bias is not None and (
         not isinstance(bias, Tensor) or bias.layout != torch.strided or bias.shape != weight.shape[:1]
@@ -55,7 +55,16 @@ def gate_of(
     spec: GateSpec,
     per_sample: bool = False,
 ) -> GateArgs:
-    """Parameters of ``count`` gates, one for each ``one`` beside ``x``, and their seed, checked."""
+    """The checked arguments of ``count`` gates next to ``x``.
+
+    Args:
+        name: the name of the argument ``gate``, for errors.
+        gate: the gate parameters.
+        count: the number of gates.
+        one: what has a gate, for errors ("channel").
+        x: the tensor whose device and dtype decide.
+        seed, spec, per_sample: those of the gates.
+    """
     if not isinstance(spec, GateSpec) or not isinstance(per_sample, bool):
         _checks.gate_spec("spec", spec)
         per_sample = _checks.flag("per_sample", per_sample)
@@ -80,8 +89,10 @@ def gates_of(
     spec: GateSpec,
     per_sample: bool,
 ) -> GatePair:
-    """Gate parameters of inputs and outputs, checked, and a seed for each: with both,
-    the outputs use a second stream of the same seed.
+    """The checked gate parameters of inputs and outputs, with a seed for each.
+
+    If both have gates, the outputs use a second stream of the same seed. ``one_input`` and ``one_output`` say in errors
+    what has a gate.
     """
     if not isinstance(spec, GateSpec) or not isinstance(per_sample, bool):
         _checks.gate_spec("spec", spec)

@@ -1,5 +1,5 @@
-"""Norms with gates: in gain and bias, where no activation is touched, or, drawn per sample,
-in one pass with norm and activation.
+"""Norms with gates: the gates are multiplied into gain and bias, or, if they are drawn per sample, in one pass together
+with norm and activation.
 """
 
 from __future__ import annotations
@@ -71,10 +71,10 @@ def gated_batch_norm(
     spec: GateSpec = DRAWN,
     index_offset: int = 0,
 ) -> Tensor:
-    """act(z batch_norm(x)): a gate for each channel behind a batch norm,
-    in one pass with it and with the ReLU that follows.
+    """act(z batch_norm(x)): a batch norm, a gate for each channel, and an optional ReLU, in one pass.
 
-    Keeps x for the backward and nothing else of that size. Convolution, norm, gate, ReLU is the placement of Dep-L0.
+    For the backward it keeps x and nothing else of that size. Dep-L0 places its gates so: convolution, norm, gate,
+    ReLU.
 
     Args:
         x: (B, C), (B, C, L), (B, C, H, W) or (B, C, D, H, W), any floating dtype; contiguous or channels last.
@@ -83,14 +83,14 @@ def gated_batch_norm(
         running_mean, running_var: (C,), or None; used in evaluation, updated in place in training as by
             ``F.batch_norm``.
         training: normalise by the statistics of ``x`` instead of the running ones.
-        momentum: what the new statistics weigh in the update, in [0, 1].
+        momentum: the weight of the new statistics in the update, in [0, 1].
         eps: added to the variance, above 0 in training, else 0 or more.
         seed: the noise, an int in [0, 2^63) or an int64 tensor of shape (1,); not needed by a deterministic ``spec``.
         per_sample: one draw for each index of the first dimension instead of one per call.
         activation: "relu", or None for z batch_norm(x) itself.
         spec: the gate function, from :func:`dampr.spec.hard_concrete`; drawn by default.
-        index_offset: with ``per_sample``, the number of the first sample, as of :func:`sample_gates`; then norm and
-            gates are two passes unless it is 0.
+        index_offset: with ``per_sample``, the number of the first sample, as of :func:`sample_gates`; norm and gates
+            are then two passes unless it is 0.
 
     Returns: like ``x``, contiguous or channels last. Differentiable in ``x``, ``gate``, ``weight`` and ``bias``.
 
@@ -132,8 +132,8 @@ def gated_batch_norm(
         y = times_rows(y, drawn_rows(gates, x.shape[0], index_offset), 1)
         return y if activation is None else torch.relu(y)
     if torch.compiler.is_compiling() and count > x.shape[0] and _goes_with(x, weight, bias, running_mean, running_var):
-        # What the compiler sees it fuses, with what comes before and after as well; gates, of which there are fewer,
-        # are drawn beside it.
+        # torch.compile fuses these operators with each other and with those before and after; the gates are few, and
+        # drawn by an operator of their own.
         norm = ops.BatchNorm(running_mean, running_var, training, momentum, float(eps))
         y = norm(x, weight, bias)
         z = ops.sample_gates(gates._replace(per_sample=False), x.shape[0] if gates.per_sample else None)
@@ -151,7 +151,11 @@ def _goes_with(x: Tensor, *vectors: Tensor | None) -> bool:
 
 
 def _vector(name: str, value: Tensor | None, x: Tensor, log_alpha: Tensor) -> Tensor | None:
-    """A checked (C,), in the dtype to compute in."""
+    """Check a vector of a norm, one entry per channel (C,), and return it in the dtype of ``log_alpha``, in which the
+    norm computes. None stays None.
+
+    Raises: TypeError or ValueError that names the argument.
+    """
     if value is None or (
         isinstance(value, Tensor)
         and value.dtype == log_alpha.dtype

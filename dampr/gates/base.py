@@ -33,6 +33,7 @@ class GateModule(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GateModule:
         def keep_precision(t: Tensor) -> Tensor:
+            """``fn(t)``, but float32 where that would make a half-precision gate."""
             out = fn(t)
             return (
                 t.to(out.device, torch.float32)
@@ -105,13 +106,14 @@ class Gate(GateModule):
     """
 
     num_gates: int
-    draws_once: bool = False  # whether it draws beside the kernels, so that what these multiply by is one draw per call
-    former: tuple[Tensor, ...] = ()  # parameters of the gates in whose place it stands, which optimizers may hold
+    # whether it draws in plain PyTorch and not in a kernel; kernels then multiply by one draw per call
+    draws_once: bool = False
+    former: tuple[Tensor, ...] = ()  # parameters of the gate that this one replaced; optimizers may still hold them
     in_optimizer: bool = False  # whether :func:`dampr.param_groups` gave it a learning rate of its own
     # the beginnings of the names of the parameters that :meth:`set_levels_` moves
     level_parameters: tuple[str, ...] = ()
-    parameter_name: str = "parameter"  # the attribute that :attr:`parameter` is, where it is one
-    # (start, stop) of the open gates, where a family keeps these side by side
+    parameter_name: str = "parameter"  # the name of the attribute that :attr:`parameter` returns
+    # returns (start, stop) of the open gates, for a family that keeps these side by side; None for others
     open_slice: Callable[[], tuple[int, int]] | None = None
     _banked: Held | None = None  # the values of every call in training, within a dampr.GateBank
     _held: Held | None = None  # the seed of every call, within dampr.hold_draws

@@ -1,5 +1,5 @@
-"""Dep-L0: one small network produces the log_alpha of every gate of a model,
-so that gates of different layers depend on each other.
+"""The Dep-L0 family: one small network computes the log_alpha of every gate of a model, so gates of different layers
+depend on each other.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class DependencyGenerator(GateModule):
         init_scale: factor on the initial weights, U(-1, 1) / sqrt(in). At 1, as published, about 7 % of the gates of a
             deep network are closed before training starts; at 0 every gate starts fully open.
         bias_init: mean of the initial biases, N(bias_init, 0.01).
-        device: where the parameters live. They are float32 and stay so under autocast and ``.half()``.
+        device: the device of the parameters. They are float32 and stay so under autocast and ``.half()``.
 
     The generator has no noise and no input, so it is evaluated once per step for all gates. The values are kept until a
     parameter changes or a backward has gone through them. Without gradients, each layer gets the kept values once, so
@@ -156,12 +156,15 @@ class DependencyGenerator(GateModule):
         return [DependentHardConcrete(self, index, **options) for index in range(len(self.sizes))]
 
     def penalty(self, kernel_areas: Sequence[float], lam: float, first: float = 3.0) -> Tensor:
-        """lam sum_l k_l^2 P_{l-1} P_l with P_l the expected open gates of layer l and P_0 = ``first``, the image's
-        channels; a scalar.
+        """The penalty of the published networks: lam sum_l k_l^2 P_{l-1} P_l, a scalar.
 
-        ``kernel_areas``: k_l^2 of each gated convolution, in the order of the network. Added as it is to a mean
-        cross-entropy; lam is 1e-6 (VGG16) or 5e-7 (ResNet56) in the published runs. Each layer counts as if it read the
-        gated layer before it, as published.
+        P_l is the expected number of open gates of layer l, and P_0 = ``first`` the channels of the image. Each layer
+        counts as if it read the gated layer before it, as published. Add it to a mean cross-entropy.
+
+        Args:
+            kernel_areas: k_l^2 of each gated convolution, in the order of the network.
+            lam: the weight; 1e-6 (VGG16) or 5e-7 (ResNet56) in the published runs.
+            first: the channels of the image.
         """
         opened = self._expected_open(kernel_areas)
         total = opened[0] * (kernel_areas[0] * first)
@@ -172,9 +175,14 @@ class DependencyGenerator(GateModule):
     def filter_penalty(
         self, kernel_areas: Sequence[float], in_channels: Sequence[int], lam: float, as_published: bool = False
     ) -> Tensor:
-        """lam sum_l P_l c_l k_l^2, the form for ImageNet (lam 5e-9), with ``in_channels`` c_l dense; a scalar.
+        """The penalty of the published ImageNet runs: lam sum_l P_l c_l k_l^2, a scalar, with lam 5e-9.
 
-        ``as_published``: the authors' code has k_l^2 in it twice, so that a 7 x 7 stem costs 49 times too much.
+        Args:
+            kernel_areas: k_l^2 of each gated convolution, in the order of the network.
+            in_channels: c_l, the dense input channels of each.
+            lam: the weight.
+            as_published: the authors' code multiplies by k_l^2 twice, so that a 7 x 7 stem costs 49 times too much;
+                True does the same.
         """
         opened = self._expected_open(kernel_areas)
         if len(in_channels) != len(opened):
@@ -197,11 +205,12 @@ class DependencyGenerator(GateModule):
         parameters: list[Tensor] = [getattr(self, f"{kind}_{index}") for index in order for kind in ("weight", "bias")]
         evaluate = ops.dependency_generator if upto is None else reference.dependency_generator
         where = parameters[0].device.type
-        # meta has no autocast to leave
+        # torch.autocast does not accept the device "meta"
         with torch.autocast(where, enabled=False) if where != "meta" else nullcontext():
             return evaluate(parameters, LOGIT_LIMIT)
 
     def _evaluate(self, key: tuple[Any, ...]) -> _Evaluation:
+        """Run the generator and register hooks that note when a backward goes through its values."""
         # Hide the saved tensors of this graph from activation checkpointing. Its hooks count the saved tensors of each
         # layer, and would count those of the generator for whichever layer asked first.
         with torch.autograd.graph.saved_tensors_hooks(torch.Tensor.detach, lambda t: t):
@@ -237,19 +246,21 @@ class DependencyGenerator(GateModule):
 
 
 class DependentHardConcrete(ConcreteGate):
-    """The hard concrete gates of one layer under Dep-L0 (Li and Ji 2021): their log_alpha comes out of a generator
-    shared by the model.
+    """The hard concrete gates of one layer under Dep-L0 (Li and Ji 2021); a generator that the whole model shares
+    computes their log_alpha.
 
     Args:
-        generator: the :class:`DependencyGenerator` of the whole model. It is part of every gate that uses it, and
-            ``model.parameters()`` lists its parameters once; a ``state_dict`` names them once per gate, as with all
+        generator: the :class:`DependencyGenerator` of the whole model. It is a child of every gate that uses it.
+            ``model.parameters()`` lists its parameters once; a ``state_dict`` names them once per gate, as for all
             shared modules.
-        index: which of its layers this is.
-        beta, gamma, zeta, preset: as for :class:`dampr.gates.HardConcrete`; the published code has the same constants.
+        index: the layer of the generator.
+        beta, gamma, zeta, preset: as for :class:`dampr.gates.HardConcrete`; the published code has the same
+            constants.
 
-    Published are a draw per example (``per_sample=True`` of the layer, the default of :func:`dampr.convert` for this
-    family) and gates after the norm. A layer that is given the class or the name ``"dep_l0"`` gets a generator of its
-    own, whose gates start open; gates of one model share one through ``generator.gates()``.
+    As published, each example has a draw of its own (``per_sample=True`` of the layer, the default of
+    :func:`dampr.convert` for this family), and the gates stand after the norm. A layer that is given this class or
+    the name ``"dep_l0"`` gets a generator of its own, whose gates start open; the gates of a model share one through
+    ``generator.gates()``.
 
     Raises: ValueError or TypeError that names the argument.
     """
@@ -277,6 +288,7 @@ class DependentHardConcrete(ConcreteGate):
 
     @classmethod
     def for_layer(cls, num_gates: int, device: torch.device | str | None = None) -> Gate:
+        """The gates of one layer with a generator of their own."""
         return cls(DependencyGenerator([num_gates], device=device), 0)
 
     def reset_parameters(self) -> None:

@@ -1,4 +1,4 @@
-"""Differentiable masks: a learned scale times a mask that cuts small scales off. A reconstruction."""
+"""The Differentiable Mask family: a learned scale times a mask that cuts off small scales. It is a reconstruction."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class DifferentiableMask(KernelGate):
             ``"trainable"``: the exponential of a parameter ``log_slope``, (1,). Only a fixed slope and a fixed
             threshold are built into the kernels; masks of the others are computed beside them.
         init_alpha: where every alpha starts; at 1 fresh evaluation gates are exactly 1 (but those of ``"exact_zero"``).
-        device: where the parameters live. They are float32 and stay so under autocast and ``.half()``.
+        device: the device of the parameters. They are float32 and stay so under autocast and ``.half()``.
 
     The published loss is task + lam1 sum R(alpha) + lam2 ||W||^2 + lam3 ||b||^2 with regularisers not known:
     :func:`scale_penalty`, :func:`square_penalty`.
@@ -104,7 +104,7 @@ class DifferentiableMask(KernelGate):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """alpha, slope and threshold where the arguments have them start."""
+        """Set alpha, slope and threshold to their start values."""
         super().reset_parameters()
         self.alpha.fill_(self.init_alpha)
         if self.slope_mode == "scheduled":
@@ -116,7 +116,7 @@ class DifferentiableMask(KernelGate):
 
     @property
     def threshold(self) -> float | Tensor:
-        """t: a number, or where it is trained a tensor, (1,)."""
+        """t: a number, or a tensor (1,) if it is trained."""
         return self._fixed.lo if self.threshold_mode == "fixed" else self.log_threshold.exp()
 
     def set_slope(self, slope: float) -> None:
@@ -132,7 +132,7 @@ class DifferentiableMask(KernelGate):
 
     @property
     def parameter(self) -> Tensor:
-        """alpha, (num_gates,), or z where it is computed beside the kernels."""
+        """alpha, (num_gates,), for the kernels; z itself where the mask is computed in plain PyTorch."""
         held = self._fixed if self.training else self._evaluated
         return self._masked(held) if self._beside(held) else self.alpha
 
@@ -141,7 +141,9 @@ class DifferentiableMask(KernelGate):
         return self._masked(held) if self._beside(held) else functional.sample_gates(self.alpha, spec=held)
 
     def open_probability(self) -> Tensor:
-        """|alpha|, the surrogate count that the published loss is taken to have. Not a probability: it can exceed 1."""
+        """|alpha|, a surrogate of the count that the published loss is assumed to have. It is no probability: it can
+        exceed 1.
+        """
         return self.alpha.abs()
 
     def is_open(self) -> Tensor:
@@ -155,32 +157,35 @@ class DifferentiableMask(KernelGate):
 
     @torch.no_grad()
     def set_levels_(self, levels: Tensor) -> None:
-        """Each alpha keeps its sign."""
+        """Set |alpha| to the levels; each alpha keeps its sign."""
         low, span = self._ends()
         self.alpha.copy_(torch.copysign((low + levels * span).clamp(min=0), self.alpha))
 
     def pull(self) -> Tensor:
+        """-dL/dlevel of each gate, (num_gates,), from the gradient of alpha."""
         return (
             -gradient(self.alpha) * torch.copysign(torch.ones_like(self.alpha), self.alpha.detach()) * self._ends()[1]
         )
 
     def _ends(self) -> tuple[float, float]:
+        """(|alpha| at level 0, |alpha| between levels 0 and 1)."""
         low = float(self.threshold)
         return low, 1 - low if low < 1 else 1.0
 
     def _beside(self, held: GateSpec) -> bool:
-        """Whether the values, not alpha, go to the kernels.
+        """Whether the mask is computed in plain PyTorch, so that the kernels get z and not alpha.
 
-        The evaluation gate of a hard mask does not depend on the slope.
+        In evaluation a hard mask does not depend on the slope, so a changing slope is no reason then.
         """
         return self.threshold_mode != "fixed" or (
             self.slope_mode != "fixed" and (self.training or held.rule == EXACT_ZERO)
         )
 
     def _masked(self, held: GateSpec) -> Tensor:
+        """z = alpha M in plain PyTorch, for the slope and the threshold of now."""
         slope: float | Tensor = held.beta
         if self.slope_mode != "fixed":
-            # set_slope may come before the backward
+            # a copy, because set_slope may change it in place before the backward
             slope = self.slope.clone() if self.slope_mode == "scheduled" else self.log_slope.exp()
         return self.alpha * reference.mask(self.alpha, held.rule, slope, self.threshold)
 
@@ -190,8 +195,8 @@ class DifferentiableMask(KernelGate):
 
 
 def geometric_slope(step: int, steps: int, start: float = 1.0, end: float = 50.0) -> float:
-    """start (end / start)^(step / steps), and ``end`` from ``steps`` on:
-    the slope of an annealed smooth mask after ``step`` steps.
+    """The slope of an annealed mask after ``step`` of ``steps`` steps: start (end / start)^(step / steps), then
+    ``end``.
     """
     for name, bound in (("start", start), ("end", end)):
         _checks.number(name, bound, 0, above=True)
@@ -201,8 +206,8 @@ def geometric_slope(step: int, steps: int, start: float = 1.0, end: float = 50.0
 
 
 def foothill(x: Tensor, a: float = 1.0, b: float = 1.0) -> Tensor:
-    """a x tanh(b x / 2), element by element: between L1 (large b) and L2; the form of arXiv 1901.06414 as recalled,
-    not confirmed.
+    """a x tanh(b x / 2), element by element; between L1 (large b) and L2. The form of arXiv 1901.06414, written from
+    memory and not confirmed.
     """
     _checks.floating("x", _checks.tensor("x", x))
     _checks.number("a", a)

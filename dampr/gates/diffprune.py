@@ -48,7 +48,7 @@ class DiffPrune(KernelGate):
         revive: how a closed gate that is not stochastic can open again, for it has no gradient. ``"noise"``: noise of
             a constant sigma in training; ``"straight_through"``: in training, the backward uses the slope 0.1 kappa for
             x <= 0; None: it cannot.
-        device: where the parameters live. They are float32 and stay so under autocast and ``.half()``.
+        device: the device of the parameters. They are float32 and stay so under autocast and ``.half()``.
 
     Raises: ValueError or TypeError that names the argument.
 

@@ -41,7 +41,7 @@ class DiscriminativeMask(KernelGate):
             published code does (1e-3), and this sets the sparsity: where the data leaves beta alone it settles at -lam
             / (layers * decay).
         frozen: beta does not learn until ``gate.frozen = False``; the published cold start lasts 20 of 200 epochs.
-        device: where beta lives. It is float32 and stays so under autocast and ``.half()``.
+        device: the device of beta. It is float32 and stays so under autocast and ``.half()``.
 
     ``beta`` is the only parameter, (1,). The published penalty is :func:`dam_penalty`.
 
@@ -90,7 +90,7 @@ class DiscriminativeMask(KernelGate):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """beta where it starts; whether it learns stays as it is."""
+        """Set beta to its start value; ``frozen`` does not change."""
         super().reset_parameters()
         self.beta.fill_(self.init_beta)
 
@@ -109,13 +109,14 @@ class DiscriminativeMask(KernelGate):
 
     @property
     def parameter(self) -> Tensor:
-        """alpha^2 (mu + beta), (num_gates,); of each gate the point on the ramp, whose gradients add up in beta."""
+        """alpha^2 (mu_j + beta) of each gate, (num_gates,), the argument of the ramp; all gradients add up in beta."""
         beta: Tensor = self.beta
         if self.min_open:
             beta = beta + (self._lowest() - beta).clamp(min=0).detach()
         return self.alpha**2 * (self._mu() + beta)
 
     def _mu(self) -> Tensor:
+        """The offsets mu_j, (num_gates,)."""
         first = ORDERS.index(self.order)
         # In this order the published counts of open gates hold in float32 too.
         return (
@@ -125,7 +126,7 @@ class DiscriminativeMask(KernelGate):
         )
 
     def _lowest(self) -> float:
-        """In the middle of the betas that leave exactly ``min_open`` gates open."""
+        """The beta in the middle of those that leave exactly ``min_open`` gates open."""
         return (0.5 - self.num_gates + self.min_open - ORDERS.index(self.order)) * self.k / self.num_gates
 
     def deterministic(self) -> Tensor:
@@ -148,13 +149,13 @@ class DiscriminativeMask(KernelGate):
         return self.num_gates - int(self.is_open().sum()), self.num_gates
 
     def levels(self) -> Tensor:
-        """mu_j + beta: they rise with j, and all move together."""
+        """mu_j + beta, (num_gates,). They increase with j and can only move together."""
         return (self._mu() + self.beta).detach()
 
     @torch.no_grad()
     def set_levels_(self, levels: Tensor) -> None:
-        """Move beta by the mean of what the gates are to be moved,
-        but so that as many stay open as ``levels`` has above 0.
+        """Move beta so that as many gates are open as ``levels`` has above 0; within that, by the mean of the wanted
+        moves.
         """
         mu, opened = self._mu(), int((levels > 0).sum())
         beta = self.beta + (levels - mu - self.beta).mean()
@@ -165,7 +166,7 @@ class DiscriminativeMask(KernelGate):
             self.beta.clamp_(max=0.99 * step - first_open)
 
     def pull(self) -> Tensor:
-        """The gradient of beta, in equal parts."""
+        """-dL/dlevel of each gate, (num_gates,): the gradient of beta, divided equally."""
         return (-gradient(self.beta) / self.num_gates).expand(self.num_gates)
 
     def extra_repr(self) -> str:
@@ -193,6 +194,6 @@ def dam_penalty(gates: Iterable[DiscriminativeMask], lam: float, floor: float = 
         raise ValueError(f"gates={found!r:.80}: expected at least one DiscriminativeMask, and nothing else")
     betas: list[Tensor] = [gate.beta for gate in found]
     _checks.number("lam", lam)
-    if floor != -math.inf:  # no floor
+    if floor != -math.inf:  # -inf means no floor
         _checks.number("floor", floor)
     return lam * torch.cat(betas).clamp(min=floor).mean()

@@ -1,4 +1,4 @@
-"""Where the seeds of gates come from: a stream of seeds for each gate, and a draw that is held over several calls."""
+"""Supplies the seeds of gates: from a stream of seeds for each gate, or one seed for all calls in a block."""
 
 from __future__ import annotations
 
@@ -40,6 +40,7 @@ class Stream:
         return ranks.part_of(self.group)
 
     def _forget(self) -> None:
+        """Forget all earlier calls."""
         self._calls = 0
         self._numbers: recomputed.Repeats[int] = recomputed.Repeats()
         # calls without gradients: (sequence number of autograd, number of the call)

@@ -1,4 +1,6 @@
-"""The families by name, and a gate of one of them from whatever a user gives."""
+"""The gate families by name, and how a gate is made from what a user gives: a name, a class, an instance or a
+function.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ from .discriminative import DiscriminativeMask
 from .hard_concrete import HardConcrete
 
 GateLike = names.Family | type[Gate] | Gate
-"""What makes the gates of a layer: a family's name, a class, or a gate to share."""
+"""The type of a layer's argument ``gate``: a family's name, a class, or an instance to share."""
 FAMILIES: dict[str, type[Gate]] = {
     "hard_concrete": HardConcrete,
     "dep_l0": DependentHardConcrete,
@@ -29,7 +31,9 @@ FAMILIES: dict[str, type[Gate]] = {
 
 
 def place_gate(gate: GateLike | Callable[..., Any], num_gates: int, device: Any, per_sample: bool) -> Gate:
-    """:func:`make_gate` for a layer. Raises ValueError where it should draw per sample and the family cannot."""
+    """:func:`make_gate` for a layer. Raises ValueError if gates should be drawn per sample and the family draws once
+    per call.
+    """
     made = make_gate(gate, num_gates, device)
     if _checks.flag("per_sample", per_sample) and made.draws_once:
         raise ValueError(f"per_sample=True with {made}: expected False, because such gates draw once per call")
@@ -41,10 +45,12 @@ def make_gate(
     num_gates: int,
     device: torch.device | str | None = None,
 ) -> Gate:
-    """A gate of ``num_gates`` from a family's name, a class, an instance to share, or a function of (num_gates,
-    device=...) that makes one.
+    """A gate with ``num_gates`` gates.
 
-    Raises ValueError for an unknown name or an instance with another count, TypeError for anything else.
+    ``gate``: a family's name; a class; an instance, which is returned; or a function of (num_gates, device=...) that
+    makes a gate.
+
+    Raises: ValueError for an unknown name, or an instance with another number of gates; TypeError for anything else.
     """
     num_gates = _checks.positive_int("num_gates", num_gates)
     if isinstance(gate, Gate):

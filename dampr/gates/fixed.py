@@ -1,4 +1,4 @@
-"""Gates that have been decided."""
+"""Gates with constant values, after all decisions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hard concrete gates, the common base of the L0 methods."""
+"""Hard concrete gates, the base of the L0 methods."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .base import KernelGate, gradient
 
 PRESETS = get_args(names.Preset)
 
-# What published code passes where it disagrees: HardConcrete(n, **PUBLISHED["voita2019"]).
+# The arguments with which published code makes its gates: HardConcrete(n, **PUBLISHED["voita2019"]).
 PUBLISHED = {
     "louizos2018": {"preset": "paper", "beta": 2.0 / 3.0},
     "gallego2022": {"preset": "median", "beta": 2.0 / 3.0},
@@ -26,7 +26,7 @@ LOGIT_LIMIT = math.log(100.0)
 
 
 class ConcreteGate(KernelGate):
-    """What hard concrete gates have in common, wherever their ``log_alpha``, (num_gates,), comes from."""
+    """The code that hard concrete gates share, wherever their ``log_alpha``, (num_gates,), comes from."""
 
     log_alpha: Tensor
     level_parameters = ("log_alpha",)
@@ -57,15 +57,19 @@ class ConcreteGate(KernelGate):
         return self.log_alpha.detach() > self._evaluated.lo
 
     def levels(self) -> Tensor:
-        """(log_alpha - lo) / (hi - lo) with lo where evaluation closes a gate and hi where a fresh one starts."""
+        """(log_alpha - lo) / (hi - lo), (num_gates,), where evaluation closes a gate at lo and a fresh gate starts
+        at hi.
+        """
         lo, hi = self._ends()
         return (self.log_alpha.detach() - lo) / (hi - lo)
 
     def _log_alpha_at(self, levels: Tensor) -> Tensor:
+        """The log_alpha at these levels, within +-ln 100."""
         lo, hi = self._ends()
         return (lo + levels * (hi - lo)).clamp(-LOGIT_LIMIT, LOGIT_LIMIT)
 
     def _ends(self) -> tuple[float, float]:
+        """(log_alpha at level 0, log_alpha at level 1)."""
         return self._evaluated.lo, max(3.0, self._evaluated.hi + 0.1)
 
     def extra_repr(self) -> str:
@@ -87,7 +91,7 @@ class HardConcrete(ConcreteGate):
         init_log_alpha: where every log_alpha starts; None: at 3, or just high enough for a fresh evaluation gate to be
             exactly 1.
         droprate: start as published instead: log_alpha ~ N(ln(1 - d) - ln d, 0.01), with 0.5 in place of a d of 0.
-        device: where the parameters live. They are float32 and stay so under autocast and ``.half()``.
+        device: the device of the parameters. They are float32 and stay so under autocast and ``.half()``.
 
     :data:`PUBLISHED` has the constants of code that disagrees. Published code clips the noise u to [1e-6, 1 - 1e-6];
     here it lies in [2^-24, 1 - 2^-24] on every backend. That differs for two draws in a million, and only for gates
@@ -129,7 +133,7 @@ class HardConcrete(ConcreteGate):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Every log_alpha where the arguments have it start; drawn anew with ``droprate``."""
+        """Set every log_alpha to its start value; with ``droprate`` draw it."""
         super().reset_parameters()
         if self.droprate is not None:
             d = self.droprate or 0.5
@@ -142,10 +146,11 @@ class HardConcrete(ConcreteGate):
         self.log_alpha.copy_(self._log_alpha_at(levels))
 
     def pull(self) -> Tensor:
+        """-dL/dlevel of each gate, (num_gates,), from the gradient of log_alpha."""
         lo, hi = self._ends()
         return -gradient(self.log_alpha) * (hi - lo)
 
     @torch.no_grad()
     def clamp_(self, limit: float = LOGIT_LIMIT) -> None:
-        """Keep every log_alpha within +-limit; the published runs do this after every optimizer step, at ln 100."""
+        """Clamp every log_alpha to +-limit. The published runs do this after every optimizer step, with ln 100."""
         self.log_alpha.clamp_(-limit, limit)

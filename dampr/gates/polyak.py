@@ -1,5 +1,6 @@
-"""Polyak averaging of parameters for evaluation (Louizos et al. 2018, section 4),
-started at zero so that its bias correction is exact.
+"""Averages of parameters for evaluation (Polyak averaging; Louizos et al. 2018, section 4).
+
+The average starts at zero, so that its bias correction is exact.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ from dampr import _checks
 class PolyakAverage:
     """avg <- decay avg + (1 - decay) p after each step; evaluation uses avg / (1 - decay^t).
 
-    (The published code starts the average at the initial parameters and still divides by 1 - decay^t, which
-    over-weights them early on.)
+    The published code starts the average at the initial parameters and still divides by 1 - decay^t, which gives these
+    too much weight at first.
 
-    Args: ``decay``: in [0, 1); the paper's runs use 0.999 (LeNet, MLP) and 0.99 (wide residual networks).
+    Args:
+        decay: in [0, 1); the paper's runs use 0.999 (LeNet, MLP) and 0.99 (wide residual networks).
 
-    Call :meth:`update` after every optimizer step, with the same parameters in the same order, and evaluate inside
+    Call :meth:`update` after every optimizer step, with the same parameters in the same order, and evaluate within
     :meth:`applied`.
     """
 
@@ -34,7 +36,7 @@ class PolyakAverage:
 
     @torch.no_grad()
     def update(self, parameters: Iterable[Tensor]) -> None:
-        """Take one more step into the average."""
+        """Add one step to the average."""
         values = [p.detach() for p in parameters]
         if not self.averages:
             self.averages = [torch.zeros_like(p) for p in values]
@@ -45,8 +47,10 @@ class PolyakAverage:
 
     @contextmanager
     def applied(self, parameters: Iterable[Tensor]) -> Iterator[None]:
-        """The parameters hold their averages for the block, and their own values again after it,
-        whatever happens inside.
+        """A block in which ``parameters`` hold their averages; afterwards they have their own values again, whatever is
+        raised.
+
+        Raises: ValueError before the first update, or if the parameters are not those of the update.
         """
         held = list(parameters)
         self._match(held)
@@ -64,6 +68,7 @@ class PolyakAverage:
                     p.copy_(value)
 
     def _match(self, parameters: list[Tensor]) -> None:
+        """Raise ValueError unless ``parameters`` have the shapes of the first update."""
         expected = [tuple(a.shape) for a in self.averages]
         if [tuple(p.shape) for p in parameters] != expected:
             raise ValueError(

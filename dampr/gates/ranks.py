@@ -245,9 +245,11 @@ def _check_wrapper(module: nn.Module, args: Any) -> None:
 
 
 def _check_while_tracing(changes: str) -> None:
-    """What :func:`_check_wrapper` does while torch.compile traces the model.
+    """The check of :func:`_check_wrapper` while torch.compile traces the model: it runs at each trace, and nothing is
+    stored.
 
-    ``changes``: the string :data:`_changes`. Dynamo guards on it, so it traces the model again after a change.
+    ``changes``: the string :data:`_changes`. It is an argument so that Dynamo guards on it and traces the model again
+    after a change.
     """
     ddp = wrapper()
     if ddp is not None:

@@ -46,7 +46,7 @@ class Repeats(Generic[T]):
     """
 
     def __init__(self) -> None:
-        self._had: WeakKeyDictionary[Any, list[T]] = WeakKeyDictionary()  # by region
+        self._had: WeakKeyDictionary[Any, list[T]] = WeakKeyDictionary()  # region -> values of the first run
         self._position: WeakKeyDictionary[Any, int] = WeakKeyDictionary()  # how far a second run has come
 
     def keep(self, value: T) -> None:

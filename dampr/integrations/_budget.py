@@ -1,4 +1,4 @@
-"""What the callbacks that keep a budget have in common; it imports none of the libraries that call them."""
+"""The common parts of the callbacks that keep a budget. This module imports none of the libraries that call them."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ UNDECAYED = "dampr.param_groups(model, lr=..., weight_decay=...)"
 
 
 def check(budget: Any) -> None:
-    """Raise TypeError unless it is a budget."""
+    """Raise TypeError unless ``budget`` is a :class:`dampr.Budget`."""
     if not isinstance(budget, Budget):
         raise TypeError(f"budget={budget!r:.80}: expected a dampr.Budget")
 
 
 def check_plan(plan: Any) -> None:
-    """Raise TypeError unless it is a plan."""
+    """Raise TypeError unless ``plan`` is a :class:`dampr.Plan`."""
     if not isinstance(plan, Plan):
         raise TypeError(f"plan={plan!r:.80}: expected a dampr.Plan")
 
 
 def check_begun(plan: Plan, step: int, remedy: str) -> None:
-    """Raise ValueError, with what to do, where the trainer goes on at a step that the plan is not at."""
+    """Raise ValueError, with the remedy, if the trainer continues at another step than the plan."""
     if plan.steps_taken != step:
         raise ValueError(f"training goes on at step {step}, the plan is at {plan.steps_taken}: {remedy} before that")
 
 
 def add_gradient(budget: Budget) -> None:
-    """Add the gradient of the penalty to those of the gates."""
+    """Add the gradient of the penalty to the gradients of the gates."""
     with torch.enable_grad():  # a closure may run inside of optimizer.step()
         penalty = budget.penalty()
         if penalty.requires_grad:
@@ -41,7 +41,7 @@ def add_gradient(budget: Budget) -> None:
 
 
 def check_decay(budget: Budget, optimizers: Iterable[torch.optim.Optimizer], remedy: str) -> None:
-    """Raise ValueError, with what to do, where one of the optimizers decays gates that are not meant to be."""
+    """Raise ValueError, with the remedy, if an optimizer decays gates that must not be decayed."""
     gates = gate_parameters(budget, decayed=False)
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         if group.get("weight_decay", 0) and any(id(p) in gates for p in group["params"]):
@@ -49,7 +49,9 @@ def check_decay(budget: Budget, optimizers: Iterable[torch.optim.Optimizer], rem
 
 
 def gate_parameters(budget: Budget, *, decayed: bool = True) -> set[int]:
-    """The ids of the gate parameters of its model; ``decayed=False``: of gates that weight decay pulls wrongly."""
+    """The ids of the gate parameters of the budget's model; with ``decayed=False``, without those of gates that may be
+    under weight decay.
+    """
     gates = [
         m
         for m in budget.model.modules()
@@ -59,7 +61,7 @@ def gate_parameters(budget: Budget, *, decayed: bool = True) -> set[int]:
 
 
 def numbers(logged: Mapping[str, Any]) -> dict[str, float]:
-    """What a history takes of a log."""
+    """The numbers of a trainer's log that a history records, as floats: all scalars but "step"."""
     scalars = {
         name: value for name, value in logged.items() if isinstance(value, (int, float, Tensor)) and name != "step"
     }

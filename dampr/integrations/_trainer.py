@@ -1,4 +1,4 @@
-"""A callback for transformers' Trainer that keeps a budget."""
+"""Callbacks for transformers' Trainer: one keeps a budget, one steps a plan."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from dampr.prune import Budget, History, Plan
 
 from . import _budget
 
-_KEY = "dampr.Budget"  # no class of that name, or a Trainer that restores callbacks would try to make one
+_KEY = "dampr.Budget"  # must not be the name of a callback class, because a Trainer that resumes would instantiate it
 _REMEDY = f"pass optimizers=(AdamW({_budget.UNDECAYED}), None) to the Trainer"
 
 
 def _check_launched(what: str, instead: str) -> None:
-    """Raise ValueError where ``accelerate launch`` or its configuration chose what keeps gradients elsewhere."""
+    """Raise ValueError if accelerate was configured for DeepSpeed, FSDP or Megatron, which keep gradients elsewhere."""
     state = sys.modules.get("accelerate.state")
     chosen = "" if state is None else getattr(state.AcceleratorState._shared_state.get("distributed_type"), "name", "")
     if chosen in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):
@@ -30,14 +30,14 @@ def _check_launched(what: str, instead: str) -> None:
 
 
 def _packed(state: dict[str, Any]) -> dict[str, str]:
-    """A state, with tensors in it, as something that JSON knows."""
+    """A state with tensors as a dict that JSON can hold."""
     written = io.BytesIO()
     torch.save(state, written)
     return {"packed": base64.b64encode(written.getvalue()).decode()}
 
 
 def _unpacked(state: dict[str, Any]) -> dict[str, Any]:
-    """What :func:`_packed` was given; a state of before it existed as it is."""
+    """The state that :func:`_packed` was given; a state in the older, unpacked form is returned as it is."""
     if "packed" not in state:
         return state
     written = io.BytesIO(base64.b64decode(state["packed"]))
@@ -48,21 +48,23 @@ def _unpacked(state: dict[str, Any]) -> dict[str, Any]:
 class DamprCallback(TrainerCallback):
     """Adds the penalty of a :class:`dampr.Budget` to what a ``Trainer`` minimises, and steps the budget.
 
-    The penalty does not depend on data, so its gradient is added once for each step of the optimizer, right before it,
-    and not to the loss: the same sum, whatever the Trainer makes of losses (gradient accumulation, label smoothing, a
-    ``compute_loss_func``), and the losses in its log stay those of the task. Gradients are clipped before that.
+    The penalty does not depend on data. So its gradient is added once per step of the optimizer, right before the step,
+    and the loss stays as it is. The sum is the same whatever the Trainer does to losses (gradient accumulation, label
+    smoothing, a ``compute_loss_func``), and logged losses are those of the task. Gradients are clipped before it is
+    added.
 
-    In the log: what :meth:`dampr.Budget.readings` gives. Checkpoints hold the state of the budget, and a training that
-    resumes goes on with it. Call ``budget.finalize()`` and :func:`dampr.integrations.huggingface.compact` when training
-    is done.
+    The log gets what :meth:`dampr.Budget.readings` returns. Checkpoints hold the state of the budget, so a training
+    that resumes continues it. When training is done, call ``budget.finalize()`` and
+    :func:`dampr.integrations.huggingface.compact`.
 
     Args:
-        budget: of the model that is trained.
-        history: a file for what is logged, evaluations included (:class:`dampr.History`); the main process writes it.
+        budget: the budget of the model that is trained.
+        history: a file for everything that is logged, evaluations included (:class:`dampr.History`); the main process
+            writes it.
 
     Raises, when training begins: ValueError for weight decay on gates (pass ``optimizers=`` with
-    :func:`dampr.param_groups`), for fp16, whose scaled gradients have another size, and for DeepSpeed or FSDP, which
-    keep gradients elsewhere.
+    :func:`dampr.param_groups`), for fp16, which scales gradients, and for DeepSpeed or FSDP, which keep gradients
+    elsewhere.
     """
 
     def __init__(self, budget: Budget, history: str | os.PathLike[str] | None = None) -> None:
@@ -71,6 +73,7 @@ class DamprCallback(TrainerCallback):
         self._history = None if history is None else History(history, budget)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
+        """Check the arguments of the training and, if it resumes, restore the budget."""
         for option in ("fp16", "deepspeed", "fsdp"):
             if getattr(args, option, None):
                 raise ValueError(
@@ -98,15 +101,18 @@ class DamprCallback(TrainerCallback):
             self._keep(state)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._keep(state)  # the Trainer saves what is the best so far
+        """Keep the state, because the Trainer may save the best model right after an evaluation."""
+        self._keep(state)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._keep(state)
 
     def _keep(self, state: Any) -> None:
-        state.stateful_callbacks[_KEY] = _packed(self.budget.state_dict())  # goes into trainer_state.json
+        """Put the state of the budget where the Trainer writes it to trainer_state.json."""
+        state.stateful_callbacks[_KEY] = _packed(self.budget.state_dict())
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        """Add the budget's readings to the log, and write the history."""
         if logs is None:
             return
         if self._history is not None and state.is_world_process_zero:
@@ -118,22 +124,21 @@ class DamprCallback(TrainerCallback):
 
 
 class PlanCallback(TrainerCallback):
-    """Steps a :class:`dampr.Plan` under a ``Trainer``, after each step of the optimizer; the Trainer's own optimizer
-    does.
+    """Steps a :class:`dampr.Plan` under a ``Trainer``, after each step of the Trainer's own optimizer.
 
-    In the log: what :meth:`dampr.Plan.readings` gives. ``plan.finish()`` is yours to call when training is done.
+    The log gets what :meth:`dampr.Plan.readings` returns. Call ``plan.finish()`` yourself when training is done.
 
-    Each checkpoint folder gets a file ``dampr_plan.pt``. The model of a checkpoint may be smaller than the one it was
-    made of, so that has to be known before ``trainer.train(resume_from_checkpoint=folder)``: call
-    ``callback.resume(folder)`` first.
+    Each checkpoint folder gets a file ``dampr_plan.pt``. The model of a checkpoint may be smaller than the one that the
+    Trainer was given, so before ``trainer.train(resume_from_checkpoint=folder)`` call ``callback.resume(folder)``.
 
     Args:
-        plan: of the model that is trained, without ``distill``, because a Trainer's loss has no place for it.
-        history: a file for what is logged, evaluations included (:class:`dampr.History`); the main process writes it.
+        plan: the plan of the model that is trained, without ``distill``, because a Trainer's loss has no place for it.
+        history: a file for everything that is logged, evaluations included (:class:`dampr.History`); the main process
+            writes it.
 
-    Raises, when training begins: ValueError for several processes or devices, DeepSpeed and FSDP, where a model that
-    becomes smaller has to be wrapped again, for a plan that was not resumed or has begun elsewhere, and for a plan of
-        another number of steps; in a step, where something else steps the plan too.
+    Raises, when training begins: ValueError for several processes or devices, DeepSpeed and FSDP, because a model that
+    becomes smaller would have to be wrapped again; for a plan that was not resumed, or has begun elsewhere; and for a
+    plan with another number of steps. In a step: ValueError if something else steps the plan too.
     """
 
     FILE = "dampr_plan.pt"
@@ -148,13 +153,11 @@ class PlanCallback(TrainerCallback):
         self._history = None if history is None else History(history)
 
     def resume(self, folder: str | os.PathLike[str]) -> None:
-        """Bring plan and model to where they were in the checkpoint ``folder``.
-
-        Raises FileNotFoundError where no plan is in it.
-        """
+        """Restore plan and model from the checkpoint ``folder``. Raises FileNotFoundError if it holds no plan."""
         self.plan.load_state_dict(torch.load(Path(folder) / self.FILE, map_location="cpu", weights_only=True))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Check the arguments of the training."""
         for option in ("deepspeed", "fsdp"):
             if getattr(args, option, None):
                 raise ValueError(
@@ -172,14 +175,16 @@ class PlanCallback(TrainerCallback):
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
         _budget.check_begun(self.plan, state.global_step, "leave all steps of the plan to one callback")
-        self.plan.step(getattr(optimizer, "optimizer", optimizer))  # accelerate wraps it
+        self.plan.step(getattr(optimizer, "optimizer", optimizer))  # the optimizer inside accelerate's wrapper
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Write the plan's state into the checkpoint folder."""
         if state.is_world_process_zero:
             with whole_or_nothing(Path(args.output_dir) / f"checkpoint-{state.global_step}" / self.FILE) as partial:
                 torch.save(self.plan.state_dict(), partial)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        """Add the plan's readings to the log, and write the history."""
         if logs is None:
             return
         if self._history is not None and state.is_world_process_zero:

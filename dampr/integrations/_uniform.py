@@ -1,6 +1,7 @@
-"""The same number of heads and of neurons in every layer, so that the config of the stock model can say it.
+"""Give every layer the same number of heads and of neurons, so that the config of a stock model can describe a pruned
+one.
 
-Layers with fewer open gates keep closed heads and neurons, with zeros in the place of their weights.
+Layers with fewer open gates keep closed heads and neurons, with weights of 0.
 """
 
 from __future__ import annotations
@@ -20,11 +21,13 @@ from dampr.prune import gated_layers, heads, inputs
 
 @dataclass(frozen=True)
 class Family:
-    """What the config of a model can say.
+    """The entries of a model's config that describe its widths.
 
-    Attributes: ``layers``, a glob for the layers whose outputs are neurons; ``neurons``, the entry with their number;
-    ``heads``, the entries in proportion to the number of heads; empty where the width of a head follows from their
-    number, so that heads stay whole.
+    Attributes:
+        layers: a glob for the layers whose outputs are neurons.
+        neurons: the entry with their number.
+        heads: the entries that are proportional to the number of heads; empty if the width of a head follows from their
+            number, so that no head can be removed.
     """
 
     layers: str
@@ -45,10 +48,11 @@ FAMILIES = {
 
 
 def level(model: PreTrainedModel, round_to: int) -> tuple[PreTrainedModel, dict[str, str]]:
-    """A copy that computes the same, with as many open gates in every layer as its widest has, rounded up; and why
-    closed ones stay.
+    """(a copy that computes the same, name -> why closed gates stay).
 
-    Raises: ValueError for a model whose config is not known.
+    In the copy every layer has as many open gates as the widest one, rounded up to a multiple of ``round_to``.
+
+    Raises: ValueError for a model whose config is not known, or with gates elsewhere than on heads and linear layers.
     """
     kind = model.config.model_type
     if kind not in FAMILIES:
@@ -85,6 +89,7 @@ def level(model: PreTrainedModel, round_to: int) -> tuple[PreTrainedModel, dict[
 
 
 def _why_whole(layer: GatedLinear, config: Any) -> str:
+    """Why closed gates of this layer stay: the config has no entry for the layer's width."""
     said = type(config).__name__
     if isinstance(layer, GatedHeads) and not FAMILIES[config.model_type].heads:
         return (
@@ -96,7 +101,7 @@ def _why_whole(layer: GatedLinear, config: Any) -> str:
 
 @torch.no_grad()
 def _keep(layer: GatedLinear, is_open: torch.Tensor, count: int) -> int:
-    """Open closed gates until there are ``count``, over weights of 0; returns how many."""
+    """Open closed gates until ``count`` are open, with weights of 0; returns how many were opened."""
     gate = layer.gate
     closed = (~is_open).nonzero().flatten()
     likely = gate.open_probability()[closed].argsort(descending=True, stable=True)
@@ -114,7 +119,7 @@ def _keep(layer: GatedLinear, is_open: torch.Tensor, count: int) -> int:
 
 
 def write(model: PreTrainedModel) -> None:
-    """Set the entries of the config to the widths of a model that :func:`level` made uniform."""
+    """Set the entries of the config to the widths of a model that :func:`level` has made uniform."""
     family, config = FAMILIES[model.config.model_type], model.config
     for attention in heads.find(model)[:1] if family.heads else []:
         module: Any = attention.module

@@ -3,9 +3,9 @@
     config.dampr = { "format": 1, "heads": {"model.layers.0.self_attn": 3}, "linear": {"model.layers.0.mlp.up_proj":
     [64, 17]}, "biases": [], }
 
-``heads``: of each attention how many are left (sets of query heads, where they share a key); ``linear``: [in, out] of
-other layers; ``biases``: layers to which compaction gave one. What is not named there is as the rest of the config
-says.
+``heads``: the number of heads that are left of each pruned attention (sets of query heads, if they share a key);
+``linear``: [in, out] of other pruned layers; ``biases``: the layers to which compaction gave a bias. Everything that is
+not named has the size that the rest of the config says.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ KEY = "dampr"
 
 
 def stock(model: PreTrainedModel) -> PreTrainedModel:
-    """The unpruned model that the config of ``model`` describes, without memory."""
+    """The unpruned model that the config of ``model`` describes, on the meta device."""
     config = copy.deepcopy(model.config)
     if hasattr(config, KEY):
         delattr(config, KEY)
@@ -33,7 +33,7 @@ def stock(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def describe(model: PreTrainedModel) -> dict[str, Any]:
-    """The widths of a plain model without ``Conv1D``, next to those of the stock one.
+    """The widths of a plain model without ``Conv1D`` layers that differ from the stock model, as in ``config.dampr``.
 
     Raises: TypeError for a difference of another kind.
     """
@@ -61,15 +61,15 @@ def describe(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def _shapes(layer: nn.Module | None) -> dict[str, Any] | None:
+    """name -> shape of the parameters of a layer; None for None."""
     tensors = layer if layer is None else dict(layer.named_parameters(recurse=False))
     return None if tensors is None else {name: tensor.shape for name, tensor in tensors.items()}
 
 
 def narrow(model: nn.Module, spec: Any) -> None:
-    """Make a stock model as narrow as :func:`describe` found it; values of its tensors are what the first rows and
-    columns were.
+    """Make a stock model as narrow as ``spec`` says; its tensors keep their first rows and columns.
 
-    Raises: FileError where ``spec`` is not of the right form or does not fit the model.
+    Raises: FileError if ``spec`` has not the right form, or does not fit the model.
     """
     check(spec)
     conv1d = transposed.to_linear(model)
@@ -87,7 +87,7 @@ def narrow(model: nn.Module, spec: Any) -> None:
 
 
 def _check_fit(model: nn.Module, spec: dict[str, Any]) -> None:
-    """Raise FileError unless the layers that ``spec`` names are there, and no smaller than it says."""
+    """Raise FileError unless ``model`` has the layers that ``spec`` names, at least as wide as it says."""
     kind, layers = type(model).__name__, dict(model.named_modules())
     attentions = {attention.name: attention for attention in heads.find(model)}
     of_heads = {layer for layer, attention in heads.parts(model).items() if attention.name in spec["heads"]}

@@ -1,6 +1,7 @@
-"""How the attention of Hugging Face's transformers is made, so that convert, Budget and compact find its heads.
+"""Descriptions of the attention classes of Hugging Face's transformers, by which convert, Budget and compact find their
+heads.
 
-It is not imported.
+transformers itself is not imported.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ _BERT = Kind(
     head_dim="self.attention_head_size",
     scaled=("self.num_attention_heads", "self.all_head_size"),
 )
-_GPT2 = tuple(  # attention to another sequence, then to its own; with linear layers in the place of Conv1D
+_GPT2 = tuple(  # cross-attention, then self-attention; nn.Linear stands in the place of Conv1D by then
     Kind(read, "c_proj", scaled=("num_heads", "split_size")) for read in ({"q_attn": 1, "c_attn": 2}, {"c_attn": 3})
 )
 

@@ -1,4 +1,6 @@
-"""Gates beside sharded parameters: whole on every rank, in full precision, their gradients reduced once."""
+"""Gates in models with sharded parameters: whole on every rank, in full precision, with their gradients reduced
+together.
+"""
 
 from __future__ import annotations
 
@@ -40,11 +42,12 @@ def replicate_gates(model: nn.Module, *, group: Any = None) -> set[Parameter]:
     """The parameters of all gates of ``model``, for ``fully_shard(..., ignored_params=)``; their gradients are averaged
     over the ranks.
 
-    Gates are a few numbers a layer: sharded they would cost a message each, and in bf16 they would not learn. So they
-    stay whole and in float32 on each rank. At the end of each backward, their gradients go through one all-reduce
-    together, whatever the number of layers (also of a gate that several sharded blocks share, and also while
-    ``set_requires_gradient_sync(False)`` accumulates the others). Every rank starts with the gates of the first one and
-    draws the same, from a generator that they agree on if :func:`dampr.gate_generator` has not been called.
+    Gates are a few numbers per layer. Sharded, they would cost a message each, and in bfloat16 they would not learn.
+    So they stay whole and in float32 on every rank. At the end of each backward, one all-reduce averages the
+    gradients of all of them, however many layers there are. This includes gates that several sharded blocks share,
+    and also happens while ``set_requires_gradient_sync(False)`` accumulates other gradients. Every rank starts with
+    the gates of the first rank and draws the same, from a generator on which the ranks agree unless
+    :func:`dampr.gate_generator` has been called.
 
     Args:
         model: converted, not yet sharded.
@@ -52,7 +55,7 @@ def replicate_gates(model: nn.Module, *, group: Any = None) -> set[Parameter]:
 
     Returns: a set of parameters, to be given to each call of ``fully_shard``.
 
-    Raises: TypeError for a model that is wrapped or sharded; ValueError where it has no gates, or where there is no
+    Raises: TypeError for a model that is wrapped or sharded; ValueError if it has no gates, or if there is no
     process group.
 
     >>> from torch.distributed.fsdp import fully_shard
@@ -82,15 +85,15 @@ def replicate_gates(model: nn.Module, *, group: Any = None) -> set[Parameter]:
 def parallelize_module(
     model: nn.Module, device_mesh: Any = None, parallelize_plan: Any = None, **how: Any
 ) -> nn.Module:
-    """``torch.distributed.tensor.parallel.parallelize_module`` of a model with gates, which stay whole on every rank.
+    """``torch.distributed.tensor.parallel.parallelize_module`` for a model with gates, which stay whole on every rank.
 
-    ``ColwiseParallel``, ``RowwiseParallel`` and ``SequenceParallel`` of gated linear layers (the last projection of
-    attention, with gates for its heads, among them), embeddings and LayerNorms, and of layers with gates on their
-    parameters. All ranks draw one vector of gates, of which each multiplies the part that its shard has: per batch in
-    the weight, so that the forward sends what a dense layer sends. Every rank starts with the gates of the first one of
-    the mesh, and the gradient of a gate is whole on each;
-    together with data parallelism call :func:`replicate_gates` with the group of that before. :func:`gathered` and
-    :func:`dampr.compact` make a whole model again.
+    It supports ``ColwiseParallel``, ``RowwiseParallel`` and ``SequenceParallel`` for gated linear layers (also the last
+    projection of an attention with gates on its heads), embeddings and LayerNorms, and for layers with gates on their
+    parameters. All ranks draw the same gates, and each uses the part that belongs to its shard; with one draw per batch
+    this is multiplied into the weight, so the forward sends no more than a dense layer does. Every rank starts with the
+    gates of the first rank of the mesh, and the gradient of a gate is whole on each. Together with data parallelism,
+    call :func:`replicate_gates` with the group of that before. :func:`gathered` and :func:`dampr.compact` make a whole
+    model again.
 
     Args:
         model: converted, not yet sharded.
@@ -98,7 +101,7 @@ def parallelize_module(
 
     Returns: ``model``.
 
-    Raises: TypeError for a gated layer in the plan that is none of those, or for a model that is wrapped; what torch's
+    Raises: TypeError for a gated layer of another kind in the plan, or for a model that is wrapped; what torch's
     function raises.
     """
     from torch.distributed.tensor import DTensor
@@ -128,7 +131,9 @@ def parallelize_module(
 
 @contextmanager
 def _aside(model: nn.Module, layers: list[GatedLayer]) -> Iterator[None]:
-    """Gates, their indices and what computes weights of them, out of the way of what walks over a model."""
+    """A block in which gates, their indices and parametrizations are taken out of the model, so that torch does not
+    shard them.
+    """
     taken: list[tuple[nn.Module, str, str, Any]] = []
     kinds: list[tuple[nn.Module, type, Any]] = []
     for module in list(model.modules()):
@@ -157,30 +162,33 @@ def _aside(model: nn.Module, layers: list[GatedLayer]) -> Iterator[None]:
 
 
 def _gates_on(module: nn.Module) -> list[nn.Module]:
-    """What computes the parameters of a parametrized module."""
+    """The modules that compute the parameters of a parametrized module."""
     parts: Any = module.parametrizations
     return [step for part in parts.values() for step in part]
 
 
-_hooks: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # of each parameter, the hook that a reducer has on it
+_hooks: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # parameter -> (its reducer, the handle of the hook on it)
 
 
 class _Reducer:
-    """Called when a parameter has its gradient; averages the gradients of all of them when the backward is through.
+    """A hook on the gates' parameters that averages all their gradients over the ranks at the end of a backward.
 
-    All go each time, in one order, so that ranks on which a gate had no part send zeros for it.
+    All gradients are sent each time, in the same order; a rank on which a gate had no part sends zeros for it.
     """
 
     def __init__(self, gates: list[Gate], group: Any) -> None:
         self.gates, self.group = gates, group
-        self.queued: set[int] = set()  # backwards that end with a reduction; one that raises does not come to its end
+        self.queued: set[int] = set()  # numbers of the backwards at whose end a reduction is queued
         self.materialized = False  # whether gates have come from the meta device since they were made alike
 
     def parameters(self) -> list[Parameter]:
+        """The parameters of all gates, each once."""
         return list(dict.fromkeys(p for gate in self.gates for p in gate.parameters()))
 
     def attach(self) -> None:
-        """Watch the parameters of the gates: ``to_empty`` and ``load_state_dict(assign=True)`` make others."""
+        """Register the hook on the parameters that have none yet: ``to_empty`` and ``load_state_dict(assign=True)``
+        make new ones.
+        """
         for p in self.parameters():
             owner, former = _hooks.get(p, (None, None))
             if owner is not None and owner() is self:
@@ -201,6 +209,7 @@ class _Reducer:
 
     @torch.no_grad()
     def reduce(self, task: int) -> None:
+        """Average the gradients of all gates over the ranks; ``task`` is the number of the backward."""
         self.queued.discard(task)
         if self.materialized:
             ranks.make_alike(self.gates, self.group)

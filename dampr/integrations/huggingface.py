@@ -1,5 +1,4 @@
-"""Hugging Face's transformers: gates on heads and feed-forward neurons,
-and pruned models in folders that come back whole.
+"""Hugging Face's transformers: gates on heads and feed-forward neurons, and pruned models that can be saved and loaded.
 
 >>> import torch
 >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -157,15 +156,15 @@ def plan(
     exclude: Sequence[str | type] | str | type = (),
     **how: Any,
 ) -> dampr.Plan:
-    """A :class:`dampr.Plan` for ``model``: gates come in at once, from :func:`convert`, and the finished model's config
-    says its widths.
+    """A :class:`dampr.Plan` for ``model``, with gates from :func:`convert`; the config of the finished model says its
+    widths.
 
     Args:
         model, example_inputs, gate, heads, neurons, exclude: as for :func:`convert`.
-        steps, how: as for :class:`dampr.Plan`. ``trained`` is True unless given: such models mostly start from a
-            checkpoint.
+        steps, how: as for :class:`dampr.Plan`. ``trained`` is True unless given, because such models mostly start from
+            a checkpoint.
 
-    Raises: what those two raise; the model then has its gates, where the plan was refused.
+    Raises: what these two raise; if the plan is refused, the model has gates.
     """
     convert(model, example_inputs=example_inputs, gate=gate, heads=heads, neurons=neurons, exclude=exclude)
     return dampr.Plan(model, example_inputs, steps=steps, gate=gate, on_finish=_describe, **({"trained": True} | how))
@@ -178,18 +177,18 @@ def _describe(small: Any) -> None:
 
 
 def _as_stock(small: Any) -> None:
+    """Give ``small`` the ``Conv1D`` layers of its stock class, and check its config."""
     transposed.back(small, transposed.find(_widths.stock(small)))
     _check_config(small)
 
 
 def expand(model: PreTrainedModel) -> PreTrainedModel:
-    """:func:`dampr.expand`, and the config says the old widths, so that transformers alone loads the folder of the new
-    model.
+    """:func:`dampr.expand`; the config of the result says the old widths, so that transformers alone can load it.
 
-    A bias that compaction added stays, and is all that ``config.dampr`` then names.
+    A bias that compaction added stays; ``config.dampr`` then names it and nothing else.
 
     Args:
-        model: from :func:`compact`, with its ``dampr_manifest``; it is not changed.
+        model: the result of :func:`compact`, with its ``dampr_manifest``; not changed.
 
     Raises: what :func:`dampr.expand` raises; TypeError for another model.
     """
@@ -225,18 +224,17 @@ def from_pretrained(
 ) -> PreTrainedModel:
     """Read what :func:`save_pretrained` wrote, or any other model of transformers.
 
-    The stock class is built from the config and narrowed to the widths in it before weights are loaded, by transformers
-    itself.
+    The stock class is built from the config and narrowed to the widths in it; then transformers loads the weights.
 
     Args:
         folder: as for ``from_pretrained`` of transformers.
-        model_class: None: what the config names.
-        how: what ``from_pretrained`` of transformers takes: ``dtype``, ``device_map``, ...
+        model_class: the class; None: the one that the config names.
+        how: further arguments of ``from_pretrained`` of transformers: ``dtype``, ``device_map``, ...
 
     Returns: a model of that class, in evaluation mode.
 
-    Raises: FileError where the widths are not of the right form, or do not go with the class or the weights; what
-    transformers raises.
+    Raises: FileError if the widths have not the right form, or do not fit the class or the weights; what transformers
+    raises.
     """
     config = transformers.AutoConfig.from_pretrained(folder)
     where = f"folder={os.fspath(folder)!r}"
@@ -261,8 +259,8 @@ def from_pretrained(
 
 
 def _narrowed(kind: type[PreTrainedModel], spec: dict[str, Any]) -> Any:
-    """A class of the same name whose instances are narrow from the start,
-    so that transformers has nothing to refuse.
+    """A class of the same name whose instances have the pruned widths from the start, so that transformers finds no
+    mismatch.
     """
 
     def build(self: Any, config: Any, *args: Any, **how: Any) -> None:
@@ -273,6 +271,9 @@ def _narrowed(kind: type[PreTrainedModel], spec: dict[str, Any]) -> Any:
 
 
 def _class_of(config: Any, where: str) -> type[PreTrainedModel]:
+    """The class that the config names. Raises FileError unless it names one class of transformers; ``where`` is for
+    errors.
+    """
     names = config.architectures or []
     kind = getattr(transformers, names[0], None) if len(names) == 1 else None
     if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
@@ -281,12 +282,13 @@ def _class_of(config: Any, where: str) -> type[PreTrainedModel]:
 
 
 def _check_model(model: Any) -> None:
+    """Raise TypeError unless ``model`` is a model of transformers."""
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model={model!r:.80}: expected a transformers.PreTrainedModel")
 
 
 def _check_config(model: PreTrainedModel) -> None:
-    """Raise ValueError where the config of a plain model, and so its folder, says other widths than it has."""
+    """Raise ValueError if the config of a plain model says other widths than the model has."""
     whole = _widths.stock(model)
     if (spec := getattr(model.config, _widths.KEY, None)) is not None:
         _widths.narrow(whole, spec)
@@ -299,7 +301,7 @@ def _check_config(model: PreTrainedModel) -> None:
 
 
 def _in_unknown_attention(model: nn.Module) -> dict[str, str]:
-    """Of each linear layer in an attention whose heads cannot be found, why it has no gates."""
+    """name -> reason, for linear layers in an attention whose heads cannot be found."""
     known = {module for attention in _heads.find(model) for module in attention.module.modules()}
     return {
         f"{name}.{inner}": f"{name!r} is a {type(module).__name__}, whose heads dampr does not know"

@@ -1,4 +1,6 @@
-"""A callback for Lightning's Trainer (``lightning.pytorch`` or ``pytorch_lightning``) that keeps a budget."""
+"""Callbacks for Lightning's Trainer (``lightning.pytorch`` or ``pytorch_lightning``): one keeps a budget, one steps a
+plan.
+"""
 
 from __future__ import annotations
 
@@ -21,18 +23,16 @@ from . import _budget
 
 __all__ = ["DamprCallback", "PlanCallback"]
 
-_STRATEGIES = {"SingleDeviceStrategy", "DDPStrategy"}  # by name: the Trainer may be of either package
+_STRATEGIES = {"SingleDeviceStrategy", "DDPStrategy"}  # names, because the classes may come from either package
 _REMEDY = f"return AdamW({_budget.UNDECAYED}) from configure_optimizers"
 
 
 class _Recording(Callback):
-    """Writes a history at the end of epochs and validations,
-    and lets go of the optimizer when training ends or fails.
-    """
+    """Writes a history at the end of epochs and validations, and removes its hook when training ends or fails."""
 
     _history: History | None = None
     _optimizer: torch.optim.Optimizer | None = None
-    _hook: Any = None  # on the steps of the optimizer
+    _hook: Any = None  # the handle of a hook that runs after each step of the optimizer
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         self._record(trainer)
@@ -42,6 +42,7 @@ class _Recording(Callback):
             self._record(trainer)
 
     def _record(self, trainer: Any) -> None:
+        """Write the present metrics into the history, in the main process."""
         if self._history is not None and trainer.is_global_zero:
             self._history.record(step=trainer.global_step, **_budget.numbers(trainer.callback_metrics))
 
@@ -52,6 +53,7 @@ class _Recording(Callback):
         self._let_go()
 
     def _let_go(self) -> None:
+        """Remove the hook from the optimizer."""
         if self._hook is not None:
             self._hook.remove()
         self._optimizer = self._hook = None
@@ -60,22 +62,22 @@ class _Recording(Callback):
 class DamprCallback(_Recording):
     """Adds the penalty of a :class:`dampr.Budget` to what a Lightning ``Trainer`` minimises, and steps the budget.
 
-    The penalty does not depend on data, so its gradient is added once for each step of the optimizer that has the
-    gates, right before it, and not to the loss: the same sum under gradient accumulation, automatic and manual
-    optimization, and losses in the log stay those of the task. Lightning clips gradients after that, as in a loop that
-    adds the penalty to the loss.
+    The penalty does not depend on data. So its gradient is added once per step of the optimizer that has the gates,
+    right before the step, and the loss stays as it is. The sum is the same with gradient accumulation and with
+    automatic or manual optimization, and logged losses are those of the task. Lightning clips gradients after that, as
+    a loop would that adds the penalty to the loss.
 
-    In the log of each batch: what :meth:`dampr.Budget.readings` gives. Checkpoints hold the state of the budget, and a
-    training that resumes goes on with it. Call ``budget.finalize()`` and :func:`dampr.compact` when training is done.
+    The log of each batch gets what :meth:`dampr.Budget.readings` returns. Checkpoints hold the state of the budget, so
+    a training that resumes continues it. When training is done, call ``budget.finalize()`` and :func:`dampr.compact`.
 
     Args:
-        budget: of the module that is trained, or of a model in it.
+        budget: the budget of the module that is trained, or of a model in it.
         history: a file for what is logged by the end of each epoch and each validation (:class:`dampr.History`); the
-            main process writes.
+            main process writes it.
 
-    Raises, when training begins: ValueError for weight decay on gates, for gates (of a budget that owns them: weights)
-    in no optimizer or in several, for fp16 with a scaler, and for strategies other than a single device and DDP, which
-    keep gradients elsewhere.
+    Raises, when training begins: ValueError for weight decay on gates; if no optimizer, or several, have the gates (for
+    a budget that owns the gates: the weights); for fp16 with a scaler; and for strategies other than a single device
+    and DDP, which keep gradients elsewhere.
     """
 
     def __init__(self, budget: Budget, history: str | os.PathLike[str] | None = None) -> None:
@@ -84,6 +86,7 @@ class DamprCallback(_Recording):
         self._history = None if history is None else History(history, budget)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Check the Trainer, and hook the step of the optimizer that has the gates."""
         if not _STRATEGIES & {kind.__name__ for kind in type(trainer.strategy).__mro__}:
             raise ValueError(
                 f"strategy={type(trainer.strategy).__name__}: not supported with a budget; a single device and DDP are"
@@ -95,7 +98,7 @@ class DamprCallback(_Recording):
             )
         _budget.check_decay(self.budget, trainer.optimizers, _REMEDY)
         what, wanted = "gates", _budget.gate_parameters(self.budget)
-        if self.budget.controller is not None:  # it owns the gates
+        if self.budget.controller is not None:  # a budget that owns its gates, so no optimizer has them
             what, wanted = "weights", {id(p) for p in self.budget.model.parameters()}
         held = [(o, {id(p) for group in o.param_groups for p in group["params"]}) for o in trainer.optimizers]
         holders = [o for o, ids in held if ids & wanted]
@@ -122,24 +125,23 @@ class DamprCallback(_Recording):
 
 
 class PlanCallback(_Recording):
-    """Steps a :class:`dampr.Plan` under a Lightning ``Trainer``, after each step of the optimizer that has the model's
-    weights.
+    """Steps a :class:`dampr.Plan` under a Lightning ``Trainer``, after each step of the optimizer that has the weights.
 
-    Gradient accumulation, clipping, mixed precision with or without a scaler and schedulers are Lightning's as always;
-    steps that a scaler leaves out do not count. In the log of each batch: what :meth:`dampr.Plan.readings` gives.
-    ``plan.finish()`` is yours to call when training is done.
+    Gradient accumulation, clipping, mixed precision with or without a scaler, and schedulers work as always. Steps that
+    a scaler skips do not count. The log of each batch gets what :meth:`dampr.Plan.readings` returns. Call
+    ``plan.finish()`` yourself when training is done.
 
-    Checkpoints hold the state of the plan. The model of a checkpoint may be smaller than the one it was made of, so
-    that has to be known before ``fit(..., ckpt_path=path)``: call ``callback.resume(path)`` first.
+    Checkpoints hold the state of the plan. The model of a checkpoint may be smaller than the one that the Trainer was
+    given, so before ``fit(..., ckpt_path=path)`` call ``callback.resume(path)``.
 
     Args:
-        plan: of the module that is trained, or of a model in it.
+        plan: the plan of the module that is trained, or of a model in it.
         history: a file for what is logged by the end of each epoch and each validation (:class:`dampr.History`); the
-            main process writes.
+            main process writes it.
 
-    Raises, when training begins: ValueError for weights in no optimizer or in several, for a plan that was not resumed,
-    and for strategies other than a single device: a model that becomes smaller has to be wrapped again, in a loop of
-    your own.
+    Raises, when training begins: ValueError if no optimizer, or several, have the weights; for a plan that was not
+    resumed; and for strategies other than a single device, because a model that becomes smaller would have to be
+    wrapped again (a loop of your own can do that).
     """
 
     def __init__(self, plan: Plan, history: str | os.PathLike[str] | None = None) -> None:
@@ -148,10 +150,7 @@ class PlanCallback(_Recording):
         self._history = None if history is None else History(history)
 
     def resume(self, path: str | os.PathLike[str]) -> None:
-        """Bring plan and model to where they were in the checkpoint ``path``.
-
-        Raises KeyError where no plan is in it.
-        """
+        """Restore plan and model from the checkpoint ``path``. Raises KeyError if it holds no plan."""
         callbacks = torch.load(path, map_location="cpu", weights_only=True)["callbacks"]
         if self.state_key not in callbacks:
             raise KeyError(
@@ -161,13 +160,14 @@ class PlanCallback(_Recording):
         self.plan.load_state_dict(callbacks[self.state_key])
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Check the Trainer, and hook the step of the optimizer that has the weights."""
         if "SingleDeviceStrategy" not in {kind.__name__ for kind in type(trainer.strategy).__mro__}:
             raise ValueError(
                 f"strategy={type(trainer.strategy).__name__}: not supported with a plan, expected a single device (a "
                 "loop of your own can "
                 "wrap the model again when plan.step returns True)"
             )
-        if trainer.global_step:  # a new Trainer may go on with a plan
+        if trainer.global_step:  # only for a resumed training; a new Trainer may also continue a plan from its step 0
             _budget.check_begun(self.plan, trainer.global_step, "call callback.resume(ckpt_path)")
         weights = {id(p) for p in self.plan.model.parameters()}
         holders = [
@@ -187,8 +187,9 @@ class PlanCallback(_Recording):
         pl_module.log_dict(self.plan.readings())
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: torch.Tensor) -> None:
+        """Add the gradient of the plan's distillation penalty, if there is one."""
         penalty = self.plan.penalty()
-        if penalty.requires_grad:  # of distillation
+        if penalty.requires_grad:
             penalty.backward(retain_graph=True)
 
     def state_dict(self) -> dict[str, Any]:

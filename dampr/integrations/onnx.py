@@ -1,4 +1,4 @@
-"""Compacted models as ONNX files that onnxruntime has run: ``pip install dampr-torch[onnx]``."""
+"""Write compacted models as ONNX files, and check them with onnxruntime: ``pip install dampr-torch[onnx]``."""
 
 from __future__ import annotations
 
@@ -43,24 +43,24 @@ def export(
     rtol: float = 1e-5,
     **how: Any,
 ) -> None:
-    """Write a plain (compacted) model with ``torch.onnx.export``, and prove that onnxruntime computes the same from the
+    """Write a plain (compacted) model with ``torch.onnx.export``, and check that onnxruntime computes the same from the
     file.
 
-    The file is run on the CPU on the example inputs and on the same with a little noise, so that a value that was taken
-    for a constant is found out. It appears whole or not at all; weights that are too many for one file (torch draws the
-    line at 1.5 GiB) come in a second one, ``path`` + ".data".
+    onnxruntime runs the file on the CPU, on the example inputs and on the same with a little noise, so that a value
+    that the exporter took for a constant shows. The file is written completely or not at all. If the weights are too
+    large for one file (for torch the limit is 1.5 GiB), they come in a second one, ``path`` + ".data".
 
     Args:
-        model: exported in evaluation mode; it is not changed. Of transformer layers without torch's fused inference
+        model: exported in evaluation mode; not changed. Transformer layers are exported without torch's fused inference
             path, which writes zeros over padding.
         path: the file.
-        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments; their shapes are those of the
-            file, as far as ``dynamic_shapes`` does not say otherwise.
+        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments; the file takes inputs of these
+            shapes unless ``dynamic_shapes`` says otherwise.
         atol, rtol: how far outputs may differ: |model - onnxruntime| <= atol + rtol |model|.
-        how: what else ``torch.onnx.export`` takes: ``dynamic_shapes``, ``input_names``, ``opset_version``, ...
+        how: further arguments of ``torch.onnx.export``: ``dynamic_shapes``, ``input_names``, ``opset_version``, ...
 
     Raises: TypeError for a model that still has gates (compact it first), or that names the argument; FileNotFoundError
-    where ``path`` has no folder; ExportError; what ``torch.onnx.export`` raises of a model that it cannot export.
+    if the folder of ``path`` does not exist; ExportError; what ``torch.onnx.export`` raises.
     """
     check_plain(model)
     inputs.check(example_inputs)
@@ -71,25 +71,27 @@ def export(
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
         partial = Path(folder, target.name)
         with inputs.evaluating(model), inputs.unfused(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of torch about itself; what came out is checked
+            warnings.simplefilter("ignore")  # torch's exporter warns about its own code; the result is checked below
             torch.onnx.export(
                 model, args, partial, kwargs=kwargs, dynamo=True, **{"external_data": False, "verbose": False} | how
             )
         _prove(
             model, partial, (example_inputs, inputs.perturbed(example_inputs)), f"path={os.fspath(path)!r}", atol, rtol
         )
-        # the model comes last, when its weights are there
+        # the model last, so that its weights are there when it appears
         for written in sorted(Path(folder).iterdir(), key=lambda file: file == partial):
             os.replace(written, target.parent / written.name)
 
 
 def _arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """(positional, keyword) arguments from example inputs."""
     if isinstance(example_inputs, Mapping):
         return (), dict(example_inputs)
     return tuple(example_inputs) if isinstance(example_inputs, (tuple, list)) else (example_inputs,), {}
 
 
 def _prove(model: nn.Module, file: Path, samples: tuple[Any, ...], where: str, atol: float, rtol: float) -> None:
+    """Raise ExportError unless onnxruntime runs the file and its outputs are those of ``model`` on all samples."""
     for sample in samples:
         with inputs.unfused():
             expected = [t.cpu() for t in inputs.evaluate(model, sample)]
@@ -112,7 +114,7 @@ def _prove(model: nn.Module, file: Path, samples: tuple[Any, ...], where: str, a
 def _run(file: Path, sample: Any) -> list[Tensor]:
     """The outputs of an ONNX file; its inputs are the tensors of ``sample`` in order."""
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4  # what fails is raised
+    options.log_severity_level = 4  # no log, as failures are raised
     session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     given = [leaf.detach().cpu().numpy() for leaf in pytree.tree_leaves(_arguments(sample)) if isinstance(leaf, Tensor)]
     named = {entry.name: value for entry, value in zip(session.get_inputs(), given, strict=True)}

@@ -1,8 +1,7 @@
-"""Tile sizes as a pure function of (sizes, dtype, compute capability): nothing is tuned at run time, so nothing looks
-like a hang.
+"""Tile sizes of the Triton kernels, a pure function of sizes, dtype and compute capability.
 
-The tables are the whole list of what ships; tests/testing/test_codegen.py compiles every entry and reads the machine
-code.
+Nothing is tuned at run time, so no first call takes minutes. The tables list every tile that is used;
+tests/testing/test_codegen.py compiles each of them and reads the machine code.
 """
 
 from __future__ import annotations
@@ -13,15 +12,20 @@ from .dispatch import Thresholds
 
 
 def cdiv(count: int, size: int) -> int:
-    """How many pieces of ``size`` it takes; that of Triton goes through its compiler's types,
-    which a launcher feels.
+    """``count`` / ``size``, rounded up. Triton's own function goes through the types of its compiler, which is slower
+    on the host.
     """
     return -(count // -size)
 
 
 class Tile(NamedTuple):
-    """An output tile of rows x cols, ``depth`` of the summed axis per step,
-    ``group`` tile rows that advance together.
+    """The sizes of one tile of a GEMM.
+
+    Attributes:
+        rows, cols: of the output.
+        depth: how much of the summed dimension one step of the loop reads.
+        group: the number of rows of tiles that are computed at about the same time, so that they share operands in L2.
+        num_warps, num_stages: options of Triton.
     """
 
     rows: int
@@ -33,38 +37,43 @@ class Tile(NamedTuple):
 
 
 GEMM_TILES = {
-    "large": Tile(128, 128, 32, 8, 8, 3),  # eight warps: at four, drawing the gates of the A tile spills
+    "large": Tile(128, 128, 32, 8, 8, 3),  # eight warps, because with four the gates of the A tile spill registers
     "small": Tile(64, 64, 32, 8, 4, 3),
     "odd": Tile(32, 32, 16, 8, 4, 2),
     "fp32": Tile(64, 64, 32, 8, 4, 2),
     "fp32_tcgen05": Tile(32, 64, 32, 8, 4, 2),
 }
+# (rows, columns) of the tile that one program, or one step of its loop, works on:
 FOLD_FWD_TILE, FOLD_BWD_TILE = (64, 128), (32, 128)  # of the weight
 REDUCE_TILE = (16, 64)  # of a (splits, n) workspace
 GATE_TILE = (16, 128)  # of a (rows, n) tensor of gates
-GATE_VECTOR = (1, 256)
-WEIGHT_BLOCK = 1024  # of the flat weight, a gate each
-BLOCK_TILE = 1024  # weights in one step over blocks that share a gate
-LIVE_BLOCKS = 32  # blocks of input features looked through in one step
-PLANE_TILE = (4, 256)  # (rows, elements of a row) where each row of an activation has one gate
+GATE_VECTOR = (1, 256)  # of a vector of gates
+WEIGHT_BLOCK = 1024  # of the flat weight, with a gate on each weight
+BLOCK_TILE = 1024  # the number of weights in one step, with gates on blocks of weights
+LIVE_BLOCKS = 32  # the number of blocks of input features that one step checks for open gates
+PLANE_TILE = (4, 256)  # (rows, elements of a row) if each row of an activation has one gate
 COLUMN_SUM_TILE = (16, 64)  # of an activation whose rows are summed
-COLUMN_MEAN_TILE = (64, 64)  # of one whose columns get a mean and a spread
-GENERATOR_TILE, GENERATOR_WARPS = (64, 64), 16  # of a layer of Dep-L0's generator, in one program
+COLUMN_MEAN_TILE = (64, 64)  # of an activation whose columns get a mean and a variance
+GENERATOR_TILE, GENERATOR_WARPS = (64, 64), 16  # of a weight of Dep-L0's generator, in one program
 TARGET_PROGRAMS = 256  # work is split over rows until about this many programs run: two for each SM of a large GPU
 MAX_SPLITS = 32
-PASS_PROGRAMS = 2048  # of a pass that only moves memory; with 256 one took 2.5 times its prediction (H200)
-# of the whole tensor, of one sample: sums of the latter are added up one by one
+PASS_PROGRAMS = 2048  # the same for a pass that is bound by memory; with 256 one took 2.5 times its prediction (H200)
+# the most splits of a whole tensor, and of one sample, whose partial sums one program adds up in a loop
 NORM_MAX_SPLITS, NORM_MAX_PARTS = 512, 16
 NORM_JOIN_TILE, NORM_FINISH_TILE = (128, 32), (8, 64)  # of the (splits, n) statistics, of the (draws, n) sums
 
 
 def gemm_kind(M: int, N: int, K: int, dtype: str, capability: int) -> str:
-    """Which tiles a problem gets: "odd" when its rows cannot be copied in 16 byte pieces, else by dtype, size and
-    machine.
+    """The name of the entry of :data:`GEMM_TILES` for a problem, by dtype, size and machine; "odd" if rows are no
+    multiple of 16 elements.
 
-    ``dtype``: "fp32", "bf16" or "fp16"; ``capability``: 90 for sm_90, 0 for AMD, which lacks the shared memory for
-    "large". On tcgen05 (sm_100 to sm_110) Triton 3.7 turns a float32 dot of 64 rows or more into TF32 even when asked
-    for IEEE; 32 rows keep it on the FMA.
+    Args:
+        M, N, K: the sizes of x (M, K) and W (N, K).
+        dtype: "fp32", "bf16" or "fp16".
+        capability: 90 for sm_90; 0 for AMD, whose shared memory is too small for "large".
+
+    On tcgen05 (sm_100 to sm_110) Triton 3.7 computes a float32 dot of 64 rows or more in TF32 even if IEEE is asked
+    for; 32 rows keep it on the FMA units.
     """
     if N % 16 or K % 16:
         return "odd"
@@ -79,18 +88,18 @@ def gemm_tile(M: int, N: int, K: int, dtype: str, capability: int) -> Tile:
 
 
 def one_pass_gates(M: int, N: int, K: int) -> int:
-    """Draws of the GEMMs with the gates of x (M, K) and y (M, N) inside:
-    each of N / 128 (or K / 128) tiles repeats those of its rows.
+    """The number of gates that the GEMMs draw if they draw the gates of x (M, K) and y (M, N) themselves.
+
+    Each of the N / 128 (or K / 128) tiles of a row draws the gates of that row again.
     """
     return M * (K * -(N // -128) + N * -(K // -128))
 
 
 def fits_one_pass(M: int, N: int, K: int, table: Thresholds) -> bool:
-    """Whether gates of x (M, K) and y (M, N) are cheap enough to be drawn again by every tile of a GEMM that needs
-    them.
+    """Whether the gates of x (M, K) and y (M, N) are few enough for every tile of a GEMM to draw those that it needs.
 
-    Drawing costs some 60 instructions a gate, several times the MMA's own issue slots. Repeating that beats the
-    launches and the traffic of a pass of its own only for small problems.
+    A draw costs about 60 instructions, several times the issue slots of the MMA. Repeating draws is faster than a
+    separate pass, with its launch and its memory traffic, only for small problems.
     """
     return one_pass_gates(M, N, K) <= table.one_pass_gates
 
@@ -98,33 +107,32 @@ def fits_one_pass(M: int, N: int, K: int, table: Thresholds) -> bool:
 def fits_small_m(M: int, N: int, K: int, table: Thresholds) -> bool:
     """Whether x (M, K) has so few rows that the GEMM with W (N, K) draws the gates of the weights itself.
 
-    Either way each gate is drawn once as long as all rows of x fit in one tile; drawing inside saves the launch of the
-    pass and 4 bytes a weight, W~ written and read. More rows draw again. Rows that cannot be copied in 16 byte pieces
-    cost more than that saves.
+    As long as one tile holds all rows of x, each gate is drawn once in any case. Drawing inside the GEMM saves the
+    launch of a pass, and 4 bytes of memory traffic for each weight (W~ is neither written nor read). With more rows the
+    gates are drawn again. If rows are no multiple of 16 elements, the slower copies cost more than that saves.
     """
     return table.small_m >= M and N % 16 == 0 and K % 16 == 0
 
 
 def small_m_tile(M: int, N: int, K: int, dtype: str, capability: int) -> Tile:
-    """The tile (of W's rows, of x's rows, of K) of the GEMM that draws the gates of its weights;
-    arguments as in :func:`gemm_kind`.
+    """The tile (rows of W, rows of x, depth in K) of the GEMM that draws the gates of its weights; see
+    :func:`gemm_kind`.
     """
     kind = gemm_kind(M, N, K, dtype, capability)
-    tile = GEMM_TILES["small" if kind == "large" else kind]  # more gates than that in a thread spill
+    tile = GEMM_TILES["small" if kind == "large" else kind]  # in a larger tile the gates spill registers
     return tile._replace(cols=16) if M <= 16 or kind == "fp32_tcgen05" else tile
 
 
 def live_tile(M: int, N: int, K: int, dtype: str, capability: int) -> Tile:
-    """The tile of the GEMM over live blocks of input features, ``depth`` of them each;
-    arguments as in :func:`gemm_kind`.
-    """
+    """The tile of the GEMM that skips closed blocks of ``depth`` input features; arguments as in :func:`gemm_kind`."""
     tile = gemm_tile(M, N, K, dtype, capability)
-    return tile._replace(num_stages=tile.num_stages + 2)  # the number of a block is fetched as far ahead as its data
+    return tile._replace(num_stages=tile.num_stages + 2)  # the index of a block has to be loaded before its data
 
 
 def block_tile(R: int, C: int, across: int) -> tuple[int, int, int]:
-    """(rows, blocks, columns of a block) in one step over blocks of R x C weights, ``across`` of them side by side;
-    powers of two.
+    """(rows, blocks, columns of a block) of one step over blocks of R x C weights, all powers of two.
+
+    ``across``: the number of blocks side by side.
     """
     cols = min(128, _power_of_two(C))
     rows = min(16, _power_of_two(R), BLOCK_TILE // cols)
@@ -132,19 +140,23 @@ def block_tile(R: int, C: int, across: int) -> tuple[int, int, int]:
 
 
 def _power_of_two(n: int) -> int:
-    """The smallest that is at least n."""
+    """The smallest power of two that is at least n."""
     return 1 << (n - 1).bit_length()
 
 
 def split_rows(
     rows: int, step: int, programs: int, target: int = TARGET_PROGRAMS, most: int = MAX_SPLITS
 ) -> tuple[int, int]:
-    """(splits, rows per split, a multiple of ``step``) for ``programs`` programs that would each go through all rows in
-    steps.
+    """(number of splits, rows of a split) for summing over ``rows`` rows.
 
-    About ``target`` programs and at most ``most`` splits result.
+    Args:
+        rows: the number of rows.
+        step: the rows of a split are a multiple of this.
+        programs: how many programs there would be without splits.
+        target: about this many programs result.
+        most: the most splits.
 
-    A function of the shape alone, so that the order of a sum does not depend on the device.
+    It depends on the shape alone, so the order of a sum does not depend on the device.
     """
     steps = -(rows // -step)
     splits = max(1, min(most, steps, target // max(1, programs)))
@@ -152,9 +164,9 @@ def split_rows(
     return max(1, -(steps // -max(1, steps_per_split))), steps_per_split * step
 
 
-# Of a convolution with channels in multiples of 16, widest first. A step of its loop gates the A tile once for all
-# columns, and finds its tap and its block whatever the tile: on sm_90 it issues for 360 cycles to 512 of MMA in the
-# first of "half", for 190 to 64 in the last.
+# Tiles of a convolution whose channels are multiples of 16, the widest first. Each step of the loop multiplies the A
+# tile by gates and computes addresses, at a cost that hardly depends on the number of columns. On sm_90 that takes 360
+# issue cycles beside 512 of MMA with the first tile of "half", and 190 beside 64 with the last, so wide ones win.
 CONV_TILES = {
     "half": (
         Tile(128, 256, 32, 8, 8, 3),
@@ -165,15 +177,19 @@ CONV_TILES = {
     ),
     "tf32": (Tile(128, 128, 32, 8, 8, 3), Tile(128, 64, 32, 8, 4, 3), Tile(64, 64, 32, 8, 4, 3)),
 }
-WIDE_PROGRAMS = 128  # of a tile that has an SM to itself: one for each of a large GPU [estimate]
+WIDE_PROGRAMS = 128  # the fewest programs for a tile that fills a whole SM: one for each SM of a large GPU [estimate]
 
 
 def conv_tile(slabs: int, rows: int, N: int, C: int, listed: bool, dtype: str, capability: int) -> Tile:
-    """The tile of the convolution, with blocks of ``depth`` input channels: C of them and N output channels in a group.
+    """The tile of a convolution with C input and N output channels in a group; ``depth`` is a block of input channels.
 
-    ``slabs``: how many sets of ``rows`` output pixels have gates of their own, one for each image or one in all;
-    ``listed``: input gates make it walk a list of blocks. ``dtype``: as in :func:`gemm_kind`, or "tf32" for float32
-    that may be rounded.
+    Args:
+        slabs: how many sets of output pixels have gates of their own: one for each image, or one in all.
+        rows: the output pixels of one slab.
+        N, C: the channels of a group.
+        listed: whether the kernel reads its blocks from a list, because input gates may be closed.
+        dtype: as in :func:`gemm_kind`, or "tf32" for float32 that may be rounded.
+        capability: as in :func:`gemm_kind`.
     """
     if C % 16 or N % 16 or dtype == "fp32" or capability < 80:
         tile = gemm_tile(rows, N, C if C % 16 else max(C, 128), "fp32" if dtype == "tf32" else dtype, capability)
@@ -183,8 +199,8 @@ def conv_tile(slabs: int, rows: int, N: int, C: int, listed: bool, dtype: str, c
 
 
 def _widest(tiles: tuple[Tile, ...], slabs: int, rows: int, N: int) -> Tile:
-    """The first of which edges waste at most a quarter of the rows and of the columns and that keeps a GPU busy;
-    else the last.
+    """The first tile that wastes at most a quarter of its rows and of its columns at the edges, and that keeps the GPU
+    busy; the last one if none does.
     """
     for tile in tiles:
         tiles_m, tiles_n = -(rows // -tile.rows), -(N // -tile.cols)

@@ -3,10 +3,12 @@
     g_l = (da_l + back_l) (limit - a_l) (limit + a_l) / limit
     dW_l = g_l a_{l-1}^T    db_l = g_l    back_{l-1} = W_l^T g_l
 
-A layer needs all of the one before, so one program walks through all of them; a barrier makes what its threads wrote to
-global memory visible to each other. That is as fast as one multiprocessor reads its weights: for generators of some
-hundred thousand parameters, whose layers would each cost several launches. ``table_ptr`` holds for each layer the
-addresses of W_l and b_l and the widths of a_{l-1} and a_l: one compiled kernel serves every depth and every width.
+Here da_l is the gradient of a_l from outside and back_l the one from layer l + 1. A layer needs all outputs of the one
+before, so a single program computes all layers. Between them a barrier makes what its threads wrote to global memory
+visible to each other. One multiprocessor reads the weights slowly, so this pays for generators of up to some hundred
+thousand parameters, whose layers would otherwise cost several launches each. ``table_ptr`` points to four int64 for
+each layer: the addresses of W_l and b_l and the widths of a_{l-1} and a_l. One compiled kernel therefore serves every
+depth and width.
 """
 
 import triton
@@ -14,7 +16,7 @@ import triton.language as tl
 
 from .gates import NAN, RAMP_LIMIT, tanh_positive
 
-COLUMNS = tl.constexpr(4)  # of the table
+COLUMNS = tl.constexpr(4)  # numbers in a row of the table
 
 
 @triton.jit
@@ -38,8 +40,8 @@ def load_layer(table_ptr, layer):
 def dependency_generator_fwd_kernel(
     table_ptr, values_ptr, layers, LIMIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
 ):
-    """values: a_1, a_2, ... one behind the other; grid: (1,)."""
-    start = tl.zeros((), tl.int64)  # of a_l in values
+    """Writes a_1, a_2, ... to values, one after the other; grid: (1,)."""
+    start = tl.zeros((), tl.int64)  # where a_l begins in values
     for layer in range(layers):
         weight_ptr, bias_ptr, K, N = load_layer(table_ptr, layer)
         for row in range(0, N, BLOCK_N):
@@ -62,11 +64,12 @@ def dependency_generator_bwd_kernel(
     table_ptr, values_ptr, dvalues_ptr, back_ptr, grads_ptr, layers, total, count,
     LIMIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """grads: dW_1, db_1, dW_2, ... one behind the other, ``count`` elements; back: room for ``total`` values; grid:
-    (1,).
+    """Writes dW_1, db_1, dW_2, ... to grads, one after the other; grid: (1,).
+
+    total: the number of values. count: the number of elements of grads. back: workspace for ``total`` values.
     """
-    end = tl.zeros((), tl.int64) + total  # of a_l in values
-    grads_end = tl.zeros((), tl.int64) + count  # of db_l in grads
+    end = tl.zeros((), tl.int64) + total  # where a_l ends in values
+    grads_end = tl.zeros((), tl.int64) + count  # where db_l ends in grads
     for step in range(layers):
         layer = layers - 1 - step
         weight_ptr, _, K, N = load_layer(table_ptr, layer)

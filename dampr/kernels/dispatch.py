@@ -1,7 +1,7 @@
-"""Where one route ends and the next begins: a JSON table per device, in the folder dispatch/. Imports no torch.
+"""The thresholds between routes: a JSON table for each device, in the folder dispatch/. This module imports no torch.
 
-Nothing is tuned at run time. ``python -m benchmarks.run crossover`` writes the table of the device it runs on, to be
-copied here.
+Nothing is tuned at run time. ``python -m benchmarks.run crossover`` measures a device and writes its table, which is
+then copied into that folder.
 """
 
 from __future__ import annotations
@@ -20,10 +20,13 @@ DEFAULT = "default"
 class Thresholds(NamedTuple):
     """One table; the fields are the keys of the JSON object.
 
-    source          the results file that the numbers come from, or what they were estimated from
-    one_pass_gates  draws, repeated ones included, up to which the GEMMs of a layer draw the gates of activations
-    small_m         rows of x up to which the GEMM draws the gates of its own weights
-    skip_dead       whether per-batch gates of features take the GEMM over live blocks; the host does not know how many
+    Attributes:
+        source: the results file that the numbers come from, or what they were estimated from.
+        one_pass_gates: up to this many draws, repeated ones included, the GEMMs of a layer draw the gates of
+            activations.
+        small_m: up to this many rows of x, a GEMM draws the gates of its own weights.
+        skip_dead: whether layers with one draw per batch use the GEMM that skips closed blocks. The host does not know
+            how many blocks are closed, so this is one answer for all layers.
     """
 
     source: str
@@ -48,10 +51,11 @@ def table_name(device_name: str) -> str:
 
 @functools.cache
 def thresholds(device_name: str = DEFAULT) -> Thresholds:
-    """The table of a device, as its driver names it: that of the longest name ("h100-80gb-hbm3", "h100-80gb", "h100"),
-    else the default.
+    """The table of a device, by the name that its driver gives.
 
-    Raises ValueError for a malformed table.
+    The table with the longest matching name is taken ("h100-80gb-hbm3", "h100-80gb", "h100"), or the default one.
+
+    Raises: ValueError for a malformed table.
     """
     words = table_name(device_name).split("-")
     paths = [FOLDER / f"{'-'.join(words[:count])}.json" for count in range(len(words), 0, -1)]

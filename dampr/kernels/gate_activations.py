@@ -1,12 +1,14 @@
-"""y = x * z along one dimension, and its gradients: x (outer, middle, n, inner) in the order of memory, z (n,) or a row
-per outer index.
+"""y = x * z along one dimension, and its gradients.
 
-    dx = dy z      dz[n] (or [outer, n]) = sum of x dy over all that shares the gate
+    dx = dy z      dz = sum of x dy over all elements that share the gate
 
-An activation is read once forward and twice (x and dy) backward, so these are bound by memory; z is small beside it and
-drawn before (``sample_gates_fwd_kernel``). Channels last is (B, H W, C, 1): ``gate_columns_kernel``, gates along the
-lanes. Contiguous images are (B, 1, C, H W): ``gate_rows_of_planes_kernel``, a gate for each row of H W elements. Both
-serve both directions: what is None is not there. Sums go through a workspace in a fixed order, without atomics.
+x is (outer, middle, n, inner) in the order of its memory. z is (n,), or (outer, n) with a row for each outer index.
+
+The forward reads x once, the backward reads x and dy once each, so these kernels are bound by memory. z is small, and
+``sample_gates_fwd_kernel`` draws it before. Channels last is (B, H W, C, 1): ``gate_columns_kernel``, with gates along
+the columns of a tile. Contiguous images are (B, 1, C, H W): ``gate_rows_of_planes_kernel``, with one gate for each row
+of H W elements. Both kernels serve both directions: a pointer that is None leaves that part out. Sums go through a
+workspace in a fixed order, without atomics.
 """
 
 import triton
@@ -18,10 +20,9 @@ def gate_columns_kernel(
     t_ptr, other_ptr, z_ptr, out_ptr, partial_ptr, middle, n, rows_per_split,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PER_OUTER: tl.constexpr,
 ):  # fmt: skip
-    """out = t z and partial (outer, splits, n) = sum over one split's rows, in order, of t * other; t, other: (outer,
-    middle, n).
+    """out = t z, and partial (outer, splits, n) = the sum of t * other over the rows of a split, in order.
 
-    Grid: (outer * splits * column blocks,), column blocks first.
+    t, other: (outer, middle, n). Grid: (outer * splits * column blocks,), with column blocks changing fastest.
     """
     blocks, splits = tl.cdiv(n, BLOCK_N), tl.cdiv(middle, rows_per_split)
     pid = tl.program_id(0).to(tl.int64)
@@ -29,7 +30,7 @@ def gate_columns_kernel(
     outer, split = part // splits, part % splits
     col = pid % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
     z = tl.load(z_ptr + (outer * n if PER_OUTER else 0) + col, mask=col < n, other=0.0)[None, :]
-    # summed once: over rows of a tile it would go through shared memory each time
+    # a whole tile of running sums: a sum over its rows goes through shared memory, so it is done once, at the end
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for first in range(0, rows_per_split, BLOCK_M):
         row = split * rows_per_split + first + tl.arange(0, BLOCK_M)
@@ -37,7 +38,7 @@ def gate_columns_kernel(
         offsets = (outer * middle + row)[:, None] * n + col[None, :]
         t = tl.load(t_ptr + offsets, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_N]
         other = t
-        if partial_ptr is not None:  # before the store, behind which it would wait for memory once more
+        if partial_ptr is not None:  # before the store: a load after it would wait for memory again
             other = tl.load(other_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         if out_ptr is not None:
             tl.store(out_ptr + offsets, (t * z).to(out_ptr.dtype.element_ty), mask=mask)
@@ -52,9 +53,9 @@ def gate_rows_of_planes_kernel(
     t_ptr, other_ptr, z_ptr, out_ptr, partial_ptr, rows, middle, n, inner,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PER_OUTER: tl.constexpr,
 ):  # fmt: skip
-    """out = t z and partial (rows,) = sum of t * other over inner; t, other: (rows, inner), rows = outer * middle * n.
+    """out = t z, and partial (rows,) = the sum of t * other over inner.
 
-    Grid: (row blocks,).
+    t, other: (rows, inner) with rows = outer * middle * n. Grid: (row blocks,).
     """
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     gate = row % n
@@ -68,7 +69,7 @@ def gate_rows_of_planes_kernel(
         offsets = row[:, None] * inner + col[None, :]
         t = tl.load(t_ptr + offsets, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_N]
         other = t
-        if partial_ptr is not None:  # before the store, behind which it would wait for memory once more
+        if partial_ptr is not None:  # before the store: a load after it would wait for memory again
             other = tl.load(other_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         if out_ptr is not None:
             tl.store(out_ptr + offsets, (t * z).to(out_ptr.dtype.element_ty), mask=mask)

@@ -1,19 +1,21 @@
-"""y = z_out * (conv(x * z_in, W) + b), one pass over x in NHWC, where channels whose gates are closed are neither read
-nor multiplied.
+"""y = z_out * (conv(x * z_in, W) + b) in one kernel, which neither reads nor multiplies blocks of channels whose gates
+are closed.
 
-    y[b, oh, ow, n] = z_out[n] (bias[n] + sum_{r, s, c} z_in[c] W[n, r, s, c] x[b, h, w, c]) with h = oh SH - PH + r DH,
-    w = ow SW - PW + s DW
+    y[b, oh, ow, n] = z_out[n] (bias[n] + sum_{r, s, c} z_in[c] W[n, r, s, c] x[b, h, w, c])
+    with h = oh SH - PH + r DH and w = ow SW - PW + s DW
 
-x: (B, H, W, groups C), W: (groups N, R, S, C), y: (B, OH, OW, groups N), all dense; zeros outside of x. An implicit
-GEMM: a row of an output tile is a pixel, a step of its loop one tap (r, s) of one block of BLOCK_C channels. The gates
-are read, not drawn: they are B C numbers where x has H W times as many, and a draw in the loop would be repeated by
-every tap and every tile.
+x: (B, H, W, groups C), W: (groups N, R, S, C), y: (B, OH, OW, groups N), all dense (channels last); zeros outside of
+x.
 
-A *slab* is the output pixels that share their gates: all of them where a gate is drawn per batch, those of an image
-where per sample. No tile lies across two slabs, so its gates are one vector, multiplied in registers, and each slab
-skips what is dead in it alone: it walks its own list of live blocks, whose length and entries are loaded from memory,
-as in gated_linear_live.py. The taps of a block follow each other, since they read almost the same pixels. A dead block
-adds products with 0, so for finite x and W the result is that of the full list.
+It is an implicit GEMM: a row of an output tile is a pixel, and a step of the loop is one tap (r, s) of one block of
+BLOCK_C channels. The gates are read and not drawn, because every tap and every tile would repeat the draw, and B C
+numbers are few beside the B C H W of x.
+
+A *slab* is the set of output pixels that share their gates: the whole batch with one draw per batch, one image with
+a draw per sample. No tile crosses two slabs, so a tile needs one vector of gates, multiplied in registers. Each slab
+has a list of its live blocks, those with an open gate; its length and its entries are loaded from memory, as in
+gated_linear_live.py. All taps of a block come one after the other, because they read almost the same pixels. A block
+that is skipped would add products with 0, so for finite x and W the result is the same as without skipping.
 """
 
 import triton
@@ -26,7 +28,8 @@ from .gates import load_columns
 
 @triton.jit
 def list_live_kernel(z_ptr, live_ptr, count_ptr, C, BLOCKS: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Of each row of z (rows, C): live (rows, blocks), its blocks with an open gate, ascending, and count (rows,).
+    """For each row of z (rows, C): the indices of its blocks with an open gate, increasing, in live (rows, blocks), and
+    their number in count (rows,).
 
     Grid: (rows,).
     """
@@ -51,11 +54,11 @@ def gated_conv2d_fwd_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """y of ``slabs`` slabs of P pixels; z_in: (slabs or 1, groups, C), live and count: of its rows of C; z_out: (slabs
-    or 1, groups, N).
+    """y of ``slabs`` slabs of P pixels each.
 
-    A row of gates of its own for each slab if IN_PER_SLAB, OUT_PER_SLAB. Grid: (groups * tiles of a group,). EVEN: C is
-    a multiple of BLOCK_C. An image has fewer than 2^31 output pixels.
+    z_in: (slabs or 1, groups, C); live, count: the lists of :func:`list_live_kernel` for its rows of C; z_out: (slabs
+    or 1, groups, N). IN_PER_SLAB, OUT_PER_SLAB: whether each slab has gates of its own. EVEN: C is a multiple of
+    BLOCK_C. An image has fewer than 2^31 output pixels. Grid: (groups * tiles of a group,).
     """
     slab_tiles, tiles_n = tl.cdiv(P, BLOCK_M), tl.cdiv(N, BLOCK_N)
     tiles = slabs * slab_tiles * tiles_n
@@ -71,7 +74,7 @@ def gated_conv2d_fwd_kernel(
         live_ptr += in_row * count
         count = tl.load(count_ptr + in_row)
     if z_out_ptr is not None:
-        # a dead tile is done before the loop
+        # a tile whose output gates are all closed runs no step of the loop
         count *= any_open(load_columns(z_out_ptr + out_row * N, tile_n * BLOCK_N, N, BLOCK_N), 0)
 
     first = tile_m % slab_tiles * BLOCK_M
@@ -79,7 +82,7 @@ def gated_conv2d_fwd_kernel(
     image = pixel // (OH * OW)
     rest = (pixel - image * OH * OW).to(tl.int32) + tl.arange(0, BLOCK_M)  # pixels since the start of that image
     image += rest // (OH * OW)
-    # A row beyond the edge lies far above its image and reads the zeros there.
+    # Rows beyond the last pixel are placed far above the image, where the padding test makes them zero.
     top, left = tl.where(valid, rest // OW % OH * SH - PH, -(2**30)), rest % OW * SW - PW
     stride_w = tl.cast(groups, tl.int64) * C
     stride_h = stride_w * W
@@ -88,13 +91,13 @@ def gated_conv2d_fwd_kernel(
     w_rows = w_ptr + ((group * N + tl.where(col < N, col, 0)) * (R * S * C))[None, :]
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    r, s, at = 0, 0, 0  # the tap, and the place of its block in the list
+    r, s, at = 0, 0, 0  # the tap (r, s), and the position of its block in the list
     for _ in range(0, count * (R * S)):
         block = at
         if z_in_ptr is not None:
             block = tl.load(live_ptr + at)
         c = block * BLOCK_C + tl.arange(0, BLOCK_C)
-        # below 0 is far beyond the edge
+        # as unsigned numbers, negative coordinates are large, so one comparison tests both edges
         h, w = (top + r * DH).to(tl.uint32, bitcast=True), (left + s * DW).to(tl.uint32, bitcast=True)
         inside = ((h < tl.cast(H, tl.uint32)) & (w < tl.cast(W, tl.uint32)))[:, None]
         x_ptrs = x_rows + (r * (stride_h * DH) + s * (stride_w * DW) + c)[None, :]
@@ -115,7 +118,7 @@ def gated_conv2d_fwd_kernel(
         r = tl.where(r == R, 0, r)
 
     y_rows = y_ptr + ((pixel + tl.arange(0, BLOCK_M)) * groups * N + group * N)[:, None]
-    # pointers, biases and gates of a whole tile at once would double its registers
+    # by quarters of the columns, because pointers, biases and gates of the whole tile would double its registers
     parts = quarters(acc, BLOCK_M, BLOCK_N)
     WIDTH: tl.constexpr = BLOCK_N // 4
     for i in tl.static_range(4):

@@ -1,23 +1,25 @@
-"""y = z_out * ((x * z_in) W^T + b) and its gradients, x: (M, K), W: (N, K), b: (N,), z_in: K gates, z_out: N gates, y:
-(M, N).
+"""y = z_out * ((x * z_in) W^T + b) and its gradients.
 
-Per batch a gate scales a row or a column of W, the smaller operand: one pass folds the gates into W~ and the vendor
-GEMM does the rest. With the raw G = dy^T x (vendor GEMM) one more pass over G and W gives every gradient, because gates
-commute with the sum over the batch:
+x: (M, K), W: (N, K), b: (N,), z_in: K gates, z_out: N gates, y: (M, N).
+
+With one draw per batch, a gate scales a row or a column of W. One pass multiplies the gates into W, which gives W~, and
+the library's GEMM does the rest. In the backward, the library's GEMM computes G = dy^T x, and one pass over G and W
+gives every gradient, because gates commute with the sum over the batch:
 
     W~ = z_out[n] z_in[k] W                              dW = z_out[n] z_in[k] G
     dz_out[n] = sum_k z_in[k] W G + b[n] sum_m dy        dz_in[k] = sum_n z_out[n] W G
 
-Per sample every row has gates of its own. In a small problem they ride inside the GEMM: on the A tile, in registers,
-and in the epilogue. Every output tile draws them again, so a large one gates x, y and dy in passes of their own
-(``_gate_rows_*``) around the vendor GEMM.
+With a draw per sample, every row has gates of its own. In a small problem the GEMM draws them: for the A tile, in
+registers, and in the epilogue. Every output tile draws them again, so in a large problem separate passes multiply x, y
+and dy by gates (``gate_rows_*``), around the library's GEMM.
 
     dx = ((dy z_out) W) z_in    dW = (dy z_out)^T (x z_in)    db = sum_m dy z_out
     dlog_alpha_out = sum_m dy pre z_out',  pre = (x z_in) W^T + b    dlog_alpha_in = sum_m x ((dy z_out) W) z_in'
 
-Gates are drawn again wherever they are needed and never stored. Products with a gate are formed in float32 and rounded
-once. Column sums go through a (splits, n) workspace and ``reduce_kernel``: always the same order, no atomics. Innermost
-strides are 1. A missing gate, bias or output is a pointer that is None.
+Here z' is the slope dz/dlog_alpha. Gates are drawn again wherever they are needed and never stored. Products with a
+gate are computed in float32 and rounded once. Column sums go through a (splits, n) workspace and ``reduce_kernel``,
+always in the same order, without atomics. Innermost strides are 1. A missing gate, bias or output is a pointer that is
+None.
 """
 
 import triton
@@ -28,8 +30,8 @@ from .gates import draw_gate, draw_gate_vector, load_columns, load_seed
 
 @triton.jit
 def tile_of(pid, num_rows, num_cols, GROUP: tl.constexpr):
-    """(row, column) of output tile ``pid``; GROUP tile rows advance together,
-    so that their operands are still in L2.
+    """(row, column) of output tile ``pid``. Tiles are numbered so that GROUP rows of tiles are computed at about the
+    same time and share operands in L2.
     """
     width = GROUP * num_cols
     first = pid // width * GROUP
@@ -41,8 +43,8 @@ def tile_of(pid, num_rows, num_cols, GROUP: tl.constexpr):
 def gate_tile(
     tile, log_alpha_ptr, seed_ptr, row, col, n, BLOCK: tl.constexpr, GROUPED: tl.constexpr, GATE: tl.constexpr
 ):
-    """tile * z of rows ``row`` [BLOCK_M] and columns col .. col + BLOCK - 1 of n; float32 product,
-    rounded once to the tile's dtype.
+    """tile * z for rows ``row`` [BLOCK_M] and columns col .. col + BLOCK - 1 of n, computed in float32 and rounded once
+    to the tile's dtype.
     """
     log_alpha = load_columns(log_alpha_ptr, col, n, BLOCK)[None, :]
     z, _ = draw_gate(log_alpha, load_seed(seed_ptr, GATE), (row * n + col)[:, None], BLOCK, GROUPED, GATE)
@@ -51,8 +53,8 @@ def gate_tile(
 
 @triton.jit
 def quarters(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The four column blocks of a tile, [BLOCK_M, BLOCK_N / 4] each:
-    drawing gates for all of an accumulator at once spills registers.
+    """The four column blocks of a tile, [BLOCK_M, BLOCK_N / 4] each, because drawing the gates of a whole accumulator
+    at once spills registers.
     """
     left, right = tl.split(tl.permute(tl.reshape(tile, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
     q0, q1 = tl.split(tl.permute(tl.reshape(left, (BLOCK_M, 2, BLOCK_N // 4)), (0, 2, 1)))
@@ -64,7 +66,7 @@ def quarters(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 def weight_tile(K, BLOCK_K: tl.constexpr):
     """(row, column) of this program's tile of a weight with K columns.
 
-    One axis of the grid, because others end at 65,535 tiles.
+    The grid has one dimension, because the others end at 65,535.
     """
     pid, width = tl.program_id(0), tl.maximum(tl.cdiv(K, BLOCK_K), 1)
     return (pid // width).to(tl.int64), (pid % width).to(tl.int64)
@@ -75,7 +77,7 @@ def fold_fwd_kernel(
     w_ptr, bias_ptr, in_log_alpha_ptr, out_log_alpha_ptr, in_seed_ptr, out_seed_ptr, folded_ptr, folded_bias_ptr,
     N, K, stride_wn, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GATE: tl.constexpr,
 ):  # fmt: skip
-    """folded (N, K) = W z_out[n] z_in[k] and folded_bias (N,) = b z_out, in the dtype of the outputs; grid:
+    """folded (N, K) = W z_out[n] z_in[k] and folded_bias (N,) = b z_out, in the dtypes of the outputs; grid:
     (tiles,).
     """
     tile_n, tile_k = weight_tile(K, BLOCK_K)
@@ -103,16 +105,16 @@ def fold_bwd_kernel(
     dw_ptr, in_partial_ptr, out_partial_ptr,
     N, K, stride_wn, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GATE: tl.constexpr,
 ):  # fmt: skip
-    """One pass over G = dy^T x and W, both (N, K); grid: (tiles,).
+    """The gradients of the fold from G = dy^T x and W, both (N, K), in one pass; grid: (tiles,).
 
-    dw (N, K) = z_out z_in G; in_partial (N tiles, K): this tile's sum over n of z_out W G; out_partial (K tiles, N):
-    over k of z_in W G.
+    dw (N, K) = z_out z_in G. in_partial (N tiles, K): the sum of z_out W G over this tile's n. out_partial (K tiles,
+    N): the sum of z_in W G over its k.
     """
     tile_n, tile_k = weight_tile(K, BLOCK_K)
     n0, k0 = tile_n * BLOCK_N, tile_k * BLOCK_K
     row, col = n0 + tl.arange(0, BLOCK_N), k0 + tl.arange(0, BLOCK_K)
     mask = (row < N)[:, None] & (col < K)[None, :]
-    # Both are asked for before anything is stored: behind a store the second would wait for memory once more.
+    # Both loads come before any store, because a load after a store would wait for memory a second time.
     g = tl.load(g_ptr + row[:, None] * K + col[None, :], mask=mask, other=0.0).to(tl.float32)  # [BLOCK_N, BLOCK_K]
     w = tl.load(w_ptr + row[:, None] * stride_wn + col[None, :], mask=mask, other=0.0).to(tl.float32)
     g_in, g_out = g, g  # G with the input gates, and with the output gates
@@ -162,7 +164,9 @@ def gate_rows_fwd_kernel(
     t_ptr, log_alpha_ptr, seed_ptr, gated_ptr, M, n, stride_tm,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUPED: tl.constexpr, GATE: tl.constexpr,
 ):  # fmt: skip
-    """gated (M, n) = t z, a draw per row; grid: (row blocks * column blocks,), because a second axis ends at 65535."""
+    """gated (M, n) = t z, with a draw for each row; grid: (row blocks * column blocks,), as a second dimension ends at
+    65,535.
+    """
     pid, blocks = tl.program_id(0).to(tl.int64), tl.cdiv(n, BLOCK_N)
     start, row = pid % blocks * BLOCK_N, pid // blocks * BLOCK_M + tl.arange(0, BLOCK_M)
     col = start + tl.arange(0, BLOCK_N)
@@ -178,16 +182,16 @@ def gate_rows_bwd_kernel(
     M, n, stride_gm, stride_tm, rows_per_split,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUPED: tl.constexpr, GATE: tl.constexpr,
 ):  # fmt: skip
-    """For the gradient g (M, n) of t z: gated (M, n) = g z and, over one split's rows in order, the column sums of g t
-    z' and of g z.
+    """For the gradient g (M, n) of t z: gated (M, n) = g z; gate_partial and sum_partial (splits, n) = the sums of g t
+    z' and of g z over the rows of a split, in order.
 
-    The partial sums are (splits, n); grid: (column blocks, splits).
+    Grid: (column blocks, splits).
     """
     start, split = tl.program_id(0).to(tl.int64) * BLOCK_N, tl.program_id(1).to(tl.int64)
     col = start + tl.arange(0, BLOCK_N)
     seed = load_seed(seed_ptr, GATE)
     log_alpha = load_columns(log_alpha_ptr, start, n, BLOCK_N)[None, :]
-    # Summed once: over the rows of a tile they would go through shared memory each time.
+    # Whole tiles of running sums: a sum over their rows goes through shared memory, so it is done once, at the end.
     dlog_alpha, dsum = tl.zeros((BLOCK_M, BLOCK_N), tl.float32), tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for first in range(0, rows_per_split, BLOCK_M):
         row = split * rows_per_split + first + tl.arange(0, BLOCK_M)
@@ -195,7 +199,7 @@ def gate_rows_bwd_kernel(
         # [BLOCK_M, BLOCK_N]
         g = tl.load(g_ptr + row[:, None] * stride_gm + col[None, :], mask=mask, other=0.0).to(tl.float32)
         t = g
-        if gate_partial_ptr is not None:  # before the store, behind which it would wait for memory once more
+        if gate_partial_ptr is not None:  # before the store: a load after it would wait for memory again
             t = tl.load(t_ptr + row[:, None] * stride_tm + col[None, :], mask=mask, other=0.0).to(tl.float32)
         z, slope = draw_gate(log_alpha, seed, (row * n + start)[:, None], BLOCK_N, GROUPED, GATE)
         if gated_ptr is not None:
@@ -217,14 +221,14 @@ def gated_linear_fwd_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,
     IN_GROUPED: tl.constexpr, OUT_GROUPED: tl.constexpr, PRECISION: tl.constexpr, GATE: tl.constexpr,
 ):  # fmt: skip
-    """y (M, N), a draw per row; pre (M, N): (x z_in) W^T + b before the output gate, for the backward.
+    """y (M, N), with a draw for each row; pre (M, N) = (x z_in) W^T + b, y before the output gates, for the backward.
 
-    EVEN: K is a multiple of BLOCK_K.
+    EVEN: K is a multiple of BLOCK_K. IN_GROUPED, OUT_GROUPED: K, or N, is a multiple of 4.
     """
     tile_m, tile_n = tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP)
     row, col = tile_m * BLOCK_M + tl.arange(0, BLOCK_M), tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
-    # Rows beyond the edge read row 0 instead of being masked: nothing of theirs is stored.
+    # Rows beyond the edge read row 0 instead of being masked; their results are not stored.
     x_ptrs = x_ptr + tl.where(row < M, row, 0)[:, None] * stride_xm + k[None, :]
     w_ptrs = w_ptr + tl.where(col < N, col, 0)[None, :] * stride_wn + k[:, None]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -261,7 +265,7 @@ def gated_linear_bwd_dx_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,
     IN_GROUPED: tl.constexpr, OUT_GROUPED: tl.constexpr, PRECISION: tl.constexpr, GATE: tl.constexpr,
 ):  # fmt: skip
-    """dx (M, K) and partial (M tiles, K), this tile's sum over m of x ((dy z_out) W) z_in'.
+    """dx (M, K), and partial (M tiles, K) = the sum of x ((dy z_out) W) z_in' over this tile's m.
 
     EVEN: N is a multiple of BLOCK_N.
     """
@@ -308,7 +312,7 @@ def gated_linear_bwd_dw_kernel(
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,
     IN_GROUPED: tl.constexpr, OUT_GROUPED: tl.constexpr, PRECISION: tl.constexpr, GATE: tl.constexpr,
 ):  # fmt: skip
-    """dw (splits, N, K): (dy z_out)^T (x z_in) over one split's rows; grid: (tiles, splits).
+    """dw (splits, N, K) = (dy z_out)^T (x z_in) over the rows of a split; grid: (tiles, splits).
 
     EVEN: M is splits * rows_per_split.
     """

@@ -1,11 +1,12 @@
-"""y = z_out * ((x * z_in) W^T + b), gates per batch, where most gates are closed: what is dead is neither read nor
-multiplied.
+"""y = z_out * ((x * z_in) W^T + b) with one draw per batch, by a GEMM that neither reads nor multiplies blocks whose
+gates are all closed.
 
-x: (M, K), W: (N, K), y: (M, N). ``live_blocks_kernel`` draws z_in and lists, in ascending order, the blocks of BLOCK_K
-input features with an open gate. The GEMM walks that list: its trip count and the number of each block are loaded from
-memory, so the host never waits, and there is no branch around the multiplication, which would take the asynchronous
-copies out of the loop. An output tile whose gates are all closed takes no step and stores zeros. A dead block adds
-products with 0, so for finite x and W the result is that of the full list.
+x: (M, K), W: (N, K), y: (M, N). A block is BLOCK_K input features; it is live if one of its gates is open.
+``live_blocks_kernel`` draws z_in and lists the live blocks in increasing order. The GEMM walks that list. The number
+of steps and the index of each block are loaded from memory, so the host never waits for the device. There is no
+branch around the product, because that would keep the compiler from pipelining the copies of the loop. An output
+tile whose gates are all closed takes no step and stores zeros. A block that is skipped would add products with 0, so
+for finite x and W the result is the same as without skipping.
 """
 
 import triton
@@ -17,7 +18,7 @@ from .gates import draw_gate_vector, load_columns
 
 @triton.jit
 def any_open(z, axis: tl.constexpr):
-    """1 where a gate is not 0 along the axis, else 0; a gate that is not a number counts as open, to stay visible."""
+    """1 where some gate along the axis is not 0, else 0. A NaN counts as open, so that it shows in the result."""
     return tl.max((z != 0.0).to(tl.int32), axis=axis)
 
 
@@ -26,7 +27,8 @@ def live_blocks_kernel(
     log_alpha_ptr, seed_ptr, z_ptr, live_ptr, count_ptr, K,
     BLOCKS: tl.constexpr, BLOCK_K: tl.constexpr, GATE: tl.constexpr,
 ):  # fmt: skip
-    """z (K,): the gates, 1 without log-alphas; live: the blocks of BLOCK_K with an open gate; count (1,): how many.
+    """Draws the gates z (K,) (ones without log_alpha) and lists the blocks of BLOCK_K with an open gate: live, their
+    indices, and count (1,), their number.
 
     Grid: one program.
     """
@@ -53,15 +55,18 @@ def gated_linear_live_fwd_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,
     PRECISION: tl.constexpr, GATE: tl.constexpr,
 ):  # fmt: skip
-    """y (M, N) from the ``count`` listed blocks of K; z: (K,) input gates. EVEN: K is a multiple of BLOCK_K."""
+    """y (M, N) from the ``count`` listed blocks of K.
+
+    z: (K,), the input gates. EVEN: K is a multiple of BLOCK_K.
+    """
     tile_m, tile_n = tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP)
     row, col = tile_m * BLOCK_M + tl.arange(0, BLOCK_M), tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     count = tl.load(count_ptr)
     if out_log_alpha_ptr is not None:
         z_out, _ = draw_gate_vector(out_log_alpha_ptr, out_seed_ptr, tile_n * BLOCK_N, N, BLOCK_N, GATE)
         z_out = tl.where(col < N, z_out, 0.0)
-        count *= any_open(z_out, 0)  # a dead tile is done before the loop
-    # Rows beyond the edge read row 0 instead of being masked: nothing of theirs is stored.
+        count *= any_open(z_out, 0)  # a tile whose output gates are all closed runs no step of the loop
+    # Rows beyond the edge read row 0 instead of being masked; their results are not stored.
     x_rows = x_ptr + tl.where(row < M, row, 0)[:, None] * stride_xm
     w_rows = w_ptr + tl.where(col < N, col, 0)[None, :] * stride_wn
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)

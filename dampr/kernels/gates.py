@@ -1,4 +1,4 @@
-"""Drawing gates: z = clip(s (zeta - gamma) + gamma, 0, 1), its derivative, and the kernels that do nothing else.
+"""Drawing gates: z = clip(s (zeta - gamma) + gamma, 0, 1), its derivative, and the kernels that only draw.
 
     a = exp(-log_alpha)    t = a (1 - u) / u    s = 1 / (1 + t ** (1 / beta))
     dz/dlog_alpha = (zeta - gamma) / beta s (1 - s) inside
@@ -6,10 +6,10 @@
 
 Equations, constants, evaluation rules and the other families: dampr/spec.py.
 
-``draw_gate`` is the one function every kernel calls, on a vector of gates or on a tile with a draw per row; a family is
-a branch in it, taken when the kernel is compiled. Whether a gate is 0 or 1 is decided by single IEEE operations, so
-kernels that draw are launched with ``enable_fp_fusion=False``; only the value in between uses the hardware's
-approximate division and square root. ``GATE`` is a whole ``dampr.spec.GateSpec``.
+Every kernel calls ``draw_gate``, on a vector of gates or on a tile with a draw for each row. ``GATE`` is a whole
+``dampr.spec.GateSpec``, known at compile time, so the family is a branch that the compiler resolves. Whether a gate is
+0 or 1 is decided by single IEEE operations; therefore kernels that draw are launched with ``enable_fp_fusion=False``.
+Only values in between use the hardware's approximate division and square root.
 """
 
 import triton
@@ -53,11 +53,11 @@ def exp_portable(x):
 
 @triton.jit
 def draw_words(seed, start, BLOCK: tl.constexpr, GROUPED: tl.constexpr):
-    """Philox words of gates start .. start + BLOCK - 1; ``start``: int64, a scalar -> [BLOCK] or [BLOCK_M, 1] ->
-    [BLOCK_M, BLOCK].
+    """The Philox words of gates start .. start + BLOCK - 1.
 
-    GROUPED promises that ``start`` is a multiple of 4, so that all words of a Philox group are used; else each gate
-    draws its own group.
+    ``start``, int64: a scalar, for a result of shape [BLOCK]; or [BLOCK_M, 1], for [BLOCK_M, BLOCK]. One Philox
+    evaluation gives four words. GROUPED: ``start`` is a multiple of 4, so all four are used; else each gate evaluates
+    its own group.
     """
     if GROUPED:
         group = (start >> 2) + tl.arange(0, BLOCK // 4)
@@ -83,10 +83,10 @@ def uniform(word):
 
 @triton.jit
 def draw_hard_concrete(log_alpha, seed, start, BLOCK: tl.constexpr, GROUPED: tl.constexpr, GATE: tl.constexpr):
-    """As draw_gate, of a hard concrete gate."""
+    """As :func:`draw_gate`, for the hard concrete family."""
     if GATE.rule == SAMPLE:
         u = uniform(draw_words(seed, start, BLOCK, GROUPED))
-        a = exp_portable(-log_alpha)  # of the columns only: rows share it
+        a = exp_portable(-log_alpha)  # [1, BLOCK]: all rows share it
         closed = u * (a + GATE.c0) <= a
         full = u * (a + GATE.c1) >= a
         q = a * (1.0 - u)  # t = q / u
@@ -98,7 +98,7 @@ def draw_hard_concrete(log_alpha, seed, start, BLOCK: tl.constexpr, GROUPED: tl.
         slope = s * (1.0 - s) * ((GATE.zeta - GATE.gamma) / GATE.beta)
     else:
         closed = log_alpha <= GATE.lo
-        full = log_alpha >= GATE.hi  # of the binary rule lo = hi: nothing is left in between
+        full = log_alpha >= GATE.hi  # the binary rule has lo = hi, so every gate is 0 or 1
         if GATE.rule == MEDIAN:
             s = 1.0 / (1.0 + tl.exp(-log_alpha / GATE.beta))
             slope = s * (1.0 - s) * ((GATE.zeta - GATE.gamma) / GATE.beta)
@@ -142,7 +142,7 @@ def ramp_gate(x, GATE: tl.constexpr):
         else:
             tl.static_assert(GATE.rule == EXPONENTIAL)
             slope = tl.exp(-y)
-            half = tanh_positive(0.5 * y, slope)  # 1 - exp(-y) without its cancellation
+            half = tanh_positive(0.5 * y, slope)  # z = 1 - exp(-y), computed without the cancellation of that form
             z = 2.0 * half / (1.0 + half)
     z = tl.maximum(z, EDGE, propagate_nan=NAN)
     if GATE.rule == CLIP:
@@ -153,7 +153,7 @@ def ramp_gate(x, GATE: tl.constexpr):
 
 @triton.jit
 def masked_gate(alpha, GATE: tl.constexpr):
-    """(alpha M, M + |alpha| dM/d|alpha|), shaped like ``alpha``."""
+    """(z, dz/dalpha) of the mask family, shaped like ``alpha``: z = alpha M and dz/dalpha = M + |alpha| dM/d|alpha|."""
     size = tl.abs(alpha)
     closed = size <= GATE.lo
     y = (size - GATE.lo) * GATE.beta
@@ -179,11 +179,11 @@ def masked_gate(alpha, GATE: tl.constexpr):
 
 @triton.jit
 def draw_gate(log_alpha, seed, start, BLOCK: tl.constexpr, GROUPED: tl.constexpr, GATE: tl.constexpr):
-    """Gates start .. start + BLOCK - 1 and their derivatives: (z, dz/dlog_alpha), float32; what a caller does not use
-    is not computed.
+    """(z, dz/dlog_alpha) of gates start .. start + BLOCK - 1, float32. The compiler drops the one that a caller does
+    not use.
 
-    ``log_alpha``: the parameters of any family, float32 of the BLOCK columns, [BLOCK] or [1, BLOCK], also the shape of
-    gates without noise; ``start`` as in draw_words.
+    ``log_alpha``: the parameters of any family, float32, [BLOCK] or [1, BLOCK]. Gates without noise have its shape;
+    drawn ones have the shape that :func:`draw_words` gives for ``start``.
     """
     if GATE.family == HARD_CONCRETE:
         z, slope = draw_hard_concrete(log_alpha, seed, start, BLOCK, GROUPED, GATE)
@@ -199,7 +199,7 @@ def draw_gate(log_alpha, seed, start, BLOCK: tl.constexpr, GROUPED: tl.constexpr
 
 @triton.jit
 def load_seed(seed_ptr, GATE: tl.constexpr):
-    """The int64 seed, or 0 for a rule without noise (whose pointer may be anything)."""
+    """The int64 seed; 0 for a rule without noise, whose pointer is not read."""
     if GATE.rule == SAMPLE:
         return tl.load(seed_ptr)
     else:
@@ -208,15 +208,16 @@ def load_seed(seed_ptr, GATE: tl.constexpr):
 
 @triton.jit
 def load_columns(ptr, start, n, BLOCK: tl.constexpr):
-    """float32 values start .. start + BLOCK - 1 of a vector of n, zero beyond it."""
+    """Values start .. start + BLOCK - 1 of a vector of n as float32; zeros beyond the end."""
     offs = start + tl.arange(0, BLOCK)
     return tl.load(ptr + offs, mask=offs < n, other=0.0).to(tl.float32)  # [BLOCK]
 
 
 @triton.jit
 def draw_gate_vector(log_alpha_ptr, seed_ptr, start, n, BLOCK: tl.constexpr, GATE: tl.constexpr):
-    """Gates start .. start + BLOCK - 1 of one vector of n (a draw per batch): (z, slope), each [BLOCK];
-    BLOCK and start: multiples of 4.
+    """(z, slope) of gates start .. start + BLOCK - 1 of a vector of n, [BLOCK] each, with one draw per batch.
+
+    BLOCK and ``start`` are multiples of 4.
     """
     return draw_gate(load_columns(log_alpha_ptr, start, n, BLOCK), load_seed(seed_ptr, GATE), start, BLOCK, True, GATE)
 
@@ -233,7 +234,9 @@ def sample_gates_fwd_kernel(
     GROUPED: tl.constexpr,
     GATE: tl.constexpr,
 ):
-    """z (rows, n) of log_alpha (n,); grid: (row blocks * column blocks,), because a second axis ends at 65535."""
+    """z (rows, n) from log_alpha (n,); grid: (row blocks * column blocks,), because a second dimension ends at
+    65,535.
+    """
     pid, blocks = tl.program_id(0).to(tl.int64), tl.cdiv(n, BLOCK_N)
     col, row = pid % blocks * BLOCK_N, pid // blocks * BLOCK_M + tl.arange(0, BLOCK_M)
     start = (row * n + col)[:, None]
@@ -250,13 +253,13 @@ def sample_gates_bwd_kernel(
     dz_ptr, log_alpha_ptr, seed_ptr, partial_ptr, rows, n, rows_per_split,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUPED: tl.constexpr, GATE: tl.constexpr,
 ):  # fmt: skip
-    """partial (splits, n): sum over one split's rows, in order, of dz z'; grid: (column blocks, splits)."""
+    """partial (splits, n) = the sum of dz z' over the rows of a split, in order; grid: (column blocks, splits)."""
     col = tl.program_id(0).to(tl.int64) * BLOCK_N
     split = tl.program_id(1).to(tl.int64)
     cols = col + tl.arange(0, BLOCK_N)
     seed = load_seed(seed_ptr, GATE)
     log_alpha = load_columns(log_alpha_ptr, col, n, BLOCK_N)[None, :]
-    # summed once: over rows of a tile it would go through shared memory each time
+    # a whole tile of running sums: a sum over its rows goes through shared memory, so it is done once, at the end
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for first in range(0, rows_per_split, BLOCK_M):
         row = split * rows_per_split + first + tl.arange(0, BLOCK_M)
@@ -270,8 +273,8 @@ def sample_gates_bwd_kernel(
 
 @triton.jit
 def reduce_kernel(partial_ptr, out_ptr, splits, n, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr):
-    """out (n,) = sum over splits of partial (splits, n), in float32 and always in the same order; grid:
-    (column blocks,).
+    """out (n,) = the sum over splits of partial (splits, n), in float32, always in the same order; grid: (column
+    blocks,).
     """
     cols = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     total = tl.zeros((BLOCK_N,), tl.float32)

@@ -1,18 +1,20 @@
-"""y = act(z (gain (x - mean) rstd + bias)), its statistics, its gradients: x (outer, middle, n,
-inner) in memory order, channels on n.
+"""y = act(z (gain (x - mean) rstd + bias)), the statistics of x, and the gradients.
 
-    h = (x - mean) rstd    v = z (gain h + bias)    y = act(v)
-    dp = dy where act has a slope at v    S0 = sum dp, S1 = sum dp h, per gate
+    h = (x - mean) rstd    v = z (gain h + bias)    y = act(v), a ReLU or nothing
+    dp = dy, or 0 where the ReLU cuts v off    S0 = sum dp, S1 = sum dp h, for each gate
     dz = gain S1 + bias S0    dgain = sum over draws of z S1    dbias = sum over draws of z S0
-    dx = gain rstd (z dp - dbias / N - h dgain / N) with N elements per channel; without the last two terms for running
-    statistics
+    dx = gain rstd (z dp - dbias / N - h dgain / N) with N elements per channel; without the last two terms if the
+    statistics are running ones
 
-Bound by memory: x is read twice and y written, then x and dy are read twice and dx written, and nothing else has their
-size. Layouts are those of gate_activations.py: gates along the lanes where inner = 1 (channels last), a gate for each
-row of inner elements else. A program sums over one axis of its tile; parts are joined in a fixed order, without
-atomics, and those of the variance have means of their own (Chan, Golub, LeVeque 1983), so that a large mean costs few
-digits. Statistics divide by tl.div_rn, which rounds: `/` is off by up to two units in the last place on a GPU, and of a
-mean of 100 these are six times what y may be wrong by.
+x is (outer, middle, n, inner) in the order of its memory, with channels on n.
+
+The kernels are bound by memory: the forward reads x twice and writes y, the backward reads x and dy twice and writes
+dx. Layouts are those of gate_activations.py: channels along the columns of a tile if inner = 1 (channels last), else
+one channel for each row of inner elements. A program sums over one axis of its tile, and the parts are joined in a
+fixed order, without atomics. Each part of the variance has a mean of its own (Chan, Golub, LeVeque 1983), so a mean
+that is large against the spread costs few digits. Statistics are divided with tl.div_rn, which rounds correctly. The
+operator / is off by up to two units in the last place on a GPU; for a mean of 100 that is six times the allowed error
+of y.
 """
 
 import triton
@@ -21,7 +23,7 @@ import triton.language as tl
 
 @triton.jit
 def _channel(ptr, channel, mask, DEFAULT: tl.constexpr):
-    """float32 of some channels, or a constant where there is no such vector."""
+    """The entries ``channel`` of a vector, float32; DEFAULT if there is no vector."""
     if ptr is None:
         return tl.full(channel.shape, DEFAULT, tl.float32)
     else:
@@ -30,7 +32,7 @@ def _channel(ptr, channel, mask, DEFAULT: tl.constexpr):
 
 @triton.jit
 def _activated(v, RELU: tl.constexpr):
-    """Not a number stays visible."""
+    """v, or its ReLU. A NaN stays a NaN."""
     if RELU:
         return tl.where(v < 0.0, 0.0, v)
     else:
@@ -39,6 +41,7 @@ def _activated(v, RELU: tl.constexpr):
 
 @triton.jit
 def _let_through(dy, v, RELU: tl.constexpr):
+    """dy, or 0 where the ReLU cut v off."""
     if RELU:
         return tl.where(v <= 0.0, 0.0, dy)
     else:
@@ -47,7 +50,10 @@ def _let_through(dy, v, RELU: tl.constexpr):
 
 @triton.jit
 def _join(mean, spread, seen, tile_mean, tile_spread, count):
-    """Mean and sum of squared distances of ``seen`` and ``count`` elements together; count may be 0, both may not."""
+    """(mean, sum of squared distances) of two sets of elements together.
+
+    The first set has ``seen`` elements, the second ``count``, which may be 0 unless ``seen`` is 0 too.
+    """
     gap, share = tile_mean - mean, tl.div_rn(count.to(tl.float32), (seen + count).to(tl.float32))
     return mean + gap * share, spread + tile_spread + gap * gap * (seen * share)
 
@@ -56,16 +62,17 @@ def _join(mean, spread, seen, tile_mean, tile_spread, count):
 def norm_stats_columns_kernel(
     x_ptr, mean_ptr, spread_ptr, rows, n, rows_per_split, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):
-    """(splits, n) means and sums of squared distances from them, of x (rows, n); grid: (splits * column blocks,),
-    column blocks first.
+    """Means and sums of squared distances from them, (splits, n) each, of x (rows, n).
+
+    Grid: (splits * column blocks,), with column blocks changing fastest.
     """
     blocks = tl.cdiv(n, BLOCK_N)
     pid = tl.program_id(0)
     split, col = (pid // blocks).to(tl.int64), (pid % blocks).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     start, end = split * rows_per_split, tl.minimum((split + 1) * rows_per_split, rows)
-    # Distances from the mean of the first tile are summed, not elements: a large mean would cost the digits of the
-    # spread. Each place of the tile has sums of its own, in registers, so that a program goes through shared
-    # memory at its ends and nowhere else.
+    # Distances from the mean of the first tile are summed, and not the elements, whose mean may be large against the
+    # spread and would cancel its digits. Each element of the tile has running sums of its own, in registers, so shared
+    # memory is used only at the beginning and at the end.
     row = start + tl.arange(0, BLOCK_M)
     x = tl.load(x_ptr + row[:, None] * n + col[None, :], mask=(row < end)[:, None] & (col < n)[None, :], other=0.0).to(
         tl.float32
@@ -84,7 +91,7 @@ def norm_stats_columns_kernel(
     mean = tl.div_rn(total, tl.maximum(end - start, 1).to(tl.float32))
     tl.store(mean_ptr + split * n + col, near + mean, mask=col < n)
     squares = tl.sum(spread, axis=0) - total * mean
-    # not a number stays visible
+    # where() and not maximum(), so that a NaN stays a NaN
     tl.store(spread_ptr + split * n + col, tl.where(squares < 0.0, 0.0, squares), mask=col < n)
 
 
@@ -92,8 +99,9 @@ def norm_stats_columns_kernel(
 def norm_stats_rows_kernel(
     x_ptr, mean_ptr, spread_ptr, rows, n, inner, per_piece, pieces, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):
-    """The same of x (rows, inner), rows = (B, n), each row in pieces: (B, pieces, n); grid: (row blocks * pieces,),
-    pieces first.
+    """Means and sums of squared distances from them, (B, pieces, n) each, of x (rows, inner) with rows = (B, n).
+
+    Each row is divided into pieces. Grid: (row blocks * pieces,), with pieces changing fastest.
     """
     pid = tl.program_id(0)
     row, piece = (pid // pieces).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M), (pid % pieces).to(tl.int64)
@@ -118,12 +126,12 @@ def norm_stats_join_kernel(
     parts, n, length, per_piece, pieces, count, stays, mean_share, var_share,
     BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """mean and biased variance (n,), of ``count`` elements each, from (parts, n); part i begins at i % pieces *
-    per_piece of ``length``.
+    """mean and biased variance (n,) of ``count`` elements per channel, from the parts (parts, n); grid: (column
+    blocks,).
 
-    Grid: (column blocks,). Means are added up as distances from the first one, then squared distances from their mean
-    are. Running statistics, where there are some, become ``stays`` of themselves plus a share of the new ones;
-    ``updates`` is one more.
+    Part i has the elements from i % pieces * per_piece on, up to per_piece of ``length``. Means are joined as distances
+    from the first one, then squared distances from the joined mean. The running statistics, if there are any, become
+    ``stays`` times the old ones plus a share of the new ones, and ``updates`` is increased by 1.
     """
     col = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     whole = tl.zeros((BLOCK_N,), tl.float32) + count
@@ -165,11 +173,12 @@ def norm_gate_columns_kernel(
     middle, n, rows_per_split, count,
     EPS: tl.constexpr, RELU: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PER_OUTER: tl.constexpr,
 ):  # fmt: skip
-    """One of three passes over (outer, middle, n); what is None is not there. Without dy: out = y. With it, partial
-    (outer, splits, 2, n) = S0 and S1 of one split's rows, in order, or out = dx, where sums (2, n) are dbias and dgain,
-    None for running statistics.
+    """One of three passes over x (outer, middle, n); the pointers that are None say which.
 
-    Grid: (outer * splits * column blocks,), column blocks first.
+    Without dy: out = y. With dy and partial: partial (outer, splits, 2, n) = S0 and S1 of the rows of a split, in
+    order. With dy and out: out = dx, where sums (2, n) are dbias and dgain, or None for running statistics.
+
+    Grid: (outer * splits * column blocks,), with column blocks changing fastest.
     """
     blocks, splits = tl.cdiv(n, BLOCK_N), tl.cdiv(middle, rows_per_split)
     pid = tl.program_id(0)
@@ -184,7 +193,7 @@ def norm_gate_columns_kernel(
     if sums_ptr is not None:
         by_bias = _channel(sums_ptr, col, inside, 0.0)[None, :] / count
         by_gain = _channel(sums_ptr + n, col, inside, 0.0)[None, :] / count
-    # Summed once: over the rows of a tile they would go through shared memory each time.
+    # Whole tiles of running sums: a sum over their rows goes through shared memory, so it is done once, at the end.
     total, product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32), tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for first in range(0, rows_per_split, BLOCK_M):
         row = split * rows_per_split + first + tl.arange(0, BLOCK_M)
@@ -215,10 +224,10 @@ def norm_gate_rows_kernel(
     rows, middle, n, inner, per_piece, pieces, count,
     EPS: tl.constexpr, RELU: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PER_OUTER: tl.constexpr,
 ):  # fmt: skip
-    """The same three passes over (rows, inner), rows = (outer, middle, n), each row in pieces; partial (outer, middle,
-    pieces, 2, n).
+    """The three passes of :func:`norm_gate_columns_kernel` over (rows, inner), with rows = (outer, middle, n).
 
-    Grid: (row blocks * pieces,), pieces first.
+    Each row is divided into pieces; partial is (outer, middle, pieces, 2, n). Grid: (row blocks * pieces,), with pieces
+    changing fastest.
     """
     pid = tl.program_id(0)
     row, piece = (pid // pieces).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M), (pid % pieces).to(tl.int64)
@@ -263,10 +272,10 @@ def norm_gate_finish_kernel(
     sums_ptr, z_ptr, gain_ptr, bias_ptr, dz_ptr, partial_ptr, outer, parts, n, outer_per_split,
     BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """From S0 and S1, sums (outer, parts, 2, n): dz (outer, n) and partial (splits, 2, n), one split's share of dbias
-    and dgain.
+    """dz (outer, n), and partial (splits, 2, n), the shares of dbias and dgain of each split, from the sums S0 and S1
+    (outer, parts, 2, n).
 
-    Grid: (splits * column blocks,), column blocks first.
+    Grid: (splits * column blocks,), with column blocks changing fastest.
     """
     blocks = tl.cdiv(n, BLOCK_N)
     pid = tl.program_id(0)

@@ -28,7 +28,7 @@ class GatedActivation(GatedLayer, nn.Module):
         per_sample: in training, one draw for each index of the first dimension of the input instead of one per call.
         index: the gate of each element of the dimension, int64, (x.shape[dim],), values in [0, num_gates), for any
             grouping. None: each element has a gate of its own.
-        device: where the gates live.
+        device: the device of the gates.
 
     The attribute ``weights_per_gate`` is the number of weights that closing one element of the dimension saves, for the
     penalty; 1 unless set. A gate of several elements counts once for each of them.
@@ -74,7 +74,10 @@ class GatedActivation(GatedLayer, nn.Module):
         self.gate = place_gate(gate, num_gates, where, self.per_sample and index is None)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.per_sample:  # which asks for the rows of x
+        """``x`` times the gates along the gated dimension, in the shape and dtype of ``x``. An ``index`` says which
+        gate each element of the dimension has.
+        """
+        if self.per_sample:  # raises for an input without a dimension of samples
             gated_dimension(x, self.dim, per_sample=True)
         if self.sharded:
             from . import sharded  # loads torch.distributed.tensor
@@ -129,6 +132,7 @@ class GatedActivation(GatedLayer, nn.Module):
 
 
 def _check_index(index: Any, num_gates: int) -> None:
+    """Raise ValueError unless ``index`` is int64, of one dimension, with values in [0, num_gates)."""
     if _checks.tensor("index", index).dtype != torch.int64 or index.dim() != 1:
         raise ValueError(
             f"index: got {index.dtype} of shape {tuple(index.shape)}, expected int64 of shape (x.shape[dim],)"

@@ -1,4 +1,7 @@
-"""How plain and gated multi-head attention attend: masks, scores and the last projection, for any choice of heads."""
+"""Multi-head attention in parts that plain and gated layers share: masks, scores and the last projection.
+
+It works for any choice of the heads, so an attention that has lost heads runs on the same code.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,12 @@ from torch.nn import functional as F
 def sequence_first(
     call: Callable[..., Any], batch_first: bool, query: Tensor, key: Tensor, value: Tensor, *how: Any
 ) -> Any:
-    """``call`` on tensors whose first dimension is the sequence; the same tensor three times stays one tensor."""
+    """Call ``call`` on tensors of shape (sequence, batch, features), and transpose its output back if ``batch_first``.
+
+    If query, key and value are one object, they stay one, because attention then projects them in one product.
+
+    Raises: TypeError for nested tensors; ValueError unless all three have two dimensions, or all three.
+    """
     if query.is_nested or key.is_nested or value.is_nested:
         raise TypeError(
             "query: got a nested tensor, expected padded ones and a key_padding_mask (gates rule out torch's fused "
@@ -32,13 +40,14 @@ def sequence_first(
 
 
 def _shapes(*tensors: Tensor) -> str:
+    """The shapes of query, key and value, for a message."""
     return f"query, key and value have the shapes {', '.join(str(tuple(t.shape)) for t in tensors)}"
 
 
 def as_batch(
     query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """The inputs of one sample as a batch of one."""
+    """Query, key, value and padding mask of one sample as a batch of one: (L, E) becomes (L, 1, E)."""
     q = query.unsqueeze(1)
     k = q if key is query else key.unsqueeze(1)
     return q, k, k if value is key else value.unsqueeze(1), None if padding is None else padding.unsqueeze(0)
@@ -55,12 +64,20 @@ def attend(
     attn_mask: Tensor | None,
     is_causal: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """What ``torch.nn.functional.multi_head_attention_forward`` does before the last projection, for ``heads`` of
-    ``layer.num_heads``.
+    """The part of ``torch.nn.functional.multi_head_attention_forward`` in front of the last projection, for some heads.
 
-    Inputs are (L, N, E), (S, N, kdim) and (S, N, vdim), with the masks of ``nn.MultiheadAttention``. Returns what the
-    heads say, (N, heads, L, head_dim), and their attention weights, (N, heads, L, S), or None where they are not
-    needed.
+    Args:
+        layer: an attention with the attributes of ``nn.MultiheadAttention``; its projections have the rows of ``heads``
+            alone.
+        heads: the indices of these heads among ``layer.num_heads``.
+        query, key, value: (L, N, E), (S, N, kdim) and (S, N, vdim).
+        key_padding_mask, need_weights, attn_mask, is_causal: as in ``nn.MultiheadAttention``; masks for each head have
+            all ``layer.num_heads``.
+
+    Returns: (outputs of the heads (N, heads, L, head_dim), their attention weights (N, heads, L, S) or None if these
+    are not needed).
+
+    Raises: RuntimeError and ValueError for masks and shapes that do not fit.
     """
     if is_causal and attn_mask is None:
         raise RuntimeError(
@@ -89,7 +106,7 @@ def attend(
 
 
 def _project(layer: Any, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v of all heads of ``layer``, in as few products as there are different inputs."""
+    """q, k and v of all heads of ``layer``, in one product if the three inputs are one tensor."""
     bias = layer.in_proj_bias
     if layer.in_proj_weight is None:
         weights = layer.q_proj_weight, layer.k_proj_weight, layer.v_proj_weight
@@ -111,10 +128,14 @@ def _mask(
     more: int,
     dtype: torch.dtype,
 ) -> Tensor | None:
-    """Both masks as one that is added to scores, (N or 1, heads or 1, L or 1, S + more); None without any.
+    """Both masks as one tensor to add to scores, (N or 1, heads or 1, L or 1, S + more); None if there is none.
 
-    Args: the masks of ``nn.MultiheadAttention``; ``sizes`` = (N, num_heads, L, S); ``more`` keys at the end, which no
-    mask hides.
+    Args:
+        attn_mask, key_padding_mask: as in ``nn.MultiheadAttention``.
+        heads: the indices of the heads.
+        sizes: (N, num_heads, L, S).
+        more: how many keys were appended that no mask hides.
+        dtype: the dtype of the scores.
     """
     samples, num_heads, queries, keys = sizes
     found = []
@@ -141,8 +162,16 @@ def _mask(
 def joined(
     out_proj: nn.Linear, heads: Tensor, weights: Tensor | None, average: bool, batched: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """The last projection of (N, heads, L, head_dim), on sequences first,
-    and the attention weights as the caller wants them.
+    """The last projection of the heads' outputs (N, heads, L, head_dim), and the attention weights.
+
+    Args:
+        out_proj: the last projection.
+        heads: the outputs of the heads.
+        weights: the attention weights of all heads, or None.
+        average: whether to average them over heads.
+        batched: whether the caller gave a batch; else the batch dimension is removed.
+
+    Returns: (output (L, N, E), weights (N, L, S) or (N, heads, L, S)).
     """
     output = F.linear(heads.permute(2, 0, 1, 3).flatten(2), out_proj.weight, out_proj.bias)
     if weights is not None and average:

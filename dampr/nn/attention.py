@@ -1,4 +1,4 @@
-"""GatedMultiheadAttention: torch's own attention with a gate for each head."""
+"""GatedMultiheadAttention: ``nn.MultiheadAttention`` with a gate for each head."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .computed import check_dense, refresh, settled
 from .pruned.attention import PrunedMultiheadAttention, attention_arguments
 
 _PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias", "bias_k", "bias_v")
-_IN_ROWS = _PROJECTIONS[:-2]  # whose rows belong to heads, once in each of q, k and v where they are packed
+_IN_ROWS = _PROJECTIONS[:-2]  # their rows belong to heads; a packed one has the rows of q, then of k, then of v
 
 
 class GatedMultiheadAttention(GatedLayer, nn.MultiheadAttention):
@@ -77,7 +77,7 @@ class GatedMultiheadAttention(GatedLayer, nn.MultiheadAttention):
         self._qkv_same_embed_dim = self.in_proj_weight is not None
         super()._reset_parameters()
         self._reset_gate()
-        # the condition on which every fused path of torch.nn gives up, that of an encoder layer too
+        # every fused path of torch.nn asks for this attribute, that of an encoder layer too; False switches them off
         self._qkv_same_embed_dim = False
 
     def forward(
@@ -91,10 +91,14 @@ class GatedMultiheadAttention(GatedLayer, nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        # torch computes weights there before a call, and this layer is never called
+        """As ``nn.MultiheadAttention``, with each head times its gate; with one draw per batch, gates are folded into
+        the output projection.
+        """
+        # weight_norm, spectral_norm and prune compute the weight in a pre-forward hook, and out_proj is never called
         if self.out_proj._forward_pre_hooks:
-            for hook in self.out_proj._forward_pre_hooks.values():
-                hook(self.out_proj, ())
+            for number, hook in self.out_proj._forward_pre_hooks.items():
+                with_kwargs = number in self.out_proj._forward_pre_hooks_with_kwargs
+                hook(self.out_proj, (), *[{}] * with_kwargs)
         call = self._each_sample if self.per_sample and self.gate.spec.rule == SAMPLE else self._folded
         how = key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
         return sequence_first(call, self.batch_first, query, key, value, *how)
@@ -110,7 +114,7 @@ class GatedMultiheadAttention(GatedLayer, nn.MultiheadAttention):
         average: bool,
         causal: bool,
     ) -> Any:
-        """torch's own attention on sequences first, with the gates in the weight of its last projection."""
+        """Torch's attention on (sequence, batch, features), with the gates in the weight of its last projection."""
         return F.multi_head_attention_forward(
             query,
             key,
@@ -138,8 +142,9 @@ class GatedMultiheadAttention(GatedLayer, nn.MultiheadAttention):
         )
 
     def _gated_out_weight(self) -> Tensor:
-        """out_proj.weight with each head's gate in its columns; under autocast in its dtype,
-        into which it would be cast in any case.
+        """``out_proj.weight`` (E, E) with each head's columns multiplied by its gate.
+
+        Under autocast the result has autocast's dtype, into which the product would convert it anyway.
         """
         weight = self.out_proj.weight
         parameter, seed, spec = self.gate.call()
@@ -161,6 +166,7 @@ class GatedMultiheadAttention(GatedLayer, nn.MultiheadAttention):
         average: bool,
         causal: bool,
     ) -> Any:
+        """Attention with gates of its own for each sample, which multiply the outputs of the heads."""
         batched = query.dim() == 3
         if not batched:
             query, key, value, padding = as_batch(query, key, value, padding)
@@ -183,11 +189,12 @@ class GatedMultiheadAttention(GatedLayer, nn.MultiheadAttention):
         gate: GateLike = "hard_concrete",
         per_sample: bool = False,
     ) -> GatedMultiheadAttention:
-        """A gated layer with the very parameters of ``layer``, not copies. Raises TypeError unless its type is exactly
-        the dense one.
+        """A gated layer that takes over the parameters of ``layer`` themselves, not copies.
 
-        Where fresh gates are not 1, ``out_proj.weight`` is divided by them, so that the layer computes the same;
-        ValueError where one is 0.
+        If fresh gates are not 1, ``out_proj.weight`` is divided by them, so that the layer computes the same.
+
+        Raises: TypeError unless the type of ``layer`` is exactly ``nn.MultiheadAttention``; ValueError if a fresh gate
+        is 0.
         """
         gated = cls._around(layer, gate, per_sample)
         gated._undo_fresh_gates()
@@ -195,6 +202,7 @@ class GatedMultiheadAttention(GatedLayer, nn.MultiheadAttention):
 
     @torch.no_grad()
     def _undo_fresh_gates(self) -> None:
+        """Divide ``out_proj.weight`` by fresh gates that are not 1. Raises ValueError if one is 0."""
         if self.gate.starts_at_one():
             return
         z = fresh_values(self.gate)
@@ -208,7 +216,7 @@ class GatedMultiheadAttention(GatedLayer, nn.MultiheadAttention):
 
     @classmethod
     def _around(cls, layer: nn.MultiheadAttention, gate: GateLike, per_sample: bool) -> GatedMultiheadAttention:
-        """:meth:`from_dense` that leaves the weights as they are."""
+        """:meth:`from_dense` without the division by fresh gates."""
         check_dense(layer, nn.MultiheadAttention)
         own = make_gate(gate, layer.num_heads, layer.out_proj.weight.device)
         gated = cls(
@@ -226,8 +234,8 @@ class GatedMultiheadAttention(GatedLayer, nn.MultiheadAttention):
     @torch.no_grad()
     @settled
     def to_dense(self) -> nn.MultiheadAttention:
-        """The ``nn.MultiheadAttention`` that computes what this layer computes in evaluation mode;
-        parameters are copies.
+        """The ``nn.MultiheadAttention`` that computes what this layer computes in evaluation mode; its parameters are
+        copies.
         """
         plain = nn.MultiheadAttention(**attention_arguments(self), device="meta", dtype=self.out_proj.weight.dtype)
         self._copy_into(plain, range(self.num_heads))
@@ -236,10 +244,10 @@ class GatedMultiheadAttention(GatedLayer, nn.MultiheadAttention):
     @torch.no_grad()
     @settled
     def compacted(self) -> tuple[nn.MultiheadAttention | PrunedMultiheadAttention, list[int]]:
-        """The smallest plain layer that computes what this one computes in evaluation mode, and the heads that it has.
+        """(the smallest plain layer that computes what this layer computes in evaluation mode, the heads that it has).
 
-        :meth:`to_dense` where no head is closed. One head at least is left. Only the attention weights differ: closed
-        heads have none.
+        The layer is that of :meth:`to_dense` if no head is closed. At least one head is left. Attention weights differ,
+        because the closed heads have none.
         """
         heads = self.gate.is_open().nonzero().flatten().tolist() or [0]
         if len(heads) == self.num_heads:
@@ -251,6 +259,7 @@ class GatedMultiheadAttention(GatedLayer, nn.MultiheadAttention):
         return plain.train(self.training), heads
 
     def _copy_into(self, plain: Any, heads: Sequence[int]) -> None:
+        """Give ``plain`` copies of the parameters of ``heads``, with the gates in ``out_proj``."""
         own = self._rows(heads)
         for name in _PROJECTIONS:
             old = getattr(self, name)
@@ -265,7 +274,7 @@ class GatedMultiheadAttention(GatedLayer, nn.MultiheadAttention):
             plain.out_proj.bias = nn.Parameter(bias.clone(), requires_grad=bias.requires_grad)
 
     def _rows(self, heads: Sequence[int]) -> Tensor:
-        """The indices in embed_dim of what these heads compute."""
+        """The indices in [0, embed_dim) that belong to these heads."""
         every = torch.arange(self.embed_dim, device=self.out_proj.weight.device).view(self.num_heads, self.head_dim)
         return every[list(heads)].flatten()
 
@@ -278,8 +287,10 @@ class GatedMultiheadAttention(GatedLayer, nn.MultiheadAttention):
         return set(), set()
 
     def _of_heads(self, of: Callable[[Tensor], Tensor]) -> Tensor:
-        """For each head the sum of ``of(parameter)``, of a parameter's shape, over its rows of q, k,
-        v and columns of out_proj.
+        """For each head the sum of ``of(parameter)`` over its rows of q, k and v and its columns of ``out_proj``,
+        (num_heads,).
+
+        ``of`` maps a parameter to a tensor of the same shape.
         """
         total = of(self.out_proj.weight).sum(0)
         for name in _PROJECTIONS:
@@ -291,9 +302,7 @@ class GatedMultiheadAttention(GatedLayer, nn.MultiheadAttention):
         return total.view(self.num_heads, self.head_dim).sum(1)
 
     def group_size(self) -> int:
-        """|g|: how many parameters a head has: its rows of q, k, v with their biases,
-        and its columns of ``out_proj``.
-        """
+        """|g|, how many parameters a head has: its rows of q, k and v with biases, and its columns of ``out_proj``."""
         projections = [p for p in (getattr(self, name) for name in _PROJECTIONS) if p is not None]
         return sum(p.numel() for p in (*projections, self.out_proj.weight)) // self.num_heads
 

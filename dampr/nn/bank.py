@@ -1,4 +1,4 @@
-"""GateBank: all gates of a model drawn, penalised and differentiated together."""
+"""GateBank: draw all gates of a model in one launch, and compute their penalty and gradients in one launch each."""
 
 from __future__ import annotations
 
@@ -19,31 +19,32 @@ from .base import GatedLayer
 
 
 class GateBank:
-    """Draws the gates of a whole model in one launch, and sends them one gradient back in one launch; so does the
-    penalty.
+    """Draws the hard concrete gates of a whole model together, with one kernel launch for the forward and one for the
+    backward. The penalty comes with them.
 
-    Without it each gated layer draws its own gates, from a seed of its own. In a step of a deep network these are
-    hundreds of launches of kernels that do next to nothing. In the block of :meth:`draw` all hard concrete gates of one
-    set of constants are one vector with one seed: gate i of the vector has the noise (seed, i), so the values are those
-    of :func:`dampr.functional.sample_gates` on that vector, to the bit, and layers get views of it. Parameters become
-    views of one block of memory, in which optimizers, state dicts and whoever else holds them do not see a difference.
-    The seed is what the first of the gates would have drawn with, so :func:`dampr.gate_generator` and
-    :func:`dampr.hold_draws` count here too, and all ranks draw alike.
-    Checkpointed regions need ``use_reentrant=False``.
+    Without a bank each gated layer draws its own gates, which in a deep network means hundreds of launches of
+    kernels with almost no work. Within :meth:`draw` all hard concrete gates with the same constants are one vector
+    with one seed: gate i has the noise (seed, i), as :func:`dampr.functional.sample_gates` draws it for that vector,
+    bit for bit. Each layer gets its part as a view. The parameters of the gates become views of one block of memory;
+    optimizers and state dicts see no difference. The seed is the one that the first of the gates would have used
+    alone, so :func:`dampr.gate_generator` and :func:`dampr.hold_draws` still apply, and all ranks draw the same.
 
-    Gates of other families, and those of layers that draw for each sample, are drawn by their layers as always, and
-    :meth:`penalty` asks these layers. Make a new bank after units have left the model (:class:`dampr.Shrinker`): what a
-    gate saves has changed.
+    Gates of other families, and gates of layers that draw for each sample, are drawn by their layers as without a
+    bank; :meth:`penalty` includes them. Make a new bank after units have been removed from the model
+    (:class:`dampr.Shrinker`), because closing a gate then saves another number of parameters. Checkpointed regions
+    need ``use_reentrant=False``.
 
     Args:
-        model: with gated layers; converted before, and on its device.
+        model: a model with gated layers, on the device where it trains.
 
-    Attributes: ``model``; ``gates``, those that are drawn together, in their order in the vectors.
+    Attributes:
+        model: the model.
+        gates: the gates that are drawn together, in their order in the vectors.
 
-    :meth:`draw` raises RuntimeError where the model has other gated layers, or these other gates, than when the bank
-    was made.
+    :meth:`draw` raises RuntimeError if the model's gated layers, or their gates, are not those of when the bank was
+    made.
 
-    Raises: TypeError unless ``model`` is a module, ValueError where it has no gates that can be drawn together.
+    Raises: TypeError unless ``model`` is a module; ValueError if it has no gates that can be drawn together.
 
     >>> import dampr
     >>> model = dampr.convert(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2)), torch.randn(2, 8))
@@ -80,8 +81,10 @@ class GateBank:
 
     @contextmanager
     def draw(self) -> Iterator[None]:
-        """One draw of all gates for every call of the model in the block, and the penalty that goes with it;
-        in training mode.
+        """A block in which all calls of the model use one draw of the gates; the penalty of that draw is
+        :meth:`penalty`.
+
+        For training mode. Raises RuntimeError if the model's gates have changed, or within another such block.
         """
         if _gates_in(self.model) != self._seen:
             raise RuntimeError("draw(): the model's gates are others than when this bank was made; expected a new bank")
@@ -96,9 +99,9 @@ class GateBank:
                 group.let_go()
 
     def penalty(self, lam: float | Tensor = 1.0) -> Tensor:
-        """:func:`dampr.penalty` of the model, a scalar: the expected number of parameters that are left, times ``lam``.
+        """:func:`dampr.penalty` of the model: the expected number of parameters that are left, times ``lam``, a scalar.
 
-        Raises RuntimeError outside of a block of :meth:`draw`.
+        Raises: RuntimeError outside of a block of :meth:`draw`.
         """
         found = [group.penalty for group in self._groups]
         if any(part is None for part in found):
@@ -109,7 +112,7 @@ class GateBank:
 
 
 class _Group:
-    """Gates of the same constants, whose parameters lie one after the other in memory."""
+    """Gates with the same constants, whose parameters are views of one block of memory."""
 
     def __init__(self, spec: GateSpec, gates: list[HardConcrete], costs: list[Tensor]) -> None:
         self._spec, self._gates = spec, gates
@@ -120,14 +123,15 @@ class _Group:
 
     @torch.no_grad()
     def _joined(self) -> Tensor:
+        """Copy the parameters of all gates into one vector and make them views of it; returns the vector."""
         flat = torch.cat([gate.log_alpha.detach() for gate in self._gates])
         for gate, part in zip(self._gates, flat.split(self._sizes), strict=True):
             gate.log_alpha.data = part
         return flat
 
     def _is_joined(self) -> bool:
-        """Whether every parameter is where it was put: not after a move to another device,
-        or a load with ``assign=True``.
+        """Whether the parameters still are views of the vector. A move to another device, or loading with
+        ``assign=True``, changes that.
         """
         at, step = self._flat.data_ptr(), self._flat.element_size()
         for gate, size in zip(self._gates, self._sizes, strict=True):
@@ -137,6 +141,7 @@ class _Group:
         return True
 
     def draw(self) -> None:
+        """Draw all gates of the group, compute the penalty, and hand each gate its part."""
         if not self._is_joined():
             self._flat = self._joined()
             self._cost = self._cost.to(self._flat)
@@ -146,6 +151,7 @@ class _Group:
             gate._begin("_banked", own)
 
     def let_go(self) -> None:
+        """Take the drawn values back from the gates."""
         if self.penalty is not None:
             for gate in self._gates:
                 gate._end("_banked")
@@ -153,13 +159,14 @@ class _Group:
 
 
 def _gates_in(model: nn.Module) -> list[tuple[GatedLayer, Gate]]:
-    """Every gated layer with its gate, in the order of the model."""
+    """(gated layer, its gate) for every gated layer, in the order of the model."""
     return [(module, module.gate) for module in model.modules() if isinstance(module, GatedLayer)]
 
 
 def _costs(layers: list[GatedLayer], gates: list[Gate]) -> dict[Gate, Tensor]:
-    """How many parameters each gate switches off, (num_gates,): the gradient of the penalty, which is linear,
-    by P(z != 0).
+    """gate -> how many parameters each of its entries switches off, (num_gates,).
+
+    The penalty of a layer is linear in the open probabilities, so this is its gradient by them.
     """
     leaves = {gate: torch.ones(gate.num_gates, device=gate.device, requires_grad=True) for gate in gates}
     for gate, leaf in leaves.items():

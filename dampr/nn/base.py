@@ -1,5 +1,7 @@
-"""What every gated layer offers to penalties, summaries and compaction,
-and what all layers with a gated weight share.
+"""Base classes of gated layers.
+
+:class:`GatedLayer` is what penalties, summaries and compaction call on every gated layer. :class:`GatedWeight` holds
+what layers with one gated weight share: linear layers and convolutions.
 """
 
 from __future__ import annotations
@@ -25,10 +27,12 @@ VALUE = value()
 
 
 class KeepsIndex:
-    """Mixin of modules with an index of gates, a buffer that is in no state dict."""
+    """Mixin of modules with a buffer ``index``, the gate of each element, which is in no state dict."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """An index says how the module is built: its values outlive ``to_empty`` and the meta device."""
+        """As in ``torch.nn``, but the values of ``index`` stay: ``to_empty`` would lose them, and no state dict
+        restores them.
+        """
         index: Tensor | None = self.__dict__["_buffers"].get("index")
         applied: Any = super()._apply(fn, recurse)  # type: ignore[misc]
         if index is not None and not index.is_meta:
@@ -39,7 +43,15 @@ class KeepsIndex:
 
 
 class GatedLayer(KeepsIndex):
-    """Mixin of the gated layers: one :class:`dampr.gates.Gate` in ``gate``, placed by ``granularity``."""
+    """Mixin of all gated layers.
+
+    Attributes:
+        gate: the :class:`dampr.gates.Gate` with the layer's gates.
+        granularity: what one gate multiplies, such as "output" or "input".
+        per_sample: whether gates are drawn for each sample in training.
+        sharded: whether parameters or inputs may be DTensors
+            (:func:`dampr.integrations.distributed.parallelize_module` sets it).
+    """
 
     gate: Gate
     granularity: str | tuple[int, int]
@@ -47,22 +59,28 @@ class GatedLayer(KeepsIndex):
     sharded: bool = False  # whether DTensors may come here (dampr.integrations.distributed.parallelize_module)
 
     def reset_parameters(self) -> None:
-        """Fresh parameters as in ``torch.nn``, and fresh gates."""
+        """Set new random parameters as ``torch.nn`` does, and fresh gates."""
         reset: Any = getattr(super(), "reset_parameters", None)  # some layers of torch have none
         if reset is not None:
             reset()
         self._reset_gate()
 
     def _reset_gate(self) -> None:
+        """Set the gates to their start values; does nothing in the constructor of torch, which resets before there are
+        gates.
+        """
         gate: Any = self.__dict__["_modules"].get("gate")
         if gate is not None:  # torch's constructors reset before there is one
             gate.reset_parameters()
 
     def register_parameter(self, name: str, param: Any) -> None:
-        """As in ``torch.nn``; tensor parallelism, which knows no gates, is refused by the name of what does.
+        """As in ``torch.nn``, but a DTensor is refused for a parameter that is not sharded yet.
 
-        Where a parameter is sharded already, another one comes of a state dict. Those of recurrent layers are set in
-        this way by ``fully_shard``.
+        torch's ``parallelize_module`` would shard gates too, which must be whole on every rank, so the error names the
+        function of dampr to use instead. Allowed are parameters that were sharded before (a state dict sets them), and
+        those of recurrent layers, which ``fully_shard`` sets.
+
+        Raises: TypeError for such a DTensor.
         """
         former: Any = self.__dict__["_parameters"].get(name)
         sharded = self.sharded or type(former).__name__ == "DTensor" or isinstance(self, nn.RNNBase)
@@ -81,12 +99,12 @@ class GatedLayer(KeepsIndex):
         raise NotImplementedError
 
     def closed_channels(self) -> tuple[set[int], set[int]]:
-        """Output and input channels that the closed gates switch off altogether."""
+        """(the output channels, the input channels) that closed gates switch off altogether, two sets of indices."""
         raise NotImplementedError
 
     def channel_gates(self) -> Tensor | None:
-        """The gate of each output channel (of each input channel with granularity ``"input"``), int64;
-        None where channels have none.
+        """The gate of each output channel (each input channel for granularity "input"), int64; None if channels have no
+        gates.
         """
         return torch.arange(self.gate.num_gates) if self.granularity in VECTOR_GRANULARITIES else None
 
@@ -96,12 +114,14 @@ class GatedLayer(KeepsIndex):
 
 
 class GatedWeight(GatedLayer):
-    """A layer with one weight (written, read / groups, *kernel) that is gated, and a bias: linear maps and
-    convolutions.
+    """A layer with one gated weight (written, read / groups, *kernel) and a bias: linear layers and convolutions.
 
-    Mixed in before the ``torch.nn`` layer in ``_dense``. ``_arguments`` names what that layer's constructor takes and
-    its instances keep. ``index``: of granularity ``"index"`` the gate of each weight, else None; it is no part of the
-    ``state_dict``.
+    It is mixed in before the ``torch.nn`` layer in ``_dense``.
+
+    Attributes:
+        index: for granularity "index" the gate of each weight, int64 of the weight's shape; else None. It is not in the
+            ``state_dict``.
+        _arguments: the arguments of the dense constructor that its instances keep as attributes.
     """
 
     weight: Tensor
@@ -123,9 +143,17 @@ class GatedWeight(GatedLayer):
         kernel: Sequence[int] = (),
         gate: Any = None,
     ) -> int:
-        """How many gates a layer of these sizes has. Raises ValueError for a granularity that does not exist.
+        """How many gates a layer of these sizes has.
 
-        An index may leave out gates of the instance ``gate``, which other layers have.
+        Args:
+            granularity: as in the constructor of the layer.
+            per_sample: whether gates are drawn for each sample.
+            written, read: the numbers of output and input channels.
+            groups, kernel: the groups and the kernel size of a convolution.
+            gate: an instance with more gates than ``granularity`` as an index names is allowed; other layers may use
+                those.
+
+        Raises: ValueError for a granularity that does not exist, or that cannot be drawn for each sample.
         """
         if isinstance(granularity, Tensor):
             if per_sample:
@@ -150,6 +178,7 @@ class GatedWeight(GatedLayer):
         return counts[granularity]
 
     def _set_granularity(self, granularity: Granularity | Tensor) -> None:
+        """Set ``granularity`` and ``index`` from the argument of the constructor."""
         if isinstance(granularity, Tensor):
             index = granularity.detach() if self.weight.is_meta else granularity.detach().to(self.weight.device)
             self.granularity = "index"
@@ -158,8 +187,9 @@ class GatedWeight(GatedLayer):
         nn.Module.register_buffer(cast(nn.Module, self), "index", index, persistent=False)
 
     def _gates_by_index(self) -> tuple[Tensor, Tensor | None, GateSpec]:
-        """What a fused op takes of gates by an index: for each weight the parameter or, where a draw is shared,
-        the value.
+        """(parameter, seed, spec) with one entry for each weight, as fused operators take them.
+
+        If gates are random, several weights share a draw, so the drawn values are passed and no seed.
         """
         assert self.index is not None
         if self.gate.spec.rule == SAMPLE:
@@ -171,7 +201,7 @@ class GatedWeight(GatedLayer):
     def gates_for(
         cls, layer: Any, granularity: Granularity | Tensor, per_sample: bool = False, gate: Any = None
     ) -> int:
-        """How many gates a dense ``layer`` would have. Raises ValueError for a granularity that does not exist."""
+        """How many gates a dense ``layer`` would have. Raises ValueError as :meth:`_gate_count` does."""
         groups, (written, read, *kernel) = getattr(layer, "groups", 1), layer.weight.shape
         return cls._gate_count(granularity, per_sample, written, read * groups, groups, kernel, gate)
 
@@ -183,10 +213,9 @@ class GatedWeight(GatedLayer):
         granularity: Granularity | Tensor,
         per_sample: bool,
     ) -> Any:
-        """A gated layer with the very parameters of ``layer``; they are divided by fresh gates that are not 1, so what
-        it computes stays.
+        """A gated layer with the parameters of ``layer`` themselves, divided by fresh gates that are not 1.
 
-        Raises ValueError where one is 0.
+        Raises: ValueError if a fresh gate is 0.
         """
         gated = cls._around(layer, gate, granularity, per_sample)
         gated._undo_fresh_gates()
@@ -200,9 +229,9 @@ class GatedWeight(GatedLayer):
         granularity: Granularity | Tensor,
         per_sample: bool,
     ) -> Any:
-        """:meth:`_from_dense` that leaves the parameters as they are.
+        """:meth:`_from_dense` without the division.
 
-        Built on the meta device: no second weight is allocated, and no random number is drawn.
+        The layer is built on the meta device, so no second weight is allocated and no random number drawn.
         """
         check_dense(layer, cls._dense)
         per_sample = _checks.flag("per_sample", per_sample)
@@ -223,6 +252,7 @@ class GatedWeight(GatedLayer):
 
     @torch.no_grad()
     def _undo_fresh_gates(self) -> None:
+        """Divide weight and bias by fresh gates that are not 1. Raises ValueError if one is 0."""
         if self.gate.starts_at_one():
             return
         z = fresh_values(self.gate)
@@ -251,12 +281,12 @@ class GatedWeight(GatedLayer):
         return plain
 
     def _open_range(self) -> slice | None:
-        """The open gates of a family that keeps them side by side (DAM), so that a view of the weight is all there is
-        to multiply.
+        """The slice of open gates, if they lie side by side (as the DAM family keeps them) and the layer may compute on
+        it alone.
 
-        None where gates are no vector or a convolution has several groups, where all are open or none is, on a GPU,
-        where asking would wait for the device, and where operators are counted, traced or transformed: what counts is
-        the whole layer.
+        None if gates are no vector, a convolution has groups, or all or no gates are open; on a GPU, where asking would
+        wait for the device; and while operators are counted, traced or transformed, because these must see the whole
+        layer.
         """
         find = self.gate.open_slice
         if find is None or self.granularity not in VECTOR_GRANULARITIES or self.groups != 1:
@@ -267,7 +297,7 @@ class GatedWeight(GatedLayer):
         return slice(start, stop) if 0 < stop - start < self.gate.num_gates else None
 
     def _spread(self, values: Tensor) -> Tensor:
-        """One value per gate as something that broadcasts to the weight."""
+        """``values``, one per gate (num_gates,), as a tensor that broadcasts to the weight."""
         written, read, *kernel = self.weight.shape
         ones = [1] * len(kernel)
         if self.granularity == "output":
@@ -293,6 +323,7 @@ class GatedWeight(GatedLayer):
         return t.new_zeros(self.gate.num_gates).index_add(0, owner.reshape(-1), t.reshape(-1))
 
     def closed_channels(self) -> tuple[set[int], set[int]]:
+        """(the output channels, the input channels) all of whose weights have closed gates."""
         shut = ~self.gate.is_open()
         if self.granularity == "output":
             return set(shut.nonzero().flatten().tolist()), set()
@@ -309,8 +340,9 @@ class GatedWeight(GatedLayer):
         )
 
     def group_size(self) -> float | Tensor:
-        """|g|: how many parameters a gate switches off, its bias included where the gate reaches it;
-        (num_gates,) for blocks, an index.
+        """|g|, how many parameters a gate switches off, with the bias where the gate multiplies it.
+
+        A number if it is the same for all gates, else (num_gates,).
         """
         if self.index is not None:
             return torch.bincount(self.index.flatten(), minlength=self.gate.num_gates)
@@ -348,8 +380,9 @@ class GatedWeight(GatedLayer):
 
 
 def fresh_values(gate: Gate) -> Tensor:
-    """The evaluation values of fresh gates by which parameters are to be divided; ValueError on the meta device,
-    which has none.
+    """The evaluation values of fresh gates, (num_gates,), to divide parameters by.
+
+    Raises: ValueError on the meta device, where there are no values.
     """
     z = gate.deterministic()
     if z.is_meta:
@@ -361,9 +394,7 @@ def fresh_values(gate: Gate) -> Tensor:
 
 
 def wide_dtype(t: Tensor) -> Tensor:
-    """At least float32, so that sums of squares of half-precision weights do not overflow;
-    the whole of a sharded one.
-    """
+    """``t`` in float32 or wider, so that sums of squares do not overflow; a DTensor is gathered."""
     if hasattr(t, "full_tensor"):
         t = t.full_tensor()
     return t.to(torch.promote_types(t.dtype, torch.float32))

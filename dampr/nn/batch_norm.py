@@ -1,4 +1,8 @@
-"""GatedBatchNorm1d to 3d: gates behind a batch norm, in its gain and bias or, per sample, in one pass with it."""
+"""GatedBatchNorm1d, 2d and 3d: batch norms with a gate on each output channel.
+
+Gates that are the same for all samples are multiplied into gain and bias, and torch's batch norm runs. Gates per sample
+are multiplied in one pass together with the norm (and a ReLU).
+"""
 
 from __future__ import annotations
 
@@ -20,6 +24,13 @@ from .gated_norm import GatedNorm
 
 
 class GatedBatchNorm(GatedNorm, _BatchNorm):
+    """The code that the gated batch norms of all dimensions share; see :class:`GatedBatchNorm2d`.
+
+    Attributes:
+        activation: "relu" if the layer computes the ReLU that follows it too, else None.
+        followed: whether an :class:`AbsorbedReLU` stands behind the layer, in the place of the ReLU.
+    """
+
     activation: names.Activation | None
     followed: bool = False  # whether the activation is that of an AbsorbedReLU behind
     _arguments: tuple[str, ...] = ("num_features", "eps", "momentum", "affine", "track_running_stats")
@@ -40,7 +51,7 @@ class GatedBatchNorm(GatedNorm, _BatchNorm):
         activation: names.Activation | None = None,
     ) -> None:
         _checks.one_of("activation", activation, ACTIVATIONS)
-        how: dict[str, Any] = {} if bias else {"bias": False}  # torch's own norms know it from 2.13 on
+        how: dict[str, Any] = {} if bias else {"bias": False}  # torch's norms have this argument from 2.13 on
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **how)
         self._place(gate, num_features, per_sample, device)
         self.activation = activation
@@ -54,8 +65,9 @@ class GatedBatchNorm(GatedNorm, _BatchNorm):
         per_sample: bool = False,
         activation: names.Activation | None = None,
     ) -> Any:
-        """As for every gated norm; ``activation="relu"`` computes the ReLU that follows ``layer``,
-        which the caller then leaves out.
+        """As :meth:`GatedNorm.from_dense`.
+
+        ``activation="relu"``: compute the ReLU that follows ``layer`` too; the caller then leaves that out.
         """
         _checks.one_of("activation", activation, ACTIVATIONS)
         gated = super().from_dense(layer, gate=gate, per_sample=per_sample)
@@ -63,11 +75,11 @@ class GatedBatchNorm(GatedNorm, _BatchNorm):
         return gated
 
     def to_dense(self) -> nn.Module:
-        """The plain norm that computes what this one computes in evaluation mode, with copies of its parameters and
+        """The plain norm that computes what this layer computes in evaluation mode, with copies of parameters and
         statistics.
 
-        A norm without gain gets one, for the gates to be in. With an activation of its own: ``nn.Sequential`` of the
-        plain norm and ``nn.ReLU``.
+        A norm without a gain gets one, which holds the gates. If the layer computes a ReLU of its own, the result is an
+        ``nn.Sequential`` of the plain norm and ``nn.ReLU``.
         """
         dense = super().to_dense()
         return (
@@ -78,22 +90,28 @@ class GatedBatchNorm(GatedNorm, _BatchNorm):
         return (self.num_features,)
 
     def forward(self, input: Tensor) -> Tensor:
+        """The gated norm of ``input``, followed by the activation that the norm computes too; it has the shape of
+        ``input``.
+
+        A mark on the result tells an AbsorbedReLU behind the norm that the ReLU is computed already.
+        """
         x = _checks.tensor("input", input)
         self._check_input_dim(x)
         parameter, seed, spec = self.gate.call()
-        # To the ReLU behind: a compiler fuses it as well, and a transform has tensors that cannot be marked.
+        # Leave the ReLU to the AbsorbedReLU behind: torch.compile fuses it there, and the tensors of torch.func
+        # transforms cannot be marked as rectified.
         left = self.followed and (torch.compiler.is_compiling() or ops.is_transformed())
         activation = None if left else self.activation
         y = self._gated(x, parameter, seed, spec, activation)
         if self.followed and not left and not y.is_inference():
-            # as it is now: what is changed in place is rectified again
+            # mark y as rectified in its present version; if it is changed in place, AbsorbedReLU rectifies it again
             y._dampr_rectified = y._version  # type: ignore[attr-defined]
         return y
 
     def _gated(
         self, x: Tensor, parameter: Tensor, seed: Tensor | None, spec: GateSpec, activation: names.Activation | None
     ) -> Tensor:
-        """act(z batch_norm(x)), in one pass where that is to be had."""
+        """act(z batch_norm(x)), in one fused pass if the input allows it."""
         offset = self.gate.index_offset(x.shape[0]) if self.per_sample and seed is not None else 0
         y = None
         if self.training and not offset and self._fits(x, parameter):
@@ -103,14 +121,16 @@ class GatedBatchNorm(GatedNorm, _BatchNorm):
         return self._step_by_step(x, parameter, seed, spec, activation, offset) if y is None else y
 
     def _kept(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Running mean and variance and how many updates they have seen, those that this call moves."""
+        """(running mean, running variance, number of updates) that this call updates; None for those that are not
+        tracked.
+        """
         if self.track_running_stats:
             return self.running_mean, self.running_var, self.num_batches_tracked
         return None, None, self.num_batches_tracked
 
     def _fits(self, x: Tensor, parameter: Tensor) -> bool:
-        """Whether torch's own function would have nothing to refuse or to convert,
-        so that a call may go straight to the pass.
+        """Whether torch's batch norm would neither raise for these arguments nor convert them, so that the fused pass
+        may run.
         """
         weight, bias = self.weight, self.bias
         shape, wide, momentum = parameter.shape, parameter.dtype, self.momentum
@@ -121,7 +141,7 @@ class GatedBatchNorm(GatedNorm, _BatchNorm):
             and (bias is None or (bias.dtype == wide and bias.shape == shape))
             and momentum is not None
             and 0 <= momentum <= 1
-            and self.eps > 0  # 0 where nothing varies: torch's kernel has its own way
+            and self.eps > 0  # with eps = 0 a constant channel divides 0 by 0, which torch's kernel handles its own way
         )
 
     def _step_by_step(
@@ -133,6 +153,11 @@ class GatedBatchNorm(GatedNorm, _BatchNorm):
         activation: names.Activation | None,
         index_offset: int,
     ) -> Tensor:
+        """act(z batch_norm(x)) in torch's norm and our operators, with the running statistics updated as
+        ``nn.BatchNorm`` does.
+
+        Arguments as :meth:`_gated`; ``index_offset`` is the number of the first sample for draws per sample.
+        """
         momentum = 0.0 if self.momentum is None else self.momentum
         if self.training and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)

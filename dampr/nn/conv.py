@@ -18,7 +18,7 @@ from .base import GatedWeight, Granularity
 
 
 class GatedConv(GatedWeight, _ConvNd):
-    """What all have in common; see :class:`GatedConv2d`."""
+    """The code that the gated convolutions of one, two and three dimensions share; see :class:`GatedConv2d`."""
 
     _arguments = (
         "in_channels",
@@ -74,6 +74,9 @@ class GatedConv(GatedWeight, _ConvNd):
         self.gate = place_gate(gate, count, device, self.per_sample)
 
     def forward(self, input: Tensor) -> Tensor:
+        """The gated convolution of ``input``, a batch or one sample. The granularity says what the gates multiply; if
+        the open gates are one slice, only that slice of the weight is used.
+        """
         x = input
         padding: Any = self.padding
         if self.padding_mode != "zeros":
@@ -96,7 +99,18 @@ class GatedConv(GatedWeight, _ConvNd):
         return function(x, self.weight, self.bias, *shape, weight_gate=parameter, block=block, **how)
 
     def _on_slice(self, x: Tensor, padding: Any, parameter: Tensor, spec: GateSpec, opened: slice) -> Tensor:
-        """The layer on the filters, or on the channels, whose gates are open."""
+        """The forward if the open gates are one contiguous slice of filters or channels: a convolution with these
+        alone.
+
+        Args:
+            x: the input, padded already where ``padding_mode`` asks for it.
+            padding: the padding that is left to the convolution.
+            parameter: the gate parameters of the slice.
+            spec: how gates follow from the parameters; nothing is drawn.
+            opened: the slice, of filters or of input channels by ``granularity``.
+
+        Returns: the output with all filters; closed ones are 0.
+        """
         dims = self.weight.dim() - 2
         if self.granularity == "input":
             x = x.narrow(-1 - dims, opened.start, opened.stop - opened.start)
@@ -117,10 +131,12 @@ class GatedConv(GatedWeight, _ConvNd):
         granularity: Granularity | Tensor = "output",
         per_sample: bool = False,
     ) -> Any:
-        """A gated layer with the very parameters of ``layer``, not copies. Raises TypeError unless its type is exactly
-        the dense one.
+        """A gated layer that takes over the parameters of ``layer`` themselves, not copies.
 
-        Where fresh gates are not 1, the parameters are divided by them, so that the layer computes the same.
+        If fresh gates are not 1, the parameters are divided by them, so that the layer computes the same.
+
+        Raises: TypeError unless the type of ``layer`` is exactly the dense one; ValueError or TypeError that names the
+        argument.
         """
         return cls._from_dense(layer, gate, granularity, per_sample)
 

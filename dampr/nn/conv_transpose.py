@@ -83,14 +83,19 @@ class GatedConvTranspose(GatedWeight, _ConvTransposeNd):
         granularity: names.VectorGranularity = "output",
         per_sample: bool = False,
     ) -> Any:
-        """A gated layer with the very parameters of ``layer``, not copies. Raises TypeError unless its type is exactly
-        the dense one.
+        """A gated layer that takes over the parameters of ``layer`` themselves, not copies.
 
-        Where fresh gates are not 1, the parameters are divided by them, so that the layer computes the same.
+        If fresh gates are not 1, the parameters are divided by them, so that the layer computes the same.
+
+        Raises: TypeError unless the type of ``layer`` is exactly the dense one; ValueError or TypeError that names the
+        argument.
         """
         return cls._from_dense(layer, gate, granularity, per_sample)
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """As the transposed convolution of torch, with the gates multiplied into its input or its output and not into
+        its weight.
+        """
         dims = self.weight.dim() - 2
         x = _checks.tensor("input", input)
         if x.dim() not in (dims + 1, dims + 2):
@@ -102,7 +107,7 @@ class GatedConvTranspose(GatedWeight, _ConvTransposeNd):
         return self._gated(y) if self.granularity == "output" else y
 
     def _gated(self, x: Tensor) -> Tensor:
-        """Channels times their gates."""
+        """``x`` with its channels multiplied by the gates; an input of one sample is treated as a batch of one."""
         parameter, seed, spec = self.gate.call()
         batch = x if x.dim() == self.weight.dim() else x[None]
         per_sample = self.per_sample and seed is not None
@@ -113,7 +118,7 @@ class GatedConvTranspose(GatedWeight, _ConvTransposeNd):
         return y if batch is x else y[0]
 
     def _spread(self, values: Tensor) -> Tensor:
-        """One value per gate as something that broadcasts to the weight, (read, written / groups, *kernel)."""
+        """``values``, one per gate, as a tensor that broadcasts to the weight (read, written / groups, *kernel)."""
         read, written, *kernel = self.weight.shape
         ones = [1] * len(kernel)
         if self.granularity == "input":
@@ -125,11 +130,14 @@ class GatedConvTranspose(GatedWeight, _ConvTransposeNd):
         )
 
     def _collect(self, t: Tensor) -> Tensor:
+        """For each gate the sum of ``t``, a tensor of the weight's shape, over the weights of the gate:
+        (num_gates,).
+        """
         owner = self._spread(torch.arange(self.gate.num_gates, device=t.device)).expand(t.shape)
         return t.new_zeros(self.gate.num_gates).index_add(0, owner.reshape(-1), t.reshape(-1))
 
     def group_size(self) -> float:
-        """|g|: how many parameters a gate switches off, its bias included where the gate reaches it."""
+        """|g|, how many parameters a gate switches off, with the bias where the gate multiplies it."""
         read, written = self.weight.shape[:2]
         positions = self.weight.shape[2:].numel()
         if self.granularity == "input":

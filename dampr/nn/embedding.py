@@ -1,4 +1,4 @@
-"""GatedEmbedding: gates on the columns or the rows of a table of embeddings."""
+"""GatedEmbedding: ``nn.Embedding`` with gates on the columns or the rows of its table."""
 
 from __future__ import annotations
 
@@ -59,10 +59,13 @@ class GatedEmbedding(GatedLayer, nn.Embedding):
         self.per_sample = _checks.flag("per_sample", per_sample)
         if granularity == "output":
             self.gate = place_gate(gate, embedding_dim, self.weight.device, self.per_sample)
-        else:  # by values, whose noise need not come from a kernel
+        else:  # the gates of the looked-up rows are picked from drawn values, so no kernel has to draw them
             self.gate = make_gate(gate, num_embeddings, self.weight.device)
 
     def forward(self, input: Tensor) -> Tensor:
+        """The rows of the indices ``input``, times gates on columns (granularity "output") or on whole rows. With draws
+        per sample, each entry along the first dimension of ``input`` is a sample.
+        """
         rows = super().forward(input)
         if self.sharded:
             return self._on_shards(rows, input)
@@ -80,6 +83,7 @@ class GatedEmbedding(GatedLayer, nn.Embedding):
         return functional.gate_activations(flat, z, dim=0, spec=VALUE).view(rows.shape)
 
     def _on_shards(self, rows: Tensor, input: Tensor) -> Tensor:
+        """The forward for a table that is a DTensor; ``rows`` are the looked-up rows."""
         from . import sharded  # loads torch.distributed.tensor
 
         drawn = self.per_sample and self.gate.draws
@@ -92,7 +96,7 @@ class GatedEmbedding(GatedLayer, nn.Embedding):
 
     @classmethod
     def gates_for(cls, layer: nn.Embedding, granularity: str = "output") -> int:
-        """How many gates a dense ``layer`` would have."""
+        """How many gates a dense ``layer`` would have: its columns, or its rows for granularity "input"."""
         return layer.num_embeddings if granularity == "input" else layer.embedding_dim
 
     @classmethod
@@ -104,11 +108,12 @@ class GatedEmbedding(GatedLayer, nn.Embedding):
         granularity: names.VectorGranularity = "output",
         per_sample: bool = False,
     ) -> GatedEmbedding:
-        """A gated layer with the very parameter of ``layer``, not a copy. Raises TypeError unless its type is exactly
-        ``nn.Embedding``.
+        """A gated layer that takes over the table of ``layer`` itself, not a copy.
 
-        Where fresh gates are not 1, the table is divided by them, so that the layer computes the same; ValueError where
-        one is 0, or where ``max_norm`` would undo it.
+        If fresh gates are not 1, the table is divided by them, so that the layer computes the same.
+
+        Raises: TypeError unless the type of ``layer`` is exactly ``nn.Embedding``; ValueError if fresh gates are not 1
+        and one is 0, or ``max_norm`` would undo the division.
         """
         check_dense(layer, nn.Embedding)
         _checks.one_of("granularity", granularity, VECTOR_GRANULARITIES)
@@ -129,7 +134,7 @@ class GatedEmbedding(GatedLayer, nn.Embedding):
         return gated
 
     def _spread(self, values: Tensor) -> Tensor:
-        """One value per gate as something that broadcasts to the table."""
+        """``values``, one per gate, as a tensor that broadcasts to the table."""
         return values.view(-1, 1) if self.granularity == "input" else values
 
     @torch.no_grad()
@@ -137,7 +142,7 @@ class GatedEmbedding(GatedLayer, nn.Embedding):
     def to_dense(self) -> nn.Module:
         """The ``nn.Embedding`` that computes what this layer computes in evaluation mode, with a copy of the table.
 
-        The norms that ``max_norm`` limits are then those of the gated rows, and were those of the ungated ones.
+        ``max_norm`` then limits the norms of rows times gates, where this layer limits those of the rows alone.
         """
         table = (self.weight * self._spread(self.gate.deterministic())).to(self.weight.dtype)
         plain = nn.Embedding(**_table(self), _weight=table, _freeze=not self.weight.requires_grad)
@@ -153,10 +158,13 @@ class GatedEmbedding(GatedLayer, nn.Embedding):
         return total
 
     def channel_gates(self) -> Tensor | None:
-        """Those of the columns; rows are words, which the caller counts."""
+        """The gate of each column, int64; None if the gates are on rows, whose number the caller's indices
+        depend on.
+        """
         return torch.arange(self.embedding_dim) if self.granularity == "output" else None
 
     def closed_channels(self) -> tuple[set[int], set[int]]:
+        """(the closed columns, the closed rows); one of the two is empty."""
         shut = set((~self.gate.is_open()).nonzero().flatten().tolist())
         return (set(), shut) if self.granularity == "input" else (shut, set())
 
@@ -165,6 +173,6 @@ class GatedEmbedding(GatedLayer, nn.Embedding):
 
 
 def _table(layer: nn.Embedding) -> dict[str, Any]:
-    """The arguments of a layer, the table itself excepted."""
+    """The constructor's arguments of an embedding, without the table."""
     names = "num_embeddings", "embedding_dim", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse"
     return {name: getattr(layer, name) for name in names}

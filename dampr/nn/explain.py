@@ -1,4 +1,4 @@
-"""explain: which backend and which route a layer takes for an input, and why."""
+"""explain: print which backend and which route (kernel) a layer takes for an input, and why."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .rnn import GatedRecurrent
 
 @dataclass(frozen=True)
 class Explanation:
-    """The backend and the route (:mod:`dampr.ops.routes` describes the routes), each with the reason for it."""
+    """The backend and the route of a call, each with the reason; :mod:`dampr.ops.routes` describes the routes."""
 
     backend: str
     backend_reason: str
@@ -38,9 +38,9 @@ class Explanation:
 
 
 def explain(layer: GatedLayer, x: Tensor) -> Explanation:
-    """Print, and return, which backend and route ``layer`` takes for the input ``x`` in its present mode, and why.
+    """Print and return which backend and route ``layer`` takes for the input ``x`` in its present mode, and why.
 
-    Raises TypeError for anything but a gated layer and a tensor.
+    Raises: TypeError unless ``layer`` is a gated layer and ``x`` a tensor.
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"x={x!r:.80}: expected a torch.Tensor")
@@ -70,6 +70,7 @@ def _granularity(layer: GatedLayer) -> str | tuple[int, int]:
 
 
 def _of_linear(layer: GatedLinear, x: Tensor, dtype: torch.dtype) -> Explanation:
+    """The explanation for a :class:`GatedLinear`; ``dtype`` is that of its product, which autocast may set."""
     drawn, weight, opened = layer.gate.spec.rule == SAMPLE, layer.weight, layer._open_range()
     if opened is not None:
         weight = weight[:, opened] if layer.granularity == "input" else weight[opened]
@@ -86,6 +87,7 @@ def _of_slice(layer: GatedLinear | GatedConv, opened: slice, part: Explanation) 
 
 
 def _of_convolution(layer: GatedConv, x: Tensor, dtype: torch.dtype) -> Explanation:
+    """The explanation for a gated convolution."""
     drawn = layer.gate.spec.rule == SAMPLE
     granularity = _granularity(layer)
     weight = layer.weight
@@ -105,6 +107,7 @@ def _of_convolution(layer: GatedConv, x: Tensor, dtype: torch.dtype) -> Explanat
 def _of_others(
     layer: GatedRecurrent | GatedActivation | GatedEmbedding | GatedMultiheadAttention | GatedResidual,
 ) -> tuple[str, str]:
+    """(route, reason) for layers that always take the same route in a given mode."""
     if isinstance(layer, GatedRecurrent):
         where = "rows of the projection" if layer.proj_size else "columns that read the state, and into the output"
         return "fold", f"gates are drawn once and multiplied into the {where}; the vendor's recurrent kernel runs"
@@ -135,6 +138,7 @@ def _of_others(
 
 
 def _of_norm(layer: GatedNorm, x: Tensor, dtype: torch.dtype) -> Explanation:
+    """The explanation for a gated norm."""
     backend, reason = ops.choose(x.device, dtype)
     activation = getattr(layer, "activation", None)
     behind = " and the ReLU" if activation else ""

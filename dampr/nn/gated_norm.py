@@ -1,4 +1,4 @@
-"""GatedNorm: what gated batch norms and layer norms share."""
+"""GatedNorm: the code that gated batch norms and gated layer norms share."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from dampr.spec import SAMPLE, GateSpec
 from .base import GatedLayer, fresh_values, wide_dtype
 from .computed import check_dense, refresh, settled
 
-_made: weakref.WeakSet[Any] = weakref.WeakSet()  # every gated norm there is
+_made: weakref.WeakSet[Any] = weakref.WeakSet()  # all gated norms of this process
 
 
 def remember(norm: Any) -> None:
-    """Have :func:`norms_with` know a gated norm."""
+    """Enter a gated norm in the set that :func:`norms_with` searches."""
     _made.add(norm)
 
 
 def norms_with(gate: Gate) -> list[Any]:
-    """The gated norms that have this very gate."""
+    """All gated norms of this process whose gate is this very object."""
     return [norm for norm in _made if getattr(norm, "gate", None) is gate]
 
 
@@ -45,6 +45,7 @@ class GatedNorm(GatedLayer):
     _arguments: tuple[str, ...]
 
     def _place(self, gate: GateLike, count: int, per_sample: bool, device: Any) -> None:
+        """Set up the gates: ``count`` of them, from the argument ``gate``."""
         self.granularity = "output"
         self.per_sample = _checks.flag("per_sample", per_sample)
         self.gate = place_gate(gate, count, device, self.per_sample)
@@ -56,12 +57,13 @@ class GatedNorm(GatedLayer):
         remember(self)
 
     def _count_weights(self) -> None:
+        """Set ``weights_per_gate`` to the parameters of one channel: gain and bias, as far as there are any."""
         self.weights_per_gate = float((self.weight is not None) + (self.bias is not None))
 
     def _normed(
         self, x: Tensor, norm: ops.BatchNorm | ops.LayerNorm, parameter: Tensor, seed: Tensor | None, spec: GateSpec
     ) -> Tensor:
-        """norm(x) with these gates, one draw for all samples, in gain and bias."""
+        """z * norm(x) for gates that are the same for all samples: they are multiplied into gain and bias."""
         weight = self.weight
         if weight is None:
             weight = torch.ones(self._gain_shape(), dtype=norm.gain_dtype(x), device=x.device)
@@ -69,9 +71,11 @@ class GatedNorm(GatedLayer):
         return ops.folded_norm(x, weight, self.bias, gate, norm)
 
     def _gain_shape(self) -> tuple[int, ...]:
+        """The shape of the gain."""
         raise NotImplementedError
 
     def _draws_per_sample(self) -> bool:
+        """Whether this call draws gates for each sample."""
         return self.per_sample and self.gate.spec.rule == SAMPLE
 
     @classmethod
@@ -82,11 +86,12 @@ class GatedNorm(GatedLayer):
 
     @classmethod
     def from_dense(cls, layer: Any, *, gate: GateLike = "hard_concrete", per_sample: bool = False) -> Any:
-        """A gated norm with the very parameters and statistics of ``layer``, not copies. Raises TypeError unless its
-        type is exactly the dense one.
+        """A gated norm that takes over the parameters and statistics of ``layer`` themselves, not copies.
 
-        Where fresh gates are not 1, gain and bias are divided by them, so that the layer computes the same; a norm
-        without gain and bias has nothing to divide, and ValueError is raised.
+        If fresh gates are not 1, gain and bias are divided by them, so that the layer computes the same.
+
+        Raises: TypeError unless the type of ``layer`` is exactly the dense one; ValueError if fresh gates are not 1 and
+        the norm has no gain to divide.
         """
         check_dense(layer, cls._dense)
         build: Any = cls
@@ -106,6 +111,7 @@ class GatedNorm(GatedLayer):
 
     @torch.no_grad()
     def _undo_fresh_gates(self) -> None:
+        """Divide gain and bias by fresh gates that are not 1. Raises ValueError without a gain, or if a gate is 0."""
         if self.gate.starts_at_one():
             return
         z = fresh_values(self.gate)
@@ -120,10 +126,10 @@ class GatedNorm(GatedLayer):
     @torch.no_grad()
     @settled
     def to_dense(self) -> nn.Module:
-        """The plain norm that computes what this one computes in evaluation mode, with copies of its parameters and
+        """The plain norm that computes what this layer computes in evaluation mode, with copies of parameters and
         statistics.
 
-        A norm without gain gets one, for the gates to be in.
+        A norm without a gain gets one, which holds the gates.
         """
         arguments = {name: getattr(self, name) for name in self._arguments}
         arguments |= {name: True for name in ("affine", "elementwise_affine") if name in arguments}
@@ -146,10 +152,12 @@ class GatedNorm(GatedLayer):
         return plain
 
     def _own_buffers(self) -> dict[str, Tensor | None]:
+        """The buffers of the norm, by name."""
         buffers: dict[str, Tensor | None] = self._buffers  # type: ignore[attr-defined]
         return buffers
 
     def closed_channels(self) -> tuple[set[int], set[int]]:
+        """(the channels whose gates are closed, an empty set)."""
         return set((~self.gate.is_open()).nonzero().flatten().tolist()), set()
 
     def penalty(self, lam: float = 1.0, prior_precision: float = 0.0) -> Tensor:

@@ -1,4 +1,4 @@
-"""GatedHeads, the last projection of an attention that is made of linear layers, with a gate for each head."""
+"""GatedHeads: a linear layer that reads the heads of an attention, with a gate for each head."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from .linear import GatedLinear
 
 
 class GatedHeads(GatedLinear):
-    """``nn.Linear`` that reads heads side by side, with a learned gate for each: y = sum over heads of z_h x_h W_h^T +
-    b.
+    """``nn.Linear`` whose inputs are heads side by side, with a learned gate for each: y = sum over heads of z_h x_h
+    W_h^T + b.
 
-    Made by :meth:`from_dense` from the output projection of an attention; a closed gate makes zeros of everything that
-    its head computes. A gate may hold several heads that stand or fall together, as query heads that share a key and a
-    value do.
+    It is made by :meth:`from_dense` from the output projection of an attention that is built of linear layers. With a
+    closed gate nothing that its head computes has an effect. One gate may cover several heads, for example query heads
+    that share a key and a value and can only be cut together.
 
-    ``weights_per_gate`` is what a closed gate saves, for the penalty: its columns here, and its rows of query, key and
-    value.
+    ``weights_per_gate`` is the number of parameters that a closed gate saves, for the penalty: its columns here, and
+    its rows of query, key and value.
     """
 
     weights_per_gate: float
@@ -56,10 +56,11 @@ class GatedHeads(GatedLinear):
         return gated
 
     def group_size(self) -> float:
+        """|g|, the number of parameters that a gate switches off."""
         return self.weights_per_gate
 
     def closed_channels(self) -> tuple[set[int], set[int]]:
-        """Nothing: heads are cut with the attention around them, or not at all."""
+        """Two empty sets: heads are cut together with the attention around them, not as channels of this layer."""
         return set(), set()
 
     def open_heads(self) -> list[int]:

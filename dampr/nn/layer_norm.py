@@ -1,4 +1,7 @@
-"""GatedLayerNorm: gates behind a layer norm, in its gain and bias or, per sample, on what it gives."""
+"""GatedLayerNorm: a layer norm with a gate on each element that it normalises.
+
+Gates that are the same for all samples are multiplied into gain and bias; gates per sample multiply the output.
+"""
 
 from __future__ import annotations
 
@@ -24,15 +27,15 @@ class GatedLayerNorm(GatedNorm, nn.LayerNorm):
         gate: a family's name, a :class:`dampr.gates.Gate` subclass, or an instance to share; a gate for each element of
             ``normalized_shape``.
         per_sample: in training, one draw for each index of the first dimension of the input instead of one per call.
-        statistics: "all": mean and variance see every element that comes in. "open": only those whose gate of this call
-            is not exactly 0, so that the layer computes what a plain ``nn.LayerNorm`` of these alone computes, and
-            closed elements can be cut. Not with ``per_sample``.
+        statistics: "all": mean and variance are those of all elements of the input. "open": those of the elements whose
+            gate in this call is not exactly 0. The layer then computes what a plain ``nn.LayerNorm`` of these elements
+            alone computes, so closed elements can be cut. Not with ``per_sample``.
 
-    Closed gates make zeros of what comes after; with statistics of the open ones nothing depends on what comes in
-    there, as long as it is finite. Gates get their gradient through gain and bias; which elements count is a step of
-    the gates, whose gradient is 0. "open" takes three more passes over the input, waits for no device, and keeps for
-    the backward what it hands to ``F.layer_norm`` where the plain layer keeps its input. Equal to the plain layer to
-    the bit while every gate is 1.
+    With "open", the output does not depend on closed elements of the input, as long as these are finite. Gates get
+    their gradient through gain and bias; that an element counts or not is a step function of its gate, with gradient 0.
+    "open" needs three more passes over the input and never waits for a GPU. For the backward it keeps the tensor that
+    it passes to ``F.layer_norm``, where the plain layer keeps its input. While every gate is 1 the result equals that
+    of the plain layer to the bit.
 
     Raises: ValueError or TypeError that names the argument.
     """
@@ -67,17 +70,19 @@ class GatedLayerNorm(GatedNorm, nn.LayerNorm):
         per_sample: bool = False,
         statistics: names.Statistics = "all",
     ) -> Any:
-        """As for every gated norm."""
+        """As :meth:`GatedNorm.from_dense`."""
         _check_statistics(statistics, per_sample)
         gated = super().from_dense(layer, gate=gate, per_sample=per_sample)
         gated.statistics = statistics
         return gated
 
     def to_dense(self) -> nn.Module:
-        """The plain norm that computes what this one computes in evaluation mode, with copies of its parameters.
+        """The plain norm that computes what this layer computes in evaluation mode, with copies of its parameters.
 
-        A norm without gain gets one, for gates that are not 1 to be in. Raises ValueError where ``statistics="open"``
-        leaves elements out, which a plain norm of the same size would count: see :meth:`compacted`.
+        A norm without a gain gets one if gates are not all 1.
+
+        Raises: ValueError if ``statistics="open"`` and gates are closed, because a plain norm of the same size counts
+        all elements; :meth:`compacted` returns the smaller norm.
         """
         closed = self.closed_channels()[0] if self.statistics == "open" else set()
         if closed:
@@ -89,9 +94,7 @@ class GatedLayerNorm(GatedNorm, nn.LayerNorm):
         return self._whole()
 
     def _whole(self) -> nn.Module:
-        """The plain norm of the same size with the gates in gain and bias;
-        elements that do not count are there to be cut.
-        """
+        """The plain norm of the same size with the gates in gain and bias, also if it counts closed elements."""
         plain: Any = super().to_dense()
         z = self.gate.deterministic()
         left = z[z != 0] if self.statistics == "open" else z
@@ -103,11 +106,14 @@ class GatedLayerNorm(GatedNorm, nn.LayerNorm):
 
     @torch.no_grad()
     def compacted(self) -> tuple[nn.LayerNorm, Tensor]:
-        """The plain norm of the open elements alone, of one dimension, and which these are, int64.
+        """(the plain norm of the open elements alone, the indices of these in the flattened ``normalized_shape``,
+        int64).
 
-        ``plain(x.flatten(-n)[..., kept])`` for the n dimensions of ``normalized_shape``; what is left out is 0. One
-        element at least is left, with a gain and bias of 0 where its gate was closed too. Raises ValueError with
-        ``statistics="all"``, which counts the others.
+        With n the number of dimensions of ``normalized_shape``, ``plain(x.flatten(-n)[..., kept])`` equals the open
+        elements of this layer's output, and the others are 0. At least one element is left; if its gate is closed too,
+        its gain and bias are 0.
+
+        Raises: ValueError with ``statistics="all"``, which counts the closed elements.
         """
         if self.statistics != "open":
             raise ValueError(
@@ -125,6 +131,11 @@ class GatedLayerNorm(GatedNorm, nn.LayerNorm):
         return tuple(self.normalized_shape)
 
     def forward(self, input: Tensor) -> Tensor:
+        """The gated norm of ``input``, in its shape and dtype.
+
+        With open statistics, closed elements are replaced so that they do not change the statistics (``of_open``), and
+        the factor by which that makes the result too large is divided out of the gain.
+        """
         x, shape = _checks.tensor("input", input), list(self.normalized_shape)
         if self.sharded:
             return self._on_shards(x, shape)
@@ -145,6 +156,7 @@ class GatedLayerNorm(GatedNorm, nn.LayerNorm):
         return functional.gate_activations(flat, parameter, dim=-1, seed=seed, **how).view(y.shape)
 
     def _on_shards(self, x: Tensor, shape: list[int]) -> Tensor:
+        """The forward for DTensors (tensor parallelism). Raises ValueError with ``statistics="open"``."""
         from . import sharded  # loads torch.distributed.tensor
 
         if self.statistics == "open":
@@ -167,6 +179,7 @@ class GatedLayerNorm(GatedNorm, nn.LayerNorm):
 
 
 def _check_statistics(statistics: str, per_sample: bool) -> None:
+    """Raise ValueError unless ``statistics`` is known and fits ``per_sample``."""
     _checks.one_of("statistics", statistics, get_args(names.Statistics))
     if _checks.flag("per_sample", per_sample) and statistics == "open":
         raise ValueError(

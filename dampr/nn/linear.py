@@ -59,6 +59,9 @@ class GatedLinear(GatedWeight, nn.Linear):
         self.gate = place_gate(gate, count, device, self.per_sample)
 
     def forward(self, input: Tensor) -> Tensor:
+        """The gated linear layer of ``input``, (..., in_features). The granularity says what the gates multiply; if the
+        open gates are one slice, only that slice of the weight is used.
+        """
         x = input
         if self.sharded:
             return self._on_shards(x)

@@ -1,4 +1,8 @@
-"""GatedParameter: gates on one dimension of any parameter, whatever the module around it computes."""
+"""GatedParameter: gates on one dimension of any parameter, whatever the module around it computes.
+
+:func:`put_on` gives the module a class of its own in which the parameter is a property: reading ``module.weight``
+returns the parameter times its gates, so the forward needs no change.
+"""
 
 from __future__ import annotations
 
@@ -17,21 +21,20 @@ from .base import GatedLayer, fresh_values
 
 
 class GatedParameter(GatedLayer, nn.Module):
-    """Multiplies the indices of one dimension of a parameter by gates.
+    """Multiplies a parameter along one dimension by gates.
 
-    :func:`dampr.convert` puts it on the weights that read a unit, where the layers around are of no kind that has a
-    gated one: a closed gate makes zeros of everything that these weights would read of its units, so nothing behind
-    them depends on what writes these.
+    :func:`dampr.convert` puts it on the weights that read a unit, in models whose layers have no gated counterpart. A
+    closed gate zeroes what these weights read of its unit, so nothing behind them depends on the unit.
 
     Args:
         gate: the gates; other parameters may share them.
         dim: the dimension of the parameter.
-        index: int64, of the length of that dimension: the gate of each of its indices, or -1 for one that has none.
-        weights_per_gate: what closing a gate saves, (gates,), for the penalty; None: the elements of the parameter that
-            it multiplies.
+        index: int64, for each index of that dimension its gate, or -1 for none.
+        weights_per_gate: the number of parameters that closing each gate saves, (gates,), for the penalty; None: the
+            elements of this parameter that the gate multiplies.
+        device: the device of the gates.
 
-    It is a module whose forward takes the parameter, and works as a parametrization of ``torch.nn.utils.parametrize``
-    too.
+    It can also be registered with ``torch.nn.utils.parametrize``.
 
     >>> gated = GatedParameter("hard_concrete", 0, torch.tensor([0, 0, 1, -1])).eval()
     >>> gated.gate.log_alpha.data[0] = -9
@@ -69,7 +72,7 @@ class GatedParameter(GatedLayer, nn.Module):
         self.dim, self.granularity, self.per_sample = dim, "units", False
         self.register_buffer("index", index.to(device), persistent=False)
         self.weights_per_gate = weights_per_gate
-        self._size = 1  # elements at one index of the dimension, as the last call had them
+        self._size = 1  # the number of elements at one index of ``dim``, of the parameter in the last call
 
     def forward(self, weight: Tensor) -> Tensor:
         """``weight`` times its gates, in the dtype of ``weight``.
@@ -84,7 +87,9 @@ class GatedParameter(GatedLayer, nn.Module):
         return (weight * self._along(self.gate(), weight.dim())).to(weight.dtype)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
-        """What to keep so that the product with fresh gates is ``weight``. ValueError where a fresh gate is 0."""
+        """The parameter to store so that its product with fresh gates is ``weight``. Raises ValueError if a fresh gate
+        is 0.
+        """
         self._size = weight.numel() // weight.shape[self.dim]
         if self.gate.starts_at_one():
             return weight
@@ -98,7 +103,9 @@ class GatedParameter(GatedLayer, nn.Module):
             return (weight / self._along(z, weight.dim())).to(weight.dtype)
 
     def _along(self, values: Tensor, rank: int) -> Tensor:
-        """One value per gate as something that broadcasts to a parameter of this rank; 1 where an index has none."""
+        """``values``, one per gate, as a tensor that broadcasts to a parameter of this rank; 1 for an index without a
+        gate.
+        """
         spread = torch.cat([values, values.new_ones(1)])[self.index]
         return spread.view([-1 if at == self.dim else 1 for at in range(rank)])
 
@@ -120,11 +127,11 @@ class GatedParameter(GatedLayer, nn.Module):
         return (self.gate.open_probability() * (lam * self.group_size())).sum()
 
     def closed_channels(self) -> tuple[set[int], set[int]]:
-        """Nothing written; of what is read the closed indices of the dimension."""
+        """(an empty set, the indices of ``dim`` whose gates are closed)."""
         return set(), set((~self._along(self.gate.is_open(), 1 + self.dim)).flatten().nonzero().flatten().tolist())
 
     def channel_gates(self) -> None:
-        """None: an index may have no gate."""
+        """None: some indices may have no gate."""
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, gated={int((self.index >= 0).sum())} of {len(self.index)}"
@@ -142,11 +149,11 @@ def gated_parameters(model: nn.Module) -> Iterator[tuple[nn.Module, str, GatedPa
 
 
 def put_on(module: nn.Module, name: str, gates: GatedParameter) -> None:
-    """Put gates on a parameter: whoever reads the attribute gets the product, also of several such gates; the parameter
-    keeps its name.
+    """Put gates on the parameter ``name`` of a module; a parameter may have several.
 
-    The module gets a class of its own, in which the parameter is a property, and the gates as children: "weight" has
-    them in "weight_gates". Its values are divided by fresh gates that are not 1.
+    Reading the attribute then returns the product with all its gates. The parameter keeps its name and is the same
+    object, divided by fresh gates that are not 1. The module gets a class of its own, in which the parameter is a
+    property, and the gates as children: those of "weight" are in "weight_gates".
     """
     parameter = module._parameters[name]
     assert parameter is not None
@@ -161,8 +168,9 @@ def put_on(module: nn.Module, name: str, gates: GatedParameter) -> None:
 
 
 def take_off(module: nn.Module, name: str, *, folded: bool) -> None:
-    """Leave a plain parameter: a new one, times its gates as evaluation has them (``folded``),
-    or the one that is there.
+    """Remove the gates from the parameter ``name``.
+
+    ``folded``: replace the parameter by a new one, times its gates in evaluation; else leave it as it is.
     """
     parameter, chain = module._parameters[name], module._modules[name + _GATES]
     assert parameter is not None
@@ -177,8 +185,8 @@ def take_off(module: nn.Module, name: str, *, folded: bool) -> None:
 
 @contextlib.contextmanager
 def off(model: nn.Module) -> Iterator[None]:
-    """No gates on the parameters in ``model`` for the block, in which these may be replaced;
-    the same gates are on them behind it.
+    """A block without gates on the parameters in ``model``, so that parameters can be replaced; afterwards the same
+    gates are on them again.
     """
     taken: list[tuple[nn.Module, tuple[str, ...], list[nn.Module | None]]] = []
     for module in list(model.modules()):
@@ -217,22 +225,26 @@ class _WithGates:
 
 
 def _gated_names(module: Any) -> tuple[str, ...]:
+    """The names of the parameters of a module that have gates."""
     return module._gated_names if isinstance(module, _WithGates) else ()
 
 
 def _plain_class(module: Any) -> type[nn.Module]:
+    """The class of a module before it got gates on its parameters."""
     return type(module).__bases__[1] if isinstance(module, _WithGates) else type(module)
 
 
 def _rebuilt(kind: type[nn.Module], names: list[str]) -> nn.Module:
-    """A module without content; pickle and copies fill it."""
+    """An empty module of the right class, for pickle and ``copy``, which fill in its attributes."""
     module = kind.__new__(kind)
     _give_class(module, kind, names)
     return module
 
 
 def _give_class(module: nn.Module, kind: type[nn.Module], names: Iterable[str]) -> None:
-    """``kind``, or one of its own in which the parameters of these names are products with gates."""
+    """Set the class of ``module``: ``kind`` itself, or a subclass in which reading the parameters ``names`` multiplies
+    gates.
+    """
     content: dict[str, Any] = {
         name: property(functools.partial(_product, name), functools.partial(_replace, name)) for name in names
     }
@@ -242,11 +254,14 @@ def _give_class(module: nn.Module, kind: type[nn.Module], names: Iterable[str]) 
 
 
 def _replace(name: str, module: nn.Module, value: Any) -> None:
-    """What is no parameter would take the place of one; of parameters torch takes care."""
+    """The property's setter. It always raises: torch handles parameters itself, and any other value would replace
+    one.
+    """
     raise _not_replaced(name, module)
 
 
 def _not_replaced(name: str, module: Any) -> RuntimeError:
+    """The error for replacing a parameter that has gates."""
     return RuntimeError(
         f"{_plain_class(module).__name__}.{name} has gates, so it stays a parameter: expected what torch.nn.utils "
         "makes of weights before dampr.convert"
@@ -254,10 +269,11 @@ def _not_replaced(name: str, module: Any) -> RuntimeError:
 
 
 def _product(name: str, module: nn.Module) -> Any:
+    """The property's getter: the parameter times all its gates."""
     value: Any = module._parameters[name]
     chain: Any = module._modules[name + _GATES]
     if type(value).__name__ == "DTensor" and (value.device_mesh.ndim > 1 or not chain[0].sharded):
-        return value  # the part that fully_shard looks at; a forward has no DTensor, or one of tensor parallelism
+        return value  # fully_shard reads the sharded parameter itself, outside of a forward: no gates
     for gates in chain:
         value = gates(value)
     return value
@@ -265,6 +281,7 @@ def _product(name: str, module: nn.Module) -> Any:
 
 @contextlib.contextmanager
 def _evaluating(module: nn.Module) -> Iterator[None]:
+    """A block with ``module`` in evaluation mode."""
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:

@@ -32,7 +32,7 @@ class GatedResidual(GatedLayer, nn.Module):
         branch: F, any module whose output is added to its first argument; further arguments are handed on.
         gate: a family's name, a :class:`dampr.gates.Gate` subclass, or an instance with one gate to share.
         per_sample: in training, one draw for each index of the first dimension of the input instead of one per call.
-        device: where the gate lives; None: where the parameters of ``branch`` do.
+        device: the device of the gate; None: that of the parameters of ``branch``.
 
     A closed branch is not run: in evaluation never (the output is then ``x`` itself), and in training, on the CPU, when
     the draw is 0 and the family's gradient there is 0 too (hard concrete, ramps). Parameters of a branch that was not
@@ -64,6 +64,7 @@ class GatedResidual(GatedLayer, nn.Module):
         self.gate = make_gate(gate, 1, device)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """``x`` plus the gate times ``branch(x, *args, **kwargs)``."""
         sample_dim = 0 if self.per_sample else None
         if self.sharded:
             from . import sharded  # loads torch.distributed.tensor
@@ -74,6 +75,7 @@ class GatedResidual(GatedLayer, nn.Module):
         return gated_sum(x, lambda: self.branch(x, *args, **kwargs), self.gate, self.training, sample_dim, self.branch)
 
     def _weights(self) -> list[Tensor]:
+        """The parameters of the branch, without those of gates in it."""
         gates = {id(p) for module in self.branch.modules() if isinstance(module, Family) for p in module.parameters()}
         return [p for p in self.branch.parameters() if id(p) not in gates]
 
@@ -86,10 +88,10 @@ class GatedResidual(GatedLayer, nn.Module):
         return total
 
     def channel_gates(self) -> None:
-        """None: the gate is that of the branch."""
+        """None: the gate belongs to the branch and not to a channel."""
 
     def closed_channels(self) -> tuple[set[int], set[int]]:
-        """Nothing: an open or closed branch leaves every channel of the sum as it is."""
+        """Two empty sets: a closed branch switches off no channel of the sum."""
         return set(), set()
 
     @torch.no_grad()
@@ -109,7 +111,7 @@ class GatedResidual(GatedLayer, nn.Module):
 
     @torch.no_grad()
     def without_gate(self) -> nn.Module:
-        """:meth:`to_dense` that leaves the gated layers inside the branch gated."""
+        """As :meth:`to_dense`, but gated layers inside the branch keep their gates."""
         z = self.gate.deterministic()
         if not bool(z != 0):
             return nn.Identity().train(self.training)
@@ -129,10 +131,15 @@ def gated_sum(
     sample_dim: int | None = None,
     owner: nn.Module | None = None,
 ) -> Tensor:
-    """x + z branch(), of which :class:`GatedResidual` says when the branch is not run.
+    """x + z branch(); the branch is not run in the cases that :class:`GatedResidual` describes.
 
-    ``gate`` holds one gate. In training, each index of dimension ``sample_dim`` of ``x`` has a draw of its own; None:
-    there is one draw. ``owner`` has the parameters of the branch.
+    Args:
+        x: the input.
+        branch: computes the branch.
+        gate: the one gate.
+        training: whether to draw it.
+        sample_dim: in training, the dimension of ``x`` whose indices have a draw each; None: there is one draw.
+        owner: the module with the parameters of the branch.
     """
     seen = not torch.compiler.is_compiling() and not is_transformed()  # whether Python may look at a value
     if not training and seen and not bool(gate.is_open()):
@@ -161,7 +168,8 @@ _reduced: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # modules that have ru
 def _is_reduced(owner: nn.Module | None) -> bool:
     """Whether a DistributedDataParallel waits for the gradients of ``owner``.
 
-    A checkpointed region runs a second time outside of the wrapper, and has to do then what it did within.
+    A checkpointed region is run a second time in the backward, outside of the wrapper, and must then do the same as in
+    the first run; so modules that have run within a wrapper are remembered.
     """
     if ranks.wrapper() is None:
         return owner in _reduced
@@ -171,7 +179,7 @@ def _is_reduced(owner: nn.Module | None) -> bool:
 
 
 class _WithIdle(torch.autograd.Function):
-    """``y`` itself, with a gradient of zeros for parameters that had no part in it."""
+    """``y`` itself; the backward gives zeros as gradients to the parameters ``idle``, which had no part in it."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, *idle: Tensor) -> Tensor:
@@ -184,8 +192,10 @@ class _WithIdle(torch.autograd.Function):
 
 
 def _scale_last(branch: nn.Module, z: Tensor) -> bool:
-    """Multiply the layer that ends ``branch`` by ``z``; False, and nothing changed,
-    where it ends in none or that one is used twice.
+    """Multiply the layer that ends ``branch`` by ``z``.
+
+    Returns False, and changes nothing, if the branch does not end in a layer with a weight of its own, or if that
+    weight is used twice.
     """
     last = branch
     while isinstance(last, nn.Sequential) and len(last):

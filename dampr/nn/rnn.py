@@ -1,5 +1,7 @@
-"""GatedLSTM, GatedGRU and GatedRNN: recurrent layers with a gate for each hidden unit,
-which run the vendor's kernel on folded weights.
+"""GatedLSTM, GatedGRU and GatedRNN: recurrent layers with a gate for each hidden unit.
+
+The gates are multiplied into copies of the weights in each call, and then the recurrent kernel of cuDNN or oneDNN runs
+unchanged. It would be slower to multiply the state by gates in every time step.
 """
 
 from __future__ import annotations
@@ -23,19 +25,17 @@ from .pruned.stacked_rnn import width_of
 
 VALUE = value()
 WIDTHS = get_args(names.Widths)
-# elements up to which torch's own products are faster on a CPU,
-# amid the memory that the vendor's kernel takes and gives
+# up to this many elements torch's own products are faster on a CPU than ours, measured within whole layers
 _BY_TORCH = 2**21
 
 
 class GatedRecurrent(GatedLayer, nn.RNNBase):
-    """A recurrent layer with a gate for each unit that it hands on, mixed in before the ``torch.nn`` layer in
-    ``_dense``.
+    """A recurrent layer with a gate for each unit of its output; mixed in before the ``torch.nn`` layer in ``_dense``.
 
-    Gates are rows of (layers * directions, P), P the hidden units, or the projected ones where there is a projection.
-    The state h is read by W_hh, by W_ih of the next layer and by the caller, so there the gates are: in columns of
-    those weights (dropout between layers commutes with them), in the output and in h_n. A projection writes everything
-    that is read, so there they are in its rows, and nothing else is touched. Equations:
+    Gates are (layers * directions, P) in rows, where P is ``proj_size`` if the layer projects its state and else
+    ``hidden_size``. Three things read the state h: W_hh, W_ih of the next layer, and the caller. So the gates multiply
+    the columns of these weights, the output and h_n. (Dropout between layers commutes with the gates.) With a
+    projection all readers get projected values, so its rows alone are multiplied. Equations:
     :mod:`dampr.reference.gated_rnn`.
     """
 
@@ -58,7 +58,7 @@ class GatedRecurrent(GatedLayer, nn.RNNBase):
 
     @property
     def widths(self) -> names.Widths:
-        """What compaction leaves where layers or directions have unequally many open units; see the arguments."""
+        """What compaction leaves if layers or directions have different numbers of open units: "equal" or "own"."""
         return self._widths
 
     @widths.setter
@@ -68,14 +68,16 @@ class GatedRecurrent(GatedLayer, nn.RNNBase):
 
     @property
     def _directions(self) -> int:
+        """2 for a bidirectional layer, else 1."""
         return 2 if self.bidirectional else 1
 
     @property
     def _width(self) -> int:
-        """P, the units of one layer and direction that others read."""
+        """P, the number of units of one layer and direction that others read."""
         return width_of(self)
 
     def _weight(self, name: str) -> Tensor:
+        """The weight of this name."""
         weight: Tensor = getattr(self, name)
         return weight
 
@@ -87,12 +89,15 @@ class GatedRecurrent(GatedLayer, nn.RNNBase):
         self._reset_gate()
 
     def forward(self, input: Any, hx: Any = None) -> Any:
+        """As the recurrent layer of torch, with the outputs of each unit times its gate. Gates are drawn once per call,
+        so all steps have the same.
+        """
         z = self._rows(self.gate())
-        # a shell around this layer's attributes: nothing of self changes during a call
+        # run the dense forward on a second object with the folded weights, so that no attribute of self changes
         plain = self._dense.__new__(self._dense)
         weights = self._folded(z)
         plain.__dict__.update(self.__dict__, _flat_weights=weights, _flat_weight_refs=[None] * len(weights))
-        # whoever replaced self.forward meant this layer, not the shell
+        # the class's forward, because ``plain`` has the attributes of self, among them a replaced ``self.forward``
         run = functools.partial(self._dense.forward, plain)
         if self.proj_size:
             return run(input, scaled_state(hx, z, lambda row: (row != 0).to(row.dtype)))
@@ -103,8 +108,9 @@ class GatedRecurrent(GatedLayer, nn.RNNBase):
         return (z,) if len(z) == self._width else z.view(-1, self._width).unbind(0)
 
     def _folded(self, gates: tuple[Tensor, ...]) -> list[Tensor]:
-        """Every weight in the order of the vendor's kernel,
-        with the gates (P,) of each layer and direction in those that they reach.
+        """All weights in the order of the vendor's kernel, multiplied by the gates that they read.
+
+        ``gates``: (P,) for each layer and direction.
         """
         each = self._directions
         folded = []
@@ -124,24 +130,25 @@ class GatedRecurrent(GatedLayer, nn.RNNBase):
 
     @classmethod
     def gates_for(cls, layer: nn.RNNBase, granularity: str = "output") -> int:
-        """How many gates a dense ``layer`` would have,
-        one for each unit (each projected one) of each layer and direction.
+        """How many gates a dense ``layer`` would have: one for each unit (each projected unit) of each layer and
+        direction.
         """
         return layer.num_layers * (1 + layer.bidirectional) * width_of(layer)
 
     @classmethod
     def from_dense(cls, layer: Any, *, gate: GateLike = "hard_concrete", widths: names.Widths = "equal") -> Any:
-        """A gated layer with the very parameters of ``layer``, not copies. Raises TypeError unless its type is exactly
-        the dense one.
+        """A gated layer that takes over the parameters of ``layer`` themselves, not copies.
 
-        Where fresh gates are not 1, a projection is divided by them, so that the layer computes the same; a layer
-        without one has nothing that could make up for them in its output, and ValueError is raised.
+        If fresh gates are not 1, a projection is divided by them, so that the layer computes the same.
+
+        Raises: TypeError unless the type of ``layer`` is exactly the dense one; ValueError if fresh gates are not 1 and
+        the layer has no projection, because then nothing can make up for them in its output.
         """
         check_dense(layer, cls._dense)
         own = make_gate(gate, cls.gates_for(layer), layer.weight_ih_l0.device)
         build: Any = cls
         gated = build(**arguments_of(layer), device="meta", dtype=layer.weight_ih_l0.dtype, gate=own, widths=widths)
-        gated.dropout = layer.dropout  # not through the constructor, which would warn of it once more
+        gated.dropout = layer.dropout  # not through the constructor, which warns about dropout in a single layer
         for name in layer._flat_weights_names:
             setattr(gated, name, getattr(layer, name))
         gated.train(layer.training)
@@ -150,6 +157,9 @@ class GatedRecurrent(GatedLayer, nn.RNNBase):
 
     @torch.no_grad()
     def _undo_fresh_gates(self) -> None:
+        """Divide the projection by fresh gates that are not 1. Raises ValueError without a projection, or if a gate
+        is 0.
+        """
         if self.gate.starts_at_one():
             return
         z = fresh_values(self.gate).view(-1, self._width)
@@ -166,42 +176,42 @@ class GatedRecurrent(GatedLayer, nn.RNNBase):
     @torch.no_grad()
     @settled
     def to_dense(self) -> nn.Module:
-        """The plain recurrent layer of the same size that computes what this one computes in evaluation mode;
-        parameters are copies.
+        """The plain recurrent layer of the same size that computes what this layer computes in evaluation mode.
 
-        Without a projection no such layer has outputs that are scaled: where gates are not all 1 it comes in a
-        :class:`ScaledRNN`. With one, h_0 has to be 0 where gates are, as every h_n of this layer is.
-        :meth:`compacted` gives a smaller one.
+        Its parameters are copies. Without a projection no ``torch.nn`` layer can scale its output, so if gates are not
+        all 1 the layer comes inside of a :class:`ScaledRNN`. With a projection, h_0 has to be 0 where gates are 0, as
+        every h_n of this layer is. :meth:`compacted` returns a smaller layer.
         """
         z = self.gate.deterministic().view(-1, self._width)
         plain: nn.Module = plain_rnn(self, {name: weight.clone() for name, weight in self._folded_by_name(z).items()})
         return plain if self.proj_size or bool((z == 1).all()) else ScaledRNN(plain, z.clone()).train(self.training)
 
     def _folded_by_name(self, z: Tensor) -> dict[str, Tensor]:
+        """The weights times the gates z, (layers * directions, P), by name."""
         return dict(zip(self._flat_weights_names, self._folded(z.unbind(0)), strict=True))
 
     @torch.no_grad()
     def compacted(self) -> tuple[Any, Tensor, Tensor]:
-        """The smallest plain layer that computes what this one computes in evaluation mode, but for a factor on its
+        """The smallest plain layer that computes what this layer computes in evaluation mode, up to a factor on its
         output.
 
-        Returns ``(layer, kept, scale)``: an ``nn.LSTM``, ``nn.GRU`` or ``nn.RNN``, or a :class:`StackedRNN` of them;
-        the output features of this layer that are left, int64, increasing in each direction; and their gates, of the
-        same shape, so that::
+        Returns: ``(layer, kept, scale)``. ``layer`` is an ``nn.LSTM``, ``nn.GRU`` or ``nn.RNN``, or a
+        :class:`StackedRNN` of them. ``kept``, int64, lists the output features of this layer that are left, increasing
+        within each direction. ``scale``, of the same shape, holds their gates::
 
             self.eval()(x)[0][..., kept] == layer.eval()(x)[0] * scale          and every other feature is 0
 
-        The factor belongs into the columns of whatever reads the output. With a projection it is in the layer, and
-        ``scale`` is 1.
+        The layer that reads the output has to take the factor into its columns. With a projection the factor is in
+        ``layer`` already, and ``scale`` is 1.
 
-        Closed units are cut out of all gate matrices, of the columns of W_hh and of the next layer, or, with a
-        projection, out of its rows. All layers and directions of an ``nn`` layer have one width. With
-        ``widths="equal"`` it is that of the widest here, at least 1: where fewer units are open, the first closed ones
-        fill up, and nothing reads them (their columns are 0, and in the last layer their ``scale``). With
-        ``widths="own"`` each keeps its open units, at least one, and where these are not equally many, the result is a
-        :class:`StackedRNN`.
+        Closed units are deleted from the rows of all gate matrices, from the columns of W_hh and of the next layer, or,
+        with a projection, from the rows of the projection. All layers and directions of a ``torch.nn`` layer have the
+        same width. With ``widths="equal"`` this is the largest number of open units, at least 1; layers with fewer are
+        filled up with closed units, which nothing reads (their columns are 0, and in the last layer their ``scale``).
+        With ``widths="own"`` each layer and direction keeps its open units, at least one; if their numbers differ, the
+        result is a :class:`StackedRNN`.
 
-        A state that is given to the small layer has its units and is not gated: h_0[..., kept] / scale for the last
+        An initial state for the small layer has only its units and is not gated: h_0[..., kept] / scale for the last
         layer.
         """
         return self._compacted(self.kept_units())
@@ -209,6 +219,7 @@ class GatedRecurrent(GatedLayer, nn.RNNBase):
     @torch.no_grad()
     @settled
     def _compacted(self, units: list[Tensor]) -> tuple[Any, Tensor, Tensor]:
+        """:meth:`compacted` with these units of each layer and direction."""
         z = self.gate.deterministic().view(-1, self._width)
         layer = narrowed(plain_rnn(self, self._folded_by_name(z)), units)
         kept = torch.cat([own + i * self._width for i, own in enumerate(units[-self._directions :])])
@@ -216,15 +227,16 @@ class GatedRecurrent(GatedLayer, nn.RNNBase):
         return layer, kept, torch.ones_like(scale) if self.proj_size else scale
 
     def kept_units(self) -> list[Tensor]:
-        """The units that :meth:`compacted` keeps, int64 (width,), increasing, of each layer and direction."""
+        """For each layer and direction the units that :meth:`compacted` keeps, int64 (width,), increasing."""
         return self._kept(self.widths)
 
     def equal_units(self) -> list[Tensor]:
-        """The same as if ``widths`` were ``"equal"``."""
+        """:meth:`kept_units` as if ``widths`` were "equal"."""
         return self._kept("equal")
 
     @torch.no_grad()
     def _kept(self, widths: str) -> list[Tensor]:
+        """:meth:`kept_units` for this value of ``widths``."""
         shut = (self.gate.deterministic() == 0).view(-1, self._width).to(torch.uint8)
         counts = (self._width - shut.sum(1)).clamp(min=1)
         counts = counts if widths == "own" else counts.max().expand_as(counts)
@@ -232,20 +244,22 @@ class GatedRecurrent(GatedLayer, nn.RNNBase):
         return [row[:count].sort().values for row, count in zip(first, counts.tolist(), strict=True)]
 
     def closed_units(self) -> list[set[int]]:
-        """Of each layer, and in it of each direction, the units whose gates are closed."""
+        """For each layer and direction, in the order of h_n, the set of units whose gates are closed."""
         shut = (~self.gate.is_open()).view(-1, self._width)
         return [set(row.nonzero().flatten().tolist()) for row in shut]
 
     def channel_gates(self) -> None:
-        """None: the units of a layer are cut in all its rows alike, see :meth:`compacted`."""
+        """None: a unit is no output channel of a single weight; it is cut in several weights together."""
 
     def closed_channels(self) -> tuple[set[int], set[int]]:
-        """The features of the output that are closed, and no input."""
+        """(the output features whose gates are closed, an empty set)."""
         closed = self.closed_units()[-self._directions :]
         return {direction * self._width + unit for direction, units in enumerate(closed) for unit in units}, set()
 
     def group_size(self) -> Tensor:
-        """|g|: how many parameters a gate switches off, (num_gates,): what :meth:`_of_units` adds up, counted."""
+        """|g|, how many parameters each gate switches off, (num_gates,): the elements that :meth:`_of_units` sums
+        over.
+        """
         sizes = []
         for row, weights in enumerate(self._all_weights):
             gate_rows = self._weight(weights[1]).shape[0]  # of all gate matrices
@@ -261,15 +275,17 @@ class GatedRecurrent(GatedLayer, nn.RNNBase):
         return torch.tensor(sizes, dtype=torch.float32, device=device).repeat_interleave(self._width)
 
     def _readers(self, row: int) -> list[list[str]]:
-        """The weights of the next layer, by direction."""
+        """The weights of the next layer, a list of names for each direction; empty for the last layer."""
         start = (row // self._directions + 1) * self._directions
         return self._all_weights[start : start + self._directions]
 
     def _of_units(self, of: Callable[[Tensor], Tensor]) -> Tensor:
-        """For each gate the sum of ``of(weight)``, of a weight's shape, over what its unit switches off, (num_gates,).
+        """For each gate the sum of ``of(weight)`` over the elements of weights that its unit needs, (num_gates,).
 
-        A unit's own rows (of all gate matrices with their biases, or of the projection), its columns of W_hh, where its
-        own rows do not count twice, and its columns of W_ih in the next layer.
+        These are the rows of the unit in all gate matrices and biases (or in the projection), its columns of W_hh
+        without the elements that are in its own rows, and its columns of W_ih in the next layer.
+
+        ``of`` maps a weight to a tensor of the same shape.
         """
         each, found = self._directions, []
         for row, weights in enumerate(self._all_weights):
@@ -351,10 +367,12 @@ class GatedRNN(GatedRecurrent, nn.RNN):
 
 
 def _gate_units(x: Tensor, z: Tensor) -> Tensor:
+    """x (..., H) times gates z (H,)."""
     return x * z if _is_small(x) else functional.gate_activations(x, z, dim=-1, spec=VALUE)
 
 
 def _is_small(x: Tensor) -> bool:
+    """Whether torch multiplies a tensor faster than our kernels: a small one of float32 or float64 on a CPU."""
     return x.is_cpu and x.numel() <= _BY_TORCH and x.dtype in (torch.float32, torch.float64)
 
 
@@ -368,8 +386,9 @@ def _fold(weight: Tensor, columns: Tensor | None, rows: Tensor | None) -> Tensor
 
 
 def _one_buffer(weights: list[Tensor]) -> list[Tensor]:
-    """The same weights as views of one buffer, matrices before biases, which is where cuDNN looks for them;
-    else it copies, and warns.
+    """The same weights as views of one buffer, matrices before biases.
+
+    cuDNN wants this layout; with any other it copies the weights in each call and warns.
     """
     order = sorted(range(len(weights)), key=lambda i: weights[i].dim() == 1)
     buffer = torch.cat([weights[i].reshape(-1) for i in order])

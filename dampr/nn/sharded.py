@@ -1,4 +1,4 @@
-"""Gated layers on DTensors: gates are whole on every rank, and operators of torch, which know how tensors are sharded,
+"""Gated layers on DTensors (tensor parallelism). Gates are whole on every rank, and torch's operators for DTensors
 multiply them.
 """
 
@@ -15,9 +15,9 @@ from dampr.gates import Gate
 
 
 def beside(z: Tensor, like: Any) -> Tensor:
-    """Gates as a tensor that every rank of the mesh of ``like`` has whole; their gradient is whole too.
+    """The gates as a DTensor that is replicated over the mesh of ``like``, so that their gradient is whole too.
 
-    ``z`` where that is no DTensor.
+    Returns ``z`` unchanged if ``like`` is no DTensor.
     """
     if not isinstance(like, DTensor) or isinstance(z, DTensor):
         return z
@@ -25,16 +25,19 @@ def beside(z: Tensor, like: Any) -> Tensor:
 
 
 def times(t: Tensor, z: Tensor) -> Tensor:
-    """t * z in the precision of the gates, in the dtype of t; parts of a sum are added up first."""
+    """t * z, computed in the dtype of the gates and returned in that of t.
+
+    If t is a DTensor of partial sums (``Partial`` placements), the sums are completed first.
+    """
     if isinstance(t, DTensor) and any(placement.is_partial() for placement in t.placements):
         t = t.redistribute(placements=[Replicate() if p.is_partial() else p for p in t.placements])
     return (t * beside(z, t)).to(t.dtype)
 
 
 def linear(layer: Any, x: Tensor) -> Tensor:
-    """What a :class:`dampr.nn.GatedLinear` computes of a weight that is sharded.
+    """The forward of a :class:`dampr.nn.GatedLinear` whose weight is sharded.
 
-    Gates per batch go into the shards of the weight.
+    Gates that are the same for all samples are multiplied into the shards of the weight.
     """
     gate: Gate = layer.gate
     if layer.per_sample and gate.draws:
@@ -51,9 +54,7 @@ def linear(layer: Any, x: Tensor) -> Tensor:
 
 
 def spread(layer: Any, z: Tensor) -> Tensor:
-    """One value per gate as something that broadcasts to the weight; a gate of whole columns, as heads have it,
-    is not written out.
-    """
+    """``z``, one per gate, as a tensor that broadcasts to the weight; gates of whole columns (heads) stay one row."""
     if isinstance(layer.granularity, tuple) and layer.granularity[0] >= layer.weight.shape[0]:
         return z.repeat_interleave(layer.granularity[1])[: layer.weight.shape[1]].view(1, -1)
     values: Tensor = layer._spread(z)
@@ -61,5 +62,5 @@ def spread(layer: Any, z: Tensor) -> Tensor:
 
 
 def whole(t: Tensor) -> Tensor:
-    """A DTensor as a plain tensor, with a gradient; any other as it is."""
+    """The full tensor of a DTensor, with a gradient; another tensor as it is."""
     return t.full_tensor() if isinstance(t, DTensor) else t

@@ -1,4 +1,4 @@
-"""How plain and gated transformer layers run their sublayers, one after the other."""
+"""The forward of torch's transformer layers in Python, sublayer by sublayer; plain and gated layers share it."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 
 class BySublayers(nn.Module):
-    """torch's transformer layers in Python alone, sublayer by sublayer, mixed in before one of them.
+    """Mixin before ``nn.TransformerEncoderLayer`` or ``nn.TransformerDecoderLayer`` that runs their sublayers one by
+    one.
 
-    Their own ``forward`` has a fused path that reads the weights of all parts without calling any of them.
+    torch's own ``forward`` has a fused path that reads the weights of all parts without calling them, so gates in the
+    parts would be ignored.
     """
 
     norm_first: bool
@@ -27,9 +29,13 @@ class BySublayers(nn.Module):
         return (*self._attentions, "linear1")
 
     def _sum(self, index: int, x: Tensor, branch: Callable[[], Tensor]) -> Tensor:
+        """x + branch(), where subclasses may gate the branch, or leave it out. ``index`` is the number of the
+        sublayer.
+        """
         raise NotImplementedError
 
     def _sublayer(self, index: int, norm: Any, x: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
+        """One sublayer with its norm, in front of the branch (``norm_first``) or behind the sum."""
         if self.norm_first:
             return self._sum(index, x, lambda: branch(norm(x)))
         out: Tensor = norm(self._sum(index, x, lambda: branch(x)))
@@ -37,6 +43,8 @@ class BySublayers(nn.Module):
 
 
 class EncoderBySublayers(BySublayers, nn.TransformerEncoderLayer):
+    """``nn.TransformerEncoderLayer``, sublayer by sublayer."""
+
     _attentions = ("self_attn",)
 
     def forward(
@@ -52,7 +60,10 @@ class EncoderBySublayers(BySublayers, nn.TransformerEncoderLayer):
         return self._sublayer(1, self.norm2, x, self._ff_block)
 
     def _on_padded(self, src: Tensor, src_mask: Tensor | None, src_key_padding_mask: Tensor | None) -> Tensor:
-        """A nested tensor, which nn.TransformerEncoder makes of a padded batch for the fused path, through this one."""
+        """The forward for a nested tensor: pad it, run, and make the result nested again.
+
+        ``nn.TransformerEncoder`` makes nested tensors of padded batches for the fused path.
+        """
         if src_mask is not None or src_key_padding_mask is not None:
             raise TypeError(
                 "src: got a nested tensor and a mask, expected a padded tensor with masks or a nested one without"
@@ -65,6 +76,8 @@ class EncoderBySublayers(BySublayers, nn.TransformerEncoderLayer):
 
 
 class DecoderBySublayers(BySublayers, nn.TransformerDecoderLayer):
+    """``nn.TransformerDecoderLayer``, sublayer by sublayer."""
+
     _attentions = ("self_attn", "multihead_attn")
 
     def forward(
@@ -87,7 +100,7 @@ class DecoderBySublayers(BySublayers, nn.TransformerDecoderLayer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "activation" in state["_modules"]:
-            # torch's would make F.relu of an activation that is a module, in every copy
+            # torch's __setstate__ does not see an activation that is a child module, and would set F.relu instead
             nn.Module.__setstate__(self, state)
         else:
             super().__setstate__(state)

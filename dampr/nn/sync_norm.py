@@ -1,4 +1,4 @@
-"""GatedSyncBatchNorm: gates behind a batch norm whose statistics are those of all ranks, on any device."""
+"""GatedSyncBatchNorm: a gated batch norm whose statistics are taken over all ranks, on CPUs too."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class GatedSyncBatchNorm(GatedBatchNorm):
     Raises: ValueError or TypeError that names the argument.
     """
 
-    alone: bool = False  # whether to take the statistics of this process, as where one looks at a model
+    alone: bool = False  # whether to use the statistics of this process alone, in trial runs on one rank
     _dense = nn.SyncBatchNorm
     _arguments = (*GatedBatchNorm._arguments, "process_group")
 
@@ -65,6 +65,9 @@ class GatedSyncBatchNorm(GatedBatchNorm):
     def _gated(
         self, x: Tensor, parameter: Tensor, seed: Tensor | None, spec: GateSpec, activation: names.Activation | None
     ) -> Tensor:
+        """In training, normalise by the statistics of all ranks of the process group, which have gradients; else as a
+        BatchNorm on one rank.
+        """
         group = self._group() if self.training else None
         if group is None:
             return super()._gated(x, parameter, seed, spec, activation)
@@ -89,7 +92,7 @@ class GatedSyncBatchNorm(GatedBatchNorm):
         )
 
     def _group(self) -> Any:
-        """The ranks to take statistics with; None where there is one."""
+        """The process group to take statistics with; None if that is one rank."""
         if self.alone or not (distributed.is_available() and distributed.is_initialized()):
             return None
         group = self.process_group or distributed.group.WORLD
@@ -97,6 +100,9 @@ class GatedSyncBatchNorm(GatedBatchNorm):
 
     @torch.no_grad()
     def _move_running(self, mean: Tensor, var: Tensor, count: Tensor) -> None:
+        """Update the running statistics with the batch's mean and biased variance, (C,); ``count``: values per
+        channel.
+        """
         if not self.track_running_stats:
             return
         assert self.num_batches_tracked is not None
@@ -110,8 +116,9 @@ class GatedSyncBatchNorm(GatedBatchNorm):
 
 @torch.no_grad()
 def _statistics(x: Tensor, group: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean and biased variance, (C,), of the channels of x on all ranks, and how many values there are of each,
-    a scalar.
+    """(mean (C,), biased variance (C,), number of values per channel) of x over all ranks.
+
+    Raises: ValueError if there is one value per channel on all ranks together.
     """
     wide, dims = x.to(gate_dtype(x)), [d for d in range(x.dim()) if d != 1]
     count = wide.new_tensor(float(x.numel() // max(1, x.shape[1])))
@@ -134,9 +141,10 @@ def _statistics(x: Tensor, group: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class _ThroughStatistics(torch.autograd.Function):
-    """``x`` itself.
+    """``x`` itself, with the backward of a norm whose statistics depend on the x of all ranks.
 
-    Its gradient with mean and variance taken as constants becomes the one in which they follow the x of all ranks.
+    The backward gets the gradient that treats mean and variance as constants, and adds the part that flows through
+    them.
     """
 
     @staticmethod
@@ -148,6 +156,9 @@ class _ThroughStatistics(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dx: Tensor) -> Any:
+        """The gradient of x with the part that goes through the mean and the variance, whose sums are taken over all
+        ranks.
+        """
         x, mean, rstd, count = ctx.saved_tensors
         shape, dims = [1, -1] + [1] * (x.dim() - 2), [d for d in range(x.dim()) if d != 1]
         wide, centred = dx.to(mean.dtype), x.to(mean.dtype) - mean.view(shape)
@@ -159,8 +170,10 @@ class _ThroughStatistics(torch.autograd.Function):
 
 
 def _keep_gates(module: nn.Module, name: str, gate: nn.Module | None) -> None:
-    """``nn.SyncBatchNorm.convert_sync_batchnorm`` hands the gate of a gated norm on to the plain one that it makes:
-    that gets gates too.
+    """Registration hook: let ``nn.SyncBatchNorm.convert_sync_batchnorm`` keep the gates of gated batch norms.
+
+    That function makes a plain ``nn.SyncBatchNorm`` and copies children, among them ``gate``. When the gate arrives,
+    the new module becomes a :class:`GatedSyncBatchNorm` with the settings of the norm that it replaces.
     """
     if type(module) is not nn.SyncBatchNorm or name != "gate" or not isinstance(gate, Gate):
         return

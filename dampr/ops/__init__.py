@@ -1,9 +1,11 @@
-"""Operators: schema, fakes, autograd; the only caller of dampr.kernels and of the C++ extension.
+"""The operators of dampr: schemas, implementations, autograd. Only this package calls :mod:`dampr.kernels` and the C++
+extension.
 
-Each op is a forward and a backward, both registered with :mod:`torch.library`, behind one node of autograd, which has a
-form in plain PyTorch for every other derivative (:mod:`.node`). Nothing is mutated, and nothing is saved but inputs and
-seeds (and, where an output gate multiplies activations and learns, the activation before it). Inside, :mod:`.backends`
-picks who computes.
+Each operator has a forward and a backward, both registered with :mod:`torch.library`, and an autograd function that
+joins them. The same function in plain PyTorch serves all other derivatives (:mod:`.node`). Operators change none of
+their arguments. The backward gets the inputs and the seeds of the forward, and draws the gates again; only where an
+output gate multiplies activations and learns, the activation in front of it is saved too. :mod:`.backends` chooses
+the backend that computes.
 """
 
 from .backends import BackendUnavailableError, backend, backend_info, choose, select

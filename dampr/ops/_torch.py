@@ -1,10 +1,10 @@
-"""Every private part of torch (and one of Python) that :mod:`dampr.ops` and :mod:`dampr.nn` use, by what it is for.
+"""Every private part of torch (and one of Python) that :mod:`dampr.ops` and :mod:`dampr.nn` use, by its purpose.
 
-A later torch may not have one of them. Then the stand-in beside it is used: the results stay the same, and what is lost
-is time or memory. tests/ops/test_torch_corners.py holds each part, and each stand-in, to what is said of it here.
+A later torch may lack one of them. Then the stand-in beside it is used: results stay the same, and what is lost is time
+or memory. tests/ops/test_torch_corners.py checks each part, and each stand-in, against its comment here.
 
-What a step calls is a function of C, bound once: beside a tiny layer a call of Python, or an attribute of an attribute,
-takes as long as what it asks for.
+What a training step calls is bound to a name here once. In a tiny layer one Python call, or one lookup of an attribute,
+takes as long as the computation.
 """
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ AnyFunction = TypeVar("AnyFunction", bound=Callable[..., Any])
 
 
 def part(path: str, stand_in: Any) -> Any:
-    """What ``torch`` has at a dotted path, or ``stand_in`` where it has nothing there."""
+    """The attribute of ``torch`` at a dotted path, or ``stand_in`` if there is none."""
     found: Any = torch
     for name in path.split("."):
         found = getattr(found, name, None)
     return stand_in if found is None else found
 
 
-# Who has to see operators. Without these parts somebody always has to: every call goes by operators and plain PyTorch.
+# Does something (a compiler, a mode, a transform) have to see operators? Each stand-in answers yes; every call then
+# goes through operators and plain PyTorch, which is slower.
 
 # () -> how many TorchDispatchModes are active
 count_dispatch_modes: Callable[[], int] = part("_C._len_torch_dispatch_stack", lambda: 1)
@@ -44,31 +45,32 @@ is_profiled: Callable[[], bool] = partial(vars(profiler).get, "_is_profiler_enab
 
 
 def apply_of(function: type[Function]) -> Callable[..., Any]:
-    """``function.apply`` without its first step.
+    """``function.apply`` without the wrapper in Python.
 
-    ``Function.apply`` binds its arguments to a signature before it calls the ``apply`` of its base class, which alone
-    takes as long as a small layer (60 us). Stand-in: ``function.apply``.
+    ``Function.apply`` binds its arguments to a signature before it calls the ``apply`` of its base class; this takes 60
+    us, as long as a small layer. Stand-in: ``function.apply``.
     """
     return getattr(super(Function, function), "apply", function.apply)
 
 
-# What autograd remembers of tensors and graphs.
+# What autograd knows about tensors and graphs.
 
-# (tensor) -> whether it is a view of another, which autograd lets nobody change in place. Stand-in: every tensor is.
+# (tensor) -> whether it is a view of another tensor; autograd forbids changing such a result in place. Stand-in: yes.
 is_view: Callable[[Tensor], bool] = part("Tensor._is_view", lambda _: True)
-# (tensor, shape) -> the same values, which autograd takes for no view. Stand-in: a copy.
+# (tensor, shape) -> the same values, not marked as a view. Stand-in: a copy.
 as_no_view: Callable[[Tensor, Sequence[int]], Tensor] = part(
     "ops.aten._unsafe_view", lambda t, shape: t.reshape(shape).clone()
 )
-# (tensors) -> None: tells autograd that they were written to by their addresses. Stand-in: the public, slower one.
+# (tensors) -> None: tells autograd that C++ code has changed these tensors. Stand-in: the public function, slower.
 count_as_written: Callable[[Sequence[Tensor]], None] = part(
     "_C._increment_version", lambda tensors: torch.autograd.graph.increment_version(tensors)
 )
-# () -> the hooks that see what a node saves, or None. Stand-in: there may be some, so what is saved is not overwritten.
+# () -> the hooks that see what autograd saves, or None. Stand-in: (), which is not None, so saved tensors are never
+# overwritten.
 hooks_on_saved: Callable[[], Any] = partial(
     part("_C._autograd._top_saved_tensors_default_hooks", lambda ignore_is_tracing: ()), False
 )
-# () -> whether the graph is kept after this backward. Stand-in: it is, so what is saved is not overwritten.
+# () -> whether the graph is kept after this backward. Stand-in: yes, so saved tensors are never overwritten.
 is_graph_kept: Callable[[], bool] = part("_C._autograd._get_current_graph_task_keep_graph", lambda: True)
 
 
@@ -84,20 +86,20 @@ is_onednn_enabled: Callable[[], bool] = part("_C._get_mkldnn_enabled", lambda: F
 
 
 def constant_to_compilers(function: AnyFunction) -> AnyFunction:
-    """Have torch.compile run ``function`` while it traces, and take what it returns as a constant.
+    """Decorator: torch.compile runs ``function`` while it traces, and treats the result as a constant.
 
-    ``torch.compiler.assume_constant_result`` does the same, and imports all of dynamo. A later torch that does not know
-    the mark traces the function.
+    ``torch.compiler.assume_constant_result`` does the same, but imports all of dynamo. A later torch without this mark
+    traces the function.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
 
 def environment_entry(name: str) -> tuple[MutableMapping[Any, Any], Any]:
-    """A mapping and a key, so that ``mapping.get(key)`` is None where the environment variable ``name`` is not set.
+    """(mapping, key) so that ``mapping.get(key)`` is None if the environment variable ``name`` is not set.
 
-    The mapping is the dictionary inside of ``os.environ``: for what is not set, ``os.environ.get`` raises and catches
-    an exception, which takes 1 us. Stand-in: ``os.environ`` and ``name``.
+    The mapping is the dictionary inside of ``os.environ``. ``os.environ.get`` raises and catches an exception for a
+    variable that is not set, which takes 1 us. Stand-in: ``os.environ`` and ``name``.
     """
     inside = getattr(os.environ, "_data", None)
     return (os.environ, name) if inside is None else (inside, os.environ.encodekey(name))

@@ -1,5 +1,7 @@
-"""The reference as a backend: values from :mod:`dampr.reference`,
-gradients written out in plain PyTorch (an op runs below autograd).
+"""The reference backend: forwards from :mod:`dampr.reference`, gradients written out in plain PyTorch.
+
+Operators run below autograd, so gradients cannot be left to it. The functions have the names and arguments of the other
+backends; equations are in the modules of the operators.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from .library import rows_of
 from .norm_gate import Norm
 from .routes import ConvProblem
 
-# up to so many, an op takes the place of torch's own products: here it is these that it is made of
+# the largest generator that one operator computes; never here, where it would be made of torch's own products
 GENERATOR_PARAMETERS = 0
 
 
@@ -37,26 +39,29 @@ def route(
     device: torch.device | None = None,
     drawn: bool = True,
 ) -> tuple[str, str]:
-    """Plain PyTorch has one way, whatever is forced."""
+    """("reference", reason) for every layer, whatever route is forced."""
     return "reference", "plain PyTorch: every gate is drawn and multiplied as it is written"
 
 
 def conv_route(problem: ConvProblem) -> tuple[str, str]:
-    """Plain PyTorch has one way, whatever is forced."""
+    """(name, reason) of the route of a convolution, whatever is forced."""
     return (
         "passes" if problem.per_sample else "fold"
     ), "plain PyTorch: every gate is drawn and multiplied as it is written"
 
 
 def _values(gate: GateArgs, rows: int | None = None) -> Tensor:
+    """The values of gates, (n,), or (rows, n) with a draw for each row."""
     return reference.gate_values(gate.log_alpha, gate.spec, gate.seed, rows)
 
 
 def sample_gates_fwd(gate: GateArgs, rows: int | None, start: int = 0) -> Tensor:
+    """Gate values, (n,) or (rows, n); the noise of the first gate has the index ``start``."""
     return reference.gate_values(gate.log_alpha, gate.spec, gate.seed, rows, start).clone()
 
 
 def sample_gates_bwd(dz: Tensor, gate: GateArgs, rows: int | None, start: int = 0) -> Tensor:
+    """dlog_alpha, (n,), for the gradient ``dz`` of the values, (n,) or (rows, n)."""
     log_alpha, seed, spec, _ = gate
     grad = dz * reference.gate_derivative(log_alpha, spec, reference.noise(log_alpha, spec, seed, rows, start))
     return grad if rows is None else grad.sum(0)
@@ -65,6 +70,7 @@ def sample_gates_bwd(dz: Tensor, gate: GateArgs, rows: int | None, start: int = 
 def gated_linear_fwd(
     x: Tensor, weight: Tensor, bias: Tensor | None, gates: GatePair, keep_pre: bool
 ) -> tuple[Tensor, Tensor]:
+    """(y, y before the output gates); the latter is empty unless ``keep_pre``."""
     y = reference.gated_linear(x, weight, bias, *gates)
     return y, reference.gated_linear(
         x, weight, bias, *gates._replace(output_log_alpha=None)
@@ -74,11 +80,13 @@ def gated_linear_fwd(
 def gated_linear_bwd(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, gates: GatePair, pre: Tensor, needs: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
+    """The gradients of x, weight, bias and both log_alphas. ``pre`` is not read, but computed again."""
     need_x, need_w, need_b, need_in, need_out = needs
     x2, dy2, w = rows_of(x), rows_of(dy), weight.to(x.dtype)
     M = x2.shape[0]
 
     def draw(gate: GateArgs | None) -> Tensor:
+        """The values of gates in the dtype of x; 1 without gates."""
         return x.new_ones(()) if gate is None else _values(gate, gate.rows(M)).to(x.dtype)
 
     def through(upstream: Tensor, gate: GateArgs) -> Tensor:
@@ -107,6 +115,7 @@ def gated_linear_bwd(
 def weight_gated_linear_fwd(
     x: Tensor, weight: Tensor, bias: Tensor | None, gate: GateArgs, block: tuple[int, int]
 ) -> Tensor:
+    """y = x (W * Z)^T + b, (..., N)."""
     return reference.weight_gated_linear(x, weight, bias, gate.log_alpha, gate.seed, gate.spec, block)
 
 
@@ -119,6 +128,7 @@ def weight_gated_linear_bwd(
     block: tuple[int, int],
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
+    """The gradients of x, weight, bias and log_alpha."""
     need_x, need_w, need_b, need_gate = needs
     x2, dy2 = rows_of(x), rows_of(dy)
     dx = (dy2 @ fold_blocks_fwd(weight, gate, block, x.dtype)).view(x.shape) if need_x else None
@@ -132,12 +142,16 @@ def weight_gated_linear_bwd(
 def fold_weight_fwd(
     weight: Tensor, bias: Tensor | None, gates: GatePair, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None]:
+    """(z_out W z_in, z_out b) in ``dtype``."""
     return reference.fold_weight(weight, bias, *gates[:5], dtype)
 
 
 def fold_weight_bwd(
     raw: Tensor, raw_bias: Tensor | None, weight: Tensor, bias: Tensor | None, gates: GatePair, needs: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
+    """The gradients of weight, bias and both log_alphas from those of the folded weight ``raw`` (N, K) and bias
+    (N,).
+    """
     need_w, need_b, need_in, need_out = needs
     z_in, z_out = _beside(weight, gates.input), _beside(weight, gates.output)
     raw = raw.to(z_in.dtype)
@@ -155,19 +169,21 @@ def fold_weight_bwd(
 
 
 def _beside(weight: Tensor, gate: GateArgs | None) -> Tensor:
-    """Gates as they are, or a one in the dtype that gates have beside ``weight``."""
+    """The values of gates; without gates a 1 in the dtype that gates beside ``weight`` would have."""
     return (
         weight.new_ones((), dtype=torch.promote_types(weight.dtype, torch.float32)) if gate is None else _values(gate)
     )
 
 
 def fold_blocks_fwd(weight: Tensor, gate: GateArgs, block: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """W * Z in ``dtype``."""
     return reference.fold_blocks(weight, gate.log_alpha, gate.seed, gate.spec, block, dtype)
 
 
 def fold_blocks_bwd(
     raw: Tensor, weight: Tensor, gate: GateArgs, block: tuple[int, int], needs: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of weight and log_alpha from that of the folded weight, ``raw`` (N, K)."""
     shape, log_alpha = (weight.shape[0], weight.shape[1]), gate.log_alpha
     raw = raw.to(log_alpha.dtype)
     dw = dlog_alpha = None
@@ -181,6 +197,7 @@ def fold_blocks_bwd(
 
 
 def gate_activations_fwd(x: Tensor, gate: GateArgs, dim: int) -> Tensor:
+    """x * z along dimension ``dim``."""
     y = reference.gate_activations(x, gate.log_alpha, gate.seed, gate.spec, dim, gate.per_sample)
     return y.contiguous(memory_format=dense_format(x, dim))
 
@@ -188,6 +205,7 @@ def gate_activations_fwd(x: Tensor, gate: GateArgs, dim: int) -> Tensor:
 def gate_activations_bwd(
     dy: Tensor, x: Tensor, gate: GateArgs, dim: int, needs: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of x and log_alpha."""
     dx = gate_activations_fwd(dy, gate, dim) if needs[0] else None
     if not needs[1]:
         return dx, None
@@ -198,12 +216,14 @@ def gate_activations_bwd(
 
 
 def dependency_generator_fwd(parameters: Sequence[Tensor], limit: float) -> Tensor:
+    """a_1, a_2, ... one after the other in one vector."""
     return torch.cat(reference.dependency_generator(parameters, limit))
 
 
 def dependency_generator_bwd(
     parameters: Sequence[Tensor], values: Tensor, dvalues: Tensor, limit: float
 ) -> list[Tensor]:
+    """The gradients of W_1, b_1, W_2, ..., from those of the values."""
     sizes = [bias.numel() for bias in parameters[1::2]]
     a, upstream = values.split(sizes), list(dvalues.split(sizes))
     grads: list[Tensor] = []
@@ -218,12 +238,13 @@ def dependency_generator_bwd(
 
 
 def gated_conv2d_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, gates: GatePair, window: Window) -> Tensor:
+    """The gated convolution with one draw for all images, channels last."""
     y = reference.gated_conv(x, weight, bias, *gates[:5], False, **window._asdict())
     return y.contiguous(memory_format=torch.channels_last)
 
 
 def _over_channels(t: Tensor, like: Tensor) -> Tensor:
-    """(C,) shaped to broadcast to ``like`` (B, C, ...)."""
+    """A vector (C,) in a shape that broadcasts to ``like`` (B, C, ...)."""
     return reference.along(t, like, 1)
 
 
@@ -234,6 +255,7 @@ def _normalised(x: Tensor, mean: Tensor, var: Tensor, eps: float) -> tuple[Tenso
 
 
 def _before_gates(normalised: Tensor, norm: Norm) -> Tensor:
+    """gain * normalised + bias."""
     pre = normalised if norm.gain is None else normalised * _over_channels(norm.gain, normalised)
     return pre if norm.bias is None else pre + _over_channels(norm.bias, normalised)
 
@@ -241,6 +263,7 @@ def _before_gates(normalised: Tensor, norm: Norm) -> Tensor:
 def norm_gate_fwd(
     x: Tensor, norm: Norm, gate: GateArgs, mean: Tensor | None, var: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(y, mean, var); the last two are None if they were given."""
     batch, log_alpha = mean is None or var is None, gate.log_alpha
     if mean is None or var is None:
         shared = [i for i in range(x.dim()) if i != 1]
@@ -255,6 +278,7 @@ def norm_gate_fwd(
 def norm_gate_bwd(
     dy: Tensor, x: Tensor, norm: Norm, gate: GateArgs, mean: Tensor, var: Tensor, training: bool, needs: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
+    """The gradients of x, gain, bias and log_alpha; ``training``: mean and var are those of x."""
     rows = gate.rows(x.shape[0])
     inner = list(range(2, x.dim()))
     normalised, rstd = _normalised(x, mean, var, norm.eps)

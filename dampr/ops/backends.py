@@ -1,8 +1,8 @@
-"""Which backend runs an op: triton on CUDA, cpp on the CPU, reference everywhere; by itself, by environment, or by
-``with dampr.backend(...)``.
+"""Choose the backend that runs an operator: triton on CUDA, cpp on the CPU, reference anywhere.
 
-Auto falls back only on absence, with one warning, never after a failure. An explicit choice that cannot be honoured
-raises and says why.
+The choice is automatic, or made by the environment variable ``DAMPR_BACKEND``, or by ``with dampr.backend(...)``. The
+automatic choice takes the reference only if the other backend is missing, with one warning, and never after a failure.
+A backend that was named and cannot run raises an error with the reason.
 """
 
 from __future__ import annotations
@@ -24,42 +24,46 @@ from ._torch import constant_to_compilers, environment_entry
 
 NAMES = tuple(name for name in get_args(names.Backend) if name != "auto")
 ENVIRONMENT = "DAMPR_BACKEND"
-_chosen: list[list[names.Backend]] = []  # process-wide on purpose: the backward of CUDA ops runs in threads of its own
+# for the whole process and not for a thread, because autograd runs the backward of CUDA operators in its own threads
+_chosen: list[list[names.Backend]] = []
 
 
 class BackendUnavailableError(RuntimeError):
-    """A backend was asked for by name and is not there, or cannot run on these tensors."""
+    """A backend was asked for by name, but is not installed or cannot run on these tensors."""
 
 
 def _load(name: str) -> tuple[ModuleType | None, str]:
+    """(the module of a backend, or None; why it cannot be imported)."""
     try:
         return importlib.import_module(f"dampr.ops.backend_{name}"), ""
     except ImportError as error:
         return None, f"{type(error).__name__}: {error}"
 
 
-_package = sys.modules[__package__ or ""]  # has every backend that was loaded as an attribute
+_package = sys.modules[__package__ or ""]  # the package dampr.ops; loaded backends are attributes of it
 _modules: dict[str, tuple[ModuleType | None, str]] = {}
-_warned: set[str] = set()  # backends of which it was said that they are missing
-# what select() found for (asked for, device, dtype)
+_warned: set[str] = set()  # missing backends for which the warning was given
+# (backend asked for, device, dtype) -> the module that select() found
 _selected: dict[tuple[Any, torch.device, torch.dtype], ModuleType] = {}
 _environment, _key = environment_entry(ENVIRONMENT)
 
 
 def _module(name: str) -> tuple[ModuleType | None, str]:
+    """:func:`_load`, once per name."""
     if name not in _modules:
         _modules[name] = _load(name)
     return _modules[name]
 
 
 def _checked(name: str, source: str) -> str:
+    """``name``. Raises ValueError, naming its ``source``, unless it is a backend or "auto"."""
     if name not in (*NAMES, "auto"):
         raise ValueError(f"{source}={name!r}: expected one of {('auto', *NAMES)}")
     return name
 
 
 def why_not(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """The reason why backend ``name`` cannot run tensors of this device and dtype, or None when it can."""
+    """The reason why backend ``name`` cannot run tensors of this device and dtype; None if it can."""
     module, missing = _module(name)
     if module is None:
         return missing
@@ -69,11 +73,12 @@ def why_not(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
 
 @contextmanager
 def backend(name: names.Backend) -> Iterator[None]:
-    """Run every dampr op of the block on ``name``: ``"auto"``, ``"triton"``, ``"cpp"`` or ``"reference"``.
+    """Run all operators of dampr in the block on ``name``: ``"auto"``, ``"triton"``, ``"cpp"`` or ``"reference"``.
 
-    Raises ValueError for an unknown name and BackendUnavailableError for one that is not installed; an op whose tensors
-    the backend cannot take raises BackendUnavailableError when it is called. Without a block, the environment variable
-    ``DAMPR_BACKEND`` decides, and then ``"auto"``.
+    Without such a block, the environment variable ``DAMPR_BACKEND`` decides; if it is not set, ``"auto"``.
+
+    Raises: ValueError for an unknown name; BackendUnavailableError for a backend that is not installed. An operator
+    whose tensors the backend cannot take raises BackendUnavailableError when it is called.
     """
     if _checked(name, "name") != "auto" and _module(name)[0] is None:
         raise BackendUnavailableError(f"backend {name!r} is not there: {_module(name)[1]}")
@@ -82,11 +87,16 @@ def backend(name: names.Backend) -> Iterator[None]:
     try:
         yield
     finally:
-        _chosen[:] = [other for other in _chosen if other is not choice]  # blocks of several threads may overlap
+        # Remove this choice, not simply the last one, because blocks of several threads may overlap.
+        _chosen[:] = [other for other in _chosen if other is not choice]
 
 
 def choose(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
-    """The backend for tensors of this device and dtype, and the reason, in words."""
+    """(the name of the backend for tensors of this device and dtype, the reason).
+
+    Raises: BackendUnavailableError for a named backend that cannot run these tensors; ValueError for an unknown name in
+    the environment variable.
+    """
     if _chosen:
         name: str = _chosen[-1][0]
         source = "dampr.backend(...)"
@@ -131,10 +141,11 @@ def select(device: torch.device, dtype: torch.dtype) -> ModuleType:
 
 @constant_to_compilers
 def _loaded_name(asked: str | None, device: torch.device, dtype: torch.dtype) -> str:
-    """What :func:`choose` names, loaded. Not traced: the first call of a process may be compiled, and this imports and
-    asks drivers.
+    """The name that :func:`choose` gives, with the backend loaded; torch.compile calls it and does not trace it.
 
-    ``asked`` is what the answer depends on besides: dynamo guards what a constant was made of.
+    The first call in a process may be a compiled one, and loading imports modules and asks drivers. ``asked`` is not
+    used: it is an argument because the answer depends on it, and dynamo guards the arguments that a constant was
+    computed from.
     """
     name, _ = choose(device, dtype)
     _module(name)
@@ -142,9 +153,7 @@ def _loaded_name(asked: str | None, device: torch.device, dtype: torch.dtype) ->
 
 
 def backend_info() -> dict[str, str]:
-    """What is there: for each backend ``"available"``, or the reason why it is missing;
-    plus the versions that matter.
-    """
+    """For each backend "available" or the reason why it is missing; also the version of torch and the CUDA device."""
     info = {"reference": "available"}
     cpp, missing = _module("cpp")
     info["cpp"] = f"available ({cpp.describe()})" if cpp is not None else f"missing: {missing}"

@@ -1,6 +1,7 @@
-"""The generator of Dep-L0, a_l = limit tanh(W_l a_{l-1} + b_l) with a_0 = 1, as one op forward and one op backward.
+"""The generator of Dep-L0 as one operator: a_l = limit tanh(W_l a_{l-1} + b_l), with a_0 = 1.
 
-For small generators: where products are large, torch's own are better, and :func:`dependency_generator` takes those.
+It pays for small generators, whose time is in launches. For large ones torch's matrix products are faster, and
+:func:`dependency_generator` uses these.
 """
 
 from __future__ import annotations
@@ -19,22 +20,32 @@ from .node import PLAIN, Node, apply
 
 
 def _fwd(parameters: Sequence[Tensor], limit: float) -> Tensor:
+    """Implementation of ``dampr::dependency_generator_fwd``: a_1, a_2, ... one after the other in one vector.
+
+    parameters: W_1, b_1, W_2, b_2, ...; W_l is (widths[l], widths[l - 1]).
+    """
     first = parameters[0]
     values: Tensor = select(first.device, first.dtype).dependency_generator_fwd(parameters, limit)
     return values
 
 
 def _fwd_fake(parameters: Sequence[Tensor], limit: float) -> Tensor:
+    """The empty result of :func:`_fwd`."""
     return parameters[0].new_empty(sum(bias.shape[0] for bias in parameters[1::2]))
 
 
 def _bwd(parameters: Sequence[Tensor], values: Tensor, dvalues: Tensor, limit: float) -> list[Tensor]:
+    """Implementation of ``dampr::dependency_generator_bwd``: the gradient of each parameter.
+
+    values: the result of :func:`_fwd`; dvalues: its gradient.
+    """
     first = parameters[0]
     grads: list[Tensor] = select(first.device, first.dtype).dependency_generator_bwd(parameters, values, dvalues, limit)
     return grads
 
 
 def _bwd_fake(parameters: Sequence[Tensor], values: Tensor, dvalues: Tensor, limit: float) -> list[Tensor]:
+    """The empty results of :func:`_bwd`."""
     return [p.new_empty(p.shape) for p in parameters]
 
 
@@ -43,13 +54,15 @@ bwd = define(
     "dependency_generator_bwd(Tensor[] parameters, Tensor values, Tensor dvalues, float limit) -> Tensor[]",
     _bwd,
     _bwd_fake,
-    # they may be views of one tensor, which results of an operator must not be
+    # a backend may return views of one tensor, which the results of an operator must not be
     lambda grads, *_: [g.clone() for g in grads],
 )
 
 
 class _DependencyGenerator(Node):
-    tensors = -1  # the last one saved is what came out
+    """The autograd function of the generator."""
+
+    tensors = -1  # all saved tensors but the last, which is the output
 
     @staticmethod
     def plain(*inputs: Any) -> Tensor:
@@ -73,8 +86,9 @@ class _DependencyGenerator(Node):
 
 
 def dependency_generator(parameters: Sequence[Tensor], limit: float) -> list[Tensor]:
-    """a_1, a_2, ..., (widths[l],) each, differentiable in ``parameters``: W_1, b_1, W_2, ...;
-    by one op where :func:`fused` says so.
+    """a_1, a_2, ..., (widths[l],) each, differentiable in ``parameters`` W_1, b_1, W_2, ...
+
+    Computed by one operator if :func:`fused` says so, else by torch's products.
     """
     if not fused(parameters):
         return reference.dependency_generator(parameters, limit)
@@ -83,7 +97,9 @@ def dependency_generator(parameters: Sequence[Tensor], limit: float) -> list[Ten
 
 
 def fused(parameters: Sequence[Tensor]) -> bool:
-    """Whether the backend has the op and it beats torch's own matrix-vector products at this size."""
+    """Whether one operator computes the generator: the backend has it, and it is faster than torch's products at this
+    size.
+    """
     first = parameters[0]
     if not PLAIN.issuperset(map(type, parameters)) or not (first.is_cpu or first.is_cuda) or not _fit(parameters):
         return False
@@ -92,7 +108,9 @@ def fused(parameters: Sequence[Tensor]) -> bool:
 
 
 def _fit(parameters: Sequence[Tensor]) -> bool:
-    """Whether shapes, dtypes and devices go together; where they do not, torch says which."""
+    """Whether shapes, dtypes and devices fit together; if not, torch's own products raise an error that says what is
+    wrong.
+    """
     first = parameters[0]
     dtype, device, width = first.dtype, first.device, first.shape[-1]
     for weight, bias in zip(parameters[::2], parameters[1::2], strict=True):

@@ -1,5 +1,6 @@
-"""The weights of a convolution, (N, C / groups, *kernel), with their gates in them: views of it as a matrix,
-in either memory format.
+"""Fold gates into the weight of a convolution, (N, C / groups, *kernel), in either memory format.
+
+The weight is viewed as a matrix in the order of its memory, and the operators of :mod:`.fold_weight` work on that.
 """
 
 from __future__ import annotations
@@ -13,21 +14,22 @@ from .node import is_transformed
 
 
 def channels_innermost(weight: Tensor) -> bool:
-    """Whether a (filter, position) is followed in memory by its channels; False under a transform,
-    where memory is not to be seen.
+    """Whether the channels of a filter position lie side by side in memory (channels last).
+
+    False under torch.func transforms, where a tensor does not show its memory.
     """
     return weight.dim() == 4 and not is_transformed() and weight.is_contiguous(memory_format=torch.channels_last)
 
 
 def as_matrix(weight: Tensor) -> Tensor:
-    """A weight as (filters, all else) in the order of its memory, which is (N, *kernel, C) for channels last."""
+    """A weight as (filters, everything else), in the order of its memory; for channels last that is (N, *kernel, C)."""
     if not weight.is_contiguous() and channels_innermost(weight):
         weight = weight.permute(0, 2, 3, 1)
     return weight.reshape(weight.shape[0], -1)
 
 
 def from_matrix(matrix: Tensor, weight: Tensor) -> Tensor:
-    """A matrix of as many elements, in that order, in the shape and memory format of ``weight``."""
+    """The inverse of :func:`as_matrix`: a matrix in the shape and the memory format of ``weight``."""
     if not weight.is_contiguous() and channels_innermost(weight):
         n_out, n_in, *kernel = weight.shape
         return matrix.view(n_out, *kernel, n_in).permute(0, 3, 1, 2)
@@ -37,14 +39,15 @@ def from_matrix(matrix: Tensor, weight: Tensor) -> Tensor:
 def fold_filters(
     weight: Tensor, bias: Tensor | None, gate: GateArgs, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None]:
-    """Filters (and the bias) times their gates; the weight keeps its memory format."""
+    """(weight, bias) with each filter times its gate, in ``dtype``; the weight keeps its memory format."""
     folded, bias = fold_weight(as_matrix(weight), bias, gate.on_rows(), dtype)
     return from_matrix(folded, weight), bias
 
 
 def fold_channels(weight: Tensor, gate: GateArgs, groups: int, dtype: torch.dtype) -> Tensor:
-    """Weights times the gates of the channels they read: columns where channels are innermost,
-    else blocks of the filters of a group.
+    """The weight times the gates of the channels that it reads, in ``dtype``.
+
+    The gates are on columns if channels are innermost, else on blocks: one channel of all filters of a group.
     """
     n_out, n_in = weight.shape[0], weight.shape[1]
     if groups == 1 and channels_innermost(weight):

@@ -1,9 +1,9 @@
-"""W~ = W * Z, the weight with its gates in it, as an op: whatever reads a weight (a convolution, a norm, an RNN) then
-runs as it is.
+"""The weight times its gates, W~ = W * Z, as an operator. Whatever uses the weight (a product, a norm, an RNN) then
+takes W~ and runs unchanged.
 
-``fold_weight`` takes gates of rows and columns and the bias along, ``fold_blocks`` a gate for each weight or block of
-weights. The gradient of a gate comes from that of the folded weight, dz = sum(W * dW~): nothing but the inputs and the
-seed is kept.
+``fold_weight`` takes gates for rows and columns, and the bias. ``fold_blocks`` takes a gate for each weight or block of
+weights. The gradient of a gate follows from that of the folded weight, dz = sum(W * dW~), so the backward needs only
+the inputs and the seed.
 """
 
 from __future__ import annotations
@@ -33,12 +33,23 @@ def _fwd(
     spec: Sequence[float],
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None]:
+    """Implementation of ``dampr::fold_weight_fwd``: (z_out W z_in, z_out b) in ``dtype``.
+
+    Args:
+        weight: (N, K).
+        bias: (N,) or None.
+        in_la, out_la: log_alpha of column gates (K,) and row gates (N,); None without these gates.
+        in_seed, out_seed: int64 (1,); None if nothing is drawn.
+        spec: the fields of a :class:`dampr.spec.GateSpec` as floats.
+        dtype: that of the results.
+    """
     gates = GatePair.of(in_la, out_la, in_seed, out_seed, spec)
     folded: tuple[Tensor, Tensor | None] = select(weight.device, dtype).fold_weight_fwd(weight, bias, gates, dtype)
     return folded
 
 
 def _fwd_fake(weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
+    """The empty results of :func:`_fwd`."""
     dtype = rest[-1]
     return weight.new_empty(weight.shape, dtype=dtype), weight.new_empty(
         (0,) if bias is None else bias.shape, dtype=dtype
@@ -57,6 +68,11 @@ def _bwd(
     spec: Sequence[float],
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
+    """Implementation of ``dampr::fold_weight_bwd``: the gradients of weight, bias, in_la and out_la.
+
+    raw, raw_bias: the gradients of the results of :func:`_fwd`, (N, K) and (N,). A gradient is None where ``needs``,
+    four bools, is False.
+    """
     gates = GatePair.of(in_la, out_la, in_seed, out_seed, spec)
     grads: tuple[Tensor | None, ...] = select(raw.device, raw.dtype).fold_weight_bwd(
         raw, raw_bias, weight, bias, gates, needs
@@ -65,10 +81,14 @@ def _bwd(
 
 
 def _bwd_fake(raw: Tensor, raw_bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    """The empty results of :func:`_bwd`."""
     return _like(rest[:4], rest[-1], raw)
 
 
 def _like(inputs: tuple[Tensor | None, ...], needs: Sequence[bool], empty: Tensor) -> tuple[Tensor, ...]:
+    """Empty tensors like ``inputs``; of shape (0,) for those that need no gradient, because an operator cannot return
+    None.
+    """
     return tuple(
         t.new_empty(t.shape) if need and t is not None else empty.new_empty(0)
         for t, need in zip(inputs, needs, strict=True)
@@ -91,6 +111,8 @@ bwd = define(
 
 
 class _FoldWeight(Node):
+    """The autograd function of :func:`fold_weight`."""
+
     tensors = 6
 
     @staticmethod
@@ -120,8 +142,9 @@ class _FoldWeight(Node):
 def fold_weight(
     weight: Tensor, bias: Tensor | None, gates: GatePair, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None]:
-    """(z_out W z_in, z_out b) in ``dtype``, differentiable; weight: (N, K), bias: (N,), gates: K and N of them;
-    taken as checked.
+    """(z_out W z_in, z_out b) in ``dtype``, differentiable.
+
+    weight: (N, K); bias: (N,) or None; gates: on K columns and N rows. It does not check its arguments.
     """
     folded, folded_bias = apply(_FoldWeight, weight, bias, *gates[:5], dtype)
     return folded, None if bias is None else folded_bias
@@ -135,12 +158,17 @@ def _blocks_fwd(
     block: Sequence[int],
     dtype: torch.dtype,
 ) -> Tensor:
+    """Implementation of ``dampr::fold_blocks_fwd``: W * Z in ``dtype``.
+
+    weight: (N, K). log_alpha: one for each ``block`` = (rows, cols) of weights, row by row.
+    """
     gate = GateArgs(log_alpha, seed, unpack(spec))
     folded: Tensor = select(weight.device, dtype).fold_blocks_fwd(weight, gate, tuple(block), dtype)
     return folded
 
 
 def _blocks_fwd_fake(weight: Tensor, *rest: Any) -> Tensor:
+    """The empty result of :func:`_blocks_fwd`."""
     return weight.new_empty(weight.shape, dtype=rest[-1])
 
 
@@ -153,6 +181,11 @@ def _blocks_bwd(
     block: Sequence[int],
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
+    """Implementation of ``dampr::fold_blocks_bwd``: the gradients of weight and log_alpha; None where ``needs`` is
+    False.
+
+    raw: the gradient of the result of :func:`_blocks_fwd`, (N, K).
+    """
     gate = GateArgs(log_alpha, seed, unpack(spec))
     grads: tuple[Tensor | None, ...] = select(raw.device, raw.dtype).fold_blocks_bwd(
         raw, weight, gate, tuple(block), needs
@@ -161,6 +194,7 @@ def _blocks_bwd(
 
 
 def _blocks_bwd_fake(raw: Tensor, weight: Tensor, log_alpha: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    """The empty results of :func:`_blocks_bwd`."""
     return _like((weight, log_alpha), rest[-1], raw)
 
 
@@ -175,6 +209,8 @@ blocks_bwd = define(
 
 
 class _FoldBlocks(Node):
+    """The autograd function of :func:`fold_blocks`."""
+
     tensors = 3
     plain = staticmethod(reference.fold_blocks)
 
@@ -197,7 +233,7 @@ class _FoldBlocks(Node):
 
 
 def _rows(weight: Tensor) -> Tensor:
-    """A weight (N, ...) as a matrix of N rows, in the order of its indices, whatever that of its memory."""
+    """A weight (N, ...) as a matrix of N rows, in the order of its indices, whatever its memory format."""
     return weight if weight.dim() == 2 else weight.flatten(1)
 
 
@@ -207,8 +243,10 @@ def _laid_out(matrix: Tensor, weight: Tensor) -> Tensor:
 
 
 def fold_blocks(weight: Tensor, gate: GateArgs, block: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """W * Z in ``dtype``, differentiable; weight: (N, ...), one gate for each block of it as a matrix, row by row;
-    taken as checked.
+    """W * Z in ``dtype``, differentiable.
+
+    weight: (N, ...), taken as a matrix of N rows; gate: one for each ``block`` = (rows, cols) of it, row by row. It
+    does not check its arguments.
     """
     folded: Tensor = apply(_FoldBlocks, weight, gate.log_alpha, gate.seed, gate.spec, block, dtype)
     return folded

@@ -1,9 +1,8 @@
-"""y = norm(x) with gain z * weight and bias z * bias, around torch's own norm: the gates are folded into vectors,
-no activation is touched.
+"""z * norm(x), with the gates folded into the gain and bias of torch's own norm, so that no activation is multiplied.
 
-Made of smaller ops; while torch.compile traces, of gates by themselves and products that it fuses into the norm. On the
-CPU, where nobody needs operators, it is one node of autograd instead, because beside a cold cache each view, node and
-line of Python costs as much as the fold.
+It is composed of smaller operators; while torch.compile traces, of gates and products that it fuses into the norm. On
+the CPU, if nothing has to see operators, it is one autograd function instead, because there each view, each autograd
+node and each line of Python takes as long as the fold.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from .sample_gates import sample_gates
 
 
 class BatchNorm(NamedTuple):
-    """``F.batch_norm`` but for the tensors that it multiplies."""
+    """The arguments of ``F.batch_norm`` without the tensors that it multiplies; calling it runs the norm."""
 
     running_mean: Tensor | None
     running_var: Tensor | None
@@ -38,12 +37,13 @@ class BatchNorm(NamedTuple):
         return F.batch_norm(x, self.running_mean, self.running_var, gain, shift, self.training, self.momentum, self.eps)
 
     def fwd(self, x: Tensor, gain: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """y, and mean and 1 / standard deviation for :meth:`bwd`."""
+        """(y, mean, 1 / standard deviation); the last two are for :meth:`bwd`."""
         return torch.native_batch_norm(x, gain, shift, *self)
 
     def bwd(
         self, dy: Tensor, x: Tensor, gain: Tensor, shift: Tensor | None, mean: Tensor, rstd: Tensor, needs: list[bool]
     ) -> Sequence[Tensor | None]:
+        """The gradients of x, gain and shift, those that ``needs`` asks for."""
         running = self.running_mean, self.running_var
         grads: Sequence[Tensor | None] = torch.ops.aten.native_batch_norm_backward(
             dy, x, gain, *running, mean, rstd, self.training, self.eps, needs
@@ -51,7 +51,7 @@ class BatchNorm(NamedTuple):
         return grads
 
     def again(self) -> BatchNorm:
-        """The same once more, for derivatives, without an update of the running statistics."""
+        """The same norm for computing it a second time in a derivative: without an update of the running statistics."""
         return self._replace(running_mean=None, running_var=None) if self.training else self
 
     def refuses(self, x: Tensor, gain: Tensor, shift: Tensor | None) -> bool:
@@ -65,12 +65,14 @@ class BatchNorm(NamedTuple):
         )
 
     def gain_dtype(self, x: Tensor) -> torch.dtype:
-        """The dtype of a gain that stands for none: vendors take one that is wider than x, like their statistics."""
+        """The dtype of a gain of ones where the norm has none. Libraries allow a wider gain than x, of their
+        statistics' dtype.
+        """
         return torch.promote_types(x.dtype, torch.float32) if self.running_mean is None else self.running_mean.dtype
 
 
 class LayerNorm(NamedTuple):
-    """``F.layer_norm`` but for the tensors that it multiplies."""
+    """The arguments of ``F.layer_norm`` without the tensors that it multiplies; calling it runs the norm."""
 
     shape: list[int]
     eps: float
@@ -79,23 +81,28 @@ class LayerNorm(NamedTuple):
         return F.layer_norm(x, self.shape, gain, shift, self.eps)
 
     def fwd(self, x: Tensor, gain: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """(y, mean, 1 / standard deviation); the last two are for :meth:`bwd`."""
         return torch.native_layer_norm(x, self.shape, gain, shift, self.eps)
 
     def bwd(
         self, dy: Tensor, x: Tensor, gain: Tensor, shift: Tensor | None, mean: Tensor, rstd: Tensor, needs: list[bool]
     ) -> Sequence[Tensor | None]:
+        """The gradients of x, gain and shift, those that ``needs`` asks for."""
         grads: Sequence[Tensor | None] = torch.ops.aten.native_layer_norm_backward(
             dy, x, self.shape, mean, rstd, gain, shift, needs
         )
         return grads
 
     def again(self) -> LayerNorm:
+        """This norm itself; a LayerNorm has no running statistics that computing it a second time could change."""
         return self
 
     def refuses(self, x: Tensor, gain: Tensor, shift: Tensor | None) -> bool:
+        """Whether torch would raise for x: it is empty."""
         return x.numel() == 0
 
     def gain_dtype(self, x: Tensor) -> torch.dtype:
+        """The dtype of a gain of ones where the norm has none."""
         return x.dtype
 
 
@@ -103,7 +110,9 @@ Norm = BatchNorm | LayerNorm
 
 
 class _FoldedNorm(Node):
-    tensors = 5  # with the seed, which takes the place of the gate among the inputs
+    """The autograd function of a norm with folded gates, on the CPU."""
+
+    tensors = 5  # x, weight, bias, log_alpha and the seed of the gate
 
     @staticmethod
     def plain(
@@ -115,6 +124,7 @@ class _FoldedNorm(Node):
         spec: GateSpec,
         norm: Norm,
     ) -> Tensor:
+        """z * norm(x) in differentiable torch operators."""
         return _composed(x, weight, bias, GateArgs(log_alpha, seed, spec).on_rows(), norm.again())
 
     @staticmethod
@@ -128,6 +138,7 @@ class _FoldedNorm(Node):
         norm: Norm,
         backend: Any,
     ) -> Tensor:
+        """Fold the gates into gain and shift of the norm and normalise; both stay for the backward."""
         gain, shift = backend.fold(weight, bias, gate)
         y, mean, rstd = norm.fwd(x, gain, shift)
         ctx.save_for_backward(x, weight, bias, log_alpha, gate.seed, gain, shift, mean, rstd)
@@ -136,6 +147,7 @@ class _FoldedNorm(Node):
 
     @staticmethod
     def fused(ctx: Any, dy: Tensor) -> Any:
+        """The gradients by the kernels: those of gain and shift, divided up among weight, bias and gates."""
         x, weight, bias, log_alpha, seed, gain, shift, mean, rstd = ctx.saved_tensors
         spec, norm = ctx.constants
         need_x, need_w, need_b, need_gate = needs = ctx.needs_input_grad[:4]
@@ -158,8 +170,10 @@ _apply = _FoldedNorm.apply_at_once
 
 
 def folded_norm(x: Tensor, weight: Tensor, bias: Tensor | None, gate: GateArgs, norm: Norm) -> Tensor:
-    """Differentiable; weight, bias: the shape that ``norm`` normalises, a gate for each element;
-    arguments are taken as checked.
+    """z * norm(x), differentiable.
+
+    weight, bias: in the shape that ``norm`` normalises, with one gate for each element. It does not check its
+    arguments.
     """
     backend = getattr(select(x.device, weight.dtype), "folded_norm", None)
     tensors = x, weight, bias, gate.log_alpha
@@ -178,17 +192,20 @@ def folded_norm(x: Tensor, weight: Tensor, bias: Tensor | None, gate: GateArgs, 
 
 
 def affine(weight: Tensor, bias: Tensor | None, gate: GateArgs) -> tuple[Tensor, Tensor | None]:
-    """(z weight, z bias) in the dtype of ``weight``, differentiable; any shape, a gate for each element;
-    arguments are taken as checked.
+    """(z weight, z bias) in the dtype of ``weight``, differentiable; any shape, one gate for each element.
+
+    It does not check its arguments.
     """
     return _affine(weight, bias, gate.on_rows())
 
 
 def _composed(x: Tensor, weight: Tensor, bias: Tensor | None, gates: GatePair, norm: Norm) -> Tensor:
+    """z * norm(x) by smaller operators."""
     return norm(x, *_affine(weight, bias, gates))
 
 
 def _affine(weight: Tensor, bias: Tensor | None, gates: GatePair) -> tuple[Tensor, Tensor | None]:
+    """(z weight, z bias) in the dtype of ``weight``, by operators."""
     if torch.compiler.is_compiling():
         assert gates.output is not None
         z = sample_gates(gates.output, None).view(weight.shape)

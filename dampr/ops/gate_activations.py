@@ -111,6 +111,8 @@ bwd = define(
 
 
 class _GateActivations(Node):
+    """The autograd function of :func:`gate_activations`."""
+
     tensors = 3
     plain = staticmethod(reference.gate_activations)
 

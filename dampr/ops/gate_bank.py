@@ -1,5 +1,5 @@
-"""z = gate(log_alpha, U(seed, index)) of all gates of a model, and sum(cost P(z != 0)): one draw, one backward,
-for both.
+"""One operator for all gates of a model: it draws z = gate(log_alpha, U(seed, index)) and computes the penalty sum(cost
+P(z != 0)). Both together need one draw and one backward.
 """
 
 from __future__ import annotations
@@ -18,6 +18,10 @@ from .sample_gates import bwd, fwd
 
 
 class _Bank(Node):
+    """The autograd function of the draw and the penalty: (log_alpha (n,), seed (1,), cost (n,), spec) -> (z (n,),
+    penalty, a scalar).
+    """
+
     tensors = 3
 
     @staticmethod
@@ -41,8 +45,8 @@ class _Bank(Node):
 
 
 class _Joined(torch.autograd.Function):
-    """Parameters that lie one after the other in memory as the one vector that they are, and its gradient as theirs:
-    views, no copies.
+    """The vector whose consecutive parts in memory are the given parameters; its gradient is split among them. Nothing
+    is copied.
     """
 
     @staticmethod
@@ -56,7 +60,9 @@ class _Joined(torch.autograd.Function):
 
 
 def joined(flat: Tensor, parameters: Sequence[Tensor]) -> Tensor:
-    """``flat``, (sum of n,), with a graph to the parameters, (n,) each, whose memory it is."""
+    """``flat``, (sum of n,), connected by a graph to ``parameters``, (n,) each, which lie one after the other in its
+    memory.
+    """
     out: Tensor = _Joined.apply(flat, [p.numel() for p in parameters], *parameters)  # type: ignore[no-untyped-call]
     return out
 

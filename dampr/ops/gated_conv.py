@@ -1,9 +1,10 @@
-"""y = z_out * (conv(x * z_in, W) + b) around torch's own convolution: gates in the weight, or on the activations
-(``on_activations``).
+"""y = z_out * (conv(x * z_in, W) + b) around torch's own convolution, with the gates multiplied into the weight or into
+the activations (``on_activations``).
 
-Made of smaller ops; on the CPU one node of autograd instead, where nobody traces. That leaves out views and nodes,
-which beside the cold cache that a convolution leaves behind are slow; and as convolution and gates then share a
-backward, the folded weight is not kept but folded again, and gradients are written over what nobody else can see.
+It is composed of smaller operators. On the CPU, if nothing has to see operators, it is one autograd function
+instead: views and autograd nodes are slow there after a convolution has filled the caches. As convolution and gates
+then share one backward, the folded weight is not saved but folded again, and gradients may be written over tensors
+that nobody else can see.
 """
 
 from __future__ import annotations
@@ -44,10 +45,13 @@ class Window(NamedTuple):
         )
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """torch's convolution with these arguments."""
         return torch.convolution(x, weight, bias, *self[:3], False, [0] * len(self.stride), self.groups)
 
 
 class _GatedConv(Node):
+    """The autograd function of a gated convolution on the CPU."""
+
     tensors = 7
 
     @staticmethod
@@ -65,7 +69,7 @@ class _GatedConv(Node):
             x, weight, bias, GatePair(*gates), window, on_activations, keep_pre=ctx.needs_input_grad[4]
         )
         ctx.save_for_backward(x, weight, bias, *gates[:4], pre)
-        # a hook may keep what is saved
+        # a saved-tensor hook may hold saved tensors, which must then not be overwritten
         ctx.hooked = hooks_on_saved() is not None
         return y  # type: ignore[no-any-return]
 
@@ -95,7 +99,10 @@ def composed_conv(
     groups: int,
     on_activations: bool,
 ) -> Tensor:
-    """The same of smaller ops, with any ``convolve(x, weight, bias)``."""
+    """The gated convolution by smaller operators, around any ``convolve(x, weight, bias)``.
+
+    groups: those of the convolution. on_activations: multiply gates into x and y instead of the weight.
+    """
     dtype = x.dtype
     if on_activations:
         if gates.input is not None:
@@ -112,8 +119,9 @@ def composed_conv(
 def gated_conv(
     x: Tensor, weight: Tensor, bias: Tensor | None, gates: GatePair, window: Window, on_activations: bool
 ) -> Tensor:
-    """Differentiable gated convolution of x (B, C, *size); arguments are taken as checked
-    (:mod:`dampr.functional.conv` checks).
+    """The gated convolution of x (B, C, *size), differentiable.
+
+    It does not check its arguments; :mod:`dampr.functional.conv` does.
     """
     tensors = x, weight, bias, gates.input_log_alpha, gates.output_log_alpha
     one_fold = gates.input is None or (gates.output is None and window.groups == 1 and channels_innermost(weight))

@@ -1,8 +1,8 @@
-"""y = z_out * (conv2d(x * z_in, W) + b) in one pass over live blocks of channels, as an op; the other routes are made
-of smaller ops.
+"""y = z_out * (conv2d(x * z_in, W) + b) in one kernel that skips blocks of channels whose gates are all closed.
 
-The op has a forward only: its backward folds the gates into the weight, lets torch differentiate the convolution, and
-turns the gradient of the folded weight into those of the weight and the gates, as the fold route does.
+Other routes of convolutions are composed of smaller operators (:mod:`.gated_conv`). The operator has a forward only.
+Its backward folds the gates into the weight, lets torch differentiate the convolution, and from the gradient of the
+folded weight computes those of the weight and the gates.
 """
 
 from __future__ import annotations
@@ -37,6 +37,17 @@ def _fwd(
     dilation: Sequence[int],
     groups: int,
 ) -> Tensor:
+    """Implementation of ``dampr::gated_conv2d_fwd``: y (B, N, OH, OW), channels last.
+
+    Args:
+        x: (B, C, H, W).
+        weight: (N, C / groups, R, S).
+        bias: (N,) or None.
+        in_la, out_la: log_alpha of gates on channels (C,) and on filters (N,); None without these gates.
+        in_seed, out_seed: int64 (1,); None if nothing is drawn.
+        spec: the fields of a :class:`dampr.spec.GateSpec` as floats.
+        stride, padding, dilation, groups: those of the convolution.
+    """
     gates = GatePair.of(in_la, out_la, in_seed, out_seed, spec)
     window = Window(tuple(stride), tuple(padding), tuple(dilation), groups)  # type: ignore[arg-type]
     y: Tensor = select(x.device, x.dtype).gated_conv2d_fwd(x, weight, bias, gates, window)
@@ -44,6 +55,7 @@ def _fwd(
 
 
 def _fwd_fake(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
+    """The empty result of :func:`_fwd`."""
     size = Window(*rest[-4:]).size(x.shape, weight.shape)
     return x.new_empty((x.shape[0], weight.shape[0], *size)).contiguous(memory_format=torch.channels_last)
 
@@ -57,6 +69,8 @@ fwd = define(
 
 
 class _GatedConv2d(Node):
+    """The autograd function of :func:`gated_conv2d`."""
+
     tensors = 7
 
     @staticmethod
@@ -110,8 +124,9 @@ class _GatedConv2d(Node):
 
 
 def gated_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, gates: GatePair, window: Window) -> Tensor:
-    """Differentiable, gates per batch; x: (B, C, H, W); arguments are taken as checked
-    (:func:`dampr.functional.gated_conv2d` checks).
+    """The gated convolution of x (B, C, H, W), differentiable, with one draw for all images.
+
+    It does not check its arguments; :func:`dampr.functional.gated_conv2d` does.
     """
     y: Tensor = apply(_GatedConv2d, x, weight, bias, *gates[:5], *window)
     return y

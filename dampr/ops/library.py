@@ -1,4 +1,4 @@
-"""The ``dampr`` operator library, and the call of an operator where nobody needs the dispatcher."""
+"""The ``dampr`` operator library, and how an operator is called if nothing needs torch's dispatcher."""
 
 from __future__ import annotations
 
@@ -20,14 +20,18 @@ def define(
     fake: Callable[..., Any],
     returned: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
-    """Define ``dampr::<schema>``, implement it on CPU and CUDA, give it a fake; returns what calls it.
+    """Define the operator ``dampr::<schema>`` for CPU and CUDA; returns a function that calls it.
 
-    An operator cannot return None. Where ``implementation`` does, ``returned(result, *arguments)`` is what the operator
-    returns for it.
+    Args:
+        schema: the schema, as :mod:`torch.library` takes it.
+        implementation: computes it.
+        fake: makes empty results for tracing.
+        returned: an operator cannot return None; ``returned(result, *arguments)`` replaces a result with None in it.
 
-    Where nothing but the implementation could answer, the dispatcher is left out: going through it and back into Python
-    costs a tiny layer (16, 64, 64) 30 us a step. Whoever traces, transforms, counts or profiles gets the operator. Of a
-    list of tensors only the caller looks at what is in it.
+    The returned function calls ``implementation`` directly if nothing needs the dispatcher
+    (:func:`.node.needs_dispatcher`): going through it and back into Python takes 30 us per step of a tiny layer (16,
+    64, 64). Compilers, transforms, counters and profilers get the operator. Tensors inside of a list argument are not
+    checked; the caller has to check these.
     """
     name = schema.split("(")[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -38,6 +42,7 @@ def define(
     overload = getattr(torch.ops.dampr, name).default
 
     def call(*args: Any) -> Any:
+        """Call the implementation, or the operator if something needs the dispatcher."""
         first = args[0] if type(args[0]) is not list else args[0][0]
         return (
             overload(*args) if needs_dispatcher(args) or not (first.is_cpu or first.is_cuda) else implementation(*args)
@@ -47,25 +52,27 @@ def define(
 
 
 def or_empty(grads: Sequence[torch.Tensor | None], like: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """What a backward operator returns: operators have no None,
-    so an empty tensor stands for a gradient that nobody needs.
-    """
+    """The gradients with an empty tensor in the place of each None, because an operator cannot return None."""
     return tuple(like.new_empty(0) if g is None else g for g in grads)
 
 
 def wanted(grads: Sequence[torch.Tensor | None], needs: Sequence[bool]) -> list[torch.Tensor | None]:
-    """None again where nobody needs a gradient, whichever way a backward went."""
+    """The gradients with None for those that ``needs`` does not ask for."""
     return [g if need else None for g, need in zip(grads, needs, strict=True)]
 
 
 def rows_of(x: torch.Tensor) -> torch.Tensor:
-    """``x`` (..., n) as a matrix (rows, n), also where a size is 0, or a symbol, which numel makes a number."""
+    """``x`` (..., n) as a matrix (rows, n). It works for sizes of 0, and for symbolic sizes, which ``numel`` would
+    fix.
+    """
     return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def choose_activations(M: int, N: int, K: int) -> bool:
-    """Whether x (M, K) and y (M, N) are both smaller than the weight (N, K), unless a route is forced;
-    not where a size is dynamic.
+    """Whether gates multiply activations: x (M, K) and y (M, N) are both smaller than the weight (N, K), or it is
+    forced.
+
+    False if a size is symbolic and the answer depends on it.
     """
     forced = routes.forced_name()
     return (
@@ -76,10 +83,9 @@ def choose_activations(M: int, N: int, K: int) -> bool:
 
 
 def gates_activations(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether gates per batch multiply x (..., K) and y (..., N) instead of the weight (N, K), on the CPU where these
-    are smaller.
+    """Whether gates per batch multiply x (..., K) and y (..., N) instead of the weight (N, K).
 
-    The output gate then keeps the activation before it for its gradient. On a GPU a pass over the weight is too cheap
-    for that.
+    Only on the CPU, where these are smaller. The output gate then needs the activation in front of it for its gradient.
+    On a GPU a pass over the weight costs too little to be worth that.
     """
     return x.device.type == "cpu" and choose_activations(rows_of(x).shape[0], *weight.shape)

@@ -29,7 +29,7 @@ from ._torch import (
 )
 from .gate_args import GatePair
 
-# Looked up once, because every backward calls them and the lookup shows in the time of a tiny layer.
+# Bound to names, because every backward calls them and two attribute lookups can be measured in a tiny layer.
 _grad_enabled, _compiling = torch.is_grad_enabled, torch.compiler.is_compiling
 
 
@@ -61,23 +61,32 @@ def needs_dispatcher(args: Sequence[Any], by_profiler: bool = True) -> bool:
 class Node(torch.autograd.Function):
     """Base of the autograd functions.
 
-    A subclass has ``forward``, ``plain``, and ``fused`` in the place of ``backward``. The context of a call keeps the
-    arguments of ``plain``: the first ``tensors`` of the saved tensors, which are the first inputs of ``forward``, and
-    then ``constants``.
+    A subclass defines ``forward`` and two ways to compute gradients. ``plain`` is the same computation in
+    differentiable torch operators; its gradients are used if gradients are differentiated again or come in batches.
+    ``fused`` computes the gradients with the backend's kernels, and stands in the place of ``backward``. A subclass
+    without ``fused`` stores a plan that computes them, and has ``by_operators`` for code that is compiled, traced or
+    profiled.
+
+    The context of a call keeps the arguments of ``plain``: the first ``tensors`` of the saved tensors, which are the
+    first inputs of ``forward``, and then ``constants``.
     """
 
     tensors: int
     plain: Callable[..., Any]
     fused: Callable[..., Any] | None = None
     by_operators: Callable[..., Any] | None = None
-    apply_at_once: Callable[..., Any]  # ``apply`` without what it does first, for where nobody traces or transforms
+    apply_at_once: Callable[..., Any]  # ``apply`` without its wrapper in Python, for calls that nothing traces
 
     def __init_subclass__(cls) -> None:
+        """Give a subclass its ``backward`` and ``apply_at_once``."""
         planned, fused = cls.fused is None, cls.fused or cls.by_operators
 
         def backward(ctx: Any, *grads: Tensor) -> Any:
-            # Differentiated again, or one of a batch. What is compiled is neither:
-            # torch refuses a second derivative of it by name.
+            """The gradients: by ``plain`` if they are differentiated again or batched, else by ``fused`` or the
+            plan.
+            """
+            # The first case is a backward that is differentiated again, or a batch of gradients. Compiled code is
+            # never in it, because torch refuses second derivatives of that with an error of its own.
             compiling = _compiling()
             if not compiling and (
                 _grad_enabled() or is_batch_of_gradients(grads[0]) or in_torch_func() or forward_mode_level() >= 0
@@ -141,7 +150,7 @@ def differentiate(
         wanted = [t for t, need in zip(given, needs, strict=True) if need and t is not None]
         learned = [(y, dy) for y, dy in zip(outputs, grads, strict=True) if y is not None and y.requires_grad]
         found = [torch.zeros_like(t) for t in wanted]
-        if learned:  # not by gates of a rule without a gradient
+        if learned:  # empty if all outputs come from gates of a rule without a gradient
             ends, upstream = zip(*learned, strict=True)
             found = list(torch.autograd.grad(ends, wanted, upstream, create_graph=again, materialize_grads=True))
     return [found.pop(0) if need and t is not None else None for t, need in zip(given, needs, strict=True)]

@@ -26,8 +26,9 @@ Statistics = tuple[Tensor, Tensor]
 
 
 class Norm(NamedTuple):
-    """gain (x - mean) / sqrt(var + eps) + bias, and a ReLU behind the gates or none; vectors (C,), None: a gain of 1,
-    no bias.
+    """The arguments of act(z (gain (x - mean) / sqrt(var + eps) + bias)) that are no statistics.
+
+    gain, bias: (C,), or None for a gain of 1 and no bias. relu: whether a ReLU follows the gates.
     """
 
     gain: Tensor | None
@@ -37,8 +38,9 @@ class Norm(NamedTuple):
 
 
 class Running(NamedTuple):
-    """What a norm keeps of the batches it has seen: mean and variance, (C,), how many these were, int64,
-    and what a new one weighs.
+    """The running statistics of a batch norm, and how far a batch moves them.
+
+    mean, var: (C,) or None. updates: int64, how many batches there were, or None. momentum: the weight of a new batch.
     """
 
     mean: Tensor | None
@@ -47,7 +49,7 @@ class Running(NamedTuple):
     momentum: float
 
     def move(self, mean: Tensor, var: Tensor, count: int) -> None:
-        """Towards the mean and the biased variance of ``count`` values per channel, in place."""
+        """Update the statistics, in place, with the mean and the biased variance of ``count`` values per channel."""
         for running, new, scale in ((self.mean, mean, 1.0), (self.var, var, count / (count - 1))):
             if running is None:
                 continue
@@ -72,7 +74,15 @@ def _fwd(
     per_sample: bool,
     relu: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """y, and the statistics of x where none were given."""
+    """Implementation of ``dampr::norm_gate_fwd``: (y, mean, var); the last two are None if they were given.
+
+    Args:
+        x: (B, C, ...).
+        gain, bias: (C,) or None.
+        log_alpha, seed, spec, per_sample: the gates.
+        mean, var: the statistics to normalise with, (C,); None: those of x.
+        eps, relu: as in :class:`Norm`.
+    """
     gate, norm = GateArgs.of(log_alpha, seed, spec, per_sample), Norm(gain, bias, eps, relu)
     made: tuple[Tensor, Tensor | None, Tensor | None] = select(x.device, x.dtype).norm_gate_fwd(
         x, norm, gate, mean, var
@@ -89,6 +99,7 @@ def _fwd_fake(
     mean: Tensor | None,
     *_: Any,
 ) -> tuple[Tensor, ...]:
+    """The empty results of :func:`_fwd`."""
     y = torch.empty_like(x, memory_format=dense_format(x, 1))
     return y, *(torch.empty_like(log_alpha) if mean is None else x.new_empty(0) for _ in range(2))
 
@@ -109,7 +120,11 @@ def _bwd(
     training: bool,
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of x, gain, bias and log_alpha; ``training``: mean and var are those of x."""
+    """Implementation of ``dampr::norm_gate_bwd``: the gradients of x, gain, bias and log_alpha; None where ``needs`` is
+    False.
+
+    ``training``: mean and var are those of x, so a gradient flows through them.
+    """
     gate, norm = GateArgs.of(log_alpha, seed, spec, per_sample), Norm(gain, bias, eps, relu)
     grads: tuple[Tensor | None, ...] = select(x.device, x.dtype).norm_gate_bwd(
         dy, x, norm, gate, mean, var, training, needs
@@ -120,6 +135,7 @@ def _bwd(
 def _bwd_fake(
     dy: Tensor, x: Tensor, gain: Tensor | None, bias: Tensor | None, log_alpha: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
+    """The empty results of :func:`_bwd`."""
     needs = rest[-1]
     dx = torch.empty_like(x, memory_format=dense_format(x, 1)) if needs[0] else x.new_empty(0)
     others = (torch.empty_like(log_alpha) if need else x.new_empty(0) for need in needs[1:])
@@ -144,6 +160,8 @@ bwd = define(
 
 
 class _NormGate(Node):
+    """The autograd function with the operators ``fwd`` and ``bwd``."""
+
     tensors = 7
 
     @staticmethod
@@ -173,15 +191,20 @@ class _NormGate(Node):
 
 
 def _statistics(x: Tensor, like: Tensor) -> Statistics:
-    """Mean and biased variance of x in the dtype of ``like``, for the running ones: no derivative goes through them."""
+    """(mean, biased variance) of each channel of x in the dtype of ``like``, without a gradient, for the running
+    statistics.
+    """
     var, mean = torch.var_mean(x.detach().to(like.dtype), [i for i in range(x.dim()) if i != 1], correction=0)
     return mean, var
 
 
 class _FusedNorm(Node):
-    """The same by batch statistics where nobody needs operators; the backend moves the running statistics too."""
+    """The autograd function that calls a backend directly, with the statistics of the batch.
 
-    tensors = 5  # with the seed, which takes the place of the norm among the inputs
+    The backend updates the running statistics in the same call.
+    """
+
+    tensors = 5  # x, gain, bias, log_alpha and the seed of the gate
 
     @staticmethod
     def plain(
@@ -223,19 +246,19 @@ _whole = _FusedNorm.apply_at_once
 
 
 def has_fused_norm(device: torch.device, dtype: torch.dtype, per_sample: bool) -> bool:
-    """Whether the backend for such tensors has norm, gates and running statistics in one call.
+    """Whether the backend for such tensors computes norm, gates and running statistics in one call.
 
-    C++ has them always, Triton per sample.
+    C++ always does; Triton does for gates per sample.
     """
     return per_sample in getattr(select(device, dtype), "fused_norms", ())
 
 
 def fused_norm(x: Tensor, norm: Norm, gate: GateArgs, running: Running) -> Tensor | None:
-    """:func:`norm_gate` by the statistics of x, without operators in between. None where that is not to be had.
+    """:func:`norm_gate` with the statistics of x, by one call of the backend; None if that is not possible.
 
-    In C++ it is faster than torch's norm, and a ReLU, even with one draw for all samples. On a GPU nobody has measured
-    it: gates per batch are folded into gain and bias there. Not where somebody traces, who fuses or transforms the
-    smaller ops.
+    In C++ this is faster than torch's norm (and a ReLU) even with one draw for all samples. On a GPU gates per batch
+    are folded into gain and bias, because nobody has measured the fused kernel for these. None also while code is
+    traced or transformed, because compilers fuse the smaller operators.
     """
     (gain, bias, _, _), log_alpha, (mean, var, updates, _) = norm, gate.log_alpha, running
     if needs_dispatcher((x, gain, bias, log_alpha), by_profiler=False):
@@ -264,14 +287,15 @@ def fused_norm(x: Tensor, norm: Norm, gate: GateArgs, running: Running) -> Tenso
     else:
         y = select(x.device, x.dtype).norm_gate_fwd(x, norm, gate, None, None, running)[0]
     if x.numel():
-        # were written to by their addresses
+        # the backend has changed them through their addresses, which autograd does not see
         count_as_written([t for t in (mean, var, updates) if t is not None])
     return y
 
 
 def _moves(kept: Tensor | None, like: Tensor | None = None) -> bool:
-    """Whether a call may write to what a norm keeps, if it does, by its address: a vector ``like`` another,
-    or a number.
+    """Whether a backend may write to ``kept``, a running statistic, through its address; True if there is none.
+
+    It may if it is contiguous and like ``like`` in dtype, shape and device (None: a scalar).
     """
     if kept is None:
         return True
@@ -284,12 +308,17 @@ def _moves(kept: Tensor | None, like: Tensor | None = None) -> bool:
 
 
 def norm_gate(x: Tensor, norm: Norm, gate: GateArgs, statistics: Statistics | None, running: Running) -> Tensor:
-    """Differentiable in x, gain, bias and log_alpha; with the mean and variance in ``statistics`` or, where these are
-    None, of x, towards which the ``running`` ones are moved.
+    """act(z batch_norm(x)), differentiable in x, gain, bias and log_alpha.
 
-    x: (B, C, ...); everything else (C,), in the dtype of ``log_alpha``: float64 beside a float64 x, else float32;
-    running statistics may have another. Arguments are taken as checked (:func:`dampr.functional.gated_batch_norm`
-    checks).
+    Args:
+        x: (B, C, ...).
+        norm: gain, bias, eps and whether a ReLU follows; vectors are (C,).
+        gate: the gates, (C,).
+        statistics: (mean, variance) to normalise with; None: those of x, and ``running`` is updated with them.
+        running: the running statistics; they may have another dtype.
+
+    All vectors have the dtype of ``log_alpha``, float64 for a float64 x and else float32. It does not check its
+    arguments; :func:`dampr.functional.gated_batch_norm` does.
     """
     whole = fused_norm(x, norm, gate, running) if statistics is None else None
     if whole is not None:

@@ -1,18 +1,20 @@
-"""Which way a gated linear map or convolution takes through a backend, and how tests and benchmarks overrule it.
+"""The routes: in which ways a backend can compute a gated linear layer or convolution, and how to force one.
 
-small        drawn gates of features, a tiny layer: one call does it all, products included (C++)
-fold         per batch: gates multiplied into the weight by one pass, then the vendor GEMM or convolution
-activations  per batch, gates of features or channels: multiplied into activations, which are smaller than the weight
+"Per batch" means one draw of the gates for all samples; "per sample" a draw for each.
+
+small        a tiny layer with drawn gates of features: one call computes everything, products included (C++)
+fold         per batch: one pass multiplies gates into the weight, then the library's GEMM or convolution runs
+activations  per batch, gates of features or channels: they multiply the activations, which are smaller than the weight
              (CPU)
-live         per batch, gates of features or channels: the product over open gates alone; Triton: in a GEMM or a
-             convolution of its own, over blocks of features that have one; CPU: what is open is picked out, where a
-             draw leaves few enough open
-slice        per batch, gates of a family that keeps the open ones side by side (DAM): the layer on a view of its
-             weight, by another of these routes (CPU); :func:`dampr.explain` says so, nothing forces it
-small_m      per batch, a gate for each weight: a GEMM that draws the gates of its weights (Triton)
-linear       per batch, a 1 x 1 convolution on channels last: the linear map that it is (its own route then decides)
+live         per batch, gates of features or channels: closed gates are left out of the product. Triton: a GEMM or
+             convolution of its own skips blocks of features whose gates are all closed. CPU: open features are
+             gathered into smaller tensors, if the draw leaves few enough open. (The code calls this skip_closed.)
+slice        per batch, gates of a family that keeps the open ones side by side (DAM): the layer runs on a view of its
+             weight, by another of these routes (CPU). :func:`dampr.explain` names it; it cannot be forced
+small_m      per batch, a gate for each weight: a GEMM draws the gates of the weights that it reads (Triton)
+linear       per batch, a 1 x 1 convolution in channels last: it runs as a linear layer, which has a route of its own
 one_pass     per sample: GEMMs with the gates inside (Triton)
-passes       per sample: passes that gate activations, around the vendor GEMM or convolution
+passes       per sample: passes that multiply activations by gates, around the library's GEMM or convolution
 """
 
 from __future__ import annotations
@@ -24,16 +26,22 @@ from typing import NamedTuple
 import torch
 
 ROUTES = ("small", "fold", "activations", "live", "linear", "small_m", "one_pass", "passes")
-stack: list[list[str | None]] = []  # process-wide on purpose: the backward of CUDA ops runs in threads of its own
+# for the whole process and not for a thread, because autograd runs the backward of CUDA operators in its own threads
+stack: list[list[str | None]] = []
 
 
 class ConvProblem(NamedTuple):
-    """What the route of a gated convolution depends on.
+    """The properties of a gated convolution that its route depends on.
 
-    ``weight``: its shape, (N, C / groups, *kernel). ``pointwise``: whether the convolution is a linear map of the
-    channels of each pixel that lie side by side in memory. ``activations``: how many elements gates would multiply that
-    do not multiply the weight. ``work``: multiply-adds. ``per_sample``: a draw per image, hence False for a rule
-    without noise.
+    Attributes:
+        weight: the shape of the weight, (N, C / groups, *kernel).
+        groups: the groups of the convolution.
+        granularity: what one gate multiplies.
+        per_sample: whether each image has a draw; False if nothing is drawn.
+        pointwise: whether it is a linear layer on the channels of each pixel, which lie side by side in memory.
+        activations: how many elements gates would multiply if they did not multiply the weight.
+        work: multiply-adds.
+        device: where it runs.
     """
 
     weight: tuple[int, ...]

@@ -63,6 +63,8 @@ bwd = define(
 
 
 class _SampleGates(Node):
+    """The autograd function of :func:`sample_gates`."""
+
     tensors = 2
 
     @staticmethod

@@ -1,8 +1,8 @@
-"""From which share of closed gates on the CPU leaves them out: safe for every processor measured, or what ``dampr
-tune`` found on this one.
+"""The share of closed gates from which on closed gates are left out of products on the CPU.
 
-Nothing is measured here. ``dampr tune`` writes a file in the user's cache folder, one for each processor, with an entry
-for each number of threads; it is read once, the first time that a layer is large enough to ask.
+The default is safe on every processor that was measured; ``dampr tune`` measures this one. It writes a file in the
+user's cache folder, one for each processor, with an entry for each number of threads. The file is read once, when the
+first layer is called that is large enough.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from dampr._writing import whole_or_nothing
 
 
 class Skip(NamedTuple):
-    """The least closed share of a layer's input gates, and of its output gates, that is left out;
-    ``source`` says who says so.
+    """The smallest share of closed input gates, and of closed output gates, from which on they are left out.
+
+    ``source`` says, in words, where the numbers come from.
     """
 
     inputs: float
@@ -31,7 +32,7 @@ class Skip(NamedTuple):
 
 
 DEFAULT = Skip(0.5, 0.375, "by default; dampr tune measures this machine")
-NEVER = 2.0  # a share that no draw closes
+NEVER = 2.0  # a share that is never reached: closed gates are never left out
 
 
 def processor() -> str:
@@ -44,8 +45,9 @@ def processor() -> str:
 
 
 def path() -> Path:
-    """Where the thresholds of this processor are, or would be: in ``$DAMPR_CACHE``,
-    or in ``dampr`` in the user's cache folder.
+    """The file with the thresholds of this processor, in ``$DAMPR_CACHE`` or in ``dampr`` in the user's cache folder.
+
+    It need not exist.
     """
     cache = os.environ.get("DAMPR_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dampr"
     return Path(cache) / f"thresholds-{re.sub(r'[^a-z0-9]+', '-', processor().lower()).strip('-')}.json"
@@ -58,7 +60,9 @@ def skip() -> Skip:
 
 @functools.cache
 def _of(threads: int, *_: str | None) -> Skip:
-    """Read once for each place that the file may be in: finding its name takes as long as a small layer."""
+    """The thresholds for this number of threads. The environment variables are arguments because the file's place
+    depends on them: the result is cached for each, as finding the file takes as long as a small layer.
+    """
     file = path()
     try:
         entry = json.loads(file.read_text())["threads"][str(threads)]
@@ -73,18 +77,19 @@ def _of(threads: int, *_: str | None) -> Skip:
 
 
 def described(found: Skip | None = None) -> str:
-    """In words: from where on they are left out, and who says so."""
+    """The thresholds as text."""
     found = skip() if found is None else found
     sides = [_from(found.inputs, "inputs"), _from(found.outputs, "outputs")]
     return f"{sides[0]}, {sides[1]}, {found.source}"
 
 
 def _from(share: float, side: str) -> str:
+    """One threshold as text."""
     return f"from {share:.0%} of the {side}' gates on" if share <= 1 else f"never for {side}"
 
 
 def write(inputs: float, outputs: float, **more: Any) -> Path:
-    """Keep the thresholds for the present number of threads beside those for others; returns the file."""
+    """Write the thresholds for the present number of threads, and keep those for other numbers; returns the file."""
     file = path()
     try:
         known = json.loads(file.read_text())

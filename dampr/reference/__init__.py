@@ -1,6 +1,6 @@
-"""Plain PyTorch, clean in float64: the definition of right.
+"""The reference: every operator in plain PyTorch, as simple as possible, with gradients from autograd.
 
-Every backend answers to this room; gradients come from autograd alone.
+Every backend is tested against it in float64.
 """
 
 from .dependency_generator import dependency_generator

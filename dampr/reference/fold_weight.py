@@ -1,4 +1,4 @@
-"""W~ = W * Z, a weight with its gates written into it."""
+"""W~ = W * Z, a weight times its gates."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ def fold_weight(
     spec: GateSpec,
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(z_out W z_in, z_out b) in ``dtype``, differentiable in every floating-point argument; weight: (N, K), bias:
-    (N,).
+    """(z_out W z_in, z_out b) in ``dtype``, differentiable in every floating-point argument.
+
+    weight: (N, K); bias: (N,) or None; log_alphas: (K,) and (N,), None without these gates.
     """
-    # Where there are no gates, a one in the dtype that they have beside such a weight.
+    # without gates, a 1 in the dtype that gates would have
     none = weight.new_ones((), dtype=torch.promote_types(weight.dtype, torch.float32))
     z_in = none if input_log_alpha is None else gate_values(input_log_alpha, spec, input_seed)
     z_out = none if output_log_alpha is None else gate_values(output_log_alpha, spec, output_seed)
@@ -39,8 +40,9 @@ def fold_blocks(
     block: tuple[int, int],
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """W * Z in ``dtype``, differentiable in every floating-point argument; weight: (N, ...),
-    a gate for each block of it as a matrix.
+    """W * Z in ``dtype``, differentiable in every floating-point argument.
+
+    weight: (N, ...), taken as a matrix of N rows; one gate for each ``block`` of it.
     """
     z = expand_blocks(gate_values(log_alpha, spec, seed), (weight.shape[0], weight.shape[1:].numel()), block)
     return (weight * z.reshape(weight.shape)).to(dtype)

@@ -20,7 +20,7 @@ def gated_attention(
     out_bias: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Differentiable in every argument.
+    """Attention with gated heads, differentiable in every argument.
 
     Args:
         q, k, v: after their projections, (N, L, H d), (N, S, H d) and (N, S, H d).
@@ -28,7 +28,7 @@ def gated_attention(
         out_weight, out_bias: the output projection, (E, H d) and (E,).
         mask: added to the scores, broadcasts to (N, H, L, S).
 
-    Returns: y (N, L, E) and the attention weights (N, H, L, S), which have no gates in them.
+    Returns: y (N, L, E) and the attention weights (N, H, L, S), without gates.
     """
     samples, queries = q.shape[:2]
     heads = z.shape[-1]

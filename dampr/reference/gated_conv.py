@@ -1,4 +1,4 @@
-"""y = z_out * (conv(x * z_in, Z * W) + b) in one or two dimensions, with every gate written out."""
+"""y = z_out * (conv(x * z_in, Z * W) + b) in one to three dimensions."""
 
 from __future__ import annotations
 
@@ -68,6 +68,7 @@ def weight_gated_conv(
 def _convolve(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, arguments: dict[str, Any]
 ) -> torch.Tensor:
+    """torch's convolution for the number of dimensions of x."""
     convolve: Any = {3: functional.conv1d, 4: functional.conv2d, 5: functional.conv3d}[x.dim()]
     y: torch.Tensor = convolve(x, weight, None if bias is None else bias.to(x.dtype), **arguments)
     return y

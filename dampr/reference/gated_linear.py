@@ -1,4 +1,4 @@
-"""y = z_out * ((x * z_in) W^T + b), and y = x (Z * W)^T + b, with every gate written out.
+"""y = z_out * ((x * z_in) W^T + b), and y = x (Z * W)^T + b.
 
 Equations of the gates: :mod:`dampr.spec`.
 """
@@ -25,12 +25,12 @@ def gated_linear(
     spec: GateSpec,
     per_sample: bool,
 ) -> torch.Tensor:
-    """Differentiable in every floating-point argument. x: (..., K), weight: (N, K), bias: (N,), log-alphas: (K,) and
-    (N,); returns (..., N).
+    """y = z_out * ((x * z_in) W^T + b), (..., N), differentiable in every floating-point argument.
 
-    Per sample, each row of ``x`` flattened to (M, K) has gates of its own.
+    x: (..., K); weight: (N, K); bias: (N,) or None; log_alphas: (K,) and (N,), None without these gates. per_sample:
+    each row of ``x``, flattened to (M, K), has a draw of its own.
 
-    The output gate multiplies the bias too, in training as in evaluation. (The published L0 convolution drops the bias
+    The output gate multiplies the bias too, in training and in evaluation. (The published L0 convolution drops the bias
     in training.)
     """
     leading = x.shape[:-1]
@@ -46,8 +46,10 @@ def gated_linear(
 
 
 def expand_blocks(z: torch.Tensor, shape: tuple[int, int], block: tuple[int, int]) -> torch.Tensor:
-    """Block gates as a matrix of ``shape`` (N, K): entry (n,
-    k) is gate (n // R) * ceil(K / C) + k // C for ``block`` (R, C); z: flat.
+    """Block gates as a matrix of ``shape`` (N, K): entry (n, k) is gate (n // R) * ceil(K / C) + k // C for ``block``
+    (R, C).
+
+    z: the gates, flat.
     """
     (n_out, n_in), (rows, cols) = shape, block
     grid = z.view(-(n_out // -rows), -(n_in // -cols))
@@ -63,8 +65,10 @@ def weight_gated_linear(
     spec: GateSpec,
     block: tuple[int, int],
 ) -> torch.Tensor:
-    """A gate on each block of ``weight`` (N, K), on each weight for block (1, 1); the bias is not gated. x: (..., K);
-    returns (..., N).
+    """y = x (Z * W)^T + b, (..., N), with a gate on each ``block`` of the weight (N, K); (1, 1) is a gate on each
+    weight.
+
+    The bias has no gate. x: (..., K).
     """
     z = expand_blocks(gate_values(log_alpha, spec, seed), (weight.shape[0], weight.shape[1]), block)
     gated = (weight * z).to(x.dtype)

@@ -1,7 +1,7 @@
-"""LSTM, GRU and Elman layers whose hidden units have gates, cell by cell and step by step.
+"""LSTM, GRU and Elman layers with gated hidden units, cell by cell and step by step.
 
-z multiplies the state h wherever a weight or the caller reads it; a unit's memory of itself (c of an LSTM, u h of a
-GRU) is not gated::
+z multiplies the state h wherever a weight or the caller reads it. What a unit remembers of itself (c of an LSTM, u h of
+a GRU) has no gate::
 
     LSTM   i, f, g, o = x W_ih^T + b_ih + (z h) W_hh^T + b_hh
            c' = s(f) c + s(i) tanh(g)      h' = s(o) tanh(c')  [W_hr^T]
@@ -9,7 +9,7 @@ GRU) is not gated::
            h' = (1 - u) n + u h
     RNN    h' = tanh or relu (x W_ih^T + b_ih + (z h) W_hh^T + b_hh)
 
-The output is z h', and a state goes in and comes out gated: h_0 / z is the state itself (0 where z is 0).
+The output is z h'. The initial and the final state are gated too: the layer starts from h_0 / z (0 where z is 0).
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ def gated_rnn(
     h_0: Tensor | None = None,
     c_0: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Differentiable in every floating-point argument.
+    """A recurrent layer with gates, differentiable in every floating-point argument.
 
     Args:
         mode: ``"LSTM"``, ``"GRU"``, ``"RNN_TANH"`` or ``"RNN_RELU"``.
         x: (T, B, I).
-        weights: of each layer, and in it each direction: w_ih (G H, ...), w_hh (G H, P), b_ih and b_hh (G H,) or None,
+        weights: for each layer and each direction of it: w_ih (G H, ...), w_hh (G H, P), b_ih and b_hh (G H,) or None,
             w_hr (P, H) or None (then P = H).
         z: gates, (layers, directions, P).
         h_0, c_0: (layers * directions, B, P) and (layers * directions, B, H); None: zeros.
 
-    Returns: output (T, B, directions * P), h_n and c_n in the shapes of h_0 and c_0 (c_n is empty but for an LSTM).
+    Returns: output (T, B, directions * P), h_n and c_n in the shapes of h_0 and c_0 (c_n is empty except for an LSTM).
     """
     layers, directions, width = z.shape
     states, cells = [], []
@@ -61,10 +61,12 @@ def gated_rnn(
 
 
 def _ungated(h: Tensor, z: Tensor) -> Tensor:
+    """h / z, and 0 where z is 0."""
     return torch.where(z != 0, h / torch.where(z != 0, z, 1), 0)
 
 
 def _hidden(mode: str, weights: Sequence[Tensor | None]) -> int:
+    """The number of hidden units, from the rows of w_ih."""
     w_ih = weights[0]
     assert w_ih is not None
     return w_ih.shape[0] // {"LSTM": 4, "GRU": 3}.get(mode, 1)
@@ -73,6 +75,7 @@ def _hidden(mode: str, weights: Sequence[Tensor | None]) -> int:
 def _cell(
     mode: str, x: Tensor, h: Tensor, c: Tensor, z: Tensor, weights: Sequence[Tensor | None]
 ) -> tuple[Tensor, Tensor]:
+    """(h', c') of one step."""
     w_ih, w_hh, b_ih, b_hh, w_hr = weights
     assert w_ih is not None
     assert w_hh is not None

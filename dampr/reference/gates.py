@@ -44,8 +44,9 @@ from dampr.spec import (
 
 
 def exp_portable(x: torch.Tensor) -> torch.Tensor:
-    """exp(x) in float32 by single IEEE operations, the same bits as in C++ and Triton; ``x`` is clamped to [-80, 80];
-    no derivative.
+    """exp(x) in float32 by single IEEE operations, with the same bits as in C++ and Triton; no derivative.
+
+    ``x`` is clamped to [-80, 80].
     """
     x = x.detach().to(torch.float32).clamp(-EXP_LIMIT, EXP_LIMIT)
     n = (x * EXP_LOG2E + EXP_ROUND) - EXP_ROUND
@@ -58,9 +59,7 @@ def exp_portable(x: torch.Tensor) -> torch.Tensor:
 
 
 def _decide(log_alpha: torch.Tensor, spec: GateSpec, u: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which gates are exactly 0 and which exactly 1: taken in float32 whatever the dtype of the value,
-    so that all backends agree.
-    """
+    """(which gates are exactly 0, which exactly 1), decided in float32 for every dtype, so that all backends agree."""
     if spec.rule == SAMPLE:
         assert u is not None, "a drawn gate needs its noise"
         a, u32 = exp_portable(-log_alpha), u.to(torch.float32)
@@ -97,8 +96,7 @@ def gate(log_alpha: torch.Tensor, spec: GateSpec, u: torch.Tensor | None = None)
     closed, full = _decide(log_alpha, spec, u)
     if spec.rule == BINARY:
         return torch.where(closed, zero, one)
-    # Zero in place of a log_alpha whose gate is clipped keeps the infinities of the
-    # branch not taken out of the derivative.
+    # where() passes gradients through both branches; 0 in the place of a clipped log_alpha keeps infinities out of them
     s = _concrete(torch.where(closed | full, zero, log_alpha), spec, u)
     z = s * (spec.zeta - spec.gamma) + spec.gamma
     inside = z + (z.clamp(EDGE, 1 - EDGE) - z).detach()
@@ -108,7 +106,7 @@ def gate(log_alpha: torch.Tensor, spec: GateSpec, u: torch.Tensor | None = None)
 def gate_derivative(log_alpha: torch.Tensor, spec: GateSpec, u: torch.Tensor | None = None) -> torch.Tensor:
     """dz / dlog_alpha for given noise, in closed form; arguments as for :func:`gate`.
 
-    Of hard concrete gates (zeta - gamma) / beta s (1 - s) strictly inside (0, 1), else 0.
+    For hard concrete gates it is (zeta - gamma) / beta s (1 - s) strictly inside (0, 1), else 0.
     """
     if spec.family != HARD_CONCRETE:
         family = {RAMP: _ramp_derivative, MASK: _masked_derivative}.get(spec.family)
@@ -122,13 +120,14 @@ def gate_derivative(log_alpha: torch.Tensor, spec: GateSpec, u: torch.Tensor | N
 
 
 def _decide_ramp(x: torch.Tensor, spec: GateSpec) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which gates are exactly 0 and which exactly 1, in float32."""
+    """(which gates are exactly 0, which exactly 1), decided in float32."""
     x32 = x.detach().to(torch.float32)
     closed = x32 <= spec.lo
     return closed, x32 >= spec.hi if spec.rule == CLIP else torch.zeros_like(closed)
 
 
 def _ramp(x: torch.Tensor, spec: GateSpec) -> torch.Tensor:
+    """Gates of the ramp family, see :mod:`dampr.spec`."""
     zero, one = x.new_zeros(()), x.new_ones(())
     closed, full = _decide_ramp(x, spec)
     y = spec.beta * torch.where(closed | full, zero, x)
@@ -147,6 +146,7 @@ def _ramp(x: torch.Tensor, spec: GateSpec) -> torch.Tensor:
 
 
 def _ramp_derivative(x: torch.Tensor, spec: GateSpec) -> torch.Tensor:
+    """dz/dx of the ramp family."""
     zero = x.new_zeros(())
     closed, full = _decide_ramp(x, spec)
     y = (spec.beta * torch.where(closed | full, zero, x)).clamp(max=RAMP_LIMIT)
@@ -164,7 +164,7 @@ def _ramp_derivative(x: torch.Tensor, spec: GateSpec) -> torch.Tensor:
 
 
 def _off_zero(z: torch.Tensor) -> torch.Tensor:
-    """At least EDGE, with the derivative of ``z``."""
+    """z, at least EDGE, with the derivative of ``z``."""
     return torch.where(z < EDGE, z + (EDGE - z).detach(), z)
 
 
@@ -177,9 +177,7 @@ def sign_swish(x: torch.Tensor, slope: float | torch.Tensor) -> torch.Tensor:
 
 
 def mask(alpha: torch.Tensor, rule: int, slope: float | torch.Tensor, threshold: float | torch.Tensor) -> torch.Tensor:
-    """M of :mod:`dampr.spec` under one of its VARIANTS, in the shape of ``alpha``;
-    differentiable in every tensor that it is given.
-    """
+    """The mask M of :mod:`dampr.spec` in variant ``rule``, like ``alpha``; differentiable in every tensor argument."""
     distance = alpha.abs() - threshold
     y = (slope * distance).clamp(-MASK_LIMIT, MASK_LIMIT)
     if rule == LOGISTIC:
@@ -198,11 +196,12 @@ def mask(alpha: torch.Tensor, rule: int, slope: float | torch.Tensor, threshold:
 
 
 def _masked(alpha: torch.Tensor, spec: GateSpec) -> torch.Tensor:
+    """Gates of the mask family: alpha M."""
     return alpha * mask(alpha, spec.rule, spec.beta, spec.lo)
 
 
 def _masked_derivative(alpha: torch.Tensor, spec: GateSpec) -> torch.Tensor:
-    """M + |alpha| dM/d|alpha|."""
+    """dz/dalpha of the mask family: M + |alpha| dM/d|alpha|."""
     m = mask(alpha, spec.rule, spec.beta, spec.lo)
     size = alpha.abs()
     y = (spec.beta * (size - spec.lo)).clamp(-MASK_LIMIT, MASK_LIMIT)
@@ -231,16 +230,18 @@ def noise(
 def gate_values(
     log_alpha: torch.Tensor, spec: GateSpec, seed: torch.Tensor | None = None, rows: int | None = None, start: int = 0
 ) -> torch.Tensor:
-    """Gates with the noise of ``seed`` from index ``start`` on: (n,), or (rows, n) with a draw per row. ``log_alpha``:
-    (n,); differentiable in it.
+    """Gates with the noise of ``seed`` from index ``start`` on: (n,), or (rows, n) with a draw for each row.
+
+    ``log_alpha``: (n,); differentiable in it.
     """
     z = gate(log_alpha, spec, noise(log_alpha, spec, seed, rows, start))
     return z if rows is None else z.expand(rows, log_alpha.numel())
 
 
 def along(z: torch.Tensor, x: torch.Tensor, dim: int) -> torch.Tensor:
-    """Gates (n,) of dimension ``dim`` of ``x``, or (rows, n) with a row for each index of its first one,
-    shaped to multiply ``x``.
+    """Gates in a shape that multiplies dimension ``dim`` of ``x``.
+
+    z: (n,), or (rows, n) with a row for each index of the first dimension of ``x``.
     """
     shape = [1] * x.dim()
     shape[dim] = z.shape[-1]
@@ -250,11 +251,10 @@ def along(z: torch.Tensor, x: torch.Tensor, dim: int) -> torch.Tensor:
 
 
 def open_probability(log_alpha: torch.Tensor, spec: GateSpec) -> torch.Tensor:
-    """P(z != 0) = sigmoid(log_alpha - beta log(-gamma / zeta)), Louizos et al. 2018 eq. 12; differentiable, shape of
-    ``log_alpha``.
+    """P(z != 0) = sigmoid(log_alpha - beta log(-gamma / zeta)), Louizos et al. 2018 eq. 12, in the shape and dtype of
+    ``log_alpha``; differentiable.
 
-    Raises ValueError for a family without a distribution, whose surrogate count is that of its module in
-    :mod:`dampr.gates`.
+    Raises: ValueError for a family without a distribution; its module in :mod:`dampr.gates` has a surrogate.
     """
     if spec.family != HARD_CONCRETE:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""PrunedMultiheadAttention: what compaction leaves of an attention that had closed heads."""
+"""PrunedMultiheadAttention: the plain layer that compaction makes of an attention with closed heads."""
 
 from __future__ import annotations
 
@@ -14,23 +14,22 @@ from ..attend import as_batch, attend, joined, sequence_first
 
 
 class PrunedMultiheadAttention(nn.Module):
-    """An ``nn.MultiheadAttention(embed_dim, num_heads)`` of which only some heads are there: what is left of a gated
-    one.
+    """An ``nn.MultiheadAttention(embed_dim, num_heads)`` that has only some of its heads.
 
     Args:
-        embed_dim ... dtype: those of the whole layer.
-        heads: which of its heads are there, increasing, at least one.
-        head_dim: how wide a head is; None: embed_dim / num_heads. Another where channels of what it reads and writes
-            were cut.
+        embed_dim ... dtype: those of the attention with all heads.
+        heads: the indices of the heads that it has, increasing, at least one.
+        head_dim: the width of a head; None: embed_dim / num_heads. It differs if channels of the input and output were
+            cut too.
 
-    Called as the whole layer is. A mask for each head has all of the whole layer's heads; attention weights are those
-    of the heads that are there, and their mean. Parameters have the names of ``nn.MultiheadAttention``, and the rows
-    and columns of these heads alone.
+    It is called like the attention with all heads. A mask for each head has entries for all ``num_heads``; attention
+    weights are those of the heads that are left, and their mean. Parameters have the names of
+    ``nn.MultiheadAttention``, with the rows and columns of these heads alone.
 
     Raises: ValueError that names the argument.
     """
 
-    _qkv_same_embed_dim = False  # an nn.TransformerEncoderLayer around it asks before it takes its fused path
+    _qkv_same_embed_dim = False  # keeps an nn.TransformerEncoderLayer around it from its fused path
 
     def __init__(
         self,
@@ -69,6 +68,7 @@ class PrunedMultiheadAttention(nn.Module):
         packed = self.kdim == self.vdim == embed_dim
 
         def parameter(there: bool, *shape: int) -> nn.Parameter | None:
+            """An uninitialised parameter; None unless it is ``there``."""
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype)) if there else None
 
         self.in_proj_weight = parameter(packed, 3 * width, embed_dim)
@@ -104,7 +104,7 @@ class PrunedMultiheadAttention(nn.Module):
         return self.bias_k is not None
 
     def arguments(self) -> dict[str, Any]:
-        """What its constructor takes for such a layer, as plain data."""
+        """The arguments of the constructor for a layer like this one, as plain data."""
         return {**attention_arguments(self), "heads": self.heads, "head_dim": self.head_dim}
 
     def forward(
@@ -132,6 +132,7 @@ class PrunedMultiheadAttention(nn.Module):
         average: bool,
         causal: bool,
     ) -> Any:
+        """The forward on (sequence, batch, features)."""
         batched = query.dim() == 3
         if not batched:
             query, key, value, padding = as_batch(query, key, value, padding)
@@ -144,8 +145,8 @@ class PrunedMultiheadAttention(nn.Module):
 
 
 def attention_arguments(layer: Any) -> dict[str, Any]:
-    """What the constructor of ``layer``, an ``nn.MultiheadAttention`` or what gates made of it,
-    was given of what they share.
+    """The constructor's arguments that ``nn.MultiheadAttention`` and the layers made of it share, read off
+    ``layer``.
     """
     names = "embed_dim", "num_heads", "dropout", "add_zero_attn", "kdim", "vdim", "batch_first"
     given = {name: getattr(layer, name) for name in names}

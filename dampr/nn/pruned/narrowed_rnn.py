@@ -1,4 +1,4 @@
-"""Plain recurrent layers with the weights of some units alone."""
+"""Make plain recurrent layers that have only some units of a larger one."""
 
 from __future__ import annotations
 
@@ -12,16 +12,19 @@ from .stacked_rnn import KINDS, StackedRNN, width_of
 
 
 def arguments_of(rnn: nn.RNNBase) -> dict[str, Any]:
-    """What the constructor of its ``nn`` class takes, but for dropout, of which it warns in single layers."""
+    """The arguments of the ``nn`` constructor, without dropout, because torch warns about dropout in a single layer."""
     names = ["input_size", "hidden_size", "num_layers", "bias", "batch_first", "bidirectional"]
     names += ["proj_size"] if isinstance(rnn, nn.LSTM) else ["nonlinearity"] if isinstance(rnn, nn.RNN) else []
     return {name: getattr(rnn, name) for name in names}
 
 
 def plain_rnn(like: nn.RNNBase, weights: Mapping[str, Tensor], **others: Any) -> Any:
-    """An ``nn`` layer of the kind of ``like`` with these weights, and the arguments of ``like`` but for ``others``.
+    """An ``nn`` layer of the kind of ``like`` with these weights.
 
-    Weights that are no parameters learn where those of ``like`` do.
+    Args:
+        like: the layer whose arguments and training mode it gets.
+        weights: name -> weight. A weight that is no parameter requires a gradient if that of ``like`` does.
+        others: arguments that differ from those of ``like``.
     """
     kind: Any = next(kind for kind in KINDS if isinstance(like, kind))
     plain = kind(**arguments_of(like) | others, device="meta", dtype=like.weight_ih_l0.dtype)
@@ -34,11 +37,16 @@ def plain_rnn(like: nn.RNNBase, weights: Mapping[str, Tensor], **others: Any) ->
 
 
 def narrowed(rnn: nn.RNNBase, units: Sequence[Tensor]) -> Any:
-    """A plain recurrent layer with these units of each layer and direction alone, int64 (width,) each; parameters are
-    copies.
+    """A plain recurrent layer that has only these units; its parameters are copies.
 
-    Of the class of ``rnn`` where all have one width, else a :class:`StackedRNN`. Units are cut out of all gate
-    matrices, or, with a projection, out of its rows, and out of the columns of W_hh and of the next layer.
+    Units are deleted from the rows of all gate matrices (or, with a projection, from its rows), and from the columns of
+    W_hh and of the next layer.
+
+    Args:
+        rnn: the layer with all units.
+        units: for each layer and direction the units to keep, int64 (width,).
+
+    Returns: a layer of the class of ``rnn`` if all widths are equal, else a :class:`StackedRNN`.
     """
     if len({len(own) for own in units}) > 1:
         return in_parts(rnn, units)
@@ -48,7 +56,7 @@ def narrowed(rnn: nn.RNNBase, units: Sequence[Tensor]) -> Any:
 
 
 def in_parts(rnn: nn.RNNBase, units: Sequence[Tensor] | None = None) -> StackedRNN:
-    """The same as a :class:`StackedRNN` in any case; None: with all units."""
+    """As :func:`narrowed`, but always a :class:`StackedRNN`; ``units`` None: with all units."""
     each = 1 + rnn.bidirectional
     units = [torch.arange(width_of(rnn))] * (rnn.num_layers * each) if units is None else units
     parts = []
@@ -61,11 +69,12 @@ def in_parts(rnn: nn.RNNBase, units: Sequence[Tensor] | None = None) -> StackedR
 
 
 def _size(rnn: nn.RNNBase) -> str:
+    """The name of the argument that sets the width of the output."""
     return "proj_size" if rnn.proj_size else "hidden_size"
 
 
 def _sliced(rnn: nn.RNNBase, units: Sequence[Tensor]) -> Iterator[list[nn.Parameter]]:
-    """The weights of each layer and direction, in the order of ``rnn``'s own, with these units alone."""
+    """For each layer and direction its weights with only these units, in the order of ``rnn._all_weights``."""
     each = 1 + rnn.bidirectional
     for row, names in enumerate(rnn._all_weights):
         first = row // each * each - each

@@ -1,4 +1,4 @@
-"""Residual: what compaction leaves of a residual branch that had a gate."""
+"""Residual: the plain module that compaction makes of a residual branch with a gate."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 
 class Residual(nn.Module):
-    """y = x + scale * branch(x), the plain form of :class:`GatedResidual`; ``scale`` is a buffer of one element,
-    or None for 1.
+    """y = x + scale * branch(x), the plain form of :class:`GatedResidual`.
+
+    ``scale`` is a buffer of one element, or None for 1.
     """
 
     scale: Tensor | None
@@ -26,5 +27,5 @@ class Residual(nn.Module):
 
 
 def add_scaled(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
-    """x + z y, with the product formed in the precision of the gate, in the dtype of x + y."""
+    """x + z y, computed in the dtype of the gate z and returned in that of x + y."""
     return torch.addcmul(x, y, z).to(torch.promote_types(x.dtype, y.dtype))

@@ -160,11 +160,13 @@ def _is_sequence(value: Any) -> bool:
 
 
 def _data(x: Any) -> Tensor:
+    """The tensor of a packed sequence; a tensor as it is."""
     values: Tensor = x.data if isinstance(x, PackedSequence) else x
     return values
 
 
 def _with_data(like: Any, values: Tensor) -> Any:
+    """``values`` packed like ``like``, if that is a packed sequence."""
     return like._replace(data=values) if isinstance(like, PackedSequence) else values
 
 

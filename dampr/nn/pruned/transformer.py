@@ -1,5 +1,5 @@
-"""PrunedTransformerEncoderLayer and PrunedTransformerDecoderLayer: what compaction leaves of layers that had closed
-heads, neurons or sublayers.
+"""PrunedTransformerEncoderLayer and PrunedTransformerDecoderLayer: the plain layers that compaction makes of
+transformer layers with closed heads, neurons or sublayers.
 """
 
 from __future__ import annotations
@@ -20,12 +20,21 @@ _ACTIVATIONS = {F.relu: "relu", F.gelu: "gelu"}
 
 
 class PrunedLayer(BySublayers):
-    """What both pruned layers share, mixed in before :class:`EncoderBySublayers` or :class:`DecoderBySublayers`."""
+    """The code that both pruned layers share; mixed in before :class:`EncoderBySublayers` or
+    :class:`DecoderBySublayers`.
+    """
 
     def _keep(
         self, d_model: int, nhead: int, dim_feedforward: int, heads: Sequence[Sequence[int] | None], how: dict[str, Any]
     ) -> None:
-        """Replace what the dense constructor made by what is left of it."""
+        """Replace the attentions, and remove the sublayers, that the dense constructor has made in full.
+
+        Args:
+            d_model, nhead, dim_feedforward: the constructor's arguments; ``dim_feedforward`` 0: no feed-forward
+                sublayer.
+            heads: for each attention the heads that are left; () for none, None for all.
+            how: further arguments of :class:`PrunedMultiheadAttention`.
+        """
         dim_feedforward = _checks.positive_int("dim_feedforward", dim_feedforward, least=0)
         self.d_model, self.nhead = d_model, nhead
         for index, (name, left) in enumerate(zip(self._attentions, heads, strict=True)):
@@ -38,18 +47,19 @@ class PrunedLayer(BySublayers):
             remove_sublayer(self, len(self._attentions), "linear1")
 
     def _sum(self, index: int, x: Tensor, branch: Callable[[], Tensor]) -> Tensor:
+        """x + branch(); x if the sublayer was removed."""
         return x if isinstance(getattr(self, self._sublayers[index]), RemovedPart) else x + branch()
 
     def is_whole(self) -> bool:
-        """Whether every head and sublayer is there, as after :func:`dampr.expand`,
-        so that torch's own layer would do.
+        """Whether no head and no sublayer is missing, as after :func:`dampr.expand`; torch's own layer could take its
+        place then.
         """
         return not any(isinstance(part, (RemovedPart, PrunedMultiheadAttention)) for part in self.children())
 
     def arguments(self) -> dict[str, Any]:
-        """What its constructor takes for such a layer: plain data, and an activation that is a module.
+        """The arguments of the constructor for a layer like this one: plain data, and an activation that is a module.
 
-        Raises TypeError for a function.
+        Raises: TypeError if the activation is a function other than ``F.relu`` and ``F.gelu``.
         """
         attentions = [getattr(self, name) for name in self._attentions]
         widths = [
@@ -62,17 +72,17 @@ class PrunedLayer(BySublayers):
 
 
 class PrunedTransformerEncoderLayer(PrunedLayer, EncoderBySublayers):
-    """An ``nn.TransformerEncoderLayer`` of which only some heads, or only some sublayers, are there: what is left of a
-    gated one.
+    """An ``nn.TransformerEncoderLayer`` that has only some of its heads, or only some of its sublayers.
 
     Args:
-        d_model ... dtype: as in ``nn.TransformerEncoderLayer``; ``dim_feedforward=0`` for a layer without the
-            feed-forward sublayer.
-        heads: which of the ``nhead`` heads are there; () for a layer without attention, None for all.
-        head_dim: how wide a head is; None: d_model / nhead. Another where channels of the residual stream were cut.
+        d_model ... dtype: as in ``nn.TransformerEncoderLayer``; ``dim_feedforward=0`` leaves out the feed-forward
+            sublayer.
+        heads: the indices of those of the ``nhead`` heads that are left; () leaves out the attention, None keeps all.
+        head_dim: the width of a head; None: d_model / nhead. It differs if channels of the residual stream were cut
+            too.
 
-    Called as ``nn.TransformerEncoderLayer`` is. The norm of a sublayer that is not there stays where it comes after the
-    sum.
+    It is called like ``nn.TransformerEncoderLayer``. With ``norm_first=False``, the norm behind a removed sublayer
+    stays.
 
     Raises: ValueError that names the argument, and what ``nn.TransformerEncoderLayer`` raises.
     """
@@ -95,7 +105,7 @@ class PrunedTransformerEncoderLayer(PrunedLayer, EncoderBySublayers):
         head_dim: int | None = None,
     ) -> None:
         arguments = dropout, activation, layer_norm_eps, batch_first, norm_first, bias, device, dtype
-        # else torch's attention, which wants a divisor, is replaced in any case
+        # if heads are missing, the attention is replaced anyway; with one head torch's checks of nhead cannot fail
         whole = heads is None and head_dim is None
         super().__init__(d_model, nhead if whole else 1, max(dim_feedforward, 1), *arguments)
         how = {
@@ -110,7 +120,7 @@ class PrunedTransformerEncoderLayer(PrunedLayer, EncoderBySublayers):
 
 
 class PrunedTransformerDecoderLayer(PrunedLayer, DecoderBySublayers):
-    """An ``nn.TransformerDecoderLayer`` of which only some heads, or only some sublayers, are there.
+    """An ``nn.TransformerDecoderLayer`` that has only some of its heads, or only some of its sublayers.
 
     Everything as in :class:`PrunedTransformerEncoderLayer`; ``memory_heads`` are those of the attention to the
     encoder's output.
@@ -149,7 +159,7 @@ class PrunedTransformerDecoderLayer(PrunedLayer, DecoderBySublayers):
 
 
 class RemovedPart(nn.Module):
-    """In the place of a part of a sublayer that is gone, with the attributes that nn.TransformerEncoder looks at."""
+    """Stands in the place of a removed part, with the attributes that ``nn.TransformerEncoder`` reads."""
 
     in_proj_weight = in_proj_bias = weight = bias = torch.empty(0)
 
@@ -159,14 +169,15 @@ class RemovedPart(nn.Module):
 
     @property
     def out_proj(self) -> RemovedPart:
+        """This object, because ``nn.TransformerEncoder`` reads ``out_proj.weight`` too."""
         return self
 
 
-_Removed = RemovedPart  # as pickles of compacted models know it
+_Removed = RemovedPart  # the former name, which older pickles of compacted models contain
 
 
 def remove_sublayer(layer: Any, index: int, name: str) -> None:
-    """Leave nothing of a sublayer of ``layer`` but a norm that comes after the sum."""
+    """Remove sublayer ``index`` from ``layer``, where ``name`` is its first part; a norm behind the sum stays."""
     for part in ("linear1", "linear2") if name == "linear1" else (name,):
         setattr(layer, part, RemovedPart(getattr(getattr(layer, part), "batch_first", False)))
     if layer.norm_first:
@@ -174,7 +185,11 @@ def remove_sublayer(layer: Any, index: int, name: str) -> None:
 
 
 def layer_arguments(layer: Any, d_model: int, nhead: int) -> dict[str, Any]:
-    """What the constructor of ``layer``, one of ``torch.nn`` or what gates left of it, was given of what they share."""
+    """The constructor's arguments that ``torch.nn``'s transformer layers and those made of them share, read off
+    ``layer``.
+
+    Raises: TypeError for an activation other than ``F.relu``, ``F.gelu`` or a module.
+    """
     norm = next((m for m in layer.modules() if isinstance(m, nn.LayerNorm)), None)
     activation = layer.activation if isinstance(layer.activation, nn.Module) else _ACTIVATIONS.get(layer.activation)
     if activation is None:
@@ -193,6 +208,7 @@ def layer_arguments(layer: Any, d_model: int, nhead: int) -> dict[str, Any]:
 
 
 def _heads_of(attention: nn.Module) -> tuple[int, ...] | None:
+    """The indices of the heads that are left; () for a removed attention, None for one with all heads."""
     if isinstance(attention, RemovedPart):
         return ()
     return attention.heads if isinstance(attention, PrunedMultiheadAttention) else None

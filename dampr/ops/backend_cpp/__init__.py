@@ -1,8 +1,8 @@
-"""The CPU backend: gates in C++ (:mod:`dampr._C`, raw pointers), matrix products by torch's own GEMM.
+"""The CPU backend: C++ multiplies the gates (:mod:`dampr._C`, which sees raw pointers), torch's GEMM the matrices.
 
-Per batch the gates are folded into the weight, one pass before the GEMM and one pass over the raw weight gradient after
-it. Per sample they are drawn while the activations are multiplied, and drawn again in the backward. Derivations:
-docs/kernels.md.
+Per batch, one pass in front of the GEMM folds the gates into the weight, and one pass behind it works on the gradient
+of the folded weight. Per sample, gates are drawn while the activations are multiplied, and drawn again in the backward.
+Derivations: docs/kernels.md.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .weight_gated_linear import (
     weight_gated_linear_fwd,
 )
 
-fused_norms = (True, False)  # per sample, per batch: where norm, gates and running statistics are one call
+fused_norms = (True, False)  # norm, gates and running statistics are one call for these values of ``per_sample``
 
 __all__ = [
     "GENERATOR_PARAMETERS",
@@ -66,7 +66,7 @@ __all__ = [
 
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
-    """The reason why this backend cannot run tensors of this device and dtype, or None."""
+    """The reason why this backend cannot run tensors of this device and dtype; None if it can."""
     if device.type != "cpu":
         return f"it runs on cpu tensors, not on {device.type}"
     if dtype not in CODES:
@@ -75,5 +75,5 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def describe() -> str:
-    """The instruction set in use."""
+    """The instruction set in use, in words."""
     return f"instruction set {_C.isa()}"

@@ -1,5 +1,5 @@
-"""Entries of one dimension, picked out or put back among zeros, which gates are open, and matrices transposed:
-``axis.h`` of csrc.
+"""Gather entries of one dimension, scatter them among zeros, list the open gates, and transpose matrices: calls of
+``axis.h`` in csrc.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from .host import CODES, scratch
 
 
 def open_gates(gate: GateArgs, multiple: int, share: float) -> Tensor | None:
-    """The numbers of the open gates in order, int32, filled up with closed ones to a ``multiple``;
-    None if more than ``share`` of all.
+    """The indices of the open gates, int32, increasing; None if their number exceeds ``share`` times that of all gates.
+
+    Closed gates fill the list up to a ``multiple`` of that many entries, because vendors' kernels work in blocks.
     """
     log_alpha = gate.log_alpha.contiguous()
     seed = 0 if gate.seed is None else gate.seed.data_ptr()
@@ -29,19 +30,23 @@ def open_gates(gate: GateArgs, multiple: int, share: float) -> Tensor | None:
 
 
 def gather(x: Tensor, places: Tensor, dim: int, channels_last: bool = False) -> Tensor:
-    """x with the entries ``places`` of ``dim`` only, contiguous or, of images and their weights, ``channels_last``."""
+    """``x`` with only the entries ``places`` of dimension ``dim``, contiguous; or in channels last, for images and
+    weights.
+    """
     return _move(_C.pick, x, x.shape[dim], places, places.numel(), dim, channels_last)
 
 
 def scatter(x: Tensor, places: Tensor, size: int, dim: int, channels_last: bool = False) -> Tensor:
-    """What :func:`gather` takes out of: ``size`` entries, zeros where ``places`` says nothing."""
+    """The inverse of :func:`gather`: ``size`` entries in dimension ``dim``, those of ``x`` at ``places`` and zeros
+    elsewhere.
+    """
     return _move(_C.place, x, size, places, size, dim, channels_last)
 
 
 def transpose(x: Tensor, in_scratch: bool = False) -> Tensor:
-    """x (rows, n) as a contiguous (n, rows), many times as fast as torch's own copy.
+    """x (rows, n) as a contiguous (n, rows), several times as fast as torch's copy.
 
-    ``in_scratch``: it is one of :data:`.host.scratch`.
+    ``in_scratch``: the result is in :data:`.host.scratch`.
     """
     x = x.contiguous()
     rows, n = x.shape
@@ -52,8 +57,9 @@ def transpose(x: Tensor, in_scratch: bool = False) -> Tensor:
 
 
 def _move(how: object, x: Tensor, size: int, places: Tensor, left: int, dim: int, channels_last: bool) -> Tensor:
-    """x (outer, ?, inner) -> (outer, left, inner),
-    as ``how`` moves them between that and an axis of ``size`` entries.
+    """Call ``how``, the gather or scatter of C++, on x (outer, ?, inner); returns (outer, left, inner).
+
+    ``size``: the number of entries of the dimension that ``places`` index.
     """
     if channels_last:
         x, dim = x.permute(0, 2, 3, 1), {0: 0, 1: 3}[dim]

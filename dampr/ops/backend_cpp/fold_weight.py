@@ -1,5 +1,5 @@
-"""Gates of rows and columns multiplied into a weight, and their gradients from that of the product:
-``folds.h`` of csrc.
+"""Multiply gates of rows and columns into a weight, and compute their gradients from that of the product: calls of
+``folds.h`` in csrc.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .host import CODES, WIDE
 def fold_weight_fwd(
     weight: Tensor, bias: Tensor | None, gates: GatePair, dtype: torch.dtype, in_scratch: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """(z_out W z_in, z_out b) in ``dtype``; ``in_scratch``: the weight is one of :data:`.host.scratch`."""
+    """(z_out W z_in, z_out b) in ``dtype``; ``in_scratch``: the weight is in :data:`.host.scratch`."""
     if gates.input_log_alpha is None and gates.output_log_alpha is None:
         return weight.to(dtype), None if bias is None else bias.to(dtype)
     weight = weight.contiguous()
@@ -30,8 +30,10 @@ def fold_weight_fwd(
 def fold_into(
     out: Tensor, weight: Tensor, bias: Tensor | None, gates: GatePair, n_out: int, n_in: int
 ) -> Tensor | None:
-    """Fill ``out``, which lies in memory as ``weight`` does, a matrix (n_out, n_in) there; returns the bias,
-    gated as rows are.
+    """Fill ``out`` with the folded weight; returns the folded bias.
+
+    In memory ``weight`` and ``out`` are laid out alike, as a matrix (n_out, n_in). The bias is multiplied by the row
+    gates.
     """
     in_la, out_la, in_seed, out_seed, spec, _ = gates
     in_la = None if in_la is None else in_la.contiguous()
@@ -64,8 +66,8 @@ def fold_into(
 def fold_weight_bwd(
     raw: Tensor, raw_bias: Tensor | None, weight: Tensor, bias: Tensor | None, gates: GatePair, needs: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of weight, bias and both log-alphas from those of the folded weight and bias, ``raw`` (N,
-    K) and ``raw_bias`` (N,).
+    """The gradients of weight, bias and both log_alphas from those of the folded weight ``raw`` (N, K) and bias
+    (N,).
     """
     if gates.input_log_alpha is None and gates.output_log_alpha is None:
         db = raw_bias.to(bias.dtype) if needs[1] and bias is not None and raw_bias is not None else None
@@ -88,10 +90,11 @@ def unfold(
     dw: Tensor | None,
     folded: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of bias and both log-alphas; those of the weight go to ``dw``, the folded weight once more to
+    """The gradients of bias, in_la and out_la; that of the weight is written to ``dw``, and the folded weight to
     ``folded``.
 
-    ``raw`` and these lie in memory as ``weight`` does, a matrix (n_out, n_in) there.
+    In memory ``raw``, ``weight``, ``dw`` and ``folded`` are laid out alike, as a matrix (n_out, n_in). ``dw`` may be
+    ``raw``. None for ``dw`` or ``folded`` leaves these out.
     """
     in_la, out_la, in_seed, out_seed, spec, _ = gates
     in_la = None if in_la is None else in_la.contiguous()

@@ -1,5 +1,5 @@
-"""Gates folded into the gain and bias of a norm, and their gradients: vectors,
-which are weights of one column to ``folds.h`` of csrc.
+"""Fold gates into the gain and bias of a norm, and compute their gradients. Such a vector is a weight with one column,
+so ``folds.h`` of csrc does both.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .fold_weight import unfold as unfold_weight
 
 
 def fold(weight: Tensor, bias: Tensor | None, gate: GateArgs) -> tuple[Tensor, Tensor | None]:
-    """(z weight, z bias) in the dtype of ``weight``, which is contiguous."""
+    """(z weight, z bias) in the dtype of ``weight``, which has to be contiguous."""
     gain = torch.empty_like(weight)
     return gain, fold_into(gain, weight, bias, gate.on_rows(), weight.numel(), 1)
 
@@ -24,8 +24,9 @@ def fold(weight: Tensor, bias: Tensor | None, gate: GateArgs) -> tuple[Tensor, T
 def unfold(
     dgain: Tensor, dshift: Tensor | None, weight: Tensor, bias: Tensor | None, gate: GateArgs, needs: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of weight, bias and log_alpha, those that are needed;
-    that of the weight may take the place of ``dgain``.
+    """The gradients of weight, bias and log_alpha, those that ``needs`` asks for.
+
+    dgain, dshift: the gradients of the results of :func:`fold`. ``dgain`` may be overwritten.
     """
     need_w, need_b, need_gate = needs
     dgain = dgain.contiguous()

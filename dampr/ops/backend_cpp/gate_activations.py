@@ -1,4 +1,4 @@
-"""Gates along one dimension of activations: ``planes.h`` of csrc."""
+"""Multiply activations by gates along one dimension: calls of ``planes.h`` in csrc."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from .host import CODES, ptr
 
 
 def gate_activations_fwd(x: Tensor, gate: GateArgs, dim: int) -> Tensor:
+    """x * z along dimension ``dim``."""
     x, shape, _ = planes(x, dim, gate.per_sample)
     if gate.per_sample and shape.middle == shape.inner == 1:
         return gate_rows(x.view(shape.outer, shape.n), gate).view(x.shape)
@@ -28,7 +29,7 @@ def gate_activations_fwd(x: Tensor, gate: GateArgs, dim: int) -> Tensor:
 def gate_activations_bwd(
     dy: Tensor, x: Tensor, gate: GateArgs, dim: int, needs: Sequence[bool], over_x: bool = False
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of x and log_alpha; ``over_x``: that of x may be written over it."""
+    """The gradients of x and log_alpha; ``over_x``: that of x may be written over x."""
     x, shape, layout = planes(x, dim, gate.per_sample)
     dy, rows = dy.contiguous(memory_format=layout), gate.rows(shape.outer)
     if gate.per_sample and shape.middle == shape.inner == 1:

@@ -1,4 +1,4 @@
-"""A gated convolution with its backward in one piece: gates in C++, torch's own convolution between them."""
+"""A gated convolution with its backward: C++ multiplies the gates, torch convolves."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def fwd(
     on_activations: bool,
     keep_pre: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """y, and what is kept: where gates multiply activations, y before the output gates."""
+    """(y, what is kept for the backward): if gates multiply activations and ``keep_pre``, y before the output gates."""
     if not on_activations:
         return window.convolve(x, *_folded(weight, bias, gates, x.dtype)), None
     if gates.input is not None:
@@ -40,9 +40,7 @@ def fwd(
 
 
 def gated_conv2d_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, gates: GatePair, window: Window) -> Tensor:
-    """The operator of that name, which no route takes on the CPU: gates per batch on the activations around torch's
-    convolution.
-    """
+    """The operator ``dampr::gated_conv2d_fwd``, which no route uses on the CPU: gates multiply the activations."""
     return fwd(x, weight, bias, gates, window, True, False)[0].contiguous(memory_format=torch.channels_last)
 
 
@@ -58,8 +56,9 @@ def bwd(
     needs: Sequence[bool],
     over_pre: bool,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of x, weight, bias and both log-alphas, those that are needed;
-    ``over_pre``: ``pre`` is of no more use than its memory.
+    """The gradients of x, weight, bias and both log_alphas, those that ``needs`` asks for.
+
+    ``pre``: what :func:`fwd` kept. ``over_pre``: it may be overwritten.
     """
     if on_activations:
         return _bwd_on_activations(dy, x, weight, bias, gates, pre, window, needs, over_pre)
@@ -91,10 +90,12 @@ def _bwd_on_activations(
     needs: Sequence[bool],
     over_pre: bool,
 ) -> tuple[Tensor | None, ...]:
+    """:func:`bwd` with the gates on the activations."""
     need_x, need_w, need_b, need_in, need_out = needs
     din = dout = None
     if gates.output is not None:
-        before, over = (dy, False) if pre is None else (pre, over_pre)  # dy stands in where it is not read
+        # without ``pre`` the gate has no gradient; ``dy`` then takes the place of an argument that is not read
+        before, over = (dy, False) if pre is None else (pre, over_pre)
         gated, dout = gate_activations_bwd(dy, before, gates.output, 1, (True, need_out and pre is not None), over)
         assert gated is not None
         dy = gated
@@ -115,6 +116,7 @@ def _bwd_on_activations(
 def _convolution_backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, window: Window, wanted: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """torch's gradients of x, weight and bias of the convolution; None for those that are not ``wanted``."""
     sizes = None if bias is None else list(bias.shape)
     rest = sizes, *window[:3], False, [0] * len(window.stride), window.groups, list(wanted)
     grads: tuple[Tensor | None, Tensor | None, Tensor | None] = torch.ops.aten.convolution_backward(
@@ -124,19 +126,21 @@ def _convolution_backward(
 
 
 def _folded(weight: Tensor, bias: Tensor | None, gates: GatePair, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias with their gates; the weight is one of :data:`.host.scratch`."""
+    """Weight and bias times their gates; the weight is in :data:`.host.scratch`."""
     weight = _dense(weight)
     out = host.scratch.views[weight.shape, weight.stride(), dtype]
     return out, fold_into(out, weight, bias, gates, *_matrix(weight, gates))
 
 
 def _dense(weight: Tensor) -> Tensor:
+    """The weight, contiguous or in channels last; copied if it is neither."""
     return weight if weight.is_contiguous() or channels_innermost(weight) else weight.contiguous()
 
 
 def _matrix(weight: Tensor, gates: GatePair) -> tuple[int, int]:
-    """The size of a weight as a matrix whose rows are filters, or, where the gates are on channels,
-    whose columns are these.
+    """(n_out, n_in) of the weight's memory as a matrix.
+
+    Rows are filters if there are gates on filters; else columns are channels.
     """
     size = weight.size(0) if gates.output_log_alpha is not None else weight.size(1)
     others = weight.numel() // max(1, size)

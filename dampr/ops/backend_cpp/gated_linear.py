@@ -1,4 +1,6 @@
-"""Gates on features: the whole layer in one call where it is tiny, else in the weight or on the activations."""
+"""Linear layers with gates on features: a tiny layer in one call, others with the gates in the weight or on the
+activations.
+"""
 
 from __future__ import annotations
 
@@ -30,9 +32,9 @@ def plan_linear(
     per_sample: bool,
     learns: bool,
 ) -> Plan:
-    """How the layer is computed; ``learns``: whether the output gates need a gradient.
+    """The plan of a call; ``learns``: whether the output gates need a gradient.
 
-    Raises ValueError where a forced route cannot serve the call.
+    Raises: ValueError if a forced route cannot serve the call.
     """
     N, K = weight.shape
     M = x.numel() // K if K else x.shape[:-1].numel()
@@ -53,7 +55,7 @@ def plan_linear(
 def gated_linear_fwd(
     x: Tensor, weight: Tensor, bias: Tensor | None, gates: GatePair, keep_pre: bool
 ) -> tuple[Tensor, Tensor]:
-    """The operator: y, and y before the output gates or an empty tensor."""
+    """Implementation of the operator: (y, y before the output gates if ``keep_pre``, else an empty tensor)."""
     plan = plan_linear(x, weight, *gates, False)._replace(keep=keep_pre)
     y, pre = plan.forward(plan, x, weight, bias, *gates[:4])
     return y, x.new_empty(0) if pre is None else pre
@@ -62,7 +64,7 @@ def gated_linear_fwd(
 def gated_linear_bwd(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, gates: GatePair, pre: Tensor, needs: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
-    """The operator's gradients of x, weight, bias and both log-alphas."""
+    """Implementation of the operator's backward: the gradients of x, weight, bias and both log_alphas."""
     plan = plan_linear(x, weight, *gates, False)
     kept = pre.numel() == dy.numel()  # a forward that was compiled for all sizes keeps nothing
     if plan.backward is bwd_on_activations and needs[4] and not (kept or gates.per_sample):
@@ -83,6 +85,7 @@ def fwd_fold(
     in_seed: Tensor | None,
     out_seed: Tensor | None,
 ) -> tuple[Tensor, None]:
+    """(y, None), with the gates multiplied into the weight."""
     if in_la is None and out_la is None:
         folded, gated_bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
     else:
@@ -95,6 +98,7 @@ def fwd_fold(
 def bwd_fold(
     plan: Plan, dy: Tensor, tensors: Sequence[Tensor | None], needs: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
+    """The gradients of x, weight, bias and both log_alphas, with the gates multiplied into the weight."""
     x, weight, bias, in_la, out_la, in_seed, out_seed, *_ = tensors
     assert x is not None
     assert weight is not None
@@ -137,6 +141,7 @@ def fwd_on_activations(
     in_seed: Tensor | None,
     out_seed: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
+    """(y, y before the output gates if the plan keeps it), with the gates multiplied into x and y."""
     n_out, n_in = weight.shape
     if in_la is not None:
         rows = x if x.dim() == 2 else x.reshape(plan.rows, n_in)
@@ -153,6 +158,7 @@ def fwd_on_activations(
 def bwd_on_activations(
     plan: Plan, dy: Tensor, tensors: Sequence[Tensor | None], needs: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
+    """The gradients of x, weight, bias and both log_alphas, with the gates multiplied into x and y."""
     x, weight, bias, in_la, out_la, in_seed, out_seed, pre = tensors
     assert x is not None
     assert weight is not None
@@ -161,7 +167,7 @@ def bwd_on_activations(
     rows, dy = (x, dy) if x.dim() == 2 else (x.reshape(plan.rows, n_in), dy.reshape(plan.rows, n_out))
     dx = dw = din = dout = None
     if out_la is not None:
-        # Without a gradient of its own the output gate needs no activation; dy stands in for it, unread.
+        # if the output gate needs no gradient, ``pre`` was not kept; ``dy`` takes its place and is not read
         before = dy if pre is None else pre.reshape(dy.shape)
         gate = GateArgs(out_la, out_seed, plan.spec, plan.per_sample)
         gated, _, dout = gate_rows_bwd(before, dy, gate, dx=True, xz=False, dlog_alpha=need_out, in_scratch=True)

@@ -1,4 +1,4 @@
-"""Gates drawn by themselves, and in the same pass multiplied into activations: ``rows.h`` of csrc."""
+"""Draw gates, alone or while activations are multiplied by them: calls of ``rows.h`` in csrc."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from .host import CODES, scratch
 
 
 def sample_gates_fwd(gate: GateArgs, rows: int | None, start: int = 0) -> Tensor:
+    """Gate values, (n,) or (rows, n); the noise of the first gate has the index ``start``."""
     log_alpha = gate.log_alpha.contiguous()
     n = log_alpha.numel()
     z = log_alpha.new_empty(n if rows is None else (rows, n))
@@ -24,6 +25,7 @@ def sample_gates_fwd(gate: GateArgs, rows: int | None, start: int = 0) -> Tensor
 
 
 def sample_gates_bwd(dz: Tensor, gate: GateArgs, rows: int | None, start: int = 0) -> Tensor:
+    """dlog_alpha, (n,), for the gradient ``dz`` of the values."""
     log_alpha = gate.log_alpha.contiguous()
     dz, out = dz.to(log_alpha.dtype).contiguous(), torch.empty_like(log_alpha)
     seed, sizes = 0 if gate.seed is None else gate.seed.data_ptr(), (1 if rows is None else rows, log_alpha.numel())
@@ -33,17 +35,18 @@ def sample_gates_bwd(dz: Tensor, gate: GateArgs, rows: int | None, start: int = 
 
 
 def draw(gate: GateArgs | None) -> Tensor | None:
-    """One draw for all rows, or None."""
+    """The values of gates with one draw for all rows, (n,); None without gates."""
     return None if gate is None else sample_gates_fwd(gate, None)
 
 
 def gate_rows(x: Tensor, gate: GateArgs) -> Tensor:
-    """x * z; x: (M, n)."""
+    """x * z in the dtype of x; x: (M, n), z: (n,) or drawn for each row."""
     log_alpha = gate.log_alpha.contiguous()
     seed = 0 if gate.seed is None else gate.seed.data_ptr()
     code = CODES[x.dtype]
     if not gate.per_sample:
-        # a product with the strides of x keeps the path of the GEMM, and so its rounding, as in the dense layer
+        # keep the strides of x, because the GEMM chooses its path, and so its rounding, by them; a fresh layer must
+        # equal the dense one to the bit
         if not x.is_contiguous():
             return (x * sample_gates_fwd(gate, None)).to(x.dtype)
         out = torch.empty_like(x)
@@ -76,9 +79,11 @@ def gate_rows_bwd(
     in_place: bool = False,
     in_scratch: bool = False,
 ) -> RowGrads:
-    """For the gradient g of x * z, both (M, n): whichever is asked for, from one redraw.
+    """The backward of y = x * z, given the gradient g of y, both (M, n): g * z (the gradient of x), x * z and
+    dlog_alpha, those that are asked for.
 
-    ``in_place``: dx may take the place of g; ``in_scratch``: it is one of :data:`.host.scratch`.
+    The gates are drawn once more. ``in_place``: g * z may be written over g. ``in_scratch``: it is in
+    :data:`.host.scratch`.
     """
     x, g, log_alpha = x.contiguous(), g.contiguous(), gate.log_alpha.contiguous()
     gated = product = grad = None

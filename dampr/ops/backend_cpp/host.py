@@ -1,4 +1,4 @@
-"""What every launcher uses: addresses, dtype codes, memory."""
+"""Helpers of all calls of the C++ extension: addresses, dtype codes, and memory for temporary tensors."""
 
 from __future__ import annotations
 
@@ -8,26 +8,31 @@ import torch
 from torch import Tensor
 
 CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-WIDE = dict.fromkeys(CODES, torch.float32) | {torch.float64: torch.float64}  # what gates beside each are computed in
+# dtype of a tensor -> dtype in which gates beside it are computed
+WIDE = dict.fromkeys(CODES, torch.float32) | {torch.float64: torch.float64}
 MOST_VIEWS = 64
 
 
 def ptr(t: Tensor | None) -> int:
-    """The address of a tensor, 0 for none; whoever asks holds on to the tensor while the extension works."""
+    """The address of a tensor; 0 for None. The caller has to keep the tensor alive while C++ uses the address."""
     return 0 if t is None else t.data_ptr()
 
 
 class _Views(dict[tuple[torch.Size, tuple[int, ...] | None, torch.dtype], Tensor]):
-    """Tensors by shape, stride (of a dense one; None: contiguous) and dtype, all on one piece of memory.
+    """Temporary tensors by (shape, stride, dtype), all of them views of one block of memory; stride None means
+    contiguous.
 
-    One that is missing is made. A large allocation is fresh memory, which is cleared page by page when it is first
-    written: 4 MB take longer than multiplying as much. The tensors of that memory stay too: making one takes four
-    operators, 50 us beside a cold cache.
+    A missing one is made. A large new allocation is slow, because the system clears its pages when they are first
+    written: 4 MB take longer than multiplying as much. The views are kept too: making one takes four operators, 50 us
+    if the caches are cold.
     """
 
     memory: Tensor | None = None
 
     def __missing__(self, key: tuple[torch.Size, tuple[int, ...] | None, torch.dtype]) -> Tensor:
+        """Make and keep the view of the memory for ``key``, (shape, stride or None, dtype). Memory that is too small is
+        replaced, and with it all views.
+        """
         shape, stride, dtype = key
         size = shape.numel() * dtype.itemsize
         if self.memory is None or self.memory.numel() < size or len(self) >= MOST_VIEWS:
@@ -41,7 +46,11 @@ class _Views(dict[tuple[torch.Size, tuple[int, ...] | None, torch.dtype], Tensor
 
 
 class _Scratch(threading.local):
-    """``scratch.views[shape, stride, dtype]``: an empty tensor, valid until this thread asks for another one."""
+    """Temporary memory of one thread.
+
+    ``scratch.views[shape, stride, dtype]`` is an uninitialised tensor. It is valid until this thread asks for the next
+    one.
+    """
 
     def __init__(self) -> None:
         self.views = _Views()
@@ -51,5 +60,5 @@ scratch = _Scratch()
 
 
 def new(shape: torch.Size, dtype: torch.dtype, in_scratch: bool) -> Tensor:
-    """An empty tensor. ``in_scratch``: one of :data:`scratch`."""
+    """An uninitialised tensor; ``in_scratch``: from :data:`scratch`."""
     return scratch.views[shape, None, dtype] if in_scratch else torch.empty(shape, dtype=dtype)

@@ -1,7 +1,7 @@
-"""A batch norm and the gates behind it in one call each way, draws included: ``norms.h`` of csrc.
+"""A batch norm and the gates behind it in one call for the forward and one for the backward: ``norms.h`` of csrc.
 
-Beside the cold cache that a convolution leaves behind, what Python touches takes longer than the arithmetic: layouts
-are remembered per shape, and every argument is written out.
+After a convolution has filled the caches, Python takes longer here than the arithmetic. So layouts are cached by shape,
+and every argument of a call is written out.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ _NONE = Running(None, None, None, 0.0)
 def _layout(
     shape: torch.Size, stride: tuple[int, ...], per_sample: bool
 ) -> tuple[int, int, int, int, torch.memory_format, bool]:
-    """(outer, middle, n, inner) of a tensor, its memory format, and whether it lies so already."""
+    """(outer, middle, n, inner, memory format, whether the tensor has that format already); see
+    :class:`dampr.ops.gate_activations.Planes`.
+    """
     x = torch.empty_strided(shape, stride, device="meta")
     _, sizes, layout = planes(x, 1, per_sample)
     return *sizes[:4], layout, x.is_contiguous(memory_format=layout)
@@ -35,8 +37,9 @@ def _layout(
 def norm_gate_fwd(
     x: Tensor, norm: Norm, gate: GateArgs, mean: Tensor | None, var: Tensor | None, running: Running | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """y, and the statistics of x where none were given; ``running`` ones, of their dtype and contiguous,
-    are moved in the same call.
+    """(y, mean, var); the last two are None if they were given.
+
+    ``running``: statistics to update in the same call; contiguous, in the dtype of the vectors.
     """
     gain, bias, eps, relu = norm
     log_alpha, seed, spec, per_sample = gate
@@ -80,6 +83,7 @@ def norm_gate_fwd(
 def norm_gate_bwd(
     dy: Tensor, x: Tensor, norm: Norm, gate: GateArgs, mean: Tensor, var: Tensor, training: bool, needs: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
+    """The gradients of x, gain, bias and log_alpha; ``training``: mean and var are those of x."""
     gain, bias, eps, relu = norm
     log_alpha, seed, spec, per_sample = gate
     outer, middle, n, inner, layout, dense = _layout(x.shape, x.stride(), per_sample)

@@ -1,4 +1,6 @@
-"""Which way a gated linear map or convolution takes on the CPU, and why; names as in :mod:`dampr.ops.routes`."""
+"""Chooses the route of a gated linear layer or convolution on the CPU, and says why. The routes are those of
+:mod:`dampr.ops.routes`.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +14,16 @@ from dampr.ops.skip_closed import WORK
 
 from . import products
 
-# Up to so many multiply-adds, weights, and terms of a sum, one call on one thread that does all, products included,
-# beats several on two threads that are each faster.
+# Up to this many multiply-adds, weights, and terms of a sum, one call on one thread that computes everything is faster
+# than several calls on several threads.
 SMALL, SMALL_WEIGHT, SMALL_SUM = 2**21, 2**18, 2**13
-FEWER = 7 / 8  # of a convolution's weights: as many activations take longer, being fresh memory
+# Gates multiply activations if these are fewer than this share of the weights: an activation takes longer, because its
+# result needs new memory.
+FEWER = 7 / 8
 
 
 def is_small(M: int, N: int, K: int) -> bool:
+    """Whether the layer is small enough for the route "small"."""
     return M * N * K <= SMALL and N * K <= SMALL_WEIGHT and M <= SMALL_SUM and N <= SMALL_SUM and K <= SMALL_SUM
 
 
@@ -32,10 +37,12 @@ def route(
     device: torch.device | None = None,
     drawn: bool = True,
 ) -> tuple[str, str]:
-    """(name, reason) of the route of x (M, K) through W (N, K). Raises ValueError for a forced one that it lacks.
+    """(name, reason) of the route of x (M, K) through a weight (N, K).
 
-    ``drawn``: whether gates are drawn. Deterministic ones never go the small route: a fresh layer equals the dense one
-    to the bit there.
+    ``drawn``: whether gates are drawn. If not, the route is never "small", because a fresh layer in evaluation must
+    equal the dense one to the bit.
+
+    Raises: ValueError for a forced route that cannot serve the call.
     """
     forced = routes.forced_name()
     name = decide(forced, M, N, K, dtype, granularity, per_sample, drawn)
@@ -70,7 +77,7 @@ def decide(
     per_sample: bool,
     drawn: bool,
 ) -> str:
-    """The name of :func:`route`, a function of its arguments alone; ``forced``: what a block forces, or None."""
+    """The name of the route; it depends on the arguments alone. ``forced``: the forced route, or None."""
     weights = granularity == "weight" or isinstance(granularity, tuple)
     small = drawn and not weights and dtype in (torch.float32, torch.float64)
     possible = (
@@ -78,7 +85,7 @@ def decide(
         if weights
         else (*["small"] * small, *(("passes",) if per_sample else ("fold", "activations", "live")))
     )
-    # a linear map is free to choose where a convolution was told to be one
+    # "linear" is a route of convolutions; the linear layer that such a convolution becomes chooses freely
     if forced is not None and forced != "linear":
         routes.check(forced, possible, granularity, per_sample)
         return forced
@@ -90,6 +97,7 @@ def decide(
 
 
 def _or_live(work: int) -> str:
+    """The part of a reason that says that closed gates may be left out; empty for layers that are too small."""
     return (
         f"; on the open gates alone where a call finds enough closed: {thresholds.described()}" if work >= WORK else ""
     )
@@ -98,8 +106,10 @@ def _or_live(work: int) -> str:
 def conv_route(problem: routes.ConvProblem) -> tuple[str, str]:
     """(name, reason) of the route of a convolution.
 
-    A 1 x 1 convolution stays one unless told otherwise: oneDNN's is as fast as the linear map, and on deep layers twice
-    as fast. Raises ValueError where a forced route cannot serve the call.
+    A 1 x 1 convolution is not run as a linear layer unless forced: oneDNN's convolution is as fast, and in deep layers
+    twice as fast.
+
+    Raises: ValueError if a forced route cannot serve the call.
     """
     weight, _, granularity, per_sample, pointwise, activations, work, _ = problem
     vectors = granularity in ("input", "output", "both")

@@ -1,6 +1,4 @@
-"""A layer computed on its open gates: gather what is open (:mod:`.axis`), gate and multiply it, scatter it
-among zeros.
-"""
+"""Compute a layer on its open gates: gather the open rows and columns (:mod:`.axis`), multiply, scatter among zeros."""
 
 from __future__ import annotations
 
@@ -44,10 +42,10 @@ def fwd(
         y, _ = fwd_fold(_plan_of(*part[:2], gates.spec), *part, *own[:4])
         return y if outs is None else scatter(y, outs, weight.shape[0], y.dim() - 1)
     y, _ = gated_conv.fwd(*part, own, window, False, False)
-    last = _is_last(x) or _is_last(weight)  # so torch's convolution writes y, and its backward dx
+    last = _is_last(x) or _is_last(weight)  # the layout in which torch's convolution writes y, and its backward dx
     if outs is not None:
         return scatter(y, outs, weight.shape[0], 1, last)
-    # a single open channel does not show how it lies
+    # with a single open channel both memory formats are the same, so set the one that the whole layer would have
     return y.contiguous(memory_format=torch.channels_last) if last else y
 
 

@@ -1,7 +1,7 @@
-"""A tiny layer in one call each way, products included (``small.h`` of csrc).
+"""A tiny layer in one call for the forward and one for the backward, products included: ``small.h`` of csrc.
 
-Calls are what takes its time, those of Python too, so every argument is written out here: lists and loops over them
-cost as much as the arithmetic.
+Calls take most of its time, also calls in Python. So every argument is written out: lists and loops over arguments take
+as long as the arithmetic.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def fwd(
     in_seed: Tensor | None,
     out_seed: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """y, and what is kept: by a plan that keeps, y before the output gates."""
+    """(y, what is kept for the backward): y before the output gates if the plan keeps it, else None."""
     N, K = weight.shape
     y = x.new_empty((*x.shape[:-1], N))
     pre = torch.empty_like(y) if plan.keep else None
@@ -56,8 +56,9 @@ def fwd(
 
 
 def bwd(plan: Plan, dy: Tensor, tensors: Sequence[Tensor | None], needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
-    """The gradients of x, weight, bias and both gates, those that are needed;
-    a ``pre`` that was not kept is computed again.
+    """The gradients of x, weight, bias and both log_alphas, those that ``needs`` asks for.
+
+    If y before the output gates was not kept, it is computed again.
     """
     x, weight, bias, in_la, out_la, in_seed, out_seed, pre = tensors
     assert x is not None

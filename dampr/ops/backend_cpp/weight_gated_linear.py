@@ -1,5 +1,5 @@
-"""Gates of weights and of blocks of weights: multiplied into the weight, then a vendor's GEMM;
-``rows.h`` and ``blocks.h`` of csrc.
+"""Linear layers with gates on weights and on blocks of weights: the gates are multiplied into the weight
+(``rows.h`` and ``blocks.h`` of csrc), then torch's GEMM runs.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ Block = tuple[int, int]
 def fold_blocks_fwd(
     weight: Tensor, gate: GateArgs, block: Block, dtype: torch.dtype, in_scratch: bool = False
 ) -> Tensor:
-    """weight * Z, rounded once to ``dtype``: drawn while it is multiplied where each weight has a gate, else drawn
-    first and spread.
+    """W * Z in ``dtype``, rounded once.
 
-    ``in_scratch``: it is one of :data:`.host.scratch`.
+    A gate on each weight is drawn in the pass that multiplies; gates on blocks are drawn first. ``in_scratch``: the
+    result is in :data:`.host.scratch`.
     """
     weight, log_alpha = weight.contiguous(), gate.log_alpha.contiguous()
     out = host.scratch.views[weight.shape, None, dtype] if in_scratch else torch.empty(weight.shape, dtype=dtype)
@@ -45,7 +45,7 @@ def fold_blocks_fwd(
 def fold_blocks_bwd(
     raw: Tensor, weight: Tensor, gate: GateArgs, block: Block, needs: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of weight and log_alpha from that of the folded weight, ``raw`` (N, K)."""
+    """The gradients of weight and log_alpha from that of the folded weight, ``raw`` (N, K)."""
     return _ungate(raw, weight, gate, block, needs)[:2]
 
 
@@ -59,9 +59,9 @@ def _ungate(
     fold: bool = False,
     in_place: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """:func:`fold_blocks_bwd` and, if asked to ``fold``, weight * Z from the same pass where dtypes allow.
+    """(dweight, dlog_alpha, W * Z), from ``raw`` (N, K), the gradient of the folded weight, in one pass.
 
-    ``in_place``: the weight's gradient may take the place of ``raw``.
+    ``fold``: whether W * Z is wanted; it is None if dtypes differ. ``in_place``: dweight may be written over ``raw``.
     """
     raw, weight, log_alpha = raw.contiguous(), weight.contiguous(), gate.log_alpha.contiguous()
     dw = folded = grad = None
@@ -83,7 +83,9 @@ def _ungate(
 
 
 def plan_weights(x: Tensor, weight: Tensor, spec: GateSpec, block: Block) -> Plan:
-    """How the layer is computed. Raises ValueError where a forced route cannot serve the call."""
+    """The plan of a call: its route and what the route needs. Raises ValueError if a forced route cannot serve the
+    call.
+    """
     N, K = weight.shape
     M, drawn = x.numel() // K if K else x.shape[:-1].numel(), spec.rule == SAMPLE
     route = decide(routes.stack[-1][0] if routes.stack else None, M, N, K, x.dtype, block, False, drawn)
@@ -91,25 +93,27 @@ def plan_weights(x: Tensor, weight: Tensor, spec: GateSpec, block: Block) -> Pla
 
 
 def weight_gated_linear_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, gate: GateArgs, block: Block) -> Tensor:
-    """The operator."""
+    """y = x (W * Z)^T + bias, with one gate for each weight or block of weights."""
     return fwd(plan_weights(x, weight, gate.spec, block), x, weight, bias, *gate[:2])[0]
 
 
 def weight_gated_linear_bwd(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, gate: GateArgs, block: Block, needs: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
-    """The operator's gradients of x, weight, bias and log_alpha."""
+    """The gradients of x, weight, bias and log_alpha, those that ``needs`` asks for."""
     return bwd(plan_weights(x, weight, gate.spec, block), dy, (x, weight, bias, *gate[:2]), needs)
 
 
 def fwd(
     plan: Plan, x: Tensor, weight: Tensor, bias: Tensor | None, log_alpha: Tensor, seed: Tensor | None
 ) -> tuple[Tensor, None]:
+    """(y, None) by the plan."""
     folded = fold_blocks_fwd(weight, GateArgs(log_alpha, seed, plan.spec), plan.block, x.dtype, in_scratch=True)
     return products.linear(x, folded, None if bias is None else bias.to(x.dtype), plan.onednn and plan.drawn), None
 
 
 def bwd(plan: Plan, dy: Tensor, tensors: Sequence[Tensor | None], needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    """The gradients of x, weight, bias and log_alpha by the plan. ``tensors``: (x, weight, bias, log_alpha, seed)."""
     x, weight, bias, log_alpha, seed, *_ = tensors
     assert x is not None
     assert weight is not None

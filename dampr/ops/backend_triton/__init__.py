@@ -1,8 +1,8 @@
-"""Host side of the Triton kernels: layouts, tile sizes, workspaces, launches. Equations: the modules of the same names
-in dampr/kernels.
+"""The Triton backend: the host code that launches the kernels of :mod:`dampr.kernels`, with layouts, tile sizes and
+workspaces.
 
-The launchers are those of backend_reference and backend_cpp; routes.py says which kernels serve a call, host.py holds
-what they share.
+The equations are in the kernel modules of the same names. The functions have the names and arguments of the other
+backends. :mod:`.routes` chooses the kernels of a call; :mod:`.host` holds what all launches share.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from .weight_gated_linear import (
     weight_gated_linear_fwd,
 )
 
-fused_norms = (True,)  # per sample: norm, gates and running statistics in one call
+fused_norms = (True,)  # norm, gates and running statistics are one call for these values of ``per_sample``
 
 __all__ = [
     "GENERATOR_PARAMETERS",
@@ -69,7 +69,7 @@ __all__ = [
 
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
-    """The reason why the kernels cannot run tensors of this device and dtype, or None."""
+    """The reason why the kernels cannot run tensors of this device and dtype; None if they can."""
     if dtype not in host.DTYPE_NAMES:
         return f"it takes float32, bfloat16 and float16, not {dtype}"
     interpreted = not isinstance(gate_kernels.reduce_kernel, triton.JITFunction)

@@ -15,9 +15,7 @@ from .host import Needs
 
 
 def gate_activations_fwd(x: torch.Tensor, gate: GateArgs, dim: int) -> torch.Tensor:
-    """x * z along ``dim``, in the dtype of x; a draw for each index of the first dimension, or one.
-    x keeps its (dense) memory format.
-    """
+    """x * z along ``dim``, in the dtype and (dense) memory format of x."""
     x, shape, _ = planes(x, dim, gate.per_sample)
     y = torch.empty_like(x)
     _gate(x, None, sample_gates_fwd(gate, gate.rows(shape.outer)), y, shape)
@@ -27,7 +25,7 @@ def gate_activations_fwd(x: torch.Tensor, gate: GateArgs, dim: int) -> torch.Ten
 def gate_activations_bwd(
     dy: torch.Tensor, x: torch.Tensor, gate: GateArgs, dim: int, needs: Needs
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Gradients of x and log_alpha; None for one that ``needs`` does not ask for."""
+    """The gradients of x and log_alpha; None for those that ``needs`` does not ask for."""
     x, shape, layout = planes(x, dim, gate.per_sample)
     rows = gate.rows(shape.outer)
     dx = torch.empty_like(x) if needs[0] else None
@@ -39,7 +37,10 @@ def gate_activations_bwd(
 def _gate(
     t: torch.Tensor, other: torch.Tensor | None, z: torch.Tensor, out: torch.Tensor | None, shape: Planes
 ) -> torch.Tensor | None:
-    """Fills ``out`` with t z; returns the sums of t * other, in the shape of z, where there is another."""
+    """Fill ``out`` with t * z, and return the sums of t * other in the shape of z; None without ``other``.
+
+    ``out`` may be None.
+    """
     if shape.inner == 1:
         block_m, block_n = configs.COLUMN_SUM_TILE
         blocks = configs.cdiv(shape.n, block_n)

@@ -1,9 +1,8 @@
-"""Gates on features: dampr/kernels/gated_linear.py, by the route that routes.route names; gated_linear_live.py for live
-blocks.
+"""Launches of dampr/kernels/gated_linear.py and gated_linear_live.py: linear layers with gates on features.
 
-Per batch: gates are folded into the weight and the vendor GEMM runs. Per sample: one GEMM with the gates inside, or
-passes that gate x, y and dy around the vendor GEMM. Gates without noise are the same for every sample, so they always
-take a route of the first kind.
+Per batch: the gates are folded into the weight and the library's GEMM runs, or a GEMM skips closed blocks ("live"). Per
+sample: one GEMM with the gates inside, or passes that multiply x, y and dy by gates around the library's GEMM. Gates
+that are not drawn are the same for every sample, so they take a route per batch.
 """
 
 from __future__ import annotations
@@ -42,9 +41,9 @@ def plan_linear(
     per_sample: bool,
     learns: bool,
 ) -> Plan:
-    """How the layer is computed; ``learns``: whether the output gates need a gradient.
+    """The plan of a call; ``learns``: whether the output gates need a gradient.
 
-    Raises ValueError where a forced route cannot serve the call.
+    Raises: ValueError if a forced route cannot serve the call.
     """
     gates = GatePair(in_la, out_la, in_seed, out_seed, spec, per_sample)
     name = _route(x, weight, gates)
@@ -62,6 +61,7 @@ def _fwd(
     in_seed: torch.Tensor | None,
     out_seed: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(y, what is kept for the backward) by a plan: the folded weight, or y before the output gates, or None."""
     gates = GatePair(in_la, out_la, in_seed, out_seed, plan.spec, plan.per_sample)
     if plan.route == "fold":
         folded, folded_bias = fold_weight_fwd(weight, bias, gates, x.dtype)
@@ -73,6 +73,9 @@ def _fwd(
 def _bwd(
     plan: Plan, dy: torch.Tensor, tensors: Sequence[torch.Tensor | None], needs: Needs
 ) -> tuple[torch.Tensor | None, ...]:
+    """The gradients of x, weight, bias and both log_alphas by a plan; ``tensors``: those of the forward, and the kept
+    one.
+    """
     x, weight, bias, in_la, out_la, in_seed, out_seed, kept = tensors
     assert x is not None
     assert weight is not None
@@ -91,11 +94,15 @@ def gated_linear_fwd(
     keep_pre: bool,
     name: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(y, pre): y = z_out * ((x * z_in) W^T + b), (..., N) in the dtype of x; pre is y before the output gate if
+    """(y, pre): y = z_out * ((x * z_in) W^T + b), (..., N) in the dtype of x; pre is y before the output gates if
     ``keep_pre``, else empty.
 
-    x: (..., K); weight: (N, K) and bias: (N,), in any floating dtype (float32 under autocast); log-alphas: float32,
-    (K,) and (N,). ``name``: the route, where it is decided.
+    Args:
+        x: (..., K).
+        weight, bias: (N, K) and (N,), of any floating dtype (float32 under autocast).
+        gates: float32 log_alphas, (K,) and (N,).
+        keep_pre: whether to return pre.
+        name: the route, if it was chosen before.
     """
     name = _route(x, weight, gates) if name is None else name
     if name in PER_SAMPLE:
@@ -123,11 +130,11 @@ def gated_linear_bwd(
     needs: Needs,
     name: str | None = None,
 ) -> tuple[torch.Tensor | None, ...]:
-    """Gradients of x, weight, bias, input_log_alpha, output_log_alpha; None for one that ``needs`` does not ask for."""
+    """The gradients of x, weight, bias, input_log_alpha and output_log_alpha; None where ``needs`` is False."""
     shape, name = x.shape, _route(x, weight, gates) if name is None else name
     dy, x = rows_of(dy), rows_of(x)
     if name in PER_SAMPLE:
-        # Without a gradient of its own the output gate needs no activation; dy stands in for it, unread.
+        # if the output gate needs no gradient, ``pre`` was not kept; ``dy`` takes its place and is not read
         pre = pre.reshape(dy.shape) if pre.numel() == dy.numel() else dy
         dx, *others = _per_sample_bwd(dy, x, weight, bias, gates, pre, needs, name)
     else:
@@ -136,10 +143,12 @@ def gated_linear_bwd(
 
 
 def _any(gates: GatePair) -> bool:
+    """Whether there are gates."""
     return gates.input_log_alpha is not None or gates.output_log_alpha is not None
 
 
 def _route(x: torch.Tensor, weight: torch.Tensor, gates: GatePair) -> str:
+    """The name of the route of a call."""
     if not _any(gates):
         return "fold"
     N, K = weight.shape
@@ -177,7 +186,7 @@ def _fold_bwd(
     needs: Needs,
     folded: torch.Tensor | None = None,
 ) -> Grads:
-    """Gradients of rows; ``folded``: the weight with its gates, if the forward kept it."""
+    """The gradients for rows dy (M, N) and x (M, K); ``folded``: the folded weight, if the forward kept it."""
     if needs[0] and folded is None:
         folded = fold_weight_fwd(weight, None, gates, x.dtype)[0]
     dx = dy @ folded if needs[0] and folded is not None else None
@@ -194,10 +203,9 @@ def fold_weight_bwd(
     gates: GatePair,
     needs: Needs,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """Gradients of weight, bias and both log-alphas from those of the folded weight and bias, ``raw`` (N, K) and
-    ``raw_bias`` (N,).
+    """The gradients of weight, bias and both log_alphas from those of the folded weight ``raw`` (N, K) and bias (N,).
 
-    ``raw`` may be None where only the gradient of the bias is needed.
+    ``raw`` may be None if only the gradient of the bias is needed.
     """
     (N, K), (block_n, block_k) = weight.shape, configs.FOLD_BWD_TILE
     dbias = raw_bias.to(bias.dtype) if bias is not None and raw_bias is not None and needs[1] else None
@@ -234,7 +242,7 @@ def fold_gate_bwd(
     dy_sum: torch.Tensor | None = None,
     dbias: torch.Tensor | None = None,
 ) -> torch.Tensor | None:
-    """dlog_alpha of a (splits, n) workspace of dz, or None without one; fills ``dbias`` where that is asked for."""
+    """dlog_alpha from a workspace of dz, (splits, n); None if there is no workspace. Fills ``dbias`` if it is given."""
     if gate is None or (partial is None and dbias is None):
         return None
     n, (block_s, block_n) = gate.log_alpha.numel(), configs.REDUCE_TILE
@@ -251,8 +259,8 @@ def fold_gate_bwd(
 def gated_linear_live_fwd(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, gates: GatePair
 ) -> torch.Tensor:
-    """y of :func:`gated_linear_fwd` per batch, without the blocks of input features and the output tiles whose gates
-    are all 0.
+    """y of :func:`gated_linear_fwd` with one draw per batch, by a GEMM that skips blocks of input features, and output
+    tiles, whose gates are all 0.
     """
     rows, (N, K) = rows_of(x), weight.shape
     tile = configs.live_tile(rows.shape[0], N, K, *host.machine(x))
@@ -261,7 +269,13 @@ def gated_linear_live_fwd(
 
 
 class Live(NamedTuple):
-    """On the device of x: input gates z (K,), the blocks with an open one, ascending, and how many, int32 (1,)."""
+    """The input gates in the form in which the GEMM reads them, on the device of x.
+
+    Attributes:
+        z: the gate values, (K,).
+        blocks: the numbers of the blocks of features with an open gate, increasing, int32.
+        number: how many such blocks there are, (1,).
+    """
 
     z: torch.Tensor
     blocks: torch.Tensor
@@ -269,6 +283,7 @@ class Live(NamedTuple):
 
 
 def _live_blocks(x: torch.Tensor, gates: GatePair, K: int, depth: int) -> Live:
+    """Draw the input gates and list the blocks of ``depth`` features that have an open one."""
     z = host.empty(x, (K,), torch.float32)
     live, count = (host.empty(x, (size,), torch.int32) for size in (configs.cdiv(K, depth), 1))
     log_alpha, _, seed, _ = host.vectors(*gates[:4])
@@ -280,6 +295,7 @@ def _live_blocks(x: torch.Tensor, gates: GatePair, K: int, depth: int) -> Live:
 def _live_gemm(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, gates: GatePair, live: Live, tile: configs.Tile
 ) -> torch.Tensor:
+    """Launch the GEMM over these blocks."""
     (M, K), N = x.shape, weight.shape[0]
     x, w = host.rows(x), host.rows(weight.to(x.dtype))
     y = host.empty(x, (M, N), x.dtype)
@@ -302,6 +318,7 @@ def _per_sample_fwd(
     keep_pre: bool,
     name: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """(y, y before the output gates or an empty tensor) with a draw for each row, by the route ``name``."""
     (M, K), N, nothing = x.shape, weight.shape[0], x.new_empty(0)
     if (_route(x, weight, gates) if name is None else name) == "passes":
         x = x if gates.input is None else _gate_rows(x, gates.input)
@@ -334,6 +351,7 @@ def _per_sample_bwd(
     needs: Needs,
     name: str,
 ) -> Grads:
+    """The gradients with a draw for each row, by the route ``name``; ``pre``: y before the output gates."""
     one_pass = name == "one_pass"
     doutput = db = None
     gated_dy: torch.Tensor | None = dy
@@ -354,9 +372,7 @@ def _per_sample_bwd(
 def _passes_bwd(
     gated_dy: torch.Tensor | None, x: torch.Tensor, weight: torch.Tensor, gates: GatePair, needs: Needs
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """(dx, dinput_log_alpha, dweight) for ``gated_dy`` = dy * z_out,
-    which is None only where none of them is needed.
-    """
+    """(dx, dinput_log_alpha, dweight) from ``gated_dy`` = dy * z_out, which is None only if none of them is needed."""
     dx = dinput = dweight = None
     if gated_dy is not None and (needs[0] or needs[3]):
         dx = gated_dy @ weight.to(x.dtype)
@@ -382,8 +398,10 @@ def _gate_rows(t: torch.Tensor, gate: GateArgs) -> torch.Tensor:
 def _gate_rows_bwd(
     g: torch.Tensor, t: torch.Tensor, gate: GateArgs, wanted: tuple[bool, bool, bool]
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """(g z, dlog_alpha, column sum of g z) for the gradient g (M, n) of t z, those that are ``wanted``;
-    float32 but for the first.
+    """(g z, dlog_alpha, sums of g z over rows) for y = t z with gradient g (M, n); None for those that are not
+    ``wanted``.
+
+    The last two are float32.
     """
     if not any(wanted):
         return None, None, None
@@ -418,6 +436,7 @@ def _gate_rows_bwd(
 def _one_pass_bwd_dx(
     dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, gates: GatePair, needs: Needs
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """(dx, dinput_log_alpha) by one GEMM with the gates inside."""
     if not (needs[0] or needs[3]):
         return None, None
     (M, K), N = x.shape, weight.shape[0]
@@ -439,6 +458,7 @@ def _one_pass_bwd_dx(
 
 
 def _one_pass_bwd_dw(dy: torch.Tensor, x: torch.Tensor, dtype: torch.dtype, gates: GatePair) -> torch.Tensor:
+    """dweight (N, K) in ``dtype`` by one GEMM with the gates inside."""
     (M, K), N = x.shape, dy.shape[1]
     dy, x = host.rows(dy), host.rows(x)
     tile = configs.gemm_tile(M, N, K, *host.machine(x))
@@ -459,5 +479,7 @@ def _one_pass_bwd_dw(dy: torch.Tensor, x: torch.Tensor, dtype: torch.dtype, gate
 
 
 def _grouped(N: int, K: int) -> dict[str, bool]:
-    """Whether the gates of a row start at a multiple of four."""
+    """The constants IN_GROUPED and OUT_GROUPED: whether a row of gates starts at a multiple of four, so that one call
+    of the random generator serves four gates.
+    """
     return {"IN_GROUPED": K % 4 == 0, "OUT_GROUPED": N % 4 == 0}

@@ -1,4 +1,4 @@
-"""Launches of the kernels that draw gates and nothing else: dampr/kernels/gates.py."""
+"""Launches of the kernels that only draw gates: dampr/kernels/gates.py."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from . import host
 
 
 def sample_gates_fwd(gate: GateArgs, rows: int | None, start: int = 0) -> torch.Tensor:
-    """Gates of ``log_alpha`` (n,): float32 of shape (n,), or (rows, n) with a draw per row.
+    """Gate values, float32, (n,), or (rows, n) with a draw for each row.
 
-    From another index than 0 on (rows of a batch that several processes share) they are drawn in plain PyTorch.
+    If the noise starts at another index than 0 (a batch that several processes share), plain PyTorch draws them.
     """
     if start:
         return backend_reference.sample_gates_fwd(gate, rows, start)
@@ -30,7 +30,7 @@ def sample_gates_fwd(gate: GateArgs, rows: int | None, start: int = 0) -> torch.
 
 
 def sample_gates_bwd(dz: torch.Tensor, gate: GateArgs, rows: int | None, start: int = 0) -> torch.Tensor:
-    """Gradient (n,) of ``log_alpha`` for that of its gates, ``dz``: (n,) or (rows, n), float32."""
+    """dlog_alpha, (n,), for the gradient ``dz`` of the gate values, (n,) or (rows, n), float32."""
     if start:
         return backend_reference.sample_gates_bwd(dz, gate, rows, start)
     log_alpha = gate.log_alpha.contiguous()

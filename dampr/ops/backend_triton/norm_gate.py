@@ -18,8 +18,16 @@ from .host import Needs
 
 
 class _Cut(NamedTuple):
-    """How a pass cuts its tensor: ``programs`` with a tile of ``block``; in each of ``outer`` places, ``length``
-    elements of a channel are cut into ``pieces`` of ``step`` that have sums of their own.
+    """The division of a tensor among the programs of a pass.
+
+    Attributes:
+        columns: whether channels lie along the columns of a tile, else each row of a tile is one plane of a channel.
+        block: the tile, (rows, columns).
+        programs: how many there are.
+        outer: the number of places (samples or planes) that are divided on their own.
+        length: the elements of a channel at one place.
+        pieces: into how many pieces these are divided, each with sums of its own.
+        step: the elements of one piece.
     """
 
     columns: bool
@@ -39,9 +47,9 @@ def norm_gate_fwd(
     var: torch.Tensor | None,
     running: Running | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """y in the dtype and the (dense) memory format of x, and the statistics of x where none are given.
+    """(y, mean, var); y has the dtype and the (dense) memory format of x, the last two are None if they were given.
 
-    ``running`` ones, float32 and contiguous, are moved by the kernel that joins the new ones.
+    ``running``: statistics to update, float32 and contiguous; the kernel that joins the partial statistics does it.
     """
     x, shape, _ = planes(x, 1, gate.per_sample)
     batch = mean is None or var is None
@@ -62,7 +70,7 @@ def norm_gate_bwd(
     training: bool,
     needs: Needs,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """Gradients of x, gain, bias and log_alpha; None for one that ``needs`` does not ask for."""
+    """The gradients of x, gain, bias and log_alpha; None for those that ``needs`` does not ask for."""
     x, shape, layout = planes(x, 1, gate.per_sample)
     dy, rows = dy.contiguous(memory_format=layout), gate.rows(shape.outer)
     z, vectors = sample_gates_fwd(gate, rows), host.vectors(norm.gain, norm.bias, mean, var)
@@ -84,7 +92,9 @@ def norm_gate_bwd(
 
 
 def _cut(shape: Planes, columns: tuple[int, int] = configs.COLUMN_SUM_TILE) -> _Cut:
-    """Pieces of rows where gates are along the lanes, in tiles of ``columns``, else of the elements of each row."""
+    """How to divide the tensor: rows into pieces if channels lie along columns (tiles of ``columns``), else each
+    plane.
+    """
     most = configs.NORM_MAX_PARTS if shape.per_outer else configs.NORM_MAX_SPLITS
     if shape.inner == 1:
         block_m, block_n = block = columns
@@ -98,7 +108,7 @@ def _cut(shape: Planes, columns: tuple[int, int] = configs.COLUMN_SUM_TILE) -> _
 
 
 def _statistics(x: torch.Tensor, shape: Planes, running: Running | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and biased variance of each channel, (n,); zeros of no elements."""
+    """(mean, biased variance) of each channel, (n,); zeros if x is empty. Also updates ``running``."""
     if not x.numel():
         return host.empty(x, (shape.n,), torch.float32).zero_(), host.empty(x, (shape.n,), torch.float32).zero_()
     together = Planes(1, shape.outer * shape.middle, shape.n, shape.inner, False)
@@ -125,7 +135,7 @@ def _statistics(x: torch.Tensor, shape: Planes, running: Running | None) -> tupl
     block_s, block_n = configs.NORM_JOIN_TILE
     count = x.numel() // shape.n
     kept, momentum = ((None, None, None), 0.0) if running is None else (running[:3], running.momentum)
-    # of what was, of the mean, of the biased variance
+    # the weights of the old statistics, of the new mean, and of the new biased variance
     shares = 1.0 - momentum, momentum, momentum * count / max(1, count - 1)
     args = (
         means,
@@ -158,7 +168,7 @@ def _pass(
     shape: Planes,
     norm: Norm,
 ) -> None:
-    """Fills ``out`` with y or dx, or ``partial`` with sums; the kernels say which."""
+    """Fill ``out`` with y or dx, or ``partial`` with sums, by what is None; see dampr/kernels/norm_gate.py."""
     if not x.numel():
         return
     cut = _cut(shape)
@@ -184,7 +194,7 @@ def _finish(
     dz: torch.Tensor | None,
     shape: Planes,
 ) -> torch.Tensor:
-    """dbias and dgain, (2, n), and fills ``dz``; ``partial``: (outer, parts, 2, n), S0 and S1."""
+    """(dbias, dgain) as (2, n), from ``partial`` (outer, parts, 2, n), the sums of the pass; also fills ``dz``."""
     if not shape.per_outer:
         partial = host.reduce(partial, (1, 2 * shape.n), torch.float32)
     block_s, block_n = configs.NORM_FINISH_TILE

@@ -1,6 +1,7 @@
-"""Which kernels serve a gated linear map, as a pure function of the problem and of the device's table of thresholds.
+"""Chooses the kernels for a gated linear layer or convolution, as a pure function of the problem and of the device's
+thresholds.
 
-What each route does, and forcing one: dampr/ops/routes.py. The tables: dampr/kernels/dispatch. The backward of "live"
+The routes are described in dampr/ops/routes.py, the thresholds are in dampr/kernels/dispatch. The backward of "live"
 and of "small_m" is that of "fold".
 """
 
@@ -25,19 +26,21 @@ def route(
     device: torch.device | None = None,
     drawn: bool = True,
 ) -> tuple[str, str]:
-    """:func:`route_by` the table of ``device``, or by the default one."""
+    """:func:`route_by` with the thresholds of ``device``, or the default ones."""
     return route_by(thresholds(host.device_name(device)), M, N, K, dtype, granularity, per_sample)
 
 
 def route_by(
     table: Thresholds, M: int, N: int, K: int, dtype: torch.dtype, granularity: str | tuple[int, int], per_sample: bool
 ) -> tuple[str, str]:
-    """(name, reason) of the route of x (M, K) in ``dtype`` through W (N, K), unless one is forced a function of the
-    arguments alone.
+    """(name, reason) of the route of x (M, K) in ``dtype`` through a weight (N, K).
 
-    ``granularity``: "weight", a block (rows, columns) of weights, or anything else for gates of features.
-    ``per_sample``: a draw per row, hence False for a rule without noise. Raises ValueError where a forced route cannot
-    serve the call.
+    Args:
+        table: the thresholds of the device.
+        granularity: "weight", a block (rows, columns) of weights, or anything else for gates on features.
+        per_sample: whether each row has a draw; False if nothing is drawn.
+
+    Raises: ValueError if a forced route cannot serve the call.
     """
     weights = granularity in ("weight", (1, 1))
     if weights:
@@ -65,10 +68,10 @@ def route_by(
 
 
 def conv_route(problem: ConvProblem) -> tuple[str, str]:
-    """(name, reason) of the route of a convolution; how many activations there are is no matter: a pass over the weight
-    is cheap.
+    """(name, reason) of the route of a convolution. The number of activations does not matter here, because a pass over
+    the weight is cheap on a GPU.
 
-    Raises ValueError where a forced route cannot serve the call.
+    Raises: ValueError if a forced route cannot serve the call.
     """
     weight, groups, granularity, per_sample, pointwise, _, _, device = problem
     if granularity not in ("input", "output", "both"):

@@ -1,6 +1,4 @@
-"""Gates on weights and on blocks of weights: dampr/kernels/weight_gated_linear.py,
-by the route that routes.route names.
-"""
+"""Launches of dampr/kernels/weight_gated_linear.py: linear layers with gates on weights and on blocks of weights."""
 
 from __future__ import annotations
 
@@ -24,7 +22,7 @@ from .routes import route
 
 
 def plan_weights(x: torch.Tensor, weight: torch.Tensor, spec: GateSpec, block: tuple[int, int]) -> Plan:
-    """How the layer is computed. Raises ValueError where a forced route cannot serve the call."""
+    """The plan of a call. Raises ValueError if a forced route cannot serve it."""
     M, (N, K) = x.shape[:-1].numel(), weight.shape
     name = route(M, N, K, x.dtype, block, False, x.device)[0]
     return Plan(name, _fwd, _bwd, spec, M, keep=name == "fold" and host.keeps_cast(x, weight), block=block)
@@ -38,6 +36,7 @@ def _fwd(
     log_alpha: torch.Tensor,
     seed: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(y, the folded weight if the plan keeps it, else None)."""
     gate = GateArgs(log_alpha, seed, plan.spec)
     if not plan.keep:
         return weight_gated_linear_fwd(x, weight, bias, gate, plan.block, plan.route), None
@@ -48,6 +47,7 @@ def _fwd(
 def _bwd(
     plan: Plan, dy: torch.Tensor, tensors: Sequence[torch.Tensor | None], needs: Needs
 ) -> tuple[torch.Tensor | None, ...]:
+    """The gradients of x, weight, bias and log_alpha by a plan; ``tensors``: those of the forward, and the kept one."""
     x, weight, bias, log_alpha, seed, folded = tensors
     assert x is not None
     assert weight is not None
@@ -67,8 +67,12 @@ def weight_gated_linear_fwd(
 ) -> torch.Tensor:
     """y = x (W * Z)^T + b, (..., N) in the dtype of x, with a gate for each ``block`` = (R, C) of weights.
 
-    x: (..., K); weight: (N, K) and bias: (N,), in any floating dtype (float32 under autocast); log_alpha: float32,
-    (ceil(N / R) ceil(K / C),), row by row. ``name``: the route, where it is decided.
+    Args:
+        x: (..., K).
+        weight, bias: (N, K) and (N,), of any floating dtype (float32 under autocast).
+        gate: float32 log_alphas, (ceil(N / R) ceil(K / C),), row by row.
+        block: (R, C).
+        name: the route, if it was chosen before.
     """
     if (plan_weights(x, weight, gate.spec, block).route if name is None else name) == "small_m":
         N, rows = weight.shape[0], rows_of(x)
@@ -87,7 +91,7 @@ def weight_gated_linear_bwd(
     needs: Needs,
     folded: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """Gradients of x, weight, bias, log_alpha; None for one that ``needs`` does not ask for.
+    """The gradients of x, weight, bias and log_alpha; None for those that ``needs`` does not ask for.
 
     ``folded``: W * Z, if the forward kept it.
     """
@@ -110,7 +114,7 @@ def fold_blocks_fwd(weight: torch.Tensor, gate: GateArgs, block: tuple[int, int]
 def fold_blocks_bwd(
     raw: torch.Tensor, weight: torch.Tensor, gate: GateArgs, block: tuple[int, int], needs: Needs
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Gradients of weight and log_alpha from that of the folded weight, ``raw`` (N, K)."""
+    """The gradients of weight and log_alpha from that of the folded weight, ``raw`` (N, K)."""
     wanted = weight.dtype if needs[0] else None, weight if needs[1] else None
     return _gate_weight(raw, *wanted, gate, block)
 
@@ -118,8 +122,9 @@ def fold_blocks_bwd(
 def _gate_weight(
     t: torch.Tensor, dtype: torch.dtype | None, weight: torch.Tensor | None, gate: GateArgs, block: tuple[int, int]
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """(t Z in ``dtype``, dlog_alpha = z' times the sums of ``weight`` t over gates) for t (N, K);
-    None where dtype or weight is None.
+    """(t Z in ``dtype``, dlog_alpha) for t (N, K), where dlog_alpha = z' times the sums of ``weight`` t over each gate.
+
+    The first is None without ``dtype``, the second without ``weight``.
     """
     gated = None if dtype is None else host.empty(t, (t.shape[0], t.shape[1]), dtype)
     if tuple(block) != (1, 1):
@@ -134,7 +139,7 @@ def _gate_weight(
 def _gate_blocks(
     t: torch.Tensor, gated: torch.Tensor | None, weight: torch.Tensor | None, gate: GateArgs, block: tuple[int, int]
 ) -> torch.Tensor | None:
-    """Fills ``gated`` with t Z; returns dlog_alpha where there is a ``weight``."""
+    """Fill ``gated`` with t Z for gates on blocks; returns dlog_alpha, or None without ``weight``."""
     N, K = t.shape
     R, C = max(1, min(block[0], N)), max(1, min(block[1], K))  # a block larger than the matrix is one of its size
     across = configs.cdiv(K, C)
@@ -161,6 +166,7 @@ def _gate_blocks(
 
 
 def _small_m_fwd(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, gate: GateArgs) -> torch.Tensor:
+    """y by the route "small_m": a GEMM that draws the gates of the weights that it reads."""
     (M, K), N = x.shape, weight.shape[0]
     x = host.rows(x)
     tile = configs.small_m_tile(M, N, K, *host.machine(x))
