@@ -181,6 +181,8 @@ def take_off(module: nn.Module, name: str, *, folded: bool) -> None:
         module._parameters[name] = nn.Parameter(value, requires_grad=parameter.requires_grad)
     del module._modules[name + _GATES]
     _give_class(module, _plain_class(module), [own for own in _gated_names(module) if own != name])
+    if isinstance(module, nn.RNNBase):
+        module._init_flat_weights()
 
 
 @contextlib.contextmanager
@@ -221,7 +223,49 @@ class _WithGates:
         super().__delattr__(name)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuilt, (_plain_class(self), self._gated_names), dict(vars(self))
+        state: Any = super().__getstate__() if isinstance(self, nn.RNNBase) else vars(self)
+        return _rebuilt, (_plain_class(self), self._gated_names), dict(state)
+
+
+class _RecurrentWithGates(_WithGates):
+    """The same for recurrent layers of torch, which compute with a list of their parameters and not with the
+    attributes.
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the layer's own, with the products in that list; outside of this call it has the parameters."""
+        held = vars(self)
+        parameters = held["_flat_weights"]
+        held["_flat_weights"] = recurrent_weights([getattr(self, name) for name in held["_flat_weights_names"]])
+        try:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            held["_flat_weights"] = parameters
+
+    def _weights_have_changed(self) -> bool:
+        """False: the list is new in each call."""
+        return False
+
+    def _init_flat_weights(self) -> None:
+        """Make the list of the parameters themselves."""
+        held: Any = vars(self)
+        held["_flat_weights"] = [held["_parameters"].get(name) for name in held["_flat_weights_names"]]
+        held["_flat_weight_refs"] = [None] * len(held["_flat_weights"])
+
+
+def recurrent_weights(weights: list[Tensor]) -> list[Tensor]:
+    """The weights of a recurrent layer, in the order of its list; on a GPU as views of one buffer, matrices before
+    biases.
+
+    cuDNN wants this layout; with any other it copies the weights in each call and warns.
+    """
+    if not weights[0].is_cuda:
+        return weights
+    order = sorted(range(len(weights)), key=lambda i: weights[i].dim() == 1)
+    buffer = torch.cat([weights[i].reshape(-1) for i in order])
+    views = buffer.split([weights[i].numel() for i in order])
+    placed = {i: view.view(weights[i].shape) for i, view in zip(order, views, strict=True)}
+    return [placed[i] for i in range(len(weights))]
 
 
 def _gated_names(module: Any) -> tuple[str, ...]:
@@ -248,9 +292,8 @@ def _give_class(module: nn.Module, kind: type[nn.Module], names: Iterable[str]) 
     content: dict[str, Any] = {
         name: property(functools.partial(_product, name), functools.partial(_replace, name)) for name in names
     }
-    module.__class__ = (
-        type(kind.__name__, (_WithGates, kind), content | {"_gated_names": tuple(names)}) if content else kind
-    )
+    mixin = _RecurrentWithGates if issubclass(kind, nn.RNNBase) else _WithGates
+    module.__class__ = type(kind.__name__, (mixin, kind), content | {"_gated_names": tuple(names)}) if content else kind
 
 
 def _replace(name: str, module: nn.Module, value: Any) -> None:

@@ -19,6 +19,7 @@ from dampr.spec import value
 
 from .base import GatedLayer, fresh_values, wide_dtype
 from .computed import check_dense, refresh, settled
+from .parameter import recurrent_weights
 from .pruned.narrowed_rnn import arguments_of, narrowed, plain_rnn
 from .pruned.scaled_rnn import ScaledRNN, scaled_call, scaled_state
 from .pruned.stacked_rnn import width_of
@@ -126,7 +127,7 @@ class GatedRecurrent(GatedLayer, nn.RNNBase):
                 elif name.startswith("weight_ih") and below:
                     weight = _fold(weight, below[0] if each == 1 else torch.cat(below), None)
                 folded.append(weight)
-        return _one_buffer(folded) if folded[0].is_cuda else folded
+        return recurrent_weights(folded)
 
     @classmethod
     def gates_for(cls, layer: nn.RNNBase, granularity: str = "output") -> int:
@@ -225,6 +226,13 @@ class GatedRecurrent(GatedLayer, nn.RNNBase):
         kept = torch.cat([own + i * self._width for i, own in enumerate(units[-self._directions :])])
         scale = z[-self._directions :].flatten()[kept]
         return layer, kept, torch.ones_like(scale) if self.proj_size else scale
+
+    @torch.no_grad()
+    @settled
+    def _scales(self, units: list[Tensor]) -> Tensor:
+        """The gates of these units of each layer and direction, (layers * directions, width)."""
+        z = self.gate.deterministic().view(-1, self._width)
+        return torch.stack([row[own] for row, own in zip(z, units, strict=True)])
 
     def kept_units(self) -> list[Tensor]:
         """For each layer and direction the units that :meth:`compacted` keeps, int64 (width,), increasing."""
@@ -383,15 +391,3 @@ def _fold(weight: Tensor, columns: Tensor | None, rows: Tensor | None) -> Tensor
         weight = weight if rows is None else weight * rows.unsqueeze(1)
         return weight if columns is None else weight * columns
     return ops.fold_weight(weight, None, ops.GatePair.of(columns, rows, None, None, VALUE), weight.dtype)[0]
-
-
-def _one_buffer(weights: list[Tensor]) -> list[Tensor]:
-    """The same weights as views of one buffer, matrices before biases.
-
-    cuDNN wants this layout; with any other it copies the weights in each call and warns.
-    """
-    order = sorted(range(len(weights)), key=lambda i: weights[i].dim() == 1)
-    buffer = torch.cat([weights[i].reshape(-1) for i in order])
-    views = buffer.split([weights[i].numel() for i in order])
-    placed = {i: view.view(weights[i].shape) for i, view in zip(order, views, strict=True)}
-    return [placed[i] for i in range(len(weights))]

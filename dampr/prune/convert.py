@@ -42,6 +42,7 @@ from .layer_plan import (
     gated_classes,
     leave_out,
     multiplies_beside,
+    name_others,
     place,
     place_streams,
     say_why,
@@ -227,6 +228,8 @@ def _with_gates(
     if plan is None:
         raise ConversionError(str(untraced)) from untraced
     plan.skipped |= skipped
+    if may_have_units and seen is not None:
+        name_others(plan, model, seen)
     if residual:
         place_streams(plan, model, gate, include, exclude, example_inputs)
         by_norms = (

@@ -15,7 +15,7 @@ from .cost_widths import Variables
 from .layers.registry import counted_in, kind_of
 from .measure import macs_beside_layers
 from .modules import of_kind
-from .structure import Structure
+from .structure import Factor, Structure
 from .terms import Term, Width
 from .unit_structure import Counts, UnitStructure
 
@@ -40,7 +40,7 @@ def unit_terms(structure: UnitStructure, counts: Counts, metric: str) -> Iterato
         key = name, tuple(line.tobytes() for line in factors)
         alike[key] = name, amount + alike.get(key, ("", 0))[1], factors
     for name, amount, factors in alike.values():
-        yield from _in_proportion(name, amount, [(Width(*counts.of(line)), len(line)) for line in factors])
+        yield from _in_proportion(name, amount, [(counts.of(line), len(line)) for line in factors])
 
 
 def _in_proportion(name: str, amount: int, widths: list[tuple[Width, int]]) -> Iterator[Term]:
@@ -71,19 +71,19 @@ def macs_terms(plain: nn.Module, variables: Variables, example_inputs: Any) -> I
         yield from kind.macs(name, layer, variables, times, projections.get(layer, 0))
 
 
-def _products_apart(plain: nn.Module, variables: Variables) -> dict[str, list[tuple[str, int, list[tuple[int, ...]]]]]:
+def _products_apart(plain: nn.Module, variables: Variables) -> dict[str, list[tuple[str, int, list[Factor]]]]:
     """The products that need terms of their own: module -> its products.
 
     These are products in code outside of layers, and products of layers that depend on other channels than those that
     the layer reads and writes.
     """
-    found: dict[str, list[tuple[str, int, list[tuple[int, ...]]]]] = defaultdict(list)
+    found: dict[str, list[tuple[str, int, list[Factor]]]] = defaultdict(list)
     for product in variables.products:
         found[product[0]].append(product)
     whole = [f"{name}." for name in variables.attentions]
     whole += [f"{name}." for name, layer in plain.named_modules() if kind_of(layer).gates_units]
 
-    def apart(name: str, own: list[tuple[str, int, list[tuple[int, ...]]]]) -> bool:
+    def apart(name: str, own: list[tuple[str, int, list[Factor]]]) -> bool:
         layer = plain.get_submodule(name)
         if kind_of(layer).gemm:
             return any(variables.has_more(layer, factors) for *_, factors in own)

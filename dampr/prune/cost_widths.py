@@ -17,7 +17,7 @@ from dampr.nn.pruned.stacked_rnn import width_of
 
 from . import graph
 from .layers.registry import channel_count, kind_of
-from .structure import Structure
+from .structure import Factor, Structure, UnitRows
 from .terms import Width
 
 Line = graph.Side | int  # a sequence of channels: a side of a layer, or the number of a factor of a product
@@ -45,7 +45,10 @@ class Variables:
         counts: list[Counter[Line]] = [Counter() for _ in structure.writers]
         self.products = structure.products()
         self._lines = {
-            line: n for n, line in enumerate(dict.fromkeys(line for *_, factors in self.products for line in factors))
+            line: n
+            for n, line in enumerate(
+                dict.fromkeys(f for *_, factors in self.products for f in factors if not isinstance(f, UnitRows))
+            )
         }
         keyed: list[tuple[Line, Sequence[int]]] = [
             *structure.labels.items(),
@@ -142,17 +145,23 @@ class Variables:
         sizes = torch.bincount(self._kind_of, minlength=len(self._kinds)).tolist()
         return Width(total - sum(count * sizes[number] for number, count in weights.items()), weights)
 
-    def of_factors(self, factors: list[tuple[int, ...]]) -> list[tuple[Width, int]]:
+    def of_factors(self, factors: list[Factor]) -> list[tuple[Width, int]]:
         """What is left of each factor of a product, and how long the factor is."""
-        return [(self.of(self._lines[line], len(line)), len(line)) for line in factors]
+        return [
+            (Width(0, dict(Counter(self._in_rows[f.layer][row] for row in f.rows))), f.size)
+            if isinstance(f, UnitRows)
+            else (self.of(self._lines[f], len(f)), len(f))
+            for f in factors
+        ]
 
-    def has_more(self, layer: nn.Module, factors: list[tuple[int, ...]]) -> bool:
+    def has_more(self, layer: nn.Module, factors: list[Factor]) -> bool:
         """Whether a product of ``layer`` depends on other channels than those that the layer reads and writes.
 
         A layer that mixes tokens is an example.
         """
         own = [tuple(self._structure.labels.get((layer, writes), [])) for writes in (True, False)]
-        return any(line not in own for line in factors)
+        reads_units = self.units(layer, False) is not None
+        return any(f not in own and not (reads_units and isinstance(f, UnitRows)) for f in factors)
 
     def units(self, layer: nn.Module, writes: bool) -> Width | None:
         """The width of a side of ``layer`` if its channels are units of a recurrent layer or heads of an attention that

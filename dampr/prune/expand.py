@@ -106,6 +106,9 @@ def expand(model: Model) -> Model:
                     setattr(holder, own, nn.Parameter(grown, requires_grad=small.requires_grad))
                 else:
                     setattr(holder, own, grown)
+        factors = large.get_submodule(name)
+        if factors is not layer and "units" in entry:
+            _grow_factors(factors, entry["units"])
         restored = kind.restored(layer, entry)
         if restored is not layer:
             inputs.replace(large, {layer: restored})
@@ -181,6 +184,14 @@ def _layer(model: nn.Module, name: str) -> Any:
             f"model={type(model).__name__}: its manifest names a layer {name!r} that is not there"
         ) from None
     return without_factors(layer)
+
+
+def _grow_factors(scaled: Any, units: dict[str, Any]) -> None:
+    """Give the units of a :class:`ScaledRNN` that come back a factor of 1; ``units``: its part of the manifest."""
+    left = [places_in({"before": units["before"], "kept": row}) for row in units["kept"]]
+    if len(left) != len(scaled.scale):
+        raise ValueError(f"manifest: units: {len(left)} lists of those that are kept, expected {len(scaled.scale)}")
+    scaled.scale = torch.stack([_grow(row, [place], [1.0]) for row, place in zip(scaled.scale, left, strict=True)])
 
 
 def _check_fits(name: str, small: Tensor, places: list[Places]) -> None:

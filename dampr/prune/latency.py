@@ -22,7 +22,7 @@ from . import inputs, noise
 from .cost import Cost
 from .layers.base import Call, Counted
 from .layers.registry import counted_in
-from .terms import Term, Width
+from .terms import Term
 from .unit_structure import Counts
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # a layer is timed at these shares of its width, but with one channel at least
@@ -49,8 +49,7 @@ class Latency(Cost):
         terms = []
         for name, layer, kind in counted_in(plain):
             if isinstance(self._variables, Counts):
-                found = [self._variables.width(layer, writes) for writes in (False, True)]
-                read, written = (Width(1) if own is None else Width(*own) for own in found)
+                read, written = (self._variables.width(layer, writes) for writes in (False, True))
             else:
                 read, written = kind.timed_widths(layer, self._variables)
             if read.weights or written.weights:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +24,6 @@ from .modules import of_kind
 from .sight import Sight
 from .structure import plain_copy
 from .units import Units
-from .units.groups import share_of_macs
 
 NO_GATES = "no gates for its width: "
 
@@ -316,10 +316,20 @@ def gated_classes(units: Units, plan: LayerPlan) -> tuple[dict[str, list[int]], 
 def share_of_layers(units: Units, plan: LayerPlan) -> float:
     """The share, 0 to 1, of the multiply-accumulates of the model that the gates of a plan can save."""
     classes, whole = gated_classes(units, plan)
-    closed = itertools.chain.from_iterable(classes.values())
+    cut = units.among([*itertools.chain.from_iterable(classes.values()), *_recurrent_classes(units, plan)])
     total = sum(product.macs for product in units.products)
-    inside = sum(p.macs for p in units.products if _is_inside(p.module, whole))
-    return share_of_macs(units, closed) + (inside / total if total else 0.0)
+    reached = sum(
+        p.macs for p in units.products if _is_inside(p.module, whole) or any(cut[line].any() for line in p.factors)
+    )
+    return reached / total if total else 0.0
+
+
+def _recurrent_classes(units: Units, plan: LayerPlan) -> Iterator[int]:
+    """The classes that the gates of recurrent layers close: those of the outputs of each layer and direction."""
+    for name, layer in plan.layers.items():
+        for own in getattr(layer, "_flat_weights_names", ()):
+            if "weight_hh" in own and (full := f"{name}.{own}".lstrip(".")) in units.alias:
+                yield from units.classes(full, 1)
 
 
 def _is_inside(name: str, names: list[str]) -> bool:
@@ -347,6 +357,20 @@ def say_why(plan: LayerPlan, why: dict[str, str]) -> None:
     said = {name: reason for name, reason in why.items() if reason != unit_gates.UNSAID}
     both = {name: f"{said[name]}; as a layer, {r}" for name, r in plan.skipped.items() if said.get(name, r) != r}
     plan.skipped |= said | {name: r for name, r in plan.skipped.items() if name in said} | both
+
+
+def name_others(plan: LayerPlan, model: nn.Module, sight: Sight) -> None:
+    """Add to ``plan.skipped`` the layers of types that the plan does not know, for example of classes derived from
+    torch's, if what they write gets no gates.
+    """
+    closed, whole = gated_classes(sight.units, plan)
+    known = [*whole, *plan.layers, *plan.skipped]
+    gated = set(itertools.chain.from_iterable(closed.values()))
+    for name, reason in unit_gates.left_out(model, sight.units, sight.placement, gated).items():
+        if name and not _is_inside(name, known):
+            kind = type(model.get_submodule(name)).__name__
+            why = f"no layer with gates stands for a {kind}" if reason == unit_gates.UNSAID else reason
+            plan.skipped[name] = why
 
 
 def check_streams(plan: LayerPlan, model: nn.Module) -> None:

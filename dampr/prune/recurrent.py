@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 from dampr.gates import Fixed
+from dampr.nn import ScaledRNN
 from dampr.nn.computed import computed
 from dampr.nn.pruned.narrowed_rnn import in_parts, narrowed
 from dampr.nn.rnn import GatedRecurrent
@@ -53,8 +54,9 @@ def make_plain(
 
     If only ``nn.Linear`` and recurrent layers read a layer, it becomes the smaller layer of ``compacted()``, and the
     columns of its readers are sliced and multiplied by the gates. Then the model runs on ``samples``. If its outputs
-    changed (because of a nonlinearity or a norm before the readers, or a state given from outside), the layer keeps its
-    size.
+    changed (because of a nonlinearity before the readers, or a state given from outside), the gates become factors of
+    the smaller layer instead (:class:`dampr.nn.ScaledRNN`); if they still change (because of a norm, say), the layer
+    keeps its size.
 
     Args:
         atol, rtol: how far outputs may differ.
@@ -99,8 +101,13 @@ def _shrink(
     """
     reading = readers(model, layer, samples[0])
     unchanged = _proof(model, samples, atol, rtol)
-    small, features, scale = layer._compacted(layer.equal_units())
-    if not _put(model, layer, small, reading, features, scale, unchanged):
+    units = layer.equal_units()
+    small, features, scale = layer._compacted(units)
+    fits = _put(model, layer, small, reading, features, scale, unchanged)
+    if not fits and not bool((scale == 1).all()):  # a nonlinearity in between lets no factor through
+        scaled = ScaledRNN(small, layer._scales(units)).train(layer.training)
+        fits = _put(model, layer, scaled, reading, features, torch.ones_like(scale), unchanged)
+    if not fits:
         raise CannotCutError(
             "something between it and the layers that read it is not only a choice of steps, or it is given a state"
         )
@@ -121,15 +128,18 @@ def split(
         if found.own is None:
             continue
         layer: Any = model.get_submodule(name)
+        if isinstance(layer, ScaledRNN):
+            notes[name] = f"{_filling(found)} closed units stay: its outputs have factors, in rows of equal length"
+            continue
         reading = [without_factors(model.get_submodule(reader)) for reader in found.readers]
         unchanged = _proof(model, samples, atol, rtol)
         stacked = narrowed(layer, found.own)
         size = len(found.kept[0])
         features = torch.cat([row + i * size for i, row in enumerate(found.own[-(1 + layer.bidirectional) :])])
         if not _put(model, layer, stacked, reading, features, torch.ones(()), unchanged):
-            filling = sum(len(row) - len(own) for row, own in zip(found.kept, found.own, strict=True))
             notes[name] = (
-                f"{filling} closed units stay: the model does not take states of unequal widths, which are lists"
+                f"{_filling(found)} closed units stay: the model does not take states of unequal widths, which are "
+                "lists"
             )
             continue
         for side in [(layer, True), *((reader, False) for reader in reading)]:
@@ -137,6 +147,12 @@ def split(
         kept |= {(stacked, writes): kept.pop((layer, writes)) for writes in (True, False) if (layer, writes) in kept}
         units[name] = Units([row[own] for row, own in zip(found.kept, found.own, strict=True)], None, found.readers)
     return units, kept, notes
+
+
+def _filling(units: Units) -> int:
+    """How many closed units are left so that all widths are equal."""
+    assert units.own is not None
+    return sum(len(row) - len(own) for row, own in zip(units.kept, units.own, strict=True))
 
 
 def _proof(model: nn.Module, samples: list[Any], atol: float, rtol: float) -> Callable[[], bool]:

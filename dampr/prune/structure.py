@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections import defaultdict
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,8 +24,26 @@ from .gate_vector import GateVector
 from .graph import Side
 from .layers.base import CannotCutError
 from .layers.norm import counts_open, without_activation
+from .layers.recurrent import without_factors
 from .layers.registry import channel_count, kind_of
 from .modules import by_name, gates_of, of_kind
+
+
+class UnitRows(NamedTuple):
+    """A factor of a product that has the units of a recurrent layer.
+
+    Attributes:
+        layer: the layer.
+        rows: the layers and directions within it whose units the factor has, one after the other.
+        size: the length of the factor.
+    """
+
+    layer: nn.Module
+    rows: tuple[int, ...]
+    size: int
+
+
+Factor = tuple[int, ...] | UnitRows
 
 
 class Structure(GateVector[GatedLayer]):
@@ -89,20 +109,41 @@ class Structure(GateVector[GatedLayer]):
             if side and closable.issuperset(side)
         ]
 
-    def products(self) -> list[tuple[str, int, list[tuple[int, ...]]]]:
+    def products(self) -> list[tuple[str, int, list[Factor]]]:
         """(module, multiply-accumulates, factors) of every product.
 
-        A factor is the class of each index of a dimension, -1 for indices that always stay; factors that cannot change
-        are left out.
+        A factor is the class of each index of a dimension, -1 for indices that always stay, or the units of a recurrent
+        layer; factors that cannot change are left out.
         """
         unit = self._units.label
         own = np.full(len(unit), -1)
         own[list(self._label_of)] = list(self._label_of.values())
+        of_units = dict(self._unit_classes())
         found = []
         for product in self._units.products:
-            lines = [tuple(own[unit[line]].tolist()) for line in product.factors]
-            found.append((product.module, product.macs, [line for line in lines if max(line, default=-1) >= 0]))
+            lines = [unit[line].tolist() for line in product.factors]
+            factors = [of_units.get(tuple(line)) or tuple(own[line].tolist()) for line in lines]
+            found.append(
+                (
+                    product.module,
+                    product.macs,
+                    [f for f in factors if isinstance(f, UnitRows) or max(f, default=-1) >= 0],
+                )
+            )
         return found
+
+    def _unit_classes(self) -> Iterator[tuple[tuple[int, ...], UnitRows]]:
+        """The classes of the outputs of each recurrent layer whose units can be cut, for one and for all directions of
+        its last layer.
+        """
+        for layer in self.units:
+            names = [name for name in without_factors(layer)._flat_weights_names if "weight_hh" in name]
+            path = self.names[without_factors(layer)]
+            ends = range(len(names) - 1 - getattr(layer, "bidirectional", False), len(names))
+            lines = {row: tuple(self._units.classes(f"{path}.{names[row]}".lstrip("."), 1)) for row in ends}
+            for rows in {(row,) for row in ends} | {tuple(ends)}:
+                whole = tuple(itertools.chain.from_iterable(lines[row] for row in rows))
+                yield whole, UnitRows(layer, rows, len(whole))
 
     def branch_gates(self) -> list[str]:
         """The names of the layers whose gate opens or closes a whole residual branch."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 import functools
 import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -21,6 +21,7 @@ from dampr.nn.parameter import GatedParameter, is_on, put_on, take_off
 
 from . import filters, inputs, second_opinion
 from .filters import Filter
+from .layers.registry import kind_of
 from .modules import by_name
 from .open_norms import OpenNorm, in_one_vector
 from .unit_trials import Subject, Trial, is_meta
@@ -74,9 +75,8 @@ def place(
     trained, finite = (model, False) if is_meta(model) else inputs.trained(model, example_inputs)
     subject = Subject(trained, units, example_inputs, norms or {})
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    owned = [name for name in parameters if _owner(model, name) is not None]
-    protected = units.in_training_alone()
-    found = groups(units, [one for one in readable(units, owned) if one not in protected])
+    protected = units.in_training_alone() | _staying(model, units)
+    found = groups(units, [one for one in readable(units, parameters) if one not in protected])
     clusters = _clusters(units, [one for group in found for one in group.classes])
     try:
         search = _Search(subject, clusters)
@@ -256,12 +256,15 @@ def only(model: nn.Module, units: Units, placement: Placement, include: Filter, 
     return replace(placement, groups=vectors, norms=norms)
 
 
-def _owner(model: nn.Module, name: str) -> nn.Module | None:
-    """The module that has the parameter ``name``; None if it cannot be parametrized (recurrent layers keep lists of
-    parameters).
-    """
-    owner = model.get_submodule(name.rpartition(".")[0])
-    return None if isinstance(owner, (nn.RNNBase, nn.ParameterList, nn.ParameterDict)) else owner
+def _staying(model: nn.Module, units: Units) -> dict[int, str]:
+    """class -> why it stays, for classes of widths that the class of a layer needs whole."""
+    return {
+        one: reason
+        for path, layer in model.named_modules()
+        for (name, dim), reason in kind_of(layer).staying(layer).items()
+        if (own := units.alias.get(f"{path}.{name}".lstrip("."))) is not None
+        for one in units.classes(own, dim)
+    }
 
 
 def _clusters(units: Units, classes: Iterable[int]) -> list[list[int]]:
@@ -385,10 +388,16 @@ def put_in(
         raise
 
 
-def left_out(model: nn.Module, units: Units, placement: Placement) -> dict[str, str]:
-    """name of a layer with a weight matrix -> why what it writes has no gates."""
-    gated = set(placement.classes())
+def left_out(
+    model: nn.Module, units: Units, placement: Placement, gated: Collection[int] | None = None
+) -> dict[str, str]:
+    """name of a layer with a weight matrix -> why what it writes has no gates.
+
+    ``gated``: the classes with gates; None: those of ``placement``.
+    """
+    gated = set(placement.classes() if gated is None else gated)
     found: dict[str, str] = {}
+    with_gates: set[str] = set()  # a layer may have several weights
     for name, dims in units.origin.items():
         if len(dims) < 2:
             continue
@@ -401,7 +410,9 @@ def left_out(model: nn.Module, units: Units, placement: Placement) -> dict[str, 
             reasons = [placement.refused.get(one) or units.reason(one) for one in written[0]]
             known = next((reason for reason in reasons if reason is not None), None)
             found[path] = str(known or _unreadable(model, units, written[0]) or UNSAID)
-    return found
+        elif written:
+            with_gates.add(path)
+    return {path: reason for path, reason in found.items() if path not in with_gates}
 
 
 def _unreadable(model: nn.Module, units: Units, classes: list[int]) -> str | None:
@@ -411,9 +422,7 @@ def _unreadable(model: nn.Module, units: Units, classes: list[int]) -> str | Non
         return "a sum reads it that no weight is in"
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, dim, indices in (m for one in classes for m in units.members[one]):
-        if units.columns[units.first_unit(name, dim) + indices].any() and (
-            name not in parameters or _owner(model, name) is None
-        ):
+        if name not in parameters and units.columns[units.first_unit(name, dim) + indices].any():
             return f"{name!r} reads it, which can have no gates"
     return None
 

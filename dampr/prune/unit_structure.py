@@ -7,7 +7,6 @@ for models with gated layers. :mod:`.unit_gates` puts gates on parameters.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from . import inputs
 from .gate_vector import GateVector
 from .layers.registry import kind_of
 from .modules import by_name, of_kind
+from .terms import Width, mean_of
 from .units import Units, trace_units
 from .units.groups import readable
 
@@ -184,22 +184,22 @@ class Counts:
         )
         return left + ((left == 0) & self._emptiable).to(left.dtype)
 
-    def of(self, line: Any) -> tuple[float, Mapping[int, float]]:
-        """(the units in ``line`` that always stay, variable -> the number of units in ``line`` for each of its open
-        gates).
-        """
+    def of(self, line: Any) -> Width:
+        """What is left of the units in ``line``."""
         numbers = self._number[self._structure.units.label[line]]
         found = Counter(numbers[numbers >= 0].tolist())
-        return float((numbers < 0).sum()), {n: times / self._size[n] for n, times in found.items()}
+        return Width(float((numbers < 0).sum()), {n: times / self._size[n] for n, times in found.items()})
 
-    def width(self, layer: nn.Module, writes: bool) -> tuple[float, Mapping[int, float]] | None:
-        """As :meth:`of`, for the channels that a linear or convolution layer writes (``writes``), or reads.
+    def width(self, layer: nn.Module, writes: bool) -> Width:
+        """What the time of a layer depends on: what is left of the channels that it writes (``writes``), or reads; 1 if
+        its weight is no parameter.
 
-        None if the weight of the layer is no parameter.
+        For a recurrent layer, what it writes is the mean of the units of all layers and directions.
         """
-        name = f"{self._structure.names[layer]}.weight".lstrip(".")
-        wanted = kind_of(layer).weight_dim(writes)
-        for dim, first, size in self._structure.units.origin.get(self._structure.units.alias.get(name, ""), []):
-            if dim == wanted:
-                return self.of(np.arange(first, first + size))
-        return None
+        found = []
+        for own, wanted in kind_of(layer).timed_places(layer, writes):
+            name = f"{self._structure.names[layer]}.{own}".lstrip(".")
+            for dim, first, size in self._structure.units.origin.get(self._structure.units.alias.get(name, ""), []):
+                if dim == wanted:
+                    found.append(self.of(np.arange(first, first + size)))
+        return mean_of(found) if found else Width(1)

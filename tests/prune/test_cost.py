@@ -229,6 +229,32 @@ def test_products_beside_layers_are_counted():
     assert int(cost(cost.decision())) == count_macs(dampr.compact(model, example_inputs=x), x)
 
 
+class Attentive(nn.Module):
+    """Attention without weights over the outputs of a recurrent layer."""
+
+    def __init__(self, recurrent, features):
+        super().__init__()
+        self.recurrent, self.last = recurrent, nn.Linear(features, 3)
+
+    def forward(self, x):
+        y, _ = self.recurrent(x)
+        return self.last((y @ y.transpose(1, 2)).softmax(-1) @ y)
+
+
+@pytest.mark.parametrize("both_ways", [False, True])
+@pytest.mark.parametrize("layers", [1, 2])
+def test_products_of_the_outputs_of_a_recurrent_layer_are_counted(layers, both_ways):
+    torch.manual_seed(0)
+    recurrent = nn.LSTM(6, 10, layers, batch_first=True, bidirectional=both_ways)
+    x = torch.randn(4, 5, 6)
+    model = dampr.convert(Attentive(recurrent, 10 * (1 + both_ways)), example_inputs=x)
+    cost = Cost(model, x, "macs")
+    close_at_random(model)
+    small = dampr.compact(model, example_inputs=x)
+    assert getattr(small.recurrent, "rnn", small.recurrent).hidden_size < 10
+    assert int(cost(cost.decision())) == count_macs(small, x)
+
+
 @pytest.mark.parametrize("how", [{"per_sample": True}, {"tie": False}, {"include": nn.Conv2d, "per_sample": True}])
 @pytest.mark.parametrize("case", ["instance norm", "sigmoid", "two norms", "prelu"])
 def test_layers_whose_closed_channels_would_stay_have_no_gates(case, how):

@@ -288,10 +288,16 @@ def test_a_projection() -> None:
 
 @pytest.mark.filterwarnings("ignore:The tensor attributes .*_flat_weights:UserWarning")  # torch.export, of any nn.LSTM
 @every_kind
-def test_a_nonlinearity_keeps_fractional_gates_in_a_scaled_layer_and_lets_others_go(kind: Any) -> None:
+def test_a_nonlinearity_keeps_fractional_gates_in_a_scaled_layer_and_lets_others_go(kind: Any, tmp_path: Any) -> None:
     kept = compacted(close(Tagger(kind, between=nn.Tanh()), True), words)
     assert type(kept.rnn) is ScaledRNN
-    assert "closed units stay: something between" in kept.dampr_manifest["closed_but_kept"]["rnn"]
+    assert kept.rnn.rnn.hidden_size == kept.head.in_features == 4
+    assert kept.dampr_manifest["closed_but_kept"] == {}
+    dampr.save(kept, tmp_path / "kept.pt")
+    plain = Tagger(kind._dense, between=nn.Tanh())
+    plain.embedding = nn.Embedding(20, 8)
+    assert torch.equal(dampr.load(tmp_path / "kept.pt", plain).eval()(words), kept(words))
+    torch.testing.assert_close(dampr.expand(kept)(words), kept(words))
     assert compacted(close(Tagger(kind, between=nn.Tanh())), words).rnn.hidden_size == 4
     normed = compacted(close(Tagger(kind, between=nn.LayerNorm(6))), words)
     assert type(normed.rnn) is ScaledRNN
@@ -486,7 +492,7 @@ def test_convert_gates_embeddings_and_recurrent_layers(kind: Any, gate: Any) -> 
     [
         (
             lambda: Plain(nn.LSTM),
-            {"gate": "dam"},
+            {"gate": "dam", "tie": False},
             {"rnn": "fresh gates of 'dam' are not 1, and nothing in LSTM can make up for them"},
         ),
         (

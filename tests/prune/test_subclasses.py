@@ -1,12 +1,17 @@
 """Layers of classes that users derive from torch's are pruned as far as torch's are."""
 
+import copy
+import pickle
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import dampr
 from dampr.prune import gated_layers
 from dampr.prune.cost import Cost
+from dampr.prune.latency import Latency
 from dampr.prune.measure import count_macs
 
 
@@ -47,3 +52,166 @@ def test_every_width_between_layers_has_gates(linear, embedding):
     small = dampr.compact(model, example_inputs=x)
     torch.testing.assert_close(small(x), masked, rtol=1e-4, atol=1e-5)
     assert count_macs(small, x) == 20 * (6 * 4 + 4 * 8 + 8 * 3 + 3 * 3) == cost(cost.decision())
+
+
+class OwnGRU(nn.GRU):
+    pass
+
+
+class OwnLSTM(nn.LSTM):
+    def forward(self, x, state=None):
+        y, state = super().forward(x, state)
+        return 1.5 * y, state
+
+
+class Sequences(nn.Module):
+    """A recurrent layer between linear ones."""
+
+    def __init__(self, recurrent, features):
+        super().__init__()
+        self.first, self.recurrent = nn.Linear(6, 16), recurrent
+        self.third, self.last = nn.Linear(features, 14), nn.Linear(14, 3)
+
+    def forward(self, x):
+        y = self.recurrent(self.first(x).relu())[0]
+        return self.last(self.third(y[:, -1]).relu())
+
+
+class InList(nn.Module):
+    """Weights in a ParameterList or a ParameterDict."""
+
+    def __init__(self, named):
+        super().__init__()
+        weights = [nn.Parameter(torch.randn(shape) / 3) for shape in ((8, 6), (7, 8), (3, 7))]
+        self.weights = nn.ParameterDict({f"w{i}": w for i, w in enumerate(weights)}) if named else None
+        if not named:
+            self.weights = nn.ParameterList(weights)
+
+    def forward(self, x):
+        weights = self.weights
+        for weight in weights.values() if isinstance(weights, nn.ParameterDict) else weights:
+            x = F.linear(x.relu(), weight)
+        return x
+
+
+RECURRENT = {
+    "GRU": lambda: Sequences(OwnGRU(16, 20, batch_first=True), 20),
+    "two layers": lambda: Sequences(OwnLSTM(16, 20, num_layers=2, batch_first=True), 20),
+    "both ways": lambda: Sequences(OwnLSTM(16, 20, bidirectional=True, batch_first=True), 40),
+    "projected": lambda: Sequences(OwnLSTM(16, 20, proj_size=12, batch_first=True), 12),
+    "dropout": lambda: Sequences(OwnGRU(16, 20, num_layers=2, dropout=0.2, bias=False, batch_first=True), 20),
+}
+HELD_BY_OTHERS = RECURRENT | {"list": lambda: InList(False), "dict": lambda: InList(True)}
+
+
+def inputs_of(case):
+    return torch.randn(4, 5, 6) if case in RECURRENT else torch.randn(4, 6)
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections:UserWarning")
+@pytest.mark.parametrize("case", HELD_BY_OTHERS)
+def test_parameters_that_a_list_holds_too_have_gates(case):
+    torch.manual_seed(0)
+    dense, x = HELD_BY_OTHERS[case](), inputs_of(case)
+    expected = dense.eval()(x)
+    model = dampr.convert(dense, example_inputs=x)
+    torch.testing.assert_close(model(x), expected)
+    assert model.dampr_skipped == ({"last": "its outputs are the model's own"} if case in RECURRENT else {})
+    with torch.no_grad():
+        for layer in gated_layers(model).values():
+            layer.gate.parameter[::2] = -9.0
+    cost, masked = Cost(model, x, "macs"), model(x)
+    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model.double().float()):
+        torch.testing.assert_close(again(x), masked)
+    small = dampr.compact(model, example_inputs=x)
+    torch.testing.assert_close(small(x), masked, rtol=1e-4, atol=1e-5)
+    assert count_macs(small, x) == cost(cost.decision()) < 0.5 * cost.total
+    assert type(getattr(small, "recurrent", None)) in (OwnGRU, OwnLSTM, type(None))
+
+
+def test_gates_of_a_derived_recurrent_layer_get_gradients_and_replaced_parameters_count():
+    model, x = RECURRENT["two layers"](), torch.randn(4, 5, 6)
+    model = dampr.convert(model, example_inputs=x)
+    model(x).square().sum().backward()
+    for layer in gated_layers(model).values():
+        assert layer.gate.parameter.grad.abs().max() > 0
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    zeros = {name: torch.zeros_like(p) for name, p in model.named_parameters() if name.startswith("recurrent.weight")}
+    model.eval()
+    parameters = dict(model.named_parameters())
+    replaced = torch.func.functional_call(model, zeros, (x,))
+    with torch.no_grad():
+        for name, zero in zeros.items():
+            parameters[name].copy_(zero)
+    torch.testing.assert_close(replaced, model(x))
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections:UserWarning")
+@pytest.mark.parametrize("case", ["GRU", "two layers", "projected"])
+def test_a_plan_trains_saves_and_expands_a_derived_recurrent_layer(case, tmp_path):
+    torch.manual_seed(0)
+    x = torch.randn(64, 5, 6)
+    y = x.sum(1)[:, :3].argmax(1)
+    plan = dampr.Plan(RECURRENT[case](), x[:4], macs=0.4, steps=40)
+    optimizer = torch.optim.Adam(plan.model.parameters(), 1e-2)
+    for _ in range(40):
+        optimizer.zero_grad()
+        (F.cross_entropy(plan.model(x), y) + plan.penalty()).backward()
+        optimizer.step()
+        plan.step(optimizer)
+    small = plan.finish().eval()
+    assert count_macs(small, x) <= 0.4 * count_macs(RECURRENT[case](), x)
+    dampr.save(small, tmp_path / "small.pt")
+    loaded = dampr.load(tmp_path / "small.pt", RECURRENT[case]()).eval()
+    torch.testing.assert_close(loaded(x), small(x))
+    torch.testing.assert_close(dampr.expand(small).eval()(x), small(x), rtol=1e-4, atol=1e-5)
+
+
+class Normed(Sequences):
+    def forward(self, x):
+        y = self.recurrent(self.first(x).relu())[0]
+        return self.last(self.third(F.layer_norm(y, (20,))).relu())
+
+
+class Returned(Sequences):
+    def forward(self, x):
+        y, state = self.recurrent(self.first(x).relu())
+        return self.last(self.third(y).relu()), state
+
+
+@pytest.mark.parametrize("net", [Normed, Returned])
+def test_a_derived_layer_without_gates_is_named(net):
+    model = dampr.convert(net(OwnGRU(16, 20, batch_first=True), 20), example_inputs=torch.randn(4, 5, 6))
+    reason = {Normed: "a statistic is computed over its channels", Returned: "its outputs are the model's own"}[net]
+    assert reason in model.dampr_skipped["recurrent"]
+
+
+class ThreeByThree(nn.Conv2d):
+    def __init__(self, read, written):
+        super().__init__(read, written, 3, padding=1)
+
+
+class Doubling(nn.GRU):
+    def __init__(self, size):
+        super().__init__(size, 2 * size, batch_first=True)
+
+
+class Image(nn.Module):
+    """Derived layers whose constructors take other arguments than torch's."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.third = ThreeByThree(3, 8), ThreeByThree(8, 16), ThreeByThree(16, 8)
+        self.rows, self.last = Doubling(8), nn.Linear(16, 3)
+
+    def forward(self, x):
+        y = self.third(self.second(self.first(x).relu()).relu()).relu().mean(2)
+        return self.last(self.rows(y.transpose(1, 2))[0][:, -1])
+
+
+def test_layers_whose_constructors_take_other_arguments_are_timed():
+    x = torch.randn(4, 3, 8, 8)
+    model = dampr.convert(Image(), example_inputs=x)
+    cost = Latency(model, x)
+    assert {term.name for term in cost.terms} == {"first", "second", "third", "rows", "last"}
+    assert 0 < cost(torch.zeros(cost.structure.size)) <= cost.total

@@ -133,6 +133,14 @@ class Kind:
         """
         return False
 
+    def staying(self, layer: Any) -> dict[tuple[str, int], str]:
+        """(tensor of the layer, dimension) -> why nothing of it may be cut, for those that its class needs whole."""
+        return {}
+
+    def timed_places(self, layer: Any, writes: bool) -> list[tuple[str, int]]:
+        """The tensors whose width, on average, is the size on this side, and the dimension of each."""
+        return [("weight", self.weight_dim(writes))]
+
     # ---- tensors and sizes
 
     def axes(self, writes: bool) -> dict[str, int]:
@@ -274,6 +282,11 @@ class Counted(Kind):
         state.
         """
         raise NotImplementedError
+
+
+def torch_type(layer: nn.Module) -> Any:
+    """The class of torch that the class of a layer is or is derived from, whose constructor takes known arguments."""
+    return next(cls for cls in type(layer).__mro__ if cls.__module__.startswith("torch.nn."))
 
 
 def weight_term(name: str, layer: Any, widths: LayerWidths, times: float, bias: bool = False) -> Term:

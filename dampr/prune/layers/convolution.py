@@ -11,7 +11,7 @@ from dampr.nn import GatedConv1d, GatedConv2d, GatedConv3d
 
 from ..places import Places
 from ..terms import LayerWidths, Term, Width
-from .base import Entry, Kind, Passing, weight_term
+from .base import Entry, Kind, Passing, torch_type, weight_term
 from .linear import Gemm
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -67,7 +67,7 @@ class Convolution(OfConvolutions, Gemm):
             groups = max(1, round(groups * written / layer.out_channels))
         each = layer.out_channels // layer.groups if not within else max(1, round(written / groups))
         how = layer.kernel_size, layer.stride, layer.padding, layer.dilation, groups, layer.bias is not None
-        convolution: nn.Module = type(layer)(
+        convolution: nn.Module = torch_type(layer)(
             read * groups, written if layer.groups == 1 else each * groups, *how, layer.padding_mode
         )
         return convolution

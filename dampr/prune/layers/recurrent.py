@@ -18,7 +18,7 @@ from dampr.nn.pruned.stacked_rnn import width_of
 
 from ..places import Places, places_in
 from ..terms import LayerWidths, Term, Width, mean_of, sum_of
-from .base import Call, Counted, Entry, Kind
+from .base import Call, Counted, Entry, Kind, torch_type
 
 
 class _OfRecurrent(Kind):
@@ -105,6 +105,11 @@ class Recurrent(_OfRecurrent, Counted):
         """The input weights of the first layer, one for each direction."""
         return [(layer, name) for name in ["weight_ih_l0", *["weight_ih_l0_reverse"] * layer.bidirectional]]
 
+    def staying(self, layer: Any) -> dict[tuple[str, int], str]:
+        """The units behind a projection: torch wants more of these than there are projected ones."""
+        names = [name for name, _ in layer.named_parameters(recurse=False) if name.startswith("weight_hr")]
+        return {(name, 1): "a projection reads it, which has to make it narrower" for name in names}
+
     def sizes(self, layer: Any, entry: Entry) -> dict[str, int]:
         """As for other layers, and the number of units in ``hidden_size`` or ``proj_size``."""
         units = {size_of_units(layer): entry["units"]["before"]} if "units" in entry else {}
@@ -164,12 +169,17 @@ class Recurrent(_OfRecurrent, Counted):
         """The units of one direction for what it writes, else the input features."""
         return width_of(layer) if writes else self.width(layer, writes)
 
+    def timed_places(self, layer: Any, writes: bool) -> list[tuple[str, int]]:
+        """The columns that read the units of each layer and direction, or the input features."""
+        names = [name for name in layer._flat_weights_names if "weight_hh" in name] if writes else ["weight_ih_l0"]
+        return [(name, 1) for name in names]
+
     def narrow(self, layer: Any, read: int, written: int, within: bool) -> nn.Module:
         """A layer of the same type with ``read`` features and ``written`` units in each layer and direction."""
         names = ("num_layers", "bias", "batch_first", "bidirectional", "nonlinearity")
         same = {name: getattr(layer, name) for name in names if hasattr(layer, name)}
         sizes = {"hidden_size": layer.hidden_size} | {size_of_units(layer): written}
-        narrow: nn.Module = type(layer)(read, **sizes, **same)
+        narrow: nn.Module = torch_type(layer)(read, **sizes, **same)
         return narrow
 
     def narrow_call(self, layer: Any, call: Call, read: int) -> Call:
