@@ -200,3 +200,24 @@ def test_shapes_that_mislead_leave_the_placement_as_it_is(
     assert sorted(found.classes()) == sorted(expected.classes())
     assert set(found.sizes) == set(expected.sizes)
     assert found.refused == expected.refused
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("affine", [True, False])
+def test_a_batch_norm_on_shapes_returns_what_torch_returns(training, dtype, layout, affine) -> None:
+    x = torch.randn(2, 3, 4, 5).to(dtype).contiguous(memory_format=layout)
+    wide = torch.promote_types(dtype, torch.float32)
+    weight = bias = torch.ones(3, dtype=wide) if affine else None
+    rest = (weight, bias, torch.zeros(3, dtype=wide), torch.ones(3, dtype=wide), training, 0.1, 1e-5)
+    func = torch.ops.aten.native_batch_norm.default
+    expected, found = func(x, *rest), computed(func, OnMeta.of((x, *rest)), {})
+    assert all(t.is_meta for t in found)
+    assert [(t.shape, t.stride(), t.dtype) for t in found] == [(t.shape, t.stride(), t.dtype) for t in expected]
+
+
+def test_a_batch_norm_of_another_width_raises_on_shapes_too() -> None:
+    x, narrow = torch.empty(2, 3, 4, 5, device="meta"), torch.empty(2, device="meta")
+    with pytest.raises(RuntimeError):
+        computed(torch.ops.aten.native_batch_norm.default, (x, narrow, narrow, narrow, narrow, False, 0.1, 1e-5), {})
