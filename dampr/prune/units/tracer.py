@@ -142,14 +142,23 @@ def _computes_alike(func: Any) -> bool:
 
 
 def _containers(module: nn.Module) -> list[tuple[Any, Any]]:
-    """(container, copy of its content) for every dict, list and set among the attributes of a module."""
-    return [(value, value.copy()) for value in vars(module).values() if isinstance(value, (dict, list, set))]
+    """(container, copy of its content) for every dict, list and set among the attributes of a module; for empty ones,
+    as most dicts of hooks are, the content is None.
+    """
+    return [
+        (value, value.copy() if value else None)
+        for value in vars(module).values()
+        if isinstance(value, (dict, list, set))
+    ]
 
 
 def _refill(container: Any, content: Any) -> None:
     """Replace the content of a dict, list or set, in place."""
+    if content is None and not container:
+        return
     container.clear()
-    container.extend(content) if isinstance(container, list) else container.update(content)
+    if content is not None:
+        container.extend(content) if isinstance(container, list) else container.update(content)
 
 
 @contextmanager
