@@ -65,11 +65,54 @@ def depthwise(draw: Draw, width: int) -> Built:
     return {"a": layer}, lambda m, x: m.a(x.transpose(1, 2)).transpose(1, 2), width
 
 
+class OwnLinear(nn.Linear):
+    """Layers of classes of their own, as users derive them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 1.5 * super().forward(x)
+
+
+class OwnGRU(nn.GRU):
+    pass
+
+
+class OwnLSTM(nn.LSTM):
+    def forward(self, x: Any, state: Any = None) -> Any:
+        y, state = super().forward(x, state)
+        return 0.5 * y, state
+
+
+def derived(draw: Draw, width: int) -> Built:
+    out, act = draw.choice((6, 8, 12)), draw.choice(ACTIVATIONS)
+    return {"a": OwnLinear(width, out)}, lambda m, x: act(m.a(x)), out
+
+
 def recurrent(draw: Draw, width: int) -> Built:
     hidden, both = draw.choice((6, 8)), draw.chance(0.4)
-    kind = draw.choice((nn.LSTM, nn.GRU, nn.RNN))
-    layer = kind(width, hidden, draw.choice((1, 2)), batch_first=True, bidirectional=both)
-    return {"a": layer}, lambda m, x: m.a(x)[0], hidden * (1 + both)
+    kind = draw.choice((nn.LSTM, nn.GRU, nn.RNN, OwnGRU, OwnLSTM))
+    projected = {"proj_size": 4} if issubclass(kind, nn.LSTM) and draw.chance(0.2) else {}
+    layer = kind(width, hidden, draw.choice((1, 2)), batch_first=True, bidirectional=both, **projected)
+    return {"a": layer}, lambda m, x: m.a(x)[0], projected.get("proj_size", hidden) * (1 + both)
+
+
+def attended(draw: Draw, width: int) -> Built:
+    """Attention without weights over what a recurrent layer returns."""
+    layers, run, out = recurrent(draw, width)
+
+    def attend(m: Any, x: Tensor) -> Tensor:
+        y = run(m, x)
+        return (y @ y.transpose(1, 2)).softmax(-1) @ y
+
+    return layers, attend, out
+
+
+def listed(draw: Draw, width: int) -> Built:
+    """Weights in a list or a dict of parameters."""
+    weights = [nn.Parameter(torch.randn(shape) / 3) for shape in ((8, width), (10, 8))]
+    if draw.chance(0.5):
+        return {"w": nn.ParameterList(weights)}, lambda m, x: F.linear(F.relu(F.linear(x, m.w[0])), m.w[1]), 10
+    named = nn.ParameterDict({"first": weights[0], "second": weights[1]})
+    return {"w": named}, lambda m, x: F.linear(torch.tanh(F.linear(x, m.w["first"])), m.w["second"]), 10
 
 
 def norm(draw: Draw, width: int) -> Built:
@@ -319,7 +362,7 @@ def changed_image(draw: Draw, width: int) -> Built:
 
 
 SEQUENCE = (linear, linear, linear, over_time, over_time, depthwise, recurrent, norm, attention, torch_attention)
-SEQUENCE += (computed, encoded, stepped, crossed, repeated)
+SEQUENCE += (derived, attended, listed, computed, encoded, stepped, crossed, repeated)
 SEQUENCE += (residual, residual, joined, halves, excited, twice, bare, changed, changed, changed, changed)
 IMAGE = (convolved, convolved, convolved, convolved, block, block, dense_block, squeezed, up, changed_image)
 IMAGE += (changed_image, changed_image)
@@ -389,9 +432,10 @@ def cut(model: nn.Module, x: Tensor, share: float, generator: torch.Generator) -
     structure = costs["macs"].structure
     for gate in structure.gates:
         least = torch.arange(gate.num_gates) == 0
-        gate.set_levels_(
-            torch.where((torch.rand(gate.num_gates, generator=generator) >= share) | least, gate.levels(), -3.0)
-        )
+        opened = (torch.rand(gate.num_gates, generator=generator) >= share) | least
+        fully = torch.rand((), generator=generator) < 0.5  # or each between half and fully open
+        levels = gate.levels() if fully else gate.levels() * torch.rand(gate.num_gates, generator=generator)
+        gate.set_levels_(torch.where(opened, levels, -3.0))
     foretold = {metric: int(cost(cost.decision())) for metric, cost in costs.items()}
     masked, small = inputs.evaluate(model, 2 * x), dampr.compact(model, x)
     if inputs.differ(masked, inputs.evaluate(small, 2 * x), 1e-9, 1e-9 * inputs.size(masked)):
