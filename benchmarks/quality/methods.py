@@ -126,7 +126,6 @@ def _peer(kind: str) -> Callable[[Setup], Method]:
 
 
 FAMILIES = ("hard_concrete", "dep_l0", "dam", "diffprune", "diffmask")
-NOT_IN_A_GRU = ("plan_dam", "plan_diffprune")
 PEERS = ("tp_random", "tp_taylor", "tp_slim", "tp_groupnorm")
 PEER_SETTINGS = ("global", "global in five cuts", "layer by layer")
 DEFAULT = "default"
@@ -164,8 +163,6 @@ def why_not(method: str, task: Task) -> str | None:
         return "Torch-Pruning 1.6.1 does not prune this network"
     if method == "tp_slim" and not any(isinstance(m, nn.BatchNorm2d) for m in task.build(task.widths).modules()):
         return "the network has no BatchNorm"
-    if method in NOT_IN_A_GRU and any(isinstance(m, nn.GRU) for m in task.build(task.widths).modules()):
-        return "fresh gates of this family are not 1, and nothing in a GRU can make up for them"
     needed = "Plan" if method.startswith("plan") else "prune_once"
     if method in ("prune_once", "plan", *(f"plan_{family}" for family in FAMILIES)) and _find(needed) is None:
         return f"this dampr has no {needed}"

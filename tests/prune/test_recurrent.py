@@ -27,6 +27,8 @@ from dampr.nn import (
     ScaledRNN,
     StackedRNN,
 )
+from dampr.prune.cost import Cost
+from dampr.prune.measure import count_macs
 
 KINDS: list[Any] = [GatedLSTM, GatedGRU, GatedRNN]
 every_kind = pytest.mark.parametrize("kind", KINDS)
@@ -578,3 +580,30 @@ def test_a_cell_in_a_loop_and_what_is_around_it_are_cut(cell):
     layers = dampr.convert(Stepwise(cell), example_inputs=x, tie=False)
     assert list(dampr.prune.gated_layers(layers)) == ["inner"]
     assert layers.dampr_skipped["read"] == f"{cell.__name__} 'cell' shares its width, and cannot be cut yet"
+
+
+class Behind(nn.Module):
+    """A norm reads every unit of a recurrent layer."""
+
+    def __init__(self, kind: Any, norm: Any) -> None:
+        super().__init__()
+        self.first, self.rnn = nn.Linear(6, 8), kind(8, 12, 2, batch_first=True)
+        self.norm, self.last = norm(12), nn.Linear(12, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.norm(self.rnn(self.first(x).relu())[0]))
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm])
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_with_residual_a_norm_behind_a_recurrent_layer_counts_open_units(kind: Any, norm: Any) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 5, 6, dtype=torch.float64)
+    model = dampr.convert(Behind(kind, norm).double(), example_inputs=x, residual=True)
+    for gate in dampr.prune.distinct_gates(model).values():
+        gate.log_alpha.data[::2] = -9
+    cost, masked = Cost(model, x, "macs"), model.eval()(x)
+    small = dampr.compact(model, example_inputs=x)
+    assert (small.rnn.input_size, small.rnn.hidden_size) == (4, 6)
+    torch.testing.assert_close(small(x), masked, rtol=1e-9, atol=1e-9)
+    assert count_macs(small, x) == int(cost(cost.decision()))

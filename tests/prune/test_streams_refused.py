@@ -41,7 +41,7 @@ class Odd(nn.Module):
         self.same, self.other = nn.Linear(E, E), nn.Linear(E, 20, bias=False)
         if what == "shared":
             self.other.weight = self.embedding.weight
-        self.grouped, self.rms, self.lstm = nn.Conv1d(E, E, 1, groups=2), nn.RMSNorm(E), nn.LSTM(E, E, batch_first=True)
+        self.grouped, self.rms = nn.Conv1d(E, E, 1, groups=2), nn.RMSNorm(E)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.embedding(x)
@@ -55,8 +55,6 @@ class Odd(nn.Module):
             x = x + self.grouped(x.transpose(1, 2)).transpose(1, 2)
         if self.what == "rms":
             x = self.rms(x)
-        if self.what == "recurrent":
-            x = self.lstm(x)[0]
         n = self.norm(x)
         if self.what == "shuffled":
             n = n.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
@@ -100,7 +98,6 @@ REFUSED: dict[str, tuple[Any, str]] = {
     ),
     "the output": (odd("output"), "its width is the model's own output"),
     "softmax": (odd("softmax"), "computes something else, so these are mixed or rearranged on the way"),
-    "recurrent": (odd("recurrent"), "LSTM 'lstm' shares its width, and cannot be cut yet"),
 }
 
 
