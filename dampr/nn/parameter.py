@@ -148,17 +148,21 @@ def gated_parameters(model: nn.Module) -> Iterator[tuple[nn.Module, str, GatedPa
                 yield module, name, gates
 
 
-def put_on(module: nn.Module, name: str, gates: GatedParameter) -> None:
+def put_on(module: nn.Module, name: str, gates: GatedParameter, *, divided: bool = True) -> None:
     """Put gates on the parameter ``name`` of a module; a parameter may have several.
 
     Reading the attribute then returns the product with all its gates. The parameter keeps its name and is the same
-    object, divided by fresh gates that are not 1. The module gets a class of its own, in which the parameter is a
-    property, and the gates as children: those of "weight" are in "weight_gates".
+    object. The module gets a class of its own, in which the parameter is a property, and the gates as children: those
+    of "weight" are in "weight_gates".
+
+    ``divided``: whether to divide the parameter by fresh gates that are not 1; of a parameter with several names, one
+    call does.
     """
     parameter = module._parameters[name]
     assert parameter is not None
-    with torch.no_grad():
-        parameter.data = gates.right_inverse(parameter).detach()
+    if divided:
+        with torch.no_grad():
+            parameter.data = gates.right_inverse(parameter).detach()
     names = _gated_names(module)
     if name not in names:
         module.add_module(name + _GATES, nn.ModuleList().train(module.training))

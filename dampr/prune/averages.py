@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from dampr.gates import Gate, ranks
 
@@ -16,6 +17,8 @@ from . import inputs, noise
 from .compact import compact
 from .shrinker import Copies, copies_of
 from .summary import gated_layers
+
+_TABLES = {"_modules", "_parameters", "_buffers"}
 
 
 def convert_copies(ema: Copies, model: nn.Module, convert: Callable[[nn.Module], nn.Module]) -> None:
@@ -56,17 +59,24 @@ def compact_copies(ema: Copies, model: nn.Module, example_inputs: Any) -> None:
 
 
 def become(model: Any, small: Any) -> None:
-    """Turn ``model`` into ``small`` in place, because other code holds ``model``."""
+    """Turn ``model`` into ``small`` in place, because other code holds ``model``.
+
+    Attributes stay, except sizes and what holds parts of the model, such as a list of its layers.
+    """
     if model is small:
         return
-    for kind in ("_modules", "_parameters", "_buffers"):
-        held = getattr(model, kind)
-        held.clear()
-        held.update(getattr(small, kind))
+    held, own = vars(model), vars(small)
+    manifest = own.get("dampr_manifest", {})
+    sizes = {name.partition(".")[0] for name in manifest.get("sizes", {}).get("", {})}
+    sizes.update(getattr(model, "__constants__", ()))  # those of a layer of torch with layers in it
+    parts = {id(part) for part in (*model.modules(), *model.parameters(), *model.buffers())}
+    for name in held.keys() & own.keys() - _TABLES:
+        if name in sizes or any(id(leaf) in parts for leaf in pytree.tree_leaves(held[name])):
+            held[name] = own[name]
+    for kind in _TABLES:
+        held[kind].clear()
+        held[kind].update(own[kind])
     model.__class__ = type(small)  # without the properties that gates on its own parameters are
     ranks.watch(model)
-    manifest = getattr(small, "dampr_manifest", None)
-    if manifest is not None:
-        for attribute in manifest.get("sizes", {}).get("", {}):
-            setattr(model, attribute, getattr(small, attribute))
+    if manifest:
         model.dampr_manifest = manifest

@@ -303,7 +303,60 @@ class Colliding(nn.Module):
         return self.head(x.relu() * 8 / (self.buckets + 2 * self.bins))
 
 
+class Own(nn.Linear):
+    """A linear layer of a class of its own."""
+
+
+class Tied(nn.Module):
+    """One weight in two layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.a, self.b, self.head = Own(12, 16), Own(16, 16), Own(16, 16), Own(16, 4)
+        self.b.weight = self.a.weight
+
+    def forward(self, x):
+        return self.head(self.b(self.a(self.first(x).relu()).relu()).relu())
+
+
+class TwoNames(Tied):
+    """One layer under two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.b = self.a
+
+
+class Listed(nn.Module):
+    """A plain list of layers that have names as well, and a width in a tuple."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.head = Own(12, 20), Own(20, 16), Own(16, 4)
+        self.order, self.shape, self.gain = [self.a, self.b], (1, 1, 16), nn.Parameter(torch.rand(16) + 0.5)
+
+    def forward(self, x):
+        for layer in self.order:
+            x = layer(x).relu()
+        return self.head(x * self.gain.reshape(self.shape))
+
+
+class Headed(nn.LSTM):
+    """A recurrent layer of torch with a layer in it."""
+
+    def __init__(self):
+        super().__init__(12, 16, batch_first=True)
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x):
+        return self.head(super().forward(x)[0])
+
+
 NETS = {
+    "one weight in two layers": (Tied, WORDS),
+    "one layer of two names": (TwoNames, WORDS),
+    "a list of layers": (Listed, WORDS),
+    "recurrent, with a head in it": (Headed, WORDS),
     "numbers that are as large": (Colliding, WORDS),
     "a constant for two layers": (Handed, WORDS),
     "norms of a class of their own": (own_norms, IMAGE),
@@ -410,7 +463,20 @@ def test_a_budget_is_met_and_everything_else_works_too(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["densenet", "attention", "bare", "shuffle", "shuffle units", "groups without gain", "circular"]
+    "name",
+    [
+        "densenet",
+        "attention",
+        "bare",
+        "shuffle",
+        "shuffle units",
+        "groups without gain",
+        "circular",
+        "one weight in two layers",
+        "one layer of two names",
+        "a list of layers",
+        "recurrent, with a head in it",
+    ],
 )
 def test_a_plan_trains_compacts_and_keeps_the_optimizer(name):
     model, x, y, _ = converted(name)
@@ -425,7 +491,16 @@ def test_a_plan_trains_compacts_and_keeps_the_optimizer(name):
     assert not gated_layers(small)
     assert {id(p) for group in optimizer.param_groups for p in group["params"]} == {id(p) for p in small.parameters()}
     assert all(state["exp_avg"].shape == p.shape for p, state in optimizer.state.items())
+    optimizer.zero_grad()
+    small(x).sum().backward()
+    assert all(p.grad is not None for p in small.parameters())
+    torch.testing.assert_close(copy.deepcopy(small)(x), small(x))
     assert count_macs(small, x) <= 0.6 * count_macs(NETS[name][0](), x) + 1
+
+
+def test_a_layer_of_two_names_has_gates_once():
+    model, _, _, _ = converted("one layer of two names")
+    assert len(model.a.weight_gates) == 1
 
 
 def test_once_by_each_criterion():
