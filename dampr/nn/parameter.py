@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -231,20 +232,35 @@ class _WithGates:
         return _rebuilt, (_plain_class(self), self._gated_names), dict(state)
 
 
+# the recurrent layer whose forward runs in this thread, and the products of its call
+_RUNNING: ContextVar[tuple[Any, list[Tensor]]] = ContextVar("_RUNNING", default=(None, []))
+
+
 class _RecurrentWithGates(_WithGates):
     """The same for recurrent layers of torch, which compute with a list of their parameters and not with the
     attributes.
     """
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the layer's own, with the products in that list; outside of this call it has the parameters."""
-        held = vars(self)
-        parameters = held["_flat_weights"]
-        held["_flat_weights"] = recurrent_weights([getattr(self, name) for name in held["_flat_weights_names"]])
+        """As the layer's own, with the products in that list; outside of this call, and in other threads, it has the
+        parameters.
+        """
+        names: list[str] = vars(self)["_flat_weights_names"]
+        token = _RUNNING.set((self, recurrent_weights([getattr(self, name) for name in names])))
         try:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         finally:
-            held["_flat_weights"] = parameters
+            _RUNNING.reset(token)
+
+    @property
+    def _flat_weights(self) -> Any:
+        """The list with which torch computes."""
+        module, products = _RUNNING.get()
+        return products if module is self else vars(self)["_flat_weights"]
+
+    @_flat_weights.setter
+    def _flat_weights(self, weights: Any) -> None:
+        vars(self)["_flat_weights"] = weights
 
     def _weights_have_changed(self) -> bool:
         """False: the list is new in each call."""
