@@ -227,6 +227,13 @@ class _WithGates:
             raise _not_replaced(name, self)
         super().__delattr__(name)
 
+    def register_parameter(self, name: str, param: Any) -> None:
+        """As in ``torch.nn``; ``torch.nn.utils.prune`` would register the product here, and is refused by name."""
+        own = name.removesuffix("_orig")
+        if own in self._gated_names and isinstance(param, Tensor) and not isinstance(param, nn.Parameter):
+            raise _not_replaced(own, self)
+        super().register_parameter(name, param)  # type: ignore[misc]
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         state: Any = super().__getstate__() if isinstance(self, nn.RNNBase) else vars(self)
         return _rebuilt, (_plain_class(self), self._gated_names), dict(state)
@@ -295,7 +302,19 @@ def _gated_names(module: Any) -> tuple[str, ...]:
 
 def _plain_class(module: Any) -> type[nn.Module]:
     """The class of a module before it got gates on its parameters."""
-    return type(module).__bases__[1] if isinstance(module, _WithGates) else type(module)
+    return _without_gates(type(module))
+
+
+def _without_gates(kind: type) -> Any:
+    """The class below the one with the gates. A class that torch has derived from that one since (``parametrize``,
+    ``fully_shard``) is derived from the plain one.
+    """
+    if not issubclass(kind, _WithGates):
+        return kind
+    if "_gated_names" in vars(kind):
+        return kind.__bases__[1]
+    content = {name: value for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__")}
+    return type(kind.__name__, tuple(map(_without_gates, kind.__bases__)), content)
 
 
 def _rebuilt(kind: type[nn.Module], names: list[str]) -> nn.Module:
@@ -312,8 +331,16 @@ def _give_class(module: nn.Module, kind: type[nn.Module], names: Iterable[str]) 
     content: dict[str, Any] = {
         name: property(functools.partial(_product, name), functools.partial(_replace, name)) for name in names
     }
+    if content and hasattr(kind, "reset_parameters"):
+        content["reset_parameters"] = _reset_parameters
     mixin = _RecurrentWithGates if issubclass(kind, nn.RNNBase) else _WithGates
     module.__class__ = type(kind.__name__, (mixin, kind), content | {"_gated_names": tuple(names)}) if content else kind
+
+
+def _reset_parameters(module: Any) -> None:
+    """As the module's own method, which changes the parameters and neither their products nor their gates."""
+    with off(module):
+        module.reset_parameters()
 
 
 def _replace(name: str, module: nn.Module, value: Any) -> None:

@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils.prune import random_unstructured
 
 import dampr
 from dampr.nn import GatedParameter
@@ -681,7 +682,10 @@ def test_a_manifest_is_not_believed(key, value):
         dampr.expand(small)
 
 
-@pytest.mark.parametrize("norm", [parametrizations.weight_norm, parametrizations.spectral_norm])
+@pytest.mark.parametrize(
+    "norm",
+    [parametrizations.weight_norm, parametrizations.spectral_norm, lambda m: random_unstructured(m, "weight", 1)],
+)
 def test_a_parameter_with_gates_is_not_computed_of_others_afterwards(norm):
     """torch would read the product and keep it as a buffer, which nothing trains."""
     layer = nn.Linear(4, 3)
@@ -692,3 +696,40 @@ def test_a_parameter_with_gates_is_not_computed_of_others_afterwards(norm):
         norm(layer)
     assert torch.equal(layer(x), before)
     assert isinstance(layer._parameters["weight"], nn.Parameter)
+
+
+class Doubled(nn.Module):
+    def forward(self, bias):
+        return 2 * bias
+
+
+def test_another_parameter_of_a_layer_with_gates_may_be_computed_of_others_afterwards():
+    """torch derives a class of its own from that with the gates."""
+    model, x, _, _ = converted("one weight in two layers")
+    close_some(model)
+    parametrize.register_parametrization(model.b, "bias", Doubled())
+    masked = model(x)
+    assert torch.equal(copy.deepcopy(model)(x), masked)
+    small = dampr.compact(model, example_inputs=x)
+    torch.testing.assert_close(small(x), masked)
+    assert parametrize.is_parametrized(small.b, "bias")
+    parametrize.remove_parametrizations(small.b, "bias")
+    torch.testing.assert_close(small(x), masked)
+
+
+@pytest.mark.parametrize("build", [lambda: Own(16, 8), lambda: nn.LSTM(16, 4)])
+def test_reset_parameters_fills_the_parameters_and_not_their_products_or_gates(build):
+    layer = build()
+    name = next(name for name, _ in layer.named_parameters())
+    put_on(layer, name, GatedParameter("hard_concrete", 1, torch.arange(16)))
+    gate = getattr(layer, f"{name}_gates")[0].gate
+    gate.log_alpha.data[:8] = -9.0
+    levels, plain = gate.levels(), build()
+    torch.manual_seed(1)
+    layer.reset_parameters()
+    torch.manual_seed(1)
+    plain.reset_parameters()
+    for own, parameter in plain.named_parameters():
+        assert torch.equal(layer.get_parameter(own) if own != name else layer._parameters[name], parameter)
+    assert torch.equal(gate.levels(), levels)
+    assert len(getattr(layer, f"{name}_gates")) == 1
