@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dampr import _checks, functional, names, ops, reference
 from dampr.spec import hard_concrete
 
+from . import recomputed
 from .base import Gate, GateModule, gradient
 from .hard_concrete import LOGIT_LIMIT, ConcreteGate
 
@@ -228,11 +229,13 @@ class DependencyGenerator(GateModule):
         return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), tensors
 
     def _may_keep(self) -> bool:
-        """Whether values may be kept between calls: False while tensors are symbols or wrapped, or a transform or a
-        dispatch mode is active. Every gate then computes its own log_alpha.
+        """Whether values may be kept between calls: False while tensors are symbols or wrapped, a transform or a
+        dispatch mode is active, or a reentrant checkpoint runs again, for each has a backward of its own. Every gate
+        then computes its own log_alpha.
         """
         return not (
             torch.compiler.is_compiling()
+            or recomputed.region_by_node() is not None
             or ops.is_transformed()
             or torch._C._len_torch_dispatch_stack() > 0
             or any(p is not None and p.is_inference() for p in self._parameters.values())

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -148,17 +149,21 @@ def gated_parameters(model: nn.Module) -> Iterator[tuple[nn.Module, str, GatedPa
                 yield module, name, gates
 
 
-def put_on(module: nn.Module, name: str, gates: GatedParameter) -> None:
+def put_on(module: nn.Module, name: str, gates: GatedParameter, *, divided: bool = True) -> None:
     """Put gates on the parameter ``name`` of a module; a parameter may have several.
 
     Reading the attribute then returns the product with all its gates. The parameter keeps its name and is the same
-    object, divided by fresh gates that are not 1. The module gets a class of its own, in which the parameter is a
-    property, and the gates as children: those of "weight" are in "weight_gates".
+    object. The module gets a class of its own, in which the parameter is a property, and the gates as children: those
+    of "weight" are in "weight_gates".
+
+    ``divided``: whether to divide the parameter by fresh gates that are not 1; of a parameter with several names, one
+    call does.
     """
     parameter = module._parameters[name]
     assert parameter is not None
-    with torch.no_grad():
-        parameter.data = gates.right_inverse(parameter).detach()
+    if divided:
+        with torch.no_grad():
+            parameter.data = gates.right_inverse(parameter).detach()
     names = _gated_names(module)
     if name not in names:
         module.add_module(name + _GATES, nn.ModuleList().train(module.training))
@@ -222,9 +227,20 @@ class _WithGates:
             raise _not_replaced(name, self)
         super().__delattr__(name)
 
+    def register_parameter(self, name: str, param: Any) -> None:
+        """As in ``torch.nn``; ``torch.nn.utils.prune`` would register the product here, and is refused by name."""
+        own = name.removesuffix("_orig")
+        if own in self._gated_names and isinstance(param, Tensor) and not isinstance(param, nn.Parameter):
+            raise _not_replaced(own, self)
+        super().register_parameter(name, param)  # type: ignore[misc]
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         state: Any = super().__getstate__() if isinstance(self, nn.RNNBase) else vars(self)
         return _rebuilt, (_plain_class(self), self._gated_names), dict(state)
+
+
+# the recurrent layer whose forward runs in this thread, and the products of its call
+_RUNNING: ContextVar[tuple[Any, list[Tensor]]] = ContextVar("_RUNNING", default=(None, []))
 
 
 class _RecurrentWithGates(_WithGates):
@@ -233,14 +249,25 @@ class _RecurrentWithGates(_WithGates):
     """
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the layer's own, with the products in that list; outside of this call it has the parameters."""
-        held = vars(self)
-        parameters = held["_flat_weights"]
-        held["_flat_weights"] = recurrent_weights([getattr(self, name) for name in held["_flat_weights_names"]])
+        """As the layer's own, with the products in that list; outside of this call, and in other threads, it has the
+        parameters.
+        """
+        names: list[str] = vars(self)["_flat_weights_names"]
+        token = _RUNNING.set((self, recurrent_weights([getattr(self, name) for name in names])))
         try:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         finally:
-            held["_flat_weights"] = parameters
+            _RUNNING.reset(token)
+
+    @property
+    def _flat_weights(self) -> Any:
+        """The list with which torch computes."""
+        module, products = _RUNNING.get()
+        return products if module is self else vars(self)["_flat_weights"]
+
+    @_flat_weights.setter
+    def _flat_weights(self, weights: Any) -> None:
+        vars(self)["_flat_weights"] = weights
 
     def _weights_have_changed(self) -> bool:
         """False: the list is new in each call."""
@@ -275,7 +302,19 @@ def _gated_names(module: Any) -> tuple[str, ...]:
 
 def _plain_class(module: Any) -> type[nn.Module]:
     """The class of a module before it got gates on its parameters."""
-    return type(module).__bases__[1] if isinstance(module, _WithGates) else type(module)
+    return _without_gates(type(module))
+
+
+def _without_gates(kind: type) -> Any:
+    """The class below the one with the gates. A class that torch has derived from that one since (``parametrize``,
+    ``fully_shard``) is derived from the plain one.
+    """
+    if not issubclass(kind, _WithGates):
+        return kind
+    if "_gated_names" in vars(kind):
+        return kind.__bases__[1]
+    content = {name: value for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__")}
+    return type(kind.__name__, tuple(map(_without_gates, kind.__bases__)), content)
 
 
 def _rebuilt(kind: type[nn.Module], names: list[str]) -> nn.Module:
@@ -292,8 +331,16 @@ def _give_class(module: nn.Module, kind: type[nn.Module], names: Iterable[str]) 
     content: dict[str, Any] = {
         name: property(functools.partial(_product, name), functools.partial(_replace, name)) for name in names
     }
+    if content and hasattr(kind, "reset_parameters"):
+        content["reset_parameters"] = _reset_parameters
     mixin = _RecurrentWithGates if issubclass(kind, nn.RNNBase) else _WithGates
     module.__class__ = type(kind.__name__, (mixin, kind), content | {"_gated_names": tuple(names)}) if content else kind
+
+
+def _reset_parameters(module: Any) -> None:
+    """As the module's own method, which changes the parameters and neither their products nor their gates."""
+    with off(module):
+        module.reset_parameters()
 
 
 def _replace(name: str, module: nn.Module, value: Any) -> None:

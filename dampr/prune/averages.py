@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from dampr.gates import Gate, ranks
 
@@ -16,6 +17,8 @@ from . import inputs, noise
 from .compact import compact
 from .shrinker import Copies, copies_of
 from .summary import gated_layers
+
+_TABLES = {"_modules", "_parameters", "_buffers"}
 
 
 def convert_copies(ema: Copies, model: nn.Module, convert: Callable[[nn.Module], nn.Module]) -> None:
@@ -56,17 +59,51 @@ def compact_copies(ema: Copies, model: nn.Module, example_inputs: Any) -> None:
 
 
 def become(model: Any, small: Any) -> None:
-    """Turn ``model`` into ``small`` in place, because other code holds ``model``."""
+    """Turn ``model`` into ``small`` in place, because other code holds ``model``.
+
+    Attributes stay, except sizes and what holds parts of the model, such as a list of its layers. So do the hooks of
+    layers and parameters, and their handles.
+    """
     if model is small:
         return
-    for kind in ("_modules", "_parameters", "_buffers"):
-        held = getattr(model, kind)
-        held.clear()
-        held.update(getattr(small, kind))
+    _keep_hooks(model, small)
+    held, own = vars(model), vars(small)
+    manifest = own.get("dampr_manifest", {})
+    sizes = {name.partition(".")[0] for name in manifest.get("sizes", {}).get("", {})}
+    sizes.update(getattr(model, "__constants__", ()))  # those of a layer of torch with layers in it
+    parts = {id(part) for part in (*model.modules(), *model.parameters(), *model.buffers())}
+    for name in held.keys() & own.keys() - _TABLES:
+        if name in sizes or any(id(leaf) in parts for leaf in pytree.tree_leaves(held[name])):
+            held[name] = own[name]
+    for kind in _TABLES:
+        held[kind].clear()
+        held[kind].update(own[kind])
     model.__class__ = type(small)  # without the properties that gates on its own parameters are
     ranks.watch(model)
-    manifest = getattr(small, "dampr_manifest", None)
-    if manifest is not None:
-        for attribute in manifest.get("sizes", {}).get("", {}):
-            setattr(model, attribute, getattr(small, attribute))
+    if manifest:
         model.dampr_manifest = manifest
+
+
+def _keep_hooks(model: nn.Module, small: nn.Module) -> None:
+    """Give the layers and parameters of ``small`` the hooks that those of the same names in ``model`` have.
+
+    Hooks of torch and of this package that compute weights or norms are already as ``small`` needs them, and so are
+    those of state dicts.
+    """
+    layers, parameters = dict(model.named_modules()), dict(model.named_parameters())
+    for name, layer in small.named_modules():
+        former = layers.get(name)
+        if not name or former is None:
+            continue
+        if not any(map(_computes, [*former._forward_hooks.values(), *former._forward_pre_hooks.values()])):
+            inputs.keep_hooks(former, layer, of_states=False)
+    for name, p in small.named_parameters():
+        for kind in ("_backward_hooks", "_post_accumulate_grad_hooks"):
+            if getattr(parameters.get(name), kind, None):
+                setattr(p, kind, getattr(parameters[name], kind))
+
+
+def _computes(hook: Any) -> bool:
+    """Whether a hook is one of ``torch.nn.utils`` or of this package."""
+    where = getattr(hook, "__module__", None) or type(hook).__module__
+    return where.startswith(("torch.nn.utils.", "dampr."))

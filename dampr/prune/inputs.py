@@ -496,7 +496,11 @@ def replace(model: nn.Module, layers: Mapping[nn.Module, nn.Module]) -> None:
 _HOOKS = [name for name in vars(nn.Module()) if "_hook" in name]
 
 
-def keep_hooks(old: nn.Module, new: nn.Module) -> None:
-    """Give ``new``, which takes the place of ``old``, all hooks that were registered on ``old``."""
+def keep_hooks(old: nn.Module, new: nn.Module, *, of_states: bool = True) -> None:
+    """Give ``new``, which takes the place of ``old``, all hooks that were registered on ``old``.
+
+    ``of_states``: also those of state dicts.
+    """
     for attribute in _HOOKS:
-        setattr(new, attribute, getattr(old, attribute))
+        if of_states or "state_dict" not in attribute:
+            setattr(new, attribute, getattr(old, attribute))

@@ -347,9 +347,10 @@ def put_in(
         make: makes a gate vector from a number of gates.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    tied: dict[int, list[str]] = {}
+    tied: dict[int, dict[tuple[nn.Module, str], None]] = {}  # the places of each parameter; a module may have two names
     for name, p in parameters.items():
-        tied.setdefault(id(p), []).append(name)
+        path, _, own = name.rpartition(".")
+        tied.setdefault(id(p), {})[model.get_submodule(path), own] = None
     values = {p: p.data for p in parameters.values()}
     done: dict[tuple[nn.Module, str], None] = {}
     counting: list[nn.Module] = []
@@ -358,15 +359,13 @@ def put_in(
             gate = make(len(group.classes))
             saved = _weights_per_class(units, group, parameters)
             for (name, dim), columns in group.columns.items():
-                for alias in tied[id(parameters[name])]:
-                    path, _, own = alias.rpartition(".")
+                for later, (module, own) in enumerate(tied[id(parameters[name])]):
                     index, device = torch.from_numpy(columns), parameters[name].device
                     gates = GatedParameter(gate, dim, index, weights_per_gate=saved, device=device)
                     # if several parameters share gates, the first one holds what closing a gate saves
                     saved = torch.zeros_like(saved)
-                    module = model.get_submodule(path)
                     done[module, own] = None
-                    put_on(module, own, gates.train(module.training))
+                    put_on(module, own, gates.train(module.training), divided=not later)
             number = {one: at for at, one in enumerate(group.classes)}
             for name, norm in placement.norms.items():
                 index = torch.tensor(

@@ -326,6 +326,40 @@ def test_statistics_of_norms_are_those_of_the_batches():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+class Own(nn.Linear):
+    """A linear layer of a class of its own."""
+
+
+@pytest.mark.parametrize("linear", [nn.Linear, Own])
+def test_hooks_of_layers_and_parameters_stay_with_their_handles(linear):
+    model = nn.Sequential(linear(20, 32), nn.ReLU(), linear(32, 5))
+    seen: list[str] = []
+    handles = [
+        model[0].register_forward_hook(lambda *_: seen.append("forward")),
+        model[2].register_full_backward_hook(lambda *_: seen.append("backward")),
+        model[0].weight.register_hook(lambda _: seen.append("gradient")),
+        model[2].bias.register_post_accumulate_grad_hook(lambda _: seen.append("accumulated")),
+    ]
+    x, y = torch.randn(8, 20), torch.randint(5, (8,))
+    plan = dampr.Plan(model, x, macs=0.5, steps=40)
+    optimizer = torch.optim.Adam(model.parameters())
+
+    def step():
+        seen.clear()
+        optimizer.zero_grad()
+        F.cross_entropy(plan.model(x), y).backward()
+        optimizer.step()
+        return sorted(seen)
+
+    for _ in range(40):
+        assert step() == ["accumulated", "backward", "forward", "gradient"]
+        plan.step(optimizer)
+    assert plan.finish()[0].weight.shape[0] < 32
+    for handle in handles:
+        handle.remove()
+    assert step() == []
+
+
 def test_what_compacts_is_told_and_hooks_are_gone_in_the_end():
     seen = []
     plan = plan_for(on_compact=lambda plan: seen.append((plan.steps_taken, plan.report.compacted)))

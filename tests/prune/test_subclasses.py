@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import threading
 
 import pytest
 import torch
@@ -144,6 +145,47 @@ def test_gates_of_a_derived_recurrent_layer_get_gradients_and_replaced_parameter
         for name, zero in zeros.items():
             parameters[name].copy_(zero)
     torch.testing.assert_close(replaced, model(x))
+
+
+class Paused(nn.GRU):
+    """Calls a function between the beginning of its call and the product."""
+
+    def pause(self):
+        pass
+
+    def forward(self, x):
+        self.pause()
+        return super().forward(x)
+
+
+def test_threads_that_call_one_derived_recurrent_layer_have_its_gates(monkeypatch):
+    """A thread that began first ends while the other is within its call."""
+    torch.manual_seed(0)
+    x = torch.randn(4, 5, 6)
+    model = dampr.convert(Sequences(Paused(16, 20, batch_first=True), 20), example_inputs=x).eval()
+    with torch.no_grad():
+        for layer in gated_layers(model).values():
+            layer.gate.parameter[::2] = -9.0
+    expected, found = model(x), []
+    began, inside, other = threading.Event(), threading.Event(), threading.Thread(target=lambda: found.append(model(x)))
+
+    def pause(_):
+        if threading.current_thread() is other:
+            began.set()
+            assert inside.wait(60)
+        else:
+            inside.set()
+            other.join(60)
+
+    monkeypatch.setattr(Paused, "pause", pause)
+    other.start()
+    assert began.wait(60)
+    found.append(model(x))
+    monkeypatch.undo()
+    assert len(found) == 2
+    assert torch.equal(found[0], expected)
+    assert torch.equal(found[1], expected)
+    assert torch.equal(copy.deepcopy(model)(x), expected)
 
 
 @pytest.mark.filterwarnings("ignore:LSTM with projections:UserWarning")

@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils.prune import random_unstructured
 
 import dampr
 from dampr.nn import GatedParameter
@@ -303,7 +304,60 @@ class Colliding(nn.Module):
         return self.head(x.relu() * 8 / (self.buckets + 2 * self.bins))
 
 
+class Own(nn.Linear):
+    """A linear layer of a class of its own."""
+
+
+class Tied(nn.Module):
+    """One weight in two layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.a, self.b, self.head = Own(12, 16), Own(16, 16), Own(16, 16), Own(16, 4)
+        self.b.weight = self.a.weight
+
+    def forward(self, x):
+        return self.head(self.b(self.a(self.first(x).relu()).relu()).relu())
+
+
+class TwoNames(Tied):
+    """One layer under two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.b = self.a
+
+
+class Listed(nn.Module):
+    """A plain list of layers that have names as well, and a width in a tuple."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.head = Own(12, 20), Own(20, 16), Own(16, 4)
+        self.order, self.shape, self.gain = [self.a, self.b], (1, 1, 16), nn.Parameter(torch.rand(16) + 0.5)
+
+    def forward(self, x):
+        for layer in self.order:
+            x = layer(x).relu()
+        return self.head(x * self.gain.reshape(self.shape))
+
+
+class Headed(nn.LSTM):
+    """A recurrent layer of torch with a layer in it."""
+
+    def __init__(self):
+        super().__init__(12, 16, batch_first=True)
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x):
+        return self.head(super().forward(x)[0])
+
+
 NETS = {
+    "one weight in two layers": (Tied, WORDS),
+    "one layer of two names": (TwoNames, WORDS),
+    "a list of layers": (Listed, WORDS),
+    "recurrent, with a head in it": (Headed, WORDS),
     "numbers that are as large": (Colliding, WORDS),
     "a constant for two layers": (Handed, WORDS),
     "norms of a class of their own": (own_norms, IMAGE),
@@ -410,7 +464,20 @@ def test_a_budget_is_met_and_everything_else_works_too(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["densenet", "attention", "bare", "shuffle", "shuffle units", "groups without gain", "circular"]
+    "name",
+    [
+        "densenet",
+        "attention",
+        "bare",
+        "shuffle",
+        "shuffle units",
+        "groups without gain",
+        "circular",
+        "one weight in two layers",
+        "one layer of two names",
+        "a list of layers",
+        "recurrent, with a head in it",
+    ],
 )
 def test_a_plan_trains_compacts_and_keeps_the_optimizer(name):
     model, x, y, _ = converted(name)
@@ -425,7 +492,16 @@ def test_a_plan_trains_compacts_and_keeps_the_optimizer(name):
     assert not gated_layers(small)
     assert {id(p) for group in optimizer.param_groups for p in group["params"]} == {id(p) for p in small.parameters()}
     assert all(state["exp_avg"].shape == p.shape for p, state in optimizer.state.items())
+    optimizer.zero_grad()
+    small(x).sum().backward()
+    assert all(p.grad is not None for p in small.parameters())
+    torch.testing.assert_close(copy.deepcopy(small)(x), small(x))
     assert count_macs(small, x) <= 0.6 * count_macs(NETS[name][0](), x) + 1
+
+
+def test_a_layer_of_two_names_has_gates_once():
+    model, _, _, _ = converted("one layer of two names")
+    assert len(model.a.weight_gates) == 1
 
 
 def test_once_by_each_criterion():
@@ -606,7 +682,10 @@ def test_a_manifest_is_not_believed(key, value):
         dampr.expand(small)
 
 
-@pytest.mark.parametrize("norm", [parametrizations.weight_norm, parametrizations.spectral_norm])
+@pytest.mark.parametrize(
+    "norm",
+    [parametrizations.weight_norm, parametrizations.spectral_norm, lambda m: random_unstructured(m, "weight", 1)],
+)
 def test_a_parameter_with_gates_is_not_computed_of_others_afterwards(norm):
     """torch would read the product and keep it as a buffer, which nothing trains."""
     layer = nn.Linear(4, 3)
@@ -617,3 +696,40 @@ def test_a_parameter_with_gates_is_not_computed_of_others_afterwards(norm):
         norm(layer)
     assert torch.equal(layer(x), before)
     assert isinstance(layer._parameters["weight"], nn.Parameter)
+
+
+class Doubled(nn.Module):
+    def forward(self, bias):
+        return 2 * bias
+
+
+def test_another_parameter_of_a_layer_with_gates_may_be_computed_of_others_afterwards():
+    """torch derives a class of its own from that with the gates."""
+    model, x, _, _ = converted("one weight in two layers")
+    close_some(model)
+    parametrize.register_parametrization(model.b, "bias", Doubled())
+    masked = model(x)
+    assert torch.equal(copy.deepcopy(model)(x), masked)
+    small = dampr.compact(model, example_inputs=x)
+    torch.testing.assert_close(small(x), masked)
+    assert parametrize.is_parametrized(small.b, "bias")
+    parametrize.remove_parametrizations(small.b, "bias")
+    torch.testing.assert_close(small(x), masked)
+
+
+@pytest.mark.parametrize("build", [lambda: Own(16, 8), lambda: nn.LSTM(16, 4)])
+def test_reset_parameters_fills_the_parameters_and_not_their_products_or_gates(build):
+    layer = build()
+    name = next(name for name, _ in layer.named_parameters())
+    put_on(layer, name, GatedParameter("hard_concrete", 1, torch.arange(16)))
+    gate = getattr(layer, f"{name}_gates")[0].gate
+    gate.log_alpha.data[:8] = -9.0
+    levels, plain = gate.levels(), build()
+    torch.manual_seed(1)
+    layer.reset_parameters()
+    torch.manual_seed(1)
+    plain.reset_parameters()
+    for own, parameter in plain.named_parameters():
+        assert torch.equal(layer.get_parameter(own) if own != name else layer._parameters[name], parameter)
+    assert torch.equal(gate.levels(), levels)
+    assert len(getattr(layer, f"{name}_gates")) == 1
