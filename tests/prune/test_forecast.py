@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import dampr
 from dampr.nn import GatedLinear, GatedParameter
@@ -176,6 +177,28 @@ def test_einsums_over_one_channel_are_counted_as_those_over_more(left):
     for layer in gated_layers(model).values():
         layer.gate.log_alpha.data[left:] = -9.0
     check(model, x)
+
+
+class Packed(nn.Module):
+    """Sequences of different lengths, whose last steps are written into memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(5, 8), nn.Linear(12, 7), nn.Linear(7, 3)
+        self.rnn = nn.LSTM(8, 6, batch_first=True, bidirectional=True)
+
+    def forward(self, x):
+        y = self.rnn(pack_padded_sequence(self.a(x).relu(), torch.tensor([5, 3]), batch_first=True))[0]
+        return self.head(self.b(pad_packed_sequence(y, batch_first=True)[0]).relu())
+
+
+def test_a_packed_layer_with_one_unit_left_does_not_keep_the_widths_behind_it():
+    x = torch.randn(2, 5, 5, dtype=torch.float64)
+    model = dampr.convert(Packed().double(), x)
+    for layer in gated_layers(model).values():
+        layer.gate.log_alpha.data[:] = -9.0
+    small = check(model, x)
+    assert (small.a.out_features, small.rnn.hidden_size, small.b.out_features) == (1, 1, 1)
 
 
 class Function(nn.Module):
