@@ -266,7 +266,9 @@ def test_constants_at_a_padded_border_are_seen_behind_gated_norms_too():
     assert not check(model, x).dampr_manifest["closed_but_kept"]
 
 
-def test_constants_that_a_recurrent_layer_would_read_leave_out_what_writes_them():
+@pytest.mark.parametrize("tie", [True, False])
+def test_constants_that_a_recurrent_layer_would_read_need_gates_on_its_weights(tie):
+    """Without ties, which gates on parameters have, the layer that writes the constants is left out."""
     layers = [
         nn.Linear(9, 12),
         nn.Sigmoid(),
@@ -275,7 +277,10 @@ def test_constants_that_a_recurrent_layer_would_read_leave_out_what_writes_them(
         nn.Linear(8, 3),
     ]
     x = torch.randn(2, 5, 9, dtype=torch.float64)
-    model = dampr.convert(nn.Sequential(*layers).double(), x)
-    assert "as constants other than 0" in model.dampr_skipped["0"]
+    model = dampr.convert(nn.Sequential(*layers).double(), x, tie=tie)
+    assert tie or "as constants other than 0" in model.dampr_skipped["0"]
+    assert not tie or set(model.dampr_skipped) == {"4"}
     close_half(model)
-    assert not check(model, x).dampr_manifest["closed_but_kept"]
+    small = check(model, x)
+    assert not small.dampr_manifest["closed_but_kept"]
+    assert small[0].out_features == (6 if tie else 12)
