@@ -229,7 +229,7 @@ def _with_gates(
         raise ConversionError(str(untraced)) from untraced
     plan.skipped |= skipped
     if may_have_units and seen is not None:
-        name_others(plan, model, seen)
+        name_others(plan, model, seen, include, exclude)
     if residual:
         place_streams(plan, model, gate, include, exclude, example_inputs)
         by_norms = (

@@ -359,9 +359,9 @@ def say_why(plan: LayerPlan, why: dict[str, str]) -> None:
     plan.skipped |= said | {name: r for name, r in plan.skipped.items() if name in said} | both
 
 
-def name_others(plan: LayerPlan, model: nn.Module, sight: Sight) -> None:
+def name_others(plan: LayerPlan, model: nn.Module, sight: Sight, include: Filter, exclude: Filter) -> None:
     """Add to ``plan.skipped`` the layers of types that the plan does not know, for example of classes derived from
-    torch's, if what they write gets no gates.
+    torch's, or that the filters leave out, if what they write gets no gates.
     """
     closed, whole = gated_classes(sight.units, plan)
     known = [*whole, *plan.layers, *plan.skipped]
@@ -369,8 +369,9 @@ def name_others(plan: LayerPlan, model: nn.Module, sight: Sight) -> None:
     for name, reason in unit_gates.left_out(model, sight.units, sight.placement, gated).items():
         if name and not _is_inside(name, known):
             kind = type(model.get_submodule(name)).__name__
-            why = f"no layer with gates stands for a {kind}" if reason == unit_gates.UNSAID else reason
-            plan.skipped[name] = why
+            wanted = filters.wanted(unit_gates.above(model, name), include, exclude)
+            unsaid = f"no layer with gates stands for a {kind}" if wanted else "include or exclude leaves it out"
+            plan.skipped[name] = unsaid if reason == unit_gates.UNSAID or not wanted else reason
 
 
 def check_streams(plan: LayerPlan, model: nn.Module) -> None:

@@ -80,6 +80,14 @@ def test_include_and_exclude_take_globs_and_types(include, exclude, expected):
     assert sorted(dampr.prune.gated_layers(model)) == expected
 
 
+def test_layers_that_the_filters_leave_out_are_named_so():
+    for how in ({"exclude": "2"}, {"include": ["0", "4"]}):
+        layers = [nn.Linear(10, 8), nn.ReLU(), nn.Linear(8, 9), nn.ReLU(), nn.Linear(9, 7), nn.ReLU(), nn.Linear(7, 4)]
+        model = dampr.convert(nn.Sequential(*layers), example_inputs=X, **how)
+        assert sorted(dampr.prune.gated_layers(model)) == ["0", "4"]
+        assert model.dampr_skipped["2"] == "include or exclude leaves it out"
+
+
 def test_subclasses_are_left_alone():
     class Special(nn.Linear):
         def forward(self, x):
