@@ -247,11 +247,11 @@ def _kind(units: Units, cluster: list[int]) -> str:
 
 def only(model: nn.Module, units: Units, placement: Placement, include: Filter, exclude: Filter) -> Placement:
     """Keep the gate vectors whose writing layers are all included and not excluded."""
-    wanted = set(_wanted(model, units, placement.classes(), include, exclude))
+    left = set(wanted(model, units, placement.classes(), include, exclude))
     for name, norm in placement.norms.items():
         if not filters.wanted(above(model, name), include, exclude):
-            wanted.difference_update(norm.classes)
-    vectors = [group for group in placement.groups if wanted.issuperset(group.classes)]
+            left.difference_update(norm.classes)
+    vectors = [group for group in placement.groups if left.issuperset(group.classes)]
     norms = in_one_vector(placement.norms, (group.classes for group in vectors))
     return replace(placement, groups=vectors, norms=norms)
 
@@ -308,7 +308,7 @@ def above(model: nn.Module, name: str) -> list[tuple[str, nn.Module]]:
     return [(one, model.get_submodule(one)) for one in above]
 
 
-def _wanted(model: nn.Module, units: Units, classes: list[int], include: Filter, exclude: Filter) -> list[int]:
+def wanted(model: nn.Module, units: Units, classes: list[int], include: Filter, exclude: Filter) -> list[int]:
     """The classes for which a layer that writes them is included, and none is excluded.
 
     If no layer writes a class, the layers that read it count.
