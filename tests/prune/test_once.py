@@ -79,6 +79,13 @@ def test_magnitude_of_projected_units_is_that_of_their_projection(layers):
     assert norms[kept].min() >= norms[[i for i in range(5) if i not in kept]].max()
 
 
+def test_a_share_of_the_parameters_is_one_of_the_dense_model_also_where_gates_are_in_a_norm_without_a_gain():
+    model = nn.Sequential(nn.Linear(20, 40), nn.BatchNorm1d(40, affine=False), nn.ReLU(), nn.Linear(40, 5))
+    small = dampr.prune_once(model, BATCHES, F.cross_entropy, params=0.6)
+    assert small.dampr_budget.total == count_params(model)
+    assert count_params(small) <= 0.6 * count_params(model)
+
+
 def test_importance_is_that_of_the_definition():
     model = mlp()
     hidden: list[torch.Tensor] = []
