@@ -41,6 +41,7 @@ from .layer_plan import (
     choose,
     gated_classes,
     leave_out,
+    leave_out_shared,
     multiplies_beside,
     name_others,
     place,
@@ -95,7 +96,8 @@ def convert(
             layers that can: not recurrent ones, not heads of linear layers, not with ``residual=True``), else one per
             call.
         include, exclude: name globs ("encoder.*") and types; None includes everything and excludes nothing. What hits a
-            transformer layer hits its parts.
+            transformer layer hits its parts. With example inputs, an excluded layer keeps its width, so layers that
+            write the same width (a sum, say) get no gates either.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments. With them, output gates go into
             the BatchNorm that follows a layer (in all that read a residual stream), which computes the ``nn.ReLU`` that
             alone reads it, if there is one (a :class:`dampr.nn.AbsorbedReLU` then stands there), leave out layers whose
@@ -228,8 +230,10 @@ def _with_gates(
     if plan is None:
         raise ConversionError(str(untraced)) from untraced
     plan.skipped |= skipped
-    if may_have_units and seen is not None:
-        name_others(plan, model, seen)
+    if seen is not None and granularity == "output" and exclude is not None:
+        leave_out_shared(plan, model, seen.units, exclude)
+    if seen is not None and granularity == "output" and not residual:
+        name_others(plan, model, seen, include, exclude)
     if residual:
         place_streams(plan, model, gate, include, exclude, example_inputs)
         by_norms = (

@@ -38,7 +38,7 @@ class Cost:
 
     Attributes:
         structure: which gates cut which classes of units.
-        total: the cost of the model with all gates open.
+        total: the cost of the model as it is, without its gates.
         metric: as the argument.
         device: the device of the gates.
         terms: the terms of the cost.
@@ -83,6 +83,8 @@ class Cost:
         self.total = self._measure(self.structure.plain, example_inputs)
         self._fixed = 0.0
         self._fixed = self.total - float(self(torch.ones(self.structure.size)))
+        if metric == "params":  # the plain model has a gain in the place of gates in a norm without one
+            self.total = count_params(unwrapped(model))
 
     def __call__(self, gates: Tensor) -> Tensor:
         """The cost, a float64 scalar.

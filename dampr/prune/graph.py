@@ -316,6 +316,8 @@ class Widths:
         """
         self._check_weights(layer)
         classes = self.classes(layer, writes)
+        if not classes:
+            raise CannotCutError("it has one channel")
         sides = list(self._with_some_of(frozenset(classes)))
         producers = [m for m in sides if m.writes and not m.passes]
         if not producers:
@@ -324,8 +326,6 @@ class Widths:
             raise CannotCutError("its width is the model's own output")
         if (reason := self._reason(layer, writes)) is not None:
             raise CannotCutError(reason)
-        if not classes:
-            raise CannotCutError("it has one channel")
         return sides
 
     def _with_some_of(self, wanted: frozenset[int]) -> list[Member]:

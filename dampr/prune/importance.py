@@ -39,7 +39,8 @@ def magnitudes(structure: Structure | UnitStructure, model: nn.Module) -> Tensor
     for name, layer in gated.items():
         if isinstance(layer, GatedRecurrent):
             for row, names in zip(structure.rows(name), layer._all_weights, strict=True):
-                weight = getattr(layer, names[1]).detach().double().cpu()
+                # a projection, which comes last, or the recurrent weights write the units
+                weight = getattr(layer, names[-1 if layer.proj_size else 1]).detach().double().cpu()
                 squares[row.start : row.stop] += weight.unflatten(0, (-1, len(row))).square().sum((0, 2))
     return squares.sqrt()
 

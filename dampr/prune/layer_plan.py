@@ -292,6 +292,14 @@ def leave_out(plan: LayerPlan, model: nn.Module, reasons: dict[str, str]) -> Non
         plan.skipped |= {names[layer]: reason for layer in together}
 
 
+def leave_out_shared(plan: LayerPlan, model: nn.Module, units: Units, exclude: Filter) -> None:
+    """Take layers out of a plan whose width an excluded layer writes too, because that would be cut with them."""
+    reason = "exclude leaves out a layer that writes its width too"
+    for name, classes in gated_classes(units, plan)[0].items():
+        if name in plan.layers and len(unit_gates.wanted(model, units, classes, None, exclude)) < len(classes):
+            leave_out(plan, model, {name: reason})
+
+
 def gated_classes(units: Units, plan: LayerPlan) -> tuple[dict[str, list[int]], list[str]]:
     """What the gates of a plan close.
 
@@ -359,18 +367,19 @@ def say_why(plan: LayerPlan, why: dict[str, str]) -> None:
     plan.skipped |= said | {name: r for name, r in plan.skipped.items() if name in said} | both
 
 
-def name_others(plan: LayerPlan, model: nn.Module, sight: Sight) -> None:
+def name_others(plan: LayerPlan, model: nn.Module, sight: Sight, include: Filter, exclude: Filter) -> None:
     """Add to ``plan.skipped`` the layers of types that the plan does not know, for example of classes derived from
-    torch's, if what they write gets no gates.
+    torch's, or that the filters leave out, if what they write gets no gates.
     """
     closed, whole = gated_classes(sight.units, plan)
     known = [*whole, *plan.layers, *plan.skipped]
     gated = set(itertools.chain.from_iterable(closed.values()))
     for name, reason in unit_gates.left_out(model, sight.units, sight.placement, gated).items():
-        if name and not _is_inside(name, known):
+        wanted = not name or filters.wanted(unit_gates.above(model, name), include, exclude)
+        if not wanted or (name and not _is_inside(name, known)):
             kind = type(model.get_submodule(name)).__name__
-            why = f"no layer with gates stands for a {kind}" if reason == unit_gates.UNSAID else reason
-            plan.skipped[name] = why
+            unsaid = f"no layer with gates stands for a {kind}" if wanted else "include or exclude leaves it out"
+            plan.skipped[name] = unsaid if reason == unit_gates.UNSAID or not wanted else reason
 
 
 def check_streams(plan: LayerPlan, model: nn.Module) -> None:

@@ -21,7 +21,7 @@ from dampr.nn.parameter import GatedParameter, is_on, put_on, take_off
 
 from . import filters, inputs, second_opinion
 from .filters import Filter
-from .layers.registry import kind_of
+from .layers.registry import channel_count, kind_of
 from .modules import by_name
 from .open_norms import OpenNorm, in_one_vector
 from .unit_trials import Subject, Trial, is_meta
@@ -247,11 +247,11 @@ def _kind(units: Units, cluster: list[int]) -> str:
 
 def only(model: nn.Module, units: Units, placement: Placement, include: Filter, exclude: Filter) -> Placement:
     """Keep the gate vectors whose writing layers are all included and not excluded."""
-    wanted = set(_wanted(model, units, placement.classes(), include, exclude))
+    left = set(wanted(model, units, placement.classes(), include, exclude))
     for name, norm in placement.norms.items():
-        if not filters.wanted(_above(model, name), include, exclude):
-            wanted.difference_update(norm.classes)
-    vectors = [group for group in placement.groups if wanted.issuperset(group.classes)]
+        if not filters.wanted(above(model, name), include, exclude):
+            left.difference_update(norm.classes)
+    vectors = [group for group in placement.groups if left.issuperset(group.classes)]
     norms = in_one_vector(placement.norms, (group.classes for group in vectors))
     return replace(placement, groups=vectors, norms=norms)
 
@@ -301,14 +301,14 @@ def _is_sure(model: nn.Module, size: Size) -> bool:
     return own or bool(re.search("heads$|n_?head$", size.attribute))
 
 
-def _above(model: nn.Module, name: str) -> list[tuple[str, nn.Module]]:
+def above(model: nn.Module, name: str) -> list[tuple[str, nn.Module]]:
     """(name, module) of the module ``name`` and of the modules that contain it, without the model itself."""
     parts = name.split(".") if name else []
     above = [".".join(parts[:count]) for count in range(len(parts), 0, -1)] or [""]
     return [(one, model.get_submodule(one)) for one in above]
 
 
-def _wanted(model: nn.Module, units: Units, classes: list[int], include: Filter, exclude: Filter) -> list[int]:
+def wanted(model: nn.Module, units: Units, classes: list[int], include: Filter, exclude: Filter) -> list[int]:
     """The classes for which a layer that writes them is included, and none is excluded.
 
     If no layer writes a class, the layers that read it count.
@@ -319,7 +319,7 @@ def _wanted(model: nn.Module, units: Units, classes: list[int], include: Filter,
     @functools.cache
     def judged(name: str) -> tuple[bool, bool]:
         """Whether the module of a parameter is included, and not excluded."""
-        modules = _above(model, name.rpartition(".")[0])
+        modules = above(model, name.rpartition(".")[0])
         return filters.wanted(modules, include, None), filters.wanted(modules, None, exclude)
 
     found = []
@@ -395,23 +395,56 @@ def left_out(
     ``gated``: the classes with gates; None: those of ``placement``.
     """
     gated = set(placement.classes() if gated is None else gated)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     found: dict[str, str] = {}
     with_gates: set[str] = set()  # a layer may have several weights
-    for name, dims in units.origin.items():
-        if len(dims) < 2:
+    for name, origin in units.alias.items():
+        if len(units.origin[origin]) < 2 and (name not in parameters or parameters[name].dim() < 2):
             continue
-        path = name.partition(".parametrizations.")[0] if ".parametrizations." in name else name.rpartition(".")[0]
-        absent = second_opinion.unreached(name.rpartition(".")[0], model.get_submodule(name.rpartition(".")[0]), units)
-        written = [units.classes(name, dim) for dim, first, size in dims if units.written[first : first + size].any()]
+        owner = name.rpartition(".")[0]
+        path = name.partition(".parametrizations.")[0] if ".parametrizations." in name else owner
+        absent = second_opinion.unreached(owner, model.get_submodule(owner), units)
+        written = [units.classes(name, dim) for dim in _written(model, units, name)]
         if absent is not None:
             found[path] = absent
         elif written and all(gated.isdisjoint(classes) for classes in written):
-            reasons = [placement.refused.get(one) or units.reason(one) for one in written[0]]
-            known = next((reason for reason in reasons if reason is not None), None)
-            found[path] = str(known or _unreadable(model, units, written[0]) or UNSAID)
+            found[path] = str(_known(units, placement, written[0]) or _unreadable(model, units, written[0]) or UNSAID)
         elif written:
             with_gates.add(path)
+        elif name in parameters and (reason := _unwritten(model.get_submodule(path), units, placement, origin)):
+            found[path] = reason
     return {path: reason for path, reason in found.items() if path not in with_gates}
+
+
+def _written(model: nn.Module, units: Units, name: str) -> list[int]:
+    """The dimensions of a tensor whose units its layer writes.
+
+    Of a weight that several layers have, it is the one side that this layer writes.
+    """
+    path, _, own = name.rpartition(".")
+    kind, origin = kind_of(model.get_submodule(path)), units.alias[name]
+    found = [dim for dim, *_ in units.origin[origin] if units.is_row(name, dim)]
+    if own == "weight" and (kind.reads or kind.reads_indices) and list(units.alias.values()).count(origin) > 1:
+        return [dim for dim in found if dim == kind.weight_dim(True)] or found
+    return found
+
+
+def _unwritten(layer: nn.Module, units: Units, placement: Placement, origin: str) -> str | None:
+    """Why a layer has no gates of whose parameter ``origin`` the trace saw no unit written; None if the parameter does
+    not say it.
+    """
+    if kind_of(layer).reads and channel_count(layer, True) == 1:
+        return "it has one channel"
+    if any(units.is_column(origin, dim) for dim, *_ in units.origin[origin]):
+        return None
+    reason = _known(units, placement, [one for dim, *_ in units.origin[origin] for one in units.classes(origin, dim)])
+    return str(reason) if reason is not None else None
+
+
+def _known(units: Units, placement: Placement, classes: list[int]) -> Any:
+    """The first reason that is known against gates on one of ``classes``; None if none is."""
+    reasons = (placement.refused.get(one) or units.reason(one) for one in classes)
+    return next((reason for reason in reasons if reason is not None), None)
 
 
 def _unreadable(model: nn.Module, units: Units, classes: list[int]) -> str | None:

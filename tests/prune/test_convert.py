@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 import dampr
 from dampr.nn import GatedLinear
@@ -78,6 +79,62 @@ def test_without_example_inputs_every_match_is_converted():
 def test_include_and_exclude_take_globs_and_types(include, exclude, expected):
     model = dampr.convert(Plain(), include=include, exclude=exclude)
     assert sorted(dampr.prune.gated_layers(model)) == expected
+
+
+def test_layers_that_the_filters_leave_out_are_named_so():
+    for how in ({"exclude": "2"}, {"include": ["0", "4"]}):
+        layers = [nn.Linear(10, 8), nn.ReLU(), nn.Linear(8, 9), nn.ReLU(), nn.Linear(9, 7), nn.ReLU(), nn.Linear(7, 4)]
+        model = dampr.convert(nn.Sequential(*layers), example_inputs=X, **how)
+        assert sorted(dampr.prune.gated_layers(model)) == ["0", "4"]
+        assert model.dampr_skipped["2"] == "include or exclude leaves it out"
+
+
+class Shared(nn.Module):
+    """Two layers whose outputs meet; what reads them has a width of its own."""
+
+    def __init__(self, meet):
+        super().__init__()
+        self.a, self.b, self.meet = nn.Linear(10, 8), nn.Linear(10, 8), meet
+        self.c, self.d = nn.Linear(8, 9), nn.Linear(9, 4)
+
+    def forward(self, x):
+        return self.d(self.c(self.meet(self.a(x), self.b(x))).relu())
+
+
+class Depthwise(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(1, 8, 1), nn.Conv2d(8, 8, 1, groups=8)
+        self.c, self.d = nn.Conv2d(8, 9, 1), nn.Linear(9, 4)
+
+    def forward(self, x):
+        return self.d(self.c(self.b(self.a(x[:, None, None])).relu()).relu().mean((2, 3)))
+
+
+SHARED = {
+    "sum": lambda: Shared(lambda a, b: (a + b).relu()),
+    "product": lambda: Shared(lambda a, b: F.silu(a) * b),
+    "squeezed": lambda: Shared(lambda a, b: a.relu() * b.sigmoid()),
+    "depthwise": Depthwise,
+}
+
+
+@pytest.mark.parametrize("how", [{"exclude": "a"}, {"exclude": "b"}, {"exclude": "b", "tie": False}], ids=str)
+@pytest.mark.parametrize("net", SHARED.values(), ids=SHARED)
+def test_a_width_that_an_excluded_layer_writes_too_stays_and_no_gate_is_useless(net, how):
+    dense = net()
+    model = dampr.convert(dense, example_inputs=X, **how)
+    cost = Cost(model, X, "params")
+    assert bool(cost.prunable.all())
+    for layer in dampr.prune.gated_layers(model).values():
+        layer.gate.log_alpha.data[::2] = -9.0
+    small = dampr.compact(model, example_inputs=X)
+    assert not small.dampr_manifest["closed_but_kept"]
+    assert small.a.weight.shape[0] == small.b.weight.shape[0] == 8
+    assert model.dampr_skipped[how["exclude"]] == "include or exclude leaves it out"
+    other = {"a": "b", "b": "a"}[how["exclude"]]
+    reasons = "exclude leaves out a layer that writes its width too", "depthwise convolution has the channels"
+    assert any(reason in model.dampr_skipped[other] for reason in reasons)
 
 
 def test_subclasses_are_left_alone():

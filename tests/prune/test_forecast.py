@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import dampr
 from dampr.nn import GatedLinear, GatedParameter
@@ -178,6 +179,28 @@ def test_einsums_over_one_channel_are_counted_as_those_over_more(left):
     check(model, x)
 
 
+class Packed(nn.Module):
+    """Sequences of different lengths, whose last steps are written into memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(5, 8), nn.Linear(12, 7), nn.Linear(7, 3)
+        self.rnn = nn.LSTM(8, 6, batch_first=True, bidirectional=True)
+
+    def forward(self, x):
+        y = self.rnn(pack_padded_sequence(self.a(x).relu(), torch.tensor([5, 3]), batch_first=True))[0]
+        return self.head(self.b(pad_packed_sequence(y, batch_first=True)[0]).relu())
+
+
+def test_a_packed_layer_with_one_unit_left_does_not_keep_the_widths_behind_it():
+    x = torch.randn(2, 5, 5, dtype=torch.float64)
+    model = dampr.convert(Packed().double(), x)
+    for layer in gated_layers(model).values():
+        layer.gate.log_alpha.data[:] = -9.0
+    small = check(model, x)
+    assert (small.a.out_features, small.rnn.hidden_size, small.b.out_features) == (1, 1, 1)
+
+
 class Function(nn.Module):
     def __init__(self, function):
         super().__init__()
@@ -244,8 +267,8 @@ def test_constants_at_a_padded_border_are_seen_behind_gated_norms_too():
 
 
 @pytest.mark.parametrize("tie", [True, False])
-def test_constants_that_a_recurrent_layer_would_read_are_closed_in_it_or_leave_out_what_writes_them(tie):
-    """Only with ties can convert put gates on the parameters that read a unit."""
+def test_constants_that_a_recurrent_layer_would_read_need_gates_on_its_weights(tie):
+    """Without ties, which gates on parameters have, the layer that writes the constants is left out."""
     layers = [
         nn.Linear(9, 12),
         nn.Sigmoid(),
@@ -255,6 +278,9 @@ def test_constants_that_a_recurrent_layer_would_read_are_closed_in_it_or_leave_o
     ]
     x = torch.randn(2, 5, 9, dtype=torch.float64)
     model = dampr.convert(nn.Sequential(*layers).double(), x, tie=tie)
-    assert ("as constants other than 0" in model.dampr_skipped.get("0", "")) is not tie
+    assert tie or "as constants other than 0" in model.dampr_skipped["0"]
+    assert not tie or set(model.dampr_skipped) == {"4"}
     close_half(model)
-    assert not check(model, x).dampr_manifest["closed_but_kept"]
+    small = check(model, x)
+    assert not small.dampr_manifest["closed_but_kept"]
+    assert small[0].out_features == (6 if tie else 12)

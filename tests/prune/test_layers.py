@@ -24,6 +24,7 @@ LAYERS: dict[str, Any] = {
     "rms norm": nn.RMSNorm(4),
     "group norm": nn.GroupNorm(2, 4),
     "embedding": nn.Embedding(5, 4),
+    "bag": nn.EmbeddingBag(5, 4),
     "lstm": nn.LSTM(3, 4, num_layers=2, bidirectional=True),
     "projected": nn.LSTM(3, 4, proj_size=2),
     "gru": nn.GRU(3, 4),

@@ -57,6 +57,35 @@ def test_magnitude_keeps_the_largest_of_each_layer():
     assert norms[kept].min() >= norms[[i for i in range(40) if i not in kept]].max()
 
 
+class Projected(nn.Module):
+    def __init__(self, layers):
+        super().__init__()
+        torch.manual_seed(0)
+        self.rnn, self.head = nn.LSTM(20, 9, layers, proj_size=5, batch_first=True), nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.head(self.rnn(x)[0])
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections:UserWarning")
+@pytest.mark.parametrize("layers", [1, 2])
+def test_magnitude_of_projected_units_is_that_of_their_projection(layers):
+    model, x = Projected(layers), X.view(8, 8, 20)
+    norms = model.rnn.weight_hr_l0.detach().norm(dim=1)
+    small = dampr.prune_once(model, example_inputs=x, macs=0.8, criterion="magnitude")
+    assert count_macs(small, x) <= 0.8 * count_macs(model, x)
+    kept = small.dampr_manifest["layers"]["rnn"]["units"]["kept"][0]
+    assert 0 < len(kept) < 5
+    assert norms[kept].min() >= norms[[i for i in range(5) if i not in kept]].max()
+
+
+def test_a_share_of_the_parameters_is_one_of_the_dense_model_also_where_gates_are_in_a_norm_without_a_gain():
+    model = nn.Sequential(nn.Linear(20, 40), nn.BatchNorm1d(40, affine=False), nn.ReLU(), nn.Linear(40, 5))
+    small = dampr.prune_once(model, BATCHES, F.cross_entropy, params=0.6)
+    assert small.dampr_budget.total == count_params(model)
+    assert count_params(small) <= 0.6 * count_params(model)
+
+
 def test_importance_is_that_of_the_definition():
     model = mlp()
     hidden: list[torch.Tensor] = []

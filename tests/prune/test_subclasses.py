@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import dampr
 from dampr.prune import gated_layers
@@ -78,6 +79,15 @@ class Sequences(nn.Module):
         return self.last(self.third(y[:, -1]).relu())
 
 
+class Packed(Sequences):
+    """The same with sequences of different lengths."""
+
+    def forward(self, x):
+        packed = pack_padded_sequence(self.first(x).relu(), torch.tensor([3, 5, 2, 5]), True, enforce_sorted=False)
+        y = pad_packed_sequence(self.recurrent(packed)[0], batch_first=True)[0]
+        return self.last(self.third(y).relu())
+
+
 class InList(nn.Module):
     """Weights in a ParameterList or a ParameterDict."""
 
@@ -100,6 +110,7 @@ RECURRENT = {
     "two layers": lambda: Sequences(OwnLSTM(16, 20, num_layers=2, batch_first=True), 20),
     "both ways": lambda: Sequences(OwnLSTM(16, 20, bidirectional=True, batch_first=True), 40),
     "projected": lambda: Sequences(OwnLSTM(16, 20, proj_size=12, batch_first=True), 12),
+    "packed": lambda: Packed(OwnGRU(16, 20, bidirectional=True, batch_first=True), 40),
     "dropout": lambda: Sequences(OwnGRU(16, 20, num_layers=2, dropout=0.2, bias=False, batch_first=True), 20),
 }
 HELD_BY_OTHERS = RECURRENT | {"list": lambda: InList(False), "dict": lambda: InList(True)}

@@ -733,3 +733,53 @@ def test_reset_parameters_fills_the_parameters_and_not_their_products_or_gates(b
         assert torch.equal(layer.get_parameter(own) if own != name else layer._parameters[name], parameter)
     assert torch.equal(gate.levels(), levels)
     assert len(getattr(layer, f"{name}_gates")) == 1
+
+
+def test_a_transposed_weight_in_groups_writes_its_width():
+    layers = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.ConvTranspose2d(8, 16, 2, 2, groups=4, bias=False), nn.Conv2d(16, 3, 1)]
+    with pytest.raises(dampr.ConversionError, match="'2': 'include or exclude leaves it out"):
+        dampr.convert(nn.Sequential(*layers), example_inputs=IMAGE, exclude="2")
+    model = dampr.convert(nn.Sequential(*layers), example_inputs=IMAGE)
+    assert set(model.dampr_skipped) == {"3"}
+
+
+class OneAndTied(nn.Module):
+    """A layer with one channel, and a head that shares the weight of the embedding."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.first, self.second = nn.Embedding(11, 8), nn.Linear(8, 10), nn.Linear(10, 8)
+        self.score, self.head = nn.Linear(8, 1), nn.Linear(8, 11, bias=False)
+        self.head.weight = self.table.weight
+
+    def forward(self, x):
+        h = self.second(self.first(self.table(x)).relu()).relu()
+        return self.head(h * self.score(h).sigmoid())
+
+
+def test_layers_with_one_channel_and_with_a_shared_weight_are_named():
+    model = dampr.convert(OneAndTied(), example_inputs=torch.randint(0, 11, (3, 5)))
+    assert set(model.dampr_skipped) == {"score", "head"}
+    assert model.dampr_skipped["score"] == "it has one channel"
+    assert model.dampr_skipped["head"].startswith("rows of an embedding are picked by data")
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+def test_columns_of_an_embedding_bag_can_go(mode, tmp_path):
+    def dense():
+        bag = nn.EmbeddingBag(11, 8, mode=mode, padding_idx=0)
+        return nn.Sequential(bag, nn.Linear(8, 10), nn.ReLU(), nn.Linear(10, 3))
+
+    torch.manual_seed(0)
+    x = torch.randint(0, 11, (4, 5))
+    model = dampr.convert(dense(), example_inputs=x).eval()
+    assert set(model.dampr_skipped) == {"3"}
+    close_some(model)
+    cost, masked = Cost(model, x, "params"), model(x)
+    small = dampr.compact(model, example_inputs=x)
+    assert small[0].embedding_dim < 8
+    assert count_params(small) == cost(cost.decision())
+    torch.testing.assert_close(small(x), masked)
+    dampr.save(small, tmp_path / "small")
+    torch.testing.assert_close(dampr.load(tmp_path / "small", dense()).eval()(x), masked)
+    torch.testing.assert_close(dampr.expand(small)(x), masked)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -16,8 +16,8 @@ from .base import Kind
 class Embedding(Kind):
     """``nn.Embedding``. Its rows are chosen by indices from the caller, so they are never cut."""
 
-    types = (nn.Embedding,)
-    twins = ((nn.Embedding, GatedEmbedding),)
+    types: ClassVar[tuple[type, ...]] = (nn.Embedding,)
+    twins: ClassVar[tuple[tuple[type, Any], ...]] = ((nn.Embedding, GatedEmbedding),)
     gated_parts = "columns"
     shares_gates = reads_indices = resizes = follows = from_file = writes_last = True
     size_written = "embedding_dim"
@@ -43,3 +43,12 @@ class Embedding(Kind):
         """Rows times channels that are left; a weight that another layer shares counts once."""
         yield Term(name, Width(layer.num_embeddings), widths.width(layer, True), layer.weight not in counted)
         counted.add(layer.weight)
+
+
+class EmbeddingBag(Embedding):
+    """``nn.EmbeddingBag``, which adds up rows. It has no layer with gates, only gates on what reads it."""
+
+    types = (nn.EmbeddingBag,)
+    twins = ()
+    gated_parts = ""
+    shares_gates = False

@@ -11,7 +11,7 @@ from torch import nn
 from .attention import Attention, PrunedAttention
 from .base import Counted, Kind
 from .convolution import Convolution, TransposedConvolution
-from .embedding import Embedding
+from .embedding import Embedding, EmbeddingBag
 from .factor import Activation, PReLU, Scale
 from .linear import Linear, TransposedLinear
 from .norm import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm
@@ -27,6 +27,7 @@ KINDS: tuple[Kind, ...] = (
     RMSNorm(),
     GroupNorm(),
     Embedding(),
+    EmbeddingBag(),
     Recurrent(),
     Stacked(),
     Cell(),

@@ -144,18 +144,31 @@ def _distances(call: Call) -> Axes:
 
 @rules.rule("embedding")
 def _embedding(call: Call) -> Axes:
-    """The rule of ``embedding``: the result (*index.shape, D) has the units of the columns of the weight (N, D).
+    """The rule of ``embedding``: the result (*index.shape, D) has the units of the columns of the weight (N, D)."""
+    return _columns_of_rows(call, call.args[1].dim() + 1)
+
+
+@rules.rule("_embedding_bag _embedding_bag_forward_only")
+def _embedding_bag(call: Call) -> tuple[Axes, ...]:
+    """The rule of ``embedding_bag``: the sums (or means, or maxima) of rows have the units of the columns of the
+    weight.
+    """
+    call.ledger.fix(call.axes(call.arg("per_sample_weights")), call.why("mixed", "rows are added up along it"))
+    return _columns_of_rows(call, 2), *([[]] * (len(call.out) - 1))
+
+
+def _columns_of_rows(call: Call, rank: int) -> Axes:
+    """The axes of a result of ``rank`` dimensions whose last one has the columns of the weight of an embedding.
 
     Data picks the rows, so their units are fixed.
     """
-    weight, index = call.args[:2]
     out = []
-    for axis in call.axes(weight):
+    for axis in call.axes(call.args[0]):
         if varying(axis) == {0}:
             call.ledger.fix(axis, call.why("picked", "rows of an embedding are picked by data"))
         else:
             call.ledger.written.append(line(axis))
-            out.append(along(axis[:1].reshape(-1), index.dim(), index.dim() + 1))
+            out.append(along(axis[:1].reshape(-1), rank - 1, rank))
     return out
 
 
@@ -181,7 +194,8 @@ def _convolution(call: Call) -> Axes:
         columns = [units.numpy() for units in read] if groups == 1 or transposed or within else []
         call.ledger.read += columns
         call.ledger.columns += columns
-        call.ledger.written += [units.numpy() for units in made] if groups == 1 or not transposed or within else []
+        # each row of a transposed weight in groups is what a whole group reads and writes
+        call.ledger.written += [units.numpy() for units in (made if groups == 1 or not transposed or within else read)]
     of_sides = [*read, *made] if groups == 1 or within else read if transposed else made
     if groups > 1 and not of_sides:  # the weight has no units: a filter that code makes for every channel
         of_sides = channels

@@ -409,13 +409,20 @@ class Tracer(TorchDispatchMode):
         The view's operator, applied to the positions 0, 1, 2, ... of the base, tells which elements were written.
         Tensors with several axes are not followed: their units are fixed.
         """
-        first = id(self._root(child)) in self._unwritten
-        self._unwritten.discard(id(self._root(child)))
+        root = id(self._root(child))
+        # Of memory with one value everywhere, what is never written has the units of what is written beside it.
+        first = root in self._unwritten or root in self.uniform
+        self._unwritten.discard(root)
+        self.uniform.pop(root, None)
         while id(child) in self._views:
             base, func, args, kwargs = self._views[id(child)]
             axes = call.axes(child)
-            if base is child or not axes or self.owned(base):
+            if base is child or self.owned(base):
                 return
+            if not axes:  # values without units, but no constants
+                self.mark(base, Marks(call.axes(base)))
+                child = base
+                continue
             places = func(torch.arange(base.numel()).reshape(base.shape), *args[1:], **kwargs)
             places = places if isinstance(places, Tensor) else next((p for p in places if p.shape == child.shape), None)
             old = call.axes(base)

@@ -224,6 +224,33 @@ class InPlace(nn.Module):
         return self.head(both)
 
 
+class Padded(nn.Module):
+    """A layer written step by step into memory that keeps zeros behind the last step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(6, 8), nn.Linear(8, 7), nn.Linear(7, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        steps = x.new_zeros(x.shape[0], x.shape[1] + 2, self.a.weight.shape[0])
+        for step in range(x.shape[1]):
+            steps[:, step] = self.a(x[:, step]).relu()
+        return self.head(self.b(steps).relu())
+
+
+class OneInPlace(nn.Module):
+    """A layer with one channel is written into memory in front of constants."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(6, 1), nn.Linear(4, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        both = x.new_zeros(*x.shape[:2], 4)
+        both[..., :1] = self.a(x).relu()
+        return self.head(self.b(both).relu())
+
+
 class Recurrent(nn.Module):
     def __init__(self, kind: type[nn.RNNBase]) -> None:
         super().__init__()
@@ -349,6 +376,8 @@ NETS: dict[str, Net] = {
     ),
     "bare parameters": Net(Bare, tokens(6), [8, 10], same=[("a", 1, "gain", 0), ("gain", 0, "b", 1)]),
     "written in place": Net(InPlace, tokens(6), [8], stays={("a.weight", 0): "picked"}),
+    "written step by step": Net(Padded, tokens(6), [7, 8], same=[("a.weight", 0, "b.weight", 1)]),
+    "one channel in place": Net(OneInPlace, tokens(6), [8], stays={("b.weight", 1): "constants"}),
     "LSTM": Net(lambda: Recurrent(nn.LSTM), tokens(6), [8], same=[("rnn.weight_hh_l0", 1, "head.weight", 1)]),
     "GRU": Net(lambda: Recurrent(nn.GRU), tokens(6), [8], same=[("rnn.weight_hh_l0", 1, "head.weight", 1)]),
 }
