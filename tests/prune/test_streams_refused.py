@@ -206,16 +206,3 @@ def test_wrong_arguments_are_named() -> None:
             match="residual=True with .*: expected granularity 'output', one draw per call, and example inputs",
         ):
             dampr.convert(model, residual=True, **how)
-
-
-def test_a_stream_that_a_recurrent_layer_writes_has_gates_on_parameters() -> None:
-    torch.manual_seed(0)
-    model = dampr.convert(Odd("recurrent").eval(), example_inputs=words, residual=True)
-    vectors = dampr.prune.gated_layers(model)
-    assert set(vectors) == {"head.weight_gates.0", "lstm.weight_ih_l0_gates.0", "lstm.weight_hh_l0_gates.0"}
-    for layer in vectors.values():
-        layer.gate.log_alpha.data[::2] = -9.0
-    masked = call(model, words)
-    small: Any = dampr.compact(model, example_inputs=words)
-    torch.testing.assert_close(call(small, words), masked, rtol=1e-4, atol=1e-5)
-    assert (small.lstm.input_size, small.lstm.hidden_size, small.norm.normalized_shape) == (E // 2, E // 2, (E // 2,))
