@@ -19,11 +19,13 @@ from .convert_checks import ConversionError
 from .filters import Filter
 from .layer_gates import NORMS, REPLACEMENT, starts_at_one
 from .layers.convolution import CONVOLUTIONS, is_depthwise
+from .layers.recurrent import unit_columns
 from .layers.registry import channel_count, counted_in, kind_of
 from .modules import of_kind
 from .sight import Sight
 from .structure import plain_copy
 from .units import Units
+from .units.groups import is_inside, share_of_macs
 
 NO_GATES = "no gates for its width: "
 
@@ -324,25 +326,16 @@ def gated_classes(units: Units, plan: LayerPlan) -> tuple[dict[str, list[int]], 
 def share_of_layers(units: Units, plan: LayerPlan) -> float:
     """The share, 0 to 1, of the multiply-accumulates of the model that the gates of a plan can save."""
     classes, whole = gated_classes(units, plan)
-    cut = units.among([*itertools.chain.from_iterable(classes.values()), *_recurrent_classes(units, plan)])
-    total = sum(product.macs for product in units.products)
-    reached = sum(
-        p.macs for p in units.products if _is_inside(p.module, whole) or any(cut[line].any() for line in p.factors)
-    )
-    return reached / total if total else 0.0
+    closed = itertools.chain(*classes.values(), _recurrent_classes(units, plan))
+    return share_of_macs(units, closed, whole)
 
 
 def _recurrent_classes(units: Units, plan: LayerPlan) -> Iterator[int]:
     """The classes that the gates of recurrent layers close: those of the outputs of each layer and direction."""
     for name, layer in plan.layers.items():
-        for own in getattr(layer, "_flat_weights_names", ()):
-            if "weight_hh" in own and (full := f"{name}.{own}".lstrip(".")) in units.alias:
+        for own in unit_columns(layer) if kind_of(layer).recurrent else ():
+            if (full := f"{name}.{own}".lstrip(".")) in units.alias:
                 yield from units.classes(full, 1)
-
-
-def _is_inside(name: str, names: list[str]) -> bool:
-    """Whether the module ``name`` is one of ``names`` or inside one of them."""
-    return any(name == one or name.startswith(f"{one}.") for one in names)
 
 
 def multiplies_beside(units: Units, plan: LayerPlan, model: nn.Module) -> bool:
@@ -354,7 +347,7 @@ def multiplies_beside(units: Units, plan: LayerPlan, model: nn.Module) -> bool:
     classes = set(itertools.chain.from_iterable(gated.values()))
     counted = {layer for _, layer, _ in counted_in(model)}
     beside = [
-        p for p in units.products if not _is_inside(p.module, whole) and model.get_submodule(p.module) not in counted
+        p for p in units.products if not is_inside(p.module, whole) and model.get_submodule(p.module) not in counted
     ]
     return any(not classes.isdisjoint(units.label[line].tolist()) for p in beside for line in p.factors)
 
@@ -376,7 +369,7 @@ def name_others(plan: LayerPlan, model: nn.Module, sight: Sight, include: Filter
     gated = set(itertools.chain.from_iterable(closed.values()))
     for name, reason in unit_gates.left_out(model, sight.units, sight.placement, gated).items():
         wanted = not name or filters.wanted(unit_gates.above(model, name), include, exclude)
-        if not wanted or (name and not _is_inside(name, known)):
+        if not wanted or (name and not is_inside(name, known)):
             kind = type(model.get_submodule(name)).__name__
             unsaid = f"no layer with gates stands for a {kind}" if wanted else "include or exclude leaves it out"
             plan.skipped[name] = unsaid if reason == unit_gates.UNSAID or not wanted else reason

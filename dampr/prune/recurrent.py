@@ -54,8 +54,8 @@ def make_plain(
 
     If only ``nn.Linear`` and recurrent layers read a layer, it becomes the smaller layer of ``compacted()``, and the
     columns of its readers are sliced and multiplied by the gates. Then the model runs on ``samples``. If its outputs
-    changed (because of a nonlinearity before the readers, or a state given from outside), the gates become factors of
-    the smaller layer instead (:class:`dampr.nn.ScaledRNN`); if they still change (because of a norm, say), the layer
+    changed (because of a nonlinearity before the readers), the gates become factors of the smaller layer instead
+    (:class:`dampr.nn.ScaledRNN`); if they still change (because of a norm, or a state given from outside), the layer
     keeps its size.
 
     Args:

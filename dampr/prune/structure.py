@@ -24,7 +24,7 @@ from .gate_vector import GateVector
 from .graph import Side
 from .layers.base import CannotCutError
 from .layers.norm import counts_open, without_activation
-from .layers.recurrent import without_factors
+from .layers.recurrent import unit_columns
 from .layers.registry import channel_count, kind_of
 from .modules import by_name, gates_of, of_kind
 
@@ -123,26 +123,21 @@ class Structure(GateVector[GatedLayer]):
         for product in self._units.products:
             lines = [unit[line].tolist() for line in product.factors]
             factors = [of_units.get(tuple(line)) or tuple(own[line].tolist()) for line in lines]
-            found.append(
-                (
-                    product.module,
-                    product.macs,
-                    [f for f in factors if isinstance(f, UnitRows) or max(f, default=-1) >= 0],
-                )
-            )
+            varying = [f for f in factors if isinstance(f, UnitRows) or max(f, default=-1) >= 0]
+            found.append((product.module, product.macs, varying))
         return found
 
     def _unit_classes(self) -> Iterator[tuple[tuple[int, ...], UnitRows]]:
         """The classes of the outputs of each recurrent layer whose units can be cut, for one and for all directions of
         its last layer.
         """
+        layer: Any
         for layer in self.units:
-            names = [name for name in without_factors(layer)._flat_weights_names if "weight_hh" in name]
-            path = self.names[without_factors(layer)]
-            ends = range(len(names) - 1 - getattr(layer, "bidirectional", False), len(names))
-            lines = {row: tuple(self._units.classes(f"{path}.{names[row]}".lstrip("."), 1)) for row in ends}
-            for rows in {(row,) for row in ends} | {tuple(ends)}:
-                whole = tuple(itertools.chain.from_iterable(lines[row] for row in rows))
+            names, path = unit_columns(layer), self.names[layer]
+            last = tuple(range(len(names)))[-1 - layer.bidirectional :]
+            for rows in dict.fromkeys([*((row,) for row in last), last]):
+                of_rows = (self._units.classes(f"{path}.{names[row]}".lstrip("."), 1) for row in rows)
+                whole = tuple(itertools.chain.from_iterable(of_rows))
                 yield whole, UnitRows(layer, rows, len(whole))
 
     def branch_gates(self) -> list[str]:

@@ -171,8 +171,7 @@ class Recurrent(_OfRecurrent, Counted):
 
     def timed_places(self, layer: Any, writes: bool) -> list[tuple[str, int]]:
         """The columns that read the units of each layer and direction, or the input features."""
-        names = [name for name in layer._flat_weights_names if "weight_hh" in name] if writes else ["weight_ih_l0"]
-        return [(name, 1) for name in names]
+        return [(name, 1) for name in (unit_columns(layer) if writes else ["weight_ih_l0"])]
 
     def narrow(self, layer: Any, read: int, written: int, within: bool) -> nn.Module:
         """A layer of the same type with ``read`` features and ``written`` units in each layer and direction."""
@@ -239,6 +238,13 @@ class Cell(Kind):
 def size_of_units(layer: nn.RNNBase) -> str:
     """The name of the attribute with the number of units of one layer and direction."""
     return "proj_size" if layer.proj_size else "hidden_size"
+
+
+def unit_columns(layer: Any) -> list[str]:
+    """The weights whose columns read the units (projected ones, if there is a projection), one for each layer and
+    direction.
+    """
+    return [name for name in layer._flat_weights_names if name.startswith("weight_hh")]
 
 
 def without_factors(layer: Any) -> Any:

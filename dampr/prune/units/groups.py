@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,14 +80,21 @@ def groups(units: Units, classes: Iterable[int]) -> list[Group]:
     return found
 
 
-def share_of_macs(units: Units, classes: Iterable[int]) -> float:
-    """The share of the multiply-accumulates of all products that belongs to products which shrink without
-    ``classes``.
+def share_of_macs(units: Units, classes: Iterable[int], modules: Collection[str] = ()) -> float:
+    """The share of the multiply-accumulates of all products that belongs to products which shrink without ``classes``,
+    or are in ``modules``.
     """
     cut = units.among(classes)
     total = sum(product.macs for product in units.products)
-    reached = sum(p.macs for p in units.products if any(cut[factor].any() for factor in p.factors))
+    reached = sum(
+        p.macs for p in units.products if is_inside(p.module, modules) or any(cut[line].any() for line in p.factors)
+    )
     return reached / total if total else 0.0
+
+
+def is_inside(name: str, names: Iterable[str]) -> bool:
+    """Whether the module ``name`` is one of ``names`` or inside one of them."""
+    return any(name == one or name.startswith(f"{one}.") for one in names)
 
 
 def left_at_half(units: Units, classes: Iterable[int]) -> float:
