@@ -27,7 +27,7 @@ from dampr.nn import (
 from dampr.prune.cost import Cost
 from dampr.prune.measure import count_macs, count_params
 from tests.prune.test_models import close_at_random
-from tests.prune.test_unit_gates import shaken
+from tests.prune.unit_networks import shaken
 
 COUNT = {"macs": count_macs, "params": lambda model, _: count_params(model)}
 

@@ -11,7 +11,7 @@ from torch import nn
 
 import dampr
 from dampr.prune.measure import count_macs, count_params
-from tests.prune.test_unit_gates import shaken
+from tests.prune.unit_networks import shaken
 
 IMAGE = torch.randn(2, 3, 8, 8)
 ROWS = torch.randn(5, 8)
