@@ -142,3 +142,39 @@ def test_what_a_kind_of_layer_is_stands_in_one_room() -> None:
     sources = {str(p.relative_to(room)): p.read_text() for p in SOURCES if room in p.parents}
     found = [test for test in type_tests(sources) if not test.startswith("layers/")]
     assert len(found) <= OF_LAYERS, "\n".join(found)
+
+
+NEEDS_TRITON = re.compile(r"(triton|tests\.emulator|dampr\.ops\.backend_triton)\b")
+
+
+def needing_triton(text: str) -> Iterator[int]:
+    """The lines of a test file that import what needs Triton before the file is skipped where there is none."""
+    for node in ast.parse(text).body:
+        if ast.unparse(node).startswith(("pytest.importorskip('triton'", "triton = pytest.importorskip('triton'")):
+            return
+        names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if any(NEEDS_TRITON.match(name) for name in names):
+            yield node.lineno
+
+
+@pytest.mark.parametrize(
+    ("text", "lines"),
+    [
+        ("import triton.language as tl", [1]),
+        ("import torch\nfrom tests.emulator import driver", [2]),
+        ("import pytest\npytest.importorskip('triton')\nfrom tests.emulator import driver", []),
+        ("def test():\n    from tests.emulator import driver", []),
+    ],
+)
+def test_imports_of_triton_are_found(text: str, lines: list[int]) -> None:
+    assert list(needing_triton(text)) == lines
+
+
+def test_tests_that_need_triton_are_skipped_without_it() -> None:
+    """One import that fails stops ``make test-no-triton`` before its first test."""
+    left_out = {ROOT / "tests" / "kernels", ROOT / "tests" / "interpreter"}
+    run = [path for path in (ROOT / "tests").rglob("test_*.py") if left_out.isdisjoint(path.parents)]
+    assert len(run) > 100
+    found = [f"{path.relative_to(ROOT)}:{line}" for path in run for line in needing_triton(path.read_text())]
+    assert found == []

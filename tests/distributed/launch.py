@@ -22,6 +22,11 @@ ROOT = Path(__file__).parents[2]
 LOCAL = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
 
 
+def python_path() -> str:
+    """PYTHONPATH of the ranks: the repository, then that of this process, which ``tests.without`` sets."""
+    return os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
 def launch(module: str, world: int, folder: Path, *arguments: str) -> dict[str, list[str]]:
     """Of each check of ``tests.distributed.<module>`` what each rank says: "ok" or a traceback.
 
@@ -31,7 +36,7 @@ def launch(module: str, world: int, folder: Path, *arguments: str) -> dict[str, 
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     shared = LOCAL | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1"}
-    shared["PYTHONPATH"] = str(ROOT)
+    shared["PYTHONPATH"] = python_path()
     command = [sys.executable, "-m", "tests.distributed.launch", module, str(folder), *arguments]
     runs = []
     for rank in range(world):
@@ -73,7 +78,7 @@ def run_script(*script: str | Path, ranks: int, cwd: Path) -> str:
         port,
     ]
     command = [sys.executable, "-W", "ignore", *(how if ranks > 1 else []), *map(str, script)]
-    environment = os.environ | LOCAL | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    environment = os.environ | LOCAL | {"OMP_NUM_THREADS": "1", "PYTHONPATH": python_path(), "PYTHONUNBUFFERED": "1"}
     run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd, env=environment)
     try:
         printed, errors = run.communicate(timeout=HANG)

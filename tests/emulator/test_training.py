@@ -191,3 +191,17 @@ def test_autocast_trains_in_half_precision(dtype: torch.dtype) -> None:
         on_triton = losses("triton")
     assert emulation.log.faults == []
     alike(on_triton, losses("reference"), 3e-2)
+
+
+@pytest.mark.parametrize("layers", [2, 6])
+def test_launches_of_gates_do_not_grow_with_the_number_of_layers(layers):
+    model = nn.Sequential(*[dampr.nn.GatedLinear(16, 16) for _ in range(layers)])
+    bank, x = dampr.GateBank(model), torch.randn(4, 16)
+    with driver.emulated(90, recording=True) as emulation, dampr.backend("triton"):
+        for _ in range(2):
+            emulation.take_log()
+            with bank.draw():
+                loss = model(x).square().mean() + bank.penalty(1e-3)
+            loss.backward()
+    launches = emulation.log.launches
+    assert launches["sample_gates_fwd_kernel"] == launches["sample_gates_bwd_kernel"] == 1

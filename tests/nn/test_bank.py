@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 import dampr
-from tests.emulator import driver
 from tests.models import ALL
 
 
@@ -193,17 +192,3 @@ def test_a_bank_of_other_gates_than_the_model_has_is_refused(change):
         dampr.Budget(model, x, macs=0.5, steps=20)
     with pytest.raises(RuntimeError, match="the model's gates are others than when this bank was made"), bank.draw():
         pass
-
-
-@pytest.mark.parametrize("layers", [2, 6])
-def test_launches_of_gates_do_not_grow_with_the_number_of_layers(layers):
-    model = nn.Sequential(*[dampr.nn.GatedLinear(16, 16) for _ in range(layers)])
-    bank, x = dampr.GateBank(model), torch.randn(4, 16)
-    with driver.emulated(90, recording=True) as emulation, dampr.backend("triton"):
-        for _ in range(2):
-            emulation.take_log()
-            with bank.draw():
-                loss = model(x).square().mean() + bank.penalty(1e-3)
-            loss.backward()
-    launches = emulation.log.launches
-    assert launches["sample_gates_fwd_kernel"] == launches["sample_gates_bwd_kernel"] == 1
