@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from dampr.gates import Gate, ranks
 
-from . import inputs, noise
+from . import hooks, inputs, noise
 from .compact import compact
 from .shrinker import Copies, copies_of
 from .summary import gated_layers
@@ -66,7 +66,7 @@ def become(model: Any, small: Any) -> None:
     """
     if model is small:
         return
-    _keep_hooks(model, small)
+    hooks.share_by_name(model, small)
     held, own = vars(model), vars(small)
     manifest = own.get("dampr_manifest", {})
     sizes = {name.partition(".")[0] for name in manifest.get("sizes", {}).get("", {})}
@@ -82,28 +82,3 @@ def become(model: Any, small: Any) -> None:
     ranks.watch(model)
     if manifest:
         model.dampr_manifest = manifest
-
-
-def _keep_hooks(model: nn.Module, small: nn.Module) -> None:
-    """Give the layers and parameters of ``small`` the hooks that those of the same names in ``model`` have.
-
-    Hooks of torch and of this package that compute weights or norms are already as ``small`` needs them, and so are
-    those of state dicts.
-    """
-    layers, parameters = dict(model.named_modules()), dict(model.named_parameters())
-    for name, layer in small.named_modules():
-        former = layers.get(name)
-        if not name or former is None:
-            continue
-        if not any(map(_computes, [*former._forward_hooks.values(), *former._forward_pre_hooks.values()])):
-            inputs.keep_hooks(former, layer, of_states=False)
-    for name, p in small.named_parameters():
-        for kind in ("_backward_hooks", "_post_accumulate_grad_hooks"):
-            if getattr(parameters.get(name), kind, None):
-                setattr(p, kind, getattr(parameters[name], kind))
-
-
-def _computes(hook: Any) -> bool:
-    """Whether a hook is one of ``torch.nn.utils`` or of this package."""
-    where = getattr(hook, "__module__", None) or type(hook).__module__
-    return where.startswith(("torch.nn.utils.", "dampr."))

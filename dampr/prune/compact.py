@@ -15,7 +15,7 @@ from dampr.nn.called import first_argument
 from dampr.nn.computed import settled, wake
 from dampr.nn.rnn import GatedRecurrent
 
-from . import cutting, graph, heads, inputs, recurrent, streams, transformer, unit_compact
+from . import cutting, graph, heads, hooks, inputs, recurrent, streams, transformer, unit_compact
 from .expand import Optimizers, carry_over, check_state, check_trains, expand, optimizers_of
 from .inputs import Model
 from .layers.base import CannotCutError
@@ -66,7 +66,8 @@ def compact(
             1e-9, float16 4e-3, bfloat16 3e-2), and for ``atol`` that times the largest output.
 
     Returns: a new model of plain ``torch.nn`` layers (where these have no form for what is left, of the plain ones of
-    ``dampr.nn``, such as :class:`dampr.nn.PrunedMultiheadAttention`), in the training mode of ``model``. Its attribute
+    ``dampr.nn``, such as :class:`dampr.nn.PrunedMultiheadAttention`), in the training mode of ``model`` and with the
+    hooks of its layers. Its attribute
     ``dampr_manifest`` (plain data) lists the kept indices of each layer and bare parameter, and why a closed unit could
     not be cut.
 
@@ -133,7 +134,7 @@ def compact(
     open_heads, head_notes = heads.open_heads(small)
     for absorbed in of_kind(small, AbsorbedReLU):
         dense[absorbed] = nn.ReLU(absorbed.inplace).train(absorbed.training)
-        inputs.keep_hooks(absorbed, dense[absorbed])
+        hooks.share(absorbed, dense[absorbed])
     inputs.replace(small, dense)
     _match_dtype(
         small,
@@ -188,7 +189,7 @@ def _match_dtype(small: nn.Module, norms: list[nn.Module], sample: Any) -> None:
         norm.to(first_argument(args, kwargs).dtype)
 
     if norms:
-        with inputs.removing([norm.register_forward_pre_hook(match, with_kwargs=True) for norm in norms]):
+        with hooks.removing([norm.register_forward_pre_hook(match, with_kwargs=True) for norm in norms]):
             inputs.evaluate(small, sample)
 
 
@@ -201,7 +202,7 @@ def _prove(
     atol: float,
     rtol: float,
 ) -> float:
-    """Compare the outputs of ``small``, run without hooks as a user runs it, with those of ``model``.
+    """Compare the outputs of ``small``, run as a user runs it, with those of ``model``.
 
     Args:
         kept: what is left on each side of each layer, to compare layers if outputs differ.
@@ -269,10 +270,10 @@ def _layer_outputs(model: nn.Module, sample: Any) -> dict[str, Tensor]:
 
         return hook
 
-    hooks = [
+    handles = [
         module.register_forward_hook(keep(name)) for name, module in model.named_modules() if hasattr(module, "weight")
     ]
-    with inputs.removing(hooks):
+    with hooks.removing(handles):
         inputs.evaluate(model, sample)
     return layers
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any, cast, get_args
 
 import torch
@@ -180,7 +181,8 @@ def convert(
         )
     if example_inputs is not None:
         inputs.check(example_inputs)
-    with inputs.unsynced(model), remembering():
+    quiet = nullcontext() if example_inputs is None else inputs.quiet(model, example_inputs)
+    with inputs.unsynced(model), quiet, remembering():
         return cast(
             Model,
             _ready(_with_gates(model, gate, granularity, per_sample, include, exclude, example_inputs, tie, residual)),

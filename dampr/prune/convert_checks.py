@@ -16,7 +16,7 @@ from dampr.nn import GatedLayer
 from dampr.nn.called import first_argument
 from dampr.nn.conv import GatedConv
 
-from . import inputs, noise
+from . import hooks, inputs, noise
 from .compact import CompactionError, compact
 from .cost import Cost
 from .cutting import CONSTANTS
@@ -119,7 +119,7 @@ def _read_where_closed(trial: Any, units: Units, classes: set[int], example_inpu
 
         return hook
 
-    hooks = []
+    handles = []
     for name, module in trial.named_modules():
         for own in ("weight", "weight_ih_l0"):
             full = f"{name}.{own}".lstrip(".")
@@ -129,8 +129,8 @@ def _read_where_closed(trial: Any, units: Units, classes: set[int], example_inpu
                 along = -max(weight.dim() - 1, 1)
                 if channels:
                     hook = look(weight, channels, along)
-                    hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-    with inputs.removing(hooks):
+                    handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+    with hooks.removing(handles):
         try:
             inputs.evaluate(trial, example_inputs)
         except RuntimeError:  # some models raise if all values are 0; no budget closes all units at once

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from . import inputs
+from . import hooks, inputs
 from .cost_widths import Variables
 from .layers.registry import counted_in, kind_of
 from .measure import macs_beside_layers
@@ -144,7 +144,7 @@ def _uses_by_name(plain: nn.Module, example_inputs: Any) -> tuple[dict[str, int]
         found[name] += uses
         projections[name] += projected
 
-    hooks = [layer.register_forward_hook(count, with_kwargs=True) for layer in counted]
-    with inputs.removing(hooks):
+    handles = [layer.register_forward_hook(count, with_kwargs=True) for layer in counted]
+    with hooks.removing(handles):
         inputs.evaluate(plain, example_inputs)
     return found, projections

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dampr.nn.called import first_argument
 
-from . import inputs
+from . import hooks, inputs
 from .graph import Closed, Member, Side, Widths
 from .layers.base import CannotCutError
 from .layers.registry import channel_count, kind_of
@@ -238,8 +238,8 @@ def _measure(small: nn.Module, going: list[_Going], samples: list[Any]) -> list[
     """Measure what each width that is cut contributes to its readers, with one run on each sample."""
     readers = [(width, m.module, m.of(width.classes)) for width in going for m in width.members if not m.writes]
     found = [_Constant(width, layer, channels) for width, layer, channels in readers if channels]
-    hooks = [one.layer.register_forward_pre_hook(one.take, with_kwargs=True) for one in found]
-    with inputs.removing(hooks):
+    handles = [one.layer.register_forward_pre_hook(one.take, with_kwargs=True) for one in found]
+    with hooks.removing(handles):
         for sample in samples if found else ():
             inputs.evaluate(small, sample)
     return found
@@ -295,5 +295,5 @@ def follow_inputs(model: nn.Module, sample: Any) -> None:
     if not bare:
         inputs.without_arithmetic(model, sample, inputs.evaluate)
         return
-    with inputs.removing([norm.register_forward_pre_hook(resize, with_kwargs=True) for norm in bare]):
+    with hooks.removing([norm.register_forward_pre_hook(resize, with_kwargs=True) for norm in bare]):
         inputs.evaluate(model, sample)

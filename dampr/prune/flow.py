@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
-from . import inputs, noise, tracing
+from . import hooks, inputs, noise, tracing
 from .layers.registry import kind_of
 
 
@@ -71,10 +71,10 @@ class Flow:
         """Run ``model`` and return autograd's nodes of its outputs."""
         cores = {module for module in model.modules() if self._own.get(module, module) in whole}
         layers = [m for m in model.modules() if tracing.is_leaf(m) or m in cores]
-        hooks: list[RemovableHandle] = [m.register_forward_pre_hook(self._enter, with_kwargs=True) for m in layers]
-        hooks += [m.register_forward_hook(self._leave) for m in layers]
+        handles: list[RemovableHandle] = [m.register_forward_pre_hook(self._enter, with_kwargs=True) for m in layers]
+        handles += [m.register_forward_hook(self._leave) for m in layers]
         with (
-            inputs.removing(hooks),
+            hooks.removing(handles),
             inputs.evaluating(model),
             tracing.all_trainable(model),
             tracing.one_node(model, cores),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections import defaultdict
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,7 +87,8 @@ class Widths:
         self._flow = Flow(model, example_inputs, self._cores)
         self.traced, self._inputs = plain or model, example_inputs
         try:
-            self.units = units or inputs.looked_at(self.traced, lambda: trace_units(self.traced, example_inputs))
+            with inputs.quiet(self.traced, example_inputs) if units is None else nullcontext():
+                self.units = units or trace_units(self.traced, example_inputs)
         except Exception as error:
             raise TracingError(
                 f"the operators of {type(model).__name__} cannot be followed ({type(error).__name__}: {error})"
@@ -368,7 +370,8 @@ class Widths:
     @functools.cached_property
     def _evaluated(self) -> Units:
         """The units of the model traced in evaluation mode alone."""
-        return inputs.looked_at(self.traced, lambda: trace_units(self.traced, self._inputs, training=(False,)))
+        with inputs.quiet(self.traced, self._inputs):
+            return trace_units(self.traced, self._inputs, training=(False,))
 
     def _side(self, module: nn.Module, own: str, dim: int) -> bool | None:
         """Which side of ``module`` dimension ``dim`` of its parameter ``own`` is.

@@ -19,13 +19,12 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.hooks import RemovableHandle
 
 from dampr.gates.base import GateModule
 from dampr.gates.ranks import groups_in
 from dampr.nn import GatedSyncBatchNorm
 
-from . import copies, noise
+from . import copies, hooks, noise
 from .meta import OnMeta
 from .modules import of_kind
 
@@ -438,40 +437,35 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def removing(hooks: Iterable[RemovableHandle]) -> Iterator[None]:
-    """A block after which the given hooks are removed."""
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+def quiet(model: nn.Module, example_inputs: Any) -> Iterator[None]:
+    """A block without the users' forward hooks if these change nothing.
 
-
-@contextmanager
-def without_hooks(model: nn.Module) -> Iterator[None]:
-    """A block without forward hooks. They are for observers, and what they do is no part of the model."""
-    held = [(m._forward_hooks, dict(m._forward_hooks)) for m in model.modules() if m._forward_hooks]
-    try:
-        for hooks, _ in held:
-            hooks.clear()
-        yield
-    finally:
-        for hooks, before in held:
-            hooks.update(before)
-
-
-def looked_at(model: nn.Module, look: Callable[[], Found]) -> Found:
-    """The result of ``look()`` without forward hooks; with them if that raises.
-
-    Some models do not run without their hooks, because they return what a hook has collected.
+    They change something if the model has other outputs on the example inputs without them, or does not run. A model
+    that returns what a hook has collected is such a model. All hooks stay then.
     """
+    if not any(hooks.of_users(model)) or not _only_observe(model, example_inputs):
+        yield
+        return
+    with hooks.without(model):
+        yield
+
+
+def _only_observe(model: nn.Module, example_inputs: Any) -> bool:
+    """Whether the model has the same outputs without its users' forward hooks."""
+    if any(t.is_meta for t in (*model.parameters(), *model.buffers())):
+        return False
+    expected = evaluate(model, example_inputs)
     try:
-        with without_hooks(model):
-            return look()
+        with hooks.without(model):
+            found = evaluate(model, example_inputs)
     except Exception:
-        if not any(module._forward_hooks for module in model.modules()):
-            raise
-        return look()
+        return False
+    return len(found) == len(expected) and all(map(_equal, found, expected))
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are equal in every bit that matters: NaN is equal to NaN."""
+    return a.shape == b.shape and a.dtype == b.dtype and not differ([a], [b], 0.0, 0.0)
 
 
 @contextmanager
@@ -486,21 +480,12 @@ def unfused() -> Iterator[None]:
 
 
 def replace(model: nn.Module, layers: Mapping[nn.Module, nn.Module]) -> None:
-    """Put ``layers[old]`` in the place of each ``old`` module, under every name it has in ``model``."""
+    """Put ``layers[old]``, with the users' hooks, in the place of each ``old`` module, under every name it has in
+    ``model``.
+    """
+    for old, new in layers.items():
+        hooks.copy(old, new)
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if name and module in layers:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, layers[module])
-
-
-_HOOKS = [name for name in vars(nn.Module()) if "_hook" in name]
-
-
-def keep_hooks(old: nn.Module, new: nn.Module, *, of_states: bool = True) -> None:
-    """Give ``new``, which takes the place of ``old``, all hooks that were registered on ``old``.
-
-    ``of_states``: also those of state dicts.
-    """
-    for attribute in _HOOKS:
-        if of_states or "state_dict" not in attribute:
-            setattr(new, attribute, getattr(old, attribute))

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from dampr import _progress
 from dampr.gates.ranks import over_ranks
 
-from . import inputs, noise
+from . import hooks, inputs, noise
 from .cost import Cost
 from .layers.base import Call, Counted
 from .layers.registry import counted_in
@@ -155,13 +155,13 @@ def _knots(size: int, varies: bool) -> Tensor:
 def calls_of(layers: list[nn.Module], plain: nn.Module, example_inputs: Any) -> dict[nn.Module, list[Call]]:
     """The arguments of every call of each layer in one run on the example inputs."""
     found: dict[nn.Module, list[Call]] = {layer: [] for layer in layers}
-    hooks = [
+    handles = [
         layer.register_forward_pre_hook(
             lambda layer, args, kwargs: found[layer].append((args, kwargs)), with_kwargs=True
         )
         for layer in layers
     ]
-    with inputs.removing(hooks):
+    with hooks.removing(handles):
         inputs.evaluate(plain, example_inputs)
     return found
 

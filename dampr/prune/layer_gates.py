@@ -11,7 +11,7 @@ from dampr.gates import DependencyGenerator, make_gate
 from dampr.nn import GatedHeads
 from dampr.nn.base import VECTOR_GRANULARITIES, Granularity
 
-from . import heads, inputs
+from . import heads, hooks
 from .layers.registry import KINDS, kind_of
 
 REPLACEMENT = {dense for kind in KINDS if not kind.normalises for dense, _ in kind.twins}
@@ -46,7 +46,7 @@ def gated_layer(
         gated = GatedHeads.from_dense(layer, gate=gate, heads=of_heads.heads, weights_per_gate=weights)
     else:
         gated = kind_of(layer).gated(layer, gate, granularity, per_sample)
-    inputs.keep_hooks(layer, gated)
+    hooks.share(layer, gated)
     return gated
 
 

@@ -17,7 +17,7 @@ from dampr.gates import Fixed
 from dampr.nn import GatedHeads
 from dampr.nn.called import first_argument
 
-from . import inputs
+from . import hooks, inputs
 from .compact import open_branches
 from .layers.registry import kind_of
 from .modules import gates_of
@@ -63,13 +63,13 @@ def find(model: nn.Module, structure: Structure, example_inputs: Any) -> dict[nn
 
         return hook
 
-    hooks = [
+    handles = [
         trial.get_submodule(name).register_forward_pre_hook(look(*reader), with_kwargs=True)
         for name, reader in readers.items()
     ]
     # some models raise if all values are 0; no budget closes all units at once, so this tells nothing
     without_values = contextlib.suppress(RuntimeError)
-    with inputs.removing(hooks), without_values:
+    with hooks.removing(handles), without_values:
         inputs.evaluate(trial, example_inputs)
     return found
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dampr.gates import Fixed, Gate
 from dampr.nn.open_statistics import OpenStatistics, put_on
 
-from . import inputs
+from . import hooks, inputs
 from .units import Units
 
 
@@ -61,7 +61,7 @@ def find(model: nn.Module, units: Units, example_inputs: Any) -> dict[str, OpenN
         return lambda norm, args, kwargs, output: calls[name].append(((*args, *kwargs.values()), output))
 
     with (
-        inputs.removing([norm.register_forward_hook(note(name), with_kwargs=True) for name, norm in modules.items()]),
+        hooks.removing([norm.register_forward_hook(note(name), with_kwargs=True) for name, norm in modules.items()]),
         inputs.unfused(),  # fused encoder layers use nested tensors, which have no shape
     ):
         inputs.evaluate(model, example_inputs)

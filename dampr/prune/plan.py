@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from dampr import _checks, names
 from dampr.gates import Fixed, ranks
 
-from . import inputs, noise
+from . import hooks, inputs, noise
 from .averages import become, compact_copies, convert_copies, resemble
 from .budget import Budget, BudgetReport
 from .compact import compact
@@ -434,15 +434,11 @@ class Plan:
         self._hooks.append(self.model.register_forward_hook(uncompiled(self._see_outputs), with_kwargs=True))
 
     def _frozen_copy(self) -> nn.Module:
-        """A copy of the model in evaluation mode that needs no gradient, without the plan's hooks."""
-        hooks = [(hooks, dict(hooks)) for hooks in (self.model._forward_pre_hooks, self.model._forward_hooks)]
-        try:  # the plan must not record the calls of the copy, so the copy gets no hooks
-            for held, _ in hooks:
-                held.clear()
+        """A copy of the model in evaluation mode that needs no gradient, without the plan's hooks, which would record
+        its calls.
+        """
+        with hooks.without_own(self.model):
             return inputs.copied(self.model).eval().requires_grad_(False)
-        finally:
-            for held, before in hooks:
-                held.update(before)
 
     def _step_budget(self, budget: Budget) -> None:
         """Advance the budget; raise PlanError if no gate has had a gradient for too long."""

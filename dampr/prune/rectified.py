@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from dampr.nn import AbsorbedReLU
 from dampr.nn.batch_norm import GatedBatchNorm
 
-from . import inputs, noise
+from . import hooks, inputs, noise
 
 
 def fuse_relu(model: nn.Module, gated: Mapping[nn.Module, Any], example_inputs: Any) -> dict[nn.Module, nn.Module]:
@@ -36,7 +36,7 @@ def fuse_relu(model: nn.Module, gated: Mapping[nn.Module, Any], example_inputs: 
     norms = {
         names[plain]: layer
         for plain, layer in gated.items()
-        if isinstance(layer, GatedBatchNorm) and not _is_hooked(plain)
+        if isinstance(layer, GatedBatchNorm) and not hooks.sees_outputs(plain)
     }
     found = _followers(model, norms, example_inputs) if norms else {}
     for norm in found:
@@ -45,13 +45,8 @@ def fuse_relu(model: nn.Module, gated: Mapping[nn.Module, Any], example_inputs: 
     for name in dict.fromkeys(found.values()):
         relu: Any = model.get_submodule(name)
         absorbed[relu] = AbsorbedReLU(relu.inplace).train(relu.training)
-        inputs.keep_hooks(relu, absorbed[relu])
+        hooks.share(relu, absorbed[relu])
     return absorbed
-
-
-def _is_hooked(norm: nn.Module) -> bool:
-    """Whether a norm has forward or backward hooks."""
-    return bool(norm._forward_hooks or norm._backward_hooks or norm._backward_pre_hooks)
 
 
 def _followers(model: nn.Module, norms: Iterable[str], example_inputs: Any) -> dict[str, str]:

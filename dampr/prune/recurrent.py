@@ -21,7 +21,7 @@ from dampr.nn.computed import computed
 from dampr.nn.pruned.narrowed_rnn import in_parts, narrowed
 from dampr.nn.rnn import GatedRecurrent
 
-from . import inputs, noise
+from . import hooks, inputs, noise
 from .graph import CannotCutError
 from .layers.recurrent import without_factors
 from .layers.registry import channel_count, kind_of
@@ -272,12 +272,12 @@ def readers(model: nn.Module, layer: nn.RNNBase, sample: Any) -> list[nn.Module]
         x = x._replace(data=values.detach()) if isinstance(x, PackedSequence) else x.detach()
         return ((x, *args[1:]), kwargs) if args else (args, kwargs | {next(iter(kwargs)): x})
 
-    hooks: list[Any] = [layer.register_forward_hook(mark)]
+    handles: list[Any] = [layer.register_forward_hook(mark)]
     for module in model.modules():
         if module is not layer and (_is_linear(module) or kind_of(module).recurrent):
-            hooks.append(module.register_forward_pre_hook(read, with_kwargs=True))
+            handles.append(module.register_forward_pre_hook(read, with_kwargs=True))
     with (
-        inputs.removing(hooks),
+        hooks.removing(handles),
         inputs.evaluating(model),
         inputs.frozen(model),
         noise.same(model),

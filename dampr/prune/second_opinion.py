@@ -6,7 +6,6 @@ from typing import Any
 
 from torch import nn
 
-from . import inputs
 from .layers.registry import kind_of
 from .units import Units
 from .units.proof import added, retrace
@@ -19,7 +18,7 @@ def refused(
 
     These are layers that the example inputs do not reach in evaluation; layers whose channels are read by something
     that only training reaches; layers whose width enters a number that the code computes; and layers whose closed
-    channels are not 0 where they are added up. Forward hooks are not traced.
+    channels are not 0 where they are added up.
 
     Args:
         model: the model without gates.
@@ -44,9 +43,8 @@ def refused(
                 free[name] = side
         if reason is not None:
             found[name] = reason
-    with inputs.without_hooks(model):
-        left = {name: classes for name, classes in written.items() if name not in found}
-        return found | _followed(model, units, free, example_inputs) | _added(model, units, left, example_inputs)
+    left = {name: classes for name, classes in written.items() if name not in found}
+    return found | _followed(model, units, free, example_inputs) | _added(model, units, left, example_inputs)
 
 
 def _added(model: nn.Module, units: Units, written: dict[str, set[int]], example_inputs: Any) -> dict[str, str]:

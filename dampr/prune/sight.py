@@ -11,7 +11,7 @@ from torch import nn
 
 from dampr.nn import GatedLayer
 
-from . import inputs, open_norms, unit_gates
+from . import open_norms, unit_gates
 from .layers.registry import kind_of
 from .modules import of_kind
 from .unit_gates import Placement
@@ -101,7 +101,7 @@ def look(model: nn.Module, example_inputs: Any) -> Sight | None:
     if any(of_kind(model, GatedLayer)):
         return None
     try:
-        units, placement = inputs.looked_at(model, lambda: _placed(model, example_inputs))
+        units, placement = _placed(model, example_inputs)
         return Sight(units, placement, _tied(model, units))
     except Exception as error:  # whatever a model does that the tracer cannot follow; others look too
         _say(model, error)
@@ -144,7 +144,7 @@ def with_open_norms(model: nn.Module, units: Units, example_inputs: Any) -> tupl
     If the tracer cannot follow the model then, no class may have gates, with a warning.
     """
     try:
-        return inputs.looked_at(model, lambda: _placed_with_open_norms(model, units, example_inputs))
+        return _placed_with_open_norms(model, units, example_inputs)
     except Exception as error:  # whatever a model does that the tracer cannot follow; others look too
         _say(model, error)
         return units, Placement([])

@@ -194,7 +194,7 @@ def test_autocast_trains_in_half_precision(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("layers", [2, 6])
-def test_launches_of_gates_do_not_grow_with_the_number_of_layers(layers):
+def test_launches_of_gates_do_not_grow_with_the_number_of_layers(layers: int) -> None:
     model = nn.Sequential(*[dampr.nn.GatedLinear(16, 16) for _ in range(layers)])
     bank, x = dampr.GateBank(model), torch.randn(4, 16)
     with driver.emulated(90, recording=True) as emulation, dampr.backend("triton"):

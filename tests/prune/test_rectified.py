@@ -181,7 +181,7 @@ def test_hooks_of_the_relu_stay_and_a_norm_with_hooks_keeps_its_values() -> None
         net.train()(X)
         assert seen == [1]
     hooked, lowest = Reads("module"), []
-    hooked.body[1].register_forward_hook(lambda *args: lowest.append(float(args[2].min())))
+    hooked.body[1].register_forward_hook(lambda *args: lowest.append(float(args[2].detach().min())))
     dampr.convert(hooked, example_inputs=X)
     assert named(hooked) == {"body.1": "GatedBatchNorm2d", "relu": "ReLU"}
     lowest.clear()

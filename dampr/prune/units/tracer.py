@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .. import inputs, meta, noise
+from .. import hooks, inputs, meta, noise
 from . import rules
 from .axes import Axes, moving, narrow
 from .call import Call
@@ -73,7 +73,7 @@ def run(
             example_inputs = pytree.tree_map_only(Tensor, tracer.on_meta, example_inputs)
         for given in inputs.tensors(example_inputs):
             tracer.mark(given, Marks([]))
-        stack.enter_context(inputs.removing(tracer.hooks(model)))
+        stack.enter_context(hooks.removing(tracer.hooks(model)))
         with tracer:
             output = inputs.call(model, example_inputs)
         for tensor in inputs.tensors(output):
