@@ -5,7 +5,10 @@ from __future__ import annotations
 import copy
 import copyreg
 from collections import OrderedDict
-from types import BuiltinFunctionType, FunctionType
+from collections.abc import Iterator
+from contextlib import suppress
+from functools import partial
+from types import BuiltinFunctionType, CellType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -13,19 +16,23 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 # types whose values a deep copy shares
-_AS_IT_IS = {int, float, bool, complex, str, bytes, type, type(None), FunctionType, BuiltinFunctionType, torch.dtype}
+_AS_IT_IS = {int, float, bool, complex, str, bytes, type, type(None), BuiltinFunctionType, torch.dtype}
 _MAKE = vars(copyreg)["__newobj__"]  # the function that pickle calls for objects made by ``cls.__new__`` alone
 _MAPPINGS = (dict, OrderedDict)
+_PARTS: Any = "the ids of the modules that are copied"  # a key of memos, beside ids
 
 
 def deep(module: nn.Module, memo: dict[int, Any]) -> Any:
-    """``copy.deepcopy(module, memo)``.
+    """``copy.deepcopy(module, memo)``, in which functions that hold parts of the module hold those of the copy.
 
-    Numbers, names and the dozen empty dicts for hooks of every module are copied here, which is fast. Other values, and
-    modules that define how they are copied, are left to ``copy.deepcopy``.
+    Such a function is ``layer.forward = lambda x: 2 * old(x)``, or a hook. Numbers, names and the dozen empty dicts for
+    hooks of every module are copied here, which is fast. Other values, and modules that define how they are copied, are
+    left to ``copy.deepcopy``.
     """
     if id(module) in memo:
         return memo[id(module)]
+    if _PARTS not in memo:
+        memo[_PARTS] = {id(part) for part in module.modules()}
     kind = type(module)
     if hasattr(kind, "__deepcopy__") or kind.__reduce_ex__ is not object.__reduce_ex__:
         return copy.deepcopy(module, memo)
@@ -53,6 +60,8 @@ def _value(value: Any, memo: dict[int, Any]) -> Any:
         return value
     if id(value) in memo:
         return memo[id(value)]
+    if kind in (FunctionType, partial):
+        return _function(value, memo) if _holds_parts(value, memo[_PARTS], set()) else value
     if kind in _MAPPINGS:
         memo[id(value)] = made = kind()
         for key, inner in value.items():
@@ -62,6 +71,52 @@ def _value(value: Any, memo: dict[int, Any]) -> Any:
         memo[id(value)] = empty = set[Any]()
         return empty
     return deep(value, memo) if isinstance(value, nn.Module) else copy.deepcopy(value, memo)
+
+
+def _function(function: Any, memo: dict[int, Any]) -> Any:
+    """A copy of a function, or partial function, that holds copies of the parts of the module that it holds."""
+
+    def inner(content: Any) -> Any:
+        return _value(content, memo) if _holds_parts(content, memo[_PARTS], set()) else content
+
+    made: Any
+    if isinstance(function, partial):
+        keywords = {name: inner(value) for name, value in function.keywords.items()}
+        made = partial(inner(function.func), *map(inner, function.args), **keywords)
+    else:
+        cells = tuple(CellType() for _ in function.__closure__)
+        made = FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, cells)
+        made.__kwdefaults__ = function.__kwdefaults__
+        memo[id(function)] = made  # before its closure, which may hold the function itself
+        for cell, own in zip(cells, function.__closure__, strict=True):
+            with suppress(ValueError):  # a cell without a value yet
+                cell.cell_contents = inner(own.cell_contents)
+    memo[id(function)] = made
+    vars(made).update((name, inner(value)) for name, value in vars(function).items())
+    return made
+
+
+def _holds_parts(value: Any, parts: set[int], seen: set[int]) -> bool:
+    """Whether a value is one of these modules, a method of one, or a function with one in its closure."""
+    if id(value) in seen:
+        return False
+    seen.add(id(value))
+    if isinstance(value, nn.Module):
+        return id(value) in parts
+    if isinstance(value, MethodType):
+        return _holds_parts(value.__self__, parts, seen)
+    if isinstance(value, partial):
+        return any(_holds_parts(one, parts, seen) for one in (value.func, *value.args, *value.keywords.values()))
+    if not isinstance(value, FunctionType):
+        return False
+    return any(_holds_parts(content, parts, seen) for content in _contents(value))
+
+
+def _contents(function: Any) -> Iterator[Any]:
+    """What the closure of a function holds."""
+    for cell in function.__closure__ or ():
+        with suppress(ValueError):
+            yield cell.cell_contents
 
 
 def detached(model: nn.Module) -> dict[int, Any]:

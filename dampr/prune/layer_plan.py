@@ -21,7 +21,7 @@ from .layer_gates import NORMS, REPLACEMENT, starts_at_one
 from .layers.convolution import CONVOLUTIONS, is_depthwise
 from .layers.recurrent import unit_columns
 from .layers.registry import channel_count, counted_in, kind_of
-from .modules import of_kind
+from .modules import has_own_forward, is_exactly, of_kind
 from .sight import Sight
 from .structure import plain_copy
 from .units import Units
@@ -85,6 +85,8 @@ def choose(
 
 def _unfit(layer: nn.Module, gate: Any, granularity: Granularity, per_sample: bool) -> str | None:
     """Why a layer cannot have gates of this kind and granularity; None if it can."""
+    if has_own_forward(layer):
+        return "its forward was set on the object, and no layer with gates computes that"
     if (name := computed(layer)) is not None:
         how = (
             "torch.nn.utils.parametrize"
@@ -275,7 +277,7 @@ def _norms_after(layer: nn.Module, widths: graph.Widths) -> list[nn.Module]:
     Empty if the layer itself gets the gates, because no norm reads it or one of the norms cannot have gates.
     """
     norms = widths.norms_reading(layer)[0] if _has_channels(layer, widths) else []
-    return norms if all(type(norm) in NORMS and computed(norm) is None for norm in norms) else []
+    return norms if all(is_exactly(norm, NORMS) and computed(norm) is None for norm in norms) else []
 
 
 def leave_out(plan: LayerPlan, model: nn.Module, reasons: dict[str, str]) -> None:

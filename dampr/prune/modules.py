@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Any, TypeVar, overload
 
 from torch import nn
@@ -33,3 +34,16 @@ def by_name(model: nn.Module, kind: Any) -> dict[str, Any]:
 def gates_of(model: nn.Module) -> list[Gate]:
     """Every gate of a model, each once."""
     return [module for module in model.modules() if isinstance(module, Gate)]
+
+
+def is_exactly(layer: nn.Module, types: Container[type]) -> bool:
+    """Whether a layer does what one of these types does: its type is one of them, not derived, and nobody has given the
+    object a ``forward`` of its own (``layer.forward = ...``).
+    """
+    return type(layer) in types and not has_own_forward(layer)
+
+
+def has_own_forward(layer: nn.Module) -> bool:
+    """Whether a ``forward`` was set on the object, by other code than this package and torch."""
+    own = vars(layer).get("forward")
+    return own is not None and not getattr(getattr(own, "func", own), "__module__", "").startswith(("torch.", "dampr."))

@@ -16,6 +16,7 @@ from dampr.nn import AbsorbedReLU
 from dampr.nn.batch_norm import GatedBatchNorm
 
 from . import hooks, inputs, noise
+from .modules import is_exactly
 
 
 def fuse_relu(model: nn.Module, gated: Mapping[nn.Module, Any], example_inputs: Any) -> dict[nn.Module, nn.Module]:
@@ -54,7 +55,7 @@ def _followers(model: nn.Module, norms: Iterable[str], example_inputs: Any) -> d
 
     Found by a run of a copy in each mode; empty if one of them raises.
     """
-    if not any(type(m) in (nn.ReLU, AbsorbedReLU) for m in model.modules()):
+    if not any(is_exactly(m, (nn.ReLU, AbsorbedReLU)) for m in model.modules()):
         return {}
     found = []
     for training in (False, True):
@@ -110,7 +111,7 @@ def _alone(model: nn.Module, norms: Iterable[str], example_inputs: Any) -> dict[
     for name, module in model.named_modules():
         if name in reads:
             module.register_forward_hook(lambda _, args, y, name=name: made.setdefault(name, []).append(weakref.ref(y)))
-        elif type(module) in (nn.ReLU, AbsorbedReLU):
+        elif is_exactly(module, (nn.ReLU, AbsorbedReLU)):
             module.register_forward_pre_hook(
                 lambda _, args, kwargs, name=name: note(name, args, kwargs), with_kwargs=True
             )

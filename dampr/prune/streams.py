@@ -22,7 +22,7 @@ from . import heads, inputs, transformer
 from .graph import Widths
 from .layers.base import CannotCutError
 from .layers.registry import channel_count, kind_of
-from .modules import of_kind
+from .modules import is_exactly, of_kind
 
 Kept = dict[tuple[nn.Module, bool], Tensor]
 
@@ -249,7 +249,7 @@ def _check(kind: str, layer: Any, size: int, names: dict[Any, str]) -> None:
     if isinstance(layer, nn.Parameter):
         return
     if kind == "norm":
-        if type(layer) is not nn.LayerNorm or len(layer.normalized_shape) != 1:
+        if not is_exactly(layer, (nn.LayerNorm,)) or len(layer.normalized_shape) != 1:
             raise CannotCutError(f"{called} shares its width: expected exactly nn.LayerNorm of one dimension")
     elif not (own.attends or (own.shares_gates if kind == "writer" else own.gemm)) or getattr(layer, "groups", 1) != 1:
         raise CannotCutError(

@@ -24,7 +24,7 @@ from dampr.nn.pruned.transformer import PrunedLayer
 from dampr.nn.transformer import GatedTransformer
 
 from . import inputs
-from .modules import by_name, of_kind
+from .modules import by_name, is_exactly, of_kind
 
 _LAYERS: dict[type, Any] = {
     nn.TransformerEncoderLayer: GatedTransformerEncoderLayer,
@@ -47,7 +47,7 @@ def owners(model: nn.Module) -> dict[nn.Module, list[tuple[str, nn.Module]]]:
     """
     found: dict[nn.Module, list[tuple[str, nn.Module]]] = {}
     for name, layer in model.named_modules(remove_duplicate=False):
-        if type(layer) in _LAYERS or isinstance(layer, GatedTransformer):
+        if is_exactly(layer, _LAYERS) or isinstance(layer, GatedTransformer):
             for part in _PARTS:
                 if part in layer._modules:
                     found.setdefault(getattr(layer, part), []).append((name, layer))
@@ -69,7 +69,7 @@ def adopt(model: nn.Module) -> dict[nn.Module, Any]:
     """
     changed: dict[nn.Module, Any] = {}
     for layer in model.modules():
-        if type(layer) in _LAYERS and any(isinstance(part, GatedLayer) for part in layer.children()):
+        if is_exactly(layer, _LAYERS) and any(isinstance(part, GatedLayer) for part in layer.children()):
             changed[layer] = type(layer)
             layer.__class__ = _LAYERS[type(layer)]
     return changed
