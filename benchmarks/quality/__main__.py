@@ -47,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
         "validation accuracy of the dense network at learning rates, in a third of the steps; nothing is written",
     )
     tune.add_argument("--task", choices=TASKS, required=True)
+    tune.add_argument("--warmup", type=int, help="steps in which the rate rises; by default those of the task")
     tune.add_argument("--lr", type=float, nargs="+", required=True)
     _add_root(tune)
     command(
@@ -124,6 +125,8 @@ def _tune(args: argparse.Namespace) -> None:
     images = data.load(TASKS[args.task].data, args.root)
     for lr in args.lr:
         task = dataclasses.replace(TASKS[args.task], lr=lr)
+        if args.warmup is not None:
+            task = dataclasses.replace(task, lr_warmup=args.warmup)
         record = run.execute(Run(task.name, 1.0, "dense", "default", 0, "steps"), task, images, task.steps // 3)
         print(
             f"{task.name}, lr {lr:g}: validation {record['validation_accuracy']:.2%}, {record['cpu_seconds']:.0f} s",

@@ -49,6 +49,7 @@ def execute(run: Run, task: Task, images: data.Data, steps: int) -> Record:
         "steps": steps,
         "batch": task.batch,
         "lr": task.lr,
+        "lr_warmup": task.lr_warmup,
         "test_accuracy": accuracy(model, images.x_test, images.y_test),
         "validation_accuracy": accuracy(model, images.x_validation, images.y_validation),
         "macs_dense": macs(task, task.widths),

@@ -1,7 +1,8 @@
 """The tasks: each network with its data, and the one optimizer recipe that all methods share.
 
 The steps are such that a run of the dense network takes one to five minutes on one core. The learning rate is the one
-out of 1e-3, 2e-3 and 5e-3 with which the dense network validates best (``python -m benchmarks.quality tune``).
+out of 1e-3, 2e-3 and 5e-3 with which the dense network validates best (``python -m benchmarks.quality tune``), and so
+is, of the transformers, its warm-up.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ class Task:
     shares: tuple[float, ...]  # of the multiply-accumulates that are left
     steps: int
     lr: float
+    lr_warmup: int = 0  # the number of first steps in which the learning rate rises
     batch: int = 64
     weight_decay: float = 0.0  # decoupled (AdamW) where it is not zero
     augment: Augment | None = None
@@ -108,7 +110,20 @@ TASKS = {
             lr=5e-3,
             torch_pruning=False,  # its pruners know nn.LSTM, and no nn.GRU
         ),
-        TRANSFORMER,
-        replace(TRANSFORMER, name="transformer_long", title="the same transformer, three times the steps", steps=3900),
+        replace(TRANSFORMER, name="transformer_warm", lr_warmup=100),
+        replace(
+            TRANSFORMER,
+            name="transformer_warm_long",
+            title="the same transformer, three times the steps",
+            steps=3900,
+            lr_warmup=300,
+        ),
+        replace(TRANSFORMER, title="the same transformer, without a warm-up of the learning rate"),
+        replace(
+            TRANSFORMER,
+            name="transformer_long",
+            title="the same transformer, without a warm-up, three times the steps",
+            steps=3900,
+        ),
     )
 }

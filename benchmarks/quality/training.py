@@ -51,9 +51,10 @@ def make_optimizer(task: Task, model: nn.Module) -> optim.Optimizer:
 
 def learning_rate(task: Task, done: int, steps: int) -> float:
     """The learning rate after ``done`` steps: half a cosine from the task's rate to zero over the whole run, for all
-    methods.
+    methods, which is multiplied by a line from 0 to 1 in the steps of the warm-up.
     """
-    return task.lr * 0.5 * (1 + math.cos(math.pi * done / steps))
+    rising = min(1.0, (done + 1) / (task.lr_warmup + 1))
+    return task.lr * rising * 0.5 * (1 + math.cos(math.pi * done / steps))
 
 
 def train(method: Method, task: Task, batches: Batches, steps: int) -> tuple[nn.Module, float]:
